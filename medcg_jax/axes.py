@@ -1,0 +1,53 @@
+"""Axis names: the logical axes of parameters and activations, the mesh axes, and the one table between them.
+
+The two vocabularies share no word: JAX accepts a mesh axis where a logical name was meant and says nothing.
+"""
+
+from jax.sharding import PartitionSpec
+
+MESH_AXES = ("cell", "data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Logical axis -> mesh axes it is split over (None: replicated). `layer` is the leading axis of stacked blocks.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "layer": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "norm": None,
+    "patch": None,
+    "pos": None,
+    "vision_embed": "fsdp",
+    "vision_mlp": "tensor",
+    "vision_heads": "tensor",
+    "act_batch": BATCH_AXES,
+    "act_len": None,
+    "act_embed": None,
+    "act_heads": "tensor",
+    "act_mlp": "tensor",
+}
+
+
+def spec(*names: str | None) -> PartitionSpec:
+    """The PartitionSpec of an array whose axes have these logical names (None: replicated).
+
+    Example: `spec("embed", "mlp") == PartitionSpec("fsdp", "tensor")`.
+
+    Raises:
+      ValueError: a name is not in `RULES`, or two axes of one array would be split over the same mesh axis.
+    """
+    parts: list[str | tuple[str, ...] | None] = []
+    used: set[str] = set()
+    for name in names:
+        if name is not None and name not in RULES:
+            raise ValueError(f"logical axis {name!r} is unknown; known axes: {', '.join(sorted(RULES))}")
+        axes = None if name is None else RULES[name]
+        flat = {axes} if isinstance(axes, str) else set(axes or ())
+        if flat & used:
+            raise ValueError(f"axes {names} would split over mesh axis {sorted(flat & used)} twice")
+        used |= flat
+        parts.append(axes)
+    return PartitionSpec(*parts)

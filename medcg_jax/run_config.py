@@ -1,0 +1,140 @@
+"""The configuration of a run: frozen dataclasses that hold every default, and the checks on their values.
+
+A config file (`configs/*.py`) builds a `RunConfig`; `config_file` reads one and applies `--config.a.b=value`.
+A default that stands in for something the paper does not state says so beside it.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+SOURCES = ("phantom", "release")
+ATTENTION = ("auto", "plain", "splash", "cudnn")
+REMAT = ("none", "full", "dots")
+DTYPES = ("float32", "bfloat16")
+TRAINABLE = ("vision", "projector", "decoder")
+TABLES = ("pairs", "triples", "ablation", "multi_task", "efficiency")
+MODELS = ("llava15_tiny", "llava15_7b", "llava15_13b")
+
+
+class ConfigError(ValueError):
+    """A value in a run's configuration cannot be used; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each mesh axis has; -1 on one axis takes what is left."""
+
+    cell: int = 1
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = "llava15_tiny"
+    # Checkpoint of the base: a converted (Orbax) or released (HF) directory; "" means random weights.
+    checkpoint: str = ""
+    # Tokenizer directory or tokenizer.json; "" takes the small one kept in the package.
+    tokenizer: str = ""
+    compute_dtype: str = "float32"
+    attention: str = "auto"
+    remat: str = "none"
+    # Layers per iteration of the scan over blocks; 0: all on CPU (12 to 25 % faster there), 1 elsewhere.
+    scan_unroll: int = 0
+    # LLaVA-1.5's second stage: the vision tower stays frozen.
+    trainable: tuple[str, ...] = ("projector", "decoder")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = "phantom"
+    root: str = ""
+    seed: int = 0
+    # Text tokens a training row may have, beside the image's; a longer record is an error, never cut.
+    max_text_tokens: int = 48
+    # Supervised tokens a row may have: the head runs at these positions only.
+    max_target_tokens: int = 8
+    # "At most 3,000 label-balanced training records per subset" (digest of the published version).
+    train_records_per_subset: int = 3000
+    # 0: all test records.
+    test_records_per_subset: int = 0
+    # Sentence before the first user turn; "vicuna" takes LLaVA-1.5's.
+    system_prompt: str = "vicuna"
+    # Subset -> weight of its records in a batch; empty: every record once an epoch.
+    subset_weights: dict[str, float] = field(default_factory=dict)
+    max_pixels: int = 50_000_000
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    # 5 epochs, batch 32 and 5e-6 are known from a digest of the published version; the rest is LLaVA-1.5's recipe.
+    epochs: float = 5.0
+    # 0: from epochs.
+    steps: int = 0
+    batch_size: int = 32
+    accumulation_steps: int = 1
+    learning_rate: float = 5e-6
+    warmup_frac: float = 0.03
+    end_learning_rate_frac: float = 0.0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    # 0: no clipping.
+    clip_norm: float = 1.0
+    seed: int = 0
+    log_every_steps: int = 10
+    # 0: only at the end.
+    checkpoint_every_steps: int = 0
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    batch_size: int = 64
+    # Second column: greedy generation and strict parsing of the answer.
+    generate: bool = True
+    max_new_tokens: int = 4
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    tables: tuple[str, ...] = ("pairs",)
+    # Subsets to test on; empty: every subset the table is defined for.
+    targets: tuple[str, ...] = ()
+    # One seed draws the data, the base and the fine-tunes alike.
+    seeds: tuple[int, ...] = (0,)
+    jobs: int = 1
+    # Cells trained at once in one program.
+    cells_at_once: int = 1
+    # Where bases are kept between grids, by the fingerprint of what made them; "": in the workdir.
+    base_dir: str = ""
+    # Keep each cell's trained parameters (else only its scores).
+    keep_weights: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = "run"
+    mesh: MeshConfig = MeshConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = field(default_factory=DataConfig)
+    # Pre-training of the base, on phantoms; steps 0: none (the base is `model.checkpoint`).
+    base: TrainConfig = TrainConfig(learning_rate=1.5e-3)
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    study: StudyConfig = StudyConfig()
+
+
+def replace(config, **changes):
+    """A copy of a (nested) dataclass with fields changed; nested fields as `a__b=value`."""
+    here, below = {}, {}
+    for key, value in changes.items():
+        head, _, rest = key.partition("__")
+        if rest:
+            below.setdefault(head, {})[rest] = value
+        else:
+            here[head] = value
+    for head, inner in below.items():
+        here[head] = replace(getattr(config, head), **inner)
+    return dataclasses.replace(config, **here)
