@@ -59,6 +59,8 @@ class DataConfig:
     train_records_per_subset: int = 3000
     # 0: all test records.
     test_records_per_subset: int = 0
+    # Subsets that `train` trains on and `eval` tests on; empty: all. A grid chooses its own.
+    subsets: tuple[str, ...] = ()
     # Sentence before the first user turn; "vicuna" takes LLaVA-1.5's.
     system_prompt: str = "vicuna"
     # Subset -> weight of its records in a batch; empty: every record once an epoch.
@@ -138,3 +140,63 @@ def replace(config, **changes):
     for head, inner in below.items():
         here[head] = replace(getattr(config, head), **inner)
     return dataclasses.replace(config, **here)
+
+
+def check(run: RunConfig) -> None:
+    """Raises ConfigError for the first value of `run` that no run could use."""
+    one_of("model.name", run.model.name, MODELS)
+    one_of("model.compute_dtype", run.model.compute_dtype, DTYPES)
+    one_of("model.attention", run.model.attention, ATTENTION)
+    one_of("model.remat", run.model.remat, REMAT)
+    one_of("data.source", run.data.source, SOURCES)
+    for name in run.model.trainable:
+        one_of("model.trainable", name, TRAINABLE)
+    for name in run.study.tables:
+        one_of("study.tables", name, TABLES)
+    at_least("model.scan_unroll", run.model.scan_unroll, 0)
+    at_least("data.max_text_tokens", run.data.max_text_tokens, 1)
+    at_least("data.max_target_tokens", run.data.max_target_tokens, 1)
+    at_least("data.train_records_per_subset", run.data.train_records_per_subset, 1)
+    at_least("data.test_records_per_subset", run.data.test_records_per_subset, 0)
+    at_least("data.max_pixels", run.data.max_pixels, 1)
+    at_least("eval.batch_size", run.eval.batch_size, 1)
+    at_least("eval.max_new_tokens", run.eval.max_new_tokens, 1)
+    at_least("study.jobs", run.study.jobs, 1)
+    at_least("study.cells_at_once", run.study.cells_at_once, 1)
+    if not run.study.seeds:
+        raise ConfigError("study.seeds is empty: one seed or more is accepted")
+    for subset, weight in run.data.subset_weights.items():
+        if not weight > 0:
+            raise ConfigError(f"data.subset_weights[{subset!r}]={weight}: a weight above 0 is accepted")
+    for part in ("base", "train"):
+        check_training(part, getattr(run, part))
+
+
+def check_training(part: str, train: TrainConfig) -> None:
+    for name in ("steps", "checkpoint_every_steps", "weight_decay", "clip_norm", "epochs"):
+        at_least(f"{part}.{name}", getattr(train, name), 0)
+    at_least(f"{part}.log_every_steps", train.log_every_steps, 1)
+    at_least(f"{part}.batch_size", train.batch_size, 1)
+    at_least(f"{part}.accumulation_steps", train.accumulation_steps, 1)
+    if train.batch_size % train.accumulation_steps:
+        raise ConfigError(
+            f"{part}.accumulation_steps={train.accumulation_steps} does not divide "
+            f"{part}.batch_size={train.batch_size}; a divisor of it is accepted"
+        )
+    for name in ("warmup_frac", "end_learning_rate_frac", "b1", "b2"):
+        value = getattr(train, name)
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{part}.{name}={value}: 0 to 1 is accepted")
+    for name in ("learning_rate", "eps"):
+        if not getattr(train, name) > 0:
+            raise ConfigError(f"{part}.{name}={getattr(train, name)}: a number above 0 is accepted")
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r}: one of {', '.join(choices)} is accepted")
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ConfigError(f"{name}={value}: a number of at least {least} is accepted")

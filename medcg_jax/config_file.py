@@ -1,0 +1,158 @@
+"""Config files: an ml_collections ConfigDict built by `get_config`, overridden from the command line, checked into a RunConfig.
+
+    run = load("configs/phantom.py:quick", {"train.learning_rate": "1e-3"})
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from medcg_jax.run_config import ConfigError, RunConfig, check
+
+
+def to_config_dict(run: RunConfig) -> ConfigDict:
+    """`run` as a locked ConfigDict, for a config file's `get_config` to return."""
+    return ConfigDict(dataclasses.asdict(run)).lock()
+
+
+def from_config_dict(config: Mapping, cls: type = RunConfig, path: str = "") -> RunConfig:
+    """The frozen dataclass that a ConfigDict describes; every field must be there and of its type.
+
+    Raises:
+      ConfigError: a key is unknown or missing, or a value has another type; the message names the key.
+    """
+    hints = typing.get_type_hints(cls)
+    for key in config:
+        if key not in hints:
+            raise unknown_key(path + key, hints, path)
+    values = {}
+    for key, kind in hints.items():
+        if key not in config:
+            raise ConfigError(f"config.{path}{key} is missing")
+        value = config[key]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, Mapping | ConfigDict):
+                raise ConfigError(f"config.{path}{key}={value!r}: a section with keys is accepted")
+            values[key] = from_config_dict(value, kind, f"{path}{key}.")
+        else:
+            values[key] = checked(value, kind, path + key)
+    return cls(**values)
+
+
+def load(file: str, overrides: Mapping[str, str] | None = None) -> RunConfig:
+    """The checked RunConfig of a config file, `PATH.py` or `PATH.py:arg`, with overrides `{"a.b": "value"}` applied.
+
+    Raises:
+      ConfigError: the file is missing or broken, or a key, type or value cannot be used; one line.
+    """
+    path, _, arg = file.partition(":")
+    config = ConfigDict(dataclasses.asdict(from_config_dict(run_file(path, arg))))
+    for key, text in (overrides or {}).items():
+        override(config, key, text)
+    run = from_config_dict(config)
+    check(run)
+    return run
+
+
+def run_file(path: str, arg: str) -> ConfigDict:
+    """What `get_config(arg)` of the file returns (`get_config()` where there is no arg)."""
+    if not Path(path).is_file():
+        raise ConfigError(f"--config={path}: there is no such file; configs/ in the project has some to start from")
+    spec = importlib.util.spec_from_file_location("medcg_config_file", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config={path}: a Python file ending in .py is accepted")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ConfigError(f"--config={path}: the file defines no get_config()")
+        config = module.get_config(arg) if arg else module.get_config()
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the user's file raises is the user's to see, in one line
+        raise ConfigError(f"--config={path}{':' + arg if arg else ''}: {type(error).__name__}: {one_line(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"--config={path}: get_config returned {type(config).__name__}; a ConfigDict is accepted")
+    return config
+
+
+def override(config: ConfigDict, key: str, text: str) -> None:
+    """Sets `config.KEY` from the text of a flag, read as the type that the field has."""
+    kind: type = RunConfig
+    place, seen = config, ""
+    *parents, last = key.split(".")
+    for name in parents:
+        hints = field_types(kind, seen)
+        if name not in hints:
+            raise unknown_key(seen + name, hints, seen)
+        kind, place, seen = hints[name], place[name], f"{seen}{name}."
+    hints = field_types(kind, seen)
+    if last not in hints:
+        raise unknown_key(key, hints, seen)
+    if dataclasses.is_dataclass(hints[last]):
+        raise ConfigError(f"config.{key} is a section; its keys are {', '.join(typing.get_type_hints(hints[last]))}")
+    value = parse(text, hints[last], key)
+    with place.ignore_type():  # a tuple may change its length and a float be given as 1
+        place[last] = value
+
+
+def field_types(kind: type, path: str) -> dict[str, type]:
+    if not dataclasses.is_dataclass(kind):
+        raise ConfigError(f"config.{path.rstrip('.')} is a value and has no keys below it")
+    return typing.get_type_hints(kind)
+
+
+def parse(text: str, kind: type, key: str):
+    """The value that `text` stands for: as it is for str, comma-separated for tuples, a Python literal otherwise."""
+    if kind is str:
+        return text
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple and not text.strip().startswith(("(", "[")):
+        return tuple(parse(part.strip(), args[0], key) for part in text.split(",") if part.strip())
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise ConfigError(f"config.{key}={text}: {accepts(kind)} is accepted") from None
+    return checked(value, kind, key)
+
+
+def checked(value, kind: type, key: str):
+    """`value` as its field's type (ints pass as floats, lists as tuples), or ConfigError."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple and isinstance(value, tuple | list):
+        return tuple(checked(item, args[0], key) for item in value)
+    if origin is dict and isinstance(value, Mapping | ConfigDict):
+        return {checked(k, args[0], key): checked(v, args[1], key) for k, v in dict(value).items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"config.{key}={value!r}: {accepts(kind)} is accepted")
+
+
+def accepts(kind: type) -> str:
+    if isinstance(kind, types.GenericAlias):
+        inner = [getattr(arg, "__name__", "") for arg in typing.get_args(kind)]
+        if typing.get_origin(kind) is tuple:
+            return f"a comma-separated list of {inner[0]}"
+        return f"a dict of {inner[0]} to {inner[1]}"
+    return {int: "an int", float: "a float", bool: "true or false", str: "a string"}[kind]
+
+
+def unknown_key(key: str, known: Mapping[str, type], path: str) -> ConfigError:
+    close = difflib.get_close_matches(key.rsplit(".", 1)[-1], known, n=1)
+    hint = f"did you mean config.{path}{close[0]}?" if close else f"known here: {', '.join(known)}"
+    return ConfigError(f"config.{key} is unknown; {hint}")
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
