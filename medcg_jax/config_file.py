@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -69,6 +70,7 @@ def run_file(path: str, arg: str) -> ConfigDict:
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config={path}: a Python file ending in .py is accepted")
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(Path(path).resolve().parent))  # config files may import one another
     try:
         spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
@@ -78,6 +80,8 @@ def run_file(path: str, arg: str) -> ConfigDict:
         raise
     except Exception as error:  # whatever the user's file raises is the user's to see, in one line
         raise ConfigError(f"--config={path}{':' + arg if arg else ''}: {type(error).__name__}: {one_line(error)}") from error
+    finally:
+        sys.path.pop(0)
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"--config={path}: get_config returned {type(config).__name__}; a ConfigDict is accepted")
     return config
