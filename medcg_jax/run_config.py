@@ -5,6 +5,7 @@ A default that stands in for something the paper does not state says so beside i
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 SOURCES = ("phantom", "release")
@@ -188,7 +189,7 @@ def check_training(part: str, train: TrainConfig) -> None:
         if not 0 <= value <= 1:
             raise ConfigError(f"{part}.{name}={value}: 0 to 1 is accepted")
     for name in ("learning_rate", "eps"):
-        if not getattr(train, name) > 0:
+        if not 0 < getattr(train, name) < math.inf:
             raise ConfigError(f"{part}.{name}={getattr(train, name)}: a number above 0 is accepted")
 
 
@@ -198,5 +199,5 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise ConfigError(f"{name}={value}: a number of at least {least} is accepted")
+    if not least <= value < math.inf:
+        raise ConfigError(f"{name}={value}: a finite number of at least {least} is accepted")
