@@ -1,0 +1,202 @@
+"""`medcg VERB`: flags in, one function of the package called, its result printed for people and as JSON.
+
+Exit status: 0 done and right, 2 wrong use or bad input, 3 does not fit, 1 anything else.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from medcg_jax.run_config import ConfigError, RunConfig
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that refuses in one line."""
+
+    def error(self, message: str):
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit status."""
+    try:
+        args = parse(sys.argv[1:] if argv is None else list(argv))
+        result = args.run(args)
+    except (ConfigError, OSError) as error:
+        print(f"medcg: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("medcg: stopped; run the same command again to go on", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"medcg: does not fit in memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 3
+    status = result.pop("exit_status", 0)
+    if args.json:
+        write_json(Path(args.json), result)
+    return status
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The verb's arguments; `args.overrides` holds every `--config.a.b=value` as {"a.b": "value"}.
+
+    Raises:
+      ConfigError: an unknown verb or flag, or a flag without its value.
+    """
+    args, rest = parser().parse_known_args(argv)
+    args.overrides = {}
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--config.") or not hasattr(args, "config"):
+            raise ConfigError(f"{flag} is not known to `medcg {args.verb}`; see `medcg {args.verb} --help`")
+        key, equals, value = flag.removeprefix("--config.").partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"{flag} has no value; --config.{key}=VALUE is accepted")
+            value = rest.pop(0)
+        args.overrides[key] = value
+    return args
+
+
+def parser() -> Parser:
+    top = Parser(prog="medcg", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    data = verbs.add_parser("data", help="write the phantom world, check a Med-MAT tree")
+    kinds = data.add_subparsers(dest="kind", required=True, metavar="WHAT")
+    phantom = add(kinds, "phantom", data_phantom, "write the phantom world in the release's layout")
+    phantom.add_argument("out", metavar="OUT", help="folder to write; must not exist")
+    phantom.add_argument("--seed", type=int, default=0)
+    phantom.add_argument("--train", type=int, default=300, metavar="N", help="training records per subset")
+    phantom.add_argument("--test", type=int, default=300, metavar="N", help="test records per subset")
+    check = add(kinds, "check", data_check, "report, per record of a tree, what is missing, broken, unsafe or duplicated")
+    check.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree")
+
+    convert = add(verbs, "convert", convert_weights, "released PyTorch checkpoint to Orbax, and back")
+    convert.add_argument("src", metavar="SRC")
+    convert.add_argument("dst", metavar="DST")
+    convert.add_argument("--to", choices=("orbax", "hf"), default="orbax")
+    convert.add_argument("--clip", default="", metavar="DIR", help="CLIP ViT-L/14-336, where SRC holds no vision tower")
+    parity = add(verbs, "parity", parity_check, "the same input through this port and the PyTorch reference")
+    parity.add_argument("src", metavar="SRC", help="a released (HF) model directory")
+    parity.add_argument("--inputs", default="", metavar="FILE.npz", help="numbers recorded elsewhere; no PyTorch needed")
+
+    for name, run, text in (
+        ("train", train_one, "one fine-tune"),
+        ("eval", eval_one, "scores and predictions of a checkpoint on subsets"),
+        ("reproduce", reproduce_grid, "a whole grid: base, cells, evaluation, report; run again, it goes on"),
+        ("bench", bench_here, "throughput here, of this port and of the reference, in one run"),
+    ):
+        verb = add(verbs, name, run, text)
+        verb.epilog = "--config.a.b=VALUE sets one field of the config."
+        verb.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
+        verb.add_argument("--workdir", default="", metavar="DIR")
+        if name == "reproduce":
+            verb.add_argument("--dry", action="store_true", help="list every cell with its size and stop")
+            verb.add_argument("--jobs", type=int, default=0, metavar="N", help="processes that share the grid's cells")
+        if name == "bench":
+            verb.add_argument("--against", choices=("torch",), default="")
+    report = add(verbs, "report", report_grid, "the page, tables and plots of a grid, from its files alone")
+    report.add_argument("dir", metavar="DIR", help="workdir of a grid")
+    return top
+
+
+def add(verbs, name: str, run, text: str) -> Parser:
+    verb = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+    verb.add_argument("--json", default="", metavar="FILE", help="also write the result as one JSON object")
+    verb.set_defaults(run=run)
+    return verb
+
+
+def resolved(args: argparse.Namespace) -> RunConfig:
+    from medcg_jax.config_file import load
+
+    if getattr(args, "jobs", 0):
+        args.overrides["study.jobs"] = str(args.jobs)
+    return load(args.config, args.overrides)
+
+
+def workdir(args: argparse.Namespace, run: RunConfig) -> Path:
+    return Path(args.workdir or Path("runs") / run.name)
+
+
+def data_phantom(args) -> dict:
+    from medcg_jax.data.phantom import PhantomSource, write_release
+
+    out = Path(args.out)
+    source = PhantomSource(seed=args.seed, train_records=args.train, test_records=args.test)
+    write_release(source, out)
+    print(f"{len(source.subsets)} subsets, {args.train} training and {args.test} test records each: {out}")
+    return {"out": str(out), "subsets": len(source.subsets), "fingerprint": source.fingerprint()}
+
+
+def data_check(args) -> dict:
+    from medcg_jax.data.check import check_tree, print_report
+
+    report = check_tree(Path(args.root))
+    print_report(report)
+    return report
+
+
+def convert_weights(args) -> dict:
+    from medcg_jax.weights.convert import convert
+
+    return convert(Path(args.src), Path(args.dst), to=args.to, clip=Path(args.clip) if args.clip else None)
+
+
+def parity_check(args) -> dict:
+    from medcg_jax.scale.parity import parity
+
+    return parity(Path(args.src), inputs=Path(args.inputs) if args.inputs else None)
+
+
+def train_one(args) -> dict:
+    from medcg_jax.train.run import train
+
+    run = resolved(args)
+    return train(run, workdir(args, run))
+
+
+def eval_one(args) -> dict:
+    from medcg_jax.eval.run import evaluate_run
+
+    run = resolved(args)
+    return evaluate_run(run, workdir(args, run))
+
+
+def reproduce_grid(args) -> dict:
+    from medcg_jax.study.grid import dry, reproduce
+
+    run = resolved(args)
+    return dry(run) if args.dry else reproduce(run, workdir(args, run))
+
+
+def report_grid(args) -> dict:
+    from medcg_jax.study.report import write_report
+
+    page = write_report(Path(args.dir))
+    print(page)
+    return {"page": str(page)}
+
+
+def bench_here(args) -> dict:
+    from medcg_jax.scale.bench import bench
+
+    return bench(resolved(args), against=args.against)
+
+
+def write_json(path: Path, result: dict) -> None:
+    """Writes `result` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
