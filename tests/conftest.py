@@ -1,0 +1,63 @@
+"""Settings and fixtures that every test shares: 8 simulated CPU devices, full matmul precision, the shared folder.
+
+The settings are environment variables, set before anything imports jax, so that processes which tests start have them too.
+"""
+
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_DEVICES = 8
+
+
+def settings() -> dict[str, str]:
+    """Environment variables of a test run; those that the caller has set already stay as they are."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        flags = f"{flags} --xla_force_host_platform_device_count={NUM_DEVICES}".strip()
+    wanted = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        # Compiled programs are kept between test runs: the same programs, only sooner.
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        # Workers share the cores: threads of torch that spin while they wait would halve the speed of the others.
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
+    return {"XLA_FLAGS": flags} | {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
+if "jax" in sys.modules:
+    raise RuntimeError("jax was imported before tests/conftest.py could ask for 8 simulated devices")
+os.environ.update(settings())
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder `shared` beside the checkout (paper tables, golden arrays, a small tree of real images)."""
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("../shared is not on this machine")
+    return path
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints how many tests were skipped and why, whatever flags pytest was given."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(reason(report) for report in skipped)
+    terminalreporter.section(f"skipped: {len(skipped)}")
+    for text, number in reasons.most_common():
+        terminalreporter.write_line(f"{number:5d}  {text}")
+
+
+def reason(report) -> str:
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return text.removeprefix("Skipped: ")
