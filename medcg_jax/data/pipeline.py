@@ -1,0 +1,128 @@
+"""Encoded records and the batches drawn from them by Grain.
+
+The order of the data depends on (seed, epoch, global index) alone: Grain shuffles and batches record *indices*, the
+same on every process, and each process then builds its own rows. One number, the batches drawn so far, is the whole
+state; it means the same on any number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+
+import grain
+import numpy as np
+
+from medcg_jax.data.encoding import Encoded
+
+Batch = dict[str, np.ndarray]
+
+
+class Batches:
+    """An endless iterator of `(batch, ids)`: this process's rows of each global batch, and their records' ids.
+
+    Args:
+      encoded: what to draw from.
+      batch_size: rows of the global batch.
+      seed: of the order.
+      weights: subset -> weight of its records in a batch (any positive scale; exact over long runs). None or empty:
+        every record once an epoch.
+      position: global batches drawn before.
+      process_index, process_count: this process owns rows [index * B / count, (index + 1) * B / count).
+      prefetch: batches built ahead in threads; 0 builds them when asked.
+
+    Attributes:
+      position: global batches drawn so far.
+
+    Raises:
+      ValueError: no records, a batch that the processes cannot split, or weights that do not fit the subsets.
+    """
+
+    def __init__(
+        self,
+        encoded: Encoded,
+        *,
+        batch_size: int,
+        seed: int,
+        weights: Mapping[str, float] | None = None,
+        position: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        prefetch: int | None = None,
+    ):
+        if not len(encoded):
+            raise ValueError("there are no records to draw batches from")
+        if batch_size < 1 or batch_size % process_count:
+            raise ValueError(f"batch_size={batch_size} cannot be split over {process_count} processes")
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index={process_index} of {process_count} processes")
+        rows = batch_size // process_count
+        mine = slice(process_index * rows, (process_index + 1) * rows)
+        stream = _stream(encoded, seed, weights or {})
+        batches = stream.batch(batch_size, batch_fn=np.asarray).map(lambda indices: encoded.rows(indices[mine]))
+        self._iterator = iter(batches.to_iter_dataset(_read_options(encoded, prefetch)))
+        self._iterator.set_state({"next_index": position})
+        self.position = position
+
+    def __iter__(self) -> Iterator[tuple[Batch, list[str]]]:
+        return self
+
+    def __next__(self) -> tuple[Batch, list[str]]:
+        drawn = next(self._iterator)
+        self.position += 1
+        return drawn
+
+    def close(self) -> None:
+        """Ends the threads that build ahead; nothing can be drawn afterwards."""
+        self._iterator.close()
+
+
+def eval_batches(
+    encoded: Encoded, batch_size: int, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[tuple[Batch, list[str]]]:
+    """Each record once and in order: `(batch, ids)` with this process's rows, `ids` only of rows that hold a record.
+
+    The last batch is filled with copies of its first row, whose `row_mask` is 0.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(f"batch_size={batch_size} cannot be split over {process_count} processes")
+    rows = batch_size // process_count
+    for start in range(0, len(encoded), batch_size):
+        places = np.arange(start + process_index * rows, start + (process_index + 1) * rows)
+        real = places < len(encoded)
+        batch, ids = encoded.rows(np.where(real, places, start))
+        batch["row_mask"] = real.astype(np.float32)
+        yield batch, ids[: int(real.sum())]
+
+
+def _stream(encoded: Encoded, seed: int, weights: Mapping[str, float]) -> grain.MapDataset:
+    """An endless dataset of record indices."""
+    if not weights:
+        return _shuffled(np.arange(len(encoded)), seed, "")
+    subsets = np.asarray([record.subset for record in encoded.records.records])
+    present = sorted(set(subsets.tolist()))
+    if sorted(weights) != present:
+        raise ValueError(f"subset_weights names {', '.join(sorted(weights))}; the records are of {', '.join(present)}")
+    wrong = {name: weight for name, weight in weights.items() if not 0 < weight < float("inf")}
+    if wrong:
+        raise ValueError(f"subset_weights has {wrong}; positive numbers are accepted")
+    parts = [_shuffled(np.flatnonzero(subsets == name), seed, name) for name in present]
+    return grain.MapDataset.mix(parts, weights=[weights[name] for name in present])
+
+
+def _shuffled(indices: np.ndarray, seed: int, name: str) -> grain.MapDataset:
+    # Grain adds the epoch to the seed, so nearby seeds must not be neighbours: seed 0's second epoch is not seed 1's
+    # first.
+    own = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
+    return grain.MapDataset.source(indices).shuffle(seed=own).repeat()
+
+
+def _read_options(encoded: Encoded, prefetch: int | None) -> grain.ReadOptions:
+    if encoded.pixels is not None:
+        # Copies of rows in memory: one thread is ahead of any model.
+        threads, prefetch = 1, 2 if prefetch is None else prefetch
+    else:
+        threads = min(16, os.cpu_count() or 1)
+        prefetch = threads if prefetch is None else prefetch
+    return grain.ReadOptions(num_threads=threads if prefetch else 0, prefetch_buffer_size=prefetch)

@@ -1,0 +1,149 @@
+"""Records of choice questions about images, sets of them with images loaded on demand, and what a source of sets offers."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+LETTERS = string.ascii_uppercase
+
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+
+class DataError(ValueError):
+    """Data cannot be used; the message is one line that names the file or record and the reason."""
+
+
+@dataclass(frozen=True)
+class Subset:
+    """All records of one modality, anatomical area and task. Counts are those a reader of the source gets."""
+
+    name: str
+    modality: str
+    area: str
+    task: str
+    labels: tuple[str, ...] = ()
+    num_train: int = 0
+    num_test: int = 0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One exchange: the text after `USER:` and the text after `ASSISTANT:`."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One example. A choice record has a single turn, whose answer is the letter.
+
+    Example:
+      Record(id="04/train/17", subset="04",
+             turns=(Turn("Grade the finding.\\nA: Benign\\nB: Malignant\\nAnswer with ...", "B"),),
+             options=("Benign", "Malignant"), answer="B", image="med-mat/IQ/m (3).jpg", data_no="201")
+    """
+
+    id: str
+    subset: str
+    turns: tuple[Turn, ...]
+    # Texts in letter order; () where the record is no choice question.
+    options: tuple[str, ...] = ()
+    answer: str = ""
+    # Path below the source's root, or a key of the source's own; "" where there is no image.
+    image: str = ""
+    data_no: str = ""
+
+    @property
+    def label(self) -> str:
+        """The text of the right option; "" where the record is no choice question."""
+        return self.options[LETTERS.index(self.answer)] if self.options else ""
+
+
+class RecordSet:
+    """Records with their images, in one order.
+
+    Args:
+      records: the records.
+      images: uint8[N, h, w, 3], or a sequence that gives uint8[h, w, 3] for an index when asked (a decoder).
+        What is asked of it for a record without an image is never looked at.
+    """
+
+    def __init__(self, records: Iterable[Record], images: np.ndarray | Sequence[np.ndarray]):
+        self.records = tuple(records)
+        self.images = images
+        if len(images) != len(self.records):
+            raise ValueError(f"{len(self.records)} records with {len(images)} images")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def image(self, index: int) -> np.ndarray:
+        """uint8[h, w, 3] of one record."""
+        return self.images[index]
+
+    def select(self, indices: Iterable[int]) -> RecordSet:
+        """The records at these places, in the order given."""
+        indices = [int(i) for i in indices]
+        return RecordSet([self.records[i] for i in indices], _pick([(self.images, i) for i in indices]))
+
+
+def concat(sets: Sequence[RecordSet]) -> RecordSet:
+    """One set of all records, in the order of the sets."""
+    records = [record for part in sets for record in part.records]
+    arrays = [part.images for part in sets if len(part)]
+    if arrays and all(isinstance(a, np.ndarray) and a.shape[1:] == arrays[0].shape[1:] for a in arrays):
+        return RecordSet(records, np.concatenate(arrays))
+    return RecordSet(records, _pick([(part.images, i) for part in sets for i in range(len(part))]))
+
+
+def empty_images() -> np.ndarray:
+    return np.zeros((0, 1, 1, 3), np.uint8)
+
+
+class _Picked(Sequence):
+    """Images by reference into other sequences, so that choosing and joining sets decodes nothing."""
+
+    def __init__(self, places: list[tuple[Sequence[np.ndarray], int]]):
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        images, place = self._places[index]
+        return images[place]
+
+
+def _pick(places: list[tuple[Sequence[np.ndarray], int]]) -> np.ndarray | _Picked:
+    """The images at these places: an array where all are of one array, references elsewhere."""
+    if not places:
+        return empty_images()
+    first = places[0][0]
+    if isinstance(first, np.ndarray) and all(images is first for images, _ in places):
+        return first[[i for _, i in places]]
+    # A place in a _Picked is replaced by what it points at: chains stay one step long.
+    flat = [images._places[i] if isinstance(images, _Picked) else (images, i) for images, i in places]
+    return _Picked(flat)
+
+
+class Source(Protocol):
+    """Where records come from: the phantom world or a Med-MAT tree."""
+
+    subsets: tuple[Subset, ...]
+
+    def records(self, subset: str, split: Split) -> RecordSet:
+        """The records of one subset and split, checked; the same ones at each call.
+
+        Raises:
+          DataError: no such subset, or a record is broken.
+        """
+
+    def fingerprint(self) -> str:
+        """A digest of everything the records depend on."""

@@ -1,0 +1,36 @@
+"""The source of records that a configuration names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from medcg_jax.data.records import DataError, Source
+from medcg_jax.run_config import SOURCES, DataConfig
+
+
+def open_source(config: DataConfig) -> Source:
+    """The phantom world (`source="phantom"`, drawn from `seed`) or the Med-MAT tree at `root` (`source="release"`).
+
+    Raises:
+      DataError: an unknown source, or a root that is missing or no Med-MAT tree.
+    """
+    if config.source == "phantom":
+        from medcg_jax.data.phantom import PhantomSource
+
+        return PhantomSource(seed=config.seed)
+    if config.source == "release":
+        from medcg_jax.data.release import ReleaseSource
+
+        return ReleaseSource(config.root, config)
+    raise DataError(f"data.source={config.source!r}; {' or '.join(SOURCES)} is accepted")
+
+
+def require_subsets(source: Source, names: Sequence[str]) -> None:
+    """Raises DataError, with close matches, when the source lacks one of the subsets named."""
+    known = [subset.name for subset in source.subsets]
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            raise DataError(f"subset {name!r} does not exist; {hint}there are {', '.join(known)}")
