@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The tests from nothing: bash launch/test.sh [pytest arguments]
+# Makes .venv, installs the project with PyTorch for the parity tests, and runs the suite on 8 simulated devices.
+# Where the environment is Python 3.11 and a 3.12 is found too, .venv312 then runs what needs no PyTorch on the newer JAX.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/venv.sh
+
+if [ -x .venv/bin/python ] && [ -z "${PYTHON:-}" ]; then python=.venv/bin/python; else python="$(choose_python)"; fi
+second="$(find_python 3.12 || true)"
+install_project .venv "$python" test,parity
+
+# Two workers keep two cores busy; a file's tests stay on one worker, where they share what they compiled.
+run_tests() {
+    local venv="$1"
+    shift
+    say "$("$venv/bin/python" -c 'import platform; from importlib.metadata import version as v
+print("Python", platform.python_version(), "| jax", v("jax"), "| flax", v("flax"))')"
+    "$venv/bin/python" -m pytest -q -n "${TEST_WORKERS:-2}" --dist=loadfile --durations=10 "$@" </dev/null
+}
+
+status=0
+run_tests .venv "$@" || status=$?
+if [ -n "$second" ] && [ "$(version_of .venv/bin/python)" = 3.11 ]; then
+    install_project .venv312 "$second" test
+    run_tests .venv312 "$@" || status=$?
+else
+    say "no second run: it needs Python 3.11 for the first and a 3.12 beside it"
+fi
+exit "$status"

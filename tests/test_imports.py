@@ -1,0 +1,153 @@
+"""How the code hangs together: imports run one way, files stay short, and two parts work where packages are missing."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "medcg_jax"
+MAX_LINES = 400
+
+# Room (or file) of the package -> what of the package it may import. From DESIGN.md's layout, with what may be
+# imported by all: `axes` and `run_config`, which hold names and plain values only.
+BASICS = {"axes", "run_config"}
+ALLOWED: dict[str, set[str]] = {
+    "__init__": set(),
+    "axes": set(),
+    "run_config": {"axes"},
+    "config_file": {"run_config"},
+    "mesh": BASICS,
+    "nn": BASICS,
+    "models": BASICS | {"nn", "mesh"},
+    "weights": BASICS | {"nn", "mesh", "models"},
+    "data": BASICS,
+    "train": BASICS | {"mesh", "nn", "models", "weights", "data"},
+    "eval": BASICS | {"mesh", "nn", "models", "weights", "data", "train"},
+    "study": BASICS | {"mesh", "nn", "models", "weights", "data", "train", "eval"},
+    "scale": BASICS | {"mesh", "nn", "models", "weights", "data", "train", "eval"},
+}
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "cli.py")
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(source: str) -> set[str]:
+    """Top-level names of every import in `source`, at any depth; ours as "medcg_jax.ROOM"."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import; write it out"
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for module in modules:
+            parts = module.split(".")
+            names.add(".".join(parts[:2]) if parts[0] == "medcg_jax" else parts[0])
+    return names
+
+
+def forbidden(name: str, source: str) -> set[str]:
+    """What `source`, standing in room `name`, imports of the package and may not."""
+    ours = {item.partition(".")[2] for item in imported(source) if item.startswith("medcg_jax")}
+    return ours - ALLOWED[name] - {name}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    assert room(path) in ALLOWED, f"{room(path)} is not in DESIGN.md's layout"
+    assert not forbidden(room(path), path.read_text())
+
+
+def test_an_import_against_the_direction_is_seen():
+    assert forbidden("nn", "def f():\n    from medcg_jax.train import loop") == {"train"}
+    assert forbidden("models", "import medcg_jax.study.grid") == {"study"}
+    assert forbidden("scale", "from medcg_jax import study, mesh") == {"study"}
+    assert not forbidden("study", "from medcg_jax.eval.run import evaluate")
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "data").glob("*.py")), ids=lambda path: path.name)
+def test_data_names_no_jax(path):
+    assert not imported(path.read_text()) & {"jax", "jaxlib", "flax", "optax"}
+
+
+def code_files() -> list[Path]:
+    folders = ("medcg_jax", "configs", "tests", "launch")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sh", ".j2")]
+    return sorted(files)
+
+
+def test_files_are_short():
+    long = {str(path.relative_to(ROOT)): n for path in code_files() if (n := len(path.read_text().splitlines())) > MAX_LINES}
+    assert code_files() and not long, f"longer than {MAX_LINES} lines: {long}"
+
+
+def run_without(packages: tuple[str, ...], program: str) -> subprocess.CompletedProcess:
+    """Runs `program` in a fresh Python in which importing any of `packages` fails."""
+    block = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {packages!r}:
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+sys.meta_path.insert(0, Block())
+"""
+    return subprocess.run(
+        [sys.executable, "-c", block + program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+# Grain itself imports jax where it finds it, so `sys.modules` would prove nothing.
+DATA_PROGRAM = """
+import importlib, pkgutil
+import medcg_jax.data
+for module in pkgutil.iter_modules(medcg_jax.data.__path__):
+    importlib.import_module(f"medcg_jax.data.{module.name}")
+from medcg_jax.data import pipeline, phantom, tokenizer
+from medcg_jax.run_config import DataConfig
+source = phantom.PhantomSource(seed=0, train_records=8, test_records=4)
+records = source.records(source.subsets[0].name, "train")
+encoded = pipeline.encode(records, tokenizer.load_tokenizer(""), DataConfig(), image_size_px=64, num_image_tokens=16)
+batch, ids = next(iter(pipeline.Batches(encoded, batch_size=4, seed=0)))
+print(batch["pixels"].shape, len(ids))
+"""
+MODEL_PROGRAM = """
+import importlib, pkgutil
+import medcg_jax.models, medcg_jax.nn, medcg_jax.mesh
+for package in (medcg_jax.models, medcg_jax.nn):
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+import medcg_jax.train.step, medcg_jax.train.optim, medcg_jax.train.losses
+import medcg_jax.scale.flops, medcg_jax.scale.bench
+print("imported")
+"""
+
+
+def test_data_works_without_jax():
+    done = run_without(("jax", "jaxlib", "flax"), DATA_PROGRAM)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "(4, 1, 64, 64, 3) 4"
+
+
+def test_models_and_the_step_import_on_a_bare_gpu_machine():
+    missing = ("grain", "ml_collections", "tensorflow_datasets", "PIL", "tensorboardX", "tqdm")
+    done = run_without(missing, MODEL_PROGRAM)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_blocked_package_is_missed():
+    done = run_without(("jax",), "import medcg_jax.mesh")
+    assert done.returncode != 0 and "jax is blocked" in done.stderr
+
+
+def test_every_room_is_packaged():
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    rooms = {f"medcg_jax.{path.parent.name}" for path in PACKAGE.glob("*/__init__.py")}
+    assert listed == rooms | {"medcg_jax", "medcg_jax.configs"}
