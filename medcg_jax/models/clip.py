@@ -1,0 +1,108 @@
+"""CLIP's vision tower as LLaVA uses it: the patch tokens of an inner layer, without the class token.
+
+The layers after the feature layer, and the norm after the last one, belong to the checkpoint and to nothing that is
+computed. `ClipUnused` holds them, so that a round trip to the released layout loses no tensor; they are never run.
+Source: huggingface/transformers:models/clip/modeling_clip.py at 5.23.0; feature layer as haotian-liu/LLaVA:
+llava/model/multimodal_encoder/clip_encoder.py at c121f04.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from medcg_jax.nn.blocks import ClipBlock, run_stack
+from medcg_jax.nn.context import constrain
+from medcg_jax.nn.layers import Dense, LayerNorm, normal, param
+
+
+@dataclass(frozen=True)
+class ClipVisionConfig:
+    """The defaults are CLIP ViT-L/14 at 336 pixels."""
+
+    image_size_px: int = 336
+    patch_size_px: int = 14
+    num_layers: int = 24
+    # Index into [embeddings, layer 1's output, ...], from the end when negative.
+    feature_layer: int = -2
+    embed_dim: int = 1024
+    num_heads: int = 16
+    mlp_dim: int = 4096
+    norm_eps: float = 1e-5
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self):
+        if self.image_size_px % self.patch_size_px:
+            raise ValueError(f"image_size_px={self.image_size_px} is no multiple of patch_size_px={self.patch_size_px}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"vision embed_dim={self.embed_dim} is no multiple of num_heads={self.num_heads}")
+        if not 1 <= self.num_run_layers <= self.num_layers:
+            raise ValueError(
+                f"feature_layer={self.feature_layer}: one that runs between 1 and all {self.num_layers} layers is accepted"
+            )
+
+    @property
+    def num_run_layers(self) -> int:
+        return self.feature_layer if self.feature_layer >= 0 else self.num_layers + 1 + self.feature_layer
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size_px // self.patch_size_px) ** 2
+
+
+class ClipVision(nnx.Module):
+    """The layers that run: pixels to patch features, float[B, P, E], row by row from the top left."""
+
+    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, unroll: int, remat: str):
+        made = dict(rngs=rngs, dtype=dtype)
+        self.config, self.unroll, self.remat = config, unroll, remat
+        width, patch = config.embed_dim, config.patch_size_px
+        self.patch = Dense("bpc,ce->bpe", (patch * patch * 3, width), ("patch", "vision_embed"), use_bias=False, **made)
+        self.class_token = param(normal(width**-0.5), (width,), ("vision_embed",), **made)
+        self.positions = param(normal(width**-0.5), (config.num_patches + 1, width), ("pos", "vision_embed"), **made)
+        self.norm = LayerNorm(width, eps=config.norm_eps, **made)
+        self.blocks = _stack(config, config.num_run_layers, **made)
+
+    def __call__(self, pixels: jax.Array, *, dtype, attention: str) -> jax.Array:
+        """pixels: uint8[B, h, w, 3], or float[B, h, w, 3] already normalised."""
+        x = self.patch(_patches(normalise(pixels, self.config), self.config.patch_size_px).astype(dtype))
+        first = jnp.broadcast_to(self.class_token[...].astype(dtype), (x.shape[0], 1, x.shape[2]))
+        x = jnp.concatenate([first, x], axis=1) + self.positions[...].astype(dtype)
+        x = constrain(self.norm(x), "act_batch", "act_len", "act_embed")
+
+        def body(block, x, _):
+            return block(x, implementation=attention), None
+
+        x, _ = run_stack(self.blocks, body, x, unroll=self.unroll, remat=self.remat)
+        return x[:, 1:]
+
+
+class ClipUnused(nnx.Module):
+    """What a CLIP checkpoint holds behind the feature layer: kept for the round trip, never run or trained."""
+
+    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        rest = config.num_layers - config.num_run_layers
+        self.blocks = _stack(config, rest, rngs=rngs, dtype=dtype) if rest else None
+        self.norm = LayerNorm(config.embed_dim, eps=config.norm_eps, rngs=rngs, dtype=dtype)
+
+
+def _stack(config: ClipVisionConfig, num: int, *, rngs, dtype) -> ClipBlock:
+    shape = config.embed_dim, config.num_heads, config.mlp_dim
+    return ClipBlock(*shape, eps=config.norm_eps, rngs=rngs, dtype=dtype, stack=(num,))
+
+
+def normalise(pixels: jax.Array, config: ClipVisionConfig) -> jax.Array:
+    """float32 pixels, (x / 255 - mean) / std per channel where `pixels` is uint8; float pixels as they are."""
+    if pixels.dtype != jnp.uint8:
+        return pixels
+    mean, std = jnp.asarray(config.image_mean), jnp.asarray(config.image_std)
+    return pixels.astype(jnp.float32) * (1 / (255 * std)) - mean / std
+
+
+def _patches(pixels: jax.Array, size: int) -> jax.Array:
+    """float[B, P, size * size * 3]: the pixels of each patch in the order row, column, channel."""
+    batch, height, width, channels = pixels.shape
+    x = pixels.reshape(batch, height // size, size, width // size, size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)

@@ -1,0 +1,101 @@
+"""The Llama decoder (Vicuna): embedding, blocks with grouped-query attention, final norm, untied head, KV cache.
+
+Source: huggingface/transformers:models/llama/modeling_llama.py at 5.23.0.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from medcg_jax.nn.blocks import DecoderBlock, run_stack
+from medcg_jax.nn.context import constrain
+from medcg_jax.nn.layers import Dense, Embedding, RMSNorm
+from medcg_jax.nn.rope import count_positions, rope_angles
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The defaults are Vicuna-7B v1.5."""
+
+    vocab_size: int = 32000
+    num_layers: int = 32
+    embed_dim: int = 4096
+    num_heads: int = 32
+    num_kv_heads: int = 32
+    head_dim: int = 128
+    mlp_dim: int = 11008
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    # Positions the released model was trained on; nothing is allocated by it.
+    max_positions: int = 4096
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions turn pairs")
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, unroll: int, remat: str):
+        made = dict(rngs=rngs, dtype=dtype)
+        self.config, self.unroll, self.remat = config, unroll, remat
+        width = config.embed_dim
+        self.embed = Embedding(config.vocab_size, width, ("vocab", "embed"), **made)
+        self.blocks = DecoderBlock(
+            width, config.num_heads, config.num_kv_heads, config.head_dim, config.mlp_dim,
+            eps=config.norm_eps, stack=(config.num_layers,), **made,
+        )  # fmt: skip
+        self.norm = RMSNorm(width, eps=config.norm_eps, **made)
+        self.head = Dense("...d,dv->...v", (width, config.vocab_size), ("embed", "vocab"), use_bias=False, **made)
+
+    def __call__(self, x, *, segment_ids=None, positions=None, cache=None, attention: str = "auto"):
+        """(hidden float[B, T, D] after the final norm, the cache with these tokens in it or None).
+
+        x: float[B, T, D] embedded tokens.
+        segment_ids: int[B, T], 0 on padding; None: all real.
+        positions: int[B, T]; None: counted over the real tokens of the row (and of the cache).
+        cache: what `init_cache` gave, or an earlier call; its slots must suffice for T more tokens.
+        """
+        if segment_ids is None and (cache is not None or positions is None):
+            segment_ids = jnp.ones(x.shape[:2], jnp.int32)
+        if positions is None:
+            positions = count_positions(segment_ids)
+            positions += 0 if cache is None else (cache["segment_ids"] != 0).sum(axis=-1, keepdims=True)
+        angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        x = constrain(x, "act_batch", "act_len", "act_embed")
+        shared, per_layer = {}, None
+        if cache is not None:
+            slots = jax.lax.dynamic_update_slice(
+                cache["segment_ids"], segment_ids.astype(jnp.int32), (0, cache["index"])
+            )
+            shared, per_layer = {"segment_ids": slots, "index": cache["index"]}, (cache["k"], cache["v"])
+
+        def body(block, x, own):
+            own = None if own is None else {"k": own[0], "v": own[1], **shared}
+            x, kept = block(x, angles=angles, segment_ids=segment_ids, cache=own, implementation=attention)
+            return x, None if own is None else kept
+
+        num_tokens = x.shape[1]
+        x, kept = run_stack(self.blocks, body, x, per_layer, unroll=self.unroll, remat=self.remat)
+        if cache is not None:
+            cache = {"k": kept[0], "v": kept[1], "segment_ids": slots, "index": cache["index"] + num_tokens}
+        return self.norm(x), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32[..., V] for hidden[..., D]."""
+        kernel = self.head.kernel[...].astype(hidden.dtype)
+        return jnp.einsum(self.head.equation, hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def init_cache(config: DecoderConfig, batch: int, length: int, dtype) -> dict[str, jax.Array]:
+    """An empty cache with `length` slots a row: k, v [layers, B, length, K, H], segment_ids, index of the next slot."""
+    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    return {
+        "k": jnp.zeros(shape, dtype),
+        "v": jnp.zeros(shape, dtype),
+        "segment_ids": jnp.zeros((batch, length), jnp.int32),
+        "index": jnp.zeros((), jnp.int32),
+    }

@@ -1,0 +1,163 @@
+"""LLaVA-1.5: CLIP's patch features through a two-layer projector into a Llama decoder.
+
+Source: huggingface/transformers:models/llava/modeling_llava.py at 5.23.0, haotian-liu/LLaVA at c121f04;
+arXiv 2310.03744.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from medcg_jax.models import decoder as decoder_lib
+from medcg_jax.models.clip import ClipUnused, ClipVision, ClipVisionConfig
+from medcg_jax.models.decoder import Decoder, DecoderConfig
+from medcg_jax.models.merge import merge_images
+from medcg_jax.nn.layers import Dense, gelu
+
+
+@dataclass(frozen=True)
+class LlavaConfig:
+    """Architecture, special tokens, and how it runs; the defaults are LLaVA-1.5-7B."""
+
+    vision: ClipVisionConfig = ClipVisionConfig()
+    text: DecoderConfig = DecoderConfig()
+    # May lie outside the vocabulary (32000 rows are 0..31999): its row is never read.
+    image_token_id: int = 32000
+    pad_token_id: int = 0
+    eos_token_id: int = 2
+    compute_dtype: str = "float32"
+    # As `ModelConfig`'s fields of these names.
+    attention: str = "auto"
+    remat: str = "none"
+    scan_unroll: int = 0
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.vision.num_patches
+
+    @property
+    def image_size_px(self) -> int:
+        return self.vision.image_size_px
+
+
+def llava15_7b(**fields) -> LlavaConfig:
+    """LLaVA-1.5-7B: 7,062,902,784 parameters in the checkpoint. `fields` are LlavaConfig's own."""
+    return LlavaConfig(**fields)
+
+
+def llava15_13b(**fields) -> LlavaConfig:
+    text = DecoderConfig(num_layers=40, embed_dim=5120, num_heads=40, num_kv_heads=40, mlp_dim=13824)
+    return LlavaConfig(**{"text": text, **fields})
+
+
+def llava15_tiny(
+    vocab_size: int,
+    image_token_id: int,
+    *,
+    pad_token_id: int = 0,
+    eos_token_id: int = 2,
+    image_size_px: int = 32,
+    patch_size_px: int = 8,
+    embed_dim: int = 64,
+    num_vision_layers: int = 3,
+    num_vision_heads: int = 2,
+    vision_mlp_dim: int = 192,
+    num_layers: int = 3,
+    num_heads: int = 2,
+    num_kv_heads: int = 2,
+    mlp_dim: int = 128,
+    rope_theta: float = 100.0,
+    **fields,
+) -> LlavaConfig:
+    """The same architecture for the phantom world: thousands of steps on a CPU. `fields` are LlavaConfig's own."""
+    vision = ClipVisionConfig(
+        image_size_px=image_size_px, patch_size_px=patch_size_px, num_layers=num_vision_layers, embed_dim=embed_dim,
+        num_heads=num_vision_heads, mlp_dim=vision_mlp_dim,
+    )  # fmt: skip
+    text = DecoderConfig(
+        vocab_size=vocab_size, num_layers=num_layers, embed_dim=embed_dim, num_heads=num_heads,
+        num_kv_heads=num_kv_heads, head_dim=embed_dim // num_heads, mlp_dim=mlp_dim, rope_theta=rope_theta,
+        max_positions=512,
+    )  # fmt: skip
+    ids = dict(image_token_id=image_token_id, pad_token_id=pad_token_id, eos_token_id=eos_token_id)
+    return LlavaConfig(vision, text, **ids, **fields)
+
+
+class Projector(nnx.Module):
+    """Image features to the decoder's width: dense, exact GELU, dense."""
+
+    def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        width, out = config.vision.embed_dim, config.text.embed_dim
+        made = dict(use_bias=True, rngs=rngs, dtype=dtype)
+        self.up = Dense("bpe,ef->bpf", (width, out), ("vision_embed", "mlp"), **made)
+        self.down = Dense("bpf,fd->bpd", (out, out), ("mlp", "embed"), **made)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(gelu(self.up(x)))
+
+
+class Llava(nnx.Module):
+    """Submodules: `vision`, `projector`, `decoder`, and `unused` (tensors of the checkpoint that nothing computes)."""
+
+    def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs, dtype=None, param_dtype=jnp.float32):
+        made = dict(rngs=rngs, dtype=param_dtype)
+        runs = dict(unroll=config.scan_unroll, remat=config.remat)
+        self.config = config
+        self.dtype = jnp.dtype(config.compute_dtype if dtype is None else dtype)
+        self.vision = ClipVision(config.vision, **made, **runs)
+        self.projector = Projector(config, **made)
+        self.decoder = Decoder(config.text, **made, **runs)
+        self.unused = ClipUnused(config.vision, **made)
+
+    def encode_images(self, pixels: jax.Array) -> jax.Array:
+        """float[B, I * P, D] features of each row's images, one image behind the other.
+
+        pixels: uint8[B, I, h, w, 3], or float[B, I, h, w, 3] already normalised.
+
+        Raises:
+          ValueError: another rank, or images that are not `image_size_px` square with three channels.
+        """
+        size = self.config.image_size_px
+        if pixels.ndim != 5 or pixels.shape[2:] != (size, size, 3):
+            raise ValueError(f"pixels {pixels.shape}: [batch, images, {size}, {size}, 3] is accepted")
+        rows, images = pixels.shape[:2]
+        flat = pixels.reshape(rows * images, size, size, 3)
+        features = self.projector(self.vision(flat, dtype=self.dtype, attention=self.config.attention))
+        return features.reshape(rows, images * self.config.num_image_tokens, -1)
+
+    def hidden(
+        self, tokens, pixels=None, *, segment_ids=None, positions=None, cache=None, image_features=None
+    ) -> tuple[jax.Array, dict | None]:
+        """(float[B, T, D] after the final norm, the cache with these tokens in it or None).
+
+        tokens: int[B, T], every image as `num_image_tokens` copies of `image_token_id`.
+        pixels: as in `encode_images`; or image_features: what it gave; neither: the rows hold no image token.
+        segment_ids, positions, cache: as in `Decoder`.
+
+        Raises:
+          ValueError: shapes that do not fit each other.
+        """
+        for name, ids in (("tokens", tokens), ("segment_ids", segment_ids), ("positions", positions)):
+            if ids is not None and ids.shape != tokens.shape or tokens.ndim != 2:
+                raise ValueError(f"{name} {ids.shape} beside tokens {tokens.shape}: [batch, length] is accepted for both")
+        is_image = tokens == self.config.image_token_id
+        x = self.decoder.embed(jnp.where(is_image, self.config.pad_token_id, tokens), self.dtype)
+        if pixels is not None:
+            image_features = self.encode_images(pixels)
+        if image_features is not None:
+            x = merge_images(x, image_features, is_image)
+        rest = dict(segment_ids=segment_ids, positions=positions, cache=cache)
+        return self.decoder(x, attention=self.config.attention, **rest)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32[..., V] for hidden[..., D]."""
+        return self.decoder.logits(hidden)
+
+    def init_cache(self, batch: int, length: int, dtype=None) -> dict[str, jax.Array]:
+        return decoder_lib.init_cache(self.config.text, batch, length, self.dtype if dtype is None else dtype)
+
+    def __call__(self, tokens, pixels=None, **rest) -> jax.Array:
+        """float32[B, T, V]: logits at every position; arguments as in `hidden`."""
+        return self.logits(self.hidden(tokens, pixels, **rest)[0])

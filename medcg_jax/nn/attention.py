@@ -1,0 +1,88 @@
+"""Scaled dot-product attention: one function, three implementations with the same numbers.
+
+`plain` is einsum and softmax, and holds everything: any offset, left padding, packed segments. `splash` (TPU) and
+`cudnn` (GPU) live in `medcg_jax.nn.kernels` and run under `shard_map` over the mesh in context.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from medcg_jax.nn import kernels
+from medcg_jax.nn.context import platform
+
+IMPLEMENTATIONS = ("auto", "plain", "splash", "cudnn")
+# Finite, so that a row that may attend nothing (padding) is a plain mean and its gradient no NaN.
+MASKED = -1e30
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool,
+    segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    q_offset: jax.Array | int | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Weighted sums of `v`, float[B, T, N, H] in q's dtype; rows of padding hold nothing meaningful.
+
+    q: float[B, T, N, H]. k, v: float[B, S, K, H]; N is a multiple of K, head n reads head n // (N / K).
+    causal: query i sees keys 0 .. i + q_offset.
+    segment_ids: int[B, T], 0 on padding; a query sees the keys of its own segment. None: all real, one segment.
+    kv_segment_ids: int[B, S]; None: `segment_ids`.
+    q_offset: index among the keys of the first query, as when decoding into a cache; None: 0, and T == S.
+    implementation: "plain", "splash", "cudnn", or "auto": by the platform compiled for (TPU splash, GPU in
+      16 bits cudnn, else plain; plain whenever q_offset is given). cudnn reads segment_ids as lengths: ones, then
+      zeros, so right-padded rows that are not packed.
+
+    Raises:
+      ValueError: an unknown implementation, heads that do not divide, or a kernel asked for what it cannot do.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention={implementation!r}; accepted: {', '.join(IMPLEMENTATIONS)}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key heads")
+    own_keys = q_offset is None and kv_segment_ids is None
+    if implementation == "auto":
+        implementation = _choose(platform(), q.dtype) if own_keys else "plain"
+    if implementation == "plain":
+        return _plain(q, k, v, causal, segment_ids, kv_segment_ids, q_offset)
+    if not own_keys or q.shape[1] != k.shape[1]:
+        raise ValueError(f"attention={implementation!r} cannot decode into a cache; accepted there: plain, auto")
+    kernel = kernels.splash if implementation == "splash" else kernels.cudnn
+    return kernels.sharded(kernel, q, k, v, segment_ids, causal=causal)
+
+
+def _choose(platform_name: str, dtype) -> str:
+    if platform_name == "tpu":
+        return "splash"
+    # cuDNN's fused attention takes 16-bit numbers only.
+    return "cudnn" if platform_name == "gpu" and jnp.dtype(dtype).itemsize == 2 else "plain"
+
+
+def _plain(q, k, v, causal, segment_ids, kv_segment_ids, q_offset) -> jax.Array:
+    num_queries, num_heads, head_dim = q.shape[1:]
+    num_keys, num_kv_heads = k.shape[1:3]
+    q = q.reshape(*q.shape[:2], num_kv_heads, num_heads // num_kv_heads, head_dim)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    allowed = _allowed(num_queries, num_keys, causal, segment_ids, kv_segment_ids, 0 if q_offset is None else q_offset)
+    if allowed is not None:
+        scores = jnp.where(allowed[:, None, None], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
+    return out.reshape(*out.shape[:2], num_heads, head_dim)
+
+
+def _allowed(num_queries, num_keys, causal, segment_ids, kv_segment_ids, q_offset) -> jax.Array | None:
+    """bool[B or 1, T, S] which query sees which key; None: all."""
+    allowed = None
+    if causal:
+        queries = jnp.arange(num_queries)[:, None] + q_offset
+        allowed = (queries >= jnp.arange(num_keys))[None]
+    if segment_ids is not None:
+        keys = segment_ids if kv_segment_ids is None else kv_segment_ids
+        same = (segment_ids[:, :, None] == keys[:, None, :]) & (keys != 0)[:, None, :]
+        allowed = same if allowed is None else allowed & same
+    return allowed

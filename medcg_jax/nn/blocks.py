@@ -1,0 +1,113 @@
+"""Transformer blocks (CLIP's and Llama's), and the one loop that runs a stack of them.
+
+A stack is one block whose parameters have a leading `layer` axis; `run_stack` scans over it.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from medcg_jax.nn.attention import attention
+from medcg_jax.nn.context import constrain, platform
+from medcg_jax.nn.layers import Dense, LayerNorm, RMSNorm, Stack, quick_gelu
+from medcg_jax.nn.rope import Angles, rotate
+
+# Name in the config -> policy of `jax.checkpoint` ("none": no checkpoint at all).
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class ClipBlock(nnx.Module):
+    """Pre-norm encoder block of CLIP: biases everywhere, quick_gelu, every token sees every token."""
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, *, eps: float, rngs, dtype, stack: Stack = ()):
+        made = dict(use_bias=True, rngs=rngs, dtype=dtype, stack=stack)
+        heads = (embed_dim, num_heads, embed_dim // num_heads), ("vision_embed", "vision_heads", "head_dim")
+        self.norm1 = LayerNorm(embed_dim, eps=eps, rngs=rngs, dtype=dtype, stack=stack)
+        self.q = Dense("btd,dnh->btnh", *heads, **made)
+        self.k = Dense("btd,dnh->btnh", *heads, **made)
+        self.v = Dense("btd,dnh->btnh", *heads, **made)
+        self.out = Dense("btnh,nhd->btd", heads[0][1:] + heads[0][:1], heads[1][1:] + heads[1][:1], **made)
+        self.norm2 = LayerNorm(embed_dim, eps=eps, rngs=rngs, dtype=dtype, stack=stack)
+        self.up = Dense("btd,df->btf", (embed_dim, mlp_dim), ("vision_embed", "vision_mlp"), **made)
+        self.down = Dense("btf,fd->btd", (mlp_dim, embed_dim), ("vision_mlp", "vision_embed"), **made)
+
+    def __call__(self, x: jax.Array, *, implementation: str) -> jax.Array:
+        y = self.norm1(x)
+        q, k, v = (constrain(f(y), "act_batch", "act_len", "act_heads", None) for f in (self.q, self.k, self.v))
+        x = x + self.out(attention(q, k, v, causal=False, implementation=implementation))
+        hidden = constrain(quick_gelu(self.up(self.norm2(x))), "act_batch", "act_len", "act_mlp")
+        return constrain(x + self.down(hidden), "act_batch", "act_len", "act_embed")
+
+
+class DecoderBlock(nnx.Module):
+    """Llama's block: RMS norms, grouped-query attention with rotary positions, SwiGLU, no biases."""
+
+    def __init__(
+        self, embed_dim, num_heads, num_kv_heads, head_dim, mlp_dim, *, eps: float, rngs, dtype, stack: Stack = ()
+    ):
+        made = dict(use_bias=False, rngs=rngs, dtype=dtype, stack=stack)
+        kv_heads = (embed_dim, num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim")
+        self.norm1 = RMSNorm(embed_dim, eps=eps, rngs=rngs, dtype=dtype, stack=stack)
+        self.q = Dense("btd,dnh->btnh", (embed_dim, num_heads, head_dim), ("embed", "heads", "head_dim"), **made)
+        self.k = Dense("btd,dkh->btkh", *kv_heads, **made)
+        self.v = Dense("btd,dkh->btkh", *kv_heads, **made)
+        self.out = Dense("btnh,nhd->btd", (num_heads, head_dim, embed_dim), ("heads", "head_dim", "embed"), **made)
+        self.norm2 = RMSNorm(embed_dim, eps=eps, rngs=rngs, dtype=dtype, stack=stack)
+        self.gate = Dense("btd,df->btf", (embed_dim, mlp_dim), ("embed", "mlp"), **made)
+        self.up = Dense("btd,df->btf", (embed_dim, mlp_dim), ("embed", "mlp"), **made)
+        self.down = Dense("btf,fd->btd", (mlp_dim, embed_dim), ("mlp", "embed"), **made)
+
+    def __call__(self, x, *, angles: Angles, segment_ids, cache=None, implementation: str):
+        """(x after the block, the layer's keys and values in the cache).
+
+        cache: None, or a dict of one layer's `k`, `v` [B, S, K, H], the `segment_ids` int[B, S] of all its slots
+          (those of x included) and `index`, the slot of x's first token.
+        """
+        y = self.norm1(x)
+        q, k, v = (constrain(f(y), "act_batch", "act_len", "act_heads", None) for f in (self.q, self.k, self.v))
+        q, k = rotate(q, angles), rotate(k, angles)
+        if cache is None:
+            y = attention(q, k, v, causal=True, segment_ids=segment_ids, implementation=implementation)
+        else:
+            start = (0, cache["index"], 0, 0)
+            k = jax.lax.dynamic_update_slice(cache["k"], k.astype(cache["k"].dtype), start)
+            v = jax.lax.dynamic_update_slice(cache["v"], v.astype(cache["v"].dtype), start)
+            y = attention(
+                q, k.astype(q.dtype), v.astype(q.dtype), causal=True, segment_ids=segment_ids,
+                kv_segment_ids=cache["segment_ids"], q_offset=cache["index"], implementation="plain",
+            )  # fmt: skip
+        x = x + self.out(y)
+        y = self.norm2(x)
+        hidden = constrain(jax.nn.silu(self.gate(y)) * self.up(y), "act_batch", "act_len", "act_mlp")
+        return constrain(x + self.down(hidden), "act_batch", "act_len", "act_embed"), (k, v)
+
+
+def run_stack(blocks: nnx.Module, body, x: jax.Array, per_layer=None, *, unroll: int, remat: str):
+    """(x after every layer of `blocks`, what `body` gave per layer, stacked): one `lax.scan`.
+
+    body(block, x, slice of per_layer) -> (x, out): one layer; `block` has no layer axis.
+    unroll: layers per iteration; 0: all on CPU, 1 elsewhere.
+    remat: a name in `REMAT_POLICIES`: what the backward pass keeps of a layer.
+
+    Raises:
+      ValueError: an unknown remat name.
+    """
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat={remat!r}; accepted: {', '.join(REMAT_POLICIES)}")
+    graphdef, params = nnx.split(blocks)
+    # Cast before the scan: a sharded weight then travels in the compute dtype.
+    params = jax.tree.map(lambda w: w.astype(x.dtype), params)
+    num_layers = jax.tree.leaves(params)[0].shape[0]
+    unroll = unroll or (num_layers if platform() == "cpu" else 1)
+
+    def layer(x, scanned):
+        layer_params, own = scanned
+        return body(nnx.merge(graphdef, layer_params), x, own)
+
+    if remat != "none":
+        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(layer, x, (params, per_layer), unroll=min(unroll, num_layers))

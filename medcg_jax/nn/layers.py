@@ -1,0 +1,115 @@
+"""Parameters with logical axis names, and the layers made of them: dense by einsum, norms, embedding, activations.
+
+A parameter is an `nnx.Param` whose metadata `axes` names its axes (`medcg_jax.axes.RULES`); nothing here needs a
+mesh. `stack` adds a leading `layer` axis, so that one module holds all layers of a stack (`nn.blocks.run_stack`).
+A layer computes in the dtype of what it is given; norms compute in float32.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from medcg_jax.axes import spec
+
+Stack = tuple[int, ...]
+
+
+def param(init, shape, axes, *, rngs: nnx.Rngs, dtype=jnp.float32, stack: Stack = ()) -> nnx.Param:
+    """A parameter of shape `stack + shape`; `axes` names the axes of `shape`.
+
+    `init(key, shape, dtype)` makes the value.
+
+    Raises:
+      ValueError: as many names as axes are not given, or a name is unknown.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"a parameter of shape {shape} has {len(shape)} axes, but names {axes}")
+    names = ("layer",) * len(stack) + tuple(axes)
+    spec(*names)
+    return nnx.Param(init(rngs.params(), stack + tuple(shape), dtype), axes=names)
+
+
+def normal(stddev: float):
+    return lambda key, shape, dtype: stddev * jax.random.normal(key, shape, dtype)
+
+
+def _ones(key, shape, dtype):
+    return jnp.ones(shape, dtype)
+
+
+def _zeros(key, shape, dtype):
+    return jnp.zeros(shape, dtype)
+
+
+class Dense(nnx.Module):
+    """`einsum(equation, x, kernel)` plus, where asked, a bias over the kernel's output axes.
+
+    `Dense("btd,dnh->btnh", (D, N, H), ("embed", "heads", "head_dim"))` maps float[B, T, D] to float[B, T, N, H].
+    """
+
+    def __init__(
+        self, equation: str, shape, axes, *, use_bias: bool, rngs: nnx.Rngs, dtype=jnp.float32, stack: Stack = ()
+    ):
+        _, kernel, out = equation.replace("->", ",").split(",")
+        fan_in = math.prod(size for letter, size in zip(kernel, shape, strict=True) if letter not in out)
+        self.equation = equation
+        self.kernel = param(normal(fan_in**-0.5), shape, axes, rngs=rngs, dtype=dtype, stack=stack)
+        kept = [i for i, letter in enumerate(kernel) if letter in out]
+        bias_shape, bias_axes = tuple(shape[i] for i in kept), tuple(axes[i] for i in kept)
+        made = dict(rngs=rngs, dtype=dtype, stack=stack)
+        self.bias = param(_zeros, bias_shape, bias_axes, **made) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis, in float32; out in x's dtype."""
+
+    def __init__(self, size: int, *, eps: float, rngs: nnx.Rngs, dtype=jnp.float32, stack: Stack = ()):
+        self.eps = eps
+        self.scale = param(_ones, (size,), ("norm",), rngs=rngs, dtype=dtype, stack=stack)
+        self.bias = param(_zeros, (size,), ("norm",), rngs=rngs, dtype=dtype, stack=stack)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
+        y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis: float32, then cast to x's dtype, then times the weight (Llama's order)."""
+
+    def __init__(self, size: int, *, eps: float, rngs: nnx.Rngs, dtype=jnp.float32, stack: Stack = ()):
+        self.eps = eps
+        self.scale = param(_ones, (size,), ("norm",), rngs=rngs, dtype=dtype, stack=stack)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of `num` rows; called with int[...], gives dtype[..., D]."""
+
+    def __init__(self, num: int, size: int, axes, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.table = param(normal(size**-0.5), (num, size), axes, rngs=rngs, dtype=dtype)
+
+    def __call__(self, ids: jax.Array, dtype) -> jax.Array:
+        return self.table[...][ids].astype(dtype)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(1.702 x), CLIP's activation."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact (erf) GELU."""
+    return jax.nn.gelu(x, approximate=False)
