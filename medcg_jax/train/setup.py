@@ -1,0 +1,104 @@
+"""What a run needs before its first step: mesh, tokenizer, architecture and data, checked before anything is allocated."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from medcg_jax.data.encoding import Encoded, encode, encode_eval
+from medcg_jax.data.records import RecordSet, Source
+from medcg_jax.data.sources import open_source, require_subsets
+from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
+from medcg_jax.mesh import check_batch, make_mesh
+from medcg_jax.models.build import create, llava_config
+from medcg_jax.models.llava import LlavaConfig
+from medcg_jax.run_config import ConfigError, RunConfig
+
+RELEASED = {
+    "llava15_7b": "llava-hf/llava-1.5-7b-hf",
+    "llava15_13b": "llava-hf/llava-1.5-13b-hf",
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    run: RunConfig
+    mesh: Mesh
+    tokenizer: Tokenizer
+    model: LlavaConfig
+    source: Source
+
+    def encode(self, records: RecordSet, *, max_text_tokens: int | None = None) -> Encoded:
+        """Training rows; `max_text_tokens` in place of `data.max_text_tokens`."""
+        data = self.run.data
+        if max_text_tokens is not None:
+            data = dataclasses.replace(data, max_text_tokens=max_text_tokens)
+        return encode(records, self.tokenizer, data, **self._sizes())
+
+    def encode_eval(self, records: RecordSet) -> Encoded:
+        return encode_eval(records, self.tokenizer, self.run.data, **self._sizes())
+
+    def _sizes(self) -> dict[str, int]:
+        return {"image_size_px": self.model.image_size_px, "num_image_tokens": self.model.num_image_tokens}
+
+
+def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None) -> Setup:
+    """The setup of a run on `devices` (default: all); puts nothing on them.
+
+    Raises:
+      ConfigError: weights, tokenizer or data are not there, the mesh does not fit the devices or the batch, or a
+        subset does not exist.
+      DataError: the data cannot be read.
+    """
+    check_weights(run)
+    mesh = make_mesh(run.mesh, devices)
+    check_batch(mesh, run.train.batch_size // run.train.accumulation_steps, "train.batch_size per accumulation step")
+    if run.base.steps:
+        check_batch(mesh, run.base.batch_size // run.base.accumulation_steps, "base.batch_size per accumulation step")
+    check_batch(mesh, run.eval.batch_size, "eval.batch_size")
+    tokenizer = load_tokenizer(run.model.tokenizer)
+    source = open_source(run.data)
+    require_subsets(source, (*run.data.subsets, *run.study.targets, *run.data.subset_weights))
+    ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "image_id", "pad_id", "eos_id")}
+    tiny = run.model.name not in RELEASED
+    model = llava_config(
+        run.model,
+        vocab_size=ids["vocab_size"] if tiny else None,
+        image_token_id=ids["image_id"],
+        pad_token_id=ids["pad_id"],
+        eos_token_id=ids["eos_id"],
+    )
+    return Setup(run, mesh, tokenizer, model, source)
+
+
+def check_weights(run: RunConfig) -> None:
+    """Raises ConfigError when the run starts from released weights that are not there, saying where they are to be had."""
+    path = run.model.checkpoint
+    if path and not Path(path).is_dir():
+        hint = ""
+        if run.model.name in RELEASED:
+            repo = RELEASED[run.model.name]
+            hint = (
+                f"; fetch {repo} from the Hugging Face hub (`hf download {repo} --local-dir {path}`), or convert "
+                "a checkpoint with `medcg convert`"
+            )
+        raise ConfigError(f"model.checkpoint={path}: there are no weights{hint}")
+    if not path and run.model.name in RELEASED:
+        raise ConfigError(
+            f"model.checkpoint is empty, and {run.model.name} is not trained from nothing: the directory of "
+            f"{RELEASED[run.model.name]} is accepted, as released or converted"
+        )
+
+
+def start_params(setup: Setup, *, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
+    """(graphdef, params) that a run starts from: its checkpoint's, or random ones where it names none."""
+    path = setup.run.model.checkpoint
+    with jax.set_mesh(setup.mesh):
+        if not path:
+            return create(setup.model, setup.mesh, seed=seed)
+        from medcg_jax.weights.convert import load_checkpoint
+
+        return load_checkpoint(Path(path), setup.model, setup.mesh)
