@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests from nothing: bash launch/test.sh [pytest arguments]
 # Makes .venv, installs the project with PyTorch for the parity tests, and runs the suite on 8 simulated devices.
-# Where the environment is Python 3.11 and a 3.12 is found too, .venv312 then runs what needs no PyTorch on the newer JAX.
+# Where that is Python 3.11 and a 3.12 is found too, .venv312 then runs what needs no PyTorch on the newer JAX.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/venv.sh

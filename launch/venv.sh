@@ -32,16 +32,16 @@ choose_python() {
         version="$(version_of "$PYTHON")"
         case "$version" in
             3.11 | 3.12) command -v "$PYTHON" ;;
-            "") fail "PYTHON=$PYTHON does not run, or lacks the modules venv and ensurepip; Python 3.11 or 3.12 is accepted" ;;
+            "") fail "PYTHON=$PYTHON does not run or lacks the modules venv and ensurepip; 3.11 or 3.12 is accepted" ;;
             *) fail "PYTHON=$PYTHON is Python $version; 3.11 or 3.12 is accepted" ;;
         esac
         return
     fi
-    find_python 3.11 3.12 || fail "no Python 3.11 or 3.12 with the modules venv and ensurepip was found" \
-        "(python3 is $(python3 -V 2>&1 || echo missing)); install one, or name one: PYTHON=/path/to/python bash launch/$(basename "$0")"
+    find_python 3.11 3.12 || fail "no Python 3.11 or 3.12 with the modules venv and ensurepip was found (python3:" \
+        "$(python3 -V 2>&1 || echo none)); install one, or name one: PYTHON=/path/to/python bash $0"
 }
 
-# install_project VENV PYTHON EXTRAS: VENV holds the project with these extras afterwards. EXTRAS is "" or "test,parity".
+# install_project VENV PYTHON EXTRAS: VENV holds the project afterwards, with the EXTRAS ("" or "test,parity").
 # What was installed is written down, which makes the second time quick.
 install_project() {
     local venv="$1" python="$2" extras="$3" log="$1/install.log" part
@@ -67,7 +67,8 @@ is_installed() {
 }
 
 pip_install() {
-    "$1/bin/python" -m pip install -qq --no-input --disable-pip-version-check --prefer-binary -e ".${2:+[$2]}" </dev/null
+    "$1/bin/python" -m pip install -qq --no-input --disable-pip-version-check --prefer-binary \
+        -e ".${2:+[$2]}" </dev/null
 }
 
 # What decides whether an installation is still right: the project file, and where the checkout lies.

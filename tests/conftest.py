@@ -1,6 +1,6 @@
 """Settings and fixtures that every test shares: 8 simulated CPU devices, full matmul precision, the shared folder.
 
-The settings are environment variables, set before anything imports jax, so that processes which tests start have them too.
+The settings are environment variables, set before anything imports jax, so that processes which tests start have them.
 """
 
 import os
