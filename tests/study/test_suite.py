@@ -1,0 +1,172 @@
+"""Expansion of tables into cells: a golden small world, the published rows, and what no cell may do."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from worlds import SMALL, random_worlds, subset, world
+
+from medcg_jax.run_config import TABLES, ConfigError, RunConfig, TrainConfig, replace
+from medcg_jax.study import combos, mat, suite
+from medcg_jax.study.mat import shared
+
+RUN = RunConfig()
+ALL = [f"{i:02d}" for i in range(1, 38)]
+PAPER = tuple(mat.Subset(**{**vars(mat.paper_subsets()[n]), "num_train": 100 + int(n), "num_test": 10}) for n in ALL)
+
+
+def study(source="phantom", **fields):
+    return replace(RUN, data__source=source, **{f"study__{key}": value for key, value in fields.items()})
+
+
+GOLDEN = """\
+pairs.fixed_modality.ct-lung-state.baseline.s0 | fixed_modality/ct-lung-state | baseline |  | ct-lung-state
+pairs.fixed_modality.ct-lung-state.baseline_plus.s0 | fixed_modality/ct-lung-state | baseline_plus | mri-brain-stage:100 xray-skin-grade:100 | ct-lung-state
+pairs.fixed_modality.ct-lung-state.trained.s0 | fixed_modality/ct-lung-state | trained | ct-lung-grade:100 ct-brain-state:100 | ct-lung-state
+pairs.fixed_area.ct-lung-state.baseline.s0 | fixed_area/ct-lung-state | baseline |  | ct-lung-state
+pairs.fixed_area.ct-lung-state.baseline_plus.s0 | fixed_area/ct-lung-state | baseline_plus | mri-brain-stage:100 xray-skin-grade:100 | ct-lung-state
+pairs.fixed_area.ct-lung-state.trained.s0 | fixed_area/ct-lung-state | trained | ct-lung-grade:100 mri-lung-state:100 | ct-lung-state
+pairs.fixed_task.ct-lung-state.baseline.s0 | fixed_task/ct-lung-state | baseline |  | ct-lung-state
+pairs.fixed_task.ct-lung-state.baseline_plus.s0 | fixed_task/ct-lung-state | baseline_plus | mri-brain-stage:100 xray-skin-grade:100 | ct-lung-state
+pairs.fixed_task.ct-lung-state.trained.s0 | fixed_task/ct-lung-state | trained | ct-brain-state:100 mri-lung-state:100 | ct-lung-state
+pairs.modality_area.ct-lung-state.baseline.s0 | modality_area/ct-lung-state | baseline |  | ct-lung-state
+pairs.modality_area.ct-lung-state.baseline_plus.s0 | modality_area/ct-lung-state | baseline_plus | mri-brain-stage:100 xray-skin-grade:100 | ct-lung-state
+pairs.modality_area.ct-lung-state.trained.s0 | modality_area/ct-lung-state | trained | ct-lung-grade:100 mri-brain-state:100 | ct-lung-state
+triples.one_each.ct-lung-state.baseline.s0 | one_each/ct-lung-state | baseline |  | ct-lung-state
+triples.one_each.ct-lung-state.baseline_plus.s0 | one_each/ct-lung-state | baseline_plus | mri-brain-stage:100 xray-skin-grade:100 | ct-lung-state
+triples.one_each.ct-lung-state.trained.s0 | one_each/ct-lung-state | trained | ct-skin-stage:100 mri-lung-stage:100 mri-brain-state:100 | ct-lung-state
+ablation.ct-lung-state.baseline.s0 | ct-lung-state | baseline |  | ct-lung-state
+ablation.ct-lung-state.all_related.s0 | ct-lung-state | all_related | ct-lung-grade:100 ct-brain-state:100 mri-lung-state:100 ct-skin-stage:100 mri-lung-stage:100 mri-brain-state:100 | ct-lung-state
+ablation.ct-lung-state.all_unrelated.s0 | ct-lung-state | all_unrelated | mri-brain-stage:100 xray-skin-grade:100 | ct-lung-state
+ablation.ct-lung-state.wo_modality.s0 | ct-lung-state | wo_modality | mri-lung-state:100 mri-lung-stage:100 mri-brain-state:100 | ct-lung-state
+ablation.ct-lung-state.wo_area.s0 | ct-lung-state | wo_area | ct-brain-state:100 ct-skin-stage:100 mri-brain-state:100 | ct-lung-state
+ablation.ct-lung-state.wo_task.s0 | ct-lung-state | wo_task | ct-lung-grade:100 ct-skin-stage:100 mri-lung-stage:100 | ct-lung-state
+ablation.ct-lung-state.random_removal.s0 | ct-lung-state | random_removal | {random} | ct-lung-state
+ablation.ct-lung-state.same_task.s0 | ct-lung-state | same_task | mri-brain-state:100 | ct-lung-state
+ablation.ct-lung-state.all_data.s0 | ct-lung-state | all_data | {others} | ct-lung-state
+multi_task.in_distribution.baseline.s0 | in_distribution | baseline |  | {inside}
+multi_task.in_distribution.multi_task.s0 | in_distribution | multi_task | {others} | {inside}
+"""
+
+
+def line(cell):
+    training = " ".join(f"{n}:{c}" for n, c in zip(cell.related, cell.num_records, strict=True))
+    return f"{cell.id} | {cell.row} | {cell.arm} | {training} | {' '.join(cell.target)}"
+
+
+def test_golden_small_world():
+    cells = suite.expand(study(tables=TABLES, targets=("ct-lung-state",)), SMALL)
+    removal = combos.random_removal(SMALL[0], SMALL, 0)
+    inside = " ".join(s.name for s in SMALL[1:])
+    golden = GOLDEN.format(
+        random=" ".join(f"{s.name}:100" for s in removal),
+        others=" ".join(f"{s.name}:100" for s in SMALL[1:]),
+        inside=inside,
+    ).splitlines()
+    lines = [line(cell) for cell in cells]
+    assert lines[: len(golden)] == golden
+    rest = lines[len(golden) :]
+    singles = [f"multi_task.in_distribution.{s.name}.single_task.s0 | in_distribution | single_task | {s.name}:100 | {s.name}" for s in SMALL[1:]]
+    assert rest[: len(singles)] == singles
+    assert [x.split(" | ")[1:3] for x in rest[len(singles) :]] == [
+        ["out_of_distribution", "baseline"],
+        ["out_of_distribution", "multi_task"],
+        *[["with_related/ct-lung-state", f"efficiency_{n}"] for n in (0, 10, 30, 100)],
+        *[["target_only/ct-lung-state", f"efficiency_{n}"] for n in (0, 10, 30, 100)],
+    ]
+    keys = {cell.id: cell.training_key for cell in cells}
+    # No record of the target: the efficiency curves start at cells of the ablation, trained once.
+    assert keys["efficiency.with_related.ct-lung-state.efficiency_0.s0"] == keys["ablation.ct-lung-state.all_related.s0"]
+    assert keys["efficiency.target_only.ct-lung-state.efficiency_0.s0"] == keys["ablation.ct-lung-state.baseline.s0"]
+    assert keys["pairs.fixed_area.ct-lung-state.baseline_plus.s0"] == keys["ablation.ct-lung-state.all_unrelated.s0"]
+    assert keys["multi_task.out_of_distribution.multi_task.s0"] == keys["ablation.ct-lung-state.all_data.s0"]
+    assert [cell for cell in cells if cell.training_key == (0, ())][0].total_records == 0
+
+
+def test_order_is_the_same_and_seeds_stand_together():
+    run = study(tables=("pairs", "ablation"), seeds=(3, 1))
+    cells = suite.expand(run, SMALL)
+    assert cells == suite.expand(run, SMALL)
+    assert [c.seed for c in cells[:6]] == [3, 3, 3, 1, 1, 1]
+    assert len({c.id for c in cells}) == len(cells)
+    assert all(set(c.id) <= set("abcdefghijklmnopqrstuvwxyz0123456789._-") for c in cells)
+
+
+@given(random_worlds(), st.sets(st.integers(0, 3), min_size=1, max_size=2), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_no_cell_is_trained_on_its_target(drawn, seeds, named):
+    subsets, target = drawn
+    by_name = {s.name: s for s in subsets}
+    world_ = suite.World(subsets, (target.name,) if named else ())
+    for table in TABLES:
+        for cell in (cell for seed in sorted(seeds) for cell in suite._TABLES[table](world_, seed)):
+            assert cell.target and len(set(cell.related)) == len(cell.related)
+            assert all(0 < n <= by_name[name].num_train for name, n in zip(cell.related, cell.num_records, strict=True))
+            if cell.arm.startswith("efficiency") or cell.row == "in_distribution":
+                continue
+            for name in cell.target:
+                assert all(len(shared(by_name[other], by_name[name])) < 3 for other in cell.related), cell
+
+
+def test_a_cell_with_its_target_in_training_is_refused():
+    with pytest.raises(ValueError, match="a target is among its training subsets"):
+        suite.Cell("x", "pairs", "r", "trained", 0, ("a", "b"), (1, 1), ("b",))
+
+
+def test_published_rows_become_cells():
+    cells = suite.expand(study("release", tables=("pairs", "triples")), PAPER)
+    trained = {suite.paper_row(c.row): c for c in cells if c.arm == "trained"}
+    assert set(trained) == {(3, i) for i in range(1, 43)} | {(4, i) for i in range(1, 10)}
+    for table in (3, 4):
+        for row in mat.paper_rows(table):
+            cell = trained[table, row.row]
+            assert (cell.related, cell.target) == (row.related, (row.target,))
+            assert row.confidence in cell.notes
+    plus = {suite.paper_row(c.row): c for c in cells if c.arm == "baseline_plus"}
+    assert set(plus) == set(trained)
+    assert all(plus[k].total_records == c.total_records or "unrelated records" in plus[k].notes for k, c in trained.items())
+
+
+def test_published_rows_only_where_their_subsets_are_there():
+    tree = tuple(s for s in PAPER if s.name in ("07", "08", "14", "18", "21"))
+    own = (mat.Subset("64", "Der", "Cell", "State Classification", num_train=50, num_test=10),)
+    cells = suite.expand(study("release", tables=("pairs",)), tree + own)
+    assert {c.row for c in cells} == {"modality_area/08/t3r30", "modality_area/07/t3r33", "modality_area/21/t3r38"}
+    assert suite.paper_row("fixed_area/ct-lung-state") is None and suite.paper_row("trained") is None
+
+
+def test_split_of_the_full_tree_is_the_papers():
+    inside, outside = suite.split(suite.World(PAPER, released=True))
+    assert tuple(s.name for s in inside) == mat.paper_split()[0]
+    assert tuple(s.name for s in outside) == mat.paper_split()[1]
+
+
+def test_split_of_a_phantom_world_leaves_every_element_in():
+    many = world(*(f"m{i}-a{j}-t{k}" for i in range(4) for j in range(4) for k in range(3) if (i + j + k) % 2))
+    inside, outside = suite.split(suite.World(many))
+    assert round(len(many) / 4) < len(outside) <= round(len(many) * 12 / 37)
+    assert all(combos.is_composable(t, inside) for t in outside)
+    assert set(inside) | set(outside) == set(many)
+
+
+def test_matched_samples():
+    cells = suite.expand(study(tables=("multi_task",)), tuple(subset(s.name, 50 + i) for i, s in enumerate(SMALL)))
+    multi = next(c for c in cells if c.arm == "multi_task")
+    per_subset = dict(zip(multi.related, multi.num_records, strict=True))
+    singles = [c for c in cells if c.arm == "single_task"]
+    assert {c.related[0]: c.num_records[0] for c in singles} == per_subset
+    assert {c.target for c in singles} == {(name,) for name in per_subset}
+
+
+@pytest.mark.parametrize(
+    ("train", "records", "steps"),
+    [(TrainConfig(epochs=3), 600, 57), (TrainConfig(epochs=5), 1, 1), (TrainConfig(steps=7), 600, 7), (TrainConfig(), 0, 0)],
+)
+def test_num_steps(train, records, steps):
+    assert suite.num_steps(train, records) == steps
+
+
+def test_unknown_target_and_empty_table():
+    with pytest.raises(ConfigError, match="study.targets='ct-lung-cancer'.*ct-lung-state"):
+        suite.expand(study(targets=("ct-lung-cancer",)), SMALL)
+    with pytest.raises(ConfigError, match="study.tables='pairs': no target"):
+        suite.expand(study(), SMALL[:2])
