@@ -1,4 +1,4 @@
-"""Records of choice questions about images, sets of them with images loaded on demand, and what a source of sets offers."""
+"""Records of choice questions about images, sets of them with images loaded on demand, and what a source offers."""
 
 from __future__ import annotations
 

@@ -156,8 +156,11 @@ def _from_tokenizers(path: Path) -> Tokenizer:
 
 
 def _from_sentencepiece(path: Path) -> Tokenizer:
-    import sentencepiece
-
+    try:
+        import sentencepiece
+    except ImportError as error:
+        reason = "a SentencePiece model needs the package sentencepiece; a tokenizer.json does not"
+        raise DataError(f"tokenizer {path}: {reason}") from error
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     added = _added_tokens(path.parent)
     size = model.get_piece_size()

@@ -1,0 +1,278 @@
+"""What is wrong with a Med-MAT tree, record by record: `medcg data check ROOT`.
+
+Nothing found ends the run: each record and each image is judged by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from medcg_jax.data.images import ImageError, load_image
+from medcg_jax.data.records import DataError, Split
+from medcg_jax.data.release import read_manifest, subset_files, subset_table
+from medcg_jax.data.schema import (
+    DETECTION_KEYS,
+    ReleaseError,
+    check_id,
+    check_keys,
+    image_path,
+    parse_choice,
+    read_list,
+    record_name,
+)
+from medcg_jax.run_config import DataConfig
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong; `record` is "" where it is the file's as a whole."""
+
+    file: str
+    record: str
+    kind: str
+    reason: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.file, self.record, self.reason) if part)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was looked at, and every problem in the order of files and records."""
+
+    num_files: int
+    num_records: int
+    num_images: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def counts(self) -> dict[str, int]:
+        """Number of problems of each kind, most frequent first."""
+        return dict(Counter(problem.kind for problem in self.problems).most_common())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON takes it."""
+        return {
+            "ok": self.ok,
+            "files": self.num_files,
+            "records": self.num_records,
+            "images": self.num_images,
+            "counts": self.counts(),
+            "problems": [asdict(problem) for problem in self.problems],
+        }
+
+
+class _Use(NamedTuple):
+    """One record's use of an image."""
+
+    file: str
+    record: str
+    split: Split
+    path: Path
+    # Of a detection record, to be held against the image's size.
+    boxes: dict[str, Any] | None
+
+
+class _Image(NamedTuple):
+    """What an image file turned out to be: its size (height, width) if it can be decoded, else why not."""
+
+    digest: str
+    size: tuple[int, int] | None
+    reason: str
+
+
+def check_tree(
+    root: str | Path,
+    max_pixels: int = DataConfig().max_pixels,
+    *,
+    workers: int = 0,
+    progress: Callable[[Iterable, int], Iterable] | None = None,
+) -> Report:
+    """Every problem of the tree's subset files, of the images they name, and between train and test.
+
+    Kinds: those of `schema` (`unreadable`, `encoding`, `json`, `not_a_list`, `type`, `key`, `options`, `letter`,
+    `answer`, `duplicate_id`, `path`, `missing_file`), and `unknown_subset`, `duplicate_file`, `manifest`, `image`,
+    `size`, `box`, `no_records`, `duplicate_across_splits` (the same bytes in train and in test, whatever the names).
+
+    Args:
+      workers: threads that decode; 0: one per core.
+      progress: wraps the images' iterator and takes their number: `lambda images, total: tqdm(images, total=total)`.
+
+    Raises:
+      DataError: the root is no folder or holds no subset file.
+    """
+    if not str(root) or not Path(root).is_dir():
+        raise DataError(f"{str(root)!r}: no such folder; that of a Med-MAT tree is accepted")
+    root = Path(os.path.realpath(root))
+    problems: list[Problem] = []
+    known = _known_subsets(root, problems)
+    try:
+        files = subset_files(root)
+    except ReleaseError as error:
+        return Report(0, 0, 0, (*problems, _problem(error)))
+    if not files:
+        reason = "no Subset--NN-train.json in it or in its Aggregated_Subsets"
+        raise DataError(f"{str(root)!r} is no Med-MAT tree: {reason}")
+    uses: list[_Use] = []
+    num_records = 0
+    for file in files:
+        if file.number not in known:
+            reason = "neither in the tree's manifest.json nor in Med-MAT's table of 53"
+            problems.append(Problem(file.path.name, f"subset {file.number}", "unknown_subset", reason))
+        try:
+            raws = read_list(file.path)
+        except ReleaseError as error:
+            problems.append(_problem(error))
+            continue
+        num_records += len(raws)
+        if not raws:
+            problems.append(Problem(file.path.name, "", "no_records", "an empty list; nothing can be drawn from it"))
+        uses += check_records(raws, root, file.path.name, file.split, file.detection, problems)
+    paths = sorted({use.path for use in uses})
+    images = _look_at_all(paths, max_pixels, workers, progress)
+    problems += _image_problems(uses, images)
+    problems += _shared_between_splits(uses, images)
+    order = {file.path.name: place for place, file in enumerate(files)}
+    problems.sort(key=lambda problem: order.get(problem.file, -1))
+    return Report(len(files), num_records, len(paths), tuple(problems))
+
+
+def check_records(
+    raws: list[Any], root: Path, file: str, split: Split, detection: bool, problems: list[Problem]
+) -> list[_Use]:
+    """The image uses of the records whose JSON and path are right; what is wrong with others is added to `problems`."""
+    uses: list[_Use] = []
+    seen: set[int] = set()
+    for place, raw in enumerate(raws):
+        name = record_name(raw, place)
+        try:
+            check_id(raw, seen, file=file, place=place)
+            if detection:
+                check_keys(raw, DETECTION_KEYS, file, name)
+            else:
+                parse_choice(raw, file=file, place=place, subset="", split=split)
+            path = image_path(root, raw["image"], file=file, record=name)
+            uses.append(_Use(file, name, split, path, raw if detection else None))
+        except ReleaseError as error:
+            problems.append(_problem(error))
+    return uses
+
+
+def detection_problems(raw: dict[str, Any], size: tuple[int, int]) -> list[tuple[str, str]]:
+    """(kind, reason) of everything wrong with a detection record's sizes and boxes.
+
+    Args:
+      raw: the record, its keys and types checked.
+      size: (height, width) of its image in pixels, upright.
+    """
+    found = []
+    height, width = size
+    if (raw["width"], raw["height"]) != (width, height):
+        reason = f"width and height are {raw['width']} x {raw['height']}; the image has {width} x {height} pixels"
+        found.append(("size", reason))
+    for box in raw["boxes"]:
+        reason = _box_reason(box, width, height)
+        if reason:
+            found.append(("box", reason))
+    return found
+
+
+def _box_reason(box: Any, width: int, height: int) -> str:
+    if not isinstance(box, dict) or not isinstance(box.get("label"), str) or not box["label"]:
+        return f"box {box!r} has no label"
+    corners = box.get("bbox")
+    if not isinstance(corners, list) or len(corners) != 4 or not all(type(c) in (int, float) for c in corners):
+        return f"bbox {corners!r}; four numbers x1, y1, x2, y2 are accepted"
+    x1, y1, x2, y2 = corners
+    # Written so that a NaN fails.
+    if not (x1 < x2 and y1 < y2):
+        return f"bbox {corners}: x1 < x2 and y1 < y2 are needed"
+    if not (x1 >= 0 and y1 >= 0 and x2 <= width and y2 <= height):
+        return f"bbox {corners} is not inside the image of {width} x {height} pixels"
+    return ""
+
+
+def print_report(report: Report, *, limit: int = 20) -> None:
+    """Prints what was looked at, how many problems there are of each kind, and the first `limit` of each."""
+    print(f"{report.num_files} subset files, {report.num_records} records, {report.num_images} images")
+    if report.ok:
+        print("nothing is wrong")
+    for kind, count in report.counts().items():
+        print(f"{kind}: {count}")
+        shown = [problem for problem in report.problems if problem.kind == kind][:limit]
+        for problem in shown:
+            print(f"  {problem}")
+        if count > len(shown):
+            print(f"  and {count - len(shown)} more")
+
+
+def _known_subsets(root: Path, problems: list[Problem]) -> set[str]:
+    try:
+        return set(subset_table()) | set(read_manifest(root))
+    except ReleaseError as error:
+        problems.append(_problem(error))
+        return set(subset_table())
+
+
+def _problem(error: ReleaseError) -> Problem:
+    return Problem(error.file, error.record, error.kind, error.reason)
+
+
+def _look_at_all(
+    paths: list[Path], max_pixels: int, workers: int, progress: Callable[[Iterable, int], Iterable] | None
+) -> dict[Path, _Image]:
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        looked: Iterable[_Image] = pool.map(lambda path: _look_at(path, max_pixels), paths)
+        if progress:
+            looked = progress(looked, len(paths))
+        return dict(zip(paths, looked, strict=True))
+
+
+def _look_at(path: Path, max_pixels: int) -> _Image:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        return _Image("", None, error.strerror or str(error))
+    digest = hashlib.sha256(content).hexdigest()
+    try:
+        height, width = load_image(content, max_pixels).shape[:2]
+    except ImageError as error:
+        return _Image(digest, None, str(error))
+    return _Image(digest, (height, width), "")
+
+
+def _image_problems(uses: list[_Use], images: dict[Path, _Image]) -> list[Problem]:
+    found = []
+    for use in uses:
+        image = images[use.path]
+        if image.size is None:
+            found.append(Problem(use.file, use.record, "image", f"image {use.path.name!r}: {image.reason}"))
+        elif use.boxes is not None:
+            reasons = detection_problems(use.boxes, image.size)
+            found += [Problem(use.file, use.record, kind, reason) for kind, reason in reasons]
+    return found
+
+
+def _shared_between_splits(uses: list[_Use], images: dict[Path, _Image]) -> list[Problem]:
+    """One problem per test record whose image's bytes a training record has, in any subset."""
+    trained: dict[str, _Use] = {}
+    for use in uses:
+        if use.split == "train" and images[use.path].digest:
+            trained.setdefault(images[use.path].digest, use)
+    found = []
+    for use in uses:
+        first = trained.get(images[use.path].digest)
+        if use.split == "test" and first:
+            reason = f"the same image as in {first.file}, {first.record} ({first.path.name!r})"
+            found.append(Problem(use.file, use.record, "duplicate_across_splits", reason))
+    return found

@@ -1,0 +1,251 @@
+"""Reader of a Med-MAT tree: `Aggregated_Subsets/Subset--NN-{train,test}.json`, or `Subset-NN-train.json` at its root.
+
+Modality, area and task come from the tree's `manifest.json` where it has one, else from the paper's table 9, kept in
+`subsets.csv` (53, which the release adds, included). Detection files (`-det-`) are listed, not read.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medcg_jax.data.images import ImageError, load_image
+from medcg_jax.data.records import SPLITS, DataError, Record, RecordSet, Split, Subset
+from medcg_jax.data.schema import ReleaseError, read_choice_file, read_list
+from medcg_jax.run_config import DataConfig
+
+TABLE = Path(__file__).parent / "subsets.csv"
+_FILE = re.compile(r"Subset--?(\d{2,})(-det)?-(train|test)\.json")
+# "9:1 where no split existed" (digest of the published version).
+_TEST_FRACTION = 0.1
+
+
+@dataclass(frozen=True)
+class SubsetFile:
+    """One subset file of a tree."""
+
+    path: Path
+    number: str
+    split: Split
+    detection: bool
+
+
+def subset_files(root: Path) -> list[SubsetFile]:
+    """The tree's subset files, by number and split.
+
+    Raises:
+      ReleaseError: two files claim the same subset and split.
+    """
+    found: dict[tuple[str, bool, str], SubsetFile] = {}
+    for folder in (root / "Aggregated_Subsets", root):
+        for path in sorted(folder.glob("Subset-*.json")):
+            match = _FILE.fullmatch(path.name)
+            if not match:
+                continue
+            file = SubsetFile(path, match[1], match[3], bool(match[2]))
+            key = (file.number, file.detection, file.split)
+            if key in found:
+                reason = f"the same subset and split as {found[key].path.relative_to(root)}; keep one of them"
+                raise ReleaseError(str(path.relative_to(root)), "", "duplicate_file", reason)
+            found[key] = file
+    return [found[key] for key in sorted(found)]
+
+
+@functools.cache
+def subset_table() -> dict[str, tuple[str, str, str]]:
+    """Med-MAT's own subsets: number -> (modality, area, task)."""
+    with TABLE.open(encoding="utf-8", newline="") as lines:
+        return {row["number"]: (row["modality"], row["area"], row["task"]) for row in csv.DictReader(lines)}
+
+
+def read_manifest(root: Path) -> dict[str, dict[str, Any]]:
+    """What the tree's `manifest.json` says of each subset, by number; {} where there is none.
+
+    Raises:
+      ReleaseError: it is no JSON, or a subset in it lacks a name for modality, area or task.
+    """
+    path = root / "manifest.json"
+    if not path.is_file():
+        return {}
+    try:
+        listed = json.loads(path.read_text("utf-8-sig"))["subsets"]
+        found = {entry["subset"]: entry for entry in listed}
+        for number, entry in found.items():
+            if not all(isinstance(entry[key], str) and entry[key] for key in ("modality", "area", "task")):
+                raise ReleaseError(path.name, f"subset {number}", "manifest", "modality, area and task must be text")
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        if isinstance(error, ReleaseError):
+            raise
+        reason = f"no list of subsets under the key `subsets`: {error!r}"
+        raise ReleaseError(path.name, "", "manifest", reason) from error
+    return found
+
+
+def balanced(labels: Sequence[str], limit: int, seed: int) -> list[int]:
+    """Places of at most `limit` items in their order, as many of each label as its number and the others' allow.
+
+    Example: 10 of a, 2 of b and 10 of c, limit 12 -> 5 a, 2 b, 5 c.
+    """
+    if not 0 < limit < len(labels):
+        return list(range(len(labels)))
+    generator = np.random.default_rng(seed)
+    counts = sorted(Counter(labels).items(), key=lambda item: (item[1], item[0]))
+    chosen: list[int] = []
+    for done, (label, count) in enumerate(counts):
+        share = min(count, (limit - len(chosen)) // (len(counts) - done))
+        places = [place for place, own in enumerate(labels) if own == label]
+        chosen += generator.permutation(places)[:share].tolist()
+    return sorted(chosen)
+
+
+class ReleaseSource:
+    """The choice subsets of a Med-MAT tree, as a `records.Source`.
+
+    A subset without a test file is split 9:1 by image and label, the same way whatever the seed. Training records are
+    capped with labels balanced by `config.train_records_per_subset`, test records by `config.test_records_per_subset`.
+
+    Attributes:
+      subsets: the choice subsets.
+      detection_subsets: numbers of the subsets that have boxes instead of options.
+
+    Raises:
+      DataError: `root` is no Med-MAT tree, a file is no list, or a subset is unknown.
+    """
+
+    def __init__(self, root: str | Path, config: DataConfig):
+        if not str(root) or not Path(root).is_dir():
+            raise DataError(f"data.root={str(root)!r}: no such folder; that of a Med-MAT tree is accepted")
+        self._root, self._config = Path(os.path.realpath(root)), config
+        files = subset_files(self._root)
+        self._files = {(file.number, file.split): file.path for file in files if not file.detection}
+        self.detection_subsets = tuple(sorted({file.number for file in files if file.detection}))
+        if not self._files:
+            reason = "no Subset--NN-train.json in it or in its Aggregated_Subsets"
+            raise DataError(f"data.root={str(root)!r} is no Med-MAT tree: {reason}")
+        self._parsed: dict[tuple[str, Split], list[Record]] = {}
+        manifest = read_manifest(self._root)
+        self.subsets = tuple(self._subset(number, manifest) for number in sorted({n for n, _ in self._files}))
+
+    def records(self, subset: str, split: Split) -> RecordSet:
+        """The subset's records, every one checked; images are decoded when asked for. See `records.Source`."""
+        if split not in SPLITS:
+            raise DataError(f"split {split!r}; {' or '.join(SPLITS)} is accepted")
+        if subset not in {known.name for known in self.subsets}:
+            boxes = "; it has boxes, which are not read" if subset in self.detection_subsets else ""
+            raise DataError(f"subset {subset!r} is no choice subset of {self._root}{boxes}")
+        records = self._records(subset, split)
+        places = balanced([record.label for record in records], self._limit(split), self._seed(subset, split))
+        kept = [records[place] for place in places]
+        return RecordSet(kept, _TreeImages(self._root, [r.image for r in kept], self._config.max_pixels))
+
+    def fingerprint(self) -> str:
+        """A digest of the subset files, of the names and sizes of their images, and of the caps and their seed."""
+        config = self._config
+        digest = hashlib.sha256(
+            repr((config.train_records_per_subset, config.test_records_per_subset, config.seed)).encode()
+        )
+        for (number, split), path in sorted(self._files.items()):
+            digest.update(f"\n{number} {split} ".encode() + hashlib.sha256(path.read_bytes()).digest())
+            for raw in read_list(path):
+                digest.update(f"\n{_size(self._root, raw)}".encode())
+        for subset in self.subsets:
+            digest.update(repr((subset.name, subset.modality, subset.area, subset.task)).encode())
+        return digest.hexdigest()[:16]
+
+    def _subset(self, number: str, manifest: dict[str, dict[str, Any]]) -> Subset:
+        entry = manifest.get(number)
+        named = (entry["modality"], entry["area"], entry["task"]) if entry else subset_table().get(number)
+        if named is None:
+            reason = f"subset {number} is neither in the tree's manifest.json nor in Med-MAT's table of 53"
+            raise ReleaseError(self._path(number).name, "", "unknown_subset", reason)
+        labels, counts = self._labels_and_counts(number)
+        return Subset(number, *named, labels=labels, num_train=counts["train"], num_test=counts["test"])
+
+    def _labels_and_counts(self, number: str) -> tuple[tuple[str, ...], dict[str, int]]:
+        """Taken from the JSON alone where both splits are given: records are checked when they are used."""
+        if all((number, split) in self._files for split in SPLITS):
+            raws = {split: read_list(self._files[number, split]) for split in SPLITS}
+            answers = [raw.get("Answer") for split in SPLITS for raw in raws[split] if isinstance(raw, dict)]
+            labels = {answer for answer in answers if isinstance(answer, str)}
+            sizes = {split: len(raws[split]) for split in SPLITS}
+        else:
+            parsed = {split: self._records(number, split) for split in SPLITS}
+            labels = {record.label for split in SPLITS for record in parsed[split]}
+            sizes = {split: len(parsed[split]) for split in SPLITS}
+        limits = {split: self._limit(split) or sizes[split] for split in SPLITS}
+        return tuple(sorted(labels)), {split: min(sizes[split], limits[split]) for split in SPLITS}
+
+    def _records(self, number: str, split: Split) -> list[Record]:
+        """Every record of the split, before the cap."""
+        if (number, split) not in self._parsed:
+            if (number, "test") in self._files:
+                path = self._files.get((number, split))
+                found = read_choice_file(path, self._root, subset=number, split=split) if path else []
+                self._parsed[number, split] = found
+            else:
+                path = self._files[number, "train"]
+                both = {own: read_choice_file(path, self._root, subset=number, split=own) for own in SPLITS}
+                self._parsed |= _split_by_image(number, both)
+        return self._parsed[number, split]
+
+    def _path(self, number: str) -> Path:
+        return next(path for (own, _), path in sorted(self._files.items()) if own == number)
+
+    def _limit(self, split: Split) -> int:
+        return self._config.train_records_per_subset if split == "train" else self._config.test_records_per_subset
+
+    def _seed(self, subset: str, split: Split) -> int:
+        return int.from_bytes(hashlib.sha256(f"{self._config.seed}/{subset}/{split}".encode()).digest()[:8], "big")
+
+
+def _split_by_image(number: str, both: dict[Split, list[Record]]) -> dict[tuple[str, Split], list[Record]]:
+    """A tenth of each label's images to test, chosen by a digest of their paths.
+
+    Args:
+      both: the same records, with ids as of either split.
+    """
+    images: dict[str, list[str]] = {}
+    label_of = {record.image: record.label for record in reversed(both["train"])}
+    for image, label in label_of.items():
+        images.setdefault(label, []).append(image)
+    test: set[str] = set()
+    for found in images.values():
+        found.sort(key=lambda image: hashlib.sha256(image.encode()).digest())
+        test.update(found[: round(len(found) * _TEST_FRACTION)])
+    return {(number, split): [r for r in both[split] if (r.image in test) == (split == "test")] for split in SPLITS}
+
+
+def _size(root: Path, raw: Any) -> str:
+    """`path bytes` of a record's image; `-` for what cannot be found (it is refused when its subset is read)."""
+    relative = raw.get("image") if isinstance(raw, dict) else None
+    try:
+        return f"{relative} {os.stat(root / relative).st_size}"
+    except (OSError, TypeError, ValueError):
+        return f"{relative} -"
+
+
+class _TreeImages(Sequence):
+    """uint8[h, w, 3] of each path, decoded when asked for."""
+
+    def __init__(self, root: Path, paths: list[str], max_pixels: int):
+        self._root, self._paths, self._max_pixels = root, paths, max_pixels
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        try:
+            return load_image(self._root / self._paths[index], self._max_pixels)
+        except ImageError as error:
+            raise ImageError(f"image {self._paths[index]!r}: {error}") from error
