@@ -26,7 +26,8 @@ from medcg_jax.data.schema import ReleaseError, read_choice_file, read_list
 from medcg_jax.run_config import DataConfig
 
 TABLE = Path(__file__).parent / "subsets.csv"
-_FILE = re.compile(r"Subset--?(\d{2,})(-det)?-(train|test)\.json")
+# Numbers in the release, names such as `ct-lung-grade` in a phantom tree.
+_FILE = re.compile(r"Subset--?([A-Za-z0-9][A-Za-z0-9-]*?)(-det)?-(train|test)\.json")
 # "9:1 where no split existed" (digest of the published version).
 _TEST_FRACTION = 0.1
 

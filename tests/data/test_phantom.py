@@ -1,0 +1,227 @@
+"""The phantom world: deterministic, balanced, its test images apart from all that is trained on, and readable as files."""
+
+import hashlib
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from medcg_jax.data import phantom, phantom_text, phantom_world
+from medcg_jax.data.phantom import PhantomSource, pretraining_records, write_release
+from medcg_jax.data.phantom_images import LANDMARKS, MAX_LESIONS, draw_scene, render
+from medcg_jax.data.phantom_world import AREAS, CELLS, MODALITIES, TASKS, TRIPLETS, Draws, cell_reserved, sector_reserved
+from medcg_jax.data.records import LETTERS, SPLITS, DataError
+from medcg_jax.data.release import ReleaseSource
+from medcg_jax.data.sources import open_source
+from medcg_jax.run_config import DataConfig
+
+
+@pytest.fixture(scope="module")
+def source():
+    return PhantomSource(3, train_records=24, test_records=12)
+
+
+def digests(records):
+    return {hashlib.sha256(np.asarray(records.image(i)).tobytes()).digest() for i in range(len(records))}
+
+
+def shared(a, b):
+    return tuple(x == y for x, y in zip(a, b, strict=True))
+
+
+def test_every_triplet_has_every_relation():
+    wanted = [(1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)]
+    for target in TRIPLETS:
+        found = Counter(shared(target, other) for other in TRIPLETS)
+        assert all(found[tuple(map(bool, pattern))] for pattern in wanted), target
+    assert len(set(TRIPLETS)) == 32
+    assert [set(values) for values in zip(*TRIPLETS, strict=True)] == [set(MODALITIES), set(AREAS), set(TASKS)]
+
+
+def test_targets_of_tuning_and_of_reports_are_apart():
+    names = {t.name for t in TRIPLETS}
+    tune, report = set(phantom_world.TUNE_TARGETS), set(phantom_world.REPORT_TARGETS)
+    assert tune <= names and report <= names and not tune & report and len(report) == 8
+    assert Counter(name.split("-")[2] for name in report) == dict.fromkeys(TASKS, 2)
+    assert {name.split("-")[0] for name in report} == set(MODALITIES)
+
+
+def test_same_seed_same_records_whatever_the_order_and_number():
+    first, second = PhantomSource(5, 16, 8), PhantomSource(5, 8, 8)
+    names = ["ct-brain-state", "oct-skin-grade", "microscopy-lung-cancer"]
+    a = {name: first.records(name, "train") for name in names}
+    b = {name: second.records(name, "train") for name in reversed(names)}
+    for name in names:
+        assert a[name].records[:8] == b[name].records
+        assert np.array_equal(a[name].images[:8], b[name].images)
+    assert not np.array_equal(a[names[0]].images, PhantomSource(6, 16, 8).records(names[0], "train").images)
+    whole, part = pretraining_records(2, 40), pretraining_records(2, 10)
+    assert whole.records[:10] == part.records and np.array_equal(whole.images[:10], part.images)
+
+
+def test_fingerprint_names_seed_and_sizes():
+    prints = [PhantomSource(*args).fingerprint() for args in ((1, 8, 8), (2, 8, 8), (1, 16, 8), (1, 8, 16))]
+    assert len(set(prints)) == 4 and PhantomSource(1, 8, 8).fingerprint() == prints[0]
+    assert phantom.pretraining_fingerprint(1, 10) != phantom.pretraining_fingerprint(1, 20)
+
+
+def test_labels_are_exactly_balanced_and_letters_hold(source):
+    for subset in source.subsets:
+        for split in SPLITS:
+            records = source.records(subset.name, split)
+            counts = Counter(record.label for record in records.records)
+            assert set(counts) == set(subset.labels) and len(set(counts.values())) == 1
+            assert records.images.dtype == np.uint8 and records.images.shape[1:] == (32, 32, 3)
+    letters = Counter(r.answer for s in TRIPLETS for r in source.records(s.name, "train").records if s.task == "grade")
+    assert set(letters) == set("ABCD") and max(letters.values()) < 2 * min(letters.values())
+
+
+def test_a_record_reads_as_in_the_release(source):
+    record = source.records("photo-eye-grade", "test").records[2]
+    (turn,) = record.turns
+    first, *options = turn.question.split("\n")
+    assert "photo" in first and "eye" in first and "grade" in first
+    assert options == [f"{letter}: {text}" for letter, text in zip("ABCD", record.options, strict=True)]
+    assert turn.answer == record.answer and record.label == "moderate" and record.id == "photo-eye-grade/test/3"
+
+
+def test_the_label_is_in_the_scene(source):
+    for task, lookup in {
+        "state": lambda s: np.where(s.count > 0, 1, 0),
+        "cancer": lambda s: s.shape,
+        "stage": lambda s: s.size,
+        "grade": lambda s: s.count,
+    }.items():
+        for triplet in (t for t in TRIPLETS if t.task == task):
+            scene = source.scene(triplet.name, "test")
+            labels = [TASKS[task][k] for k in lookup(scene)]
+            assert labels == [record.label for record in source.records(triplet.name, "test").records]
+            assert (scene.count > 0).all() or task in ("state", "grade")
+
+
+def scenes_of_training():
+    """What every image that is trained on is drawn from, in a world large enough to meet each cell."""
+    source = PhantomSource(7, 40, 40)
+    found = [source.scene(t.name, "train") for t in TRIPLETS]
+    kept = []
+
+    def keep(*args, **kwargs):
+        kept.append(draw_scene(*args, **kwargs))
+        return kept[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phantom, "draw_scene", keep)
+        pretraining_records(7, 2000)
+    return found + kept, [source.scene(t.name, "test") for t in TRIPLETS]
+
+
+def test_nothing_reserved_for_test_is_trained_on():
+    trained, tested = scenes_of_training()
+    assert len(trained) == len(TRIPLETS) + 1
+    sectors = [np.concatenate([s.sector for s in part]) for part in (trained, tested)]
+    cells = [
+        np.concatenate([np.stack([s.placement, s.amplitude_bin], -1).reshape(-1, 2) for s in part])
+        for part in (trained, tested)
+    ]
+    assert not sector_reserved(sectors[0]).any() and sector_reserved(sectors[1]).all()
+    assert not cell_reserved(*cells[0].T).any() and cell_reserved(*cells[1].T).all()
+    # Both halves are met in full, so the reserve is a real part of the world and no test of it is empty.
+    assert len(set(sectors[0])) == 12 and len(set(sectors[1])) == 4
+    assert {tuple(c) for c in cells[0]} == {tuple(c) for c in CELLS[False]}
+    assert {tuple(c) for c in cells[1]} == {tuple(c) for c in CELLS[True]}
+
+
+def test_pose_and_cells_move_the_pixels():
+    """The reserved parameters are visible ones: the same scene with another pose or placement is another image."""
+    draws = lambda: Draws("one", np.arange(4))  # noqa: E731
+    area = np.arange(4)
+    scene = draw_scene(
+        draws(), modality=np.zeros(4, int), area=area, count=np.ones(4, int), shape=area % 2, size=area % 2, test=False
+    )
+    before = render(scene, draws())
+    for change in ({"pose": (scene.pose + 0.5) % 1}, {"placement": (scene.placement + 1) % 4}):
+        after = render(type(scene)(**{**vars(scene), **change}), draws())
+        assert all((before[i] != after[i]).any() for i in range(4))
+    assert np.array_equal(before, render(scene, draws()))
+
+
+def test_no_test_image_is_trained_on():
+    source = PhantomSource(1, 40, 40)
+    trained = set().union(*(digests(source.records(t.name, "train")) for t in TRIPLETS), digests(pretraining_records(1, 500)))
+    tested = [digests(source.records(t.name, "test")) for t in TRIPLETS]
+    assert sum(map(len, tested)) == len(set().union(*tested)) == 40 * len(TRIPLETS)
+    assert not trained & set().union(*tested)
+
+
+def test_lesions_keep_off_landmarks_and_each_other(source):
+    for triplet in TRIPLETS:
+        scene = source.scene(triplet.name, "train")
+        own = LANDMARKS[triplet.area][2]
+        assert not np.isin(scene.site[:, :MAX_LESIONS], own).any() and np.isin(scene.site[:, MAX_LESIONS], own).all()
+        assert all(len(set(row)) == MAX_LESIONS + 1 for row in scene.site.tolist())
+
+
+def test_pretraining_never_says_a_task_or_a_label():
+    records = pretraining_records(4, 1500).records
+    said = " ".join(turn.question + " " + turn.answer for record in records for turn in record.turns).lower()
+    words = set(said.replace(":", " ").replace("?", " ").replace(".", " ").split())
+    assert not words & ({*TASKS} | {label for labels in TASKS.values() for label in labels})
+    assert {f"{m} {a}" for m in MODALITIES for a in AREAS} <= {t.answer for r in records for t in r.turns}
+    options = Counter(len(turn.question.split("\n")) - 1 for record in records for turn in record.turns)
+    assert set(options) == {0, 2, 3, 4}
+    for record in records:
+        (asked,) = [turn for turn in record.turns if "\n" in turn.question]
+        assert asked.answer in LETTERS[: len(asked.question.split("\n")) - 1]
+    assert {record.turns[0].question == phantom_text.DESCRIBE for record in records} == {False, True}
+
+
+def test_written_tree_reads_back_the_same(source, tmp_path):
+    out = tmp_path / "tree"
+    assert write_release(source, out) == {"subsets": 32, "records": 32 * 36}
+    assert [path.name for path in tmp_path.iterdir()] == ["tree"]
+    read = ReleaseSource(out, DataConfig(source="release", root=str(out)))
+    assert {(s.name, s.modality, s.area, s.task) for s in read.subsets} == {(t.name, *t) for t in TRIPLETS}
+    for name in ("ct-brain-state", "ultrasound-bone-cancer", "oct-skin-grade"):
+        for split in SPLITS:
+            ours, theirs = source.records(name, split), read.records(name, split)
+            assert ours.records == theirs.records
+            assert all(np.array_equal(ours.image(i), theirs.image(i)) for i in range(len(ours)))
+
+
+def test_a_tree_is_written_whole_or_not_at_all(source, tmp_path, monkeypatch):
+    def fail(subset):
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr(phantom, "_entry", fail)
+    small = PhantomSource(0, 1, 1)
+    with pytest.raises(RuntimeError):
+        write_release(small, tmp_path / "tree")
+    assert not (tmp_path / "tree").exists()
+    monkeypatch.undo()
+    write_release(small, tmp_path / "tree")
+    with pytest.raises(DataError, match="exists"):
+        write_release(small, tmp_path / "tree")
+    with pytest.raises(DataError, match="does not exist"):
+        write_release(small, tmp_path / "no" / "tree")
+
+
+def test_wrong_names_are_refused(source):
+    with pytest.raises(DataError, match="ct-lung-sate"):
+        source.records("ct-lung-sate", "train")
+    with pytest.raises(DataError, match="validation"):
+        source.records("ct-brain-state", "validation")
+    with pytest.raises(DataError, match="train_records=0"):
+        PhantomSource(0, 0)
+
+
+def test_open_source_takes_seed_and_sizes_from_the_configuration():
+    found = open_source(DataConfig(seed=9, train_records_per_subset=8, test_records_per_subset=4))
+    assert found.fingerprint() == PhantomSource(9, 8, 4).fingerprint()
+    assert {(s.num_train, s.num_test) for s in found.subsets} == {(8, 4)}
+
+
+def test_a_thousand_images_are_quick():
+    began = time.process_time()
+    PhantomSource(0, 1000).records("mri-liver-stage", "train")
+    assert time.process_time() - began < 2.0

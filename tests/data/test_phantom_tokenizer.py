@@ -1,0 +1,68 @@
+"""The tiny model's tokenizer: the file is what the builder makes, phantom rows are short, other text has no unknowns."""
+
+import pytest
+
+from medcg_jax.data import phantom_text, prompts, tokenizer_build
+from medcg_jax.data.phantom import PhantomSource, pretraining_records
+from medcg_jax.data.phantom_world import AREAS, MODALITIES, TASKS
+from medcg_jax.data.tokenizer import SMALL, load_tokenizer
+
+# Text tokens of a row beside the image's, with an empty system prompt: what `configs/phantom.py` makes room for.
+MAX_TEXT_TOKENS, MAX_TARGET_TOKENS = 32, 6
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
+
+
+def test_the_file_is_what_the_builder_makes(tmp_path):
+    tokenizer_build.write(tmp_path / "tokenizer.json")
+    assert (tmp_path / "tokenizer.json").read_bytes() == SMALL.read_bytes()
+
+
+def test_special_tokens_and_size(tokenizer):
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.image_id) == (0, 1, 2, 3)
+    assert 500 <= tokenizer.vocab_size <= 1000
+
+
+def test_words_of_the_phantom_world_are_one_token_each(tokenizer):
+    labels = [label for labels in TASKS.values() for label in labels]
+    for word in [*MODALITIES, *AREAS, *TASKS, *labels, *phantom_text.COUNTS, *phantom_text.SIZES, *phantom_text.SHAPES]:
+        assert len(tokenizer.encode(word)) == 1, word
+    assert len(tokenizer.encode("USER:")) == len(tokenizer.encode(" ASSISTANT:")) == 1
+
+
+def test_a_letter_is_the_same_token_everywhere(tokenizer):
+    (letter,) = tokenizer.encode("A")
+    question = phantom_text.choice("Which state?", ("normal", "abnormal"))
+    assert tokenizer.encode(question)[3] == letter == tokenizer.encode("ASSISTANT: A")[-1]
+    assert tokenizer.letter_ids("Which state? ASSISTANT:", "ABCD") == [letter + k for k in range(4)]
+    assert tokenizer.encode("A", start=False) == [letter]
+    assert tokenizer.encode("a") != [letter]
+
+
+@pytest.mark.parametrize(
+    "text", ["état des poumons", "漢字 🙂", "12.5 mg/dL (±3 %)", "Which of these?\n\tA: <b>", "Ω-3 ﬁ \u200b x", "adenocarcinomatosis"]
+)
+def test_any_text_is_encoded_without_unknowns_and_comes_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids and tokenizer.pad_id not in ids
+    assert "".join(tokenizer.decode(ids).split()) == "".join(text.split())
+
+
+def test_words_come_back_with_spaces(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("two large star")) == "two large star"
+    assert tokenizer.decode(tokenizer.encode(" B")) == "B"
+
+
+def test_rows_are_short(tokenizer):
+    source = PhantomSource(0, 24, 12)
+    fine_tuning = [r for s in source.subsets for r in source.records(s.name, "train").records]
+    sizes = [
+        prompts.conversation(tokenizer, record.turns, system_prompt="", num_image_tokens=1)
+        for record in [*fine_tuning, *pretraining_records(0, 2000).records]
+    ]
+    lengths = [len(tokens.ids) - 1 for tokens in sizes]
+    assert max(lengths[: len(fine_tuning)]) <= 30 and max(lengths) <= MAX_TEXT_TOKENS
+    assert max(sum(tokens.supervised) for tokens in sizes) <= MAX_TARGET_TOKENS
