@@ -1,0 +1,87 @@
+"""AdamW without a learning rate inside, and the learning rate as a function of run-time values.
+
+Number of steps, warm-up and learning rate are arrays (`control`), so that cells which differ in them share one
+compiled step. The schedule and the steps of an epoch are the reference's: huggingface/transformers:optimization.py:
+get_cosine_schedule_with_warmup (5.23.0), whose first warm-up step has the rate 0.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from medcg_jax.run_config import TrainConfig
+
+Control = dict[str, jax.Array | np.ndarray]
+# Last names of the parameters that weight decay leaves alone: biases, and the scales of norms.
+NOT_DECAYED = ("bias", "scale")
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW's direction of ascent, to be scaled by minus the learning rate: clip, Adam, decoupled weight decay.
+
+    Its state and its program depend on clip_norm, b1, b2, eps and weight_decay; on nothing else of `config`.
+    """
+    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
+    if config.weight_decay:
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
+    return optax.chain(*parts)
+
+
+def decay_mask(params):
+    """True for each parameter that is decayed, by its name: layers are stacked, so a norm's scale has two axes."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: last_name(path) not in NOT_DECAYED, params)
+
+
+def last_name(path) -> str:
+    """The name of a leaf in its own module: "bias" for decoder.head.bias."""
+    return str(getattr(path[-1], "key", getattr(path[-1], "name", path[-1])))
+
+
+def learning_rate(step: jax.Array, control: Control) -> jax.Array:
+    """float32[] learning rate of the update number `step` (from 0): linear warm-up from 0, then half a cosine.
+
+    control: learning_rate (the peak), end_frac (what is left of it at the end, 0-1), warmup_steps, total_steps.
+    """
+    step = jnp.asarray(step, jnp.float32)
+    warmup = jnp.asarray(control["warmup_steps"], jnp.float32)
+    total = jnp.asarray(control["total_steps"], jnp.float32)
+    rising = step / jnp.maximum(warmup, 1.0)
+    progress = jnp.clip((step - warmup) / jnp.maximum(total - warmup, 1.0), 0.0, 1.0)
+    end = jnp.asarray(control["end_frac"], jnp.float32)
+    falling = end + (1.0 - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+    peak = jnp.asarray(control["learning_rate"], jnp.float32)
+    return peak * jnp.where(step < warmup, rising, falling)
+
+
+def num_steps(config: TrainConfig, num_records: int) -> int:
+    """Updates of a run: `config.steps`, or as many batches as `config.epochs` passes over the records need.
+
+    Raises:
+      ValueError: neither steps nor epochs, or no records.
+    """
+    if config.steps:
+        return config.steps
+    if config.epochs <= 0 or num_records <= 0:
+        raise ValueError(f"epochs={config.epochs} over {num_records} records with steps=0: there is nothing to train")
+    # Rounded first, so that 0.1 of 3,200 records is 10 batches of 32 and no 11.
+    return max(1, math.ceil(round(config.epochs * num_records / config.batch_size, 6)))
+
+
+def control_from(config: TrainConfig, num_records: int) -> Control:
+    """The run-time values of a run over so many records: numpy scalars learning_rate, end_frac, warmup_steps, total_steps."""
+    total = num_steps(config, num_records)
+    return {
+        "learning_rate": np.float32(config.learning_rate),
+        "end_frac": np.float32(config.end_learning_rate_frac),
+        "warmup_steps": np.int32(math.ceil(round(config.warmup_frac * total, 6))),
+        "total_steps": np.int32(total),
+    }
+
+
+def stack_controls(controls: list[Control]) -> Control:
+    """The controls of several cells, each value with a leading cell axis."""
+    return {key: np.stack([control[key] for control in controls]) for key in controls[0]}

@@ -1,0 +1,271 @@
+"""The training step of one run, and the program that runs it on a mesh for one run or for several cells at once.
+
+`train_step` knows nothing of cells: `make_step` maps it over a leading cell axis of state, control and batch, while the
+frozen parameters are shared. Steps and learning rate are run-time values, so a grid compiles one program.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from medcg_jax.axes import BATCH_AXES
+from medcg_jax.mesh import batch_sharding
+from medcg_jax.train.losses import token_loss
+from medcg_jax.train.optim import Control, last_name, learning_rate
+
+Batch = dict[str, jax.Array]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "opt_state"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes. Of several cells: every array has a leading cell axis.
+
+    step: int32[] updates made. params: the trainable parameters, float32. opt_state: optax's.
+    """
+
+    step: jax.Array
+    params: nnx.State
+    opt_state: optax.OptState
+
+
+def train_step(
+    state: TrainState,
+    frozen: nnx.State,
+    control: Control,
+    batch: Batch,
+    *,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    loss_fn: Callable = token_loss,
+    accumulation_steps: int = 1,
+    compute_dtype: str = "float32",
+    param_specs=None,
+) -> tuple[TrainState, Batch]:
+    """(the state after one update, metrics); a run whose `step` has reached `total_steps` keeps its state bit for bit.
+
+    metrics: float32[] `loss` (mean over the supervised tokens), `grad_norm` (before clipping), `lr`; int32[] `step`
+      (updates made, this one included), `tokens` (real ones in the batch); bool[] `active`.
+    loss_fn: (model, batch) -> (sum, weight), as `losses.token_loss`.
+    accumulation_steps: micro-batches, one after another; sums are weighted by tokens, so their number changes nothing.
+    param_specs: PartitionSpec of each trainable parameter, laid on its gradient; None: no constraint.
+    """
+
+    def sums(params, part):
+        cast = partial(_cast, dtype=jnp.dtype(compute_dtype))
+        return loss_fn(nnx.merge(graphdef, cast(params), cast(frozen)), part)
+
+    (total, weight), grads = _accumulate(jax.value_and_grad(sums, has_aux=True), state.params, batch, accumulation_steps)
+    # A batch without a supervised token is refused by the data room; here it must not divide by 0.
+    grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), grads)
+    if param_specs is not None:
+        grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, param_specs)
+    rate = learning_rate(state.step, control)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda u: -rate * u, updates))
+    active = state.step < control["total_steps"]
+    new = TrainState(state.step + 1, params, opt_state)
+    state = jax.tree.map(lambda after, before: jnp.where(active, after, before), new, state)
+    metrics = {
+        "loss": total / jnp.maximum(weight, 1.0),
+        "grad_norm": optax.global_norm(grads),
+        "lr": rate,
+        "step": state.step,
+        "tokens": (batch["segment_ids"] != 0).sum(dtype=jnp.int32),
+        "active": active,
+    }
+    return state, metrics
+
+
+def _cast(params, dtype):
+    return jax.tree.map(lambda w: w.astype(dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w, params)
+
+
+def _accumulate(grad_fn, params, batch: Batch, num_parts: int):
+    """((sum of losses, sum of weights), gradient of the sum) over `num_parts` micro-batches."""
+    if num_parts == 1:
+        return grad_fn(params, batch)
+
+    def split(x):
+        # Part i has rows i, i + num_parts, ...: rows stay on their devices.
+        x = jnp.moveaxis(x.reshape(x.shape[0] // num_parts, num_parts, *x.shape[1:]), 1, 0)
+        mesh = jax.sharding.get_abstract_mesh()
+        return x if mesh.empty else jax.lax.with_sharding_constraint(x, PartitionSpec(None, BATCH_AXES))
+
+    def add(carry, part):
+        return jax.tree.map(jnp.add, carry, grad_fn(params, part)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    start = ((zero, zero), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, start, jax.tree.map(split, batch))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A step on a mesh. Call: `state, metrics = program(state, frozen, control, batch)`; `state` is donated.
+
+    With `num_cells` 1 there is no cell axis; with more, state, control, batch and metrics have a leading axis so long.
+    """
+
+    mesh: Mesh
+    num_cells: int
+    graphdef: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    jitted: Callable
+    state_shardings: TrainState
+    frozen_shardings: nnx.State
+    batch_sharding: NamedSharding
+    control_sharding: NamedSharding
+
+    def __call__(self, state: TrainState, frozen, control: Control, batch: Batch) -> tuple[TrainState, Batch]:
+        with jax.set_mesh(self.mesh):
+            return self.jitted(state, frozen, control, batch)
+
+    def init(self, params) -> TrainState:
+        """A fresh state; `params` (of several cells: with the cell axis) are copied, since the state is donated."""
+        with jax.set_mesh(self.mesh):
+            return jax.jit(self._init, out_shardings=self.state_shardings)(params)
+
+    def start(self, params) -> TrainState:
+        """A fresh state for every cell from one set of trainable parameters."""
+        if self.num_cells == 1:
+            return self.init(params)
+        with jax.set_mesh(self.mesh):
+            return jax.jit(self._start, out_shardings=self.state_shardings)(params)
+
+    def put_control(self, control: Control) -> dict[str, jax.Array]:
+        """Control values on the mesh (once a run, not once a step)."""
+        return jax.device_put(control, self.control_sharding)
+
+    def abstract_state(self, params) -> TrainState:
+        """The state's shapes, dtypes and shardings, from the (abstract) trainable parameters of one run."""
+        shapes = jax.eval_shape(self._init if self.num_cells == 1 else self._start, params)
+        return with_shardings(shapes, self.state_shardings)
+
+    def compile(self, params, frozen, batch: dict[str, jax.ShapeDtypeStruct | np.ndarray]):
+        """(jax.stages.Lowered, jax.stages.Compiled, seconds to lower, seconds to compile); allocates nothing.
+
+        params, frozen: abstract parameters of one run. batch: shapes and dtypes of the global batch of one run.
+        """
+        lead = (self.num_cells,) if self.num_cells > 1 else ()
+
+        def shape(x, sharding):
+            return jax.ShapeDtypeStruct(lead + tuple(x.shape), x.dtype, sharding=sharding)
+
+        control = {name: np.zeros((), dtype) for name, dtype in CONTROL_DTYPES.items()}
+        args = (
+            self.abstract_state(params),
+            with_shardings(frozen, self.frozen_shardings),
+            {name: shape(x, self.control_sharding) for name, x in control.items()},
+            {name: shape(x, self.batch_sharding) for name, x in batch.items()},
+        )
+        with jax.set_mesh(self.mesh):
+            began = time.perf_counter()
+            lowered = self.jitted.lower(*args)
+            lowered_at = time.perf_counter()
+            compiled = lowered.compile()
+        return lowered, compiled, lowered_at - began, time.perf_counter() - lowered_at
+
+    def _init(self, params) -> TrainState:
+        one = partial(init_state, optimizer=self.optimizer)
+        return one(params) if self.num_cells == 1 else jax.vmap(one, spmd_axis_name="cell")(params)
+
+    def _start(self, params) -> TrainState:
+        one = init_state(params, optimizer=self.optimizer)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_cells, *x.shape)), one)
+
+
+CONTROL_DTYPES = {
+    "learning_rate": np.float32, "end_frac": np.float32, "warmup_steps": np.int32, "total_steps": np.int32
+}  # fmt: skip
+
+
+def init_state(params, *, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step of one run, with float32 master weights."""
+    # Copies: a caller's arrays must outlive the donation of the state.
+    params = jax.tree.map(lambda w: jnp.array(w, jnp.float32, copy=True), params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def make_step(
+    mesh: Mesh,
+    graphdef: nnx.GraphDef,
+    param_shardings,
+    frozen_shardings,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_cells: int = 1,
+    loss_fn: Callable = token_loss,
+    accumulation_steps: int = 1,
+    compute_dtype: str = "float32",
+) -> Program:
+    """The program that trains one run, or `num_cells` cells at once, on `mesh`.
+
+    param_shardings, frozen_shardings: NamedSharding of each trainable and frozen parameter of one run.
+
+    Raises:
+      ValueError: the cells cannot be split over the mesh's cell axis.
+    """
+    groups = mesh.shape["cell"]
+    if num_cells % groups:
+        raise ValueError(f"{num_cells} cells over mesh.cell={groups}; a multiple of {groups} is accepted")
+    specs = jax.tree.map(lambda s: s.spec, param_shardings)
+    one = partial(
+        train_step, graphdef=graphdef, optimizer=optimizer, loss_fn=loss_fn,
+        accumulation_steps=accumulation_steps, compute_dtype=compute_dtype, param_specs=specs,
+    )  # fmt: skip
+    many = num_cells > 1
+    lead = ("cell",) if many else ()
+
+    def placed(spec=PartitionSpec()):
+        return NamedSharding(mesh, PartitionSpec(*lead, *spec))
+
+    state_shardings = TrainState(
+        placed(),
+        jax.tree.map(lambda s: placed(s.spec), param_shardings),
+        _opt_shardings(optimizer, param_shardings, placed),
+    )
+    batch = batch_sharding(mesh, cells=many)
+
+    def cells(state, frozen, control, batch):
+        step = jax.vmap(one, in_axes=(0, None, 0, 0), spmd_axis_name="cell")
+        return step(state, _replicate_tables(frozen), control, batch)
+
+    jitted = jax.jit(
+        cells if many else one,
+        in_shardings=(state_shardings, frozen_shardings, placed(), batch),
+        out_shardings=(state_shardings, placed()),
+        donate_argnums=0,
+    )
+    return Program(mesh, num_cells, graphdef, optimizer, jitted, state_shardings, frozen_shardings, batch, placed())
+
+
+def _replicate_tables(frozen):
+    """`frozen` with its embedding tables whole on every device: the lookup of all cells in one shared table that is
+    split would be resharded across cells."""
+
+    def one(path, w):
+        return jax.lax.with_sharding_constraint(w, PartitionSpec()) if last_name(path) == "table" else w
+
+    return jax.tree_util.tree_map_with_path(one, frozen)
+
+
+def _opt_shardings(optimizer, param_shardings, placed):
+    """Shardings of the optimizer's state: moments lie as their parameters, counts are replicated."""
+    shapes = jax.eval_shape(optimizer.init, jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), param_shardings))
+    return optax.tree.map_params(
+        optimizer, lambda _, s: placed(s.spec), shapes, param_shardings, transform_non_params=lambda _: placed()
+    )
+
+
+def with_shardings(shapes, shardings):
+    """`jax.ShapeDtypeStruct`s of a tree with these shardings: what to compile for, or to restore onto."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
