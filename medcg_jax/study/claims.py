@@ -119,14 +119,9 @@ def lock(folder: Path, name: str, poll_s: float = 0.1) -> Iterator[None]:
         claim.release()
 
 
-def deaths(folder: Path, name: str, host: str = "") -> int:
-    """How many holders of the work died over it, as far as its claims say."""
-    count = 0
-    for path in folder.glob(f"{name}.*"):
-        holder = _read(path)
-        if holder and holder["pid"] and not is_alive(holder, _age(path)):
-            count += 1
-    return count
+def num_holders(folder: Path, name: str) -> int:
+    """How many processes have held the work so far."""
+    return _last(folder, name)[0] + 1
 
 
 def _last(folder: Path, name: str) -> tuple[int, dict | None, float]:

@@ -3,12 +3,11 @@
 `expand` is a pure function of the study's configuration and the subsets there are; its order is the order of cells.csv.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from medcg_jax.data.records import Subset
-from medcg_jax.run_config import ConfigError, RunConfig, TrainConfig
+from medcg_jax.run_config import ConfigError, RunConfig
 from medcg_jax.study import combos, mat
 
 # Arms that may be trained on what they are tested on (other records of it): the references of tables 1 and 2, and the
@@ -65,13 +64,6 @@ class Cell:
     @property
     def total_records(self) -> int:
         return sum(self.num_records)
-
-
-def num_steps(train: TrainConfig, num_records: int) -> int:
-    """Optimizer steps of a fine-tune: `train.steps`, or as many as make `train.epochs` over the records."""
-    if not num_records:
-        return 0
-    return train.steps or max(1, math.ceil(train.epochs * num_records / train.batch_size))
 
 
 def paper_row(row: str) -> tuple[int, int] | None:

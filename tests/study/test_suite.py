@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import SMALL, random_worlds, subset, world
 
-from medcg_jax.run_config import TABLES, ConfigError, RunConfig, TrainConfig, replace
+from medcg_jax.run_config import TABLES, ConfigError, RunConfig, replace
 from medcg_jax.study import combos, mat, suite
 from medcg_jax.study.mat import shared
 
@@ -155,14 +155,6 @@ def test_matched_samples():
     singles = [c for c in cells if c.arm == "single_task"]
     assert {c.related[0]: c.num_records[0] for c in singles} == per_subset
     assert {c.target for c in singles} == {(name,) for name in per_subset}
-
-
-@pytest.mark.parametrize(
-    ("train", "records", "steps"),
-    [(TrainConfig(epochs=3), 600, 57), (TrainConfig(epochs=5), 1, 1), (TrainConfig(steps=7), 600, 7), (TrainConfig(), 0, 0)],
-)
-def test_num_steps(train, records, steps):
-    assert suite.num_steps(train, records) == steps
 
 
 def test_unknown_target_and_empty_table():

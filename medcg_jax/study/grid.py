@@ -1,0 +1,258 @@
+"""`medcg reproduce`: a whole grid from one call; called again, it goes on where it stopped.
+
+The work is done by `worker.Worker`: in this process with `study.jobs` 1, else in as many processes that share the
+workdir through claims. This process expands the grid, starts the workers, shows how far they are, and writes the tables.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from medcg_jax.data.sources import open_source
+from medcg_jax.run_config import ConfigError, RunConfig
+from medcg_jax.study import results
+from medcg_jax.study.progress import Progress
+from medcg_jax.study.schedule import Plan, make_plan, seeded
+
+# Fields that change neither scores nor predictions, so that a grid may be continued with other values.
+FREE_FIELDS = ("name", "study.jobs", "study.base_dir", "train.log_every_steps", "base.log_every_steps")
+PACKAGES = ("medcg-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+# XLA's flag for processes that share the cores of one machine; it says nothing to accelerators.
+ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
+STOP_WAIT_S = 10.0
+
+
+def dry(run: RunConfig) -> dict:
+    """Prints every cell with its subsets, records and steps, trains nothing; the same as a dict."""
+    plan = make_plan(run)
+    steps = {cell.id: job.steps for job in plan.jobs for cell in job.cells}
+    listed = []
+    for cell in plan.cells:
+        training = ", ".join(f"{n} ({c})" for n, c in zip(cell.related, cell.num_records, strict=True)) or "nothing"
+        print(f"{cell.id}: {training} -> {', '.join(cell.target)}; {sum(cell.num_records)} records, {steps[cell.id]} steps"
+              + (f" [{cell.notes}]" if cell.notes else ""))  # fmt: skip
+        listed.append(dataclasses.asdict(cell) | {"steps": steps[cell.id]})
+    trained = [job for job in plan.jobs if job.steps]
+    total = sum(job.steps for job in trained)
+    bases = len(run.study.seeds) if run.base.steps else 0
+    print(f"{len(plan.cells)} cells, {len(trained)} trainings, {total} steps; {bases} bases of {run.base.steps} steps")
+    return {"cells": listed, "trainings": len(trained), "steps": total, "bases": bases}
+
+
+def reproduce(run: RunConfig, workdir: str | Path) -> dict:
+    """Trains and scores every cell of the grid that is not done yet, then writes the report.
+
+    Returns {"workdir", "cells", "failed": {cell: why}, "unfinished": [cell], "page", "exit_status"}: 1 where a cell
+    failed or is unfinished, else 0.
+
+    Raises:
+      ConfigError: the workdir holds a grid of another configuration, or the configuration cannot be used.
+    """
+    workdir = Path(workdir)
+    plan = make_plan(run)
+    check_start(run)
+    write_config(run, workdir, plan)
+    tables = results.Tables(workdir, plan.cells, plan.jobs)
+    waiting = [group for group in plan.groups if results.outcomes_of(workdir, group) is None]
+    print(f"{len(plan.cells)} cells in {len(plan.groups)} groups, {len(waiting)} to do; workdir {workdir}", flush=True)
+    with Progress(workdir, plan, run, on_change=tables.write):
+        if waiting:
+            work(run, workdir, plan)
+    outcomes = results.all_outcomes(workdir, plan.groups)
+    tables.write(outcomes)
+    return summary(workdir, plan, outcomes)
+
+
+def check_start(run: RunConfig) -> None:
+    """Raises ConfigError, before anything is allocated, when weights are missing."""
+    from medcg_jax.train.setup import check_weights
+
+    check_weights(run)
+
+
+def work(run: RunConfig, workdir: Path, plan: Plan) -> None:
+    """Does what is left, here or in `study.jobs` processes."""
+    if run.study.jobs == 1:
+        from medcg_jax.study.worker import Worker
+
+        Worker(run, workdir, plan).run()
+        return
+    with workers(workdir, run.study.jobs) as started:
+        watch(started)
+
+
+def watch(started: "Sequence[Process]") -> None:
+    """Waits for the workers; says so when one dies, and stops all when one refuses the configuration.
+
+    Raises:
+      ConfigError: what a worker refused.
+    """
+    running = list(started)
+    while running:
+        time.sleep(0.2)
+        for worker in [w for w in running if w.popen.poll() is not None]:
+            running.remove(worker)
+            status = worker.popen.returncode
+            if status == 2:
+                raise ConfigError(worker.last_line())
+            if status:
+                died = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+                print(f"worker {worker.index} {died}; {len(running)} go on; see {worker.log}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Process:
+    index: int
+    popen: subprocess.Popen
+    log: Path
+
+    def last_line(self) -> str:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"worker {self.index} gave no reason"
+
+
+@contextmanager
+def workers(workdir: Path, count: int) -> Iterator[list[Process]]:
+    """So many worker processes on the workdir; all have ended when the block is left, however it is."""
+    environment = dict(os.environ)
+    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {ONE_THREAD}".strip()
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    # Processes on one accelerator share its memory.
+    environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / count:.2f}")
+    logs = workdir / "logs"
+    logs.mkdir(exist_ok=True)
+    started: list[Process] = []
+    before = _stop_on_sigterm()
+    try:
+        for index in range(count):
+            log = logs / f"worker-{index}.log"
+            command = [sys.executable, "-m", "medcg_jax.study.worker", str(workdir), str(os.getpid())]
+            with open(log, "ab") as out:
+                popen = subprocess.Popen(
+                    command, env=environment, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+                )
+            started.append(Process(index, popen, log))
+        yield started
+    finally:
+        for worker in started:
+            if worker.popen.poll() is None:
+                worker.popen.terminate()
+        deadline = time.monotonic() + STOP_WAIT_S
+        for worker in started:
+            try:
+                worker.popen.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                worker.popen.kill()
+                worker.popen.wait()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _stop_on_sigterm():
+    """Lets SIGTERM end the workers as Ctrl-C does; returns the handler before (None off the main thread)."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    return signal.signal(signal.SIGTERM, stop)
+
+
+def summary(workdir: Path, plan: Plan, outcomes: dict[str, dict]) -> dict:
+    """Prints what failed or is missing, writes the report; see `reproduce`."""
+    failed, unfinished = {}, []
+    for job in plan.jobs:
+        outcome = outcomes.get(job.id)
+        for cell in job.cells:
+            if outcome is None:
+                unfinished.append(cell.id)
+            elif results.is_failure(outcome):
+                failed[cell.id] = outcome["status"]
+    for cell, why in failed.items():
+        print(f"{cell}: {why}", file=sys.stderr)
+    if unfinished:
+        print(f"{len(unfinished)} cells are unfinished, {unfinished[0]} among them; run the same again", file=sys.stderr)
+    page = None
+    if len(failed) + len(unfinished) < len(plan.cells):
+        from medcg_jax.study.report import write_report
+
+        page = str(write_report(workdir))
+        print(f"report: {page}", flush=True)
+    return {"workdir": str(workdir), "cells": len(plan.cells), "failed": failed, "unfinished": unfinished,
+            "page": page, "exit_status": 1 if failed or unfinished else 0}  # fmt: skip
+
+
+# ------------------------------------------------------------------ config.json
+
+
+def write_config(run: RunConfig, workdir: Path, plan: Plan) -> None:
+    """Writes config.json; where there is one already, checks that it is of the same grid.
+
+    Raises:
+      ConfigError: it is not; the message names the first field that differs.
+    """
+    new = {
+        "config": dataclasses.asdict(run),
+        "versions": versions(),
+        "data": {str(seed): open_source(seeded(run, seed).data).fingerprint() for seed in run.study.seeds},
+        "cells": len(plan.cells),
+    }
+    new = json.loads(json.dumps(new))  # tuples as lists, as they come back from the file
+    path = workdir / "config.json"
+    if path.exists():
+        check_same(json.loads(path.read_text(encoding="utf-8")), new, workdir)
+    for name in ("predictions", "metrics", "state/done", "state/claims", "state/progress"):
+        (workdir / name).mkdir(parents=True, exist_ok=True)
+    results.write_atomically(path, json.dumps(new, indent=1) + "\n")
+
+
+def check_same(old: dict, new: dict, workdir: Path) -> None:
+    """Raises ConfigError when two config.json are of different grids; prints a line when versions moved."""
+    before, now = flat(old["config"]), flat(new["config"])
+    for field in sorted(before.keys() | now.keys()):
+        if field not in FREE_FIELDS and before.get(field) != now.get(field):
+            raise ConfigError(
+                f"{workdir} holds a grid with {field}={before.get(field)!r}, not {now.get(field)!r}: "
+                "give another --workdir, or the value that it has"
+            )
+    if old["data"] != new["data"]:
+        raise ConfigError(f"{workdir} holds a grid of other data (fingerprint {old['data']}, now {new['data']}): "
+                          "give another --workdir")  # fmt: skip
+    moved = [f"{k} {v} -> {new['versions'].get(k)}" for k, v in old["versions"].items() if new["versions"].get(k) != v]
+    if moved:
+        print(f"going on with other versions, so last digits may differ: {', '.join(moved)}", file=sys.stderr)
+
+
+def flat(config: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    found = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and key != "subset_weights":
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions that numbers depend on; a package that is not installed is "none"."""
+
+    def one(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "none"
+
+    return {"python": platform.python_version()} | {name: one(name) for name in PACKAGES}

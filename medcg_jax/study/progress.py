@@ -1,0 +1,127 @@
+"""How far a grid is: one bar on a terminal, plain lines elsewhere, from files that every worker writes.
+
+The unit is one optimizer step of one run; evaluation and the bases are counted in it. A worker writes how many units of
+its group are behind it to `state/progress/NAME`, so that processes and hosts are shown alike.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from medcg_jax.run_config import RunConfig
+from medcg_jax.study import results
+from medcg_jax.study.schedule import Group, Plan
+
+POLL_S = 0.5
+LINE_EVERY_S = 20.0
+
+
+def eval_units(group: Group) -> int:
+    """Units that testing a group counts for: 2 per subset, a guess that only the bar is moved by."""
+    return sum(2 * len(job.targets) for job in group.jobs)
+
+
+def group_units(group: Group) -> int:
+    return sum(job.steps for job in group.jobs) + eval_units(group)
+
+
+def base_name(seed: int) -> str:
+    return f"base.s{seed}"
+
+
+class Reporter:
+    """Writes how far one piece of work is, at most twice a second."""
+
+    def __init__(self, workdir: Path, name: str):
+        self._path = results.state_dir(workdir) / "progress" / name
+        self._last = 0.0
+
+    def __call__(self, units: int, *, now: bool = False) -> None:
+        if now or time.monotonic() - self._last > POLL_S:
+            self._last = time.monotonic()
+            results.write_atomically(self._path, str(units))
+
+
+class Progress:
+    """Shows the grid's progress from a thread while the block runs.
+
+    on_change: called with every outcome so far whenever a group is done.
+    """
+
+    def __init__(self, workdir: Path, plan: Plan, run: RunConfig, on_change: Callable[[dict], None]):
+        self._workdir, self._plan, self._on_change = workdir, plan, on_change
+        seeds = dict.fromkeys(group.seed for group in plan.groups)
+        self._bases = {base_name(seed): run.base.steps for seed in seeds} if run.base.steps else {}
+        self._total = sum(self._bases.values()) + sum(map(group_units, plan.groups))
+        self._stop = threading.Event()
+        self._outcomes: dict[str, dict] = {}
+        self._done: set[str] = set()
+
+    def __enter__(self) -> "Progress":
+        self._began, self._first = time.monotonic(), self._units()
+        self._said = self._began
+        self._bar = tqdm(
+            total=self._total, initial=self._first, unit="step", disable=not sys.stderr.isatty(), smoothing=0.05,
+            dynamic_ncols=True, desc=self._words(),
+        )  # fmt: skip
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._look(last=True)
+        self._bar.close()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(POLL_S):
+            self._look()
+
+    def _look(self, last: bool = False) -> None:
+        before = len(self._done)
+        units = self._units()
+        if len(self._done) != before:
+            self._on_change(self._outcomes)
+        if not self._bar.disable:
+            self._bar.set_description(self._words(), refresh=False)
+            self._bar.n = min(units, self._total)
+            self._bar.refresh()
+        elif last or len(self._done) != before or time.monotonic() - self._said > LINE_EVERY_S:
+            self._said = time.monotonic()
+            print(self._line(units), file=sys.stderr, flush=True)
+
+    def _units(self) -> int:
+        """Units behind us; also collects the outcomes of groups done since the last look."""
+        units = sum(min(self._partial(name), most) for name, most in self._bases.items())
+        for group in self._plan.groups:
+            if group.name not in self._done and (found := results.outcomes_of(self._workdir, group)):
+                self._done.add(group.name)
+                self._outcomes |= found
+            units += group_units(group) if group.name in self._done else self._partial(group.name)
+        return units
+
+    def _partial(self, name: str) -> int:
+        try:
+            return int((results.state_dir(self._workdir) / "progress" / name).read_text())
+        except (OSError, ValueError):
+            return 0
+
+    def _words(self) -> str:
+        cells = sum(len(job.cells) for group in self._plan.groups if group.name in self._done for job in group.jobs)
+        failed = sum(map(results.is_failure, self._outcomes.values()))
+        return f"{cells}/{len(self._plan.cells)} cells" + (f", {failed} failed" if failed else "")
+
+    def _line(self, units: int) -> str:
+        gone = time.monotonic() - self._began
+        here = units - self._first
+        left = f"about {_clock(gone * (self._total - units) / here)} left" if here else "time left unknown"
+        return f"{self._words()}, {100 * units / self._total:.0f} % of the work, {_clock(gone)} gone, {left}"
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,100 @@
+"""Claims: one holder at a time, taken over from the dead and never from the living, with real processes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from medcg_jax.study import claims
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from medcg_jax.study import claims
+claim = claims.take(Path(sys.argv[1]), "work")
+print("held" if claim else "refused", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the claim `work` in tmp_path."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_living_holder_keeps_its_claim_and_a_killed_one_loses_it(tmp_path, holder):
+    assert claims.take(tmp_path, "work") is None
+    assert claims.take(tmp_path, "other") is not None
+    holder.send_signal(signal.SIGKILL)
+    # Not reaped yet: a zombie has a /proc entry and holds nothing.
+    time.sleep(0.2)
+    taken = claims.take(tmp_path, "work")
+    assert taken is not None and taken.number == 1
+    assert claims.num_holders(tmp_path, "work") == 2
+
+
+def test_a_recycled_pid_is_not_the_holder(tmp_path):
+    holder = claims.identity() | {"start": "1"}
+    assert not claims.is_alive(holder, 0.0)
+    assert claims.is_alive(claims.identity(), 1e9)
+
+
+def test_release_lets_others_in(tmp_path):
+    first = claims.take(tmp_path, "work")
+    assert claims.take(tmp_path, "work") is None
+    first.release()
+    assert claims.take(tmp_path, "work").number == 1
+
+
+def test_another_host_is_judged_by_its_heartbeat(tmp_path):
+    path = tmp_path / "work.0"
+    path.write_text(json.dumps({"host": f"not-{socket.gethostname()}", "pid": 1, "start": "1"}))
+    assert claims.take(tmp_path, "work") is None
+    old = time.time() - claims.STALE_S - 1
+    os.utime(path, (old, old))
+    assert claims.take(tmp_path, "work").number == 1
+
+
+def test_a_claim_that_is_still_being_written_is_held(tmp_path):
+    (tmp_path / "work.0").write_text("")
+    assert claims.take(tmp_path, "work") is None
+
+
+def test_heartbeat_touches_the_claim(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "HEARTBEAT_S", 0.05)
+    claim = claims.take(tmp_path, "work")
+    os.utime(claim.path, (1, 1))
+    time.sleep(0.3)
+    assert claim.path.stat().st_mtime > 1
+    claim.release()
+
+
+def test_one_of_many_gets_it(tmp_path):
+    for round_ in range(20):
+        got, start = [], threading.Barrier(8)
+
+        def race(name=f"work{round_}", got=got, start=start):
+            start.wait()
+            got.append(claims.take(tmp_path, name))
+
+        threads = [threading.Thread(target=race) for _ in range(8)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        assert sum(claim is not None for claim in got) == 1
+
+
+def test_names_that_begin_alike_are_apart(tmp_path):
+    assert claims.take(tmp_path, "a.s1")
+    assert claims.take(tmp_path, "a.s1.1").number == 0
+    assert claims.num_holders(tmp_path, "a.s1") == 1 and claims.num_holders(tmp_path, "a") == 0
