@@ -65,17 +65,20 @@ class ClipVision(nnx.Module):
         self.norm = LayerNorm(width, eps=config.norm_eps, **made)
         self.blocks = _stack(config, config.num_run_layers, **made)
 
-    def __call__(self, pixels: jax.Array, *, dtype, attention: str) -> jax.Array:
-        """pixels: uint8[B, h, w, 3], or float[B, h, w, 3] already normalised."""
+    def embed(self, pixels: jax.Array, dtype) -> jax.Array:
+        """float[B, 1 + P, E]: what the first layer gets; class token first."""
         x = self.patch(_patches(normalise(pixels, self.config), self.config.patch_size_px).astype(dtype))
         first = jnp.broadcast_to(self.class_token[...].astype(dtype), (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([first, x], axis=1) + self.positions[...].astype(dtype)
-        x = constrain(self.norm(x), "act_batch", "act_len", "act_embed")
+        return constrain(self.norm(x), "act_batch", "act_len", "act_embed")
+
+    def __call__(self, pixels: jax.Array, *, dtype, attention: str) -> jax.Array:
+        """pixels: uint8[B, h, w, 3], or float[B, h, w, 3] already normalised."""
 
         def body(block, x, _):
             return block(x, implementation=attention), None
 
-        x, _ = run_stack(self.blocks, body, x, unroll=self.unroll, remat=self.remat)
+        x, _ = run_stack(self.blocks, body, self.embed(pixels, dtype), unroll=self.unroll, remat=self.remat)
         return x[:, 1:]
 
 

@@ -142,14 +142,17 @@ class Llava(nnx.Module):
         for name, ids in (("tokens", tokens), ("segment_ids", segment_ids), ("positions", positions)):
             if ids is not None and ids.shape != tokens.shape or tokens.ndim != 2:
                 raise ValueError(f"{name} {ids.shape} beside tokens {tokens.shape}: [batch, length] is accepted for both")
-        is_image = tokens == self.config.image_token_id
-        x = self.decoder.embed(jnp.where(is_image, self.config.pad_token_id, tokens), self.dtype)
-        if pixels is not None:
-            image_features = self.encode_images(pixels)
-        if image_features is not None:
-            x = merge_images(x, image_features, is_image)
+        x = self.embed(tokens, self.encode_images(pixels) if pixels is not None else image_features)
         rest = dict(segment_ids=segment_ids, positions=positions, cache=cache)
         return self.decoder(x, attention=self.config.attention, **rest)
+
+    def embed(self, tokens: jax.Array, image_features: jax.Array | None = None) -> jax.Array:
+        """float[B, T, D]: what the decoder's first layer gets, image features in place of image tokens."""
+        is_image = tokens == self.config.image_token_id
+        # Image and padding ids may lie outside the table; what they look up is replaced, or never attended.
+        ids = jnp.where(is_image, 0, jnp.minimum(tokens, self.config.text.vocab_size - 1))
+        x = self.decoder.embed(ids, self.dtype)
+        return x if image_features is None else merge_images(x, image_features, is_image)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32[..., V] for hidden[..., D]."""

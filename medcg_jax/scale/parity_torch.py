@@ -1,0 +1,101 @@
+"""The PyTorch side of `medcg parity`: HF's LLaVA from a directory, its stages, gradients and AdamW steps.
+
+Imports torch and transformers when called, never before. Source: huggingface/transformers:
+models/llava/modeling_llava.py at 5.23.0.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from medcg_jax.weights.files import WeightsError
+from medcg_jax.weights.llava import canonical
+
+
+class Reference:
+    """HF's model in float32 with eager attention, taking and giving numpy arrays."""
+
+    def __init__(self, model):
+        import torch
+
+        self.torch = torch
+        self.model = model.float().eval()
+
+    def _inputs(self, inputs: dict[str, np.ndarray]) -> dict:
+        return {name: self.torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
+
+    def stages(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by stage, named as the port's (`parity.port_stages`); inputs: HF's forward arguments."""
+        base, found, handles = self.model.model, {}, []
+
+        def tap(name, module, *, of_input=False):
+            def hook(_, args, kwargs, out):
+                value = (args[0] if args else kwargs["hidden_states"]) if of_input else out
+                found[name] = (value[0] if isinstance(value, tuple) else value).detach().numpy().copy()
+
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+        tap("vision.embed", base.vision_tower.pre_layrnorm)
+        for i, layer in enumerate(base.vision_tower.encoder.layers):
+            tap(f"vision.layer{i}", layer)
+        tap("projector", base.multi_modal_projector)
+        tap("embed", base.language_model.layers[0], of_input=True)
+        for i, layer in enumerate(base.language_model.layers):
+            tap(f"decoder.layer{i}", layer)
+        tap("decoder.norm", base.language_model.norm)
+        try:
+            with self.torch.no_grad():
+                out = self.model(**self._inputs(inputs))
+        finally:
+            for handle in handles:
+                handle.remove()
+        found["logits"] = out.logits.numpy()
+        if out.loss is not None:
+            found["loss"] = out.loss.numpy()
+        return found
+
+    def gradients(self, inputs: dict[str, np.ndarray], prefixes: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Gradient of the loss by canonical name, for parameters whose canonical name starts with one of `prefixes`."""
+        self._train_only(prefixes)
+        self.model.zero_grad()
+        self.model(**self._inputs(inputs)).loss.backward()
+        return {name: p.grad.numpy().copy() for name, p in self._trained()}
+
+    def curve(self, inputs, prefixes: tuple[str, ...], *, num_steps: int, learning_rate: float) -> list[float]:
+        """Losses before each of `num_steps` steps of torch's AdamW (weight decay 0); changes the model."""
+        self._train_only(prefixes)
+        given = self._inputs(inputs)
+        optimizer = self.torch.optim.AdamW([p for _, p in self._trained()], lr=learning_rate, weight_decay=0.0)
+        losses = []
+        for _ in range(num_steps):
+            optimizer.zero_grad()
+            loss = self.model(**given).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    def _train_only(self, prefixes) -> None:
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(canonical(name).startswith(prefixes))
+
+    def _trained(self):
+        return [(canonical(name), p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+
+def open_reference(src: Path) -> Reference:
+    """HF's model from a directory in an HF layout.
+
+    Raises:
+      WeightsError: PyTorch or transformers is not installed.
+    """
+    try:
+        import torch
+        from transformers import LlavaForConditionalGeneration
+    except ImportError as error:
+        raise WeightsError(
+            f"parity with PyTorch needs torch and transformers ({error}): pip install 'medcg_jax[parity]', or compare "
+            "with recorded numbers by --inputs=FILE.npz"
+        ) from error
+    options = dict(dtype=torch.float32, attn_implementation="eager", local_files_only=True)
+    return Reference(LlavaForConditionalGeneration.from_pretrained(src, **options))

@@ -1,0 +1,210 @@
+"""Names and shapes of a released checkpoint turned into parameters and back, by a table; strict both ways.
+
+A model's table is a list of `Entry`: a name template, the path of our parameter, and how one becomes the other.
+Loading goes tensor by tensor, straight into the parameters' shardings: no more than one tensor is on the host at once.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from medcg_jax.weights.files import Tensors, WeightsError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How a released tensor becomes ours: `load(tensor, our shape)`, `store(ours)`, `released_shape(our shape)`."""
+
+    load: Callable[[np.ndarray, Shape], np.ndarray]
+    store: Callable[[np.ndarray], np.ndarray]
+    released_shape: Callable[[Shape], Shape]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a table.
+
+    name: the released (canonical) name; `{layer}` stands for the layer's number.
+    path: keys into params.
+    layers: the released layers that fill our leading axis, in order; None: the parameter is not stacked.
+    rows: axis 0 of the released tensor counts vocabulary rows, of which it may have more than we hold.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    transform: Transform
+    layers: range | None = None
+    rows: bool = False
+
+
+def linear(inputs: int = 1) -> Transform:
+    """PyTorch's [out, in] <-> ours [in..., out...] with so many input axes."""
+    return Transform(
+        load=lambda tensor, shape: tensor.T.reshape(shape),
+        store=lambda ours: ours.reshape(math.prod(ours.shape[:inputs]), -1).T,
+        released_shape=lambda shape: (math.prod(shape[inputs:]), math.prod(shape[:inputs])),
+    )
+
+
+def conv_patch(patch: int, channels: int = 3) -> Transform:
+    """PyTorch's conv kernel [E, C, patch, patch] <-> ours [patch * patch * C, E]."""
+    return Transform(
+        load=lambda tensor, shape: tensor.transpose(2, 3, 1, 0).reshape(shape),
+        store=lambda ours: ours.reshape(patch, patch, channels, -1).transpose(3, 2, 0, 1),
+        released_shape=lambda shape: (shape[1], channels, patch, patch),
+    )
+
+
+FLAT = Transform(
+    load=lambda tensor, shape: tensor.reshape(shape),
+    store=lambda ours: ours.reshape(-1),
+    released_shape=lambda shape: (math.prod(shape),),
+)
+SAME = Transform(load=lambda tensor, shape: tensor, store=lambda ours: ours, released_shape=lambda shape: shape)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one released tensor goes: a leaf of params, or layer `layer` of a stacked leaf."""
+
+    entry: Entry
+    layer: int | None
+    shape: Shape
+
+    @property
+    def released_shape(self) -> Shape:
+        return self.entry.transform.released_shape(self.shape)
+
+
+def slots(table: list[Entry], params) -> dict[str, Slot]:
+    """Released name -> Slot for a whole table; `params` may be abstract.
+
+    Raises:
+      WeightsError: the table does not fill every parameter exactly once (a fault of the table).
+    """
+    found: dict[str, Slot] = {}
+    leaves = {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    for entry in table:
+        shape = tuple(leaves.pop(entry.path).shape)
+        if entry.layers is None:
+            found[entry.name] = Slot(entry, None, shape)
+            continue
+        if len(entry.layers) != shape[0]:
+            raise WeightsError(f"{entry.path} has {shape[0]} layers, its table {len(entry.layers)}")
+        for i, layer in enumerate(entry.layers):
+            found[entry.name.format(layer=layer)] = Slot(entry, i, shape[1:])
+    if leaves:
+        raise WeightsError(f"the table fills no {sorted(leaves)}")
+    return found
+
+
+def canonical_names(names, canonical: Callable[[str], str | None], source: str) -> dict[str, str]:
+    """Canonical name -> the file's own; names for which `canonical` gives None are dropped.
+
+    Raises:
+      WeightsError: two tensors have one canonical name.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        key = canonical(name)
+        if key is None:
+            continue
+        if key in found:
+            raise WeightsError(f"{source} holds {key} twice, as {found[key]} and {name}")
+        found[key] = name
+    return found
+
+
+def check(wanted: dict[str, Slot], shapes: dict[str, Shape], source: str) -> None:
+    """Raises WeightsError, with all three lists, on missing, unused and misshapen tensors (canonical names)."""
+    missing = [name for name in wanted if name not in shapes]
+    unused = [name for name in shapes if name not in wanted]
+    misshapen = [
+        f"{name} {shapes[name]} instead of {slot.released_shape}"
+        for name, slot in wanted.items()
+        if name in shapes and not _fits(slot, shapes[name])
+    ]
+    if missing or unused or misshapen:
+        lists = (("missing", missing), ("unused", unused), ("misshapen", misshapen))
+        raise WeightsError(f"{source} does not fit the model: " + "; ".join(_listed(*part) for part in lists))
+
+
+def _fits(slot: Slot, shape: Shape) -> bool:
+    expected = slot.released_shape
+    if slot.entry.rows and len(shape) == len(expected):
+        return shape[0] >= expected[0] and shape[1:] == expected[1:]
+    return shape == expected
+
+
+def _listed(word: str, names: list[str], most: int = 8) -> str:
+    if not names:
+        return f"no {word} tensors"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} {word}: {', '.join(names[:most])}{more}"
+
+
+def load(table: list[Entry], abstract, shardings, tensors: Tensors, names: dict[str, str], source: str):
+    """Params in `shardings`, with the dtypes of `abstract`, from `tensors`.
+
+    names: canonical name -> name in `tensors`.
+
+    Raises:
+      WeightsError: tensors missing, unused or misshapen, before anything is read.
+    """
+    wanted = slots(table, abstract)
+    check(wanted, {key: tensors.shapes[name] for key, name in names.items()}, source)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
+    targets = {tuple(key.key for key in path): leaf for path, leaf in leaves}
+    places = dict(zip(targets, jax.tree.leaves(shardings), strict=True))
+    made = {}
+    for key, name in names.items():
+        slot = wanted[key]
+        path, target = slot.entry.path, targets[slot.entry.path]
+        value = tensors.read(name)
+        if slot.entry.rows:
+            value = value[: slot.released_shape[0]]
+        value = slot.entry.transform.load(value, slot.shape).astype(target.dtype)
+        if slot.layer is None:
+            made[path] = _put(value, places[path])
+            continue
+        if path not in made:
+            made[path] = _zeros(target.shape, target.dtype, places[path])
+        parts = PartitionSpec(*places[path].spec[1:])
+        value = _put(value, NamedSharding(places[path].mesh, parts))
+        made[path] = _set_layer(places[path])(made[path], value, slot.layer)
+    return jax.tree.unflatten(treedef, [made[path] for path in targets])
+
+
+def store(table: list[Entry], params) -> tuple[dict[str, Shape], Iterator[tuple[str, np.ndarray]]]:
+    """(released name -> shape, an iterator over (name, array) in that order), one tensor on the host at a time."""
+    leaves = {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    wanted = slots(table, params)
+
+    def stream():
+        for name, slot in wanted.items():
+            leaf = leaves[slot.entry.path]
+            yield name, slot.entry.transform.store(np.asarray(leaf if slot.layer is None else leaf[slot.layer]))
+
+    return {name: slot.released_shape for name, slot in wanted.items()}, stream()
+
+
+def _put(value: np.ndarray, sharding) -> jax.Array:
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def _zeros(shape, dtype, sharding) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+
+
+@lru_cache(maxsize=256)
+def _set_layer(sharding):
+    # Donated: the stack is filled in place, so that it is never held twice.
+    return jax.jit(lambda stack, value, i: stack.at[i].set(value), donate_argnums=0, out_shardings=sharding)

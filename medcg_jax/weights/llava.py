@@ -1,0 +1,260 @@
+"""LLaVA-1.5's table, the spellings of its tensor names, and its config.json read, checked and written.
+
+Layouts: llava-hf (safetensors, four spellings of the names), liuhaotian (`pytorch_model-*.bin`, usually without the
+vision tower, which then comes from openai/clip-vit-large-patch14-336).
+Source: huggingface/transformers:conversion_mapping.py and models/{llava,clip,llama}/configuration_*.py at 5.23.0;
+haotian-liu/LLaVA:llava/model/builder.py at c121f04.
+"""
+
+import re
+
+from medcg_jax.models.clip import ClipVisionConfig
+from medcg_jax.models.decoder import DecoderConfig
+from medcg_jax.models.llava import LlavaConfig
+from medcg_jax.weights.engine import FLAT, SAME, Entry, conv_patch, linear
+from medcg_jax.weights.files import WeightsError
+
+# Buffers that old versions saved: recomputed here, never parameters.
+IGNORED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+# What a whole CLIP holds beside its vision tower.
+CLIP_IGNORED = re.compile(r"^(text_model\.|logit_scale$|visual_projection\.|text_projection\.)")
+
+CLIP_LAYER = (
+    ("layer_norm1.weight", "norm1 scale", SAME),
+    ("layer_norm1.bias", "norm1 bias", SAME),
+    ("self_attn.q_proj.weight", "q kernel", linear()),
+    ("self_attn.q_proj.bias", "q bias", FLAT),
+    ("self_attn.k_proj.weight", "k kernel", linear()),
+    ("self_attn.k_proj.bias", "k bias", FLAT),
+    ("self_attn.v_proj.weight", "v kernel", linear()),
+    ("self_attn.v_proj.bias", "v bias", FLAT),
+    ("self_attn.out_proj.weight", "out kernel", linear(inputs=2)),
+    ("self_attn.out_proj.bias", "out bias", FLAT),
+    ("layer_norm2.weight", "norm2 scale", SAME),
+    ("layer_norm2.bias", "norm2 bias", SAME),
+    ("mlp.fc1.weight", "up kernel", linear()),
+    ("mlp.fc1.bias", "up bias", FLAT),
+    ("mlp.fc2.weight", "down kernel", linear()),
+    ("mlp.fc2.bias", "down bias", FLAT),
+)
+LLAMA_LAYER = (
+    ("input_layernorm.weight", "norm1 scale", SAME),
+    ("self_attn.q_proj.weight", "q kernel", linear()),
+    ("self_attn.k_proj.weight", "k kernel", linear()),
+    ("self_attn.v_proj.weight", "v kernel", linear()),
+    ("self_attn.o_proj.weight", "out kernel", linear(inputs=2)),
+    ("post_attention_layernorm.weight", "norm2 scale", SAME),
+    ("mlp.gate_proj.weight", "gate kernel", linear()),
+    ("mlp.up_proj.weight", "up kernel", linear()),
+    ("mlp.down_proj.weight", "down kernel", linear()),
+)
+
+
+def table(config: LlavaConfig) -> list[Entry]:
+    """Canonical name -> parameter, for every tensor of a LLaVA-1.5 checkpoint."""
+    vision, run, every = "vision_tower.", config.vision.num_run_layers, config.vision.num_layers
+    entries = [
+        Entry(vision + "embeddings.class_embedding", ("vision", "class_token"), SAME),
+        Entry(
+            vision + "embeddings.patch_embedding.weight", ("vision", "patch", "kernel"),
+            conv_patch(config.vision.patch_size_px),
+        ),
+        Entry(vision + "embeddings.position_embedding.weight", ("vision", "positions"), SAME),
+        Entry(vision + "pre_layrnorm.weight", ("vision", "norm", "scale"), SAME),
+        Entry(vision + "pre_layrnorm.bias", ("vision", "norm", "bias"), SAME),
+        Entry(vision + "post_layernorm.weight", ("unused", "norm", "scale"), SAME),
+        Entry(vision + "post_layernorm.bias", ("unused", "norm", "bias"), SAME),
+    ]  # fmt: skip
+    clip_layer = vision + "encoder.layers.{layer}."
+    entries += _layers(clip_layer, ("vision", "blocks"), CLIP_LAYER, range(run))
+    if run < every:
+        entries += _layers(clip_layer, ("unused", "blocks"), CLIP_LAYER, range(run, every))
+    for released, ours in (("linear_1", "up"), ("linear_2", "down")):
+        name = f"multi_modal_projector.{released}."
+        entries += [
+            Entry(name + "weight", ("projector", ours, "kernel"), linear()),
+            Entry(name + "bias", ("projector", ours, "bias"), FLAT),
+        ]
+    entries.append(Entry("language_model.embed_tokens.weight", ("decoder", "embed", "table"), SAME, rows=True))
+    entries += _layers(
+        "language_model.layers.{layer}.", ("decoder", "blocks"), LLAMA_LAYER, range(config.text.num_layers)
+    )
+    entries.append(Entry("language_model.norm.weight", ("decoder", "norm", "scale"), SAME))
+    entries.append(Entry("lm_head.weight", ("decoder", "head", "kernel"), linear(), rows=True))
+    return entries
+
+
+def _layers(prefix: str, path: tuple[str, ...], lines, layers: range) -> list[Entry]:
+    return [Entry(prefix + name, path + tuple(ours.split()), transform, layers) for name, ours, transform in lines]
+
+
+def canonical(name: str) -> str | None:
+    """The table's spelling of a tensor name of any LLaVA-1.5 layout; None for what is ignored.
+
+    Examples: "language_model.model.norm.weight" (llava-hf), "model.language_model.norm.weight" (transformers 5) and
+    "model.norm.weight" (liuhaotian) are "language_model.norm.weight".
+    """
+    if IGNORED.search(name):
+        return None
+    name = name.removeprefix("model.")
+    name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
+    name = re.sub(r"^language_model\.model\.", "language_model.", name)
+    name = re.sub(r"^(embed_tokens|layers|norm)\.", r"language_model.\1.", name)
+    name = re.sub(r"^vision_tower\.(vision_tower\.)?(vision_model\.)?", "vision_tower.", name)
+    name = re.sub(r"^mm_projector\.0\.", "multi_modal_projector.linear_1.", name)
+    return re.sub(r"^mm_projector\.2\.", "multi_modal_projector.linear_2.", name)
+
+
+def canonical_clip(name: str) -> str | None:
+    """As `canonical`, for the tensors of a CLIP checkpoint, whole or its vision model alone."""
+    if IGNORED.search(name) or CLIP_IGNORED.search(name):
+        return None
+    return "vision_tower." + name.removeprefix("vision_model.")
+
+
+def released_name(name: str) -> str:
+    """llava-hf's spelling of a canonical name, which every version of transformers reads."""
+    name = re.sub(r"^language_model\.", "language_model.model.", name)
+    name = re.sub(r"^lm_head\.", "language_model.lm_head.", name)
+    return re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name)
+
+
+def has_vision_tower(names) -> bool:
+    return any(name.startswith("vision_tower.") for name in names)
+
+
+def config_from_json(found: dict, clip: dict | None = None) -> LlavaConfig:
+    """The architecture that a config.json states, in llava-hf's or liuhaotian's form.
+
+    clip: config.json of the CLIP checkpoint, which liuhaotian's form needs.
+    Keys that a released config.json leaves out have transformers' defaults.
+
+    Raises:
+      WeightsError: the checkpoint is of another model, or differs from what this port computes; names each difference.
+    """
+    if "mm_projector_type" in found or "mm_vision_tower" in found:
+        return _from_original(found, clip)
+    if found.get("model_type") != "llava":
+        raise WeightsError(f"config.json has model_type={found.get('model_type')!r}; 'llava' is accepted")
+    _expect(found, "", projector_hidden_act="gelu", vision_feature_select_strategy="default",
+            multimodal_projector_bias=True, tie_word_embeddings=False)  # fmt: skip
+    layer = found.get("vision_feature_layer", -2)
+    if not isinstance(layer, int):
+        raise WeightsError(f"config.json has vision_feature_layer={layer}; one layer is accepted")
+    text = found.get("text_config") or {}
+    config = LlavaConfig(
+        vision=_vision(found.get("vision_config") or {}, layer),
+        text=_text(text),
+        image_token_id=found.get("image_token_id", found.get("image_token_index", 32000)),
+        pad_token_id=_first(found.get("pad_token_id"), text.get("pad_token_id"), 0),
+        eos_token_id=_first(found.get("eos_token_id"), text.get("eos_token_id"), 2),
+    )
+    return config
+
+
+def _from_original(found: dict, clip: dict | None) -> LlavaConfig:
+    _expect(found, "", mm_projector_type="mlp2x_gelu", mm_vision_select_feature="patch", tie_word_embeddings=False,
+            mm_use_im_start_end=False, mm_use_im_patch_token=False)  # fmt: skip
+    vision = (clip or {}).get("vision_config", clip or {})
+    # The original repository's sentinel -200 is no token id; llava-hf's choice takes its place.
+    return LlavaConfig(
+        vision=_vision(vision, found.get("mm_vision_select_layer", -2)) if clip else ClipVisionConfig(),
+        text=_text(found),
+        image_token_id=32000,
+        pad_token_id=_first(found.get("pad_token_id"), 0),
+        eos_token_id=_first(found.get("eos_token_id"), 2),
+    )
+
+
+def _vision(found: dict, feature_layer: int) -> ClipVisionConfig:
+    _expect(found, "vision_config.", hidden_act="quick_gelu", num_channels=3)
+    return ClipVisionConfig(
+        image_size_px=found.get("image_size", 224),
+        patch_size_px=found.get("patch_size", 32),
+        num_layers=found.get("num_hidden_layers", 12),
+        feature_layer=feature_layer,
+        embed_dim=found.get("hidden_size", 768),
+        num_heads=found.get("num_attention_heads", 12),
+        mlp_dim=found.get("intermediate_size", 3072),
+        norm_eps=found.get("layer_norm_eps", 1e-5),
+    )
+
+
+def _text(found: dict) -> DecoderConfig:
+    _expect(found, "text_config.", hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=False)
+    if found.get("model_type", "llama") not in ("llama", "llava", "llava_llama"):
+        raise WeightsError(f"config.json has text_config.model_type={found['model_type']!r}; 'llama' is accepted")
+    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise WeightsError(f"config.json scales rotary positions ({kind}); the default kind is accepted")
+    num_heads, width = found.get("num_attention_heads", 32), found.get("hidden_size", 4096)
+    return DecoderConfig(
+        vocab_size=found.get("vocab_size", 32000),
+        num_layers=found.get("num_hidden_layers", 32),
+        embed_dim=width,
+        num_heads=num_heads,
+        num_kv_heads=_first(found.get("num_key_value_heads"), num_heads),
+        head_dim=_first(found.get("head_dim"), width // num_heads),
+        mlp_dim=found.get("intermediate_size", 11008),
+        rope_theta=float(_first(rope.get("rope_theta"), found.get("rope_theta"), 10000.0)),
+        norm_eps=found.get("rms_norm_eps", 1e-6),
+        max_positions=found.get("max_position_embeddings", 2048),
+    )
+
+
+def config_to_json(config: LlavaConfig, dtype: str) -> dict:
+    """llava-hf's config.json for a checkpoint of this architecture."""
+    vision, text = config.vision, config.text
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "torch_dtype": dtype,
+        "image_token_index": config.image_token_id,
+        "image_seq_length": config.num_image_tokens,
+        "pad_token_id": config.pad_token_id,
+        "eos_token_id": config.eos_token_id,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": vision.feature_layer,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_act": "quick_gelu",
+            "hidden_size": vision.embed_dim,
+            "image_size": vision.image_size_px,
+            "intermediate_size": vision.mlp_dim,
+            "layer_norm_eps": vision.norm_eps,
+            "num_attention_heads": vision.num_heads,
+            "num_hidden_layers": vision.num_layers,
+            "patch_size": vision.patch_size_px,
+        },
+        "text_config": {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "hidden_size": text.embed_dim,
+            "intermediate_size": text.mlp_dim,
+            "max_position_embeddings": text.max_positions,
+            "num_attention_heads": text.num_heads,
+            "num_hidden_layers": text.num_layers,
+            "num_key_value_heads": text.num_kv_heads,
+            "head_dim": text.head_dim,
+            "rms_norm_eps": text.norm_eps,
+            "rope_theta": text.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_theta},
+            "tie_word_embeddings": False,
+            "vocab_size": text.vocab_size,
+        },
+    }
+
+
+def _first(*values):
+    return next((value for value in values if value is not None), None)
+
+
+def _expect(found: dict, prefix: str, **accepted) -> None:
+    for key, value in accepted.items():
+        if found.get(key, value) != value:
+            raise WeightsError(f"config.json has {prefix}{key}={found[key]!r}; {value!r} is accepted")
