@@ -118,8 +118,8 @@ class Program:
     mesh: Mesh
     num_cells: int
     graphdef: nnx.GraphDef
-    optimizer: optax.GradientTransformation
     jitted: Callable
+    jitted_start: Callable
     state_shardings: TrainState
     frozen_shardings: nnx.State
     batch_sharding: NamedSharding
@@ -129,17 +129,10 @@ class Program:
         with jax.set_mesh(self.mesh):
             return self.jitted(state, frozen, control, batch)
 
-    def init(self, params) -> TrainState:
-        """A fresh state; `params` (of several cells: with the cell axis) are copied, since the state is donated."""
-        with jax.set_mesh(self.mesh):
-            return jax.jit(self._init, out_shardings=self.state_shardings)(params)
-
     def start(self, params) -> TrainState:
-        """A fresh state for every cell from one set of trainable parameters."""
-        if self.num_cells == 1:
-            return self.init(params)
+        """A fresh state, for every cell from these trainable parameters of one run (copied: the state is donated)."""
         with jax.set_mesh(self.mesh):
-            return jax.jit(self._start, out_shardings=self.state_shardings)(params)
+            return self.jitted_start(params)
 
     def put_control(self, control: Control) -> dict[str, jax.Array]:
         """Control values on the mesh (once a run, not once a step)."""
@@ -147,8 +140,7 @@ class Program:
 
     def abstract_state(self, params) -> TrainState:
         """The state's shapes, dtypes and shardings, from the (abstract) trainable parameters of one run."""
-        shapes = jax.eval_shape(self._init if self.num_cells == 1 else self._start, params)
-        return with_shardings(shapes, self.state_shardings)
+        return with_shardings(jax.eval_shape(self.jitted_start, params), self.state_shardings)
 
     def compile(self, params, frozen, batch: dict[str, jax.ShapeDtypeStruct | np.ndarray]):
         """(jax.stages.Lowered, jax.stages.Compiled, seconds to lower, seconds to compile); allocates nothing.
@@ -173,14 +165,6 @@ class Program:
             lowered_at = time.perf_counter()
             compiled = lowered.compile()
         return lowered, compiled, lowered_at - began, time.perf_counter() - lowered_at
-
-    def _init(self, params) -> TrainState:
-        one = partial(init_state, optimizer=self.optimizer)
-        return one(params) if self.num_cells == 1 else jax.vmap(one, spmd_axis_name="cell")(params)
-
-    def _start(self, params) -> TrainState:
-        one = init_state(params, optimizer=self.optimizer)
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_cells, *x.shape)), one)
 
 
 CONTROL_DTYPES = {
@@ -245,7 +229,14 @@ def make_step(
         out_shardings=(state_shardings, placed()),
         donate_argnums=0,
     )
-    return Program(mesh, num_cells, graphdef, optimizer, jitted, state_shardings, frozen_shardings, batch, placed())
+
+    def start(params):
+        state = init_state(params, optimizer=optimizer)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_cells, *x.shape)), state) if many else state
+
+    jitted_start = jax.jit(start, out_shardings=state_shardings)
+    shardings = (state_shardings, frozen_shardings, batch, placed())
+    return Program(mesh, num_cells, graphdef, jitted, jitted_start, *shardings)
 
 
 def _replicate_tables(frozen):

@@ -1,0 +1,67 @@
+"""One cell's arrays out of the stacked state of several, and back, without moving anything between cells.
+
+`cell` is the outermost mesh axis: a group of devices holds num_cells / mesh.shape["cell"] neighbouring cells, and a
+cell's own arrays live on its group's devices alone.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def group_mesh(mesh: Mesh, cell: int, num_cells: int) -> Mesh:
+    """The part of `mesh` that holds cell number `cell`: the same axes, `cell` of size 1."""
+    groups = mesh.shape["cell"]
+    if groups == 1:
+        return mesh
+    group = cell * groups // num_cells
+    return Mesh(mesh.devices[group : group + 1], mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def take_cell(stacked, cell: int, num_cells: int):
+    """The tree of one cell: each array without its leading cell axis, on the cell's own devices."""
+    mesh = jax.tree.leaves(stacked)[0].sharding.mesh
+    group = group_mesh(mesh, cell, num_cells)
+    local = num_cells // mesh.shape["cell"]
+    here = stacked if group is mesh else jax.tree.map(lambda x: _on_group(x, group, local), stacked)
+    wanted = jax.tree.map(lambda x: NamedSharding(group, PartitionSpec(*x.sharding.spec[1:])), stacked)
+    return jax.device_put(_take(here, np.int32(cell % local)), wanted)
+
+
+def stack_cells(trees: list, shardings):
+    """The stacked tree of `take_cell`'s trees, in order. shardings: of the stacked arrays."""
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    groups = mesh.shape["cell"]
+    local = len(trees) // groups
+    parts = []
+    for group in range(groups):
+        own = group_mesh(mesh, group * local, len(trees))
+        placed = jax.tree.map(lambda s, own=own: NamedSharding(own, s.spec), shardings)
+        parts.append(jax.device_put(_stack(trees[group * local : (group + 1) * local]), placed))
+    if groups == 1:
+        return parts[0]
+
+    def join(sharding, *arrays):
+        shape = (len(trees), *arrays[0].shape[1:])
+        shards = [shard.data for array in arrays for shard in array.addressable_shards]
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+    return jax.tree.map(join, shardings, *parts)
+
+
+def _on_group(x: jax.Array, group: Mesh, local: int) -> jax.Array:
+    """x's shards on one group of devices as an array of `local` cells; nothing is copied."""
+    devices = set(group.devices.flat)
+    shards = [shard.data for shard in x.addressable_shards if shard.device in devices]
+    sharding = NamedSharding(group, x.sharding.spec)
+    return jax.make_array_from_single_device_arrays((local, *x.shape[1:]), sharding, shards)
+
+
+@jax.jit
+def _take(tree, index):
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+@jax.jit
+def _stack(trees):
+    return jax.tree.map(lambda *xs: jax.numpy.stack(xs), *trees)
