@@ -93,17 +93,21 @@ def training(one: Flops, *, trainable: tuple[str, ...], causal: bool = False, re
     return total
 
 
-def step(config: LlavaConfig, *, batch_size: int, length: int, num_images: int, num_logits: int, trainable) -> dict:
+def step(config: LlavaConfig, lengths, *, padded_length: int, num_images: int, num_logits: int, trainable) -> dict:
     """FLOPs of one training step by each convention: {"full", "causal", "executed"}.
 
-    full: the model's need, attention as the full square (PaLM's appendix B); causal: attention halved;
-    executed: as full, and what rematerialisation computes again (with it, the utilisation is HFU and no MFU).
+    full: what the model needs for the real tokens, attention as the full square (arXiv 2204.02311, appendix B).
+    causal: the same with attention halved. executed: rows at their padded length, and what rematerialisation computes
+      again; the utilisation that comes of it is HFU and no MFU.
+    lengths: real tokens of each row. num_logits: positions of a row at which the head runs.
     """
-    one = forward(config, length=length, num_images=num_images, num_logits=num_logits)
+    rest = dict(num_images=num_images, num_logits=num_logits)
+    rows = [forward(config, length=int(length), **rest) for length in lengths]
+    padded = forward(config, length=padded_length, **rest)
     return {
-        "full": batch_size * training(one, trainable=trainable),
-        "causal": batch_size * training(one, trainable=trainable, causal=True),
-        "executed": batch_size * training(one, trainable=trainable, remat=config.remat),
+        "full": sum(training(row, trainable=trainable) for row in rows),
+        "causal": sum(training(row, trainable=trainable, causal=True) for row in rows),
+        "executed": len(rows) * training(padded, trainable=trainable, remat=config.remat),
     }
 
 

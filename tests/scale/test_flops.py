@@ -36,13 +36,16 @@ def test_training_multipliers():
 
 def test_a_step_counts_every_convention():
     config = dataclasses.replace(TINY, remat="full")
-    made = flops.step(
-        config, batch_size=4, length=40, num_images=1, num_logits=8, trainable=("projector", "decoder")
-    )
+    trainable = ("projector", "decoder")
+    made = flops.step(config, [40] * 4, padded_length=40, num_images=1, num_logits=8, trainable=trainable)
     one = flops.forward(config, length=40, num_logits=8)
     assert made["full"] == 4 * (one.vision + 3 * (one.total - one.vision))
     assert made["full"] - made["causal"] == pytest.approx(4 * 1.5 * one.attention)
     assert made["executed"] - made["full"] == pytest.approx(4 * (one.decoder + one.attention))
+    padded = flops.step(config, [40, 20], padded_length=40, num_images=1, num_logits=8, trainable=trainable)
+    short = flops.forward(config, length=20, num_logits=8)
+    assert padded["full"] == made["full"] / 4 + short.vision + 3 * (short.total - short.vision)
+    assert padded["executed"] == made["executed"] / 2
 
 
 def test_logits_and_images_count_only_where_they_are_computed():

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# A measured record of this machine: bash launch/bench_gpu.sh [OUT.json] [flags of medcg_jax.scale.bench_gpu]
+# Under 10 minutes, no network. Takes `python3` with jax, flax and optax as they are here (PYTHON=... names another).
+# Timed training steps of LLaVA-1.5-7B with random weights, the attention kernel against plain attention, parity tests.
+set -euo pipefail
+case "${1:-}" in
+    -h | --help) sed -n '2,4s/^# //p' "$0"; exit 0 ;;
+    "" | -*) out="benchmarks/$(date -u +%Y-%m-%d-%H%M%S)-$(uname -n).json" ;;
+    *) out="$1"; shift; case "$out" in /*) ;; *) out="$PWD/$out" ;; esac ;;
+esac
+cd "$(dirname "$0")/.."
+python="${PYTHON:-python3}"
+"$python" -c 'import sys, jax, flax, optax; sys.exit(sys.version_info < (3, 11))' 2>/dev/null </dev/null || {
+    echo "bench_gpu.sh: $python must be Python 3.11 or later with jax, flax and optax; PYTHON=... names another" >&2
+    exit 1
+}
+exec "$python" -m medcg_jax.scale.bench_gpu --json="$out" "$@" </dev/null

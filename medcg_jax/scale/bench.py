@@ -1,0 +1,266 @@
+"""Throughput of the training step on this machine: of this port, and of the PyTorch reference in the same run.
+
+Weights and batches are random: how fast a step is does not depend on their values. The two take turns (a few steps of
+one, a few of the other, again and again), so that what else runs on the machine slows both.
+"""
+
+import datetime
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from medcg_jax.mesh import check_batch, make_mesh, put_batch
+from medcg_jax.models import build
+from medcg_jax.models.llava import LlavaConfig
+from medcg_jax.run_config import ConfigError, ModelConfig, RunConfig, TrainConfig
+from medcg_jax.scale import flops
+from medcg_jax.train.optim import control_from, make_optimizer
+from medcg_jax.train.step import Program, make_step
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers", "grain")
+# The tiny model's vocabulary, where no tokenizer is read: its size matters to the speed of the head alone.
+TINY_VOCABULARY = 512
+
+
+def bench(run: RunConfig, *, against: str = "", repeats: int = 5, steps_per_repeat: int = 0) -> dict:
+    """Seconds, samples/s, tokens/s and MFU of the run's training step here; with `against="torch"`, HF's beside it.
+
+    steps_per_repeat: 0 takes as many as last about a second.
+    The result is printed too. `ratio` is port over reference in samples/s: the median over the repeats, and its range.
+
+    Raises:
+      ConfigError: the batch does not fit the mesh, or the reference's packages are not installed.
+    """
+    if against not in ("", "torch"):
+        raise ConfigError(f"against={against!r}: 'torch' is accepted, or nothing")
+    mesh = make_mesh(run.mesh)
+    check_batch(mesh, run.train.batch_size // run.train.accumulation_steps, "train.batch_size per accumulation step")
+    config = architecture(run.model)
+    batch = example_batch(
+        config,
+        batch_size=run.train.batch_size,
+        text_tokens=(run.data.max_text_tokens // 2, run.data.max_text_tokens),
+        num_targets=run.data.max_target_tokens,
+    )
+    runners: dict[str, Callable[[int], float]] = {}
+    port = Port(config, mesh, run.train, run.model)
+    compiled = port.compile(batch)
+    runners["port"] = port.seconds
+    if against:
+        from medcg_jax.scale.bench_torch import Reference
+
+        runners["reference"] = Reference(config, batch, run.train, run.model).seconds
+    times = take_turns(runners, repeats, steps_per_repeat)
+    needed = step_flops(config, batch, run.model.trainable)
+    result = {
+        **about_here(),
+        "model": run.model.name,
+        "mesh": dict(mesh.shape),
+        "batch": describe(batch),
+        "compute_dtype": run.model.compute_dtype,
+        "accumulation_steps": run.train.accumulation_steps,
+        "compile": compiled,
+        "port": rates(times["port"], batch, needed),
+    }
+    if against:
+        result["reference"] = rates(times["reference"], batch, needed)
+        result["ratio"] = spread([r / p for p, r in zip(times["port"], times["reference"], strict=True)])
+    print_result(result)
+    return result
+
+
+def architecture(model: ModelConfig) -> LlavaConfig:
+    """The architecture that `model` names; the tiny one with a vocabulary of about the packaged tokenizer's size."""
+    if model.name == "llava15_tiny":
+        return build.llava_config(model, vocab_size=TINY_VOCABULARY, image_token_id=TINY_VOCABULARY - 1)
+    return build.llava_config(model)
+
+
+def example_batch(
+    config: LlavaConfig, *, batch_size: int, text_tokens: tuple[int, int], num_targets: int, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """A random batch of the data pipeline's shapes: a row is one image, then `text_tokens` (least, most) of text."""
+    rng = np.random.default_rng(seed)
+    least, most = text_tokens
+    num_image, length = config.num_image_tokens, config.num_image_tokens + most
+    lengths = num_image + rng.integers(max(least, num_targets + 1), most + 1, batch_size)
+    lengths[0] = length
+    usable = min(config.text.vocab_size, config.image_token_id)
+    tokens = rng.integers(1, usable, (batch_size, length), dtype=np.int32)
+    tokens[:, :num_image] = config.image_token_id
+    real = np.arange(length) < lengths[:, None]
+    last = lengths[:, None] - num_targets - 1
+    return {
+        "tokens": np.where(real, tokens, config.pad_token_id).astype(np.int32),
+        "segment_ids": real.astype(np.int32),
+        "pixels": rng.integers(0, 256, (batch_size, 1, config.image_size_px, config.image_size_px, 3), dtype=np.uint8),
+        "target_positions": (last + np.arange(num_targets)).astype(np.int32),
+        "targets": np.take_along_axis(tokens, last + 1 + np.arange(num_targets), axis=1),
+        "target_weights": np.ones((batch_size, num_targets), np.float32),
+    }
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The step for one shape of batch, and that batch on the devices."""
+
+    call: Callable
+    batch: dict[str, jax.Array]
+
+
+class Port:
+    """Random weights, optimizer state and a step on `mesh`: `compile(batch)`, then `seconds(steps)`."""
+
+    def __init__(self, config: LlavaConfig, mesh: Mesh, train: TrainConfig, model: ModelConfig):
+        self.mesh = mesh
+        graphdef, abstract = build.abstract(config)
+        self.split = partial(build.split_trainable, names=model.trainable)
+        self.abstract = self.split(abstract)
+        self.program: Program = make_step(
+            mesh, graphdef, *self.split(build.shardings(config, mesh)), make_optimizer(train),
+            accumulation_steps=train.accumulation_steps, compute_dtype=model.compute_dtype,
+        )  # fmt: skip
+        # The end of the schedule is never reached, so that every step does its work.
+        control = control_from(TrainConfig(steps=1_000_000, learning_rate=train.learning_rate), num_records=0)
+        self.control = self.program.put_control(control)
+        self.config, self.state, self.compiled = config, None, None
+
+    def compile(self, batch: dict[str, np.ndarray]) -> dict:
+        """Compiles the step for this batch, which `seconds` runs from now on; returns seconds and bytes.
+
+        Nothing of the batch's size is allocated before the program is known to compile.
+        """
+        _, compiled, lower_s, compile_s = self.program.compile(*self.abstract, batch)
+        if self.state is None:
+            self._allocate()
+        self.compiled = Compiled(compiled, put_batch(batch, self.program.batch_sharding))
+        found = {"lower_s": lower_s, "compile_s": compile_s, "attention": attention_in(compiled)}
+        return found | memory(compiled)
+
+    def _allocate(self) -> None:
+        with jax.set_mesh(self.mesh):
+            _, params = build.create(self.config, self.mesh, seed=0)
+        trainable, self.frozen = self.split(params)
+        del params
+        self.state = self.program.start(trainable)
+
+    def seconds(self, steps: int) -> float:
+        """Seconds that `steps` steps took, the last one finished."""
+        with jax.set_mesh(self.mesh):
+            began = time.perf_counter()
+            for _ in range(steps):
+                self.state, metrics = self.compiled.call(self.state, self.frozen, self.control, self.compiled.batch)
+            jax.block_until_ready((self.state, metrics))
+        self.loss = float(metrics["loss"])
+        return time.perf_counter() - began
+
+
+def take_turns(runners: dict[str, Callable[[int], float]], repeats: int, steps: int = 0) -> dict[str, list[float]]:
+    """Seconds per step of each runner, `repeats` values; they run one after another in every repeat.
+
+    steps: of a repeat; 0 chooses for each runner what lasts about a second (at most 50).
+    """
+    numbers = {}
+    for name, run in runners.items():
+        run(1)  # warm: caches, lazy initialisation
+        numbers[name] = steps or min(50, max(1, round(1.0 / run(1))))
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(repeats):
+        for name, run in runners.items():
+            times[name].append(run(numbers[name]) / numbers[name])
+    return times
+
+
+def step_flops(config: LlavaConfig, batch: dict[str, np.ndarray], trainable: tuple[str, ...]) -> dict:
+    return flops.step(
+        config,
+        batch["segment_ids"].astype(bool).sum(axis=1),
+        padded_length=batch["tokens"].shape[1],
+        num_images=batch["pixels"].shape[1],
+        num_logits=batch["targets"].shape[1],
+        trainable=trainable,
+    )
+
+
+def rates(seconds: list[float], batch: dict[str, np.ndarray], needed: dict) -> dict:
+    """Step time and what follows of its median: samples/s, real tokens/s, TFLOP/s and the three utilisations."""
+    median = statistics.median(seconds)
+    device = jax.devices()[0]
+    return {
+        "step_s": spread(seconds),
+        "samples_per_s": len(batch["tokens"]) / median,
+        "tokens_per_s": int((batch["segment_ids"] != 0).sum()) / median,
+        "tflops_per_s": needed["full"] / median / 1e12,
+        **flops.utilisation(needed, median, device.device_kind, jax.device_count()),
+    }
+
+
+def spread(values: list[float]) -> dict:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+
+
+def attention_in(compiled) -> str:
+    """Which attention a compiled program holds, by what it calls: "cudnn", "splash", or "plain" where neither."""
+    text = compiled.as_text()
+    return "cudnn" if "__cudnn$fmha" in text else "splash" if "tpu_custom_call" in text else "plain"
+
+
+def memory(compiled) -> dict:
+    """Bytes on each device: what the program needs by its own account, and the most that was in use so far."""
+    analysis = compiled.memory_analysis()
+    needed = None
+    if analysis is not None:
+        made = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        needed = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + made
+    return {"program_bytes": needed, "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")}
+
+
+def describe(batch: dict[str, np.ndarray]) -> dict:
+    rows, length = batch["tokens"].shape
+    real = int((batch["segment_ids"] != 0).sum())
+    return {"size": rows, "length": length, "real_tokens": real, "targets_per_row": batch["targets"].shape[1]}
+
+
+def about_here() -> dict:
+    """Date, versions and devices of this process, for a record of what was measured."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            pass
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+        "device": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+    }
+
+
+def print_result(result: dict) -> None:
+    batch = result["batch"]
+    print(f"{result['model']} on {result['num_devices']} x {result['device']}, jax {result['versions']['jax']}: "
+          f"batch {batch['size']} x {batch['length']} tokens, {result['compute_dtype']}")  # fmt: skip
+    for name in ("port", "reference"):
+        if name in result:
+            print(f"  {name:10s}{line(result[name])}")
+    if "ratio" in result:
+        ratio = result["ratio"]
+        print(f"  port / reference in samples/s: {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
+
+
+def line(rate: dict) -> str:
+    """One line for people of what `rates` gave."""
+    text = (f"{rate['step_s']['median'] * 1e3:9.1f} ms a step  {rate['samples_per_s']:9.1f} samples/s"
+            f"  {rate['tokens_per_s']:10.0f} tokens/s")  # fmt: skip
+    if rate["mfu"] is not None:
+        text += f"  MFU {rate['mfu']:.1%} (causal {rate['mfu_causal']:.1%}, HFU {rate['hfu']:.1%})"
+    return text
