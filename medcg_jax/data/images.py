@@ -43,15 +43,14 @@ def load_image(source: str | Path | bytes, max_pixels: int) -> np.ndarray:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             _check_size(image.size, max_pixels)
             image.load()
-            return np.asarray(_to_rgb(_upright(image)))
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+    except ImageError:
+        raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"{error}; at most {max_pixels} pixels are accepted") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"not an image of a known format ({', '.join(FORMATS)})") from error
-    except (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError) as error:
-        # Decoders raise all of these for broken data.
-        if isinstance(error, ImageError):
-            raise
+    except Exception as error:  # decoders raise nearly anything for broken data
         raise ImageError(f"cannot be decoded: {error}") from error
 
 
@@ -89,10 +88,6 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     side = max(width, height)
     if side * side > max_pixels:
         raise ImageError(f"{width} x {height} pixels pad to {side} x {side}; at most {max_pixels} are accepted")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,12 +1,13 @@
 """Encoded records and the batches drawn from them by Grain.
 
-The order of the data depends on (seed, epoch, global index) alone: Grain shuffles and batches record *indices*, the
-same on every process, and each process then builds its own rows. One number, the batches drawn so far, is the whole
-state; it means the same on any number of processes.
+The order of the data depends on (seed, epoch, global index) alone: Grain mixes and batches record *indices*, the same
+on every process, and each process then builds its own rows. One number, the batches drawn so far, is the whole state;
+it means the same on any number of processes.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -15,8 +16,12 @@ import grain
 import numpy as np
 
 from medcg_jax.data.encoding import Encoded
+from medcg_jax.data.records import DataError
 
 Batch = dict[str, np.ndarray]
+
+# Records that an order gives before it ends: more than any run draws, and small enough for sums of lengths.
+_ENDLESS = 1 << 48
 
 
 class Batches:
@@ -36,7 +41,8 @@ class Batches:
       position: global batches drawn so far.
 
     Raises:
-      ValueError: no records, a batch that the processes cannot split, or weights that do not fit the subsets.
+      DataError: no records, or weights that do not fit the subsets.
+      ValueError: a batch that the processes cannot split.
     """
 
     def __init__(
@@ -52,7 +58,7 @@ class Batches:
         prefetch: int | None = None,
     ):
         if not len(encoded):
-            raise ValueError("there are no records to draw batches from")
+            raise DataError("there are no records to draw batches from")
         if batch_size < 1 or batch_size % process_count:
             raise ValueError(f"batch_size={batch_size} cannot be split over {process_count} processes")
         if not 0 <= process_index < process_count:
@@ -99,23 +105,43 @@ def eval_batches(
 def _stream(encoded: Encoded, seed: int, weights: Mapping[str, float]) -> grain.MapDataset:
     """An endless dataset of record indices."""
     if not weights:
-        return _shuffled(np.arange(len(encoded)), seed, "")
+        return grain.MapDataset.source(_Order(np.arange(len(encoded)), seed, ""))
     subsets = np.asarray([record.subset for record in encoded.records.records])
     present = sorted(set(subsets.tolist()))
     if sorted(weights) != present:
-        raise ValueError(f"subset_weights names {', '.join(sorted(weights))}; the records are of {', '.join(present)}")
+        raise DataError(f"data.subset_weights names {', '.join(sorted(weights))}; the records are of {', '.join(present)}")
     wrong = {name: weight for name, weight in weights.items() if not 0 < weight < float("inf")}
     if wrong:
-        raise ValueError(f"subset_weights has {wrong}; positive numbers are accepted")
-    parts = [_shuffled(np.flatnonzero(subsets == name), seed, name) for name in present]
+        raise DataError(f"data.subset_weights has {wrong}; positive numbers are accepted")
+    parts = [grain.MapDataset.source(_Order(np.flatnonzero(subsets == name), seed, name)) for name in present]
     return grain.MapDataset.mix(parts, weights=[weights[name] for name in present])
 
 
-def _shuffled(indices: np.ndarray, seed: int, name: str) -> grain.MapDataset:
-    # Grain adds the epoch to the seed, so nearby seeds must not be neighbours: seed 0's second epoch is not seed 1's
-    # first.
-    own = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
-    return grain.MapDataset.source(indices).shuffle(seed=own).repeat()
+class _Order:
+    """The endless order of some record indices: one permutation after another, each drawn from (seed, name, epoch).
+
+    A Grain source with random access. Grain's own shuffle walks its cycle until it falls inside the set: 0.2 ms per
+    element of a set of 100, 0.01 ms at 3,000; a permutation by numpy takes 0.02 to 0.05 ms per epoch of either.
+    """
+
+    def __init__(self, indices: np.ndarray, seed: int, name: str):
+        self._indices, self._key = indices, f"{seed}/{name}"
+        # Threads that build ahead cross into the next epoch one by one.
+        self._permutation = functools.lru_cache(4)(self._permuted)
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, position: int) -> int:
+        epoch, place = divmod(position, len(self._indices))
+        return self._permutation(epoch)[place]
+
+    def __repr__(self) -> str:
+        return f"_Order({len(self._indices)} records, {self._key!r})"
+
+    def _permuted(self, epoch: int) -> np.ndarray:
+        digest = hashlib.sha256(f"{self._key}/{epoch}".encode()).digest()
+        return np.random.default_rng(int.from_bytes(digest[:16], "big")).permutation(self._indices)
 
 
 def _read_options(encoded: Encoded, prefetch: int | None) -> grain.ReadOptions:

@@ -1,0 +1,63 @@
+"""Small tokenizers that the data tests share."""
+
+import io
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from medcg_jax.data.tokenizer import load_tokenizer
+from medcg_jax.run_config import DataConfig
+
+WORDS = "<pad> <s> </s> <image> <unk> USER ASSISTANT : A B C D E what is this it \n benign normal severe mild ?".split(" ")
+
+
+def write_word_tokenizer(path: Path) -> Path:
+    """A tokenizer.json of whole words and punctuation marks, with the special tokens of the package's own."""
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    split = tokenizers.pre_tokenizers
+    inner.pre_tokenizer = split.Sequence(
+        [split.Split("\n", "isolated"), split.Split(" ", "removed"), split.Punctuation()]
+    )
+    inner.add_special_tokens(WORDS[:5])
+    inner.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer(tmp_path_factory):
+    return load_tokenizer(write_word_tokenizer(tmp_path_factory.mktemp("words") / "tokenizer.json"))
+
+
+@pytest.fixture(scope="session")
+def llama_model_file(tmp_path_factory) -> Path:
+    """A SentencePiece model with the Llama family's settings (BPE, bytes, identity, a space put in front), 420 pieces."""
+    spm = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    text = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+        "and polite answers to the user's questions. USER: Which lung cancer category does this slice belong to? "
+        "A: Malignant B: Normal C: Benign D: Severe Answer with the option's letter from the given choices directly. "
+        "ASSISTANT: A</s>USER: and this one? ASSISTANT: B</s>USER: ASSISTANT: C the answer is D"
+    )
+    out = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter([text] * 20),
+        model_writer=out,
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        allow_whitespace_only_pieces=True,
+        user_defined_symbols=[],
+        minloglevel=2,
+    )
+    path = tmp_path_factory.mktemp("llama") / "tokenizer.model"
+    path.write_bytes(out.getvalue())
+    return path
+
+
+@pytest.fixture(scope="session")
+def plain_config() -> DataConfig:
+    return DataConfig(system_prompt="", max_text_tokens=40, max_target_tokens=6)
