@@ -4,24 +4,10 @@ import io
 from pathlib import Path
 
 import pytest
-import tokenizers
+from record_sets import write_word_tokenizer
 
 from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.run_config import DataConfig
-
-WORDS = "<pad> <s> </s> <image> <unk> USER ASSISTANT : A B C D E what is this it \n benign normal severe mild ?".split(" ")
-
-
-def write_word_tokenizer(path: Path) -> Path:
-    """A tokenizer.json of whole words and punctuation marks, with the special tokens of the package's own."""
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    split = tokenizers.pre_tokenizers
-    inner.pre_tokenizer = split.Sequence(
-        [split.Split("\n", "isolated"), split.Split(" ", "removed"), split.Punctuation()]
-    )
-    inner.add_special_tokens(WORDS[:5])
-    inner.save(str(path))
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,25 @@
-"""Small sets of choice records that the data tests share."""
+"""Small sets of choice records, and a tokenizer of their words, that the data tests share."""
+
+from pathlib import Path
 
 import numpy as np
+import tokenizers
 
 from medcg_jax.data.records import Record, RecordSet, Turn
+
+WORDS = "<pad> <s> </s> <image> <unk> USER ASSISTANT : A B C D E what is this it \n benign normal severe mild ?".split(" ")
+
+
+def write_word_tokenizer(path: Path) -> Path:
+    """A tokenizer.json of whole words and punctuation marks, with the special tokens of the package's own."""
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    split = tokenizers.pre_tokenizers
+    inner.pre_tokenizer = split.Sequence(
+        [split.Split("\n", "isolated"), split.Split(" ", "removed"), split.Punctuation()]
+    )
+    inner.add_special_tokens(WORDS[:5])
+    inner.save(str(path))
+    return path
 
 
 def choice(index: int, *, subset: str = "04", split: str = "train", image: bool = True) -> Record:

@@ -1,0 +1,242 @@
+"""Reading Med-MAT trees: what comes out of good ones, and what is refused beyond the pack's hostile cases."""
+
+import json
+from collections import Counter
+
+import pytest
+from trees import raw_record, write_image, write_subset, write_tree
+
+from medcg_jax.data.images import ImageError
+from medcg_jax.data.records import DataError
+from medcg_jax.data.release import ReleaseSource, balanced, subset_table
+from medcg_jax.data.schema import ReleaseError, parse_choice, parse_options, read_choice_file
+from medcg_jax.run_config import DataConfig
+
+
+def release(root, **config):
+    return ReleaseSource(root, DataConfig(source="release", **config))
+
+
+def test_the_pack_is_read_whole(shared_dir):
+    source = release(shared_dir / "data" / "medmat-mini")
+    manifest = json.loads((shared_dir / "data" / "medmat-mini" / "manifest.json").read_text())["subsets"]
+    wanted = {entry["subset"]: entry for entry in manifest if entry["kind"] == "choice"}
+    assert [subset.name for subset in source.subsets] == sorted(wanted)
+    assert source.detection_subsets == ("38", "43", "47", "63")
+    for subset in source.subsets:
+        entry = wanted[subset.name]
+        assert (subset.modality, subset.area, subset.task) == (entry["modality"], entry["area"], entry["task"])
+        assert (list(subset.labels), subset.num_train, subset.num_test) == (
+            sorted(entry["labels"]),
+            entry["train"],
+            entry["test"],
+        )
+        for split in ("train", "test"):
+            records = source.records(subset.name, split)
+            assert Counter(r.label for r in records.records) == entry[f"{split}_per_label"]
+            assert len({record.id for record in records.records}) == len(records) == entry[split]
+            assert {record.data_no for record in records.records} <= {d["data-no"] for d in entry["datasets"]}
+    record = source.records("04", "train").records[0]
+    assert (record.id, record.options, record.answer) == ("04/train/1", ("Malignant", "Normal", "Benign"), "C")
+    assert record.turns[0].question.startswith("Please sort this lung CT") and record.turns[0].answer == "C"
+    assert source.records("04", "train").image(0).shape[2] == 3
+
+
+def test_the_table_is_the_papers(shared_dir):
+    lines = (shared_dir / "paper" / "table9_subsets.csv").read_text().splitlines()[1:]
+    printed = {line.split(",")[0]: tuple(line.split(",")[1:4]) for line in lines}
+    assert len(printed) == 52
+    assert subset_table() == printed | {"53": ("FP", "Fundus", "Optic Disc Seg")}
+
+
+def test_triplets_come_from_the_table_or_the_trees_manifest(tmp_path):
+    write_tree(tmp_path)
+    (subset,) = release(tmp_path).subsets
+    assert (subset.modality, subset.area, subset.task) == ("CT", "Lung", "Lung Cancer Classification")
+    assert subset.labels == ("Benign", "Normal")
+    write_subset(tmp_path, "Subset--77-train", [raw_record(2001)])
+    with pytest.raises(ReleaseError, match="subset 77 is neither in the tree's manifest.json nor"):
+        release(tmp_path)
+    entry = {"subset": "77", "modality": "CT", "area": "Knee", "task": "State"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"subsets": [entry]}))
+    assert release(tmp_path).subsets[1].area == "Knee"
+    (tmp_path / "manifest.json").write_text(json.dumps({"subsets": [entry | {"area": 3}]}))
+    with pytest.raises(ReleaseError, match="manifest.json: subset 77: modality, area and task must be text"):
+        release(tmp_path)
+
+
+def test_caps_balance_labels_by_seed(tmp_path):
+    write_tree(tmp_path, train=40, test=40)
+    picks = {}
+    for seed in (0, 0, 1):
+        source = release(tmp_path, train_records_per_subset=16, test_records_per_subset=8, seed=seed)
+        assert (source.subsets[0].num_train, source.subsets[0].num_test) == (16, 8)
+        records = source.records("04", "train").records
+        assert Counter(r.label for r in records) == {"Benign": 8, "Normal": 8}
+        assert Counter(r.label for r in source.records("04", "test").records) == {"Benign": 4, "Normal": 4}
+        picks.setdefault(seed, []).append([r.id for r in records])
+    assert picks[0][0] == picks[0][1] != picks[1][0]
+    numbers = [int(name.split("/")[-1]) for name in picks[0][0]]
+    assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize(
+    ("counts", "limit", "wanted"),
+    [
+        ({"a": 10, "b": 2, "c": 10}, 12, {"a": 5, "b": 2, "c": 5}),
+        ({"a": 10, "b": 10, "c": 10}, 10, {"a": 3, "b": 3, "c": 4}),
+        ({"a": 3, "b": 3}, 6, {"a": 3, "b": 3}),
+        ({"a": 3, "b": 3}, 0, {"a": 3, "b": 3}),
+        ({"a": 1, "b": 50}, 20, {"a": 1, "b": 19}),
+    ],
+)
+def test_balance(counts, limit, wanted):
+    labels = [label for label, count in counts.items() for _ in range(count)]
+    assert Counter(labels[i] for i in balanced(labels, limit, 0)) == wanted
+
+
+def test_a_subset_without_test_file_is_split_by_image_and_label(tmp_path):
+    labels = ["Benign", "Benign", "Benign", "Normal"]
+    # Two questions to each image: both go the same way.
+    raws = [raw_record(i, label=labels[i // 2 % 4], image=f"m/{i // 2}.png") for i in range(160)]
+    write_subset(tmp_path, "Subset-04-train", raws, folder=".")
+    tests = []
+    for seed in (0, 1):
+        source = release(tmp_path, seed=seed)
+        train, test = (source.records("04", split).records for split in ("train", "test"))
+        assert (source.subsets[0].num_train, source.subsets[0].num_test) == (len(train), len(test)) == (144, 16)
+        assert not {r.image for r in train} & {r.image for r in test}
+        assert Counter(r.label for r in test) == {"Benign": 12, "Normal": 4}
+        assert all(record.id.split("/")[1] == "test" for record in test)
+        tests.append(test)
+    # A seed of the data must not move records that another seed trained on into the test.
+    assert tests[0] == tests[1]
+
+
+def test_fingerprint_follows_records_images_and_caps(tmp_path):
+    write_tree(tmp_path)
+    prints = [release(tmp_path).fingerprint(), release(tmp_path).fingerprint(), release(tmp_path, seed=1).fingerprint()]
+    prints.append(release(tmp_path, train_records_per_subset=4).fingerprint())
+    write_image(tmp_path, raw_record(1)["image"], seed=99)
+    (tmp_path / raw_record(1)["image"]).open("ab").write(b"0")
+    prints.append(release(tmp_path).fingerprint())
+    write_subset(tmp_path, "Subset--04-train", [raw_record(1, caption="other")])
+    prints.append(release(tmp_path).fingerprint())
+    assert prints[0] == prints[1] and len(set(prints)) == 5
+
+
+def test_what_is_no_tree_is_one_line(tmp_path):
+    for root in ("", tmp_path / "none"):
+        with pytest.raises(DataError, match="no such folder"):
+            release(root)
+    with pytest.raises(DataError, match="no Med-MAT tree: no Subset--NN-train.json"):
+        release(tmp_path)
+    write_tree(tmp_path)
+    write_subset(tmp_path, "Subset-04-train", [], folder=".")
+    with pytest.raises(ReleaseError, match="the same subset and split as Aggregated_Subsets/Subset--04-train.json"):
+        release(tmp_path)
+
+
+def test_unknown_subset_and_detection_subset(tmp_path):
+    write_tree(tmp_path)
+    write_subset(tmp_path, "Subset--38-det-train", [], images=False)
+    source = release(tmp_path)
+    with pytest.raises(DataError, match="subset '05' is no choice subset"):
+        source.records("05", "train")
+    with pytest.raises(DataError, match="'38' is no choice subset of .*; it has boxes"):
+        source.records("38", "train")
+
+
+def test_a_broken_record_stops_its_own_subset_only(tmp_path):
+    write_tree(tmp_path)
+    write_subset(tmp_path, "Subset--05-train", [raw_record(1), raw_record(2, **{"Answer-choice": "E"})])
+    write_subset(tmp_path, "Subset--05-test", [])
+    source = release(tmp_path)
+    assert len(source.records("04", "train")) == 12
+    with pytest.raises(ReleaseError, match=r"^Subset--05-train.json: record 2: Answer-choice is 'E'"):
+        source.records("05", "train")
+
+
+def test_a_broken_image_is_named_when_it_is_decoded(tmp_path):
+    write_tree(tmp_path)
+    image = raw_record(1)["image"]
+    (tmp_path / image).write_bytes(b"not one")
+    records = release(tmp_path).records("04", "train")
+    with pytest.raises(ImageError, match=r"image 'med-mat/a b/1 \[1\]%.png': not an image"):
+        records.image(0)
+    assert records.image(1).shape == (8, 12, 3)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_links_that_lead_out_are_refused(tmp_path, kind):
+    root, outside = tmp_path / "tree", tmp_path / "outside"
+    write_image(outside, "secret.png")
+    (root / "med-mat").mkdir(parents=True)
+    if kind == "file":
+        (root / "med-mat" / "secret.png").symlink_to(outside / "secret.png")
+    else:
+        (root / "med-mat" / "sub").symlink_to(outside)
+    image = "med-mat/secret.png" if kind == "file" else "med-mat/sub/secret.png"
+    write_subset(root, "Subset--04-train", [raw_record(1, image=image)], images=False)
+    path = root / "Aggregated_Subsets" / "Subset--04-train.json"
+    with pytest.raises(ReleaseError, match="leads out of the tree by a link"):
+        read_choice_file(path, root)
+    (root / "inside.png").write_bytes((outside / "secret.png").read_bytes())
+    (root / "med-mat" / "kept.png").symlink_to(root / "inside.png")
+    write_subset(root, "Subset--04-train", [raw_record(1, image="med-mat/kept.png")], images=False)
+    (tmp_path / "alias").symlink_to(root)
+    assert len(read_choice_file(path, tmp_path / "alias")) == 1
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        ("", "is no path"),
+        (" ", "is no path"),
+        ("a\0b.png", "is no path"),
+        ("C:\\x.png", "is absolute"),
+        ("\\\\host\\x.png", "is absolute"),
+        ("..\\x.png", "climbs out"),
+        ("med-mat/..", "climbs out"),
+        ("med-mat", "is no file"),
+        ("x" * 5000, "cannot be opened"),
+    ],
+)
+def test_odd_paths_are_refused(tmp_path, image, reason):
+    (tmp_path / "med-mat").mkdir()
+    write_subset(tmp_path, "Subset--04-train", [raw_record(1) | {"image": image}], images=False)
+    with pytest.raises(ReleaseError, match=f"^Subset--04-train.json: record 1: .*{reason}"):
+        read_choice_file(tmp_path / "Aggregated_Subsets" / "Subset--04-train.json", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        ("text", "record in place 1: a str; an object"),
+        (raw_record(1) | {"id": True}, "id is true, a bool; int"),
+        (raw_record(1) | {"Answer": None}, "Answer is null, a NoneType; str"),
+        (raw_record(1) | {"Question-choice": "Which?\nA: Benign"}, r"options \['Benign'\]; two or more"),
+        (raw_record(1) | {"Question-choice": "Which?\nA: Benign\nB: Benign"}, "two or more different"),
+        (raw_record(1) | {"Question-choice": "Which?"}, r"has the options \[\]"),
+        (raw_record(1) | {"Answer-choice": "AB"}, "Answer-choice is 'AB'"),
+        (raw_record(1) | {"Answer-choice": ""}, "Answer-choice is ''"),
+        (raw_record(1) | {"Answer-choice": "a"}, "Answer-choice is 'a'"),
+    ],
+)
+def test_broken_records_are_refused(raw, reason):
+    with pytest.raises(ReleaseError, match=reason):
+        parse_choice(raw, file="f.json", place=0, subset="04", split="train")
+
+
+@pytest.mark.parametrize(
+    ("question", "options"),
+    [
+        ("Which?\nA: Benign\nB: Normal\nAnswer with ...", ("Benign", "Normal")),
+        ("A: is it A: or B: ?\nA: x: y\nB: B: z", ("x: y", "B: z")),
+        ("Which?\nA: a\nC: c\nB: b", ("a",)),
+        ("Which?\r\nA: a\r\nB: b\r\n", ("a", "b")),
+        ("Which? A: a B: b", ()),
+    ],
+)
+def test_options_are_the_lines_in_letter_order(question, options):
+    assert parse_options(question) == options
