@@ -18,6 +18,17 @@ def group_mesh(mesh: Mesh, cell: int, num_cells: int) -> Mesh:
     return Mesh(mesh.devices[group : group + 1], mesh.axis_names, axis_types=mesh.axis_types)
 
 
+def abstract_cell(stacked, cell: int, num_cells: int):
+    """What `take_cell` gives for a stacked tree of `jax.ShapeDtypeStruct`s, abstract too."""
+
+    def one(x):
+        group = group_mesh(x.sharding.mesh, cell, num_cells)
+        sharding = NamedSharding(group, PartitionSpec(*x.sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
+
+    return jax.tree.map(one, stacked)
+
+
 def take_cell(stacked, cell: int, num_cells: int):
     """The tree of one cell: each array without its leading cell axis, on the cell's own devices."""
     mesh = jax.tree.leaves(stacked)[0].sharding.mesh

@@ -1,0 +1,183 @@
+"""Evaluation of one set of parameters on records: predictions, the file they are kept in, and their summary."""
+
+import dataclasses
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from medcg_jax.eval.choice import option_logprobs
+from medcg_jax.eval.generate import LETTERS, greedy, parse_answer, prefill
+from medcg_jax.mesh import batch_sharding, check_batch, put_batch, replicated
+
+if TYPE_CHECKING:
+    from medcg_jax.data.encoding import Encoded
+    from medcg_jax.data.tokenizer import Tokenizer
+
+# Decimals of a log-probability in the file: differences between meshes lie below.
+DECIMALS = 4
+# Batches handed to the device before the host waits for one of them.
+MAX_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One record's outcome; the fields are the keys of a line of the predictions file.
+
+    Attributes:
+      options: the texts, in letter order. answer: the right letter.
+      predicted: the offered letter with the largest log-probability (the first of equals).
+      logprobs: of each offered letter in nats, over the full vocabulary.
+      generated: text of the free answer; None where none was asked for.
+    """
+
+    id: str
+    subset: str
+    options: tuple[str, ...]
+    answer: str
+    predicted: str
+    logprobs: tuple[float, ...]
+    generated: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """The evaluation of one model on a mesh, compiled once and used for every set of parameters.
+
+    `num_new` tokens are generated; 0: none.
+    """
+
+    mesh: Mesh
+    jitted: object
+    num_new: int
+
+    def __call__(self, params, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """(float32[B, K] log-probabilities of the letters, int32[B, num_new] generated tokens) of one batch.
+
+        params: of the whole model, trainable and frozen joined.
+        """
+        arrays = {key: value for key, value in batch.items() if key != "row_mask"}
+        with jax.set_mesh(self.mesh):
+            return self.jitted(params, put_batch(arrays, batch_sharding(self.mesh)))
+
+
+def make_evaluator(
+    mesh: Mesh, graphdef: nnx.GraphDef, shardings, *, eos_id: int, max_new_tokens: int, generate: bool = True
+) -> Evaluator:
+    """The evaluator of a model. shardings: NamedSharding of each of its parameters."""
+    num_new = max_new_tokens if generate else 0
+
+    def evaluate_batch(params, batch):
+        model = nnx.merge(graphdef, params)
+        logits, cache = prefill(model, batch, max(num_new - 1, 0))
+        logprobs = option_logprobs(logits, batch["option_ids"])
+        if not num_new:
+            return logprobs, np.zeros((len(batch["tokens"]), 0), np.int32)
+        return logprobs, greedy(model, logits, cache, num_new=num_new, eos_id=eos_id)
+
+    jitted = jax.jit(
+        evaluate_batch, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh)
+    )  # fmt: skip
+    return Evaluator(mesh, jitted, num_new)
+
+
+def evaluate(
+    evaluator: Evaluator, params, encoded: "Encoded", tokenizer: "Tokenizer", *, batch_size: int
+) -> list[Prediction]:
+    """A prediction for every record, in the order of `encoded` (`data.encoding.encode_eval`'s).
+
+    params: of the whole model, on the evaluator's mesh. batch_size: rows of a batch over all devices; the last batch
+    is filled up, so its size changes no prediction.
+
+    Raises:
+      ConfigError: the mesh cannot split the batch.
+      ValueError: log-probabilities that are not finite, with the record named.
+    """
+    from medcg_jax.data.pipeline import eval_batches
+
+    check_batch(evaluator.mesh, batch_size, "eval.batch_size")
+    split = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    outputs: list[tuple] = []
+    for batch, _ in eval_batches(encoded, batch_size, **split):
+        outputs.append(evaluator(params, batch))
+        if len(outputs) > MAX_AHEAD:
+            jax.block_until_ready(outputs[-1 - MAX_AHEAD])
+    if not outputs:
+        return []
+    outputs = jax.device_get(outputs)
+    logprobs, tokens = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
+    predictions = []
+    for i, record in enumerate(encoded.records.records):
+        own = logprobs[i, : len(record.options)]
+        if not np.isfinite(own).all():
+            raise ValueError(f"record {record.id}: the letters' log-probabilities are {own.tolist()}")
+        generated = tokenizer.decode(tokens[i].tolist()) if evaluator.num_new else None
+        predictions.append(
+            Prediction(
+                record.id, record.subset, tuple(record.options), record.answer, LETTERS[int(own.argmax())],
+                tuple(round(float(x), DECIMALS) + 0.0 for x in own), generated,
+            )
+        )  # fmt: skip
+    return predictions
+
+
+def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Writes one JSON line for each prediction, in their order; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text("".join(_line(p) + "\n" for p in predictions), encoding="utf-8")
+    os.replace(part, path)
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """What `write_predictions` wrote."""
+    found = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        fields = json.loads(line)
+        lists = {key: tuple(fields[key]) for key in ("options", "logprobs")}
+        found.append(Prediction(**{**fields, **lists}))
+    return found
+
+
+def summary(predictions: Sequence[Prediction]) -> dict:
+    """How predictions turned out; shares are 0-1, and None where nothing was asked.
+
+    n, correct, accuracy: by the letters' likelihoods.
+    letters, answers: how often each letter was predicted, and was right.
+    letter_mass: mean probability of the offered letters together; near 0 the prompt or the ids are wrong.
+    generated_accuracy, unparsed_rate: of the free answers; an unparsed one is no right one.
+    """
+    n = len(predictions)
+    correct = sum(p.predicted == p.answer for p in predictions)
+    read = [parse_answer(p.generated, p.options) for p in predictions if p.generated is not None]
+    asked = [p.answer for p in predictions if p.generated is not None]
+    hits = sum(a == b for a, b in zip(read, asked, strict=True))
+    return {
+        "n": n,
+        "correct": correct,
+        "accuracy": correct / n if n else None,
+        "letters": dict(sorted(Counter(p.predicted for p in predictions).items())),
+        "answers": dict(sorted(Counter(p.answer for p in predictions).items())),
+        "letter_mass": sum(sum(math.exp(x) for x in p.logprobs) for p in predictions) / n if n else None,
+        "generated_accuracy": hits / len(read) if read else None,
+        "unparsed_rate": read.count("") / len(read) if read else None,
+    }
+
+
+def _line(prediction: Prediction) -> str:
+    fields = dataclasses.asdict(prediction)
+    shown = [f"{x:.{DECIMALS}f}" for x in prediction.logprobs]
+    # Numbers with all their decimals, whatever they are, so that equal predictions are equal bytes.
+    fields["logprobs"] = None
+    text = json.dumps(fields, ensure_ascii=False)
+    return text.replace('"logprobs": null', f'"logprobs": [{", ".join(shown)}]', 1)
