@@ -6,6 +6,7 @@ Parameters travel as an `nnx.State` of plain arrays (`params`), apart from the `
 
 import dataclasses
 import math
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -81,11 +82,15 @@ def shardings(config: LlavaConfig, mesh: Mesh) -> nnx.State:
 def create(config: LlavaConfig, mesh: Mesh, *, seed: int, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
     """(graphdef, params) with random weights, made directly in their shardings on `mesh`."""
     graphdef, _ = _abstract_variables(config, param_dtype)
+    return graphdef, _initializer(config, mesh, param_dtype)(seed)
 
+
+@lru_cache(maxsize=16)
+def _initializer(config: LlavaConfig, mesh: Mesh, param_dtype):
     def init(seed):
         return _arrays(nnx.state(Llava(config, rngs=nnx.Rngs(jax.random.key(seed)), param_dtype=param_dtype)))
 
-    return graphdef, jax.jit(init, out_shardings=shardings(config, mesh))(seed)
+    return jax.jit(init, out_shardings=shardings(config, mesh))
 
 
 def num_params(params) -> int:
@@ -102,13 +107,15 @@ def split_trainable(params: nnx.State, names: tuple[str, ...]) -> tuple[nnx.Stat
     unknown = sorted(set(names) - set(params))
     if unknown or not names:
         raise ValueError(f"trainable={tuple(names)}; accepted: one or more of {', '.join(sorted(params))}")
-    trainable = {name: part for name, part in params.items() if name in names}
-    return nnx.State(trainable), nnx.State({name: part for name, part in params.items() if name not in names})
+    # The raw mapping: `items` would wrap each part in a State of its own, and `join` would give another tree.
+    parts = params.raw_mapping
+    trainable = {name: part for name, part in parts.items() if name in names}
+    return nnx.State(trainable), nnx.State({name: part for name, part in parts.items() if name not in names})
 
 
 def join(trainable: nnx.State, frozen: nnx.State) -> nnx.State:
     """The params that `split_trainable` split."""
-    return nnx.State({**trainable, **frozen})
+    return nnx.State({**trainable.raw_mapping, **frozen.raw_mapping})
 
 
 def _is_variable(x) -> bool:

@@ -1,0 +1,177 @@
+"""Counts, names, layouts: every parameter of the 7B model by golden text, and really split on 8 simulated devices."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from medcg_jax.axes import RULES
+from medcg_jax.mesh import make_mesh
+from medcg_jax.models import build
+from medcg_jax.models.llava import Llava, llava15_7b, llava15_13b, llava15_tiny
+from medcg_jax.run_config import MeshConfig, ModelConfig
+
+GOLDEN = Path(__file__).parent / "golden" / "llava15_7b_params.txt"
+TINY = llava15_tiny(80, 79, num_vision_heads=2, num_heads=4, num_kv_heads=2, scan_unroll=1)
+
+# config -> (all, vision run, unused, projector, decoder); CLIP 303,507,456 = run + unused.
+COUNTS = {
+    "7b": (llava15_7b(), 7_062_902_784, 290_909_184, 12_598_272, 20_979_712, 6_738_415_616),
+    "13b": (llava15_13b(), 13_350_839_296, 290_909_184, 12_598_272, 31_467_520, 13_015_864_320),
+    "7b with llava-hf's rows": (
+        build.llava_config(ModelConfig("llava15_7b"), vocab_size=32064),
+        7_063_427_072, 290_909_184, 12_598_272, 20_979_712, 6_738_939_904,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", COUNTS)
+def test_counts(size):
+    config, total, *parts = COUNTS[size]
+    _, params = build.abstract(config)
+    assert build.num_params(params) == total
+    assert [build.num_params(params[name]) for name in ("vision", "unused", "projector", "decoder")] == parts
+
+
+def lines(config) -> str:
+    _, params = build.abstract(config)
+    parts = zip(
+        jax.tree_util.tree_flatten_with_path(params)[0],
+        jax.tree.leaves(build.axis_names(config), is_leaf=lambda x: isinstance(x, tuple)),
+        jax.tree.leaves(build.partition_specs(config)),
+        strict=True,
+    )
+    return "".join(
+        f"{'.'.join(key.key for key in path)} {leaf.shape} {' '.join(names)} {tuple(spec)}\n"
+        for (path, leaf), names, spec in parts
+    )
+
+
+def test_every_parameters_shape_names_and_spec_are_the_golden_ones():
+    assert lines(llava15_7b()) == GOLDEN.read_text()
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+
+@pytest.fixture(scope="module")
+def created(mesh):
+    return build.create(TINY, mesh, seed=3)
+
+
+def test_a_parameter_of_every_rule_is_really_split(created, mesh):
+    """Which mesh axes split each logical axis of a parameter, read from the shards and not from the specs."""
+    _, params = created
+    split: dict[str, set[int]] = {}
+    names = jax.tree.leaves(build.axis_names(TINY), is_leaf=lambda x: isinstance(x, tuple))
+    for leaf, axes in zip(jax.tree.leaves(params), names, strict=True):
+        shard = leaf.addressable_shards[0].data.shape
+        for name, whole, part in zip(axes, leaf.shape, shard, strict=True):
+            split.setdefault(name, set()).add(whole // part)
+    expected = {name: {2} if RULES[name] else {1} for name in split}
+    assert split == expected
+    assert {"vocab", "embed", "mlp", "heads", "kv_heads", "vision_embed", "vision_mlp", "vision_heads"} <= set(split)
+
+
+def test_weights_do_not_depend_on_the_mesh_and_do_on_the_seed(created):
+    _, params = created
+    one = make_mesh(devices=jax.devices()[:1])
+    _, alone = build.create(TINY, one, seed=3)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    _, other = build.create(TINY, one, seed=4)
+    assert float(jnp.abs(other["decoder"]["embed"]["table"] - alone["decoder"]["embed"]["table"]).max()) > 0.01
+
+
+def batch(rows: int):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 79, (rows, 26))
+    tokens[:, 1:17] = TINY.image_token_id
+    segments = (np.arange(26) < rng.integers(20, 27, (rows, 1))).astype(np.int32)
+    return {
+        "tokens": jnp.asarray(tokens, jnp.int32), "segment_ids": jnp.asarray(segments),
+        "pixels": jnp.asarray(rng.integers(0, 256, (rows, 1, 32, 32, 3)), jnp.uint8),
+    }  # fmt: skip
+
+
+def loss(graphdef, trainable, frozen, given):
+    model = nnx.merge(graphdef, build.join(trainable, frozen))
+    logits = model(given["tokens"], given["pixels"], segment_ids=given["segment_ids"])
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), given["tokens"][:, 1:, None], axis=-1)[..., 0]
+    return (nll * (given["segment_ids"][:, 1:] != 0)).mean()
+
+
+def test_eight_devices_compute_what_one_does(created, mesh):
+    graphdef, params = created
+    run = jax.jit(lambda *args: jax.value_and_grad(loss, argnums=1)(graphdef, *args))
+    given = batch(8)
+    with jax.set_mesh(mesh):
+        parts = build.split_trainable(params, ("vision", "projector", "decoder"))
+        value, grads = run(*parts, jax.device_put(given, jax.NamedSharding(mesh, jax.P(("data", "fsdp")))))
+    alone = jax.device_put(params, jax.devices()[0])
+    expected, expected_grads = run(*build.split_trainable(alone, ("vision", "projector", "decoder")), given)
+    assert abs(float(value) - float(expected)) < 1e-5
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-5
+        assert float(jnp.abs(b).max()) > 0
+
+
+def test_mapped_over_cells_it_computes_each_cells_numbers(created):
+    graphdef, params = created
+    params = jax.device_put(params, jax.devices()[0])
+    trainable, frozen = build.split_trainable(params, ("projector", "decoder"))
+    cells = [jax.tree.map(lambda w, f=f: w * f, trainable) for f in (1.0, 0.7)]
+    given = batch(2)
+    stacked = jax.tree.map(lambda *w: jnp.stack(w), *cells)
+    run = jax.vmap(lambda t: loss(graphdef, t, frozen, given), spmd_axis_name="cell")
+    values = jax.jit(run)(stacked)
+    one_by_one = jax.jit(lambda t: loss(graphdef, t, frozen, given))
+    assert np.abs(np.asarray(values) - [float(one_by_one(cell)) for cell in cells]).max() < 1e-5
+    assert abs(float(values[0] - values[1])) > 1e-3
+
+
+def test_trainable_parts_split_and_join(created):
+    _, params = created
+    trainable, frozen = build.split_trainable(params, ("projector",))
+    assert set(trainable) == {"projector"}
+    assert set(frozen) == {"vision", "decoder", "unused"}
+    assert jax.tree.structure(build.join(trainable, frozen)) == jax.tree.structure(params)
+    for names in ((), ("projector", "head")):
+        with pytest.raises(ValueError, match="accepted: one or more of decoder, projector"):
+            build.split_trainable(params, names)
+
+
+def test_what_the_mesh_cannot_split_is_named(mesh):
+    with pytest.raises(ValueError, match=r"embed.*table.*81 cannot be split over mesh axis tensor of 2"):
+        build.shardings(llava15_tiny(81, 80), mesh)
+
+
+def test_config_by_name_carries_how_it_runs():
+    model = ModelConfig("llava15_13b", compute_dtype="bfloat16", attention="plain", remat="full", scan_unroll=4)
+    config = build.llava_config(model, image_token_id=5)
+    assert (config.compute_dtype, config.attention, config.remat, config.scan_unroll) == ("bfloat16", "plain", "full", 4)
+    assert config.text.num_layers == 40
+    assert config.image_token_id == 5
+    with pytest.raises(ValueError, match="no vocabulary of its own"):
+        build.llava_config(ModelConfig("llava15_tiny"))
+    with pytest.raises(ValueError, match="'llava2'; accepted: llava15_tiny, llava15_7b, llava15_13b"):
+        build.llava_config(ModelConfig("llava2"))
+
+
+def test_computes_in_the_dtype_asked_with_float32_weights_and_logits():
+    model = nnx.eval_shape(lambda: Llava(TINY, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    graphdef, state = nnx.split(model)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
+
+    def run(state, given):
+        model = nnx.merge(graphdef, state)
+        hidden, _ = model.hidden(given["tokens"], given["pixels"], segment_ids=given["segment_ids"])
+        return hidden, model.logits(hidden)
+
+    hidden, logits = jax.eval_shape(run, state, batch(2))
+    assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
