@@ -28,8 +28,8 @@ from medcg_jax.study.schedule import Plan, make_plan, seeded
 # Fields that change neither scores nor predictions, so that a grid may be continued with other values.
 FREE_FIELDS = ("name", "study.jobs", "study.base_dir", "train.log_every_steps", "base.log_every_steps")
 PACKAGES = ("medcg-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-# XLA's flag for processes that share the cores of one machine; it says nothing to accelerators.
-ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
+# XLA on a CPU with one thread, for processes that share the cores of one machine; accelerators are not touched by it.
+ONE_THREAD = {"NPROC": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
 STOP_WAIT_S = 10.0
 
 
@@ -88,6 +88,10 @@ def work(run: RunConfig, workdir: Path, plan: Plan) -> None:
 
         Worker(run, workdir, plan).run()
         return
+    if run.base.steps and len(run.study.seeds) < run.study.jobs:
+        # Most processes would wait for the bases: one with all cores makes them sooner.
+        with workers(workdir, 1, "bases", one_thread=False) as started:
+            watch(started)
     with workers(workdir, run.study.jobs) as started:
         watch(started)
 
@@ -123,10 +127,13 @@ class Process:
 
 
 @contextmanager
-def workers(workdir: Path, count: int) -> Iterator[list[Process]]:
+def workers(workdir: Path, count: int, *arguments: str, one_thread: bool = True) -> Iterator[list[Process]]:
     """So many worker processes on the workdir; all have ended when the block is left, however it is."""
     environment = dict(os.environ)
-    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {ONE_THREAD}".strip()
+    if one_thread:
+        for name, value in ONE_THREAD.items():
+            before = environment.get(name, "") if name == "XLA_FLAGS" else ""
+            environment[name] = f"{before} {value}".strip()
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     # Processes on one accelerator share its memory.
     environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / count:.2f}")
@@ -137,7 +144,7 @@ def workers(workdir: Path, count: int) -> Iterator[list[Process]]:
     try:
         for index in range(count):
             log = logs / f"worker-{index}.log"
-            command = [sys.executable, "-m", "medcg_jax.study.worker", str(workdir), str(os.getpid())]
+            command = [sys.executable, "-m", "medcg_jax.study.worker", str(workdir), str(os.getpid()), *arguments]
             with open(log, "ab") as out:
                 popen = subprocess.Popen(
                     command, env=environment, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL

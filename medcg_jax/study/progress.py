@@ -18,15 +18,12 @@ from medcg_jax.study.schedule import Group, Plan
 
 POLL_S = 0.5
 LINE_EVERY_S = 20.0
-
-
-def eval_units(group: Group) -> int:
-    """Units that testing a group counts for: 2 per subset, a guess that only the bar is moved by."""
-    return sum(2 * len(job.targets) for job in group.jobs)
+# Units that testing one subset counts for: a guess that only the bar is moved by.
+EVAL_UNITS = 2
 
 
 def group_units(group: Group) -> int:
-    return sum(job.steps for job in group.jobs) + eval_units(group)
+    return sum(job.steps + EVAL_UNITS * len(job.targets) for job in group.jobs)
 
 
 def base_name(seed: int) -> str:

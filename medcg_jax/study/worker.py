@@ -1,6 +1,6 @@
 """One process's part in a grid: claims bases and groups of cells, trains and tests them, says when they are done.
 
-Started as `python -m medcg_jax.study.worker WORKDIR PARENT` where a grid has several processes; ends with its parent.
+Started as `python -m medcg_jax.study.worker WORKDIR PARENT [bases]` where a grid has several processes; ends with its parent.
 Where `jax.distributed` spans several processes, all work on one group together; the first one decides and writes.
 """
 
@@ -23,6 +23,8 @@ from medcg_jax.study.bases import Bases
 from medcg_jax.study.cells import Trainer
 from medcg_jax.study.progress import Reporter, base_name
 from medcg_jax.study.schedule import Group, Plan, make_plan
+from medcg_jax.train.log import enable_cache
+from medcg_jax.train.loop import NonFiniteLoss
 
 POLL_S = 0.5
 NOTHING, BASE, GROUP = range(3)
@@ -32,6 +34,7 @@ class Worker:
     """Works on a grid until all of it is done, waiting for what others hold: they may die over it."""
 
     def __init__(self, run: RunConfig, workdir: Path, plan: Plan):
+        keep_programs()
         self._workdir, self._plan = workdir, plan
         self._seeds = list(dict.fromkeys(group.seed for group in plan.groups))
         self._claims = results.state_dir(workdir) / "claims"
@@ -39,9 +42,10 @@ class Worker:
         self._bases = Bases(run, workdir)
         self._claim: claims.Claim | None = None
 
-    def run(self) -> None:
+    def run(self, bases_only: bool = False) -> None:
+        """Returns when the grid is done, or, with `bases_only`, when every base is there."""
         while True:
-            kind, index = agree(self._choose)
+            kind, index = agree(lambda: self._choose(bases_only))
             if kind == NOTHING:
                 return
             try:
@@ -54,14 +58,16 @@ class Worker:
                     self._claim.release()
                     self._claim = None
 
-    def _choose(self) -> tuple[int, int]:
+    def _choose(self, bases_only: bool) -> tuple[int, int]:
         """What this process holds from now on: (BASE, place of its seed) or (GROUP, its place); or nothing is left."""
         while True:
             left = [i for i, g in enumerate(self._plan.groups) if results.outcomes_of(self._workdir, g) is None]
-            if not left:
-                return NOTHING, 0
             seeds = dict.fromkeys(self._plan.groups[i].seed for i in left)
             ready = {seed for seed in seeds if self._bases.ready(seed)}
+            if bases_only:
+                left = []
+            if not left and ready == set(seeds) or not seeds:
+                return NOTHING, 0
             # What other processes have died over comes last.
             holders = {i: claims.num_holders(self._claims, self._plan.groups[i].name) for i in left}
             for i in sorted(left, key=lambda i: (holders[i], i)):
@@ -87,7 +93,13 @@ class Worker:
         return claim is not None
 
     def _make_base(self, seed: int) -> None:
-        self._bases.train(self._trainer.setup(seed), seed, Reporter(self._workdir, base_name(seed)))
+        try:
+            self._bases.train(self._trainer.setup(seed), seed, Reporter(self._workdir, base_name(seed)))
+        except NonFiniteLoss as error:  # the same at every try: none of the seed's cells can be had
+            for group in self._plan.groups:
+                if group.seed == seed and jax.process_index() == 0:
+                    failure = {"status": f"failed: {error}", "seconds": 0.0}
+                    results.mark_done(self._workdir, group, {job.id: failure for job in group.jobs})
 
     def _work_on(self, group: Group) -> None:
         report = Reporter(self._workdir, group.name)
@@ -98,6 +110,7 @@ class Worker:
             outcomes = {job.id: {"status": f"failed: {error}", "seconds": 0.0} for job in group.jobs}
         if jax.process_index() == 0:
             results.mark_done(self._workdir, group, outcomes)
+            self._trainer.clean(group)
 
 
 def agree(choose: Callable[[], tuple[int, int]]) -> tuple[int, int]:
@@ -109,6 +122,12 @@ def agree(choose: Callable[[], tuple[int, int]]) -> tuple[int, int]:
     mine = choose() if jax.process_index() == 0 else (0, 0)
     kind, index = multihost_utils.broadcast_one_to_all(np.array(mine, np.int32))
     return int(kind), int(index)
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs between processes and grids, where jax is told (JAX_COMPILATION_CACHE_DIR) or in ~/.cache."""
+    if not jax.config.jax_compilation_cache_dir:
+        enable_cache(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medcg_jax" / "xla")
 
 
 def end_with(parent: int) -> None:
@@ -128,11 +147,11 @@ def read_config(workdir: Path) -> RunConfig:
 
 
 def main(argv: list[str]) -> int:
-    workdir, parent = Path(argv[0]), int(argv[1])
+    workdir, parent, bases_only = Path(argv[0]), int(argv[1]), "bases" in argv[2:]
     end_with(parent)
     try:
         run = read_config(workdir)
-        Worker(run, workdir, make_plan(run)).run()
+        Worker(run, workdir, make_plan(run)).run(bases_only)
     except (ConfigError, DataError) as error:
         print(error, flush=True)
         return 2

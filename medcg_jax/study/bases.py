@@ -1,0 +1,118 @@
+"""Bases: the parameters that all cells of a seed start from, trained once and kept by the fingerprint of what made them."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from medcg_jax.data.phantom import pretraining_fingerprint, pretraining_records
+from medcg_jax.data.pipeline import Batches
+from medcg_jax.data.tokenizer import load_tokenizer
+from medcg_jax.models.build import join, shardings, split_trainable
+from medcg_jax.run_config import TRAINABLE, RunConfig, TrainConfig
+from medcg_jax.study.schedule import seeded
+from medcg_jax.train.checkpoint import load_params, read_meta, save_params
+from medcg_jax.train.loop import Cell, fit
+from medcg_jax.train.optim import control_from, make_optimizer
+from medcg_jax.train.setup import Setup, start_params
+from medcg_jax.train.step import make_step
+
+# Fields of the base's TrainConfig that do not change its weights.
+NOT_IN_FINGERPRINT = ("log_every_steps", "checkpoint_every_steps")
+
+
+def num_pretraining_records(base: TrainConfig) -> int:
+    """Records that `base.steps` see in `base.epochs` passes; with epochs 0 every record is new."""
+    seen = base.steps * base.batch_size
+    return math.ceil(seen / base.epochs) if base.epochs else seen
+
+
+def made_of(run: RunConfig) -> dict:
+    """Everything the base of a run (of one seed: `schedule.seeded`) is made of, as in JSON."""
+    base = {k: v for k, v in dataclasses.asdict(run.base).items() if k not in NOT_IN_FINGERPRINT}
+    parts = {
+        "model": dataclasses.asdict(run.model) | {"trainable": TRAINABLE},
+        "tokenizer": load_tokenizer(run.model.tokenizer).fingerprint,
+        "base": base,
+        "data": pretraining_fingerprint(run.base.seed, num_pretraining_records(run.base)),
+        "text": (run.data.system_prompt, run.data.max_text_tokens, run.data.max_target_tokens),
+    }
+    return json.loads(json.dumps(parts))
+
+
+class Bases:
+    """The bases of a grid, in `study.base_dir` or the workdir's `base`; `claims` is where they are claimed."""
+
+    def __init__(self, run: RunConfig, workdir: Path):
+        self._run, self._workdir = run, workdir
+        self._folder = Path(run.study.base_dir or workdir / "base")
+        self.claims = self._folder / "claims"
+        self.claims.mkdir(parents=True, exist_ok=True)
+        self._names: dict[int, str] = {}
+        self._loaded: tuple[int, tuple[nnx.GraphDef, nnx.State]] | None = None
+
+    def fingerprint(self, seed: int) -> str:
+        """A digest of what makes the seed's base; also the name of its directory."""
+        if seed not in self._names:
+            text = json.dumps(made_of(seeded(self._run, seed)), sort_keys=True)
+            self._names[seed] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self._names[seed]
+
+    def ready(self, seed: int) -> bool:
+        """Whether cells can start: the base is there, or none is trained (it is `model.checkpoint`)."""
+        return not self._run.base.steps or read_meta(self._folder / self.fingerprint(seed)) is not None
+
+    def load(self, setup: Setup, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
+        """(graphdef, params) of the seed's base on the mesh; kept until another seed is asked for."""
+        if self._loaded is None or self._loaded[0] != seed:
+            self._loaded = None  # its memory is needed before the next one is read
+            if self._run.base.steps:
+                graphdef, params, _ = load_params(self._folder / self.fingerprint(seed), setup.model, setup.mesh)
+            else:
+                graphdef, params = start_params(setup, seed=setup.run.base.seed)
+            self._loaded = seed, (graphdef, params)
+        return self._loaded[1]
+
+    def train(self, setup: Setup, seed: int, report: Callable[[int], None]) -> None:
+        """Trains the seed's base, all of it, on pre-training records, and keeps it.
+
+        Raises:
+          NonFiniteLoss: it diverged.
+        """
+        name, config = self.fingerprint(seed), setup.run.base
+        encoded = setup.encode(pretraining_records(config.seed, num_pretraining_records(config)))
+        graphdef, params = start_params(setup, seed=config.seed)
+        trainable, frozen = split_trainable(params, TRAINABLE)
+        program = make_step(
+            setup.mesh, graphdef, *split_trainable(shardings(setup.model, setup.mesh), TRAINABLE),
+            make_optimizer(config), accumulation_steps=config.accumulation_steps,
+            compute_dtype=setup.run.model.compute_dtype,
+        )  # fmt: skip
+
+        def stream(position: int) -> Batches:
+            return Batches(
+                encoded, batch_size=config.batch_size, seed=config.seed, position=position,
+                process_index=jax.process_index(), process_count=jax.process_count(),
+            )  # fmt: skip
+
+        saved = self._folder / f"{name}.checkpoints"
+        cell = Cell(
+            f"base.s{seed}", control_from(config, len(encoded)), stream,
+            metrics=self._workdir / "metrics" / f"base.s{seed}.jsonl",
+            checkpoints=saved if config.checkpoint_every_steps else None,
+            config=made_of(setup.run),
+        )  # fmt: skip
+        state, [result] = fit(
+            program, trainable, frozen, [cell], log_every_steps=config.log_every_steps,
+            checkpoint_every_steps=config.checkpoint_every_steps, progress=lambda step, *_: report(step),
+        )  # fmt: skip
+        meta = {"made_of": cell.config, "loss": result.metrics["loss"]}
+        save_params(self._folder / name, join(state.params, frozen), setup.model, meta)
+        if jax.process_index() == 0:
+            shutil.rmtree(saved, ignore_errors=True)

@@ -1,0 +1,200 @@
+"""Trains and tests a group of cells: one program for all of them, whatever their data and number of steps."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from medcg_jax.data.encoding import MEMORY_LIMIT_BYTES, Encoded, concat_encoded
+from medcg_jax.data.pipeline import Batches
+from medcg_jax.data.records import RecordSet, Split, concat
+from medcg_jax.data.release import balanced
+from medcg_jax.eval.run import Evaluator, NonFiniteScores, Prediction, evaluate, make_evaluator, write_predictions
+from medcg_jax.models.build import join, shardings, split_trainable
+from medcg_jax.run_config import RunConfig
+from medcg_jax.study import results
+from medcg_jax.study.progress import EVAL_UNITS, Reporter
+from medcg_jax.study.schedule import Group, Job, seeded
+from medcg_jax.train import loop
+from medcg_jax.train.cells import take_cell
+from medcg_jax.train.checkpoint import save_params
+from medcg_jax.train.log import CompileMonitor
+from medcg_jax.train.optim import control_from, make_optimizer
+from medcg_jax.train.setup import Setup, open_setup
+from medcg_jax.train.step import Program, TrainState, make_step
+
+Base = tuple[nnx.GraphDef, nnx.State]
+
+
+class Data:
+    """Encoded records of one seed's source; what fits is kept for the next cell."""
+
+    def __init__(self, setup: Setup):
+        self._setup = setup
+        self._kept: dict[tuple[str, Split, int], Encoded] = {}
+        self._bytes = 0
+
+    def training(self, parts: Sequence[tuple[str, int]]) -> Encoded:
+        """The training rows of these (subset, number of records), labels balanced where not all are taken."""
+        rows = sum(count for _, count in parts)
+        if rows * 3 * self._setup.model.image_size_px**2 > MEMORY_LIMIT_BYTES:
+            # Encoded together, so that the images are decoded when drawn.
+            return self._setup.encode(concat([self._records(name, "train", count) for name, count in parts]))
+        return concat_encoded([self._encoded(name, "train", count) for name, count in parts])
+
+    def test(self, subset: str) -> Encoded:
+        """The subset's test prompts."""
+        return self._encoded(subset, "test", self._setup.run.data.test_records_per_subset)
+
+    def _encoded(self, subset: str, split: Split, count: int) -> Encoded:
+        key = (subset, split, count)
+        if key not in self._kept:
+            encode = self._setup.encode if split == "train" else self._setup.encode_eval
+            made = encode(self._records(subset, split, count))
+            size = 0 if made.pixels is None else made.pixels.nbytes
+            if self._bytes + size > MEMORY_LIMIT_BYTES:
+                return made
+            self._kept[key] = made
+            self._bytes += size
+        return self._kept[key]
+
+    def _records(self, subset: str, split: Split, count: int) -> RecordSet:
+        records = self._setup.source.records(subset, split)
+        places = balanced([record.label for record in records.records], count, self._setup.run.data.seed)
+        return records if len(places) == len(records) else records.select(places)
+
+
+class Trainer:
+    """Trains and tests groups of cells in this process; what is compiled is compiled once."""
+
+    def __init__(self, run: RunConfig, workdir: Path):
+        self._run, self._workdir = run, workdir
+        self._monitor = CompileMonitor()
+        self._many = run.study.cells_at_once
+        self._program: Program | None = None
+        self._evaluator: Evaluator | None = None
+        self._seed: int | None = None
+
+    def setup(self, seed: int) -> Setup:
+        """What one seed's bases and cells need; kept until another seed is asked for."""
+        if self._seed != seed:
+            self._setup = open_setup(seeded(self._run, seed))
+            self._data = Data(self._setup)
+            self._seed = seed
+        return self._setup
+
+    def run(self, group: Group, base: Base, report: Reporter) -> dict[str, dict]:
+        """Trains and tests a group's jobs and writes its cells' files; job id -> outcome, for `results.mark_done`.
+
+        Raises:
+          DataError: a record of the group cannot be used.
+        """
+        began = time.perf_counter()
+        setup = self.setup(group.seed)
+        graphdef, params = base
+        state, frozen, errors = None, None, {}
+        if group.steps:
+            trainable, frozen = split_trainable(params, setup.run.model.trainable)
+            state, errors = self._train(setup, group, graphdef, trainable, frozen, report)
+        units = sum(job.steps for job in group.jobs)
+        for place, job in enumerate(group.jobs):
+            if job.id not in errors:
+                trained = self._params_of(setup, state, frozen, place) if group.steps else params
+                try:
+                    self._test(setup, job, graphdef, trained)
+                except NonFiniteScores as error:
+                    errors[job.id] = error
+                if self._run.study.keep_weights and job.steps:
+                    save_params(self._workdir / "weights" / job.id, trained, setup.model, {"cell": job.id})
+            units += EVAL_UNITS * len(job.targets)
+            report(units)
+        seconds = time.perf_counter() - began
+        print(f"{group.name}: {group.steps} steps, {seconds:.1f} s; {self._monitor.line()}", flush=True)
+        return {
+            job.id: {"status": f"failed: {errors[job.id]}" if job.id in errors else "done",
+                     "seconds": seconds / len(group.jobs)}
+            for job in group.jobs
+        }  # fmt: skip
+
+    def clean(self, group: Group) -> None:
+        """Removes what was kept to go on with a group; it is done now."""
+        for job in group.jobs:
+            shutil.rmtree(checkpoints_of(self._workdir, job), ignore_errors=True)
+
+    def _params_of(self, setup: Setup, state: TrainState, frozen, place: int):
+        """The whole parameters of one job of the group, on the whole mesh."""
+        own = take_cell(state.params, place, self._many) if self._many > 1 else state.params
+        if setup.mesh.shape["cell"] > 1:
+            wanted, _ = split_trainable(shardings(setup.model, setup.mesh), setup.run.model.trainable)
+            own = jax.device_put(own, wanted)
+        return join(own, frozen)
+
+    def _test(self, setup: Setup, job: Job, graphdef, params) -> None:
+        """Writes predictions and metrics of every cell that the job serves.
+
+        Raises:
+          NonFiniteScores: the parameters are no use.
+        """
+        config = setup.run.eval
+        if self._evaluator is None:
+            self._evaluator = make_evaluator(
+                setup.mesh, graphdef, shardings(setup.model, setup.mesh), eos_id=setup.tokenizer.eos_id,
+                max_new_tokens=config.max_new_tokens, generate=config.generate,
+            )  # fmt: skip
+        found: dict[str, list[Prediction]] = {
+            name: evaluate(
+                self._evaluator, params, self._data.test(name), setup.tokenizer, batch_size=config.batch_size
+            )
+            for name in job.targets
+        }
+        if jax.process_index() > 0:
+            return
+        metrics = self._workdir / "metrics"
+        for cell in job.cells:
+            predictions = [p for name in cell.target for p in found[name]]
+            write_predictions(self._workdir / "predictions" / f"{cell.id}.jsonl", predictions)
+            if job.steps and cell.id != job.id:
+                results.write_atomically(metrics / f"{cell.id}.jsonl", (metrics / f"{job.id}.jsonl").read_text())
+
+    def _train(self, setup: Setup, group: Group, graphdef, trainable, frozen, report: Reporter):
+        """(state, job id -> what stopped it) of the group's jobs after their last steps."""
+        config = setup.run.train
+        if self._program is None:
+            self._program = make_step(
+                setup.mesh, graphdef, *split_trainable(shardings(setup.model, setup.mesh), setup.run.model.trainable),
+                make_optimizer(config), num_cells=self._many, accumulation_steps=config.accumulation_steps,
+                compute_dtype=setup.run.model.compute_dtype,
+            )  # fmt: skip
+        cells = [self._cell(setup, job) for job in group.jobs]
+        try:
+            state, ended = loop.fit(
+                self._program, trainable, frozen, cells, log_every_steps=config.log_every_steps,
+                checkpoint_every_steps=config.checkpoint_every_steps,
+                progress=lambda step, *_: report(sum(min(step, job.steps) for job in group.jobs)),
+            )  # fmt: skip
+        except loop.NonFiniteLoss as error:  # of every job
+            return None, {job.id: error for job in group.jobs}
+        return state, {job.id: e.error for job, e in zip(group.jobs, ended, strict=True) if e.error}
+
+    def _cell(self, setup: Setup, job: Job) -> loop.Cell:
+        encoded, config = self._data.training(job.training), setup.run.train
+
+        def stream(position: int) -> Batches:
+            return Batches(
+                encoded, batch_size=config.batch_size, seed=config.seed, position=position,
+                process_index=jax.process_index(), process_count=jax.process_count(),
+            )  # fmt: skip
+
+        return loop.Cell(
+            job.id, control_from(config, len(encoded)), stream,
+            metrics=self._workdir / "metrics" / f"{job.id}.jsonl",
+            checkpoints=checkpoints_of(self._workdir, job) if config.checkpoint_every_steps else None,
+        )  # fmt: skip
+
+
+def checkpoints_of(workdir: Path, job: Job) -> Path:
+    """Where a job's training state is kept until its group is done."""
+    return results.state_dir(workdir) / "checkpoints" / job.id

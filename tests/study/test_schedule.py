@@ -1,0 +1,127 @@
+"""Cells as jobs and groups, and the files a grid leaves."""
+
+import json
+
+import pytest
+from worlds import SMALL
+
+from medcg_jax.run_config import TABLES, ConfigError, RunConfig, TrainConfig, replace
+from medcg_jax.study import grid, results, schedule, suite
+
+RUN = replace(RunConfig(), study__tables=TABLES, study__targets=("ct-lung-state",), study__seeds=(0, 1), train__epochs=2.0)
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return suite.expand(RUN, SMALL)
+
+
+def test_equal_trainings_are_one_job(cells):
+    jobs = schedule.jobs_of(cells, RUN)
+    assert sorted(c.id for j in jobs for c in j.cells) == sorted(c.id for c in cells)
+    assert len({(j.seed, j.training) for j in jobs}) == len(jobs) <= 0.7 * len(cells)
+    base = next(j for j in jobs if not j.training)
+    assert base.steps == 0 and {c.arm for c in base.cells} == {"baseline", "efficiency_0"}
+    assert set(base.targets) == {s.name for s in SMALL}
+    pair = next(j for j in jobs if "pairs" in j.id and "trained" in j.id)
+    assert pair.steps == 13  # 2 epochs of 200 records in batches of 32
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 4])
+def test_groups_hold_every_job_once_and_never_two_seeds(cells, at_once):
+    jobs = schedule.jobs_of(cells, RUN)
+    groups = schedule.groups_of(jobs, at_once)
+    assert sorted(j.id for g in groups for j in g.jobs) == sorted(j.id for j in jobs)
+    assert len({g.name for g in groups}) == len(groups)
+    for group in groups:
+        assert {j.seed for j in group.jobs} == {group.seed} and len(group.jobs) <= at_once
+        assert len(group.jobs) == 1 or all(j.steps for j in group.jobs)
+    assert [g.seed for g in groups] == sorted(g.seed for g in groups)
+    steps = [g.steps for g in groups if g.seed == 0 and g.steps]
+    assert steps == sorted(steps, reverse=True)
+
+
+def test_epochs_are_equal_for_every_arm(cells):
+    for job in schedule.jobs_of(cells, RUN):
+        records = sum(count for _, count in job.training)
+        assert job.steps * 32 / 2 - 32 < records <= job.steps * 32 / 2
+
+
+def fill(workdir, cells, jobs, groups):
+    outcomes = {}
+    for group in groups:
+        for job in group.jobs:
+            bad = "single_task" in job.id
+            outcomes[job.id] = {"status": "failed: loss is nan, at step 3" if bad else "done", "seconds": 1.25}
+            for cell in () if bad else job.cells:
+                lines = [{"id": f"{t}/{i}", "subset": t, "answer": "A", "predicted": "AB"[i % 2]} for t in cell.target for i in range(4)]
+                results.write_atomically(workdir / "predictions" / f"{cell.id}.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+        results.mark_done(workdir, group, {j.id: outcomes[j.id] for j in group.jobs})
+    return outcomes
+
+
+def test_tables(tmp_path, cells):
+    jobs = schedule.jobs_of(cells, RUN)
+    groups = schedule.groups_of(jobs, 2)
+    tables = results.Tables(tmp_path, cells, jobs)
+    tables.write({})
+    assert (tmp_path / "results.csv").read_text() == ",".join(results.RESULTS_HEADER) + "\n"
+    assert (tmp_path / "cells.csv").read_text().count(",waiting,0.0\n") == len(cells)
+    outcomes = fill(tmp_path, cells, jobs, groups)
+    assert results.all_outcomes(tmp_path, groups) == outcomes
+    tables.write(outcomes)
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert lines[1] == (
+        "pairs.fixed_modality.ct-lung-state.baseline.s0,pairs,fixed_modality/ct-lung-state,baseline,0,ct-lung-state,"
+        "4,2,0.500000,0.150039,0.849961"
+    )
+    scored = [c for j in jobs if outcomes[j.id]["status"] == "done" for c in j.cells]
+    assert 0 < len(scored) < len(cells)
+    assert [x.split(",")[0] for x in lines[1:]] == [c.id for c in cells if c in scored for _ in c.target]
+    assert 'failed: loss is nan, at step 3' in (tmp_path / "cells.csv").read_text()
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_config_json_guards_its_grid(tmp_path):
+    run = replace(RunConfig(), study__tables=("pairs",), study__targets=("mri-brain-state",))
+    plan = schedule.make_plan(run)
+    grid.write_config(run, tmp_path, plan)
+    before = (tmp_path / "config.json").read_bytes()
+    grid.write_config(replace(run, study__jobs=2, train__log_every_steps=3), tmp_path, plan)
+    grid.write_config(run, tmp_path, plan)
+    assert (tmp_path / "config.json").read_bytes() == before
+    for change, field in (
+        ({"train__learning_rate": 1e-3}, "train.learning_rate=5e-06, not 0.001"),
+        ({"study__seeds": (0, 1)}, r"study.seeds=\[0\], not \[0, 1\]"),
+        ({"data__subset_weights": {"a": 1.0}}, "data.subset_weights"),
+    ):
+        with pytest.raises(ConfigError, match=field) as error:
+            grid.write_config(replace(run, **change), tmp_path, plan)
+        assert "\n" not in str(error.value)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_the_configuration_comes_back_from_its_file(tmp_path):
+    from medcg_jax.study.worker import read_config
+
+    run = replace(RUN, data__subset_weights={"a": 2.0}, study__targets=("mri-brain-state",), train=TrainConfig(epochs=1))
+    grid.write_config(run, tmp_path, schedule.make_plan(run))
+    assert read_config(tmp_path) == run
+
+
+def test_dry_lists_every_cell(capsys):
+    run = replace(RunConfig(), study__tables=("pairs",), study__targets=("mri-brain-state",), base__steps=10, data__train_records_per_subset=300)
+    listed = grid.dry(run)
+    out = capsys.readouterr().out
+    assert len(listed["cells"]) >= 9 and listed["bases"] == 1
+    for cell in listed["cells"]:
+        assert out.count(f"{cell['id']}: ") == 1
+    trained = next(c for c in listed["cells"] if c["arm"] == "trained")
+    assert trained["steps"] == 94  # 5 epochs of 600 records
+    assert f"{trained['related'][0]} (300)" in out and "600 records, 94 steps" in out
+
+
+def test_seeds_move_every_seed():
+    run = replace(RunConfig(), data__seed=10, base__seed=20, train__seed=30)
+    moved = schedule.seeded(run, 2)
+    assert (moved.data.seed, moved.base.seed, moved.train.seed) == (12, 22, 32)
