@@ -29,6 +29,10 @@ DECIMALS = 4
 MAX_AHEAD = 4
 
 
+class NonFiniteScores(ValueError):
+    """Log-probabilities are not numbers; the message names the record."""
+
+
 @dataclass(frozen=True)
 class Prediction:
     """One record's outcome; the fields are the keys of a line of the predictions file.
@@ -119,7 +123,7 @@ def evaluate(
     for i, record in enumerate(encoded.records.records):
         own = logprobs[i, : len(record.options)]
         if not np.isfinite(own).all():
-            raise ValueError(f"record {record.id}: the letters' log-probabilities are {own.tolist()}")
+            raise NonFiniteScores(f"record {record.id}: the letters' log-probabilities are {own.tolist()}")
         generated = tokenizer.decode(tokens[i].tolist()) if evaluator.num_new else None
         predictions.append(
             Prediction(
