@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from medcg_jax.data.records import DataError
 from medcg_jax.run_config import ConfigError, RunConfig
 
 
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(sys.argv[1:] if argv is None else list(argv))
         result = args.run(args)
-    except (ConfigError, OSError) as error:
+    except (ConfigError, DataError, OSError) as error:
         print(f"medcg: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -136,11 +137,13 @@ def data_phantom(args) -> dict:
 
 
 def data_check(args) -> dict:
+    from tqdm import tqdm
+
     from medcg_jax.data.check import check_tree, print_report
 
-    report = check_tree(Path(args.root))
+    report = check_tree(args.root, progress=lambda images, total: tqdm(images, total=total, unit="image", disable=None))
     print_report(report)
-    return report
+    return report.as_dict() | {"exit_status": 0 if report.ok else 2}
 
 
 def convert_weights(args) -> dict:

@@ -17,12 +17,13 @@ def word_tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def llama_model_file(tmp_path_factory) -> Path:
-    """A SentencePiece model with the Llama family's settings (BPE, bytes, identity, a space put in front), 420 pieces."""
+    """A SentencePiece model of 420 pieces with the Llama family's settings: BPE, bytes, identity, a space in front."""
     spm = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
     text = (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-        "and polite answers to the user's questions. USER: Which lung cancer category does this slice belong to? "
-        "A: Malignant B: Normal C: Benign D: Severe Answer with the option's letter from the given choices directly. "
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. "
+        "USER: Which lung cancer category does this slice belong to? A: Malignant B: Normal C: Benign D: Severe "
+        "Answer with the option's letter from the given choices directly. "
         "ASSISTANT: A</s>USER: and this one? ASSISTANT: B</s>USER: ASSISTANT: C the answer is D"
     )
     out = io.BytesIO()

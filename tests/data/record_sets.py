@@ -7,7 +7,8 @@ import tokenizers
 
 from medcg_jax.data.records import Record, RecordSet, Turn
 
-WORDS = "<pad> <s> </s> <image> <unk> USER ASSISTANT : A B C D E what is this it \n benign normal severe mild ?".split(" ")
+SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<unk>"]
+WORDS = [*SPECIAL, *"USER ASSISTANT : A B C D E what is this it \n benign normal severe mild ?".split(" ")]
 
 
 def write_word_tokenizer(path: Path) -> Path:
@@ -17,7 +18,7 @@ def write_word_tokenizer(path: Path) -> Path:
     inner.pre_tokenizer = split.Sequence(
         [split.Split("\n", "isolated"), split.Split(" ", "removed"), split.Punctuation()]
     )
-    inner.add_special_tokens(WORDS[:5])
+    inner.add_special_tokens(SPECIAL)
     inner.save(str(path))
     return path
 

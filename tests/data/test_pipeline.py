@@ -12,7 +12,7 @@ from record_sets import choices
 
 from medcg_jax.data.encoding import Encoded, concat_encoded, encode, encode_eval
 from medcg_jax.data.pipeline import Batches, eval_batches
-from medcg_jax.data.records import DataError, Record, RecordSet, Turn
+from medcg_jax.data.records import DataError, Record, RecordSet, Turn, concat
 from medcg_jax.run_config import DataConfig
 
 SIZES = {"image_size_px": 4, "num_image_tokens": 2}
@@ -62,15 +62,8 @@ def test_the_order_is_one_whatever_the_processes_and_the_resume(count, rows, see
     options = {"batch_size": 4 * rows, "seed": seed, "weights": {"a": 2.0, "b": 1.0} if weighted else None}
     whole = drawn(Batches(encoded, **options, prefetch=0), position + 3)[position:]
     for processes in (1, 2, 4):
-        parts = [
-            drawn(
-                Batches(
-                    encoded, **options, position=position, process_index=p, process_count=processes, prefetch=2 * (p % 2)
-                ),
-                3,
-            )
-            for p in range(processes)
-        ]
+        own = [{"process_index": p, "process_count": processes, "prefetch": 2 * (p % 2)} for p in range(processes)]
+        parts = [drawn(Batches(encoded, **options, **one, position=position), 3) for one in own]
         assert [sum((part[i] for part in parts), []) for i in range(3)] == whole
 
 
@@ -203,24 +196,19 @@ def test_joined_parts_draw_as_one_encoding(word_tokenizer, plain_config):
     parts = [choices(5, subset="04"), choices(3, subset="07")]
     joined = concat_encoded([encode(part, word_tokenizer, plain_config, **SIZES) for part in parts])
     assert [r.subset for r in joined.records.records] == ["04"] * 5 + ["07"] * 3
-    (batch, ids), (other, other_ids) = (
-        next(Batches(whole, batch_size=8, seed=2)) for whole in (joined, joined_in_one(parts, word_tokenizer, plain_config))
-    )
+    at_once = encode(concat(parts), word_tokenizer, plain_config, **SIZES)
+    (batch, ids), (other, other_ids) = (next(Batches(rows, batch_size=8, seed=2)) for rows in (joined, at_once))
     assert ids == other_ids
     for key, value in batch.items():
         np.testing.assert_array_equal(value, other[key])
 
 
-def joined_in_one(parts, tokenizer, config):
-    from medcg_jax.data.records import concat
-
-    return encode(concat(parts), tokenizer, config, **SIZES)
-
-
 @pytest.mark.parametrize(("count", "batch", "processes"), [(7, 3, 1), (8, 4, 2), (5, 4, 4), (1, 4, 2), (9, 8, 4)])
 def test_evaluation_gives_each_record_once(word_tokenizer, plain_config, count, batch, processes):
     encoded = encode_eval(choices(count), word_tokenizer, plain_config, **SIZES)
-    per_process = [list(eval_batches(encoded, batch, process_index=p, process_count=processes)) for p in range(processes)]
+    per_process = [
+        list(eval_batches(encoded, batch, process_index=p, process_count=processes)) for p in range(processes)
+    ]
     assert len({len(found) for found in per_process}) == 1
     names = []
     for step in zip(*per_process, strict=True):
@@ -228,6 +216,8 @@ def test_evaluation_gives_each_record_once(word_tokenizer, plain_config, count, 
             assert rows["tokens"].shape == (batch // processes, 42)
             assert rows["row_mask"].sum() == len(ids) and rows["row_mask"].dtype == np.float32
             assert (rows["segment_ids"].sum(1) == rows["last_position"] + 1).all()
+            first = step[0][0]["pixels"][0]
+            assert all((pixels == first).all() for pixels in rows["pixels"][len(ids) :])
             names += ids
     assert names == [record.id for record in encoded.records.records]
 

@@ -94,6 +94,14 @@ def test_ids_and_labels_are_the_originals(original, llama, turns, image, system)
     assert prompts.template(turns, system_prompt=system, has_image=image) == text
 
 
+def test_the_turn_with_the_image_is_stripped_as_the_original_does(llama):
+    padded, plain = (
+        prompts.conversation(llama, (Turn(text, "A"),), system_prompt="", num_image_tokens=1)
+        for text in (" \n" + QUESTION + "\n ", QUESTION)
+    )
+    assert padded == plain
+
+
 def test_the_oracle_tells_a_space_in_front_from_none(original):
     assert original.slow("a</s>USER: b") != original.slow("a") + [2] + original.slow("USER: b")[1:]
 

@@ -10,7 +10,8 @@ from medcg_jax.data.tokenizer import load_tokenizer
 
 
 def test_special_ids_of_a_word_file(word_tokenizer):
-    assert (word_tokenizer.pad_id, word_tokenizer.bos_id, word_tokenizer.eos_id, word_tokenizer.image_id) == (0, 1, 2, 3)
+    special = [getattr(word_tokenizer, f"{name}_id") for name in ("pad", "bos", "eos", "image")]
+    assert special == [0, 1, 2, 3]
     assert word_tokenizer.vocab_size == 23
     assert word_tokenizer.decode(word_tokenizer.encode("what is this ?")) == "what is this ?"
     assert word_tokenizer.decode([1, *word_tokenizer.encode("A"), 2, 0]) == "A"

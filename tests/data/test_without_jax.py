@@ -54,10 +54,10 @@ print("done")
 
 def test_from_a_tree_to_batches_with_jax_blocked(tmp_path):
     labels = ("benign", "normal")
-    question = "what is it ?\nA: benign\nB: normal"
+    question = {"Question-choice": "what is it ?\nA: benign\nB: normal"}
     for split, count in (("train", 6), ("test", 3)):
         raws = [
-            raw_record(i, label=labels[i % 2], options=labels, image=f"{split}/{i}.png", **{"Question-choice": question})
+            raw_record(i, label=labels[i % 2], options=labels, image=f"{split}/{i}.png", **question)
             for i in range(count)
         ]
         write_subset(tmp_path / "tree", f"Subset--04-{split}", raws)

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 
-def raw_record(number: int, *, label: str = "Benign", options=("Benign", "Normal"), image: str | None = None, **changes):
+def raw_record(number: int, *, label="Benign", options=("Benign", "Normal"), image: str | None = None, **changes):
+    """A record of the release's eight keys; `changes` replaces their values."""
     letter = "ABCDEFGH"[options.index(label)]
     lines = [f"{'ABCDEFGH'[place]}: {text}" for place, text in enumerate(options)]
     record = {
