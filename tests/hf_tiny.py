@@ -4,6 +4,8 @@ torch initialises biases to 0 and norms to 1, which hides swapped or missing ter
 weights are scaled so that logits are of order 1 to 10. Sizes are odd, and heads * head width is not the model width.
 """
 
+import dataclasses
+
 import numpy as np
 
 from medcg_jax.mesh import make_mesh
@@ -57,10 +59,12 @@ def tensors(model) -> Tensors:
     return Tensors({name: value.shape for name, value in state.items()}, state.__getitem__)
 
 
-def port(model, mesh=None, *, change=lambda config: config):
+def port(model, mesh=None, *, change=None):
     """(config, graphdef, params) of this port with the weights of `model`; `change` alters the config first."""
     found = tensors(model)
-    config = change(llava.config_from_json(model.config.to_dict()))
+    config = llava.config_from_json(model.config.to_dict())
+    # Rolled: it compiles sooner; `test_blocks` has that it is the same unrolled.
+    config = dataclasses.replace(config if change is None else change(config), scan_unroll=1)
     mesh = make_mesh(devices=one_device()) if mesh is None else mesh
     graphdef, abstract = build.abstract(config)
     names = engine.canonical_names(found.shapes, llava.canonical, "the model in memory")
