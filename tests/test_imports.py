@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": BASICS,
     "train": BASICS | {"mesh", "nn", "models", "weights", "data"},
     "eval": BASICS | {"mesh", "nn", "models", "weights", "data", "train"},
-    "study": BASICS | {"mesh", "nn", "models", "weights", "data", "train", "eval"},
+    "study": BASICS | {"config_file", "mesh", "nn", "models", "weights", "data", "train", "eval"},
     "scale": BASICS | {"mesh", "nn", "models", "weights", "data", "train", "eval"},
 }
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "cli.py")
@@ -111,11 +111,12 @@ import importlib, pkgutil
 import medcg_jax.data
 for module in pkgutil.iter_modules(medcg_jax.data.__path__):
     importlib.import_module(f"medcg_jax.data.{module.name}")
-from medcg_jax.data import pipeline, phantom, tokenizer
+from medcg_jax.data import encoding, phantom, pipeline, tokenizer
 from medcg_jax.run_config import DataConfig
 source = phantom.PhantomSource(seed=0, train_records=8, test_records=4)
 records = source.records(source.subsets[0].name, "train")
-encoded = pipeline.encode(records, tokenizer.load_tokenizer(""), DataConfig(), image_size_px=64, num_image_tokens=16)
+sizes = dict(image_size_px=64, num_image_tokens=16)
+encoded = encoding.encode(records, tokenizer.load_tokenizer(""), DataConfig(max_text_tokens=128), **sizes)
 batch, ids = next(iter(pipeline.Batches(encoded, batch_size=4, seed=0)))
 print(batch["pixels"].shape, len(ids))
 """

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", required=True, metavar="FILE")
     parser.add_argument("--model", default="llava15_7b", choices=("llava15_tiny", "llava15_7b", "llava15_13b"))
     parser.add_argument("--time", type=float, default=TOTAL_S, metavar="S", help="seconds for everything")
-    parser.add_argument("--batches", default="4,8,16,32,64", help="batch sizes of the step, smallest first")
+    parser.add_argument("--batches", default="8,16,32,64,128", help="batch sizes of the step, smallest first")
     parser.add_argument("--stage", choices=tuple(STAGES), default="")
     args = parser.parse_args(argv)
     if args.stage:

@@ -1,12 +1,15 @@
 """The stages of `bench_gpu`: each finds out one thing, and writes it down as it goes."""
 
+import contextlib
 import gc
 import importlib.util
+import io
 import math
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -20,8 +23,6 @@ TEXT_TOKENS = {"llava15_tiny": (24, 48)}
 DEFAULT_TEXT_TOKENS = (64, 128)
 NUM_TARGETS = 8
 REPEATS = 5
-# Tests of parity on a device, relative to tests/; those of simulated devices stay on the CPU.
-PARITY_TESTS = ("tests/models", "tests/weights")
 
 
 def run(name: str, out: Path, model: str, batch_sizes: tuple[int, ...]) -> int:
@@ -32,8 +33,12 @@ def run(name: str, out: Path, model: str, batch_sizes: tuple[int, ...]) -> int:
         found.update(values)
         write_json(out, found)
 
-    # The default three quarters of the memory would not hold the state of a 7B model on one device.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    # The default three quarters of the memory would not hold the state of a 7B model on one device; the other
+    # stages take only what they use, and leave the rest to the processes that they start.
+    if name == "step":
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    else:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     stages: dict[str, Callable] = {"machine": machine, "step": step, "attention": attention, "parity": parity}
     try:
         stages[name](save, model, batch_sizes)
@@ -109,8 +114,7 @@ def time_step(model: str, trainable: tuple[str, ...], batch_size: int) -> dict:
         num_targets=NUM_TARGETS,
     )  # fmt: skip
     compiled = port.compile(batch)
-    # Two at least in a repeat: between them nothing waits for the host.
-    times = bench.take_turns({"port": port.seconds}, REPEATS, steps=2 if port.seconds(1) > 0.5 else 0)["port"]
+    times = bench.take_turns({"port": port.seconds}, REPEATS)["port"]
     needed = bench.step_flops(port.config, batch, trainable)
     peak = bench.memory(port.compiled.call)["peak_bytes"]
     row = compiled | {"peak_bytes": peak, "loss": port.loss}
@@ -190,20 +194,68 @@ def timed(function: Callable) -> float:
 
 
 def parity(save, model: str, batch_sizes) -> None:
-    """Runs the parity tests with JAX on this machine's device and PyTorch on the CPU, and saves how they ended."""
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    """Saves how far JAX on this device is from PyTorch on the CPU: stages, logits, loss, gradients, ten steps.
+
+    Two tiny random models, one of them with grouped-query attention; then the tests of parity, where pytest is there.
+    """
+    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if missing:
         save(status="skipped", why=f"not installed: {', '.join(missing)}")
         return
-    run_pytest(save)
+    from medcg_jax.scale.parity import parity as compare
+
+    models, wrong = {}, []
+    for name, num_kv_heads in (("own_heads", 2), ("grouped_heads", 1)):
+        with tempfile.TemporaryDirectory() as directory:
+            write_tiny_reference(Path(directory), num_kv_heads)
+            with contextlib.redirect_stdout(io.StringIO()):  # its table is in the record
+                result = compare(Path(directory))
+        rows = result["rows"]
+        models[name] = result | {"src": f"random, {num_kv_heads} key heads"}
+        wrong += [f"{name}: {row['stage']}" for row in rows if not row["ok"]]
+        worst = max(rows, key=lambda row: row["difference"] / max(1.0, row["scale"]))
+        within = sum(row["ok"] for row in rows)
+        print(f"   {name}: {within} of {len(rows)} comparisons within tolerance; the farthest is {worst['stage']} "
+              f"by {worst['difference']:.1e} of {worst['scale']:.3g}", flush=True)  # fmt: skip
+        save(models=models)
+    if wrong:
+        raise RuntimeError(f"out of tolerance: {', '.join(wrong)}")
+    tests = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*parity*.py"))]
+    if tests and importlib.util.find_spec("pytest"):
+        run_pytest(save, tests)
 
 
-def run_pytest(save) -> None:
-    env = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cuda,cpu"), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "parity", *PARITY_TESTS]
-    done = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    tail = done.stdout.strip().splitlines()[-25:]
+def write_tiny_reference(directory: Path, num_kv_heads: int) -> None:
+    """A tiny HF model with random weights in `directory`, scaled so that its logits are of order 1 to 10."""
+    import torch
+    import transformers
+
+    from medcg_jax.models.llava import llava15_tiny
+    from medcg_jax.weights.llava import config_to_json
+
+    config = llava15_tiny(vocab_size=128, image_token_id=127, num_kv_heads=num_kv_heads)
+    torch.manual_seed(0)
+    reference = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig.from_dict(config_to_json(config, "float32"))
+    )
+    with torch.no_grad():
+        for weight in reference.parameters():
+            weight.mul_(5 if weight.ndim > 1 else 1)
+    reference.save_pretrained(directory)
+
+
+def run_pytest(save, tests: list[str]) -> None:
+    import jax
+
+    # Without this the tests' own settings would choose the CPU.
+    platforms = "cuda,cpu" if jax.default_backend() == "gpu" else "cpu"
+    env = os.environ | {"JAX_PLATFORMS": platforms, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    tail = done.stdout.strip().splitlines()[-25:] or done.stderr.strip().splitlines()[-5:]
     print("\n".join(f"   {text}" for text in tail), flush=True)
-    save(summary=tail[-1] if tail else "", output=tail)
+    save(tests={"files": tests, "exit_status": done.returncode, "output": tail})
     if done.returncode:
-        raise RuntimeError(f"parity tests: pytest ended with {done.returncode}: {tail[-1] if tail else done.stderr[-300:]}")
+        raise RuntimeError(f"parity tests: pytest ended with {done.returncode}: {tail[-1] if tail else 'no output'}")

@@ -140,7 +140,7 @@ def test_batch_sizes_stop_at_the_first_that_does_not_fit(tmp_path, monkeypatch):
 
 
 def test_a_stage_over_its_time_is_ended_and_the_others_still_run(tmp_path, monkeypatch):
-    """A stage that hangs keeps what it wrote; the file is complete, and the exit status says that something was missed."""
+    """A stage that hangs keeps what it wrote; the exit status says that something was missed."""
     script = tmp_path / "stage.py"
     script.write_text(
         "import json, sys, time\n"
@@ -179,3 +179,14 @@ def test_the_machine_stage_names_versions(tmp_path):
 def test_7b_has_rows_of_704_tokens():
     least, most = bench_stages.DEFAULT_TEXT_TOKENS
     assert (least, llava.llava15_7b().num_image_tokens + most) == (64, 704)
+
+
+def test_the_parity_stage_compares_two_tiny_models(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(bench_stages, "run_pytest", lambda save, tests: save(tests="run"))
+    assert bench_stages.run("parity", tmp_path / "out.json", "llava15_tiny", ()) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert set(found["models"]) == {"own_heads", "grouped_heads"}
+    for model in found["models"].values():
+        assert {"logits", "loss before step 9"} <= {row["stage"] for row in model["rows"]}
