@@ -63,7 +63,13 @@ def load(file: str, overrides: Mapping[str, str] | None = None) -> RunConfig:
 
 
 def run_file(path: str, arg: str) -> ConfigDict:
-    """What `get_config(arg)` of the file returns (`get_config()` where there is no arg)."""
+    """What `get_config(arg)` of the file returns (`get_config()` where there is no arg).
+
+    `configs/NAME.py` is the installed package's own where the working directory has none.
+    """
+    packaged = Path(__file__).parent / path
+    if not Path(path).is_file() and packaged.is_file():
+        path = str(packaged)
     if not Path(path).is_file():
         raise ConfigError(f"--config={path}: there is no such file; configs/ in the project has some to start from")
     spec = importlib.util.spec_from_file_location("medcg_config_file", path)
