@@ -1,0 +1,127 @@
+"""`medcg report`: the page, plots and tables of a grid, from the files in its workdir alone.
+
+Everything on the page comes from these files (and, for sample images, from the data that config.json names): the same
+files give the same page. Its parts: `report_files` reads, `stats` tests, `report_text` says, `report_tables`,
+`report_plots`, `report_samples` and `report_published` show.
+"""
+
+import shutil
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from medcg_jax.data.records import LETTERS
+from medcg_jax.study import report_text, stats
+from medcg_jax.study.report_files import Grid
+from medcg_jax.study.report_plots import Figure, Plots
+from medcg_jax.study.report_published import context, published
+from medcg_jax.study.report_samples import letters_table, samples
+from medcg_jax.study.report_tables import MARKS, Table, Tables, shown
+
+
+def write_report(workdir: str | Path) -> Path:
+    """Writes `report/index.html`, with `report/plots/` and `report/tables/` beside it; returns the page's path.
+
+    Raises:
+      FileNotFoundError: the folder is not the workdir of a grid.
+    """
+    grid = Grid(workdir)
+    folder = grid.workdir / "report"
+    for name in ("plots", "tables"):
+        shutil.rmtree(folder / name, ignore_errors=True)  # nothing of an earlier page is left
+        (folder / name).mkdir(parents=True)
+    summary = stats.summarise(grid.workdir)
+    tables = {table.name: table for table in Tables(grid, summary).all()}
+    extra = [table for table in (letters_table(grid), *published(grid)) if table.rows]
+    tables |= {table.name: table for table in extra}
+    for table in tables.values():
+        (folder / "tables" / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8", newline="")
+        (folder / "tables" / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8", newline="")
+    plots = Plots(grid, summary, folder / "plots")
+    page = folder / "index.html"
+    page.write_text(render(grid, summary, tables, plots), encoding="utf-8", newline="")
+    return page
+
+
+def render(grid: Grid, summary: dict, tables: dict[str, Table], plots: Plots) -> str:
+    """The page's HTML; draws its figures."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"shown": shown, "svg": lambda figure: Markup(figure.svg)}  # noqa: S704 - drawn by us
+    template = resources.files("medcg_jax.study").joinpath("templates", "report.html.j2").read_text(encoding="utf-8")
+    answer = report_text.Answer(grid, summary)
+    return environment.from_string(template).render(
+        grid=grid,
+        answer=answer,
+        sections=[part for part in sections(grid, tables, plots) if part["tables"] or part["figures"]],
+        headline=plots.headline(),
+        effects=tables.get("effects"),
+        directions=tables.get("effects_by_direction"),
+        missing=report_text.missing(grid),
+        limits=report_text.limits(grid, summary),
+        samples=samples(grid),
+        letters=plots.letters(),
+        letters_table=tables.get("answers"),
+        losses=plots.losses(),
+        published=[table for name, table in tables.items() if name.startswith("published_")],
+        context=context() if grid.is_phantom else "",
+        comparisons=tables.get("comparisons"),
+        cells=tables.get("cells"),
+        settings=settings(grid.config),
+        seconds=seconds(grid.cells),
+        marks=MARKS,
+        letter_names=LETTERS,
+        names=lambda items: report_text.listed([name.replace("_", "-") for name in items]),
+        counted=report_text.counted,
+    )
+
+
+def sections(grid: Grid, tables: dict[str, Table], plots: Plots) -> list[dict]:
+    """The parts of the page that hold results: one per table of the study."""
+
+    def part(name: str, title: str, intro: str, figures: Sequence[Figure]) -> dict:
+        own = [table for key, table in tables.items() if key == name or key.startswith(f"{name}_")]
+        return {"id": name.replace("_", "-"), "title": title, "intro": intro, "tables": own, "figures": figures}
+
+    return [
+        part("pairs", "Pairs: two subsets, two shared elements each",
+             "Each target is a combination that the model was not trained on. Its two training subsets share two elements "
+             "with it each, and between them all three; the direction says which element is in both.",
+             plots.bars("pairs")),
+        part("triples", "Triples: three subsets, one shared element each",
+             "The strict form: modality, area and task each come from another subset.", plots.bars("triples")),
+        part("ablation", "Ablation: what each element is worth",
+             "All subsets that share an element with the target, less those that share a given one.", plots.ablation()),
+        part("multi_task", "Multi-task against single-task",
+             "One model of all in-distribution subsets against one model per subset, with the same records of each; and the "
+             "same model on combinations that were held out.", plots.multi_task()),
+        part("efficiency", "Data efficiency",
+             "How many records of the target itself the related subsets are worth.", plots.efficiency()),
+    ]  # fmt: skip
+
+
+def settings(config: dict, prefix: str = "") -> list[tuple[str, str]]:
+    """("train.batch_size", "32"), ... of the whole configuration, in its order."""
+    found = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found += settings(value, f"{prefix}{key}.") or [(prefix + key, "(empty)")]
+        elif isinstance(value, list):
+            found.append((prefix + key, ", ".join(map(str, value)) or "(empty)"))
+        else:
+            found.append((prefix + key, '""' if value == "" else str(value)))
+    return found
+
+
+def seconds(cells: Sequence[dict]) -> dict | None:
+    """Median, least, most and sum of the seconds of trained cells; None where none were recorded."""
+    # Cells of one row of training (same subsets, seed and seconds) share it; the sum counts each once.
+    spent = {(c["related"], c["seed"], c["steps"], c["seconds"]): float(c["seconds"] or 0) for c in cells if c["related"]}
+    found = sorted(value for value in spent.values() if value > 0)
+    if not found:
+        return None
+    return {"trainings": len(found), "median": found[len(found) // 2], "least": found[0], "most": found[-1], "sum": sum(found)}

@@ -1,0 +1,204 @@
+"""What a grid left in its workdir, read for its report, and what can be counted from it without a test."""
+
+import csv
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from medcg_jax.data.records import LETTERS
+from medcg_jax.eval.generate import parse_answer
+from medcg_jax.run_config import TABLES
+from medcg_jax.study import stats
+from medcg_jax.train.log import read_metrics
+
+# Arm -> how it is called on the page.
+ARMS = {
+    "baseline": "Baseline",
+    "baseline_plus": "Baseline+",
+    "trained": "Trained",
+    "single_task": "Single-task",
+    "multi_task": "Multi-task",
+    "all_related": "All related",
+    "all_unrelated": "All unrelated",
+    "wo_modality": "w/o Modality",
+    "wo_area": "w/o Area",
+    "wo_task": "w/o Task",
+    "random_removal": "Random removal",
+    "same_task": "Same task only",
+    "all_data": "All data",
+}
+
+
+def arm_name(arm: str) -> str:
+    """An arm for people; "efficiency_30" -> "30 target records"."""
+    if arm.startswith("efficiency_"):
+        return f"{arm.removeprefix('efficiency_')} target records"
+    return ARMS.get(arm, arm)
+
+
+@dataclass(frozen=True)
+class Score:
+    """An accuracy over n test answers with its Wilson interval, all as fractions.
+
+    Attributes:
+      seeds: the finished seeds, in order.
+    """
+
+    accuracy: float
+    low: float
+    high: float
+    n: int
+    seeds: tuple[int, ...]
+
+
+@dataclass
+class Letters:
+    """What one arm of a table answered: letter counts, probability mass on the offered letters, free answers."""
+
+    n: int = 0
+    right: int = 0
+    predicted: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    answers: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    mass: float = 0.0
+    num_mass: int = 0
+    generated: int = 0
+    unparsed: int = 0
+    generated_right: int = 0
+
+    def add(self, record: dict) -> None:
+        self.n += 1
+        self.right += record["predicted"] == record["answer"]
+        self.predicted[str(record["predicted"])] += 1
+        self.answers[str(record["answer"])] += 1
+        logprobs = letter_logprobs(record)
+        if logprobs:
+            self.mass += sum(math.exp(value) for value in logprobs.values())
+            self.num_mass += 1
+        if record.get("generated") is not None:
+            letter = parse_answer(str(record["generated"]), record["options"])
+            self.generated += 1
+            self.unparsed += letter == ""
+            self.generated_right += letter == record["answer"]
+
+
+def letter_logprobs(record: dict) -> dict[str, float]:
+    """Letter -> log-probability of one prediction; {} where the file has none."""
+    values = record.get("logprobs") or {}
+    if isinstance(values, dict):
+        return {str(key): float(value) for key, value in values.items()}
+    return {LETTERS[i]: float(value) for i, value in enumerate(values)}
+
+
+class Grid:
+    """The files of one grid.
+
+    Raises:
+      FileNotFoundError: the folder lacks a file that every grid has; one line.
+    """
+
+    def __init__(self, workdir: str | Path):
+        self.workdir = Path(workdir)
+        for name in ("config.json", "cells.csv", "results.csv"):
+            if not (self.workdir / name).is_file():
+                raise FileNotFoundError(f"{self.workdir} has no {name}: the workdir of a grid is accepted")
+        self.run = json.loads((self.workdir / "config.json").read_text(encoding="utf-8"))
+        self.config: dict = self.run["config"]
+        with open(self.workdir / "cells.csv", newline="", encoding="utf-8") as file:
+            self.cells = list(csv.DictReader(file))
+        self.results = stats.read_results(self.workdir)
+        self._chance: dict[str, list[float]] = {}
+
+    @property
+    def is_phantom(self) -> bool:
+        return self.config["data"]["source"] == "phantom"
+
+    @cached_property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(sorted({row["seed"] for row in self.results}))
+
+    @cached_property
+    def tables(self) -> tuple[str, ...]:
+        """Tables with a finished cell, in the study's order."""
+        found = {row["table"] for row in self.results}
+        return tuple(name for name in TABLES if name in found)
+
+    def done(self, table: str = "") -> list[dict]:
+        return [c for c in self.cells if c["status"] == "done" and table in ("", c["table"])]
+
+    def failed(self) -> list[dict]:
+        return [c for c in self.cells if c["status"].startswith("failed")]
+
+    def waiting(self) -> list[dict]:
+        return [c for c in self.cells if c["status"] != "done" and not c["status"].startswith("failed")]
+
+    def predictions(self, cell: str) -> Iterator[dict]:
+        with open(self.workdir / "predictions" / f"{cell}.jsonl", encoding="utf-8") as lines:
+            for line in lines:
+                yield json.loads(line)
+
+    def metrics(self, cell: dict) -> list[dict]:
+        """What a cell's training logged; [] where it left nothing.
+
+        A training that serves several cells logs under the first one's name; cells of one training agree in what they
+        were trained on, seed, steps and seconds.
+        """
+        found = read_metrics(self.workdir / "metrics" / f"{cell['cell']}.jsonl")
+        if found or not cell["related"]:
+            return found
+        same = self._trainings.get(_training(cell))
+        return read_metrics(same) if same else []
+
+    @cached_property
+    def _trainings(self) -> dict[tuple, Path]:
+        paths = {_training(cell): self.workdir / "metrics" / f"{cell['cell']}.jsonl" for cell in reversed(self.cells)}
+        return {key: path for key, path in paths.items() if path.is_file()}
+
+    def scores(self, table: str) -> dict[tuple[str, str], dict[str, Score]]:
+        """(row, target) -> arm -> score over the finished seeds, in the order of results.csv."""
+        grouped: dict[tuple[str, str], dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+        for result in self.results:
+            if result["table"] == table:
+                grouped[result["row"], result["target"]][result["arm"]].append(result)
+        return {key: {arm: self.score(rows) for arm, rows in arms.items()} for key, arms in grouped.items()}
+
+    def score(self, rows: Sequence[dict]) -> Score:
+        """One arm's seeds as one accuracy.
+
+        Phantoms are drawn anew with every seed, so n counts them all. Released test records return with every seed:
+        the accuracy is then the mean over seeds, and n and the interval are those of the records.
+        """
+        seeds = tuple(sorted(row["seed"] for row in rows))
+        if self.is_phantom:
+            n, correct = sum(row["n"] for row in rows), sum(row["correct"] for row in rows)
+            return Score(correct / n if n else 0.0, *stats.wilson(correct, n), n, seeds)
+        n = max(row["n"] for row in rows)
+        accuracy = sum(row["correct"] / row["n"] for row in rows if row["n"]) / len(rows)
+        return Score(accuracy, *stats.wilson(accuracy * n, n), n, seeds)
+
+    @cached_property
+    def letters(self) -> dict[tuple[str, str], Letters]:
+        """(table, arm) -> what it answered, over all finished cells; also finds every target's chance."""
+        found: dict[tuple[str, str], Letters] = {}
+        for cell in self.done():
+            letters = found.setdefault((cell["table"], cell["arm"]), Letters())
+            for record in self.predictions(cell["cell"]):
+                letters.add(record)
+                if cell["arm"] == "baseline" or record["subset"] not in self._chance:
+                    share = self._chance.setdefault(record["subset"], [0.0, 0])
+                    share[0] += 1 / max(1, len(record["options"]))
+                    share[1] += 1
+        return found
+
+    def chance(self, target: str) -> float | None:
+        """The accuracy of answering at random, from the options offered; None for an unknown target."""
+        self.letters  # noqa: B018 - reads the predictions once
+        total, n = self._chance.get(target, (0.0, 0))
+        return total / n if n else None
+
+
+def _training(cell: dict) -> tuple[str, str, str, str]:
+    return cell["related"], cell["seed"], cell["steps"], cell["seconds"]

@@ -1,0 +1,90 @@
+"""The published numbers beside a grid's own, where a row is a row of the paper; in words alone for phantoms."""
+
+from medcg_jax.study import mat, suite
+from medcg_jax.study.report_files import Grid
+from medcg_jax.study.report_tables import Column, Table, answers_per_arm, seeds_text
+
+# Arm -> what tables 1 and 2 of the paper call it.
+PRINTED = {"baseline": "Baseline", "single_task": "Single-task Training", "multi_task": "Multi-task Training"}
+MODEL = "LLaVA-1.5-7B"
+
+
+def published(grid: Grid) -> list[Table]:
+    """Rows of the paper that the grid repeats on released data; [] for phantoms."""
+    if grid.is_phantom:
+        return []
+    made = [combination(grid, "pairs", 3), combination(grid, "triples", 4), *per_subset(grid)]
+    return [table for table in made if table.rows]
+
+
+def combination(grid: Grid, table: str, number: int) -> Table:
+    file = {3: "table3_classification_pairs", 4: "table4_three_datasets"}[number]
+    printed = {int(row["row"]): row for row in mat.paper_csv(file)}
+    read = {row.row: row for row in mat.paper_rows(number)}
+    arms = ("baseline", "baseline_plus", "trained")
+    made = Table(
+        f"published_{table}", f"{table.capitalize()} beside table {number}",
+        f"{table.capitalize()} beside table {number} of arXiv 2412.20070, version 1: printed accuracies ({MODEL}) and "
+        f"this grid's ({grid.config['model']['name']}), in %. Subset numbers are inferred from the printed baselines; "
+        "the confidence is that of the reading.",
+        [Column("paper_row", "Row", "count"), Column("related", "Related"), Column("target", "Target"),
+         *(Column(f"{arm}{side}", f"{word}{text}", kind)
+           for arm, word in zip(arms, ("Baseline", "Baseline+", "Trained"), strict=True)
+           for side, text, kind in (("_paper", ", paper", "text"), ("", ", here", "score"))),
+         Column("n", "n here", "count"), Column("seeds", "Seeds"), Column("confidence", "Reading"),
+         Column("evidence", "Why", "long")],
+    )  # fmt: skip
+    for (row, target), scores in grid.scores(table).items():
+        place = suite.paper_row(row)
+        if place is None or place[0] != number or place[1] not in printed:
+            continue
+        paper, reading = printed[place[1]], read[place[1]]
+        values = {"paper_row": place[1], "related": " + ".join(reading.related), "target": target, "n": answers_per_arm(scores),
+                  "seeds": seeds_text(scores), "confidence": reading.confidence, "evidence": reading.evidence or None}  # fmt: skip
+        for arm in arms:
+            values |= {f"{arm}_paper": paper.get(arm), arm: scores.get(arm)}
+        made.add(values)
+    return made
+
+
+def per_subset(grid: Grid) -> list[Table]:
+    """Tables 1 and 2: subsets are printed by number there, so nothing is inferred."""
+    made = []
+    for part, number, file in (
+        ("in_distribution", 1, "table1_in_distribution"),
+        ("out_of_distribution", 2, "table2_out_of_distribution"),
+    ):
+        printed = {(row["subset"], row["model"]): row["accuracy"] for row in mat.paper_csv(file)}
+        arms = [arm for arm, word in PRINTED.items() if any(model == word for _, model in printed)]
+        table = Table(
+            f"published_{part}", f"Multi-task beside table {number}",
+            f"Subsets beside table {number} of arXiv 2412.20070, version 1: printed accuracies ({MODEL}) and this "
+            f"grid's ({grid.config['model']['name']}), in %. The table prints subset numbers: nothing is inferred.",
+            [Column("target", "Subset"),
+             *(Column(f"{arm}{side}", f"{PRINTED[arm].removesuffix(' Training')}{text}", kind)
+               for arm in arms for side, text, kind in (("_paper", ", paper", "text"), ("", ", here", "score"))),
+             Column("n", "n here", "count"), Column("seeds", "Seeds")],
+        )  # fmt: skip
+        for (row, target), scores in grid.scores("multi_task").items():
+            if row == part and (target, "Baseline") in printed:
+                values = {"target": target, "n": answers_per_arm(scores), "seeds": seeds_text(scores)}
+                for arm in arms:
+                    values |= {f"{arm}_paper": printed.get((target, PRINTED[arm])), arm: scores.get(arm)}
+                table.add(values)
+        made.append(table)
+    return made
+
+
+def context() -> str:
+    """What the paper prints, in words, for a page whose own numbers must not stand beside it."""
+    rows = [
+        {arm: float(row[arm]) for arm in ("baseline", "baseline_plus", "trained")}
+        for row in mat.paper_csv("table3_classification_pairs")
+    ]
+    both = [row for row in rows if row["trained"] > max(row["baseline"], row["baseline_plus"])]
+    small = [r for r in both if r["trained"] - max(r["baseline"], r["baseline_plus"]) <= 3]
+    return (
+        f"Table 3 of the paper (arXiv 2412.20070, version 1; {MODEL} on real medical images) prints Trained above both "
+        f"baselines in {len(both)} of {len(rows)} rows, in {len(small)} of them by 3 points or less, with no test sizes, "
+        "intervals or seeds. Its numbers are not set beside these, since phantoms are not patients."
+    )

@@ -1,0 +1,346 @@
+"""The tables of a grid's report: each as rows of values, for the page, as CSV and as LaTeX (booktabs)."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from medcg_jax.study.report_files import Grid, Score, arm_name
+from medcg_jax.study.report_text import PARTS, effect_name, efficiency_gains, p_text, points, verdict
+
+# How a row's result is marked: CSS class -> sign, words.
+MARKS = {
+    "win-sure": ("▲", "above, and significantly (exact McNemar, Holm-adjusted p < 0.05)"),
+    "win": ("△", "above, not significantly"),
+    "even": ("◇", "above one and not above the other"),
+    "loss": ("▽", "below, not significantly"),
+    "loss-sure": ("▼", "below, and significantly"),
+}
+LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "−": "$-$",
+    "▲": r"$\blacktriangle$", "△": r"$\vartriangle$", "▽": r"$\triangledown$", "▼": r"$\blacktriangledown$",
+    "–": "--", "“": "``", "”": "''", "·": r"$\cdot$", "≥": r"$\geq$", "×": r"$\times$",
+    "◇": r"$\diamond$",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column.
+
+    Attributes:
+      kind: "text", "long" (text that may break), "score" (a Score), "share" (a fraction shown in %), "points" (a difference), "interval" (two
+        fractions), "count", "p" or "mark" (a key of MARKS).
+    """
+
+    key: str
+    title: str
+    kind: str = "text"
+
+
+@dataclass
+class Table:
+    """Rows of values by column key; None where there is no value.
+
+    Attributes:
+      name: of its files, `tables/NAME.csv` and `.tex`.
+      colours: (row number, column key) -> CSS class.
+      wide: whether the page folds it away.
+    """
+
+    name: str
+    title: str
+    caption: str
+    columns: list[Column]
+    rows: list[dict] = field(default_factory=list)
+    colours: dict[tuple[int, str], str] = field(default_factory=dict)
+    wide: bool = False
+
+    def add(self, row: dict, **colours: str) -> None:
+        self.colours.update({(len(self.rows), key): name for key, name in colours.items() if name})
+        self.rows.append(row)
+
+    def used(self) -> list[Column]:
+        """Columns that hold a value in some row."""
+        return [c for c in self.columns if any(row.get(c.key) is not None for row in self.rows)]
+
+    def csv(self) -> str:
+        """Numbers as fractions, unrounded; a score as four columns (KEY, KEY_low, KEY_high, KEY_n)."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        columns = self.used()
+        writer.writerow([name for column in columns for name in csv_names(column)])
+        for row in self.rows:
+            writer.writerow([value for column in columns for value in csv_values(column, row.get(column.key))])
+        return text.getvalue()
+
+    def latex(self) -> str:
+        """A booktabs table; needs the packages booktabs and amssymb."""
+        columns = self.used()
+        kinds = "".join("l" if c.kind in ("text", "long", "mark") else "r" for c in columns)
+        lines = [
+            "% needs \\usepackage{booktabs,amssymb}",
+            "\\begin{table}", "\\centering", f"\\caption{{{latex(self.caption)}}}", f"\\label{{tab:{self.name}}}",
+            f"\\begin{{tabular}}{{{kinds}}}", "\\toprule",
+            " & ".join(latex(c.title) for c in columns) + r" \\", "\\midrule",
+            *(" & ".join(latex(shown(c, row.get(c.key))) for c in columns) + r" \\" for row in self.rows),
+            "\\bottomrule", "\\end{tabular}", "\\end{table}", "",
+        ]  # fmt: skip
+        return "\n".join(lines)
+
+
+def latex(text: str) -> str:
+    return "".join(LATEX.get(character, character) for character in " ".join(str(text).replace("\n", "; ").split()))
+
+
+def csv_names(column: Column) -> list[str]:
+    if column.kind == "score":
+        return [column.key, f"{column.key}_low", f"{column.key}_high", f"{column.key}_n"]
+    return [f"{column.key}_low", f"{column.key}_high"] if column.kind == "interval" else [column.key]
+
+
+def csv_values(column: Column, value) -> list:
+    if column.kind == "score":
+        return [value.accuracy, value.low, value.high, value.n] if value else [""] * 4
+    if column.kind == "interval":
+        return list(value) if value else ["", ""]
+    return ["" if value is None else value.replace("\n", "; ") if isinstance(value, str) else value]
+
+
+def shown(column: Column, value) -> str:
+    """A value as text: accuracies in %, differences in points; "–" where there is none."""
+    if value is None:
+        return "–"
+    if column.kind == "score":
+        return f"{100 * value.accuracy:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+    if column.kind == "interval":
+        return f"{points(value[0])} to {points(value[1])}"
+    formats = {
+        "share": lambda v: f"{100 * v:.1f}",
+        "points": lambda v: points(v, True),
+        "count": lambda v: v if isinstance(v, str) else f"{v:,}",
+        "p": p_text,
+        "mark": lambda v: MARKS[v][0],
+        "text": str,
+        "long": str,
+    }
+    return formats[column.kind](value)
+
+
+class Tables:
+    """Makes the tables of one grid from its files and `stats.summarise`."""
+
+    def __init__(self, grid: Grid, summary: dict):
+        self.grid, self.summary = grid, summary
+        self._rows = {
+            (r["table"], r["row"], r["target"], r["arm"], r["against"]): r for r in summary["rows"]
+        }
+
+    def all(self) -> list[Table]:
+        made = [
+            *self.effects(), *self.combination("pairs"), *self.combination("triples"), self.ablation(),
+            *self.multi_task(), self.efficiency(), self.comparisons(), self.cells(),
+        ]  # fmt: skip
+        return [table for table in made if table.rows]
+
+    def paired(self, table: str, row: str, target: str, arm: str, against: str) -> dict | None:
+        return self._rows.get((table, row, target, arm, against))
+
+    def mark(self, found: Sequence[dict | None]) -> str | None:
+        """The mark of one arm against several: surely above (below) all, above (below) all, or neither."""
+        found = [row for row in found if row]
+        if not found:
+            return None
+        sure = all(row["p_holm"] < 0.05 for row in found)
+        if all(row["difference"] > 0 for row in found):
+            return "win-sure" if sure else "win"
+        if all(row["difference"] < 0 for row in found):
+            return "loss-sure" if sure else "loss"
+        return "even"
+
+    def effects(self) -> list[Table]:
+        """The whole tables' effects, and, folded away, those of their directions."""
+        caption = (
+            "Mean differences between arms, in points of accuracy, with 95 % bootstrap intervals over targets, seeds and "
+            "test records; rows above and below, and how many of these significantly (exact McNemar test per row, "
+            "Holm-adjusted over a table's rows). Green: the interval is above 0; orange: below."
+        )
+        columns = [
+            Column("name", "Difference", "long"), Column("mean", "Points", "points"), Column("ci", "95 %\u00a0interval", "interval"),
+            Column("rows", "Rows", "count"), Column("wins", "Up", "count"), Column("significant", "signif.", "count"),
+            Column("losses", "Down", "count"), Column("significant_losses", "signif.", "count"),
+            Column("targets", "Targets", "count"), Column("seeds", "Seeds", "count"),
+            *(Column(f"seed_{seed}", f"Seed {seed}", "points") for seed in self.grid.seeds),
+        ]  # fmt: skip
+        whole = Table("effects", "Differences", caption, columns)
+        parts = Table("effects_by_direction", "Differences by direction", caption, columns, wide=True)
+        for effect in self.summary["effects"]:
+            # In and out of distribution answer different questions; triples have one direction.
+            table = whole if (effect["part"] == "") != (effect["table"] == "multi_task") else parts
+            if table is parts and effect["table"] != "pairs":
+                continue
+            colour = {"up": "win-sure", "down": "loss-sure", "open": ""}[verdict(effect)]
+            values = {"name": effect_name(effect), "ci": (effect["ci_low"], effect["ci_high"])}
+            values |= {f"seed_{seed}": value for seed, value in effect["by_seed"].items()}
+            table.add({c.key: effect.get(c.key) for c in columns} | values, mean=colour)
+        return [whole, parts]
+
+    def combination(self, table: str) -> list[Table]:
+        """One table per direction of `pairs` or `triples`."""
+        made: dict[str, Table] = {}
+        number = {"pairs": 3, "triples": 4}[table]
+        for (row, target), arms in self.grid.scores(table).items():
+            part = row.split("/")[0]
+            if part not in made:
+                made[part] = Table(
+                    f"{table}_{part}", f"{table.capitalize()}: {PARTS.get(part, part)}",
+                    f"{table.capitalize()} with {PARTS.get(part, part)} (the paper's table {number}). Accuracy in % "
+                    "[95 % Wilson interval] over n test answers; exact McNemar p, paired by record. Green: Trained is "
+                    "above both baselines, solid where both differences are significant after Holm's adjustment; "
+                    "orange (red in the paper): below both.",
+                    [Column("related", "Related subsets"), Column("target", "Target"), Column("chance", "Chance", "share"),
+                     Column("baseline", "Baseline", "score"), Column("baseline_plus", "Baseline+", "score"),
+                     Column("trained", "Trained", "score"), Column("mark", "", "mark"), Column("n", "n", "count"),
+                     Column("p_plus", "p vs Baseline+", "p"), Column("p_base", "p vs Baseline", "p"),
+                     Column("seeds", "Seeds")],
+                )  # fmt: skip
+            plus = self.paired(table, row, target, "trained", "baseline_plus")
+            base = self.paired(table, row, target, "trained", "baseline")
+            mark = self.mark([plus, base])
+            made[part].add(
+                {"related": self.related(table, row, "trained"), "target": target, "chance": self.grid.chance(target),
+                 "baseline": arms.get("baseline"), "baseline_plus": arms.get("baseline_plus"),
+                 "trained": arms.get("trained"), "mark": mark, "n": answers_per_arm(arms),
+                 "p_plus": plus and plus["p"], "p_base": base and base["p"], "seeds": seeds_text(arms)},
+                trained=mark, mark=mark,
+            )  # fmt: skip
+        return list(made.values())
+
+    def related(self, table: str, row: str, arm: str) -> str:
+        """What an arm was trained on; several draws where the seeds differ."""
+        found = [c for c in self.grid.done(table) if c["row"] == row and c["arm"] == arm]
+        sets = dict.fromkeys(c["related"].replace("+", " + ") for c in found)
+        if len(sets) <= 1:
+            return next(iter(sets), "–")
+        return "\n".join(f"seed {c['seed']}: {c['related'].replace('+', ' + ')}" for c in found)
+
+    def ablation(self) -> Table:
+        arms = ("baseline", "all_related", "all_unrelated", "wo_modality", "wo_area", "wo_task", "random_removal",
+                "same_task", "all_data")  # fmt: skip
+        made = Table(
+            "ablation", "Ablation",
+            "What each element is worth (the paper's figure 4) and two controls: a random removal of as many related "
+            "subsets, and the subsets that share the task alone. Accuracy in % [95 % Wilson interval]. "
+            "Orange: significantly below all related (exact McNemar, Holm-adjusted); green: significantly above.",
+            [Column("target", "Target"), Column("chance", "Chance", "share"),
+             *(Column(arm, arm_name(arm), "score") for arm in arms), Column("n", "n", "count"), Column("seeds", "Seeds")],
+        )  # fmt: skip
+        for (row, target), scores in self.grid.scores("ablation").items():
+            colours = {}
+            for arm in arms:
+                mark = self.mark([self.paired("ablation", row, target, "all_related", arm)])
+                colours[arm] = {"win-sure": "loss-sure", "loss-sure": "win-sure"}.get(mark or "", "")
+            chance = self.grid.chance(target)
+            values = {"target": target, "chance": chance, "n": answers_per_arm(scores), "seeds": seeds_text(scores)}
+            made.add(values | {arm: scores.get(arm) for arm in arms}, **colours)
+        return made
+
+    def multi_task(self) -> list[Table]:
+        """In distribution (the paper's table 1) and out of distribution (table 2)."""
+        made = {}
+        for part, number, arms in (
+            ("in_distribution", 1, ("baseline", "single_task")),
+            ("out_of_distribution", 2, ("baseline",)),
+        ):
+            made[part] = Table(
+                f"multi_task_{part}", f"Multi-task: {PARTS[part]}",
+                f"One model of all subsets, {PARTS[part]} (the paper's table {number}). Accuracy in % [95 % Wilson "
+                "interval]; exact McNemar p. Green: Multi-task is above all others of the row, solid where "
+                "significantly; orange: below all.",
+                [Column("target", "Subset"), Column("chance", "Chance", "share"),
+                 *(Column(arm, arm_name(arm), "score") for arm in (*arms, "multi_task")), Column("mark", "", "mark"),
+                 Column("n", "n", "count"),
+                 *(Column(f"p_{arm}", f"p vs {arm_name(arm)}", "p") for arm in reversed(arms)), Column("seeds", "Seeds")],
+            )  # fmt: skip
+            for (row, target), scores in self.grid.scores("multi_task").items():
+                if row != part:
+                    continue
+                found = {arm: self.paired("multi_task", row, target, "multi_task", arm) for arm in arms}
+                mark = self.mark(list(found.values()))
+                values = {"target": target, "chance": self.grid.chance(target), "mark": mark, "n": answers_per_arm(scores),
+                          "seeds": seeds_text(scores)}  # fmt: skip
+                values |= {arm: scores.get(arm) for arm in (*arms, "multi_task")}
+                values |= {f"p_{arm}": row and row["p"] for arm, row in found.items()}
+                made[part].add(values, multi_task=mark, mark=mark)
+        return list(made.values())
+
+    def efficiency(self) -> Table:
+        made = Table(
+            "efficiency", "Data efficiency",
+            "Accuracy over the number of the target's own training records, with all related subsets and without them; "
+            "mean over targets and seeds in %, 95 % bootstrap intervals. The difference is paired by record, in points. "
+            "Green: its interval is above 0; orange: below.",
+            [Column("records", "Target records", "count"), Column("with_related", "With all related", "score"),
+             Column("target_only", "Target alone", "score"), Column("mean", "Difference", "points"),
+             Column("ci", "95 %\u00a0interval", "interval"), Column("targets", "Targets", "count"),
+             Column("seeds", "Seeds", "count")],
+        )  # fmt: skip
+        gains = {g["records"]: g for g in efficiency_gains(self.grid)}
+        rows: dict[int, dict] = {}
+        for curve in self.summary["curves"]:
+            row = rows.setdefault(curve["records"], {"records": curve["records"]})
+            row[curve["curve"]] = Score(curve["accuracy"], curve["ci_low"], curve["ci_high"], curve["n"], ())
+            row |= {"targets": curve["targets"], "seeds": curve["seeds"]}
+        for records in sorted(rows):
+            gain = gains.get(records)
+            colour = {"up": "win-sure", "down": "loss-sure", "open": ""}[verdict(gain)] if gain else ""
+            more = {"mean": gain["mean"], "ci": (gain["ci_low"], gain["ci_high"])} if gain else {}
+            made.add(rows[records] | more, mean=colour)
+        return made
+
+    def comparisons(self) -> Table:
+        made = Table(
+            "comparisons", "Every paired comparison",
+            "Each comparison of two arms on the same test records: who alone was right how often, the exact McNemar p "
+            "and the same adjusted by Holm over the rows of its table and comparison. Accuracies in %.",
+            [Column("table", "Table"), Column("row", "Row"), Column("target", "Target"), Column("arm", "Arm"),
+             Column("against", "Against"), Column("n", "n", "count"), Column("accuracy_a", "Arm", "share"),
+             Column("accuracy_b", "Against", "share"), Column("difference", "Points", "points"),
+             Column("only_a", "Only arm", "count"), Column("only_b", "Only against", "count"), Column("p", "p", "p"),
+             Column("p_holm", "p, Holm", "p"), Column("seeds", "Seeds")],
+            wide=True,
+        )  # fmt: skip
+        for row in self.summary["rows"]:
+            words = {"arm": arm_name(row["arm"]), "against": arm_name(row["against"]),
+                     "seeds": ", ".join(map(str, row["seeds"]))}  # fmt: skip
+            made.add({c.key: row.get(c.key) for c in made.columns} | words)
+        return made
+
+    def cells(self) -> Table:
+        made = Table(
+            "cells", "Every cell",
+            "Each fine-tune with its evaluation: what it was trained on, optimizer steps, status, and seconds of the "
+            "training it shares with others of the same subsets and seed.",
+            [Column("cell", "Cell"), Column("related", "Trained on", "long"), Column("target", "Tested on", "long"),
+             Column("steps", "Steps", "count"), Column("seconds", "Seconds"), Column("status", "Status", "long")],
+            wide=True,
+        )  # fmt: skip
+        for cell in self.grid.cells:
+            related = cell["related"].replace("+", " + ") or "nothing"
+            made.add({**cell, "related": related, "target": cell["target"].replace("+", " + "), "steps": int(cell["steps"])})
+        return made
+
+
+def answers_per_arm(arms: dict[str, Score]) -> int | str:
+    """The test answers per arm; "24–48" where arms differ, since seeds of some are missing."""
+    least, top = min(score.n for score in arms.values()), max(score.n for score in arms.values())
+    return top if least == top else f"{least:,}–{top:,}"
+
+
+def seeds_text(arms: dict[str, Score]) -> str:
+    """"0, 1, 2"; where an arm has others, they are added by name."""
+    common = max((score.seeds for score in arms.values()), key=len)
+    text = ", ".join(map(str, common))
+    odd = [f"{arm_name(arm)}: {', '.join(map(str, s.seeds))}" for arm, s in arms.items() if s.seeds != common]
+    return f"{text} ({'; '.join(odd)})" if odd else text

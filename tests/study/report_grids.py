@@ -1,0 +1,122 @@
+"""Made-up grids for the tests of the report: the files a grid leaves, with effects as large as asked for."""
+
+import csv
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+
+from medcg_jax.data.records import LETTERS
+from medcg_jax.data.sources import open_source
+from medcg_jax.run_config import DataConfig, RunConfig, TrainConfig, replace
+from medcg_jax.study import stats, suite
+
+CELLS = ("cell", "table", "row", "arm", "seed", "related", "target", "steps", "status", "seconds")
+RESULTS = ("cell", "table", "row", "arm", "seed", "target", "n", "correct", "accuracy", "ci_low", "ci_high")
+# Arm -> probability of a right answer beyond chance.
+SKILL = {
+    "baseline": 0.0, "baseline_plus": -0.03, "trained": 0.6, "all_related": 0.65, "all_unrelated": -0.02,
+    "wo_modality": 0.55, "wo_area": 0.5, "wo_task": 0.02, "random_removal": 0.56, "same_task": 0.3, "all_data": 0.68,
+    "single_task": 0.7, "multi_task": 0.75,
+}  # fmt: skip
+
+
+def skill_of(cell: suite.Cell) -> float:
+    """How far above chance a cell is: 1 is always right."""
+    if cell.arm.startswith("efficiency_"):
+        records = int(cell.arm.rsplit("_", 1)[1])
+        start = 0.55 if cell.row.startswith("with_related") else 0.0
+        return start + (0.9 - start) * (1 - math.exp(-records / 60))
+    return 0.15 if (cell.table, cell.arm) == ("triples", "trained") else SKILL[cell.arm]
+
+
+def run_of(**changes) -> RunConfig:
+    """A small phantom run; `changes` as of `run_config.replace`."""
+    run = RunConfig(
+        name="made", data=DataConfig(train_records_per_subset=100, test_records_per_subset=24),
+        base=TrainConfig(steps=100), train=TrainConfig(epochs=4, learning_rate=1e-3),
+    )  # fmt: skip
+    return replace(run, **changes)
+
+
+def make_grid(
+    workdir: Path,
+    run: RunConfig,
+    *,
+    skill: Callable[[suite.Cell], float] = skill_of,
+    status: Callable[[suite.Cell], str] = lambda cell: "done",
+    options_text: Callable[[str], str] = str,
+) -> Path:
+    """Writes a grid's files as `medcg reproduce` does; every answer is a draw with the cell's skill."""
+    sources = {seed: open_source(dataclasses.replace(run.data, seed=run.data.seed + seed)) for seed in run.study.seeds}
+    cells = suite.expand(run, next(iter(sources.values())).subsets)
+    for name in ("predictions", "metrics"):
+        (workdir / name).mkdir(parents=True)
+    config = {
+        "config": dataclasses.asdict(run),
+        "versions": {"python": "3.11.9", "medcg-jax": "0.1.0", "jax": "0.10.2"},
+        "data": {str(seed): source.fingerprint() for seed, source in sources.items()},
+        "cells": len(cells),
+    }
+    (workdir / "config.json").write_text(json.dumps(config))
+    rows, results = [], []
+    for cell in cells:
+        key = (cell.id, cell.table, cell.row, cell.arm, cell.seed)
+        steps, state = round(run.train.epochs * cell.total_records / 32), status(cell)
+        seconds = f"{0.04 * steps + 1 if state == 'done' else 0:.1f}"
+        rows.append((*key, "+".join(cell.related), "+".join(cell.target), steps, state, seconds))
+        if state == "done":
+            scored = write_predictions(workdir, cell, sources[cell.seed], skill(cell), options_text)
+            results += [(*key, t, n, c, f"{c / n:.6f}", *(f"{x:.6f}" for x in stats.wilson(c, n))) for t, n, c in scored]
+            write_metrics(workdir, cell, steps)
+    write_csv(workdir / "cells.csv", CELLS, rows)
+    write_csv(workdir / "results.csv", RESULTS, results)
+    return workdir
+
+
+def write_predictions(workdir, cell: suite.Cell, source, skill: float, options_text) -> list[tuple[str, int, int]]:
+    scored = []
+    with open(workdir / "predictions" / f"{cell.id}.jsonl", "w", encoding="utf-8") as file:
+        for target in cell.target:
+            random = Random(f"{cell.id}/{target}")
+            records, correct = source.records(target, "test").records, 0
+            lean = random.uniform(-0.1, 0.1)
+            for record in records:
+                chance = 1 / len(record.options)
+                right = random.random() < min(1.0, max(0.0, chance + (1 - chance) * (skill + lean * (skill > 0.1))))
+                letters = LETTERS[: len(record.options)]
+                wrong = [letter for letter in letters if letter != record.answer]
+                predicted = record.answer if right else random.choice(wrong)
+                correct += right
+                best = random.uniform(chance, 1.0)
+                others = (0.98 - 0.98 * best) / (len(letters) - 1)
+                line = {
+                    "id": record.id, "subset": record.subset, "options": [options_text(o) for o in record.options],
+                    "answer": record.answer, "predicted": predicted,
+                    "logprobs": [round(math.log(max(0.98 * best if x == predicted else others, 1e-6)), 4) for x in letters],
+                    "generated": predicted if random.random() > 0.05 else "the image",
+                }  # fmt: skip
+                file.write(json.dumps(line) + "\n")
+            scored.append((target, len(records), correct))
+    return scored
+
+
+def write_metrics(workdir, cell: suite.Cell, steps: int) -> None:
+    if not steps:
+        return
+    random = Random(cell.id)
+    lines = [
+        {"step": step, "loss": 0.3 + 1.2 * math.exp(-3 * step / steps) + random.uniform(0, 0.1), "lr": 1e-3,
+         "grad_norm": 1.0, "samples_per_s": 800.0, "tokens_per_s": 4e4, "mfu": None, "data_wait": 0.01}
+        for step in (*range(0, steps, 10), steps)
+    ]  # fmt: skip
+    (workdir / "metrics" / f"{cell.id}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
