@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from scipy.stats import binomtest, norm
-from statsmodels.stats.multitest import multipletests
 
 # name, table, arm, against: what `summarise` compares, in the order of the report.
 EFFECTS = (
@@ -59,7 +58,13 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """The p-values adjusted by Holm's step-down method over the whole list."""
-    return [float(p) for p in multipletests(p_values, method="holm")[1]] if len(p_values) else []
+    p = np.asarray(p_values, float)
+    order = np.argsort(p, kind="stable")
+    # The smallest is multiplied by how many there are, the next by one less, and none falls below one before it.
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return adjusted.tolist()
 
 
 @dataclass(frozen=True)
