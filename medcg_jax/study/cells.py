@@ -1,12 +1,15 @@
 """Trains and tests a group of cells: one program for all of them, whatever their data and number of steps."""
 
 import shutil
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
 from flax import nnx
+from tqdm import tqdm
 
 from medcg_jax.data.encoding import MEMORY_LIMIT_BYTES, Encoded, concat_encoded
 from medcg_jax.data.pipeline import Batches
@@ -15,7 +18,7 @@ from medcg_jax.data.release import balanced
 from medcg_jax.eval.run import Evaluator, NonFiniteScores, Prediction, evaluate, make_evaluator, write_predictions
 from medcg_jax.models.build import join, shardings, split_trainable
 from medcg_jax.run_config import RunConfig
-from medcg_jax.study import results
+from medcg_jax.study import claims, results
 from medcg_jax.study.progress import EVAL_UNITS, Reporter
 from medcg_jax.study.schedule import Group, Job, seeded
 from medcg_jax.train import loop
@@ -76,6 +79,7 @@ class Trainer:
         self._many = run.study.cells_at_once
         self._program: Program | None = None
         self._evaluator: Evaluator | None = None
+        self._has_tested = False
         self._seed: int | None = None
 
     def setup(self, seed: int) -> Setup:
@@ -112,7 +116,8 @@ class Trainer:
             units += EVAL_UNITS * len(job.targets)
             report(units)
         seconds = time.perf_counter() - began
-        print(f"{group.name}: {group.steps} steps, {seconds:.1f} s; {self._monitor.line()}", flush=True)
+        tqdm.write(f"{group.name}: {group.steps} steps, {seconds:.1f} s; {self._monitor.line()}")
+        sys.stdout.flush()
         return {
             job.id: {"status": f"failed: {errors[job.id]}" if job.id in errors else "done",
                      "seconds": seconds / len(group.jobs)}
@@ -144,12 +149,16 @@ class Trainer:
                 setup.mesh, graphdef, shardings(setup.model, setup.mesh), eos_id=setup.tokenizer.eos_id,
                 max_new_tokens=config.max_new_tokens, generate=config.generate,
             )  # fmt: skip
-        found: dict[str, list[Prediction]] = {
-            name: evaluate(
-                self._evaluator, params, self._data.test(name), setup.tokenizer, batch_size=config.batch_size
-            )
-            for name in job.targets
-        }
+        first = self._run.study.jobs > 1 and not self._has_tested
+        # As in `_compile`: the first test of a process compiles.
+        with claims.lock(results.state_dir(self._workdir) / "claims", "compile.test") if first else nullcontext():
+            found: dict[str, list[Prediction]] = {
+                name: evaluate(
+                    self._evaluator, params, self._data.test(name), setup.tokenizer, batch_size=config.batch_size
+                )
+                for name in job.targets
+            }
+        self._has_tested = True
         if jax.process_index() > 0:
             return
         metrics = self._workdir / "metrics"
@@ -168,6 +177,7 @@ class Trainer:
                 make_optimizer(config), num_cells=self._many, accumulation_steps=config.accumulation_steps,
                 compute_dtype=setup.run.model.compute_dtype,
             )  # fmt: skip
+            self._compile(trainable, frozen, self._cell(setup, group.jobs[0]))
         cells = [self._cell(setup, job) for job in group.jobs]
         try:
             state, ended = loop.fit(
@@ -178,6 +188,16 @@ class Trainer:
         except loop.NonFiniteLoss as error:  # of every job
             return None, {job.id: error for job in group.jobs}
         return state, {job.id: e.error for job, e in zip(group.jobs, ended, strict=True) if e.error}
+
+    def _compile(self, trainable, frozen, cell: loop.Cell) -> None:
+        """Where several processes share a grid: one of them compiles the step, the others read it from the cache."""
+        if self._run.study.jobs == 1:
+            return
+        stream = cell.open_stream(0)
+        batch, _ = next(stream)
+        stream.close()
+        with claims.lock(results.state_dir(self._workdir) / "claims", "compile.train"):
+            self._program.compile(trainable, frozen, batch)
 
     def _cell(self, setup: Setup, job: Job) -> loop.Cell:
         encoded, config = self._data.training(job.training), setup.run.train

@@ -23,7 +23,7 @@ from medcg_jax.data.sources import open_source
 from medcg_jax.run_config import ConfigError, RunConfig
 from medcg_jax.study import results
 from medcg_jax.study.progress import Progress
-from medcg_jax.study.schedule import Plan, make_plan, seeded
+from medcg_jax.study.schedule import Group, Plan, make_plan, seeded
 
 # Fields that change neither scores nor predictions, so that a grid may be continued with other values.
 FREE_FIELDS = ("name", "study.jobs", "study.base_dir", "train.log_every_steps", "base.log_every_steps")
@@ -66,9 +66,10 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
     tables = results.Tables(workdir, plan.cells, plan.jobs)
     waiting = [group for group in plan.groups if results.outcomes_of(workdir, group) is None]
     print(f"{len(plan.cells)} cells in {len(plan.groups)} groups, {len(waiting)} to do; workdir {workdir}", flush=True)
-    with Progress(workdir, plan, run, on_change=tables.write):
+    bases = missing_bases(run, workdir, waiting)
+    with Progress(workdir, plan, bases, on_change=tables.write):
         if waiting:
-            work(run, workdir, plan)
+            work(run, workdir, plan, bool(bases))
     outcomes = results.all_outcomes(workdir, plan.groups)
     tables.write(outcomes)
     return summary(workdir, plan, outcomes)
@@ -81,14 +82,23 @@ def check_start(run: RunConfig) -> None:
     check_weights(run)
 
 
-def work(run: RunConfig, workdir: Path, plan: Plan) -> None:
+def missing_bases(run: RunConfig, workdir: Path, groups: Sequence[Group]) -> dict[int, int]:
+    """Seed -> steps of the bases that the groups need and that are not there."""
+    from medcg_jax.study.bases import Bases
+
+    bases = Bases(run, workdir)
+    seeds = dict.fromkeys(group.seed for group in groups)
+    return {seed: run.base.steps for seed in seeds if not bases.ready(seed)}
+
+
+def work(run: RunConfig, workdir: Path, plan: Plan, needs_bases: bool) -> None:
     """Does what is left, here or in `study.jobs` processes."""
     if run.study.jobs == 1:
         from medcg_jax.study.worker import Worker
 
         Worker(run, workdir, plan).run()
         return
-    if run.base.steps and len(run.study.seeds) < run.study.jobs:
+    if needs_bases and len(run.study.seeds) < run.study.jobs:
         # Most processes would wait for the bases: one with all cores makes them sooner.
         with workers(workdir, 1, "bases", one_thread=False) as started:
             watch(started)

@@ -7,12 +7,11 @@ its group are behind it to `state/progress/NAME`, so that processes and hosts ar
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
 
-from medcg_jax.run_config import RunConfig
 from medcg_jax.study import results
 from medcg_jax.study.schedule import Group, Plan
 
@@ -46,13 +45,13 @@ class Reporter:
 class Progress:
     """Shows the grid's progress from a thread while the block runs.
 
+    bases: seeds whose base is still to be trained, and its steps.
     on_change: called with every outcome so far whenever a group is done.
     """
 
-    def __init__(self, workdir: Path, plan: Plan, run: RunConfig, on_change: Callable[[dict], None]):
+    def __init__(self, workdir: Path, plan: Plan, bases: Mapping[int, int], on_change: Callable[[dict], None]):
         self._workdir, self._plan, self._on_change = workdir, plan, on_change
-        seeds = dict.fromkeys(group.seed for group in plan.groups)
-        self._bases = {base_name(seed): run.base.steps for seed in seeds} if run.base.steps else {}
+        self._bases = {base_name(seed): steps for seed, steps in bases.items()}
         self._total = sum(self._bases.values()) + sum(map(group_units, plan.groups))
         self._stop = threading.Event()
         self._outcomes: dict[str, dict] = {}

@@ -93,8 +93,10 @@ class Worker:
         return claim is not None
 
     def _make_base(self, seed: int) -> None:
+        setup, report = self._trainer.setup(seed), Reporter(self._workdir, base_name(seed))
         try:
-            self._bases.train(self._trainer.setup(seed), seed, Reporter(self._workdir, base_name(seed)))
+            self._bases.train(setup, seed, report)
+            report(setup.run.base.steps, now=True)
         except NonFiniteLoss as error:  # the same at every try: none of the seed's cells can be had
             for group in self._plan.groups:
                 if group.seed == seed and jax.process_index() == 0:

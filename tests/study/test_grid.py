@@ -1,0 +1,201 @@
+"""A tiny grid end to end in processes of its own: killed and started again, in two processes, with cells that fail."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from medcg_jax.run_config import ConfigError, DataConfig, EvalConfig, RunConfig, StudyConfig, TrainConfig, replace
+from medcg_jax.study.grid import reproduce
+from medcg_jax.study.schedule import make_plan
+
+RUN = RunConfig(
+    name="tiny",
+    data=DataConfig(
+        train_records_per_subset=24, test_records_per_subset=10, max_text_tokens=96, max_target_tokens=16, system_prompt=""
+    ),
+    base=TrainConfig(steps=6, epochs=1, batch_size=8, learning_rate=1e-3, log_every_steps=1),
+    train=TrainConfig(epochs=1, batch_size=8, learning_rate=1e-3, log_every_steps=1, checkpoint_every_steps=2),
+    eval=EvalConfig(batch_size=10, max_new_tokens=2),
+    study=StudyConfig(tables=("pairs",), targets=("mri-brain-state",)),
+)
+TIMEOUT_S = 240
+MAIN = """
+import json, sys
+from medcg_jax.config_file import from_config_dict
+from medcg_jax.run_config import ConfigError
+from medcg_jax.study.grid import reproduce
+try:
+    result = reproduce(from_config_dict(json.loads(sys.argv[1])), sys.argv[2])
+except ConfigError as error:
+    sys.exit(f"refused: {error}")
+sys.exit(result["exit_status"])
+"""
+
+
+def start(run: RunConfig, workdir: Path) -> subprocess.Popen:
+    from dataclasses import asdict
+
+    # One device: as on a user's machine, and the same with one process or two.
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
+    with open(workdir.with_suffix(".log"), "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", MAIN, json.dumps(asdict(run)), str(workdir)], env=environment, stdout=log, stderr=log
+        )
+
+
+def finish(run: RunConfig, workdir: Path) -> tuple[int, str]:
+    """(exit status, what this start printed) of a grid run to its end."""
+    log = workdir.with_suffix(".log")
+    before = log.stat().st_size if log.exists() else 0
+    process = start(run, workdir)
+    try:
+        status = process.wait(TIMEOUT_S)
+    finally:
+        process.kill()
+        process.wait()
+    return status, log.read_bytes()[before:].decode()
+
+
+def kill_when(process: subprocess.Popen, happened) -> None:
+    """SIGKILL as soon as `happened()`; fails where the process ends first."""
+    end = time.monotonic() + TIMEOUT_S
+    while not happened():
+        assert process.poll() is None, "the grid ended before it was killed"
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def outcome(workdir: Path) -> dict[str, bytes]:
+    """results.csv and every file of predictions/."""
+    files = [workdir / "results.csv", *sorted((workdir / "predictions").iterdir())]
+    return {path.name: path.read_bytes() for path in files}
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(workdir, what was printed) of a grid that nothing disturbed, in one process."""
+    workdir = tmp_path_factory.mktemp("grid") / "reference"
+    status, out = finish(RUN, workdir)
+    assert status == 0, out
+    return workdir, out
+
+
+def test_what_a_grid_leaves(finished):
+    workdir, out = finished
+    plan = make_plan(RUN)
+    with open(workdir / "cells.csv", newline="") as file:
+        cells = list(csv.DictReader(file))
+    assert [c["cell"] for c in cells] == [c.id for c in plan.cells] and {c["status"] for c in cells} == {"done"}
+    with open(workdir / "results.csv", newline="") as file:
+        results = list(csv.DictReader(file))
+    assert len(results) == len(cells) and {r["n"] for r in results} == {"10"}
+    for cell in plan.cells:
+        records = [json.loads(x) for x in (workdir / "predictions" / f"{cell.id}.jsonl").read_text().splitlines()]
+        assert [r["subset"] for r in records] == ["mri-brain-state"] * 10
+        # Test records only: nothing of the target, nor of test, was trained on.
+        assert all(r["id"].split("/")[1] == "test" for r in records)
+        assert lines(workdir / "metrics" / f"{cell.id}.jsonl") == (6 if cell.related else 0)
+    assert (workdir / "report" / "index.html").exists()
+    assert not list((workdir / "state").glob("checkpoints/*"))
+    assert f"{len(cells)}/{len(cells)} cells, 100 % of the work" in out
+    # One compilation for all: no cell after the first two groups (base tested, one trained) compiled anything.
+    counts = [line.rsplit("; ", 1)[1].split(" (")[0] for line in out.splitlines() if "programs" in line]
+    assert len(set(counts[1:])) == 1, counts
+
+
+def test_killed_anywhere_and_started_again_ends_in_the_same_bytes(finished, tmp_path):
+    reference, _ = finished
+    workdir = tmp_path / "killed"
+    jobs = [group.jobs[0] for group in make_plan(RUN).groups if group.steps]
+    metrics = workdir / "metrics"
+    kill_when(start(RUN, workdir), lambda: lines(metrics / "base.s0.jsonl") >= 3)
+    kill_when(start(RUN, workdir), lambda: (workdir / "state" / "checkpoints" / jobs[0].id / "2").exists())
+    kill_when(start(RUN, workdir), lambda: (workdir / "state" / "done" / f"{jobs[1].id}.json").exists())
+    assert outcome(workdir) != outcome(reference)
+    status, out = finish(RUN, workdir)
+    assert status == 0, out
+    assert outcome(workdir) == outcome(reference)
+    log = workdir.with_suffix(".log").read_text()
+    assert f"{jobs[0].id}: going on from step" in log  # from its checkpoint, not anew
+    assert out.count(f"{jobs[0].id}: ") == 0  # what was done stays done
+
+
+def test_a_second_start_does_nothing(finished, capfd):
+    reference, _ = finished
+    before = outcome(reference)
+    result = reproduce(RUN, reference)
+    out = capfd.readouterr().out
+    assert (result["exit_status"], result["failed"], result["unfinished"]) == (0, {}, [])
+    assert ", 0 to do" in out and "compiled" not in out
+    assert outcome(reference) == before
+
+
+def test_another_configuration_is_refused(finished):
+    reference, _ = finished
+    with pytest.raises(ConfigError, match="train.learning_rate=0.001, not 0.002"):
+        reproduce(replace(RUN, train__learning_rate=2e-3), reference)
+
+
+def test_two_processes_with_one_killed_and_the_base_reused(finished, tmp_path):
+    reference, _ = finished
+    workdir = tmp_path / "two"
+    run = replace(RUN, study__jobs=2, study__base_dir=str(tmp_path / "bases"))
+    shutil.copytree(reference / "base", tmp_path / "bases")
+    process = start(run, workdir)
+    done = workdir / "state" / "done"
+    end = time.monotonic() + TIMEOUT_S
+    while not (done.exists() and any(done.iterdir())):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[0]), signal.SIGKILL)
+    try:
+        status = process.wait(TIMEOUT_S)
+    finally:
+        process.kill()
+    log = workdir.with_suffix(".log").read_text()
+    assert status == 0, log
+    assert "worker 0 was ended by SIGKILL; 1 go on" in log
+    assert not (workdir / "metrics" / "base.s0.jsonl").exists()  # the base was not trained again
+    with open(workdir / "results.csv") as ours, open(reference / "results.csv") as theirs:
+        for a, b in zip(csv.DictReader(ours), csv.DictReader(theirs), strict=True):
+            assert (a["cell"], a["n"]) == (b["cell"], b["n"])
+            # Other threads, other last digits: at most one answer in ten may tip over.
+            assert abs(int(a["correct"]) - int(b["correct"])) <= 1
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_cell_that_diverges_fails_alone(finished, tmp_path):
+    reference, _ = finished
+    workdir = tmp_path / "diverged"
+    run = replace(
+        RUN, train__learning_rate=1e30, train__clip_norm=0.0, train__warmup_frac=0.0, train__checkpoint_every_steps=0,
+        study__base_dir=str(reference / "base"), study__cells_at_once=2,
+    )  # fmt: skip
+    status, out = finish(run, workdir)
+    assert status == 1, out
+    with open(workdir / "cells.csv", newline="") as file:
+        cells = list(csv.DictReader(file))
+    for cell in cells:
+        wanted = "done" if cell["arm"] == "baseline" else "failed: "
+        assert cell["status"].startswith(wanted), cell
+    assert "step" in next(c["status"] for c in cells if c["arm"] == "trained")
+    with open(workdir / "results.csv", newline="") as file:
+        assert {r["arm"] for r in csv.DictReader(file)} == {"baseline"}
+    status, out = finish(run, workdir)
+    assert status == 1 and ", 0 to do" in out  # it would fail again: it is not tried again
