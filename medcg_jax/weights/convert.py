@@ -95,13 +95,14 @@ def load_checkpoint(
       WeightsError: no checkpoint, another architecture, or tensors missing, unused or misshapen.
     """
     found = read_config(src, clip=clip)
-    _check_same(found, config, src)
     if (src / MODEL_FILE).is_file():
+        _check_same(found, config, src)
         return _restore(src, found, config, mesh, param_dtype)
     tensors = open_tensors(src)
     names = engine.canonical_names(tensors.shapes, llava.canonical, str(src))
     if not llava.has_vision_tower(names):
         tensors, names = _with_clip(tensors, names, clip or _clip_beside(src), src)
+    _check_same(found, config, src)
     if param_dtype is None:
         param_dtype = tensors.read(names["language_model.norm.weight"]).dtype
     graphdef, abstract = build.abstract(config, param_dtype=param_dtype)
