@@ -159,23 +159,23 @@ def parity_check(args) -> dict:
 
 
 def train_one(args) -> dict:
+    run = resolved(args)
     from medcg_jax.train.run import train
 
-    run = resolved(args)
     return train(run, workdir(args, run))
 
 
 def eval_one(args) -> dict:
+    run = resolved(args)
     from medcg_jax.eval.run import evaluate_run
 
-    run = resolved(args)
     return evaluate_run(run, workdir(args, run))
 
 
 def reproduce_grid(args) -> dict:
+    run = resolved(args)
     from medcg_jax.study.grid import dry, reproduce
 
-    run = resolved(args)
     return dry(run) if args.dry else reproduce(run, workdir(args, run))
 
 
