@@ -1,4 +1,4 @@
-"""Bases: the parameters that all cells of a seed start from, trained once and kept by the fingerprint of what made them."""
+"""Bases: the parameters that a seed's cells start from, trained once and kept by the fingerprint of what made them."""
 
 import dataclasses
 import hashlib

@@ -1,7 +1,8 @@
 """`medcg reproduce`: a whole grid from one call; called again, it goes on where it stopped.
 
 The work is done by `worker.Worker`: in this process with `study.jobs` 1, else in as many processes that share the
-workdir through claims. This process expands the grid, starts the workers, shows how far they are, and writes the tables.
+workdir through claims. This process expands the grid, starts the workers, shows how far they are, and
+writes the tables.
 """
 
 import dataclasses
@@ -40,8 +41,9 @@ def dry(run: RunConfig) -> dict:
     listed = []
     for cell in plan.cells:
         training = ", ".join(f"{n} ({c})" for n, c in zip(cell.related, cell.num_records, strict=True)) or "nothing"
-        print(f"{cell.id}: {training} -> {', '.join(cell.target)}; {sum(cell.num_records)} records, {steps[cell.id]} steps"
-              + (f" [{cell.notes}]" if cell.notes else ""))  # fmt: skip
+        size = f"{cell.total_records} records, {steps[cell.id]} steps"
+        notes = f" [{cell.notes}]" if cell.notes else ""
+        print(f"{cell.id}: {training} -> {', '.join(cell.target)}; {size}{notes}")
         listed.append(dataclasses.asdict(cell) | {"steps": steps[cell.id]})
     trained = [job for job in plan.jobs if job.steps]
     total = sum(job.steps for job in trained)
@@ -122,7 +124,8 @@ def watch(started: "Sequence[Process]") -> None:
                 raise ConfigError(worker.last_line())
             if status:
                 died = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-                print(f"worker {worker.index} {died}; {len(running)} go on; see {worker.log}", file=sys.stderr, flush=True)
+                line = f"worker {worker.index} {died}; {len(running)} go on; see {worker.log}"
+                print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ def summary(workdir: Path, plan: Plan, outcomes: dict[str, dict]) -> dict:
     for cell, why in failed.items():
         print(f"{cell}: {why}", file=sys.stderr)
     if unfinished:
-        print(f"{len(unfinished)} cells are unfinished, {unfinished[0]} among them; run the same again", file=sys.stderr)
+        print(f"{len(unfinished)} cells are unfinished, as {unfinished[0]}; run the same again", file=sys.stderr)
     page = None
     if len(failed) + len(unfinished) < len(plan.cells):
         from medcg_jax.study.report import write_report

@@ -181,7 +181,7 @@ def summarise(workdir: str | Path) -> dict:
     {
       "accuracy": [                       # one per (table, part, arm), tables and arms in results.csv's order
         {"table": "pairs", "part": "fixed_area", "arm": "trained", "accuracy": .77, "targets": 8, "seeds": 3,
-         "n": 7200},                      # mean over rows and seeds; n test answers in all. part "" = all parts of the table
+         "n": 7200},                      # mean over rows and seeds; n test answers in all; part "": all parts
       ],
       "effects": [                        # one per line of EFFECTS and part that the grid has, part "" first
         {"table": "pairs", "part": "", "arm": "trained", "against": "baseline_plus",
@@ -202,7 +202,7 @@ def summarise(workdir: str | Path) -> dict:
          "n": 3600},                      # ci: from targets and seeds drawn anew; curve "target_only" is the other
       ],
       "controls": {"wo_modality": {...}, "wo_area": {...}, "wo_task": {...}},  # the effects random_removal - wo_X: what
-                                          # an element does beyond having less data; "same_task": all_related - same_task
+                                          # an element does beyond less data; "same_task": all_related - same_task
     }
 
     `part` is what a row's name starts with: the direction in `pairs` ("fixed_modality", "fixed_area", "fixed_task",

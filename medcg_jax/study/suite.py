@@ -77,7 +77,7 @@ def paper_row(row: str) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class World:
-    """What tables are expanded over: the subsets, the targets asked for (all if none), and whether they are released."""
+    """What tables are expanded over: the subsets, the targets asked for (none: all), and whether they are released."""
 
     subsets: tuple[Subset, ...]
     targets: tuple[str, ...] = ()
@@ -160,8 +160,8 @@ def _published(world: World, table: int) -> list[mat.PaperRow]:
 
 
 def _derived_targets(world: World, published: Sequence[mat.PaperRow]) -> tuple[Subset, ...]:
-    """Targets whose rows are made by rule: all of a phantom world; of a released tree those that the paper's rows do not
-    test, and of the paper's own subsets only those asked for by name (else a full tree would get more than its table).
+    """Targets whose rows are made by rule: all of a phantom world; of a released tree those that the paper's rows do
+    not test, and of the paper's own subsets only those asked for by name (else a full tree would get more than its table).
     """
     tested = {row.target for row in published}
     left = tuple(s for s in world.asked() if s.name not in tested)
@@ -218,8 +218,8 @@ def ablation(world: World, seed: int) -> Iterator[Cell]:
 def split(world: World) -> tuple[tuple[Subset, ...], tuple[Subset, ...]]:
     """(in distribution, out of distribution) of the multi-task table.
 
-    Out of distribution are the targets asked for; else the paper's own 12 of a released tree (tables 1 and 2); else, and
-    for subsets that are not the paper's, as large a share (12 of 37), each with all three elements left in distribution.
+    Out of distribution are the targets asked for; else the paper's own 12 of a released tree (tables 1 and 2); else,
+    and for subsets that are not the paper's, as large a share (12 of 37), all their elements left in distribution.
     A subset of the whole triplet of one held out is in neither (but in the paper's own split, which has such).
     """
     published_in, published_out = mat.paper_split() if world.released and not world.targets else ((), ())
@@ -241,7 +241,7 @@ def split(world: World) -> tuple[tuple[Subset, ...], tuple[Subset, ...]]:
 
 
 def multi_task(world: World, seed: int) -> Iterator[Cell]:
-    """Tables 1 and 2: one model of all in-distribution subsets against one model each, with the same records of each."""
+    """Tables 1 and 2: one model of all in-distribution subsets, and one model each of the same records."""
     inside, outside = split(world)
     for row, targets in (("in_distribution", inside), ("out_of_distribution", outside)):
         if not inside or not targets:

@@ -1,6 +1,7 @@
 """One process's part in a grid: claims bases and groups of cells, trains and tests them, says when they are done.
 
-Started as `python -m medcg_jax.study.worker WORKDIR PARENT [bases]` where a grid has several processes; ends with its parent.
+Started as `python -m medcg_jax.study.worker WORKDIR PARENT [bases]` where a grid has several processes;
+ends with its parent.
 Where `jax.distributed` spans several processes, all work on one group together; the first one decides and writes.
 """
 
@@ -127,7 +128,7 @@ def agree(choose: Callable[[], tuple[int, int]]) -> tuple[int, int]:
 
 
 def keep_programs() -> None:
-    """Keeps compiled programs between processes and grids, where jax is told (JAX_COMPILATION_CACHE_DIR) or in ~/.cache."""
+    """Keeps compiled programs for other processes and grids, where JAX_COMPILATION_CACHE_DIR says or in ~/.cache."""
     if not jax.config.jax_compilation_cache_dir:
         enable_cache(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medcg_jax" / "xla")
 

@@ -8,7 +8,9 @@ from worlds import SMALL
 from medcg_jax.run_config import TABLES, ConfigError, RunConfig, TrainConfig, replace
 from medcg_jax.study import grid, results, schedule, suite
 
-RUN = replace(RunConfig(), study__tables=TABLES, study__targets=("ct-lung-state",), study__seeds=(0, 1), train__epochs=2.0)
+RUN = replace(
+    RunConfig(), study__tables=TABLES, study__targets=("ct-lung-state",), study__seeds=(0, 1), train__epochs=2.0
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +56,13 @@ def fill(workdir, cells, jobs, groups):
             bad = "single_task" in job.id
             outcomes[job.id] = {"status": "failed: loss is nan, at step 3" if bad else "done", "seconds": 1.25}
             for cell in () if bad else job.cells:
-                lines = [{"id": f"{t}/{i}", "subset": t, "answer": "A", "predicted": "AB"[i % 2]} for t in cell.target for i in range(4)]
-                results.write_atomically(workdir / "predictions" / f"{cell.id}.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+                lines = [
+                    {"id": f"{t}/{i}", "subset": t, "answer": "A", "predicted": "AB"[i % 2]}
+                    for t in cell.target
+                    for i in range(4)
+                ]
+                text = "".join(json.dumps(line) + "\n" for line in lines)
+                results.write_atomically(workdir / "predictions" / f"{cell.id}.jsonl", text)
         results.mark_done(workdir, group, {j.id: outcomes[j.id] for j in group.jobs})
     return outcomes
 
@@ -110,7 +117,8 @@ def test_the_configuration_comes_back_from_its_file(tmp_path):
 
 
 def test_dry_lists_every_cell(capsys):
-    run = replace(RunConfig(), study__tables=("pairs",), study__targets=("mri-brain-state",), base__steps=10, data__train_records_per_subset=300)
+    run = replace(RunConfig(), study__tables=("pairs",), study__targets=("mri-brain-state",))
+    run = replace(run, base__steps=10, data__train_records_per_subset=300)
     listed = grid.dry(run)
     out = capsys.readouterr().out
     assert len(listed["cells"]) >= 9 and listed["bases"] == 1

@@ -81,7 +81,8 @@ def test_one_target_and_seed_has_the_records_interval():
 
 
 def test_mean_difference_weighs_targets_alike():
-    made = [stats.Unit("a", 0, 10, 5, 0), stats.Unit("a", 0, 10, 5, 0), stats.Unit("a", 1, 10, 1, 0), stats.Unit("b", 0, 10, 0, 1)]
+    rows = [("a", 0, 10, 5, 0), ("a", 0, 10, 5, 0), ("a", 1, 10, 1, 0), ("b", 0, 10, 0, 1)]
+    made = [stats.Unit(*row) for row in rows]
     assert stats.mean_difference(made) == pytest.approx(((0.5 + 0.1) / 2 - 0.1) / 2)
 
 
@@ -96,7 +97,7 @@ def write_grid(folder, answers, source="phantom"):
     for i, ((table, row, arm, seed, target), marks) in enumerate(answers.items()):
         with open(folder / "predictions" / f"c{i}.jsonl", "w") as file:
             for k, mark in enumerate(marks):
-                line = {"id": f"{target}/test/{k}", "subset": target, "answer": "A", "predicted": "A" if mark == "1" else "B"}
+                line = {"id": f"{target}/test/{k}", "subset": target, "answer": "A", "predicted": "BA"[int(mark)]}
                 file.write(json.dumps(line) + "\n")
         n, correct = len(marks), marks.count("1")
         low, high = stats.wilson(correct, n)
@@ -127,7 +128,8 @@ def test_summarise(tmp_path):
     plus = effect["pairs", "", "trained", "baseline_plus"]
     assert plus["mean"] == pytest.approx(0.375)
     assert plus["by_target"] == pytest.approx({"x": 0.75, "y": 0.0})
-    assert (plus["wins"], plus["losses"], plus["significant"], plus["rows"], plus["targets"], plus["seeds"]) == (1, 0, 1, 2, 2, 2)
+    counts = [plus[key] for key in ("wins", "losses", "significant", "rows", "targets", "seeds")]
+    assert counts == [1, 0, 1, 2, 2, 2]
     assert plus["ci_low"] <= 0 < plus["ci_high"]
     assert effect["pairs", "fixed_area", "trained", "baseline_plus"] == {**plus, "part": "fixed_area"}
     row = next(r for r in found["rows"] if (r["row"], r["against"]) == ("fixed_area/x", "baseline_plus"))
@@ -136,7 +138,8 @@ def test_summarise(tmp_path):
     assert found["controls"]["wo_task"]["mean"] == pytest.approx(0.5)
     assert found["controls"]["same_task"]["mean"] == pytest.approx(0.5)
     assert set(found["controls"]) == {"wo_task", "same_task"}
-    assert [(c["curve"], c["records"], c["accuracy"]) for c in found["curves"]] == [("target_only", 0, 0.25), ("target_only", 10, 0.75)]
+    curve = [(c["curve"], c["records"], c["accuracy"]) for c in found["curves"]]
+    assert curve == [("target_only", 0, 0.25), ("target_only", 10, 0.75)]
     assert effect["multi_task", "in_distribution", "multi_task", "single_task"]["mean"] == pytest.approx(0.25)
     assert effect["multi_task", "out_of_distribution", "multi_task", "baseline"]["mean"] == pytest.approx(0.5)
     accuracy = {(a["table"], a["part"], a["arm"]): a for a in found["accuracy"]}
