@@ -1,8 +1,8 @@
 """`medcg report`: the page, plots and tables of a grid, from the files in its workdir alone.
 
 Everything on the page comes from these files (and, for sample images, from the data that config.json names): the same
-files give the same page. Its parts: `report_files` reads, `stats` tests, `report_text` says, `report_tables`,
-`report_plots`, `report_samples` and `report_published` show.
+files give the same page. Its parts: `report_files` reads, `stats` tests, `report_text` and `report_limits` say,
+`report_tables`, `report_plots`, `report_samples` and `report_published` show.
 """
 
 import shutil
@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from medcg_jax.data.records import LETTERS
-from medcg_jax.study import report_text, stats
+from medcg_jax.study import report_limits, report_text, stats
 from medcg_jax.study.report_files import Grid
 from medcg_jax.study.report_plots import Figure, Plots
 from medcg_jax.study.report_published import context, published
@@ -61,14 +61,15 @@ def render(grid: Grid, summary: dict, tables: dict[str, Table], plots: Plots) ->
         headline=plots.headline(),
         effects=tables.get("effects"),
         directions=tables.get("effects_by_direction"),
-        missing=report_text.missing(grid),
-        limits=report_text.limits(grid, summary),
+        missing=report_limits.missing(grid),
+        limits=report_limits.limits(grid, summary),
         samples=samples(grid),
         letters=plots.letters(),
+        habits=report_limits.letter_habits(grid),
         letters_table=tables.get("answers"),
         losses=plots.losses(),
         published=[table for name, table in tables.items() if name.startswith("published_")],
-        context=context() if grid.is_phantom else "",
+        context=context() if grid.of_phantoms else "",
         comparisons=tables.get("comparisons"),
         cells=tables.get("cells"),
         settings=settings(grid.config),
@@ -88,17 +89,18 @@ def sections(grid: Grid, tables: dict[str, Table], plots: Plots) -> list[dict]:
         return {"id": name.replace("_", "-"), "title": title, "intro": intro, "tables": own, "figures": figures}
 
     return [
-        part("pairs", "Pairs: two subsets, two shared elements each",
-             "Each target is a combination that the model was not trained on. Its two training subsets share two elements "
-             "with it each, and between them all three; the direction says which element is in both.",
+        part("pairs", "Pairs: two related subsets",
+             "Each target is a combination that the model was not trained on. Its two training subsets share two "
+             "elements with it each, and between them all three; the direction says which element both have. In the "
+             "modality-area pair one shares these two and the other the task alone.",
              plots.bars("pairs")),
         part("triples", "Triples: three subsets, one shared element each",
              "The strict form: modality, area and task each come from another subset.", plots.bars("triples")),
         part("ablation", "Ablation: what each element is worth",
              "All subsets that share an element with the target, less those that share a given one.", plots.ablation()),
         part("multi_task", "Multi-task against single-task",
-             "One model of all in-distribution subsets against one model per subset, with the same records of each; and the "
-             "same model on combinations that were held out.", plots.multi_task()),
+             "One model of all in-distribution subsets against one model per subset, with the same records of each; "
+             "and the same model on combinations that were held out.", plots.multi_task()),
         part("efficiency", "Data efficiency",
              "How many records of the target itself the related subsets are worth.", plots.efficiency()),
     ]  # fmt: skip
@@ -120,8 +122,16 @@ def settings(config: dict, prefix: str = "") -> list[tuple[str, str]]:
 def seconds(cells: Sequence[dict]) -> dict | None:
     """Median, least, most and sum of the seconds of trained cells; None where none were recorded."""
     # Cells of one row of training (same subsets, seed and seconds) share it; the sum counts each once.
-    spent = {(c["related"], c["seed"], c["steps"], c["seconds"]): float(c["seconds"] or 0) for c in cells if c["related"]}
+    spent = {
+        (c["related"], c["seed"], c["steps"], c["seconds"]): float(c["seconds"] or 0) for c in cells if c["related"]
+    }
     found = sorted(value for value in spent.values() if value > 0)
     if not found:
         return None
-    return {"trainings": len(found), "median": found[len(found) // 2], "least": found[0], "most": found[-1], "sum": sum(found)}
+    return {
+        "trainings": len(found),
+        "median": found[len(found) // 2],
+        "least": found[0],
+        "most": found[-1],
+        "sum": sum(found),
+    }

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from medcg_jax.data.records import LETTERS
+from medcg_jax.data.phantom_world import TRIPLETS
+from medcg_jax.data.records import LETTERS, DataError
+from medcg_jax.data.release import read_manifest, subset_table
 from medcg_jax.eval.generate import parse_answer
 from medcg_jax.run_config import TABLES
-from medcg_jax.study import stats
+from medcg_jax.study import mat, stats
 from medcg_jax.train.log import read_metrics
 
 # Arm -> how it is called on the page.
@@ -115,6 +117,28 @@ class Grid:
     @property
     def is_phantom(self) -> bool:
         return self.config["data"]["source"] == "phantom"
+
+    @property
+    def of_phantoms(self) -> bool:
+        """Whether the images are phantoms, from memory or from files."""
+        names = {row["target"] for row in self.results}
+        return self.is_phantom or (bool(names) and names <= {triplet.name for triplet in TRIPLETS})
+
+    def describe(self, subset: str) -> str:
+        """Such as "MRI, Brain, State", of a numbered subset; "" where its name says it, or nothing is known of it."""
+        modality, area, task = self._triplets.get(subset, ("", "", ""))
+        return f"{modality}, {area}, {mat.task_elements(task)[0]}" if modality else ""
+
+    @cached_property
+    def _triplets(self) -> dict[str, tuple[str, str, str]]:
+        if self.of_phantoms:
+            return {}
+        try:
+            listed = read_manifest(Path(self.config["data"]["root"]))
+        except DataError:
+            listed = {}
+        own = {name: (entry["modality"], entry["area"], entry["task"]) for name, entry in listed.items()}
+        return subset_table() | own
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:

@@ -57,7 +57,9 @@ class Figure:
     width_px: int
 
 
-def draw(folder: Path, name: str, title: str, caption: str, height_in: float, paint: Callable, width_in=WIDTH_IN) -> Figure:
+def draw(
+    folder: Path, name: str, title: str, caption: str, height_in: float, paint: Callable, width_in=WIDTH_IN
+) -> Figure:
     """The figure that `paint(axes)` makes, saved into `folder`."""
     with plt.rc_context({**STYLE, "svg.hashsalt": name}):
         figure, axes = plt.subplots(figsize=(width_in, height_in), layout="constrained")
@@ -115,13 +117,19 @@ class Plots:
                 low, mean, high = (100 * effect[key] for key in ("ci_low", "mean", "ci_high"))
                 axes.plot([low, high], [y, y], color=colour, linewidth=2.2, solid_capstyle="butt")
                 fill = "#ffffff" if state == "open" else colour
-                axes.plot(mean, y, "o", markersize=6.5, markerfacecolor=fill, markeredgecolor=colour, markeredgewidth=1.6)
+                axes.plot(
+                    mean, y, "o", markersize=6.5, markerfacecolor=fill, markeredgecolor=colour, markeredgewidth=1.6
+                )
                 at = axes.get_yaxis_transform()
                 clear = {"facecolor": "#ffffff", "edgecolor": "none", "pad": 1.2}  # keeps lines out of the words
                 axes.text(0, y + 0.28, effect_name(effect), transform=at, fontsize=8.5, va="bottom", bbox=clear)
                 number = f"{points(effect['mean'], True)}  [{interval(effect).replace(' to ', ', ')}]"
-                axes.text(1, y + 0.28, number, transform=at, fontsize=8.5, va="bottom", ha="right", color=MUTED, bbox=clear)
+                axes.text(
+                    1, y + 0.28, number, transform=at, fontsize=8.5, va="bottom", ha="right", color=MUTED, bbox=clear
+                )
             axes.axvline(0, color=INK, linewidth=1)
+            left, right = axes.get_xlim()
+            axes.set_xlim(min(left, -5), max(right, 5))
             axes.set_ylim(-0.5, len(effects) - 0.25)
             axes.set_yticks([])
             axes.spines["left"].set_visible(False)
@@ -138,7 +146,10 @@ class Plots:
     def is_main(effect: dict) -> bool:
         """Whether the headline figure has it; all are in the table below it."""
         if effect["table"] == "multi_task":
-            wanted = {"in_distribution": ("multi_task", "single_task"), "out_of_distribution": ("multi_task", "baseline")}
+            wanted = {
+                "in_distribution": ("multi_task", "single_task"),
+                "out_of_distribution": ("multi_task", "baseline"),
+            }
             return wanted.get(effect["part"]) == (effect["arm"], effect["against"])
         left_out = (("pairs", "baseline_plus", "baseline"), ("ablation", "all_related", "baseline"),
                     ("ablation", "all_related", "all_data"))  # fmt: skip
@@ -154,8 +165,8 @@ class Plots:
             arms = [arm for arm in ("baseline", "baseline_plus", "trained") if any(arm in row[2] for row in rows)]
             name = f"{table}_{part}"
             caption = (
-                f"{table.capitalize()}, {PARTS.get(part, part)}: accuracy by target with 95 % Wilson intervals; the dashed "
-                "line is chance."
+                f"{table.capitalize()}, {PARTS.get(part, part)}: accuracy by target with 95 % Wilson intervals; the "
+                "dashed line is chance."
             )
             height = 0.75 + len(rows) * (0.2 + 0.13 * len(arms))
 
@@ -171,7 +182,8 @@ class Plots:
         targets = [target for _, target, _ in rows]
         for place, (row, target, scores) in enumerate(rows):
             top = -place * step
-            label = target if targets.count(target) == 1 else f"{target}  ({row.rsplit('/', 1)[-1]})"
+            label = target if targets.count(target) == 1 else f"{target} ({row.rsplit('/', 1)[-1]})"
+            label = f"{label}  {self.grid.describe(target)}".strip()
             axes.text(0.4, top + 0.015, label, fontsize=8.5, va="bottom")
             for k, arm in enumerate(arms):
                 if arm not in scores:

@@ -11,7 +11,7 @@ MODEL = "LLaVA-1.5-7B"
 
 def published(grid: Grid) -> list[Table]:
     """Rows of the paper that the grid repeats on released data; [] for phantoms."""
-    if grid.is_phantom:
+    if grid.of_phantoms:
         return []
     made = [combination(grid, "pairs", 3), combination(grid, "triples", 4), *per_subset(grid)]
     return [table for table in made if table.rows]
@@ -39,8 +39,9 @@ def combination(grid: Grid, table: str, number: int) -> Table:
         if place is None or place[0] != number or place[1] not in printed:
             continue
         paper, reading = printed[place[1]], read[place[1]]
-        values = {"paper_row": place[1], "related": " + ".join(reading.related), "target": target, "n": answers_per_arm(scores),
-                  "seeds": seeds_text(scores), "confidence": reading.confidence, "evidence": reading.evidence or None}  # fmt: skip
+        values = {"paper_row": place[1], "related": " + ".join(reading.related), "target": target,
+                  "n": answers_per_arm(scores), "seeds": seeds_text(scores), "confidence": reading.confidence,
+                  "evidence": reading.evidence or None}  # fmt: skip
         for arm in arms:
             values |= {f"{arm}_paper": paper.get(arm), arm: scores.get(arm)}
         made.add(values)
@@ -85,6 +86,6 @@ def context() -> str:
     small = [r for r in both if r["trained"] - max(r["baseline"], r["baseline_plus"]) <= 3]
     return (
         f"Table 3 of the paper (arXiv 2412.20070, version 1; {MODEL} on real medical images) prints Trained above both "
-        f"baselines in {len(both)} of {len(rows)} rows, in {len(small)} of them by 3 points or less, with no test sizes, "
-        "intervals or seeds. Its numbers are not set beside these, since phantoms are not patients."
+        f"baselines in {len(both)} of {len(rows)} rows, in {len(small)} of them by 3 points or less, with no test "
+        "sizes, intervals or seeds. Its numbers are not set beside these, since phantoms are not patients."
     )

@@ -105,7 +105,9 @@ def open_as_recorded(grid: Grid, seed: int) -> Source:
     source = open_source(DataConfig(**fields | {"seed": fields.get("seed", 0) + seed}))
     recorded = grid.run.get("data", {}).get(str(seed))
     if recorded and source.fingerprint() != recorded:
-        raise DataError(f"the data have changed since the grid (fingerprint {recorded} then, {source.fingerprint()} now)")
+        raise DataError(
+            f"the data have changed since the grid (fingerprint {recorded} then, {source.fingerprint()} now)"
+        )
     return source
 
 
@@ -190,10 +192,10 @@ def letters_table(grid: Grid) -> Table:
     names = sorted({letter for value in found.values() for letter in (*value.predicted, *value.answers)})
     made = Table(
         "answers", "How the letters were used",
-        "Per arm: the share of answers that are each letter (right answers in the first row of a table), the probability "
-        "that the model puts on the offered letters before anything is ruled out, accuracy by likelihood of the offered "
-        "letters (the study's measure), and, for greedily generated answers, how many are no offered letter and "
-        "the accuracy when those count as wrong. All in %.",
+        "Per arm: the share of answers that are each letter (right answers in the first row of a table), the "
+        "probability that the model puts on the offered letters before anything is ruled out, accuracy by likelihood "
+        "of the offered letters (the study's measure), and, for greedily generated answers, how many are no offered "
+        "letter and the accuracy when those count as wrong. All in %.",
         [Column("table", "Table"), Column("arm", "Arm"), Column("n", "Answers", "count"),
          *(Column(f"letter_{name}", name, "share") for name in names), Column("mass", "Mass on letters", "share"),
          Column("accuracy", "Accuracy", "share"), Column("unparsed", "Unparsed", "share"),

@@ -30,8 +30,8 @@ class Column:
     """One column.
 
     Attributes:
-      kind: "text", "long" (text that may break), "score" (a Score), "share" (a fraction shown in %), "points" (a difference), "interval" (two
-        fractions), "count", "p" or "mark" (a key of MARKS).
+      kind: "text", "long" (text that may break), "score" (a Score), "share" (a fraction shown
+        in %), "points" (a difference), "interval" (two fractions), "count", "p" or "mark" (a key of MARKS).
     """
 
     key: str
@@ -133,9 +133,7 @@ class Tables:
 
     def __init__(self, grid: Grid, summary: dict):
         self.grid, self.summary = grid, summary
-        self._rows = {
-            (r["table"], r["row"], r["target"], r["arm"], r["against"]): r for r in summary["rows"]
-        }
+        self._rows = {(r["table"], r["row"], r["target"], r["arm"], r["against"]): r for r in summary["rows"]}
 
     def all(self) -> list[Table]:
         made = [
@@ -162,12 +160,13 @@ class Tables:
     def effects(self) -> list[Table]:
         """The whole tables' effects, and, folded away, those of their directions."""
         caption = (
-            "Mean differences between arms, in points of accuracy, with 95 % bootstrap intervals over targets, seeds and "
-            "test records; rows above and below, and how many of these significantly (exact McNemar test per row, "
+            "Mean differences between arms, in points of accuracy, with 95 % bootstrap intervals over targets, seeds "
+            "and test records; rows above and below, and how many of these significantly (exact McNemar test per row, "
             "Holm-adjusted over a table's rows). Green: the interval is above 0; orange: below."
         )
         columns = [
-            Column("name", "Difference", "long"), Column("mean", "Points", "points"), Column("ci", "95 %\u00a0interval", "interval"),
+            Column("name", "Difference", "long"), Column("mean", "Points", "points"),
+            Column("ci", "95 %\u00a0interval", "interval"),
             Column("rows", "Rows", "count"), Column("wins", "Up", "count"), Column("significant", "signif.", "count"),
             Column("losses", "Down", "count"), Column("significant_losses", "signif.", "count"),
             Column("targets", "Targets", "count"), Column("seeds", "Seeds", "count"),
@@ -199,8 +198,9 @@ class Tables:
                     "[95 % Wilson interval] over n test answers; exact McNemar p, paired by record. Green: Trained is "
                     "above both baselines, solid where both differences are significant after Holm's adjustment; "
                     "orange (red in the paper): below both.",
-                    [Column("related", "Related subsets"), Column("target", "Target"), Column("chance", "Chance", "share"),
-                     Column("baseline", "Baseline", "score"), Column("baseline_plus", "Baseline+", "score"),
+                    [Column("related", "Related subsets"), Column("target", "Target"), Column("what", "Combination"),
+                     Column("chance", "Chance", "share"), Column("baseline", "Baseline", "score"),
+                     Column("baseline_plus", "Baseline+", "score"),
                      Column("trained", "Trained", "score"), Column("mark", "", "mark"), Column("n", "n", "count"),
                      Column("p_plus", "p vs Baseline+", "p"), Column("p_base", "p vs Baseline", "p"),
                      Column("seeds", "Seeds")],
@@ -209,7 +209,8 @@ class Tables:
             base = self.paired(table, row, target, "trained", "baseline")
             mark = self.mark([plus, base])
             made[part].add(
-                {"related": self.related(table, row, "trained"), "target": target, "chance": self.grid.chance(target),
+                {"related": self.related(table, row, "trained"), "target": target,
+                 "what": self.grid.describe(target) or None, "chance": self.grid.chance(target),
                  "baseline": arms.get("baseline"), "baseline_plus": arms.get("baseline_plus"),
                  "trained": arms.get("trained"), "mark": mark, "n": answers_per_arm(arms),
                  "p_plus": plus and plus["p"], "p_base": base and base["p"], "seeds": seeds_text(arms)},
@@ -233,8 +234,9 @@ class Tables:
             "What each element is worth (the paper's figure 4) and two controls: a random removal of as many related "
             "subsets, and the subsets that share the task alone. Accuracy in % [95 % Wilson interval]. "
             "Orange: significantly below all related (exact McNemar, Holm-adjusted); green: significantly above.",
-            [Column("target", "Target"), Column("chance", "Chance", "share"),
-             *(Column(arm, arm_name(arm), "score") for arm in arms), Column("n", "n", "count"), Column("seeds", "Seeds")],
+            [Column("target", "Target"), Column("what", "Combination"), Column("chance", "Chance", "share"),
+             *(Column(arm, arm_name(arm), "score") for arm in arms), Column("n", "n", "count"),
+             Column("seeds", "Seeds")],
         )  # fmt: skip
         for (row, target), scores in self.grid.scores("ablation").items():
             colours = {}
@@ -242,7 +244,14 @@ class Tables:
                 mark = self.mark([self.paired("ablation", row, target, "all_related", arm)])
                 colours[arm] = {"win-sure": "loss-sure", "loss-sure": "win-sure"}.get(mark or "", "")
             chance = self.grid.chance(target)
-            values = {"target": target, "chance": chance, "n": answers_per_arm(scores), "seeds": seeds_text(scores)}
+            what = self.grid.describe(target) or None
+            values = {
+                "target": target,
+                "what": what,
+                "chance": chance,
+                "n": answers_per_arm(scores),
+                "seeds": seeds_text(scores),
+            }
             made.add(values | {arm: scores.get(arm) for arm in arms}, **colours)
         return made
 
@@ -258,17 +267,19 @@ class Tables:
                 f"One model of all subsets, {PARTS[part]} (the paper's table {number}). Accuracy in % [95 % Wilson "
                 "interval]; exact McNemar p. Green: Multi-task is above all others of the row, solid where "
                 "significantly; orange: below all.",
-                [Column("target", "Subset"), Column("chance", "Chance", "share"),
+                [Column("target", "Subset"), Column("what", "Combination"), Column("chance", "Chance", "share"),
                  *(Column(arm, arm_name(arm), "score") for arm in (*arms, "multi_task")), Column("mark", "", "mark"),
                  Column("n", "n", "count"),
-                 *(Column(f"p_{arm}", f"p vs {arm_name(arm)}", "p") for arm in reversed(arms)), Column("seeds", "Seeds")],
+                 *(Column(f"p_{arm}", f"p vs {arm_name(arm)}", "p") for arm in reversed(arms)),
+                 Column("seeds", "Seeds")],
             )  # fmt: skip
             for (row, target), scores in self.grid.scores("multi_task").items():
                 if row != part:
                     continue
                 found = {arm: self.paired("multi_task", row, target, "multi_task", arm) for arm in arms}
                 mark = self.mark(list(found.values()))
-                values = {"target": target, "chance": self.grid.chance(target), "mark": mark, "n": answers_per_arm(scores),
+                values = {"target": target, "what": self.grid.describe(target) or None,
+                          "chance": self.grid.chance(target), "mark": mark, "n": answers_per_arm(scores),
                           "seeds": seeds_text(scores)}  # fmt: skip
                 values |= {arm: scores.get(arm) for arm in (*arms, "multi_task")}
                 values |= {f"p_{arm}": row and row["p"] for arm, row in found.items()}
@@ -279,8 +290,8 @@ class Tables:
         made = Table(
             "efficiency", "Data efficiency",
             "Accuracy over the number of the target's own training records, with all related subsets and without them; "
-            "mean over targets and seeds in %, 95 % bootstrap intervals. The difference is paired by record, in points. "
-            "Green: its interval is above 0; orange: below.",
+            "mean over targets and seeds in %, 95 % bootstrap intervals. The difference is paired by record, in "
+            "points. Green: its interval is above 0; orange: below.",
             [Column("records", "Target records", "count"), Column("with_related", "With all related", "score"),
              Column("target_only", "Target alone", "score"), Column("mean", "Difference", "points"),
              Column("ci", "95 %\u00a0interval", "interval"), Column("targets", "Targets", "count"),
@@ -328,7 +339,9 @@ class Tables:
         )  # fmt: skip
         for cell in self.grid.cells:
             related = cell["related"].replace("+", " + ") or "nothing"
-            made.add({**cell, "related": related, "target": cell["target"].replace("+", " + "), "steps": int(cell["steps"])})
+            made.add(
+                {**cell, "related": related, "target": cell["target"].replace("+", " + "), "steps": int(cell["steps"])}
+            )
         return made
 
 
@@ -339,7 +352,7 @@ def answers_per_arm(arms: dict[str, Score]) -> int | str:
 
 
 def seeds_text(arms: dict[str, Score]) -> str:
-    """"0, 1, 2"; where an arm has others, they are added by name."""
+    """Such as "0, 1, 2"; where an arm has others, they are added by name."""
     common = max((score.seeds for score in arms.values()), key=len)
     text = ", ".join(map(str, common))
     odd = [f"{arm_name(arm)}: {', '.join(map(str, s.seeds))}" for arm, s in arms.items() if s.seeds != common]

@@ -1,11 +1,10 @@
-"""The words of a grid's report that depend on its numbers: the answer, the limits, what is missing.
+"""The answer of a grid in words, made from its numbers.
 
 Every statement is made from an effect and its interval: an interval that includes 0 is said to show nothing.
 """
 
 from collections.abc import Sequence
 
-from medcg_jax.data.phantom_world import TUNE_TARGETS
 from medcg_jax.study import stats
 from medcg_jax.study.report_files import Grid, arm_name
 
@@ -24,7 +23,7 @@ PARTS = {
 
 
 def verdict(effect: dict) -> str:
-    """"up" or "down" where the 95 % interval is clear of 0, else "open": not shown."""
+    """Either "up" or "down", where the 95 % interval is clear of 0, else "open": not shown."""
     if effect["ci_low"] > 0:
         return "up"
     return "down" if effect["ci_high"] < 0 else "open"
@@ -50,7 +49,7 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 
 
 def listed(items: Sequence[str]) -> str:
-    """"a", "a and b", "a, b and c"."""
+    """Such as "a", "a and b", "a, b and c"."""
     return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
 
 
@@ -133,12 +132,12 @@ class Answer:
     @property
     def opening(self) -> str:
         """The first words, which are set in bold."""
-        world = "on phantoms, not patients" if self.grid.is_phantom else "on the released data"
+        world = "on phantoms, not patients" if self.grid.of_phantoms else "on these images"
         words = {
             "yes": f"Yes, {world}.",
             "partly": f"In part, {world}.",
             "no": f"No: the reverse, {world}.",
-            "not shown": f"Not shown, {world}.",
+            "not shown": f"No effect is shown, {world}.",
             "none": "No answer yet: no comparison of the study is finished.",
         }
         return words[self.lead]
@@ -151,8 +150,14 @@ class Answer:
             *self.ablation(),
             *self.multi_task(),
             *self.efficiency(),
+            self.caution(),
         ]
         return [part for part in parts if part]
+
+    def caution(self) -> str:
+        if self.grid.of_phantoms:
+            return "The images are phantoms, not patients: nothing here speaks of medical images."
+        return f"This is how {self.grid.config['model']['name']} answers these test records; no clinical claim follows."
 
     def statement(self, effect: dict, what: str, over: str) -> str:
         """One effect as a sentence without its stop; its interval decides the verb."""
@@ -214,7 +219,9 @@ class Answer:
         if costs:
             random = self.find("ablation", "all_related", "random_removal")
             beside = f"; leaving out as many at random costs {self.loss(random)}" if random else ""
-            said.append(f"Leaving out the related subsets that share an element costs, in points: {listed(costs)}{beside}.")
+            said.append(
+                f"Leaving out the related subsets that share an element costs, in points: {listed(costs)}{beside}."
+            )
         beyond = [f"{e} {self.loss(controls[f'wo_{e}'])}" for e in ELEMENTS if f"wo_{e}" in controls]
         if beyond:
             said.append(f"Beyond the random removal: {listed(beyond)}.")
@@ -273,7 +280,8 @@ def never_trained_on(grid: Grid, table: str) -> bool:
 
 
 def efficiency_gains(grid: Grid) -> list[dict]:
-    """By number of target records: accuracy with all related subsets less that of the target alone, paired by record."""
+    """By number of target records: accuracy with all related subsets less that of the target alone, paired by "
+    "record."""
     cells = {
         (r["row"].split("/")[0], r["target"], r["seed"], int(r["arm"].rsplit("_", 1)[1])): r["cell"]
         for r in grid.results
@@ -292,74 +300,3 @@ def efficiency_gains(grid: Grid) -> list[dict]:
         low, high = stats.bootstrap_interval(found, draws=2000)
         gains.append({"records": records, "mean": stats.mean_difference(found), "ci_low": low, "ci_high": high})
     return gains
-
-
-def missing(grid: Grid) -> list[str]:
-    """What a reader must know is not on the page."""
-    said = []
-    failed, waiting = grid.failed(), grid.waiting()
-    if failed:
-        said.append(f"{counted(len(failed), 'cell')} of {len(grid.cells):,} failed; they are listed below.")
-    if waiting:
-        said.append(
-            f"{counted(len(waiting), 'cell')} of {len(grid.cells):,} had not been run when this page was written; rows "
-            "and comparisons are of the finished ones alone."
-        )
-    absent = [name for name in grid.config["study"]["tables"] if name not in grid.tables]
-    if absent:
-        said.append(f"Asked for, and without a finished cell: {listed([name.replace('_', '-') for name in absent])}.")
-    return said
-
-
-def limits(grid: Grid, summary: dict) -> list[str]:
-    """What the grid does not show, each with its reason."""
-    targets = sorted({row["target"] for row in summary["rows"]})
-    said = []
-    if grid.is_phantom:
-        said.append(
-            "Phantoms are drawn by formulas. Their modalities, areas and tasks are named after medical ones and share "
-            "nothing else with them; an effect here is no evidence of one in patients."
-        )
-        if grid.config.get("base", {}).get("steps"):
-            said.append(
-                "The base was taught to name the modality and the area of phantoms of every pair of the two, so those "
-                "words, and how the images look, are known to it before any fine-tune. No task word, label or test image was."
-            )
-        tuned = [name for name in targets if name in TUNE_TARGETS]
-        if tuned:
-            said.append(f"The recipe was chosen on some of these targets ({listed(tuned)}): on them it may look too good.")
-    else:
-        model = grid.config["model"]["name"]
-        said.append(
-            f"The model is {model}. Released test records return with every seed, so seeds measure the training's own "
-            "spread and add no test records; source images may occur in more than one dataset of the collection."
-        )
-        if model.endswith("_tiny"):
-            said.append(
-                "A model of this size, pre-trained on phantoms alone, is far too weak for a medical claim: what the grid "
-                "shows is that the whole path works on these images, and how wide the intervals are."
-            )
-    seeds = len(grid.seeds)
-    if seeds == 1:
-        said.append("One seed: the spread over draws of the data, the base and the training is not measured.")
-    if targets and (seeds < 5 or len(targets) < 10):
-        said.append(
-            f"With {counted(seeds, 'seed')} and {counted(len(targets), 'target')} a bootstrap interval over them is rough, "
-            "and likely too narrow."
-        )
-    arms = {(row["table"], row["arm"]) for row in grid.results}
-    if any(arm == "baseline_plus" for _, arm in arms):
-        said.append(
-            "Baseline+ trains on subsets that share no element with the target, so it never meets the words of the "
-            "target's task. Part of any gain over it is learning these words; the control “same task only” has them."
-        )
-    if any(arm.startswith("wo_") for _, arm in arms):
-        said.append(
-            "Every arm trains for equal epochs, so an arm with fewer subsets also has fewer steps. The random removal "
-            "measures that part; it removes as many subsets as the three removals do on average, not as each does."
-        )
-    said.append(
-        "The published description does not say how Baseline+ was drawn, how large the subsets were, or most training "
-        "settings; what stands in for them here is this project's choice, and is listed with the configuration."
-    )
-    return said

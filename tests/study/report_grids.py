@@ -69,7 +69,9 @@ def make_grid(
         rows.append((*key, "+".join(cell.related), "+".join(cell.target), steps, state, seconds))
         if state == "done":
             scored = write_predictions(workdir, cell, sources[cell.seed], skill(cell), options_text)
-            results += [(*key, t, n, c, f"{c / n:.6f}", *(f"{x:.6f}" for x in stats.wilson(c, n))) for t, n, c in scored]
+            results += [
+                (*key, t, n, c, f"{c / n:.6f}", *(f"{x:.6f}" for x in stats.wilson(c, n))) for t, n, c in scored
+            ]
             write_metrics(workdir, cell, steps)
     write_csv(workdir / "cells.csv", CELLS, rows)
     write_csv(workdir / "results.csv", RESULTS, results)
@@ -95,7 +97,9 @@ def write_predictions(workdir, cell: suite.Cell, source, skill: float, options_t
                 line = {
                     "id": record.id, "subset": record.subset, "options": [options_text(o) for o in record.options],
                     "answer": record.answer, "predicted": predicted,
-                    "logprobs": [round(math.log(max(0.98 * best if x == predicted else others, 1e-6)), 4) for x in letters],
+                    "logprobs": [
+                        round(math.log(max(0.98 * best if x == predicted else others, 1e-6)), 4) for x in letters
+                    ],
                     "generated": predicted if random.random() > 0.05 else "the image",
                 }  # fmt: skip
                 file.write(json.dumps(line) + "\n")

@@ -88,9 +88,8 @@ def test_every_part_is_there(full):
     wanted = {"asked", "answer", "pairs", "triples", "ablation", "multi-task", "efficiency", "samples", "letters",
               "training", "published", "limits", "made"}  # fmt: skip
     assert wanted <= set(page.ids)
-    assert [i for i in page.ids if i in ("asked", "answer", "pairs", "samples", "letters", "published", "limits", "made")] == [
-        "asked", "answer", "pairs", "samples", "letters", "published", "limits", "made",
-    ]  # fmt: skip
+    order = ["asked", "answer", "pairs", "samples", "letters", "published", "limits", "made"]
+    assert [name for name in page.ids if name in order] == order
     assert "phantoms, not patients" in page.text
     assert "version 1" in page.text and "not set beside these" in page.text
     for name in ("effects", "pairs_fixed_area", "triples_one_each", "ablation", "efficiency", "letters", "loss_pairs",
@@ -160,7 +159,11 @@ def test_strings_from_the_data_are_escaped(tmp_path):
         if path.suffix in (".csv", ".jsonl"):
             text = path.read_text()
             name = HOSTILE.replace('"', "")
-            path.write_text(text.replace("mri-brain-state,", f"{name},").replace('"subset": "mri-brain-state"', f'"subset": "{name}"'))
+            path.write_text(
+                text.replace("mri-brain-state,", f"{name},").replace(
+                    '"subset": "mri-brain-state"', f'"subset": "{name}"'
+                )
+            )
     page = Page(write_report(workdir).read_text())
     assert not page.scripts and not page.broken
     assert all(load.startswith(("data:image/png;base64,", "#")) for load in page.loads)

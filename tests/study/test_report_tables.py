@@ -74,9 +74,16 @@ def test_p_values_and_colours_are_those_of_the_pairing(made):
 
 @pytest.mark.parametrize(
     ("found", "mark"),
-    [([(0.1, 0.01), (0.2, 0.01)], "win-sure"), ([(0.1, 0.01), (0.2, 0.3)], "win"), ([(0.1, 0.01), (-0.2, 0.01)], "even"),
-     ([(-0.1, 0.01), (-0.2, 0.01)], "loss-sure"), ([(-0.1, 0.01), (-0.2, 0.2)], "loss"), ([(0.0, 1.0)], "even"), ([], None)],
-)  # fmt: skip
+    [
+        ([(0.1, 0.01), (0.2, 0.01)], "win-sure"),
+        ([(0.1, 0.01), (0.2, 0.3)], "win"),
+        ([(0.1, 0.01), (-0.2, 0.01)], "even"),
+        ([(-0.1, 0.01), (-0.2, 0.01)], "loss-sure"),
+        ([(-0.1, 0.01), (-0.2, 0.2)], "loss"),
+        ([(0.0, 1.0)], "even"),
+        ([], None),
+    ],
+)
 def test_marks(made, found, mark):
     tables = Tables(Grid(made[0]), {"rows": []})
     assert tables.mark([{"difference": d, "p_holm": p} for d, p in found] + [None]) == mark
@@ -124,13 +131,17 @@ def test_latex_escapes():
     table = Table("t", "t", "50 % & more", [Column("a", "x_1"), Column("b", "#")])
     table.add({"a": r"\input{x}", "b": "a\nb"})
     text = table.latex()
-    assert r"\textbackslash{}input\{x\}" in text and r"50 \% \& more" in text and r"x\_1 & \#" in text and "a; b" in text
+    assert (
+        r"\textbackslash{}input\{x\}" in text and r"50 \% \& more" in text and r"x\_1 & \#" in text and "a; b" in text
+    )
     assert latex("−3 < 4") == r"$-$3 \textless{} 4"
 
 
 def released(workdir, source="release"):
     """Makes a grid of released data of one published row, two seeds of the same ten records."""
-    run = run_of(data__source=source, model__name="llava15_7b", study__seeds=(0, 1), study__tables=("pairs", "multi_task"))
+    run = run_of(
+        data__source=source, model__name="llava15_7b", study__seeds=(0, 1), study__tables=("pairs", "multi_task")
+    )
     (workdir / "predictions").mkdir(parents=True)
     (workdir / "config.json").write_text(json.dumps({"config": dataclasses.asdict(run), "versions": {}, "data": {}}))
     cells, results = [], []
@@ -163,7 +174,9 @@ def test_published_rows_stand_beside_ours_with_the_confidence_of_their_reading(t
     pairs, in_distribution = published(Grid(workdir))
     (row,) = pairs.rows  # 64 is no subset of the paper
     reading = mat.paper_rows(3)[19]
-    assert (row["paper_row"], row["target"], row["confidence"]) == (20, "32", reading.confidence) and row["confidence"] == "medium"
+    assert (row["paper_row"], row["target"], row["confidence"]) == (20, "32", reading.confidence) and row[
+        "confidence"
+    ] == "medium"
     assert "flag it" in row["evidence"]
     assert (row["baseline_paper"], row["baseline_plus_paper"], row["trained_paper"]) == ("25", "51", "74")
     assert row["trained"].accuracy == pytest.approx(0.85)
@@ -185,3 +198,22 @@ def test_phantoms_never_stand_beside_published_numbers(tmp_path):
     ]
     both = sum(trained > max(base, plus) for base, plus, trained in printed)
     assert f"in {both} of {len(printed)} rows, in 10 of them by 3 points or less" in context() and len(printed) == 42
+
+
+def test_numbered_subsets_are_described(tmp_path):
+    grid = Grid(released(tmp_path / "w"))
+    assert grid.describe("32") == "X-ray, Brain, State" and grid.describe("64") == ""
+    assert not grid.of_phantoms
+    table = Tables(grid, stats.summarise(grid.workdir)).combination("pairs")[0]
+    assert [row["what"] for row in table.rows] == ["X-ray, Brain, State", None]
+
+
+def test_phantoms_read_from_files_are_still_phantoms(made, tmp_path):
+    workdir, _ = made
+    config = json.loads((workdir / "config.json").read_text())
+    config["config"]["data"] |= {"source": "release", "root": str(tmp_path)}
+    for name in ("cells.csv", "results.csv"):
+        (tmp_path / name).write_text((workdir / name).read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    grid = Grid(tmp_path)
+    assert grid.of_phantoms and not grid.is_phantom and published(grid) == []

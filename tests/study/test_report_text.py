@@ -1,11 +1,14 @@
 """The answer in words follows the numbers: shown, not shown and reversed effects, planted."""
 
+import re
+
 import pytest
 from report_grids import make_grid, run_of, skill_of
 
 from medcg_jax.study import stats
 from medcg_jax.study.report_files import Grid
-from medcg_jax.study.report_text import Answer, limits, points, short_name, verdict
+from medcg_jax.study.report_limits import below_chance, letter_habits, limits
+from medcg_jax.study.report_text import Answer, points, short_name, verdict
 
 TARGETS = ("mri-brain-state", "ct-liver-stage", "xray-breast-state", "endoscopy-lung-grade")
 
@@ -34,7 +37,7 @@ def test_a_large_effect_is_a_yes(tmp_path):
 def test_no_effect_is_not_shown(tmp_path):
     answer = answer_of(tmp_path, {"trained": 0.0, "baseline_plus": 0.0})
     assert verdict(answer.main) == "open", "the draw of this test must have an interval with 0 in it"
-    assert answer.lead == "not shown" and answer.opening.startswith("Not shown")
+    assert answer.lead == "not shown" and answer.opening.startswith("No effect is shown")
     text = " ".join(answer.sentences())
     assert "is not shown to change accuracy against training on unrelated ones" in text and "includes 0" in text
     assert "raised" not in text and "lowered" not in text
@@ -56,7 +59,10 @@ def test_a_gain_that_the_same_task_gives_too_is_partial(tmp_path):
     assert answer.lead == "partly"
     assert "more than the same task alone" in dict(answer.totals())["Not shown"]
     text = " ".join(answer.sentences())
-    assert "All related subsets together are not shown to change accuracy against training on subsets that share the task alone" in text
+    assert (
+        "All related subsets together are not shown to change accuracy against training on subsets that share the task"
+        in text
+    )
 
 
 @pytest.mark.parametrize(("without", "words"), [(0.0, "shown"), (0.65, "not shown"), (0.95, "a gain")])
@@ -92,14 +98,35 @@ def test_limits_name_seeds_controls_and_tuned_targets(tmp_path):
     said = " ".join(limits(Grid(one), stats.summarise(one)))
     assert "One seed" in said and "(photo-skin-grade)" in said and "Baseline+ trains on" in said
     assert "no evidence of one in patients" in said and "equal epochs" not in said
-    two = make_grid(tmp_path / "b", run_of(study__targets=TARGETS[:1], study__seeds=(0, 1), study__tables=("ablation",)))
+    two = make_grid(
+        tmp_path / "b", run_of(study__targets=TARGETS[:1], study__seeds=(0, 1), study__tables=("ablation",))
+    )
     said = " ".join(limits(Grid(two), stats.summarise(two)))
     assert "One seed" not in said and "chosen on some" not in said and "equal epochs" in said
 
 
+def test_one_letter_for_all_and_worse_than_chance_are_said(tmp_path):
+    skills = {"baseline_plus": -0.7}
+    run = run_of(study__targets=TARGETS[:1], data__test_records_per_subset=40)
+    workdir = make_grid(tmp_path / "w", run, skill=lambda cell: skills.get(cell.arm, skill_of(cell)))
+    assert letter_habits(Grid(workdir)) == []
+    (said,) = below_chance(Grid(workdir))
+    assert said.startswith("4 of 4 accuracies of Baseline+ (pairs) lie below chance")
+    for path in (workdir / "predictions").glob("*.trained.s0.jsonl"):
+        path.write_text(re.sub(r'"predicted": "."', '"predicted": "A"', path.read_text()))
+    (said,) = letter_habits(Grid(workdir))
+    assert said.startswith("One letter makes up more than 90 % of all answers of Trained (pairs)")
+
+
 @pytest.mark.parametrize(
     ("value", "sign", "text"),
-    [(0.361, False, "36.1"), (0.361, True, "+36.1"), (-0.02, True, "−2.0"), (-0.0001, True, "+0.0"), (-0.0001, False, "0.0")],
+    [
+        (0.361, False, "36.1"),
+        (0.361, True, "+36.1"),
+        (-0.02, True, "−2.0"),
+        (-0.0001, True, "+0.0"),
+        (-0.0001, False, "0.0"),
+    ],
 )
 def test_points(value, sign, text):
     assert points(value, sign) == text
