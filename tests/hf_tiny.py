@@ -21,8 +21,8 @@ VISION = dict(
 )  # fmt: skip
 TEXT = dict(
     vocab_size=VOCAB, hidden_size=40, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-    max_position_embeddings=128, pad_token_id=PAD,
+    num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-5, max_position_embeddings=128, pad_token_id=PAD,
+    rope_parameters={"rope_type": "default", "rope_theta": 500.0},
 )  # fmt: skip
 
 

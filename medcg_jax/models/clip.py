@@ -40,7 +40,7 @@ class ClipVisionConfig:
             raise ValueError(f"vision embed_dim={self.embed_dim} is no multiple of num_heads={self.num_heads}")
         if not 1 <= self.num_run_layers <= self.num_layers:
             raise ValueError(
-                f"feature_layer={self.feature_layer}: one that runs between 1 and all {self.num_layers} layers is accepted"
+                f"feature_layer={self.feature_layer}: one that runs 1 to {self.num_layers} layers is accepted"
             )
 
     @property

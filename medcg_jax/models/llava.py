@@ -141,7 +141,7 @@ class Llava(nnx.Module):
         """
         for name, ids in (("tokens", tokens), ("segment_ids", segment_ids), ("positions", positions)):
             if ids is not None and ids.shape != tokens.shape or tokens.ndim != 2:
-                raise ValueError(f"{name} {ids.shape} beside tokens {tokens.shape}: [batch, length] is accepted for both")
+                raise ValueError(f"{name} {ids.shape} beside tokens {tokens.shape}: [batch, length] is accepted")
         x = self.embed(tokens, self.encode_images(pixels) if pixels is not None else image_features)
         rest = dict(segment_ids=segment_ids, positions=positions, cache=cache)
         return self.decoder(x, attention=self.config.attention, **rest)

@@ -83,7 +83,7 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis: float32, then cast to x's dtype, then times the weight (Llama's order)."""
+    """Root-mean-square norm over the last axis: float32, cast to x's dtype, then times the weight (Llama's order)."""
 
     def __init__(self, size: int, *, eps: float, rngs: nnx.Rngs, dtype=jnp.float32, stack: Stack = ()):
         self.eps = eps

@@ -139,7 +139,8 @@ def port_inputs(config: LlavaConfig, inputs: dict[str, np.ndarray]) -> dict[str,
     for row, count in enumerate(counts):
         for i in range(count):
             pixels[row, i] = next(taken)
-    return {"tokens": jnp.asarray(ids, jnp.int32), "segment_ids": jnp.asarray(mask, jnp.int32), "pixels": jnp.asarray(pixels)}
+    found = {"tokens": ids.astype(np.int32), "segment_ids": mask.astype(np.int32), "pixels": pixels}
+    return {name: jnp.asarray(value) for name, value in found.items()}
 
 
 def port_stages(model: Llava, tokens, segment_ids, pixels) -> dict[str, jax.Array]:
@@ -276,7 +277,8 @@ def _read_inputs(path: Path) -> dict[str, np.ndarray]:
         raise WeightsError(f"--inputs={path} is no readable .npz file: {error}") from error
     missing = [name for name in ("input_ids", "pixel_values", "logits") if name not in found]
     if missing:
-        raise WeightsError(f"--inputs={path} lacks {', '.join(missing)}; it holds {', '.join(sorted(found)) or 'nothing'}")
+        held = ", ".join(sorted(found)) or "nothing"
+        raise WeightsError(f"--inputs={path} lacks {', '.join(missing)}; it holds {held}")
     return found
 
 

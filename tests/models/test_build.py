@@ -152,9 +152,9 @@ def test_what_the_mesh_cannot_split_is_named(mesh):
 
 
 def test_config_by_name_carries_how_it_runs():
-    model = ModelConfig("llava15_13b", compute_dtype="bfloat16", attention="plain", remat="full", scan_unroll=4)
-    config = build.llava_config(model, image_token_id=5)
-    assert (config.compute_dtype, config.attention, config.remat, config.scan_unroll) == ("bfloat16", "plain", "full", 4)
+    how = dict(compute_dtype="bfloat16", attention="plain", remat="full", scan_unroll=4)
+    config = build.llava_config(ModelConfig("llava15_13b", **how), image_token_id=5)
+    assert {name: getattr(config, name) for name in how} == how
     assert config.text.num_layers == 40
     assert config.image_token_id == 5
     with pytest.raises(ValueError, match="no vocabulary of its own"):

@@ -21,9 +21,8 @@ def test_rotation_is_llamas(fault):
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-    config = LlamaConfig(
-        hidden_size=48, num_attention_heads=4, head_dim=12, rope_parameters={"rope_type": "default", "rope_theta": 500.0}
-    )
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    config = LlamaConfig(hidden_size=48, num_attention_heads=4, head_dim=12, rope_parameters=rope)
     x = RNG.standard_normal((2, 9, 4, 12)).astype(np.float32)
     positions = np.stack([np.arange(9), np.arange(9) + 30])
     cos, sin = LlamaRotaryEmbedding(config)(torch.from_numpy(x), torch.from_numpy(positions))

@@ -65,7 +65,8 @@ def released(model, tmp_path_factory):
 
 def original(name: str) -> str:
     """liuhaotian's spelling of transformers' name."""
-    name = name.replace("model.language_model.", "model.").replace("model.vision_tower.", "model.vision_tower.vision_tower.vision_model.")
+    name = name.replace("model.language_model.", "model.")
+    name = name.replace("model.vision_tower.", "model.vision_tower.vision_tower.vision_model.")
     name = name.replace("model.multi_modal_projector.linear_1", "model.mm_projector.0")
     return name.replace("model.multi_modal_projector.linear_2", "model.mm_projector.2")
 
@@ -261,7 +262,8 @@ RELEASED_7B = {
     "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "vocab_size": 32064},
     "vision_config": {
         "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
-        "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000,
+        "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768,
+        "vocab_size": 32000,
     },
 }  # fmt: skip
 
