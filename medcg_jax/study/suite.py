@@ -160,8 +160,10 @@ def _published(world: World, table: int) -> list[mat.PaperRow]:
 
 
 def _derived_targets(world: World, published: Sequence[mat.PaperRow]) -> tuple[Subset, ...]:
-    """Targets whose rows are made by rule: all of a phantom world; of a released tree those that the paper's rows do
-    not test, and of the paper's own subsets only those asked for by name (else a full tree would get more than its table).
+    """Targets whose rows are made by rule.
+
+    In a phantom world all; in a released tree those that the paper's rows do not test, and of the paper's own subsets
+    only those asked for by name (else a full tree would get more than its table).
     """
     tested = {row.target for row in published}
     left = tuple(s for s in world.asked() if s.name not in tested)

@@ -19,8 +19,9 @@ from medcg_jax.study.schedule import make_plan
 RUN = RunConfig(
     name="tiny",
     data=DataConfig(
-        train_records_per_subset=24, test_records_per_subset=10, max_text_tokens=96, max_target_tokens=16, system_prompt=""
-    ),
+        train_records_per_subset=24, test_records_per_subset=10,
+        max_text_tokens=96, max_target_tokens=16, system_prompt="",
+    ),  # fmt: skip
     base=TrainConfig(steps=6, epochs=1, batch_size=8, learning_rate=1e-3, log_every_steps=1),
     train=TrainConfig(epochs=1, batch_size=8, learning_rate=1e-3, log_every_steps=1, checkpoint_every_steps=2),
     eval=EvalConfig(batch_size=10, max_new_tokens=2),

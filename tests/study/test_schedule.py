@@ -111,7 +111,8 @@ def test_config_json_guards_its_grid(tmp_path):
 def test_the_configuration_comes_back_from_its_file(tmp_path):
     from medcg_jax.study.worker import read_config
 
-    run = replace(RUN, data__subset_weights={"a": 2.0}, study__targets=("mri-brain-state",), train=TrainConfig(epochs=1))
+    run = replace(RUN, data__subset_weights={"a": 2.0}, study__targets=("mri-brain-state",))
+    run = replace(run, train=TrainConfig(epochs=1))
     grid.write_config(run, tmp_path, schedule.make_plan(run))
     assert read_config(tmp_path) == run
 
