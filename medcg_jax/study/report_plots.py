@@ -25,7 +25,7 @@ BLUE, ORANGE, SKY, GREEN, RED, PINK, GREY, PURPLE = (
 COLOURS = {
     "baseline": GREY, "baseline_plus": ORANGE, "trained": BLUE, "single_task": ORANGE, "multi_task": BLUE,
     "all_related": BLUE, "all_unrelated": ORANGE, "wo_modality": SKY, "wo_area": GREEN, "wo_task": RED,
-    "random_removal": PURPLE, "same_task": PINK, "all_data": INK, "with_related": BLUE, "target_only": ORANGE,
+    "random_removal": PURPLE, "same_task": PINK, "all_data": MUTED, "with_related": BLUE, "target_only": ORANGE,
 }  # fmt: skip
 # What the page's style sheet calls each colour, so that dark pages get lighter ones.
 VARIABLES = {

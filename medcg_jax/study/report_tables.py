@@ -198,12 +198,13 @@ class Tables:
                     "[95 % Wilson interval] over n test answers; exact McNemar p, paired by record. Green: Trained is "
                     "above both baselines, solid where both differences are significant after Holm's adjustment; "
                     "orange (red in the paper): below both.",
-                    [Column("related", "Related subsets"), Column("target", "Target"), Column("what", "Combination"),
+                    [Column("target", "Target"), Column("what", "Combination"),
                      Column("chance", "Chance", "share"), Column("baseline", "Baseline", "score"),
                      Column("baseline_plus", "Baseline+", "score"),
                      Column("trained", "Trained", "score"), Column("mark", "", "mark"), Column("n", "n", "count"),
                      Column("p_plus", "p vs Baseline+", "p"), Column("p_base", "p vs Baseline", "p"),
-                     Column("seeds", "Seeds")],
+                     Column("seeds", "Seeds"),
+                     Column("related", "Trained on")],
                 )  # fmt: skip
             plus = self.paired(table, row, target, "trained", "baseline_plus")
             base = self.paired(table, row, target, "trained", "baseline")
