@@ -163,7 +163,8 @@ class CellRun:
         """Saves the run's state, unless it is saved already, not sound, or not to be kept."""
         if self._store is None or self.result.error is not None or self.result.step == self._saved_step:
             return
-        kept = {"metrics": self.result.metrics, "losses": self._losses}
+        # Copies: the checkpoint is written while the run goes on.
+        kept = {"metrics": dict(self.result.metrics), "losses": list(self._losses)}
         meta = {"position": self.result.step, "config": self.cell.config, **kept}
         self._store.save(self.result.step, state(), meta)
         self._saved_step = self.result.step

@@ -54,14 +54,14 @@ class Stream:
         self.closed = True
 
 
-def setup(mesh_config: MeshConfig | None = None, *, num_cells: int = 1, train: TrainConfig = TRAIN, **fields):
+def setup(mesh_config: MeshConfig | None = None, *, num_cells: int = 1, train: TrainConfig = TRAIN, trainable=TRAINABLE, **fields):
     """(program, trainable, frozen) on one device, or on a mesh of all eight."""
     devices = jax.devices()[:1] if mesh_config is None else None
     mesh = make_mesh(mesh_config or MeshConfig(), devices)
     graphdef, params = build.create(CONFIG, mesh, seed=0)
-    places = build.split_trainable(build.shardings(CONFIG, mesh), TRAINABLE)
+    places = build.split_trainable(build.shardings(CONFIG, mesh), trainable)
     program = make_step(mesh, graphdef, *places, make_optimizer(train), num_cells=num_cells, **fields)
-    return program, *build.split_trainable(params, TRAINABLE)
+    return program, *build.split_trainable(params, trainable)
 
 
 def run(program, trainable, frozen, controls, steps: int, *, seeds=None, state=None):
