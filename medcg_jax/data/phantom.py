@@ -1,4 +1,4 @@
-"""The embedded world of phantoms as a source of records, its pre-training records, and the same as files.
+"""The embedded world of phantoms as a source of records, and the same as files.
 
 A seed draws the images of all splits; training, test and pre-training come from streams of their own, and test images
 from reserved poses and cells of placement and amplitude (`phantom_world`) that nothing else is drawn from.
@@ -14,15 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from medcg_jax.data import phantom_images, phantom_text, phantom_world
-from medcg_jax.data.phantom_images import SHAPES, Scene, draw_scene, render
+from medcg_jax.data.phantom_images import LESION_SHAPES, Scene, draw_scene, render
 from medcg_jax.data.phantom_world import AREAS, MODALITIES, TASKS, TRIPLETS, Draws, Triplet
-from medcg_jax.data.records import LETTERS, SPLITS, DataError, Record, RecordSet, Source, Split, Subset, Turn
+from medcg_jax.data.records import LETTERS, SPLITS, DataError, Record, RecordSet, Source, Split, Subset
 
-# Of the pre-training records, how many are neutral images; the others are phantoms, whose names alone are asked.
-NEUTRAL_FRAC = 0.8
 # There is no end of phantoms: so many where "all" test records are wanted.
 PHANTOM_TEST_RECORDS = 300
-_CANCER_SHAPES = (SHAPES.index("disc"), SHAPES.index("star"))
 
 
 class PhantomSource:
@@ -83,7 +80,7 @@ class PhantomSource:
             modality=np.full(size, MODALITIES.index(triplet.modality)),
             area=np.full(size, AREAS.index(triplet.area)),
             count=count,
-            shape=np.asarray(_CANCER_SHAPES)[shape],
+            shape=np.asarray(LESION_SHAPES)[shape],
             size=lesion_size,
             test=split == "test",
         )
@@ -104,42 +101,6 @@ class PhantomSource:
                 Record(f"{triplet.name}/{split}/{i + 1}", triplet.name, (turn,), options, turn.answer, image, "phantom")
             )
         return RecordSet(records, images)
-
-
-def pretraining_records(seed: int, num: int) -> RecordSet:
-    """What a base is trained on: records of two turns, a choice question with two or more options and a caption.
-
-    Neutral images are asked about the objects in them. Phantoms, of every pair of modality and area and with lesions,
-    are asked for the names of the modality and the area alone: no task, no label occurs, and no pose or cell that is
-    reserved for test.
-    """
-    draws = Draws(f"{seed}/pretraining", np.arange(num))
-    neutral = draws.uniform() < NEUTRAL_FRAC
-    modality = np.where(neutral, -1, draws.integer(len(MODALITIES)))
-    area = np.where(neutral, -1, draws.integer(len(AREAS)))
-    # An empty image answers no question of shape or size: one in eight is enough.
-    count = np.where(draws.uniform() < 0.125, 0, 1 + draws.integer(3))
-    shape = np.where(neutral, draws.integer(len(SHAPES)), np.asarray(_CANCER_SHAPES)[draws.integer(2)])
-    size = draws.integer(2)
-    scene = draw_scene(draws, modality=modality, area=area, count=count, shape=shape, size=size, test=False)
-    images = render(scene, draws)
-    asked, first, options_left = draws.uniform(), draws.uniform() < 0.5, draws.uniform()
-    orders, places = draws.order(len(AREAS)), draws.uniform()
-    records = []
-    for i in range(num):
-        about = _about(i, scene, neutral[i])
-        text, options, right = about[int(asked[i] * len(about))]
-        most = min(len(options), 4)
-        options = _some(options, right, 2 + int(options_left[i] * (most - 1)), orders[i], places[i])
-        turns = [phantom_text.choice_turn(text, options, right), Turn(phantom_text.DESCRIBE, _caption(i, scene, neutral[i]))]
-        turns = turns[::-1] if first[i] else turns
-        records.append(Record(f"pretraining/train/{i + 1}", "pretraining", tuple(turns), image=f"pretraining/{i + 1}"))
-    return RecordSet(records, images)
-
-
-def pretraining_fingerprint(seed: int, num: int) -> str:
-    """A digest of what `pretraining_records` gives."""
-    return _digest(seed, num)
 
 
 def write_release(source: Source, out: str | Path) -> dict[str, int]:
@@ -174,34 +135,6 @@ def write_release(source: Source, out: str | Path) -> dict[str, int]:
     _write_json(partial / "manifest.json", {"name": "phantom", "letters": LETTERS[:4], "subsets": [_entry(s) for s in source.subsets]})
     partial.rename(out)
     return {"subsets": len(source.subsets), "records": written}
-
-
-def _about(i: int, scene: Scene, neutral: bool) -> list[tuple[str, tuple[str, ...], str]]:
-    """(question, all options, the right one) for each thing that can be asked of one image."""
-    if not neutral:
-        right = {"modality": MODALITIES[scene.modality[i]], "area": AREAS[scene.area[i]]}
-        return [(*phantom_text.NAMING[key], right[key]) for key in right]
-    count = scene.count[i]
-    right = {"any": ("no", "yes")[int(count > 0)], "count": phantom_text.COUNTS[count]}
-    if count:
-        # Questions of shape and size, and of the number, are the harder ones: "any" is asked of few.
-        right = {"count": right["count"], "shape": SHAPES[scene.shape[i]], "size": phantom_text.SIZES[scene.size[i]]} | (
-            {"any": right["any"]} if i % 2 else {}
-        )
-    return [(*phantom_text.NEUTRAL[key], right[key]) for key in right]
-
-
-def _caption(i: int, scene: Scene, neutral: bool) -> str:
-    if neutral:
-        return phantom_text.caption(scene.count[i], scene.shape[i], scene.size[i])
-    return f"{MODALITIES[scene.modality[i]]} {AREAS[scene.area[i]]}"
-
-
-def _some(options: tuple[str, ...], right: str, num: int, order: np.ndarray, place: float) -> tuple[str, ...]:
-    """`num` of the options in a random order, the right one among them."""
-    others = [options[k] for k in order if k < len(options) and options[k] != right][: num - 1]
-    others.insert(int(place * num), right)
-    return tuple(others)
 
 
 def _release_keys(record: Record) -> dict[str, object]:

@@ -18,8 +18,12 @@ NUM_SITES = (SIDE_PX // SITE_PX) ** 2
 SHAPES = ("disc", "star", "ring", "square")
 SIZES = ("small", "large")
 MAX_LESIONS = 3
+# Shapes of lesions in phantoms; landmarks and neutral objects have all.
+LESION_SHAPES = (SHAPES.index("disc"), SHAPES.index("star"))
+# Of the neutral images, those that are easiest to read.
+PLAIN_FRAC = 0.4
 _RADIUS_PX = (1.9, 3.2)
-_LESION, _LANDMARK, _NEUTRAL = 0.42, 0.22, 0.45
+_LESION, _LANDMARK, _NEUTRAL = 0.42, 0.22, 0.5
 # Where a group's own draws begin: above anything the scene itself draws.
 _GROUP_SLOT = 1 << 20
 
@@ -246,13 +250,17 @@ def _neutral(draws: Draws, objects: np.ndarray, pose: np.ndarray) -> np.ndarray:
     texture = sum((kind == k) * t for k, t in enumerate(textures))
     level, strength, noise = (_field(draws.uniform(low=lo, high=hi)) for lo, hi in ((0.12, 0.4), (0, 0.12), (0.01, 0.06)))
     ramp = _field(draws.uniform(low=-0.4, high=0.5)) * along
+    # Texture, noise and shading grow with the difficulty; the plainest are bright on dark. They teach shapes first.
+    hard = _field(draws.uniform())
+    strength, noise, ramp = strength * hard, 0.01 + noise * hard, ramp * hard
     y = (level + strength * texture + objects) * (1 + ramp) + noise * z
     # Half are grey, bright on dark or dark on bright; the others run between two distant colours.
     ends = draws.uniform(2, 3)
     near = np.abs(ends[:, 1] - ends[:, 0]).sum(-1) < 0.9
     ends[near, 1] = 1 - ends[near, 0] + (ends[near, 0] - 0.5) * 0.2
-    grey = draws.integer(2) == 0
-    dark = draws.integer(2)
+    plain = hard.ravel() < PLAIN_FRAC
+    grey = (draws.integer(2) == 0) | (plain)
+    dark = np.where(plain, 1, draws.integer(2))
     ends[grey] = np.where(dark[grey, None, None] == 1, [[[0.05], [0.95]]], [[[0.95], [0.05]]])
     y = np.clip(y, 0, 1)[..., None]
     return ends[:, None, None, 0] + (ends[:, 1] - ends[:, 0])[:, None, None] * y

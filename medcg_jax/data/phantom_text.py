@@ -36,16 +36,21 @@ TEMPLATES = {
 COUNTS = ("none", "one", "two", "three")
 SIZES = ("little", "large")
 NEUTRAL = {
-    "any": ("Is there any object?", ("no", "yes")),
-    "count": ("How many objects are there?", COUNTS),
-    "shape": ("Which shape is shown?", SHAPES),
-    "size": ("Which size is shown?", SIZES),
+    "any": ("Any object?", ("no", "yes")),
+    "count": ("How many?", COUNTS),
+    "shape": ("Which shape?", SHAPES),
+    "size": ("Which size?", SIZES),
 }
 NAMING = {
-    "modality": ("Which modality is this?", MODALITIES),
-    "area": ("Which area is this?", AREAS),
+    "modality": ("Which modality?", MODALITIES),
+    "area": ("Which area?", AREAS),
 }
 DESCRIBE = "Describe."
+READ = "Pick {word}."
+# Names of the sites, row by row from the top left: a caption says where each object is.
+SITES = tuple(
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi".split()
+)
 
 
 def choice(question: str, options: Sequence[str]) -> str:
@@ -62,14 +67,16 @@ def choice_turn(question: str, options: Sequence[str], right: str) -> Turn:
     return Turn(choice(question, options), LETTERS[options.index(right)])
 
 
-def caption(count: int, shape: int, size: int) -> str:
-    """Such as "two large star", or "none"."""
-    return f"{COUNTS[count]} {SIZES[size]} {SHAPES[shape]}" if count else COUNTS[0]
+def caption(shape: int, size: int, sites: Sequence[int]) -> str:
+    """Such as "two large star beta pi" for objects at the sites 15 and 1, or "none"."""
+    if not len(sites):
+        return COUNTS[0]
+    return " ".join([COUNTS[len(sites)], SIZES[size], SHAPES[shape], *(SITES[site] for site in sorted(sites))])
 
 
 def words() -> list[str]:
     """Every text that a phantom's question, options, caption or answer is made of."""
     texts = [template for templates in TEMPLATES.values() for template in templates]
-    texts += [question for question, _ in (NEUTRAL | NAMING).values()] + [DESCRIBE]
+    texts += [question for question, _ in (NEUTRAL | NAMING).values()] + [DESCRIBE, READ.format(word="")]
     texts += [option for _, options in (NEUTRAL | NAMING).values() for option in options]
-    return texts + [*TASKS, *(label for labels in TASKS.values() for label in labels)]
+    return texts + [*TASKS, *(label for labels in TASKS.values() for label in labels), *SITES]

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from medcg_jax.data.phantom import pretraining_fingerprint, pretraining_records
+from medcg_jax.data.phantom_pretraining import pretraining_fingerprint, pretraining_records
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.models.build import join, shardings, split_trainable

@@ -7,9 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from medcg_jax.data import phantom, phantom_text, phantom_world
-from medcg_jax.data.phantom import PhantomSource, pretraining_records, write_release
+from medcg_jax.data import phantom, phantom_pretraining, phantom_text, phantom_world
+from medcg_jax.data.phantom import PhantomSource, write_release
 from medcg_jax.data.phantom_images import LANDMARKS, MAX_LESIONS, draw_scene, render
+from medcg_jax.data.phantom_pretraining import pretraining_fingerprint, pretraining_records, reading_words
 from medcg_jax.data.phantom_world import AREAS, CELLS, MODALITIES, TASKS, TRIPLETS, Draws, cell_reserved, sector_reserved
 from medcg_jax.data.records import LETTERS, SPLITS, DataError
 from medcg_jax.data.release import ReleaseSource
@@ -63,7 +64,7 @@ def test_same_seed_same_records_whatever_the_order_and_number():
 def test_fingerprint_names_seed_and_sizes():
     prints = [PhantomSource(*args).fingerprint() for args in ((1, 8, 8), (2, 8, 8), (1, 16, 8), (1, 8, 16))]
     assert len(set(prints)) == 4 and PhantomSource(1, 8, 8).fingerprint() == prints[0]
-    assert phantom.pretraining_fingerprint(1, 10) != phantom.pretraining_fingerprint(1, 20)
+    assert pretraining_fingerprint(1, 10) != pretraining_fingerprint(1, 20)
 
 
 def test_labels_are_exactly_balanced_and_letters_hold(source):
@@ -111,7 +112,7 @@ def scenes_of_training():
         return kept[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phantom, "draw_scene", keep)
+        patch.setattr(phantom_pretraining, "draw_scene", keep)
         pretraining_records(7, 2000)
     return found + kept, [source.scene(t.name, "test") for t in TRIPLETS]
 
@@ -162,18 +163,36 @@ def test_lesions_keep_off_landmarks_and_each_other(source):
         assert all(len(set(row)) == MAX_LESIONS + 1 for row in scene.site.tolist())
 
 
+def said(turns):
+    return set(" ".join(turn.question + " " + turn.answer for turn in turns).lower().replace(":", " ").replace("?", " ").replace(".", " ").split())
+
+
+TASK_WORDS = {*TASKS, *(label for labels in TASKS.values() for label in labels)}
+
+
 def test_pretraining_never_says_a_task_or_a_label():
-    records = pretraining_records(4, 1500).records
-    said = " ".join(turn.question + " " + turn.answer for record in records for turn in record.turns).lower()
-    words = set(said.replace(":", " ").replace("?", " ").replace(".", " ").split())
-    assert not words & ({*TASKS} | {label for labels in TASKS.values() for label in labels})
-    assert {f"{m} {a}" for m in MODALITIES for a in AREAS} <= {t.answer for r in records for t in r.turns}
-    options = Counter(len(turn.question.split("\n")) - 1 for record in records for turn in record.turns)
+    records = pretraining_records(4, 2000).records
+    assert not set().union(*(said(record.turns) for record in records)) & TASK_WORDS
+    assert not {word.lower() for word in reading_words()} & TASK_WORDS and len(set(reading_words())) == len(reading_words())
+
+
+def test_pretraining_asks_what_the_image_shows():
+    made = pretraining_records(4, 2000)
+    options = Counter(len(turn.question.split("\n")) - 1 for record in made.records for turn in record.turns)
     assert set(options) == {0, 2, 3, 4}
-    for record in records:
-        (asked,) = [turn for turn in record.turns if "\n" in turn.question]
-        assert asked.answer in LETTERS[: len(asked.question.split("\n")) - 1]
-    assert {record.turns[0].question == phantom_text.DESCRIBE for record in records} == {False, True}
+    for record in made.records:
+        choices = [turn for turn in record.turns if "\n" in turn.question]
+        assert len(choices) == (2 if record.image else 3) or "none" in said(record.turns) or "no" in said(record.turns)
+        for turn in choices:
+            first, *listed = turn.question.split("\n")
+            right = listed[LETTERS.index(turn.answer)].split(": ")[1]
+            if not record.image:
+                assert first == f"Pick {right}."
+            elif record.turns[0].question == phantom_text.DESCRIBE and first not in ("Any object?",):
+                assert right in record.turns[0].answer.split() or first == "Which area?"
+    captions = {t.answer for r in made.records for t in r.turns if t.question == phantom_text.DESCRIBE}
+    assert {f"{m} {AREAS[0]}" for m in MODALITIES} & captions and "none" in captions
+    assert 0.3 < np.mean([not record.image for record in made.records]) < 0.5
 
 
 def test_written_tree_reads_back_the_same(source, tmp_path):

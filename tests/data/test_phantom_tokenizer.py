@@ -3,13 +3,10 @@
 import pytest
 
 from medcg_jax.data import phantom_text, prompts, tokenizer_build
-from medcg_jax.data.phantom import PhantomSource, pretraining_records
+from medcg_jax.data.phantom import PhantomSource
+from medcg_jax.data.phantom_pretraining import MAX_TARGET_TOKENS, MAX_TEXT_TOKENS, pretraining_records
 from medcg_jax.data.phantom_world import AREAS, MODALITIES, TASKS
 from medcg_jax.data.tokenizer import SMALL, load_tokenizer
-
-# Text tokens of a row beside the image's, with an empty system prompt: what `configs/phantom.py` makes room for.
-MAX_TEXT_TOKENS, MAX_TARGET_TOKENS = 32, 6
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -36,6 +33,9 @@ def test_words_of_the_phantom_world_are_one_token_each(tokenizer):
 def test_a_letter_is_the_same_token_everywhere(tokenizer):
     (letter,) = tokenizer.encode("A")
     question = phantom_text.choice("Which state?", ("normal", "abnormal"))
+    # The option's colon is dropped, so the letter stands right before the option; other colons stay.
+    assert [tokenizer.decode([i]) for i in tokenizer.encode(question)] == ["Which", "state", "?", "A", "normal", "B", "abnormal"]
+    assert tokenizer.decode(tokenizer.encode("ratio: 1")) == "ratio : 1"
     assert tokenizer.encode(question)[3] == letter == tokenizer.encode("ASSISTANT: A")[-1]
     assert tokenizer.letter_ids("Which state? ASSISTANT:", "ABCD") == [letter + k for k in range(4)]
     assert tokenizer.encode("A", start=False) == [letter]
@@ -48,7 +48,7 @@ def test_a_letter_is_the_same_token_everywhere(tokenizer):
 def test_any_text_is_encoded_without_unknowns_and_comes_back(tokenizer, text):
     ids = tokenizer.encode(text)
     assert ids and tokenizer.pad_id not in ids
-    assert "".join(tokenizer.decode(ids).split()) == "".join(text.split())
+    assert "".join(tokenizer.decode(ids).split()) == "".join(text.replace("A:", "A").split())
 
 
 def test_words_come_back_with_spaces(tokenizer):
@@ -60,9 +60,9 @@ def test_rows_are_short(tokenizer):
     source = PhantomSource(0, 24, 12)
     fine_tuning = [r for s in source.subsets for r in source.records(s.name, "train").records]
     sizes = [
-        prompts.conversation(tokenizer, record.turns, system_prompt="", num_image_tokens=1)
-        for record in [*fine_tuning, *pretraining_records(0, 2000).records]
+        prompts.conversation(tokenizer, record.turns, system_prompt="", num_image_tokens=int(bool(record.image)))
+        for record in [*fine_tuning, *pretraining_records(0, 4000).records]
     ]
-    lengths = [len(tokens.ids) - 1 for tokens in sizes]
-    assert max(lengths[: len(fine_tuning)]) <= 30 and max(lengths) <= MAX_TEXT_TOKENS
-    assert max(sum(tokens.supervised) for tokens in sizes) <= MAX_TARGET_TOKENS
+    lengths = [len(tokens.ids) - tokens.ids.count(tokenizer.image_id) for tokens in sizes]
+    assert max(lengths[: len(fine_tuning)]) <= 26 and max(lengths) == MAX_TEXT_TOKENS
+    assert max(sum(tokens.supervised) for tokens in sizes) == MAX_TARGET_TOKENS
