@@ -167,9 +167,9 @@ def train_one(args) -> dict:
 
 def eval_one(args) -> dict:
     run = resolved(args)
-    from medcg_jax.eval.run import evaluate_run
+    from medcg_jax.eval.subsets import evaluate_subsets
 
-    return evaluate_run(run, workdir(args, run))
+    return evaluate_subsets(run, workdir(args, run))
 
 
 def reproduce_grid(args) -> dict:

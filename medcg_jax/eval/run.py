@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from medcg_jax.eval.choice import option_logprobs
 from medcg_jax.eval.generate import LETTERS, greedy, parse_answer, prefill
+from medcg_jax.eval.intervals import wilson
 from medcg_jax.mesh import batch_sharding, check_batch, put_batch, replicated
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def read_predictions(path: Path) -> list[Prediction]:
 def summary(predictions: Sequence[Prediction]) -> dict:
     """How predictions turned out; shares are 0-1, and None where nothing was asked.
 
-    n, correct, accuracy: by the letters' likelihoods.
+    n, correct, accuracy, ci_low, ci_high: by the letters' likelihoods, with Wilson's 95 % interval.
     letters, answers: how often each letter was predicted, and was right.
     letter_mass: mean probability of the offered letters together; near 0 the prompt or the ids are wrong.
     generated_accuracy, unparsed_rate: of the free answers; an unparsed one is no right one.
@@ -170,6 +171,7 @@ def summary(predictions: Sequence[Prediction]) -> dict:
         "n": n,
         "correct": correct,
         "accuracy": correct / n if n else None,
+        **dict(zip(("ci_low", "ci_high"), wilson(correct, n), strict=True)),
         "letters": dict(sorted(Counter(p.predicted for p in predictions).items())),
         "answers": dict(sorted(Counter(p.answer for p in predictions).items())),
         "letter_mass": sum(sum(math.exp(x) for x in p.logprobs) for p in predictions) / n if n else None,

@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest
+
+from medcg_jax.eval.intervals import wilson
 
 # name, table, arm, against: what `summarise` compares, in the order of the report.
 EFFECTS = (
@@ -37,17 +39,6 @@ EFFECTS = (
     ("multi_task", "single_task", "baseline"),
 )
 BOOTSTRAP_DRAWS = 10_000
-
-
-def wilson(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of an accuracy, as fractions; (0, 1) where n is 0."""
-    if n == 0:
-        return 0.0, 1.0
-    z = float(norm.ppf(0.5 + level / 2))
-    p, z2 = correct / n, z * z
-    middle, half = p + z2 / (2 * n), z * ((p * (1 - p) + z2 / (4 * n)) / n) ** 0.5
-    low, high = (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
-    return max(0.0, low if correct else 0.0), min(1.0, high if correct < n else 1.0)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

@@ -45,15 +45,18 @@ class Setup:
         return {"image_size_px": self.model.image_size_px, "num_image_tokens": self.model.num_image_tokens}
 
 
-def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None) -> Setup:
+def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None, has_weights: bool = False) -> Setup:
     """The setup of a run on `devices` (default: all); puts nothing on them.
+
+    has_weights: whether the run has parameters of its own, and needs no checkpoint to start from.
 
     Raises:
       ConfigError: weights, tokenizer or data are not there, the mesh does not fit the devices or the batch, or a
         subset does not exist.
       DataError: the data cannot be read.
     """
-    check_weights(run)
+    if not has_weights:
+        check_weights(run)
     mesh = make_mesh(run.mesh, devices)
     check_batch(mesh, run.train.batch_size // run.train.accumulation_steps, "train.batch_size per accumulation step")
     if run.base.steps:
