@@ -151,7 +151,7 @@ def checked(value, kind: type, key: str):
 
 def accepts(kind: type) -> str:
     if isinstance(kind, types.GenericAlias):
-        inner = [getattr(arg, "__name__", "") for arg in typing.get_args(kind)]
+        inner = [accepts(arg) if typing.get_origin(arg) else arg.__name__ for arg in typing.get_args(kind) if arg is not ...]
         if typing.get_origin(kind) is tuple:
             return f"a comma-separated list of {inner[0]}"
         return f"a dict of {inner[0]} to {inner[1]}"

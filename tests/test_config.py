@@ -115,3 +115,12 @@ def test_no_number_passes_the_checks_unless_training_could_use_it(name, value):
     except ConfigError:
         return
     assert name == "seed" or 0 <= value < math.inf
+
+
+def test_targets_of_single_tables_are_read_and_checked():
+    run = load(FILE, {"study.targets_of": "{'triples': ['04']}"})
+    assert run.study.targets_of == {"triples": ("04",)}
+    with pytest.raises(ConfigError, match="study.targets_of='table4': one of"):
+        load(FILE, {"study.targets_of": "{'table4': ['04']}"})
+    with pytest.raises(ConfigError, match="a dict of str to a comma-separated list of str"):
+        load(FILE, {"study.targets_of": "{'pairs': 4}"})

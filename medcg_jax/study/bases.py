@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from medcg_jax.data.phantom_pretraining import pretraining_fingerprint, pretraining_records
+from medcg_jax.data import phantom_pretraining as pretraining
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.models.build import join, shardings, split_trainable
@@ -40,7 +40,7 @@ def made_of(run: RunConfig) -> dict:
         "model": dataclasses.asdict(run.model) | {"trainable": TRAINABLE},
         "tokenizer": load_tokenizer(run.model.tokenizer).fingerprint,
         "base": base,
-        "data": pretraining_fingerprint(run.base.seed, num_pretraining_records(run.base)),
+        "data": pretraining.pretraining_fingerprint(run.base.seed, num_pretraining_records(run.base)),
         "text": (run.data.system_prompt, run.data.max_text_tokens, run.data.max_target_tokens),
     }
     return json.loads(json.dumps(parts))
@@ -86,7 +86,11 @@ class Bases:
           NonFiniteLoss: it diverged.
         """
         name, config = self.fingerprint(seed), setup.run.base
-        encoded = setup.encode(pretraining_records(config.seed, num_pretraining_records(config)))
+        encoded = setup.encode(
+            pretraining.pretraining_records(config.seed, num_pretraining_records(config)),
+            min_text_tokens=pretraining.MAX_TEXT_TOKENS,
+            min_target_tokens=pretraining.MAX_TARGET_TOKENS,
+        )
         graphdef, params = start_params(setup, seed=config.seed)
         trainable, frozen = split_trainable(params, TRAINABLE)
         program = make_step(

@@ -259,7 +259,7 @@ def flat(config: dict, prefix: str = "") -> dict:
     """{"a": {"b": 1}} -> {"a.b": 1}"""
     found = {}
     for key, value in config.items():
-        if isinstance(value, dict) and key != "subset_weights":
+        if isinstance(value, dict) and key not in ("subset_weights", "targets_of"):
             found |= flat(value, f"{prefix}{key}.")
         else:
             found[prefix + key] = value

@@ -106,7 +106,7 @@ def make_plan(run: RunConfig) -> Plan:
       ConfigError, DataError: as `expand`, or the data cannot be read.
     """
     source = open_source(seeded(run, run.study.seeds[0]).data)
-    require_subsets(source, run.study.targets)
+    require_subsets(source, [*run.study.targets, *(n for names in run.study.targets_of.values() for n in names)])
     cells = expand(run, capped(source.subsets, run))
     jobs = jobs_of(cells, run)
     return Plan(tuple(cells), tuple(jobs), tuple(groups_of(jobs, run.study.cells_at_once)))

@@ -99,12 +99,13 @@ def expand(run: RunConfig, subsets: Sequence[Subset]) -> list[Cell]:
     Raises:
       ConfigError: a target is no subset, or a table has no cell for these subsets.
     """
-    world = World(tuple(subsets), run.study.targets, run.data.source == "release")
-    for name in world.targets:
-        if not world.has(name):
-            raise ConfigError(f"study.targets={name!r}: one of {', '.join(s.name for s in subsets)} is accepted")
     cells = []
     for table in run.study.tables:
+        targets = run.study.targets_of.get(table, run.study.targets)
+        world = World(tuple(subsets), targets, run.data.source == "release")
+        for name in targets:
+            if not world.has(name):
+                raise ConfigError(f"study.targets={name!r}: one of {', '.join(s.name for s in subsets)} is accepted")
         found = [cell for seed in run.study.seeds for cell in _TABLES[table](world, seed)]
         if not found:
             raise ConfigError(

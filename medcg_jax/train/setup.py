@@ -31,11 +31,13 @@ class Setup:
     model: LlavaConfig
     source: Source
 
-    def encode(self, records: RecordSet, *, max_text_tokens: int | None = None) -> Encoded:
-        """Training rows; `max_text_tokens` in place of `data.max_text_tokens`."""
-        data = self.run.data
-        if max_text_tokens is not None:
-            data = dataclasses.replace(data, max_text_tokens=max_text_tokens)
+    def encode(self, records: RecordSet, *, min_text_tokens: int = 0, min_target_tokens: int = 0) -> Encoded:
+        """Training rows, as long as `data` says and at least so long."""
+        data = dataclasses.replace(
+            self.run.data,
+            max_text_tokens=max(self.run.data.max_text_tokens, min_text_tokens),
+            max_target_tokens=max(self.run.data.max_target_tokens, min_target_tokens),
+        )
         return encode(records, self.tokenizer, data, **self._sizes())
 
     def encode_eval(self, records: RecordSet) -> Encoded:
@@ -64,7 +66,7 @@ def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None, has_w
     check_batch(mesh, run.eval.batch_size, "eval.batch_size")
     tokenizer = load_tokenizer(run.model.tokenizer)
     source = open_source(run.data)
-    require_subsets(source, (*run.data.subsets, *run.study.targets, *run.data.subset_weights))
+    require_subsets(source, (*run.data.subsets, *run.data.subset_weights))
     ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "image_id", "pad_id", "eos_id")}
     tiny = run.model.name not in RELEASED
     model = llava_config(
