@@ -16,20 +16,21 @@ import numpy as np
 from medcg_jax.data import phantom_images, phantom_text, phantom_world
 from medcg_jax.data.phantom_images import LESION_SHAPES, SHAPES, Scene, draw_scene, render
 from medcg_jax.data.phantom_text import DESCRIBE, NAMING, NEUTRAL, READ, caption, choice_turn
-from medcg_jax.data.phantom_world import AREAS, MODALITIES, TASKS, Draws
+from medcg_jax.data.phantom_world import AREAS, MODALITIES, Draws
 from medcg_jax.data.records import Record, RecordSet, Turn
 
 # Of all records the exercises; of those with an image the neutral ones, and those with plain questions, not a caption.
-READING_FRAC, NEUTRAL_FRAC, PLAIN_FRAC = 0.4, 0.8, 0.35
+READING_FRAC, NEUTRAL_FRAC, PLAIN_FRAC = 0.3, 0.8, 0.25
 # What a record needs of `data.max_text_tokens` and `data.max_target_tokens`, with an empty system prompt.
 MAX_TEXT_TOKENS, MAX_TARGET_TOKENS = 45, 11
 _MODULES = (phantom_world, phantom_images, phantom_text)
 
 
 def pretraining_records(seed: int, num: int) -> RecordSet:
-    """Records of two to four turns, choice questions (with two to four options) and plain ones.
+    """Records of three or four turns, choice questions (with two to four options) and plain ones.
 
-    An image's are two choice questions and, before or after them, a caption or two questions without options.
+    An image's are two choice questions and, before or after them, a caption or two questions without options; other
+    records are reading exercises alone.
     """
     draws = Draws(f"{seed}/pretraining", np.arange(num))
     neutral = draws.uniform() < NEUTRAL_FRAC
@@ -59,20 +60,14 @@ def pretraining_records(seed: int, num: int) -> RecordSet:
 def pretraining_fingerprint(seed: int, num: int) -> str:
     """A digest of the seed, the number and the code that `pretraining_records` draws with."""
     digest = hashlib.sha256(repr((seed, num)).encode())
-    for path in [*(module.__file__ for module in _MODULES), __file__, _WORD_FILE]:
+    for path in [*(module.__file__ for module in _MODULES), __file__]:
         digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:16]
 
 
-_WORD_FILE = Path(__file__).parent / "tokenizer" / "words.txt"
-_TASK_WORDS = {*TASKS, *(label for labels in TASKS.values() for label in labels)}
-
-
 def reading_words() -> tuple[str, ...]:
-    """Words of the reading exercises: the pre-training's own, and every second one of the tokenizer's list."""
-    listed = [w for w in _WORD_FILE.read_text("utf-8").split() if w.islower() and len(w) > 2 and w not in _TASK_WORDS]
-    own = [*MODALITIES, *AREAS, *SHAPES, *phantom_text.COUNTS, *phantom_text.SIZES, *phantom_text.SITES]
-    return tuple(dict.fromkeys(own + listed[::2]))
+    """Words of the reading exercises: the pre-training's own."""
+    return (*MODALITIES, *AREAS, *SHAPES, *phantom_text.COUNTS, *phantom_text.SIZES, *phantom_text.SITES)
 
 
 class _Writer:
@@ -83,15 +78,15 @@ class _Writer:
         self.reading = draws.uniform() < READING_FRAC
         self.told_first, self.plain = draws.integer(2), draws.uniform() < PLAIN_FRAC
         self.asked, self.order = draws.order(len(NEUTRAL)), draws.order(len(AREAS))
-        self.num_options, self.place = draws.uniform(3), draws.uniform(3)
-        self.word = draws.integer(len(self.words), 3, 3)
+        self.num_options, self.place = draws.uniform(2), draws.uniform(4)
+        # Two different words for each of four exercises.
+        self.word = np.stack([draws.integer(len(self.words), 4), draws.integer(len(self.words) - 1, 4)], 1)
 
     def exercises(self, i: int) -> tuple[Turn, ...]:
         turns = []
-        for words, number, place in zip(self.word[i], self.num_options[i], self.place[i], strict=True):
-            options = tuple(dict.fromkeys(self.words[k] for k in words))[: 2 + int(number * 2)]
-            right = options[int(place * len(options))]
-            turns.append(choice_turn(READ.format(word=right), options, right))
+        for first, second, right in zip(*self.word[i], (self.place[i] < 0.5).astype(int), strict=True):
+            options = (self.words[first], self.words[(first + 1 + second) % len(self.words)])
+            turns.append(choice_turn(READ.format(word=options[right]), options, options[right]))
         return tuple(turns)
 
     def conversation(self, i: int) -> tuple[Turn, ...]:
@@ -124,8 +119,8 @@ class _Writer:
             return Turn(DESCRIBE, f"{MODALITIES[scene.modality[i]]} {AREAS[scene.area[i]]}")
         return Turn(DESCRIBE, caption(scene.shape[i], scene.size[i], scene.site[i, : scene.count[i]]))
 
-    def _some(self, i: int, options: tuple[str, ...], right: str, number: int, place: float) -> tuple[str, ...]:
-        """`number` of the options in a random order, the right one among them."""
+    def _some(self, i: int, options: tuple[str, ...], right: str, number: int, place: float):
+        """tuple[str, ...]: `number` of the options in a random order, the right one among them."""
         others = [options[k] for k in self.order[i] if k < len(options) and options[k] != right][: number - 1]
         others.insert(int(place * number), right)
         return tuple(others)
