@@ -27,7 +27,9 @@ def prefill(model, batch: dict[str, jax.Array], num_new: int):
 
 
 def greedy(model, logits: jax.Array, cache, *, num_new: int, eos_id: int) -> jax.Array:
-    """int32[B, num_new] the likeliest tokens, one after another, from `prefill`'s logits and cache; eos_id after an end.
+    """int32[B, num_new] the likeliest tokens, one after another, from `prefill`'s logits and cache.
+
+    After eos_id a row has eos_id only.
 
     Stops when every row has ended.
     """

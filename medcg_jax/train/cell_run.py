@@ -25,7 +25,9 @@ class NonFiniteLoss(RuntimeError):
       checkpoint: the last good one, or None.
     """
 
-    def __init__(self, cell: str, step: int, loss: float, grad_norm: float, records: list[str], checkpoint: Path | None):
+    def __init__(
+        self, cell: str, step: int, loss: float, grad_norm: float, records: list[str], checkpoint: Path | None
+    ):
         self.cell, self.step, self.records, self.checkpoint = cell, step, records, checkpoint
         last = f"last good checkpoint {checkpoint}" if checkpoint else "there is no checkpoint yet"
         super().__init__(

@@ -1,4 +1,4 @@
-"""Checkpoints: a run's state with its position in the data (Orbax, asynchronous, the last few kept), and parameters alone.
+"""Checkpoints: a run's state with its position in the data (Orbax, asynchronous, the last few kept); parameters alone.
 
 Every checkpoint carries a sum of each array's bits. It is computed on the devices, is the same for every mesh, and is
 compared when the checkpoint is read: a damaged checkpoint is set aside with a line that says so, and the one before
@@ -167,7 +167,7 @@ def read_meta(directory: Path) -> dict | None:
 
 
 def bit_sums(tree) -> list[int]:
-    """For every array the sum of its elements' bits modulo 2**32: the same on every mesh, other after any flipped bit."""
+    """For every array the sum of its elements' bits modulo 2**32: equal on every mesh, other after any flipped bit."""
     return [int(x) for x in jax.device_get(_bit_sums(jax.tree.leaves(tree)))]
 
 
@@ -178,7 +178,7 @@ def check_bit_sums(tree, expected: list[int]) -> None:
         raise ValueError(f"{len(found)} arrays, {len(expected)} expected")
     wrong = [i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]]
     if wrong:
-        raise ValueError(f"{len(wrong)} of {len(found)} arrays ({num_params(tree):,} numbers) have other bits than saved")
+        raise ValueError(f"{len(wrong)} of {len(found)} arrays ({num_params(tree):,} numbers) are not as they were saved")
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""The training loop: one run, or several cells that one program trains at once, from their streams to their checkpoints.
+"""The training loop: one run, or several cells that one program trains at once, from streams to checkpoints.
 
 The host runs ahead of the device: losses stay there and are fetched together every `log_every_steps`. All of them are
 looked at then, and before anything is saved, so no checkpoint ever holds numbers that followed a non-finite loss.

@@ -72,7 +72,7 @@ def num_steps(config: TrainConfig, num_records: int) -> int:
 
 
 def control_from(config: TrainConfig, num_records: int) -> Control:
-    """The run-time values of a run over so many records: numpy scalars learning_rate, end_frac, warmup_steps, total_steps."""
+    """numpy scalars learning_rate, end_frac, warmup_steps, total_steps: the run-time values over so many records."""
     total = num_steps(config, num_records)
     return {
         "learning_rate": np.float32(config.learning_rate),

@@ -63,7 +63,8 @@ def train_step(
         cast = partial(_cast, dtype=jnp.dtype(compute_dtype))
         return loss_fn(nnx.merge(graphdef, cast(params), cast(frozen)), part)
 
-    (total, weight), grads = _accumulate(jax.value_and_grad(sums, has_aux=True), state.params, batch, accumulation_steps)
+    grad_fn = jax.value_and_grad(sums, has_aux=True)
+    (total, weight), grads = _accumulate(grad_fn, state.params, batch, accumulation_steps)
     # A batch without a supervised token is refused by the data room; here it must not divide by 0.
     grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), grads)
     if param_specs is not None:
@@ -251,7 +252,8 @@ def _replicate_tables(frozen):
 
 def _opt_shardings(optimizer, param_shardings, placed):
     """Shardings of the optimizer's state: moments lie as their parameters, counts are replicated."""
-    shapes = jax.eval_shape(optimizer.init, jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), param_shardings))
+    scalars = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), param_shardings)
+    shapes = jax.eval_shape(optimizer.init, scalars)
     return optax.tree.map_params(
         optimizer, lambda _, s: placed(s.spec), shapes, param_shardings, transform_non_params=lambda _: placed()
     )

@@ -16,8 +16,8 @@ TOKENIZER = load_tokenizer("")
 EOS = TOKENIZER.eos_id
 # Rows that the mesh's tensor axis divides.
 CONFIG = llava15_tiny(
-    -(-TOKENIZER.vocab_size // 64) * 64, TOKENIZER.image_id, pad_token_id=TOKENIZER.pad_id, eos_token_id=EOS, image_size_px=16,
-    embed_dim=16, num_vision_layers=2, vision_mlp_dim=32, num_layers=2, mlp_dim=32, scan_unroll=1,
+    -(-TOKENIZER.vocab_size // 64) * 64, TOKENIZER.image_id, pad_token_id=TOKENIZER.pad_id, eos_token_id=EOS,
+    image_size_px=16, embed_dim=16, num_vision_layers=2, vision_mlp_dim=32, num_layers=2, mlp_dim=32, scan_unroll=1,
 )  # fmt: skip
 
 

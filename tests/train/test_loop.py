@@ -1,4 +1,4 @@
-"""The loop: metrics, resuming bit for bit after a kill, stopping at a loss that is no number, several cells of any length."""
+"""The loop: metrics, resuming bit for bit after a kill, a loss that is no number, several cells of any length."""
 
 import io
 import json
@@ -139,8 +139,8 @@ def test_cells_of_any_length_end_as_alone(toy, toy_of_four, tmp_path):
         alone, metrics = run(*toy, [control(steps)], steps, seeds=[50 * i])
         own = take_cell(state, i, 4)
         assert int(own.step) == result.step == steps
-        close = [np.allclose(x, y, atol=1e-4) for x, y in zip(jax.tree.leaves(own), jax.tree.leaves(alone), strict=True)]
-        assert all(close)
+        pairs = zip(jax.tree.leaves(own), jax.tree.leaves(alone), strict=True)
+        assert all(np.allclose(x, y, atol=1e-4) for x, y in pairs)
         lines = read_metrics(tmp_path / f"c{i}.jsonl")
         assert [line["step"] for line in lines] == sorted({*range(2, steps + 1, 2), steps})
         assert lines[0]["loss"] == pytest.approx(metrics["loss"][:2].mean(), abs=1e-5)

@@ -118,7 +118,8 @@ def test_decayed_biases_missing_decay_and_missing_clipping_are_caught(fault):
 def test_ten_steps_are_pytorchs():
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     params, grads = params_and_grads()
-    named = [(path, torch.tensor(np.asarray(x)).requires_grad_()) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    named = [(path, torch.tensor(np.asarray(x)).requires_grad_()) for path, x in leaves]
     groups = [
         {"params": [x for path, x in named if (path[-1].key == "kernel") == decayed], "weight_decay": 0.1 * decayed}
         for decayed in (True, False)

@@ -54,7 +54,7 @@ class Stream:
         self.closed = True
 
 
-def setup(mesh_config: MeshConfig | None = None, *, num_cells: int = 1, train: TrainConfig = TRAIN, trainable=TRAINABLE, **fields):
+def setup(mesh_config: MeshConfig | None = None, *, num_cells=1, train=TRAIN, trainable=TRAINABLE, **fields):
     """(program, trainable, frozen) on one device, or on a mesh of all eight."""
     devices = jax.devices()[:1] if mesh_config is None else None
     mesh = make_mesh(mesh_config or MeshConfig(), devices)
