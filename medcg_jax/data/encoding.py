@@ -169,9 +169,11 @@ def _empty_rows(count: int, tokenizer: Tokenizer, length: int) -> dict[str, np.n
 
 
 def _put_row(rows, index: int, ids: list[int], record: Record, num_image_tokens: int, data: DataConfig) -> None:
-    text = len(ids) - (num_image_tokens if record.image else 0)
-    if text > data.max_text_tokens:
-        raise DataError(f"{text} text tokens; data.max_text_tokens={data.max_text_tokens}, and nothing is cut")
+    # A row without an image may use the image's places.
+    most = rows["tokens"].shape[1]
+    if len(ids) > most:
+        text, room = (len(ids) - num_image_tokens, data.max_text_tokens) if record.image else (len(ids), most)
+        raise DataError(f"{text} text tokens where {room} fit (data.max_text_tokens={data.max_text_tokens}); nothing is cut")
     rows["tokens"][index, : len(ids)] = ids
     rows["length"][index] = len(ids)
 

@@ -21,6 +21,8 @@ RELEASED = {
     "llava15_7b": "llava-hf/llava-1.5-7b-hf",
     "llava15_13b": "llava-hf/llava-1.5-13b-hf",
 }
+# Rows of a tiny model's vocabulary come in such multiples, so that a mesh can split them.
+VOCAB_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None, has_w
     tiny = run.model.name not in RELEASED
     model = llava_config(
         run.model,
-        vocab_size=ids["vocab_size"] if tiny else None,
+        vocab_size=-(-ids["vocab_size"] // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if tiny else None,
         image_token_id=ids["image_id"],
         pad_token_id=ids["pad_id"],
         eos_token_id=ids["eos_id"],
