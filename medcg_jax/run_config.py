@@ -112,7 +112,7 @@ class StudyConfig:
     jobs: int = 1
     # Cells trained at once in one program.
     cells_at_once: int = 1
-    # Where bases are kept between grids, by the fingerprint of what made them; "": in the workdir.
+    # Where bases are kept between grids, by the fingerprint of what made them; "": in `bases` beside the workdir.
     base_dir: str = ""
     # Keep each cell's trained parameters (else only its scores).
     keep_weights: bool = False

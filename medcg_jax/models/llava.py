@@ -64,11 +64,11 @@ def llava15_tiny(
     num_vision_layers: int = 3,
     num_vision_heads: int = 2,
     vision_mlp_dim: int = 192,
-    num_layers: int = 3,
-    num_heads: int = 2,
-    num_kv_heads: int = 2,
+    num_layers: int = 4,
+    num_heads: int = 4,
+    num_kv_heads: int = 4,
     mlp_dim: int = 128,
-    rope_theta: float = 100.0,
+    rope_theta: float = 20.0,
     **fields,
 ) -> LlavaConfig:
     """The same architecture for the phantom world: thousands of steps on a CPU. `fields` are LlavaConfig's own."""

@@ -47,11 +47,11 @@ def made_of(run: RunConfig) -> dict:
 
 
 class Bases:
-    """The bases of a grid, in `study.base_dir` or the workdir's `base`; `claims` is where they are claimed."""
+    """The bases of a grid, in `study.base_dir`, else in `bases` beside the workdir; `claims` is where they are claimed."""
 
     def __init__(self, run: RunConfig, workdir: Path):
         self._run, self._workdir = run, workdir
-        self._folder = Path(run.study.base_dir or workdir / "base")
+        self._folder = Path(run.study.base_dir or workdir.absolute().parent / "bases")
         self.claims = self._folder / "claims"
         self.claims.mkdir(parents=True, exist_ok=True)
         self._names: dict[int, str] = {}

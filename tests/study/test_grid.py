@@ -155,7 +155,7 @@ def test_two_processes_with_one_killed_and_the_base_reused(finished, tmp_path):
     reference, _ = finished
     workdir = tmp_path / "two"
     run = replace(RUN, study__jobs=2, study__base_dir=str(tmp_path / "bases"))
-    shutil.copytree(reference / "base", tmp_path / "bases")
+    shutil.copytree(reference.parent / "bases", tmp_path / "bases")
     process = start(run, workdir)
     done = workdir / "state" / "done"
     end = time.monotonic() + TIMEOUT_S
@@ -186,7 +186,7 @@ def test_a_cell_that_diverges_fails_alone(finished, tmp_path):
     workdir = tmp_path / "diverged"
     run = replace(
         RUN, train__learning_rate=1e30, train__clip_norm=0.0, train__warmup_frac=0.0, train__checkpoint_every_steps=0,
-        study__base_dir=str(reference / "base"), study__cells_at_once=2,
+        study__base_dir=str(reference.parent / "bases"), study__cells_at_once=2,
     )  # fmt: skip
     status, out = finish(run, workdir)
     assert status == 1, out
