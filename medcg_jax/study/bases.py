@@ -13,6 +13,7 @@ from flax import nnx
 
 from medcg_jax.data import phantom_pretraining as pretraining
 from medcg_jax.data.pipeline import Batches
+from medcg_jax.data.prompts import system_text
 from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.models.build import join, shardings, split_trainable
 from medcg_jax.run_config import TRAINABLE, RunConfig, TrainConfig
@@ -41,7 +42,7 @@ def made_of(run: RunConfig) -> dict:
         "tokenizer": load_tokenizer(run.model.tokenizer).fingerprint,
         "base": base,
         "data": pretraining.pretraining_fingerprint(run.base.seed, num_pretraining_records(run.base)),
-        "text": (run.data.system_prompt, run.data.max_text_tokens, run.data.max_target_tokens),
+        "system_prompt": run.data.system_prompt,
     }
     return json.loads(json.dumps(parts))
 
@@ -86,10 +87,12 @@ class Bases:
           NonFiniteLoss: it diverged.
         """
         name, config = self.fingerprint(seed), setup.run.base
+        # Rows as long as these records need, whatever the cells' are: grids of other data share the base.
+        system = len(setup.tokenizer.encode(system_text(setup.run.data.system_prompt)))
         encoded = setup.encode(
             pretraining.pretraining_records(config.seed, num_pretraining_records(config)),
-            min_text_tokens=pretraining.MAX_TEXT_TOKENS,
-            min_target_tokens=pretraining.MAX_TARGET_TOKENS,
+            max_text_tokens=pretraining.MAX_TEXT_TOKENS + system,
+            max_target_tokens=pretraining.MAX_TARGET_TOKENS,
         )
         graphdef, params = start_params(setup, seed=config.seed)
         trainable, frozen = split_trainable(params, TRAINABLE)

@@ -33,14 +33,9 @@ class Setup:
     model: LlavaConfig
     source: Source
 
-    def encode(self, records: RecordSet, *, min_text_tokens: int = 0, min_target_tokens: int = 0) -> Encoded:
-        """Training rows, as long as `data` says and at least so long."""
-        data = dataclasses.replace(
-            self.run.data,
-            max_text_tokens=max(self.run.data.max_text_tokens, min_text_tokens),
-            max_target_tokens=max(self.run.data.max_target_tokens, min_target_tokens),
-        )
-        return encode(records, self.tokenizer, data, **self._sizes())
+    def encode(self, records: RecordSet, **lengths: int) -> Encoded:
+        """Training rows. lengths: `max_text_tokens`, `max_target_tokens`, in place of the configuration's."""
+        return encode(records, self.tokenizer, dataclasses.replace(self.run.data, **lengths), **self._sizes())
 
     def encode_eval(self, records: RecordSet) -> Encoded:
         return encode_eval(records, self.tokenizer, self.run.data, **self._sizes())
