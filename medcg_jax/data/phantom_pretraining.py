@@ -20,14 +20,16 @@ from medcg_jax.data.phantom_world import AREAS, MODALITIES, Draws
 from medcg_jax.data.records import Record, RecordSet, Turn
 
 # Of all records the exercises; of those with an image the neutral ones, and those with plain questions, not a caption.
-READING_FRAC, NEUTRAL_FRAC, PLAIN_FRAC = 0.3, 0.8, 0.25
+READING_FRAC, NEUTRAL_FRAC, PLAIN_FRAC = 0.26, 0.8, 0.25
+# As many reading exercises as fit where another record has its image.
+NUM_EXERCISES = 5
 # What a record needs of `data.max_text_tokens` and `data.max_target_tokens`, with an empty system prompt.
 MAX_TEXT_TOKENS, MAX_TARGET_TOKENS = 45, 11
 _MODULES = (phantom_world, phantom_images, phantom_text)
 
 
 def pretraining_records(seed: int, num: int) -> RecordSet:
-    """Records of three or four turns, choice questions (with two to four options) and plain ones.
+    """Records of three to five turns, choice questions (with two to four options) and plain ones.
 
     An image's are two choice questions and, before or after them, a caption or two questions without options; other
     records are reading exercises alone.
@@ -78,9 +80,10 @@ class _Writer:
         self.reading = draws.uniform() < READING_FRAC
         self.told_first, self.plain = draws.integer(2), draws.uniform() < PLAIN_FRAC
         self.asked, self.order = draws.order(len(NEUTRAL)), draws.order(len(AREAS))
-        self.num_options, self.place = draws.uniform(2), draws.uniform(4)
-        # Two different words for each of four exercises.
-        self.word = np.stack([draws.integer(len(self.words), 4), draws.integer(len(self.words) - 1, 4)], 1)
+        self.num_options, self.place = draws.uniform(2), draws.uniform(NUM_EXERCISES)
+        # Two different words for each exercise.
+        words = (len(self.words), len(self.words) - 1)
+        self.word = np.stack([draws.integer(high, NUM_EXERCISES) for high in words], 1)
 
     def exercises(self, i: int) -> tuple[Turn, ...]:
         turns = []
