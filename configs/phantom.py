@@ -41,8 +41,8 @@ def get_config(arg: str = "quick"):
             test_records_per_subset=300,
         ),
         base=TrainConfig(
-            steps=2600,
-            epochs=2,
+            steps=3600,
+            epochs=3,
             learning_rate=2e-3,
             b2=0.98,
             weight_decay=0.01,
@@ -51,7 +51,7 @@ def get_config(arg: str = "quick"):
             log_every_steps=50,
         ),
         train=TrainConfig(
-            epochs=6,
+            epochs=8,
             learning_rate=1e-3,
             b2=0.98,
             weight_decay=0.01,

@@ -25,6 +25,7 @@ from medcg_jax.run_config import ConfigError, RunConfig
 from medcg_jax.study import results
 from medcg_jax.study.progress import Progress
 from medcg_jax.study.schedule import Group, Plan, make_plan, seeded
+from medcg_jax.study.stats import summarise
 
 # Fields that change neither scores nor predictions, so that a grid may be continued with other values.
 FREE_FIELDS = ("name", "study.jobs", "study.base_dir", "train.log_every_steps", "base.log_every_steps")
@@ -32,6 +33,8 @@ PACKAGES = ("medcg-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 # XLA on a CPU with one thread, for processes that share the cores of one machine; accelerators are not touched by it.
 ONE_THREAD = {"NPROC": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
 STOP_WAIT_S = 10.0
+# Tables whose parts are other questions: the terminal shows them apart.
+PRINTED_BY_PART = ("multi_task", "efficiency")
 
 
 def dry(run: RunConfig) -> dict:
@@ -208,10 +211,30 @@ def summary(workdir: Path, plan: Plan, outcomes: dict[str, dict]) -> dict:
     if len(failed) + len(unfinished) < len(plan.cells):
         from medcg_jax.study.report import write_report
 
+        print_effects(workdir)
         page = str(write_report(workdir))
         print(f"report: {page}", flush=True)
     return {"workdir": str(workdir), "cells": len(plan.cells), "failed": failed, "unfinished": unfinished,
             "page": page, "exit_status": 1 if failed or unfinished else 0}  # fmt: skip
+
+
+def print_effects(workdir: Path) -> None:
+    """Prints the mean accuracy of every arm, and each difference between two with its interval; the page has the rest."""
+    found = summarise(workdir)
+    print(f"\n{'table':30} {'arm':15} accuracy      n")
+    for arm in found["accuracy"]:
+        if not arm["part"] or arm["table"] in PRINTED_BY_PART:
+            print(f"{name_of(arm):30} {arm['arm']:15} {arm['accuracy']:8.3f} {arm['n']:6}")
+    print(f"\n{'table':30} {'difference':31}   mean  95 % interval     rows above")
+    for effect in found["effects"]:
+        if not effect["part"] or effect["table"] in PRINTED_BY_PART:
+            pair = f"{effect['arm']} - {effect['against']}"
+            interval = f"[{effect['ci_low']:+.3f}, {effect['ci_high']:+.3f}]"
+            print(f"{name_of(effect):30} {pair:31} {effect['mean']:+.3f}  {interval:16}  {effect['wins']} of {effect['rows']}")
+
+
+def name_of(line: dict) -> str:
+    return " ".join(word for word in (line["table"], line["part"]) if word)
 
 
 # ------------------------------------------------------------------ config.json
