@@ -16,20 +16,22 @@ import numpy as np
 from medcg_jax.data import phantom_images, phantom_text, phantom_world
 from medcg_jax.data.phantom_images import LESION_SHAPES, SHAPES, Scene, draw_scene, render
 from medcg_jax.data.phantom_text import DESCRIBE, NAMING, NEUTRAL, READ, caption, choice_turn
-from medcg_jax.data.phantom_world import AREAS, MODALITIES, Draws
+from medcg_jax.data.phantom_world import AREAS, MODALITIES, TASKS, Draws
 from medcg_jax.data.records import Record, RecordSet, Turn
 
 # Of all records the exercises; of those with an image the neutral ones, and those with plain questions, not a caption.
-READING_FRAC, NEUTRAL_FRAC, PLAIN_FRAC = 0.26, 0.8, 0.25
+READING_FRAC, NEUTRAL_FRAC, PLAIN_FRAC = 0.33, 0.8, 0.25
 # As many reading exercises as fit where another record has its image.
-NUM_EXERCISES = 5
+NUM_EXERCISES = 4
 # What a record needs of `data.max_text_tokens` and `data.max_target_tokens`, with an empty system prompt.
 MAX_TEXT_TOKENS, MAX_TARGET_TOKENS = 45, 11
+_WORD_FILE = Path(__file__).parent / "tokenizer" / "words.txt"
+_TASK_WORDS = {*TASKS, *(label for labels in TASKS.values() for label in labels)}
 _MODULES = (phantom_world, phantom_images, phantom_text)
 
 
 def pretraining_records(seed: int, num: int) -> RecordSet:
-    """Records of three to five turns, choice questions (with two to four options) and plain ones.
+    """Records of three or four turns, choice questions (with two to four options) and plain ones.
 
     An image's are two choice questions and, before or after them, a caption or two questions without options; other
     records are reading exercises alone.
@@ -62,14 +64,20 @@ def pretraining_records(seed: int, num: int) -> RecordSet:
 def pretraining_fingerprint(seed: int, num: int) -> str:
     """A digest of the seed, the number and the code that `pretraining_records` draws with."""
     digest = hashlib.sha256(repr((seed, num)).encode())
-    for path in [*(module.__file__ for module in _MODULES), __file__]:
+    for path in [*(module.__file__ for module in _MODULES), __file__, _WORD_FILE]:
         digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:16]
 
 
+_OWN_WORDS = (*MODALITIES, *AREAS, *SHAPES, *phantom_text.COUNTS, *phantom_text.SIZES, *phantom_text.SITES)
+NUM_OWN_WORDS = len(_OWN_WORDS)
+
+
 def reading_words() -> tuple[str, ...]:
-    """Words of the reading exercises: the pre-training's own."""
-    return (*MODALITIES, *AREAS, *SHAPES, *phantom_text.COUNTS, *phantom_text.SIZES, *phantom_text.SITES)
+    """Words of the reading exercises: first the pre-training's own, then every second one of the tokenizer's list, since
+    a model that has to tell many words apart learns to compare any two."""
+    listed = [w for w in _WORD_FILE.read_text("utf-8").split() if w.islower() and len(w) > 2 and w not in _TASK_WORDS]
+    return tuple(dict.fromkeys([*_OWN_WORDS, *listed[::2]]))
 
 
 class _Writer:
@@ -81,15 +89,19 @@ class _Writer:
         self.told_first, self.plain = draws.integer(2), draws.uniform() < PLAIN_FRAC
         self.asked, self.order = draws.order(len(NEUTRAL)), draws.order(len(AREAS))
         self.num_options, self.place = draws.uniform(2), draws.uniform(NUM_EXERCISES)
-        # Two different words for each exercise.
-        words = (len(self.words), len(self.words) - 1)
-        self.word = np.stack([draws.integer(high, NUM_EXERCISES) for high in words], 1)
+        # Easy exercises, of two of the pre-training's own words, are learnt early; those of three of all words go on.
+        self.more_words = draws.integer(2, NUM_EXERCISES)
+        first, third = draws.integer(len(self.words), NUM_EXERCISES), draws.integer(len(self.words), NUM_EXERCISES)
+        second = first + 1 + draws.integer(NUM_OWN_WORDS - 1, NUM_EXERCISES)
+        self.word = np.stack([first, second, third], -1)
 
     def exercises(self, i: int) -> tuple[Turn, ...]:
         turns = []
-        for first, second, right in zip(*self.word[i], (self.place[i] < 0.5).astype(int), strict=True):
-            options = (self.words[first], self.words[(first + 1 + second) % len(self.words)])
-            turns.append(choice_turn(READ.format(word=options[right]), options, options[right]))
+        for words, more, place in zip(self.word[i], self.more_words[i], self.place[i], strict=True):
+            places = words % len(self.words) if more else words[:2] % NUM_OWN_WORDS
+            options = tuple(dict.fromkeys(self.words[k] for k in places))
+            right = options[int(place * len(options))]
+            turns.append(choice_turn(READ.format(word=right), options, right))
         return tuple(turns)
 
     def conversation(self, i: int) -> tuple[Turn, ...]:
