@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medcg_jax.data.records import DataError
-from medcg_jax.run_config import ConfigError, RunConfig
+from medcg_jax.run_config import ConfigError, RunConfig, RunError
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("medcg: stopped; run the same command again to go on", file=sys.stderr)
+        return 1
+    except RunError as error:
+        print(f"medcg: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -21,6 +21,10 @@ class ConfigError(ValueError):
     """A value in a run's configuration cannot be used; the message is one line for the user."""
 
 
+class RunError(RuntimeError):
+    """A run ended for a reason that its user must know; the message is one line."""
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     """How many devices each mesh axis has; -1 on one axis takes what is left."""
@@ -205,3 +209,14 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 def at_least(name: str, value: float, least: float) -> None:
     if not least <= value < math.inf:
         raise ConfigError(f"{name}={value}: a finite number of at least {least} is accepted")
+
+
+def flat(config: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}, for the sections of a configuration as a dict."""
+    found = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and key not in ("subset_weights", "targets_of"):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found

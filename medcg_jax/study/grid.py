@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from medcg_jax.data.sources import open_source
-from medcg_jax.run_config import ConfigError, RunConfig
+from medcg_jax.run_config import ConfigError, RunConfig, flat
 from medcg_jax.study import results
 from medcg_jax.study.progress import Progress
 from medcg_jax.study.schedule import Group, Plan, make_plan, seeded
@@ -276,17 +276,6 @@ def check_same(old: dict, new: dict, workdir: Path) -> None:
     moved = [f"{k} {v} -> {new['versions'].get(k)}" for k, v in old["versions"].items() if new["versions"].get(k) != v]
     if moved:
         print(f"going on with other versions, so last digits may differ: {', '.join(moved)}", file=sys.stderr)
-
-
-def flat(config: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    found = {}
-    for key, value in config.items():
-        if isinstance(value, dict) and key not in ("subset_weights", "targets_of"):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
 
 
 def versions() -> dict[str, str]:

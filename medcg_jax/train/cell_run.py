@@ -9,13 +9,14 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from medcg_jax.run_config import RunError, flat
 from medcg_jax.train.checkpoint import CheckpointError, Checkpoints
 from medcg_jax.train.log import MetricsFile
 from medcg_jax.train.optim import Control
 from medcg_jax.train.step import TrainState
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(RunError):
     """A loss or a gradient is not finite; the message is one line for the user.
 
     Attributes:
@@ -103,8 +104,13 @@ class CellRun:
         if found is None:
             return None
         state, meta = found
-        if meta["config"] != json.loads(json.dumps(self.cell.config)):
-            raise CheckpointError(f"{self._store.directory} is another run's: its config is {meta['config']}")
+        theirs, ours = flat(meta["config"]), flat(json.loads(json.dumps(self.cell.config)))
+        for name in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(name) != ours.get(name):
+                raise CheckpointError(
+                    f"{self._store.directory} is another run's: {name} is {theirs.get(name)!r} there and "
+                    f"{ours.get(name)!r} here; another --workdir is accepted"
+                )
         self.step = self.result.step = self._saved_step = meta["position"]
         self.result.metrics, self._losses = meta["metrics"], meta["losses"]
         self._say(f"{self.cell.name}: going on from step {self.step} of {self.total}")

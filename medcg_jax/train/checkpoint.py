@@ -18,11 +18,12 @@ from jax.sharding import Mesh
 
 from medcg_jax.models.build import num_params
 from medcg_jax.models.llava import LlavaConfig
+from medcg_jax.run_config import ConfigError
 
 META_FILE = "meta.json"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ConfigError):
     """No checkpoint of those that are there can be read; the message is one line for the user."""
 
 

@@ -9,15 +9,23 @@ import jax
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import concat
 from medcg_jax.models.build import join, shardings, split_trainable
-from medcg_jax.run_config import ConfigError, RunConfig, replace
+from medcg_jax.run_config import ConfigError, RunConfig
 from medcg_jax.train.checkpoint import save_params
 from medcg_jax.train.loop import Cell, fit
 from medcg_jax.train.optim import control_from, make_optimizer
 from medcg_jax.train.setup import open_setup, start_params
 from medcg_jax.train.step import make_step
 
-# Fields that change no number: a run may be gone on with under other values.
-WITHOUT_EFFECT = {"name": "", "train__log_every_steps": 1, "train__checkpoint_every_steps": 0, "study__jobs": 1}
+# Sections and fields that make a run what it is: with others it is not gone on with. The mesh is none of them.
+SECTIONS = ("model", "data", "train")
+FREE_FIELDS = ("attention", "remat", "scan_unroll", "log_every_steps", "checkpoint_every_steps")
+
+
+def identity(run: RunConfig) -> dict:
+    """What a run's checkpoints must agree on, as in JSON."""
+    sections = {name: dataclasses.asdict(getattr(run, name)) for name in SECTIONS}
+    kept = {name: {k: v for k, v in part.items() if k not in FREE_FIELDS} for name, part in sections.items()}
+    return json.loads(json.dumps(kept))
 
 
 def train(run: RunConfig, workdir: Path) -> dict:
@@ -59,7 +67,7 @@ def train(run: RunConfig, workdir: Path) -> dict:
         metrics=workdir / "metrics" / "train.jsonl",
         tensorboard=workdir / "tensorboard",
         checkpoints=workdir / "checkpoints",
-        config=json.loads(json.dumps(dataclasses.asdict(replace(run, **WITHOUT_EFFECT)))),
+        config=identity(run),
     )
     intervals = {name: getattr(run.train, name) for name in ("log_every_steps", "checkpoint_every_steps")}
     state, [result] = fit(program, trainable, frozen, [cell], label=run.name, **intervals)

@@ -1,0 +1,98 @@
+"""The command line as its user meets it: verbs end to end on a tiny run, and one clear line for what cannot be done."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from medcg_jax.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TINY = [
+    f"--config={CONFIGS / 'phantom.py'}:tiny",
+    "--config.data.subsets=ct-brain-state,mri-brain-stage",
+    "--config.train.steps=4",
+    "--config.train.batch_size=8",
+    "--config.train.checkpoint_every_steps=2",
+    "--config.eval.batch_size=8",
+]
+
+
+def test_train_saves_goes_on_and_is_tested(tmp_path, capfd):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    found = tmp_path / "found.json"
+    assert main(["train", *TINY, "--config.train.epochs=1", workdir, f"--json={found}"]) == 0
+    first = json.loads(found.read_text())
+    assert first["steps"] == 4 and first["records"] == 32
+    params = {p.name: p.read_bytes() for p in (tmp_path / "run" / "params").glob("*.json")}
+    assert main(["train", *TINY, "--config.train.epochs=1", "--config.train.log_every_steps=1", workdir]) == 0
+    assert "going on from step 4 of 4" in capfd.readouterr().out
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run" / "params").glob("*.json")} == params
+
+    assert main(["eval", *TINY, workdir, f"--json={found}"]) == 0
+    subsets = json.loads(found.read_text())["subsets"]
+    assert sorted(subsets) == ["ct-brain-state", "mri-brain-stage"]
+    for name, scores in subsets.items():
+        lines = (tmp_path / "run" / "predictions" / f"{name}.jsonl").read_text().splitlines()
+        right = sum(json.loads(line)["predicted"] == json.loads(line)["answer"] for line in lines)
+        assert (len(lines), right) == (scores["n"], scores["correct"]) == (8, right)
+        assert scores["ci_low"] <= scores["accuracy"] <= scores["ci_high"]
+    assert "of 8 right" in capfd.readouterr().out
+
+
+def test_another_run_s_checkpoints_are_not_gone_on_from(tmp_path, capfd):
+    workdir = f"--workdir={tmp_path}"
+    assert main(["train", *TINY, "--config.train.steps=2", workdir]) == 0
+    assert main(["train", *TINY, "--config.train.steps=2", "--config.train.learning_rate=0.5", workdir]) == 2
+    assert "another run's" in capfd.readouterr().err
+
+
+RELEASED = f"--config={CONFIGS / 'llava15_7b.py'}"
+MINI = f"--config={CONFIGS / 'medmat_mini.py'}"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "VERB"),
+        (["trane"], "invalid choice: 'trane'"),
+        (["train"], "--config"),
+        (["train", RELEASED, "--confg.a=1"], "--confg.a=1 is not known to `medcg train`"),
+        (["train", RELEASED, "--config.train.steps"], "has no value"),
+        (["train", RELEASED, "--config.train.stesp=1"], "did you mean config.train.steps?"),
+        (["train", RELEASED], "there are no weights; fetch llava-hf/llava-1.5-7b-hf"),
+        (["train", *TINY, "--config.mesh.fsdp=3"], "needs a multiple of 3 devices; there are 8"),
+        (["train", *TINY, "--config.train.batch_size=12"], "cannot be split over data x fsdp = 8"),
+        (["train", *TINY, "--config.data.subsets=ct-brain-stat"], "did you mean ct-brain-state"),
+        (["reproduce", *TINY, "--config.study.targets=ct-brain"], "subset 'ct-brain' does not exist"),
+        (["reproduce", MINI], "data.root"),
+        (["eval", *TINY, "--workdir=/nonexistent/dir"], "params is missing and model.checkpoint is empty"),
+        (["report", "/nonexistent/dir"], "/nonexistent/dir"),
+        (["data", "check", "/nonexistent/dir"], "/nonexistent/dir"),
+        (["convert", "/nonexistent/dir", "/nonexistent/out"], "/nonexistent/dir"),
+        (["parity", "/nonexistent/dir"], "/nonexistent/dir"),
+    ],
+)
+def test_wrong_use_is_one_line_and_status_2(argv, message, capfd):
+    began = time.monotonic()
+    assert main(argv) == 2
+    error = capfd.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("medcg: ")
+    assert time.monotonic() - began < 60
+
+
+def test_the_phantom_world_is_written_once_and_found_sound(tmp_path, capfd):
+    out = tmp_path / "world"
+    assert main(["data", "phantom", str(out), "--train=4", "--test=4"]) == 0
+    assert main(["data", "check", str(out)]) == 0
+    assert main(["data", "phantom", str(out), "--train=4", "--test=4"]) == 2
+    assert "exists" in capfd.readouterr().err
+
+
+def test_dry_lists_every_cell_and_leaves_nothing(tmp_path, capfd):
+    found = tmp_path / "dry.json"
+    assert main(["reproduce", *TINY, "--dry", f"--workdir={tmp_path / 'w'}", f"--json={found}"]) == 0
+    listed = json.loads(found.read_text())
+    assert len(listed["cells"]) == capfd.readouterr().out.count(" steps") - 2 and listed["trainings"] > 0
+    assert not (tmp_path / "w").exists()
