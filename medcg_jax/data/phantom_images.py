@@ -20,10 +20,10 @@ SIZES = ("small", "large")
 MAX_LESIONS = 3
 # Shapes of lesions in phantoms; landmarks and neutral objects have all.
 LESION_SHAPES = (SHAPES.index("disc"), SHAPES.index("star"))
-# Of the neutral images, those that are easiest to read.
-PLAIN_FRAC = 0.4
+# Of the neutral images, those that are easiest to read, and those with a faint object that does not count.
+PLAIN_FRAC, DISTRACTOR_FRAC = 0.4, 0.5
 _RADIUS_PX = (1.9, 3.2)
-_LESION, _LANDMARK, _NEUTRAL = 0.42, 0.22, 0.5
+_LESION, _LANDMARK, _NEUTRAL = 0.5, 0.2, 0.5
 # Where a group's own draws begin: above anything the scene itself draws.
 _GROUP_SLOT = 1 << 20
 
@@ -145,6 +145,9 @@ def _objects(scene: Scene) -> np.ndarray:
     for column in range(MAX_LESIONS):
         rows = np.flatnonzero(scene.count > column)
         put(rows, column, scene.shape[rows], scene.size[rows], lesion[rows])
+    rows = np.flatnonzero((scene.area < 0) & (scene.pose < DISTRACTOR_FRAC))
+    bits = scene.placement[rows, 0] + 4 * scene.amplitude_bin[rows, 0]
+    put(rows, MAX_LESIONS, bits % len(SHAPES), bits // len(SHAPES) % len(SIZES), _LANDMARK)
     for place, name in enumerate(AREAS):
         rows = np.flatnonzero(scene.area == place)
         shape, size, _ = LANDMARKS[name]
