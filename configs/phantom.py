@@ -55,7 +55,8 @@ def get_config(arg: str = "quick"):
             log_every_steps=50,
         ),
         train=TrainConfig(
-            # 5 epochs: 3 points less on the tuning targets, 2e-3 or 5e-4: 2 to 5 less; a tower trained too: as good.
+            # On the tuning targets 4 or 5 epochs gave 1 to 3 points less, 5e-4 2 less, 2e-3 3 less; a tower that is trained
+            # too 1 more.
             epochs=8,
             learning_rate=1e-3,
             b2=0.98,
