@@ -9,20 +9,21 @@ import pytest
 
 from medcg_jax import host
 
-# Prints the page faults of ten runs of a program with 32 MB of scratch, once the heap has grown.
+# Prints the page faults of a typical run of a program with 32 MB of scratch. Typical: now and then the heap still grows.
 PROGRAM = """
-import resource, sys
+import resource, statistics, sys
 from medcg_jax.host import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 import jax, jax.numpy as jnp
 run = jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x).T)
 x = jnp.ones((16, 1 << 18))
+faults = []
 for i in range(50):
-    if i == 40:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     run(x).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(int(statistics.median(faults[10:])))
 """
 
 
@@ -35,8 +36,8 @@ def faults(how: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_scratch_is_mapped_once():
-    assert faults("kept") < 1000
-    assert faults("freed") > 10_000
+    assert faults("kept") < 100
+    assert faults("freed") > 1000
 
 
 def test_a_machine_that_may_have_an_accelerator_is_left_alone(monkeypatch):
