@@ -15,14 +15,13 @@ LETTERS = string.ascii_uppercase
 def prefill(model, batch: dict[str, jax.Array], num_new: int):
     """(float32[B, V] logits at `last_position`, the cache with the prompts in it and room for `num_new` tokens).
 
-    batch: tokens, segment_ids int32[B, T] right-padded, pixels, last_position int32[B]. Prompts may differ in length:
+    batch: tokens, segment_ids int32[B, T] right-padded, the model's images, last_position int32[B]. Prompts may differ in length:
     generated tokens stand behind the padding in the cache, and behind the prompt in position.
     """
     rows, length = batch["tokens"].shape
     cache = model.init_cache(rows, length + num_new)
-    hidden, cache = model.hidden(
-        batch["tokens"], batch["pixels"], segment_ids=batch["segment_ids"], cache=cache
-    )  # fmt: skip
+    images = {key: batch[key] for key in model.image_keys}
+    hidden, cache = model.hidden(batch["tokens"], images, segment_ids=batch["segment_ids"], cache=cache)
     return model.logits(last_hidden(hidden, batch["last_position"])), cache
 
 

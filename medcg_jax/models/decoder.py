@@ -1,4 +1,4 @@
-"""The Llama decoder (Vicuna): embedding, blocks with grouped-query attention, final norm, untied head, KV cache.
+"""The Llama decoder (Vicuna, Qwen2): embedding, blocks with grouped-query attention, final norm, head, KV cache.
 
 Source: huggingface/transformers:models/llama/modeling_llama.py at 5.23.0.
 """
@@ -12,7 +12,7 @@ from flax import nnx
 from medcg_jax.nn.blocks import DecoderBlock, run_stack
 from medcg_jax.nn.context import constrain
 from medcg_jax.nn.layers import Dense, Embedding, RMSNorm
-from medcg_jax.nn.rope import count_positions, rope_angles
+from medcg_jax.nn.rope import Angles, Llama3Scaling, count_positions, rope_angles
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     # Positions the released model was trained on; nothing is allocated by it.
     max_positions: int = 4096
+    # Biases on q, k and v alone (Qwen2).
+    qkv_bias: bool = False
+    # The embedding is the head too.
+    tie_head: bool = False
+    rope_scaling: Llama3Scaling | None = None
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -46,48 +51,61 @@ class Decoder(nnx.Module):
         self.embed = Embedding(config.vocab_size, width, ("vocab", "embed"), **made)
         self.blocks = DecoderBlock(
             width, config.num_heads, config.num_kv_heads, config.head_dim, config.mlp_dim,
-            eps=config.norm_eps, stack=(config.num_layers,), **made,
+            eps=config.norm_eps, qkv_bias=config.qkv_bias, stack=(config.num_layers,), **made,
         )  # fmt: skip
         self.norm = RMSNorm(width, eps=config.norm_eps, **made)
-        self.head = Dense("...d,dv->...v", (width, config.vocab_size), ("embed", "vocab"), use_bias=False, **made)
+        head = None if config.tie_head else ((width, config.vocab_size), ("embed", "vocab"))
+        self.head = None if head is None else Dense("...d,dv->...v", *head, use_bias=False, **made)
 
-    def __call__(self, x, *, segment_ids=None, positions=None, cache=None, attention: str = "auto"):
+    def __call__(
+        self, x, *, segment_ids=None, positions=None, angles: Angles | None = None, cache=None, lora=None,
+        attention: str = "auto",
+    ):  # fmt: skip
         """(hidden float[B, T, D] after the final norm, the cache with these tokens in it or None).
 
         x: float[B, T, D] embedded tokens.
         segment_ids: int[B, T], 0 on padding; None: all real.
         positions: int[B, T]; None: counted over the real tokens of the row (and of the cache).
+        angles: rotary angles in place of those of `positions`.
+        lora: what `DecoderBlock` takes, with a leading layer axis on its parameters.
         cache: what `init_cache` gave, or an earlier call; its slots must suffice for T more tokens.
         """
-        if segment_ids is None and (cache is not None or positions is None):
+        if segment_ids is None and (cache is not None or (positions is None and angles is None)):
             segment_ids = jnp.ones(x.shape[:2], jnp.int32)
-        if positions is None:
+        if positions is None and angles is None:
             positions = count_positions(segment_ids)
             positions += 0 if cache is None else (cache["segment_ids"] != 0).sum(axis=-1, keepdims=True)
-        angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        if angles is None:
+            angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         x = constrain(x, "act_batch", "act_len", "act_embed")
-        shared, per_layer = {}, None
+        lora_graph, lora_layers = (None, None) if lora is None else nnx.split(lora)
+        shared, kept_layers = {}, None
         if cache is not None:
             slots = jax.lax.dynamic_update_slice(
                 cache["segment_ids"], segment_ids.astype(jnp.int32), (0, cache["index"])
             )
-            shared, per_layer = {"segment_ids": slots, "index": cache["index"]}, (cache["k"], cache["v"])
+            shared, kept_layers = {"segment_ids": slots, "index": cache["index"]}, (cache["k"], cache["v"])
 
-        def body(block, x, own):
+        def body(block, x, per_layer):
+            own, adapter = per_layer
             own = None if own is None else {"k": own[0], "v": own[1], **shared}
-            x, kept = block(x, angles=angles, segment_ids=segment_ids, cache=own, implementation=attention)
+            adapter = None if adapter is None else nnx.merge(lora_graph, adapter)
+            rest = dict(angles=angles, segment_ids=segment_ids, lora=adapter, implementation=attention)
+            x, kept = block(x, cache=own, **rest)
             return x, None if own is None else kept
 
         num_tokens = x.shape[1]
-        x, kept = run_stack(self.blocks, body, x, per_layer, unroll=self.unroll, remat=self.remat)
+        x, kept = run_stack(
+            self.blocks, body, x, (kept_layers, lora_layers), unroll=self.unroll, remat=self.remat
+        )  # fmt: skip
         if cache is not None:
             cache = {"k": kept[0], "v": kept[1], "segment_ids": slots, "index": cache["index"] + num_tokens}
         return self.norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32[..., V] for hidden[..., D]."""
-        kernel = self.head.kernel[...].astype(hidden.dtype)
-        return jnp.einsum(self.head.equation, hidden, kernel, preferred_element_type=jnp.float32)
+        kernel = self.embed.table[...].T if self.head is None else self.head.kernel[...]
+        return jnp.einsum("...d,dv->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int, dtype) -> dict[str, jax.Array]:

@@ -101,6 +101,9 @@ class Projector(nnx.Module):
 class Llava(nnx.Module):
     """Submodules: `vision`, `projector`, `decoder`, and `unused` (tensors of the checkpoint that nothing computes)."""
 
+    # Keys of a batch that `encode_images` takes.
+    image_keys = ("pixels",)
+
     def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs, dtype=None, param_dtype=jnp.float32):
         made = dict(rngs=rngs, dtype=param_dtype)
         runs = dict(unroll=config.scan_unroll, remat=config.remat)
@@ -111,15 +114,15 @@ class Llava(nnx.Module):
         self.decoder = Decoder(config.text, **made, **runs)
         self.unused = ClipUnused(config.vision, **made)
 
-    def encode_images(self, pixels: jax.Array) -> jax.Array:
+    def encode_images(self, images: dict[str, jax.Array]) -> jax.Array:
         """float[B, I * P, D] features of each row's images, one image behind the other.
 
-        pixels: uint8[B, I, h, w, 3], or float[B, I, h, w, 3] already normalised.
+        images: `pixels`, uint8[B, I, h, w, 3], or float[B, I, h, w, 3] already normalised.
 
         Raises:
           ValueError: another rank, or images that are not `image_size_px` square with three channels.
         """
-        size = self.config.image_size_px
+        size, pixels = self.config.image_size_px, images["pixels"]
         if pixels.ndim != 5 or pixels.shape[2:] != (size, size, 3):
             raise ValueError(f"pixels {pixels.shape}: [batch, images, {size}, {size}, 3] is accepted")
         rows, images = pixels.shape[:2]
@@ -128,12 +131,12 @@ class Llava(nnx.Module):
         return features.reshape(rows, images * self.config.num_image_tokens, -1)
 
     def hidden(
-        self, tokens, pixels=None, *, segment_ids=None, positions=None, cache=None, image_features=None
+        self, tokens, images=None, *, segment_ids=None, positions=None, cache=None, image_features=None
     ) -> tuple[jax.Array, dict | None]:
         """(float[B, T, D] after the final norm, the cache with these tokens in it or None).
 
         tokens: int[B, T], every image as `num_image_tokens` copies of `image_token_id`.
-        pixels: as in `encode_images`; or image_features: what it gave; neither: the rows hold no image token.
+        images: as in `encode_images`; or image_features: what it gave; neither: the rows hold no image token.
         segment_ids, positions, cache: as in `Decoder`.
 
         Raises:
@@ -142,7 +145,7 @@ class Llava(nnx.Module):
         for name, ids in (("tokens", tokens), ("segment_ids", segment_ids), ("positions", positions)):
             if ids is not None and ids.shape != tokens.shape or tokens.ndim != 2:
                 raise ValueError(f"{name} {ids.shape} beside tokens {tokens.shape}: [batch, length] is accepted")
-        x = self.embed(tokens, self.encode_images(pixels) if pixels is not None else image_features)
+        x = self.embed(tokens, self.encode_images(images) if images is not None else image_features)
         rest = dict(segment_ids=segment_ids, positions=positions, cache=cache)
         return self.decoder(x, attention=self.config.attention, **rest)
 
@@ -161,6 +164,6 @@ class Llava(nnx.Module):
     def init_cache(self, batch: int, length: int, dtype=None) -> dict[str, jax.Array]:
         return decoder_lib.init_cache(self.config.text, batch, length, self.dtype if dtype is None else dtype)
 
-    def __call__(self, tokens, pixels=None, **rest) -> jax.Array:
+    def __call__(self, tokens, images=None, **rest) -> jax.Array:
         """float32[B, T, V]: logits at every position; arguments as in `hidden`."""
-        return self.logits(self.hidden(tokens, pixels, **rest)[0])
+        return self.logits(self.hidden(tokens, images, **rest)[0])

@@ -44,31 +44,37 @@ class ClipBlock(nnx.Module):
 
 
 class DecoderBlock(nnx.Module):
-    """Llama's block: RMS norms, grouped-query attention with rotary positions, SwiGLU, no biases."""
+    """Llama's block: RMS norms, grouped-query attention with rotary positions, SwiGLU; biases on q, k and v if asked."""
 
     def __init__(
-        self, embed_dim, num_heads, num_kv_heads, head_dim, mlp_dim, *, eps: float, rngs, dtype, stack: Stack = ()
-    ):
+        self, embed_dim, num_heads, num_kv_heads, head_dim, mlp_dim, *, eps: float, qkv_bias: bool = False, rngs, dtype,
+        stack: Stack = (),
+    ):  # fmt: skip
         made = dict(use_bias=False, rngs=rngs, dtype=dtype, stack=stack)
+        biased = made | {"use_bias": qkv_bias}
         kv_heads = (embed_dim, num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim")
         self.norm1 = RMSNorm(embed_dim, eps=eps, rngs=rngs, dtype=dtype, stack=stack)
-        self.q = Dense("btd,dnh->btnh", (embed_dim, num_heads, head_dim), ("embed", "heads", "head_dim"), **made)
-        self.k = Dense("btd,dkh->btkh", *kv_heads, **made)
-        self.v = Dense("btd,dkh->btkh", *kv_heads, **made)
+        self.q = Dense("btd,dnh->btnh", (embed_dim, num_heads, head_dim), ("embed", "heads", "head_dim"), **biased)
+        self.k = Dense("btd,dkh->btkh", *kv_heads, **biased)
+        self.v = Dense("btd,dkh->btkh", *kv_heads, **biased)
         self.out = Dense("btnh,nhd->btd", (num_heads, head_dim, embed_dim), ("heads", "head_dim", "embed"), **made)
         self.norm2 = RMSNorm(embed_dim, eps=eps, rngs=rngs, dtype=dtype, stack=stack)
         self.gate = Dense("btd,df->btf", (embed_dim, mlp_dim), ("embed", "mlp"), **made)
         self.up = Dense("btd,df->btf", (embed_dim, mlp_dim), ("embed", "mlp"), **made)
         self.down = Dense("btf,fd->btd", (mlp_dim, embed_dim), ("mlp", "embed"), **made)
 
-    def __call__(self, x, *, angles: Angles, segment_ids, cache=None, implementation: str):
+    def __call__(self, x, *, angles: Angles, segment_ids, cache=None, lora=None, implementation: str):
         """(x after the block, the layer's keys and values in the cache).
 
+        lora: None, or a module whose `q` and `v`, called with the normed x, give what is added to these projections.
         cache: None, or a dict of one layer's `k`, `v` [B, S, K, H], the `segment_ids` int[B, S] of all its slots
           (those of x included) and `index`, the slot of x's first token.
         """
         y = self.norm1(x)
-        q, k, v = (constrain(f(y), "act_batch", "act_len", "act_heads", None) for f in (self.q, self.k, self.v))
+        q, k, v = self.q(y), self.k(y), self.v(y)
+        if lora is not None:
+            q, v = q + lora.q(y), v + lora.v(y)
+        q, k, v = (constrain(z, "act_batch", "act_len", "act_heads", None) for z in (q, k, v))
         q, k = rotate(q, angles), rotate(k, angles)
         if cache is None:
             y = attention(q, k, v, causal=True, segment_ids=segment_ids, implementation=implementation)

@@ -1,19 +1,44 @@
 """Rotary position embedding, the half-split ("rotate half") form of Llama."""
 
+import math
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 
 Angles = tuple[jax.Array, jax.Array]
 
 
-def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> Angles:
-    """Cosines and sines, each float32[B, T, 1, H/2], of position times inverse frequency.
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3's longer context: wavelengths above `original_positions / low` are stretched `factor` times.
+
+    Those below `original_positions / high` stay, the ones between are blended.
+    Source: huggingface/transformers:modeling_rope_utils.py:_compute_llama3_parameters at 5.23.0.
+    """
+
+    factor: float = 8.0
+    low: float = 1.0
+    high: float = 4.0
+    original_positions: int = 8192
+
+
+def frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None = None) -> jax.Array:
+    """float32[H/2] radians per position: theta**(-2i/H), scaled where asked."""
+    found = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return found
+    turns = scaling.original_positions * found / (2 * math.pi)
+    blend = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+    return found * (blend + (1 - blend) / scaling.factor)
+
+
+def rope_angles(positions: jax.Array, head_dim: int, theta: float, scaling: Llama3Scaling | None = None) -> Angles:
+    """Cosines and sines, each float32[B, T, 1, H/2], of position times frequency.
 
     positions: int[B, T] position of each token in its sequence, from 0.
-    Dimension i of the first half turns by positions * theta**(-2i/H).
     """
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies(head_dim, theta, scaling)
     return jnp.cos(angles), jnp.sin(angles)
 
 

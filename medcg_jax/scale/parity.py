@@ -164,7 +164,7 @@ def port_stages(model: Llava, tokens, segment_ids, pixels) -> dict[str, jax.Arra
         x = found[f"decoder.layer{i}"] = run(block, x)
 
     def whole(model, tokens, pixels, segment_ids):
-        hidden, _ = model.hidden(tokens, pixels, segment_ids=segment_ids)
+        hidden, _ = model.hidden(tokens, {"pixels": pixels}, segment_ids=segment_ids)
         return hidden, model.logits(hidden)
 
     found["decoder.norm"], found["logits"] = jax.jit(whole)(model, tokens, pixels, segment_ids)
@@ -214,7 +214,7 @@ def value_and_grad(graphdef, inputs: dict[str, np.ndarray]) -> Callable:
     def run(trainable, frozen):
         model = nnx.merge(graphdef, build.join(trainable, frozen))
         given = port_inputs(model.config, inputs)
-        return loss(model(given["tokens"], given["pixels"], segment_ids=given["segment_ids"]), inputs["labels"])
+        return loss(model(given["tokens"], {"pixels": given["pixels"]}, segment_ids=given["segment_ids"]), inputs["labels"])
 
     return run
 
@@ -257,7 +257,7 @@ def recorded_rows(model: Llava, inputs: dict[str, np.ndarray], source: Path) -> 
     """Rows for logits (real tokens only) and, where recorded, the loss."""
     given = port_inputs(model.config, inputs)
     with jax.default_matmul_precision("highest"):
-        run = jax.jit(lambda model, tokens, pixels, segment_ids: model(tokens, pixels, segment_ids=segment_ids))
+        run = jax.jit(lambda model, tokens, pixels, ids: model(tokens, {"pixels": pixels}, segment_ids=ids))
         logits = run(model, given["tokens"], given["pixels"], given["segment_ids"])
     if inputs["logits"].shape[:2] != logits.shape[:2] or inputs["logits"].shape[2] > logits.shape[2]:
         raise WeightsError(f"{source}: logits {inputs['logits'].shape} recorded, {logits.shape} computed")

@@ -10,11 +10,12 @@ def token_loss(model, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array
     The loss of a batch is the quotient of the two; over parts of a batch, of the two sums. The head runs at
     `target_positions` alone: L positions a row instead of T.
 
-    model: has `hidden(tokens, pixels, segment_ids=...)` and `logits(hidden)`, as `models.llava.Llava`.
-    batch: tokens and segment_ids int32[B, T], pixels uint8[B, I, h, w, 3], target_positions and targets int32[B, L],
+    model: has `image_keys`, `hidden(tokens, images, segment_ids=...)` and `logits(hidden)`, as `models.llava.Llava`.
+    batch: tokens and segment_ids int32[B, T], the model's images, target_positions and targets int32[B, L],
       target_weights float32[B, L] (0 where unused, so a row that only fills a batch has zeros).
     """
-    hidden, _ = model.hidden(batch["tokens"], batch["pixels"], segment_ids=batch["segment_ids"])
+    images = {key: batch[key] for key in model.image_keys}
+    hidden, _ = model.hidden(batch["tokens"], images, segment_ids=batch["segment_ids"])
     at_targets = jnp.take_along_axis(hidden, batch["target_positions"][..., None], axis=1)
     nll = negative_log_likelihood(model.logits(at_targets), batch["targets"])
     weights = batch["target_weights"].astype(jnp.float32)

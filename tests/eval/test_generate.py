@@ -33,7 +33,7 @@ def with_cache(model, rows, eos_id: int) -> np.ndarray:
 
 def one_by_one(model, rows, eos_id: int) -> np.ndarray:
     """Each row alone: every token from a forward pass over all that came before."""
-    forward = nnx.jit(lambda m, tokens, pixels, ids: m(tokens, pixels, segment_ids=ids))
+    forward = nnx.jit(lambda m, tokens, pixels, ids: m(tokens, {"pixels": pixels}, segment_ids=ids))
     out = np.full((len(rows["tokens"]), NEW), eos_id, np.int32)
     for row in range(len(out)):
         length = int(rows["last_position"][row]) + 1

@@ -30,7 +30,7 @@ def test_letters_are_scored_at_the_end_of_each_prompt(alone):
     _, graphdef, params, predictions = alone
     rows, ids = encoded().rows(np.arange(21))
     model = nnx.merge(graphdef, params)
-    logits = nnx.jit(lambda m, r: m(r["tokens"], r["pixels"], segment_ids=r["segment_ids"]))(model, rows)
+    logits = nnx.jit(lambda m, r: m(r["tokens"], {"pixels": r["pixels"]}, segment_ids=r["segment_ids"]))(model, rows)
     logits = np.asarray(logits, np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     ends = rows["segment_ids"].sum(1) - 1

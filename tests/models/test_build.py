@@ -101,7 +101,7 @@ def batch(rows: int):
 
 def loss(graphdef, trainable, frozen, given):
     model = nnx.merge(graphdef, build.join(trainable, frozen))
-    logits = model(given["tokens"], given["pixels"], segment_ids=given["segment_ids"])
+    logits = model(given["tokens"], {"pixels": given["pixels"]}, segment_ids=given["segment_ids"])
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), given["tokens"][:, 1:, None], axis=-1)[..., 0]
     return (nll * (given["segment_ids"][:, 1:] != 0)).mean()
 
@@ -170,7 +170,7 @@ def test_computes_in_the_dtype_asked_with_float32_weights_and_logits():
 
     def run(state, given):
         model = nnx.merge(graphdef, state)
-        hidden, _ = model.hidden(given["tokens"], given["pixels"], segment_ids=given["segment_ids"])
+        hidden, _ = model.hidden(given["tokens"], {"pixels": given["pixels"]}, segment_ids=given["segment_ids"])
         return hidden, model.logits(hidden)
 
     hidden, logits = jax.eval_shape(run, state, batch(2))

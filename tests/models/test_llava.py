@@ -17,7 +17,7 @@ from medcg_jax.nn import blocks
 from medcg_jax.scale import parity
 
 TOLERANCE = 1e-4
-run = jax.jit(lambda model, tokens, pixels, segment_ids: model(tokens, pixels, segment_ids=segment_ids))
+run = jax.jit(lambda model, tokens, pixels, ids: model(tokens, {"pixels": pixels}, segment_ids=ids))
 
 
 @pytest.fixture(scope="module")
@@ -144,18 +144,18 @@ def test_decoding_into_a_cache_is_the_full_forward(ported, side):
     model = nnx.merge(graphdef, params)
     inputs = hf_tiny.inputs(side=side)
     given = parity.port_inputs(config, inputs)
-    tokens, segments, pixels = given["tokens"], given["segment_ids"], given["pixels"]
+    tokens, segments, images = given["tokens"], given["segment_ids"], {"pixels": given["pixels"]}
     rows, length = tokens.shape
     more = jnp.asarray(np.random.default_rng(5).integers(3, 90, (rows, 3)), jnp.int32)
     all_segments = jnp.concatenate([segments, jnp.ones_like(more)], axis=1)
-    full = run(model, jnp.concatenate([tokens, more], axis=1), pixels, all_segments)
+    full = run(model, jnp.concatenate([tokens, more], axis=1), images["pixels"], all_segments)
 
     @jax.jit
-    def step(model, tokens, pixels, segments, cache):
-        hidden, cache = model.hidden(tokens, pixels, segment_ids=segments, cache=cache)
+    def step(model, tokens, images, segments, cache):
+        hidden, cache = model.hidden(tokens, images, segment_ids=segments, cache=cache)
         return model.logits(hidden), cache
 
-    prefill, cache = step(model, tokens, pixels, segments, model.init_cache(rows, length + 4))
+    prefill, cache = step(model, tokens, images, segments, model.init_cache(rows, length + 4))
     real = np.asarray(segments) != 0
     assert np.abs(np.asarray(prefill) - np.asarray(full[:, :length]))[real].max() < TOLERANCE
     for i in range(3):
@@ -163,7 +163,7 @@ def test_decoding_into_a_cache_is_the_full_forward(ported, side):
         assert np.abs(np.asarray(logits[:, 0]) - np.asarray(full[:, length + i])).max() < TOLERANCE
     assert int(cache["index"]) == length + 3
     # Planted: padding forgotten, as if every slot were real.
-    _, blind = step(model, tokens, pixels, jnp.ones_like(segments), model.init_cache(rows, length + 4))
+    _, blind = step(model, tokens, images, jnp.ones_like(segments), model.init_cache(rows, length + 4))
     logits, _ = step(model, more[:, :1], None, None, blind)
     assert np.abs(np.asarray(logits[:, 0]) - np.asarray(full[:, length])).max() > 10 * TOLERANCE
 
@@ -201,7 +201,7 @@ def test_shapes_and_sizes_that_do_not_fit_are_refused():
     model = nnx.eval_shape(lambda: llava.Llava(config, rngs=nnx.Rngs(0)))
     tokens = jnp.zeros((2, 20), jnp.int32)
     with pytest.raises(ValueError, match=r"pixels \(2, 32, 32, 3\): \[batch, images, 32, 32, 3\]"):
-        model.encode_images(jnp.zeros((2, 32, 32, 3), jnp.uint8))
+        model.encode_images({"pixels": jnp.zeros((2, 32, 32, 3), jnp.uint8)})
     with pytest.raises(ValueError, match=r"segment_ids \(2, 3\) beside tokens \(2, 20\)"):
         model.hidden(tokens, segment_ids=jnp.zeros((2, 3)))
     with pytest.raises(ValueError, match="image_size_px=30 is no multiple of patch_size_px=8"):

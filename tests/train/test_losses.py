@@ -27,7 +27,7 @@ def loss(model):
 
 def by_hand(model, rows) -> tuple[float, float]:
     """The sums from logits at every position, in float64."""
-    forward = nnx.jit(lambda m, rows: m(rows["tokens"], rows["pixels"], segment_ids=rows["segment_ids"]))
+    forward = nnx.jit(lambda m, rows: m(rows["tokens"], {"pixels": rows["pixels"]}, segment_ids=rows["segment_ids"]))
     logits = np.asarray(forward(model, rows), np.float64)
     shifted = logits - logits.max(-1, keepdims=True)
     logprobs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
@@ -51,7 +51,9 @@ def test_equals_the_logits_of_the_whole_row(model, loss):
 class Linear:
     """Logits from the token alone, so that hypothesis may try many batches."""
 
-    def hidden(self, tokens, pixels, *, segment_ids):
+    image_keys = ("pixels",)
+
+    def hidden(self, tokens, images, *, segment_ids):
         return jax.nn.one_hot(tokens, 40) * 3.0 + jnp.sin(tokens[..., None] * jnp.arange(1.0, 41.0)), None
 
     def logits(self, hidden):
