@@ -112,12 +112,12 @@ import importlib, pkgutil
 import medcg_jax.data
 for module in pkgutil.iter_modules(medcg_jax.data.__path__):
     importlib.import_module(f"medcg_jax.data.{module.name}")
-from medcg_jax.data import encoding, phantom, pipeline, tokenizer
+from medcg_jax.data import encoding, formats, phantom, pipeline, tokenizer
 from medcg_jax.run_config import DataConfig
 source = phantom.PhantomSource(seed=0, train_records=8, test_records=4)
 records = source.records(source.subsets[0].name, "train")
-sizes = dict(image_size_px=64, num_image_tokens=16)
-encoded = encoding.encode(records, tokenizer.load_tokenizer(""), DataConfig(max_text_tokens=128), **sizes)
+fmt = formats.llava(64, 16)
+encoded = encoding.encode(records, tokenizer.load_tokenizer(""), DataConfig(max_text_tokens=128), fmt)
 batch, ids = next(iter(pipeline.Batches(encoded, batch_size=4, seed=0)))
 print(batch["pixels"].shape, len(ids))
 """

@@ -1,4 +1,4 @@
-"""Records as arrays: token rows of one length, supervised positions, and pixels of the model's size."""
+"""Records as arrays: token rows of one length, supervised positions, and images as the model takes them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medcg_jax.data import prompts
-from medcg_jax.data.images import preprocess
+from medcg_jax.data.formats import Arrays, Format
 from medcg_jax.data.records import DataError, Record, RecordSet, concat
 from medcg_jax.data.tokenizer import Tokenizer
 from medcg_jax.run_config import DataConfig
 
-# Pixels kept decoded; a larger set is decoded again whenever a row is drawn.
+# Images kept decoded; a larger set is decoded again whenever a row is drawn.
 MEMORY_LIMIT_BYTES = 2 << 30
 
 
@@ -25,65 +24,60 @@ class Encoded:
 
     Attributes:
       records: where the rows come from, in order.
-      image_size_px: side of the pixels.
+      format: how they were made.
       arrays: [N, ...] per batch key, and `length` int32[N]; what `encode` or `encode_eval` says.
-      pixels: uint8[N, h, w, 3], or None where images are decoded when drawn.
+      images: [N, ...] per batch key of the format's; None where images are decoded when drawn.
     """
 
     records: RecordSet
-    image_size_px: int
-    arrays: dict[str, np.ndarray]
-    pixels: np.ndarray | None
+    format: Format
+    arrays: Arrays
+    images: Arrays | None
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def rows(self, indices: np.ndarray) -> tuple[dict[str, np.ndarray], list[str]]:
-        """The batch of these rows (`segment_ids` and `pixels` filled in) and their records' ids."""
+    def rows(self, indices: np.ndarray) -> tuple[Arrays, list[str]]:
+        """The batch of these rows (`segment_ids` and the images filled in) and their records' ids."""
         batch = {key: array[indices] for key, array in self.arrays.items()}
         length = batch.pop("length")
         batch["segment_ids"] = (np.arange(batch["tokens"].shape[1]) < length[:, None]).astype(np.int32)
-        pixels = self.pixels[indices] if self.pixels is not None else self._decode(indices)
-        batch["pixels"] = pixels[:, None]
+        images = self._decode(indices) if self.images is None else {k: a[indices] for k, a in self.images.items()}
+        batch |= {key: array[:, None] for key, array in images.items()}
         return batch, [self.records.records[i].id for i in indices]
 
-    def _decode(self, indices: np.ndarray) -> np.ndarray:
-        out = np.zeros((len(indices), self.image_size_px, self.image_size_px, 3), np.uint8)
-        for row, index in enumerate(indices):
-            out[row] = _row_pixels(self.records, int(index), self.image_size_px)
-        return out
+    def _decode(self, indices: np.ndarray) -> Arrays:
+        rows = [_image_arrays(self.records, int(index), self.format) for index in indices]
+        return {key: np.stack([row[key] for row in rows]) for key in self.format.blank}
 
 
 def encode(
     records: RecordSet,
     tokenizer: Tokenizer,
     data: DataConfig,
+    fmt: Format,
     *,
-    image_size_px: int,
-    num_image_tokens: int,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
 ) -> Encoded:
     """Rows for training: the batch keys `tokens`, `target_positions`, `targets`, `target_weights`.
 
-    T = `data.max_text_tokens` + `num_image_tokens`, L = `data.max_target_tokens`; the position p of a target is the
+    T = `data.max_text_tokens` + `fmt.max_image_tokens`, L = `data.max_target_tokens`; the position p of a target is the
     one whose logits predict token p + 1.
 
     Raises:
       DataError: a record has too many tokens or targets, none that is supervised, or text or an image that cannot be
         used; the message names it.
     """
-    rows = _empty_rows(len(records), tokenizer, data.max_text_tokens + num_image_tokens)
+    rows = _empty_rows(len(records), tokenizer, data.max_text_tokens + fmt.max_image_tokens)
     positions = np.zeros((len(records), data.max_target_tokens), np.int32)
     targets, weights = np.zeros_like(positions), np.zeros(positions.shape, np.float32)
 
     def one(index: int, record: Record) -> None:
-        tokens = prompts.conversation(
-            tokenizer,
-            record.turns,
-            system_prompt=data.system_prompt,
-            num_image_tokens=num_image_tokens if record.image else 0,
+        num_image = _image_tokens(records, index, fmt)
+        tokens = fmt.prompts.conversation(
+            tokenizer, record.turns, system_prompt=data.system_prompt, num_image_tokens=num_image
         )
-        _put_row(rows, index, tokens.ids, record, num_image_tokens, data)
+        _put_row(rows, index, tokens.ids, num_image, data)
         supervised = np.flatnonzero(tokens.supervised)
         count = len(supervised)
         if not count:
@@ -96,16 +90,15 @@ def encode(
 
     _each(records, one)
     arrays = {**rows, "target_positions": positions, "targets": targets, "target_weights": weights}
-    return Encoded(records, image_size_px, arrays, _all_pixels(records, image_size_px, memory_limit_bytes))
+    return Encoded(records, fmt, arrays, _all_images(records, fmt, memory_limit_bytes))
 
 
 def encode_eval(
     records: RecordSet,
     tokenizer: Tokenizer,
     data: DataConfig,
+    fmt: Format,
     *,
-    image_size_px: int,
-    num_image_tokens: int,
     num_options: int = 4,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
 ) -> Encoded:
@@ -116,27 +109,25 @@ def encode_eval(
     Raises:
       DataError: as `encode`; or a record is no choice question, has too many options, or letters that cannot be scored.
     """
-    rows = _empty_rows(len(records), tokenizer, data.max_text_tokens + num_image_tokens)
+    rows = _empty_rows(len(records), tokenizer, data.max_text_tokens + fmt.max_image_tokens)
     options = np.full((len(records), num_options), -1, np.int32)
 
     def one(index: int, record: Record) -> None:
         count = len(record.options)
         if not 2 <= count <= num_options:
             raise DataError(f"{count} options; 2 to {num_options} can be scored")
-        ids = prompts.evaluation_prompt(
-            tokenizer,
-            record.turns,
-            system_prompt=data.system_prompt,
-            num_image_tokens=num_image_tokens if record.image else 0,
+        num_image = _image_tokens(records, index, fmt)
+        ids = fmt.prompts.evaluation_prompt(
+            tokenizer, record.turns, system_prompt=data.system_prompt, num_image_tokens=num_image
         )
-        _put_row(rows, index, ids, record, num_image_tokens, data)
-        options[index, :count] = prompts.option_ids(
+        _put_row(rows, index, ids, num_image, data)
+        options[index, :count] = fmt.prompts.option_ids(
             tokenizer, record.turns, count, system_prompt=data.system_prompt, has_image=bool(record.image)
         )
 
     _each(records, one)
     arrays = {**rows, "last_position": rows["length"] - 1, "option_ids": options}
-    return Encoded(records, image_size_px, arrays, _all_pixels(records, image_size_px, memory_limit_bytes))
+    return Encoded(records, fmt, arrays, _all_images(records, fmt, memory_limit_bytes))
 
 
 def concat_encoded(parts: Sequence[Encoded]) -> Encoded:
@@ -147,13 +138,18 @@ def concat_encoded(parts: Sequence[Encoded]) -> Encoded:
     """
     if not parts:
         raise ValueError("there are no encoded records to join")
-    shapes = {(p.image_size_px, *((key, array.shape[1:]) for key, array in sorted(p.arrays.items()))) for p in parts}
+    shapes = {tuple((key, a.shape[1:]) for key, a in sorted({**p.arrays, **p.format.blank}.items())) for p in parts}
     if len(shapes) > 1:
         raise ValueError(f"encoded records of {len(shapes)} shapes cannot be joined: {sorted(map(str, shapes))}")
-    arrays = {key: np.concatenate([part.arrays[key] for part in parts]) for key in parts[0].arrays}
-    in_memory = all(part.pixels is not None for part in parts)
-    pixels = np.concatenate([part.pixels for part in parts]) if in_memory else None
-    return Encoded(concat([part.records for part in parts]), parts[0].image_size_px, arrays, pixels)
+
+    def joined(sets: list[Arrays]) -> Arrays:
+        return {key: np.concatenate([arrays[key] for arrays in sets]) for key in sets[0]}
+
+    images = [part.images for part in parts if part.images is not None]
+    return Encoded(
+        concat([part.records for part in parts]), parts[0].format, joined([part.arrays for part in parts]),
+        joined(images) if len(images) == len(parts) else None,
+    )  # fmt: skip
 
 
 def _each(records: RecordSet, one: Callable[[int, Record], None]) -> None:
@@ -168,38 +164,42 @@ def _empty_rows(count: int, tokenizer: Tokenizer, length: int) -> dict[str, np.n
     return {"tokens": np.full((count, length), tokenizer.pad_id, np.int32), "length": np.zeros(count, np.int32)}
 
 
-def _put_row(rows, index: int, ids: list[int], record: Record, num_image_tokens: int, data: DataConfig) -> None:
+def _image_tokens(records: RecordSet, index: int, fmt: Format) -> int:
+    """How many tokens the record's image takes; 0 without one."""
+    if not records.records[index].image:
+        return 0
+    return fmt.max_image_tokens if fmt.num_image_tokens is None else fmt.num_image_tokens(*records.image(index).shape[:2])
+
+
+def _put_row(rows, index: int, ids: list[int], num_image_tokens: int, data: DataConfig) -> None:
     # A row without an image may use the image's places.
     most = rows["tokens"].shape[1]
-    if len(ids) > most:
-        text, room = (len(ids) - num_image_tokens, data.max_text_tokens) if record.image else (len(ids), most)
+    text, room = (len(ids) - num_image_tokens, data.max_text_tokens) if num_image_tokens else (len(ids), most)
+    if text > room:
         raise DataError(f"{text} text tokens where {room} fit (data.max_text_tokens={data.max_text_tokens}); nothing is cut")
     rows["tokens"][index, : len(ids)] = ids
     rows["length"][index] = len(ids)
 
 
-def _row_pixels(records: RecordSet, index: int, size_px: int) -> np.ndarray:
+def _image_arrays(records: RecordSet, index: int, fmt: Format) -> Arrays:
     record = records.records[index]
     if not record.image:
-        return np.zeros((size_px, size_px, 3), np.uint8)
+        return fmt.blank
     try:
-        return preprocess(records.image(index), size_px)
+        return fmt.preprocess(records.image(index))
     except DataError as error:
         raise DataError(f"record {record.id}: {error}") from error
 
 
-def _all_pixels(records: RecordSet, size_px: int, limit_bytes: int) -> np.ndarray | None:
-    """uint8[N, size_px, size_px, 3] of all records, decoded in threads; None where they need more than the limit."""
-    shape = (len(records), size_px, size_px, 3)
-    if int(np.prod(shape, dtype=np.int64)) > limit_bytes:
+def _all_images(records: RecordSet, fmt: Format, limit_bytes: int) -> Arrays | None:
+    """[N, ...] per batch key of all records, decoded in threads; None where they need more than the limit."""
+    if len(records) * sum(array.nbytes for array in fmt.blank.values()) > limit_bytes:
         return None
-    images = records.images
-    if isinstance(images, np.ndarray) and images.shape == shape and all(r.image for r in records.records):
-        return images
-    out = np.zeros(shape, np.uint8)
+    out = {key: np.zeros((len(records), *array.shape), array.dtype) for key, array in fmt.blank.items()}
 
     def fill(index: int) -> None:
-        out[index] = _row_pixels(records, index, size_px)
+        for key, array in _image_arrays(records, index, fmt).items():
+            out[key][index] = array
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for _ in pool.map(fill, range(len(records))):

@@ -145,7 +145,7 @@ class _Order:
 
 
 def _read_options(encoded: Encoded, prefetch: int | None) -> grain.ReadOptions:
-    if encoded.pixels is not None:
+    if encoded.images is not None:
         # Copies of rows in memory: one thread is ahead of any model.
         threads, prefetch = 1, 2 if prefetch is None else prefetch
     else:

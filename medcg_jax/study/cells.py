@@ -43,7 +43,7 @@ class Data:
     def training(self, parts: Sequence[tuple[str, int]]) -> Encoded:
         """The training rows of these (subset, number of records), labels balanced where not all are taken."""
         rows = sum(count for _, count in parts)
-        if rows * 3 * self._setup.model.image_size_px**2 > MEMORY_LIMIT_BYTES:
+        if rows * sum(array.nbytes for array in self._setup.format.blank.values()) > MEMORY_LIMIT_BYTES:
             # Encoded together, so that the images are decoded when drawn.
             return self._setup.encode(concat([self._records(name, "train", count) for name, count in parts]))
         return concat_encoded([self._encoded(name, "train", count) for name, count in parts])
@@ -57,7 +57,7 @@ class Data:
         if key not in self._kept:
             encode = self._setup.encode if split == "train" else self._setup.encode_eval
             made = encode(self._records(subset, split, count))
-            size = 0 if made.pixels is None else made.pixels.nbytes
+            size = sum(array.nbytes for array in (made.images or {}).values())
             if self._bytes + size > MEMORY_LIMIT_BYTES:
                 return made
             self._kept[key] = made

@@ -8,7 +8,9 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from medcg_jax.data import formats
 from medcg_jax.data.encoding import Encoded, encode, encode_eval
+from medcg_jax.data.formats import Format
 from medcg_jax.data.records import RecordSet, Source
 from medcg_jax.data.sources import open_source, require_subsets
 from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -31,17 +33,15 @@ class Setup:
     mesh: Mesh
     tokenizer: Tokenizer
     model: LlavaConfig
+    format: Format
     source: Source
 
     def encode(self, records: RecordSet, **lengths: int) -> Encoded:
         """Training rows. lengths: `max_text_tokens`, `max_target_tokens`, in place of the configuration's."""
-        return encode(records, self.tokenizer, dataclasses.replace(self.run.data, **lengths), **self._sizes())
+        return encode(records, self.tokenizer, dataclasses.replace(self.run.data, **lengths), self.format)
 
     def encode_eval(self, records: RecordSet) -> Encoded:
-        return encode_eval(records, self.tokenizer, self.run.data, **self._sizes())
-
-    def _sizes(self) -> dict[str, int]:
-        return {"image_size_px": self.model.image_size_px, "num_image_tokens": self.model.num_image_tokens}
+        return encode_eval(records, self.tokenizer, self.run.data, self.format)
 
 
 def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None, has_weights: bool = False) -> Setup:
@@ -73,7 +73,7 @@ def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None, has_w
         pad_token_id=ids["pad_id"],
         eos_token_id=ids["eos_id"],
     )
-    return Setup(run, mesh, tokenizer, model, source)
+    return Setup(run, mesh, tokenizer, model, formats.llava(model.image_size_px, model.num_image_tokens), source)
 
 
 def check_weights(run: RunConfig) -> None:

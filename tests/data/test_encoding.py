@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from medcg_jax.data.encoding import concat_encoded, encode, encode_eval
+from medcg_jax.data.formats import llava
 from medcg_jax.data.images import preprocess
 from medcg_jax.data.records import DataError, Record, RecordSet, Turn
 from medcg_jax.run_config import DataConfig
 
-SIZES = {"image_size_px": 4, "num_image_tokens": 2}
+FORMAT = llava(4, 2)
 
 
 def one(*turns: Turn, options=(), answer="", image="x") -> RecordSet:
@@ -29,21 +30,21 @@ def one(*turns: Turn, options=(), answer="", image="x") -> RecordSet:
 )
 def test_a_record_that_cannot_be_learnt_from_is_named(word_tokenizer, plain_config, turns, reason):
     with pytest.raises(DataError, match=rf"^record 04/train/7: .*{reason}"):
-        encode(one(*turns), word_tokenizer, plain_config, **SIZES)
+        encode(one(*turns), word_tokenizer, plain_config, FORMAT)
 
 
 def test_longest_record_fits_exactly(word_tokenizer, plain_config):
     words = 40 - len("<s> USER : \n ASSISTANT : A </s>".split(" "))
-    row = encode(one(Turn(("what " * words).strip(), "A")), word_tokenizer, plain_config, **SIZES)
+    row = encode(one(Turn(("what " * words).strip(), "A")), word_tokenizer, plain_config, FORMAT)
     assert row.arrays["length"].tolist() == [42] and row.arrays["tokens"][0, -1] == word_tokenizer.eos_id
     with pytest.raises(DataError, match="41 text tokens"):
-        encode(one(Turn(("what " * (words + 1)).strip(), "A")), word_tokenizer, plain_config, **SIZES)
+        encode(one(Turn(("what " * (words + 1)).strip(), "A")), word_tokenizer, plain_config, FORMAT)
 
 
 def test_image_tokens_do_not_count_as_text(word_tokenizer, plain_config):
     records = one(Turn("what ?", "A"))
-    few = encode(records, word_tokenizer, plain_config, image_size_px=4, num_image_tokens=1)
-    many = encode(records, word_tokenizer, plain_config, image_size_px=4, num_image_tokens=100)
+    few = encode(records, word_tokenizer, plain_config, llava(4, 1))
+    many = encode(records, word_tokenizer, plain_config, llava(4, 100))
     assert few.arrays["tokens"].shape == (1, 41) and many.arrays["tokens"].shape == (1, 140)
     assert (many.arrays["tokens"] == word_tokenizer.image_id).sum() == 100
     assert many.arrays["length"] - few.arrays["length"] == 99
@@ -51,28 +52,28 @@ def test_image_tokens_do_not_count_as_text(word_tokenizer, plain_config):
 
 def test_a_record_without_image_has_no_placeholder_and_black_pixels(word_tokenizer, plain_config):
     records = RecordSet(one(Turn("what ?", "A"), image="").records, np.full((1, 4, 4, 3), 9, np.uint8))
-    row = encode(records, word_tokenizer, plain_config, **SIZES)
+    row = encode(records, word_tokenizer, plain_config, FORMAT)
     assert word_tokenizer.image_id not in row.arrays["tokens"]
-    assert not row.pixels.any()
+    assert not row.images["pixels"].any()
 
 
 def test_pixels_are_preprocessed_once_whatever_their_size(word_tokenizer, plain_config):
     records = one(Turn("what ?", "A"))
     image = np.random.default_rng(0).integers(0, 256, (9, 5, 3), dtype=np.uint8)
-    row = encode(RecordSet(records.records, [image]), word_tokenizer, plain_config, **SIZES)
-    np.testing.assert_array_equal(row.pixels[0], preprocess(image, 4))
+    row = encode(RecordSet(records.records, [image]), word_tokenizer, plain_config, FORMAT)
+    np.testing.assert_array_equal(row.images["pixels"][0], preprocess(image, 4))
 
 
 def test_evaluation_rows(word_tokenizer, plain_config):
     turn = Turn("what ?\nA: benign\nB: normal\nC: mild", "C")
     records = one(turn, options=("benign", "normal", "mild"), answer="C")
-    row = encode_eval(records, word_tokenizer, plain_config, **SIZES)
+    row = encode_eval(records, word_tokenizer, plain_config, FORMAT)
     letters = [word_tokenizer.encode(letter)[0] for letter in "ABC"]
     assert row.arrays["option_ids"].tolist() == [[*letters, -1]]
     last = int(row.arrays["last_position"][0])
     assert row.arrays["tokens"][0, last] == word_tokenizer.encode(":")[0]
     assert (row.arrays["tokens"][0, last + 1 :] == word_tokenizer.pad_id).all()
-    trained = encode(records, word_tokenizer, plain_config, **SIZES)
+    trained = encode(records, word_tokenizer, plain_config, FORMAT)
     # The letter is predicted at the same position in both.
     assert trained.arrays["target_positions"][0, 0] == last and trained.arrays["targets"][0, 0] == letters[2]
     np.testing.assert_array_equal(trained.arrays["tokens"][0, : last + 1], row.arrays["tokens"][0, : last + 1])
@@ -82,13 +83,13 @@ def test_evaluation_rows(word_tokenizer, plain_config):
 def test_what_is_no_choice_cannot_be_scored(word_tokenizer, plain_config, options):
     records = one(Turn("what ?", "A"), options=options, answer="A")
     with pytest.raises(DataError, match=rf"^record 04/train/7: {len(options)} options; 2 to 4 can be scored"):
-        encode_eval(records, word_tokenizer, plain_config, **SIZES)
+        encode_eval(records, word_tokenizer, plain_config, FORMAT)
 
 
 def test_rows_of_other_shapes_are_not_joined(word_tokenizer, plain_config):
     records = one(Turn("what ?", "A"))
     parts = [
-        encode(records, word_tokenizer, DataConfig(system_prompt="", max_text_tokens=length), **SIZES)
+        encode(records, word_tokenizer, DataConfig(system_prompt="", max_text_tokens=length), FORMAT)
         for length in (20, 21)
     ]
     with pytest.raises(ValueError, match="2 shapes"):

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from record_sets import choices
 
 from medcg_jax.data.encoding import Encoded, concat_encoded, encode, encode_eval
+from medcg_jax.data.formats import llava
 from medcg_jax.data.pipeline import Batches, eval_batches
 from medcg_jax.data.records import DataError, Record, RecordSet, Turn, concat
 from medcg_jax.run_config import DataConfig
 
-SIZES = {"image_size_px": 4, "num_image_tokens": 2}
+FORMAT = llava(4, 2)
 
 ORDER = [[8, 9, 6, 5, 1], [3, 4, 2, 7, 0], [6, 0, 5, 9, 1], [4, 8, 2, 3, 7]]
 MIXED = [[2, 9, 7, 3, 8], [7, 6, 8, 9, 0], [9, 7, 5, 8, 9], [4, 8, 7, 1, 9]]
@@ -28,7 +29,7 @@ def bare(sizes: dict[str, int]) -> Encoded:
     tokens = np.arange(len(records), dtype=np.int32)[:, None]
     arrays = {"tokens": tokens, "length": np.ones(len(records), np.int32)}
     pixels = np.zeros((len(records), 1, 1, 3), np.uint8)
-    return Encoded(RecordSet(records, pixels), 1, arrays, pixels)
+    return Encoded(RecordSet(records, pixels), llava(1, 1), arrays, {"pixels": pixels})
 
 
 def drawn(batches: Batches, count: int) -> list[list[int]]:
@@ -128,7 +129,7 @@ def test_close_ends_the_threads():
 
 
 def test_a_batch_is_what_the_model_takes(word_tokenizer, plain_config):
-    encoded = encode(choices(6), word_tokenizer, plain_config, **SIZES)
+    encoded = encode(choices(6), word_tokenizer, plain_config, FORMAT)
     batch, ids = next(Batches(encoded, batch_size=4, seed=3))
     shapes = {key: (value.shape, value.dtype.name) for key, value in batch.items()}
     assert shapes == {
@@ -168,12 +169,12 @@ class Counting:
 def test_each_process_decodes_its_own_rows_only(word_tokenizer, plain_config):
     images = Counting(16)
     records = RecordSet(choices(16).records, images)
-    encoded = encode(records, word_tokenizer, plain_config, **SIZES, memory_limit_bytes=0)
-    assert encoded.pixels is None and not images.asked
+    encoded = encode(records, word_tokenizer, plain_config, FORMAT, memory_limit_bytes=0)
+    assert encoded.images is None and not images.asked
     options = {"batch_size": 8, "seed": 1, "prefetch": 0}
     batch, ids = next(Batches(encoded, process_index=1, process_count=4, **options))
     assert [f"04/train/{i}" for i in images.asked] == ids and len(ids) == 2
-    kept = encode(choices(16), word_tokenizer, plain_config, **SIZES)
+    kept = encode(choices(16), word_tokenizer, plain_config, FORMAT)
     whole, _ = next(Batches(kept, **options))
     for key, value in batch.items():
         np.testing.assert_array_equal(value, whole[key][2:4])
@@ -186,17 +187,17 @@ def test_a_decoding_error_names_its_record(word_tokenizer, plain_config):
 
     records = RecordSet(choices(4).records, Broken(4))
     with pytest.raises(DataError, match=r"record 04/train/0: truncated"):
-        encode(records, word_tokenizer, plain_config, **SIZES)
-    late = encode(records, word_tokenizer, plain_config, **SIZES, memory_limit_bytes=0)
+        encode(records, word_tokenizer, plain_config, FORMAT)
+    late = encode(records, word_tokenizer, plain_config, FORMAT, memory_limit_bytes=0)
     with pytest.raises(DataError, match=r"record 04/train/\d: truncated"):
         next(Batches(late, batch_size=2, seed=0))
 
 
 def test_joined_parts_draw_as_one_encoding(word_tokenizer, plain_config):
     parts = [choices(5, subset="04"), choices(3, subset="07")]
-    joined = concat_encoded([encode(part, word_tokenizer, plain_config, **SIZES) for part in parts])
+    joined = concat_encoded([encode(part, word_tokenizer, plain_config, FORMAT) for part in parts])
     assert [r.subset for r in joined.records.records] == ["04"] * 5 + ["07"] * 3
-    at_once = encode(concat(parts), word_tokenizer, plain_config, **SIZES)
+    at_once = encode(concat(parts), word_tokenizer, plain_config, FORMAT)
     (batch, ids), (other, other_ids) = (next(Batches(rows, batch_size=8, seed=2)) for rows in (joined, at_once))
     assert ids == other_ids
     for key, value in batch.items():
@@ -205,7 +206,7 @@ def test_joined_parts_draw_as_one_encoding(word_tokenizer, plain_config):
 
 @pytest.mark.parametrize(("count", "batch", "processes"), [(7, 3, 1), (8, 4, 2), (5, 4, 4), (1, 4, 2), (9, 8, 4)])
 def test_evaluation_gives_each_record_once(word_tokenizer, plain_config, count, batch, processes):
-    encoded = encode_eval(choices(count), word_tokenizer, plain_config, **SIZES)
+    encoded = encode_eval(choices(count), word_tokenizer, plain_config, FORMAT)
     per_process = [
         list(eval_batches(encoded, batch, process_index=p, process_count=processes)) for p in range(processes)
     ]
@@ -235,5 +236,5 @@ def test_wrong_use_is_one_clear_line():
 
 
 def test_config_defaults_fit_a_choice_record(word_tokenizer):
-    encoded = encode(choices(2), word_tokenizer, DataConfig(system_prompt=""), **SIZES)
+    encoded = encode(choices(2), word_tokenizer, DataConfig(system_prompt=""), FORMAT)
     assert len(encoded) == 2

@@ -32,6 +32,7 @@ for module in pkgutil.walk_packages(medcg_jax.data.__path__, "medcg_jax.data."):
 
 from medcg_jax.data.check import check_tree
 from medcg_jax.data.encoding import encode, encode_eval
+from medcg_jax.data.formats import llava
 from medcg_jax.data.pipeline import Batches, eval_batches
 from medcg_jax.data.sources import open_source
 from medcg_jax.data.tokenizer import load_tokenizer
@@ -40,11 +41,11 @@ from medcg_jax.run_config import DataConfig
 root, words = sys.argv[1:]
 config = DataConfig(source="release", root=root, system_prompt="")
 source, tokenizer = open_source(config), load_tokenizer(words)
-sizes = {"image_size_px": 16, "num_image_tokens": 4}
-rows = encode(source.records("04", "train"), tokenizer, config, **sizes)
+fmt = llava(16, 4)
+rows = encode(source.records("04", "train"), tokenizer, config, fmt)
 batch, ids = next(Batches(rows, batch_size=4, seed=0))
 assert batch["pixels"].shape == (4, 1, 16, 16, 3) and len(ids) == 4, batch["pixels"].shape
-tests = encode_eval(source.records("04", "test"), tokenizer, config, **sizes)
+tests = encode_eval(source.records("04", "test"), tokenizer, config, fmt)
 assert [len(ids) for _, ids in eval_batches(tests, 2)] == [2, 1]
 assert check_tree(root).ok
 assert not [name for name in sys.modules if name.partition(".")[0] in BLOCKED]

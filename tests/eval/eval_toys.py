@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from medcg_jax.data.encoding import encode_eval
+from medcg_jax.data.formats import llava
 from medcg_jax.data.records import Record, RecordSet, Turn
 from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.eval.run import make_evaluator
@@ -35,8 +36,8 @@ def records(count: int = 21) -> RecordSet:
 
 def encoded(found: RecordSet | None = None, *, text_tokens: int = 48):
     data = DataConfig(system_prompt="", max_text_tokens=text_tokens)
-    sizes = dict(image_size_px=CONFIG.image_size_px, num_image_tokens=CONFIG.num_image_tokens)
-    return encode_eval(records() if found is None else found, TOKENIZER, data, **sizes)
+    fmt = llava(CONFIG.image_size_px, CONFIG.num_image_tokens)
+    return encode_eval(records() if found is None else found, TOKENIZER, data, fmt)
 
 
 def model_on(mesh_config: MeshConfig | None = None, **fields):
