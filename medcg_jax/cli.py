@@ -154,7 +154,7 @@ def data_check(args) -> dict:
 def convert_weights(args) -> dict:
     from medcg_jax.weights.convert import convert
 
-    return convert(Path(args.src), Path(args.dst), to=args.to, clip=Path(args.clip) if args.clip else None)
+    return convert(Path(args.src), Path(args.dst), to=args.to, parts={"clip": Path(args.clip)} if args.clip else {})
 
 
 def parity_check(args) -> dict:

@@ -14,56 +14,60 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.axes import spec
-from medcg_jax.models import llava
-from medcg_jax.models.llava import Llava, LlavaConfig
+from medcg_jax.models.llava import Llava, LlavaConfig, llava15_7b, llava15_13b, llava15_tiny
+
+# A config's type -> the module that it is the architecture of.
+MODULES: dict[type, type[nnx.Module]] = {LlavaConfig: Llava}
+SIZES = {"llava15_7b": llava15_7b, "llava15_13b": llava15_13b}
+# These have no vocabulary of their own.
+TINY = {"llava15_tiny": llava15_tiny}
+Config = LlavaConfig
 
 
-def llava_config(model, *, vocab_size=None, image_token_id=None, pad_token_id=None, eos_token_id=None) -> LlavaConfig:
+def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> Config:
     """The architecture that a `run_config.ModelConfig` names, with how it is to run.
 
-    The token ids come from the tokenizer: the tiny model needs `vocab_size` and `image_token_id`; the released sizes
-    have their own and take what is given.
+    ids: token ids by field of the config (`image_token_id`, `pad_token_id`, ...), from the tokenizer: a tiny model
+    needs them, and `vocab_size`; the released sizes have their own and take what is given.
 
     Raises:
-      ValueError: the name is unknown, or the tiny model got no vocabulary.
+      ValueError: the name is unknown, or a tiny model got no vocabulary.
     """
-    ids = dict(image_token_id=image_token_id, pad_token_id=pad_token_id, eos_token_id=eos_token_id)
     ids = {name: value for name, value in ids.items() if value is not None}
     runs = dict(
         compute_dtype=model.compute_dtype, attention=model.attention, remat=model.remat, scan_unroll=model.scan_unroll
     )
-    if model.name == "llava15_tiny":
-        if vocab_size is None or image_token_id is None:
-            raise ValueError("model.name='llava15_tiny' has no vocabulary of its own: pass the tokenizer's")
-        return llava.llava15_tiny(vocab_size, **ids, **runs)
-    sizes = {"llava15_7b": llava.llava15_7b, "llava15_13b": llava.llava15_13b}
-    if model.name not in sizes:
-        raise ValueError(f"model.name={model.name!r}; accepted: {', '.join(['llava15_tiny', *sizes])}")
-    config = sizes[model.name](**ids, **runs)
+    if model.name in TINY:
+        if vocab_size is None or "image_token_id" not in ids:
+            raise ValueError(f"model.name={model.name!r} has no vocabulary of its own: pass the tokenizer's")
+        return TINY[model.name](vocab_size, **ids, **runs)
+    if model.name not in SIZES:
+        raise ValueError(f"model.name={model.name!r}; accepted: {', '.join([*TINY, *SIZES])}")
+    config = SIZES[model.name](**ids, **runs)
     if vocab_size is not None:
         config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=vocab_size))
     return config
 
 
-def abstract(config: LlavaConfig, *, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
+def abstract(config: Config, *, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
     """(graphdef, params) with a `jax.ShapeDtypeStruct` for each array; allocates nothing."""
     graphdef, state = _abstract_variables(config, param_dtype)
     return graphdef, _arrays(state)
 
 
-def axis_names(config: LlavaConfig) -> nnx.State:
+def axis_names(config: Config) -> nnx.State:
     """The logical names of every parameter's axes, as a tuple for each leaf of `params`."""
     _, state = _abstract_variables(config, jnp.float32)
     return jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=_is_variable)
 
 
-def partition_specs(config: LlavaConfig) -> nnx.State:
+def partition_specs(config: Config) -> nnx.State:
     """The PartitionSpec of every parameter, by its logical names."""
     _, state = _abstract_variables(config, jnp.float32)
     return jax.tree.map(lambda v: spec(*v.get_metadata("axes")), state, is_leaf=_is_variable)
 
 
-def shardings(config: LlavaConfig, mesh: Mesh) -> nnx.State:
+def shardings(config: Config, mesh: Mesh) -> nnx.State:
     """The NamedSharding of every parameter on `mesh`, in params' tree.
 
     Raises:
@@ -79,16 +83,16 @@ def shardings(config: LlavaConfig, mesh: Mesh) -> nnx.State:
     return jax.tree_util.tree_map_with_path(one, state, is_leaf=_is_variable)
 
 
-def create(config: LlavaConfig, mesh: Mesh, *, seed: int, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
+def create(config: Config, mesh: Mesh, *, seed: int, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
     """(graphdef, params) with random weights, made directly in their shardings on `mesh`."""
     graphdef, _ = _abstract_variables(config, param_dtype)
     return graphdef, _initializer(config, mesh, param_dtype)(seed)
 
 
 @lru_cache(maxsize=16)
-def _initializer(config: LlavaConfig, mesh: Mesh, param_dtype):
+def _initializer(config: Config, mesh: Mesh, param_dtype):
     def init(seed):
-        return _arrays(nnx.state(Llava(config, rngs=nnx.Rngs(jax.random.key(seed)), param_dtype=param_dtype)))
+        return _arrays(nnx.state(_module(config, nnx.Rngs(jax.random.key(seed)), param_dtype)))
 
     return jax.jit(init, out_shardings=shardings(config, mesh))
 
@@ -118,6 +122,10 @@ def join(trainable: nnx.State, frozen: nnx.State) -> nnx.State:
     return nnx.State({**trainable.raw_mapping, **frozen.raw_mapping})
 
 
+def _module(config: Config, rngs: nnx.Rngs, param_dtype) -> nnx.Module:
+    return MODULES[type(config)](config, rngs=rngs, param_dtype=param_dtype)
+
+
 def _is_variable(x) -> bool:
     return isinstance(x, nnx.Variable)
 
@@ -126,8 +134,8 @@ def _arrays(state: nnx.State) -> nnx.State:
     return jax.tree.map(lambda v: v.get_value(), state, is_leaf=_is_variable)
 
 
-def _abstract_variables(config: LlavaConfig, param_dtype):
-    return nnx.split(nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0), param_dtype=param_dtype)))
+def _abstract_variables(config: Config, param_dtype):
+    return nnx.split(nnx.eval_shape(lambda: _module(config, nnx.Rngs(0), param_dtype)))
 
 
 def _check_divides(name: str, shape, parts: PartitionSpec, mesh: Mesh) -> None:

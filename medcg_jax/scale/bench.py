@@ -80,8 +80,8 @@ def bench(run: RunConfig, *, against: str = "", repeats: int = 5, steps_per_repe
 def architecture(model: ModelConfig) -> LlavaConfig:
     """The architecture that `model` names; the tiny one with a vocabulary of about the packaged tokenizer's size."""
     if model.name == "llava15_tiny":
-        return build.llava_config(model, vocab_size=TINY_VOCABULARY, image_token_id=TINY_VOCABULARY - 1)
-    return build.llava_config(model)
+        return build.architecture(model, vocab_size=TINY_VOCABULARY, image_token_id=TINY_VOCABULARY - 1)
+    return build.architecture(model)
 
 
 def example_batch(

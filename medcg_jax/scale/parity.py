@@ -116,8 +116,8 @@ def example(config: LlavaConfig, *, seed: int = 0, num_text: int = 24) -> dict[s
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "labels": labels}
 
 
-def port_inputs(config: LlavaConfig, inputs: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """tokens, segment_ids and pixels of this port, from HF's forward arguments (images one behind the other).
+def port_inputs(config: LlavaConfig, inputs: dict[str, np.ndarray]) -> dict:
+    """tokens, segment_ids and images of this port, from HF's forward arguments (images one behind the other).
 
     Raises:
       WeightsError: shapes that do not fit the model, or image tokens that do not fit the images.
@@ -139,16 +139,17 @@ def port_inputs(config: LlavaConfig, inputs: dict[str, np.ndarray]) -> dict[str,
     for row, count in enumerate(counts):
         for i in range(count):
             pixels[row, i] = next(taken)
-    found = {"tokens": ids.astype(np.int32), "segment_ids": mask.astype(np.int32), "pixels": pixels}
-    return {name: jnp.asarray(value) for name, value in found.items()}
+    found = {"tokens": ids.astype(np.int32), "segment_ids": mask.astype(np.int32), "images": {"pixels": pixels}}
+    return jax.tree.map(jnp.asarray, found)
 
 
-def port_stages(model: Llava, tokens, segment_ids, pixels) -> dict[str, jax.Array]:
+def port_stages(model: Llava, tokens, segment_ids, images) -> dict[str, jax.Array]:
     """Outputs by stage: `vision.*` per image, `projector`, then `embed`, `decoder.*` and `logits` per token.
 
     Layers run one by one here; `decoder.norm` and `logits` come from the model's own path.
     """
     config, attention = model.config, model.config.attention
+    pixels = images["pixels"]
     flat = pixels.reshape(-1, *pixels.shape[2:])
     x = jax.jit(lambda model, flat: model.vision.embed(flat, model.dtype))(model, flat)
     found = {"vision.embed": x}
@@ -163,11 +164,11 @@ def port_stages(model: Llava, tokens, segment_ids, pixels) -> dict[str, jax.Arra
     for i, block in enumerate(_layers(model.decoder.blocks)):
         x = found[f"decoder.layer{i}"] = run(block, x)
 
-    def whole(model, tokens, pixels, segment_ids):
-        hidden, _ = model.hidden(tokens, {"pixels": pixels}, segment_ids=segment_ids)
+    def whole(model, tokens, images, segment_ids):
+        hidden, _ = model.hidden(tokens, images, segment_ids=segment_ids)
         return hidden, model.logits(hidden)
 
-    found["decoder.norm"], found["logits"] = jax.jit(whole)(model, tokens, pixels, segment_ids)
+    found["decoder.norm"], found["logits"] = jax.jit(whole)(model, tokens, images, segment_ids)
     return found
 
 
@@ -180,9 +181,9 @@ def _layers(blocks: nnx.Module):
 def stage_rows(model: Llava, reference: dict[str, np.ndarray], inputs) -> list[Row]:
     """A row per stage and for the loss; padding is left out."""
     given = port_inputs(model.config, inputs)
-    found = port_stages(model, given["tokens"], given["segment_ids"], given["pixels"])
+    found = port_stages(model, **given)
     real = np.asarray(given["segment_ids"]) != 0
-    used = np.arange(given["pixels"].shape[1]) < _images_per_row(model.config, given["tokens"])[:, None]
+    used = np.arange(given["images"]["pixels"].shape[1]) < _images_per_row(model.config, given["tokens"])[:, None]
     rows = []
     for stage, value in found.items():
         # Our rows without an image carry a zero image; HF has none there.
@@ -214,7 +215,7 @@ def value_and_grad(graphdef, inputs: dict[str, np.ndarray]) -> Callable:
     def run(trainable, frozen):
         model = nnx.merge(graphdef, build.join(trainable, frozen))
         given = port_inputs(model.config, inputs)
-        return loss(model(given["tokens"], {"pixels": given["pixels"]}, segment_ids=given["segment_ids"]), inputs["labels"])
+        return loss(model(**given), inputs["labels"])
 
     return run
 
@@ -257,8 +258,7 @@ def recorded_rows(model: Llava, inputs: dict[str, np.ndarray], source: Path) -> 
     """Rows for logits (real tokens only) and, where recorded, the loss."""
     given = port_inputs(model.config, inputs)
     with jax.default_matmul_precision("highest"):
-        run = jax.jit(lambda model, tokens, pixels, ids: model(tokens, {"pixels": pixels}, segment_ids=ids))
-        logits = run(model, given["tokens"], given["pixels"], given["segment_ids"])
+        logits = jax.jit(lambda model, given: model(**given))(model, given)
     if inputs["logits"].shape[:2] != logits.shape[:2] or inputs["logits"].shape[2] > logits.shape[2]:
         raise WeightsError(f"{source}: logits {inputs['logits'].shape} recorded, {logits.shape} computed")
     real = np.asarray(given["segment_ids"]) != 0

@@ -15,7 +15,7 @@ from medcg_jax.data.records import RecordSet, Source
 from medcg_jax.data.sources import open_source, require_subsets
 from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.mesh import check_batch, make_mesh
-from medcg_jax.models.build import create, llava_config
+from medcg_jax.models.build import architecture, create
 from medcg_jax.models.llava import LlavaConfig
 from medcg_jax.run_config import ConfigError, RunConfig
 
@@ -66,7 +66,7 @@ def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None, has_w
     require_subsets(source, (*run.data.subsets, *run.data.subset_weights))
     ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "image_id", "pad_id", "eos_id")}
     tiny = run.model.name not in RELEASED
-    model = llava_config(
+    model = architecture(
         run.model,
         vocab_size=-(-ids["vocab_size"] // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if tiny else None,
         image_token_id=ids["image_id"],

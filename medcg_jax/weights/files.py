@@ -114,6 +114,21 @@ def _open_bin(path: Path) -> Tensors:
     return Tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, read)
 
 
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+      WeightsError: it is missing, no JSON, or no object.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path} holds a {type(found).__name__}; an object is accepted")
+    return found
+
+
 def write_safetensors(
     directory: Path, specs: dict[str, tuple[tuple[int, ...], np.dtype]], tensors: Iterable[tuple[str, np.ndarray]]
 ) -> None:

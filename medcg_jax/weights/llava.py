@@ -7,12 +7,18 @@ haotian-liu/LLaVA:llava/model/builder.py at c121f04.
 """
 
 import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
 
 from medcg_jax.models.clip import ClipVisionConfig
 from medcg_jax.models.decoder import DecoderConfig
 from medcg_jax.models.llava import LlavaConfig
-from medcg_jax.weights.engine import FLAT, SAME, Entry, conv_patch, linear
-from medcg_jax.weights.files import WeightsError
+from medcg_jax.weights.engine import FLAT, SAME, Entry, canonical_names, conv_patch, linear
+from medcg_jax.weights.files import Tensors, WeightsError, open_tensors, read_json
+
+CLIP_REPO = "openai/clip-vit-large-patch14-336"
 
 # Buffers that old versions saved: recomputed here, never parameters.
 IGNORED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
@@ -119,8 +125,42 @@ def released_name(name: str) -> str:
     return re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name)
 
 
-def has_vision_tower(names) -> bool:
-    return any(name.startswith("vision_tower.") for name in names)
+def read_release(src: Path, parts: Mapping[str, Path]) -> LlavaConfig:
+    """The architecture that the released directory `src` states; parts: `clip`, CLIP's directory, if it is elsewhere."""
+    clip = parts.get("clip") or _clip_beside(src)
+    return config_from_json(read_json(src / "config.json"), read_json(clip / "config.json") if clip else None)
+
+
+def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[str, str]]:
+    """(tensors, canonical name -> name in them) of a released directory, with CLIP's tower where it has none.
+
+    Raises:
+      WeightsError: no weights, or no vision tower in `src` and no CLIP.
+    """
+    tensors = open_tensors(src)
+    names = canonical_names(tensors.shapes, canonical, str(src))
+    if any(name.startswith("vision_tower.") for name in names):
+        return tensors, names
+    clip = parts.get("clip") or _clip_beside(src)
+    if clip is None:
+        raise WeightsError(
+            f"{src} holds no vision tower; pass --clip=DIR with {CLIP_REPO} from the Hugging Face hub "
+            f"(`hf download {CLIP_REPO} --local-dir DIR`), or put it beside {src} as {CLIP_REPO.split('/')[1]}"
+        )
+    tower = open_tensors(clip)
+    tower_names = canonical_names(tower.shapes, canonical_clip, str(clip))
+    # A prefix keeps the two checkpoints' names apart.
+    shapes = {**tensors.shapes, **{f"clip:{name}": shape for name, shape in tower.shapes.items()}}
+
+    def read(name: str) -> np.ndarray:
+        return tower.read(name.removeprefix("clip:")) if name.startswith("clip:") else tensors.read(name)
+
+    return Tensors(shapes, read), {**names, **{key: f"clip:{name}" for key, name in tower_names.items()}}
+
+
+def _clip_beside(src: Path) -> Path | None:
+    beside = src.resolve().parent / CLIP_REPO.split("/")[1]
+    return beside if (beside / "config.json").is_file() else None
 
 
 def config_from_json(found: dict, clip: dict | None = None) -> LlavaConfig:

@@ -22,7 +22,7 @@ COUNTS = {
     "7b": (llava15_7b(), 7_062_902_784, 290_909_184, 12_598_272, 20_979_712, 6_738_415_616),
     "13b": (llava15_13b(), 13_350_839_296, 290_909_184, 12_598_272, 31_467_520, 13_015_864_320),
     "7b with llava-hf's rows": (
-        build.llava_config(ModelConfig("llava15_7b"), vocab_size=32064),
+        build.architecture(ModelConfig("llava15_7b"), vocab_size=32064),
         7_063_427_072, 290_909_184, 12_598_272, 20_979_712, 6_738_939_904,
     ),
 }  # fmt: skip
@@ -153,14 +153,14 @@ def test_what_the_mesh_cannot_split_is_named(mesh):
 
 def test_config_by_name_carries_how_it_runs():
     how = dict(compute_dtype="bfloat16", attention="plain", remat="full", scan_unroll=4)
-    config = build.llava_config(ModelConfig("llava15_13b", **how), image_token_id=5)
+    config = build.architecture(ModelConfig("llava15_13b", **how), image_token_id=5)
     assert {name: getattr(config, name) for name in how} == how
     assert config.text.num_layers == 40
     assert config.image_token_id == 5
     with pytest.raises(ValueError, match="no vocabulary of its own"):
-        build.llava_config(ModelConfig("llava15_tiny"))
+        build.architecture(ModelConfig("llava15_tiny"))
     with pytest.raises(ValueError, match="'llava2'; accepted: llava15_tiny, llava15_7b, llava15_13b"):
-        build.llava_config(ModelConfig("llava2"))
+        build.architecture(ModelConfig("llava2"))
 
 
 def test_computes_in_the_dtype_asked_with_float32_weights_and_logits():

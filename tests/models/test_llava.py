@@ -17,7 +17,7 @@ from medcg_jax.nn import blocks
 from medcg_jax.scale import parity
 
 TOLERANCE = 1e-4
-run = jax.jit(lambda model, tokens, pixels, ids: model(tokens, {"pixels": pixels}, segment_ids=ids))
+run = jax.jit(lambda model, tokens, images, segment_ids: model(tokens, images, segment_ids=segment_ids))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_faults_are_seen(fault, ported, reference, stages, monkeypatch):
     given = parity.port_inputs(config, inputs)
     # A new function: what `run` has traced would hide a patch.
     fresh = jax.jit(lambda model, *args: run.__wrapped__(model, *args))
-    logits = np.asarray(fresh(nnx.merge(graphdef, params), given["tokens"], given["pixels"], given["segment_ids"]))
+    logits = np.asarray(fresh(nnx.merge(graphdef, params), given["tokens"], given["images"], given["segment_ids"]))
     real = inputs["attention_mask"] != 0
     assert np.abs(logits - stages["right"]["logits"])[real].max() > 10 * TOLERANCE
 
@@ -144,11 +144,11 @@ def test_decoding_into_a_cache_is_the_full_forward(ported, side):
     model = nnx.merge(graphdef, params)
     inputs = hf_tiny.inputs(side=side)
     given = parity.port_inputs(config, inputs)
-    tokens, segments, images = given["tokens"], given["segment_ids"], {"pixels": given["pixels"]}
+    tokens, segments, images = given["tokens"], given["segment_ids"], given["images"]
     rows, length = tokens.shape
     more = jnp.asarray(np.random.default_rng(5).integers(3, 90, (rows, 3)), jnp.int32)
     all_segments = jnp.concatenate([segments, jnp.ones_like(more)], axis=1)
-    full = run(model, jnp.concatenate([tokens, more], axis=1), images["pixels"], all_segments)
+    full = run(model, jnp.concatenate([tokens, more], axis=1), images, all_segments)
 
     @jax.jit
     def step(model, tokens, images, segments, cache):
@@ -188,9 +188,10 @@ def test_padding_images_and_ids_outside_the_vocabulary_change_nothing(ported):
     config, graphdef, params = ported
     model = nnx.merge(graphdef, params)
     given = parity.port_inputs(config, hf_tiny.inputs())
-    before = run(model, given["tokens"], given["pixels"], given["segment_ids"])
+    before = run(model, **given)
     other = jnp.where(given["segment_ids"] == 0, 10**6, given["tokens"])
-    more = jnp.concatenate([given["pixels"], jnp.ones_like(given["pixels"][:, :1])], axis=1)
+    pixels = given["images"]["pixels"]
+    more = {"pixels": jnp.concatenate([pixels, jnp.ones_like(pixels[:, :1])], axis=1)}
     after = run(model, other, more, given["segment_ids"])
     real = np.asarray(given["segment_ids"]) != 0
     assert np.abs(np.asarray(after - before))[real].max() < TOLERANCE

@@ -124,7 +124,7 @@ def test_images_go_to_the_rows_that_hold_their_tokens():
     ids = np.full((3, 20), 5)
     ids[0, :9], ids[2, :18] = 97, 97
     images = np.arange(3, dtype=np.float32)[:, None, None, None] * np.ones((3, 3, 21, 21), np.float32) + 1
-    pixels = np.asarray(port_inputs(config, {"input_ids": ids, "pixel_values": images})["pixels"])
+    pixels = np.asarray(port_inputs(config, {"input_ids": ids, "pixel_values": images})["images"]["pixels"])
     assert pixels[..., 0, 0, 0].tolist() == [[1, 0], [0, 0], [2, 3]]
     made = example(config)
     assert (made["labels"] != -100).sum() > 10

@@ -169,7 +169,7 @@ def test_liuhaotians_bins_and_a_whole_clip(model, state, ported, tmp_path):
     # Beside the source it is found; elsewhere it is named.
     same(load_checkpoint(source, config, one())[1], params)
     clip.rename(tmp_path / "elsewhere")
-    same(load_checkpoint(source, config, one(), clip=tmp_path / "elsewhere")[1], params)
+    same(load_checkpoint(source, config, one(), parts={"clip": tmp_path / "elsewhere"})[1], params)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,41 @@
+"""Which weights module belongs to which model: one for each family, all with the same functions.
+
+A module has `table(config)`, `read_release(src, parts)`, `open_release(src, parts)`, `released_name(name)` and
+`config_to_json(config, dtype)`; `parts` are files or directories of a release that lie elsewhere, by name.
+"""
+
+from pathlib import Path
+from types import ModuleType
+
+from medcg_jax.models.llava import LlavaConfig
+from medcg_jax.weights import llava
+from medcg_jax.weights.files import WeightsError, read_json
+
+# Name of the family -> (type of its config, its module).
+FAMILIES: dict[str, tuple[type, ModuleType]] = {"llava": (LlavaConfig, llava)}
+# model_type in a released config.json -> family.
+MODEL_TYPES = {"llava": "llava", "llava_llama": "llava"}
+
+
+def family_of(config) -> str:
+    """The family that an architecture belongs to."""
+    return next(name for name, (kind, _) in FAMILIES.items() if isinstance(config, kind))
+
+
+def module_of(config) -> ModuleType:
+    """The weights module of an architecture's family."""
+    return FAMILIES[family_of(config)][1]
+
+
+def module_of_release(src: Path) -> ModuleType:
+    """The weights module for the released directory `src`.
+
+    Raises:
+      WeightsError: its config.json is broken, or of a model that is not ported.
+    """
+    found = read_json(src / "config.json")
+    # The original LLaVA's config.json bears the decoder's name in some releases.
+    kind = "llava" if "mm_vision_tower" in found else found.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise WeightsError(f"{src / 'config.json'} has model_type={kind!r}; accepted: {', '.join(MODEL_TYPES)}")
+    return FAMILIES[MODEL_TYPES[kind]][1]
