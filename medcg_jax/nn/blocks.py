@@ -4,7 +4,6 @@ A stack is one block whose parameters have a leading `layer` axis; `run_stack` s
 """
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from medcg_jax.nn.attention import attention

@@ -1,24 +1,28 @@
-"""The PyTorch side of `medcg parity`: HF's LLaVA from a directory, its stages, gradients and AdamW steps.
+"""The PyTorch side of `medcg parity`: HF's model from a directory, its stages, gradients and AdamW steps.
 
-Imports torch and transformers when called, never before. Source: huggingface/transformers:
-models/llava/modeling_llava.py at 5.23.0.
+Imports torch and transformers when called, never before.
 """
 
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
+from medcg_jax.weights.families import FAMILIES
 from medcg_jax.weights.files import WeightsError
-from medcg_jax.weights.llava import canonical
 
 
 class Reference:
-    """HF's model in float32 with eager attention, taking and giving numpy arrays."""
+    """HF's model in float32 with eager attention, taking and giving numpy arrays.
 
-    def __init__(self, model):
+    part: the family's module (`parity.FAMILIES`), whose `taps` say where its stages are.
+    """
+
+    def __init__(self, model, part: ModuleType):
         import torch
 
-        self.torch = torch
+        self.torch, self._part = torch, part
+        self._canonical = FAMILIES[part.FAMILY][1].canonical
         self.model = model.float().eval()
 
     def _inputs(self, inputs: dict[str, np.ndarray]) -> dict:
@@ -26,23 +30,17 @@ class Reference:
 
     def stages(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by stage, named as the port's (`parity.port_stages`); inputs: HF's forward arguments."""
-        base, found, handles = self.model.model, {}, []
+        found, handles = {}, []
 
-        def tap(name, module, *, of_input=False):
+        def tap(name, module, *, of_input):
             def hook(_, args, kwargs, out):
                 value = (args[0] if args else kwargs["hidden_states"]) if of_input else out
                 found[name] = (value[0] if isinstance(value, tuple) else value).detach().numpy().copy()
 
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
-        tap("vision.embed", base.vision_tower.pre_layrnorm)
-        for i, layer in enumerate(base.vision_tower.encoder.layers):
-            tap(f"vision.layer{i}", layer)
-        tap("projector", base.multi_modal_projector)
-        tap("embed", base.language_model.layers[0], of_input=True)
-        for i, layer in enumerate(base.language_model.layers):
-            tap(f"decoder.layer{i}", layer)
-        tap("decoder.norm", base.language_model.norm)
+        for name, module, of_input in self._part.taps(self.model):
+            tap(name, module, of_input=of_input)
         try:
             with self.torch.no_grad():
                 out = self.model(**self._inputs(inputs))
@@ -77,25 +75,25 @@ class Reference:
 
     def _train_only(self, prefixes) -> None:
         for name, p in self.model.named_parameters():
-            p.requires_grad_(canonical(name).startswith(prefixes))
+            p.requires_grad_(self._canonical(name).startswith(prefixes))
 
     def _trained(self):
-        return [(canonical(name), p) for name, p in self.model.named_parameters() if p.requires_grad]
+        return [(self._canonical(name), p) for name, p in self.model.named_parameters() if p.requires_grad]
 
 
-def open_reference(src: Path) -> Reference:
-    """HF's model from a directory in an HF layout.
+def open_reference(src: Path, part: ModuleType) -> Reference:
+    """HF's model from a directory in an HF layout; part: as in `Reference`.
 
     Raises:
       WeightsError: PyTorch or transformers is not installed.
     """
     try:
         import torch
-        from transformers import LlavaForConditionalGeneration
+        import transformers
     except ImportError as error:
         raise WeightsError(
             f"parity with PyTorch needs torch and transformers ({error}): pip install 'medcg_jax[parity]', or compare "
             "with recorded numbers by --inputs=FILE.npz"
         ) from error
     options = dict(dtype=torch.float32, attn_implementation="eager", local_files_only=True)
-    return Reference(LlavaForConditionalGeneration.from_pretrained(src, **options))
+    return Reference(getattr(transformers, part.HF_CLASS).from_pretrained(src, **options), part)

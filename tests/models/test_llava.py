@@ -14,7 +14,7 @@ from medcg_jax.models import clip, llava
 from medcg_jax.models.llava import llava15_tiny
 from medcg_jax.models.merge import merge_images
 from medcg_jax.nn import blocks
-from medcg_jax.scale import parity
+from medcg_jax.scale import parity, parity_llava
 
 TOLERANCE = 1e-4
 run = jax.jit(lambda model, tokens, images, segment_ids: model(tokens, images, segment_ids=segment_ids))
@@ -26,7 +26,7 @@ def reference():
     pytest.importorskip("transformers")
     from medcg_jax.scale.parity_torch import Reference
 
-    return Reference(hf_tiny.reference())
+    return Reference(hf_tiny.reference(), parity_llava)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_gradients_and_ten_adamw_steps(ported, reference):
     from medcg_jax.scale.parity_torch import Reference
 
     _, graphdef, params = ported
-    rows = parity.compare(graphdef, params, Reference(hf_tiny.reference()), hf_tiny.inputs(), ("projector", "decoder"))
+    rows = parity.compare(graphdef, params, Reference(hf_tiny.reference(), parity_llava), hf_tiny.inputs(), ("projector", "decoder"))
     gradients = [row for row in rows if row.stage.startswith("gradient")]
     assert len(gradients) == 4 + 3 + 3 * 9
     assert {row.stage: row.difference for row in gradients if not row.difference < TOLERANCE} == {}
@@ -129,7 +129,7 @@ def test_faults_are_seen(fault, ported, reference, stages, monkeypatch):
     if patch:
         monkeypatch.setattr(*patch)
     inputs = hf_tiny.inputs()
-    given = parity.port_inputs(config, inputs)
+    given = parity_llava.port_inputs(config, inputs)
     # A new function: what `run` has traced would hide a patch.
     fresh = jax.jit(lambda model, *args: run.__wrapped__(model, *args))
     logits = np.asarray(fresh(nnx.merge(graphdef, params), given["tokens"], given["images"], given["segment_ids"]))
@@ -143,7 +143,7 @@ def test_decoding_into_a_cache_is_the_full_forward(ported, side):
     config, graphdef, params = ported
     model = nnx.merge(graphdef, params)
     inputs = hf_tiny.inputs(side=side)
-    given = parity.port_inputs(config, inputs)
+    given = parity_llava.port_inputs(config, inputs)
     tokens, segments, images = given["tokens"], given["segment_ids"], given["images"]
     rows, length = tokens.shape
     more = jnp.asarray(np.random.default_rng(5).integers(3, 90, (rows, 3)), jnp.int32)
@@ -187,7 +187,7 @@ def test_bytes_are_normalised_and_floats_taken_as_they_are():
 def test_padding_images_and_ids_outside_the_vocabulary_change_nothing(ported):
     config, graphdef, params = ported
     model = nnx.merge(graphdef, params)
-    given = parity.port_inputs(config, hf_tiny.inputs())
+    given = parity_llava.port_inputs(config, hf_tiny.inputs())
     before = run(model, **given)
     other = jnp.where(given["segment_ids"] == 0, 10**6, given["tokens"])
     pixels = given["images"]["pixels"]

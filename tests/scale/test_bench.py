@@ -11,7 +11,7 @@ import pytest
 
 from medcg_jax.mesh import make_mesh
 from medcg_jax.models import llava
-from medcg_jax.run_config import ConfigError, MeshConfig, ModelConfig, RunConfig, TrainConfig, replace
+from medcg_jax.run_config import ConfigError, MeshConfig, ModelConfig, RunConfig, TrainConfig
 from medcg_jax.scale import bench, bench_gpu, bench_stages
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,10 @@ import pytest
 from flax import nnx
 
 from medcg_jax.scale import parity as parity_lib
-from medcg_jax.scale.parity import Row, example, parity, port_inputs
+from medcg_jax.scale import parity_llava
+from medcg_jax.scale.parity import parity
+from medcg_jax.scale.parity_llava import example, port_inputs
+from medcg_jax.scale.parity_rows import Row, compared
 from medcg_jax.scale.parity_torch import Reference
 from medcg_jax.weights import llava
 from medcg_jax.weights.files import WeightsError
@@ -31,7 +34,7 @@ def recorded(released, tmp_path_factory):
     from medcg_jax.scale.parity_torch import open_reference
 
     inputs = hf_tiny.inputs(side="left")
-    found = open_reference(released).stages(inputs)
+    found = open_reference(released, parity_llava).stages(inputs)
     arrays = {**inputs, "logits": found["logits"], "loss": found["loss"]}
     path = tmp_path_factory.mktemp("recorded") / "inputs.npz"
     np.savez(path, **arrays)
@@ -58,7 +61,7 @@ def test_a_fault_in_the_port_differs_and_the_stages_say_where(released, recorded
     assert (result["ok"], result["exit_status"]) == (False, 1)
     assert "NOT equal" in capsys.readouterr().out
     _, graphdef, params = hf_tiny.port(hf_tiny.reference())
-    inputs, theirs = hf_tiny.inputs(), Reference(hf_tiny.reference())
+    inputs, theirs = hf_tiny.inputs(), Reference(hf_tiny.reference(), parity_llava)
     rows = parity_lib.stage_rows(nnx.merge(graphdef, params), theirs.stages(inputs), inputs)
     assert next(row.stage for row in rows if not row.ok) == "projector"
 
@@ -135,4 +138,4 @@ def test_differences_are_measured_against_the_references_size():
     assert Row("x", 9e-5, 0.1).ok
     assert not Row("x", 2e-4, 0.1).ok
     assert Row("x", 2e-4, 10.0).ok
-    assert not parity_lib._row("x", np.array([np.nan]), np.array([1.0])).ok
+    assert not compared("x", np.array([np.nan]), np.array([1.0])).ok

@@ -15,7 +15,7 @@ from medcg_jax.mesh import make_mesh
 from medcg_jax.models import build
 from medcg_jax.models.llava import llava15_7b, llava15_tiny
 from medcg_jax.run_config import ConfigError, MeshConfig
-from medcg_jax.scale import parity
+from medcg_jax.scale import parity_llava
 from medcg_jax.weights import llava
 from medcg_jax.weights.convert import convert, export, load_checkpoint, read_config
 from medcg_jax.weights.files import WeightsError, write_safetensors
@@ -132,7 +132,7 @@ def test_saved_here_it_reloads_in_pytorch_with_equal_logits(model, ported, relea
     changed = LlavaForConditionalGeneration.from_pretrained(tmp_path / "changed", attn_implementation="eager")
     with torch.no_grad():
         theirs = changed(**inputs).logits.numpy()
-    given = parity.port_inputs(config, hf_tiny.inputs())
+    given = parity_llava.port_inputs(config, hf_tiny.inputs())
     ours = jax.jit(lambda m, **given: m(**given))(nnx.merge(graphdef, params), **given)
     real = hf_tiny.inputs()["attention_mask"] != 0
     assert np.abs(np.asarray(ours) - theirs)[real].max() < 1e-4
