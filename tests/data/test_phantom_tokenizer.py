@@ -13,9 +13,19 @@ def tokenizer():
     return load_tokenizer()
 
 
-def test_the_file_is_what_the_builder_makes(tmp_path):
-    tokenizer_build.write(tmp_path / "tokenizer.json")
-    assert (tmp_path / "tokenizer.json").read_bytes() == SMALL.read_bytes()
+@pytest.mark.parametrize("kind", tokenizer_build.KINDS)
+def test_the_file_is_what_the_builder_makes(tmp_path, kind):
+    tokenizer_build.write(tmp_path / "made.json", kind)
+    assert (tmp_path / "made.json").read_bytes() == SMALL.with_stem(kind).read_bytes()
+
+
+def test_every_kind_has_its_special_tokens_and_one_token_letters():
+    for kind, (special, frame) in tokenizer_build.KINDS.items():
+        small = load_tokenizer(SMALL.with_stem(kind))
+        assert [small.special(name) for name in special] == list(range(len(special)))
+        assert small.pad_id == 0
+        assert [len(small.encode(piece)) for piece in frame] == [1] * len(frame)
+        assert len({small.encode(letter)[0] for letter in "ABCD"}) == 4
 
 
 def test_special_tokens_and_size(tokenizer):
