@@ -179,9 +179,11 @@ def eval_one(args) -> dict:
 
 def reproduce_grid(args) -> dict:
     run = resolved(args)
-    from medcg_jax.study.grid import dry, reproduce
+    from medcg_jax.study import backbones, grid
 
-    return dry(run) if args.dry else reproduce(run, workdir(args, run))
+    if run.study.models:
+        return backbones.dry(run) if args.dry else backbones.reproduce_models(run, workdir(args, run))
+    return grid.dry(run) if args.dry else grid.reproduce(run, workdir(args, run))
 
 
 def report_grid(args) -> dict:

@@ -109,8 +109,12 @@ class StudyConfig:
     tables: tuple[str, ...] = ("pairs",)
     # Subsets to test on; empty: every subset the table is defined for.
     targets: tuple[str, ...] = ()
+    # Arms to run; empty: all of the tables'.
+    arms: tuple[str, ...] = ()
     # Table -> its own targets, in place of `targets`: a row of "ablation" costs as much as ten of "pairs".
     targets_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    # Models that the grid is run with, each in a folder of its name, and all on one page; empty: `model.name` alone.
+    models: tuple[str, ...] = ()
     # One seed draws the data, the base and the fine-tunes alike.
     seeds: tuple[int, ...] = (0,)
     jobs: int = 1
@@ -158,6 +162,8 @@ def check(run: RunConfig) -> None:
     one_of("data.source", run.data.source, SOURCES)
     for name in run.model.trainable:
         one_of("model.trainable", name, TRAINABLE)
+    for name in run.study.models:
+        one_of("study.models", name, MODELS)
     for name in run.study.tables:
         one_of("study.tables", name, TABLES)
     for name in run.study.targets_of:

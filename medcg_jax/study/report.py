@@ -7,7 +7,6 @@ files give the same page. Its parts: `report_files` reads, `stats` tests, `repor
 
 import shutil
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
 import jinja2
@@ -48,13 +47,8 @@ def write_report(workdir: str | Path) -> Path:
 
 def render(grid: Grid, summary: dict, tables: dict[str, Table], plots: Plots) -> str:
     """The page's HTML; draws its figures."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"shown": shown, "svg": lambda figure: Markup(figure.svg)}  # noqa: S704 - drawn by us
-    template = resources.files("medcg_jax.study").joinpath("templates", "report.html.j2").read_text(encoding="utf-8")
     answer = report_text.Answer(grid, summary)
-    return environment.from_string(template).render(
+    return page_template("report.html.j2").render(
         grid=grid,
         answer=answer,
         sections=[part for part in sections(grid, tables, plots) if part["tables"] or part["figures"]],
@@ -79,6 +73,16 @@ def render(grid: Grid, summary: dict, tables: dict[str, Table], plots: Plots) ->
         names=lambda items: report_text.listed([name.replace("_", "-") for name in items]),
         counted=report_text.counted,
     )
+
+
+def page_template(name: str) -> jinja2.Template:
+    """A page of `templates/`, which escapes what it is given and refuses what it is not."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("medcg_jax.study"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"shown": shown, "svg": lambda figure: Markup(figure.svg)}  # noqa: S704 - drawn by us
+    return environment.get_template(name)
 
 
 def sections(grid: Grid, tables: dict[str, Table], plots: Plots) -> list[dict]:

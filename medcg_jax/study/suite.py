@@ -107,10 +107,14 @@ def expand(run: RunConfig, subsets: Sequence[Subset]) -> list[Cell]:
             if not world.has(name):
                 raise ConfigError(f"study.targets={name!r}: one of {', '.join(s.name for s in subsets)} is accepted")
         found = [cell for seed in run.study.seeds for cell in _TABLES[table](world, seed)]
+        arms = {cell.arm for cell in found}
+        if run.study.arms:
+            found = [cell for cell in found if cell.arm in run.study.arms]
         if not found:
             raise ConfigError(
                 f"study.tables={table!r}: no target has the related subsets it needs (targets: "
-                f"{', '.join(world.targets) or 'all'}; subsets: {', '.join(s.name for s in subsets)})"
+                f"{', '.join(world.targets) or 'all'}; subsets: {', '.join(s.name for s in subsets)}; "
+                f"arms there: {', '.join(sorted(arms)) or 'none'})"
             )
         rows = {row: place for place, row in enumerate(dict.fromkeys(cell.row for cell in found))}
         cells += sorted(found, key=lambda cell: rows[cell.row])  # stable: a row's seeds and arms stay in order

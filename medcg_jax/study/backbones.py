@@ -1,0 +1,97 @@
+"""The same grid with several models: one workdir for each below the grid's own, and all of them on one page.
+
+    WORKDIR/MODEL/...            what `grid.reproduce` leaves
+    WORKDIR/logs/MODEL.log       what it printed
+    WORKDIR/bases/               the models' bases
+    WORKDIR/report/index.html    the models side by side (`report_backbones`)
+"""
+
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+from medcg_jax.run_config import ConfigError, RunConfig, replace
+from medcg_jax.study import grid
+from medcg_jax.study.report_backbones import write_page
+
+
+def model_run(run: RunConfig, model: str) -> RunConfig:
+    """The run of one of the study's models; its cells are done one after another."""
+    return replace(run, name=f"{run.name}_{model}", model__name=model, study__models=(), study__jobs=1)
+
+
+def dry(run: RunConfig) -> dict:
+    """`grid.dry` of every model."""
+    found = {}
+    for model in run.study.models:
+        print(f"-- {model}")
+        found[model] = grid.dry(model_run(run, model))
+    return found
+
+
+def reproduce_models(run: RunConfig, workdir: str | Path) -> dict:
+    """`grid.reproduce` for every model, `study.jobs` of them at a time in processes of their own, then the page.
+
+    Returns {"workdir", "models": {name: `grid.reproduce`'s result}, "page", "exit_status"}.
+
+    Raises:
+      ConfigError: a model's grid cannot be run; nothing is started then.
+    """
+    workdir = Path(workdir)
+    runs = {model: model_run(run, model) for model in run.study.models}
+    for one in runs.values():
+        grid.make_plan(one)
+        grid.check_start(one)
+    (workdir / "logs").mkdir(parents=True, exist_ok=True)
+    found = dict(_each(runs, workdir, run.study.jobs))
+    page = None
+    if any(result["page"] for result in found.values()):
+        page = str(write_page(workdir, [model for model in runs if found[model]["page"]]))
+        print(f"report: {page}", flush=True)
+    status = max(result["exit_status"] for result in found.values())
+    return {"workdir": str(workdir), "models": found, "page": page, "exit_status": status}
+
+
+def _each(runs: dict[str, RunConfig], workdir: Path, jobs: int):
+    """(model, result) of every model, as they end."""
+    before = {name: os.environ.get(name) for name in grid.ONE_THREAD}
+    if jobs > 1:
+        # Read when a process first uses XLA: the pool's processes are started with it.
+        os.environ.update(grid.ONE_THREAD | {"XLA_FLAGS": f"{before['XLA_FLAGS'] or ''} {grid.ONE_THREAD['XLA_FLAGS']}".strip()})
+    started = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(jobs, mp_context=started, max_tasks_per_child=1) as pool:
+            asked = {pool.submit(_one, one, workdir, os.getpid()): model for model, one in runs.items()}
+            for future in as_completed(asked):
+                model, result = asked[future], future.result()
+                print(_line(model, result, len(runs)), flush=True)
+                yield model, result
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _one(run: RunConfig, workdir: Path, parent: int) -> dict:
+    """One model's grid, in a process of its own whose output goes to the model's log."""
+    from medcg_jax.host import keep_freed_memory
+    from medcg_jax.study.worker import end_with
+
+    end_with(parent)
+    keep_freed_memory()
+    log = os.open(workdir / "logs" / f"{run.model.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(log, stream.fileno())
+    try:
+        return grid.reproduce(run, workdir / run.model.name)
+    except ConfigError as error:
+        print(error, flush=True)
+        return {"workdir": str(workdir), "cells": 0, "failed": {}, "unfinished": [], "page": None, "exit_status": 2,
+                "error": str(error)}  # fmt: skip
+
+
+def _line(model: str, result: dict, num: int) -> str:
+    state = result.get("error") or f"{result['cells'] - len(result['failed']) - len(result['unfinished'])} cells done"
+    return f"{model} ({num} models): {state}"

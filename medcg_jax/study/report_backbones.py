@@ -1,0 +1,113 @@
+"""The page that shows several models' grids side by side, from the files of each."""
+
+import csv
+import io
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from medcg_jax.study import stats
+from medcg_jax.study.report import page_template
+from medcg_jax.study.report_files import Grid, Score, arm_name
+from medcg_jax.study.report_plots import BLUE, GREY, INK, Figure, draw
+from medcg_jax.study.report_text import PARTS
+
+
+def write_page(workdir: Path, models: Sequence[str]) -> Path:
+    """Writes `report/index.html` in `workdir`, with its table and plots beside it; returns the page's path.
+
+    models: folders of `workdir` with a grid each.
+
+    Raises:
+      FileNotFoundError: one is not the workdir of a grid.
+    """
+    grids = {model: Grid(workdir / model) for model in models}
+    folder = workdir / "report"
+    shutil.rmtree(folder, ignore_errors=True)  # nothing of an earlier page is left
+    (folder / "plots").mkdir(parents=True)
+    (folder / "tables").mkdir()
+    rows = [row for model, grid in grids.items() for row in rows_of(model, grid)]
+    (folder / "tables" / "models.csv").write_text(as_csv(rows), encoding="utf-8", newline="")
+    groups = list(dict.fromkeys((row["table"], row["part"]) for row in rows))
+    parts = [
+        {"title": title(*group), "rows": own, "figure": bars(folder / "plots", group, own)}
+        for group in groups
+        if (own := [row for row in rows if (row["table"], row["part"]) == group])
+    ]
+    page = folder / "index.html"
+    first = next(iter(grids.values()))
+    page.write_text(
+        page_template("backbones.html.j2").render(
+            models=models, parts=parts, phantoms=first.of_phantoms, versions=first.run["versions"], arm_name=arm_name
+        ),
+        encoding="utf-8", newline="",
+    )  # fmt: skip
+    return page
+
+
+def rows_of(model: str, grid: Grid) -> list[dict]:
+    """A row for each table, part and arm of one model's grid: accuracy over all its test answers, and chance."""
+    grouped: dict[tuple[str, str, str], list[dict]] = {}
+    for result in grid.results:
+        key = (result["table"], stats.part_of(result["table"], result["row"]), result["arm"])
+        grouped.setdefault(key, []).append(result)
+    return [
+        {"model": model, "table": table, "part": part, "arm": arm, "score": pooled(results),
+         "chance": mean([grid.chance(result["target"]) for result in results])}
+        for (table, part, arm), results in grouped.items()
+    ]  # fmt: skip
+
+
+def pooled(results: Sequence[dict]) -> Score:
+    n, correct = sum(r["n"] for r in results), sum(r["correct"] for r in results)
+    return Score(correct / n if n else 0.0, *stats.wilson(correct, n), n, tuple(sorted({r["seed"] for r in results})))
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def title(table: str, part: str) -> str:
+    """Such as "Multi-task: in distribution"."""
+    name = table.replace("_", "-").capitalize()
+    return f"{name}: {PARTS.get(part, part)}" if part else name
+
+
+def bars(folder: Path, group: tuple[str, str], rows: Sequence[dict]) -> Figure:
+    """Accuracy of every arm and model, with Wilson intervals; a line at chance."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    height = 0.8 / len(arms)
+
+    def paint(axes):
+        for row in rows:
+            y = len(models) - 1 - models.index(row["model"]) + height * ((len(arms) - 1) / 2 - arms.index(row["arm"]))
+            score, colour = row["score"], GREY if row["arm"] == "baseline" else BLUE
+            label = arm_name(row["arm"]) if row["model"] == models[0] else None
+            spread = [[100 * (score.accuracy - score.low)], [100 * (score.high - score.accuracy)]]
+            axes.barh(y, 100 * score.accuracy, height, color=colour, label=label)
+            axes.errorbar(100 * score.accuracy, y, xerr=spread, color=INK, linewidth=1, capsize=2)
+        chance = mean([row["chance"] for row in rows])
+        if chance is not None:
+            axes.axvline(100 * chance, color=INK, linestyle="--", linewidth=0.9)
+        axes.set_yticks(range(len(models)), models[::-1])
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("accuracy, %")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+    name = "_".join(word for word in group if word)
+    caption = "Accuracy by model with 95 % Wilson intervals over all test answers; the dashed line is chance."
+    return draw(folder, name, title(*group), caption, 1.2 + 0.42 * len(models) * max(1, len(arms) / 2), paint)
+
+
+def as_csv(rows: Sequence[dict]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["model", "table", "part", "arm", "n", "accuracy", "ci_low", "ci_high", "chance"])
+    for row in rows:
+        s = row["score"]
+        chance = "" if row["chance"] is None else f"{row['chance']:.6f}"
+        numbers = [f"{value:.6f}" for value in (s.accuracy, s.low, s.high)]
+        writer.writerow([row["model"], row["table"], row["part"], row["arm"], s.n, *numbers, chance])
+    return out.getvalue()
