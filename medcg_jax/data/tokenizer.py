@@ -17,6 +17,13 @@ from medcg_jax.data.records import DataError
 
 SMALL = Path(__file__).parent / "tokenizer" / "tokenizer.json"
 IMAGE = "<image>"
+# A tokenizer.json's tokens that open a sequence, end a turn, fill rows, and stand for an image: by family, in the
+# order in which a file is tried for the second.
+FAMILIES = (
+    ("<s>", "</s>", "<pad>", IMAGE),
+    ("<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>", "<|image|>"),
+    ("", "<|im_end|>", "<|endoftext|>", "<|image_pad|>"),
+)
 
 Encode = Callable[[str, bool], list[int]]
 # Distinct texts whose ids are kept: questions repeat across records and epochs.
@@ -47,12 +54,15 @@ class Tokenizer:
         unk_id: int | None,
         vocab_size: int,
         fingerprint: str,
+        special: dict[str, int] | None = None,
     ):
         self._encode = functools.lru_cache(_CACHED_TEXTS)(lambda text, start: tuple(encode(text, start)))
         self._decode = decode
         self.bos_id, self.eos_id, self.pad_id, self.image_id = bos_id, eos_id, pad_id, image_id
         self.vocab_size, self.fingerprint = vocab_size, fingerprint
-        self._forbidden = {i for i in (bos_id, eos_id, pad_id, image_id, unk_id) if i is not None}
+        self._special = special or {}
+        known = (bos_id, eos_id, pad_id, image_id, unk_id, *self._special.values())
+        self._forbidden = {i for i in known if i is not None}
 
     def encode(self, text: str, start: bool = True) -> list[int]:
         """Ids of the text, without special tokens.
@@ -70,13 +80,23 @@ class Tokenizer:
             raise DataError(f"text {_short(text)} has special or unknown tokens (ids {sorted(bad)})")
         return list(ids)
 
+    def special(self, name: str) -> int:
+        """The id of a special token by its name, such as "<|start_header_id|>".
+
+        Raises:
+          DataError: the file has no such token.
+        """
+        if name not in self._special:
+            raise DataError(f"the tokenizer has no special token {name}; it has {', '.join(self._special) or 'none'}")
+        return self._special[name]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these ids; special tokens are left out."""
         special = self._forbidden
         return self._decode([int(i) for i in ids if int(i) not in special and 0 <= int(i) < self.vocab_size])
 
-    def letter_ids(self, prefix: str, letters: Sequence[str], start: bool = True) -> list[int]:
-        """The id that each letter has as the continuation of `prefix` after one space.
+    def letter_ids(self, prefix: str, letters: Sequence[str], start: bool = True, *, between: str = " ") -> list[int]:
+        """The id that each letter has as the continuation of `prefix` after `between`.
 
         Raises:
           DataError: a letter changes the prefix's own tokens, is not one token, or two letters share one.
@@ -84,7 +104,7 @@ class Tokenizer:
         before = self.encode(prefix, start)
         found = []
         for letter in letters:
-            after = self.encode(f"{prefix} {letter}", start)
+            after = self.encode(f"{prefix}{between}{letter}", start)
             if after[: len(before)] != before:
                 raise DataError(f"option {letter!r} changes the tokens of the prompt that ends in {prefix[-20:]!r}")
             if len(after) != len(before) + 1:
@@ -121,16 +141,17 @@ def _from_tokenizers(path: Path) -> Tokenizer:
         inner = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"tokenizer {path}: {error}") from error
-    bos, eos = inner.token_to_id("<s>"), inner.token_to_id("</s>")
-    if eos is None:
-        raise DataError(f"tokenizer {path}: the token </s> is missing")
+    family = next((names for names in FAMILIES if inner.token_to_id(names[1]) is not None), None)
+    if family is None:
+        ends = " or ".join(names[1] for names in FAMILIES)
+        raise DataError(f"tokenizer {path}: the token that ends a turn is missing; {ends} is accepted")
+    bos, eos, pad, image = map(inner.token_to_id, family)
     unk = inner.token_to_id("<unk>")
-    pad = inner.token_to_id("<pad>")
     pad = unk if pad is None else pad
     if pad is None:
-        raise DataError(f"tokenizer {path}: neither <pad> nor <unk> is there to fill rows with")
+        raise DataError(f"tokenizer {path}: neither {family[2]} nor <unk> is there to fill rows with")
     size = inner.get_vocab_size(with_added_tokens=True)
-    image = inner.token_to_id(IMAGE)
+    special = {token.content: i for i, token in inner.get_added_tokens_decoder().items() if token.special}
 
     def ids(text: str) -> list[int]:
         try:
@@ -140,7 +161,7 @@ def _from_tokenizers(path: Path) -> Tokenizer:
 
     def encode(text: str, start: bool) -> list[int]:
         # After a special token the file's own normaliser says what becomes of the space: let it see one.
-        return ids(text) if start else ids("</s>" + text)[1:]
+        return ids(text) if start else ids(family[1] + text)[1:]
 
     return Tokenizer(
         encode,
@@ -152,6 +173,7 @@ def _from_tokenizers(path: Path) -> Tokenizer:
         unk_id=unk,
         vocab_size=size + 1 if image is None else size,
         fingerprint=_digest(path),
+        special=special,
     )
 
 
@@ -186,6 +208,7 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
         unk_id=model.unk_id(),
         vocab_size=max([size, image + 1, *(i + 1 for i in added.values())]),
         fingerprint=_digest(path),
+        special=added,
     )
 
 

@@ -87,5 +87,5 @@ def test_missing_and_unfit_files_are_one_line(tmp_path):
     with pytest.raises(DataError, match="tokenizer.json"):
         load_tokenizer(tmp_path)
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataError, match="</s> is missing"):
+    with pytest.raises(DataError, match="ends a turn is missing; </s> or"):
         load_tokenizer(tmp_path)
