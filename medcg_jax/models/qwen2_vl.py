@@ -107,7 +107,7 @@ def qwen2_vl_tiny(
     rope_theta: float = 20.0,
     mrope_sections: tuple[int, int, int] = (2, 3, 3),
     tie_head: bool = False,
-    min_pixels: int = 1024,
+    min_pixels: int = 256,
     max_pixels: int = 1024,
     **fields,
 ) -> Qwen2VLConfig:
