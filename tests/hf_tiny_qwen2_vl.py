@@ -25,7 +25,7 @@ TEXT = dict(
 )  # fmt: skip
 IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
 # Rows of images as (rows, columns) of patches; the last row is text alone.
-GRIDS = (((4, 6), (2, 8)), ((6, 2),), ())
+GRIDS = (((4, 6), (2, 8)), ((6, 4),), ())
 # More room than any image needs, and no power of two.
 SLOTS = 28
 
