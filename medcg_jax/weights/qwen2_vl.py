@@ -7,6 +7,7 @@ Source: huggingface/transformers:conversion_mapping.py and models/qwen2_vl/confi
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,8 @@ import numpy as np
 from medcg_jax.models.decoder import DecoderConfig
 from medcg_jax.models.qwen2_vit import Qwen2VitConfig
 from medcg_jax.models.qwen2_vl import Qwen2VLConfig
-from medcg_jax.weights import engine
-from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, linear
-from medcg_jax.weights.files import Tensors, WeightsError, open_tensors
+from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, linear
+from medcg_jax.weights.files import Tensors, WeightsError, open_tensors, read_json
 from medcg_jax.weights.llava import LLAMA_LAYER
 
 # Buffers that old versions saved: recomputed here, never parameters.
@@ -109,15 +109,20 @@ def released_name(name: str) -> str:
     return re.sub(r"^language_model\.", "model.", name)
 
 
-def open_release(src: Path, config: Qwen2VLConfig) -> tuple[Tensors, dict[str, str]]:
+def read_release(src: Path, parts: Mapping[str, Path]) -> Qwen2VLConfig:
+    """The architecture that the released directory `src` states; it has no parts elsewhere."""
+    return config_from_json(read_json(src / "config.json"))
+
+
+def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[str, str]]:
     """(tensors, canonical name -> name) of a released directory; a copy of a tied head is held against the embedding.
 
     Raises:
       WeightsError: no weights, two tensors of one name, or a head that is to be tied and is another.
     """
     tensors = open_tensors(src)
-    names = engine.canonical_names(tensors.shapes, canonical, str(src))
-    if config.text.tie_head and HEAD in names:
+    names = canonical_names(tensors.shapes, canonical, str(src))
+    if read_release(src, parts).text.tie_head and HEAD in names:
         head = names.pop(HEAD)
         if TABLE in names and not np.array_equal(tensors.read(head), tensors.read(names[TABLE])):
             raise WeightsError(f"{src} states tie_word_embeddings, but {head} is not {names[TABLE]}")
