@@ -5,14 +5,12 @@ As `hf_tiny`: every bias and norm is random, sizes are odd, the three sections o
 
 import dataclasses
 
-import jax
 import numpy as np
-from flax import nnx
+from hf_tiny import one_device, tensors
 
 from medcg_jax.mesh import make_mesh
-from medcg_jax.models.qwen2_vl import Qwen2VL
+from medcg_jax.models import build
 from medcg_jax.weights import engine, qwen2_vl
-from medcg_jax.weights.files import Tensors
 
 VOCAB, PAD, START, END, IMAGE, VIDEO = 103, 91, 92, 93, 94, 95
 PATCH = 5
@@ -55,33 +53,17 @@ def reference(seed: int = 0, *, tie: bool = False):
     return model
 
 
-def tensors(model) -> Tensors:
-    state = {name: value.numpy() for name, value in model.state_dict().items()}
-    return Tensors({name: value.shape for name, value in state.items()}, state.__getitem__)
-
-
-def abstract(config):
-    """(graphdef, params) with a ShapeDtypeStruct for each array."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Qwen2VL(config, rngs=nnx.Rngs(0))))
-    return graphdef, jax.tree.map(lambda v: v.get_value(), state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-
-
-def place(tree, mesh=None):
-    """A sharding for every leaf, on the first device alone."""
-    mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
-    return jax.tree.map(lambda _: jax.NamedSharding(mesh, jax.P()), tree)
-
-
 def port(model, *, change=None):
     """(config, graphdef, params) of this port with the weights of `model`; `change` alters the config first."""
     found = tensors(model)
     config = qwen2_vl.config_from_json(model.config.to_dict())
     config = dataclasses.replace(config if change is None else change(config), scan_unroll=1)
-    graphdef, leaves = abstract(config)
+    graphdef, abstract = build.abstract(config)
+    places = build.shardings(config, make_mesh(devices=one_device()))
     names = engine.canonical_names(found.shapes, qwen2_vl.canonical, "the model in memory")
     if config.text.tie_head:
         names.pop(qwen2_vl.HEAD, None)
-    params = engine.load(qwen2_vl.table(config), leaves, place(leaves), found, names, "memory")
+    params = engine.load(qwen2_vl.table(config), abstract, places, found, names, "memory")
     return config, graphdef, params
 
 

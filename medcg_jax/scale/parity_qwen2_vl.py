@@ -44,8 +44,8 @@ def example(config: Qwen2VLConfig, *, seed: int = 0, num_text: int = 24, grid=(4
     }  # fmt: skip
 
 
-def port_inputs(config: Qwen2VLConfig, inputs: dict[str, np.ndarray], num_slots: int = 0) -> dict[str, jax.Array]:
-    """tokens, segment_ids, pixels and grids of this port, from HF's forward arguments (images one behind the other).
+def port_inputs(config: Qwen2VLConfig, inputs: dict[str, np.ndarray], num_slots: int = 0) -> dict:
+    """tokens, segment_ids and images of this port, from HF's forward arguments (images one behind the other).
 
     num_slots: patches that every image has room for; 0: as many as the largest has.
 
@@ -69,14 +69,15 @@ def port_inputs(config: Qwen2VLConfig, inputs: dict[str, np.ndarray], num_slots:
         pixels[row, slot, : len(patches)] = patches.reshape(len(patches), -1)
         placed[row, slot] = grid[1:]
     mask = np.asarray(inputs.get("attention_mask", np.ones_like(ids)))
-    found = {"tokens": ids.astype(np.int32), "segment_ids": mask.astype(np.int32), "pixels": pixels, "grids": placed}
-    return {name: jnp.asarray(value) for name, value in found.items()}
+    images = {"pixels": pixels, "grids": placed}
+    found = {"tokens": ids.astype(np.int32), "segment_ids": mask.astype(np.int32), "images": images}
+    return jax.tree.map(jnp.asarray, found)
 
 
-def port_stages(model: Qwen2VL, given: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+def port_stages(model: Qwen2VL, tokens, segment_ids, images) -> dict[str, np.ndarray]:
     """Outputs by stage; layers run one by one here, `decoder.norm` and `logits` come from the model's own path."""
     config, implementation = model.config, model.config.attention
-    pixels, grids = given["pixels"].reshape(-1, *given["pixels"].shape[2:]), given["grids"].reshape(-1, 2)
+    pixels, grids = (images[key].reshape(-1, *images[key].shape[2:]) for key in model.image_keys)
     angles, ids = vision_angles(grids, pixels.shape[1], config.vision), real_patches(grids, pixels.shape[1])
     real = np.asarray(ids) != 0
     x = jax.jit(lambda model, pixels: model.vision.embed(pixels, model.dtype))(model, pixels)
@@ -87,21 +88,19 @@ def port_stages(model: Qwen2VL, given: dict[str, jax.Array]) -> dict[str, np.nda
         found[f"vision.layer{i}"] = np.asarray(x)[real]
     x = jax.jit(lambda model, x: model.projector(x))(model, x)
     found["projector"] = np.asarray(x)[real[:, :: config.vision.merge**2]]
-    rows, segments = len(given["tokens"]), given["segment_ids"]
-    features = ImageFeatures(x.reshape(rows, -1, x.shape[-1]), given["grids"] // config.vision.merge)
-    places = model.layout(given["tokens"], segments, features)
-    x = found["embed"] = jax.jit(lambda model, *args: model.embed(*args))(model, given["tokens"], features, places.slots)
+    features = ImageFeatures(x.reshape(len(tokens), -1, x.shape[-1]), images["grids"] // config.vision.merge)
+    places = model.layout(tokens, segment_ids, features)
+    x = found["embed"] = jax.jit(lambda model, *args: model.embed(*args))(model, tokens, features, places.slots)
     angles = mrope_angles(places.positions, config)
-    run = jax.jit(lambda block, x: block(x, angles=angles, segment_ids=segments, implementation=implementation)[0])
+    run = jax.jit(lambda block, x: block(x, angles=angles, segment_ids=segment_ids, implementation=implementation)[0])
     for i, block in enumerate(_layers(model.decoder.blocks)):
         x = found[f"decoder.layer{i}"] = run(block, x)
 
-    def whole(model, given):
-        images = {key: given[key] for key in model.image_keys}
-        hidden, _ = model.hidden(given["tokens"], images, segment_ids=given["segment_ids"])
+    def whole(model, tokens, images, segment_ids):
+        hidden, _ = model.hidden(tokens, images, segment_ids=segment_ids)
         return hidden, model.logits(hidden)
 
-    found["decoder.norm"], found["logits"] = jax.jit(whole)(model, given)
+    found["decoder.norm"], found["logits"] = jax.jit(whole)(model, tokens, images, segment_ids)
     return {name: np.asarray(value) for name, value in found.items()}
 
 

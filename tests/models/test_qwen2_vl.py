@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from medcg_jax.axes import spec
 from medcg_jax.mesh import make_mesh
-from medcg_jax.models import qwen2_vit, qwen2_vl
+from medcg_jax.models import build, qwen2_vit, qwen2_vl
 from medcg_jax.models.qwen2_vl import Qwen2VL, qwen2_vl_2b, qwen2_vl_7b, qwen2_vl_72b, qwen2_vl_tiny
 from medcg_jax.run_config import MeshConfig
 from medcg_jax.scale import parity, parity_qwen2_vl
@@ -22,12 +21,7 @@ from medcg_jax.weights import qwen2_vl as weights
 TOLERANCE = 1e-4
 
 
-def forward(model, given):
-    images = {key: given[key] for key in model.image_keys}
-    return model(given["tokens"], images, segment_ids=given["segment_ids"])
-
-
-run = jax.jit(forward)
+run = jax.jit(lambda model, given: model(**given))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +53,7 @@ def port_inputs(config, side="right", num_slots=hf_tiny.SLOTS):
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_every_stage_logits_and_loss(model, stages, side):
     inputs, theirs = hf_tiny.inputs(side=side), stages[side]
-    ours = parity_qwen2_vl.port_stages(model, port_inputs(model.config, side))
+    ours = parity_qwen2_vl.port_stages(model, **port_inputs(model.config, side))
     assert list(theirs)[:-1] == list(ours) and len(ours) == 1 + 3 + 1 + 1 + 3 + 1 + 1
     real = inputs["attention_mask"] != 0
     for stage, value in ours.items():
@@ -78,7 +72,7 @@ def test_gradients_of_every_tensor(ported, reference):
     config, graphdef, params = ported
     inputs = hf_tiny.inputs()
     given = port_inputs(config)
-    grads = jax.jit(jax.grad(lambda p: parity.loss(forward(nnx.merge(graphdef, p), given), inputs["labels"])))(params)
+    grads = jax.jit(jax.grad(lambda p: parity.loss(nnx.merge(graphdef, p)(**given), inputs["labels"])))(params)
     ours = dict(engine.store(weights.table(config), grads)[1])
     reference.zero_grad()
     reference(**{name: torch.from_numpy(value) for name, value in inputs.items()}).loss.backward()
@@ -175,7 +169,7 @@ def test_faults_are_seen(fault, ported, reference, stages, monkeypatch):
     if patch:
         monkeypatch.setattr(*patch)
     # A new function: what `run` has traced would hide a patch.
-    fresh = jax.jit(lambda *args: forward(*args))
+    fresh = jax.jit(lambda model, given: model(**given))
     logits = np.asarray(fresh(nnx.merge(graphdef, params), port_inputs(config)))
     real = hf_tiny.inputs()["attention_mask"] != 0
     assert np.abs(logits - stages["right"]["logits"])[real].max() > 10 * TOLERANCE
@@ -189,7 +183,7 @@ def test_positions_are_the_references(model, reference, side):
     names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
     expected, deltas = reference.model.get_rope_index(**{name: inputs[name] for name in names})
     given = port_inputs(model.config, side)
-    features = qwen2_vl.ImageFeatures(jnp.zeros((3, 14, 1)), given["grids"] // 2)
+    features = qwen2_vl.ImageFeatures(jnp.zeros((3, 14, 1)), given["images"]["grids"] // 2)
     found = model.layout(given["tokens"], given["segment_ids"], features).positions
     np.testing.assert_array_equal(np.asarray(found), expected.numpy().transpose(1, 2, 0))
     # A row's next token stands behind the furthest, which is what the reference's deltas say.
@@ -214,8 +208,7 @@ def test_decoding_into_a_cache_is_the_full_forward(model, reference, side):
     import torch
 
     given = port_inputs(model.config, side)
-    tokens, segments = given["tokens"], given["segment_ids"]
-    images = {key: given[key] for key in Qwen2VL.image_keys}
+    tokens, segments, images = given["tokens"], given["segment_ids"], given["images"]
     rows, length = tokens.shape
     more = jnp.asarray(np.random.default_rng(5).integers(3, 90, (rows, 3)), jnp.int32)
     # What is generated may be any id, an image's too: it is text.
@@ -260,27 +253,32 @@ def test_decoding_into_a_cache_is_the_full_forward(model, reference, side):
 def test_a_prompt_in_two_parts_is_the_whole(model):
     """The second part has an image of its own, and stands behind the first part's."""
     given = port_inputs(model.config)
-    images = {key: given[key][:1] for key in Qwen2VL.image_keys}
+    images = {key: value[:1] for key, value in given["images"].items()}
     tokens = given["tokens"][:1, : int(given["segment_ids"][0].sum())]
-    whole = model(tokens, images)
     cut = int(jnp.argmax(tokens[0] == hf_tiny.END)) + 1
-    cache, parts = model.init_cache(1, tokens.shape[1]), []
-    for i, part in enumerate((tokens[:, :cut], tokens[:, cut:])):
-        own = {key: value[:, i : i + 1] for key, value in images.items()}
-        hidden, cache = model.hidden(part, own, cache=cache)
-        parts.append(model.logits(hidden))
-    assert np.abs(np.asarray(jnp.concatenate(parts, axis=1) - whole)).max() < TOLERANCE
+
+    @jax.jit
+    def in_two(model, tokens, images):
+        cache, parts = model.init_cache(1, tokens.shape[1]), []
+        for i, part in enumerate((tokens[:, :cut], tokens[:, cut:])):
+            own = {key: value[:, i : i + 1] for key, value in images.items()}
+            hidden, cache = model.hidden(part, own, cache=cache)
+            parts.append(hidden)
+        return model.logits(jnp.concatenate(parts, axis=1))
+
+    whole = run(model, {"tokens": tokens, "images": images})
+    assert np.abs(np.asarray(in_two(model, tokens, images) - whole)).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("num_slots", [24, 40])
 def test_room_for_patches_images_and_ids_outside_the_vocabulary_change_nothing(model, stages, num_slots):
     given = port_inputs(model.config, num_slots=num_slots)
     given["tokens"] = jnp.where(given["segment_ids"] == 0, 10**6, given["tokens"])
-    for key in Qwen2VL.image_keys:
-        given[key] = jnp.pad(given[key], [(0, 0), (0, 1), *[(0, 0)] * (given[key].ndim - 2)])
+    images = (given["images"][key] for key in Qwen2VL.image_keys)
+    pixels, grids = (jnp.pad(x, [(0, 0), (0, 1), *[(0, 0)] * (x.ndim - 2)]) for x in images)
     # What stands in the slots of padding is never seen.
-    real = qwen2_vit.real_patches(given["grids"].reshape(-1, 2), num_slots).reshape(given["pixels"].shape[:3])
-    given["pixels"] = jnp.where(real[..., None] != 0, given["pixels"], 7.0)
+    real = qwen2_vit.real_patches(grids.reshape(-1, 2), num_slots).reshape(pixels.shape[:3])
+    given["images"] = {"pixels": jnp.where(real[..., None] != 0, pixels, 7.0), "grids": grids}
     kept = np.asarray(given["segment_ids"]) != 0
     assert np.abs(np.asarray(run(model, given)) - stages["right"]["logits"])[kept].max() < TOLERANCE
 
@@ -288,12 +286,14 @@ def test_room_for_patches_images_and_ids_outside_the_vocabulary_change_nothing(m
 def test_bytes_are_normalised_and_features_may_be_passed(model):
     given = port_inputs(model.config)
     config = model.config.vision
-    bytes_ = jnp.asarray(np.random.default_rng(0).integers(0, 256, given["pixels"].shape), jnp.uint8)
-    apart = np.asarray(bytes_, np.float32).reshape(*bytes_.shape[:3], 3, -1) / 255
+    grids, shape = given["images"]["grids"], given["images"]["pixels"].shape
+    bytes_ = jnp.asarray(np.random.default_rng(0).integers(0, 256, shape), jnp.uint8)
+    apart = np.asarray(bytes_, np.float32).reshape(*shape[:3], 3, -1) / 255
     floats = (apart - np.array(config.image_mean)[:, None]) / np.array(config.image_std)[:, None]
-    expected = run(model, {**given, "pixels": jnp.asarray(floats.reshape(bytes_.shape), jnp.float32)})
+    normalised = {"pixels": jnp.asarray(floats.reshape(shape), jnp.float32), "grids": grids}
+    expected = run(model, {**given, "images": normalised})
     encode = jax.jit(lambda m, images: m.encode_images(images))
-    features = encode(model, {"pixels": bytes_, "grids": given["grids"]})
+    features = encode(model, {"pixels": bytes_, "grids": grids})
     call = jax.jit(lambda m, tokens, segments, features: m(tokens, segment_ids=segments, image_features=features))
     found = call(model, given["tokens"], given["segment_ids"], features)
     kept = np.asarray(given["segment_ids"]) != 0
@@ -306,11 +306,8 @@ TINY = qwen2_vl_tiny(80, 79, scan_unroll=1, max_pixels=1536)
 def test_eight_devices_compute_what_one_does():
     """Rows with images of different grids over data and fsdp, heads and MLPs over tensor; loss and every gradient."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    graphdef, state = nnx.split(Qwen2VL(TINY, rngs=nnx.Rngs(3)))
-    leaves = jax.tree.map(lambda v: v.get_value(), state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    places = jax.tree.map(
-        lambda v: jax.NamedSharding(mesh, spec(*v.get_metadata("axes"))), state, is_leaf=lambda x: isinstance(x, nnx.Variable)
-    )  # fmt: skip
+    graphdef, params = build.create(TINY, mesh, seed=3)
+    assert params["vision"]["blocks"]["qkv"]["kernel"].addressable_shards[0].data.shape == (3, 32, 1, 96)
     rng = np.random.default_rng(0)
     rows, grids = 8, np.array([[[8, 8]], [[4, 16]], [[12, 8]], [[0, 0]]] * 2, np.int32)
     tokens = rng.integers(3, 79, (rows, 34))
@@ -319,21 +316,21 @@ def test_eight_devices_compute_what_one_does():
     given = {
         "tokens": jnp.asarray(tokens, jnp.int32),
         "segment_ids": jnp.asarray((np.arange(34) < rng.integers(28, 35, (rows, 1))).astype(np.int32)),
-        "pixels": jnp.asarray(rng.integers(0, 256, (rows, 1, 96, 48)), jnp.uint8), "grids": jnp.asarray(grids),
+        "images": {
+            "pixels": jnp.asarray(rng.integers(0, 256, (rows, 1, 96, 48)), jnp.uint8), "grids": jnp.asarray(grids)
+        },
     }  # fmt: skip
 
     @jax.jit
     @jax.value_and_grad
     def loss(params, given):
-        logits = forward(nnx.merge(graphdef, params), given)[:, :-1]
+        logits = nnx.merge(graphdef, params)(**given)[:, :-1]
         nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), given["tokens"][:, 1:, None], axis=-1)[..., 0]
         return (nll * (given["segment_ids"][:, 1:] != 0)).mean()
 
     with jax.set_mesh(mesh):
-        split = jax.device_put(leaves, places)
-        assert split["vision"]["blocks"]["qkv"]["kernel"].addressable_shards[0].data.shape == (3, 32, 1, 96)
-        value, grads = loss(split, jax.device_put(given, jax.NamedSharding(mesh, jax.P(("data", "fsdp")))))
-    expected, expected_grads = loss(leaves, given)
+        value, grads = loss(params, jax.device_put(given, jax.NamedSharding(mesh, jax.P(("data", "fsdp")))))
+    expected, expected_grads = loss(jax.device_put(params, jax.devices()[0]), given)
     assert abs(float(value) - float(expected)) < 1e-5
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-5
@@ -350,14 +347,10 @@ COUNTS = {
 @pytest.mark.parametrize("size", COUNTS)
 def test_counts_and_layouts(size):
     config, total, *parts = COUNTS[size]
-    _, state = nnx.split(nnx.eval_shape(lambda: Qwen2VL(config, rngs=nnx.Rngs(0))))
-    variables = {name: jax.tree.leaves(state[name], is_leaf=lambda x: isinstance(x, nnx.Variable)) for name in state}
-    sizes = [sum(v.get_value().size for v in variables[name]) for name in ("vision", "projector", "decoder")]
-    assert [sum(sizes), *sizes] == [total, *parts]
-    mesh = {"fsdp": 4, "tensor": 2}
-    for variable in sum(variables.values(), []):
-        layout = spec(*variable.get_metadata("axes"))
-        assert all(n % mesh.get(axis, 1) == 0 for n, axis in zip(variable.get_value().shape, layout, strict=True))
+    _, params = build.abstract(config)
+    assert build.num_params(params) == total
+    assert [build.num_params(params[name]) for name in ("vision", "projector", "decoder")] == parts
+    build.shardings(config, make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)))
 
 
 def test_what_does_not_fit_is_refused():
