@@ -15,13 +15,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.axes import spec
 from medcg_jax.models.llava import Llava, LlavaConfig, llava15_7b, llava15_13b, llava15_tiny
+from medcg_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig
 
 # A config's type -> the module that it is the architecture of.
-MODULES: dict[type, type[nnx.Module]] = {LlavaConfig: Llava}
+MODULES: dict[type, type[nnx.Module]] = {LlavaConfig: Llava, Qwen2VLConfig: Qwen2VL}
 SIZES = {"llava15_7b": llava15_7b, "llava15_13b": llava15_13b}
 # These have no vocabulary of their own.
 TINY = {"llava15_tiny": llava15_tiny}
-Config = LlavaConfig
+Config = LlavaConfig | Qwen2VLConfig
 
 
 def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> Config:

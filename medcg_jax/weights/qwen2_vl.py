@@ -1,0 +1,248 @@
+"""Qwen2-VL's table, the spellings of its tensor names, and its config.json read, checked and written.
+
+Layouts: the released one (`visual.*`, `model.*`, `lm_head`), that of transformers 4.52 and 5 (`model.visual.*`,
+`model.language_model.*`). The 2B release ties its head to the embedding, and its files may or may not hold a copy.
+Source: huggingface/transformers:conversion_mapping.py and models/qwen2_vl/configuration_qwen2_vl.py at 5.23.0.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from medcg_jax.models.decoder import DecoderConfig
+from medcg_jax.models.qwen2_vit import Qwen2VitConfig
+from medcg_jax.models.qwen2_vl import Qwen2VLConfig
+from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, linear
+from medcg_jax.weights.files import Tensors, WeightsError, open_tensors, read_json
+from medcg_jax.weights.llava import LLAMA_LAYER
+
+# Buffers that old versions saved: recomputed here, never parameters.
+IGNORED = re.compile(r"rotary_(pos_)?emb\.inv_freq$")
+HEAD, TABLE = "lm_head.weight", "language_model.embed_tokens.weight"
+
+QWEN2_BIASES = tuple((f"self_attn.{name}_proj.bias", f"{name} bias", FLAT) for name in "qkv")
+MERGER = (
+    ("visual.merger.ln_q.weight", "norm scale", SAME),
+    ("visual.merger.ln_q.bias", "norm bias", SAME),
+    ("visual.merger.mlp.0.weight", "up kernel", linear()),
+    ("visual.merger.mlp.0.bias", "up bias", FLAT),
+    ("visual.merger.mlp.2.weight", "down kernel", linear()),
+    ("visual.merger.mlp.2.bias", "down bias", FLAT),
+)
+
+
+def conv3d_patch(config: Qwen2VitConfig) -> Transform:
+    """PyTorch's conv kernel [E, C, frames, patch, patch] <-> ours [C * frames * patch * patch, E]."""
+    size = (3, config.num_frames, config.patch_size_px, config.patch_size_px)
+    return Transform(
+        load=lambda tensor, shape: tensor.reshape(shape[1], shape[0]).T,
+        store=lambda ours: ours.T.reshape(-1, *size),
+        released_shape=lambda shape: (shape[1], *size),
+    )
+
+
+def fused_qkv() -> Transform:
+    """Rows [3 * N * H, ...] of all queries, then keys, then values <-> ours [..., N, 3 * H], the three of each head."""
+
+    def load(tensor: np.ndarray, shape) -> np.ndarray:
+        num_heads, width = shape[-2:]
+        apart = tensor.reshape(3, num_heads, width // 3, *tensor.shape[1:])
+        return np.moveaxis(apart, (0, 1, 2), (-2, -3, -1)).reshape(shape)
+
+    def store(ours: np.ndarray) -> np.ndarray:
+        apart = ours.reshape(*ours.shape[:-1], 3, ours.shape[-1] // 3)
+        return np.moveaxis(apart, (-2, -3, -1), (0, 1, 2)).reshape(math.prod(ours.shape[-2:]), *ours.shape[:-2])
+
+    return Transform(load, store, lambda shape: (math.prod(shape[-2:]), *shape[:-2]))
+
+
+VIT_LAYER = (
+    ("norm1.weight", "norm1 scale", SAME),
+    ("norm1.bias", "norm1 bias", SAME),
+    ("attn.qkv.weight", "qkv kernel", fused_qkv()),
+    ("attn.qkv.bias", "qkv bias", fused_qkv()),
+    ("attn.proj.weight", "out kernel", linear(inputs=2)),
+    ("attn.proj.bias", "out bias", FLAT),
+    ("norm2.weight", "norm2 scale", SAME),
+    ("norm2.bias", "norm2 bias", SAME),
+    ("mlp.fc1.weight", "up kernel", linear()),
+    ("mlp.fc1.bias", "up bias", FLAT),
+    ("mlp.fc2.weight", "down kernel", linear()),
+    ("mlp.fc2.bias", "down bias", FLAT),
+)
+
+
+def table(config: Qwen2VLConfig) -> list[Entry]:
+    """Canonical name -> parameter, for every tensor of a Qwen2-VL checkpoint; a tied head is none."""
+    stacks = (
+        ("visual.blocks.{layer}.", "vision", VIT_LAYER, config.vision.num_layers),
+        ("language_model.layers.{layer}.", "decoder", LLAMA_LAYER + QWEN2_BIASES, config.text.num_layers),
+    )
+    entries = [Entry("visual.patch_embed.proj.weight", ("vision", "patch", "kernel"), conv3d_patch(config.vision))]
+    entries += [Entry(name, ("projector", *ours.split()), transform) for name, ours, transform in MERGER]
+    for prefix, part, lines, num in stacks:
+        entries += [Entry(prefix + name, (part, "blocks", *ours.split()), t, range(num)) for name, ours, t in lines]
+    entries.append(Entry(TABLE, ("decoder", "embed", "table"), SAME, rows=True))
+    entries.append(Entry("language_model.norm.weight", ("decoder", "norm", "scale"), SAME))
+    if not config.text.tie_head:
+        entries.append(Entry(HEAD, ("decoder", "head", "kernel"), linear(), rows=True))
+    return entries
+
+
+def canonical(name: str) -> str | None:
+    """The table's spelling of a tensor name of any Qwen2-VL layout; None for what is ignored.
+
+    Examples: "model.norm.weight" (released) and "model.language_model.norm.weight" (transformers 5) are
+    "language_model.norm.weight"; "model.visual.merger.ln_q.bias" is "visual.merger.ln_q.bias".
+    """
+    if IGNORED.search(name):
+        return None
+    name = name.removeprefix("model.")
+    return re.sub(r"^(embed_tokens|layers|norm)\.", r"language_model.\1.", name)
+
+
+def released_name(name: str) -> str:
+    """The released spelling of a canonical name, which every version of transformers reads."""
+    return re.sub(r"^language_model\.", "model.", name)
+
+
+def read_release(src: Path, parts: Mapping[str, Path]) -> Qwen2VLConfig:
+    """The architecture that the released directory `src` states; it has no parts elsewhere."""
+    return config_from_json(read_json(src / "config.json"))
+
+
+def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[str, str]]:
+    """(tensors, canonical name -> name) of a released directory; a copy of a tied head is held against the embedding.
+
+    Raises:
+      WeightsError: no weights, two tensors of one name, or a head that is to be tied and is another.
+    """
+    tensors = open_tensors(src)
+    names = canonical_names(tensors.shapes, canonical, str(src))
+    if read_release(src, parts).text.tie_head and HEAD in names:
+        head = names.pop(HEAD)
+        if TABLE in names and not np.array_equal(tensors.read(head), tensors.read(names[TABLE])):
+            raise WeightsError(f"{src} states tie_word_embeddings, but {head} is not {names[TABLE]}")
+    return tensors, names
+
+
+def config_from_json(found: dict) -> Qwen2VLConfig:
+    """The architecture that a config.json states, with the text model's keys beside the others (released) or apart.
+
+    Keys that a released config.json leaves out have transformers' defaults. How large images may be is not in there.
+
+    Raises:
+      WeightsError: the checkpoint is of another model, or differs from what this port computes; names each difference.
+    """
+    if found.get("model_type") != "qwen2_vl":
+        raise WeightsError(f"config.json has model_type={found.get('model_type')!r}; 'qwen2_vl' is accepted")
+    text, vision = found.get("text_config") or found, found.get("vision_config") or {}
+    _expect(text, "", hidden_act="silu", use_sliding_window=False, attention_dropout=0.0)
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    kinds = {rope.get(key, "default") for key in ("rope_type", "type")}
+    if not kinds <= {"default", "mrope"}:
+        raise WeightsError(f"config.json scales rotary positions ({sorted(kinds)}); 'default' and 'mrope' are accepted")
+    width, num_heads = text.get("hidden_size", 8192), text.get("num_attention_heads", 64)
+    if vision.get("hidden_size", 3584) != width:
+        raise WeightsError(f"config.json has vision_config.hidden_size={vision.get('hidden_size')!r}; {width} is accepted")
+    decoder = DecoderConfig(
+        vocab_size=text.get("vocab_size", 152064),
+        num_layers=text.get("num_hidden_layers", 80),
+        embed_dim=width,
+        num_heads=num_heads,
+        num_kv_heads=_first(text.get("num_key_value_heads", 8), num_heads),
+        head_dim=width // num_heads,
+        mlp_dim=text.get("intermediate_size", 29568),
+        rope_theta=float(_first(rope.get("rope_theta"), text.get("rope_theta"), 1e6)),
+        norm_eps=text.get("rms_norm_eps", 1e-5),
+        max_positions=text.get("max_position_embeddings", 32768),
+        qkv_bias=True,
+        tie_head=bool(found.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+    )
+    eos = _first(text.get("eos_token_id"), 151645)
+    return Qwen2VLConfig(
+        vision=_vision(vision),
+        text=decoder,
+        mrope_sections=tuple(rope.get("mrope_section", (16, 24, 24))),
+        image_token_id=found.get("image_token_id", 151655),
+        video_token_id=found.get("video_token_id", 151656),
+        vision_start_token_id=found.get("vision_start_token_id", 151652),
+        vision_end_token_id=found.get("vision_end_token_id", 151653),
+        pad_token_id=_first(text.get("pad_token_id"), 151643),
+        eos_token_id=eos[0] if isinstance(eos, list) else eos,
+    )
+
+
+def _vision(found: dict) -> Qwen2VitConfig:
+    _expect(found, "vision_config.", hidden_act="quick_gelu", in_chans=3, in_channels=3)
+    rope = found.get("rope_parameters") or {}
+    if rope.get("rope_type", "axial") != "axial":
+        raise WeightsError(f"config.json has vision_config.rope_parameters={rope}; the axial kind is accepted")
+    width, patch = found.get("embed_dim", 1280), found.get("patch_size", 14)
+    # A second name of `patch_size` in the releases.
+    _expect(found, "vision_config.", spatial_patch_size=patch)
+    return Qwen2VitConfig(
+        patch_size_px=patch,
+        num_frames=found.get("temporal_patch_size", 2),
+        merge=found.get("spatial_merge_size", 2),
+        num_layers=found.get("depth", 32),
+        embed_dim=width,
+        num_heads=found.get("num_heads", 16),
+        mlp_dim=int(width * found.get("mlp_ratio", 4)),
+        rope_theta=float(rope.get("rope_theta", 10000.0)),
+    )
+
+
+def config_to_json(config: Qwen2VLConfig, dtype: str) -> dict:
+    """The released config.json for a checkpoint of this architecture."""
+    vision, text = config.vision, config.text
+    return {
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "torch_dtype": dtype,
+        "image_token_id": config.image_token_id,
+        "video_token_id": config.video_token_id,
+        "vision_start_token_id": config.vision_start_token_id,
+        "vision_end_token_id": config.vision_end_token_id,
+        "pad_token_id": config.pad_token_id,
+        "eos_token_id": config.eos_token_id,
+        "hidden_act": "silu",
+        "hidden_size": text.embed_dim,
+        "intermediate_size": text.mlp_dim,
+        "max_position_embeddings": text.max_positions,
+        "num_attention_heads": text.num_heads,
+        "num_hidden_layers": text.num_layers,
+        "num_key_value_heads": text.num_kv_heads,
+        "rms_norm_eps": text.norm_eps,
+        "rope_theta": text.rope_theta,
+        "rope_scaling": {"type": "mrope", "mrope_section": list(config.mrope_sections)},
+        "tie_word_embeddings": text.tie_head,
+        "use_sliding_window": False,
+        "vocab_size": text.vocab_size,
+        "vision_config": {
+            "depth": vision.num_layers,
+            "embed_dim": vision.embed_dim,
+            "hidden_act": "quick_gelu",
+            "hidden_size": text.embed_dim,
+            "in_channels": 3,
+            "mlp_ratio": vision.mlp_dim // vision.embed_dim,
+            "num_heads": vision.num_heads,
+            "patch_size": vision.patch_size_px,
+            "rope_parameters": {"rope_type": "axial", "rope_theta": vision.rope_theta},
+            "spatial_merge_size": vision.merge,
+            "temporal_patch_size": vision.num_frames,
+        },
+    }
+
+
+def _first(*values):
+    return next((value for value in values if value is not None), None)
+
+
+def _expect(found: dict, prefix: str, **accepted) -> None:
+    for key, value in accepted.items():
+        if found.get(key, value) != value:
+            raise WeightsError(f"config.json has {prefix}{key}={found[key]!r}; {value!r} is accepted")
