@@ -14,7 +14,16 @@ REMAT = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16")
 TRAINABLE = ("vision", "projector", "decoder")
 TABLES = ("pairs", "triples", "ablation", "multi_task", "efficiency")
-MODELS = ("llava15_tiny", "llava15_7b", "llava15_13b")
+# Model -> its family.
+MODELS = {
+    "llava15_tiny": "llava",
+    "llava15_7b": "llava",
+    "llava15_13b": "llava",
+    "qwen2_vl_tiny": "qwen2_vl",
+    "qwen2_vl_2b": "qwen2_vl",
+    "qwen2_vl_7b": "qwen2_vl",
+    "qwen2_vl_72b": "qwen2_vl",
+}
 
 
 class ConfigError(ValueError):
@@ -47,6 +56,9 @@ class ModelConfig:
     remat: str = "none"
     # Layers per iteration of the scan over blocks; 0: all on CPU (12 to 25 % faster there), 1 elsewhere.
     scan_unroll: int = 0
+    # Qwen2-VL resizes images to so many pixels at least and at most; 0: the size's own.
+    min_pixels: int = 0
+    max_pixels: int = 0
     # LLaVA-1.5's second stage: the vision tower stays frozen.
     trainable: tuple[str, ...] = ("projector", "decoder")
 
@@ -155,7 +167,11 @@ def replace(config, **changes):
 
 def check(run: RunConfig) -> None:
     """Raises ConfigError for the first value of `run` that no run could use."""
-    one_of("model.name", run.model.name, MODELS)
+    one_of("model.name", run.model.name, tuple(MODELS))
+    for name in ("min_pixels", "max_pixels"):
+        at_least(f"model.{name}", getattr(run.model, name), 0)
+        if getattr(run.model, name) and MODELS[run.model.name] != "qwen2_vl":
+            raise ConfigError(f"model.{name}={getattr(run.model, name)}: 0 is accepted, {run.model.name} has one size of image")
     one_of("model.compute_dtype", run.model.compute_dtype, DTYPES)
     one_of("model.attention", run.model.attention, ATTENTION)
     one_of("model.remat", run.model.remat, REMAT)
@@ -163,7 +179,7 @@ def check(run: RunConfig) -> None:
     for name in run.model.trainable:
         one_of("model.trainable", name, TRAINABLE)
     for name in run.study.models:
-        one_of("study.models", name, MODELS)
+        one_of("study.models", name, tuple(MODELS))
     for name in run.study.tables:
         one_of("study.tables", name, TABLES)
     for name in run.study.targets_of:

@@ -5,13 +5,24 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import numpy as np
 
-from medcg_jax.data import images, prompts
+from medcg_jax.data import images, images_qwen2_vl, prompts, prompts_chatml
+from medcg_jax.data.tokenizer import Tokenizer
 
 Arrays = dict[str, np.ndarray]
+
+# Family -> the packaged tokenizer of its tiny model.
+SMALL_TOKENIZERS = {"llava": "tokenizer", "qwen2_vl": "chatml"}
+# Family -> field of a model's configuration -> special token.
+TOKENS = {
+    "qwen2_vl": {
+        "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,21 @@ class Format:
         return {key: np.zeros_like(array) for key, array in self.preprocess(np.zeros((28, 28, 3), np.uint8)).items()}
 
 
+def token_ids(family: str, tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids that a family's configuration has of its tokenizer, by field.
+
+    Raises:
+      DataError: the tokenizer lacks one: it is of another family.
+    """
+    ids = {name: getattr(tokenizer, name.replace("token_id", "id")) for name in ("image_token_id", "pad_token_id", "eos_token_id")}
+    return ids | {field: tokenizer.special(token) for field, token in TOKENS.get(family, {}).items()}
+
+
+def format_of(family: str, model) -> Format:
+    """The format of a model of the family; `model` is its configuration."""
+    return _FORMATS[family](model)
+
+
 def llava(image_size_px: int, num_image_tokens: int) -> Format:
     """LLaVA-1.5: Vicuna's turns; images padded to a square and resized, all with as many tokens."""
 
@@ -43,3 +69,21 @@ def llava(image_size_px: int, num_image_tokens: int) -> Format:
         return {"pixels": images.preprocess(image, image_size_px)}
 
     return Format(prompts, preprocess, num_image_tokens)
+
+
+def qwen2_vl(sizes: images_qwen2_vl.ImageSizes) -> Format:
+    """Qwen2-VL: ChatML turns; images keep their shape, and take as many tokens as they are large."""
+    return Format(
+        prompts_chatml, partial(images_qwen2_vl.preprocess, sizes=sizes), sizes.max_image_tokens,
+        partial(images_qwen2_vl.num_image_tokens, sizes=sizes),
+    )  # fmt: skip
+
+
+_FORMATS: dict[str, Callable[..., Format]] = {
+    "llava": lambda model: llava(model.image_size_px, model.num_image_tokens),
+    "qwen2_vl": lambda model: qwen2_vl(
+        images_qwen2_vl.ImageSizes(
+            model.vision.patch_size_px, model.vision.merge, model.min_pixels, model.max_pixels
+        )
+    ),
+}

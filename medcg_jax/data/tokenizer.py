@@ -115,15 +115,15 @@ class Tokenizer:
         return found
 
 
-def load_tokenizer(path: str | Path = "") -> Tokenizer:
-    """The tokenizer of a `.json` or `.model` file or of a directory with one; "" takes the package's small one.
+def load_tokenizer(path: str | Path = "", small: str = SMALL.stem) -> Tokenizer:
+    """The tokenizer of a `.json` or `.model` file or of a directory with one; "" takes the package's own named `small`.
 
     A directory's `tokenizer.model` is preferred: it says the same to every library.
 
     Raises:
       DataError: no such file, or a special token is missing.
     """
-    path = Path(path) if path else SMALL
+    path = Path(path) if path else SMALL.with_stem(small)
     if path.is_dir():
         found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
         if not found:

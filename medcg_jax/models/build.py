@@ -15,13 +15,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.axes import spec
 from medcg_jax.models.llava import Llava, LlavaConfig, llava15_7b, llava15_13b, llava15_tiny
-from medcg_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig
+from medcg_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig, qwen2_vl_2b, qwen2_vl_7b, qwen2_vl_72b, qwen2_vl_tiny
 
 # A config's type -> the module that it is the architecture of.
 MODULES: dict[type, type[nnx.Module]] = {LlavaConfig: Llava, Qwen2VLConfig: Qwen2VL}
-SIZES = {"llava15_7b": llava15_7b, "llava15_13b": llava15_13b}
+SIZES = {
+    "llava15_7b": llava15_7b,
+    "llava15_13b": llava15_13b,
+    "qwen2_vl_2b": qwen2_vl_2b,
+    "qwen2_vl_7b": qwen2_vl_7b,
+    "qwen2_vl_72b": qwen2_vl_72b,
+}
 # These have no vocabulary of their own.
-TINY = {"llava15_tiny": llava15_tiny}
+TINY = {"llava15_tiny": llava15_tiny, "qwen2_vl_tiny": qwen2_vl_tiny}
 Config = LlavaConfig | Qwen2VLConfig
 
 
@@ -38,6 +44,7 @@ def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> 
     runs = dict(
         compute_dtype=model.compute_dtype, attention=model.attention, remat=model.remat, scan_unroll=model.scan_unroll
     )
+    runs |= {name: value for name in ("min_pixels", "max_pixels") if (value := getattr(model, name))}
     if model.name in TINY:
         if vocab_size is None or "image_token_id" not in ids:
             raise ValueError(f"model.name={model.name!r} has no vocabulary of its own: pass the tokenizer's")

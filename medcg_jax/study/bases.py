@@ -12,11 +12,12 @@ import jax
 from flax import nnx
 
 from medcg_jax.data import phantom_pretraining as pretraining
+from medcg_jax.data.formats import SMALL_TOKENIZERS
 from medcg_jax.data.pipeline import Batches
-from medcg_jax.data.prompts import system_text
+from medcg_jax.data.records import Turn
 from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.models.build import join, shardings, split_trainable
-from medcg_jax.run_config import TRAINABLE, RunConfig, TrainConfig
+from medcg_jax.run_config import MODELS, TRAINABLE, RunConfig, TrainConfig
 from medcg_jax.study.schedule import seeded
 from medcg_jax.train.checkpoint import load_params, read_meta, save_params
 from medcg_jax.train.loop import Cell, fit
@@ -24,6 +25,8 @@ from medcg_jax.train.optim import control_from, make_optimizer
 from medcg_jax.train.setup import Setup, start_params
 from medcg_jax.train.step import make_step
 
+# What `frame_tokens` is in Vicuna's turns without a system's sentence, which `pretraining.MAX_TEXT_TOKENS` counts in.
+VICUNA_FRAME = 13
 # Fields of the base's TrainConfig that do not change its weights.
 NOT_IN_FINGERPRINT = ("log_every_steps", "checkpoint_every_steps")
 
@@ -39,12 +42,21 @@ def made_of(run: RunConfig) -> dict:
     base = {k: v for k, v in dataclasses.asdict(run.base).items() if k not in NOT_IN_FINGERPRINT}
     parts = {
         "model": dataclasses.asdict(run.model) | {"trainable": TRAINABLE},
-        "tokenizer": load_tokenizer(run.model.tokenizer).fingerprint,
+        "tokenizer": load_tokenizer(run.model.tokenizer, SMALL_TOKENIZERS[MODELS[run.model.name]]).fingerprint,
         "base": base,
         "data": pretraining.pretraining_fingerprint(run.base.seed, num_pretraining_records(run.base)),
         "system_prompt": run.data.system_prompt,
     }
     return json.loads(json.dumps(parts))
+
+
+def frame_tokens(setup: Setup) -> int:
+    """Tokens that a pre-training record's prompt has beside its words: roles, ends of turns, the system's sentence."""
+    turns = (Turn("A", "B"),) * pretraining.NUM_EXERCISES
+    whole = setup.format.prompts.conversation(
+        setup.tokenizer, turns, system_prompt=setup.run.data.system_prompt, num_image_tokens=1
+    )
+    return len(whole.ids) - 1 - 2 * len(turns)
 
 
 class Bases:
@@ -88,10 +100,9 @@ class Bases:
         """
         name, config = self.fingerprint(seed), setup.run.base
         # Rows as long as these records need, whatever the cells' are: grids of other data share the base.
-        system = len(setup.tokenizer.encode(system_text(setup.run.data.system_prompt)))
         encoded = setup.encode(
             pretraining.pretraining_records(config.seed, num_pretraining_records(config)),
-            max_text_tokens=pretraining.MAX_TEXT_TOKENS + system,
+            max_text_tokens=pretraining.MAX_TEXT_TOKENS - VICUNA_FRAME + frame_tokens(setup),
             max_target_tokens=pretraining.MAX_TARGET_TOKENS,
         )
         graphdef, params = start_params(setup, seed=config.seed)

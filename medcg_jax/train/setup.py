@@ -15,13 +15,15 @@ from medcg_jax.data.records import RecordSet, Source
 from medcg_jax.data.sources import open_source, require_subsets
 from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.mesh import check_batch, make_mesh
-from medcg_jax.models.build import architecture, create
-from medcg_jax.models.llava import LlavaConfig
-from medcg_jax.run_config import ConfigError, RunConfig
+from medcg_jax.models.build import TINY, Config, architecture, create
+from medcg_jax.run_config import MODELS, ConfigError, RunConfig
 
 RELEASED = {
     "llava15_7b": "llava-hf/llava-1.5-7b-hf",
     "llava15_13b": "llava-hf/llava-1.5-13b-hf",
+    "qwen2_vl_2b": "Qwen/Qwen2-VL-2B-Instruct",
+    "qwen2_vl_7b": "Qwen/Qwen2-VL-7B-Instruct",
+    "qwen2_vl_72b": "Qwen/Qwen2-VL-72B-Instruct",
 }
 # Rows of a tiny model's vocabulary come in such multiples, so that a mesh can split them.
 VOCAB_MULTIPLE = 64
@@ -32,7 +34,7 @@ class Setup:
     run: RunConfig
     mesh: Mesh
     tokenizer: Tokenizer
-    model: LlavaConfig
+    model: Config
     format: Format
     source: Source
 
@@ -61,19 +63,17 @@ def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None, has_w
     if run.base.steps:
         check_batch(mesh, run.base.batch_size // run.base.accumulation_steps, "base.batch_size per accumulation step")
     check_batch(mesh, run.eval.batch_size, "eval.batch_size")
-    tokenizer = load_tokenizer(run.model.tokenizer)
+    family = MODELS[run.model.name]
+    tokenizer = load_tokenizer(run.model.tokenizer, formats.SMALL_TOKENIZERS[family])
     source = open_source(run.data)
     require_subsets(source, (*run.data.subsets, *run.data.subset_weights))
-    ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "image_id", "pad_id", "eos_id")}
-    tiny = run.model.name not in RELEASED
+    tiny = run.model.name in TINY
     model = architecture(
         run.model,
-        vocab_size=-(-ids["vocab_size"] // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if tiny else None,
-        image_token_id=ids["image_id"],
-        pad_token_id=ids["pad_id"],
-        eos_token_id=ids["eos_id"],
+        vocab_size=-(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if tiny else None,
+        **formats.token_ids(family, tokenizer),
     )
-    return Setup(run, mesh, tokenizer, model, formats.llava(model.image_size_px, model.num_image_tokens), source)
+    return Setup(run, mesh, tokenizer, model, formats.format_of(family, model), source)
 
 
 def check_weights(run: RunConfig) -> None:

@@ -43,7 +43,9 @@ def model(ported):
 
 @pytest.fixture(scope="module")
 def stages(reference):
-    return {side: parity_qwen2_vl.reference_stages(reference, hf_tiny.inputs(side=side)) for side in ("right", "left")}
+    from medcg_jax.scale.parity_torch import Reference
+
+    return {side: Reference(reference, parity_qwen2_vl).stages(hf_tiny.inputs(side=side)) for side in ("right", "left")}
 
 
 def port_inputs(config, side="right", num_slots=hf_tiny.SLOTS):
@@ -53,7 +55,7 @@ def port_inputs(config, side="right", num_slots=hf_tiny.SLOTS):
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_every_stage_logits_and_loss(model, stages, side):
     inputs, theirs = hf_tiny.inputs(side=side), stages[side]
-    ours = parity_qwen2_vl.port_stages(model, **port_inputs(model.config, side))
+    ours = parity_qwen2_vl.port_stages(model, port_inputs(model.config, side))
     assert list(theirs)[:-1] == list(ours) and len(ours) == 1 + 3 + 1 + 1 + 3 + 1 + 1
     real = inputs["attention_mask"] != 0
     for stage, value in ours.items():
