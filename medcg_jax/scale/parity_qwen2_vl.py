@@ -10,9 +10,11 @@ import numpy as np
 
 from medcg_jax.models.qwen2_vit import real_patches, vision_angles
 from medcg_jax.models.qwen2_vl import ImageFeatures, Qwen2VL, Qwen2VLConfig, mrope_angles
-from medcg_jax.scale.parity import _layers
+from medcg_jax.scale.parity_rows import layers
 from medcg_jax.weights.files import WeightsError
 
+FAMILY = "qwen2_vl"
+HF_CLASS = "Qwen2VLForConditionalGeneration"
 # Submodule -> canonical names of its tensors.
 PREFIXES = {
     "vision": ("visual.patch_embed.", "visual.blocks."),
@@ -74,16 +76,17 @@ def port_inputs(config: Qwen2VLConfig, inputs: dict[str, np.ndarray], num_slots:
     return jax.tree.map(jnp.asarray, found)
 
 
-def port_stages(model: Qwen2VL, tokens, segment_ids, images) -> dict[str, np.ndarray]:
+def port_stages(model: Qwen2VL, given: dict) -> dict[str, np.ndarray]:
     """Outputs by stage; layers run one by one here, `decoder.norm` and `logits` come from the model's own path."""
     config, implementation = model.config, model.config.attention
+    tokens, segment_ids, images = given["tokens"], given["segment_ids"], given["images"]
     pixels, grids = (images[key].reshape(-1, *images[key].shape[2:]) for key in model.image_keys)
     angles, ids = vision_angles(grids, pixels.shape[1], config.vision), real_patches(grids, pixels.shape[1])
     real = np.asarray(ids) != 0
     x = jax.jit(lambda model, pixels: model.vision.embed(pixels, model.dtype))(model, pixels)
     found = {"vision.embed": np.asarray(x)[real]}
     step = jax.jit(lambda block, x: block(x, angles=angles, segment_ids=ids, implementation=implementation))
-    for i, block in enumerate(_layers(model.vision.blocks)):
+    for i, block in enumerate(layers(model.vision.blocks)):
         x = step(block, x)
         found[f"vision.layer{i}"] = np.asarray(x)[real]
     x = jax.jit(lambda model, x: model.projector(x))(model, x)
@@ -93,43 +96,25 @@ def port_stages(model: Qwen2VL, tokens, segment_ids, images) -> dict[str, np.nda
     x = found["embed"] = jax.jit(lambda model, *args: model.embed(*args))(model, tokens, features, places.slots)
     angles = mrope_angles(places.positions, config)
     run = jax.jit(lambda block, x: block(x, angles=angles, segment_ids=segment_ids, implementation=implementation)[0])
-    for i, block in enumerate(_layers(model.decoder.blocks)):
+    for i, block in enumerate(layers(model.decoder.blocks)):
         x = found[f"decoder.layer{i}"] = run(block, x)
 
-    def whole(model, tokens, images, segment_ids):
-        hidden, _ = model.hidden(tokens, images, segment_ids=segment_ids)
+    def whole(model, given):
+        hidden, _ = model.hidden(**given)
         return hidden, model.logits(hidden)
 
-    found["decoder.norm"], found["logits"] = jax.jit(whole)(model, tokens, images, segment_ids)
+    found["decoder.norm"], found["logits"] = jax.jit(whole)(model, given)
     return {name: np.asarray(value) for name, value in found.items()}
 
 
-def reference_stages(model, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same stages of HF's `model`, which takes and gives torch tensors; and the loss where there are labels."""
-    import torch
-
-    base, found, handles = model.model, {}, []
-
-    def tap(name, module, *, of_input=False):
-        def hook(_, args, kwargs, out):
-            value = (args[0] if args else kwargs["hidden_states"]) if of_input else out
-            found[name] = (value[0] if isinstance(value, tuple) else value).detach().numpy().copy()
-
-        handles.append(module.register_forward_hook(hook, with_kwargs=True))
-
-    tap("vision.embed", base.visual.patch_embed)
-    for i, layer in enumerate(base.visual.blocks):
-        tap(f"vision.layer{i}", layer)
-    tap("projector", base.visual.merger)
-    tap("embed", base.language_model.layers[0], of_input=True)
-    for i, layer in enumerate(base.language_model.layers):
-        tap(f"decoder.layer{i}", layer)
-    tap("decoder.norm", base.language_model.norm)
-    try:
-        with torch.no_grad():
-            out = model(**{name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()})
-    finally:
-        for handle in handles:
-            handle.remove()
-    found["logits"] = out.logits.numpy()
-    return found if out.loss is None else {**found, "loss": out.loss.numpy()}
+def taps(model) -> list[tuple]:
+    """(stage, module of HF's model, whether its input is meant and not its output)."""
+    base = model.model
+    return [
+        ("vision.embed", base.visual.patch_embed, False),
+        *((f"vision.layer{i}", layer, False) for i, layer in enumerate(base.visual.blocks)),
+        ("projector", base.visual.merger, False),
+        ("embed", base.language_model.layers[0], True),
+        *((f"decoder.layer{i}", layer, False) for i, layer in enumerate(base.language_model.layers)),
+        ("decoder.norm", base.language_model.norm, False),
+    ]
