@@ -93,7 +93,8 @@ class Qwen2Vit(nnx.Module):
 
     def __call__(self, pixels: jax.Array, grids: jax.Array, *, dtype, attention: str) -> jax.Array:
         """pixels: uint8[B, N, C], C = `patch_dim`, or float[B, N, C] already normalised; grids as in `patch_places`."""
-        segment_ids = real_patches(grids, pixels.shape[1])
+        # An image that is not there sees one patch, so that no kernel divides by nothing.
+        segment_ids = real_patches(grids, pixels.shape[1]).at[:, 0].set(1)
         angles = vision_angles(grids, pixels.shape[1], self.config)
 
         def body(block, x, _):

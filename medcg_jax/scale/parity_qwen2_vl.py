@@ -13,7 +13,8 @@ from medcg_jax.models.qwen2_vl import ImageFeatures, Qwen2VL, Qwen2VLConfig, mro
 from medcg_jax.scale.parity_rows import layers
 from medcg_jax.weights.files import WeightsError
 
-FAMILY, HF_CLASS = "qwen2_vl", "Qwen2VLForConditionalGeneration"
+FAMILY = "qwen2_vl"
+HF_CLASS = "Qwen2VLForConditionalGeneration"
 # Submodule -> canonical names of its tensors.
 PREFIXES = {
     "vision": ("visual.patch_embed.", "visual.blocks."),
