@@ -166,21 +166,20 @@ class Mllama(nnx.Module):
             slots = {**cache, "segment_ids": ids}
         if images is not None:
             image_features = self.encode_images(images)
-        memory, num_tiles = None, None
+        memory = num_tiles = None
         if image_features is not None:
-            memory = image_features["features"]
-            memory, num_tiles = memory.reshape(len(memory), -1, memory.shape[-1]), image_features["num_tiles"]
+            memory, num_tiles = image_features["features"], image_features["num_tiles"]
+            memory = memory.reshape(len(memory), -1, memory.shape[-1])
         elif cache is not None and "num_tiles" in cache:
             memory, num_tiles = (cache["cross_k"], cache["cross_v"]), cache["num_tiles"]
-        is_image = (tokens == self.config.image_token_id) & (segment_ids != 0)
-        before = None if cache is None else (cache["first_image"], cache["next_image"])
-        first, following = images_in_view(is_image, before)
-        look = {} if num_tiles is None else self._look(first, following, num_tiles)
+        first, following = self.in_view(tokens, segment_ids, cache)
+        # Image and padding ids may lie outside the table.
         x = self.decoder.embed(jnp.clip(tokens, 0, text.vocab_size + EXTRA_ROWS - 1), self.dtype)
-        x, (k, v), seen = self.decoder(
-            constrain(x, "act_batch", "act_len", "act_embed"), segment_ids=segment_ids, cache=slots, look=look,
-            angles=rope_angles(positions, text.head_dim, text.rope_theta, text.rope_scaling), memory=memory,
-            attention=self.config.attention,
+        x, (k, v), cross = self.decoder(
+            constrain(x, "act_batch", "act_len", "act_embed"),
+            angles=rope_angles(positions, text.head_dim, text.rope_theta, text.rope_scaling),
+            segment_ids=segment_ids, cache=slots, memory=memory, attention=self.config.attention,
+            look=None if memory is None else self.look(first, following, num_tiles),
         )  # fmt: skip
         if cache is None:
             return x, None
@@ -188,12 +187,20 @@ class Mllama(nnx.Module):
             "k": k, "v": v, "segment_ids": ids, "index": cache["index"] + tokens.shape[1],
             "first_image": first[:, -1], "next_image": following[:, -1],
         }  # fmt: skip
-        if num_tiles is not None:
-            cache |= {"cross_k": seen[0], "cross_v": seen[1], "num_tiles": num_tiles}
+        if memory is not None:
+            cache |= {"cross_k": cross[0], "cross_v": cross[1], "num_tiles": num_tiles}
         return x, cache
 
-    def _look(self, first, following, num_tiles) -> dict:
-        """What the cross-attention layers are told about who sees what."""
+    def in_view(self, tokens, segment_ids, cache=None) -> tuple[jax.Array, jax.Array]:
+        """`images_in_view` of the real tokens, behind those of the cache."""
+        is_image = (tokens == self.config.image_token_id) & (segment_ids != 0)
+        return images_in_view(is_image, None if cache is None else (cache["first_image"], cache["next_image"]))
+
+    def look(self, first, following, num_tiles) -> dict:
+        """What the cross-attention layers are told about who sees what: keyword arguments of `CrossBlock`.
+
+        first, following: int[B, T] of `images_in_view`. num_tiles: int[B, I].
+        """
         rows, length = first.shape
         image = jnp.arange(num_tiles.shape[1])
         in_view = (first[..., None] <= image) & (image < following[..., None])
