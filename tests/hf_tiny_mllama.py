@@ -27,7 +27,7 @@ VISION = dict(
     hidden_size=36, intermediate_size=52, num_hidden_layers=4, num_global_layers=2, attention_heads=2,
     image_size=TILE_PX, patch_size=PATCH_PX, norm_eps=1e-4, vision_output_dim=108, supported_aspect_ratios=GRIDS,
 )  # fmt: skip
-# Wavelengths of the four pairs: 6, 40, 250 and 1500 positions; 64 / 4 and 64 / 1 bound those that are blended.
+# Wavelengths of the four pairs: 6, 30, 140 and 660 positions; 64 / 4 and 64 / 1 bound those that are blended.
 TEXT = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=72, num_hidden_layers=6, num_attention_heads=4,
     num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=128, pad_token_id=PAD, bos_token_id=1,

@@ -19,8 +19,8 @@ def preprocess(image: np.ndarray, tile_px: int) -> dict[str, np.ndarray]:
 
     pixels: uint8[NUM_TILES, tile_px, tile_px, 3] tiles row by row; black below and right of the image, and so is every
       tile that it does not have.
-    aspect_ratio_ids: int32[] number of the grid, from 1. num_tiles: int32[] tiles that the image has. Zeros in all three
-      are no image.
+    aspect_ratio_ids: int32[] number of the grid, from 1. num_tiles: int32[] tiles that the image has. Zeros in all
+      three are no image.
     """
     height, width = image.shape[:2]
     rows, columns = grid = choose_grid(height, width, tile_px)

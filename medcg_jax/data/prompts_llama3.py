@@ -6,7 +6,8 @@
 Built piece by piece, as Meta's own code does: special tokens by id, what a header ends in (two line breaks), and the
 stripped text, each tokenised apart. So an answer's first token has no space before it, and is the same in training and
 evaluation. An image is one token, which opens the first question. A system prompt is a turn of its own.
-Source: meta-llama/llama-models:llama3/chat_format.py at a9c89c4; the same ids as the whole text's by a Llama 3 tokenizer.
+Source: meta-llama/llama-models:llama3/chat_format.py at a9c89c4; the same ids as the whole text's by Llama 3's
+tokenizer.
 """
 
 from __future__ import annotations

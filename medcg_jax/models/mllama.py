@@ -128,7 +128,9 @@ class Mllama(nnx.Module):
         rows, count = pixels.shape[:2]
         for name in ("aspect_ratio_ids", "num_tiles"):
             if images[name].shape != (rows, count):
-                raise ValueError(f"{name} {images[name].shape} beside pixels {pixels.shape}: [batch, images] is accepted")
+                raise ValueError(
+                    f"{name} {images[name].shape} beside pixels {pixels.shape}: [batch, images] is accepted"
+                )
         flat = (images[name].reshape(rows * count, *images[name].shape[2:]) for name in self.image_keys)
         features = self.projector(self.vision(*flat, dtype=self.dtype))
         shape = (rows, count, self.config.vision.num_tokens, features.shape[-1])
@@ -160,9 +162,7 @@ class Mllama(nnx.Module):
             positions += 0 if cache is None else (cache["segment_ids"] != 0).sum(axis=-1, keepdims=True)
         text, slots = self.config.text, None
         if cache is not None:
-            ids = jax.lax.dynamic_update_slice(
-                cache["segment_ids"], segment_ids.astype(jnp.int32), (0, cache["index"])
-            )
+            ids = jax.lax.dynamic_update_slice(cache["segment_ids"], segment_ids.astype(jnp.int32), (0, cache["index"]))
             slots = {**cache, "segment_ids": ids}
         if images is not None:
             image_features = self.encode_images(images)
@@ -175,7 +175,7 @@ class Mllama(nnx.Module):
         first, following = self.in_view(tokens, segment_ids, cache)
         # Image and padding ids may lie outside the table.
         x = self.decoder.embed(jnp.clip(tokens, 0, text.vocab_size + EXTRA_ROWS - 1), self.dtype)
-        x, (k, v), cross = self.decoder(
+        x, kept = self.decoder(
             constrain(x, "act_batch", "act_len", "act_embed"),
             angles=rope_angles(positions, text.head_dim, text.rope_theta, text.rope_scaling),
             segment_ids=segment_ids, cache=slots, memory=memory, attention=self.config.attention,
@@ -183,11 +183,12 @@ class Mllama(nnx.Module):
         )  # fmt: skip
         if cache is None:
             return x, None
+        (k, v), cross = kept
         cache = {
-            "k": k, "v": v, "segment_ids": ids, "index": cache["index"] + tokens.shape[1],
+            **cache, "k": k, "v": v, "segment_ids": ids, "index": cache["index"] + tokens.shape[1],
             "first_image": first[:, -1], "next_image": following[:, -1],
         }  # fmt: skip
-        if memory is not None:
+        if cross is not None:
             cache |= {"cross_k": cross[0], "cross_v": cross[1], "num_tiles": num_tiles}
         return x, cache
 

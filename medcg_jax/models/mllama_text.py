@@ -119,11 +119,12 @@ class MllamaDecoder(nnx.Module):
         self.head = Dense("...d,dv->...v", (width, config.vocab_size), ("embed", "vocab"), use_bias=False, **made)
 
     def __call__(self, x, *, angles, segment_ids, cache, look, memory, attention: str):
-        """(float[B, T, D] after the final norm, self k and v, cross k and v or None; each of all its layers).
+        """(float[B, T, D] after the final norm, what is to be kept: None, or (self k and v, cross k and v or None)).
 
         cache: None, or {"k", "v", "segment_ids", "index"} as `DecoderBlock` takes it, for all self-attention layers.
         look: keyword arguments of `CrossBlock`. memory: the images' tokens float[B, M, D], or the cross k and v of all
-          cross-attention layers that an earlier call gave; None: no images, and cross-attention layers do nothing.
+          layers that an earlier call gave, which then are not given again; None: no images, and the cross-attention
+          layers are left out.
         """
         config = self.config
         groups, place = len(config.cross_layers), config.cross_layers[0]
@@ -137,24 +138,25 @@ class MllamaDecoder(nnx.Module):
 
         def body(cross, x, own):
             params, slots, seen = own
-            kept = []
+            kept, made = [], None
             for i in range(config.group_size):
                 if i == place:
                     if memory is not None:
-                        seen = cross.keys_values(memory) if seen is None else seen
-                        x = cross(x, seen, **look)
+                        made = cross.keys_values(memory) if seen is None else None
+                        x = cross(x, made or seen, **look)
                     continue
                 j = len(kept)
                 block = nnx.merge(graphdef, jax.tree.map(lambda w, j=j: w[j], params))
                 slot = None if slots is None else {"k": slots[0][j], "v": slots[1][j], **shared}
                 x, pair = block(x, angles=angles, segment_ids=segment_ids, cache=slot, implementation=attention)
                 kept.append(pair)
-            return x, (jax.tree.map(lambda *parts: jnp.stack(parts), *kept), seen)
+            return x, None if slots is None else (jax.tree.map(lambda *parts: jnp.stack(parts), *kept), made)
 
         # What is kept for the backward pass, or run again in it, is a group.
-        x, (pairs, seen) = run_stack(self.cross, body, x, (params, slots, known), unroll=self.unroll, remat=self.remat)
-        pairs = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), pairs)
-        return self.norm(x), pairs, seen
+        x, kept = run_stack(self.cross, body, x, (params, slots, known), unroll=self.unroll, remat=self.remat)
+        if kept is not None:
+            kept = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), kept[0]), kept[1]
+        return self.norm(x), kept
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32[..., V] for hidden[..., D]."""

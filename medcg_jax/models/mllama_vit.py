@@ -26,6 +26,8 @@ MULTIPLE = 8
 # Of the norms around the stack; those inside have `norm_eps`.
 OUTER_NORM_EPS = 1e-5
 INTERMEDIATE_FROM = ("input", "output")
+# Images of more tokens attend tile by tile: all scores of a full-size image at once are 2.6 GB in each layer.
+TOKENS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class VisionBlock(nnx.Module):
         """allowed: bool[B, T, T]."""
         y = self.norm1(x)
         q, k, v = (constrain(f(y), "act_batch", "act_len", "act_heads", None) for f in (self.q, self.k, self.v))
-        x = x + gated(self.out(masked_attention(q, k, v, allowed)), self.attention_gate)
+        attend = masked_attention if x.shape[1] <= TOKENS_AT_ONCE else attention_by_tile
+        x = x + gated(self.out(attend(q, k, v, allowed)), self.attention_gate)
         hidden = constrain(gelu(self.up(self.norm2(x))), "act_batch", "act_len", "act_mlp")
         return constrain(x + gated(self.down(hidden), self.mlp_gate), "act_batch", "act_len", "act_embed")
 
@@ -190,13 +193,23 @@ class MllamaVision(nnx.Module):
 
 
 def gate(*, rngs: nnx.Rngs, dtype, stack: Stack = ()) -> nnx.Param:
-    """A scalar whose tanh scales a branch. Half open at the start, so that a model of random weights uses its images."""
+    """A scalar whose tanh scales a branch; half open at the start, so that random weights use their images."""
     return param(lambda key, shape, dtype: jnp.full(shape, 0.5, dtype), (), (), rngs=rngs, dtype=dtype, stack=stack)
 
 
 def gated(x: jax.Array, by: nnx.Param | None) -> jax.Array:
     """x times the gate's tanh; x itself where there is no gate."""
     return x if by is None else x * jnp.tanh(by[...]).astype(x.dtype)
+
+
+def attention_by_tile(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array) -> jax.Array:
+    """`masked_attention` for the queries of one tile after the other; only one tile's scores are there at a time."""
+
+    def tiles(x):
+        return jnp.moveaxis(x.reshape(x.shape[0], NUM_TILES, -1, *x.shape[2:]), 1, 0)
+
+    one = jax.checkpoint(lambda tile: masked_attention(tile[0], k, v, tile[1]))
+    return jnp.moveaxis(jax.lax.map(one, (tiles(q), tiles(allowed))), 0, 1).reshape(q.shape)
 
 
 def _patches(pixels: jax.Array, size: int) -> jax.Array:

@@ -6,18 +6,22 @@ Source: huggingface/transformers:conversion_mapping.py and models/mllama/configu
 
 import math
 import re
+from collections.abc import Mapping
+from pathlib import Path
 
 from medcg_jax.models.mllama import MllamaConfig
 from medcg_jax.models.mllama_text import MllamaTextConfig
 from medcg_jax.models.mllama_vit import NUM_TILES, MllamaVisionConfig
 from medcg_jax.nn.rope import Llama3Scaling
-from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, conv_patch, linear
-from medcg_jax.weights.files import WeightsError
+from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, linear
+from medcg_jax.weights.files import Tensors, WeightsError, open_tensors, read_json
 from medcg_jax.weights.llava import LLAMA_LAYER
 
 # Buffers that old versions saved: recomputed here, never parameters.
 IGNORED = re.compile(r"rotary_emb\.(original_)?inv_freq$")
 GRIDS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
+# In the order of `Llama3Scaling`'s fields.
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # PyTorch's embedding [rows, all else] <-> ours with the other axes apart.
 ROWS = Transform(
     load=lambda tensor, shape: tensor.reshape(shape),
@@ -109,6 +113,17 @@ def released_name(name: str) -> str:
     return re.sub(r"^lm_head\.", "language_model.lm_head.", name)
 
 
+def read_release(src: Path, parts: Mapping[str, Path]) -> MllamaConfig:
+    """The architecture that the released directory `src` states; it has no `parts` elsewhere."""
+    return config_from_json(read_json(src / "config.json"))
+
+
+def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[str, str]]:
+    """(tensors, canonical name -> name in them) of a released directory."""
+    tensors = open_tensors(src)
+    return tensors, canonical_names(tensors.shapes, canonical, str(src))
+
+
 def config_from_json(found: dict) -> MllamaConfig:
     """The architecture that a config.json states; keys that it leaves out have transformers' defaults.
 
@@ -174,21 +189,20 @@ def _scaling(rope: dict) -> Llama3Scaling | None:
         return None
     if kind != "llama3":
         raise WeightsError(f"config.json scales rotary positions ({kind}); 'llama3' and 'default' are accepted")
-    return Llama3Scaling(
-        factor=float(rope["factor"]),
-        low=float(rope["low_freq_factor"]),
-        high=float(rope["high_freq_factor"]),
-        original_positions=rope["original_max_position_embeddings"],
-    )
+    missing = [name for name in LLAMA3_ROPE if name not in rope]
+    if missing:
+        raise WeightsError(f"config.json's 'llama3' rotary positions lack {', '.join(missing)}")
+    factor, low, high, original = (rope[name] for name in LLAMA3_ROPE)
+    return Llama3Scaling(float(factor), float(low), float(high), original)
 
 
 def config_to_json(config: MllamaConfig, dtype: str) -> dict:
     """The released form of config.json for a checkpoint of this architecture."""
     vision, text, scaling = config.vision, config.text, config.text.rope_scaling
-    rope = {"rope_type": "default"} if scaling is None else {
-        "rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low,
-        "high_freq_factor": scaling.high, "original_max_position_embeddings": scaling.original_positions,
-    }  # fmt: skip
+    rope = {"rope_type": "default"}
+    if scaling is not None:
+        values = (scaling.factor, scaling.low, scaling.high, scaling.original_positions)
+        rope = {"rope_type": "llama3", **dict(zip(LLAMA3_ROPE, values, strict=True))}
     return {
         "architectures": ["MllamaForConditionalGeneration"],
         "model_type": "mllama",

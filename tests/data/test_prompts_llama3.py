@@ -15,7 +15,8 @@ SPECIAL = (
 )  # fmt: skip
 # Llama 3's rule of what is never joined.
 PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 MERGES = [
     ("u", "s"), ("e", "r"), ("us", "er"), ("a", "s"), ("s", "i"), ("as", "si"), ("s", "t"), ("assi", "st"), ("a", "n"),
@@ -31,10 +32,9 @@ def file(tmp_path_factory):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {piece: i for i, piece in enumerate([*alphabet, *("".join(pair) for pair in MERGES)])}
     inner = tokenizers.Tokenizer(models.BPE(vocab, MERGES))
-    inner.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    split = pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(list(SPECIAL))
     path = tmp_path_factory.mktemp("llama3") / "tokenizer.json"
@@ -105,5 +105,5 @@ def test_what_cannot_be_asked_or_learnt_is_refused(llama3, word_tokenizer):
         prompts.conversation(llama3, (Turn("what is <|image|>", "A"),), system_prompt="")
     with pytest.raises(DataError, match="system_prompt='vicuna' is LLaVA-1.5's sentence"):
         prompts.evaluation_prompt(llama3, ONE, system_prompt="vicuna")
-    with pytest.raises(DataError, match=r"no special token <\|begin_of_text\|>; one of the model's own family"):
+    with pytest.raises(DataError, match=r"no special token <\|begin_of_text\|>"):
         prompts.conversation(word_tokenizer, ONE, system_prompt="")

@@ -1,4 +1,4 @@
-"""Llama-3.2-Vision against transformers on a tiny random model: stages, logits, gradients; and every fault it must see."""
+"""Llama-3.2-Vision against transformers on a tiny random model: stages, logits, gradients; and faults it must see."""
 
 import dataclasses
 
@@ -206,6 +206,11 @@ def only_real_keys(self, num_tiles):
     return jnp.broadcast_to(real[:, None, :], allowed.shape)
 
 
+def from_the_first(*given):
+    first, following = images_in_view(*given)
+    return 0 * first, following
+
+
 whole_mask = MllamaVision.allowed
 # name -> (change of config, change of params, (object, name, replacement) in the code)
 VISION_FAULTS = {
@@ -230,9 +235,7 @@ TEXT_FAULTS = {
     "inert mlp gate": (None, edit("decoder", "cross", "mlp_gate", to=0.0), None),
     "no key norm": (None, edit("decoder", "cross", "k_norm", "scale", to=1.0), None),
     "tiled heads": (None, edit("decoder", "cross", "q", "kernel", to=lambda w: w[:, :, np.array([0, 2, 1, 3])]), None),
-    "every image before is in view": (
-        None, None, (mllama, "images_in_view", lambda *args: (jnp.zeros_like(images_in_view(*args)[0]), images_in_view(*args)[1])),
-    ),
+    "every image before is in view": (None, None, (mllama, "images_in_view", from_the_first)),
 }  # fmt: skip
 
 
@@ -256,6 +259,15 @@ def test_faults_of_the_encoder_are_seen(fault, ported, stages, monkeypatch):
     model, encode, _ = faulty(VISION_FAULTS[fault], ported, monkeypatch)
     found = encode(model, tiny.port_inputs(tiny.inputs())["images"])["features"]
     assert np.abs(found - stages["right"]["projector"].reshape(found.shape)).max() > 10 * TOLERANCE
+
+
+def test_tile_by_tile_is_all_at_once(ported, stages, monkeypatch):
+    model, _, _ = faulty((None, None, None), ported, monkeypatch)
+    monkeypatch.setattr(mllama_vit, "TOKENS_AT_ONCE", 95)
+    found = jax.jit(lambda model, images: model.encode_images(images))(
+        model, tiny.port_inputs(tiny.inputs())["images"]
+    )["features"]
+    assert worst(found, stages["right"]["projector"].reshape(found.shape)) < TOLERANCE
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ def test_fewer_key_heads_than_devices_are_replicated(variables, alone):
 
 
 def test_every_axis_that_has_a_rule_is_split_but_key_heads_too_few(variables):
-    graphdef, state, params = variables
+    _, state, _ = variables
     whole = set()
     for name, config in MESHES.items():
         mesh = make_mesh(config)

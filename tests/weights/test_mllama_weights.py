@@ -14,7 +14,7 @@ from flax import nnx
 from medcg_jax.models.mllama import llama32_vision_11b, llama32_vision_90b, llama32_vision_tiny
 from medcg_jax.nn.rope import Llama3Scaling
 from medcg_jax.weights import engine, mllama
-from medcg_jax.weights.files import Tensors, WeightsError, open_tensors, write_safetensors
+from medcg_jax.weights.files import Tensors, WeightsError, write_safetensors
 
 
 def same_indices(config):
@@ -78,8 +78,10 @@ def test_every_spelling_loads_to_the_same_parameters(spelling, state, ported):
 
 def test_what_transformers_saves_is_read(model, ported, tmp_path):
     model.save_pretrained(tmp_path)
-    same(load(open_tensors(tmp_path), ported), ported[2])
-    found = mllama.config_from_json(json.loads((tmp_path / "config.json").read_text()))
+    tensors, names = mllama.open_release(tmp_path, {})
+    assert set(names) == set(engine.slots(mllama.table(ported[0]), ported[2]))
+    same(load(tensors, ported), ported[2])
+    found = mllama.read_release(tmp_path, {})
     assert dataclasses.replace(same_indices(found), scan_unroll=1) == ported[0]
     assert found.text.rope_scaling == Llama3Scaling(original_positions=64)
     assert (found.vision.intermediate_layers, found.text.cross_layers) == (tuple(tiny.TAKEN), (1, 4))
