@@ -1,4 +1,4 @@
-"""A tiny random Llama-3.2-Vision of transformers, with numbers that hide nothing, and its port, stage by stage.
+"""A tiny random Llama-3.2-Vision of transformers, with numbers that hide nothing, and its port: for parity tests.
 
 torch initialises gates and biases to 0 and norms to 1, which makes cross-attention inert and hides swapped terms; here
 all of them are random. A tile has 17 tokens, padded to 24.
@@ -7,7 +7,6 @@ all of them are random. A tile has 17 tokens, padded to 24.
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -15,7 +14,7 @@ from jax.sharding import NamedSharding
 from medcg_jax.axes import spec
 from medcg_jax.mesh import make_mesh
 from medcg_jax.models.mllama import Mllama
-from medcg_jax.nn.rope import count_positions, rope_angles
+from medcg_jax.scale import parity_mllama
 from medcg_jax.weights import engine, mllama
 from medcg_jax.weights.files import Tensors
 
@@ -154,43 +153,26 @@ def inputs(*, side: str = "right", seed: int = 1, text_only: bool = False) -> di
 
 def port_inputs(inputs: dict[str, np.ndarray]) -> dict:
     """tokens, segment_ids and images of this port, from HF's forward arguments."""
-    counts = inputs["aspect_ratio_mask"].sum(-1) * (inputs["aspect_ratio_ids"] > 0)
-    images = {
-        "pixels": inputs["pixel_values"].transpose(0, 1, 2, 4, 5, 3), "num_tiles": counts.astype(np.int32),
-        "aspect_ratio_ids": inputs["aspect_ratio_ids"].astype(np.int32),
-    }  # fmt: skip
-    given = {
-        "tokens": inputs["input_ids"].astype(np.int32), "segment_ids": inputs["attention_mask"].astype(np.int32),
-        "images": images,
-    }  # fmt: skip
-    return jax.tree.map(jnp.asarray, given)
+    vision = {**VISION, "intermediate_layers_indices": TAKEN}
+    found = {"model_type": "mllama", "vision_config": vision, "text_config": TEXT, "image_token_index": IMAGE}
+    return parity_mllama.port_inputs(mllama.config_from_json(found), inputs)
 
 
 def reference_stages(model, inputs) -> dict[str, np.ndarray]:
-    """HF's outputs by stage, named as in `port_stages`, and logits and loss."""
+    """HF's outputs by stage, and logits and loss."""
     import torch
 
-    base, found, handles = model.model, {}, []
+    found, handles = {}, []
 
-    def tap(name, module, *, of_input=False):
+    def tap(name, module, of_input):
         def hook(_, args, kwargs, out):
             value = (args[0] if args else kwargs["hidden_states"]) if of_input else out
-            value = getattr(value, "last_hidden_state", value)
             found[name] = (value[0] if isinstance(value, tuple) else value).detach().numpy().copy()
 
         handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
-    tap("vision.embed", base.vision_model.transformer.layers[0], of_input=True)
-    for part, stack in (("local", "transformer"), ("global", "global_transformer")):
-        for i, layer in enumerate(getattr(base.vision_model, stack).layers):
-            tap(f"vision.{part}{i}", layer)
-    tap("vision.outer", base.vision_model.global_transformer.layers[0], of_input=True)
-    tap("vision", base.vision_model)
-    tap("projector", base.multi_modal_projector)
-    tap("embed", base.language_model.layers[0], of_input=True)
-    for i, layer in enumerate(base.language_model.layers):
-        tap(f"decoder.layer{i}", layer)
-    tap("decoder.norm", base.language_model.norm)
+    for stage in parity_mllama.taps(model):
+        tap(*stage)
     try:
         with torch.no_grad():
             out = model(**{name: torch.from_numpy(value) for name, value in inputs.items()}, use_cache=False)
@@ -198,41 +180,3 @@ def reference_stages(model, inputs) -> dict[str, np.ndarray]:
         for handle in handles:
             handle.remove()
     return {**found, "logits": out.logits.numpy(), "loss": out.loss.numpy()}
-
-
-def port_stages(model: Mllama, tokens, segment_ids, images) -> dict[str, jax.Array]:
-    """Layers one by one; `vision`, `projector`, `decoder.norm` and `logits` come from the model's own path."""
-    text, vision, decoder = model.config.text, model.vision, model.decoder
-    pixels, ratios, tiles = (images[name].reshape(-1, *images[name].shape[2:]) for name in model.image_keys)
-    allowed = vision.allowed(tiles)
-    x = vision.embed(pixels, ratios, tiles, model.dtype)
-    found = {"vision.embed": x}
-    for i, block in enumerate(layers(vision.blocks)):
-        x = found[f"vision.local{i}"] = block(x, allowed)
-    x = found["vision.outer"] = vision.outer(x, ratios)
-    for i, block in enumerate(layers(vision.global_blocks)):
-        x = found[f"vision.global{i}"] = block(x, allowed)
-    found["vision"] = vision(pixels, ratios, tiles, dtype=model.dtype)
-    features = model.encode_images(images)
-    found["projector"] = features["features"]
-    memory = found["projector"].reshape(len(tokens), -1, text.embed_dim)
-    look = model.look(*model.in_view(tokens, segment_ids), features["num_tiles"])
-    x = found["embed"] = decoder.embed(tokens, model.dtype)
-    angles = rope_angles(count_positions(segment_ids), text.head_dim, text.rope_theta, text.rope_scaling)
-    own, cross = layers(decoder.blocks), layers(decoder.cross)
-    for i in range(text.num_layers):
-        if i in text.cross_layers:
-            block = next(cross)
-            x = block(x, block.keys_values(memory), **look)
-        else:
-            x, _ = next(own)(x, angles=angles, segment_ids=segment_ids, implementation="plain")
-        found[f"decoder.layer{i}"] = x
-    found["decoder.norm"], _ = model.hidden(tokens, images, segment_ids=segment_ids)
-    found["logits"] = model.logits(found["decoder.norm"])
-    return found
-
-
-def layers(blocks: nnx.Module):
-    graphdef, params = nnx.split(blocks)
-    for i in range(jax.tree.leaves(params)[0].shape[0]):
-        yield nnx.merge(graphdef, jax.tree.map(lambda w, i=i: w[i], params))

@@ -7,7 +7,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from medcg_jax.data import prompts_llama3 as prompts
 from medcg_jax.data.records import DataError, Turn
-from medcg_jax.data.tokenizer import load_tokenizer
+from medcg_jax.data.tokenizer import SMALL, load_tokenizer
 
 SPECIAL = (
     "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|image|>",
@@ -92,6 +92,18 @@ def test_option_ids_are_what_training_predicts_after_the_prompt(llama3):
         assert option == found.ids[int(np.flatnonzero(found.supervised)[0])]
     # The trap: with a space before it, or joined to the line breaks, a letter is another token.
     assert llama3.encode(" A") != options[:1]
+
+
+def test_the_packaged_tokenizer_asks_and_scores_too():
+    small = load_tokenizer(SMALL.parent / "llama3.json")
+    found = prompts.conversation(small, ONE, system_prompt="", num_image_tokens=1)
+    asked = prompts.evaluation_prompt(small, ONE, system_prompt="", num_image_tokens=1)
+    assert found.ids[: len(asked)] == asked
+    assert found.ids[len(asked) :] == [
+        prompts.option_ids(small, ONE, 2, system_prompt="", has_image=True)[1],
+        small.eos_id,
+    ]
+    assert found.ids.count(small.image_id) == 1
 
 
 def test_what_cannot_be_asked_or_learnt_is_refused(llama3, word_tokenizer):

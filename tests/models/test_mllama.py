@@ -1,5 +1,6 @@
 """Llama-3.2-Vision against transformers on a tiny random model: stages, logits, gradients; and faults it must see."""
 
+import copy
 import dataclasses
 
 import hf_tiny_mllama as tiny
@@ -14,9 +15,11 @@ from medcg_jax.models.mllama import Mllama, llama32_vision_11b, llama32_vision_9
 from medcg_jax.models.mllama_text import MllamaTextConfig, images_in_view
 from medcg_jax.models.mllama_vit import MllamaVision, MllamaVisionConfig
 from medcg_jax.nn.rope import Llama3Scaling
+from medcg_jax.scale import parity_mllama
 from medcg_jax.scale.parity import loss
 from medcg_jax.weights import engine
 from medcg_jax.weights import mllama as weights
+from medcg_jax.weights.files import WeightsError
 
 TOLERANCE = 1e-4
 CASES = {"right": {}, "left": {"side": "left"}, "a row without an image": {"text_only": True}}
@@ -48,30 +51,24 @@ def stages(reference):
     return {name: tiny.reference_stages(reference, tiny.inputs(**case)) for name, case in CASES.items()}
 
 
-@pytest.fixture(scope="module")
-def all_stages():
-    return jax.jit(lambda model, given: tiny.port_stages(model, **given))
-
-
 def worst(ours, theirs) -> float:
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     return float(np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max()))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_stage_logits_and_loss(ported, stages, all_stages, case):
+def test_every_stage_logits_and_loss(ported, stages, case):
     _, graphdef, params = ported
     inputs, theirs = tiny.inputs(**CASES[case]), stages[case]
-    found = all_stages(nnx.merge(graphdef, params), tiny.port_inputs(inputs))
+    found = parity_mllama.port_stages(nnx.merge(graphdef, params), tiny.port_inputs(inputs))
     assert set(found) == set(theirs) - {"loss"}
     assert len(found) == 1 + 4 + 1 + 2 + 2 + 1 + 6 + 2
     real = inputs["attention_mask"] != 0
     differences = {}
     for name, ours in found.items():
-        if name.startswith(("vision", "projector")):
-            differences[name] = worst(ours, theirs[name].reshape(ours.shape))
-        else:
-            differences[name] = worst(np.asarray(ours)[real], theirs[name][real])
+        keep = ... if name.startswith(("vision", "projector")) else real
+        assert ours.shape == theirs[name].shape
+        differences[name] = worst(ours[keep], theirs[name][keep])
     differences["loss"] = worst(loss(found["logits"], inputs["labels"]), theirs["loss"])
     assert {name: value for name, value in differences.items() if not value < TOLERANCE} == {}
     assert 1 < np.abs(theirs["logits"][real]).max() < 30
@@ -112,6 +109,26 @@ def test_the_outputs_of_inner_layers_where_asked(ported, reference, stages):
     assert worst(found, stages["right"]["projector"].reshape(found.shape)) < TOLERANCE
     with pytest.raises(ValueError, match="intermediate_from='both'; accepted: input, output"):
         nnx.eval_shape(lambda: Mllama(dataclasses.replace(config, intermediate_from="both"), rngs=nnx.Rngs(0)))
+
+
+def test_the_example_of_parity_with_the_files_own_indices(reference):
+    """Of a checkpoint as it is, once transformers is told to take what Meta's model takes."""
+    other = copy.deepcopy(reference)
+    with pytest.raises(WeightsError, match=r"\[0, 2\]: 1 and above"):
+        parity_mllama.take_inputs(other)
+    other.config.vision_config.intermediate_layers_indices = [1, 3]
+    other.model.vision_model.intermediate_layers_indices = [1, 3]
+    config, graphdef, params = tiny.port(other, change=lambda config: config)
+    inputs = parity_mllama.example(config)
+    given, real = parity_mllama.port_inputs(config, inputs), inputs["attention_mask"] != 0
+    found = np.asarray(run(nnx.merge(graphdef, params), given))[real]
+    assert worst(found, tiny.reference_stages(other, inputs)["logits"][real]) > 10 * TOLERANCE
+    parity_mllama.take_inputs(other)
+    assert worst(found, tiny.reference_stages(other, inputs)["logits"][real]) < TOLERANCE
+    with pytest.raises(WeightsError, match="lack aspect_ratio_mask"):
+        parity_mllama.port_inputs(config, {name: x for name, x in inputs.items() if name != "aspect_ratio_mask"})
+    with pytest.raises(WeightsError, match=r"pixel_values \(2, 1, 3, .*: \[B, T\]"):
+        parity_mllama.port_inputs(config, {**inputs, "pixel_values": inputs["pixel_values"][:, :, :3]})
 
 
 def test_tokens_without_an_image_attend_to_none_where_asked(ported, reference):
