@@ -40,7 +40,13 @@ class MllamaConfig:
     scan_unroll: int = 0
 
     @property
+    def num_image_tokens(self) -> int:
+        """Of the text, for an image of any size."""
+        return 1
+
+    @property
     def image_size_px(self) -> int:
+        """Side of a tile."""
         return self.vision.image_size_px
 
 
