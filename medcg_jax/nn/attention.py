@@ -63,11 +63,16 @@ def _choose(platform_name: str, dtype) -> str:
 
 
 def _plain(q, k, v, causal, segment_ids, kv_segment_ids, q_offset) -> jax.Array:
-    num_queries, num_heads, head_dim = q.shape[1:]
-    num_keys, num_kv_heads = k.shape[1:3]
+    offset = 0 if q_offset is None else q_offset
+    return masked_attention(q, k, v, _allowed(q.shape[1], k.shape[1], causal, segment_ids, kv_segment_ids, offset))
+
+
+def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None) -> jax.Array:
+    """As `attention`, by einsum and softmax, for any mask: bool[B or 1, T, S] which query sees which key; None: all."""
+    num_heads, head_dim = q.shape[2:]
+    num_kv_heads = k.shape[2]
     q = q.reshape(*q.shape[:2], num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
-    allowed = _allowed(num_queries, num_keys, causal, segment_ids, kv_segment_ids, 0 if q_offset is None else q_offset)
     if allowed is not None:
         scores = jnp.where(allowed[:, None, None], scores, MASKED)
     # Divided after the product with the values: fewer passes over all pairs, forward and backward (10 % of a CPU step).

@@ -1,0 +1,178 @@
+"""Llama-3.2-Vision's decoder: Llama's blocks, and among them gated cross-attention to the tokens of the images.
+
+The layers come in equal groups, each with one cross-attention layer inside it; one `lax.scan` runs over the groups.
+Source: huggingface/transformers:models/mllama/modeling_mllama.py and processing_mllama.py at 5.23.0;
+meta-llama/llama-models:llama3/multimodal/model.py at a9c89c4.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from medcg_jax.models.mllama_vit import gate, gated
+from medcg_jax.nn.attention import masked_attention
+from medcg_jax.nn.blocks import DecoderBlock, run_stack
+from medcg_jax.nn.context import constrain
+from medcg_jax.nn.layers import Dense, Embedding, RMSNorm, Stack
+from medcg_jax.nn.rope import Llama3Scaling
+
+# Rows of the embedding beyond the vocabulary; the image token's is the first. The head has none of them.
+EXTRA_ROWS = 8
+
+
+@dataclass(frozen=True)
+class MllamaTextConfig:
+    """The defaults are Llama-3.2-11B-Vision's."""
+
+    vocab_size: int = 128256
+    # Cross-attention layers included.
+    num_layers: int = 40
+    cross_layers: tuple[int, ...] = (3, 8, 13, 18, 23, 28, 33, 38)
+    embed_dim: int = 4096
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    mlp_dim: int = 14336
+    rope_theta: float = 500000.0
+    rope_scaling: Llama3Scaling | None = Llama3Scaling()
+    norm_eps: float = 1e-5
+    # Positions the released model was trained on; nothing is allocated by it.
+    max_positions: int = 131072
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions turn pairs")
+        if not self.cross_layers or self.cross_layers != tuple(
+            range(self.cross_layers[0], self.num_layers, self.group_size)
+        ):
+            raise ValueError(
+                f"cross_layers={self.cross_layers} of num_layers={self.num_layers}: one at the same place of each of "
+                "several equal groups is accepted"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Layers of the group that repeats, its one cross-attention layer included."""
+        return self.num_layers // len(self.cross_layers)
+
+    @property
+    def self_layers(self) -> tuple[int, ...]:
+        return tuple(i for i in range(self.num_layers) if i not in self.cross_layers)
+
+
+class CrossBlock(nnx.Module):
+    """Text looks at the tiles: no positions, RMS norms on every query and key head, tanh gates on both branches."""
+
+    def __init__(self, config: MllamaTextConfig, *, rngs, dtype, stack: Stack = ()):
+        width, head_dim, mlp_dim = config.embed_dim, config.head_dim, config.mlp_dim
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        made = dict(rngs=rngs, dtype=dtype, stack=stack)
+        plain, eps = dict(use_bias=False, **made), dict(eps=config.norm_eps, **made)
+        self.norm1 = RMSNorm(width, **eps)
+        self.q = Dense("btd,dnh->btnh", (width, heads, head_dim), ("embed", "heads", "head_dim"), **plain)
+        self.k = Dense("bmd,dkh->bmkh", (width, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), **plain)
+        self.v = Dense("bmd,dkh->bmkh", (width, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), **plain)
+        self.q_norm, self.k_norm = RMSNorm(head_dim, **eps), RMSNorm(head_dim, **eps)
+        self.out = Dense("btnh,nhd->btd", (heads, head_dim, width), ("heads", "head_dim", "embed"), **plain)
+        self.norm2 = RMSNorm(width, **eps)
+        self.gate = Dense("btd,df->btf", (width, mlp_dim), ("embed", "mlp"), **plain)
+        self.up = Dense("btd,df->btf", (width, mlp_dim), ("embed", "mlp"), **plain)
+        self.down = Dense("btf,fd->btd", (mlp_dim, width), ("mlp", "embed"), **plain)
+        self.attention_gate, self.mlp_gate = gate(**made), gate(**made)
+
+    def keys_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """k, v: float[B, M, K, H] of the images' tokens, float[B, M, D]."""
+        k, v = (constrain(f(memory), "act_batch", "act_len", "act_heads", None) for f in (self.k, self.v))
+        return self.k_norm(k), v
+
+    def __call__(self, x, keys_values, *, allowed, sees, mask_attention: bool) -> jax.Array:
+        """allowed: bool[B, T, M]. sees: bool[B, T] whether a token has an image; mask_attention: as the config's."""
+        k, v = (part.astype(x.dtype) for part in keys_values)
+        q = self.q_norm(constrain(self.q(self.norm1(x)), "act_batch", "act_len", "act_heads", None))
+        y = self.out(masked_attention(q, k, v, allowed))
+        y = jnp.where(sees[..., None], y, 0) if mask_attention else y
+        x = x + gated(y, self.attention_gate)
+        y = self.norm2(x)
+        hidden = constrain(jax.nn.silu(self.gate(y)) * self.up(y), "act_batch", "act_len", "act_mlp")
+        y = jnp.where(sees[..., None], self.down(hidden), 0)
+        return constrain(x + gated(y, self.mlp_gate), "act_batch", "act_len", "act_embed")
+
+
+class MllamaDecoder(nnx.Module):
+    """`blocks` holds the self-attention layers in their order, `cross` the others; embedding, final norm, head."""
+
+    def __init__(self, config: MllamaTextConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, unroll: int, remat: str):
+        made = dict(rngs=rngs, dtype=dtype)
+        self.config, self.unroll, self.remat = config, unroll, remat
+        width = config.embed_dim
+        self.embed = Embedding(config.vocab_size + EXTRA_ROWS, width, ("vocab", "embed"), **made)
+        self.blocks = DecoderBlock(
+            width, config.num_heads, config.num_kv_heads, config.head_dim, config.mlp_dim,
+            eps=config.norm_eps, stack=(len(config.self_layers),), **made,
+        )  # fmt: skip
+        self.cross = CrossBlock(config, stack=(len(config.cross_layers),), **made)
+        self.norm = RMSNorm(width, eps=config.norm_eps, **made)
+        self.head = Dense("...d,dv->...v", (width, config.vocab_size), ("embed", "vocab"), use_bias=False, **made)
+
+    def __call__(self, x, *, angles, segment_ids, cache, look, memory, attention: str):
+        """(float[B, T, D] after the final norm, what is to be kept: None, or (self k and v, cross k and v or None)).
+
+        cache: None, or {"k", "v", "segment_ids", "index"} as `DecoderBlock` takes it, for all self-attention layers.
+        look: keyword arguments of `CrossBlock`. memory: the images' tokens float[B, M, D], or the cross k and v of all
+          layers that an earlier call gave, which then are not given again; None: no images, and the cross-attention
+          layers are left out.
+        """
+        config = self.config
+        groups, place = len(config.cross_layers), config.cross_layers[0]
+        graphdef, params = nnx.split(self.blocks)
+        grouped = lambda tree: jax.tree.map(lambda w: w.reshape(groups, -1, *w.shape[1:]), tree)
+        # Cast before the scan, as `run_stack` does.
+        params = grouped(jax.tree.map(lambda w: w.astype(x.dtype), params))
+        slots = None if cache is None else grouped((cache["k"], cache["v"]))
+        shared = {} if cache is None else {name: cache[name] for name in ("segment_ids", "index")}
+        known = memory if isinstance(memory, tuple) else None
+
+        def body(cross, x, own):
+            params, slots, seen = own
+            kept, made = [], None
+            for i in range(config.group_size):
+                if i == place:
+                    if memory is not None:
+                        made = cross.keys_values(memory) if seen is None else None
+                        x = cross(x, made or seen, **look)
+                    continue
+                j = len(kept)
+                block = nnx.merge(graphdef, jax.tree.map(lambda w, j=j: w[j], params))
+                slot = None if slots is None else {"k": slots[0][j], "v": slots[1][j], **shared}
+                x, pair = block(x, angles=angles, segment_ids=segment_ids, cache=slot, implementation=attention)
+                kept.append(pair)
+            return x, None if slots is None else (jax.tree.map(lambda *parts: jnp.stack(parts), *kept), made)
+
+        # What is kept for the backward pass, or run again in it, is a group.
+        x, kept = run_stack(self.cross, body, x, (params, slots, known), unroll=self.unroll, remat=self.remat)
+        if kept is not None:
+            kept = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), kept[0]), kept[1]
+        return self.norm(x), kept
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32[..., V] for hidden[..., D]."""
+        kernel = self.head.kernel[...].astype(hidden.dtype)
+        return jnp.einsum(self.head.equation, hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def images_in_view(is_image: jax.Array, before=None) -> tuple[jax.Array, jax.Array]:
+    """(first, following), int32[B, T] each: a token sees the row's images first .. following - 1.
+
+    is_image: bool[B, T]. before: both of the last token of what the cache holds, int32[B] each; None: nothing.
+
+    Example: is_image  0 1 0 1 1 0 0  gives first  0 0 0 1 1 1 1  and following  0 1 1 2 3 3 3.
+    """
+    old_first, old_following = (jnp.zeros(len(is_image), jnp.int32),) * 2 if before is None else before
+    following = old_following[:, None] + jnp.cumsum(is_image, axis=1, dtype=jnp.int32)
+    opens = is_image & ~jnp.pad(is_image, ((0, 0), (1, 0)))[:, :-1]
+    first = jax.lax.cummax(jnp.where(opens, following - 1, old_first[:, None]), axis=1)
+    return first, following

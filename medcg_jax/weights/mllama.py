@@ -1,0 +1,258 @@
+"""Llama-3.2-Vision's table, the spellings of its tensor names, and its config.json read, checked and written.
+
+Layout: that of meta-llama/Llama-3.2-11B-Vision-Instruct for transformers, three spellings of the names.
+Source: huggingface/transformers:conversion_mapping.py and models/mllama/configuration_mllama.py at 5.23.0.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from medcg_jax.models.mllama import MllamaConfig
+from medcg_jax.models.mllama_text import MllamaTextConfig
+from medcg_jax.models.mllama_vit import NUM_TILES, MllamaVisionConfig
+from medcg_jax.nn.rope import Llama3Scaling
+from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, linear
+from medcg_jax.weights.files import Tensors, WeightsError, open_tensors, read_json
+from medcg_jax.weights.llava import LLAMA_LAYER
+
+# Buffers that old versions saved: recomputed here, never parameters.
+IGNORED = re.compile(r"rotary_emb\.(original_)?inv_freq$")
+GRIDS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
+# In the order of `Llama3Scaling`'s fields.
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# PyTorch's embedding [rows, all else] <-> ours with the other axes apart.
+ROWS = Transform(
+    load=lambda tensor, shape: tensor.reshape(shape),
+    store=lambda ours: ours.reshape(len(ours), -1),
+    released_shape=lambda shape: (shape[0], math.prod(shape[1:])),
+)
+
+VISION_LAYER = (
+    ("input_layernorm.weight", "norm1 scale", SAME),
+    ("input_layernorm.bias", "norm1 bias", SAME),
+    ("self_attn.q_proj.weight", "q kernel", linear()),
+    ("self_attn.k_proj.weight", "k kernel", linear()),
+    ("self_attn.v_proj.weight", "v kernel", linear()),
+    ("self_attn.o_proj.weight", "out kernel", linear(inputs=2)),
+    ("post_attention_layernorm.weight", "norm2 scale", SAME),
+    ("post_attention_layernorm.bias", "norm2 bias", SAME),
+    ("mlp.fc1.weight", "up kernel", linear()),
+    ("mlp.fc1.bias", "up bias", FLAT),
+    ("mlp.fc2.weight", "down kernel", linear()),
+    ("mlp.fc2.bias", "down bias", FLAT),
+)
+VISION_GATES = (("gate_attn", "attention_gate", FLAT), ("gate_ffn", "mlp_gate", FLAT))
+CROSS_LAYER = (
+    *((name.replace("self_attn", "cross_attn"), ours, transform) for name, ours, transform in LLAMA_LAYER),
+    ("cross_attn.q_norm.weight", "q_norm scale", SAME),
+    ("cross_attn.k_norm.weight", "k_norm scale", SAME),
+    ("cross_attn_attn_gate", "attention_gate", FLAT),
+    ("cross_attn_mlp_gate", "mlp_gate", FLAT),
+)
+OUTER = (
+    ("vision_model.class_embedding", "vision class_token", SAME),
+    ("vision_model.gated_positional_embedding.embedding", "vision positions", SAME),
+    ("vision_model.gated_positional_embedding.gate", "vision position_gate", FLAT),
+    ("vision_model.gated_positional_embedding.tile_embedding.weight", "vision tile_positions", ROWS),
+    ("vision_model.pre_tile_positional_embedding.embedding.weight", "vision pre_tile", ROWS),
+    ("vision_model.pre_tile_positional_embedding.gate", "vision pre_tile_gate", FLAT),
+    ("vision_model.post_tile_positional_embedding.embedding.weight", "vision post_tile", ROWS),
+    ("vision_model.post_tile_positional_embedding.gate", "vision post_tile_gate", FLAT),
+    ("vision_model.layernorm_pre.weight", "vision norm_pre scale", SAME),
+    ("vision_model.layernorm_pre.bias", "vision norm_pre bias", SAME),
+    ("vision_model.layernorm_post.weight", "vision norm_post scale", SAME),
+    ("vision_model.layernorm_post.bias", "vision norm_post bias", SAME),
+    ("multi_modal_projector.weight", "projector kernel", linear()),
+    ("multi_modal_projector.bias", "projector bias", SAME),
+    ("language_model.norm.weight", "decoder norm scale", SAME),
+)
+
+
+def table(config: MllamaConfig) -> list[Entry]:
+    """Canonical name -> parameter, for every tensor of a Llama-3.2-Vision checkpoint."""
+    vision, text = config.vision, config.text
+    local, outer = range(vision.num_layers), range(vision.num_global_layers)
+    layer = "language_model.layers.{layer}."
+    patch = conv_patch(vision.patch_size_px)
+    return [
+        Entry("vision_model.patch_embedding.weight", ("vision", "patch", "kernel"), patch),
+        *_lines("", (), OUTER, None),
+        *_lines("vision_model.transformer.layers.{layer}.", ("vision", "blocks"), VISION_LAYER, local),
+        *_lines("vision_model.global_transformer.layers.{layer}.", ("vision", "global_blocks"),
+                VISION_LAYER + VISION_GATES, outer),
+        # The rows beyond the vocabulary are the last: exact counts, so that none is dropped or added.
+        Entry("language_model.embed_tokens.weight", ("decoder", "embed", "table"), SAME),
+        *_lines(layer, ("decoder", "blocks"), LLAMA_LAYER, text.self_layers),
+        *_lines(layer, ("decoder", "cross"), CROSS_LAYER, text.cross_layers),
+        Entry("lm_head.weight", ("decoder", "head", "kernel"), linear()),
+    ]  # fmt: skip
+
+
+def _lines(prefix: str, path: tuple[str, ...], lines, layers) -> list[Entry]:
+    return [Entry(prefix + name, path + tuple(ours.split()), transform, layers) for name, ours, transform in lines]
+
+
+def canonical(name: str) -> str | None:
+    """The table's spelling of a tensor name of any layout; None for what is ignored.
+
+    Examples: "language_model.model.norm.weight" (released) and "model.language_model.norm.weight" (transformers 5) are
+    "language_model.norm.weight".
+    """
+    if IGNORED.search(name):
+        return None
+    name = name.removeprefix("model.")
+    name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
+    return re.sub(r"^language_model\.model\.", "language_model.", name)
+
+
+def released_name(name: str) -> str:
+    """The released spelling of a canonical name, which every version of transformers reads."""
+    name = re.sub(r"^language_model\.", "language_model.model.", name)
+    return re.sub(r"^lm_head\.", "language_model.lm_head.", name)
+
+
+def read_release(src: Path, parts: Mapping[str, Path]) -> MllamaConfig:
+    """The architecture that the released directory `src` states; it has no `parts` elsewhere."""
+    return config_from_json(read_json(src / "config.json"))
+
+
+def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[str, str]]:
+    """(tensors, canonical name -> name in them) of a released directory."""
+    tensors = open_tensors(src)
+    return tensors, canonical_names(tensors.shapes, canonical, str(src))
+
+
+def config_from_json(found: dict) -> MllamaConfig:
+    """The architecture that a config.json states; keys that it leaves out have transformers' defaults.
+
+    Raises:
+      WeightsError: the checkpoint is of another model, or differs from what this port computes; names the difference.
+    """
+    if found.get("model_type") != "mllama":
+        raise WeightsError(f"config.json has model_type={found.get('model_type')!r}; 'mllama' is accepted")
+    _expect(found, "", tie_word_embeddings=False)
+    vision, text = _vision(found.get("vision_config") or {}), _text(found.get("text_config") or {})
+    ends = _first((found.get("text_config") or {}).get("eos_token_id"), 128001)
+    return MllamaConfig(
+        vision=vision,
+        text=text,
+        image_token_id=_first(found.get("image_token_id"), found.get("image_token_index"), 128256),
+        pad_token_id=_first((found.get("text_config") or {}).get("pad_token_id"), 128004),
+        # Of several the last is the end of a turn.
+        eos_token_id=ends[-1] if isinstance(ends, list) else ends,
+    )
+
+
+def _vision(found: dict) -> MllamaVisionConfig:
+    _expect(found, "vision_config.", hidden_act="gelu", num_channels=3, max_num_tiles=NUM_TILES,
+            supported_aspect_ratios=GRIDS)  # fmt: skip
+    config = MllamaVisionConfig(
+        image_size_px=found.get("image_size", 448),
+        patch_size_px=found.get("patch_size", 14),
+        num_layers=found.get("num_hidden_layers", 32),
+        num_global_layers=found.get("num_global_layers", 8),
+        intermediate_layers=tuple(_first(found.get("intermediate_layers_indices"), (3, 7, 15, 23, 30))),
+        embed_dim=found.get("hidden_size", 1280),
+        num_heads=_first(found.get("attention_heads"), found.get("num_attention_heads"), 16),
+        mlp_dim=found.get("intermediate_size", 5120),
+        norm_eps=found.get("norm_eps", 1e-5),
+    )
+    _expect(found, "vision_config.", vision_output_dim=config.feature_dim)
+    return config
+
+
+def _text(found: dict) -> MllamaTextConfig:
+    _expect(found, "text_config.", hidden_act="silu", tie_word_embeddings=False)
+    rope = _first(found.get("rope_parameters"), found.get("rope_scaling"), {})
+    num_heads, width = found.get("num_attention_heads", 32), found.get("hidden_size", 4096)
+    return MllamaTextConfig(
+        vocab_size=found.get("vocab_size", 128256),
+        num_layers=found.get("num_hidden_layers", 40),
+        cross_layers=tuple(_first(found.get("cross_attention_layers"), (3, 8, 13, 18, 23, 28, 33, 38))),
+        embed_dim=width,
+        num_heads=num_heads,
+        num_kv_heads=found.get("num_key_value_heads", 8),
+        head_dim=width // num_heads,
+        mlp_dim=found.get("intermediate_size", 14336),
+        rope_theta=float(_first(rope.get("rope_theta"), found.get("rope_theta"), 500000.0)),
+        rope_scaling=_scaling(rope),
+        norm_eps=found.get("rms_norm_eps", 1e-5),
+        max_positions=found.get("max_position_embeddings", 131072),
+    )
+
+
+def _scaling(rope: dict) -> Llama3Scaling | None:
+    kind = _first(rope.get("rope_type"), rope.get("type"), "default")
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise WeightsError(f"config.json scales rotary positions ({kind}); 'llama3' and 'default' are accepted")
+    missing = [name for name in LLAMA3_ROPE if name not in rope]
+    if missing:
+        raise WeightsError(f"config.json's 'llama3' rotary positions lack {', '.join(missing)}")
+    factor, low, high, original = (rope[name] for name in LLAMA3_ROPE)
+    return Llama3Scaling(float(factor), float(low), float(high), original)
+
+
+def config_to_json(config: MllamaConfig, dtype: str) -> dict:
+    """The released form of config.json for a checkpoint of this architecture."""
+    vision, text, scaling = config.vision, config.text, config.text.rope_scaling
+    rope = {"rope_type": "default"}
+    if scaling is not None:
+        values = (scaling.factor, scaling.low, scaling.high, scaling.original_positions)
+        rope = {"rope_type": "llama3", **dict(zip(LLAMA3_ROPE, values, strict=True))}
+    return {
+        "architectures": ["MllamaForConditionalGeneration"],
+        "model_type": "mllama",
+        "torch_dtype": dtype,
+        "image_token_index": config.image_token_id,
+        "tie_word_embeddings": False,
+        "vision_config": {
+            "model_type": "mllama_vision_model",
+            "hidden_act": "gelu",
+            "hidden_size": vision.embed_dim,
+            "attention_heads": vision.num_heads,
+            "intermediate_size": vision.mlp_dim,
+            "intermediate_layers_indices": list(vision.intermediate_layers),
+            "num_hidden_layers": vision.num_layers,
+            "num_global_layers": vision.num_global_layers,
+            "num_channels": 3,
+            "max_num_tiles": NUM_TILES,
+            "supported_aspect_ratios": GRIDS,
+            "vision_output_dim": vision.feature_dim,
+            "image_size": vision.image_size_px,
+            "patch_size": vision.patch_size_px,
+            "norm_eps": vision.norm_eps,
+        },
+        "text_config": {
+            "model_type": "mllama_text_model",
+            "hidden_act": "silu",
+            "hidden_size": text.embed_dim,
+            "intermediate_size": text.mlp_dim,
+            "max_position_embeddings": text.max_positions,
+            "num_attention_heads": text.num_heads,
+            "num_hidden_layers": text.num_layers,
+            "num_key_value_heads": text.num_kv_heads,
+            "cross_attention_layers": list(text.cross_layers),
+            "rms_norm_eps": text.norm_eps,
+            "rope_theta": text.rope_theta,
+            "rope_scaling": rope,
+            "rope_parameters": {**rope, "rope_theta": text.rope_theta},
+            "tie_word_embeddings": False,
+            "vocab_size": text.vocab_size,
+            "pad_token_id": config.pad_token_id,
+            "eos_token_id": config.eos_token_id,
+        },
+    }
+
+
+def _first(*values):
+    return next((value for value in values if value is not None), None)
+
+
+def _expect(found: dict, prefix: str, **accepted) -> None:
+    for key, value in accepted.items():
+        if found.get(key, value) != value:
+            raise WeightsError(f"config.json has {prefix}{key}={found[key]!r}; {value!r} is accepted")
