@@ -23,6 +23,9 @@ MODELS = {
     "qwen2_vl_2b": "qwen2_vl",
     "qwen2_vl_7b": "qwen2_vl",
     "qwen2_vl_72b": "qwen2_vl",
+    "llama32_vision_tiny": "mllama",
+    "llama32_vision_11b": "mllama",
+    "llama32_vision_90b": "mllama",
 }
 
 

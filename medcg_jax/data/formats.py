@@ -10,13 +10,13 @@ from types import ModuleType
 
 import numpy as np
 
-from medcg_jax.data import images, images_qwen2_vl, prompts, prompts_chatml
+from medcg_jax.data import images, images_mllama, images_qwen2_vl, prompts, prompts_chatml, prompts_llama3
 from medcg_jax.data.tokenizer import Tokenizer
 
 Arrays = dict[str, np.ndarray]
 
 # Family -> the packaged tokenizer of its tiny model.
-SMALL_TOKENIZERS = {"llava": "tokenizer", "qwen2_vl": "chatml"}
+SMALL_TOKENIZERS = {"llava": "tokenizer", "qwen2_vl": "chatml", "mllama": "llama3"}
 # Family -> field of a model's configuration -> special token.
 TOKENS = {
     "qwen2_vl": {
@@ -79,6 +79,11 @@ def qwen2_vl(sizes: images_qwen2_vl.ImageSizes) -> Format:
     )  # fmt: skip
 
 
+def mllama(tile_px: int) -> Format:
+    """Llama-3.2-Vision: Llama 3's turns; images cut into tiles, each image one token."""
+    return Format(prompts_llama3, partial(images_mllama.preprocess, tile_px=tile_px), 1)
+
+
 _FORMATS: dict[str, Callable[..., Format]] = {
     "llava": lambda model: llava(model.image_size_px, model.num_image_tokens),
     "qwen2_vl": lambda model: qwen2_vl(
@@ -86,4 +91,5 @@ _FORMATS: dict[str, Callable[..., Format]] = {
             model.vision.patch_size_px, model.vision.merge, model.min_pixels, model.max_pixels
         )
     ),
+    "mllama": lambda model: mllama(model.image_size_px),
 }

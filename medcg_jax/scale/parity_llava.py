@@ -105,3 +105,7 @@ def taps(model) -> list[tuple]:
         *((f"decoder.layer{i}", layer, False) for i, layer in enumerate(base.language_model.layers)),
         ("decoder.norm", base.language_model.norm, False),
     ]
+
+
+def prepare(model) -> None:
+    """HF's model computes what the release does: nothing is changed in it."""

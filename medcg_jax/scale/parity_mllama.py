@@ -122,7 +122,7 @@ def taps(model) -> list[tuple]:
     ]
 
 
-def take_inputs(model) -> None:
+def prepare(model) -> None:
     """Makes HF's model take the inputs of the intermediate layers, as Meta's does, where it takes their outputs.
 
     Raises:

@@ -95,5 +95,8 @@ def open_reference(src: Path, part: ModuleType) -> Reference:
             f"parity with PyTorch needs torch and transformers ({error}): pip install 'medcg_jax[parity]', or compare "
             "with recorded numbers by --inputs=FILE.npz"
         ) from error
+    load = getattr(transformers, part.HF_CLASS).from_pretrained
     options = dict(dtype=torch.float32, attn_implementation="eager", local_files_only=True)
-    return Reference(getattr(transformers, part.HF_CLASS).from_pretrained(src, **options), part)
+    model = load(src, **options)
+    part.prepare(model)
+    return Reference(model, part)

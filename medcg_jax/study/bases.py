@@ -27,6 +27,8 @@ from medcg_jax.train.step import make_step
 
 # What `frame_tokens` is in Vicuna's turns without a system's sentence, which `pretraining.MAX_TEXT_TOKENS` counts in.
 VICUNA_FRAME = 13
+# Tokens of an image whose place the reading exercises fill.
+EXERCISE_PLACES = 16
 # Fields of the base's TrainConfig that do not change its weights.
 NOT_IN_FINGERPRINT = ("log_every_steps", "checkpoint_every_steps")
 
@@ -51,12 +53,14 @@ def made_of(run: RunConfig) -> dict:
 
 
 def frame_tokens(setup: Setup) -> int:
-    """Tokens that a pre-training record's prompt has beside its words: roles, ends of turns, the system's sentence."""
+    """Tokens that a pre-training row has beside its words and image: roles, ends of turns, the system's sentence."""
     turns = (Turn("A", "B"),) * pretraining.NUM_EXERCISES
     whole = setup.format.prompts.conversation(
         setup.tokenizer, turns, system_prompt=setup.run.data.system_prompt, num_image_tokens=1
     )
-    return len(whole.ids) - 1 - 2 * len(turns)
+    # Reading exercises stand where other records have their image.
+    missing = max(0, EXERCISE_PLACES - setup.format.max_image_tokens)
+    return len(whole.ids) - 1 - 2 * len(turns) + missing
 
 
 class Bases:

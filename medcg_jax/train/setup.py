@@ -24,6 +24,8 @@ RELEASED = {
     "qwen2_vl_2b": "Qwen/Qwen2-VL-2B-Instruct",
     "qwen2_vl_7b": "Qwen/Qwen2-VL-7B-Instruct",
     "qwen2_vl_72b": "Qwen/Qwen2-VL-72B-Instruct",
+    "llama32_vision_11b": "meta-llama/Llama-3.2-11B-Vision-Instruct",
+    "llama32_vision_90b": "meta-llama/Llama-3.2-90B-Vision-Instruct",
 }
 # Rows of a tiny model's vocabulary come in such multiples, so that a mesh can split them.
 VOCAB_MULTIPLE = 64

@@ -8,17 +8,19 @@ from pathlib import Path
 from types import ModuleType
 
 from medcg_jax.models.llava import LlavaConfig
+from medcg_jax.models.mllama import MllamaConfig
 from medcg_jax.models.qwen2_vl import Qwen2VLConfig
-from medcg_jax.weights import llava, qwen2_vl
+from medcg_jax.weights import llava, mllama, qwen2_vl
 from medcg_jax.weights.files import WeightsError, read_json
 
 # Name of the family -> (type of its config, its module).
 FAMILIES: dict[str, tuple[type, ModuleType]] = {
     "llava": (LlavaConfig, llava),
     "qwen2_vl": (Qwen2VLConfig, qwen2_vl),
+    "mllama": (MllamaConfig, mllama),
 }
 # model_type in a released config.json -> family.
-MODEL_TYPES = {"llava": "llava", "llava_llama": "llava", "qwen2_vl": "qwen2_vl"}
+MODEL_TYPES = {"llava": "llava", "llava_llama": "llava", "qwen2_vl": "qwen2_vl", "mllama": "mllama"}
 
 
 def family_of(config) -> str:

@@ -115,7 +115,7 @@ def test_the_example_of_parity_with_the_files_own_indices(reference):
     """Of a checkpoint as it is, once transformers is told to take what Meta's model takes."""
     other = copy.deepcopy(reference)
     with pytest.raises(WeightsError, match=r"\[0, 2\]: 1 and above"):
-        parity_mllama.take_inputs(other)
+        parity_mllama.prepare(other)
     other.config.vision_config.intermediate_layers_indices = [1, 3]
     other.model.vision_model.intermediate_layers_indices = [1, 3]
     config, graphdef, params = tiny.port(other, change=lambda config: config)
@@ -123,7 +123,7 @@ def test_the_example_of_parity_with_the_files_own_indices(reference):
     given, real = parity_mllama.port_inputs(config, inputs), inputs["attention_mask"] != 0
     found = np.asarray(run(nnx.merge(graphdef, params), given))[real]
     assert worst(found, tiny.reference_stages(other, inputs)["logits"][real]) > 10 * TOLERANCE
-    parity_mllama.take_inputs(other)
+    parity_mllama.prepare(other)
     assert worst(found, tiny.reference_stages(other, inputs)["logits"][real]) < TOLERANCE
     with pytest.raises(WeightsError, match="lack aspect_ratio_mask"):
         parity_mllama.port_inputs(config, {name: x for name, x in inputs.items() if name != "aspect_ratio_mask"})
