@@ -15,13 +15,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.axes import spec
 from medcg_jax.models.llava import Llava, LlavaConfig, llava15_7b, llava15_13b, llava15_tiny
+from medcg_jax.models.minigpt_v2 import MiniGPTv2, MiniGPTv2Config, minigpt_v2_7b, minigpt_v2_tiny
 
 # A config's type -> the module that it is the architecture of.
-MODULES: dict[type, type[nnx.Module]] = {LlavaConfig: Llava}
-SIZES = {"llava15_7b": llava15_7b, "llava15_13b": llava15_13b}
+MODULES: dict[type, type[nnx.Module]] = {LlavaConfig: Llava, MiniGPTv2Config: MiniGPTv2}
+SIZES = {"llava15_7b": llava15_7b, "llava15_13b": llava15_13b, "minigpt_v2_7b": minigpt_v2_7b}
 # These have no vocabulary of their own.
-TINY = {"llava15_tiny": llava15_tiny}
-Config = LlavaConfig
+TINY = {"llava15_tiny": llava15_tiny, "minigpt_v2_tiny": minigpt_v2_tiny}
+Config = LlavaConfig | MiniGPTv2Config
 
 
 def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> Config:

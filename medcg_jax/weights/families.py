@@ -8,13 +8,16 @@ from pathlib import Path
 from types import ModuleType
 
 from medcg_jax.models.llava import LlavaConfig
-from medcg_jax.weights import llava
+from medcg_jax.models.minigpt_v2 import MiniGPTv2Config
+from medcg_jax.weights import llava, minigpt_v2
 from medcg_jax.weights.files import WeightsError, read_json
 
 # Name of the family -> (type of its config, its module).
-FAMILIES: dict[str, tuple[type, ModuleType]] = {"llava": (LlavaConfig, llava)}
-# model_type in a released config.json -> family.
-MODEL_TYPES = {"llava": "llava", "llava_llama": "llava"}
+FAMILIES: dict[str, tuple[type, ModuleType]] = {
+    "llava": (LlavaConfig, llava), "minigpt_v2": (MiniGPTv2Config, minigpt_v2),
+}  # fmt: skip
+# model_type in a released config.json -> family. Llama alone is a part of MiniGPT-v2's release.
+MODEL_TYPES = {"llava": "llava", "llava_llama": "llava", "minigpt_v2": "minigpt_v2", "llama": "minigpt_v2"}
 
 
 def family_of(config) -> str:
