@@ -26,6 +26,8 @@ MODELS = {
     "llama32_vision_tiny": "mllama",
     "llama32_vision_11b": "mllama",
     "llama32_vision_90b": "mllama",
+    "minigpt_v2_tiny": "minigpt_v2",
+    "minigpt_v2_7b": "minigpt_v2",
 }
 
 

@@ -10,13 +10,22 @@ from types import ModuleType
 
 import numpy as np
 
-from medcg_jax.data import images, images_mllama, images_qwen2_vl, prompts, prompts_chatml, prompts_llama3
+from medcg_jax.data import (
+    images,
+    images_minigpt,
+    images_mllama,
+    images_qwen2_vl,
+    prompts,
+    prompts_chatml,
+    prompts_llama3,
+    prompts_minigpt,
+)
 from medcg_jax.data.tokenizer import Tokenizer
 
 Arrays = dict[str, np.ndarray]
 
 # Family -> the packaged tokenizer of its tiny model.
-SMALL_TOKENIZERS = {"llava": "tokenizer", "qwen2_vl": "chatml", "mllama": "llama3"}
+SMALL_TOKENIZERS = {"llava": "tokenizer", "qwen2_vl": "chatml", "mllama": "llama3", "minigpt_v2": "minigpt_v2"}
 # Family -> field of a model's configuration -> special token.
 TOKENS = {
     "qwen2_vl": {
@@ -84,6 +93,11 @@ def mllama(tile_px: int) -> Format:
     return Format(prompts_llama3, partial(images_mllama.preprocess, tile_px=tile_px), 1)
 
 
+def minigpt_v2(image_size_px: int, num_image_tokens: int) -> Format:
+    """MiniGPT-v2: Llama 2's instructions; images squashed to a square, all with as many tokens."""
+    return Format(prompts_minigpt, partial(images_minigpt.preprocess, size_px=image_size_px), num_image_tokens)
+
+
 _FORMATS: dict[str, Callable[..., Format]] = {
     "llava": lambda model: llava(model.image_size_px, model.num_image_tokens),
     "qwen2_vl": lambda model: qwen2_vl(
@@ -92,4 +106,5 @@ _FORMATS: dict[str, Callable[..., Format]] = {
         )
     ),
     "mllama": lambda model: mllama(model.image_size_px),
+    "minigpt_v2": lambda model: minigpt_v2(model.image_size_px, model.num_image_tokens),
 }

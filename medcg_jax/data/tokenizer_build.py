@@ -35,7 +35,7 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         ("user", "assistant", "system"),
     ),
-    "minigpt_v2": (("<pad>", "<s>", "</s>", "<image>"), ("[INST]", "[/INST]", "<Img>", "</Img>")),
+    "minigpt_v2": (("<pad>", "<s>", "</s>", "<image>"), ("[INST]", "[/INST]", "<Img>", "</Img>", "[vqa]", "[detection]")),
 }  # fmt: skip
 _WORD = re.compile(r"[A-Za-z]+")
 # Endings and beginnings that words outside the list share; whole words are always preferred.

@@ -14,30 +14,33 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.axes import spec
-from medcg_jax.models.llava import Llava, LlavaConfig, llava15_7b, llava15_13b, llava15_tiny
-from medcg_jax.models.mllama import (
-    Mllama,
-    MllamaConfig,
-    llama32_vision_11b,
-    llama32_vision_90b,
-    llama32_vision_tiny,
-)
-from medcg_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig, qwen2_vl_2b, qwen2_vl_7b, qwen2_vl_72b, qwen2_vl_tiny
+from medcg_jax.models import llava, minigpt_v2, mllama, qwen2_vl
 
 # A config's type -> the module that it is the architecture of.
-MODULES: dict[type, type[nnx.Module]] = {LlavaConfig: Llava, Qwen2VLConfig: Qwen2VL, MllamaConfig: Mllama}
+MODULES: dict[type, type[nnx.Module]] = {
+    llava.LlavaConfig: llava.Llava,
+    qwen2_vl.Qwen2VLConfig: qwen2_vl.Qwen2VL,
+    mllama.MllamaConfig: mllama.Mllama,
+    minigpt_v2.MiniGPTv2Config: minigpt_v2.MiniGPTv2,
+}
 SIZES = {
-    "llava15_7b": llava15_7b,
-    "llava15_13b": llava15_13b,
-    "qwen2_vl_2b": qwen2_vl_2b,
-    "qwen2_vl_7b": qwen2_vl_7b,
-    "qwen2_vl_72b": qwen2_vl_72b,
-    "llama32_vision_11b": llama32_vision_11b,
-    "llama32_vision_90b": llama32_vision_90b,
+    "llava15_7b": llava.llava15_7b,
+    "llava15_13b": llava.llava15_13b,
+    "qwen2_vl_2b": qwen2_vl.qwen2_vl_2b,
+    "qwen2_vl_7b": qwen2_vl.qwen2_vl_7b,
+    "qwen2_vl_72b": qwen2_vl.qwen2_vl_72b,
+    "llama32_vision_11b": mllama.llama32_vision_11b,
+    "llama32_vision_90b": mllama.llama32_vision_90b,
+    "minigpt_v2_7b": minigpt_v2.minigpt_v2_7b,
 }
 # These have no vocabulary of their own.
-TINY = {"llava15_tiny": llava15_tiny, "qwen2_vl_tiny": qwen2_vl_tiny, "llama32_vision_tiny": llama32_vision_tiny}
-Config = LlavaConfig | Qwen2VLConfig | MllamaConfig
+TINY = {
+    "llava15_tiny": llava.llava15_tiny,
+    "qwen2_vl_tiny": qwen2_vl.qwen2_vl_tiny,
+    "llama32_vision_tiny": mllama.llama32_vision_tiny,
+    "minigpt_v2_tiny": minigpt_v2.minigpt_v2_tiny,
+}
+Config = llava.LlavaConfig | qwen2_vl.Qwen2VLConfig | mllama.MllamaConfig | minigpt_v2.MiniGPTv2Config
 
 
 def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> Config:
