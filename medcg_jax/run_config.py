@@ -12,7 +12,9 @@ SOURCES = ("phantom", "release")
 ATTENTION = ("auto", "plain", "splash", "cudnn")
 REMAT = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16")
+# What a base trains, which every model has; and what else a fine-tune may train, by the models that have it.
 TRAINABLE = ("vision", "projector", "decoder")
+PARTS = (*TRAINABLE, "lora", "boxes", "mask_prompt", "mask_decoder")
 TABLES = ("pairs", "triples", "ablation", "multi_task", "efficiency")
 # Model -> its family.
 MODELS = {
@@ -182,7 +184,7 @@ def check(run: RunConfig) -> None:
     one_of("model.remat", run.model.remat, REMAT)
     one_of("data.source", run.data.source, SOURCES)
     for name in run.model.trainable:
-        one_of("model.trainable", name, TRAINABLE)
+        one_of("model.trainable", name, PARTS)
     for name in run.study.models:
         one_of("study.models", name, tuple(MODELS))
     for name in run.study.tables:

@@ -90,17 +90,35 @@ def partition_specs(config: Config) -> nnx.State:
 def shardings(config: Config, mesh: Mesh) -> nnx.State:
     """The NamedSharding of every parameter on `mesh`, in params' tree.
 
+    Key and value heads that the tensor axis does not divide are held whole by every device (`replicated`).
+
     Raises:
-      ValueError: a parameter's axis cannot be divided over the mesh axes that its name is split over.
+      ValueError: another axis of a parameter cannot be divided over the mesh axes that its name is split over.
     """
     _, state = _abstract_variables(config, jnp.float32)
 
     def one(path, variable):
-        parts = spec(*variable.get_metadata("axes"))
-        _check_divides(jax.tree_util.keystr(path), variable.get_value().shape, parts, mesh)
+        axes, shape = variable.get_metadata("axes"), variable.get_value().shape
+        parts = spec(*(None if _undivided(name, size, mesh) else name for name, size in zip(axes, shape, strict=True)))
+        _check_divides(jax.tree_util.keystr(path), shape, parts, mesh)
         return NamedSharding(mesh, parts)
 
     return jax.tree_util.tree_map_with_path(one, state, is_leaf=_is_variable)
+
+
+def replicated(config: Config, mesh: Mesh) -> list[str]:
+    """Parameters whose key and value heads every device of the tensor axis holds whole: it does not divide them."""
+    _, state = _abstract_variables(config, jnp.float32)
+    leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_variable)[0]
+    return [
+        ".".join(key.key for key in path)
+        for path, variable in leaves
+        if any(map(_undivided, variable.get_metadata("axes"), variable.get_value().shape, [mesh] * 9))
+    ]
+
+
+def _undivided(name: str, size: int, mesh: Mesh) -> bool:
+    return name == "kv_heads" and size % mesh.shape["tensor"] != 0
 
 
 def create(config: Config, mesh: Mesh, *, seed: int, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:

@@ -15,7 +15,7 @@ from medcg_jax.data.records import RecordSet, Source
 from medcg_jax.data.sources import open_source, require_subsets
 from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.mesh import check_batch, make_mesh
-from medcg_jax.models.build import TINY, Config, architecture, create
+from medcg_jax.models.build import TINY, Config, architecture, create, replicated
 from medcg_jax.run_config import MODELS, ConfigError, RunConfig
 
 RELEASED = {
@@ -75,6 +75,9 @@ def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None, has_w
         vocab_size=-(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if tiny else None,
         **formats.token_ids(family, tokenizer),
     )
+    whole = replicated(model, mesh)
+    if whole:
+        print(f"mesh.tensor={mesh.shape['tensor']} does not divide the key and value heads; held whole: {', '.join(whole)}")
     return Setup(run, mesh, tokenizer, model, formats.format_of(family, model), source)
 
 

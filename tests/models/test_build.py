@@ -175,3 +175,23 @@ def test_computes_in_the_dtype_asked_with_float32_weights_and_logits():
 
     hidden, logits = jax.eval_shape(run, state, batch(2))
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_fewer_key_heads_than_the_tensor_axis_are_replicated_and_named():
+    config = llava15_tiny(128, 79, num_vision_heads=4, num_kv_heads=2, num_heads=4, scan_unroll=1)
+    mesh = make_mesh(MeshConfig(data=2, tensor=4))
+    names = build.replicated(config, mesh)
+    assert names == ["decoder.blocks.k.kernel", "decoder.blocks.v.kernel"]
+    assert build.replicated(config, make_mesh(MeshConfig(data=4, tensor=2))) == []
+    places = build.shardings(config, mesh)
+    assert places["decoder"]["blocks"]["k"]["kernel"].spec[2] is None
+    assert places["decoder"]["blocks"]["q"]["kernel"].spec[2] == "tensor"
+    graphdef, params = build.create(config, mesh, seed=3)
+    one = make_mesh(devices=jax.devices()[:1])
+    _, alone = build.create(config, one, seed=3)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(3, 70, (8, 9)), jnp.int32)
+    run = jax.jit(lambda params: nnx.merge(graphdef, params)(tokens))
+    with jax.set_mesh(mesh):
+        split = np.asarray(run(params))
+    with jax.set_mesh(one):
+        assert np.abs(split - np.asarray(run(alone))).max() < 1e-5
