@@ -1,0 +1,83 @@
+"""One grid with several models, in a process of its own for each: what it leaves, its page, and models it refuses."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from medcg_jax.config_file import load
+from medcg_jax.run_config import MODELS, ConfigError
+from medcg_jax.study.backbones import model_run
+
+ROOT = Path(__file__).parents[2]
+QUICK = str(ROOT / "configs" / "backbones_quick.py")
+# What `phantom.py:tiny` changes: a few steps of everything.
+TINY = {
+    "data.train_records_per_subset": "8", "data.test_records_per_subset": "4", "base.steps": "2", "base.epochs": "1",
+    "train.epochs": "0", "train.steps": "2", "study.models": "('llava15_tiny', 'qwen2_vl_tiny')",
+}  # fmt: skip
+
+
+def medcg(*args: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "medcg_jax.cli", *args], env=environment, capture_output=True, text=True, timeout=400
+    )
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("models") / "grid"
+    args = ["reproduce", f"--config={QUICK}", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in TINY.items())]
+    return workdir, args, medcg(*args)
+
+
+def test_every_model_leaves_a_grid_and_the_page_has_all(grid):
+    workdir, _, done = grid
+    assert done.returncode == 0, done.stderr
+    for model in ("llava15_tiny", "qwen2_vl_tiny"):
+        assert (workdir / model / "results.csv").is_file() and (workdir / model / "report" / "index.html").is_file()
+        assert "report:" in (workdir / "logs" / f"{model}.log").read_text()
+    with open(workdir / "report" / "tables" / "models.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["model"], row["part"], row["arm"]) for row in rows] == [
+        (model, part, arm)
+        for model in ("llava15_tiny", "qwen2_vl_tiny")
+        for part in ("in_distribution", "out_of_distribution")
+        for arm in ("baseline", "multi_task")
+    ]
+    for row in rows:
+        with open(workdir / row["model"] / "results.csv", newline="") as file:
+            own = [r for r in csv.DictReader(file) if r["row"] == row["part"] and r["arm"] == row["arm"]]
+        n, correct = (sum(int(r[key]) for r in own) for key in ("n", "correct"))
+        assert (int(row["n"]), float(row["accuracy"])) == (n, pytest.approx(correct / n, abs=1e-6))
+        assert float(row["ci_low"]) <= float(row["accuracy"]) <= float(row["ci_high"])
+        assert 0.25 <= float(row["chance"]) <= 0.5
+    page = (workdir / "report" / "index.html").read_text()
+    assert "../qwen2_vl_tiny/report/index.html" in page and not re.search(r"https?://(?!www\.w3\.org)", page)
+
+
+def test_a_second_start_trains_nothing(grid):
+    workdir, args, _ = grid
+    before = (workdir / "qwen2_vl_tiny" / "results.csv").read_bytes()
+    assert medcg(*args).returncode == 0
+    assert "0 to do" in (workdir / "logs" / "qwen2_vl_tiny.log").read_text()
+    assert (workdir / "qwen2_vl_tiny" / "results.csv").read_bytes() == before
+
+
+def test_a_models_run_is_the_grids_with_its_name():
+    run = load(QUICK)
+    for model in run.study.models:
+        one = model_run(run, model)
+        assert (one.model.name, one.study.models, one.study.jobs) == (model, (), 1)
+        assert (one.data, one.base, one.train) == (run.data, run.base, run.train)
+    assert len({MODELS[model] for model in run.study.models}) == len(run.study.models)
+
+
+def test_an_unknown_model_is_refused():
+    with pytest.raises(ConfigError, match="study.models='llava2': one of .*qwen2_vl_tiny"):
+        load(QUICK, {"study.models": "('llava2',)"})
