@@ -106,7 +106,7 @@ def summary(found: Sequence[Located], *, extra_px: float = 0.0) -> dict[str, flo
         "mean_iou": ratio_interval(ious, boxes),
         "cumulative_iou": ratio_interval(both, union),
     }
-    ends = {f"{name}_{end}": value for name, pair in intervals.items() for end, value in zip(("low", "high"), pair)}
+    ends = {f"{name}_{end}": value for name, pair in intervals.items() for end, value in zip(("low", "high"), pair, strict=True)}
     return scores | ends
 
 

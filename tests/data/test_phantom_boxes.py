@@ -1,4 +1,4 @@
-"""Detection phantoms: boxes hold the lesions and nothing else, test images keep the reserve, choice phantoms stay as they are."""
+"""Detection phantoms: boxes hold the lesions alone, tests keep the reserve, choice phantoms stay as they are."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ import pytest
 from medcg_jax.data import boxes
 from medcg_jax.data.phantom import PhantomSource
 from medcg_jax.data.phantom_boxes import DETECTION_TRIPLETS, PhantomBoxSource, lesion_masks
-from medcg_jax.data.phantom_images import LESION_SHAPES, _objects
+from medcg_jax.data.phantom_images import LESION_SHAPES, _objects, render
 from medcg_jax.data.phantom_world import TRIPLETS, cell_reserved, sector_reserved
 from medcg_jax.data.records import DataError, concat
 from medcg_jax.data.sources import open_source
@@ -24,7 +24,8 @@ def test_there_is_one_for_every_pair_of_modality_and_area(source):
     names = [s.name for s in source.detection_subsets]
     assert len(names) == len(set(names)) == 16 and "ct-liver-det" in names
     assert {(t.modality, t.area) for t in DETECTION_TRIPLETS} == {(t.modality, t.area) for t in TRIPLETS}
-    assert all((s.task, s.labels, s.num_train, s.num_test) == ("det", ("lesion",), 24, 12) for s in source.detection_subsets)
+    for subset in source.detection_subsets:
+        assert (subset.task, subset.labels, subset.num_train, subset.num_test) == ("det", ("lesion",), 24, 12)
     assert not {s.task for s in source.detection_subsets} & {s.task for s in source.subsets}
 
 
@@ -80,8 +81,6 @@ def test_images_brighten_or_darken_inside_the_boxes():
     """The boxes belong to the pixels: the same scene without lesions differs inside the boxes, and hardly outside."""
     source = PhantomBoxSource(1, 30, 6)
     for name in ("ct-liver-det", "xray-bone-det"):
-        from medcg_jax.data.phantom_images import render
-
         scene, records = source.scene(name, "train"), source.records(name, "train")
         bare = type(scene)(**{**vars(scene), "count": np.zeros_like(scene.count)})
         triplet = next(t for t in DETECTION_TRIPLETS if t.name == name)
@@ -126,7 +125,8 @@ def test_masks_stay_with_their_records(source):
     for place, index in ((2, 5), (3, 2)):
         assert np.array_equal(joined.mask(place), found.mask(index))
         assert np.array_equal(joined.select([place]).mask(0), found.mask(index))
-        assert np.array_equal(boxes.corners(joined.records[place].boxes), [boxes.of_mask(m)[0] for m in found.mask(index)])
+        of_masks = [boxes.of_mask(mask)[0] for mask in found.mask(index)]
+        assert np.array_equal(boxes.corners(joined.records[place].boxes), of_masks)
     assert concat([choice, choice]).masks is None
     with pytest.raises(ValueError, match="2 records with 1 masks"):
         type(found)(found.records[:2], found.images[:2], found.masks[:1])

@@ -176,7 +176,8 @@ def test_extra_keys_of_choice_records_are_still_ignored(tmp_path):
 
 def test_the_check_counts_boxes(tmp_path, capsys):
     write_tree(tmp_path, train=2, test=1)
-    raws = [raw_box_record(1), raw_box_record(2, boxes=[]), raw_box_record(3, boxes=[{"label": "x", "bbox": [0, 0, 0, 1]}])]
+    empty = [{"label": "x", "bbox": [0, 0, 0, 1]}]
+    raws = [raw_box_record(1), raw_box_record(2, boxes=[]), raw_box_record(3, boxes=empty)]
     write_subset(tmp_path, "Subset--38-det-train", raws)
     report = check_tree(tmp_path)
     assert [(p.record, p.kind) for p in report.problems] == [("record 3", "box")]
@@ -195,7 +196,8 @@ WANTED = {
 
 def test_the_packs_detection_subsets_are_read_whole(shared_dir):
     source = release(shared_dir / "data" / "medmat-mini")
-    assert {s.name: (s.num_train, s.num_test) for s in source.detection_subsets} == {k: v[1:] for k, v in WANTED.items()}
+    sizes = {s.name: (s.num_train, s.num_test) for s in source.detection_subsets}
+    assert sizes == {name: wanted[1:] for name, wanted in WANTED.items()}
     for subset in source.detection_subsets:
         found = Counter()
         for split in ("train", "test"):

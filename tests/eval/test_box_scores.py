@@ -16,7 +16,8 @@ number = st.floats(-500, 500)
 
 @st.composite
 def box_sets(draw, least=0, most=5):
-    rows = draw(st.lists(st.tuples(number, number, st.floats(0.5, 300), st.floats(0.5, 300)), min_size=least, max_size=most))
+    side = st.floats(0.5, 300)
+    rows = draw(st.lists(st.tuples(number, number, side, side), min_size=least, max_size=most))
     return np.array([(x, y, x + w, y + h) for x, y, w, h in rows]).reshape(-1, 4)
 
 
@@ -56,10 +57,10 @@ def test_worked_numbers():
     assert both.tolist() == [[25, 0, 50]] and union.tolist() == [[175, 200, 100]]
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [(5, 0, 0, 5), (0, 5, 5, 0), (5, 5, 0, 0), (math.nan, 0, 5, 5), (-math.inf, 0, 5, 5), (0, 0, math.inf, 5), (3, 3, 3, 3)],
-)
+INFINITE = [(math.nan, 0, 5, 5), (-math.inf, 0, 5, 5), (0, 0, math.inf, 5)]
+
+
+@pytest.mark.parametrize("broken", [(5, 0, 0, 5), (0, 5, 5, 0), (5, 5, 0, 0), *INFINITE, (3, 3, 3, 3)])
 @pytest.mark.parametrize("extra", [0.0, 1.0])
 def test_what_is_no_box_overlaps_nothing(broken, extra):
     found = iou([broken, (0, 0, 5, 5)], [(0, 0, 5, 5)], extra_px=extra)
