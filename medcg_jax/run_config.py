@@ -16,6 +16,8 @@ DTYPES = ("float32", "bfloat16")
 TRAINABLE = ("vision", "projector", "decoder")
 PARTS = (*TRAINABLE, "lora", "boxes", "mask_prompt", "mask_decoder")
 TABLES = ("pairs", "triples", "ablation", "multi_task", "efficiency")
+# Tables whose related subsets have boxes: for the families that answer with them.
+BOX_TABLES = ("detection_pairs",)
 # Model -> its family.
 MODELS = {
     "llava15_tiny": "llava",
@@ -188,9 +190,9 @@ def check(run: RunConfig) -> None:
     for name in run.study.models:
         one_of("study.models", name, tuple(MODELS))
     for name in run.study.tables:
-        one_of("study.tables", name, TABLES)
+        one_of("study.tables", name, (*TABLES, *BOX_TABLES))
     for name in run.study.targets_of:
-        one_of("study.targets_of", name, TABLES)
+        one_of("study.targets_of", name, (*TABLES, *BOX_TABLES))
     at_least("model.scan_unroll", run.model.scan_unroll, 0)
     at_least("data.max_text_tokens", run.data.max_text_tokens, 1)
     at_least("data.max_target_tokens", run.data.max_target_tokens, 1)

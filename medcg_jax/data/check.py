@@ -18,7 +18,6 @@ from medcg_jax.data.images import ImageError, load_image
 from medcg_jax.data.records import DataError, Split
 from medcg_jax.data.release import read_manifest, subset_files, subset_table
 from medcg_jax.data.schema import (
-    DETECTION_KEYS,
     ReleaseError,
     check_id,
     check_keys,
@@ -27,6 +26,7 @@ from medcg_jax.data.schema import (
     read_list,
     record_name,
 )
+from medcg_jax.data.schema_detection import DETECTION_KEYS, detection_problems
 from medcg_jax.run_config import DataConfig
 
 
@@ -45,12 +45,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Report:
-    """What was looked at, and every problem in the order of files and records."""
+    """What was looked at, and every problem in the order of files and records.
+
+    `num_detection` of the records are in detection files; `num_boxes` are in those whose keys and path are right.
+    """
 
     num_files: int
     num_records: int
     num_images: int
     problems: tuple[Problem, ...]
+    num_detection: int = 0
+    num_boxes: int = 0
 
     @property
     def ok(self) -> bool:
@@ -67,6 +72,8 @@ class Report:
             "files": self.num_files,
             "records": self.num_records,
             "images": self.num_images,
+            "detection_records": self.num_detection,
+            "boxes": self.num_boxes,
             "counts": self.counts(),
             "problems": [asdict(problem) for problem in self.problems],
         }
@@ -124,7 +131,7 @@ def check_tree(
         reason = "no Subset--NN-train.json in it or in its Aggregated_Subsets"
         raise DataError(f"{str(root)!r} is no Med-MAT tree: {reason}")
     uses: list[_Use] = []
-    num_records = 0
+    num_records = num_detection = 0
     for file in files:
         if file.number not in known:
             reason = "neither in the tree's manifest.json nor in Med-MAT's table of 53"
@@ -135,6 +142,7 @@ def check_tree(
             problems.append(_problem(error))
             continue
         num_records += len(raws)
+        num_detection += len(raws) if file.detection else 0
         if not raws:
             problems.append(Problem(file.path.name, "", "no_records", "an empty list; nothing can be drawn from it"))
         uses += check_records(raws, root, file.path.name, file.split, file.detection, problems)
@@ -144,7 +152,8 @@ def check_tree(
     problems += _shared_between_splits(uses, images)
     order = {file.path.name: place for place, file in enumerate(files)}
     problems.sort(key=lambda problem: order.get(problem.file, -1))
-    return Report(len(files), num_records, len(paths), tuple(problems))
+    num_boxes = sum(len(use.boxes["boxes"]) for use in uses if use.boxes)
+    return Report(len(files), num_records, len(paths), tuple(problems), num_detection, num_boxes)
 
 
 def check_records(
@@ -168,43 +177,11 @@ def check_records(
     return uses
 
 
-def detection_problems(raw: dict[str, Any], size: tuple[int, int]) -> list[tuple[str, str]]:
-    """(kind, reason) of everything wrong with a detection record's sizes and boxes.
-
-    Args:
-      raw: the record, its keys and types checked.
-      size: (height, width) of its image in pixels, upright.
-    """
-    found = []
-    height, width = size
-    if (raw["width"], raw["height"]) != (width, height):
-        reason = f"width and height are {raw['width']} x {raw['height']}; the image has {width} x {height} pixels"
-        found.append(("size", reason))
-    for box in raw["boxes"]:
-        reason = _box_reason(box, width, height)
-        if reason:
-            found.append(("box", reason))
-    return found
-
-
-def _box_reason(box: Any, width: int, height: int) -> str:
-    if not isinstance(box, dict) or not isinstance(box.get("label"), str) or not box["label"]:
-        return f"box {box!r} has no label"
-    corners = box.get("bbox")
-    if not isinstance(corners, list) or len(corners) != 4 or not all(type(c) in (int, float) for c in corners):
-        return f"bbox {corners!r}; four numbers x1, y1, x2, y2 are accepted"
-    x1, y1, x2, y2 = corners
-    # Written so that a NaN fails.
-    if not (x1 < x2 and y1 < y2):
-        return f"bbox {corners}: x1 < x2 and y1 < y2 are needed"
-    if not (x1 >= 0 and y1 >= 0 and x2 <= width and y2 <= height):
-        return f"bbox {corners} is not inside the image of {width} x {height} pixels"
-    return ""
-
-
 def print_report(report: Report, *, limit: int = 20) -> None:
     """Prints what was looked at, how many problems there are of each kind, and the first `limit` of each."""
     print(f"{report.num_files} subset files, {report.num_records} records, {report.num_images} images")
+    if report.num_detection:
+        print(f"of these {report.num_detection} detection records, {report.num_boxes} boxes")
     if report.ok:
         print("nothing is wrong")
     for kind, count in report.counts().items():

@@ -10,7 +10,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from medcg_jax.data.records import DataError
 
@@ -52,6 +52,25 @@ def load_image(source: str | Path | bytes, max_pixels: int) -> np.ndarray:
         raise ImageError(f"not an image of a known format ({', '.join(FORMATS)})") from error
     except Exception as error:  # decoders raise nearly anything for broken data
         raise ImageError(f"cannot be decoded: {error}") from error
+
+
+def image_size(path: str | Path, max_pixels: int) -> tuple[int, int]:
+    """(height, width) in pixels of the image that `load_image` gives, from its header alone.
+
+    Raises:
+      ImageError: no image of a known format, or too large.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            _check_size(image.size, max_pixels)
+            width, height = image.size
+            # Orientations 5 to 8 of EXIF turn the image by a quarter.
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return (width, height) if turned else (height, width)
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(f"its size cannot be read: {error}") from error
 
 
 def pad_to_square(image: np.ndarray, fill: tuple[int, int, int] = FILL) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Records of choice questions about images, sets of them with images loaded on demand, and what a source offers."""
+"""Records of choice questions and of boxes, sets of them with images loaded on demand, and what a source offers."""
 
 from __future__ import annotations
 
@@ -41,8 +41,28 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Box:
+    """A labelled box in pixels of the stored image, upright: 0 <= x1 < x2 <= width, 0 <= y1 < y2 <= height.
+
+    Corners lie between pixels: the pixel at the top left alone is (0, 0, 1, 1).
+    """
+
+    label: str
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+    @property
+    def corners(self) -> tuple[float, float, float, float]:
+        """(x1, y1, x2, y2)"""
+        return self.x1, self.y1, self.x2, self.y2
+
+
+@dataclass(frozen=True)
 class Record:
-    """One example. A choice record has a single turn, whose answer is the letter.
+    """One example. A choice record has a single turn, whose answer is the letter; a detection record has boxes and no
+    turns: `box_questions.ask` gives its questions, a model's format the answers.
 
     Example:
       Record(id="04/train/17", subset="04",
@@ -59,6 +79,9 @@ class Record:
     # Path below the source's root, or a key of the source's own; "" where there is no image.
     image: str = ""
     data_no: str = ""
+    boxes: tuple[Box, ...] = ()
+    # (height, width) in pixels of the image that the boxes lie in; (0, 0) where the record is no detection record.
+    size_px: tuple[int, int] = (0, 0)
 
     @property
     def label(self) -> str:
@@ -73,13 +96,22 @@ class RecordSet:
       records: the records.
       images: uint8[N, h, w, 3], or a sequence that gives uint8[h, w, 3] for an index when asked (a decoder).
         What is asked of it for a record without an image is never looked at.
+      masks: bool[K, h, w] per record, of what lies in each of its K boxes; None for a record, or for all, without.
     """
 
-    def __init__(self, records: Iterable[Record], images: np.ndarray | Sequence[np.ndarray]):
+    def __init__(
+        self,
+        records: Iterable[Record],
+        images: np.ndarray | Sequence[np.ndarray],
+        masks: Sequence[np.ndarray | None] | None = None,
+    ):
         self.records = tuple(records)
         self.images = images
+        self.masks = masks
         if len(images) != len(self.records):
             raise ValueError(f"{len(self.records)} records with {len(images)} images")
+        if masks is not None and len(masks) != len(self.records):
+            raise ValueError(f"{len(self.records)} records with {len(masks)} masks")
 
     def __len__(self) -> int:
         return len(self.records)
@@ -88,19 +120,26 @@ class RecordSet:
         """uint8[h, w, 3] of one record."""
         return self.images[index]
 
+    def mask(self, index: int) -> np.ndarray | None:
+        """bool[K, h, w] of one record's K boxes, or None."""
+        return None if self.masks is None else self.masks[index]
+
     def select(self, indices: Iterable[int]) -> RecordSet:
         """The records at these places, in the order given."""
         indices = [int(i) for i in indices]
-        return RecordSet([self.records[i] for i in indices], _pick([(self.images, i) for i in indices]))
+        masks = None if self.masks is None else [self.masks[i] for i in indices]
+        return RecordSet([self.records[i] for i in indices], _pick([(self.images, i) for i in indices]), masks)
 
 
 def concat(sets: Sequence[RecordSet]) -> RecordSet:
     """One set of all records, in the order of the sets."""
     records = [record for part in sets for record in part.records]
+    has_masks = any(part.masks is not None for part in sets)
+    masks = [part.mask(i) for part in sets for i in range(len(part))] if has_masks else None
     arrays = [part.images for part in sets if len(part)]
     if arrays and all(isinstance(a, np.ndarray) and a.shape[1:] == arrays[0].shape[1:] for a in arrays):
-        return RecordSet(records, np.concatenate(arrays))
-    return RecordSet(records, _pick([(part.images, i) for part in sets for i in range(len(part))]))
+        return RecordSet(records, np.concatenate(arrays), masks)
+    return RecordSet(records, _pick([(part.images, i) for part in sets for i in range(len(part))]), masks)
 
 
 def empty_images() -> np.ndarray:
@@ -134,9 +173,14 @@ def _pick(places: list[tuple[Sequence[np.ndarray], int]]) -> np.ndarray | _Picke
 
 
 class Source(Protocol):
-    """Where records come from: the phantom world or a Med-MAT tree."""
+    """Where records come from: the phantom world or a Med-MAT tree.
+
+    Attributes:
+      subsets: those of choice questions. detection_subsets: those whose records have boxes instead.
+    """
 
     subsets: tuple[Subset, ...]
+    detection_subsets: tuple[Subset, ...]
 
     def records(self, subset: str, split: Split) -> RecordSet:
         """The records of one subset and split, checked; the same ones at each call.
@@ -146,4 +190,7 @@ class Source(Protocol):
         """
 
     def fingerprint(self) -> str:
-        """A digest of everything the records depend on."""
+        """A digest of everything that the records of choice questions depend on."""
+
+    def detection_fingerprint(self) -> str:
+        """The same of the records with boxes."""

@@ -1,7 +1,7 @@
 """Reader of a Med-MAT tree: `Aggregated_Subsets/Subset--NN-{train,test}.json`, or `Subset-NN-train.json` at its root.
 
 Modality, area and task come from the tree's `manifest.json` where it has one, else from the paper's table 9, kept in
-`subsets.csv` (53, which the release adds, included). Detection files (`-det-`) are listed, not read.
+`subsets.csv` (53, which the release adds, included). Detection files (`-det-`) are subsets of their own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 from medcg_jax.data.images import ImageError, load_image
 from medcg_jax.data.records import SPLITS, DataError, Record, RecordSet, Split, Subset
 from medcg_jax.data.schema import ReleaseError, read_choice_file, read_list
+from medcg_jax.data.schema_detection import read_detection_file
 from medcg_jax.run_config import DataConfig
 
 TABLE = Path(__file__).parent / "subsets.csv"
@@ -46,18 +47,23 @@ def subset_files(root: Path) -> list[SubsetFile]:
     """The tree's subset files, by number and split.
 
     Raises:
-      ReleaseError: two files claim the same subset and split.
+      ReleaseError: two files claim the same subset and split, or one subset has choice and detection files.
     """
-    found: dict[tuple[str, bool, str], SubsetFile] = {}
+    found: dict[tuple[str, str], SubsetFile] = {}
+    kinds: dict[str, SubsetFile] = {}
     for folder in (root / "Aggregated_Subsets", root):
         for path in sorted(folder.glob("Subset-*.json")):
             match = _FILE.fullmatch(path.name)
             if not match:
                 continue
             file = SubsetFile(path, match[1], match[3], bool(match[2]))
-            key = (file.number, file.detection, file.split)
-            if key in found:
+            key, other = (file.number, file.split), kinds.setdefault(file.number, file)
+            reason = ""
+            if other.detection != file.detection:
+                reason = f"the number of {other.path.relative_to(root)}; a subset has options or boxes, not both"
+            elif key in found:
                 reason = f"the same subset and split as {found[key].path.relative_to(root)}; keep one of them"
+            if reason:
                 raise ReleaseError(str(path.relative_to(root)), "", "duplicate_file", reason)
             found[key] = file
     return [found[key] for key in sorted(found)]
@@ -111,14 +117,14 @@ def balanced(labels: Sequence[str], limit: int, seed: int) -> list[int]:
 
 
 class ReleaseSource:
-    """The choice subsets of a Med-MAT tree, as a `records.Source`.
+    """A Med-MAT tree as a `records.Source`.
 
     A subset without a test file is split 9:1 by image and label, the same way whatever the seed. Training records are
     capped with labels balanced by `config.train_records_per_subset`, test records by `config.test_records_per_subset`.
 
     Attributes:
       subsets: the choice subsets.
-      detection_subsets: numbers of the subsets that have boxes instead of options.
+      detection_subsets: the subsets that have boxes instead of options, looked at when asked for.
 
     Raises:
       DataError: `root` is no Med-MAT tree, a file is no list, or a subset is unknown.
@@ -129,38 +135,52 @@ class ReleaseSource:
             raise DataError(f"data.root={str(root)!r}: no such folder; that of a Med-MAT tree is accepted")
         self._root, self._config = Path(os.path.realpath(root)), config
         files = subset_files(self._root)
-        self._files = {(file.number, file.split): file.path for file in files if not file.detection}
-        self.detection_subsets = tuple(sorted({file.number for file in files if file.detection}))
-        if not self._files:
+        self._files = {(file.number, file.split): file.path for file in files}
+        self._with_boxes = {file.number for file in files if file.detection}
+        choice = {file.number for file in files if not file.detection}
+        if not choice:
             reason = "no Subset--NN-train.json in it or in its Aggregated_Subsets"
             raise DataError(f"data.root={str(root)!r} is no Med-MAT tree: {reason}")
         self._parsed: dict[tuple[str, Split], list[Record]] = {}
         manifest = read_manifest(self._root)
-        self.subsets = tuple(self._subset(number, manifest) for number in sorted({n for n, _ in self._files}))
+        self.subsets = tuple(self._subset(number, manifest) for number in sorted(choice))
+
+    @functools.cached_property
+    def detection_subsets(self) -> tuple[Subset, ...]:
+        manifest = read_manifest(self._root)
+        return tuple(self._subset(number, manifest) for number in sorted(self._with_boxes))
 
     def records(self, subset: str, split: Split) -> RecordSet:
         """The subset's records, every one checked; images are decoded when asked for. See `records.Source`."""
         if split not in SPLITS:
             raise DataError(f"split {split!r}; {' or '.join(SPLITS)} is accepted")
-        if subset not in {known.name for known in self.subsets}:
-            boxes = "; it has boxes, which are not read" if subset in self.detection_subsets else ""
-            raise DataError(f"subset {subset!r} is no choice subset of {self._root}{boxes}")
+        if subset not in {number for number, _ in self._files}:
+            raise DataError(f"subset {subset!r} is no subset of {self._root}")
         records = self._records(subset, split)
-        places = balanced([record.label for record in records], self._limit(split), self._seed(subset, split))
+        places = balanced([_labels(record) for record in records], self._limit(split), self._seed(subset, split))
         kept = [records[place] for place in places]
         return RecordSet(kept, _TreeImages(self._root, [r.image for r in kept], self._config.max_pixels))
 
     def fingerprint(self) -> str:
-        """A digest of the subset files, of the names and sizes of their images, and of the caps and their seed."""
-        config = self._config
+        """A digest of the choice files, of the names and sizes of their images, and of the caps and their seed."""
+        return self._digest(self.subsets)
+
+    def detection_fingerprint(self) -> str:
+        """The same of the detection files."""
+        return self._digest(self.detection_subsets)
+
+    def _digest(self, subsets: tuple[Subset, ...]) -> str:
+        config, names = self._config, {subset.name for subset in subsets}
         digest = hashlib.sha256(
             repr((config.train_records_per_subset, config.test_records_per_subset, config.seed)).encode()
         )
         for (number, split), path in sorted(self._files.items()):
+            if number not in names:
+                continue
             digest.update(f"\n{number} {split} ".encode() + hashlib.sha256(path.read_bytes()).digest())
             for raw in read_list(path):
                 digest.update(f"\n{_size(self._root, raw)}".encode())
-        for subset in self.subsets:
+        for subset in subsets:
             digest.update(repr((subset.name, subset.modality, subset.area, subset.task)).encode())
         return digest.hexdigest()[:16]
 
@@ -177,12 +197,17 @@ class ReleaseSource:
         """Taken from the JSON alone where both splits are given: records are checked when they are used."""
         if all((number, split) in self._files for split in SPLITS):
             raws = {split: read_list(self._files[number, split]) for split in SPLITS}
-            answers = [raw.get("Answer") for split in SPLITS for raw in raws[split] if isinstance(raw, dict)]
-            labels = {answer for answer in answers if isinstance(answer, str)}
+            listed = [raw for split in SPLITS for raw in raws[split] if isinstance(raw, dict)]
+            key = "Answer"
+            if number in self._with_boxes:
+                key, listed = "label", [box for raw in listed for box in _boxes(raw)]
+            labels = {own[key] for own in listed if isinstance(own.get(key), str)}
             sizes = {split: len(raws[split]) for split in SPLITS}
         else:
             parsed = {split: self._records(number, split) for split in SPLITS}
-            labels = {record.label for split in SPLITS for record in parsed[split]}
+            every = [record for split in SPLITS for record in parsed[split]]
+            labels = {record.label for record in every if record.options}
+            labels |= {box.label for record in every for box in record.boxes}
             sizes = {split: len(parsed[split]) for split in SPLITS}
         limits = {split: self._limit(split) or sizes[split] for split in SPLITS}
         return tuple(sorted(labels)), {split: min(sizes[split], limits[split]) for split in SPLITS}
@@ -192,13 +217,16 @@ class ReleaseSource:
         if (number, split) not in self._parsed:
             if (number, "test") in self._files:
                 path = self._files.get((number, split))
-                found = read_choice_file(path, self._root, subset=number, split=split) if path else []
-                self._parsed[number, split] = found
+                self._parsed[number, split] = self._read(path, number, split) if path else []
             else:
-                path = self._files[number, "train"]
-                both = {own: read_choice_file(path, self._root, subset=number, split=own) for own in SPLITS}
+                both = {own: self._read(self._files[number, "train"], number, own) for own in SPLITS}
                 self._parsed |= _split_by_image(number, both)
         return self._parsed[number, split]
+
+    def _read(self, path: Path, number: str, split: Split) -> list[Record]:
+        if number in self._with_boxes:
+            return read_detection_file(path, self._root, self._config.max_pixels, subset=number, split=split)
+        return read_choice_file(path, self._root, subset=number, split=split)
 
     def _path(self, number: str) -> Path:
         return next(path for (own, _), path in sorted(self._files.items()) if own == number)
@@ -211,7 +239,7 @@ class ReleaseSource:
 
 
 def _split_by_image(number: str, both: dict[Split, list[Record]]) -> dict[tuple[str, Split], list[Record]]:
-    """A tenth of each label's images to test, chosen by a digest of their paths.
+    """A tenth of each label's images (with boxes: of all images) to test, chosen by a digest of their paths.
 
     Args:
       both: the same records, with ids as of either split.
@@ -225,6 +253,17 @@ def _split_by_image(number: str, both: dict[Split, list[Record]]) -> dict[tuple[
         found.sort(key=lambda image: hashlib.sha256(image.encode()).digest())
         test.update(found[: round(len(found) * _TEST_FRACTION)])
     return {(number, split): [r for r in both[split] if (r.image in test) == (split == "test")] for split in SPLITS}
+
+
+def _labels(record: Record) -> str:
+    """What a cap balances: the right option, or all labels of a record's boxes."""
+    return record.label or "+".join(sorted({box.label for box in record.boxes}))
+
+
+def _boxes(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """The boxes of a record that nobody has checked."""
+    boxes = raw.get("boxes")
+    return [box for box in boxes if isinstance(box, dict)] if isinstance(boxes, list) else []
 
 
 def _size(root: Path, raw: Any) -> str:

@@ -24,7 +24,6 @@ KEYS: dict[str, type] = {
     "Answer-choice": str,
     "data-no": str,
 }
-DETECTION_KEYS: dict[str, type] = {"id": int, "image": str, "width": int, "height": int, "boxes": list, "data-no": str}
 
 _OPTION = re.compile(r"([A-Z]): (.*)")
 

@@ -70,6 +70,15 @@ def pairs(target: Subset, subsets: Sequence[Subset]) -> dict[str, tuple[tuple[Su
     return {direction: sets for direction, sets in found.items() if sets}
 
 
+def detection_pairs(
+    target: Subset, subsets: Sequence[Subset], boxes: Sequence[Subset], direction: str
+) -> tuple[tuple[Subset, ...], ...]:
+    """Every pair of a direction with one member of `subsets` (choice questions) and one of `boxes`."""
+    with_boxes = {s.name for s in boxes}
+    found = combinations(target, (*subsets, *boxes), direction)
+    return tuple(pair for pair in found if sum(s.name in with_boxes for s in pair) == 1)
+
+
 def triples(target: Subset, subsets: Sequence[Subset]) -> tuple[tuple[Subset, ...], ...]:
     """Every three subsets of which each shares one element with the target, another one each."""
     return combinations(target, subsets, "one_each")

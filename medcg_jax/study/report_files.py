@@ -13,7 +13,7 @@ from medcg_jax.data.phantom_world import TRIPLETS
 from medcg_jax.data.records import LETTERS, DataError
 from medcg_jax.data.release import read_manifest, subset_table
 from medcg_jax.eval.generate import parse_answer
-from medcg_jax.run_config import TABLES
+from medcg_jax.run_config import BOX_TABLES, TABLES
 from medcg_jax.study import mat, stats
 from medcg_jax.train.log import read_metrics
 
@@ -148,7 +148,7 @@ class Grid:
     def tables(self) -> tuple[str, ...]:
         """Tables with a finished cell, in the study's order."""
         found = {row["table"] for row in self.results}
-        return tuple(name for name in TABLES if name in found)
+        return tuple(name for name in (*TABLES, *BOX_TABLES) if name in found)
 
     def done(self, table: str = "") -> list[dict]:
         return [c for c in self.cells if c["status"] == "done" and table in ("", c["table"])]

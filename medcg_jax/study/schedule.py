@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from medcg_jax.data.records import Subset
 from medcg_jax.data.sources import open_source, require_subsets
-from medcg_jax.run_config import RunConfig, replace
+from medcg_jax.run_config import BOX_TABLES, RunConfig, replace
 from medcg_jax.study.suite import Cell, expand
 from medcg_jax.train.optim import num_steps
 
@@ -107,6 +107,8 @@ def make_plan(run: RunConfig) -> Plan:
     """
     source = open_source(seeded(run, run.study.seeds[0]).data)
     require_subsets(source, [*run.study.targets, *(n for names in run.study.targets_of.values() for n in names)])
-    cells = expand(run, capped(source.subsets, run))
+    # Detection files are looked at where a table wants them, and only there.
+    boxes = capped(source.detection_subsets, run) if set(run.study.tables) & set(BOX_TABLES) else ()
+    cells = expand(run, capped(source.subsets, run), boxes)
     jobs = jobs_of(cells, run)
     return Plan(tuple(cells), tuple(jobs), tuple(groups_of(jobs, run.study.cells_at_once)))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from medcg_jax.data.records import Subset
-from medcg_jax.run_config import ConfigError, RunConfig
+from medcg_jax.run_config import BOX_TABLES, MODELS, ConfigError, RunConfig
 from medcg_jax.study import combos, mat
 
 # Arms that may be trained on what they are tested on (other records of it): the references of tables 1 and 2, and the
@@ -15,6 +15,8 @@ from medcg_jax.study import combos, mat
 SEES_TARGET = ("single_task", "multi_task", "efficiency")
 # Training records of the target on the efficiency curve, as far as the subset has them.
 EFFICIENCY_RECORDS = (0, 10, 30, 100, 300, 1000, 3000)
+# Family -> the published table whose rows its detection pairs repeat; both tables have the same eight.
+DETECTION_TABLES = {"next_chat": 5, "minigpt_v2": 6}
 # Published row's direction -> ours.
 DIRECTIONS = {
     "fixed modality": "fixed_modality",
@@ -77,24 +79,36 @@ def paper_row(row: str) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class World:
-    """What tables are expanded over: the subsets, the targets asked for (none: all), and whether they are released."""
+    """What tables are expanded over.
+
+    Attributes:
+      subsets: those of choice questions. targets: the names asked for; none: all of them. released: whether they are
+        Med-MAT's.
+      boxes: detection subsets, which are trained on and never tested.
+      detection_table: the published one whose rows detection pairs repeat.
+    """
 
     subsets: tuple[Subset, ...]
     targets: tuple[str, ...] = ()
     released: bool = False
+    boxes: tuple[Subset, ...] = ()
+    detection_table: int = 5
 
     def __getitem__(self, name: str) -> Subset:
-        return next(s for s in self.subsets if s.name == name)
+        return next(s for s in (*self.subsets, *self.boxes) if s.name == name)
 
     def asked(self) -> tuple[Subset, ...]:
         return tuple(self[name] for name in self.targets) if self.targets else self.subsets
 
     def has(self, *names: str) -> bool:
-        return set(names) <= {s.name for s in self.subsets}
+        return set(names) <= {s.name for s in (*self.subsets, *self.boxes)}
 
 
-def expand(run: RunConfig, subsets: Sequence[Subset]) -> list[Cell]:
+def expand(run: RunConfig, subsets: Sequence[Subset], boxes: Sequence[Subset] = ()) -> list[Cell]:
     """Every cell of the tables that `run.study` asks for, table by table, row by row, seed by seed.
+
+    Args:
+      subsets: those of choice questions. boxes: detection subsets, for `detection_pairs`.
 
     Raises:
       ConfigError: a target is no subset, or a table has no cell for these subsets.
@@ -102,9 +116,12 @@ def expand(run: RunConfig, subsets: Sequence[Subset]) -> list[Cell]:
     cells = []
     for table in run.study.tables:
         targets = run.study.targets_of.get(table, run.study.targets)
-        world = World(tuple(subsets), targets, run.data.source == "release")
+        world = World(
+            tuple(subsets), targets, run.data.source == "release", tuple(boxes) if table in BOX_TABLES else (),
+            DETECTION_TABLES.get(MODELS[run.model.name], 5),
+        )  # fmt: skip
         for name in targets:
-            if not world.has(name):
+            if name not in {s.name for s in subsets}:
                 raise ConfigError(f"study.targets={name!r}: one of {', '.join(s.name for s in subsets)} is accepted")
         found = [cell for seed in run.study.seeds for cell in _TABLES[table](world, seed)]
         arms = {cell.arm for cell in found}
@@ -113,7 +130,7 @@ def expand(run: RunConfig, subsets: Sequence[Subset]) -> list[Cell]:
         if not found:
             raise ConfigError(
                 f"study.tables={table!r}: no target has the related subsets it needs (targets: "
-                f"{', '.join(world.targets) or 'all'}; subsets: {', '.join(s.name for s in subsets)}; "
+                f"{', '.join(world.targets) or 'all'}; subsets: {', '.join(s.name for s in (*subsets, *world.boxes))}; "
                 f"arms there: {', '.join(sorted(arms)) or 'none'})"
             )
         rows = {row: place for place, row in enumerate(dict.fromkeys(cell.row for cell in found))}
@@ -157,6 +174,12 @@ def _three_arms(table, row, seed, world: World, training, target: Subset, notes)
     yield _cell(table, row, "trained", seed, training, (target,), notes=notes)
 
 
+def _two_arms(table, row, seed, world: World, training, target: Subset, notes) -> Iterator[Cell]:
+    """Baseline and Trained of one row."""
+    yield _cell(table, row, "baseline", seed, (), (target,), notes=notes)
+    yield _cell(table, row, "trained", seed, training, (target,), notes=notes)
+
+
 def _published(world: World, table: int) -> list[mat.PaperRow]:
     """Printed rows whose subsets are all there and whose target is asked for."""
     rows = mat.paper_rows(table) if world.released else ()
@@ -177,30 +200,50 @@ def _derived_targets(world: World, published: Sequence[mat.PaperRow]) -> tuple[S
     return left
 
 
-def _combination_rows(world: World, seed: int, name: str, table: int, directions: Sequence[str]) -> Iterator[Cell]:
+def _combination_rows(
+    world: World, seed: int, name: str, table: int, directions: Sequence[str], sets_of, arms=_three_arms
+) -> Iterator[Cell]:
+    """The arms of a published table's rows, and of one set in each direction of other targets.
+
+    sets_of: (target, direction) -> the sets there are.
+    """
     published = _published(world, table)
     for row in published:
         training = tuple(world[n] for n in row.related)
         text = f"{DIRECTIONS[row.direction]}/{row.target}/t{table}r{row.row}"
         notes = f"arXiv v1 table {table} row {row.row}, reading: {row.confidence} confidence"
-        yield from _three_arms(name, text, seed, world, training, world[row.target], notes)
+        yield from arms(name, text, seed, world, training, world[row.target], notes)
     for target in _derived_targets(world, published):
         for direction in directions:
-            sets = combos.combinations(target, world.subsets, direction)
+            sets = sets_of(target, direction)
             if sets:
                 training = combos.choose(sets, direction, target, seed)
                 notes = f"1 of {len(sets)} sets, drawn by the seed"
-                yield from _three_arms(name, f"{direction}/{target.name}", seed, world, training, target, notes)
+                yield from arms(name, f"{direction}/{target.name}", seed, world, training, target, notes)
 
 
 def pairs(world: World, seed: int) -> Iterator[Cell]:
     """Table 3: two subsets which share elements with the target in one of four directions."""
-    yield from _combination_rows(world, seed, "pairs", 3, combos.PAIR_DIRECTIONS)
+    yield from _combination_rows(world, seed, "pairs", 3, combos.PAIR_DIRECTIONS, _choice_sets(world))
 
 
 def triples(world: World, seed: int) -> Iterator[Cell]:
     """Table 4: three subsets, one element each."""
-    yield from _combination_rows(world, seed, "triples", 4, ("one_each",))
+    yield from _combination_rows(world, seed, "triples", 4, ("one_each",), _choice_sets(world))
+
+
+def detection_pairs(world: World, seed: int) -> Iterator[Cell]:
+    """Tables 5 and 6: pairs as in table 3 of a detection subset and one of choice questions; they have no Baseline+."""
+
+    def sets_of(target: Subset, direction: str):
+        return combos.detection_pairs(target, world.subsets, world.boxes, direction)
+
+    number = world.detection_table
+    yield from _combination_rows(world, seed, "detection_pairs", number, combos.PAIR_DIRECTIONS, sets_of, _two_arms)
+
+
+def _choice_sets(world: World):
+    return lambda target, direction: combos.combinations(target, world.subsets, direction)
 
 
 def ablation(world: World, seed: int) -> Iterator[Cell]:
@@ -288,4 +331,5 @@ _TABLES: dict[str, Callable[[World, int], Iterator[Cell]]] = {
     "ablation": ablation,
     "multi_task": multi_task,
     "efficiency": efficiency,
+    "detection_pairs": detection_pairs,
 }

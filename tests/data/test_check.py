@@ -5,7 +5,7 @@ import json
 import pytest
 from trees import raw_record, write_image, write_subset, write_tree
 
-from medcg_jax.data.check import check_tree, detection_problems, print_report
+from medcg_jax.data.check import check_tree, print_report
 from medcg_jax.data.records import DataError
 
 
@@ -18,6 +18,7 @@ def test_a_good_tree_has_nothing_wrong(tmp_path):
 def test_the_pack_has_nothing_wrong(shared_dir):
     report = check_tree(shared_dir / "data" / "medmat-mini")
     assert report.ok and (report.num_files, report.num_records, report.num_images) == (46, 6352, 5612)
+    assert (report.num_detection, report.num_boxes) == (984, 3765)
 
 
 def test_everything_wrong_is_reported_and_nothing_else(tmp_path):
@@ -97,24 +98,3 @@ def test_the_printed_report_shortens_long_lists(tmp_path, capsys):
     print_report(check_tree(tmp_path), limit=2)
     out = capsys.readouterr().out
     assert "image: 5" in out and "and 3 more" in out and out.count("not an image") == 2
-
-
-@pytest.mark.parametrize(
-    ("box", "reason"),
-    [
-        ({"label": "x", "bbox": [0, 0, 12, 8]}, None),
-        ({"label": "x", "bbox": [0.5, 0, 11.5, 8]}, None),
-        ({"label": "x", "bbox": [5, 0, 5, 8]}, "x1 < x2"),
-        ({"label": "x", "bbox": [0, 0, 12.5, 8]}, "not inside"),
-        ({"label": "x", "bbox": [-1, 0, 12, 8]}, "not inside"),
-        ({"label": "x", "bbox": [float("nan"), 0, 12, 8]}, "x1 < x2"),
-        ({"label": "x", "bbox": [0, 0, 12]}, "four numbers"),
-        ({"label": "x", "bbox": [0, 0, 12, True]}, "four numbers"),
-        ({"label": "", "bbox": [0, 0, 12, 8]}, "no label"),
-        ("box", "no label"),
-    ],
-)
-def test_boxes(box, reason):
-    found = detection_problems({"width": 12, "height": 8, "boxes": [box]}, (8, 12))
-    assert [kind for kind, _ in found] == (["box"] if reason else [])
-    assert not reason or reason in found[0][1]

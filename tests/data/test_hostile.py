@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medcg_jax.data.check import detection_problems
-from medcg_jax.data.images import ImageError, load_image
-from medcg_jax.data.schema import DETECTION_KEYS, ReleaseError, check_keys, read_choice_file, read_list
+from medcg_jax.data.check import check_tree
+from medcg_jax.data.images import ImageError, image_size, load_image
+from medcg_jax.data.schema import ReleaseError, read_choice_file, read_list
+from medcg_jax.data.schema_detection import parse_detection, read_detection_file
 from medcg_jax.run_config import DataConfig
 
 PACK = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "medmat-mini"
@@ -68,6 +69,7 @@ def test_image_is_taken(case):
     found, wanted = load_image(path, MAX_PIXELS), case["as"]
     width, height = wanted.get("size") or wanted["size_after_exif"]
     assert found.shape == (height, width, 3) and found.dtype == np.uint8
+    assert image_size(path, MAX_PIXELS) == (height, width)
     assert found.std() > 0 or found.size == 3
     if wanted.get("mode_in_file") == "I;16":
         assert (found.min(), found.max()) == (wanted["min16"] // 257, wanted["max16"] // 257)
@@ -98,13 +100,36 @@ def test_file_is_refused(case):
 
 @pytest.mark.parametrize("case", cases("json-detection", False))
 def test_detection_records_are_refused(case):
-    raws = read_list(PACK / "hostile" / case["file"])
-    found = []
-    for raw in raws:
-        check_keys(raw, DETECTION_KEYS, case["file"], str(raw["id"]))
-        height, width = load_image(PACK / raw["image"], MAX_PIXELS).shape[:2]
-        found.append(detection_problems(raw, (height, width)))
-    (swapped,), (outside,), (size,) = found
-    assert swapped[0] == "box" and "x1 < x2" in swapped[1]
-    assert outside[0] == "box" and "not inside the image of 160 x 160" in outside[1]
-    assert size[0] == "size" and "999 x 160" in size[1]
+    path, found = PACK / "hostile" / case["file"], []
+    for place, raw in enumerate(read_list(path)):
+        size = image_size(PACK / raw["image"], MAX_PIXELS)
+        with pytest.raises(ReleaseError) as error:
+            parse_detection(raw, file=path.name, place=place, subset="47", split="train", size=size)
+        found.append(error.value)
+    assert [(e.file, e.record, e.kind) for e in found] == [
+        (path.name, "record 1", "box"),
+        (path.name, "record 2", "box"),
+        (path.name, "record 3", "size"),
+    ]
+    swapped, outside, wrong_size = (e.reason for e in found)
+    assert "x1 < x2" in swapped and "not inside the image of 160 x 160" in outside and "999 x 160" in wrong_size
+    with pytest.raises(ReleaseError, match="^det_bad_boxes.json: record 1: bbox .*x1 < x2"):
+        read_detection_file(path, PACK, MAX_PIXELS)
+
+
+def test_the_check_names_the_bad_detection_records(tmp_path):
+    if not CASES:
+        pytest.skip("../shared is not on this machine")
+    (tmp_path / "hostile").symlink_to(PACK / "hostile")
+    (tmp_path / "Subset--47-det-train.json").write_bytes((PACK / "hostile" / "det_bad_boxes.json").read_bytes())
+    report = check_tree(tmp_path)
+    # A link out of the tree is refused before any box is looked at.
+    assert report.counts() == {"path": 3} and report.num_detection == 3
+    (tmp_path / "hostile").unlink()
+    (tmp_path / "hostile" / "images").mkdir(parents=True)
+    image = "hostile/images/good_gray.jpg"
+    (tmp_path / image).write_bytes((PACK / image).read_bytes())
+    report = check_tree(tmp_path)
+    found = [(problem.record, problem.kind) for problem in report.problems]
+    assert found == [("record 1", "box"), ("record 2", "box"), ("record 3", "size")]
+    assert (report.num_records, report.num_detection, report.num_boxes) == (3, 3, 2)

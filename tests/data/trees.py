@@ -48,3 +48,16 @@ def write_tree(root: Path, *, train: int = 12, test: int = 4) -> Path:
         raws = [raw_record(first + i, label=labels[i % 4]) for i in range(count)]
         write_subset(root, f"Subset--04-{split}", raws)
     return root
+
+
+def raw_box_record(number: int, *, label="Skin lesion", **changes):
+    """A detection record of an image as `write_image` makes it."""
+    record = {
+        "id": number,
+        "image": f"med-mat/boxes/{number}.png",
+        "width": 12,
+        "height": 8,
+        "boxes": [{"label": label, "bbox": [1, 2, 5, 6]}],
+        "data-no": "71",
+    }
+    return record | changes

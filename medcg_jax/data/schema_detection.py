@@ -1,0 +1,98 @@
+"""The detection files of a Med-MAT tree (`-det-`), checked key by key: JSON lists of records with boxes.
+
+The release's own detection subsets are not out; the keys and types are those of medmat-mini's README.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from medcg_jax.data.images import ImageError, image_size
+from medcg_jax.data.records import Box, Record
+from medcg_jax.data.schema import ReleaseError, check_id, check_keys, image_path, read_list, record_name
+
+DETECTION_KEYS: dict[str, type] = {"id": int, "image": str, "width": int, "height": int, "boxes": list, "data-no": str}
+
+
+def parse_detection(raw: Any, *, file: str, place: int, subset: str, split: str, size: tuple[int, int]) -> Record:
+    """The record that one JSON object describes; further keys are ignored, and no box at all is accepted.
+
+    Args:
+      size: (height, width) of its image in pixels, upright.
+
+    Raises:
+      ReleaseError: kind `type`, `key`, `size` or `box`.
+    """
+    name = record_name(raw, place)
+    check_keys(raw, DETECTION_KEYS, file, name)
+    for kind, reason in detection_problems(raw, size):
+        raise ReleaseError(file, name, kind, reason)
+    return Record(
+        id=f"{subset}/{split}/{raw['id']}",
+        subset=subset,
+        turns=(),
+        image=raw["image"],
+        data_no=raw["data-no"],
+        boxes=tuple(Box(box["label"], *map(float, box["bbox"])) for box in raw["boxes"]),
+        size_px=size,
+    )
+
+
+def detection_problems(raw: dict[str, Any], size: tuple[int, int]) -> list[tuple[str, str]]:
+    """(kind, reason) of everything wrong with a detection record's sizes and boxes.
+
+    Args:
+      raw: the record, its keys and types checked.
+      size: (height, width) of its image in pixels, upright.
+    """
+    found = []
+    height, width = size
+    if (raw["width"], raw["height"]) != (width, height):
+        reason = f"width and height are {raw['width']} x {raw['height']}; the image has {width} x {height} pixels"
+        found.append(("size", reason))
+    for box in raw["boxes"]:
+        reason = _box_reason(box, width, height)
+        if reason:
+            found.append(("box", reason))
+    return found
+
+
+def read_detection_file(path: Path, root: Path, max_pixels: int, *, subset: str = "", split: str = "") -> list[Record]:
+    """All records of one file, every one checked against the size in its image's header (pixels are not decoded).
+
+    Raises:
+      ReleaseError: at the first thing that is wrong: kinds of `parse_detection`, `duplicate_id`, those of
+        `schema.read_list` and `schema.image_path`, and `image` (no size can be read, or it is above `max_pixels`).
+    """
+    root = Path(os.path.realpath(root))
+    records: list[Record] = []
+    seen: set[int] = set()
+    for place, raw in enumerate(read_list(path)):
+        name = record_name(raw, place)
+        check_id(raw, seen, file=path.name, place=place)
+        check_keys(raw, DETECTION_KEYS, path.name, name)
+        image = image_path(root, raw["image"], file=path.name, record=name)
+        try:
+            size = image_size(image, max_pixels)
+        except ImageError as error:
+            raise ReleaseError(path.name, name, "image", f"image {raw['image']!r}: {error}") from error
+        records.append(parse_detection(raw, file=path.name, place=place, subset=subset, split=split, size=size))
+    return records
+
+
+def _box_reason(box: Any, width: int, height: int) -> str:
+    label = box.get("label") if isinstance(box, dict) else None
+    if not isinstance(label, str) or not label or label != label.strip() or not label.isprintable():
+        return f"box {box!r} has no label; one line of text is accepted"
+    corners = box.get("bbox")
+    if not isinstance(corners, list) or len(corners) != 4 or not all(type(c) in (int, float) for c in corners):
+        return f"bbox {corners!r}; four numbers x1, y1, x2, y2 are accepted"
+    x1, y1, x2, y2 = corners
+    # Written so that a NaN fails.
+    if not (x1 < x2 and y1 < y2):
+        return f"bbox {corners}: x1 < x2 and y1 < y2 are needed"
+    if not (x1 >= 0 and y1 >= 0 and x2 <= width and y2 <= height):
+        return f"bbox {corners} is not inside the image of {width} x {height} pixels"
+    return ""
