@@ -67,7 +67,7 @@ class ClipVision(nnx.Module):
 
     def embed(self, pixels: jax.Array, dtype) -> jax.Array:
         """float[B, 1 + P, E]: what the first layer gets; class token first."""
-        x = self.patch(_patches(normalise(pixels, self.config), self.config.patch_size_px).astype(dtype))
+        x = self.patch(patches(normalise(pixels, self.config), self.config.patch_size_px).astype(dtype))
         first = jnp.broadcast_to(self.class_token[...].astype(dtype), (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([first, x], axis=1) + self.positions[...].astype(dtype)
         return constrain(self.norm(x), "act_batch", "act_len", "act_embed")
@@ -104,7 +104,7 @@ def normalise(pixels: jax.Array, config: ClipVisionConfig) -> jax.Array:
     return pixels.astype(jnp.float32) * (1 / (255 * std)) - mean / std
 
 
-def _patches(pixels: jax.Array, size: int) -> jax.Array:
+def patches(pixels: jax.Array, size: int) -> jax.Array:
     """float[B, P, size * size * 3]: the pixels of each patch in the order row, column, channel."""
     batch, height, width, channels = pixels.shape
     x = pixels.reshape(batch, height // size, size, width // size, size, channels)

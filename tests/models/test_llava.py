@@ -99,7 +99,7 @@ def column_major(pixels, size):
     return clip_patches(pixels.swapaxes(1, 2), size)
 
 
-clip_patches = clip._patches
+clip_patches = clip.patches
 # name -> (change of config, change of params, (module, name, replacement) in the code)
 FAULTS = {
     "rope theta": (text(rope_theta=510.0), None, None),
@@ -112,7 +112,7 @@ FAULTS = {
     "tanh gelu": (None, None, (llava, "gelu", jax.nn.gelu)),
     "gelu in clip": (None, None, (blocks, "quick_gelu", partial(jax.nn.gelu, approximate=False))),
     "interleaved rope": (None, None, (blocks, "rotate", interleaved)),
-    "patches by column": (None, None, (clip, "_patches", column_major)),
+    "patches by column": (None, None, (clip, "patches", column_major)),
     "images swapped": (None, None, (llava, "merge_images", lambda x, f, m: merge_images(x, jnp.roll(f, 9, axis=1), m))),
 }
 
