@@ -184,7 +184,7 @@ def config_from_json(found: dict, clip: dict | None = None) -> LlavaConfig:
     text = found.get("text_config") or {}
     config = LlavaConfig(
         vision=_vision(found.get("vision_config") or {}, layer),
-        text=_text(text),
+        text=decoder_config(text),
         image_token_id=found.get("image_token_id", found.get("image_token_index", 32000)),
         pad_token_id=_first(found.get("pad_token_id"), text.get("pad_token_id"), 0),
         eos_token_id=_first(found.get("eos_token_id"), text.get("eos_token_id"), 2),
@@ -199,7 +199,7 @@ def _from_original(found: dict, clip: dict | None) -> LlavaConfig:
     # The original repository's sentinel -200 is no token id; llava-hf's choice takes its place.
     return LlavaConfig(
         vision=_vision(vision, found.get("mm_vision_select_layer", -2)) if clip else ClipVisionConfig(),
-        text=_text(found),
+        text=decoder_config(found),
         image_token_id=32000,
         pad_token_id=_first(found.get("pad_token_id"), 0),
         eos_token_id=_first(found.get("eos_token_id"), 2),
@@ -220,7 +220,8 @@ def _vision(found: dict, feature_layer: int) -> ClipVisionConfig:
     )
 
 
-def _text(found: dict) -> DecoderConfig:
+def decoder_config(found: dict) -> DecoderConfig:
+    """The decoder that Llama's config.json, or a `text_config` of its fields, states."""
     _expect(found, "text_config.", hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=False)
     if found.get("model_type", "llama") not in ("llama", "llava", "llava_llama"):
         raise WeightsError(f"config.json has text_config.model_type={found['model_type']!r}; 'llama' is accepted")
