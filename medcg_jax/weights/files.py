@@ -6,6 +6,8 @@ that bfloat16 needs no PyTorch. Source: huggingface/safetensors:README.md, "Form
 
 import json
 import math
+import pickle
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -41,7 +43,7 @@ def open_tensors(directory: Path) -> Tensors:
     Raises:
       WeightsError: there are none, a shard of the index is missing, a file is damaged, or PyTorch is needed and absent.
     """
-    for stem, opener in (("model.safetensors", _open_safetensors), ("pytorch_model.bin", _open_bin)):
+    for stem, opener in (("model.safetensors", _open_safetensors), ("pytorch_model.bin", open_bin)):
         files = _files(directory, stem)
         if files:
             return _joined([opener(file) for file in files])
@@ -98,12 +100,32 @@ def _open_safetensors(path: Path) -> Tensors:
     return Tensors({name: tuple(entry["shape"]) for name, entry in header.items()}, read)
 
 
-def _open_bin(path: Path) -> Tensors:
+def open_bin(path: Path, entry: str | None = None) -> Tensors:
+    """The tensors of one PyTorch file, or of the dict that it holds as `entry`; nothing in it is executed.
+
+    Raises:
+      WeightsError: PyTorch is absent, the file is damaged, holds other objects than tensors and plain values, or lacks
+        `entry`.
+    """
     try:
         import torch
     except ImportError as error:
         raise WeightsError(f"{path} is a PyTorch file and needs PyTorch: pip install 'medcg_jax[parity]'") from error
-    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file")
+    try:
+        # Files of old versions are no archives, and cannot be mapped.
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        raise WeightsError(f"{path} is no PyTorch file of tensors and plain values: {reason}") from error
+    if entry is not None:
+        if not isinstance(tensors, dict) or entry not in tensors:
+            held = ", ".join(map(str, tensors)) if isinstance(tensors, dict) else type(tensors).__name__
+            raise WeightsError(f"{path} has no entry {entry!r}; it holds {held[:200]}")
+        tensors = tensors[entry]
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise WeightsError(f"{path} holds other things than tensors by name; a state dict is accepted")
 
     def read(name: str) -> np.ndarray:
         tensor = tensors[name].detach()
