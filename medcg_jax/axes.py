@@ -20,6 +20,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "norm": None,
     "patch": None,
     "pos": None,
+    "rank": None,
     "vision_embed": "fsdp",
     "vision_mlp": "tensor",
     "vision_heads": "tensor",
