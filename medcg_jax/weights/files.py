@@ -43,7 +43,7 @@ def open_tensors(directory: Path) -> Tensors:
     Raises:
       WeightsError: there are none, a shard of the index is missing, a file is damaged, or PyTorch is needed and absent.
     """
-    for stem, opener in (("model.safetensors", _open_safetensors), ("pytorch_model.bin", open_bin)):
+    for stem, opener in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_bin)):
         files = _files(directory, stem)
         if files:
             return _joined([opener(file) for file in files])
@@ -74,7 +74,14 @@ def _joined(parts: list[Tensors]) -> Tensors:
     return Tensors(shapes, lambda name: owner[name].read(name))
 
 
-def _open_safetensors(path: Path) -> Tensors:
+def open_safetensors(path: Path) -> Tensors:
+    """The tensors of one safetensors file, read when asked.
+
+    Raises:
+      WeightsError: the file is missing, cut off or damaged.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
