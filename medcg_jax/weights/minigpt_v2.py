@@ -1,0 +1,314 @@
+"""MiniGPT-v2's table, the spellings of its tensor names, its config.json, and its three released files as one.
+
+Layouts: the model's whole state dict in one directory, whose config.json names the sizes; or the release, which is
+Llama-2-chat's directory (HF), `eva_vit_g.pth` and MiniGPT-v2's own .pth (projector, adapters and what else was trained).
+Source: Vision-CAIR/MiniGPT-4:minigpt4/models/base_model.py, eva_vit.py:create_eva_vit_g and runners/runner_base.py at
+d94738a; names of the adapters as peft 0.2.0 and later write them.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from medcg_jax.models.decoder import DecoderConfig
+from medcg_jax.models.eva import EvaConfig
+from medcg_jax.models.minigpt_v2 import MiniGPTv2Config
+from medcg_jax.nn.lora import LoraConfig
+from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, linear
+from medcg_jax.weights.files import Tensors, WeightsError, open_bin, open_tensors, read_json
+from medcg_jax.weights.llava import LLAMA_LAYER, decoder_config
+from medcg_jax.weights.positions import resize_positions
+
+# Buffers that are saved with the adapters: recomputed here, never parameters.
+IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+# What eva_vit_g.pth holds beside the tower.
+EVA_IGNORED = re.compile(r"^(head|norm|fc_norm)\.|^mask_token$|\.relative_position_index$")
+# Names of the release's files, looked for beside Llama's when `parts` does not say where they are.
+EVA_FILE, OWN_FILE = "eva_vit_g.pth", "minigptv2_checkpoint.pth"
+# What no file of the release states.
+RELEASED = MiniGPTv2Config()
+# Llama's token that opens a sequence.
+BOS = 1
+
+
+def fused_qkv() -> Transform:
+    """Rows [3 * N * H, E] of all queries, then keys, then values <-> ours [E, N, 3 * H], the three of each head."""
+
+    def load(tensor: np.ndarray, shape) -> np.ndarray:
+        width, num_heads, three = shape
+        return tensor.reshape(3, num_heads, three // 3, width).transpose(3, 1, 0, 2).reshape(shape)
+
+    def store(ours: np.ndarray) -> np.ndarray:
+        width, num_heads, three = ours.shape
+        return ours.reshape(width, num_heads, 3, three // 3).transpose(2, 1, 3, 0).reshape(-1, width)
+
+    return Transform(load, store, lambda shape: (math.prod(shape[1:]), shape[0]))
+
+
+def leading_ones(num: int) -> Transform:
+    """PyTorch's tensor with `num` axes of size 1 in front <-> ours without them."""
+    return Transform(
+        load=lambda tensor, shape: tensor.reshape(shape),
+        store=lambda ours: ours.reshape((1,) * num + ours.shape),
+        released_shape=lambda shape: (1,) * num + tuple(shape),
+    )
+
+
+EVA_LAYER = (
+    ("norm1.weight", "norm1 scale", SAME),
+    ("norm1.bias", "norm1 bias", SAME),
+    ("attn.qkv.weight", "qkv kernel", fused_qkv()),
+    ("attn.q_bias", "q_bias", FLAT),
+    ("attn.v_bias", "v_bias", FLAT),
+    ("attn.proj.weight", "out kernel", linear(inputs=2)),
+    ("attn.proj.bias", "out bias", FLAT),
+    ("norm2.weight", "norm2 scale", SAME),
+    ("norm2.bias", "norm2 bias", SAME),
+    ("mlp.fc1.weight", "up kernel", linear()),
+    ("mlp.fc1.bias", "up bias", FLAT),
+    ("mlp.fc2.weight", "down kernel", linear()),
+    ("mlp.fc2.bias", "down bias", FLAT),
+)
+LORA_LAYER = tuple(
+    (f"self_attn.{ours}_proj.lora_{half.upper()}.weight", f"{ours} {half}", linear()) for ours in "qv" for half in "ab"
+)
+OUTER = (
+    ("visual_encoder.cls_token", "vision class_token", leading_ones(2)),
+    ("visual_encoder.pos_embed", "vision positions", leading_ones(1)),
+    ("visual_encoder.patch_embed.proj.bias", "vision patch bias", FLAT),
+    ("ln_vision.weight", "vision norm scale", SAME),
+    ("ln_vision.bias", "vision norm bias", SAME),
+    ("llama_proj.weight", "projector kernel", linear()),
+    ("llama_proj.bias", "projector bias", FLAT),
+)
+LLAMA_OUTER = (
+    ("llama_model.model.embed_tokens.weight", "decoder embed table", SAME),
+    ("llama_model.model.norm.weight", "decoder norm scale", SAME),
+    ("llama_model.lm_head.weight", "decoder head kernel", linear()),
+)
+
+
+def table(config: MiniGPTv2Config) -> list[Entry]:
+    """Canonical name -> parameter, for every tensor of MiniGPT-v2's state dict."""
+    layers, llama_layer = range(config.text.num_layers), "llama_model.model.layers.{layer}."
+    patch = conv_patch(config.vision.patch_size_px)
+    blocks = range(config.vision.num_layers)
+    return [
+        Entry("visual_encoder.patch_embed.proj.weight", ("vision", "patch", "kernel"), patch),
+        *_entries("", (), OUTER + LLAMA_OUTER, None),
+        *_entries("visual_encoder.blocks.{layer}.", ("vision", "blocks"), EVA_LAYER, blocks),
+        *_entries(llama_layer, ("decoder", "blocks"), LLAMA_LAYER, layers),
+        *_entries(llama_layer, ("lora",), LORA_LAYER, layers),
+    ]
+
+
+def _entries(prefix: str, path: tuple[str, ...], lines, layers: range | None) -> list[Entry]:
+    return [Entry(prefix + name, path + tuple(ours.split()), transform, layers) for name, ours, transform in lines]
+
+
+def canonical(name: str) -> str | None:
+    """The table's spelling of a tensor name of MiniGPT-v2's state dict; None for what is ignored.
+
+    Examples: "llama_model.base_model.model.lm_head.0.weight" (peft 0.2.0) is "llama_model.lm_head.weight";
+    "...q_proj.lora_A.default.weight" and "...q_proj.base_layer.weight" (later) lose the word in the middle.
+    """
+    if IGNORED.search(name):
+        return None
+    name = re.sub(r"^llama_model\.base_model\.model\.", "llama_model.", name)
+    name = re.sub(r"\.lm_head\.0\.", ".lm_head.", name)
+    return re.sub(r"_proj\.(base_layer|(lora_[AB])\.default)\.", lambda m: f"_proj.{m[2]}." if m[2] else "_proj.", name)
+
+
+def canonical_llama(name: str) -> str | None:
+    """As `canonical`, for the tensors of Llama-2-chat."""
+    return None if IGNORED.search(name) else f"llama_model.{name}"
+
+
+def canonical_eva(name: str, num_layers: int) -> str | None:
+    """As `canonical`, for the tensors of eva_vit_g.pth, whose last block is not used."""
+    block = re.match(r"blocks\.(\d+)\.", name)
+    beyond = block is not None and int(block[1]) >= num_layers
+    return None if beyond or EVA_IGNORED.search(name) else f"visual_encoder.{name}"
+
+
+def released_name(name: str) -> str:
+    """The original code's spelling of a canonical name (peft 0.2.0)."""
+    name = re.sub(r"^llama_model\.", "llama_model.base_model.model.", name)
+    return re.sub(r"\.lm_head\.", ".lm_head.0.", name)
+
+
+def read_release(src: Path, parts: Mapping[str, Path]) -> MiniGPTv2Config:
+    """The architecture of the directory `src`: of a whole state dict, or Llama-2-chat's with the released other parts."""
+    found = read_json(src / "config.json")
+    if found.get("model_type") == "llama":
+        return dataclasses.replace(RELEASED, text=decoder_config(found))
+    return config_from_json(found)
+
+
+def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[str, str]]:
+    """(tensors, canonical name -> name in them) of the directory `src`.
+
+    parts: where `src` is Llama-2-chat's, the files `eva` (eva_vit_g.pth) and `minigpt` (MiniGPT-v2's .pth); those that
+      are not given are looked for in `src` and beside it.
+
+    Positions of another grid are resized; the norm behind the tower is ones and zeros where no file has it; what
+    MiniGPT-v2's own file holds goes before the others.
+
+    Raises:
+      WeightsError: a file is missing or no file of tensors.
+    """
+    if read_json(src / "config.json").get("model_type") != "llama":
+        tensors = open_tensors(src)
+        return tensors, canonical_names(tensors.shapes, canonical, str(src))
+    vision = read_release(src, parts).vision
+    eva_file, own_file = _part(src, parts, "eva", EVA_FILE), _part(src, parts, "minigpt", OWN_FILE)
+    llama, eva, own = open_tensors(src), _resized(open_bin(eva_file), vision), open_bin(own_file, "model")
+    norm = {"ln_vision.weight": np.ones(vision.embed_dim, np.float32)}
+    norm["ln_vision.bias"] = 0 * norm["ln_vision.weight"]
+    plain = Tensors({name: value.shape for name, value in norm.items()}, norm.__getitem__)
+    sources = {
+        "llama": (llama, canonical_names(llama.shapes, canonical_llama, str(src))),
+        "norm": (plain, canonical_names(norm, canonical, "the default norm")),
+        "eva": (eva, canonical_names(eva.shapes, lambda name: canonical_eva(name, vision.num_layers), str(eva_file))),
+        "minigpt": (own, canonical_names(own.shapes, canonical, str(own_file))),
+    }
+    shapes, names = {}, {}
+    for source, (tensors, found) in sources.items():
+        # A prefix keeps the files' names apart.
+        shapes |= {f"{source}:{name}": tensors.shapes[name] for name in found.values()}
+        names |= {key: f"{source}:{name}" for key, name in found.items()}
+
+    def read(name: str) -> np.ndarray:
+        source, _, own_name = name.partition(":")
+        return sources[source][0].read(own_name)
+
+    return Tensors(shapes, read), names
+
+
+def _part(src: Path, parts: Mapping[str, Path], part: str, name: str) -> Path:
+    places = [parts[part]] if part in parts else [src / name, src.resolve().parent / name]
+    for place in places:
+        if place.is_file():
+            return place
+    raise WeightsError(
+        f"{src} holds Llama alone, and {' and '.join(map(str, places))} is no file; MiniGPT-v2's release is Llama-2-7b-chat "
+        f"in HF's layout, {EVA_FILE} and the released .pth ({OWN_FILE}): put them in {src}, or name them"
+    )
+
+
+def _resized(eva: Tensors, vision: EvaConfig) -> Tensors:
+    """`eva` with its positions on the grid of `vision`."""
+    name, side = "pos_embed", vision.image_size_px // vision.patch_size_px
+    shapes = dict(eva.shapes)
+    if name in shapes and len(shapes[name]) == 3 and math.isqrt(shapes[name][1] - 1) ** 2 == shapes[name][1] - 1:
+        shapes[name] = (1, side * side + 1, shapes[name][2])
+
+    def read(wanted: str) -> np.ndarray:
+        value = eva.read(wanted)
+        return resize_positions(value[0], side)[None] if value.shape != shapes[wanted] else value
+
+    return Tensors(shapes, read)
+
+
+def config_from_json(found: dict) -> MiniGPTv2Config:
+    """The architecture that a whole state dict's config.json states.
+
+    Raises:
+      WeightsError: it is of another model, lacks a size, or differs from what this port computes; names the difference.
+    """
+    if found.get("model_type", "minigpt_v2") != "minigpt_v2":
+        raise WeightsError(f"config.json has model_type={found['model_type']!r}; 'minigpt_v2' is accepted")
+    sizes = (
+        "image_size", "patch_size", "vit_width", "vit_depth", "vit_heads", "vit_mlp_hidden", "vocab_size", "hidden_size",
+        "intermediate_size", "num_hidden_layers", "num_attention_heads", "lora_r", "lora_alpha",
+    )  # fmt: skip
+    missing = [name for name in sizes if name not in found]
+    if missing:
+        raise WeightsError(f"config.json of MiniGPT-v2 lacks {', '.join(missing)}")
+    lora = LoraConfig(found["lora_r"], float(found["lora_alpha"]))
+    accepted = {"lora_target_modules": ["q_proj", "v_proj"], "lora_scale": lora.scale}
+    for key, value in accepted.items():
+        if found.get(key, value) != value:
+            raise WeightsError(f"config.json has {key}={found[key]!r}; {value!r} is accepted")
+    return MiniGPTv2Config(
+        vision=EvaConfig(
+            image_size_px=found["image_size"],
+            patch_size_px=found["patch_size"],
+            num_layers=found["vit_depth"],
+            embed_dim=found["vit_width"],
+            num_heads=found["vit_heads"],
+            mlp_dim=found["vit_mlp_hidden"],
+            norm_eps=found.get("vit_layer_norm_eps", RELEASED.vision.norm_eps),
+            out_norm_eps=found.get("ln_vision_eps", RELEASED.vision.out_norm_eps),
+        ),
+        # Transformers' own default of this field is another model's.
+        text=decoder_config({"rms_norm_eps": RELEASED.text.norm_eps, **found, "model_type": "llama"}),
+        lora=lora,
+        patches_per_token=found.get("tokens_per_group", RELEASED.patches_per_token),
+        image_token_id=found.get("image_token_id", max(RELEASED.image_token_id, found["vocab_size"])),
+        pad_token_id=found.get("pad_token_id", RELEASED.pad_token_id),
+        eos_token_id=found.get("eos_token_id", RELEASED.eos_token_id),
+    )
+
+
+def config_to_json(config: MiniGPTv2Config, dtype: str) -> dict:
+    """config.json beside a whole state dict of this architecture."""
+    vision = config.vision
+    return {
+        "model_type": "minigpt_v2",
+        "torch_dtype": dtype,
+        "image_size": vision.image_size_px,
+        "patch_size": vision.patch_size_px,
+        "vit_width": vision.embed_dim,
+        "vit_depth": vision.num_layers,
+        "vit_heads": vision.num_heads,
+        "vit_mlp_hidden": vision.mlp_dim,
+        "vit_layer_norm_eps": vision.norm_eps,
+        "ln_vision_eps": vision.out_norm_eps,
+        "tokens_per_group": config.patches_per_token,
+        "num_image_tokens": config.num_image_tokens,
+        "lora_r": config.lora.rank,
+        "lora_alpha": config.lora.alpha,
+        "lora_scale": config.lora.scale,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "image_token_id": config.image_token_id,
+        "pad_token_id": config.pad_token_id,
+        "eos_token_id": config.eos_token_id,
+        **_text_sizes(config.text),
+    }
+
+
+def llama_json(config: MiniGPTv2Config, dtype: str) -> dict:
+    """config.json of the decoder alone, as transformers' Llama."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": dtype,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": BOS,
+        "eos_token_id": config.eos_token_id,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.text.rope_theta},
+        **_text_sizes(config.text),
+    }
+
+
+def _text_sizes(text: DecoderConfig) -> dict:
+    return {
+        "hidden_size": text.embed_dim,
+        "intermediate_size": text.mlp_dim,
+        "max_position_embeddings": text.max_positions,
+        "num_attention_heads": text.num_heads,
+        "num_hidden_layers": text.num_layers,
+        "num_key_value_heads": text.num_kv_heads,
+        "head_dim": text.head_dim,
+        "rms_norm_eps": text.norm_eps,
+        "rope_theta": text.rope_theta,
+        "tie_word_embeddings": False,
+        "vocab_size": text.vocab_size,
+    }
