@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.axes import spec
 from medcg_jax.models.llava import Llava, LlavaConfig, llava15_7b, llava15_13b, llava15_tiny
+from medcg_jax.models.minigpt_v2 import MiniGPTv2, MiniGPTv2Config, minigpt_v2_7b, minigpt_v2_tiny
 from medcg_jax.models.mllama import (
     Mllama,
     MllamaConfig,
@@ -25,7 +26,12 @@ from medcg_jax.models.mllama import (
 from medcg_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig, qwen2_vl_2b, qwen2_vl_7b, qwen2_vl_72b, qwen2_vl_tiny
 
 # A config's type -> the module that it is the architecture of.
-MODULES: dict[type, type[nnx.Module]] = {LlavaConfig: Llava, Qwen2VLConfig: Qwen2VL, MllamaConfig: Mllama}
+MODULES: dict[type, type[nnx.Module]] = {
+    LlavaConfig: Llava,
+    Qwen2VLConfig: Qwen2VL,
+    MllamaConfig: Mllama,
+    MiniGPTv2Config: MiniGPTv2,
+}
 SIZES = {
     "llava15_7b": llava15_7b,
     "llava15_13b": llava15_13b,
@@ -34,10 +40,16 @@ SIZES = {
     "qwen2_vl_72b": qwen2_vl_72b,
     "llama32_vision_11b": llama32_vision_11b,
     "llama32_vision_90b": llama32_vision_90b,
+    "minigpt_v2_7b": minigpt_v2_7b,
 }
 # These have no vocabulary of their own.
-TINY = {"llava15_tiny": llava15_tiny, "qwen2_vl_tiny": qwen2_vl_tiny, "llama32_vision_tiny": llama32_vision_tiny}
-Config = LlavaConfig | Qwen2VLConfig | MllamaConfig
+TINY = {
+    "llava15_tiny": llava15_tiny,
+    "qwen2_vl_tiny": qwen2_vl_tiny,
+    "llama32_vision_tiny": llama32_vision_tiny,
+    "minigpt_v2_tiny": minigpt_v2_tiny,
+}
+Config = LlavaConfig | Qwen2VLConfig | MllamaConfig | MiniGPTv2Config
 
 
 def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> Config:

@@ -8,9 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 from medcg_jax.models.llava import LlavaConfig
+from medcg_jax.models.minigpt_v2 import MiniGPTv2Config
 from medcg_jax.models.mllama import MllamaConfig
 from medcg_jax.models.qwen2_vl import Qwen2VLConfig
-from medcg_jax.weights import llava, mllama, qwen2_vl
+from medcg_jax.weights import llava, minigpt_v2, mllama, qwen2_vl
 from medcg_jax.weights.files import WeightsError, read_json
 
 # Name of the family -> (type of its config, its module).
@@ -18,9 +19,17 @@ FAMILIES: dict[str, tuple[type, ModuleType]] = {
     "llava": (LlavaConfig, llava),
     "qwen2_vl": (Qwen2VLConfig, qwen2_vl),
     "mllama": (MllamaConfig, mllama),
+    "minigpt_v2": (MiniGPTv2Config, minigpt_v2),
 }
-# model_type in a released config.json -> family.
-MODEL_TYPES = {"llava": "llava", "llava_llama": "llava", "qwen2_vl": "qwen2_vl", "mllama": "mllama"}
+# model_type in a released config.json -> family. Llama alone is one part of MiniGPT-v2's release.
+MODEL_TYPES = {
+    "llava": "llava",
+    "llava_llama": "llava",
+    "qwen2_vl": "qwen2_vl",
+    "mllama": "mllama",
+    "minigpt_v2": "minigpt_v2",
+    "llama": "minigpt_v2",
+}
 
 
 def family_of(config) -> str:
