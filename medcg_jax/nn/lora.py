@@ -1,6 +1,7 @@
 """Low-rank adapters (LoRA) on a decoder's query and value projections, kept apart from the weights that they change.
 
-Source: huggingface/peft:src/peft/tuners/lora.py at 0.2.0; arXiv 2106.09685. Without the dropout that peft has in training.
+peft's dropout before them, which acts in training alone, is left out.
+Source: huggingface/peft:src/peft/tuners/lora.py at 0.2.0; arXiv 2106.09685.
 """
 
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Adapter(nnx.Module):
 
 
 class QVAdapters(nnx.Module):
-    """Adapters of the query and value projections of a stack of `DecoderBlock`s: what `models.decoder.Decoder` takes."""
+    """Adapters of the query and value projections of all layers: what `models.decoder.Decoder` takes."""
 
     def __init__(self, text, config: LoraConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         """text: the decoder's `DecoderConfig`."""

@@ -1,7 +1,8 @@
 """This port against arrays that the original MiniGPT-v2 code gave: a folder with its weights, inputs and outputs.
 
-The folder holds `weights.safetensors` (the model's state dict), `config.json` (every size), `inputs.json` (token ids piece
-by piece), `inputs.npz`, `expected.npz` (outputs by stage, loss, generation) and `grads.npz`. Float32; no PyTorch needed.
+The folder holds `weights.safetensors` (the model's state dict), `config.json` (every size), `inputs.json` (token ids
+piece by piece), `inputs.npz`, `expected.npz` (outputs by stage, loss, generation) and `grads.npz`. Float32; no PyTorch
+is needed.
 """
 
 import dataclasses
@@ -37,9 +38,8 @@ def golden_rows(folder: Path) -> list[Row]:
       WeightsError: files are missing, or arrays do not fit the config.
     """
     config, graphdef, params = load(folder)
-    pieces, inputs, expected, grads = (
-        read_json(folder / "inputs.json"), *(_arrays(folder / f"{name}.npz") for name in ("inputs", "expected", "grads"))
-    )  # fmt: skip
+    pieces = read_json(folder / "inputs.json")
+    inputs, expected, grads = (_arrays(folder / f"{name}.npz") for name in ("inputs", "expected", "grads"))
     model = nnx.merge(graphdef, params)
     pixels = jnp.asarray(inputs["image"].transpose(0, 2, 3, 1))[:, None]
     with jax.default_matmul_precision("highest"):
@@ -48,9 +48,8 @@ def golden_rows(folder: Path) -> list[Row]:
         rows += generation_rows(model, pixels, pieces["generate"], expected)
     side = config.vision.image_size_px // config.vision.patch_size_px
     resized = resize_positions(inputs["pos_embed_small"][0], side)[None]
-    return [dataclasses.replace(row, tolerance=TOLERANCE) for row in rows] + [
-        dataclasses.replace(compared("pos_embed_interpolated", resized, expected["pos_embed_interpolated"]), tolerance=TOLERANCE)
-    ]
+    rows.append(compared("pos_embed_interpolated", resized, expected["pos_embed_interpolated"]))
+    return [dataclasses.replace(row, tolerance=TOLERANCE) for row in rows]
 
 
 def load(folder: Path) -> tuple[MiniGPTv2Config, nnx.GraphDef, nnx.State]:
@@ -150,8 +149,11 @@ def gradient_rows(config, graphdef, params, pixels, pieces: list[dict], referenc
     _, stream = engine.store(table, differentiate(params))
     ours = {}
     for name, value in stream:
-        kind, value = ("grad", value) if name in trained else ("norm", np.sqrt(np.square(value, dtype=np.float64).sum()))
-        ours[f"{kind}/{minigpt_v2.released_name(name)}"] = value
+        released = minigpt_v2.released_name(name)
+        if name in trained:
+            ours[f"grad/{released}"] = value
+        else:
+            ours[f"norm/{released}"] = np.linalg.norm(value.astype(np.float64).reshape(-1))
     if set(ours) != set(reference):
         raise WeightsError(f"gradients differ in tensors: {sorted(set(ours) ^ set(reference))[:8]}")
     rows = []

@@ -1,7 +1,7 @@
 """MiniGPT-v2's table, the spellings of its tensor names, its config.json, and its three released files as one.
 
 Layouts: the model's whole state dict in one directory, whose config.json names the sizes; or the release, which is
-Llama-2-chat's directory (HF), `eva_vit_g.pth` and MiniGPT-v2's own .pth (projector, adapters and what else was trained).
+Llama-2-chat's directory (HF), `eva_vit_g.pth` and MiniGPT-v2's own .pth (projector, adapters, what else was trained).
 Source: Vision-CAIR/MiniGPT-4:minigpt4/models/base_model.py, eva_vit.py:create_eva_vit_g and runners/runner_base.py at
 d94738a; names of the adapters as peft 0.2.0 and later write them.
 """
@@ -142,7 +142,7 @@ def released_name(name: str) -> str:
 
 
 def read_release(src: Path, parts: Mapping[str, Path]) -> MiniGPTv2Config:
-    """The architecture of the directory `src`: of a whole state dict, or Llama-2-chat's with the released other parts."""
+    """The architecture of the directory `src`: a whole state dict's, or Llama-2-chat's with the released other parts."""
     found = read_json(src / "config.json")
     if found.get("model_type") == "llama":
         return dataclasses.replace(RELEASED, text=decoder_config(found))
@@ -195,8 +195,8 @@ def _part(src: Path, parts: Mapping[str, Path], part: str, name: str) -> Path:
         if place.is_file():
             return place
     raise WeightsError(
-        f"{src} holds Llama alone, and {' and '.join(map(str, places))} is no file; MiniGPT-v2's release is Llama-2-7b-chat "
-        f"in HF's layout, {EVA_FILE} and the released .pth ({OWN_FILE}): put them in {src}, or name them"
+        f"{src} holds Llama alone, and {' and '.join(map(str, places))} is no file; MiniGPT-v2's release is "
+        f"Llama-2-7b-chat in HF's layout, {EVA_FILE} and the released .pth ({OWN_FILE}): put them in {src}, or name them"
     )
 
 
@@ -223,8 +223,8 @@ def config_from_json(found: dict) -> MiniGPTv2Config:
     if found.get("model_type", "minigpt_v2") != "minigpt_v2":
         raise WeightsError(f"config.json has model_type={found['model_type']!r}; 'minigpt_v2' is accepted")
     sizes = (
-        "image_size", "patch_size", "vit_width", "vit_depth", "vit_heads", "vit_mlp_hidden", "vocab_size", "hidden_size",
-        "intermediate_size", "num_hidden_layers", "num_attention_heads", "lora_r", "lora_alpha",
+        "image_size", "patch_size", "vit_width", "vit_depth", "vit_heads", "vit_mlp_hidden", "vocab_size",
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "lora_r", "lora_alpha",
     )  # fmt: skip
     missing = [name for name in sizes if name not in found]
     if missing:
