@@ -6,7 +6,6 @@ is needed.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax

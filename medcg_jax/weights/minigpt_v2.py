@@ -142,7 +142,7 @@ def released_name(name: str) -> str:
 
 
 def read_release(src: Path, parts: Mapping[str, Path]) -> MiniGPTv2Config:
-    """The architecture of the directory `src`: a whole state dict's, or Llama-2-chat's with the released other parts."""
+    """The architecture of the directory `src`: a whole state dict's, or that of the released files."""
     found = read_json(src / "config.json")
     if found.get("model_type") == "llama":
         return dataclasses.replace(RELEASED, text=decoder_config(found))
@@ -196,7 +196,7 @@ def _part(src: Path, parts: Mapping[str, Path], part: str, name: str) -> Path:
             return place
     raise WeightsError(
         f"{src} holds Llama alone, and {' and '.join(map(str, places))} is no file; MiniGPT-v2's release is "
-        f"Llama-2-7b-chat in HF's layout, {EVA_FILE} and the released .pth ({OWN_FILE}): put them in {src}, or name them"
+        f"Llama-2-7b-chat in HF's layout, {EVA_FILE} and the released .pth ({OWN_FILE}): put them there, or name them"
     )
 
 
