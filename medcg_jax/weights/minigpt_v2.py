@@ -18,7 +18,7 @@ from medcg_jax.models.decoder import DecoderConfig
 from medcg_jax.models.eva import EvaConfig
 from medcg_jax.models.minigpt_v2 import MiniGPTv2Config
 from medcg_jax.nn.lora import LoraConfig
-from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, linear
+from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, fused_qkv, linear
 from medcg_jax.weights.files import Tensors, WeightsError, open_bin, open_tensors, read_json
 from medcg_jax.weights.llava import LLAMA_LAYER, decoder_config
 from medcg_jax.weights.positions import resize_positions
@@ -33,20 +33,6 @@ EVA_FILE, OWN_FILE = "eva_vit_g.pth", "minigptv2_checkpoint.pth"
 RELEASED = MiniGPTv2Config()
 # Llama's token that opens a sequence.
 BOS = 1
-
-
-def fused_qkv() -> Transform:
-    """Rows [3 * N * H, E] of all queries, then keys, then values <-> ours [E, N, 3 * H], the three of each head."""
-
-    def load(tensor: np.ndarray, shape) -> np.ndarray:
-        width, num_heads, three = shape
-        return tensor.reshape(3, num_heads, three // 3, width).transpose(3, 1, 0, 2).reshape(shape)
-
-    def store(ours: np.ndarray) -> np.ndarray:
-        width, num_heads, three = ours.shape
-        return ours.reshape(width, num_heads, 3, three // 3).transpose(2, 1, 3, 0).reshape(-1, width)
-
-    return Transform(load, store, lambda shape: (math.prod(shape[1:]), shape[0]))
 
 
 def leading_ones(num: int) -> Transform:
