@@ -100,7 +100,7 @@ def option_ids(
 
 
 def template(turns: Sequence[Turn], *, system_prompt: str, has_image: bool, task: str = "vqa") -> str:
-    """The conversation in the training form as one text, with <s>, </s> and the image spelled out: what reports show."""
+    """The conversation in the training form as one text, <s>, </s> and the image spelled out: for reports."""
     return "".join(
         f"<s>{IMAGE.join(_asked(turn, task, has_image and not number, not number, '  '))}{turn.answer.strip()}</s>"
         for number, turn in enumerate(turns)

@@ -6,7 +6,6 @@ is needed.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -166,20 +165,17 @@ def gradient_rows(config, graphdef, params, pixels, pieces: list[dict], referenc
 def generation_rows(model: MiniGPTv2, pixels, pieces: list[dict], expected: dict[str, np.ndarray]) -> list[Row]:
     """Rows for greedy generation behind left padding; steps after a row's </s> are left out."""
     config = model.config
-    image = [config.image_token_id] * config.num_image_tokens
-    prompts = [[*piece["before_image"], *image, *piece["after_image"]] for piece in pieces]
-    length = max(map(len, prompts))
-    tokens = jnp.asarray([[config.pad_token_id] * (length - len(ids)) + ids for ids in prompts], jnp.int32)
-    segments = jnp.asarray([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], jnp.int32)
+    given = left_padded(config, pieces)
+    rows, length = given["tokens"].shape
     sequences, step_logits = expected["gen_sequences"][:, 1:], expected["gen_step_logits"]
     num_new = step_logits.shape[1]
 
     @jax.jit
     def prefill(model):
-        cache = model.init_cache(len(prompts), length + num_new)
+        cache = model.init_cache(rows, length + num_new)
         features = model.encode_images({"pixels": pixels})
-        hidden, cache = model.hidden(tokens, segment_ids=segments, cache=cache, image_features=features)
-        return model.embed(tokens, features), model.logits(hidden[:, -1]), cache
+        hidden, cache = model.hidden(**given, cache=cache, image_features=features)
+        return model.embed(given["tokens"], features), model.logits(hidden[:, -1]), cache
 
     @jax.jit
     def step(model, last, cache):
@@ -193,13 +189,23 @@ def generation_rows(model: MiniGPTv2, pixels, pieces: list[dict], expected: dict
         found.append(logits)
     ours = np.stack(found, axis=1)
     ended = np.cumsum(sequences == config.eos_token_id, axis=1) - (sequences == config.eos_token_id) > 0
-    real = np.asarray(segments) != 0
+    real = np.asarray(given["segment_ids"]) != 0
     return [
-        _same("gen_attention_mask", segments, expected["gen_attention_mask"]),
+        _same("gen_attention_mask", given["segment_ids"], expected["gen_attention_mask"]),
         compared("gen_inputs_embeds", np.asarray(embedded)[real], expected["gen_inputs_embeds"][real]),
         compared("gen_step_logits", ours[~ended], step_logits[~ended]),
         _same("gen_sequences", ours.argmax(axis=-1)[~ended], sequences[~ended]),
     ]
+
+
+def left_padded(config: MiniGPTv2Config, pieces: list[dict]) -> dict[str, jax.Array]:
+    """tokens and segment_ids, int32[B, T] each, of prompts [before][image][after]."""
+    image = [config.image_token_id] * config.num_image_tokens
+    prompts = [[*piece["before_image"], *image, *piece["after_image"]] for piece in pieces]
+    length = max(map(len, prompts))
+    tokens = [[config.pad_token_id] * (length - len(ids)) + ids for ids in prompts]
+    segments = [[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts]
+    return {"tokens": jnp.asarray(tokens, jnp.int32), "segment_ids": jnp.asarray(segments, jnp.int32)}
 
 
 def _same(stage: str, ours, theirs) -> Row:

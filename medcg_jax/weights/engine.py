@@ -63,6 +63,21 @@ def conv_patch(patch: int, channels: int = 3) -> Transform:
     )
 
 
+def fused_qkv() -> Transform:
+    """Rows [3 * N * H, ...] of all queries, then keys, then values <-> ours [..., N, 3 * H], the three of each head."""
+
+    def load(tensor: np.ndarray, shape) -> np.ndarray:
+        num_heads, width = shape[-2:]
+        apart = tensor.reshape(3, num_heads, width // 3, *tensor.shape[1:])
+        return np.moveaxis(apart, (0, 1, 2), (-2, -3, -1)).reshape(shape)
+
+    def store(ours: np.ndarray) -> np.ndarray:
+        apart = ours.reshape(*ours.shape[:-1], 3, ours.shape[-1] // 3)
+        return np.moveaxis(apart, (-2, -3, -1), (0, 1, 2)).reshape(math.prod(ours.shape[-2:]), *ours.shape[:-2])
+
+    return Transform(load, store, lambda shape: (math.prod(shape[-2:]), *shape[:-2]))
+
+
 FLAT = Transform(
     load=lambda tensor, shape: tensor.reshape(shape),
     store=lambda ours: ours.reshape(-1),

@@ -18,7 +18,7 @@ from medcg_jax.models.decoder import DecoderConfig
 from medcg_jax.models.eva import EvaConfig
 from medcg_jax.models.minigpt_v2 import MiniGPTv2Config
 from medcg_jax.nn.lora import LoraConfig
-from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, linear
+from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, fused_qkv, linear
 from medcg_jax.weights.files import Tensors, WeightsError, open_bin, open_tensors, read_json
 from medcg_jax.weights.llava import LLAMA_LAYER, decoder_config
 from medcg_jax.weights.positions import resize_positions
@@ -33,20 +33,6 @@ EVA_FILE, OWN_FILE = "eva_vit_g.pth", "minigptv2_checkpoint.pth"
 RELEASED = MiniGPTv2Config()
 # Llama's token that opens a sequence.
 BOS = 1
-
-
-def fused_qkv() -> Transform:
-    """Rows [3 * N * H, E] of all queries, then keys, then values <-> ours [E, N, 3 * H], the three of each head."""
-
-    def load(tensor: np.ndarray, shape) -> np.ndarray:
-        width, num_heads, three = shape
-        return tensor.reshape(3, num_heads, three // 3, width).transpose(3, 1, 0, 2).reshape(shape)
-
-    def store(ours: np.ndarray) -> np.ndarray:
-        width, num_heads, three = ours.shape
-        return ours.reshape(width, num_heads, 3, three // 3).transpose(2, 1, 3, 0).reshape(-1, width)
-
-    return Transform(load, store, lambda shape: (math.prod(shape[1:]), shape[0]))
 
 
 def leading_ones(num: int) -> Transform:
@@ -142,7 +128,7 @@ def released_name(name: str) -> str:
 
 
 def read_release(src: Path, parts: Mapping[str, Path]) -> MiniGPTv2Config:
-    """The architecture of the directory `src`: a whole state dict's, or Llama-2-chat's with the released other parts."""
+    """The architecture of the directory `src`: a whole state dict's, or that of the released files."""
     found = read_json(src / "config.json")
     if found.get("model_type") == "llama":
         return dataclasses.replace(RELEASED, text=decoder_config(found))
@@ -196,7 +182,7 @@ def _part(src: Path, parts: Mapping[str, Path], part: str, name: str) -> Path:
             return place
     raise WeightsError(
         f"{src} holds Llama alone, and {' and '.join(map(str, places))} is no file; MiniGPT-v2's release is "
-        f"Llama-2-7b-chat in HF's layout, {EVA_FILE} and the released .pth ({OWN_FILE}): put them in {src}, or name them"
+        f"Llama-2-7b-chat in HF's layout, {EVA_FILE} and the released .pth ({OWN_FILE}): put them there, or name them"
     )
 
 

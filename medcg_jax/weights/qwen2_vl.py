@@ -5,7 +5,6 @@ Layouts: the released one (`visual.*`, `model.*`, `lm_head`), that of transforme
 Source: huggingface/transformers:conversion_mapping.py and models/qwen2_vl/configuration_qwen2_vl.py at 5.23.0.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 from medcg_jax.models.decoder import DecoderConfig
 from medcg_jax.models.qwen2_vit import Qwen2VitConfig
 from medcg_jax.models.qwen2_vl import Qwen2VLConfig
-from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, linear
+from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, fused_qkv, linear
 from medcg_jax.weights.files import Tensors, WeightsError, open_tensors, read_json
 from medcg_jax.weights.llava import LLAMA_LAYER
 
@@ -42,21 +41,6 @@ def conv3d_patch(config: Qwen2VitConfig) -> Transform:
         store=lambda ours: ours.T.reshape(-1, *size),
         released_shape=lambda shape: (shape[1], *size),
     )
-
-
-def fused_qkv() -> Transform:
-    """Rows [3 * N * H, ...] of all queries, then keys, then values <-> ours [..., N, 3 * H], the three of each head."""
-
-    def load(tensor: np.ndarray, shape) -> np.ndarray:
-        num_heads, width = shape[-2:]
-        apart = tensor.reshape(3, num_heads, width // 3, *tensor.shape[1:])
-        return np.moveaxis(apart, (0, 1, 2), (-2, -3, -1)).reshape(shape)
-
-    def store(ours: np.ndarray) -> np.ndarray:
-        apart = ours.reshape(*ours.shape[:-1], 3, ours.shape[-1] // 3)
-        return np.moveaxis(apart, (-2, -3, -1), (0, 1, 2)).reshape(math.prod(ours.shape[-2:]), *ours.shape[:-2])
-
-    return Transform(load, store, lambda shape: (math.prod(shape[-2:]), *shape[:-2]))
 
 
 VIT_LAYER = (
