@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.axes import spec
-from medcg_jax.models import llava, minigpt_v2, mllama, qwen2_vl
+from medcg_jax.models import llava, minigpt_v2, mllama, next_chat, qwen2_vl
 
 # A config's type -> the module that it is the architecture of.
 MODULES: dict[type, type[nnx.Module]] = {
@@ -22,6 +22,7 @@ MODULES: dict[type, type[nnx.Module]] = {
     qwen2_vl.Qwen2VLConfig: qwen2_vl.Qwen2VL,
     mllama.MllamaConfig: mllama.Mllama,
     minigpt_v2.MiniGPTv2Config: minigpt_v2.MiniGPTv2,
+    next_chat.NextChatConfig: next_chat.NextChat,
 }
 SIZES = {
     "llava15_7b": llava.llava15_7b,
@@ -32,6 +33,7 @@ SIZES = {
     "llama32_vision_11b": mllama.llama32_vision_11b,
     "llama32_vision_90b": mllama.llama32_vision_90b,
     "minigpt_v2_7b": minigpt_v2.minigpt_v2_7b,
+    "next_chat_7b_336": next_chat.next_chat_7b_336,
 }
 # These have no vocabulary of their own.
 TINY = {
@@ -39,8 +41,12 @@ TINY = {
     "qwen2_vl_tiny": qwen2_vl.qwen2_vl_tiny,
     "llama32_vision_tiny": mllama.llama32_vision_tiny,
     "minigpt_v2_tiny": minigpt_v2.minigpt_v2_tiny,
+    "next_chat_tiny": next_chat.next_chat_tiny,
 }
-Config = llava.LlavaConfig | qwen2_vl.Qwen2VLConfig | mllama.MllamaConfig | minigpt_v2.MiniGPTv2Config
+Config = (
+    llava.LlavaConfig | qwen2_vl.Qwen2VLConfig | mllama.MllamaConfig | minigpt_v2.MiniGPTv2Config
+    | next_chat.NextChatConfig
+)  # fmt: skip
 
 
 def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> Config:

@@ -10,8 +10,9 @@ from types import ModuleType
 from medcg_jax.models.llava import LlavaConfig
 from medcg_jax.models.minigpt_v2 import MiniGPTv2Config
 from medcg_jax.models.mllama import MllamaConfig
+from medcg_jax.models.next_chat import NextChatConfig
 from medcg_jax.models.qwen2_vl import Qwen2VLConfig
-from medcg_jax.weights import llava, minigpt_v2, mllama, qwen2_vl
+from medcg_jax.weights import llava, minigpt_v2, mllama, next_chat, qwen2_vl
 from medcg_jax.weights.files import WeightsError, read_json
 
 # Name of the family -> (type of its config, its module).
@@ -20,11 +21,12 @@ FAMILIES: dict[str, tuple[type, ModuleType]] = {
     "qwen2_vl": (Qwen2VLConfig, qwen2_vl),
     "mllama": (MllamaConfig, mllama),
     "minigpt_v2": (MiniGPTv2Config, minigpt_v2),
+    "next_chat": (NextChatConfig, next_chat),
 }
 # model_type in a released config.json -> family. Llama alone is a part of MiniGPT-v2's release.
 MODEL_TYPES = {
     "llava": "llava", "llava_llama": "llava", "qwen2_vl": "qwen2_vl", "mllama": "mllama", "minigpt_v2": "minigpt_v2",
-    "llama": "minigpt_v2",
+    "llama": "minigpt_v2", "nextchat": "next_chat",
 }  # fmt: skip
 
 
@@ -46,7 +48,8 @@ def module_of_release(src: Path) -> ModuleType:
     """
     found = read_json(src / "config.json")
     # The original LLaVA's config.json bears the decoder's name in some releases.
-    kind = "llava" if "mm_vision_tower" in found else found.get("model_type")
+    kind = found.get("model_type")
+    kind = "llava" if "mm_vision_tower" in found and kind != "nextchat" else kind
     if kind not in MODEL_TYPES:
         raise WeightsError(f"{src / 'config.json'} has model_type={kind!r}; accepted: {', '.join(MODEL_TYPES)}")
     return FAMILIES[MODEL_TYPES[kind]][1]

@@ -183,7 +183,7 @@ def config_from_json(found: dict, clip: dict | None = None) -> LlavaConfig:
         raise WeightsError(f"config.json has vision_feature_layer={layer}; one layer is accepted")
     text = found.get("text_config") or {}
     config = LlavaConfig(
-        vision=_vision(found.get("vision_config") or {}, layer),
+        vision=clip_config(found.get("vision_config") or {}, layer),
         text=decoder_config(text),
         image_token_id=found.get("image_token_id", found.get("image_token_index", 32000)),
         pad_token_id=_first(found.get("pad_token_id"), text.get("pad_token_id"), 0),
@@ -198,7 +198,7 @@ def _from_original(found: dict, clip: dict | None) -> LlavaConfig:
     vision = (clip or {}).get("vision_config", clip or {})
     # The original repository's sentinel -200 is no token id; llava-hf's choice takes its place.
     return LlavaConfig(
-        vision=_vision(vision, found.get("mm_vision_select_layer", -2)) if clip else ClipVisionConfig(),
+        vision=clip_config(vision, found.get("mm_vision_select_layer", -2)) if clip else ClipVisionConfig(),
         text=decoder_config(found),
         image_token_id=32000,
         pad_token_id=_first(found.get("pad_token_id"), 0),
@@ -206,7 +206,8 @@ def _from_original(found: dict, clip: dict | None) -> LlavaConfig:
     )
 
 
-def _vision(found: dict, feature_layer: int) -> ClipVisionConfig:
+def clip_config(found: dict, feature_layer: int) -> ClipVisionConfig:
+    """The vision tower that a `vision_config` of CLIP's fields states."""
     _expect(found, "vision_config.", hidden_act="quick_gelu", num_channels=3)
     return ClipVisionConfig(
         image_size_px=found.get("image_size", 224),
