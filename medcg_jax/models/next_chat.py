@@ -16,7 +16,7 @@ from medcg_jax.models.clip import ClipUnused, ClipVision, ClipVisionConfig
 from medcg_jax.models.decoder import Decoder, DecoderConfig
 from medcg_jax.models.llava import Projector
 from medcg_jax.models.merge import merge_images
-from medcg_jax.models.sam import SamConfig, SamEncoder, SamPrompt, sam_tiny
+from medcg_jax.models.sam import SamConfig, SamEncoder, SamPrompt
 from medcg_jax.models.sam_decoder import MaskDecoder
 from medcg_jax.nn.layers import Dense
 

@@ -18,7 +18,7 @@ from flax import nnx
 from medcg_jax.mesh import make_mesh
 from medcg_jax.models import build
 from medcg_jax.models.build import Config
-from medcg_jax.scale import parity_golden, parity_llava, parity_mllama, parity_qwen2_vl
+from medcg_jax.scale import parity_golden, parity_golden_next, parity_llava, parity_mllama, parity_qwen2_vl
 from medcg_jax.scale.parity_rows import Row, compared
 from medcg_jax.weights import engine
 from medcg_jax.weights.convert import load_checkpoint, read_config
@@ -28,7 +28,10 @@ from medcg_jax.weights.files import WeightsError
 # Family -> the module with its inputs and stages.
 FAMILIES: dict[str, ModuleType] = {"llava": parity_llava, "qwen2_vl": parity_qwen2_vl, "mllama": parity_mllama}
 # File that a folder of recorded arrays has -> the function that compares them.
-GOLDEN: dict[str, Callable[[Path], list[Row]]] = {"expected.npz": parity_golden.golden_rows}
+GOLDEN: dict[str, Callable[[Path], list[Row]]] = {
+    "expected.npz": parity_golden.golden_rows,
+    "expected_base.npz": parity_golden_next.golden_rows,
+}
 NUM_STEPS = 10
 # Above so many parameters only the projector is trained: gradients and moments of all would fill a host's memory.
 MAX_TRAINED_PARAMS = 500_000_000
