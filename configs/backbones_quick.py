@@ -12,7 +12,7 @@ import phantom
 from medcg_jax.config_file import from_config_dict, to_config_dict
 from medcg_jax.run_config import replace
 
-MODELS = ("llava15_tiny", "qwen2_vl_tiny", "llama32_vision_tiny", "minigpt_v2_tiny")
+MODELS = ("llava15_tiny", "qwen2_vl_tiny", "llama32_vision_tiny", "minigpt_v2_tiny", "next_chat_tiny")
 
 
 def get_config():

@@ -32,6 +32,8 @@ MODELS = {
     "llama32_vision_90b": "mllama",
     "minigpt_v2_tiny": "minigpt_v2",
     "minigpt_v2_7b": "minigpt_v2",
+    "next_chat_tiny": "next_chat",
+    "next_chat_7b_336": "next_chat",
 }
 
 

@@ -14,23 +14,26 @@ from medcg_jax.data import (
     images,
     images_minigpt,
     images_mllama,
+    images_next_chat,
     images_qwen2_vl,
     prompts,
     prompts_chatml,
     prompts_llama3,
     prompts_minigpt,
+    prompts_next_chat,
 )
 from medcg_jax.data.tokenizer import Tokenizer
 
 Arrays = dict[str, np.ndarray]
 
 # Family -> the packaged tokenizer of its tiny model.
-SMALL_TOKENIZERS = {"llava": "tokenizer", "qwen2_vl": "chatml", "mllama": "llama3", "minigpt_v2": "minigpt_v2"}
+SMALL_TOKENIZERS = {"llava": "tokenizer", "qwen2_vl": "chatml", "mllama": "llama3", "minigpt_v2": "minigpt_v2", "next_chat": "next_chat"}
 # Family -> field of a model's configuration -> special token.
 TOKENS = {
     "qwen2_vl": {
         "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
     },
+    "next_chat": {"image_token_id": "<im_patch>", "at_token_id": "<at>", "box_token_id": "<boxes>"},
 }  # fmt: skip
 
 
@@ -98,6 +101,11 @@ def minigpt_v2(image_size_px: int, num_image_tokens: int) -> Format:
     return Format(prompts_minigpt, partial(images_minigpt.preprocess, size_px=image_size_px), num_image_tokens)
 
 
+def next_chat(image_size_px: int, num_image_tokens: int) -> Format:
+    """NExT-Chat: Vicuna's turns with the image between two tokens; images on a white square."""
+    return Format(prompts_next_chat, partial(images_next_chat.preprocess, size_px=image_size_px), num_image_tokens)
+
+
 _FORMATS: dict[str, Callable[..., Format]] = {
     "llava": lambda model: llava(model.image_size_px, model.num_image_tokens),
     "qwen2_vl": lambda model: qwen2_vl(
@@ -107,4 +115,5 @@ _FORMATS: dict[str, Callable[..., Format]] = {
     ),
     "mllama": lambda model: mllama(model.image_size_px),
     "minigpt_v2": lambda model: minigpt_v2(model.image_size_px, model.num_image_tokens),
+    "next_chat": lambda model: next_chat(model.image_size_px, model.num_image_tokens),
 }

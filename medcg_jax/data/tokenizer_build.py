@@ -35,6 +35,10 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         ("user", "assistant", "system"),
     ),
+    "next_chat": (
+        ("<pad>", "<s>", "</s>", "<im_patch>", "<im_start>", "<im_end>", "<at>", "<boxes>"),
+        ("USER:", "ASSISTANT:"),
+    ),
     "minigpt_v2": (("<pad>", "<s>", "</s>", "<image>"), ("[INST]", "[/INST]", "<Img>", "</Img>", "[vqa]", "[detection]")),
 }  # fmt: skip
 _WORD = re.compile(r"[A-Za-z]+")

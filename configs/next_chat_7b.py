@@ -1,0 +1,19 @@
+"""NExT-Chat-7B-336 on the released Med-MAT data, for the rows of the paper's table 5; recipe and mesh of `llava15_7b.py`.
+
+    medcg reproduce --config=configs/next_chat_7b.py --config.data.root=MED_MAT --workdir=runs/next_chat_7b
+
+`model.checkpoint` names a directory with the released weights, or what `medcg convert` made of it.
+"""
+
+import llava15_7b
+
+
+def get_config():
+    config = llava15_7b.get_config()
+    config.name = "next_chat_7b"
+    config.model.name = "next_chat_7b_336"
+    config.model.checkpoint = config.model.tokenizer = "checkpoints/nextchat-7b-336"
+    with config.model.ignore_type():
+        # As in the first two stages of the release's training: all but the vision tower and SAM.
+        config.model.trainable = ("projector", "decoder", "boxes")
+    return config
