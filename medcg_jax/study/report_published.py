@@ -1,5 +1,6 @@
 """The published numbers beside a grid's own, where a row is a row of the paper; in words alone for phantoms."""
 
+from medcg_jax.run_config import MODELS
 from medcg_jax.study import mat, suite
 from medcg_jax.study.report_files import Grid
 from medcg_jax.study.report_tables import Column, Table, answers_per_arm, seeds_text
@@ -7,24 +8,32 @@ from medcg_jax.study.report_tables import Column, Table, answers_per_arm, seeds_
 # Arm -> what tables 1 and 2 of the paper call it.
 PRINTED = {"baseline": "Baseline", "single_task": "Single-task Training", "multi_task": "Multi-task Training"}
 MODEL = "LLaVA-1.5-7B"
+# Published table of combinations -> its file and the model that it is of.
+FILES = {
+    3: ("table3_classification_pairs", MODEL),
+    4: ("table4_three_datasets", MODEL),
+    7: ("table7_qwen2_vl", "Qwen2-VL"),
+    8: ("table8_llama32_vision", "Llama-3.2-Vision"),
+}
 
 
 def published(grid: Grid) -> list[Table]:
     """Rows of the paper that the grid repeats on released data; [] for phantoms."""
     if grid.of_phantoms:
         return []
-    made = [combination(grid, "pairs", 3), combination(grid, "triples", 4), *per_subset(grid)]
+    pairs = suite.PAIR_TABLES.get(MODELS.get(grid.config["model"]["name"], ""), 3)
+    made = [combination(grid, "pairs", pairs), combination(grid, "triples", 4), *per_subset(grid)]
     return [table for table in made if table.rows]
 
 
 def combination(grid: Grid, table: str, number: int) -> Table:
-    file = {3: "table3_classification_pairs", 4: "table4_three_datasets"}[number]
+    file, model = FILES[number]
     printed = {int(row["row"]): row for row in mat.paper_csv(file)}
     read = {row.row: row for row in mat.paper_rows(number)}
     arms = ("baseline", "baseline_plus", "trained")
     made = Table(
         f"published_{table}", f"{table.capitalize()} beside table {number}",
-        f"{table.capitalize()} beside table {number} of arXiv 2412.20070, version 1: printed accuracies ({MODEL}) and "
+        f"{table.capitalize()} beside table {number} of arXiv 2412.20070, version 1: printed accuracies ({model}) and "
         f"this grid's ({grid.config['model']['name']}), in %. Subset numbers are inferred from the printed baselines; "
         "the confidence is that of the reading.",
         [Column("paper_row", "Row", "count"), Column("related", "Related"), Column("target", "Target"),

@@ -15,7 +15,9 @@ from medcg_jax.study import combos, mat
 SEES_TARGET = ("single_task", "multi_task", "efficiency")
 # Training records of the target on the efficiency curve, as far as the subset has them.
 EFFICIENCY_RECORDS = (0, 10, 30, 100, 300, 1000, 3000)
-# Family -> the published table whose rows its detection pairs repeat; both tables have the same eight.
+# Family -> the published table whose rows its pairs repeat, LLaVA's where it has none of its own; and its detection
+# pairs, whose two tables have the same eight.
+PAIR_TABLES = {"llava": 3, "qwen2_vl": 7, "mllama": 8}
 DETECTION_TABLES = {"next_chat": 5, "minigpt_v2": 6}
 # Published row's direction -> ours.
 DIRECTIONS = {
@@ -85,13 +87,14 @@ class World:
       subsets: those of choice questions. targets: the names asked for; none: all of them. released: whether they are
         Med-MAT's.
       boxes: detection subsets, which are trained on and never tested.
-      detection_table: the published one whose rows detection pairs repeat.
+      pair_table, detection_table: the published ones whose rows pairs and detection pairs repeat.
     """
 
     subsets: tuple[Subset, ...]
     targets: tuple[str, ...] = ()
     released: bool = False
     boxes: tuple[Subset, ...] = ()
+    pair_table: int = 3
     detection_table: int = 5
 
     def __getitem__(self, name: str) -> Subset:
@@ -118,7 +121,7 @@ def expand(run: RunConfig, subsets: Sequence[Subset], boxes: Sequence[Subset] = 
         targets = run.study.targets_of.get(table, run.study.targets)
         world = World(
             tuple(subsets), targets, run.data.source == "release", tuple(boxes) if table in BOX_TABLES else (),
-            DETECTION_TABLES.get(MODELS[run.model.name], 5),
+            PAIR_TABLES.get(MODELS[run.model.name], 3), DETECTION_TABLES.get(MODELS[run.model.name], 5),
         )  # fmt: skip
         for name in targets:
             if name not in {s.name for s in subsets}:
@@ -223,8 +226,8 @@ def _combination_rows(
 
 
 def pairs(world: World, seed: int) -> Iterator[Cell]:
-    """Table 3: two subsets which share elements with the target in one of four directions."""
-    yield from _combination_rows(world, seed, "pairs", 3, combos.PAIR_DIRECTIONS, _choice_sets(world))
+    """Table 3 (7, 8 of other models): two subsets which share elements with the target in one of four directions."""
+    yield from _combination_rows(world, seed, "pairs", world.pair_table, combos.PAIR_DIRECTIONS, _choice_sets(world))
 
 
 def triples(world: World, seed: int) -> Iterator[Cell]:

@@ -171,3 +171,11 @@ def test_unknown_target_and_empty_table():
         suite.expand(study(targets=("ct-lung-cancer",)), SMALL)
     with pytest.raises(ConfigError, match="study.tables='pairs': no target"):
         suite.expand(study(), SMALL[:2])
+
+
+@pytest.mark.parametrize(("model", "table"), [("llava15_13b", 3), ("qwen2_vl_7b", 7), ("llama32_vision_11b", 8)])
+def test_pairs_repeat_the_published_table_of_the_models_own_family(model, table):
+    cells = suite.expand(replace(study("release"), model__name=model), PAPER)
+    found = {suite.paper_row(cell.row) for cell in cells} - {None}
+    printed = {(table, row.row) for row in mat.paper_rows(table)}
+    assert found == printed and len(printed) == {3: 42, 7: 8, 8: 8}[table]
