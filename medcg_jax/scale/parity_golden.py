@@ -145,7 +145,7 @@ def gradient_rows(config, graphdef, params, pixels, pieces: list[dict], referenc
 
     table = minigpt_v2.table(config)
     trained = {name for name, slot in engine.slots(table, params).items() if slot.entry.path[0] in TRAINED}
-    _, stream = engine.store(table, differentiate(params))
+    _, stream = engine.store(table, jax.tree.map(np.asarray, differentiate(params)))
     ours = {}
     for name, value in stream:
         released = minigpt_v2.released_name(name)
