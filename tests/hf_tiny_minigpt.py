@@ -1,8 +1,9 @@
 """A tiny random MiniGPT-v2 state dict, its port, and the same function composed of transformers' parts.
 
-The tower is BLIP-2's vision model with the bias of the keys at zero and the last norm's epsilon at 1e-5, the decoder Llama
-with the adapters merged into its weights; grouping and assembly are written out here. Residual streams are small, so
-that a wrong epsilon is not lost in rounding; biases and norms are random, sizes odd, heads * head width not the width.
+The tower is BLIP-2's vision model with the bias of the keys at zero and the last norm's epsilon at 1e-5, the decoder
+Llama with the adapters merged into its weights; grouping and assembly are written out here. Residual streams are
+small, so that a wrong epsilon is not lost in rounding; biases and norms are random, sizes odd, and heads * head width is
+not the decoder's width.
 """
 
 import dataclasses
@@ -53,7 +54,9 @@ def state(config: MiniGPTv2Config = CONFIG, seed: int = 0) -> dict[str, np.ndarr
         elif name.endswith(("cls_token", "pos_embed", "embed_tokens.weight")):
             value = noise * small
         else:
-            out = name.endswith((".proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight", "llama_proj.weight"))
+            out = name.endswith(
+                (".proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight", "llama_proj.weight")
+            )
             value = noise * 1.3 * (small if out else 1) * noise[0].size ** -0.5
         found[name] = value.astype(np.float32)
     return found
@@ -109,8 +112,9 @@ class Composed:
     @staticmethod
     def _vision_name(name: str) -> str:
         pairs = (
-            ("visual_encoder.", ""), ("blocks.", "encoder.layers."), (".attn.", ".self_attn."), (".proj.", ".projection."),
-            ("patch_embed.projection", "embeddings.patch_embedding"), ("norm1", "layer_norm1"), ("norm2", "layer_norm2"),
+            ("visual_encoder.", ""), ("blocks.", "encoder.layers."), (".attn.", ".self_attn."),
+            (".proj.", ".projection."), ("patch_embed.projection", "embeddings.patch_embedding"),
+            ("norm1", "layer_norm1"), ("norm2", "layer_norm2"),
             ("cls_token", "embeddings.class_embedding"), ("pos_embed", "embeddings.position_embedding"),
             ("ln_vision", "post_layernorm"),
         )  # fmt: skip

@@ -115,9 +115,10 @@ def stage_rows(model: MiniGPTv2, pixels: jax.Array, pieces: list[dict], expected
     ]
     found = jax.jit(port_stages)(model, jnp.asarray(given["tokens"]), jnp.asarray(given["segment_ids"]), pixels)
     real = given["segment_ids"] != 0
-    for stage, value in found.items():
-        keep = real if value.shape[:2] == real.shape and stage.startswith(("inputs", "llm", "logits")) else slice(None)
-        rows.append(compared(stage, np.asarray(value)[keep], expected[stage][keep]))
+    # In the folder's order, which is that of the computation.
+    for stage in (name for name in expected if name in found):
+        keep = real if stage.startswith(("inputs", "llm", "logits")) else ...
+        rows.append(compared(stage, np.asarray(found[stage])[keep], expected[stage][keep]))
     nll, weight = token_losses(found["logits"], given["labels"])
     rows.append(compared("loss", nll.sum() / weight.sum(), expected["loss"]))
     # The original's mean runs over the whole padded row.
@@ -145,7 +146,7 @@ def gradient_rows(config, graphdef, params, pixels, pieces: list[dict], referenc
 
     table = minigpt_v2.table(config)
     trained = {name for name, slot in engine.slots(table, params).items() if slot.entry.path[0] in TRAINED}
-    _, stream = engine.store(table, differentiate(params))
+    _, stream = engine.store(table, jax.tree.map(np.asarray, differentiate(params)))
     ours = {}
     for name, value in stream:
         released = minigpt_v2.released_name(name)

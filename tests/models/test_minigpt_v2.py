@@ -48,7 +48,10 @@ def test_logits_are_those_of_transformers_parts(ported, composed, side):
     assert np.abs(ours - theirs).max() < TOLERANCE
     assert 1 < np.abs(theirs).max() < 30
     # Planted: the adapters' alpha taken for their scale, and one image for another.
-    for config, images in ((tiny.with_fields("lora", alpha=4.5), inputs["pixels"]), (tiny.CONFIG, inputs["pixels"][::-1])):
+    for config, images in (
+        (tiny.with_fields("lora", alpha=4.5), inputs["pixels"]),
+        (tiny.CONFIG, inputs["pixels"][::-1]),
+    ):
         graphdef, _ = build.abstract(config)
         wrong = run(nnx.merge(graphdef, ported[1]), tiny.given({**inputs, "pixels": images}))
         assert np.abs(np.asarray(wrong)[real] - theirs).max() > 100 * TOLERANCE

@@ -138,7 +138,11 @@ TEXT_FAULTS = {
     "adapters' scale": (lora(alpha=1.2), None, None),
     "adapters on queries alone": (None, no_value_adapter, None),
     "norm eps": (text(norm_eps=1e-6), None, None),
-    "one <s> where the original has two": (None, None, lambda piece: {**piece, "before_image": piece["before_image"][1:]}),
+    "one <s> where the original has two": (
+        None,
+        None,
+        lambda piece: {**piece, "before_image": piece["before_image"][1:]},
+    ),
     "none": (None, None, None),
 }
 
