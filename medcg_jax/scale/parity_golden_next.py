@@ -241,11 +241,10 @@ def _loss_rows(prefix: str, expected: Arrays, terms: dict, total) -> list[Row]:
 
 
 def mask_rows(folder: Path, model) -> list[Row]:
-    """Stages of the masks: text and boxes, SAM's encoder layer by layer, prompts, masks."""
+    """Stages of the masks, one to a row: text and boxes, SAM's encoder layer by layer, prompts, masks."""
     inputs, expected = _npz(folder / "inputs.npz"), _npz(folder / "expected_mask.npz")
     batch = _mask_batch(model.config, inputs)
     found, encoder = _whole(model, batch), model.sam_encoder
-    keep = np.asarray(batch["at_weights"]) > 0
     pixels = batch["sam_pixels"][:, 0]
     found["sam_patch_embed"] = jax.jit(lambda encoder: encoder.patch(pixels))(encoder)
     x = jax.jit(lambda encoder: encoder.embed(pixels, None, model.dtype))(encoder)
@@ -253,7 +252,7 @@ def mask_rows(folder: Path, model) -> list[Row]:
     blocks = [block for stack, start, stop in encoder.runs() for block in list(layers(stack))[start:stop]]
     for i, block in enumerate(blocks):
         x = found[f"sam_block_{i}"] = step(block, x)
-    embedding = jax.jit(lambda model: model.encode_sam_images(batch))(model)
+    embedding = _sam_features(model, batch["sam_pixels"])
     found["sam_image_embedding"] = embedding.transpose(0, 3, 1, 2)
     at = jnp.asarray(found["hidden_at"])[:, None]
     masks, iou = jax.jit(lambda model: model.masks(at, embedding))(model)
@@ -261,9 +260,7 @@ def mask_rows(folder: Path, model) -> list[Row]:
     found |= {
         "seg_prompt": jax.jit(lambda model: model.mask_prompt(at[:, 0]))(model),
         "box_embeddings": model.sam_prompt.corners(jnp.asarray(found["pred_boxes"])),
-        "dense_embeddings": np.broadcast_to(model.sam_prompt.no_mask[...], (len(at), masks.shape[1], embedding.shape[3]))[
-            :, 0, :, None, None
-        ],
+        "dense_embeddings": np.tile(model.sam_prompt.no_mask[...][:, None, None], (len(at), 1, 1, 1)),
         "low_res_masks": masks,
         "iou_predictions": iou,
         "full_masks_sampled": full[:, :, 5::37, 3::41],
@@ -271,13 +268,17 @@ def mask_rows(folder: Path, model) -> list[Row]:
         "full_masks_norm": np.sqrt(np.square(full, dtype=np.float64).sum(axis=(1, 2, 3))),
         "fraction_at_or_above_threshold": (full >= box_losses.MASK_LOGIT).mean(axis=(1, 2, 3)),
     }
-    assert keep.all()
     left_out = ("num_logits_within_0.01_of_threshold",)
     return [
         _row(f"mask/{name}", found[name], theirs, LONG_SUM_TOLERANCE if name == "full_masks_norm" else TOLERANCE)
         for name, theirs in expected.items()
         if "loss/" not in name and name not in left_out
     ]
+
+
+@jax.jit
+def _sam_features(model, pixels) -> jax.Array:
+    return model.encode_sam_images({"sam_pixels": pixels})
 
 
 def _mask_batch(config: NextChatConfig, inputs: Arrays) -> dict[str, jax.Array]:
@@ -301,21 +302,18 @@ def mask_loss_rows(folder: Path, graphdef, params) -> list[Row]:
     others = tuple(name for name in params if name not in ("vision", "unused"))
     trainable, frozen = build.split_trainable(params, others)
 
-    def loss(trainable, quirks: bool):
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def loss(trainable, quirks):
         model = nnx.merge(graphdef, build.join(trainable, frozen))
-        return box_losses.mask_loss(model, batch, original_loss_quirks=quirks)[0]
+        terms = box_losses.mask_terms(model, batch, original_loss_quirks=quirks)
+        return box_losses.mask_total(*terms), terms
 
-    def terms(model, quirks: bool):
-        return box_losses.mask_terms(model, batch, original_loss_quirks=quirks)
-
-    both = jax.jit(partial(_jacobian, lambda trainable: jnp.stack([loss(trainable, True), loss(trainable, False)])))
-    totals, gradients = both(trainable)
-    run = jax.jit(terms, static_argnums=1)
-    for i, kind in enumerate(("original", "fixed")):
-        focal, dice, iou, weights = run(nnx.merge(graphdef, params), kind == "original")
-        found = {"focal": focal[:, 0], "dice": dice[:, 0], "total": totals[i]}
+    for kind in ("original", "fixed"):
+        (total, (focal, dice, iou, weights)), gradients = loss(trainable, kind == "original")
+        found = {"focal": focal[:, 0], "dice": dice[:, 0], "total": total}
         rows += [_row(f"mask/loss/{kind}/{name}", x, expected[f"loss/{kind}/{name}"]) for name, x in found.items()]
-        own = _by_name(config, jax.tree.map(lambda g, i=i: g[i], gradients))
+        own = _by_name(config, gradients)
         # A buffer there, so no gradient was recorded; here none arrives.
         own = {name: g for name, g in own.items() if "positional_encoding" not in name or np.any(g)}
         ours = set(_by_name(config, trained))
@@ -349,7 +347,8 @@ def generation_rows(folder: Path, model) -> list[Row]:
             logits.append(out)
     boxes, there = model.generated_boxes(cache)
     count = int(there.sum())
-    features = model.encode_sam_images({"sam_pixels": _mask_batch(config, inputs)["sam_pixels"][:1]})
+    # Of the first image; both, so that the program is the one that is there.
+    features = _sam_features(model, _mask_batch(config, inputs)["sam_pixels"])[:1]
     masks, iou = jax.jit(lambda model: model.masks(cache["at_hidden"][:, :count], features))(model)
     found = {
         "sequences": jnp.asarray([sequence]), "step_logits": jnp.stack(logits, axis=1), "pred_boxes": boxes[0, :count],

@@ -87,9 +87,13 @@ def mask_loss(model, batch: dict[str, jax.Array], *, original_loss_quirks: bool 
     As the original: 20 focal + dice, summed over the masks of a batch, plus the mean of iou.
     """
     focal, dice, iou, weights = mask_terms(model, batch, original_loss_quirks=original_loss_quirks)
-    num = weights.sum()
-    total = (weights * (FOCAL_WEIGHT * focal + dice)).sum() + _mean(iou, weights)
-    return total, (num > 0).astype(jnp.float32)
+    return mask_total(focal, dice, iou, weights), (weights.sum() > 0).astype(jnp.float32)
+
+
+def mask_total(focal: jax.Array, dice: jax.Array, iou: jax.Array, weights: jax.Array) -> jax.Array:
+    """float32[]: the loss of what `mask_terms` gives."""
+    each = FOCAL_WEIGHT * focal + dice
+    return jnp.where(weights > 0, weights * each, 0.0).sum() + _mean(iou, weights)
 
 
 def mask_terms(model, batch: dict[str, jax.Array], *, original_loss_quirks: bool = False):
@@ -105,7 +109,7 @@ def mask_terms(model, batch: dict[str, jax.Array], *, original_loss_quirks: bool
     target, weights = batch["at_masks"].astype(jnp.float32), batch["at_weights"].astype(jnp.float32)
     logits = jax.image.resize(masks, target.shape, "bilinear")
     num = weights.sum()
-    alpha, smooth = (num, num) if original_loss_quirks else (FOCAL_ALPHA, DICE_SMOOTH)
+    alpha, smooth = (jnp.where(original_loss_quirks, num, usual) for usual in (FOCAL_ALPHA, DICE_SMOOTH))
     # The focal factor is of the mean over pixels, not of each pixel.
     bce = (jax.nn.softplus(logits) - logits * target).mean(axis=(-2, -1))
     focal = alpha * (1 - jnp.exp(-bce)) ** FOCAL_GAMMA * bce

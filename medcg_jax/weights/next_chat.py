@@ -44,8 +44,13 @@ def table(config: NextChatConfig) -> list[Entry]:
         entries += _dense(f"loc_{released}", ("boxes", ours))
     if config.sam is not None:
         entries += _dense("seg_prompt_mlp.0", ("mask_prompt", "up")) + _dense("seg_prompt_mlp.2", ("mask_prompt", "down"))
-        entries += _sam_encoder(config.sam) + _sam_prompt(config.sam) + _mask_decoder(config.sam)
+        entries += sam_table(config.sam)
     return entries
+
+
+def sam_table(sam: SamConfig) -> list[Entry]:
+    """The part of the table for SAM, whose tensors have their names in SAM's own file behind `sam.model.`."""
+    return _sam_encoder(sam) + _sam_prompt(sam) + _mask_decoder(sam)
 
 
 def _dense(name: str, path: tuple[str, ...], *, kernel=None, layers: range | tuple | None = None) -> list[Entry]:
