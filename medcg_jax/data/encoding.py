@@ -59,7 +59,7 @@ def encode(
     *,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
 ) -> Encoded:
-    """Rows for training: the batch keys `tokens`, `target_positions`, `targets`, `target_weights`.
+    """Rows for training: the batch keys `tokens`, `target_positions`, `targets`, `target_weights`, the format's boxes.
 
     T = `data.max_text_tokens` + `fmt.max_image_tokens`, L = `data.max_target_tokens`; the position p of a target is the
     one whose logits predict token p + 1.
@@ -71,13 +71,16 @@ def encode(
     rows = _empty_rows(len(records), tokenizer, data.max_text_tokens + fmt.max_image_tokens)
     positions = np.zeros((len(records), data.max_target_tokens), np.int32)
     targets, weights = np.zeros_like(positions), np.zeros(positions.shape, np.float32)
+    boxes: list[Arrays] = []
 
     def one(index: int, record: Record) -> None:
         num_image = _image_tokens(records, index, fmt)
         tokens = fmt.prompts.conversation(
-            tokenizer, record.turns, system_prompt=data.system_prompt, num_image_tokens=num_image
+            tokenizer, fmt.turns(record), system_prompt=data.system_prompt, num_image_tokens=num_image
         )
         _put_row(rows, index, tokens.ids, num_image, data)
+        if fmt.box_arrays is not None:
+            boxes.append(fmt.box_arrays(tokenizer, record, tokens))
         supervised = np.flatnonzero(tokens.supervised)
         count = len(supervised)
         if not count:
@@ -90,6 +93,7 @@ def encode(
 
     _each(records, one)
     arrays = {**rows, "target_positions": positions, "targets": targets, "target_weights": weights}
+    arrays |= {key: np.stack([row[key] for row in boxes]) for key in (boxes[0] if boxes else ())}
     return Encoded(records, fmt, arrays, _all_images(records, fmt, memory_limit_bytes))
 
 

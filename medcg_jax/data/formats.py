@@ -22,7 +22,15 @@ from medcg_jax.data import (
     prompts_minigpt,
     prompts_next_chat,
 )
+from medcg_jax.data.box_questions import ask
+from medcg_jax.data.boxes import corners
+from medcg_jax.data.prompts import Tokens
+from medcg_jax.data.records import DataError, Record, Turn
+from medcg_jax.data.text_boxes import format_boxes
 from medcg_jax.data.tokenizer import Tokenizer
+
+# Boxes that a row of NExT-Chat has room for.
+MAX_BOXES = 8
 
 Arrays = dict[str, np.ndarray]
 
@@ -37,6 +45,17 @@ TOKENS = {
 }  # fmt: skip
 
 
+def choice_turns(record: Record) -> tuple[Turn, ...]:
+    """The record's own turns.
+
+    Raises:
+      DataError: it has boxes, which the model cannot be taught.
+    """
+    if record.boxes:
+        raise DataError("it has boxes; MiniGPT-v2 and NExT-Chat take them, other models do not")
+    return record.turns
+
+
 @dataclass(frozen=True)
 class Format:
     """How the rows of one model are made of records.
@@ -46,12 +65,16 @@ class Format:
       preprocess: uint8[h, w, 3] -> the arrays of one image by batch key, always of the same shapes and dtypes.
       max_image_tokens: the most tokens that an image takes, which every row reserves.
       num_image_tokens: tokens of an image of (height, width) pixels; None: all have the most.
+      turns: what a record is asked and answers in training, its boxes among that.
+      box_arrays: (tokenizer, record, its tokens) -> the arrays of a training row beside the text's; None: there are none.
     """
 
     prompts: ModuleType
     preprocess: Callable[[np.ndarray], Arrays]
     max_image_tokens: int
     num_image_tokens: Callable[[int, int], int] | None = None
+    turns: Callable[[Record], tuple[Turn, ...]] = choice_turns
+    box_arrays: Callable[[Tokenizer, Record, Tokens], Arrays] | None = None
 
     @functools.cached_property
     def blank(self) -> Arrays:
@@ -97,13 +120,40 @@ def mllama(tile_px: int) -> Format:
 
 
 def minigpt_v2(image_size_px: int, num_image_tokens: int) -> Format:
-    """MiniGPT-v2: Llama 2's instructions; images squashed to a square, all with as many tokens."""
-    return Format(prompts_minigpt, partial(images_minigpt.preprocess, size_px=image_size_px), num_image_tokens)
+    """MiniGPT-v2: Llama 2's instructions; images squashed to a square, all with as many tokens; boxes as text."""
+    preprocess = partial(images_minigpt.preprocess, size_px=image_size_px)
+    return Format(prompts_minigpt, preprocess, num_image_tokens, turns=text_box_turns)
+
+
+def text_box_turns(record: Record) -> tuple[Turn, ...]:
+    """The record's turns, or one for each of its labels with the boxes as MiniGPT-v2 writes them."""
+    if not record.boxes:
+        return record.turns
+    return tuple(
+        Turn(f"[detection] {asked.question}", format_boxes(corners(asked.boxes), record.size_px)) for asked in ask(record)
+    )
 
 
 def next_chat(image_size_px: int, num_image_tokens: int) -> Format:
-    """NExT-Chat: Vicuna's turns with the image between two tokens; images on a white square."""
-    return Format(prompts_next_chat, partial(images_next_chat.preprocess, size_px=image_size_px), num_image_tokens)
+    """NExT-Chat: Vicuna's turns with the image between two tokens; images on a white square; boxes as arrays."""
+    preprocess = partial(images_next_chat.preprocess, size_px=image_size_px)
+    return Format(
+        prompts_next_chat, preprocess, num_image_tokens, turns=placed_box_turns, box_arrays=placed_box_arrays
+    )  # fmt: skip
+
+
+def placed_box_turns(record: Record) -> tuple[Turn, ...]:
+    """The record's turns, or one for each of its labels with places for the boxes as NExT-Chat answers them."""
+    if not record.boxes:
+        return record.turns
+    return tuple(Turn(asked.question, prompts_next_chat.box_answer(len(asked.boxes))) for asked in ask(record))
+
+
+def placed_box_arrays(tokenizer: Tokenizer, record: Record, tokens: Tokens) -> Arrays:
+    """`prompts_next_chat.box_arrays` of a record's boxes, in the order of `placed_box_turns`."""
+    boxes = corners([box for asked in ask(record) for box in asked.boxes])
+    placed = images_next_chat.to_square(boxes, record.size_px) if len(boxes) else boxes
+    return prompts_next_chat.box_arrays(tokenizer, tokens, placed, max_boxes=MAX_BOXES, max_answers=MAX_BOXES)
 
 
 _FORMATS: dict[str, Callable[..., Format]] = {

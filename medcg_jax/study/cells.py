@@ -174,7 +174,8 @@ class Trainer:
         if self._program is None:
             self._program = make_step(
                 setup.mesh, graphdef, *split_trainable(shardings(setup.model, setup.mesh), setup.run.model.trainable),
-                make_optimizer(config), num_cells=self._many, accumulation_steps=config.accumulation_steps,
+                make_optimizer(config), num_cells=self._many, loss_fn=setup.loss,
+                accumulation_steps=config.accumulation_steps,
                 compute_dtype=setup.run.model.compute_dtype,
             )  # fmt: skip
             self._compile(trainable, frozen, self._cell(setup, group.jobs[0]))

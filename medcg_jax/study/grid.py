@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from medcg_jax.data.sources import open_source
-from medcg_jax.run_config import ConfigError, RunConfig, flat
+from medcg_jax.run_config import BOX_TABLES, ConfigError, RunConfig, flat
 from medcg_jax.study import results
 from medcg_jax.study.progress import Progress
 from medcg_jax.study.schedule import Group, Plan, make_plan, seeded
@@ -249,7 +249,7 @@ def write_config(run: RunConfig, workdir: Path, plan: Plan) -> None:
     new = {
         "config": dataclasses.asdict(run),
         "versions": versions(),
-        "data": {str(seed): open_source(seeded(run, seed).data).fingerprint() for seed in run.study.seeds},
+        "data": {str(seed): data_fingerprint(seeded(run, seed)) for seed in run.study.seeds},
         "cells": len(plan.cells),
     }
     new = json.loads(json.dumps(new))  # tuples as lists, as they come back from the file
@@ -259,6 +259,13 @@ def write_config(run: RunConfig, workdir: Path, plan: Plan) -> None:
     for name in ("predictions", "metrics", "state/done", "state/claims", "state/progress"):
         (workdir / name).mkdir(parents=True, exist_ok=True)
     results.write_atomically(path, json.dumps(new, indent=1) + "\n")
+
+
+def data_fingerprint(run: RunConfig) -> str:
+    """Of the choice records, and of the boxes where a table trains on them."""
+    source = open_source(run.data)
+    found = source.fingerprint()
+    return f"{found} {source.detection_fingerprint()}" if set(run.study.tables) & set(BOX_TABLES) else found
 
 
 def check_same(old: dict, new: dict, workdir: Path) -> None:

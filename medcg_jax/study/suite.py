@@ -117,11 +117,14 @@ def expand(run: RunConfig, subsets: Sequence[Subset], boxes: Sequence[Subset] = 
       ConfigError: a target is no subset, or a table has no cell for these subsets.
     """
     cells = []
+    family = MODELS[run.model.name]
     for table in run.study.tables:
+        if table in BOX_TABLES and family not in DETECTION_TABLES:
+            raise ConfigError(f"study.tables={table!r}: {run.model.name} gives no boxes; {', '.join(DETECTION_TABLES)} do")
         targets = run.study.targets_of.get(table, run.study.targets)
         world = World(
             tuple(subsets), targets, run.data.source == "release", tuple(boxes) if table in BOX_TABLES else (),
-            PAIR_TABLES.get(MODELS[run.model.name], 3), DETECTION_TABLES.get(MODELS[run.model.name], 5),
+            PAIR_TABLES.get(family, 3), DETECTION_TABLES.get(family, 5),
         )  # fmt: skip
         for name in targets:
             if name not in {s.name for s in subsets}:

@@ -49,6 +49,7 @@ def train(run: RunConfig, workdir: Path) -> dict:
         graphdef,
         *split_trainable(shardings(setup.model, setup.mesh), run.model.trainable),
         make_optimizer(run.train),
+        loss_fn=setup.loss,
         accumulation_steps=run.train.accumulation_steps,
         compute_dtype=run.model.compute_dtype,
     )

@@ -1,6 +1,7 @@
 """What a run needs before its first step: mesh, tokenizer, architecture and data, checked before anything is allocated."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from medcg_jax.data.sources import open_source, require_subsets
 from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.mesh import check_batch, make_mesh
 from medcg_jax.models.build import TINY, Config, architecture, create, replicated
+from medcg_jax.models.next_chat import NextChatConfig
 from medcg_jax.run_config import MODELS, ConfigError, RunConfig
+from medcg_jax.train.box_losses import box_loss
+from medcg_jax.train.losses import token_loss
 
 RELEASED = {
     "llava15_7b": "llava-hf/llava-1.5-7b-hf",
@@ -39,6 +43,11 @@ class Setup:
     model: Config
     format: Format
     source: Source
+
+    @property
+    def loss(self) -> Callable:
+        """The loss of a fine-tune (`train_step`'s `loss_fn`): of the text, and of boxes where the model gives them."""
+        return box_loss if isinstance(self.model, NextChatConfig) else token_loss
 
     def encode(self, records: RecordSet, **lengths: int) -> Encoded:
         """Training rows. lengths: `max_text_tokens`, `max_target_tokens`, in place of the configuration's."""
