@@ -12,14 +12,20 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from medcg_jax.run_config import ConfigError, RunConfig, replace
+from medcg_jax.run_config import BOX_TABLES, MODELS, ConfigError, RunConfig, replace
 from medcg_jax.study import grid
 from medcg_jax.study.report_backbones import write_page
+from medcg_jax.study.suite import DETECTION_TABLES
 
 
 def model_run(run: RunConfig, model: str) -> RunConfig:
-    """The run of one of the study's models; its cells are done one after another."""
-    return replace(run, name=f"{run.name}_{model}", model__name=model, study__models=(), study__jobs=1)
+    """The run of one of the study's models; its cells are done one after another.
+
+    Tables that train on boxes are left out for a model that gives none.
+    """
+    tables = tuple(t for t in run.study.tables if t not in BOX_TABLES or MODELS[model] in DETECTION_TABLES)
+    own = dict(study__models=(), study__jobs=1, study__tables=tables)
+    return replace(run, name=f"{run.name}_{model}", model__name=model, **own)
 
 
 def dry(run: RunConfig) -> dict:

@@ -75,6 +75,8 @@ def test_a_models_run_is_the_grids_with_its_name():
         one = model_run(run, model)
         assert (one.model.name, one.study.models, one.study.jobs) == (model, (), 1)
         assert (one.data, one.base, one.train) == (run.data, run.base, run.train)
+        takes_boxes = MODELS[model] in ("minigpt_v2", "next_chat")
+        assert one.study.tables == (("multi_task", "detection_pairs") if takes_boxes else ("multi_task",))
     assert len({MODELS[model] for model in run.study.models}) == len(run.study.models)
 
 

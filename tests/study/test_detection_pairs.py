@@ -70,7 +70,7 @@ def test_every_pair_has_one_of_each_and_supplies_the_target(drawn, other, seed):
         assert len(cell.related) == (2 if cell.arm == "trained" else 0)
 
 
-@pytest.mark.parametrize(("model", "table"), [("minigpt_v2_7b", 6), ("llava15_7b", 5)])
+@pytest.mark.parametrize(("model", "table"), [("minigpt_v2_7b", 6), ("next_chat_7b_336", 5)])
 def test_published_rows_become_cells(model, table):
     cells = suite.expand(study("release", model), CHOICE, DETECTION)
     trained = {suite.paper_row(c.row): c for c in cells if c.arm == "trained"}
@@ -136,4 +136,9 @@ def test_a_tree_with_broken_boxes_still_has_its_other_tables(tmp_path):
     run = replace(RunConfig(study=StudyConfig(targets=("ct-liver-stage",))), **data)
     assert schedule.make_plan(run).cells
     with pytest.raises(ValueError, match="Subset--38-det-train.json: not JSON"):
-        schedule.make_plan(replace(run, study__tables=("detection_pairs",)))
+        schedule.make_plan(replace(run, model__name="minigpt_v2_tiny", study__tables=("detection_pairs",)))
+
+
+def test_a_model_without_boxes_is_refused():
+    with pytest.raises(ConfigError, match="study.tables='detection_pairs': qwen2_vl_tiny gives no boxes; next_chat, minigpt_v2 do"):
+        suite.expand(study(model="qwen2_vl_tiny", targets=("ct-lung-state",)), SMALL, BOXES)
