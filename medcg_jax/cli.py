@@ -15,6 +15,15 @@ from medcg_jax.host import keep_freed_memory
 from medcg_jax.run_config import ConfigError, RunConfig, RunError
 
 
+# Files of a release that may lie apart from it.
+RELEASE_PARTS = {
+    "clip": "CLIP ViT-L/14-336, where SRC holds no vision tower",
+    "eva": "eva_vit_g.pth, where it does not lie beside SRC (Llama 2 for MiniGPT-v2)",
+    "minigpt": "MiniGPT-v2's own .pth, where it does not lie beside SRC",
+    "sam": "sam_vit_h_4b8939.pth, where NExT-Chat's SRC holds no SAM",
+}
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that refuses in one line."""
 
@@ -87,7 +96,8 @@ def parser() -> Parser:
     convert.add_argument("src", metavar="SRC")
     convert.add_argument("dst", metavar="DST")
     convert.add_argument("--to", choices=("orbax", "hf"), default="orbax")
-    convert.add_argument("--clip", default="", metavar="DIR", help="CLIP ViT-L/14-336, where SRC holds no vision tower")
+    for part, what in RELEASE_PARTS.items():
+        convert.add_argument(f"--{part}", default="", metavar="PATH", help=what)
     parity = add(verbs, "parity", parity_check, "the same input through this port and the PyTorch reference")
     parity.add_argument("src", metavar="SRC", help="a released (HF) model directory")
     parity.add_argument("--inputs", default="", metavar="FILE.npz", help="numbers recorded elsewhere; no PyTorch needed")
@@ -154,7 +164,8 @@ def data_check(args) -> dict:
 def convert_weights(args) -> dict:
     from medcg_jax.weights.convert import convert
 
-    return convert(Path(args.src), Path(args.dst), to=args.to, parts={"clip": Path(args.clip)} if args.clip else {})
+    parts = {name: Path(path) for name in RELEASE_PARTS if (path := getattr(args, name))}
+    return convert(Path(args.src), Path(args.dst), to=args.to, parts=parts)
 
 
 def parity_check(args) -> dict:
