@@ -28,10 +28,11 @@ def prefill(model, batch: dict[str, jax.Array], num_new: int):
 def greedy(model, logits: jax.Array, cache, *, num_new: int, eos_id: int) -> jax.Array:
     """int32[B, num_new] the likeliest tokens, one after another, from `prefill`'s logits and cache.
 
-    After eos_id a row has eos_id only.
+    After eos_id a row has eos_id only. A config's `force_next` (token -> token) says what must follow what.
 
     Stops when every row has ended.
     """
+    forced = getattr(model.config, "force_next", {})
     first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     tokens = jnp.full((logits.shape[0], num_new), eos_id, jnp.int32).at[:, 0].set(first)
 
@@ -44,6 +45,8 @@ def greedy(model, logits: jax.Array, cache, *, num_new: int, eos_id: int) -> jax
         last = jax.lax.dynamic_slice_in_dim(tokens, index - 1, 1, axis=1)
         hidden, cache = model.hidden(last, cache=cache)
         best = jnp.argmax(model.logits(hidden[:, 0]), axis=-1).astype(jnp.int32)
+        for token, follower in forced.items():
+            best = jnp.where(last[:, 0] == token, follower, best)
         best = jnp.where(last[:, 0] == eos_id, eos_id, best)
         return index + 1, jax.lax.dynamic_update_slice_in_dim(tokens, best[:, None], index, axis=1), cache
 

@@ -1,5 +1,9 @@
 """Greedy generation against the same without a cache, and the strict reading of answers."""
 
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from eval_toys import EOS, TOKENIZER, encoded, model_on
@@ -97,3 +101,23 @@ def test_the_tokenizers_letters_are_read():
     for letter in "ABCD":
         ids = TOKENIZER.letter_ids("ASSISTANT:", [letter])
         assert parse_answer(TOKENIZER.decode([*ids, EOS, EOS]), ("a", "b", "c", "d")) == letter
+
+
+class Five:
+    """Always says 5; its config may say what must follow it."""
+
+    def __init__(self, **force_next):
+        self.config = SimpleNamespace(**force_next)
+
+    def hidden(self, tokens, *, cache):
+        return jnp.zeros((*tokens.shape, 1)), cache
+
+    def logits(self, hidden):
+        return jnp.broadcast_to(jax.nn.one_hot(5, 9), (*hidden.shape[:-1], 9))
+
+
+def test_what_must_follow_follows():
+    start = jnp.broadcast_to(jax.nn.one_hot(5, 9), (2, 9))
+    assert greedy(Five(), start, None, num_new=4, eos_id=2).tolist() == [[5] * 4] * 2
+    assert greedy(Five(force_next={5: 7}), start, None, num_new=4, eos_id=2).tolist() == [[5, 7, 5, 7]] * 2
+    assert greedy(Five(force_next={5: 2}), start, None, num_new=4, eos_id=2).tolist() == [[5, 2, 2, 2]] * 2
