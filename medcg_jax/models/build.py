@@ -96,7 +96,8 @@ def partition_specs(config: Config) -> nnx.State:
 def shardings(config: Config, mesh: Mesh) -> nnx.State:
     """The NamedSharding of every parameter on `mesh`, in params' tree.
 
-    Key and value heads that the tensor axis does not divide are held whole by every device (`replicated`).
+    Key and value heads, and vocabularies, that the tensor axis does not divide are held whole by every device
+    (`replicated`).
 
     Raises:
       ValueError: another axis of a parameter cannot be divided over the mesh axes that its name is split over.
@@ -113,7 +114,7 @@ def shardings(config: Config, mesh: Mesh) -> nnx.State:
 
 
 def replicated(config: Config, mesh: Mesh) -> list[str]:
-    """Parameters whose key and value heads every device of the tensor axis holds whole: it does not divide them."""
+    """Parameters whose key and value heads, or vocabulary, the tensor axis does not divide: each device holds them whole."""
     _, state = _abstract_variables(config, jnp.float32)
     leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_variable)[0]
     return [
@@ -124,7 +125,7 @@ def replicated(config: Config, mesh: Mesh) -> list[str]:
 
 
 def _undivided(name: str, size: int, mesh: Mesh) -> bool:
-    return name == "kv_heads" and size % mesh.shape["tensor"] != 0
+    return name in ("kv_heads", "vocab") and size % mesh.shape["tensor"] != 0
 
 
 def create(config: Config, mesh: Mesh, *, seed: int, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:

@@ -77,14 +77,20 @@ def sam_tiny(**fields) -> SamConfig:
 
 
 class Conv(nnx.Module):
-    """A square convolution, float[B, h, w, Cin] to float[B, h', w', Cout]; its kernel is [size * size * Cin, Cout]."""
+    """A square convolution, float[B, h, w, Cin] to float[B, h', w', Cout]; its kernel is [size * size * Cin, Cout].
 
-    def __init__(self, size: int, inputs: int, outputs: int, *, use_bias: bool, stride: int = 1, rngs, dtype):
+    axis: logical name of the output channels; "norm" where they are a handful.
+    """
+
+    def __init__(
+        self, size: int, inputs: int, outputs: int, *, use_bias: bool, stride: int = 1, axis: str = "vision_embed", rngs,
+        dtype,
+    ):  # fmt: skip
         self.size, self.stride = size, stride
         shape = (size * size * inputs, outputs)
-        self.kernel = param(normal(shape[0] ** -0.5), shape, ("patch", "vision_embed"), rngs=rngs, dtype=dtype)
+        self.kernel = param(normal(shape[0] ** -0.5), shape, ("patch", axis), rngs=rngs, dtype=dtype)
         bias = lambda key, shape, dtype: jnp.zeros(shape, dtype)  # noqa: E731
-        self.bias = param(bias, (outputs,), ("vision_embed",), rngs=rngs, dtype=dtype) if use_bias else None
+        self.bias = param(bias, (outputs,), (axis,), rngs=rngs, dtype=dtype) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Zeros around x where the stride is 1, so that its size stays; none otherwise."""
@@ -198,9 +204,9 @@ class SamPrompt(nnx.Module):
         self.points = param(normal(1.0), (4, width), ("pos", "norm"), **made)
         self.not_a_point = param(normal(1.0), (width,), ("norm",), **made)
         self.no_mask = param(normal(1.0), (width,), ("norm",), **made)
-        self.mask1 = Conv(2, 1, small // 4, use_bias=True, stride=2, **made)
+        self.mask1 = Conv(2, 1, small // 4, use_bias=True, stride=2, axis="norm", **made)
         self.mask_norm1 = LayerNorm(small // 4, eps=config.norm_eps, **made)
-        self.mask2 = Conv(2, small // 4, small, use_bias=True, stride=2, **made)
+        self.mask2 = Conv(2, small // 4, small, use_bias=True, stride=2, axis="norm", **made)
         self.mask_norm2 = LayerNorm(small, eps=config.norm_eps, **made)
         self.mask3 = Conv(1, small, width, use_bias=True, **made)
 

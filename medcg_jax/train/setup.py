@@ -86,7 +86,7 @@ def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None, has_w
     )
     whole = replicated(model, mesh)
     if whole:
-        print(f"mesh.tensor={mesh.shape['tensor']} does not divide the key and value heads; held whole: {', '.join(whole)}")
+        print(f"mesh.tensor={mesh.shape['tensor']} does not divide them, so every device holds whole: {', '.join(whole)}")
     return Setup(run, mesh, tokenizer, model, formats.format_of(family, model), source)
 
 
