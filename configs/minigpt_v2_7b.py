@@ -15,6 +15,8 @@ def get_config():
     with config.model.ignore_type():
         config.model.trainable = ("projector", "lora")
     config.data.system_prompt = ""
+    with config.study.ignore_type():
+        config.study.tables = ("detection_pairs",)
     # Warm-up and learning rate of the release's own fine-tuning; epochs and batch as for LLaVA-1.5.
     config.train.learning_rate = 1e-5
     config.train.weight_decay = 0.05

@@ -8,7 +8,7 @@
 import llava15_7b
 
 
-def get_config():
+def get_config(arg: str = ""):
     config = llava15_7b.get_config()
     config.name = "next_chat_7b"
     config.model.name = "next_chat_7b_336"
@@ -16,4 +16,16 @@ def get_config():
     with config.model.ignore_type():
         # As in the first two stages of the release's training: all but the vision tower and SAM.
         config.model.trainable = ("projector", "decoder", "boxes")
+    with config.study.ignore_type():
+        config.study.tables = ("detection_pairs",)
+    if arg == "masks":
+        # The third stage: masks alone, from the parameters of the first two, with the release's rate and batch.
+        config.name = "next_chat_7b_masks"
+        with config.model.ignore_type():
+            config.model.trainable = ("mask_prompt", "mask_decoder")
+        config.train.learning_rate = 2e-5
+        config.train.batch_size = 64
+        config.train.epochs = 3.0
+    elif arg:
+        raise ValueError(f"configs/next_chat_7b.py:{arg}; masks, or nothing, is accepted")
     return config

@@ -5,15 +5,14 @@ Exit status: 0 done and right, 2 wrong use or bad input, 3 does not fit, 1 anyth
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from medcg_jax.data.records import DataError
+from medcg_jax.files import write_whole
 from medcg_jax.host import keep_freed_memory
 from medcg_jax.run_config import ConfigError, RunConfig, RunError
-
 
 # Files of a release that may lie apart from it.
 RELEASE_PARTS = {
@@ -142,13 +141,15 @@ def workdir(args: argparse.Namespace, run: RunConfig) -> Path:
 
 
 def data_phantom(args) -> dict:
-    from medcg_jax.data.phantom import PhantomSource, write_release
+    from medcg_jax.data.phantom import write_release
+    from medcg_jax.data.phantom_boxes import PhantomBoxSource
 
     out = Path(args.out)
-    source = PhantomSource(seed=args.seed, train_records=args.train, test_records=args.test)
+    source = PhantomBoxSource(args.seed, args.train, args.test)
     write_release(source, out)
-    print(f"{len(source.subsets)} subsets, {args.train} training and {args.test} test records each: {out}")
-    return {"out": str(out), "subsets": len(source.subsets), "fingerprint": source.fingerprint()}
+    number, boxes = len(source.subsets), len(source.detection_subsets)
+    print(f"{number} subsets of questions, {boxes} of boxes, {args.train} training and {args.test} test records each: {out}")
+    return {"out": str(out), "subsets": number, "detection_subsets": boxes, "fingerprint": source.fingerprint()}
 
 
 def data_check(args) -> dict:
@@ -198,9 +199,12 @@ def reproduce_grid(args) -> dict:
 
 
 def report_grid(args) -> dict:
-    from medcg_jax.study.report import write_report
+    from medcg_jax.study import report, report_backbones
 
-    page = write_report(Path(args.dir))
+    models = report_backbones.models_in(Path(args.dir))
+    for model in models:
+        report.write_report(Path(args.dir) / model)
+    page = report_backbones.write_page(Path(args.dir), models) if models else report.write_report(Path(args.dir))
     print(page)
     return {"page": str(page)}
 
@@ -212,11 +216,7 @@ def bench_here(args) -> dict:
 
 
 def write_json(path: Path, result: dict) -> None:
-    """Writes `result` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(part, path)
+    write_whole(path, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

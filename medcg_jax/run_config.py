@@ -14,10 +14,14 @@ REMAT = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16")
 # What a base trains, which every model has; and what else a fine-tune may train, by the models that have it.
 TRAINABLE = ("vision", "projector", "decoder")
-PARTS = (*TRAINABLE, "lora", "boxes", "mask_prompt", "mask_decoder")
+# Those of masks are trained by themselves, with a loss of their own.
+MASK_PARTS = ("mask_prompt", "mask_decoder", "sam_encoder")
+# Part -> the family that alone has it.
+OWN_PARTS = {"lora": "minigpt_v2", "boxes": "next_chat"} | dict.fromkeys(MASK_PARTS, "next_chat")
+PARTS = (*TRAINABLE, *OWN_PARTS)
 TABLES = ("pairs", "triples", "ablation", "multi_task", "efficiency")
-# Tables whose related subsets have boxes: for the families that answer with them.
-BOX_TABLES = ("detection_pairs",)
+# Tables whose related subsets have boxes: for the families that answer with them. The second is tested on boxes too.
+BOX_TABLES = ("detection_pairs", "detection")
 # Model -> its family.
 MODELS = {
     "llava15_tiny": "llava",
@@ -33,6 +37,8 @@ MODELS = {
     "minigpt_v2_tiny": "minigpt_v2",
     "minigpt_v2_7b": "minigpt_v2",
     "next_chat_tiny": "next_chat",
+    # With a small SAM for masks.
+    "next_chat_tiny_sam": "next_chat",
     "next_chat_7b_336": "next_chat",
 }
 
@@ -70,6 +76,8 @@ class ModelConfig:
     # Qwen2-VL resizes images to so many pixels at least and at most; 0: the size's own.
     min_pixels: int = 0
     max_pixels: int = 0
+    # NExT-Chat: boxes that a row or an answer has room for; 0: the size's own. More than any record has need memory.
+    max_boxes: int = 0
     # LLaVA-1.5's second stage: the vision tower stays frozen.
     trainable: tuple[str, ...] = ("projector", "decoder")
 
@@ -125,6 +133,8 @@ class EvalConfig:
     # Second column: greedy generation and strict parsing of the answer.
     generate: bool = True
     max_new_tokens: int = 4
+    # Most tokens of an answer with boxes: MiniGPT-v2 writes up to 17 for each, NExT-Chat 2.
+    max_box_tokens: int = 128
 
 
 @dataclass(frozen=True)
@@ -132,6 +142,8 @@ class StudyConfig:
     tables: tuple[str, ...] = ("pairs",)
     # Subsets to test on; empty: every subset the table is defined for.
     targets: tuple[str, ...] = ()
+    # Detection subsets to train and test on; empty: all.
+    box_subsets: tuple[str, ...] = ()
     # Arms to run; empty: all of the tables'.
     arms: tuple[str, ...] = ()
     # Table -> its own targets, in place of `targets`: a row of "ablation" costs as much as ten of "pairs".
@@ -176,19 +188,39 @@ def replace(config, **changes):
     return dataclasses.replace(config, **here)
 
 
+def trains_masks(model: ModelConfig) -> bool:
+    """Whether a fine-tune is of the parts that draw masks, and so has their data, loss and scores."""
+    return bool(set(model.trainable) & set(MASK_PARTS))
+
+
+def parts_of(family: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the names that are parts of the family's models, in their order."""
+    return tuple(name for name in names if OWN_PARTS.get(name, family) == family)
+
+
 def check(run: RunConfig) -> None:
     """Raises ConfigError for the first value of `run` that no run could use."""
     one_of("model.name", run.model.name, tuple(MODELS))
-    for name in ("min_pixels", "max_pixels"):
+    for name, family, why in (
+        ("min_pixels", "qwen2_vl", "has one size of image"),
+        ("max_pixels", "qwen2_vl", "has one size of image"),
+        ("max_boxes", "next_chat", "takes no boxes as arrays"),
+    ):
         at_least(f"model.{name}", getattr(run.model, name), 0)
-        if getattr(run.model, name) and MODELS[run.model.name] != "qwen2_vl":
-            raise ConfigError(f"model.{name}={getattr(run.model, name)}: 0 is accepted, {run.model.name} has one size of image")
+        if getattr(run.model, name) and MODELS[run.model.name] != family:
+            raise ConfigError(f"model.{name}={getattr(run.model, name)}: 0 is accepted, {run.model.name} {why}")
     one_of("model.compute_dtype", run.model.compute_dtype, DTYPES)
     one_of("model.attention", run.model.attention, ATTENTION)
     one_of("model.remat", run.model.remat, REMAT)
     one_of("data.source", run.data.source, SOURCES)
     for name in run.model.trainable:
         one_of("model.trainable", name, PARTS)
+        if not run.study.models:
+            one_of("model.trainable", name, parts_of(MODELS[run.model.name], PARTS))
+    if trains_masks(run.model) and not set(run.model.trainable) <= set(MASK_PARTS):
+        raise ConfigError(
+            f"model.trainable={run.model.trainable}: {', '.join(MASK_PARTS)} are trained by themselves, after the boxes"
+        )
     for name in run.study.models:
         one_of("study.models", name, tuple(MODELS))
     for name in run.study.tables:
@@ -203,6 +235,7 @@ def check(run: RunConfig) -> None:
     at_least("data.max_pixels", run.data.max_pixels, 1)
     at_least("eval.batch_size", run.eval.batch_size, 1)
     at_least("eval.max_new_tokens", run.eval.max_new_tokens, 1)
+    at_least("eval.max_box_tokens", run.eval.max_box_tokens, 1)
     at_least("study.jobs", run.study.jobs, 1)
     at_least("study.cells_at_once", run.study.cells_at_once, 1)
     if not run.study.seeds:

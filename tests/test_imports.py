@@ -13,11 +13,12 @@ PACKAGE = ROOT / "medcg_jax"
 MAX_LINES = 400
 
 # Room (or file) of the package -> what of the package it may import. From DESIGN.md's layout, with what may be
-# imported by all: `axes` and `run_config`, which hold names and plain values only.
-BASICS = {"axes", "run_config"}
+# imported by all: `axes` and `run_config`, which hold names and plain values only, and `files`.
+BASICS = {"axes", "run_config", "files"}
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "axes": set(),
+    "files": set(),
     "run_config": {"axes"},
     "host": set(),
     "config_file": {"run_config"},

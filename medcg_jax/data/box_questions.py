@@ -27,13 +27,14 @@ class Asked(NamedTuple):
 
 
 def ask(record: Record) -> tuple[Asked, ...]:
-    """The questions of a record, in the order in which its boxes name the labels; () where it has no boxes.
+    """The questions of a record, one for each label of its boxes; () where it has none.
 
-    The phrasing depends on the record's id and the label alone.
+    Order and phrasing depend on the record's id and the labels alone: whatever order the boxes have, each label of a
+    subset comes first in some records, as it does where it is asked alone.
 
-    Example: boxes of "Left lung" and "Right lung" -> ("Where is the left lung?", ...), ("Locate the right lung.", ...).
+    Example: boxes of "Left lung" and "Right lung" -> ("Locate the right lung.", ...), ("Where is the left lung?", ...).
     """
-    labels = dict.fromkeys(box.label for box in record.boxes)
+    labels = sorted(dict.fromkeys(box.label for box in record.boxes), key=lambda label: _digest(f"{record.id}/{label}"))
     return tuple(
         Asked(question(label, f"{record.id}/{label}"), label, tuple(box for box in record.boxes if box.label == label))
         for label in labels
@@ -42,7 +43,10 @@ def ask(record: Record) -> tuple[Asked, ...]:
 
 def question(label: str, key: str) -> str:
     """A phrasing chosen by `key`, with the label as it stands inside a sentence ("Skin lesion" -> "skin lesion")."""
-    digest = hashlib.sha256(key.encode()).digest()
     # "CT contrast" keeps its capitals.
     inside = label if label[:2].isupper() else label[:1].lower() + label[1:]
-    return PHRASINGS[int.from_bytes(digest[:4], "big") % len(PHRASINGS)].format(label=inside)
+    return PHRASINGS[int.from_bytes(_digest(key)[:4], "big") % len(PHRASINGS)].format(label=inside)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from medcg_jax.data.box_questions import Asked, ask
 from medcg_jax.data.formats import Arrays, Format
 from medcg_jax.data.records import DataError, Record, RecordSet, concat
 from medcg_jax.data.tokenizer import Tokenizer
@@ -27,12 +28,16 @@ class Encoded:
       format: how they were made.
       arrays: [N, ...] per batch key, and `length` int32[N]; what `encode` or `encode_eval` says.
       images: [N, ...] per batch key of the format's; None where images are decoded when drawn.
+      masks: whether rows have the masks of their boxes, laid out when drawn.
+      asked: the question about boxes that each row asks; () for other rows.
     """
 
     records: RecordSet
     format: Format
     arrays: Arrays
     images: Arrays | None
+    masks: bool = False
+    asked: tuple[Asked, ...] = ()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -44,6 +49,9 @@ class Encoded:
         batch["segment_ids"] = (np.arange(batch["tokens"].shape[1]) < length[:, None]).astype(np.int32)
         images = self._decode(indices) if self.images is None else {k: a[indices] for k, a in self.images.items()}
         batch |= {key: array[:, None] for key, array in images.items()}
+        if self.masks:
+            rows = [_mask_arrays(self.records, int(index), self.format) for index in indices]
+            batch |= {key: np.stack([row[key] for row in rows]) for key in rows[0]}
         return batch, [self.records.records[i].id for i in indices]
 
     def _decode(self, indices: np.ndarray) -> Arrays:
@@ -81,6 +89,8 @@ def encode(
         _put_row(rows, index, tokens.ids, num_image, data)
         if fmt.box_arrays is not None:
             boxes.append(fmt.box_arrays(tokenizer, record, tokens))
+        if fmt.mask_layout is not None:
+            fmt.mask_layout.check(record, records.mask(index))
         supervised = np.flatnonzero(tokens.supervised)
         count = len(supervised)
         if not count:
@@ -94,7 +104,9 @@ def encode(
     _each(records, one)
     arrays = {**rows, "target_positions": positions, "targets": targets, "target_weights": weights}
     arrays |= {key: np.stack([row[key] for row in boxes]) for key in (boxes[0] if boxes else ())}
-    return Encoded(records, fmt, arrays, _all_images(records, fmt, memory_limit_bytes))
+    return Encoded(
+        records, fmt, arrays, _all_images(records, fmt, memory_limit_bytes), masks=fmt.mask_layout is not None
+    )  # fmt: skip
 
 
 def encode_eval(
@@ -134,6 +146,41 @@ def encode_eval(
     return Encoded(records, fmt, arrays, _all_images(records, fmt, memory_limit_bytes))
 
 
+def encode_boxes(
+    records: RecordSet,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    fmt: Format,
+    *,
+    memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
+) -> Encoded:
+    """Rows that ask for boxes, one for each question about a record's boxes: `tokens` and `last_position` int32[N].
+
+    `records` and `asked` of what comes back have one entry a row; records without boxes are asked nothing.
+
+    Raises:
+      DataError: a record has too many tokens, or the model is asked of no boxes.
+    """
+    if fmt.box_turn is None:
+        raise DataError("a model that gives no boxes is asked for some; MiniGPT-v2 and NExT-Chat give them")
+    pairs = [(place, asked) for place, record in enumerate(records.records) for asked in ask(record)]
+    records = records.select(place for place, _ in pairs)
+    rows = _empty_rows(len(records), tokenizer, data.max_text_tokens + fmt.max_image_tokens)
+
+    def one(index: int, record: Record) -> None:
+        num_image = _image_tokens(records, index, fmt)
+        turn = fmt.box_turn(record, pairs[index][1])
+        ids = fmt.prompts.evaluation_prompt(
+            tokenizer, (turn,), system_prompt=data.system_prompt, num_image_tokens=num_image
+        )
+        _put_row(rows, index, ids, num_image, data)
+
+    _each(records, one)
+    arrays = {**rows, "last_position": rows["length"] - 1}
+    images = _all_images(records, fmt, memory_limit_bytes)
+    return Encoded(records, fmt, arrays, images, asked=tuple(asked for _, asked in pairs))
+
+
 def concat_encoded(parts: Sequence[Encoded]) -> Encoded:
     """One set of rows from several that were encoded alike; decodes nothing again.
 
@@ -152,7 +199,7 @@ def concat_encoded(parts: Sequence[Encoded]) -> Encoded:
     images = [part.images for part in parts if part.images is not None]
     return Encoded(
         concat([part.records for part in parts]), parts[0].format, joined([part.arrays for part in parts]),
-        joined(images) if len(images) == len(parts) else None,
+        joined(images) if len(images) == len(parts) else None, masks=parts[0].masks,
     )  # fmt: skip
 
 
@@ -191,6 +238,14 @@ def _image_arrays(records: RecordSet, index: int, fmt: Format) -> Arrays:
         return fmt.blank
     try:
         return fmt.preprocess(records.image(index))
+    except DataError as error:
+        raise DataError(f"record {record.id}: {error}") from error
+
+
+def _mask_arrays(records: RecordSet, index: int, fmt: Format) -> Arrays:
+    record = records.records[index]
+    try:
+        return fmt.mask_layout.arrays(record, records.mask(index))
     except DataError as error:
         raise DataError(f"record {record.id}: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,15 +23,12 @@ from medcg_jax.data import (
     prompts_minigpt,
     prompts_next_chat,
 )
-from medcg_jax.data.box_questions import ask
+from medcg_jax.data.box_questions import Asked, ask
 from medcg_jax.data.boxes import corners
 from medcg_jax.data.prompts import Tokens
 from medcg_jax.data.records import DataError, Record, Turn
-from medcg_jax.data.text_boxes import format_boxes
+from medcg_jax.data.text_boxes import format_boxes, parse_boxes
 from medcg_jax.data.tokenizer import Tokenizer
-
-# Boxes that a row of NExT-Chat has room for.
-MAX_BOXES = 8
 
 Arrays = dict[str, np.ndarray]
 
@@ -45,15 +43,34 @@ TOKENS = {
 }  # fmt: skip
 
 
-def choice_turns(record: Record) -> tuple[Turn, ...]:
-    """The record's own turns.
+@dataclass(frozen=True)
+class MaskLayout:
+    """The square that a model draws masks in, of `size_px`, with the image in its middle; at most `max_masks` a row."""
 
-    Raises:
-      DataError: it has boxes, which the model cannot be taught.
-    """
-    if record.boxes:
-        raise DataError("it has boxes; MiniGPT-v2 and NExT-Chat take them, other models do not")
-    return record.turns
+    size_px: int
+    max_masks: int
+
+    def arrays(self, record: Record, masks: np.ndarray | None) -> Arrays:
+        """`at_masks` bool[max_masks, size_px, size_px] of bool[K, h, w], in the order of the answers' boxes.
+
+        Raises:
+          DataError: as `check`.
+        """
+        self.check(record, masks)
+        found = np.zeros((self.max_masks, self.size_px, self.size_px), bool)
+        if not record.boxes:
+            return {"at_masks": found}
+        places = {id(box): place for place, box in enumerate(record.boxes)}
+        order = [places[id(box)] for asked in ask(record) for box in asked.boxes]
+        found[: len(masks)] = images_next_chat.preprocess_masks(masks[order], self.size_px)
+        return {"at_masks": found}
+
+    def check(self, record: Record, masks: np.ndarray | None) -> None:
+        """Raises DataError where a record with boxes has no masks, or more than fit."""
+        if record.boxes and masks is None:
+            raise DataError("it has boxes and no masks, and masks are what is trained")
+        if record.boxes and len(masks) > self.max_masks:
+            raise DataError(f"{len(masks)} masks; at most {self.max_masks} fit (model.max_boxes)")
 
 
 @dataclass(frozen=True)
@@ -65,16 +82,33 @@ class Format:
       preprocess: uint8[h, w, 3] -> the arrays of one image by batch key, always of the same shapes and dtypes.
       max_image_tokens: the most tokens that an image takes, which every row reserves.
       num_image_tokens: tokens of an image of (height, width) pixels; None: all have the most.
-      turns: what a record is asked and answers in training, its boxes among that.
+      box_turn: (record, what is asked of its boxes) -> question and answer; None: the model is asked of no boxes.
+      read_boxes: (generated text, boxes read beside it, (height, width) in pixels) -> float64[N, 4] in pixels of the
+        image, or None where the answer gives none that can be read.
       box_arrays: (tokenizer, record, its tokens) -> the arrays of a training row beside the text's; None: there are none.
+      mask_layout: how masks lie in the model's square; None: a row has none.
     """
 
     prompts: ModuleType
     preprocess: Callable[[np.ndarray], Arrays]
     max_image_tokens: int
     num_image_tokens: Callable[[int, int], int] | None = None
-    turns: Callable[[Record], tuple[Turn, ...]] = choice_turns
+    box_turn: Callable[[Record, Asked], Turn] | None = None
+    read_boxes: Callable[[str, np.ndarray | None, tuple[int, int]], np.ndarray | None] | None = None
     box_arrays: Callable[[Tokenizer, Record, Tokens], Arrays] | None = None
+    mask_layout: MaskLayout | None = None
+
+    def turns(self, record: Record) -> tuple[Turn, ...]:
+        """What a record is asked and answers in training: its own turns, or one for each label of its boxes.
+
+        Raises:
+          DataError: it has boxes, which the model cannot be taught.
+        """
+        if not record.boxes:
+            return record.turns
+        if self.box_turn is None:
+            raise DataError("it has boxes; MiniGPT-v2 and NExT-Chat take them, other models do not")
+        return tuple(self.box_turn(record, asked) for asked in ask(record))
 
     @functools.cached_property
     def blank(self) -> Arrays:
@@ -92,9 +126,20 @@ def token_ids(family: str, tokenizer: Tokenizer) -> dict[str, int]:
     return ids | {field: tokenizer.special(token) for field, token in TOKENS.get(family, {}).items()}
 
 
-def format_of(family: str, model) -> Format:
-    """The format of a model of the family; `model` is its configuration."""
-    return _FORMATS[family](model)
+def format_of(family: str, model, *, with_masks: bool = False) -> Format:
+    """The format of a model of the family; `model` is its configuration.
+
+    with_masks: rows have masks, and images as the model that draws them takes them.
+
+    Raises:
+      DataError: masks of a model that draws none.
+    """
+    made = _FORMATS[family](model)
+    if not with_masks:
+        return made
+    if getattr(model, "sam", None) is None:
+        raise DataError(f"{family} without SAM draws no masks; NExT-Chat with it does")
+    return _with_masks(made, MaskLayout(model.sam.image_size_px, model.max_boxes))
 
 
 def llava(image_size_px: int, num_image_tokens: int) -> Format:
@@ -122,38 +167,50 @@ def mllama(tile_px: int) -> Format:
 def minigpt_v2(image_size_px: int, num_image_tokens: int) -> Format:
     """MiniGPT-v2: Llama 2's instructions; images squashed to a square, all with as many tokens; boxes as text."""
     preprocess = partial(images_minigpt.preprocess, size_px=image_size_px)
-    return Format(prompts_minigpt, preprocess, num_image_tokens, turns=text_box_turns)
-
-
-def text_box_turns(record: Record) -> tuple[Turn, ...]:
-    """The record's turns, or one for each of its labels with the boxes as MiniGPT-v2 writes them."""
-    if not record.boxes:
-        return record.turns
-    return tuple(
-        Turn(f"[detection] {asked.question}", format_boxes(corners(asked.boxes), record.size_px)) for asked in ask(record)
-    )
-
-
-def next_chat(image_size_px: int, num_image_tokens: int) -> Format:
-    """NExT-Chat: Vicuna's turns with the image between two tokens; images on a white square; boxes as arrays."""
-    preprocess = partial(images_next_chat.preprocess, size_px=image_size_px)
     return Format(
-        prompts_next_chat, preprocess, num_image_tokens, turns=placed_box_turns, box_arrays=placed_box_arrays
+        prompts_minigpt, preprocess, num_image_tokens, box_turn=text_box_turn, read_boxes=read_text_boxes
     )  # fmt: skip
 
 
-def placed_box_turns(record: Record) -> tuple[Turn, ...]:
-    """The record's turns, or one for each of its labels with places for the boxes as NExT-Chat answers them."""
-    if not record.boxes:
-        return record.turns
-    return tuple(Turn(asked.question, prompts_next_chat.box_answer(len(asked.boxes))) for asked in ask(record))
+def text_box_turn(record: Record, asked: Asked) -> Turn:
+    """Question and answer as MiniGPT-v2 writes boxes."""
+    return Turn(f"[detection] {asked.question}", format_boxes(corners(asked.boxes), record.size_px))
 
 
-def placed_box_arrays(tokenizer: Tokenizer, record: Record, tokens: Tokens) -> Arrays:
-    """`prompts_next_chat.box_arrays` of a record's boxes, in the order of `placed_box_turns`."""
+def read_text_boxes(text: str, boxes: np.ndarray | None, size: tuple[int, int]) -> np.ndarray | None:
+    return parse_boxes(text, size)
+
+
+def next_chat(image_size_px: int, num_image_tokens: int, max_boxes: int = 8) -> Format:
+    """NExT-Chat: Vicuna's turns with the image between two tokens; images on a white square; boxes as arrays."""
+    preprocess = partial(images_next_chat.preprocess, size_px=image_size_px)
+    return Format(
+        prompts_next_chat, preprocess, num_image_tokens, box_turn=placed_box_turn, read_boxes=read_placed_boxes,
+        box_arrays=partial(placed_box_arrays, max_boxes=max_boxes),
+    )  # fmt: skip
+
+
+def placed_box_turn(record: Record, asked: Asked) -> Turn:
+    """Question and answer with places for the boxes, as NExT-Chat answers them."""
+    return Turn(asked.question, prompts_next_chat.box_answer(len(asked.boxes)))
+
+
+def placed_box_arrays(tokenizer: Tokenizer, record: Record, tokens: Tokens, *, max_boxes: int) -> Arrays:
+    """`prompts_next_chat.box_arrays` of a record's boxes, in the order of its turns."""
     boxes = corners([box for asked in ask(record) for box in asked.boxes])
     placed = images_next_chat.to_square(boxes, record.size_px) if len(boxes) else boxes
-    return prompts_next_chat.box_arrays(tokenizer, tokens, placed, max_boxes=MAX_BOXES, max_answers=MAX_BOXES)
+    return prompts_next_chat.box_arrays(tokenizer, tokens, placed, max_boxes=max_boxes, max_answers=max_boxes)
+
+
+def read_placed_boxes(text: str, boxes: np.ndarray | None, size: tuple[int, int]) -> np.ndarray | None:
+    return images_next_chat.from_square(boxes, size) if boxes is not None and len(boxes) else None
+
+
+def _with_masks(made: Format, layout: MaskLayout) -> Format:
+    def preprocess(image: np.ndarray) -> Arrays:
+        return made.preprocess(image) | images_next_chat.preprocess_sam(image, layout.size_px)
+
+    return dataclasses.replace(made, preprocess=preprocess, mask_layout=layout)
 
 
 _FORMATS: dict[str, Callable[..., Format]] = {
@@ -165,5 +222,5 @@ _FORMATS: dict[str, Callable[..., Format]] = {
     ),
     "mllama": lambda model: mllama(model.image_size_px),
     "minigpt_v2": lambda model: minigpt_v2(model.image_size_px, model.num_image_tokens),
-    "next_chat": lambda model: next_chat(model.image_size_px, model.num_image_tokens),
+    "next_chat": lambda model: next_chat(model.image_size_px, model.num_image_tokens, model.max_boxes),
 }

@@ -30,6 +30,9 @@ class PhantomSource:
       train_records, test_records: per subset, labels balanced (exactly, where the number is a multiple of theirs).
     """
 
+    # It has none; `phantom_boxes.PhantomBoxSource` adds them.
+    detection_subsets: tuple[Subset, ...] = ()
+
     def __init__(self, seed: int, train_records: int = 300, test_records: int = PHANTOM_TEST_RECORDS):
         self.seed, self._sizes = seed, {"train": train_records, "test": test_records}
         for split, size in self._sizes.items():
@@ -122,19 +125,22 @@ def write_release(source: Source, out: str | Path) -> dict[str, int]:
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "Aggregated_Subsets").mkdir(parents=True)
     written = 0
-    for subset in source.subsets:
+    for subset in (*source.subsets, *source.detection_subsets):
         for split in SPLITS:
             records = source.records(subset.name, split)
-            listed = [_release_keys(record) for record in records.records]
-            _write_json(partial / "Aggregated_Subsets" / f"Subset--{subset.name}-{split}.json", listed)
+            has_boxes = subset in source.detection_subsets
+            keys = _detection_keys if has_boxes else _release_keys
+            name = f"Subset--{subset.name}{'-det' if has_boxes else ''}-{split}.json"
+            _write_json(partial / "Aggregated_Subsets" / name, [keys(record) for record in records.records])
             for i, record in enumerate(records.records):
                 path = partial / record.image
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(records.image(i)).save(path)
             written += len(records)
-    _write_json(partial / "manifest.json", {"name": "phantom", "letters": LETTERS[:4], "subsets": [_entry(s) for s in source.subsets]})
+    entries = [_entry(s, "choice") for s in source.subsets] + [_entry(s, "detection") for s in source.detection_subsets]
+    _write_json(partial / "manifest.json", {"name": "phantom", "letters": LETTERS[:4], "subsets": entries})
     partial.rename(out)
-    return {"subsets": len(source.subsets), "records": written}
+    return {"subsets": len(entries), "records": written}
 
 
 def _release_keys(record: Record) -> dict[str, object]:
@@ -151,10 +157,22 @@ def _release_keys(record: Record) -> dict[str, object]:
     }
 
 
-def _entry(subset: Subset) -> dict[str, object]:
+def _detection_keys(record: Record) -> dict[str, object]:
+    height, width = record.size_px
+    return {
+        "id": int(record.id.rpartition("/")[2]),
+        "image": record.image,
+        "width": width,
+        "height": height,
+        "boxes": [{"label": box.label, "bbox": list(box.corners)} for box in record.boxes],
+        "data-no": record.data_no,
+    }
+
+
+def _entry(subset: Subset, kind: str) -> dict[str, object]:
     return {
         "subset": subset.name,
-        "kind": "choice",
+        "kind": kind,
         "modality": subset.modality,
         "area": subset.area,
         "task": subset.task,

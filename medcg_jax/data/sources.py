@@ -29,8 +29,11 @@ def open_source(config: DataConfig) -> Source:
 
 
 def require_subsets(source: Source, names: Sequence[str]) -> None:
-    """Raises DataError, with close matches, when the source lacks one of the subsets named."""
+    """Raises DataError, with close matches, when the source lacks one of the subsets named, of questions or of boxes."""
     known = [subset.name for subset in source.subsets]
+    # Detection files are looked at only where a name is of none of the others.
+    if not set(names) <= set(known):
+        known += [subset.name for subset in source.detection_subsets]
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=3)

@@ -87,8 +87,7 @@ def summary(found: Sequence[Located], *, extra_px: float = 0.0) -> dict[str, flo
       accuracy_low, accuracy_high and so on: 95 % intervals. Wilson's for the accuracy where every question has one box,
         else by drawing questions anew.
     """
-    rows = np.array([_row(one, extra_px) for one in found], np.float64).reshape(-1, 6)
-    boxes, predicted, hits, ious, both, union = rows.T
+    boxes, predicted, hits, ious, both, union = _columns(found, extra_px)
     n, correct = int(boxes.sum()), int(hits.sum())
     scores = {
         "questions": len(found),
@@ -108,6 +107,12 @@ def summary(found: Sequence[Located], *, extra_px: float = 0.0) -> dict[str, flo
     }
     ends = {f"{name}_{end}": value for name, pair in intervals.items() for end, value in zip(("low", "high"), pair, strict=True)}
     return scores | ends
+
+
+def accuracy(found: Sequence[Located], *, extra_px: float = 0.0) -> float:
+    """`summary`'s accuracy alone; 0 without boxes."""
+    boxes, _, hits, *_ = _columns(found, extra_px)
+    return float(_ratio(hits, boxes))
 
 
 def ratio_interval(top: np.ndarray, bottom: np.ndarray, level: float = 0.95) -> tuple[float, float]:
@@ -135,6 +140,11 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
         raise ValueError(f"masks of {a.shape} and {b.shape}; two of one shape are accepted")
     total = int(a.sum()) + int(b.sum())
     return 2 * int((a & b).sum()) / total if total else 1.0
+
+
+def _columns(found: Sequence[Located], extra_px: float) -> np.ndarray:
+    """float64[6, N]: `_row` of every question."""
+    return np.array([_row(one, extra_px) for one in found], np.float64).reshape(-1, 6).T
 
 
 def _row(one: Located, extra_px: float) -> tuple[float, ...]:

@@ -25,8 +25,9 @@ def prefill(model, batch: dict[str, jax.Array], num_new: int):
     return model.logits(last_hidden(hidden, batch["last_position"])), cache
 
 
-def greedy(model, logits: jax.Array, cache, *, num_new: int, eos_id: int) -> jax.Array:
-    """int32[B, num_new] the likeliest tokens, one after another, from `prefill`'s logits and cache.
+def greedy(model, logits: jax.Array, cache, *, num_new: int, eos_id: int) -> tuple[jax.Array, dict]:
+    """(int32[B, num_new] the likeliest tokens, one after another, from `prefill`'s logits and cache; the cache after
+    all but the last of them).
 
     After eos_id a row has eos_id only. A config's `force_next` (token -> token) says what must follow what.
 
@@ -50,7 +51,7 @@ def greedy(model, logits: jax.Array, cache, *, num_new: int, eos_id: int) -> jax
         best = jnp.where(last[:, 0] == eos_id, eos_id, best)
         return index + 1, jax.lax.dynamic_update_slice_in_dim(tokens, best[:, None], index, axis=1), cache
 
-    return jax.lax.while_loop(going_on, one, (jnp.int32(1), tokens, cache))[1]
+    return jax.lax.while_loop(going_on, one, (jnp.int32(1), tokens, cache))[1:]
 
 
 def parse_answer(text: str, options: Sequence[str]) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from jax.sharding import Mesh
 from medcg_jax.eval.choice import option_logprobs
 from medcg_jax.eval.generate import LETTERS, greedy, parse_answer, prefill
 from medcg_jax.eval.intervals import wilson
+from medcg_jax.files import write_whole
 from medcg_jax.mesh import batch_sharding, check_batch, put_batch, replicated
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def make_evaluator(
         logprobs = option_logprobs(logits, batch["option_ids"])
         if not num_new:
             return logprobs, np.zeros((len(batch["tokens"]), 0), np.int32)
-        return logprobs, greedy(model, logits, cache, num_new=num_new, eos_id=eos_id)
+        return logprobs, greedy(model, logits, cache, num_new=num_new, eos_id=eos_id)[0]
 
     jitted = jax.jit(
         evaluate_batch, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh)
@@ -137,20 +137,18 @@ def evaluate(
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """Writes one JSON line for each prediction, in their order; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text("".join(_line(p) + "\n" for p in predictions), encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, "".join(_line(p) + "\n" for p in predictions))
 
 
 def read_predictions(path: Path) -> list[Prediction]:
     """What `write_predictions` wrote."""
     found = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        fields = json.loads(line)
-        lists = {key: tuple(fields[key]) for key in ("options", "logprobs")}
-        found.append(Prediction(**{**fields, **lists}))
+    # Lines of a file, not `splitlines`: generated text may hold other characters that end a line.
+    with open(path, encoding="utf-8", newline="\n") as lines:
+        for line in lines:
+            fields = json.loads(line)
+            lists = {key: tuple(fields[key]) for key in ("options", "logprobs")}
+            found.append(Prediction(**{**fields, **lists}))
     return found
 
 

@@ -1,41 +1,87 @@
-"""`medcg eval`: a checkpoint's scores and predictions on the test records of subsets."""
+"""Subsets tested with one set of parameters, choice questions and questions about boxes alike; and `medcg eval`."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+from flax import nnx
 
-from medcg_jax.eval.run import evaluate, make_evaluator, summary, write_predictions
+from medcg_jax.data.encoding import Encoded
+from medcg_jax.eval import box_answers, locate, run
+from medcg_jax.eval.box_answers import BoxAnswer
+from medcg_jax.eval.run import Evaluator, Prediction
 from medcg_jax.models.build import shardings
-from medcg_jax.run_config import ConfigError, RunConfig
+from medcg_jax.run_config import ConfigError, RunConfig, trains_masks
 from medcg_jax.train.checkpoint import load_params
 from medcg_jax.train.setup import Setup, open_setup, start_params
 
 
-def evaluate_subsets(run: RunConfig, workdir: Path) -> dict:
-    """Tests on `data.subsets` (empty: all) and leaves `predictions/SUBSET.jsonl` in `workdir`; prints a line for each.
+class Tester:
+    """Tests one setup's model on encoded test records of either kind; each kind is compiled once, when it is first met."""
+
+    def __init__(self, setup: Setup, graphdef: nnx.GraphDef):
+        self._setup, self._graphdef = setup, graphdef
+        self._shardings = shardings(setup.model, setup.mesh)
+        self._evaluator: Evaluator | None = None
+        self._locator: Callable | None = None
+
+    def __call__(self, params, encoded: Encoded) -> list[Prediction] | list[BoxAnswer]:
+        """An answer for every row. params: of the whole model, on the setup's mesh.
+
+        Raises:
+          NonFiniteScores: the parameters are no use.
+        """
+        setup, config = self._setup, self._setup.run.eval
+        if encoded.asked:
+            if self._locator is None:
+                self._locator = locate.make_locator(
+                    setup.mesh, self._graphdef, self._shardings, eos_id=setup.tokenizer.eos_id,
+                    max_new_tokens=config.max_box_tokens, masks=trains_masks(setup.run.model),
+                )  # fmt: skip
+            return locate.locate(
+                self._locator, setup.mesh, params, encoded, setup.tokenizer, batch_size=config.batch_size
+            )  # fmt: skip
+        if self._evaluator is None:
+            self._evaluator = run.make_evaluator(
+                setup.mesh, self._graphdef, self._shardings, eos_id=setup.tokenizer.eos_id,
+                max_new_tokens=config.max_new_tokens, generate=config.generate,
+            )  # fmt: skip
+        return run.evaluate(self._evaluator, params, encoded, setup.tokenizer, batch_size=config.batch_size)
+
+
+def write_tested(workdir: Path, name: str, answers: Sequence[Prediction | BoxAnswer]) -> None:
+    """Writes `predictions/NAME.jsonl` of choice questions, `boxes/NAME.jsonl` of questions about boxes."""
+    located = [answer for answer in answers if isinstance(answer, BoxAnswer)]
+    chosen = [answer for answer in answers if isinstance(answer, Prediction)]
+    if chosen:
+        run.write_predictions(workdir / "predictions" / f"{name}.jsonl", chosen)
+    if located:
+        box_answers.write_answers(workdir / "boxes" / f"{name}.jsonl", located)
+
+
+def evaluate_subsets(config: RunConfig, workdir: Path) -> dict:
+    """Tests on `data.subsets` (empty: all of choice questions) and leaves `write_tested`'s files of each in `workdir`;
+    prints a line for each.
 
     The parameters are those that `medcg train` left in `workdir`, else the model's checkpoint.
-    Returns {"workdir", "subsets": {name: `run.summary`}}.
+    Returns {"workdir", "subsets": {name: `run.summary`, or `box_answers.summary` of boxes}}.
 
     Raises:
       ConfigError, DataError: as `open_setup`; or there are no parameters.
     """
     trained = workdir / "params"
-    setup = open_setup(run, has_weights=trained.is_dir())
+    setup = open_setup(config, has_weights=trained.is_dir())
     graphdef, params = parameters(setup, trained)
-    evaluator = make_evaluator(
-        setup.mesh, graphdef, shardings(setup.model, setup.mesh), eos_id=setup.tokenizer.eos_id,
-        max_new_tokens=run.eval.max_new_tokens, generate=run.eval.generate,
-    )  # fmt: skip
-    names = run.data.subsets or tuple(subset.name for subset in setup.source.subsets)
+    test = Tester(setup, graphdef)
+    names = config.data.subsets or tuple(subset.name for subset in setup.source.subsets)
     found = {}
     for name in names:
-        encoded = setup.encode_eval(setup.source.records(name, "test"))
-        predictions = evaluate(evaluator, params, encoded, setup.tokenizer, batch_size=run.eval.batch_size)
+        has_boxes, records = setup.has_boxes(name), setup.source.records(name, "test")
+        answers = test(params, setup.encode_boxes(records) if has_boxes else setup.encode_eval(records))
         if jax.process_index() == 0:
-            write_predictions(workdir / "predictions" / f"{name}.jsonl", predictions)
-        found[name] = summary(predictions)
-        print(line(name, found[name]), flush=True)
+            write_tested(workdir, name, answers)
+        found[name] = box_answers.summary(answers) if has_boxes else run.summary(answers)
+        print(box_line(name, found[name]) if has_boxes else line(name, found[name]), flush=True)
     return {"workdir": str(workdir), "subsets": found}
 
 
@@ -61,3 +107,15 @@ def line(name: str, scores: dict) -> str:
     if scores["unparsed_rate"] is not None:
         text += f"; generated {scores['generated_accuracy']:.3f}, unparsed {scores['unparsed_rate']:.3f}"
     return text
+
+
+def box_line(name: str, scores: dict) -> str:
+    """A subset's scores of boxes for people."""
+    if not scores["n"]:
+        return f"{name}: no test records with boxes"
+    text = f"{name}: {scores['correct']} of {scores['n']} boxes found (IoU above 0.5), {scores['accuracy']:.3f} "
+    text += f"[{scores['accuracy_low']:.3f}, {scores['accuracy_high']:.3f}]"
+    if scores["by_chance"] is not None:
+        text += f", of another image's {scores['by_chance']:.3f}"
+    text += f"; IoU mean {scores['mean_iou']:.3f}, cumulative {scores['cumulative_iou']:.3f}; unparsed {scores['unparsed_rate']:.3f}"
+    return text if scores["dice"] is None else f"{text}; Dice {scores['dice']:.3f} [{scores['dice_low']:.3f}, {scores['dice_high']:.3f}]"

@@ -6,7 +6,7 @@ Parameters travel as an `nnx.State` of plain arrays (`params`), apart from the `
 
 import dataclasses
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.axes import spec
 from medcg_jax.models import llava, minigpt_v2, mllama, next_chat, qwen2_vl
+from medcg_jax.models.sam import sam_tiny
 
 # A config's type -> the module that it is the architecture of.
 MODULES: dict[type, type[nnx.Module]] = {
@@ -42,6 +43,7 @@ TINY = {
     "llama32_vision_tiny": mllama.llama32_vision_tiny,
     "minigpt_v2_tiny": minigpt_v2.minigpt_v2_tiny,
     "next_chat_tiny": next_chat.next_chat_tiny,
+    "next_chat_tiny_sam": partial(next_chat.next_chat_tiny, sam=sam_tiny()),
 }
 Config = (
     llava.LlavaConfig | qwen2_vl.Qwen2VLConfig | mllama.MllamaConfig | minigpt_v2.MiniGPTv2Config
@@ -62,7 +64,7 @@ def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> 
     runs = dict(
         compute_dtype=model.compute_dtype, attention=model.attention, remat=model.remat, scan_unroll=model.scan_unroll
     )
-    runs |= {name: value for name in ("min_pixels", "max_pixels") if (value := getattr(model, name))}
+    runs |= {name: value for name in ("min_pixels", "max_pixels", "max_boxes") if (value := getattr(model, name))}
     if model.name in TINY:
         if vocab_size is None or "image_token_id" not in ids:
             raise ValueError(f"model.name={model.name!r} has no vocabulary of its own: pass the tokenizer's")

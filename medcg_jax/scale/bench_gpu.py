@@ -17,6 +17,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from medcg_jax.files import write_whole
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -92,11 +94,7 @@ def run_stage(flags: list[str], limit_s: float) -> tuple[str, float]:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes `value` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, path)
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 if __name__ == "__main__":

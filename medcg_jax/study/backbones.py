@@ -12,7 +12,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from medcg_jax.run_config import BOX_TABLES, MODELS, ConfigError, RunConfig, replace
+from medcg_jax.run_config import BOX_TABLES, MODELS, ConfigError, RunConfig, parts_of, replace
 from medcg_jax.study import grid
 from medcg_jax.study.report_backbones import write_page
 from medcg_jax.study.suite import DETECTION_TABLES
@@ -21,10 +21,11 @@ from medcg_jax.study.suite import DETECTION_TABLES
 def model_run(run: RunConfig, model: str) -> RunConfig:
     """The run of one of the study's models; its cells are done one after another.
 
-    Tables that train on boxes are left out for a model that gives none.
+    Tables that train on boxes are left out for a model that gives none, and parts that it does not have.
     """
-    tables = tuple(t for t in run.study.tables if t not in BOX_TABLES or MODELS[model] in DETECTION_TABLES)
-    own = dict(study__models=(), study__jobs=1, study__tables=tables)
+    family = MODELS[model]
+    tables = tuple(t for t in run.study.tables if t not in BOX_TABLES or family in DETECTION_TABLES)
+    own = dict(study__models=(), study__jobs=1, study__tables=tables, model__trainable=parts_of(family, run.model.trainable))
     return replace(run, name=f"{run.name}_{model}", model__name=model, **own)
 
 

@@ -15,7 +15,9 @@ from medcg_jax.data.encoding import MEMORY_LIMIT_BYTES, Encoded, concat_encoded
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import RecordSet, Split, concat
 from medcg_jax.data.release import balanced
-from medcg_jax.eval.run import Evaluator, NonFiniteScores, Prediction, evaluate, make_evaluator, write_predictions
+from medcg_jax.eval.run import NonFiniteScores
+from medcg_jax.eval.subsets import Tester, write_tested
+from medcg_jax.files import write_whole
 from medcg_jax.models.build import join, shardings, split_trainable
 from medcg_jax.run_config import RunConfig
 from medcg_jax.study import claims, results
@@ -49,13 +51,14 @@ class Data:
         return concat_encoded([self._encoded(name, "train", count) for name, count in parts])
 
     def test(self, subset: str) -> Encoded:
-        """The subset's test prompts."""
+        """The subset's test prompts: choice questions, or questions about boxes where it has these."""
         return self._encoded(subset, "test", self._setup.run.data.test_records_per_subset)
 
     def _encoded(self, subset: str, split: Split, count: int) -> Encoded:
         key = (subset, split, count)
         if key not in self._kept:
-            encode = self._setup.encode if split == "train" else self._setup.encode_eval
+            setup = self._setup
+            encode = setup.encode if split == "train" else setup.encode_boxes if setup.has_boxes(subset) else setup.encode_eval
             made = encode(self._records(subset, split, count))
             size = sum(array.nbytes for array in (made.images or {}).values())
             if self._bytes + size > MEMORY_LIMIT_BYTES:
@@ -78,7 +81,7 @@ class Trainer:
         self._monitor = CompileMonitor()
         self._many = run.study.cells_at_once
         self._program: Program | None = None
-        self._evaluator: Evaluator | None = None
+        self._tester: Tester | None = None
         self._has_tested = False
         self._seed: int | None = None
 
@@ -138,35 +141,26 @@ class Trainer:
         return join(own, frozen)
 
     def _test(self, setup: Setup, job: Job, graphdef, params) -> None:
-        """Writes predictions and metrics of every cell that the job serves.
+        """Writes predictions, boxes and metrics of every cell that the job serves.
 
         Raises:
           NonFiniteScores: the parameters are no use.
         """
-        config = setup.run.eval
-        if self._evaluator is None:
-            self._evaluator = make_evaluator(
-                setup.mesh, graphdef, shardings(setup.model, setup.mesh), eos_id=setup.tokenizer.eos_id,
-                max_new_tokens=config.max_new_tokens, generate=config.generate,
-            )  # fmt: skip
+        if self._tester is None:
+            self._tester = Tester(setup, graphdef)
         first = self._run.study.jobs > 1 and not self._has_tested
         # As in `_compile`: the first test of a process compiles.
         with claims.lock(results.state_dir(self._workdir) / "claims", "compile.test") if first else nullcontext():
-            found: dict[str, list[Prediction]] = {
-                name: evaluate(
-                    self._evaluator, params, self._data.test(name), setup.tokenizer, batch_size=config.batch_size
-                )
-                for name in job.targets
-            }
+            found = {name: self._tester(params, self._data.test(name)) for name in job.targets}
         self._has_tested = True
         if jax.process_index() > 0:
             return
         metrics = self._workdir / "metrics"
         for cell in job.cells:
-            predictions = [p for name in cell.target for p in found[name]]
-            write_predictions(self._workdir / "predictions" / f"{cell.id}.jsonl", predictions)
+            answers = [a for name in cell.target for a in found[name]]
+            write_tested(self._workdir, cell.id, answers)
             if job.steps and cell.id != job.id:
-                results.write_atomically(metrics / f"{cell.id}.jsonl", (metrics / f"{job.id}.jsonl").read_text())
+                write_whole(metrics / f"{cell.id}.jsonl", (metrics / f"{job.id}.jsonl").read_text())
 
     def _train(self, setup: Setup, group: Group, graphdef, trainable, frozen, report: Reporter):
         """(state, job id -> what stopped it) of the group's jobs after their last steps."""

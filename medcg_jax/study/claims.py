@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from medcg_jax.files import write_whole
+
 HEARTBEAT_S = 10.0
 # A holder on another host that has not touched its claim for so long is taken for dead.
 STALE_S = 180.0
@@ -149,6 +151,4 @@ def _read(path: Path) -> dict | None:
 
 
 def _write(path: Path, holder: dict) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(holder))
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(holder))

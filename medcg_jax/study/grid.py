@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from medcg_jax.data.sources import open_source
+from medcg_jax.files import write_whole
 from medcg_jax.run_config import BOX_TABLES, ConfigError, RunConfig, flat
 from medcg_jax.study import results
 from medcg_jax.study.progress import Progress
@@ -258,7 +259,7 @@ def write_config(run: RunConfig, workdir: Path, plan: Plan) -> None:
         check_same(json.loads(path.read_text(encoding="utf-8")), new, workdir)
     for name in ("predictions", "metrics", "state/done", "state/claims", "state/progress"):
         (workdir / name).mkdir(parents=True, exist_ok=True)
-    results.write_atomically(path, json.dumps(new, indent=1) + "\n")
+    write_whole(path, json.dumps(new, indent=1) + "\n")
 
 
 def data_fingerprint(run: RunConfig) -> str:

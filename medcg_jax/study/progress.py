@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from medcg_jax.files import write_whole
 from medcg_jax.study import results
 from medcg_jax.study.schedule import Group, Plan
 
@@ -39,7 +40,7 @@ class Reporter:
     def __call__(self, units: int, *, now: bool = False) -> None:
         if now or time.monotonic() - self._last > POLL_S:
             self._last = time.monotonic()
-            results.write_atomically(self._path, str(units))
+            write_whole(self._path, str(units))
 
 
 class Progress:

@@ -13,7 +13,8 @@ import jinja2
 from markupsafe import Markup
 
 from medcg_jax.data.records import LETTERS
-from medcg_jax.study import report_limits, report_text, stats
+from medcg_jax.run_config import BOX_TABLES, TABLES
+from medcg_jax.study import report_boxes, report_limits, report_text, stats
 from medcg_jax.study.report_files import Grid
 from medcg_jax.study.report_plots import Figure, Plots
 from medcg_jax.study.report_published import context, published
@@ -34,7 +35,7 @@ def write_report(workdir: str | Path) -> Path:
         (folder / name).mkdir(parents=True)
     summary = stats.summarise(grid.workdir)
     tables = {table.name: table for table in Tables(grid, summary).all()}
-    extra = [table for table in (letters_table(grid), *published(grid)) if table.rows]
+    extra = [table for table in (letters_table(grid), *published(grid), *report_boxes.tables(grid)) if table.rows]
     tables |= {table.name: table for table in extra}
     for table in tables.values():
         (folder / "tables" / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8", newline="")
@@ -58,6 +59,7 @@ def render(grid: Grid, summary: dict, tables: dict[str, Table], plots: Plots) ->
         missing=report_limits.missing(grid),
         limits=report_limits.limits(grid, summary),
         samples=samples(grid),
+        boxes=report_boxes.samples(grid),
         letters=plots.letters(),
         habits=report_limits.letter_habits(grid),
         letters_table=tables.get("answers"),
@@ -89,7 +91,12 @@ def sections(grid: Grid, tables: dict[str, Table], plots: Plots) -> list[dict]:
     """The parts of the page that hold results: one per table of the study."""
 
     def part(name: str, title: str, intro: str, figures: Sequence[Figure]) -> dict:
-        own = [table for key, table in tables.items() if key == name or key.startswith(f"{name}_")]
+        # "detection" has parts of its own, and is how "detection_pairs" begins.
+        others = [other for other in (*TABLES, *BOX_TABLES) if other.startswith(f"{name}_")]
+        own = [
+            table for key, table in tables.items()
+            if (key == name or key.startswith(f"{name}_")) and not key.startswith(tuple(others))
+        ]  # fmt: skip
         return {"id": name.replace("_", "-"), "title": title, "intro": intro, "tables": own, "figures": figures}
 
     return [
@@ -100,6 +107,10 @@ def sections(grid: Grid, tables: dict[str, Table], plots: Plots) -> list[dict]:
              plots.bars("pairs")),
         part("triples", "Triples: three subsets, one shared element each",
              "The strict form: modality, area and task each come from another subset.", plots.bars("triples")),
+        part("detection_pairs", "Detection pairs: a subset with boxes, and one of questions",
+             "As pairs, but one of the two training subsets has boxes in place of options: its images are the same kind, "
+             "what is asked of them is where something lies. Only the model's answers to choice questions are tested.",
+             plots.bars("detection_pairs")),
         part("ablation", "Ablation: what each element is worth",
              "All subsets that share an element with the target, less those that share a given one.", plots.ablation()),
         part("multi_task", "Multi-task against single-task",
@@ -107,6 +118,9 @@ def sections(grid: Grid, tables: dict[str, Table], plots: Plots) -> list[dict]:
              "and the same model on combinations that were held out.", plots.multi_task()),
         part("efficiency", "Data efficiency",
              "How many records of the target itself the related subsets are worth.", plots.efficiency()),
+        part("detection", "Detection: boxes asked for",
+             "One model of all subsets with boxes but those held out, asked where the lesions of test images are: of "
+             "the subsets it was trained on, and of combinations of a modality and an area that were held out.", ()),
     ]  # fmt: skip
 
 

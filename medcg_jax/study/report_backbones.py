@@ -6,10 +6,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from medcg_jax.study import stats
+from medcg_jax.run_config import MODELS
+from medcg_jax.study import report_boxes, stats
 from medcg_jax.study.report import page_template
 from medcg_jax.study.report_files import Grid, Score, arm_name
 from medcg_jax.study.report_plots import BLUE, GREY, INK, Figure, draw
+from medcg_jax.study.report_tables import Column, Table, shown
 from medcg_jax.study.report_text import PARTS
 
 
@@ -28,6 +30,13 @@ def write_page(workdir: Path, models: Sequence[str]) -> Path:
     (folder / "tables").mkdir()
     rows = [row for model, grid in grids.items() for row in rows_of(model, grid)]
     (folder / "tables" / "models.csv").write_text(as_csv(rows), encoding="utf-8", newline="")
+    boxes = [
+        {"title": one.title, "name": one.name, "table": one}
+        for part in ("in_distribution", "out_of_distribution")
+        if (one := joined({model: report_boxes.of_part(grid, part) for model, grid in grids.items()})).rows
+    ]
+    for part in boxes:
+        (folder / "tables" / f"{part['name']}.csv").write_text(part["table"].csv(), encoding="utf-8", newline="")
     groups = list(dict.fromkeys((row["table"], row["part"]) for row in rows))
     parts = [
         {"title": title(*group), "rows": own, "figure": bars(folder / "plots", group, own)}
@@ -38,11 +47,18 @@ def write_page(workdir: Path, models: Sequence[str]) -> Path:
     first = next(iter(grids.values()))
     page.write_text(
         page_template("backbones.html.j2").render(
-            models=models, parts=parts, phantoms=first.of_phantoms, versions=first.run["versions"], arm_name=arm_name
+            models=models, parts=parts, boxes=boxes, shown=shown, phantoms=first.of_phantoms, versions=first.run["versions"], arm_name=arm_name
         ),
         encoding="utf-8", newline="",
     )  # fmt: skip
     return page
+
+
+def models_in(workdir: Path) -> list[str]:
+    """The models whose grids lie in `workdir`, in the order in which models are listed; [] where it is one grid's own."""
+    if (workdir / "config.json").is_file():
+        return []
+    return [model for model in MODELS if (workdir / model / "results.csv").is_file()]
 
 
 def rows_of(model: str, grid: Grid) -> list[dict]:
@@ -99,6 +115,18 @@ def bars(folder: Path, group: tuple[str, str], rows: Sequence[dict]) -> Figure:
     name = "_".join(word for word in group if word)
     caption = "Accuracy by model with 95 % Wilson intervals over all test answers; the dashed line is chance."
     return draw(folder, name, title(*group), caption, 1.2 + 0.42 * len(models) * max(1, len(arms) / 2), paint)
+
+
+def joined(tables: dict[str, Table]) -> Table:
+    """One table of the sums over all subsets (`report_boxes.ALL`) of each model's, with a column for the model."""
+    first = next(iter(tables.values()))
+    columns = [Column("model", "Model"), *(c for c in first.columns if c.key not in ("target", "what"))]
+    made = Table(first.name, first.title, first.caption, columns)
+    for model, table in tables.items():
+        for row in table.rows:
+            if row["target"] == report_boxes.ALL:
+                made.add(row | {"model": model})
+    return made
 
 
 def as_csv(rows: Sequence[dict]) -> str:

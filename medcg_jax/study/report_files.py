@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from medcg_jax.data.phantom_boxes import DETECTION_TRIPLETS
 from medcg_jax.data.phantom_world import TRIPLETS
 from medcg_jax.data.records import LETTERS, DataError
 from medcg_jax.data.release import read_manifest, subset_table
+from medcg_jax.eval.box_answers import BoxAnswer, read_answers
 from medcg_jax.eval.generate import parse_answer
 from medcg_jax.run_config import BOX_TABLES, TABLES
 from medcg_jax.study import mat, stats
@@ -121,8 +123,9 @@ class Grid:
     @property
     def of_phantoms(self) -> bool:
         """Whether the images are phantoms, from memory or from files."""
-        names = {row["target"] for row in self.results}
-        return self.is_phantom or (bool(names) and names <= {triplet.name for triplet in TRIPLETS})
+        names = {name for cell in self.done() for name in cell["target"].split("+")}
+        known = {triplet.name for triplet in (*TRIPLETS, *DETECTION_TRIPLETS)}
+        return self.is_phantom or (bool(names) and names <= known)
 
     def describe(self, subset: str) -> str:
         """Such as "MRI, Brain, State", of a numbered subset; "" where its name says it, or nothing is known of it."""
@@ -142,12 +145,12 @@ class Grid:
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
-        return tuple(sorted({row["seed"] for row in self.results}))
+        return tuple(sorted({int(cell["seed"]) for cell in self.done()}))
 
     @cached_property
     def tables(self) -> tuple[str, ...]:
         """Tables with a finished cell, in the study's order."""
-        found = {row["table"] for row in self.results}
+        found = {cell["table"] for cell in self.done()}
         return tuple(name for name in (*TABLES, *BOX_TABLES) if name in found)
 
     def done(self, table: str = "") -> list[dict]:
@@ -163,6 +166,11 @@ class Grid:
         with open(self.workdir / "predictions" / f"{cell}.jsonl", encoding="utf-8") as lines:
             for line in lines:
                 yield json.loads(line)
+
+    def boxes(self, cell: str) -> list[BoxAnswer]:
+        """A cell's answers about boxes; [] where it was asked for none."""
+        path = self.workdir / "boxes" / f"{cell}.jsonl"
+        return read_answers(path) if path.is_file() else []
 
     def metrics(self, cell: dict) -> list[dict]:
         """What a cell's training logged; [] where it left nothing.
@@ -207,7 +215,8 @@ class Grid:
     def letters(self) -> dict[tuple[str, str], Letters]:
         """(table, arm) -> what it answered, over all finished cells; also finds every target's chance."""
         found: dict[tuple[str, str], Letters] = {}
-        for cell in self.done():
+        asked = {row["cell"] for row in self.results}
+        for cell in (c for c in self.done() if c["cell"] in asked):
             letters = found.setdefault((cell["table"], cell["arm"]), Letters())
             for record in self.predictions(cell["cell"]):
                 letters.add(record)

@@ -12,6 +12,8 @@ MODEL = "LLaVA-1.5-7B"
 FILES = {
     3: ("table3_classification_pairs", MODEL),
     4: ("table4_three_datasets", MODEL),
+    5: ("table5_nextchat_detection", "NExT-Chat"),
+    6: ("table6_minigptv2_detection", "MiniGPT-v2"),
     7: ("table7_qwen2_vl", "Qwen2-VL"),
     8: ("table8_llama32_vision", "Llama-3.2-Vision"),
 }
@@ -21,8 +23,11 @@ def published(grid: Grid) -> list[Table]:
     """Rows of the paper that the grid repeats on released data; [] for phantoms."""
     if grid.of_phantoms:
         return []
-    pairs = suite.PAIR_TABLES.get(MODELS.get(grid.config["model"]["name"], ""), 3)
-    made = [combination(grid, "pairs", pairs), combination(grid, "triples", 4), *per_subset(grid)]
+    family = MODELS.get(grid.config["model"]["name"], "")
+    numbers = {"pairs": suite.PAIR_TABLES.get(family, 3), "triples": 4}
+    if family in suite.DETECTION_TABLES:
+        numbers["detection_pairs"] = suite.DETECTION_TABLES[family]
+    made = [*(combination(grid, table, number) for table, number in numbers.items()), *per_subset(grid)]
     return [table for table in made if table.rows]
 
 
@@ -31,9 +36,10 @@ def combination(grid: Grid, table: str, number: int) -> Table:
     printed = {int(row["row"]): row for row in mat.paper_csv(file)}
     read = {row.row: row for row in mat.paper_rows(number)}
     arms = ("baseline", "baseline_plus", "trained")
+    name = table.replace("_", " ").capitalize()
     made = Table(
-        f"published_{table}", f"{table.capitalize()} beside table {number}",
-        f"{table.capitalize()} beside table {number} of arXiv 2412.20070, version 1: printed accuracies ({model}) and "
+        f"published_{table}", f"{name} beside table {number}",
+        f"{name} beside table {number} of arXiv 2412.20070, version 1: printed accuracies ({model}) and "
         f"this grid's ({grid.config['model']['name']}), in %. Subset numbers are inferred from the printed baselines; "
         "the confidence is that of the reading.",
         [Column("paper_row", "Row", "count"), Column("related", "Related"), Column("target", "Target"),

@@ -5,8 +5,10 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from medcg_jax.run_config import MODELS
 from medcg_jax.study.report_files import Grid, Score, arm_name
 from medcg_jax.study.report_text import PARTS, effect_name, efficiency_gains, p_text, points, verdict
+from medcg_jax.study.suite import DETECTION_TABLES, PAIR_TABLES
 
 # How a row's result is marked: CSS class -> sign, words.
 MARKS = {
@@ -137,7 +139,8 @@ class Tables:
 
     def all(self) -> list[Table]:
         made = [
-            *self.effects(), *self.combination("pairs"), *self.combination("triples"), self.ablation(),
+            *self.effects(), *self.combination("pairs"), *self.combination("triples"),
+            *self.combination("detection_pairs"), self.ablation(),
             *self.multi_task(), self.efficiency(), self.comparisons(), self.cells(),
         ]  # fmt: skip
         return [table for table in made if table.rows]
@@ -186,18 +189,20 @@ class Tables:
         return [whole, parts]
 
     def combination(self, table: str) -> list[Table]:
-        """One table per direction of `pairs` or `triples`."""
+        """One table per direction of `pairs`, `triples` or `detection_pairs`."""
         made: dict[str, Table] = {}
-        number = {"pairs": 3, "triples": 4}[table]
+        family = MODELS.get(self.grid.config["model"]["name"], "")
+        numbers = {"pairs": PAIR_TABLES.get(family, 3), "triples": 4, "detection_pairs": DETECTION_TABLES.get(family, 5)}
+        number, name = numbers[table], table.replace("_", " ").capitalize()
+        above = "both baselines, solid where both differences are" if table != "detection_pairs" else "Baseline, solid where the difference is"
         for (row, target), arms in self.grid.scores(table).items():
             part = row.split("/")[0]
             if part not in made:
                 made[part] = Table(
-                    f"{table}_{part}", f"{table.capitalize()}: {PARTS.get(part, part)}",
-                    f"{table.capitalize()} with {PARTS.get(part, part)} (the paper's table {number}). Accuracy in % "
+                    f"{table}_{part}", f"{name}: {PARTS.get(part, part)}",
+                    f"{name} with {PARTS.get(part, part)} (the paper's table {number}). Accuracy in % "
                     "[95 % Wilson interval] over n test answers; exact McNemar p, paired by record. Green: Trained is "
-                    "above both baselines, solid where both differences are significant after Holm's adjustment; "
-                    "orange (red in the paper): below both.",
+                    f"above {above} significant after Holm's adjustment; orange (red in the paper): below.",
                     [Column("target", "Target"), Column("what", "Combination"),
                      Column("chance", "Chance", "share"), Column("baseline", "Baseline", "score"),
                      Column("baseline_plus", "Baseline+", "score"),

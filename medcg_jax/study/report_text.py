@@ -69,6 +69,7 @@ def short_name(effect: dict) -> str:
         ("pairs", "trained", "baseline"): "pairs over no training",
         ("triples", "trained", "baseline_plus"): "triples over unrelated data",
         ("triples", "trained", "baseline"): "triples over no training",
+        ("detection_pairs", "trained", "baseline"): "pairs with boxes over no training",
         ("ablation", "all_related", "all_unrelated"): "related over unrelated subsets",
         ("ablation", "all_related", "baseline"): "related subsets over no training",
         ("ablation", "all_related", "wo_modality"): "a loss without the modality",
@@ -95,6 +96,7 @@ class Answer:
             or self.find("pairs", "trained", "baseline")
             or self.find("triples", "trained", "baseline_plus")
             or self.find("triples", "trained", "baseline")
+            or self.find("detection_pairs", "trained", "baseline")
             or self.find("ablation", "all_related", "all_unrelated")
             or self.find("ablation", "all_related", "baseline")
             or self.find("multi_task", "multi_task", "baseline", "out_of_distribution")
@@ -147,6 +149,9 @@ class Answer:
         parts = [
             *self.combination("pairs", "two subsets which between them hold all three elements of the target"),
             *self.combination("triples", "three subsets with one element of the target each"),
+            *self.combination(
+                "detection_pairs", "a detection subset and one of choice questions which between them hold all three elements"
+            ),
             *self.ablation(),
             *self.multi_task(),
             *self.efficiency(),

@@ -1,4 +1,4 @@
-"""The files a grid leaves: which groups are done, cells.csv and results.csv.
+"""The files a grid leaves: which groups are done, cells.csv, results.csv and, where boxes were asked for, boxes.csv.
 
 `results.csv` and `predictions/` hold no times, are written whole or not at all, and in the order of the cells, so that
 a grid that was stopped and started again ends in the same bytes.
@@ -7,16 +7,24 @@ a grid that was stopped and started again ends in the same bytes.
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from medcg_jax.eval.box_answers import read_answers, summary
+from medcg_jax.files import write_whole
 from medcg_jax.study.schedule import Group, Job
 from medcg_jax.study.stats import wilson
 from medcg_jax.study.suite import Cell
 
 CELLS_HEADER = ("cell", "table", "row", "arm", "seed", "related", "target", "steps", "status", "seconds")
 RESULTS_HEADER = ("cell", "table", "row", "arm", "seed", "target", "n", "correct", "accuracy", "ci_low", "ci_high")
+# Scores of `eval.box_answers.summary`; n are boxes.
+BOX_COUNTS = ("questions", "n", "correct")
+BOX_SHARES = (
+    "accuracy", "accuracy_low", "accuracy_high", "by_chance", "mean_iou", "mean_iou_low", "mean_iou_high",
+    "cumulative_iou", "cumulative_iou_low", "cumulative_iou_high", "unparsed_rate", "dice", "dice_low", "dice_high",
+)  # fmt: skip
+BOXES_HEADER = ("cell", "table", "row", "arm", "seed", "target", *BOX_COUNTS, *BOX_SHARES)
 
 
 def state_dir(workdir: Path) -> Path:
@@ -24,20 +32,12 @@ def state_dir(workdir: Path) -> Path:
     return workdir / "state"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8", newline="")
-    os.replace(part, path)
-
-
 def mark_done(workdir: Path, group: Group, outcomes: Mapping[str, Mapping]) -> None:
     """Says that a group is finished.
 
     outcomes: job id -> {"status": "done" or "failed: why", "seconds": float}.
     """
-    write_atomically(state_dir(workdir) / "done" / f"{group.name}.json", json.dumps(dict(outcomes), indent=1) + "\n")
+    write_whole(state_dir(workdir) / "done" / f"{group.name}.json", json.dumps(dict(outcomes), indent=1) + "\n")
 
 
 def outcomes_of(workdir: Path, group: Group) -> dict[str, dict] | None:
@@ -61,24 +61,36 @@ def is_failure(outcome: Mapping | None) -> bool:
 
 
 class Tables:
-    """Writes cells.csv and results.csv of the cells done so far; remembers the scores it has read."""
+    """Writes cells.csv, results.csv and boxes.csv of the cells done so far; remembers the scores it has read."""
 
     def __init__(self, workdir: Path, cells: Sequence[Cell], jobs: Sequence[Job]):
         self.workdir, self.cells = workdir, cells
         self._job = {cell.id: job for job in jobs for cell in job.cells}
         self._scores: dict[str, dict[str, tuple[int, int]]] = {}
+        self._boxes: dict[str, dict[str, tuple]] = {}
 
     def write(self, outcomes: Mapping[str, Mapping]) -> None:
-        cells, results = [], []
+        cells, results, boxes = [], [], []
         for cell in self.cells:
             job = self._job[cell.id]
             outcome = outcomes.get(job.id, {"status": "waiting", "seconds": 0.0})
             cells.append((*_key(cell), "+".join(cell.related), "+".join(cell.target), job.steps, outcome["status"],
                           f"{outcome['seconds']:.1f}"))  # fmt: skip
             if outcome["status"] == "done":
-                results += [(*_key(cell), target, *self._scored(cell, target)) for target in cell.target]
-        write_atomically(self.workdir / "cells.csv", to_csv(CELLS_HEADER, cells))
-        write_atomically(self.workdir / "results.csv", to_csv(RESULTS_HEADER, results))
+                located = self._located(cell)
+                boxes += [(*_key(cell), target, *located[target]) for target in cell.target if target in located]
+                chosen = [target for target in cell.target if target not in located]
+                results += [(*_key(cell), target, *self._scored(cell, target)) for target in chosen]
+        write_whole(self.workdir / "cells.csv", to_csv(CELLS_HEADER, cells))
+        write_whole(self.workdir / "results.csv", to_csv(RESULTS_HEADER, results))
+        if boxes:
+            write_whole(self.workdir / "boxes.csv", to_csv(BOXES_HEADER, boxes))
+
+    def _located(self, cell: Cell) -> dict[str, tuple]:
+        """Target -> the columns of its line in boxes.csv."""
+        if cell.id not in self._boxes:
+            self._boxes[cell.id] = box_scores(self.workdir / "boxes" / f"{cell.id}.jsonl")
+        return self._boxes[cell.id]
 
     def _scored(self, cell: Cell, target: str) -> tuple:
         if cell.id not in self._scores:
@@ -100,6 +112,17 @@ def scores(path: Path) -> dict[str, tuple[int, int]]:
             record = json.loads(line)
             n, correct = found.get(record["subset"], (0, 0))
             found[record["subset"]] = (n + 1, correct + (record["predicted"] == record["answer"]))
+    return found
+
+
+def box_scores(path: Path) -> dict[str, tuple]:
+    """Subset -> its scores, in the order of `BOX_COUNTS` and `BOX_SHARES`, of one file of boxes; {} without the file."""
+    answers = read_answers(path) if path.is_file() else []
+    found = {}
+    for subset in dict.fromkeys(answer.subset for answer in answers):
+        scores = summary([answer for answer in answers if answer.subset == subset])
+        shares = ["" if scores[name] is None else f"{scores[name]:.6f}" for name in BOX_SHARES]
+        found[subset] = (*(scores[name] for name in BOX_COUNTS), *shares)
     return found
 
 

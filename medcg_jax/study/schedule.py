@@ -106,9 +106,11 @@ def make_plan(run: RunConfig) -> Plan:
       ConfigError, DataError: as `expand`, or the data cannot be read.
     """
     source = open_source(seeded(run, run.study.seeds[0]).data)
-    require_subsets(source, [*run.study.targets, *(n for names in run.study.targets_of.values() for n in names)])
+    targets_of = [name for names in run.study.targets_of.values() for name in names]
+    require_subsets(source, [*run.study.targets, *targets_of, *run.study.box_subsets])
     # Detection files are looked at where a table wants them, and only there.
     boxes = capped(source.detection_subsets, run) if set(run.study.tables) & set(BOX_TABLES) else ()
+    boxes = tuple(subset for subset in boxes if not run.study.box_subsets or subset.name in run.study.box_subsets)
     cells = expand(run, capped(source.subsets, run), boxes)
     jobs = jobs_of(cells, run)
     return Plan(tuple(cells), tuple(jobs), tuple(groups_of(jobs, run.study.cells_at_once)))

@@ -23,6 +23,7 @@ EFFECTS = (
     ("pairs", "baseline_plus", "baseline"),
     ("triples", "trained", "baseline_plus"),
     ("triples", "trained", "baseline"),
+    ("detection_pairs", "trained", "baseline"),
     ("ablation", "all_related", "all_unrelated"),
     ("ablation", "all_related", "wo_modality"),
     ("ablation", "all_related", "wo_area"),

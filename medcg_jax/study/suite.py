@@ -86,7 +86,7 @@ class World:
     Attributes:
       subsets: those of choice questions. targets: the names asked for; none: all of them. released: whether they are
         Med-MAT's.
-      boxes: detection subsets, which are trained on and never tested.
+      boxes: detection subsets; `detection` alone is tested on some.
       pair_table, detection_table: the published ones whose rows pairs and detection pairs repeat.
     """
 
@@ -248,6 +248,25 @@ def detection_pairs(world: World, seed: int) -> Iterator[Cell]:
     yield from _combination_rows(world, seed, "detection_pairs", number, combos.PAIR_DIRECTIONS, sets_of, _two_arms)
 
 
+def detection(world: World, seed: int) -> Iterator[Cell]:
+    """Boxes of lesions: one model of all detection subsets but those held out, tested on both; the paper has none such.
+
+    Held out are those of the modality and area of a target asked for, else the first whose elements are left elsewhere.
+    """
+    wanted = {(t.modality, t.area) for t in world.asked()} if world.targets else None
+    held: tuple[Subset, ...] = ()
+    for subset in world.boxes:
+        rest = [s for s in world.boxes if s not in (*held, subset)]
+        enough = all(combos.is_composable(s, rest) for s in (*held, subset))
+        if enough and ((subset.modality, subset.area) in wanted if wanted is not None else not held):
+            held += (subset,)
+    inside = tuple(s for s in world.boxes if s not in held)
+    for row, targets in (("in_distribution", inside), ("out_of_distribution", held)):
+        if inside and targets:
+            yield _cell("detection", row, "baseline", seed, (), targets)
+            yield _cell("detection", row, "multi_task", seed, inside, targets)
+
+
 def _choice_sets(world: World):
     return lambda target, direction: combos.combinations(target, world.subsets, direction)
 
@@ -338,4 +357,5 @@ _TABLES: dict[str, Callable[[World, int], Iterator[Cell]]] = {
     "multi_task": multi_task,
     "efficiency": efficiency,
     "detection_pairs": detection_pairs,
+    "detection": detection,
 }

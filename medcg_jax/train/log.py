@@ -1,12 +1,13 @@
 """What a run says: progress on a terminal or in plain lines, metrics files, TensorBoard, and what was compiled."""
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
 import jax
+
+from medcg_jax.files import write_whole
 
 METRICS = ("step", "loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "mfu", "data_wait")
 # Without a terminal: at most one line in so many seconds.
@@ -21,11 +22,8 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, *, step: int = 0, tensorboard: Path | None = None):
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(path) if line["step"] <= step]
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(part, path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         self._board = None
         if tensorboard is not None:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from medcg_jax.data import formats
-from medcg_jax.data.encoding import Encoded, encode, encode_eval
+from medcg_jax.data.encoding import Encoded, encode, encode_boxes, encode_eval
 from medcg_jax.data.formats import Format
 from medcg_jax.data.records import RecordSet, Source
 from medcg_jax.data.sources import open_source, require_subsets
@@ -18,8 +18,8 @@ from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.mesh import check_batch, make_mesh
 from medcg_jax.models.build import TINY, Config, architecture, create, replicated
 from medcg_jax.models.next_chat import NextChatConfig
-from medcg_jax.run_config import MODELS, ConfigError, RunConfig
-from medcg_jax.train.box_losses import box_loss
+from medcg_jax.run_config import MODELS, ConfigError, RunConfig, trains_masks
+from medcg_jax.train.box_losses import box_loss, mask_loss
 from medcg_jax.train.losses import token_loss
 
 RELEASED = {
@@ -46,8 +46,15 @@ class Setup:
 
     @property
     def loss(self) -> Callable:
-        """The loss of a fine-tune (`train_step`'s `loss_fn`): of the text, and of boxes where the model gives them."""
+        """The loss of a fine-tune (`train_step`'s `loss_fn`): of masks where their parts are trained; else of the text, and
+        of boxes where the model gives them."""
+        if trains_masks(self.run.model):
+            return mask_loss
         return box_loss if isinstance(self.model, NextChatConfig) else token_loss
+
+    def has_boxes(self, subset: str) -> bool:
+        """Whether the subset's records have boxes, and not options."""
+        return subset not in {s.name for s in self.source.subsets}
 
     def encode(self, records: RecordSet, **lengths: int) -> Encoded:
         """Training rows. lengths: `max_text_tokens`, `max_target_tokens`, in place of the configuration's."""
@@ -55,6 +62,9 @@ class Setup:
 
     def encode_eval(self, records: RecordSet) -> Encoded:
         return encode_eval(records, self.tokenizer, self.run.data, self.format)
+
+    def encode_boxes(self, records: RecordSet) -> Encoded:
+        return encode_boxes(records, self.tokenizer, self.run.data, self.format)
 
 
 def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None, has_weights: bool = False) -> Setup:
@@ -87,7 +97,8 @@ def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None, has_w
     whole = replicated(model, mesh)
     if whole:
         print(f"mesh.tensor={mesh.shape['tensor']} does not divide them, so every device holds whole: {', '.join(whole)}")
-    return Setup(run, mesh, tokenizer, model, formats.format_of(family, model), source)
+    made = formats.format_of(family, model, with_masks=trains_masks(run.model))
+    return Setup(run, mesh, tokenizer, model, made, source)
 
 
 def check_weights(run: RunConfig) -> None:

@@ -30,6 +30,7 @@ PARAMS_DIR = "params"
 RUN_FIELDS = (
     "compute_dtype", "attention", "remat", "scan_unroll", "image_token_id", "pad_token_id", "eos_token_id",
     "text.max_positions", "min_pixels", "max_pixels", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+    "max_boxes",
     "intermediate_from", "mask_text_only_rows_attention",
 )  # fmt: skip
 NO_PARTS: Mapping[str, Path] = {}

@@ -209,7 +209,7 @@ def test_written_tree_reads_back_the_same(source, tmp_path):
 
 
 def test_a_tree_is_written_whole_or_not_at_all(source, tmp_path, monkeypatch):
-    def fail(subset):
+    def fail(*_):
         raise RuntimeError("the disk is full")
 
     monkeypatch.setattr(phantom, "_entry", fail)

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from medcg_jax.data import boxes
-from medcg_jax.data.phantom import PhantomSource
+from medcg_jax.data.check import check_tree
+from medcg_jax.data.phantom import PhantomSource, write_release
 from medcg_jax.data.phantom_boxes import DETECTION_TRIPLETS, PhantomBoxSource, lesion_masks
 from medcg_jax.data.phantom_images import LESION_SHAPES, _objects, render
 from medcg_jax.data.phantom_world import TRIPLETS, cell_reserved, sector_reserved
-from medcg_jax.data.records import DataError, concat
+from medcg_jax.data.records import SPLITS, DataError, concat
+from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.sources import open_source
 from medcg_jax.run_config import DataConfig
 
@@ -130,6 +132,18 @@ def test_masks_stay_with_their_records(source):
     assert concat([choice, choice]).masks is None
     with pytest.raises(ValueError, match="2 records with 1 masks"):
         type(found)(found.records[:2], found.images[:2], found.masks[:1])
+
+
+def test_written_boxes_read_back_the_same(source, tmp_path):
+    out = tmp_path / "tree"
+    assert write_release(source, out)["subsets"] == 48
+    assert check_tree(out).ok
+    read = ReleaseSource(out, DataConfig(source="release", root=str(out)))
+    assert [s.name for s in read.detection_subsets] == sorted(s.name for s in source.detection_subsets)
+    for split in SPLITS:
+        ours, theirs = source.records("ct-liver-det", split), read.records("ct-liver-det", split)
+        assert ours.records == theirs.records
+        assert all(np.array_equal(ours.image(i), theirs.image(i)) for i in range(len(ours)))
 
 
 def test_wrong_names_are_refused(source):

@@ -30,7 +30,7 @@ def with_cache(model, rows, eos_id: int) -> np.ndarray:
     @nnx.jit
     def run(model, rows):
         logits, cache = prefill(model, rows, NEW - 1)
-        return greedy(model, logits, cache, num_new=NEW, eos_id=eos_id)
+        return greedy(model, logits, cache, num_new=NEW, eos_id=eos_id)[0]
 
     return np.asarray(run(model, rows))
 
@@ -118,6 +118,6 @@ class Five:
 
 def test_what_must_follow_follows():
     start = jnp.broadcast_to(jax.nn.one_hot(5, 9), (2, 9))
-    assert greedy(Five(), start, None, num_new=4, eos_id=2).tolist() == [[5] * 4] * 2
-    assert greedy(Five(force_next={5: 7}), start, None, num_new=4, eos_id=2).tolist() == [[5, 7, 5, 7]] * 2
-    assert greedy(Five(force_next={5: 2}), start, None, num_new=4, eos_id=2).tolist() == [[5, 2, 2, 2]] * 2
+    assert greedy(Five(), start, None, num_new=4, eos_id=2)[0].tolist() == [[5] * 4] * 2
+    assert greedy(Five(force_next={5: 7}), start, None, num_new=4, eos_id=2)[0].tolist() == [[5, 7, 5, 7]] * 2
+    assert greedy(Five(force_next={5: 2}), start, None, num_new=4, eos_id=2)[0].tolist() == [[5, 2, 2, 2]] * 2

@@ -50,8 +50,51 @@ def test_detection_subsets_are_in_no_other_table_and_no_target():
     with pytest.raises(ConfigError, match="study.tables='detection_pairs': no target has the related subsets"):
         suite.expand(study(), SMALL)
     check(study())
-    with pytest.raises(ConfigError, match="study.tables='detection': one of pairs, .*detection_pairs"):
-        check(study(tables=("detection",)))
+    with pytest.raises(ConfigError, match="study.tables='boxes': one of pairs, .*detection_pairs"):
+        check(study(tables=("boxes",)))
+
+
+def test_detection_holds_out_what_the_targets_name_if_its_elements_are_left():
+    boxes = world("ct-lung-det", "ct-brain-det", "mri-lung-det", "mri-brain-det")
+    cells = suite.expand(study(tables=("detection",), targets=("ct-lung-state",)), SMALL, boxes)
+    inside = ("ct-brain-det", "mri-lung-det", "mri-brain-det")
+    assert [(c.row, c.arm, c.related, c.target) for c in cells] == [
+        ("in_distribution", "baseline", (), inside),
+        ("in_distribution", "multi_task", inside, inside),
+        ("out_of_distribution", "baseline", (), ("ct-lung-det",)),
+        ("out_of_distribution", "multi_task", inside, ("ct-lung-det",)),
+    ]
+    assert len({c.training_key for c in cells}) == 2
+    # Without targets the first that can be held out; without such a one, nothing is.
+    anyone = suite.expand(study(tables=("detection",)), SMALL, boxes)
+    assert {c.target for c in anyone if c.row == "out_of_distribution"} == {("ct-lung-det",)}
+    lone = suite.expand(study(tables=("detection",), targets=("ct-lung-state",)), SMALL, boxes[:2])
+    assert {c.row for c in lone} == {"in_distribution"}
+
+
+@given(random_worlds(), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_held_out_boxes_are_never_trained_on_and_keep_their_elements(drawn, seed):
+    subsets, _ = drawn
+    boxes = tuple(changed(s, name=f"{s.name}-det") for s in subsets)
+    by_name = {s.name: s for s in boxes}
+    for cell in suite.detection(suite.World(subsets, boxes=boxes), seed):
+        related = [by_name[name] for name in cell.related]
+        if cell.row == "out_of_distribution":
+            assert not set(cell.related) & set(cell.target)
+            for name in cell.target if related else ():
+                assert combos.supplied(by_name[name], related) == set(mat.ELEMENTS)
+        elif related:
+            assert cell.related == cell.target
+
+
+def test_only_the_detection_subsets_that_are_asked_for_are_used():
+    run = study(tables=("detection",), box_subsets=("ct-liver-det", "mri-liver-det", "ct-brain-det"))
+    run = replace(run, data__train_records_per_subset=4, data__test_records_per_subset=4)
+    used = {name for cell in schedule.make_plan(run).cells for name in (*cell.related, *cell.target)}
+    assert used == {"ct-liver-det", "mri-liver-det", "ct-brain-det"}
+    with pytest.raises(ValueError, match="subset 'ct-livr-det' does not exist; did you mean ct-liver-det"):
+        schedule.make_plan(replace(run, study__box_subsets=("ct-livr-det",)))
 
 
 @given(random_worlds(), random_worlds(), st.integers(0, 3))

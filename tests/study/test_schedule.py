@@ -5,6 +5,7 @@ import json
 import pytest
 from worlds import SMALL
 
+from medcg_jax.files import write_whole
 from medcg_jax.run_config import TABLES, ConfigError, RunConfig, TrainConfig, replace
 from medcg_jax.study import grid, results, schedule, suite
 
@@ -62,7 +63,7 @@ def fill(workdir, cells, jobs, groups):
                     for i in range(4)
                 ]
                 text = "".join(json.dumps(line) + "\n" for line in lines)
-                results.write_atomically(workdir / "predictions" / f"{cell.id}.jsonl", text)
+                write_whole(workdir / "predictions" / f"{cell.id}.jsonl", text)
         results.mark_done(workdir, group, {j.id: outcomes[j.id] for j in group.jobs})
     return outcomes
 

@@ -1,0 +1,111 @@
+"""Boxes and masks that a model answers with, generated and read.
+
+An answer is greedily generated text. MiniGPT-v2's boxes are in the text; NExT-Chat's are decoded from the hidden state
+at each `<at>` it generates, and so are its masks, where its mask parts are what was trained.
+"""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from PIL import Image
+
+from medcg_jax.data.boxes import corners
+from medcg_jax.data.encoding import Encoded
+from medcg_jax.data.pipeline import eval_batches
+from medcg_jax.data.tokenizer import Tokenizer
+from medcg_jax.eval.box_answers import DICE_DECIMALS, BoxAnswer, rounded
+from medcg_jax.eval.boxes import dice
+from medcg_jax.eval.generate import greedy, prefill
+from medcg_jax.eval.run import MAX_AHEAD
+from medcg_jax.mesh import batch_sharding, check_batch, put_batch, replicated
+
+# A pixel belongs to a mask when its logit is above it: NExT-ChatV/NExT-Chat:mllm/demo/demo_util.py:de_transform_mask at
+# 1e6c20f.
+MASK_THRESHOLD = 0.0
+
+
+def make_locator(
+    mesh: Mesh, graphdef: nnx.GraphDef, shardings, *, eos_id: int, max_new_tokens: int, masks: bool = False
+) -> Callable:
+    """The compiled (params, batch) -> arrays of a model's answers about boxes, for every set of its parameters.
+
+    The arrays, by name: `tokens` int32[B, max_new_tokens]; of a model whose cache keeps boxes also `boxes`
+    float32[B, N, 4] in its own coordinates, and `count` int32[B] of them; with `masks` their logits, `masks`
+    float32[B, N, s, s] at a quarter of SAM's size.
+    shardings: NamedSharding of each parameter.
+    """
+
+    def answer(params, batch):
+        model = nnx.merge(graphdef, params)
+        logits, cache = prefill(model, batch, max_new_tokens - 1)
+        tokens, cache = greedy(model, logits, cache, num_new=max_new_tokens, eos_id=eos_id)
+        found = {"tokens": tokens}
+        if hasattr(model, "generated_boxes"):
+            placed, there = model.generated_boxes(cache)
+            found |= {"boxes": placed, "count": there.sum(axis=1)}
+        if masks:
+            found["masks"] = model.masks(cache["at_hidden"], model.encode_sam_images(batch))[0]
+        return found
+
+    jitted = jax.jit(answer, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))
+
+    def run(params, batch: dict[str, np.ndarray]):
+        arrays = {key: value for key, value in batch.items() if key != "row_mask"}
+        with jax.set_mesh(mesh):
+            return jitted(params, put_batch(arrays, batch_sharding(mesh)))
+
+    return run
+
+
+def locate(
+    locator: Callable, mesh: Mesh, params, encoded: Encoded, tokenizer: Tokenizer, *, batch_size: int
+) -> list[BoxAnswer]:
+    """An answer for every row of `data.encoding.encode_boxes`, in its order; see `evaluate`.
+
+    Raises:
+      ConfigError: the mesh cannot split the batch.
+    """
+    check_batch(mesh, batch_size, "eval.batch_size")
+    split = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    outputs: list[dict] = []
+    for batch, _ in eval_batches(encoded, batch_size, **split):
+        outputs.append(locator(params, batch))
+        if len(outputs) > MAX_AHEAD:
+            jax.block_until_ready(outputs[-1 - MAX_AHEAD])
+    found: list[BoxAnswer] = []
+    for output in outputs:
+        arrays = jax.device_get(output)
+        for row in range(min(batch_size, len(encoded) - len(found))):
+            found.append(_read(encoded, len(found), tokenizer, {key: array[row] for key, array in arrays.items()}))
+    return found
+
+
+def _read(encoded: Encoded, index: int, tokenizer: Tokenizer, row: dict[str, np.ndarray]) -> BoxAnswer:
+    record, asked = encoded.records.records[index], encoded.asked[index]
+    text = tokenizer.decode(row["tokens"].tolist())
+    placed = row["boxes"][: row["count"]] if "boxes" in row else None
+    predicted = encoded.format.read_boxes(text, placed, record.size_px)
+    overlap, truth = None, encoded.records.mask(index)
+    if "masks" in row and truth is not None:
+        wanted = [place for place, box in enumerate(record.boxes) if box.label == asked.label]
+        drawn = masks_in_image(row["masks"][: row["count"]], record.size_px)
+        overlap = dice(drawn.any(axis=0), truth[wanted].any(axis=0))
+    return BoxAnswer(
+        record.id, record.subset, asked.label, rounded(corners(asked.boxes)),
+        None if predicted is None else rounded(predicted), text, None if overlap is None else round(overlap, DICE_DECIMALS),
+    )  # fmt: skip
+
+
+def masks_in_image(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """bool[N, h, w] masks in an image of size (height, width), from logits float32[N, s, s] over its padded square."""
+    height, width = size
+    side = max(size)
+    top, left = (side - height) // 2, (side - width) // 2
+    resized = [
+        np.asarray(Image.fromarray(one.astype(np.float32)).resize((side, side), Image.Resampling.BILINEAR)) for one in logits
+    ]
+    square = np.array(resized, np.float32).reshape(-1, side, side)
+    return square[:, top : top + height, left : left + width] > MASK_THRESHOLD

@@ -1,0 +1,13 @@
+"""Text files that appear whole or not at all."""
+
+import os
+from pathlib import Path
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Writes `text` (UTF-8, line ends as they are) into `path` and its missing folders; until then an older file stays."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8", newline="")
+    os.replace(part, path)
