@@ -148,7 +148,8 @@ def data_phantom(args) -> dict:
     source = PhantomBoxSource(args.seed, args.train, args.test)
     write_release(source, out)
     number, boxes = len(source.subsets), len(source.detection_subsets)
-    print(f"{number} subsets of questions, {boxes} of boxes, {args.train} training and {args.test} test records each: {out}")
+    sizes = f"{args.train} training and {args.test} test records each"
+    print(f"{number} subsets of questions, {boxes} of boxes, {sizes}: {out}")
     return {"out": str(out), "subsets": number, "detection_subsets": boxes, "fingerprint": source.fingerprint()}
 
 

@@ -96,3 +96,31 @@ def test_dry_lists_every_cell_and_leaves_nothing(tmp_path, capfd):
     listed = json.loads(found.read_text())
     assert len(listed["cells"]) == capfd.readouterr().out.count(" steps") - 2 and listed["trainings"] > 0
     assert not (tmp_path / "w").exists()
+
+
+def test_boxes_then_masks_are_trained_and_scored(tmp_path, capfd):
+    few = [
+        "--config.data.subsets=ct-brain-det,mri-brain-det", "--config.data.train_records_per_subset=8",
+        "--config.data.test_records_per_subset=4", "--config.train.steps=2", "--config.train.batch_size=8",
+        "--config.eval.batch_size=8", "--config.eval.max_box_tokens=6",
+    ]  # fmt: skip
+    boxes, masks = tmp_path / "boxes", tmp_path / "masks"
+    config, found = f"--config={CONFIGS / 'next_chat_masks.py'}", tmp_path / "found.json"
+    assert main(["train", f"{config}:boxes", *few, f"--workdir={boxes}"]) == 0
+    start = f"--config.model.checkpoint={boxes / 'params'}"
+    assert main(["train", f"{config}:masks", *few, start, f"--workdir={masks}"]) == 0
+    assert main(["eval", f"{config}:masks", *few, f"--workdir={masks}", f"--json={found}"]) == 0
+    scores = json.loads(found.read_text())["subsets"]
+    assert sorted(scores) == ["ct-brain-det", "mri-brain-det"] and scores["ct-brain-det"]["questions"] == 4
+    assert scores["ct-brain-det"]["n"] == 7 and 0 <= scores["ct-brain-det"]["dice"] <= 1
+    answers = (masks / "boxes" / "ct-brain-det.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in answers] == [f"ct-brain-det/test/{i}" for i in range(1, 5)]
+    assert not (masks / "predictions").exists() and "of 7 boxes found" in capfd.readouterr().out
+    # Without masks in the data there is nothing to learn from, and nothing is left behind.
+    assert main(["data", "phantom", str(tmp_path / "tree"), "--train=8", "--test=4"]) == 0
+    tree = ["--config.data.source=release", f"--config.data.root={tmp_path / 'tree'}"]
+    assert main(["train", f"{config}:masks", *few, *tree, start, f"--workdir={tmp_path / 'none'}"]) == 2
+    assert "record ct-brain-det/train/1: it has boxes and no masks" in capfd.readouterr().err
+    assert not (tmp_path / "none").exists()
+    assert main(["train", f"{config}:masks", *few, start, "--config.model.trainable=mask_prompt,decoder"]) == 2
+    assert "are trained by themselves" in capfd.readouterr().err

@@ -78,14 +78,14 @@ class Format:
     """How the rows of one model are made of records.
 
     Attributes:
-      prompts: a module with `conversation`, `evaluation_prompt`, `option_ids` and `template`, as `data.prompts` has them.
+      prompts: a module with `conversation`, `evaluation_prompt`, `option_ids` and `template`, as `data.prompts` has.
       preprocess: uint8[h, w, 3] -> the arrays of one image by batch key, always of the same shapes and dtypes.
       max_image_tokens: the most tokens that an image takes, which every row reserves.
       num_image_tokens: tokens of an image of (height, width) pixels; None: all have the most.
       box_turn: (record, what is asked of its boxes) -> question and answer; None: the model is asked of no boxes.
       read_boxes: (generated text, boxes read beside it, (height, width) in pixels) -> float64[N, 4] in pixels of the
         image, or None where the answer gives none that can be read.
-      box_arrays: (tokenizer, record, its tokens) -> the arrays of a training row beside the text's; None: there are none.
+      box_arrays: (tokenizer, record, its tokens) -> the arrays of a training row beside the text's; None: none.
       mask_layout: how masks lie in the model's square; None: a row has none.
     """
 

@@ -29,7 +29,7 @@ def open_source(config: DataConfig) -> Source:
 
 
 def require_subsets(source: Source, names: Sequence[str]) -> None:
-    """Raises DataError, with close matches, when the source lacks one of the subsets named, of questions or of boxes."""
+    """Raises DataError, with close matches, when the source lacks one of the subsets named, of questions or boxes."""
     known = [subset.name for subset in source.subsets]
     # Detection files are looked at only where a name is of none of the others.
     if not set(names) <= set(known):

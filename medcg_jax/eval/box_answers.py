@@ -61,16 +61,17 @@ def read_answers(path: Path) -> list[BoxAnswer]:
 def summary(answers: Sequence[BoxAnswer]) -> dict:
     """`boxes.summary` of the answers, and three keys more.
 
-    by_chance: the accuracy of the same answers to other questions, those of the next image of the same subset and label: what
-      knowing a subset's usual places alone is worth. None where no subset has two images.
+    by_chance: the accuracy of the same answers to other questions, those of the next image of the same subset and
+      label: what knowing a subset's usual places alone is worth. None where no subset has two images.
     dice: mean over questions that have one, with `dice_low` and `dice_high`; None without.
     """
     found = [_located(answer) for answer in answers]
     shuffled = []
     for kind in dict.fromkeys((a.subset, a.label) for a in answers):
         own = [one for one, a in zip(found, answers, strict=True) if (a.subset, a.label) == kind]
-        others = own[1:] + own[:1]
-        shuffled += [dataclasses.replace(b, predicted=a.predicted) for a, b in zip(own, others, strict=True) if a.id != b.id]
+        for one, other in zip(own, own[1:] + own[:1], strict=True):
+            if one.id != other.id:
+                shuffled.append(dataclasses.replace(other, predicted=one.predicted))
     dices = np.array([a.dice for a in answers if a.dice is not None])
     low, high = boxes.ratio_interval(dices, np.ones(len(dices))) if len(dices) else (None, None)
     return boxes.summary(found) | {

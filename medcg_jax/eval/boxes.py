@@ -105,8 +105,9 @@ def summary(found: Sequence[Located], *, extra_px: float = 0.0) -> dict[str, flo
         "mean_iou": ratio_interval(ious, boxes),
         "cumulative_iou": ratio_interval(both, union),
     }
-    ends = {f"{name}_{end}": value for name, pair in intervals.items() for end, value in zip(("low", "high"), pair, strict=True)}
-    return scores | ends
+    for name, (low, high) in intervals.items():
+        scores |= {f"{name}_low": low, f"{name}_high": high}
+    return scores
 
 
 def accuracy(found: Sequence[Located], *, extra_px: float = 0.0) -> float:

@@ -92,10 +92,10 @@ def _read(encoded: Encoded, index: int, tokenizer: Tokenizer, row: dict[str, np.
     if "masks" in row and truth is not None:
         wanted = [place for place, box in enumerate(record.boxes) if box.label == asked.label]
         drawn = masks_in_image(row["masks"][: row["count"]], record.size_px)
-        overlap = dice(drawn.any(axis=0), truth[wanted].any(axis=0))
+        overlap = round(dice(drawn.any(axis=0), truth[wanted].any(axis=0)), DICE_DECIMALS)
     return BoxAnswer(
         record.id, record.subset, asked.label, rounded(corners(asked.boxes)),
-        None if predicted is None else rounded(predicted), text, None if overlap is None else round(overlap, DICE_DECIMALS),
+        None if predicted is None else rounded(predicted), text, overlap,
     )  # fmt: skip
 
 
@@ -104,8 +104,7 @@ def masks_in_image(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     height, width = size
     side = max(size)
     top, left = (side - height) // 2, (side - width) // 2
-    resized = [
-        np.asarray(Image.fromarray(one.astype(np.float32)).resize((side, side), Image.Resampling.BILINEAR)) for one in logits
-    ]
+    pictures = [Image.fromarray(one.astype(np.float32)) for one in logits]
+    resized = [np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR)) for picture in pictures]
     square = np.array(resized, np.float32).reshape(-1, side, side)
     return square[:, top : top + height, left : left + width] > MASK_THRESHOLD

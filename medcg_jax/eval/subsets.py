@@ -17,7 +17,7 @@ from medcg_jax.train.setup import Setup, open_setup, start_params
 
 
 class Tester:
-    """Tests one setup's model on encoded test records of either kind; each kind is compiled once, when it is first met."""
+    """Tests one setup's model on encoded test records of either kind, each of which is compiled when first met."""
 
     def __init__(self, setup: Setup, graphdef: nnx.GraphDef):
         self._setup, self._graphdef = setup, graphdef
@@ -117,5 +117,8 @@ def box_line(name: str, scores: dict) -> str:
     text += f"[{scores['accuracy_low']:.3f}, {scores['accuracy_high']:.3f}]"
     if scores["by_chance"] is not None:
         text += f", of another image's {scores['by_chance']:.3f}"
-    text += f"; IoU mean {scores['mean_iou']:.3f}, cumulative {scores['cumulative_iou']:.3f}; unparsed {scores['unparsed_rate']:.3f}"
-    return text if scores["dice"] is None else f"{text}; Dice {scores['dice']:.3f} [{scores['dice_low']:.3f}, {scores['dice_high']:.3f}]"
+    text += f"; IoU mean {scores['mean_iou']:.3f}, cumulative {scores['cumulative_iou']:.3f}"
+    text += f"; unparsed {scores['unparsed_rate']:.3f}"
+    if scores["dice"] is not None:
+        text += f"; Dice {scores['dice']:.3f} [{scores['dice_low']:.3f}, {scores['dice_high']:.3f}]"
+    return text

@@ -25,8 +25,9 @@ def model_run(run: RunConfig, model: str) -> RunConfig:
     """
     family = MODELS[model]
     tables = tuple(t for t in run.study.tables if t not in BOX_TABLES or family in DETECTION_TABLES)
-    own = dict(study__models=(), study__jobs=1, study__tables=tables, model__trainable=parts_of(family, run.model.trainable))
-    return replace(run, name=f"{run.name}_{model}", model__name=model, **own)
+    own = dict(study__models=(), study__jobs=1, study__tables=tables)
+    parts = parts_of(family, run.model.trainable)
+    return replace(run, name=f"{run.name}_{model}", model__name=model, model__trainable=parts, **own)
 
 
 def dry(run: RunConfig) -> dict:

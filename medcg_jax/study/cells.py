@@ -57,8 +57,8 @@ class Data:
     def _encoded(self, subset: str, split: Split, count: int) -> Encoded:
         key = (subset, split, count)
         if key not in self._kept:
-            setup = self._setup
-            encode = setup.encode if split == "train" else setup.encode_boxes if setup.has_boxes(subset) else setup.encode_eval
+            asked = self._setup.encode_boxes if self._setup.has_boxes(subset) else self._setup.encode_eval
+            encode = self._setup.encode if split == "train" else asked
             made = encode(self._records(subset, split, count))
             size = sum(array.nbytes for array in (made.images or {}).values())
             if self._bytes + size > MEMORY_LIMIT_BYTES:

@@ -108,8 +108,8 @@ def sections(grid: Grid, tables: dict[str, Table], plots: Plots) -> list[dict]:
         part("triples", "Triples: three subsets, one shared element each",
              "The strict form: modality, area and task each come from another subset.", plots.bars("triples")),
         part("detection_pairs", "Detection pairs: a subset with boxes, and one of questions",
-             "As pairs, but one of the two training subsets has boxes in place of options: its images are the same kind, "
-             "what is asked of them is where something lies. Only the model's answers to choice questions are tested.",
+             "As pairs, but one of the two training subsets has boxes in place of options: its images are of the same "
+             "kind, what is asked of them is where something lies. Only answers to choice questions are tested.",
              plots.bars("detection_pairs")),
         part("ablation", "Ablation: what each element is worth",
              "All subsets that share an element with the target, less those that share a given one.", plots.ablation()),

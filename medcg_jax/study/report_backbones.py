@@ -47,7 +47,8 @@ def write_page(workdir: Path, models: Sequence[str]) -> Path:
     first = next(iter(grids.values()))
     page.write_text(
         page_template("backbones.html.j2").render(
-            models=models, parts=parts, boxes=boxes, shown=shown, phantoms=first.of_phantoms, versions=first.run["versions"], arm_name=arm_name
+            models=models, parts=parts, boxes=boxes, shown=shown, phantoms=first.of_phantoms,
+            versions=first.run["versions"], arm_name=arm_name,
         ),
         encoding="utf-8", newline="",
     )  # fmt: skip
@@ -55,7 +56,7 @@ def write_page(workdir: Path, models: Sequence[str]) -> Path:
 
 
 def models_in(workdir: Path) -> list[str]:
-    """The models whose grids lie in `workdir`, in the order in which models are listed; [] where it is one grid's own."""
+    """The models whose grids lie in `workdir`, in the order of `MODELS`; [] where it is one grid's own."""
     if (workdir / "config.json").is_file():
         return []
     return [model for model in MODELS if (workdir / model / "results.csv").is_file()]

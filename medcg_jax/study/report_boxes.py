@@ -97,7 +97,7 @@ def score(scores: dict, name: str, seeds: tuple[int, ...]) -> Score | None:
 
 
 def samples(grid: Grid) -> list[BoxSample]:
-    """Images of the trained arm's first cell out of distribution (else in distribution), drawn by a hash of their names.
+    """Images of the trained arm's first cell out of distribution (else in), drawn by a hash of their names.
 
     [] where there is no such cell, or the images are no longer there.
     """
@@ -128,8 +128,9 @@ def with_boxes(image: np.ndarray, truth: Sequence[Sequence[float]], answered: Se
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     pencil = ImageDraw.Draw(picture)
     for found, colour in ((truth, TRUTH), (answered, ANSWER)):
-        for x1, y1, x2, y2 in found:
-            low_x, high_x = sorted((x1 * factor, x2 * factor))
-            low_y, high_y = sorted((y1 * factor, y2 * factor))
-            pencil.rectangle((low_x, low_y, high_x - 1 if high_x > low_x else high_x, max(low_y, high_y - 1)), outline=colour, width=2)
+        for box in found:
+            # Regressed corners may be out of order, and a box thinner than its outline.
+            (left, right), (top, bottom) = (sorted((box[i] * factor, box[i + 2] * factor)) for i in (0, 1))
+            corners = (left, top, max(left, right - 1), max(top, bottom - 1))
+            pencil.rectangle(corners, outline=colour, width=2)
     return np.asarray(picture)

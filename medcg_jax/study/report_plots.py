@@ -163,10 +163,10 @@ class Plots:
         figures = []
         for part, rows in parts.items():
             arms = [arm for arm in ("baseline", "baseline_plus", "trained") if any(arm in row[2] for row in rows)]
-            name = f"{table}_{part}"
+            name, title = f"{table}_{part}", table.replace("_", " ").capitalize()
             caption = (
-                f"{table.replace('_', ' ').capitalize()}, {PARTS.get(part, part)}: accuracy by target with 95 % Wilson intervals; the "
-                "dashed line is chance."
+                f"{title}, {PARTS.get(part, part)}: accuracy by target with 95 % Wilson intervals; the dashed line is "
+                "chance."
             )
             height = 0.75 + len(rows) * (0.2 + 0.13 * len(arms))
 

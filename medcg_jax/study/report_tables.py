@@ -192,9 +192,11 @@ class Tables:
         """One table per direction of `pairs`, `triples` or `detection_pairs`."""
         made: dict[str, Table] = {}
         family = MODELS.get(self.grid.config["model"]["name"], "")
-        numbers = {"pairs": PAIR_TABLES.get(family, 3), "triples": 4, "detection_pairs": DETECTION_TABLES.get(family, 5)}
-        number, name = numbers[table], table.replace("_", " ").capitalize()
-        above = "both baselines, solid where both differences are" if table != "detection_pairs" else "Baseline, solid where the difference is"
+        numbers = {"pairs": PAIR_TABLES.get(family, 3), "triples": 4}
+        number, above = numbers.get(table), "both baselines, solid where both differences are"
+        if table == "detection_pairs":
+            number, above = DETECTION_TABLES.get(family, 5), "Baseline, solid where the difference is"
+        name = table.replace("_", " ").capitalize()
         for (row, target), arms in self.grid.scores(table).items():
             part = row.split("/")[0]
             if part not in made:

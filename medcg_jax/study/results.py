@@ -116,7 +116,7 @@ def scores(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def box_scores(path: Path) -> dict[str, tuple]:
-    """Subset -> its scores, in the order of `BOX_COUNTS` and `BOX_SHARES`, of one file of boxes; {} without the file."""
+    """Subset -> its scores in the order of `BOX_COUNTS` and `BOX_SHARES`, of one file of boxes; {} without it."""
     answers = read_answers(path) if path.is_file() else []
     found = {}
     for subset in dict.fromkeys(answer.subset for answer in answers):

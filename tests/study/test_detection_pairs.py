@@ -1,12 +1,14 @@
 """Pairs of a detection subset and one of choice questions: small worlds, the published rows, phantoms and the pack."""
 
 from dataclasses import replace as changed
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import SMALL, random_worlds, world
 
+from medcg_jax.config_file import load
 from medcg_jax.data.phantom_boxes import PhantomBoxSource
 from medcg_jax.data.phantom_world import REPORT_TARGETS
 from medcg_jax.data.release import ReleaseSource
@@ -185,3 +187,14 @@ def test_a_tree_with_broken_boxes_still_has_its_other_tables(tmp_path):
 def test_a_model_without_boxes_is_refused():
     with pytest.raises(ConfigError, match="study.tables='detection_pairs': qwen2_vl_tiny gives no boxes; next_chat, minigpt_v2 do"):
         suite.expand(study(model="qwen2_vl_tiny", targets=("ct-lung-state",)), SMALL, BOXES)
+
+
+@pytest.mark.parametrize(
+    ("config", "table", "rows"),
+    [("llava15_7b", 3, 42), ("next_chat_7b", 5, 8), ("minigpt_v2_7b", 6, 8), ("qwen2_vl_7b", 7, 8),
+     ("llama32_vision_11b", 8, 8)],
+)  # fmt: skip
+def test_each_full_size_config_runs_the_published_rows_of_its_model(config, table, rows):
+    run = load(str(Path(__file__).parents[2] / "configs" / f"{config}.py"))
+    found = {suite.paper_row(c.row) for c in suite.expand(run, CHOICE, DETECTION) if c.arm == "trained"}
+    assert found == {(table, row) for row in range(1, rows + 1)}
