@@ -41,7 +41,7 @@ MESHES = {
 }
 UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 if jax.__version_info__ < (0, 11):
-    # Later versions have no such choice.
+    # In later versions this is no option of one program.
     UNOPTIMISED["xla_cpu_use_fusion_emitters"] = False
 DATA = DataConfig(system_prompt="", max_text_tokens=100, max_target_tokens=70)
 SOURCE = PhantomBoxSource(3, 6, 4)
