@@ -24,6 +24,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "vision_embed": "fsdp",
     "vision_mlp": "tensor",
     "vision_heads": "tensor",
+    # Width of a table whose rows no axis splits: what is looked up there is small, so every device may hold a part.
+    "table_embed": ("fsdp", "tensor"),
     "act_batch": BATCH_AXES,
     "act_len": None,
     "act_embed": None,

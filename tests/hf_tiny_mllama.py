@@ -8,12 +8,9 @@ import dataclasses
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import NamedSharding
 
-from medcg_jax.axes import spec
 from medcg_jax.mesh import make_mesh
-from medcg_jax.models.mllama import Mllama
+from medcg_jax.models import build
 from medcg_jax.scale import parity_mllama
 from medcg_jax.weights import engine, mllama
 from medcg_jax.weights.files import Tensors
@@ -85,22 +82,11 @@ def port(model, mesh=None, *, change=metas_inputs):
     found = tensors(model)
     # Rolled: it compiles sooner.
     config = dataclasses.replace(change(mllama.config_from_json(model.config.to_dict())), scan_unroll=1)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Mllama(config, rngs=nnx.Rngs(0))))
-    is_variable = lambda x: isinstance(x, nnx.Variable)
-    abstract = jax.tree.map(lambda v: v.get_value(), state, is_leaf=is_variable)
+    graphdef, abstract = build.abstract(config)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
-    places = jax.tree.map(lambda v: place(v, mesh), state, is_leaf=is_variable)
     names = engine.canonical_names(found.shapes, mllama.canonical, "the model in memory")
-    params = engine.load(mllama.table(config), abstract, places, found, names, "memory")
+    params = engine.load(mllama.table(config), abstract, build.shardings(config, mesh), found, names, "memory")
     return config, graphdef, params
-
-
-def place(variable, mesh) -> NamedSharding:
-    """By the axes' names; an axis that the mesh cannot divide is replicated."""
-    parts = spec(*variable.get_metadata("axes"))
-    shape = variable.get_value().shape
-    fits = lambda size, axis: axis is None or size % mesh.shape[axis] == 0
-    return NamedSharding(mesh, jax.P(*(axis if fits(size, axis) else None for size, axis in zip(shape, parts))))
 
 
 def inputs(*, side: str = "right", seed: int = 1, text_only: bool = False) -> dict[str, np.ndarray]:

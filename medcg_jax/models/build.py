@@ -98,8 +98,8 @@ def partition_specs(config: Config) -> nnx.State:
 def shardings(config: Config, mesh: Mesh) -> nnx.State:
     """The NamedSharding of every parameter on `mesh`, in params' tree.
 
-    Key and value heads, and vocabularies, that the tensor axis does not divide are held whole by every device
-    (`replicated`).
+    Key and value heads that the tensor axis does not divide are held whole by every device. A vocabulary that it does
+    not divide is not split; the width of its table is, over fsdp and tensor, where they divide it (`replicated`).
 
     Raises:
       ValueError: another axis of a parameter cannot be divided over the mesh axes that its name is split over.
@@ -107,8 +107,7 @@ def shardings(config: Config, mesh: Mesh) -> nnx.State:
     _, state = _abstract_variables(config, jnp.float32)
 
     def one(path, variable):
-        axes, shape = variable.get_metadata("axes"), variable.get_value().shape
-        parts = spec(*(None if _undivided(name, size, mesh) else name for name, size in zip(axes, shape, strict=True)))
+        shape, parts = variable.get_value().shape, _parts(variable, mesh)
         _check_divides(jax.tree_util.keystr(path), shape, parts, mesh)
         return NamedSharding(mesh, parts)
 
@@ -116,18 +115,37 @@ def shardings(config: Config, mesh: Mesh) -> nnx.State:
 
 
 def replicated(config: Config, mesh: Mesh) -> list[str]:
-    """Parameters whose key and value heads, or vocabulary, the tensor axis does not divide: each device holds them whole."""
+    """Parameters that the tensor axis was to split and does not divide: each device holds them whole."""
     _, state = _abstract_variables(config, jnp.float32)
     leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_variable)[0]
     return [
         ".".join(key.key for key in path)
         for path, variable in leaves
-        if any(map(_undivided, variable.get_metadata("axes"), variable.get_value().shape, [mesh] * 9))
+        if "tensor" in _flat(spec(*variable.get_metadata("axes"))) and "tensor" not in _flat(_parts(variable, mesh))
     ]
 
 
-def _undivided(name: str, size: int, mesh: Mesh) -> bool:
-    return name in ("kv_heads", "vocab") and size % mesh.shape["tensor"] != 0
+def _parts(variable: nnx.Variable, mesh: Mesh) -> PartitionSpec:
+    """The spec of a parameter on this mesh, whose sizes say which of its axes can be split."""
+    names, shape = variable.get_metadata("axes"), variable.get_value().shape
+    undivided = {
+        name for name, size in zip(names, shape, strict=True)
+        if name in ("kv_heads", "vocab") and size % mesh.shape["tensor"]
+    }  # fmt: skip
+
+    def one(name: str, size: int) -> str | None:
+        if name in undivided:
+            return None
+        fits = size % (mesh.shape["fsdp"] * mesh.shape["tensor"]) == 0
+        if name == "table_embed":
+            return name if fits else "vision_embed"
+        return "table_embed" if name == "embed" and "vocab" in undivided and fits else name
+
+    return spec(*map(one, names, shape))
+
+
+def _flat(parts: PartitionSpec) -> set[str]:
+    return {axis for axes in parts if axes for axis in ([axes] if isinstance(axes, str) else axes)}
 
 
 def create(config: Config, mesh: Mesh, *, seed: int, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:

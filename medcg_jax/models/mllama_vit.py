@@ -116,7 +116,8 @@ class MllamaVision(nnx.Module):
         self.patch = Dense("bpc,ce->bpe", (patch * patch * 3, width), ("patch", "vision_embed"), use_bias=False, **made)
         self.class_token = param(small, (width,), ("vision_embed",), **made)
         self.positions = param(small, (tokens, width), ("pos", "vision_embed"), **made)
-        shape, axes = (1 + NUM_GRIDS, NUM_TILES, tokens, width), ("pos", "pos", "pos", "vision_embed")
+        # 73.8 million numbers, of which an image looks up a ninth.
+        shape, axes = (1 + NUM_GRIDS, NUM_TILES, tokens, width), ("pos", "pos", "pos", "table_embed")
         self.tile_positions = param(small, shape, axes, **made)
         self.position_gate = gate(**made)
         shape, axes = (1 + NUM_GRIDS, NUM_TILES, width), ("pos", "pos", "vision_embed")

@@ -41,3 +41,10 @@ def choices(count: int, *, subset: str = "04", size_px: int = 4) -> RecordSet:
     pixels = np.empty((count, size_px, size_px, 3), np.uint8)
     pixels[:] = np.arange(count, dtype=np.uint8)[:, None, None, None]
     return RecordSet([choice(i, subset=subset) for i in range(count)], pixels)
+
+
+def plant_space(monkeypatch, tokenizer, *, before: str = " ", start: bool = False) -> None:
+    """The fault of tools that read spaces beside special tokens in another way: each piece of text behind a special
+    token gets one in front; `before` and `start` say what comes before every piece and whether it opens a chunk."""
+    right = tokenizer._encode
+    monkeypatch.setattr(tokenizer, "_encode", lambda text, _: right(before + text, start))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from record_sets import plant_space
 
 from medcg_jax.data import prompts
 from medcg_jax.data.records import DataError, Turn
@@ -92,6 +93,24 @@ def test_ids_and_labels_are_the_originals(original, llama, turns, image, system)
     assert [SENTINEL if i == llama.image_id else i for i in found.ids] == ids
     assert [i if yes else IGNORED for i, yes in zip(found.ids, found.supervised, strict=True)] == labels
     assert prompts.template(turns, system_prompt=system, has_image=image) == text
+
+
+@pytest.mark.parametrize(
+    ("turns", "image", "before"),
+    [(ONE, True, ""), (THREE, False, " ")],
+    ids=["none behind an image", "one behind </s>"]
+)
+def test_wrong_spaces_behind_special_tokens_are_seen(original, llama_model_file, monkeypatch, turns, image, before):
+    tokenizer = load_tokenizer(llama_model_file)
+    ids, _ = original.labels(written(turns, "", image))
+
+    def found():
+        ids = prompts.conversation(tokenizer, turns, system_prompt="", num_image_tokens=int(image)).ids
+        return [SENTINEL if i == tokenizer.image_id else i for i in ids]
+
+    assert found() == ids
+    plant_space(monkeypatch, tokenizer, before=before)
+    assert found() != ids
 
 
 def test_the_turn_with_the_image_is_stripped_as_the_original_does(llama):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tokenizers
+from record_sets import plant_space
 from tokenizers import decoders, models, pre_tokenizers
 
 from medcg_jax.data import prompts_chatml as prompts
@@ -71,6 +72,17 @@ def test_ids_are_those_of_the_whole_text(files, qwen, turns, num_image, system):
     assert supervised == [i for turn in turns for i in [*qwen.encode(turn.answer), end]]
     shown = prompts.template(turns, system_prompt=system, has_image=num_image > 0)
     assert shown == written(turns, prompts.QWEN2 if system == "qwen2" else system, min(num_image, 1))
+
+
+def test_a_space_behind_a_special_token_is_seen(files, monkeypatch):
+    tokenizer, whole = load_tokenizer(files[0]), files[1].encode(written(THREE, "", 5)).ids
+
+    def found():
+        return prompts.conversation(tokenizer, THREE, system_prompt="", num_image_tokens=5).ids
+
+    assert found() == whole
+    plant_space(monkeypatch, tokenizer)
+    assert found() != whole
 
 
 def test_ids_written_down(qwen):

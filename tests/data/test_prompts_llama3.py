@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tokenizers
+from record_sets import plant_space
 from tokenizers import decoders, models, pre_tokenizers
 
 from medcg_jax.data import prompts_llama3 as prompts
@@ -77,6 +78,18 @@ def test_ids_are_those_of_the_whole_text(file, llama3, turns, image, system):
     asked = prompts.evaluation_prompt(llama3, turns, system_prompt=system, num_image_tokens=image)
     assert whole[: len(asked)] == asked
     assert found.supervised[len(asked) :] == [True, True]
+
+
+def test_a_space_behind_a_special_token_is_seen(file, monkeypatch):
+    tokenizer, inner = load_tokenizer(file), tokenizers.Tokenizer.from_file(str(file))
+    whole = inner.encode(prompts.template(TWO, system_prompt="", has_image=True), add_special_tokens=False).ids
+
+    def found():
+        return prompts.conversation(tokenizer, TWO, system_prompt="", num_image_tokens=1).ids
+
+    assert found() == whole
+    plant_space(monkeypatch, tokenizer)
+    assert found() != whole
 
 
 def test_supervised_are_the_answers_and_their_ends(llama3):

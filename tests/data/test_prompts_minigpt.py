@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import tokenizers
+from record_sets import plant_space
 
 from medcg_jax.data import prompts_minigpt as prompts
 from medcg_jax.data.records import DataError, Turn
@@ -92,6 +93,20 @@ def test_pieces_are_tokenised_apart_each_with_its_own_space(llama):
     # What can be told apart here: a space more, and the text around the image as one.
     assert llama.encode("a [/INST]") != llama.encode("a  [/INST]")
     assert llama.encode("[INST] <Img></Img>") != [*llama.encode("[INST] <Img>"), *llama.encode("</Img>")]
+
+
+def test_a_space_beside_a_special_token_is_seen(llama, monkeypatch):
+    """Every piece opens a chunk here, the one behind an image too, and has one space of its own: not two."""
+    turns = (Turn(QUESTION, "B"),)
+    before, after = llama.encode("[INST] <Img>"), llama.encode(f"</Img> [vqa] {QUESTION}  [/INST]")
+    expected = [llama.bos_id, *before, IMAGE, IMAGE, *after, *llama.encode("B"), llama.eos_id]
+
+    def found():
+        return prompts.conversation(llama, turns, system_prompt="", num_image_tokens=2).ids
+
+    assert found() == expected
+    plant_space(monkeypatch, llama, start=True)
+    assert found() != expected
 
 
 def test_evaluation_has_one_space_and_two_bos(llama):

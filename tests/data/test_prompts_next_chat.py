@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from record_sets import plant_space
 
 from medcg_jax.data import prompts_next_chat as prompts
 from medcg_jax.data.prompts import VICUNA
@@ -93,6 +94,18 @@ def test_ids_are_those_of_one_tokenisation_of_the_whole(tokenizer, slow, talk, n
     inside = {place for start, end in zip(starts, ends, strict=True) for place in range(start, end)}
     boxes = {place for place, i in enumerate(found.ids) if i == tokenizer.special("<boxes>")}
     assert {place for place, yes in enumerate(found.supervised) if yes} == inside - boxes
+
+
+@pytest.mark.parametrize("talk", TALKS)
+def test_a_space_beside_an_added_token_is_seen(folder, slow, talk, monkeypatch):
+    tokenizer, text = load_tokenizer(folder), written(TALKS[talk], "", 3)
+
+    def found():
+        return prompts.conversation(tokenizer, TALKS[talk], system_prompt="", num_image_tokens=3).ids
+
+    assert found() == slow(text)
+    plant_space(monkeypatch, tokenizer)
+    assert found() != slow(text)
 
 
 def test_whitespace_beside_added_tokens_makes_no_token(tokenizer):

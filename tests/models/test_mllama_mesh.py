@@ -1,21 +1,19 @@
-"""Llama-3.2-Vision on 8 simulated devices: the same numbers as on one, each parameter split by its names."""
+"""Llama-3.2-Vision with images of several grids of tiles on 8 simulated devices: the same numbers as on one."""
 
 import dataclasses
 
-import hf_tiny_mllama as tiny
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from medcg_jax.axes import RULES
 from medcg_jax.mesh import make_mesh
+from medcg_jax.models import build
 from medcg_jax.models.mllama import Mllama, llama32_vision_tiny
 from medcg_jax.run_config import MeshConfig
 
 CONFIG = llama32_vision_tiny(80, 79, num_vision_heads=4, scan_unroll=1)
-IS_VARIABLE = dict(is_leaf=lambda x: isinstance(x, nnx.Variable))
 MESHES = {
     "all axes": MeshConfig(data=2, fsdp=2, tensor=2),
     # Two key heads over four devices.
@@ -25,10 +23,8 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def variables():
-    """(graphdef, abstract variables, the params on one device)."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Mllama(CONFIG, rngs=nnx.Rngs(0))))
-    make = jax.jit(lambda: jax.tree.map(lambda v: v[...], nnx.state(Mllama(CONFIG, rngs=nnx.Rngs(3))), **IS_VARIABLE))
-    return graphdef, state, make()
+    """(graphdef, the params on one device)."""
+    return build.create(CONFIG, make_mesh(devices=jax.devices()[:1]), seed=3)
 
 
 def batch(rows: int) -> dict:
@@ -53,15 +49,14 @@ def loss(params, graphdef, given):
 
 @pytest.fixture(scope="module")
 def alone(variables):
-    graphdef, _, params = variables
+    graphdef, params = variables
     return jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, graphdef, batch(8))
 
 
 def on(mesh, variables) -> tuple:
     """The params and the batch laid out over `mesh`."""
-    _, state, params = variables
-    places = jax.tree.map(lambda v: tiny.place(v, mesh), state, **IS_VARIABLE)
-    return jax.device_put(params, places), jax.device_put(batch(8), jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
+    params = jax.device_put(variables[1], build.shardings(CONFIG, mesh))
+    return params, jax.device_put(batch(8), jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
 
 
 def test_eight_devices_compute_what_one_does(variables, alone):
@@ -83,23 +78,6 @@ def test_fewer_key_heads_than_devices_are_replicated(variables, alone):
     assert abs(float(value) - float(alone[0])) < 1e-5
 
 
-def test_every_axis_that_has_a_rule_is_split_but_key_heads_too_few(variables):
-    _, state, _ = variables
-    whole = set()
-    for name, config in MESHES.items():
-        mesh = make_mesh(config)
-
-        def split(variable, mesh=mesh, name=name):
-            shape = variable.get_value().shape
-            part = tiny.place(variable, mesh).shard_shape(shape)
-            for axis, size, piece in zip(variable.get_metadata("axes"), shape, part, strict=True):
-                if RULES[axis] and size == piece:
-                    whole.add((name, axis))
-
-        jax.tree.map(split, state, **IS_VARIABLE)
-    assert whole == {("fewer key heads than devices", "kv_heads")}
-
-
 def test_computes_in_the_dtype_asked_with_float32_weights_and_logits():
     model = nnx.eval_shape(lambda: Mllama(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     graphdef, state = nnx.split(model)
@@ -117,7 +95,7 @@ def test_computes_in_the_dtype_asked_with_float32_weights_and_logits():
 def test_what_is_run_again_in_the_backward_pass_changes_nothing(variables, alone):
     config = dataclasses.replace(CONFIG, remat="full")
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: Mllama(config, rngs=nnx.Rngs(0))))
-    value, grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(variables[2], graphdef, batch(8))
+    value, grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(variables[1], graphdef, batch(8))
     assert abs(float(value) - float(alone[0])) < 1e-5
     for found, expected in zip(jax.tree.leaves(grads), jax.tree.leaves(alone[1]), strict=True):
         assert np.abs(np.asarray(found) - np.asarray(expected)).max() < 1e-5

@@ -1,6 +1,4 @@
-"""Qwen2-VL's parameters: counts, names and layouts by golden text, split over 8 devices; and shapes that are refused."""
-
-from pathlib import Path
+"""Qwen2-VL with images of several grids on 8 devices; and shapes that are refused."""
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +8,9 @@ from flax import nnx
 
 from medcg_jax.mesh import make_mesh
 from medcg_jax.models import build, qwen2_vit
-from medcg_jax.models.qwen2_vl import Qwen2VL, qwen2_vl_2b, qwen2_vl_7b, qwen2_vl_72b, qwen2_vl_tiny
+from medcg_jax.models.qwen2_vl import Qwen2VL, qwen2_vl_tiny
 from medcg_jax.run_config import MeshConfig
 
-GOLDEN = Path(__file__).parent / "golden" / "qwen2_vl_7b_params.txt"
 TINY = qwen2_vl_tiny(80, 79, scan_unroll=1, max_pixels=1536)
 
 
@@ -48,34 +45,6 @@ def test_eight_devices_compute_what_one_does():
     assert abs(float(value) - float(expected)) < 1e-5
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-5
-
-
-# config -> (all, vision, projector, decoder)
-COUNTS = {
-    "2b": (qwen2_vl_2b(), 2_208_985_600, 631_183_360, 34_087_936, 1_543_714_304),
-    "7b": (qwen2_vl_7b(), 8_291_375_616, 631_183_360, 44_575_744, 7_615_616_512),
-    "72b": (qwen2_vl_72b(), 73_405_560_320, 631_183_360, 68_173_312, 72_706_203_648),
-}
-
-
-@pytest.mark.parametrize("size", COUNTS)
-def test_counts_and_layouts(size):
-    config, total, *parts = COUNTS[size]
-    _, params = build.abstract(config)
-    assert build.num_params(params) == total
-    assert [build.num_params(params[name]) for name in ("vision", "projector", "decoder")] == parts
-    build.shardings(config, make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)))
-
-
-def test_every_parameters_shape_names_and_spec_are_the_golden_ones():
-    config = qwen2_vl_7b()
-    leaves = jax.tree_util.tree_flatten_with_path(build.abstract(config)[1])[0]
-    names = jax.tree.leaves(build.axis_names(config), is_leaf=lambda x: isinstance(x, tuple))
-    lines = (
-        f"{'.'.join(key.key for key in path)} {leaf.shape} {' '.join(axes)} {tuple(spec)}\n"
-        for (path, leaf), axes, spec in zip(leaves, names, jax.tree.leaves(build.partition_specs(config)), strict=True)
-    )
-    assert "".join(lines) == GOLDEN.read_text()
 
 
 def test_what_does_not_fit_is_refused():
