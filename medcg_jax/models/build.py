@@ -159,7 +159,9 @@ def _initializer(config: Config, mesh: Mesh, param_dtype):
     def init(seed):
         return _arrays(nnx.state(_module(config, nnx.Rngs(jax.random.key(seed)), param_dtype)))
 
-    return jax.jit(init, out_shardings=shardings(config, mesh))
+    # A program of hundreds of small random draws, run once: on CPUs LLVM would optimise it for longer than it runs.
+    quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+    return jax.jit(init, out_shardings=shardings(config, mesh), compiler_options=quick)
 
 
 def num_params(params) -> int:

@@ -63,7 +63,7 @@ def generator(family: str, count: int, length: int):
     def generate(params, batch):
         model = nnx.merge(graph(family), params)
         logits, cache = prefill(model, batch, NEW - 1)
-        return greedy(model, logits, cache, num_new=NEW, eos_id=NO_END)
+        return greedy(model, logits, cache, num_new=NEW, eos_id=NO_END)[0]
 
     shapes = {key: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype) for key, x in rows(family).items()}
     for key in ("tokens", "segment_ids"):
