@@ -10,13 +10,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from medcg_jax.models.clip import ClipVisionConfig
 from medcg_jax.models.decoder import DecoderConfig
 from medcg_jax.models.llava import LlavaConfig
 from medcg_jax.weights.engine import FLAT, SAME, Entry, canonical_names, conv_patch, linear
-from medcg_jax.weights.files import Tensors, WeightsError, open_tensors, read_json
+from medcg_jax.weights.files import Tensors, WeightsError, joined, open_tensors, read_json
 
 CLIP_REPO = "openai/clip-vit-large-patch14-336"
 
@@ -148,14 +146,7 @@ def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[st
             f"(`hf download {CLIP_REPO} --local-dir DIR`), or put it beside {src} as {CLIP_REPO.split('/')[1]}"
         )
     tower = open_tensors(clip)
-    tower_names = canonical_names(tower.shapes, canonical_clip, str(clip))
-    # A prefix keeps the two checkpoints' names apart.
-    shapes = {**tensors.shapes, **{f"clip:{name}": shape for name, shape in tower.shapes.items()}}
-
-    def read(name: str) -> np.ndarray:
-        return tower.read(name.removeprefix("clip:")) if name.startswith("clip:") else tensors.read(name)
-
-    return Tensors(shapes, read), {**names, **{key: f"clip:{name}" for key, name in tower_names.items()}}
+    return joined((tensors, names), (tower, canonical_names(tower.shapes, canonical_clip, str(clip))))
 
 
 def _clip_beside(src: Path) -> Path | None:

@@ -19,7 +19,7 @@ from medcg_jax.models.eva import EvaConfig
 from medcg_jax.models.minigpt_v2 import MiniGPTv2Config
 from medcg_jax.nn.lora import LoraConfig
 from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, fused_qkv, linear
-from medcg_jax.weights.files import Tensors, WeightsError, open_bin, open_tensors, read_json
+from medcg_jax.weights.files import Tensors, WeightsError, joined, open_bin, open_tensors, read_json
 from medcg_jax.weights.llava import LLAMA_LAYER, decoder_config
 from medcg_jax.weights.positions import resize_positions
 
@@ -156,23 +156,12 @@ def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[st
     norm = {"ln_vision.weight": np.ones(vision.embed_dim, np.float32)}
     norm["ln_vision.bias"] = 0 * norm["ln_vision.weight"]
     plain = Tensors({name: value.shape for name, value in norm.items()}, norm.__getitem__)
-    sources = {
-        "llama": (llama, canonical_names(llama.shapes, canonical_llama, str(src))),
-        "norm": (plain, canonical_names(norm, canonical, "the default norm")),
-        "eva": (eva, canonical_names(eva.shapes, lambda name: canonical_eva(name, vision.num_layers), str(eva_file))),
-        "minigpt": (own, canonical_names(own.shapes, canonical, str(own_file))),
-    }
-    shapes, names = {}, {}
-    for source, (tensors, found) in sources.items():
-        # A prefix keeps the files' names apart.
-        shapes |= {f"{source}:{name}": tensors.shapes[name] for name in found.values()}
-        names |= {key: f"{source}:{name}" for key, name in found.items()}
-
-    def read(name: str) -> np.ndarray:
-        source, _, own_name = name.partition(":")
-        return sources[source][0].read(own_name)
-
-    return Tensors(shapes, read), names
+    return joined(
+        (llama, canonical_names(llama.shapes, canonical_llama, str(src))),
+        (plain, canonical_names(norm, canonical, "the default norm")),
+        (eva, canonical_names(eva.shapes, lambda name: canonical_eva(name, vision.num_layers), str(eva_file))),
+        (own, canonical_names(own.shapes, canonical, str(own_file))),
+    )
 
 
 def _part(src: Path, parts: Mapping[str, Path], part: str, name: str) -> Path:
@@ -197,7 +186,10 @@ def _resized(eva: Tensors, vision: EvaConfig) -> Tensors:
         value = eva.read(wanted)
         return resize_positions(value[0], side)[None] if value.shape != shapes[wanted] else value
 
-    return Tensors(shapes, read)
+    def dtype(wanted: str) -> np.dtype:
+        return np.dtype(np.float32) if shapes[wanted] != eva.shapes[wanted] else eva.dtype(wanted)
+
+    return Tensors(shapes, read, dtype)
 
 
 def config_from_json(found: dict) -> MiniGPTv2Config:

@@ -10,14 +10,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from medcg_jax.models.clip import ClipVisionConfig
 from medcg_jax.models.next_chat import NextChatConfig
 from medcg_jax.models.sam import SamConfig
 from medcg_jax.weights import llava
 from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, linear
-from medcg_jax.weights.files import Tensors, WeightsError, open_bin, read_json
+from medcg_jax.weights.files import Tensors, WeightsError, joined, open_bin, read_json
 
 SAM_FILE = "sam_vit_h_4b8939.pth"
 SEGMENTS, BOXES_ONLY = "NextChatForSegLM", "NextChatForCausalLM"
@@ -168,12 +166,7 @@ def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[st
         raise WeightsError(f"{src} holds no SAM, and {file} is no file; pass --sam=FILE with {SAM_FILE}")
     sam = open_bin(file)
     sam_names = canonical_names(sam.shapes, lambda name: f"sam.model.{name}", str(file))
-    shapes = {**tensors.shapes, **{f"sam:{name}": shape for name, shape in sam.shapes.items()}}
-
-    def read(name: str) -> np.ndarray:
-        return sam.read(name.removeprefix("sam:")) if name.startswith("sam:") else tensors.read(name)
-
-    return Tensors(shapes, read), {**names, **{key: f"sam:{name}" for key, name in sam_names.items()}}
+    return joined((tensors, names), (sam, sam_names))
 
 
 def config_from_json(found: dict, clip: dict | None = None) -> NextChatConfig:

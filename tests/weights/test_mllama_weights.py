@@ -14,7 +14,8 @@ from flax import nnx
 from medcg_jax.models.mllama import llama32_vision_11b, llama32_vision_90b, llama32_vision_tiny
 from medcg_jax.nn.rope import Llama3Scaling
 from medcg_jax.weights import engine, mllama
-from medcg_jax.weights.files import Tensors, WeightsError, write_safetensors
+from medcg_jax.weights.convert import export
+from medcg_jax.weights.files import Tensors, WeightsError
 
 
 def same_indices(config):
@@ -88,20 +89,12 @@ def test_what_transformers_saves_is_read(model, ported, tmp_path):
     assert (found.image_token_id, found.pad_token_id, found.eos_token_id) == (tiny.IMAGE, tiny.PAD, tiny.EOS)
 
 
-def export(directory, config, params):
-    shapes, stream = engine.store(mllama.table(config), params)
-    specs = {mllama.released_name(name): (shape, np.dtype(np.float32)) for name, shape in shapes.items()}
-    directory.mkdir()
-    write_safetensors(directory, specs, ((mllama.released_name(name), value) for name, value in stream))
-    (directory / "config.json").write_text(json.dumps(mllama.config_to_json(config, "float32")))
-
-
 def test_saved_here_it_reloads_in_pytorch_with_equal_logits(model, ported, tmp_path):
     import torch
     from transformers import MllamaForConditionalGeneration
 
     config, graphdef, params = ported
-    export(tmp_path / "same", config, params)
+    export(params, config, tmp_path / "same")
     options = dict(attn_implementation="eager", output_loading_info=True)
     theirs, report = MllamaForConditionalGeneration.from_pretrained(tmp_path / "same", **options)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -116,7 +109,7 @@ def test_saved_here_it_reloads_in_pytorch_with_equal_logits(model, ported, tmp_p
     # A change made here arrives there.
     params = jax.tree.map(lambda w: w, params)
     params["decoder"]["cross"]["attention_gate"] = params["decoder"]["cross"]["attention_gate"] * 1.5
-    export(tmp_path / "changed", config, params)
+    export(params, config, tmp_path / "changed")
     changed, _ = MllamaForConditionalGeneration.from_pretrained(tmp_path / "changed", **options)
     with torch.no_grad():
         theirs = changed(**given).logits.numpy()
