@@ -7,6 +7,7 @@ ours, by Orbax's interface for types of one's own. What is written is a checkpoi
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint import type_handlers
@@ -35,15 +36,22 @@ class LeafHandler(type_handlers.TypeHandler):
             )  # fmt: skip
             store = await tensorstore.open(tensorstore.Spec(spec), create=True, open=True, context=info.ts_context)
             if not arg.shard_axes:
-                await store.write(leaf.read(None))
+                await _write(store, leaf.read(None))
                 continue
             # One after the other: a layer is written before the next one is read.
             for layer in range(leaf.shape[0]):
-                await store[layer].write(leaf.read(layer))
+                await _write(store[layer], leaf.read(layer))
         return []
 
     async def deserialize(self, infos, args=None):
         return [await _opened(info) for info in infos]
+
+
+async def _write(store: tensorstore.TensorStore, value: np.ndarray) -> None:
+    try:
+        await store.write(value)
+    except ValueError as error:  # TensorStore's, for a disk that is full as for all else
+        raise OSError(f"cannot be written: {' '.join(str(error).split())}") from error
 
 
 async def _opened(info) -> Leaf:
