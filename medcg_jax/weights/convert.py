@@ -76,15 +76,19 @@ def read_config(src: Path, *, parts: Mapping[str, Path] = NO_PARTS) -> Config:
     Raises:
       WeightsError: there is no checkpoint, or it is not one that this port computes.
     """
-    if (src / MODEL_FILE).is_file():
-        return _config_from_dict(read_json(src / MODEL_FILE), src)
-    if not (src / "config.json").is_file():
+    file = src / (MODEL_FILE if (src / MODEL_FILE).is_file() else "config.json")
+    if not file.is_file():
         raise WeightsError(
             f"{src} holds no checkpoint (neither config.json nor {MODEL_FILE}); accepted: a directory with "
             "llava-hf/llava-1.5-7b-hf, llava-hf/llava-1.5-13b-hf or liuhaotian/llava-v1.5-7b from the Hugging Face hub "
             f"(`hf download llava-hf/llava-1.5-7b-hf --local-dir {src}`), or what `medcg convert` wrote"
         )
-    return module_of_release(src).read_release(src, parts)
+    try:
+        if file.name == MODEL_FILE:
+            return _config_from_dict(read_json(file))
+        return module_of_release(src).read_release(src, parts)
+    except ValueError as error:  # of a field, or of fields that do not go together
+        raise WeightsError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
 
 
 def load_checkpoint(
@@ -230,16 +234,19 @@ def _flat(found: dict, prefix: str = "") -> dict:
     return flat
 
 
-def _config_from_dict(found: dict, src: Path) -> Config:
+def _config_from_dict(found: dict) -> Config:
     family = found.pop("family", None)
     if family not in FAMILIES:
-        raise WeightsError(f"{src / MODEL_FILE} has family={family!r}; accepted: {', '.join(FAMILIES)}")
+        raise WeightsError(f"family={family!r}; accepted: {', '.join(FAMILIES)}")
     return _dataclass(FAMILIES[family][0], found)
 
 
 def _dataclass(kind: type, found: dict):
     """The (nested) dataclass whose `asdict` was written as JSON."""
     values, hints = {}, typing.get_type_hints(kind)
+    unknown = sorted(set(found) - set(hints))
+    if unknown:
+        raise WeightsError(f"unknown fields of {kind.__name__}: {', '.join(unknown)}")
     for name, value in found.items():
         inner = [k for k in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(k)]
         if isinstance(value, dict) and inner:

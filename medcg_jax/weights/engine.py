@@ -155,18 +155,21 @@ def canonical_names(names, canonical: Callable[[str], str | None], source: str) 
     return found
 
 
-def check(wanted: dict[str, Slot], shapes: dict[str, Shape], source: str) -> None:
-    """Raises WeightsError, with all three lists, on missing, unused and misshapen tensors (canonical names)."""
-    missing = [name for name in wanted if name not in shapes]
-    unused = [name for name in shapes if name not in wanted]
-    misshapen = [
-        f"{name} {shapes[name]} instead of {slot.released_shape}"
-        for name, slot in wanted.items()
-        if name in shapes and not _fits(slot, shapes[name])
-    ]
+def check(wanted: dict[str, Slot], tensors: Tensors, names: dict[str, str], source: str) -> None:
+    """Raises WeightsError, with all three lists, on missing, unused and misshapen tensors (canonical names).
+
+    names: canonical name -> name in `tensors`.
+    """
+    missing = [name for name in wanted if name not in names]
+    unused = [name for name in names if name not in wanted]
+    shapes = {name: tensors.shapes[own] for name, own in names.items()}
+    misshapen = [name for name, slot in wanted.items() if name in names and not _fits(slot, shapes[name])]
     if missing or unused or misshapen:
-        lists = (("missing", missing), ("unused", unused), ("misshapen", misshapen))
-        raise WeightsError(f"{source} does not fit the model: " + "; ".join(_listed(*part) for part in lists))
+        described = [f"{name} {shapes[name]} instead of {wanted[name].released_shape}" for name in misshapen]
+        lists = (("missing", missing), ("unused", unused), ("misshapen", described))
+        files = sorted({tensors.origin(names[name]) for name in unused + misshapen})
+        place = f" (in {', '.join(files[:4])})" if files else ""
+        raise WeightsError(f"{source} does not fit the model: " + "; ".join(_listed(*part) for part in lists) + place)
 
 
 def _fits(slot: Slot, shape: Shape) -> bool:
@@ -192,7 +195,7 @@ def load(table: list[Entry], abstract, shardings, tensors: Tensors, names: dict[
       WeightsError: tensors missing, unused or misshapen, before anything is read.
     """
     wanted = slots(table, abstract)
-    check(wanted, {key: tensors.shapes[name] for key, name in names.items()}, source)
+    check(wanted, tensors, names, source)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     targets = {tuple(key.key for key in path): leaf for path, leaf in leaves}
     places = dict(zip(targets, jax.tree.leaves(shardings), strict=True))
@@ -220,7 +223,7 @@ def lazy(table: list[Entry], abstract, tensors: Tensors, names: dict[str, str], 
       WeightsError: tensors missing, unused or misshapen.
     """
     wanted = slots(table, abstract)
-    check(wanted, {key: tensors.shapes[name] for key, name in names.items()}, source)
+    check(wanted, tensors, names, source)
     parts: dict[tuple[str, ...], dict[int | None, tuple[Slot, str]]] = {}
     for key, slot in wanted.items():
         parts.setdefault(slot.entry.path, {})[slot.layer] = slot, names[key]

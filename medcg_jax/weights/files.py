@@ -35,7 +35,7 @@ class Tensors:
 
     `shapes[name]` is a tuple, `dtype(name)` numpy's; `read(name)` gives an array that nothing else holds, so that a
     tensor's memory is free again when its reader has dropped it.
-    dtype: None: of tensors in memory, which are asked themselves.
+    dtype: None: of tensors in memory, which are asked themselves. `origin(name)` says in which file a tensor is.
     """
 
     def __init__(
@@ -43,10 +43,12 @@ class Tensors:
         shapes: Mapping[str, tuple[int, ...]],
         read: Callable[[str], np.ndarray],
         dtype: Callable[[str], np.dtype] | None = None,
+        origin: Callable[[str], str] = lambda name: "memory",
     ):
         self.shapes = shapes
         self.read = read
         self.dtype = dtype or (lambda name: read(name).dtype)
+        self.origin = origin
 
 
 def open_tensors(directory: Path) -> Tensors:
@@ -100,7 +102,7 @@ def _owned(owner: dict[str, tuple[Tensors, str]]) -> Tensors:
         return getattr(part, what)(name)
 
     shapes = {key: part.shapes[name] for key, (part, name) in owner.items()}
-    return Tensors(shapes, partial(ask, "read"), partial(ask, "dtype"))
+    return Tensors(shapes, partial(ask, "read"), partial(ask, "dtype"), partial(ask, "origin"))
 
 
 def open_safetensors(path: Path) -> Tensors:
@@ -143,7 +145,7 @@ def open_safetensors(path: Path) -> Tensors:
             raise WeightsError(f"{path} is cut off at {name}")
         return value.reshape(shape)
 
-    return Tensors({name: tuple(entry["shape"]) for name, entry in header.items()}, read, dtype)
+    return Tensors({name: tuple(entry["shape"]) for name, entry in header.items()}, read, dtype, lambda name: str(path))
 
 
 def open_bin(path: Path, entry: str | None = None) -> Tensors:
@@ -182,7 +184,7 @@ def open_bin(path: Path, entry: str | None = None) -> Tensors:
         # Mapped anew for each tensor: what is dropped with it are the pages of that tensor alone.
         return _numpy((held or _state_dict(path, entry, in_parts))[name])
 
-    return Tensors(shapes, read, dtype)
+    return Tensors(shapes, read, dtype, lambda name: str(path))
 
 
 def _state_dict(path: Path, entry: str | None, in_parts: bool) -> dict:
