@@ -214,24 +214,24 @@ def _restore(src: Path, found: Config, config: Config, mesh: Mesh, param_dtype):
 def _check_same(found: Config, wanted: Config, src: Path) -> None:
     if type(found) is not type(wanted):
         raise WeightsError(f"{src} holds a {family_of(found)}; a {family_of(wanted)} is wanted")
-    theirs, ours = _flat(dataclasses.asdict(found)), _flat(dataclasses.asdict(wanted))
-    different = []
-    for name, value in theirs.items():
-        fits = math.isclose(value, ours[name]) if isinstance(value, float) else value == ours[name]
-        # Rows beyond ours are dropped.
-        if name in RUN_FIELDS or (name == "text.vocab_size" and value >= ours[name]):
-            fits = True
-        if not fits:
-            different.append(f"{name} {value} (wanted {ours[name]})")
+    different = _differences(dataclasses.asdict(found), dataclasses.asdict(wanted))
     if different:
         raise WeightsError(f"{src} is of another architecture: {', '.join(different)}")
 
 
-def _flat(found: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in found.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+def _differences(found: dict, wanted: dict, prefix: str = "") -> list[str]:
+    """The fields of the architecture that are not the same, each with both values."""
+    different = []
+    for key, value in found.items():
+        name, ours = prefix + key, wanted[key]
+        if isinstance(value, dict) and isinstance(ours, dict):
+            different += _differences(value, ours, f"{name}.")
+        # Rows beyond ours are dropped.
+        elif name in RUN_FIELDS or (name == "text.vocab_size" and value >= ours):
+            continue
+        elif not (math.isclose(value, ours) if isinstance(value, float) and isinstance(ours, float) else value == ours):
+            different.append(f"{name} {value} (wanted {ours})")
+    return different
 
 
 def _config_from_dict(found: dict) -> Config:

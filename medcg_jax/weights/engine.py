@@ -231,7 +231,14 @@ def lazy(table: list[Entry], abstract, tensors: Tensors, names: dict[str, str], 
     def leaf(path, like) -> Leaf:
         found = parts[tuple(key.key for key in path)]
         dtype = reduce(jnp.promote_types, (tensors.dtype(name) for _, name in found.values()))
-        return Leaf(like.shape, dtype, lambda layer: _read(found[layer][0], tensors, found[layer][1], dtype))
+
+        def read(layer: int | None) -> np.ndarray:
+            if layer not in found:
+                return np.stack([read(i) for i in range(len(found))])
+            slot, name = found[layer]
+            return _read(slot, tensors, name, dtype)
+
+        return Leaf(like.shape, dtype, read)
 
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
