@@ -103,12 +103,11 @@ def load_checkpoint(
       WeightsError: no checkpoint, another architecture, or tensors missing, unused or misshapen.
     """
     found = read_config(src, parts=parts)
+    _check_same(found, config, src)
     if (src / MODEL_FILE).is_file():
-        _check_same(found, config, src)
         return _restore(src, found, config, mesh, param_dtype)
     family = module_of(config)
     tensors, names = family.open_release(src, parts)
-    _check_same(found, config, src)
     graphdef, abstract = build.abstract(config, param_dtype=param_dtype)
     places = build.shardings(config, mesh)
     return graphdef, engine.load(family.table(config), abstract, places, tensors, names, str(src))

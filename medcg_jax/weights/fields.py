@@ -19,6 +19,13 @@ def expect(found: dict, prefix: str, *, file: str = "config.json", **accepted) -
             raise WeightsError(f"{file} has {prefix}{key}={found[key]!r}; {' or '.join(map(repr, values))} is accepted")
 
 
-def expect_plain_rope(rope: dict, prefix: str, *kinds: str) -> None:
-    """Raises WeightsError where `rope` (`rope_parameters` or `rope_scaling`) is of another kind than `kinds`."""
-    expect(rope, prefix, rope_type=kinds, type=kinds, partial_rotary_factor=1.0)
+def rope_of(found: dict, prefix: str, *kinds: str) -> dict:
+    """The fields of rotary positions, in their new place (`rope_parameters`) or their old one (`rope_scaling`).
+
+    Raises:
+      WeightsError: they are of another kind than `kinds`, or turn a part of each head alone.
+    """
+    places = {key: found.get(key) or {} for key in ("rope_parameters", "rope_scaling")}
+    for key, rope in places.items():
+        expect(rope, f"{prefix}{key}.", rope_type=kinds, type=kinds, partial_rotary_factor=1.0)
+    return places["rope_parameters"] or places["rope_scaling"]

@@ -14,7 +14,7 @@ from medcg_jax.models.clip import ClipVisionConfig
 from medcg_jax.models.decoder import DecoderConfig
 from medcg_jax.models.llava import LlavaConfig
 from medcg_jax.weights.engine import FLAT, SAME, Entry, canonical_names, conv_patch, linear
-from medcg_jax.weights.fields import expect, expect_plain_rope, first
+from medcg_jax.weights.fields import expect, first, rope_of
 from medcg_jax.weights.files import Tensors, WeightsError, joined, open_tensors, read_json
 from medcg_jax.weights.llava_base import is_part, open_with_base
 
@@ -236,8 +236,7 @@ def decoder_config(found: dict, prefix: str) -> DecoderConfig:
     """The decoder that Llama's config.json, or a `text_config` of its fields, states; prefix: of the fields' names."""
     expect(found, prefix, hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=False,
            model_type=("llama", "llava", "llava_llama"))  # fmt: skip
-    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
-    expect_plain_rope(rope, f"{prefix}rope_scaling.", "default")
+    rope = rope_of(found, prefix, "default")
     num_heads, width = found.get("num_attention_heads", 32), found.get("hidden_size", 4096)
     return DecoderConfig(
         vocab_size=found.get("vocab_size", 32000),

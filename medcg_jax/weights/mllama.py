@@ -14,7 +14,7 @@ from medcg_jax.models.mllama_text import MllamaTextConfig
 from medcg_jax.models.mllama_vit import NUM_TILES, MllamaVisionConfig
 from medcg_jax.nn.rope import Llama3Scaling
 from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, linear
-from medcg_jax.weights.fields import expect, expect_plain_rope, first
+from medcg_jax.weights.fields import expect, first, rope_of
 from medcg_jax.weights.files import Tensors, WeightsError, open_tensors, read_json
 from medcg_jax.weights.llava import LLAMA_LAYER
 
@@ -166,7 +166,7 @@ def _vision(found: dict) -> MllamaVisionConfig:
 
 def _text(found: dict) -> MllamaTextConfig:
     expect(found, "text_config.", hidden_act="silu", tie_word_embeddings=False, model_type="mllama_text_model")
-    rope = first(found.get("rope_parameters"), found.get("rope_scaling"), {})
+    rope = rope_of(found, "text_config.", "llama3", "default")
     num_heads, width = found.get("num_attention_heads", 32), found.get("hidden_size", 4096)
     return MllamaTextConfig(
         vocab_size=found.get("vocab_size", 128256),
@@ -185,7 +185,6 @@ def _text(found: dict) -> MllamaTextConfig:
 
 
 def _scaling(rope: dict) -> Llama3Scaling | None:
-    expect_plain_rope(rope, "text_config.rope_scaling.", "llama3", "default")
     if first(rope.get("rope_type"), rope.get("type"), "default") == "default":
         return None
     missing = [name for name in LLAMA3_ROPE if name not in rope]

@@ -4,10 +4,10 @@ Orbax writes and reads the directory (its layout, names, metadata and commit); o
 ours, by Orbax's interface for types of one's own. What is written is a checkpoint of JAX arrays like any other.
 """
 
+import asyncio
 from pathlib import Path
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint import type_handlers
@@ -28,30 +28,32 @@ class LeafHandler(type_handlers.TypeHandler):
         raise NotImplementedError("asked of StandardCheckpointer")
 
     async def serialize(self, values, infos, args=None):
-        for leaf, info, arg in zip(values, infos, args, strict=True):
-            await info.await_path_creation()
-            spec = type_handlers.get_json_tspec_write(
-                info, use_ocdbt=info.is_ocdbt_checkpoint, global_shape=leaf.shape, local_shape=leaf.shape,
-                dtype=leaf.dtype, process_index=0, arg=arg,
-            )  # fmt: skip
-            store = await tensorstore.open(tensorstore.Spec(spec), create=True, open=True, context=info.ts_context)
-            if not arg.shard_axes:
-                await _write(store, leaf.read(None))
-                continue
+        stores = await _done(asyncio.gather(*map(_created, values, infos, args)))
+        for leaf, arg, store in zip(values, args, stores, strict=True):
             # One after the other: a layer is written before the next one is read.
-            for layer in range(leaf.shape[0]):
-                await _write(store[layer], leaf.read(layer))
+            for layer in range(leaf.shape[0]) if arg.shard_axes else (None,):
+                await _done(store[... if layer is None else layer].write(leaf.read(layer)))
         return []
 
     async def deserialize(self, infos, args=None):
         return [await _opened(info) for info in infos]
 
 
-async def _write(store: tensorstore.TensorStore, value: np.ndarray) -> None:
+async def _created(leaf: Leaf, info, arg) -> tensorstore.TensorStore:
+    await info.await_path_creation()
+    spec = type_handlers.get_json_tspec_write(
+        info, use_ocdbt=info.is_ocdbt_checkpoint, global_shape=leaf.shape, local_shape=leaf.shape, dtype=leaf.dtype,
+        process_index=0, arg=arg,
+    )  # fmt: skip
+    return await tensorstore.open(tensorstore.Spec(spec), create=True, open=True, context=info.ts_context)
+
+
+async def _done(operation):
     try:
-        await store.write(value)
+        return await operation
     except ValueError as error:  # TensorStore's, for a disk that is full as for all else
-        raise OSError(f"cannot be written: {' '.join(str(error).split())}") from error
+        reason = str(error).partition(" [tensorstore_spec")[0]
+        raise OSError(f"cannot be written: {' '.join(reason.split())}") from error
 
 
 async def _opened(info) -> Leaf:

@@ -15,7 +15,7 @@ from medcg_jax.models.decoder import DecoderConfig
 from medcg_jax.models.qwen2_vit import Qwen2VitConfig
 from medcg_jax.models.qwen2_vl import Qwen2VLConfig
 from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, fused_qkv, linear
-from medcg_jax.weights.fields import expect, expect_plain_rope, first
+from medcg_jax.weights.fields import expect, first, rope_of
 from medcg_jax.weights.files import Tensors, WeightsError, open_tensors, read_json
 from medcg_jax.weights.llava import LLAMA_LAYER
 
@@ -129,8 +129,7 @@ def config_from_json(found: dict) -> Qwen2VLConfig:
     expect(text, prefix, hidden_act="silu", use_sliding_window=False, attention_dropout=0.0,
            model_type=("qwen2_vl", "qwen2_vl_text"))  # fmt: skip
     expect({"layer_types": first(*set(text.get("layer_types") or ()) - {"full_attention"})}, prefix, layer_types="full_attention")
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    expect_plain_rope(rope, f"{prefix}rope_scaling.", "default", "mrope")
+    rope = rope_of(text, prefix, "default", "mrope")
     width, num_heads = text.get("hidden_size", 8192), text.get("num_attention_heads", 64)
     expect({"hidden_size": 3584, **vision}, "vision_config.", hidden_size=width)
     expect(text, prefix, head_dim=width // num_heads)
