@@ -32,9 +32,9 @@ GB = 1e9
 
 def main(argv: list[str] | None = None) -> int:
     """0: both conversions stayed below the limit, and every tensor came back; 1: not."""
-    parser = argparse.ArgumentParser(prog="python -m medcg_jax.scale.convert_memory", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the checkpoint that is made")
-    parser.add_argument("--dir", default=None, help="where there is room for three times that; default: the system's choice")
+    parser.add_argument("--dir", default=None, help="a folder with room for three times that")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         result = measure(Path(folder), of_size(args.gigabytes * GB), int(args.gigabytes * GB / NUM_SHARDS))
@@ -63,15 +63,16 @@ def measure(folder: Path, config: LlavaConfig, shard_bytes: int) -> dict:
     write_random(src, config, shard_bytes)
     sizes = [file.stat().st_size for file in src.glob("*.safetensors")]
     limit = LIMIT * max(sizes)
-    print(f"{sum(sizes) / GB:.2f} GB in {len(sizes)} files, the largest {max(sizes) / GB:.2f} GB; limit {limit / GB:.2f} GB")
     result = {"bytes": sum(sizes), "largest_shard": max(sizes), "limit": int(limit)}
+    print(f"{len(sizes)} files:", ", ".join(f"{name} {value / GB:.2f} GB" for name, value in result.items()))
     for to, source, target in (("orbax", src, there), ("hf", there, back)):
         result[to] = watched([sys.executable, "-m", "medcg_jax.cli", "convert", str(source), str(target), f"--to={to}"])
         print(f"to {to}: VmHWM {result[to]['VmHWM'] / GB:.2f} GB, RssAnon {result[to]['RssAnon'] / GB:.2f} GB, "
               f"{result[to]['seconds']:.0f} s")  # fmt: skip
     result["compared"] = compare(src, back)
     result["below_limit"] = all(result[to]["VmHWM"] < limit for to in ("orbax", "hf"))
-    print(f"{result['compared']} tensors came back bit for bit; {'below' if result['below_limit'] else 'ABOVE'} the limit")
+    place = "below" if result["below_limit"] else "ABOVE"
+    print(f"{result['compared']} tensors came back bit for bit; {place} the limit")
     return result
 
 
@@ -94,7 +95,8 @@ def write_random(directory: Path, config: LlavaConfig, shard_bytes: int) -> None
 def watched(command: list[str]) -> dict:
     """The command's peaks {"VmHWM", "RssAnon"} in bytes, and its "seconds"."""
     began, peaks = time.monotonic(), {"VmHWM": 0, "RssAnon": 0}
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, text=True, **pipes)
     try:
         while process.poll() is None:
             if time.monotonic() - began > LIMIT_S:

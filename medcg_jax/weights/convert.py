@@ -184,7 +184,8 @@ def save_params(directory: Path, params, config: Config) -> None:
     stacked = {entry.path for entry in module_of(config).table(config) if entry.layers is not None}
     save(directory / PARAMS_DIR, tree, stacked)
     # Last: a directory with this file is whole.
-    (directory / MODEL_FILE).write_text(json.dumps({"family": family_of(config), **dataclasses.asdict(config)}, indent=1) + "\n")
+    written = {"family": family_of(config), **dataclasses.asdict(config)}
+    (directory / MODEL_FILE).write_text(json.dumps(written, indent=1) + "\n")
 
 
 def _restore(src: Path, found: Config, config: Config, mesh: Mesh, param_dtype):

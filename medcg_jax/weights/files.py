@@ -134,7 +134,8 @@ def open_safetensors(path: Path) -> Tensors:
     start = 8 + length
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        if start + end > size or entry["dtype"] in DTYPES and end - begin != math.prod(entry["shape"]) * dtype(name).itemsize:
+        num_bytes = math.prod(entry["shape"]) * dtype(name).itemsize if entry["dtype"] in DTYPES else end - begin
+        if start + end > size or end - begin != num_bytes:
             raise WeightsError(f"{path} is cut off or damaged at {name}")
 
     def read(name: str) -> np.ndarray:
@@ -158,7 +159,7 @@ def open_bin(path: Path, entry: str | None = None) -> Tensors:
         `entry`.
     """
     try:
-        import torch
+        import torch  # noqa: F401
     except ImportError as error:
         raise WeightsError(f"{path} is a PyTorch file and needs PyTorch: pip install 'medcg_jax[parity]'") from error
     if not path.is_file():
@@ -181,8 +182,8 @@ def open_bin(path: Path, entry: str | None = None) -> Tensors:
 
     def read(name: str) -> np.ndarray:
         dtype(name)
-        # Mapped anew for each tensor: what is dropped with it are the pages of that tensor alone.
-        return _numpy((held or _state_dict(path, entry, in_parts))[name])
+        # Mapped anew for each tensor, and copied: what is dropped at once are the pages of that tensor alone.
+        return np.array(_numpy((held or _state_dict(path, entry, in_parts))[name]))
 
     return Tensors(shapes, read, dtype, lambda name: str(path))
 

@@ -126,7 +126,7 @@ def released_name(name: str) -> str:
 
 
 def read_release(src: Path, parts: Mapping[str, Path]) -> LlavaConfig:
-    """The architecture that the released directory `src` states; parts: `clip`, CLIP's directory, if it is elsewhere."""
+    """The architecture that the released directory `src` states; parts: `clip`, CLIP's directory."""
     clip = parts.get("clip") or clip_beside(src)
     return config_from_json(read_json(src / "config.json"), read_json(clip / "config.json") if clip else None)
 
@@ -208,11 +208,13 @@ def original_vision(found: dict, clip: dict | None) -> ClipVisionConfig:
     Without that it is the one of every release, and must be named so.
     """
     layer = first(found.get("mm_vision_select_layer"), -2)
-    if clip is None:
+    if clip is not None:
+        vision = clip_config(clip.get("vision_config", clip), layer)
+    else:
         name = first(found.get("mm_vision_tower"), CLIP_REPO)
         if CLIP_REPO.split("/")[1] not in str(name):
             raise WeightsError(f"config.json has mm_vision_tower={name!r}; {CLIP_REPO!r} is accepted, or --clip=DIR")
-    vision = ClipVisionConfig(feature_layer=layer) if clip is None else clip_config(clip.get("vision_config", clip), layer)
+        vision = ClipVisionConfig(feature_layer=layer)
     expect(found, "", mm_hidden_size=vision.embed_dim)
     return vision
 

@@ -39,8 +39,8 @@ def open_with_base(
     base = parts.get("base")
     if base is None:
         raise WeightsError(
-            f"{src} holds a part of LLaVA alone; pass --base=DIR with the Llama that it was trained on, {BASE_REPO} from "
-            f"the Hugging Face hub (`hf download {BASE_REPO} --local-dir DIR`) unless its config.json names another"
+            f"{src} holds a part of LLaVA alone; pass --base=DIR with the Llama that it was trained on, {BASE_REPO} "
+            f"of the Hugging Face hub (`hf download {BASE_REPO} --local-dir DIR`) unless its config.json names another"
         )
     _check_base(src, base, decoder_config)
     llama = open_tensors(base)
@@ -53,12 +53,14 @@ def open_with_base(
 
 
 def _check_base(src: Path, base: Path, decoder_config: Callable) -> None:
-    stated, found = (read_json(directory / "config.json") for directory in (src, base))
-    ours, theirs = decoder_config(stated, ""), decoder_config(found.get("text_config") or found, "")
+    mine, found = (read_json(directory / "config.json") for directory in (src, base))
+    ours, theirs = decoder_config(mine, ""), decoder_config(found.get("text_config") or found, "")
     for name in ("num_heads", "num_kv_heads", "head_dim", "rope_theta", "norm_eps"):
-        if getattr(ours, name) != getattr(theirs, name):
-            raise WeightsError(f"{base / 'config.json'} states {name}={getattr(theirs, name)}; {getattr(ours, name)}, as in "
-                               f"{src / 'config.json'}, is accepted")  # fmt: skip
+        wanted, stated = getattr(ours, name), getattr(theirs, name)
+        if wanted != stated:
+            raise WeightsError(
+                f"{base / 'config.json'} states {name}={stated}; {wanted}, as in {src / 'config.json'}, is accepted"
+            )
 
 
 def _opened(file: Path, canonical) -> tuple[Tensors, dict[str, str]]:

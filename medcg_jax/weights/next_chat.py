@@ -41,7 +41,9 @@ def table(config: NextChatConfig) -> list[Entry]:
                            ("decode_down", "decoder.2")):  # fmt: skip
         entries += _dense(f"loc_{released}", ("boxes", ours))
     if config.sam is not None:
-        entries += _dense("seg_prompt_mlp.0", ("mask_prompt", "up")) + _dense("seg_prompt_mlp.2", ("mask_prompt", "down"))
+        entries += _dense("seg_prompt_mlp.0", ("mask_prompt", "up")) + _dense(
+            "seg_prompt_mlp.2", ("mask_prompt", "down")
+        )
         entries += sam_table(config.sam)
     return entries
 
@@ -60,7 +62,10 @@ def _dense(name: str, path: tuple[str, ...], *, kernel=None, layers: range | tup
 
 
 def _norm(name: str, path: tuple[str, ...], layers: range | tuple | None = None) -> list[Entry]:
-    return [Entry(f"{name}.weight", (*path, "scale"), SAME, layers), Entry(f"{name}.bias", (*path, "bias"), SAME, layers)]
+    return [
+        Entry(f"{name}.weight", (*path, "scale"), SAME, layers),
+        Entry(f"{name}.bias", (*path, "bias"), SAME, layers),
+    ]
 
 
 def _sam_encoder(sam: SamConfig) -> list[Entry]:
@@ -145,7 +150,7 @@ def released_name(name: str) -> str:
 
 
 def read_release(src: Path, parts: Mapping[str, Path]) -> NextChatConfig:
-    """The architecture that the released directory `src` states; parts: `clip`, CLIP's directory, if it is elsewhere."""
+    """The architecture that the released directory `src` states; parts: `clip`, CLIP's directory."""
     clip = parts.get("clip") or llava.clip_beside(src)
     return config_from_json(read_json(src / "config.json"), read_json(clip / "config.json") if clip else None)
 

@@ -128,7 +128,8 @@ def config_from_json(found: dict) -> Qwen2VLConfig:
     prefix = "text_config." if text is not found else ""
     expect(text, prefix, hidden_act="silu", use_sliding_window=False, attention_dropout=0.0,
            model_type=("qwen2_vl", "qwen2_vl_text"))  # fmt: skip
-    expect({"layer_types": first(*set(text.get("layer_types") or ()) - {"full_attention"})}, prefix, layer_types="full_attention")
+    for kind in text.get("layer_types") or ():
+        expect({"layer_types": kind}, prefix, layer_types="full_attention")
     rope = rope_of(text, prefix, "default", "mrope")
     width, num_heads = text.get("hidden_size", 8192), text.get("num_attention_heads", 64)
     expect({"hidden_size": 3584, **vision}, "vision_config.", hidden_size=width)

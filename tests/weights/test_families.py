@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 from releases import CONFIGS, one, random_params, released, replaced, same, same_as, tensors_of, write
 
@@ -64,8 +63,10 @@ def test_tensors_of_another_model_are_refused_with_their_file(family, releases, 
     tmp_path.joinpath("config.json").write_text((src / "config.json").read_text())
     tmp_path.joinpath("model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
     # LLaVA's and NExT-Chat's want a vision tower before anything else.
-    message = rf"{tmp_path} (does not fit the model: \d+ missing: .*in {tmp_path}/model.safetensors|holds no vision tower)"
-    for load in (lambda: load_checkpoint(tmp_path, CONFIGS[family], one()), lambda: convert(tmp_path, tmp_path / "dst")):
+    unfit = rf"does not fit the model: \d+ missing: .*in {tmp_path}/model.safetensors"
+    message = rf"{tmp_path} ({unfit}|holds no vision tower)"
+    config = CONFIGS[family]
+    for load in (lambda: load_checkpoint(tmp_path, config, one()), lambda: convert(tmp_path, tmp_path / "dst")):
         with pytest.raises(WeightsError, match=message):
             load()
     assert not (tmp_path / "dst").exists()
@@ -81,8 +82,8 @@ def test_a_checkpoint_of_another_family_or_size_is_refused_with_its_name(family,
     config = CONFIGS[family]
     cases = {"norm_eps": 0.25, "rope_theta": 3.0, "num_heads": 2 * config.text.num_heads}
     for field, value in cases.items():
-        mine = getattr(config.text, field)
-        with pytest.raises(WeightsError, match=rf"{src} is of another architecture: .*text.{field} {mine} \(wanted {value}\)"):
+        message = rf"{src} is of another architecture: .*text.{field} {getattr(config.text, field)} \(wanted {value}\)"
+        with pytest.raises(WeightsError, match=message):
             load_checkpoint(src, replaced(config, "text", **{field: value}), one())
     field, value = ("patch_size_px", 2) if family == "qwen2_vl" else ("image_size_px", 64)
     with pytest.raises(WeightsError, match=rf"vision.{field} .* \(wanted {value}\)"):
@@ -122,14 +123,17 @@ CLIP = [
 REFUSED = {
     "llava": [
         *((f"text_config.{field}", value, accepted) for field, value, accepted in LLAMA), *CLIP,
-        ("text_config.model_type", "mistral", "'llama' or 'llava' or 'llava_llama'"), ("tie_word_embeddings", True, "False"),
-        ("projector_hidden_act", "gelu_pytorch_tanh", "'gelu'"), ("vision_feature_select_strategy", "full", "'default'"),
+        ("text_config.model_type", "mistral", "'llama' or 'llava' or 'llava_llama'"),
+        ("tie_word_embeddings", True, "False"),
+        ("projector_hidden_act", "gelu_pytorch_tanh", "'gelu'"),
+        ("vision_feature_select_strategy", "full", "'default'"),
         ("multimodal_projector_bias", False, "True"), ("vision_feature_layer", [-2, -5], "one layer"),
     ],
     "qwen2_vl": [
         ("hidden_act", "gelu", "'silu'"), ("use_sliding_window", True, "False"), ("attention_dropout", 0.1, "0.0"),
         ("head_dim", 64, "128"), ("rope_scaling.type", "yarn", "'default' or 'mrope'"),
-        ("rope_parameters.rope_type", "linear", "'default' or 'mrope'"), ("vision_config.hidden_act", "gelu", "'quick_gelu'"),
+        ("rope_parameters.rope_type", "linear", "'default' or 'mrope'"),
+        ("vision_config.hidden_act", "gelu", "'quick_gelu'"),
         ("vision_config.hidden_size", 1280, "3584"), ("vision_config.in_chans", 1, "3"),
         ("vision_config.in_channels", 1, "3"), ("vision_config.spatial_patch_size", 16, "14"),
         ("vision_config.rope_parameters.rope_type", "default", "'axial'"),
@@ -141,7 +145,8 @@ REFUSED = {
         ("text_config.rope_scaling.rope_type", "yarn", "'llama3' or 'default'"),
         ("vision_config.hidden_act", "quick_gelu", "'gelu'"), ("vision_config.num_channels", 1, "3"),
         ("vision_config.max_num_tiles", 6, "4"), ("vision_config.supported_aspect_ratios", [[1, 1]], "[[1, 1], [1, 2]"),
-        ("vision_config.vision_output_dim", 1280, "7680"), ("vision_config.model_type", "clip", "'mllama_vision_model'"),
+        ("vision_config.vision_output_dim", 1280, "7680"),
+        ("vision_config.model_type", "clip", "'mllama_vision_model'"),
     ],
     "minigpt_v2": [
         *LLAMA, ("lora_target_modules", ["q_proj"], "['q_proj', 'v_proj']"), ("lora_scale", 1.0, "0.25"),
@@ -155,17 +160,22 @@ REFUSED = {
 # (field, value, part of the message): fields that do not go together, are missing, or name another model.
 UNFIT = {
     "llava": [
-        ("model_type", "llava_next", "model_type='llava_next'; accepted: llava"), ("vision_config.image_size", 335, "image_size_px=335"),
+        ("model_type", "llava_next", "model_type='llava_next'; accepted: llava"),
+        ("vision_config.image_size", 335, "image_size_px=335"),
         ("vision_feature_layer", -30, "feature_layer=-30: one that runs 1 to 24 layers"),
         ("text_config.num_key_value_heads", 5, "num_kv_heads=5"),
     ],
     "qwen2_vl": [
-        ("model_type", "qwen2_5_vl", "model_type='qwen2_5_vl'; accepted: llava"), ("num_key_value_heads", 5, "num_kv_heads=5"),
-        ("rope_scaling.mrope_section", [16, 16, 24], "mrope_sections=(16, 16, 24): three that sum to half of head_dim=128"),
-        ("layer_types", ["full_attention", "sliding_attention"], "layer_types='sliding_attention'; 'full_attention' is accepted"),
+        ("model_type", "qwen2_5_vl", "model_type='qwen2_5_vl'; accepted: llava"),
+        ("num_key_value_heads", 5, "num_kv_heads=5"),
+        ("rope_scaling.mrope_section", [16, 16, 24],
+        "mrope_sections=(16, 16, 24): three that sum to half of head_dim=128"),
+        ("layer_types", ["full_attention", "sliding_attention"],
+        "layer_types='sliding_attention'; 'full_attention' is accepted"),
     ],
     "mllama": [
-        ("model_type", "mllama2", "model_type='mllama2'; accepted: llava"), ("text_config.rope_parameters.factor", None, "lack factor"),
+        ("model_type", "mllama2", "model_type='mllama2'; accepted: llava"),
+        ("text_config.rope_parameters.factor", None, "lack factor"),
         ("text_config.cross_attention_layers", [3, 99], "cross_layers=(3, 99) of num_layers=40"),
         ("vision_config.intermediate_layers_indices", [7, 3, 15, 23, 30], "intermediate_layers=(7, 3"),
     ],
@@ -174,7 +184,8 @@ UNFIT = {
         ("tokens_per_group", 3, "patches_per_token=3"), ("image_size", 449, "image_size_px=449"),
     ],
     "next_chat": [
-        ("model_type", "next", "model_type='next'; accepted: llava"), ("mm_vision_select_layer", -30, "feature_layer=-30"),
+        ("model_type", "next", "model_type='next'; accepted: llava"),
+        ("mm_vision_select_layer", -30, "feature_layer=-30"),
         ("sam_config.depth", 3, "unknown fields in sam_config: depth"), ("sam_config.num_heads", 7, "num_heads=7"),
         ("vision_config.image_size", 335, "image_size_px=335"),
     ],
@@ -204,9 +215,9 @@ def test_fields_that_the_port_does_not_compute_are_refused_by_name(family, field
 # Fields of liuhaotian's config.json, which names CLIP without its sizes.
 ORIGINAL = {
     "model_type": "llava_llama", "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008,
-    "max_position_embeddings": 4096, "mm_hidden_size": 1024, "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2,
-    "mm_vision_select_feature": "patch", "mm_vision_tower": "openai/clip-vit-large-patch14-336", "num_attention_heads": 32,
-    "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": "pad", "num_hidden_layers": 32,
+    "max_position_embeddings": 4096, "mm_hidden_size": 1024, "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "num_attention_heads": 32,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": "pad", "num_hidden_layers": 32,
     "num_key_value_heads": 32, "pad_token_id": 0, "rms_norm_eps": 1e-05, "rope_scaling": None, "vocab_size": 32000,
     "tie_word_embeddings": False, "use_mm_proj": True, "pretraining_tp": 1,
 }  # fmt: skip
@@ -217,8 +228,10 @@ ORIGINAL = {
     [
         ("mm_projector_type", "linear", "'mlp2x_gelu'"), ("mm_vision_select_feature", "cls_patch", "'patch'"),
         ("mm_use_im_start_end", True, "False"), ("mm_patch_merge_type", "spatial_unpad", "'flat'"),
-        ("image_aspect_ratio", "anyres", "'pad'"), ("mm_vision_tower", "google/siglip-so400m-patch14-384", "--clip=DIR"),
-        ("mm_hidden_size", 768, "1024"), ("rope_scaling", {"type": "linear", "factor": 2.0}, "'default'"), ("hidden_act", "gelu", "'silu'"),
+        ("image_aspect_ratio", "anyres", "'pad'"),
+        ("mm_vision_tower", "google/siglip-so400m-patch14-384", "--clip=DIR"),
+        ("mm_hidden_size", 768, "1024"), ("rope_scaling", {"type": "linear", "factor": 2.0}, "'default'"),
+        ("hidden_act", "gelu", "'silu'"),
     ],
 )  # fmt: skip
 def test_liuhaotians_fields_too(field, value, accepted, tmp_path):

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 in liuhaotian's layouts: the tower inside, a projector alone, adapters, each with the Llama it belongs to."""
+"""LLaVA-1.5 in liuhaotian's layouts: the tower inside, a projector alone, adapters; and the Llama they belong to."""
 
 import json
 import re
@@ -26,7 +26,8 @@ ORIGINAL = {
 RANK, ALPHA = 4, 6
 ADAPTER = {
     "peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "bias": "none", "fan_in_fan_out": False, "lora_dropout": 0.05,
-    "target_modules": ["q_proj", "down_proj"], "modules_to_save": None, "task_type": "CAUSAL_LM", "inference_mode": True,
+    "target_modules": ["q_proj", "down_proj"], "modules_to_save": None, "task_type": "CAUSAL_LM",
+    "inference_mode": True,
 }  # fmt: skip
 BIG, SMALL = "layers.1.mlp.down_proj", "layers.0.self_attn.q_proj"
 
@@ -78,7 +79,7 @@ def adapted(tensors, parts, tmp_path):
     for layer in (SMALL, BIG):
         name = f"language_model.{layer}.weight"
         out, inputs = tensors[name].shape
-        b, a = rng.standard_normal((out, RANK)).astype(np.float32), rng.standard_normal((RANK, inputs)).astype(np.float32)
+        b, a = (rng.standard_normal(shape).astype(np.float32) for shape in ((out, RANK), (RANK, inputs)))
         halves |= {f"base_model.model.model.{layer}.lora_{half}.weight": x for half, x in (("A", a), ("B", b))}
         merged[name] = tensors[name] + ALPHA / RANK * (b @ a)
     merged["multi_modal_projector.linear_2.bias"] = rng.standard_normal(64).astype(np.float32)
@@ -102,8 +103,8 @@ def test_a_whole_checkpoint_with_the_tower_inside(tensors, params, parts, tmp_pa
     """As DeepSpeed's training saves it; CLIP's config.json says how large the tower is."""
     src = tmp_path / "src"
     src.mkdir()
-    inside = {name.replace("vision_tower.", "model.vision_tower.vision_tower.vision_model."): x for name, x in tensors.items()}
-    saved(src / "pytorch_model.bin", {original(name): x for name, x in inside.items()})
+    tower = "model.vision_tower.vision_tower.vision_model."
+    saved(src / "pytorch_model.bin", {original(n).replace("vision_tower.", tower): x for n, x in tensors.items()})
     (src / "config.json").write_text(json.dumps(ORIGINAL))
     # Of the two towers it is the one inside that counts.
     wrong = {name.replace("tower", "model"): x + 1 for name, x in tensors.items() if name.startswith("vision_tower.")}
@@ -116,7 +117,8 @@ def test_a_projector_alone_and_its_llama(tensors, params, parts, tmp_path):
     src = tmp_path / "stage1"
     src.mkdir()
     saved(src / "mm_projector.bin", projector(tensors))
-    (src / "config.json").write_text(json.dumps({**ORIGINAL, "image_aspect_ratio": "square", "tune_mm_mlp_adapter": True}))
+    stage = {**ORIGINAL, "image_aspect_ratio": "square", "tune_mm_mlp_adapter": True}
+    (src / "config.json").write_text(json.dumps(stage))
     with pytest.raises(WeightsError, match="holds a part of LLaVA alone; pass --base=DIR with the Llama"):
         found_in(src, {"clip": parts["clip"]})
     assert_found(src, parts, tensors)
@@ -126,7 +128,7 @@ def test_a_projector_alone_and_its_llama(tensors, params, parts, tmp_path):
 
 
 def whole(tensors, directory):
-    state = {original(name): x + 1 * name.startswith("multi") for name, x in tensors.items() if not name.startswith("vision")}
+    state = {original(n): x + n.startswith("multi") for n, x in tensors.items() if not n.startswith("vision")}
     return directory, {name: (x.shape, x.dtype) for name, x in state.items()}, state.items()
 
 
@@ -158,11 +160,12 @@ def test_the_sum_is_taken_in_float32_and_kept_in_the_files_precision(adapted, pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({f"base_model.model.model.{BIG}.lora_B.weight": None}, r"has lora_B, lora_A \[None, .4, 128.. for .*down_proj"),
+        ({f"base_model.model.model.{BIG}.lora_B.weight": None}, r"lora_B, lora_A \[None, .4, 128.. for .*down_proj"),
         ({f"base_model.model.model.{BIG}.lora_A.weight": np.ones((3, 192), np.float32)}, r"\(3, 192\).*and r=4"),
         ({"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": np.ones((4, 64), np.float32)},
          "adapter_model.bin holds .*layers.7.mlp.up_proj.lora_A.weight, which belongs to no weight"),
-        ({"base_model.model.model.norm.weight": np.ones(64, np.float32)}, "holds .*norm.weight, which belongs to no weight"),
+        ({"base_model.model.model.norm.weight": np.ones(64, np.float32)},
+        "holds .*norm.weight, which belongs to no weight"),
     ],
 )  # fmt: skip
 def test_adapters_that_do_not_fit_are_named(change, message, adapted, parts):
@@ -200,5 +203,5 @@ def test_what_is_missing_of_the_form_is_named(adapted, parts):
 def test_a_base_of_another_kind_is_named(adapted, parts):
     src, _, _ = adapted
     (parts["base"] / "config.json").write_text(json.dumps({**LLAMA_JSON, "rms_norm_eps": 1e-3}))
-    with pytest.raises(WeightsError, match=r"vicuna/config.json states norm_eps=0.001; 1e-05, as in .*config.json, is accepted"):
+    with pytest.raises(WeightsError, match=r"vicuna/config.json states norm_eps=0.001; 1e-05, as in .*is accepted"):
         found_in(src, parts)

@@ -1,7 +1,6 @@
 """Released Qwen2-VL checkpoints: every spelling, tied heads, round trips through PyTorch, and strictness."""
 
 import dataclasses
-import json
 
 import hf_tiny_qwen2_vl as hf_tiny
 import jax
@@ -123,7 +122,8 @@ def test_a_head_that_is_to_be_tied_and_is_another_is_refused(state, ported, tmp_
          "1 unused: visual.blocks.3.norm1.bias"),
         (lambda s: s.update({"model.visual.blocks.0.attn.qkv.bias": np.zeros(71, np.float32)}),
          r"1 misshapen: visual.blocks.0.attn.qkv.bias \(71,\) instead of \(72,\)"),
-        (lambda s: s.update({"visual.merger.ln_q.bias": np.zeros(24, np.float32)}), "holds visual.merger.ln_q.bias twice"),
+        (lambda s: s.update({"visual.merger.ln_q.bias": np.zeros(24, np.float32)}),
+         "holds visual.merger.ln_q.bias twice"),
     ],
 )  # fmt: skip
 def test_missing_unused_and_misshapen_tensors_stop_the_load(change, message, model, state, ported, tmp_path):

@@ -171,7 +171,7 @@ convert(Path(sys.argv[1]), Path(sys.argv[2]), to=sys.argv[3])
 """
 
 
-# `medcg convert` where no file may grow past 100 kB, which a write meets as it meets a full disk: by the system's error.
+# `medcg convert` where no file may grow past 100 kB: a write meets that as it meets a full disk, by the system's error.
 FULL = """
 import resource, sys
 from medcg_jax.cli import main
