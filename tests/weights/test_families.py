@@ -217,7 +217,9 @@ ORIGINAL = {
     "model_type": "llava_llama", "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008,
     "max_position_embeddings": 4096, "mm_hidden_size": 1024, "mm_projector_type": "mlp2x_gelu",
     "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "num_attention_heads": 32,
-    "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": "pad", "num_hidden_layers": 32,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    "image_aspect_ratio": "pad", "num_hidden_layers": 32,
     "num_key_value_heads": 32, "pad_token_id": 0, "rms_norm_eps": 1e-05, "rope_scaling": None, "vocab_size": 32000,
     "tie_word_embeddings": False, "use_mm_proj": True, "pretraining_tp": 1,
 }  # fmt: skip
