@@ -155,19 +155,20 @@ def canonical_names(names, canonical: Callable[[str], str | None], source: str) 
     return found
 
 
-def check(wanted: dict[str, Slot], tensors: Tensors, names: dict[str, str], source: str) -> None:
+def check(
+    wanted: dict[str, Slot], shapes: dict[str, Shape], source: str, origin: Callable[[str], str] | None = None
+) -> None:
     """Raises WeightsError, with all three lists, on missing, unused and misshapen tensors (canonical names).
 
-    names: canonical name -> name in `tensors`.
+    origin: gives the file in which a tensor is, for the message.
     """
-    missing = [name for name in wanted if name not in names]
-    unused = [name for name in names if name not in wanted]
-    shapes = {name: tensors.shapes[own] for name, own in names.items()}
-    misshapen = [name for name, slot in wanted.items() if name in names and not _fits(slot, shapes[name])]
+    missing = [name for name in wanted if name not in shapes]
+    unused = [name for name in shapes if name not in wanted]
+    misshapen = [name for name, slot in wanted.items() if name in shapes and not _fits(slot, shapes[name])]
     if missing or unused or misshapen:
         described = [f"{name} {shapes[name]} instead of {wanted[name].released_shape}" for name in misshapen]
         lists = (("missing", missing), ("unused", unused), ("misshapen", described))
-        files = sorted({tensors.origin(names[name]) for name in unused + misshapen})
+        files = sorted(set(map(origin, unused + misshapen))) if origin else []
         place = f" (in {', '.join(files[:4])})" if files else ""
         raise WeightsError(f"{source} does not fit the model: " + "; ".join(_listed(*part) for part in lists) + place)
 
@@ -194,8 +195,7 @@ def load(table: list[Entry], abstract, shardings, tensors: Tensors, names: dict[
     Raises:
       WeightsError: tensors missing, unused or misshapen, before anything is read.
     """
-    wanted = slots(table, abstract)
-    check(wanted, tensors, names, source)
+    wanted = _checked(table, abstract, tensors, names, source)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     targets = {tuple(key.key for key in path): leaf for path, leaf in leaves}
     places = dict(zip(targets, jax.tree.leaves(shardings), strict=True))
@@ -222,8 +222,7 @@ def lazy(table: list[Entry], abstract, tensors: Tensors, names: dict[str, str], 
     Raises:
       WeightsError: tensors missing, unused or misshapen.
     """
-    wanted = slots(table, abstract)
-    check(wanted, tensors, names, source)
+    wanted = _checked(table, abstract, tensors, names, source)
     parts: dict[tuple[str, ...], dict[int | None, tuple[Slot, str]]] = {}
     for key, slot in wanted.items():
         parts.setdefault(slot.entry.path, {})[slot.layer] = slot, names[key]
@@ -258,6 +257,13 @@ def store(table: list[Entry], params) -> tuple[dict[str, tuple[Shape, np.dtype]]
 
     specs = {name: (slot.released_shape, np.dtype(leaves[slot.entry.path].dtype)) for name, slot in wanted.items()}
     return specs, stream()
+
+
+def _checked(table, abstract, tensors: Tensors, names: dict[str, str], source: str) -> dict[str, Slot]:
+    wanted = slots(table, abstract)
+    shapes = {key: tensors.shapes[name] for key, name in names.items()}
+    check(wanted, shapes, source, lambda key: tensors.origin(names[key]))
+    return wanted
 
 
 def _read(slot: Slot, tensors: Tensors, name: str, dtype) -> np.ndarray:
