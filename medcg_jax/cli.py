@@ -17,6 +17,7 @@ from medcg_jax.run_config import ConfigError, RunConfig, RunError
 # Files of a release that may lie apart from it.
 RELEASE_PARTS = {
     "clip": "CLIP ViT-L/14-336, where SRC holds no vision tower",
+    "base": "the Llama that SRC's projector or adapters were trained on, where SRC holds a part of LLaVA alone",
     "eva": "eva_vit_g.pth, where it does not lie beside SRC (Llama 2 for MiniGPT-v2)",
     "minigpt": "MiniGPT-v2's own .pth, where it does not lie beside SRC",
     "sam": "sam_vit_h_4b8939.pth, where NExT-Chat's SRC holds no SAM",

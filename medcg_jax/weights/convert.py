@@ -1,6 +1,6 @@
 """Checkpoints in and out: released PyTorch directories, and our own (Orbax parameters beside `model.json`).
 
-`load_checkpoint` takes either; `convert` makes one from the other.
+`load_checkpoint` takes either; `convert` makes one from the other, one tensor in memory at a time.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import math
 import shutil
 import typing
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 
 import jax
@@ -17,12 +18,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from medcg_jax.mesh import make_mesh
 from medcg_jax.models import build
 from medcg_jax.models.build import Config
 from medcg_jax.weights import engine
 from medcg_jax.weights.families import FAMILIES, family_of, module_of, module_of_release
-from medcg_jax.weights.files import WeightsError, read_json, write_safetensors
+from medcg_jax.weights.files import WeightsError, read_json, write_safetensors, written_whole
 
 MODEL_FILE = "model.json"
 PARAMS_DIR = "params"
@@ -45,9 +45,8 @@ def convert(src: Path, dst: Path, *, to: str = "orbax", parts: Mapping[str, Path
     """{"out", "to", "parameters", "tensors", "dtype"} after writing `dst` from `src`; prints one line.
 
     src: a released directory or a converted one. to: "orbax", or "hf" for the released layout.
-    parts: files or directories of a release that lie elsewhere: `clip` (CLIP ViT-L/14-336), where liuhaotian's
-      directory holds no vision tower.
-    Weights keep the dtype they have in `src`.
+    parts: files or directories of a release that lie elsewhere, by the names that `weights.families` explains.
+    Weights keep the dtype they have in `src`. `dst` appears when all of it is written.
 
     Raises:
       WeightsError: `src` is no checkpoint this port knows, or `dst` exists and is not empty.
@@ -57,18 +56,17 @@ def convert(src: Path, dst: Path, *, to: str = "orbax", parts: Mapping[str, Path
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise WeightsError(f"{dst} exists and is not empty; a new or empty directory is accepted")
     config = read_config(src, parts=parts)
-    mesh = make_mesh(devices=jax.local_devices(backend="cpu")[:1])
-    _, params = load_checkpoint(src, config, mesh, parts=parts, param_dtype=None)
-    dst.mkdir(parents=True, exist_ok=True)
+    params = open_leaves(src, config, parts=parts)
+    with written_whole(dst) as part:
+        for name in COMPANIONS:
+            if (src / name).is_file():
+                shutil.copyfile(src / name, part / name)
+        if to == "hf":
+            export(params, config, part)
+        else:
+            save_params(part, params, config)
     num_tensors = len(engine.slots(module_of(config).table(config), params))
-    if to == "hf":
-        export(params, config, dst)
-    else:
-        save_params(dst, params, config)
-    for name in COMPANIONS:
-        if (src / name).is_file():
-            shutil.copyfile(src / name, dst / name)
-    dtype, number = str(jax.tree.leaves(params)[0].dtype), build.num_params(params)
+    dtype, number = ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})), build.num_params(params)
     print(f"{src} -> {dst}: {num_tensors} tensors, {number:,} parameters, {dtype}")
     return {"out": str(dst), "to": to, "parameters": number, "tensors": num_tensors, "dtype": dtype}
 
@@ -79,15 +77,19 @@ def read_config(src: Path, *, parts: Mapping[str, Path] = NO_PARTS) -> Config:
     Raises:
       WeightsError: there is no checkpoint, or it is not one that this port computes.
     """
-    if (src / MODEL_FILE).is_file():
-        return _config_from_dict(read_json(src / MODEL_FILE), src)
-    if not (src / "config.json").is_file():
+    file = src / (MODEL_FILE if (src / MODEL_FILE).is_file() else "config.json")
+    if not file.is_file():
         raise WeightsError(
             f"{src} holds no checkpoint (neither config.json nor {MODEL_FILE}); accepted: a directory with "
             "llava-hf/llava-1.5-7b-hf, llava-hf/llava-1.5-13b-hf or liuhaotian/llava-v1.5-7b from the Hugging Face hub "
             f"(`hf download llava-hf/llava-1.5-7b-hf --local-dir {src}`), or what `medcg convert` wrote"
         )
-    return module_of_release(src).read_release(src, parts)
+    try:
+        if file.name == MODEL_FILE:
+            return _config_from_dict(read_json(file))
+        return module_of_release(src).read_release(src, parts)
+    except ValueError as error:  # of a field, or of fields that do not go together
+        raise WeightsError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
 
 
 def load_checkpoint(
@@ -96,33 +98,51 @@ def load_checkpoint(
     """(graphdef, params) of the checkpoint in `src` on `mesh`, for the architecture and settings of `config`.
 
     A checkpoint with more vocabulary rows than `config` (llava-hf pads 32000 to 32064) loses the rest of them.
-    param_dtype: None keeps the checkpoint's.
+    Beside the device arrays no more than one tensor is on the host.
 
     Raises:
       WeightsError: no checkpoint, another architecture, or tensors missing, unused or misshapen.
     """
     found = read_config(src, parts=parts)
+    _check_same(found, config, src)
     if (src / MODEL_FILE).is_file():
-        _check_same(found, config, src)
         return _restore(src, found, config, mesh, param_dtype)
     family = module_of(config)
     tensors, names = family.open_release(src, parts)
-    _check_same(found, config, src)
-    if param_dtype is None:
-        param_dtype = tensors.read(next(iter(names.values()))).dtype
     graphdef, abstract = build.abstract(config, param_dtype=param_dtype)
     places = build.shardings(config, mesh)
     return graphdef, engine.load(family.table(config), abstract, places, tensors, names, str(src))
 
 
+def open_leaves(src: Path, config: Config, *, parts: Mapping[str, Path] = NO_PARTS) -> dict:
+    """The parameters of the checkpoint in `src`, whose architecture `config` is, as `engine.Leaf`s: none is read yet.
+
+    Raises:
+      WeightsError: tensors missing, unused or misshapen, or files that cannot be read.
+    """
+    from medcg_jax.weights.parts import restore
+
+    family = module_of(config)
+    abstract = nnx.to_pure_dict(build.abstract(config)[1])
+    if not (src / MODEL_FILE).is_file():
+        return engine.lazy(family.table(config), abstract, *family.open_release(src, parts), str(src))
+    try:
+        found = restore(src / PARAMS_DIR, abstract)
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"{src / PARAMS_DIR} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    wrong = jax.tree.map(lambda leaf, like: leaf.shape != like.shape, found, abstract)
+    if any(jax.tree.leaves(wrong)):
+        raise WeightsError(f"{src / PARAMS_DIR} holds other shapes than {src / MODEL_FILE} states")
+    return found
+
+
 def export(params, config: Config, dst: Path, *, dtype=None) -> None:
-    """Writes the family's released layout into `dst`: config.json and safetensors, one tensor on the host at a time.
+    """Writes the family's released layout into `dst`: safetensors and config.json, one tensor on the host at a time.
 
     Where the image token (or the padding) lies outside LLaVA's vocabulary, its tables get rows up to the next multiple
     of 64: the mean of the others, so that no added row ever has the largest logit.
-    dtype: of the file; None: the parameters'.
+    params: arrays or `engine.Leaf`s. dtype: of all tensors; None: each one's own.
     """
-    dtype = np.dtype(jax.tree.leaves(params)[0].dtype if dtype is None else dtype)
     family = module_of(config)
     table = family.table(config)
     rows = {entry.name for entry in table if entry.rows}
@@ -130,44 +150,49 @@ def export(params, config: Config, dst: Path, *, dtype=None) -> None:
     last = max(config.image_token_id, config.pad_token_id)
     if rows and last >= num_rows:
         num_rows = -(-(last + 1) // 64) * 64
-    shapes, stream = engine.store(table, params)
+    found, stream = engine.store(table, params)
     specs = {}
-    for name, shape in shapes.items():
+    for name, (shape, own) in found.items():
         shape = (num_rows, *shape[1:]) if name in rows else shape
-        specs[family.released_name(name)] = (shape, dtype)
+        specs[family.released_name(name)] = shape, np.dtype(own if dtype is None else dtype)
 
     def tensors():
         for name, value in stream:
             if name in rows and len(value) < num_rows:
-                mean = value.astype(np.float32).mean(axis=0, keepdims=True).astype(value.dtype)
+                mean = value.mean(axis=0, dtype=np.float32, keepdims=True).astype(value.dtype)
                 value = np.concatenate([value, np.repeat(mean, num_rows - len(value), axis=0)])
-            yield family.released_name(name), value.astype(dtype)
+            name = family.released_name(name)
+            yield name, value.astype(specs[name][1], copy=False)
+            # Dropped before the next is read.
+            del value
 
     dst.mkdir(parents=True, exist_ok=True)
     write_safetensors(dst, specs, tensors())
     text = dataclasses.replace(config.text, vocab_size=num_rows)
-    released = family.config_to_json(dataclasses.replace(config, text=text), dtype.name)
+    # Readers that take their dtype from here lose nothing with the widest one.
+    widest = reduce(jnp.promote_types, {dtype for _, dtype in specs.values()})
+    released = family.config_to_json(dataclasses.replace(config, text=text), widest.name)
+    # Last: a directory with this file is whole.
     (dst / "config.json").write_text(json.dumps(released, indent=2) + "\n")
 
 
 def save_params(directory: Path, params, config: Config) -> None:
-    """Writes `params` with Orbax, and `config` beside them, into `directory`."""
-    import orbax.checkpoint as ocp
+    """Writes `params` (arrays or `engine.Leaf`s) with Orbax, and `config` beside them, into `directory`."""
+    from medcg_jax.weights.parts import save
 
     directory.mkdir(parents=True, exist_ok=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((directory / PARAMS_DIR).absolute(), nnx.to_pure_dict(params))
+    tree = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
+    stacked = {entry.path for entry in module_of(config).table(config) if entry.layers is not None}
+    save(directory / PARAMS_DIR, tree, stacked)
     # Last: a directory with this file is whole.
-    (directory / MODEL_FILE).write_text(json.dumps({"family": family_of(config), **dataclasses.asdict(config)}, indent=1) + "\n")
+    written = {"family": family_of(config), **dataclasses.asdict(config)}
+    (directory / MODEL_FILE).write_text(json.dumps(written, indent=1) + "\n")
 
 
 def _restore(src: Path, found: Config, config: Config, mesh: Mesh, param_dtype):
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
-        if param_dtype is None:
-            metadata = checkpointer.metadata((src / PARAMS_DIR).absolute())
-            param_dtype = jax.tree.leaves(getattr(metadata, "item_metadata", metadata))[0].dtype
         _, abstract = build.abstract(found, param_dtype=param_dtype)
         target = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -190,36 +215,39 @@ def _restore(src: Path, found: Config, config: Config, mesh: Mesh, param_dtype):
 def _check_same(found: Config, wanted: Config, src: Path) -> None:
     if type(found) is not type(wanted):
         raise WeightsError(f"{src} holds a {family_of(found)}; a {family_of(wanted)} is wanted")
-    theirs, ours = _flat(dataclasses.asdict(found)), _flat(dataclasses.asdict(wanted))
-    different = []
-    for name, value in theirs.items():
-        fits = math.isclose(value, ours[name]) if isinstance(value, float) else value == ours[name]
-        # Rows beyond ours are dropped.
-        if name in RUN_FIELDS or (name == "text.vocab_size" and value >= ours[name]):
-            fits = True
-        if not fits:
-            different.append(f"{name} {value} (wanted {ours[name]})")
+    different = _differences(dataclasses.asdict(found), dataclasses.asdict(wanted))
     if different:
         raise WeightsError(f"{src} is of another architecture: {', '.join(different)}")
 
 
-def _flat(found: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in found.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+def _differences(found: dict, wanted: dict, prefix: str = "") -> list[str]:
+    """The fields of the architecture that are not the same, each with both values."""
+    different = []
+    for key, value in found.items():
+        name, ours = prefix + key, wanted[key]
+        if isinstance(value, dict) and isinstance(ours, dict):
+            different += _differences(value, ours, f"{name}.")
+        # Rows beyond ours are dropped.
+        elif name in RUN_FIELDS or (name == "text.vocab_size" and value >= ours):
+            continue
+        elif not (math.isclose(value, ours) if isinstance(value, float) and isinstance(ours, float) else value == ours):
+            different.append(f"{name} {value} (wanted {ours})")
+    return different
 
 
-def _config_from_dict(found: dict, src: Path) -> Config:
+def _config_from_dict(found: dict) -> Config:
     family = found.pop("family", None)
     if family not in FAMILIES:
-        raise WeightsError(f"{src / MODEL_FILE} has family={family!r}; accepted: {', '.join(FAMILIES)}")
+        raise WeightsError(f"family={family!r}; accepted: {', '.join(FAMILIES)}")
     return _dataclass(FAMILIES[family][0], found)
 
 
 def _dataclass(kind: type, found: dict):
     """The (nested) dataclass whose `asdict` was written as JSON."""
     values, hints = {}, typing.get_type_hints(kind)
+    unknown = sorted(set(found) - set(hints))
+    if unknown:
+        raise WeightsError(f"unknown fields of {kind.__name__}: {', '.join(unknown)}")
     for name, value in found.items():
         inner = [k for k in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(k)]
         if isinstance(value, dict) and inner:

@@ -2,12 +2,13 @@
 
 A model's table is a list of `Entry`: a name template, the path of our parameter, and how one becomes the other.
 Loading goes tensor by tensor, straight into the parameters' shardings: no more than one tensor is on the host at once.
+Where parameters go from file to file they are `Leaf`s, of which no more than a layer is read at a time.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +79,22 @@ def fused_qkv() -> Transform:
     return Transform(load, store, lambda shape: (math.prod(shape[-2:]), *shape[:-2]))
 
 
+class Leaf:
+    """A parameter that is not held: `leaf[i]` reads layer i of a stack, `np.asarray(leaf)` all of it.
+
+    read: gives the layer of that number, or the whole for None.
+    """
+
+    def __init__(self, shape: Shape, dtype, read: Callable[[int | None], np.ndarray]):
+        self.shape, self.dtype, self.read = tuple(shape), np.dtype(dtype), read
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        return self.read(layer)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.asarray(self.read(None), dtype)
+
+
 FLAT = Transform(
     load=lambda tensor, shape: tensor.reshape(shape),
     store=lambda ours: ours.reshape(-1),
@@ -138,18 +155,22 @@ def canonical_names(names, canonical: Callable[[str], str | None], source: str) 
     return found
 
 
-def check(wanted: dict[str, Slot], shapes: dict[str, Shape], source: str) -> None:
-    """Raises WeightsError, with all three lists, on missing, unused and misshapen tensors (canonical names)."""
+def check(
+    wanted: dict[str, Slot], shapes: dict[str, Shape], source: str, origin: Callable[[str], str] | None = None
+) -> None:
+    """Raises WeightsError, with all three lists, on missing, unused and misshapen tensors (canonical names).
+
+    origin: gives the file in which a tensor is, for the message.
+    """
     missing = [name for name in wanted if name not in shapes]
     unused = [name for name in shapes if name not in wanted]
-    misshapen = [
-        f"{name} {shapes[name]} instead of {slot.released_shape}"
-        for name, slot in wanted.items()
-        if name in shapes and not _fits(slot, shapes[name])
-    ]
+    misshapen = [name for name, slot in wanted.items() if name in shapes and not _fits(slot, shapes[name])]
     if missing or unused or misshapen:
-        lists = (("missing", missing), ("unused", unused), ("misshapen", misshapen))
-        raise WeightsError(f"{source} does not fit the model: " + "; ".join(_listed(*part) for part in lists))
+        described = [f"{name} {shapes[name]} instead of {wanted[name].released_shape}" for name in misshapen]
+        lists = (("missing", missing), ("unused", unused), ("misshapen", described))
+        files = sorted(set(map(origin, unused + misshapen))) if origin else []
+        place = f" (in {', '.join(files[:4])})" if files else ""
+        raise WeightsError(f"{source} does not fit the model: " + "; ".join(_listed(*part) for part in lists) + place)
 
 
 def _fits(slot: Slot, shape: Shape) -> bool:
@@ -174,32 +195,58 @@ def load(table: list[Entry], abstract, shardings, tensors: Tensors, names: dict[
     Raises:
       WeightsError: tensors missing, unused or misshapen, before anything is read.
     """
-    wanted = slots(table, abstract)
-    check(wanted, {key: tensors.shapes[name] for key, name in names.items()}, source)
+    wanted = _checked(table, abstract, tensors, names, source)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     targets = {tuple(key.key for key in path): leaf for path, leaf in leaves}
     places = dict(zip(targets, jax.tree.leaves(shardings), strict=True))
     made = {}
     for key, name in names.items():
         slot = wanted[key]
-        path, target = slot.entry.path, targets[slot.entry.path]
-        value = tensors.read(name)
-        if slot.entry.rows:
-            value = value[: slot.released_shape[0]]
-        value = slot.entry.transform.load(value, slot.shape).astype(target.dtype)
-        if slot.layer is None:
-            made[path] = _put(value, places[path])
-            continue
-        if path not in made:
-            made[path] = _zeros(target.shape, target.dtype, places[path])
-        parts = PartitionSpec(*places[path].spec[1:])
-        value = _put(value, NamedSharding(places[path].mesh, parts))
-        made[path] = _set_layer(places[path])(made[path], value, slot.layer)
+        path, layer = slot.entry.path, slot.layer
+        target, place = targets[path], places[path]
+        if layer is None:
+            made[path] = _put(_read(slot, tensors, name, target.dtype), place)
+        else:
+            if path not in made:
+                made[path] = _zeros(target.shape, target.dtype, place)
+            inner = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+            made[path] = _set_layer(place)(made[path], _put(_read(slot, tensors, name, target.dtype), inner), layer)
+        # Waited for: tensors that are under way to a device are held by the host.
+        jax.block_until_ready(made[path])
     return jax.tree.unflatten(treedef, [made[path] for path in targets])
 
 
-def store(table: list[Entry], params) -> tuple[dict[str, Shape], Iterator[tuple[str, np.ndarray]]]:
-    """(released name -> shape, an iterator over (name, array) in that order), one tensor on the host at a time."""
+def lazy(table: list[Entry], abstract, tensors: Tensors, names: dict[str, str], source: str):
+    """A tree of `Leaf`s as `abstract`, each with the dtype of its tensors (the wider one, where they differ).
+
+    Raises:
+      WeightsError: tensors missing, unused or misshapen.
+    """
+    wanted = _checked(table, abstract, tensors, names, source)
+    parts: dict[tuple[str, ...], dict[int | None, tuple[Slot, str]]] = {}
+    for key, slot in wanted.items():
+        parts.setdefault(slot.entry.path, {})[slot.layer] = slot, names[key]
+
+    def leaf(path, like) -> Leaf:
+        found = parts[tuple(key.key for key in path)]
+        dtype = reduce(jnp.promote_types, (tensors.dtype(name) for _, name in found.values()))
+
+        def read(layer: int | None) -> np.ndarray:
+            if layer not in found:
+                return np.stack([read(i) for i in range(len(found))])
+            slot, name = found[layer]
+            return _read(slot, tensors, name, dtype)
+
+        return Leaf(like.shape, dtype, read)
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract)
+
+
+def store(table: list[Entry], params) -> tuple[dict[str, tuple[Shape, np.dtype]], Iterator[tuple[str, np.ndarray]]]:
+    """(released name -> (shape, dtype), an iterator over (name, array) in that order), one tensor at a time.
+
+    params: arrays or `Leaf`s.
+    """
     leaves = {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     wanted = slots(table, params)
 
@@ -208,7 +255,23 @@ def store(table: list[Entry], params) -> tuple[dict[str, Shape], Iterator[tuple[
             leaf = leaves[slot.entry.path]
             yield name, slot.entry.transform.store(np.asarray(leaf if slot.layer is None else leaf[slot.layer]))
 
-    return {name: slot.released_shape for name, slot in wanted.items()}, stream()
+    specs = {name: (slot.released_shape, np.dtype(leaves[slot.entry.path].dtype)) for name, slot in wanted.items()}
+    return specs, stream()
+
+
+def _checked(table, abstract, tensors: Tensors, names: dict[str, str], source: str) -> dict[str, Slot]:
+    wanted = slots(table, abstract)
+    shapes = {key: tensors.shapes[name] for key, name in names.items()}
+    check(wanted, shapes, source, lambda key: tensors.origin(names[key]))
+    return wanted
+
+
+def _read(slot: Slot, tensors: Tensors, name: str, dtype) -> np.ndarray:
+    """A released tensor as the part of a parameter that it is."""
+    value = tensors.read(name)
+    if slot.entry.rows:
+        value = value[: slot.released_shape[0]]
+    return slot.entry.transform.load(value, slot.shape).astype(dtype, copy=False)
 
 
 def _put(value: np.ndarray, sharding) -> jax.Array:

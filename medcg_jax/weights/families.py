@@ -1,7 +1,8 @@
 """Which weights module belongs to which model: one for each family, all with the same functions.
 
 A module has `table(config)`, `read_release(src, parts)`, `open_release(src, parts)`, `released_name(name)` and
-`config_to_json(config, dtype)`; `parts` are files or directories of a release that lie elsewhere, by name.
+`config_to_json(config, dtype)`; `parts` are files or directories of a release that lie elsewhere, by name: `clip`,
+`base`, `eva`, `minigpt`, `sam` (`medcg convert --help` says what they are).
 """
 
 from pathlib import Path

@@ -6,9 +6,13 @@ that bfloat16 needs no PyTorch. Source: huggingface/safetensors:README.md, "Form
 
 import json
 import math
+import os
 import pickle
+import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -27,14 +31,24 @@ class WeightsError(ConfigError):
 
 
 class Tensors:
-    """The tensors of a directory: names, shapes, and each one's numbers when asked.
+    """The tensors of a directory: names, shapes, dtypes, and each one's numbers when asked.
 
-    `shapes[name]` is a tuple; `read(name)` a numpy array, backed by the file where the format allows.
+    `shapes[name]` is a tuple, `dtype(name)` numpy's; `read(name)` gives an array that nothing else holds, so that a
+    tensor's memory is free again when its reader has dropped it.
+    dtype: None: of tensors in memory, which are asked themselves. `origin(name)` says in which file a tensor is.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], np.ndarray]):
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], np.ndarray],
+        dtype: Callable[[str], np.dtype] | None = None,
+        origin: Callable[[str], str] = lambda name: "memory",
+    ):
         self.shapes = shapes
         self.read = read
+        self.dtype = dtype or (lambda name: read(name).dtype)
+        self.origin = origin
 
 
 def open_tensors(directory: Path) -> Tensors:
@@ -46,7 +60,7 @@ def open_tensors(directory: Path) -> Tensors:
     for stem, opener in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_bin)):
         files = _files(directory, stem)
         if files:
-            return _joined([opener(file) for file in files])
+            return _whole([opener(file) for file in files])
     raise WeightsError(
         f"{directory} holds no weights; accepted: model.safetensors, pytorch_model.bin, or their shards with an index"
     )
@@ -66,12 +80,29 @@ def _files(directory: Path, stem: str) -> list[Path]:
     return [directory / stem] if (directory / stem).is_file() else []
 
 
-def _joined(parts: list[Tensors]) -> Tensors:
+def _whole(parts: list[Tensors]) -> Tensors:
     owner = {name: part for part in parts for name in part.shapes}
     if len(owner) != sum(len(part.shapes) for part in parts):
         raise WeightsError("a tensor name stands in two files of one checkpoint; each may stand in one")
-    shapes = {name: part.shapes[name] for name, part in owner.items()}
-    return Tensors(shapes, lambda name: owner[name].read(name))
+    return _owned({name: (part, name) for name, part in owner.items()})
+
+
+def joined(*sources: tuple[Tensors, Mapping[str, str]]) -> tuple[Tensors, dict[str, str]]:
+    """(tensors, canonical name -> name in them) of several sources as one; of two equal names the later one counts.
+
+    sources: each one's tensors, and canonical name -> its own name.
+    """
+    owner = {key: (part, name) for part, names in sources for key, name in names.items()}
+    return _owned(owner), {key: key for key in owner}
+
+
+def _owned(owner: dict[str, tuple[Tensors, str]]) -> Tensors:
+    def ask(what: str, key: str):
+        part, name = owner[key]
+        return getattr(part, what)(name)
+
+    shapes = {key: part.shapes[name] for key, (part, name) in owner.items()}
+    return Tensors(shapes, partial(ask, "read"), partial(ask, "dtype"), partial(ask, "origin"))
 
 
 def open_safetensors(path: Path) -> Tensors:
@@ -92,37 +123,77 @@ def open_safetensors(path: Path) -> Tensors:
         except ValueError as error:
             raise WeightsError(f"{path} is no safetensors file: its header is not JSON") from error
     header.pop("__metadata__", None)
+
+    def dtype(name: str) -> np.dtype:
+        # Asked when a tensor is used: a file may hold buffers of whole numbers that nobody needs.
+        stated = header[name]["dtype"]
+        if stated not in DTYPES:
+            raise WeightsError(f"{path}: {name} has dtype {stated}; accepted: {', '.join(DTYPES)}")
+        return np.dtype(DTYPES[stated])
+
     start = 8 + length
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        num_bytes = math.prod(entry["shape"]) * dtype(name).itemsize if entry["dtype"] in DTYPES else end - begin
+        if start + end > size or end - begin != num_bytes:
+            raise WeightsError(f"{path} is cut off or damaged at {name}")
 
     def read(name: str) -> np.ndarray:
-        entry = header[name]
-        if entry["dtype"] not in DTYPES:
-            raise WeightsError(f"{path}: {name} has dtype {entry['dtype']}; accepted: {', '.join(DTYPES)}")
-        dtype = np.dtype(DTYPES[entry["dtype"]])
-        begin, end = entry["data_offsets"]
-        if end - begin != math.prod(entry["shape"]) * dtype.itemsize or start + end > size:
-            raise WeightsError(f"{path} is cut off or damaged at {name}")
-        return np.memmap(path, dtype, mode="r", offset=start + begin, shape=tuple(entry["shape"]))
+        # Read and not mapped: pages of a mapped file stay in a process's memory until others need it.
+        shape, offset = header[name]["shape"], start + header[name]["data_offsets"][0]
+        value = np.fromfile(path, dtype(name), math.prod(shape), offset=offset)
+        if value.size != math.prod(shape):
+            raise WeightsError(f"{path} is cut off at {name}")
+        return value.reshape(shape)
 
-    return Tensors({name: tuple(entry["shape"]) for name, entry in header.items()}, read)
+    return Tensors({name: tuple(entry["shape"]) for name, entry in header.items()}, read, dtype, lambda name: str(path))
 
 
 def open_bin(path: Path, entry: str | None = None) -> Tensors:
     """The tensors of one PyTorch file, or of the dict that it holds as `entry`; nothing in it is executed.
+
+    A file of a version before 1.6 cannot be read in parts, and is held whole.
 
     Raises:
       WeightsError: PyTorch is absent, the file is damaged, holds other objects than tensors and plain values, or lacks
         `entry`.
     """
     try:
-        import torch
+        import torch  # noqa: F401
     except ImportError as error:
         raise WeightsError(f"{path} is a PyTorch file and needs PyTorch: pip install 'medcg_jax[parity]'") from error
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
+    in_parts = zipfile.is_zipfile(path)
+    tensors = _state_dict(path, entry, in_parts)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+    held = None if in_parts else tensors
+    del tensors
+
+    def dtype(name: str) -> np.dtype:
+        try:
+            found = np.dtype(dtypes[name])
+        except TypeError:
+            found = None
+        if found not in NAMES:
+            raise WeightsError(f"{path}: {name} has dtype {dtypes[name]}; accepted: {', '.join(map(str, NAMES))}")
+        return found
+
+    def read(name: str) -> np.ndarray:
+        dtype(name)
+        # Mapped anew for each tensor, and copied: what is dropped at once are the pages of that tensor alone.
+        return np.array(_numpy((held or _state_dict(path, entry, in_parts))[name]))
+
+    return Tensors(shapes, read, dtype, lambda name: str(path))
+
+
+def _state_dict(path: Path, entry: str | None, in_parts: bool) -> dict:
+    """PyTorch's tensors by name, mapped where `in_parts`."""
+    import torch
+
     try:
-        # Files of old versions are no archives, and cannot be mapped.
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=in_parts)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).partition("\n")[0]
         raise WeightsError(f"{path} is no PyTorch file of tensors and plain values: {reason}") from error
@@ -133,14 +204,16 @@ def open_bin(path: Path, entry: str | None = None) -> Tensors:
         tensors = tensors[entry]
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise WeightsError(f"{path} holds other things than tensors by name; a state dict is accepted")
+    return tensors
 
-    def read(name: str) -> np.ndarray:
-        tensor = tensors[name].detach()
-        if tensor.dtype == torch.bfloat16:
-            return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
 
-    return Tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, read)
+def _numpy(tensor) -> np.ndarray:
+    import torch
+
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 def read_json(path: Path) -> dict:
@@ -158,14 +231,35 @@ def read_json(path: Path) -> dict:
     return found
 
 
+@contextmanager
+def written_whole(directory: Path):
+    """A new directory beside `directory`, which takes its place when the block ends; gone where the block fails.
+
+    What a killed process leaves bears another name, and makes way for the next one. `directory` may be there and empty.
+    """
+    directory = directory.absolute()
+    part = directory.with_name(f".{directory.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        os.replace(part, directory)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def write_safetensors(
-    directory: Path, specs: dict[str, tuple[tuple[int, ...], np.dtype]], tensors: Iterable[tuple[str, np.ndarray]]
+    directory: Path,
+    specs: dict[str, tuple[tuple[int, ...], np.dtype]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Writes `model.safetensors`, or shards of at most `MAX_FILE_BYTES` with their index, into `directory`.
+    """Writes `model.safetensors`, or shards of at most `max_file_bytes` with their index, into `directory`.
 
     specs: name -> (shape, dtype) of every tensor, in the order in which `tensors` gives them.
     """
-    shards = _cut(specs)
+    shards = _cut(specs, max_file_bytes)
     stream: Iterator[tuple[str, np.ndarray]] = iter(tensors)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     names = ["model.safetensors"] if len(shards) == 1 else names
@@ -182,11 +276,11 @@ def _num_bytes(spec) -> int:
     return math.prod(spec[0]) * np.dtype(spec[1]).itemsize
 
 
-def _cut(specs) -> list[dict]:
+def _cut(specs, max_file_bytes: int) -> list[dict]:
     shards: list[dict] = [{}]
     used = 0
     for name, spec in specs.items():
-        if shards[-1] and used + _num_bytes(spec) > MAX_FILE_BYTES:
+        if shards[-1] and used + _num_bytes(spec) > max_file_bytes:
             shards.append({})
             used = 0
         shards[-1][name] = spec
@@ -208,4 +302,6 @@ def _write_shard(path: Path, specs, stream: Iterator[tuple[str, np.ndarray]]) ->
             given, value = next(stream)
             if given != name or value.shape != tuple(shape) or value.dtype != np.dtype(dtype):
                 raise WeightsError(f"writing {name} {shape} {dtype}, but got {given} {value.shape} {value.dtype}")
-            file.write(np.ascontiguousarray(value).tobytes())
+            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+            # Dropped before the next is made.
+            del value

@@ -1,7 +1,7 @@
 """LLaVA-1.5's table, the spellings of its tensor names, and its config.json read, checked and written.
 
 Layouts: llava-hf (safetensors, four spellings of the names), liuhaotian (`pytorch_model-*.bin`, usually without the
-vision tower, which then comes from openai/clip-vit-large-patch14-336).
+vision tower, which then comes from openai/clip-vit-large-patch14-336), and its parts (`llava_base`).
 Source: huggingface/transformers:conversion_mapping.py and models/{llava,clip,llama}/configuration_*.py at 5.23.0;
 haotian-liu/LLaVA:llava/model/builder.py at c121f04.
 """
@@ -10,13 +10,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from medcg_jax.models.clip import ClipVisionConfig
 from medcg_jax.models.decoder import DecoderConfig
 from medcg_jax.models.llava import LlavaConfig
 from medcg_jax.weights.engine import FLAT, SAME, Entry, canonical_names, conv_patch, linear
-from medcg_jax.weights.files import Tensors, WeightsError, open_tensors, read_json
+from medcg_jax.weights.fields import expect, first, rope_of
+from medcg_jax.weights.files import Tensors, WeightsError, joined, open_tensors, read_json
+from medcg_jax.weights.llava_base import is_part, open_with_base
 
 CLIP_REPO = "openai/clip-vit-large-patch14-336"
 
@@ -126,8 +126,8 @@ def released_name(name: str) -> str:
 
 
 def read_release(src: Path, parts: Mapping[str, Path]) -> LlavaConfig:
-    """The architecture that the released directory `src` states; parts: `clip`, CLIP's directory, if it is elsewhere."""
-    clip = parts.get("clip") or _clip_beside(src)
+    """The architecture that the released directory `src` states; parts: `clip`, CLIP's directory."""
+    clip = parts.get("clip") or clip_beside(src)
     return config_from_json(read_json(src / "config.json"), read_json(clip / "config.json") if clip else None)
 
 
@@ -135,30 +135,27 @@ def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[st
     """(tensors, canonical name -> name in them) of a released directory, with CLIP's tower where it has none.
 
     Raises:
-      WeightsError: no weights, or no vision tower in `src` and no CLIP.
+      WeightsError: no weights, no vision tower in `src` and no CLIP, or a part of the model alone and no `base`.
     """
-    tensors = open_tensors(src)
-    names = canonical_names(tensors.shapes, canonical, str(src))
+    if is_part(src):
+        tensors, names = open_with_base(src, parts, canonical, decoder_config)
+    else:
+        tensors = open_tensors(src)
+        names = canonical_names(tensors.shapes, canonical, str(src))
     if any(name.startswith("vision_tower.") for name in names):
         return tensors, names
-    clip = parts.get("clip") or _clip_beside(src)
+    clip = parts.get("clip") or clip_beside(src)
     if clip is None:
         raise WeightsError(
             f"{src} holds no vision tower; pass --clip=DIR with {CLIP_REPO} from the Hugging Face hub "
             f"(`hf download {CLIP_REPO} --local-dir DIR`), or put it beside {src} as {CLIP_REPO.split('/')[1]}"
         )
     tower = open_tensors(clip)
-    tower_names = canonical_names(tower.shapes, canonical_clip, str(clip))
-    # A prefix keeps the two checkpoints' names apart.
-    shapes = {**tensors.shapes, **{f"clip:{name}": shape for name, shape in tower.shapes.items()}}
-
-    def read(name: str) -> np.ndarray:
-        return tower.read(name.removeprefix("clip:")) if name.startswith("clip:") else tensors.read(name)
-
-    return Tensors(shapes, read), {**names, **{key: f"clip:{name}" for key, name in tower_names.items()}}
+    return joined((tensors, names), (tower, canonical_names(tower.shapes, canonical_clip, str(clip))))
 
 
-def _clip_beside(src: Path) -> Path | None:
+def clip_beside(src: Path) -> Path | None:
+    """CLIP's directory where it lies beside `src` under its released name; None: it does not."""
     beside = src.resolve().parent / CLIP_REPO.split("/")[1]
     return beside if (beside / "config.json").is_file() else None
 
@@ -176,39 +173,55 @@ def config_from_json(found: dict, clip: dict | None = None) -> LlavaConfig:
         return _from_original(found, clip)
     if found.get("model_type") != "llava":
         raise WeightsError(f"config.json has model_type={found.get('model_type')!r}; 'llava' is accepted")
-    _expect(found, "", projector_hidden_act="gelu", vision_feature_select_strategy="default",
+    expect(found, "", projector_hidden_act="gelu", vision_feature_select_strategy="default",
             multimodal_projector_bias=True, tie_word_embeddings=False)  # fmt: skip
     layer = found.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
         raise WeightsError(f"config.json has vision_feature_layer={layer}; one layer is accepted")
     text = found.get("text_config") or {}
-    config = LlavaConfig(
+    return LlavaConfig(
         vision=clip_config(found.get("vision_config") or {}, layer),
-        text=decoder_config(text),
+        text=decoder_config(text, "text_config."),
         image_token_id=found.get("image_token_id", found.get("image_token_index", 32000)),
-        pad_token_id=_first(found.get("pad_token_id"), text.get("pad_token_id"), 0),
-        eos_token_id=_first(found.get("eos_token_id"), text.get("eos_token_id"), 2),
+        pad_token_id=first(found.get("pad_token_id"), text.get("pad_token_id"), 0),
+        eos_token_id=first(found.get("eos_token_id"), text.get("eos_token_id"), 2),
     )
-    return config
 
 
 def _from_original(found: dict, clip: dict | None) -> LlavaConfig:
-    _expect(found, "", mm_projector_type="mlp2x_gelu", mm_vision_select_feature="patch", tie_word_embeddings=False,
-            mm_use_im_start_end=False, mm_use_im_patch_token=False)  # fmt: skip
-    vision = (clip or {}).get("vision_config", clip or {})
+    expect(found, "", mm_projector_type="mlp2x_gelu", mm_vision_select_feature="patch", tie_word_embeddings=False,
+           mm_use_im_start_end=False, mm_use_im_patch_token=False, mm_patch_merge_type="flat",
+           image_aspect_ratio=("pad", "square"))  # fmt: skip
     # The original repository's sentinel -200 is no token id; llava-hf's choice takes its place.
     return LlavaConfig(
-        vision=clip_config(vision, found.get("mm_vision_select_layer", -2)) if clip else ClipVisionConfig(),
-        text=decoder_config(found),
+        vision=original_vision(found, clip),
+        text=decoder_config(found, ""),
         image_token_id=32000,
-        pad_token_id=_first(found.get("pad_token_id"), 0),
-        eos_token_id=_first(found.get("eos_token_id"), 2),
+        pad_token_id=first(found.get("pad_token_id"), 0),
+        eos_token_id=first(found.get("eos_token_id"), 2),
     )
+
+
+def original_vision(found: dict, clip: dict | None) -> ClipVisionConfig:
+    """The vision tower that an original's config.json names; its sizes stand in `clip`, CLIP's own config.json.
+
+    Without that it is the one of every release, and must be named so.
+    """
+    layer = first(found.get("mm_vision_select_layer"), -2)
+    if clip is not None:
+        vision = clip_config(clip.get("vision_config", clip), layer)
+    else:
+        name = first(found.get("mm_vision_tower"), CLIP_REPO)
+        if CLIP_REPO.split("/")[1] not in str(name):
+            raise WeightsError(f"config.json has mm_vision_tower={name!r}; {CLIP_REPO!r} is accepted, or --clip=DIR")
+        vision = ClipVisionConfig(feature_layer=layer)
+    expect(found, "", mm_hidden_size=vision.embed_dim)
+    return vision
 
 
 def clip_config(found: dict, feature_layer: int) -> ClipVisionConfig:
     """The vision tower that a `vision_config` of CLIP's fields states."""
-    _expect(found, "vision_config.", hidden_act="quick_gelu", num_channels=3)
+    expect(found, "vision_config.", hidden_act="quick_gelu", num_channels=3, model_type=("clip_vision_model", "clip"))
     return ClipVisionConfig(
         image_size_px=found.get("image_size", 224),
         patch_size_px=found.get("patch_size", 32),
@@ -221,25 +234,21 @@ def clip_config(found: dict, feature_layer: int) -> ClipVisionConfig:
     )
 
 
-def decoder_config(found: dict) -> DecoderConfig:
-    """The decoder that Llama's config.json, or a `text_config` of its fields, states."""
-    _expect(found, "text_config.", hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=False)
-    if found.get("model_type", "llama") not in ("llama", "llava", "llava_llama"):
-        raise WeightsError(f"config.json has text_config.model_type={found['model_type']!r}; 'llama' is accepted")
-    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise WeightsError(f"config.json scales rotary positions ({kind}); the default kind is accepted")
+def decoder_config(found: dict, prefix: str) -> DecoderConfig:
+    """The decoder that Llama's config.json, or a `text_config` of its fields, states; prefix: of the fields' names."""
+    expect(found, prefix, hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=False,
+           model_type=("llama", "llava", "llava_llama"))  # fmt: skip
+    rope = rope_of(found, prefix, "default")
     num_heads, width = found.get("num_attention_heads", 32), found.get("hidden_size", 4096)
     return DecoderConfig(
         vocab_size=found.get("vocab_size", 32000),
         num_layers=found.get("num_hidden_layers", 32),
         embed_dim=width,
         num_heads=num_heads,
-        num_kv_heads=_first(found.get("num_key_value_heads"), num_heads),
-        head_dim=_first(found.get("head_dim"), width // num_heads),
+        num_kv_heads=first(found.get("num_key_value_heads"), num_heads),
+        head_dim=first(found.get("head_dim"), width // num_heads),
         mlp_dim=found.get("intermediate_size", 11008),
-        rope_theta=float(_first(rope.get("rope_theta"), found.get("rope_theta"), 10000.0)),
+        rope_theta=float(first(rope.get("rope_theta"), found.get("rope_theta"), 10000.0)),
         norm_eps=found.get("rms_norm_eps", 1e-6),
         max_positions=found.get("max_position_embeddings", 2048),
     )
@@ -290,13 +299,3 @@ def config_to_json(config: LlavaConfig, dtype: str) -> dict:
             "vocab_size": text.vocab_size,
         },
     }
-
-
-def _first(*values):
-    return next((value for value in values if value is not None), None)
-
-
-def _expect(found: dict, prefix: str, **accepted) -> None:
-    for key, value in accepted.items():
-        if found.get(key, value) != value:
-            raise WeightsError(f"config.json has {prefix}{key}={found[key]!r}; {value!r} is accepted")

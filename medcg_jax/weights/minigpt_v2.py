@@ -19,7 +19,8 @@ from medcg_jax.models.eva import EvaConfig
 from medcg_jax.models.minigpt_v2 import MiniGPTv2Config
 from medcg_jax.nn.lora import LoraConfig
 from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, fused_qkv, linear
-from medcg_jax.weights.files import Tensors, WeightsError, open_bin, open_tensors, read_json
+from medcg_jax.weights.fields import expect
+from medcg_jax.weights.files import Tensors, WeightsError, joined, open_bin, open_tensors, read_json
 from medcg_jax.weights.llava import LLAMA_LAYER, decoder_config
 from medcg_jax.weights.positions import resize_positions
 
@@ -131,7 +132,7 @@ def read_release(src: Path, parts: Mapping[str, Path]) -> MiniGPTv2Config:
     """The architecture of the directory `src`: a whole state dict's, or that of the released files."""
     found = read_json(src / "config.json")
     if found.get("model_type") == "llama":
-        return dataclasses.replace(RELEASED, text=decoder_config(found))
+        return dataclasses.replace(RELEASED, text=decoder_config(found, ""))
     return config_from_json(found)
 
 
@@ -156,23 +157,12 @@ def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[st
     norm = {"ln_vision.weight": np.ones(vision.embed_dim, np.float32)}
     norm["ln_vision.bias"] = 0 * norm["ln_vision.weight"]
     plain = Tensors({name: value.shape for name, value in norm.items()}, norm.__getitem__)
-    sources = {
-        "llama": (llama, canonical_names(llama.shapes, canonical_llama, str(src))),
-        "norm": (plain, canonical_names(norm, canonical, "the default norm")),
-        "eva": (eva, canonical_names(eva.shapes, lambda name: canonical_eva(name, vision.num_layers), str(eva_file))),
-        "minigpt": (own, canonical_names(own.shapes, canonical, str(own_file))),
-    }
-    shapes, names = {}, {}
-    for source, (tensors, found) in sources.items():
-        # A prefix keeps the files' names apart.
-        shapes |= {f"{source}:{name}": tensors.shapes[name] for name in found.values()}
-        names |= {key: f"{source}:{name}" for key, name in found.items()}
-
-    def read(name: str) -> np.ndarray:
-        source, _, own_name = name.partition(":")
-        return sources[source][0].read(own_name)
-
-    return Tensors(shapes, read), names
+    return joined(
+        (llama, canonical_names(llama.shapes, canonical_llama, str(src))),
+        (plain, canonical_names(norm, canonical, "the default norm")),
+        (eva, canonical_names(eva.shapes, lambda name: canonical_eva(name, vision.num_layers), str(eva_file))),
+        (own, canonical_names(own.shapes, canonical, str(own_file))),
+    )
 
 
 def _part(src: Path, parts: Mapping[str, Path], part: str, name: str) -> Path:
@@ -197,7 +187,10 @@ def _resized(eva: Tensors, vision: EvaConfig) -> Tensors:
         value = eva.read(wanted)
         return resize_positions(value[0], side)[None] if value.shape != shapes[wanted] else value
 
-    return Tensors(shapes, read)
+    def dtype(wanted: str) -> np.dtype:
+        return np.dtype(np.float32) if shapes[wanted] != eva.shapes[wanted] else eva.dtype(wanted)
+
+    return Tensors(shapes, read, dtype, eva.origin)
 
 
 def config_from_json(found: dict) -> MiniGPTv2Config:
@@ -206,8 +199,7 @@ def config_from_json(found: dict) -> MiniGPTv2Config:
     Raises:
       WeightsError: it is of another model, lacks a size, or differs from what this port computes; names the difference.
     """
-    if found.get("model_type", "minigpt_v2") != "minigpt_v2":
-        raise WeightsError(f"config.json has model_type={found['model_type']!r}; 'minigpt_v2' is accepted")
+    expect(found, "", model_type="minigpt_v2")
     sizes = (
         "image_size", "patch_size", "vit_width", "vit_depth", "vit_heads", "vit_mlp_hidden", "vocab_size",
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "lora_r", "lora_alpha",
@@ -216,11 +208,8 @@ def config_from_json(found: dict) -> MiniGPTv2Config:
     if missing:
         raise WeightsError(f"config.json of MiniGPT-v2 lacks {', '.join(missing)}")
     lora = LoraConfig(found["lora_r"], float(found["lora_alpha"]))
-    accepted = {"lora_target_modules": ["q_proj", "v_proj"], "lora_scale": lora.scale}
-    for key, value in accepted.items():
-        if found.get(key, value) != value:
-            raise WeightsError(f"config.json has {key}={found[key]!r}; {value!r} is accepted")
-    return MiniGPTv2Config(
+    expect(found, "", lora_target_modules=["q_proj", "v_proj"], lora_scale=lora.scale)
+    config = MiniGPTv2Config(
         vision=EvaConfig(
             image_size_px=found["image_size"],
             patch_size_px=found["patch_size"],
@@ -232,13 +221,15 @@ def config_from_json(found: dict) -> MiniGPTv2Config:
             out_norm_eps=found.get("ln_vision_eps", RELEASED.vision.out_norm_eps),
         ),
         # Transformers' own default of this field is another model's.
-        text=decoder_config({"rms_norm_eps": RELEASED.text.norm_eps, **found, "model_type": "llama"}),
+        text=decoder_config({"rms_norm_eps": RELEASED.text.norm_eps, **found, "model_type": "llama"}, ""),
         lora=lora,
         patches_per_token=found.get("tokens_per_group", RELEASED.patches_per_token),
         image_token_id=found.get("image_token_id", max(RELEASED.image_token_id, found["vocab_size"])),
         pad_token_id=found.get("pad_token_id", RELEASED.pad_token_id),
         eos_token_id=found.get("eos_token_id", RELEASED.eos_token_id),
     )
+    expect(found, "", num_image_tokens=config.num_image_tokens)
+    return config
 
 
 def config_to_json(config: MiniGPTv2Config, dtype: str) -> dict:

@@ -19,7 +19,7 @@ def export_llama(params, config: MiniGPTv2Config, dst: Path, *, dtype=None) -> N
     """
     dtype = np.dtype(jax.tree.leaves(params)[0].dtype if dtype is None else dtype)
     entries = [entry for entry in table(config) if entry.path[0] == "decoder"]
-    shapes, stream = engine.store(entries, {"decoder": params["decoder"]})
+    found, stream = engine.store(entries, {"decoder": params["decoder"]})
     slots = engine.slots(entries, {"decoder": params["decoder"]})
 
     def tensors():
@@ -30,7 +30,7 @@ def export_llama(params, config: MiniGPTv2Config, dst: Path, *, dtype=None) -> N
             yield name.removeprefix("llama_model."), value.astype(dtype)
 
     dst.mkdir(parents=True, exist_ok=True)
-    specs = {name.removeprefix("llama_model."): (shape, dtype) for name, shape in shapes.items()}
+    specs = {name.removeprefix("llama_model."): (shape, dtype) for name, (shape, _) in found.items()}
     write_safetensors(dst, specs, tensors())
     (dst / "config.json").write_text(json.dumps(llama_json(config, dtype.name), indent=2) + "\n")
 

@@ -14,6 +14,7 @@ from medcg_jax.models.mllama_text import MllamaTextConfig
 from medcg_jax.models.mllama_vit import NUM_TILES, MllamaVisionConfig
 from medcg_jax.nn.rope import Llama3Scaling
 from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, linear
+from medcg_jax.weights.fields import expect, first, rope_of
 from medcg_jax.weights.files import Tensors, WeightsError, open_tensors, read_json
 from medcg_jax.weights.llava import LLAMA_LAYER
 
@@ -132,51 +133,51 @@ def config_from_json(found: dict) -> MllamaConfig:
     """
     if found.get("model_type") != "mllama":
         raise WeightsError(f"config.json has model_type={found.get('model_type')!r}; 'mllama' is accepted")
-    _expect(found, "", tie_word_embeddings=False)
+    expect(found, "", tie_word_embeddings=False)
     vision, text = _vision(found.get("vision_config") or {}), _text(found.get("text_config") or {})
-    ends = _first((found.get("text_config") or {}).get("eos_token_id"), 128001)
+    ends = first((found.get("text_config") or {}).get("eos_token_id"), 128001)
     return MllamaConfig(
         vision=vision,
         text=text,
-        image_token_id=_first(found.get("image_token_id"), found.get("image_token_index"), 128256),
-        pad_token_id=_first((found.get("text_config") or {}).get("pad_token_id"), 128004),
+        image_token_id=first(found.get("image_token_id"), found.get("image_token_index"), 128256),
+        pad_token_id=first((found.get("text_config") or {}).get("pad_token_id"), 128004),
         # Of several the last is the end of a turn.
         eos_token_id=ends[-1] if isinstance(ends, list) else ends,
     )
 
 
 def _vision(found: dict) -> MllamaVisionConfig:
-    _expect(found, "vision_config.", hidden_act="gelu", num_channels=3, max_num_tiles=NUM_TILES,
-            supported_aspect_ratios=GRIDS)  # fmt: skip
+    expect(found, "vision_config.", hidden_act="gelu", num_channels=3, max_num_tiles=NUM_TILES,
+           supported_aspect_ratios=GRIDS, model_type="mllama_vision_model")  # fmt: skip
     config = MllamaVisionConfig(
         image_size_px=found.get("image_size", 448),
         patch_size_px=found.get("patch_size", 14),
         num_layers=found.get("num_hidden_layers", 32),
         num_global_layers=found.get("num_global_layers", 8),
-        intermediate_layers=tuple(_first(found.get("intermediate_layers_indices"), (3, 7, 15, 23, 30))),
+        intermediate_layers=tuple(first(found.get("intermediate_layers_indices"), (3, 7, 15, 23, 30))),
         embed_dim=found.get("hidden_size", 1280),
-        num_heads=_first(found.get("attention_heads"), found.get("num_attention_heads"), 16),
+        num_heads=first(found.get("attention_heads"), found.get("num_attention_heads"), 16),
         mlp_dim=found.get("intermediate_size", 5120),
         norm_eps=found.get("norm_eps", 1e-5),
     )
-    _expect(found, "vision_config.", vision_output_dim=config.feature_dim)
+    expect(found, "vision_config.", vision_output_dim=config.feature_dim)
     return config
 
 
 def _text(found: dict) -> MllamaTextConfig:
-    _expect(found, "text_config.", hidden_act="silu", tie_word_embeddings=False)
-    rope = _first(found.get("rope_parameters"), found.get("rope_scaling"), {})
+    expect(found, "text_config.", hidden_act="silu", tie_word_embeddings=False, model_type="mllama_text_model")
+    rope = rope_of(found, "text_config.", "llama3", "default")
     num_heads, width = found.get("num_attention_heads", 32), found.get("hidden_size", 4096)
     return MllamaTextConfig(
         vocab_size=found.get("vocab_size", 128256),
         num_layers=found.get("num_hidden_layers", 40),
-        cross_layers=tuple(_first(found.get("cross_attention_layers"), (3, 8, 13, 18, 23, 28, 33, 38))),
+        cross_layers=tuple(first(found.get("cross_attention_layers"), (3, 8, 13, 18, 23, 28, 33, 38))),
         embed_dim=width,
         num_heads=num_heads,
         num_kv_heads=found.get("num_key_value_heads", 8),
         head_dim=width // num_heads,
         mlp_dim=found.get("intermediate_size", 14336),
-        rope_theta=float(_first(rope.get("rope_theta"), found.get("rope_theta"), 500000.0)),
+        rope_theta=float(first(rope.get("rope_theta"), found.get("rope_theta"), 500000.0)),
         rope_scaling=_scaling(rope),
         norm_eps=found.get("rms_norm_eps", 1e-5),
         max_positions=found.get("max_position_embeddings", 131072),
@@ -184,11 +185,8 @@ def _text(found: dict) -> MllamaTextConfig:
 
 
 def _scaling(rope: dict) -> Llama3Scaling | None:
-    kind = _first(rope.get("rope_type"), rope.get("type"), "default")
-    if kind == "default":
+    if first(rope.get("rope_type"), rope.get("type"), "default") == "default":
         return None
-    if kind != "llama3":
-        raise WeightsError(f"config.json scales rotary positions ({kind}); 'llama3' and 'default' are accepted")
     missing = [name for name in LLAMA3_ROPE if name not in rope]
     if missing:
         raise WeightsError(f"config.json's 'llama3' rotary positions lack {', '.join(missing)}")
@@ -246,13 +244,3 @@ def config_to_json(config: MllamaConfig, dtype: str) -> dict:
             "eos_token_id": config.eos_token_id,
         },
     }
-
-
-def _first(*values):
-    return next((value for value in values if value is not None), None)
-
-
-def _expect(found: dict, prefix: str, **accepted) -> None:
-    for key, value in accepted.items():
-        if found.get(key, value) != value:
-            raise WeightsError(f"config.json has {prefix}{key}={found[key]!r}; {value!r} is accepted")

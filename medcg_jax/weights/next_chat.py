@@ -10,14 +10,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
-from medcg_jax.models.clip import ClipVisionConfig
 from medcg_jax.models.next_chat import NextChatConfig
 from medcg_jax.models.sam import SamConfig
 from medcg_jax.weights import llava
 from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, linear
-from medcg_jax.weights.files import Tensors, WeightsError, open_bin, read_json
+from medcg_jax.weights.fields import expect
+from medcg_jax.weights.files import Tensors, WeightsError, joined, open_bin, read_json
 
 SAM_FILE = "sam_vit_h_4b8939.pth"
 SEGMENTS, BOXES_ONLY = "NextChatForSegLM", "NextChatForCausalLM"
@@ -43,7 +41,9 @@ def table(config: NextChatConfig) -> list[Entry]:
                            ("decode_down", "decoder.2")):  # fmt: skip
         entries += _dense(f"loc_{released}", ("boxes", ours))
     if config.sam is not None:
-        entries += _dense("seg_prompt_mlp.0", ("mask_prompt", "up")) + _dense("seg_prompt_mlp.2", ("mask_prompt", "down"))
+        entries += _dense("seg_prompt_mlp.0", ("mask_prompt", "up")) + _dense(
+            "seg_prompt_mlp.2", ("mask_prompt", "down")
+        )
         entries += sam_table(config.sam)
     return entries
 
@@ -62,7 +62,10 @@ def _dense(name: str, path: tuple[str, ...], *, kernel=None, layers: range | tup
 
 
 def _norm(name: str, path: tuple[str, ...], layers: range | tuple | None = None) -> list[Entry]:
-    return [Entry(f"{name}.weight", (*path, "scale"), SAME, layers), Entry(f"{name}.bias", (*path, "bias"), SAME, layers)]
+    return [
+        Entry(f"{name}.weight", (*path, "scale"), SAME, layers),
+        Entry(f"{name}.bias", (*path, "bias"), SAME, layers),
+    ]
 
 
 def _sam_encoder(sam: SamConfig) -> list[Entry]:
@@ -147,9 +150,9 @@ def released_name(name: str) -> str:
 
 
 def read_release(src: Path, parts: Mapping[str, Path]) -> NextChatConfig:
-    """The architecture that the released directory `src` states; parts: `clip`, CLIP's directory, if it is elsewhere."""
-    clip = read_json(parts["clip"] / "config.json") if "clip" in parts else None
-    return config_from_json(read_json(src / "config.json"), clip)
+    """The architecture that the released directory `src` states; parts: `clip`, CLIP's directory."""
+    clip = parts.get("clip") or llava.clip_beside(src)
+    return config_from_json(read_json(src / "config.json"), read_json(clip / "config.json") if clip else None)
 
 
 def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[str, str]]:
@@ -168,12 +171,7 @@ def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[st
         raise WeightsError(f"{src} holds no SAM, and {file} is no file; pass --sam=FILE with {SAM_FILE}")
     sam = open_bin(file)
     sam_names = canonical_names(sam.shapes, lambda name: f"sam.model.{name}", str(file))
-    shapes = {**tensors.shapes, **{f"sam:{name}": shape for name, shape in sam.shapes.items()}}
-
-    def read(name: str) -> np.ndarray:
-        return sam.read(name.removeprefix("sam:")) if name.startswith("sam:") else tensors.read(name)
-
-    return Tensors(shapes, read), {**names, **{key: f"sam:{name}" for key, name in sam_names.items()}}
+    return joined((tensors, names), (sam, sam_names))
 
 
 def config_from_json(found: dict, clip: dict | None = None) -> NextChatConfig:
@@ -185,22 +183,19 @@ def config_from_json(found: dict, clip: dict | None = None) -> NextChatConfig:
     Raises:
       WeightsError: the checkpoint is of another model, or differs from what this port computes.
     """
-    kinds = found.get("architectures") or [SEGMENTS]
-    expected = {"model_type": "nextchat", "mm_depth": 2, "architectures": kinds if kinds[0] in (SEGMENTS, BOXES_ONLY) else
-                [SEGMENTS]}  # fmt: skip
-    for key, value in expected.items():
-        if found.get(key, value) != value:
-            raise WeightsError(f"config.json has {key}={found[key]!r}; {value!r} is accepted")
-    text = llava.decoder_config({key: value for key, value in found.items() if key != "model_type"})
-    vision = found.get("vision_config") or (clip or {}).get("vision_config", clip)
-    layer = found.get("mm_vision_select_layer", -2)
-    sam = {key: tuple(v) if isinstance(v, list) else v for key, v in (found.get("sam_config") or {}).items()}
+    expect(found, "", model_type="nextchat", mm_depth=2, use_mm_proj=True, architectures=([SEGMENTS], [BOXES_ONLY]))
+    has_masks = (found.get("architectures") or [SEGMENTS]) == [SEGMENTS]
+    text = llava.decoder_config({key: value for key, value in found.items() if key != "model_type"}, "")
+    sizes = {key: tuple(v) if isinstance(v, list) else v for key, v in (found.get("sam_config") or {}).items()}
+    unknown = sorted(set(sizes) - {field.name for field in dataclasses.fields(SamConfig)})
+    if unknown:
+        raise WeightsError(f"config.json has unknown fields in sam_config: {', '.join(unknown)}")
     # Five rows are added to the vocabulary: patch, start and end of an image, <at>, <boxes>.
     last = text.vocab_size - 1
     return NextChatConfig(
-        vision=llava.clip_config(vision, layer) if vision else ClipVisionConfig(feature_layer=layer),
+        vision=llava.original_vision(found, found.get("vision_config") or clip),
         text=text,
-        sam=SamConfig(**sam) if kinds[0] == SEGMENTS else None,
+        sam=SamConfig(**sizes) if has_masks else None,
         image_token_id=last - 4,
         at_token_id=last - 1,
         box_token_id=last,

@@ -15,6 +15,7 @@ from medcg_jax.models.decoder import DecoderConfig
 from medcg_jax.models.qwen2_vit import Qwen2VitConfig
 from medcg_jax.models.qwen2_vl import Qwen2VLConfig
 from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, fused_qkv, linear
+from medcg_jax.weights.fields import expect, first, rope_of
 from medcg_jax.weights.files import Tensors, WeightsError, open_tensors, read_json
 from medcg_jax.weights.llava import LLAMA_LAYER
 
@@ -124,29 +125,30 @@ def config_from_json(found: dict) -> Qwen2VLConfig:
     if found.get("model_type") != "qwen2_vl":
         raise WeightsError(f"config.json has model_type={found.get('model_type')!r}; 'qwen2_vl' is accepted")
     text, vision = found.get("text_config") or found, found.get("vision_config") or {}
-    _expect(text, "", hidden_act="silu", use_sliding_window=False, attention_dropout=0.0)
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    kinds = {rope.get(key, "default") for key in ("rope_type", "type")}
-    if not kinds <= {"default", "mrope"}:
-        raise WeightsError(f"config.json scales rotary positions ({sorted(kinds)}); 'default' and 'mrope' are accepted")
+    prefix = "text_config." if text is not found else ""
+    expect(text, prefix, hidden_act="silu", use_sliding_window=False, attention_dropout=0.0,
+           model_type=("qwen2_vl", "qwen2_vl_text"))  # fmt: skip
+    for kind in text.get("layer_types") or ():
+        expect({"layer_types": kind}, prefix, layer_types="full_attention")
+    rope = rope_of(text, prefix, "default", "mrope")
     width, num_heads = text.get("hidden_size", 8192), text.get("num_attention_heads", 64)
-    if vision.get("hidden_size", 3584) != width:
-        raise WeightsError(f"config.json has vision_config.hidden_size={vision.get('hidden_size')!r}; {width} is accepted")
+    expect({"hidden_size": 3584, **vision}, "vision_config.", hidden_size=width)
+    expect(text, prefix, head_dim=width // num_heads)
     decoder = DecoderConfig(
         vocab_size=text.get("vocab_size", 152064),
         num_layers=text.get("num_hidden_layers", 80),
         embed_dim=width,
         num_heads=num_heads,
-        num_kv_heads=_first(text.get("num_key_value_heads", 8), num_heads),
+        num_kv_heads=first(text.get("num_key_value_heads", 8), num_heads),
         head_dim=width // num_heads,
         mlp_dim=text.get("intermediate_size", 29568),
-        rope_theta=float(_first(rope.get("rope_theta"), text.get("rope_theta"), 1e6)),
+        rope_theta=float(first(rope.get("rope_theta"), text.get("rope_theta"), 1e6)),
         norm_eps=text.get("rms_norm_eps", 1e-5),
         max_positions=text.get("max_position_embeddings", 32768),
         qkv_bias=True,
         tie_head=bool(found.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
     )
-    eos = _first(text.get("eos_token_id"), 151645)
+    eos = first(text.get("eos_token_id"), 151645)
     return Qwen2VLConfig(
         vision=_vision(vision),
         text=decoder,
@@ -155,19 +157,18 @@ def config_from_json(found: dict) -> Qwen2VLConfig:
         video_token_id=found.get("video_token_id", 151656),
         vision_start_token_id=found.get("vision_start_token_id", 151652),
         vision_end_token_id=found.get("vision_end_token_id", 151653),
-        pad_token_id=_first(text.get("pad_token_id"), 151643),
+        pad_token_id=first(text.get("pad_token_id"), 151643),
         eos_token_id=eos[0] if isinstance(eos, list) else eos,
     )
 
 
 def _vision(found: dict) -> Qwen2VitConfig:
-    _expect(found, "vision_config.", hidden_act="quick_gelu", in_chans=3, in_channels=3)
+    expect(found, "vision_config.", hidden_act="quick_gelu", in_chans=3, in_channels=3)
     rope = found.get("rope_parameters") or {}
-    if rope.get("rope_type", "axial") != "axial":
-        raise WeightsError(f"config.json has vision_config.rope_parameters={rope}; the axial kind is accepted")
+    expect(rope, "vision_config.rope_parameters.", rope_type="axial")
     width, patch = found.get("embed_dim", 1280), found.get("patch_size", 14)
     # A second name of `patch_size` in the releases.
-    _expect(found, "vision_config.", spatial_patch_size=patch)
+    expect(found, "vision_config.", spatial_patch_size=patch)
     return Qwen2VitConfig(
         patch_size_px=patch,
         num_frames=found.get("temporal_patch_size", 2),
@@ -220,13 +221,3 @@ def config_to_json(config: Qwen2VLConfig, dtype: str) -> dict:
             "temporal_patch_size": vision.num_frames,
         },
     }
-
-
-def _first(*values):
-    return next((value for value in values if value is not None), None)
-
-
-def _expect(found: dict, prefix: str, **accepted) -> None:
-    for key, value in accepted.items():
-        if found.get(key, value) != value:
-            raise WeightsError(f"config.json has {prefix}{key}={found[key]!r}; {value!r} is accepted")

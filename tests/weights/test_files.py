@@ -6,7 +6,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from medcg_jax.weights import files
 from medcg_jax.weights.files import WeightsError, open_tensors, write_safetensors
 
 RNG = np.random.default_rng(0)
@@ -17,10 +16,10 @@ ARRAYS = {
 }
 
 
-def write(directory, arrays=ARRAYS):
+def write(directory, arrays=ARRAYS, **options):
     directory.mkdir(exist_ok=True)
     specs = {name: (value.shape, value.dtype) for name, value in arrays.items()}
-    write_safetensors(directory, specs, arrays.items())
+    write_safetensors(directory, specs, arrays.items(), **options)
 
 
 def assert_same(directory):
@@ -44,9 +43,8 @@ def test_what_is_written_is_read_and_safetensors_reads_it_too(tmp_path):
         np.testing.assert_array_equal(theirs[name].float().numpy(), value.astype(np.float32))
 
 
-def test_shards_are_cut_by_size_and_found_by_their_index(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_FILE_BYTES", 64)
-    write(tmp_path)
+def test_shards_are_cut_by_size_and_found_by_their_index(tmp_path):
+    write(tmp_path, max_file_bytes=64)
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
         "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
     ]  # fmt: skip

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 
 import hf_tiny
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from releases import one, same, write
 
 from medcg_jax.mesh import make_mesh
 from medcg_jax.models import build
@@ -18,25 +18,7 @@ from medcg_jax.run_config import ConfigError, MeshConfig
 from medcg_jax.scale import parity_llava
 from medcg_jax.weights import llava
 from medcg_jax.weights.convert import convert, export, load_checkpoint, read_config
-from medcg_jax.weights.files import WeightsError, write_safetensors
-
-
-def one():
-    return make_mesh(devices=jax.devices()[:1])
-
-
-def same(a, b):
-    """Asserts equal trees of arrays, bit for bit."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-
-
-def write(directory, state, config: dict):
-    directory.mkdir(exist_ok=True)
-    write_safetensors(directory, {name: (x.shape, x.dtype) for name, x in state.items()}, state.items())
-    (directory / "config.json").write_text(json.dumps(config))
+from medcg_jax.weights.files import WeightsError
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +139,7 @@ def test_liuhaotians_bins_and_a_whole_clip(model, state, ported, tmp_path):
     (source / "config.json").write_text(json.dumps({**text, "mm_vision_tower": "openai/clip-vit-large-patch14-336"}))
     config = dataclasses.replace(config, image_token_id=32000)
     with pytest.raises(WeightsError, match="holds no vision tower; pass --clip=DIR"):
-        load_checkpoint(source, config, one())
+        llava.open_release(source, {})
     clip = tmp_path / "clip-vit-large-patch14-336"
     tower = {
         name.replace("model.vision_tower.", "vision_model."): x for name, x in state.items() if "vision_tower" in name
@@ -277,24 +259,6 @@ def test_the_released_config_is_the_7b_model():
 def test_config_goes_both_ways():
     config = llava15_tiny(40, 39, num_kv_heads=1, rope_theta=77.0)
     assert llava.config_from_json(llava.config_to_json(config, "float32")) == config
-
-
-@pytest.mark.parametrize(
-    ("where", "value"),
-    [
-        ("projector_hidden_act", "gelu_pytorch_tanh"), ("vision_feature_select_strategy", "full"),
-        ("tie_word_embeddings", True), ("vision_feature_layer", [-2, -5]), ("model_type", "llava_next"),
-        ("text_config.hidden_act", "gelu"), ("text_config.attention_bias", True), ("text_config.model_type", "mistral"),
-        ("text_config.rope_scaling", {"type": "linear", "factor": 2.0}), ("vision_config.hidden_act", "gelu"),
-    ],
-)  # fmt: skip
-def test_what_the_port_does_not_compute_is_refused(where, value):
-    found = json.loads(json.dumps(RELEASED_7B))
-    *parts, key = where.split(".")
-    target = found[parts[0]] if parts else found
-    target[key] = value
-    with pytest.raises(WeightsError, match=re.escape("config.json")):
-        llava.config_from_json(found)
 
 
 def test_the_table_fills_every_parameter_of_7b_once():

@@ -1,39 +1,20 @@
 """Released Qwen2-VL checkpoints: every spelling, tied heads, round trips through PyTorch, and strictness."""
 
 import dataclasses
-import json
-import re
 
 import hf_tiny_qwen2_vl as hf_tiny
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from releases import one, same, write
 
-from medcg_jax.mesh import make_mesh
 from medcg_jax.models import build
 from medcg_jax.models.qwen2_vl import qwen2_vl_2b, qwen2_vl_7b, qwen2_vl_72b, qwen2_vl_tiny
 from medcg_jax.scale import parity_qwen2_vl
 from medcg_jax.weights import engine, qwen2_vl
 from medcg_jax.weights.convert import export, load_checkpoint, read_config
-from medcg_jax.weights.files import WeightsError, write_safetensors
-
-
-def one():
-    return make_mesh(devices=jax.devices()[:1])
-
-
-def same(a, b):
-    """Asserts equal trees of arrays, bit for bit."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-
-
-def write(directory, state, config: dict):
-    directory.mkdir(exist_ok=True)
-    write_safetensors(directory, {name: (x.shape, x.dtype) for name, x in state.items()}, state.items())
-    (directory / "config.json").write_text(json.dumps(config))
+from medcg_jax.weights.files import WeightsError
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -141,7 +122,8 @@ def test_a_head_that_is_to_be_tied_and_is_another_is_refused(state, ported, tmp_
          "1 unused: visual.blocks.3.norm1.bias"),
         (lambda s: s.update({"model.visual.blocks.0.attn.qkv.bias": np.zeros(71, np.float32)}),
          r"1 misshapen: visual.blocks.0.attn.qkv.bias \(71,\) instead of \(72,\)"),
-        (lambda s: s.update({"visual.merger.ln_q.bias": np.zeros(24, np.float32)}), "holds visual.merger.ln_q.bias twice"),
+        (lambda s: s.update({"visual.merger.ln_q.bias": np.zeros(24, np.float32)}),
+         "holds visual.merger.ln_q.bias twice"),
     ],
 )  # fmt: skip
 def test_missing_unused_and_misshapen_tensors_stop_the_load(change, message, model, state, ported, tmp_path):
@@ -191,23 +173,6 @@ def test_config_goes_both_ways(config):
     found = qwen2_vl.config_from_json(qwen2_vl.config_to_json(config, "float32"))
     # How large images may be stands in another file of a release.
     assert found == dataclasses.replace(config, min_pixels=found.min_pixels, max_pixels=found.max_pixels)
-
-
-@pytest.mark.parametrize(
-    ("where", "value"),
-    [
-        ("model_type", "qwen2_5_vl"), ("hidden_act", "gelu"), ("use_sliding_window", True), ("attention_dropout", 0.1),
-        ("rope_scaling", {"type": "yarn", "factor": 4.0, "mrope_section": [16, 24, 24]}),
-        ("vision_config.hidden_act", "gelu"), ("vision_config.hidden_size", 1280), ("vision_config.in_chans", 1),
-        ("vision_config.spatial_patch_size", 16), ("vision_config.rope_parameters", {"rope_type": "default"}),
-    ],
-)  # fmt: skip
-def test_what_the_port_does_not_compute_is_refused(where, value):
-    found = json.loads(json.dumps(RELEASED_7B))
-    *parts, key = where.split(".")
-    (found[parts[0]] if parts else found)[key] = value
-    with pytest.raises(WeightsError, match=re.escape("config.json")):
-        qwen2_vl.config_from_json(found)
 
 
 def test_the_table_fills_every_parameter_of_7b_once():
