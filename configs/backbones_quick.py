@@ -16,8 +16,11 @@ import phantom
 from medmat_mini import STATE_SUBSETS
 
 from medcg_jax.config_file import from_config_dict, to_config_dict
+from medcg_jax.data.phantom_boxes import DETECTION_TRIPLETS
 from medcg_jax.run_config import replace
 
+# Of two blocks of modalities and areas, so that boxes are learnt in few steps.
+BOX_SUBSETS = tuple(t.name for t in DETECTION_TRIPLETS if t.modality in ("ct", "mri", "xray", "ultrasound"))
 MODELS = ("llava15_tiny", "qwen2_vl_tiny", "llama32_vision_tiny", "minigpt_v2_tiny", "next_chat_tiny")
 
 
@@ -26,18 +29,25 @@ def get_config(arg: str = "phantom"):
     run = replace(
         run,
         name="backbones_quick",
-        # What three boxes as text need; frames of other prompts are longer than Vicuna's too.
-        data__max_text_tokens=106,
-        data__max_target_tokens=76,
-        eval__max_box_tokens=76,
+        # What the longest question needs in any of the prompts.
+        data__max_text_tokens=30,
+        data__max_target_tokens=8,
+        data__test_records_per_subset=150,
+        eval__max_box_tokens=12,
         base__steps=1500,
         train__epochs=2,
         # Each model trains those of these that it has.
         model__trainable=("projector", "decoder", "boxes"),
         study__tables=("multi_task", "detection_pairs", "detection"),
         study__targets_of={"detection_pairs": phantom.QUICK_TARGETS[:1]},
+        study__box_subsets=BOX_SUBSETS,
+        study__epochs_of={"detection": 12.0},
         study__arms=("baseline", "multi_task", "trained"),
         study__models=MODELS,
+        # Three boxes as text are three rows long.
+        study__model_flags={
+            "minigpt_v2_tiny": ("data.max_text_tokens=98", "data.max_target_tokens=78", "eval.max_box_tokens=78")
+        },
         study__jobs=2,
     )
     if arg == "mini":
@@ -45,6 +55,8 @@ def get_config(arg: str = "phantom"):
             run,
             name="backbones_mini",
             data__source="release",
+            data__max_text_tokens=58,
+            data__max_target_tokens=12,
             data__train_records_per_subset=3000,
             data__test_records_per_subset=0,
             study__targets=STATE_SUBSETS[:2],

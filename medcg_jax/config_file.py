@@ -54,12 +54,21 @@ def load(file: str, overrides: Mapping[str, str] | None = None) -> RunConfig:
       ConfigError: the file is missing or broken, or a key, type or value cannot be used; one line.
     """
     path, _, arg = file.partition(":")
-    config = ConfigDict(dataclasses.asdict(from_config_dict(run_file(path, arg))))
-    for key, text in (overrides or {}).items():
+    return with_flags(from_config_dict(run_file(path, arg)), overrides or {})
+
+
+def with_flags(run: RunConfig, flags: Mapping[str, str]) -> RunConfig:
+    """`run` with the fields changed that `{"a.b": "value"}` names, checked.
+
+    Raises:
+      ConfigError: a key, type or value cannot be used; one line.
+    """
+    config = ConfigDict(dataclasses.asdict(run))
+    for key, text in flags.items():
         override(config, key, text)
-    run = from_config_dict(config)
-    check(run)
-    return run
+    changed = from_config_dict(config)
+    check(changed)
+    return changed
 
 
 def run_file(path: str, arg: str) -> ConfigDict:

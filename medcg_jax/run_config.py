@@ -71,6 +71,10 @@ class ModelConfig:
     compute_dtype: str = "float32"
     attention: str = "auto"
     remat: str = "none"
+    # Llama-3.2-Vision: whether inner layers of its tower give their "input", as Meta's model takes it, or their "output",
+    # as transformers 4.57 to 5.23 do; "": Meta's. And whether tokens before every image are kept from it, as in Meta's.
+    intermediate_from: str = ""
+    mask_text_only_rows_attention: bool = False
     # Layers per iteration of the scan over blocks; 0: all on CPU (12 to 25 % faster there), 1 elsewhere.
     scan_unroll: int = 0
     # Qwen2-VL resizes images to so many pixels at least and at most; 0: the size's own.
@@ -148,8 +152,12 @@ class StudyConfig:
     arms: tuple[str, ...] = ()
     # Table -> its own targets, in place of `targets`: a row of "ablation" costs as much as ten of "pairs".
     targets_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    # Table -> its own epochs, in place of `train.epochs`: boxes are learnt more slowly than letters.
+    epochs_of: dict[str, float] = field(default_factory=dict)
     # Models that the grid is run with, each in a folder of its name, and all on one page; empty: `model.name` alone.
     models: tuple[str, ...] = ()
+    # Model of `models` -> what is set for it alone, as flags without "--config.": "data.max_text_tokens=106".
+    model_flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
     # One seed draws the data, the base and the fine-tunes alike.
     seeds: tuple[int, ...] = (0,)
     jobs: int = 1
@@ -205,10 +213,15 @@ def check(run: RunConfig) -> None:
         ("min_pixels", "qwen2_vl", "has one size of image"),
         ("max_pixels", "qwen2_vl", "has one size of image"),
         ("max_boxes", "next_chat", "takes no boxes as arrays"),
+        ("intermediate_from", "mllama", "has no such layers"),
+        ("mask_text_only_rows_attention", "mllama", "has no cross-attention"),
     ):
+        value, unset = getattr(run.model, name), getattr(ModelConfig(), name)
+        if value != unset and MODELS[run.model.name] != family:
+            raise ConfigError(f"model.{name}={value!r}: {unset!r} is accepted, {run.model.name} {why}")
+    for name in ("min_pixels", "max_pixels", "max_boxes"):
         at_least(f"model.{name}", getattr(run.model, name), 0)
-        if getattr(run.model, name) and MODELS[run.model.name] != family:
-            raise ConfigError(f"model.{name}={getattr(run.model, name)}: 0 is accepted, {run.model.name} {why}")
+    one_of("model.intermediate_from", run.model.intermediate_from, ("", "input", "output"))
     one_of("model.compute_dtype", run.model.compute_dtype, DTYPES)
     one_of("model.attention", run.model.attention, ATTENTION)
     one_of("model.remat", run.model.remat, REMAT)
@@ -227,6 +240,11 @@ def check(run: RunConfig) -> None:
         one_of("study.tables", name, (*TABLES, *BOX_TABLES))
     for name in run.study.targets_of:
         one_of("study.targets_of", name, (*TABLES, *BOX_TABLES))
+    for name, epochs in run.study.epochs_of.items():
+        one_of("study.epochs_of", name, (*TABLES, *BOX_TABLES))
+        at_least(f"study.epochs_of[{name!r}]", epochs, 0)
+    for name in run.study.model_flags:
+        one_of("study.model_flags", name, tuple(MODELS))
     at_least("model.scan_unroll", run.model.scan_unroll, 0)
     at_least("data.max_text_tokens", run.data.max_text_tokens, 1)
     at_least("data.max_target_tokens", run.data.max_target_tokens, 1)
@@ -281,7 +299,7 @@ def flat(config: dict, prefix: str = "") -> dict:
     """{"a": {"b": 1}} -> {"a.b": 1}, for the sections of a configuration as a dict."""
     found = {}
     for key, value in config.items():
-        if isinstance(value, dict) and key not in ("subset_weights", "targets_of"):
+        if isinstance(value, dict) and key not in ("subset_weights", "targets_of", "epochs_of", "model_flags"):
             found |= flat(value, f"{prefix}{key}.")
         else:
             found[prefix + key] = value

@@ -12,6 +12,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+from medcg_jax.config_file import with_flags
 from medcg_jax.run_config import BOX_TABLES, MODELS, ConfigError, RunConfig, parts_of, replace
 from medcg_jax.study import grid
 from medcg_jax.study.report_backbones import write_page
@@ -22,12 +23,18 @@ def model_run(run: RunConfig, model: str) -> RunConfig:
     """The run of one of the study's models; its cells are done one after another.
 
     Tables that train on boxes are left out for a model that gives none, and parts that it does not have.
+
+    Raises:
+      ConfigError: what `study.model_flags` sets for it cannot be used.
     """
     family = MODELS[model]
     tables = tuple(t for t in run.study.tables if t not in BOX_TABLES or family in DETECTION_TABLES)
     own = dict(study__models=(), study__jobs=1, study__tables=tables)
-    parts = parts_of(family, run.model.trainable)
-    return replace(run, name=f"{run.name}_{model}", model__name=model, model__trainable=parts, **own)
+    parts, flags = parts_of(family, run.model.trainable), run.study.model_flags.get(model, ())
+    found = replace(
+        run, name=f"{run.name}_{model}", model__name=model, model__trainable=parts, study__model_flags={}, **own
+    )
+    return with_flags(found, dict(flag.split("=", 1) if "=" in flag else (flag, "") for flag in flags))
 
 
 def dry(run: RunConfig) -> dict:

@@ -1,5 +1,6 @@
 """Trains and tests a group of cells: one program for all of them, whatever their data and number of steps."""
 
+import dataclasses
 import shutil
 import sys
 import time
@@ -204,7 +205,7 @@ class Trainer:
             )  # fmt: skip
 
         return loop.Cell(
-            job.id, control_from(config, len(encoded)), stream,
+            job.id, control_from(dataclasses.replace(config, steps=job.steps), len(encoded)), stream,
             metrics=self._workdir / "metrics" / f"{job.id}.jsonl",
             checkpoints=checkpoints_of(self._workdir, job) if config.checkpoint_every_steps else None,
         )  # fmt: skip

@@ -53,10 +53,13 @@ def jobs_of(cells: Sequence[Cell], run: RunConfig) -> list[Job]:
     """The distinct trainings of the cells, in the order of their first cells."""
     serves: dict[tuple, list[Cell]] = {}
     for cell in cells:
-        serves.setdefault(cell.training_key, []).append(cell)
+        (seed, training), recipe = cell.training_key, run.train
+        if cell.table in run.study.epochs_of:
+            recipe = dataclasses.replace(recipe, epochs=run.study.epochs_of[cell.table])
+        steps = num_steps(recipe, sum(count for _, count in training)) if training else 0
+        serves.setdefault((seed, training, steps), []).append(cell)
     jobs = []
-    for (seed, training), group in serves.items():
-        steps = num_steps(run.train, sum(count for _, count in training)) if training else 0
+    for (seed, training, steps), group in serves.items():
         jobs.append(Job(group[0].id, seed, training, steps, tuple(group)))
     return jobs
 

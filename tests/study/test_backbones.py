@@ -74,10 +74,27 @@ def test_a_models_run_is_the_grids_with_its_name():
     for model in run.study.models:
         one = model_run(run, model)
         assert (one.model.name, one.study.models, one.study.jobs) == (model, (), 1)
-        assert (one.data, one.base, one.train) == (run.data, run.base, run.train)
+        # Rows may be of another length; the recipe is the same for all.
+        assert (one.base, one.train, one.data.source) == (run.base, run.train, run.data.source)
         takes_boxes = MODELS[model] in ("minigpt_v2", "next_chat")
-        assert one.study.tables == (("multi_task", "detection_pairs") if takes_boxes else ("multi_task",))
+        assert one.study.tables == (run.study.tables if takes_boxes else ("multi_task",))
+        assert ("boxes" in one.model.trainable) == (MODELS[model] == "next_chat")
     assert len({MODELS[model] for model in run.study.models}) == len(run.study.models)
+
+
+def test_what_is_set_for_one_model_is_set_for_it_alone():
+    flags = {"study.model_flags": "{'llava15_tiny': ('data.max_text_tokens=31', 'train.learning_rate=2e-3')}"}
+    run = load(QUICK, flags)
+    one, other = model_run(run, "llava15_tiny"), model_run(run, "qwen2_vl_tiny")
+    assert (one.data.max_text_tokens, one.train.learning_rate) == (31, 2e-3)
+    assert (other.data, other.train) == (run.data, run.train)
+    for wrong, message in (
+        ({"llava16": ()}, "study.model_flags='llava16': one of llava15_tiny"),
+        ({"llava15_tiny": ("data.max_text_toens=3",)}, "did you mean config.data.max_text_tokens"),
+        ({"llava15_tiny": ("data.max_text_tokens",)}, "config.data.max_text_tokens=: an int is accepted"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            model_run(load(QUICK, {"study.model_flags": repr(wrong)}), "llava15_tiny")
 
 
 def test_an_unknown_model_is_refused():

@@ -50,6 +50,21 @@ def test_epochs_are_equal_for_every_arm(cells):
         assert job.steps * 32 / 2 - 32 < records <= job.steps * 32 / 2
 
 
+def test_a_table_may_have_epochs_of_its_own(cells):
+    """Then it shares no training with another table, and its controls say so."""
+    longer = replace(RUN, study__epochs_of={"triples": 4.0})
+    before, after = (schedule.jobs_of(cells, run) for run in (RUN, longer))
+    assert len(after) >= len(before)
+    for job in after:
+        tables = {cell.table for cell in job.cells}
+        records = sum(count for _, count in job.training)
+        if job.training:
+            assert "triples" not in tables or tables == {"triples"}
+            assert job.steps == -(-records * (4 if tables == {"triples"} else 2) // 32)
+    base = next(job for job in after if not job.training)
+    assert {"pairs", "triples"} <= {cell.table for cell in base.cells}
+
+
 def fill(workdir, cells, jobs, groups):
     outcomes = {}
     for group in groups:
