@@ -282,10 +282,13 @@ def test_config_goes_both_ways():
 @pytest.mark.parametrize(
     ("where", "value"),
     [
-        ("projector_hidden_act", "gelu_pytorch_tanh"), ("vision_feature_select_strategy", "full"),
-        ("tie_word_embeddings", True), ("vision_feature_layer", [-2, -5]), ("model_type", "llava_next"),
-        ("text_config.hidden_act", "gelu"), ("text_config.attention_bias", True), ("text_config.model_type", "mistral"),
-        ("text_config.rope_scaling", {"type": "linear", "factor": 2.0}), ("vision_config.hidden_act", "gelu"),
+        ("projector_hidden_act", "prelu"), ("vision_feature_select_strategy", "cls"), ("vision_feature_layer", -26),
+        ("vision_feature_layer", [-2, -5]), ("model_type", "llava_next"), ("text_config.hidden_act", "prelu"),
+        ("text_config.model_type", "mistral"), ("text_config.rope_scaling", {"type": "yarn", "factor": 2.0}),
+        ("text_config.rope_scaling", {"type": "linear"}), ("text_config.num_key_value_heads", 5),
+        ("vision_config.hidden_act", "xielu"), ("vision_config.num_attention_heads", 7),
+        ("vision_config.image_size", [336, 224]), ("vision_config.num_channels", 1),
+        ("vision_config.model_type", "siglip_vision_model"),
     ],
 )  # fmt: skip
 def test_what_the_port_does_not_compute_is_refused(where, value):

@@ -188,15 +188,14 @@ def test_config_goes_both_ways(config):
     ("where", "value", "message"),
     [
         (("model_type",), "llava", "model_type='llava'; 'mllama' is accepted"),
-        (("vision_config", "hidden_act"), "quick_gelu", "vision_config.hidden_act='quick_gelu'; 'gelu' is accepted"),
+        (("vision_config", "hidden_act"), "prelu", "vision_config.hidden_act='prelu'; accepted: gelu"),
         (("vision_config", "max_num_tiles"), 6, "vision_config.max_num_tiles=6; 4 is accepted"),
         (("vision_config", "supported_aspect_ratios"), [[1, 1]], r"supported_aspect_ratios=\[\[1, 1\]\]"),
         (("vision_config", "vision_output_dim"), 1280, "vision_output_dim=1280; 7680 is accepted"),
-        (("text_config", "hidden_act"), "gelu", "text_config.hidden_act='gelu'; 'silu' is accepted"),
-        (("text_config", "tie_word_embeddings"), True, "tie_word_embeddings=True; False is accepted"),
-        (("text_config", "rope_scaling", "rope_type"), "yarn", r"scales rotary positions \(yarn\)"),
-        (("text_config", "cross_attention_layers"), [3, 9], r"cross_layers=\(3, 9\) of num_layers=40"),
-        (("vision_config", "intermediate_layers_indices"), [7, 3, 15, 23, 30], r"intermediate_layers=\(7, 3"),
+        (("text_config", "hidden_act"), "prelu", "text_config.hidden_act='prelu'; accepted: gelu"),
+        (("text_config", "rope_scaling", "rope_type"), "yarn", r"text_config.rope_type='yarn'\); accepted: 'default'"),
+        (("text_config", "cross_attention_layers"), [3, 40], r"text_config: cross_layers=\(3, 40\) of num_layers=40"),
+        (("vision_config", "intermediate_layers_indices"), [3, 7, 15, 23, 32], r"intermediate_layers=\(3, 7"),
     ],
 )
 def test_what_the_port_does_not_compute_is_refused(where, value, message):
@@ -206,7 +205,7 @@ def test_what_the_port_does_not_compute_is_refused(where, value, message):
     for name in parents:
         part = part[name]
     part[last] = value
-    with pytest.raises((WeightsError, ValueError), match=message):
+    with pytest.raises(WeightsError, match=message):
         mllama.config_from_json(found)
 
 

@@ -196,9 +196,11 @@ def test_config_goes_both_ways(config):
 @pytest.mark.parametrize(
     ("where", "value"),
     [
-        ("model_type", "qwen2_5_vl"), ("hidden_act", "gelu"), ("use_sliding_window", True), ("attention_dropout", 0.1),
+        ("model_type", "qwen2_5_vl"), ("hidden_act", "prelu"), ("use_sliding_window", True),
+        ("layer_types", ["full_attention", "sliding_attention"]), ("num_key_value_heads", 5),
         ("rope_scaling", {"type": "yarn", "factor": 4.0, "mrope_section": [16, 24, 24]}),
-        ("vision_config.hidden_act", "gelu"), ("vision_config.hidden_size", 1280), ("vision_config.in_chans", 1),
+        ("vision_config.hidden_act", "prelu"), ("rope_scaling", {"type": "mrope", "mrope_section": [16, 24, 25]}),
+        ("vision_config.hidden_size", 1280), ("vision_config.num_heads", 7), ("vision_config.in_chans", 1),
         ("vision_config.spatial_patch_size", 16), ("vision_config.rope_parameters", {"rope_type": "default"}),
     ],
 )  # fmt: skip
