@@ -217,6 +217,8 @@ def generation_rows(folder: Path, model) -> list[Row]:
             logits.append(out)
     boxes, there = model.generated_boxes(cache)
     count = int(there.sum())
+    if not count:
+        raise WeightsError(f"{folder}: no box is generated; what was recorded has {len(expected['pred_boxes'])}")
     # Of the first image; both, so that the program is the one that is there.
     features = _sam_features(model, mask_batch(config, inputs)["sam_pixels"])[:1]
     masks, iou = jax.jit(lambda model: model.masks(cache["at_hidden"][:, :count], features))(model)
