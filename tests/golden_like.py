@@ -63,14 +63,15 @@ def recorded(rows_of, files: dict, monkeypatch, *, num_pixels: int = 0, fixed=No
     rows_of()
     monkeypatch.undo()
     for path, arrays in held.items():
-        for name, array in arrays.items():
+        given = dict(arrays)
+        for name, array in given.items():
             stage = next((s for s in spellings(path.name, name) if s in found), None)
             if stage is None:
                 continue
             ours, theirs = found[stage]
             if path.name.startswith("grads"):
                 # Both were divided by the largest index, or by that of the weight beside a bias of keys.
-                weight = arrays.get(name.replace("k_proj.bias", "k_proj.weight"), array)
+                weight = given.get(name.replace("k_proj.bias", "k_proj.weight"), array)
                 ours, theirs = ours * np.abs(weight).max(), theirs * np.abs(weight).max()
             if name == "num_logits_within_0.01_of_threshold":
                 arrays[name] = np.round(ours * num_pixels)
@@ -121,9 +122,11 @@ def minigpt(folder, monkeypatch, seed: int = 0):
     expected = {
         "vit_patch_embed": (2, 100, 52), "vit_embeddings": (2, 101, 52), "vit_block_0": (2, 101, 52),
         "vit_block_1": (2, 101, 52), "ln_vision": (2, 101, 52), "grouped_tokens": (2, 25, 208),
-        "image_tokens": (2, 25, 40), "inputs_embeds": (2, 40, 40), "attention_mask": (2, 40), "llm_layer_0": (2, 40, 40),
+        "image_tokens": (2, 25, 40), "inputs_embeds": (2, 40, 40), "attention_mask": (2, 40),
+        "llm_layer_0": (2, 40, 40),
         "llm_layer_1": (2, 40, 40), "llm_final_norm": (2, 40, 40), "logits": (2, 40, 97), "labels": (2, 40), "loss": (),
-        "loss_per_sample": (2,), "gen_sequences": (2, 6), "gen_step_logits": (2, 5, 97), "gen_inputs_embeds": (2, 37, 40),
+        "loss_per_sample": (2,), "gen_sequences": (2, 6), "gen_step_logits": (2, 5, 97),
+        "gen_inputs_embeds": (2, 37, 40),
         "gen_attention_mask": (2, 37), "gen_margin": (2, 5), "pos_embed_interpolated": (1, 101, 52),
     }  # fmt: skip
     trained = lambda name: "lora_" in name or name.startswith("llama_proj")  # noqa: E731
@@ -173,13 +176,17 @@ def next_chat_folder(folder, monkeypatch, *, sam_px: int = 256, seed: int = 0):
     rng, inputs = np.random.default_rng(seed), {}
     box = lambda num: np.sort(rng.random((num, 2, 2)), axis=1).reshape(num, 4).astype(np.float32)  # noqa: E731
     picture = lambda num: rng.standard_normal((num, 3, 40, 40)).astype(np.float32)  # noqa: E731
-    plans = {"": ((1, 1), (1, 2), (0, 0)), "seg_": ((1, 1), (0, 1)), "mock_valid_": ((0, 1),), "mock_invalid_": ((0, 1),)}
+    # Of every row: boxes in the question, boxes in the answer.
+    plans = {"": ((1, 1), (1, 2), (0, 0)), "seg_": ((1, 1), (0, 1))}
+    plans |= {"mock_valid_": ((0, 1),), "mock_invalid_": ((0, 1),)}
     for prefix, plan in plans.items():
         length = 39 if prefix == "seg_" else 43
         rows = [row_of(length, *counts, seed=i + len(prefix)) for i, counts in enumerate(plan)]
         ids, labels = (np.stack(parts) for parts in zip(*rows, strict=True))
-        arrays = {"input_ids": ids, "labels": labels, "attention_mask": (ids != 0).astype(int), "images": picture(len(plan)),
-                  "loc_inputs": box(sum(map(sum, plan))), "loc_targets": box(sum(answered for _, answered in plan))}  # fmt: skip
+        arrays = {"input_ids": ids, "labels": labels, "attention_mask": (ids != 0).astype(int),
+                  "images": picture(len(plan)),
+                  "loc_inputs": box(sum(map(sum, plan))),
+                  "loc_targets": box(sum(answered for _, answered in plan))}  # fmt: skip
         inputs |= {prefix + name: value for name, value in arrays.items()}
     inputs |= {
         "sam_image_tile": rng.standard_normal((2, 3, 100, 100)).astype(np.float32),
@@ -189,7 +196,8 @@ def next_chat_folder(folder, monkeypatch, *, sam_px: int = 256, seed: int = 0):
     np.savez(folder / "inputs.npz", **inputs)
     say_at(folder, inputs)
     base, mask, generate = next_shapes(sam_px)
-    names = {part: {n for n in shapes if stage_of(n) in stages} for part, stages in parity_golden_next_losses.STAGES.items()}
+    stages = parity_golden_next_losses.STAGES
+    names = {part: {name for name in shapes if stage_of(name) in stages[part]} for part in stages}
     own = names["mask"]
     clip = {name for name in shapes if name.startswith("model.vision_tower")}
     rest = set(shapes) - own - clip - {n for n in shapes if "positional_encoding" in n}
@@ -230,7 +238,8 @@ def say_at(folder, inputs) -> None:
 
 def stage_of(name: str) -> str:
     """The submodule that a tensor of the original belongs to."""
-    starts = {"model.vision_tower": "vision", "model.mm_projector": "projector", "loc_": "boxes", "seg_prompt": "mask_prompt",
+    starts = {"model.vision_tower": "vision", "model.mm_projector": "projector", "loc_": "boxes",
+              "seg_prompt": "mask_prompt",
               "sam.model.mask_decoder": "mask_decoder", "sam.": "sam", "": "decoder"}  # fmt: skip
     return next(stage for start, stage in starts.items() if name.startswith(start))
 
@@ -239,7 +248,8 @@ def next_shapes(sam_px: int) -> tuple[dict, dict, dict]:
     """Shapes of the arrays of expected_base, expected_mask and expected_generate."""
     terms = ("ce", "l1", "giou", "cycle1", "cycle2", "total")
     base = {f"mock_valid/clip_hidden_{i}": (4, 26, 40) for i in range(4)}
-    base |= {f"mock_valid/{name}": (4, 43, 40) for name in ("inputs_embeds", "llm_layer_0", "llm_layer_1", "llm_final_norm")}
+    per_token = ("inputs_embeds", "llm_layer_0", "llm_layer_1", "llm_final_norm")
+    base |= {f"mock_valid/{name}": (4, 43, 40) for name in per_token}
     base |= {"mock_valid/image_features": (4, 25, 40), "mock_valid/projected_tokens": (4, 25, 40),
              "mock_valid/loc_embeds": (6, 40), "mock_valid/cycle2_boxes": (6, 4), "mock_valid/cycle1_encoded": (4, 40),
              "rec/pred_boxes": (2, 4), "rec/input_ids": (1, 43)}  # fmt: skip
@@ -260,6 +270,7 @@ def next_shapes(sam_px: int) -> tuple[dict, dict, dict]:
              for kind in ("original", "fixed") for name in ("focal", "dice", "total")}  # fmt: skip
     generate = {
         "sequences": (1, 5), "step_logits": (1, 4, 98), "margin": (1, 4), "pred_boxes": (2, 4),
-        "low_res_masks": (2, 1, 64, 64), "iou_predictions": (2, 1), "beam5/sequences": (1, 8), "beam5/pred_boxes": (1, 4),
+        "low_res_masks": (2, 1, 64, 64), "iou_predictions": (2, 1), "beam5/sequences": (1, 8),
+        "beam5/pred_boxes": (1, 4),
     }  # fmt: skip
     return base, mask, generate

@@ -36,7 +36,9 @@ def exchanged(found, one, other):
 def test_minigpt_of_other_sizes(minigpt):
     result = parity(minigpt)
     assert [row["stage"] for row in result["rows"] if not row["ok"]] == []
-    assert {"vit_block_1", "llm_layer_1", "gen_margin", "pos_embed_interpolated"} <= {r["stage"] for r in result["rows"]}
+    assert {"vit_block_1", "llm_layer_1", "gen_margin", "pos_embed_interpolated"} <= {
+        r["stage"] for r in result["rows"]
+    }
 
 
 def test_exchanged_layers_are_named(minigpt, tmp_path, capsys):
