@@ -24,7 +24,13 @@ from medcg_jax.mesh import make_mesh
 from medcg_jax.models import build
 from medcg_jax.models.build import Config
 from medcg_jax.scale import (
-    parity_golden, parity_golden_next, parity_llava, parity_mllama, parity_qwen2_vl, parity_record, parity_weights,
+    parity_golden,
+    parity_golden_next,
+    parity_llava,
+    parity_mllama,
+    parity_qwen2_vl,
+    parity_record,
+    parity_weights,
 )  # fmt: skip
 from medcg_jax.scale.parity_rows import Row, compared, named
 from medcg_jax.weights import engine
@@ -141,7 +147,8 @@ def compare(
     """
     config, small = nnx.merge(graphdef, params).config, build.num_params(params) <= MAX_SMALL_PARAMS
     prefixes = sum((part_of(config).PREFIXES[name] for name in trained), ())
-    rate = 1e-3 if build.num_params(params) <= MAX_TRAINED_PARAMS else 1e-5
+    # Small: in ten large steps rounding alone can grow beyond what is allowed.
+    rate = 1e-4 if build.num_params(params) <= MAX_TRAINED_PARAMS else 1e-5
     rows = []
     with jax.default_matmul_precision("highest"):
         if small:
