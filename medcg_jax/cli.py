@@ -100,7 +100,9 @@ def parser() -> Parser:
         convert.add_argument(f"--{part}", default="", metavar="PATH", help=what)
     parity = add(verbs, "parity", parity_check, "the same input through this port and the PyTorch reference")
     parity.add_argument("src", metavar="SRC", help="a released (HF) model directory")
-    parity.add_argument("--inputs", default="", metavar="FILE.npz", help="numbers recorded elsewhere; no PyTorch needed")
+    parity.add_argument("--inputs", default="", metavar="FILE.npz", help="numbers recorded elsewhere; needs no PyTorch")
+    parity.add_argument("--record", default="", metavar="FILE.npz", help="write the reference's numbers, for --inputs")
+    parity.add_argument("--against", default="", metavar="DIR", help="the released directory that SRC was made from")
 
     for name, run, text in (
         ("train", train_one, "one fine-tune"),
@@ -174,7 +176,8 @@ def convert_weights(args) -> dict:
 def parity_check(args) -> dict:
     from medcg_jax.scale.parity import parity
 
-    return parity(Path(args.src), inputs=Path(args.inputs) if args.inputs else None)
+    files = {name: Path(getattr(args, name)) for name in ("inputs", "record", "against") if getattr(args, name)}
+    return parity(Path(args.src), **files)
 
 
 def train_one(args) -> dict:

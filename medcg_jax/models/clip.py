@@ -32,10 +32,14 @@ class ClipVisionConfig:
     norm_eps: float = 1e-5
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    # A name in `nn.layers.ACTIVATIONS`.
+    activation: str = "quick_gelu"
+    # Whether the class token goes on to the decoder, before the patches.
+    keep_class_token: bool = False
 
     def __post_init__(self):
-        if self.image_size_px % self.patch_size_px:
-            raise ValueError(f"image_size_px={self.image_size_px} is no multiple of patch_size_px={self.patch_size_px}")
+        if self.image_size_px < self.patch_size_px:
+            raise ValueError(f"image_size_px={self.image_size_px}: {self.patch_size_px} (a patch) or more is accepted")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"vision embed_dim={self.embed_dim} is no multiple of num_heads={self.num_heads}")
         if not 1 <= self.num_run_layers <= self.num_layers:
@@ -49,11 +53,17 @@ class ClipVisionConfig:
 
     @property
     def num_patches(self) -> int:
+        """What is left of the image to the right and below, less than a patch, belongs to none."""
         return (self.image_size_px // self.patch_size_px) ** 2
+
+    @property
+    def num_features(self) -> int:
+        """Tokens of an image that go on to the decoder."""
+        return self.num_patches + self.keep_class_token
 
 
 class ClipVision(nnx.Module):
-    """The layers that run: pixels to patch features, float[B, P, E], row by row from the top left."""
+    """The layers that run: pixels to features, float[B, P, E], row by row from the top left; `select` says which."""
 
     def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, unroll: int, remat: str):
         made = dict(rngs=rngs, dtype=dtype)
@@ -79,7 +89,11 @@ class ClipVision(nnx.Module):
             return block(x, implementation=attention), None
 
         x, _ = run_stack(self.blocks, body, self.embed(pixels, dtype), unroll=self.unroll, remat=self.remat)
-        return x[:, 1:]
+        return self.select(x)
+
+    def select(self, x: jax.Array) -> jax.Array:
+        """float[B, P, E]: the tokens that go on, of all that the last layer gives."""
+        return x if self.config.keep_class_token else x[:, 1:]
 
 
 class ClipUnused(nnx.Module):
@@ -93,7 +107,7 @@ class ClipUnused(nnx.Module):
 
 def _stack(config: ClipVisionConfig, num: int, *, rngs, dtype) -> ClipBlock:
     shape = config.embed_dim, config.num_heads, config.mlp_dim
-    return ClipBlock(*shape, eps=config.norm_eps, rngs=rngs, dtype=dtype, stack=(num,))
+    return ClipBlock(*shape, eps=config.norm_eps, activation=config.activation, rngs=rngs, dtype=dtype, stack=(num,))
 
 
 def normalise(pixels: jax.Array, config: ClipVisionConfig) -> jax.Array:
@@ -105,7 +119,8 @@ def normalise(pixels: jax.Array, config: ClipVisionConfig) -> jax.Array:
 
 
 def patches(pixels: jax.Array, size: int) -> jax.Array:
-    """float[B, P, size * size * 3]: the pixels of each patch in the order row, column, channel."""
+    """float[B, P, size * size * 3]: the pixels of each whole patch in the order row, column, channel."""
     batch, height, width, channels = pixels.shape
-    x = pixels.reshape(batch, height // size, size, width // size, size, channels)
+    height, width = height - height % size, width - width % size
+    x = pixels[:, :height, :width].reshape(batch, height // size, size, width // size, size, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)

@@ -35,6 +35,11 @@ class DecoderConfig:
     # The embedding is the head too.
     tie_head: bool = False
     rope_scaling: Llama3Scaling | None = None
+    # Biases behind attention, and in the MLP.
+    out_bias: bool = False
+    mlp_bias: bool = False
+    # Of the MLP's gate; a name in `nn.layers.ACTIVATIONS`.
+    activation: str = "silu"
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -51,7 +56,8 @@ class Decoder(nnx.Module):
         self.embed = Embedding(config.vocab_size, width, ("vocab", "embed"), **made)
         self.blocks = DecoderBlock(
             width, config.num_heads, config.num_kv_heads, config.head_dim, config.mlp_dim,
-            eps=config.norm_eps, qkv_bias=config.qkv_bias, stack=(config.num_layers,), **made,
+            eps=config.norm_eps, qkv_bias=config.qkv_bias, out_bias=config.out_bias, mlp_bias=config.mlp_bias,
+            activation=config.activation, stack=(config.num_layers,), **made,
         )  # fmt: skip
         self.norm = RMSNorm(width, eps=config.norm_eps, **made)
         head = None if config.tie_head else ((width, config.vocab_size), ("embed", "vocab"))

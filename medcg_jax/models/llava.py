@@ -14,7 +14,7 @@ from medcg_jax.models import decoder as decoder_lib
 from medcg_jax.models.clip import ClipUnused, ClipVision, ClipVisionConfig
 from medcg_jax.models.decoder import Decoder, DecoderConfig
 from medcg_jax.models.merge import merge_images
-from medcg_jax.nn.layers import Dense, gelu
+from medcg_jax.nn.layers import ACTIVATIONS, Dense, gelu
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,13 @@ class LlavaConfig:
     attention: str = "auto"
     remat: str = "none"
     scan_unroll: int = 0
+    # Between the projector's layers; a name in `nn.layers.ACTIVATIONS`.
+    projector_activation: str = "gelu"
+    projector_bias: bool = True
 
     @property
     def num_image_tokens(self) -> int:
-        return self.vision.num_patches
+        return self.vision.num_features
 
     @property
     def image_size_px(self) -> int:
@@ -86,16 +89,20 @@ def llava15_tiny(
 
 
 class Projector(nnx.Module):
-    """Image features to the decoder's width: dense, exact GELU, dense."""
+    """Image features to the decoder's width: dense, an activation, dense."""
 
-    def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(
+        self, config, *, use_bias: bool = True, activation: str = "gelu", rngs: nnx.Rngs, dtype=jnp.float32
+    ):
+        self.activation = activation
         width, out = config.vision.embed_dim, config.text.embed_dim
-        made = dict(use_bias=True, rngs=rngs, dtype=dtype)
+        made = dict(use_bias=use_bias, rngs=rngs, dtype=dtype)
         self.up = Dense("bpe,ef->bpf", (width, out), ("vision_embed", "mlp"), **made)
         self.down = Dense("bpf,fd->bpd", (out, out), ("mlp", "embed"), **made)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(gelu(self.up(x)))
+        act = gelu if self.activation == "gelu" else ACTIVATIONS[self.activation]
+        return self.down(act(self.up(x)))
 
 
 class Llava(nnx.Module):
@@ -110,7 +117,8 @@ class Llava(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(config.compute_dtype if dtype is None else dtype)
         self.vision = ClipVision(config.vision, **made, **runs)
-        self.projector = Projector(config, **made)
+        own = dict(use_bias=config.projector_bias, activation=config.projector_activation)
+        self.projector = Projector(config, **own, **made)
         self.decoder = Decoder(config.text, **made, **runs)
         self.unused = ClipUnused(config.vision, **made)
 

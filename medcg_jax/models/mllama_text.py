@@ -1,11 +1,13 @@
 """Llama-3.2-Vision's decoder: Llama's blocks, and among them gated cross-attention to the tokens of the images.
 
-The layers come in equal groups, each with one cross-attention layer inside it; one `lax.scan` runs over the groups.
+In every release the layers come in equal groups, each with one cross-attention layer inside it; one `lax.scan` runs
+over the groups. Where they do not, the layers run one by one.
 Source: huggingface/transformers:models/mllama/modeling_mllama.py and processing_mllama.py at 5.23.0;
 meta-llama/llama-models:llama3/multimodal/model.py at a9c89c4.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,9 @@ from flax import nnx
 
 from medcg_jax.models.mllama_vit import gate, gated
 from medcg_jax.nn.attention import masked_attention
-from medcg_jax.nn.blocks import DecoderBlock, run_stack
+from medcg_jax.nn.blocks import REMAT_POLICIES, DecoderBlock, run_stack
 from medcg_jax.nn.context import constrain
-from medcg_jax.nn.layers import Dense, Embedding, RMSNorm, Stack
+from medcg_jax.nn.layers import ACTIVATIONS, Dense, Embedding, RMSNorm, Stack
 from medcg_jax.nn.rope import Llama3Scaling
 
 # Rows of the embedding beyond the vocabulary; the image token's is the first. The head has none of them.
@@ -40,24 +42,27 @@ class MllamaTextConfig:
     norm_eps: float = 1e-5
     # Positions the released model was trained on; nothing is allocated by it.
     max_positions: int = 131072
+    # Of the MLP's gate; a name in `nn.layers.ACTIVATIONS`.
+    activation: str = "silu"
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions turn pairs")
-        if not self.cross_layers or self.cross_layers != tuple(
-            range(self.cross_layers[0], self.num_layers, self.group_size)
-        ):
+        inner = self.cross_layers
+        if not inner or list(inner) != sorted(set(inner)) or not set(inner) < set(range(self.num_layers)):
             raise ValueError(
-                f"cross_layers={self.cross_layers} of num_layers={self.num_layers}: one at the same place of each of "
-                "several equal groups is accepted"
+                f"cross_layers={inner} of num_layers={self.num_layers}: rising layers from 0, at least one, and "
+                "not all, are accepted"
             )
 
     @property
     def group_size(self) -> int:
-        """Layers of the group that repeats, its one cross-attention layer included."""
-        return self.num_layers // len(self.cross_layers)
+        """Layers of the group that repeats, its one cross-attention layer included; 0: the groups are not equal."""
+        size, rest = divmod(self.num_layers, len(self.cross_layers))
+        equal = not rest and self.cross_layers == tuple(range(self.cross_layers[0], self.num_layers, size))
+        return size if equal and size > 1 else 0
 
     @property
     def self_layers(self) -> tuple[int, ...]:
@@ -68,6 +73,7 @@ class CrossBlock(nnx.Module):
     """Text looks at the tiles: no positions, RMS norms on every query and key head, tanh gates on both branches."""
 
     def __init__(self, config: MllamaTextConfig, *, rngs, dtype, stack: Stack = ()):
+        self.activation = config.activation
         width, head_dim, mlp_dim = config.embed_dim, config.head_dim, config.mlp_dim
         heads, kv_heads = config.num_heads, config.num_kv_heads
         made = dict(rngs=rngs, dtype=dtype, stack=stack)
@@ -97,7 +103,7 @@ class CrossBlock(nnx.Module):
         y = jnp.where(sees[..., None], y, 0) if mask_attention else y
         x = x + gated(y, self.attention_gate)
         y = self.norm2(x)
-        hidden = constrain(jax.nn.silu(self.gate(y)) * self.up(y), "act_batch", "act_len", "act_mlp")
+        hidden = constrain(ACTIVATIONS[self.activation](self.gate(y)) * self.up(y), "act_batch", "act_len", "act_mlp")
         y = jnp.where(sees[..., None], self.down(hidden), 0)
         return constrain(x + gated(y, self.mlp_gate), "act_batch", "act_len", "act_embed")
 
@@ -112,7 +118,7 @@ class MllamaDecoder(nnx.Module):
         self.embed = Embedding(config.vocab_size + EXTRA_ROWS, width, ("vocab", "embed"), **made)
         self.blocks = DecoderBlock(
             width, config.num_heads, config.num_kv_heads, config.head_dim, config.mlp_dim,
-            eps=config.norm_eps, stack=(len(config.self_layers),), **made,
+            eps=config.norm_eps, activation=config.activation, stack=(len(config.self_layers),), **made,
         )  # fmt: skip
         self.cross = CrossBlock(config, stack=(len(config.cross_layers),), **made)
         self.norm = RMSNorm(width, eps=config.norm_eps, **made)
@@ -127,6 +133,8 @@ class MllamaDecoder(nnx.Module):
           layers are left out.
         """
         config = self.config
+        if not config.group_size:
+            return self._one_by_one(x, angles, segment_ids, cache, look, memory, attention)
         groups, place = len(config.cross_layers), config.cross_layers[0]
         graphdef, params = nnx.split(self.blocks)
         grouped = lambda tree: jax.tree.map(lambda w: w.reshape(groups, -1, *w.shape[1:]), tree)
@@ -158,10 +166,44 @@ class MllamaDecoder(nnx.Module):
             kept = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), kept[0]), kept[1]
         return self.norm(x), kept
 
+    def _one_by_one(self, x, angles, segment_ids, cache, look, memory, attention):
+        """As a call, for cross-attention layers at any places: every layer is a program of its own in the loop."""
+        shared = {} if cache is None else {name: cache[name] for name in ("segment_ids", "index")}
+        policy = REMAT_POLICIES[self.remat]
+        run = (lambda step: step) if self.remat == "none" else partial(jax.checkpoint, policy=policy)
+        kept, made, own, cross = [], [], 0, 0
+        for layer in range(self.config.num_layers):
+            if layer not in self.config.cross_layers:
+                slot = None if cache is None else {"k": cache["k"][own], "v": cache["v"][own], **shared}
+                step = partial(layer_of(self.blocks, own, x.dtype), angles=angles, segment_ids=segment_ids)
+                step = partial(step, implementation=attention, cache=slot)
+                x, pair = run(step)(x)
+                kept.append(pair)
+                own += 1
+                continue
+            block = layer_of(self.cross, cross, x.dtype)
+            if memory is not None:
+                known = isinstance(memory, tuple)
+                pair = jax.tree.map(lambda w, i=cross: w[i], memory) if known else block.keys_values(memory)
+                step = partial(block, keys_values=pair, **look)
+                x = run(step)(x)
+                made += [] if known else [pair]
+            cross += 1
+        if cache is None:
+            return self.norm(x), None
+        stacked = [jax.tree.map(lambda *parts: jnp.stack(parts), *pairs) if pairs else None for pairs in (kept, made)]
+        return self.norm(x), tuple(stacked)
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32[..., V] for hidden[..., D]."""
         kernel = self.head.kernel[...].astype(hidden.dtype)
         return jnp.einsum(self.head.equation, hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def layer_of(blocks: nnx.Module, index: int, dtype) -> nnx.Module:
+    """One layer of a stack, its parameters in `dtype`."""
+    graphdef, params = nnx.split(blocks)
+    return nnx.merge(graphdef, jax.tree.map(lambda w: w[index].astype(dtype), params))
 
 
 def images_in_view(is_image: jax.Array, before=None) -> tuple[jax.Array, jax.Array]:

@@ -16,7 +16,7 @@ from medcg_jax.models.clip import normalise
 from medcg_jax.nn.attention import masked_attention
 from medcg_jax.nn.blocks import run_stack
 from medcg_jax.nn.context import constrain
-from medcg_jax.nn.layers import Dense, LayerNorm, Stack, gelu, normal, param
+from medcg_jax.nn.layers import ACTIVATIONS, Dense, LayerNorm, Stack, gelu, normal, param
 
 NUM_TILES = 4
 # Ways to lay at most four tiles in a rectangle; aspect_ratio_ids count them from 1, and 0 is no image.
@@ -47,10 +47,12 @@ class MllamaVisionConfig:
     norm_eps: float = 1e-5
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    # A name in `nn.layers.ACTIVATIONS`.
+    activation: str = "gelu"
 
     def __post_init__(self):
-        if self.image_size_px % self.patch_size_px:
-            raise ValueError(f"image_size_px={self.image_size_px} is no multiple of patch_size_px={self.patch_size_px}")
+        if self.image_size_px < self.patch_size_px:
+            raise ValueError(f"image_size_px={self.image_size_px}: {self.patch_size_px} (a patch) or more is accepted")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"vision embed_dim={self.embed_dim} is no multiple of num_heads={self.num_heads}")
         inner = self.intermediate_layers
@@ -73,9 +75,10 @@ class MllamaVisionConfig:
 
 
 class VisionBlock(nnx.Module):
-    """Pre-norm encoder block: no biases in attention, exact GELU; where `gated`, tanh gates on both branches."""
+    """Pre-norm encoder block: no biases in attention; where `gated`, tanh gates on both branches."""
 
     def __init__(self, config: MllamaVisionConfig, *, gated: bool, rngs, dtype, stack: Stack = ()):
+        self.activation = config.activation
         width, heads, mlp_dim = config.embed_dim, config.num_heads, config.mlp_dim
         made = dict(rngs=rngs, dtype=dtype, stack=stack)
         shape, axes = (width, heads, width // heads), ("vision_embed", "vision_heads", "head_dim")
@@ -96,7 +99,8 @@ class VisionBlock(nnx.Module):
         q, k, v = (constrain(f(y), "act_batch", "act_len", "act_heads", None) for f in (self.q, self.k, self.v))
         attend = masked_attention if x.shape[1] <= TOKENS_AT_ONCE else attention_by_tile
         x = x + gated(self.out(attend(q, k, v, allowed)), self.attention_gate)
-        hidden = constrain(gelu(self.up(self.norm2(x))), "act_batch", "act_len", "act_mlp")
+        act = gelu if self.activation == "gelu" else ACTIVATIONS[self.activation]
+        hidden = constrain(act(self.up(self.norm2(x))), "act_batch", "act_len", "act_mlp")
         return constrain(x + gated(self.down(hidden), self.mlp_gate), "act_batch", "act_len", "act_embed")
 
 
@@ -214,7 +218,8 @@ def attention_by_tile(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Arr
 
 
 def _patches(pixels: jax.Array, size: int) -> jax.Array:
-    """float[n, tiles, P, size * size * 3]: the pixels of each patch in the order row, column, channel."""
+    """float[n, tiles, P, size * size * 3]: the pixels of each whole patch in the order row, column, channel."""
     count, tiles, height, width, channels = pixels.shape
-    x = pixels.reshape(count, tiles, height // size, size, width // size, size, channels)
+    height, width = height - height % size, width - width % size
+    x = pixels[:, :, :height, :width].reshape(count, tiles, height // size, size, width // size, size, channels)
     return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(count, tiles, -1, size * size * channels)

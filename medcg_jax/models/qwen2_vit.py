@@ -16,7 +16,7 @@ from flax import nnx
 from medcg_jax.nn.attention import attention
 from medcg_jax.nn.blocks import run_stack
 from medcg_jax.nn.context import constrain
-from medcg_jax.nn.layers import Dense, LayerNorm, Stack, quick_gelu
+from medcg_jax.nn.layers import ACTIVATIONS, Dense, LayerNorm, Stack, quick_gelu
 from medcg_jax.nn.rope import Angles, frequencies, rotate
 
 
@@ -37,6 +37,8 @@ class Qwen2VitConfig:
     norm_eps: float = 1e-6
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    # A name in `nn.layers.ACTIVATIONS`.
+    activation: str = "quick_gelu"
 
     def __post_init__(self):
         if self.embed_dim % (4 * self.num_heads):
@@ -52,9 +54,10 @@ class Qwen2VitConfig:
 
 
 class VitBlock(nnx.Module):
-    """Pre-norm encoder block: biases everywhere, quick_gelu, rotary positions, patches see those of their own image."""
+    """Pre-norm encoder block: biases everywhere, rotary positions, patches see those of their own image."""
 
     def __init__(self, config: Qwen2VitConfig, *, rngs, dtype, stack: Stack = ()):
+        self.activation = config.activation
         made = dict(use_bias=True, rngs=rngs, dtype=dtype, stack=stack)
         normed = dict(eps=config.norm_eps, rngs=rngs, dtype=dtype, stack=stack)
         width, heads, head_dim = config.embed_dim, config.num_heads, config.embed_dim // config.num_heads
@@ -72,7 +75,8 @@ class VitBlock(nnx.Module):
         q, k, v = jnp.split(qkv, 3, axis=-1)
         q, k = rotate(q, angles), rotate(k, angles)
         x = x + self.out(attention(q, k, v, causal=False, segment_ids=segment_ids, implementation=implementation))
-        hidden = constrain(quick_gelu(self.up(self.norm2(x))), "act_batch", "act_len", "act_mlp")
+        act = quick_gelu if self.activation == "quick_gelu" else ACTIVATIONS[self.activation]
+        hidden = constrain(act(self.up(self.norm2(x))), "act_batch", "act_len", "act_mlp")
         return constrain(x + self.down(hidden), "act_batch", "act_len", "act_embed")
 
 

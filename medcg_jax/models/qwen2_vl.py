@@ -266,7 +266,8 @@ def mrope_angles(positions: jax.Array, config: Qwen2VLConfig) -> Angles:
     positions: int[B, T, 3] time, row, column.
     """
     axis = np.repeat(np.arange(3), config.mrope_sections)
-    turns = positions[..., axis].astype(jnp.float32) * frequencies(config.text.head_dim, config.text.rope_theta)
+    text = config.text
+    turns = positions[..., axis].astype(jnp.float32) * frequencies(text.head_dim, text.rope_theta, text.rope_scaling)
     return jnp.cos(turns)[:, :, None], jnp.sin(turns)[:, :, None]
 
 

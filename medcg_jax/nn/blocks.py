@@ -8,7 +8,7 @@ from flax import nnx
 
 from medcg_jax.nn.attention import attention
 from medcg_jax.nn.context import constrain, platform
-from medcg_jax.nn.layers import Dense, LayerNorm, RMSNorm, Stack, quick_gelu
+from medcg_jax.nn.layers import ACTIVATIONS, Dense, LayerNorm, RMSNorm, Stack, quick_gelu
 from medcg_jax.nn.rope import Angles, rotate
 
 # Name in the config -> policy of `jax.checkpoint` ("none": no checkpoint at all).
@@ -20,9 +20,13 @@ REMAT_POLICIES = {
 
 
 class ClipBlock(nnx.Module):
-    """Pre-norm encoder block of CLIP: biases everywhere, quick_gelu, every token sees every token."""
+    """Pre-norm encoder block of CLIP: biases everywhere, every token sees every token."""
 
-    def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, *, eps: float, rngs, dtype, stack: Stack = ()):
+    def __init__(
+        self, embed_dim: int, num_heads: int, mlp_dim: int, *, eps: float, activation: str = "quick_gelu", rngs, dtype,
+        stack: Stack = (),
+    ):  # fmt: skip
+        self.activation = activation
         made = dict(use_bias=True, rngs=rngs, dtype=dtype, stack=stack)
         heads = (embed_dim, num_heads, embed_dim // num_heads), ("vision_embed", "vision_heads", "head_dim")
         self.norm1 = LayerNorm(embed_dim, eps=eps, rngs=rngs, dtype=dtype, stack=stack)
@@ -38,29 +42,35 @@ class ClipBlock(nnx.Module):
         y = self.norm1(x)
         q, k, v = (constrain(f(y), "act_batch", "act_len", "act_heads", None) for f in (self.q, self.k, self.v))
         x = x + self.out(attention(q, k, v, causal=False, implementation=implementation))
-        hidden = constrain(quick_gelu(self.up(self.norm2(x))), "act_batch", "act_len", "act_mlp")
+        act = quick_gelu if self.activation == "quick_gelu" else ACTIVATIONS[self.activation]
+        hidden = constrain(act(self.up(self.norm2(x))), "act_batch", "act_len", "act_mlp")
         return constrain(x + self.down(hidden), "act_batch", "act_len", "act_embed")
 
 
 class DecoderBlock(nnx.Module):
-    """Llama's block: RMS norms, grouped-query attention with rotary positions, SwiGLU; biases on q, k and v if asked."""
+    """Llama's block: RMS norms, grouped-query attention with rotary positions, a gated MLP.
+
+    qkv_bias, out_bias, mlp_bias: whether there are biases on queries, keys and values, behind attention, in the MLP.
+    """
 
     def __init__(
-        self, embed_dim, num_heads, num_kv_heads, head_dim, mlp_dim, *, eps: float, qkv_bias: bool = False, rngs, dtype,
-        stack: Stack = (),
+        self, embed_dim, num_heads, num_kv_heads, head_dim, mlp_dim, *, eps: float, qkv_bias: bool = False,
+        out_bias: bool = False, mlp_bias: bool = False, activation: str = "silu", rngs, dtype, stack: Stack = (),
     ):  # fmt: skip
-        made = dict(use_bias=False, rngs=rngs, dtype=dtype, stack=stack)
-        biased = made | {"use_bias": qkv_bias}
+        made = dict(rngs=rngs, dtype=dtype, stack=stack)
+        biased, mlp = dict(use_bias=qkv_bias, **made), dict(use_bias=mlp_bias, **made)
+        self.activation = activation
         kv_heads = (embed_dim, num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim")
         self.norm1 = RMSNorm(embed_dim, eps=eps, rngs=rngs, dtype=dtype, stack=stack)
         self.q = Dense("btd,dnh->btnh", (embed_dim, num_heads, head_dim), ("embed", "heads", "head_dim"), **biased)
         self.k = Dense("btd,dkh->btkh", *kv_heads, **biased)
         self.v = Dense("btd,dkh->btkh", *kv_heads, **biased)
-        self.out = Dense("btnh,nhd->btd", (num_heads, head_dim, embed_dim), ("heads", "head_dim", "embed"), **made)
+        self.out = Dense("btnh,nhd->btd", (num_heads, head_dim, embed_dim), ("heads", "head_dim", "embed"),
+                         use_bias=out_bias, **made)  # fmt: skip
         self.norm2 = RMSNorm(embed_dim, eps=eps, rngs=rngs, dtype=dtype, stack=stack)
-        self.gate = Dense("btd,df->btf", (embed_dim, mlp_dim), ("embed", "mlp"), **made)
-        self.up = Dense("btd,df->btf", (embed_dim, mlp_dim), ("embed", "mlp"), **made)
-        self.down = Dense("btf,fd->btd", (mlp_dim, embed_dim), ("mlp", "embed"), **made)
+        self.gate = Dense("btd,df->btf", (embed_dim, mlp_dim), ("embed", "mlp"), **mlp)
+        self.up = Dense("btd,df->btf", (embed_dim, mlp_dim), ("embed", "mlp"), **mlp)
+        self.down = Dense("btf,fd->btd", (mlp_dim, embed_dim), ("mlp", "embed"), **mlp)
 
     def __call__(self, x, *, angles: Angles, segment_ids, cache=None, lora=None, implementation: str):
         """(x after the block, the layer's keys and values in the cache).
@@ -87,7 +97,7 @@ class DecoderBlock(nnx.Module):
             )  # fmt: skip
         x = x + self.out(y)
         y = self.norm2(x)
-        hidden = constrain(jax.nn.silu(self.gate(y)) * self.up(y), "act_batch", "act_len", "act_mlp")
+        hidden = constrain(ACTIVATIONS[self.activation](self.gate(y)) * self.up(y), "act_batch", "act_len", "act_mlp")
         return constrain(x + self.down(hidden), "act_batch", "act_len", "act_embed"), (k, v)
 
 

@@ -113,3 +113,11 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 def gelu(x: jax.Array) -> jax.Array:
     """The exact (erf) GELU."""
     return jax.nn.gelu(x, approximate=False)
+
+
+# By the names that released configs have for them. Source: huggingface/transformers:activations.py at 5.23.0.
+ACTIVATIONS = {
+    "gelu": gelu, "gelu_python": gelu, "gelu_new": jax.nn.gelu, "gelu_pytorch_tanh": jax.nn.gelu,
+    "gelu_fast": jax.nn.gelu, "quick_gelu": quick_gelu, "silu": jax.nn.silu, "swish": jax.nn.silu, "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6, "mish": jax.nn.mish, "sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh,
+}  # fmt: skip

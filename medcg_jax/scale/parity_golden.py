@@ -17,7 +17,7 @@ from medcg_jax.mesh import make_mesh
 from medcg_jax.models import build
 from medcg_jax.models.minigpt_v2 import MiniGPTv2, MiniGPTv2Config, group
 from medcg_jax.nn.rope import count_positions, rope_angles
-from medcg_jax.scale.parity_rows import Row, compared, layers
+from medcg_jax.scale.parity_rows import Row, check_arrays, compared, exactly, layers, read_arrays
 from medcg_jax.train.losses import negative_log_likelihood
 from medcg_jax.weights import engine, minigpt_v2
 from medcg_jax.weights.files import WeightsError, open_safetensors, read_json
@@ -33,22 +33,27 @@ IGNORED_LABEL = -100
 def golden_rows(folder: Path) -> list[Row]:
     """A row for every array of the folder: stages, logits, losses, gradients, generated tokens, resized positions.
 
+    Stages come in the order of the computation. No array of `expected.npz` and `grads.npz` is left out.
+
     Raises:
       WeightsError: files are missing, or arrays do not fit the config.
     """
     config, graphdef, params = load(folder)
+    bos = read_json(folder / "config.json").get("bos_token_id", minigpt_v2.BOS)
     pieces = read_json(folder / "inputs.json")
-    inputs, expected, grads = (_arrays(folder / f"{name}.npz") for name in ("inputs", "expected", "grads"))
+    inputs, expected, grads = (read_arrays(folder / f"{name}.npz") for name in ("inputs", "expected", "grads"))
     model = nnx.merge(graphdef, params)
     pixels = jnp.asarray(inputs["image"].transpose(0, 2, 3, 1))[:, None]
     with jax.default_matmul_precision("highest"):
-        rows = stage_rows(model, pixels, pieces["train"], expected)
-        rows += gradient_rows(config, graphdef, params, pixels, pieces["train"], grads)
+        rows = stage_rows(model, pixels, pieces["train"], expected, bos)
+        rows += gradient_rows(config, graphdef, params, pixels, pieces["train"], grads, bos)
         rows += generation_rows(model, pixels, pieces["generate"], expected)
     side = config.vision.image_size_px // config.vision.patch_size_px
     resized = resize_positions(inputs["pos_embed_small"][0], side)[None]
     rows.append(compared("pos_embed_interpolated", resized, expected["pos_embed_interpolated"]))
-    return [dataclasses.replace(row, tolerance=TOLERANCE) for row in rows]
+    compared_with = [row.stage for row in rows if not row.stage.startswith("gradient ")]
+    check_arrays(folder / "expected.npz", expected, compared_with)
+    return [dataclasses.replace(row, tolerance=TOLERANCE, floor=1.0) for row in rows]
 
 
 def load(folder: Path) -> tuple[MiniGPTv2Config, nnx.GraphDef, nnx.State]:
@@ -106,17 +111,24 @@ def port_stages(model: MiniGPTv2, tokens: jax.Array, segment_ids: jax.Array, pix
     return found
 
 
-def stage_rows(model: MiniGPTv2, pixels: jax.Array, pieces: list[dict], expected: dict[str, np.ndarray]) -> list[Row]:
+def stage_rows(
+    model: MiniGPTv2,
+    pixels: jax.Array,
+    pieces: list[dict],
+    expected: dict[str, np.ndarray],
+    bos_id: int = minigpt_v2.BOS,
+) -> list[Row]:
     """Rows for every stage (of the decoder's the real tokens), the mask, the labels and both losses."""
-    given = training_rows(model.config, pieces)
+    given = training_rows(model.config, pieces, bos_id)
     rows = [
-        _same("attention_mask", given["segment_ids"], expected["attention_mask"]),
-        _same("labels", given["labels"], expected["labels"]),
+        exactly("attention_mask", given["segment_ids"], expected["attention_mask"]),
+        exactly("labels", given["labels"], expected["labels"]),
     ]
     found = jax.jit(port_stages)(model, jnp.asarray(given["tokens"]), jnp.asarray(given["segment_ids"]), pixels)
     real = given["segment_ids"] != 0
-    # In the folder's order, which is that of the computation.
-    for stage in (name for name in expected if name in found):
+    for stage in port_order(found):
+        if stage not in expected:
+            raise WeightsError(f"expected.npz lacks {stage}")
         keep = real if stage.startswith(("inputs", "llm", "logits")) else ...
         rows.append(compared(stage, np.asarray(found[stage])[keep], expected[stage][keep]))
     nll, weight = token_losses(found["logits"], given["labels"])
@@ -125,15 +137,34 @@ def stage_rows(model: MiniGPTv2, pixels: jax.Array, pieces: list[dict], expected
     return [*rows, compared("loss_per_sample", nll.sum(axis=1) / nll.shape[1], expected["loss_per_sample"])]
 
 
+def port_order(found: dict) -> list[str]:
+    """Names of stages in the order of the computation; `jit` sorts the keys of a dict."""
+    first = (
+        "vit_patch_embed",
+        "vit_embeddings",
+        "vit_block",
+        "ln_vision",
+        "grouped",
+        "image_tokens",
+        "inputs",
+        "llm_layer",
+    )
+    place = lambda name: next((i for i, start in enumerate(first) if name.startswith(start)), len(first))  # noqa: E731
+    number = lambda name: int(name.rsplit("_", 1)[1]) if name[-1].isdigit() else 0  # noqa: E731
+    return sorted(found, key=lambda name: (place(name), number(name), name == "logits"))
+
+
 def token_losses(logits: jax.Array, labels: np.ndarray) -> tuple[jax.Array, np.ndarray]:
     """(float32[B, T - 1] negative log-likelihoods of the labels one position ahead, which of them are labelled)."""
     weight = labels[:, 1:] != IGNORED_LABEL
     return negative_log_likelihood(logits[:, :-1], jnp.where(weight, labels[:, 1:], 0)) * weight, weight
 
 
-def gradient_rows(config, graphdef, params, pixels, pieces: list[dict], reference: dict[str, np.ndarray]) -> list[Row]:
+def gradient_rows(
+    config, graphdef, params, pixels, pieces: list[dict], reference: dict[str, np.ndarray], bos_id: int = minigpt_v2.BOS
+) -> list[Row]:
     """A row per tensor: trained ones relative to their gradient's largest value, the norms of others' to themselves."""
-    given = training_rows(config, pieces)
+    given = training_rows(config, pieces, bos_id)
 
     @jax.jit
     @jax.grad
@@ -191,11 +222,13 @@ def generation_rows(model: MiniGPTv2, pixels, pieces: list[dict], expected: dict
     ours = np.stack(found, axis=1)
     ended = np.cumsum(sequences == config.eos_token_id, axis=1) - (sequences == config.eos_token_id) > 0
     real = np.asarray(given["segment_ids"]) != 0
+    top = np.sort(ours, axis=-1)[..., -2:]
     return [
-        _same("gen_attention_mask", given["segment_ids"], expected["gen_attention_mask"]),
+        exactly("gen_attention_mask", given["segment_ids"], expected["gen_attention_mask"]),
         compared("gen_inputs_embeds", np.asarray(embedded)[real], expected["gen_inputs_embeds"][real]),
         compared("gen_step_logits", ours[~ended], step_logits[~ended]),
-        _same("gen_sequences", ours.argmax(axis=-1)[~ended], sequences[~ended]),
+        exactly("gen_sequences", ours.argmax(axis=-1)[~ended], sequences[~ended]),
+        compared("gen_margin", (top[..., 1] - top[..., 0])[~ended], expected["gen_margin"][~ended]),
     ]
 
 
@@ -207,16 +240,3 @@ def left_padded(config: MiniGPTv2Config, pieces: list[dict]) -> dict[str, jax.Ar
     tokens = [[config.pad_token_id] * (length - len(ids)) + ids for ids in prompts]
     segments = [[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts]
     return {"tokens": jnp.asarray(tokens, jnp.int32), "segment_ids": jnp.asarray(segments, jnp.int32)}
-
-
-def _same(stage: str, ours, theirs) -> Row:
-    """A row whose difference is 1 where any number differs, whatever their size."""
-    return Row(stage, float(not np.array_equal(ours, theirs)), 1.0)
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} is no readable .npz file: {error}") from error

@@ -4,13 +4,15 @@ Vision stages hold the images that are used, one behind the other, as HF has the
 Source: huggingface/transformers:models/llava/modeling_llava.py at 5.23.0.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from medcg_jax.models.llava import Llava, LlavaConfig
 from medcg_jax.nn.rope import count_positions, rope_angles
-from medcg_jax.scale.parity_rows import layers
+from medcg_jax.scale.parity_rows import layers, placed, text_ids
 from medcg_jax.weights.files import WeightsError
 
 FAMILY = "llava"
@@ -19,15 +21,27 @@ HF_CLASS = "LlavaForConditionalGeneration"
 PREFIXES = {"projector": ("multi_modal_projector.",), "decoder": ("language_model.", "lm_head.")}
 
 
+def runnable(config: LlavaConfig) -> tuple[LlavaConfig, list[str]]:
+    """(the config that both sides can run, what was changed in it and why, in words)."""
+    moved = placed({"image_token_id": config.image_token_id}, config.text.vocab_size)
+    notes = [
+        f"{name}={getattr(config, name)} is no row of the embedding: {i} stands for it" for name, i in moved.items()
+    ]
+    return dataclasses.replace(config, **moved), notes
+
+
 def example(config: LlavaConfig, *, seed: int = 0, num_text: int = 24) -> dict[str, np.ndarray]:
     """Two rows of random input as HF's forward takes it: one image each, the second row padded on the right."""
     rng = np.random.default_rng(seed)
     size, num = config.image_size_px, config.num_image_tokens
-    ids = rng.integers(3, min(config.text.vocab_size, config.image_token_id), (2, num_text + num), dtype=np.int64)
+    # Padding's row of the embedding gets no gradient from torch.
+    special = {config.image_token_id, config.pad_token_id}
+    ids = text_ids(rng, (2, num_text + num), config.text.vocab_size, special)
     ids[:, 4 : 4 + num] = config.image_token_id
     mask = np.ones_like(ids)
     mask[1, -num_text // 3 :] = 0
-    ids[mask == 0] = config.pad_token_id
+    pad = config.pad_token_id
+    ids[mask == 0] = pad if 0 <= pad < config.text.vocab_size and pad != config.image_token_id else ids[0, 0]
     labels = np.where(mask == 1, ids, -100)
     labels[:, : 4 + num + num_text // 3] = -100
     pixels = rng.standard_normal((2, 3, size, size), dtype=np.float32)
@@ -74,10 +88,11 @@ def port_stages(model: Llava, given: dict) -> dict[str, np.ndarray]:
     step = jax.jit(lambda block, x: block(x, implementation=attention))
     for i, block in enumerate(layers(model.vision.blocks)):
         x = found[f"vision.layer{i}"] = step(block, x)
-    found["projector"] = jax.jit(lambda model, x: model.projector(x[:, 1:]))(model, x)
+    found["projector"] = jax.jit(lambda model, x: model.projector(model.vision.select(x)))(model, x)
     features = found["projector"].reshape(pixels.shape[0], -1, config.text.embed_dim)
     x = found["embed"] = jax.jit(lambda model, *given: model.embed(*given))(model, tokens, features)
-    angles = rope_angles(count_positions(segment_ids), config.text.head_dim, config.text.rope_theta)
+    text = config.text
+    angles = rope_angles(count_positions(segment_ids), text.head_dim, text.rope_theta, text.rope_scaling)
     run = jax.jit(lambda block, x: block(x, angles=angles, segment_ids=segment_ids, implementation=attention)[0])
     for i, block in enumerate(layers(model.decoder.blocks)):
         x = found[f"decoder.layer{i}"] = run(block, x)
@@ -107,5 +122,6 @@ def taps(model) -> list[tuple]:
     ]
 
 
-def prepare(model) -> None:
-    """HF's model computes what the release does: nothing is changed in it."""
+def prepare(model, config: LlavaConfig) -> None:
+    """Gives HF's model the image's id; it computes what the release does."""
+    model.config.image_token_id = model.model.config.image_token_id = config.image_token_id

@@ -3,14 +3,17 @@
 Source: huggingface/transformers:models/mllama/modeling_mllama.py and processing_mllama.py at 5.23.0.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from medcg_jax.models.mllama import Mllama, MllamaConfig
+from medcg_jax.models.mllama_text import EXTRA_ROWS
 from medcg_jax.models.mllama_vit import NUM_TILES
 from medcg_jax.nn.rope import count_positions, rope_angles
-from medcg_jax.scale.parity_rows import layers
+from medcg_jax.scale.parity_rows import layers, placed, text_ids
 from medcg_jax.weights.files import WeightsError
 
 FAMILY = "mllama"
@@ -19,15 +22,37 @@ HF_CLASS = "MllamaForConditionalGeneration"
 PREFIXES = {"projector": ("multi_modal_projector.",), "decoder": ("language_model.", "lm_head.")}
 
 
+def runnable(config: MllamaConfig) -> tuple[MllamaConfig, list[str]]:
+    """(the config that both sides can run, what was changed in it and why, in words).
+
+    Layer 0 among the intermediate ones has no layer before it whose output HF could take for its input: outputs are
+    compared then, as HF takes them.
+    """
+    moved = placed({"image_token_id": config.image_token_id}, config.text.vocab_size + EXTRA_ROWS)
+    notes = [
+        f"{name}={getattr(config, name)} is no row of the embedding: {i} stands for it" for name, i in moved.items()
+    ]
+    if min(config.vision.intermediate_layers, default=1) < 1:
+        moved["intermediate_from"] = "output"
+        notes.append(
+            f"intermediate_layers_indices={list(config.vision.intermediate_layers)} hold layer 0, whose input "
+            "transformers cannot take: both sides take the layers' outputs here, while training takes the inputs"
+        )
+    return dataclasses.replace(config, **moved), notes
+
+
 def example(config: MllamaConfig, *, seed: int = 0, num_text: int = 24) -> dict[str, np.ndarray]:
     """Two rows of random input as HF's forward takes it: an image of two tiles and one of three; the second padded."""
     rng = np.random.default_rng(seed)
     size, place, tiles = config.image_size_px, 4, np.array([2, 3])
-    ids = rng.integers(3, min(config.text.vocab_size, config.image_token_id), (2, num_text), dtype=np.int64)
+    # Padding's row of the embedding gets no gradient from torch.
+    special = {config.image_token_id, config.pad_token_id}
+    ids = text_ids(rng, (2, num_text), config.text.vocab_size, special)
     ids[:, place] = config.image_token_id
     mask = np.ones_like(ids)
     mask[1, -num_text // 3 :] = 0
-    ids[mask == 0] = config.pad_token_id
+    pad = config.pad_token_id
+    ids[mask == 0] = pad if 0 <= pad < config.text.vocab_size and pad != config.image_token_id else ids[0, 0]
     labels = np.where(mask == 1, ids, -100)
     labels[:, : num_text // 3] = -100
     present = (np.arange(NUM_TILES) < tiles[:, None]).astype(np.int64)[:, None]
@@ -122,13 +147,8 @@ def taps(model) -> list[tuple]:
     ]
 
 
-def prepare(model) -> None:
-    """Makes HF's model take the inputs of the intermediate layers, as Meta's does, where it takes their outputs.
-
-    Raises:
-      WeightsError: layer 0 is among them, which has no layer before it.
-    """
-    vision = model.model.vision_model
-    if min(vision.intermediate_layers_indices) < 1:
-        raise WeightsError(f"intermediate_layers_indices={vision.intermediate_layers_indices}: 1 and above is accepted")
-    vision.intermediate_layers_indices = [i - 1 for i in vision.intermediate_layers_indices]
+def prepare(model, config: MllamaConfig) -> None:
+    """Makes HF's model take the inputs of the intermediate layers, as Meta's does, where it takes their outputs."""
+    if config.intermediate_from == "input":
+        vision = model.model.vision_model
+        vision.intermediate_layers_indices = [i - 1 for i in vision.intermediate_layers_indices]

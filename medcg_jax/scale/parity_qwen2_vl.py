@@ -4,13 +4,15 @@ Vision stages hold the real patches of all images, one behind the other, as HF h
 Source: huggingface/transformers:models/qwen2_vl/modeling_qwen2_vl.py at 5.23.0.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from medcg_jax.models.qwen2_vit import real_patches, vision_angles
 from medcg_jax.models.qwen2_vl import ImageFeatures, Qwen2VL, Qwen2VLConfig, mrope_angles
-from medcg_jax.scale.parity_rows import layers
+from medcg_jax.scale.parity_rows import layers, placed, text_ids
 from medcg_jax.weights.files import WeightsError
 
 FAMILY = "qwen2_vl"
@@ -23,19 +25,36 @@ PREFIXES = {
 }
 
 
-def example(config: Qwen2VLConfig, *, seed: int = 0, num_text: int = 24, grid=(4, 6)) -> dict[str, np.ndarray]:
-    """Two rows of random input as HF's forward takes it: one image each, the second row padded on the right."""
+IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+def runnable(config: Qwen2VLConfig) -> tuple[Qwen2VLConfig, list[str]]:
+    """(the config that both sides can run, what was changed in it and why, in words)."""
+    moved = placed({name: getattr(config, name) for name in IDS}, config.text.vocab_size)
+    notes = [f"{name}={getattr(config, name)} is no row of its own: {i} stands for it" for name, i in moved.items()]
+    return dataclasses.replace(config, **moved), notes
+
+
+def example(config: Qwen2VLConfig, *, seed: int = 0, num_text: int = 24, blocks=(2, 3)) -> dict[str, np.ndarray]:
+    """Two rows of random input as HF's forward takes it: one image each, the second row padded on the right.
+
+    blocks: rows and columns of tokens of the first image; the second's stand on their side.
+    """
     rng = np.random.default_rng(seed)
     vision = config.vision
+    grid = blocks[0] * vision.merge, blocks[1] * vision.merge
     grids = np.array([[1, *grid], [1, *grid[::-1]]])
     num = grid[0] * grid[1] // vision.merge**2
-    ids = rng.integers(3, min(config.text.vocab_size, config.vision_start_token_id), (2, num_text + num), dtype=np.int64)
+    special = {getattr(config, name) for name in IDS}
+    # Padding's row of the embedding gets no gradient from torch.
+    ids = text_ids(rng, (2, num_text + num), config.text.vocab_size, special | {config.pad_token_id})
     ids[:, 3], ids[:, 4 : 4 + num], ids[:, 4 + num] = (
         config.vision_start_token_id, config.image_token_id, config.vision_end_token_id
     )  # fmt: skip
     mask = np.ones_like(ids)
     mask[1, -num_text // 3 :] = 0
-    ids[mask == 0] = config.pad_token_id
+    pad = config.pad_token_id
+    ids[mask == 0] = pad if 0 <= pad < config.text.vocab_size and pad not in special else ids[0, 0]
     labels = np.where(mask == 1, ids, -100)
     labels[:, : 5 + num + num_text // 3] = -100
     patches = rng.standard_normal((int(grids.prod(axis=1).sum()), 3, 1, vision.patch_size_px**2), dtype=np.float32)
@@ -67,7 +86,9 @@ def port_inputs(config: Qwen2VLConfig, inputs: dict[str, np.ndarray], num_slots:
     order = [int((row_of[:i] == row).sum()) for i, row in enumerate(row_of)]
     pixels = np.zeros((len(ids), max(order) + 1, num_slots or sizes.max(), vision.patch_dim), np.float32)
     placed = np.zeros((*pixels.shape[:2], 2), np.int32)
-    for row, slot, grid, patches in zip(row_of, order, grids, np.split(apart[:, :, 0], np.cumsum(sizes)[:-1]), strict=True):
+    for row, slot, grid, patches in zip(
+        row_of, order, grids, np.split(apart[:, :, 0], np.cumsum(sizes)[:-1]), strict=True
+    ):
         pixels[row, slot, : len(patches)] = patches.reshape(len(patches), -1)
         placed[row, slot] = grid[1:]
     mask = np.asarray(inputs.get("attention_mask", np.ones_like(ids)))
@@ -120,5 +141,8 @@ def taps(model) -> list[tuple]:
     ]
 
 
-def prepare(model) -> None:
-    """HF's model computes what the release does: nothing is changed in it."""
+def prepare(model, config: Qwen2VLConfig) -> None:
+    """Gives HF's model the special ids; it computes what the release does."""
+    for name in IDS:
+        setattr(model.config, name, getattr(config, name))
+        setattr(model.model.config, name, getattr(config, name))

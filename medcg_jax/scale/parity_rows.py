@@ -1,7 +1,9 @@
-"""What every parity check is made of: one comparison, and the layers of a stack one by one."""
+"""What every parity check is made of: one comparison, the layers of a stack one by one, and ids of tokens to try."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,25 +11,30 @@ from flax import nnx
 
 from medcg_jax.weights.files import WeightsError
 
-# Largest difference allowed, as a share of the reference's largest value where that is above 1.
+# Largest difference allowed, as a share of the reference's largest value.
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: `difference` is the largest, `scale` the reference's largest value."""
+    """One comparison: `difference` is the largest, `scale` the reference's largest value.
+
+    floor: the scale below which the allowed difference shrinks no more. 0: it is always a share of the scale, so that
+      numbers of order 0.01, which random weights give, hide no fault.
+    """
 
     stage: str
     difference: float
     scale: float
     tolerance: float = TOLERANCE
+    floor: float = 0.0
 
     @property
     def ok(self) -> bool:
-        return self.difference <= self.tolerance * max(1.0, self.scale)
+        return self.difference <= self.tolerance * max(self.floor, self.scale)
 
 
-def compared(stage: str, ours, theirs) -> Row:
+def compared(stage: str, ours, theirs, *, floor: float = 0.0) -> Row:
     """The comparison of two arrays.
 
     Raises:
@@ -36,9 +43,20 @@ def compared(stage: str, ours, theirs) -> Row:
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     if ours.shape != theirs.shape:
         raise WeightsError(f"{stage}: shape {ours.shape} here, {theirs.shape} in the reference")
-    difference = float(np.abs(ours - theirs).max())
+    difference = float(np.abs(ours - theirs).max()) if ours.size else 0.0
     # A NaN on either side is a difference, not a comparison that says nothing.
-    return Row(stage, math.inf if math.isnan(difference) else difference, float(np.abs(theirs).max()))
+    scale = float(np.abs(theirs).max()) if theirs.size else 0.0
+    return Row(stage, math.inf if math.isnan(difference) else difference, scale, floor=floor)
+
+
+def exactly(stage: str, ours, theirs) -> Row:
+    """A row whose difference is 1 where any number differs, whatever their size."""
+    return Row(stage, float(not np.array_equal(ours, theirs)), 1.0)
+
+
+def named(prefix: str, rows: list[Row]) -> list[Row]:
+    """`rows` with `prefix` before their names."""
+    return [replace(row, stage=prefix + row.stage) for row in rows]
 
 
 def layers(blocks: nnx.Module):
@@ -46,3 +64,45 @@ def layers(blocks: nnx.Module):
     graphdef, params = nnx.split(blocks)
     for i in range(jax.tree.leaves(params)[0].shape[0]):
         yield nnx.merge(graphdef, jax.tree.map(lambda w, i=i: w[i], params))
+
+
+def text_ids(rng: np.random.Generator, shape, num: int, special: set[int]) -> np.ndarray:
+    """int64[shape] random ids from 0 to `num` - 1 without `special`."""
+    return rng.choice([i for i in range(num) if i not in special], shape).astype(np.int64)
+
+
+def placed(ids: dict[str, int], num: int) -> dict[str, int]:
+    """Those of `ids` that lie outside of a table of `num` rows, or stand twice, each with a free row from its end.
+
+    A config of a tiny model often keeps the released ids, which no lookup of its table can take.
+    """
+    taken = {i for i in ids.values() if 0 <= i < num}
+    free = (i for i in reversed(range(num)) if i not in taken)
+    seen, moved = set(), {}
+    for name, i in ids.items():
+        if not 0 <= i < num or i in seen:
+            moved[name] = next(free)
+        seen.add(i)
+    return moved
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file.
+
+    Raises:
+      WeightsError: it is missing, or no .npz file of arrays.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{path} is no readable .npz file: {error}") from error
+
+
+def check_arrays(path: Path, held: Iterable[str], wanted: Iterable[str]) -> None:
+    """Raises WeightsError where the file `path` lacks an array, or holds one that nothing is compared with."""
+    held, wanted = set(held), set(wanted)
+    if held != wanted:
+        raise WeightsError(
+            f"{path} lacks {sorted(wanted - held)[:8]}; nothing is compared with {sorted(held - wanted)[:8]}"
+        )

@@ -8,6 +8,8 @@ from types import ModuleType
 
 import numpy as np
 
+from medcg_jax.models.build import Config
+from medcg_jax.weights.convert import read_config
 from medcg_jax.weights.families import FAMILIES
 from medcg_jax.weights.files import WeightsError
 
@@ -24,6 +26,21 @@ class Reference:
         self.torch, self._part = torch, part
         self._canonical = FAMILIES[part.FAMILY][1].canonical
         self.model = model.float().eval()
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Canonical name -> copy of every parameter."""
+        return {self._canonical(name): p.detach().numpy().copy() for name, p in self.model.named_parameters()}
+
+    def put(self, tensors: dict[str, np.ndarray]) -> None:
+        """Sets every parameter to what `tensors` has for its canonical name."""
+        with self.torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(self.torch.from_numpy(tensors[self._canonical(name)]))
+
+    def logits(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """float32[B, T, V]; inputs: HF's forward arguments."""
+        with self.torch.no_grad():
+            return self.model(**self._inputs(inputs)).logits.numpy()
 
     def _inputs(self, inputs: dict[str, np.ndarray]) -> dict:
         return {name: self.torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
@@ -57,13 +74,17 @@ class Reference:
         self._train_only(prefixes)
         self.model.zero_grad()
         self.model(**self._inputs(inputs)).loss.backward()
-        return {name: p.grad.numpy().copy() for name, p in self._trained()}
+        # Where a part has no influence at all torch leaves no gradient.
+        grads = {name: p.grad if p.grad is not None else self.torch.zeros_like(p) for name, p in self._trained()}
+        return {name: grad.numpy().copy() for name, grad in grads.items()}
 
-    def curve(self, inputs, prefixes: tuple[str, ...], *, num_steps: int, learning_rate: float) -> list[float]:
+    def curve(
+        self, inputs, prefixes: tuple[str, ...], *, num_steps: int, learning_rate: float, eps: float = 1e-8
+    ) -> list[float]:
         """Losses before each of `num_steps` steps of torch's AdamW (weight decay 0); changes the model."""
         self._train_only(prefixes)
         given = self._inputs(inputs)
-        optimizer = self.torch.optim.AdamW([p for _, p in self._trained()], lr=learning_rate, weight_decay=0.0)
+        optimizer = self.torch.optim.AdamW([p for _, p in self._trained()], lr=learning_rate, eps=eps, weight_decay=0.0)
         losses = []
         for _ in range(num_steps):
             optimizer.zero_grad()
@@ -81,8 +102,10 @@ class Reference:
         return [(self._canonical(name), p) for name, p in self.model.named_parameters() if p.requires_grad]
 
 
-def open_reference(src: Path, part: ModuleType) -> Reference:
+def open_reference(src: Path, part: ModuleType, config: Config | None = None) -> Reference:
     """HF's model from a directory in an HF layout; part: as in `Reference`.
+
+    config: what this port runs (`part.runnable`); None: what `src` states.
 
     Raises:
       WeightsError: PyTorch or transformers is not installed.
@@ -98,5 +121,5 @@ def open_reference(src: Path, part: ModuleType) -> Reference:
     load = getattr(transformers, part.HF_CLASS).from_pretrained
     options = dict(dtype=torch.float32, attn_implementation="eager", local_files_only=True)
     model = load(src, **options)
-    part.prepare(model)
+    part.prepare(model, part.runnable(read_config(src))[0] if config is None else config)
     return Reference(model, part)

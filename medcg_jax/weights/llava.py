@@ -10,14 +10,17 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from medcg_jax.models.clip import ClipVisionConfig
 from medcg_jax.models.decoder import DecoderConfig
 from medcg_jax.models.llava import LlavaConfig
 from medcg_jax.weights.engine import FLAT, SAME, Entry, canonical_names, conv_patch, linear
-from medcg_jax.weights.fields import expect, first, rope_of
+from medcg_jax.weights.fields import activation, expect, first, last_of, refused, rope, rope_fields, size
 from medcg_jax.weights.files import Tensors, WeightsError, joined, open_tensors, read_json
 from medcg_jax.weights.llava_base import is_part, open_with_base
 
+HEAD, TABLE = "lm_head.weight", "language_model.embed_tokens.weight"
 CLIP_REPO = "openai/clip-vit-large-patch14-336"
 
 # Buffers that old versions saved: recomputed here, never parameters.
@@ -54,10 +57,22 @@ LLAMA_LAYER = (
     ("mlp.up_proj.weight", "up kernel", linear()),
     ("mlp.down_proj.weight", "down kernel", linear()),
 )
+QKV_BIASES = tuple((f"self_attn.{name}_proj.bias", f"{name} bias", FLAT) for name in "qkv")
+OUT_BIAS = (("self_attn.o_proj.bias", "out bias", FLAT),)
+MLP_BIASES = tuple((f"mlp.{name}_proj.bias", f"{name} bias", FLAT) for name in ("gate", "up", "down"))
+
+
+def llama_layer(text: DecoderConfig) -> tuple:
+    """The lines of one layer of Llama, with the biases that it has."""
+    biases = ((text.qkv_bias, QKV_BIASES), (text.out_bias, OUT_BIAS), (text.mlp_bias, MLP_BIASES))
+    return sum((lines for there, lines in biases if there), LLAMA_LAYER)
 
 
 def table(config: LlavaConfig) -> list[Entry]:
-    """Canonical name -> parameter, for every tensor of a LLaVA-1.5 checkpoint."""
+    """Canonical name -> parameter, for every tensor of a LLaVA-1.5 checkpoint; a tied head is none.
+
+    config: also another with the same parts (NExT-Chat's).
+    """
     vision, run, every = "vision_tower.", config.vision.num_run_layers, config.vision.num_layers
     entries = [
         Entry(vision + "embeddings.class_embedding", ("vision", "class_token"), SAME),
@@ -79,14 +94,19 @@ def table(config: LlavaConfig) -> list[Entry]:
         name = f"multi_modal_projector.{released}."
         entries += [
             Entry(name + "weight", ("projector", ours, "kernel"), linear()),
-            Entry(name + "bias", ("projector", ours, "bias"), FLAT),
+            *(
+                [Entry(name + "bias", ("projector", ours, "bias"), FLAT)]
+                if getattr(config, "projector_bias", True)
+                else []
+            ),
         ]
-    entries.append(Entry("language_model.embed_tokens.weight", ("decoder", "embed", "table"), SAME, rows=True))
+    entries.append(Entry(TABLE, ("decoder", "embed", "table"), SAME, rows=True))
     entries += _layers(
-        "language_model.layers.{layer}.", ("decoder", "blocks"), LLAMA_LAYER, range(config.text.num_layers)
+        "language_model.layers.{layer}.", ("decoder", "blocks"), llama_layer(config.text), range(config.text.num_layers)
     )
     entries.append(Entry("language_model.norm.weight", ("decoder", "norm", "scale"), SAME))
-    entries.append(Entry("lm_head.weight", ("decoder", "head", "kernel"), linear(), rows=True))
+    if not config.text.tie_head:
+        entries.append(Entry(HEAD, ("decoder", "head", "kernel"), linear(), rows=True))
     return entries
 
 
@@ -141,7 +161,7 @@ def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[st
         tensors, names = open_with_base(src, parts, canonical, decoder_config)
     else:
         tensors = open_tensors(src)
-        names = canonical_names(tensors.shapes, canonical, str(src))
+        names = without_tied_head(tensors, canonical_names(tensors.shapes, canonical, str(src)), src)
     if any(name.startswith("vision_tower.") for name in names):
         return tensors, names
     clip = parts.get("clip") or clip_beside(src)
@@ -152,6 +172,26 @@ def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[st
         )
     tower = open_tensors(clip)
     return joined((tensors, names), (tower, canonical_names(tower.shapes, canonical_clip, str(clip))))
+
+
+def is_tied(found: dict) -> bool:
+    """Whether a config.json ties the head to the embedding: at its top, or (old versions) in its text's part."""
+    return bool(found.get("tie_word_embeddings") or (found.get("text_config") or {}).get("tie_word_embeddings"))
+
+
+def without_tied_head(tensors: Tensors, names: dict[str, str], src: Path) -> dict[str, str]:
+    """`names` without the head where config.json ties it; a copy that the file holds is held against the embedding.
+
+    Raises:
+      WeightsError: a head that is to be tied is another.
+    """
+    if not is_tied(read_json(src / "config.json")) or HEAD not in names:
+        return names
+    names = dict(names)
+    head = names.pop(HEAD)
+    if TABLE in names and not np.array_equal(tensors.read(head), tensors.read(names[TABLE])):
+        raise WeightsError(f"{src} states tie_word_embeddings, but {head} is not {names[TABLE]}")
+    return names
 
 
 def clip_beside(src: Path) -> Path | None:
@@ -173,29 +213,32 @@ def config_from_json(found: dict, clip: dict | None = None) -> LlavaConfig:
         return _from_original(found, clip)
     if found.get("model_type") != "llava":
         raise WeightsError(f"config.json has model_type={found.get('model_type')!r}; 'llava' is accepted")
-    expect(found, "", projector_hidden_act="gelu", vision_feature_select_strategy="default",
-            multimodal_projector_bias=True, tie_word_embeddings=False)  # fmt: skip
-    layer = found.get("vision_feature_layer", -2)
+    layer, text = found.get("vision_feature_layer", -2), found.get("text_config") or {}
+    if isinstance(layer, list) and len(layer) == 1:
+        layer = layer[0]
     if not isinstance(layer, int):
         raise WeightsError(f"config.json has vision_feature_layer={layer}; one layer is accepted")
-    text = found.get("text_config") or {}
+    expect(found, "", vision_feature_select_strategy=("default", "full"))
+    strategy = first(found.get("vision_feature_select_strategy"), "default")
     return LlavaConfig(
-        vision=clip_config(found.get("vision_config") or {}, layer),
-        text=decoder_config(text, "text_config."),
-        image_token_id=found.get("image_token_id", found.get("image_token_index", 32000)),
+        vision=clip_config(found.get("vision_config") or {}, layer, keep_class_token=strategy == "full"),
+        text=decoder_config({**text, "tie_word_embeddings": is_tied(found)}, "text_config."),
+        image_token_id=first(found.get("image_token_id"), found.get("image_token_index"), 32000),
         pad_token_id=first(found.get("pad_token_id"), text.get("pad_token_id"), 0),
-        eos_token_id=first(found.get("eos_token_id"), text.get("eos_token_id"), 2),
+        eos_token_id=last_of(first(found.get("eos_token_id"), text.get("eos_token_id"), 2)),
+        projector_activation=activation(found, "", "projector_hidden_act", "gelu"),
+        projector_bias=bool(found.get("multimodal_projector_bias", True)),
     )
 
 
 def _from_original(found: dict, clip: dict | None) -> LlavaConfig:
-    expect(found, "", mm_projector_type="mlp2x_gelu", mm_vision_select_feature="patch", tie_word_embeddings=False,
+    expect(found, "", mm_projector_type="mlp2x_gelu", mm_vision_select_feature="patch",
            mm_use_im_start_end=False, mm_use_im_patch_token=False, mm_patch_merge_type="flat",
            image_aspect_ratio=("pad", "square"))  # fmt: skip
     # The original repository's sentinel -200 is no token id; llava-hf's choice takes its place.
     return LlavaConfig(
         vision=original_vision(found, clip),
-        text=decoder_config(found, ""),
+        text=llama2_config(found),
         image_token_id=32000,
         pad_token_id=first(found.get("pad_token_id"), 0),
         eos_token_id=first(found.get("eos_token_id"), 2),
@@ -219,39 +262,61 @@ def original_vision(found: dict, clip: dict | None) -> ClipVisionConfig:
     return vision
 
 
-def clip_config(found: dict, feature_layer: int) -> ClipVisionConfig:
+def clip_config(found: dict, feature_layer: int, *, keep_class_token: bool = False) -> ClipVisionConfig:
     """The vision tower that a `vision_config` of CLIP's fields states."""
-    expect(found, "vision_config.", hidden_act="quick_gelu", num_channels=3, model_type=("clip_vision_model", "clip"))
-    return ClipVisionConfig(
-        image_size_px=found.get("image_size", 224),
-        patch_size_px=found.get("patch_size", 32),
-        num_layers=found.get("num_hidden_layers", 12),
-        feature_layer=feature_layer,
-        embed_dim=found.get("hidden_size", 768),
-        num_heads=found.get("num_attention_heads", 12),
-        mlp_dim=found.get("intermediate_size", 3072),
-        norm_eps=found.get("layer_norm_eps", 1e-5),
-    )
+    part = "vision_config."
+    expect(found, part, num_channels=3, model_type=("clip_vision_model", "clip"))
+    try:
+        return ClipVisionConfig(
+            image_size_px=size(found, part, "image_size", 224),
+            patch_size_px=size(found, part, "patch_size", 32),
+            num_layers=found.get("num_hidden_layers", 12),
+            feature_layer=feature_layer,
+            embed_dim=found.get("hidden_size", 768),
+            num_heads=found.get("num_attention_heads", 12),
+            mlp_dim=found.get("intermediate_size", 3072),
+            norm_eps=found.get("layer_norm_eps", 1e-5),
+            activation=activation(found, part, "hidden_act", "quick_gelu"),
+            keep_class_token=keep_class_token,
+        )
+    except ValueError as error:
+        raise refused(error, part) from error
 
 
 def decoder_config(found: dict, prefix: str) -> DecoderConfig:
     """The decoder that Llama's config.json, or a `text_config` of its fields, states; prefix: of the fields' names."""
-    expect(found, prefix, hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=False,
-           model_type=("llama", "llava", "llava_llama"))  # fmt: skip
-    rope = rope_of(found, prefix, "default")
+    expect(found, prefix, model_type=("llama", "llava", "llava_llama"))
+    fields, scaling = rope(found, prefix)
     num_heads, width = found.get("num_attention_heads", 32), found.get("hidden_size", 4096)
-    return DecoderConfig(
-        vocab_size=found.get("vocab_size", 32000),
-        num_layers=found.get("num_hidden_layers", 32),
-        embed_dim=width,
-        num_heads=num_heads,
-        num_kv_heads=first(found.get("num_key_value_heads"), num_heads),
-        head_dim=first(found.get("head_dim"), width // num_heads),
-        mlp_dim=found.get("intermediate_size", 11008),
-        rope_theta=float(first(rope.get("rope_theta"), found.get("rope_theta"), 10000.0)),
-        norm_eps=found.get("rms_norm_eps", 1e-6),
-        max_positions=found.get("max_position_embeddings", 2048),
-    )
+    biased = bool(found.get("attention_bias", False))
+    try:
+        return DecoderConfig(
+            vocab_size=found.get("vocab_size", 32000),
+            num_layers=found.get("num_hidden_layers", 32),
+            embed_dim=width,
+            num_heads=num_heads,
+            num_kv_heads=first(found.get("num_key_value_heads"), num_heads),
+            head_dim=first(found.get("head_dim"), width // num_heads),
+            mlp_dim=found.get("intermediate_size", 11008),
+            rope_theta=float(first(fields.get("rope_theta"), found.get("rope_theta"), 10000.0)),
+            norm_eps=found.get("rms_norm_eps", 1e-6),
+            max_positions=found.get("max_position_embeddings", 2048),
+            qkv_bias=biased,
+            out_bias=biased,
+            mlp_bias=bool(found.get("mlp_bias", False)),
+            tie_head=bool(found.get("tie_word_embeddings", False)),
+            rope_scaling=scaling,
+            activation=activation(found, prefix, "hidden_act", "silu"),
+        )
+    except ValueError as error:
+        raise refused(error, prefix) from error
+
+
+def llama2_config(found: dict) -> DecoderConfig:
+    """As `decoder_config`, where only what Llama 2 has is computed, or can be written again."""
+    expect(found, "", hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=False)
+    rope(found, "", scaled=())
+    return decoder_config(found, "")
 
 
 def config_to_json(config: LlavaConfig, dtype: str) -> dict:
@@ -265,37 +330,49 @@ def config_to_json(config: LlavaConfig, dtype: str) -> dict:
         "image_seq_length": config.num_image_tokens,
         "pad_token_id": config.pad_token_id,
         "eos_token_id": config.eos_token_id,
-        "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": True,
+        "projector_hidden_act": config.projector_activation,
+        "multimodal_projector_bias": config.projector_bias,
         "vision_feature_layer": vision.feature_layer,
-        "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": False,
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_act": "quick_gelu",
-            "hidden_size": vision.embed_dim,
-            "image_size": vision.image_size_px,
-            "intermediate_size": vision.mlp_dim,
-            "layer_norm_eps": vision.norm_eps,
-            "num_attention_heads": vision.num_heads,
-            "num_hidden_layers": vision.num_layers,
-            "patch_size": vision.patch_size_px,
-        },
-        "text_config": {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "hidden_size": text.embed_dim,
-            "intermediate_size": text.mlp_dim,
-            "max_position_embeddings": text.max_positions,
-            "num_attention_heads": text.num_heads,
-            "num_hidden_layers": text.num_layers,
-            "num_key_value_heads": text.num_kv_heads,
-            "head_dim": text.head_dim,
-            "rms_norm_eps": text.norm_eps,
-            "rope_theta": text.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_theta},
-            "tie_word_embeddings": False,
-            "vocab_size": text.vocab_size,
-        },
+        "vision_feature_select_strategy": "full" if vision.keep_class_token else "default",
+        "tie_word_embeddings": text.tie_head,
+        "vision_config": vision_to_json(vision),
+        "text_config": text_to_json(text, dtype),
+    }
+
+
+def vision_to_json(vision: ClipVisionConfig) -> dict:
+    """CLIP's fields, as `clip_config` reads them."""
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_act": vision.activation,
+        "hidden_size": vision.embed_dim,
+        "image_size": vision.image_size_px,
+        "intermediate_size": vision.mlp_dim,
+        "layer_norm_eps": vision.norm_eps,
+        "num_attention_heads": vision.num_heads,
+        "num_hidden_layers": vision.num_layers,
+        "patch_size": vision.patch_size_px,
+    }
+
+
+def text_to_json(text: DecoderConfig, dtype: str) -> dict:
+    """Llama's fields, as `decoder_config` reads them."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": text.activation,
+        "attention_bias": text.qkv_bias,
+        "mlp_bias": text.mlp_bias,
+        "hidden_size": text.embed_dim,
+        "intermediate_size": text.mlp_dim,
+        "max_position_embeddings": text.max_positions,
+        "num_attention_heads": text.num_heads,
+        "num_hidden_layers": text.num_layers,
+        "num_key_value_heads": text.num_kv_heads,
+        "head_dim": text.head_dim,
+        "rms_norm_eps": text.norm_eps,
+        "rope_theta": text.rope_theta,
+        "rope_parameters": {**rope_fields(text.rope_scaling), "rope_theta": text.rope_theta},
+        "tie_word_embeddings": text.tie_head,
+        "vocab_size": text.vocab_size,
     }

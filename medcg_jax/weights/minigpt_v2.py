@@ -19,9 +19,9 @@ from medcg_jax.models.eva import EvaConfig
 from medcg_jax.models.minigpt_v2 import MiniGPTv2Config
 from medcg_jax.nn.lora import LoraConfig
 from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, fused_qkv, linear
-from medcg_jax.weights.fields import expect
+from medcg_jax.weights.fields import expect, refused
 from medcg_jax.weights.files import Tensors, WeightsError, joined, open_bin, open_tensors, read_json
-from medcg_jax.weights.llava import LLAMA_LAYER, decoder_config
+from medcg_jax.weights.llava import LLAMA_LAYER, llama2_config
 from medcg_jax.weights.positions import resize_positions
 
 # Buffers that are saved with the adapters: recomputed here, never parameters.
@@ -132,7 +132,7 @@ def read_release(src: Path, parts: Mapping[str, Path]) -> MiniGPTv2Config:
     """The architecture of the directory `src`: a whole state dict's, or that of the released files."""
     found = read_json(src / "config.json")
     if found.get("model_type") == "llama":
-        return dataclasses.replace(RELEASED, text=decoder_config(found, ""))
+        return dataclasses.replace(RELEASED, text=llama2_config(found))
     return config_from_json(found)
 
 
@@ -208,8 +208,19 @@ def config_from_json(found: dict) -> MiniGPTv2Config:
     if missing:
         raise WeightsError(f"config.json of MiniGPT-v2 lacks {', '.join(missing)}")
     lora = LoraConfig(found["lora_r"], float(found["lora_alpha"]))
-    expect(found, "", lora_target_modules=["q_proj", "v_proj"], lora_scale=lora.scale)
-    config = MiniGPTv2Config(
+    expect(found, "", lora_target_modules=["q_proj", "v_proj"])
+    if not math.isclose(found.get("lora_scale", lora.scale), lora.scale, rel_tol=1e-6):
+        raise WeightsError(f"config.json has lora_scale={found['lora_scale']!r}; {lora.scale!r} is accepted")
+    try:
+        config = _config(found, lora)
+    except ValueError as error:
+        raise refused(error, "") from error
+    expect(found, "", num_image_tokens=config.num_image_tokens)
+    return config
+
+
+def _config(found: dict, lora: LoraConfig) -> MiniGPTv2Config:
+    return MiniGPTv2Config(
         vision=EvaConfig(
             image_size_px=found["image_size"],
             patch_size_px=found["patch_size"],
@@ -221,15 +232,13 @@ def config_from_json(found: dict) -> MiniGPTv2Config:
             out_norm_eps=found.get("ln_vision_eps", RELEASED.vision.out_norm_eps),
         ),
         # Transformers' own default of this field is another model's.
-        text=decoder_config({"rms_norm_eps": RELEASED.text.norm_eps, **found, "model_type": "llama"}, ""),
+        text=llama2_config({"rms_norm_eps": RELEASED.text.norm_eps, **found, "model_type": "llama"}),
         lora=lora,
         patches_per_token=found.get("tokens_per_group", RELEASED.patches_per_token),
         image_token_id=found.get("image_token_id", max(RELEASED.image_token_id, found["vocab_size"])),
         pad_token_id=found.get("pad_token_id", RELEASED.pad_token_id),
         eos_token_id=found.get("eos_token_id", RELEASED.eos_token_id),
     )
-    expect(found, "", num_image_tokens=config.num_image_tokens)
-    return config
 
 
 def config_to_json(config: MiniGPTv2Config, dtype: str) -> dict:

@@ -12,17 +12,14 @@ from pathlib import Path
 from medcg_jax.models.mllama import MllamaConfig
 from medcg_jax.models.mllama_text import MllamaTextConfig
 from medcg_jax.models.mllama_vit import NUM_TILES, MllamaVisionConfig
-from medcg_jax.nn.rope import Llama3Scaling
 from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, linear
-from medcg_jax.weights.fields import expect, first, rope_of
+from medcg_jax.weights.fields import activation, expect, first, last_of, refused, rope, rope_fields, size
 from medcg_jax.weights.files import Tensors, WeightsError, open_tensors, read_json
 from medcg_jax.weights.llava import LLAMA_LAYER
 
 # Buffers that old versions saved: recomputed here, never parameters.
 IGNORED = re.compile(r"rotary_emb\.(original_)?inv_freq$")
 GRIDS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
-# In the order of `Llama3Scaling`'s fields.
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # PyTorch's embedding [rows, all else] <-> ours with the other axes apart.
 ROWS = Transform(
     load=lambda tensor, shape: tensor.reshape(shape),
@@ -133,74 +130,69 @@ def config_from_json(found: dict) -> MllamaConfig:
     """
     if found.get("model_type") != "mllama":
         raise WeightsError(f"config.json has model_type={found.get('model_type')!r}; 'mllama' is accepted")
-    expect(found, "", tie_word_embeddings=False)
-    vision, text = _vision(found.get("vision_config") or {}), _text(found.get("text_config") or {})
-    ends = first((found.get("text_config") or {}).get("eos_token_id"), 128001)
+    # Whether the head is tied makes no difference: transformers 5 does not tie it, and files hold it.
+    text = found.get("text_config") or {}
     return MllamaConfig(
-        vision=vision,
-        text=text,
+        vision=_vision(found.get("vision_config") or {}),
+        text=_text(text),
         image_token_id=first(found.get("image_token_id"), found.get("image_token_index"), 128256),
-        pad_token_id=first((found.get("text_config") or {}).get("pad_token_id"), 128004),
-        # Of several the last is the end of a turn.
-        eos_token_id=ends[-1] if isinstance(ends, list) else ends,
+        pad_token_id=first(text.get("pad_token_id"), 128004),
+        eos_token_id=last_of(first(text.get("eos_token_id"), 128001)),
     )
 
 
 def _vision(found: dict) -> MllamaVisionConfig:
-    expect(found, "vision_config.", hidden_act="gelu", num_channels=3, max_num_tiles=NUM_TILES,
-           supported_aspect_ratios=GRIDS, model_type="mllama_vision_model")  # fmt: skip
-    config = MllamaVisionConfig(
-        image_size_px=found.get("image_size", 448),
-        patch_size_px=found.get("patch_size", 14),
-        num_layers=found.get("num_hidden_layers", 32),
-        num_global_layers=found.get("num_global_layers", 8),
-        intermediate_layers=tuple(first(found.get("intermediate_layers_indices"), (3, 7, 15, 23, 30))),
-        embed_dim=found.get("hidden_size", 1280),
-        num_heads=first(found.get("attention_heads"), found.get("num_attention_heads"), 16),
-        mlp_dim=found.get("intermediate_size", 5120),
-        norm_eps=found.get("norm_eps", 1e-5),
-    )
-    expect(found, "vision_config.", vision_output_dim=config.feature_dim)
+    part = "vision_config."
+    expect(found, part, num_channels=3, max_num_tiles=NUM_TILES, supported_aspect_ratios=GRIDS,
+           model_type="mllama_vision_model")  # fmt: skip
+    try:
+        config = MllamaVisionConfig(
+            image_size_px=size(found, part, "image_size", 448),
+            patch_size_px=size(found, part, "patch_size", 14),
+            num_layers=found.get("num_hidden_layers", 32),
+            num_global_layers=found.get("num_global_layers", 8),
+            # transformers asks of each layer whether it is among them, in the order of the layers.
+            intermediate_layers=tuple(sorted(set(first(found.get("intermediate_layers_indices"), (3, 7, 15, 23, 30))))),
+            embed_dim=found.get("hidden_size", 1280),
+            num_heads=first(found.get("attention_heads"), found.get("num_attention_heads"), 16),
+            mlp_dim=found.get("intermediate_size", 5120),
+            norm_eps=found.get("norm_eps", 1e-5),
+            activation=activation(found, part, "hidden_act", "gelu"),
+        )
+    except ValueError as error:
+        raise refused(error, part) from error
+    expect({"vision_output_dim": 7680, **found}, part, vision_output_dim=config.feature_dim)
     return config
 
 
 def _text(found: dict) -> MllamaTextConfig:
-    expect(found, "text_config.", hidden_act="silu", tie_word_embeddings=False, model_type="mllama_text_model")
-    rope = rope_of(found, "text_config.", "llama3", "default")
+    part = "text_config."
+    expect(found, part, model_type="mllama_text_model")
+    fields, scaling = rope(found, part)
     num_heads, width = found.get("num_attention_heads", 32), found.get("hidden_size", 4096)
-    return MllamaTextConfig(
-        vocab_size=found.get("vocab_size", 128256),
-        num_layers=found.get("num_hidden_layers", 40),
-        cross_layers=tuple(first(found.get("cross_attention_layers"), (3, 8, 13, 18, 23, 28, 33, 38))),
-        embed_dim=width,
-        num_heads=num_heads,
-        num_kv_heads=found.get("num_key_value_heads", 8),
-        head_dim=width // num_heads,
-        mlp_dim=found.get("intermediate_size", 14336),
-        rope_theta=float(first(rope.get("rope_theta"), found.get("rope_theta"), 500000.0)),
-        rope_scaling=_scaling(rope),
-        norm_eps=found.get("rms_norm_eps", 1e-5),
-        max_positions=found.get("max_position_embeddings", 131072),
-    )
-
-
-def _scaling(rope: dict) -> Llama3Scaling | None:
-    if first(rope.get("rope_type"), rope.get("type"), "default") == "default":
-        return None
-    missing = [name for name in LLAMA3_ROPE if name not in rope]
-    if missing:
-        raise WeightsError(f"config.json's 'llama3' rotary positions lack {', '.join(missing)}")
-    factor, low, high, original = (rope[name] for name in LLAMA3_ROPE)
-    return Llama3Scaling(float(factor), float(low), float(high), original)
+    try:
+        return MllamaTextConfig(
+            vocab_size=found.get("vocab_size", 128256),
+            num_layers=found.get("num_hidden_layers", 40),
+            cross_layers=tuple(sorted(set(first(found.get("cross_attention_layers"), (3, 8, 13, 18, 23, 28, 33, 38))))),
+            embed_dim=width,
+            num_heads=num_heads,
+            num_kv_heads=first(found.get("num_key_value_heads"), 8),
+            head_dim=width // num_heads,
+            mlp_dim=found.get("intermediate_size", 14336),
+            rope_theta=float(first(fields.get("rope_theta"), found.get("rope_theta"), 500000.0)),
+            rope_scaling=scaling,
+            norm_eps=found.get("rms_norm_eps", 1e-5),
+            max_positions=found.get("max_position_embeddings", 131072),
+            activation=activation(found, part, "hidden_act", "silu"),
+        )
+    except ValueError as error:
+        raise refused(error, part) from error
 
 
 def config_to_json(config: MllamaConfig, dtype: str) -> dict:
     """The released form of config.json for a checkpoint of this architecture."""
-    vision, text, scaling = config.vision, config.text, config.text.rope_scaling
-    rope = {"rope_type": "default"}
-    if scaling is not None:
-        values = (scaling.factor, scaling.low, scaling.high, scaling.original_positions)
-        rope = {"rope_type": "llama3", **dict(zip(LLAMA3_ROPE, values, strict=True))}
+    vision, text, scaled = config.vision, config.text, rope_fields(config.text.rope_scaling)
     return {
         "architectures": ["MllamaForConditionalGeneration"],
         "model_type": "mllama",
@@ -209,7 +201,7 @@ def config_to_json(config: MllamaConfig, dtype: str) -> dict:
         "tie_word_embeddings": False,
         "vision_config": {
             "model_type": "mllama_vision_model",
-            "hidden_act": "gelu",
+            "hidden_act": vision.activation,
             "hidden_size": vision.embed_dim,
             "attention_heads": vision.num_heads,
             "intermediate_size": vision.mlp_dim,
@@ -226,7 +218,7 @@ def config_to_json(config: MllamaConfig, dtype: str) -> dict:
         },
         "text_config": {
             "model_type": "mllama_text_model",
-            "hidden_act": "silu",
+            "hidden_act": text.activation,
             "hidden_size": text.embed_dim,
             "intermediate_size": text.mlp_dim,
             "max_position_embeddings": text.max_positions,
@@ -236,8 +228,8 @@ def config_to_json(config: MllamaConfig, dtype: str) -> dict:
             "cross_attention_layers": list(text.cross_layers),
             "rms_norm_eps": text.norm_eps,
             "rope_theta": text.rope_theta,
-            "rope_scaling": rope,
-            "rope_parameters": {**rope, "rope_theta": text.rope_theta},
+            "rope_scaling": scaled,
+            "rope_parameters": {**scaled, "rope_theta": text.rope_theta},
             "tie_word_embeddings": False,
             "vocab_size": text.vocab_size,
             "pad_token_id": config.pad_token_id,

@@ -185,7 +185,7 @@ def config_from_json(found: dict, clip: dict | None = None) -> NextChatConfig:
     """
     expect(found, "", model_type="nextchat", mm_depth=2, use_mm_proj=True, architectures=([SEGMENTS], [BOXES_ONLY]))
     has_masks = (found.get("architectures") or [SEGMENTS]) == [SEGMENTS]
-    text = llava.decoder_config({key: value for key, value in found.items() if key != "model_type"}, "")
+    text = llava.llama2_config({key: value for key, value in found.items() if key != "model_type"})
     sizes = {key: tuple(v) if isinstance(v, list) else v for key, v in (found.get("sam_config") or {}).items()}
     unknown = sorted(set(sizes) - {field.name for field in dataclasses.fields(SamConfig)})
     if unknown:
@@ -206,8 +206,7 @@ def config_from_json(found: dict, clip: dict | None = None) -> NextChatConfig:
 
 def config_to_json(config: NextChatConfig, dtype: str) -> dict:
     """The original's config.json for a checkpoint of this architecture, with the sizes of CLIP and SAM beside it."""
-    as_llava = llava.config_to_json(config, dtype)
-    text = {key: value for key, value in as_llava["text_config"].items() if key != "rope_parameters"}
+    text = {key: value for key, value in llava.text_to_json(config.text, dtype).items() if key != "rope_parameters"}
     return {
         **text,
         "architectures": [BOXES_ONLY if config.sam is None else SEGMENTS],
@@ -219,6 +218,6 @@ def config_to_json(config: NextChatConfig, dtype: str) -> dict:
         "mm_depth": 2,
         "mm_hidden_size": config.vision.embed_dim,
         "mm_vision_select_layer": config.vision.feature_layer,
-        "vision_config": as_llava["vision_config"],
+        "vision_config": llava.vision_to_json(config.vision),
         "sam_config": None if config.sam is None else dataclasses.asdict(config.sam),
     }

@@ -9,21 +9,16 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from medcg_jax.models.decoder import DecoderConfig
 from medcg_jax.models.qwen2_vit import Qwen2VitConfig
 from medcg_jax.models.qwen2_vl import Qwen2VLConfig
 from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, fused_qkv, linear
-from medcg_jax.weights.fields import expect, first, rope_of
+from medcg_jax.weights.fields import activation, expect, first, refused, rope, rope_fields, size
 from medcg_jax.weights.files import Tensors, WeightsError, open_tensors, read_json
-from medcg_jax.weights.llava import LLAMA_LAYER
+from medcg_jax.weights.llava import HEAD, TABLE, is_tied, llama_layer, without_tied_head
 
 # Buffers that old versions saved: recomputed here, never parameters.
 IGNORED = re.compile(r"rotary_(pos_)?emb\.inv_freq$")
-HEAD, TABLE = "lm_head.weight", "language_model.embed_tokens.weight"
-
-QWEN2_BIASES = tuple((f"self_attn.{name}_proj.bias", f"{name} bias", FLAT) for name in "qkv")
 MERGER = (
     ("visual.merger.ln_q.weight", "norm scale", SAME),
     ("visual.merger.ln_q.bias", "norm bias", SAME),
@@ -64,7 +59,7 @@ def table(config: Qwen2VLConfig) -> list[Entry]:
     """Canonical name -> parameter, for every tensor of a Qwen2-VL checkpoint; a tied head is none."""
     stacks = (
         ("visual.blocks.{layer}.", "vision", VIT_LAYER, config.vision.num_layers),
-        ("language_model.layers.{layer}.", "decoder", LLAMA_LAYER + QWEN2_BIASES, config.text.num_layers),
+        ("language_model.layers.{layer}.", "decoder", llama_layer(config.text), config.text.num_layers),
     )
     entries = [Entry("visual.patch_embed.proj.weight", ("vision", "patch", "kernel"), conv3d_patch(config.vision))]
     entries += [Entry(name, ("projector", *ours.split()), transform) for name, ours, transform in MERGER]
@@ -106,12 +101,7 @@ def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[st
       WeightsError: no weights, two tensors of one name, or a head that is to be tied and is another.
     """
     tensors = open_tensors(src)
-    names = canonical_names(tensors.shapes, canonical, str(src))
-    if read_release(src, parts).text.tie_head and HEAD in names:
-        head = names.pop(HEAD)
-        if TABLE in names and not np.array_equal(tensors.read(head), tensors.read(names[TABLE])):
-            raise WeightsError(f"{src} states tie_word_embeddings, but {head} is not {names[TABLE]}")
-    return tensors, names
+    return tensors, without_tied_head(tensors, canonical_names(tensors.shapes, canonical, str(src)), src)
 
 
 def config_from_json(found: dict) -> Qwen2VLConfig:
@@ -125,59 +115,73 @@ def config_from_json(found: dict) -> Qwen2VLConfig:
     if found.get("model_type") != "qwen2_vl":
         raise WeightsError(f"config.json has model_type={found.get('model_type')!r}; 'qwen2_vl' is accepted")
     text, vision = found.get("text_config") or found, found.get("vision_config") or {}
-    prefix = "text_config." if text is not found else ""
-    expect(text, prefix, hidden_act="silu", use_sliding_window=False, attention_dropout=0.0,
-           model_type=("qwen2_vl", "qwen2_vl_text"))  # fmt: skip
-    for kind in text.get("layer_types") or ():
-        expect({"layer_types": kind}, prefix, layer_types="full_attention")
-    rope = rope_of(text, prefix, "default", "mrope")
+    part = "text_config." if "text_config" in found else ""
+    windows = [kind for kind in text.get("layer_types") or () if kind != "full_attention"]
+    if windows or (text.get("use_sliding_window") and "layer_types" not in text):
+        field = "layer_types" if windows else "use_sliding_window"
+        raise WeightsError(
+            f"config.json has {part}{field}={text[field]!r}; attention to all that came before is accepted"
+        )
+    expect(text, part, attention_dropout=0.0, model_type=("qwen2_vl", "qwen2_vl_text"))
+    fields, scaling = rope(text, part, plain=("default", "mrope"))
     width, num_heads = text.get("hidden_size", 8192), text.get("num_attention_heads", 64)
     expect({"hidden_size": 3584, **vision}, "vision_config.", hidden_size=width)
-    expect(text, prefix, head_dim=width // num_heads)
-    decoder = DecoderConfig(
-        vocab_size=text.get("vocab_size", 152064),
-        num_layers=text.get("num_hidden_layers", 80),
-        embed_dim=width,
-        num_heads=num_heads,
-        num_kv_heads=first(text.get("num_key_value_heads", 8), num_heads),
-        head_dim=width // num_heads,
-        mlp_dim=text.get("intermediate_size", 29568),
-        rope_theta=float(first(rope.get("rope_theta"), text.get("rope_theta"), 1e6)),
-        norm_eps=text.get("rms_norm_eps", 1e-5),
-        max_positions=text.get("max_position_embeddings", 32768),
-        qkv_bias=True,
-        tie_head=bool(found.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-    )
+    expect(text, part, head_dim=width // num_heads)
     eos = first(text.get("eos_token_id"), 151645)
-    return Qwen2VLConfig(
-        vision=_vision(vision),
-        text=decoder,
-        mrope_sections=tuple(rope.get("mrope_section", (16, 24, 24))),
-        image_token_id=found.get("image_token_id", 151655),
-        video_token_id=found.get("video_token_id", 151656),
-        vision_start_token_id=found.get("vision_start_token_id", 151652),
-        vision_end_token_id=found.get("vision_end_token_id", 151653),
-        pad_token_id=first(text.get("pad_token_id"), 151643),
-        eos_token_id=eos[0] if isinstance(eos, list) else eos,
-    )
+    try:
+        decoder = DecoderConfig(
+            vocab_size=text.get("vocab_size", 152064),
+            num_layers=text.get("num_hidden_layers", 80),
+            embed_dim=width,
+            num_heads=num_heads,
+            num_kv_heads=first(text.get("num_key_value_heads", 8), num_heads),
+            head_dim=width // num_heads,
+            mlp_dim=text.get("intermediate_size", 29568),
+            rope_theta=float(first(fields.get("rope_theta"), text.get("rope_theta"), 1e6)),
+            norm_eps=text.get("rms_norm_eps", 1e-5),
+            max_positions=text.get("max_position_embeddings", 32768),
+            qkv_bias=True,
+            tie_head=is_tied(found),
+            rope_scaling=scaling,
+            activation=activation(text, part, "hidden_act", "silu"),
+        )
+        side = size(vision, "vision_config.", "patch_size", 14) * vision.get("spatial_merge_size", 2)
+        return Qwen2VLConfig(
+            vision=_vision(vision),
+            text=decoder,
+            mrope_sections=tuple(fields.get("mrope_section", (16, 24, 24))),
+            image_token_id=found.get("image_token_id", 151655),
+            video_token_id=found.get("video_token_id", 151656),
+            vision_start_token_id=found.get("vision_start_token_id", 151652),
+            vision_end_token_id=found.get("vision_end_token_id", 151653),
+            pad_token_id=first(text.get("pad_token_id"), 151643),
+            eos_token_id=eos[0] if isinstance(eos, list) else eos,
+            # Not in there: the class's sizes, or as many tokens as a larger block makes of them.
+            min_pixels=max(Qwen2VLConfig.min_pixels, side**2),
+            max_pixels=max(Qwen2VLConfig.max_pixels, side**2),
+        )
+    except ValueError as error:
+        raise refused(error, part) from error
 
 
 def _vision(found: dict) -> Qwen2VitConfig:
-    expect(found, "vision_config.", hidden_act="quick_gelu", in_chans=3, in_channels=3)
-    rope = found.get("rope_parameters") or {}
-    expect(rope, "vision_config.rope_parameters.", rope_type="axial")
-    width, patch = found.get("embed_dim", 1280), found.get("patch_size", 14)
+    part = "vision_config."
+    expect(found, part, in_chans=3, in_channels=3)
+    fields = found.get("rope_parameters") or {}
+    expect(fields, f"{part}rope_parameters.", rope_type="axial")
+    width, patch = found.get("embed_dim", 1280), size(found, part, "patch_size", 14)
     # A second name of `patch_size` in the releases.
-    expect(found, "vision_config.", spatial_patch_size=patch)
+    expect(found, part, spatial_patch_size=patch)
     return Qwen2VitConfig(
         patch_size_px=patch,
-        num_frames=found.get("temporal_patch_size", 2),
+        num_frames=size(found, part, "temporal_patch_size", 2),
         merge=found.get("spatial_merge_size", 2),
         num_layers=found.get("depth", 32),
         embed_dim=width,
         num_heads=found.get("num_heads", 16),
         mlp_dim=int(width * found.get("mlp_ratio", 4)),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        rope_theta=float(fields.get("rope_theta", 10000.0)),
+        activation=activation(found, part, "hidden_act", "quick_gelu"),
     )
 
 
@@ -194,7 +198,7 @@ def config_to_json(config: Qwen2VLConfig, dtype: str) -> dict:
         "vision_end_token_id": config.vision_end_token_id,
         "pad_token_id": config.pad_token_id,
         "eos_token_id": config.eos_token_id,
-        "hidden_act": "silu",
+        "hidden_act": text.activation,
         "hidden_size": text.embed_dim,
         "intermediate_size": text.mlp_dim,
         "max_position_embeddings": text.max_positions,
@@ -203,14 +207,14 @@ def config_to_json(config: Qwen2VLConfig, dtype: str) -> dict:
         "num_key_value_heads": text.num_kv_heads,
         "rms_norm_eps": text.norm_eps,
         "rope_theta": text.rope_theta,
-        "rope_scaling": {"type": "mrope", "mrope_section": list(config.mrope_sections)},
+        "rope_scaling": {**_scaling(text.rope_scaling), "mrope_section": list(config.mrope_sections)},
         "tie_word_embeddings": text.tie_head,
         "use_sliding_window": False,
         "vocab_size": text.vocab_size,
         "vision_config": {
             "depth": vision.num_layers,
             "embed_dim": vision.embed_dim,
-            "hidden_act": "quick_gelu",
+            "hidden_act": vision.activation,
             "hidden_size": text.embed_dim,
             "in_channels": 3,
             "mlp_ratio": vision.mlp_dim // vision.embed_dim,
@@ -221,3 +225,8 @@ def config_to_json(config: Qwen2VLConfig, dtype: str) -> dict:
             "temporal_patch_size": vision.num_frames,
         },
     }
+
+
+def _scaling(scaling) -> dict:
+    """Without a scaling the releases' spelling, which every version of transformers reads."""
+    return {"type": "mrope"} if scaling is None else rope_fields(scaling)

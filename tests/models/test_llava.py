@@ -205,8 +205,10 @@ def test_shapes_and_sizes_that_do_not_fit_are_refused():
         model.encode_images({"pixels": jnp.zeros((2, 32, 32, 3), jnp.uint8)})
     with pytest.raises(ValueError, match=r"segment_ids \(2, 3\) beside tokens \(2, 20\)"):
         model.hidden(tokens, segment_ids=jnp.zeros((2, 3)))
-    with pytest.raises(ValueError, match="image_size_px=30 is no multiple of patch_size_px=8"):
-        llava15_tiny(20, 19, image_size_px=30)
+    with pytest.raises(ValueError, match="image_size_px=7: 8 \(a patch\) or more"):
+        llava15_tiny(20, 19, image_size_px=7)
+    # What is left over beyond whole patches belongs to none.
+    assert llava15_tiny(20, 19, image_size_px=30).num_image_tokens == 9
     with pytest.raises(ValueError, match="num_heads=4 is no multiple of num_kv_heads=3"):
         llava15_tiny(20, 19, num_heads=4, num_kv_heads=3)
     with pytest.raises(ValueError, match="feature_layer=-4"):

@@ -12,7 +12,7 @@ from flax import nnx
 
 from medcg_jax.models import mllama, mllama_vit
 from medcg_jax.models.mllama import Mllama, llama32_vision_tiny
-from medcg_jax.models.mllama_text import MllamaTextConfig, images_in_view
+from medcg_jax.models.mllama_text import images_in_view
 from medcg_jax.models.mllama_vit import MllamaVision, MllamaVisionConfig
 from medcg_jax.nn.rope import Llama3Scaling
 from medcg_jax.scale import parity_mllama
@@ -114,8 +114,12 @@ def test_the_outputs_of_inner_layers_where_asked(ported, reference, stages):
 def test_the_example_of_parity_with_the_files_own_indices(reference):
     """Of a checkpoint as it is, once transformers is told to take what Meta's model takes."""
     other = copy.deepcopy(reference)
-    with pytest.raises(WeightsError, match=r"\[0, 2\]: 1 and above"):
-        parity_mllama.prepare(other)
+    own = weights.config_from_json(other.config.to_dict())
+    moved, notes = parity_mllama.runnable(own)
+    assert (own.intermediate_from, moved.intermediate_from) == ("input", "output")
+    assert len(notes) == 1 and "[0, 2] hold layer 0" in notes[0]
+    parity_mllama.prepare(other, moved)
+    assert other.model.vision_model.intermediate_layers_indices == [0, 2]
     other.config.vision_config.intermediate_layers_indices = [1, 3]
     other.model.vision_model.intermediate_layers_indices = [1, 3]
     config, graphdef, params = tiny.port(other, change=lambda config: config)
@@ -123,7 +127,7 @@ def test_the_example_of_parity_with_the_files_own_indices(reference):
     given, real = parity_mllama.port_inputs(config, inputs), inputs["attention_mask"] != 0
     found = np.asarray(run(nnx.merge(graphdef, params), given))[real]
     assert worst(found, tiny.reference_stages(other, inputs)["logits"][real]) > 10 * TOLERANCE
-    parity_mllama.prepare(other)
+    parity_mllama.prepare(other, config)
     assert worst(found, tiny.reference_stages(other, inputs)["logits"][real]) < TOLERANCE
     with pytest.raises(WeightsError, match="lack aspect_ratio_mask"):
         parity_mllama.port_inputs(config, {name: x for name, x in inputs.items() if name != "aspect_ratio_mask"})
@@ -183,14 +187,6 @@ def test_groups_that_end_in_cross_attention(reference):
     ours = np.asarray(run(nnx.merge(graphdef, params), tiny.port_inputs(inputs)))
     real = inputs["attention_mask"] != 0
     assert worst(ours[real], theirs[real]) < TOLERANCE
-
-
-def test_layers_of_several_equal_groups_only():
-    assert MllamaTextConfig().self_layers[:9] == (0, 1, 2, 4, 5, 6, 7, 9, 10)
-    assert llama32_vision_tiny(20, 19).text.group_size == 2
-    for cross in ((), (3, 8, 12), (0, 20, 39), tuple(range(3, 35, 5))):
-        with pytest.raises(ValueError, match="several equal groups is accepted"):
-            MllamaTextConfig(cross_layers=cross)
 
 
 def text(**fields):

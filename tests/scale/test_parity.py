@@ -46,6 +46,8 @@ def test_the_released_model_and_its_port_are_equal(released, capsys):
     assert (result["ok"], result["exit_status"]) == (True, 0)
     assert result["trained"] == ["projector", "decoder"]
     stages = [row["stage"] for row in result["rows"]]
+    assert stages[0] == "weights"
+    assert "telling weights: gradient lm_head.weight" in stages
     assert {"vision.embed", "projector", "decoder.layer2", "logits", "loss"} <= set(stages)
     assert {"gradient lm_head.weight", "loss before step 9"} <= set(stages)
     out = capsys.readouterr().out
@@ -135,7 +137,10 @@ def test_images_go_to_the_rows_that_hold_their_tokens():
 
 
 def test_differences_are_measured_against_the_references_size():
-    assert Row("x", 9e-5, 0.1).ok
-    assert not Row("x", 2e-4, 0.1).ok
+    assert Row("x", 9e-6, 0.1).ok
+    assert not Row("x", 2e-5, 0.1).ok
+    assert Row("x", 9e-5, 0.1, floor=1.0).ok
+    assert Row("x", 0.0, 0.0).ok
+    assert not Row("x", 1e-9, 0.0).ok
     assert Row("x", 2e-4, 10.0).ok
     assert not compared("x", np.array([np.nan]), np.array([1.0])).ok

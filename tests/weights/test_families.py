@@ -13,6 +13,7 @@ from releases import CONFIGS, one, random_params, released, replaced, same, same
 import medcg_jax
 from medcg_jax.mesh import make_mesh
 from medcg_jax.models.build import SIZES
+from medcg_jax.nn.layers import ACTIVATIONS
 from medcg_jax.run_config import MeshConfig
 from medcg_jax.weights.convert import MODEL_FILE, convert, load_checkpoint, module_of, read_config
 from medcg_jax.weights.files import WeightsError, read_json
@@ -116,34 +117,36 @@ LLAMA = [
     ("tie_word_embeddings", True, "False"), ("rope_parameters.rope_type", "linear", "'default'"),
     ("rope_scaling.type", "dynamic", "'default'"), ("rope_scaling.partial_rotary_factor", 0.5, "1.0"),
 ]  # fmt: skip
+ACTS = " or ".join(map(repr, ACTIVATIONS))
 CLIP = [
-    ("vision_config.hidden_act", "gelu", "'quick_gelu'"), ("vision_config.num_channels", 1, "3"),
+    ("vision_config.hidden_act", "prelu", ACTS), ("vision_config.num_channels", 1, "3"),
     ("vision_config.model_type", "siglip_vision_model", "'clip_vision_model' or 'clip'"),
 ]  # fmt: skip
 REFUSED = {
     "llava": [
-        *((f"text_config.{field}", value, accepted) for field, value, accepted in LLAMA), *CLIP,
+        *CLIP, ("text_config.hidden_act", "prelu", ACTS),
+        ("text_config.rope_parameters.rope_type", "yarn", "'default' or 'linear' or 'llama3'"),
+        ("text_config.rope_scaling.type", "dynamic", "'default' or 'linear' or 'llama3'"),
+        ("text_config.rope_scaling.partial_rotary_factor", 0.5, "1.0"),
         ("text_config.model_type", "mistral", "'llama' or 'llava' or 'llava_llama'"),
-        ("tie_word_embeddings", True, "False"),
-        ("projector_hidden_act", "gelu_pytorch_tanh", "'gelu'"),
-        ("vision_feature_select_strategy", "full", "'default'"),
-        ("multimodal_projector_bias", False, "True"), ("vision_feature_layer", [-2, -5], "one layer"),
+        ("projector_hidden_act", "prelu", ACTS), ("vision_feature_select_strategy", "cls", "'default' or 'full'"),
+        ("vision_feature_layer", [-2, -5], "one layer"),
     ],
     "qwen2_vl": [
-        ("hidden_act", "gelu", "'silu'"), ("use_sliding_window", True, "False"), ("attention_dropout", 0.1, "0.0"),
-        ("head_dim", 64, "128"), ("rope_scaling.type", "yarn", "'default' or 'mrope'"),
-        ("rope_parameters.rope_type", "linear", "'default' or 'mrope'"),
-        ("vision_config.hidden_act", "gelu", "'quick_gelu'"),
+        ("hidden_act", "prelu", ACTS), ("use_sliding_window", True, "attention to all that came before"),
+        ("attention_dropout", 0.1, "0.0"), ("head_dim", 64, "128"),
+        ("rope_scaling.type", "yarn", "'default' or 'mrope' or 'linear' or 'llama3'"),
+        ("rope_parameters.rope_type", "dynamic", "'default' or 'mrope' or 'linear' or 'llama3'"),
+        ("vision_config.hidden_act", "prelu", ACTS),
         ("vision_config.hidden_size", 1280, "3584"), ("vision_config.in_chans", 1, "3"),
         ("vision_config.in_channels", 1, "3"), ("vision_config.spatial_patch_size", 16, "14"),
         ("vision_config.rope_parameters.rope_type", "default", "'axial'"),
     ],
     "mllama": [
-        ("text_config.model_type", "llama", "'mllama_text_model'"), ("text_config.hidden_act", "gelu", "'silu'"),
-        ("text_config.tie_word_embeddings", True, "False"), ("tie_word_embeddings", True, "False"),
-        ("text_config.rope_parameters.rope_type", "yarn", "'llama3' or 'default'"),
-        ("text_config.rope_scaling.rope_type", "yarn", "'llama3' or 'default'"),
-        ("vision_config.hidden_act", "quick_gelu", "'gelu'"), ("vision_config.num_channels", 1, "3"),
+        ("text_config.model_type", "llama", "'mllama_text_model'"), ("text_config.hidden_act", "prelu", ACTS),
+        ("text_config.rope_parameters.rope_type", "yarn", "'default' or 'linear' or 'llama3'"),
+        ("text_config.rope_scaling.rope_type", "yarn", "'default' or 'linear' or 'llama3'"),
+        ("vision_config.hidden_act", "prelu", ACTS), ("vision_config.num_channels", 1, "3"),
         ("vision_config.max_num_tiles", 6, "4"), ("vision_config.supported_aspect_ratios", [[1, 1]], "[[1, 1], [1, 2]"),
         ("vision_config.vision_output_dim", 1280, "7680"),
         ("vision_config.model_type", "clip", "'mllama_vision_model'"),
@@ -161,7 +164,8 @@ REFUSED = {
 UNFIT = {
     "llava": [
         ("model_type", "llava_next", "model_type='llava_next'; accepted: llava"),
-        ("vision_config.image_size", 335, "image_size_px=335"),
+        ("vision_config.image_size", 13, "image_size_px=13"),
+        ("vision_config.image_size", [336, 224], "the same for all sides"),
         ("vision_feature_layer", -30, "feature_layer=-30: one that runs 1 to 24 layers"),
         ("text_config.num_key_value_heads", 5, "num_kv_heads=5"),
     ],
@@ -171,13 +175,13 @@ UNFIT = {
         ("rope_scaling.mrope_section", [16, 16, 24],
         "mrope_sections=(16, 16, 24): three that sum to half of head_dim=128"),
         ("layer_types", ["full_attention", "sliding_attention"],
-        "layer_types='sliding_attention'; 'full_attention' is accepted"),
+        "layer_types=['full_attention', 'sliding_attention']; attention to all that came before is accepted"),
     ],
     "mllama": [
         ("model_type", "mllama2", "model_type='mllama2'; accepted: llava"),
         ("text_config.rope_parameters.factor", None, "lack factor"),
         ("text_config.cross_attention_layers", [3, 99], "cross_layers=(3, 99) of num_layers=40"),
-        ("vision_config.intermediate_layers_indices", [7, 3, 15, 23, 30], "intermediate_layers=(7, 3"),
+        ("vision_config.intermediate_layers_indices", [3, 7, 15, 23, 32], "intermediate_layers=(3, 7"),
     ],
     "minigpt_v2": [
         ("model_type", "minigpt4", "model_type='minigpt4'; accepted: llava"), ("vit_heads", None, "lacks vit_heads"),
@@ -187,7 +191,7 @@ UNFIT = {
         ("model_type", "next", "model_type='next'; accepted: llava"),
         ("mm_vision_select_layer", -30, "feature_layer=-30"),
         ("sam_config.depth", 3, "unknown fields in sam_config: depth"), ("sam_config.num_heads", 7, "num_heads=7"),
-        ("vision_config.image_size", 335, "image_size_px=335"),
+        ("vision_config.image_size", 13, "image_size_px=13"),
     ],
 }  # fmt: skip
 CASES = [(family, f, v, f"config.json has {f}={v!r}; {a}") for family, cases in REFUSED.items() for f, v, a in cases]

@@ -14,7 +14,7 @@ from medcg_jax.mesh import make_mesh
 from medcg_jax.models import build
 from medcg_jax.models.next_chat import next_chat_7b_336
 from medcg_jax.run_config import MeshConfig
-from medcg_jax.scale import parity_golden_next
+from medcg_jax.scale import parity_golden_next_data
 from medcg_jax.weights import engine, next_chat
 from medcg_jax.weights.convert import convert, export, load_checkpoint, read_config
 from medcg_jax.weights.files import WeightsError, open_safetensors
@@ -182,7 +182,7 @@ def test_the_table_fills_every_parameter_of_7b_once():
 def test_every_tensor_of_the_original_is_known(shared_dir):
     folder = shared_dir / "golden" / "next_chat" / "variant_a"
     found = open_safetensors(folder / "weights.safetensors")
-    config = parity_golden_next.read_config(folder)
+    config = parity_golden_next_data.read_config(folder)
     slots = engine.slots(next_chat.table(config), build.abstract(config)[1])
     theirs = {next_chat.canonical(name): shape for name, shape in found.shapes.items()}
     theirs.pop(None, None)
