@@ -36,12 +36,13 @@ def get_config(arg: str = "phantom"):
         eval__max_box_tokens=12,
         base__steps=1500,
         train__epochs=2,
-        # Each model trains those of these that it has.
-        model__trainable=("projector", "decoder", "boxes"),
+        # Each model trains those of these that it has; the tower too, without which boxes are hardly learnt so soon.
+        model__trainable=("vision", "projector", "decoder", "boxes"),
+        train__learning_rate=2e-3,
         study__tables=("multi_task", "detection_pairs", "detection"),
         study__targets_of={"detection_pairs": phantom.QUICK_TARGETS[:1]},
         study__box_subsets=BOX_SUBSETS,
-        study__epochs_of={"detection": 12.0},
+        study__epochs_of={"detection": 16.0},
         study__arms=("baseline", "multi_task", "trained"),
         study__models=MODELS,
         # Three boxes as text are three rows long.

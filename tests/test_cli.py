@@ -102,7 +102,7 @@ def test_boxes_then_masks_are_trained_and_scored(tmp_path, capfd):
     few = [
         "--config.data.subsets=ct-brain-det,mri-brain-det", "--config.data.train_records_per_subset=8",
         "--config.data.test_records_per_subset=4", "--config.train.steps=2", "--config.train.batch_size=8",
-        "--config.eval.batch_size=8", "--config.eval.max_box_tokens=6",
+        "--config.eval.batch_size=8", "--config.eval.max_box_tokens=6", "--config.model.scan_unroll=1",
     ]  # fmt: skip
     boxes, masks = tmp_path / "boxes", tmp_path / "masks"
     config, found = f"--config={CONFIGS / 'next_chat_masks.py'}", tmp_path / "found.json"

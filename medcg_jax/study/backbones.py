@@ -78,7 +78,9 @@ def _each(runs: dict[str, RunConfig], workdir: Path, jobs: int):
     started = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(jobs, mp_context=started, max_tasks_per_child=1) as pool:
-            asked = {pool.submit(_one, one, workdir, os.getpid()): model for model, one in runs.items()}
+            # Those with more tables first: they take longest, and the last to end decide how long all take.
+            order = sorted(runs, key=lambda model: -len(runs[model].study.tables))
+            asked = {pool.submit(_one, runs[model], workdir, os.getpid()): model for model in order}
             for future in as_completed(asked):
                 model, result = asked[future], future.result()
                 print(_line(model, result, len(runs)), flush=True)

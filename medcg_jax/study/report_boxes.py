@@ -96,25 +96,31 @@ def score(scores: dict, name: str, seeds: tuple[int, ...]) -> Score | None:
     return Score(scores[name], scores[f"{name}_low"], scores[f"{name}_high"], scores["n"], seeds)
 
 
-def samples(grid: Grid) -> list[BoxSample]:
-    """Images of the trained arm's first cell out of distribution (else in), drawn by a hash of their names.
+@dataclass(frozen=True)
+class BoxSamples:
+    """Answers of one arm; `absent` says why there are none, "" where none were asked for."""
 
-    [] where there is no such cell, or the images are no longer there.
-    """
+    shown: tuple[BoxSample, ...] = ()
+    absent: str = ""
+
+
+def samples(grid: Grid) -> BoxSamples:
+    """Images of the trained arm's first cell out of distribution (else in), drawn by a hash of their names."""
     cells = [c for c in grid.done(TABLE) if c["related"]]
     if not cells:
-        return []
+        return BoxSamples()
     cell = max(cells, key=lambda c: (c["row"].startswith("out"), -int(c["seed"])))
     try:
         source = open_as_recorded(grid, int(cell["seed"]))
         drawn = sorted(grid.boxes(cell["cell"]), key=lambda a: hashlib.sha256(f"{a.id}/{a.label}".encode()).digest())
-        return [sample(source.records(answer.subset, "test"), answer) for answer in drawn[:NUM_SHOWN]]
-    except (DataError, OSError, StopIteration):
-        return []
+        return BoxSamples(tuple(sample(source.records(a.subset, "test"), a) for a in drawn[:NUM_SHOWN]))
+    except (DataError, OSError, KeyError) as error:
+        return BoxSamples(absent=f"The images cannot be shown: {error}")
 
 
 def sample(records, answer: BoxAnswer) -> BoxSample:
-    place = next(i for i, record in enumerate(records.records) if record.id == answer.id)
+    """Raises KeyError where the source has no such record."""
+    place = {record.id: i for i, record in enumerate(records.records)}[answer.id]
     picture = with_boxes(records.image(place), answer.truth, answer.predicted or ())
     truth, predicted = np.array(answer.truth, float), np.array(answer.predicted or (), float).reshape(-1, 4)
     found = box_answers.boxes.summary([box_answers.boxes.Located(answer.id, answer.label, truth, predicted)])

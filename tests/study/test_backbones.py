@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from medcg_jax.config_file import load
+from medcg_jax.eval.box_answers import read_answers, summary
 from medcg_jax.run_config import MODELS, ConfigError
 from medcg_jax.study.backbones import model_run
 
@@ -18,8 +19,11 @@ QUICK = str(ROOT / "configs" / "backbones_quick.py")
 # What `phantom.py:tiny` changes: a few steps of everything.
 TINY = {
     "data.train_records_per_subset": "8", "data.test_records_per_subset": "4", "base.steps": "2", "base.epochs": "1",
-    "train.epochs": "0", "train.steps": "2", "study.models": "('llava15_tiny', 'qwen2_vl_tiny')",
+    "train.epochs": "0", "train.steps": "2", "study.models": "('llava15_tiny', 'next_chat_tiny')",
+    "study.box_subsets": "('ct-liver-det', 'ct-brain-det', 'mri-liver-det', 'mri-brain-det')",
+    "model.scan_unroll": "1",
 }  # fmt: skip
+MODELS_RUN = ("llava15_tiny", "next_chat_tiny")
 
 
 def medcg(*args: str) -> subprocess.CompletedProcess:
@@ -39,34 +43,74 @@ def grid(tmp_path_factory):
 def test_every_model_leaves_a_grid_and_the_page_has_all(grid):
     workdir, _, done = grid
     assert done.returncode == 0, done.stderr
-    for model in ("llava15_tiny", "qwen2_vl_tiny"):
+    for model in MODELS_RUN:
         assert (workdir / model / "results.csv").is_file() and (workdir / model / "report" / "index.html").is_file()
         assert "report:" in (workdir / "logs" / f"{model}.log").read_text()
     with open(workdir / "report" / "tables" / "models.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["model"], row["part"], row["arm"]) for row in rows] == [
-        (model, part, arm)
-        for model in ("llava15_tiny", "qwen2_vl_tiny")
-        for part in ("in_distribution", "out_of_distribution")
-        for arm in ("baseline", "multi_task")
-    ]
+    both = [(part, arm) for part in ("in_distribution", "out_of_distribution") for arm in ("baseline", "multi_task")]
+    directions = ("fixed_modality", "fixed_area", "modality_area")
+    expected = {"llava15_tiny": both, "next_chat_tiny": list(both)}
+    expected["next_chat_tiny"] += [(part, arm) for part in directions for arm in ("baseline", "trained")]
+    found = [(row["model"], row["part"], row["arm"]) for row in rows]
+    assert found == [(model, *line) for model in MODELS_RUN for line in expected[model]]
     for row in rows:
         with open(workdir / row["model"] / "results.csv", newline="") as file:
-            own = [r for r in csv.DictReader(file) if r["row"] == row["part"] and r["arm"] == row["arm"]]
+            own = [
+                r for r in csv.DictReader(file)
+                if r["row"].split("/")[0] == row["part"] and (r["table"], r["arm"]) == (row["table"], row["arm"])
+            ]  # fmt: skip
         n, correct = (sum(int(r[key]) for r in own) for key in ("n", "correct"))
         assert (int(row["n"]), float(row["accuracy"])) == (n, pytest.approx(correct / n, abs=1e-6))
         assert float(row["ci_low"]) <= float(row["accuracy"]) <= float(row["ci_high"])
         assert 0.25 <= float(row["chance"]) <= 0.5
     page = (workdir / "report" / "index.html").read_text()
-    assert "../qwen2_vl_tiny/report/index.html" in page and not re.search(r"https?://(?!www\.w3\.org)", page)
+    assert "../next_chat_tiny/report/index.html" in page and not re.search(r"https?://(?!www\.w3\.org)", page)
+
+
+def test_boxes_are_scored_apart_from_letters_and_shown(grid):
+    workdir, _, _ = grid
+    own = workdir / "next_chat_tiny"
+    assert not (workdir / "llava15_tiny" / "boxes.csv").exists()
+    with open(own / "boxes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    inside, outside = ["ct-brain-det", "mri-brain-det", "mri-liver-det"], ["ct-liver-det"]
+    assert [(r["row"], r["arm"], r["target"]) for r in rows] == [
+        (row, arm, target)
+        for row, targets in (("in_distribution", inside), ("out_of_distribution", outside))
+        for arm in ("baseline", "multi_task")
+        for target in sorted(targets, key=[r["target"] for r in rows].index)
+    ]
+    for row in rows:
+        answers = read_answers(own / "boxes" / f"{row['cell']}.jsonl")
+        scores = summary([a for a in answers if a.subset == row["target"]])
+        assert (int(row["questions"]), int(row["n"]), int(row["correct"])) == (4, 7, scores["correct"])
+        assert float(row["mean_iou"]) == pytest.approx(scores["mean_iou"], abs=1e-6)
+    with open(own / "results.csv", newline="") as file:
+        assert "detection" not in {r["table"] for r in csv.DictReader(file)}
+    page = (own / "report" / "index.html").read_text()
+    assert page.count("data:image/png") >= 8 and "Images with both boxes" in page
+    # The models' own page has one line for each arm: the sum over the subsets.
+    with open(workdir / "report" / "tables" / "detection_in_distribution.csv", newline="") as file:
+        sums = list(csv.DictReader(file))
+    assert [(r["model"], r["arm"], r["n"]) for r in sums] == [
+        ("next_chat_tiny", "Baseline", "21"), ("next_chat_tiny", "Multi-task", "21")
+    ]  # fmt: skip
+
+
+def test_the_page_comes_again_from_the_files_alone(grid):
+    workdir, _, _ = grid
+    before = {path: path.read_bytes() for path in workdir.rglob("report/**/*") if path.suffix in (".html", ".csv", ".svg")}
+    assert medcg("report", str(workdir)).returncode == 0
+    assert {path: path.read_bytes() for path in before} == before and len(before) > 20
 
 
 def test_a_second_start_trains_nothing(grid):
     workdir, args, _ = grid
-    before = (workdir / "qwen2_vl_tiny" / "results.csv").read_bytes()
+    before = {name: (workdir / "next_chat_tiny" / name).read_bytes() for name in ("results.csv", "boxes.csv")}
     assert medcg(*args).returncode == 0
-    assert "0 to do" in (workdir / "logs" / "qwen2_vl_tiny.log").read_text()
-    assert (workdir / "qwen2_vl_tiny" / "results.csv").read_bytes() == before
+    assert "0 to do" in (workdir / "logs" / "next_chat_tiny.log").read_text()
+    assert {name: (workdir / "next_chat_tiny" / name).read_bytes() for name in before} == before
 
 
 def test_a_models_run_is_the_grids_with_its_name():
