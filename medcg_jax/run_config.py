@@ -95,6 +95,9 @@ class DataConfig:
     max_text_tokens: int = 48
     # Supervised tokens a row may have: the head runs at these positions only.
     max_target_tokens: int = 8
+    # The same of rows in a grid's trainings that have boxes; 0: as above. Boxes as text make rows several times as long.
+    max_box_text_tokens: int = 0
+    max_box_target_tokens: int = 0
     # "At most 3,000 label-balanced training records per subset" (digest of the published version).
     train_records_per_subset: int = 3000
     # 0: all test records.
@@ -248,6 +251,8 @@ def check(run: RunConfig) -> None:
     at_least("model.scan_unroll", run.model.scan_unroll, 0)
     at_least("data.max_text_tokens", run.data.max_text_tokens, 1)
     at_least("data.max_target_tokens", run.data.max_target_tokens, 1)
+    at_least("data.max_box_text_tokens", run.data.max_box_text_tokens, 0)
+    at_least("data.max_box_target_tokens", run.data.max_box_target_tokens, 0)
     at_least("data.train_records_per_subset", run.data.train_records_per_subset, 1)
     at_least("data.test_records_per_subset", run.data.test_records_per_subset, 0)
     at_least("data.max_pixels", run.data.max_pixels, 1)

@@ -6,6 +6,7 @@ The settings are environment variables, set before anything imports jax, so that
 import os
 import sys
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,23 @@ ROOT = Path(__file__).resolve().parent.parent
 NUM_DEVICES = 8
 
 
+def quick_compiles() -> list[str]:
+    """Flags with which XLA leaves out LLVM's optimisations: tests compile hundreds of programs and run each a few times.
+
+    A training step of eight devices compiled in a quarter of the time (2.3 of 10.8 s, 2.6 of 10.6 s on jax 0.11) and ran
+    half as fast. What is computed, and how it is split over devices, stays as it is.
+    """
+    newer = tuple(map(int, version("jax").split(".")[:2])) >= (0, 11)
+    # The same switch: an option of its own, and since 0.11 one of several in one option.
+    emitters = "backend_extra_options=xla_cpu_disable_new_fusion_emitters" if newer else "cpu_use_fusion_emitters=false"
+    return ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true", f"--xla_{emitters}"]
+
+
 def settings() -> dict[str, str]:
     """Environment variables of a test run; those that the caller has set already stay as they are."""
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
-        flags = f"{flags} --xla_force_host_platform_device_count={NUM_DEVICES}".strip()
+        flags = " ".join([flags, f"--xla_force_host_platform_device_count={NUM_DEVICES}", *quick_compiles()]).strip()
     wanted = {
         "JAX_PLATFORMS": "cpu",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",

@@ -39,10 +39,6 @@ MESHES = {
     "fsdp": MeshConfig(data=1, fsdp=8),
     "tensor": MeshConfig(data=1, tensor=8),
 }
-UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-if jax.__version_info__ < (0, 11):
-    # In later versions this is no option of one program.
-    UNOPTIMISED["xla_cpu_use_fusion_emitters"] = False
 DATA = DataConfig(system_prompt="", max_text_tokens=100, max_target_tokens=70)
 SOURCE = PhantomBoxSource(3, 6, 4)
 
@@ -115,9 +111,6 @@ def placed(family: str, mesh: str | None):
 
 
 def compiled(mesh, jitted, *args):
-    """The program of a jitted function for these arguments on a mesh, with LLVM's optimisations left out.
-
-    It compiles in a sixth of the time; what it computes, and how XLA splits it over devices, stays as it is.
-    """
+    """The program of a jitted function for these arguments on a mesh."""
     with jax.set_mesh(mesh):
-        return jitted.lower(*args).compile(compiler_options=UNOPTIMISED)
+        return jitted.lower(*args).compile()

@@ -15,7 +15,7 @@ from pathlib import Path
 from medcg_jax.config_file import with_flags
 from medcg_jax.run_config import BOX_TABLES, MODELS, ConfigError, RunConfig, parts_of, replace
 from medcg_jax.study import grid
-from medcg_jax.study.report_backbones import write_page
+from medcg_jax.study.report_backbones import models_in, write_page
 from medcg_jax.study.suite import DETECTION_TABLES
 
 
@@ -63,7 +63,7 @@ def reproduce_models(run: RunConfig, workdir: str | Path) -> dict:
     found = dict(_each(runs, workdir, run.study.jobs))
     page = None
     if any(result["page"] for result in found.values()):
-        page = str(write_page(workdir, [model for model in runs if found[model]["page"]]))
+        page = str(write_page(workdir, models_in(workdir)))
         print(f"report: {page}", flush=True)
     status = max(result["exit_status"] for result in found.values())
     return {"workdir": str(workdir), "models": found, "page": page, "exit_status": status}
@@ -78,9 +78,7 @@ def _each(runs: dict[str, RunConfig], workdir: Path, jobs: int):
     started = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(jobs, mp_context=started, max_tasks_per_child=1) as pool:
-            # Those with more tables first: they take longest, and the last to end decide how long all take.
-            order = sorted(runs, key=lambda model: -len(runs[model].study.tables))
-            asked = {pool.submit(_one, runs[model], workdir, os.getpid()): model for model in order}
+            asked = {pool.submit(_one, one, workdir, os.getpid()): model for model, one in runs.items()}
             for future in as_completed(asked):
                 model, result = asked[future], future.result()
                 print(_line(model, result, len(runs)), flush=True)

@@ -40,27 +40,37 @@ class Data:
 
     def __init__(self, setup: Setup):
         self._setup = setup
-        self._kept: dict[tuple[str, Split, int], Encoded] = {}
+        self._kept: dict[tuple, Encoded] = {}
         self._bytes = 0
 
     def training(self, parts: Sequence[tuple[str, int]]) -> Encoded:
         """The training rows of these (subset, number of records), labels balanced where not all are taken."""
         rows = sum(count for _, count in parts)
+        lengths = self._box_lengths if any(self._setup.has_boxes(name) for name, _ in parts) else {}
         if rows * sum(array.nbytes for array in self._setup.format.blank.values()) > MEMORY_LIMIT_BYTES:
             # Encoded together, so that the images are decoded when drawn.
-            return self._setup.encode(concat([self._records(name, "train", count) for name, count in parts]))
-        return concat_encoded([self._encoded(name, "train", count) for name, count in parts])
+            return self._setup.encode(concat([self._records(name, "train", count) for name, count in parts]), **lengths)
+        return concat_encoded([self._encoded(name, "train", count, **lengths) for name, count in parts])
+
+    @property
+    def _box_lengths(self) -> dict[str, int]:
+        """Lengths of the rows of a training with boxes, choice questions among them."""
+        data = self._setup.run.data
+        text, target = data.max_box_text_tokens, data.max_box_target_tokens
+        return {
+            "max_text_tokens": text or data.max_text_tokens, "max_target_tokens": target or data.max_target_tokens
+        }  # fmt: skip
 
     def test(self, subset: str) -> Encoded:
         """The subset's test prompts: choice questions, or questions about boxes where it has these."""
         return self._encoded(subset, "test", self._setup.run.data.test_records_per_subset)
 
-    def _encoded(self, subset: str, split: Split, count: int) -> Encoded:
-        key = (subset, split, count)
+    def _encoded(self, subset: str, split: Split, count: int, **lengths: int) -> Encoded:
+        key = (subset, split, count, *lengths.values())
         if key not in self._kept:
             asked = self._setup.encode_boxes if self._setup.has_boxes(subset) else self._setup.encode_eval
             encode = self._setup.encode if split == "train" else asked
-            made = encode(self._records(subset, split, count))
+            made = encode(self._records(subset, split, count), **lengths)
             size = sum(array.nbytes for array in (made.images or {}).values())
             if self._bytes + size > MEMORY_LIMIT_BYTES:
                 return made

@@ -59,7 +59,7 @@ def models_in(workdir: Path) -> list[str]:
     """The models whose grids lie in `workdir`, in the order of `MODELS`; [] where it is one grid's own."""
     if (workdir / "config.json").is_file():
         return []
-    return [model for model in MODELS if (workdir / model / "results.csv").is_file()]
+    return [model for model in MODELS if (workdir / model / "report" / "index.html").is_file()]
 
 
 def rows_of(model: str, grid: Grid) -> list[dict]:

@@ -68,14 +68,19 @@ def groups_of(jobs: Sequence[Job], cells_at_once: int) -> list[Group]:
     """The jobs in groups of at most `cells_at_once`, in the order to take them.
 
     Seeds in their order (a seed's base is needed by all its cells); within one the longest first, so that the last
-    groups are short and the processes end together; what is not trained stands alone, and first.
+    groups are short and the processes end together; what is not trained stands alone, and first. Trainings with boxes
+    share no group with others: their rows may be longer.
     """
     groups = []
     for seed in dict.fromkeys(job.seed for job in jobs):
         own = [job for job in jobs if job.seed == seed]
         trained = sorted((job for job in own if job.steps), key=lambda job: (-job.steps, job.id))
-        parts = [[job] for job in own if not job.steps]
-        parts += [trained[i : i + cells_at_once] for i in range(0, len(trained), cells_at_once)]
+        parts = []
+        for with_boxes in (True, False):
+            alike = [job for job in trained if (job.cells[0].table in BOX_TABLES) == with_boxes]
+            parts += [alike[i : i + cells_at_once] for i in range(0, len(alike), cells_at_once)]
+        parts.sort(key=lambda part: (-part[0].steps, part[0].id))
+        parts = [[job] for job in own if not job.steps] + parts
         groups += [Group(part[0].id, seed, tuple(part)) for part in parts]
     return groups
 

@@ -45,7 +45,7 @@ def start(run: RunConfig, workdir: Path, num_devices: int = 1) -> subprocess.Pop
     from dataclasses import asdict
 
     # One device: as on a user's machine, and the same with one process or two.
-    flags = f"--xla_force_host_platform_device_count={num_devices}"
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={num_devices}")
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
     with open(workdir.with_suffix(".log"), "ab") as log:
         return subprocess.Popen(

@@ -44,6 +44,19 @@ def test_groups_hold_every_job_once_and_never_two_seeds(cells, at_once):
     assert steps == sorted(steps, reverse=True)
 
 
+@pytest.mark.parametrize("at_once", [2, 4])
+def test_trainings_with_boxes_share_no_group_with_others(at_once):
+    run = replace(
+        RUN, model__name="next_chat_tiny", data__train_records_per_subset=8, data__test_records_per_subset=4,
+        study__tables=("pairs", "detection_pairs", "detection"), study__targets=("ct-liver-stage",), study__seeds=(0,),
+        study__cells_at_once=at_once,
+    )  # fmt: skip
+    groups = schedule.make_plan(run).groups
+    kinds = [{any("-det" in name for name, _ in job.training) for job in group.jobs if job.training} for group in groups]
+    assert all(len(kind) < 2 for kind in kinds) and {True} in kinds and {False} in kinds
+    assert any(len(group.jobs) > 1 for group in groups)
+
+
 def test_epochs_are_equal_for_every_arm(cells):
     for job in schedule.jobs_of(cells, RUN):
         records = sum(count for _, count in job.training)
