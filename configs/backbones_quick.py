@@ -39,15 +39,15 @@ def get_config(arg: str = "phantom"):
         train__learning_rate=2e-3,
         study__tables=("multi_task", "detection_pairs", "detection"),
         study__targets_of={"detection_pairs": phantom.QUICK_TARGETS[:1]},
-        study__epochs_of={"detection": 5.0},
+        study__epochs_of={"detection": 4.0},
         study__arms=("baseline", "multi_task", "trained"),
         study__models=MODELS,
         study__model_flags={
             # Where a base stops before it matches words to option letters, no fine-tune of this length answers with them.
-            "qwen2_vl_tiny": ("base.steps=2500",),
+            "qwen2_vl_tiny": ("base.steps=2300",),
             # Three boxes as text are as long as three rows.
             "minigpt_v2_tiny": (
-                "base.steps=2300", "data.max_box_text_tokens=98", "data.max_box_target_tokens=78",
+                "base.steps=2100", "data.max_box_text_tokens=98", "data.max_box_target_tokens=78",
                 "eval.max_box_tokens=78",
             ),
             # Regression comes slowly, and costs a third of such a row.
