@@ -68,6 +68,8 @@ def get_config(arg: str = "phantom"):
             study__targets_of={},
             # Of the tree's detection subsets one has up to 30 boxes an image, which as text is ten times a row.
             study__box_subsets=("38", "43", "47"),
+            study__epochs_of={"detection": 30.0},
+            study__model_flags={k: v for k, v in run.study.model_flags.items() if k != "next_chat_tiny"},
             study__tables=("multi_task", "detection"),
         )
     elif arg not in ("", "phantom"):
