@@ -62,7 +62,8 @@ def _shift(size: Size) -> tuple[np.ndarray, int]:
 def _resize_longest(image: np.ndarray, size_px: int) -> np.ndarray:
     """uint8[h', w', ...], the longer side `size_px`."""
     scale = size_px / max(image.shape[:2])
-    height, width = (int(side * scale + 0.5) for side in image.shape[:2])
+    # A side of less than half a pixel would be none.
+    height, width = (max(1, int(side * scale + 0.5)) for side in image.shape[:2])
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 

@@ -79,3 +79,11 @@ def test_masks_lie_where_sams_image_and_the_boxes_lie():
     assert [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] == np.rint(box).tolist() == [40, 44, 80, 56]
     assert not found[1][:20].any() and not (found[0] & found[1]).any()
     assert preprocess_masks(np.zeros((0, 30, 50), bool), 100).shape == (0, 100, 100)
+
+
+@pytest.mark.parametrize("shape", [(1, 4000), (4000, 1)])
+def test_an_image_as_thin_as_a_pixel_keeps_one(shape):
+    image = np.full((*shape, 3), 200, np.uint8)
+    found = preprocess_sam(image, 64)
+    assert sorted(found["sam_extent"].tolist()) == [1, 64] and (found["sam_pixels"] > 0).any()
+    assert preprocess_masks(np.ones((2, *shape), bool), 64).sum(axis=(1, 2)).tolist() == [64, 64]
