@@ -19,7 +19,7 @@ from medcg_jax.config_file import from_config_dict, to_config_dict
 from medcg_jax.run_config import replace
 
 # The longest first, so that two processes end together.
-MODELS = ("minigpt_v2_tiny", "next_chat_tiny", "llama32_vision_tiny", "qwen2_vl_tiny", "llava15_tiny")
+MODELS = ("minigpt_v2_tiny", "next_chat_tiny", "qwen2_vl_tiny", "llama32_vision_tiny", "llava15_tiny")
 
 
 def get_config(arg: str = "phantom"):
