@@ -6,6 +6,7 @@ has a reference may write the first two; `medcg parity SRC --record=FILE.npz` wr
 whose tensors were exchanged after it was recorded: two programs that read the same wrong file agree.
 """
 
+import os
 from pathlib import Path
 
 import jax
@@ -26,8 +27,11 @@ def write(path: Path, inputs: Arrays, stages: Arrays, tensors: Arrays) -> None:
     plain = {name: stages[name] for name in ("logits", "loss") if name in stages}
     rest = {f"stage/{name}": value for name, value in stages.items() if name not in plain}
     marks = {f"weight/{name}": value for name, value in parity_weights.fingerprints(tensors).items()}
-    with path.open("wb") as file:
+    # Beside the file first: one that is cut off by a full disk must not take its place.
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with part.open("wb") as file:
         np.savez(file, **inputs, **plain, **rest, **marks)
+    os.replace(part, path)
 
 
 def read(path: Path) -> Arrays:
