@@ -132,7 +132,7 @@ class Bases:
         )  # fmt: skip
         state, [result] = fit(
             program, trainable, frozen, [cell], log_every_steps=config.log_every_steps,
-            checkpoint_every_steps=config.checkpoint_every_steps, progress=lambda step, *_: report(step),
+            checkpoint_every_steps=config.checkpoint_every_steps, progress=lambda steps, _: report(steps[cell.name]),
         )  # fmt: skip
         meta = {"made_of": cell.config, "loss": result.metrics["loss"]}
         save_params(self._folder / name, join(state.params, frozen), setup.model, meta)

@@ -94,6 +94,11 @@ class CellRun:
     def active(self) -> bool:
         return self.result.error is None and self.step < self.total
 
+    @property
+    def over(self) -> bool:
+        """Complete, every loss of it looked at; or diverged."""
+        return self.result.error is not None or self.result.step == self.total
+
     def resume(self, abstract: TrainState) -> TrainState | None:
         """The state of the newest whole checkpoint, laid out as `abstract`; None where there is none.
 

@@ -1,4 +1,4 @@
-"""One cell's arrays out of the stacked state of several, and back, without moving anything between cells.
+"""One cell's arrays out of the stacked state of several, without moving anything between cells.
 
 `cell` is the outermost mesh axis: a group of devices holds num_cells / mesh.shape["cell"] neighbouring cells, and a
 cell's own arrays live on its group's devices alone.
@@ -18,17 +18,6 @@ def group_mesh(mesh: Mesh, cell: int, num_cells: int) -> Mesh:
     return Mesh(mesh.devices[group : group + 1], mesh.axis_names, axis_types=mesh.axis_types)
 
 
-def abstract_cell(stacked, cell: int, num_cells: int):
-    """What `take_cell` gives for a stacked tree of `jax.ShapeDtypeStruct`s, abstract too."""
-
-    def one(x):
-        group = group_mesh(x.sharding.mesh, cell, num_cells)
-        sharding = NamedSharding(group, PartitionSpec(*x.sharding.spec[1:]))
-        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
-
-    return jax.tree.map(one, stacked)
-
-
 def take_cell(stacked, cell: int, num_cells: int):
     """The tree of one cell: each array without its leading cell axis, on the cell's own devices."""
     mesh = jax.tree.leaves(stacked)[0].sharding.mesh
@@ -37,27 +26,6 @@ def take_cell(stacked, cell: int, num_cells: int):
     here = stacked if group is mesh else jax.tree.map(lambda x: _on_group(x, group, local), stacked)
     wanted = jax.tree.map(lambda x: NamedSharding(group, PartitionSpec(*x.sharding.spec[1:])), stacked)
     return jax.device_put(_take(here, np.int32(cell % local)), wanted)
-
-
-def stack_cells(trees: list, shardings):
-    """The stacked tree of `take_cell`'s trees, in order. shardings: of the stacked arrays."""
-    mesh = jax.tree.leaves(shardings)[0].mesh
-    groups = mesh.shape["cell"]
-    local = len(trees) // groups
-    parts = []
-    for group in range(groups):
-        own = group_mesh(mesh, group * local, len(trees))
-        placed = jax.tree.map(lambda s, own=own: NamedSharding(own, s.spec), shardings)
-        parts.append(jax.device_put(_stack(trees[group * local : (group + 1) * local]), placed))
-    if groups == 1:
-        return parts[0]
-
-    def join(sharding, *arrays):
-        shape = (len(trees), *arrays[0].shape[1:])
-        shards = [shard.data for array in arrays for shard in array.addressable_shards]
-        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
-
-    return jax.tree.map(join, shardings, *parts)
 
 
 def _on_group(x: jax.Array, group: Mesh, local: int) -> jax.Array:
@@ -71,8 +39,3 @@ def _on_group(x: jax.Array, group: Mesh, local: int) -> jax.Array:
 @jax.jit
 def _take(tree, index):
     return jax.tree.map(lambda x: x[index], tree)
-
-
-@jax.jit
-def _stack(trees):
-    return jax.tree.map(lambda *xs: jax.numpy.stack(xs), *trees)

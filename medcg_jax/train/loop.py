@@ -13,30 +13,19 @@ import numpy as np
 
 from medcg_jax.mesh import put_batch
 from medcg_jax.train.cell_run import Cell, CellResult, CellRun, NonFiniteLoss
-from medcg_jax.train.cells import abstract_cell, stack_cells, take_cell
+from medcg_jax.train.cells import take_cell
 from medcg_jax.train.log import Progress
 from medcg_jax.train.optim import stack_controls
 from medcg_jax.train.step import Program, TrainState
 
-__all__ = ["Cell", "CellResult", "NonFiniteLoss", "fit"]
+__all__ = ["Cell", "CellResult", "NonFiniteLoss", "fit", "fit_queue"]
 
 # Steps handed to the device before the host waits for one of them: enough to keep it busy, few enough to bound memory.
 MAX_AHEAD = 8
 
 
 def fit(
-    program: Program,
-    params,
-    frozen,
-    cells: Sequence[Cell],
-    *,
-    log_every_steps: int = 10,
-    checkpoint_every_steps: int = 0,
-    keep_checkpoints: int = 2,
-    flops_per_step: float | None = None,
-    peak_flops: float | None = None,
-    label: str = "",
-    progress: Callable[[int, str], None] | None = None,
+    program: Program, params, frozen, cells: Sequence[Cell], *, label: str = "", **options
 ) -> tuple[TrainState, list[CellResult]]:
     """(the state after the last step, a result for each cell), resumed from checkpoints where there are any.
 
@@ -44,10 +33,7 @@ def fit(
     cells than the program holds are accepted: the slots left over stay as they start.
 
     params, frozen: the trainable parameters that every cell starts from (kept), and those the cells share.
-    checkpoint_every_steps: 0: only at the end.
-    flops_per_step: of one step of one cell; peak_flops: of all devices together; either None: mfu is null. Several
-      cells' mfu is that of the program.
-    progress: called with (steps made, text) at every check, in place of a bar on stderr.
+    options: see `Options`.
 
     Raises:
       NonFiniteLoss: in the only cell, or in all of them. A cell that fails beside others ends there, with the error in
@@ -57,58 +43,151 @@ def fit(
     """
     if not 1 <= len(cells) <= program.num_cells:
         raise ValueError(f"{len(cells)} cells for a program of {program.num_cells}")
-    if jax.process_count() > 1 and program.mesh.shape["cell"] > 1:
-        raise ValueError(f"mesh.cell={program.mesh.shape['cell']}: 1 is accepted where several processes share a run")
-    every = dict(log_every_steps=log_every_steps, checkpoint_every_steps=checkpoint_every_steps, keep=keep_checkpoints)
-    loop = _Loop(program, frozen, cells, label, progress, every)
-    if flops_per_step and peak_flops:
-        loop.mfu_of_rate = flops_per_step / peak_flops
+    loop = _Loop(program, params, frozen, Options(**options), label or cells[0].name)
     try:
-        state = loop.start(params)
-        while any(run.active for run in loop.runs):
+        state = loop.start(cells)
+        while loop.active:
             state = loop.one_step(state)
-            save = any(run.save_due for run in loop.runs)
-            if save or any(run.log_due for run in loop.runs):
-                loop.check()
-            if save:
-                loop.save(state)
+            if loop.look(state):
+                errors = [run.result.error for run in loop.runs]
+                if all(errors):
+                    raise errors[0]
         return state, [run.result for run in loop.runs]
     finally:
         loop.close()
 
 
+def fit_queue(
+    program: Program,
+    params,
+    frozen,
+    waiting: Callable[[], Cell | None],
+    ended: Callable[[CellResult, TrainState], None],
+    **options,
+) -> None:
+    """Trains every cell that `waiting` gives, `program.num_cells` at a time: a cell that ends leaves its slot to the next.
+
+    Nothing is compiled again for a cell that comes later. Each starts from its newest checkpoint, or else from `params`.
+
+    waiting: the next cell, or None where there is none now; it is asked again when a slot is or becomes free.
+    ended: called with a cell's result, which holds the error of one that diverged, and its own state (on the devices
+      that held it) before the slot is given away.
+    options: see `Options`.
+
+    Raises:
+      CheckpointError: there are checkpoints, and none can be read.
+    """
+    loop = _Loop(program, params, frozen, Options(**options))
+    try:
+        state = loop.turn_over(None, waiting, ended)
+        while loop.active:
+            state = loop.one_step(state)
+            if loop.look(state):
+                state = loop.turn_over(state, waiting, ended)
+    finally:
+        loop.close()
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a loop logs, saves and reports.
+
+    Attributes:
+      checkpoint_every_steps: 0: only at the end.
+      flops_per_step: of one step of one cell; peak_flops: of all devices together; either None: mfu is null. Several
+        cells' mfu is that of the program.
+      progress: called with ({name: updates made} of the cells in their slots, text) at every check, in place of a bar
+        on stderr.
+    """
+
+    log_every_steps: int = 10
+    checkpoint_every_steps: int = 0
+    keep_checkpoints: int = 2
+    flops_per_step: float | None = None
+    peak_flops: float | None = None
+    progress: Callable[[dict[str, int], str], None] | None = None
+
+
 @dataclass
 class _Pending:
-    """A step whose metrics are still on the device, with the records of each cell's batch."""
+    """A step whose metrics are still on the device, with the records of each slot's batch."""
 
     metrics: dict[str, jax.Array]
     records: list[list[str]]
 
 
 class _Loop:
-    def __init__(self, program: Program, frozen, cells: Sequence[Cell], label: str, progress, every: dict):
-        self.program, self.frozen = program, frozen
-        self.mfu_of_rate: float | None = None
+    """The slots of a program, each with a run or None."""
+
+    def __init__(self, program: Program, params, frozen, options: Options, label: str = ""):
+        if jax.process_count() > 1 and program.mesh.shape["cell"] > 1:
+            raise ValueError(f"mesh.cell={program.mesh.shape['cell']}: 1 is accepted where several processes share a run")
+        self.program, self.params, self.frozen, self.options = program, params, frozen, options
+        self.slots: list[CellRun | None] = [None] * program.num_cells
         self._many = program.num_cells > 1
         self._pending: list[_Pending] = []
         self._data_wait_s, self._checked_at = 0.0, None
-        self._label, self._report, self._bar = label or cells[0].name, progress, None
-        self.runs = [CellRun(cell, say=self._say, **every) for cell in cells]
+        self._label, self._bar = label, None
 
-    def start(self, params) -> TrainState:
-        """The state to go on from; streams and metrics files stand where it does."""
-        state = self._resumed(params) if any(run.cell.checkpoints for run in self.runs) else self.program.start(params)
+    @property
+    def runs(self) -> list[CellRun]:
+        return [run for run in self.slots if run is not None]
+
+    @property
+    def active(self) -> bool:
+        return any(run.active for run in self.runs)
+
+    def start(self, cells: Sequence[Cell]) -> TrainState:
+        """The state that these cells go on from; streams and metrics files stand where it does."""
+        state = None
+        for place, cell in enumerate(cells):
+            state = self._put(state, place, cell)
         self._put_control()
-        for run in self.runs:
-            run.open()
-        if self._report is None and jax.process_index() == 0:
+        if self.options.progress is None and jax.process_index() == 0:
             self._bar = Progress(self._total(), done=self._done(), label=self._label)
         return state
+
+    def turn_over(self, state: TrainState | None, waiting, ended) -> TrainState | None:
+        """Reports the runs that have ended, gives their slots and empty ones to cells that wait; `look` was just called."""
+        changed = False
+        for place in range(len(self.slots)):
+            while (run := self.slots[place]) is None or run.over:
+                if run is not None:
+                    ended(run.result, take_cell(state, place, self.program.num_cells) if self._many else state)
+                    run.close()
+                    self.slots[place], changed = None, True
+                    # The memory of a lone run is needed for the next one.
+                    state = state if self._many else None
+                cell = waiting()
+                if cell is None:
+                    break
+                state, changed = self._put(state, place, cell), True
+        if changed:
+            self._put_control()
+            # Rates are of training alone.
+            self._checked_at, self._data_wait_s = self._checked_at and time.perf_counter(), 0.0
+        return state
+
+    def _put(self, state: TrainState | None, place: int, cell: Cell) -> TrainState:
+        """`state` with the cell in its slot, from its checkpoint or the start."""
+        o = self.options
+        run = CellRun(
+            cell, log_every_steps=o.log_every_steps, checkpoint_every_steps=o.checkpoint_every_steps,
+            keep=o.keep_checkpoints, say=self._say,
+        )  # fmt: skip
+        self.slots[place] = run
+        found = run.resume(self.program.abstract_one(self.params)) if cell.checkpoints else None
+        run.open()
+        if state is None and (found is None or self._many):
+            state = self.program.start(self.params)
+        elif found is None:
+            found = self.program.start_one(self.params)
+        return state if found is None else self.program.put(state, place, found)
 
     def one_step(self, state: TrainState) -> TrainState:
         """Draws a batch for every cell and hands one step to the device."""
         began = time.perf_counter()
-        batches, records = zip(*(run.draw() for run in self.runs), strict=True)
+        batches, records = zip(*(run.draw() if run else (None, []) for run in self.slots), strict=True)
         batch = self._stacked(batches) if self._many else batches[0]
         on_device = put_batch(batch, self.program.batch_sharding)
         self._data_wait_s += time.perf_counter() - began
@@ -121,18 +200,28 @@ class _Loop:
             jax.block_until_ready(self._pending[-1 - MAX_AHEAD].metrics["loss"])
         return state
 
-    def check(self) -> None:
-        """Fetches what is pending, looks at every loss, writes a line of metrics where one is due.
+    def look(self, state: TrainState) -> bool:
+        """Checks and saves where a run is due to; whether it did."""
+        save = any(run.save_due for run in self.runs)
+        if not save and not any(run.log_due for run in self.runs):
+            return False
+        self._check()
+        if save:
+            for place, run in enumerate(self.slots):
+                if run:
+                    run.save(lambda i=place: take_cell(state, i, self.program.num_cells) if self._many else state)
+        return True
 
-        Raises:
-          NonFiniteLoss: no cell is left to train.
-        """
+    def _check(self) -> None:
+        """Fetches what is pending, looks at every loss, writes a line of metrics where one is due."""
         pending, self._pending = self._pending, []
         fetched = jax.device_get([p.metrics for p in pending])
         seconds = time.perf_counter() - self._checked_at
-        failed = sum(run.result.error is not None for run in self.runs)
-        rates, cell_steps = [], 0
-        for i, run in enumerate(self.runs):
+        failed = [run for run in self.runs if run.result.error]
+        rates, cell_steps = {}, 0
+        for i, run in enumerate(self.slots):
+            if run is None:
+                continue
             steps = rows = tokens = 0
             for p, metrics in zip(pending, fetched, strict=True):
                 m = {key: value[i] for key, value in metrics.items()} if self._many else metrics
@@ -140,54 +229,37 @@ class _Loop:
                     run.look(m["loss"], m["grad_norm"], m["lr"], p.records[i])
                     steps, rows, tokens = steps + 1, rows + len(p.records[i]), tokens + int(m["tokens"])
             cell_steps += steps
-            rates.append({"samples_per_s": rows * jax.process_count() / seconds, "tokens_per_s": tokens / seconds})
-        mfu = None if self.mfu_of_rate is None else self.mfu_of_rate * cell_steps / seconds
-        for run, rate in zip(self.runs, rates, strict=True):
-            run.write({**rate, "mfu": mfu, "data_wait": self._data_wait_s / seconds})
+            rates[i] = {"samples_per_s": rows * jax.process_count() / seconds, "tokens_per_s": tokens / seconds}
+        o = self.options
+        known = o.flops_per_step and o.peak_flops
+        mfu = o.flops_per_step / o.peak_flops * cell_steps / seconds if known else None
+        for i, rate in rates.items():
+            self.slots[i].write({**rate, "mfu": mfu, "data_wait": self._data_wait_s / seconds})
         self._checked_at, self._data_wait_s = time.perf_counter(), 0.0
-        self._tell(sum(rate["samples_per_s"] for rate in rates))
-        errors = [run.result.error for run in self.runs if run.result.error is not None]
-        if len(errors) == len(self.runs):
-            raise errors[0]
-        if len(errors) > failed:
-            self._say(str(errors[-1]))
+        self._tell(sum(rate["samples_per_s"] for rate in rates.values()))
+        errors = [run.result.error for run in self.runs if run.result.error and run not in failed]
+        for error in errors if len(self.runs) > 1 else ():
+            self._say(str(error))
+        if errors:
             self._put_control()
-
-    def save(self, state: TrainState) -> None:
-        """A checkpoint of every cell that moved since its last one and is sound; `check` has just been called."""
-        for i, run in enumerate(self.runs):
-            run.save(lambda i=i: take_cell(state, i, self.program.num_cells) if self._many else state)
 
     def close(self) -> None:
         for thing in [*self.runs, self._bar]:
             if thing is not None:
                 thing.close()
 
-    def _resumed(self, params) -> TrainState:
-        """The state in which each cell that has a checkpoint stands where its newest one does."""
-        abstract, num = self.program.abstract_state(params), self.program.num_cells
-        if not self._many:
-            found = self.runs[0].resume(abstract)
-            return self.program.start(params) if found is None else found
-        found = [run.resume(abstract_cell(abstract, i, num)) for i, run in enumerate(self.runs)]
-        if all(state is None for state in found):
-            return self.program.start(params)
-        found += [None] * (num - len(found))
-        if any(state is None for state in found):
-            fresh = self.program.start(params)
-            found = [take_cell(fresh, i, num) if state is None else state for i, state in enumerate(found)]
-        return stack_cells(found, self.program.state_shardings)
-
     def _stacked(self, batches) -> dict[str, np.ndarray]:
         # Slots without a cell are never active: any batch will do.
-        batches = [*batches, *batches[:1] * (self.program.num_cells - len(batches))]
-        return {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}
+        some = next(batch for batch in batches if batch is not None)
+        return {key: np.stack([(some if batch is None else batch)[key] for batch in batches]) for key in some}
 
     def _put_control(self) -> None:
         """The cells' run-time values on the devices; 0 steps where a cell has failed or a slot has none."""
         stopped = {"total_steps": np.int32(0)}
-        controls = [run.cell.control | (stopped if run.result.error else {}) for run in self.runs]
-        controls += [controls[0] | stopped] * (self.program.num_cells - len(controls))
+        some = next((run.cell.control for run in self.runs), None)
+        if some is None:
+            return
+        controls = [run.cell.control if run and not run.result.error else some | stopped for run in self.slots]
         self._control = self.program.put_control(stack_controls(controls) if self._many else controls[0])
 
     def _total(self) -> int:
@@ -201,8 +273,8 @@ class _Loop:
         losses = [run.result.metrics["loss"] for run in self.runs if run.result.metrics and not run.result.error]
         text = f"loss {sum(losses) / len(losses):.4f}, " if losses else ""
         text += f"{samples_per_s:.0f} samples/s"
-        if self._report is not None:
-            self._report(self._done(), text)
+        if self.options.progress is not None:
+            self.options.progress({run.cell.name: run.step for run in self.runs}, text)
         elif self._bar is not None:
             self._bar.update(self._done(), text)
 

@@ -121,7 +121,10 @@ class Program:
     graphdef: nnx.GraphDef
     jitted: Callable
     jitted_start: Callable
+    jitted_start_one: Callable
+    jitted_put: Callable
     state_shardings: TrainState
+    one_shardings: TrainState
     frozen_shardings: nnx.State
     batch_sharding: NamedSharding
     control_sharding: NamedSharding
@@ -135,6 +138,18 @@ class Program:
         with jax.set_mesh(self.mesh):
             return self.jitted_start(params)
 
+    def start_one(self, params) -> TrainState:
+        """A fresh state of one run, for `put`."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted_start_one(params)
+
+    def put(self, state: TrainState, place: int, one: TrainState) -> TrainState:
+        """`state` (donated) with slot number `place` given to a run in the state `one`, laid out as `abstract_one`."""
+        if self.num_cells == 1:
+            return one
+        with jax.set_mesh(self.mesh):
+            return self.jitted_put(state, one, np.int32(place))
+
     def put_control(self, control: Control) -> dict[str, jax.Array]:
         """Control values on the mesh (once a run, not once a step)."""
         return jax.device_put(control, self.control_sharding)
@@ -142,6 +157,10 @@ class Program:
     def abstract_state(self, params) -> TrainState:
         """The state's shapes, dtypes and shardings, from the (abstract) trainable parameters of one run."""
         return with_shardings(jax.eval_shape(self.jitted_start, params), self.state_shardings)
+
+    def abstract_one(self, params) -> TrainState:
+        """The same of one run's state, the same on every part of the cell axis."""
+        return with_shardings(jax.eval_shape(self.jitted_start_one, params), self.one_shardings)
 
     def compile(self, params, frozen, batch: dict[str, jax.ShapeDtypeStruct | np.ndarray]):
         """(jax.stages.Lowered, jax.stages.Compiled, seconds to lower, seconds to compile); allocates nothing.
@@ -213,11 +232,10 @@ def make_step(
     def placed(spec=PartitionSpec()):
         return NamedSharding(mesh, PartitionSpec(*lead, *spec))
 
-    state_shardings = TrainState(
-        placed(),
-        jax.tree.map(lambda s: placed(s.spec), param_shardings),
-        _opt_shardings(optimizer, param_shardings, placed),
-    )
+    state_shardings = _state_shardings(optimizer, param_shardings, placed)
+    one_shardings = _state_shardings(
+        optimizer, param_shardings, lambda spec=PartitionSpec(): NamedSharding(mesh, spec)
+    )  # fmt: skip
     batch = batch_sharding(mesh, cells=many)
 
     def cells(state, frozen, control, batch):
@@ -235,9 +253,18 @@ def make_step(
         state = init_state(params, optimizer=optimizer)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_cells, *x.shape)), state) if many else state
 
+    def put(state, one, place):
+        here = jnp.arange(num_cells) == place
+        return jax.tree.map(lambda x, new: jnp.where(here.reshape(-1, *[1] * new.ndim), new, x), state, one)
+
     jitted_start = jax.jit(start, out_shardings=state_shardings)
-    shardings = (state_shardings, frozen_shardings, batch, placed())
-    return Program(mesh, num_cells, graphdef, jitted, jitted_start, *shardings)
+    jitted_start_one = jax.jit(partial(init_state, optimizer=optimizer), out_shardings=one_shardings)
+    jitted_put = jax.jit(
+        put, in_shardings=(state_shardings, one_shardings, None), out_shardings=state_shardings, donate_argnums=0
+    )  # fmt: skip
+    programs = (jitted, jitted_start, jitted_start_one, jitted_put)
+    shardings = (state_shardings, one_shardings, frozen_shardings, batch, placed())
+    return Program(mesh, num_cells, graphdef, *programs, *shardings)
 
 
 def _replicate_tables(frozen):
@@ -248,6 +275,12 @@ def _replicate_tables(frozen):
         return jax.lax.with_sharding_constraint(w, PartitionSpec()) if last_name(path) == "table" else w
 
     return jax.tree_util.tree_map_with_path(one, frozen)
+
+
+def _state_shardings(optimizer, param_shardings, placed) -> TrainState:
+    """placed: PartitionSpec of one run's array (default: none) -> NamedSharding of the state's."""
+    params = jax.tree.map(lambda s: placed(s.spec), param_shardings)
+    return TrainState(placed(), params, _opt_shardings(optimizer, param_shardings, placed))
 
 
 def _opt_shardings(optimizer, param_shardings, placed):

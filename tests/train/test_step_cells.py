@@ -11,7 +11,7 @@ from train_toys import CONFIG, TRAIN, TRAINABLE, batch, run, same_bits, setup
 from medcg_jax.models import build
 from medcg_jax.run_config import MeshConfig, replace
 from medcg_jax.train import step
-from medcg_jax.train.cells import stack_cells, take_cell
+from medcg_jax.train.cells import take_cell
 from medcg_jax.train.optim import control_from
 
 STEPS = 10
@@ -82,14 +82,20 @@ def test_a_neighbour_that_diverges_is_not_felt(on_cell_mesh):
 
 
 def test_cells_are_taken_out_and_put_back(on_cell_mesh):
-    program, _, _, state, _ = on_cell_mesh
+    program, trainable, frozen, state, _ = on_cell_mesh
     cells = [take_cell(state, i, 4) for i in range(4)]
     devices = [sorted(d.id for d in cell.step.sharding.device_set) for cell in cells]
     assert devices == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
-    back = stack_cells(cells, program.state_shardings)
-    assert same_bits(state, back)
-    assert jax.tree.map(lambda x: x.sharding, back) == jax.tree.map(lambda x: x.sharding, state)
-    assert not same_bits(state, stack_cells(cells[::-1], program.state_shardings))
+    ours = jax.tree.map(lambda x: x.sharding, state)
+    back, placed = program.start(trainable), program.abstract_one(trainable)
+    for i, cell in enumerate(cells):
+        assert not same_bits(state, back)
+        one = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), cell, placed)
+        back = program.put(back, i, one)
+    assert same_bits(state, back) and jax.tree.map(lambda x: x.sharding, back) == ours
+    assert same_bits(program.start_one(trainable), take_cell(program.start(trainable), 2, 4))
+    hlo = program.jitted_put.lower(program.abstract_state(trainable), placed, np.int32(0)).compile().as_text()
+    assert not [line for line in hlo.splitlines() if "all-" in line or "collective" in line]
 
 
 def test_cells_that_the_mesh_cannot_hold_are_refused():
