@@ -1,10 +1,10 @@
-"""Trains and tests a group of cells: one program for all of them, whatever their data and number of steps."""
+"""Trains and tests the jobs of a grid: one program for all of them, whatever their data and number of steps."""
 
 import dataclasses
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from medcg_jax.data.encoding import MEMORY_LIMIT_BYTES, Encoded, concat_encoded
 from medcg_jax.data.pipeline import Batches
-from medcg_jax.data.records import RecordSet, Split, concat
+from medcg_jax.data.records import DataError, RecordSet, Split, concat
 from medcg_jax.data.release import balanced
 from medcg_jax.eval.run import NonFiniteScores
 from medcg_jax.eval.subsets import Tester, write_tested
@@ -22,10 +22,9 @@ from medcg_jax.files import write_whole
 from medcg_jax.models.build import join, shardings, split_trainable
 from medcg_jax.run_config import RunConfig
 from medcg_jax.study import claims, results
-from medcg_jax.study.progress import EVAL_UNITS, Reporter
-from medcg_jax.study.schedule import Group, Job, seeded
+from medcg_jax.study.progress import Reporter
+from medcg_jax.study.schedule import Job, seeded
 from medcg_jax.train import loop
-from medcg_jax.train.cells import take_cell
 from medcg_jax.train.checkpoint import save_params
 from medcg_jax.train.log import CompileMonitor
 from medcg_jax.train.optim import control_from, make_optimizer
@@ -85,12 +84,11 @@ class Data:
 
 
 class Trainer:
-    """Trains and tests groups of cells in this process; what is compiled is compiled once."""
+    """Trains and tests jobs in this process, `study.cells_at_once` at a time; what is compiled is compiled once."""
 
     def __init__(self, run: RunConfig, workdir: Path):
         self._run, self._workdir = run, workdir
         self._monitor = CompileMonitor()
-        self._many = run.study.cells_at_once
         self._program: Program | None = None
         self._tester: Tester | None = None
         self._has_tested = False
@@ -104,48 +102,68 @@ class Trainer:
             self._seed = seed
         return self._setup
 
-    def run(self, group: Group, base: Base, report: Reporter) -> dict[str, dict]:
-        """Trains and tests a group's jobs and writes its cells' files; job id -> outcome, for `results.mark_done`.
+    def run(self, waiting: Callable[[], Job | None], base: Base, finish: Callable[[Job, dict], None]) -> None:
+        """Trains and tests every job that `waiting` gives, and the one that needs no training by itself.
 
-        Raises:
-          DataError: a record of the group cannot be used.
+        waiting: the next job of the seed that `setup` was last asked for, or None. finish: called with each job and its
+        outcome, for `results.mark_done`.
         """
-        began = time.perf_counter()
-        setup = self.setup(group.seed)
-        graphdef, params = base
-        state, frozen, errors = None, None, {}
-        if group.steps:
-            trainable, frozen = split_trainable(params, setup.run.model.trainable)
-            state, errors = self._train(setup, group, graphdef, trainable, frozen, report)
-        units = sum(job.steps for job in group.jobs)
-        for place, job in enumerate(group.jobs):
-            if job.id not in errors:
-                trained = self._params_of(setup, state, frozen, place) if group.steps else params
+        setup, (graphdef, params) = self._setup, base
+        trainable, frozen = split_trainable(params, setup.run.model.trainable)
+        jobs: dict[str, tuple[Job, float]] = {}
+
+        def next_cell() -> loop.Cell | None:
+            while job := waiting():
+                jobs[job.id] = job, time.perf_counter()
+                if not job.steps:
+                    end(job, params)
+                    return None
                 try:
+                    return self._cell(setup, job)
+                except DataError as error:  # the same at every try: its cells have failed, others may not
+                    end(job, None, error)
+            return None
+
+        def ended(result: loop.CellResult, state: TrainState) -> None:
+            job, _ = jobs[result.name]
+            end(job, None if result.error else self._whole(setup, state, frozen), result.error)
+
+        def end(job: Job, trained, error: Exception | None = None) -> None:
+            try:
+                if error is None:
                     self._test(setup, job, graphdef, trained)
-                except NonFiniteScores as error:
-                    errors[job.id] = error
-                if self._run.study.keep_weights and job.steps:
-                    save_params(self._workdir / "weights" / job.id, trained, setup.model, {"cell": job.id})
-            units += EVAL_UNITS * len(job.targets)
-            report(units)
-        seconds = time.perf_counter() - began
-        tqdm.write(f"{group.name}: {group.steps} steps, {seconds:.1f} s; {self._monitor.line()}")
-        sys.stdout.flush()
-        return {
-            job.id: {"status": f"failed: {errors[job.id]}" if job.id in errors else "done",
-                     "seconds": seconds / len(group.jobs)}
-            for job in group.jobs
-        }  # fmt: skip
+                    if self._run.study.keep_weights and job.steps:
+                        save_params(self._workdir / "weights" / job.id, trained, setup.model, {"cell": job.id})
+            except (NonFiniteScores, DataError) as failed:
+                error = failed
+            seconds = (time.perf_counter() - jobs.pop(job.id)[1]) / (self._run.study.cells_at_once if job.steps else 1)
+            finish(job, {"status": f"failed: {error}" if error else "done", "seconds": seconds})
+            tqdm.write(f"{job.id}: {job.steps} steps, {seconds:.1f} s; {self._monitor.line()}")
+            sys.stdout.flush()
 
-    def clean(self, group: Group) -> None:
-        """Removes what was kept to go on with a group; it is done now."""
-        for job in group.jobs:
-            shutil.rmtree(checkpoints_of(self._workdir, job), ignore_errors=True)
+        config, first = setup.run.train, next_cell()
+        if first is None:
+            return
+        self._make_program(setup, graphdef, trainable, frozen, first)
+        given = [first]
+        reports: dict[str, Reporter] = {}
 
-    def _params_of(self, setup: Setup, state: TrainState, frozen, place: int):
-        """The whole parameters of one job of the group, on the whole mesh."""
-        own = take_cell(state.params, place, self._many) if self._many > 1 else state.params
+        def report(steps: dict[str, int], _: str) -> None:
+            for name, done in steps.items():
+                reports.setdefault(name, Reporter(self._workdir, name))(done)
+
+        loop.fit_queue(
+            self._program, trainable, frozen, lambda: given.pop() if given else next_cell(), ended, progress=report,
+            log_every_steps=config.log_every_steps, checkpoint_every_steps=config.checkpoint_every_steps,
+        )  # fmt: skip
+
+    def clean(self, job: Job) -> None:
+        """Removes what was kept to go on with a job; it is done now."""
+        shutil.rmtree(checkpoints_of(self._workdir, job), ignore_errors=True)
+
+    def _whole(self, setup: Setup, state: TrainState, frozen):
+        """The whole parameters of one job, on the whole mesh."""
+        own = state.params
         if setup.mesh.shape["cell"] > 1:
             wanted, _ = split_trainable(shardings(setup.model, setup.mesh), setup.run.model.trainable)
             own = jax.device_put(own, wanted)
@@ -173,27 +191,16 @@ class Trainer:
             if job.steps and cell.id != job.id:
                 write_whole(metrics / f"{cell.id}.jsonl", (metrics / f"{job.id}.jsonl").read_text())
 
-    def _train(self, setup: Setup, group: Group, graphdef, trainable, frozen, report: Reporter):
-        """(state, job id -> what stopped it) of the group's jobs after their last steps."""
+    def _make_program(self, setup: Setup, graphdef, trainable, frozen, cell: loop.Cell) -> None:
+        if self._program is not None:
+            return
         config = setup.run.train
-        if self._program is None:
-            self._program = make_step(
-                setup.mesh, graphdef, *split_trainable(shardings(setup.model, setup.mesh), setup.run.model.trainable),
-                make_optimizer(config), num_cells=self._many, loss_fn=setup.loss,
-                accumulation_steps=config.accumulation_steps,
-                compute_dtype=setup.run.model.compute_dtype,
-            )  # fmt: skip
-            self._compile(trainable, frozen, self._cell(setup, group.jobs[0]))
-        cells = [self._cell(setup, job) for job in group.jobs]
-        try:
-            state, ended = loop.fit(
-                self._program, trainable, frozen, cells, log_every_steps=config.log_every_steps,
-                checkpoint_every_steps=config.checkpoint_every_steps,
-                progress=lambda step, *_: report(sum(min(step, job.steps) for job in group.jobs)),
-            )  # fmt: skip
-        except loop.NonFiniteLoss as error:  # of every job
-            return None, {job.id: error for job in group.jobs}
-        return state, {job.id: e.error for job, e in zip(group.jobs, ended, strict=True) if e.error}
+        self._program = make_step(
+            setup.mesh, graphdef, *split_trainable(shardings(setup.model, setup.mesh), setup.run.model.trainable),
+            make_optimizer(config), num_cells=self._run.study.cells_at_once, loss_fn=setup.loss,
+            accumulation_steps=config.accumulation_steps, compute_dtype=setup.run.model.compute_dtype,
+        )  # fmt: skip
+        self._compile(trainable, frozen, cell)
 
     def _compile(self, trainable, frozen, cell: loop.Cell) -> None:
         """Where several processes share a grid: one of them compiles the step, the others read it from the cache."""
@@ -222,5 +229,5 @@ class Trainer:
 
 
 def checkpoints_of(workdir: Path, job: Job) -> Path:
-    """Where a job's training state is kept until its group is done."""
+    """Where a job's training state is kept until it is done."""
     return results.state_dir(workdir) / "checkpoints" / job.id

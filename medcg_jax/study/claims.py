@@ -11,6 +11,7 @@ import re
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,8 +93,12 @@ def take(folder: Path, name: str) -> Claim | None:
         file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         return None
-    with os.fdopen(file, "w") as opened:
-        json.dump(identity(), opened)
+    try:
+        with os.fdopen(file, "w") as opened:
+            json.dump(identity(), opened)
+    except OSError:
+        path.unlink()  # on a full disk: a claim that says nothing would be waited for
+        raise
     return Claim(path, number + 1)
 
 
@@ -121,9 +126,14 @@ def lock(folder: Path, name: str, poll_s: float = 0.1) -> Iterator[None]:
         claim.release()
 
 
-def num_holders(folder: Path, name: str) -> int:
-    """How many processes have held the work so far."""
-    return _last(folder, name)[0] + 1
+def num_holders(folder: Path) -> Counter:
+    """Name -> how many processes have held the work so far, from one look at the folder."""
+    found = Counter()
+    for file in os.listdir(folder):
+        name, _, number = file.rpartition(".")
+        if number.isdecimal() and not file.startswith("."):
+            found[name] = max(found[name], int(number) + 1)
+    return found
 
 
 def _last(folder: Path, name: str) -> tuple[int, dict | None, float]:

@@ -25,7 +25,7 @@ from medcg_jax.files import write_whole
 from medcg_jax.run_config import BOX_TABLES, ConfigError, RunConfig, flat
 from medcg_jax.study import results
 from medcg_jax.study.progress import Progress
-from medcg_jax.study.schedule import Group, Plan, make_plan, seeded
+from medcg_jax.study.schedule import Job, Plan, make_plan, seeded
 from medcg_jax.study.stats import summarise
 
 # Fields that change neither scores nor predictions, so that a grid may be continued with other values.
@@ -70,13 +70,14 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
     check_start(run)
     write_config(run, workdir, plan)
     tables = results.Tables(workdir, plan.cells, plan.jobs)
-    waiting = [group for group in plan.groups if results.outcomes_of(workdir, group) is None]
-    print(f"{len(plan.cells)} cells in {len(plan.groups)} groups, {len(waiting)} to do; workdir {workdir}", flush=True)
+    done = results.done_jobs(workdir)
+    waiting = [job for job in plan.jobs if job.id not in done]
+    print(f"{len(plan.cells)} cells in {len(plan.jobs)} jobs, {len(waiting)} to do; workdir {workdir}", flush=True)
     bases = missing_bases(run, workdir, waiting)
     with Progress(workdir, plan, bases, on_change=tables.write):
         if waiting:
             work(run, workdir, plan, bool(bases))
-    outcomes = results.all_outcomes(workdir, plan.groups)
+    outcomes = results.all_outcomes(workdir, plan.jobs)
     tables.write(outcomes)
     return summary(workdir, plan, outcomes)
 
@@ -88,12 +89,12 @@ def check_start(run: RunConfig) -> None:
     check_weights(run)
 
 
-def missing_bases(run: RunConfig, workdir: Path, groups: Sequence[Group]) -> dict[int, int]:
-    """Seed -> steps of the bases that the groups need and that are not there."""
+def missing_bases(run: RunConfig, workdir: Path, jobs: Sequence[Job]) -> dict[int, int]:
+    """Seed -> steps of the bases that the jobs need and that are not there."""
     from medcg_jax.study.bases import Bases
 
     bases = Bases(run, workdir)
-    seeds = dict.fromkeys(group.seed for group in groups)
+    seeds = dict.fromkeys(job.seed for job in jobs)
     return {seed: run.base.steps for seed in seeds if not bases.ready(seed)}
 
 

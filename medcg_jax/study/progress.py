@@ -1,9 +1,10 @@
 """How far a grid is: one bar on a terminal, plain lines elsewhere, from files that every worker writes.
 
 The unit is one optimizer step of one run; evaluation and the bases are counted in it. A worker writes how many units of
-its group are behind it to `state/progress/NAME`, so that processes and hosts are shown alike.
+a job are behind it to `state/progress/JOB`, so that processes and hosts are shown alike.
 """
 
+import os
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from medcg_jax.files import write_whole
 from medcg_jax.study import results
-from medcg_jax.study.schedule import Group, Plan
+from medcg_jax.study.schedule import Job, Plan
 
 POLL_S = 0.5
 LINE_EVERY_S = 20.0
@@ -22,8 +23,8 @@ LINE_EVERY_S = 20.0
 EVAL_UNITS = 2
 
 
-def group_units(group: Group) -> int:
-    return sum(job.steps + EVAL_UNITS * len(job.targets) for job in group.jobs)
+def job_units(job: Job) -> int:
+    return job.steps + EVAL_UNITS * len(job.targets)
 
 
 def base_name(seed: int) -> str:
@@ -47,16 +48,15 @@ class Progress:
     """Shows the grid's progress from a thread while the block runs.
 
     bases: seeds whose base is still to be trained, and its steps.
-    on_change: called with every outcome so far whenever a group is done.
+    on_change: called with every outcome so far whenever a job is done.
     """
 
     def __init__(self, workdir: Path, plan: Plan, bases: Mapping[int, int], on_change: Callable[[dict], None]):
         self._workdir, self._plan, self._on_change = workdir, plan, on_change
         self._bases = {base_name(seed): steps for seed, steps in bases.items()}
-        self._total = sum(self._bases.values()) + sum(map(group_units, plan.groups))
+        self._total = sum(self._bases.values()) + sum(map(job_units, plan.jobs))
         self._stop = threading.Event()
         self._outcomes: dict[str, dict] = {}
-        self._done: set[str] = set()
 
     def __enter__(self) -> "Progress":
         self._began, self._first = time.monotonic(), self._units()
@@ -77,29 +77,36 @@ class Progress:
 
     def _watch(self) -> None:
         while not self._stop.wait(POLL_S):
-            self._look()
+            try:
+                self._look()
+            except OSError as error:  # a full disk, say: the work itself will fail where it must
+                print(f"progress: {error}", file=sys.stderr, flush=True)
+                return
 
     def _look(self, last: bool = False) -> None:
-        before = len(self._done)
+        before = len(self._outcomes)
         units = self._units()
-        if len(self._done) != before:
+        if len(self._outcomes) != before:
             self._on_change(self._outcomes)
         if not self._bar.disable:
             self._bar.set_description(self._words(), refresh=False)
             self._bar.n = min(units, self._total)
             self._bar.refresh()
-        elif last or len(self._done) != before or time.monotonic() - self._said > LINE_EVERY_S:
+        elif last or len(self._outcomes) != before or time.monotonic() - self._said > LINE_EVERY_S:
             self._said = time.monotonic()
             print(self._line(units), file=sys.stderr, flush=True)
 
     def _units(self) -> int:
-        """Units behind us; also collects the outcomes of groups done since the last look."""
+        """Units behind us; also collects the outcomes of jobs done since the last look."""
+        for name in results.done_jobs(self._workdir) - self._outcomes.keys():
+            self._outcomes[name] = results.outcome_of(self._workdir, name)
         units = sum(min(self._partial(name), most) for name, most in self._bases.items())
-        for group in self._plan.groups:
-            if group.name not in self._done and (found := results.outcomes_of(self._workdir, group)):
-                self._done.add(group.name)
-                self._outcomes |= found
-            units += group_units(group) if group.name in self._done else self._partial(group.name)
+        started = set(os.listdir(results.state_dir(self._workdir) / "progress"))
+        for job in self._plan.jobs:
+            if job.id in self._outcomes:
+                units += job_units(job)
+            elif job.id in started:
+                units += self._partial(job.id)
         return units
 
     def _partial(self, name: str) -> int:
@@ -109,7 +116,7 @@ class Progress:
             return 0
 
     def _words(self) -> str:
-        cells = sum(len(job.cells) for group in self._plan.groups if group.name in self._done for job in group.jobs)
+        cells = sum(len(job.cells) for job in self._plan.jobs if job.id in self._outcomes)
         failed = sum(map(results.is_failure, self._outcomes.values()))
         return f"{cells}/{len(self._plan.cells)} cells" + (f", {failed} failed" if failed else "")
 

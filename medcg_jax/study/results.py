@@ -1,4 +1,4 @@
-"""The files a grid leaves: which groups are done, cells.csv, results.csv and, where boxes were asked for, boxes.csv.
+"""The files a grid leaves: which jobs are done, cells.csv, results.csv and, where boxes were asked for, boxes.csv.
 
 `results.csv` and `predictions/` hold no times, are written whole or not at all, and in the order of the cells, so that
 a grid that was stopped and started again ends in the same bytes.
@@ -7,12 +7,13 @@ a grid that was stopped and started again ends in the same bytes.
 import csv
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from medcg_jax.eval.box_answers import read_answers, summary
 from medcg_jax.files import write_whole
-from medcg_jax.study.schedule import Group, Job
+from medcg_jax.study.schedule import Job
 from medcg_jax.study.stats import wilson
 from medcg_jax.study.suite import Cell
 
@@ -32,28 +33,27 @@ def state_dir(workdir: Path) -> Path:
     return workdir / "state"
 
 
-def mark_done(workdir: Path, group: Group, outcomes: Mapping[str, Mapping]) -> None:
-    """Says that a group is finished.
-
-    outcomes: job id -> {"status": "done" or "failed: why", "seconds": float}.
-    """
-    write_whole(state_dir(workdir) / "done" / f"{group.name}.json", json.dumps(dict(outcomes), indent=1) + "\n")
+def mark_done(workdir: Path, job: str, outcome: Mapping) -> None:
+    """Says that a job is finished. outcome: {"status": "done" or "failed: why", "seconds": float}."""
+    write_whole(state_dir(workdir) / "done" / f"{job}.json", json.dumps(dict(outcome)) + "\n")
 
 
-def outcomes_of(workdir: Path, group: Group) -> dict[str, dict] | None:
-    """What `mark_done` said of the group; None while it is not done."""
-    try:
-        return json.loads((state_dir(workdir) / "done" / f"{group.name}.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+def done_jobs(workdir: Path) -> set[str]:
+    """The ids of the jobs that are finished, from one look at a folder that processes share."""
+    folder = state_dir(workdir) / "done"
+    names = os.listdir(folder) if folder.is_dir() else ()
+    return {name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")}
 
 
-def all_outcomes(workdir: Path, groups: Sequence[Group]) -> dict[str, dict]:
-    """Job id -> outcome, of every group that is done."""
-    found: dict[str, dict] = {}
-    for group in groups:
-        found |= outcomes_of(workdir, group) or {}
-    return found
+def outcome_of(workdir: Path, job: str) -> dict:
+    """What `mark_done` said of a finished job."""
+    return json.loads((state_dir(workdir) / "done" / f"{job}.json").read_text(encoding="utf-8"))
+
+
+def all_outcomes(workdir: Path, jobs: Sequence[Job]) -> dict[str, dict]:
+    """Job id -> outcome, of every job that is finished."""
+    done = done_jobs(workdir)
+    return {job.id: outcome_of(workdir, job.id) for job in jobs if job.id in done}
 
 
 def is_failure(outcome: Mapping | None) -> bool:

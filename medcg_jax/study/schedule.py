@@ -1,7 +1,7 @@
-"""Cells as work: what is trained once for several cells, and which trainings share one program.
+"""Cells as work: what is trained once for several cells, and in which order.
 
-The schedule depends on the cells and the configuration alone, never on what is done already, so that a grid which is
-stopped and started again trains the same groups and ends in the same bytes.
+A training depends on the cells and the configuration alone, never on what is done already or is trained beside it, so
+that a grid which is stopped and started again, by however many processes, ends in the same bytes.
 """
 
 import dataclasses
@@ -32,25 +32,21 @@ class Job:
     cells: tuple[Cell, ...]
 
     @property
+    def has_boxes(self) -> bool:
+        """Whether a table of boxes wants it: its rows may be longer than others, so it shares no program with them."""
+        return self.cells[0].table in BOX_TABLES
+
+    @property
     def targets(self) -> tuple[str, ...]:
         return tuple(sorted({name for cell in self.cells for name in cell.target}))
 
 
-@dataclass(frozen=True)
-class Group:
-    """Jobs of one seed that are trained at once in one program; named after its first job."""
-
-    name: str
-    seed: int
-    jobs: tuple[Job, ...]
-
-    @property
-    def steps(self) -> int:
-        return max(job.steps for job in self.jobs)
-
-
 def jobs_of(cells: Sequence[Cell], run: RunConfig) -> list[Job]:
-    """The distinct trainings of the cells, in the order of their first cells."""
+    """The distinct trainings of the cells, in the order to take them.
+
+    Seeds in their order (a seed's base is needed by all its cells); within one what is not trained first, then the
+    longest, so that processes end together.
+    """
     serves: dict[tuple, list[Cell]] = {}
     for cell in cells:
         (seed, training), recipe = cell.training_key, run.train
@@ -61,37 +57,16 @@ def jobs_of(cells: Sequence[Cell], run: RunConfig) -> list[Job]:
     jobs = []
     for (seed, training, steps), group in serves.items():
         jobs.append(Job(group[0].id, seed, training, steps, tuple(group)))
-    return jobs
-
-
-def groups_of(jobs: Sequence[Job], cells_at_once: int) -> list[Group]:
-    """The jobs in groups of at most `cells_at_once`, in the order to take them.
-
-    Seeds in their order (a seed's base is needed by all its cells); within one the longest first, so that the last
-    groups are short and the processes end together; what is not trained stands alone, and first. Trainings with boxes
-    share no group with others: their rows may be longer.
-    """
-    groups = []
-    for seed in dict.fromkeys(job.seed for job in jobs):
-        own = [job for job in jobs if job.seed == seed]
-        trained = sorted((job for job in own if job.steps), key=lambda job: (-job.steps, job.id))
-        parts = []
-        for with_boxes in (True, False):
-            alike = [job for job in trained if (job.cells[0].table in BOX_TABLES) == with_boxes]
-            parts += [alike[i : i + cells_at_once] for i in range(0, len(alike), cells_at_once)]
-        parts.sort(key=lambda part: (-part[0].steps, part[0].id))
-        parts = [[job] for job in own if not job.steps] + parts
-        groups += [Group(part[0].id, seed, tuple(part)) for part in parts]
-    return groups
+    seeds = list(dict.fromkeys(job.seed for job in jobs))
+    return sorted(jobs, key=lambda job: (seeds.index(job.seed), job.steps > 0, -job.steps, job.id))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A grid laid out: its cells, the trainings they share, and the groups that are trained at once."""
+    """A grid laid out: its cells, and the trainings they share in the order to take them."""
 
     cells: tuple[Cell, ...]
     jobs: tuple[Job, ...]
-    groups: tuple[Group, ...]
 
 
 def seeded(run: RunConfig, seed: int) -> RunConfig:
@@ -120,5 +95,4 @@ def make_plan(run: RunConfig) -> Plan:
     boxes = capped(source.detection_subsets, run) if set(run.study.tables) & set(BOX_TABLES) else ()
     boxes = tuple(subset for subset in boxes if not run.study.box_subsets or subset.name in run.study.box_subsets)
     cells = expand(run, capped(source.subsets, run), boxes)
-    jobs = jobs_of(cells, run)
-    return Plan(tuple(cells), tuple(jobs), tuple(groups_of(jobs, run.study.cells_at_once)))
+    return Plan(tuple(cells), tuple(jobs_of(cells, run)))

@@ -1,8 +1,8 @@
-"""One process's part in a grid: claims bases and groups of cells, trains and tests them, says when they are done.
+"""One process's part in a grid: claims bases and jobs, trains and tests them, says when they are done.
 
 Started as `python -m medcg_jax.study.worker WORKDIR PARENT [bases]` where a grid has several processes;
 ends with its parent.
-Where `jax.distributed` spans several processes, all work on one group together; the first one decides and writes.
+Where `jax.distributed` spans several processes, all work on one job together; the first one decides and writes.
 """
 
 import json
@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -24,12 +24,12 @@ from medcg_jax.study import claims, results
 from medcg_jax.study.bases import Bases
 from medcg_jax.study.cells import Trainer
 from medcg_jax.study.progress import Reporter, base_name
-from medcg_jax.study.schedule import Group, Plan, make_plan
+from medcg_jax.study.schedule import Job, Plan, make_plan
 from medcg_jax.train.log import enable_cache
 from medcg_jax.train.loop import NonFiniteLoss
 
 POLL_S = 0.5
-NOTHING, BASE, GROUP = range(3)
+NOTHING, BASE, JOB = range(3)
 
 
 class Worker:
@@ -38,11 +38,11 @@ class Worker:
     def __init__(self, run: RunConfig, workdir: Path, plan: Plan):
         keep_programs()
         self._workdir, self._plan = workdir, plan
-        self._seeds = list(dict.fromkeys(group.seed for group in plan.groups))
+        self._seeds = list(dict.fromkeys(job.seed for job in plan.jobs))
         self._claims = results.state_dir(workdir) / "claims"
         self._trainer = Trainer(run, workdir)
         self._bases = Bases(run, workdir)
-        self._claim: claims.Claim | None = None
+        self._held: dict[str, claims.Claim] = {}
 
     def run(self, bases_only: bool = False) -> None:
         """Returns when the grid is done, or, with `bases_only`, when every base is there."""
@@ -54,44 +54,47 @@ class Worker:
                 if kind == BASE:
                     self._make_base(self._seeds[index])
                 else:
-                    self._work_on(self._plan.groups[index])
+                    self._work_from(self._plan.jobs[index])
             finally:
-                if self._claim:
-                    self._claim.release()
-                    self._claim = None
+                for name in list(self._held):
+                    self._held.pop(name).release()
 
     def _choose(self, bases_only: bool) -> tuple[int, int]:
-        """What this process holds from now on: (BASE, place of its seed) or (GROUP, its place); or nothing is left."""
+        """What this process holds from now on: (BASE, place of its seed) or (JOB, its place); or nothing is left."""
         while True:
-            left = [i for i, g in enumerate(self._plan.groups) if results.outcomes_of(self._workdir, g) is None]
-            seeds = dict.fromkeys(self._plan.groups[i].seed for i in left)
+            finished = results.done_jobs(self._workdir)
+            left = [job for job in self._plan.jobs if job.id not in finished]
+            seeds = dict.fromkeys(job.seed for job in left)
             ready = {seed for seed in seeds if self._bases.ready(seed)}
-            if bases_only:
-                left = []
-            if not left and ready == set(seeds) or not seeds:
+            if not seeds or bases_only and ready == set(seeds):
                 return NOTHING, 0
-            # What other processes have died over comes last.
-            holders = {i: claims.num_holders(self._claims, self._plan.groups[i].name) for i in left}
-            for i in sorted(left, key=lambda i: (holders[i], i)):
-                group = self._plan.groups[i]
-                if group.seed in ready and self._take(
-                    self._claims, group.name, lambda: results.outcomes_of(self._workdir, group) is not None
-                ):
-                    return GROUP, i
+            if not bases_only:
+                place = self._claim_one([job for job in left if job.seed in ready])
+                if place is not None:
+                    return JOB, place
             for seed in seeds:
-                if seed not in ready and self._take(
-                    self._bases.claims, self._bases.fingerprint(seed), lambda: self._bases.ready(seed)
-                ):
+                name, done = self._bases.fingerprint(seed), lambda seed=seed: self._bases.ready(seed)
+                if seed not in ready and self._take(self._bases.claims, name, done):
                     return BASE, self._seeds.index(seed)
             time.sleep(POLL_S)
 
+    def _claim_one(self, jobs: Sequence[Job]) -> int | None:
+        """The place in the plan of the first of these that this process holds now; None where others hold them all."""
+        # What other processes have died over comes last.
+        holders = claims.num_holders(self._claims)
+        for job in sorted(jobs, key=lambda job: holders[job.id]):
+            if self._take(self._claims, job.id, lambda job=job: job.id in results.done_jobs(self._workdir)):
+                return self._plan.jobs.index(job)
+        return None
+
     def _take(self, folder: Path, name: str, done: Callable[[], bool]) -> bool:
         """Whether this process now holds the work; not where another does, or has just finished it."""
-        claim = claims.take(folder, name)
+        claim = None if name in self._held else claims.take(folder, name)
         if claim and done():
             claim.release()
             return False
-        self._claim = claim
+        if claim:
+            self._held[name] = claim
         return claim is not None
 
     def _make_base(self, seed: int) -> None:
@@ -100,21 +103,41 @@ class Worker:
             self._bases.train(setup, seed, report)
             report(setup.run.base.steps, now=True)
         except NonFiniteLoss as error:  # the same at every try: none of the seed's cells can be had
-            for group in self._plan.groups:
-                if group.seed == seed and jax.process_index() == 0:
-                    failure = {"status": f"failed: {error}", "seconds": 0.0}
-                    results.mark_done(self._workdir, group, {job.id: failure for job in group.jobs})
+            for job in self._plan.jobs:
+                if job.seed == seed and jax.process_index() == 0:
+                    results.mark_done(self._workdir, job.id, {"status": f"failed: {error}", "seconds": 0.0})
 
-    def _work_on(self, group: Group) -> None:
-        report = Reporter(self._workdir, group.name)
-        base = self._bases.load(self._trainer.setup(group.seed), group.seed)
-        try:
-            outcomes = self._trainer.run(group, base, report)
-        except DataError as error:  # the same at every try: the cells have failed, others may not
-            outcomes = {job.id: {"status": f"failed: {error}", "seconds": 0.0} for job in group.jobs}
-        if jax.process_index() == 0:
-            results.mark_done(self._workdir, group, outcomes)
-            self._trainer.clean(group)
+    def _work_from(self, first: Job) -> None:
+        """Trains and tests a job, and every other of its seed and kind that is free while there is a slot for it."""
+        base = self._bases.load(self._trainer.setup(first.seed), first.seed)
+        given = [first]
+
+        def waiting() -> Job | None:
+            if given:
+                return given.pop()
+            _, place = agree(self._another_like(first))
+            return self._plan.jobs[place] if place >= 0 else None
+
+        def finish(job: Job, outcome: dict) -> None:
+            if jax.process_index() == 0:
+                results.mark_done(self._workdir, job.id, outcome)
+                self._trainer.clean(job)
+            if job.id in self._held:
+                self._held.pop(job.id).release()
+
+        self._trainer.run(waiting, base, finish)
+
+    def _another_like(self, first: Job) -> Callable[[], tuple[int, int]]:
+        def choose() -> tuple[int, int]:
+            done = results.done_jobs(self._workdir)
+            like = [
+                job for job in self._plan.jobs
+                if job.id not in done and job.steps and (job.seed, job.has_boxes) == (first.seed, first.has_boxes)
+            ]  # fmt: skip
+            place = self._claim_one(like)
+            return (NOTHING, -1) if place is None else (JOB, place)
+
+        return choose
 
 
 def agree(choose: Callable[[], tuple[int, int]]) -> tuple[int, int]:

@@ -65,9 +65,9 @@ def fit_queue(
     ended: Callable[[CellResult, TrainState], None],
     **options,
 ) -> None:
-    """Trains every cell that `waiting` gives, `program.num_cells` at a time: a cell that ends leaves its slot to the next.
+    """Trains every cell that `waiting` gives, `program.num_cells` at a time; one that ends leaves its slot to the next.
 
-    Nothing is compiled again for a cell that comes later. Each starts from its newest checkpoint, or else from `params`.
+    Nothing is compiled again for one that comes later. Each starts from its newest checkpoint, or else from `params`.
 
     waiting: the next cell, or None where there is none now; it is asked again when a slot is or becomes free.
     ended: called with a cell's result, which holds the error of one that diverged, and its own state (on the devices
@@ -121,7 +121,8 @@ class _Loop:
 
     def __init__(self, program: Program, params, frozen, options: Options, label: str = ""):
         if jax.process_count() > 1 and program.mesh.shape["cell"] > 1:
-            raise ValueError(f"mesh.cell={program.mesh.shape['cell']}: 1 is accepted where several processes share a run")
+            cells = program.mesh.shape["cell"]
+            raise ValueError(f"mesh.cell={cells}: 1 is accepted where several processes share a run")
         self.program, self.params, self.frozen, self.options = program, params, frozen, options
         self.slots: list[CellRun | None] = [None] * program.num_cells
         self._many = program.num_cells > 1
@@ -148,13 +149,13 @@ class _Loop:
         return state
 
     def turn_over(self, state: TrainState | None, waiting, ended) -> TrainState | None:
-        """Reports the runs that have ended, gives their slots and empty ones to cells that wait; `look` was just called."""
+        """Reports the runs that have ended; gives their slots and empty ones to cells that wait. `look` was just called."""
         changed = False
         for place in range(len(self.slots)):
             while (run := self.slots[place]) is None or run.over:
                 if run is not None:
+                    run.close()  # first: whoever hears of the end may remove the checkpoints
                     ended(run.result, take_cell(state, place, self.program.num_cells) if self._many else state)
-                    run.close()
                     self.slots[place], changed = None, True
                     # The memory of a lone run is needed for the next one.
                     state = state if self._many else None

@@ -124,7 +124,7 @@ def test_what_a_grid_leaves(finished):
     assert (workdir / "report" / "index.html").exists()
     assert not list((workdir / "state").glob("checkpoints/*"))
     assert f"{len(cells)}/{len(cells)} cells, 100 % of the work" in out
-    # One compilation for all: no cell after the first two groups (base tested, one trained) compiled anything.
+    # One compilation for all: no job after the first two (base tested, one trained) compiled anything.
     counts = [line.rsplit("; ", 1)[1].split(" (")[0] for line in out.splitlines() if "programs" in line]
     assert len(set(counts[1:])) == 1, counts
 
@@ -132,7 +132,7 @@ def test_what_a_grid_leaves(finished):
 def test_killed_anywhere_and_started_again_ends_in_the_same_bytes(finished, tmp_path):
     reference, _ = finished
     workdir = tmp_path / "killed"
-    jobs = [group.jobs[0] for group in make_plan(RUN).groups if group.steps]
+    jobs = [job for job in make_plan(RUN).jobs if job.steps]
     metrics = workdir / "metrics"
     kill_when(start(RUN, workdir), lambda: lines(metrics / "base.s0.jsonl") >= 3)
     kill_when(start(RUN, workdir), lambda: (workdir / "state" / "checkpoints" / jobs[0].id / "2").exists())

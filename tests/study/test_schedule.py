@@ -1,4 +1,4 @@
-"""Cells as jobs and groups, and the files a grid leaves."""
+"""Cells as jobs, and the files a grid leaves."""
 
 import json
 
@@ -30,31 +30,22 @@ def test_equal_trainings_are_one_job(cells):
     assert pair.steps == 13  # 2 epochs of 200 records in batches of 32
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 4])
-def test_groups_hold_every_job_once_and_never_two_seeds(cells, at_once):
+def test_the_longest_come_first_within_their_seed(cells):
     jobs = schedule.jobs_of(cells, RUN)
-    groups = schedule.groups_of(jobs, at_once)
-    assert sorted(j.id for g in groups for j in g.jobs) == sorted(j.id for j in jobs)
-    assert len({g.name for g in groups}) == len(groups)
-    for group in groups:
-        assert {j.seed for j in group.jobs} == {group.seed} and len(group.jobs) <= at_once
-        assert len(group.jobs) == 1 or all(j.steps for j in group.jobs)
-    assert [g.seed for g in groups] == sorted(g.seed for g in groups)
-    steps = [g.steps for g in groups if g.seed == 0 and g.steps]
-    assert steps == sorted(steps, reverse=True)
+    assert [j.seed for j in jobs] == sorted(j.seed for j in jobs)
+    steps = [j.steps for j in jobs if j.seed == 0]
+    assert steps[0] == 0 and steps[1:] == sorted(steps[1:], reverse=True) and len(set(steps)) > 2
+    assert schedule.jobs_of(cells[::-1], RUN)[1].training == jobs[1].training or len(set(steps)) < len(steps)
 
 
-@pytest.mark.parametrize("at_once", [2, 4])
-def test_trainings_with_boxes_share_no_group_with_others(at_once):
+def test_jobs_with_boxes_are_told_from_others():
     run = replace(
         RUN, model__name="next_chat_tiny", data__train_records_per_subset=8, data__test_records_per_subset=4,
         study__tables=("pairs", "detection_pairs", "detection"), study__targets=("ct-liver-stage",), study__seeds=(0,),
-        study__cells_at_once=at_once,
     )  # fmt: skip
-    groups = schedule.make_plan(run).groups
-    kinds = [{any("-det" in name for name, _ in job.training) for job in group.jobs if job.training} for group in groups]
-    assert all(len(kind) < 2 for kind in kinds) and {True} in kinds and {False} in kinds
-    assert any(len(group.jobs) > 1 for group in groups)
+    jobs = [job for job in schedule.make_plan(run).jobs if job.training]
+    boxed = [any("-det" in name for name, _ in job.training) for job in jobs]
+    assert [job.has_boxes for job in jobs] == boxed and set(boxed) == {True, False}
 
 
 def test_epochs_are_equal_for_every_arm(cells):
@@ -78,33 +69,31 @@ def test_a_table_may_have_epochs_of_its_own(cells):
     assert {"pairs", "triples"} <= {cell.table for cell in base.cells}
 
 
-def fill(workdir, cells, jobs, groups):
+def fill(workdir, jobs):
     outcomes = {}
-    for group in groups:
-        for job in group.jobs:
-            bad = "single_task" in job.id
-            outcomes[job.id] = {"status": "failed: loss is nan, at step 3" if bad else "done", "seconds": 1.25}
-            for cell in () if bad else job.cells:
-                lines = [
-                    {"id": f"{t}/{i}", "subset": t, "answer": "A", "predicted": "AB"[i % 2]}
-                    for t in cell.target
-                    for i in range(4)
-                ]
-                text = "".join(json.dumps(line) + "\n" for line in lines)
-                write_whole(workdir / "predictions" / f"{cell.id}.jsonl", text)
-        results.mark_done(workdir, group, {j.id: outcomes[j.id] for j in group.jobs})
+    for job in jobs:
+        bad = "single_task" in job.id
+        outcomes[job.id] = {"status": "failed: loss is nan, at step 3" if bad else "done", "seconds": 1.25}
+        for cell in () if bad else job.cells:
+            lines = [
+                {"id": f"{t}/{i}", "subset": t, "answer": "A", "predicted": "AB"[i % 2]}
+                for t in cell.target
+                for i in range(4)
+            ]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            write_whole(workdir / "predictions" / f"{cell.id}.jsonl", text)
+        results.mark_done(workdir, job.id, outcomes[job.id])
     return outcomes
 
 
 def test_tables(tmp_path, cells):
     jobs = schedule.jobs_of(cells, RUN)
-    groups = schedule.groups_of(jobs, 2)
     tables = results.Tables(tmp_path, cells, jobs)
     tables.write({})
     assert (tmp_path / "results.csv").read_text() == ",".join(results.RESULTS_HEADER) + "\n"
     assert (tmp_path / "cells.csv").read_text().count(",waiting,0.0\n") == len(cells)
-    outcomes = fill(tmp_path, cells, jobs, groups)
-    assert results.all_outcomes(tmp_path, groups) == outcomes
+    outcomes = fill(tmp_path, jobs)
+    assert results.all_outcomes(tmp_path, jobs) == outcomes
     tables.write(outcomes)
     lines = (tmp_path / "results.csv").read_text().splitlines()
     assert lines[1] == (
