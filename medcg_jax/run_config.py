@@ -22,6 +22,8 @@ PARTS = (*TRAINABLE, *OWN_PARTS)
 TABLES = ("pairs", "triples", "ablation", "multi_task", "efficiency")
 # Tables whose related subsets have boxes: for the families that answer with them. The second is tested on boxes too.
 BOX_TABLES = ("detection_pairs", "detection")
+# Ways in which test questions are asked again: `data.controls`.
+CONTROLS = ("shuffled_images", "circular", "two_options")
 # Model -> its family.
 MODELS = {
     "llava15_tiny": "llava",
@@ -140,6 +142,8 @@ class EvalConfig:
     # Second column: greedy generation and strict parsing of the answer.
     generate: bool = True
     max_new_tokens: int = 4
+    # How a grid asks every test question again, of `CONTROLS`; each costs as much as the test, "circular" up to thrice.
+    controls: tuple[str, ...] = ()
     # Most tokens of an answer with boxes: MiniGPT-v2 writes up to 17 for each, NExT-Chat 2.
     max_box_tokens: int = 128
 
@@ -259,6 +263,8 @@ def check(run: RunConfig) -> None:
     at_least("eval.batch_size", run.eval.batch_size, 1)
     at_least("eval.max_new_tokens", run.eval.max_new_tokens, 1)
     at_least("eval.max_box_tokens", run.eval.max_box_tokens, 1)
+    for name in run.eval.controls:
+        one_of("eval.controls", name, CONTROLS)
     at_least("study.jobs", run.study.jobs, 1)
     at_least("study.cells_at_once", run.study.cells_at_once, 1)
     if not run.study.seeds:

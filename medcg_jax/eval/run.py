@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -140,6 +140,12 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     write_whole(path, "".join(_line(p) + "\n" for p in predictions))
 
 
+def write_controls(path: Path, controls: Mapping[str, Iterable[Prediction]]) -> None:
+    """The same of questions asked again, with the control's name as a further key, "control"."""
+    lines = (_line(p, control=name) + "\n" for name, predictions in controls.items() for p in predictions)
+    write_whole(path, "".join(lines))
+
+
 def read_predictions(path: Path) -> list[Prediction]:
     """What `write_predictions` wrote."""
     found = []
@@ -178,8 +184,8 @@ def summary(predictions: Sequence[Prediction]) -> dict:
     }
 
 
-def _line(prediction: Prediction) -> str:
-    fields = dataclasses.asdict(prediction)
+def _line(prediction: Prediction, **more: str) -> str:
+    fields = dataclasses.asdict(prediction) | more
     shown = [f"{x:.{DECIMALS}f}" for x in prediction.logprobs]
     # Numbers with all their decimals, whatever they are, so that equal predictions are equal bytes.
     fields["logprobs"] = None

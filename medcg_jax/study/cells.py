@@ -12,11 +12,12 @@ import jax
 from flax import nnx
 from tqdm import tqdm
 
+from medcg_jax.data.controls import control_sets
 from medcg_jax.data.encoding import MEMORY_LIMIT_BYTES, Encoded, concat_encoded
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, Split, concat
 from medcg_jax.data.release import balanced
-from medcg_jax.eval.run import NonFiniteScores
+from medcg_jax.eval.run import NonFiniteScores, write_controls
 from medcg_jax.eval.subsets import Tester, write_tested
 from medcg_jax.files import write_whole
 from medcg_jax.models.build import join, shardings, split_trainable
@@ -40,6 +41,7 @@ class Data:
     def __init__(self, setup: Setup):
         self._setup = setup
         self._kept: dict[tuple, Encoded] = {}
+        self._controls: dict[str, dict[str, Encoded]] = {}
         self._bytes = 0
 
     def training(self, parts: Sequence[tuple[str, int]]) -> Encoded:
@@ -63,6 +65,17 @@ class Data:
     def test(self, subset: str) -> Encoded:
         """The subset's test prompts: choice questions, or questions about boxes where it has these."""
         return self._encoded(subset, "test", self._setup.run.data.test_records_per_subset)
+
+    def controls(self, subset: str) -> dict[str, Encoded]:
+        """Control -> the subset's test questions asked again, as `eval.controls` wants; {} where it has boxes."""
+        if self._setup.has_boxes(subset) or not self._setup.run.eval.controls:
+            return {}
+        if subset not in self._controls:
+            records = self._records(subset, "test", self._setup.run.data.test_records_per_subset)
+            asked = control_sets(records, self._setup.run.eval.controls, self._setup.run.data.seed)
+            # Where images are large they are decoded when drawn.
+            self._controls[subset] = {name: self._setup.encode_eval(made) for name, made in asked.items()}
+        return self._controls[subset]
 
     def _encoded(self, subset: str, split: Split, count: int, **lengths: int) -> Encoded:
         key = (subset, split, count, *lengths.values())
@@ -170,7 +183,7 @@ class Trainer:
         return join(own, frozen)
 
     def _test(self, setup: Setup, job: Job, graphdef, params) -> None:
-        """Writes predictions, boxes and metrics of every cell that the job serves.
+        """Writes predictions, controls, boxes and metrics of every cell that the job serves.
 
         Raises:
           NonFiniteScores: the parameters are no use.
@@ -181,6 +194,10 @@ class Trainer:
         # As in `_compile`: the first test of a process compiles.
         with claims.lock(results.state_dir(self._workdir) / "claims", "compile.test") if first else nullcontext():
             found = {name: self._tester(params, self._data.test(name)) for name in job.targets}
+        again = {
+            name: {control: self._tester(params, asked) for control, asked in self._data.controls(name).items()}
+            for name in job.targets
+        }
         self._has_tested = True
         if jax.process_index() > 0:
             return
@@ -188,6 +205,10 @@ class Trainer:
         for cell in job.cells:
             answers = [a for name in cell.target for a in found[name]]
             write_tested(self._workdir, cell.id, answers)
+            if self._run.eval.controls:
+                names = dict.fromkeys(control for name in cell.target for control in again[name])
+                asked = {c: [a for name in cell.target for a in again[name].get(c, ())] for c in names}
+                write_controls(self._workdir / "controls" / f"{cell.id}.jsonl", asked)
             if job.steps and cell.id != job.id:
                 write_whole(metrics / f"{cell.id}.jsonl", (metrics / f"{job.id}.jsonl").read_text())
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from medcg_jax.run_config import ConfigError, DataConfig, EvalConfig, RunConfig, StudyConfig, TrainConfig, replace
+from medcg_jax.run_config import CONTROLS, ConfigError, DataConfig, EvalConfig, RunConfig, StudyConfig, TrainConfig, replace
 from medcg_jax.study.grid import reproduce
 from medcg_jax.study.schedule import make_plan
 
@@ -24,7 +24,7 @@ RUN = RunConfig(
     ),  # fmt: skip
     base=TrainConfig(steps=6, epochs=1, batch_size=8, learning_rate=1e-3, log_every_steps=1),
     train=TrainConfig(epochs=1, batch_size=8, learning_rate=1e-3, log_every_steps=1, checkpoint_every_steps=2),
-    eval=EvalConfig(batch_size=10, max_new_tokens=2),
+    eval=EvalConfig(batch_size=10, max_new_tokens=2, controls=CONTROLS),
     study=StudyConfig(tables=("pairs",), targets=("mri-brain-state",)),
 )
 TIMEOUT_S = 240
@@ -78,9 +78,9 @@ def kill_when(process: subprocess.Popen, happened) -> None:
 
 
 def outcome(workdir: Path) -> dict[str, bytes]:
-    """results.csv and every file of predictions/."""
-    files = [workdir / "results.csv", *sorted((workdir / "predictions").iterdir())]
-    return {path.name: path.read_bytes() for path in files}
+    """results.csv and every file of predictions/ and controls/."""
+    files = [workdir / "results.csv", *sorted([*workdir.glob("predictions/*"), *workdir.glob("controls/*")])]
+    return {str(path.relative_to(workdir)): path.read_bytes() for path in files}
 
 
 def losses_and_answers(workdir: Path) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
@@ -118,6 +118,11 @@ def test_what_a_grid_leaves(finished):
     for cell in plan.cells:
         records = [json.loads(x) for x in (workdir / "predictions" / f"{cell.id}.jsonl").read_text().splitlines()]
         assert [r["subset"] for r in records] == ["mri-brain-state"] * 10
+        again = [json.loads(x) for x in (workdir / "controls" / f"{cell.id}.jsonl").read_text().splitlines()]
+        assert [(a["control"], a["id"]) for a in again] == [
+            (name, r["id"]) for name in ("shuffled_images", "shift_1") for r in records
+        ]  # the target has two options
+        assert [r["options"] for r in records] == [a["options"][::-1] for a in again[10:]]
         # Test records only: nothing of the target, nor of test, was trained on.
         assert all(r["id"].split("/")[1] == "test" for r in records)
         assert lines(workdir / "metrics" / f"{cell.id}.jsonl") == (6 if cell.related else 0)

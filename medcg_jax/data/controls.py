@@ -1,0 +1,81 @@
+"""Test questions asked again, to tell what an answer rests on: options moved, only two of them, another image."""
+
+import dataclasses
+from collections.abc import Sequence
+from random import Random
+
+from medcg_jax.data.records import LETTERS, DataError, Record, RecordSet, Turn
+from medcg_jax.run_config import CONTROLS
+
+
+def control_sets(records: RecordSet, names: Sequence[str], seed: int) -> dict[str, RecordSet]:
+    """Control -> the choice questions asked again; the records keep their ids, and a control without one is left out.
+
+    names: of `CONTROLS`.
+      "shuffled_images": each question beside the image of another record of the set: its answer cannot be seen.
+      "circular": "shift_1", "shift_2", ..., the options moved on by so many places, as far as a question has options.
+      "two_options": the right option and one of the others, in a drawn order, of questions that have more.
+
+    Raises:
+      DataError: a question does not hold its options as lines "A: ...", so that they cannot be exchanged.
+    """
+    every = {"shuffled_images": _shuffled, "circular": _shifted, "two_options": _two_options}
+    assert every.keys() == set(CONTROLS)
+    found = {}
+    for name in names:
+        found |= every[name](records, Random(f"{name}/{seed}"))
+    return {name: made for name, made in found.items() if len(made)}
+
+
+def with_options(record: Record, options: Sequence[str], right: str) -> Record:
+    """The record with other options in its question, of which `right` is the answer."""
+    (turn,) = record.turns
+    before, after = _lines(record.options), _lines(options)
+    if turn.question.count(before) != 1:
+        raise DataError(f"record {record.id}: its options are no lines “A: ...” of its question, and cannot be moved")
+    answer = LETTERS[list(options).index(right)]
+    turns = (Turn(turn.question.replace(before, after), answer),)
+    return dataclasses.replace(record, turns=turns, options=tuple(options), answer=answer)
+
+
+def _lines(options: Sequence[str]) -> str:
+    return "".join(f"\n{letter}: {option}" for letter, option in zip(LETTERS, options, strict=False))
+
+
+def _changed(records: RecordSet, places: Sequence[int], changed: Sequence[Record]) -> RecordSet:
+    return RecordSet(changed, records.select(places).images)
+
+
+def _shuffled(records: RecordSet, random: Random) -> dict[str, RecordSet]:
+    places = [i for i, record in enumerate(records.records) if record.image]
+    if len(places) < 2:
+        return {}
+    order = random.sample(places, len(places))
+    image_of = dict(zip(order, order[1:] + order[:1], strict=True))  # one circle, so that none keeps its own
+    taken = [image_of[place] for place in places]
+    changed = [
+        dataclasses.replace(records.records[place], image=records.records[other].image)
+        for place, other in zip(places, taken, strict=True)
+    ]
+    return {"shuffled_images": _changed(records, taken, changed)}
+
+
+def _shifted(records: RecordSet, _: Random) -> dict[str, RecordSet]:
+    found = {}
+    for shift in range(1, max((len(record.options) for record in records.records), default=0)):
+        places = [i for i, record in enumerate(records.records) if shift < len(record.options)]
+        changed = [
+            with_options(record, record.options[-shift:] + record.options[:-shift], record.label)
+            for record in (records.records[i] for i in places)
+        ]
+        found[f"shift_{shift}"] = _changed(records, places, changed)
+    return found
+
+
+def _two_options(records: RecordSet, random: Random) -> dict[str, RecordSet]:
+    places = [i for i, record in enumerate(records.records) if len(record.options) > 2]
+    changed = []
+    for record in (records.records[i] for i in places):
+        other = random.choice([option for option in record.options if option != record.label])
+        changed.append(with_options(record, random.sample([record.label, other], 2), record.label))
+    return {"two_options": _changed(records, places, changed)}
