@@ -43,13 +43,7 @@ def get_config(arg: str = "phantom"):
         study__arms=("baseline", "multi_task", "trained"),
         study__models=MODELS,
         study__model_flags={
-            # Where a base stops before it matches words to option letters, no fine-tune of this length answers with them.
-            "qwen2_vl_tiny": ("base.steps=2300",),
-            # Three boxes as text are as long as three rows.
-            "minigpt_v2_tiny": (
-                "base.steps=2100", "data.max_box_text_tokens=98", "data.max_box_target_tokens=78",
-                "eval.max_box_tokens=78",
-            ),
+            **{model: flags for model, flags in phantom.MODEL_FLAGS.items() if flags},
             # Regression comes slowly, and costs a third of such a row.
             "next_chat_tiny": ("study.epochs_of={'detection': 10.0}",),
         },

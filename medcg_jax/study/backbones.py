@@ -49,6 +49,8 @@ def dry(run: RunConfig) -> dict:
 def reproduce_models(run: RunConfig, workdir: str | Path) -> dict:
     """`grid.reproduce` for every model, `study.jobs` of them at a time in processes of their own, then the page.
 
+    A process that no model is left for works on the cells of those that others are at.
+
     Returns {"workdir", "models": {name: `grid.reproduce`'s result}, "page", "exit_status"}.
 
     Raises:
@@ -74,15 +76,19 @@ def _each(runs: dict[str, RunConfig], workdir: Path, jobs: int):
     before = {name: os.environ.get(name) for name in grid.ONE_THREAD}
     if jobs > 1:
         # Read when a process first uses XLA: the pool's processes are started with it.
-        os.environ.update(grid.ONE_THREAD | {"XLA_FLAGS": f"{before['XLA_FLAGS'] or ''} {grid.ONE_THREAD['XLA_FLAGS']}".strip()})
+        flags = f"{before['XLA_FLAGS'] or ''} {grid.ONE_THREAD['XLA_FLAGS']}".strip()
+        os.environ.update(grid.ONE_THREAD | {"XLA_FLAGS": flags})
     started = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(jobs, mp_context=started, max_tasks_per_child=1) as pool:
             asked = {pool.submit(_one, one, workdir, os.getpid()): model for model, one in runs.items()}
+            joined = [pool.submit(_join, runs, workdir, os.getpid()) for _ in range(jobs - 1)]
             for future in as_completed(asked):
                 model, result = asked[future], future.result()
                 print(_line(model, result, len(runs)), flush=True)
                 yield model, result
+            for future in joined:
+                future.result()
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
@@ -90,21 +96,36 @@ def _each(runs: dict[str, RunConfig], workdir: Path, jobs: int):
 
 def _one(run: RunConfig, workdir: Path, parent: int) -> dict:
     """One model's grid, in a process of its own whose output goes to the model's log."""
-    from medcg_jax.host import keep_freed_memory
-    from medcg_jax.study.worker import end_with
-
-    end_with(parent)
-    keep_freed_memory()
-    log = os.open(workdir / "logs" / f"{run.model.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-        os.dup2(log, stream.fileno())
+    _begin(workdir / "logs" / f"{run.model.name}.log", parent)
     try:
         return grid.reproduce(run, workdir / run.model.name)
     except ConfigError as error:
         print(error, flush=True)
         return {"workdir": str(workdir), "cells": 0, "failed": {}, "unfinished": [], "page": None, "exit_status": 2,
                 "error": str(error)}  # fmt: skip
+
+
+def _join(runs: dict[str, RunConfig], workdir: Path, parent: int) -> None:
+    """Works on the cells of every model that is not done, in a process of its own."""
+    from medcg_jax.study.worker import Worker
+
+    _begin(workdir / "logs" / "joined.log", parent)
+    for model, run in runs.items():
+        if (workdir / model / "config.json").is_file():  # else it was refused
+            Worker(run, workdir / model, grid.make_plan(run)).run()
+
+
+def _begin(log: Path, parent: int) -> None:
+    """Sends this process's output to its log, and ends it with its parent."""
+    from medcg_jax.host import keep_freed_memory
+    from medcg_jax.study.worker import end_with
+
+    end_with(parent)
+    keep_freed_memory()
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(out, stream.fileno())
 
 
 def _line(model: str, result: dict, num: int) -> str:
