@@ -23,7 +23,7 @@ from pathlib import Path
 from medcg_jax.data.sources import open_source
 from medcg_jax.files import write_whole
 from medcg_jax.run_config import BOX_TABLES, ConfigError, RunConfig, flat
-from medcg_jax.study import results
+from medcg_jax.study import claims, results
 from medcg_jax.study.progress import Progress
 from medcg_jax.study.schedule import Job, Plan, make_plan, seeded
 from medcg_jax.study.stats import summarise
@@ -211,13 +211,22 @@ def summary(workdir: Path, plan: Plan, outcomes: dict[str, dict]) -> dict:
         print(f"{len(unfinished)} cells are unfinished, as {unfinished[0]}; run the same again", file=sys.stderr)
     page = None
     if len(failed) + len(unfinished) < len(plan.cells):
-        from medcg_jax.study.report import write_report
-
         print_effects(workdir)
-        page = str(write_report(workdir))
+        page = str(write_page(workdir))
         print(f"report: {page}", flush=True)
     return {"workdir": str(workdir), "cells": len(plan.cells), "failed": failed, "unfinished": unfinished,
             "page": page, "exit_status": 1 if failed or unfinished else 0}  # fmt: skip
+
+
+def write_page(workdir: Path) -> Path:
+    """Writes the report and returns its page; of processes that end together one does it for all."""
+    from medcg_jax.study.report import write_report
+
+    asked, page = time.time(), workdir / "report" / "index.html"
+    with claims.lock(results.state_dir(workdir) / "claims", "report"):
+        if page.is_file() and page.stat().st_mtime > asked:
+            return page
+        return write_report(workdir)
 
 
 def print_effects(workdir: Path) -> None:
