@@ -9,5 +9,9 @@ def write_whole(path: str | Path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8", newline="")
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8", newline="")
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)  # what a full disk has cut off
+        raise
