@@ -1,20 +1,40 @@
-"""Intervals and paired tests of a grid's scores: Wilson, exact McNemar, a hierarchical bootstrap, Holm.
+"""What a grid's answers show, computed from what it leaves in its workdir: `results.csv`, `predictions/`, `controls/`,
+`config.json`.
 
-Everything is computed from what a grid leaves in its workdir: `results.csv`, `predictions/`, `config.json`.
+The statistics themselves are in `paired`, `mixed`, `power` and `controls`.
 """
 
 import csv
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import binomtest
 
 from medcg_jax.eval.intervals import wilson
+from medcg_jax.study.controls import controls_of_answers
+from medcg_jax.study.mixed import mixed_interval
+from medcg_jax.study.paired import (
+    Comparison,
+    Unit,
+    bootstrap_interval,
+    compare,
+    grouped,
+    holm,
+    mcnemar,
+    mean_difference,
+    overall_test,
+    target_means,
+)
+from medcg_jax.study.power import detectable
+
+__all__ = [
+    "EFFECTS", "Comparison", "Unit", "bootstrap_interval", "compare", "correct_by_id", "mean_difference", "part_of",
+    "read_results", "summarise", "wilson",
+]  # fmt: skip
 
 # name, table, arm, against: what `summarise` compares, in the order of the report.
 EFFECTS = (
@@ -39,130 +59,6 @@ EFFECTS = (
     ("multi_task", "multi_task", "baseline"),
     ("multi_task", "single_task", "baseline"),
 )
-BOOTSTRAP_DRAWS = 10_000
-
-
-def mcnemar(only_a: int, only_b: int) -> float:
-    """The exact two-sided McNemar p-value: records that only a, or only b, answered rightly."""
-    discordant = only_a + only_b
-    return float(binomtest(only_a, discordant, 0.5).pvalue) if discordant else 1.0
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values adjusted by Holm's step-down method over the whole list."""
-    p = np.asarray(p_values, float)
-    order = np.argsort(p, kind="stable")
-    # The smallest is multiplied by how many there are, the next by one less, and none falls below one before it.
-    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(stepped, 1.0)
-    return adjusted.tolist()
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two arms on the same records: n, both accuracies, who alone was right how often, exact McNemar."""
-
-    n: int
-    accuracy_a: float
-    accuracy_b: float
-    only_a: int
-    only_b: int
-    p: float
-
-    @property
-    def difference(self) -> float:
-        return self.accuracy_a - self.accuracy_b
-
-
-def compare(predictions_a: Mapping[str, bool], predictions_b: Mapping[str, bool]) -> Comparison:
-    """Arm a against arm b, paired by record.
-
-    predictions_a, predictions_b: record id -> whether the answer was right (`correct_by_id` reads them from a file).
-
-    Raises:
-      ValueError: the two were not asked the same records.
-    """
-    if predictions_a.keys() != predictions_b.keys():
-        odd = sorted(predictions_a.keys() ^ predictions_b.keys())
-        raise ValueError(f"the two arms were not asked the same records: {len(odd)} differ, e.g. {odd[0]}")
-    n = len(predictions_a)
-    only_a = sum(right and not predictions_b[key] for key, right in predictions_a.items())
-    only_b = sum(right and not predictions_a[key] for key, right in predictions_b.items())
-    a, b = sum(predictions_a.values()), sum(predictions_b.values())
-    return Comparison(n, a / n if n else 0.0, b / n if n else 0.0, only_a, only_b, mcnemar(only_a, only_b))
-
-
-def correct_by_id(path: Path, subset: str) -> dict[str, bool]:
-    """Record id -> whether the likeliest letter was the answer, of one subset in a predictions file."""
-    with open(path, encoding="utf-8") as lines:
-        records = (json.loads(line) for line in lines)
-        return {r["id"]: r["predicted"] == r["answer"] for r in records if r["subset"] == subset}
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One row of one target and seed: how the two arms' answers differ, over n records."""
-
-    target: str
-    seed: int
-    n: int
-    only_a: int
-    only_b: int
-
-
-def bootstrap_interval(units: Sequence[Unit], draws: int = BOOTSTRAP_DRAWS, level: float = 0.95) -> tuple[float, float]:
-    """A percentile interval of the mean difference (a - b) over targets and seeds.
-
-    Targets are drawn anew, seeds within each target, and records within each (row, target, seed), so the interval
-    speaks of other targets, seeds and records of the same kind. Rows of one target and seed are averaged, targets
-    weigh alike. With few targets or seeds it is rough, and too narrow.
-    """
-    rng = np.random.default_rng(0)
-    tree: dict[str, dict[int, list[Unit]]] = defaultdict(lambda: defaultdict(list))
-    for unit in units:
-        tree[unit.target][unit.seed].append(unit)
-    per_target = []  # float[draws] per target: the mean over its drawn seeds
-    for _, seeds in sorted(tree.items()):
-        drawn = np.stack([_resampled(seeds[seed], rng, draws) for seed in sorted(seeds)])  # [seeds, draws]
-        pick = rng.integers(0, len(drawn), (len(drawn), draws))
-        per_target.append(np.take_along_axis(drawn, pick, 0).mean(0))
-    targets = np.stack(per_target)
-    pick = rng.integers(0, len(targets), (len(targets), draws))
-    means = np.take_along_axis(targets, pick, 0).mean(0)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def _resampled(units: Sequence[Unit], rng: np.random.Generator, draws: int) -> np.ndarray:
-    """float[draws] mean difference over one target's and seed's rows, with the records drawn anew."""
-    total = np.zeros(draws)
-    for unit in units:
-        shares = np.array([unit.only_a, unit.only_b, unit.n - unit.only_a - unit.only_b]) / unit.n
-        counts = rng.multinomial(unit.n, shares, draws)
-        total += (counts[:, 0] - counts[:, 1]) / unit.n
-    return total / len(units)
-
-
-def mean_difference(units: Sequence[Unit]) -> float:
-    """Mean of a - b: rows averaged within a target and seed, seeds within a target, targets alike."""
-    by_target = _by(units, lambda u: u.target)
-    return float(np.mean([_target_mean(group) for group in by_target.values()]))
-
-
-def _target_mean(units: Sequence[Unit]) -> float:
-    return float(np.mean([np.mean([_diff(u) for u in rows]) for rows in _by(units, lambda u: u.seed).values()]))
-
-
-def _diff(unit: Unit) -> float:
-    return (unit.only_a - unit.only_b) / unit.n
-
-
-def _by(items: Sequence, key: Callable) -> dict:
-    groups = defaultdict(list)
-    for item in items:
-        groups[key(item)].append(item)
-    return dict(sorted(groups.items()))
 
 
 def summarise(workdir: str | Path) -> dict:
@@ -181,13 +77,20 @@ def summarise(workdir: str | Path) -> dict:
          "targets": 8, "seeds": 3, "rows": 24,
          "wins": 22, "losses": 2,                        # rows (pooled over seeds) above, below
          "significant": 20, "significant_losses": 0,     # rows with Holm-adjusted McNemar p < .05
-         "by_target": {"ct-lung-grade": .31}, "by_seed": {"0": .35}},
+         "by_target": {"ct-lung-grade": .31}, "by_seed": {"0": .35},
+         "p_overall": .008, "p_smallest": .008,          # `overall_test` over the targets; the smallest p they allow
+         "test": "exact sign flips of 8 targets",
+         "p_overall_holm": .03},         # Holm over the parts of this table and comparison; part "" stands alone
       ],
       "rows": [                           # one per row, target and comparison
         {"table": "pairs", "part": "fixed_area", "row": "fixed_area/ct-lung-grade", "target": "ct-lung-grade",
          "arm": "trained", "against": "baseline_plus", "seeds": [0, 1, 2], "n": 900,
          "accuracy_a": .81, "accuracy_b": .44, "difference": .37, "only_a": 350, "only_b": 17,
-         "p": 1e-80, "p_holm": 2e-79},    # Holm over this table's rows of this comparison
+         "p": 1e-80, "p_holm": 2e-79,     # Holm over this table's rows of this comparison
+         "ci_low": .31, "ci_high": .43,   # `mixed_interval`: over records and seeds; over records alone with one seed
+         "sd_seeds": .02, "sd_records": .6,   # the two sources of variation; sd_seeds None with one seed
+         "detectable": .045},             # smallest true difference that n shows with 80 % power, given this row's
+                                          # share of discordant answers; None where there is none (`power.detectable`)
       ],
       "curves": [                         # efficiency: accuracy over target records, averaged over targets and seeds
         {"curve": "with_related", "records": 30, "accuracy": .7, "ci_low": .6, "ci_high": .8, "targets": 4, "seeds": 3,
@@ -195,12 +98,15 @@ def summarise(workdir: str | Path) -> dict:
       ],
       "controls": {"wo_modality": {...}, "wo_area": {...}, "wo_task": {...}},  # the effects random_removal - wo_X: what
                                           # an element does beyond less data; "same_task": all_related - same_task
+      "controls_of_answers": [...],       # letters, numbers of options, generation, runs without images and the like:
+                                          # `controls.controls_of_answers`
     }
 
     `part` is what a row's name starts with: the direction in `pairs` ("fixed_modality", "fixed_area", "fixed_task",
     "modality_area"), "in_distribution" or "out_of_distribution" in `multi_task`, the curve in `efficiency`, else "".
     Records are paired by id within a seed. Where the test records are the same for every seed (released data), a record
-    counts once: it is a win for an arm when that arm was right on it at more seeds.
+    counts once: it is a win for an arm when that arm was right on it at more seeds; in "ci_low" and "ci_high" records
+    and seeds are crossed there, and records nested in seeds where each seed has its own.
     """
     workdir = Path(workdir)
     results = read_results(workdir)
@@ -213,15 +119,34 @@ def summarise(workdir: str | Path) -> dict:
             row["p_holm"] = p
         rows += found
         parts = sorted({row["part"] for row in found})
-        for part in ["", *parts] if parts and parts != [""] else parts:
-            effects.append(_effect(table, part, arm, against, found, units))
+        whole = [_effect(table, "", arm, against, found, units)] if parts else []
+        single = [_effect(table, part, arm, against, found, units) for part in parts if part]
+        for family in (whole, single):
+            for effect, p in zip(family, holm([effect["p_overall"] for effect in family]), strict=True):
+                effect["p_overall_holm"] = p
+        effects += whole + single
     return {
         "accuracy": _accuracies(results),
         "effects": effects,
         "rows": rows,
         "curves": _curves(results),
         "controls": _controls(effects),
+        "controls_of_answers": controls_of_answers(workdir, results, fresh),
     }
+
+
+def correct_by_id(path: Path, subset: str) -> dict[str, bool]:
+    """Record id -> whether the likeliest letter was the answer, of one subset in a predictions file."""
+    return _correct(path).get(subset, {})
+
+
+def _correct(path: Path) -> dict[str, dict[str, bool]]:
+    """Subset -> what `correct_by_id` gives."""
+    found: dict[str, dict[str, bool]] = defaultdict(dict)
+    with open(path, encoding="utf-8", newline="\n") as lines:
+        for record in map(json.loads, lines):
+            found[record["subset"]][record["id"]] = record["predicted"] == record["answer"]
+    return found
 
 
 def read_results(workdir: Path) -> list[dict]:
@@ -245,12 +170,12 @@ def _fresh_per_seed(workdir: Path) -> bool:
 
 
 def _cached_reader(workdir: Path) -> Callable[[str, str], dict[str, bool]]:
-    kept: dict[tuple[str, str], dict[str, bool]] = {}
+    kept: dict[str, dict[str, dict[str, bool]]] = {}
 
     def read(cell: str, subset: str) -> dict[str, bool]:
-        if (cell, subset) not in kept:
-            kept[cell, subset] = correct_by_id(workdir / "predictions" / f"{cell}.jsonl", subset)
-        return kept[cell, subset]
+        if cell not in kept:
+            kept[cell] = _correct(workdir / "predictions" / f"{cell}.jsonl")
+        return kept[cell].get(subset, {})
 
     return read
 
@@ -258,7 +183,7 @@ def _cached_reader(workdir: Path) -> Callable[[str, str], dict[str, bool]]:
 def _compared(results, read, table, arm, against, fresh) -> tuple[list[dict], dict[str, list[Unit]]]:
     """Rows where both arms are finished, and part -> units."""
     cells = {(r["arm"], r["row"], r["target"], r["seed"]): r["cell"] for r in results if r["table"] == table}
-    keys = _by([k[1:] for k in cells if k[0] == arm and (against, *k[1:]) in cells], lambda k: k[:2])
+    keys = grouped([k[1:] for k in cells if k[0] == arm and (against, *k[1:]) in cells], lambda k: k[:2])
     rows, units = [], defaultdict(list)
     for (row, target), group in keys.items():
         part, seeds = part_of(table, row), sorted(seed for _, _, seed in group)
@@ -274,6 +199,8 @@ def _compared(results, read, table, arm, against, fresh) -> tuple[list[dict], di
             {"table": table, "part": part, "row": row, "target": target, "arm": arm, "against": against, "seeds": seeds}
             | asdict(pooled)
             | {"difference": pooled.difference}
+            | _spread(pairs, fresh)
+            | {"detectable": detectable(pooled.n, (pooled.only_a + pooled.only_b) / pooled.n)}
         )
     return rows, units
 
@@ -292,10 +219,24 @@ def _pooled(pairs: Sequence[tuple[dict, dict]], fresh: bool) -> Comparison:
     return Comparison(len(lead), a, b, only_a, only_b, mcnemar(only_a, only_b))
 
 
+def _spread(pairs: Sequence[tuple[dict, dict]], fresh: bool) -> dict[str, float | None]:
+    """The interval of one row's mean difference, and its two sources of variation."""
+    differences = [
+        {(seed if fresh else None, key): int(right) - int(b[key]) for key, right in a.items()}
+        for seed, (a, b) in enumerate(pairs)
+    ]
+    found = mixed_interval(differences)
+    return {
+        "ci_low": found.low, "ci_high": found.high, "sd_seeds": found.sd_seeds, "sd_records": found.sd_records
+    }  # fmt: skip
+
+
 def _effect(table: str, part: str, arm: str, against: str, rows: Sequence[dict], units: Mapping) -> dict:
     own = [row for row in rows if part in ("", row["part"])]
     mine = [u for name, group in units.items() if part in ("", name) for u in group]
     low, high = bootstrap_interval(mine)
+    by_target = target_means(mine)
+    overall = overall_test(list(by_target.values()))
     sure = [row for row in own if row["p_holm"] < 0.05]
     return {
         "table": table, "part": part, "arm": arm, "against": against,
@@ -304,8 +245,9 @@ def _effect(table: str, part: str, arm: str, against: str, rows: Sequence[dict],
         "wins": sum(row["difference"] > 0 for row in own), "losses": sum(row["difference"] < 0 for row in own),
         "significant": sum(row["difference"] > 0 for row in sure),
         "significant_losses": sum(row["difference"] < 0 for row in sure),
-        "by_target": {target: _target_mean(group) for target, group in _by(mine, lambda u: u.target).items()},
-        "by_seed": {str(seed): mean_difference(group) for seed, group in _by(mine, lambda u: u.seed).items()},
+        "by_target": by_target,
+        "by_seed": {str(seed): mean_difference(group) for seed, group in grouped(mine, lambda u: u.seed).items()},
+        "p_overall": overall.p, "p_smallest": overall.p_smallest, "test": overall.test,
     }  # fmt: skip
 
 

@@ -97,7 +97,10 @@ def write_grid(folder, answers, source="phantom"):
     for i, ((table, row, arm, seed, target), marks) in enumerate(answers.items()):
         with open(folder / "predictions" / f"c{i}.jsonl", "w") as file:
             for k, mark in enumerate(marks):
-                line = {"id": f"{target}/test/{k}", "subset": target, "answer": "A", "predicted": "BA"[int(mark)]}
+                line = {
+                    "id": f"{target}/test/{k}", "subset": target, "options": ["yes", "no"], "answer": "A",
+                    "predicted": "BA"[int(mark)], "logprobs": [-1.0, -1.5][:: 1 if mark == "1" else -1], "generated": None,
+                }  # fmt: skip
                 file.write(json.dumps(line) + "\n")
         n, correct = len(marks), marks.count("1")
         low, high = stats.wilson(correct, n)
