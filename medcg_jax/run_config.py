@@ -23,7 +23,7 @@ TABLES = ("pairs", "triples", "ablation", "multi_task", "efficiency")
 # Tables whose related subsets have boxes: for the families that answer with them. The second is tested on boxes too.
 BOX_TABLES = ("detection_pairs", "detection")
 # Numbers of the published tables that "pairs" and "detection_pairs" can repeat.
-PAIR_TABLES, DETECTION_TABLES = (3, 7, 8), (5, 6)
+PUBLISHED_PAIRS, PUBLISHED_DETECTION = (3, 7, 8), (5, 6)
 # Model -> its family.
 MODELS = {
     "llava15_tiny": "llava",
@@ -161,8 +161,8 @@ class StudyConfig:
     parts: tuple[str, ...] = ()
     # Published table whose rows are repeated: 3, 7 or 8 by "pairs", 5 or 6 by "detection_pairs"; 0: the model's own.
     published_table: int = 0
-    # Baseline+: training records in all, and subsets that they come from: "related" (as many as Trained has), a number, or
-    # "all" subsets.
+    # Baseline+: training records in all, and subsets that they come from: "related" (as many as Trained has), a number,
+    # or "all" subsets.
     baseline_plus_records: str = "related"
     baseline_plus_subsets: str = "related"
     # Training records of the target on the efficiency curve, up to all that the subset has, which always come last.
@@ -277,7 +277,8 @@ def check(run: RunConfig) -> None:
     at_least("study.cells_at_once", run.study.cells_at_once, 1)
     if run.data.imagewikiqa_share:
         raise ConfigError(
-            f"data.imagewikiqa_share={run.data.imagewikiqa_share}: 0.0 alone is accepted, ImageWikiQA is not in the release"
+            f"data.imagewikiqa_share={run.data.imagewikiqa_share}: 0.0 alone is accepted, "
+            "ImageWikiQA is not in the release"
         )
     check_published(run.study)
     if not run.study.seeds:
@@ -290,9 +291,10 @@ def check(run: RunConfig) -> None:
 
 
 def check_published(study: StudyConfig) -> None:
-    accepted = (0, *PAIR_TABLES, *DETECTION_TABLES)
-    if study.published_table not in accepted:
-        raise ConfigError(f"study.published_table={study.published_table}: one of {', '.join(map(str, accepted))} is accepted")
+    tables = (0, *PUBLISHED_PAIRS, *PUBLISHED_DETECTION)
+    if study.published_table not in tables:
+        accepted = ", ".join(map(str, tables))
+        raise ConfigError(f"study.published_table={study.published_table}: one of {accepted} is accepted")
     for name, words in (("baseline_plus_records", ("related",)), ("baseline_plus_subsets", ("related", "all"))):
         value = getattr(study, name)
         if value not in words and not (value.isascii() and value.isdigit() and int(value)):

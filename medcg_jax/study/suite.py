@@ -124,8 +124,8 @@ def expand(run: RunConfig, subsets: Sequence[Subset], boxes: Sequence[Subset] = 
     """
     cells = []
     family, published = MODELS[run.model.name], run.study.published_table
-    pair_table = published if published in run_config.PAIR_TABLES else PAIR_TABLES.get(family, 3)
-    detection_table = published if published in run_config.DETECTION_TABLES else DETECTION_TABLES.get(family, 5)
+    pair_table = published if published in run_config.PUBLISHED_PAIRS else PAIR_TABLES.get(family, 3)
+    detection_table = published if published in run_config.PUBLISHED_DETECTION else DETECTION_TABLES.get(family, 5)
     for table in run.study.tables:
         if table in BOX_TABLES and family not in DETECTION_TABLES:
             raise ConfigError(f"study.tables={table!r}: {run.model.name} gives no boxes; {', '.join(DETECTION_TABLES)} do")
