@@ -25,6 +25,9 @@ from medcg_jax.run_config import (
 )
 
 ABLATION_TARGETS = ("ct-liver-stage", "microscopy-lung-cancer", "photo-eye-stage")
+# Three targets and half the epochs, and for the curve one target: these cost most of the grid.
+FIGURE_TARGETS = {"ablation": ABLATION_TARGETS, "efficiency": ABLATION_TARGETS[:1]}
+FIGURE_EPOCHS = {"ablation": 4.0, "efficiency": 4.0}
 # One target for each task, of four modalities.
 QUICK_TARGETS = ("ct-liver-stage", "xray-breast-state", "microscopy-lung-cancer", "oct-skin-grade")
 # Tables 7 and 8 with a row in each of the four directions; 5 and 6, where no detection subset shares a target's task.
@@ -99,9 +102,8 @@ def _study(run: RunConfig) -> RunConfig:
         study=StudyConfig(
             tables=TABLES,
             targets=REPORT_TARGETS,
-            # Three targets and half the epochs, and for the curve one target: these cost most of the grid.
-            targets_of={"ablation": ABLATION_TARGETS, "efficiency": ABLATION_TARGETS[:1]},
-            epochs_of={"ablation": 4.0, "efficiency": 4.0},
+            targets_of=FIGURE_TARGETS,
+            epochs_of=FIGURE_EPOCHS,
             seeds=(4, 5, 6),
             models=("llava15_tiny", *MODEL_FLAGS),
             model_flags={model: (*_other_backbone(model), *flags) for model, flags in MODEL_FLAGS.items()},

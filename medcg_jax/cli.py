@@ -196,11 +196,15 @@ def eval_one(args) -> dict:
 
 def reproduce_grid(args) -> dict:
     run = resolved(args)
+    if args.dry:
+        from medcg_jax.study.dry import dry
+
+        return dry(run)
     from medcg_jax.study import backbones, grid
 
     if run.study.models:
-        return backbones.dry(run) if args.dry else backbones.reproduce_models(run, workdir(args, run))
-    return grid.dry(run) if args.dry else grid.reproduce(run, workdir(args, run))
+        return backbones.reproduce_models(run, workdir(args, run))
+    return grid.reproduce(run, workdir(args, run))
 
 
 def report_grid(args) -> dict:

@@ -24,6 +24,8 @@ TABLES = ("pairs", "triples", "ablation", "multi_task", "efficiency")
 BOX_TABLES = ("detection_pairs", "detection")
 # Ways in which test questions are asked again: `data.controls`.
 CONTROLS = ("shuffled_images", "circular", "two_options")
+# Numbers of the published tables that "pairs" and "detection_pairs" can repeat.
+PUBLISHED_PAIRS, PUBLISHED_DETECTION = (3, 7, 8), (5, 6)
 # Model -> its family.
 MODELS = {
     "llava15_tiny": "llava",
@@ -108,6 +110,8 @@ class DataConfig:
     subsets: tuple[str, ...] = ()
     # Sentence before the first user turn; "vicuna" takes LLaVA-1.5's.
     system_prompt: str = "vicuna"
+    # Records of ImageWikiQA for each record of a training; 0 alone is accepted: they are not in the release.
+    imagewikiqa_share: float = 0.0
     # Subset -> weight of its records in a batch; empty: every record once an epoch.
     subset_weights: dict[str, float] = field(default_factory=dict)
     max_pixels: int = 50_000_000
@@ -157,6 +161,16 @@ class StudyConfig:
     box_subsets: tuple[str, ...] = ()
     # Arms to run; empty: all of the tables'.
     arms: tuple[str, ...] = ()
+    # Parts of the tables to run, what their rows' names start with ("out_of_distribution", "fixed_area"); empty: all.
+    parts: tuple[str, ...] = ()
+    # Published table whose rows are repeated: 3, 7 or 8 by "pairs", 5 or 6 by "detection_pairs"; 0: the model's own.
+    published_table: int = 0
+    # Baseline+: training records in all, and subsets that they come from: "related" (as many as Trained has), a number,
+    # or "all" subsets.
+    baseline_plus_records: str = "related"
+    baseline_plus_subsets: str = "related"
+    # Training records of the target on the efficiency curve, up to all that the subset has, which always come last.
+    efficiency_records: tuple[int, ...] = (0, 10, 30, 100, 300, 1000, 3000)
     # Table -> its own targets, in place of `targets`: a row of "ablation" costs as much as ten of "pairs".
     targets_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
     # Table -> its own epochs, in place of `train.epochs`: boxes are learnt more slowly than letters.
@@ -267,6 +281,12 @@ def check(run: RunConfig) -> None:
         one_of("eval.controls", name, CONTROLS)
     at_least("study.jobs", run.study.jobs, 1)
     at_least("study.cells_at_once", run.study.cells_at_once, 1)
+    if run.data.imagewikiqa_share:
+        raise ConfigError(
+            f"data.imagewikiqa_share={run.data.imagewikiqa_share}: 0.0 alone is accepted, "
+            "ImageWikiQA is not in the release"
+        )
+    check_published(run.study)
     if not run.study.seeds:
         raise ConfigError("study.seeds is empty: one seed or more is accepted")
     for subset, weight in run.data.subset_weights.items():
@@ -274,6 +294,20 @@ def check(run: RunConfig) -> None:
             raise ConfigError(f"data.subset_weights[{subset!r}]={weight}: a weight above 0 is accepted")
     for part in ("base", "train"):
         check_training(part, getattr(run, part))
+
+
+def check_published(study: StudyConfig) -> None:
+    tables = (0, *PUBLISHED_PAIRS, *PUBLISHED_DETECTION)
+    if study.published_table not in tables:
+        accepted = ", ".join(map(str, tables))
+        raise ConfigError(f"study.published_table={study.published_table}: one of {accepted} is accepted")
+    for name, words in (("baseline_plus_records", ("related",)), ("baseline_plus_subsets", ("related", "all"))):
+        value = getattr(study, name)
+        if value not in words and not (value.isascii() and value.isdigit() and int(value)):
+            raise ConfigError(f"study.{name}={value!r}: {', '.join(words)} or a number of at least 1 is accepted")
+    counts = study.efficiency_records
+    if not counts or counts[0] < 0 or list(counts) != sorted(set(counts)):
+        raise ConfigError(f"study.efficiency_records={counts}: rising numbers of at least 0 are accepted")
 
 
 def check_training(part: str, train: TrainConfig) -> None:

@@ -1,12 +1,7 @@
-"""Analytic FLOPs of LLaVA-1.5, and MFU: a multiply-add counts 2, an embedding lookup 0.
+"""FLOPs of a training step by each convention, and what share of a device's peak they are (MFU, HFU)."""
 
-XLA's own count is of no use here: it counts the body of a scan once, and a fused attention kernel not at all.
-The formulas agree with PyTorch's FlopCounterMode on CLIP and Llama (tests/scale/test_flops.py).
-"""
-
-from dataclasses import dataclass, fields
-
-from medcg_jax.models.llava import LlavaConfig
+from medcg_jax.models.build import Config
+from medcg_jax.models.flops import forward, training
 
 # Dense bf16 FLOP/s of one device, by what `jax.Device.device_kind` begins with; the longest match counts.
 PEAK_BF16 = {
@@ -24,76 +19,7 @@ PEAK_BF16 = {
 }
 
 
-@dataclass(frozen=True)
-class Flops:
-    """FLOPs of the parts of one forward pass; attention scores and sums stand apart from the other products."""
-
-    vision: float = 0.0
-    projector: float = 0.0
-    decoder: float = 0.0
-    attention: float = 0.0  # of the decoder, every query against every key
-    head: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
-
-
-def forward(config: LlavaConfig, *, length: int, num_images: int = 1, num_logits: int | None = None) -> Flops:
-    """FLOPs of a forward pass over one row of `length` tokens, image tokens included.
-
-    num_images: images that the tower encodes for the row.
-    num_logits: positions whose logits are computed; None: all.
-    """
-    vision, text = config.vision, config.text
-    tokens = vision.num_patches
-    patch_embedding = 2.0 * tokens * 3 * vision.patch_size_px**2 * vision.embed_dim
-    tower = vit(vision.num_run_layers, vision.embed_dim, vision.mlp_dim, tokens + 1)
-    projector = 2.0 * tokens * (vision.embed_dim * text.embed_dim + text.embed_dim**2)
-    return Flops(
-        vision=num_images * (patch_embedding + tower),
-        projector=num_images * projector,
-        decoder=length * text.num_layers * decoder_products(text),
-        attention=4.0 * text.num_layers * length**2 * text.num_heads * text.head_dim,
-        head=2.0 * (length if num_logits is None else num_logits) * text.embed_dim * text.vocab_size,
-    )
-
-
-def vit(num_layers: int, width: int, mlp_width: int, num_tokens: int) -> float:
-    """FLOPs of encoder blocks over one image of `num_tokens` tokens: projections, MLP, attention."""
-    return 4.0 * num_layers * num_tokens * width * (2 * width + mlp_width + num_tokens)
-
-
-def decoder_products(text) -> float:
-    """FLOPs of one token in one decoder block, without attention's scores and sums."""
-    attention = 4.0 * text.embed_dim * text.head_dim * (text.num_heads + text.num_kv_heads)
-    return attention + 6.0 * text.embed_dim * text.mlp_dim
-
-
-def training(one: Flops, *, trainable: tuple[str, ...], causal: bool = False, remat: str = "none") -> float:
-    """FLOPs of forward and backward, from those of the forward pass.
-
-    A part that trains counts three times, a frozen one that gradients pass through twice, a frozen one below every
-    trained part once.
-    causal: the decoder's attention counts half, as a kernel that skips masked blocks executes it; else the full square.
-    remat: as `ModelConfig.remat`, to count what is executed; "none" counts what the model needs.
-      "full" runs every block with a backward pass once more; "dots" only its attention.
-    """
-    attention = one.attention / 2 if causal else one.attention
-    order = (("vision", one.vision), ("projector", one.projector), ("decoder", one.decoder + attention + one.head))
-    total, reached = 0.0, False  # reached: a part below trains, so gradients pass through
-    for name, flops in order:
-        trains = name in trainable
-        total += flops * (3 if trains else 2 if reached else 1)
-        reached = reached or trains
-    if remat != "none" and reached:
-        total += attention
-    if remat == "full" and reached:
-        total += one.decoder + (one.vision if "vision" in trainable else 0.0)
-    return total
-
-
-def step(config: LlavaConfig, lengths, *, padded_length: int, num_images: int, num_logits: int, trainable) -> dict:
+def step(config: Config, lengths, *, padded_length: int, num_images: int, num_logits: int, trainable) -> dict:
     """FLOPs of one training step by each convention: {"full", "causal", "executed"}.
 
     full: what the model needs for the real tokens, attention as the full square (arXiv 2204.02311, appendix B).

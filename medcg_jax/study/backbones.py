@@ -37,15 +37,6 @@ def model_run(run: RunConfig, model: str) -> RunConfig:
     return with_flags(found, dict(flag.split("=", 1) if "=" in flag else (flag, "") for flag in flags))
 
 
-def dry(run: RunConfig) -> dict:
-    """`grid.dry` of every model."""
-    found = {}
-    for model in run.study.models:
-        print(f"-- {model}")
-        found[model] = grid.dry(model_run(run, model))
-    return found
-
-
 def reproduce_models(run: RunConfig, workdir: str | Path) -> dict:
     """`grid.reproduce` for every model, `study.jobs` of them at a time in processes of their own, then the page.
 

@@ -109,9 +109,9 @@ class Draw:
 def baseline_plus(target: Subset, subsets: Sequence[Subset], num_subsets: int, num_records: int, seed: int) -> Draw:
     """Random unrelated subsets with `num_records` training records in all, or all there are.
 
-    The paper says "trained on randomly sampled unrelated data" and neither how much nor how it was drawn; ours is as
-    many records as the related set has, from as many subsets (more where these are too small). The draw depends on
-    (target, size, seed), so that the rows of one target share it, as equal values in the printed table suggest.
+    They come from `num_subsets` of them, from more where these are too small. The draw depends on (target, size, seed),
+    so that the rows of one target share it, as equal values in the printed table suggest. What the paper leaves open
+    about it: `choices`.
     """
     pool = sorted(unrelated(target, subsets), key=lambda s: s.name)
     _random("baseline_plus", target, seed).shuffle(pool)

@@ -38,24 +38,6 @@ STOP_WAIT_S = 10.0
 PRINTED_BY_PART = ("multi_task", "efficiency")
 
 
-def dry(run: RunConfig) -> dict:
-    """Prints every cell with its subsets, records and steps, trains nothing; the same as a dict."""
-    plan = make_plan(run)
-    steps = {cell.id: job.steps for job in plan.jobs for cell in job.cells}
-    listed = []
-    for cell in plan.cells:
-        training = ", ".join(f"{n} ({c})" for n, c in zip(cell.related, cell.num_records, strict=True)) or "nothing"
-        size = f"{cell.total_records} records, {steps[cell.id]} steps"
-        notes = f" [{cell.notes}]" if cell.notes else ""
-        print(f"{cell.id}: {training} -> {', '.join(cell.target)}; {size}{notes}")
-        listed.append(dataclasses.asdict(cell) | {"steps": steps[cell.id]})
-    trained = [job for job in plan.jobs if job.steps]
-    total = sum(job.steps for job in trained)
-    bases = len(run.study.seeds) if run.base.steps else 0
-    print(f"{len(plan.cells)} cells, {len(trained)} trainings, {total} steps; {bases} bases of {run.base.steps} steps")
-    return {"cells": listed, "trainings": len(trained), "steps": total, "bases": bases}
-
-
 def reproduce(run: RunConfig, workdir: str | Path) -> dict:
     """Trains and scores every cell of the grid that is not done yet, then writes the report.
 

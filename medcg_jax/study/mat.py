@@ -151,6 +151,11 @@ def paper_split() -> tuple[tuple[str, ...], tuple[str, ...]]:
     )
 
 
+def has_boxes(subset: Subset) -> bool:
+    """Whether a subset of the paper's is one of boxes or masks, and has no choice questions (38 to 53)."""
+    return any(word in subset.task.replace("/", " ").split() for word in ("Det", "Seg"))
+
+
 @dataclass(frozen=True)
 class PaperRow:
     """One printed row of tables 3 to 8, read as subset numbers."""
@@ -175,3 +180,11 @@ def paper_rows(table: int) -> tuple[PaperRow, ...]:
         for row in paper_csv("rows_to_subsets")
         if int(row["table"]) == table
     )  # fmt: skip
+
+
+def reached_targets(num_directions: int = 2) -> tuple[str, ...]:
+    """The targets that table 3 reaches in so many directions or more, by number."""
+    directions: dict[str, set[str]] = {}
+    for row in paper_rows(3):
+        directions.setdefault(row.target, set()).add(row.direction)
+    return tuple(sorted(target for target, found in directions.items() if len(found) >= num_directions))

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from medcg_jax.data.records import Subset
+from medcg_jax.data.records import Source, Subset
 from medcg_jax.data.sources import open_source, require_subsets
 from medcg_jax.run_config import BOX_TABLES, RunConfig, replace
 from medcg_jax.study.suite import Cell, expand
@@ -82,13 +82,13 @@ def capped(subsets: Sequence[Subset], run: RunConfig) -> tuple[Subset, ...]:
     return tuple(dataclasses.replace(s, num_train=min(s.num_train, most)) for s in subsets)
 
 
-def make_plan(run: RunConfig) -> Plan:
-    """The grid of a configuration.
+def make_plan(run: RunConfig, source: Source | None = None) -> Plan:
+    """The grid of a configuration; of its subsets alone `source` need know, in place of the configuration's data.
 
     Raises:
       ConfigError, DataError: as `expand`, or the data cannot be read.
     """
-    source = open_source(seeded(run, run.study.seeds[0]).data)
+    source = source or open_source(seeded(run, run.study.seeds[0]).data)
     targets_of = [name for names in run.study.targets_of.values() for name in names]
     require_subsets(source, [*run.study.targets, *targets_of, *run.study.box_subsets])
     # Detection files are looked at where a table wants them, and only there.

@@ -4,17 +4,16 @@
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from medcg_jax import run_config
 from medcg_jax.data.records import Subset
-from medcg_jax.run_config import BOX_TABLES, MODELS, ConfigError, RunConfig
+from medcg_jax.run_config import BOX_TABLES, MODELS, ConfigError, RunConfig, StudyConfig
 from medcg_jax.study import combos, mat
 
 # Arms that may be trained on what they are tested on (other records of it): the references of tables 1 and 2, and the
 # efficiency curve.
 SEES_TARGET = ("single_task", "multi_task", "efficiency")
-# Training records of the target on the efficiency curve, as far as the subset has them.
-EFFICIENCY_RECORDS = (0, 10, 30, 100, 300, 1000, 3000)
 # Family -> the published table whose rows its pairs repeat, LLaVA's where it has none of its own; and its detection
 # pairs, whose two tables have the same eight.
 PAIR_TABLES = {"llava": 3, "qwen2_vl": 7, "mllama": 8}
@@ -36,8 +35,8 @@ class Cell:
     Attributes:
       id: stable, and a safe file name: `pairs.fixed_area.ct-lung-grade.trained.s0`.
       row: `DIRECTION/TARGET` (and `/t3r14` where it is a published row) in pairs and triples, `TARGET` in ablation,
-        `in_distribution` or `out_of_distribution` in multi_task, `with_related/TARGET` or `target_only/TARGET` in
-        efficiency.
+        `in_distribution` or `out_of_distribution` in multi_task (there `out_of_distribution/SUBSET` where one subset
+        alone is trained on), `with_related/TARGET` or `target_only/TARGET` in efficiency.
       related: the subsets it is trained on; none: the base itself.
       num_records: training records of each of them.
       target: the subsets it is tested on.
@@ -56,8 +55,13 @@ class Cell:
     def __post_init__(self):
         if len(self.related) != len(self.num_records):
             raise ValueError(f"{self.id}: {len(self.related)} training subsets with {len(self.num_records)} counts")
-        if not self.arm.startswith(SEES_TARGET) and set(self.related) & set(self.target):
+        if not self.sees_target and set(self.related) & set(self.target):
             raise ValueError(f"{self.id}: a target is among its training subsets")
+
+    @property
+    def sees_target(self) -> bool:
+        """Whether it may be trained on other records of what it is tested on."""
+        return self.arm.startswith(SEES_TARGET) and not self.row.startswith("out_of_distribution")
 
     @property
     def training_key(self) -> tuple:
@@ -88,6 +92,7 @@ class World:
         Med-MAT's.
       boxes: detection subsets; `detection` alone is tested on some.
       pair_table, detection_table: the published ones whose rows pairs and detection pairs repeat.
+      study: what it says of Baseline+ and of the efficiency curve.
     """
 
     subsets: tuple[Subset, ...]
@@ -96,6 +101,7 @@ class World:
     boxes: tuple[Subset, ...] = ()
     pair_table: int = 3
     detection_table: int = 5
+    study: StudyConfig = field(default_factory=StudyConfig)
 
     def __getitem__(self, name: str) -> Subset:
         return next(s for s in (*self.subsets, *self.boxes) if s.name == name)
@@ -117,27 +123,31 @@ def expand(run: RunConfig, subsets: Sequence[Subset], boxes: Sequence[Subset] = 
       ConfigError: a target is no subset, or a table has no cell for these subsets.
     """
     cells = []
-    family = MODELS[run.model.name]
+    family, published = MODELS[run.model.name], run.study.published_table
+    pair_table = published if published in run_config.PUBLISHED_PAIRS else PAIR_TABLES.get(family, 3)
+    detection_table = published if published in run_config.PUBLISHED_DETECTION else DETECTION_TABLES.get(family, 5)
     for table in run.study.tables:
         if table in BOX_TABLES and family not in DETECTION_TABLES:
             raise ConfigError(f"study.tables={table!r}: {run.model.name} gives no boxes; {', '.join(DETECTION_TABLES)} do")
         targets = run.study.targets_of.get(table, run.study.targets)
         world = World(
             tuple(subsets), targets, run.data.source == "release", tuple(boxes) if table in BOX_TABLES else (),
-            PAIR_TABLES.get(family, 3), DETECTION_TABLES.get(family, 5),
+            pair_table, detection_table, run.study,
         )  # fmt: skip
         for name in targets:
             if name not in {s.name for s in subsets}:
                 raise ConfigError(f"study.targets={name!r}: one of {', '.join(s.name for s in subsets)} is accepted")
         found = [cell for seed in run.study.seeds for cell in _TABLES[table](world, seed)]
-        arms = {cell.arm for cell in found}
+        arms, parts = {cell.arm for cell in found}, {cell.row.split("/")[0] for cell in found}
         if run.study.arms:
             found = [cell for cell in found if cell.arm in run.study.arms]
+        if run.study.parts:
+            found = [cell for cell in found if cell.row.split("/")[0] in run.study.parts]
         if not found:
             raise ConfigError(
                 f"study.tables={table!r}: no target has the related subsets it needs (targets: "
                 f"{', '.join(world.targets) or 'all'}; subsets: {', '.join(s.name for s in (*subsets, *world.boxes))}; "
-                f"arms there: {', '.join(sorted(arms)) or 'none'})"
+                f"arms there: {', '.join(sorted(arms)) or 'none'}; parts: {', '.join(sorted(parts)) or 'none'})"
             )
         rows = {row: place for place, row in enumerate(dict.fromkeys(cell.row for cell in found))}
         cells += sorted(found, key=lambda cell: rows[cell.row])  # stable: a row's seeds and arms stay in order
@@ -170,8 +180,10 @@ def _id(table: str, row: str, arm: str, seed: int) -> str:
 def _three_arms(table, row, seed, world: World, training, target: Subset, notes) -> Iterator[Cell]:
     """Baseline, Baseline+ and Trained of one row."""
     yield _cell(table, row, "baseline", seed, (), (target,), notes=notes)
-    wanted = sum(s.num_train for s in training)
-    plus = combos.baseline_plus(target, world.subsets, len(training), wanted, seed)
+    records, subsets = world.study.baseline_plus_records, world.study.baseline_plus_subsets
+    wanted = sum(s.num_train for s in training) if records == "related" else int(records)
+    count = {"related": len(training), "all": len(world.subsets)}.get(subsets) or int(subsets)
+    plus = combos.baseline_plus(target, world.subsets, count, wanted, seed)
     if plus.subsets:
         got = sum(plus.num_records)
         short = f"only {got} unrelated records for {wanted}" if got < wanted else ""
@@ -316,17 +328,23 @@ def split(world: World) -> tuple[tuple[Subset, ...], tuple[Subset, ...]]:
 
 
 def multi_task(world: World, seed: int) -> Iterator[Cell]:
-    """Tables 1 and 2: one model of all in-distribution subsets, and one model each of the same records."""
+    """Tables 1 and 2: one model of all in-distribution subsets, and one model each of the same records.
+
+    The paper prints no single-task scores out of distribution; here each of those models is tested there too.
+    """
     inside, outside = split(world)
     for row, targets in (("in_distribution", inside), ("out_of_distribution", outside)):
         if not inside or not targets:
             continue
         yield _cell("multi_task", row, "baseline", seed, (), targets)
         yield _cell("multi_task", row, "multi_task", seed, inside, targets)
-        if row == "in_distribution":
-            for subset in inside:
+        for subset in inside:
+            name = f"{row}/{subset.name}"
+            if row == "in_distribution":
                 cell = _cell("multi_task", row, "single_task", seed, (subset,), (subset,))
-                yield _renamed(cell, _id("multi_task", f"{row}/{subset.name}", "single_task", seed))
+                yield _renamed(cell, _id("multi_task", name, "single_task", seed))
+            else:
+                yield _cell("multi_task", name, "single_task", seed, (subset,), outside)
 
 
 def _renamed(cell: Cell, cell_id: str) -> Cell:
@@ -343,11 +361,11 @@ def efficiency(world: World, seed: int) -> Iterator[Cell]:
             continue
         helpers = combos.related(target, world.subsets)
         for curve, others in (("with_related", helpers), ("target_only", ())):
-            for count in EFFICIENCY_RECORDS:
-                if count <= target.num_train:
-                    counts = (*(s.num_train for s in others), count)
-                    row, arm = f"{curve}/{target.name}", f"efficiency_{count}"
-                    yield _cell("efficiency", row, arm, seed, (*others, target), (target,), counts)
+            fewer = [count for count in world.study.efficiency_records if count < target.num_train]
+            for count in (*fewer, target.num_train):
+                counts = (*(s.num_train for s in others), count)
+                row, arm = f"{curve}/{target.name}", f"efficiency_{count}"
+                yield _cell("efficiency", row, arm, seed, (*others, target), (target,), counts)
 
 
 _TABLES: dict[str, Callable[[World, int], Iterator[Cell]]] = {

@@ -18,7 +18,7 @@ from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.mesh import check_batch, make_mesh
 from medcg_jax.models.build import TINY, Config, architecture, create, replicated
 from medcg_jax.models.next_chat import NextChatConfig
-from medcg_jax.run_config import MODELS, ConfigError, RunConfig, trains_masks
+from medcg_jax.run_config import MODELS, ConfigError, ModelConfig, RunConfig, trains_masks
 from medcg_jax.train.box_losses import box_loss, mask_loss
 from medcg_jax.train.losses import token_loss
 
@@ -88,17 +88,18 @@ def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None, has_w
     tokenizer = load_tokenizer(run.model.tokenizer, formats.SMALL_TOKENIZERS[family])
     source = open_source(run.data)
     require_subsets(source, (*run.data.subsets, *run.data.subset_weights))
-    tiny = run.model.name in TINY
-    model = architecture(
-        run.model,
-        vocab_size=-(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if tiny else None,
-        **formats.token_ids(family, tokenizer),
-    )
+    model = model_config(run.model, tokenizer)
     whole = replicated(model, mesh)
     if whole:
         print(f"mesh.tensor={mesh.shape['tensor']} does not divide them, so every device holds whole: {', '.join(whole)}")
     made = formats.format_of(family, model, with_masks=trains_masks(run.model))
     return Setup(run, mesh, tokenizer, model, made, source)
+
+
+def model_config(model: ModelConfig, tokenizer: Tokenizer) -> Config:
+    """The architecture of a run's model with its tokenizer's ids, and for a tiny one its vocabulary."""
+    rows = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if model.name in TINY else None
+    return architecture(model, vocab_size=rows, **formats.token_ids(MODELS[model.name], tokenizer))
 
 
 def check_weights(run: RunConfig) -> None:

@@ -1,8 +1,8 @@
 """Related, unrelated and reduced sets: a worked example, and properties over random worlds."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-import pytest
 from worlds import SMALL, random_worlds, subset, world
 
 from medcg_jax.study import combos

@@ -135,19 +135,6 @@ def test_the_configuration_comes_back_from_its_file(tmp_path):
     assert read_config(tmp_path) == run
 
 
-def test_dry_lists_every_cell(capsys):
-    run = replace(RunConfig(), study__tables=("pairs",), study__targets=("mri-brain-state",))
-    run = replace(run, base__steps=10, data__train_records_per_subset=300)
-    listed = grid.dry(run)
-    out = capsys.readouterr().out
-    assert len(listed["cells"]) >= 9 and listed["bases"] == 1
-    for cell in listed["cells"]:
-        assert out.count(f"{cell['id']}: ") == 1
-    trained = next(c for c in listed["cells"] if c["arm"] == "trained")
-    assert trained["steps"] == 94  # 5 epochs of 600 records
-    assert f"{trained['related'][0]} (300)" in out and "600 records, 94 steps" in out
-
-
 def test_seeds_move_every_seed():
     run = replace(RunConfig(), data__seed=10, base__seed=20, train__seed=30)
     moved = schedule.seeded(run, 2)

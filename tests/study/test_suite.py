@@ -77,6 +77,7 @@ def test_golden_small_world():
     assert [x.split(" | ")[1:3] for x in rest[len(singles) :]] == [
         ["out_of_distribution", "baseline"],
         ["out_of_distribution", "multi_task"],
+        *[[f"out_of_distribution/{s.name}", "single_task"] for s in SMALL[1:]],
         *[["with_related/T", f"efficiency_{n}"] for n in (0, 10, 30, 100)],
         *[["target_only/T", f"efficiency_{n}"] for n in (0, 10, 30, 100)],
     ]
@@ -118,6 +119,9 @@ def test_no_cell_is_trained_on_its_target(drawn, seeds, named):
 def test_a_cell_with_its_target_in_training_is_refused():
     with pytest.raises(ValueError, match="a target is among its training subsets"):
         suite.Cell("x", "pairs", "r", "trained", 0, ("a", "b"), (1, 1), ("b",))
+    suite.Cell("x", "multi_task", "in_distribution", "multi_task", 0, ("a", "b"), (1, 1), ("b",))
+    with pytest.raises(ValueError, match="a target is among its training subsets"):
+        suite.Cell("x", "multi_task", "out_of_distribution", "multi_task", 0, ("a", "b"), (1, 1), ("b",))
 
 
 def test_published_rows_become_cells():
@@ -161,9 +165,45 @@ def test_matched_samples():
     cells = suite.expand(study(tables=("multi_task",)), tuple(subset(s.name, 50 + i) for i, s in enumerate(SMALL)))
     multi = next(c for c in cells if c.arm == "multi_task")
     per_subset = dict(zip(multi.related, multi.num_records, strict=True))
-    singles = [c for c in cells if c.arm == "single_task"]
-    assert {c.related[0]: c.num_records[0] for c in singles} == per_subset
-    assert {c.target for c in singles} == {(name,) for name in per_subset}
+    outside = next(c.target for c in cells if c.row == "out_of_distribution")
+    for start, targets in (("in_dist", {(name,) for name in per_subset}), ("out_of_distribution/", {outside})):
+        singles = [c for c in cells if c.arm == "single_task" and c.row.startswith(start)]
+        assert {c.related[0]: c.num_records[0] for c in singles} == per_subset and len(singles) == len(per_subset)
+        assert {c.target for c in singles} == targets
+    # Each of these models is trained once and tested on both.
+    assert len({c.training_key for c in cells if c.arm == "single_task"}) == len(per_subset)
+
+
+def test_baseline_plus_takes_the_records_and_subsets_that_are_asked_for():
+    def plus(**fields):
+        run = study(tables=("pairs",), targets=("ct-lung-state",), **fields)
+        return next(c for c in suite.expand(run, SMALL) if c.arm == "baseline_plus")
+
+    assert plus().num_records == (100, 100)
+    assert plus(baseline_plus_records="30").num_records == (15, 15)
+    assert sum(plus(baseline_plus_records="30", baseline_plus_subsets="1").num_records) == 30
+    assert len(plus(baseline_plus_records="30", baseline_plus_subsets="1").related) == 1
+    many = tuple(subset(f"us-skin-grade{i}") for i in range(9))
+    run = study(tables=("pairs",), targets=("ct-lung-state",), baseline_plus_subsets="all")
+    spread = next(c for c in suite.expand(run, SMALL + many) if c.arm == "baseline_plus")
+    assert len(spread.related) == 11 and sum(spread.num_records) == 200
+
+
+def test_the_efficiency_curve_ends_with_all_that_the_subset_has():
+    some = tuple(subset(s.name, 137) for s in SMALL)
+    run = study(tables=("efficiency",), targets=("ct-lung-state",), parts=("target_only",))
+    assert [c.total_records for c in suite.expand(run, some)] == [0, 10, 30, 100, 137]
+    run = replace(run, study__efficiency_records=(5, 137, 300))
+    assert [c.arm for c in suite.expand(run, some)] == ["efficiency_5", "efficiency_137"]
+
+
+def test_parts_of_tables():
+    run = study(tables=("pairs",), targets=("ct-lung-state",))
+    whole = suite.expand(run, SMALL)
+    some = suite.expand(replace(run, study__parts=("fixed_area", "fixed_task")), SMALL)
+    assert some == [c for c in whole if c.row.startswith(("fixed_area/", "fixed_task/"))] and len(some) == 6
+    with pytest.raises(ConfigError, match="parts: fixed_area, fixed_modality, fixed_task, modality_area"):
+        suite.expand(replace(run, study__parts=("fixed",)), SMALL)
 
 
 def test_unknown_target_and_empty_table():

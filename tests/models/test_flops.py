@@ -1,9 +1,10 @@
-import dataclasses
+"""The FLOPs of a forward pass: by hand, against PyTorch's counter, and against the parameters of every family."""
 
+import jax
 import pytest
 
-from medcg_jax.models import llava
-from medcg_jax.scale import flops
+from medcg_jax.models import build, flops, llava, minigpt_v2
+from medcg_jax.models.mllama_vit import NUM_TILES
 
 TINY = llava.llava15_tiny(vocab_size=128, image_token_id=127, num_kv_heads=1, num_heads=2)
 
@@ -34,50 +35,12 @@ def test_training_multipliers():
     assert flops.training(one, trainable=("vision",), remat="full") == 3 * 1 + 2 * 11110.0 + 1101
 
 
-def test_a_step_counts_every_convention():
-    config = dataclasses.replace(TINY, remat="full")
-    trainable = ("projector", "decoder")
-    made = flops.step(config, [40] * 4, padded_length=40, num_images=1, num_logits=8, trainable=trainable)
-    one = flops.forward(config, length=40, num_logits=8)
-    assert made["full"] == 4 * (one.vision + 3 * (one.total - one.vision))
-    assert made["full"] - made["causal"] == pytest.approx(4 * 1.5 * one.attention)
-    assert made["executed"] - made["full"] == pytest.approx(4 * (one.decoder + one.attention))
-    padded = flops.step(config, [40, 20], padded_length=40, num_images=1, num_logits=8, trainable=trainable)
-    short = flops.forward(config, length=20, num_logits=8)
-    assert padded["full"] == made["full"] / 4 + short.vision + 3 * (short.total - short.vision)
-    assert padded["executed"] == made["executed"] / 2
-
-
 def test_logits_and_images_count_only_where_they_are_computed():
     all_of_it = flops.forward(TINY, length=40)
     fewer = flops.forward(TINY, length=40, num_logits=8, num_images=2)
     assert fewer.head == all_of_it.head / 5
     assert fewer.vision == 2 * all_of_it.vision and fewer.projector == 2 * all_of_it.projector
     assert fewer.decoder == all_of_it.decoder
-
-
-@pytest.mark.parametrize(
-    "kind, peak",
-    [
-        ("NVIDIA H200", 989.5e12),
-        ("NVIDIA H100 80GB HBM3", 989.5e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5p", 459e12),
-        ("TPU v5", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("cpu", None),
-    ],
-)
-def test_peaks(kind, peak):
-    assert flops.peak_bf16(kind) == peak
-
-
-def test_utilisation():
-    made = {"full": 989.5e12, "causal": 494.75e12, "executed": 1979e12}
-    assert flops.utilisation(made, 2.0, "NVIDIA H200", 1) == {"mfu": 0.5, "mfu_causal": 0.25, "hfu": 1.0}
-    assert flops.utilisation(made, 2.0, "NVIDIA H200", 2)["mfu"] == 0.25
-    assert flops.utilisation(made, 2.0, "cpu", 1) == {"mfu": None, "mfu_causal": None, "hfu": None}
 
 
 def test_against_the_flop_counter_of_pytorch():
@@ -114,3 +77,52 @@ def test_against_the_flop_counter_of_pytorch():
     num_unused = vision.num_layers - vision.num_run_layers
     unused = flops.vit(num_unused, vision.embed_dim, vision.mlp_dim, vision.num_patches + 1)
     assert counter.get_total_flops() == ours.total + unused
+
+
+def weights(*parts) -> float:
+    """Numbers in the matrices of these parts: what a token is multiplied by, each once."""
+    leaves = jax.tree_util.tree_flatten_with_path(parts)[0]
+    names = [(str(getattr(path[-1], "key", path[-1])), leaf) for path, leaf in leaves]
+    return sum(leaf.size for name, leaf in names if name not in ("bias", "scale", "class_token", "gate"))
+
+
+@pytest.mark.parametrize("size", sorted(build.SIZES))
+def test_every_weight_of_a_product_counts_once_for_each_token(size):
+    """Of what is no attention score: 2 FLOPs a weight and token, by the parameters that the model has."""
+    config = build.SIZES[size]()
+    params = build.abstract(config)[1]
+    text, vision, length = config.text, config.vision, 300
+    one = flops.forward(config, length=length)
+    blocks = weights({k: v for k, v in params["decoder"].items() if k not in ("embed", "head", "norm")})
+    expected = 2.0 * length * blocks
+    if size.startswith("llama32"):
+        # Keys and values of cross-attention belong to the image's tokens.
+        crossed = 2 * len(text.cross_layers) * text.embed_dim * text.head_dim * text.num_kv_heads
+        expected += 2.0 * crossed * (vision.num_tokens - length)
+    assert one.decoder == pytest.approx(expected, rel=2e-3)
+    assert one.head == 2.0 * length * text.embed_dim * text.vocab_size
+    tokens = {"qwen2_vl": 4 * config.num_image_tokens, "llama32_": getattr(vision, "num_tokens", 0)}.get(size[:8])
+    tokens = tokens or vision.num_patches + 1
+    layers = getattr(vision, "num_run_layers", vision.num_layers) + getattr(vision, "num_global_layers", 0)
+    scores = 4.0 * layers * tokens**2 * vision.embed_dim
+    tower = weights({k: v for k, v in params["vision"].items() if k in ("blocks", "global_blocks", "patch")})
+    assert one.vision - scores == pytest.approx(2.0 * tokens * tower, rel=2e-3)
+    projected = config.num_image_tokens if size[:8] != "llama32_" else tokens
+    assert one.projector == pytest.approx(2.0 * projected * weights(params["projector"]), rel=1e-3)
+    assert one.adapters == (2.0 * length * weights(params["lora"]) if "lora" in params else 0.0)
+
+
+def test_adapters_train_and_gradients_pass_through_the_decoder_to_them():
+    one = flops.forward(minigpt_v2.minigpt_v2_7b(), length=400)
+    frozen = one.decoder + one.attention + one.head
+    assert flops.training(one, trainable=("lora",)) == one.vision + one.projector + 2 * frozen + 3 * one.adapters
+    both = flops.training(one, trainable=("projector", "lora"))
+    assert both == pytest.approx(one.vision + 3 * one.projector + 2 * frozen + 3 * one.adapters)
+
+
+def test_more_tokens_of_an_image_cost_more_attention_to_them():
+    small = build.SIZES["llama32_vision_11b"]()
+    one, none = flops.forward(small, length=200), flops.forward(small, length=200, num_images=0)
+    seen = len(small.text.cross_layers) * 4.0 * 200 * NUM_TILES * small.vision.tokens_per_tile
+    assert one.attention - none.attention == seen * small.text.num_heads * small.text.head_dim
+    assert none.vision == none.projector == 0 < none.decoder < one.decoder

@@ -1,0 +1,14 @@
+"""Data efficiency: accuracy over 0 to all training records of a target, with all its related subsets and without.
+
+    medcg reproduce --config=configs/efficiency.py:llava15_7b --config.data.root=MED_MAT --workdir=runs/efficiency
+    medcg reproduce --config=configs/efficiency.py:llava15_tiny,phantom --workdir=runs/efficiency_phantom
+
+`--config.study.efficiency_records=0,30,300` gives other numbers (all that the subset has always comes last), and
+`--config.study.targets_of="{'efficiency': ('03',)}"` other targets. The argument is BACKBONE[,SOURCE]: `paper.py`.
+"""
+
+import paper
+
+
+def get_config(arg: str = "llava15_7b"):
+    return paper.figure("efficiency", arg, "efficiency")

@@ -1,0 +1,100 @@
+"""All tables and figures of the paper that one backbone can run, on one data source, as one grid.
+
+    medcg reproduce --config=configs/paper.py:llava15_7b --config.data.root=MED_MAT --workdir=runs/paper
+    medcg reproduce --config=configs/paper.py:llava15_tiny,phantom --workdir=runs/paper_phantom
+
+The argument is BACKBONE[,SOURCE], as of every `configs/tableN.py`, which are parts of this. A released backbone has
+the model and recipe of its own file, `llava15_7b.py` say, and the Med-MAT tree at `data.root` (SOURCE `release`); a
+tiny one has those of `phantom.py:study`, three seeds, and phantoms (SOURCE `phantom`) unless told otherwise. Equal trainings of several tables run once here. `--dry` lists every cell with its size and cost, and
+needs no data.
+"""
+
+import backbones_quick
+import llama32_vision_11b
+import llava15_7b
+import llava15_13b
+import minigpt_v2_7b
+import next_chat_7b
+import phantom
+import qwen2_vl_7b
+
+from medcg_jax.config_file import from_config_dict, to_config_dict
+from medcg_jax.run_config import MODELS, SOURCES, TABLES, ConfigError, RunConfig, replace
+
+RELEASED = {
+    "llava15_7b": llava15_7b, "llava15_13b": llava15_13b, "qwen2_vl_7b": qwen2_vl_7b,
+    "llama32_vision_11b": llama32_vision_11b, "minigpt_v2_7b": minigpt_v2_7b, "next_chat_7b": next_chat_7b,
+}  # fmt: skip
+TINY = backbones_quick.MODELS
+# Families whose models answer with boxes.
+WITH_BOXES = ("minigpt_v2", "next_chat")
+
+
+def get_config(arg: str = "llava15_7b"):
+    run = backbone("paper", arg)
+    has_boxes = MODELS[run.model.name] in WITH_BOXES
+    tables = (*TABLES, "detection_pairs") if has_boxes else TABLES
+    return to_config_dict(with_figure_targets(replace(run, study__tables=tables)))
+
+
+def table(name: str, arg: str, *tables: str, boxes: bool = False, **study):
+    """The configuration of one table: `study` are fields of `StudyConfig`; boxes: whether it trains on boxes."""
+    own = {f"study__{key}": value for key, value in study.items()}
+    return to_config_dict(replace(backbone(name, arg, boxes), study__tables=tables, **own))
+
+
+def figure(name: str, arg: str, *tables: str):
+    """The configuration of a figure, with targets of its own."""
+    return to_config_dict(with_figure_targets(replace(backbone(name, arg), study__tables=tables)))
+
+
+def backbone(name: str, arg: str, boxes: bool = False) -> RunConfig:
+    """Model, recipe and data of BACKBONE[,SOURCE], for the grid `name`.
+
+    Raises:
+      ConfigError: no such backbone or source, or one that gives no boxes.
+    """
+    model, comma, source = arg.partition(",")
+    accepted = [m for m in (*RELEASED, *TINY) if not boxes or m.startswith(WITH_BOXES)]
+    source = source if comma else "phantom" if model in TINY else "release"
+    if model not in accepted or source not in SOURCES:
+        raise ConfigError(
+            f"configs/{name}.py:{arg}; BACKBONE[,SOURCE] is accepted: one of {', '.join(accepted)}; "
+            f"{' or '.join(SOURCES)}"
+        )
+    run = tiny(model, source) if model in TINY else released(model, source)
+    return replace(run, name=f"{name}_{model}_{source}")
+
+
+def released(model: str, source: str) -> RunConfig:
+    run = from_config_dict(RELEASED[model].get_config())
+    if source == "phantom":
+        sizes = dict(data__train_records_per_subset=300, data__test_records_per_subset=300)
+        run = replace(run, data__source="phantom", data__root="", study__targets=phantom.REPORT_TARGETS, **sizes)
+    return run
+
+
+def tiny(model: str, source: str) -> RunConfig:
+    from medcg_jax.study.backbones import model_run
+
+    study = from_config_dict(phantom.get_config("study"))
+    run = model_run(study, model)
+    own = dict(targets=phantom.REPORT_TARGETS, targets_of={}, epochs_of={}, arms=(), seeds=study.study.seeds, jobs=2)
+    run = replace(run, **{f"study__{key}": value for key, value in own.items()})
+    if source == "release":
+        # As `medmat_mini.py` and `backbones_quick.py:mini`.
+        run = replace(
+            run, data__source="release", data__root="Med-MAT", data__train_records_per_subset=3000,
+            data__test_records_per_subset=0, data__max_text_tokens=58, data__max_target_tokens=12, study__targets=(),
+        )  # fmt: skip
+    return run
+
+
+def with_figure_targets(run: RunConfig) -> RunConfig:
+    """Figure 4 and the efficiency curves on a few targets, since a row of them costs as much as ten pairs."""
+    if run.data.source == "phantom":
+        return replace(run, study__targets_of=phantom.FIGURE_TARGETS, study__epochs_of=phantom.FIGURE_EPOCHS)
+    from medcg_jax.study.mat import reached_targets
+
+    # Which the paper's figures have is not known as text; table 3 reaches these in two directions or more.
+    return replace(run, study__targets_of=dict.fromkeys(phantom.FIGURE_TARGETS, reached_targets()))

@@ -1,0 +1,13 @@
+"""Table 5: eight pairs of a detection subset and one of choice questions, with NExT-Chat.
+
+    medcg reproduce --config=configs/table5.py:next_chat_7b --config.data.root=MED_MAT --workdir=runs/table5
+    medcg reproduce --config=configs/table5.py:next_chat_tiny,phantom --workdir=runs/table5_phantom
+
+The argument is BACKBONE[,SOURCE] (`paper.py`), of a backbone that answers with boxes.
+"""
+
+import paper
+
+
+def get_config(arg: str = "next_chat_7b"):
+    return paper.table("table5", arg, "detection_pairs", boxes=True, published_table=5)

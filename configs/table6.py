@@ -1,0 +1,13 @@
+"""Table 6: eight pairs of a detection subset and one of choice questions, with MiniGPT-v2.
+
+    medcg reproduce --config=configs/table6.py:minigpt_v2_7b --config.data.root=MED_MAT --workdir=runs/table6
+    medcg reproduce --config=configs/table6.py:minigpt_v2_tiny,phantom --workdir=runs/table6_phantom
+
+The argument is BACKBONE[,SOURCE] (`paper.py`), of a backbone that answers with boxes.
+"""
+
+import paper
+
+
+def get_config(arg: str = "minigpt_v2_7b"):
+    return paper.table("table6", arg, "detection_pairs", boxes=True, published_table=6)

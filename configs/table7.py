@@ -1,0 +1,14 @@
+"""Table 7: eight of the pairs of table 3, with Qwen2-VL.
+
+    medcg reproduce --config=configs/table7.py:qwen2_vl_7b --config.data.root=MED_MAT --workdir=runs/table7
+    medcg reproduce --config=configs/table7.py:qwen2_vl_tiny,phantom --workdir=runs/table7_phantom
+
+The paper prints the base and Trained; Baseline+ is run too, `--config.study.arms=baseline,trained` leaves it out.
+The argument is BACKBONE[,SOURCE]: `paper.py`.
+"""
+
+import paper
+
+
+def get_config(arg: str = "qwen2_vl_7b"):
+    return paper.table("table7", arg, "pairs", published_table=7)

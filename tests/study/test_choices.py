@@ -1,0 +1,66 @@
+"""The stated choices: each is a field, and what the full-size configs have."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from medcg_jax.config_file import load
+from medcg_jax.run_config import MODELS, ConfigError, RunConfig, check, flat, replace
+from medcg_jax.study.choices import CHOICES, choices
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def listed(config: str) -> dict:
+    run = load(f"{CONFIGS / config}.py")
+    return {field: (value, default, why) for field, value, default, why in choices(dataclasses.asdict(run))}
+
+
+def test_every_choice_is_a_field_with_a_reason():
+    fields = flat(dataclasses.asdict(RunConfig()))
+    for choice in CHOICES:
+        assert choice.field in fields and len(choice.why) > 15 and choice.family in ("", *MODELS.values())
+    names = [(choice.field, choice.family) for choice in CHOICES]
+    assert len(set(names)) == len(names)
+    # A family's own choice replaces the general one, so it stands behind it.
+    for field, family in names:
+        general = (field, "")
+        assert not family or general not in names or names.index(general) < names.index((field, family))
+
+
+@pytest.mark.parametrize(
+    "config", ["llava15_7b", "minigpt_v2_7b", "next_chat_7b", "qwen2_vl_7b", "llama32_vision_11b", "table3"]
+)
+def test_full_size_configs_have_what_is_stated(config):
+    found = listed(config)
+    assert [field for field, (_, default, _) in found.items() if not default] == []
+    assert found["train.learning_rate"][0] == (1e-5 if config == "minigpt_v2_7b" else 5e-6)
+    assert ("model.max_pixels" in found) == (config == "qwen2_vl_7b")
+
+
+def test_what_differs_is_seen_whether_read_from_a_file_or_not():
+    run = replace(load(f"{CONFIGS / 'llava15_7b'}.py"), study__baseline_plus_records="100", study__seeds=(1, 2))
+    as_json = dataclasses.asdict(run)
+    as_json["study"]["seeds"], as_json["study"]["arms"] = [1, 2], []
+    for config in (dataclasses.asdict(run), as_json):
+        changed = {field for field, _, default, _ in choices(config) if not default}
+        assert changed == {"study.baseline_plus_records", "study.seeds"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data__imagewikiqa_share": 0.1}, "data.imagewikiqa_share=0.1: 0.0 alone is accepted"),
+        ({"study__baseline_plus_records": "some"}, "study.baseline_plus_records='some': related or a number"),
+        ({"study__baseline_plus_records": "0"}, "study.baseline_plus_records='0'"),
+        ({"study__baseline_plus_subsets": "-1"}, "study.baseline_plus_subsets='-1': related, all or a number"),
+        ({"study__published_table": 4}, "study.published_table=4: one of 0, 3, 7, 8, 5, 6"),
+        ({"study__efficiency_records": (10, 3)}, "study.efficiency_records=.10, 3.: rising numbers"),
+        ({"study__efficiency_records": ()}, "rising numbers"),
+    ],
+)
+def test_values_that_no_grid_can_have(change, message):
+    with pytest.raises(ConfigError, match=message):
+        check(replace(RunConfig(), **change))
+    check(replace(RunConfig(), study__baseline_plus_records="100", study__baseline_plus_subsets="all"))
