@@ -22,6 +22,8 @@ RELEASE_PARTS = {
     "minigpt": "MiniGPT-v2's own .pth, where it does not lie beside SRC",
     "sam": "sam_vit_h_4b8939.pth, where NExT-Chat's SRC holds no SAM",
 }
+# What a path that was given wrongly raises.
+WRONG_PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,9 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(sys.argv[1:] if argv is None else list(argv))
         result = args.run(args)
-    except (ConfigError, DataError, OSError) as error:
+    except (ConfigError, DataError, *WRONG_PATHS) as error:
         print(f"medcg: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a network file system that is away: the same command may work later
+        print(f"medcg: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("medcg: stopped; run the same command again to go on", file=sys.stderr)
         return 1

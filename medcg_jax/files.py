@@ -1,6 +1,7 @@
 """Text files that appear whole or not at all."""
 
 import os
+import secrets
 from pathlib import Path
 
 
@@ -8,7 +9,8 @@ def write_whole(path: str | Path, text: str) -> None:
     """Writes `text` (UTF-8, line ends as they are) into `path` and its missing folders; until then an older file stays."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    # Processes of several hosts, which may have the same number, write the same file.
+    part = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
         part.write_text(text, encoding="utf-8", newline="")
         os.replace(part, path)

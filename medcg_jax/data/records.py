@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -120,6 +121,14 @@ class RecordSet:
         """uint8[h, w, 3] of one record."""
         return self.images[index]
 
+    def image_digest(self, index: int) -> bytes:
+        """sha256 of one record's image: of its file's bytes where it lies in a file, else of its pixels.
+
+        Raises:
+          DataError: the file cannot be read.
+        """
+        return _digest(self.images, index)
+
     def mask(self, index: int) -> np.ndarray | None:
         """bool[K, h, w] of one record's K boxes, or None."""
         return None if self.masks is None else self.masks[index]
@@ -170,6 +179,15 @@ def _pick(places: list[tuple[Sequence[np.ndarray], int]]) -> np.ndarray | _Picke
     # A place in a _Picked is replaced by what it points at: chains stay one step long.
     flat = [images._places[i] if isinstance(images, _Picked) else (images, i) for images, i in places]
     return _Picked(flat)
+
+
+def _digest(images: Sequence[np.ndarray], index: int) -> bytes:
+    if isinstance(images, _Picked):
+        images, index = images._places[index]
+    if hasattr(images, "file_digest"):
+        return images.file_digest(index)
+    pixels = np.ascontiguousarray(images[index])
+    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
 
 
 class Source(Protocol):

@@ -289,3 +289,19 @@ class _TreeImages(Sequence):
             return load_image(self._root / self._paths[index], self._max_pixels)
         except ImageError as error:
             raise ImageError(f"image {self._paths[index]!r}: {error}") from error
+
+    def file_digest(self, index: int) -> bytes:
+        """sha256 of the bytes of one image's file."""
+        path = os.path.realpath(self._root / self._paths[index])
+        try:
+            status = os.stat(path)
+            return _file_digest(path, status.st_size, status.st_mtime_ns)
+        except OSError as error:
+            raise ImageError(f"image {self._paths[index]!r}: {error.strerror}") from error
+
+
+@functools.cache
+def _file_digest(path: str, size: int, changed_ns: int) -> bytes:
+    """Several records, of several subsets, may have one image; a file that changes is read again."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

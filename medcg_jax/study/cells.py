@@ -21,8 +21,9 @@ from medcg_jax.eval.run import NonFiniteScores, write_controls
 from medcg_jax.eval.subsets import Tester, write_tested
 from medcg_jax.files import write_whole
 from medcg_jax.models.build import join, shardings, split_trainable
-from medcg_jax.run_config import RunConfig
+from medcg_jax.run_config import ConfigError, RunConfig
 from medcg_jax.study import claims, results
+from medcg_jax.study.leaks import LeakGuard
 from medcg_jax.study.progress import Reporter
 from medcg_jax.study.schedule import Job, seeded
 from medcg_jax.train import loop
@@ -111,7 +112,7 @@ class Trainer:
         """What one seed's bases and cells need; kept until another seed is asked for."""
         if self._seed != seed:
             self._setup = open_setup(seeded(self._run, seed))
-            self._data = Data(self._setup)
+            self._data, self._guard = Data(self._setup), LeakGuard(self._setup.source)
             self._seed = seed
         return self._setup
 
@@ -132,8 +133,10 @@ class Trainer:
                     end(job, params)
                     return None
                 try:
+                    for cell in job.cells:
+                        self._guard.check(cell)
                     return self._cell(setup, job)
-                except DataError as error:  # the same at every try: its cells have failed, others may not
+                except (ConfigError, DataError) as error:  # the same at every try: these cells have failed
                     end(job, None, error)
             return None
 

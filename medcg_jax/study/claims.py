@@ -44,6 +44,8 @@ def is_alive(holder: dict | None, age_s: float) -> bool:
     holder: what the claim says; None where it cannot be read (yet).
     age_s: seconds since the claim was last touched.
     """
+    if holder is not None and not holder["pid"]:
+        return False  # released
     if holder is None or holder["host"] != socket.gethostname():
         return age_s < STALE_S
     start = process_start(holder["pid"])

@@ -56,7 +56,7 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
     waiting = [job for job in plan.jobs if job.id not in done]
     print(f"{len(plan.cells)} cells in {len(plan.jobs)} jobs, {len(waiting)} to do; workdir {workdir}", flush=True)
     bases = missing_bases(run, workdir, waiting)
-    with Progress(workdir, plan, bases, on_change=tables.write):
+    with sigterm_as_interrupt(), Progress(workdir, plan, bases, on_change=tables.write):
         if waiting:
             work(run, workdir, plan, bool(bases))
     outcomes = results.all_outcomes(workdir, plan.jobs)
@@ -140,7 +140,6 @@ def workers(workdir: Path, count: int, *arguments: str, one_thread: bool = True)
     logs = workdir / "logs"
     logs.mkdir(exist_ok=True)
     started: list[Process] = []
-    before = _stop_on_sigterm()
     try:
         for index in range(count):
             log = logs / f"worker-{index}.log"
@@ -162,19 +161,23 @@ def workers(workdir: Path, count: int, *arguments: str, one_thread: bool = True)
             except subprocess.TimeoutExpired:
                 worker.popen.kill()
                 worker.popen.wait()
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
 
 
-def _stop_on_sigterm():
-    """Lets SIGTERM end the workers as Ctrl-C does; returns the handler before (None off the main thread)."""
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Lets SIGTERM, by which schedulers stop a task, end the block as Ctrl-C does: workers ended, claims released."""
     if threading.current_thread() is not threading.main_thread():
-        return None
+        yield
+        return
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    return signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def summary(workdir: Path, plan: Plan, outcomes: dict[str, dict]) -> dict:

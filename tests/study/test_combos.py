@@ -1,7 +1,7 @@
 """Related, unrelated and reduced sets: a worked example, and properties over random worlds."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from worlds import SMALL, random_worlds, subset, world
 
@@ -87,13 +87,15 @@ def test_baseline_plus_has_as_many_records(drawn, seed, wanted, count):
 
 
 @given(st.integers(0, 500), st.lists(st.integers(0, 100), max_size=6))
+@example(139, [70, 70])
 def test_spread(total, capacities):
     parts = combos.spread(total, capacities)
     assert sum(parts) == min(total, sum(capacities))
     free = [p for p, c in zip(parts, capacities, strict=True) if p < c]
     assert not free or max(free) - min(free) <= 1
     assert all(p <= c for p, c in zip(parts, capacities, strict=True))
-    assert not free or all(p <= max(free) for p in parts)
+    # One that gives all it has may have got the odd record.
+    assert not free or all(p <= max(free) + 1 for p in parts)
 
 
 def test_draws_differ_by_seed_and_repeat():

@@ -1,0 +1,166 @@
+"""Planted leaks are refused with the cell and the record; data without a leak passes, and is hashed once."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from medcg_jax.data.phantom import PhantomSource, write_release
+from medcg_jax.data.phantom_boxes import PhantomBoxSource
+from medcg_jax.data.records import DataError, Record, RecordSet, Turn, concat
+from medcg_jax.data.release import ReleaseSource
+from medcg_jax.run_config import TABLES, ConfigError, DataConfig, RunConfig, replace
+from medcg_jax.study import suite
+from medcg_jax.study.leaks import Leak, LeakGuard, check_cell, find_leaks
+from medcg_jax.study.suite import Cell
+
+TARGET, OTHER = "ct-liver-stage", "ct-liver-state"
+
+
+def records(split: str, images, subset: str = "04") -> RecordSet:
+    turn = (Turn("Which?", "A"),)
+    names = [(f"{subset}/{split}/{i}", f"{split}-{i}.png") for i in range(len(images))]
+    return RecordSet([Record(name, subset, turn, ("a", "b"), "A", image) for name, image in names], images)
+
+
+def drawn(seed: int, number: int = 5) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (number, 4, 6, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def source():
+    return PhantomBoxSource(3, 6, 6)
+
+
+@pytest.fixture(scope="module")
+def clean_tree(tmp_path_factory):
+    root = tmp_path_factory.mktemp("clean") / "tree"
+    write_release(PhantomSource(5, 4, 4), root)
+    return root
+
+
+@pytest.fixture
+def tree(clean_tree, tmp_path):
+    return shutil.copytree(clean_tree, tmp_path / "tree")
+
+
+def cell(arm="trained", related=(OTHER,), target=(TARGET,), row="fixed_area/x", table="pairs") -> Cell:
+    return Cell("pairs.x.s0", table, row, arm, 0, related, (4,) * len(related), target)
+
+
+def test_sets_without_a_leak():
+    training = [records("train", drawn(0)), records("train", drawn(1), "05")]
+    assert find_leaks(training, [records("test", drawn(2))]) is None
+
+
+def test_the_first_leak_is_found_with_both_records():
+    train, test = drawn(0), drawn(1)
+    test[3] = train[2]
+    test[1] = train[4]
+    others = records("train", drawn(2), "05")
+    found = find_leaks([others, records("train", train)], [records("test", drawn(3), "05"), records("test", test)])
+    assert found == Leak("04/train/2", "04/test/3", "the same image")
+    # Also through sets that were chosen and joined, which hold references.
+    odd = RecordSet(others.records, [image[:3] for image in others.images])
+    joined = concat([odd, records("train", train)]).select([9, 7])
+    assert find_leaks([joined], [concat([odd.select([0]), records("test", test)])]) == Leak(
+        "04/train/4", "04/test/1", "the same image"
+    )
+    # The same numbers in another shape are another image, and a record without one has none.
+    assert find_leaks([records("train", drawn(0))], [records("test", drawn(0).reshape(5, 6, 4, 3))]) is None
+    blank = RecordSet([dataclasses.replace(r, image="") for r in records("train", drawn(0)).records], drawn(0))
+    assert find_leaks([blank], [records("test", drawn(0))]) is None
+
+
+def test_the_same_id_is_a_leak():
+    assert find_leaks([records("test", drawn(0))], [records("test", drawn(1))]) == Leak(
+        "04/test/0", "04/test/0", "the same id"
+    )
+
+
+def test_every_cell_of_the_phantom_study_passes(source):
+    run = replace(RunConfig(), study__tables=(*TABLES, "detection_pairs", "detection"), study__targets=(TARGET,))
+    cells = suite.expand(replace(run, model__name="next_chat_tiny"), source.subsets, source.detection_subsets)
+    guard = LeakGuard(source)
+    for one in cells:
+        guard.check(one)
+    assert {one.arm for one in cells} >= {"single_task", "multi_task", "efficiency_6", "all_data", "trained"}
+
+
+def test_each_subset_is_hashed_once(source, monkeypatch):
+    asked = []
+    original = source.records
+    monkeypatch.setattr(source, "records", lambda *of: asked.append(of) or original(*of))
+    guard = LeakGuard(source)
+    for _ in range(3):
+        guard.check(cell(related=(OTHER, "ct-brain-stage")))
+    assert sorted(asked) == [("ct-brain-stage", "train"), (TARGET, "test"), (OTHER, "train")]
+
+
+def test_a_target_in_a_hand_made_cell_is_refused(source):
+    planted = cell()
+    object.__setattr__(planted, "related", (OTHER, TARGET))  # past the check that a Cell makes of itself
+    with pytest.raises(ConfigError, match=f"^pairs.x.s0: its training set holds subset {TARGET}, which it is tested"):
+        LeakGuard(source).check(planted)
+
+
+def test_another_subset_of_the_targets_triplet_is_refused(source):
+    twin = dataclasses.replace(next(s for s in source.subsets if s.name == TARGET), name="twin")
+    by_name = {s.name: s for s in (*source.subsets, twin)}
+    with pytest.raises(ConfigError, match=f"^pairs.x.s0: .* subset twin, which has modality, area and task of .*{TARGET}"):
+        check_cell(cell(related=(OTHER, "twin")), by_name)
+    out = cell("single_task", ("twin",), row="out_of_distribution/twin", table="multi_task")
+    with pytest.raises(ConfigError, match="subset twin"):
+        check_cell(out, by_name)
+    for arm in ("single_task", "multi_task", "efficiency_10"):
+        check_cell(cell(arm, (TARGET, "twin"), row="in_distribution"), by_name)
+
+
+def test_the_papers_own_split_is_let_through_out_of_distribution_alone():
+    from medcg_jax.study.mat import paper_subsets
+
+    subsets = paper_subsets()
+    split = dict(related=("16",), target=("34",))  # both FP, Fundus, Level
+    check_cell(cell("multi_task", row="out_of_distribution", **split), subsets)
+    with pytest.raises(ConfigError, match="subset 16"):
+        check_cell(cell("trained", **split), subsets)
+
+
+@pytest.mark.parametrize("arm", ["trained", "all_data", "single_task", "multi_task", "efficiency_3"])
+def test_a_test_image_copied_into_training_is_refused(tree, arm):
+    sees = arm in ("single_task", "multi_task", "efficiency_3")
+    own = TARGET if sees else OTHER
+    planted = cell(arm, (own,), row="in_distribution" if sees else "fixed_area/x")
+    LeakGuard(ReleaseSource(tree, DataConfig())).check(planted)
+
+    path = tree / "Aggregated_Subsets" / f"Subset--{own}-train.json"
+    raws = json.loads(path.read_text())
+    test = json.loads((tree / "Aggregated_Subsets" / f"Subset--{TARGET}-test.json").read_text())[2]
+    shutil.copy(tree / test["image"], tree / "med-mat" / "other name.png")
+    raws.append(raws[0] | {"id": 777, "image": "med-mat/other name.png"})
+    path.write_text(json.dumps(raws))
+    with pytest.raises(DataError) as error:
+        LeakGuard(ReleaseSource(tree, DataConfig())).check(planted)
+    message = str(error.value)
+    assert message.startswith("pairs.x.s0: training record ") and "\n" not in message
+    assert f"{own}/train/777 has the same image as test record {TARGET}/test/{test['id']}" in message
+
+
+def test_a_link_to_a_test_image_is_the_same_image(tree):
+    training = tree / "med-mat" / "phantom" / OTHER
+    test = sorted((tree / "med-mat" / "phantom" / TARGET).glob("test-*.png"))[0]
+    replaced = sorted(training.glob("train-*.png"))[1]
+    replaced.unlink()
+    replaced.symlink_to(test)
+    with pytest.raises(DataError, match=f"{OTHER}/train/2 has the same image as test record {TARGET}/test/1"):
+        LeakGuard(ReleaseSource(tree, DataConfig())).check(cell())
+
+
+def test_an_image_that_is_gone_is_named(tree):
+    source = ReleaseSource(tree, DataConfig())
+    found = source.records(OTHER, "train")
+    (tree / found.records[0].image).unlink()
+    with pytest.raises(DataError, match="train-00001.png'?: No such file"):
+        LeakGuard(source).check(cell())
