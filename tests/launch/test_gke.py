@@ -1,4 +1,4 @@
-"""The indexed Job that would be given to kubectl: its fields, what is refused, what kubectl gets. No cluster is used."""
+"""The indexed Job given to kubectl: its fields, what is refused, what kubectl gets. No cluster is used."""
 
 import os
 import subprocess
