@@ -39,9 +39,10 @@ echo "${cells##*$'\n'}"
 command=(sbatch "--array=$array" "--output=$workdir/logs/slurm-%A_%a.log" ${options[@]+"${options[@]}"}
     "$here/task.sh" "$python" "$@")
 if [ "$dry_run" ]; then
+    printf 'mkdir -p %q\n' "$workdir/logs"
     printf '%q ' "${command[@]}"
     printf '\n\n'
     exec cat "$here/task.sh"
 fi
-mkdir -p "$workdir/logs" # sbatch makes no folders, and a task without its log does not start
+mkdir -p "$workdir/logs" # sbatch makes no folders, and a task that cannot open its log does not start
 exec "${command[@]}"
