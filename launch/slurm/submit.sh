@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A grid as a job array on a SLURM that is there already: every task runs the same `medcg reproduce` on one workdir.
-#   bash launch/slurm/submit.sh [--dry-run] --tasks=N[%K] [SBATCH OPTIONS] -- --config=FILE.py[:ARG] --workdir=/DIR [...]
+#   bash launch/slurm/submit.sh [--dry-run] --tasks=N[%K] [SBATCH OPTIONS] -- --config=FILE[:ARG] --workdir=/DIR [...]
 # To fill in: --tasks=N (N tasks, at most K of them at a time), what your cluster asks for (--partition=, --account=,
 # --time=, --gres=gpu:1, --cpus-per-task=, --mem=, each as --NAME=VALUE), and after `--` the arguments of
 # `medcg reproduce`, whose workdir every node must see. --dry-run prints what would be submitted, and submits nothing.
