@@ -1,0 +1,329 @@
+"""A grid as a job array: what would be submitted, and two tasks under a real SLURM that is started for these tests.
+
+The SLURM is of this host alone, with two cores for tasks and everything in one folder: its own ports, key, socket and
+state. It needs root, and the programs of Debian's packages slurm-wlm and munge.
+"""
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SUBMIT = ROOT / "launch" / "slurm" / "submit.sh"
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol")
+# Daemons lie where only root's PATH may look.
+PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+COMMAND_S, START_S, GRID_S = 60, 60, 400
+
+CONF = """\
+ClusterName=throwaway
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={root}/munge.socket
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmdPidFile={root}/slurmd.pid
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MailProg=/bin/true
+ReturnToService=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+PartitionName=both Nodes={host} Default=YES MaxTime=INFINITE State=UP
+"""
+
+CELLS, STEPS = 8, 12
+# Each cell is a training of its own, with steps enough to be stopped in the middle.
+GRID = (
+    "--config=configs/phantom.py:tiny",
+    "--config.study.tables=('ablation',)",
+    "--config.study.arms=('all_related','all_unrelated','wo_modality','wo_area','wo_task','random_removal',"
+    "'same_task','all_data')",
+    f"--config.train.steps={STEPS}",
+    "--config.train.log_every_steps=1",
+)
+
+
+def command(*arguments: str | Path, env: dict[str, str] | None = None, timeout_s: float = COMMAND_S):
+    return subprocess.run(
+        [str(argument) for argument in arguments], cwd=ROOT, env=env or settings(), capture_output=True, text=True,
+        stdin=subprocess.DEVNULL, timeout=timeout_s, check=False,
+    )  # fmt: skip
+
+
+def settings() -> dict[str, str]:
+    """One simulated device a task, and this checkout's code in this Python."""
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    own = {"PATH": PATH, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(flags)}
+    return dict(os.environ) | own
+
+
+def wait_for(what: str, done: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
+        time.sleep(0.1)
+
+
+# ------------------------------------------------------------------ what would be submitted
+
+
+def test_dry_run_prints_the_call_and_the_script_and_leaves_nothing(tmp_path):
+    done = command(
+        "bash", SUBMIT, "--dry-run", "--tasks=16%4", "--gres=gpu:1", "--comment=two words", "--",
+        *GRID, f"--workdir={tmp_path}/W",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary, folder, call, blank, *script = done.stdout.splitlines()
+    assert summary.startswith(f"{CELLS} cells, {CELLS} trainings")
+    assert folder == f"mkdir -p {tmp_path}/W/logs"
+    task = str(SUBMIT.with_name("task.sh"))
+    assert shlex.split(call) == [
+        "sbatch", "--array=0-15%4", f"--output={tmp_path}/W/logs/slurm-%A_%a.log", "--gres=gpu:1",
+        "--comment=two words", task, sys.executable, *GRID, f"--workdir={tmp_path}/W",
+    ]  # fmt: skip
+    assert blank == "" and "\n".join(script) + "\n" == Path(task).read_text()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_task_may_be_started_again_and_is_told_before_its_time_is_up():
+    options = {line for line in SUBMIT.with_name("task.sh").read_text().splitlines() if line.startswith("#SBATCH")}
+    assert options >= {"#SBATCH --requeue", "#SBATCH --open-mode=append", "#SBATCH --signal=B:INT@120"}
+
+
+WORKDIR = "--workdir=/W"
+UNENDED = ("PENDING", "RUNNING", "COMPLETING")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--", *GRID, WORKDIR), "--tasks=: "),
+        (("--tasks=0", "--", *GRID, WORKDIR), "--tasks=0: "),
+        (("--tasks=4%0", "--", *GRID, WORKDIR), "--tasks=4%0: "),
+        (("--tasks=2", "--array=0-3", "--", *GRID, WORKDIR), "--array=0-3: "),
+        (("--tasks=2", "gpu", "--", *GRID, WORKDIR), "gpu: "),
+        (("--tasks=2", *GRID, WORKDIR), "no arguments of"),
+        (("--tasks=2", "--", *GRID), "--workdir=: "),
+        (("--tasks=2", "--", *GRID, "--workdir=runs/W"), "--workdir=runs/W: "),
+        (("--tasks=2", "--", *GRID, WORKDIR, "--config.train.steps=many"), "train.steps"),
+    ],
+)
+def test_wrong_use_is_refused_before_anything_is_submitted(arguments, said):
+    done = command("bash", SUBMIT, *arguments, env=settings() | {"SLURM_CONF": "/nowhere"})
+    assert done.returncode == 2
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+# ------------------------------------------------------------------ under SLURM
+
+
+class Slurm:
+    """munged, slurmctld and slurmd of a folder, between `start` and `stop`."""
+
+    def __init__(self, root: Path):
+        self.root, self.env = root, settings() | {"SLURM_CONF": str(root / "slurm.conf")}
+        self._host = platform.node().partition(".")[0]
+        self._daemons: list[subprocess.Popen] = []
+
+    def start(self) -> None:
+        for name in ("state", "spool"):
+            (self.root / name).mkdir()
+        self.root.chmod(0o755)  # munged wants a folder that everybody may enter
+        key = self.root / "munge.key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o400)
+        with socket.socket() as one, socket.socket() as two:
+            for free in (one, two):
+                free.bind(("127.0.0.1", 0))
+            ports = one.getsockname()[1], two.getsockname()[1]
+        conf = CONF.format(host=self._host, ports=ports, root=self.root)
+        (self.root / "slurm.conf").write_text(conf)
+        files = ("socket", "key-file", "pid-file", "seed-file", "log-file")
+        places = [f"--{name}={self.root}/munge.{name.removesuffix('-file')}" for name in files]
+        self._spawn("munged", "--foreground", "--force", *places)
+        wait_for("munged", (self.root / "munge.socket").exists, START_S)
+        self._spawn("slurmctld", "-D", "-i")
+        self._spawn("slurmd", "-D")
+        wait_for("a node that is idle", lambda: "State=IDLE" in self.scontrol("show", "node", self._host), START_S)
+
+    def _spawn(self, name: str, *arguments: str) -> None:
+        with open(self.root / f"{name}.out", "wb") as out:
+            self._daemons.append(
+                subprocess.Popen([shutil.which(name, path=PATH), *arguments], env=self.env, stdout=out,
+                                 stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+            )  # fmt: skip
+
+    def stop(self) -> None:
+        """Ends what is left of jobs, then the daemons, each by its own process."""
+        try:
+            for job in set(self.jobs()):
+                self.scancel("--signal=KILL", "--full", job)
+                self.scancel(job)
+            wait_for("the end of all jobs", lambda: not self._running(), START_S)
+        finally:
+            for daemon in reversed(self._daemons):
+                daemon.terminate()
+                try:
+                    daemon.wait(COMMAND_S)
+                except subprocess.TimeoutExpired:
+                    daemon.kill()
+                    daemon.wait()
+
+    def scontrol(self, *arguments: str) -> str:
+        return command("scontrol", *arguments, env=self.env).stdout
+
+    def scancel(self, *arguments: str) -> None:
+        command("scancel", *arguments, env=self.env)
+
+    def jobs(self) -> dict[str, str]:
+        """"JOB_TASK" of an array -> its state, of all that SLURM remembers."""
+        states = {}
+        for line in self.scontrol("--oneliner", "show", "jobs").splitlines():
+            fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
+            states[f"{fields['ArrayJobId']}_{fields['ArrayTaskId']}"] = fields["JobState"]
+        return states
+
+    def _running(self) -> list[str]:
+        return [job for job, state in self.jobs().items() if state in UNENDED]
+
+
+class Array:
+    """Two tasks on a workdir."""
+
+    def __init__(self, slurm: Slurm, workdir: Path):
+        self.slurm, self.workdir = slurm, workdir
+        done = command("bash", SUBMIT, "--tasks=2", "--time=30", "--", *GRID, f"--workdir={workdir}", env=slurm.env)
+        assert done.returncode == 0, done.stderr
+        self.id = done.stdout.split()[-1]
+        # Every (process, cell) that has been seen to hold a claim.
+        self.seen: set[tuple[int, str]] = set()
+
+    def states(self) -> list[str]:
+        jobs = self.slurm.jobs()
+        return [jobs.get(f"{self.id}_{task}", "PENDING") for task in range(2)]
+
+    def look(self) -> list[str]:
+        """States of the tasks; remembers who holds what."""
+        self.seen |= self.holders()
+        return self.states()
+
+    def holders(self) -> set[tuple[int, str]]:
+        """(process, cell) of every claim that is not released."""
+        found = set()
+        for claim in self.workdir.glob("state/claims/*"):
+            try:
+                pid = json.loads(claim.read_text())["pid"]
+            except (OSError, ValueError):  # just being written
+                continue
+            if pid:
+                found.add((pid, claim.stem))
+        return found
+
+    def wait(self) -> list[str]:
+        """The states in which both tasks have ended."""
+        wait_for("the end of both tasks", lambda: not set(self.look()) & set(UNENDED), GRID_S)
+        return self.states()
+
+    def log(self, task: int) -> str:
+        return (self.workdir / "logs" / f"slurm-{self.id}_{task}.log").read_text()
+
+    def claims(self) -> Counter:
+        """Cell -> how many processes have held it, one after another."""
+        held = Counter(path.stem for path in self.workdir.glob("state/claims/*"))
+        return Counter({cell: held[cell] for cell in cell_names(self.workdir)})
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    if os.geteuid():
+        pytest.skip("not root, as whom SLURM's daemons run here")
+    if missing := [name for name in PROGRAMS if not shutil.which(name, path=PATH)]:
+        pytest.skip(f"no SLURM on this machine to try ({', '.join(missing)} missing)")
+    found = Slurm(tmp_path_factory.mktemp("slurm"))
+    try:
+        found.start()
+        yield found
+    finally:
+        found.stop()
+
+
+@pytest.fixture(scope="module")
+def grids(tmp_path_factory):
+    """Where workdirs lie, and between them the base that they share."""
+    return tmp_path_factory.mktemp("grids")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm, grids):
+    array = Array(slurm, grids / "undisturbed")
+    assert array.wait() == ["COMPLETED", "COMPLETED"], [array.log(task) for task in range(2)]
+    return array
+
+
+def test_two_tasks_share_a_grid(undisturbed):
+    assert undisturbed.claims() == Counter(cell_names(undisturbed.workdir)), "a cell had not one holder"
+    holders = Counter(pid for pid, _ in undisturbed.seen)
+    assert len(holders) == 2 and min(holders.values()) >= 2, holders
+    for task in range(2):
+        assert f"report: {undisturbed.workdir}/report/index.html" in undisturbed.log(task)
+
+
+def test_a_task_that_is_killed_midway_is_made_up_for(slurm, grids, undisturbed):
+    array = Array(slurm, grids / "killed")
+
+    def midway() -> tuple[int, str] | None:
+        """(process, cell) of a training that has begun, when some cells are done and most are not."""
+        array.look()
+        for pid, cell in array.holders():
+            steps = steps_of(array.workdir, cell)
+            if 2 <= len(list(array.workdir.glob("state/done/*"))) <= CELLS - 3 and 0 < len(steps) < 10:
+                return pid, cell
+        return None
+
+    wait_for("a task in the middle of a cell", lambda: midway() is not None, GRID_S)
+    pid, cell = midway()
+    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    task = next(int(v.split(b"=")[1]) for v in environment if v.startswith(b"SLURM_ARRAY_TASK_ID="))
+    slurm.scancel("--signal=KILL", "--full", f"{array.id}_{task}")
+
+    ends = array.wait()
+    assert ends[1 - task] == "COMPLETED" and ends[task] in ("CANCELLED", "FAILED"), ends
+    assert "report:" not in array.log(task)
+    assert (array.workdir / "results.csv").read_bytes() == (undisturbed.workdir / "results.csv").read_bytes()
+    # What the killed task held was taken over, once; nothing else had a second holder.
+    assert array.claims() == Counter(cell_names(array.workdir)) + Counter([cell])
+    assert {holder for holder, name in array.seen if name == cell} - {pid}, "the cell had no second holder"
+    for name in cell_names(array.workdir):
+        assert steps_of(array.workdir, name) == list(range(1, STEPS + 1)), name
+
+
+def cell_names(workdir: Path) -> list[str]:
+    names = [line.split(",")[0] for line in (workdir / "results.csv").read_text().splitlines()[1:]]
+    assert len(names) == CELLS
+    return names
+
+
+def steps_of(workdir: Path, cell: str) -> list[int]:
+    try:
+        return [json.loads(line)["step"] for line in (workdir / "metrics" / f"{cell}.jsonl").read_text().splitlines()]
+    except (FileNotFoundError, ValueError):  # not begun, or in the middle of a line
+        return []
