@@ -11,7 +11,16 @@ from medcg_jax.data import phantom, phantom_pretraining, phantom_text, phantom_w
 from medcg_jax.data.phantom import PhantomSource, write_release
 from medcg_jax.data.phantom_images import LANDMARKS, MAX_LESIONS, draw_scene, render
 from medcg_jax.data.phantom_pretraining import pretraining_fingerprint, pretraining_records, reading_words
-from medcg_jax.data.phantom_world import AREAS, CELLS, MODALITIES, TASKS, TRIPLETS, Draws, cell_reserved, sector_reserved
+from medcg_jax.data.phantom_world import (
+    AREAS,
+    CELLS,
+    MODALITIES,
+    TASKS,
+    TRIPLETS,
+    Draws,
+    cell_reserved,
+    sector_reserved,
+)
 from medcg_jax.data.records import LETTERS, SPLITS, DataError
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.sources import open_source

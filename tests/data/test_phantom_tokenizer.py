@@ -8,6 +8,7 @@ from medcg_jax.data.phantom_pretraining import MAX_TARGET_TOKENS, MAX_TEXT_TOKEN
 from medcg_jax.data.phantom_world import AREAS, MODALITIES, TASKS
 from medcg_jax.data.tokenizer import SMALL, load_tokenizer
 
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer()

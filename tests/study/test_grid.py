@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from medcg_jax.run_config import CONTROLS, ConfigError, DataConfig, EvalConfig, RunConfig, StudyConfig, TrainConfig, replace
+from medcg_jax.run_config import (
+    CONTROLS,
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    RunConfig,
+    StudyConfig,
+    TrainConfig,
+    replace,
+)
 from medcg_jax.study.grid import reproduce
 from medcg_jax.study.schedule import make_plan
 
