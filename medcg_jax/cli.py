@@ -126,6 +126,9 @@ def parser() -> Parser:
             verb.add_argument("--against", choices=("torch",), default="")
     report = add(verbs, "report", report_grid, "the page, tables and plots of a grid, from its files alone")
     report.add_argument("dir", metavar="DIR", help="workdir of a grid")
+    report.add_argument("other", metavar="OTHER", nargs="?", default="", help="another grid's, to compare with")
+    report.add_argument("--format", default="", metavar="md,tex,csv", help="forms beside the page")
+    report.add_argument("--out", default="", metavar="FOLDER", help="where a comparison goes")
     return top
 
 
@@ -213,12 +216,23 @@ def reproduce_grid(args) -> dict:
 
 
 def report_grid(args) -> dict:
-    from medcg_jax.study import report, report_backbones
+    from medcg_jax.study import report, report_backbones, report_compare, report_formats
 
+    formats = report_formats.check_formats(args.format)
+    if args.other:
+        page = report_compare.write_comparison(args.dir, args.other, args.out)
+        print(page)
+        return {"page": str(page)}
+    if args.out:
+        raise ConfigError(f"--out={args.out}: accepted with a second DIR alone; a grid's report lies in its workdir")
     models = report_backbones.models_in(Path(args.dir))
     for model in models:
-        report.write_report(Path(args.dir) / model)
-    page = report_backbones.write_page(Path(args.dir), models) if models else report.write_report(Path(args.dir))
+        report.write_report(Path(args.dir) / model, formats)
+    if models:
+        page = report_backbones.write_page(Path(args.dir), models)
+    else:
+        page = report.write_report(Path(args.dir), formats)
+        print((page.parent / "summary.txt").read_text(encoding="utf-8"))
     print(page)
     return {"page": str(page)}
 

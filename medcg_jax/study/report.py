@@ -14,42 +14,67 @@ from markupsafe import Markup
 
 from medcg_jax.data.records import LETTERS
 from medcg_jax.run_config import BOX_TABLES, TABLES
-from medcg_jax.study import report_boxes, report_limits, report_text, stats
+from medcg_jax.study import (
+    report_boxes,
+    report_controls,
+    report_figures,
+    report_formats,
+    report_limits,
+    report_lists,
+    report_subsets,
+    report_text,
+    stats,
+)
+from medcg_jax.study.choices import choices
 from medcg_jax.study.report_files import Grid
 from medcg_jax.study.report_plots import Figure, Plots
 from medcg_jax.study.report_published import context, published
 from medcg_jax.study.report_samples import letters_table, samples
+from medcg_jax.study.report_subsets import SubsetPage
 from medcg_jax.study.report_tables import MARKS, Table, Tables, shown
 
 
-def write_report(workdir: str | Path) -> Path:
-    """Writes `report/index.html`, with `report/plots/` and `report/tables/` beside it; returns the page's path.
+def write_report(workdir: str | Path, formats: Sequence[str] = ()) -> Path:
+    """Writes `report/index.html`, with `plots/`, `tables/`, `subsets/` and `summary.txt` beside it; returns its path.
+
+    formats: "md" and "tex" for `report.md` and `report.tex` too; "csv" (and LaTeX) of each table are always there.
 
     Raises:
       FileNotFoundError: the folder is not the workdir of a grid.
     """
     grid = Grid(workdir)
     folder = grid.workdir / "report"
+    shutil.rmtree(folder, ignore_errors=True)  # nothing of an earlier page is left
     for name in ("plots", "tables"):
-        shutil.rmtree(folder / name, ignore_errors=True)  # nothing of an earlier page is left
         (folder / name).mkdir(parents=True)
     summary = stats.summarise(grid.workdir)
     tables = {table.name: table for table in Tables(grid, summary).all()}
-    extra = [table for table in (letters_table(grid), *published(grid), *report_boxes.tables(grid)) if table.rows]
+    own = [report_lists.comparisons(summary), report_lists.cells(grid)]
+    own += [letters_table(grid), *report_controls.controls(summary), *published(grid, summary)]
+    extra = [table for table in (*own, *report_boxes.tables(grid)) if table.rows]
     tables |= {table.name: table for table in extra}
     for table in tables.values():
         (folder / "tables" / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8", newline="")
         (folder / "tables" / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8", newline="")
     plots = Plots(grid, summary, folder / "plots")
+    answer, said = report_text.Answer(grid, summary), report_limits.limits(grid, summary)
+    texts = {"summary.txt": report_formats.summary_text(grid, answer, said)}
+    if "md" in formats:
+        texts["report.md"] = report_formats.markdown(grid, answer, said, tables.values())
+    if "tex" in formats:
+        texts["report.tex"] = report_formats.document(grid, answer, said, tables.values())
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8", newline="")
+    subsets = report_subsets.write_pages(grid, page_template("subset.html.j2", marks=MARKS), folder)
     page = folder / "index.html"
-    page.write_text(render(grid, summary, tables, plots), encoding="utf-8", newline="")
+    page.write_text(render(grid, summary, tables, plots, subsets), encoding="utf-8", newline="")
     return page
 
 
-def render(grid: Grid, summary: dict, tables: dict[str, Table], plots: Plots) -> str:
+def render(grid: Grid, summary: dict, tables: dict[str, Table], plots: Plots, subsets: Sequence[SubsetPage]) -> str:
     """The page's HTML; draws its figures."""
     answer = report_text.Answer(grid, summary)
-    return page_template("report.html.j2").render(
+    return page_template("report.html.j2", marks=MARKS).render(
         grid=grid,
         answer=answer,
         sections=[part for part in sections(grid, tables, plots) if part["tables"] or part["figures"]],
@@ -58,33 +83,36 @@ def render(grid: Grid, summary: dict, tables: dict[str, Table], plots: Plots) ->
         directions=tables.get("effects_by_direction"),
         missing=report_limits.missing(grid),
         limits=report_limits.limits(grid, summary),
+        map=report_figures.triplet_map(plots),
         samples=samples(grid),
+        subsets=subsets,
         boxes=report_boxes.samples(grid),
         letters=plots.letters(),
         habits=report_limits.letter_habits(grid),
         letters_table=tables.get("answers"),
+        controls=[tables[name] for name in ("controls", "controls_again") if name in tables],
         losses=plots.losses(),
         published=[table for name, table in tables.items() if name.startswith("published_")],
         context=context() if grid.of_phantoms else "",
         comparisons=tables.get("comparisons"),
         cells=tables.get("cells"),
         settings=settings(grid.config),
+        choices=choices(grid.config),
         seconds=seconds(grid.cells),
-        marks=MARKS,
         letter_names=LETTERS,
         names=lambda items: report_text.listed([name.replace("_", "-") for name in items]),
         counted=report_text.counted,
     )
 
 
-def page_template(name: str) -> jinja2.Template:
-    """A page of `templates/`, which escapes what it is given and refuses what it is not."""
+def page_template(name: str, **values) -> jinja2.Template:
+    """A page of `templates/`, which escapes what it is given and refuses what it is not. values: for its macros."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("medcg_jax.study"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"shown": shown, "svg": lambda figure: Markup(figure.svg)}  # noqa: S704 - drawn by us
-    return environment.get_template(name)
+    return environment.get_template(name, globals=values)
 
 
 def sections(grid: Grid, tables: dict[str, Table], plots: Plots) -> list[dict]:
@@ -112,12 +140,14 @@ def sections(grid: Grid, tables: dict[str, Table], plots: Plots) -> list[dict]:
              "kind, what is asked of them is where something lies. Only answers to choice questions are tested.",
              plots.bars("detection_pairs")),
         part("ablation", "Ablation: what each element is worth",
-             "All subsets that share an element with the target, less those that share a given one.", plots.ablation()),
+             "All subsets that share an element with the target, less those that share a given one.",
+             [*plots.ablation(), *report_figures.figure4(plots)]),
         part("multi_task", "Multi-task against single-task",
              "One model of all in-distribution subsets against one model per subset, with the same records of each; "
              "and the same model on combinations that were held out.", plots.multi_task()),
         part("efficiency", "Data efficiency",
-             "How many records of the target itself the related subsets are worth.", plots.efficiency()),
+             "How many records of the target itself the related subsets are worth.",
+             [*plots.efficiency(), *report_figures.curves_by_target(plots)]),
         part("detection", "Detection: boxes asked for",
              "One model of all subsets with boxes but those held out, asked where the lesions of test images are: of "
              "the subsets it was trained on, and of combinations of a modality and an area that were held out.", ()),

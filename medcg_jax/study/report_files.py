@@ -129,11 +129,12 @@ class Grid:
 
     def describe(self, subset: str) -> str:
         """Such as "MRI, Brain, State", of a numbered subset; "" where its name says it, or nothing is known of it."""
-        modality, area, task = self._triplets.get(subset, ("", "", ""))
+        modality, area, task = self.triplets.get(subset, ("", "", ""))
         return f"{modality}, {area}, {mat.task_elements(task)[0]}" if modality else ""
 
     @cached_property
-    def _triplets(self) -> dict[str, tuple[str, str, str]]:
+    def triplets(self) -> dict[str, tuple[str, str, str]]:
+        """Numbered subset -> (modality, area, task); {} of phantoms, whose names say it."""
         if self.of_phantoms:
             return {}
         try:

@@ -1,9 +1,11 @@
 """The published numbers beside a grid's own, where a row is a row of the paper; in words alone for phantoms."""
 
+from collections.abc import Sequence
+
 from medcg_jax.run_config import MODELS
 from medcg_jax.study import mat, suite
 from medcg_jax.study.report_files import Grid
-from medcg_jax.study.report_tables import Column, Table, answers_per_arm, seeds_text
+from medcg_jax.study.report_tables import Column, Table, Tables, answers_per_arm, seeds_text
 
 # Arm -> what tables 1 and 2 of the paper call it.
 PRINTED = {"baseline": "Baseline", "single_task": "Single-task Training", "multi_task": "Multi-task Training"}
@@ -19,7 +21,7 @@ FILES = {
 }
 
 
-def published(grid: Grid) -> list[Table]:
+def published(grid: Grid, summary: dict) -> list[Table]:
     """Rows of the paper that the grid repeats on released data; [] for phantoms."""
     if grid.of_phantoms:
         return []
@@ -27,11 +29,14 @@ def published(grid: Grid) -> list[Table]:
     numbers = {"pairs": suite.PAIR_TABLES.get(family, 3), "triples": 4}
     if family in suite.DETECTION_TABLES:
         numbers["detection_pairs"] = suite.DETECTION_TABLES[family]
-    made = [*(combination(grid, table, number) for table, number in numbers.items()), *per_subset(grid)]
+    tables = Tables(grid, summary)
+    made = [*(combination(tables, table, number) for table, number in numbers.items()), *per_subset(tables)]
     return [table for table in made if table.rows]
 
 
-def combination(grid: Grid, table: str, number: int) -> Table:
+def combination(tables: Tables, table: str, number: int) -> Table:
+    """A published table in its layout: green where Trained is above both baselines, else orange (red there)."""
+    grid = tables.grid
     file, model = FILES[number]
     printed = {int(row["row"]): row for row in mat.paper_csv(file)}
     read = {row.row: row for row in mat.paper_rows(number)}
@@ -46,7 +51,9 @@ def combination(grid: Grid, table: str, number: int) -> Table:
          *(Column(f"{arm}{side}", f"{word}{text}", kind)
            for arm, word in zip(arms, ("Baseline", "Baseline+", "Trained"), strict=True)
            for side, text, kind in (("_paper", ", paper", "text"), ("", ", here", "score"))),
-         Column("n", "n here", "count"), Column("seeds", "Seeds"), Column("confidence", "Reading"),
+         Column("mark", "", "mark"), Column("p_plus", "p vs Baseline+", "p"), Column("p_base", "p vs Baseline", "p"),
+         Column("n", "n here", "count"), Column("seeds", "Seeds"), Column("cost", "Seconds", "count"),
+         Column("confidence", "Reading"),
          Column("evidence", "Why", "long")],
     )  # fmt: skip
     for (row, target), scores in grid.scores(table).items():
@@ -59,13 +66,23 @@ def combination(grid: Grid, table: str, number: int) -> Table:
                   "evidence": reading.evidence or None}  # fmt: skip
         for arm in arms:
             values |= {f"{arm}_paper": paper.get(arm), arm: scores.get(arm)}
-        made.add(values)
+        plus, base = (tables.paired(table, row, target, "trained", arm) for arm in ("baseline_plus", "baseline"))
+        mark = tables.mark([plus, base])
+        values |= {"mark": mark, "p_plus": plus and plus["p"], "p_base": base and base["p"],
+                   "cost": tables.cost(table, row, "trained")}  # fmt: skip
+        made.add(values, trained_paper=printed_mark(paper, "trained", ("baseline", "baseline_plus")), trained=mark)
     return made
 
 
-def per_subset(grid: Grid) -> list[Table]:
+def printed_mark(row: dict, arm: str, others: Sequence[str]) -> str:
+    """How the paper colours an accuracy: green ("win") above all others of its row, red ("loss") else; "" unprinted."""
+    values = [float(row[name]) for name in others if row.get(name)]
+    return "" if not row.get(arm) or not values else "win" if float(row[arm]) > max(values) else "loss"
+
+
+def per_subset(tables: Tables) -> list[Table]:
     """Tables 1 and 2: subsets are printed by number there, so nothing is inferred."""
-    made = []
+    grid, made = tables.grid, []
     for part, number, file in (
         ("in_distribution", 1, "table1_in_distribution"),
         ("out_of_distribution", 2, "table2_out_of_distribution"),
@@ -79,6 +96,8 @@ def per_subset(grid: Grid) -> list[Table]:
             [Column("target", "Subset"),
              *(Column(f"{arm}{side}", f"{PRINTED[arm].removesuffix(' Training')}{text}", kind)
                for arm in arms for side, text, kind in (("_paper", ", paper", "text"), ("", ", here", "score"))),
+             Column("mark", "", "mark"),
+             *(Column(f"p_{arm}", f"p vs {PRINTED[arm].removesuffix(' Training')}", "p") for arm in arms[:-1]),
              Column("n", "n here", "count"), Column("seeds", "Seeds")],
         )  # fmt: skip
         for (row, target), scores in grid.scores("multi_task").items():
@@ -86,7 +105,11 @@ def per_subset(grid: Grid) -> list[Table]:
                 values = {"target": target, "n": answers_per_arm(scores), "seeds": seeds_text(scores)}
                 for arm in arms:
                     values |= {f"{arm}_paper": printed.get((target, PRINTED[arm])), arm: scores.get(arm)}
-                table.add(values)
+                found = {arm: tables.paired("multi_task", row, target, "multi_task", arm) for arm in arms[:-1]}
+                mark = tables.mark(list(found.values()))
+                values |= {"mark": mark} | {f"p_{arm}": one and one["p"] for arm, one in found.items()}
+                paper = {arm: printed.get((target, PRINTED[arm])) for arm in arms}
+                table.add(values, multi_task_paper=printed_mark(paper, "multi_task", arms[:-1]), multi_task=mark)
         made.append(table)
     return made
 

@@ -141,7 +141,7 @@ class Tables:
         made = [
             *self.effects(), *self.combination("pairs"), *self.combination("triples"),
             *self.combination("detection_pairs"), self.ablation(),
-            *self.multi_task(), self.efficiency(), self.comparisons(), self.cells(),
+            *self.multi_task(), self.efficiency(),
         ]  # fmt: skip
         return [table for table in made if table.rows]
 
@@ -165,17 +165,22 @@ class Tables:
         caption = (
             "Mean differences between arms, in points of accuracy, with 95 % bootstrap intervals over targets, seeds "
             "and test records; rows above and below, and how many of these significantly (exact McNemar test per row, "
-            "Holm-adjusted over a table's rows). Green: the interval is above 0; orange: below."
+            "Holm-adjusted over a table's rows). Overall: a sign-flip test of the targets' means, its p by direction "
+            "adjusted by Holm over a table's directions, and the least it can be with so few targets. Green: the "
+            "interval is above 0; orange: below."
         )
         columns = [
             Column("name", "Difference", "long"), Column("mean", "Points", "points"),
             Column("ci", "95 %\u00a0interval", "interval"),
             Column("rows", "Rows", "count"), Column("wins", "Up", "count"), Column("significant", "signif.", "count"),
             Column("losses", "Down", "count"), Column("significant_losses", "signif.", "count"),
+            Column("p_overall", "Overall p", "p"), Column("p_overall_holm", "p, Holm", "p"),
+            Column("p_smallest", "Least p", "p"),
             Column("targets", "Targets", "count"), Column("seeds", "Seeds", "count"),
             *(Column(f"seed_{seed}", f"Seed {seed}", "points") for seed in self.grid.seeds),
         ]  # fmt: skip
-        whole = Table("effects", "Differences", caption, columns)
+        # Holm's family are a table's directions: a table as a whole stands alone.
+        whole = Table("effects", "Differences", caption, [c for c in columns if c.key != "p_overall_holm"])
         parts = Table("effects_by_direction", "Differences by direction", caption, columns, wide=True)
         for effect in self.summary["effects"]:
             # In and out of distribution answer different questions; triples have one direction.
@@ -197,6 +202,7 @@ class Tables:
         if table == "detection_pairs":
             number, above = DETECTION_TABLES.get(family, 5), "Baseline, solid where the difference is"
         name = table.replace("_", " ").capitalize()
+        over = "Baseline" if table == "detection_pairs" else "Baseline+"
         for (row, target), arms in self.grid.scores(table).items():
             part = row.split("/")[0]
             if part not in made:
@@ -204,35 +210,45 @@ class Tables:
                     f"{table}_{part}", f"{name}: {PARTS.get(part, part)}",
                     f"{name} with {PARTS.get(part, part)} (the paper's table {number}). Accuracy in % "
                     "[95 % Wilson interval] over n test answers; exact McNemar p, paired by record. Green: Trained is "
-                    f"above {above} significant after Holm's adjustment; orange (red in the paper): below.",
+                    f"above {above} significant after Holm's adjustment; orange (red in the paper): below. The "
+                    "interval of the difference is over records and seeds; seconds are of all seeds' trainings.",
                     [Column("target", "Target"), Column("what", "Combination"),
                      Column("chance", "Chance", "share"), Column("baseline", "Baseline", "score"),
                      Column("baseline_plus", "Baseline+", "score"),
                      Column("trained", "Trained", "score"), Column("mark", "", "mark"), Column("n", "n", "count"),
+                     Column("difference", f"Points over {over}", "points"),
+                     Column("ci", "95 %\u00a0interval", "interval"),
                      Column("p_plus", "p vs Baseline+", "p"), Column("p_base", "p vs Baseline", "p"),
-                     Column("seeds", "Seeds"),
-                     Column("related", "Trained on")],
+                     Column("seeds", "Seeds"), Column("cost", "Seconds", "count"),
+                     Column("related", "Trained on", "long")],
                 )  # fmt: skip
             plus = self.paired(table, row, target, "trained", "baseline_plus")
             base = self.paired(table, row, target, "trained", "baseline")
-            mark = self.mark([plus, base])
+            mark, first = self.mark([plus, base]), (base if over == "Baseline" else plus) or {}
+            ci = (first["ci_low"], first["ci_high"]) if "ci_low" in first else None
             made[part].add(
                 {"related": self.related(table, row, "trained"), "target": target,
                  "what": self.grid.describe(target) or None, "chance": self.grid.chance(target),
                  "baseline": arms.get("baseline"), "baseline_plus": arms.get("baseline_plus"),
                  "trained": arms.get("trained"), "mark": mark, "n": answers_per_arm(arms),
+                 "difference": first.get("difference"), "ci": ci, "cost": self.cost(table, row, "trained"),
                  "p_plus": plus and plus["p"], "p_base": base and base["p"], "seeds": seeds_text(arms)},
                 trained=mark, mark=mark,
             )  # fmt: skip
         return list(made.values())
 
+    def cost(self, table: str, row: str, arm: str) -> int | None:
+        """Seconds that the trainings behind a row's arm took, over its seeds; None where none were recorded."""
+        cells = [c for c in self.grid.done(table) if (c["row"], c["arm"]) == (row, arm)]
+        return round(sum(float(c["seconds"] or 0) for c in cells)) or None
+
     def related(self, table: str, row: str, arm: str) -> str:
-        """What an arm was trained on; several draws where the seeds differ."""
+        """What an arm was trained on; how many draws where the seeds differ, which the list of cells has."""
         found = [c for c in self.grid.done(table) if c["row"] == row and c["arm"] == arm]
         sets = dict.fromkeys(c["related"].replace("+", " + ") for c in found)
         if len(sets) <= 1:
             return next(iter(sets), "–")
-        return "\n".join(f"seed {c['seed']}: {c['related'].replace('+', ' + ')}" for c in found)
+        return f"{len(sets)} draws, in the list of cells"
 
     def ablation(self) -> Table:
         arms = ("baseline", "all_related", "all_unrelated", "wo_modality", "wo_area", "wo_task", "random_removal",
@@ -277,6 +293,7 @@ class Tables:
                 "significantly; orange: below all.",
                 [Column("target", "Subset"), Column("what", "Combination"), Column("chance", "Chance", "share"),
                  *(Column(arm, arm_name(arm), "score") for arm in (*arms, "multi_task")), Column("mark", "", "mark"),
+                 Column("singles", "Single-task, mean of all", "share"),
                  Column("n", "n", "count"),
                  *(Column(f"p_{arm}", f"p vs {arm_name(arm)}", "p") for arm in reversed(arms)),
                  Column("seeds", "Seeds")],
@@ -290,9 +307,19 @@ class Tables:
                           "chance": self.grid.chance(target), "mark": mark, "n": answers_per_arm(scores),
                           "seeds": seeds_text(scores)}  # fmt: skip
                 values |= {arm: scores.get(arm) for arm in (*arms, "multi_task")}
+                values["singles"] = self.mean_of_singles(part, target)
                 values |= {f"p_{arm}": row and row["p"] for arm, row in found.items()}
                 made[part].add(values, multi_task=mark, mark=mark)
         return list(made.values())
+
+    def mean_of_singles(self, part: str, target: str) -> float | None:
+        """Mean accuracy on a target of the models of one other subset each; None where they were not asked."""
+        found = [
+            scores["single_task"].accuracy
+            for (row, tested), scores in self.grid.scores("multi_task").items()
+            if row.startswith(f"{part}/") and tested == target and "single_task" in scores
+        ]
+        return sum(found) / len(found) if found else None
 
     def efficiency(self) -> Table:
         made = Table(
@@ -316,40 +343,6 @@ class Tables:
             colour = {"up": "win-sure", "down": "loss-sure", "open": ""}[verdict(gain)] if gain else ""
             more = {"mean": gain["mean"], "ci": (gain["ci_low"], gain["ci_high"])} if gain else {}
             made.add(rows[records] | more, mean=colour)
-        return made
-
-    def comparisons(self) -> Table:
-        made = Table(
-            "comparisons", "Every paired comparison",
-            "Each comparison of two arms on the same test records: who alone was right how often, the exact McNemar p "
-            "and the same adjusted by Holm over the rows of its table and comparison. Accuracies in %.",
-            [Column("table", "Table"), Column("row", "Row"), Column("target", "Target"), Column("arm", "Arm"),
-             Column("against", "Against"), Column("n", "n", "count"), Column("accuracy_a", "Arm", "share"),
-             Column("accuracy_b", "Against", "share"), Column("difference", "Points", "points"),
-             Column("only_a", "Only arm", "count"), Column("only_b", "Only against", "count"), Column("p", "p", "p"),
-             Column("p_holm", "p, Holm", "p"), Column("seeds", "Seeds")],
-            wide=True,
-        )  # fmt: skip
-        for row in self.summary["rows"]:
-            words = {"arm": arm_name(row["arm"]), "against": arm_name(row["against"]),
-                     "seeds": ", ".join(map(str, row["seeds"]))}  # fmt: skip
-            made.add({c.key: row.get(c.key) for c in made.columns} | words)
-        return made
-
-    def cells(self) -> Table:
-        made = Table(
-            "cells", "Every cell",
-            "Each fine-tune with its evaluation: what it was trained on, optimizer steps, status, and seconds of the "
-            "training it shares with others of the same subsets and seed.",
-            [Column("cell", "Cell"), Column("related", "Trained on", "long"), Column("target", "Tested on", "long"),
-             Column("steps", "Steps", "count"), Column("seconds", "Seconds"), Column("status", "Status", "long")],
-            wide=True,
-        )  # fmt: skip
-        for cell in self.grid.cells:
-            related = cell["related"].replace("+", " + ") or "nothing"
-            made.add(
-                {**cell, "related": related, "target": cell["target"].replace("+", " + "), "steps": int(cell["steps"])}
-            )
         return made
 
 
