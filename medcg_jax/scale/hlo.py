@@ -19,12 +19,19 @@ KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
     "collective-broadcast",
 )  # fmt: skip
-# Bits of one number; narrow floats are named f8e4m3fn and the like.
-BITS = {"pred": 8, "token": 0, "bf16": 16, "c64": 64, "c128": 128}
+COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
+# Bits of one number of the types that do not say so in their name, as f32, s4 and f8e4m3fn do.
+BITS = {"pred": 8, "token": 0, "c64": 64, "c128": 128}
 # A line that begins an instruction: its name, and the rest.
 ASSIGNED = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*)")
 CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
 BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+# Parts of the ways to write groups. What follows them must be another attribute: a longer form is not to be half read.
+END = r"(?=,|$)"
+LISTED = r"(\{\{[\d,]+\}(?:,\{[\d,]+\})*\})(?=,|$)"
+ORDER = r"\[[\d,]+\](?:T\([\d,]+\))?"
+SIZES = r"'\w+'=\d+(?:,'\w+'=\d+)*"
+NAMES = r"'\w+'(?:,'\w+')*"
 # On TPU a reduce-scatter is an all-reduce in a fusion with the slice that is kept of it.
 FUSED_REDUCE_SCATTER = "all-reduce-scatter"
 
@@ -74,7 +81,11 @@ def collectives(text: str) -> list[Collective]:
         raise ValueError("a program of several replicas; one with partitions alone is accepted")
     partitions = re.search(r"\bnum_partitions=(\d+)", text.partition("\n")[0])
     walk = _Walk(computations, int(partitions[1]) if partitions else 1)
-    return list(walk.executed(entry, trips=1))
+    found = list(walk.executed(entry, trips=1))
+    for name, instructions in computations.items():
+        if name not in walk.reached and any(map(_kind, instructions)):
+            raise ValueError(f"the computation {name} has collectives and is called in a way that is not known")
+    return found
 
 
 def crossing(found: Iterable[Collective], *, num_devices: int, num_groups: int) -> list[Collective]:
@@ -132,7 +143,16 @@ def _computations(text: str) -> tuple[dict[str, list[Instruction]], str | None]:
 def _instruction(name: str, text: str) -> Instruction | None:
     end = _closing(text, 0) + 1 if text.startswith("(") else text.find(" ")
     called = re.match(r" ?([\w-]+)\((.*)", text[end:])
+    if called is None and COLLECTIVE.search(text):
+        raise ValueError(f"unknown instruction: {name} = {text[:200]}")
     return Instruction(name, text[:end], called[1], called[2]) if called else None
+
+
+def _kind(one: Instruction) -> str | None:
+    """Which collective an instruction is, or begins; None: it is none."""
+    if one.opcode in ("send", "recv") and "is_host_transfer=true" not in one.rest:
+        raise ValueError(f"{one.name}: {one.opcode} between devices is not known here")
+    return next((kind for kind in KINDS if one.opcode in (kind, f"{kind}-start")), None)
 
 
 def _closing(text: str, start: int) -> int:
@@ -170,13 +190,11 @@ def num_bytes(shape: str) -> int:
             total += num_bytes(part)
             continue
         array = re.match(r"([a-z]\w*)\[([\d,]*)\]", part)
-        if not array:
+        width = array and (re.match(r"[sufb]f?(\d+)", array[1]) or array[1] in BITS)
+        if not width:
             raise ValueError(f"unknown shape: {part[:100]}")
-        bits = BITS.get(array[1]) or (re.match(r"[sufe](\d+)", array[1]) if array[1] not in BITS else None)
-        if bits is None and array[1] not in BITS:
-            raise ValueError(f"unknown type of number: {part[:100]}")
-        width = bits if isinstance(bits, int) else int(bits[1]) if bits else 0
-        total += math.prod(map(int, filter(None, array[2].split(",")))) * width // 8
+        bits = BITS[array[1]] if width is True else int(width[1])
+        total += math.prod(map(int, filter(None, array[2].split(",")))) * bits // 8
     return total
 
 
@@ -185,13 +203,15 @@ class _Walk:
 
     def __init__(self, computations: dict[str, list[Instruction]], num_devices: int):
         self.computations, self.num_devices = computations, num_devices
+        self.reached: set[str] = set()
         self._seen: set[tuple[str, str]] = set()  # (loop body, channel) of the collectives that stand in fusions
 
     def executed(self, name: str, trips: int, scope: str = "", fused: str = "") -> Iterator[Collective]:
         """scope: the entry or body of a loop that executes this computation. fused: the fusion that it is, or ""."""
         scope = scope or name
+        self.reached.add(name)
         for one in self.computations[name]:
-            kind = next((kind for kind in KINDS if one.opcode in (kind, f"{kind}-start")), None)
+            kind = _kind(one)
             if kind is not None:
                 yield from self._collective(one, kind, trips, scope, fused)
             elif one.opcode == "while":
@@ -274,23 +294,27 @@ def groups_of(attributes: str, num_devices: int) -> list[list[int]]:
     Raises:
       ValueError: they are written in another way.
     """
-    if pairs := re.search(r"source_target_pairs=(\{\{.*?\}\})", attributes):
-        return [_numbers(pair) for pair in pairs[1].strip("{}").split("},{")]
-    if groups := re.search(r"replica_groups=(\{\{.*?\}\})", attributes):
-        return [_numbers(group) for group in groups[1].strip("{}").split("},{")]
-    if "replica_groups={}" in attributes:
+    if pairs := re.search(rf"source_target_pairs={LISTED}", attributes):
+        return _listed(pairs[1])
+    if groups := re.search(rf"replica_groups={LISTED}", attributes):
+        return _listed(groups[1])
+    if re.search(rf"replica_groups=\{{\}}{END}", attributes):
         return [list(range(num_devices))]
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+    if iota := re.search(rf"replica_groups=\[([\d,]+)\]<=({ORDER}){END}", attributes):
         return _device_order(iota[2]).reshape(_numbers(iota[1])).tolist()
-    if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\))\))? \{(.*?)\}", attributes):
+    if named := re.search(rf"replica_groups=mesh\[({SIZES})\](?:, device_ids=\(({ORDER})\))? \{{({NAMES})\}}{END}", attributes):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         joined = re.findall(r"'(\w+)'", named[3])
-        if set(joined) <= set(axes) and len(axes) == named[1].count("=") and len(joined) == named[3].count("'") / 2:
+        if set(joined) <= set(axes):
             order = _device_order(named[2] or f"[{math.prod(axes.values())}]").reshape(tuple(axes.values()))
             places = [list(axes).index(name) for name in joined]
             last = np.moveaxis(order, places, range(-len(places), 0))
             return last.reshape(-1, math.prod(axes[name] for name in joined)).tolist()
     raise ValueError(f"unknown groups: {attributes[:300]}")
+
+
+def _listed(text: str) -> list[list[int]]:
+    return [_numbers(group) for group in text.strip("{}").split("},{")]
 
 
 def _numbers(text: str) -> list[int]:
@@ -299,8 +323,6 @@ def _numbers(text: str) -> list[int]:
 
 def _device_order(text: str) -> np.ndarray:
     """The order written as "[2,2,2]T(1,0,2)": 0 .. 7 in this shape, transposed."""
-    written = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if not written:
-        raise ValueError(f"unknown order of devices: {text}")
-    ids = np.arange(math.prod(_numbers(written[1]))).reshape(_numbers(written[1]))
-    return ids.transpose(_numbers(written[2])) if written[2] else ids
+    shape, _, turned = text.partition("T")
+    ids = np.arange(math.prod(_numbers(shape.strip("[]")))).reshape(_numbers(shape.strip("[]")))
+    return ids.transpose(_numbers(turned.strip("()"))) if turned else ids
