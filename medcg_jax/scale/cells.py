@@ -92,21 +92,20 @@ def measure(compiled: jax.stages.Compiled, mesh: Mesh) -> dict:
     }
 
 
-def compiled_cells(run: RunConfig, where: str, *, num_cells: int, num_groups: int) -> dict:
-    """`measure` of the run's step for so many cells in so many groups of the devices of `where`, and what it was.
+def compiled_cells(run: RunConfig, devices: list[jax.Device], *, num_cells: int, num_groups: int) -> dict:
+    """`measure` of the run's step for so many cells in so many groups of the devices, and what it was.
 
     Rows are of the longest text that the run's data may have.
 
     Raises:
-      ConfigError: the topology is unknown, or the mesh does not fit it or the batch.
+      ConfigError: the mesh does not fit the devices or the batch.
     """
     config = bench.architecture(run.model)
-    mesh = make_mesh(dataclasses.replace(run.mesh, cell=num_groups), topology.get_devices(where))
+    mesh = make_mesh(dataclasses.replace(run.mesh, cell=num_groups), devices)
     batch = example_batch(run, config, mesh)
     compiled, seconds = compile_step(run, config, mesh, batch, num_cells=num_cells)
     about = {
-        "topology": where,
-        "device": mesh.devices.flat[0].device_kind,
+        "device": devices[0].device_kind,
         "mesh": dict(mesh.shape),
         "num_cells": num_cells,
         "batch": {"size": len(batch["tokens"]), "length": batch["tokens"].shape[1]},
@@ -128,9 +127,15 @@ def example_batch(run: RunConfig, config: build.Config, mesh: Mesh) -> dict[str,
 
 
 def against_one(run: RunConfig, where: str, *, num_cells: int, num_groups: int) -> dict:
-    """{"cells", "alone", "ratio"}: so many cells at once, one cell on its own part of the machine, and cells / alone."""
-    cells = compiled_cells(run, where, num_cells=num_cells, num_groups=num_groups)
-    alone = compiled_cells(run, topology.part(where, num_groups), num_cells=1, num_groups=1)
+    """{"cells", "alone", "ratio"}: so many cells at once, one cell on its own part of the machine, and cells / alone.
+
+    where: a topology, or "local".
+
+    Raises:
+      ConfigError: the topology is unknown or cannot be divided so, or the mesh does not fit it or the batch.
+    """
+    cells = compiled_cells(run, topology.get_devices(where), num_cells=num_cells, num_groups=num_groups)
+    alone = compiled_cells(run, topology.get_part(where, num_groups), num_cells=1, num_groups=1)
     names = ("peak_bytes", "collective_bytes_sum")
     return {"cells": cells, "alone": alone, "ratio": {name: cells[name] / alone[name] for name in names}}
 
@@ -249,7 +254,8 @@ def main(argv: list[str] | None = None) -> int:
         run = load(args.config, _overrides(rest))
         about = about_compiling() | {"config": args.config, "flags": rest, "full_effort": args.optimize}
         if args.cells:
-            found = against_one(run, args.topology, num_cells=args.cells, num_groups=groups)
+            found = {"topology": args.topology}
+            found |= against_one(run, args.topology, num_cells=args.cells, num_groups=groups)
             good = not found["cells"]["crossing"]
             print_compared(found)
         else:
@@ -288,12 +294,13 @@ def about_compiling() -> dict:
 
 
 def print_compared(found: dict) -> None:
-    print(f"{'':22}{'cells':>6}{'args':>8}{'temp':>8}{'peak GiB':>10}{'GB moved':>10}{'collectives':>13}{'crossing':>10}")
+    print(f"{'':28}{'cells':>6}{'args':>8}{'temp':>8}{'peak GiB':>10}{'GB moved':>10}{'collectives':>13}{'crossing':>10}")
     for name in ("cells", "alone"):
         row = found[name]
+        machine = f"{math.prod(row['mesh'].values())} x {row['device']}"
         gib = [row[f"{part}_bytes"] / topology.GIB for part in ("argument", "temp", "peak")]
         print(
-            f"{row['topology']:22}{row['num_cells']:6}{gib[0]:8.3f}{gib[1]:8.3f}{gib[2]:10.3f}"
+            f"{machine:28}{row['num_cells']:6}{gib[0]:8.3f}{gib[1]:8.3f}{gib[2]:10.3f}"
             f"{row['collective_bytes_sum'] / GB:10.3f}{row['num_collectives']:13}{len(row['crossing']):10}"
         )
         print("  " + ", ".join(f"{kind} {size / GB:.3f}" for kind, size in row["collective_bytes"].items()))

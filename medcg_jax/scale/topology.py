@@ -22,7 +22,7 @@ MEMORY_BYTES = {
     "NVIDIA H100 80GB HBM3": 84_942_979_072,  # openxla/xla, target_config/specs/h100_sxm.txtpb, device_memory_size
     "NVIDIA H200": 141e9,  # NVIDIA H200 datasheet
 }
-# Off a machine with one: windowed einsum writes a gather as a loop of permutes, in which bytes cannot be told apart.
+# Without windowed einsum, which writes a gather as a loop of permutes, in which bytes cannot be told apart.
 TPU_COUNTABLE = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 100_000_000}
 # Triton's tiles are found by timing them on a device.
 GPU_WITHOUT_DEVICE = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
@@ -105,6 +105,20 @@ def part(topology: str, num_parts: int) -> str:
         sides[longest] //= 2
         left //= 2
     return f"{kind}:{'x'.join(map(str, sides))}"
+
+
+def get_part(topology: str, num_parts: int) -> list[jax.Device]:
+    """Devices of `part`, as a machine of its own; of "local" the first of this process's.
+
+    Raises:
+      ConfigError: as `get_devices` and `part`.
+    """
+    if topology != "local":
+        return get_devices(part(topology, num_parts))
+    devices = jax.devices()
+    if len(devices) % num_parts:
+        raise ConfigError(f"{len(devices)} local devices in {num_parts} parts: a divisor is accepted")
+    return devices[: len(devices) // num_parts]
 
 
 def compiler_options(device: jax.Device) -> dict:
