@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.axes import BATCH_AXES, MESH_AXES
@@ -36,7 +37,9 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
     """A mesh over `devices` (default: all) with `MESH_AXES`, `cell` outermost, every axis Auto."""
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(config, len(devices))
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    # Not `jax.make_mesh`: off a v5e it refuses sizes that split a side of the chips' grid, as four cells of a v6e:8x8 do.
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def check_batch(mesh: Mesh, batch_size: int, field: str) -> None:

@@ -1,0 +1,328 @@
+"""The collectives of a compiled program: which devices each joins, how many bytes it moves, how often it is executed.
+
+A program that mixes cells gives the right numbers; only its text shows it. What the text does not say plainly is an
+error here, never a guess: a collective that is not read would pass as one that leaves no cell.
+
+    found = collectives(compiled.as_text())
+    assert not crossing(found, num_devices=8, num_groups=2)
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+KINDS = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+    "collective-broadcast",
+)  # fmt: skip
+COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
+# Bits of one number of the types that do not say so in their name, as f32, s4 and f8e4m3fn do.
+BITS = {"pred": 8, "token": 0, "c64": 64, "c128": 128}
+# A line that begins an instruction: its name, and the rest.
+ASSIGNED = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*)")
+CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
+BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+# Parts of the ways to write groups. What follows them must be another attribute: a longer form is not to be half read.
+END = r"(?=,|$)"
+LISTED = r"(\{\{[\d,]+\}(?:,\{[\d,]+\})*\})(?=,|$)"
+ORDER = r"\[[\d,]+\](?:T\([\d,]+\))?"
+SIZES = r"'\w+'=\d+(?:,'\w+'=\d+)*"
+NAMES = r"'\w+'(?:,'\w+')*"
+# On TPU a reduce-scatter is an all-reduce in a fusion with the slice that is kept of it.
+FUSED_REDUCE_SCATTER = "all-reduce-scatter"
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a program.
+
+    kind: a name in `KINDS`.
+    groups: device numbers that exchange data, in each group; of a permute (from, to).
+    payload_bytes: of the whole array on one device: what a gather gives, what a reduction takes.
+    trips: how often it is executed in one call of the program, by the loops that it stands in.
+    """
+
+    name: str
+    kind: str
+    groups: tuple[tuple[int, ...], ...]
+    payload_bytes: int
+    trips: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.payload_bytes * self.trips
+
+
+@dataclass(frozen=True)
+class Instruction:
+    name: str
+    shape: str
+    opcode: str
+    rest: str  # operands and attributes
+
+
+def collectives(text: str) -> list[Collective]:
+    """Every collective that the program executes, in the order of its text; text: of `jax.stages.Compiled.as_text`.
+
+    A conditional counts with all its branches. An asynchronous collective counts once.
+
+    Raises:
+      ValueError: groups, shapes or the trips of a loop around a collective are written in a way that is not known, or
+        nothing that is a program is found.
+    """
+    computations, entry = _computations(text)
+    if entry is None:
+        raise ValueError(f"no ENTRY computation in a text of {len(text)} characters: no compiled program")
+    if "replica_count=" in text.partition("\n")[0]:
+        raise ValueError("a program of several replicas; one with partitions alone is accepted")
+    partitions = re.search(r"\bnum_partitions=(\d+)", text.partition("\n")[0])
+    walk = _Walk(computations, int(partitions[1]) if partitions else 1)
+    found = list(walk.executed(entry, trips=1))
+    for name, instructions in computations.items():
+        if name not in walk.reached and any(map(_kind, instructions)):
+            raise ValueError(f"the computation {name} has collectives and is called in a way that is not known")
+    return found
+
+
+def crossing(found: Iterable[Collective], *, num_devices: int, num_groups: int) -> list[Collective]:
+    """Those collectives that join devices of different groups, where group i is devices [i n, (i + 1) n), n = devices / groups.
+
+    So lie the cells of a mesh whose outermost axis is `cell`.
+
+    Raises:
+      ValueError: there is no collective at all, so that nothing is shown; one names a device that there is not; or the
+        groups do not divide the devices.
+    """
+    found = list(found)
+    if not found:
+        raise ValueError("no collective at all was found: that none leaves a cell is not shown")
+    if num_devices % num_groups:
+        raise ValueError(f"{num_devices} devices in {num_groups} groups: a divisor is accepted")
+    size = num_devices // num_groups
+    for one in found:
+        if any(device >= num_devices for group in one.groups for device in group):
+            raise ValueError(f"{one.name} joins devices {one.groups}; there are {num_devices}")
+    return [one for one in found if any(len({device // size for device in group}) > 1 for group in one.groups)]
+
+
+def bytes_by_kind(found: Iterable[Collective]) -> dict[str, int]:
+    """Executed payload in bytes per device and call of the program, by kind; the largest first."""
+    sums: dict[str, int] = defaultdict(int)
+    for one in found:
+        # Groups of one device exchange nothing.
+        sums[one.kind] += one.total_bytes if any(len(set(group)) > 1 for group in one.groups) else 0
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
+# ------------------------------------------------------------------ the program's text
+
+
+def _computations(text: str) -> tuple[dict[str, list[Instruction]], str | None]:
+    """({computation: its instructions}, the name of the entry)."""
+    found: dict[str, list[Instruction]] = {}
+    current, entry = None, None
+    for line in text.splitlines():
+        if line == "}":  # exactly: a kernel's own JSON may stand between, with lines that begin with braces
+            current = None
+        elif current is None:
+            header = re.match(r"(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{$", line)
+            if header:
+                current = found.setdefault(header[2], [])
+                entry = header[2] if header[1] else entry
+        elif assigned := ASSIGNED.match(line):
+            instruction = _instruction(assigned[1], assigned[2])
+            if instruction is not None:
+                current.append(instruction)
+    return found, entry
+
+
+def _instruction(name: str, text: str) -> Instruction | None:
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.find(" ")
+    called = re.match(r" ?([\w-]+)\((.*)", text[end:])
+    if called is None and COLLECTIVE.search(text):
+        raise ValueError(f"unknown instruction: {name} = {text[:200]}")
+    return Instruction(name, text[:end], called[1], called[2]) if called else None
+
+
+def _kind(one: Instruction) -> str | None:
+    """Which collective an instruction is, or begins; None: it is none."""
+    if one.opcode in ("send", "recv") and "is_host_transfer=true" not in one.rest:
+        raise ValueError(f"{one.name}: {one.opcode} between devices is not known here")
+    return next((kind for kind in KINDS if one.opcode in (kind, f"{kind}-start")), None)
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the bracket that opens at `start` closes."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += (text[place] in "([{") - (text[place] in ")]}")
+        if not depth:
+            return place
+    raise ValueError(f"brackets do not close: {text[start : start + 100]}")
+
+
+def _parts(shape: str) -> list[str]:
+    """The elements of a tuple's shape; of another shape itself."""
+    if not shape.startswith("("):
+        return [shape]
+    inner, parts, depth, start = shape[1:-1], [], 0, 0
+    for place, letter in enumerate(inner):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            parts.append(inner[start:place])
+            start = place + 1
+    return [part.strip() for part in [*parts, inner[start:]]]
+
+
+def num_bytes(shape: str) -> int:
+    """Bytes of an array or a tuple: "bf16[4,8]{1,0:T(8,128)}" has 64.
+
+    Raises:
+      ValueError: the type of its numbers is not known.
+    """
+    total = 0
+    for part in _parts(re.sub(r"/\*.*?\*/", "", shape)):
+        if part.startswith("("):
+            total += num_bytes(part)
+            continue
+        array = re.match(r"([a-z]\w*)\[([\d,]*)\]", part)
+        width = array and (re.match(r"[sufb]f?(\d+)", array[1]) or array[1] in BITS)
+        if not width:
+            raise ValueError(f"unknown shape: {part[:100]}")
+        bits = BITS[array[1]] if width is True else int(width[1])
+        total += math.prod(map(int, filter(None, array[2].split(",")))) * bits // 8
+    return total
+
+
+class _Walk:
+    """Follows a program from its entry through loops, branches and fusions."""
+
+    def __init__(self, computations: dict[str, list[Instruction]], num_devices: int):
+        self.computations, self.num_devices = computations, num_devices
+        self.reached: set[str] = set()
+        self._seen: set[tuple[str, str]] = set()  # (loop body, channel) of the collectives that stand in fusions
+
+    def executed(self, name: str, trips: int, scope: str = "", fused: str = "") -> Iterator[Collective]:
+        """scope: the entry or body of a loop that executes this computation. fused: the fusion that it is, or ""."""
+        scope = scope or name
+        self.reached.add(name)
+        for one in self.computations[name]:
+            kind = _kind(one)
+            if kind is not None:
+                yield from self._collective(one, kind, trips, scope, fused)
+            elif one.opcode == "while":
+                body = _attribute(one, "body")
+                # How often is asked only where something in the body needs it.
+                inside = list(self.executed(body, 1, scope=f"{scope}/{one.name}"))
+                if inside:
+                    count = trips * self._trips(one)
+                    yield from (Collective(c.name, c.kind, c.groups, c.payload_bytes, c.trips * count) for c in inside)
+            elif not one.opcode.endswith(("-done", "-update")):
+                for called in _called(one):
+                    yield from self.executed(called, trips, scope, called if one.opcode == "fusion" else fused)
+
+    def _collective(self, one: Instruction, kind: str, trips: int, scope: str, fused: str) -> Iterator[Collective]:
+        channel = re.search(r"\bchannel_id=(\d+)", one.rest)
+        if channel is None:
+            raise ValueError(f"{one.name} has no channel: its groups are not of partitions")
+        if fused:
+            # TPU splits an asynchronous collective into several fusions, each with a copy of it.
+            if (scope, channel[1]) in self._seen:
+                return
+            self._seen.add((scope, channel[1]))
+        groups = groups_of(one.rest, self.num_devices)
+        size = _payload(one, kind, len(groups[0]) if groups else 1)
+        if kind == "all-reduce" and fused.startswith(FUSED_REDUCE_SCATTER):
+            kind = "reduce-scatter"
+        yield Collective(one.name, kind, tuple(map(tuple, groups)), size, trips)
+
+    def _trips(self, loop: Instruction) -> int:
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+        if known:
+            return int(known[1])
+        # TPU programs leave it to the condition: a counter from 0 below the one constant in it.
+        constants, compared = set(), set()
+        for one in self._below(_attribute(loop, "condition")):
+            if one.opcode == "constant" and re.match(r"[su]\d+\[\]", one.shape):
+                constants.add(one.rest.partition(")")[0])
+            elif one.opcode == "compare":
+                compared.add(re.search(r"direction=(\w+)", one.rest)[1])
+        if len(constants) != 1 or compared != {"LT"}:
+            raise ValueError(f"unknown trips of the loop {loop.name}: constants {constants}, compared {compared}")
+        return int(constants.pop())
+
+    def _below(self, name: str) -> Iterator[Instruction]:
+        for one in self.computations[name]:
+            yield one
+            for called in _called(one):
+                yield from self._below(called)
+
+
+def _attribute(one: Instruction, name: str) -> str:
+    return re.search(rf"\b{name}=%?([\w.-]+)", one.rest)[1]
+
+
+def _called(one: Instruction) -> list[str]:
+    branches = BRANCHES.search(one.rest)
+    listed = [name.strip().lstrip("%") for name in branches[1].split(",")] if branches else []
+    # What a kernel's own configuration says is no call.
+    return CALLED.findall(one.rest.partition(", metadata=")[0].partition(", backend_config=")[0]) + listed
+
+
+def _payload(one: Instruction, kind: str, group_size: int) -> int:
+    if not one.opcode.endswith("-start"):
+        return num_bytes(one.shape) * (group_size if kind == "reduce-scatter" else 1)
+    if kind == "all-reduce":
+        return num_bytes(one.shape)
+    # (what goes in, what comes out, and what belongs to neither), each one array or a tuple of them.
+    return max(map(num_bytes, _parts(one.shape)[:2]))
+
+
+# ------------------------------------------------------------------ groups
+
+
+def groups_of(attributes: str, num_devices: int) -> list[list[int]]:
+    """The groups of devices that a collective's attributes name, in any of the ways in which XLA writes them.
+
+    `{{0,1},{2,3}}`; `{}` for all; `[2,2]<=[4]`, also with a transposition `T(1,0)`; the axes joined of a mesh,
+    `mesh['a'=2,'b'=2] {'b'}`, also with an order of its devices; `source_target_pairs={{0,1},{1,0}}`.
+
+    Raises:
+      ValueError: they are written in another way.
+    """
+    if pairs := re.search(rf"source_target_pairs={LISTED}", attributes):
+        return _listed(pairs[1])
+    if groups := re.search(rf"replica_groups={LISTED}", attributes):
+        return _listed(groups[1])
+    if re.search(rf"replica_groups=\{{\}}{END}", attributes):
+        return [list(range(num_devices))]
+    if iota := re.search(rf"replica_groups=\[([\d,]+)\]<=({ORDER}){END}", attributes):
+        return _device_order(iota[2]).reshape(_numbers(iota[1])).tolist()
+    if named := re.search(rf"replica_groups=mesh\[({SIZES})\](?:, device_ids=\(({ORDER})\))? \{{({NAMES})\}}{END}", attributes):
+        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        joined = re.findall(r"'(\w+)'", named[3])
+        if set(joined) <= set(axes):
+            order = _device_order(named[2] or f"[{math.prod(axes.values())}]").reshape(tuple(axes.values()))
+            places = [list(axes).index(name) for name in joined]
+            last = np.moveaxis(order, places, range(-len(places), 0))
+            return last.reshape(-1, math.prod(axes[name] for name in joined)).tolist()
+    raise ValueError(f"unknown groups: {attributes[:300]}")
+
+
+def _listed(text: str) -> list[list[int]]:
+    return [_numbers(group) for group in text.strip("{}").split("},{")]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _device_order(text: str) -> np.ndarray:
+    """The order written as "[2,2,2]T(1,0,2)": 0 .. 7 in this shape, transposed."""
+    shape, _, turned = text.partition("T")
+    ids = np.arange(math.prod(_numbers(shape.strip("[]")))).reshape(_numbers(shape.strip("[]")))
+    return ids.transpose(_numbers(turned.strip("()"))) if turned else ids

@@ -1,0 +1,166 @@
+"""Cells compiled for devices that need not be there: parts of topologies, what is measured, and how many cells fit."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from medcg_jax.mesh import make_mesh
+from medcg_jax.run_config import ConfigError, DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from medcg_jax.scale import bench, cells, topology
+
+RUN = RunConfig(
+    mesh=MeshConfig(data=1, fsdp=-1),
+    model=ModelConfig(name="llava15_tiny"),
+    data=DataConfig(max_text_tokens=16, max_target_tokens=2),
+    train=TrainConfig(batch_size=8),
+)
+MESH = MeshConfig(cell=2, data=1, fsdp=4)
+
+
+# ------------------------------------------------------------------ topologies
+
+
+@pytest.mark.parametrize(
+    ("whole", "num", "expected"),
+    [("v5p:4x4x4", 4, "v5p:4x2x2"), ("v6e:8x8", 4, "v6e:4x4"), ("h100:8", 2, "h100:4"), ("v5p:2x2x4", 2, "v5p:2x2x2")],
+)
+def test_a_part_of_a_topology(whole, num, expected):
+    assert topology.part(whole, num) == expected
+    assert math.prod(topology.parse(whole)[1]) == num * math.prod(topology.parse(expected)[1])
+
+
+@pytest.mark.parametrize(("name", "num"), [("v5p:4x4x4", 3), ("h100:3", 2), ("v6e:8x8", 128), ("local", 2)])
+def test_parts_that_do_not_come_out_even_are_refused(name, num):
+    with pytest.raises(ConfigError, match=f"topology={name}"):
+        topology.part(name, num)
+
+
+@pytest.mark.parametrize("name", ["v5p", "v5p:4x", "v5p:4x0x4", "a100:8", "8x8"])
+def test_unknown_topologies_are_refused(name):
+    with pytest.raises(ConfigError, match="h100:8"):
+        topology.get_devices(name)
+
+
+def test_memory_is_known_by_the_longest_name():
+    def device(kind):
+        return SimpleNamespace(device_kind=kind)
+
+    assert topology.memory_bytes(device("TPU v5 lite")) < 17e9 < 90e9 < topology.memory_bytes(device("TPU v5"))
+    assert topology.memory_bytes(device("NVIDIA H100 80GB HBM3")) > 79e9
+    with pytest.raises(ConfigError, match="memory of cpu"):
+        topology.memory_bytes(jax.devices()[0])
+
+
+# ------------------------------------------------------------------ what is measured
+
+
+@pytest.fixture(scope="module")
+def peak():
+    """cells -> peak bytes of the compiled program, which is compiled once."""
+    mesh = make_mesh(MESH)
+    config = bench.architecture(RUN.model)
+    batch = cells.example_batch(RUN, config, mesh)
+    return lambda num_cells: cells.compile_step(RUN, config, mesh, batch, num_cells=num_cells)[0]
+
+
+def test_cells_need_what_one_needs_on_its_part():
+    both = cells.against_one(RUN, "local", num_cells=2, num_groups=2)
+    assert both["cells"]["mesh"] == {"cell": 2, "data": 1, "fsdp": 4, "tensor": 1}
+    assert both["alone"]["mesh"] == {"cell": 1, "data": 1, "fsdp": 4, "tensor": 1}
+    assert abs(both["ratio"]["peak_bytes"] - 1) < 0.02
+    assert abs(both["ratio"]["collective_bytes_sum"] - 1) < 0.03
+    assert both["cells"]["num_collectives"] > 10 and not both["cells"]["crossing"]
+
+
+# ------------------------------------------------------------------ as many as fit
+
+
+def fit(compile_cells, limit_bytes, **rest):
+    return cells.fitting_cells(compile_cells, num_groups=2, limit_bytes=limit_bytes, margin=0.0, **rest)
+
+
+def test_the_largest_number_that_fits_is_found(peak):
+    kept = {}
+
+    def compile_cells(num_cells):
+        kept.setdefault(num_cells, peak(num_cells))
+        return kept[num_cells]
+
+    two, four = (compile_cells(n).memory_analysis().peak_memory_in_bytes for n in (2, 4))
+    each = four - two
+    # Room for five cells in each of two groups, and half of a sixth.
+    found = fit(compile_cells, two + 4.5 * each)
+    assert found.num_cells == 10 and len(found.peaks) <= 4
+    assert found.peaks[10] <= found.usable_bytes
+    assert compile_cells(12).memory_analysis().peak_memory_in_bytes > found.usable_bytes
+    # The same room with a third of it left free holds fewer.
+    freed = cells.fitting_cells(compile_cells, num_groups=2, limit_bytes=two + 4.5 * each, margin=1 / 3)
+    assert freed.num_cells < 10
+
+
+def compiled_of(peaks):
+    """A compiler whose programs have these peaks: a function of the number of cells, inf where it refuses."""
+
+    def compile_cells(num_cells):
+        found = peaks(num_cells)
+        if math.isinf(found):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM")
+        return SimpleNamespace(memory_analysis=lambda: SimpleNamespace(peak_memory_in_bytes=found))
+
+    return compile_cells
+
+
+@pytest.mark.parametrize("limit", [99, 100, 129, 130, 131, 400, 999, 1e9])
+@pytest.mark.parametrize(
+    "peaks",
+    [
+        lambda n: 70 + 15 * n,
+        lambda n: 40 + 30 * n if n < 8 else 100 + 30 * n,  # not affine: a larger program is laid out in another way
+        lambda n: 70 + 15 * n if n < 7 else math.inf,  # the compiler refuses what does not fit
+        lambda n: 100.0,
+    ],
+)
+def test_searching_finds_what_trying_all_finds(peaks, limit):
+    fitting = [n for n in range(2, 41, 2) if peaks(n) <= limit]
+    found = fit(compiled_of(peaks), limit, most=40)
+    assert found.num_cells == max(fitting, default=0)
+    assert len(found.peaks) <= 8
+
+
+def test_what_is_no_question_of_memory_is_an_error():
+    def broken(num_cells):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        fit(broken, 100)
+    with pytest.raises(ValueError, match="no peak memory for 2 cells"):
+        fit(compiled_of(lambda n: 0), 100)
+    with pytest.raises(ValueError, match="most=1"):
+        fit(compiled_of(lambda n: n), 100, most=1)
+
+
+# ------------------------------------------------------------------ the command
+
+
+def test_the_command_prints_and_adds_to_its_file(tmp_path, capsys, monkeypatch):
+    both = {"peak_bytes": 1, "argument_bytes": 1, "temp_bytes": 1, "collective_bytes": {"all-gather": 10}}
+    row = both | {
+        "collective_bytes_sum": 10, "num_collectives": 1, "crossing": [], "attention": "plain", "mesh": {}, "num_cells": 2,
+        "batch": {"size": 8, "length": 32}, "device": "cpu",
+    }  # fmt: skip
+    ratio = {"peak_bytes": 1.0, "collective_bytes_sum": 1.0}
+    found = {"cells": row, "alone": row, "ratio": ratio}
+    monkeypatch.setattr(cells, "against_one", lambda *args, **rest: found)
+    monkeypatch.setattr(jax.config, "update", lambda *args: None)
+    file = tmp_path / "out.json"
+    flags = ["--config=configs/phantom.py", "--topology=h100:8", "--cells=2", f"--json={file}"]
+    assert cells.main([*flags, "--config.train.batch_size=8"]) == 0
+    found["cells"] = row | {"crossing": ["all-gather x"]}
+    assert cells.main(flags) == 1
+    assert [len(r["cells"]["crossing"]) for r in json.loads(file.read_text())] == [0, 1]
+    assert "cells / alone: peak 1.0000" in capsys.readouterr().out
+    assert cells.main([*flags, "--train.batch_size=8"]) == 2
+    assert "--config.KEY=VALUE" in capsys.readouterr().err
