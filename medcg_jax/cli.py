@@ -204,6 +204,8 @@ def eval_one(args) -> dict:
 
 def reproduce_grid(args) -> dict:
     run = resolved(args)
+    if run.study.cells_at_once == 0 and not args.dry:
+        run = with_as_many_cells_as_fit(run)
     if args.dry:
         from medcg_jax.study.dry import dry
 
@@ -213,6 +215,22 @@ def reproduce_grid(args) -> dict:
     if run.study.models:
         return backbones.reproduce_models(run, workdir(args, run))
     return grid.reproduce(run, workdir(args, run))
+
+
+def with_as_many_cells_as_fit(run: RunConfig) -> RunConfig:
+    """The run with `study.cells_at_once` from the memory of the devices here.
+
+    Raises:
+      RuntimeError: not one cell fits.
+    """
+    from medcg_jax.run_config import replace
+    from medcg_jax.scale.cells import fitting_run, print_fit
+
+    fit = fitting_run(run, "local", num_groups=max(1, run.mesh.cell))
+    print_fit({"topology": "local", "num_groups": max(1, run.mesh.cell), **vars(fit)})
+    if not fit.num_cells:
+        raise RuntimeError("RESOURCE_EXHAUSTED: not one cell fits the devices here")
+    return replace(run, study__cells_at_once=fit.num_cells)
 
 
 def report_grid(args) -> dict:

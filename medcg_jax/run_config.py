@@ -182,7 +182,7 @@ class StudyConfig:
     # One seed draws the data, the base and the fine-tunes alike.
     seeds: tuple[int, ...] = (0,)
     jobs: int = 1
-    # Cells trained at once in one program.
+    # Cells trained at once in one program; 0: as many as fit the memory of the devices (`scale.cells.fitting_cells`).
     cells_at_once: int = 1
     # Where bases are kept between grids, by the fingerprint of what made them; "": in `bases` beside the workdir.
     base_dir: str = ""
@@ -280,7 +280,7 @@ def check(run: RunConfig) -> None:
     for name in run.eval.controls:
         one_of("eval.controls", name, CONTROLS)
     at_least("study.jobs", run.study.jobs, 1)
-    at_least("study.cells_at_once", run.study.cells_at_once, 1)
+    at_least("study.cells_at_once", run.study.cells_at_once, 0)
     if run.data.imagewikiqa_share:
         raise ConfigError(
             f"data.imagewikiqa_share={run.data.imagewikiqa_share}: 0.0 alone is accepted, "

@@ -1,4 +1,4 @@
-"""Several cells in one program, compiled for a machine that need not be there: memory, bytes moved, and what leaves a cell.
+"""Several cells in one program, compiled for a machine that need not be there: memory, bytes moved, what leaves one.
 
     python -m medcg_jax.scale.cells --config=configs/llava15_7b.py --topology=v5p:4x4x4 --cells=4 [--json=FILE]
     python -m medcg_jax.scale.cells --config=configs/minigpt_v2_7b.py --topology=h100:8 --cells=8 --groups=2
@@ -191,7 +191,9 @@ def fitting_cells(
     guess = 1
     while good + 1 < bad:
         good, bad = (guess, bad) if fits(guess) else (good, guess)
-        guess = min(max(_foretold(peaks, num_groups, usable, good), good + 1), bad - 1)
+        foretold = _foretold(peaks, num_groups, usable, good)
+        # A number that was refuted foretells nothing more: halfway then.
+        guess = (good + bad) // 2 if foretold >= bad <= most // num_groups else min(max(foretold, good + 1), bad - 1)
     return Fit(good * num_groups, dict(sorted(peaks.items())), usable)
 
 
@@ -242,8 +244,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, metavar="FILE.py[:arg]")
     parser.add_argument("--topology", required=True, help="v5p:4x4x4, v6e:8x8, h100:8, local")
     parser.add_argument("--cells", type=int, required=True, help="at once; 0: as many as fit")
-    parser.add_argument("--groups", type=int, default=0, help="of devices, with the cells spread over them; 0: one a cell")
-    parser.add_argument("--optimize", action="store_true", help="with the compiler's full effort: slower, closer to a real run")
+    parser.add_argument("--groups", type=int, default=0, help="of devices, which the cells are spread over; 0: one a cell")
+    parser.add_argument("--optimize", action="store_true", help="the compiler's full effort: slower, closer to a real run")
     parser.add_argument("--json", metavar="FILE", help="a list, to which this is added")
     args, rest = parser.parse_known_args(argv)
     groups = args.groups or max(args.cells, 1)
@@ -294,7 +296,8 @@ def about_compiling() -> dict:
 
 
 def print_compared(found: dict) -> None:
-    print(f"{'':28}{'cells':>6}{'args':>8}{'temp':>8}{'peak GiB':>10}{'GB moved':>10}{'collectives':>13}{'crossing':>10}")
+    titles = f"{'cells':>6}{'args':>8}{'temp':>8}{'peak GiB':>10}{'GB moved':>10}{'collectives':>13}{'crossing':>10}"
+    print(f"{'':28}{titles}")
     for name in ("cells", "alone"):
         row = found[name]
         machine = f"{math.prod(row['mesh'].values())} x {row['device']}"
@@ -304,7 +307,8 @@ def print_compared(found: dict) -> None:
             f"{row['collective_bytes_sum'] / GB:10.3f}{row['num_collectives']:13}{len(row['crossing']):10}"
         )
         print("  " + ", ".join(f"{kind} {size / GB:.3f}" for kind, size in row["collective_bytes"].items()))
-        print(f"  mesh {row['mesh']}, attention {row['attention']}, rows {row['batch']['size']} x {row['batch']['length']}")
+        rows = f"{row['batch']['size']} x {row['batch']['length']}"
+        print(f"  mesh {row['mesh']}, attention {row['attention']}, rows {rows}")
     ratio = found["ratio"]
     print(f"cells / alone: peak {ratio['peak_bytes']:.4f}, bytes moved {ratio['collective_bytes_sum']:.4f}")
 
@@ -313,7 +317,8 @@ def print_fit(found: dict) -> None:
     for cells, peak in found["peaks"].items():
         print(f"  {cells:4} cells: peak {peak / topology.GIB:.3f} GiB a device")
     usable = found["usable_bytes"] / topology.GIB
-    print(f"{found['num_cells']} cells fit {found['topology']} in {found['num_groups']} groups ({usable:.2f} GiB usable a device)")
+    where = f"{found['topology']} in {found['num_groups']} groups"
+    print(f"{found['num_cells']} cells fit {where} ({usable:.2f} GiB usable a device)")
 
 
 if __name__ == "__main__":

@@ -86,12 +86,15 @@ def parse(topology: str) -> tuple[str, tuple[int, ...]]:
     kind, _, shape = topology.partition(":")
     sizes = shape.split("x")
     if kind not in (*TPU_KINDS, "h100") or not all(size.isdecimal() and int(size) for size in sizes):
-        raise ConfigError(f"topology={topology}: local, h100:8 or {'|'.join(TPU_KINDS)}:4x4 (v4, v5p: 2x2x2) is accepted")
+        kinds = "|".join(TPU_KINDS)
+        raise ConfigError(f"topology={topology}: local, h100:8 or {kinds}:4x4 (v4, v5p: 2x2x2) is accepted")
     return kind, tuple(map(int, sizes))
 
 
 def part(topology: str, num_parts: int) -> str:
-    """One of `num_parts` equal parts, by halving the longest side (of equal ones the last): "v5p:4x4x4", 4 -> "v5p:4x2x2".
+    """One of `num_parts` equal parts, by halving the longest side, of equal ones the last.
+
+    "v5p:4x4x4", 4 -> "v5p:4x2x2"
 
     Raises:
       ConfigError: that does not come out even.
@@ -123,6 +126,8 @@ def get_part(topology: str, num_parts: int) -> list[jax.Device]:
 
 def compiler_options(device: jax.Device) -> dict:
     """What to compile with, so that the program can be compiled without the device and its collectives counted."""
+    if device in jax.local_devices():
+        return {}
     kind = device.device_kind
     return TPU_COUNTABLE if kind.startswith("TPU") else GPU_WITHOUT_DEVICE if kind.startswith("NVIDIA") else {}
 

@@ -69,6 +69,8 @@ def check_start(run: RunConfig) -> None:
     from medcg_jax.train.setup import check_weights
 
     check_weights(run)
+    if not run.study.cells_at_once:
+        raise ConfigError("study.cells_at_once=0: `medcg reproduce` alone accepts it, and finds how many cells fit")
 
 
 def missing_bases(run: RunConfig, workdir: Path, jobs: Sequence[Job]) -> dict[int, int]:
