@@ -28,7 +28,7 @@ from medcg_jax.study import (
 from medcg_jax.study.choices import choices
 from medcg_jax.study.report_files import Grid
 from medcg_jax.study.report_plots import Figure, Plots
-from medcg_jax.study.report_published import context, published
+from medcg_jax.study.report_published import context, power, published
 from medcg_jax.study.report_samples import letters_table, samples
 from medcg_jax.study.report_subsets import SubsetPage
 from medcg_jax.study.report_tables import MARKS, Table, Tables, shown
@@ -94,6 +94,7 @@ def render(grid: Grid, summary: dict, tables: dict[str, Table], plots: Plots, su
         losses=plots.losses(),
         published=[table for name, table in tables.items() if name.startswith("published_")],
         context=context() if grid.of_phantoms else "",
+        power=power(),
         comparisons=tables.get("comparisons"),
         cells=tables.get("cells"),
         settings=settings(grid.config),
