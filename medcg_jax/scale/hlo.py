@@ -89,7 +89,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def crossing(found: Iterable[Collective], *, num_devices: int, num_groups: int) -> list[Collective]:
-    """Those collectives that join devices of different groups, where group i is devices [i n, (i + 1) n), n = devices / groups.
+    """Those collectives that join devices of different groups; group i is devices [i n, (i + 1) n), n = devices / groups.
 
     So lie the cells of a mesh whose outermost axis is `cell`.
 
@@ -302,7 +302,8 @@ def groups_of(attributes: str, num_devices: int) -> list[list[int]]:
         return [list(range(num_devices))]
     if iota := re.search(rf"replica_groups=\[([\d,]+)\]<=({ORDER}){END}", attributes):
         return _device_order(iota[2]).reshape(_numbers(iota[1])).tolist()
-    if named := re.search(rf"replica_groups=mesh\[({SIZES})\](?:, device_ids=\(({ORDER})\))? \{{({NAMES})\}}{END}", attributes):
+    mesh = rf"replica_groups=mesh\[({SIZES})\](?:, device_ids=\(({ORDER})\))? \{{({NAMES})\}}{END}"
+    if named := re.search(mesh, attributes):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         joined = re.findall(r"'(\w+)'", named[3])
         if set(joined) <= set(axes):
