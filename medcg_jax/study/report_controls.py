@@ -42,8 +42,9 @@ def asked_again(summary: dict) -> Table:
         "controls_again", "The same tests asked again",
         "Per arm, accuracy in %: with the options moved on by one, two and three places, and right in every place "
         "(circular); of questions with more than two options, as asked and with two of them left; and with the image "
-        "of another record, which must fall to chance. [95 % Wilson interval over records.] Green: chance lies in the "
-        "interval; orange: it does not, so something but the image gives answers away.",
+        "of another record, which must fall to chance. [95 % Wilson interval over records.] Orange: the interval is "
+        "above chance, so something but the image gives answers away; green: it is not. No record keeps its own image, "
+        "so a model that reads images well comes out a little below chance.",
         [Column("table", "Table"), Column("arm", "Arm"), Column("plain", "As asked", "share"),
          *(Column(f"shift_{shift}", f"Moved by {shift}", "share") for shift in shifts),
          Column("circular", "In every place", "share"), Column("two_plain", "More than two options", "share"),
@@ -59,7 +60,7 @@ def asked_again(summary: dict) -> Table:
         if other:
             values |= {"shuffled": Score(other["accuracy"], other["ci_low"], other["ci_high"], other["n"], ()),
                        "chance": other["chance"]}  # fmt: skip
-            colour = "win" if other["at_chance"] else "loss"
+            colour = "loss" if other["ci_low"] > other["chance"] else "win"
         made.add(_named(one) | values, shuffled=colour)
     return made
 

@@ -62,7 +62,7 @@ def document(grid: Grid, answer: Answer, limits: Sequence[str], tables: Iterable
     """A whole LaTeX document: the summary, then every table, wide ones made to fit the page."""
     lines = [
         r"\documentclass[a4paper,10pt]{article}", r"\usepackage[T1]{fontenc}",
-        r"\usepackage{booktabs,amssymb,graphicx,adjustbox,longtable}", r"\usepackage[margin=20mm,landscape]{geometry}",
+        r"\usepackage{booktabs,amssymb,longtable}", r"\usepackage[margin=20mm,landscape]{geometry}",
         rf"\title{{{latex(grid.config['name'])}}}", r"\date{}", r"\begin{document}", r"\maketitle",
         *(latex(part) + "\n" for part in summary_text(grid, answer, limits).split("\n\n")),
     ]  # fmt: skip
