@@ -10,6 +10,7 @@ from medcg_jax.config_file import load
 from medcg_jax.run_config import ConfigError
 from medcg_jax.study import mat, schedule, suite
 from medcg_jax.study.dry import nominal_source
+from medcg_jax.study.leaks import check_cell
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Config -> cells, trainings, and the digest of all rows.
@@ -90,6 +91,14 @@ def test_each_table_has_the_published_rows_and_arms(table, rows):
     }
     arms = ["baseline", "trained"] if table in (5, 6) else ["baseline", "baseline_plus", "trained"]
     assert len(trained) == rows and [c.arm for c in cells] == arms * rows
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_no_cell_is_taken_for_a_leak(name):
+    source, found = nominal_source(3000), plan(name)
+    by_name = {subset.name: subset for subset in (*source.subsets, *source.detection_subsets)}
+    for cell in found.cells:
+        check_cell(cell, by_name)
 
 
 def test_tables_1_and_2_have_the_published_subsets():
