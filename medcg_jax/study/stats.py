@@ -121,10 +121,9 @@ def summarise(workdir: str | Path) -> dict:
         parts = sorted({row["part"] for row in found})
         whole = [_effect(table, "", arm, against, found, units)] if parts else []
         single = [_effect(table, part, arm, against, found, units) for part in parts if part]
-        for family in (whole, single):
-            for effect, p in zip(family, holm([effect["p_overall"] for effect in family]), strict=True):
-                effect["p_overall_holm"] = p
-        effects += whole + single
+        for effect, p in zip(single, holm([effect["p_overall"] for effect in single]), strict=True):
+            effect["p_overall_holm"] = p
+        effects += [effect | {"p_overall_holm": effect["p_overall"]} for effect in whole] + single
     return {
         "accuracy": _accuracies(results),
         "effects": effects,

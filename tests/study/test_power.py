@@ -1,66 +1,62 @@
-"""What difference so many records can show: the published formula, exact power by enumeration, the paper's own wins."""
+"""Power against a published example and against draws."""
 
-import math
-
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, binomtest, norm
 
 from medcg_jax.study import mat
+from medcg_jax.study.paired import mcnemar
 from medcg_jax.study.power import detectable, paper_power, records_for
 
 
-@pytest.mark.parametrize(("difference", "discordant"), [(0.1, 0.2), (0.05, 0.3), (-0.15, 0.5), (0.02, 0.05)])
-def test_records_are_those_of_the_published_formula(difference, discordant):
-    # Connor (Biometrics 43, 1987, page 209): (z_a sqrt(psi) + z_b sqrt(psi - d^2))^2 / d^2.
-    z_a, z_b = norm.ppf(0.975), norm.ppf(0.8)
-    n = (z_a * math.sqrt(discordant) + z_b * math.sqrt(discordant - difference**2)) ** 2 / difference**2
-    assert records_for(difference, discordant) == math.ceil(n)
+def test_connors_example():
+    """powerandsamplesize.com, "McNemar's Z-test, 2-Sided Equality", after Connor (1987): p01 .45, p10 .05, power .8."""
+    assert records_for(0.40, 0.50) == 23
+    assert records_for(-0.40, 0.50) == 23
+    assert records_for(0.40, 0.50, level=0.1) == 18 < 23
 
 
-@given(st.integers(20, 3000), st.floats(0.02, 1.0))
-def test_a_detectable_difference_needs_as_many_records(n, discordant):
+@settings(deadline=None)
+@given(st.integers(30, 5000), st.floats(0.05, 1.0))
+def test_detectable_is_the_inverse_of_records_for(n, discordant):
     least = detectable(n, discordant)
-    if least is None:
-        assert records_for(discordant, discordant) > n
-    else:
-        assert 0 < least <= discordant
-        assert n - 1 <= records_for(least, discordant) <= n + 1
+    if least is not None and least < discordant:
+        assert records_for(least, discordant) in (n, n + 1)
+        assert records_for(0.9 * least, discordant) > n
+        assert detectable(4 * n, discordant) < least
 
 
-def exact_power(n: int, difference: float, discordant: float) -> float:
-    """Chance that the exact McNemar test is below .05, over every number of discordant records and their sides."""
-    up = (discordant + difference) / 2 / discordant
-    total = 0.0
-    for m in range(n + 1):
-        share = binom.pmf(m, n, discordant)
-        if share > 1e-9:
-            total += share * sum(
-                binom.pmf(k, m, up) for k in range(m + 1) if m and binomtest(k, m, 0.5).pvalue < 0.05
-            )
-    return total
+def test_what_cannot_be_shown():
+    assert detectable(300, 0.0) is None and detectable(0, 0.3) is None
+    assert detectable(10, 0.1) is None  # one discordant record shows nothing
+    for difference, discordant in ((0.0, 0.3), (0.4, 0.3), (0.1, 1.2)):
+        with pytest.raises(ValueError, match="0 < |difference| <= discordant <= 1"):
+            records_for(difference, discordant)
 
 
-def test_power_is_about_what_is_said():
-    least = detectable(150, 0.3)
-    # The exact test is conservative by some points, and the normal approximation knows nothing of that.
-    assert 0.70 < exact_power(150, least, 0.3) < 0.82
-    assert exact_power(150, least / 2, 0.3) < 0.4
+def test_the_power_is_that_of_mcnemar():
+    n, discordant = 300, 0.3
+    least = detectable(n, discordant)
+    rng = np.random.default_rng(0)
 
+    def shown(difference):
+        shares = [(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant]
+        return np.mean([mcnemar(*rng.multinomial(n, shares)[:2]) < 0.05 for _ in range(1000)])
 
-def test_nothing_discordant_shows_nothing():
-    assert detectable(100, 0.0) is None and detectable(0, 0.3) is None and detectable(5, 0.1) is None
-    with pytest.raises(ValueError, match=r"0 < \|difference\| <= discordant"):
-        records_for(0.3, 0.2)
+    # The exact test is somewhat less sharp than its approximation.
+    assert 0.74 < shown(least) < 0.83
+    assert shown(least / 2) < 0.4
 
 
 def test_the_papers_wins():
-    found = paper_power()
     rows = mat.paper_csv("table3_classification_pairs")
-    gains = [float(row["trained"]) - float(row["baseline_plus"]) for row in rows]
-    assert (found["rows"], found["wins"]) == (len(gains), sum(gain > 0 for gain in gains)) == (42, 36)
+    found = paper_power(sizes=(1, 100, 300, 1000, 10**7))
+    assert found["rows"] == len(rows) == 42
+    assert found["wins"] == sum(int(row["trained"]) > int(row["baseline_plus"]) for row in rows)
     below = list(found["below"].values())
-    assert below == sorted(below, reverse=True) and below[0] > below[-1] > 0
-    # A win of three points is one that a hundred records cannot show; one of forty they can.
-    assert sum(0 < gain <= 3 for gain in gains) <= below[-1] and sum(gain > 30 for gain in gains) <= 36 - below[0]
+    assert below[0] == found["wins"] and below[-1] == 0
+    assert below == sorted(below, reverse=True) and below[1] > below[3] > 0
+    # By hand: 57 against 46 differ on .57 * .54 + .46 * .43 of the records if they err independently.
+    least = detectable(300, 0.57 * 0.54 + 0.46 * 0.43)
+    assert 0.10 < least < 0.12

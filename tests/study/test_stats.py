@@ -6,31 +6,80 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import ttest_1samp
 
-from medcg_jax.study import stats
+from medcg_jax.study import paired, stats
+from medcg_jax.study.power import detectable
 
 
-def test_wilson_against_statsmodels():
-    from statsmodels.stats.proportion import proportion_confint
-
-    for n in (1, 7, 300):
-        for k in {0, 1, n // 2, n}:
-            assert stats.wilson(k, n) == pytest.approx(proportion_confint(k, n, method="wilson"), abs=1e-12)
+def test_wilson():
+    """Newcombe, Statistics in Medicine 17 (1998), table I, method 3."""
+    printed = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)]
+    for correct, n, *interval in printed:
+        assert stats.wilson(correct, n) == pytest.approx(tuple(interval), abs=5e-5)
     assert stats.wilson(0, 0) == (0.0, 1.0)
+    assert stats.wilson(50, 100, level=0.8)[0] > stats.wilson(50, 100)[0]
 
 
+@settings(deadline=None)
+@given(st.integers(1, 3000), st.data())
+def test_wilson_is_the_formula(n, data):
+    p, z2 = data.draw(st.integers(0, n)) / n, 1.959963984540054**2
+    middle, half = p + z2 / (2 * n), (z2 * (p * (1 - p) + z2 / (4 * n)) / n) ** 0.5
+    wanted = (max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n)))
+    assert stats.wilson(round(p * n), n) == pytest.approx(wanted, abs=1e-12)
+
+
+@settings(deadline=None)
 @given(st.integers(0, 12), st.integers(0, 12))
 def test_mcnemar_is_the_exact_sign_test(b, c):
     n = b + c
     tail = sum(math.comb(n, k) for k in range(n + 1) if math.comb(n, k) <= math.comb(n, b)) / 2**n
-    assert stats.mcnemar(b, c) == pytest.approx(tail)
+    assert paired.mcnemar(b, c) == pytest.approx(tail)
+
+
+def test_mcnemar():
+    """Fay, help of `mcnemar.exact` in R's exact2x2: 9 and 2 discordant pairs."""
+    assert paired.mcnemar(9, 2) == paired.mcnemar(2, 9) == pytest.approx(0.06543, abs=5e-6)
+    assert paired.mcnemar(0, 0) == 1.0
 
 
 def test_holm():
-    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert stats.holm([]) == []
+    """The example of the article "Holm-Bonferroni method" in Wikipedia, where .01 and .005 are rejected at .05."""
+    assert paired.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert paired.holm([]) == []
+    bonferroni = [4 * p for p in (0.01, 0.04, 0.03, 0.005)]
+    assert paired.holm([0.01, 0.04, 0.03, 0.005]) != pytest.approx(bonferroni)
+
+
+def test_overall_test():
+    """Darwin's 15 pairs of maize in eighths of an inch: Fisher, The Design of Experiments, section 21: 1,726 of 32,768
+    patterns of signs lie as far out."""
+    differences = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
+    found = paired.overall_test(differences)
+    assert found.p == 1726 / 2**15
+    assert found.p_smallest == 2 / 2**15 and found.test == "exact sign flips of 15 targets"
+    # Fisher's t test of the same gives .0497: the control that this is another test.
+    assert ttest_1samp(differences, 0).pvalue == pytest.approx(0.0497, abs=5e-5)
+
+
+@pytest.mark.parametrize("targets", [1, 2, 5, 8])
+def test_the_smallest_p_is_reached_and_only_by_one_sign(targets):
+    means = np.linspace(0.2, 0.4, targets)
+    found = paired.overall_test(means)
+    assert found.p == found.p_smallest == min(1, 2 / 2**targets)
+    if targets > 1:
+        assert paired.overall_test(means * [-1, *[1] * (targets - 1)]).p > found.p
+
+
+def test_many_targets_are_drawn():
+    found = paired.overall_test(np.linspace(0.2, 0.4, 25))
+    assert found.p == found.p_smallest == 2 / (paired.SIGN_FLIPS + 1)
+    assert found.test == "65536 drawn sign flips of 25 targets"
+    alike = np.random.default_rng(0).standard_normal(25)
+    assert paired.overall_test(alike - alike.mean()).p > 0.95
 
 
 def test_compare():
@@ -99,7 +148,7 @@ def write_grid(folder, answers, source="phantom"):
             for k, mark in enumerate(marks):
                 line = {
                     "id": f"{target}/test/{k}", "subset": target, "options": ["yes", "no"], "answer": "A",
-                    "predicted": "BA"[int(mark)], "logprobs": [-1.0, -1.5][:: 1 if mark == "1" else -1], "generated": None,
+                    "predicted": "BA"[int(mark)], "logprobs": [-1.5 + int(mark), -1.0], "generated": None,
                 }  # fmt: skip
                 file.write(json.dumps(line) + "\n")
         n, correct = len(marks), marks.count("1")
@@ -135,9 +184,19 @@ def test_summarise(tmp_path):
     assert counts == [1, 0, 1, 2, 2, 2]
     assert plus["ci_low"] <= 0 < plus["ci_high"]
     assert effect["pairs", "fixed_area", "trained", "baseline_plus"] == {**plus, "part": "fixed_area"}
+    assert plus["p_overall"] == plus["p_overall_holm"] == 1.0  # one target of two differs, and one seed adds nothing
+    assert (plus["p_smallest"], plus["test"]) == (0.5, "exact sign flips of 2 targets")
     row = next(r for r in found["rows"] if (r["row"], r["against"]) == ("fixed_area/x", "baseline_plus"))
     assert (row["n"], row["only_a"], row["only_b"], row["seeds"]) == (80, 60, 0, [0, 1])
     assert row["p"] == pytest.approx(2 * 0.5**60) and row["p_holm"] == pytest.approx(2 * row["p"])
+    assert row["ci_low"] < row["difference"] < row["ci_high"]
+    assert row["detectable"] == detectable(80, 60 / 80)
+    same = next(r for r in found["rows"] if (r["row"], r["against"]) == ("fixed_area/y", "baseline_plus"))
+    assert same["detectable"] is None and (same["sd_seeds"], same["sd_records"]) == (0.0, 0.0)
+    assert (same["ci_low"], same["ci_high"]) == (-stats.wilson(0, 80)[1], stats.wilson(0, 80)[1])
+    assert next(r for r in found["rows"] if r["table"] == "ablation")["sd_seeds"] is None
+    letters = {(c["table"], c["arm"]): c["letters"] for c in found["controls_of_answers"]}
+    assert letters["pairs", "trained"] == {"A": 0.75, "B": 0.25} and ("efficiency", "efficiency_0") not in letters
     assert found["controls"]["wo_task"]["mean"] == pytest.approx(0.5)
     assert found["controls"]["same_task"]["mean"] == pytest.approx(0.5)
     assert set(found["controls"]) == {"wo_task", "same_task"}
@@ -163,3 +222,31 @@ def test_records_that_return_with_every_seed_count_once(tmp_path, source, n, onl
     assert row["n"] == n
     assert (row["only_a"], row["only_b"]) == only
     assert row["accuracy_a"] == pytest.approx(7 / 12) and row["accuracy_b"] == pytest.approx(4 / 12)
+
+
+def test_parts_are_tested_apart_and_corrected_together(tmp_path):
+    answers = {}
+    for part, wins in (("fixed_area", "111111"), ("fixed_task", "110111")):
+        for i, won in enumerate(wins):
+            for arm, mark in (("trained", won), ("baseline", str(1 - int(won)))):
+                answers["pairs", f"{part}/t{i}", arm, 0, f"t{i}"] = mark * 5 + "01"
+    effects = stats.summarise(write_grid(tmp_path, answers))["effects"]
+    p = {e["part"]: (e["p_overall"], e["p_overall_holm"], e["p_smallest"]) for e in effects}
+    assert p["fixed_area"] == (2 / 2**6, 2 * 2 / 2**6, 2 / 2**6)
+    assert p["fixed_task"][0] == p["fixed_task"][1] == 14 / 2**6
+    # Both rows of a target are one number: t2 is won and lost, 0 in all, and its sign does not matter.
+    assert p[""] == (4 / 2**6, 4 / 2**6, 2 / 2**6)
+
+
+def test_seeds_that_differ_widen_a_row(tmp_path):
+    alike, apart = ("1110", "1110", "1110"), ("1111", "1110", "1000")
+    rows = {}
+    for name, marks in (("alike", alike), ("apart", apart)):
+        answers = {}
+        for seed, mark in enumerate(marks):
+            answers["pairs", "fixed_area/x", "trained", seed, "x"] = mark * 50
+            answers["pairs", "fixed_area/x", "baseline", seed, "x"] = "0" * 200
+        rows[name] = stats.summarise(write_grid(tmp_path / name, answers))["rows"][0]
+    width = {name: row["ci_high"] - row["ci_low"] for name, row in rows.items()}
+    assert width["apart"] > 10 * width["alike"]
+    assert rows["alike"]["sd_seeds"] == 0 < 0.3 < rows["apart"]["sd_seeds"]
