@@ -10,7 +10,7 @@ from medcg_jax.run_config import MODELS
 from medcg_jax.study import report_boxes, stats
 from medcg_jax.study.report import page_template
 from medcg_jax.study.report_files import Grid, Score, arm_name
-from medcg_jax.study.report_plots import BLUE, GREY, INK, Figure, draw
+from medcg_jax.study.report_plots import COLOURS, INK, Figure, draw
 from medcg_jax.study.report_tables import Column, Table, shown
 from medcg_jax.study.report_text import PARTS
 
@@ -100,7 +100,7 @@ def bars(folder: Path, group: tuple[str, str], rows: Sequence[dict]) -> Figure:
     def paint(axes):
         for row in rows:
             y = len(models) - 1 - models.index(row["model"]) + height * ((len(arms) - 1) / 2 - arms.index(row["arm"]))
-            score, colour = row["score"], GREY if row["arm"] == "baseline" else BLUE
+            score, colour = row["score"], COLOURS[row["arm"]]
             label = arm_name(row["arm"]) if row["model"] == models[0] else None
             spread = [[100 * (score.accuracy - score.low)], [100 * (score.high - score.accuracy)]]
             axes.barh(y, 100 * score.accuracy, height, color=colour, label=label)
