@@ -127,10 +127,10 @@ def test_seeds_never_make_an_interval_narrower(seeds, records, is_crossed, key):
     values = np.random.default_rng(key).choice([-1.0, 0.0, 1.0], (seeds, records))
     found = mixed_interval((crossed if is_crossed else nested)(values))
     assert -1 <= found.low <= found.mean <= found.high <= 1
-    if is_crossed and found.low > -1:
-        means = values.mean(0)
-        alone = student.ppf(0.975, records - 1) * means.std(ddof=1) / records**0.5
-        assert found.mean - found.low >= alone - 1e-12
+    around = values.mean(0) if is_crossed else (values - values.mean(1, keepdims=True)).ravel()
+    free = records - 1 if is_crossed else values.size - seeds
+    alone = student.ppf(0.975, free) * (around.var() / free) ** 0.5
+    assert found.mean - found.low >= min(alone, found.mean + 1) - 1e-12
 
 
 @pytest.mark.parametrize(("make", "shared"), [(nested, False), (crossed, True)])

@@ -250,3 +250,13 @@ def test_seeds_that_differ_widen_a_row(tmp_path):
     width = {name: row["ci_high"] - row["ci_low"] for name, row in rows.items()}
     assert width["apart"] > 10 * width["alike"]
     assert rows["alike"]["sd_seeds"] == 0 < 0.3 < rows["apart"]["sd_seeds"]
+
+
+def test_the_same_records_at_more_seeds_are_no_more_records(tmp_path):
+    answers = {}
+    for seed in range(4):
+        answers["pairs", "fixed_area/x", "trained", seed, "x"] = "1101" * 50
+        answers["pairs", "fixed_area/x", "baseline", seed, "x"] = "0100" * 50
+    rows = {s: stats.summarise(write_grid(tmp_path / s, answers, s))["rows"][0] for s in ("phantom", "release")}
+    width = {source: row["ci_high"] - row["ci_low"] for source, row in rows.items()}
+    assert width["release"] == pytest.approx(2 * width["phantom"], rel=0.02)
