@@ -154,8 +154,8 @@ def test_what_is_no_question_of_memory_is_an_error():
 def test_the_command_prints_and_adds_to_its_file(tmp_path, capsys, monkeypatch):
     both = {"peak_bytes": 1, "argument_bytes": 1, "temp_bytes": 1, "collective_bytes": {"all-gather": 10}}
     row = both | {
-        "collective_bytes_sum": 10, "num_collectives": 1, "crossing": [], "attention": "plain", "mesh": {}, "num_cells": 2,
-        "batch": {"size": 8, "length": 32}, "device": "cpu",
+        "collective_bytes_sum": 10, "num_collectives": 1, "crossing": [], "attention": "plain", "mesh": {},
+        "num_cells": 2, "batch": {"size": 8, "length": 32}, "device": "cpu",
     }  # fmt: skip
     ratio = {"peak_bytes": 1.0, "collective_bytes_sum": 1.0}
     found = {"cells": row, "alone": row, "ratio": ratio}
