@@ -37,7 +37,7 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
     """A mesh over `devices` (default: all) with `MESH_AXES`, `cell` outermost, every axis Auto."""
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(config, len(devices))
-    # Not `jax.make_mesh`: off a v5e it refuses sizes that split a side of the chips' grid, as four cells of a v6e:8x8 do.
+    # Not `jax.make_mesh`: off a v5e it refuses to split a side of the chips' grid, as four cells of a v6e:8x8 do.
     placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": BASICS | {"mesh", "nn", "models", "weights", "data"},
     "eval": BASICS | {"mesh", "nn", "models", "weights", "data", "train"},
     "study": BASICS | {"config_file", "host", "mesh", "nn", "models", "weights", "data", "train", "eval"},
-    "scale": BASICS | {"mesh", "nn", "models", "weights", "data", "train", "eval"},
+    "scale": BASICS | {"config_file", "host", "mesh", "nn", "models", "weights", "data", "train", "eval"},
 }
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "cli.py")
 

@@ -89,9 +89,10 @@ def collectives(text: str) -> list[Collective]:
 
 
 def crossing(found: Iterable[Collective], *, num_devices: int, num_groups: int) -> list[Collective]:
-    """Those collectives that join devices of different groups; group i is devices [i n, (i + 1) n), n = devices / groups.
+    """Those collectives that join devices of different groups.
 
-    So lie the cells of a mesh whose outermost axis is `cell`.
+    Group i is devices [i n, (i + 1) n) with n = num_devices / num_groups: so lie the cells of a mesh whose outermost
+    axis is `cell`.
 
     Raises:
       ValueError: there is no collective at all, so that nothing is shown; one names a device that there is not; or the

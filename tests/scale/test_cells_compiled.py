@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from medcg_jax.mesh import make_mesh
+from medcg_jax.models.llava import llava15_tiny
 from medcg_jax.run_config import ConfigError, DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
 from medcg_jax.scale import bench, cells, topology
 
@@ -17,6 +18,10 @@ RUN = RunConfig(
     data=DataConfig(max_text_tokens=16, max_target_tokens=2),
     train=TrainConfig(batch_size=8),
 )
+SMALL = llava15_tiny(
+    40, 39, image_size_px=16, embed_dim=16, num_vision_layers=2, vision_mlp_dim=32, num_layers=2, mlp_dim=32,
+    scan_unroll=1,
+)  # fmt: skip
 MESH = MeshConfig(cell=2, data=1, fsdp=4)
 
 
@@ -58,15 +63,15 @@ def test_memory_is_known_by_the_longest_name():
 
 
 @pytest.fixture(scope="module")
-def peak():
-    """cells -> peak bytes of the compiled program, which is compiled once."""
+def program():
+    """cells -> the compiled program of a model small enough to compile in seconds."""
     mesh = make_mesh(MESH)
-    config = bench.architecture(RUN.model)
-    batch = cells.example_batch(RUN, config, mesh)
-    return lambda num_cells: cells.compile_step(RUN, config, mesh, batch, num_cells=num_cells)[0]
+    batch = cells.example_batch(RUN, SMALL, mesh)
+    return lambda num_cells: cells.compile_step(RUN, SMALL, mesh, batch, num_cells=num_cells)[0]
 
 
-def test_cells_need_what_one_needs_on_its_part():
+def test_cells_need_what_one_needs_on_its_part(monkeypatch):
+    monkeypatch.setattr(bench, "architecture", lambda model: SMALL)
     both = cells.against_one(RUN, "local", num_cells=2, num_groups=2)
     assert both["cells"]["mesh"] == {"cell": 2, "data": 1, "fsdp": 4, "tensor": 1}
     assert both["alone"]["mesh"] == {"cell": 1, "data": 1, "fsdp": 4, "tensor": 1}
@@ -82,11 +87,12 @@ def fit(compile_cells, limit_bytes, **rest):
     return cells.fitting_cells(compile_cells, num_groups=2, limit_bytes=limit_bytes, margin=0.0, **rest)
 
 
-def test_the_largest_number_that_fits_is_found(peak):
+def test_the_largest_number_that_fits_is_found(program):
     kept = {}
 
     def compile_cells(num_cells):
-        kept.setdefault(num_cells, peak(num_cells))
+        if num_cells not in kept:
+            kept[num_cells] = program(num_cells)
         return kept[num_cells]
 
     two, four = (compile_cells(n).memory_analysis().peak_memory_in_bytes for n in (2, 4))
@@ -148,8 +154,8 @@ def test_what_is_no_question_of_memory_is_an_error():
 def test_the_command_prints_and_adds_to_its_file(tmp_path, capsys, monkeypatch):
     both = {"peak_bytes": 1, "argument_bytes": 1, "temp_bytes": 1, "collective_bytes": {"all-gather": 10}}
     row = both | {
-        "collective_bytes_sum": 10, "num_collectives": 1, "crossing": [], "attention": "plain", "mesh": {}, "num_cells": 2,
-        "batch": {"size": 8, "length": 32}, "device": "cpu",
+        "collective_bytes_sum": 10, "num_collectives": 1, "crossing": [], "attention": "plain", "mesh": {},
+        "num_cells": 2, "batch": {"size": 8, "length": 32}, "device": "cpu",
     }  # fmt: skip
     ratio = {"peak_bytes": 1.0, "collective_bytes_sum": 1.0}
     found = {"cells": row, "alone": row, "ratio": ratio}

@@ -1,4 +1,4 @@
-"""Reading collectives from the text of compiled programs: every way they are written, and programs whose bytes are known."""
+"""Collectives read from the text of compiled programs: every way they are written, and programs of known bytes."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ PAIRS = "replica_groups={{0,1},{2,3}}"
 def program(*lines: str, others: str = "") -> str:
     """The text of a program of four devices, with these instructions in its entry."""
     body = "\n".join(f"  {line}" for line in lines)
-    return f"HloModule jit_f, is_scheduled=true, num_partitions=4\n\n{others}\nENTRY %main (p: f32[8]) -> f32[8] {{\n{body}\n}}\n"
+    header = "HloModule jit_f, is_scheduled=true, num_partitions=4"
+    return f"{header}\n\n{others}\nENTRY %main (p: f32[8]) -> f32[8] {{\n{body}\n}}\n"
 
 
 def gather(channel: int = 1, groups: str = PAIRS) -> str:
@@ -44,13 +45,14 @@ def test_every_way_to_write_groups_is_read(written, expected):
 
 
 def test_pairs_of_a_permute_are_read():
-    text = program("%x = f32[2]{0} collective-permute(%p), channel_id=1, source_target_pairs={{0,2},{1,3}}, metadata={}")
-    (found,) = collectives(text)
+    line = "%x = f32[2]{0} collective-permute(%p), channel_id=1, source_target_pairs={{0,2},{1,3}}, metadata={}"
+    (found,) = collectives(program(line))
     assert found == Collective("x", "collective-permute", ((0, 2), (1, 3)), 8, 1)
 
 
 @pytest.mark.parametrize(
-    "written", ["others", "[2,2]", "mesh['a'=2,'b'=2] {'c'}", "mesh['a'=2,'b'=2] {'a':(1)2}", "[2,2]<=[4]T(x)", "{{a},{b}}"]
+    "written",
+    ["others", "[2,2]", "mesh['a'=2,'b'=2] {'c'}", "mesh['a'=2,'b'=2] {'a':(1)2}", "[2,2]<=[4]T(x)", "{{a},{b}}"],
 )
 def test_groups_in_another_way_are_an_error(written):
     with pytest.raises(ValueError):
@@ -206,7 +208,8 @@ def test_crossing_needs_a_collective_and_devices_that_there_are():
 
 
 def test_what_leaves_a_cell_is_found():
-    found = collectives(program(gather(1), gather(2, "replica_groups=[2,2]<=[2,2]T(1,0)"), gather(3, "replica_groups={}")))
+    others = gather(2, "replica_groups=[2,2]<=[2,2]T(1,0)"), gather(3, "replica_groups={}")
+    found = collectives(program(gather(1), *others))
     assert [one.name for one in crossing(found, num_devices=4, num_groups=2)] == ["g.2", "g.3"]
     assert [one.name for one in crossing(found, num_devices=4, num_groups=1)] == []
 
@@ -219,6 +222,7 @@ def test_gathers_in_a_scan_move_what_is_known(unroll):
     trips, rows, width = 6, 16, 32
     mesh = make_mesh(MeshConfig(cell=2, data=1, fsdp=4))
     split = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    by_row = NamedSharding(mesh, PartitionSpec(("cell", "fsdp")))
 
     def f(x, weights):
         def layer(x, w):
@@ -229,7 +233,7 @@ def test_gathers_in_a_scan_move_what_is_known(unroll):
 
     with jax.set_mesh(mesh):
         args = (
-            jax.ShapeDtypeStruct((rows, width), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(("cell", "fsdp")))),
+            jax.ShapeDtypeStruct((rows, width), jnp.float32, sharding=by_row),
             jax.ShapeDtypeStruct((trips, width, width), jnp.float32, sharding=split),
         )
         found = collectives(jax.jit(f).lower(*args).compile().as_text())
