@@ -149,16 +149,16 @@ def trained_twice(log: Path) -> list[str]:
     return [job for job, times in Counter(ends).items() if times > 1]
 
 
-def run(folder: Path, kills: int, seed: int, ways: Sequence[str] = WAYS, say=print) -> Counter:
-    """Interrupts grids `kills` times in all; how often in each way.
+def run(folder: Path, kills: int, seed: int, ways: Sequence[str] = WAYS, say=print, **more: str) -> Counter:
+    """Interrupts grids `kills` times in all; how often in each way. more: flags of the grid beside `CONFIG`.
 
     Raises:
       AssertionError: scores differ, a job was trained twice, or a grid did not end.
     """
     rng, used, left = random.Random(seed), Counter(), kills
-    bases = {"study.base_dir": str(folder / "bases")}
     log = folder / "reference.log"
-    status = ended(start(folder / "reference", log, **bases))
+    bases = {"study.base_dir": str(folder / "bases")}
+    status = ended(start(folder / "reference", log, **more | bases))
     assert status == 0, log.read_text()[-2000:]
     expected = scores(folder / "reference")
     with disk(folder / "image", folder / "disk") as mounted:
@@ -169,7 +169,7 @@ def run(folder: Path, kills: int, seed: int, ways: Sequence[str] = WAYS, say=pri
             number += 1
             workdir, log = folder / "disk" / f"grid{number}", folder / f"grid{number}.log"
             # Each with a base of its own, so that this is interrupted too.
-            own = {"study.base_dir": str(folder / "disk" / f"bases{number}")}
+            own = more | {"study.base_dir": str(folder / "disk" / f"bases{number}")}
             while left and not is_done(workdir):
                 way = ways[(kills - left) % len(ways)]
                 left -= 1

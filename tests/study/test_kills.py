@@ -8,7 +8,8 @@ from kill_grid import WAYS, run, trained_twice
 
 
 def test_faults_of_the_disk_change_nothing(tmp_path, capfd):
-    used = run(tmp_path, kills=2, seed=1, ways=WAYS[2:])
+    small = {"study.targets": "('ct-liver-stage',)", "study.tables": "('pairs',)"}
+    used = run(tmp_path, kills=2, seed=1, ways=WAYS[2:], **small)
     if not used:
         pytest.skip("no file system can be mounted here: a full disk and a read-only workdir were not tried")
     assert used == {"full disk": 1, "read-only": 1}

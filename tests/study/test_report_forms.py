@@ -13,7 +13,7 @@ from medcg_jax import cli
 from medcg_jax.data.controls import control_sets
 from medcg_jax.data.records import LETTERS
 from medcg_jax.data.sources import open_source
-from medcg_jax.run_config import CONTROLS, TABLES, DataConfig
+from medcg_jax.run_config import CONTROLS, DataConfig
 from medcg_jax.study import stats
 from medcg_jax.study.report import write_report
 from medcg_jax.study.report_compare import two_proportions, write_comparison
@@ -52,7 +52,8 @@ def write_controls(workdir: Path, seed: int, blind: bool = True) -> None:
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    run = run_of(study__tables=TABLES, study__targets=TARGETS, study__seeds=(0, 1), **SIZES)
+    tables = ("pairs", "ablation", "efficiency")
+    run = run_of(study__tables=tables, study__targets=TARGETS, study__seeds=(0, 1), **SIZES)
     workdir = make_grid(tmp_path_factory.mktemp("forms") / "w", run)
     for seed in (0, 1):
         write_controls(workdir, seed)
@@ -75,7 +76,7 @@ def test_a_copy_of_the_files_gives_the_same_bytes_in_every_file(full, tmp_path):
         return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     ours, theirs = contents(full), contents(copy)
-    assert ours == theirs and len(ours) > 60
+    assert ours == theirs and len(ours) > 40
     assert {"index.html", "summary.txt", "report.md", "report.tex", "subsets/mri-brain-state.html"} <= ours.keys()
     assert not [name for name, data in ours.items() if str(full.parent).encode() in data]
 
@@ -83,7 +84,7 @@ def test_a_copy_of_the_files_gives_the_same_bytes_in_every_file(full, tmp_path):
 def test_every_tested_subset_has_a_page_with_its_mistakes(full):
     pages = {path.stem for path in (full / "report" / "subsets").glob("*.html")}
     tested = {row["target"] for row in stats.read_results(full)}
-    assert pages == tested and len(tested) > 20
+    assert pages == tested == set(TARGETS)
     page = (full / "report" / "subsets" / "mri-brain-state.html").read_text()
     cells = [c for c in Grid(full).done("pairs") if c["arm"] == "trained" and c["seed"] == "0"]
     answers = [r for c in cells for r in Grid(full).predictions(c["cell"]) if r["subset"] == "mri-brain-state"]

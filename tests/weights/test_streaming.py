@@ -205,7 +205,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_like_a_checkpoint(to, rel
 @pytest.mark.parametrize("to", ["orbax", "hf"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(to, released, tmp_path):
     done = child(FULL, released, tmp_path / "dst", to)
-    assert done.returncode == 2, done.stderr[-2000:]
+    assert done.returncode == 1, done.stderr[-2000:]  # no wrong use: the same may work later
     assert len(done.stderr.splitlines()) == 1 and "File too large" in done.stderr, done.stderr[-2000:]
     assert not list(tmp_path.iterdir())
 
