@@ -95,7 +95,9 @@ def compared(a: Grid, b: Grid, ours: Mapping, theirs: Mapping) -> Matched:
         {line["id"]: line for line in grid.predictions(result["cell"]) if line["subset"] == result["target"]}
         for grid, result in ((a, ours), (b, theirs))
     ]
-    same = answers[0].keys() == answers[1].keys() and all(
+    # Phantoms of other seeds have the same ids: what the data are decides first.
+    data = [grid.run["data"].get(str(result["seed"])) for grid, result in ((a, ours), (b, theirs))]
+    same = data[0] == data[1] and answers[0].keys() == answers[1].keys() and all(
         line["options"] == answers[1][name]["options"] and line["answer"] == answers[1][name]["answer"]
         for name, line in answers[0].items()
     )
