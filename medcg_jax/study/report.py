@@ -5,8 +5,10 @@ files give the same page. Its parts: `report_files` reads, `stats` tests, `repor
 `report_tables`, `report_plots`, `report_samples` and `report_published` show.
 """
 
+import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import jinja2
@@ -37,16 +39,37 @@ from medcg_jax.study.report_tables import MARKS, Table, Tables, shown
 def write_report(workdir: str | Path, formats: Sequence[str] = ()) -> Path:
     """Writes `report/index.html`, with `plots/`, `tables/`, `subsets/` and `summary.txt` beside it; returns its path.
 
+    Nothing of an earlier report is left, and an earlier one stays until this one is whole.
+
     formats: "md" and "tex" for `report.md` and `report.tex` too; "csv" (and LaTeX) of each table are always there.
 
     Raises:
       FileNotFoundError: the folder is not the workdir of a grid.
+      DataError: a line of its predictions is broken.
     """
     grid = Grid(workdir)
-    folder = grid.workdir / "report"
-    shutil.rmtree(folder, ignore_errors=True)  # nothing of an earlier page is left
+    with whole_folder(grid.workdir / "report") as folder:
+        _write(grid, folder, formats)
+    return grid.workdir / "report" / "index.html"
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into, which takes the place of `folder` at the end of the block, unless it fails."""
+    part = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}")
+    part.mkdir()
+    try:
+        yield part
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(grid: Grid, folder: Path, formats: Sequence[str]) -> None:
     for name in ("plots", "tables"):
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir()
+    grid.letters  # noqa: B018 - reads every prediction once, and refuses what is broken by its file and line
     summary = stats.summarise(grid.workdir)
     tables = {table.name: table for table in Tables(grid, summary).all()}
     own = [report_lists.comparisons(summary), report_lists.cells(grid)]
@@ -63,12 +86,10 @@ def write_report(workdir: str | Path, formats: Sequence[str] = ()) -> Path:
         texts["report.md"] = report_formats.markdown(grid, answer, said, tables.values())
     if "tex" in formats:
         texts["report.tex"] = report_formats.document(grid, answer, said, tables.values())
+    subsets = report_subsets.write_pages(grid, page_template("subset.html.j2", marks=MARKS), folder)
+    texts["index.html"] = render(grid, summary, tables, plots, subsets)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8", newline="")
-    subsets = report_subsets.write_pages(grid, page_template("subset.html.j2", marks=MARKS), folder)
-    page = folder / "index.html"
-    page.write_text(render(grid, summary, tables, plots, subsets), encoding="utf-8", newline="")
-    return page
 
 
 def render(grid: Grid, summary: dict, tables: dict[str, Table], plots: Plots, subsets: Sequence[SubsetPage]) -> str:
@@ -86,6 +107,7 @@ def render(grid: Grid, summary: dict, tables: dict[str, Table], plots: Plots, su
         map=report_figures.triplet_map(plots),
         samples=samples(grid),
         subsets=subsets,
+        pages={one.name: one.file for one in subsets},
         boxes=report_boxes.samples(grid),
         letters=plots.letters(),
         habits=report_limits.letter_habits(grid),

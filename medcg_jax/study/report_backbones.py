@@ -2,13 +2,12 @@
 
 import csv
 import io
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from medcg_jax.run_config import MODELS
 from medcg_jax.study import report_boxes, stats
-from medcg_jax.study.report import page_template
+from medcg_jax.study.report import page_template, whole_folder
 from medcg_jax.study.report_files import Grid, Score, arm_name
 from medcg_jax.study.report_plots import COLOURS, INK, Figure, draw
 from medcg_jax.study.report_tables import Column, Table, shown
@@ -24,9 +23,13 @@ def write_page(workdir: Path, models: Sequence[str]) -> Path:
       FileNotFoundError: one is not the workdir of a grid.
     """
     grids = {model: Grid(workdir / model) for model in models}
-    folder = workdir / "report"
-    shutil.rmtree(folder, ignore_errors=True)  # nothing of an earlier page is left
-    (folder / "plots").mkdir(parents=True)
+    with whole_folder(workdir / "report") as folder:
+        _write(folder, grids)
+    return workdir / "report" / "index.html"
+
+
+def _write(folder: Path, grids: dict[str, Grid]) -> None:
+    (folder / "plots").mkdir()
     (folder / "tables").mkdir()
     rows = [row for model, grid in grids.items() for row in rows_of(model, grid)]
     (folder / "tables" / "models.csv").write_text(as_csv(rows), encoding="utf-8", newline="")
@@ -43,16 +46,14 @@ def write_page(workdir: Path, models: Sequence[str]) -> Path:
         for group in groups
         if (own := [row for row in rows if (row["table"], row["part"]) == group])
     ]
-    page = folder / "index.html"
     first = next(iter(grids.values()))
-    page.write_text(
+    (folder / "index.html").write_text(
         page_template("backbones.html.j2").render(
-            models=models, parts=parts, boxes=boxes, shown=shown, phantoms=first.of_phantoms,
+            models=list(grids), parts=parts, boxes=boxes, shown=shown, phantoms=first.of_phantoms,
             versions=first.run["versions"], arm_name=arm_name,
         ),
         encoding="utf-8", newline="",
     )  # fmt: skip
-    return page
 
 
 def models_in(workdir: Path) -> list[str]:

@@ -5,6 +5,7 @@ from collections import defaultdict
 import numpy as np
 from matplotlib.patches import Rectangle
 
+from medcg_jax.data.phantom_boxes import DETECTION_TRIPLETS
 from medcg_jax.data.phantom_world import TRIPLETS
 from medcg_jax.study import mat
 from medcg_jax.study.report_files import arm_name
@@ -13,7 +14,7 @@ from medcg_jax.study.report_text import PARTS, points
 
 # Figure 4's arms in the paper's order, the base before them.
 FIGURE_4 = ("baseline", "all_related", "all_unrelated", "wo_modality", "wo_area", "wo_task", "all_data")
-# Whose gain the map shows, the first that a target has: (table, arm, against).
+# Whose gain the map shows, the first that the grid has: (table, arm, against).
 GAINS = (
     ("pairs", "trained", "baseline_plus"), ("pairs", "trained", "baseline"), ("triples", "trained", "baseline_plus"),
     ("triples", "trained", "baseline"), ("detection_pairs", "trained", "baseline"),
@@ -75,7 +76,7 @@ def triplet_map(plots: Plots) -> list[Figure]:
     """Modality by area and task: what was trained on, what was tested, and what Trained gained there."""
     triplets = triplets_of(plots)
     gains, against = gains_by_target(plots.summary)
-    trained = {name for cell in plots.grid.done() for name in cell["related"].split("+")}
+    trained = {name for cell in plots.grid.done() for name in cell["related"].split("+") if name}
     known = {name: triplets[name] for name in (*gains, *sorted(trained)) if name in triplets}
     if not known or not gains:
         return []
@@ -93,7 +94,7 @@ def triplet_map(plots: Plots) -> list[Figure]:
                 alpha = 0.12 + 0.6 * abs(gain) / most
                 axes.add_patch(Rectangle((x, y), 1, 1, facecolor=shade, alpha=alpha, linewidth=0))
                 axes.text(x + 0.5, y + 0.5, points(gain, True), ha="center", va="center", fontsize=7)
-            if not set(names) & set(gains):
+            else:
                 axes.add_patch(Rectangle((x, y), 1, 1, fill=False, hatch="////", edgecolor=MUTED, linewidth=0))
         tasks = [task for task, _ in columns]
         for place in range(1, len(columns)):
@@ -110,8 +111,8 @@ def triplet_map(plots: Plots) -> list[Figure]:
     arm, other = against
     caption = (
         f"Modality by area, tasks side by side. Numbers: points of accuracy that {arm} gained over {other} on "
-        "a target, averaged over its rows and seeds (blue: above 0, orange: below). Hatched: trained on, not tested. "
-        "Blank: no subset."
+        "a target, averaged over its rows and seeds (blue: above 0, orange: below). Hatched: trained on in some cell, "
+        "and no target of this comparison. Blank: neither."
     )
     width, height = max(5.2, 1.4 + 0.42 * len(columns)), 1.5 + 0.3 * len(modalities)
     return [draw(plots.folder, "map", "What was trained on, and what was gained", caption, height, paint, width)]
@@ -120,7 +121,7 @@ def triplet_map(plots: Plots) -> list[Figure]:
 def triplets_of(plots: Plots) -> dict[str, tuple[str, str, str]]:
     """Subset -> (modality, area, Task element)."""
     if plots.grid.of_phantoms:
-        return {t.name: (t.modality, t.area, t.task) for t in TRIPLETS}
+        return {t.name: (t.modality, t.area, t.task) for t in (*TRIPLETS, *DETECTION_TRIPLETS)}
     found = plots.grid.triplets.items()
     return {name: (modality, area, mat.task_elements(task)[0]) for name, (modality, area, task) in found}
 

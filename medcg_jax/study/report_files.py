@@ -164,9 +164,20 @@ class Grid:
         return [c for c in self.cells if c["status"] != "done" and not c["status"].startswith("failed")]
 
     def predictions(self, cell: str) -> Iterator[dict]:
-        with open(self.workdir / "predictions" / f"{cell}.jsonl", encoding="utf-8") as lines:
-            for line in lines:
-                yield json.loads(line)
+        """Raises DataError: a line is no prediction; it names the file and the line."""
+        path = self.workdir / "predictions" / f"{cell}.jsonl"
+        with open(path, encoding="utf-8", newline="\n") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    record = json.loads(line)
+                    if not {"id", "subset", "options", "answer", "predicted"} <= record.keys():
+                        raise ValueError("a field is missing")
+                except (ValueError, AttributeError) as error:
+                    raise DataError(
+                        f"{path}, line {number}: {error}; one JSON object with id, subset, options, answer and "
+                        "predicted is accepted"
+                    ) from None
+                yield record
 
     def boxes(self, cell: str) -> list[BoxAnswer]:
         """A cell's answers about boxes; [] where it was asked for none."""

@@ -15,7 +15,7 @@ def comparisons(summary: dict) -> Table:
          Column("against", "Against"), Column("n", "n", "count"), Column("accuracy_a", "Arm", "share"),
          Column("accuracy_b", "Against", "share"), Column("difference", "Points", "points"),
          Column("only_a", "Only arm", "count"), Column("only_b", "Only against", "count"), Column("p", "p", "p"),
-         Column("p_holm", "p, Holm", "p"), Column("ci", "95 %\u00a0interval", "interval"),
+         Column("p_holm", "p, Holm", "p"), Column("ci", "95\u00a0% interval", "interval"),
          Column("sd_seeds", "SD of seeds", "share"), Column("sd_records", "SD of records", "share"),
          Column("detectable", "Detectable", "share"), Column("seeds", "Seeds")],
         wide=True,

@@ -86,7 +86,9 @@ def inline(svg: str, title: str, width_px: int) -> str:
     for colour, name in VARIABLES.items():
         svg = re.sub(colour, f"var(--{name})", svg, flags=re.IGNORECASE)
     label = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    opening = f'<svg role="img" aria-label="{label}" style="max-width:{width_px}px"'
+    # Words of a wide figure stay readable on a phone: it scrolls there.
+    least = f";min-width:{round(0.7 * width_px)}px" if width_px > 96 * WIDTH_IN else ""
+    opening = f'<svg role="img" aria-label="{label}" style="max-width:{width_px}px{least}"'
     return re.sub(r'<svg(.*?) width="[^"]*"', lambda m: opening + re.sub(r' height="[^"]*"', "", m[1]), svg, count=1)
 
 

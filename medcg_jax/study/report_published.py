@@ -121,8 +121,8 @@ def power() -> str:
     plus, base = found["baseline_plus"], found["baseline"]
     sizes = ", ".join(f"{n:,} ({below} of {plus['wins']})" for n, below in plus["below"].items())
     return (
-        f"Of the {plus['wins']} printed wins of Trained over Baseline+ in table 3, some are smaller than what a target of "
-        "100, 300 or 1,000 test records shows four times in five at the 5 % level, if the two models err "
+        f"Of the {plus['wins']} printed wins of Trained over Baseline+ in table 3, some are smaller than what a target "
+        "of 100, 300 or 1,000 test records shows four times in five at the 5 % level, if the two models err "
         f"independently: {sizes}. Over Baseline it is {base['below'][300]} of {base['wins']} at 300 records. The test "
         "sizes are not printed."
     )

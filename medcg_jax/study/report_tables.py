@@ -26,6 +26,11 @@ LATEX = {
     "◇": r"$\diamond$",
 }  # fmt: skip
 
+BOTH_SOURCES = (
+    "The p is of these records alone; the interval of the difference counts the spread of seeds too, so that of a "
+    "significant row may include 0. Seconds are of all seeds' trainings."
+)
+
 
 @dataclass(frozen=True)
 class Column:
@@ -171,7 +176,7 @@ class Tables:
         )
         columns = [
             Column("name", "Difference", "long"), Column("mean", "Points", "points"),
-            Column("ci", "95 %\u00a0interval", "interval"),
+            Column("ci", "95\u00a0% interval", "interval"),
             Column("rows", "Rows", "count"), Column("wins", "Up", "count"), Column("significant", "signif.", "count"),
             Column("losses", "Down", "count"), Column("significant_losses", "signif.", "count"),
             Column("p_overall", "Overall p", "p"), Column("p_overall_holm", "p, Holm", "p"),
@@ -210,14 +215,14 @@ class Tables:
                     f"{table}_{part}", f"{name}: {PARTS.get(part, part)}",
                     f"{name} with {PARTS.get(part, part)} (the paper's table {number}). Accuracy in % "
                     "[95 % Wilson interval] over n test answers; exact McNemar p, paired by record. Green: Trained is "
-                    f"above {above} significant after Holm's adjustment; orange (red in the paper): below. The "
-                    "interval of the difference is over records and seeds; seconds are of all seeds' trainings.",
+                    f"above {above} significant after Holm's adjustment; orange (red in the paper): below. "
+                    f"{BOTH_SOURCES}",
                     [Column("target", "Target"), Column("what", "Combination"),
                      Column("chance", "Chance", "share"), Column("baseline", "Baseline", "score"),
                      Column("baseline_plus", "Baseline+", "score"),
                      Column("trained", "Trained", "score"), Column("mark", "", "mark"), Column("n", "n", "count"),
                      Column("difference", f"Points over {over}", "points"),
-                     Column("ci", "95 %\u00a0interval", "interval"),
+                     Column("ci", "95\u00a0% interval", "interval"),
                      Column("p_plus", "p vs Baseline+", "p"), Column("p_base", "p vs Baseline", "p"),
                      Column("seeds", "Seeds"), Column("cost", "Seconds", "count"),
                      Column("related", "Trained on", "long")],
@@ -290,13 +295,14 @@ class Tables:
                 f"multi_task_{part}", f"Multi-task: {PARTS[part]}",
                 f"One model of all subsets, {PARTS[part]} (the paper's table {number}). Accuracy in % [95 % Wilson "
                 "interval]; exact McNemar p. Green: Multi-task is above all others of the row, solid where "
-                "significantly; orange: below all.",
+                f"significantly; orange: below all. {BOTH_SOURCES}",
                 [Column("target", "Subset"), Column("what", "Combination"), Column("chance", "Chance", "share"),
                  *(Column(arm, arm_name(arm), "score") for arm in (*arms, "multi_task")), Column("mark", "", "mark"),
                  Column("singles", "Single-task, mean of all", "share"),
-                 Column("n", "n", "count"),
+                 Column("n", "n", "count"), Column("difference", f"Points over {arm_name(arms[-1])}", "points"),
+                 Column("ci", "95\u00a0% interval", "interval"),
                  *(Column(f"p_{arm}", f"p vs {arm_name(arm)}", "p") for arm in reversed(arms)),
-                 Column("seeds", "Seeds")],
+                 Column("seeds", "Seeds"), Column("cost", "Seconds", "count")],
             )  # fmt: skip
             for (row, target), scores in self.grid.scores("multi_task").items():
                 if row != part:
@@ -308,6 +314,10 @@ class Tables:
                           "seeds": seeds_text(scores)}  # fmt: skip
                 values |= {arm: scores.get(arm) for arm in (*arms, "multi_task")}
                 values["singles"] = self.mean_of_singles(part, target)
+                first = found[arms[-1]]
+                if first:
+                    values |= {"difference": first["difference"], "ci": (first["ci_low"], first["ci_high"])}
+                values["cost"] = self.cost("multi_task", row, "multi_task")
                 values |= {f"p_{arm}": row and row["p"] for arm, row in found.items()}
                 made[part].add(values, multi_task=mark, mark=mark)
         return list(made.values())
@@ -329,7 +339,7 @@ class Tables:
             "points. Green: its interval is above 0; orange: below.",
             [Column("records", "Target records", "count"), Column("with_related", "With all related", "score"),
              Column("target_only", "Target alone", "score"), Column("mean", "Difference", "points"),
-             Column("ci", "95 %\u00a0interval", "interval"), Column("targets", "Targets", "count"),
+             Column("ci", "95\u00a0% interval", "interval"), Column("targets", "Targets", "count"),
              Column("seeds", "Seeds", "count")],
         )  # fmt: skip
         gains = {g["records"]: g for g in efficiency_gains(self.grid)}

@@ -151,7 +151,8 @@ class Answer:
             *self.combination("triples", "three subsets with one element of the target each"),
             *self.combination(
                 "detection_pairs",
-                "a subset with boxes and one of choice questions which between them hold all three elements of the target",
+                "a subset with boxes and one of choice questions which between them hold all three elements of the "
+                "target",
             ),
             *self.ablation(),
             *self.multi_task(),
