@@ -224,6 +224,9 @@ def with_as_many_cells_as_fit(run: RunConfig) -> RunConfig:
       RuntimeError: not one cell fits.
     """
     from medcg_jax.run_config import replace
+
+    if run.study.models:
+        raise ConfigError("study.cells_at_once=0: a number is accepted where study.models has several models")
     from medcg_jax.scale.cells import fitting_run, print_fit
 
     fit = fitting_run(run, "local", num_groups=max(1, run.mesh.cell))

@@ -124,3 +124,28 @@ def test_boxes_then_masks_are_trained_and_scored(tmp_path, capfd):
     assert not (tmp_path / "none").exists()
     assert main(["train", f"{config}:masks", *few, start, "--config.model.trainable=mask_prompt,decoder"]) == 2
     assert "are trained by themselves" in capfd.readouterr().err
+
+
+AS_FIT = ("reproduce", "--config=configs/phantom.py:tiny", "--config.study.cells_at_once=0")
+
+
+def test_as_many_cells_as_fit(monkeypatch, capsys, tmp_path):
+    from medcg_jax.scale import cells
+    from medcg_jax.study import grid
+
+    seen = []
+    monkeypatch.setattr(grid, "reproduce", lambda run, workdir: seen.append(run.study.cells_at_once) or {})
+    args = [*AS_FIT, f"--workdir={tmp_path}/w"]
+    for fitting, status in ((6, 0), (0, 3)):
+        found = cells.Fit(fitting, {2: 1e9, 6: 3e9}, 4e9)
+        monkeypatch.setattr(cells, "fitting_run", lambda run, where, num_groups, found=found: found)
+        assert main(args) == status
+    assert seen == [6] and "6 cells fit local in 1 groups" in capsys.readouterr().out
+    assert main([*args, "--config.study.models=('llava15_tiny', 'qwen2_vl_tiny')"]) == 2
+    assert "several models" in capsys.readouterr().err
+
+
+def test_without_a_known_memory_nothing_is_guessed(capsys, tmp_path):
+    args = [*AS_FIT, f"--workdir={tmp_path}/w"]
+    assert main(args) == 2
+    assert "memory of cpu is not known" in capsys.readouterr().err and not (tmp_path / "w").exists()

@@ -19,11 +19,9 @@ def control_sets(records: RecordSet, names: Sequence[str], seed: int) -> dict[st
     Raises:
       DataError: a question does not hold its options as lines "A: ...", so that they cannot be exchanged.
     """
-    every = {"shuffled_images": _shuffled, "circular": _shifted, "two_options": _two_options}
-    assert every.keys() == set(CONTROLS)
     found = {}
     for name in names:
-        found |= every[name](records, Random(f"{name}/{seed}"))
+        found |= _MADE[name](records, Random(f"{name}/{seed}"))
     return {name: made for name, made in found.items() if len(made)}
 
 
@@ -79,3 +77,6 @@ def _two_options(records: RecordSet, random: Random) -> dict[str, RecordSet]:
         other = random.choice([option for option in record.options if option != record.label])
         changed.append(with_options(record, random.sample([record.label, other], 2), record.label))
     return {"two_options": _changed(records, places, changed)}
+
+
+_MADE = dict(zip(CONTROLS, (_shuffled, _shifted, _two_options), strict=True))

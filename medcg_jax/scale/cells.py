@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -53,19 +52,8 @@ def compile_step(
         accumulation_steps=run.train.accumulation_steps, compute_dtype=run.model.compute_dtype,
     )  # fmt: skip
     options = topology.compiler_options(mesh.devices.flat[0])
-    program = dataclasses.replace(program, jitted=_with_options(program.jitted, options))
-    _, compiled, lower_s, compile_s = program.compile(*split(params), batch)
+    _, compiled, lower_s, compile_s = program.compile(*split(params), batch, options)
     return compiled, {"lower_s": round(lower_s, 1), "compile_s": round(compile_s, 1)}
-
-
-def _with_options(jitted, options: dict):
-    """What `Program.compile` lowers and compiles, compiled with these options of the compiler."""
-
-    def lower(*args):
-        lowered = jitted.lower(*args)
-        return SimpleNamespace(compile=lambda: lowered.compile(compiler_options=options))
-
-    return SimpleNamespace(lower=lower)
 
 
 def measure(compiled: jax.stages.Compiled, mesh: Mesh) -> dict:

@@ -162,7 +162,9 @@ class Program:
         """The same of one run's state, the same on every part of the cell axis."""
         return with_shardings(jax.eval_shape(self.jitted_start_one, params), self.one_shardings)
 
-    def compile(self, params, frozen, batch: dict[str, jax.ShapeDtypeStruct | np.ndarray]):
+    def compile(
+        self, params, frozen, batch: dict[str, jax.ShapeDtypeStruct | np.ndarray], compiler_options: dict | None = None
+    ):
         """(jax.stages.Lowered, jax.stages.Compiled, seconds to lower, seconds to compile); allocates nothing.
 
         params, frozen: abstract parameters of one run. batch: shapes and dtypes of the global batch of one run.
@@ -183,7 +185,7 @@ class Program:
             began = time.perf_counter()
             lowered = self.jitted.lower(*args)
             lowered_at = time.perf_counter()
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options)
         return lowered, compiled, lowered_at - began, time.perf_counter() - lowered_at
 
 

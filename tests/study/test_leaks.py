@@ -176,3 +176,30 @@ def test_an_image_that_is_gone_is_named(tree):
     (tree / found.records[0].image).unlink()
     with pytest.raises(DataError, match="train-00001.png'?: No such file"):
         LeakGuard(source).check(cell())
+
+
+def test_a_grid_fails_the_leaking_cell_alone_and_names_both_records(tree, tmp_path):
+    """The guard as the grid calls it, before anything is compiled or trained."""
+    from medcg_jax.study.cells import Trainer
+    from medcg_jax.study.schedule import jobs_of
+    from medcg_jax.train.setup import start_params
+
+    test = json.loads((tree / "Aggregated_Subsets" / f"Subset--{TARGET}-test.json").read_text())[2]
+    path = tree / "Aggregated_Subsets" / f"Subset--{OTHER}-train.json"
+    raws = json.loads(path.read_text())
+    path.write_text(json.dumps([*raws, raws[0] | {"id": 777, "image": test["image"]}]))
+    run = replace(
+        RunConfig(), data__source="release", data__root=str(tree), data__system_prompt="", train__batch_size=8,
+        eval__batch_size=8,
+    )  # fmt: skip
+    trainer = Trainer(run, tmp_path / "w")
+    setup = trainer.setup(0)
+    (job,) = jobs_of([cell()], run)
+    waiting, ended = [job], {}
+    trainer.run(
+        lambda: waiting.pop() if waiting else None, start_params(setup, seed=0),
+        lambda job, outcome: ended.update({job.id: outcome["status"]}),
+    )  # fmt: skip
+    assert list(ended) == ["pairs.x.s0"]
+    assert f"{OTHER}/train/777 has the same image as test record {TARGET}/test/{test['id']}" in ended["pairs.x.s0"]
+    assert not list((tmp_path / "w").rglob("*.jsonl"))
