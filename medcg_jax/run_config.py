@@ -114,7 +114,13 @@ class DataConfig:
     imagewikiqa_share: float = 0.0
     # Subset -> weight of its records in a batch; empty: every record once an epoch.
     subset_weights: dict[str, float] = field(default_factory=dict)
+    # What an image, and the square it is padded to, may have; a larger one is refused from its header.
     max_pixels: int = 50_000_000
+    # How DICOM and images of more than 8 bits become 8 bits (`data.reading.Reading`): a window's preset or CENTER/WIDTH
+    # ("": the file's own), what is done with greys of 16 bits without one, and which frame of several is taken.
+    window: str = ""
+    deep_grey: str = "range"
+    frame: str = "middle"
 
 
 @dataclass(frozen=True)
