@@ -5,16 +5,15 @@ Nothing found ends the run: each record and each image is judged by itself.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medcg_jax.data.images import ImageError, load_image
+from medcg_jax.data.examine import Examined, examine_all
+from medcg_jax.data.processes import Progress
+from medcg_jax.data.reading import Reading
 from medcg_jax.data.records import DataError, Split
 from medcg_jax.data.release import read_manifest, subset_files, subset_table
 from medcg_jax.data.schema import (
@@ -28,6 +27,13 @@ from medcg_jax.data.schema import (
 )
 from medcg_jax.data.schema_detection import DETECTION_KEYS, detection_problems
 from medcg_jax.run_config import DataConfig
+
+
+# Kinds of problems that are a record's own: without it the rest of its file can be used.
+RECORD_KINDS = frozenset(
+    ("type", "key", "options", "letter", "answer", "duplicate_id", "path", "missing_file", "image", "size", "box")
+    + ("duplicate_across_splits",)
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,21 @@ class Report:
     def ok(self) -> bool:
         return not self.problems
 
+    @property
+    def bad_records(self) -> frozenset[tuple[str, str]]:
+        """(file, record) of every record that something is wrong with."""
+        return frozenset((problem.file, problem.record) for problem in self.problems if problem.kind in RECORD_KINDS)
+
+    @property
+    def bad_frac(self) -> float:
+        """Share of the records that something is wrong with, in 0..1."""
+        return len(self.bad_records) / self.num_records if self.num_records else 0.0
+
+    def acceptable(self, max_bad_frac: float) -> bool:
+        """Whether nothing is wrong but so small a share of the records. Of a file that cannot be read nobody knows how
+        many records it has: it is not acceptable at any share."""
+        return all(problem.kind in RECORD_KINDS for problem in self.problems) and self.bad_frac <= max_bad_frac
+
     def counts(self) -> dict[str, int]:
         """Number of problems of each kind, most frequent first."""
         return dict(Counter(problem.kind for problem in self.problems).most_common())
@@ -74,12 +95,14 @@ class Report:
             "images": self.num_images,
             "detection_records": self.num_detection,
             "boxes": self.num_boxes,
+            "bad_records": len(self.bad_records),
+            "bad_frac": self.bad_frac,
             "counts": self.counts(),
             "problems": [asdict(problem) for problem in self.problems],
         }
 
 
-class _Use(NamedTuple):
+class Use(NamedTuple):
     """One record's use of an image."""
 
     file: str
@@ -90,30 +113,39 @@ class _Use(NamedTuple):
     boxes: dict[str, Any] | None
 
 
-class _Image(NamedTuple):
-    """What an image file turned out to be: its size (height, width) if it can be decoded, else why not."""
+class Inspection(NamedTuple):
+    """A tree's report with what it rests on: every use of an image, and every image file."""
 
-    digest: str
-    size: tuple[int, int] | None
-    reason: str
+    report: Report
+    uses: tuple[Use, ...]
+    images: dict[Path, Examined]
 
 
-def check_tree(
+def check_tree(root: str | Path, max_pixels: int = DataConfig().max_pixels, **options) -> Report:
+    """The report of `inspect`, which takes the same."""
+    return inspect(root, max_pixels, **options).report
+
+
+def inspect(
     root: str | Path,
     max_pixels: int = DataConfig().max_pixels,
+    reading: Reading = Reading(),
     *,
     workers: int = 0,
-    progress: Callable[[Iterable, int], Iterable] | None = None,
-) -> Report:
+    progress: Progress | None = None,
+    known: dict[str, Examined] | None = None,
+) -> Inspection:
     """Every problem of the tree's subset files, of the images they name, and between train and test.
 
     Kinds: those of `schema` (`unreadable`, `encoding`, `json`, `not_a_list`, `type`, `key`, `options`, `letter`,
     `answer`, `duplicate_id`, `path`, `missing_file`), and `unknown_subset`, `duplicate_file`, `manifest`, `image`,
-    `size`, `box`, `no_records`, `duplicate_across_splits` (the same bytes in train and in test, whatever the names).
+    `size`, `box`, `no_records`, `duplicate_across_splits` (the same bytes or the same pixels in train and in test,
+    whatever the names).
 
     Args:
-      workers: threads that decode; 0: one per core.
+      workers: processes that decode; 0: one per core.
       progress: wraps the images' iterator and takes their number: `lambda images, total: tqdm(images, total=total)`.
+      known: images that need not be read again, as `examine.examine_all` takes them.
 
     Raises:
       DataError: the root is no folder or holds no subset file.
@@ -126,11 +158,11 @@ def check_tree(
     try:
         files = subset_files(root)
     except ReleaseError as error:
-        return Report(0, 0, 0, (*problems, _problem(error)))
+        return Inspection(Report(0, 0, 0, (*problems, _problem(error))), (), {})
     if not files:
         reason = "no Subset--NN-train.json in it or in its Aggregated_Subsets"
         raise DataError(f"{str(root)!r} is no Med-MAT tree: {reason}")
-    uses: list[_Use] = []
+    uses: list[Use] = []
     num_records = num_detection = 0
     for file in files:
         if file.number not in known:
@@ -147,20 +179,21 @@ def check_tree(
             problems.append(Problem(file.path.name, "", "no_records", "an empty list; nothing can be drawn from it"))
         uses += check_records(raws, root, file.path.name, file.split, file.detection, problems)
     paths = sorted({use.path for use in uses})
-    images = _look_at_all(paths, max_pixels, workers, progress)
+    images = examine_all(paths, max_pixels, reading, workers=workers, progress=progress, known=known)
     problems += _image_problems(uses, images)
     problems += _shared_between_splits(uses, images)
     order = {file.path.name: place for place, file in enumerate(files)}
     problems.sort(key=lambda problem: order.get(problem.file, -1))
     num_boxes = sum(len(use.boxes["boxes"]) for use in uses if use.boxes)
-    return Report(len(files), num_records, len(paths), tuple(problems), num_detection, num_boxes)
+    report = Report(len(files), num_records, len(paths), tuple(problems), num_detection, num_boxes)
+    return Inspection(report, tuple(uses), images)
 
 
 def check_records(
     raws: list[Any], root: Path, file: str, split: Split, detection: bool, problems: list[Problem]
-) -> list[_Use]:
+) -> list[Use]:
     """The image uses of the records whose JSON and path are right; what is wrong with others is added to `problems`."""
-    uses: list[_Use] = []
+    uses: list[Use] = []
     seen: set[int] = set()
     for place, raw in enumerate(raws):
         name = record_name(raw, place)
@@ -171,21 +204,28 @@ def check_records(
             else:
                 parse_choice(raw, file=file, place=place, subset="", split=split)
             path = image_path(root, raw["image"], file=file, record=name)
-            uses.append(_Use(file, name, split, path, raw if detection else None))
+            uses.append(Use(file, name, split, path, raw if detection else None))
         except ReleaseError as error:
             problems.append(_problem(error))
     return uses
 
 
 def print_report(report: Report, *, limit: int = 20) -> None:
-    """Prints what was looked at, how many problems there are of each kind, and the first `limit` of each."""
+    """Prints what was looked at, a table of what is wrong by kind, and the first `limit` of each kind."""
     print(f"{report.num_files} subset files, {report.num_records} records, {report.num_images} images")
     if report.num_detection:
         print(f"of these {report.num_detection} detection records, {report.num_boxes} boxes")
     if report.ok:
         print("nothing is wrong")
+        return
+    print(f"bad records: {len(report.bad_records)} of {report.num_records} ({report.bad_frac:.2%})\n")
+    width = max(len("kind"), *map(len, report.counts()))
+    print(f"{'kind':{width}}  problems  files")
     for kind, count in report.counts().items():
-        print(f"{kind}: {count}")
+        files = len({problem.file for problem in report.problems if problem.kind == kind})
+        print(f"{kind:{width}}  {count:8}  {files:5}")
+    for kind, count in report.counts().items():
+        print(f"\n{kind}: {count}")
         shown = [problem for problem in report.problems if problem.kind == kind][:limit]
         for problem in shown:
             print(f"  {problem}")
@@ -205,30 +245,7 @@ def _problem(error: ReleaseError) -> Problem:
     return Problem(error.file, error.record, error.kind, error.reason)
 
 
-def _look_at_all(
-    paths: list[Path], max_pixels: int, workers: int, progress: Callable[[Iterable, int], Iterable] | None
-) -> dict[Path, _Image]:
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        looked: Iterable[_Image] = pool.map(lambda path: _look_at(path, max_pixels), paths)
-        if progress:
-            looked = progress(looked, len(paths))
-        return dict(zip(paths, looked, strict=True))
-
-
-def _look_at(path: Path, max_pixels: int) -> _Image:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        return _Image("", None, error.strerror or str(error))
-    digest = hashlib.sha256(content).hexdigest()
-    try:
-        height, width = load_image(content, max_pixels).shape[:2]
-    except ImageError as error:
-        return _Image(digest, None, str(error))
-    return _Image(digest, (height, width), "")
-
-
-def _image_problems(uses: list[_Use], images: dict[Path, _Image]) -> list[Problem]:
+def _image_problems(uses: list[Use], images: dict[Path, Examined]) -> list[Problem]:
     found = []
     for use in uses:
         image = images[use.path]
@@ -240,16 +257,22 @@ def _image_problems(uses: list[_Use], images: dict[Path, _Image]) -> list[Proble
     return found
 
 
-def _shared_between_splits(uses: list[_Use], images: dict[Path, _Image]) -> list[Problem]:
-    """One problem per test record whose image's bytes a training record has, in any subset."""
-    trained: dict[str, _Use] = {}
+def _shared_between_splits(uses: list[Use], images: dict[Path, Examined]) -> list[Problem]:
+    """One problem per test record whose image a training record has, in any subset: its bytes, or its pixels."""
+    bytes_of: dict[str, Use] = {}
+    pixels_of: dict[str, Use] = {}
     for use in uses:
         if use.split == "train" and images[use.path].digest:
-            trained.setdefault(images[use.path].digest, use)
+            bytes_of.setdefault(images[use.path].digest, use)
+            if images[use.path].pixels:
+                pixels_of.setdefault(images[use.path].pixels, use)
     found = []
     for use in uses:
-        first = trained.get(images[use.path].digest)
+        image, same = images[use.path], "image"
+        first = bytes_of.get(image.digest)
+        if first is None:
+            first, same = pixels_of.get(image.pixels), "picture, in another file,"
         if use.split == "test" and first:
-            reason = f"the same image as in {first.file}, {first.record} ({first.path.name!r})"
+            reason = f"the same {same} as in {first.file}, {first.record} ({first.path.name!r})"
             found.append(Problem(use.file, use.record, "duplicate_across_splits", reason))
     return found
