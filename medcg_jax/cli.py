@@ -12,7 +12,7 @@ from pathlib import Path
 from medcg_jax.data.records import DataError
 from medcg_jax.files import write_whole
 from medcg_jax.host import keep_freed_memory
-from medcg_jax.run_config import ConfigError, RunConfig, RunError
+from medcg_jax.run_config import ConfigError, DataConfig, RunConfig, RunError
 
 # Files of a release that may lie apart from it.
 RELEASE_PARTS = {
@@ -95,7 +95,20 @@ def parser() -> Parser:
     phantom.add_argument("--train", type=int, default=300, metavar="N", help="training records per subset")
     phantom.add_argument("--test", type=int, default=300, metavar="N", help="test records per subset")
     check = add(kinds, "check", data_check, "report, per record of a tree, what is missing, broken, unsafe or duplicated")
-    check.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree")
+    check.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree, or one that was prepared")
+    add_bad_frac(check)
+    prepare = add(kinds, "prepare", data_prepare, "write a tree's records, checked and decoded, as ArrayRecord shards")
+    prepare.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree")
+    prepare.add_argument("out", metavar="OUT", help="folder to write, or to go on with")
+    prepare.add_argument(
+        "--image", default="square:336", metavar="LAYOUT",
+        help="square:336 (LLaVA-1.5's own square), fit:SIZE (longer side at most SIZE pixels) or keep",
+    )  # fmt: skip
+    prepare.add_argument("--train_records", type=int, default=3000, metavar="N", help="at most, of a subset")
+    prepare.add_argument("--test_records", type=int, default=0, metavar="N", help="at most; 0: all")
+    prepare.add_argument("--seed", type=int, default=0, help="of what the caps leave")
+    prepare.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0: one per core")
+    add_bad_frac(prepare)
 
     convert = add(verbs, "convert", convert_weights, "released PyTorch checkpoint to Orbax, and back")
     convert.add_argument("src", metavar="SRC")
@@ -139,6 +152,26 @@ def add(verbs, name: str, run, text: str) -> Parser:
     return verb
 
 
+def add_bad_frac(verb: Parser) -> None:
+    verb.add_argument(
+        "--max_bad_frac", type=fraction, default=0.0, metavar="FRAC", help="share of bad records that is accepted (0)"
+    )
+    for name, what in (
+        ("window", "of DICOM and deep greys: a preset (lung, brain, ...) or CENTER/WIDTH; default: the file's own"),
+        ("deep_grey", "greys of 16 bits: range, percentile or window"),
+        ("frame", "of several: first, middle, last or a number from 0"),
+    ):
+        verb.add_argument(f"--{name}", default=getattr(DataConfig(), name), help=what)
+    verb.add_argument("--max_pixels", type=int, default=DataConfig().max_pixels, metavar="N", help="of an image")
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: 0 to 1 is accepted")
+    return value
+
+
 def resolved(args: argparse.Namespace) -> RunConfig:
     from medcg_jax.config_file import load
 
@@ -165,13 +198,47 @@ def data_phantom(args) -> dict:
 
 
 def data_check(args) -> dict:
+    from medcg_jax.data import prepared
+    from medcg_jax.data.check import check_tree, print_report
+    from medcg_jax.data.reading import Reading
+
+    if prepared.is_prepared(args.root):
+        wrong = prepared.verify(args.root)
+        print("\n".join(wrong) or f"{args.root}: every shard has the bytes that were written")
+        return {"ok": not wrong, "shards": wrong, "exit_status": 2 if wrong else 0}
+    reading = Reading(args.window, args.deep_grey, args.frame)
+    report = check_tree(args.root, args.max_pixels, reading, progress=progress)
+    print_report(report)
+    return report.as_dict() | {"exit_status": 0 if report.acceptable(args.max_bad_frac) else 2}
+
+
+def data_prepare(args) -> dict:
+    from medcg_jax.data.check import print_report
+    from medcg_jax.data.layouts import parse_layout
+    from medcg_jax.data.prepare import TooManyBad, prepare
+
+    data = DataConfig(
+        train_records_per_subset=args.train_records, test_records_per_subset=args.test_records, seed=args.seed,
+        max_pixels=args.max_pixels, window=args.window, deep_grey=args.deep_grey, frame=args.frame,
+    )  # fmt: skip
+    layout, options = parse_layout(args.image), {"max_bad_frac": args.max_bad_frac, "workers": args.workers}
+    try:
+        done = prepare(args.root, args.out, data, layout, progress=progress, **options)
+    except TooManyBad as error:
+        print_report(error.report)
+        raise
+    numbers = {split: sum(entry[split] for entry in done.manifest["subsets"]) for split in ("train", "test")}
+    aside, subsets = done.manifest["set_aside"], len(done.manifest["subsets"])
+    print(f"{args.out}: {subsets} subsets, {numbers['train']} training and {numbers['test']} test records")
+    print(f"{aside['records']} of {aside['of']} set aside; {done.shards_written} shards written in {done.seconds:.1f} s")
+    return {"out": args.out, **numbers, "set_aside": aside, "shards_written": done.shards_written}
+
+
+def progress(items, total: int):
+    """A bar on a terminal; nothing elsewhere."""
     from tqdm import tqdm
 
-    from medcg_jax.data.check import check_tree, print_report
-
-    report = check_tree(args.root, progress=lambda images, total: tqdm(images, total=total, unit="image", disable=None))
-    print_report(report)
-    return report.as_dict() | {"exit_status": 0 if report.ok else 2}
+    return tqdm(items, total=total, disable=None)
 
 
 def convert_weights(args) -> dict:

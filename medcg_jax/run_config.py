@@ -8,7 +8,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
-SOURCES = ("phantom", "release")
+SOURCES = ("phantom", "release", "prepared")
 ATTENTION = ("auto", "plain", "splash", "cudnn")
 REMAT = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16")
@@ -93,6 +93,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     source: str = "phantom"
+    # Folder of a Med-MAT tree ("release"), or what `medcg data prepare` wrote ("prepared").
     root: str = ""
     seed: int = 0
     # Text tokens a training row may have, beside the image's; a longer record is an error, never cut.

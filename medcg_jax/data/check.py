@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,6 @@ from medcg_jax.data.schema import (
 )
 from medcg_jax.data.schema_detection import DETECTION_KEYS, detection_problems
 from medcg_jax.run_config import DataConfig
-
 
 # Kinds of problems that are a record's own: without it the rest of its file can be used.
 RECORD_KINDS = frozenset(
@@ -78,9 +78,10 @@ class Report:
         return len(self.bad_records) / self.num_records if self.num_records else 0.0
 
     def acceptable(self, max_bad_frac: float) -> bool:
-        """Whether nothing is wrong but so small a share of the records. Of a file that cannot be read nobody knows how
-        many records it has: it is not acceptable at any share."""
-        return all(problem.kind in RECORD_KINDS for problem in self.problems) and self.bad_frac <= max_bad_frac
+        """Whether nothing is wrong but so small a share of the records, or that a file has none. A file that cannot be
+        read is not acceptable at any share, since nobody knows how many records it has."""
+        own = all(problem.kind in RECORD_KINDS or problem.kind == "no_records" for problem in self.problems)
+        return own and self.bad_frac <= max_bad_frac
 
     def counts(self) -> dict[str, int]:
         """Number of problems of each kind, most frequent first."""
@@ -121,9 +122,9 @@ class Inspection(NamedTuple):
     images: dict[Path, Examined]
 
 
-def check_tree(root: str | Path, max_pixels: int = DataConfig().max_pixels, **options) -> Report:
+def check_tree(root: str | Path, *args, **kwargs) -> Report:
     """The report of `inspect`, which takes the same."""
-    return inspect(root, max_pixels, **options).report
+    return inspect(root, *args, **kwargs).report
 
 
 def inspect(
@@ -133,7 +134,8 @@ def inspect(
     *,
     workers: int = 0,
     progress: Progress | None = None,
-    known: dict[str, Examined] | None = None,
+    known: Mapping[Path, Examined] | None = None,
+    remember: Callable[[Path, Examined], None] | None = None,
 ) -> Inspection:
     """Every problem of the tree's subset files, of the images they name, and between train and test.
 
@@ -145,7 +147,7 @@ def inspect(
     Args:
       workers: processes that decode; 0: one per core.
       progress: wraps the images' iterator and takes their number: `lambda images, total: tqdm(images, total=total)`.
-      known: images that need not be read again, as `examine.examine_all` takes them.
+      known, remember: as `examine.examine_all` takes them.
 
     Raises:
       DataError: the root is no folder or holds no subset file.
@@ -179,7 +181,9 @@ def inspect(
             problems.append(Problem(file.path.name, "", "no_records", "an empty list; nothing can be drawn from it"))
         uses += check_records(raws, root, file.path.name, file.split, file.detection, problems)
     paths = sorted({use.path for use in uses})
-    images = examine_all(paths, max_pixels, reading, workers=workers, progress=progress, known=known)
+    images = examine_all(
+        paths, max_pixels, reading, workers=workers, progress=progress, known=known, remember=remember
+    )
     problems += _image_problems(uses, images)
     problems += _shared_between_splits(uses, images)
     order = {file.path.name: place for place, file in enumerate(files)}

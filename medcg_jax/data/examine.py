@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ class Examined:
       reason: why it is refused; "" where it is not.
       digest: sha256 of the file's bytes, in hex; "" where they cannot be read.
       pixels: sha256 of the shape and the decoded RGB pixels: the same picture in another file.
+      read_as: what was chosen to make 8 bits of it (a window, a frame); "" for an ordinary image.
     """
 
     height: int = 0
@@ -31,6 +32,7 @@ class Examined:
     reason: str = ""
     digest: str = ""
     pixels: str = ""
+    read_as: str = ""
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -46,7 +48,7 @@ def examine(path: Path, max_pixels: int, reading: Reading) -> Examined:
         return Examined(reason=error.strerror or str(error))
     digest = hashlib.sha256(content).hexdigest()
     try:
-        image = load_image(content, max_pixels)
+        image = load_image(content, max_pixels, reading)
     except ImageError as error:
         return Examined(reason=str(error), digest=digest)
     height, width = image.shape[:2]
@@ -67,21 +69,77 @@ def examine_all(
     *,
     workers: int = 0,
     progress: Progress | None = None,
-    known: dict[str, Examined] | None = None,
+    known: Mapping[Path, Examined] | None = None,
+    remember: Callable[[Path, Examined], None] | None = None,
 ) -> dict[Path, Examined]:
     """Every file of `paths`, by path.
 
     Args:
       workers: processes; 0: one per core.
       progress: wraps the iterator over files that are read and takes their number.
-      known: what `recall` gave; these are not read again.
+      known: `Memory.known`; these are not read again.
+      remember: `Memory.add`, called with each file that was read.
     """
-    known = known or {}
-    found = {path: known[str(path)] for path in paths if str(path) in known}
+    found = {path: known[path] for path in paths if path in known} if known else {}
     unknown = [path for path in paths if path not in found]
     one = functools.partial(examine, max_pixels=max_pixels, reading=reading)
     looked = over(one, unknown, workers=workers, crashed=lambda path: Examined(reason="its decoder crashed"))
     if progress and unknown:
         looked = progress(looked, len(unknown))
-    found |= zip(unknown, looked, strict=True)
+    for path, own in zip(unknown, looked, strict=True):
+        found[path] = own
+        if remember:
+            remember(path, own)
     return {path: found[path] for path in paths}
+
+
+class Memory:
+    """What was found out about the files of a tree, kept in a file, one line each, as it is found.
+
+        with Memory(out / ".examined.jsonl", root, repr((max_pixels, reading))) as memory:
+            examine_all(paths, max_pixels, reading, known=memory.known, remember=memory.add)
+
+    A file that has another size or time of change is not known, nor is one that was read in another way.
+
+    Attributes:
+      known: path -> what was found, of files that have not changed since.
+    """
+
+    def __init__(self, path: Path, root: Path, way: str):
+        self._path, self._root, self._way = path, Path(os.path.realpath(root)), way
+        self.known = dict(self._recalled())
+
+    def __enter__(self) -> Memory:
+        self._file = self._path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    def add(self, path: Path, found: Examined) -> None:
+        name, stamp = str(path.relative_to(self._root)), _stamp(path)
+        self._file.write(json.dumps([name, self._way, stamp, asdict(found)]) + "\n")
+
+    def _recalled(self) -> Iterator[tuple[Path, Examined]]:
+        try:
+            lines = self._path.read_text("utf-8").splitlines()
+        except FileNotFoundError:
+            return
+        for line in lines:
+            try:
+                name, way, stamp, found = json.loads(line)
+                own = Examined(**found)
+            except (ValueError, TypeError):  # the last line of a run that was killed
+                continue
+            path = self._root / name
+            if stamp and way == self._way and stamp == _stamp(path):
+                yield path, own
+
+
+def _stamp(path: Path) -> list[int]:
+    """[size in bytes, time of change in ns]; [] where there is no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from medcg_jax.data.reading import Reading
 from medcg_jax.data.records import DataError
 
 # int(mean * 255) of CLIP's channel means.
@@ -25,7 +26,7 @@ class ImageError(DataError):
     """An image cannot be decoded or must not be; the message says why, its caller knows whose it is."""
 
 
-def load_image(source: str | Path | bytes, max_pixels: int) -> np.ndarray:
+def load_image(source: str | Path | bytes, max_pixels: int, reading: Reading = Reading()) -> np.ndarray:
     """uint8[h, w, 3] RGB, upright, decoded by content whatever the name.
 
     The first frame of several is taken; 16-bit greys are scaled to 8 bits; transparency is laid over `BACKGROUND`.

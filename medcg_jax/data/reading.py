@@ -1,4 +1,4 @@
-"""How pixels that are no plain 8-bit image become uint8: windows of DICOM files, deep greys, the frame that is taken."""
+"""How pixels that are no plain 8-bit image become uint8: windows of DICOM files, deep greys, which frame."""
 
 from __future__ import annotations
 

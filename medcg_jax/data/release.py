@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,11 @@ class ReleaseSource:
     A subset without a test file is split 9:1 by image and label, the same way whatever the seed. Training records are
     capped with labels balanced by `config.train_records_per_subset`, test records by `config.test_records_per_subset`.
 
+    Args:
+      skip: (file, record) of records that are left out, as `check` names them; the others are then counted exactly.
+
     Attributes:
+      root: the tree, every link followed.
       subsets: the choice subsets.
       detection_subsets: the subsets that have boxes instead of options, looked at when asked for.
 
@@ -130,11 +134,11 @@ class ReleaseSource:
       DataError: `root` is no Med-MAT tree, a file is no list, or a subset is unknown.
     """
 
-    def __init__(self, root: str | Path, config: DataConfig):
+    def __init__(self, root: str | Path, config: DataConfig, skip: Container[tuple[str, str]] = ()):
         if not str(root) or not Path(root).is_dir():
             raise DataError(f"data.root={str(root)!r}: no such folder; that of a Med-MAT tree is accepted")
-        self._root, self._config = Path(os.path.realpath(root)), config
-        files = subset_files(self._root)
+        self.root, self._config, self._skip = Path(os.path.realpath(root)), config, skip
+        files = subset_files(self.root)
         self._files = {(file.number, file.split): file.path for file in files}
         self._with_boxes = {file.number for file in files if file.detection}
         choice = {file.number for file in files if not file.detection}
@@ -142,12 +146,12 @@ class ReleaseSource:
             reason = "no Subset--NN-train.json in it or in its Aggregated_Subsets"
             raise DataError(f"data.root={str(root)!r} is no Med-MAT tree: {reason}")
         self._parsed: dict[tuple[str, Split], list[Record]] = {}
-        manifest = read_manifest(self._root)
+        manifest = read_manifest(self.root)
         self.subsets = tuple(self._subset(number, manifest) for number in sorted(choice))
 
     @functools.cached_property
     def detection_subsets(self) -> tuple[Subset, ...]:
-        manifest = read_manifest(self._root)
+        manifest = read_manifest(self.root)
         return tuple(self._subset(number, manifest) for number in sorted(self._with_boxes))
 
     def records(self, subset: str, split: Split) -> RecordSet:
@@ -155,11 +159,12 @@ class ReleaseSource:
         if split not in SPLITS:
             raise DataError(f"split {split!r}; {' or '.join(SPLITS)} is accepted")
         if subset not in {number for number, _ in self._files}:
-            raise DataError(f"subset {subset!r} is no subset of {self._root}")
+            raise DataError(f"subset {subset!r} is no subset of {self.root}")
         records = self._records(subset, split)
-        places = balanced([_labels(record) for record in records], self._limit(split), self._seed(subset, split))
+        seed = cap_seed(self._config, subset, split)
+        places = balanced([labels_of(record) for record in records], self._limit(split), seed)
         kept = [records[place] for place in places]
-        return RecordSet(kept, _TreeImages(self._root, [r.image for r in kept], self._config.max_pixels))
+        return RecordSet(kept, _TreeImages(self.root, [r.image for r in kept], self._config.max_pixels))
 
     def fingerprint(self) -> str:
         """A digest of the choice files, of the names and sizes of their images, and of the caps and their seed."""
@@ -179,7 +184,7 @@ class ReleaseSource:
                 continue
             digest.update(f"\n{number} {split} ".encode() + hashlib.sha256(path.read_bytes()).digest())
             for raw in read_list(path):
-                digest.update(f"\n{_size(self._root, raw)}".encode())
+                digest.update(f"\n{_size(self.root, raw)}".encode())
         for subset in subsets:
             digest.update(repr((subset.name, subset.modality, subset.area, subset.task)).encode())
         return digest.hexdigest()[:16]
@@ -195,7 +200,7 @@ class ReleaseSource:
 
     def _labels_and_counts(self, number: str) -> tuple[tuple[str, ...], dict[str, int]]:
         """Taken from the JSON alone where both splits are given: records are checked when they are used."""
-        if all((number, split) in self._files for split in SPLITS):
+        if not self._skip and all((number, split) in self._files for split in SPLITS):
             raws = {split: read_list(self._files[number, split]) for split in SPLITS}
             listed = [raw for split in SPLITS for raw in raws[split] if isinstance(raw, dict)]
             key = "Answer"
@@ -224,18 +229,16 @@ class ReleaseSource:
         return self._parsed[number, split]
 
     def _read(self, path: Path, number: str, split: Split) -> list[Record]:
+        where = {"subset": number, "split": split, "skip": self._skip}
         if number in self._with_boxes:
-            return read_detection_file(path, self._root, self._config.max_pixels, subset=number, split=split)
-        return read_choice_file(path, self._root, subset=number, split=split)
+            return read_detection_file(path, self.root, self._config.max_pixels, **where)
+        return read_choice_file(path, self.root, **where)
 
     def _path(self, number: str) -> Path:
         return next(path for (own, _), path in sorted(self._files.items()) if own == number)
 
     def _limit(self, split: Split) -> int:
         return self._config.train_records_per_subset if split == "train" else self._config.test_records_per_subset
-
-    def _seed(self, subset: str, split: Split) -> int:
-        return int.from_bytes(hashlib.sha256(f"{self._config.seed}/{subset}/{split}".encode()).digest()[:8], "big")
 
 
 def _split_by_image(number: str, both: dict[Split, list[Record]]) -> dict[tuple[str, Split], list[Record]]:
@@ -255,7 +258,12 @@ def _split_by_image(number: str, both: dict[Split, list[Record]]) -> dict[tuple[
     return {(number, split): [r for r in both[split] if (r.image in test) == (split == "test")] for split in SPLITS}
 
 
-def _labels(record: Record) -> str:
+def cap_seed(config: DataConfig, subset: str, split: Split) -> int:
+    """The seed that `balanced` draws a subset's records with."""
+    return int.from_bytes(hashlib.sha256(f"{config.seed}/{subset}/{split}".encode()).digest()[:8], "big")
+
+
+def labels_of(record: Record) -> str:
     """What a cap balances: the right option, or all labels of a record's boxes."""
     return record.label or "+".join(sorted({box.label for box in record.boxes}))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -163,8 +163,12 @@ def image_path(root: Path, relative: str, *, file: str, record: str) -> Path:
     return found
 
 
-def read_choice_file(path: Path, root: Path, *, subset: str = "", split: str = "") -> list[Record]:
+def read_choice_file(
+    path: Path, root: Path, *, subset: str = "", split: str = "", skip: Container[tuple[str, str]] = ()
+) -> list[Record]:
     """All records of one file, every one checked, the images' paths included (their pixels are not read).
+
+    skip: (file, record) of those that are left out unread, as `check` names them.
 
     Raises:
       ReleaseError: at the first thing that is wrong.
@@ -173,6 +177,8 @@ def read_choice_file(path: Path, root: Path, *, subset: str = "", split: str = "
     records: list[Record] = []
     seen: set[int] = set()
     for place, raw in enumerate(read_list(path)):
+        if (path.name, record_name(raw, place)) in skip:
+            continue
         check_id(raw, seen, file=path.name, place=place)
         records.append(parse_choice(raw, file=path.name, place=place, subset=subset, split=split))
         image_path(root, raw["image"], file=path.name, record=record_name(raw, place))

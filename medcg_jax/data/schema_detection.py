@@ -6,6 +6,7 @@ The release's own detection subsets are not out; the keys and types are those of
 from __future__ import annotations
 
 import os
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,18 @@ def detection_problems(raw: dict[str, Any], size: tuple[int, int]) -> list[tuple
     return found
 
 
-def read_detection_file(path: Path, root: Path, max_pixels: int, *, subset: str = "", split: str = "") -> list[Record]:
+def read_detection_file(
+    path: Path,
+    root: Path,
+    max_pixels: int,
+    *,
+    subset: str = "",
+    split: str = "",
+    skip: Container[tuple[str, str]] = (),
+) -> list[Record]:
     """All records of one file, every one checked against the size in its image's header (pixels are not decoded).
+
+    skip: (file, record) of those that are left out unread, as `check` names them.
 
     Raises:
       ReleaseError: at the first thing that is wrong: kinds of `parse_detection`, `duplicate_id`, those of
@@ -71,6 +82,8 @@ def read_detection_file(path: Path, root: Path, max_pixels: int, *, subset: str 
     seen: set[int] = set()
     for place, raw in enumerate(read_list(path)):
         name = record_name(raw, place)
+        if (path.name, name) in skip:
+            continue
         check_id(raw, seen, file=path.name, place=place)
         check_keys(raw, DETECTION_KEYS, path.name, name)
         image = image_path(root, raw["image"], file=path.name, record=name)

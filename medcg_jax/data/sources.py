@@ -10,10 +10,11 @@ from medcg_jax.run_config import SOURCES, DataConfig
 
 
 def open_source(config: DataConfig) -> Source:
-    """The phantom world (`source="phantom"`, drawn from `seed`) or the Med-MAT tree at `root` (`source="release"`).
+    """The phantom world (`source="phantom"`, drawn from `seed`), the Med-MAT tree at `root` ("release"), or what
+    `medcg data prepare` wrote there ("prepared").
 
     Raises:
-      DataError: an unknown source, or a root that is missing or no Med-MAT tree.
+      DataError: an unknown source, or a root that is missing or holds something else.
     """
     if config.source == "phantom":
         from medcg_jax.data.phantom import PHANTOM_TEST_RECORDS
@@ -25,6 +26,10 @@ def open_source(config: DataConfig) -> Source:
         from medcg_jax.data.release import ReleaseSource
 
         return ReleaseSource(config.root, config)
+    if config.source == "prepared":
+        from medcg_jax.data.prepared import PreparedSource
+
+        return PreparedSource(config.root, config)
     raise DataError(f"data.source={config.source!r}; {' or '.join(SOURCES)} is accepted")
 
 

@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 from medcg_jax.data import formats
 from medcg_jax.data.encoding import Encoded, encode, encode_boxes, encode_eval
 from medcg_jax.data.formats import Format
+from medcg_jax.data.layouts import check_layout
+from medcg_jax.data.prepared import PreparedSource
 from medcg_jax.data.records import RecordSet, Source
 from medcg_jax.data.sources import open_source, require_subsets
 from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -92,6 +94,8 @@ def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None, has_w
     whole = replicated(model, mesh)
     if whole:
         print(f"mesh.tensor={mesh.shape['tensor']} does not divide them, so every device holds whole: {', '.join(whole)}")
+    if isinstance(source, PreparedSource):
+        check_layout(source.layout, family, model)
     made = formats.format_of(family, model, with_masks=trains_masks(run.model))
     return Setup(run, mesh, tokenizer, model, made, source)
 

@@ -1,0 +1,320 @@
+"""A Med-MAT tree checked, decoded, laid out and written once as ArrayRecord shards: `medcg data prepare ROOT OUT`.
+
+    OUT/manifest.json                               written last: settings, counts, digests of all else
+    OUT/records/NN-train.jsonl                      the records of a subset and split, one a line, without pixels
+    OUT/records/NN-train-00000-of-00012.arrayrecord the same with them, `RECORDS_PER_SHARD` in each
+    OUT/set_aside.jsonl                             the records left out, and why
+
+A shard's record is its line of the .jsonl, a line end, and the pixels: uint8, rows of `shape`, of one channel where all
+three are equal. A shard appears whole under its name, whoever wrote it, so a run that was killed goes on at the next.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medcg_jax.data.check import Inspection, Report, inspect
+from medcg_jax.data.examine import Examined, Memory
+from medcg_jax.data.images import load_image
+from medcg_jax.data.layouts import Layout
+from medcg_jax.data.processes import Progress, over
+from medcg_jax.data.reading import Reading
+from medcg_jax.data.records import SPLITS, DataError, Record, Subset
+from medcg_jax.data.release import ReleaseSource
+from medcg_jax.files import write_whole
+from medcg_jax.run_config import DataConfig
+
+FORMAT = "medcg prepared 1"
+RECORDS_PER_SHARD = 256
+# One record a group, so that any one is read alone. Uncompressed: zstd at its fastest halves the size and costs as much
+# time a record as all the rest of reading it.
+WRITER_OPTIONS = "group_size:1,uncompressed"
+# Settings that decide what the records are; a folder holds those of one setting.
+SETTINGS = ("train_records_per_subset", "test_records_per_subset", "seed", "max_pixels", "window", "deep_grey", "frame")
+
+
+class TooManyBad(DataError):
+    """More records are bad than the user accepts.
+
+    Attributes:
+      report: all that is wrong.
+    """
+
+    def __init__(self, message: str, report: Report):
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` did: the manifest, and the seconds and shards of this run alone (0 shards: all was there)."""
+
+    manifest: dict[str, Any]
+    shards_written: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard to be written: its lines of JSON, which name the images."""
+
+    path: Path
+    lines: tuple[str, ...]
+
+
+def prepare(
+    root: str | Path,
+    out: str | Path,
+    data: DataConfig,
+    layout: Layout = Layout(),
+    *,
+    max_bad_frac: float = 0.0,
+    workers: int = 0,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = print,
+) -> Prepared:
+    """Writes the tree's records into `out`, or what of them is not there yet; the bytes do not depend on `workers`.
+
+    Args:
+      data: which records of the tree (caps, seed) and how pixels are read; its `source` and `root` are not looked at.
+      max_bad_frac: share of the records that may be set aside, in 0..1; more of them end the run before it writes.
+      progress: as `check.inspect` takes it; used for the images and then for the shards.
+
+    Raises:
+      DataError: no tree; or `out` holds something else, or a preparation with other settings or of other records.
+      TooManyBad: see `max_bad_frac`; or a file of the tree cannot be used at all.
+    """
+    started, out = time.monotonic(), Path(out)
+    settings = {"image": str(layout)} | {key: getattr(data, key) for key in SETTINGS}
+    _check_out(out, Path(root))
+    _check_settings(out, settings)
+    reading = Reading(data.window, data.deep_grey, data.frame)
+    memory = Memory(out / ".examined.jsonl", Path(root), repr((data.max_pixels, reading)))
+    with memory:
+        found = inspect(
+            root, data.max_pixels, reading, workers=workers, progress=progress, known=memory.known, remember=memory.add
+        )
+    if not found.report.acceptable(max_bad_frac):
+        raise TooManyBad(_refusal(found.report, max_bad_frac), found.report)
+    source = ReleaseSource(root, data, skip=found.report.bad_records)
+    parts = dict(_lines(source, found, layout))
+    plan = {"format": FORMAT, "settings": settings, "records": _digest(parts)}
+    if _plan_of(out).get("records", plan["records"]) != plan["records"]:
+        raise DataError(f"{out} was prepared from other records or images; remove it, or choose another folder")
+    shards = [shard for name, lines in parts.items() for shard in _shards(out, name, lines)]
+    missing = sum(not shard.path.exists() for shard in shards)
+    if not missing and (done := _finished(out, plan)):
+        say(f"{out}: prepared before, nothing to do")
+        return Prepared(done, 0, time.monotonic() - started)
+    write_whole(out / ".plan.json", json.dumps(plan, indent=1) + "\n")
+    for name, lines in parts.items():
+        write_whole(out / "records" / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
+    aside = [json.dumps(asdict(problem), ensure_ascii=False) for problem in found.report.problems]
+    write_whole(out / "set_aside.jsonl", "".join(f"{line}\n" for line in aside))
+    write = functools.partial(
+        write_shard, root=Path(os.path.realpath(root)), layout=layout, max_pixels=data.max_pixels, reading=reading
+    )
+    digests = over(write, shards, crashed=_crashed, workers=workers, chunk=1, min_items=2)
+    digests = dict(zip(shards, progress(digests, len(shards)) if progress else digests, strict=True))
+    manifest = plan | {
+        "prompt_fingerprint": _prompt_fingerprint(parts),
+        "set_aside": {"records": len(found.report.bad_records), "of": found.report.num_records}
+        | {"problems": found.report.counts()},
+        "subsets": [_entry(subset, kind, digests) for kind, subset in _subsets(source)],
+    }
+    write_whole(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    return Prepared(manifest, missing, time.monotonic() - started)
+
+
+def write_shard(shard: _Shard, root: Path, layout: Layout, max_pixels: int, reading: Reading) -> str:
+    """sha256 in hex of the shard's file, which is written, whole or not at all, where it is not there.
+
+    Raises:
+      DataError: an image can no longer be read as it was when it was examined.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    if shard.path.exists():
+        return _file_digest(shard.path)
+    part = shard.path.with_name(f".{shard.path.name}.{secrets.token_hex(6)}")
+    try:
+        writer = ArrayRecordWriter(str(part), WRITER_OPTIONS)
+        for line in shard.lines:
+            writer.write(f"{line}\n".encode() + _pixels(json.loads(line), root, layout, max_pixels, reading))
+        writer.close()
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        digest = _file_digest(part)
+        os.replace(part, shard.path)
+        return digest
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _pixels(record: dict[str, Any], root: Path, layout: Layout, max_pixels: int, reading: Reading) -> bytes:
+    if not record["image"]:
+        return b""
+    image = layout.apply(load_image(root / record["image"], max_pixels, reading))
+    if list(image.shape[:2]) != record["shape"]:
+        raise DataError(f"record {record['id']}: image {record['image']!r} has changed; run the command again")
+    grey = image[..., 0]
+    if (image == grey[..., None]).all():
+        return np.ascontiguousarray(grey).tobytes()
+    return np.ascontiguousarray(image).tobytes()
+
+
+def _subsets(source: ReleaseSource) -> list[tuple[str, Subset]]:
+    """Every subset with its kind, "choice" or "detection"."""
+    return [("choice", s) for s in source.subsets] + [("detection", s) for s in source.detection_subsets]
+
+
+def _lines(source: ReleaseSource, found: Inspection, layout: Layout):
+    """(subset-split, its records as lines of JSON), in order."""
+    root = Path(os.path.realpath(source.root))
+    for _, subset in _subsets(source):
+        for split in SPLITS:
+            records = source.records(subset.name, split).records
+            lines = [_line(layout.record(record), found.images.get(_path(root, record)), layout) for record in records]
+            if lines:
+                yield f"{subset.name}-{split}", lines
+
+
+def _path(root: Path, record: Record) -> Path:
+    return Path(os.path.realpath(root / record.image))
+
+
+def _line(record: Record, image: Examined | None, layout: Layout) -> str:
+    """One record as JSON."""
+    shape = layout.size_after(image.size) if image else (0, 0)
+    fields = {
+        "id": record.id,
+        "subset": record.subset,
+        "data_no": record.data_no,
+        "image": record.image,
+        "turns": [[turn.question, turn.answer] for turn in record.turns],
+        "options": record.options,
+        "answer": record.answer,
+        "boxes": [[box.label, *box.corners] for box in record.boxes],
+        "size_px": record.size_px,
+        "shape": shape,
+        "sha256": image.digest if image else "",
+        "pixels": image.pixels if image else "",
+        "read_as": image.read_as if image else "",
+    }
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
+
+
+def _shards(out: Path, name: str, lines: list[str]) -> list[_Shard]:
+    starts = range(0, len(lines), RECORDS_PER_SHARD)
+    return [
+        _Shard(
+            out / "records" / f"{name}-{place:05d}-of-{len(starts):05d}.arrayrecord",
+            tuple(lines[start : start + RECORDS_PER_SHARD]),
+        )
+        for place, start in enumerate(starts)
+    ]
+
+
+def _entry(subset: Subset, kind: str, digests: dict[_Shard, str]) -> dict[str, Any]:
+    """A subset as the manifest has it."""
+    own = {split: [s for s in digests if s.path.name.startswith(f"{subset.name}-{split}-")] for split in SPLITS}
+    files = {
+        split: [{"file": s.path.name, "records": len(s.lines), "sha256": digests[s]} for s in own[split]]
+        for split in SPLITS
+    }
+    return {
+        "subset": subset.name,
+        "kind": kind,
+        "modality": subset.modality,
+        "area": subset.area,
+        "task": subset.task,
+        "labels": list(subset.labels),
+        **{split: sum(file["records"] for file in files[split]) for split in SPLITS},
+        "shards": files,
+    }
+
+
+def _check_out(out: Path, root: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; a folder is accepted")
+    if out.resolve() == root.resolve():
+        raise DataError(f"{out}: the tree itself; another folder is accepted")
+    if out.is_dir() and any(out.iterdir()) and not (out / ".examined.jsonl").exists():
+        raise DataError(f"{out} holds something else; an empty folder, a new one, or one that was prepared is accepted")
+    (out / "records").mkdir(parents=True, exist_ok=True)
+    for part in (out / "records").glob(".*"):  # what a killed run has left
+        part.unlink(missing_ok=True)
+
+
+def _plan_of(out: Path) -> dict[str, Any]:
+    """What the folder was begun with; {} where it was not."""
+    try:
+        return json.loads((out / ".plan.json").read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise DataError(f"{out / '.plan.json'} is broken; remove {out} and prepare it again") from error
+
+
+def _check_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Raises DataError, before anything is read, where the folder holds a preparation with other settings."""
+    old = _plan_of(out).get("settings", settings)
+    differ = [f"{key}={old.get(key)!r}, not {value!r}" for key, value in settings.items() if old.get(key) != value]
+    if differ:
+        raise DataError(f"{out} was prepared with {'; '.join(differ)}; choose another folder, or remove it")
+
+
+def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((out / "manifest.json").read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return manifest if plan.items() <= manifest.items() else None
+
+
+def _refusal(report: Report, max_bad_frac: float) -> str:
+    kinds = ", ".join(f"{kind} {count}" for kind, count in report.counts().items())
+    if report.bad_frac <= max_bad_frac:
+        return f"files of the tree cannot be used ({kinds}); `medcg data check` names each"
+    return (
+        f"{len(report.bad_records)} of {report.num_records} records are bad ({kinds}); --max_bad_frac={max_bad_frac} "
+        f"accepts fewer, --max_bad_frac={report.bad_frac:.4f} would set them aside; `medcg data check` names each"
+    )
+
+
+def _crashed(shard: _Shard):
+    raise DataError(f"{shard.path.name}: the process that wrote it died (memory?); run the command again")
+
+
+def _digest(parts: dict[str, list[str]]) -> str:
+    digest = hashlib.sha256()
+    for name, lines in parts.items():
+        digest.update("\n".join([name, *lines, ""]).encode())
+    return digest.hexdigest()
+
+
+def _prompt_fingerprint(parts: dict[str, list[str]]) -> str:
+    """A digest of all that is asked and answered: two preparations that have the same one ask the same."""
+    digest = hashlib.sha256()
+    for lines in parts.values():
+        for line in lines:
+            record = json.loads(line)
+            digest.update(json.dumps([record["turns"], record["options"], record["boxes"]]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
