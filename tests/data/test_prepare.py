@@ -1,0 +1,218 @@
+"""What `prepare` writes is what the tree holds, whoever writes it and however often it is interrupted."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from trees import raw_box_record, raw_record, write_image, write_subset, write_tree
+
+from medcg_jax.data import prepare as prepare_module
+from medcg_jax.data.images import preprocess
+from medcg_jax.data.layouts import Layout
+from medcg_jax.data.prepare import TooManyBad, prepare
+from medcg_jax.data.prepared import PreparedSource, verify
+from medcg_jax.data.records import SPLITS, DataError
+from medcg_jax.data.release import ReleaseSource
+from medcg_jax.run_config import DataConfig
+
+KEEP, CONFIG = Layout("keep", 0), DataConfig()
+
+
+def quiet(*args, **kwargs):
+    return prepare(*args, say=lambda text: None, **kwargs)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Everything a preparation leaves for others, by name."""
+    files = [path for path in sorted(out.rglob("*")) if path.is_file() and not path.name.startswith(".examined")]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    root = write_tree(tmp_path / "tree", train=12, test=4)
+    write_subset(root, "Subset--47-det-train", [raw_box_record(i) for i in range(1, 4)], images=False)
+    for i in range(1, 4):
+        write_image(root, f"med-mat/boxes/{i}.png", seed=i)
+    grey = np.random.default_rng(3).integers(0, 256, (8, 12), np.uint8)
+    Image.fromarray(grey).save(root / "med-mat/a b/3 [1]%.png")
+    return root
+
+
+def assert_same_records(prepared: PreparedSource, source, layout: Layout):
+    assert prepared.subsets == source.subsets and prepared.detection_subsets == source.detection_subsets
+    for subset in (*source.subsets, *source.detection_subsets):
+        for split in SPLITS:
+            ours, theirs = prepared.records(subset.name, split), source.records(subset.name, split)
+            assert ours.records == tuple(map(layout.record, theirs.records))
+            for place in range(len(theirs)):
+                np.testing.assert_array_equal(ours.image(place), layout.apply(theirs.image(place)))
+                assert ours.image_digest(place) == theirs.image_digest(place)
+
+
+@pytest.mark.parametrize("layout", [KEEP, Layout("square", 16), Layout("fit", 6), Layout("fit", 100)], ids=str)
+def test_prepared_records_are_the_trees_own(tree, tmp_path, layout):
+    quiet(tree, tmp_path / "out", CONFIG, layout)
+    source = PreparedSource(tmp_path / "out", CONFIG)
+    assert source.layout == layout
+    assert_same_records(source, ReleaseSource(tree, CONFIG), layout)
+
+
+def test_a_square_is_what_llava_makes_of_the_image(tree, tmp_path):
+    quiet(tree, tmp_path / "out", CONFIG, Layout("square", 336))
+    ours, theirs = (s.records("04", "train") for s in (PreparedSource(tmp_path / "out", CONFIG), ReleaseSource(tree, CONFIG)))
+    for place in range(len(theirs)):
+        np.testing.assert_array_equal(ours.image(place), preprocess(theirs.image(place), 336))
+
+
+def test_the_pack_survives_preparation(shared_dir, tmp_path):
+    root = shared_dir / "data" / "medmat-mini"
+    done = quiet(root, tmp_path / "out", CONFIG, Layout("fit", 64))
+    assert (done.manifest["set_aside"]["records"], len(done.manifest["subsets"])) == (0, 23)
+    prepared, source = PreparedSource(tmp_path / "out", CONFIG), ReleaseSource(root, CONFIG)
+    for subset in (*source.subsets, *source.detection_subsets):
+        for split in SPLITS:
+            ours, theirs = prepared.records(subset.name, split), source.records(subset.name, split)
+            assert ours.records == tuple(map(prepared.layout.record, theirs.records))
+            np.testing.assert_array_equal(ours.image(0), prepared.layout.apply(theirs.image(0)))
+
+
+def test_the_number_of_workers_changes_no_byte_and_a_second_run_does_nothing(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "RECORDS_PER_SHARD", 3)
+    quiet(tree, tmp_path / "one", CONFIG, KEEP, workers=1)
+    first = quiet(tree, tmp_path / "two", CONFIG, KEEP, workers=2)
+    assert first.shards_written == 7
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").rglob("*")}
+    said = []
+    again = prepare(tree, tmp_path / "two", CONFIG, KEEP, say=said.append)
+    assert again.shards_written == 0 and "nothing to do" in said[0] and again.manifest == first.manifest
+    changed = [path.name for path, time in times.items() if path.stat().st_mtime_ns != time]
+    assert not [name for name in changed if not name.startswith(".") and name != "two"], changed
+
+
+def test_a_missing_shard_alone_is_written_again(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "RECORDS_PER_SHARD", 3)
+    quiet(tree, tmp_path / "out", CONFIG, KEEP)
+    whole = contents(tmp_path / "out")
+    (tmp_path / "out/records/04-train-00001-of-00004.arrayrecord").unlink()
+    (tmp_path / "out/records/.04-test-00000.part").write_text("half")
+    with pytest.raises(DataError, match="04-train-00001-of-00004.arrayrecord is missing; run `medcg data prepare` again"):
+        PreparedSource(tmp_path / "out", CONFIG).records("04", "train")
+    assert quiet(tree, tmp_path / "out", CONFIG, KEEP).shards_written == 1
+    assert contents(tmp_path / "out") == whole
+
+
+def test_a_changed_shard_is_seen(tree, tmp_path):
+    quiet(tree, tmp_path / "out", CONFIG, KEEP)
+    assert verify(tmp_path / "out") == []
+    path = tmp_path / "out/records/04-test-00000-of-00001.arrayrecord"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert verify(tmp_path / "out") == [f"{path.name}: its bytes are not those that were written"]
+
+
+def test_bad_records_end_the_run_unless_so_many_are_accepted(tree, tmp_path):
+    raws = [raw_record(i, image=f"med-mat/eight/{i}.png") for i in range(1, 11)]
+    raws[2]["Answer-choice"] = "Z"
+    write_subset(tree, "Subset--08-train", raws)
+    (tree / "med-mat/eight/5.png").write_bytes(b"text")
+    out = tmp_path / "out"
+    with pytest.raises(TooManyBad, match="2 of 29 records are bad .*letter 1.*--max_bad_frac=0.0690 would") as error:
+        quiet(tree, out, CONFIG, KEEP)
+    assert error.value.report.counts() == {"letter": 1, "image": 1} and not (out / "manifest.json").exists()
+    done = quiet(tree, out, CONFIG, KEEP, max_bad_frac=0.1)
+    assert done.manifest["set_aside"] == {"records": 2, "of": 29, "problems": {"letter": 1, "image": 1}}
+    aside = [json.loads(line) for line in (out / "set_aside.jsonl").read_text("utf-8").splitlines()]
+    assert [(line["record"], line["kind"]) for line in aside] == [("record 3", "letter"), ("record 5", "image")]
+    kept = PreparedSource(out, CONFIG)
+    ids = [r.id.rpartition("/")[2] for split in SPLITS for r in kept.records("08", split).records]
+    assert sorted(ids, key=int) == ["1", "2", "4", "6", "7", "8", "9", "10"]
+
+
+def test_a_file_that_cannot_be_read_is_not_accepted_at_any_share(tree, tmp_path):
+    (tree / "Aggregated_Subsets/Subset--09-train.json").write_text("[{", "utf-8")
+    with pytest.raises(TooManyBad, match="cannot be used .json 1."):
+        quiet(tree, tmp_path / "out", CONFIG, KEEP, max_bad_frac=1.0)
+
+
+def test_caps_hold_and_are_settings(tree, tmp_path):
+    out, config = tmp_path / "out", dataclasses.replace(CONFIG, train_records_per_subset=6, test_records_per_subset=2)
+    quiet(tree, out, config, KEEP)
+    assert_same_records(PreparedSource(out, CONFIG), ReleaseSource(tree, config), KEEP)
+    less = dataclasses.replace(CONFIG, train_records_per_subset=4)
+    assert len(PreparedSource(out, less).records("04", "train")) == 4
+    assert PreparedSource(out, less).subsets[0].num_train == 4
+    assert PreparedSource(out, less).fingerprint() != PreparedSource(out, CONFIG).fingerprint()
+    with pytest.raises(DataError, match="train_records_per_subset=6, not 3000; test_records.*choose another folder"):
+        quiet(tree, out, CONFIG, KEEP)
+
+
+def test_a_changed_tree_is_refused_and_a_foreign_folder_left_alone(tree, tmp_path):
+    quiet(tree, tmp_path / "out", CONFIG, KEEP)
+    write_image(tree, "med-mat/a b/2 [1]%.png", seed=77)
+    with pytest.raises(DataError, match="prepared from other records or images"):
+        quiet(tree, tmp_path / "out", CONFIG, KEEP)
+    with pytest.raises(DataError, match="holds something else"):
+        quiet(tree, tree / "med-mat", CONFIG, KEEP)
+    with pytest.raises(DataError, match="the tree itself"):
+        quiet(tree, tree, CONFIG, KEEP)
+    assert not (tree / "records").exists()
+
+
+def test_an_unfinished_folder_is_no_source(tree, tmp_path):
+    quiet(tree, tmp_path / "out", CONFIG, KEEP)
+    (tmp_path / "out/manifest.json").unlink()
+    with pytest.raises(DataError, match="not finished; run `medcg data prepare` again"):
+        PreparedSource(tmp_path / "out", CONFIG)
+    with pytest.raises(DataError, match="not prepared"):
+        PreparedSource(tree, CONFIG)
+
+
+PROGRAM = """
+import sys
+from medcg_jax.data import prepare
+from medcg_jax.data.layouts import Layout
+from medcg_jax.run_config import DataConfig
+
+prepare.RECORDS_PER_SHARD = 2
+if __name__ == "__main__":
+    print("started", flush=True)
+    prepare.prepare(sys.argv[1], sys.argv[2], DataConfig(), Layout("square", 700), workers=int(sys.argv[3]))
+"""
+
+
+def test_killed_at_any_moment_it_ends_in_the_same_bytes(tree, tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM, "utf-8")
+
+    def start(out: str, workers: int) -> subprocess.Popen:
+        command = [sys.executable, str(script), str(tree), str(tmp_path / out), str(workers)]
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=env, text=True)
+        process.stdout.readline()
+        return process
+
+    begun = time.monotonic()
+    assert start("whole", 1).wait(60) == 0
+    took, draw, killed = time.monotonic() - begun, random.Random(5), 0
+    for _ in range(12):
+        process = start("often", draw.choice((1, 2)))
+        try:
+            process.wait(draw.uniform(0, took))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.wait(60)
+    assert start("often", 2).wait(60) == 0 and killed
+    assert contents(tmp_path / "often") == contents(tmp_path / "whole")
