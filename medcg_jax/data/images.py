@@ -91,7 +91,26 @@ def resize(image: np.ndarray, size_px: int) -> np.ndarray:
     """uint8[size_px, size_px, 3] of a square image, by PIL's bicubic filter on uint8."""
     if image.shape[:2] == (size_px, size_px):
         return image
+    if is_grey(image):  # each channel is filtered by itself: one takes half the time of three
+        grey = Image.fromarray(np.ascontiguousarray(image[..., 0])).resize((size_px, size_px), Image.Resampling.BICUBIC)
+        return grey_to_rgb(np.asarray(grey))
     return np.asarray(Image.fromarray(image).resize((size_px, size_px), Image.Resampling.BICUBIC))
+
+
+def is_grey(image: np.ndarray) -> bool:
+    """Whether the three channels of uint8[h, w, 3] are equal."""
+    for part in (image[::16, ::16], image):  # few pixels tell nearly every colour image
+        if not all(np.array_equal(part[..., 0], part[..., channel]) for channel in (1, 2)):
+            return False
+    return True
+
+
+def grey_to_rgb(grey: np.ndarray) -> np.ndarray:
+    """uint8[h, w, 3] of uint8[h, w]."""
+    image = np.empty((*grey.shape, 3), np.uint8)
+    for channel in range(3):  # a third of the time that a broadcast copy takes
+        image[..., channel] = grey
+    return image
 
 
 def preprocess(image: np.ndarray, size_px: int) -> np.ndarray:

@@ -150,5 +150,6 @@ def _read_options(encoded: Encoded, prefetch: int | None) -> grain.ReadOptions:
         threads, prefetch = 1, 2 if prefetch is None else prefetch
     else:
         threads = min(16, os.cpu_count() or 1)
-        prefetch = threads if prefetch is None else prefetch
+        # Two more than are being built: a thread that is done early goes on with the next.
+        prefetch = threads + 2 if prefetch is None else prefetch
     return grain.ReadOptions(num_threads=threads if prefetch else 0, prefetch_buffer_size=prefetch)
