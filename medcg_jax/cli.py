@@ -110,6 +110,10 @@ def parser() -> Parser:
     prepare.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0: one per core")
     add_bad_frac(prepare)
 
+    stats = add(kinds, "stats", data_stats, "write a page with contact sheets, label and letter balance, copies")
+    stats.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree")
+    stats.add_argument("out", metavar="OUT", help="folder of the page")
+
     convert = add(verbs, "convert", convert_weights, "released PyTorch checkpoint to Orbax, and back")
     convert.add_argument("src", metavar="SRC")
     convert.add_argument("dst", metavar="DST")
@@ -150,6 +154,14 @@ def add(verbs, name: str, run, text: str) -> Parser:
     verb.add_argument("--json", default="", metavar="FILE", help="also write the result as one JSON object")
     verb.set_defaults(run=run)
     return verb
+
+
+def data_stats(args) -> dict:
+    from medcg_jax.data.stats import write_stats
+
+    page = write_stats(args.root, args.out, progress=progress)
+    print(page)
+    return {"page": str(page)}
 
 
 def add_bad_frac(verb: Parser) -> None:
