@@ -1,12 +1,11 @@
 """Reader of a Med-MAT tree: `Aggregated_Subsets/Subset--NN-{train,test}.json`, or `Subset-NN-train.json` at its root.
 
-Modality, area and task come from the tree's `manifest.json` where it has one, else from the paper's table 9, kept in
-`subsets.csv` (53, which the release adds, included). Detection files (`-det-`) are subsets of their own.
+Modality, area and task come from the tree's `manifest.json` where it has one, else from the catalogue of Med-MAT's 53
+subsets. Detection files (`-det-`) are subsets of their own.
 """
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
 import json
@@ -20,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from medcg_jax.data import catalogue
 from medcg_jax.data.images import ImageError, load_image
 from medcg_jax.data.records import SPLITS, DataError, Record, RecordSet, Split, Subset
 from medcg_jax.data.schema import ReleaseError, read_choice_file, read_list
 from medcg_jax.data.schema_detection import read_detection_file
 from medcg_jax.run_config import DataConfig
 
-TABLE = Path(__file__).parent / "subsets.csv"
 # Numbers in the release, names such as `ct-lung-grade` in a phantom tree.
 _FILE = re.compile(r"Subset--?([A-Za-z0-9][A-Za-z0-9-]*?)(-det)?-(train|test)\.json")
 # "9:1 where no split existed" (digest of the published version).
@@ -69,11 +68,9 @@ def subset_files(root: Path) -> list[SubsetFile]:
     return [found[key] for key in sorted(found)]
 
 
-@functools.cache
 def subset_table() -> dict[str, tuple[str, str, str]]:
     """Med-MAT's own subsets: number -> (modality, area, task)."""
-    with TABLE.open(encoding="utf-8", newline="") as lines:
-        return {row["number"]: (row["modality"], row["area"], row["task"]) for row in csv.DictReader(lines)}
+    return {s.number: (s.modality, s.area, s.task) for s in catalogue.subsets()}
 
 
 def read_manifest(root: Path) -> dict[str, dict[str, Any]]:
