@@ -87,7 +87,7 @@ def parser() -> Parser:
     top = Parser(prog="medcg", description=__doc__.partition("\n")[0], allow_abbrev=False)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    data = verbs.add_parser("data", help="write the phantom world, check a Med-MAT tree")
+    data = verbs.add_parser("data", help="write the phantom world, check a Med-MAT tree, list what it has")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="WHAT")
     phantom = add(kinds, "phantom", data_phantom, "write the phantom world in the release's layout")
     phantom.add_argument("out", metavar="OUT", help="folder to write; must not exist")
@@ -96,6 +96,9 @@ def parser() -> Parser:
     phantom.add_argument("--test", type=int, default=300, metavar="N", help="test records per subset")
     check = add(kinds, "check", data_check, "report, per record of a tree, what is missing, broken, unsafe or duplicated")
     check.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree")
+    text = "list what a tree has and lacks of Med-MAT, where to get it, and which rows of tables 1 to 8 it allows"
+    ledger = add(kinds, "ledger", data_ledger, text)
+    ledger.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree; may be empty")
 
     convert = add(verbs, "convert", convert_weights, "released PyTorch checkpoint to Orbax, and back")
     convert.add_argument("src", metavar="SRC")
@@ -172,6 +175,15 @@ def data_check(args) -> dict:
     report = check_tree(args.root, progress=lambda images, total: tqdm(images, total=total, unit="image", disable=None))
     print_report(report)
     return report.as_dict() | {"exit_status": 0 if report.ok else 2}
+
+
+def data_ledger(args) -> dict:
+    from medcg_jax.study.ledger import read_ledger
+    from medcg_jax.study.ledger_text import print_ledger
+
+    ledger = read_ledger(args.root)
+    print_ledger(ledger)
+    return ledger.as_dict()
 
 
 def convert_weights(args) -> dict:

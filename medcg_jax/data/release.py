@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,15 @@ def subset_files(root: Path) -> list[SubsetFile]:
     Raises:
       ReleaseError: two files claim the same subset and split, or one subset has choice and detection files.
     """
+    files, refused = list_files(root)
+    if refused:
+        raise refused[0]
+    return files
+
+
+def list_files(root: Path) -> tuple[list[SubsetFile], list[ReleaseError]]:
+    """The tree's subset files by number and split, and the errors of those left out, as `subset_files` raises them."""
+    refused: list[ReleaseError] = []
     found: dict[tuple[str, str], SubsetFile] = {}
     kinds: dict[str, SubsetFile] = {}
     for folder in (root / "Aggregated_Subsets", root):
@@ -63,9 +72,10 @@ def subset_files(root: Path) -> list[SubsetFile]:
             elif key in found:
                 reason = f"the same subset and split as {found[key].path.relative_to(root)}; keep one of them"
             if reason:
-                raise ReleaseError(str(path.relative_to(root)), "", "duplicate_file", reason)
-            found[key] = file
-    return [found[key] for key in sorted(found)]
+                refused.append(ReleaseError(str(path.relative_to(root)), "", "duplicate_file", reason))
+            else:
+                found[key] = file
+    return [found[key] for key in sorted(found)], refused
 
 
 def subset_table() -> dict[str, tuple[str, str, str]]:
@@ -235,20 +245,29 @@ class ReleaseSource:
         return int.from_bytes(hashlib.sha256(f"{self._config.seed}/{subset}/{split}".encode()).digest()[:8], "big")
 
 
-def _split_by_image(number: str, both: dict[Split, list[Record]]) -> dict[tuple[str, Split], list[Record]]:
-    """A tenth of each label's images (with boxes: of all images) to test, chosen by a digest of their paths.
+def test_images(label_of: Mapping[str, str]) -> set[str]:
+    """Images that go to test where a subset has no test file: a tenth of each label's, by a digest of their paths.
 
     Args:
-      both: the same records, with ids as of either split.
+      label_of: image -> the label of the first record that has it; "" of one with boxes.
     """
     images: dict[str, list[str]] = {}
-    label_of = {record.image: record.label for record in reversed(both["train"])}
     for image, label in label_of.items():
         images.setdefault(label, []).append(image)
     test: set[str] = set()
     for found in images.values():
         found.sort(key=lambda image: hashlib.sha256(image.encode()).digest())
         test.update(found[: round(len(found) * _TEST_FRACTION)])
+    return test
+
+
+def _split_by_image(number: str, both: dict[Split, list[Record]]) -> dict[tuple[str, Split], list[Record]]:
+    """The records of `test_images` to test, the others to training.
+
+    Args:
+      both: the same records, with ids as of either split.
+    """
+    test = test_images({record.image: record.label for record in reversed(both["train"])})
     return {(number, split): [r for r in both[split] if (r.image in test) == (split == "test")] for split in SPLITS}
 
 
