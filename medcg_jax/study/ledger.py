@@ -164,27 +164,34 @@ def _subset_state(
         members = tuple(data_no for data_no in own.datasets if data_no in tallies)
         lacking = tuple(data_no for data_no in own.datasets if data_no not in tallies)
         others = tuple(sorted(set(tallies) - {*own.datasets, *printed}, key=_number_order))
+    reasons = _subset_reasons(parts, whole, lacking, broken)
+    state: State = "partial" if reasons else "complete"
+    read = {split: parts["train" if split_made else split].is_read for split in SPLITS if split_made or split in parts}
+    found = SubsetState(
+        number, in_catalogue, triplet, state if whole.train + whole.test else "missing", reasons, whole.train,
+        whole.test, split_made, len(whole.images), len(whole.absent), dict(broken), members, lacking, others,
+        can_train=bool(whole.train) and read.get("train", False), can_test=bool(whole.test) and read["test"],
+    )  # fmt: skip
+    return found, tallies
+
+
+def _subset_reasons(
+    parts: dict[Split, _Part], whole: Tally, lacking: tuple[str, ...], broken: Counter[str]
+) -> tuple[str, ...]:
+    """Why a subset with files is not complete; () where it is."""
     reasons = [part.file_error for part in parts.values() if part.file_error]
     if lacking:
         reasons.append(f"no record of {', '.join(lacking)}")
-    if "train" not in parts:
-        reasons.append("no training file")
-    for split, count in (("training", whole.train), ("test", whole.test)):
-        if not count and not (split == "training" and "train" not in parts):
-            reasons.append(f"no {split} record" + (", too few images to split off a tenth" if split_made else ""))
+    if not whole.train:
+        reasons.append("no training record" if "train" in parts else "no training file")
+    if not whole.test:
+        reasons.append("no test record" if "test" in parts else "no test file, and too few images to split off a tenth")
     if whole.absent:
         reasons.append(f"{_count(len(whole.absent), 'image')} absent")
     if broken:
         kinds = ", ".join(f"{kind} {count}" for kind, count in broken.most_common())
         reasons.append(f"{_count(broken.total(), 'broken record')} ({kinds})")
-    state: State = "partial" if reasons else "complete"
-    read = {split: parts["train" if split_made else split].is_read for split in SPLITS if split_made or split in parts}
-    found = SubsetState(
-        number, in_catalogue, triplet, state if whole.train + whole.test else "missing", tuple(reasons), whole.train,
-        whole.test, split_made, len(whole.images), len(whole.absent), dict(broken), members, lacking, others,
-        can_train=bool(whole.train) and read.get("train", False), can_test=bool(whole.test) and read["test"],
-    )  # fmt: skip
-    return found, tallies
+    return tuple(reasons)
 
 
 def _missing_subset(number: str, triplet: tuple[str, str, str]) -> SubsetState:

@@ -20,8 +20,8 @@ LEGEND = (
 )
 ROWS_LEGEND = (
     "full: all subsets that the row needs are complete. part: it can be computed, on less or other data than the "
-    "paper's. blocked by 03 (1, 2): rows 1 and 2 need subset 03, which cannot be used. Rows of tables 1 and 2 are named "
-    "by the subset that they test."
+    "paper's. blocked by 03 (1, 2): rows 1 and 2 need subset 03, which cannot be used. Rows of tables 1 and 2 have the "
+    "number of the subset that they test."
 )
 
 _HEADS = f"{'train':>8}{'test':>8}{'images':>8}{'absent':>8}"
@@ -66,10 +66,10 @@ def _summary(ledger: Ledger) -> list[str]:
         listed = [state for state in states if state.in_catalogue]
         counted, own = states_of(listed), len(states) - len(listed)
         line = f"{name:10}" + "".join(f"{number:>9}" for number in counted.values()) + f"{len(listed):>5}"
-        notes = [f"{own} more of the tree's own"] if own else []
+        notes = [f"{own} more are the tree's own"] if own else []
         if name == "subsets":
             closed = sum("not released" in state.reasons[0] for state in listed if state.state == "missing")
-            notes = [f"questions of {closed} missing ones not released"] * bool(closed) + notes
+            notes = [f"{closed} missing not released"] * bool(closed) + notes
         lines.append(line + ("   " + "; ".join(notes) if notes else ""))
     total = ledger.total
     records = f"{total.train:,} training and {total.test:,} test records, {ledger.num_broken:,} broken"
@@ -109,7 +109,7 @@ def _subset_lines(state: SubsetState) -> list[str]:
     if len(name) > 12 or len(lines[0]) > WIDTH:
         lines = [*_wrap(f"{name}  {triplet}", 4, first=""), " " * 12 + _counts(state)]
     notes = [*state.reasons]
-    if state.split_made:
+    if state.split_made and state.test:
         notes.append("no test file: split 9:1")
     if state.others and state.in_catalogue:
         notes.append(f"also has {', '.join(state.others)}, no member by the catalogue")
