@@ -87,7 +87,7 @@ def parser() -> Parser:
     top = Parser(prog="medcg", description=__doc__.partition("\n")[0], allow_abbrev=False)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    data = verbs.add_parser("data", help="write the phantom world, check a Med-MAT tree")
+    data = verbs.add_parser("data", help="write the phantom world, check a Med-MAT tree, list what it has")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="WHAT")
     phantom = add(kinds, "phantom", data_phantom, "write the phantom world in the release's layout")
     phantom.add_argument("out", metavar="OUT", help="folder to write; must not exist")
@@ -113,6 +113,9 @@ def parser() -> Parser:
     stats = add(kinds, "stats", data_stats, "write a page with contact sheets, label and letter balance, copies")
     stats.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree")
     stats.add_argument("out", metavar="OUT", help="folder of the page")
+    text = "list what a tree has and lacks of Med-MAT, where to get it, and which rows of tables 1 to 8 it allows"
+    ledger = add(kinds, "ledger", data_ledger, text)
+    ledger.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree; may be empty")
 
     convert = add(verbs, "convert", convert_weights, "released PyTorch checkpoint to Orbax, and back")
     convert.add_argument("src", metavar="SRC")
@@ -251,6 +254,15 @@ def progress(items, total: int):
     from tqdm import tqdm
 
     return tqdm(items, total=total, disable=None)
+
+
+def data_ledger(args) -> dict:
+    from medcg_jax.study.ledger import read_ledger
+    from medcg_jax.study.ledger_text import print_ledger
+
+    ledger = read_ledger(args.root)
+    print_ledger(ledger)
+    return ledger.as_dict()
 
 
 def convert_weights(args) -> dict:

@@ -70,6 +70,7 @@ MINI = f"--config={CONFIGS / 'medmat_mini.py'}"
         (["eval", *TINY, "--workdir=/nonexistent/dir"], "params is missing and model.checkpoint is empty"),
         (["report", "/nonexistent/dir"], "/nonexistent/dir"),
         (["data", "check", "/nonexistent/dir"], "/nonexistent/dir"),
+        (["data", "ledger", "/nonexistent/dir"], "/nonexistent/dir"),
         (["convert", "/nonexistent/dir", "/nonexistent/out"], "/nonexistent/dir"),
         (["parity", "/nonexistent/dir"], "/nonexistent/dir"),
     ],

@@ -1,32 +1,31 @@
 """Reader of a Med-MAT tree: `Aggregated_Subsets/Subset--NN-{train,test}.json`, or `Subset-NN-train.json` at its root.
 
-Modality, area and task come from the tree's `manifest.json` where it has one, else from the paper's table 9, kept in
-`subsets.csv` (53, which the release adds, included). Detection files (`-det-`) are subsets of their own.
+Modality, area and task come from the tree's `manifest.json` where it has one, else from the catalogue of Med-MAT's 53
+subsets. Detection files (`-det-`) are subsets of their own.
 """
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from medcg_jax.data import catalogue
 from medcg_jax.data.images import ImageError, load_image
 from medcg_jax.data.records import SPLITS, DataError, Record, RecordSet, Split, Subset
 from medcg_jax.data.schema import ReleaseError, read_choice_file, read_list
 from medcg_jax.data.schema_detection import read_detection_file
 from medcg_jax.run_config import DataConfig
 
-TABLE = Path(__file__).parent / "subsets.csv"
 # Numbers in the release, names such as `ct-lung-grade` in a phantom tree.
 _FILE = re.compile(r"Subset--?([A-Za-z0-9][A-Za-z0-9-]*?)(-det)?-(train|test)\.json")
 # "9:1 where no split existed" (digest of the published version).
@@ -49,6 +48,15 @@ def subset_files(root: Path) -> list[SubsetFile]:
     Raises:
       ReleaseError: two files claim the same subset and split, or one subset has choice and detection files.
     """
+    files, refused = list_files(root)
+    if refused:
+        raise refused[0]
+    return files
+
+
+def list_files(root: Path) -> tuple[list[SubsetFile], list[ReleaseError]]:
+    """The tree's subset files by number and split, and the errors of those left out, as `subset_files` raises them."""
+    refused: list[ReleaseError] = []
     found: dict[tuple[str, str], SubsetFile] = {}
     kinds: dict[str, SubsetFile] = {}
     for folder in (root / "Aggregated_Subsets", root):
@@ -64,16 +72,15 @@ def subset_files(root: Path) -> list[SubsetFile]:
             elif key in found:
                 reason = f"the same subset and split as {found[key].path.relative_to(root)}; keep one of them"
             if reason:
-                raise ReleaseError(str(path.relative_to(root)), "", "duplicate_file", reason)
-            found[key] = file
-    return [found[key] for key in sorted(found)]
+                refused.append(ReleaseError(str(path.relative_to(root)), "", "duplicate_file", reason))
+            else:
+                found[key] = file
+    return [found[key] for key in sorted(found)], refused
 
 
-@functools.cache
 def subset_table() -> dict[str, tuple[str, str, str]]:
     """Med-MAT's own subsets: number -> (modality, area, task)."""
-    with TABLE.open(encoding="utf-8", newline="") as lines:
-        return {row["number"]: (row["modality"], row["area"], row["task"]) for row in csv.DictReader(lines)}
+    return {s.number: (s.modality, s.area, s.task) for s in catalogue.subsets()}
 
 
 def read_manifest(root: Path) -> dict[str, dict[str, Any]]:
@@ -241,20 +248,29 @@ class ReleaseSource:
         return self._config.train_records_per_subset if split == "train" else self._config.test_records_per_subset
 
 
-def _split_by_image(number: str, both: dict[Split, list[Record]]) -> dict[tuple[str, Split], list[Record]]:
-    """A tenth of each label's images (with boxes: of all images) to test, chosen by a digest of their paths.
+def test_images(label_of: Mapping[str, str]) -> set[str]:
+    """Images that go to test where a subset has no test file: a tenth of each label's, by a digest of their paths.
 
     Args:
-      both: the same records, with ids as of either split.
+      label_of: image -> the label of the first record that has it; "" of one with boxes.
     """
     images: dict[str, list[str]] = {}
-    label_of = {record.image: record.label for record in reversed(both["train"])}
     for image, label in label_of.items():
         images.setdefault(label, []).append(image)
     test: set[str] = set()
     for found in images.values():
         found.sort(key=lambda image: hashlib.sha256(image.encode()).digest())
         test.update(found[: round(len(found) * _TEST_FRACTION)])
+    return test
+
+
+def _split_by_image(number: str, both: dict[Split, list[Record]]) -> dict[tuple[str, Split], list[Record]]:
+    """The records of `test_images` to test, the others to training.
+
+    Args:
+      both: the same records, with ids as of either split.
+    """
+    test = test_images({record.image: record.label for record in reversed(both["train"])})
     return {(number, split): [r for r in both[split] if (r.image in test) == (split == "test")] for split in SPLITS}
 
 

@@ -156,6 +156,8 @@ def image_path(root: Path, relative: str, *, file: str, record: str) -> Path:
         found = Path(os.path.realpath(root / relative, strict=True))
     except OSError as error:
         raise refuse("missing_file", f"cannot be opened: {error.strerror}") from error
+    except UnicodeError as error:  # half of a surrogate pair
+        raise refuse("path", "holds a character that no file name has") from error
     if not found.is_relative_to(root):
         raise refuse("path", "leads out of the tree by a link")
     if not found.is_file():

@@ -1,6 +1,7 @@
 """Modality-Area-Task triplets: what a subset's task counts as, and the paper's own 53 subsets and published rows.
 
-Source: arXiv 2412.20070 v1, tables 3, 4 and 9, and `paper/rows_to_subsets.csv` (an inference; see `paper/README.md`).
+Source: arXiv 2412.20070 v1, tables 3 and 4, and `paper/rows_to_subsets.csv` (an inference; see `paper/README.md`).
+The subsets are the catalogue's (`data.catalogue`).
 """
 
 import csv
@@ -8,12 +9,10 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+from medcg_jax.data import catalogue
 from medcg_jax.data.records import Subset
 
 ELEMENTS = ("modality", "area", "task")
-
-# The printed table 9 stops at 52; the release's list adds this one.
-SUBSET_53 = {"subset": "53", "modality": "FP", "area": "Fundus", "task": "Optic Disc Seg", "datasets": "109"}
 
 # Abbreviations of table 9, written out for people.
 MODALITY_NAMES = {
@@ -138,17 +137,13 @@ def paper_csv(name: str) -> list[dict[str, str]]:
 @cache
 def paper_subsets() -> dict[str, Subset]:
     """The 53 subsets of Med-MAT by number: table 9, and the one that the release adds."""
-    rows = [*paper_csv("table9_subsets"), SUBSET_53]
-    return {row["subset"]: Subset(row["subset"], row["modality"], row["area"], row["task"]) for row in rows}
+    return {s.number: Subset(s.number, s.modality, s.area, s.task) for s in catalogue.subsets()}
 
 
 @cache
 def paper_split() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Subset numbers in distribution (table 1) and out of distribution (table 2)."""
-    return tuple(
-        tuple(dict.fromkeys(row["subset"] for row in paper_csv(name)))
-        for name in ("table1_in_distribution", "table2_out_of_distribution")
-    )
+    return tuple(tuple(s.number for s in catalogue.subsets() if s.distribution == own) for own in ("in", "out"))
 
 
 def has_boxes(subset: Subset) -> bool:

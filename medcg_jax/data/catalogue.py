@@ -1,0 +1,281 @@
+"""Med-MAT's list: 109 source datasets and 53 subsets, slips of the printed tables mended, and what belongs together.
+
+As printed in arXiv 2412.20070 v1 (read from a third party's page of it): `catalogue/table9_subsets.csv` and
+`catalogue/table10_11_datasets.csv`. Beside them, written for this package:
+
+- `added_subsets.csv`: 53, which the release's README lists. `subset_status.csv`: whether a subset's questions are
+  released (that README), and its distribution (tables 1 and 2).
+- `slips.csv`: what is printed wrongly and what is used instead; "none": the printed value stands, "unknown": nothing is
+  known in its place.
+- `lineage.csv`: datasets that share or hold each other's images. `groups.csv`: image names that tell the patient.
+  What is called generally known in these two was not looked up.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from types import MappingProxyType
+
+from medcg_jax.data.records import DataError
+
+FOLDER = Path(__file__).parent / "catalogue"
+SUBSETS, DATASETS = "table9_subsets", "table10_11_datasets"
+# What the paper's text says of Med-MAT.
+STATED = {"datasets": 106, "subsets": 53, "modalities": 11, "areas": 14, "tasks": 13}
+
+
+@dataclass(frozen=True)
+class Slip:
+    """A field of a printed table that is wrong or doubtful, what is used for it, and why.
+
+    Attributes:
+      table: file name of the table. number: of the subset, dataset or row.
+      override: the value used; "none": the printed one; "unknown": none is known, and the typed answer is empty.
+    """
+
+    table: str
+    number: str
+    field: str
+    printed: str
+    override: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One source dataset, slips mended.
+
+    Attributes:
+      number: "1" to "109", as `data-no` in records.
+      name, description, citation: "" where the printed one is another dataset's and the right one is not known.
+      addresses: where it is to be had; () likewise.
+      subsets: those that it is in.
+      printed: `name`, `url`, `description`, `citation` and `subsets` ("18, 22") as printed.
+    """
+
+    number: str
+    name: str
+    addresses: tuple[str, ...]
+    description: str
+    citation: str
+    subsets: tuple[str, ...]
+    printed: Mapping[str, str] = field(hash=False)
+    slips: tuple[Slip, ...] = ()
+
+
+@dataclass(frozen=True)
+class CatalogueSubset:
+    """One subset, slips mended.
+
+    Attributes:
+      number: "01" to "53".
+      datasets: its members.
+      released: whether its questions are in the release (01 to 37); those of the others are "TODO" there.
+      distribution: "in" (table 1), "out" (table 2), "" (38 to 53).
+      printed: `modality`, `area`, `task` and `datasets` ("33, 36-38") as printed; {} of 53, which is not.
+    """
+
+    number: str
+    modality: str
+    area: str
+    task: str
+    datasets: tuple[str, ...]
+    released: bool
+    distribution: str
+    printed: Mapping[str, str] = field(hash=False)
+    slips: tuple[Slip, ...] = ()
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many of something the paper states, how many its printed tables have, which, and what that leaves open."""
+
+    stated: int
+    printed: int
+    names: tuple[str, ...]
+    note: str
+
+
+def dataset(number: str) -> Dataset:
+    """One dataset by its `data-no`.
+
+    Raises:
+      DataError: there is no such number.
+    """
+    return _found(_datasets(), number, "dataset", "1 to 109")
+
+
+def subset(number: str) -> CatalogueSubset:
+    """One subset by its number.
+
+    Raises:
+      DataError: there is no such number.
+    """
+    return _found(_subsets(), number, "subset", "01 to 53")
+
+
+def datasets() -> tuple[Dataset, ...]:
+    """All 109 by number."""
+    return tuple(_datasets().values())
+
+
+def subsets() -> tuple[CatalogueSubset, ...]:
+    """All 53 by number."""
+    return tuple(_subsets().values())
+
+
+@functools.cache
+def slips() -> tuple[Slip, ...]:
+    """Every known slip of the printed tables, those without an override included."""
+    return tuple(Slip(**row) for row in printed_rows("slips"))
+
+
+def printed_rows(name: str) -> list[dict[str, str]]:
+    """The rows of one file of the catalogue as they stand in it."""
+    with (FOLDER / f"{name}.csv").open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def numbers(text: str) -> tuple[str, ...]:
+    """Dataset numbers of a printed list: "9, 11-13" -> ("9", "11", "12", "13")."""
+    found: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        first, _, last = part.partition("-")
+        found += map(str, range(int(first), int(last or first) + 1))
+    return tuple(found)
+
+
+def counts() -> dict[str, Count]:
+    """What the paper states of Med-MAT's size beside what its tables list, by `STATED`'s keys."""
+    rows = printed_rows(SUBSETS)
+    listed = {
+        "datasets": {number for row in rows for number in numbers(row["datasets"])},
+        "subsets": {row["subset"] for row in rows},
+        "modalities": {row["modality"] for row in rows},
+        "areas": {row["area"] for row in rows},
+        "tasks": {row["task"] for row in rows},
+    }
+    notes = {
+        "datasets": "tables 10 and 11 list 109; without 43, 64 and 83, which are in no subset, these are 106, of which "
+        "109 comes with subset 53",
+        "subsets": "table 9 stops at 52; the release adds 53",
+        "modalities": "agree",
+        "areas": "not reconciled: which areas the paper counts as one is not stated",
+        "tasks": "not reconciled: table 9 names tasks more finely than the paper counts them, and how is not stated",
+    }
+    return {
+        name: Count(STATED[name], len(listed[name]), tuple(sorted(listed[name], key=_order)), notes[name])
+        for name in STATED
+    }
+
+
+def related_datasets(number: str) -> dict[str, str]:
+    """Other datasets that share images with one, or may -> why, and how sure that is (`lineage.csv`).
+
+    Sure are: "printed" (the tables' names or addresses say it), "inferred" (as generally known), "possible".
+
+    Raises:
+      DataError: there is no such number.
+    """
+    dataset(number)
+    return {other: "; ".join(whys) for other, whys in sorted(_lineage().get(number, {}).items(), key=_first_order)}
+
+
+def group_of(data_no: str, image_path: str) -> str:
+    """What the image's name tells of patient, lesion, slide or case: two images of one dataset with the same text
+    belong together. "" where the name tells nothing, or the dataset's naming is not known (`groups.csv`).
+
+    Example: `group_of("53", "med-mat/Knee/test/3/9120059R.jpg") == "9120059"`.
+    """
+    pattern = _group_patterns().get(data_no)
+    found = pattern.search(image_path) if pattern else None
+    return found[1] if found else ""
+
+
+def _found(listed: Mapping, number: str, kind: str, accepted: str):
+    if number not in listed:
+        raise DataError(f"{kind} {number!r}: Med-MAT has none of that number; {accepted} is accepted")
+    return listed[number]
+
+
+def _order(name: str) -> tuple[int, str]:
+    return (int(name), name) if name.isdigit() else (0, name)
+
+
+def _first_order(item: tuple[str, object]) -> tuple[int, str]:
+    return _order(item[0])
+
+
+def _slips_of(table: str, number: str) -> tuple[Slip, ...]:
+    return tuple(slip for slip in slips() if (slip.table, slip.number) == (table, number))
+
+
+def _mended(row: Mapping[str, str], own: Iterable[Slip]) -> dict[str, str]:
+    """The row with what its slips put in place of printed values."""
+    changed = {slip.field: slip.override for slip in own if slip.override != "none" and slip.field in row}
+    return {**row, **{name: "" if value == "unknown" else value for name, value in changed.items()}}
+
+
+def _moved(slip: Slip) -> set[str]:
+    """The datasets that a slip of a subset's list takes out of it or puts into it."""
+    return set() if slip.override == "none" else set(numbers(slip.printed)) ^ set(numbers(slip.override))
+
+
+@functools.cache
+def _subsets() -> Mapping[str, CatalogueSubset]:
+    status = {row["subset"]: row for row in printed_rows("subset_status")}
+    printed = {row["subset"]: row for row in printed_rows(SUBSETS)}
+    found = {}
+    for number, row in (printed | {row["subset"]: row for row in printed_rows("added_subsets")}).items():
+        own = _slips_of(SUBSETS, number)
+        used, as_printed = _mended(row, own), dict(printed.get(number, {}))
+        as_printed.pop("subset", None)
+        released = status[number]["questions"] == "released"
+        found[number] = CatalogueSubset(
+            number, used["modality"], used["area"], used["task"], numbers(used["datasets"]), released,
+            status[number]["distribution"], MappingProxyType(as_printed), own,
+        )  # fmt: skip
+    return MappingProxyType(found)
+
+
+@functools.cache
+def _datasets() -> Mapping[str, Dataset]:
+    printed_in: dict[str, list[str]] = {}
+    for row in printed_rows(SUBSETS):
+        for number in numbers(row["datasets"]):
+            printed_in.setdefault(number, []).append(row["subset"])
+    found = {}
+    for row in printed_rows(DATASETS):
+        number = row.pop("dataset")
+        own = _slips_of(DATASETS, number)
+        used = _mended(row, own)
+        moved = tuple(slip for slip in slips() if slip.field == "datasets" and number in _moved(slip))
+        found[number] = Dataset(
+            number, used["name"], tuple(filter(None, used["url"].split(", "))), used["description"], used["citation"],
+            tuple(s.number for s in subsets() if number in s.datasets),
+            MappingProxyType(row | {"subsets": ", ".join(printed_in.get(number, ()))}), own + moved,
+        )  # fmt: skip
+    return MappingProxyType(found)
+
+
+@functools.cache
+def _lineage() -> dict[str, dict[str, list[str]]]:
+    found: dict[str, dict[str, list[str]]] = {}
+    for row in printed_rows("lineage"):
+        for pair in combinations(numbers(row["datasets"]), 2):
+            if row["hub"] and row["hub"] not in pair:
+                continue
+            for own, other in (pair, pair[::-1]):
+                found.setdefault(own, {}).setdefault(other, []).append(f"{row['why']} ({row['sure']})")
+    return found
+
+
+@functools.cache
+def _group_patterns() -> dict[str, re.Pattern[str]]:
+    return {row["dataset"]: re.compile(row["pattern"]) for row in printed_rows("groups")}
