@@ -14,7 +14,8 @@ import numpy as np
 from medcg_jax.data.layouts import Layout, parse_layout
 from medcg_jax.data.prepare import FORMAT
 from medcg_jax.data.records import SPLITS, Box, DataError, Record, RecordSet, Split, Subset, Turn
-from medcg_jax.data.release import balanced, cap_seed, labels_of
+from medcg_jax.data.release import cap_seed, labels_of
+from medcg_jax.data.splits import balanced
 from medcg_jax.run_config import DataConfig
 
 
