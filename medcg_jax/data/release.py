@@ -101,7 +101,8 @@ class ReleaseSource:
     """A Med-MAT tree as a `records.Source`.
 
     A subset without a test file is split 9:1 by patient and label (`splits.train_test_split`), the same way whatever
-    the seed. Records are capped with labels balanced, by `config.train_records_per_subset` and `test_records_per_subset`.
+    the seed. Records are capped with labels balanced, by the configuration's `train_records_per_subset` and
+    `test_records_per_subset`.
 
     Args:
       skip: (file, record) of records that are left out, as `check` names them; the others are then counted exactly.
