@@ -150,7 +150,7 @@ def format_labels(
         side += [raw | group | {"id": len(side) + place} for place, raw in enumerate(made, 1)]
     for split, own in records.items():
         if not own:
-            reason = f"no {split} record of {len(kept)} images; more of them, or a column `split` with both, is accepted"
+            reason = f"no {split} record of {len(kept)} images; more of them, or both in a column `split`, are accepted"
             raise DataError(f"{table_path.name}: {reason}")
     # A test file by itself is no subset: what is cut off between the two is never read as one without a split.
     texts = {files[split]: _as_json(records[split]) for split in reversed(SPLITS)}

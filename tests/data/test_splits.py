@@ -1,4 +1,4 @@
-"""Splits by patient and caps: nobody on both sides, the shares of labels, and the split of old where nobody is known."""
+"""Splits by patient, and caps: nobody on both sides, shares of labels, and the split of old where nobody is known."""
 
 import hashlib
 from collections import Counter, defaultdict
