@@ -152,7 +152,7 @@ def format_labels(
         if not own:
             reason = f"no {split} record of {len(kept)} images; more of them, or both in a column `split`, are accepted"
             raise DataError(f"{table_path.name}: {reason}")
-    # A test file by itself is no subset: what is cut off between the two is never read as one without a split.
+    # The test file first: a training file by itself would be read as a subset without a split, and be split again.
     texts = {files[split]: _as_json(records[split]) for split in reversed(SPLITS)}
     if named:
         entry = {"subset": subset, "kind": _kind(detection)}

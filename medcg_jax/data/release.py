@@ -146,7 +146,7 @@ class ReleaseSource:
         seed = cap_seed(self._config, subset, split)
         places = balanced([labels_of(record) for record in records], self._limit(split), seed)
         kept = [records[place] for place in places]
-        return RecordSet(kept, _TreeImages(self.root, [r.image for r in kept], self._config.max_pixels))
+        return RecordSet(kept, TreeImages(self.root, [r.image for r in kept], self._config.max_pixels))
 
     def fingerprint(self) -> str:
         """A digest of the choice files, of the names and sizes of their images, and of the caps and their seed."""
@@ -267,7 +267,7 @@ def _size(root: Path, raw: Any) -> str:
         return f"{relative} -"
 
 
-class _TreeImages(Sequence):
+class TreeImages(Sequence):
     """uint8[h, w, 3] of each path, decoded when asked for."""
 
     def __init__(self, root: Path, paths: list[str], max_pixels: int):

@@ -274,6 +274,17 @@ def test_both_files_appear_or_neither(classes, monkeypatch):
     assert not list((root / "Aggregated_Subsets").iterdir())
 
 
+def test_no_training_file_appears_before_its_test_file(classes, monkeypatch):
+    """It would be read as a subset without a split, and be split again."""
+    root, rows = classes
+    renamed = []
+    replace = files_module.os.replace
+    monkeypatch.setattr(files_module.os, "replace", lambda part, path: (renamed.append(path.name), replace(part, path)))
+    triplet = ("CT", "Kidney", "State")
+    format_labels(write_table(root, "image,label,group", rows), root, "02", triplet=triplet)
+    assert renamed == ["manifest.json", "Subset--02-test.json", "Subset--02-train.json"]
+
+
 def test_the_packs_own_labels_come_back(shared_dir, tmp_path):
     """The pack's released records as a raw table: the same labels of the same images, in questions of the same form."""
     pack = shared_dir / "data" / "medmat-mini"
