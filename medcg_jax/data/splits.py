@@ -117,6 +117,8 @@ def _nearest(counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     chosen = np.zeros(len(counts), bool)
     missing = wanted.copy()
     for place, own in enumerate(counts):
+        if not missing.any():
+            break
         if np.abs(missing - own).sum() < np.abs(missing).sum():
             chosen[place] = True
             missing -= own

@@ -264,7 +264,7 @@ def write_config(run: RunConfig, workdir: Path, plan: Plan) -> None:
 
 
 def data_fingerprint(run: RunConfig) -> str:
-    """Of the choice records, of the boxes where a table trains on them, and of the general records where it has some."""
+    """Of the choice records, of the boxes where a table trains on them, and of the general records if any."""
     source = open_source(run.data)
     found = [source.fingerprint()]
     if set(run.study.tables) & set(BOX_TABLES):
