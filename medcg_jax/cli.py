@@ -121,6 +121,10 @@ def parser() -> Parser:
     table.add_argument("--as", dest="form", choices=("choice",), default="", help="questions of the labels of boxes")
     table.add_argument("--force", action="store_true", help="replace the subset's files")
 
+    stats = add(kinds, "stats", data_stats, "write a page with contact sheets, label and letter balance, copies")
+    stats.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree")
+    stats.add_argument("out", metavar="OUT", help="folder of the page")
+
     convert = add(verbs, "convert", convert_weights, "released PyTorch checkpoint to Orbax, and back")
     convert.add_argument("src", metavar="SRC")
     convert.add_argument("dst", metavar="DST")
@@ -161,6 +165,14 @@ def add(verbs, name: str, run, text: str) -> Parser:
     verb.add_argument("--json", default="", metavar="FILE", help="also write the result as one JSON object")
     verb.set_defaults(run=run)
     return verb
+
+
+def data_stats(args) -> dict:
+    from medcg_jax.data.stats import write_stats
+
+    page = write_stats(args.root, args.out, progress=progress)
+    print(page)
+    return {"page": str(page)}
 
 
 def add_bad_frac(verb: Parser) -> None:

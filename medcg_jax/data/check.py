@@ -16,7 +16,7 @@ from medcg_jax.data.examine import Examined, examine_all
 from medcg_jax.data.processes import Progress
 from medcg_jax.data.reading import Reading
 from medcg_jax.data.records import DataError, Split
-from medcg_jax.data.release import read_manifest, subset_files, subset_table
+from medcg_jax.data.release import SubsetFile, read_manifest, subset_files, subset_table
 from medcg_jax.data.schema import (
     ReleaseError,
     check_id,
@@ -108,6 +108,7 @@ class Use(NamedTuple):
 
     file: str
     record: str
+    subset: str
     split: Split
     path: Path
     # Of a detection record, to be held against the image's size.
@@ -179,7 +180,7 @@ def inspect(
         num_detection += len(raws) if file.detection else 0
         if not raws:
             problems.append(Problem(file.path.name, "", "no_records", "an empty list; nothing can be drawn from it"))
-        uses += check_records(raws, root, file.path.name, file.split, file.detection, problems)
+        uses += check_records(raws, root, file, problems)
     paths = sorted({use.path for use in uses})
     images = examine_all(
         paths, max_pixels, reading, workers=workers, progress=progress, known=known, remember=remember
@@ -193,22 +194,21 @@ def inspect(
     return Inspection(report, tuple(uses), images)
 
 
-def check_records(
-    raws: list[Any], root: Path, file: str, split: Split, detection: bool, problems: list[Problem]
-) -> list[Use]:
+def check_records(raws: list[Any], root: Path, file: SubsetFile, problems: list[Problem]) -> list[Use]:
     """The image uses of the records whose JSON and path are right; what is wrong with others is added to `problems`."""
     uses: list[Use] = []
     seen: set[int] = set()
+    own = file.path.name
     for place, raw in enumerate(raws):
         name = record_name(raw, place)
         try:
-            check_id(raw, seen, file=file, place=place)
-            if detection:
-                check_keys(raw, DETECTION_KEYS, file, name)
+            check_id(raw, seen, file=own, place=place)
+            if file.detection:
+                check_keys(raw, DETECTION_KEYS, own, name)
             else:
-                parse_choice(raw, file=file, place=place, subset="", split=split)
-            path = image_path(root, raw["image"], file=file, record=name)
-            uses.append(Use(file, name, split, path, raw if detection else None))
+                parse_choice(raw, file=own, place=place, subset=file.number, split=file.split)
+            path = image_path(root, raw["image"], file=own, record=name)
+            uses.append(Use(own, name, file.number, file.split, path, raw if file.detection else None))
         except ReleaseError as error:
             problems.append(_problem(error))
     return uses

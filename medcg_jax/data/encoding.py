@@ -55,8 +55,11 @@ class Encoded:
         return batch, [self.records.records[i].id for i in indices]
 
     def _decode(self, indices: np.ndarray) -> Arrays:
-        rows = [_image_arrays(self.records, int(index), self.format) for index in indices]
-        return {key: np.stack([row[key] for row in rows]) for key in self.format.blank}
+        out = {key: np.empty((len(indices), *a.shape), a.dtype) for key, a in self.format.blank.items()}
+        for place, index in enumerate(indices):
+            for key, array in _image_arrays(self.records, int(index), self.format).items():
+                out[key][place] = array
+        return out
 
 
 def encode(

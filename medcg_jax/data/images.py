@@ -44,7 +44,7 @@ def load_image(source: str | Path | bytes, max_pixels: int, reading: Reading = R
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             _check_size(image.size, max_pixels)
             image.load()
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+            return _to_array(ImageOps.exif_transpose(image))
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -91,7 +91,26 @@ def resize(image: np.ndarray, size_px: int) -> np.ndarray:
     """uint8[size_px, size_px, 3] of a square image, by PIL's bicubic filter on uint8."""
     if image.shape[:2] == (size_px, size_px):
         return image
+    if is_grey(image):  # each channel is filtered by itself: one takes half the time of three
+        grey = Image.fromarray(np.ascontiguousarray(image[..., 0])).resize((size_px, size_px), Image.Resampling.BICUBIC)
+        return grey_to_rgb(np.asarray(grey))
     return np.asarray(Image.fromarray(image).resize((size_px, size_px), Image.Resampling.BICUBIC))
+
+
+def is_grey(image: np.ndarray) -> bool:
+    """Whether the three channels of uint8[h, w, 3] are equal."""
+    for part in (image[::16, ::16], image):  # few pixels tell nearly every colour image
+        if not all(np.array_equal(part[..., 0], part[..., channel]) for channel in (1, 2)):
+            return False
+    return True
+
+
+def grey_to_rgb(grey: np.ndarray) -> np.ndarray:
+    """uint8[h, w, 3] of uint8[h, w]."""
+    image = np.empty((*grey.shape, 3), np.uint8)
+    for channel in range(3):  # a third of the time that a broadcast copy takes
+        image[..., channel] = grey
+    return image
 
 
 def preprocess(image: np.ndarray, size_px: int) -> np.ndarray:
@@ -108,6 +127,12 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     side = max(width, height)
     if side * side > max_pixels:
         raise ImageError(f"{width} x {height} pixels pad to {side} x {side}; at most {max_pixels} are accepted")
+
+
+def _to_array(image: Image.Image) -> np.ndarray:
+    if image.mode == "L" and "transparency" not in image.info:
+        return grey_to_rgb(np.asarray(image))  # quicker than by PIL, and not held by one thread
+    return np.asarray(_to_rgb(image))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -126,15 +126,21 @@ class _Order:
 
     def __init__(self, indices: np.ndarray, seed: int, name: str):
         self._indices, self._key = indices, f"{seed}/{name}"
-        # Threads that build ahead cross into the next epoch one by one.
-        self._permutation = functools.lru_cache(4)(self._permuted)
 
     def __len__(self) -> int:
         return _ENDLESS
 
     def __getitem__(self, position: int) -> int:
         epoch, place = divmod(position, len(self._indices))
-        return self._permutation(epoch)[place]
+        return self._permutations(epoch)[place]
+
+    @functools.cached_property
+    def _permutations(self):
+        # Threads that build ahead cross into the next epoch one by one.
+        return functools.lru_cache(4)(self._permuted)
+
+    def __getstate__(self):
+        return {"_indices": self._indices, "_key": self._key}
 
     def __repr__(self) -> str:
         return f"_Order({len(self._indices)} records, {self._key!r})"
@@ -150,5 +156,6 @@ def _read_options(encoded: Encoded, prefetch: int | None) -> grain.ReadOptions:
         threads, prefetch = 1, 2 if prefetch is None else prefetch
     else:
         threads = min(16, os.cpu_count() or 1)
-        prefetch = threads if prefetch is None else prefetch
+        # Two more than are being built: a thread that is done early goes on with the next.
+        prefetch = threads + 2 if prefetch is None else prefetch
     return grain.ReadOptions(num_threads=threads if prefetch else 0, prefetch_buffer_size=prefetch)

@@ -22,11 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from medcg_jax.data.check import Inspection, Report, inspect
 from medcg_jax.data.examine import Examined, Memory
-from medcg_jax.data.images import load_image
+from medcg_jax.data.images import is_grey, load_image
 from medcg_jax.data.layouts import Layout
 from medcg_jax.data.processes import Progress, over
 from medcg_jax.data.reading import Reading
@@ -169,10 +167,7 @@ def _pixels(record: dict[str, Any], root: Path, layout: Layout, max_pixels: int,
     image = layout.apply(load_image(root / record["image"], max_pixels, reading))
     if list(image.shape[:2]) != record["shape"]:
         raise DataError(f"record {record['id']}: image {record['image']!r} has changed; run the command again")
-    grey = image[..., 0]
-    if (image == grey[..., None]).all():
-        return np.ascontiguousarray(grey).tobytes()
-    return np.ascontiguousarray(image).tobytes()
+    return (image[..., 0] if is_grey(image) else image).tobytes()
 
 
 def _subsets(source: ReleaseSource) -> list[tuple[str, Subset]]:

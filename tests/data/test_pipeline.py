@@ -53,19 +53,39 @@ def test_every_record_once_an_epoch(count, batch, seed, epochs):
 @small
 @given(
     count=st.integers(1, 40),
-    rows=st.integers(1, 4),
+    rows=st.integers(1, 2),
     seed=st.integers(0, 99),
     position=st.integers(0, 50),
     weighted=st.booleans(),
 )
 def test_the_order_is_one_whatever_the_processes_and_the_resume(count, rows, seed, position, weighted):
     encoded = bare({"a": count, "b": 3})
-    options = {"batch_size": 4 * rows, "seed": seed, "weights": {"a": 2.0, "b": 1.0} if weighted else None}
+    options = {"batch_size": 28 * rows, "seed": seed, "weights": {"a": 2.0, "b": 1.0} if weighted else None}
     whole = drawn(Batches(encoded, **options, prefetch=0), position + 3)[position:]
-    for processes in (1, 2, 4):
+    for processes in (1, 2, 4, 7):
         own = [{"process_index": p, "process_count": processes, "prefetch": 2 * (p % 2)} for p in range(processes)]
         parts = [drawn(Batches(encoded, **options, **one, position=position), 3) for one in own]
         assert [sum((part[i] for part in parts), []) for i in range(3)] == whole
+
+
+@small
+@given(
+    count=st.integers(1, 60),
+    seed=st.integers(0, 99),
+    legs=st.lists(st.tuples(st.sampled_from((1, 2, 4, 7)), st.integers(0, 4)), min_size=1, max_size=5),
+)
+def test_stopped_anywhere_it_goes_on_with_another_number_of_hosts(count, seed, legs):
+    encoded, options = bare({"a": count, "b": 5}), {"batch_size": 28, "seed": seed}
+    total = sum(steps for _, steps in legs)
+    whole, found, position = drawn(Batches(encoded, **options, prefetch=0), total), [], 0
+    for hosts, steps in legs:
+        parts = [
+            drawn(Batches(encoded, **options, process_index=host, process_count=hosts, position=position), steps)
+            for host in range(hosts)
+        ]
+        found += [sum((part[step] for part in parts), []) for step in range(steps)]
+        position += steps
+    assert found == whole
 
 
 @small

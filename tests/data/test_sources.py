@@ -24,7 +24,7 @@ def test_unknown_names_get_one_line_with_what_is_close(tmp_path):
 
 
 def test_unknown_source_and_missing_root():
-    with pytest.raises(DataError, match="data.source='tree'; phantom or release is accepted"):
+    with pytest.raises(DataError, match="data.source='tree'; phantom or release or prepared is accepted"):
         open_source(DataConfig(source="tree"))
     with pytest.raises(DataError, match="data.root=''"):
         open_source(DataConfig(source="release"))
