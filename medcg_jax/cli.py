@@ -110,6 +110,17 @@ def parser() -> Parser:
     prepare.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0: one per core")
     add_bad_frac(prepare)
 
+    table = add(kinds, "format", data_format, "write a subset's files from raw labels: questions, or boxes")
+    table.add_argument("labels", metavar="LABELS.csv", help="image,label and nothing, x1,y1,x2,y2 or mask")
+    table.add_argument("root", metavar="ROOT", help="folder that its paths start in; the files go below it")
+    table.add_argument("--subset", required=True, metavar="NN", help="number (38 to 53 are not released) or a name")
+    table.add_argument("--seed", type=int, default=0, help="of instructions, options and letters")
+    table.add_argument("--data_no", default="", metavar="N", help="number of the dataset, where the table names none")
+    for name in ("modality", "area", "task"):
+        table.add_argument(f"--{name}", default="", help="of a subset that is not Med-MAT's; all three")
+    table.add_argument("--as", dest="form", choices=("choice",), default="", help="questions of the labels of boxes")
+    table.add_argument("--force", action="store_true", help="replace the subset's files")
+
     stats = add(kinds, "stats", data_stats, "write a page with contact sheets, label and letter balance, copies")
     stats.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree")
     stats.add_argument("out", metavar="OUT", help="folder of the page")
@@ -247,6 +258,19 @@ def data_prepare(args) -> dict:
     print(f"{args.out}: {subsets} subsets, {numbers['train']} training and {numbers['test']} test records")
     print(f"{aside['records']} of {aside['of']} set aside; {done.shards_written} shards written in {done.seconds:.1f} s")
     return {"out": args.out, **numbers, "set_aside": aside, "shards_written": done.shards_written}
+
+
+def data_format(args) -> dict:
+    from medcg_jax.data.questions import format_labels
+
+    triplet = (args.modality, args.area, args.task) if args.modality or args.area or args.task else None
+    done = format_labels(
+        args.labels, args.root, args.subset, seed=args.seed, data_no=args.data_no, triplet=triplet,
+        as_choice=args.form == "choice", force=args.force,
+    )  # fmt: skip
+    print(f"{', '.join(done['files'])}: {done['train']} training and {done['test']} test records")
+    print(f"{len(done['labels'])} labels: {', '.join(done['labels'])}; {done['left_out']} images left out")
+    return done
 
 
 def progress(items, total: int):

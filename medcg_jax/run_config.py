@@ -111,8 +111,11 @@ class DataConfig:
     subsets: tuple[str, ...] = ()
     # Sentence before the first user turn; "vicuna" takes LLaVA-1.5's.
     system_prompt: str = "vicuna"
-    # Records of ImageWikiQA for each record of a training; 0 alone is accepted: they are not in the release.
+    # General records (ImageWikiQA's in the study) for each record of a fine-tune, 0 to below 1; never in a test. They
+    # are not in the release: `general_records` is a JSON list of four-option records with the release's keys, whose
+    # images are relative to its folder ("": none).
     imagewikiqa_share: float = 0.0
+    general_records: str = ""
     # Subset -> weight of its records in a batch; empty: every record once an epoch.
     subset_weights: dict[str, float] = field(default_factory=dict)
     # What an image, and the square it is padded to, may have; a larger one is refused from its header.
@@ -288,11 +291,7 @@ def check(run: RunConfig) -> None:
         one_of("eval.controls", name, CONTROLS)
     at_least("study.jobs", run.study.jobs, 1)
     at_least("study.cells_at_once", run.study.cells_at_once, 0)
-    if run.data.imagewikiqa_share:
-        raise ConfigError(
-            f"data.imagewikiqa_share={run.data.imagewikiqa_share}: 0.0 alone is accepted, "
-            "ImageWikiQA is not in the release"
-        )
+    check_general(run)
     check_published(run.study)
     if not run.study.seeds:
         raise ConfigError("study.seeds is empty: one seed or more is accepted")
@@ -301,6 +300,20 @@ def check(run: RunConfig) -> None:
             raise ConfigError(f"data.subset_weights[{subset!r}]={weight}: a weight above 0 is accepted")
     for part in ("base", "train"):
         check_training(part, getattr(run, part))
+
+
+def check_general(run: RunConfig) -> None:
+    share = run.data.imagewikiqa_share
+    if not 0 <= share < 1:
+        raise ConfigError(f"data.imagewikiqa_share={share}: 0 to below 1 is accepted")
+    if share and not run.data.general_records:
+        raise ConfigError(
+            f"data.general_records='': the path of a JSON list of four-option records is accepted with "
+            f"data.imagewikiqa_share={share}, ImageWikiQA is not in the release"
+        )
+    if share and (run.data.subset_weights or trains_masks(run.model)):
+        why = "data.subset_weights" if run.data.subset_weights else "a training of masks"
+        raise ConfigError(f"data.imagewikiqa_share={share}: 0.0 alone is accepted with {why}")
 
 
 def check_published(study: StudyConfig) -> None:

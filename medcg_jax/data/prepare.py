@@ -30,6 +30,7 @@ from medcg_jax.data.processes import Progress, over
 from medcg_jax.data.reading import Reading
 from medcg_jax.data.records import SPLITS, DataError, Record, Subset
 from medcg_jax.data.release import ReleaseSource
+from medcg_jax.data.splits import is_out_of_distribution
 from medcg_jax.files import write_whole
 from medcg_jax.run_config import DataConfig
 
@@ -197,6 +198,7 @@ def _line(record: Record, image: Examined | None, layout: Layout) -> str:
         "id": record.id,
         "subset": record.subset,
         "data_no": record.data_no,
+        "group": record.group,
         "image": record.image,
         "turns": [[turn.question, turn.answer] for turn in record.turns],
         "options": record.options,
@@ -236,6 +238,7 @@ def _entry(subset: Subset, kind: str, digests: dict[_Shard, str]) -> dict[str, A
         "area": subset.area,
         "task": subset.task,
         "labels": list(subset.labels),
+        "out_of_distribution": is_out_of_distribution(subset),
         **{split: sum(file["records"] for file in files[split]) for split in SPLITS},
         "shards": files,
     }

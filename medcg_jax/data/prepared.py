@@ -15,7 +15,8 @@ from medcg_jax.data.images import grey_to_rgb
 from medcg_jax.data.layouts import Layout, parse_layout
 from medcg_jax.data.prepare import FORMAT
 from medcg_jax.data.records import SPLITS, Box, DataError, Record, RecordSet, Split, Subset, Turn
-from medcg_jax.data.release import balanced, cap_seed, labels_of
+from medcg_jax.data.release import cap_seed, labels_of
+from medcg_jax.data.splits import balanced
 from medcg_jax.run_config import DataConfig
 
 
@@ -170,6 +171,7 @@ def _record(line: dict[str, Any]) -> Record:
         answer=line["answer"],
         image=line["image"],
         data_no=line["data_no"],
+        group=line["group"],
         boxes=tuple(Box(*box) for box in line["boxes"]),
         size_px=tuple(line["size_px"]),
     )

@@ -83,6 +83,8 @@ class Record:
     boxes: tuple[Box, ...] = ()
     # (height, width) in pixels of the image that the boxes lie in; (0, 0) where the record is no detection record.
     size_px: tuple[int, int] = (0, 0)
+    # Patient or lesion that the image shows, which is trained on or tested on, never both; "": not known.
+    group: str = ""
 
     @property
     def label(self) -> str:

@@ -11,8 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,11 @@ from medcg_jax.data.images import ImageError, load_image
 from medcg_jax.data.records import SPLITS, DataError, Record, RecordSet, Split, Subset
 from medcg_jax.data.schema import ReleaseError, read_choice_file, read_list
 from medcg_jax.data.schema_detection import read_detection_file
+from medcg_jax.data.splits import balanced, split_group, train_test_split
 from medcg_jax.run_config import DataConfig
 
 # Numbers in the release, names such as `ct-lung-grade` in a phantom tree.
 _FILE = re.compile(r"Subset--?([A-Za-z0-9][A-Za-z0-9-]*?)(-det)?-(train|test)\.json")
-# "9:1 where no split existed" (digest of the published version).
-_TEST_FRACTION = 0.1
 
 
 @dataclass(frozen=True)
@@ -106,28 +104,12 @@ def read_manifest(root: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def balanced(labels: Sequence[str], limit: int, seed: int) -> list[int]:
-    """Places of at most `limit` items in their order, as many of each label as its number and the others' allow.
-
-    Example: 10 of a, 2 of b and 10 of c, limit 12 -> 5 a, 2 b, 5 c.
-    """
-    if not 0 < limit < len(labels):
-        return list(range(len(labels)))
-    generator = np.random.default_rng(seed)
-    counts = sorted(Counter(labels).items(), key=lambda item: (item[1], item[0]))
-    chosen: list[int] = []
-    for done, (label, count) in enumerate(counts):
-        share = min(count, (limit - len(chosen)) // (len(counts) - done))
-        places = [place for place, own in enumerate(labels) if own == label]
-        chosen += generator.permutation(places)[:share].tolist()
-    return sorted(chosen)
-
-
 class ReleaseSource:
     """A Med-MAT tree as a `records.Source`.
 
-    A subset without a test file is split 9:1 by image and label, the same way whatever the seed. Training records are
-    capped with labels balanced by `config.train_records_per_subset`, test records by `config.test_records_per_subset`.
+    A subset without a test file is split 9:1 by patient and label (`splits.train_test_split`), the same way whatever
+    the seed. Records are capped with labels balanced, by the configuration's `train_records_per_subset` and
+    `test_records_per_subset`.
 
     Args:
       skip: (file, record) of records that are left out, as `check` names them; the others are then counted exactly.
@@ -171,7 +153,7 @@ class ReleaseSource:
         seed = cap_seed(self._config, subset, split)
         places = balanced([labels_of(record) for record in records], self._limit(split), seed)
         kept = [records[place] for place in places]
-        return RecordSet(kept, _TreeImages(self.root, [r.image for r in kept], self._config.max_pixels))
+        return RecordSet(kept, TreeImages(self.root, [r.image for r in kept], self._config.max_pixels))
 
     def fingerprint(self) -> str:
         """A digest of the choice files, of the names and sizes of their images, and of the caps and their seed."""
@@ -232,7 +214,7 @@ class ReleaseSource:
                 self._parsed[number, split] = self._read(path, number, split) if path else []
             else:
                 both = {own: self._read(self._files[number, "train"], number, own) for own in SPLITS}
-                self._parsed |= _split_by_image(number, both)
+                self._parsed |= _split(number, both)
         return self._parsed[number, split]
 
     def _read(self, path: Path, number: str, split: Split) -> list[Record]:
@@ -248,30 +230,18 @@ class ReleaseSource:
         return self._config.train_records_per_subset if split == "train" else self._config.test_records_per_subset
 
 
-def test_images(label_of: Mapping[str, str]) -> set[str]:
-    """Images that go to test where a subset has no test file: a tenth of each label's, by a digest of their paths.
-
-    Args:
-      label_of: image -> the label of the first record that has it; "" of one with boxes.
-    """
-    images: dict[str, list[str]] = {}
-    for image, label in label_of.items():
-        images.setdefault(label, []).append(image)
-    test: set[str] = set()
-    for found in images.values():
-        found.sort(key=lambda image: hashlib.sha256(image.encode()).digest())
-        test.update(found[: round(len(found) * _TEST_FRACTION)])
-    return test
-
-
-def _split_by_image(number: str, both: dict[Split, list[Record]]) -> dict[tuple[str, Split], list[Record]]:
-    """The records of `test_images` to test, the others to training.
+def _split(number: str, both: dict[Split, list[Record]]) -> dict[tuple[str, Split], list[Record]]:
+    """9:1 by patient or lesion where these are known, by image elsewhere; labels as they are balanced in the whole.
 
     Args:
       both: the same records, with ids as of either split.
     """
-    test = test_images({record.image: record.label for record in reversed(both["train"])})
-    return {(number, split): [r for r in both[split] if (r.image in test) == (split == "test")] for split in SPLITS}
+    items = [(r.image, r.label, split_group(r.data_no, r.image, r.group)) for r in both["train"]]
+    tested = train_test_split(items)
+    return {
+        (number, split): [record for record, test in zip(both[split], tested, strict=True) if test == (split == "test")]
+        for split in SPLITS
+    }
 
 
 def cap_seed(config: DataConfig, subset: str, split: Split) -> int:
@@ -299,7 +269,7 @@ def _size(root: Path, raw: Any) -> str:
         return f"{relative} -"
 
 
-class _TreeImages(Sequence):
+class TreeImages(Sequence):
     """uint8[h, w, 3] of each path, decoded when asked for."""
 
     def __init__(self, root: Path, paths: list[str], max_pixels: int):

@@ -25,6 +25,9 @@ KEYS: dict[str, type] = {
     "data-no": str,
 }
 
+# What a record of either kind may have beside its keys; further ones are ignored.
+OPTIONAL_KEYS: dict[str, type] = {"group": str}
+
 _OPTION = re.compile(r"([A-Z]): (.*)")
 
 
@@ -63,7 +66,7 @@ def read_list(path: Path) -> list[Any]:
 
 
 def parse_choice(raw: Any, *, file: str, place: int, subset: str, split: str) -> Record:
-    """The record that one JSON object describes; keys beyond the eight are ignored, files are not looked at.
+    """The record that one JSON object describes; beyond the eight keys `group` is read; files are not looked at.
 
     Raises:
       ReleaseError: kind `type`, `key`, `options`, `letter` or `answer`.
@@ -89,6 +92,7 @@ def parse_choice(raw: Any, *, file: str, place: int, subset: str, split: str) ->
         answer=letter,
         image=raw["image"],
         data_no=raw["data-no"],
+        group=raw.get("group", ""),
     )
 
 
@@ -116,7 +120,8 @@ def check_keys(raw: Any, keys: Mapping[str, type], file: str, name: str) -> None
     missing = [key for key in keys if key not in raw]
     if missing:
         raise ReleaseError(file, name, "key", f"the key {missing[0]} is missing")
-    for key, kind in keys.items():
+    optional = {key: kind for key, kind in OPTIONAL_KEYS.items() if key in raw}
+    for key, kind in {**keys, **optional}.items():
         # bool is an int to isinstance.
         if type(raw[key]) is not kind:
             reason = f"{key} is {json.dumps(raw[key])[:60]}, a {type(raw[key]).__name__}; {kind.__name__} is accepted"

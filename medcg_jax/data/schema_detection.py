@@ -18,7 +18,7 @@ DETECTION_KEYS: dict[str, type] = {"id": int, "image": str, "width": int, "heigh
 
 
 def parse_detection(raw: Any, *, file: str, place: int, subset: str, split: str, size: tuple[int, int]) -> Record:
-    """The record that one JSON object describes; further keys are ignored, and no box at all is accepted.
+    """The record that one JSON object describes; further keys but `group` are ignored, and no box at all is accepted.
 
     Args:
       size: (height, width) of its image in pixels, upright.
@@ -38,6 +38,7 @@ def parse_detection(raw: Any, *, file: str, place: int, subset: str, split: str,
         data_no=raw["data-no"],
         boxes=tuple(Box(box["label"], *map(float, box["bbox"])) for box in raw["boxes"]),
         size_px=size,
+        group=raw.get("group", ""),
     )
 
 

@@ -47,7 +47,7 @@ class MedMat(tfds.core.GeneratorBasedBuilder):
             homepage="https://huggingface.co/datasets/FreedomIntelligence/Med-MAT",
             features=tfds.features.FeaturesDict(
                 {
-                    **dict.fromkeys(("id", "subset", "data_no", "modality", "area", "task"), text),
+                    **dict.fromkeys(("id", "subset", "data_no", "group", "modality", "area", "task"), text),
                     "image": tfds.features.Text(doc=_PNG),
                     "image_path": text,
                     "turns": tfds.features.Sequence({"question": text, "answer": text}),
@@ -107,6 +107,7 @@ def record_of(example: dict[str, Any]) -> tuple[Record, np.ndarray | None]:
         answer=example["answer"].decode(),
         image=example["image_path"].decode(),
         data_no=example["data_no"].decode(),
+        group=example["group"].decode(),
         boxes=tuple(
             Box(label.decode(), *corners.tolist())
             for label, corners in zip(boxes["label"], boxes["corners_px"], strict=True)
@@ -127,6 +128,7 @@ def _example(record: Record, subset, image: np.ndarray | None) -> dict[str, Any]
         "id": record.id,
         "subset": record.subset,
         "data_no": record.data_no,
+        "group": record.group,
         "modality": subset.modality,
         "area": subset.area,
         "task": subset.task,

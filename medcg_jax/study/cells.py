@@ -16,7 +16,7 @@ from medcg_jax.data.controls import control_sets
 from medcg_jax.data.encoding import MEMORY_LIMIT_BYTES, Encoded, concat_encoded
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, Split, concat
-from medcg_jax.data.release import balanced
+from medcg_jax.data.splits import balanced
 from medcg_jax.eval.run import NonFiniteScores, write_controls
 from medcg_jax.eval.subsets import Tester, write_tested
 from medcg_jax.files import write_whole
@@ -46,13 +46,17 @@ class Data:
         self._bytes = 0
 
     def training(self, parts: Sequence[tuple[str, int]]) -> Encoded:
-        """The training rows of these (subset, number of records), labels balanced where not all are taken."""
-        rows = sum(count for _, count in parts)
+        """The training rows of these (subset, number of records), labels balanced where not all are taken; behind
+        them the general records that the training has."""
+        general = self._setup.general.draw(tuple(parts)) if self._setup.general else None
+        rows = sum(count for _, count in parts) + (len(general) if general else 0)
         lengths = self._box_lengths if any(self._setup.has_boxes(name) for name, _ in parts) else {}
         if rows * sum(array.nbytes for array in self._setup.format.blank.values()) > MEMORY_LIMIT_BYTES:
             # Encoded together, so that the images are decoded when drawn.
-            return self._setup.encode(concat([self._records(name, "train", count) for name, count in parts]), **lengths)
-        return concat_encoded([self._encoded(name, "train", count, **lengths) for name, count in parts])
+            sets = [self._records(name, "train", count) for name, count in parts]
+            return self._setup.encode(concat([*sets, general] if general else sets), **lengths)
+        encoded = [self._encoded(name, "train", count, **lengths) for name, count in parts]
+        return concat_encoded([*encoded, self._setup.encode(general, **lengths)] if general else encoded)
 
     @property
     def _box_lengths(self) -> dict[str, int]:

@@ -66,7 +66,8 @@ CHOICES = (
     Choice(
         "data.imagewikiqa_share", 0.0,
         "non-medical questions of four options were integrated against the bias of varying numbers of options; neither "
-        "how many nor into which trainings is stated, and they are not in the release",
+        "how many nor into which trainings is stated, and they are not in the release: none; where there is a file "
+        "of them (data.general_records), every fine-tune takes its share",
     ),
     Choice(
         "study.baseline_plus_records", "related",

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from medcg_jax.data.general import open_general
 from medcg_jax.data.sources import open_source
 from medcg_jax.files import write_whole
 from medcg_jax.run_config import BOX_TABLES, ConfigError, RunConfig, flat
@@ -243,7 +244,10 @@ def write_config(run: RunConfig, workdir: Path, plan: Plan) -> None:
 
     Raises:
       ConfigError: it is not; the message names the first field that differs.
+      DataError: the general records cannot be read, or are too few for the largest training.
     """
+    if general := open_general(run.data):  # before anything is trained
+        general.require(max(sum(count for _, count in job.training) for job in plan.jobs))
     new = {
         "config": dataclasses.asdict(run),
         "versions": versions(),
@@ -260,10 +264,14 @@ def write_config(run: RunConfig, workdir: Path, plan: Plan) -> None:
 
 
 def data_fingerprint(run: RunConfig) -> str:
-    """Of the choice records, and of the boxes where a table trains on them."""
+    """Of the choice records, of the boxes where a table trains on them, and of the general records if any."""
     source = open_source(run.data)
-    found = source.fingerprint()
-    return f"{found} {source.detection_fingerprint()}" if set(run.study.tables) & set(BOX_TABLES) else found
+    found = [source.fingerprint()]
+    if set(run.study.tables) & set(BOX_TABLES):
+        found.append(source.detection_fingerprint())
+    if general := open_general(run.data):
+        found.append(general.fingerprint())
+    return " ".join(found)
 
 
 def check_same(old: dict, new: dict, workdir: Path) -> None:

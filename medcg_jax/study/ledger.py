@@ -14,12 +14,14 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from medcg_jax.data import catalogue
 from medcg_jax.data.records import SPLITS, DataError, Split
-from medcg_jax.data.release import SubsetFile, list_files, read_manifest, test_images
+from medcg_jax.data.release import SubsetFile, list_files, read_manifest
 from medcg_jax.data.schema import ReleaseError, check_id, check_keys, image_path, parse_choice, read_list, record_name
 from medcg_jax.data.schema_detection import DETECTION_KEYS
+from medcg_jax.data.splits import split_group, train_test_split
 from medcg_jax.study.ledger_rows import row_states
 from medcg_jax.study.ledger_states import DatasetState, Ledger, State, SubsetState, Tally
 
@@ -28,11 +30,18 @@ _Refusal = tuple[str, str]
 _ORIGINAL = re.compile(r"ori--?(\w+?)-(train|test)\.json")
 
 
+class _RecordUse(NamedTuple):
+    data_no: str
+    image: str
+    label: str
+    group: str
+
+
 @dataclass
 class _Part:
-    """One subset file: its well-formed records as (data number, image, label), and what is wrong with the others."""
+    """One subset file: its well-formed records, and what is wrong with the others."""
 
-    uses: list[tuple[str, str, str]] = field(default_factory=list)
+    uses: list[_RecordUse] = field(default_factory=list)
     absent: set[str] = field(default_factory=set)
     broken: Counter[str] = field(default_factory=Counter)
     file_error: str = ""
@@ -125,8 +134,15 @@ def _read(file: SubsetFile, root: Path, refusals: dict[str, _Refusal | None]) ->
                 part.broken[error.kind] += 1
                 continue
             part.absent.add(raw["image"])
-        part.uses.append((raw["data-no"], raw["image"], label))
+        group = raw.get("group", "") if isinstance(raw.get("group", ""), str) else ""
+        part.uses.append(_RecordUse(raw["data-no"], raw["image"], label, group))
     return part
+
+
+def _moved(uses: list[_RecordUse]) -> set[str]:
+    """The images that the reader splits off for the test."""
+    items = [(use.image, use.label, split_group(use.data_no, use.image, use.group)) for use in uses]
+    return {image for (image, _, _), test in zip(items, train_test_split(items), strict=True) if test}
 
 
 def _refusal(root: Path, image: str) -> _Refusal | None:
@@ -143,9 +159,9 @@ def _subset_state(
     """The state of a subset with files, and its tally by data number."""
     tallies: dict[str, Tally] = {}
     split_made = "test" not in parts
-    moved = test_images({image: label for _, image, label in reversed(parts["train"].uses)}) if split_made else set()
+    moved = _moved(parts["train"].uses) if split_made else set()
     for split, part in parts.items():
-        for data_no, image, _ in part.uses:
+        for data_no, image, *_ in part.uses:
             tally = tallies.setdefault(data_no, Tally())
             if split == "test" or image in moved:
                 tally.test += 1

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from medcg_jax.data.general import num_general
 from medcg_jax.data.records import Source, Subset
 from medcg_jax.data.sources import open_source, require_subsets
 from medcg_jax.run_config import BOX_TABLES, RunConfig, replace
@@ -52,7 +53,9 @@ def jobs_of(cells: Sequence[Cell], run: RunConfig) -> list[Job]:
         (seed, training), recipe = cell.training_key, run.train
         if cell.table in run.study.epochs_of:
             recipe = dataclasses.replace(recipe, epochs=run.study.epochs_of[cell.table])
-        steps = num_steps(recipe, sum(count for _, count in training)) if training else 0
+        records = sum(count for _, count in training)
+        records += num_general(records, run.data.imagewikiqa_share)
+        steps = num_steps(recipe, records) if training else 0
         serves.setdefault((seed, training, steps), []).append(cell)
     jobs = []
     for (seed, training, steps), group in serves.items():

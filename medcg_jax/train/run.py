@@ -39,7 +39,10 @@ def train(run: RunConfig, workdir: Path) -> dict:
     """
     setup = open_setup(run)
     names = run.data.subsets or tuple(subset.name for subset in setup.source.subsets)
-    encoded = setup.encode(concat([setup.source.records(name, "train") for name in names]))
+    sets = [setup.source.records(name, "train") for name in names]
+    if setup.general:
+        sets.append(setup.general.draw(tuple((name, len(own)) for name, own in sorted(zip(names, sets)))))
+    encoded = setup.encode(concat(sets))
     if not len(encoded):
         raise ConfigError(f"data.subsets={','.join(names)}: these have no training records")
     graphdef, params = start_params(setup, seed=run.train.seed)

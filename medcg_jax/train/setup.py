@@ -1,6 +1,7 @@
 """What a run needs before its first step: mesh, tokenizer, architecture and data, checked before anything is allocated."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from medcg_jax.data import formats
 from medcg_jax.data.encoding import Encoded, encode, encode_boxes, encode_eval
 from medcg_jax.data.formats import Format
+from medcg_jax.data.general import GeneralRecords, open_general
 from medcg_jax.data.layouts import check_layout
 from medcg_jax.data.prepared import PreparedSource
 from medcg_jax.data.records import RecordSet, Source
@@ -45,6 +47,15 @@ class Setup:
     model: Config
     format: Format
     source: Source
+
+    @functools.cached_property
+    def general(self) -> GeneralRecords | None:
+        """What every fine-tune has beside its own records; None: nothing. Read when first asked for, so by no test.
+
+        Raises:
+          DataError: it cannot be read.
+        """
+        return open_general(self.run.data)
 
     @property
     def loss(self) -> Callable:

@@ -8,7 +8,7 @@ from trees import raw_record, write_image, write_subset, write_tree
 
 from medcg_jax.data.images import ImageError
 from medcg_jax.data.records import DataError
-from medcg_jax.data.release import ReleaseSource, balanced, subset_table
+from medcg_jax.data.release import ReleaseSource, subset_table
 from medcg_jax.data.schema import ReleaseError, parse_choice, parse_options, read_choice_file
 from medcg_jax.run_config import DataConfig
 
@@ -80,21 +80,6 @@ def test_caps_balance_labels_by_seed(tmp_path):
     assert numbers == sorted(numbers)
 
 
-@pytest.mark.parametrize(
-    ("counts", "limit", "wanted"),
-    [
-        ({"a": 10, "b": 2, "c": 10}, 12, {"a": 5, "b": 2, "c": 5}),
-        ({"a": 10, "b": 10, "c": 10}, 10, {"a": 3, "b": 3, "c": 4}),
-        ({"a": 3, "b": 3}, 6, {"a": 3, "b": 3}),
-        ({"a": 3, "b": 3}, 0, {"a": 3, "b": 3}),
-        ({"a": 1, "b": 50}, 20, {"a": 1, "b": 19}),
-    ],
-)
-def test_balance(counts, limit, wanted):
-    labels = [label for label, count in counts.items() for _ in range(count)]
-    assert Counter(labels[i] for i in balanced(labels, limit, 0)) == wanted
-
-
 def test_a_subset_without_test_file_is_split_by_image_and_label(tmp_path):
     labels = ["Benign", "Benign", "Benign", "Normal"]
     # Two questions to each image: both go the same way.
@@ -111,6 +96,25 @@ def test_a_subset_without_test_file_is_split_by_image_and_label(tmp_path):
         tests.append(test)
     # A seed of the data must not move records that another seed trained on into the test.
     assert tests[0] == tests[1]
+
+
+def test_patients_stay_together_where_the_records_name_them(tmp_path):
+    raws = [raw_record(i, label=["Benign", "Normal"][i % 2], image=f"m/{i}.png") for i in range(200)]
+    for raw in raws:
+        # Two datasets that number their patients alike.
+        raw["data-no"] = "5" if raw["id"] < 100 else "6"
+        raw["group"] = str(raw["id"] % 100 // 4)
+    write_subset(tmp_path, "Subset-04-train", raws, folder=".")
+    source = release(tmp_path)
+    train, test = (source.records("04", split).records for split in ("train", "test"))
+    assert (len(train), len(test)) == (180, 20)
+    assert not {(r.data_no, r.group) for r in train} & {(r.data_no, r.group) for r in test}
+    assert {r.data_no for r in test} == {"5", "6"}
+    # Patients of the two datasets with one number are two patients: some are on different sides.
+    assert {r.group for r in train} & {r.group for r in test}
+    write_subset(tmp_path, "Subset-04-train", [raw | {"group": 3} for raw in raws], folder=".", images=False)
+    with pytest.raises(ReleaseError, match="record 0: group is 3, a int; str is accepted"):
+        release(tmp_path)
 
 
 def test_fingerprint_follows_records_images_and_caps(tmp_path):

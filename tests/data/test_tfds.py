@@ -8,7 +8,7 @@ from pathlib import Path
 import grain
 import numpy as np
 import pytest
-from trees import raw_box_record, write_image, write_subset, write_tree
+from trees import raw_box_record, raw_record, write_image, write_subset, write_tree
 
 from medcg_jax.data.layouts import Layout
 from medcg_jax.data.phantom import write_release
@@ -47,6 +47,7 @@ def test_every_configuration_is_there():
 
 def test_the_records_are_the_prepared_ones(tmp_path):
     root = write_tree(tmp_path / "tree", train=12, test=4)
+    write_subset(root, "Subset--09-train", [raw_record(i, image=f"med-mat/nine/{i}.png", group=f"p{i % 2}") for i in range(9)])
     write_subset(root, "Subset--47-det-train", [raw_box_record(i) for i in range(1, 21)], images=False)
     for i in range(1, 21):
         write_image(root, f"med-mat/boxes/{i}.png", seed=i)
@@ -62,7 +63,7 @@ def test_the_records_are_the_prepared_ones(tmp_path):
     assert sorted(record.id for record, _ in examples) == sorted(
         record.id for subset in subsets for record in source.records(subset.name, "train").records
     )
-    with pytest.raises(DataError, match="config '05'; of this folder 04, 47 or all is accepted"):
+    with pytest.raises(DataError, match="config '05'; of this folder 04, 09, 47 or all is accepted"):
         tfds_builder.build(tmp_path / "out", "05", tmp_path / "tfds")
 
 

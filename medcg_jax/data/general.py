@@ -1,0 +1,97 @@
+"""General records: questions of four options that are not medical, such as ImageWikiQA's, mixed into every training.
+
+The study integrated some against the bias of varying numbers of options (page prose about arXiv 2412.20070, figure 3).
+They are not in the release, so a file of them is the user's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from medcg_jax.data.records import DataError, Record, RecordSet
+from medcg_jax.data.release import TreeImages
+from medcg_jax.data.schema import ReleaseError, check_id, image_path, parse_choice, read_list, record_name
+from medcg_jax.run_config import DataConfig
+
+SUBSET = "general"
+NUM_OPTIONS = 4
+
+
+def num_general(num_records: int, share: float) -> int:
+    """How many general records a training of `num_records` has beside them: `share` for each of them, rounded."""
+    return round(share * num_records)
+
+
+class GeneralRecords:
+    """The records of `data.general_records`, every one checked, as a supply for trainings.
+
+    The file is a JSON list with the release's eight keys; `image` is relative to the file's folder, or "" where a
+    question has none. Images are decoded when asked for.
+
+    Raises:
+      DataError: the file cannot be read, or a record has not four options, or is broken.
+    """
+
+    def __init__(self, config: DataConfig):
+        self._config, self._path = config, Path(config.general_records)
+        root = Path(os.path.realpath(self._path.parent))
+        records: list[Record] = []
+        seen: set[int] = set()
+        try:
+            for place, raw in enumerate(read_list(self._path)):
+                check_id(raw, seen, file=self._path.name, place=place)
+                record = parse_choice(raw, file=self._path.name, place=place, subset=SUBSET, split="train")
+                name = record_name(raw, place)
+                if len(record.options) != NUM_OPTIONS:
+                    reason = f"{len(record.options)} options; {NUM_OPTIONS} are accepted of a general record"
+                    raise ReleaseError(self._path.name, name, "options", reason)
+                if record.image:
+                    image_path(root, record.image, file=self._path.name, record=name)
+                records.append(record)
+        except ReleaseError as error:
+            raise DataError(f"data.general_records: {error}") from error
+        self._records = RecordSet(records, TreeImages(root, [record.image for record in records], config.max_pixels))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def require(self, num_records: int) -> None:
+        """Raises DataError where there are fewer than a training of so many records wants; none is taken twice."""
+        wanted = num_general(num_records, self._config.imagewikiqa_share)
+        if wanted > len(self):
+            raise DataError(
+                f"data.general_records={self._config.general_records!r} has {len(self)} records; "
+                f"data.imagewikiqa_share={self._config.imagewikiqa_share} of {num_records} wants {wanted}"
+            )
+
+    def draw(self, training: tuple[tuple[str, int], ...]) -> RecordSet:
+        """The general records of one training, drawn by it and `data.seed`, none twice.
+
+        Args:
+          training: (subset, number of its records), by name.
+
+        Raises:
+          DataError: as `require`.
+        """
+        num_records = sum(count for _, count in training)
+        self.require(num_records)
+        key = hashlib.sha256(repr((self._config.seed, training)).encode()).digest()
+        order = np.random.default_rng(int.from_bytes(key[:16], "big")).permutation(len(self))
+        return self._records.select(sorted(order[: num_general(num_records, self._config.imagewikiqa_share)]))
+
+    def fingerprint(self) -> str:
+        """A digest of the file, and of its images' bytes."""
+        digest = hashlib.sha256(self._path.read_bytes())
+        for place, record in enumerate(self._records.records):
+            if record.image:
+                digest.update(self._records.image_digest(place))
+        return digest.hexdigest()[:16]
+
+
+def open_general(config: DataConfig) -> GeneralRecords | None:
+    """What a run mixes into its trainings; None where `data.imagewikiqa_share` is 0."""
+    return GeneralRecords(config) if config.imagewikiqa_share else None

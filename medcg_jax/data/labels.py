@@ -1,0 +1,269 @@
+"""Raw label tables of a dataset: CSV files of classes, boxes or masks, checked line by line, as one entry an image.
+
+    image,label                    classes; an image with several has a line for each
+    image,label,x1,y1,x2,y2        a line for each box, in pixels of the upright image, corners between pixels
+    image,label,mask               a line for each mask: a PNG whose pixels that are not black are the lesion
+
+Further columns: `split` (train or test), `group` (patient or lesion), `data-no`. Of boxes and masks, a line without
+label and box is an image without a finding.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from medcg_jax.data import boxes
+from medcg_jax.data.images import ImageError, image_size
+from medcg_jax.data.records import SPLITS, Box
+from medcg_jax.data.schema import ReleaseError, image_path
+
+CORNERS = ("x1", "y1", "x2", "y2")
+OPTIONAL = ("split", "group", "data-no")
+MASK_FORMATS = ("PNG",)
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """All that a table says of one image.
+
+    Attributes:
+      image: path below the root.
+      labels: its classes, or those of its boxes, each once, sorted; () for an image without a finding.
+      size_px: (height, width), upright.
+      split: "" where the table has none. group: patient or lesion, "" where not known. data_no: "" where it has none.
+      boxes: of boxes and masks, by place in the image.
+    """
+
+    image: str
+    labels: tuple[str, ...]
+    size_px: tuple[int, int]
+    split: str = ""
+    group: str = ""
+    data_no: str = ""
+    boxes: tuple[Box, ...] = ()
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """A table's images, by path, so that the order of its lines does not matter; and whether it has boxes or masks."""
+
+    images: tuple[LabelledImage, ...]
+    has_boxes: bool
+
+
+@dataclass(frozen=True)
+class _Line:
+    number: int
+    cells: dict[str, str]
+
+    def error(self, file: str, column: str, reason: str) -> ReleaseError:
+        value = f" {self.cells[column]!r}" if column in self.cells else ""
+        return ReleaseError(file, f"line {self.number}", "label", f"{column}{value} {reason}")
+
+
+def read_labels(path: Path, root: Path, max_pixels: int) -> LabelTable:
+    """The table at `path`, whose images and masks lie below `root`; of images the headers alone are read.
+
+    Args:
+      max_pixels: of an image, of the square it is padded to, and of a mask.
+
+    Raises:
+      ReleaseError: at the first thing that is wrong, with file, line, column, value and what is accepted.
+    """
+    root = Path(os.path.realpath(root))
+    columns, lines = _read_csv(path)
+    found: dict[str, list[_Line]] = {}
+    spelled: dict[str, tuple[str, int]] = {}
+    for line in lines:
+        _check_line(path.name, line, columns, spelled)
+        found.setdefault(line.cells["image"], []).append(line)
+    if not found:
+        raise ReleaseError(path.name, "", "label", "no line below the header; one or more are accepted")
+    files: dict[Path, _Line] = {}
+    for image, (first, *_) in sorted(found.items()):
+        file = image_path(root, image, file=path.name, record=f"line {first.number}")
+        if other := files.get(file):
+            reason = f"is the file that line {other.number} calls {other.cells['image']!r}; one name is accepted"
+            raise first.error(path.name, "image", reason)
+        files[file] = first
+    images = tuple(
+        _image(path.name, file, found[first.cells["image"]], root, max_pixels) for file, first in files.items()
+    )
+    _check_groups(path.name, images, found)
+    return LabelTable(images, has_boxes="x1" in columns or "mask" in columns)
+
+
+def lesion_mask(path: Path, max_pixels: int) -> np.ndarray:
+    """bool[h, w]: the pixels of a PNG that are not black, whatever its depth, palette or transparency.
+
+    Raises:
+      ImageError: no PNG, broken, or too large.
+    """
+    try:
+        with Image.open(path, formats=MASK_FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise ImageError(f"{image.width} x {image.height} pixels; at most {max_pixels} are accepted")
+            # A palette's black need not be its first colour.
+            pixels = np.asarray(image.convert("RGB") if image.mode in ("P", "PA", "LA", "RGBA") else image)
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise nearly anything for broken data
+        raise ImageError(f"is no mask: {error}; a PNG is accepted") from error
+    return pixels.any(-1) if pixels.ndim == 3 else pixels != 0
+
+
+def _read_csv(path: Path) -> tuple[tuple[str, ...], list[_Line]]:
+    """(columns, lines); cells but paths without white space around them."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ReleaseError(path.name, "", "unreadable", error.strerror or str(error)) from error
+    except UnicodeDecodeError as error:
+        raise ReleaseError(path.name, "", "encoding", f"not UTF-8 (byte {error.start})") from error
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        columns = tuple(cell.strip() for cell in next(rows, []))
+        _check_columns(path.name, columns)
+        return columns, list(_lines(path.name, rows, columns))
+    except csv.Error as error:
+        raise ReleaseError(path.name, f"line {rows.line_num}", "label", f"no CSV: {error}") from error
+
+
+def _lines(file: str, rows, columns: tuple[str, ...]) -> Iterator[_Line]:
+    for row in rows:
+        if not row:  # an empty line
+            continue
+        if len(row) != len(columns):
+            reason = f"{len(row)} cells; {len(columns)} are accepted: {', '.join(columns)}"
+            raise ReleaseError(file, f"line {rows.line_num}", "label", reason)
+        cells = {name: cell if name in ("image", "mask") else cell.strip() for name, cell in zip(columns, row)}
+        yield _Line(rows.line_num, cells)
+
+
+def _check_columns(file: str, columns: tuple[str, ...]) -> None:
+    accepted = f"image, label, then nothing, mask or {', '.join(CORNERS)}, and any of {', '.join(OPTIONAL)}"
+    of_boxes = [name for name in CORNERS if name in columns]
+    wrong = [name for name in columns if name not in ("image", "label", "mask", *CORNERS, *OPTIONAL)]
+    # A column that is passed over, such as a misspelt `group`, would silently change the split.
+    if wrong:
+        reason = f"column {wrong[0]!r} is not known; {accepted} are accepted"
+    elif len(set(columns)) < len(columns):
+        reason = f"a column occurs twice in {', '.join(columns)}"
+    elif missing := [name for name in ("image", "label") if name not in columns]:
+        reason = f"column {missing[0]!r} is missing; {accepted} are accepted"
+    elif of_boxes and (len(of_boxes) < 4 or "mask" in columns):
+        reason = f"columns {', '.join(columns)}: mask or all of {', '.join(CORNERS)} are accepted"
+    else:
+        return
+    raise ReleaseError(file, "line 1", "label", reason)
+
+
+def _check_line(file: str, line: _Line, columns: tuple[str, ...], spelled: dict[str, tuple[str, int]]) -> None:
+    """Checks one line by itself, and its label's spelling against those of other lines."""
+    label, place = line.cells["label"], [name for name in (*CORNERS, "mask") if name in columns]
+    filled = [name for name in place if line.cells[name].strip()]
+    if not label and not place:
+        raise line.error(file, "label", "is empty; a label is accepted")
+    if not label and filled:
+        raise line.error(file, "label", f"is empty where {filled[0]} is not; a label is accepted, or neither")
+    if label and (empty := [name for name in place if name not in filled]):
+        raise line.error(file, empty[0], f"is empty where the label is {label!r}; a value is accepted, or neither")
+    if not label.isprintable():
+        raise line.error(file, "label", "has signs that cannot be printed; one line of text is accepted")
+    other, number = spelled.setdefault(label.casefold(), (label, line.number))
+    if other != label:
+        raise line.error(file, "label", f"is spelled {other!r} in line {number}; one spelling is accepted")
+    if line.cells.get("split", "train") not in SPLITS:
+        raise line.error(file, "split", f"is none of {', '.join(SPLITS)}")
+    for name in ("group", "data-no"):
+        if not line.cells.get(name, "").isprintable():
+            raise line.error(file, name, "has signs that cannot be printed; one line of text is accepted")
+
+
+def _image(file: str, path: Path, lines: list[_Line], root: Path, max_pixels: int) -> LabelledImage:
+    """The entry of the image at `path` that these lines name."""
+    first, image = lines[0], lines[0].cells["image"]
+    try:
+        size = image_size(path, max_pixels)
+    except ImageError as error:
+        raise first.error(file, "image", f"cannot be used: {error}") from error
+    for line in lines:
+        for name in OPTIONAL:
+            if line.cells.get(name) != first.cells.get(name):
+                reason = f"of image {image!r}, which has {first.cells[name]!r} in line {first.number}"
+                raise line.error(file, name, f"{reason}; one value is accepted")
+        if not line.cells["label"] and len(lines) > 1:
+            reason = f"is empty where image {image!r} has other lines; such a line alone is accepted"
+            raise line.error(file, "label", reason)
+    seen: dict[tuple | Box, int] = {}
+    found: list[Box] = []
+    labels: set[str] = set()
+    for line in lines:
+        label = line.cells["label"]
+        content: tuple | Box = (label, line.cells.get("mask"))
+        if label and "x1" in line.cells:
+            content = _box(file, line, size)
+            found.append(content)
+        elif label and "mask" in line.cells:
+            found += _boxes_of_mask(file, line, root, size, max_pixels)
+        else:
+            labels |= {label} - {""}
+        if content in seen:
+            raise line.error(file, "image", f"has all of this in line {seen[content]}; each is accepted once")
+        seen[content] = line.number
+    cells = {name: first.cells.get(name, "") for name in OPTIONAL}
+    return LabelledImage(
+        image, tuple(sorted(labels | {box.label for box in found})), size, cells["split"], cells["group"],
+        cells["data-no"], tuple(sorted(found, key=lambda box: (box.y1, box.x1, box.y2, box.x2, box.label))),
+    )  # fmt: skip
+
+
+def _box(file: str, line: _Line, size: tuple[int, int]) -> Box:
+    height, width = size
+    corners = []
+    for name, most in zip(CORNERS, (width, height, width, height)):
+        try:
+            corners.append(float(line.cells[name]))
+        except ValueError as error:
+            raise line.error(file, name, "is no number; one in pixels is accepted") from error
+        # Written so that a NaN fails.
+        if not 0 <= corners[-1] <= most:
+            reason = f"is not inside the image of {width} x {height} pixels; 0 to {most} is accepted"
+            raise line.error(file, name, reason)
+    for low, high in ((0, 2), (1, 3)):
+        if not corners[low] < corners[high]:
+            raise line.error(file, CORNERS[high], f"is not above {CORNERS[low]} {line.cells[CORNERS[low]]!r}")
+    return Box(line.cells["label"], *corners)
+
+
+def _boxes_of_mask(file: str, line: _Line, root: Path, size: tuple[int, int], max_pixels: int) -> list[Box]:
+    """The tight box of each connected part; none of a mask that is black."""
+    path = image_path(root, line.cells["mask"], file=file, record=f"line {line.number}, mask")
+    try:
+        mask = lesion_mask(path, max_pixels)
+    except ImageError as error:
+        raise line.error(file, "mask", str(error)) from error
+    if mask.shape != size:
+        reason = f"has {mask.shape[1]} x {mask.shape[0]} pixels; {size[1]} x {size[0]}, as its image, are accepted"
+        raise line.error(file, "mask", reason)
+    return [Box(line.cells["label"], *corners) for corners in boxes.of_mask(mask).tolist()]
+
+
+def _check_groups(file: str, images: tuple[LabelledImage, ...], found: dict[str, list[_Line]]) -> None:
+    """Raises ReleaseError where the table's own split has one group, of one dataset, on both sides."""
+    sides: dict[tuple[str, str], LabelledImage] = {}
+    for own in images:
+        if not own.split or not own.group:
+            continue
+        other = sides.setdefault((own.data_no, own.group), own)
+        if other.split != own.split:
+            line, there = found[own.image][0], found[other.image][0]
+            raise line.error(file, "group", f"is in {own.split} here and in {other.split} in line {there.number}")

@@ -1,0 +1,251 @@
+"""QA formatting: raw labels as the release's records, six instructions a subset, questions of up to four options.
+
+Source of the format: FreedomIntelligence/Med-MAT README.md (six instructions, single choice, up to four options, wrong
+ones at random from the subset's other labels, the closing sentence). The instructions are this package's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medcg_jax.data.labels import LabelledImage, LabelTable, read_labels
+from medcg_jax.data.records import LETTERS, SPLITS, DataError, Split
+from medcg_jax.data.release import read_manifest, subset_files, subset_table
+from medcg_jax.data.splits import split_group, train_test_split
+from medcg_jax.files import write_together
+from medcg_jax.run_config import DataConfig
+
+INSTRUCTIONS = Path(__file__).parent / "instructions.json"
+MAX_OPTIONS = 4
+CLOSING = "Answer with the option's letter from the given choices directly."
+# What a file's name has room for (`release.subset_files`).
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")
+# Words at the end of a task's name that say what is done, not what is asked for.
+_DONE = re.compile(r"(\s+(classification|identification|evaluation|detection|segmentation|det/seg|det|seg))+$", re.I)
+
+
+def instructions(modality: str, area: str, task: str) -> tuple[str, ...]:
+    """The six instructions of a subset, with its modality, area and task written out.
+
+    Those of Med-MAT's tables have words of their own; elsewhere the names given stand in the sentences as they are.
+    """
+    words = _words()
+    name = words["modalities"].get(modality, f"{modality} image")
+    kind, subject = words["tasks"].get(task, ("type", _inside(_DONE.sub("", task))))
+    place = words["areas"].get(area, _inside(area))
+    return tuple(text.format(modality=name, area=place, subject=subject) for text in words["kinds"][kind])
+
+
+def choice_record(
+    image: str, label: str, others: Sequence[str], asked: Sequence[str], key: str, data_no: str = ""
+) -> dict[str, Any]:
+    """A question about an image with the release's keys, `id` 0.
+
+    Instruction, wrong options and the letter of the right one are drawn from `key` and the image's label alone, each
+    uniformly, so a record stays the same whatever lies beside it.
+
+    Args:
+      others: the labels that are wrong here. asked: the subset's instructions.
+
+    Example: `choice_record("a.png", "Benign", ["Normal"], ["Which?"], "0/04")` may ask "Which?\\nA: Normal\\nB: ..."
+    """
+    generator = np.random.default_rng(_seed(f"{key}\n{image}\n{label}"))
+    question = asked[generator.integers(len(asked))]
+    options = [others[place] for place in generator.permutation(len(others))[: MAX_OPTIONS - 1]]
+    right = int(generator.integers(len(options) + 1))
+    options.insert(right, label)
+    lines = [question, *(f"{letter}: {option}" for letter, option in zip(LETTERS, options)), CLOSING]
+    return {
+        "id": 0,
+        "caption": label,
+        "image": image,
+        "Question": question,
+        "Answer": label,
+        "Question-choice": "\n".join(lines),
+        "Answer-choice": LETTERS[right],
+        "data-no": data_no,
+    }
+
+
+def detection_record(labelled: LabelledImage, data_no: str = "") -> dict[str, Any]:
+    """An image with its boxes, none where it has no finding, with the keys of a detection file, `id` 0."""
+    height, width = labelled.size_px
+    boxes = [
+        # Whole pixels as whole numbers, as the files have them.
+        {"label": box.label, "bbox": [int(corner) if corner.is_integer() else corner for corner in box.corners]}
+        for box in labelled.boxes
+    ]
+    return {"id": 0, "image": labelled.image, "width": width, "height": height, "boxes": boxes, "data-no": data_no}
+
+
+def format_labels(
+    table_path: str | Path,
+    root: str | Path,
+    subset: str,
+    *,
+    seed: int = 0,
+    data_no: str = "",
+    triplet: tuple[str, str, str] | None = None,
+    as_choice: bool = False,
+    force: bool = False,
+    max_pixels: int = DataConfig().max_pixels,
+) -> dict[str, Any]:
+    """Writes a subset's two files below `root/Aggregated_Subsets` from a table of raw labels (`labels.read_labels`).
+
+    Records stand by image path, with ids from 1. The split is the table's; else `splits.train_test_split`. An image
+    with several classes has a question for each, without its other classes among the options.
+
+    Args:
+      seed: of instructions, options and letters; the split does not depend on it.
+      data_no: of lines that name none.
+      triplet: (modality, area, task), written into manifest.json; None: those that it or Med-MAT's table has.
+      as_choice: boxes become questions of the images that have exactly one label.
+      force: whether files of this subset may be replaced.
+
+    Returns {"subset", "kind", "labels", "train", "test", "left_out" (images without a question), "files"}.
+
+    Raises:
+      DataError: anything is wrong; then nothing is written.
+    """
+    table_path, root = Path(table_path), Path(root)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; the one that the paths of the table start in is accepted")
+    triplet, named = _triplet(root, subset, triplet), triplet is not None
+    table = read_labels(table_path, root, max_pixels)
+    if as_choice and not table.has_boxes:
+        raise DataError(f"{table_path.name}: --as=choice is accepted of boxes and masks; classes are questions anyway")
+    detection = table.has_boxes and not as_choice
+    files = {split: root / "Aggregated_Subsets" / _file_name(subset, split, detection) for split in SPLITS}
+    _check_free(root, subset, detection, force)
+    # Whichever records are made of it, an image is on one side.
+    sides = _sides(table, data_no)
+    kept = [own for own in table.images if not as_choice or len(own.labels) == 1]
+    asked = instructions(*triplet)
+    labels = sorted({label for own in kept for label in own.labels})
+    if detection and not labels:
+        raise DataError(f"{table_path.name}: no image has a finding; one or more are accepted")
+    if not detection and len(labels) < 2:
+        raise DataError(f"{table_path.name}: the labels {labels}; two or more are accepted for questions")
+    records: dict[Split, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for own in kept:
+        number = own.data_no or data_no
+        if detection:
+            made = [detection_record(own, number)]
+        else:
+            wrong = [label for label in labels if label not in own.labels]
+            if not wrong:
+                raise DataError(f"{table_path.name}: image {own.image!r} has all labels; one that it lacks is needed")
+            made = [choice_record(own.image, label, wrong, asked, f"{seed}/{subset}", number) for label in own.labels]
+        group = {"group": own.group} if own.group else {}
+        side = records[sides[own.image]]
+        side += [raw | group | {"id": len(side) + place} for place, raw in enumerate(made, 1)]
+    for split, own in records.items():
+        if not own:
+            reason = f"no {split} record of {len(kept)} images; more of them, or both in a column `split`, are accepted"
+            raise DataError(f"{table_path.name}: {reason}")
+    # The test file first: a training file by itself would be read as a subset without a split, and be split again.
+    texts = {files[split]: _as_json(records[split]) for split in reversed(SPLITS)}
+    if named:
+        entry = {"subset": subset, "kind": _kind(detection)}
+        entry |= dict(zip(("modality", "area", "task"), triplet, strict=True))
+        texts = {root / "manifest.json": _manifest_with(root, entry)} | texts
+    write_together(texts)
+    return {
+        "subset": subset,
+        "kind": _kind(detection),
+        "labels": labels,
+        **{split: len(records[split]) for split in SPLITS},
+        "left_out": len(table.images) - len(kept),
+        "files": [str(files[split]) for split in SPLITS],
+    }
+
+
+def _triplet(root: Path, subset: str, given: tuple[str, str, str] | None) -> tuple[str, str, str]:
+    """(modality, area, task) of a subset: as given, as the tree has it, or Med-MAT's."""
+    if not _NAME.fullmatch(subset) or subset.endswith("-det"):
+        raise DataError(f"subset {subset!r}: letters, digits and hyphens, not ending in -det, are accepted")
+    listed = read_manifest(root)
+    if given:
+        for name, text in zip(("modality", "area", "task"), given, strict=True):
+            if not text or text != text.strip() or not text.isprintable():
+                raise DataError(f"{name} {text!r} of subset {subset}: one line of text is accepted, of all three")
+        return given
+    if subset in listed:
+        return tuple(listed[subset][name] for name in ("modality", "area", "task"))
+    if subset not in subset_table():
+        reason = "is neither in the tree's manifest.json nor in Med-MAT's table of 53"
+        raise DataError(f"subset {subset!r} {reason}; with modality, area and task it is accepted")
+    return subset_table()[subset]
+
+
+def _check_free(root: Path, subset: str, detection: bool, force: bool) -> None:
+    """Raises DataError where a file of the subset is in the way."""
+    for file in subset_files(root):
+        if file.number != subset:
+            continue
+        name = file.path.relative_to(root)
+        if file.detection != detection:
+            raise DataError(f"{name}: subset {subset} has {_kind(file.detection)} files; another is accepted")
+        if file.path.parent == root:
+            raise DataError(f"{name}: subset {subset} lies at the tree's root; without that file it is accepted")
+        if not force:
+            raise DataError(f"{name} exists; --force replaces it")
+
+
+def _kind(detection: bool) -> str:
+    return "detection" if detection else "choice"
+
+
+def _sides(table: LabelTable, data_no: str) -> dict[str, Split]:
+    """Image -> its side: the table's own, or 9:1 by group and by the rarest label of each image."""
+    if any(own.split for own in table.images):
+        return {own.image: own.split for own in table.images}
+    counts = Counter(label for own in table.images for label in own.labels)
+    items = []
+    for own in table.images:
+        group = split_group(own.data_no or data_no, own.image, own.group)
+        rarest = min(own.labels, key=lambda label: (counts[label], label), default="")
+        items.append((own.image, rarest, group))
+    tested = train_test_split(items)
+    return {image: "test" if test else "train" for (image, _, _), test in zip(items, tested, strict=True)}
+
+
+def _manifest_with(root: Path, entry: dict[str, str]) -> str:
+    """The tree's manifest.json with this subset's entry, what else it holds left as it is."""
+    path = root / "manifest.json"
+    whole = json.loads(path.read_text("utf-8-sig")) if path.is_file() else {"subsets": []}
+    others = [own for own in whole["subsets"] if own["subset"] != entry["subset"]]
+    before = next((own for own in whole["subsets"] if own["subset"] == entry["subset"]), {})
+    whole["subsets"] = sorted([*others, before | entry], key=lambda own: own["subset"])
+    return _as_json(whole)
+
+
+def _as_json(content: Any) -> str:
+    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+
+
+def _file_name(subset: str, split: Split, detection: bool) -> str:
+    return f"Subset--{subset}{'-det' * detection}-{split}.json"
+
+
+def _inside(name: str) -> str:
+    """A name as it stands inside a sentence: "Whole Body" -> "whole body", "CT Contrast" -> "CT contrast"."""
+    return " ".join(word if word[:2].isupper() else word[:1].lower() + word[1:] for word in name.split(" "))
+
+
+def _seed(key: str) -> int:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "big")
+
+
+@functools.cache
+def _words() -> dict[str, Any]:
+    return json.loads(INSTRUCTIONS.read_text("utf-8"))
