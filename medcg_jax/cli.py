@@ -107,6 +107,9 @@ def parser() -> Parser:
     prepare.add_argument("--train_records", type=int, default=3000, metavar="N", help="at most, of a subset")
     prepare.add_argument("--test_records", type=int, default=0, metavar="N", help="at most; 0: all")
     prepare.add_argument("--seed", type=int, default=0, help="of what the caps leave")
+    prepare.add_argument(
+        "--near", choices=("keep", "drop"), default="keep", help="training records that nearly have a test's image"
+    )
     prepare.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0: one per core")
     add_bad_frac(prepare)
 
@@ -247,15 +250,19 @@ def data_prepare(args) -> dict:
         train_records_per_subset=args.train_records, test_records_per_subset=args.test_records, seed=args.seed,
         max_pixels=args.max_pixels, window=args.window, deep_grey=args.deep_grey, frame=args.frame,
     )  # fmt: skip
-    layout, options = parse_layout(args.image), {"max_bad_frac": args.max_bad_frac, "workers": args.workers}
+    layout, options = parse_layout(args.image), {"max_bad_frac": args.max_bad_frac, "drop_near": args.near == "drop"}
     try:
-        done = prepare(args.root, args.out, data, layout, progress=progress, **options)
+        done = prepare(args.root, args.out, data, layout, workers=args.workers, progress=progress, **options)
     except TooManyBad as error:
         print_report(error.report)
         raise
     numbers = {split: sum(entry[split] for entry in done.manifest["subsets"]) for split in ("train", "test")}
     aside, subsets = done.manifest["set_aside"], len(done.manifest["subsets"])
     print(f"{args.out}: {subsets} subsets, {numbers['train']} training and {numbers['test']} test records")
+    near = done.manifest["near"]
+    if near["training_records"]:
+        what = "kept (--near=drop leaves them out)" if near["kept"] else "left out"
+        print(f"{near['training_records']} training records nearly have a test record's image: {what}")
     print(f"{aside['records']} of {aside['of']} set aside; {done.shards_written} shards written in {done.seconds:.1f} s")
     return {"out": args.out, **numbers, "set_aside": aside, "shards_written": done.shards_written}
 

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from medcg_jax.data.duplicates import NEAR_BITS
 from medcg_jax.data.examine import Examined, examine_all
+from medcg_jax.data.hamming import distances, near_pairs_between
 from medcg_jax.data.processes import Progress
 from medcg_jax.data.reading import Reading
-from medcg_jax.data.records import DataError, Split
+from medcg_jax.data.records import SPLITS, DataError, Split
 from medcg_jax.data.release import SubsetFile, read_manifest, subset_files, subset_table
 from medcg_jax.data.schema import (
     ReleaseError,
@@ -50,6 +54,22 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Near:
+    """A training record whose image is nearly that of a test record: `bits` of 256 of their perceptual hashes differ.
+
+    No fault of either record, and so no problem: frames of one patient may be meant, or may give a test away.
+    """
+
+    file: str
+    record: str
+    image: str
+    test_file: str
+    test_record: str
+    test_image: str
+    bits: int
+
+
+@dataclass(frozen=True)
 class Report:
     """What was looked at, and every problem in the order of files and records.
 
@@ -62,6 +82,7 @@ class Report:
     problems: tuple[Problem, ...]
     num_detection: int = 0
     num_boxes: int = 0
+    near: tuple[Near, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -99,6 +120,7 @@ class Report:
             "bad_records": len(self.bad_records),
             "bad_frac": self.bad_frac,
             "counts": self.counts(),
+            "near": [asdict(pair) for pair in self.near],
             "problems": [asdict(problem) for problem in self.problems],
         }
 
@@ -157,7 +179,7 @@ def inspect(
         raise DataError(f"{str(root)!r}: no such folder; that of a Med-MAT tree is accepted")
     root = Path(os.path.realpath(root))
     problems: list[Problem] = []
-    known = _known_subsets(root, problems)
+    numbers = _known_subsets(root, problems)
     try:
         files = subset_files(root)
     except ReleaseError as error:
@@ -168,7 +190,7 @@ def inspect(
     uses: list[Use] = []
     num_records = num_detection = 0
     for file in files:
-        if file.number not in known:
+        if file.number not in numbers:
             reason = "neither in the tree's manifest.json nor in Med-MAT's table of 53"
             problems.append(Problem(file.path.name, f"subset {file.number}", "unknown_subset", reason))
         try:
@@ -190,7 +212,8 @@ def inspect(
     order = {file.path.name: place for place, file in enumerate(files)}
     problems.sort(key=lambda problem: order.get(problem.file, -1))
     num_boxes = sum(len(use.boxes["boxes"]) for use in uses if use.boxes)
-    report = Report(len(files), num_records, len(paths), tuple(problems), num_detection, num_boxes)
+    near = near_across_splits(uses, images)
+    report = Report(len(files), num_records, len(paths), tuple(problems), num_detection, num_boxes, near)
     return Inspection(report, tuple(uses), images)
 
 
@@ -219,6 +242,13 @@ def print_report(report: Report, *, limit: int = 20) -> None:
     print(f"{report.num_files} subset files, {report.num_records} records, {report.num_images} images")
     if report.num_detection:
         print(f"of these {report.num_detection} detection records, {report.num_boxes} boxes")
+    if report.near:
+        tests = len({(pair.test_file, pair.test_record) for pair in report.near})
+        first = report.near[0]
+        print(
+            f"{tests} test records have nearly the image of a training record, such as {first.test_image!r} "
+            f"({first.test_file}, {first.test_record}) that of {first.image!r} ({first.file}, {first.record})"
+        )
     if report.ok:
         print("nothing is wrong")
         return
@@ -280,3 +310,32 @@ def _shared_between_splits(uses: list[Use], images: dict[Path, Examined]) -> lis
             reason = f"the same {same} as in {first.file}, {first.record} ({first.path.name!r})"
             found.append(Problem(use.file, use.record, "duplicate_across_splits", reason))
     return found
+
+
+def near_across_splits(uses: Sequence[Use], images: Mapping[Path, Examined], bits: int = NEAR_BITS) -> tuple[Near, ...]:
+    """Every training record with a test record of nearly its image, of any subset, and not the same one; by `bits`.
+
+    bits: how many of 256 bits of the perceptual hashes may differ. Near linear in the images (`hamming`).
+    """
+    by_split = {split: {use.path for use in uses if use.split == split} for split in SPLITS}
+    paths = {split: sorted(path for path in own if images[path].perceptual) for split, own in by_split.items()}
+    hashes = {
+        split: np.frombuffer(bytes.fromhex("".join(images[path].perceptual for path in own)), np.uint8).reshape(-1, 32)
+        for split, own in paths.items()
+    }
+    users: dict[tuple[Split, Path], list[Use]] = {}
+    for use in uses:
+        users.setdefault((use.split, use.path), []).append(use)
+    pairs = near_pairs_between(hashes["train"], hashes["test"], bits)
+    apart = distances(hashes["train"][pairs[:, 0]], hashes["test"][pairs[:, 1]])
+    found = []
+    for (train, test), differing in zip(pairs.tolist(), apart.tolist(), strict=True):
+        train_path, test_path = paths["train"][train], paths["test"][test]
+        if images[train_path].pixels == images[test_path].pixels:
+            continue
+        found += [
+            Near(own.file, own.record, own.path.name, other.file, other.record, other.path.name, differing)
+            for own in users["train", train_path]
+            for other in users["test", test_path]
+        ]
+    return tuple(sorted(found, key=lambda pair: (pair.bits, pair.test_file, pair.test_record, pair.file, pair.record)))

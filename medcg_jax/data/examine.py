@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from medcg_jax.data.duplicates import perceptual_hash, pixel_digest
 from medcg_jax.data.images import ImageError, load_image
 from medcg_jax.data.processes import Progress, over
 from medcg_jax.data.reading import Reading
@@ -24,6 +25,7 @@ class Examined:
       reason: why it is refused; "" where it is not.
       digest: sha256 of the file's bytes, in hex; "" where they cannot be read.
       pixels: sha256 of the shape and the decoded RGB pixels: the same picture in another file.
+      perceptual: `duplicates.perceptual_hash` in hex; "" of an image that is nearly uniform.
       read_as: what was chosen to make 8 bits of it (a window, a frame); "" for an ordinary image.
     """
 
@@ -32,6 +34,7 @@ class Examined:
     reason: str = ""
     digest: str = ""
     pixels: str = ""
+    perceptual: str = ""
     read_as: str = ""
 
     @property
@@ -52,14 +55,7 @@ def examine(path: Path, max_pixels: int, reading: Reading) -> Examined:
     except ImageError as error:
         return Examined(reason=str(error), digest=digest)
     height, width = image.shape[:2]
-    return Examined(height, width, "", digest, pixel_digest(image))
-
-
-def pixel_digest(image) -> str:
-    """sha256 in hex of uint8[h, w, 3] and its shape."""
-    digest = hashlib.sha256(repr(image.shape).encode())
-    digest.update(image.data if image.flags.c_contiguous else image.tobytes())
-    return digest.hexdigest()
+    return Examined(height, width, "", digest, pixel_digest(image).hex(), perceptual_hash(image).hex())
 
 
 def examine_all(

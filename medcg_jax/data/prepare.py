@@ -79,6 +79,7 @@ def prepare(
     layout: Layout = Layout(),
     *,
     max_bad_frac: float = 0.0,
+    drop_near: bool = False,
     workers: int = 0,
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
@@ -88,6 +89,7 @@ def prepare(
     Args:
       data: which records of the tree (caps, seed) and how pixels are read; its `source` and `root` are not looked at.
       max_bad_frac: share of the records that may be set aside, in 0..1; more of them end the run before it writes.
+      drop_near: leave out the training records whose image is nearly a test record's.
       progress: as `check.inspect` takes it; used for the images and then for the shards.
 
     Raises:
@@ -95,18 +97,21 @@ def prepare(
       TooManyBad: see `max_bad_frac`; or a file of the tree cannot be used at all.
     """
     started, out = time.monotonic(), Path(out)
-    settings = {"image": str(layout)} | {key: getattr(data, key) for key in SETTINGS}
+    settings = {"image": str(layout), "near": "drop" if drop_near else "keep"}
+    settings |= {key: getattr(data, key) for key in SETTINGS}
     _check_out(out, Path(root))
     _check_settings(out, settings)
     reading = Reading(data.window, data.deep_grey, data.frame)
     memory = Memory(out / ".examined.jsonl", Path(root), repr((data.max_pixels, reading)))
     with memory:
         found = inspect(
-            root, data.max_pixels, reading, workers=workers, progress=progress, known=memory.known, remember=memory.add
-        )
+            root, data.max_pixels, reading,
+            workers=workers, progress=progress, known=memory.known, remember=memory.add,
+        )  # fmt: skip
     if not found.report.acceptable(max_bad_frac):
         raise TooManyBad(_refusal(found.report, max_bad_frac), found.report)
-    source = ReleaseSource(root, data, skip=found.report.bad_records)
+    near = {(pair.file, pair.record) for pair in found.report.near}
+    source = ReleaseSource(root, data, skip=found.report.bad_records | (near if drop_near else set()))
     parts = dict(_lines(source, found, layout))
     plan = {"format": FORMAT, "settings": settings, "records": _digest(parts)}
     if _plan_of(out).get("records", plan["records"]) != plan["records"]:
@@ -119,7 +124,8 @@ def prepare(
     write_whole(out / ".plan.json", json.dumps(plan, indent=1) + "\n")
     for name, lines in parts.items():
         write_whole(out / "records" / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
-    aside = [json.dumps(asdict(problem), ensure_ascii=False) for problem in found.report.problems]
+    aside = [asdict(own) for own in (*found.report.problems, *(found.report.near if drop_near else ()))]
+    aside = [json.dumps(own, ensure_ascii=False) for own in aside]
     write_whole(out / "set_aside.jsonl", "".join(f"{line}\n" for line in aside))
     write = functools.partial(
         write_shard, root=Path(os.path.realpath(root)), layout=layout, max_pixels=data.max_pixels, reading=reading
@@ -130,6 +136,7 @@ def prepare(
         "prompt_fingerprint": _prompt_fingerprint(parts),
         "set_aside": {"records": len(found.report.bad_records), "of": found.report.num_records}
         | {"problems": found.report.counts()},
+        "near": {"training_records": len(near), "kept": not drop_near},
         "subsets": [_entry(subset, kind, digests) for kind, subset in _subsets(source)],
     }
     write_whole(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")

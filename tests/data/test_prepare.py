@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 from trees import raw_box_record, raw_record, write_image, write_subset, write_tree
 
+from medcg_jax.data import examine
 from medcg_jax.data import prepare as prepare_module
-from medcg_jax.data.images import preprocess
+from medcg_jax.data.images import load_image, preprocess
 from medcg_jax.data.layouts import Layout
 from medcg_jax.data.prepare import TooManyBad, prepare
 from medcg_jax.data.prepared import PreparedSource, verify
@@ -98,6 +99,43 @@ def test_the_number_of_workers_changes_no_byte_and_a_second_run_does_nothing(tre
     assert again.shards_written == 0 and "nothing to do" in said[0] and again.manifest == first.manifest
     changed = [path.name for path, time in times.items() if path.stat().st_mtime_ns != time]
     assert not [name for name in changed if not name.startswith(".") and name != "two"], changed
+
+
+def test_images_are_examined_once(tree, tmp_path, monkeypatch):
+    (tree / "med-mat/a b/4 [1]%.png").write_bytes(b"text")
+    with pytest.raises(TooManyBad):
+        quiet(tree, tmp_path / "out", CONFIG, KEEP)
+    read = []
+    monkeypatch.setattr(examine, "load_image", lambda *args: read.append(args) or load_image(*args))
+    quiet(tree, tmp_path / "out", CONFIG, KEEP, max_bad_frac=0.2)
+    assert not read
+    write_image(tree, "med-mat/a b/4 [1]%.png", seed=9)
+    with pytest.raises(DataError, match="prepared from other records"):
+        quiet(tree, tmp_path / "out", CONFIG, KEEP)
+    assert len(read) == 1
+
+
+def test_near_images_are_left_out_where_that_is_asked(tree, tmp_path):
+    with Image.open(shared_pixels(tree)) as image:
+        image.convert("L").convert("RGB").save(tree / "med-mat/a b/1003 [1]%.png")
+    kept = quiet(tree, tmp_path / "kept", CONFIG, KEEP).manifest
+    dropped = quiet(tree, tmp_path / "dropped", CONFIG, KEEP, drop_near=True).manifest
+    assert kept["near"] == {"training_records": 1, "kept": True}
+    assert dropped["near"] == {"training_records": 1, "kept": False}
+    ids = {name: [r.id for r in PreparedSource(tmp_path / name, CONFIG).records("04", "train").records]
+           for name in ("kept", "dropped")}  # fmt: skip
+    assert set(ids["kept"]) - set(ids["dropped"]) == {"04/train/5"} and len(ids["dropped"]) == 11
+    aside = json.loads((tmp_path / "dropped/set_aside.jsonl").read_text("utf-8"))
+    assert (aside["record"], aside["test_record"]) == ("record 5", "record 1003") and 0 <= aside["bits"] <= 20
+
+
+def shared_pixels(tree: Path) -> Path:
+    """A picture with shapes in it, in place of training record 5's noise."""
+    y, x = np.mgrid[:96, :128]
+    waves = [np.sin(x / 9 + phase) * np.cos(y / 13 - phase) * 90 + 120 for phase in (0, 0.1, 0.2)]
+    path = tree / "med-mat/a b/5 [1]%.png"
+    Image.fromarray(np.stack(waves, -1).astype(np.uint8)).save(path)
+    return path
 
 
 def test_a_missing_shard_alone_is_written_again(tree, tmp_path, monkeypatch):
