@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from medcg_jax.data.duplicates import perceptual_hash, pixel_digest
-from medcg_jax.data.images import ImageError, load_image
+from medcg_jax.data.images import ImageError, read_image
 from medcg_jax.data.processes import Progress, over
 from medcg_jax.data.reading import Reading
 
@@ -51,11 +51,11 @@ def examine(path: Path, max_pixels: int, reading: Reading) -> Examined:
         return Examined(reason=error.strerror or str(error))
     digest = hashlib.sha256(content).hexdigest()
     try:
-        image = load_image(content, max_pixels, reading)
+        image, read_as = read_image(content, max_pixels, reading)
     except ImageError as error:
         return Examined(reason=str(error), digest=digest)
     height, width = image.shape[:2]
-    return Examined(height, width, "", digest, pixel_digest(image).hex(), perceptual_hash(image).hex())
+    return Examined(height, width, "", digest, pixel_digest(image).hex(), perceptual_hash(image).hex(), read_as)
 
 
 def examine_all(

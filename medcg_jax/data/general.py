@@ -54,7 +54,7 @@ class GeneralRecords:
                 records.append(record)
         except ReleaseError as error:
             raise DataError(f"data.general_records: {error}") from error
-        self._records = RecordSet(records, TreeImages(root, [record.image for record in records], config.max_pixels))
+        self._records = RecordSet(records, TreeImages(root, [record.image for record in records], config))
 
     def __len__(self) -> int:
         return len(self._records)

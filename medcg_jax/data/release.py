@@ -20,6 +20,7 @@ import numpy as np
 
 from medcg_jax.data import catalogue
 from medcg_jax.data.images import ImageError, load_image
+from medcg_jax.data.reading import Reading
 from medcg_jax.data.records import SPLITS, DataError, Record, RecordSet, Split, Subset
 from medcg_jax.data.schema import ReleaseError, read_choice_file, read_list
 from medcg_jax.data.schema_detection import read_detection_file
@@ -153,7 +154,7 @@ class ReleaseSource:
         seed = cap_seed(self._config, subset, split)
         places = balanced([labels_of(record) for record in records], self._limit(split), seed)
         kept = [records[place] for place in places]
-        return RecordSet(kept, TreeImages(self.root, [r.image for r in kept], self._config.max_pixels))
+        return RecordSet(kept, TreeImages(self.root, [r.image for r in kept], self._config))
 
     def fingerprint(self) -> str:
         """A digest of the choice files, of the names and sizes of their images, and of the caps and their seed."""
@@ -272,15 +273,16 @@ def _size(root: Path, raw: Any) -> str:
 class TreeImages(Sequence):
     """uint8[h, w, 3] of each path, decoded when asked for."""
 
-    def __init__(self, root: Path, paths: list[str], max_pixels: int):
-        self._root, self._paths, self._max_pixels = root, paths, max_pixels
+    def __init__(self, root: Path, paths: list[str], config: DataConfig):
+        self._root, self._paths, self._max_pixels = root, paths, config.max_pixels
+        self._reading = Reading(config.window, config.deep_grey, config.frame)
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> np.ndarray:
         try:
-            return load_image(self._root / self._paths[index], self._max_pixels)
+            return load_image(self._root / self._paths[index], self._max_pixels, self._reading)
         except ImageError as error:
             raise ImageError(f"image {self._paths[index]!r}: {error}") from error
 

@@ -17,7 +17,7 @@ from trees import raw_box_record, raw_record, write_image, write_subset, write_t
 
 from medcg_jax.data import examine
 from medcg_jax.data import prepare as prepare_module
-from medcg_jax.data.images import load_image, preprocess
+from medcg_jax.data.images import preprocess, read_image
 from medcg_jax.data.layouts import Layout
 from medcg_jax.data.prepare import TooManyBad, prepare
 from medcg_jax.data.prepared import PreparedSource, verify
@@ -106,7 +106,7 @@ def test_images_are_examined_once(tree, tmp_path, monkeypatch):
     with pytest.raises(TooManyBad):
         quiet(tree, tmp_path / "out", CONFIG, KEEP)
     read = []
-    monkeypatch.setattr(examine, "load_image", lambda *args: read.append(args) or load_image(*args))
+    monkeypatch.setattr(examine, "read_image", lambda *args: read.append(args) or read_image(*args))
     quiet(tree, tmp_path / "out", CONFIG, KEEP, max_bad_frac=0.2)
     assert not read
     write_image(tree, "med-mat/a b/4 [1]%.png", seed=9)

@@ -1,0 +1,323 @@
+"""One frame of a DICOM file as uint8 RGB, decoded by pydicom from a file that is not trusted.
+
+Only the tags that say how pixels are stored and shown are read, none that names a patient. pydicom's warnings, log
+lines and errors may quote values of a file, so none of them is passed on: what can be said is said in words of our own.
+Overlays, ICC profiles and the aspect ratio of pixels are left alone.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+from pydicom import config, uid
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate, get_frame
+from pydicom.filereader import read_dataset, read_preamble
+from pydicom.pixels import as_pixel_options, get_decoder
+from pydicom.tag import BaseTag
+
+from medcg_jax.data.dicom_frames import check_codestream, check_fragments
+from medcg_jax.data.dicom_levels import KEYWORDS, grey_levels, palette_levels
+from medcg_jax.data.reading import ImageError, Reading, by_rows, check_reading, check_size, frame_index
+
+# Transfer syntax -> pydicom's plugin, "" for plain pixels; named, so that nothing depends on what else is installed.
+PLUGINS: dict[str, str] = {
+    uid.ImplicitVRLittleEndian: "",
+    uid.ExplicitVRLittleEndian: "",
+    uid.ExplicitVRBigEndian: "",
+    uid.DeflatedExplicitVRLittleEndian: "",
+    uid.RLELossless: "pydicom",
+    uid.JPEGBaseline8Bit: "pillow",
+    uid.JPEGExtended12Bit: "pillow",
+    uid.JPEGLossless: "gdcm",
+    uid.JPEGLosslessSV1: "gdcm",
+    uid.JPEGLSLossless: "pyjpegls",
+    uid.JPEGLSNearLossless: "pyjpegls",
+    uid.JPEG2000Lossless: "pillow",
+    uid.JPEG2000: "pillow",
+}
+GREYS = ("MONOCHROME1", "MONOCHROME2")
+COLORS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
+MAX_INFLATED_BYTES = 2**26
+
+_TAGS = [
+    tag_for_keyword(keyword)
+    for keyword in (
+        "SamplesPerPixel",
+        "PhotometricInterpretation",
+        "PlanarConfiguration",
+        "NumberOfFrames",
+        "Rows",
+        "Columns",
+        "BitsAllocated",
+        "BitsStored",
+        "HighBit",
+        "PixelRepresentation",
+        "ExtendedOffsetTable",
+        "ExtendedOffsetTableLengths",
+        *KEYWORDS,
+    )
+]
+_TRANSFER_SYNTAX = tag_for_keyword("TransferSyntaxUID")
+_PIXEL_DATA = tag_for_keyword("PixelData")
+# Float Pixel Data, Double Float Pixel Data.
+_FLOAT_PIXELS = (0x7FE00008, 0x7FE00009)
+_UNDEFINED = 0xFFFFFFFF
+# pydicom's settings and Python's warning filters are the process's: one file at a time is read while they are changed.
+_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a file says of its pixels, checked.
+
+    Attributes:
+      file: the data set, inflated if it was deflated, whose pixels begin at byte `start` and have `length` bytes.
+    """
+
+    dataset: Dataset
+    file: BinaryIO
+    start: int
+    length: int
+    pixel_vr: str | None
+    syntax: uid.UID
+    rows: int
+    columns: int
+    samples: int
+    photometric: str
+    bits_allocated: int
+    bits_stored: int
+    signed: bool
+    num_frames: int
+
+
+def is_dicom(file: BinaryIO) -> bool:
+    """Whether a file opened at its start has DICOM's mark, or begins with DICOM's file header without the preamble.
+
+    The mark rules whatever stands before it: files that are also TIFF have it. A data set without any header is none,
+    since nothing tells it from other bytes for sure.
+    """
+    start = file.read(132)
+    file.seek(0)
+    return start[128:] == b"DICM" or start.startswith(b"\x02\x00\x00\x00UL\x04\x00")
+
+
+def read_dicom(file: BinaryIO, max_pixels: int, reading: Reading) -> tuple[np.ndarray, str]:
+    """uint8[h, w, 3] of one frame, and how it was made, such as "DICOM window 40/400 of the file, frame 3 of 12".
+
+    Greys go through the file's modality LUT or rescale, then through `reading.window`. A preset is in HU and holds for
+    CT with a rescale; other files, and all where none is named, are shown by their own VOI LUT or first window. Without
+    those, unsigned greys of up to 8 bits without a rescale stay as they are, others are stretched between percentiles.
+
+    Args:
+      max_pixels: held against the header before pixels are read; of several frames one alone is decoded.
+
+    Raises:
+      ImageError: broken, cut short, too large, or stored in a way that is not read. DataError: `reading` has no such
+        choice.
+    """
+    check_reading(reading)
+    failure = ""
+    with _silent():
+        try:
+            header = _read_header(file, max_pixels)
+            frame = frame_index(reading.frame, header.num_frames)
+            image, how = _to_rgb(_decode(header, frame), header, frame, reading)
+            which = f", frame {frame + 1} of {header.num_frames}" if header.num_frames > 1 else ""
+            return image, f"DICOM {how}{which}"
+        except ImageError:
+            raise
+        except Exception as error:
+            failure = type(error).__name__
+    # Outside of the handler: an error raised there would carry pydicom's with it.
+    raise ImageError(f"DICOM: cannot be decoded ({failure})")
+
+
+def dicom_size(file: BinaryIO, max_pixels: int) -> tuple[int, int]:
+    """(height, width) of the file's frames in pixels, from its header alone.
+
+    Raises:
+      ImageError: the header is broken or declares what `read_dicom` refuses.
+    """
+    failure = ""
+    with _silent():
+        try:
+            header = _read_header(file, max_pixels)
+            return header.rows, header.columns
+        except ImageError:
+            raise
+        except Exception as error:
+            failure = type(error).__name__
+    raise ImageError(f"DICOM: its header cannot be read ({failure})")
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps pydicom from warning and logging, and from complaining of values, until it ends."""
+    logger = logging.getLogger("pydicom")
+    with _LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        level, mode = logger.level, config.settings.reading_validation_mode
+        logger.setLevel(logging.CRITICAL + 1)
+        config.settings.reading_validation_mode = config.IGNORE
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            config.settings.reading_validation_mode = mode
+
+
+def _read_header(file: BinaryIO, max_pixels: int) -> _Header:
+    read_preamble(file, force=True)
+    meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != 2, specific_tags=[_TRANSFER_SYNTAX])
+    syntax = uid.UID(str(meta.get("TransferSyntaxUID", "")))
+    if syntax not in PLUGINS:
+        # A UID's name is DICOM's own only where DICOM has it; others may be anything.
+        name = f"transfer syntax {syntax.name} is not read" if syntax.is_transfer_syntax else "no known transfer syntax"
+        raise ImageError(f"DICOM: {name}; {', '.join(uid.UID(own).name for own in PLUGINS)} are accepted")
+    if syntax.is_deflated:
+        file = _inflated(file)
+    start = file.tell()
+    size = file.seek(0, io.SEEK_END)
+    file.seek(start)
+    pixels: dict[str, Any] = {}
+
+    def at_pixels(tag: BaseTag, vr: str | None, length: int) -> bool:
+        if tag in _FLOAT_PIXELS:
+            raise ImageError("DICOM: floating-point pixels are not read")
+        if tag == _PIXEL_DATA:
+            pixels.update(start=file.tell(), length=length, pixel_vr=vr)
+        elif length != _UNDEFINED and file.tell() + length > size:
+            raise ImageError("DICOM: cut short within the header")
+        return tag == _PIXEL_DATA
+
+    implicit, little = syntax.is_implicit_VR, syntax.is_little_endian
+    dataset = read_dataset(file, implicit, little, stop_when=at_pixels, specific_tags=_TAGS)
+    if not pixels:
+        raise ImageError("DICOM: holds no pixels")
+    header = _Header(
+        dataset,
+        file,
+        **pixels,
+        syntax=syntax,
+        rows=_number(dataset, "Rows"),
+        columns=_number(dataset, "Columns"),
+        samples=_number(dataset, "SamplesPerPixel", 1),
+        photometric=str(dataset.get("PhotometricInterpretation", "")).strip(),
+        bits_allocated=_number(dataset, "BitsAllocated"),
+        bits_stored=_number(dataset, "BitsStored"),
+        signed=_number(dataset, "PixelRepresentation", 0) == 1,
+        num_frames=_number(dataset, "NumberOfFrames", 1),
+    )
+    check_size((header.columns, header.rows), max_pixels)
+    _check_layout(header)
+    _check_length(header, size)
+    return header
+
+
+def _inflated(file: BinaryIO) -> BinaryIO:
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    content = inflater.decompress(file.read(), MAX_INFLATED_BYTES)
+    if not inflater.eof:
+        raise ImageError(f"DICOM: deflated data are cut short or have more than {MAX_INFLATED_BYTES} bytes")
+    return io.BytesIO(content)
+
+
+def _number(dataset: Dataset, keyword: str, default: int | None = None) -> int:
+    value = dataset.get(keyword)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int):
+        raise ImageError(f"DICOM: {keyword} is {'missing' if value is None else 'no number'}; an integer is accepted")
+    return int(value)
+
+
+def _check_layout(header: _Header) -> None:
+    accepted = {1: (*GREYS, "PALETTE COLOR"), 3: COLORS}.get(header.samples, ())
+    if header.photometric not in accepted:
+        known = "1 sample per pixel, MONOCHROME1, MONOCHROME2 or PALETTE COLOR, or 3, " + ", ".join(COLORS)
+        raise ImageError(f"DICOM: a photometric interpretation that is not read; accepted are {known}")
+    stored, allocated = header.bits_stored, header.bits_allocated
+    if allocated not in ((1, 8, 16) if header.samples == 1 else (8, 16)) or not 1 <= stored <= allocated:
+        reason = "1, 8 or 16 bits (8 or 16 of colours), of which 1 or more are stored, are accepted"
+        raise ImageError(f"DICOM: {allocated} bits allocated, {stored} stored; {reason}")
+    if _number(header.dataset, "HighBit", stored - 1) != stored - 1 and not header.syntax.is_encapsulated:
+        raise ImageError("DICOM: HighBit is not BitsStored - 1; pixels in other places of their words are not read")
+    if header.samples > 1 and _number(header.dataset, "PlanarConfiguration", 0) not in (0, 1):
+        raise ImageError("DICOM: PlanarConfiguration is neither 0 nor 1")
+    if header.num_frames < 1:
+        raise ImageError("DICOM: NumberOfFrames is below 1")
+
+
+def _check_length(header: _Header, size: int) -> None:
+    """Raises ImageError where pixels are fewer than declared, for plain and for encapsulated ones.
+
+    Args:
+      size: bytes of the file.
+    """
+    if header.syntax.is_encapsulated:
+        if header.length != _UNDEFINED:
+            raise ImageError("DICOM: compressed pixels that are not in fragments")
+        header.file.seek(header.start)
+        check_fragments(header.file, size)
+        return
+    num_bits = header.num_frames * header.rows * header.columns * header.samples * header.bits_allocated
+    if header.photometric == "YBR_FULL_422":
+        num_bits = num_bits * 2 // 3
+    if min(header.length, size - header.start) < -(-num_bits // 8) or header.length == _UNDEFINED:
+        raise ImageError("DICOM: pixel data are shorter than the header declares")
+
+
+def _decode(header: _Header, frame: int) -> np.ndarray:
+    """[h, w] stored values or [h, w, 3] RGB of one frame."""
+    options = as_pixel_options(header.dataset, pixel_keyword="PixelData", pixel_vr=header.pixel_vr)
+    options |= {"number_of_frames": header.num_frames, "pixel_representation": int(header.signed)}
+    options |= {"photometric_interpretation": header.photometric, "samples_per_pixel": header.samples}
+    source: BinaryIO | bytes = header.file
+    header.file.seek(header.start)
+    if header.syntax.is_encapsulated:
+        offsets = options.pop("extended_offsets", None)
+        content = get_frame(header.file, frame, number_of_frames=header.num_frames, extended_offsets=offsets)
+        check_codestream(content, header.syntax, header.rows, header.columns, header.samples, header.bits_allocated)
+        source, frame, options["number_of_frames"] = encapsulate([content]), 0, 1
+    decoder = get_decoder(header.syntax)
+    found, _ = decoder.as_array(source, index=frame, decoding_plugin=PLUGINS[header.syntax], **options)
+    if found.shape[:2] != (header.rows, header.columns) or found.ndim != (2 if header.samples == 1 else 3):
+        raise ImageError("DICOM: decodes to another shape than its header declares")
+    return found
+
+
+def _to_rgb(pixels: np.ndarray, header: _Header, frame: int, reading: Reading) -> tuple[np.ndarray, str]:
+    full = 2**header.bits_stored - 1
+    if header.samples == 3:
+        if int(pixels.max()) > full:
+            raise ImageError("DICOM: pixels have values beyond BitsStored")
+        if full == 255:
+            return np.ascontiguousarray(pixels, np.uint8), "RGB"
+        scaled = by_rows(pixels, lambda rows: (rows.astype(np.uint32) * 255 + full // 2) // full)
+        return scaled, f"RGB of {header.bits_stored} bits, range 0 to {full}"
+    low = -(full + 1) // 2 if header.signed else 0
+    domain = np.arange(low, low + full + 1)
+    if int(pixels.min()) < domain[0] or int(pixels.max()) > domain[-1]:
+        raise ImageError("DICOM: pixels have values beyond BitsStored")
+    if header.photometric == "PALETTE COLOR":
+        table, how = palette_levels(domain, header.dataset), "palette"
+        found = np.empty((*pixels.shape, 3), np.uint8)
+        for row, stored in zip(found, pixels, strict=True):
+            row[:] = table[stored.astype(np.int32) - low]
+        return found, how
+    table, how = grey_levels(domain, pixels, header.dataset, frame, reading)
+    if header.photometric == "MONOCHROME1":
+        table, how = 255 - table, f"{how}, inverted"
+    grey = by_rows(pixels, lambda rows: table[rows.astype(np.int32) - low])
+    return np.repeat(grey[..., None], 3, axis=2), how
