@@ -24,6 +24,8 @@ TABLES = ("pairs", "triples", "ablation", "multi_task", "efficiency")
 BOX_TABLES = ("detection_pairs", "detection")
 # Ways in which test questions are asked again: `data.controls`.
 CONTROLS = ("shuffled_images", "circular", "two_options")
+# What a grid does about leaks.
+LEAKS = ("refuse", "drop", "report")
 # Numbers of the published tables that "pairs" and "detection_pairs" can repeat.
 PUBLISHED_PAIRS, PUBLISHED_DETECTION = (3, 7, 8), (5, 6)
 # Model -> its family.
@@ -198,6 +200,14 @@ class StudyConfig:
     base_dir: str = ""
     # Keep each cell's trained parameters (else only its scores).
     keep_weights: bool = False
+    # What is done about a training record whose image is in a target's test set, of `LEAKS`: the cell fails, it is
+    # trained without the record, or the record is listed alone. The same image: of the same bytes or, where near
+    # duplicates are looked for, pixels.
+    leaks: str = "refuse"
+    # The same of an image that is nearly one of the test set; "off": not looked for, no image is decoded for it.
+    near_duplicates: str = "report"
+    # Bits of 256 in which perceptual hashes of near images differ at most: measured in `data.duplicates`.
+    near_duplicate_bits: int = 20
 
 
 @dataclass(frozen=True)
@@ -292,6 +302,10 @@ def check(run: RunConfig) -> None:
     at_least("study.jobs", run.study.jobs, 1)
     at_least("study.cells_at_once", run.study.cells_at_once, 0)
     check_general(run)
+    one_of("study.leaks", run.study.leaks, LEAKS)
+    one_of("study.near_duplicates", run.study.near_duplicates, ("off", *LEAKS))
+    if not 0 <= run.study.near_duplicate_bits <= 40:
+        raise ConfigError(f"study.near_duplicate_bits={run.study.near_duplicate_bits}: 0 to 40 is accepted")
     check_published(run.study)
     if not run.study.seeds:
         raise ConfigError("study.seeds is empty: one seed or more is accepted")

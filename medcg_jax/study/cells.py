@@ -22,8 +22,7 @@ from medcg_jax.eval.subsets import Tester, write_tested
 from medcg_jax.files import write_whole
 from medcg_jax.models.build import join, shardings, split_trainable
 from medcg_jax.run_config import ConfigError, RunConfig
-from medcg_jax.study import claims, results
-from medcg_jax.study.leaks import LeakGuard
+from medcg_jax.study import claims, contamination, leaks, results
 from medcg_jax.study.progress import Reporter
 from medcg_jax.study.schedule import Job, seeded
 from medcg_jax.train import loop
@@ -45,18 +44,35 @@ class Data:
         self._controls: dict[str, dict[str, Encoded]] = {}
         self._bytes = 0
 
-    def training(self, parts: Sequence[tuple[str, int]]) -> Encoded:
+    def training(self, parts: Sequence[tuple[str, int]], without: frozenset[str] = frozenset()) -> Encoded:
         """The training rows of these (subset, number of records), labels balanced where not all are taken; behind
-        them the general records that the training has."""
+        them the general records that the training has.
+
+        without: ids of records that are left out of those taken.
+
+        Raises:
+          DataError: no record is left.
+        """
         general = self._setup.general.draw(tuple(parts)) if self._setup.general else None
+        own = {}
+        if without:
+            taken = self.taken(parts)
+            own = {name: without & ids for name, ids in taken.items()}
+            parts = [(name, count) for name, count in parts if own[name] != taken[name]]
+            if not parts:
+                raise DataError(f"no training record of {', '.join(taken)} is left: all their images are in the tests")
         rows = sum(count for _, count in parts) + (len(general) if general else 0)
         lengths = self._box_lengths if any(self._setup.has_boxes(name) for name, _ in parts) else {}
         if rows * sum(array.nbytes for array in self._setup.format.blank.values()) > MEMORY_LIMIT_BYTES:
             # Encoded together, so that the images are decoded when drawn.
-            sets = [self._records(name, "train", count) for name, count in parts]
+            sets = [self._records(name, "train", count, own.get(name)) for name, count in parts]
             return self._setup.encode(concat([*sets, general] if general else sets), **lengths)
-        encoded = [self._encoded(name, "train", count, **lengths) for name, count in parts]
+        encoded = [self._encoded(name, "train", count, own.get(name), **lengths) for name, count in parts]
         return concat_encoded([*encoded, self._setup.encode(general, **lengths)] if general else encoded)
+
+    def taken(self, parts: Sequence[tuple[str, int]]) -> dict[str, frozenset[str]]:
+        """Subset -> ids of the training records that these (subset, number of records) take."""
+        return {name: frozenset(r.id for r in self._records(name, "train", count).records) for name, count in parts}
 
     @property
     def _box_lengths(self) -> dict[str, int]:
@@ -82,12 +98,14 @@ class Data:
             self._controls[subset] = {name: self._setup.encode_eval(made) for name, made in asked.items()}
         return self._controls[subset]
 
-    def _encoded(self, subset: str, split: Split, count: int, **lengths: int) -> Encoded:
-        key = (subset, split, count, *lengths.values())
+    def _encoded(
+        self, subset: str, split: Split, count: int, without: frozenset[str] | None = None, **lengths: int
+    ) -> Encoded:
+        key = (subset, split, count, without or None, *lengths.values())
         if key not in self._kept:
             asked = self._setup.encode_boxes if self._setup.has_boxes(subset) else self._setup.encode_eval
             encode = self._setup.encode if split == "train" else asked
-            made = encode(self._records(subset, split, count), **lengths)
+            made = encode(self._records(subset, split, count, without), **lengths)
             size = sum(array.nbytes for array in (made.images or {}).values())
             if self._bytes + size > MEMORY_LIMIT_BYTES:
                 return made
@@ -95,9 +113,11 @@ class Data:
             self._bytes += size
         return self._kept[key]
 
-    def _records(self, subset: str, split: Split, count: int) -> RecordSet:
+    def _records(self, subset: str, split: Split, count: int, without: frozenset[str] | None = None) -> RecordSet:
         records = self._setup.source.records(subset, split)
         places = balanced([record.label for record in records.records], count, self._setup.run.data.seed)
+        if without:
+            places = [place for place in places if records.records[place].id not in without]
         return records if len(places) == len(records) else records.select(places)
 
 
@@ -116,7 +136,9 @@ class Trainer:
         """What one seed's bases and cells need; kept until another seed is asked for."""
         if self._seed != seed:
             self._setup = open_setup(seeded(self._run, seed))
-            self._data, self._guard = Data(self._setup), LeakGuard(self._setup.source)
+            self._data = Data(self._setup)
+            drawn = self._run.data.source == "phantom"
+            self._guard = leaks.LeakGuard(self._setup.source, self._run.study, drawn=drawn)
             self._seed = seed
         return self._setup
 
@@ -137,9 +159,7 @@ class Trainer:
                     end(job, params)
                     return None
                 try:
-                    for cell in job.cells:
-                        self._guard.check(cell)
-                    return self._cell(setup, job)
+                    return self._cell(setup, job, self._leaking(job))
                 except (ConfigError, DataError) as error:  # the same at every try: these cells have failed
                     end(job, None, error)
             return None
@@ -240,8 +260,27 @@ class Trainer:
         with claims.lock(results.state_dir(self._workdir) / "claims", "compile.train"):
             self._program.compile(trainable, frozen, batch)
 
-    def _cell(self, setup: Setup, job: Job) -> loop.Cell:
-        encoded, config = self._data.training(job.training), setup.run.train
+    def _leaking(self, job: Job) -> frozenset[str]:
+        """The records to leave out of a training; what was found is written down first.
+
+        Raises:
+          ConfigError, DataError: a cell may not be trained.
+        """
+        found = [one for cell in job.cells for one in self._guard.look(cell)]
+        if not found:
+            return frozenset()
+        found = leaks.among(found, self._data.taken(job.training))
+        if jax.process_index() == 0:
+            contamination.write_part(self._workdir, job.id, found)
+        leaks.refuse(found)
+        out = leaks.dropped(found)
+        if out:
+            total = sum(count for _, count in job.training)
+            tqdm.write(f"{job.id}: {len(out)} of {total} training records left out, whose images are in the tests")
+        return out
+
+    def _cell(self, setup: Setup, job: Job, without: frozenset[str]) -> loop.Cell:
+        encoded, config = self._data.training(job.training, without), setup.run.train
 
         def stream(position: int) -> Batches:
             return Batches(

@@ -24,7 +24,7 @@ from medcg_jax.data.general import open_general
 from medcg_jax.data.sources import open_source
 from medcg_jax.files import write_whole
 from medcg_jax.run_config import BOX_TABLES, ConfigError, RunConfig, flat
-from medcg_jax.study import claims, results
+from medcg_jax.study import claims, contamination, results
 from medcg_jax.study.progress import Progress
 from medcg_jax.study.schedule import Job, Plan, make_plan, seeded
 from medcg_jax.study.stats import summarise
@@ -62,6 +62,7 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
             work(run, workdir, plan, bool(bases))
     outcomes = results.all_outcomes(workdir, plan.jobs)
     tables.write(outcomes)
+    contamination.join(workdir, plan)
     return summary(workdir, plan, outcomes)
 
 

@@ -1,70 +1,121 @@
 """The guard against leaks: no cell is trained on what it is tested on, neither a subset nor a single image.
 
 Tables are expanded so that this holds; the guard holds it against faults of the expansion, hand-made cells, and trees
-in which a test image lies in training under another name, id or subset.
+in which a test image lies in training under another name, id or subset, saved anew, or nearly the same.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from medcg_jax.data import catalogue
+from medcg_jax.data.duplicates import Print, hash_rows, print_of
+from medcg_jax.data.hamming import distances, near_pairs_between
 from medcg_jax.data.records import DataError, RecordSet, Source, Split, Subset
-from medcg_jax.run_config import ConfigError
+from medcg_jax.run_config import ConfigError, StudyConfig
 from medcg_jax.study import mat
 from medcg_jax.study.suite import Cell, paper_row
+
+# What a record gives away by -> how a message says it, from the surest.
+KINDS = {
+    "same id": "the same id as",
+    "same bytes": "the same image as",
+    "same pixels": "the pixels of",
+    "near": "an image nearly that of",
+    "lineage": "a dataset in common with, or related to that of,",
+}
+ACTIONS = {"refuse": "refused", "drop": "dropped", "report": "reported"}
 
 
 @dataclass(frozen=True)
 class Leak:
-    """A training record that gives a test record away, and why: "the same id" or "the same image"."""
+    """A training record that gives a test record away. kind: of `KINDS`; distance_bits: of their hashes where near."""
 
     training: str
     test: str
-    why: str
+    kind: str
+    distance_bits: int = 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A leak in a cell, and what is done about it: one of `ACTIONS`' values."""
+
+    cell: str
+    leak: Leak
+    action: str
 
 
 @dataclass(frozen=True)
 class Prints:
-    """What records are recognised by: their ids in order, and sha256 of an image -> the first record that has it."""
+    """What the records of a set are recognised by, in its order; None for a record without an image."""
 
     ids: tuple[str, ...]
-    images: Mapping[bytes, str]
+    images: tuple[Print | None, ...]
+    data_numbers: frozenset[str]
 
 
-def prints(records: RecordSet) -> Prints:
-    """The prints of a set; every image is read once, none is decoded where it lies in a file.
+def prints(records: RecordSet, decoded: dict[bytes, Print] | None = None) -> Prints:
+    """The prints of a set, every image read once.
+
+    decoded: prints of images by their digest, which is added to; images that are not in it are decoded and hashed.
+    None: no image that lies in a file is decoded, and each is recognised by its bytes alone.
 
     Raises:
-      DataError: an image cannot be read.
+      DataError: an image cannot be read or decoded.
     """
     places = [i for i, record in enumerate(records.records) if record.image]
-    images: dict[bytes, str] = {}
     with ThreadPoolExecutor() as pool:
-        for place, digest in zip(places, pool.map(records.image_digest, places), strict=True):
-            images.setdefault(digest, records.records[place].id)
-    return Prints(tuple(record.id for record in records.records), images)
+        digests = dict(zip(places, pool.map(records.image_digest, places), strict=True))
+        known = {digest: Print(digest) for digest in digests.values()} if decoded is None else decoded
+        new = {digest: place for place, digest in digests.items() if digest not in known}
+        made = pool.map(lambda one: print_of(records.image(one[1]), one[0]), new.items())
+        known |= dict(zip(new, made, strict=True))
+    images = tuple(known[digests[i]] if i in digests else None for i in range(len(records)))
+    ids = tuple(record.id for record in records.records)
+    return Prints(ids, images, frozenset(record.data_no for record in records.records if record.data_no))
 
 
-def find_leak(training: Prints, test: Prints) -> Leak | None:
-    """The first training record that has the id or the image of a test record; linear in both."""
+def find_leaks(training: Prints, test: Prints, near_bits: int | None = None) -> list[Leak]:
+    """Every training record that gives a test record away, once, by what is surest, and by its nearest test record.
+
+    near_bits: bits of 256 in which the hashes of near images differ at most; None: these are not looked for.
+    """
     known = set(test.ids)
-    for name in training.ids:
+    files, pixels = _first(test, "file"), _first(test, "pixels")
+    near = {} if near_bits is None else _nearest(training, test, near_bits)
+    found = []
+    for place, (name, own) in enumerate(zip(training.ids, training.images, strict=True)):
         if name in known:
-            return Leak(name, name, "the same id")
-    for digest, name in training.images.items():
-        if digest in test.images:
-            return Leak(name, test.images[digest], "the same image")
-    return None
+            found.append(Leak(name, name, "same id"))
+        elif own and own.file in files:
+            found.append(Leak(name, files[own.file], "same bytes"))
+        elif own and own.pixels in pixels:
+            found.append(Leak(name, pixels[own.pixels], "same pixels"))
+        elif place in near:
+            distance, other = near[place]
+            found.append(Leak(name, test.ids[other], "near", distance))
+    return found
 
 
-def find_leaks(training: Sequence[RecordSet], tests: Sequence[RecordSet]) -> Leak | None:
-    """The first leak from one of the training sets to one of the test sets, in their order; None: there is none."""
-    test_prints = [prints(records) for records in tests]
-    for own in map(prints, training):
-        for test in test_prints:
-            if leak := find_leak(own, test):
-                return leak
-    return None
+def _first(records: Prints, field: str) -> dict[bytes, str]:
+    """Digest -> the first record that has it."""
+    found: dict[bytes, str] = {}
+    for name, own in zip(records.ids, records.images, strict=True):
+        if own and getattr(own, field):
+            found.setdefault(getattr(own, field), name)
+    return found
+
+
+def _nearest(training: Prints, test: Prints, bits: int) -> dict[int, tuple[int, int]]:
+    """Place in training -> (bits apart, place in test) of the nearest test image within `bits`."""
+    (own, a), (others, b) = (hash_rows(one or Print(b"") for one in part.images) for part in (training, test))
+    pairs = near_pairs_between(a, b, bits)
+    found: dict[int, tuple[int, int]] = {}
+    for (i, j), apart in zip(pairs.tolist(), distances(a[pairs[:, 0]], b[pairs[:, 1]]).tolist(), strict=True):
+        place, one = int(own[i]), (apart, int(others[j]))
+        found[place] = min(found.get(place, one), one)
+    return found
 
 
 def check_cell(cell: Cell, subsets: Mapping[str, Subset]) -> None:
@@ -103,49 +154,104 @@ def _is_published(cell: Cell, name: str, target: str) -> bool:
     return row is not None and cell.arm == "trained" and name in row.related and target == row.target
 
 
+def related_datasets(number: str) -> Mapping[str, str]:
+    """Datasets (`data-no`) that share images with one, or may -> why; {} of one that the catalogue does not list."""
+    try:
+        return catalogue.related_datasets(number)
+    except DataError:  # a dataset of the user's own
+        return {}
+
+
 class LeakGuard:
-    """Checks the cells of one source, each subset's records hashed once however many cells have it.
+    """Looks for leaks in the cells of one source, each image hashed once however many cells and subsets have it.
 
-        guard = LeakGuard(setup.source)
+        guard = LeakGuard(setup.source, run.study)
         for cell in job.cells:
-            guard.check(cell)
+            refuse(guard.look(cell))
 
-    All records of a training subset are looked at, also where a cell takes a part of them: a tree that leaks is to be
-    mended. Cells that may see their target are trained on its training records, never on a test image.
+    All records of a training subset are looked at, also where a cell takes a part of them. Cells that may see their
+    target are trained on its training records, never on a test image.
+
+    drawn: the images are drawn for the run, as phantoms are. None is a copy of another then (no two of 32 subsets of
+    the phantom world are within 20 bits): neither near ones nor related datasets are looked for.
+    related: as `related_datasets`.
     """
 
-    def __init__(self, source: Source):
-        self._source = source
+    def __init__(
+        self, source: Source, study: StudyConfig = StudyConfig(), *, drawn: bool = False,
+        related: Callable[[str], Mapping[str, str]] = related_datasets,
+    ):  # fmt: skip
+        self._source, self._related, self._drawn = source, related, drawn
+        near = study.near_duplicates
+        self._near_bits = study.near_duplicate_bits if near != "off" and not drawn else None
+        self._actions = dict.fromkeys(("same bytes", "same pixels"), ACTIONS[study.leaks])
+        # A fault of the expansion, and what no record is to blame for.
+        self._actions |= {"same id": "refused", "near": ACTIONS.get(near, ""), "lineage": "reported"}
         self._subsets = {subset.name: subset for subset in source.subsets}
+        self._decoded: dict[bytes, Print] | None = None if self._near_bits is None else {}
         self._prints: dict[tuple[str, Split], Prints] = {}
-        self._found: dict[tuple[str, str], Leak | None] = {}
+        self._found: dict[tuple[str, str], list[Leak]] = {}
 
-    def check(self, cell: Cell) -> None:
-        """Refuses a cell that is trained on a subset that it may not see, or on a record of its tests.
+    def look(self, cell: Cell) -> list[Finding]:
+        """What a cell's training subsets give away of its tests; by kind, training and test record.
 
         Raises:
-          ConfigError: a subset; the message names the cell and the subset.
-          DataError: a record; the message names the cell, the training record and the test record. Or the data cannot
-            be read.
+          ConfigError: it is trained on a subset that it may not see; the message names the cell and the subset.
+          DataError: the data cannot be read.
         """
         names = {*cell.related, *cell.target}
         if not names <= set(self._subsets):  # detection files are looked at where a cell has some, and only there
             self._subsets |= {subset.name: subset for subset in self._source.detection_subsets}
         check_cell(cell, self._subsets)
-        for name in cell.related:
-            for target in cell.target:
-                if leak := self._leak(name, target):
-                    raise DataError(
-                        f"{cell.id}: training record {leak.training} has {leak.why} as test record {leak.test}; "
-                        "take one of them out of the tree (`medcg data check` lists all)"
-                    )
+        found = {leak for name in cell.related for target in cell.target for leak in self._leaks(name, target)}
+        order = list(KINDS)
+        return [
+            Finding(cell.id, leak, self._actions[leak.kind])
+            for leak in sorted(found, key=lambda leak: (order.index(leak.kind), leak.training, leak.test))
+        ]
 
-    def _leak(self, name: str, target: str) -> Leak | None:
+    def _leaks(self, name: str, target: str) -> list[Leak]:
         if (name, target) not in self._found:
-            self._found[name, target] = find_leak(self._prints_of(name, "train"), self._prints_of(target, "test"))
+            training, test = self._prints_of(name, "train"), self._prints_of(target, "test")
+            self._found[name, target] = find_leaks(training, test, self._near_bits)
+            if name != target and not self._drawn:
+                self._found[name, target] += self._lineage(name, training, target, test)
         return self._found[name, target]
+
+    def _lineage(self, name: str, training: Prints, target: str, test: Prints) -> list[Leak]:
+        """The datasets that two subsets have in common, or that are related; named in place of records."""
+        found = []
+        for number in sorted(training.data_numbers):
+            for other in sorted({number, *self._related(number)} & test.data_numbers):
+                found.append(Leak(f"{name} data-no {number}", f"{target} data-no {other}", "lineage"))
+        return found
 
     def _prints_of(self, subset: str, split: Split) -> Prints:
         if (subset, split) not in self._prints:
-            self._prints[subset, split] = prints(self._source.records(subset, split))
+            self._prints[subset, split] = prints(self._source.records(subset, split), self._decoded)
         return self._prints[subset, split]
+
+
+def refuse(found: Sequence[Finding]) -> None:
+    """Raises DataError when one of the findings is refused; it names the first one's cell and both its records."""
+    for one in found:
+        if one.action == "refused":
+            leak, apart = one.leak, f" ({one.leak.distance_bits} of 256 bits apart)" if one.leak.kind == "near" else ""
+            raise DataError(
+                f"{one.cell}: training record {leak.training} has {KINDS[leak.kind]} test record {leak.test}{apart}; "
+                "take one of them out of the tree (`medcg data check` lists all)"
+            )
+
+
+def dropped(found: Sequence[Finding]) -> frozenset[str]:
+    """The training records that are left out."""
+    return frozenset(one.leak.training for one in found if one.action == "dropped")
+
+
+def among(found: Sequence[Finding], taken: Mapping[str, frozenset[str]]) -> list[Finding]:
+    """Those of records that a training takes, those that are refused, and those of whole datasets.
+
+    taken: subset -> ids of the records taken of it.
+    """
+    every = frozenset().union(*taken.values())
+    return [one for one in found if one.leak.training in every or one.action == "refused" or one.leak.kind == "lineage"]

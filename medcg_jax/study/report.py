@@ -18,6 +18,7 @@ from medcg_jax.data.records import LETTERS
 from medcg_jax.run_config import BOX_TABLES, TABLES
 from medcg_jax.study import (
     report_boxes,
+    report_contamination,
     report_controls,
     report_figures,
     report_formats,
@@ -72,7 +73,7 @@ def _write(grid: Grid, folder: Path, formats: Sequence[str]) -> None:
     grid.letters  # noqa: B018 - reads every prediction once, and refuses what is broken by its file and line
     summary = stats.summarise(grid.workdir)
     tables = {table.name: table for table in Tables(grid, summary).all()}
-    own = [report_lists.comparisons(summary), report_lists.cells(grid)]
+    own = [report_contamination.table(grid), report_lists.comparisons(summary), report_lists.cells(grid)]
     own += [letters_table(grid), *report_controls.controls(summary), *published(grid, summary)]
     extra = [table for table in (*own, *report_boxes.tables(grid)) if table.rows]
     tables |= {table.name: table for table in extra}
@@ -80,7 +81,7 @@ def _write(grid: Grid, folder: Path, formats: Sequence[str]) -> None:
         (folder / "tables" / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8", newline="")
         (folder / "tables" / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8", newline="")
     plots = Plots(grid, summary, folder / "plots")
-    answer, said = report_text.Answer(grid, summary), report_limits.limits(grid, summary)
+    answer, said = report_text.Answer(grid, summary), limits(grid, summary)
     texts = {"summary.txt": report_formats.summary_text(grid, answer, said)}
     if "md" in formats:
         texts["report.md"] = report_formats.markdown(grid, answer, said, tables.values())
@@ -103,7 +104,7 @@ def render(grid: Grid, summary: dict, tables: dict[str, Table], plots: Plots, su
         effects=tables.get("effects"),
         directions=tables.get("effects_by_direction"),
         missing=report_limits.missing(grid),
-        limits=report_limits.limits(grid, summary),
+        limits=limits(grid, summary),
         map=report_figures.triplet_map(plots),
         samples=samples(grid),
         subsets=subsets,
@@ -117,6 +118,7 @@ def render(grid: Grid, summary: dict, tables: dict[str, Table], plots: Plots, su
         published=[table for name, table in tables.items() if name.startswith("published_")],
         context=context() if grid.of_phantoms else "",
         power=power(),
+        contamination=tables.get("contamination"),
         comparisons=tables.get("comparisons"),
         cells=tables.get("cells"),
         settings=settings(grid.config),
@@ -126,6 +128,10 @@ def render(grid: Grid, summary: dict, tables: dict[str, Table], plots: Plots, su
         names=lambda items: report_text.listed([name.replace("_", "-") for name in items]),
         counted=report_text.counted,
     )
+
+
+def limits(grid: Grid, summary: dict) -> list[str]:
+    return [*report_contamination.limits(grid), *report_limits.limits(grid, summary)]
 
 
 def page_template(name: str, **values) -> jinja2.Template:

@@ -13,7 +13,7 @@ from medcg_jax.data.records import DataError, Record, RecordSet, Turn, concat
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.run_config import TABLES, ConfigError, DataConfig, RunConfig, replace
 from medcg_jax.study import suite
-from medcg_jax.study.leaks import Leak, LeakGuard, check_cell, find_leaks
+from medcg_jax.study.leaks import Leak, LeakGuard, check_cell, find_leaks, prints, refuse
 from medcg_jax.study.suite import Cell
 
 TARGET, OTHER = "ct-liver-stage", "ct-liver-state"
@@ -51,42 +51,41 @@ def cell(arm="trained", related=(OTHER,), target=(TARGET,), row="fixed_area/x", 
     return Cell("pairs.x.s0", table, row, arm, 0, related, (4,) * len(related), target)
 
 
+def leaks_of(training: RecordSet, test: RecordSet) -> list[Leak]:
+    return find_leaks(prints(training), prints(test))
+
+
 def test_sets_without_a_leak():
-    training = [records("train", drawn(0)), records("train", drawn(1), "05")]
-    assert find_leaks(training, [records("test", drawn(2))]) is None
+    assert leaks_of(records("train", drawn(0)), records("test", drawn(2))) == []
 
 
-def test_the_first_leak_is_found_with_both_records():
+def test_every_leak_is_found_with_both_records():
     train, test = drawn(0), drawn(1)
     test[3] = train[2]
     test[1] = train[4]
-    others = records("train", drawn(2), "05")
-    found = find_leaks([others, records("train", train)], [records("test", drawn(3), "05"), records("test", test)])
-    assert found == Leak("04/train/2", "04/test/3", "the same image")
+    own, tests = records("train", train), records("test", test)
+    wanted = [Leak("04/train/2", "04/test/3", "same bytes"), Leak("04/train/4", "04/test/1", "same bytes")]
+    assert leaks_of(own, tests) == wanted
     # Also through sets that were chosen and joined, which hold references.
+    others = records("train", drawn(2), "05")
     odd = RecordSet(others.records, [image[:3] for image in others.images])
-    joined = concat([odd, records("train", train)]).select([9, 7])
-    assert find_leaks([joined], [concat([odd.select([0]), records("test", test)])]) == Leak(
-        "04/train/4", "04/test/1", "the same image"
-    )
+    assert leaks_of(concat([odd, own]).select([9, 7]), concat([odd.select([0]), tests])) == wanted[::-1]
     # The same numbers in another shape are another image, and a record without one has none.
-    assert find_leaks([records("train", drawn(0))], [records("test", drawn(0).reshape(5, 6, 4, 3))]) is None
-    blank = RecordSet([dataclasses.replace(r, image="") for r in records("train", drawn(0)).records], drawn(0))
-    assert find_leaks([blank], [records("test", drawn(0))]) is None
+    assert leaks_of(records("train", drawn(0)), records("test", drawn(0).reshape(5, 6, 4, 3))) == []
+    blank = RecordSet([dataclasses.replace(r, image="") for r in own.records], drawn(0))
+    assert leaks_of(blank, records("test", drawn(0))) == []
 
 
 def test_the_same_id_is_a_leak():
-    assert find_leaks([records("test", drawn(0))], [records("test", drawn(1))]) == Leak(
-        "04/test/0", "04/test/0", "the same id"
-    )
+    found = leaks_of(records("test", drawn(0)), records("test", drawn(1)))
+    assert found[0] == Leak("04/test/0", "04/test/0", "same id") and len(found) == 5
 
 
 def test_every_cell_of_the_phantom_study_passes(source):
     run = replace(RunConfig(), study__tables=(*TABLES, "detection_pairs", "detection"), study__targets=(TARGET,))
     cells = suite.expand(replace(run, model__name="next_chat_tiny"), source.subsets, source.detection_subsets)
-    guard = LeakGuard(source)
-    for one in cells:
-        guard.check(one)
+    guard = LeakGuard(source, drawn=True)
+    assert [guard.look(one) for one in cells] == [[]] * len(cells)
     assert {one.arm for one in cells} >= {"single_task", "multi_task", "efficiency_6", "all_data", "trained"}
 
 
@@ -96,7 +95,7 @@ def test_each_subset_is_hashed_once(source, monkeypatch):
     monkeypatch.setattr(source, "records", lambda *of: asked.append(of) or original(*of))
     guard = LeakGuard(source)
     for _ in range(3):
-        guard.check(cell(related=(OTHER, "ct-brain-stage")))
+        guard.look(cell(related=(OTHER, "ct-brain-stage")))
     assert sorted(asked) == [("ct-brain-stage", "train"), (TARGET, "test"), (OTHER, "train")]
 
 
@@ -104,7 +103,7 @@ def test_a_target_in_a_hand_made_cell_is_refused(source):
     planted = cell()
     object.__setattr__(planted, "related", (OTHER, TARGET))  # past the check that a Cell makes of itself
     with pytest.raises(ConfigError, match=f"^pairs.x.s0: its training set holds subset {TARGET}, which it is"):
-        LeakGuard(source).check(planted)
+        LeakGuard(source).look(planted)
 
 
 def test_another_subset_of_the_targets_triplet_is_refused(source):
@@ -145,7 +144,7 @@ def test_a_test_image_copied_into_training_is_refused(tree, arm):
     sees = arm in ("single_task", "multi_task", "efficiency_3")
     own = TARGET if sees else OTHER
     planted = cell(arm, (own,), row="in_distribution" if sees else "fixed_area/x")
-    LeakGuard(ReleaseSource(tree, DataConfig())).check(planted)
+    refuse(LeakGuard(ReleaseSource(tree, DataConfig())).look(planted))
 
     path = tree / "Aggregated_Subsets" / f"Subset--{own}-train.json"
     raws = json.loads(path.read_text())
@@ -154,7 +153,7 @@ def test_a_test_image_copied_into_training_is_refused(tree, arm):
     raws.append(raws[0] | {"id": 777, "image": "med-mat/other name.png"})
     path.write_text(json.dumps(raws))
     with pytest.raises(DataError) as error:
-        LeakGuard(ReleaseSource(tree, DataConfig())).check(planted)
+        refuse(LeakGuard(ReleaseSource(tree, DataConfig())).look(planted))
     message = str(error.value)
     assert message.startswith("pairs.x.s0: training record ") and "\n" not in message
     assert f"{own}/train/777 has the same image as test record {TARGET}/test/{test['id']}" in message
@@ -167,7 +166,7 @@ def test_a_link_to_a_test_image_is_the_same_image(tree):
     replaced.unlink()
     replaced.symlink_to(test)
     with pytest.raises(DataError, match=f"{OTHER}/train/2 has the same image as test record {TARGET}/test/1"):
-        LeakGuard(ReleaseSource(tree, DataConfig())).check(cell())
+        refuse(LeakGuard(ReleaseSource(tree, DataConfig())).look(cell()))
 
 
 def test_an_image_that_is_gone_is_named(tree):
@@ -175,7 +174,7 @@ def test_an_image_that_is_gone_is_named(tree):
     found = source.records(OTHER, "train")
     (tree / found.records[0].image).unlink()
     with pytest.raises(DataError, match="train-00001.png'?: No such file"):
-        LeakGuard(source).check(cell())
+        LeakGuard(source).look(cell())
 
 
 def test_a_grid_fails_the_leaking_cell_alone_and_names_both_records(tree, tmp_path):
