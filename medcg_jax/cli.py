@@ -96,7 +96,7 @@ def parser() -> Parser:
     phantom.add_argument("--test", type=int, default=300, metavar="N", help="test records per subset")
     check = add(kinds, "check", data_check, "report, per record of a tree, what is missing, broken, unsafe or duplicated")
     check.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree, or one that was prepared")
-    add_bad_frac(check)
+    add_reading(check)
     prepare = add(kinds, "prepare", data_prepare, "write a tree's records, checked and decoded, as ArrayRecord shards")
     prepare.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree")
     prepare.add_argument("out", metavar="OUT", help="folder to write, or to go on with")
@@ -111,7 +111,7 @@ def parser() -> Parser:
         "--near", choices=("keep", "drop"), default="keep", help="training records that nearly have a test's image"
     )
     prepare.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0: one per core")
-    add_bad_frac(prepare)
+    add_reading(prepare)
 
     table = add(kinds, "format", data_format, "write a subset's files from raw labels: questions, or boxes")
     table.add_argument("labels", metavar="LABELS.csv", help="image,label and nothing, x1,y1,x2,y2 or mask")
@@ -181,7 +181,7 @@ def data_stats(args) -> dict:
     return {"page": str(page)}
 
 
-def add_bad_frac(verb: Parser) -> None:
+def add_reading(verb: Parser) -> None:
     verb.add_argument(
         "--max_bad_frac", type=fraction, default=0.0, metavar="FRAC", help="share of bad records that is accepted (0)"
     )

@@ -18,7 +18,7 @@ from medcg_jax.data.duplicates import NEAR_BITS
 from medcg_jax.data.examine import Examined, examine_all
 from medcg_jax.data.hamming import distances, near_pairs_between
 from medcg_jax.data.processes import Progress
-from medcg_jax.data.reading import Reading
+from medcg_jax.data.reading import Reading, check_reading
 from medcg_jax.data.records import SPLITS, DataError, Split
 from medcg_jax.data.release import SubsetFile, read_manifest, subset_files, subset_table
 from medcg_jax.data.schema import (
@@ -173,8 +173,9 @@ def inspect(
       known, remember: as `examine.examine_all` takes them.
 
     Raises:
-      DataError: the root is no folder or holds no subset file.
+      DataError: the root is no folder or holds no subset file; or `reading` has no such choice.
     """
+    check_reading(reading)
     if not str(root) or not Path(root).is_dir():
         raise DataError(f"{str(root)!r}: no such folder; that of a Med-MAT tree is accepted")
     root = Path(os.path.realpath(root))

@@ -20,7 +20,7 @@ import numpy as np
 
 from medcg_jax.data import catalogue
 from medcg_jax.data.images import ImageError, load_image
-from medcg_jax.data.reading import Reading
+from medcg_jax.data.reading import Reading, check_reading
 from medcg_jax.data.records import SPLITS, DataError, Record, RecordSet, Split, Subset
 from medcg_jax.data.schema import ReleaseError, read_choice_file, read_list
 from medcg_jax.data.schema_detection import read_detection_file
@@ -121,12 +121,14 @@ class ReleaseSource:
       detection_subsets: the subsets that have boxes instead of options, looked at when asked for.
 
     Raises:
-      DataError: `root` is no Med-MAT tree, a file is no list, or a subset is unknown.
+      DataError: `root` is no Med-MAT tree, a file is no list, or a subset is unknown; or there is no such window, way
+        of reading deep greys, or frame.
     """
 
     def __init__(self, root: str | Path, config: DataConfig, skip: Container[tuple[str, str]] = ()):
         if not str(root) or not Path(root).is_dir():
             raise DataError(f"data.root={str(root)!r}: no such folder; that of a Med-MAT tree is accepted")
+        check_reading(Reading(config.window, config.deep_grey, config.frame))
         self.root, self._config, self._skip = Path(os.path.realpath(root)), config, skip
         files = subset_files(self.root)
         self._files = {(file.number, file.split): file.path for file in files}
