@@ -20,7 +20,7 @@ from medcg_jax.data.hamming import distances, near_pairs_between
 from medcg_jax.data.processes import Progress
 from medcg_jax.data.reading import Reading, check_reading
 from medcg_jax.data.records import SPLITS, DataError, Split
-from medcg_jax.data.release import SubsetFile, read_manifest, subset_files, subset_table
+from medcg_jax.data.release import SubsetFile, list_files, read_manifest, subset_files, subset_table
 from medcg_jax.data.schema import (
     ReleaseError,
     check_id,
@@ -176,18 +176,13 @@ def inspect(
       DataError: the root is no folder or holds no subset file; or `reading` has no such choice.
     """
     check_reading(reading)
-    if not str(root) or not Path(root).is_dir():
-        raise DataError(f"{str(root)!r}: no such folder; that of a Med-MAT tree is accepted")
-    root = Path(os.path.realpath(root))
+    root = tree_root(root)
     problems: list[Problem] = []
     numbers = _known_subsets(root, problems)
     try:
         files = subset_files(root)
     except ReleaseError as error:
         return Inspection(Report(0, 0, 0, (*problems, _problem(error))), (), {})
-    if not files:
-        reason = "no Subset--NN-train.json in it or in its Aggregated_Subsets"
-        raise DataError(f"{str(root)!r} is no Med-MAT tree: {reason}")
     uses: list[Use] = []
     num_records = num_detection = 0
     for file in files:
@@ -216,6 +211,21 @@ def inspect(
     near = near_across_splits(uses, images)
     report = Report(len(files), num_records, len(paths), tuple(problems), num_detection, num_boxes, near)
     return Inspection(report, tuple(uses), images)
+
+
+def tree_root(root: str | Path) -> Path:
+    """The folder of a Med-MAT tree, every link followed.
+
+    Raises:
+      DataError: it is no folder, or holds no subset file.
+    """
+    if not str(root) or not Path(root).is_dir():
+        raise DataError(f"{str(root)!r}: no such folder; that of a Med-MAT tree is accepted")
+    found = Path(os.path.realpath(root))
+    if not any(list_files(found)):
+        reason = "no Subset--NN-train.json in it or in its Aggregated_Subsets"
+        raise DataError(f"{str(root)!r} is no Med-MAT tree: {reason}")
+    return found
 
 
 def check_records(raws: list[Any], root: Path, file: SubsetFile, problems: list[Problem]) -> list[Use]:

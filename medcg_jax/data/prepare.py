@@ -22,12 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from medcg_jax.data.check import Inspection, Report, inspect
+from medcg_jax.data.check import Inspection, Report, inspect, tree_root
 from medcg_jax.data.examine import Examined, Memory
 from medcg_jax.data.images import is_grey, load_image
 from medcg_jax.data.layouts import Layout
 from medcg_jax.data.processes import Progress, over
-from medcg_jax.data.reading import Reading
+from medcg_jax.data.reading import Reading, check_reading
 from medcg_jax.data.records import SPLITS, DataError, Record, Subset
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.splits import is_out_of_distribution
@@ -99,10 +99,11 @@ def prepare(
     started, out = time.monotonic(), Path(out)
     settings = {"image": str(layout), "near": "drop" if drop_near else "keep"}
     settings |= {key: getattr(data, key) for key in SETTINGS}
-    _check_out(out, Path(root))
+    reading, root = Reading(data.window, data.deep_grey, data.frame), tree_root(root)
+    check_reading(reading)
+    _check_out(out, root)
     _check_settings(out, settings)
-    reading = Reading(data.window, data.deep_grey, data.frame)
-    memory = Memory(out / ".examined.jsonl", Path(root), repr((data.max_pixels, reading)))
+    memory = Memory(out / ".examined.jsonl", root, repr((data.max_pixels, reading)))
     with memory:
         found = inspect(
             root, data.max_pixels, reading,
@@ -127,9 +128,7 @@ def prepare(
     aside = [asdict(own) for own in (*found.report.problems, *(found.report.near if drop_near else ()))]
     aside = [json.dumps(own, ensure_ascii=False) for own in aside]
     write_whole(out / "set_aside.jsonl", "".join(f"{line}\n" for line in aside))
-    write = functools.partial(
-        write_shard, root=Path(os.path.realpath(root)), layout=layout, max_pixels=data.max_pixels, reading=reading
-    )
+    write = functools.partial(write_shard, root=root, layout=layout, max_pixels=data.max_pixels, reading=reading)
     digests = over(write, shards, crashed=_crashed, workers=workers, chunk=1, min_items=2)
     digests = dict(zip(shards, progress(digests, len(shards)) if progress else digests, strict=True))
     manifest = plan | {
@@ -185,11 +184,11 @@ def _subsets(source: ReleaseSource) -> list[tuple[str, Subset]]:
 
 def _lines(source: ReleaseSource, found: Inspection, layout: Layout):
     """(subset-split, its records as lines of JSON), in order."""
-    root = Path(os.path.realpath(source.root))
     for _, subset in _subsets(source):
         for split in SPLITS:
             records = source.records(subset.name, split).records
-            lines = [_line(layout.record(record), found.images.get(_path(root, record)), layout) for record in records]
+            images = [found.images.get(_path(source.root, record)) for record in records]
+            lines = [_line(layout.record(r), image, layout) for r, image in zip(records, images, strict=True)]
             if lines:
                 yield f"{subset.name}-{split}", lines
 

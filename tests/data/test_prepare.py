@@ -208,6 +208,15 @@ def test_a_changed_tree_is_refused_and_a_foreign_folder_left_alone(tree, tmp_pat
     assert not (tree / "records").exists()
 
 
+def test_wrong_use_leaves_nothing(tree, tmp_path):
+    for changes, message in (({"window": "lungs"}, "data.window='lungs'"), ({"frame": "-3"}, "data.frame='-3'")):
+        with pytest.raises(DataError, match=message):
+            quiet(tree, tmp_path / "out", dataclasses.replace(CONFIG, **changes), KEEP)
+    with pytest.raises(DataError, match="is no Med-MAT tree"):
+        quiet(tree / "med-mat", tmp_path / "out", CONFIG, KEEP)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unfinished_folder_is_no_source(tree, tmp_path):
     quiet(tree, tmp_path / "out", CONFIG, KEEP)
     (tmp_path / "out/manifest.json").unlink()
