@@ -73,7 +73,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--config.") or not hasattr(args, "config"):
-            raise ConfigError(f"{flag} is not known to `medcg {args.verb}`; see `medcg {args.verb} --help`")
+            verb = f"medcg {args.verb} {args.kind}" if args.verb == "data" else f"medcg {args.verb}"
+            raise ConfigError(f"{flag} is not known to `{verb}`; see `{verb} --help`")
         key, equals, value = flag.removeprefix("--config.").partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
