@@ -1,9 +1,9 @@
 """All pairs of 256-bit hashes that differ in few bits, by bands of bits: exact, and near linear where hashes spread.
 
 The bits are dealt into `bits + AGREE` bands. Two hashes that differ in at most `bits` bits differ in at most so many
-bands, so they agree in `AGREE` bands or more (the pigeonhole principle). Hashes are sorted by one band; within a bucket
-of more than `CROWDED` by a second band too, and in one that is still crowded by a third. Every bucket is then compared
-member by member, however large it is: no pair is lost.
+bands, so they agree in `AGREE` bands or more (the pigeonhole principle). Hashes are sorted by one band; a bucket of more
+than `CROWDED` is sorted by a second band too, and what is still crowded by a third, wherever that seems to leave less
+to compare. Every bucket is then compared member by member, however large it is: no pair is lost, and each is found once.
 
 Time is near linear where few agree in three bands. Of hashes that do (a thousand frames of one still scene) it grows
 with the square of their number, and so may the number of pairs found; equal hashes cost nothing, they count as one.
@@ -16,8 +16,8 @@ import numpy as np
 HASH_BYTES = 32
 # Bands in which two near hashes agree at least, and so levels of sorting.
 AGREE = 3
-# Members that a bucket may have before it is sorted by a further band: comparing so many costs as much as sorting.
-CROWDED = 64
+# Members that a bucket may have before it is sorted by a further band: so many are compared as fast as they are sorted.
+CROWDED = 256
 # More than this leaves bands of less than six bits, in which many hashes agree by chance.
 MOST_BITS = 40
 # Bits of a band that are sorted by; of wider ones the rest is left to the comparison.
@@ -115,34 +115,43 @@ class _Search:
     def pairs(self) -> np.ndarray:
         """int64[M, 2], the smaller place first."""
         rows = np.arange(len(self._words))
-        number, kept = len(rows), np.zeros(0, np.int64)
         for band in range(len(self._keys) - AGREE + 1):
-            self._sort(rows, np.zeros(number, np.uint64), band, 1)
-            # Found once for each band in which they agree.
-            kept = np.unique(np.concatenate([kept, *self._found]))
-            self._found.clear()
-        return np.stack(np.divmod(kept, number), axis=1)
+            self._sort(rows, np.zeros(len(rows), np.uint64), (band,))
+        return np.concatenate([np.zeros((0, 2), np.int64), *self._found])
 
-    def _sort(self, rows: np.ndarray, bucket: np.ndarray, band: int, level: int) -> None:
-        """Compares those of the rows that share a bucket and this band."""
-        key = (bucket << np.uint64(_KEY_BITS)) | self._keys[band][rows]
+    def _sort(self, rows: np.ndarray, bucket: np.ndarray, bands: tuple[int, ...]) -> None:
+        """Finds the pairs of rows in one bucket that agree in the last of these bands, as they do in the others."""
+        key = (bucket << np.uint64(_KEY_BITS)) | self._keys[bands[-1]][rows]
         order = np.argsort(key)
         rows, key = rows[order], key[order]
-        first = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
-        sizes = np.diff(first, append=len(rows))
-        crowded = (sizes > CROWDED) & (level < AGREE)
+        first, sizes = _runs(key)
         of = np.repeat(np.arange(len(first)), sizes)
-        self._compare(rows, np.where(crowded[of], 0, (first + sizes)[of]))
+        further = range(bands[-1] + 1, len(self._keys) - AGREE + len(bands) + 1) if len(bands) < AGREE else range(0)
+        crowded = (sizes > CROWDED) & (len(further) > 0)
         if crowded.any():
             inside = crowded[of]
-            left, bucket = rows[inside], of[inside].astype(np.uint64)
-            for further in range(band + 1, len(self._keys) - AGREE + level + 1):
-                self._sort(left, bucket, further, level + 1)
+            left = self._comparisons(rows[inside], of[inside].astype(np.uint64), further, len(first))
+            crowded &= left < sizes * (sizes - 1) / 2
+        self._compare(rows, np.where(crowded[of], 0, (first + sizes)[of]), bands)
+        if crowded.any():
+            inside = crowded[of]
+            for band in further:
+                self._sort(rows[inside], of[inside].astype(np.uint64), (*bands, band))
 
-    def _compare(self, rows: np.ndarray, end: np.ndarray) -> None:
+    def _comparisons(self, rows: np.ndarray, bucket: np.ndarray, bands: range, number: int) -> np.ndarray:
+        """float64[number]: how many pairs of each bucket agree in these bands, summed; estimated from one in five."""
+        found = np.zeros(number)
+        for band in bands[::5]:
+            key = np.sort((bucket << np.uint64(_KEY_BITS)) | self._keys[band][rows])
+            first, sizes = _runs(key)
+            owner = (key[first] >> np.uint64(_KEY_BITS)).astype(np.int64)
+            found += np.bincount(owner, sizes * (sizes - 1) / 2, number)
+        return found * (len(bands) / len(bands[::5]))
+
+    def _compare(self, rows: np.ndarray, end: np.ndarray, bands: tuple[int, ...]) -> None:
         """Keeps the near ones of each row and those behind it up to its bucket's end, a place further at a time."""
         alive = np.flatnonzero(np.arange(1, len(rows) + 1) < end)
-        first = self._words[rows, 0]
+        first, keys = self._words[rows, 0], self._keys[: bands[-1] + 1]
         step = 1
         while len(alive):
             # A quarter of the bits tells nearly all apart.
@@ -152,9 +161,17 @@ class _Search:
                 apart = np.bitwise_count(self._words[a] ^ self._words[b]).sum(1, dtype=np.int64)
                 kept = (apart <= self._bits) & ((self._sides[a] | self._sides[b]) == self._wanted)
                 a, b = a[kept], b[kept]
-                self._found.append(np.minimum(a, b) * len(self._words) + np.maximum(a, b))
+                # A pair that agrees in more bands is found by the first of them alone.
+                kept = (keys[:, a] == keys[:, b]).sum(0) == len(bands)
+                self._found.append(np.sort(np.stack([a[kept], b[kept]], axis=1), axis=1))
             step += 1
             alive = alive[alive + step < end[alive]]
+
+
+def _runs(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(where each run of equal keys begins, how long it is) of sorted keys; at least one."""
+    first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+    return first, np.diff(first, append=len(keys))
 
 
 def band_keys(words: np.ndarray, number: int) -> np.ndarray:
