@@ -1,0 +1,71 @@
+"""The verbs of `medcg data`: what they print and write, and how they end."""
+
+import json
+
+import pytest
+from trees import write_image, write_tree
+
+from medcg_jax.cli import main
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return write_tree(tmp_path / "tree", train=12, test=4)
+
+
+def test_prepare_then_check_then_nothing_to_do(tree, tmp_path, capsys):
+    out, found = tmp_path / "out", tmp_path / "found.json"
+    command = ["data", "prepare", str(tree), str(out), "--image=keep", "--workers=1", f"--json={found}"]
+    assert main(command) == 0
+    assert "1 subsets, 12 training and 4 test records" in capsys.readouterr().out
+    assert json.loads(found.read_text("utf-8"))["shards_written"] == 2
+    assert main(command) == 0 and "nothing to do" in capsys.readouterr().out
+    assert json.loads(found.read_text("utf-8"))["shards_written"] == 0
+    assert main(["data", "check", str(out)]) == 0
+    (out / "records" / "04-test-00000-of-00001.arrayrecord").write_bytes(b"other")
+    assert main(["data", "check", str(out)]) == 2
+    assert "its bytes are not those that were written" in capsys.readouterr().out
+
+
+def test_the_user_decides_how_much_may_be_bad(tree, tmp_path, capsys):
+    (tree / "med-mat/a b/1 [1]%.png").write_bytes(b"no image")
+    assert main(["data", "check", str(tree)]) == 2
+    assert main(["data", "check", str(tree), "--max_bad_frac=0.1"]) == 0
+    capsys.readouterr()
+    assert main(["data", "prepare", str(tree), str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr()
+    assert "1 of 16 records are bad (image 1)" in shown.err and "not an image of a known format" in shown.out
+    assert main(["data", "prepare", str(tree), str(tmp_path / "out"), "--max_bad_frac=0.1"]) == 0
+    assert "1 of 16 set aside" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--image=round:3", "image='round:3'; square:SIZE, fit:SIZE (pixels, from 1) or keep is accepted"),
+        ("--max_bad_frac=7", "7: 0 to 1 is accepted"),
+        ("--window=moon", "data.window='moon'; "),
+        ("--near=maybe", "invalid choice: 'maybe'"),
+        ("--imag=keep", "--imag=keep is not known to `medcg data prepare`; see `medcg data prepare --help`"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_leaves_nothing(tree, tmp_path, capsys, flag, message):
+    assert main(["data", "prepare", str(tree), str(tmp_path / "out"), flag]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_labels_become_a_subset_that_is_listed_checked_and_pictured(tmp_path, capsys):
+    root, lines = tmp_path / "tree", ["image,label"]
+    for number in range(20):
+        write_image(root, f"med-mat/own/{number}.png", seed=number)
+        lines.append(f"med-mat/own/{number}.png,{'Torn' if number % 2 else 'Whole'}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines), "utf-8")
+    command = ["data", "format", str(tmp_path / "labels.csv"), str(root), "--subset=knee"]
+    assert main([*command, "--modality=MRI", "--area=Knee", "--task=Meniscus State", "--data_no=900"]) == 0
+    assert "18 training and 2 test records" in capsys.readouterr().out
+    assert main(["data", "check", str(root)]) == 0
+    assert main(["data", "ledger", str(root)]) == 0
+    assert "knee" in capsys.readouterr().out
+    assert main(["data", "stats", str(root), str(tmp_path / "page")]) == 0
+    assert "MRI, Knee, Meniscus State" in (tmp_path / "page" / "index.html").read_text("utf-8")
