@@ -43,7 +43,7 @@ READINGS = (
     Reading(),
     Reading(window="lung", frame="first"),
     Reading(window="40/400", deep_grey="window", frame="last"),
-    Reading(deep_grey="percentile", frame="1"),
+    Reading(deep_grey="percentile", frame="0"),
 )
 COMPRESSED = (
     "MR_small_RLE.dcm", "SC_rgb_rle_2frame.dcm", "SC_rgb_jpeg_dcmtk.dcm", "SC_rgb_small_odd_jpeg.dcm",

@@ -1,5 +1,6 @@
 """Mutations of image and JSON files, drawn from a `random.Random`: where a file is touched (its class) and how."""
 
+import copy
 import json
 import re
 import struct
@@ -184,7 +185,7 @@ def _other_values(text: str, random: Random) -> bytes:
                 if random.random() < 0.2:
                     del node[key]
                 else:
-                    node[key] = random.choice(VALUES)
+                    node[key] = copy.deepcopy(random.choice(VALUES))
                 break
             node = node[key]
     out = json.dumps(found)
