@@ -46,8 +46,8 @@ class ReleaseError(DataError):
 def read_list(path: Path) -> list[Any]:
     """The records of a file as they stand in its JSON; a byte-order mark is skipped.
 
-    Stricter than Python's reader: NaN and infinities are no JSON, a key that occurs twice in an object leaves open which
-    of its values holds, and half a surrogate pair can be written to no file.
+    Stricter than Python's reader: NaN and infinities are no JSON, a key that occurs twice in an object leaves open
+    which of its values holds, and half a surrogate pair can be written to no file.
 
     Raises:
       ReleaseError: kind `unreadable`, `encoding`, `json` or `not_a_list`.
@@ -63,7 +63,7 @@ def read_list(path: Path) -> list[Any]:
         if _SURROGATE.search(text):
             json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise ReleaseError(path.name, "", "encoding", "a text with half a surrogate pair (\\ud800 to \\udfff)") from error
+        raise ReleaseError(path.name, "", "encoding", "a text with half a surrogate pair \\ud800 to \\udfff") from error
     except (ValueError, RecursionError, MemoryError) as error:
         raise ReleaseError(path.name, "", "json", f"not JSON: {error}") from error
     if not isinstance(found, list):

@@ -12,7 +12,12 @@ SECRET_ID = "8675309X"
 
 
 def dicom_bytes(
-    pixels: np.ndarray | bytes, *, syntax: str = uid.ExplicitVRLittleEndian, bits: int = 0, preamble: bool = True, **tags
+    pixels: np.ndarray | bytes,
+    *,
+    syntax: str = uid.ExplicitVRLittleEndian,
+    bits: int = 0,
+    preamble: bool = True,
+    **tags,
 ) -> bytes:
     """A file of pixels [h, w] or [h, w, 3] (or [n, h, w], [n, h, w, 3] with NumberOfFrames=n), or of encoded bytes.
 

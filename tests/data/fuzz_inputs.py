@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python tests/data/fuzz_inputs.py ../shared/data/medmat-mini --count 20000 --seed 0
 
-Starts from files of the image pack and from pydicom's own. What hangs, kills its process, raises anything but a DataError,
-takes memory past a bound, names a patient, or gives no uint8[h, w, 3] is a failure; its input is kept, and the exit
-status is 1. The same seed gives the same inputs, whatever the number of workers.
+Starts from files of the image pack and from pydicom's own. What hangs, kills its process, raises anything but a
+DataError, takes memory past a bound, names a patient, or gives no uint8[h, w, 3] is a failure; its input is kept, and
+the exit status is 1. The same seed gives the same inputs, whatever the number of workers.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from medcg_jax.data.schema_detection import DETECTION_KEYS, detection_problems
 KINDS = ("jpeg", "png", "bmp", "gif", "tiff", "dicom", "dicom_compressed", "json_choice", "json_detection")
 MAX_PIXELS = 2**22
 MAX_SECONDS = 10.0
-# A square of MAX_PIXELS is 12 MiB of RGB; four bytes of grey, a copy turned upright and decoders' own come to some times that.
+# A square of MAX_PIXELS is 12 MiB of RGB; deep greys, a copy turned upright and what decoders keep are some times that.
 MAX_GROWTH_BYTES = 256 * 2**20
 ADDRESS_SPACE_BYTES = 4 * 2**30
 PATIENTS = ("CompressedSamples", "1CT1", "4MR1")
@@ -71,15 +71,17 @@ def seeds(kind: str, pack: Path) -> tuple[bytes, ...]:
         return tuple(p.read_bytes() for p in sorted(hostile.glob("*.json")) if not p.name.startswith(("det", "exp")))
     if kind == "json_detection":
         lists = (json.loads(p.read_text())[:3] for p in sorted((pack / "Aggregated_Subsets").glob("*-det-train.json")))
-        return ((hostile / "det_bad_boxes.json").read_bytes(), *(json.dumps(found, indent=1).encode() for found in lists))
+        return (hostile / "det_bad_boxes.json").read_bytes(), *(json.dumps(found, indent=1).encode() for found in lists)
     if kind.startswith("dicom"):
         from pydicom.data import get_testdata_file
 
-        names = COMPRESSED if kind == "dicom_compressed" else ("MR_small_padded.dcm", "SC_ybr_full_422_uncompressed.dcm")
+        plain = ("MR_small_padded.dcm", "SC_ybr_full_422_uncompressed.dcm")
+        names = COMPRESSED if kind == "dicom_compressed" else plain
         found = [Path(get_testdata_file(name, download=False)) for name in names]
         return tuple(p.read_bytes() for p in found + (sorted(odd.glob("*.dcm")) if kind == "dicom" else []))
     ends = {"jpeg": (".jpg", ".jpeg"), "tiff": (".tiff",)}.get(kind, (f".{kind}",))
-    of_kind = [p for folder in ("med-mat", "odd-formats") for p in (pack / folder).rglob("*") if p.suffix.lower() in ends]
+    folders = (pack / "med-mat", pack / "odd-formats")
+    of_kind = [p for folder in folders for p in folder.rglob("*") if p.suffix.lower() in ends]
     # Small ones are quick, and more of their bytes are headers.
     small = sorted(of_kind, key=lambda p: (p.stat().st_size, p.name))[:6]
     odd_ones = [p for p in sorted((hostile / "images").iterdir()) if p.suffix in ends and "bomb" not in p.name]
@@ -175,7 +177,9 @@ def _work(pipe, seed: int, pack: Path, read: Callable) -> None:
 
 
 def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage's, which a process that is started takes over from the one that starts it.
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 class _Worker:

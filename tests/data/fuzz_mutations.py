@@ -16,8 +16,8 @@ NUMBERS = (
     "1.", ".5", "1.5", "1e5", "true", "9007199254740993", "1" + "0" * 400, "-", "1e999999999",
 )  # fmt: skip
 STRINGS = (
-    "\\ud800", "\\udfff\\ud800", "\\u0000", "\\u000a", "\\x41", "\\", "\u2028", "\U0001f600", "../", "/etc/passwd", "C:\\\\",
-    "a" * 5000, "A: a\\nB: b", '"', "\u202e", "\\udc80", "%00", "\\uD83D\\uDE00", "",
+    "\\ud800", "\\udfff\\ud800", "\\u0000", "\\u000a", "\\x41", "\\", "\u2028", "\U0001f600", "../", "/etc/passwd",
+    "C:\\\\", "a" * 5000, "A: a\\nB: b", '"', "\u202e", "\\udc80", "%00", "\\uD83D\\uDE00", "",
 )  # fmt: skip
 VALUES = (None, True, False, 0, -1, 1.5, "", "x", [], {}, [[]], {"a": {}}, [None] * 1000, "\x00", "A", 2**70)
 TOKENS = ("[", "]", "{", "}", ":", ",", '"', "[" * 100_000, '{"a":' * 50_000, "null", "//", "[" * 900 + "]" * 900)
@@ -72,7 +72,8 @@ def _region(kind: str, where: str, content: bytes) -> tuple[int, int]:
     marks = {"jpeg": b"\xff\xda", "png": b"IDAT", "gif": b"\x2c", "dicom": b"\xe0\x7f\x10\x00"}
     marks["dicom_compressed"] = marks["dicom"]
     # Behind the mark's last place: pixels come last, and thumbnails before them have marks of their own.
-    found = content.rfind(marks[kind]) if kind in marks and kind != "gif" else content.find(marks.get(kind, b"\0\0"), 13)
+    last = kind in marks and kind != "gif"
+    found = content.rfind(marks[kind]) if last else content.find(marks.get(kind, b"\0\0"), 13)
     data = found if found > start else min(len(content) - 1, start + 64)
     tail = max(data + 1, len(content) - 64)
     regions = {"header": (start, start + 64), "tables": (min(start + 32, data), data)}
@@ -164,8 +165,8 @@ def _mutated_json(where: str, content: bytes, random: Random) -> bytes:
     if where == "encoding":
         choice = random.randrange(6)
         if choice < 2:
-            broken = random.choice((b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\x00", b"\xf4\x90\x80\x80", b"\xef\xbb\xbf"))
-            return content[:place] + broken + content[place:]
+            broken = (b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\x00", b"\xf4\x90\x80\x80", b"\xef\xbb\xbf")
+            return content[:place] + random.choice(broken) + content[place:]
         codings = {2: "utf-16", 3: "utf-32-le", 4: "utf-8-sig"}
         return text.encode(codings[choice]) if choice in codings else b"\xef\xbb\xbf" * 2 + content
     return _other_values(text, random)
