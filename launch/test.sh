@@ -23,9 +23,10 @@ status=0
 run_tests .venv "$@" || status=$?
 if [ -n "$second" ] && [ "$(version_of .venv/bin/python)" = 3.11 ]; then
     install_project .venv312 "$second" test
-    # Once is enough for what knows nothing of JAX.
+    # Once is enough for what knows nothing of JAX and takes long.
     run_tests .venv312 --ignore=tests/launch --ignore-glob='tests/study/test_report*.py' \
-        --ignore=tests/study/test_kills.py "$@" || status=$?
+        --ignore=tests/study/test_kills.py --ignore-glob='tests/data/test_prepare*.py' \
+        --ignore-glob='tests/data/test_hostile*.py' --ignore=tests/data/test_fuzz.py "$@" || status=$?
 else
     say "no second run: it needs Python 3.11 for the first and a 3.12 beside it"
 fi

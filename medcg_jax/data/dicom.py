@@ -28,6 +28,7 @@ from pydicom.tag import BaseTag
 
 from medcg_jax.data.dicom_frames import check_codestream, check_fragments
 from medcg_jax.data.dicom_levels import KEYWORDS, grey_levels, palette_levels
+from medcg_jax.data.dicom_lossless import decode_lossless
 from medcg_jax.data.reading import ImageError, Reading, by_rows, check_reading, check_size, frame_index
 
 # Transfer syntax -> pydicom's plugin, "" for plain pixels; named, so that nothing depends on what else is installed.
@@ -269,7 +270,7 @@ def _check_length(header: _Header, size: int) -> None:
         if header.length != _UNDEFINED:
             raise ImageError("DICOM: compressed pixels that are not in fragments")
         header.file.seek(header.start)
-        check_fragments(header.file, size)
+        check_fragments(header.file)
         return
     num_bits = header.num_frames * header.rows * header.columns * header.samples * header.bits_allocated
     if header.photometric == "YBR_FULL_422":
@@ -290,8 +291,11 @@ def _decode(header: _Header, frame: int) -> np.ndarray:
         content = get_frame(header.file, frame, number_of_frames=header.num_frames, extended_offsets=offsets)
         check_codestream(content, header.syntax, header.rows, header.columns, header.samples, header.bits_allocated)
         source, frame, options["number_of_frames"] = encapsulate([content]), 0, 1
-    decoder = get_decoder(header.syntax)
-    found, _ = decoder.as_array(source, index=frame, decoding_plugin=PLUGINS[header.syntax], **options)
+    if PLUGINS[header.syntax] == "gdcm":
+        found = decode_lossless(content, options | {"transfer_syntax": header.syntax})
+    else:
+        decoder = get_decoder(header.syntax)
+        found, _ = decoder.as_array(source, index=frame, decoding_plugin=PLUGINS[header.syntax], **options)
     if found.shape[:2] != (header.rows, header.columns) or found.ndim != (2 if header.samples == 1 else 3):
         raise ImageError("DICOM: decodes to another shape than its header declares")
     return found

@@ -30,8 +30,8 @@ _FRAME_MARKERS: dict[str, tuple[int, ...]] = {
 _WITHOUT_LENGTH = (0x01, *range(0xD0, 0xD9))
 
 
-def check_fragments(file: BinaryIO, size: int) -> None:
-    """Raises ImageError unless whole fragments and their end follow the file's place, within its `size` bytes."""
+def check_fragments(file: BinaryIO) -> None:
+    """Raises ImageError unless whole fragments and the mark of their end follow the file's place."""
     for _ in range(MAX_FRAGMENTS):
         head = file.read(8)
         if len(head) < 8:
@@ -40,8 +40,9 @@ def check_fragments(file: BinaryIO, size: int) -> None:
         tag = group << 16 | element
         if tag == _END:
             return
-        if tag != _ITEM or file.tell() + length > size:
-            raise ImageError("DICOM: cut short within the pixel data, or not in fragments")
+        if tag != _ITEM:
+            raise ImageError("DICOM: compressed pixels that are not in fragments")
+        # Past the end of a file that is cut short nothing more is read.
         file.seek(length, 1)
     raise ImageError(f"DICOM: more than {MAX_FRAGMENTS} fragments of pixel data")
 

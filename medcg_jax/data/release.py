@@ -97,7 +97,7 @@ def read_manifest(root: Path) -> dict[str, dict[str, Any]]:
         for number, entry in found.items():
             if not all(isinstance(entry[key], str) and entry[key] for key in ("modality", "area", "task")):
                 raise ReleaseError(path.name, f"subset {number}", "manifest", "modality, area and task must be text")
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
         if isinstance(error, ReleaseError):
             raise
         reason = f"no list of subsets under the key `subsets`: {error!r}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Container, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -28,6 +29,7 @@ KEYS: dict[str, type] = {
 # What a record of either kind may have beside its keys; further ones are ignored.
 OPTIONAL_KEYS: dict[str, type] = {"group": str}
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _OPTION = re.compile(r"([A-Z]): (.*)")
 
 
@@ -47,6 +49,9 @@ class ReleaseError(DataError):
 def read_list(path: Path) -> list[Any]:
     """The records of a file as they stand in its JSON; a byte-order mark is skipped.
 
+    Stricter than Python's reader: NaN and infinities are no JSON, a key that occurs twice in an object leaves open
+    which of its values holds, and half a surrogate pair can be written to no file.
+
     Raises:
       ReleaseError: kind `unreadable`, `encoding`, `json` or `not_a_list`.
     """
@@ -57,8 +62,12 @@ def read_list(path: Path) -> list[Any]:
     except UnicodeDecodeError as error:
         raise ReleaseError(path.name, "", "encoding", f"not UTF-8 (byte {error.start})") from error
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        found = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+        if _SURROGATE.search(text):
+            json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ReleaseError(path.name, "", "encoding", "a text with half a surrogate pair \\ud800 to \\udfff") from error
+    except (ValueError, RecursionError, MemoryError) as error:
         raise ReleaseError(path.name, "", "json", f"not JSON: {error}") from error
     if not isinstance(found, list):
         raise ReleaseError(path.name, "", "not_a_list", f"a {type(found).__name__}; a list of records is accepted")
@@ -124,7 +133,7 @@ def check_keys(raw: Any, keys: Mapping[str, type], file: str, name: str) -> None
     for key, kind in {**keys, **optional}.items():
         # bool is an int to isinstance.
         if type(raw[key]) is not kind:
-            reason = f"{key} is {json.dumps(raw[key])[:60]}, a {type(raw[key]).__name__}; {kind.__name__} is accepted"
+            reason = f"{key} is {shown(raw[key])}, a {type(raw[key]).__name__}; {kind.__name__} is accepted"
             raise ReleaseError(file, name, "type", reason)
 
 
@@ -196,3 +205,24 @@ def record_name(raw: Any, place: int) -> str:
     """How messages call a record: by its id where it has one, by its place (from 1) elsewhere."""
     own = raw.get("id") if isinstance(raw, dict) else None
     return f"record {own}" if type(own) is int else f"record in place {place + 1}"
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """A value as JSON for a message, at most `limit` characters; "..." for lists nested too deep to write."""
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "..."
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {shown(twice)} occurs twice in an object")
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")

@@ -12,7 +12,7 @@ from typing import Any
 
 from medcg_jax.data.images import ImageError, image_size
 from medcg_jax.data.records import Box, Record
-from medcg_jax.data.schema import ReleaseError, check_id, check_keys, image_path, read_list, record_name
+from medcg_jax.data.schema import ReleaseError, check_id, check_keys, image_path, read_list, record_name, shown
 
 DETECTION_KEYS: dict[str, type] = {"id": int, "image": str, "width": int, "height": int, "boxes": list, "data-no": str}
 
@@ -99,14 +99,14 @@ def read_detection_file(
 def _box_reason(box: Any, width: int, height: int) -> str:
     label = box.get("label") if isinstance(box, dict) else None
     if not isinstance(label, str) or not label or label != label.strip() or not label.isprintable():
-        return f"box {box!r} has no label; one line of text is accepted"
+        return f"box {shown(box)} has no label; one line of text is accepted"
     corners = box.get("bbox")
     if not isinstance(corners, list) or len(corners) != 4 or not all(type(c) in (int, float) for c in corners):
-        return f"bbox {corners!r}; four numbers x1, y1, x2, y2 are accepted"
+        return f"bbox {shown(corners)}; four numbers x1, y1, x2, y2 are accepted"
     x1, y1, x2, y2 = corners
     # Written so that a NaN fails.
     if not (x1 < x2 and y1 < y2):
-        return f"bbox {corners}: x1 < x2 and y1 < y2 are needed"
+        return f"bbox {shown(corners)}: x1 < x2 and y1 < y2 are needed"
     if not (x1 >= 0 and y1 >= 0 and x2 <= width and y2 <= height):
-        return f"bbox {corners} is not inside the image of {width} x {height} pixels"
+        return f"bbox {shown(corners)} is not inside the image of {width} x {height} pixels"
     return ""

@@ -133,3 +133,37 @@ def test_the_check_names_the_bad_detection_records(tmp_path):
     found = [(problem.record, problem.kind) for problem in report.problems]
     assert found == [("record 1", "box"), ("record 2", "box"), ("record 3", "size")]
     assert (report.num_records, report.num_detection, report.num_boxes) == (3, 3, 2)
+
+
+@pytest.mark.parametrize(
+    "text, kind, said",
+    [
+        ("[" * 100_000, "json", "not JSON: maximum recursion"),
+        ("[" + "1" * 5000 + "]", "json", "not JSON: Exceeds the limit"),
+        ("[NaN]", "json", "NaN is no JSON number"),
+        ("[-Infinity]", "json", "-Infinity is no JSON number"),
+        ('[{"id": 1, "a": 2, "id": 1}]', "json", 'the key "id" occurs twice'),
+        ('["\\ud800"]', "encoding", "half a surrogate pair"),
+        ('[{"\\uDFFF": 1}]', "encoding", "half a surrogate pair"),
+    ],
+)
+def test_json_that_no_record_comes_of(tmp_path, text, kind, said):
+    path = tmp_path / "Subset--04-train.json"
+    path.write_text(text)
+    with pytest.raises(ReleaseError) as error:
+        read_list(path)
+    assert error.value.kind == kind and said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_json_that_is_right_stays(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('["\\ud83d\\ude00", "\\\\ud800", 1e5, {"a": 1, "b": {"a": 1}}]')
+    assert read_list(path) == ["\U0001f600", "\\ud800", 1e5, {"a": 1, "b": {"a": 1}}]
+
+
+def test_values_nested_too_deep_to_write_are_shown_short(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"id": ' + "[" * 900 + "]" * 900 + ', "image": "a", "boxes": []}]')
+    with pytest.raises(ReleaseError) as error:
+        parse_detection(read_list(path)[0], file="a", place=0, subset="1", split="train", size=(1, 1))
+    assert len(str(error.value)) < 200

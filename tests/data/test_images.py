@@ -1,12 +1,26 @@
 """Decoding of odd and hostile images, and pixels equal to the reference's."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
-from medcg_jax.data.images import BACKGROUND, FILL, ImageError, load_image, pad_to_square, preprocess, resize
+from medcg_jax.data.images import (
+    BACKGROUND,
+    FILL,
+    MAX_SCANS,
+    ImageError,
+    image_size,
+    load_image,
+    pad_to_square,
+    preprocess,
+    read_image,
+    resize,
+)
+from medcg_jax.data.reading import Reading, check_reading, frame_index
+from medcg_jax.data.records import DataError
 
 MANY = 10_000_000
 SHAPES = [(1, 1), (1, 97), (97, 1), (5, 300), (33, 32), (32, 33), (64, 64), (200, 150), (301, 501), (336, 336)]
@@ -138,3 +152,131 @@ def test_random_damage_gives_an_image_or_a_refusal():
             else:
                 assert found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == 3
     assert refused > 20
+
+
+DEEP = np.linspace(1000, 5000, 64 * 64).reshape(64, 64)
+
+
+@pytest.mark.parametrize("dtype, kind, depth", [
+    (np.uint16, "PNG", "16-bit"), (np.uint16, "TIFF", "16-bit"), (np.int32, "TIFF", "32-bit"),
+    (np.float32, "TIFF", "32-bit floating-point"),
+])  # fmt: skip
+def test_deep_greys_by_percentile_and_window(dtype, kind, depth):
+    content = encoded(Image.fromarray(DEEP.astype(dtype)), kind)
+    found, how = read_image(content, MANY, Reading(deep_grey="percentile"))
+    assert how == f"{depth} greys, percentiles 0.5 to 99.5"
+    wanted = np.clip((DEEP - 1020) / 3960, 0, 1) * 255
+    assert np.abs(found - wanted[..., None]).max() < 1 and (found[0, 0] == 0).all() and (found[-1, -1] == 255).all()
+    found, how = read_image(content, MANY, Reading(window="3000/2000", deep_grey="window"))
+    assert how == f"{depth} greys, window 3000/2000"
+    assert np.abs(found - np.clip((DEEP - 2000) / 2000, 0, 1)[..., None] * 255).max() < 1
+
+
+def test_what_the_range_means():
+    low = Image.fromarray(np.array([[0, 4095]], np.uint16))
+    assert read_image(encoded(low), MANY)[1] == "16-bit greys, range 0 to 65535"
+    assert load_image(encoded(low), MANY)[0, 1, 0] == 16
+    assert read_image(encoded(Image.new("L", (2, 2))), MANY)[1] == ""
+    signed = TiffImagePlugin.ImageFileDirectory_v2()
+    signed[TiffImagePlugin.SAMPLEFORMAT] = 2
+    below = encoded(Image.fromarray(np.array([[-5, 1]], np.int32)), "TIFF", tiffinfo=signed)
+    with pytest.raises(ImageError, match="from -5 to 1; .*data.deep_grey=percentile or window"):
+        load_image(below, MANY)
+    assert load_image(below, MANY, Reading(deep_grey="percentile"))[0, :, 0].tolist() == [0, 255]
+
+
+def test_numbers_that_are_none_are_refused():
+    for bad in (np.nan, np.inf):
+        content = encoded(Image.fromarray(np.array([[bad, 1]], np.float32)), "TIFF")
+        for reading in (Reading(deep_grey="percentile"), Reading(window="3/4", deep_grey="window")):
+            with pytest.raises(ImageError, match="finite"):
+                load_image(content, MANY, reading)
+
+
+@pytest.mark.parametrize("reading", [Reading(), Reading(deep_grey="percentile"), Reading("30000/60000", "window")])
+def test_white_is_zero(reading):
+    image = Image.fromarray((DEEP * 13).astype(np.uint16))
+    plain = encoded(image, "TIFF")
+    # PhotometricInterpretation, one SHORT: 1 becomes 0.
+    entry = b"\x06\x01\x03\x00\x01\x00\x00\x00"
+    assert plain.count(entry) == 1
+    turned = plain.replace(entry + b"\x01", entry + b"\x00")
+    found, how = read_image(turned, MANY, reading)
+    assert how.endswith(", inverted") and (found == 255 - load_image(plain, MANY, reading)).all()
+
+
+def test_a_constant_deep_grey_is_black():
+    content = encoded(Image.fromarray(np.full((4, 4), 700, np.uint16)))
+    assert load_image(content, MANY, Reading(deep_grey="percentile")).max() == 0
+
+
+@pytest.mark.parametrize("reading, named", [
+    (Reading(window="lungs"), "data.window='lungs'"), (Reading(window="1/0"), "data.window='1/0'"),
+    (Reading(window="nan/5"), "data.window="), (Reading(window="1/2/3"), "data.window="),
+    (Reading(deep_grey="auto"), "data.deep_grey='auto'"), (Reading(deep_grey="window"), "data.window=''"),
+    (Reading(window="lung", deep_grey="window"), "data.window='lung'"), (Reading(frame="-1"), "data.frame='-1'"),
+    (Reading(frame="second"), "data.frame='second'"), (Reading(frame=""), "data.frame=''"),
+])  # fmt: skip
+def test_a_reading_that_there_is_not(reading, named):
+    with pytest.raises(DataError, match=named) as error:
+        check_reading(reading)
+    assert not isinstance(error.value, ImageError) and "\n" not in str(error.value)
+    with pytest.raises(DataError, match=named):
+        load_image(encoded(Image.fromarray(DEEP.astype(np.uint16))), MANY, reading)
+
+
+def test_readings_that_there_are():
+    for reading in (Reading(), Reading("lung"), Reading("40/80", "window", "last"), Reading("-600/1500.5", frame="12")):
+        check_reading(reading)
+    assert [frame_index(f, 12) for f in ("first", "middle", "last", "0", "11")] == [0, 6, 11, 0, 11]
+    assert frame_index("middle", 1) == 0
+
+
+def test_inks_come_the_right_way_round():
+    colors = Image.new("RGB", (32, 32), (250, 40, 20))
+    found = load_image(encoded(colors.convert("CMYK"), "JPEG", quality=95), MANY)
+    assert np.abs(found.astype(int) - (250, 40, 20)).max() < 12
+    # Adobe's marker says 2 for inks stored by luminance and colour, turned round: no luminance is no ink at all.
+    for cyan, light in ((255, 255), (0, 0)):
+        inks = encoded(Image.new("CMYK", (16, 16), (cyan, 128, 128, 0)), "JPEG", quality=95)
+        place = inks.index(b"Adobe") + 11
+        assert inks[place] == 0
+        ycck = inks[:place] + b"\x02" + inks[place + 1 :]
+        assert np.abs(load_image(ycck, MANY).astype(int) - light).max() < 6
+
+
+def test_a_progressive_jpeg_of_many_scans_is_refused():
+    content = encoded(Image.fromarray(noise((64, 64))), "JPEG", progressive=True)
+    assert load_image(content, MANY).shape == (64, 64, 3)
+    last = content[content.rindex(b"\xff\xda") : -2]
+    many = content[:-2] + last * MAX_SCANS + content[-2:]
+    with pytest.raises(ImageError, match="a progressive JPEG of .* scans; at most 50"):
+        load_image(many, MANY)
+
+
+def test_text_of_a_png_is_not_inflated_without_bound(monkeypatch):
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 2**40)
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 2**40)
+    content = encoded(Image.new("L", (4, 4)))
+    data = b"zTXt" + b"a\0\0" + zlib.compress(bytes(2**24), 9)
+    chunk = (len(data) - 4).to_bytes(4, "big") + data + zlib.crc32(data).to_bytes(4, "big")
+    place = content.index(b"IDAT") - 4
+    with pytest.raises(ImageError):
+        load_image(content[:place] + chunk + content[place:], MANY)
+
+
+def test_a_frame_of_a_gif_is_whole_or_refused():
+    frames = [Image.fromarray(noise((40, 40), seed)) for seed in range(2)]
+    content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert load_image(content[: len(content) - 200], MANY).shape == (40, 40, 3)
+    with pytest.raises(ImageError):
+        load_image(content[: len(content) // 4], MANY)
+
+
+def test_a_file_is_opened_once(tmp_path, monkeypatch):
+    path, opened = tmp_path / "a.png", []
+    Image.new("RGB", (4, 3)).save(path)
+    monkeypatch.setattr("medcg_jax.data.images.open", lambda *a: opened.append(a) or open(*a), raising=False)
+    monkeypatch.setattr("builtins.open", open)
+    assert load_image(path, MANY).shape == (3, 4, 3) and image_size(path, MANY) == (3, 4)
+    assert len(opened) == 2

@@ -1,0 +1,371 @@
+"""DICOM files: windows, photometric interpretations, frames, codecs, and what is refused."""
+
+import io
+import signal
+import subprocess
+
+import numpy as np
+import pydicom
+import pytest
+from dicom_files import dicom_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pydicom import uid
+from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset
+from pydicom.pixels import apply_windowing
+from pydicom.pixels import pixel_array as pydicoms
+
+from medcg_jax.data.images import ImageError, image_size, load_image, read_image
+from medcg_jax.data.reading import PRESETS_HU, Reading
+
+MANY = 10_000_000
+RAMP = np.arange(-1024, 3072, dtype=np.int16).reshape(64, 64)
+CT = {"Modality": "CT", "RescaleSlope": 1, "RescaleIntercept": 0, "RescaleType": "HU"}
+
+
+def grey(content: bytes, reading: Reading = Reading()) -> np.ndarray:
+    found = load_image(content, MANY, reading)
+    assert found.dtype == np.uint8 and (found == found[..., :1]).all()
+    return found[..., 0]
+
+
+def bundled(name: str) -> str:
+    return get_testdata_file(name, download=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["LINEAR", "LINEAR_EXACT", "SIGMOID"]),
+    st.floats(-900, 2500),
+    st.floats(2, 3000),
+    st.sampled_from([0.5, 1, 2]),
+    st.integers(-1024, 100),
+)
+def test_windows_are_pydicoms(function, center, width, slope, intercept):
+    center, width = round(center, 3), round(width, 3)
+    tags = dict(WindowCenter=center, WindowWidth=width, VOILUTFunction=function, RescaleSlope=slope)
+    content = dicom_bytes(RAMP, RescaleIntercept=intercept, **tags)
+    dataset = pydicom.dcmread(io.BytesIO(content))
+    wanted = apply_windowing(RAMP * slope + intercept, dataset)
+    # pydicom's go from the least value that may be stored to the greatest, in units of the rescale.
+    low, high = -32768 * slope + intercept, 32767 * slope + intercept
+    assert np.abs(grey(content) - (wanted - low) / (high - low) * 255.0).max() <= 0.5001
+
+
+def test_the_first_of_several_windows_is_taken():
+    several = dicom_bytes(RAMP, WindowCenter=[40, 600], WindowWidth=[400, 1200])
+    assert (grey(several) == grey(dicom_bytes(RAMP, WindowCenter=40, WindowWidth=400))).all()
+    assert read_image(several, MANY)[1] == "DICOM window 40/400 of the file"
+
+
+@pytest.mark.parametrize("name", PRESETS_HU)
+def test_a_preset_is_its_window_in_hu(name):
+    stored = (RAMP + 1024).astype(np.uint16)
+    tags = {**CT, "RescaleIntercept": -1024}
+    found, how = read_image(dicom_bytes(stored, WindowCenter=1, WindowWidth=2, **tags), MANY, Reading(window=name))
+    center, width = PRESETS_HU[name]
+    assert how == f"DICOM window {name} {center}/{width}"
+    black, white = center - width / 2, center + width / 2
+    assert (found[RAMP < black - 1] == 0).all() and (found[RAMP > white + 1] == 255).all()
+    assert 100 < found[RAMP == center].mean() < 155
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [{**CT, "Modality": "MR"}, {**CT, "RescaleSlope": None}, {**CT, "RescaleType": "US"}, {"Modality": "CT"}],
+)
+def test_a_preset_is_for_ct_in_hu_alone(tags):
+    content = dicom_bytes(RAMP, WindowCenter=500, WindowWidth=1000, **tags)
+    found, how = read_image(content, MANY, Reading(window="lung"))
+    assert how == "DICOM window 500/1000 of the file (lung is for CT in HU)"
+    assert (found == load_image(content, MANY)).all()
+
+
+def test_a_window_in_numbers_is_for_all():
+    content = dicom_bytes(RAMP, WindowCenter=500, WindowWidth=1000, Modality="MR")
+    found, how = read_image(content, MANY, Reading(window="-600/1500"))
+    assert how == "DICOM window -600/1500"
+    assert (found[..., 0] == grey(dicom_bytes(RAMP, **CT), Reading(window="lung"))).all()
+
+
+@pytest.mark.parametrize("window", [{}, dict(WindowCenter=5, WindowWidth=0), dict(WindowCenter=5, WindowWidth=-3)])
+def test_without_a_window_percentiles_are_used(window):
+    pixels = RAMP.copy()
+    pixels[0, :8] = 30000
+    found, how = read_image(dicom_bytes(pixels, **window), MANY)
+    assert how == "DICOM percentiles 0.5 to 99.5"
+    assert found[0, :8].min() == 255 and 60 < np.median(found) < 190
+
+
+def test_the_padding_is_no_part_of_the_percentiles():
+    pixels = np.full((64, 64), -2000, np.int16)
+    pixels[16:48, 16:48] = np.arange(1024).reshape(32, 32)
+    assert grey(dicom_bytes(pixels, PixelPaddingValue=-2000))[16, 16:20].max() < 5
+    assert grey(dicom_bytes(pixels))[16, 16:20].min() > 100
+
+
+def test_unsigned_greys_of_eight_bits_stay_as_they_are():
+    pixels = np.arange(40, 140, dtype=np.uint8).reshape(10, 10)
+    assert (grey(dicom_bytes(pixels)) == pixels).all()
+    assert read_image(dicom_bytes(pixels), MANY)[1] == "DICOM greys as stored"
+    assert (grey(dicom_bytes(pixels, PhotometricInterpretation="MONOCHROME1")) == 255 - pixels).all()
+
+
+def test_monochrome1_is_inverted():
+    window = dict(WindowCenter=500, WindowWidth=1000)
+    found, how = read_image(dicom_bytes(RAMP, PhotometricInterpretation="MONOCHROME1", **window), MANY)
+    assert how.endswith("of the file, inverted")
+    assert (found[..., 0] == 255 - grey(dicom_bytes(RAMP, **window))).all()
+
+
+@pytest.mark.parametrize("bits", range(8, 17))
+@pytest.mark.parametrize("signed", [False, True])
+def test_only_the_stored_bits_count(bits, signed):
+    low = -(2 ** (bits - 1)) if signed else 0
+    values = np.linspace(low, low + 2**bits - 1, 256).round().astype(np.int64).reshape(16, 16)
+    stored = (values & (2**bits - 1)).astype(np.uint16)
+    junk = (0xFFFF << bits & 0xFFFF) & 0xA5A5
+    content = dicom_bytes(stored | junk, bits=bits, PixelRepresentation=int(signed))
+    reading = Reading(window=f"{low + 2 ** (bits - 1)}/{2**bits}")
+    assert np.abs(grey(content, reading).ravel() - np.arange(256.0)).max() <= 1
+
+
+def test_lookup_tables_are_applied():
+    lut = Dataset()
+    lut.LUTDescriptor, lut.ModalityLUTType = [256, 0, 16], "US"
+    lut.LUTData = np.arange(0, 2560, 10, dtype=np.uint16).tobytes()
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    content = dicom_bytes(pixels, ModalityLUTSequence=[lut], WindowCenter=1280, WindowWidth=2560)
+    assert np.abs(grey(content).ravel() - np.arange(256.0)).max() <= 1
+    voi = Dataset()
+    voi.LUTDescriptor, voi.LUTData = [256, 0, 12], (4095 - 16 * np.arange(256)).astype(np.uint16).tobytes()
+    found, how = read_image(dicom_bytes(pixels, VOILUTSequence=[voi]), MANY)
+    assert how == "DICOM VOI LUT of the file"
+    assert np.abs(found[..., 0].ravel() - (255.0 - np.arange(256))).max() <= 1
+
+
+def test_each_frames_own_groups_hold():
+    def group(center, intercept):
+        window, rescale, found = Dataset(), Dataset(), Dataset()
+        window.WindowCenter, window.WindowWidth = center, 400
+        rescale.RescaleSlope, rescale.RescaleIntercept, rescale.RescaleType = 1, intercept, "HU"
+        found.FrameVOILUTSequence, found.PixelValueTransformationSequence = [window], [rescale]
+        return found
+
+    pixels = np.stack([RAMP, RAMP])
+    groups = [group(40, 0), group(600, -100)]
+    content = dicom_bytes(pixels, NumberOfFrames=2, Modality="CT", PerFrameFunctionalGroupsSequence=groups)
+    found, how = read_image(content, MANY, Reading(frame="last"))
+    assert how == "DICOM window 600/400 of the file, frame 2 of 2"
+    assert (found[..., 0] == grey(dicom_bytes(RAMP, WindowCenter=700, WindowWidth=400))).all()
+    shared = dicom_bytes(RAMP, Modality="CT", SharedFunctionalGroupsSequence=[group(40, -24)])
+    assert read_image(shared, MANY, Reading(window="brain"))[1] == "DICOM window brain 40/80"
+
+
+@pytest.mark.parametrize(
+    "frame, taken", [("first", 0), ("middle", 2), ("last", 4), ("0", 0), ("3", 3)]
+)
+def test_one_frame_is_taken(frame, taken):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 7), np.uint8)
+    found, how = read_image(dicom_bytes(pixels, NumberOfFrames=5), MANY, Reading(frame=frame))
+    assert (found[..., 0] == pixels[taken]).all() and how.endswith(f", frame {taken + 1} of 5")
+    with pytest.raises(ImageError, match=r"5 frames; data.frame=5 \(from 0\)"):
+        load_image(dicom_bytes(pixels, NumberOfFrames=5), MANY, Reading(frame="5"))
+
+
+@pytest.mark.parametrize("planar", [0, 1])
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian])
+def test_colours_in_either_order(planar, syntax):
+    pixels = np.random.default_rng(1).integers(0, 256, (8, 10, 3), np.uint8)
+    stored = pixels.transpose(2, 0, 1) if planar else pixels
+    content = dicom_bytes(
+        stored.tobytes(), syntax=syntax, Rows=8, Columns=10, SamplesPerPixel=3, PhotometricInterpretation="RGB",
+        BitsAllocated=8, PlanarConfiguration=planar,
+    )  # fmt: skip
+    assert (load_image(content, MANY) == pixels).all() and image_size(content, MANY) == (8, 10)
+
+
+def test_ybr_becomes_rgb():
+    pixels = np.asarray(Image.linear_gradient("L").resize((16, 16)))
+    colors = np.stack([pixels, pixels.T, pixels[::-1]], -1)
+    ybr = np.asarray(Image.fromarray(colors).convert("YCbCr"))
+    found = load_image(dicom_bytes(ybr, PhotometricInterpretation="YBR_FULL"), MANY)
+    assert np.abs(found.astype(int) - colors).max() <= 3
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_palettes(depth):
+    pixels = np.random.default_rng(2).integers(0, 256, (8, 8), np.uint8)
+    tables = np.random.default_rng(3).integers(0, 256, (3, 256)).astype("<u2")
+    tags = {}
+    for color, table in zip(("Red", "Green", "Blue"), tables, strict=True):
+        tags[f"{color}PaletteColorLookupTableDescriptor"] = [256, 0, depth]
+        data = table.astype(np.uint8) if depth == 8 else table << 8
+        tags[f"{color}PaletteColorLookupTableData"] = data.tobytes()
+    content = dicom_bytes(pixels, PhotometricInterpretation="PALETTE COLOR", **tags)
+    found, how = read_image(content, MANY)
+    assert how == "DICOM palette" and (found == tables[:, pixels].transpose(1, 2, 0)).all()
+    # Entries of 8 bits in words of 16; values beyond the table take its last entry.
+    wide = {key: tables[0].tobytes() if key.endswith("Data") else [256, 0, 16] for key in tags}
+    deep = np.array([[0, 255, 256, 60000]], np.uint16)
+    found = load_image(dicom_bytes(deep, PhotometricInterpretation="PALETTE COLOR", **wide), MANY)
+    assert (found[0, :, 0] == tables[0][[0, 255, 255, 255]]).all()
+    with pytest.raises(ImageError, match="segmented"):
+        load_image(dicom_bytes(pixels, PhotometricInterpretation="PALETTE COLOR"), MANY)
+
+
+SAME = ["MR_small_RLE", "MR_small_bigendian", "MR_small_implicit", "MR_small_jp2klossless", "MR_small_jpeg_ls_lossless"]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_one_image_is_the_same_in_every_transfer_syntax(name):
+    wanted, how = read_image(bundled("MR_small.dcm"), MANY)
+    found, same = read_image(bundled(f"{name}.dcm"), MANY)
+    assert how == same == "DICOM window 600/1600 of the file" and (found == wanted).all()
+
+
+@pytest.mark.parametrize("name", ["SC_rgb_rle", "SC_rgb_jpeg_gdcm", "SC_rgb_gdcm_KY", "SC_rgb_jls_lossy_line",
+                                  "SC_rgb_dcmtk_+eb+cy+np", "SC_rgb_dcmtk_+eb+cr", "SC_ybr_full_422_uncompressed",
+                                  "SC_rgb_jpeg_dcmtk", "SC_rgb_jpeg_lossy_gdcm"])  # fmt: skip
+def test_colours_of_every_codec(name):
+    found = load_image(bundled(f"{name}.dcm"), MANY)
+    # Bands of ten rows, top to bottom: red, pink, green, light green, blue, light blue, black, greys, white.
+    wanted = [(255, 0, 0), (255, 128, 128), (0, 255, 0), (128, 255, 128), (0, 0, 255), (128, 128, 255), (0, 0, 0)]
+    assert np.abs(found[5:70:10, 50].astype(int) - wanted).max() <= 6
+    assert found[95, 50].min() >= 250
+    assert (found == pydicoms(bundled(f"{name}.dcm"))).all()
+
+
+def test_what_aborts_gdcm_is_refused(monkeypatch):
+    content = bytearray(open(bundled("SC_rgb_jpeg_gdcm.dcm"), "rb").read())
+    # Without its Huffman table GDCM throws through C code, which ends the process.
+    content[content.rindex(b"\xff\xc4")] = 0xDF
+    ends, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: ends.append(run(*a, **k)) or ends[-1])
+    with pytest.raises(ImageError, match="lossless JPEG data cannot be decoded"):
+        load_image(bytes(content), MANY)
+    assert [done.returncode for done in ends] == [-signal.SIGABRT]
+
+
+def test_lossless_jpeg_has_its_end():
+    content = open(bundled("SC_rgb_jpeg_gdcm.dcm"), "rb").read()
+    place = content.rindex(b"\xff\xd9")
+    with pytest.raises(ImageError, match="without its end"):
+        load_image(content[:place] + b"\0\0" + content[place + 2 :], MANY)
+
+
+def test_one_bit_and_deflated():
+    assert set(np.unique(load_image(bundled("liver_1frame.dcm"), MANY))) == {0, 255}
+    assert read_image(bundled("image_dfl.dcm"), MANY)[0].std() > 10
+
+
+def test_a_deflated_bomb_is_refused(monkeypatch):
+    content = dicom_bytes(np.zeros((3000, 3000), np.uint16), syntax=uid.DeflatedExplicitVRLittleEndian)
+    assert len(content) < 100_000 and load_image(content, MANY).max() == 0
+    monkeypatch.setattr("medcg_jax.data.dicom.MAX_INFLATED_BYTES", 2**20)
+    with pytest.raises(ImageError, match="more than 1048576 bytes"):
+        load_image(content, MANY)
+    monkeypatch.undo()
+    with pytest.raises(ImageError, match="cut short"):
+        load_image(content[:-40], MANY)
+
+
+def test_the_name_says_nothing_and_the_preamble_may_be_missing(tmp_path):
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(dicom_bytes(pixels))
+    assert (load_image(path, MANY)[..., 0] == pixels).all()
+    path.write_bytes(dicom_bytes(pixels, preamble=False))
+    assert (load_image(path, MANY)[..., 0] == pixels).all() and image_size(path, MANY) == (8, 8)
+    both = bytearray(dicom_bytes(pixels))
+    both[:8] = b"II*\0\x08\0\0\0"
+    assert (load_image(bytes(both), MANY)[..., 0] == pixels).all()
+    with pytest.raises(ImageError, match="not an image of a known format"):
+        load_image(dicom_bytes(pixels, preamble=False)[200:], MANY)
+
+
+def broken(**tags):
+    shape = (1, 8, 8) if "NumberOfFrames" in tags else (8, 8)
+    return dicom_bytes(np.zeros(shape, np.uint8), **tags)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (broken(Rows=60000, Columns=60000), "60000 x 60000 pixels; at most"),
+        (broken(Rows=1, Columns=60000), "pad to 60000 x 60000; at most"),
+        (broken(Rows=9), "pixel data are shorter than the header declares"),
+        (broken(NumberOfFrames=2**31 - 1, Rows=8, Columns=8), "pixel data are shorter"),
+        (broken()[:-2], "pixel data are shorter"),
+        (broken()[:400], "holds no pixels|cut short within the header"),
+        (broken(Rows=0), "8 x 0 pixels"),
+        (broken(Rows=None), "Rows is missing"),
+        (broken(BitsAllocated=32), "32 bits allocated"),
+        (broken(BitsStored=0, HighBit=0), "0 stored"),
+        (broken(BitsStored=4, HighBit=7), "HighBit is not"),
+        (broken(PhotometricInterpretation="CMYK"), "photometric interpretation that is not read"),
+        (broken(SamplesPerPixel=3), "photometric interpretation that is not read"),
+        (broken(NumberOfFrames=0), "NumberOfFrames is below 1|missing"),
+    ],
+)
+def test_what_is_refused_from_the_header(content, said, monkeypatch):
+    monkeypatch.setattr("medcg_jax.data.dicom._decode", lambda *_: pytest.fail("decoded"))
+    for read in (load_image, image_size):
+        with pytest.raises(ImageError, match=said):
+            read(content, MANY)
+
+
+@pytest.mark.parametrize("name, syntax", [
+    ("JPEG", uid.JPEGBaseline8Bit), ("JPEG2000", uid.JPEG2000Lossless), ("JPEG", uid.JPEG2000),
+    ("JPEG", uid.JPEGLSLossless), ("JPEG", uid.JPEGLosslessSV1), ("PNG", uid.JPEGBaseline8Bit),
+])  # fmt: skip
+def test_a_codestream_of_another_size_or_kind_is_refused_before_it_is_decoded(name, syntax, monkeypatch):
+    out = io.BytesIO()
+    Image.new("L", (500, 400)).save(out, name, **({"no_jp2": True} if name == "JPEG2000" else {}))
+    content = dicom_bytes(out.getvalue(), syntax=syntax, Rows=8, Columns=8, BitsAllocated=8)
+    for name in ("get_decoder", "decode_lossless"):
+        monkeypatch.setattr(f"medcg_jax.data.dicom.{name}", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ImageError, match="another size or number of channels|are no JPEG"):
+        load_image(content, MANY)
+
+
+def test_codestreams_that_loop_or_are_cut_are_refused():
+    jp2 = b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(40)
+    with pytest.raises(ImageError, match="no JPEG 2000 codestream"):
+        load_image(dicom_bytes(jp2, syntax=uid.JPEG2000, Rows=8, Columns=8, BitsAllocated=8), MANY)
+    for name in (*SAME[:1], *SAME[3:], "SC_rgb_jpeg_gdcm", "SC_rgb_jpeg_dcmtk"):
+        content = open(bundled(f"{name}.dcm"), "rb").read()
+        start = content.rindex(b"\xe0\x7f\x10\x00")
+        for stop in range(start + 20, content.rindex(b"\xfe\xff\xdd\xe0"), 97):
+            with pytest.raises(ImageError, match="cut short"):
+                load_image(content[:stop], MANY)
+
+
+def test_only_one_frame_is_decoded():
+    content = dicom_bytes(np.zeros((500, 8, 8), np.uint8), NumberOfFrames=500)
+    sizes = []
+
+    class Counting(io.BytesIO):
+        def read(self, size=-1):
+            found = super().read(size)
+            sizes.append(len(found))
+            return found
+
+    from medcg_jax.data.dicom import read_dicom
+
+    read_dicom(Counting(content), MANY, Reading())
+    assert sum(sizes) < 3000 < len(content)
+
+
+def test_the_packs_own_files(shared_dir):
+    odd = shared_dir / "data" / "medmat-mini" / "odd-formats"
+    found, how = read_image(odd / "CT_small.dcm", MANY)
+    assert how == "DICOM percentiles 0.5 to 99.5"
+    for name in ("CT_small_16bit.png", "CT_small_16bit.tiff"):
+        other = load_image(odd / name, MANY)
+        assert np.corrcoef(found[..., 0].ravel(), other[..., 0].ravel())[0, 1] > 0.97
+    assert read_image(odd / "CT_small.dcm", MANY, Reading(window="bone"))[1] == "DICOM window bone 400/1800"
+    found, how = read_image(odd / "MR_small.dcm", MANY)
+    assert how == "DICOM window 600/1600 of the file" and found.shape == (64, 64, 3) and found.std() > 30
