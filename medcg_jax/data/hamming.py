@@ -1,9 +1,10 @@
 """All pairs of 256-bit hashes that differ in few bits, by bands of bits: exact, and near linear where hashes spread.
 
 The bits are dealt into `bits + AGREE` bands. Two hashes that differ in at most `bits` bits differ in at most so many
-bands, so they agree in `AGREE` bands or more (the pigeonhole principle). Hashes are sorted by one band; a bucket of more
-than `CROWDED` is sorted by a second band too, and what is still crowded by a third, wherever that seems to leave less
-to compare. Every bucket is then compared member by member, however large it is: no pair is lost, and each is found once.
+bands, so they agree in `AGREE` bands or more (the pigeonhole principle). Hashes are sorted by one band; a bucket of
+more than `CROWDED` is sorted by a second band too, and what is still crowded by a third, wherever that seems to leave
+less to compare. Every bucket is then compared member by member, however large it is: no pair is lost, and each is found
+once.
 
 Time is near linear where few agree in three bands. Of hashes that do (a thousand frames of one still scene) it grows
 with the square of their number, and so may the number of pairs found; equal hashes cost nothing, they count as one.

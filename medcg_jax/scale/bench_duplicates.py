@@ -1,8 +1,8 @@
 """How fast duplicates are found: `python -m medcg_jax.scale.bench_duplicates [--images=50000] [--root=TREE]`.
 
 Writes images, then times two things apart, at a quarter, a half and all of them: hashing from files (read, decode,
-three digests), in `--workers` processes, and the search for near pairs, in one. Fits how each grows, and says what a million
-images would take: by wall time, which others on the machine lengthen, and by CPU seconds spread over the workers.
+three digests), in `--workers` processes, and the search for near pairs, in one. Fits how each grows, and says what a
+million images would take: by wall time, which others on the machine lengthen, and by CPU seconds over the workers.
 The search is also timed on a million hashes, made of those found by turning over a tenth of their bits.
 
 Each image is one of the tree's (without a tree: a phantom), cut, turned lighter or darker and resized by a seeded draw,

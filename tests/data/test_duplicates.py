@@ -2,11 +2,12 @@
 
 import hashlib
 import io
+import itertools
 import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
@@ -51,7 +52,7 @@ def crowds(draw):
     return np.array(rows, np.uint8).reshape(-1, 32)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(crowds(), st.sampled_from([0, 1, 7, 20, 28]), st.sampled_from([1, 3, 64]))
 def test_the_search_finds_what_all_pairs_give(hashes, bits, crowded):
     before = hamming.CROWDED
@@ -64,6 +65,18 @@ def test_the_search_finds_what_all_pairs_give(hashes, bits, crowded):
         hamming.CROWDED = before
     assert [tuple(pair) for pair in found.tolist()] == [(i, j) for i, j in brute(hashes, hashes, bits) if i < j]
     assert [tuple(pair) for pair in between.tolist()] == brute(hashes[:half], hashes[half:], bits)
+
+
+@pytest.mark.parametrize("crowded", [1, 256])
+def test_the_bands_that_two_hashes_agree_in_may_be_any(crowded, monkeypatch):
+    """The worst case: as many bits apart as are allowed, each in a band of its own."""
+    monkeypatch.setattr(hamming, "CROWDED", crowded)
+    bits, number = 5, 5 + hamming.AGREE
+    base = np.random.default_rng(4).integers(0, 256, 32, dtype=np.uint8)
+    for agreed in itertools.combinations(range(number), hamming.AGREE):
+        changed = np.unpackbits(base)
+        changed[[band for band in range(number) if band not in agreed]] ^= 1
+        assert near_pairs(np.array([base, np.packbits(changed)]), bits).tolist() == [[0, 1]], agreed
 
 
 def test_bits_at_the_edge_and_beyond_what_is_accepted():
