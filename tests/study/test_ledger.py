@@ -212,7 +212,7 @@ def test_what_is_broken_is_said_and_ends_nothing(case, tmp_path):
 
 def test_broken_records_are_counted_by_kind(tmp_path):
     write_tree(tmp_path)
-    wrong = [raw_record(1), 7, raw_record(2) | {"Answer-choice": "Z"}, raw_record(1), raw_record(9, image="\ud800")]
+    wrong = [raw_record(1), 7, raw_record(2) | {"Answer-choice": "Z"}, raw_record(1), raw_record(9, image="../9.png")]
     write_subset(tmp_path, "Subset--04-train", wrong, images=False)
     four = subset_of(read_ledger(tmp_path), "04")
     assert four.broken == {"type": 1, "letter": 1, "duplicate_id": 1, "path": 1}
