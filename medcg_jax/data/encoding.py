@@ -11,6 +11,7 @@ import numpy as np
 
 from medcg_jax.data.box_questions import Asked, ask
 from medcg_jax.data.formats import Arrays, Format
+from medcg_jax.data.images import copy_into
 from medcg_jax.data.records import DataError, Record, RecordSet, concat
 from medcg_jax.data.tokenizer import Tokenizer
 from medcg_jax.run_config import DataConfig
@@ -58,7 +59,7 @@ class Encoded:
         out = {key: np.empty((len(indices), *a.shape), a.dtype) for key, a in self.format.blank.items()}
         for place, index in enumerate(indices):
             for key, array in _image_arrays(self.records, int(index), self.format).items():
-                out[key][place] = array
+                copy_into(out[key][place], array)
         return out
 
 
@@ -261,7 +262,7 @@ def _all_images(records: RecordSet, fmt: Format, limit_bytes: int) -> Arrays | N
 
     def fill(index: int) -> None:
         for key, array in _image_arrays(records, index, fmt).items():
-            out[key][index] = array
+            copy_into(out[key][index], array)
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for _ in pool.map(fill, range(len(records))):

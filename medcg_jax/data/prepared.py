@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from medcg_jax.data.images import grey_to_rgb
+from medcg_jax.data.images import grey_view
 from medcg_jax.data.layouts import Layout, parse_layout
 from medcg_jax.data.prepare import FORMAT
 from medcg_jax.data.records import SPLITS, Box, DataError, Record, RecordSet, Split, Subset, Turn
@@ -148,7 +148,7 @@ def verify(root: str | Path) -> list[str]:
 
 
 def pixels(content: bytes, shape: Sequence[int]) -> np.ndarray:
-    """uint8[h, w, 3] of the bytes of a shard's record; may be a view that must not be written to.
+    """uint8[h, w, 3] of the bytes of a shard's record, a view: it must not be written to.
 
     Raises:
       DataError: the bytes are not those of an image of (height, width) `shape`.
@@ -159,7 +159,7 @@ def pixels(content: bytes, shape: Sequence[int]) -> np.ndarray:
         return flat.reshape(height, width, 3)
     if flat.size != height * width:
         raise DataError(f"{flat.size} bytes of pixels for {width} x {height}; prepare it again")
-    return grey_to_rgb(flat.reshape(height, width))
+    return grey_view(flat.reshape(height, width))
 
 
 def _record(line: dict[str, Any]) -> Record:
