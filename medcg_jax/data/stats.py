@@ -20,7 +20,7 @@ from scipy import stats as scipy_stats
 
 from medcg_jax.data.check import Inspection, Use, inspect
 from medcg_jax.data.examine import Examined
-from medcg_jax.data.images import pad_to_square
+from medcg_jax.data.images import load_image, pad_to_square
 from medcg_jax.data.processes import Progress
 from medcg_jax.data.reading import Reading
 from medcg_jax.data.records import LETTERS, SPLITS, DataError, RecordSet, Subset
@@ -103,6 +103,9 @@ def write_stats(
                 sheet.save(partial / "sheets" / f"{subset.name}.jpg", quality=85)
             name = f"sheets/{subset.name}.jpg" if sheet is not None else ""
             subsets.append(_stats(subset, kind, sets, found, name))
+    pairs = near_sheet(found, data.max_pixels, reading)
+    if pairs is not None:
+        pairs.save(partial / "sheets" / "near.jpg", quality=85)
     shared = shared_images(found)
     content = {
         "records": found.report.num_records,
@@ -110,6 +113,7 @@ def write_stats(
         "problems": found.report.counts(),
         "subsets": [asdict(own) for own in subsets],
         "shared": [asdict(own) for own in shared],
+        "near": [asdict(own) for own in found.report.near],
     }
     (partial / "stats.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (partial / "index.html").write_text(_page(Path(root).name, found, subsets, shared), encoding="utf-8")
@@ -135,6 +139,32 @@ def shared_images(found: Inspection) -> list[Shared]:
     return sorted(shared, key=lambda own: (-own.images, own.subsets))
 
 
+def near_sheet(found: Inspection, max_pixels: int, reading: Reading) -> Image.Image | None:
+    """Test images, each with the nearest training image below it, the nearest pairs first; None without any."""
+    path_of = {(use.file, use.record): use.path for use in found.uses}
+    nearest = {path_of[near.test_file, near.test_record]: near for near in reversed(found.report.near)}
+    chosen = sorted(nearest.values(), key=lambda near: near.bits)[: 2 * COLUMNS]
+    if not chosen:
+        return None
+    caption, gap = 20, 6
+    block = 2 * THUMB_PX + caption + gap
+    rows = -(-len(chosen) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * (THUMB_PX + gap), rows * block), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for number, near in enumerate(chosen):
+        left, top = number % COLUMNS * (THUMB_PX + gap), number // COLUMNS * block
+        draw.text((left, top + 3), f"{near.bits} bits apart", fill="black", font=font)
+        paths = path_of[near.test_file, near.test_record], path_of[near.file, near.record]
+        for place, path in enumerate(paths):
+            sheet.paste(_thumb(load_image(path, max_pixels, reading)), (left, top + caption + place * THUMB_PX))
+    return sheet
+
+
+def _thumb(image: np.ndarray) -> Image.Image:
+    square = Image.fromarray(pad_to_square(image, (255, 255, 255)))
+    return square.resize((THUMB_PX, THUMB_PX), Image.Resampling.LANCZOS)
+
+
 def contact_sheet(sets: Sequence[RecordSet], generator: np.random.Generator) -> Image.Image | None:
     """Images of each of the most frequent labels, a row a label; None without any image."""
     places: dict[str, list[tuple[RecordSet, int]]] = {}
@@ -155,9 +185,7 @@ def contact_sheet(sets: Sequence[RecordSet], generator: np.random.Generator) -> 
         chosen = generator.permutation(len(places[label]))[:COLUMNS]
         for column, index in enumerate(sorted(chosen.tolist())):
             records, place = places[label][index]
-            thumb = Image.fromarray(pad_to_square(records.image(place), (255, 255, 255)))
-            thumb = thumb.resize((THUMB_PX, THUMB_PX), Image.Resampling.LANCZOS)
-            sheet.paste(thumb, (column * (THUMB_PX + gap), top + caption))
+            sheet.paste(_thumb(records.image(place)), (column * (THUMB_PX + gap), top + caption))
     return sheet
 
 

@@ -34,6 +34,7 @@ def test_numbers_are_the_trees(tree, tmp_path):
     assert (own["train"], own["test"], own["labels"]) == (12, 4, [["Benign", 9, 3], ["Normal", 3, 1]])
     assert own["letters"] == {"A": 12, "B": 4} and own["sizes"] == [["12 x 8", 16]] and own["side_px"] == [8, 12]
     assert (subsets["47"]["kind"], subsets["47"]["labels"][0][0]) == ("detection", "Skin lesion")
+    assert "sheets/near.jpg" not in html and content["near"] == []
     assert "Nothing is wrong" in html and 'src="sheets/04.jpg"' in html and content["shared"] == []
     with Image.open(tmp_path / "out/sheets/04.jpg") as sheet:
         assert sheet.height > 2 * THUMB_PX
@@ -54,6 +55,16 @@ def test_copies_and_what_is_wrong_are_said(tree, tmp_path):
     assert [(own["subsets"], own["images"]) for own in content["shared"]] == [(["04", "47"], 1)]
     assert subsets["08"]["problems"] == {"letter": 1, "image": 1} and "records are bad" in html
     assert "<b>" not in html.replace("<b></b>", "")
+
+
+def test_near_pairs_are_pictured(tree, tmp_path):
+    y, x = np.mgrid[:96, :128]
+    picture = Image.fromarray((np.sin(x / 9) * np.cos(y / 13) * 90 + 120).astype(np.uint8))
+    picture.save(tree / "med-mat/a b/5 [1]%.png")
+    picture.resize((64, 48)).save(tree / "med-mat/a b/1003 [1]%.png")
+    html, content, _ = page(tree, tmp_path / "out")
+    assert [(own["record"], own["test_record"]) for own in content["near"]] == [("record 5", "record 1003")]
+    assert 'src="sheets/near.jpg"' in html and (tmp_path / "out/sheets/near.jpg").is_file()
 
 
 def test_an_older_page_alone_is_replaced(tree, tmp_path):
