@@ -136,7 +136,7 @@ def prepare(
         "set_aside": {"records": len(found.report.bad_records), "of": found.report.num_records}
         | {"problems": found.report.counts()},
         "near": {"training_records": len(near), "kept": not drop_near},
-        "subsets": [_entry(subset, kind, digests) for kind, subset in _subsets(source)],
+        "subsets": [_entry(subset, kind, digests, data) for kind, subset in _subsets(source)],
     }
     write_whole(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     return Prepared(manifest, missing, time.monotonic() - started)
@@ -147,6 +147,7 @@ def write_shard(shard: _Shard, root: Path, layout: Layout, max_pixels: int, read
 
     Raises:
       DataError: an image can no longer be read as it was when it was examined.
+      OSError: the file cannot be written.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -154,10 +155,13 @@ def write_shard(shard: _Shard, root: Path, layout: Layout, max_pixels: int, read
         return _file_digest(shard.path)
     part = shard.path.with_name(f".{shard.path.name}.{secrets.token_hex(6)}")
     try:
-        writer = ArrayRecordWriter(str(part), WRITER_OPTIONS)
-        for line in shard.lines:
-            writer.write(f"{line}\n".encode() + _pixels(json.loads(line), root, layout, max_pixels, reading))
-        writer.close()
+        try:
+            writer = ArrayRecordWriter(str(part), WRITER_OPTIONS)
+            for line in shard.lines:
+                writer.write(f"{line}\n".encode() + _pixels(json.loads(line), root, layout, max_pixels, reading))
+            writer.close()
+        except RuntimeError as error:  # its word for a disk that is full or away
+            raise OSError(f"{shard.path} cannot be written: {str(error).partition(';')[0]}") from error
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         digest = _file_digest(part)
@@ -230,7 +234,7 @@ def _shards(out: Path, name: str, lines: list[str]) -> list[_Shard]:
     ]
 
 
-def _entry(subset: Subset, kind: str, digests: dict[_Shard, str]) -> dict[str, Any]:
+def _entry(subset: Subset, kind: str, digests: dict[_Shard, str], data: DataConfig) -> dict[str, Any]:
     """A subset as the manifest has it."""
     own = {split: [s for s in digests if s.path.name.startswith(f"{subset.name}-{split}-")] for split in SPLITS}
     files = {
@@ -244,7 +248,7 @@ def _entry(subset: Subset, kind: str, digests: dict[_Shard, str]) -> dict[str, A
         "area": subset.area,
         "task": subset.task,
         "labels": list(subset.labels),
-        "out_of_distribution": is_out_of_distribution(subset),
+        "out_of_distribution": is_out_of_distribution(subset, data.train_records_per_subset),
         **{split: sum(file["records"] for file in files[split]) for split in SPLITS},
         "shards": files,
     }

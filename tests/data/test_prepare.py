@@ -217,6 +217,29 @@ def test_wrong_use_leaves_nothing(tree, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_full_disk_loses_nothing(tree, tmp_path, monkeypatch):
+    from array_record.python import array_record_module
+
+    class Full(array_record_module.ArrayRecordWriter):
+        def close(self):
+            super().close()
+            raise RuntimeError("write() failed: No space left on device; writing /somewhere")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(array_record_module, "ArrayRecordWriter", Full)
+        with pytest.raises(OSError, match="04-train-.* cannot be written: write.. failed: No space left on device$"):
+            quiet(tree, tmp_path / "out", CONFIG, KEEP, workers=1)
+    assert not list((tmp_path / "out" / "records").glob("*.arrayrecord"))
+    assert quiet(tree, tmp_path / "out", CONFIG, KEEP, workers=1).shards_written == 3
+    quiet(tree, tmp_path / "whole", CONFIG, KEEP)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_subsets_that_do_not_reach_the_cap_are_out_of_distribution(tree, tmp_path):
+    done = quiet(tree, tmp_path / "out", dataclasses.replace(CONFIG, train_records_per_subset=6), KEEP)
+    assert {own["subset"]: own["out_of_distribution"] for own in done.manifest["subsets"]} == {"04": False, "47": True}
+
+
 def test_an_unfinished_folder_is_no_source(tree, tmp_path):
     quiet(tree, tmp_path / "out", CONFIG, KEEP)
     (tmp_path / "out/manifest.json").unlink()
