@@ -286,3 +286,26 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(tree, tmp_path):
         process.wait(60)
     assert start("often", 2).wait(60) == 0 and killed
     assert contents(tmp_path / "often") == contents(tmp_path / "whole")
+
+
+def test_dicom_and_deep_greys_are_read_as_asked_and_say_so(shared_dir, tmp_path):
+    odd = shared_dir / "data" / "medmat-mini" / "odd-formats"
+    root, names = tmp_path / "tree", sorted(path.name for path in odd.iterdir())
+    assert len(names) == 4
+    raws = [raw_record(i, image=f"med-mat/{name}", label=("Benign", "Normal")[i % 2]) for i, name in enumerate(names)]
+    for split in SPLITS:
+        write_subset(root, f"Subset--04-{split}", raws if split == "train" else [raw_record(9)], images=split == "test")
+    for name in names:
+        (root / "med-mat" / name).write_bytes((odd / name).read_bytes())
+    found = {}
+    for window in ("", "lung"):
+        data, out = dataclasses.replace(CONFIG, window=window), tmp_path / f"out{window}"
+        quiet(root, out, data, KEEP)
+        lines = [json.loads(line) for line in (out / "records/04-train.jsonl").read_text("utf-8").splitlines()]
+        found[window] = {line["image"].rpartition("/")[2]: line["read_as"] for line in lines}
+        assert_same_records(PreparedSource(out, data), ReleaseSource(root, data), KEEP)
+        text = (out / "records/04-train.jsonl").read_text("utf-8")
+        assert "CompressedSamples" not in text  # the patient's name in both files
+    assert found["lung"]["CT_small.dcm"] == "DICOM window lung -600/1500"
+    assert found[""]["CT_small.dcm"].startswith("DICOM ") and found[""]["MR_small.dcm"].startswith("DICOM ")
+    assert "lung is for CT in HU" in found["lung"]["MR_small.dcm"] and found[""]["CT_small_16bit.png"]
