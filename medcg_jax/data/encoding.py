@@ -59,7 +59,7 @@ class Encoded:
         out = {key: np.empty((len(indices), *a.shape), a.dtype) for key, a in self.format.blank.items()}
         for place, index in enumerate(indices):
             for key, array in _image_arrays(self.records, int(index), self.format).items():
-                copy_into(out[key][place], array)
+                copy_into(out[key][place, ...], array)
         return out
 
 
@@ -262,7 +262,7 @@ def _all_images(records: RecordSet, fmt: Format, limit_bytes: int) -> Arrays | N
 
     def fill(index: int) -> None:
         for key, array in _image_arrays(records, index, fmt).items():
-            copy_into(out[key][index], array)
+            copy_into(out[key][index, ...], array)
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for _ in pool.map(fill, range(len(records))):

@@ -161,11 +161,11 @@ def copy_into(to: np.ndarray, array: np.ndarray) -> None:
 
     numpy copies three equal bytes at a time ten times slower.
     """
-    if array.strides[-1] == 0:
+    if array.ndim and array.strides[-1] == 0:
         for channel in range(array.shape[-1]):
             to[..., channel] = array[..., 0]
     else:
-        to[:] = array
+        to[...] = array
 
 
 def _opened(source: str | Path | bytes) -> BinaryIO:

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from medcg_jax.data import catalogue
 from medcg_jax.data.records import Subset
@@ -106,6 +104,11 @@ def split_group(data_no: str, image: str, group: str = "") -> str:
 
 def _joined(items: Sequence[tuple[str, str, str]], images: dict[str, int], groups: dict[str, int]) -> list[int]:
     """The number of the unit of each image and group: what is linked, by any chain of both, is one."""
+    if not groups:
+        return list(range(len(images)))
+    from scipy.sparse import coo_array  # most runs split nothing, and start sooner without it
+    from scipy.sparse.csgraph import connected_components
+
     links = {(images[image], groups[group]) for image, _, group in items if group}
     size = len(images) + len(groups)
     rows, columns = zip(*links, strict=True) if links else ((), ())
