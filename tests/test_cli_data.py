@@ -30,6 +30,8 @@ def test_prepare_then_check_then_nothing_to_do(tree, tmp_path, capsys):
 def test_the_user_decides_how_much_may_be_bad(tree, tmp_path, capsys):
     (tree / "med-mat/a b/1 [1]%.png").write_bytes(b"no image")
     assert main(["data", "check", str(tree)]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert "bad records: 1 of 16 (6.25%)" in lines and ["image", "1", "1"] in [line.split() for line in lines]
     assert main(["data", "check", str(tree), "--max_bad_frac=0.1"]) == 0
     capsys.readouterr()
     assert main(["data", "prepare", str(tree), str(tmp_path / "out")]) == 2

@@ -50,6 +50,16 @@ def write_tree(root: Path, *, train: int = 12, test: int = 4) -> Path:
     return root
 
 
+def write_tree_with_boxes(root: Path, *, boxes: int, train: int = 12, test: int = 4) -> Path:
+    """`write_tree`, and subset 47 with so many detection records."""
+    write_tree(root, train=train, test=test)
+    raws = [raw_box_record(i) for i in range(1, boxes + 1)]
+    write_subset(root, "Subset--47-det-train", raws, images=False)
+    for number, raw in enumerate(raws, 1):
+        write_image(root, raw["image"], seed=number)
+    return root
+
+
 def raw_box_record(number: int, *, label="Skin lesion", **changes):
     """A detection record of an image as `write_image` makes it."""
     record = {

@@ -76,7 +76,7 @@ class CatalogueSubset:
     Attributes:
       number: "01" to "53".
       datasets: its members.
-      released: whether its questions are in the release (01 to 37); those of the others are "TODO" there.
+      released: whether its questions are in the release: 01 to 37 are, 38 to 53 are announced there and not given.
       distribution: "in" (table 1), "out" (table 2), "" (38 to 53).
       printed: `modality`, `area`, `task` and `datasets` ("33, 36-38") as printed; {} of 53, which is not.
     """

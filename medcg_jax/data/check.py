@@ -12,9 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from medcg_jax.data.duplicates import NEAR_BITS
+from medcg_jax.data.duplicates import NEAR_BITS, hash_rows
 from medcg_jax.data.examine import Examined, examine_all
 from medcg_jax.data.hamming import distances, near_pairs_between
 from medcg_jax.data.processes import Progress
@@ -328,20 +326,18 @@ def near_across_splits(uses: Sequence[Use], images: Mapping[Path, Examined], bit
 
     bits: how many of 256 bits of the perceptual hashes may differ. Near linear in the images (`hamming`).
     """
-    by_split = {split: {use.path for use in uses if use.split == split} for split in SPLITS}
-    paths = {split: sorted(path for path in own if images[path].perceptual) for split, own in by_split.items()}
-    hashes = {
-        split: np.frombuffer(bytes.fromhex("".join(images[path].perceptual for path in own)), np.uint8).reshape(-1, 32)
-        for split, own in paths.items()
-    }
+    paths = {split: sorted({use.path for use in uses if use.split == split}) for split in SPLITS}
+    (train_places, train), (test_places, test) = (
+        hash_rows(images[path].print for path in paths[split]) for split in SPLITS
+    )
     users: dict[tuple[Split, Path], list[Use]] = {}
     for use in uses:
         users.setdefault((use.split, use.path), []).append(use)
-    pairs = near_pairs_between(hashes["train"], hashes["test"], bits)
-    apart = distances(hashes["train"][pairs[:, 0]], hashes["test"][pairs[:, 1]])
+    pairs = near_pairs_between(train, test, bits)
+    apart = distances(train[pairs[:, 0]], test[pairs[:, 1]])
     found = []
-    for (train, test), differing in zip(pairs.tolist(), apart.tolist(), strict=True):
-        train_path, test_path = paths["train"][train], paths["test"][test]
+    for (i, j), differing in zip(pairs.tolist(), apart.tolist(), strict=True):
+        train_path, test_path = paths["train"][train_places[i]], paths["test"][test_places[j]]
         if images[train_path].pixels == images[test_path].pixels:
             continue
         found += [

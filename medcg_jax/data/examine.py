@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from medcg_jax.data.duplicates import perceptual_hash, pixel_digest
+from medcg_jax.data.duplicates import Print, perceptual_hash, pixel_digest
 from medcg_jax.data.images import ImageError, read_image
 from medcg_jax.data.processes import Progress, over
 from medcg_jax.data.reading import Reading
@@ -41,6 +41,11 @@ class Examined:
     def size(self) -> tuple[int, int] | None:
         """(height, width); None where it is refused."""
         return None if self.reason else (self.height, self.width)
+
+    @property
+    def print(self) -> Print:
+        """What it is recognised by."""
+        return Print(*(bytes.fromhex(own) for own in (self.digest, self.pixels, self.perceptual)))
 
 
 def examine(path: Path, max_pixels: int, reading: Reading) -> Examined:
@@ -74,7 +79,7 @@ def examine_all(
       workers: processes; 0: one per core.
       progress: wraps the iterator over files that are read and takes their number.
       known: `Memory.known`; these are not read again.
-      remember: `Memory.add`, called with each file that was read.
+      remember: `Memory.add`, called with each file whose bytes were read.
     """
     found = {path: known[path] for path in paths if path in known} if known else {}
     unknown = [path for path in paths if path not in found]
@@ -84,7 +89,7 @@ def examine_all(
         looked = progress(looked, len(unknown))
     for path, own in zip(unknown, looked, strict=True):
         found[path] = own
-        if remember:
+        if remember and own.digest:  # what could not be read at all may be read another time
             remember(path, own)
     return {path: found[path] for path in paths}
 

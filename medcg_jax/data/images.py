@@ -117,7 +117,7 @@ def pad_to_square(image: np.ndarray, fill: tuple[int, int, int] = FILL) -> np.nd
         return image
     side = max(height, width)
     square = np.empty((side, side, 3), np.uint8)
-    # Whole rows: numpy copies three bytes at a time ten times slower.
+    # Whole rows, since numpy is slow at three bytes at a time.
     square.reshape(side, -1)[:] = np.tile(np.asarray(fill, np.uint8), side)
     top, left = (side - height) // 2, (side - width) // 2
     copy_into(square[top : top + height, left : left + width], image)
@@ -159,7 +159,7 @@ def preprocess(image: np.ndarray, size_px: int) -> np.ndarray:
 def copy_into(to: np.ndarray, array: np.ndarray) -> None:
     """Copies an array into another of its shape; greys that are a view (`grey_view`) channel by channel.
 
-    numpy copies three equal bytes at a time ten times slower.
+    numpy takes four times as long for three equal bytes at a time.
     """
     if array.ndim and array.strides[-1] == 0:
         for channel in range(array.shape[-1]):

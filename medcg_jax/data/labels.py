@@ -23,7 +23,7 @@ from PIL import Image
 from medcg_jax.data import boxes
 from medcg_jax.data.images import ImageError, image_size
 from medcg_jax.data.records import SPLITS, Box
-from medcg_jax.data.schema import ReleaseError, image_path
+from medcg_jax.data.schema import ReleaseError, image_path, read_text
 
 CORNERS = ("x1", "y1", "x2", "y2")
 OPTIONAL = ("split", "group", "data-no")
@@ -122,13 +122,7 @@ def lesion_mask(path: Path, max_pixels: int) -> np.ndarray:
 
 def _read_csv(path: Path) -> tuple[tuple[str, ...], list[_Line]]:
     """(columns, lines); cells but paths without white space around them."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ReleaseError(path.name, "", "unreadable", error.strerror or str(error)) from error
-    except UnicodeDecodeError as error:
-        raise ReleaseError(path.name, "", "encoding", f"not UTF-8 (byte {error.start})") from error
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         columns = tuple(cell.strip() for cell in next(rows, []))
         _check_columns(path.name, columns)

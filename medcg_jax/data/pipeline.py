@@ -150,12 +150,17 @@ class _Order:
         return np.random.default_rng(int.from_bytes(digest[:16], "big")).permutation(self._indices)
 
 
+def num_decoding_threads() -> int:
+    """Threads that build batches of images which are read when drawn."""
+    return min(16, os.cpu_count() or 1)
+
+
 def _read_options(encoded: Encoded, prefetch: int | None) -> grain.ReadOptions:
     if encoded.images is not None:
         # Copies of rows in memory: one thread is ahead of any model.
         threads, prefetch = 1, 2 if prefetch is None else prefetch
     else:
-        threads = min(16, os.cpu_count() or 1)
+        threads = num_decoding_threads()
         # Two more than are being built: a thread that is done early goes on with the next.
         prefetch = threads + 2 if prefetch is None else prefetch
     return grain.ReadOptions(num_threads=threads if prefetch else 0, prefetch_buffer_size=prefetch)

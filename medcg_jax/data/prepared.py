@@ -28,7 +28,8 @@ class PreparedSource:
       layout: what was done to the images.
 
     Raises:
-      DataError: `root` holds no finished preparation, or a shard in it is missing or of another size.
+      DataError: `root` holds no finished preparation. Of a subset whose records or shards are missing: when it is asked
+        for. `verify` reads every shard.
     """
 
     def __init__(self, root: str | Path, config: DataConfig):

@@ -44,8 +44,9 @@ def over(
     chunks = [items[start : start + chunk] for start in range(0, len(items), chunk)]
     done = 0
     with _pool(workers) as pool:
-        futures = [pool.submit(_all, function, part) for part in chunks]
         try:
+            # A process may die while there is still more to hand in.
+            futures = [pool.submit(_all, function, part) for part in chunks]
             for future in futures:
                 yield from future.result()
                 done += 1

@@ -159,7 +159,8 @@ class ReleaseSource:
         return RecordSet(kept, TreeImages(self.root, [r.image for r in kept], self._config))
 
     def fingerprint(self) -> str:
-        """A digest of the choice files, of the names and sizes of their images, and of the caps and their seed."""
+        """A digest of the choice files, of the names and sizes of their images and how these are read, and of the caps
+        and their seed."""
         return self._digest(self.subsets)
 
     def detection_fingerprint(self) -> str:
@@ -168,9 +169,8 @@ class ReleaseSource:
 
     def _digest(self, subsets: tuple[Subset, ...]) -> str:
         config, names = self._config, {subset.name for subset in subsets}
-        digest = hashlib.sha256(
-            repr((config.train_records_per_subset, config.test_records_per_subset, config.seed)).encode()
-        )
+        caps = (config.train_records_per_subset, config.test_records_per_subset, config.seed)
+        digest = hashlib.sha256(repr((caps, config.window, config.deep_grey, config.frame)).encode())
         for (number, split), path in sorted(self._files.items()):
             if number not in names:
                 continue

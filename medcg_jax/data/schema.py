@@ -46,6 +46,20 @@ class ReleaseError(DataError):
         self.file, self.record, self.kind, self.reason = file, record, kind, reason
 
 
+def read_text(path: Path) -> str:
+    """A file's text; a byte-order mark is skipped.
+
+    Raises:
+      ReleaseError: kind `unreadable` or `encoding`.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ReleaseError(path.name, "", "unreadable", error.strerror or str(error)) from error
+    except UnicodeDecodeError as error:
+        raise ReleaseError(path.name, "", "encoding", f"not UTF-8 (byte {error.start})") from error
+
+
 def read_list(path: Path) -> list[Any]:
     """The records of a file as they stand in its JSON; a byte-order mark is skipped.
 
@@ -55,12 +69,7 @@ def read_list(path: Path) -> list[Any]:
     Raises:
       ReleaseError: kind `unreadable`, `encoding`, `json` or `not_a_list`.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ReleaseError(path.name, "", "unreadable", error.strerror or str(error)) from error
-    except UnicodeDecodeError as error:
-        raise ReleaseError(path.name, "", "encoding", f"not UTF-8 (byte {error.start})") from error
+    text = read_text(path)
     try:
         found = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
         if _SURROGATE.search(text):

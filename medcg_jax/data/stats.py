@@ -11,6 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import stats as scipy_stats
 
 from medcg_jax.data.check import Inspection, Use, inspect
+from medcg_jax.data.duplicates import groups
 from medcg_jax.data.examine import Examined
 from medcg_jax.data.images import load_image, pad_to_square
 from medcg_jax.data.processes import Progress
@@ -64,10 +66,11 @@ class SubsetStats:
 
 @dataclass(frozen=True)
 class Shared:
-    """Images that two subsets have in common, and one of them."""
+    """Images that two subsets have in common: `same` of equal pixels, `near` of others that are nearly equal."""
 
     subsets: tuple[str, str]
-    images: int
+    same: int
+    near: int
     example: str
 
 
@@ -123,20 +126,21 @@ def write_stats(
 
 
 def shared_images(found: Inspection) -> list[Shared]:
-    """Pairs of subsets that have images with the same pixels, those with most first."""
-    places: dict[str, dict[str, Use]] = {}
-    for use in found.uses:
-        if found.images[use.path].pixels:
-            places.setdefault(found.images[use.path].pixels, {}).setdefault(use.subset, use)
-    pairs: dict[tuple[str, str], list[str]] = {}
-    for uses in places.values():
-        names = sorted(uses)
-        for at, first in enumerate(names):
-            for second in names[at + 1 :]:
-                example = f"{uses[first].path.name} ({uses[first].file}, {uses[first].record})"
-                pairs.setdefault((first, second), []).append(example)
-    shared = [Shared(pair, len(examples), examples[0]) for pair, examples in pairs.items()]
-    return sorted(shared, key=lambda own: (-own.images, own.subsets))
+    """Pairs of subsets that have images with the same or nearly the same pixels, those with most first."""
+    uses = list({(use.subset, use.path): use for use in found.uses if not found.images[use.path].reason}.values())
+    pairs: dict[tuple[str, str], Shared] = {}
+    for group in groups([found.images[use.path].print for use in uses]):
+        of: dict[str, list[Use]] = {}
+        for place in group.members:
+            of.setdefault(uses[place].subset, []).append(uses[place])
+        for pair in combinations(sorted(of), 2):
+            first, second = ({found.images[use.path].pixels for use in of[name]} for name in pair)
+            same = len(first & second)
+            use = of[pair[0]][0]
+            old = pairs.get(pair, Shared(pair, 0, 0, f"{use.path.name} ({use.file}, {use.record})"))
+            near = old.near + min(len(first), len(second)) - same
+            pairs[pair] = Shared(pair, old.same + same, near, old.example)
+    return sorted(pairs.values(), key=lambda own: (-own.same, -own.near, own.subsets))
 
 
 def near_sheet(found: Inspection, max_pixels: int, reading: Reading) -> Image.Image | None:

@@ -25,7 +25,10 @@ from medcg_jax.scale import flops
 from medcg_jax.train.optim import control_from, make_optimizer
 from medcg_jax.train.step import Program, make_step
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers", "grain")
+PACKAGES = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers", "grain", "array_record",
+    "pillow", "imagehash",
+)  # fmt: skip
 # The tiny model's vocabulary, where no tokenizer is read: its size matters to the speed of the head alone.
 TINY_VOCABULARY = 512
 

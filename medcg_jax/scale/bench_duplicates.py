@@ -31,7 +31,9 @@ from medcg_jax.data.images import load_image
 from medcg_jax.data.phantom import PhantomSource
 from medcg_jax.data.release import subset_files
 from medcg_jax.data.schema import read_list
+from medcg_jax.files import write_whole
 from medcg_jax.run_config import DataConfig
+from medcg_jax.scale.bench import about_here
 
 MILLION = 1_000_000
 MAX_PIXELS = DataConfig().max_pixels
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         found = measure(Path(folder), args.images, args.root, args.longest_side, args.workers, args.hashes)
     show(found)
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_whole(args.json, json.dumps(found, indent=1) + "\n")
     return 0
 
 
@@ -77,7 +79,7 @@ def measure(folder: Path, number: int, root: str, longest_side: int, workers: in
     fits = {part: fit(sizes, [row[part] for row in rows], workers if part == "hash" else 1)
             for part in ("hash", "search", "group")}  # fmt: skip
     _, searched = timed(partial(near_pairs, turned(hash_rows(prints)[1], hashes), NEAR_BITS))
-    return {
+    return about_here() | {
         "made_from": root or "phantoms", "sources": len(pictures), "workers": workers, "cores": os.cpu_count(),
         "bytes_per_image": sum(os.path.getsize(file) for file in files) / number,
         "pixels_per_image": float(np.mean([np.prod(Image.open(file).size) for file in files[:1000]])),

@@ -2,12 +2,13 @@
 
     python -m medcg_jax.scale.bench_loader ROOT [--prepared=DIR] [--images=2000] [--json=FILE]
 
-All three give batches of the same images as uint8[B, 336, 336, 3], padded to a square and resized, with two workers: two
-threads of ours, two processes of PyTorch's, whose dataset opens the raw file with PIL. They take turns in one run; the
-order of the images is the same. Ours build whole rows, tokens included; PyTorch's have the images alone.
+All three give batches of the same images as uint8[B, 336, 336, 3], padded to a square and resized, with as many
+workers: threads of ours, processes of PyTorch's, whose dataset opens the raw file with PIL. They take turns in one run;
+the order of the images is the same. Ours build whole rows, tokens included; PyTorch's have the images alone.
 """
 
 import argparse
+import json
 import resource
 import statistics
 import tempfile
@@ -21,7 +22,7 @@ from medcg_jax.data.encoding import Encoded, encode
 from medcg_jax.data.formats import llava
 from medcg_jax.data.images import FILL
 from medcg_jax.data.layouts import Layout
-from medcg_jax.data.pipeline import Batches
+from medcg_jax.data.pipeline import Batches, num_decoding_threads
 from medcg_jax.data.prepare import prepare
 from medcg_jax.data.prepared import PreparedSource
 from medcg_jax.data.records import Source, concat
@@ -29,15 +30,15 @@ from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.files import write_whole
 from medcg_jax.run_config import DataConfig
+from medcg_jax.scale.bench import about_here
 
-SIZE_PX, BATCH_SIZE, WORKERS = 336, 32, 2
+SIZE_PX, BATCH_SIZE, WORKERS = 336, 32, num_decoding_threads()
 DATA = DataConfig(max_text_tokens=400)
 
 
 def compare(root: Path, prepared: Path, *, images: int, rounds: int = 3) -> dict:
-    """Images/s, MB/s and CPU seconds per 1,000 images of each loader, medians over the rounds; and ratios to PyTorch's."""
+    """Images/s, MB/s and CPU seconds per 1,000 images of each loader, medians over the rounds; ratios to PyTorch's."""
     raw, ready = _encoded(ReleaseSource(root, DATA)), _encoded(PreparedSource(prepared, DATA))
-    assert [r.id for r in raw.records.records] == [r.id for r in ready.records.records]
     order = _order(raw, images)
     paths = [str(root / raw.records.records[index].image) for index in order]
     loaders = {
@@ -63,7 +64,8 @@ def compare(root: Path, prepared: Path, *, images: int, rounds: int = 3) -> dict
         name: statistics.median(t[0] / own[0] for t, own in zip(taken["torch, raw files"], pairs, strict=True))
         for name, pairs in taken.items()
     }
-    return {"images": count, "rounds": rounds, "workers": WORKERS, "loaders": found, "ratio_to_torch": ratios}
+    figures = {"loaders": found, "ratio_to_torch": ratios}
+    return about_here() | {"images": count, "rounds": rounds, "workers": WORKERS} | figures
 
 
 def _encoded(source: Source) -> Encoded:
@@ -157,8 +159,6 @@ def main() -> None:
             f"{row['cpu_s_per_1000']:6.2f} CPU s per 1,000   {found['ratio_to_torch'][name]:.2f} x torch"
         )
     if args.json:
-        import json
-
         write_whole(args.json, json.dumps(found, indent=1) + "\n")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from trees import raw_box_record, raw_record, write_image, write_subset, write_tree
+from trees import raw_record, write_image, write_subset, write_tree_with_boxes
 
 from medcg_jax.data import examine
 from medcg_jax.data import prepare as prepare_module
@@ -40,10 +40,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def tree(tmp_path):
-    root = write_tree(tmp_path / "tree", train=12, test=4)
-    write_subset(root, "Subset--47-det-train", [raw_box_record(i) for i in range(1, 4)], images=False)
-    for i in range(1, 4):
-        write_image(root, f"med-mat/boxes/{i}.png", seed=i)
+    root = write_tree_with_boxes(tmp_path / "tree", train=12, test=4, boxes=3)
     grey = np.random.default_rng(3).integers(0, 256, (8, 12), np.uint8)
     Image.fromarray(grey).save(root / "med-mat/a b/3 [1]%.png")
     return root
@@ -70,7 +67,8 @@ def test_prepared_records_are_the_trees_own(tree, tmp_path, layout):
 
 def test_a_square_is_what_llava_makes_of_the_image(tree, tmp_path):
     quiet(tree, tmp_path / "out", CONFIG, Layout("square", 336))
-    ours, theirs = (s.records("04", "train") for s in (PreparedSource(tmp_path / "out", CONFIG), ReleaseSource(tree, CONFIG)))
+    sources = PreparedSource(tmp_path / "out", CONFIG), ReleaseSource(tree, CONFIG)
+    ours, theirs = (source.records("04", "train") for source in sources)
     for place in range(len(theirs)):
         np.testing.assert_array_equal(ours.image(place), preprocess(theirs.image(place), 336))
 
@@ -115,6 +113,44 @@ def test_images_are_examined_once(tree, tmp_path, monkeypatch):
     assert len(read) == 1
 
 
+def test_what_could_not_be_read_is_read_again(tree, tmp_path, monkeypatch):
+    away, read_bytes = "3 [1]%.png", Path.read_bytes
+
+    def fails(path):
+        if path.name == away:
+            raise OSError(5, "Input/output error")
+        return read_bytes(path)
+
+    with monkeypatch.context() as patch, pytest.raises(TooManyBad, match="image 1"):
+        patch.setattr(Path, "read_bytes", fails)
+        quiet(tree, tmp_path / "out", CONFIG, KEEP, workers=1)
+    assert quiet(tree, tmp_path / "out", CONFIG, KEEP, workers=1).manifest["set_aside"]["records"] == 0
+
+
+def test_an_image_that_is_exchanged_after_it_was_examined_is_refused(tree, tmp_path, monkeypatch):
+    inspected = prepare_module.inspect
+
+    def exchange(*args, **kwargs):
+        found = inspected(*args, **kwargs)
+        write_image(tree, "med-mat/a b/5 [1]%.png", seed=41)  # of the same size
+        return found
+
+    monkeypatch.setattr(prepare_module, "inspect", exchange)
+    with pytest.raises(DataError, match="record 04/train/5: image .* has changed since it was examined"):
+        quiet(tree, tmp_path / "out", CONFIG, KEEP, workers=1)
+
+
+def test_subsets_whose_names_begin_alike_are_kept_apart(tree, tmp_path):
+    for name in ("own", "own-train-b"):
+        raws = [raw_record(i, image=f"med-mat/{name}/{i}.png") for i in range(1, 13)]
+        write_subset(tree, f"Subset--{name}-train", raws)
+    entry = {"modality": "CT", "area": "Lung", "task": "State"}
+    listed = {"subsets": [{"subset": name, **entry} for name in ("own", "own-train-b")]}
+    (tree / "manifest.json").write_text(json.dumps(listed), "utf-8")
+    quiet(tree, tmp_path / "out", CONFIG, KEEP)
+    assert_same_records(PreparedSource(tmp_path / "out", CONFIG), ReleaseSource(tree, CONFIG), KEEP)
+
+
 def test_near_images_are_left_out_where_that_is_asked(tree, tmp_path):
     with Image.open(shared_pixels(tree)) as image:
         image.convert("L").convert("RGB").save(tree / "med-mat/a b/1003 [1]%.png")
@@ -144,7 +180,7 @@ def test_a_missing_shard_alone_is_written_again(tree, tmp_path, monkeypatch):
     whole = contents(tmp_path / "out")
     (tmp_path / "out/records/04-train-00001-of-00004.arrayrecord").unlink()
     (tmp_path / "out/records/.04-test-00000.part").write_text("half")
-    with pytest.raises(DataError, match="04-train-00001-of-00004.arrayrecord is missing; run `medcg data prepare` again"):
+    with pytest.raises(DataError, match="04-train-00001-of-00004.arrayrecord is missing; run `medcg data"):
         PreparedSource(tmp_path / "out", CONFIG).records("04", "train")
     assert quiet(tree, tmp_path / "out", CONFIG, KEEP).shards_written == 1
     assert contents(tmp_path / "out") == whole

@@ -126,7 +126,8 @@ def test_fingerprint_follows_records_images_and_caps(tmp_path):
     prints.append(release(tmp_path).fingerprint())
     write_subset(tmp_path, "Subset--04-train", [raw_record(1, caption="other")])
     prints.append(release(tmp_path).fingerprint())
-    assert prints[0] == prints[1] and len(set(prints)) == 5
+    prints.append(release(tmp_path, window="lung").fingerprint())
+    assert prints[0] == prints[1] and len(set(prints)) == 6
 
 
 def test_what_is_no_tree_is_one_line(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import grain
 import numpy as np
 import pytest
-from trees import raw_box_record, raw_record, write_image, write_subset, write_tree
+from trees import raw_record, write_subset, write_tree, write_tree_with_boxes
 
 from medcg_jax.data.layouts import Layout
 from medcg_jax.data.phantom import write_release
@@ -46,11 +46,9 @@ def test_every_configuration_is_there():
 
 
 def test_the_records_are_the_prepared_ones(tmp_path):
-    root = write_tree(tmp_path / "tree", train=12, test=4)
-    write_subset(root, "Subset--09-train", [raw_record(i, image=f"med-mat/nine/{i}.png", group=f"p{i % 2}") for i in range(9)])
-    write_subset(root, "Subset--47-det-train", [raw_box_record(i) for i in range(1, 21)], images=False)
-    for i in range(1, 21):
-        write_image(root, f"med-mat/boxes/{i}.png", seed=i)
+    root = write_tree_with_boxes(tmp_path / "tree", train=12, test=4, boxes=20)
+    raws = [raw_record(i, image=f"med-mat/nine/{i}.png", group=f"p{i % 2}") for i in range(9)]
+    write_subset(root, "Subset--09-train", raws)
     source = prepared(root, tmp_path / "out")
     for config in ("04", "47", "all"):
         builder = tfds_builder.build(tmp_path / "out", config, tmp_path / "tfds")

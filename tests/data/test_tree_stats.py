@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from record_sets import choices
-from trees import raw_box_record, raw_record, write_image, write_subset, write_tree
+from trees import raw_record, write_subset, write_tree_with_boxes
 
 from medcg_jax.data.records import DataError, RecordSet
 from medcg_jax.data.stats import THUMB_PX, contact_sheet, letters_p, write_stats
@@ -14,10 +14,7 @@ from medcg_jax.data.stats import THUMB_PX, contact_sheet, letters_p, write_stats
 
 @pytest.fixture
 def tree(tmp_path):
-    root = write_tree(tmp_path / "tree", train=12, test=4)
-    write_subset(root, "Subset--47-det-train", [raw_box_record(i) for i in range(1, 21)], images=False)
-    for i in range(1, 21):
-        write_image(root, f"med-mat/boxes/{i}.png", seed=i)
+    root = write_tree_with_boxes(tmp_path / "tree", train=12, test=4, boxes=20)
     return root
 
 
@@ -52,9 +49,25 @@ def test_copies_and_what_is_wrong_are_said(tree, tmp_path):
     html, content, subsets = page(tree, tmp_path / "out")
     # The test record is set aside, and with it its image: one pair is left in the subset.
     assert subsets["04"]["duplicates"] == 2 and subsets["04"]["across"] == 1 and subsets["04"]["test"] == 3
-    assert [(own["subsets"], own["images"]) for own in content["shared"]] == [(["04", "47"], 1)]
+    assert [(own["subsets"], own["same"], own["near"]) for own in content["shared"]] == [(["04", "47"], 1, 0)]
     assert subsets["08"]["problems"] == {"letter": 1, "image": 1} and "records are bad" in html
     assert "<b>" not in html.replace("<b></b>", "")
+
+
+def test_nearly_the_same_images_of_two_subsets_are_counted(tree, tmp_path):
+    y, x = np.mgrid[:96, :128]
+    picture = Image.fromarray((np.sin(x / 9) * np.cos(y / 13) * 90 + 120).astype(np.uint8))
+    raws = [raw_record(i, image=f"med-mat/nine/{i}.png") for i in range(1, 13)]
+    write_subset(tree, "Subset--09-train", raws)
+    picture.save(tree / "med-mat/nine/3.png")
+    picture.save(tree / "med-mat/a b/3 [1]%.png")
+    picture.resize((64, 48)).save(tree / "med-mat/nine/4.png")
+    _, content, _ = page(tree, tmp_path / "out")
+    # One picture in both, and in subset 09 once more in another size: subset 04 has no second image to pair that with.
+    assert [(own["subsets"], own["same"], own["near"]) for own in content["shared"]] == [(["04", "09"], 1, 0)]
+    picture.point(lambda grey: min(255, grey + 6)).save(tree / "med-mat/a b/3 [1]%.png")
+    _, content, _ = page(tree, tmp_path / "out")
+    assert [(own["subsets"], own["same"], own["near"]) for own in content["shared"]] == [(["04", "09"], 0, 1)]
 
 
 def test_near_pairs_are_pictured(tree, tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 from report_grids import make_grid, run_of
 
 from medcg_jax.data.duplicates import NEAR_BITS
-from medcg_jax.data.phantom import PhantomSource, write_release
+from medcg_jax.data.phantom import PhantomSource
 from medcg_jax.data.records import DataError
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.run_config import ConfigError, DataConfig, RunConfig, StudyConfig, check, replace
@@ -26,13 +26,6 @@ TARGET, OTHER, THIRD = "ct-liver-stage", "ct-liver-state", "ct-brain-stage"
 def cell(target=TARGET, arm="trained", related=(OTHER,), count=4) -> Cell:
     return Cell(f"pairs.{target}.{arm}.s0", "pairs", f"fixed_area/{target}", arm, 0, related,
                 (count,) * len(related), (target,))  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def clean_tree(tmp_path_factory):
-    root = tmp_path_factory.mktemp("clean") / "tree"
-    write_release(PhantomSource(5, 4, 4), root)
-    return root
 
 
 @pytest.fixture

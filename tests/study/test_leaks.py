@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 
-from medcg_jax.data.phantom import PhantomSource, write_release
 from medcg_jax.data.phantom_boxes import PhantomBoxSource
 from medcg_jax.data.records import DataError, Record, RecordSet, Turn, concat
 from medcg_jax.data.release import ReleaseSource
@@ -33,13 +32,6 @@ def drawn(seed: int, number: int = 5) -> np.ndarray:
 @pytest.fixture(scope="module")
 def source():
     return PhantomBoxSource(3, 6, 6)
-
-
-@pytest.fixture(scope="module")
-def clean_tree(tmp_path_factory):
-    root = tmp_path_factory.mktemp("clean") / "tree"
-    write_release(PhantomSource(5, 4, 4), root)
-    return root
 
 
 @pytest.fixture

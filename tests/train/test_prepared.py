@@ -1,5 +1,6 @@
 """Phantoms train the same from memory, from files, and prepared; a run stopped on one goes on from another."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from medcg_jax.data.records import DataError
 from medcg_jax.run_config import DataConfig, RunConfig, TrainConfig, replace
 from medcg_jax.train.run import train
 from medcg_jax.train.setup import open_setup
+from medcg_jax.weights.convert import load_checkpoint
 
 SUBSETS = ("ct-brain-state", "mri-liver-stage")
 
@@ -33,7 +35,8 @@ def sources(tmp_path_factory) -> dict[str, dict[str, str]]:
 
 
 def run_of(names: dict[str, str], **changes) -> RunConfig:
-    data = DataConfig(subsets=SUBSETS, max_text_tokens=64, train_records_per_subset=12, test_records_per_subset=4, **names)
+    caps = {"train_records_per_subset": 12, "test_records_per_subset": 4}
+    data = DataConfig(subsets=SUBSETS, max_text_tokens=64, **caps, **names)
     return replace(RunConfig(data=data, train=TrainConfig(steps=3, batch_size=8, log_every_steps=1)), **changes)
 
 
@@ -44,6 +47,11 @@ def test_a_run_ends_in_the_same_metrics_and_parameters(sources, tmp_path):
         lines = (tmp_path / name / "metrics" / "train.jsonl").read_text().splitlines()
         found[name] = [line.partition('"lr"')[0] for line in lines]  # what follows is of this machine's speed
     assert len(found["memory"]) == 3 and found["files"] == found["memory"] == found["prepared"]
+    setup = open_setup(run_of(sources["memory"]))
+    params = {name: load_checkpoint(tmp_path / name / "params", setup.model, setup.mesh)[1] for name in found}
+    for name in ("files", "prepared"):
+        equal = jax.tree.map(lambda a, b: bool((a == b).all()), params["memory"], params[name])
+        assert all(jax.tree.leaves(equal)), name
 
 
 def test_rows_are_equal(sources):
