@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from medcg_jax.run_config import ConfigError, RunConfig, check
+from medcg_jax.run_checks import check
+from medcg_jax.run_config import ConfigError, RunConfig
 
 
 def to_config_dict(run: RunConfig) -> ConfigDict:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medcg_jax.config_file import from_config_dict, load, to_config_dict
-from medcg_jax.run_config import ConfigError, RunConfig, TrainConfig, check, replace
+from medcg_jax.run_checks import check
+from medcg_jax.run_config import ConfigError, RunConfig, TrainConfig, replace
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 FILE = str(Path(__file__).parents[1] / "configs" / "llava15_7b.py")

@@ -14,14 +14,16 @@ MAX_LINES = 400
 
 # Room (or file) of the package -> what of the package it may import. From DESIGN.md's layout, with what may be
 # imported by all: `axes` and `run_config`, which hold names and plain values only, and `files`.
-BASICS = {"axes", "run_config", "files"}
+BASICS = {"axes", "run_config", "run_checks", "files"}
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "axes": set(),
     "files": set(),
     "run_config": {"axes"},
+    "run_checks": {"run_config"},
+    "cli_data": {"run_config", "data", "study"},
     "host": set(),
-    "config_file": {"run_config"},
+    "config_file": {"run_config", "run_checks"},
     "mesh": BASICS,
     "nn": BASICS,
     "models": BASICS | {"nn", "mesh"},

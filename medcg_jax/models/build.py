@@ -64,7 +64,7 @@ def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> 
     runs = dict(
         compute_dtype=model.compute_dtype, attention=model.attention, remat=model.remat, scan_unroll=model.scan_unroll
     )
-    # What only some families have; `run_config.check` refuses it elsewhere.
+    # What only some families have; `run_checks.check` refuses it elsewhere.
     own = ("min_pixels", "max_pixels", "max_boxes", "intermediate_from", "mask_text_only_rows_attention")
     runs |= {name: value for name in own if (value := getattr(model, name))}
     if model.name in TINY:

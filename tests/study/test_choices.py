@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from medcg_jax.config_file import load
-from medcg_jax.run_config import MODELS, ConfigError, RunConfig, check, flat, replace
+from medcg_jax.run_checks import check
+from medcg_jax.run_config import MODELS, ConfigError, RunConfig, flat, replace
 from medcg_jax.study.choices import CHOICES, choices
 
 CONFIGS = Path(__file__).parents[2] / "configs"

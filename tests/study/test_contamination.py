@@ -14,7 +14,8 @@ from medcg_jax.data.duplicates import NEAR_BITS
 from medcg_jax.data.phantom import PhantomSource
 from medcg_jax.data.records import DataError
 from medcg_jax.data.release import ReleaseSource
-from medcg_jax.run_config import ConfigError, DataConfig, RunConfig, StudyConfig, check, replace
+from medcg_jax.run_checks import check
+from medcg_jax.run_config import ConfigError, DataConfig, RunConfig, StudyConfig, replace
 from medcg_jax.study import contamination, leaks
 from medcg_jax.study.report import write_report
 from medcg_jax.study.schedule import Plan, jobs_of

@@ -12,7 +12,8 @@ from medcg_jax.config_file import load
 from medcg_jax.data.phantom_boxes import PhantomBoxSource
 from medcg_jax.data.phantom_world import REPORT_TARGETS
 from medcg_jax.data.release import ReleaseSource
-from medcg_jax.run_config import ConfigError, DataConfig, RunConfig, StudyConfig, check, replace
+from medcg_jax.run_checks import check
+from medcg_jax.run_config import ConfigError, DataConfig, RunConfig, StudyConfig, replace
 from medcg_jax.study import combos, mat, schedule, suite
 from medcg_jax.study.mat import shared
 

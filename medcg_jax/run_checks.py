@@ -1,0 +1,153 @@
+"""Checks on the values of a run's configuration (`run_config`): the first that no run could use is an error."""
+
+import math
+
+from medcg_jax.run_config import (
+    ATTENTION,
+    BOX_TABLES,
+    CONTROLS,
+    DTYPES,
+    LEAKS,
+    MASK_PARTS,
+    MODELS,
+    PARTS,
+    PUBLISHED_DETECTION,
+    PUBLISHED_PAIRS,
+    REMAT,
+    SOURCES,
+    TABLES,
+    ConfigError,
+    ModelConfig,
+    RunConfig,
+    StudyConfig,
+    TrainConfig,
+    parts_of,
+    trains_masks,
+)
+
+
+def check(run: RunConfig) -> None:
+    """Raises ConfigError for the first value of `run` that no run could use."""
+    one_of("model.name", run.model.name, tuple(MODELS))
+    for name, family, why in (
+        ("min_pixels", "qwen2_vl", "has one size of image"),
+        ("max_pixels", "qwen2_vl", "has one size of image"),
+        ("max_boxes", "next_chat", "takes no boxes as arrays"),
+        ("intermediate_from", "mllama", "has no such layers"),
+        ("mask_text_only_rows_attention", "mllama", "has no cross-attention"),
+    ):
+        value, unset = getattr(run.model, name), getattr(ModelConfig(), name)
+        if value != unset and MODELS[run.model.name] != family:
+            raise ConfigError(f"model.{name}={value!r}: {unset!r} is accepted, {run.model.name} {why}")
+    for name in ("min_pixels", "max_pixels", "max_boxes"):
+        at_least(f"model.{name}", getattr(run.model, name), 0)
+    one_of("model.intermediate_from", run.model.intermediate_from, ("", "input", "output"))
+    one_of("model.compute_dtype", run.model.compute_dtype, DTYPES)
+    one_of("model.attention", run.model.attention, ATTENTION)
+    one_of("model.remat", run.model.remat, REMAT)
+    one_of("data.source", run.data.source, SOURCES)
+    for name in run.model.trainable:
+        one_of("model.trainable", name, PARTS)
+        if not run.study.models:
+            one_of("model.trainable", name, parts_of(MODELS[run.model.name], PARTS))
+    if trains_masks(run.model) and not set(run.model.trainable) <= set(MASK_PARTS):
+        raise ConfigError(
+            f"model.trainable={run.model.trainable}: {', '.join(MASK_PARTS)} are trained by themselves, after the boxes"
+        )
+    for name in run.study.models:
+        one_of("study.models", name, tuple(MODELS))
+    for name in run.study.tables:
+        one_of("study.tables", name, (*TABLES, *BOX_TABLES))
+    for name in run.study.targets_of:
+        one_of("study.targets_of", name, (*TABLES, *BOX_TABLES))
+    for name, epochs in run.study.epochs_of.items():
+        one_of("study.epochs_of", name, (*TABLES, *BOX_TABLES))
+        at_least(f"study.epochs_of[{name!r}]", epochs, 0)
+    for name in run.study.model_flags:
+        one_of("study.model_flags", name, tuple(MODELS))
+    at_least("model.scan_unroll", run.model.scan_unroll, 0)
+    at_least("data.max_text_tokens", run.data.max_text_tokens, 1)
+    at_least("data.max_target_tokens", run.data.max_target_tokens, 1)
+    at_least("data.max_box_text_tokens", run.data.max_box_text_tokens, 0)
+    at_least("data.max_box_target_tokens", run.data.max_box_target_tokens, 0)
+    at_least("data.train_records_per_subset", run.data.train_records_per_subset, 1)
+    at_least("data.test_records_per_subset", run.data.test_records_per_subset, 0)
+    at_least("data.max_pixels", run.data.max_pixels, 1)
+    at_least("eval.batch_size", run.eval.batch_size, 1)
+    at_least("eval.max_new_tokens", run.eval.max_new_tokens, 1)
+    at_least("eval.max_box_tokens", run.eval.max_box_tokens, 1)
+    for name in run.eval.controls:
+        one_of("eval.controls", name, CONTROLS)
+    at_least("study.jobs", run.study.jobs, 1)
+    at_least("study.cells_at_once", run.study.cells_at_once, 0)
+    check_general(run)
+    one_of("study.leaks", run.study.leaks, LEAKS)
+    one_of("study.near_duplicates", run.study.near_duplicates, ("off", *LEAKS))
+    if not 0 <= run.study.near_duplicate_bits <= 40:
+        raise ConfigError(f"study.near_duplicate_bits={run.study.near_duplicate_bits}: 0 to 40 is accepted")
+    check_published(run.study)
+    if not run.study.seeds:
+        raise ConfigError("study.seeds is empty: one seed or more is accepted")
+    for subset, weight in run.data.subset_weights.items():
+        if not weight > 0:
+            raise ConfigError(f"data.subset_weights[{subset!r}]={weight}: a weight above 0 is accepted")
+    for part in ("base", "train"):
+        check_training(part, getattr(run, part))
+
+
+def check_general(run: RunConfig) -> None:
+    share = run.data.imagewikiqa_share
+    if not 0 <= share < 1:
+        raise ConfigError(f"data.imagewikiqa_share={share}: 0 to below 1 is accepted")
+    if share and not run.data.general_records:
+        raise ConfigError(
+            f"data.general_records='': the path of a JSON list of four-option records is accepted with "
+            f"data.imagewikiqa_share={share}, ImageWikiQA is not in the release"
+        )
+    if share and (run.data.subset_weights or trains_masks(run.model)):
+        why = "data.subset_weights" if run.data.subset_weights else "a training of masks"
+        raise ConfigError(f"data.imagewikiqa_share={share}: 0.0 alone is accepted with {why}")
+
+
+def check_published(study: StudyConfig) -> None:
+    tables = (0, *PUBLISHED_PAIRS, *PUBLISHED_DETECTION)
+    if study.published_table not in tables:
+        accepted = ", ".join(map(str, tables))
+        raise ConfigError(f"study.published_table={study.published_table}: one of {accepted} is accepted")
+    for name, words in (("baseline_plus_records", ("related",)), ("baseline_plus_subsets", ("related", "all"))):
+        value = getattr(study, name)
+        if value not in words and not (value.isascii() and value.isdigit() and int(value)):
+            raise ConfigError(f"study.{name}={value!r}: {', '.join(words)} or a number of at least 1 is accepted")
+    counts = study.efficiency_records
+    if not counts or counts[0] < 0 or list(counts) != sorted(set(counts)):
+        raise ConfigError(f"study.efficiency_records={counts}: rising numbers of at least 0 are accepted")
+
+
+def check_training(part: str, train: TrainConfig) -> None:
+    for name in ("steps", "checkpoint_every_steps", "weight_decay", "clip_norm", "epochs"):
+        at_least(f"{part}.{name}", getattr(train, name), 0)
+    at_least(f"{part}.log_every_steps", train.log_every_steps, 1)
+    at_least(f"{part}.batch_size", train.batch_size, 1)
+    at_least(f"{part}.accumulation_steps", train.accumulation_steps, 1)
+    if train.batch_size % train.accumulation_steps:
+        raise ConfigError(
+            f"{part}.accumulation_steps={train.accumulation_steps} does not divide "
+            f"{part}.batch_size={train.batch_size}; a divisor of it is accepted"
+        )
+    for name in ("warmup_frac", "end_learning_rate_frac", "b1", "b2"):
+        value = getattr(train, name)
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{part}.{name}={value}: 0 to 1 is accepted")
+    for name in ("learning_rate", "eps"):
+        if not 0 < getattr(train, name) < math.inf:
+            raise ConfigError(f"{part}.{name}={getattr(train, name)}: a number above 0 is accepted")
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r}: one of {', '.join(choices)} is accepted")
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    if not least <= value < math.inf:
+        raise ConfigError(f"{name}={value}: a finite number of at least {least} is accepted")
