@@ -105,6 +105,9 @@ def parser() -> Parser:
         verb.epilog = "--config.a.b=VALUE sets one field of the config."
         verb.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
         verb.add_argument("--workdir", default="", metavar="DIR")
+        if name == "train":
+            text = "write an xprof trace of these steps to WORKDIR/profile (--config.log.profile_steps)"
+            verb.add_argument("--profile_steps", default="", metavar="FIRST:LAST", help=text)
         if name == "reproduce":
             verb.add_argument("--dry", action="store_true", help="list every cell with its size and stop")
             verb.add_argument("--jobs", type=int, default=0, metavar="N", help="processes that share the grid's cells")
@@ -123,6 +126,8 @@ def resolved(args: argparse.Namespace) -> RunConfig:
 
     if getattr(args, "jobs", 0):
         args.overrides["study.jobs"] = str(args.jobs)
+    if getattr(args, "profile_steps", ""):
+        args.overrides["log.profile_steps"] = args.profile_steps
     return load(args.config, args.overrides)
 
 

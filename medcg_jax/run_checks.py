@@ -93,6 +93,8 @@ def check(run: RunConfig) -> None:
             raise ConfigError(f"data.subset_weights[{subset!r}]={weight}: a weight above 0 is accepted")
     for part in ("base", "train"):
         check_training(part, getattr(run, part))
+    if run.log.profile_steps:
+        profile_steps(run.log.profile_steps, run.train.steps)
 
 
 def check_general(run: RunConfig) -> None:
@@ -141,6 +143,21 @@ def check_training(part: str, train: TrainConfig) -> None:
     for name in ("learning_rate", "eps"):
         if not 0 < getattr(train, name) < math.inf:
             raise ConfigError(f"{part}.{name}={getattr(train, name)}: a number above 0 is accepted")
+
+
+def profile_steps(text: str, num_steps: int) -> tuple[int, int]:
+    """(first, last) of `log.profile_steps`, numbered from 1, both included. num_steps: of the run; 0: not known yet.
+
+    Raises:
+      ConfigError: it is no range, or no range of the run's steps.
+    """
+    first, colon, last = text.partition(":")
+    numbers = [int(part) for part in (first, last) if part.isascii() and part.isdigit()]
+    most = num_steps or math.inf
+    if not colon or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1] <= most:
+        of = f", of the run's {num_steps} steps" if num_steps else ""
+        raise ConfigError(f"log.profile_steps={text!r}: FIRST:LAST with 1 <= FIRST <= LAST is accepted{of}")
+    return numbers[0], numbers[1]
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -210,6 +210,18 @@ class StudyConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """What `medcg train` shows beside its JSON lines; none of it changes a result. A grid keeps metrics of its own."""
+
+    # Scalars for TensorBoard in WORKDIR/tensorboard.
+    tensorboard: bool = True
+    # Project in Weights & Biases (extra `wandb`); "": none.
+    wandb: str = ""
+    # Steps whose trace is written to WORKDIR/profile, "FIRST:LAST" with both included; "": none.
+    profile_steps: str = ""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     name: str = "run"
     mesh: MeshConfig = MeshConfig()
@@ -220,6 +232,7 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     study: StudyConfig = field(default_factory=StudyConfig)
+    log: LogConfig = LogConfig()
 
 
 def replace(config, **changes):

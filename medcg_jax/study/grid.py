@@ -30,7 +30,10 @@ from medcg_jax.study.schedule import Job, Plan, make_plan, seeded
 from medcg_jax.study.stats import summarise
 
 # Fields that change neither scores nor predictions, so that a grid may be continued with other values.
-FREE_FIELDS = ("name", "study.jobs", "study.base_dir", "train.log_every_steps", "base.log_every_steps")
+FREE_FIELDS = (
+    "name", "study.jobs", "study.base_dir", "train.log_every_steps", "base.log_every_steps",
+    "log.tensorboard", "log.wandb", "log.profile_steps",
+)  # fmt: skip
 PACKAGES = ("medcg-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # XLA on a CPU with one thread, for processes that share the cores of one machine; accelerators are not touched by it.
 ONE_THREAD = {"NPROC": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
@@ -67,10 +70,13 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
 
 
 def check_start(run: RunConfig) -> None:
-    """Raises ConfigError, before anything is allocated, when weights are missing."""
+    """Raises ConfigError, before anything is allocated, when weights are missing or a grid has no use for a value."""
     from medcg_jax.train.setup import check_weights
 
     check_weights(run)
+    for name in ("wandb", "profile_steps"):
+        if value := getattr(run.log, name):
+            raise ConfigError(f"log.{name}={value!r}: '' is accepted by `medcg reproduce`; `medcg train` takes others")
     if not run.study.cells_at_once:
         raise ConfigError("study.cells_at_once=0: `medcg reproduce` alone accepts it, and finds how many cells fit")
 

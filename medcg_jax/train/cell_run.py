@@ -14,6 +14,7 @@ from medcg_jax.train.checkpoint import CheckpointError, Checkpoints
 from medcg_jax.train.log import MetricsFile
 from medcg_jax.train.optim import Control
 from medcg_jax.train.step import TrainState
+from medcg_jax.train.wandb_log import WandbTarget
 
 
 class NonFiniteLoss(RunError):
@@ -51,9 +52,10 @@ class Cell:
 
     control: run-time values (`optim.control_from`); runs in one program may differ in all of them.
     open_stream: the run's batches from a position (batches drawn before) on.
-    metrics: file of its metrics; None: none are kept. tensorboard: directory; None: none.
+    metrics: file of its metrics; None: none are kept. tensorboard: directory, wandb: where else; None: none.
     checkpoints: directory; None: nothing is saved, and a run that is stopped starts anew.
     config: JSON kept in the checkpoints; another one there is an error.
+    flops_per_step: of one step, what the model needs (`models.flops`); None: not known.
     """
 
     name: str
@@ -61,8 +63,10 @@ class Cell:
     open_stream: Callable[[int], Stream]
     metrics: Path | None = None
     tensorboard: Path | None = None
+    wandb: WandbTarget | None = None
     checkpoints: Path | None = None
     config: dict = field(default_factory=dict)
+    flops_per_step: float | None = None
 
 
 @dataclass
@@ -125,7 +129,9 @@ class CellRun:
         """Opens stream and metrics where the run stands."""
         self._stream = self.cell.open_stream(self.step)
         if self.cell.metrics and jax.process_index() == 0:
-            self._file = MetricsFile(self.cell.metrics, step=self.step, tensorboard=self.cell.tensorboard)
+            self._file = MetricsFile(
+                self.cell.metrics, step=self.step, tensorboard=self.cell.tensorboard, wandb=self.cell.wandb
+            )
 
     def draw(self) -> tuple[dict[str, np.ndarray], list[str]]:
         """The next batch, counted; where the run has ended any batch (nothing looks at it) without its records."""

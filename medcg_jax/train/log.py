@@ -1,4 +1,4 @@
-"""What a run says: progress on a terminal or in plain lines, metrics files, TensorBoard, and what was compiled."""
+"""What a run says: progress on a terminal or in plain lines, metrics (JSON lines, boards), and what was compiled."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from medcg_jax.files import write_whole
+from medcg_jax.train.wandb_log import WandbLog, WandbTarget
 
 METRICS = ("step", "loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "mfu", "data_wait")
 # Without a terminal: at most one line in so many seconds.
@@ -15,17 +16,20 @@ PLAIN_LINE_EVERY_S = 10.0
 
 
 class MetricsFile:
-    """One cell's metrics as JSON lines, each step once, and the same as TensorBoard scalars where asked.
+    """One cell's metrics as JSON lines, each step once, and the same in TensorBoard and Weights & Biases where asked.
 
     Opened at `step` (updates made so far): lines of later steps, and a last line cut off by a kill, are dropped, since
     the run writes them again.
     """
 
-    def __init__(self, path: Path, *, step: int = 0, tensorboard: Path | None = None):
+    def __init__(
+        self, path: Path, *, step: int = 0, tensorboard: Path | None = None, wandb: WandbTarget | None = None
+    ):
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         self._board = None
+        self._wandb = WandbLog(wandb) if wandb else None
         if tensorboard is not None:
             from tensorboardX import SummaryWriter
 
@@ -40,11 +44,13 @@ class MetricsFile:
             for key in METRICS[1:]:
                 if metrics[key] is not None:
                     self._board.add_scalar(key, metrics[key], metrics["step"])
+        if self._wandb is not None:
+            self._wandb.write({key: metrics[key] for key in METRICS})
 
     def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for thing in (self._file, self._board, self._wandb):
+            if thing is not None:
+                thing.close()
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -6,7 +6,7 @@ looked at then, and before anything is saved, so no checkpoint ever holds number
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -14,8 +14,11 @@ import numpy as np
 from medcg_jax.mesh import put_batch
 from medcg_jax.train.cell_run import Cell, CellResult, CellRun, NonFiniteLoss
 from medcg_jax.train.cells import take_cell
+from medcg_jax.train.goodput import Goodput
+from medcg_jax.train.loader_watch import LoaderWatch
 from medcg_jax.train.log import Progress
 from medcg_jax.train.optim import stack_controls
+from medcg_jax.train.profile import StepTrace
 from medcg_jax.train.step import Program, TrainState
 
 __all__ = ["Cell", "CellResult", "NonFiniteLoss", "fit", "fit_queue"]
@@ -94,18 +97,21 @@ class Options:
 
     Attributes:
       checkpoint_every_steps: 0: only at the end.
-      flops_per_step: of one step of one cell; peak_flops: of all devices together; either None: mfu is null. Several
-        cells' mfu is that of the program.
+      peak_flops: of all devices together; None, or a cell whose `flops_per_step` is None: mfu is null. Several cells'
+        mfu is that of the program.
       progress: called with ({name: updates made} of the cells in their slots, text) at every check, in place of a bar
         on stderr.
+      goodput: clock of the run, or of all runs that a process makes.
+      trace: writes a profile of some steps.
     """
 
     log_every_steps: int = 10
     checkpoint_every_steps: int = 0
     keep_checkpoints: int = 2
-    flops_per_step: float | None = None
     peak_flops: float | None = None
     progress: Callable[[dict[str, int], str], None] | None = None
+    goodput: Goodput = field(default_factory=Goodput)
+    trace: StepTrace | None = None
 
 
 @dataclass
@@ -127,7 +133,8 @@ class _Loop:
         self.slots: list[CellRun | None] = [None] * program.num_cells
         self._many = program.num_cells > 1
         self._pending: list[_Pending] = []
-        self._data_wait_s, self._checked_at = 0.0, None
+        self._checked_at = None
+        self._loader = LoaderWatch()
         self._label, self._bar = label, None
 
     @property
@@ -154,7 +161,8 @@ class _Loop:
         for place in range(len(self.slots)):
             while (run := self.slots[place]) is None or run.over:
                 if run is not None:
-                    run.close()  # first: whoever hears of the end may remove the checkpoints
+                    with self.options.goodput.within("checkpoint"):
+                        run.close()  # first: whoever hears of the end may remove the checkpoints
                     ended(run.result, take_cell(state, place, self.program.num_cells) if self._many else state)
                     self.slots[place], changed = None, True
                     # The memory of a lone run is needed for the next one.
@@ -166,7 +174,8 @@ class _Loop:
         if changed:
             self._put_control()
             # Rates are of training alone.
-            self._checked_at, self._data_wait_s = self._checked_at and time.perf_counter(), 0.0
+            self._checked_at = self._checked_at and time.perf_counter()
+            self.options.goodput.lap()
         return state
 
     def _put(self, state: TrainState | None, place: int, cell: Cell) -> TrainState:
@@ -177,7 +186,8 @@ class _Loop:
             keep=o.keep_checkpoints, say=self._say,
         )  # fmt: skip
         self.slots[place] = run
-        found = run.resume(self.program.abstract_one(self.params)) if cell.checkpoints else None
+        with o.goodput.within("restart"):
+            found = run.resume(self.program.abstract_one(self.params)) if cell.checkpoints else None
         run.open()
         if state is None and (found is None or self._many):
             state = self.program.start(self.params)
@@ -187,16 +197,25 @@ class _Loop:
 
     def one_step(self, state: TrainState) -> TrainState:
         """Draws a batch for every cell and hands one step to the device."""
-        began = time.perf_counter()
-        batches, records = zip(*(run.draw() if run else (None, []) for run in self.slots), strict=True)
-        batch = self._stacked(batches) if self._many else batches[0]
-        on_device = put_batch(batch, self.program.batch_sharding)
-        self._data_wait_s += time.perf_counter() - began
-        state, metrics = self.program(state, self.frozen, self._control, on_device)
+        clock, trace = self.options.goodput, self.options.trace
+        if trace is not None:
+            trace.before(self._furthest() + 1, [p.metrics for p in self._pending[-1:]])
+        at = {run.cell.name: run.step + 1 for run in self.runs if run.active}
+        with clock.within("input"):
+            batches, records = zip(*(run.draw() if run else (None, []) for run in self.slots), strict=True)
+            batch = self._stacked(batches) if self._many else batches[0]
+            on_device = put_batch(batch, self.program.batch_sharding)
+        first = self._checked_at is None
+        with clock.step(at, compiles=first), jax.profiler.StepTraceAnnotation("train", step_num=self._furthest()):
+            state, metrics = self.program(state, self.frozen, self._control, on_device)
+        clock.handed(at, metrics["loss"])
         self._pending.append(_Pending(metrics, list(records)))
-        if self._checked_at is None:
+        if first:
             # The first call has compiled the step; rates are of what comes after.
-            self._checked_at, self._data_wait_s = time.perf_counter(), 0.0
+            self._checked_at = time.perf_counter()
+            clock.lap()
+        if trace is not None:
+            trace.after(self._furthest(), metrics)
         if len(self._pending) > MAX_AHEAD:
             jax.block_until_ready(self._pending[-1 - MAX_AHEAD].metrics["loss"])
         return state
@@ -208,18 +227,24 @@ class _Loop:
             return False
         self._check()
         if save:
-            for place, run in enumerate(self.slots):
-                if run:
-                    run.save(lambda i=place: take_cell(state, i, self.program.num_cells) if self._many else state)
+            with self.options.goodput.within("checkpoint"):
+                self._save(state)
         return True
+
+    def _save(self, state: TrainState) -> None:
+        for place, run in enumerate(self.slots):
+            if run:
+                run.save(lambda i=place: take_cell(state, i, self.program.num_cells) if self._many else state)
 
     def _check(self) -> None:
         """Fetches what is pending, looks at every loss, writes a line of metrics where one is due."""
         pending, self._pending = self._pending, []
         fetched = jax.device_get([p.metrics for p in pending])
         seconds = time.perf_counter() - self._checked_at
+        waited_s = self.options.goodput.lap()["input"]
         failed = [run for run in self.runs if run.result.error]
-        rates, cell_steps = {}, 0
+        rates, flops = {}, 0.0
+        known = self.options.peak_flops and all(run.cell.flops_per_step for run in self.runs)
         for i, run in enumerate(self.slots):
             if run is None:
                 continue
@@ -229,14 +254,14 @@ class _Loop:
                 if m["active"] and run.result.error is None:
                     run.look(m["loss"], m["grad_norm"], m["lr"], p.records[i])
                     steps, rows, tokens = steps + 1, rows + len(p.records[i]), tokens + int(m["tokens"])
-            cell_steps += steps
+            flops += steps * (run.cell.flops_per_step or 0.0)
             rates[i] = {"samples_per_s": rows * jax.process_count() / seconds, "tokens_per_s": tokens / seconds}
-        o = self.options
-        known = o.flops_per_step and o.peak_flops
-        mfu = o.flops_per_step / o.peak_flops * cell_steps / seconds if known else None
+        mfu = flops / self.options.peak_flops / seconds if known else None
         for i, rate in rates.items():
-            self.slots[i].write({**rate, "mfu": mfu, "data_wait": self._data_wait_s / seconds})
-        self._checked_at, self._data_wait_s = time.perf_counter(), 0.0
+            self.slots[i].write({**rate, "mfu": mfu, "data_wait": min(1.0, waited_s / seconds)})
+        self._checked_at = time.perf_counter()
+        if line := self._loader.look(waited_s, seconds, len(pending)):
+            self._say(line)
         self._tell(sum(rate["samples_per_s"] for rate in rates.values()))
         errors = [run.result.error for run in self.runs if run.result.error and run not in failed]
         for error in errors if len(self.runs) > 1 else ():
@@ -245,7 +270,10 @@ class _Loop:
             self._put_control()
 
     def close(self) -> None:
-        for thing in [*self.runs, self._bar]:
+        with self.options.goodput.within("checkpoint"):  # the last may still be being written
+            for run in self.runs:
+                run.close()
+        for thing in (self._bar, self.options.trace):
             if thing is not None:
                 thing.close()
 
@@ -262,6 +290,10 @@ class _Loop:
             return
         controls = [run.cell.control if run and not run.result.error else some | stopped for run in self.slots]
         self._control = self.program.put_control(stack_controls(controls) if self._many else controls[0])
+
+    def _furthest(self) -> int:
+        """The step that a loop of one run is at: how far the run is that is furthest."""
+        return max(run.step for run in self.runs)
 
     def _total(self) -> int:
         return max(run.total for run in self.runs)

@@ -9,12 +9,17 @@ import jax
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import concat
 from medcg_jax.models.build import join, shardings, split_trainable
+from medcg_jax.run_checks import profile_steps
 from medcg_jax.run_config import ConfigError, RunConfig
+from medcg_jax.train import goodput
 from medcg_jax.train.checkpoint import save_params
 from medcg_jax.train.loop import Cell, fit
 from medcg_jax.train.optim import control_from, make_optimizer
+from medcg_jax.train.profile import StepTrace
 from medcg_jax.train.setup import open_setup, start_params
 from medcg_jax.train.step import make_step
+from medcg_jax.train.utilisation import peak_flops, step_flops
+from medcg_jax.train.wandb_log import WandbTarget, load_wandb
 
 # Sections and fields that make a run what it is: with others it is not gone on with. The mesh is none of them.
 SECTIONS = ("model", "data", "train")
@@ -31,12 +36,24 @@ def identity(run: RunConfig) -> dict:
 def train(run: RunConfig, workdir: Path) -> dict:
     """Trains on `data.subsets` (empty: all) and leaves `metrics/train.jsonl`, `checkpoints/`, `params/` in `workdir`.
 
-    Run again it goes on from its newest checkpoint, and returns at once when it is done.
+    Run again it goes on from its newest checkpoint, and returns at once when it is done. `goodput.json` says how the
+    time of all its starts was spent, and the result has the same as "goodput".
 
     Raises:
       ConfigError, DataError: as `open_setup`; or there is nothing to train on.
       NonFiniteLoss: the run diverged.
     """
+    path = workdir / goodput.FILE
+    with goodput.Goodput(path if jax.process_index() == 0 else None, earlier=goodput.read_starts(path)) as clock:
+        result = _train(run, workdir, clock)
+        spent = clock.summary()
+    print(goodput.line(spent))
+    return result | {"goodput": spent}
+
+
+def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
+    if run.log.wandb:
+        load_wandb()
     setup = open_setup(run)
     names = run.data.subsets or tuple(subset.name for subset in setup.source.subsets)
     sets = [setup.source.records(name, "train") for name in names]
@@ -45,6 +62,8 @@ def train(run: RunConfig, workdir: Path) -> dict:
     encoded = setup.encode(concat(sets))
     if not len(encoded):
         raise ConfigError(f"data.subsets={','.join(names)}: these have no training records")
+    control = control_from(run.train, len(encoded))
+    trace = _trace(run, workdir, int(control["total_steps"]))
     graphdef, params = start_params(setup, seed=run.train.seed)
     trainable, frozen = split_trainable(params, run.model.trainable)
     program = make_step(
@@ -58,7 +77,7 @@ def train(run: RunConfig, workdir: Path) -> dict:
     )
     cell = Cell(
         "train",
-        control_from(run.train, len(encoded)),
+        control,
         lambda position: Batches(
             encoded,
             batch_size=run.train.batch_size,
@@ -69,12 +88,25 @@ def train(run: RunConfig, workdir: Path) -> dict:
             process_count=jax.process_count(),
         ),
         metrics=workdir / "metrics" / "train.jsonl",
-        tensorboard=workdir / "tensorboard",
+        tensorboard=workdir / "tensorboard" if run.log.tensorboard else None,
+        wandb=WandbTarget(run.log.wandb, run.name, workdir, dataclasses.asdict(run)) if run.log.wandb else None,
         checkpoints=workdir / "checkpoints",
         config=identity(run),
+        flops_per_step=step_flops(encoded, setup.model, run),
     )
     intervals = {name: getattr(run.train, name) for name in ("log_every_steps", "checkpoint_every_steps")}
-    state, [result] = fit(program, trainable, frozen, [cell], label=run.name, **intervals)
+    state, [result] = fit(
+        program, trainable, frozen, [cell], label=run.name, peak_flops=peak_flops(setup.mesh), goodput=clock,
+        trace=trace, **intervals,
+    )  # fmt: skip
     save_params(workdir / "params", join(state.params, frozen), setup.model, {"config": cell.config, **result.metrics})
     print(f"{result.step} steps on {len(encoded)} records of {len(names)} subsets; parameters in {workdir / 'params'}")
     return {"workdir": str(workdir), "steps": result.step, "records": len(encoded), **result.metrics}
+
+
+def _trace(run: RunConfig, workdir: Path, num_steps: int) -> StepTrace | None:
+    """The trace that `log.profile_steps` asks for, of process 0; None: none."""
+    if not run.log.profile_steps:
+        return None
+    first, last = profile_steps(run.log.profile_steps, num_steps)
+    return StepTrace(workdir / "profile", first, last) if jax.process_index() == 0 else None

@@ -46,8 +46,8 @@ def quietly(*_):
 
 
 def test_metrics_are_those_of_the_steps(toy, tmp_path):
-    flops = dict(flops_per_step=2e9, peak_flops=1e12)
-    state, [result] = fit(*toy, [cell(tmp_path)], log_every_steps=4, progress=quietly, **flops)
+    made = cell(tmp_path, flops_per_step=2e9)
+    state, [result] = fit(*toy, [made], log_every_steps=4, progress=quietly, peak_flops=1e12)
     expected_state, expected = run(*toy, [control(10)], 10)
     lines = read_metrics(tmp_path / "run.jsonl")
     assert same_bits(state, expected_state) and result.error is None and result.step == 10
