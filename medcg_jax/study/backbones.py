@@ -103,7 +103,7 @@ def _join(runs: dict[str, RunConfig], workdir: Path, parent: int) -> None:
     _begin(workdir / "logs" / "joined.log", parent)
     for model, run in runs.items():
         if (workdir / model / "config.json").is_file():  # else it was refused
-            Worker(run, workdir / model, grid.make_plan(run)).run()
+            Worker(run, workdir / model, grid.make_plan(run), again=False).run()
 
 
 def _begin(log: Path, parent: int) -> None:

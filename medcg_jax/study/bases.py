@@ -20,10 +20,12 @@ from medcg_jax.models.build import join, shardings, split_trainable
 from medcg_jax.run_config import MODELS, TRAINABLE, RunConfig, TrainConfig
 from medcg_jax.study.schedule import seeded
 from medcg_jax.train.checkpoint import load_params, read_meta, save_params
+from medcg_jax.train.goodput import Goodput
 from medcg_jax.train.loop import Cell, fit
 from medcg_jax.train.optim import control_from, make_optimizer
 from medcg_jax.train.setup import Setup, start_params
 from medcg_jax.train.step import make_step
+from medcg_jax.train.utilisation import peak_flops, step_flops
 
 # What `frame_tokens` is in Vicuna's turns without a system's sentence, which `pretraining.MAX_TEXT_TOKENS` counts in.
 VICUNA_FRAME = 13
@@ -96,8 +98,8 @@ class Bases:
             self._loaded = seed, (graphdef, params)
         return self._loaded[1]
 
-    def train(self, setup: Setup, seed: int, report: Callable[[int], None]) -> None:
-        """Trains the seed's base, all of it, on pre-training records, and keeps it.
+    def train(self, setup: Setup, seed: int, report: Callable[[int], None], goodput: Goodput) -> None:
+        """Trains the seed's base, all of it, on pre-training records, and keeps it. goodput: the process's clock.
 
         Raises:
           NonFiniteLoss: it diverged.
@@ -129,10 +131,12 @@ class Bases:
             metrics=self._workdir / "metrics" / f"base.s{seed}.jsonl",
             checkpoints=saved if config.checkpoint_every_steps else None,
             config=made_of(setup.run),
+            flops_per_step=step_flops(encoded, setup.model, trainable=TRAINABLE, batch_size=config.batch_size),
         )  # fmt: skip
         state, [result] = fit(
             program, trainable, frozen, [cell], log_every_steps=config.log_every_steps,
             checkpoint_every_steps=config.checkpoint_every_steps, progress=lambda steps, _: report(steps[cell.name]),
+            peak_flops=peak_flops(setup.mesh), goodput=goodput,
         )  # fmt: skip
         meta = {"made_of": cell.config, "loss": result.metrics["loss"]}
         save_params(self._folder / name, join(state.params, frozen), setup.model, meta)

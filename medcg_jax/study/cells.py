@@ -27,10 +27,12 @@ from medcg_jax.study.progress import Reporter
 from medcg_jax.study.schedule import Job, seeded
 from medcg_jax.train import loop
 from medcg_jax.train.checkpoint import save_params
+from medcg_jax.train.goodput import Goodput
 from medcg_jax.train.log import CompileMonitor
 from medcg_jax.train.optim import control_from, make_optimizer
 from medcg_jax.train.setup import Setup, open_setup
 from medcg_jax.train.step import Program, TrainState, make_step
+from medcg_jax.train.utilisation import peak_flops, step_flops
 
 Base = tuple[nnx.GraphDef, nnx.State]
 
@@ -124,8 +126,8 @@ class Data:
 class Trainer:
     """Trains and tests jobs in this process, `study.cells_at_once` at a time; what is compiled is compiled once."""
 
-    def __init__(self, run: RunConfig, workdir: Path):
-        self._run, self._workdir = run, workdir
+    def __init__(self, run: RunConfig, workdir: Path, goodput: Goodput):
+        self._run, self._workdir, self._goodput = run, workdir, goodput
         self._monitor = CompileMonitor()
         self._program: Program | None = None
         self._tester: Tester | None = None
@@ -171,7 +173,8 @@ class Trainer:
         def end(job: Job, trained, error: Exception | None = None) -> None:
             try:
                 if error is None:
-                    self._test(setup, job, graphdef, trained)
+                    with self._goodput.within("evaluation"):
+                        self._test(setup, job, graphdef, trained)
                     if self._run.study.keep_weights and job.steps:
                         save_params(self._workdir / "weights" / job.id, trained, setup.model, {"cell": job.id})
             except (NonFiniteScores, DataError) as failed:
@@ -195,6 +198,7 @@ class Trainer:
         loop.fit_queue(
             self._program, trainable, frozen, lambda: given.pop() if given else next_cell(), ended, progress=report,
             log_every_steps=config.log_every_steps, checkpoint_every_steps=config.checkpoint_every_steps,
+            peak_flops=peak_flops(setup.mesh), goodput=self._goodput,
         )  # fmt: skip
 
     def clean(self, job: Job) -> None:
@@ -248,7 +252,8 @@ class Trainer:
             make_optimizer(config), num_cells=self._run.study.cells_at_once, loss_fn=setup.loss,
             accumulation_steps=config.accumulation_steps, compute_dtype=setup.run.model.compute_dtype,
         )  # fmt: skip
-        self._compile(trainable, frozen, cell)
+        with self._goodput.within("compile"):
+            self._compile(trainable, frozen, cell)
 
     def _compile(self, trainable, frozen, cell: loop.Cell) -> None:
         """Where several processes share a grid: one of them compiles the step, the others read it from the cache."""
@@ -292,6 +297,9 @@ class Trainer:
             job.id, control_from(dataclasses.replace(config, steps=job.steps), len(encoded)), stream,
             metrics=self._workdir / "metrics" / f"{job.id}.jsonl",
             checkpoints=checkpoints_of(self._workdir, job) if config.checkpoint_every_steps else None,
+            flops_per_step=step_flops(
+                encoded, setup.model, trainable=setup.run.model.trainable, batch_size=config.batch_size
+            ),
         )  # fmt: skip
 
 

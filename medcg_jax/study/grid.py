@@ -28,6 +28,7 @@ from medcg_jax.study import claims, contamination, results
 from medcg_jax.study.progress import Progress
 from medcg_jax.study.schedule import Job, Plan, make_plan, seeded
 from medcg_jax.study.stats import summarise
+from medcg_jax.train import goodput
 
 # Fields that change neither scores nor predictions, so that a grid may be continued with other values.
 FREE_FIELDS = (
@@ -45,8 +46,9 @@ PRINTED_BY_PART = ("multi_task", "efficiency")
 def reproduce(run: RunConfig, workdir: str | Path) -> dict:
     """Trains and scores every cell of the grid that is not done yet, then writes the report.
 
-    Returns {"workdir", "cells", "failed": {cell: why}, "unfinished": [cell], "page", "exit_status"}: 1 where a cell
-    failed or is unfinished, else 0.
+    Returns {"workdir", "cells", "failed": {cell: why}, "unfinished": [cell], "page", "goodput", "exit_status"}: 1 where
+    a cell failed or is unfinished, else 0; "goodput" (None where no process left its part) is that of all processes
+    together, and stands in `goodput.json`.
 
     Raises:
       ConfigError: the workdir holds a grid of another configuration, or the configuration cannot be used.
@@ -59,10 +61,10 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
     done = results.done_jobs(workdir)
     waiting = [job for job in plan.jobs if job.id not in done]
     print(f"{len(plan.cells)} cells in {len(plan.jobs)} jobs, {len(waiting)} to do; workdir {workdir}", flush=True)
-    bases = missing_bases(run, workdir, waiting)
+    bases, again = missing_bases(run, workdir, waiting), bool(results.goodput_parts(workdir))
     with sigterm_as_interrupt(), Progress(workdir, plan, bases, on_change=tables.write):
         if waiting:
-            work(run, workdir, plan, bool(bases))
+            work(run, workdir, plan, bool(bases), again)
     outcomes = results.all_outcomes(workdir, plan.jobs)
     tables.write(outcomes)
     contamination.join(workdir, plan)
@@ -90,18 +92,19 @@ def missing_bases(run: RunConfig, workdir: Path, jobs: Sequence[Job]) -> dict[in
     return {seed: run.base.steps for seed in seeds if not bases.ready(seed)}
 
 
-def work(run: RunConfig, workdir: Path, plan: Plan, needs_bases: bool) -> None:
-    """Does what is left, here or in `study.jobs` processes."""
+def work(run: RunConfig, workdir: Path, plan: Plan, needs_bases: bool, again: bool) -> None:
+    """Does what is left, here or in `study.jobs` processes. again: the grid was started before."""
+    words = ("again",) if again else ()
     if run.study.jobs == 1:
         from medcg_jax.study.worker import Worker
 
-        Worker(run, workdir, plan).run()
+        Worker(run, workdir, plan, again=again).run()
         return
     if needs_bases and len(run.study.seeds) < run.study.jobs:
         # Most processes would wait for the bases: one with all cores makes them sooner.
-        with workers(workdir, 1, "bases", one_thread=False) as started:
+        with workers(workdir, 1, "bases", *words, one_thread=False) as started:
             watch(started)
-    with workers(workdir, run.study.jobs) as started:
+    with workers(workdir, run.study.jobs, *words) as started:
         watch(started)
 
 
@@ -204,13 +207,16 @@ def summary(workdir: Path, plan: Plan, outcomes: dict[str, dict]) -> dict:
         print(f"{cell}: {why}", file=sys.stderr)
     if unfinished:
         print(f"{len(unfinished)} cells are unfinished, as {unfinished[0]}; run the same again", file=sys.stderr)
-    page = None
+    page, spent, parts = None, None, results.goodput_parts(workdir)
+    if parts:
+        spent = goodput.write(workdir / goodput.FILE, parts)
+        print(goodput.line(spent))
     if len(failed) + len(unfinished) < len(plan.cells):
         print_effects(workdir)
         page = str(write_page(workdir))
         print(f"report: {page}", flush=True)
     return {"workdir": str(workdir), "cells": len(plan.cells), "failed": failed, "unfinished": unfinished,
-            "page": page, "exit_status": 1 if failed or unfinished else 0}  # fmt: skip
+            "page": page, "goodput": spent, "exit_status": 1 if failed or unfinished else 0}  # fmt: skip
 
 
 def write_page(workdir: Path) -> Path:

@@ -22,6 +22,7 @@ from medcg_jax.study import (
     report_controls,
     report_figures,
     report_formats,
+    report_goodput,
     report_limits,
     report_lists,
     report_subsets,
@@ -75,6 +76,7 @@ def _write(grid: Grid, folder: Path, formats: Sequence[str]) -> None:
     tables = {table.name: table for table in Tables(grid, summary).all()}
     own = [report_contamination.table(grid), report_lists.comparisons(summary), report_lists.cells(grid)]
     own += [letters_table(grid), *report_controls.controls(summary), *published(grid, summary)]
+    own.append(report_goodput.table(grid))
     extra = [table for table in (*own, *report_boxes.tables(grid)) if table.rows]
     tables |= {table.name: table for table in extra}
     for table in tables.values():
@@ -121,6 +123,7 @@ def render(grid: Grid, summary: dict, tables: dict[str, Table], plots: Plots, su
         contamination=tables.get("contamination"),
         comparisons=tables.get("comparisons"),
         cells=tables.get("cells"),
+        goodput=tables.get("goodput"),
         settings=settings(grid.config),
         choices=choices(grid.config),
         seconds=seconds(grid.cells),

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from medcg_jax.files import write_whole
 from medcg_jax.study.schedule import Job
 from medcg_jax.study.stats import wilson
 from medcg_jax.study.suite import Cell
+from medcg_jax.train import goodput
 
 CELLS_HEADER = ("cell", "table", "row", "arm", "seed", "related", "target", "steps", "status", "seconds")
 RESULTS_HEADER = ("cell", "table", "row", "arm", "seed", "target", "n", "correct", "accuracy", "ci_low", "ci_high")
@@ -54,6 +56,19 @@ def all_outcomes(workdir: Path, jobs: Sequence[Job]) -> dict[str, dict]:
     """Job id -> outcome, of every job that is finished."""
     done = done_jobs(workdir)
     return {job.id: outcome_of(workdir, job.id) for job in jobs if job.id in done}
+
+
+def process_goodput(workdir: Path, *, again: bool, writes: bool) -> goodput.Goodput:
+    """The clock of one process of a grid, with a file of its own in `state/goodput`. again: the grid was started before."""
+    folder = state_dir(workdir) / "goodput"
+    path = folder / f"{secrets.token_hex(8)}.json" if writes else None
+    return goodput.Goodput(path, others=goodput_parts(workdir), again=again)
+
+
+def goodput_parts(workdir: Path) -> list[dict]:
+    """What every process of the grid has written of its time, those of earlier starts among them."""
+    files = sorted((state_dir(workdir) / "goodput").glob("*.json"))
+    return [part for file in files for part in goodput.read_starts(file)]
 
 
 def is_failure(outcome: Mapping | None) -> bool:

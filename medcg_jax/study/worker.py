@@ -1,6 +1,6 @@
 """One process's part in a grid: claims bases and jobs, trains and tests them, says when they are done.
 
-Started as `python -m medcg_jax.study.worker WORKDIR PARENT [bases]` where a grid has several processes;
+Started as `python -m medcg_jax.study.worker WORKDIR PARENT [bases] [again]` where a grid has several processes;
 ends with its parent.
 Where `jax.distributed` spans several processes, all work on one job together; the first one decides and writes.
 """
@@ -33,19 +33,27 @@ NOTHING, BASE, JOB = range(3)
 
 
 class Worker:
-    """Works on a grid until all of it is done, waiting for what others hold: they may die over it."""
+    """Works on a grid until all of it is done, waiting for what others hold: they may die over it.
 
-    def __init__(self, run: RunConfig, workdir: Path, plan: Plan):
+    again: whether the grid was started before (its time's "restart").
+    """
+
+    def __init__(self, run: RunConfig, workdir: Path, plan: Plan, *, again: bool):
         keep_programs()
         self._workdir, self._plan = workdir, plan
         self._seeds = list(dict.fromkeys(job.seed for job in plan.jobs))
         self._claims = results.state_dir(workdir) / "claims"
-        self._trainer = Trainer(run, workdir)
+        self._goodput = results.process_goodput(workdir, again=again, writes=jax.process_index() == 0)
+        self._trainer = Trainer(run, workdir, self._goodput)
         self._bases = Bases(run, workdir)
         self._held: dict[str, claims.Claim] = {}
 
     def run(self, bases_only: bool = False) -> None:
         """Returns when the grid is done, or, with `bases_only`, when every base is there."""
+        with self._goodput:
+            self._work(bases_only)
+
+    def _work(self, bases_only: bool) -> None:
         while True:
             kind, index = agree(lambda: self._choose(bases_only))
             if kind == NOTHING:
@@ -100,7 +108,7 @@ class Worker:
     def _make_base(self, seed: int) -> None:
         setup, report = self._trainer.setup(seed), Reporter(self._workdir, base_name(seed))
         try:
-            self._bases.train(setup, seed, report)
+            self._bases.train(setup, seed, report, self._goodput)
             report(setup.run.base.steps, now=True)
         except NonFiniteLoss as error:  # the same at every try: none of the seed's cells can be had
             for job in self._plan.jobs:
@@ -179,7 +187,7 @@ def main(argv: list[str]) -> int:
     end_with(parent)
     try:
         run = read_config(workdir)
-        Worker(run, workdir, make_plan(run)).run(bases_only)
+        Worker(run, workdir, make_plan(run), again="again" in argv[2:]).run(bases_only)
     except (ConfigError, DataError) as error:
         print(error, flush=True)
         return 2

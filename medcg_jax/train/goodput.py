@@ -43,8 +43,9 @@ class Goodput:
     """The clock of one start. Its methods are for one thread.
 
     path: file that this start's part and earlier ones' are written to; None: nothing is written.
-    earlier: parts of earlier starts of the same run (`read_starts`).
-    kept_in_path: whether the earlier parts stand in `path` too, or in files of their own.
+    earlier: parts of earlier starts of the same run (`read_starts`), which stay in `path`.
+    others: parts that have files of their own: what they reached is not new either.
+    again: whether start-up is "restart"; None: where there are earlier parts.
     """
 
     def __init__(
@@ -52,19 +53,20 @@ class Goodput:
         path: Path | None = None,
         *,
         earlier: Sequence[dict] = (),
-        kept_in_path: bool = True,
+        others: Sequence[dict] = (),
+        again: bool | None = None,
         write_every_s: float = WRITE_EVERY_S,
     ):
-        self._path, self._earlier, self._kept, self._write_every_s = path, list(earlier), kept_in_path, write_every_s
+        self._path, self._earlier, self._write_every_s = path, list(earlier), write_every_s
         self._before: dict[str, int] = {}
-        for start in self._earlier:
+        for start in (*self._earlier, *others):
             for cell, step in start["reached"].items():
                 self._before[cell] = max(step, self._before.get(cell, 0))
         self._reached: dict[str, int] = {}
         self._seconds = dict.fromkeys(KINDS, 0.0)
         self._lap = dict(self._seconds)
         # A kind, or of a step the share of it that is productive.
-        self._kind: str | float = "restart" if self._earlier else "other"
+        self._kind: str | float = "restart" if (bool(earlier) if again is None else again) else "other"
         self._starting = True
         self._since_s = time.perf_counter()
         self._written_s: float | None = None  # None: nothing is written before there is a step, or bad input would be
@@ -179,7 +181,7 @@ class Goodput:
     def _write(self) -> None:
         self._written_s = time.perf_counter()
         if self._path is not None:
-            write(self._path, [*(self._earlier if self._kept else ()), self._part()])
+            write(self._path, [*self._earlier, self._part()])
 
 
 def _watch(handed: queue.SimpleQueue) -> None:

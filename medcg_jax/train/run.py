@@ -92,7 +92,9 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
         wandb=WandbTarget(run.log.wandb, run.name, workdir, dataclasses.asdict(run)) if run.log.wandb else None,
         checkpoints=workdir / "checkpoints",
         config=identity(run),
-        flops_per_step=step_flops(encoded, setup.model, run),
+        flops_per_step=step_flops(
+            encoded, setup.model, trainable=run.model.trainable, batch_size=run.train.batch_size
+        ),
     )
     intervals = {name: getattr(run.train, name) for name in ("log_every_steps", "checkpoint_every_steps")}
     state, [result] = fit(

@@ -7,25 +7,25 @@ from medcg_jax.data.encoding import Encoded
 from medcg_jax.models.build import Config
 from medcg_jax.models.flops import forward, training
 from medcg_jax.models.peaks import peak_bf16
-from medcg_jax.run_config import RunConfig, trains_masks
+from medcg_jax.run_config import MASK_PARTS
 
 
-def step_flops(encoded: Encoded, config: Config, run: RunConfig) -> float | None:
-    """FLOPs that the model needs for a step of `train.batch_size` rows, on average over the records; None: no formula.
+def step_flops(encoded: Encoded, config: Config, *, trainable: tuple[str, ...], batch_size: int) -> float | None:
+    """FLOPs that the model needs for a step of `batch_size` rows, on average over the records; None: no formula.
 
     Real tokens alone, attention as the full square, nothing computed again (arXiv 2204.02311, appendix B). Trainings of
     masks have no formula: SAM is not in `models.flops`.
     """
-    if trains_masks(run.model):
+    if set(trainable) & set(MASK_PARTS):
         return None
     lengths, counts = np.unique(encoded.arrays["length"], return_counts=True)
     num_logits = encoded.arrays["targets"].shape[1]
 
     def of_row(length: int) -> float:
-        return training(forward(config, length=length, num_logits=num_logits), trainable=run.model.trainable)
+        return training(forward(config, length=length, num_logits=num_logits), trainable=trainable)
 
     mean = sum(int(n) * of_row(int(length)) for length, n in zip(lengths, counts, strict=True)) / counts.sum()
-    return float(run.train.batch_size * mean)
+    return float(batch_size * mean)
 
 
 def peak_flops(mesh: Mesh) -> float | None:

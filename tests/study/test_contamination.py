@@ -20,6 +20,7 @@ from medcg_jax.study import contamination, leaks
 from medcg_jax.study.report import write_report
 from medcg_jax.study.schedule import Plan, jobs_of
 from medcg_jax.study.suite import Cell
+from medcg_jax.train.goodput import Goodput
 
 TARGET, OTHER, THIRD = "ct-liver-stage", "ct-liver-state", "ct-brain-stage"
 
@@ -138,7 +139,7 @@ def in_grid(tree: Path, workdir: Path, cells, monkeypatch, **study):
         **{f"study__{name}": value for name, value in study.items()},
     )  # fmt: skip
     trained, ended = {}, {}
-    trainer = Trainer(run, workdir)
+    trainer = Trainer(run, workdir, Goodput())
     setup = trainer.setup(0)
     original = Data.training
 

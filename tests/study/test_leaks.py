@@ -14,6 +14,7 @@ from medcg_jax.run_config import TABLES, ConfigError, DataConfig, RunConfig, rep
 from medcg_jax.study import suite
 from medcg_jax.study.leaks import Leak, LeakGuard, check_cell, find_leaks, prints, refuse
 from medcg_jax.study.suite import Cell
+from medcg_jax.train.goodput import Goodput
 
 TARGET, OTHER = "ct-liver-stage", "ct-liver-state"
 
@@ -183,7 +184,7 @@ def test_a_grid_fails_the_leaking_cell_alone_and_names_both_records(tree, tmp_pa
         RunConfig(), data__source="release", data__root=str(tree), data__system_prompt="", train__batch_size=8,
         eval__batch_size=8,
     )  # fmt: skip
-    trainer = Trainer(run, tmp_path / "w")
+    trainer = Trainer(run, tmp_path / "w", Goodput())
     setup = trainer.setup(0)
     (job,) = jobs_of([cell()], run)
     waiting, ended = [job], {}

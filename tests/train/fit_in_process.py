@@ -13,6 +13,7 @@ import numpy as np
 from train_toys import TRAIN, Stream, setup
 
 from medcg_jax.run_config import replace
+from medcg_jax.train.goodput import FILE, Goodput, read_starts
 from medcg_jax.train.loop import Cell, fit
 from medcg_jax.train.optim import control_from
 
@@ -28,7 +29,9 @@ def main(workdir: Path, kill_at: int) -> None:
         "run", control_from(replace(TRAIN, steps=14), 1), lambda position: Stream(position, change=kill),
         metrics=workdir / "metrics" / "run.jsonl", checkpoints=workdir / "checkpoints", config={"steps": (14,)},
     )  # fmt: skip
-    state, _ = fit(program, trainable, frozen, [cell], log_every_steps=4, checkpoint_every_steps=3)
+    # Every step is written down at once, so that a kill loses none.
+    with Goodput(workdir / FILE, earlier=read_starts(workdir / FILE), write_every_s=0.0) as clock:
+        state, _ = fit(program, trainable, frozen, [cell], log_every_steps=4, checkpoint_every_steps=3, goodput=clock)
     (workdir / "final").write_bytes(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state)))
 
 

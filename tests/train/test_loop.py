@@ -16,6 +16,7 @@ from train_toys import ROWS, TRAIN, Stream, batch, run, same_bits, setup
 from medcg_jax.run_config import replace
 from medcg_jax.train.cells import take_cell
 from medcg_jax.train.checkpoint import CheckpointError
+from medcg_jax.train.goodput import FILE, read_starts
 from medcg_jax.train.log import METRICS, Progress, read_metrics
 from medcg_jax.train.loop import Cell, NonFiniteLoss, fit
 from medcg_jax.train.optim import control_from
@@ -92,6 +93,11 @@ def test_a_run_that_is_killed_ends_in_the_same_bits(toy, tmp_path):
     assert [line["step"] for line in lines] == [4, 8, 12, 14]
     for line, part in zip(lines, (slice(0, 4), slice(4, 8), slice(8, 12), slice(12, 14)), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"][part].mean(), rel=1e-6)
+    # Each start has its part of the goodput, the killed ones up to the steps that were on the device then.
+    starts = read_starts(tmp_path / "killed" / FILE)
+    reached = [start["reached"]["run"] for start in starts]
+    assert 3 <= reached[0] <= 7 and 6 <= reached[1] <= 11 and reached[2] == 14
+    assert [start["seconds"]["restart"] > 0.1 for start in starts] == [False, True, True]
     # Bytes that a batch too many or too few would change.
     other, _ = run(program, trainable, frozen, [control(14)], 14, seeds=[1])
     assert b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(other)) != final
