@@ -4,6 +4,7 @@ Two-sided test of paired differences of answers (McNemar's, by the normal approx
 for testing differences in proportions for the paired-sample design, Biometrics 43 (1987), page 209.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ POWER = 0.8
 LEVEL = 0.05
 
 
+@functools.lru_cache(1 << 12)
 def detectable(n: int, discordant: float, power: float = POWER, level: float = LEVEL) -> float | None:
     """The smallest true difference of two accuracies that n records show with that power.
 

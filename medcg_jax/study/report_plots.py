@@ -66,9 +66,10 @@ def draw(
         try:
             paint(axes)
             figure.suptitle(title, x=0.012, ha="left", fontsize=10, fontweight="bold")
-            figure.savefig(folder / f"{name}.png", metadata={"Software": None})
             text = io.StringIO()
             figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+            figure.set_layout_engine("none")  # what was laid out stays where it is
+            figure.savefig(folder / f"{name}.png", metadata={"Software": None})
         finally:
             plt.close(figure)
     (folder / f"{name}.svg").write_text(text.getvalue(), encoding="utf-8", newline="")

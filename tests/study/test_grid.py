@@ -138,6 +138,10 @@ def test_what_a_grid_leaves(finished):
     assert (workdir / "report" / "index.html").exists()
     assert not list((workdir / "state").glob("checkpoints/*"))
     assert f"{len(cells)}/{len(cells)} cells, 100 % of the work" in out
+    spent = json.loads((workdir / "goodput.json").read_text())
+    assert sum(spent["shares"].values()) == pytest.approx(1.0) and spent["num_starts"] == 1
+    assert all(spent["seconds"][kind] > 0 for kind in ("productive", "compile", "input", "checkpoint", "evaluation"))
+    assert f"goodput {100 * spent['shares']['productive']:.0f} %: " in out
     # One compilation for all: no job after the first two (base tested, one trained) compiled anything.
     counts = [line.rsplit("; ", 1)[1].split(" (")[0] for line in out.splitlines() if "programs" in line]
     assert len(set(counts[1:])) == 1, counts
@@ -158,6 +162,10 @@ def test_killed_anywhere_and_started_again_ends_in_the_same_bytes(finished, tmp_
     log = workdir.with_suffix(".log").read_text()
     assert f"{jobs[0].id}: going on from step" in log  # from its checkpoint, not anew
     assert f"{jobs[1].id}: " not in out  # what was done stays done
+    spent = json.loads((workdir / "goodput.json").read_text())
+    assert spent["num_starts"] == 4 and spent["seconds"]["restart"] > 1.0
+    # What the killed starts did was written down but for their last seconds.
+    assert sum(1 for start in spent["starts"] if start["seconds"]["productive"] > 0) >= 2
 
 
 def test_a_second_start_does_nothing(finished, capfd):
@@ -211,7 +219,7 @@ def test_a_cell_that_diverges_fails_alone(finished, tmp_path):
     workdir = tmp_path / "diverged"
     run = replace(
         RUN, train__learning_rate=1e30, train__clip_norm=0.0, train__warmup_frac=0.0, train__checkpoint_every_steps=0,
-        study__base_dir=str(reference.parent / "bases"), study__cells_at_once=2,
+        study__base_dir=str(reference.parent / "bases"), study__cells_at_once=2, eval__controls=(),
     )  # fmt: skip
     status, out = finish(run, workdir)
     assert status == 1, out
@@ -229,7 +237,10 @@ def test_a_cell_that_diverges_fails_alone(finished, tmp_path):
 
 def test_eight_devices_and_four_cells_at_a_time_are_one_device_and_one_cell(finished, tmp_path):
     bases = str(finished[0].parent / "bases")
-    run = replace(RUN, train__epochs=0, train__steps=10, eval__batch_size=12, study__base_dir=bases)
+    # Tests asked again are left out: they are answered by the same program.
+    run = replace(
+        RUN, train__epochs=0, train__steps=10, eval__batch_size=12, eval__controls=(), study__base_dir=bases
+    )  # fmt: skip
     others = {
         "devices": (replace(run, mesh__data=2, mesh__fsdp=2, mesh__tensor=2), 8),
         "cells": (replace(run, study__cells_at_once=4), 1),
