@@ -23,9 +23,11 @@ status=0
 run_tests .venv "$@" || status=$?
 if [ -n "$second" ] && [ "$(version_of .venv/bin/python)" = 3.11 ]; then
     install_project .venv312 "$second" test
-    # Once is enough for what knows nothing of JAX and takes long.
+    # Once is enough for what knows nothing of JAX and takes long, and for what is made of parts that are tested below
+    # (test_grid.py, tests/eval, tests/train have the grid and the models that test_backbones.py puts together).
     run_tests .venv312 --ignore=tests/launch --ignore-glob='tests/study/test_report*.py' \
-        --ignore=tests/study/test_kills.py --ignore-glob='tests/data/test_prepare*.py' \
+        --ignore=tests/study/test_kills.py --ignore=tests/study/test_backbones.py \
+        --ignore-glob='tests/data/test_prepare*.py' \
         --ignore-glob='tests/data/test_hostile*.py' --ignore=tests/data/test_fuzz.py "$@" || status=$?
 else
     say "no second run: it needs Python 3.11 for the first and a 3.12 beside it"

@@ -59,7 +59,10 @@ def all_outcomes(workdir: Path, jobs: Sequence[Job]) -> dict[str, dict]:
 
 
 def process_goodput(workdir: Path, *, again: bool, writes: bool) -> goodput.Goodput:
-    """The clock of one process of a grid, with a file of its own in `state/goodput`. again: the grid was started before."""
+    """The clock of one process of a grid, with a file of its own in `state/goodput`.
+
+    again: the grid was started before. writes: whether this process writes the file.
+    """
     folder = state_dir(workdir) / "goodput"
     path = folder / f"{secrets.token_hex(8)}.json" if writes else None
     return goodput.Goodput(path, others=goodput_parts(workdir), again=again)
