@@ -29,6 +29,7 @@ from medcg_jax.train import loop
 from medcg_jax.train.checkpoint import save_params
 from medcg_jax.train.log import CompileMonitor
 from medcg_jax.train.optim import control_from, make_optimizer
+from medcg_jax.train.run import loop_options
 from medcg_jax.train.setup import Setup, open_setup
 from medcg_jax.train.step import Program, TrainState, make_step
 
@@ -194,7 +195,7 @@ class Trainer:
 
         loop.fit_queue(
             self._program, trainable, frozen, lambda: given.pop() if given else next_cell(), ended, progress=report,
-            log_every_steps=config.log_every_steps, checkpoint_every_steps=config.checkpoint_every_steps,
+            **loop_options(config),
         )  # fmt: skip
 
     def clean(self, job: Job) -> None:

@@ -18,7 +18,8 @@ def check_bit_sums(tree, expected: list[int]) -> None:
         raise ValueError(f"{len(found)} arrays, {len(expected)} expected")
     wrong = [i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]]
     if wrong:
-        raise ValueError(f"{len(wrong)} of {len(found)} arrays ({num_params(tree):,} numbers) are not as they were saved")
+        numbers = f"{num_params(tree):,} numbers"
+        raise ValueError(f"{len(wrong)} of {len(found)} arrays ({numbers}) are not as they were saved")
 
 
 @jax.jit

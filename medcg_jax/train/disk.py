@@ -43,7 +43,8 @@ def check_room(directory: Path, needed: int, what: str) -> None:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as file:  # root may write where the mode says no, not on a read-only disk
+        # Tried, not asked for: root may write where the mode says no, and not on a read-only disk.
+        with tempfile.TemporaryFile(dir=directory) as file:
             file.write(b"0")
     except OSError as error:
         raise ConfigError(
