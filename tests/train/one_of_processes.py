@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from train_toys import ROWS, TRAIN, Stream, batch, setup
+from micro import setup
+from train_toys import ROWS, TRAIN, Stream, batch
 
 from medcg_jax.mesh import put_batch
 from medcg_jax.models import build
@@ -49,13 +49,6 @@ class OwnRows(Stream):
         return own_rows(rows), records
 
 
-def logits(graphdef, params, rows):
-    model = nnx.merge(graphdef, params)
-    images = {key: rows[key] for key in model.image_keys}
-    hidden, _ = model.hidden(rows["tokens"], images, segment_ids=rows["segment_ids"])
-    return model.logits(jnp.take_along_axis(hidden, rows["target_positions"][..., None], axis=1))
-
-
 def whole_bytes(tree) -> bytes:
     """The bytes of all arrays, gathered from all processes."""
     return b"".join(multihost_utils.process_allgather(x, tiled=True).tobytes() for x in jax.tree.leaves(tree))
@@ -76,7 +69,7 @@ def main(workdir: Path, steps: int, index: int, count: int, port: int) -> int:
         )  # fmt: skip
     unseen = put_batch(own_rows(batch(UNSEEN)), program.batch_sharding)
     with jax.set_mesh(program.mesh):
-        found = jax.jit(lambda params, rows: logits(program.graphdef, params, rows))(
+        found = jax.jit(lambda params, rows: nnx.merge(program.graphdef, params)(rows))(
             build.join(state.params, frozen), unseen
         )
     final, found = whole_bytes(state), multihost_utils.process_allgather(found, tiled=True)
