@@ -186,9 +186,10 @@ class Checkpoints:
             shutil.rmtree(self.directory / f"{step}{PART}", ignore_errors=True)
         good = self.steps()
         last = f"the last good one is of step {good[-1]}" if good else "there is no other"
+        free = disk.free_bytes(self.directory)
         return SaveError(
-            f"{self.directory}: the checkpoint of step {step} could not be written; it needs {needed / disk.GB:.3f} GB "
-            f"and {disk.free_bytes(self.directory) / disk.GB:.3f} GB are free; {last} ({_one_line(error)})"
+            f"{self.directory}: the checkpoint of step {step} could not be written; it needs "
+            f"{disk.amount(needed)} and {disk.amount(free)} are free; {last} ({_one_line(error)})"
         )
 
     def _read(self, path: Path, step: int, abstract_state):

@@ -9,7 +9,13 @@ import jax
 
 from medcg_jax.run_config import ConfigError
 
-GB = 1e9
+UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+
+
+def amount(count: float) -> str:
+    """Bytes for people: "85.2 GB", "0.7 kB"."""
+    unit, size = next(((unit, size) for unit, size in UNITS if count >= size), UNITS[-1])
+    return f"{count / size:.1f} {unit}"
 
 
 def num_bytes(tree) -> int:
@@ -48,14 +54,14 @@ def check_room(directory: Path, needed: int, what: str) -> None:
             file.write(b"0")
     except OSError as error:
         raise ConfigError(
-            f"{directory} cannot be written ({error.strerror}), and {needed / GB:.3f} GB are needed there ({what}); "
+            f"{directory} cannot be written ({error.strerror}), and {amount(needed)} are needed there ({what}); "
             "another --workdir is accepted"
         ) from error
     free, used = free_bytes(directory), used_bytes(directory)
     if free + used < needed:
         raise ConfigError(
-            f"{directory}: {needed / GB:.3f} GB are needed there ({what}), {free / GB:.3f} GB are free and "
-            f"{used / GB:.3f} GB used by an earlier start; room, or another --workdir, is accepted"
+            f"{directory}: {amount(needed)} are needed there ({what}), {amount(free)} are free and "
+            f"{amount(used)} used by an earlier start; room, or another --workdir, is accepted"
         )
 
 

@@ -34,7 +34,6 @@ def sigterm_saves() -> Iterator[None]:
         yield  # jax has a handler of its own there
         return
     global _told_at
-    _told_at = None
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
@@ -42,6 +41,7 @@ def sigterm_saves() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _told_at = None
 
 
 @contextmanager

@@ -106,7 +106,6 @@ def check_disk(setup: Setup, workdir: Path) -> None:
     state = jax.eval_shape(lambda tree: init_state(tree, optimizer=make_optimizer(run.train)), trainable)
     count = run.train.keep_checkpoints + 1
     needed = disk.num_bytes(state) * count + disk.num_bytes(params)
-    each = f"{disk.num_bytes(state) / disk.GB:.3f} GB"
-    what = f"{count} checkpoints of {each} and the parameters, by train.keep_checkpoints"
+    what = f"{count} checkpoints of {disk.amount(disk.num_bytes(state))} and the parameters, by train.keep_checkpoints"
     if jax.process_index() == 0:
         disk.check_room(workdir, needed, what)
