@@ -1,10 +1,12 @@
 """`medcg VERB`: flags in, one function of the package called, its result printed for people and as JSON.
 
-Exit status: 0 done and right, 2 wrong use or bad input, 3 does not fit, 1 anything else.
+Exit status: 0 done and right, 2 wrong use or bad input, 3 does not fit, 75 (EX_TEMPFAIL) told to stop
+and saved, so that the same command goes on, 1 anything else.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ from medcg_jax.cli_data import Parser, add, add_data
 from medcg_jax.data.records import DataError
 from medcg_jax.files import write_whole
 from medcg_jax.host import keep_freed_memory
-from medcg_jax.run_config import ConfigError, RunConfig, RunError
+from medcg_jax.run_config import ConfigError, Interrupted, RunConfig, RunError
 
 # Files of a release that may lie apart from it.
 RELEASE_PARTS = {
@@ -39,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a network file system that is away: the same command may work later
         print(f"medcg: {error}", file=sys.stderr)
         return 1
+    except Interrupted as error:
+        print(f"medcg: {error}; run the same command again to go on", file=sys.stderr)
+        return os.EX_TEMPFAIL
     except KeyboardInterrupt:
         print("medcg: stopped; run the same command again to go on", file=sys.stderr)
         return 1

@@ -126,9 +126,10 @@ def check_published(study: StudyConfig) -> None:
 
 
 def check_training(part: str, train: TrainConfig) -> None:
-    for name in ("steps", "checkpoint_every_steps", "weight_decay", "clip_norm", "epochs"):
+    for name in ("steps", "checkpoint_every_steps", "keep_every_steps", "weight_decay", "clip_norm", "epochs"):
         at_least(f"{part}.{name}", getattr(train, name), 0)
     at_least(f"{part}.log_every_steps", train.log_every_steps, 1)
+    at_least(f"{part}.keep_checkpoints", train.keep_checkpoints, 1)
     at_least(f"{part}.batch_size", train.batch_size, 1)
     at_least(f"{part}.accumulation_steps", train.accumulation_steps, 1)
     if train.batch_size % train.accumulation_steps:

@@ -56,6 +56,13 @@ class RunError(RuntimeError):
     """A run ended for a reason that its user must know; the message is one line."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run was told to stop and has saved what it could; the same command goes on with it.
+
+    No `Exception`, as it may be raised anywhere: code that reads a file again, or another one, must not swallow it.
+    """
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     """How many devices each mesh axis has; -1 on one axis takes what is left."""
@@ -149,6 +156,9 @@ class TrainConfig:
     log_every_steps: int = 10
     # 0: only at the end.
     checkpoint_every_steps: int = 0
+    # The newest so many checkpoints are kept, and those of every so many steps beside them (0: none).
+    keep_checkpoints: int = 2
+    keep_every_steps: int = 0
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,17 @@
 import multiprocessing
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 
 from medcg_jax.config_file import with_flags
-from medcg_jax.run_config import BOX_TABLES, MODELS, ConfigError, RunConfig, parts_of, replace
+from medcg_jax.run_config import BOX_TABLES, MODELS, ConfigError, Interrupted, RunConfig, parts_of, replace
 from medcg_jax.study import grid
 from medcg_jax.study.report_backbones import models_in, write_page
 from medcg_jax.study.suite import DETECTION_TABLES
+from medcg_jax.train.preempt import sigterm_saves
 
 
 def model_run(run: RunConfig, model: str) -> RunConfig:
@@ -53,7 +56,8 @@ def reproduce_models(run: RunConfig, workdir: str | Path) -> dict:
         grid.make_plan(one)
         grid.check_start(one)
     (workdir / "logs").mkdir(parents=True, exist_ok=True)
-    found = dict(_each(runs, workdir, run.study.jobs))
+    with sigterm_saves():
+        found = dict(_each(runs, workdir, run.study.jobs))
     page = None
     if any(result["page"] for result in found.values()):
         page = str(write_page(workdir, models_in(workdir)))
@@ -71,7 +75,7 @@ def _each(runs: dict[str, RunConfig], workdir: Path, jobs: int):
         os.environ.update(grid.ONE_THREAD | {"XLA_FLAGS": flags})
     started = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(jobs, mp_context=started, max_tasks_per_child=1) as pool:
+        with ProcessPoolExecutor(jobs, mp_context=started, max_tasks_per_child=1) as pool, _ended_together(pool):
             asked = {pool.submit(_one, one, workdir, os.getpid()): model for model, one in runs.items()}
             joined = [pool.submit(_join, runs, workdir, os.getpid()) for _ in range(jobs - 1)]
             for future in as_completed(asked):
@@ -83,6 +87,18 @@ def _each(runs: dict[str, RunConfig], workdir: Path, jobs: int):
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
+def _ended_together(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Where this process or one of the pool's is told to stop, tells all of the pool's, and starts no other."""
+    try:
+        yield
+    except Interrupted:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
 
 
 def _one(run: RunConfig, workdir: Path, parent: int) -> dict:
@@ -101,9 +117,10 @@ def _join(runs: dict[str, RunConfig], workdir: Path, parent: int) -> None:
     from medcg_jax.study.worker import Worker
 
     _begin(workdir / "logs" / "joined.log", parent)
-    for model, run in runs.items():
-        if (workdir / model / "config.json").is_file():  # else it was refused
-            Worker(run, workdir / model, grid.make_plan(run), again=False).run()
+    with sigterm_saves():
+        for model, run in runs.items():
+            if (workdir / model / "config.json").is_file():  # else it was refused
+                Worker(run, workdir / model, grid.make_plan(run), again=False).run()
 
 
 def _begin(log: Path, parent: int) -> None:

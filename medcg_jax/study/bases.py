@@ -23,6 +23,7 @@ from medcg_jax.train.checkpoint import load_params, read_meta, save_params
 from medcg_jax.train.goodput import Goodput
 from medcg_jax.train.loop import Cell, fit
 from medcg_jax.train.optim import control_from, make_optimizer
+from medcg_jax.train.run import loop_options
 from medcg_jax.train.setup import Setup, start_params
 from medcg_jax.train.step import make_step
 from medcg_jax.train.utilisation import peak_flops, step_flops
@@ -32,7 +33,7 @@ VICUNA_FRAME = 13
 # Tokens of an image whose place the reading exercises fill.
 EXERCISE_PLACES = 16
 # Fields of the base's TrainConfig that do not change its weights.
-NOT_IN_FINGERPRINT = ("log_every_steps", "checkpoint_every_steps")
+NOT_IN_FINGERPRINT = ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "keep_every_steps")
 
 
 def num_pretraining_records(base: TrainConfig) -> int:
@@ -134,9 +135,8 @@ class Bases:
             flops_per_step=step_flops(encoded, setup.model, trainable=TRAINABLE, batch_size=config.batch_size),
         )  # fmt: skip
         state, [result] = fit(
-            program, trainable, frozen, [cell], log_every_steps=config.log_every_steps,
-            checkpoint_every_steps=config.checkpoint_every_steps, progress=lambda steps, _: report(steps[cell.name]),
-            peak_flops=peak_flops(setup.mesh), goodput=goodput,
+            program, trainable, frozen, [cell], progress=lambda steps, _: report(steps[cell.name]),
+            peak_flops=peak_flops(setup.mesh), goodput=goodput, **loop_options(config),
         )  # fmt: skip
         meta = {"made_of": cell.config, "loss": result.metrics["loss"]}
         save_params(self._folder / name, join(state.params, frozen), setup.model, meta)

@@ -30,6 +30,7 @@ from medcg_jax.train.checkpoint import save_params
 from medcg_jax.train.goodput import Goodput
 from medcg_jax.train.log import CompileMonitor
 from medcg_jax.train.optim import control_from, make_optimizer
+from medcg_jax.train.run import loop_options
 from medcg_jax.train.setup import Setup, open_setup
 from medcg_jax.train.step import Program, TrainState, make_step
 from medcg_jax.train.utilisation import peak_flops, step_flops
@@ -197,8 +198,7 @@ class Trainer:
 
         loop.fit_queue(
             self._program, trainable, frozen, lambda: given.pop() if given else next_cell(), ended, progress=report,
-            log_every_steps=config.log_every_steps, checkpoint_every_steps=config.checkpoint_every_steps,
-            peak_flops=peak_flops(setup.mesh), goodput=self._goodput,
+            peak_flops=peak_flops(setup.mesh), goodput=self._goodput, **loop_options(config),
         )  # fmt: skip
 
     def clean(self, job: Job) -> None:

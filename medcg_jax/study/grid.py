@@ -12,7 +12,6 @@ import platform
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,22 +22,25 @@ from pathlib import Path
 from medcg_jax.data.general import open_general
 from medcg_jax.data.sources import open_source
 from medcg_jax.files import write_whole
-from medcg_jax.run_config import BOX_TABLES, ConfigError, RunConfig, flat
+from medcg_jax.run_config import BOX_TABLES, ConfigError, Interrupted, RunConfig, flat
 from medcg_jax.study import claims, contamination, results
 from medcg_jax.study.progress import Progress
 from medcg_jax.study.schedule import Job, Plan, make_plan, seeded
 from medcg_jax.study.stats import summarise
 from medcg_jax.train import goodput
+from medcg_jax.train.preempt import sigterm_saves
 
 # Fields that change neither scores nor predictions, so that a grid may be continued with other values.
 FREE_FIELDS = (
-    "name", "study.jobs", "study.base_dir", "train.log_every_steps", "base.log_every_steps",
+    "name", "study.jobs", "study.base_dir", "train.log_every_steps", "train.keep_checkpoints", "train.keep_every_steps",
+    "base.log_every_steps", "base.keep_checkpoints", "base.keep_every_steps",
     "log.tensorboard", "log.wandb", "log.profile_steps",
 )  # fmt: skip
 PACKAGES = ("medcg-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # XLA on a CPU with one thread, for processes that share the cores of one machine; accelerators are not touched by it.
 ONE_THREAD = {"NPROC": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
-STOP_WAIT_S = 10.0
+# Time to save what is under way; schedulers give 30 s and more after a SIGTERM.
+STOP_WAIT_S = 60.0
 # Tables whose parts are other questions: the terminal shows them apart.
 PRINTED_BY_PART = ("multi_task", "efficiency")
 
@@ -52,6 +54,7 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
 
     Raises:
       ConfigError: the workdir holds a grid of another configuration, or the configuration cannot be used.
+      Interrupted: the process was told to stop; what was under way is saved, its claims are released.
     """
     workdir = Path(workdir)
     plan = make_plan(run)
@@ -62,7 +65,7 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
     waiting = [job for job in plan.jobs if job.id not in done]
     print(f"{len(plan.cells)} cells in {len(plan.jobs)} jobs, {len(waiting)} to do; workdir {workdir}", flush=True)
     bases, again = missing_bases(run, workdir, waiting), bool(results.goodput_parts(workdir))
-    with sigterm_as_interrupt(), Progress(workdir, plan, bases, on_change=tables.write):
+    with sigterm_saves(), Progress(workdir, plan, bases, on_change=tables.write):
         if waiting:
             work(run, workdir, plan, bool(bases), again)
     outcomes = results.all_outcomes(workdir, plan.jobs)
@@ -113,8 +116,9 @@ def watch(started: "Sequence[Process]") -> None:
 
     Raises:
       ConfigError: what a worker refused.
+      Interrupted: one was told to stop; the others have ended too.
     """
-    running = list(started)
+    running, told = list(started), []
     while running:
         time.sleep(0.2)
         for worker in [w for w in running if w.popen.poll() is not None]:
@@ -122,10 +126,14 @@ def watch(started: "Sequence[Process]") -> None:
             status = worker.popen.returncode
             if status == 2:
                 raise ConfigError(worker.last_line())
-            if status:
+            if status == os.EX_TEMPFAIL:
+                told.append(worker)
+            elif status:
                 died = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
                 line = f"worker {worker.index} {died}; {len(running)} go on; see {worker.log}"
                 print(line, file=sys.stderr, flush=True)
+    if told:
+        raise Interrupted(f"worker {told[0].index} was told to stop: {told[0].last_line()}")
 
 
 @dataclass(frozen=True)
@@ -174,23 +182,6 @@ def workers(workdir: Path, count: int, *arguments: str, one_thread: bool = True)
             except subprocess.TimeoutExpired:
                 worker.popen.kill()
                 worker.popen.wait()
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """Lets SIGTERM, by which schedulers stop a task, end the block as Ctrl-C does: workers ended, claims released."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def summary(workdir: Path, plan: Plan, outcomes: dict[str, dict]) -> dict:

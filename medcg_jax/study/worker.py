@@ -19,7 +19,7 @@ import numpy as np
 from medcg_jax.config_file import from_config_dict
 from medcg_jax.data.records import DataError
 from medcg_jax.host import keep_freed_memory
-from medcg_jax.run_config import ConfigError, RunConfig
+from medcg_jax.run_config import ConfigError, Interrupted, RunConfig, RunError
 from medcg_jax.study import claims, results
 from medcg_jax.study.bases import Bases
 from medcg_jax.study.cells import Trainer
@@ -27,6 +27,7 @@ from medcg_jax.study.progress import Reporter, base_name
 from medcg_jax.study.schedule import Job, Plan, make_plan
 from medcg_jax.train.log import enable_cache
 from medcg_jax.train.loop import NonFiniteLoss
+from medcg_jax.train.preempt import sigterm_saves
 
 POLL_S = 0.5
 NOTHING, BASE, JOB = range(3)
@@ -187,10 +188,17 @@ def main(argv: list[str]) -> int:
     end_with(parent)
     try:
         run = read_config(workdir)
-        Worker(run, workdir, make_plan(run), again="again" in argv[2:]).run(bases_only)
+        with sigterm_saves():
+            Worker(run, workdir, make_plan(run), again="again" in argv[2:]).run(bases_only)
     except (ConfigError, DataError) as error:
         print(error, flush=True)
         return 2
+    except RunError as error:
+        print(error, flush=True)
+        return 1
+    except Interrupted as error:
+        print(error, flush=True)
+        return os.EX_TEMPFAIL
     return 0
 
 

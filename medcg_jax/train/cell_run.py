@@ -12,6 +12,7 @@ import numpy as np
 from medcg_jax.run_config import RunError, flat
 from medcg_jax.train.checkpoint import CheckpointError, Checkpoints
 from medcg_jax.train.log import MetricsFile
+from medcg_jax.train.loss_check import LossCheck
 from medcg_jax.train.optim import Control
 from medcg_jax.train.step import TrainState
 from medcg_jax.train.wandb_log import WandbTarget
@@ -71,23 +72,34 @@ class Cell:
 
 @dataclass
 class CellResult:
-    """How a run ended: updates made, its last line of metrics, and what stopped it (None: it is complete)."""
+    """How a run ended: updates made, its last line of metrics, what stopped it (None: it is complete), and
+    a line for every damaged checkpoint that was set aside."""
 
     name: str
     step: int = 0
     metrics: dict = field(default_factory=dict)
     error: NonFiniteLoss | None = None
+    skipped_checkpoints: list[str] = field(default_factory=list)
 
 
 class CellRun:
-    """A run under way. `step` counts the updates handed to the device, `result.step` those whose loss was looked at."""
+    """A run under way. `step` counts the updates handed to the device, `result.step` those whose loss was looked at.
 
-    def __init__(self, cell: Cell, *, log_every_steps: int, checkpoint_every_steps: int, keep: int, say):
+    conditions: see `LossCheck`.
+    """
+
+    def __init__(
+        self, cell: Cell, *, log_every_steps: int, checkpoint_every_steps: int, keep: int, keep_every_steps: int,
+        conditions: dict, say: Callable[[str], None],
+    ):  # fmt: skip
         self.cell = cell
         self.result = CellResult(cell.name)
         self.step, self.total = 0, int(cell.control["total_steps"])
         self._log_every, self._save_every, self._say = log_every_steps, checkpoint_every_steps, say
-        self._store = Checkpoints(cell.checkpoints, keep=keep, say=say) if cell.checkpoints else None
+        self._store = self._loss_check = None
+        if cell.checkpoints:
+            self._store = Checkpoints(cell.checkpoints, keep=keep, keep_every_steps=keep_every_steps, say=say)
+            self._loss_check = LossCheck(cell.checkpoints, conditions, say)
         self._saved_step = -1
         self._losses: list[float] = []  # since the last line of metrics
         self._stream: Stream | None = None
@@ -122,6 +134,8 @@ class CellRun:
                 )
         self.step = self.result.step = self._saved_step = meta["position"]
         self.result.metrics, self._losses = meta["metrics"], meta["losses"]
+        self.result.skipped_checkpoints = self._store.skipped
+        self._loss_check.restored(self.step)
         self._say(f"{self.cell.name}: going on from step {self.step} of {self.total}")
         return state
 
@@ -148,6 +162,11 @@ class CellRun:
         return self.active and self.step % self._log_every == 0 or self._at_end
 
     @property
+    def compare_due(self) -> bool:
+        """The first step after a restore is made: no more should be before its loss is seen to be the right one."""
+        return self._loss_check is not None and self._loss_check.due and self.step > self.result.step
+
+    @property
     def save_due(self) -> bool:
         return self.active and bool(self._save_every) and self.step % self._save_every == 0 or self._at_end
 
@@ -163,6 +182,8 @@ class CellRun:
             last = self._store.latest() if self._store else None
             self.result.error = NonFiniteLoss(self.cell.name, step, loss, grad_norm, records, last)
             return
+        if self._loss_check is not None:
+            self._loss_check.look(self.cell.name, step, loss)
         self.result.step = step
         self._losses.append(float(loss))
         if step % self._log_every == 0 or step == self.total:
@@ -187,6 +208,12 @@ class CellRun:
         meta = {"position": self.result.step, "config": self.cell.config, **kept}
         self._store.save(self.result.step, state(), meta)
         self._saved_step = self.result.step
+        self._loss_check.saved(self._saved_step)
+
+    def wait(self) -> None:
+        """Returns when what was saved is written."""
+        if self._store is not None:
+            self._store.wait()
 
     def close(self) -> None:
         for thing in (self._stream, self._file, self._store):

@@ -1,74 +1,126 @@
-"""Checkpoints: a run's state with its position in the data (Orbax, asynchronous, the last few kept); parameters alone.
+"""Checkpoints: a run's state with its position in the data (Orbax, asynchronous, some kept); parameters alone.
 
-Every checkpoint carries a sum of each array's bits. It is computed on the devices, is the same for every mesh, and is
-compared when the checkpoint is read: a damaged checkpoint is set aside with a line that says so, and the one before
-it taken.
+A checkpoint is written in `STEP.part`: the arrays by Orbax, then `meta.json`, then the digests of all files
+(`checksums`), each process those of its share. Only then it is renamed to `STEP`, and only then older ones are removed.
+So whatever is called `STEP` was whole once, and a file of it that is missing, or differs in a bit, is damage: it is
+named, the checkpoint is set aside before anything of it is loaded, and the one before it taken. What a kill has left of
+a `STEP.part` is removed at the next start.
+
+A sum of each array's bits, the same on every mesh (`bit_sums`), is compared after the arrays are loaded.
 """
 
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from medcg_jax.models.build import num_params
+from medcg_jax.files import write_whole
 from medcg_jax.models.llava import LlavaConfig
-from medcg_jax.run_config import ConfigError
+from medcg_jax.run_config import ConfigError, RunError
+from medcg_jax.train import checksums, disk
+from medcg_jax.train.bit_sums import bit_sums, check_bit_sums
+from medcg_jax.train.processes import first_text, sync
 
 META_FILE = "meta.json"
+PART = ".part"
+# What a process waits for the digests of the others, which read as much as it does itself.
+SHARES_WAIT_S = 1800.0
+POLL_S = 0.02
 
 
 class CheckpointError(ConfigError):
     """No checkpoint of those that are there can be read; the message is one line for the user."""
 
 
-class Checkpoints:
-    """The checkpoints of one run (or of one cell of several) in `directory`.
+class SaveError(RunError):
+    """A checkpoint could not be written; the message is one line with the room it needs and the last good one."""
 
+
+class Checkpoints:
+    """The checkpoints of one run (or of one cell of several) in `directory`, which all processes see.
+
+    The newest `keep` are kept, and every one whose step is a multiple of `keep_every_steps` (0: none).
     say: takes the line about a checkpoint that is damaged.
+
+    Attributes:
+      skipped: a line for every checkpoint that was found damaged and set aside.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 2, say: Callable[[str], None] = print):
+    def __init__(
+        self, directory: Path, *, keep: int = 2, keep_every_steps: int = 0, say: Callable[[str], None] = print
+    ):
         self.directory = Path(directory).absolute()
-        self._say = say
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self.skipped: list[str] = []
+        self._keep, self._keep_every, self._say = keep, keep_every_steps, say
+        self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._writing: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._saving: tuple[int, int] | None = None  # step and bytes of what is being written
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for path in self.directory.glob(f"*{PART}"):
+                shutil.rmtree(path, ignore_errors=True)
+        sync(f"{self.directory} is clean")
 
     def save(self, step: int, state, meta: dict) -> None:
         """Writes `state` (a tree of arrays) and `meta` (JSON) for `step`; the files are written while the run goes on.
 
         A checkpoint appears whole or not at all. One of the same step is already there: nothing is written.
+
+        Raises:
+          SaveError: the one before could not be written (a full disk). The run ends over it: what it would do from now
+            on could not be kept, and the last good checkpoint is still there.
         """
-        if step in self._manager.all_steps():
+        self.wait()
+        if step in self.steps():
             return
         meta = {**meta, "step": step, "bit_sums": bit_sums(state)}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), meta=ocp.args.JsonSave(meta))
-        self._manager.save(step, args=args)
+        plain = _plain(state)
+        self._saving = step, disk.num_bytes(plain)
+        part = self.directory / f"{step}{PART}"
+        try:
+            if jax.process_index() == 0:
+                part.mkdir()
+                write_whole(part / META_FILE, json.dumps(meta, indent=1) + "\n")
+            self._orbax.save(part / "state", args=ocp.args.StandardSave(plain))
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a disk
+            raise self._save_error(error) from error
+        # A daemon: a process that is told to end at once does not wait for a disk.
+        self._writing = threading.Thread(target=self._finish, args=(step, part), name="checkpoint", daemon=True)
+        self._writing.start()
 
     def restore(self, abstract_state) -> tuple[object, dict] | None:
         """(state, meta) of the newest checkpoint that is whole; None where there is none at all.
 
-        abstract_state: `jax.ShapeDtypeStruct`s with the shardings wanted, of any mesh.
+        abstract_state: `jax.ShapeDtypeStruct`s with the shardings wanted, of any mesh and any number of processes.
 
         Raises:
           CheckpointError: there are checkpoints, and none can be read.
         """
         self.wait()
         failed = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                state, meta = self._read(step, abstract_state)
-            except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-                failed.append((step, _one_line(error)))
+        for step in reversed(json.loads(first_text(json.dumps(self.steps()) if jax.process_index() == 0 else None))):
+            path = self.directory / str(step)
+            why = first_text(checksums.first_fault(path, jax.process_index(), jax.process_count()))
+            if why is None:
+                try:
+                    state, meta = self._read(path, step, abstract_state)
+                except Exception as error:  # the same on all processes: they have read the same bytes
+                    why = _one_line(error)
+            if why is not None:
+                failed.append((step, why))
                 continue
             for bad, why in failed:
                 aside = self._set_aside(bad)
-                self._say(f"checkpoint {bad} is damaged and lies in {aside}; going on from {step} ({why})")
+                self.skipped.append(f"checkpoint {bad} is damaged and lies in {aside}; going on from {step} ({why})")
+                self._say(self.skipped[-1])
             return state, meta
         if not failed:
             return None
@@ -78,28 +130,76 @@ class Checkpoints:
             "delete the directory to start over"
         )
 
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are there, rising; one that is being written is not."""
+        return sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit() and path.is_dir())
+
     def latest(self) -> Path | None:
         """The newest checkpoint, its files written."""
         self.wait()
-        step = self._manager.latest_step()
-        return None if step is None else self.directory / str(step)
+        steps = self.steps()
+        return self.directory / str(steps[-1]) if steps else None
 
     def wait(self) -> None:
-        """Returns when everything is written."""
-        self._manager.wait_until_finished()
+        """Returns when everything is written; raises SaveError where that could not be done."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise self._save_error(error) from error
 
     def close(self) -> None:
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
 
-    def _read(self, step: int, abstract_state):
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(_plain(abstract_state)), meta=ocp.args.JsonRestore()
-        )  # fmt: skip
-        found = self._manager.restore(step, args=args)
-        state = jax.tree.unflatten(jax.tree.structure(abstract_state), jax.tree.leaves(found["state"]))
-        check_bit_sums(state, found["meta"]["bit_sums"])
-        return state, found["meta"]
+    def _finish(self, step: int, part: Path) -> None:
+        """On a thread of its own: digests, the new name, and the end of older checkpoints."""
+        try:
+            self._orbax.wait_until_finished()
+            count, whole = jax.process_count(), self.directory / str(step)
+            checksums.write_share(part, jax.process_index(), count)
+            if jax.process_index() == 0:
+                _wait_for(lambda: checksums.shares_are_there(part, count), f"digests of {count} processes in {part}")
+                _to_disk(part)
+                os.replace(part, whole)
+                _to_disk(self.directory)
+                self._remove_old()
+            else:
+                _wait_for(whole.is_dir, f"{whole}, from the first process")
+        except Exception as error:  # told by `wait`, on the main thread
+            self._error = error
+
+    def _remove_old(self) -> None:
+        for step in self.steps()[: -self._keep]:
+            if not (self._keep_every and step % self._keep_every == 0):
+                # Renamed first: what a kill leaves of it is no checkpoint.
+                gone = self.directory / f"{step}-old{PART}"
+                os.replace(self.directory / str(step), gone)
+                shutil.rmtree(gone)
+
+    def _save_error(self, error: Exception) -> SaveError:
+        step, needed = self._saving
+        if jax.process_index() == 0:
+            shutil.rmtree(self.directory / f"{step}{PART}", ignore_errors=True)
+        good = self.steps()
+        last = f"the last good one is of step {good[-1]}" if good else "there is no other"
+        free = disk.free_bytes(self.directory)
+        return SaveError(
+            f"{self.directory}: the checkpoint of step {step} could not be written; it needs "
+            f"{disk.amount(needed)} and {disk.amount(free)} are free; {last} ({_one_line(error)})"
+        )
+
+    def _read(self, path: Path, step: int, abstract_state):
+        meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
+        if meta["step"] != step:
+            raise ValueError(f"it is the checkpoint of step {meta['step']}")
+        found = self._orbax.restore(path / "state", args=ocp.args.StandardRestore(_plain(abstract_state)))
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), jax.tree.leaves(found))
+        check_bit_sums(state, meta["bit_sums"])
+        return state, meta
 
     def _set_aside(self, step: int) -> Path:
         """Moves a damaged checkpoint out of the way: its step will be saved again, and no file is deleted."""
@@ -107,8 +207,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(self.directory / str(step), aside)
-        _sync(f"{aside} is set aside")
-        self._manager.reload()
+        sync(f"{aside} is set aside")
         return aside
 
 
@@ -125,14 +224,18 @@ def save_params(directory: Path, params, config: LlavaConfig, meta: dict | None 
     if jax.process_index() == 0:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-    _sync(f"{part} is empty")
+    sync(f"{part} is empty")
     convert.save_params(part, params, config)
     sums = bit_sums(params)
     if jax.process_index() == 0:
         (part / META_FILE).write_text(json.dumps({**(meta or {}), "bit_sums": sums}, indent=1) + "\n")
+    sync(f"{part} has its files")
+    checksums.write_share(part, jax.process_index(), jax.process_count())
+    sync(f"{part} has its digests")
+    if jax.process_index() == 0:
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(part, directory)
-    _sync(f"{directory} is written")
+    sync(f"{directory} is written")
 
 
 def load_params(directory: Path, config: LlavaConfig, mesh: Mesh):
@@ -147,6 +250,9 @@ def load_params(directory: Path, config: LlavaConfig, mesh: Mesh):
     meta = read_meta(directory)
     if meta is None:
         raise CheckpointError(f"{directory}: {META_FILE} is missing or no JSON; delete the directory to make it anew")
+    why = first_text(checksums.first_fault(Path(directory), jax.process_index(), jax.process_count()))
+    if why is not None:
+        raise CheckpointError(f"{directory}: parameters are damaged ({why}); delete the directory to make it anew")
     try:
         graphdef, params = convert.load_checkpoint(Path(directory), config, mesh)
         check_bit_sums(params, meta["bit_sums"])
@@ -167,30 +273,6 @@ def read_meta(directory: Path) -> dict | None:
         return None
 
 
-def bit_sums(tree) -> list[int]:
-    """For every array the sum of its elements' bits modulo 2**32: equal on every mesh, other after any flipped bit."""
-    return [int(x) for x in jax.device_get(_bit_sums(jax.tree.leaves(tree)))]
-
-
-def check_bit_sums(tree, expected: list[int]) -> None:
-    """Raises ValueError where `tree` does not have the sums that were stored with it."""
-    found = bit_sums(tree)
-    if len(found) != len(expected):
-        raise ValueError(f"{len(found)} arrays, {len(expected)} expected")
-    wrong = [i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]]
-    if wrong:
-        raise ValueError(f"{len(wrong)} of {len(found)} arrays ({num_params(tree):,} numbers) are not as they were saved")
-
-
-@jax.jit
-def _bit_sums(leaves):
-    def one(x):
-        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-        return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).sum(dtype=jnp.uint32)
-
-    return [one(x) for x in leaves]
-
-
 def _plain(tree) -> dict:
     """The tree's leaves by their path: what is on disk does not hang on classes of optax or flax."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -203,8 +285,19 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:160]}"
 
 
-def _sync(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+def _wait_for(there: Callable[[], bool], what: str) -> None:
+    """Looks until it is there: other processes show what they have done by their files."""
+    deadline = time.monotonic() + SHARES_WAIT_S
+    while not there():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not seen in {SHARES_WAIT_S:.0f} s: {what}")
+        time.sleep(POLL_S)
 
-        multihost_utils.sync_global_devices(name)
+
+def _to_disk(directory: Path) -> None:
+    """Hands the names in a directory to the disk, so that a machine that fails keeps them."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -4,14 +4,18 @@ The host runs ahead of the device: losses stay there and are fetched together ev
 looked at then, and before anything is saved, so no checkpoint ever holds numbers that followed a non-finite loss.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import jax
 import numpy as np
 
 from medcg_jax.mesh import put_batch
+from medcg_jax.run_config import Interrupted
+from medcg_jax.train import preempt
 from medcg_jax.train.cell_run import Cell, CellResult, CellRun, NonFiniteLoss
 from medcg_jax.train.cells import take_cell
 from medcg_jax.train.goodput import Goodput
@@ -41,7 +45,10 @@ def fit(
     Raises:
       NonFiniteLoss: in the only cell, or in all of them. A cell that fails beside others ends there, with the error in
         its result, and leaves the others as they are.
+      Interrupted: the process was told to stop (`preempt`); what can be saved is.
       CheckpointError: there are checkpoints, and none can be read.
+      SaveError: a checkpoint could not be written.
+      LossDiffers: the first loss after a restore is not the one that was logged.
       ValueError: more cells than the program holds, or none.
     """
     if not 1 <= len(cells) <= program.num_cells:
@@ -49,12 +56,14 @@ def fit(
     loop = _Loop(program, params, frozen, Options(**options), label or cells[0].name)
     try:
         state = loop.start(cells)
-        while loop.active:
-            state = loop.one_step(state)
-            if loop.look(state):
-                errors = [run.result.error for run in loop.runs]
-                if all(errors):
-                    raise errors[0]
+        with preempt.at_steps():
+            while loop.active:
+                state = loop.one_step(state)
+                if loop.look(state):
+                    errors = [run.result.error for run in loop.runs]
+                    if all(errors):
+                        raise errors[0]
+                loop.stop_if_told(state)
         return state, [run.result for run in loop.runs]
     finally:
         loop.close()
@@ -78,14 +87,17 @@ def fit_queue(
     options: see `Options`.
 
     Raises:
-      CheckpointError: there are checkpoints, and none can be read.
+      Interrupted, CheckpointError, SaveError, LossDiffers: as `fit`.
     """
     loop = _Loop(program, params, frozen, Options(**options))
     try:
         state = loop.turn_over(None, waiting, ended)
         while loop.active:
-            state = loop.one_step(state)
-            if loop.look(state):
+            with preempt.at_steps():
+                state = loop.one_step(state)
+                seen = loop.look(state)
+                loop.stop_if_told(state)
+            if seen:
                 state = loop.turn_over(state, waiting, ended)
     finally:
         loop.close()
@@ -108,6 +120,7 @@ class Options:
     log_every_steps: int = 10
     checkpoint_every_steps: int = 0
     keep_checkpoints: int = 2
+    keep_every_steps: int = 0
     peak_flops: float | None = None
     progress: Callable[[dict[str, int], str], None] | None = None
     goodput: Goodput = field(default_factory=Goodput)
@@ -183,7 +196,8 @@ class _Loop:
         o = self.options
         run = CellRun(
             cell, log_every_steps=o.log_every_steps, checkpoint_every_steps=o.checkpoint_every_steps,
-            keep=o.keep_checkpoints, say=self._say,
+            keep=o.keep_checkpoints, keep_every_steps=o.keep_every_steps, conditions=self._conditions(place),
+            say=self._say,
         )  # fmt: skip
         self.slots[place] = run
         with o.goodput.within("restart"):
@@ -223,18 +237,39 @@ class _Loop:
     def look(self, state: TrainState) -> bool:
         """Checks and saves where a run is due to; whether it did."""
         save = any(run.save_due for run in self.runs)
-        if not save and not any(run.log_due for run in self.runs):
+        if not save and not any(run.log_due or run.compare_due for run in self.runs):
             return False
         self._check()
         if save:
-            with self.options.goodput.within("checkpoint"):
-                self._save(state)
+            self._save(state)
         return True
 
+    def stop_if_told(self, state: TrainState) -> None:
+        """Saves every run and raises Interrupted where the process is told to stop."""
+        if not preempt.told_to_stop():
+            return
+        if self._pending:
+            self._check()
+        self._save(state)
+        with self.options.goodput.within("checkpoint"):
+            for run in self.runs:
+                run.wait()
+        where = ", ".join(f"{run.cell.name} at step {run.result.step} of {run.total}" for run in self.runs)
+        raise Interrupted(f"told to stop: {where}")
+
     def _save(self, state: TrainState) -> None:
-        for place, run in enumerate(self.slots):
-            if run:
-                run.save(lambda i=place: take_cell(state, i, self.program.num_cells) if self._many else state)
+        with self.options.goodput.within("checkpoint"):
+            for place, run in enumerate(self.slots):
+                if run:
+                    run.save(lambda i=place: take_cell(state, i, self.program.num_cells) if self._many else state)
+
+    def _conditions(self, place: int) -> dict:
+        """What the last digits of a loss may hang on."""
+        return {
+            "mesh": dict(self.program.mesh.shape), "slots": self.program.num_cells, "slot": place,
+            "processes": jax.process_count(), "device": jax.devices()[0].device_kind, "jax": jax.__version__,
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        }  # fmt: skip
 
     def _check(self) -> None:
         """Fetches what is pending, looks at every loss, writes a line of metrics where one is due."""
@@ -270,12 +305,11 @@ class _Loop:
             self._put_control()
 
     def close(self) -> None:
-        with self.options.goodput.within("checkpoint"):  # the last may still be being written
-            for run in self.runs:
-                run.close()
-        for thing in (self._bar, self.options.trace):
-            if thing is not None:
-                thing.close()
+        # The last checkpoint may still be being written; one that fails leaves nothing else open.
+        with self.options.goodput.within("checkpoint"), ExitStack() as all_of_them:
+            for thing in (self.options.trace, self._bar, *self.runs):
+                if thing is not None:
+                    all_of_them.callback(thing.close)
 
     def _stacked(self, batches) -> dict[str, np.ndarray]:
         # Slots without a cell are never active: any batch will do.

@@ -8,22 +8,26 @@ import jax
 
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import concat
-from medcg_jax.models.build import join, shardings, split_trainable
+from medcg_jax.models.build import abstract, join, shardings, split_trainable
 from medcg_jax.run_checks import profile_steps
-from medcg_jax.run_config import ConfigError, RunConfig
-from medcg_jax.train import goodput
+from medcg_jax.run_config import ConfigError, RunConfig, TrainConfig
+from medcg_jax.train import disk, goodput
 from medcg_jax.train.checkpoint import save_params
 from medcg_jax.train.loop import Cell, fit
 from medcg_jax.train.optim import control_from, make_optimizer
+from medcg_jax.train.preempt import sigterm_saves
 from medcg_jax.train.profile import StepTrace
-from medcg_jax.train.setup import open_setup, start_params
-from medcg_jax.train.step import make_step
+from medcg_jax.train.setup import Setup, open_setup, start_params
+from medcg_jax.train.step import init_state, make_step
 from medcg_jax.train.utilisation import peak_flops, step_flops
 from medcg_jax.train.wandb_log import WandbTarget, load_wandb
 
 # Sections and fields that make a run what it is: with others it is not gone on with. The mesh is none of them.
 SECTIONS = ("model", "data", "train")
-FREE_FIELDS = ("attention", "remat", "scan_unroll", "log_every_steps", "checkpoint_every_steps")
+FREE_FIELDS = (
+    "attention", "remat", "scan_unroll", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints",
+    "keep_every_steps",
+)  # fmt: skip
 
 
 def identity(run: RunConfig) -> dict:
@@ -40,11 +44,13 @@ def train(run: RunConfig, workdir: Path) -> dict:
     time of all its starts was spent, and the result has the same as "goodput".
 
     Raises:
-      ConfigError, DataError: as `open_setup`; or there is nothing to train on.
+      ConfigError, DataError: as `open_setup`; there is nothing to train on; or no room for what is left in `workdir`.
       NonFiniteLoss: the run diverged.
+      Interrupted, CheckpointError, SaveError, LossDiffers: as `fit`.
     """
     path = workdir / goodput.FILE
-    with goodput.Goodput(path if jax.process_index() == 0 else None, earlier=goodput.read_starts(path)) as clock:
+    clock = goodput.Goodput(path if jax.process_index() == 0 else None, earlier=goodput.read_starts(path))
+    with sigterm_saves(), clock:
         result = _train(run, workdir, clock)
         spent = clock.summary()
     print(goodput.line(spent))
@@ -55,6 +61,7 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
     if run.log.wandb:
         load_wandb()
     setup = open_setup(run)
+    check_disk(setup, workdir)
     names = run.data.subsets or tuple(subset.name for subset in setup.source.subsets)
     sets = [setup.source.records(name, "train") for name in names]
     if setup.general:
@@ -96,14 +103,14 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
             encoded, setup.model, trainable=run.model.trainable, batch_size=run.train.batch_size
         ),
     )
-    intervals = {name: getattr(run.train, name) for name in ("log_every_steps", "checkpoint_every_steps")}
     state, [result] = fit(
         program, trainable, frozen, [cell], label=run.name, peak_flops=peak_flops(setup.mesh), goodput=clock,
-        trace=trace, **intervals,
+        trace=trace, **loop_options(run.train),
     )  # fmt: skip
     save_params(workdir / "params", join(state.params, frozen), setup.model, {"config": cell.config, **result.metrics})
     print(f"{result.step} steps on {len(encoded)} records of {len(names)} subsets; parameters in {workdir / 'params'}")
-    return {"workdir": str(workdir), "steps": result.step, "records": len(encoded), **result.metrics}
+    return {"workdir": str(workdir), "steps": result.step, "records": len(encoded), **result.metrics,
+            "skipped_checkpoints": result.skipped_checkpoints}  # fmt: skip
 
 
 def _trace(run: RunConfig, workdir: Path, num_steps: int) -> StepTrace | None:
@@ -112,3 +119,22 @@ def _trace(run: RunConfig, workdir: Path, num_steps: int) -> StepTrace | None:
         return None
     first, last = profile_steps(run.log.profile_steps, num_steps)
     return StepTrace(workdir / "profile", first, last) if jax.process_index() == 0 else None
+
+
+def loop_options(train: TrainConfig) -> dict[str, int]:
+    """What of a training's configuration the loop takes (`loop.Options`)."""
+    names = ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "keep_every_steps")
+    return {name: getattr(train, name) for name in names}
+
+
+def check_disk(setup: Setup, workdir: Path) -> None:
+    """Raises ConfigError where `workdir` cannot be written, or has no room for checkpoints and the final parameters."""
+    run = setup.run
+    _, params = abstract(setup.model)
+    trainable, _ = split_trainable(params, run.model.trainable)
+    state = jax.eval_shape(lambda tree: init_state(tree, optimizer=make_optimizer(run.train)), trainable)
+    count = run.train.keep_checkpoints + 1
+    needed = disk.num_bytes(state) * count + disk.num_bytes(params)
+    what = f"{count} checkpoints of {disk.amount(disk.num_bytes(state))} and the parameters, by train.keep_checkpoints"
+    if jax.process_index() == 0:
+        disk.check_room(workdir, needed, what)

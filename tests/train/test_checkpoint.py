@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,7 +13,9 @@ from train_toys import CONFIG, TRAIN, run, same_bits, setup
 from medcg_jax.mesh import make_mesh
 from medcg_jax.models import build
 from medcg_jax.run_config import MeshConfig
-from medcg_jax.train.checkpoint import CheckpointError, Checkpoints, bit_sums, load_params, read_meta, save_params
+from medcg_jax.train import checksums
+from medcg_jax.train.bit_sums import bit_sums
+from medcg_jax.train.checkpoint import CheckpointError, Checkpoints, load_params, read_meta, save_params
 from medcg_jax.train.optim import control_from
 from medcg_jax.train.step import with_shardings
 
@@ -129,7 +132,7 @@ def test_parameters_with_their_meta(tmp_path):
     assert jax.tree.map(lambda x: x.sharding, found) == build.shardings(CONFIG, make_mesh(EIGHT))
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
     damage_all(flip_a_bit, path)
-    with pytest.raises(CheckpointError, match="base: parameters cannot be read"):
+    with pytest.raises(CheckpointError, match="base: parameters are damaged"):
         load_params(path, CONFIG, mesh)
     (path / "meta.json").write_text(json.dumps({})[:-1])
     with pytest.raises(CheckpointError, match="meta.json is missing"):
@@ -148,3 +151,56 @@ def test_a_state_after_some_steps_comes_back_whole(one, tmp_path):
     assert jax.tree.structure(found) == jax.tree.structure(state) and same_bits(found, state)
 
 
+def test_good_ones_are_kept_by_their_steps(one, tmp_path):
+    program, state = one
+    checkpoints = Checkpoints(tmp_path, keep=1, keep_every_steps=4)
+    for step in (2, 4, 6, 7, 8, 9):
+        checkpoints.save(step, state, {"position": step})
+    checkpoints.close()
+    assert checkpoints.steps() == [4, 8, 9]
+
+
+def test_what_a_kill_has_left_is_no_checkpoint_and_is_removed(one, tmp_path):
+    program, state = one
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, {"position": 1})
+    checkpoints.close()
+    # Files of Orbax without digests, and an older checkpoint that was about to be removed.
+    shutil.copytree(tmp_path / "1", tmp_path / "2.part")
+    shutil.copytree(tmp_path / "1", tmp_path / "0-old.part")
+    said = []
+    checkpoints = Checkpoints(tmp_path, say=said.append)
+    assert [p.name for p in tmp_path.iterdir()] == ["1"]
+    assert checkpoints.restore(abstract(program))[1]["position"] == 1 and not said and not checkpoints.skipped
+    checkpoints.close()
+
+
+def test_nothing_appears_before_it_is_summed_and_nothing_goes_before_that(one, tmp_path, monkeypatch):
+    program, state = one
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, state, {"position": 1})
+    checkpoints.wait()
+    seen = []
+    write_share = checksums.write_share
+
+    def look(directory, index, count):
+        seen.append((checkpoints.steps(), directory.name, (directory / "state" / "manifest.ocdbt").is_file()))
+        write_share(directory, index, count)
+
+    monkeypatch.setattr(checksums, "write_share", look)
+    checkpoints.save(2, state, {"position": 2})
+    checkpoints.close()
+    assert seen == [([1], "2.part", True)] and checkpoints.steps() == [2]
+
+
+def test_a_checkpoint_under_another_name_is_not_loaded(one, tmp_path):
+    program, state = one
+    checkpoints = Checkpoints(tmp_path / "c", say=lambda line: None)
+    for step in (1, 2):
+        checkpoints.save(step, state, {"position": step})
+    checkpoints.wait()
+    shutil.rmtree(tmp_path / "c" / "2")
+    shutil.copytree(tmp_path / "c" / "1", tmp_path / "c" / "2")
+    assert checkpoints.restore(abstract(program))[1]["position"] == 1
+    assert "it is the checkpoint of step 1" in checkpoints.skipped[0]
+    checkpoints.close()

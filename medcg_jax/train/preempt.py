@@ -1,0 +1,97 @@
+"""SIGTERM, by which schedulers take a machine back: what runs is saved at a step that all processes agree on.
+
+Signals belong to a process, and so does the state of this module. Between steps (`at_steps`) a SIGTERM is only noted,
+and the loop, which asks `told_to_stop` after each step, saves and raises `Interrupted`; anywhere else `Interrupted` is
+raised at once. With several processes jax's own handler notes the signal, and `reached_preemption_sync_point` gives the
+same answer at the same step to all of them, whichever got it.
+"""
+
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+
+from medcg_jax.run_config import Interrupted
+
+# One order to stop often comes twice: from the scheduler to every process, and from a parent that hands it on.
+SAME_SIGNAL_S = 2.0
+
+_told_at: float | None = None
+_at_steps = False
+# Of all steps that this process ever makes: the processes of a job agree on one of these numbers.
+_steps = itertools.count(1)
+
+
+@contextmanager
+def sigterm_saves() -> Iterator[None]:
+    """Within it SIGTERM saves what runs and ends in `Interrupted`; a second one, or Ctrl-C then, ends at once."""
+    if threading.current_thread() is not threading.main_thread() or jax.distributed.is_initialized():
+        yield  # jax has a handler of its own there
+        return
+    global _told_at
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _told_at = None
+
+
+@contextmanager
+def at_steps() -> Iterator[None]:
+    """Within it a SIGTERM waits for `told_to_stop`.
+
+    Raises:
+      Interrupted: there was one before.
+    """
+    global _at_steps
+    if _told_at is not None:
+        raise Interrupted("told to stop")
+    _at_steps = True
+    try:
+        yield
+    finally:
+        _at_steps = False
+
+
+def told_to_stop() -> bool:
+    """Whether to save and stop now; to be asked after every step, with the same answer on all processes of a job."""
+    step = next(_steps)
+    if jax.process_count() == 1:
+        return _told_at is not None
+    from jax.experimental import multihost_utils
+
+    stop = multihost_utils.reached_preemption_sync_point(step)
+    if stop:
+        _next_ends_at_once()
+    return stop
+
+
+def _on_sigterm(*_) -> None:
+    global _told_at
+    if _told_at is not None:
+        if time.monotonic() - _told_at > SAME_SIGNAL_S:
+            _end_at_once(signal.SIGTERM)
+        return
+    _told_at = time.monotonic()
+    signal.signal(signal.SIGINT, _end_at_once)
+    if not _at_steps:
+        raise Interrupted("told to stop")
+
+
+def _next_ends_at_once() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _end_at_once(number: int, *_) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

@@ -1,0 +1,49 @@
+"""A grid that gets SIGTERM: what is under way is saved, its claims are given back, status 75; then it goes on from there."""
+
+import signal
+import time
+from pathlib import Path
+
+import kill_grid
+import pytest
+
+from medcg_jax.study import claims
+
+SMALL = {
+    "study.targets": "('ct-liver-stage',)", "study.tables": "('pairs',)", "eval.controls": "()",
+    "study.arms": "('trained',)", "study.seeds": "(0,)", "eval.generate": "False", "base.steps": "4",
+    "train.steps": "60", "train.checkpoint_every_steps": "1000",
+}  # fmt: skip
+TIMEOUT_S = 240.0
+
+
+def wait_for(there, process) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not there():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_saved_given_back_and_gone_on_with(tmp_path, jobs):
+    workdir, log = tmp_path / "grid", tmp_path / "log"
+    more = SMALL | {"study.jobs": jobs, "study.base_dir": str(tmp_path / "bases")}
+    process = kill_grid.start(workdir, log, **more)
+    try:
+        # A cell is being trained when its losses come in.
+        wait_for(lambda: any(p.stat().st_size for p in workdir.glob("metrics/*.jsonl") if "base" not in p.name), process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT_S) == 75, log.read_text()[-2000:]
+        assert log.read_text().splitlines()[-1].startswith("medcg: ") and "told to stop" in log.read_text()
+        folder = workdir / "state" / "claims"
+        held = {name: claims._last(folder, name)[1]["pid"] for name in claims.num_holders(folder)}
+        assert held and not any(held.values()), held  # 0: given back, where a process that died leaves its number
+        saved = [p for p in (workdir / "state" / "checkpoints").glob("*/*") if p.name.isdigit()]
+        assert saved  # by the signal alone: the next one was due after a thousand steps
+        process = kill_grid.start(workdir, log, **more)
+        assert process.wait(TIMEOUT_S) == 0, log.read_text()[-2000:]
+        text = log.read_text() + "".join(p.read_text() for p in Path(workdir).glob("logs/*"))
+        assert "going on from step" in text
+    finally:
+        process.kill()
+        process.wait()
