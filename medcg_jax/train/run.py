@@ -61,7 +61,6 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
     if run.log.wandb:
         load_wandb()
     setup = open_setup(run)
-    check_disk(setup, workdir)
     names = run.data.subsets or tuple(subset.name for subset in setup.source.subsets)
     sets = [setup.source.records(name, "train") for name in names]
     if setup.general:
@@ -71,6 +70,7 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
         raise ConfigError(f"data.subsets={','.join(names)}: these have no training records")
     control = control_from(run.train, len(encoded))
     trace = _trace(run, workdir, int(control["total_steps"]))
+    check_disk(setup, workdir)
     graphdef, params = start_params(setup, seed=run.train.seed)
     trainable, frozen = split_trainable(params, run.model.trainable)
     program = make_step(
