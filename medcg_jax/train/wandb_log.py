@@ -26,14 +26,14 @@ def load_wandb():
     """The package.
 
     Raises:
-      ConfigError: it is not installed.
+      ConfigError: it is not installed, or lacks a package of its own.
     """
     try:
         return importlib.import_module("wandb")
     except ImportError as error:
         raise ConfigError(
-            "log.wandb is set and the package wandb is not installed: pip install 'medcg-jax[wandb]', or log.wandb='' "
-            "is accepted"
+            f"log.wandb is set and the package wandb cannot be imported ({error}): pip install 'medcg-jax[wandb]', or "
+            "log.wandb='' is accepted"
         ) from error
 
 
@@ -41,14 +41,14 @@ class WandbLog:
     """One run there. WANDB_MODE=offline, which is wandb's own, keeps everything below the workdir for `wandb sync`."""
 
     def __init__(self, target: WandbTarget):
-        self._path = target.workdir / FILE
+        wandb, self._path = load_wandb(), target.workdir / FILE
         try:
             known = json.loads(self._path.read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
             known = {"id": secrets.token_hex(4), "step": 0}
         self._id, self._step = known["id"], known["step"]
         self._keep()
-        self._run = load_wandb().init(
+        self._run = wandb.init(
             project=target.project, name=target.name, id=self._id, resume="allow", dir=str(target.workdir),
             config=target.config,
         )  # fmt: skip

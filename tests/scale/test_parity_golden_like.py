@@ -66,7 +66,7 @@ def test_no_array_is_left_out(minigpt, tmp_path, lost, added):
 
 
 def test_next_chat_of_other_sizes(tmp_path, monkeypatch):
-    """And with two layers exchanged, which is seen where they first tell."""
+    """All that is recorded of NExT-Chat, by more than 300 comparisons."""
     folder = golden_like.next_chat_folder(tmp_path / "next", monkeypatch)
     result = parity(folder)
     assert [row["stage"] for row in result["rows"] if not row["ok"]] == []
