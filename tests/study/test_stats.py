@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
-from statsmodels.stats.multitest import multipletests
 
 from medcg_jax.study import paired, stats
 from medcg_jax.study.power import detectable
@@ -51,10 +50,6 @@ def test_holm():
     """The example of the article "Holm-Bonferroni method" in Wikipedia, where .01 and .005 are rejected at .05."""
     assert paired.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert paired.holm([]) == []
-    rng = np.random.default_rng(0)
-    for size in (1, 2, 30):
-        p_values = rng.choice([0.001, 0.02, 0.3, 1.0, 0.02 + 1e-9], size) * rng.uniform(0.5, 1.0)
-        assert paired.holm(p_values) == multipletests(p_values, method="holm")[1].tolist()  # to the last bit
     bonferroni = [4 * p for p in (0.01, 0.04, 0.03, 0.005)]
     assert paired.holm([0.01, 0.04, 0.03, 0.005]) != pytest.approx(bonferroni)
 
