@@ -14,7 +14,7 @@ from medcg_jax.study import claims
 SMALL = CONFIG | {
     "study.targets": "('ct-liver-stage',)", "study.tables": "('pairs',)", "eval.controls": "()",
     "study.arms": "('trained',)", "study.seeds": "(0,)", "eval.generate": "False", "base.steps": "4",
-    "train.steps": "60", "train.checkpoint_every_steps": "1000",
+    "train.steps": "20", "train.checkpoint_every_steps": "1000",
 }  # fmt: skip
 TIMEOUT_S = 240.0
 
