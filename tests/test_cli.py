@@ -25,10 +25,10 @@ def test_train_saves_goes_on_and_is_tested(tmp_path, capfd):
     assert main(["train", *TINY, "--config.train.epochs=1", workdir, f"--json={found}"]) == 0
     first = json.loads(found.read_text())
     assert first["steps"] == 4 and first["records"] == 32
-    params = {p.name: p.read_bytes() for p in (tmp_path / "run" / "params").glob("*.json")}
+    params = {p.name: p.read_bytes() for p in (tmp_path / "run" / "params").glob("m*.json")}
     assert main(["train", *TINY, "--config.train.epochs=1", "--config.train.log_every_steps=1", workdir]) == 0
     assert "going on from step 4 of 4" in capfd.readouterr().out
-    assert {p.name: p.read_bytes() for p in (tmp_path / "run" / "params").glob("*.json")} == params
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run" / "params").glob("m*.json")} == params
 
     assert main(["eval", *TINY, workdir, f"--json={found}"]) == 0
     subsets = json.loads(found.read_text())["subsets"]

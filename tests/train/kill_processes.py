@@ -144,7 +144,8 @@ def kill_once(workdir: Path, cache: Path, which: signal.Signals, rng: random.Ran
             assert set(statuses) == {0}, (statuses, job.tail())
             used["ended before"] += 1
             return "ended before it was interrupted"
-        in_save = saving(workdir)
+        # During the start what lies there is of the kill before.
+        in_save = when == "the first step" and saving(workdir)
         whom = job.send(which, rng)
         used["kills"] += 1
         used["during a save"] += in_save
