@@ -12,7 +12,6 @@ import platform
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +19,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from medcg_jax import distributed
 from medcg_jax.data.general import open_general
 from medcg_jax.data.sources import open_source
 from medcg_jax.files import write_whole
+from medcg_jax.host import sigterm_as_interrupt
 from medcg_jax.run_config import BOX_TABLES, ConfigError, RunConfig, flat
 from medcg_jax.study import claims, contamination, results
 from medcg_jax.study.progress import Progress
@@ -35,6 +36,8 @@ PACKAGES = ("medcg-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 # XLA on a CPU with one thread, for processes that share the cores of one machine; accelerators are not touched by it.
 ONE_THREAD = {"NPROC": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
 STOP_WAIT_S = 10.0
+# What the first of several processes tells the others: whether there is work, and in the end the result.
+BEGUN, REPORTED = "the grid's work", "the grid's result"
 # Tables whose parts are other questions: the terminal shows them apart.
 PRINTED_BY_PART = ("multi_task", "efficiency")
 
@@ -51,11 +54,18 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
     workdir = Path(workdir)
     plan = make_plan(run)
     check_start(run)
+    if distributed.count() > 1 and run.study.jobs > 1:
+        raise ConfigError(
+            f"study.jobs={run.study.jobs}: 1 is accepted where {distributed.count()} processes share one run"
+        )
+    if not distributed.is_first():
+        return follow(run, workdir, plan)
     write_config(run, workdir, plan)
     tables = results.Tables(workdir, plan.cells, plan.jobs)
     done = results.done_jobs(workdir)
     waiting = [job for job in plan.jobs if job.id not in done]
     print(f"{len(plan.cells)} cells in {len(plan.jobs)} jobs, {len(waiting)} to do; workdir {workdir}", flush=True)
+    distributed.broadcast(BEGUN, lambda: bool(waiting))
     bases = missing_bases(run, workdir, waiting)
     with sigterm_as_interrupt(), Progress(workdir, plan, bases, on_change=tables.write):
         if waiting:
@@ -63,7 +73,19 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
     outcomes = results.all_outcomes(workdir, plan.jobs)
     tables.write(outcomes)
     contamination.join(workdir, plan)
-    return summary(workdir, plan, outcomes)
+    return distributed.broadcast(REPORTED, lambda: summary(workdir, plan, outcomes))
+
+
+
+
+def follow(run: RunConfig, workdir: Path, plan: Plan) -> dict:
+    """`reproduce` on the other processes of one run: they do their part of the work, and the first writes."""
+    with sigterm_as_interrupt():
+        if distributed.broadcast(BEGUN):
+            from medcg_jax.study.worker import Worker
+
+            Worker(run, workdir, plan).run()
+        return distributed.broadcast(REPORTED)
 
 
 def check_start(run: RunConfig) -> None:
@@ -165,23 +187,6 @@ def workers(workdir: Path, count: int, *arguments: str, one_thread: bool = True)
             except subprocess.TimeoutExpired:
                 worker.popen.kill()
                 worker.popen.wait()
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """Lets SIGTERM, by which schedulers stop a task, end the block as Ctrl-C does: workers ended, claims released."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def summary(workdir: Path, plan: Plan, outcomes: dict[str, dict]) -> dict:

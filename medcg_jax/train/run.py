@@ -4,10 +4,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
-
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import concat
+from medcg_jax.mesh import own_rows
 from medcg_jax.models.build import join, shardings, split_trainable
 from medcg_jax.run_config import ConfigError, RunConfig
 from medcg_jax.train.checkpoint import save_params
@@ -65,8 +64,7 @@ def train(run: RunConfig, workdir: Path) -> dict:
             seed=run.train.seed,
             weights=run.data.subset_weights,
             position=position,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=own_rows(setup.mesh, run.train.batch_size),
         ),
         metrics=workdir / "metrics" / "train.jsonl",
         tensorboard=workdir / "tensorboard",
