@@ -136,7 +136,7 @@ def parser() -> Parser:
 
 
 def add_processes(verb: Parser) -> None:
-    """Adds the flags by which a process learns of the others of its run, where its environment does not say (`cluster`)."""
+    """Adds the flags by which a process learns of the others of its run, where its environment does not say."""
     flags = verb.add_argument_group("one run of several processes, each started with the same command")
     flags.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0; auto: JAX asks a TPU VM")
     flags.add_argument("--num_processes", default="", metavar="N", help="1: alone, whatever the environment says")

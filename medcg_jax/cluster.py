@@ -36,9 +36,9 @@ def detect(
 ) -> Cluster | None:
     """This process's place; None where it is a run of its own.
 
-    Flags come first, then `NAMES` (on GKE the number is the pod's completion index), then a SLURM step of several tasks,
-    then a TPU slice of several hosts. A task of a SLURM array and a pod of an indexed Job are runs of their own unless
-    more is said; `--num_processes=1` says that a process is one, whatever the environment.
+    Flags come first, then `NAMES` (on GKE the number is the pod's completion index), then a SLURM step of several
+    tasks, then a TPU slice of several hosts. A task of a SLURM array and a pod of an indexed Job are runs of their own
+    unless more is said; `--num_processes=1` says that a process is one, whatever the environment.
 
     Raises:
       ConfigError: flags or variables of which some are missing or no use; the message names them.
@@ -98,8 +98,8 @@ def _slurm(environ: Mapping[str, str]) -> Cluster | None:
 def _slurm_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
     """A task's own GPU where all tasks of a node see as many GPUs as there are tasks; None: what it sees is its own.
 
-    JAX by itself gives every SLURM task one GPU, the one of its number, and so leaves seven of a node's eight idle where
-    it has one task: jax/_src/clusters/cluster.py:auto_detect_unset_distributed_params of jax 0.10.2.
+    JAX by itself gives every SLURM task one GPU, the one of its number, and so leaves seven of a node's eight idle
+    where it has one task: jax/_src/clusters/cluster.py:auto_detect_unset_distributed_params of jax 0.10.2.
     """
     tasks = tasks_of(environ.get("SLURM_STEP_TASKS_PER_NODE", "1"), int(environ.get("SLURM_NODEID", "0")))
     visible = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]

@@ -149,23 +149,23 @@ def start(cluster: Cluster, *, timeout_s: float = START_S) -> None:
     if cluster.coordinator != AUTO:
         options |= dict(
             coordinator_address=cluster.coordinator, num_processes=cluster.num_processes,
-            process_id=cluster.process_id, local_device_ids=cluster.local_devices, cluster_detection_method="deactivate",
+            process_id=cluster.process_id, local_device_ids=cluster.local_devices,
+            cluster_detection_method="deactivate",
         )  # fmt: skip
     try:
         jax.distributed.initialize(**options)
     except Exception as error:  # of gRPC, of the cluster's own detection: their text is long and names no field
         reason = " ".join(str(error).split())[:200]
         raise RunError(
-            f"the processes of this run did not come together within {timeout_s:.0f} s (coordinator {cluster.coordinator}, "
-            f"process {cluster.process_id} of {cluster.num_processes} by {cluster.how}): {reason}"
+            f"the processes of this run did not come together within {timeout_s:.0f} s: coordinator "
+            f"{cluster.coordinator}, process {cluster.process_id} of {cluster.num_processes} by {cluster.how} ({reason})"
         ) from error
     state = distributed.global_state
     if state.num_processes == 1:
         return
     _processes = _Processes(state.client, state.process_id, state.num_processes, state.coordinator_address)
-    _processes.say(
-        f"{_processes.name(_processes.index)} of {_processes.count} by {cluster.how}, coordinator {state.coordinator_address}"
-    )
+    own = _processes.name(_processes.index)
+    _processes.say(f"{own} of {_processes.count} by {cluster.how}, coordinator {state.coordinator_address}")
 
 
 def is_first() -> bool:

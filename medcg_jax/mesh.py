@@ -93,7 +93,7 @@ def own_rows(mesh: Mesh, batch_size: int, process_index: int | None = None) -> n
 
 
 def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """The global batch as device arrays, of which this process supplies its own rows, those of `own_rows`, in their order.
+    """The global batch as device arrays, of which this process supplies the rows that `own_rows` says, in their order.
 
     sharding: `batch_sharding`'s, with rows on the axis that it splits over `BATCH_AXES`.
     """
@@ -104,7 +104,9 @@ def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str
     return {key: _put_rows(value, sharding, axis, parts, num_parts(mesh)) for key, value in batch.items()}
 
 
-def _put_rows(rows: np.ndarray, sharding: NamedSharding, axis: int, parts: tuple[int, ...], num_parts: int) -> jax.Array:
+def _put_rows(
+    rows: np.ndarray, sharding: NamedSharding, axis: int, parts: tuple[int, ...], num_parts: int
+) -> jax.Array:
     size = rows.shape[axis] // len(parts)
     shape = (*rows.shape[:axis], size * num_parts, *rows.shape[axis + 1 :])
 

@@ -3,8 +3,8 @@
     python witness.py COORDINATOR OWN_NUMBER OWN_HOST FIRST_HOST < PIPE
 
 JAX's runtime aborts a process at once when the coordinator, process 0, has gone: nothing of Python runs any more
-(coordination_service_agent.cc, client.h:80 of jaxlib 0.10.2), and the runtime names no host. The process holds the other
-end of the pipe, and writes a line to it before it ends by itself.
+(coordination_service_agent.cc, client.h:80 of jaxlib 0.10.2), and the runtime names no host. The process holds the
+other end of the pipe, and writes a line to it before it ends by itself.
 """
 
 import socket

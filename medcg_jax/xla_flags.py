@@ -64,7 +64,7 @@ def added(environ: Mapping[str, str], deterministic: bool) -> list[Flag]:
 
 
 def apply(deterministic: bool) -> str:
-    """Puts the run's flags in XLA_FLAGS, which XLA reads once, at the first program; returns them as a line of the log."""
+    """Puts the run's flags in XLA_FLAGS, which XLA reads once, at the first program; returns a line for the log."""
     flags = [f"--{flag.name}={flag.value}" for flag in added(os.environ, deterministic)]
     before = os.environ.get("XLA_FLAGS", "")
     if flags:
