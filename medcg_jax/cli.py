@@ -58,13 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if distributed.count() == 1:
             raise
         traceback.print_exc()
-        if isinstance(error, RuntimeError):  # a collective whose peer has gone, perhaps
-            distributed.await_verdict()
         return failed(1, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 def failed(status: int, why: str) -> int:
     """Prints the line that says why, with the process's name where there are several, which all end then."""
+    distributed.await_verdict(why)
     name = distributed.whoami()
     print(f"medcg: {name}: {why}" if name else f"medcg: {why}", file=sys.stderr, flush=True)
     distributed.fail(status, why)

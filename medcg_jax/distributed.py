@@ -30,6 +30,8 @@ LAST_WORDS_S = 10.0
 BARRIER_S = 1800.0
 SAY_AFTER_S, SAY_EVERY_S = 10.0, 30.0
 KEYS = "medcg"
+# Words of errors with which collectives and gRPC say that a peer has gone, and not which: gloo's are ValueErrors.
+LOST = ("Gloo", "UNAVAILABLE", "Connection closed", "Connection reset", "NCCL")
 
 
 class _Processes:
@@ -260,10 +262,10 @@ def fail(status: int, why: str) -> None:
         _processes.end(status)
 
 
-def await_verdict() -> None:
-    """Waits as long as it may take until the watch knows of a dead process, and ends this one; returns if none is.
+def await_verdict(why: str) -> None:
+    """Where an error's text is of a lost connection: waits until the watch has found who is dead, and ended this process.
 
-    For errors of collectives, which say that a peer has gone and not which.
+    Returns at once for other errors, and where nobody turns out to be dead.
     """
-    if _processes is not None:
-        time.sleep(DEAD_AFTER_S + 3 * BEAT_S)
+    if _processes is not None and any(word in why for word in LOST):
+        time.sleep(DEAD_AFTER_S + LAST_WORDS_S)
