@@ -165,7 +165,7 @@ def started(args: argparse.Namespace, run: RunConfig) -> Iterator[None]:
     if place:
         distributed.start(place)
     if distributed.is_first():
-        print(said, file=sys.stderr, flush=True)
+        print(said, flush=True)
         yield
     else:
         with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
@@ -267,7 +267,7 @@ def report_grid(args) -> dict:
 
 def bench_here(args) -> dict:
     run = resolved(args)
-    print(xla_flags.apply(run.deterministic), file=sys.stderr, flush=True)
+    print(xla_flags.apply(run.deterministic), flush=True)
     from medcg_jax.scale.bench import bench
 
     return bench(run, against=args.against)

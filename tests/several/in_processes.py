@@ -1,4 +1,4 @@
-"""Starts a script of this folder in several processes of one run, each with its own devices and time limit."""
+"""Starts a script of the tests in several processes of one run, each with its own devices and time limit."""
 
 import os
 import socket
@@ -26,16 +26,16 @@ def free_port() -> int:
 
 
 def environment(devices: int) -> dict[str, str]:
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
     flags.append(f"--xla_force_host_platform_device_count={devices}")
     paths = [ROOT, ROOT / "tests" / "eval", ROOT / "tests" / "several"]
     more = {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONUNBUFFERED": "1"}
-    return os.environ | more
+    return os.environ | {"JAX_PLATFORMS": "cpu"} | more
 
 
 def run(script: str, *arguments: str, processes: int, devices: int, timeout_s: float = 150) -> list[Ended]:
-    """Runs `script COORDINATOR N I [arguments]` in N processes; none is left, however this ends."""
-    command = [sys.executable, str(Path(__file__).with_name(script)), f"127.0.0.1:{free_port()}", str(processes)]
+    """Runs `tests/SCRIPT COORDINATOR N I [arguments]` in N processes; none is left, however this ends."""
+    command = [sys.executable, str(ROOT / "tests" / script), f"127.0.0.1:{free_port()}", str(processes)]
     started = [
         subprocess.Popen([*command, str(i), *arguments], env=environment(devices), stdin=subprocess.DEVNULL,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -164,7 +164,7 @@ def test_without_other_processes_nothing_is_waited_for():
 
 @pytest.fixture(scope="module")
 def together():
-    found = run("together.py", processes=2, devices=2)
+    found = run("several/together.py", processes=2, devices=2)
     assert [one.status for one in found] == [0, 0], found[0].err[-2000:] + found[1].err[-2000:]
     said = [json.loads(one.out.rpartition("SAID ")[2].splitlines()[0]) for one in found]
     return found, said
@@ -219,7 +219,7 @@ def test_evaluation_ends_with_an_uneven_last_batch_and_with_fewer_records_than_p
 
 @pytest.mark.parametrize(("victim", "way"), [(1, "killed"), (0, "killed"), (2, "raises")])
 def test_one_that_ends_early_ends_the_others_with_its_name(victim, way):
-    found = run("dies.py", str(victim), way, processes=3, devices=1, timeout_s=90)
+    found = run("several/dies.py", str(victim), way, processes=3, devices=1, timeout_s=90)
     for index, one in enumerate(found):
         if index != victim:
             assert one.status not in (0, None), one
