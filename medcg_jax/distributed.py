@@ -160,7 +160,8 @@ def start(cluster: Cluster, *, timeout_s: float = START_S) -> None:
         reason = " ".join(str(error).split())[:200]
         raise RunError(
             f"the processes of this run did not come together within {timeout_s:.0f} s: coordinator "
-            f"{cluster.coordinator}, process {cluster.process_id} of {cluster.num_processes} by {cluster.how} ({reason})"
+            f"{cluster.coordinator}, process {cluster.process_id} of {cluster.num_processes} by {cluster.how}"
+            f" ({reason})"
         ) from error
     state = distributed.global_state
     if state.num_processes == 1:
@@ -263,7 +264,7 @@ def fail(status: int, why: str) -> None:
 
 
 def await_verdict(why: str) -> None:
-    """Where an error's text is of a lost connection: waits until the watch has found who is dead, and ended this process.
+    """Where an error's text is of a lost connection: waits until the watch has found who is dead and ends this process.
 
     Returns at once for other errors, and where nobody turns out to be dead.
     """

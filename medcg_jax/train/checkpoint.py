@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from medcg_jax.distributed import barrier
 from medcg_jax.models.build import num_params
 from medcg_jax.models.llava import LlavaConfig
 from medcg_jax.run_config import ConfigError
@@ -107,7 +108,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(self.directory / str(step), aside)
-        _sync(f"{aside} is set aside")
+        barrier(f"{aside} is set aside")
         self._manager.reload()
         return aside
 
@@ -125,14 +126,14 @@ def save_params(directory: Path, params, config: LlavaConfig, meta: dict | None 
     if jax.process_index() == 0:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-    _sync(f"{part} is empty")
+    barrier(f"{part} is empty")
     convert.save_params(part, params, config)
     sums = bit_sums(params)
     if jax.process_index() == 0:
         (part / META_FILE).write_text(json.dumps({**(meta or {}), "bit_sums": sums}, indent=1) + "\n")
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(part, directory)
-    _sync(f"{directory} is written")
+    barrier(f"{directory} is written")
 
 
 def load_params(directory: Path, config: LlavaConfig, mesh: Mesh):
@@ -201,10 +202,3 @@ def _plain(tree) -> dict:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:160]}"
-
-
-def _sync(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)

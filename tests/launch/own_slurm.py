@@ -1,4 +1,4 @@
-"""A SLURM of this host alone, with two cores for tasks and everything in one folder: its own ports, key, socket and state.
+"""A SLURM of this host alone, with two cores for tasks and everything in one folder: its own ports, key and state.
 
 It needs root, and the programs of Debian's packages slurm-wlm and munge.
 """

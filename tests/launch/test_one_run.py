@@ -1,4 +1,4 @@
-"""One run over several hosts: what a JobSet and a TPU VM are given, what is refused, and a rehearsal on this machine."""
+"""One run over several hosts: what a JobSet and a TPU VM are given, what is refused, a rehearsal on this machine."""
 
 import os
 import shlex
@@ -81,16 +81,14 @@ def tpu_vm(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_every_host_of_a_tpu_vm_is_given_the_same_command():
-    done = tpu_vm("--name=pod", "--zone=us-east5-b", "--dry-run", "--", *RUN, "--config.name=two words", "--workdir=/mnt/W")
+    run = (*RUN, "--config.name=two words", "--workdir=/mnt/W")
+    done = tpu_vm("--name=pod", "--zone=us-east5-b", "--dry-run", "--", *run)
     assert done.returncode == 0, done.stderr
     *call, command = shlex.split(done.stdout)
     assert call == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod", "--zone=us-east5-b", "--worker=all"]
-    folder, _, run = command.removeprefix("--command=").partition(" && exec ")
+    folder, _, remote = command.removeprefix("--command=").partition(" && exec ")
     assert folder == 'cd "$HOME/medcg-jax"'
-    assert shlex.split(run) == [
-        ".venv/bin/python", "-m", "medcg_jax.cli", *RUN, "--config.name=two words", "--workdir=/mnt/W",
-        "--coordinator=auto",
-    ]  # fmt: skip
+    assert shlex.split(remote) == [".venv/bin/python", "-m", "medcg_jax.cli", *run, "--coordinator=auto"]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +129,12 @@ def test_the_rehearsal_prints_a_command_for_each_process():
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [((), "no number"), (("0", "train"), "0 of"), (("2", "bench"), "bench"), (("2", "--devices=x", "train"), "--devices=x")],
+    [
+        ((), "no number"),
+        (("0", "train"), "0 of"),
+        (("2", "bench"), "bench"),
+        (("2", "--devices=x", "train"), "--devices=x"),
+    ],
 )
 def test_wrong_use_of_the_rehearsal_is_refused(arguments, said):
     done = local(*arguments)

@@ -1,4 +1,4 @@
-"""One run over two tasks of a SLURM that is started for these tests: what is submitted; killed, it goes on to the same."""
+"""One run over two tasks of a SLURM that is started for these tests: requeued midway, it goes on to the same."""
 
 import json
 import shlex
@@ -11,7 +11,8 @@ from own_slurm import ROOT, UNENDED, Slurm, command, settings, start_slurm, wait
 TRAIN = ROOT / "launch" / "slurm" / "train.sh"
 STEPS, RUN_S = 60, 300
 RUN = (
-    "train", "--config=configs/phantom.py:tiny", "--config.data.subsets=ct-brain-state", f"--config.train.steps={STEPS}",
+    "train", "--config=configs/phantom.py:tiny", "--config.data.subsets=ct-brain-state",
+    f"--config.train.steps={STEPS}",
     "--config.train.epochs=1", "--config.train.batch_size=8", "--config.train.log_every_steps=1",
     "--config.train.checkpoint_every_steps=5",
 )  # fmt: skip

@@ -94,7 +94,8 @@ def test_what_starts_several():
     ("tasks", "visible", "own"), [("8(x2)", "0,1,2,3,4,5,6,7", (5,)), ("1(x2)", "0,1,2,3", None), ("8(x2)", "3", None)]
 )
 def test_a_slurm_task_takes_one_gpu_only_where_each_has_one(tasks, visible, own):
-    more = {"SLURM_STEP_TASKS_PER_NODE": tasks, "CUDA_VISIBLE_DEVICES": visible, "SLURM_LOCALID": "5", "SLURM_NODEID": "1"}
+    more = {"SLURM_STEP_TASKS_PER_NODE": tasks, "CUDA_VISIBLE_DEVICES": visible}
+    more |= {"SLURM_LOCALID": "5", "SLURM_NODEID": "1"}
     assert detect(step(16, 13, **more)).local_devices == own
 
 

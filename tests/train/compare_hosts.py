@@ -2,9 +2,9 @@
 
     python tests/train/compare_hosts.py [FOLDER] [--layouts=1x8,2x4,4x2] [--steps=12]
 
-For every layout of PROCESSES x DEVICES trains and tests once, and prints the largest difference of a loss from the first
-layout's, whether every step had the same records, and whether predictions and parameters are the same bytes. The first
-layout is run twice: there everything must be the same bytes. Exit status 1 where batches differ, where the repeat
+For every layout of PROCESSES x DEVICES trains and tests once, and prints the largest difference of a loss from the
+first layout's, whether every step had the same records, and whether predictions and parameters are the same bytes. The
+first layout is run twice: there everything must be the same bytes. Exit status 1 where batches differ, where the repeat
 differs, or where a loss is further off than `TOLERANCE`.
 """
 
@@ -100,7 +100,7 @@ def params_digest(folder: Path) -> str:
     from medcg_jax.train.checkpoint import load_params
     from medcg_jax.train.setup import open_setup
 
-    setup = open_setup(load(f"{ROOT}/configs/phantom.py:tiny"), has_weights=True)
+    setup = open_setup(load(f"{ROOT}/configs/phantom.py:tiny"), devices=jax.devices()[:1], has_weights=True)
     _, params, _ = load_params(folder, setup.model, setup.mesh)
     found = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
@@ -130,8 +130,8 @@ def main(argv: list[str]) -> int:
         same = {key: words(found[key] == first[key]) for key in ("ids", "params", "predictions")}
         failed |= same["ids"] == "other" or off > TOLERANCE
         print(
-            f"{name}: {same['ids']} batches; losses at most {off:.1e} off (relative, {TOLERANCE:.0e} accepted), the last "
-            f"is {found['losses'][-1]:.6f}; {same['params']} bytes of parameters, {same['predictions']} of predictions"
+            f"{name}: {same['ids']} batches; losses at most {off:.1e} off (relative, {TOLERANCE:.0e} accepted), the "
+            f"last is {found['losses'][-1]:.6f}; {same['params']} bytes of parameters, {same['predictions']} of predictions"
         )
     return int(failed)
 
