@@ -131,7 +131,8 @@ def main(argv: list[str]) -> int:
         failed |= same["ids"] == "other" or off > TOLERANCE
         print(
             f"{name}: {same['ids']} batches; losses at most {off:.1e} off (relative, {TOLERANCE:.0e} accepted), the "
-            f"last is {found['losses'][-1]:.6f}; {same['params']} bytes of parameters, {same['predictions']} of predictions"
+            f"last is {found['losses'][-1]:.6f}; {same['params']} bytes of parameters, "
+            f"{same['predictions']} of predictions"
         )
     return int(failed)
 
