@@ -8,9 +8,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
+from medcg_jax import cluster, distributed, xla_flags
 from medcg_jax.cli_data import Parser, add, add_data
 from medcg_jax.data.records import DataError
 from medcg_jax.files import write_whole
@@ -25,39 +28,50 @@ RELEASE_PARTS = {
     "minigpt": "MiniGPT-v2's own .pth, where it does not lie beside SRC",
     "sam": "sam_vit_h_4b8939.pth, where NExT-Chat's SRC holds no SAM",
 }
+# Verbs whose run several processes may share.
+SEVERAL_PROCESSES = ("train", "eval", "reproduce")
 # What a path that was given wrongly raises.
 WRONG_PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit status."""
+    """Runs one verb; returns the exit status. Of several processes of one run those that fail end here."""
     keep_freed_memory()
     try:
         args = parse(sys.argv[1:] if argv is None else list(argv))
         result = args.run(args)
+        status = result.pop("exit_status", 0)
+        if args.json and distributed.is_first():
+            write_json(Path(args.json), result)
+        distributed.finish()
+        return status
     except (ConfigError, DataError, *WRONG_PATHS) as error:
-        print(f"medcg: {error}", file=sys.stderr)
-        return 2
+        return failed(2, str(error))
     except OSError as error:  # a full disk, a network file system that is away: the same command may work later
-        print(f"medcg: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as error:
+        return failed(1, str(error))
+    except Interrupted as error:  # at the same step of every process
         print(f"medcg: {error}; run the same command again to go on", file=sys.stderr)
+        distributed.finish()
         return os.EX_TEMPFAIL
     except KeyboardInterrupt:
-        print("medcg: stopped; run the same command again to go on", file=sys.stderr)
-        return 1
+        return failed(1, "stopped; run the same command again to go on")
     except RunError as error:
-        print(f"medcg: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        return failed(1, str(error))
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            return failed(3, f"does not fit in memory: {str(error).splitlines()[0]}")
+        if distributed.count() == 1:
             raise
-        print(f"medcg: does not fit in memory: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 3
-    status = result.pop("exit_status", 0)
-    if args.json:
-        write_json(Path(args.json), result)
+        traceback.print_exc()
+        return failed(1, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+
+def failed(status: int, why: str) -> int:
+    """Prints the line that says why, with the process's name where there are several, which all end then."""
+    distributed.await_verdict(why)
+    name = distributed.whoami()
+    print(f"medcg: {name}: {why}" if name else f"medcg: {why}", file=sys.stderr, flush=True)
+    distributed.fail(status, why)
     return status
 
 
@@ -113,6 +127,8 @@ def parser() -> Parser:
         if name == "train":
             text = "write an xprof trace of these steps to WORKDIR/profile (--config.log.profile_steps)"
             verb.add_argument("--profile_steps", default="", metavar="FIRST:LAST", help=text)
+        if name in SEVERAL_PROCESSES:
+            add_processes(verb)
         if name == "reproduce":
             verb.add_argument("--dry", action="store_true", help="list every cell with its size and stop")
             verb.add_argument("--jobs", type=int, default=0, metavar="N", help="processes that share the grid's cells")
@@ -126,7 +142,16 @@ def parser() -> Parser:
     return top
 
 
+def add_processes(verb: Parser) -> None:
+    """Adds the flags by which a process learns of the others of its run, where its environment does not say."""
+    flags = verb.add_argument_group("one run of several processes, each started with the same command")
+    flags.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0; auto: JAX asks a TPU VM")
+    flags.add_argument("--num_processes", default="", metavar="N", help="1: alone, whatever the environment says")
+    flags.add_argument("--process_id", default="", metavar="I", help="0 to N - 1")
+
+
 def resolved(args: argparse.Namespace) -> RunConfig:
+    """The verb's configuration."""
     from medcg_jax.config_file import load
 
     if getattr(args, "jobs", 0):
@@ -134,6 +159,27 @@ def resolved(args: argparse.Namespace) -> RunConfig:
     if getattr(args, "profile_steps", ""):
         args.overrides["log.profile_steps"] = args.profile_steps
     return load(args.config, args.overrides)
+
+
+@contextmanager
+def started(args: argparse.Namespace, run: RunConfig) -> Iterator[None]:
+    """Sets XLA's flags and joins this process to the others of its run, if any; the first of them alone prints.
+
+    Raises:
+      ConfigError: flags or environment variables about processes that cannot be used.
+      RunError: the others do not come.
+    """
+    flags = {name: getattr(args, name) for name in ("coordinator", "num_processes", "process_id")}
+    place = cluster.detect(os.environ, **flags)
+    said = xla_flags.apply(run.deterministic)
+    if place:
+        distributed.start(place)
+    if distributed.is_first():
+        print(said, flush=True)
+        yield
+    else:
+        with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
+            yield
 
 
 def workdir(args: argparse.Namespace, run: RunConfig) -> Path:
@@ -156,31 +202,36 @@ def parity_check(args) -> dict:
 
 def train_one(args) -> dict:
     run = resolved(args)
-    from medcg_jax.train.run import train
+    with started(args, run):
+        from medcg_jax.train.run import train
 
-    return train(run, workdir(args, run))
+        return train(run, workdir(args, run))
 
 
 def eval_one(args) -> dict:
     run = resolved(args)
-    from medcg_jax.eval.subsets import evaluate_subsets
+    with started(args, run):
+        from medcg_jax.eval.subsets import evaluate_subsets
 
-    return evaluate_subsets(run, workdir(args, run))
+        return evaluate_subsets(run, workdir(args, run))
 
 
 def reproduce_grid(args) -> dict:
     run = resolved(args)
-    if run.study.cells_at_once == 0 and not args.dry:
-        run = with_as_many_cells_as_fit(run)
     if args.dry:
         from medcg_jax.study.dry import dry
 
         return dry(run)
-    from medcg_jax.study import backbones, grid
+    with started(args, run):
+        from medcg_jax.study import backbones, grid
 
-    if run.study.models:
-        return backbones.reproduce_models(run, workdir(args, run))
-    return grid.reproduce(run, workdir(args, run))
+        if run.study.cells_at_once == 0:
+            run = with_as_many_cells_as_fit(run)
+        if run.study.models:
+            if distributed.count() > 1:
+                raise ConfigError(f"study.models={run.study.models}: () is accepted where processes share one run")
+            return backbones.reproduce_models(run, workdir(args, run))
+        return grid.reproduce(run, workdir(args, run))
 
 
 def with_as_many_cells_as_fit(run: RunConfig) -> RunConfig:
@@ -225,9 +276,11 @@ def report_grid(args) -> dict:
 
 
 def bench_here(args) -> dict:
+    run = resolved(args)
+    print(xla_flags.apply(run.deterministic), flush=True)
     from medcg_jax.scale.bench import bench
 
-    return bench(resolved(args), against=args.against)
+    return bench(run, against=args.against)
 
 
 def write_json(path: Path, result: dict) -> None:

@@ -1,5 +1,6 @@
 """The device mesh (cell, data, fsdp, tensor), shardings of state on it, and host batches put on its devices."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -44,12 +45,17 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
 
 def check_batch(mesh: Mesh, batch_size: int, field: str) -> None:
     """Raises ConfigError when the mesh's batch axes do not divide `batch_size`; `field` names it in the message."""
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    parts = num_parts(mesh)
     if batch_size % parts:
         raise ConfigError(
             f"{field}={batch_size} cannot be split over data x fsdp = {parts} devices; "
             f"a multiple of {parts} is accepted"
         )
+
+
+def num_parts(mesh: Mesh) -> int:
+    """Parts that a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh, *, cells: bool = False) -> NamedSharding:
@@ -62,12 +68,51 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """The global batch as device arrays, of which this process supplies its own rows.
+@functools.cache
+def own_parts(mesh: Mesh, process_index: int | None = None) -> tuple[int, ...]:
+    """Which of the data x fsdp parts that a batch is split into the process (default: this one) has devices of, rising.
 
-    On one process the host arrays are the whole batch; on several, each passes the rows that
-    `process_rows` gives it.
+    Where processes share the devices of a part, as with a tensor axis wider than a host, each of them has it; and where
+    the mesh's order is not that of processes, as on a TPU's grid of chips, the parts need not follow one another.
+    """
+    own = jax.process_index() if process_index is None else process_index
+    axes = [mesh.axis_names.index(axis) for axis in BATCH_AXES]
+    found = set()
+    for place, device in np.ndenumerate(mesh.devices):
+        if device.process_index == own:
+            found.add(int(np.ravel_multi_index([place[a] for a in axes], [mesh.devices.shape[a] for a in axes])))
+    return tuple(sorted(found))
+
+
+def own_rows(mesh: Mesh, batch_size: int, process_index: int | None = None) -> np.ndarray | None:
+    """int[n] rising: the rows of a global batch that the process supplies to `put_batch`; None: all, on one process."""
+    if jax.process_count() == 1:
+        return None
+    size = batch_size // num_parts(mesh)
+    return np.concatenate([np.arange(part * size, (part + 1) * size) for part in own_parts(mesh, process_index)])
+
+
+def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """The global batch as device arrays, of which this process supplies the rows that `own_rows` says, in their order.
+
+    sharding: `batch_sharding`'s, with rows on the axis that it splits over `BATCH_AXES`.
     """
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
-    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+    mesh, axis = sharding.mesh, sharding.spec.index(BATCH_AXES)
+    parts = own_parts(mesh)
+    return {key: _put_rows(value, sharding, axis, parts, num_parts(mesh)) for key, value in batch.items()}
+
+
+def _put_rows(
+    rows: np.ndarray, sharding: NamedSharding, axis: int, parts: tuple[int, ...], num_parts: int
+) -> jax.Array:
+    size = rows.shape[axis] // len(parts)
+    shape = (*rows.shape[:axis], size * num_parts, *rows.shape[axis + 1 :])
+
+    def piece(index: tuple[slice, ...]) -> np.ndarray:
+        # A device's rows are those of one part.
+        place = parts.index((index[axis].start or 0) // size)
+        return rows[(*index[:axis], slice(place * size, (place + 1) * size))]
+
+    return jax.make_array_from_callback(shape, sharding, piece)

@@ -234,6 +234,10 @@ class LogConfig:
 @dataclass(frozen=True)
 class RunConfig:
     name: str = "run"
+    # GPUs: the same bytes whenever the same run is made again, as on other platforms anyway. The price is XLA's
+    # autotuning (`xla_flags`): programs that live from it are slower, and one without deterministic kernels does not
+    # compile.
+    deterministic: bool = True
     mesh: MeshConfig = MeshConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = field(default_factory=DataConfig)

@@ -15,6 +15,8 @@ MAX_LINES = 400
 # Room (or file) of the package -> what of the package it may import. From DESIGN.md's layout, with what may be
 # imported by all: `axes` and `run_config`, which hold names and plain values only, and `files`.
 BASICS = {"axes", "run_config", "run_checks", "files"}
+# What a room may know of the run's other processes, beside that.
+SHARED = BASICS | {"distributed"}
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "axes": set(),
@@ -23,16 +25,20 @@ ALLOWED: dict[str, set[str]] = {
     "run_checks": {"run_config"},
     "cli_data": {"run_config", "data", "study"},
     "host": set(),
+    "cluster": {"run_config"},
+    "distributed": {"cluster", "run_config"},
+    "witness": set(),
+    "xla_flags": set(),
     "config_file": {"run_config", "run_checks"},
-    "mesh": BASICS,
-    "nn": BASICS,
-    "models": BASICS | {"nn", "mesh"},
-    "weights": BASICS | {"nn", "mesh", "models"},
+    "mesh": SHARED,
+    "nn": SHARED,
+    "models": SHARED | {"nn", "mesh"},
+    "weights": SHARED | {"nn", "mesh", "models"},
     "data": BASICS,
-    "train": BASICS | {"mesh", "nn", "models", "weights", "data"},
-    "eval": BASICS | {"mesh", "nn", "models", "weights", "data", "train"},
-    "study": BASICS | {"config_file", "host", "mesh", "nn", "models", "weights", "data", "train", "eval"},
-    "scale": BASICS | {"config_file", "host", "mesh", "nn", "models", "weights", "data", "train", "eval"},
+    "train": SHARED | {"mesh", "nn", "models", "weights", "data"},
+    "eval": SHARED | {"mesh", "nn", "models", "weights", "data", "train"},
+    "study": SHARED | {"config_file", "host", "mesh", "nn", "models", "weights", "data", "train", "eval"},
+    "scale": SHARED | {"config_file", "host", "mesh", "nn", "models", "weights", "data", "train", "eval"},
 }
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "cli.py")
 

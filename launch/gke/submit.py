@@ -117,17 +117,22 @@ def job(args: argparse.Namespace) -> str:
     return Template(text).substitute({name: json.dumps(value) for name, value in values.items()}, mount=MOUNT)
 
 
+def apply(text: str) -> int:
+    """Gives the YAML to kubectl; returns its exit status."""
+    try:
+        return subprocess.run(["kubectl", "apply", "-f", "-"], input=text, text=True, check=False).returncode
+    except FileNotFoundError:
+        print("submit.py: no kubectl on this machine; --dry-run prints what it would be given", file=sys.stderr)
+        return 1
+
+
 def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     text = job(args)
     if args.dry_run:
         print(text, end="")
         return 0
-    try:
-        return subprocess.run(["kubectl", "apply", "-f", "-"], input=text, text=True, check=False).returncode
-    except FileNotFoundError:
-        print("submit.py: no kubectl on this machine; --dry-run prints what it would be given", file=sys.stderr)
-        return 1
+    return apply(text)
 
 
 if __name__ == "__main__":

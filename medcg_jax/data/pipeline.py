@@ -34,7 +34,7 @@ class Batches:
       weights: subset -> weight of its records in a batch (any positive scale; exact over long runs). None or empty:
         every record once an epoch.
       position: global batches drawn before.
-      process_index, process_count: this process owns rows [index * B / count, (index + 1) * B / count).
+      rows: which rows of the global batch this process builds, rising (`mesh.own_rows`); None: all.
       prefetch: batches built ahead in threads; 0 builds them when asked.
 
     Attributes:
@@ -42,7 +42,7 @@ class Batches:
 
     Raises:
       DataError: no records, or weights that do not fit the subsets.
-      ValueError: a batch that the processes cannot split.
+      ValueError: rows that no batch has.
     """
 
     def __init__(
@@ -53,18 +53,12 @@ class Batches:
         seed: int,
         weights: Mapping[str, float] | None = None,
         position: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: np.ndarray | None = None,
         prefetch: int | None = None,
     ):
         if not len(encoded):
             raise DataError("there are no records to draw batches from")
-        if batch_size < 1 or batch_size % process_count:
-            raise ValueError(f"batch_size={batch_size} cannot be split over {process_count} processes")
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index={process_index} of {process_count} processes")
-        rows = batch_size // process_count
-        mine = slice(process_index * rows, (process_index + 1) * rows)
+        mine = _checked_rows(rows, batch_size)
         stream = _stream(encoded, seed, weights or {})
         batches = stream.batch(batch_size, batch_fn=np.asarray).map(lambda indices: encoded.rows(indices[mine]))
         self._iterator = iter(batches.to_iter_dataset(_read_options(encoded, prefetch)))
@@ -85,21 +79,27 @@ class Batches:
 
 
 def eval_batches(
-    encoded: Encoded, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    encoded: Encoded, batch_size: int, *, rows: np.ndarray | None = None
 ) -> Iterator[tuple[Batch, list[str]]]:
     """Each record once and in order: `(batch, ids)` with this process's rows, `ids` only of rows that hold a record.
 
-    The last batch is filled with copies of its first row, whose `row_mask` is 0.
+    The last batch is filled with copies of its first row, whose `row_mask` is 0; so every process has as many batches,
+    and rows in each. rows: as `Batches`.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size={batch_size} cannot be split over {process_count} processes")
-    rows = batch_size // process_count
+    mine = _checked_rows(rows, batch_size)
     for start in range(0, len(encoded), batch_size):
-        places = np.arange(start + process_index * rows, start + (process_index + 1) * rows)
+        places = start + mine
         real = places < len(encoded)
         batch, ids = encoded.rows(np.where(real, places, start))
         batch["row_mask"] = real.astype(np.float32)
         yield batch, ids[: int(real.sum())]
+
+
+def _checked_rows(rows: np.ndarray | None, batch_size: int) -> np.ndarray:
+    found = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if not len(found) or found[0] < 0 or found[-1] >= batch_size or (np.diff(found) <= 0).any():
+        raise ValueError(f"rows={found.tolist()} of batch_size={batch_size}: rising rows of the batch are accepted")
+    return found
 
 
 def _stream(encoded: Encoded, seed: int, weights: Mapping[str, float]) -> grain.MapDataset:

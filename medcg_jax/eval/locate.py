@@ -20,7 +20,8 @@ from medcg_jax.eval.box_answers import DICE_DECIMALS, BoxAnswer, rounded
 from medcg_jax.eval.boxes import dice
 from medcg_jax.eval.generate import greedy, prefill
 from medcg_jax.eval.run import MAX_AHEAD
-from medcg_jax.mesh import batch_sharding, check_batch, put_batch, replicated
+from medcg_jax.mesh import batch_sharding, check_batch, own_rows, put_batch, replicated
+from medcg_jax.train.preempt import stop_if_told
 
 # A pixel belongs to a mask when its logit is above it: NExT-ChatV/NExT-Chat:mllm/demo/demo_util.py:de_transform_mask at
 # 1e6c20f.
@@ -69,10 +70,10 @@ def locate(
       ConfigError: the mesh cannot split the batch.
     """
     check_batch(mesh, batch_size, "eval.batch_size")
-    split = dict(process_index=jax.process_index(), process_count=jax.process_count())
     outputs: list[dict] = []
-    for batch, _ in eval_batches(encoded, batch_size, **split):
+    for batch, _ in eval_batches(encoded, batch_size, rows=own_rows(mesh, batch_size)):
         outputs.append(locator(params, batch))
+        stop_if_told()
         if len(outputs) > MAX_AHEAD:
             jax.block_until_ready(outputs[-1 - MAX_AHEAD])
     found: list[BoxAnswer] = []

@@ -18,7 +18,8 @@ from medcg_jax.eval.choice import option_logprobs
 from medcg_jax.eval.generate import LETTERS, greedy, parse_answer, prefill
 from medcg_jax.eval.intervals import wilson
 from medcg_jax.files import write_whole
-from medcg_jax.mesh import batch_sharding, check_batch, put_batch, replicated
+from medcg_jax.mesh import batch_sharding, check_batch, own_rows, put_batch, replicated
+from medcg_jax.train.preempt import stop_if_told
 
 if TYPE_CHECKING:
     from medcg_jax.data.encoding import Encoded
@@ -110,10 +111,10 @@ def evaluate(
     from medcg_jax.data.pipeline import eval_batches
 
     check_batch(evaluator.mesh, batch_size, "eval.batch_size")
-    split = dict(process_index=jax.process_index(), process_count=jax.process_count())
     outputs: list[tuple] = []
-    for batch, _ in eval_batches(encoded, batch_size, **split):
+    for batch, _ in eval_batches(encoded, batch_size, rows=own_rows(evaluator.mesh, batch_size)):
         outputs.append(evaluator(params, batch))
+        stop_if_told()
         if len(outputs) > MAX_AHEAD:
             jax.block_until_ready(outputs[-1 - MAX_AHEAD])
     if not outputs:

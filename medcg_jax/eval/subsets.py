@@ -13,6 +13,7 @@ from medcg_jax.eval.run import Evaluator, Prediction
 from medcg_jax.models.build import shardings
 from medcg_jax.run_config import ConfigError, RunConfig, trains_masks
 from medcg_jax.train.checkpoint import load_params
+from medcg_jax.train.preempt import sigterm_saves
 from medcg_jax.train.setup import Setup, open_setup, start_params
 
 
@@ -59,6 +60,7 @@ def write_tested(workdir: Path, name: str, answers: Sequence[Prediction | BoxAns
         box_answers.write_answers(workdir / "boxes" / f"{name}.jsonl", located)
 
 
+@sigterm_saves()
 def evaluate_subsets(config: RunConfig, workdir: Path) -> dict:
     """Tests on `data.subsets` (empty: all of choice questions) and leaves `write_tested`'s files of each in `workdir`;
     prints a line for each.
@@ -68,6 +70,7 @@ def evaluate_subsets(config: RunConfig, workdir: Path) -> dict:
 
     Raises:
       ConfigError, DataError: as `open_setup`; or there are no parameters.
+      Interrupted: the process was told to stop; files of the subsets tested so far are there.
     """
     trained = workdir / "params"
     setup = open_setup(config, has_weights=trained.is_dir())

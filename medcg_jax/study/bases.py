@@ -16,6 +16,7 @@ from medcg_jax.data.formats import SMALL_TOKENIZERS
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import Turn
 from medcg_jax.data.tokenizer import load_tokenizer
+from medcg_jax.mesh import own_rows
 from medcg_jax.models.build import join, shardings, split_trainable
 from medcg_jax.run_config import MODELS, TRAINABLE, RunConfig, TrainConfig
 from medcg_jax.study.schedule import seeded
@@ -123,7 +124,7 @@ class Bases:
         def stream(position: int) -> Batches:
             return Batches(
                 encoded, batch_size=config.batch_size, seed=config.seed, position=position,
-                process_index=jax.process_index(), process_count=jax.process_count(),
+                rows=own_rows(setup.mesh, config.batch_size),
             )  # fmt: skip
 
         saved = self._folder / f"{name}.checkpoints"

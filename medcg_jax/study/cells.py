@@ -20,6 +20,7 @@ from medcg_jax.data.splits import balanced
 from medcg_jax.eval.run import NonFiniteScores, write_controls
 from medcg_jax.eval.subsets import Tester, write_tested
 from medcg_jax.files import write_whole
+from medcg_jax.mesh import own_rows
 from medcg_jax.models.build import join, shardings, split_trainable
 from medcg_jax.run_config import ConfigError, RunConfig
 from medcg_jax.study import claims, contamination, leaks, results
@@ -290,7 +291,7 @@ class Trainer:
         def stream(position: int) -> Batches:
             return Batches(
                 encoded, batch_size=config.batch_size, seed=config.seed, position=position,
-                process_index=jax.process_index(), process_count=jax.process_count(),
+                rows=own_rows(setup.mesh, config.batch_size),
             )  # fmt: skip
 
         return loop.Cell(

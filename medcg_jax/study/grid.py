@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from medcg_jax import distributed
 from medcg_jax.data.general import open_general
 from medcg_jax.data.sources import open_source
 from medcg_jax.files import write_whole
@@ -41,6 +42,8 @@ PACKAGES = ("medcg-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 ONE_THREAD = {"NPROC": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
 # Time to save what is under way; schedulers give 30 s and more after a SIGTERM.
 STOP_WAIT_S = 60.0
+# What the first of several processes tells the others: whether there is work, and in the end the result.
+BEGUN, REPORTED = "the grid's work", "the grid's result"
 # Tables whose parts are other questions: the terminal shows them apart.
 PRINTED_BY_PART = ("multi_task", "efficiency")
 
@@ -59,11 +62,18 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
     workdir = Path(workdir)
     plan = make_plan(run)
     check_start(run)
+    if distributed.count() > 1 and run.study.jobs > 1:
+        raise ConfigError(
+            f"study.jobs={run.study.jobs}: 1 is accepted where {distributed.count()} processes share one run"
+        )
+    if not distributed.is_first():
+        return follow(run, workdir, plan)
     write_config(run, workdir, plan)
     tables = results.Tables(workdir, plan.cells, plan.jobs)
     done = results.done_jobs(workdir)
     waiting = [job for job in plan.jobs if job.id not in done]
     print(f"{len(plan.cells)} cells in {len(plan.jobs)} jobs, {len(waiting)} to do; workdir {workdir}", flush=True)
+    distributed.broadcast(BEGUN, lambda: bool(waiting))
     bases, again = missing_bases(run, workdir, waiting), bool(results.goodput_parts(workdir))
     with sigterm_saves(), Progress(workdir, plan, bases, on_change=tables.write):
         if waiting:
@@ -71,7 +81,18 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
     outcomes = results.all_outcomes(workdir, plan.jobs)
     tables.write(outcomes)
     contamination.join(workdir, plan)
-    return summary(workdir, plan, outcomes)
+    return distributed.broadcast(REPORTED, lambda: summary(workdir, plan, outcomes))
+
+
+
+def follow(run: RunConfig, workdir: Path, plan: Plan) -> dict:
+    """`reproduce` on the other processes of one run: they do their part of the work, and the first writes."""
+    with sigterm_saves():
+        if distributed.broadcast(BEGUN):
+            from medcg_jax.study.worker import Worker
+
+            Worker(run, workdir, plan, again=False).run()
+        return distributed.broadcast(REPORTED)
 
 
 def check_start(run: RunConfig) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from medcg_jax.distributed import is_first
 from medcg_jax.files import write_whole
 from medcg_jax.study import results
 from medcg_jax.study.schedule import Job, Plan
@@ -32,14 +33,14 @@ def base_name(seed: int) -> str:
 
 
 class Reporter:
-    """Writes how far one piece of work is, at most twice a second."""
+    """Writes how far one piece of work is, at most twice a second; of several processes of one run the first writes."""
 
     def __init__(self, workdir: Path, name: str):
         self._path = results.state_dir(workdir) / "progress" / name
         self._last = 0.0
 
     def __call__(self, units: int, *, now: bool = False) -> None:
-        if now or time.monotonic() - self._last > POLL_S:
+        if is_first() and (now or time.monotonic() - self._last > POLL_S):
             self._last = time.monotonic()
             write_whole(self._path, str(units))
 

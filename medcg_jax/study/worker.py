@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from medcg_jax.config_file import from_config_dict
 from medcg_jax.data.records import DataError
+from medcg_jax.distributed import broadcast
 from medcg_jax.host import keep_freed_memory
 from medcg_jax.run_config import ConfigError, Interrupted, RunConfig, RunError
 from medcg_jax.study import claims, results
@@ -151,13 +151,8 @@ class Worker:
 
 def agree(choose: Callable[[], tuple[int, int]]) -> tuple[int, int]:
     """What the first process chooses, on all processes of one `jax.distributed` job."""
-    if jax.process_count() == 1:
-        return choose()
-    from jax.experimental import multihost_utils
-
-    mine = choose() if jax.process_index() == 0 else (0, 0)
-    kind, index = multihost_utils.broadcast_one_to_all(np.array(mine, np.int32))
-    return int(kind), int(index)
+    kind, index = broadcast("the next work", choose)
+    return kind, index
 
 
 def keep_programs() -> None:

@@ -1,14 +1,15 @@
 """Checkpoints: a run's state with its position in the data (Orbax, asynchronous, some kept); parameters alone.
 
-A checkpoint is written in `STEP.part`: the arrays by Orbax, then `meta.json`, then the digests of all files
+A checkpoint is written in `STEP-NUMBER.part`: the arrays by Orbax, then `meta.json`, then the digests of all files
 (`checksums`), each process those of its share. Only then it is renamed to `STEP`, and only then older ones are removed.
 So whatever is called `STEP` was whole once, and a file of it that is missing, or differs in a bit, is damage: it is
 named, the checkpoint is set aside before anything of it is loaded, and the one before it taken. What a kill has left of
-a `STEP.part` is removed at the next start.
+a `.part` is removed at the next start.
 
 A sum of each array's bits, the same on every mesh (`bit_sums`), is compared after the arrays are loaded.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -21,18 +22,21 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from medcg_jax.distributed import barrier
 from medcg_jax.files import write_whole
 from medcg_jax.models.llava import LlavaConfig
 from medcg_jax.run_config import ConfigError, RunError
 from medcg_jax.train import checksums, disk
 from medcg_jax.train.bit_sums import bit_sums, check_bit_sums
-from medcg_jax.train.processes import first_text, sync
+from medcg_jax.train.processes import first_text
 
 META_FILE = "meta.json"
 PART = ".part"
 # What a process waits for the digests of the others, which read as much as it does itself.
 SHARES_WAIT_S = 1800.0
 POLL_S = 0.02
+# Saves of this process, of all runs: where one failed, threads of Orbax may go on writing to its directory.
+_saves = itertools.count()
 
 
 class CheckpointError(ConfigError):
@@ -62,12 +66,12 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._writing: threading.Thread | None = None
         self._error: Exception | None = None
-        self._saving: tuple[int, int] | None = None  # step and bytes of what is being written
+        self._saving: tuple[int, int, Path] | None = None  # step, bytes and directory of what is being written
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             for path in self.directory.glob(f"*{PART}"):
                 shutil.rmtree(path, ignore_errors=True)
-        sync(f"{self.directory} is clean")
+        barrier(f"{self.directory} is clean")
 
     def save(self, step: int, state, meta: dict) -> None:
         """Writes `state` (a tree of arrays) and `meta` (JSON) for `step`; the files are written while the run goes on.
@@ -83,8 +87,9 @@ class Checkpoints:
             return
         meta = {**meta, "step": step, "bit_sums": bit_sums(state)}
         plain = _plain(state)
-        self._saving = step, disk.num_bytes(plain)
-        part = self.directory / f"{step}{PART}"
+        # Processes of one run save together, so all give it the same name.
+        part = self.directory / f"{step}-{next(_saves)}{PART}"
+        self._saving = step, disk.num_bytes(plain), part
         try:
             if jax.process_index() == 0:
                 part.mkdir()
@@ -181,9 +186,9 @@ class Checkpoints:
                 shutil.rmtree(gone)
 
     def _save_error(self, error: Exception) -> SaveError:
-        step, needed = self._saving
+        step, needed, part = self._saving
         if jax.process_index() == 0:
-            shutil.rmtree(self.directory / f"{step}{PART}", ignore_errors=True)
+            shutil.rmtree(part, ignore_errors=True)
         good = self.steps()
         last = f"the last good one is of step {good[-1]}" if good else "there is no other"
         free = disk.free_bytes(self.directory)
@@ -207,7 +212,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(self.directory / str(step), aside)
-        sync(f"{aside} is set aside")
+        barrier(f"{aside} is set aside")
         return aside
 
 
@@ -224,18 +229,18 @@ def save_params(directory: Path, params, config: LlavaConfig, meta: dict | None 
     if jax.process_index() == 0:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-    sync(f"{part} is empty")
+    barrier(f"{part} is empty")
     convert.save_params(part, params, config)
     sums = bit_sums(params)
     if jax.process_index() == 0:
         (part / META_FILE).write_text(json.dumps({**(meta or {}), "bit_sums": sums}, indent=1) + "\n")
-    sync(f"{part} has its files")
+    barrier(f"{part} has its files")
     checksums.write_share(part, jax.process_index(), jax.process_count())
-    sync(f"{part} has its digests")
+    barrier(f"{part} has its digests")
     if jax.process_index() == 0:
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(part, directory)
-    sync(f"{directory} is written")
+    barrier(f"{directory} is written")
 
 
 def load_params(directory: Path, config: LlavaConfig, mesh: Mesh):

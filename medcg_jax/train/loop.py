@@ -129,10 +129,14 @@ class Options:
 
 @dataclass
 class _Pending:
-    """A step whose metrics are still on the device, with the records of each slot's batch."""
+    """A step whose metrics are still on the device, with the records of this process's rows of each slot's batch.
+
+    rows: of a slot's batch, over all processes.
+    """
 
     metrics: dict[str, jax.Array]
     records: list[list[str]]
+    rows: int
 
 
 class _Loop:
@@ -223,7 +227,7 @@ class _Loop:
         with clock.step(at, compiles=first), jax.profiler.StepTraceAnnotation("train", step_num=self._furthest()):
             state, metrics = self.program(state, self.frozen, self._control, on_device)
         clock.handed(at, metrics["loss"])
-        self._pending.append(_Pending(metrics, list(records)))
+        self._pending.append(_Pending(metrics, list(records), on_device["tokens"].shape[1 if self._many else 0]))
         if first:
             # The first call has compiled the step; rates are of what comes after.
             self._checked_at = time.perf_counter()
@@ -288,9 +292,9 @@ class _Loop:
                 m = {key: value[i] for key, value in metrics.items()} if self._many else metrics
                 if m["active"] and run.result.error is None:
                     run.look(m["loss"], m["grad_norm"], m["lr"], p.records[i])
-                    steps, rows, tokens = steps + 1, rows + len(p.records[i]), tokens + int(m["tokens"])
+                    steps, rows, tokens = steps + 1, rows + p.rows, tokens + int(m["tokens"])
             flops += steps * (run.cell.flops_per_step or 0.0)
-            rates[i] = {"samples_per_s": rows * jax.process_count() / seconds, "tokens_per_s": tokens / seconds}
+            rates[i] = {"samples_per_s": rows / seconds, "tokens_per_s": tokens / seconds}
         mfu = flops / self.options.peak_flops / seconds if known else None
         for i, rate in rates.items():
             self.slots[i].write({**rate, "mfu": mfu, "data_wait": min(1.0, waited_s / seconds)})

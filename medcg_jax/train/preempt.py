@@ -74,6 +74,12 @@ def told_to_stop() -> bool:
     return stop
 
 
+def stop_if_told() -> None:
+    """Raises Interrupted where `told_to_stop`: between the batches of a test, of which nothing is kept."""
+    if told_to_stop():
+        raise Interrupted("told to stop")
+
+
 def _on_sigterm(*_) -> None:
     global _told_at
     if _told_at is not None:

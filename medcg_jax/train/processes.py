@@ -7,14 +7,6 @@ import numpy as np
 TEXT_BYTES = 4096
 
 
-def sync(name: str) -> None:
-    """Returns when every process has come here."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
-
-
 def first_text(text: str | None) -> str | None:
     """The text of the first process that has one (cut after `TEXT_BYTES`), on all of them; None where none has."""
     if jax.process_count() == 1:

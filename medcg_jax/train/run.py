@@ -8,6 +8,7 @@ import jax
 
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import concat
+from medcg_jax.mesh import own_rows
 from medcg_jax.models.build import abstract, join, shardings, split_trainable
 from medcg_jax.run_checks import profile_steps
 from medcg_jax.run_config import ConfigError, RunConfig, TrainConfig
@@ -91,8 +92,7 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
             seed=run.train.seed,
             weights=run.data.subset_weights,
             position=position,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=own_rows(setup.mesh, run.train.batch_size),
         ),
         metrics=workdir / "metrics" / "train.jsonl",
         tensorboard=workdir / "tensorboard" if run.log.tensorboard else None,

@@ -32,6 +32,11 @@ def bare(sizes: dict[str, int]) -> Encoded:
     return Encoded(RecordSet(records, pixels), llava(1, 1), arrays, {"pixels": pixels})
 
 
+def block(batch_size: int, process: int, processes: int) -> np.ndarray:
+    """The rows of one of several processes that split a batch in their order."""
+    return np.array_split(np.arange(batch_size), processes)[process]
+
+
 def drawn(batches: Batches, count: int) -> list[list[int]]:
     found = [batch["tokens"][:, 0].tolist() for batch, _ in islice(batches, count)]
     batches.close()
@@ -63,7 +68,7 @@ def test_the_order_is_one_whatever_the_processes_and_the_resume(count, rows, see
     options = {"batch_size": 28 * rows, "seed": seed, "weights": {"a": 2.0, "b": 1.0} if weighted else None}
     whole = drawn(Batches(encoded, **options, prefetch=0), position + 3)[position:]
     for processes in (1, 2, 4, 7):
-        own = [{"process_index": p, "process_count": processes, "prefetch": 2 * (p % 2)} for p in range(processes)]
+        own = [{"rows": block(28 * rows, p, processes), "prefetch": 2 * (p % 2)} for p in range(processes)]
         parts = [drawn(Batches(encoded, **options, **one, position=position), 3) for one in own]
         assert [sum((part[i] for part in parts), []) for i in range(3)] == whole
 
@@ -80,7 +85,7 @@ def test_stopped_anywhere_it_goes_on_with_another_number_of_hosts(count, seed, l
     whole, found, position = drawn(Batches(encoded, **options, prefetch=0), total), [], 0
     for hosts, steps in legs:
         parts = [
-            drawn(Batches(encoded, **options, process_index=host, process_count=hosts, position=position), steps)
+            drawn(Batches(encoded, **options, rows=block(28, host, hosts), position=position), steps)
             for host in range(hosts)
         ]
         found += [sum((part[step] for part in parts), []) for step in range(steps)]
@@ -192,7 +197,7 @@ def test_each_process_decodes_its_own_rows_only(word_tokenizer, plain_config):
     encoded = encode(records, word_tokenizer, plain_config, FORMAT, memory_limit_bytes=0)
     assert encoded.images is None and not images.asked
     options = {"batch_size": 8, "seed": 1, "prefetch": 0}
-    batch, ids = next(Batches(encoded, process_index=1, process_count=4, **options))
+    batch, ids = next(Batches(encoded, rows=np.array([2, 3]), **options))
     assert [f"04/train/{i}" for i in images.asked] == ids and len(ids) == 2
     kept = encode(choices(16), word_tokenizer, plain_config, FORMAT)
     whole, _ = next(Batches(kept, **options))
@@ -228,7 +233,7 @@ def test_joined_parts_draw_as_one_encoding(word_tokenizer, plain_config):
 def test_evaluation_gives_each_record_once(word_tokenizer, plain_config, count, batch, processes):
     encoded = encode_eval(choices(count), word_tokenizer, plain_config, FORMAT)
     per_process = [
-        list(eval_batches(encoded, batch, process_index=p, process_count=processes)) for p in range(processes)
+        list(eval_batches(encoded, batch, rows=block(batch, p, processes))) for p in range(processes)
     ]
     assert len({len(found) for found in per_process}) == 1
     names = []
@@ -247,8 +252,8 @@ def test_wrong_use_is_one_clear_line():
     encoded = bare({"a": 3})
     with pytest.raises(DataError, match="no records"):
         Batches(bare({}), batch_size=1, seed=0)
-    with pytest.raises(ValueError, match="batch_size=3 cannot be split over 2"):
-        Batches(encoded, batch_size=3, seed=0, process_count=2)
+    with pytest.raises(ValueError, match=r"rows=\[1, 3\] of batch_size=3"):
+        Batches(encoded, batch_size=3, seed=0, rows=np.array([1, 3]))
     with pytest.raises(DataError, match="subset_weights names a, b; the records are of a"):
         Batches(encoded, batch_size=1, seed=0, weights={"a": 1, "b": 1})
     with pytest.raises(DataError, match="positive numbers"):

@@ -1,54 +1,17 @@
-"""A grid as a job array: what would be submitted, and two tasks under a real SLURM that is started for these tests.
-
-The SLURM is of this host alone, with two cores for tasks and everything in one folder: its own ports, key, socket and
-state. It needs root, and the programs of Debian's packages slurm-wlm and munge.
-"""
+"""A grid as a job array: what would be submitted, and two tasks under a real SLURM that is started for these tests."""
 
 import json
 import os
-import platform
 import shlex
-import shutil
-import socket
-import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from own_slurm import ROOT, UNENDED, Slurm, command, settings, start_slurm, wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
 SUBMIT = ROOT / "launch" / "slurm" / "submit.sh"
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol")
-# Daemons lie where only root's PATH may look.
-PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-COMMAND_S, START_S, GRID_S = 60, 60, 400
-
-CONF = """\
-ClusterName=throwaway
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
-SlurmUser=root
-AuthType=auth/munge
-AuthInfo=socket={root}/munge.socket
-StateSaveLocation={root}/state
-SlurmdSpoolDir={root}/spool
-SlurmctldPidFile={root}/slurmctld.pid
-SlurmdPidFile={root}/slurmd.pid
-SlurmdParameters=config_overrides
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-MailProg=/bin/true
-ReturnToService=2
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
-PartitionName=both Nodes={host} Default=YES MaxTime=INFINITE State=UP
-"""
+GRID_S = 400
 
 CELLS, STEPS = 8, 12
 # Each cell is a training of its own, with steps enough to be stopped in the middle.
@@ -60,27 +23,6 @@ GRID = (
     f"--config.train.steps={STEPS}",
     "--config.train.log_every_steps=1",
 )
-
-
-def command(*arguments: str | Path, env: dict[str, str] | None = None, timeout_s: float = COMMAND_S):
-    return subprocess.run(
-        [str(argument) for argument in arguments], cwd=ROOT, env=env or settings(), capture_output=True, text=True,
-        stdin=subprocess.DEVNULL, timeout=timeout_s, check=False,
-    )  # fmt: skip
-
-
-def settings() -> dict[str, str]:
-    """One simulated device a task, and this checkout's code in this Python."""
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    own = {"PATH": PATH, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(flags)}
-    return dict(os.environ) | own
-
-
-def wait_for(what: str, done: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not done():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
-        time.sleep(0.1)
 
 
 # ------------------------------------------------------------------ what would be submitted
@@ -111,7 +53,6 @@ def test_a_task_may_be_started_again_and_is_told_before_its_time_is_up():
 
 
 WORKDIR = "--workdir=/W"
-UNENDED = ("PENDING", "RUNNING", "COMPLETING")
 
 
 @pytest.mark.parametrize(
@@ -135,76 +76,6 @@ def test_wrong_use_is_refused_before_anything_is_submitted(arguments, said):
 
 
 # ------------------------------------------------------------------ under SLURM
-
-
-class Slurm:
-    """munged, slurmctld and slurmd of a folder, between `start` and `stop`."""
-
-    def __init__(self, root: Path):
-        self.root, self.env = root, settings() | {"SLURM_CONF": str(root / "slurm.conf")}
-        self._host = platform.node().partition(".")[0]
-        self._daemons: list[subprocess.Popen] = []
-
-    def start(self) -> None:
-        for name in ("state", "spool"):
-            (self.root / name).mkdir()
-        self.root.chmod(0o755)  # munged wants a folder that everybody may enter
-        key = self.root / "munge.key"
-        key.write_bytes(os.urandom(1024))
-        key.chmod(0o400)
-        with socket.socket() as one, socket.socket() as two:
-            for free in (one, two):
-                free.bind(("127.0.0.1", 0))
-            ports = one.getsockname()[1], two.getsockname()[1]
-        conf = CONF.format(host=self._host, ports=ports, root=self.root)
-        (self.root / "slurm.conf").write_text(conf)
-        files = ("socket", "key-file", "pid-file", "seed-file", "log-file")
-        places = [f"--{name}={self.root}/munge.{name.removesuffix('-file')}" for name in files]
-        self._spawn("munged", "--foreground", "--force", *places)
-        wait_for("munged", (self.root / "munge.socket").exists, START_S)
-        self._spawn("slurmctld", "-D", "-i")
-        self._spawn("slurmd", "-D")
-        wait_for("a node that is idle", lambda: "State=IDLE" in self.scontrol("show", "node", self._host), START_S)
-
-    def _spawn(self, name: str, *arguments: str) -> None:
-        with open(self.root / f"{name}.out", "wb") as out:
-            self._daemons.append(
-                subprocess.Popen([shutil.which(name, path=PATH), *arguments], env=self.env, stdout=out,
-                                 stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-            )  # fmt: skip
-
-    def stop(self) -> None:
-        """Ends what is left of jobs, then the daemons, each by its own process."""
-        try:
-            for job in set(self.jobs()):
-                self.scancel("--signal=KILL", "--full", job)
-                self.scancel(job)
-            wait_for("the end of all jobs", lambda: not self._running(), START_S)
-        finally:
-            for daemon in reversed(self._daemons):
-                daemon.terminate()
-                try:
-                    daemon.wait(COMMAND_S)
-                except subprocess.TimeoutExpired:
-                    daemon.kill()
-                    daemon.wait()
-
-    def scontrol(self, *arguments: str) -> str:
-        return command("scontrol", *arguments, env=self.env).stdout
-
-    def scancel(self, *arguments: str) -> None:
-        command("scancel", *arguments, env=self.env)
-
-    def jobs(self) -> dict[str, str]:
-        """"JOB_TASK" of an array -> its state, of all that SLURM remembers."""
-        states = {}
-        for line in self.scontrol("--oneliner", "show", "jobs").splitlines():
-            fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
-            states[f"{fields['ArrayJobId']}_{fields['ArrayTaskId']}"] = fields["JobState"]
-        return states
-
-    def _running(self) -> list[str]:
-        return [job for job, state in self.jobs().items() if state in UNENDED]
 
 
 class Array:
@@ -255,13 +126,8 @@ class Array:
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    if os.geteuid():
-        pytest.skip("not root, as whom SLURM's daemons run here")
-    if missing := [name for name in PROGRAMS if not shutil.which(name, path=PATH)]:
-        pytest.skip(f"no SLURM on this machine to try ({', '.join(missing)} missing)")
-    found = Slurm(tmp_path_factory.mktemp("slurm"))
+    found = start_slurm(tmp_path_factory.mktemp("slurm"))
     try:
-        found.start()
         yield found
     finally:
         found.stop()

@@ -17,6 +17,8 @@ from jax.experimental import multihost_utils
 from micro import setup
 from train_toys import ROWS, TRAIN, Stream, batch
 
+from medcg_jax import distributed
+from medcg_jax.cluster import Cluster
 from medcg_jax.mesh import put_batch
 from medcg_jax.models import build
 from medcg_jax.run_config import ConfigError, Interrupted, MeshConfig, RunError, replace
@@ -57,7 +59,7 @@ def whole_bytes(tree) -> bytes:
 def main(workdir: Path, steps: int, index: int, count: int, port: int) -> int:
     enable_cache(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
     if count > 1:
-        jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=count, process_id=index)
+        distributed.start(Cluster("the test", f"127.0.0.1:{port}", count, index))
     with sigterm_saves():
         program, trainable, frozen = setup(MeshConfig(data=-1, fsdp=min(2, jax.device_count())))
         cell = Cell(

@@ -1,0 +1,147 @@
+"""One run over several hosts: what a JobSet and a TPU VM are given, what is refused, a rehearsal on this machine."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from medcg_jax.cluster import Cluster, detect
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = ("train", "--config=configs/phantom.py:tiny", "--config.data.subsets=ct-brain-state")
+
+
+def script(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=200, check=False
+    )
+
+
+def jobset(*flags: str, run: tuple[str, ...] = (*RUN, "--workdir=/grids/W")) -> subprocess.CompletedProcess:
+    path = str(ROOT / "launch" / "gke" / "submit_run.py")
+    return script(sys.executable, "-I", path, "--name=llava", "--image=i", "--claim=c", *flags, "--", *run)
+
+
+def test_a_pod_of_the_jobset_finds_its_place():
+    done = jobset("--hosts=4", "--tpu=tpu-v6e-slice", "--topology=4x4", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    made = yaml.safe_load(done.stdout)
+    assert (made["apiVersion"], made["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert made["spec"]["network"] == {"enableDNSHostnames": True}
+    [hosts] = made["spec"]["replicatedJobs"]
+    job = hosts["template"]["spec"]
+    assert (job["completionMode"], job["completions"], job["parallelism"], job["backoffLimit"]) == ("Indexed", 4, 4, 0)
+    [container] = job["template"]["spec"]["containers"]
+    assert container["command"] + container["args"] == ["python", "-m", "medcg_jax.cli", *RUN, "--workdir=/grids/W"]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    environ = {variable["name"]: variable["value"] for variable in container["env"]}
+    # JobSet's host names: NAME-JOB-REPLICA-INDEX.NAME.
+    for index in range(4):
+        found = detect(environ | {"JOB_COMPLETION_INDEX": str(index)})
+        assert found == Cluster("GKE", "llava-hosts-0-0.llava:8476", 4, index)
+
+
+def test_status_75_and_preemption_restart_a_jobset_without_being_counted():
+    spec = yaml.safe_load(jobset("--hosts=2", "--gpu=nvidia-h100-80gb", "--restarts=5", "--dry-run").stdout)["spec"]
+    assert spec["failurePolicy"]["maxRestarts"] == 5
+    [rule] = spec["failurePolicy"]["rules"]
+    assert rule == {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}
+    rules = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert [one["action"] for one in rules] == ["FailJob", "FailJob"]
+    assert rules[0]["onExitCodes"]["values"] == [75] and rules[1]["onPodConditions"][0]["type"] == "DisruptionTarget"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--hosts=0",), "--hosts"),
+        (("--hosts=4", "--tpu=t", "--topology=3x3"), "--topology"),
+        (("--hosts=4", "--tpu=t"), "--topology"),
+        (("--hosts=4", "--tpu=t", "--topology=4x4", "--gpu=g"), "--tpu"),
+        (("--hosts=4", "--restarts=-1"), "--restarts"),
+    ],
+)
+def test_a_jobset_that_cannot_be_is_refused(flags, said):
+    done = jobset(*flags, "--dry-run")
+    assert done.returncode == 2 and said in done.stderr
+
+
+def test_a_jobset_of_another_verb_or_workdir_is_refused():
+    assert "VERB" in jobset("--hosts=2", "--dry-run", run=("bench", "--workdir=/grids/W")).stderr
+    assert "--workdir" in jobset("--hosts=2", "--dry-run", run=(*RUN, "--workdir=/elsewhere")).stderr
+
+
+def tpu_vm(*arguments: str) -> subprocess.CompletedProcess:
+    return script("bash", str(ROOT / "launch" / "tpu_vm" / "run.sh"), *arguments)
+
+
+def test_every_host_of_a_tpu_vm_is_given_the_same_command():
+    run = (*RUN, "--config.name=two words", "--workdir=/mnt/W")
+    done = tpu_vm("--name=pod", "--zone=us-east5-b", "--dry-run", "--", *run)
+    assert done.returncode == 0, done.stderr
+    *call, command = shlex.split(done.stdout)
+    assert call == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod", "--zone=us-east5-b", "--worker=all"]
+    folder, _, remote = command.removeprefix("--command=").partition(" && exec ")
+    assert folder == 'cd "$HOME/medcg-jax"'
+    assert shlex.split(remote) == [".venv/bin/python", "-m", "medcg_jax.cli", *run, "--coordinator=auto"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--zone=us-east5-b", "--", *RUN, "--workdir=/W"), "--name="),
+        (("--name=pod", "--zone=east", "--", *RUN, "--workdir=/W"), "--zone=east"),
+        (("--name=pod", "--zone=us-east5-b", "--", *RUN, "--workdir=gs://b/W"), "--workdir=gs://b/W"),
+        (("--name=pod", "--zone=us-east5-b", "--", "bench", "--workdir=/W"), "bench"),
+        (("--name=pod", "--zone=us-east5-b", "--worker=0", "--", *RUN), "--worker=0"),
+        (("--name=pod", "--zone=us-east5-b"), "no verb"),
+    ],
+)
+def test_wrong_use_on_a_tpu_vm_is_refused(arguments, said):
+    done = tpu_vm(*arguments)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+# ------------------------------------------------------------------ on this machine
+
+
+def local(*arguments: str) -> subprocess.CompletedProcess:
+    return script("bash", str(ROOT / "launch" / "local_multiprocess.sh"), *arguments)
+
+
+def test_the_rehearsal_prints_a_command_for_each_process():
+    done = local("3", "--devices=2", "--dry-run", *RUN)
+    assert done.returncode == 0, done.stderr
+    for index, line in enumerate(done.stdout.splitlines()):
+        platform, flags, *command = shlex.split(line)
+        assert platform == "JAX_PLATFORMS=cpu" and flags.count("device_count=2") == flags.count("device_count") == 1
+        assert command[1:6] == ["-m", "medcg_jax.cli", *RUN]
+        found = dict(flag.removeprefix("--").split("=") for flag in command[6:])
+        assert found.pop("coordinator").startswith("127.0.0.1:")
+        assert found == {"num_processes": "3", "process_id": str(index)}
+    assert index == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "no number"),
+        (("0", "train"), "0 of"),
+        (("2", "bench"), "bench"),
+        (("2", "--devices=x", "train"), "--devices=x"),
+    ],
+)
+def test_wrong_use_of_the_rehearsal_is_refused(arguments, said):
+    done = local(*arguments)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_the_rehearsal_ends_with_the_worst_status_and_prefixed_lines():
+    done = local("2", "train", "--config=configs/nothing.py")
+    assert done.returncode == 2
+    assert sorted(line[:3] for line in done.stdout.splitlines() if "no such file" in line) == ["[0]", "[1]"]
