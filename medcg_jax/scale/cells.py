@@ -21,6 +21,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from medcg_jax.config_file import load
@@ -29,8 +30,9 @@ from medcg_jax.mesh import check_batch, make_mesh
 from medcg_jax.models import build
 from medcg_jax.run_config import ConfigError, RunConfig
 from medcg_jax.scale import bench, hlo, topology
+from medcg_jax.train.losses import token_loss
 from medcg_jax.train.optim import make_optimizer
-from medcg_jax.train.step import make_step
+from medcg_jax.train.step import Program, make_step
 
 COMPILERS = ("libtpu", "jax-cuda12-pjrt", "jax-cuda13-pjrt", "nvidia-cudnn-cu12")
 GB = 1e9
@@ -38,21 +40,32 @@ GB = 1e9
 MARGIN = 0.1
 
 
-def compile_step(
-    run: RunConfig, config: build.Config, mesh: Mesh, batch: dict[str, np.ndarray], *, num_cells: int
-) -> tuple[jax.stages.Compiled, dict[str, float]]:
-    """(the run's training step for `num_cells` cells on `mesh`, seconds to lower and to compile); allocates nothing.
+def make_program(
+    run: RunConfig, config: build.Config, mesh: Mesh, *, num_cells: int, loss_fn: Callable = token_loss
+) -> tuple[Program, nnx.State, nnx.State]:
+    """(the run's training step for `num_cells` cells on `mesh`, abstract trainable and frozen parameters of one run).
 
-    config: the architecture. batch: of one cell; its shapes and dtypes alone are used.
+    config: the architecture. loss_fn: as `train.setup.Setup.loss`.
     """
     graphdef, params = build.abstract(config)
     split = partial(build.split_trainable, names=run.model.trainable)
     program = make_step(
         mesh, graphdef, *split(build.shardings(config, mesh)), make_optimizer(run.train), num_cells=num_cells,
-        accumulation_steps=run.train.accumulation_steps, compute_dtype=run.model.compute_dtype,
+        loss_fn=loss_fn, accumulation_steps=run.train.accumulation_steps, compute_dtype=run.model.compute_dtype,
     )  # fmt: skip
+    return program, *split(params)
+
+
+def compile_step(
+    run: RunConfig, config: build.Config, mesh: Mesh, batch: dict[str, np.ndarray], *, num_cells: int
+) -> tuple[jax.stages.Compiled, dict[str, float]]:
+    """(`make_program`'s step of the text's loss, compiled, seconds to lower and to compile); allocates nothing.
+
+    batch: of one cell; its shapes and dtypes alone are used.
+    """
+    program, trainable, frozen = make_program(run, config, mesh, num_cells=num_cells)
     options = topology.compiler_options(mesh.devices.flat[0])
-    _, compiled, lower_s, compile_s = program.compile(*split(params), batch, options)
+    _, compiled, lower_s, compile_s = program.compile(trainable, frozen, batch, options)
     return compiled, {"lower_s": round(lower_s, 1), "compile_s": round(compile_s, 1)}
 
 
@@ -76,7 +89,7 @@ def measure(compiled: jax.stages.Compiled, mesh: Mesh) -> dict:
         "collective_bytes_sum": sum(by_kind.values()),
         "num_collectives": len(found),
         "crossing": [f"{one.kind} {one.name}" for one in across],
-        "attention": bench.attention_in(compiled),
+        "attention": bench.attention_in(text),
     }
 
 

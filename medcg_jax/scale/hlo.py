@@ -65,10 +65,11 @@ class Instruction:
     rest: str  # operands and attributes
 
 
-def collectives(text: str) -> list[Collective]:
+def collectives(text: str, *, open_trips: int | None = None) -> list[Collective]:
     """Every collective that the program executes, in the order of its text; text: of `jax.stages.Compiled.as_text`.
 
     A conditional counts with all its branches. An asynchronous collective counts once.
+    open_trips: how often a loop counts whose end the program does not know, as that of generation; None: an error.
 
     Raises:
       ValueError: groups, shapes or the trips of a loop around a collective are written in a way that is not known, or
@@ -80,7 +81,7 @@ def collectives(text: str) -> list[Collective]:
     if "replica_count=" in text.partition("\n")[0]:
         raise ValueError("a program of several replicas; one with partitions alone is accepted")
     partitions = re.search(r"\bnum_partitions=(\d+)", text.partition("\n")[0])
-    walk = _Walk(computations, int(partitions[1]) if partitions else 1)
+    walk = _Walk(computations, int(partitions[1]) if partitions else 1, open_trips)
     found = list(walk.executed(entry, trips=1))
     for name, instructions in computations.items():
         if name not in walk.reached and any(map(_kind, instructions)):
@@ -202,8 +203,8 @@ def num_bytes(shape: str) -> int:
 class _Walk:
     """Follows a program from its entry through loops, branches and fusions."""
 
-    def __init__(self, computations: dict[str, list[Instruction]], num_devices: int):
-        self.computations, self.num_devices = computations, num_devices
+    def __init__(self, computations: dict[str, list[Instruction]], num_devices: int, open_trips: int | None):
+        self.computations, self.num_devices, self.open_trips = computations, num_devices, open_trips
         self.reached: set[str] = set()
         self._seen: set[tuple[str, str]] = set()  # (loop body, channel) of the collectives that stand in fusions
 
@@ -216,9 +217,10 @@ class _Walk:
             if kind is not None:
                 yield from self._collective(one, kind, trips, scope, fused)
             elif one.opcode == "while":
-                body = _attribute(one, "body")
-                # How often is asked only where something in the body needs it.
-                inside = list(self.executed(body, 1, scope=f"{scope}/{one.name}"))
+                # How often is asked only where something inside needs it. A condition may exchange data too: whether
+                # every row has ended.
+                parts = (_attribute(one, name) for name in ("body", "condition"))
+                inside = [c for part in parts for c in self.executed(part, 1, scope=f"{scope}/{one.name}")]
                 if inside:
                     count = trips * self._trips(one)
                     yield from (Collective(c.name, c.kind, c.groups, c.payload_bytes, c.trips * count) for c in inside)
@@ -252,6 +254,8 @@ class _Walk:
                 constants.add(one.rest.partition(")")[0])
             elif one.opcode == "compare":
                 compared.add(re.search(r"direction=(\w+)", one.rest)[1])
+        if compared != {"LT"} and self.open_trips is not None:
+            return self.open_trips
         if len(constants) != 1 or compared != {"LT"}:
             raise ValueError(f"unknown trips of the loop {loop.name}: constants {constants}, compared {compared}")
         return int(constants.pop())
