@@ -18,7 +18,15 @@ from medcg_jax.models import build
 from medcg_jax.run_config import ConfigError, RunConfig, replace
 from medcg_jax.scale import bench, cells, flops, hlo, plan_roofline, plan_rules, topology
 from medcg_jax.scale.peaks import Peak, peak_of
-from medcg_jax.scale.plan_programs import Made, Subject, compile_tests, compile_training, effort, make_subject
+from medcg_jax.scale.plan_programs import (
+    Made,
+    Subject,
+    captured_stderr,
+    compile_tests,
+    compile_training,
+    effort,
+    make_subject,
+)
 
 DOES_NOT_FIT = 3
 # Extra of this package -> what of it must be installed, one of these, to compile for its devices.
@@ -92,7 +100,8 @@ def get_devices(where: str) -> list[jax.Device]:
       ConfigError: as there.
     """
     try:
-        return topology.get_devices(where)
+        with captured_stderr([]):  # libtpu complains of the machine that it is not on
+            return topology.get_devices(where)
     except ConfigError as error:
         if where != "local":
             topology.parse(where)  # another name is another mistake
@@ -100,8 +109,8 @@ def get_devices(where: str) -> list[jax.Device]:
             if not any(map(_installed, EXTRAS[extra])):
                 wanted = " or ".join(EXTRAS[extra])
                 raise ConfigError(
-                    f"topology={where}: {wanted} is not installed; pip install 'medcg-jax[{extra}]' has it, and needs no "
-                    "such device"
+                    f"topology={where}: {wanted} is not installed; pip install 'medcg-jax[{extra}]' brings it, and no "
+                    "such device is needed"
                 ) from error
         raise
 
@@ -324,4 +333,6 @@ def grid_costs(result: dict, grid: dict, price: float) -> dict:
         seconds = grid["samples"] / train["rows"] * train["bound"][key]
         seconds += grid["test_rows"] / tests["rows"] * tests["bound"][key]
         found[name] = seconds / 3600 * result["num_chips"]
-    return found | ({"usd": found["chip_hours"] * price, "usd_in_turn": found["chip_hours_in_turn"] * price} if price else {})
+    if price:
+        found |= {"usd": found["chip_hours"] * price, "usd_in_turn": found["chip_hours_in_turn"] * price}
+    return found

@@ -18,11 +18,20 @@ from jax.sharding import Mesh
 from medcg_jax.data import formats
 from medcg_jax.data.encoding import Encoded
 from medcg_jax.data.phantom import PhantomSource
-from medcg_jax.data.tokenizer import load_tokenizer
+from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.eval.run import make_evaluator
 from medcg_jax.mesh import batch_sharding, check_batch
 from medcg_jax.models import build
-from medcg_jax.run_config import BOX_TABLES, MODELS, ConfigError, RunConfig, replace, trains_masks
+from medcg_jax.run_config import (
+    BOX_TABLES,
+    MODELS,
+    ConfigError,
+    ModelConfig,
+    RunConfig,
+    RunError,
+    replace,
+    trains_masks,
+)
 from medcg_jax.scale import cells, topology
 from medcg_jax.train.setup import Setup, model_config
 from medcg_jax.train.step import Program, with_shardings
@@ -58,6 +67,16 @@ class Subject:
         return self.program.abstract_state(self.trainable)
 
 
+def architecture_of(model: ModelConfig) -> build.Config:
+    """The architecture that a released size has of its own, or a tiny one with its small tokenizer's vocabulary."""
+    return model_config(model, small_tokenizer(model)) if model.name in build.TINY else build.architecture(model)
+
+
+def small_tokenizer(model: ModelConfig) -> Tokenizer:
+    """The packaged tokenizer of the model's family, which makes rows of the right shapes."""
+    return load_tokenizer("", formats.SMALL_TOKENIZERS[MODELS[model.name]])
+
+
 def make_subject(run: RunConfig, mesh: Mesh) -> Subject:
     """The run as `study` and `train` make it, without weights and data.
 
@@ -66,10 +85,8 @@ def make_subject(run: RunConfig, mesh: Mesh) -> Subject:
     """
     check_batch(mesh, run.train.batch_size // run.train.accumulation_steps, "train.batch_size per accumulation step")
     check_batch(mesh, run.eval.batch_size, "eval.batch_size")
-    family = MODELS[run.model.name]
-    tokenizer = load_tokenizer("", formats.SMALL_TOKENIZERS[family])
-    # A released size has a vocabulary and ids of its own; a tiny one has its tokenizer's.
-    model = model_config(run.model, tokenizer) if run.model.name in build.TINY else build.architecture(run.model)
+    family, model = MODELS[run.model.name], architecture_of(run.model)
+    tokenizer = small_tokenizer(run.model)
     made = formats.format_of(family, model, with_masks=trains_masks(run.model))
     # The small tokenizer knows the phantom's words, and no others.
     run = replace(run, data__system_prompt="")
@@ -126,14 +143,26 @@ class Made:
 
 
 def compile_training(subject: Subject, batch_size: int) -> Made:
-    """The training step at this batch size."""
+    """The training step at this batch size.
+
+    Raises:
+      RunError: it cannot be compiled, for another reason than memory.
+    """
     batch = batch_of(train_rows(subject.setup), batch_size)
     options = topology.compiler_options(subject.mesh.devices.flat[0])
-    return _made(lambda: subject.program.compile(subject.trainable, subject.frozen, batch, options)[1])
+
+    def build_it() -> jax.stages.Compiled:
+        return subject.program.compile(subject.trainable, subject.frozen, batch, options)[1]
+
+    return _made("the training step", build_it)
 
 
 def compile_tests(subject: Subject) -> Made:
-    """The program that answers a batch of choice questions."""
+    """The program that answers a batch of choice questions.
+
+    Raises:
+      RunError: as `compile_training`.
+    """
     setup, config = subject.setup, subject.run.eval
     evaluator = make_evaluator(
         subject.mesh, subject.program.graphdef, build.shardings(setup.model, subject.mesh),
@@ -148,19 +177,20 @@ def compile_tests(subject: Subject) -> Made:
         with jax.set_mesh(subject.mesh):
             return evaluator.jitted.lower(subject.params(), batch).compile(options)
 
-    return _made(build_it)
+    return _made("the program of tests", build_it)
 
 
-def _made(build_it: Callable[[], jax.stages.Compiled]) -> Made:
+def _made(what: str, build_it: Callable[[], jax.stages.Compiled]) -> Made:
     before, output = os.times(), []
     compiled, refusal = None, ""
     with captured_stderr(output):
         try:
             compiled = build_it()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
+        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
             refusal = " ".join(str(error).split())
+            if "RESOURCE_EXHAUSTED" not in refusal:
+                # The same program would stop a real run: a kernel's limits, a size that a mesh does not divide.
+                raise RunError(f"{what} cannot be compiled: {type(error).__name__}: {refusal[:300]}") from error
     after = os.times()
     cpu = after.user + after.system - before.user - before.system
     return Made(compiled, refusal, output[0], after.elapsed - before.elapsed, cpu)
@@ -170,13 +200,15 @@ def _made(build_it: Callable[[], jax.stages.Compiled]) -> Made:
 def captured_stderr(output: list[str]) -> Iterator[None]:
     """What this process, its libraries included, writes to standard error meanwhile goes to `output`, as one text.
 
-    Where the block raises, it is written to standard error after all.
+    Where the block raises anything but what is told in one line, it is written to standard error after all.
     """
     kept = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         try:
             yield
+        except (ConfigError, RunError):
+            raise
         except BaseException:
             os.dup2(kept, 2)
             file.seek(0)

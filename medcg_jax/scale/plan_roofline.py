@@ -121,8 +121,8 @@ def step_memory_bytes(
 ) -> float:
     """Bytes over a device's HBM in one training step, by this module's model.
 
-    state_bytes: the state on a device. grad_bytes: float32 gradients on a device. weight_bytes: weights that a pass reads
-    on a device, in the compute dtype, gathered where they are. temp_bytes: the program's temporary buffers.
+    state_bytes: the state on a device. grad_bytes: float32 gradients on a device. weight_bytes: weights that a pass
+    reads on a device, in the compute dtype, gathered where they are. temp_bytes: the program's temporary buffers.
     passes: over the weights, of all micro-batches.
     """
     weights = weight_bytes * passes * (2 if gathered else 1)

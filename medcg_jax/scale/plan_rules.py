@@ -99,7 +99,8 @@ def _asked_for(one: Collective, layout: Layout) -> bool:
         return True
     if one.kind in GATHERS:
         return axes <= {"fsdp"} and one.payload_bytes <= layout.layer_bytes
-    return one.kind == "all-reduce" and axes <= {"data"} and one.payload_bytes <= layout.layer_bytes / layout.axes["fsdp"]
+    shard_bytes = layout.layer_bytes / layout.axes["fsdp"]
+    return one.kind == "all-reduce" and axes <= {"data"} and one.payload_bytes <= shard_bytes
 
 
 def donation_lost(alias_bytes: float, state_bytes: float) -> list[Finding]:
@@ -127,14 +128,14 @@ def gather_over_network(
 ) -> list[Finding]:
     """`gather-over-network`: parameters are gathered between slices or hosts, over the slow network.
 
-    crosses: whether a collective joins devices of different slices or hosts. A mesh whose `data` axis is the one between
-    them exchanges gradients alone there.
+    crosses: whether a collective joins devices of different slices or hosts. A mesh whose `data` axis alone
+    lies between them exchanges only gradients there.
     """
     found = [one for one in collectives if one.kind in GATHERS and "fsdp" in layout.joined(one) and crosses(one)]
     total = sum(one.total_bytes for one in found)
     if total <= LARGE_BYTES:
         return []
-    text = f"fsdp gathers and scatters {total / 1e9:.2f} GB between slices or hosts; an fsdp axis within one keeps to links"
+    text = f"fsdp moves {total / 1e9:.2f} GB between slices or hosts; an fsdp axis that lies within one keeps to links"
     return [Finding("gather-over-network", text, total, _names(found))]
 
 
