@@ -25,6 +25,7 @@ from medcg_jax.scale.plan_programs import (
     compile_tests,
     compile_training,
     effort,
+    hears_compiler,
     make_subject,
 )
 
@@ -152,6 +153,9 @@ def training(subject: Subject, made: Made, usable: float, peak: Peak | None) -> 
         findings += plan_rules.large_collective_in_loop(read, layout)
         findings += plan_rules.gather_over_network(read, layout, lambda one: plan_roofline.crosses(one, where))
     found["findings"] = [dataclasses.asdict(finding) for finding in findings]
+    found["not_looked_for"] = [] if hears_compiler() else ["involuntary-rematerialization"]
+    if read is None:
+        found["not_looked_for"] += ["full-all-reduce", "large-collective-in-loop", "gather-over-network"]
     if peak is None:
         return found | {"bound": None}
     passes = (3 if run.model.remat == "full" else 2) * run.train.accumulation_steps

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from medcg_jax.data import formats
@@ -97,6 +98,11 @@ def make_subject(run: RunConfig, mesh: Mesh) -> Subject:
     except ValueError as error:
         raise ConfigError(f"mesh {dict(mesh.shape)}: {error}") from error
     return Subject(setup, num_cells, *parts)
+
+
+def hears_compiler() -> bool:
+    """Whether the compiler's warnings are written in this process: XLA reads the variable once, when it is loaded."""
+    return os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") in ("0", "1")
 
 
 # ------------------------------------------------------------------ batches
@@ -223,14 +229,17 @@ def captured_stderr(output: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def effort(full: bool) -> Iterator[None]:
-    """The compiler's effort meanwhile: full as in a real run, or as little as it can."""
-    names = ("jax_optimization_level", "jax_exec_time_optimization_effort")
-    before = {name: getattr(jax.config, name) for name in names}
-    if not full:
-        jax.config.update(names[0], "O0")
-        jax.config.update(names[1], -1.0)
+    """The compiler's effort meanwhile: full as in a real run, or as little as it can. Nothing comes from a cache of
+    compiled programs: of those the compiler says nothing, and their seconds are not its own."""
+    wanted = {"jax_enable_compilation_cache": False}
+    wanted |= {} if full else {"jax_optimization_level": "O0", "jax_exec_time_optimization_effort": -1.0}
+    before = {name: getattr(jax.config, name) for name in wanted}
     try:
+        for name, value in wanted.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
         yield
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+        compilation_cache.reset_cache()

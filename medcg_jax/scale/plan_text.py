@@ -109,8 +109,9 @@ def _after(result: dict) -> Iterator[str]:
     for finding in train["findings"]:
         yield f"{finding['rule']}: {finding['text']}"
         yield from (f"    {name}" for name in finding["names"])
-    if not train["findings"] and train.get("bound"):
-        yield "no known trap found"
+    missed = train.get("not_looked_for")
+    if not train["findings"] and missed is not None:
+        yield "no known trap found" + (f"; not looked for: {', '.join(missed)}" if missed else "")
     if result["whole_on_every_device"]:
         whole = ", ".join(result["whole_on_every_device"])
         yield f"whole on every device, as mesh.tensor does not divide them: {whole}"
