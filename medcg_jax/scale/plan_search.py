@@ -15,7 +15,7 @@ from medcg_jax.models import build
 from medcg_jax.run_config import REMAT, ConfigError, RunConfig, replace
 from medcg_jax.scale import cells, flops, plan, topology
 from medcg_jax.scale.peaks import Peak, peak_of
-from medcg_jax.scale.plan_programs import architecture_of, compile_training, effort, make_subject
+from medcg_jax.scale.plan_programs import Subject, architecture_of, compile_training, effort, make_subject
 from medcg_jax.scale.plan_text import BOUND, wrapped
 
 # The run's batch, and larger ones: they change the recipe, and are told so.
@@ -67,11 +67,19 @@ def search(
             f"{BATCHES[-1]} times as many; a multiple of another train.batch_size is accepted"
         )
     likely = sorted((one for one in found if one.least_bytes <= usable), key=lambda one: one.seconds_per_sample)
-    rows = []
+    rows: list[dict] = []
+    num_undivided = 0
     with effort(full_effort):
-        for one in likely[:most_compiles]:
-            rows.append(compiled(one, devices, usable, peak))
-            print(f"  {len(rows)} of {min(most_compiles, len(likely))}: {_name(rows[-1])}", flush=True)
+        for one in likely:
+            if len(rows) == most_compiles:
+                break
+            try:
+                subject = make_subject(one.run, make_mesh(one.run.mesh, devices))
+            except ConfigError:  # a size of the model that the mesh does not divide
+                num_undivided += 1
+                continue
+            rows.append(compiled(one, subject, usable, peak))
+            print(f"  {len(rows)} of at most {most_compiles}: {_name(rows[-1])}", flush=True)
     ranked = sorted((row for row in rows if row["fits"]), key=lambda row: -row["samples_per_s_per_chip_in_turn"])
     result = {
         **cells.about_compiling(),
@@ -84,6 +92,7 @@ def search(
         "usable_bytes": usable,
         "num_candidates": len(found),
         "num_too_large": len(found) - len(likely),
+        "num_undivided": num_undivided,
         "ranked": ranked,
         "refused": [row for row in rows if not row["fits"]],
     }
@@ -150,7 +159,7 @@ def estimate(run: RunConfig, peak: Peak, trainable: int, frozen: int) -> Candida
     return Candidate(run, (5 * 4 * trainable + 4 * frozen) / split + activations, seconds)
 
 
-def compiled(one: Candidate, devices: list[jax.Device], usable: float, peak: Peak) -> dict:
+def compiled(one: Candidate, subject: Subject, usable: float, peak: Peak) -> dict:
     """A candidate's row of the table, from its compiled step."""
     run = one.run
     row = {
@@ -161,16 +170,12 @@ def compiled(one: Candidate, devices: list[jax.Device], usable: float, peak: Pea
         "estimated_bytes": one.least_bytes,
         "estimated_s": one.seconds,
     }
-    try:
-        subject = make_subject(run, make_mesh(run.mesh, devices))
-    except ConfigError as error:  # a size of the model that the mesh does not divide
-        return row | {"fits": False, "refused": str(error), "peak_bytes": None, "held_bytes": 0}
     found = plan.training(subject, compile_training(subject, run.train.batch_size), usable, peak)
     kept = ("fits", "refused", "peak_bytes", "held_bytes", "collectives", "findings", "bound", "mfu", "compile_cpu_s")
     row |= {key: found[key] for key in kept if key in found}
     if "samples_per_s" not in found:
         return row
-    chips = math.ceil(len(devices) / peak.devices_per_chip)
+    chips = math.ceil(subject.mesh.size / peak.devices_per_chip)
     return row | {
         "samples_per_s_per_chip": found["samples_per_s"] / chips,
         "samples_per_s_per_chip_in_turn": found["samples_per_s_in_turn"] / chips,
@@ -199,10 +204,11 @@ def table(found: dict) -> str:
     ]
     for row in found["ranked"]:
         mesh = " x ".join(str(size) for size in row["mesh"].values())
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] is not None else ""
         needed = (row["peak_bytes"] + row["held_bytes"]) / topology.GIB
         lines.append(
             f"{mesh:>21}{row['remat']:>7}{row['batch_size']:>7}{needed:>15.2f}{row['samples_per_s_per_chip']:>27.2f}"
-            f"{row['samples_per_s_per_chip_in_turn']:>9.2f}{row['mfu']:>7.1%}{len(row['findings']):>7}"
+            f"{row['samples_per_s_per_chip_in_turn']:>9.2f}{mfu:>7}{len(row['findings']):>7}"
         )
     if not found["ranked"]:
         lines.append("nothing that was compiled fits")

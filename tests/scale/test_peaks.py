@@ -50,7 +50,8 @@ def test_every_row_is_sourced_and_of_one_scale(kind):
 def test_generating_costs_what_a_longer_prompt_would(config):
     """A token at a time over a cache: products as in one pass, attention over what is seen so far."""
     length, new = 40, 5
-    at_once = forward(config, length=length + new, num_images=0).total - forward(config, length=length, num_images=0).total
+    before, after = (forward(config, length=n, num_images=0).total for n in (length, length + new))
+    at_once = after - before
     one_by_one = sum(generation(config, seen=length + place) for place in range(1, new + 1))
     text = config.text
     crossed = len(getattr(text, "cross_layers", ()))
