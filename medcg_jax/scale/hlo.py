@@ -22,10 +22,13 @@ KINDS = (
 COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
 # Bits of one number of the types that do not say so in their name, as f32, s4 and f8e4m3fn do.
 BITS = {"pred": 8, "token": 0, "c64": 64, "c128": 128}
+# The end of a computation: nothing else may stand there, since a kernel's own JSON has lines that begin with braces.
+ENDED = re.compile(r'\}(, execution_thread="\w+")?$')
 # A line that begins an instruction: its name, and the rest.
 ASSIGNED = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*)")
 CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
-BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+# Several at once: the branches of a conditional, and what TPU7x's sparse cores do.
+BRANCHES = re.compile(r"\b(?:branch|called)_computations=\{([^}]*)\}")
 # Parts of the ways to write groups. What follows them must be another attribute: a longer form is not to be half read.
 END = r"(?=,|$)"
 LISTED = r"(\{\{[\d,]+\}(?:,\{[\d,]+\})*\})(?=,|$)"
@@ -128,7 +131,7 @@ def _computations(text: str) -> tuple[dict[str, list[Instruction]], str | None]:
     found: dict[str, list[Instruction]] = {}
     current, entry = None, None
     for line in text.splitlines():
-        if line == "}":  # exactly: a kernel's own JSON may stand between, with lines that begin with braces
+        if ENDED.match(line):
             current = None
         elif current is None:
             header = re.match(r"(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{$", line)
@@ -206,7 +209,8 @@ class _Walk:
     def __init__(self, computations: dict[str, list[Instruction]], num_devices: int, open_trips: int | None):
         self.computations, self.num_devices, self.open_trips = computations, num_devices, open_trips
         self.reached: set[str] = set()
-        self._seen: set[tuple[str, str]] = set()  # (loop body, channel) of the collectives that stand in fusions
+        # (loop body, channel, shape) of the collectives that stand in fusions.
+        self._seen: set[tuple[str, str, str]] = set()
 
     def executed(self, name: str, trips: int, scope: str = "", fused: str = "") -> Iterator[Collective]:
         """scope: the entry or body of a loop that executes this computation. fused: the fusion that it is, or ""."""
@@ -233,10 +237,11 @@ class _Walk:
         if channel is None:
             raise ValueError(f"{one.name} has no channel: its groups are not of partitions")
         if fused:
-            # TPU splits an asynchronous collective into several fusions, each with a copy of it.
-            if (scope, channel[1]) in self._seen:
+            # TPU splits an asynchronous collective into several fusions, each with a copy of it. The shape counts too:
+            # all that libtpu's combiner made have channel 1.
+            if (scope, channel[1], one.shape) in self._seen:
                 return
-            self._seen.add((scope, channel[1]))
+            self._seen.add((scope, channel[1], one.shape))
         groups = groups_of(one.rest, self.num_devices)
         size = _payload(one, kind, len(groups[0]) if groups else 1)
         if kind == "all-reduce" and fused.startswith(FUSED_REDUCE_SCATTER):
