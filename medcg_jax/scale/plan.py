@@ -5,17 +5,15 @@ times are bounds by published peaks (`plan_roofline`), and no measurement.
 """
 
 import dataclasses
-import importlib.util
 import math
 import re
-from importlib import metadata
 
 import jax
 from jax.sharding import Mesh
 
-from medcg_jax.mesh import make_mesh
+from medcg_jax.mesh import islands, make_mesh
 from medcg_jax.models import build
-from medcg_jax.run_config import ConfigError, RunConfig, replace
+from medcg_jax.run_config import RunConfig, replace
 from medcg_jax.scale import bench, cells, flops, hlo, plan_roofline, plan_rules, topology
 from medcg_jax.scale.peaks import Peak, peak_of
 from medcg_jax.scale.plan_programs import (
@@ -30,8 +28,6 @@ from medcg_jax.scale.plan_programs import (
 )
 
 DOES_NOT_FIT = 3
-# Extra of this package -> what of it must be installed, one of these, to compile for its devices.
-EXTRAS = {"tpu": ("libtpu",), "cuda": ("jax-cuda12-pjrt", "jax-cuda13-pjrt")}
 # "total memory required for HLO temporaries (26.32G) exceeds available HBM (15.75G)", as libtpu writes it.
 REFUSED = re.compile(r"\(([\d.]+)([KMGT])\)|([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", re.IGNORECASE)
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -95,33 +91,13 @@ def plan(
 
 
 def get_devices(where: str) -> list[jax.Device]:
-    """`topology.get_devices`, which says what to install where a package is missing.
+    """`topology.get_devices`, without what the compilers write about the machine here.
 
     Raises:
       ConfigError: as there.
     """
-    try:
-        with captured_stderr([]):  # libtpu complains of the machine that it is not on
-            return topology.get_devices(where)
-    except ConfigError as error:
-        if where != "local":
-            topology.parse(where)  # another name is another mistake
-            extra = "tpu" if where.startswith(topology.TPU_KINDS) else "cuda"
-            if not any(map(_installed, EXTRAS[extra])):
-                wanted = " or ".join(EXTRAS[extra])
-                raise ConfigError(
-                    f"topology={where}: {wanted} is not installed; pip install 'medcg-jax[{extra}]' brings it, and no "
-                    "such device is needed"
-                ) from error
-        raise
-
-
-def _installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return importlib.util.find_spec(package.replace("-", "_")) is not None
-    return True
+    with captured_stderr([]):  # libtpu complains of the machine that it is not on
+        return topology.get_devices(where)
 
 
 # ------------------------------------------------------------------ one program
@@ -147,11 +123,11 @@ def training(subject: Subject, made: Made, usable: float, peak: Peak | None) -> 
     layout = layout_of(subject)
     findings = plan_rules.donation_lost(found["alias_bytes"], state)
     findings += plan_rules.involuntary_rematerialization(made.output)
-    where = plan_roofline.islands(mesh)
+    where = islands(list(mesh.devices.flat))
     if read is not None:
         findings += plan_rules.full_all_reduce(read, layout)
         findings += plan_rules.large_collective_in_loop(read, layout)
-        findings += plan_rules.gather_over_network(read, layout, lambda one: plan_roofline.crosses(one, where))
+        findings += plan_rules.gather_over_network(read, lambda one: plan_roofline.crosses(one, where))
     found["findings"] = [dataclasses.asdict(finding) for finding in findings]
     found["not_looked_for"] = [] if hears_compiler() else ["involuntary-rematerialization"]
     if read is None:
@@ -191,7 +167,7 @@ def testing(subject: Subject, made: Made, usable: float, peak: Peak | None) -> d
     one = plan_roofline.bound(
         peak=peak, num_devices=mesh.size, executed_flops=executed,
         memory_bytes=found["argument_bytes"] + weights + 2 * found["temp_bytes"],
-        sent_bytes=None if read is None else plan_roofline.network_bytes(read, plan_roofline.islands(mesh)),
+        sent_bytes=None if read is None else plan_roofline.network_bytes(read, islands(list(mesh.devices.flat))),
     )  # fmt: skip
     return found | {"bound": dataclasses.asdict(one), **rates(one, rows, length)}
 

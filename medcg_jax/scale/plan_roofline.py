@@ -10,11 +10,8 @@ with rematerialisation) and for each micro-batch, and written once more where th
 between its passes (its temporary buffers) is written and read once.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-import jax
-from jax.sharding import Mesh
 
 from medcg_jax.scale.hlo import Collective
 from medcg_jax.scale.peaks import Peak
@@ -48,23 +45,12 @@ class Bound:
     unknown: tuple[str, ...] = ()
 
 
-def islands(mesh: Mesh) -> list[tuple[int, int]]:
-    """Of each device, in the order in which programs number them: which slice (TPU) or host (GPU) it lies in."""
-    return [island(device) for device in mesh.devices.flat]
-
-
-def island(device: jax.Device) -> tuple[int, int]:
-    """The slice or host of a device: within one the links (ICI, NVLink) join devices, between them the network."""
-    host = 0 if device.platform == "tpu" else device.process_index
-    return getattr(device, "slice_index", None) or 0, host
-
-
-def crosses(one: Collective, where: list[tuple[int, int]]) -> bool:
-    """Whether a collective joins devices of different islands."""
+def crosses(one: Collective, where: Sequence[int]) -> bool:
+    """Whether a collective joins devices of different islands; where: `mesh.islands` in the order of the mesh."""
     return any(len({where[device] for device in group}) > 1 for group in one.groups)
 
 
-def network_bytes(collectives: Iterable[Collective], where: list[tuple[int, int]]) -> tuple[float, float]:
+def network_bytes(collectives: Iterable[Collective], where: Sequence[int]) -> tuple[float, float]:
     """(bytes that a device sends over links, over its part of the network) in one call of the program.
 
     By rings: over an island's own devices; of a group in several islands all rings cross the network, one for each

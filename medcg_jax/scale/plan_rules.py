@@ -17,6 +17,7 @@ LARGE_BYTES = 100e6
 DONATED = 0.99
 INVOLUNTARY = "Involuntary full rematerialization"
 GATHERS = ("all-gather", "reduce-scatter")
+SUMS = ("all-reduce", "reduce-scatter")
 
 
 @dataclass(frozen=True)
@@ -123,19 +124,17 @@ def involuntary_rematerialization(compiler_output: str) -> list[Finding]:
     return [Finding("involuntary-rematerialization", text, 0.0, tuple(dict.fromkeys(line[:300] for line in lines)))]
 
 
-def gather_over_network(
-    collectives: Iterable[Collective], layout: Layout, crosses: Callable[[Collective], bool]
-) -> list[Finding]:
-    """`gather-over-network`: parameters are gathered between slices or hosts, over the slow network.
+def gather_over_network(collectives: Iterable[Collective], crosses: Callable[[Collective], bool]) -> list[Finding]:
+    """`gather-over-network`: slices or hosts exchange over the slow network what is no sum of gradients.
 
-    crosses: whether a collective joins devices of different slices or hosts. A mesh whose `data` axis alone
-    lies between them exchanges only gradients there.
+    crosses: whether a collective joins devices of different slices or hosts.
     """
-    found = [one for one in collectives if one.kind in GATHERS and "fsdp" in layout.joined(one) and crosses(one)]
+    found = [one for one in collectives if one.kind not in SUMS and crosses(one)]
     total = sum(one.total_bytes for one in found)
     if total <= LARGE_BYTES:
         return []
-    text = f"fsdp moves {total / 1e9:.2f} GB between slices or hosts; an fsdp axis that lies within one keeps to links"
+    found.sort(key=lambda one: -one.total_bytes)
+    text = f"{total / 1e9:.2f} GB that are no sums of gradients are exchanged between slices or hosts"
     return [Finding("gather-over-network", text, total, _names(found))]
 
 

@@ -98,15 +98,15 @@ def test_what_the_compiler_warns_of_is_found():
 
 
 def test_gathers_between_hosts_are_found():
-    hosts = [(0, device // 4) for device in range(16)]
+    def between(per_host):
+        return lambda one: plan_roofline.crosses(one, [device // per_host for device in range(16)])
 
-    def crosses(one):
-        return plan_roofline.crosses(one, hosts)
-
-    [found] = plan_rules.gather_over_network(SOUND, LAYOUT, crosses)
-    assert found.rule == "gather-over-network" and found.num_bytes == (3 * 400 * 32 + 500) * MB
-    halves = [(0, device // 8) for device in range(16)]
-    assert not plan_rules.gather_over_network(SOUND, LAYOUT, lambda one: plan_roofline.crosses(one, halves))
+    [found] = plan_rules.gather_over_network(SOUND, between(4))
+    assert found.rule == "gather-over-network" and found.num_bytes == (2 * 400 * 32 + 500) * MB
+    # With data alone between the hosts only sums of gradients are exchanged there.
+    assert not plan_rules.gather_over_network(SOUND, between(8))
+    [found] = plan_rules.gather_over_network([*SOUND, collective("all-gather", "data", 101 * MB)], between(8))
+    assert found.num_bytes == 101 * MB
 
 
 # ------------------------------------------------------------------ the bound
@@ -114,7 +114,7 @@ def test_gathers_between_hosts_are_found():
 
 @given(st.integers(2, 64), st.integers(1, 10**9), st.integers(1, 100))
 def test_rings_send_less_than_the_payload_and_reductions_twice(size, payload, trips):
-    group, one_host = (tuple(range(size)),), [(0, 0)] * size
+    group, one_host = (tuple(range(size)),), [0] * size
     sent = {
         kind: plan_roofline.network_bytes([Collective("x", kind, group, payload, trips)], one_host)
         for kind in ("all-gather", "reduce-scatter", "all-reduce")
@@ -124,7 +124,7 @@ def test_rings_send_less_than_the_payload_and_reductions_twice(size, payload, tr
 
 
 def test_what_crosses_hosts_is_shared_by_their_devices():
-    hosts = [(0, device // 4) for device in range(16)]
+    hosts = [device // 4 for device in range(16)]
     everyone = Collective("x", "all-gather", (tuple(range(16)),), 16 * MB, 1)
     assert plan_roofline.network_bytes([everyone], hosts) == (15 * MB, 15 * MB / 4)
     # One device of each host: nobody shares.
