@@ -205,7 +205,8 @@ def read_collectives(
     open_trips: of loops that do not say how often they run.
     """
     try:
-        text = made.compiled.as_text()
+        with captured_stderr([]):  # where it fails libtpu writes a trace of its own stack
+            text = made.compiled.as_text()
     except jax.errors.JaxRuntimeError as error:  # libtpu's programs for tpu7x, jaxlib 0.10.2
         return None, None, f"the compiler cannot write the program as text: {' '.join(str(error).split())[:200]}", None
     attention = bench.attention_in(text)

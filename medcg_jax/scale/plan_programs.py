@@ -213,7 +213,7 @@ def captured_stderr(output: list[str]) -> Iterator[None]:
         os.dup2(file.fileno(), 2)
         try:
             yield
-        except (ConfigError, RunError):
+        except (ConfigError, RunError, jax.errors.JaxRuntimeError):
             raise
         except BaseException:
             os.dup2(kept, 2)

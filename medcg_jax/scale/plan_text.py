@@ -117,8 +117,11 @@ def _after(result: dict) -> Iterator[str]:
         yield f"whole on every device, as mesh.tensor does not divide them: {whole}"
     if "largest_batch" in result:
         most = result["largest_batch"]
-        state = f"; the state alone takes {train['state_bytes'] / GIB:.2f} GiB a device"
-        yield f"largest train.batch_size that fits this mesh: {most}{'' if most else state}"
+        kept = f"{(train['state_bytes'] + train['held_bytes']) / GIB:.2f} GiB a device before any row"
+        why = f"; state and starting weights take {kept}, less where mesh.fsdp or mesh.tensor is larger"
+        yield f"largest train.batch_size that fits this mesh: {most}{'' if most else why}"
+    if train["fits"] and not tests["fits"]:
+        yield "the tests need less with a smaller eval.batch_size, which changes no prediction, or a larger mesh.fsdp"
     if result["peak"] is None:
         yield f"no peaks of {result['device']} are published here, so no bound on its time"
         return

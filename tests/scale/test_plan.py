@@ -27,7 +27,7 @@ from medcg_jax.run_config import (
     TrainConfig,
     replace,
 )
-from medcg_jax.scale import plan, plan_programs, plan_search, plan_text
+from medcg_jax.scale import hlo, plan, plan_programs, plan_search, plan_text
 from medcg_jax.scale.peaks import V5E
 from medcg_jax.train.step import make_step
 
@@ -125,6 +125,15 @@ def test_the_bound_and_the_grid(as_v5e):
     assert "--price" in plan_text.text_of(plan.plan(RUN, "local", memory_bytes=GIB, grid=grid))
 
 
+def test_generation_counts_as_often_as_it_is_said_to_run():
+    subject = plan.make_subject(RUN, make_mesh(RUN.mesh, jax.devices()))
+    text = plan.compile_tests(subject).compiled.as_text()
+    sums = [sum(c.total_bytes for c in hlo.collectives(text, open_trips=trips)) for trips in (1, 2, 3)]
+    assert sums[0] < sums[1] and sums[2] - sums[1] == sums[1] - sums[0]
+    with pytest.raises(ValueError, match="unknown trips"):
+        hlo.collectives(text)
+
+
 def test_the_largest_batch_that_fits():
     peaks = {}
     for rows in (8, 16):
@@ -139,7 +148,7 @@ def test_the_largest_batch_that_fits():
     # Not even the state: nothing is compiled to see that.
     none = plan.plan(RUN, "local", memory_bytes=1000.0)
     assert none["largest_batch"] == 0 and none["exit_status"] == 3
-    assert "the state alone takes" in plan_text.text_of(none)
+    assert "state and starting weights take" in plan_text.text_of(none)
 
 
 def test_a_step_that_keeps_its_old_state_is_found(monkeypatch):
