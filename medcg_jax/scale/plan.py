@@ -23,8 +23,10 @@ from medcg_jax.scale.plan_programs import (
     compile_tests,
     compile_training,
     effort,
+    eval_rows,
     hears_compiler,
     make_subject,
+    train_rows,
 )
 
 DOES_NOT_FIT = 3
@@ -110,10 +112,11 @@ def training(subject: Subject, made: Made, usable: float, peak: Peak | None) -> 
     # The loop keeps the parameters that a fine-tune starts from beside the state that it trains.
     held = 4 * device_numbers(subject.trainable, build.split_trainable(_shardings(subject), run.model.trainable)[0])
     found = needs(made, held, usable) | {"state_bytes": state}
-    length = setup.model.num_image_tokens + run.data.max_text_tokens
+    arrays = train_rows(setup).arrays
+    length, targets = arrays["tokens"].shape[1], arrays["targets"].shape[1]
     rows = run.train.batch_size * subject.num_cells
     needed = flops.step(
-        setup.model, [length] * rows, padded_length=length, num_images=1, num_logits=run.data.max_target_tokens,
+        setup.model, [length] * rows, padded_length=length, num_images=1, num_logits=targets,
         trainable=run.model.trainable,
     )  # fmt: skip
     found |= {"rows": rows, "row_tokens": length, "flops": needed}
@@ -136,8 +139,9 @@ def training(subject: Subject, made: Made, usable: float, peak: Peak | None) -> 
         return found | {"bound": None}
     passes = (3 if run.model.remat == "full" else 2) * run.train.accumulation_steps
     crossing_hbm = plan_roofline.step_memory_bytes(
-        state_bytes=state, grad_bytes=held, weight_bytes=gathered_bytes(subject), temp_bytes=found["temp_bytes"],
-        passes=passes, gathered=mesh.shape["fsdp"] > 1,
+        state_bytes=state, grad_bytes=held * subject.cells_each,
+        weight_bytes=gathered_bytes(subject) * subject.cells_each, temp_bytes=found["temp_bytes"], passes=passes,
+        gathered=mesh.shape["fsdp"] > 1,
     )  # fmt: skip
     one = plan_roofline.bound(
         peak=peak, num_devices=mesh.size, executed_flops=needed["executed"], memory_bytes=crossing_hbm,
@@ -153,7 +157,7 @@ def testing(subject: Subject, made: Made, usable: float, peak: Peak | None) -> d
     # A grid tests what it has trained while the state of the trainings, and what they started from, are there.
     held = device_bytes(subject.state())
     found = needs(made, held, usable)
-    length, rows = setup.model.num_image_tokens + run.data.max_text_tokens, run.eval.batch_size
+    length, rows = eval_rows(setup).arrays["tokens"].shape[1], run.eval.batch_size
     num_new = run.eval.max_new_tokens if run.eval.generate else 1
     executed = flops.evaluation(setup.model, num_rows=rows, length=length, num_new=num_new)
     found |= {"rows": rows, "row_tokens": length, "flops": {"executed": executed}, "num_new_tokens": num_new}
@@ -277,7 +281,8 @@ def layout_of(subject: Subject) -> plan_rules.Layout:
             layers[part, x.shape[0]] = layers.get((part, x.shape[0]), 0.0) + width * numbers / x.shape[0]
         else:
             single = max(single, width * numbers)
-    return plan_rules.Layout(dict(mesh.shape), whole, max([single, *layers.values()]))
+    each = subject.cells_each
+    return plan_rules.Layout(dict(mesh.shape), each * whole, each * max([single, *layers.values()]))
 
 
 # ------------------------------------------------------------------ what would fit, and what it costs

@@ -58,6 +58,11 @@ class Subject:
     def mesh(self) -> Mesh:
         return self.setup.mesh
 
+    @property
+    def cells_each(self) -> int:
+        """Cells that a device has a part of."""
+        return self.num_cells // self.mesh.shape["cell"]
+
     def params(self) -> nnx.State:
         """Abstract parameters of the whole model, with their shardings."""
         whole = build.join(self.trainable, self.frozen)
