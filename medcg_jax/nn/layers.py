@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from medcg_jax.axes import spec
+from medcg_jax.nn.context import constrain
 
 Stack = tuple[int, ...]
 
@@ -102,7 +103,15 @@ class Embedding(nnx.Module):
         self.table = param(normal(size**-0.5), (num, size), axes, rngs=rngs, dtype=dtype)
 
     def __call__(self, ids: jax.Array, dtype) -> jax.Array:
-        return self.table[...][ids].astype(dtype)
+        """dtype[..., D]; each device looks its part of the width up, then parts are exchanged for rows.
+
+        Said here, because the compiler otherwise looks all rows of the batch up on every device, and in the backward
+        pass gathers all their gradients: at batch 32 of LLaVA-1.5-7B on 256 devices, a tenth of all bytes moved.
+        """
+        x = self.table[...][ids].astype(dtype)
+        between = (None,) * (ids.ndim - 1)
+        x = constrain(x, "lookup_batch", *between, "lookup_embed")
+        return constrain(x, "act_batch", *between, "act_embed")
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:

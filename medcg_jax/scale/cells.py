@@ -39,11 +39,18 @@ MARGIN = 0.1
 
 
 def compile_step(
-    run: RunConfig, config: build.Config, mesh: Mesh, batch: dict[str, np.ndarray], *, num_cells: int
+    run: RunConfig,
+    config: build.Config,
+    mesh: Mesh,
+    batch: dict[str, np.ndarray],
+    *,
+    num_cells: int,
+    options: dict | None = None,
 ) -> tuple[jax.stages.Compiled, dict[str, float]]:
     """(the run's training step for `num_cells` cells on `mesh`, seconds to lower and to compile); allocates nothing.
 
     config: the architecture. batch: of one cell; its shapes and dtypes alone are used.
+    options: what to compile with; None: `topology.compiler_options`.
     """
     graphdef, params = build.abstract(config)
     split = partial(build.split_trainable, names=run.model.trainable)
@@ -51,20 +58,22 @@ def compile_step(
         mesh, graphdef, *split(build.shardings(config, mesh)), make_optimizer(run.train), num_cells=num_cells,
         accumulation_steps=run.train.accumulation_steps, compute_dtype=run.model.compute_dtype,
     )  # fmt: skip
-    options = topology.compiler_options(mesh.devices.flat[0])
+    options = topology.compiler_options(mesh.devices.flat[0]) if options is None else options
     _, compiled, lower_s, compile_s = program.compile(*split(params), batch, options)
     return compiled, {"lower_s": round(lower_s, 1), "compile_s": round(compile_s, 1)}
 
 
-def measure(compiled: jax.stages.Compiled, mesh: Mesh) -> dict:
+def measure(compiled: jax.stages.Compiled, text: str, mesh: Mesh) -> dict:
     """What a compiled step needs per device: bytes of memory, and of collectives by kind; and how many leave a cell.
 
+    text: the program's, as `topology.text_of` gives it.
+
     Raises:
-      ValueError: the program's collectives cannot be read (`hlo`), or it has none.
+      ValueError: the program's collectives cannot be read (`hlo`), or it has none though devices are several.
     """
-    text = compiled.as_text()
     found = hlo.collectives(text)
-    across = hlo.crossing(found, num_devices=mesh.size, num_groups=mesh.shape["cell"])
+    groups = mesh.shape["cell"]
+    across = hlo.crossing(found, num_devices=mesh.size, num_groups=groups) if mesh.size > 1 else []
     by_kind = hlo.bytes_by_kind(found)
     memory = compiled.memory_analysis()
     return {
@@ -76,7 +85,7 @@ def measure(compiled: jax.stages.Compiled, mesh: Mesh) -> dict:
         "collective_bytes_sum": sum(by_kind.values()),
         "num_collectives": len(found),
         "crossing": [f"{one.kind} {one.name}" for one in across],
-        "attention": bench.attention_in(compiled),
+        "attention": bench.attention_in(text),
     }
 
 
@@ -91,14 +100,15 @@ def compiled_cells(run: RunConfig, devices: list[jax.Device], *, num_cells: int,
     config = bench.architecture(run.model)
     mesh = make_mesh(dataclasses.replace(run.mesh, cell=num_groups), devices)
     batch = example_batch(run, config, mesh)
-    compiled, seconds = compile_step(run, config, mesh, batch, num_cells=num_cells)
+    options = topology.compiler_options(devices[0])
+    compiled, seconds = compile_step(run, config, mesh, batch, num_cells=num_cells, options=options)
     about = {
         "device": devices[0].device_kind,
         "mesh": dict(mesh.shape),
         "num_cells": num_cells,
         "batch": {"size": len(batch["tokens"]), "length": batch["tokens"].shape[1]},
     }
-    return about | measure(compiled, mesh) | seconds
+    return about | measure(compiled, topology.text_of(compiled, options), mesh) | seconds
 
 
 def example_batch(run: RunConfig, config: build.Config, mesh: Mesh) -> dict[str, np.ndarray]:
