@@ -248,8 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     groups = args.groups or max(args.cells, 1)
     if not args.optimize:
-        jax.config.update("jax_optimization_level", "O0")
-        jax.config.update("jax_exec_time_optimization_effort", -1.0)
+        use_fast_flags()
     try:
         run = load(args.config, _overrides(rest))
         about = about_compiling() | {"config": args.config, "flags": rest, "full_effort": args.optimize}
@@ -272,6 +271,12 @@ def main(argv: list[str] | None = None) -> int:
         rows = json.loads(file.read_text()) if file.exists() else []
         write_whole(file, json.dumps([*rows, result], indent=1) + "\n")
     return 0 if good else 1
+
+
+def use_fast_flags() -> None:
+    """Has this process compile with little effort: memory and times are not production's, collectives nearly are."""
+    jax.config.update("jax_optimization_level", "O0")
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
 
 
 def _overrides(flags: list[str]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The bytes that one training step must exchange on a mesh, by counting: what a compiled program is held against.
 
-Sharded data parallelism (FSDP) gathers each weight in the compute dtype where it is used and reduces each gradient once;
-tensor parallelism sums activations behind every matrix that is split by rows; replicas of the data sum gradients.
+Sharded data parallelism (FSDP) gathers each weight in the compute dtype where it is used and reduces each gradient
+once; tensor parallelism sums activations behind every matrix that is split by rows; replicas of the data sum gradients.
 Sources: arXiv 1910.02054, section 7 (ZeRO: two gathers and a reduction of the parameters), arXiv 1909.08053, section 3
 (two sums of activations a layer, forward and backward each).
 """
@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from medcg_jax.models import build
 from medcg_jax.models.llava import LlavaConfig
+
 
 def textbook_bytes(
     config: build.Config,
