@@ -1,6 +1,6 @@
 """Two recommended meshes compiled for TPUs that are not there, held to the textbook's bytes; and one that wastes them.
 
-It needs libtpu, which the extra `test` brings for Linux on x86; elsewhere this is skipped.
+It needs libtpu, which launch/test.sh puts into `.libtpu`, beside the environment; elsewhere this is skipped.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+BESIDE = ROOT / ".libtpu"
 ROWS = ("v5e:4x4", "v5e:8x8")
 # The command as it is, or with a row whose fsdp group is the whole slice: libtpu then sums whole gradients.
 PROGRAM = """
@@ -25,14 +26,17 @@ sys.exit(meshes.main(sys.argv[2:]))
 """
 
 pytestmark = [
-    pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu, to compile for a TPU"),
+    pytest.mark.skipif(
+        not (find_spec("libtpu") or (BESIDE / "libtpu").is_dir()), reason="needs libtpu, to compile for a TPU"
+    ),
     pytest.mark.timeout(900),  # half a minute alone on two cores; many times that beside other work
 ]
 
 
 def run(how: str, file: Path, *topologies: str) -> tuple[int, list[dict]]:
     """(exit status, rows of the JSON): a process of its own, since libtpu is loaded once and keeps its lock."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"), str(BESIDE))))
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": path}
     command = [sys.executable, "-c", PROGRAM, how, *topologies, f"--json={file}"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=800)
     assert file.exists(), done.stderr[-2000:]
