@@ -29,8 +29,9 @@ status=0
 run_tests .venv "$@" || status=$?
 if [ -n "$second" ] && [ "$(version_of .venv/bin/python)" = 3.11 ]; then
     install_project .venv312 "$second" test
-    # Once is enough for what knows nothing of JAX and takes long; and that libtpu is of the older JAX.
-    run_tests .venv312 --ignore=tests/launch --ignore=tests/scale/test_budget.py --ignore-glob='tests/study/test_report*.py' \
+    # Once is enough for what knows nothing of JAX and takes long; and that libtpu is the older JAX's.
+    run_tests .venv312 --ignore=tests/scale/test_budget.py \
+        --ignore=tests/launch --ignore-glob='tests/study/test_report*.py' \
         --ignore=tests/study/test_kills.py --ignore-glob='tests/data/test_prepare*.py' \
         --ignore-glob='tests/data/test_hostile*.py' --ignore=tests/data/test_fuzz.py "$@" || status=$?
 else
