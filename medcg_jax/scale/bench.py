@@ -211,7 +211,7 @@ def spread(values: list[float]) -> dict:
 
 
 def attention_in(text: str) -> str:
-    """Which attention a compiled program holds, by what its text calls: "cudnn", "splash", or "plain" where neither."""
+    """Which attention a program's text holds, by what it calls: "cudnn", "splash", or "plain" where neither."""
     return "cudnn" if "__cudnn$fmha" in text else "splash" if "tpu_custom_call" in text else "plain"
 
 

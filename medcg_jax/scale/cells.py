@@ -57,27 +57,36 @@ def make_program(
 
 
 def compile_step(
-    run: RunConfig, config: build.Config, mesh: Mesh, batch: dict[str, np.ndarray], *, num_cells: int
+    run: RunConfig,
+    config: build.Config,
+    mesh: Mesh,
+    batch: dict[str, np.ndarray],
+    *,
+    num_cells: int,
+    options: dict | None = None,
 ) -> tuple[jax.stages.Compiled, dict[str, float]]:
     """(`make_program`'s step of the text's loss, compiled, seconds to lower and to compile); allocates nothing.
 
-    batch: of one cell; its shapes and dtypes alone are used.
+    config: the architecture. batch: of one cell; its shapes and dtypes alone are used.
+    options: what to compile with; None: `topology.compiler_options`.
     """
     program, trainable, frozen = make_program(run, config, mesh, num_cells=num_cells)
-    options = topology.compiler_options(mesh.devices.flat[0])
+    options = topology.compiler_options(mesh.devices.flat[0]) if options is None else options
     _, compiled, lower_s, compile_s = program.compile(trainable, frozen, batch, options)
     return compiled, {"lower_s": round(lower_s, 1), "compile_s": round(compile_s, 1)}
 
 
-def measure(compiled: jax.stages.Compiled, mesh: Mesh) -> dict:
+def measure(compiled: jax.stages.Compiled, text: str, mesh: Mesh) -> dict:
     """What a compiled step needs per device: bytes of memory, and of collectives by kind; and how many leave a cell.
 
+    text: the program's, as `topology.text_of` gives it.
+
     Raises:
-      ValueError: the program's collectives cannot be read (`hlo`), or it has none.
+      ValueError: the program's collectives cannot be read (`hlo`), or it has none though devices are several.
     """
-    text = compiled.as_text()
     found = hlo.collectives(text)
-    across = hlo.crossing(found, num_devices=mesh.size, num_groups=mesh.shape["cell"])
+    groups = mesh.shape["cell"]
+    across = hlo.crossing(found, num_devices=mesh.size, num_groups=groups) if mesh.size > 1 else []
     by_kind = hlo.bytes_by_kind(found)
     memory = compiled.memory_analysis()
     return {
@@ -104,14 +113,15 @@ def compiled_cells(run: RunConfig, devices: list[jax.Device], *, num_cells: int,
     config = bench.architecture(run.model)
     mesh = make_mesh(dataclasses.replace(run.mesh, cell=num_groups), devices)
     batch = example_batch(run, config, mesh)
-    compiled, seconds = compile_step(run, config, mesh, batch, num_cells=num_cells)
+    options = topology.compiler_options(devices[0])
+    compiled, seconds = compile_step(run, config, mesh, batch, num_cells=num_cells, options=options)
     about = {
         "device": devices[0].device_kind,
         "mesh": dict(mesh.shape),
         "num_cells": num_cells,
         "batch": {"size": len(batch["tokens"]), "length": batch["tokens"].shape[1]},
     }
-    return about | measure(compiled, mesh) | seconds
+    return about | measure(compiled, topology.text_of(compiled, options), mesh) | seconds
 
 
 def example_batch(run: RunConfig, config: build.Config, mesh: Mesh) -> dict[str, np.ndarray]:
@@ -251,8 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     groups = args.groups or max(args.cells, 1)
     if not args.optimize:
-        jax.config.update("jax_optimization_level", "O0")
-        jax.config.update("jax_exec_time_optimization_effort", -1.0)
+        use_fast_flags()
     try:
         run = load(args.config, _overrides(rest))
         about = about_compiling() | {"config": args.config, "flags": rest, "full_effort": args.optimize}
@@ -275,6 +284,12 @@ def main(argv: list[str] | None = None) -> int:
         rows = json.loads(file.read_text()) if file.exists() else []
         write_whole(file, json.dumps([*rows, result], indent=1) + "\n")
     return 0 if good else 1
+
+
+def use_fast_flags() -> None:
+    """Has this process compile with little effort: memory and times are not production's, collectives nearly are."""
+    jax.config.update("jax_optimization_level", "O0")
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
 
 
 def _overrides(flags: list[str]) -> dict[str, str]:

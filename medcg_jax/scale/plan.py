@@ -210,8 +210,8 @@ def read_collectives(
     """
     try:
         with captured_stderr([]):  # where it fails libtpu writes a trace of its own stack
-            text = made.compiled.as_text()
-    except jax.errors.JaxRuntimeError as error:  # libtpu's programs for tpu7x, jaxlib 0.10.2
+            text = topology.text_of(made.compiled, made.options)
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
         return None, None, f"the compiler cannot write the program as text: {' '.join(str(error).split())[:200]}", None
     attention = bench.attention_in(text)
     try:

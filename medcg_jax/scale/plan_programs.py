@@ -144,9 +144,13 @@ def batch_of(rows: Encoded, batch_size: int) -> Shapes:
 
 @dataclass(frozen=True)
 class Made:
-    """A program: compiled, or why the compiler refused it for want of memory; and what the compiler wrote meanwhile."""
+    """A program: compiled, or why the compiler refused it for want of memory; and what the compiler wrote meanwhile.
+
+    options: what it was compiled with, of `topology.compiler_options`.
+    """
 
     compiled: jax.stages.Compiled | None
+    options: dict
     refusal: str
     output: str
     seconds: float
@@ -165,7 +169,7 @@ def compile_training(subject: Subject, batch_size: int) -> Made:
     def build_it() -> jax.stages.Compiled:
         return subject.program.compile(subject.trainable, subject.frozen, batch, options)[1]
 
-    return _made("the training step", build_it)
+    return _made("the training step", options, build_it)
 
 
 def compile_tests(subject: Subject) -> Made:
@@ -188,10 +192,10 @@ def compile_tests(subject: Subject) -> Made:
         with jax.set_mesh(subject.mesh):
             return evaluator.jitted.lower(subject.params(), batch).compile(options)
 
-    return _made("the program of tests", build_it)
+    return _made("the program of tests", options, build_it)
 
 
-def _made(what: str, build_it: Callable[[], jax.stages.Compiled]) -> Made:
+def _made(what: str, options: dict, build_it: Callable[[], jax.stages.Compiled]) -> Made:
     before, output = os.times(), []
     compiled, refusal = None, ""
     with captured_stderr(output):
@@ -204,7 +208,7 @@ def _made(what: str, build_it: Callable[[], jax.stages.Compiled]) -> Made:
                 raise RunError(f"{what} cannot be compiled: {type(error).__name__}: {refusal[:300]}") from error
     after = os.times()
     cpu = after.user + after.system - before.user - before.system
-    return Made(compiled, refusal, output[0], after.elapsed - before.elapsed, cpu)
+    return Made(compiled, options, refusal, output[0], after.elapsed - before.elapsed, cpu)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ network, `h100:8x8` 8 hosts with 8 GPUs each. A TPU7x chip (and a v4 chip) is tw
 
 import functools
 import importlib.util
-import math
 import tempfile
 from pathlib import Path
 from typing import NamedTuple

@@ -240,7 +240,7 @@ def test_what_cannot_be_compiled_is_told():
         raise NotImplementedError("Unsupported sequence length Q 193, KV 193.")
 
     with pytest.raises(RunError, match="the training step cannot be compiled: NotImplementedError: Unsupported"):
-        plan_programs._made("the training step", fails)
+        plan_programs._made("the training step", {}, fails)
 
 
 def test_numbers_of_a_refusal():
@@ -252,7 +252,7 @@ def test_numbers_of_a_refusal():
     def refuses():
         raise jax.errors.JaxRuntimeError(text)
 
-    made = plan_programs._made("x", refuses)
+    made = plan_programs._made("x", {}, refuses)
     found = plan.needs(made, 1.0, 15e9)
     assert not found["fits"] and found["peak_bytes"] == pytest.approx(26.32 * GIB) and "26.32G" in found["refused"]
 
