@@ -26,6 +26,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "vision_heads": "tensor",
     # Width of a table whose rows no axis splits: what is looked up there is small, so every device may hold a part.
     "table_embed": ("fsdp", "tensor"),
+    # What an embedding table whose width is split gives, before its parts are exchanged for rows.
+    "lookup_batch": "data",
+    "lookup_embed": "fsdp",
     "act_batch": BATCH_AXES,
     "act_len": None,
     "act_embed": None,

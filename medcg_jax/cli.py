@@ -134,6 +134,7 @@ def parser() -> Parser:
             verb.add_argument("--jobs", type=int, default=0, metavar="N", help="processes that share the grid's cells")
         if name == "bench":
             verb.add_argument("--against", choices=("torch",), default="")
+    add_plan(verbs)
     report = add(verbs, "report", report_grid, "the page, tables and plots of a grid, from its files alone")
     report.add_argument("dir", metavar="DIR", help="workdir of a grid")
     report.add_argument("other", metavar="OTHER", nargs="?", default="", help="another grid's, to compare with")
@@ -148,6 +149,18 @@ def add_processes(verb: Parser) -> None:
     flags.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0; auto: JAX asks a TPU VM")
     flags.add_argument("--num_processes", default="", metavar="N", help="1: alone, whatever the environment says")
     flags.add_argument("--process_id", default="", metavar="I", help="0 to N - 1")
+
+
+def add_plan(verbs) -> None:
+    plan = add(verbs, "plan", plan_run, "what a run needs on a machine that is not there: bytes, FLOPs, least time")
+    plan.epilog = "--config.a.b=VALUE sets one field of the config. Exit status 3: it does not fit."
+    plan.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
+    plan.add_argument("--topology", required=True, metavar="NAME", help="v5e:4x4, v5p:4x4x4, v6e:8x8, h100:8, local")
+    plan.add_argument("--search", action="store_true", help="try meshes, remat policies and batch sizes, and rank them")
+    plan.add_argument("--compiles", type=int, default=12, metavar="N", help="programs that --search compiles at most")
+    plan.add_argument("--full_effort", action="store_true", help="compile as a real run does: slower, and its memory")
+    plan.add_argument("--price", type=float, default=0.0, metavar="USD", help="of a chip-hour, for the grid's cost")
+    plan.add_argument("--memory_gib", type=float, default=0.0, metavar="GIB", help="of a device, if not the known one")
 
 
 def resolved(args: argparse.Namespace) -> RunConfig:
@@ -281,6 +294,26 @@ def bench_here(args) -> dict:
     from medcg_jax.scale.bench import bench
 
     return bench(run, against=args.against)
+
+
+def plan_run(args) -> dict:
+    run = resolved(args)
+    from medcg_jax.scale import plan, plan_search, plan_text
+    from medcg_jax.study import backbones, dry
+
+    common = dict(full_effort=args.full_effort, memory_bytes=args.memory_gib * (1 << 30))
+    if args.search:
+        found = plan_search.search(run, args.topology, most_compiles=args.compiles, **common)
+        print(plan_search.table(found))
+        return found
+    found = {}
+    for model in run.study.models or (run.model.name,):
+        one = backbones.model_run(run, model) if run.study.models else run
+        found[model] = plan.plan(one, args.topology, grid=dry.grid_totals(one), price=args.price, **common)
+        print(plan_text.text_of(found[model]), flush=True)
+    if len(found) == 1:
+        return found.popitem()[1]
+    return {"models": found, "exit_status": max(one.get("exit_status", 0) for one in found.values())}
 
 
 def write_json(path: Path, result: dict) -> None:

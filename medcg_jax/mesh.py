@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -35,12 +36,62 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all) with `MESH_AXES`, `cell` outermost, every axis Auto."""
+    """A mesh over `devices` (default: all) with `MESH_AXES`, `cell` outermost, every axis Auto.
+
+    Devices of several islands (`islands`) are joined along `cell`, then `data`: within an island parameters and
+    activations are exchanged at every layer; between islands each gradient's shard once, and between cells nothing.
+
+    Raises:
+      ConfigError: as `mesh_shape`; or fsdp or tensor would cross islands, or islands are not of one size.
+    """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(config, len(devices))
-    # Not `jax.make_mesh`: off a v5e it refuses to split a side of the chips' grid, as four cells of a v6e:8x8 do.
-    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    sizes = Counter(islands(devices))
+    if len(sizes) == 1:
+        # Not `jax.make_mesh`: off a v5e it refuses to split a side of the chips' grid, as four cells of a v6e:8x8 do.
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        across = _across_islands(shape, sizes)
+        within = tuple(size // part for size, part in zip(shape, across, strict=True))
+        placed = mesh_utils.create_hybrid_device_mesh(
+            within, across, devices, process_is_granule=_by_process(devices), allow_split_physical_axes=True
+        )
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def islands(devices: Sequence[jax.Device]) -> list[int]:
+    """For each device the number of its island: the slice of a TPU pod (ICI), or the host of GPUs (NVLink).
+
+    Between islands there is the data-center network. On CPUs all are one: nothing there is nearer than the rest.
+    """
+    if _by_process(devices):
+        return [device.process_index for device in devices]
+    return [0 if device.platform == "cpu" else getattr(device, "slice_index", None) or 0 for device in devices]
+
+
+def _by_process(devices: Sequence[jax.Device]) -> bool:
+    """Whether a process is an island: of GPUs that are only compiled for, whose slice is 0 on every host.
+
+    Of GPUs at hand slices are the hosts (jaxlib compares their boot ids), with any number of processes each.
+    """
+    return devices[0].platform == "gpu" and devices[0] not in jax.devices()
+
+
+def _across_islands(shape: tuple[int, ...], sizes: Mapping[int, int]) -> tuple[int, ...]:
+    """Into how many parts the islands divide each mesh axis; sizes: island -> its devices."""
+    cell, data, fsdp, tensor = shape
+    if len(set(sizes.values())) > 1:
+        counts = ", ".join(f"{size} in {island}" for island, size in sorted(sizes.items()))
+        raise ConfigError(f"devices of slices or hosts: {counts}; as many in each are accepted")
+    num, size = len(sizes), next(iter(sizes.values()))
+    across_cell = math.gcd(cell, num)
+    if data % (num // across_cell) or size % (fsdp * tensor):
+        raise ConfigError(
+            f"mesh.fsdp={fsdp} x mesh.tensor={tensor} would cross slices or hosts of {size} devices, and gather "
+            f"parameters over the data-center network at every layer; accepted on {num} of them: fsdp x tensor a "
+            f"divisor of {size}, cell x data a multiple of {num} (cell={cell}, data={data})"
+        )
+    return across_cell, num // across_cell, 1, 1
 
 
 def check_batch(mesh: Mesh, batch_size: int, field: str) -> None:

@@ -65,7 +65,10 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each mesh axis has; -1 on one axis takes what is left."""
+    """How many devices each mesh axis has; -1 on one axis takes what is left.
+
+    Of several TPU slices or GPU hosts, fsdp x tensor must divide one; cell and data go across them (`mesh.make_mesh`).
+    """
 
     cell: int = 1
     data: int = -1

@@ -1,6 +1,7 @@
 """The axis table and the mesh: what each rule gives, and the one-line refusals."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
+from medcg_jax import mesh as mesh_lib
 from medcg_jax.axes import MESH_AXES, RULES, spec
-from medcg_jax.mesh import batch_sharding, check_batch, make_mesh, mesh_shape, put_batch
+from medcg_jax.mesh import batch_sharding, check_batch, islands, make_mesh, mesh_shape, put_batch
 from medcg_jax.run_config import ConfigError, MeshConfig
 
 
@@ -57,6 +59,63 @@ def test_cell_is_the_outermost_axis_and_owns_consecutive_devices():
     assert mesh.axis_names == MESH_AXES
     ids = np.vectorize(lambda device: device.id)(mesh.devices)
     assert sorted(ids[0].ravel()) == [0, 1, 2, 3]
+
+
+# ------------------------------------------------------------------ several slices or hosts
+
+
+def gpus(num_hosts: int, num_each: int) -> list:
+    """Devices as those of `topologies.get_topology_desc` for GPUs: one slice, a process for each host."""
+    return [
+        SimpleNamespace(id=i, platform="gpu", device_kind="a GPU", slice_index=0, process_index=i // num_each)
+        for i in range(num_hosts * num_each)
+    ]
+
+
+def placed(monkeypatch, config: MeshConfig, devices) -> np.ndarray:
+    """The islands of a mesh's devices, in its shape; `Mesh` itself takes real devices alone."""
+    monkeypatch.setattr(mesh_lib, "Mesh", lambda devices, *_, **__: devices)
+    return np.vectorize(lambda device: device.process_index)(make_mesh(config, devices))
+
+
+@given(st.integers(0, 1), st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.integers(1, 3))
+def test_layers_never_exchange_over_the_network(cells, data, fsdp, tensor, hosts):
+    """Whatever the sizes: fsdp and tensor stay on one host, or the mesh is refused and would not have fitted."""
+    cell, data, fsdp, tensor, num_hosts = 2**cells, 2**data, 2**fsdp, 2**tensor, 2**hosts
+    total = cell * data * fsdp * tensor
+    if total % num_hosts:
+        return
+    config, devices = MeshConfig(cell, data, fsdp, tensor), gpus(num_hosts, total // num_hosts)
+    with pytest.MonkeyPatch.context() as patch:
+        if (total // num_hosts) % (fsdp * tensor) or num_hosts > cell * data:
+            with pytest.raises(ConfigError, match="would cross slices or hosts of"):
+                placed(patch, config, devices)
+            return
+        hosts_of = placed(patch, config, devices)
+    assert hosts_of.shape == (cell, data, fsdp, tensor)
+    assert all(len(set(block.ravel())) == 1 for row in hosts_of for block in row)
+    # Cells come first: where there are as many as hosts, none needs the network at all.
+    assert cell < num_hosts or all(len(set(row.ravel())) == 1 for row in hosts_of) or cell == 1
+
+
+def test_what_an_island_is():
+    assert islands(gpus(2, 2)) == [0, 0, 1, 1]
+    tpus = [SimpleNamespace(platform="tpu", slice_index=i // 2, process_index=i) for i in range(4)]
+    assert islands(tpus) == [0, 0, 1, 1]
+    alone = [SimpleNamespace(platform="tpu", process_index=i) for i in range(4)]  # a single slice has no index
+    assert islands(alone) == [0, 0, 0, 0]
+    assert set(islands(jax.devices())) == {0}
+
+
+def test_gpus_at_hand_are_joined_by_slice_whatever_their_processes(monkeypatch):
+    devices = gpus(4, 1)
+    monkeypatch.setattr(mesh_lib.jax, "devices", lambda: devices)
+    assert islands(devices) == [0, 0, 0, 0]
+
+
+def test_hosts_of_several_sizes_are_named():
+    with pytest.raises(ConfigError, match="4 in 0, 2 in 1; as many in each"):
+        make_mesh(MeshConfig(), [*gpus(1, 4), *gpus(2, 4)[4:6]])
 
 
 def test_a_batch_that_the_mesh_cannot_split_is_named():

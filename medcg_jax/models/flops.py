@@ -60,6 +60,17 @@ def forward(config: Config, *, length: int, num_images: int = 1, num_logits: int
     )
 
 
+def generation(config: Config, *, seen: int) -> float:
+    """FLOPs of one more token of a row whose cache holds `seen` tokens with it, its logits included."""
+    one, text = forward(config, length=1, num_images=0, num_logits=1), config.text
+    crossed = len(text.cross_layers) if isinstance(config, MllamaConfig) else 0
+    keys = (text.num_layers - crossed) * seen
+    if crossed:
+        # Keys and values of the image lie in the cache.
+        keys += crossed * config.vision.num_tokens
+    return one.total - one.attention + 4.0 * keys * text.num_heads * text.head_dim
+
+
 def _image(config: Config) -> tuple[float, float]:
     """FLOPs of the tower and of the projector for one image."""
     vision, out = config.vision, config.text.embed_dim

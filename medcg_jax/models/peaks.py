@@ -1,22 +1,77 @@
-"""Peak FLOP/s of devices, for MFU."""
+"""Published peaks of one device: FLOP/s in bf16, bytes/s of its memory, of its links and of its part of the network.
 
-# Dense bf16 FLOP/s of one device, by what `jax.Device.device_kind` begins with; the longest match counts.
-PEAK_BF16 = {
-    "NVIDIA A100": 312e12,  # NVIDIA A100 datasheet, BF16 tensor core
-    "NVIDIA H100 80GB HBM3": 989.5e12,  # NVIDIA H100 datasheet, SXM: 1,979 with sparsity
-    "NVIDIA H100 PCIe": 756.5e12,  # the same, PCIe: 1,513 with sparsity
-    "NVIDIA H100 NVL": 835.5e12,  # the same, NVL: 1,671 with sparsity
-    "NVIDIA H200": 989.5e12,  # NVIDIA H200 datasheet, SXM: 1,979 with sparsity
-    "NVIDIA H200 NVL": 835.5e12,  # the same, NVL: 1,671 with sparsity
-    "TPU v5 lite": 197e12,  # Google Cloud TPU documentation, v5e
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,  # v5p
-    "TPU v6 lite": 918e12,  # v6e
-    "TPU v6e": 918e12,
+Vendors' numbers, which no program reaches: what follows from them is a bound and no measurement. Bandwidths count one
+direction; where a page gives both directions together, half of it stands here.
+"""
+
+from dataclasses import dataclass
+
+GBIT = 1e9 / 8
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Of one `jax.Device`; None: not published for this form of the device.
+
+    bf16_flops_per_s: dense. memory_bytes_per_s: of HBM.
+    link_bytes_per_s: of all its links to devices of the same slice (ICI) or host (NVLink) together, one direction.
+    network_bytes_per_s: of its part of the network between slices (DCN) or hosts (NICs), one direction.
+    devices_per_chip: what is rented and paid is a chip.
+    source: the pages that the numbers are from.
+    """
+
+    bf16_flops_per_s: float
+    memory_bytes_per_s: float | None
+    link_bytes_per_s: float | None
+    network_bytes_per_s: float | None
+    source: str
+    devices_per_chip: int = 1
+
+
+TPU_DOCS = "Google Cloud documentation, docs.cloud.google.com/tpu/docs"
+# 819 GB/s and 400 GB/s both ways on the page of v5e; 6.4 Tbit/s for a pod of 256 chips.
+V5E = Peak(197e12, 819e9, 200e9, 6.4e12 / 8 / 256, f"{TPU_DOCS}/v5e")
+V5P = Peak(459e12, 2765e9, 600e9, 50 * GBIT, f"{TPU_DOCS}/v5p")
+# The network is on the page of TPU7x, which compares them.
+V6E = Peak(918e12, 1638e9, 400e9, 100 * GBIT, f"{TPU_DOCS}/v6e and /tpu7x")
+# A chip is two devices; each has half.
+TPU7X = Peak(2307e12 / 2, 7380e9 / 2, 600e9 / 2, 100 * GBIT / 2, f"{TPU_DOCS}/tpu7x", devices_per_chip=2)
+H100 = Peak(989.5e12, 3.35e12, 450e9, 400 * GBIT, "NVIDIA H100 datasheet, SXM; DGX H100 datasheet, a NIC for each GPU")
+H200 = Peak(989.5e12, 4.8e12, 450e9, 400 * GBIT, "NVIDIA H200 datasheet, SXM; DGX H200 datasheet, a NIC for each GPU")
+
+# By what `jax.Device.device_kind` begins with; the longest match counts.
+PEAKS = {
+    "TPU v5 lite": V5E,
+    "TPU v5e": V5E,
+    "TPU v5": V5P,
+    "TPU v6 lite": V6E,
+    "TPU v6e": V6E,
+    "TPU7x": TPU7X,
+    "TPU v7x": TPU7X,
+    "NVIDIA A100": Peak(312e12, None, 300e9, 200 * GBIT, "NVIDIA A100 datasheet; DGX A100 datasheet"),
+    "NVIDIA A100-SXM4-80GB": Peak(
+        312e12, 2039e9, 300e9, 200 * GBIT, "NVIDIA A100 datasheet, SXM 80 GB; DGX A100 datasheet, a NIC for each GPU"
+    ),
+    "NVIDIA H100 80GB HBM3": H100,
+    # 1,513 and 1,671 with sparsity.
+    "NVIDIA H100 PCIe": Peak(756.5e12, 2.0e12, None, None, "NVIDIA H100 datasheet, PCIe"),
+    "NVIDIA H100 NVL": Peak(835.5e12, 3.9e12, None, None, "NVIDIA H100 datasheet, NVL"),
+    "NVIDIA H200": H200,
+    "NVIDIA H200 NVL": Peak(835.5e12, 4.8e12, None, None, "NVIDIA H200 datasheet, NVL"),
+    # Eight have 36 PFLOP/s, 64 TB/s of memory and 14.4 TB/s of NVLink both ways.
+    "NVIDIA B200": Peak(
+        2250e12, 8e12, 900e9, 400 * GBIT, "NVIDIA HGX B200 and DGX B200 datasheets, an eighth; a NIC for each GPU"
+    ),
 }
+
+
+def peak_of(device_kind: str) -> Peak | None:
+    """The peaks of a device by its `device_kind`; None where the table has none (a CPU, say)."""
+    known = [name for name in PEAKS if device_kind.startswith(name)]
+    return PEAKS[max(known, key=len)] if known else None
 
 
 def peak_bf16(device_kind: str) -> float | None:
     """Dense bf16 FLOP/s of a device by its `device_kind`; None where the table has none (a CPU, say)."""
-    known = [name for name in PEAK_BF16 if device_kind.startswith(name)]
-    return PEAK_BF16[max(known, key=len)] if known else None
+    peak = peak_of(device_kind)
+    return peak and peak.bf16_flops_per_s

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from medcg_jax.axes import spec
+from medcg_jax.nn.context import constrain, current_mesh
 
 Stack = tuple[int, ...]
 
@@ -102,7 +103,19 @@ class Embedding(nnx.Module):
         self.table = param(normal(size**-0.5), (num, size), axes, rngs=rngs, dtype=dtype)
 
     def __call__(self, ids: jax.Array, dtype) -> jax.Array:
-        return self.table[...][ids].astype(dtype)
+        """dtype[..., D]; with replicas of the data each device looks its part of the width up, for rows of its replica.
+
+        Then parts are exchanged for rows. Said here, because XLA otherwise looks all rows of the batch up on every
+        device and gathers all their gradients (of LLaVA-1.5-7B at batch 32 on 256 devices a tenth of all bytes moved);
+        without replicas it finds the exchange itself, and with several cells a better one.
+        """
+        x = self.table[...][ids].astype(dtype)
+        mesh = current_mesh()
+        if mesh is None or mesh.shape["data"] == 1:
+            return x
+        between = (None,) * (ids.ndim - 1)
+        x = constrain(x, "lookup_batch", *between, "lookup_embed")
+        return constrain(x, "act_batch", *between, "act_embed")
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:

@@ -145,7 +145,7 @@ class Port:
         if self.state is None:
             self._allocate()
         self.compiled = Compiled(compiled, put_batch(batch, self.program.batch_sharding))
-        found = {"lower_s": lower_s, "compile_s": compile_s, "attention": attention_in(compiled)}
+        found = {"lower_s": lower_s, "compile_s": compile_s, "attention": attention_in(compiled.as_text())}
         return found | memory(compiled)
 
     def _allocate(self) -> None:
@@ -210,9 +210,8 @@ def spread(values: list[float]) -> dict:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
-def attention_in(compiled) -> str:
-    """Which attention a compiled program holds, by what it calls: "cudnn", "splash", or "plain" where neither."""
-    text = compiled.as_text()
+def attention_in(text: str) -> str:
+    """Which attention a program's text holds, by what it calls: "cudnn", "splash", or "plain" where neither."""
     return "cudnn" if "__cudnn$fmha" in text else "splash" if "tpu_custom_call" in text else "plain"
 
 

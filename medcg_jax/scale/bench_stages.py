@@ -171,7 +171,7 @@ def attention(save, model: str, batch_sizes) -> None:
             values = jax.block_until_ready(compiled(*args))
             seconds = statistics.median(timed(lambda: jax.block_until_ready(compiled(*args))) for _ in range(10))
         values = {name: jnp.asarray(x, jnp.float32) for name, x in values.items()}
-        return values, {"uses": attention_in(compiled), "forward_and_backward_s": seconds}
+        return values, {"uses": attention_in(compiled.as_text()), "forward_and_backward_s": seconds}
 
     with jax.default_matmul_precision("highest"):
         reference, _ = both("plain", jnp.float32)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from medcg_jax.config_file import load
@@ -29,8 +30,9 @@ from medcg_jax.mesh import check_batch, make_mesh
 from medcg_jax.models import build
 from medcg_jax.run_config import ConfigError, RunConfig
 from medcg_jax.scale import bench, hlo, topology
+from medcg_jax.train.losses import token_loss
 from medcg_jax.train.optim import make_optimizer
-from medcg_jax.train.step import make_step
+from medcg_jax.train.step import Program, make_step
 
 COMPILERS = ("libtpu", "jax-cuda12-pjrt", "jax-cuda13-pjrt", "nvidia-cudnn-cu12")
 GB = 1e9
@@ -38,33 +40,53 @@ GB = 1e9
 MARGIN = 0.1
 
 
-def compile_step(
-    run: RunConfig, config: build.Config, mesh: Mesh, batch: dict[str, np.ndarray], *, num_cells: int
-) -> tuple[jax.stages.Compiled, dict[str, float]]:
-    """(the run's training step for `num_cells` cells on `mesh`, seconds to lower and to compile); allocates nothing.
+def make_program(
+    run: RunConfig, config: build.Config, mesh: Mesh, *, num_cells: int, loss_fn: Callable = token_loss
+) -> tuple[Program, nnx.State, nnx.State]:
+    """(the run's training step for `num_cells` cells on `mesh`, abstract trainable and frozen parameters of one run).
 
-    config: the architecture. batch: of one cell; its shapes and dtypes alone are used.
+    config: the architecture. loss_fn: as `train.setup.Setup.loss`.
     """
     graphdef, params = build.abstract(config)
     split = partial(build.split_trainable, names=run.model.trainable)
     program = make_step(
         mesh, graphdef, *split(build.shardings(config, mesh)), make_optimizer(run.train), num_cells=num_cells,
-        accumulation_steps=run.train.accumulation_steps, compute_dtype=run.model.compute_dtype,
+        loss_fn=loss_fn, accumulation_steps=run.train.accumulation_steps, compute_dtype=run.model.compute_dtype,
     )  # fmt: skip
-    options = topology.compiler_options(mesh.devices.flat[0])
-    _, compiled, lower_s, compile_s = program.compile(*split(params), batch, options)
+    return program, *split(params)
+
+
+def compile_step(
+    run: RunConfig,
+    config: build.Config,
+    mesh: Mesh,
+    batch: dict[str, np.ndarray],
+    *,
+    num_cells: int,
+    options: dict | None = None,
+) -> tuple[jax.stages.Compiled, dict[str, float]]:
+    """(`make_program`'s step of the text's loss, compiled, seconds to lower and to compile); allocates nothing.
+
+    config: the architecture. batch: of one cell; its shapes and dtypes alone are used.
+    options: what to compile with; None: `topology.compiler_options`.
+    """
+    program, trainable, frozen = make_program(run, config, mesh, num_cells=num_cells)
+    options = topology.compiler_options(mesh.devices.flat[0]) if options is None else options
+    _, compiled, lower_s, compile_s = program.compile(trainable, frozen, batch, options)
     return compiled, {"lower_s": round(lower_s, 1), "compile_s": round(compile_s, 1)}
 
 
-def measure(compiled: jax.stages.Compiled, mesh: Mesh) -> dict:
+def measure(compiled: jax.stages.Compiled, text: str, mesh: Mesh) -> dict:
     """What a compiled step needs per device: bytes of memory, and of collectives by kind; and how many leave a cell.
 
+    text: the program's, as `topology.text_of` gives it.
+
     Raises:
-      ValueError: the program's collectives cannot be read (`hlo`), or it has none.
+      ValueError: the program's collectives cannot be read (`hlo`), or it has none though devices are several.
     """
-    text = compiled.as_text()
     found = hlo.collectives(text)
-    across = hlo.crossing(found, num_devices=mesh.size, num_groups=mesh.shape["cell"])
+    groups = mesh.shape["cell"]
+    across = hlo.crossing(found, num_devices=mesh.size, num_groups=groups) if mesh.size > 1 else []
     by_kind = hlo.bytes_by_kind(found)
     memory = compiled.memory_analysis()
     return {
@@ -76,7 +98,7 @@ def measure(compiled: jax.stages.Compiled, mesh: Mesh) -> dict:
         "collective_bytes_sum": sum(by_kind.values()),
         "num_collectives": len(found),
         "crossing": [f"{one.kind} {one.name}" for one in across],
-        "attention": bench.attention_in(compiled),
+        "attention": bench.attention_in(text),
     }
 
 
@@ -91,14 +113,15 @@ def compiled_cells(run: RunConfig, devices: list[jax.Device], *, num_cells: int,
     config = bench.architecture(run.model)
     mesh = make_mesh(dataclasses.replace(run.mesh, cell=num_groups), devices)
     batch = example_batch(run, config, mesh)
-    compiled, seconds = compile_step(run, config, mesh, batch, num_cells=num_cells)
+    options = topology.compiler_options(devices[0])
+    compiled, seconds = compile_step(run, config, mesh, batch, num_cells=num_cells, options=options)
     about = {
         "device": devices[0].device_kind,
         "mesh": dict(mesh.shape),
         "num_cells": num_cells,
         "batch": {"size": len(batch["tokens"]), "length": batch["tokens"].shape[1]},
     }
-    return about | measure(compiled, mesh) | seconds
+    return about | measure(compiled, topology.text_of(compiled, options), mesh) | seconds
 
 
 def example_batch(run: RunConfig, config: build.Config, mesh: Mesh) -> dict[str, np.ndarray]:
@@ -238,8 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     groups = args.groups or max(args.cells, 1)
     if not args.optimize:
-        jax.config.update("jax_optimization_level", "O0")
-        jax.config.update("jax_exec_time_optimization_effort", -1.0)
+        use_fast_flags()
     try:
         run = load(args.config, _overrides(rest))
         about = about_compiling() | {"config": args.config, "flags": rest, "full_effort": args.optimize}
@@ -262,6 +284,12 @@ def main(argv: list[str] | None = None) -> int:
         rows = json.loads(file.read_text()) if file.exists() else []
         write_whole(file, json.dumps([*rows, result], indent=1) + "\n")
     return 0 if good else 1
+
+
+def use_fast_flags() -> None:
+    """Has this process compile with little effort: memory and times are not production's, collectives nearly are."""
+    jax.config.update("jax_optimization_level", "O0")
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
 
 
 def _overrides(flags: list[str]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """FLOPs of a training step by each convention, and what share of a device's peak they are (MFU, HFU)."""
 
 from medcg_jax.models.build import Config
-from medcg_jax.models.flops import forward, training
+from medcg_jax.models.flops import forward, generation, training
 from medcg_jax.models.peaks import peak_bf16
 
 
@@ -21,6 +21,12 @@ def step(config: Config, lengths, *, padded_length: int, num_images: int, num_lo
         "causal": sum(training(row, trainable=trainable, causal=True) for row in rows),
         "executed": len(rows) * training(padded, trainable=trainable, remat=config.remat),
     }
+
+
+def evaluation(config: Config, *, num_rows: int, length: int, num_new: int) -> float:
+    """FLOPs of one batch of tests: prompts of `length` tokens, then `num_new` tokens of every row, one at a time."""
+    prompt = forward(config, length=length, num_logits=1).total
+    return num_rows * (prompt + sum(generation(config, seen=length + place) for place in range(1, num_new)))
 
 
 def utilisation(flops: dict, seconds: float, device_kind: str, num_devices: int) -> dict:

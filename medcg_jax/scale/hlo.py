@@ -22,10 +22,13 @@ KINDS = (
 COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
 # Bits of one number of the types that do not say so in their name, as f32, s4 and f8e4m3fn do.
 BITS = {"pred": 8, "token": 0, "c64": 64, "c128": 128}
+# The end of a computation: nothing else may stand there, since a kernel's own JSON has lines that begin with braces.
+ENDED = re.compile(r'\}(, execution_thread="\w+")?$')
 # A line that begins an instruction: its name, and the rest.
 ASSIGNED = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*)")
 CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
-BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+# Several at once: the branches of a conditional, and what TPU7x's sparse cores do.
+BRANCHES = re.compile(r"\b(?:branch|called)_computations=\{([^}]*)\}")
 # Parts of the ways to write groups. What follows them must be another attribute: a longer form is not to be half read.
 END = r"(?=,|$)"
 LISTED = r"(\{\{[\d,]+\}(?:,\{[\d,]+\})*\})(?=,|$)"
@@ -65,10 +68,11 @@ class Instruction:
     rest: str  # operands and attributes
 
 
-def collectives(text: str) -> list[Collective]:
+def collectives(text: str, *, open_trips: int | None = None) -> list[Collective]:
     """Every collective that the program executes, in the order of its text; text: of `jax.stages.Compiled.as_text`.
 
     A conditional counts with all its branches. An asynchronous collective counts once.
+    open_trips: how often a loop counts whose end the program does not know, as that of generation; None: an error.
 
     Raises:
       ValueError: groups, shapes or the trips of a loop around a collective are written in a way that is not known, or
@@ -80,7 +84,7 @@ def collectives(text: str) -> list[Collective]:
     if "replica_count=" in text.partition("\n")[0]:
         raise ValueError("a program of several replicas; one with partitions alone is accepted")
     partitions = re.search(r"\bnum_partitions=(\d+)", text.partition("\n")[0])
-    walk = _Walk(computations, int(partitions[1]) if partitions else 1)
+    walk = _Walk(computations, int(partitions[1]) if partitions else 1, open_trips)
     found = list(walk.executed(entry, trips=1))
     for name, instructions in computations.items():
         if name not in walk.reached and any(map(_kind, instructions)):
@@ -127,7 +131,7 @@ def _computations(text: str) -> tuple[dict[str, list[Instruction]], str | None]:
     found: dict[str, list[Instruction]] = {}
     current, entry = None, None
     for line in text.splitlines():
-        if line == "}":  # exactly: a kernel's own JSON may stand between, with lines that begin with braces
+        if ENDED.match(line):
             current = None
         elif current is None:
             header = re.match(r"(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{$", line)
@@ -202,10 +206,11 @@ def num_bytes(shape: str) -> int:
 class _Walk:
     """Follows a program from its entry through loops, branches and fusions."""
 
-    def __init__(self, computations: dict[str, list[Instruction]], num_devices: int):
-        self.computations, self.num_devices = computations, num_devices
+    def __init__(self, computations: dict[str, list[Instruction]], num_devices: int, open_trips: int | None):
+        self.computations, self.num_devices, self.open_trips = computations, num_devices, open_trips
         self.reached: set[str] = set()
-        self._seen: set[tuple[str, str]] = set()  # (loop body, channel) of the collectives that stand in fusions
+        # (loop body, channel, shape) of the collectives that stand in fusions.
+        self._seen: set[tuple[str, str, str]] = set()
 
     def executed(self, name: str, trips: int, scope: str = "", fused: str = "") -> Iterator[Collective]:
         """scope: the entry or body of a loop that executes this computation. fused: the fusion that it is, or ""."""
@@ -216,9 +221,10 @@ class _Walk:
             if kind is not None:
                 yield from self._collective(one, kind, trips, scope, fused)
             elif one.opcode == "while":
-                body = _attribute(one, "body")
-                # How often is asked only where something in the body needs it.
-                inside = list(self.executed(body, 1, scope=f"{scope}/{one.name}"))
+                # How often is asked only where something inside needs it. A condition may exchange data too: whether
+                # every row has ended.
+                parts = (_attribute(one, name) for name in ("body", "condition"))
+                inside = [c for part in parts for c in self.executed(part, 1, scope=f"{scope}/{one.name}")]
                 if inside:
                     count = trips * self._trips(one)
                     yield from (Collective(c.name, c.kind, c.groups, c.payload_bytes, c.trips * count) for c in inside)
@@ -231,10 +237,11 @@ class _Walk:
         if channel is None:
             raise ValueError(f"{one.name} has no channel: its groups are not of partitions")
         if fused:
-            # TPU splits an asynchronous collective into several fusions, each with a copy of it.
-            if (scope, channel[1]) in self._seen:
+            # TPU splits an asynchronous collective into several fusions, each with a copy of it. The shape counts too:
+            # all that libtpu's combiner made have channel 1.
+            if (scope, channel[1], one.shape) in self._seen:
                 return
-            self._seen.add((scope, channel[1]))
+            self._seen.add((scope, channel[1], one.shape))
         groups = groups_of(one.rest, self.num_devices)
         size = _payload(one, kind, len(groups[0]) if groups else 1)
         if kind == "all-reduce" and fused.startswith(FUSED_REDUCE_SCATTER):
@@ -252,6 +259,8 @@ class _Walk:
                 constants.add(one.rest.partition(")")[0])
             elif one.opcode == "compare":
                 compared.add(re.search(r"direction=(\w+)", one.rest)[1])
+        if compared != {"LT"} and self.open_trips is not None:
+            return self.open_trips
         if len(constants) != 1 or compared != {"LT"}:
             raise ValueError(f"unknown trips of the loop {loop.name}: constants {constants}, compared {compared}")
         return int(constants.pop())

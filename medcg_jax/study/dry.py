@@ -138,6 +138,28 @@ def dry(run: RunConfig) -> dict:
     return {"cells": listed, "nominal": isinstance(source, NominalSource)} | totals(run, plan, spent)
 
 
+def grid_totals(run: RunConfig) -> dict:
+    """What the whole grid of one model computes: {"steps", "samples", "test_rows"}.
+
+    Steps and samples are of its trainings, bases included; rows of its tests, controls included, and 0 where no test
+    size is known.
+
+    Raises:
+      ConfigError, DataError: as `schedule.make_plan`.
+    """
+    source = subsets_source(run)
+    plan = make_plan(run, source)
+    steps, bases = sum(job.steps for job in plan.jobs), len(run.study.seeds) * run.base.steps
+    boxes = source.detection_subsets if set(run.study.tables) & set(BOX_TABLES) else ()
+    tests = {subset.name: subset.num_test for subset in (*source.subsets, *boxes)}
+    rows = sum(tests[name] for job in plan.jobs for name in job.targets)
+    return {
+        "steps": steps + bases,
+        "samples": steps * run.train.batch_size + bases * run.base.batch_size,
+        "test_rows": rows * (1 + len(run.eval.controls)),
+    }
+
+
 def totals(run: RunConfig, plan: Plan, spent: dict[str, Cost]) -> dict:
     """Prints the grid's numbers; the same as a dict."""
     trained = [job for job in plan.jobs if job.steps]

@@ -61,7 +61,7 @@ def machine(tmp_path):
 
 
 def installs(machine: Machine) -> list[str]:
-    return [call.rsplit(" ", 1)[-1] for call in machine.calls() if "pip install" in call]
+    return [call.rsplit(" ", 1)[-1] for call in machine.calls() if "pip install" in call and "-e ." in call]
 
 
 def test_demo_makes_installs_and_runs(machine):

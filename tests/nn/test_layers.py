@@ -5,9 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 
+from medcg_jax.axes import spec
+from medcg_jax.mesh import batch_sharding, make_mesh
 from medcg_jax.nn import layers
+from medcg_jax.nn.context import constrain
 from medcg_jax.nn.layers import Dense, Embedding, LayerNorm, RMSNorm, gelu, param, quick_gelu
+from medcg_jax.run_config import MeshConfig
+from medcg_jax.scale.hlo import bytes_by_kind, collectives
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((2, 5, 12)).astype(np.float32) * 3 + 1
@@ -85,6 +91,30 @@ def test_activations(fault):
     x = torch.from_numpy(X)
     assert (difference(quick(X), ACT2FN["quick_gelu"](x)) < 1e-5) != fault
     assert (difference(exact(X), ACT2FN["gelu"](x)) < 1e-5) != fault
+
+
+def test_replicas_exchange_looked_up_parts_and_gather_no_batch():
+    """Neither the rows of the whole batch nor their gradients come together on a device, as they do unasked."""
+    num, rows, length, width = 8192, 64, 32, 16
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    shapes = jax.ShapeDtypeStruct((num, width), jnp.float32), jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    shardings = NamedSharding(mesh, spec("vocab", "embed")), batch_sharding(mesh)
+    args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at) for x, at in zip(shapes, shardings, strict=True)]
+    embedding = nnx.eval_shape(lambda: Embedding(num, width, ("vocab", "embed"), rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(embedding)
+
+    def gathered(call) -> int:
+        def loss(table, ids):
+            layer = nnx.merge(graphdef, jax.tree.map(lambda _: table, state))
+            return jnp.square(jnp.sin(constrain(call(layer, ids), "act_batch", "act_len", "act_embed"))).sum()
+
+        with jax.set_mesh(mesh):
+            text = jax.jit(jax.grad(loss), out_shardings=shardings[0]).lower(*args).compile().as_text()
+        return bytes_by_kind(collectives(text)).get("all-gather", 0)
+
+    whole = 4 * rows * length * width
+    assert gathered(lambda layer, ids: layer(ids, jnp.float32)) <= whole / 10
+    assert gathered(lambda layer, ids: layer.table[...][ids]) >= whole / 2
 
 
 def test_embedding_looks_rows_up():

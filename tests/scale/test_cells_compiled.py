@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import jax
@@ -30,23 +31,55 @@ MESH = MeshConfig(cell=2, data=1, fsdp=4)
 
 @pytest.mark.parametrize(
     ("whole", "num", "expected"),
-    [("v5p:4x4x4", 4, "v5p:4x2x2"), ("v6e:8x8", 4, "v6e:4x4"), ("h100:8", 2, "h100:4"), ("v5p:2x2x4", 2, "v5p:2x2x2")],
-)
+    [
+        ("v5p:4x4x4", 4, "v5p:4x2x2"), ("v6e:8x8", 4, "v6e:4x4"), ("h100:8", 2, "h100:4"),
+        ("v5p:2x2x4", 2, "v5p:2x2x2"), ("v5e:4x4*2", 2, "v5e:4x4"), ("v5e:4x4*2", 4, "v5e:4x2"),
+        ("h100:8x8", 4, "h100:2x8"), ("h200:2x8", 4, "h200:1x4"), ("tpu7x:4x4x4*4", 2, "tpu7x:4x4x4*2"),
+    ],
+)  # fmt: skip
 def test_a_part_of_a_topology(whole, num, expected):
+    def num_chips(name):
+        return math.prod(topology.parse(name).sizes) * topology.parse(name).num_slices
+
     assert topology.part(whole, num) == expected
-    assert math.prod(topology.parse(whole)[1]) == num * math.prod(topology.parse(expected)[1])
+    assert num_chips(whole) == num * num_chips(expected)
 
 
-@pytest.mark.parametrize(("name", "num"), [("v5p:4x4x4", 3), ("h100:3", 2), ("v6e:8x8", 128), ("local", 2)])
+@pytest.mark.parametrize(
+    ("name", "num"), [("v5p:4x4x4", 3), ("h100:3", 2), ("v6e:8x8", 128), ("local", 2), ("v5e:4x4*3", 2)]
+)
 def test_parts_that_do_not_come_out_even_are_refused(name, num):
-    with pytest.raises(ConfigError, match=f"topology={name}"):
+    with pytest.raises(ConfigError, match=re.escape(f"topology={name}")):
         topology.part(name, num)
 
 
-@pytest.mark.parametrize("name", ["v5p", "v5p:4x", "v5p:4x0x4", "a100:8", "8x8"])
+@pytest.mark.parametrize(
+    "name", ["v5p", "v5p:4x", "v5p:4x0x4", "v100:8", "8x8", "v5e:4x4*", "v5e:4x4*0", "h100:8*2", "h100:2x2x8", "v5e:²x4"]
+)
 def test_unknown_topologies_are_refused(name):
-    with pytest.raises(ConfigError, match="h100:8"):
+    with pytest.raises(ConfigError, match="h100.*hosts x GPUs"):
         topology.get_devices(name)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("v5e:4x4", "tpu"), ("h200:8", "cuda")])
+def test_what_compiles_for_a_topology_is_named_where_it_is_missing(name, extra, monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(ConfigError, match=rf"{name}.*medcg-jax\[{extra}\]"):
+        topology.get_devices(name)
+
+
+def test_the_text_of_a_program_is_what_its_own_compiler_wrote(tmp_path):
+    compiled = SimpleNamespace(as_text=lambda: "of JAX")
+    assert topology.text_of(compiled, {}) == "of JAX"
+    options = {"xla_dump_to": str(tmp_path)}
+    with pytest.raises(ValueError, match="0 texts"):
+        topology.text_of(compiled, options)
+    (tmp_path / "module_0001.jit_f.after_optimizations.txt").write_text("of libtpu")
+    (tmp_path / "module_0001.jit_f.before_optimizations.txt").write_text("another")
+    assert topology.text_of(compiled, options) == "of libtpu"
+    (tmp_path / "module_0002.jit_g.after_optimizations.txt").write_text("a second program's")
+    with pytest.raises(ValueError, match="2 texts"):
+        topology.text_of(compiled, options)
 
 
 def test_memory_is_known_by_the_longest_name():

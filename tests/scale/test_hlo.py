@@ -249,3 +249,34 @@ def test_a_sum_over_all_devices_leaves_its_cell():
         found = collectives(jax.jit(lambda x: x.sum(axis=0)).lower(placed).compile().as_text())
         assert bytes_by_kind(found) == {"all-reduce": 16}
         assert len(crossing(found, num_devices=8, num_groups=2)) == leaves
+
+
+# ------------------------------------------------------------------ what libtpu writes itself
+
+
+def test_what_a_sparse_core_exchanges_counts_and_its_computations_end_as_they_do():
+    """TPU7x: a collective stands in a computation that a custom call names, which runs in a thread of its own."""
+    called = f"%sparse (p: f32[8]) -> f32[8] {{\n  {gather(7)}\n}}, execution_thread=\"sparsecore\"\n"
+    start = "%async (p: f32[8]) -> f32[8] {\n  %c = f32[8]{0} custom-call(%p), called_computations={%sparse}\n"
+    others = called + start + '}, execution_thread="sparsecore"\n'
+    text = program(
+        '%s = ((), ()) async-start(), async_execution_thread="sparsecore", calls=%async', "%d = f32[8]{0} async-done(%s)",
+        others=others,
+    )  # fmt: skip
+    assert [(one.kind, one.payload_bytes, one.trips) for one in collectives(text)] == [("all-gather", 32, 1)]
+    with pytest.raises(ValueError, match="sparse has collectives"):
+        collectives(text.replace("called_computations", "unheard_of"))
+
+
+def test_combined_collectives_of_one_channel_are_two_and_copies_of_one_are_one():
+    def fusion(name: str, shape: str) -> str:
+        inner = f"%r.{name} = {shape} all-reduce(%p), channel_id=1, {PAIRS}, to_apply=%add"
+        return f"%all-reduce-scatter.{name} (p: f32[8]) -> f32[8] {{\n  {inner}\n}}\n"
+
+    def called(*names: str) -> list[str]:
+        return [f"%f.{name} = f32[4] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.{name}" for name in names]
+
+    two = program(*called("a", "b"), others=fusion("a", "(f32[8], f32[8])") + fusion("b", "(f32[8], f32[16])"))
+    assert bytes_by_kind(collectives(two)) == {"reduce-scatter": 64 + 96}
+    copies = program(*called("a", "b"), others=fusion("a", "f32[8]") + fusion("b", "f32[8]"))
+    assert bytes_by_kind(collectives(copies)) == {"reduce-scatter": 32}

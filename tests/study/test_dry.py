@@ -16,7 +16,7 @@ from medcg_jax.models import flops
 from medcg_jax.models.llava import llava15_7b
 from medcg_jax.run_config import RunConfig, replace
 from medcg_jax.study import schedule
-from medcg_jax.study.dry import Cost, architecture_of, costs, dry, nominal_source
+from medcg_jax.study.dry import Cost, architecture_of, costs, dry, grid_totals, nominal_source
 
 ROOT = Path(__file__).parents[2]
 TABLE3 = f"{ROOT / 'configs' / 'table3'}.py"
@@ -85,6 +85,15 @@ def test_rows_with_boxes_have_their_own_length(capsys):
     cells = [c for c in dry(run)["cells"] if c["arm"] == "trained"]
     lengths = {c["table"]: c["tokens"] / c["samples"] for c in cells}
     assert lengths["detection_pairs"] - lengths["pairs"] == 98 - run.data.max_text_tokens
+
+
+def test_a_grids_totals_are_the_listings_with_bases_and_tests(capsys):
+    listed, found = dry(SMALL), grid_totals(SMALL)
+    assert found["steps"] == listed["steps"] + SMALL.base.steps
+    assert found["samples"] == listed["samples"] + SMALL.base.steps * SMALL.base.batch_size
+    jobs = schedule.make_plan(SMALL).jobs
+    assert found["test_rows"] == 300 * sum(len(job.targets) for job in jobs) > 0
+    assert grid_totals(replace(SMALL, eval__controls=("shuffled_images",)))["test_rows"] == 2 * found["test_rows"]
 
 
 def test_with_the_data_there_its_sizes_count(tmp_path):
