@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from medcg_jax.axes import MESH_AXES, RULES, spec
 from medcg_jax import mesh as mesh_lib
+from medcg_jax.axes import MESH_AXES, RULES, spec
 from medcg_jax.mesh import batch_sharding, check_batch, islands, make_mesh, mesh_shape, put_batch
 from medcg_jax.run_config import ConfigError, MeshConfig
 
