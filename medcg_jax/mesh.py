@@ -72,7 +72,8 @@ def islands(devices: Sequence[jax.Device]) -> list[int]:
 def _by_process(devices: Sequence[jax.Device]) -> bool:
     """Whether a process is an island: of GPUs that are only compiled for, whose slice is 0 on every host.
 
-    Of GPUs at hand slices are the hosts (jaxlib compares their boot ids), with any number of processes each.
+    Of GPUs at hand slices are the hosts, with any number of processes each: openxla/xla
+    xla/pjrt/distributed/topology_util.cc, BuildGlobalTopology, compares their boot ids.
     """
     return devices[0].platform == "gpu" and devices[0] not in jax.devices()
 

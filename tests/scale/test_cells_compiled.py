@@ -54,7 +54,7 @@ def test_parts_that_do_not_come_out_even_are_refused(name, num):
 
 
 @pytest.mark.parametrize(
-    "name", ["v5p", "v5p:4x", "v5p:4x0x4", "v100:8", "8x8", "v5e:4x4*", "v5e:4x4*0", "h100:8*2", "h100:2x2x8", "v5e:²x4"]
+    "name", ["v5p", "v5p:4x", "v5p:4x0x4", "v100:8", "8x8", "v5e:4x4*", "v5e:4x4*0", "h100:8*2", "h100:2x2x8", "v5e:²"]
 )
 def test_unknown_topologies_are_refused(name):
     with pytest.raises(ConfigError, match="h100.*hosts x GPUs"):

@@ -259,10 +259,8 @@ def test_what_a_sparse_core_exchanges_counts_and_its_computations_end_as_they_do
     called = f"%sparse (p: f32[8]) -> f32[8] {{\n  {gather(7)}\n}}, execution_thread=\"sparsecore\"\n"
     start = "%async (p: f32[8]) -> f32[8] {\n  %c = f32[8]{0} custom-call(%p), called_computations={%sparse}\n"
     others = called + start + '}, execution_thread="sparsecore"\n'
-    text = program(
-        '%s = ((), ()) async-start(), async_execution_thread="sparsecore", calls=%async', "%d = f32[8]{0} async-done(%s)",
-        others=others,
-    )  # fmt: skip
+    begun = '%s = ((), ()) async-start(), async_execution_thread="sparsecore", calls=%async'
+    text = program(begun, "%d = f32[8]{0} async-done(%s)", others=others)
     assert [(one.kind, one.payload_bytes, one.trips) for one in collectives(text)] == [("all-gather", 32, 1)]
     with pytest.raises(ValueError, match="sparse has collectives"):
         collectives(text.replace("called_computations", "unheard_of"))
