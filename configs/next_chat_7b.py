@@ -25,7 +25,7 @@ def get_config(arg: str = ""):
             config.model.trainable = ("mask_prompt", "mask_decoder")
         config.train.learning_rate = 2e-5
         config.train.batch_size = 64
-        config.train.epochs = 3.0
+        config.train.epochs = 3
     elif arg:
         raise ValueError(f"configs/next_chat_7b.py:{arg}; masks, or nothing, is accepted")
     return config

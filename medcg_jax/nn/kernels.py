@@ -75,7 +75,12 @@ def cudnn(q, k, v, segment_ids, *, causal: bool) -> jax.Array:
     """
     if jnp.dtype(q.dtype).itemsize != 2:
         raise ValueError(f"attention='cudnn' takes bfloat16 or float16, not {q.dtype}; accepted here: plain, auto")
+    length = q.shape[1]
     lengths = None if segment_ids is None else (segment_ids != 0).sum(axis=-1, dtype=jnp.int32)
-    return jax.nn.dot_product_attention(
+    if length % 2 and lengths is not None:
+        # Its backward pass takes even lengths alone; rows without padding are of towers, which are frozen.
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(
         q, k, v, is_causal=causal, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
     )
+    return out[:, :length]

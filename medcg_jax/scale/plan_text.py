@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Iterator
 
+from medcg_jax.scale.cells import COMPILERS
 from medcg_jax.scale.topology import GIB
 
 WIDTH = 110
@@ -29,8 +30,9 @@ def _lines(result: dict) -> Iterator[str]:
         f"{cells}batch {result['batch_size']}, rows of {train['row_tokens']} tokens, {result['compute_dtype']}, remat "
         f"{result['remat']}, trains {', '.join(result['trainable'])}"
     )
-    versions = result["versions"]
-    versions = ", ".join(f"{name} {versions[name]}" for name in ("jax", "libtpu") if name in versions)
+    versions, is_tpu = result["versions"], result["device"].startswith("TPU")
+    compilers = [name for name in COMPILERS if (name == "libtpu") == is_tpu]
+    versions = ", ".join(f"{name} {versions[name]}" for name in ("jax", *compilers) if name in versions)
     effort = "full effort" if result["full_effort"] else "least effort (--full_effort compiles as a real run does)"
     wall, cpu = (train[key] + tests[key] for key in ("compile_s", "compile_cpu_s"))
     seconds = f"{wall:.0f} s ({cpu:.0f} s of CPU)"

@@ -106,15 +106,15 @@ def test_splash_lowers_for_a_tpu(monkeypatch):
     assert text.count("tpu_custom_call") >= 3
 
 
-@pytest.mark.parametrize("cells", [0, 2])
-def test_cudnn_lowers_for_a_gpu_also_over_cells(cells, monkeypatch):
+@pytest.mark.parametrize(("cells", "length"), [(0, 64), (2, 64), (0, 63), (2, 63)])
+def test_cudnn_lowers_for_a_gpu_also_over_cells(cells, length, monkeypatch):
     # JAX looks for the library and at the card before it lowers; neither is here, and lowering needs neither.
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(fused, "check_compute_capability", lambda *_: True)
     monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda *_: False)
-    shape = (2, 64, 4, 64)
+    shape = (2, length, 4, 64)
     q, lengths = random(*shape, dtype=jnp.bfloat16), jnp.ones(shape[:2], jnp.int32)
 
     def total(q, lengths):
