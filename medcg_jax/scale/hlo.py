@@ -20,6 +20,7 @@ KINDS = (
     "collective-broadcast",
 )  # fmt: skip
 COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
+SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 # Bits of one number of the types that do not say so in their name, as f32, s4 and f8e4m3fn do.
 BITS = {"pred": 8, "token": 0, "c64": 64, "c128": 128}
 # The end of a computation: nothing else may stand there, since a kernel's own JSON has lines that begin with braces.
@@ -155,6 +156,11 @@ def _instruction(name: str, text: str) -> Instruction | None:
 
 def _kind(one: Instruction) -> str | None:
     """Which collective an instruction is, or begins; None: it is none."""
+    # Between TPU slices a sum goes by the hosts: what is sent is one device's part, and `recv` gives the sum.
+    if transfer := one.opcode == "send" and SLICES.search(one.rest):
+        if transfer[1] != "ALL_REDUCE":
+            raise ValueError(f"{one.name}: {transfer[1]} between slices is not known here")
+        return "all-reduce"
     if one.opcode in ("send", "recv") and "is_host_transfer=true" not in one.rest:
         raise ValueError(f"{one.name}: {one.opcode} between devices is not known here")
     return next((kind for kind in KINDS if one.opcode in (kind, f"{kind}-start")), None)
@@ -242,6 +248,10 @@ class _Walk:
             if (scope, channel[1], one.shape) in self._seen:
                 return
             self._seen.add((scope, channel[1], one.shape))
+        if one.opcode == "send":
+            # Its partners are named by slice and not by number: all are taken, so that `crossing` never misses it.
+            yield Collective(one.name, kind, (tuple(range(self.num_devices)),), num_bytes(_parts(one.shape)[0]), trips)
+            return
         groups = groups_of(one.rest, self.num_devices)
         size = _payload(one, kind, len(groups[0]) if groups else 1)
         if kind == "all-reduce" and fused.startswith(FUSED_REDUCE_SCATTER):

@@ -278,3 +278,13 @@ def test_combined_collectives_of_one_channel_are_two_and_copies_of_one_are_one()
     assert bytes_by_kind(collectives(two)) == {"reduce-scatter": 64 + 96}
     copies = program(*called("a", "b"), others=fusion("a", "f32[8]") + fusion("b", "f32[8]"))
     assert bytes_by_kind(collectives(copies)) == {"reduce-scatter": 32}
+
+
+def test_a_sum_between_slices_goes_by_the_hosts_and_counts():
+    sent = '%s = (bf16[8]{0}, u32[], token[]) send(%p, %t), channel_id=8, is_host_transfer=true, frontend_attributes={'
+    sent += '_xla_megascale_target="{1,2}x{0:1}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    found = collectives(program(sent))
+    assert bytes_by_kind(found) == {"all-reduce": 16}
+    assert crossing(found, num_devices=4, num_groups=2) == found
+    with pytest.raises(ValueError, match="ALL_TO_ALL between slices"):
+        collectives(program(sent.replace("ALL_REDUCE", "ALL_TO_ALL")))
