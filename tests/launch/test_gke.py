@@ -49,9 +49,10 @@ def test_a_pod_that_dies_is_replaced_and_what_never_fits_ends_the_job():
     spec = job["spec"]
     assert (spec["completionMode"], spec["backoffLimitPerIndex"], pod(job)["restartPolicy"]) == ("Indexed", 3, "Never")
     assert spec["podReplacementPolicy"] == "Failed"
-    disrupted, too_large = spec["podFailurePolicy"]["rules"]
+    disrupted, saved, too_large = spec["podFailurePolicy"]["rules"]
     assert disrupted == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     name = pod(job)["containers"][0]["name"]
+    assert saved == {"action": "Ignore", "onExitCodes": {"containerName": name, "operator": "In", "values": [75]}}
     assert too_large == {"action": "FailJob", "onExitCodes": {"containerName": name, "operator": "In", "values": [3]}}
     assert pod(job)["shareProcessNamespace"] is True
 
