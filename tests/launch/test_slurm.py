@@ -49,7 +49,7 @@ def test_dry_run_prints_the_call_and_the_script_and_leaves_nothing(tmp_path):
 
 def test_a_task_may_be_started_again_and_is_told_before_its_time_is_up():
     options = {line for line in SUBMIT.with_name("task.sh").read_text().splitlines() if line.startswith("#SBATCH")}
-    assert options >= {"#SBATCH --requeue", "#SBATCH --open-mode=append", "#SBATCH --signal=B:INT@120"}
+    assert options >= {"#SBATCH --requeue", "#SBATCH --open-mode=append", "#SBATCH --signal=B:USR1@120"}
 
 
 WORKDIR = "--workdir=/W"
