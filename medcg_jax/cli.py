@@ -160,6 +160,8 @@ def add_plan(verbs) -> None:
     plan.add_argument("--compiles", type=int, default=12, metavar="N", help="programs that --search compiles at most")
     plan.add_argument("--full_effort", action="store_true", help="compile as a real run does: slower, and its memory")
     plan.add_argument("--price", type=float, default=0.0, metavar="USD", help="of a chip-hour, for the grid's cost")
+    text = "of `medcg train` and `medcg eval` alone; a grid keeps more beside its programs, which is counted else"
+    plan.add_argument("--alone", action="store_true", help=text)
     plan.add_argument("--memory_gib", type=float, default=0.0, metavar="GIB", help="of a device, if not the known one")
 
 
@@ -303,13 +305,16 @@ def plan_run(args) -> dict:
 
     common = dict(full_effort=args.full_effort, memory_bytes=args.memory_gib * (1 << 30))
     if args.search:
+        if args.alone:
+            raise ConfigError("--alone with --search: one of them is accepted; a search is for a grid's trainings")
         found = plan_search.search(run, args.topology, most_compiles=args.compiles, **common)
         print(plan_search.table(found))
         return found
     found = {}
     for model in run.study.models or (run.model.name,):
         one = backbones.model_run(run, model) if run.study.models else run
-        found[model] = plan.plan(one, args.topology, grid=dry.grid_totals(one), price=args.price, **common)
+        grid = None if args.alone else dry.grid_totals(one)
+        found[model] = plan.plan(one, args.topology, grid=grid, price=args.price, alone=args.alone, **common)
         print(plan_text.text_of(found[model]), flush=True)
     if len(found) == 1:
         return found.popitem()[1]

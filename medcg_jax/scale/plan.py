@@ -44,6 +44,7 @@ def plan(
     margin: float = cells.MARGIN,
     grid: dict | None = None,
     price: float = 0.0,
+    alone: bool = False,
 ) -> dict:
     """What the run needs on the topology `where`; {"exit_status": 3} is among it where it does not fit.
 
@@ -51,6 +52,7 @@ def plan(
       memory than the program of a real run.
     memory_bytes: of one device, in place of what is known of it. margin: part of it that is left free.
     grid: {"samples", "steps", "test_rows"} of all its trainings, for its chip-hours. price: USD of a chip-hour.
+    alone: as of `Subject`.
 
     Raises:
       ConfigError: the topology is not known, its package is not installed, or the mesh does not divide the run.
@@ -59,7 +61,7 @@ def plan(
     mesh = make_mesh(run.mesh, devices)
     peak = peak_of(devices[0].device_kind)
     usable = (memory_bytes or topology.memory_bytes(devices[0])) * (1 - margin)
-    subject = make_subject(run, mesh)
+    subject = dataclasses.replace(make_subject(run, mesh), alone=alone)
     result = {
         **cells.about_compiling(),
         "topology": where,
@@ -73,6 +75,7 @@ def plan(
         "compute_dtype": run.model.compute_dtype,
         "batch_size": run.train.batch_size,
         "num_cells": subject.num_cells,
+        "alone": alone,
         "full_effort": full_effort,
         "usable_bytes": usable,
         "margin": margin,
@@ -109,9 +112,7 @@ def training(subject: Subject, made: Made, usable: float, peak: Peak | None) -> 
     """What a training step needs, its FLOPs, its bound, and the traps it falls into."""
     run, mesh, setup = subject.run, subject.mesh, subject.setup
     state = device_bytes(subject.state())
-    # The loop keeps the parameters that a fine-tune starts from beside the state that it trains.
-    held = 4 * device_numbers(subject.trainable, build.split_trainable(_shardings(subject), run.model.trainable)[0])
-    found = needs(made, held, usable) | {"state_bytes": state}
+    found = needs(made, 0 if subject.alone else start_bytes(subject), usable) | {"state_bytes": state}
     arrays = train_rows(setup).arrays
     length, targets = arrays["tokens"].shape[1], arrays["targets"].shape[1]
     rows = run.train.batch_size * subject.num_cells
@@ -139,7 +140,7 @@ def training(subject: Subject, made: Made, usable: float, peak: Peak | None) -> 
         return found | {"bound": None}
     passes = (3 if run.model.remat == "full" else 2) * run.train.accumulation_steps
     crossing_hbm = plan_roofline.step_memory_bytes(
-        state_bytes=state, grad_bytes=held * subject.cells_each,
+        state_bytes=state, grad_bytes=start_bytes(subject) * subject.cells_each,
         weight_bytes=gathered_bytes(subject) * subject.cells_each, temp_bytes=found["temp_bytes"], passes=passes,
         gathered=mesh.shape["fsdp"] > 1,
     )  # fmt: skip
@@ -154,9 +155,7 @@ def training(subject: Subject, made: Made, usable: float, peak: Peak | None) -> 
 def testing(subject: Subject, made: Made, usable: float, peak: Peak | None) -> dict:
     """What a batch of tests needs, its FLOPs and its bound."""
     run, mesh, setup = subject.run, subject.mesh, subject.setup
-    # A grid tests what it has trained while the state of the trainings, and what they started from, are there.
-    held = device_bytes(subject.state())
-    found = needs(made, held, usable)
+    found = needs(made, 0 if subject.alone else device_bytes(subject.state()), usable)
     length, rows = eval_rows(setup).arrays["tokens"].shape[1], run.eval.batch_size
     num_new = run.eval.max_new_tokens if run.eval.generate else 1
     executed = flops.evaluation(setup.model, num_rows=rows, length=length, num_new=num_new)
@@ -174,6 +173,12 @@ def testing(subject: Subject, made: Made, usable: float, peak: Peak | None) -> d
         sent_bytes=None if read is None else plan_roofline.network_bytes(read, islands(list(mesh.devices.flat))),
     )  # fmt: skip
     return found | {"bound": dataclasses.asdict(one), **rates(one, rows, length)}
+
+
+def start_bytes(subject: Subject) -> float:
+    """Bytes on a device of the trainable parameters of one cell in float32."""
+    shardings = build.split_trainable(_shardings(subject), subject.run.model.trainable)[0]
+    return 4 * device_numbers(subject.trainable, shardings)
 
 
 def needs(made: Made, held: float, usable: float) -> dict:
@@ -292,7 +297,7 @@ def largest_batch(subject: Subject, usable: float) -> int:
     """The largest batch below the run's whose step fits, of those that the mesh divides; 0 where none does."""
     run, mesh = subject.run, subject.mesh
     unit = mesh.shape["data"] * mesh.shape["fsdp"] * run.train.accumulation_steps
-    held = 4 * device_numbers(subject.trainable, build.split_trainable(_shardings(subject), run.model.trainable)[0])
+    held = 0 if subject.alone else start_bytes(subject)
     most = run.train.batch_size - 1
     if most < unit or device_bytes(subject.state()) + held > usable:
         return 0

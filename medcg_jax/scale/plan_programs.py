@@ -42,13 +42,18 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 
 @dataclass(frozen=True)
 class Subject:
-    """A run on a mesh, and what its programs are compiled of."""
+    """A run on a mesh, and what its programs are compiled of.
+
+    alone: a run of `medcg train` and `medcg eval`, which keep nothing beside their programs. A grid keeps what a
+      training starts from, and tests while the state of its trainings is there.
+    """
 
     setup: Setup
     num_cells: int
     program: Program
     trainable: nnx.State
     frozen: nnx.State
+    alone: bool = False
 
     @property
     def run(self) -> RunConfig:

@@ -82,7 +82,7 @@ def _rows():
     yield "  temporary", gib("temp_bytes")
     yield "  output", gib("output_bytes")
     yield "  of it in place of arguments (donated)", gib("alias_bytes")
-    yield "  beside the program", gib("held_bytes")
+    yield "  beside the program, in a grid", gib("held_bytes")
     yield "model TFLOP, full attention", flops("full")
     yield "model TFLOP, causal attention", flops("causal")
     yield "executed TFLOP, padding and remat with it", flops("executed")
@@ -120,7 +120,7 @@ def _after(result: dict) -> Iterator[str]:
     if "largest_batch" in result:
         most = result["largest_batch"]
         kept = f"{(train['state_bytes'] + train['held_bytes']) / GIB:.2f} GiB a device before any row"
-        why = f"; state and starting weights take {kept}, less where mesh.fsdp or mesh.tensor is larger"
+        why = f"; what stays takes {kept}, less where mesh.fsdp or mesh.tensor is larger"
         yield f"largest train.batch_size that fits this mesh: {most}{'' if most else why}"
     if train["fits"] and not tests["fits"]:
         yield "the tests need less with a smaller eval.batch_size, which changes no prediction, or a larger mesh.fsdp"

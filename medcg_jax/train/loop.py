@@ -39,7 +39,7 @@ def fit(
     With several cells the state has a leading axis of `program.num_cells`; `cells.take_cell` gives one cell's. Fewer
     cells than the program holds are accepted: the slots left over stay as they start.
 
-    params, frozen: the trainable parameters that every cell starts from (kept), and those the cells share.
+    params, frozen: the trainable parameters that every cell starts from, and those the cells share.
     options: see `Options`.
 
     Raises:
@@ -56,6 +56,8 @@ def fit(
     loop = _Loop(program, params, frozen, Options(**options), label or cells[0].name)
     try:
         state = loop.start(cells)
+        if not loop.options.keep_start:
+            jax.tree.map(lambda x: x.delete(), params)
         with preempt.at_steps():
             while loop.active:
                 state = loop.one_step(state)
@@ -109,6 +111,7 @@ class Options:
 
     Attributes:
       checkpoint_every_steps: 0: only at the end.
+      keep_start: False: `fit` deletes the parameters that its cells start from once they have begun, for their memory.
       peak_flops: of all devices together; None, or a cell whose `flops_per_step` is None: mfu is null. Several cells'
         mfu is that of the program.
       progress: called with ({name: updates made} of the cells in their slots, text) at every check, in place of a bar
@@ -121,6 +124,7 @@ class Options:
     checkpoint_every_steps: int = 0
     keep_checkpoints: int = 2
     keep_every_steps: int = 0
+    keep_start: bool = True
     peak_flops: float | None = None
     progress: Callable[[dict[str, int], str], None] | None = None
     goodput: Goodput = field(default_factory=Goodput)

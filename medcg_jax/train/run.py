@@ -105,7 +105,7 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
     )
     state, [result] = fit(
         program, trainable, frozen, [cell], label=run.name, peak_flops=peak_flops(setup.mesh), goodput=clock,
-        trace=trace, **loop_options(run.train),
+        trace=trace, keep_start=False, **loop_options(run.train),
     )  # fmt: skip
     save_params(workdir / "params", join(state.params, frozen), setup.model, {"config": cell.config, **result.metrics})
     print(f"{result.step} steps on {len(encoded)} records of {len(names)} subsets; parameters in {workdir / 'params'}")

@@ -148,7 +148,7 @@ def test_the_largest_batch_that_fits():
     # Not even the state: nothing is compiled to see that.
     none = plan.plan(RUN, "local", memory_bytes=1000.0)
     assert none["largest_batch"] == 0 and none["exit_status"] == 3
-    assert "state and starting weights take" in plan_text.text_of(none)
+    assert "what stays takes" in plan_text.text_of(none)
 
 
 def test_a_step_that_keeps_its_old_state_is_found(monkeypatch):
@@ -352,3 +352,10 @@ def test_a_tpu_that_is_not_there(tmp_path):
     found = json.loads(file.read_text())
     assert found["device"] == "TPU v5 lite" and found["train"]["attention"] == "splash" and found["fits"]
     assert found["train"]["bound"]["overlapped_s"] > 0 and found["train"]["collectives"]
+
+
+def test_a_run_alone_keeps_nothing_beside_its_programs():
+    grid, alone = (plan.plan(RUN, "local", memory_bytes=GIB, alone=alone) for alone in (False, True))
+    assert grid["train"]["held_bytes"] > 0 and grid["eval"]["held_bytes"] == grid["train"]["state_bytes"]
+    assert alone["train"]["held_bytes"] == alone["eval"]["held_bytes"] == 0
+    assert alone["train"]["peak_bytes"] == grid["train"]["peak_bytes"]

@@ -213,3 +213,12 @@ def test_metrics_after_a_kill_hold_each_step_once(tmp_path):
     file.close()
     assert [found["step"] for found in read_metrics(path)] == [2, 4, 6]
     assert read_metrics(path)[-1]["loss"] == 0.3333333
+
+
+def test_the_start_is_given_back_where_nobody_needs_it(toy, tmp_path):
+    program, trainable, frozen = toy
+    mine = jax.tree.map(lambda x: x.copy(), trainable)
+    state, _ = fit(program, mine, frozen, [cell(tmp_path, steps=2)], progress=quietly, keep_start=False)
+    kept, _ = fit(program, trainable, frozen, [cell(tmp_path, name="kept", steps=2)], progress=quietly)
+    assert all(x.is_deleted() for x in jax.tree.leaves(mine)) and same_bits(state, kept)
+    assert not any(x.is_deleted() for x in jax.tree.leaves((trainable, frozen)))
