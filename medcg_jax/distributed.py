@@ -42,6 +42,7 @@ class _Processes:
         self.uses: Counter[str] = Counter()
         self.leaving = threading.Event()
         self._set("host", platform.node())
+        self._set("beat", "0")  # now: one that dies before its watch has begun is missed too
         self.hosts = {index: platform.node()}
         wait(self, "hosts", START_S)
         self.hosts = self.read("host")
