@@ -186,7 +186,7 @@ def started(args: argparse.Namespace, run: RunConfig) -> Iterator[None]:
     """
     flags = {name: getattr(args, name) for name in ("coordinator", "num_processes", "process_id")}
     place = cluster.detect(os.environ, **flags)
-    said = xla_flags.apply(run.deterministic)
+    said = xla_flags.apply(run.deterministic, whole_device=args.verb != "reproduce" or run.study.jobs == 1)
     if place:
         distributed.start(place)
     if distributed.is_first():

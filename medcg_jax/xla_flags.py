@@ -43,6 +43,11 @@ FLAGS = (
 )  # fmt: skip
 
 
+# JAX takes three quarters of a GPU's memory at its start and no more, unless told: docs.jax.dev, "GPU memory allocation".
+# As much as `scale.cells.MARGIN` leaves to programs when a run is planned.
+MEMORY_FRACTION = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.90")
+
+
 def platform(environ: Mapping[str, str]) -> str:
     """"cuda", "tpu" or "cpu": what JAX will use, from JAX_PLATFORMS, else from the plugins that are installed."""
     named = environ.get("JAX_PLATFORMS", "").split(",")[0]
@@ -63,11 +68,18 @@ def added(environ: Mapping[str, str], deterministic: bool) -> list[Flag]:
     ]  # fmt: skip
 
 
-def apply(deterministic: bool) -> str:
-    """Puts the run's flags in XLA_FLAGS, which XLA reads once, at the first program; returns a line for the log."""
+def apply(deterministic: bool, *, whole_device: bool = True) -> str:
+    """Puts the run's flags in XLA_FLAGS, which XLA reads once, at the first program; returns a line for the log.
+
+    whole_device: whether no other process takes memory of this one's GPUs: then `MEMORY_FRACTION` of it is this one's.
+    """
     flags = [f"--{flag.name}={flag.value}" for flag in added(os.environ, deterministic)]
     before = os.environ.get("XLA_FLAGS", "")
     if flags:
         os.environ["XLA_FLAGS"] = " ".join([before, *flags]).strip()
+    name, share = MEMORY_FRACTION
+    if platform(os.environ) == "cuda" and whole_device and name not in os.environ:
+        os.environ[name] = share
+        flags.append(f"{name}={share}")
     own = f" beside your {before}" if before else ""
     return f"XLA flags for {platform(os.environ)}: {' '.join(flags) or 'none'}{own}"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medcg_jax.xla_flags import FLAGS, added, platform
+from medcg_jax.xla_flags import FLAGS, MEMORY_FRACTION, added, apply, platform
 
 values = st.sampled_from(("true", "false", "7"))
 
@@ -30,6 +30,20 @@ def test_what_is_added_is_the_platform_s_and_not_the_user_s(here, deterministic,
 def test_determinism_is_one_flag_of_gpus():
     on, off = (added({"JAX_PLATFORMS": "cuda"}, deterministic) for deterministic in (True, False))
     assert [flag.name for flag in on if flag not in off] == ["xla_gpu_deterministic_ops"]
+
+
+@pytest.mark.parametrize(
+    ("here", "whole_device", "own", "expected"),
+    [("cuda", True, "", "0.90"), ("cuda", False, "", None), ("cuda", True, "0.5", "0.5"), ("cpu", True, "", None)],
+)
+def test_a_run_takes_most_of_its_gpu_s_memory(monkeypatch, here, whole_device, own, expected):
+    monkeypatch.setenv("JAX_PLATFORMS", here)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv(MEMORY_FRACTION[0], own) if own else monkeypatch.delenv(MEMORY_FRACTION[0], raising=False)
+    line = apply(True, whole_device=whole_device)
+    assert os.environ.get(MEMORY_FRACTION[0]) == expected
+    assert (MEMORY_FRACTION[0] in line) == (expected == "0.90")
+    os.environ.pop(MEMORY_FRACTION[0], None)
 
 
 @pytest.mark.parametrize("flag", [None, *FLAGS], ids=lambda flag: flag.name if flag else "one that XLA does not know")
