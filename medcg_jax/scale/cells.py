@@ -286,10 +286,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if good else 1
 
 
+def fast_flags() -> dict[str, str | float]:
+    """Settings of `jax.config` with which the compiler does little: memory and times are not production's, collectives
+    nearly are."""
+    wanted = {"jax_optimization_level": "O0", "jax_exec_time_optimization_effort": -1.0}
+    return {name: value for name, value in wanted.items() if hasattr(jax.config, name)}  # jax 0.11 has the first alone
+
+
 def use_fast_flags() -> None:
-    """Has this process compile with little effort: memory and times are not production's, collectives nearly are."""
-    jax.config.update("jax_optimization_level", "O0")
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    """Sets `fast_flags` for this process."""
+    for name, value in fast_flags().items():
+        jax.config.update(name, value)
 
 
 def _overrides(flags: list[str]) -> dict[str, str]:

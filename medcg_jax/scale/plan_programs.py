@@ -246,7 +246,7 @@ def effort(full: bool) -> Iterator[None]:
     """The compiler's effort meanwhile: full as in a real run, or as little as it can. Nothing comes from a cache of
     compiled programs: of those the compiler says nothing, and their seconds are not its own."""
     wanted = {"jax_enable_compilation_cache": False}
-    wanted |= {} if full else {"jax_optimization_level": "O0", "jax_exec_time_optimization_effort": -1.0}
+    wanted |= {} if full else cells.fast_flags()
     before = {name: getattr(jax.config, name) for name in wanted}
     try:
         for name, value in wanted.items():

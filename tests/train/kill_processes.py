@@ -35,9 +35,7 @@ AT_START, START_S, AFTER_S = 0.15, 3.0, 2.5
 # Relative, of a mean of losses in float32 whose sums are taken in another order.
 LOSS_TOLERANCE = 1e-5
 # Compiles quickly, and the same on every start.
-FLAGS = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
+FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 class Job:
