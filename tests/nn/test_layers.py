@@ -114,7 +114,8 @@ def test_replicas_exchange_looked_up_parts_and_gather_no_batch():
 
     whole = 4 * rows * length * width
     assert gathered(lambda layer, ids: layer(ids, jnp.float32)) <= whole / 10
-    assert gathered(lambda layer, ids: layer.table[...][ids]) >= whole / 2
+    if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):  # later it finds the exchange unasked, on a CPU
+        assert gathered(lambda layer, ids: layer.table[...][ids]) >= whole / 2
 
 
 def test_embedding_looks_rows_up():
