@@ -245,9 +245,11 @@ class _Walk:
         if fused:
             # TPU splits an asynchronous collective into several fusions, each with a copy of it. The shape counts too:
             # all that libtpu's combiner made have channel 1.
-            if (scope, channel[1], one.shape) in self._seen:
+            # Its layout does not: a copy may lie in another memory, as "S(1)" in it says.
+            copy = scope, channel[1], re.sub(r"\{[^}]*\}", "", one.shape)
+            if copy in self._seen:
                 return
-            self._seen.add((scope, channel[1], one.shape))
+            self._seen.add(copy)
         if one.opcode == "send":
             # Its partners are named by slice and not by number: all are taken, so that `crossing` never misses it.
             yield Collective(one.name, kind, (tuple(range(self.num_devices)),), num_bytes(_parts(one.shape)[0]), trips)

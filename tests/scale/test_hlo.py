@@ -278,6 +278,9 @@ def test_combined_collectives_of_one_channel_are_two_and_copies_of_one_are_one()
     assert bytes_by_kind(collectives(two)) == {"reduce-scatter": 64 + 96}
     copies = program(*called("a", "b"), others=fusion("a", "f32[8]") + fusion("b", "f32[8]"))
     assert bytes_by_kind(collectives(copies)) == {"reduce-scatter": 32}
+    # At full effort libtpu puts one of the copies into another memory.
+    elsewhere = program(*called("a", "b"), others=fusion("a", "f32[8]{0:T(8)}") + fusion("b", "f32[8]{0:T(8)S(1)}"))
+    assert bytes_by_kind(collectives(elsewhere)) == {"reduce-scatter": 32}
 
 
 def test_a_sum_between_slices_goes_by_the_hosts_and_counts():
