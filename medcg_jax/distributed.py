@@ -41,8 +41,8 @@ class _Processes:
         self.client, self.index, self.count = client, index, count
         self.uses: Counter[str] = Counter()
         self.leaving = threading.Event()
-        self._set("host", platform.node())
-        self._set("beat", "0")  # now: one that dies before its watch has begun is missed too
+        self.tell("host", platform.node())
+        self.tell("beat", "0")  # now: one that dies before its watch has begun is missed too
         self.hosts = {index: platform.node()}
         wait(self, "hosts", START_S)
         self.hosts = self.read("host")
@@ -52,7 +52,7 @@ class _Processes:
     def name(self, index: int) -> str:
         return f"process {index} ({self.hosts.get(index, 'host not known yet')})"
 
-    def _set(self, what: str, value: str) -> None:
+    def tell(self, what: str, value: str) -> None:
         self.client.key_value_set(f"{KEYS}/{what}/{self.index}", value, allow_overwrite=True)
 
     def read(self, what: str) -> dict[int, str]:
@@ -73,7 +73,7 @@ class _Processes:
         while not self.leaving.wait(BEAT_S):
             beat += 1
             try:
-                self._set("beat", str(beat))
+                self.tell("beat", str(beat))
                 gone = {i: why for i, why in self.read("gone").items() if i != self.index}
                 if self.index == 0 and not gone:
                     gone = silent(seen, self.read("beat"), time.monotonic())
@@ -93,14 +93,14 @@ class _Processes:
         """Tells the others that this process ends early."""
         self.leaving.set()
         try:
-            self._set("gone", why)
+            self.tell("gone", why)
         except Exception:  # nobody is left to be told
             pass
 
     def end(self, status: int) -> None:
         """Ends this process at once; process 0 only when the others have had the time to read the store."""
         try:
-            self._set("left", str(status))
+            self.tell("left", str(status))
             until = time.monotonic() + (LAST_WORDS_S if self.index == 0 else 0)
             while time.monotonic() < until and len(self.read("left")) < self.count - len(self.silent_ones()):
                 time.sleep(0.1)
@@ -241,6 +241,17 @@ def broadcast(name: str, choose: Callable[[], object] | None = None):
         except Exception as error:  # as long as the first one needs; the watch ends this process if that dies
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
+
+
+def gather(name: str, value) -> list:
+    """What every process says (JSON), in the order of their numbers, on all of them."""
+    if _processes is None:
+        return [value]
+    what = f"gathered/{name}/{_processes.uses[name]}"
+    _processes.tell(what, json.dumps(value))
+    wait(_processes, name, BARRIER_S)
+    found = _processes.read(what)
+    return [json.loads(found[index]) for index in range(_processes.count)]
 
 
 def finish() -> None:

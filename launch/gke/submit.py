@@ -33,12 +33,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="of the Job; its pods are NAME-0, NAME-1, ...")
     parser.add_argument("--tasks", required=True, type=positive, metavar="N", help="pods in all")
     parser.add_argument("--at-once", type=positive, metavar="K", help="pods at a time; all unless given")
+    add_pod(parser, topology="of one machine, as 2x4", gpus=1)
+    parser.add_argument("reproduce", nargs="*", metavar="ARGUMENT", help="of `medcg reproduce`, after --")
+    args = parser.parse_args(argv)
+    if why := unusable(args):
+        parser.error(why)
+    return args
+
+
+def add_pod(parser: argparse.ArgumentParser, *, topology: str, gpus: int) -> None:
+    """Adds the flags of a pod, and --dry-run. topology: what one is of; gpus: of a pod, unless given."""
     parser.add_argument("--image", required=True, help="a container image in which the project is installed")
     parser.add_argument("--claim", required=True, help=f"PersistentVolumeClaim, ReadWriteMany, mounted at {MOUNT}")
     parser.add_argument("--tpu", metavar="TYPE", help="cloud.google.com/gke-tpu-accelerator, as tpu-v6e-slice")
-    parser.add_argument("--topology", metavar="AxB", help="cloud.google.com/gke-tpu-topology of one machine, as 2x4")
+    parser.add_argument("--topology", metavar="AxB", help=f"cloud.google.com/gke-tpu-topology {topology}")
     parser.add_argument("--gpu", metavar="TYPE", help="cloud.google.com/gke-accelerator, as nvidia-h100-80gb")
-    parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="GPUs of a pod; 1 unless given")
+    text = f"GPUs of a pod; {gpus} unless given"
+    parser.add_argument("--gpus", type=positive, default=gpus, metavar="N", help=text)
     parser.add_argument("--cpu", metavar="QUANTITY", help="cores that a pod asks for")
     parser.add_argument("--memory", metavar="QUANTITY", help="memory that a pod asks for, as 64Gi")
     parser.add_argument(
@@ -46,11 +57,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="a further label of the nodes, as cloud.google.com/gke-spot=true; may be given again",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted")
-    parser.add_argument("reproduce", nargs="*", metavar="ARGUMENT", help="of `medcg reproduce`, after --")
-    args = parser.parse_args(argv)
-    if why := unusable(args):
-        parser.error(why)
-    return args
 
 
 def positive(text: str) -> int:

@@ -16,9 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from string import Template
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from submit import MAX_HOST_NAME, MOUNT, apply, label, positive  # noqa: E402
+from submit import MAX_HOST_NAME, MOUNT, add_pod, apply, positive
 
 VERBS = ("train", "eval", "reproduce")
 # The one that jax.distributed uses by default on Cloud TPUs.
@@ -33,19 +31,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--name", required=True, help="of the JobSet; its pods are NAME-hosts-0-0, NAME-hosts-0-1, ...")
     parser.add_argument("--hosts", required=True, type=positive, metavar="N", help="pods, each on a machine of its own")
-    parser.add_argument("--image", required=True, help="a container image in which the project is installed")
-    parser.add_argument("--claim", required=True, help=f"PersistentVolumeClaim, ReadWriteMany, mounted at {MOUNT}")
-    parser.add_argument("--tpu", metavar="TYPE", help="cloud.google.com/gke-tpu-accelerator, as tpu-v6e-slice")
-    parser.add_argument("--topology", metavar="AxB", help="cloud.google.com/gke-tpu-topology of the slice, as 4x4")
-    parser.add_argument("--gpu", metavar="TYPE", help="cloud.google.com/gke-accelerator, as nvidia-h100-80gb")
-    parser.add_argument("--gpus", type=positive, default=8, metavar="N", help="GPUs of a pod; 8 unless given")
-    parser.add_argument("--cpu", metavar="QUANTITY", help="cores that a pod asks for")
-    parser.add_argument("--memory", metavar="QUANTITY", help="memory that a pod asks for, as 64Gi")
-    parser.add_argument(
-        "--select", action="append", default=[], type=label, metavar="KEY=VALUE", help="a further label of the nodes"
-    )
+    add_pod(parser, topology="of the slice, as 4x4", gpus=8)
     parser.add_argument("--restarts", type=int, default=3, metavar="N", help="after failures; 3 unless given")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted")
     parser.add_argument("verb", nargs="*", metavar="ARGUMENT", help="of `medcg`, after --")
     args = parser.parse_args(argv)
     if why := unusable(args):

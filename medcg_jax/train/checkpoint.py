@@ -22,13 +22,12 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from medcg_jax.distributed import barrier
+from medcg_jax.distributed import barrier, broadcast, gather
 from medcg_jax.files import write_whole
 from medcg_jax.models.llava import LlavaConfig
 from medcg_jax.run_config import ConfigError, RunError
 from medcg_jax.train import checksums, disk
 from medcg_jax.train.bit_sums import bit_sums, check_bit_sums
-from medcg_jax.train.processes import first_text
 
 META_FILE = "meta.json"
 PART = ".part"
@@ -111,9 +110,9 @@ class Checkpoints:
         """
         self.wait()
         failed = []
-        for step in reversed(json.loads(first_text(json.dumps(self.steps()) if jax.process_index() == 0 else None))):
+        for step in reversed(broadcast(f"checkpoints in {self.directory}", self.steps)):
             path = self.directory / str(step)
-            why = first_text(checksums.first_fault(path, jax.process_index(), jax.process_count()))
+            why = _first_fault(path)
             if why is None:
                 try:
                     state, meta = self._read(path, step, abstract_state)
@@ -255,7 +254,7 @@ def load_params(directory: Path, config: LlavaConfig, mesh: Mesh):
     meta = read_meta(directory)
     if meta is None:
         raise CheckpointError(f"{directory}: {META_FILE} is missing or no JSON; delete the directory to make it anew")
-    why = first_text(checksums.first_fault(Path(directory), jax.process_index(), jax.process_count()))
+    why = _first_fault(Path(directory))
     if why is not None:
         raise CheckpointError(f"{directory}: parameters are damaged ({why}); delete the directory to make it anew")
     try:
@@ -276,6 +275,12 @@ def read_meta(directory: Path) -> dict | None:
         return json.loads((Path(directory) / META_FILE).read_text())
     except (OSError, ValueError):
         return None
+
+
+def _first_fault(directory: Path) -> str | None:
+    """`checksums.first_fault`, each process of its share of the bytes; the same on all."""
+    own = checksums.first_fault(directory, jax.process_index(), jax.process_count())
+    return next(filter(None, gather(f"digests of {directory}", own)), None)
 
 
 def _plain(tree) -> dict:

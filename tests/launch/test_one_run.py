@@ -24,7 +24,7 @@ def script(*command: str, **environment: str) -> subprocess.CompletedProcess:
 
 def jobset(*flags: str, run: tuple[str, ...] = (*RUN, "--workdir=/grids/W")) -> subprocess.CompletedProcess:
     path = str(ROOT / "launch" / "gke" / "submit_run.py")
-    return script(sys.executable, "-I", path, "--name=llava", "--image=i", "--claim=c", *flags, "--", *run)
+    return script(sys.executable, "-E", path, "--name=llava", "--image=i", "--claim=c", *flags, "--", *run)
 
 
 def test_a_pod_of_the_jobset_finds_its_place():
