@@ -30,6 +30,8 @@ PUBLISHED_PAIRS, PUBLISHED_DETECTION = (3, 7, 8), (5, 6)
 # Model -> its family.
 MODELS = {
     "llava15_tiny": "llava",
+    # For comparisons of speed.
+    "llava15_bench": "llava",
     "llava15_7b": "llava",
     "llava15_13b": "llava",
     "qwen2_vl_tiny": "qwen2_vl",

@@ -39,6 +39,7 @@ SIZES = {
 # These have no vocabulary of their own.
 TINY = {
     "llava15_tiny": llava.llava15_tiny,
+    "llava15_bench": llava.llava15_bench,
     "qwen2_vl_tiny": qwen2_vl.qwen2_vl_tiny,
     "llama32_vision_tiny": mllama.llama32_vision_tiny,
     "minigpt_v2_tiny": minigpt_v2.minigpt_v2_tiny,

@@ -81,8 +81,8 @@ def bench(run: RunConfig, *, against: str = "", repeats: int = 5, steps_per_repe
 
 
 def architecture(model: ModelConfig) -> LlavaConfig:
-    """The architecture that `model` names; the tiny one with a vocabulary of about the packaged tokenizer's size."""
-    if model.name == "llava15_tiny":
+    """The architecture that `model` names; a tiny one with a vocabulary of about the packaged tokenizer's size."""
+    if model.name in build.TINY:
         return build.architecture(model, vocab_size=TINY_VOCABULARY, image_token_id=TINY_VOCABULARY - 1)
     return build.architecture(model)
 
