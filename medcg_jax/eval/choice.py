@@ -12,8 +12,3 @@ def option_logprobs(logits: jax.Array, option_ids: jax.Array) -> jax.Array:
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     chosen = jnp.take_along_axis(logprobs, jnp.maximum(option_ids, 0), axis=-1)
     return jnp.where(option_ids >= 0, chosen, -jnp.inf)
-
-
-def last_hidden(hidden: jax.Array, last_position: jax.Array) -> jax.Array:
-    """float[B, D]: each row of hidden[B, T, D] at its own last_position int32[B]."""
-    return jnp.take_along_axis(hidden, last_position[:, None, None], axis=1)[:, 0]

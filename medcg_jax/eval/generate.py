@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from medcg_jax.eval.choice import last_hidden
 
 LETTERS = string.ascii_uppercase
 
@@ -21,8 +20,10 @@ def prefill(model, batch: dict[str, jax.Array], num_new: int):
     rows, length = batch["tokens"].shape
     cache = model.init_cache(rows, length + num_new)
     images = {key: batch[key] for key in model.image_keys}
-    hidden, cache = model.hidden(batch["tokens"], images, segment_ids=batch["segment_ids"], cache=cache)
-    return model.logits(last_hidden(hidden, batch["last_position"])), cache
+    hidden, cache = model.hidden(
+        batch["tokens"], images, segment_ids=batch["segment_ids"], cache=cache, at=batch["last_position"][:, None]
+    )  # fmt: skip
+    return model.logits(hidden[:, 0]), cache
 
 
 def greedy(model, logits: jax.Array, cache, *, num_new: int, eos_id: int) -> tuple[jax.Array, dict]:

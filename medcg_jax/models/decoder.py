@@ -4,12 +4,14 @@ Source: huggingface/transformers:models/llama/modeling_llama.py at 5.23.0.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from medcg_jax.nn.blocks import DecoderBlock, run_stack
+from medcg_jax.nn.attention import take_positions
+from medcg_jax.nn.blocks import DecoderBlock, layers_at_once, run_stack
 from medcg_jax.nn.context import constrain
 from medcg_jax.nn.layers import Dense, Embedding, RMSNorm
 from medcg_jax.nn.rope import Angles, Llama3Scaling, count_positions, rope_angles
@@ -65,9 +67,12 @@ class Decoder(nnx.Module):
 
     def __call__(
         self, x, *, segment_ids=None, positions=None, angles: Angles | None = None, cache=None, lora=None,
-        attention: str = "auto",
+        at=None, attention: str = "auto",
     ):  # fmt: skip
         """(hidden float[B, T, D] after the final norm, the cache with these tokens in it or None).
+
+        at: int[B, L]; hidden comes back as [B, L, D], at these positions. Of the last layer no more is computed, where
+          layers are unrolled and there is no cache; None: at all positions.
 
         x: float[B, T, D] embedded tokens.
         segment_ids: int[B, T], 0 on padding; None: all real.
@@ -83,6 +88,8 @@ class Decoder(nnx.Module):
             positions += 0 if cache is None else (cache["segment_ids"] != 0).sum(axis=-1, keepdims=True)
         if angles is None:
             angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+        # Made once: a compiler otherwise takes sines and cosines anew wherever layers turn their queries and keys.
+        angles = jax.lax.optimization_barrier(angles)
         x = constrain(x, "act_batch", "act_len", "act_embed")
         lora_graph, lora_layers = (None, None) if lora is None else nnx.split(lora)
         shared, kept_layers = {}, None
@@ -92,18 +99,22 @@ class Decoder(nnx.Module):
             )
             shared, kept_layers = {"segment_ids": slots, "index": cache["index"]}, (cache["k"], cache["v"])
 
-        def body(block, x, per_layer):
+        def body(block, x, per_layer, at=None):
             own, adapter = per_layer
             own = None if own is None else {"k": own[0], "v": own[1], **shared}
             adapter = None if adapter is None else nnx.merge(lora_graph, adapter)
-            rest = dict(angles=angles, segment_ids=segment_ids, lora=adapter, implementation=attention)
+            rest = dict(angles=angles, segment_ids=segment_ids, lora=adapter, at=at, implementation=attention)
             x, kept = block(x, cache=own, **rest)
             return x, None if own is None else kept
 
         num_tokens = x.shape[1]
+        unrolled = layers_at_once(self.config.num_layers, self.unroll) == self.config.num_layers
+        last = partial(body, at=at) if at is not None and cache is None and unrolled else None
         x, kept = run_stack(
-            self.blocks, body, x, (kept_layers, lora_layers), unroll=self.unroll, remat=self.remat
+            self.blocks, body, x, (kept_layers, lora_layers), unroll=self.unroll, remat=self.remat, last=last
         )  # fmt: skip
+        if at is not None and last is None:
+            x = take_positions(x, at)
         if cache is not None:
             cache = {"k": kept[0], "v": kept[1], "segment_ids": slots, "index": cache["index"] + num_tokens}
         return self.norm(x), cache

@@ -154,13 +154,13 @@ class Llava(nnx.Module):
         return features.reshape(rows, images * self.config.num_image_tokens, -1)
 
     def hidden(
-        self, tokens, images=None, *, segment_ids=None, positions=None, cache=None, image_features=None
+        self, tokens, images=None, *, segment_ids=None, positions=None, cache=None, image_features=None, at=None
     ) -> tuple[jax.Array, dict | None]:
         """(float[B, T, D] after the final norm, the cache with these tokens in it or None).
 
         tokens: int[B, T], every image as `num_image_tokens` copies of `image_token_id`.
         images: as in `encode_images`; or image_features: what it gave; neither: the rows hold no image token.
-        segment_ids, positions, cache: as in `Decoder`.
+        segment_ids, positions, cache, at: as in `Decoder`; at: float[B, L, D] comes back.
 
         Raises:
           ValueError: shapes that do not fit each other.
@@ -169,7 +169,7 @@ class Llava(nnx.Module):
             if ids is not None and ids.shape != tokens.shape or tokens.ndim != 2:
                 raise ValueError(f"{name} {ids.shape} beside tokens {tokens.shape}: [batch, length] is accepted")
         x = self.embed(tokens, self.encode_images(images) if images is not None else image_features)
-        rest = dict(segment_ids=segment_ids, positions=positions, cache=cache)
+        rest = dict(segment_ids=segment_ids, positions=positions, cache=cache, at=at)
         return self.decoder(x, attention=self.config.attention, **rest)
 
     def embed(self, tokens: jax.Array, image_features: jax.Array | None = None) -> jax.Array:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from medcg_jax.models.mllama_text import EXTRA_ROWS, MllamaDecoder, MllamaTextConfig, images_in_view
 from medcg_jax.models.mllama_vit import NUM_TILES, MllamaVision, MllamaVisionConfig
+from medcg_jax.nn.attention import take_positions
 from medcg_jax.nn.context import constrain
 from medcg_jax.nn.layers import Dense
 from medcg_jax.nn.rope import Llama3Scaling, count_positions, rope_angles
@@ -143,7 +144,7 @@ class Mllama(nnx.Module):
         return {"features": features.reshape(shape), "num_tiles": images["num_tiles"]}
 
     def hidden(
-        self, tokens, images=None, *, segment_ids=None, positions=None, cache=None, image_features=None
+        self, tokens, images=None, *, segment_ids=None, positions=None, cache=None, image_features=None, at=None
     ) -> tuple[jax.Array, dict | None]:
         """(float[B, T, D] after the final norm, the cache with these tokens and their images in it or None).
 
@@ -152,6 +153,7 @@ class Mllama(nnx.Module):
           the cross-attention layers are left out.
         segment_ids: int[B, T], 0 on padding; None: all real. positions: int[B, T]; None: counted over the real tokens
           of the row (and of the cache).
+        at: int[B, L]; hidden comes back at these positions alone, float[B, L, D]; None: at all.
         cache: what `init_cache` gave, or an earlier call; its slots must suffice for T more tokens. Images come with
           the call that has their tokens, once; image tokens of two calls do not stand for one run of them.
 
@@ -187,6 +189,7 @@ class Mllama(nnx.Module):
             segment_ids=segment_ids, cache=slots, memory=memory, attention=self.config.attention,
             look=None if memory is None else self.look(first, following, num_tiles),
         )  # fmt: skip
+        x = x if at is None else take_positions(x, at)
         if cache is None:
             return x, None
         (k, v), cross = kept

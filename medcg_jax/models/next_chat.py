@@ -18,6 +18,7 @@ from medcg_jax.models.llava import Projector
 from medcg_jax.models.merge import merge_images
 from medcg_jax.models.sam import SamConfig, SamEncoder, SamPrompt
 from medcg_jax.models.sam_decoder import MaskDecoder
+from medcg_jax.nn.attention import take_positions
 from medcg_jax.nn.layers import Dense
 
 
@@ -181,7 +182,8 @@ class NextChat(nnx.Module):
         return features.reshape(rows, images * self.config.num_image_tokens, -1)
 
     def hidden(
-        self, tokens, images=None, *, segment_ids=None, positions=None, cache=None, image_features=None, boxes=None
+        self, tokens, images=None, *, segment_ids=None, positions=None, cache=None, image_features=None, boxes=None,
+        at=None,
     ) -> tuple[jax.Array, dict | None]:
         """(float[B, T, D] after the final norm, the cache with these tokens in it or None).
 
@@ -190,6 +192,7 @@ class NextChat(nnx.Module):
         boxes: float[B, N, 4] of each row's `<boxes>` in reading order; rows with fewer are filled with anything. None:
           `<boxes>` keeps its own embedding, but right after an `<at>` in the cache it is the box decoded there.
         segment_ids, positions, cache: as in `Decoder`.
+        at: int[B, L]; hidden comes back at these positions alone, float[B, L, D], as in `Decoder`. None: at all.
 
         Raises:
           ValueError: shapes that do not fit each other.
@@ -204,8 +207,11 @@ class NextChat(nnx.Module):
             decoded = self.boxes.encode(cache["box"]).astype(x.dtype)
             x = x.at[:, 0].set(jnp.where(cache["after_at"][:, None], decoded, x[:, 0]))
         rest = dict(segment_ids=segment_ids, positions=positions, cache=cache)
+        if cache is None:
+            return self.decoder(x, attention=self.config.attention, at=at, **rest)
         hidden, kept = self.decoder(x, attention=self.config.attention, **rest)
-        return hidden, kept if cache is None else kept | self._read_boxes(tokens, hidden, segment_ids, cache)
+        kept |= self._read_boxes(tokens, hidden, segment_ids, cache)
+        return hidden if at is None else take_positions(hidden, at), kept
 
     def embed(self, tokens, image_features=None, boxes=None) -> jax.Array:
         """float[B, T, D]: what the decoder's first layer gets, images and boxes in place of their tokens."""
@@ -219,7 +225,7 @@ class NextChat(nnx.Module):
 
     def boxes_at(self, hidden: jax.Array, positions: jax.Array) -> jax.Array:
         """float32[B, M, 4] boxes decoded at these positions int[B, M] of hidden[B, T, D]."""
-        return self.boxes.decode(hidden_at(hidden, positions))
+        return self.boxes.decode(take_positions(hidden, positions))
 
     def encode_sam_images(self, images: dict[str, jax.Array]) -> jax.Array:
         """float[B, g, g, C] SAM's features of each row's one image.
@@ -268,7 +274,7 @@ class NextChat(nnx.Module):
         real = jnp.ones_like(tokens, bool) if segment_ids is None else segment_ids != 0
         last = jnp.where(real, jnp.arange(tokens.shape[1]), 0).max(axis=1, keepdims=True)
         after_at = jnp.take_along_axis(tokens, last, axis=1)[:, 0] == self.config.at_token_id
-        state = hidden_at(hidden, last)
+        state = take_positions(hidden, last)
         slot = (jnp.arange(self.config.max_boxes) == cache["num_boxes"][:, None]) & after_at[:, None]
         return {
             "after_at": after_at,
@@ -280,8 +286,3 @@ class NextChat(nnx.Module):
     def __call__(self, tokens, images=None, **rest) -> jax.Array:
         """float32[B, T, V]: logits at every position; arguments as in `hidden`."""
         return self.logits(self.hidden(tokens, images, **rest)[0])
-
-
-def hidden_at(hidden: jax.Array, positions: jax.Array) -> jax.Array:
-    """[B, M, D]: hidden[B, T, D] at positions int[B, M]."""
-    return jnp.take_along_axis(hidden, positions[..., None], axis=1)

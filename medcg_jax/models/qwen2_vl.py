@@ -197,13 +197,13 @@ class Qwen2VL(nnx.Module):
         return ImageFeatures(features.reshape(rows, -1, features.shape[-1]), grids // vision.merge)
 
     def hidden(
-        self, tokens, images=None, *, segment_ids=None, positions=None, cache=None, image_features=None
+        self, tokens, images=None, *, segment_ids=None, positions=None, cache=None, image_features=None, at=None
     ) -> tuple[jax.Array, dict | None]:
         """(float[B, T, D] after the final norm, the cache with these tokens in it or None).
 
         tokens: int[B, T], every image as one `image_token_id` per merged token, images not touching each other.
         images: as in `encode_images`; or image_features: what it gave; neither: the rows hold no image token.
-        segment_ids, cache: as in `Decoder`.
+        segment_ids, cache, at: as in `Decoder`; at: float[B, L, D] comes back.
         positions: int[B, T, 3] time, row, column; None: by `layout`, behind what the cache holds.
 
         Raises:
@@ -221,7 +221,7 @@ class Qwen2VL(nnx.Module):
             positions = places.positions + (0 if cache is None else cache["next_position"][:, None, None])
         out, held = self.decoder(
             self.embed(tokens, features, places.slots), segment_ids=segment_ids,
-            angles=mrope_angles(positions, self.config), cache=cache, attention=self.config.attention,
+            angles=mrope_angles(positions, self.config), cache=cache, at=at, attention=self.config.attention,
         )  # fmt: skip
         if cache is not None:
             last = jnp.where(segment_ids[..., None] != 0, positions, -1).max(axis=(1, 2))

@@ -6,7 +6,7 @@ A stack is one block whose parameters have a leading `layer` axis; `run_stack` s
 import jax
 from flax import nnx
 
-from medcg_jax.nn.attention import attention
+from medcg_jax.nn.attention import attention, attention_at, take_positions
 from medcg_jax.nn.context import constrain, platform
 from medcg_jax.nn.layers import ACTIVATIONS, Dense, LayerNorm, RMSNorm, Stack, quick_gelu
 from medcg_jax.nn.rope import Angles, rotate
@@ -72,20 +72,29 @@ class DecoderBlock(nnx.Module):
         self.up = Dense("btd,df->btf", (embed_dim, mlp_dim), ("embed", "mlp"), **mlp)
         self.down = Dense("btf,fd->btd", (mlp_dim, embed_dim), ("mlp", "embed"), **mlp)
 
-    def __call__(self, x, *, angles: Angles, segment_ids, cache=None, lora=None, implementation: str):
+    def __call__(self, x, *, angles: Angles, segment_ids, cache=None, lora=None, at=None, implementation: str):
         """(x after the block, the layer's keys and values in the cache).
+
+        at: int[B, L]; x comes back as [B, L, D], at these positions alone, and no more of it is computed. None: at all.
 
         lora: None, or a module whose `q` and `v`, called with the normed x, give what is added to these projections.
         cache: None, or a dict of one layer's `k`, `v` [B, S, K, H], the `segment_ids` int[B, S] of all its slots
           (those of x included) and `index`, the slot of x's first token.
         """
         y = self.norm1(x)
-        q, k, v = self.q(y), self.k(y), self.v(y)
+        k, v = self.k(y), self.v(y)
+        own = y if at is None else take_positions(y, at)
+        q = self.q(own)
         if lora is not None:
-            q, v = q + lora.q(y), v + lora.v(y)
+            q, v = q + lora.q(own), v + lora.v(y)
         q, k, v = (constrain(z, "act_batch", "act_len", "act_heads", None) for z in (q, k, v))
-        q, k = rotate(q, angles), rotate(k, angles)
-        if cache is None:
+        k = rotate(k, angles)
+        if at is not None:
+            x, angles = take_positions(x, at), tuple(take_positions(turn, at) for turn in angles)
+        q = rotate(q, angles)
+        if at is not None:
+            y = attention_at(q, k, v, at=at, segment_ids=segment_ids)
+        elif cache is None:
             y = attention(q, k, v, causal=True, segment_ids=segment_ids, implementation=implementation)
         else:
             start = (0, cache["index"], 0, 0)
@@ -101,12 +110,14 @@ class DecoderBlock(nnx.Module):
         return constrain(x + self.down(hidden), "act_batch", "act_len", "act_embed"), (k, v)
 
 
-def run_stack(blocks: nnx.Module, body, x: jax.Array, per_layer=None, *, unroll: int, remat: str):
+def run_stack(blocks: nnx.Module, body, x: jax.Array, per_layer=None, *, unroll: int, remat: str, last=None):
     """(x after every layer of `blocks`, what `body` gave per layer, stacked): one `lax.scan`.
 
     body(block, x, slice of per_layer) -> (x, out): one layer; `block` has no layer axis.
-    unroll: layers per iteration; 0: all on CPU, 1 elsewhere.
+    unroll: layers per iteration, see `layers_at_once`.
     remat: a name in `REMAT_POLICIES`: what the backward pass keeps of a layer.
+    last: as `body`, in its place for the last layer, whose `out` is dropped: for stacks that are unrolled. In a rolled
+      one the other layers' weights and gradients would be copied to leave it out.
 
     Raises:
       ValueError: an unknown remat name.
@@ -117,12 +128,22 @@ def run_stack(blocks: nnx.Module, body, x: jax.Array, per_layer=None, *, unroll:
     # Cast before the scan: a sharded weight then travels in the compute dtype.
     params = jax.tree.map(lambda w: w.astype(x.dtype), params)
     num_layers = jax.tree.leaves(params)[0].shape[0]
-    unroll = unroll or (num_layers if platform() == "cpu" else 1)
 
-    def layer(x, scanned):
-        layer_params, own = scanned
-        return body(nnx.merge(graphdef, layer_params), x, own)
+    def layer_of(body):
+        def layer(x, scanned):
+            layer_params, own = scanned
+            return body(nnx.merge(graphdef, layer_params), x, own)
 
-    if remat != "none":
-        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(layer, x, (params, per_layer), unroll=min(unroll, num_layers))
+        return layer if remat == "none" else jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+
+    scanned = params, per_layer
+    if last is None:
+        return jax.lax.scan(layer_of(body), x, scanned, unroll=layers_at_once(num_layers, unroll))
+    first, final = (jax.tree.map(lambda w, where=where: w[where], scanned) for where in (slice(-1), -1))
+    x, out = jax.lax.scan(layer_of(body), x, first, unroll=max(num_layers - 1, 1))
+    return layer_of(last)(x, final)[0], out
+
+
+def layers_at_once(num_layers: int, unroll: int) -> int:
+    """Layers that an iteration over a stack runs; unroll: a `scan_unroll`, 0: all on CPU, 1 elsewhere."""
+    return min(unroll or (num_layers if platform() == "cpu" else 1), num_layers)

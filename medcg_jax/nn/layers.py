@@ -6,6 +6,7 @@ A layer computes in the dtype of what it is given; norms compute in float32.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,32 @@ def _zeros(key, shape, dtype):
     return jnp.zeros(shape, dtype)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`jnp.einsum(equation, x, kernel)`, where `equation` sums over axes that both have.
+
+    The gradient of the kernel is asked for in its own layout. JAX's rule gives its transpose, for which a CPU lays
+    the larger of two operands out anew; several kernels of one x then share the one of x.
+    """
+    return jnp.einsum(equation, x, kernel)
+
+
+def _product_forward(equation, x, kernel):
+    return jnp.einsum(equation, x, kernel), (x, kernel)
+
+
+def _product_backward(equation, kept, grad):
+    x, kernel = kept
+    first, second, out = equation.replace("->", ",").split(",")
+    return (
+        jnp.einsum(f"{out},{second}->{first}", grad, kernel),
+        jnp.einsum(f"{first},{out}->{second}", x, grad),
+    )
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 class Dense(nnx.Module):
     """`einsum(equation, x, kernel)` plus, where asked, a bias over the kernel's output axes.
 
@@ -63,7 +90,7 @@ class Dense(nnx.Module):
         self.bias = param(_zeros, bias_shape, bias_axes, **made) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+        y = product(self.equation, x, self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from medcg_jax.models.next_chat import hidden_at
+from medcg_jax.nn.attention import take_positions
 from medcg_jax.nn.rope import count_positions, rope_angles
 from medcg_jax.scale.parity_golden_next_data import TOLERANCE, batch_of, golden_row, load, mask_batch
 from medcg_jax.scale.parity_golden_next_losses import LONG_SUM_TOLERANCE, base_loss_rows, mask_loss_rows
@@ -129,7 +129,7 @@ def _whole_program(model, batch) -> dict[str, jax.Array]:
     hidden, _ = model.hidden(
         batch["tokens"], {"pixels": batch["pixels"]}, segment_ids=batch["segment_ids"], boxes=batch["boxes"]
     )
-    at, embeds = hidden_at(hidden, batch["at_positions"]), model.boxes.encode(batch["boxes"])
+    at, embeds = take_positions(hidden, batch["at_positions"]), model.boxes.encode(batch["boxes"])
     boxes = model.boxes.decode(at)
     return {
         "llm_final_norm": hidden, "logits": model.logits(hidden), "hidden_at": at, "pred_boxes": boxes,

@@ -9,7 +9,6 @@ generalised IoU as arXiv 1902.09630.
 import jax
 import jax.numpy as jnp
 
-from medcg_jax.models.next_chat import hidden_at
 from medcg_jax.train.losses import negative_log_likelihood
 
 # Weights of the terms in the loss.
@@ -47,12 +46,16 @@ def box_terms(model, batch: dict[str, jax.Array], *, original_loss_quirks: bool 
       1e-10, which in giou may be a real one (without any, the original divides by 0; here it is 0).
     """
     images = {key: batch[key] for key in model.image_keys}
-    hidden, _ = model.hidden(batch["tokens"], images, segment_ids=batch["segment_ids"], boxes=batch["boxes"])
-    nll = negative_log_likelihood(model.logits(hidden_at(hidden, batch["target_positions"])), batch["targets"])
+    num_targets = batch["targets"].shape[1]
+    hidden, _ = model.hidden(
+        batch["tokens"], images, segment_ids=batch["segment_ids"], boxes=batch["boxes"],
+        at=jnp.concatenate([batch["target_positions"], batch["at_positions"]], axis=1),
+    )  # fmt: skip
+    nll = negative_log_likelihood(model.logits(hidden[:, :num_targets]), batch["targets"])
     token_weights = batch["target_weights"].astype(jnp.float32)
     if original_loss_quirks:
         token_weights = token_weights.at[-1].set(0)
-    at, target = hidden_at(hidden, batch["at_positions"]).astype(jnp.float32), batch["at_boxes"]
+    at, target = hidden[:, num_targets:].astype(jnp.float32), batch["at_boxes"]
     found, given = model.boxes.decode(at), batch["boxes"]
     at_weights = batch["at_weights"].astype(jnp.float32)
     ordered = at_weights * (found[..., 2:] >= found[..., :2]).all(axis=-1)
@@ -104,8 +107,10 @@ def mask_terms(model, batch: dict[str, jax.Array], *, original_loss_quirks: bool
     original_loss_quirks: focal's alpha and dice's smoothing are the number of masks.
     """
     images = {key: batch[key] for key in model.image_keys}
-    hidden, _ = model.hidden(batch["tokens"], images, segment_ids=batch["segment_ids"], boxes=batch["boxes"])
-    masks, iou = model.masks(hidden_at(hidden, batch["at_positions"]), model.encode_sam_images(batch))
+    at_hidden, _ = model.hidden(
+        batch["tokens"], images, segment_ids=batch["segment_ids"], boxes=batch["boxes"], at=batch["at_positions"]
+    )  # fmt: skip
+    masks, iou = model.masks(at_hidden, model.encode_sam_images(batch))
     target, weights = batch["at_masks"].astype(jnp.float32), batch["at_weights"].astype(jnp.float32)
     logits = jax.image.resize(masks, target.shape, "bilinear")
     num = weights.sum()
