@@ -132,5 +132,6 @@ def init_cache(config: DecoderConfig, batch: int, length: int, dtype) -> dict[st
         "k": jnp.zeros(shape, dtype),
         "v": jnp.zeros(shape, dtype),
         "segment_ids": jnp.zeros((batch, length), jnp.int32),
-        "index": jnp.zeros((), jnp.int32),
+        # No array: that the cache is empty is known while tracing (`nn.blocks.is_empty`).
+        "index": 0,
     }

@@ -230,7 +230,7 @@ class Mllama(nnx.Module):
         shape = (len(text.self_layers), batch, length, text.num_kv_heads, text.head_dim)
         return {
             "k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype),
-            "segment_ids": jnp.zeros((batch, length), jnp.int32), "index": jnp.zeros((), jnp.int32),
+            "segment_ids": jnp.zeros((batch, length), jnp.int32), "index": 0,
             "first_image": jnp.zeros(batch, jnp.int32), "next_image": jnp.zeros(batch, jnp.int32),
         }  # fmt: skip
 

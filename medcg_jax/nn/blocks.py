@@ -94,20 +94,27 @@ class DecoderBlock(nnx.Module):
         q = rotate(q, angles)
         if at is not None:
             y = attention_at(q, k, v, at=at, segment_ids=segment_ids)
-        elif cache is None:
+        elif cache is None or is_empty(cache):
             y = attention(q, k, v, causal=True, segment_ids=segment_ids, implementation=implementation)
-        else:
+        if cache is not None:
             start = (0, cache["index"], 0, 0)
             k = jax.lax.dynamic_update_slice(cache["k"], k.astype(cache["k"].dtype), start)
             v = jax.lax.dynamic_update_slice(cache["v"], v.astype(cache["v"].dtype), start)
-            y = attention(
-                q, k.astype(q.dtype), v.astype(q.dtype), causal=True, segment_ids=segment_ids,
-                kv_segment_ids=cache["segment_ids"], q_offset=cache["index"], implementation="plain",
-            )  # fmt: skip
+            if not is_empty(cache):
+                y = attention(
+                    q, k.astype(q.dtype), v.astype(q.dtype), causal=True, segment_ids=segment_ids,
+                    kv_segment_ids=cache["segment_ids"], q_offset=cache["index"], implementation="plain",
+                )  # fmt: skip
         x = x + self.out(y)
         y = self.norm2(x)
         hidden = constrain(ACTIVATIONS[self.activation](self.gate(y)) * self.up(y), "act_batch", "act_len", "act_mlp")
         return constrain(x + self.down(hidden), "act_batch", "act_len", "act_embed"), (k, v)
+
+
+def is_empty(cache: dict) -> bool:
+    """Whether the cache is known to be empty while tracing: tokens then see themselves alone, and fused attention can
+    be used. One that a program is given as its argument is not known to be."""
+    return isinstance(cache["index"], int) and cache["index"] == 0
 
 
 def run_stack(blocks: nnx.Module, body, x: jax.Array, per_layer=None, *, unroll: int, remat: str, last=None):

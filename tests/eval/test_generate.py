@@ -10,6 +10,8 @@ from eval_toys import EOS, TOKENIZER, encoded, model_on
 from flax import nnx
 
 from medcg_jax.eval.generate import greedy, parse_answer, prefill
+from medcg_jax.nn import blocks
+from medcg_jax.nn.attention import attention
 
 NEW = 4
 
@@ -121,3 +123,18 @@ def test_what_must_follow_follows():
     assert greedy(Five(), start, None, num_new=4, eos_id=2)[0].tolist() == [[5] * 4] * 2
     assert greedy(Five(force_next={5: 7}), start, None, num_new=4, eos_id=2)[0].tolist() == [[5, 7, 5, 7]] * 2
     assert greedy(Five(force_next={5: 2}), start, None, num_new=4, eos_id=2)[0].tolist() == [[5, 2, 2, 2]] * 2
+
+
+def test_a_prompt_sees_its_own_keys_and_what_follows_the_cache(model, rows, monkeypatch):
+    """So that fused attention, which reads no cache, is used where a prompt begins."""
+    asked = []
+
+    def spy(*args, **named):
+        asked.append((args[0].shape[1], named["implementation"], "kv_segment_ids" in named))
+        return attention(*args, **named)
+
+    monkeypatch.setattr(blocks, "attention", spy)
+    with_cache(model, rows, -1)
+    length = rows["tokens"].shape[1]
+    # Of the tower's the lengths are others.
+    assert {one for one in asked if one[0] in (1, length)} == {(length, "auto", False), (1, "plain", True)}
