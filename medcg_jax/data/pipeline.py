@@ -16,6 +16,7 @@ import grain
 import numpy as np
 
 from medcg_jax.data.encoding import Encoded
+from medcg_jax.data.lengths import eval_order, row_length
 from medcg_jax.data.records import DataError
 
 Batch = dict[str, np.ndarray]
@@ -58,7 +59,7 @@ class Batches:
     ):
         if not len(encoded):
             raise DataError("there are no records to draw batches from")
-        mine = _checked_rows(rows, batch_size)
+        mine = checked_rows(rows, batch_size)
         stream = _stream(encoded, seed, weights or {})
         batches = stream.batch(batch_size, batch_fn=np.asarray).map(lambda indices: encoded.rows(indices[mine]))
         self._iterator = iter(batches.to_iter_dataset(_read_options(encoded, prefetch)))
@@ -81,21 +82,29 @@ class Batches:
 def eval_batches(
     encoded: Encoded, batch_size: int, *, rows: np.ndarray | None = None
 ) -> Iterator[tuple[Batch, list[str]]]:
-    """Each record once and in order: `(batch, ids)` with this process's rows, `ids` only of rows that hold a record.
+    """Each record once, in the order of `eval_order`: `(batch, ids)` with this process's rows, `ids` only of rows that
+    hold a record.
 
-    The last batch is filled with copies of its first row, whose `row_mask` is 0; so every process has as many batches,
-    and rows in each. rows: as `Batches`.
+    A batch is as long as its longest row asks for (`row_length`). The last batch is filled with copies of its first
+    row, whose `row_mask` is 0; so every process has as many batches, of the same shapes. rows: as `Batches`.
     """
-    mine = _checked_rows(rows, batch_size)
+    mine, order = checked_rows(rows, batch_size), eval_order(encoded)
     for start in range(0, len(encoded), batch_size):
         places = start + mine
         real = places < len(encoded)
-        batch, ids = encoded.rows(np.where(real, places, start))
+        batch, ids = encoded.rows(order[np.where(real, places, start)])
+        length = row_length(encoded, int(encoded.arrays["length"][order[start : start + batch_size]].max()))
+        batch |= {key: batch[key][:, :length] for key in ("tokens", "segment_ids")}
         batch["row_mask"] = real.astype(np.float32)
         yield batch, ids[: int(real.sum())]
 
 
-def _checked_rows(rows: np.ndarray | None, batch_size: int) -> np.ndarray:
+def checked_rows(rows: np.ndarray | None, batch_size: int) -> np.ndarray:
+    """`rows`, where None stands for all of the batch.
+
+    Raises:
+      ValueError: rows that no batch has.
+    """
     found = np.arange(batch_size) if rows is None else np.asarray(rows)
     if not len(found) or found[0] < 0 or found[-1] >= batch_size or (np.diff(found) <= 0).any():
         raise ValueError(f"rows={found.tolist()} of batch_size={batch_size}: rising rows of the batch are accepted")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from medcg_jax.data.boxes import corners
 from medcg_jax.data.encoding import Encoded
+from medcg_jax.data.lengths import eval_order
 from medcg_jax.data.pipeline import eval_batches
 from medcg_jax.data.tokenizer import Tokenizer
 from medcg_jax.eval.box_answers import DICE_DECIMALS, BoxAnswer, rounded
@@ -76,12 +77,13 @@ def locate(
         stop_if_told()
         if len(outputs) > MAX_AHEAD:
             jax.block_until_ready(outputs[-1 - MAX_AHEAD])
-    found: list[BoxAnswer] = []
-    for output in outputs:
+    found: dict[int, BoxAnswer] = {}
+    order = eval_order(encoded).tolist()
+    for start, output in zip(range(0, len(encoded), batch_size), outputs, strict=True):
         arrays = jax.device_get(output)
-        for row in range(min(batch_size, len(encoded) - len(found))):
-            found.append(_read(encoded, len(found), tokenizer, {key: array[row] for key, array in arrays.items()}))
-    return found
+        for row, index in enumerate(order[start : start + batch_size]):
+            found[index] = _read(encoded, index, tokenizer, {key: array[row] for key, array in arrays.items()})
+    return [found[index] for index in range(len(encoded))]
 
 
 def _read(encoded: Encoded, index: int, tokenizer: Tokenizer, row: dict[str, np.ndarray]) -> BoxAnswer:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from medcg_jax.eval.choice import option_logprobs
+from medcg_jax.eval.choice import letter_logits, option_logprobs
 from medcg_jax.eval.generate import LETTERS, greedy, parse_answer, prefill
 from medcg_jax.eval.intervals import wilson
 from medcg_jax.files import write_whole
@@ -84,10 +84,11 @@ def make_evaluator(
 
     def evaluate_batch(params, batch):
         model = nnx.merge(graphdef, params)
-        logits, cache = prefill(model, batch, max(num_new - 1, 0))
-        logprobs = option_logprobs(logits, batch["option_ids"])
         if not num_new:
+            logprobs = option_logprobs(letter_logits(model, batch), batch["option_ids"])
             return logprobs, np.zeros((len(batch["tokens"]), 0), np.int32)
+        logits, cache = prefill(model, batch, num_new - 1)
+        logprobs = option_logprobs(logits, batch["option_ids"])
         return logprobs, greedy(model, logits, cache, num_new=num_new, eos_id=eos_id)[0]
 
     jitted = jax.jit(
@@ -101,13 +102,14 @@ def evaluate(
 ) -> list[Prediction]:
     """A prediction for every record, in the order of `encoded` (`data.encoding.encode_eval`'s).
 
-    params: of the whole model, on the evaluator's mesh. batch_size: rows of a batch over all devices; the last batch
-    is filled up, so its size changes no prediction.
+    params: of the whole model, on the evaluator's mesh. batch_size: rows of a batch over all devices; records of about
+    one length share a batch and the last one is filled up, so that neither changes a prediction.
 
     Raises:
       ConfigError: the mesh cannot split the batch.
       ValueError: log-probabilities that are not finite, with the record named.
     """
+    from medcg_jax.data.lengths import eval_order
     from medcg_jax.data.pipeline import eval_batches
 
     check_batch(evaluator.mesh, batch_size, "eval.batch_size")
@@ -121,12 +123,25 @@ def evaluate(
         return []
     outputs = jax.device_get(outputs)
     logprobs, tokens = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
+    # Back from the order of the batches.
+    found = np.argsort(eval_order(encoded))
+    return predictions_of(encoded, logprobs[found], tokens[found] if evaluator.num_new else None, tokenizer)
+
+
+def predictions_of(
+    encoded: "Encoded", logprobs: np.ndarray, tokens: np.ndarray | None, tokenizer: "Tokenizer"
+) -> list[Prediction]:
+    """The predictions of these rows. logprobs: float32[N, K]; tokens: int32[N, num_new] that were generated, or None.
+
+    Raises:
+      NonFiniteScores: log-probabilities that are not finite, with the record named.
+    """
     predictions = []
     for i, record in enumerate(encoded.records.records):
         own = logprobs[i, : len(record.options)]
         if not np.isfinite(own).all():
             raise NonFiniteScores(f"record {record.id}: the letters' log-probabilities are {own.tolist()}")
-        generated = tokenizer.decode(tokens[i].tolist()) if evaluator.num_new else None
+        generated = None if tokens is None else tokenizer.decode(tokens[i].tolist())
         predictions.append(
             Prediction(
                 record.id, record.subset, tuple(record.options), record.answer, LETTERS[int(own.argmax())],
