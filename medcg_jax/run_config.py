@@ -172,7 +172,8 @@ class EvalConfig:
     # Second column: greedy generation and strict parsing of the answer.
     generate: bool = True
     max_new_tokens: int = 4
-    # How a grid asks every test question again, of `CONTROLS`; each costs as much as the test, "circular" up to thrice.
+    # How a grid asks every test question again, of `CONTROLS`, "circular" up to thrice. Each time the text behind the
+    # image is read anew, and no free answer is asked for.
     controls: tuple[str, ...] = ()
     # Most tokens of an answer with boxes: MiniGPT-v2 writes up to 17 for each, NExT-Chat 2.
     max_box_tokens: int = 128

@@ -8,7 +8,15 @@ from medcg_jax.data.records import LETTERS, DataError, Record, RecordSet, Turn
 from medcg_jax.run_config import CONTROLS
 
 
-def control_sets(records: RecordSet, names: Sequence[str], seed: int) -> dict[str, RecordSet]:
+class AskedAgain(RecordSet):
+    """Questions about the images of another set: question i is asked beside the image of its record `places[i]`."""
+
+    def __init__(self, records: Sequence[Record], asked_of: RecordSet, places: Sequence[int]):
+        super().__init__(records, asked_of.select(places).images)
+        self.places = tuple(places)
+
+
+def control_sets(records: RecordSet, names: Sequence[str], seed: int) -> dict[str, AskedAgain]:
     """Control -> the choice questions asked again; the records keep their ids, and a control without one is left out.
 
     names: of `CONTROLS`.
@@ -40,11 +48,7 @@ def _lines(options: Sequence[str]) -> str:
     return "".join(f"\n{letter}: {option}" for letter, option in zip(LETTERS, options, strict=False))
 
 
-def _changed(records: RecordSet, places: Sequence[int], changed: Sequence[Record]) -> RecordSet:
-    return RecordSet(changed, records.select(places).images)
-
-
-def _shuffled(records: RecordSet, random: Random) -> dict[str, RecordSet]:
+def _shuffled(records: RecordSet, random: Random) -> dict[str, AskedAgain]:
     places = [i for i, record in enumerate(records.records) if record.image]
     if len(places) < 2:
         return {}
@@ -55,10 +59,10 @@ def _shuffled(records: RecordSet, random: Random) -> dict[str, RecordSet]:
         dataclasses.replace(records.records[place], image=records.records[other].image)
         for place, other in zip(places, taken, strict=True)
     ]
-    return {"shuffled_images": _changed(records, taken, changed)}
+    return {"shuffled_images": AskedAgain(changed, records, taken)}
 
 
-def _shifted(records: RecordSet, _: Random) -> dict[str, RecordSet]:
+def _shifted(records: RecordSet, _: Random) -> dict[str, AskedAgain]:
     found = {}
     for shift in range(1, max((len(record.options) for record in records.records), default=0)):
         places = [i for i, record in enumerate(records.records) if shift < len(record.options)]
@@ -66,17 +70,17 @@ def _shifted(records: RecordSet, _: Random) -> dict[str, RecordSet]:
             with_options(record, record.options[-shift:] + record.options[:-shift], record.label)
             for record in (records.records[i] for i in places)
         ]
-        found[f"shift_{shift}"] = _changed(records, places, changed)
+        found[f"shift_{shift}"] = AskedAgain(changed, records, places)
     return found
 
 
-def _two_options(records: RecordSet, random: Random) -> dict[str, RecordSet]:
+def _two_options(records: RecordSet, random: Random) -> dict[str, AskedAgain]:
     places = [i for i, record in enumerate(records.records) if len(record.options) > 2]
     changed = []
     for record in (records.records[i] for i in places):
         other = random.choice([option for option in record.options if option != record.label])
         changed.append(with_options(record, random.sample([record.label, other], 2), record.label))
-    return {"two_options": _changed(records, places, changed)}
+    return {"two_options": AskedAgain(changed, records, places)}
 
 
 _MADE = dict(zip(CONTROLS, (_shuffled, _shifted, _two_options), strict=True))

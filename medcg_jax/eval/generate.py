@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-
 LETTERS = string.ascii_uppercase
 
 
@@ -22,8 +21,18 @@ def prefill(model, batch: dict[str, jax.Array], num_new: int):
     images = {key: batch[key] for key in model.image_keys}
     hidden, cache = model.hidden(
         batch["tokens"], images, segment_ids=batch["segment_ids"], cache=cache, at=batch["last_position"][:, None]
-    )  # fmt: skip
+    )
     return model.logits(hidden[:, 0]), cache
+
+
+def with_room(cache, num: int):
+    """A model's cache with `num` more empty slots a row."""
+    slots = {"k": 2, "v": 2, "segment_ids": 1}
+
+    def wider(array, axis: int):
+        return jnp.pad(array, [(0, num if i == axis else 0) for i in range(array.ndim)])
+
+    return {key: wider(array, slots[key]) if key in slots else array for key, array in cache.items()}
 
 
 def greedy(model, logits: jax.Array, cache, *, num_new: int, eos_id: int) -> tuple[jax.Array, dict]:

@@ -1,6 +1,6 @@
 """Subsets tested with one set of parameters, choice questions and questions about boxes alike; and `medcg eval`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -8,6 +8,7 @@ from flax import nnx
 
 from medcg_jax.data.encoding import Encoded
 from medcg_jax.eval import box_answers, locate, run
+from medcg_jax.eval.again import Asker, evaluate_again, make_asker
 from medcg_jax.eval.box_answers import BoxAnswer
 from medcg_jax.eval.run import Evaluator, Prediction
 from medcg_jax.models.build import shardings
@@ -24,6 +25,7 @@ class Tester:
         self._setup, self._graphdef = setup, graphdef
         self._shardings = shardings(setup.model, setup.mesh)
         self._evaluator: Evaluator | None = None
+        self._asker: Asker | None = None
         self._locator: Callable | None = None
 
     def __call__(self, params, encoded: Encoded) -> list[Prediction] | list[BoxAnswer]:
@@ -43,11 +45,31 @@ class Tester:
                 self._locator, setup.mesh, params, encoded, setup.tokenizer, batch_size=config.batch_size
             )  # fmt: skip
         if self._evaluator is None:
-            self._evaluator = run.make_evaluator(
-                setup.mesh, self._graphdef, self._shardings, eos_id=setup.tokenizer.eos_id,
-                max_new_tokens=config.max_new_tokens, generate=config.generate,
-            )  # fmt: skip
+            self._evaluator = run.make_evaluator(setup.mesh, self._graphdef, self._shardings, **self._answers)
         return run.evaluate(self._evaluator, params, encoded, setup.tokenizer, batch_size=config.batch_size)
+
+    def again(
+        self, params, encoded: Encoded, again: Mapping[str, Encoded]
+    ) -> tuple[list[Prediction], dict[str, list[Prediction]]]:
+        """Predictions of choice questions, and those of the controls in which the same images are asked about again.
+
+        Raises:
+          NonFiniteScores: the parameters are no use.
+        """
+        setup = self._setup
+        if self._asker is None:
+            self._asker = make_asker(setup.mesh, self._graphdef, self._shardings, **self._answers)
+        return evaluate_again(
+            self._asker, params, encoded, again, setup.tokenizer, batch_size=setup.run.eval.batch_size,
+            image_token_id=setup.model.image_token_id,
+        )  # fmt: skip
+
+    @property
+    def _answers(self) -> dict:
+        config = self._setup.run.eval
+        return {
+            "eos_id": self._setup.tokenizer.eos_id, "max_new_tokens": config.max_new_tokens, "generate": config.generate
+        }  # fmt: skip
 
 
 def write_tested(workdir: Path, name: str, answers: Sequence[Prediction | BoxAnswer]) -> None:

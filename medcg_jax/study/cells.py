@@ -98,8 +98,10 @@ class Data:
         if subset not in self._controls:
             records = self._records(subset, "test", self._setup.run.data.test_records_per_subset)
             asked = control_sets(records, self._setup.run.eval.controls, self._setup.run.data.seed)
-            # Where images are large they are decoded when drawn.
-            self._controls[subset] = {name: self._setup.encode_eval(made) for name, made in asked.items()}
+            # Their images are those of the test, and none is decoded for them.
+            self._controls[subset] = {
+                name: self._setup.encode_eval(made, memory_limit_bytes=0) for name, made in asked.items()
+            }
         return self._controls[subset]
 
     def _encoded(
@@ -224,12 +226,13 @@ class Trainer:
             self._tester = Tester(setup, graphdef)
         first = self._run.study.jobs > 1 and not self._has_tested
         # As in `_compile`: the first test of a process compiles.
+        found, again = {}, {}
         with claims.lock(results.state_dir(self._workdir) / "claims", "compile.test") if first else nullcontext():
-            found = {name: self._tester(params, self._data.test(name)) for name in job.targets}
-        again = {
-            name: {control: self._tester(params, asked) for control, asked in self._data.controls(name).items()}
-            for name in job.targets
-        }
+            for name in job.targets:
+                asked, controls = self._data.test(name), self._data.controls(name)
+                found[name], again[name] = (
+                    self._tester.again(params, asked, controls) if controls else (self._tester(params, asked), {})
+                )
         self._has_tested = True
         if jax.process_index() > 0:
             return

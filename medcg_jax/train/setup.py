@@ -73,8 +73,9 @@ class Setup:
         """Training rows. lengths: `max_text_tokens`, `max_target_tokens`, in place of the configuration's."""
         return encode(records, self.tokenizer, dataclasses.replace(self.run.data, **lengths), self.format)
 
-    def encode_eval(self, records: RecordSet) -> Encoded:
-        return encode_eval(records, self.tokenizer, self.run.data, self.format)
+    def encode_eval(self, records: RecordSet, **memory: int) -> Encoded:
+        """Choice questions. memory: `memory_limit_bytes` of the images."""
+        return encode_eval(records, self.tokenizer, self.run.data, self.format, **memory)
 
     def encode_boxes(self, records: RecordSet) -> Encoded:
         return encode_boxes(records, self.tokenizer, self.run.data, self.format)
