@@ -2,7 +2,7 @@
 
 A packed row has its records one behind the other, numbered 1, 2, ... by `segment_ids`: each attends to its own tokens
 and counts its own positions, so a batch's loss and gradients are those of the same batch with one record a row. All
-sizes are static, and found before the first step: the batches of a run are known (`pipeline.draws`), and all of them fit.
+sizes are static, and found before the first step: the batches of a run are known (`pipeline.draws`), and all fit.
 """
 
 from __future__ import annotations

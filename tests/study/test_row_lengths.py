@@ -72,7 +72,7 @@ def test_trainings_with_boxes_have_a_length_of_their_own():
 
 def test_general_records_count(tmp_path):
     path = tmp_path / "general.json"
-    question = "Where is the lesion in this image of the left lung?\nA: no\nB: yes\nC: one\nD: two"
+    question = "Where is the lesion in this image? " * 6 + "\nA: no\nB: yes\nC: one\nD: two"
     path.write_text(json.dumps([
         {"id": i, "caption": "", "image": "", "Question": question, "Answer": "no", "Question-choice": question,
          "Answer-choice": "A", "data-no": ""} for i in range(99)

@@ -16,7 +16,7 @@ from medcg_jax.data.packing import Packer, RowShape, choose, sizes
 from medcg_jax.data.records import Record, RecordSet, Turn
 from medcg_jax.models.llava import Llava
 from medcg_jax.run_checks import check
-from medcg_jax.run_config import ConfigError, Interrupted, MeshConfig, RunConfig, replace
+from medcg_jax.run_config import ConfigError, Interrupted, RunConfig, replace
 from medcg_jax.study.schedule import make_plan
 from medcg_jax.train import run as runs
 from medcg_jax.train.losses import token_loss
@@ -96,10 +96,8 @@ def test_a_fault_in_packing_changes_them(encoded, packed, gradients, fault):
     assert largest_difference(gradients(rows), gradients(expected)) > 1e-3
 
 
-@pytest.mark.parametrize(("mesh", "parts"), [(MeshConfig(data=4, tensor=2), 1), (None, 2)])
-def test_a_step_on_a_mesh_or_in_parts_is_that_of_a_record_a_row(encoded, packed, mesh, parts):
-    # The toy's clipping and weight decay included.
-    program, trainable, frozen = setup(mesh, accumulation_steps=parts)
+def test_a_step_in_parts_is_that_of_a_record_a_row(encoded, packed):
+    program, trainable, frozen = setup(accumulation_steps=2)
     control = program.put_control(control_from(TRAIN, COUNT))
     found = []
     for rows in (packed, encoded.rows(np.arange(COUNT))[0]):
