@@ -11,7 +11,8 @@ def test_rows_hold_the_records_and_packing_pays_with_text_alone():
     found = {(one["text_share"], one["rows_are"]): one for one in bench_packing.by_formula(llava15_7b(), text)}
     for share in bench_packing.TEXT_SHARES:
         longest = found[share, "multiple of 1"]
-        assert longest["length"] == 576 + 107 and longest["flops_full"] < found[share, "as the limit"]["flops_full"] == 1
+        assert longest["length"] == 576 + 107 and found[share, "as the limit"]["flops_full"] == 1
+        assert longest["flops_full"] < 0.9
         assert all(one["real"] <= 1 for one in found.values())
         # Never dearer than a record a row.
         assert found[share, "packed if cheaper"]["flops_full"] <= found[share, "multiple of 16"]["flops_full"]
@@ -22,8 +23,8 @@ def test_rows_hold_the_records_and_packing_pays_with_text_alone():
 def test_lengths_are_about_llamas():
     # 34 tokens in LLaVA-1.5, whose image starts at 35 behind <s>.
     sentence = (
-        "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-        "and polite answers to the human's questions. USER:"
+        "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the human's questions. USER:"
     )
     assert 34 <= bench_packing.estimated_tokens(sentence) <= 38
     drawn = bench_packing.text_lengths("")
@@ -38,7 +39,7 @@ def test_steps_on_both_kinds_of_rows_have_one_loss(monkeypatch):
     small = dict(
         image_size_px=16, embed_dim=16, num_vision_layers=2, vision_mlp_dim=32, num_layers=2, mlp_dim=32, scan_unroll=1
     )  # fmt: skip
-    monkeypatch.setattr(bench_packing, "llava15_bench", lambda *ids: llava15_tiny(40, 39, **small))
+    monkeypatch.setattr(bench_packing, "llava15_bench", lambda *ids, **rest: llava15_tiny(40, 39, **small))
     monkeypatch.setattr(bench_packing, "MEASURED_SHARES", (0.5,))
     text = bench_packing.text_lengths("") * 60
     [one] = bench_packing.measured(text, batch=8, rounds=1)
