@@ -29,7 +29,7 @@ def get_config(arg: str = "7b"):
             compute_dtype="bfloat16",
             remat="full",
         ),
-        data=DataConfig(source="release", root="Med-MAT", max_text_tokens=192),
+        data=DataConfig(source="release", root="Med-MAT", max_text_tokens=192, row_multiple=16),
         # The digest of the published version gives epochs, batch and learning rate; the warm-up is LLaVA-1.5's.
         train=TrainConfig(epochs=5, batch_size=32, learning_rate=5e-6, warmup_frac=0.03, checkpoint_every_steps=200),
         base=TrainConfig(steps=0, epochs=0),

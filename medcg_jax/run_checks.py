@@ -70,6 +70,8 @@ def check(run: RunConfig) -> None:
     at_least("data.max_target_tokens", run.data.max_target_tokens, 1)
     at_least("data.max_box_text_tokens", run.data.max_box_text_tokens, 0)
     at_least("data.max_box_target_tokens", run.data.max_box_target_tokens, 0)
+    at_least("data.row_multiple", run.data.row_multiple, 0)
+    check_pack(run)
     at_least("data.train_records_per_subset", run.data.train_records_per_subset, 1)
     at_least("data.test_records_per_subset", run.data.test_records_per_subset, 0)
     at_least("data.max_pixels", run.data.max_pixels, 1)
@@ -95,6 +97,18 @@ def check(run: RunConfig) -> None:
         check_training(part, getattr(run, part))
     if run.log.profile_steps:
         profile_steps(run.log.profile_steps, run.train.steps)
+
+
+def check_pack(run: RunConfig) -> None:
+    if run.data.pack not in (0, 1):
+        raise ConfigError(f"data.pack={run.data.pack}: 0 or 1 is accepted")
+    if run.data.pack and MODELS[run.model.name] != "llava":
+        raise ConfigError(f"data.pack=1: 0 is accepted with model.name={run.model.name!r}, 1 with LLaVA alone")
+    if run.data.pack and run.model.attention == "cudnn":
+        raise ConfigError(
+            "model.attention='cudnn': auto, plain or splash is accepted with data.pack=1, cuDNN's kernel reads segment "
+            "ids as lengths"
+        )
 
 
 def check_general(run: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -185,6 +186,43 @@ def encode_boxes(
     return Encoded(records, fmt, arrays, images, asked=tuple(asked for _, asked in pairs))
 
 
+def longest_row(records: RecordSet, tokenizer: Tokenizer, data: DataConfig, fmt: Format) -> int:
+    """Tokens of the longest training row that `encode` would make of these records, image included; 0 of none.
+
+    Records that it would refuse are left out: it names them, where they are wanted.
+    """
+    longest, most = 0, data.max_text_tokens + fmt.max_image_tokens
+    for index, record in enumerate(records.records):
+        try:
+            num_image = _image_tokens(records, index, fmt)
+            ids = fmt.prompts.conversation(
+                tokenizer, fmt.turns(record), system_prompt=data.system_prompt, num_image_tokens=num_image
+            ).ids
+            _check_length(len(ids), num_image, most, data)
+        except DataError:
+            continue
+        longest = max(longest, len(ids))
+    return longest
+
+
+def row_length(longest: int, data: DataConfig, fmt: Format) -> int:
+    """Tokens of training rows, padding included, of which the longest has `longest` (`data.row_multiple`)."""
+    most = data.max_text_tokens + fmt.max_image_tokens
+    return min(most, -(-longest // data.row_multiple) * data.row_multiple) if data.row_multiple else most
+
+
+def cut_rows(encoded: Encoded, length: int) -> Encoded:
+    """The same rows without the padding behind `length` tokens.
+
+    Raises:
+      ValueError: a row is longer, or was shorter before.
+    """
+    tokens, longest = encoded.arrays["tokens"], encoded.arrays["length"].max(initial=0)
+    if not longest <= length <= tokens.shape[1]:
+        raise ValueError(f"length={length}: {longest} to {tokens.shape[1]} is accepted of these rows")
+    return dataclasses.replace(encoded, arrays={**encoded.arrays, "tokens": tokens[:, :length]})
+
+
 def concat_encoded(parts: Sequence[Encoded]) -> Encoded:
     """One set of rows from several that were encoded alike; decodes nothing again.
 
@@ -227,13 +265,16 @@ def _image_tokens(records: RecordSet, index: int, fmt: Format) -> int:
 
 
 def _put_row(rows, index: int, ids: list[int], num_image_tokens: int, data: DataConfig) -> None:
-    # A row without an image may use the image's places.
-    most = rows["tokens"].shape[1]
-    text, room = (len(ids) - num_image_tokens, data.max_text_tokens) if num_image_tokens else (len(ids), most)
-    if text > room:
-        raise DataError(f"{text} text tokens where {room} fit (data.max_text_tokens={data.max_text_tokens}); nothing is cut")
+    _check_length(len(ids), num_image_tokens, rows["tokens"].shape[1], data)
     rows["tokens"][index, : len(ids)] = ids
     rows["length"][index] = len(ids)
+
+
+def _check_length(length: int, num_image_tokens: int, most: int, data: DataConfig) -> None:
+    # A row without an image may use the image's places.
+    text, room = (length - num_image_tokens, data.max_text_tokens) if num_image_tokens else (length, most)
+    if text > room:
+        raise DataError(f"{text} text tokens where {room} fit (data.max_text_tokens={data.max_text_tokens}); nothing is cut")
 
 
 def _image_arrays(records: RecordSet, index: int, fmt: Format) -> Arrays:

@@ -56,6 +56,11 @@ class GeneralRecords:
             raise DataError(f"data.general_records: {error}") from error
         self._records = RecordSet(records, TreeImages(root, [record.image for record in records], config))
 
+    @property
+    def records(self) -> RecordSet:
+        """All of them, in the file's order."""
+        return self._records
+
     def __len__(self) -> int:
         return len(self._records)
 

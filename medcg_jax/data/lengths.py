@@ -12,7 +12,7 @@ MOST = 4
 STEPS = (16, 32, 64)
 
 
-def row_length(encoded: Encoded, longest: int) -> int:
+def batch_length(encoded: Encoded, longest: int) -> int:
     """The length of a batch whose longest row has so many tokens: one of `MOST`, up to the length of all rows.
 
     Example, 576 image and at most 192 text tokens: 768, 704, 640 or 576.
@@ -33,7 +33,7 @@ def eval_order(encoded: Encoded) -> np.ndarray:
     """int[N] the rows in the order in which evaluation takes them: by the length they need, the longest first, else as
     they stand. No other order gives shorter batches, and none gives fewer.
     """
-    needed = [row_length(encoded, int(length)) for length in encoded.arrays["length"]]
+    needed = [batch_length(encoded, int(length)) for length in encoded.arrays["length"]]
     return np.argsort(-np.asarray(needed, np.int32), kind="stable")
 
 

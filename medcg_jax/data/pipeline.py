@@ -16,7 +16,8 @@ import grain
 import numpy as np
 
 from medcg_jax.data.encoding import Encoded
-from medcg_jax.data.lengths import eval_order, row_length
+from medcg_jax.data.lengths import batch_length, eval_order
+from medcg_jax.data.packing import Packer, RowShape
 from medcg_jax.data.records import DataError
 
 Batch = dict[str, np.ndarray]
@@ -30,12 +31,13 @@ class Batches:
 
     Args:
       encoded: what to draw from.
-      batch_size: rows of the global batch.
+      batch_size: records of the global batch.
       seed: of the order.
       weights: subset -> weight of its records in a batch (any positive scale; exact over long runs). None or empty:
         every record once an epoch.
       position: global batches drawn before.
       rows: which rows of the global batch this process builds, rising (`mesh.own_rows`); None: all.
+      pack: the shape of packed batches, whose rows `rows` then means; None: a record a row.
       prefetch: batches built ahead in threads; 0 builds them when asked.
 
     Attributes:
@@ -55,13 +57,19 @@ class Batches:
         weights: Mapping[str, float] | None = None,
         position: int = 0,
         rows: np.ndarray | None = None,
+        pack: RowShape | None = None,
         prefetch: int | None = None,
     ):
         if not len(encoded):
             raise DataError("there are no records to draw batches from")
-        mine = checked_rows(rows, batch_size)
+        mine = checked_rows(rows, pack.rows if pack else batch_size)
+        packer = Packer(encoded, pack) if pack else None
+
+        def build(indices: np.ndarray) -> tuple[Batch, list[str]]:
+            return packer.rows(indices, mine) if packer else encoded.rows(indices[mine])
+
         stream = _stream(encoded, seed, weights or {})
-        batches = stream.batch(batch_size, batch_fn=np.asarray).map(lambda indices: encoded.rows(indices[mine]))
+        batches = stream.batch(batch_size, batch_fn=np.asarray).map(build)
         self._iterator = iter(batches.to_iter_dataset(_read_options(encoded, prefetch)))
         self._iterator.set_state({"next_index": position})
         self.position = position
@@ -79,13 +87,28 @@ class Batches:
         self._iterator.close()
 
 
+def draws(
+    encoded: Encoded, *, batch_size: int, seed: int, num_batches: int, weights: Mapping[str, float] | None = None
+) -> np.ndarray:
+    """int[num_batches, batch_size]: places in `encoded` of the records of the first batches that `Batches` draws.
+
+    Raises:
+      DataError: as `Batches`.
+    """
+    if not len(encoded):
+        raise DataError("there are no records to draw batches from")
+    stream = _stream(encoded, seed, weights or {})
+    flat = [stream[place] for place in range(num_batches * batch_size)]
+    return np.asarray(flat, np.int64).reshape(num_batches, batch_size)
+
+
 def eval_batches(
     encoded: Encoded, batch_size: int, *, rows: np.ndarray | None = None
 ) -> Iterator[tuple[Batch, list[str]]]:
     """Each record once, in the order of `eval_order`: `(batch, ids)` with this process's rows, `ids` only of rows that
     hold a record.
 
-    A batch is as long as its longest row asks for (`row_length`). The last batch is filled with copies of its first
+    A batch is as long as its longest row asks for (`batch_length`). The last batch is filled with copies of its first
     row, whose `row_mask` is 0; so every process has as many batches, of the same shapes. rows: as `Batches`.
     """
     mine, order = checked_rows(rows, batch_size), eval_order(encoded)
@@ -93,7 +116,7 @@ def eval_batches(
         places = start + mine
         real = places < len(encoded)
         batch, ids = encoded.rows(order[np.where(real, places, start)])
-        length = row_length(encoded, int(encoded.arrays["length"][order[start : start + batch_size]].max()))
+        length = batch_length(encoded, int(encoded.arrays["length"][order[start : start + batch_size]].max()))
         batch |= {key: batch[key][:, :length] for key in ("tokens", "segment_ids")}
         batch["row_mask"] = real.astype(np.float32)
         yield batch, ids[: int(real.sum())]

@@ -14,7 +14,7 @@ import numpy as np
 
 from medcg_jax.data.encoding import Encoded
 from medcg_jax.data.formats import Arrays
-from medcg_jax.data.lengths import row_length, suffix_length
+from medcg_jax.data.lengths import batch_length, suffix_length
 from medcg_jax.data.pipeline import checked_rows
 
 
@@ -65,7 +65,7 @@ def rounds(
         filled = [*own, *[own[0]] * (batch_size - len(own))]
         firsts = np.array([group[0] for group in filled])
         most = max(int(ends[firsts].max()), 1)
-        most = most if encoded.format.num_image_tokens is None else row_length(encoded, most)
+        most = most if encoded.format.num_image_tokens is None else batch_length(encoded, most)
         batch, _ = encoded.rows(places[firsts[mine]])
         before = {key: batch[key] for key in encoded.format.blank}
         before |= _cut(arrays["tokens"], firsts[mine], np.zeros_like(mine), ends[firsts[mine]], most)

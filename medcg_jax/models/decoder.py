@@ -76,7 +76,7 @@ class Decoder(nnx.Module):
 
         x: float[B, T, D] embedded tokens.
         segment_ids: int[B, T], 0 on padding; None: all real.
-        positions: int[B, T]; None: counted over the real tokens of the row (and of the cache).
+        positions: int[B, T]; None: counted over the real tokens of each segment (and of the cache).
         angles: rotary angles in place of those of `positions`.
         lora: what `DecoderBlock` takes, with a leading layer axis on its parameters.
         cache: what `init_cache` gave, or an earlier call; its slots must suffice for T more tokens.

@@ -8,7 +8,8 @@ def merge_images(embedded: jax.Array, features: jax.Array, is_image: jax.Array) 
     """float[B, T, D]: `embedded`, where the n-th True of each row of `is_image` has the row's n-th feature.
 
     embedded: float[B, T, D] the tokens' embeddings.
-    features: float[B, P, D] the row's image features, all its images one behind the other.
+    features: float[B, P, D] the row's image features, all its images one behind the other: of packed rows those of the
+      segments that have one, in their order.
     is_image: bool[B, T]. A row may hold fewer than P; one with more repeats the last feature (the data room
       refuses such rows, here nothing can be raised).
 

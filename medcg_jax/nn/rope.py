@@ -51,5 +51,12 @@ def rotate(x: jax.Array, angles: Angles) -> jax.Array:
 
 
 def count_positions(segment_ids: jax.Array) -> jax.Array:
-    """int32[B, T]: how many real tokens (segment_ids != 0) of the row stand before each token; 0 on left padding."""
-    return jnp.maximum(jnp.cumsum(segment_ids != 0, axis=-1, dtype=jnp.int32) - 1, 0)
+    """int32[B, T]: how many real tokens (segment_ids != 0) of its segment stand before each token; 0 on left padding.
+
+    segment_ids: int[B, T], each segment's tokens one behind the other; padding behind one has its last position.
+    """
+    real = segment_ids != 0
+    counted = jnp.maximum(jnp.cumsum(real, axis=-1, dtype=jnp.int32) - 1, 0)
+    begins = real & (segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1])
+    # Positions only rise, so the newest beginning is the largest.
+    return counted - jax.lax.cummax(jnp.where(begins, counted, 0), axis=1)

@@ -13,7 +13,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from medcg_jax.data.controls import control_sets
-from medcg_jax.data.encoding import MEMORY_LIMIT_BYTES, Encoded, concat_encoded
+from medcg_jax.data.encoding import MEMORY_LIMIT_BYTES, Encoded, concat_encoded, cut_rows
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, Split, concat
 from medcg_jax.data.splits import balanced
@@ -40,10 +40,14 @@ Base = tuple[nnx.GraphDef, nnx.State]
 
 
 class Data:
-    """Encoded records of one seed's source; what fits is kept for the next cell."""
+    """Encoded records of one seed's source; what fits is kept for the next cell.
 
-    def __init__(self, setup: Setup):
-        self._setup = setup
+    jobs: all of the grid, to whose longest record rows are cut, so that they share a program (`data.row_multiple`).
+    """
+
+    def __init__(self, setup: Setup, jobs: Sequence[Job] = ()):
+        self._setup, self._jobs = setup, jobs
+        self._row_lengths: dict[bool, int] = {}
         self._kept: dict[tuple, Encoded] = {}
         self._controls: dict[str, dict[str, Encoded]] = {}
         self._bytes = 0
@@ -66,17 +70,35 @@ class Data:
             if not parts:
                 raise DataError(f"no training record of {', '.join(taken)} is left: all their images are in the tests")
         rows = sum(count for _, count in parts) + (len(general) if general else 0)
-        lengths = self._box_lengths if any(self._setup.has_boxes(name) for name, _ in parts) else {}
+        with_boxes = self._with_boxes(parts)
+        lengths = self._box_lengths if with_boxes else {}
+        length = self._row_length(with_boxes)
         if rows * sum(array.nbytes for array in self._setup.format.blank.values()) > MEMORY_LIMIT_BYTES:
             # Encoded together, so that the images are decoded when drawn.
             sets = [self._records(name, "train", count, own.get(name)) for name, count in parts]
-            return self._setup.encode(concat([*sets, general] if general else sets), **lengths)
+            return cut_rows(self._setup.encode(concat([*sets, general] if general else sets), **lengths), length)
         encoded = [self._encoded(name, "train", count, own.get(name), **lengths) for name, count in parts]
-        return concat_encoded([*encoded, self._setup.encode(general, **lengths)] if general else encoded)
+        return cut_rows(
+            concat_encoded([*encoded, self._setup.encode(general, **lengths)] if general else encoded), length
+        )  # fmt: skip
 
     def taken(self, parts: Sequence[tuple[str, int]]) -> dict[str, frozenset[str]]:
         """Subset -> ids of the training records that these (subset, number of records) take."""
         return {name: frozenset(r.id for r in self._records(name, "train", count).records) for name, count in parts}
+
+    def _with_boxes(self, parts: Sequence[tuple[str, int]]) -> bool:
+        return any(self._setup.has_boxes(name) for name, _ in parts)
+
+    def _row_length(self, with_boxes: bool) -> int:
+        """Tokens of the rows of all the grid's trainings with boxes, or of all without."""
+        if with_boxes not in self._row_lengths:
+            setup, lengths = self._setup, self._box_lengths if with_boxes else {}
+            like = [job.training for job in self._jobs if self._with_boxes(job.training) == with_boxes]
+            names = {name for training in like for name, _ in training} if setup.run.data.row_multiple else ()
+            sets = [setup.source.records(name, "train") for name in sorted(names)]
+            sets += [setup.general.records] if sets and setup.general else []
+            self._row_lengths[with_boxes] = setup.row_length(sets, **lengths)
+        return self._row_lengths[with_boxes]
 
     @property
     def _box_lengths(self) -> dict[str, int]:
@@ -128,10 +150,13 @@ class Data:
 
 
 class Trainer:
-    """Trains and tests jobs in this process, `study.cells_at_once` at a time; what is compiled is compiled once."""
+    """Trains and tests jobs in this process, `study.cells_at_once` at a time; what is compiled is compiled once.
 
-    def __init__(self, run: RunConfig, workdir: Path, goodput: Goodput):
-        self._run, self._workdir, self._goodput = run, workdir, goodput
+    jobs: as `Data` takes them.
+    """
+
+    def __init__(self, run: RunConfig, workdir: Path, goodput: Goodput, jobs: Sequence[Job] = ()):
+        self._run, self._workdir, self._goodput, self._jobs = run, workdir, goodput, jobs
         self._monitor = CompileMonitor()
         self._program: Program | None = None
         self._tester: Tester | None = None
@@ -142,7 +167,7 @@ class Trainer:
         """What one seed's bases and cells need; kept until another seed is asked for."""
         if self._seed != seed:
             self._setup = open_setup(seeded(self._run, seed))
-            self._data = Data(self._setup)
+            self._data = Data(self._setup, self._jobs)
             drawn = self._run.data.source == "phantom"
             self._guard = leaks.LeakGuard(self._setup.source, self._run.study, drawn=drawn)
             self._seed = seed

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from medcg_jax.data.general import num_general
 from medcg_jax.data.records import Source, Subset
 from medcg_jax.data.sources import open_source, require_subsets
-from medcg_jax.run_config import BOX_TABLES, RunConfig, replace
+from medcg_jax.run_config import BOX_TABLES, ConfigError, RunConfig, replace
 from medcg_jax.study.suite import Cell, expand
 from medcg_jax.train.optim import num_steps
 
@@ -91,6 +91,8 @@ def make_plan(run: RunConfig, source: Source | None = None) -> Plan:
     Raises:
       ConfigError, DataError: as `expand`, or the data cannot be read.
     """
+    if run.data.pack:
+        raise ConfigError("data.pack=1: 0 is accepted in a grid, whose cells share one shape of rows")
     source = source or open_source(seeded(run, run.study.seeds[0]).data)
     targets_of = [name for names in run.study.targets_of.values() for name in names]
     require_subsets(source, [*run.study.targets, *targets_of, *run.study.box_subsets])

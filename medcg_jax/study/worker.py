@@ -45,7 +45,7 @@ class Worker:
         self._seeds = list(dict.fromkeys(job.seed for job in plan.jobs))
         self._claims = results.state_dir(workdir) / "claims"
         self._goodput = results.process_goodput(workdir, again=again, writes=jax.process_index() == 0)
-        self._trainer = Trainer(run, workdir, self._goodput)
+        self._trainer = Trainer(run, workdir, self._goodput, plan.jobs)
         self._bases = Bases(run, workdir)
         self._held: dict[str, claims.Claim] = {}
 

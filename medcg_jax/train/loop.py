@@ -133,14 +133,10 @@ class Options:
 
 @dataclass
 class _Pending:
-    """A step whose metrics are still on the device, with the records of this process's rows of each slot's batch.
-
-    rows: of a slot's batch, over all processes.
-    """
+    """A step whose metrics are still on the device, with the records of this process's rows of each slot's batch."""
 
     metrics: dict[str, jax.Array]
     records: list[list[str]]
-    rows: int
 
 
 class _Loop:
@@ -231,7 +227,7 @@ class _Loop:
         with clock.step(at, compiles=first), jax.profiler.StepTraceAnnotation("train", step_num=self._furthest()):
             state, metrics = self.program(state, self.frozen, self._control, on_device)
         clock.handed(at, metrics["loss"])
-        self._pending.append(_Pending(metrics, list(records), on_device["tokens"].shape[1 if self._many else 0]))
+        self._pending.append(_Pending(metrics, list(records)))
         if first:
             # The first call has compiled the step; rates are of what comes after.
             self._checked_at = time.perf_counter()
@@ -291,14 +287,14 @@ class _Loop:
         for i, run in enumerate(self.slots):
             if run is None:
                 continue
-            steps = rows = tokens = 0
+            steps = samples = tokens = 0
             for p, metrics in zip(pending, fetched, strict=True):
                 m = {key: value[i] for key, value in metrics.items()} if self._many else metrics
                 if m["active"] and run.result.error is None:
                     run.look(m["loss"], m["grad_norm"], m["lr"], p.records[i])
-                    steps, rows, tokens = steps + 1, rows + p.rows, tokens + int(m["tokens"])
+                    steps, samples, tokens = steps + 1, samples + int(m["samples"]), tokens + int(m["tokens"])
             flops += steps * (run.cell.flops_per_step or 0.0)
-            rates[i] = {"samples_per_s": rows / seconds, "tokens_per_s": tokens / seconds}
+            rates[i] = {"samples_per_s": samples / seconds, "tokens_per_s": tokens / seconds}
         mfu = flops / self.options.peak_flops / seconds if known else None
         for i, rate in rates.items():
             self.slots[i].write({**rate, "mfu": mfu, "data_wait": min(1.0, waited_s / seconds)})

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from medcg_jax.data import formats
-from medcg_jax.data.encoding import Encoded, encode, encode_boxes, encode_eval
+from medcg_jax.data.encoding import Encoded, encode, encode_boxes, encode_eval, longest_row, row_length
 from medcg_jax.data.formats import Format
 from medcg_jax.data.general import GeneralRecords, open_general
 from medcg_jax.data.layouts import check_layout
@@ -73,6 +73,12 @@ class Setup:
         """Training rows. lengths: `max_text_tokens`, `max_target_tokens`, in place of the configuration's."""
         return encode(records, self.tokenizer, dataclasses.replace(self.run.data, **lengths), self.format)
 
+    def row_length(self, sets: Sequence[RecordSet], **lengths: int) -> int:
+        """Tokens of training rows where these are all the records (`data.row_multiple`). lengths: as `encode`."""
+        data = dataclasses.replace(self.run.data, **lengths)
+        longest = (longest_row(records, self.tokenizer, data, self.format) for records in sets)
+        return row_length(max(longest, default=data.max_text_tokens + self.format.max_image_tokens), data, self.format)
+
     def encode_eval(self, records: RecordSet, **memory: int) -> Encoded:
         """Choice questions. memory: `memory_limit_bytes` of the images."""
         return encode_eval(records, self.tokenizer, self.run.data, self.format, **memory)
@@ -98,6 +104,7 @@ def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None, has_w
     if run.base.steps:
         check_batch(mesh, run.base.batch_size // run.base.accumulation_steps, "base.batch_size per accumulation step")
     check_batch(mesh, run.eval.batch_size, "eval.batch_size")
+    check_packed_attention(run, mesh.devices.flat[0].platform)
     family = MODELS[run.model.name]
     tokenizer = load_tokenizer(run.model.tokenizer, formats.SMALL_TOKENIZERS[family])
     source = open_source(run.data)
@@ -110,6 +117,16 @@ def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None, has_w
         check_layout(source.layout, family, model)
     made = formats.format_of(family, model, with_masks=trains_masks(run.model))
     return Setup(run, mesh, tokenizer, model, made, source)
+
+
+def check_packed_attention(run: RunConfig, platform: str) -> None:
+    """Raises ConfigError where packed rows would meet a kernel that cannot tell their records apart."""
+    sixteen_bits = run.model.compute_dtype == "bfloat16"
+    if run.data.pack and run.model.attention == "auto" and platform == "gpu" and sixteen_bits:
+        raise ConfigError(
+            "model.attention='auto' takes cuDNN's kernel on a GPU, which reads segment ids as lengths; 'plain' is "
+            "accepted there with data.pack=1, whose buffers grow with the square of a row"
+        )
 
 
 def model_config(model: ModelConfig, tokenizer: Tokenizer) -> Config:

@@ -53,7 +53,8 @@ def train_step(
     """(the state after one update, metrics); a run whose `step` has reached `total_steps` keeps its state bit for bit.
 
     metrics: float32[] `loss` (mean over the supervised tokens), `grad_norm` (before clipping), `lr`; int32[] `step`
-      (updates made, this one included), `tokens` (real ones in the batch); bool[] `active`.
+      (updates made, this one included), `tokens` (real ones in the batch), `samples` (rows, or segments of packed
+      ones); bool[] `active`.
     loss_fn: (model, batch) -> (sum, weight), as `losses.token_loss`.
     accumulation_steps: micro-batches, one after another; sums are weighted by tokens, so their number changes nothing.
     param_specs: PartitionSpec of each trainable parameter, laid on its gradient; None: no constraint.
@@ -81,6 +82,7 @@ def train_step(
         "lr": rate,
         "step": state.step,
         "tokens": (batch["segment_ids"] != 0).sum(dtype=jnp.int32),
+        "samples": batch["segment_ids"].max(axis=-1).sum(dtype=jnp.int32),
         "active": active,
     }
     return state, metrics

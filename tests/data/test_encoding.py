@@ -1,9 +1,13 @@
 """Rows for training and evaluation: what is refused, by record, and what stands where."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from medcg_jax.data.encoding import concat_encoded, encode, encode_eval
+from medcg_jax.data.encoding import concat_encoded, cut_rows, encode, encode_eval, longest_row, row_length
 from medcg_jax.data.formats import llava
 from medcg_jax.data.images import preprocess
 from medcg_jax.data.records import DataError, Record, RecordSet, Turn
@@ -94,3 +98,33 @@ def test_rows_of_other_shapes_are_not_joined(word_tokenizer, plain_config):
     ]
     with pytest.raises(ValueError, match="2 shapes"):
         concat_encoded(parts)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(words=st.lists(st.integers(1, 45), min_size=1, max_size=8), multiple=st.integers(0, 70), image=st.booleans())
+def test_rows_end_at_the_longest_record(word_tokenizer, plain_config, words, multiple, image):
+    records = [one(Turn(("what " * count).strip(), "A"), image="x" * image).records[0] for count in words]
+    records = RecordSet(records, np.zeros((len(words), 4, 4, 3), np.uint8))
+    data = replace(plain_config, row_multiple=multiple)
+    # A row has 8 tokens beside its words, 7 without an image, and of 42 places 2 are the image's.
+    fits = [count for count in words if count <= (32 if image else 35)]
+    longest = longest_row(records, word_tokenizer, data, FORMAT)
+    assert longest == (max(fits) + (10 if image else 7) if fits else 0)
+    length = row_length(longest, data, FORMAT)
+    assert longest <= length <= 42 and (length == 42 or multiple and length % multiple == 0)
+    if not multiple:
+        assert length == 42
+    elif fits:
+        assert length - longest < multiple
+    if len(fits) < len(words):
+        return
+    whole = encode(records, word_tokenizer, data, FORMAT)
+    cut = cut_rows(whole, length)
+    assert cut.arrays["tokens"].shape[1] == length and int(whole.arrays["length"].max()) == longest
+    (batch, ids), (long, same) = (rows.rows(np.arange(len(words))) for rows in (cut, whole))
+    assert ids == same
+    for key, array in batch.items():
+        behind = length if key in ("tokens", "segment_ids") else None
+        np.testing.assert_array_equal(array, long[key][:, :behind])
+    with pytest.raises(ValueError, match=f"length={longest - 1}: {longest} to 42 is accepted"):
+        cut_rows(whole, longest - 1)

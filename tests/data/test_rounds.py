@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from medcg_jax.data.encoding import Encoded
 from medcg_jax.data.formats import Format
-from medcg_jax.data.lengths import MOST, eval_order, row_length, suffix_length
+from medcg_jax.data.lengths import MOST, batch_length, eval_order, suffix_length
 from medcg_jax.data.pipeline import eval_batches
 from medcg_jax.data.records import Record, RecordSet
 from medcg_jax.data.rounds import rounds
@@ -30,7 +30,7 @@ def rows_of(lengths, *, text: int = TEXT, image_tokens: int = IMAGE_TOKENS, grow
 def test_lengths_are_few_and_hold_what_they_must(text, image_tokens, grow):
     made = rows_of([1], text=text, image_tokens=image_tokens, grow=grow)
     most = text + image_tokens
-    found = [row_length(made, longest) for longest in range(1, most + 1)]
+    found = [batch_length(made, longest) for longest in range(1, most + 1)]
     assert all(longest <= length <= most for longest, length in enumerate(found, 1))
     assert found == sorted(found) and len(set(found)) <= MOST
     behind = [suffix_length(made, longest) for longest in range(1, text + 1)]
@@ -40,7 +40,7 @@ def test_lengths_are_few_and_hold_what_they_must(text, image_tokens, grow):
 
 def test_lengths_of_a_large_model():
     made = rows_of([1], text=192, image_tokens=576)
-    assert [row_length(made, n) for n in (10, 577, 640, 641, 705, 768)] == [576, 640, 640, 704, 768, 768]
+    assert [batch_length(made, n) for n in (10, 577, 640, 641, 705, 768)] == [576, 640, 640, 704, 768, 768]
     assert [suffix_length(made, n) for n in (1, 48, 49, 192)] == [64, 64, 64, 192]
 
 
@@ -55,7 +55,7 @@ def test_batches_are_no_more_and_no_longer_than_in_the_records_order(lengths, ba
     assert len(found) == len(in_order)
     shapes = [batch["tokens"].shape for batch, _ in found]
     assert all(shape == batch["segment_ids"].shape for shape, (batch, _) in zip(shapes, found, strict=True))
-    assert sum(shape[1] for shape in shapes) <= sum(row_length(made, max(part)) for part in in_order)
+    assert sum(shape[1] for shape in shapes) <= sum(batch_length(made, max(part)) for part in in_order)
     for batch, ids in found:
         assert batch["segment_ids"].sum(1)[: len(ids)].tolist() == [lengths[int(name)] for name in ids]
 

@@ -37,3 +37,8 @@ def test_positions_count_real_tokens_only():
     segments = jnp.array([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]])
     assert count_positions(segments)[0, :3].tolist() == [0, 1, 2]
     assert count_positions(segments)[1].tolist() == [0, 0, 0, 1, 2]
+
+
+def test_positions_restart_with_each_packed_segment():
+    segments = jnp.array([[1, 1, 2, 2, 2, 0], [0, 1, 1, 2, 0, 0]])
+    assert count_positions(segments).tolist() == [[0, 1, 0, 1, 2, 2], [0, 0, 1, 0, 0, 0]]
