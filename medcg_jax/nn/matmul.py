@@ -3,6 +3,9 @@
 Both sides are quantised at every product, from the numbers that they are then, with a scale for each row of the
 activations and each column of the weights (along what is summed over). The gradient of the weights is a sum over all
 tokens of a batch, whose errors add up, and stays in the dtype computed in (arXiv 2304.13013, SwitchBack).
+
+Where sums are taken in another order, as on another mesh, a number may be rounded to the other side, and what follows
+from it in its row: results then differ by as much as rounding itself makes them.
 """
 
 import importlib.util
@@ -24,7 +27,7 @@ KINDS = {
 def require(kind: str) -> None:
     """Raises ConfigError where products of this kind are asked for and qwix is not installed."""
     if kind and importlib.util.find_spec("qwix") is None:
-        raise ConfigError(f"model.matmul={kind!r} needs qwix, which is not installed: `pip install qwix`, or leave it empty")
+        raise ConfigError(f"model.matmul={kind!r} needs qwix, which is not installed: `pip install qwix`, or '' is accepted")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

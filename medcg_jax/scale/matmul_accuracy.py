@@ -43,7 +43,7 @@ def matmul_accuracy(run: RunConfig, *, num_steps: int = 200, runs: dict[str, dic
     """Of every run of `runs`: {"logits", "gradient"}, relative differences at the start and after the training;
     "losses" of the steps, and "loss", the mean of the last `TAIL`.
 
-    The training is that of a base (all parts, `run.base`'s recipe) over rows of the first two subsets, `num_steps` long.
+    The training is that of a base (all parts, `run.base`'s recipe, `num_steps`) over rows of the first two subsets.
 
     Raises:
       ConfigError, DataError: as `open_setup`; or qwix is not installed.

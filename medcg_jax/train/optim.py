@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from medcg_jax.run_config import TrainConfig
+from medcg_jax.train.rounding import widen
 
 Control = dict[str, jax.Array | np.ndarray]
 # Last names of the parameters that weight decay leaves alone: biases, and the scales of norms.
@@ -45,9 +46,9 @@ def make_optimizer(config: TrainConfig) -> Optimizer:
     chain = optax.chain(*parts)
 
     def init(params):
-        # The moments are all that has digits; the count of updates is an integer.
-        state = chain.init(params)
-        return jax.tree.map(lambda x: x.astype(config.moment_dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+        # Made of float32, as `update` gives them back; all but the count of updates are moments.
+        state = chain.init(widen(params))
+        return jax.tree.map(lambda x: x.astype(config.moment_dtype) if x.dtype == jnp.float32 else x, state)
 
     return Optimizer(init, chain.update, config.param_dtype)
 
