@@ -170,15 +170,17 @@ def exact():
 
 @pytest.mark.parametrize("kind", matmul.KINDS)
 def test_a_step_learns_as_it_does_without(kind, exact):
-    """Under the scan over layers and full remat; of several devices and of several cells it is the same."""
+    """Under the scan over layers and full remat, on one device, and on a mesh for two cells at once.
+
+    Not the same on both: where sums in another order change a last digit, a number is rounded to the other side, and its
+    row with it. Each is as near to the exact losses.
+    """
     config = dataclasses.replace(CONFIG, matmul=kind, remat="full")
     alone = losses(*make(config))
-    assert 1e-5 < np.abs(alone - exact).max() < {"int8": 0.02, "fp8": 0.1}[kind]
-    assert exact[-1] < exact[0] - 0.3
-    # Where sums in another order change a last digit, a number is rounded to the other side, and its row with it: some
-    # rows are the same to 1e-6, others differ by half of what 8 bits do to them.
     split = losses(*make(config, MeshConfig(cell=2, data=1, fsdp=2, tensor=2), num_cells=2))
-    assert np.abs(split - alone[:, None]).max() < {"int8": 1e-2, "fp8": 5e-2}[kind]
+    assert exact[-1] < exact[0] - 0.3 and (split[:, 0] == split[:, 1]).all()
+    for found in (alone, split[:, 0]):
+        assert 1e-5 < np.abs(found - exact).max() < {"int8": 0.02, "fp8": 0.1}[kind]
 
 
 @pytest.mark.parametrize("kind", matmul.KINDS)
