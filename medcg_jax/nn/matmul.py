@@ -27,7 +27,7 @@ KINDS = {
 def require(kind: str) -> None:
     """Raises ConfigError where products of this kind are asked for and qwix is not installed."""
     if kind and importlib.util.find_spec("qwix") is None:
-        raise ConfigError(f"model.matmul={kind!r} needs qwix, which is not installed: `pip install qwix`, or '' is accepted")
+        raise ConfigError(f"model.matmul={kind!r} needs qwix, which is not installed: `pip install qwix`")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

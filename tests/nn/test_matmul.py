@@ -172,8 +172,8 @@ def exact():
 def test_a_step_learns_as_it_does_without(kind, exact):
     """Under the scan over layers and full remat, on one device, and on a mesh for two cells at once.
 
-    Not the same on both: where sums in another order change a last digit, a number is rounded to the other side, and its
-    row with it. Each is as near to the exact losses.
+    Not the same on both: where sums in another order change a last digit, a number is rounded to the other side, and
+    its row with it. Each is as near to the exact losses.
     """
     config = dataclasses.replace(CONFIG, matmul=kind, remat="full")
     alone = losses(*make(config))

@@ -10,7 +10,7 @@ pytest.importorskip("qwix", reason="qwix is not installed")
 
 
 def compare() -> dict:
-    config = {"data.train_records_per_subset": "16", "base.batch_size": "8"}
+    config = {"data.train_records_per_subset": "16", "eval.batch_size": "64", "base.batch_size": "16"}
     return matmul_accuracy(
         load("configs/phantom.py", config), num_steps=3, runs={name: RUNS[name] for name in ("float32", "int8")}
     )["runs"]
