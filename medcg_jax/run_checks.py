@@ -9,6 +9,7 @@ from medcg_jax.run_config import (
     DTYPES,
     LEAKS,
     MASK_PARTS,
+    MATMUL,
     MODELS,
     PARTS,
     PUBLISHED_DETECTION,
@@ -43,6 +44,7 @@ def check(run: RunConfig) -> None:
         at_least(f"model.{name}", getattr(run.model, name), 0)
     one_of("model.intermediate_from", run.model.intermediate_from, ("", "input", "output"))
     one_of("model.compute_dtype", run.model.compute_dtype, DTYPES)
+    one_of("model.matmul", run.model.matmul, MATMUL)
     one_of("model.attention", run.model.attention, ATTENTION)
     one_of("model.remat", run.model.remat, REMAT)
     one_of("data.source", run.data.source, SOURCES)
@@ -151,6 +153,8 @@ def check_training(part: str, train: TrainConfig) -> None:
             f"{part}.accumulation_steps={train.accumulation_steps} does not divide "
             f"{part}.batch_size={train.batch_size}; a divisor of it is accepted"
         )
+    for name in ("param_dtype", "moment_dtype"):
+        one_of(f"{part}.{name}", getattr(train, name), DTYPES)
     for name in ("warmup_frac", "end_learning_rate_frac", "b1", "b2"):
         value = getattr(train, name)
         if not 0 <= value <= 1:

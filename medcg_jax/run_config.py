@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 SOURCES = ("phantom", "release", "prepared")
 ATTENTION = ("auto", "plain", "splash", "cudnn")
+MATMUL = ("", "int8", "fp8")
 REMAT = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16")
 # What a base trains, which every model has; and what else a fine-tune may train, by the models that have it.
@@ -86,6 +87,8 @@ class ModelConfig:
     # Tokenizer directory or tokenizer.json; "" takes the small one kept in the package.
     tokenizer: str = ""
     compute_dtype: str = "float32"
+    # Products of the decoder's weights in 8 bits, by qwix: of `MATMUL` (`nn.quantised`); "": in `compute_dtype`.
+    matmul: str = ""
     attention: str = "auto"
     remat: str = "none"
     # Llama-3.2-Vision: whether inner layers of its tower give their "input", as Meta's model takes it, or their "output",
@@ -162,6 +165,10 @@ class TrainConfig:
     eps: float = 1e-8
     # 0: no clipping.
     clip_norm: float = 1.0
+    # In which trained parameters and AdamW's moments are kept between updates. Updates are made in float32, and rounded
+    # at random to bfloat16, deterministically by seed and step (`train.rounding`).
+    param_dtype: str = "float32"
+    moment_dtype: str = "float32"
     seed: int = 0
     log_every_steps: int = 10
     # 0: only at the end.

@@ -16,6 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from medcg_jax.axes import spec
 from medcg_jax.models import llava, minigpt_v2, mllama, next_chat, qwen2_vl
 from medcg_jax.models.sam import sam_tiny
+from medcg_jax.nn import matmul
+from medcg_jax.nn.layers import Dense
 
 # A config's type -> the module that it is the architecture of.
 MODULES: dict[type, type[nnx.Module]] = {
@@ -60,10 +62,13 @@ def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> 
 
     Raises:
       ValueError: the name is unknown, or a tiny model got no vocabulary.
+      ConfigError: what `model.matmul` needs is not installed.
     """
+    matmul.require(model.matmul)
     ids = {name: value for name, value in ids.items() if value is not None}
     runs = dict(
-        compute_dtype=model.compute_dtype, attention=model.attention, remat=model.remat, scan_unroll=model.scan_unroll
+        compute_dtype=model.compute_dtype, attention=model.attention, remat=model.remat, scan_unroll=model.scan_unroll,
+        matmul=model.matmul,
     )
     # What only some families have; `run_checks.check` refuses it elsewhere.
     own = ("min_pixels", "max_pixels", "max_boxes", "intermediate_from", "mask_text_only_rows_attention")
@@ -193,7 +198,12 @@ def join(trainable: nnx.State, frozen: nnx.State) -> nnx.State:
 
 
 def _module(config: Config, rngs: nnx.Rngs, param_dtype) -> nnx.Module:
-    return MODULES[type(config)](config, rngs=rngs, param_dtype=param_dtype)
+    module = MODULES[type(config)](config, rngs=rngs, param_dtype=param_dtype)
+    # Every matrix of the decoder's layers; its head, whose product needs its digits, calls no Dense.
+    for _, layer in nnx.iter_modules(module.decoder):
+        if isinstance(layer, Dense):
+            layer.matmul = config.matmul
+    return module
 
 
 def _is_variable(x) -> bool:

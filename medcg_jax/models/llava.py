@@ -32,6 +32,7 @@ class LlavaConfig:
     attention: str = "auto"
     remat: str = "none"
     scan_unroll: int = 0
+    matmul: str = ""
     # Between the projector's layers; a name in `nn.layers.ACTIVATIONS`.
     projector_activation: str = "gelu"
     projector_bias: bool = True

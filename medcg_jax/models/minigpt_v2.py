@@ -35,6 +35,7 @@ class MiniGPTv2Config:
     attention: str = "auto"
     remat: str = "none"
     scan_unroll: int = 0
+    matmul: str = ""
 
     def __post_init__(self):
         if self.vision.num_patches % self.patches_per_token:

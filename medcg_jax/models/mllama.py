@@ -39,6 +39,7 @@ class MllamaConfig:
     attention: str = "auto"
     remat: str = "none"
     scan_unroll: int = 0
+    matmul: str = ""
 
     @property
     def num_image_tokens(self) -> int:

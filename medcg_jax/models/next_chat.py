@@ -44,6 +44,7 @@ class NextChatConfig:
     attention: str = "auto"
     remat: str = "none"
     scan_unroll: int = 0
+    matmul: str = ""
 
     @property
     def num_image_tokens(self) -> int:

@@ -48,6 +48,7 @@ class Qwen2VLConfig:
     attention: str = "auto"
     remat: str = "none"
     scan_unroll: int = 0
+    matmul: str = ""
 
     def __post_init__(self):
         if len(self.mrope_sections) != 3 or 2 * sum(self.mrope_sections) != self.text.head_dim:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from medcg_jax.axes import spec
+from medcg_jax.nn import matmul
 from medcg_jax.nn.context import constrain, current_mesh
 
 Stack = tuple[int, ...]
@@ -83,6 +84,8 @@ class Dense(nnx.Module):
         _, kernel, out = equation.replace("->", ",").split(",")
         fan_in = math.prod(size for letter, size in zip(kernel, shape, strict=True) if letter not in out)
         self.equation = equation
+        # Of `matmul.KINDS`: the product in 8 bits; "": in x's dtype.
+        self.matmul = ""
         self.kernel = param(normal(fan_in**-0.5), shape, axes, rngs=rngs, dtype=dtype, stack=stack)
         kept = [i for i, letter in enumerate(kernel) if letter in out]
         bias_shape, bias_axes = tuple(shape[i] for i in kept), tuple(axes[i] for i in kept)
@@ -90,7 +93,8 @@ class Dense(nnx.Module):
         self.bias = param(_zeros, bias_shape, bias_axes, **made) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = product(self.equation, x, self.kernel[...].astype(x.dtype))
+        einsum = partial(matmul.einsum, self.matmul) if self.matmul else product
+        y = einsum(self.equation, x, self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

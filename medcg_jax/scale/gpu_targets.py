@@ -26,12 +26,16 @@ class GpuTarget:
     shared_memory_block_bytes: int
 
     def text(self) -> str:
-        """The kind as XLA reads it; cuDNN is the version that JAX 0.10's extras `cuda12` and `cuda13` ask for."""
+        """The kind as XLA reads it; cuDNN is the version that JAX 0.10's extras `cuda12` and `cuda13` ask for.
+
+        Without a version of CUDA XLA makes 16-bit products of those in fp8.
+        """
         major, minor = self.compute_capability
         return f"""
 platform_name: "CUDA"
 device_description_str: "{self.device_kind}"
 dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 12 minor: 9 }}
 gpu_device_info {{
   cuda_compute_capability {{ major: {major} minor: {minor} }}
   core_count: {self.num_multiprocessors}

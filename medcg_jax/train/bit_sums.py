@@ -7,7 +7,10 @@ from medcg_jax.models.build import num_params
 
 
 def bit_sums(tree) -> list[int]:
-    """For every array the sum of its elements' bits modulo 2**32: equal on every mesh, other after any flipped bit."""
+    """For every array the sum of its elements' bits modulo 2**32: equal on every mesh, other after any flipped bit.
+
+    bfloat16 counts as the float32 that it is: parameters kept in one and read in the other have the same sums.
+    """
     return [int(x) for x in jax.device_get(_bit_sums(jax.tree.leaves(tree)))]
 
 
@@ -25,6 +28,7 @@ def check_bit_sums(tree, expected: list[int]) -> None:
 @jax.jit
 def _bit_sums(leaves):
     def one(x):
+        x = x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
         unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
         return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).sum(dtype=jnp.uint32)
 

@@ -1,11 +1,13 @@
 """AdamW without a learning rate inside, and the learning rate as a function of run-time values.
 
-Number of steps, warm-up and learning rate are arrays (`control`), so that cells which differ in them share one
+Number of steps, warm-up, learning rate and seed are arrays (`control`), so that cells which differ in them share one
 compiled step. The schedule and the steps of an epoch are the reference's: huggingface/transformers:optimization.py:
 get_cosine_schedule_with_warmup (5.23.0), whose first warm-up step has the rate 0.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +15,42 @@ import numpy as np
 import optax
 
 from medcg_jax.run_config import TrainConfig
+from medcg_jax.train.rounding import widen
 
 Control = dict[str, jax.Array | np.ndarray]
 # Last names of the parameters that weight decay leaves alone: biases, and the scales of norms.
 NOT_DECAYED = ("bias", "scale")
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+class Optimizer(NamedTuple):
+    """An `optax.GradientTransformation` whose state `init` makes in the dtype that it is kept in.
+
+    `update` takes float32 and gives it. param_dtype: in which trainable parameters are kept between updates.
+    """
+
+    init: Callable
+    update: Callable
+    param_dtype: str
+
+
+def make_optimizer(config: TrainConfig) -> Optimizer:
     """AdamW's direction of ascent, to be scaled by minus the learning rate: clip, Adam, decoupled weight decay.
 
-    Its state and its program depend on clip_norm, b1, b2, eps and weight_decay; on nothing else of `config`.
+    Its state and its program depend on clip_norm, b1, b2, eps, weight_decay, param_dtype and moment_dtype; on nothing
+    else of `config`.
     """
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
     if config.weight_decay:
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
-    return optax.chain(*parts)
+    chain = optax.chain(*parts)
+
+    def init(params):
+        # Made of float32, as `update` gives them back; all but the count of updates are moments.
+        state = chain.init(widen(params))
+        return jax.tree.map(lambda x: x.astype(config.moment_dtype) if x.dtype == jnp.float32 else x, state)
+
+    return Optimizer(init, chain.update, config.param_dtype)
 
 
 def decay_mask(params):
@@ -72,13 +94,14 @@ def num_steps(config: TrainConfig, num_records: int) -> int:
 
 
 def control_from(config: TrainConfig, num_records: int) -> Control:
-    """numpy scalars learning_rate, end_frac, warmup_steps, total_steps: the run-time values over so many records."""
+    """numpy scalars learning_rate, end_frac, warmup_steps, total_steps, seed: run-time values over so many records."""
     total = num_steps(config, num_records)
     return {
         "learning_rate": np.float32(config.learning_rate),
         "end_frac": np.float32(config.end_learning_rate_frac),
         "warmup_steps": np.int32(math.ceil(round(config.warmup_frac * total, 6))),
         "total_steps": np.int32(total),
+        "seed": np.uint32(config.seed % 2**32),
     }
 
 

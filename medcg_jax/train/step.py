@@ -19,7 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from medcg_jax.axes import BATCH_AXES
 from medcg_jax.mesh import batch_sharding
 from medcg_jax.train.losses import token_loss
-from medcg_jax.train.optim import Control, last_name, learning_rate
+from medcg_jax.train.optim import Control, Optimizer, last_name, learning_rate
+from medcg_jax.train.rounding import narrow, widen
 
 Batch = dict[str, jax.Array]
 
@@ -29,7 +30,7 @@ Batch = dict[str, jax.Array]
 class TrainState:
     """What a step changes. Of several cells: every array has a leading cell axis.
 
-    step: int32[] updates made. params: the trainable parameters, float32. opt_state: optax's.
+    step: int32[] updates made. params: the trainable parameters, in the optimizer's `param_dtype`. opt_state: optax's.
     """
 
     step: jax.Array
@@ -44,7 +45,7 @@ def train_step(
     batch: Batch,
     *,
     graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     loss_fn: Callable = token_loss,
     accumulation_steps: int = 1,
     compute_dtype: str = "float32",
@@ -65,16 +66,19 @@ def train_step(
         return loss_fn(nnx.merge(graphdef, cast(params), cast(frozen)), part)
 
     grad_fn = jax.value_and_grad(sums, has_aux=True)
-    (total, weight), grads = _accumulate(grad_fn, state.params, batch, accumulation_steps)
+    # Updates are made in float32, whatever the state is kept in.
+    params, opt_state = widen((state.params, state.opt_state))
+    (total, weight), grads = _accumulate(grad_fn, params, batch, accumulation_steps)
     # A batch without a supervised token is refused by the data room; here it must not divide by 0.
     grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), grads)
     if param_specs is not None:
         grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, param_specs)
     rate = learning_rate(state.step, control)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, jax.tree.map(lambda u: -rate * u, updates))
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    params = optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates))
     active = state.step < control["total_steps"]
-    new = TrainState(state.step + 1, params, opt_state)
+    kept = narrow((params, opt_state), (state.params, state.opt_state), control["seed"], state.step)
+    new = TrainState(state.step + 1, *kept)
     state = jax.tree.map(lambda after, before: jnp.where(active, after, before), new, state)
     metrics = {
         "loss": total / jnp.maximum(weight, 1.0),
@@ -192,14 +196,15 @@ class Program:
 
 
 CONTROL_DTYPES = {
-    "learning_rate": np.float32, "end_frac": np.float32, "warmup_steps": np.int32, "total_steps": np.int32
+    "learning_rate": np.float32, "end_frac": np.float32, "warmup_steps": np.int32, "total_steps": np.int32,
+    "seed": np.uint32,
 }  # fmt: skip
 
 
-def init_state(params, *, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step of one run, with float32 master weights."""
+def init_state(params, *, optimizer: Optimizer) -> TrainState:
+    """The state before the first step of one run; its weights are the optimizer's `param_dtype`."""
     # Copies: a caller's arrays must outlive the donation of the state.
-    params = jax.tree.map(lambda w: jnp.array(w, jnp.float32, copy=True), params)
+    params = jax.tree.map(lambda w: jnp.array(w, optimizer.param_dtype, copy=True), params)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
@@ -208,7 +213,7 @@ def make_step(
     graphdef: nnx.GraphDef,
     param_shardings,
     frozen_shardings,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     *,
     num_cells: int = 1,
     loss_fn: Callable = token_loss,

@@ -28,7 +28,7 @@ MODEL_FILE = "model.json"
 PARAMS_DIR = "params"
 # Fields of a config that say how a model runs, or name tokens: no part of the architecture.
 RUN_FIELDS = (
-    "compute_dtype", "attention", "remat", "scan_unroll", "image_token_id", "pad_token_id", "eos_token_id",
+    "compute_dtype", "matmul", "attention", "remat", "scan_unroll", "image_token_id", "pad_token_id", "eos_token_id",
     "text.max_positions", "min_pixels", "max_pixels", "video_token_id", "vision_start_token_id", "vision_end_token_id",
     "max_boxes",
     "intermediate_from", "mask_text_only_rows_attention",

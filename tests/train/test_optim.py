@@ -153,7 +153,7 @@ def test_number_of_steps():
 def test_control():
     control = control_from(TrainConfig(steps=100, warmup_frac=0.03, learning_rate=1e-3), 1)
     assert {k: v.item() for k, v in control.items()} == {
-        "learning_rate": pytest.approx(1e-3), "end_frac": 0.0, "warmup_steps": 3, "total_steps": 100
+        "learning_rate": pytest.approx(1e-3), "end_frac": 0.0, "warmup_steps": 3, "total_steps": 100, "seed": 0
     }  # fmt: skip
     stacked = stack_controls([control, control_from(TrainConfig(steps=9), 1)])
     assert stacked["total_steps"].tolist() == [100, 9] and stacked["total_steps"].dtype == np.int32
