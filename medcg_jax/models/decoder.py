@@ -125,12 +125,13 @@ class Decoder(nnx.Module):
         return jnp.einsum("...d,dv->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def init_cache(config: DecoderConfig, batch: int, length: int, dtype) -> dict[str, jax.Array]:
+def init_cache(config: DecoderConfig, batch: int, length: int, dtype) -> dict[str, jax.Array | int]:
     """An empty cache with `length` slots a row: k, v [layers, B, length, K, H], segment_ids, index of the next slot."""
     shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
     return {
         "k": jnp.zeros(shape, dtype),
         "v": jnp.zeros(shape, dtype),
         "segment_ids": jnp.zeros((batch, length), jnp.int32),
-        "index": jnp.zeros((), jnp.int32),
+        # An int, and so known while the first call is traced.
+        "index": 0,
     }

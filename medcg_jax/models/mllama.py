@@ -224,13 +224,13 @@ class Mllama(nnx.Module):
         """float32[..., V] for hidden[..., D]."""
         return self.decoder.logits(hidden)
 
-    def init_cache(self, batch: int, length: int, dtype=None) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, length: int, dtype=None) -> dict[str, jax.Array | int]:
         """An empty cache with `length` slots a row; the call that brings images adds their keys and values to it."""
         text, dtype = self.config.text, self.dtype if dtype is None else dtype
         shape = (len(text.self_layers), batch, length, text.num_kv_heads, text.head_dim)
         return {
             "k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype),
-            "segment_ids": jnp.zeros((batch, length), jnp.int32), "index": jnp.zeros((), jnp.int32),
+            "segment_ids": jnp.zeros((batch, length), jnp.int32), "index": 0,
             "first_image": jnp.zeros(batch, jnp.int32), "next_image": jnp.zeros(batch, jnp.int32),
         }  # fmt: skip
 

@@ -79,7 +79,7 @@ class DecoderBlock(nnx.Module):
 
         lora: None, or a module whose `q` and `v`, called with the normed x, give what is added to these projections.
         cache: None, or a dict of one layer's `k`, `v` [B, S, K, H], the `segment_ids` int[B, S] of all its slots
-          (those of x included) and `index`, the slot of x's first token.
+          (those of x included) and `index`, the slot of x's first token; an int where it is known, as of an empty one.
         """
         y = self.norm1(x)
         k, v = self.k(y), self.v(y)
@@ -97,13 +97,17 @@ class DecoderBlock(nnx.Module):
         elif cache is None:
             y = attention(q, k, v, causal=True, segment_ids=segment_ids, implementation=implementation)
         else:
-            start = (0, cache["index"], 0, 0)
+            start, own = (0, cache["index"], 0, 0), (k, v)
             k = jax.lax.dynamic_update_slice(cache["k"], k.astype(cache["k"].dtype), start)
             v = jax.lax.dynamic_update_slice(cache["v"], v.astype(cache["v"].dtype), start)
-            y = attention(
-                q, k.astype(q.dtype), v.astype(q.dtype), causal=True, segment_ids=segment_ids,
-                kv_segment_ids=cache["segment_ids"], q_offset=cache["index"], implementation="plain",
-            )  # fmt: skip
+            if isinstance(cache["index"], int) and cache["index"] == 0:
+                # A prompt in an empty cache attends itself alone, which a kernel can do.
+                y = attention(q, *own, causal=True, segment_ids=segment_ids, implementation=implementation)
+            else:
+                y = attention(
+                    q, k.astype(q.dtype), v.astype(q.dtype), causal=True, segment_ids=segment_ids,
+                    kv_segment_ids=cache["segment_ids"], q_offset=cache["index"], implementation="plain",
+                )  # fmt: skip
         x = x + self.out(y)
         y = self.norm2(x)
         hidden = constrain(ACTIVATIONS[self.activation](self.gate(y)) * self.up(y), "act_batch", "act_len", "act_mlp")
