@@ -157,6 +157,7 @@ def _convolution(one: Instruction, left: tuple[int, ...], kernel: tuple[int, ...
         raise ValueError(f"unknown convolution: {one.name} = {one.shape} {one.opcode}({one.rest[:200]}")
     window = re.search(r"window=\{([^}]*)\}", one.rest)
     window = dict(part.split("=") for part in window[1].split()) if window else {}
+    # Both kinds of groups are in the shapes: the result's batch and the kernel's features are of one group.
     flops = 2 * out[labels[3].index("b")] * out[labels[3].index("f")] * kernel[labels[2].index("i")]
     places = sorted(label for label in labels[3] if label.isdigit())
     for number, label in enumerate(places):
@@ -167,8 +168,7 @@ def _convolution(one: Instruction, left: tuple[int, ...], kernel: tuple[int, ...
         starts = range(-pad, -pad + stride * out[labels[3].index(label)], stride)
         taps = range(0, hole * kernel[labels[2].index(label)], hole)
         flops *= sum(0 <= start + tap < length and (start + tap) % gap == 0 for start in starts for tap in taps)
-    groups = re.search(r"batch_group_count=(\d+)", one.rest)
-    return flops // (int(groups[1]) if groups else 1)
+    return flops
 
 
 def _cudnn_pairs(one: Instruction, query: tuple[int, ...]) -> int:

@@ -62,7 +62,7 @@ def test_loops_in_loops_and_loops_without_an_end():
     assert flops_of(twice, X, WEIGHTS) == 3 * FORWARD
 
     def until(x, weights):
-        return jax.lax.while_loop(lambda x: x.sum() < 1e3, lambda x: jax.lax.scan(layer, x, weights)[0], x)
+        return jax.lax.while_loop(lambda x: x.sum() > -1e3, lambda x: jax.lax.scan(layer, x, weights)[0], x)
 
     assert flops_of(until, X, WEIGHTS, open_trips=7) == 7 * FORWARD
     with pytest.raises(ValueError, match="unknown trips"):
@@ -87,7 +87,7 @@ def test_what_no_program_is_is_refused():
 def both_counts(f, *shapes) -> tuple[int, float]:
     """(ours, XLA's) of a program as it was lowered, without anything that XLA counts beside the product."""
     lowered = jax.jit(f).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
-    return products(lowered.as_text(dialect="hlo")).flops, lowered.cost_analysis()["flops"]
+    return products(lowered.as_text(dialect="hlo")).flops, lowered.cost_analysis().get("flops", 0)
 
 
 @settings(max_examples=30, deadline=None)
