@@ -150,7 +150,7 @@ def training(subject: Subject, made: Made, usable: float, peak: Peak | None) -> 
         gathered=mesh.shape["fsdp"] > 1,
     )  # fmt: skip
     one = plan_roofline.bound(
-        peak=peak, num_devices=mesh.size, executed_flops=needed["executed"], memory_bytes=crossing_hbm,
+        peak=peak, num_devices=mesh.size, executed_flops=products.flops or needed["executed"], memory_bytes=crossing_hbm,
         sent_bytes=None if read is None else plan_roofline.network_bytes(read, where),
     )  # fmt: skip
     used = flops.utilisation(needed, one.overlapped_s, mesh.devices.flat[0].device_kind, mesh.size)
@@ -181,7 +181,7 @@ def testing(subject: Subject, made: Made, usable: float, peak: Peak | None) -> d
         return found | {"bound": None}
     weights = gathered_bytes(subject) * num_new * (2 if mesh.shape["fsdp"] > 1 else 1)
     one = plan_roofline.bound(
-        peak=peak, num_devices=mesh.size, executed_flops=executed,
+        peak=peak, num_devices=mesh.size, executed_flops=products.flops or executed,
         memory_bytes=found["argument_bytes"] + weights + 2 * found["temp_bytes"],
         sent_bytes=None if read is None else plan_roofline.network_bytes(read, islands(list(mesh.devices.flat))),
     )  # fmt: skip

@@ -28,6 +28,11 @@ class Looked:
     findings: list[plan_rules.Finding]
     not_looked_for: list[str]
 
+    @property
+    def flops(self) -> float | None:
+        """FLOPs of the matrix products on all devices; None: not all of them are counted."""
+        return None if self.about["not_counted"] else self.about["flops"]
+
 
 def look(
     text: str,

@@ -85,7 +85,7 @@ def _rows():
     yield "  beside the program, in a grid", gib("held_bytes")
     yield "model TFLOP, full attention", flops("full")
     yield "model TFLOP, causal attention", flops("causal")
-    yield "executed TFLOP, padding and remat with it", flops("executed")
+    yield "executed TFLOP, padding and remat counted", flops("executed")
     yield "  matrix products as compiled", lambda part: _product(part, "flops", 1e12, ",.1f")
     yield "  of them by the model's, full attention", lambda part: _product(part, "by_full", 1, ".3f")
     yield "  of them by the model's, causal attention", lambda part: _product(part, "by_causal", 1, ".3f")
