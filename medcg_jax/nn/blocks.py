@@ -97,12 +97,12 @@ class DecoderBlock(nnx.Module):
         elif cache is None:
             y = attention(q, k, v, causal=True, segment_ids=segment_ids, implementation=implementation)
         else:
-            start, own = (0, cache["index"], 0, 0), (k, v)
+            start, prompt = (0, cache["index"], 0, 0), (k, v)
             k = jax.lax.dynamic_update_slice(cache["k"], k.astype(cache["k"].dtype), start)
             v = jax.lax.dynamic_update_slice(cache["v"], v.astype(cache["v"].dtype), start)
             if isinstance(cache["index"], int) and cache["index"] == 0:
                 # A prompt in an empty cache attends itself alone, which a kernel can do.
-                y = attention(q, *own, causal=True, segment_ids=segment_ids, implementation=implementation)
+                y = attention(q, *prompt, causal=True, segment_ids=segment_ids, implementation=implementation)
             else:
                 y = attention(
                     q, k.astype(q.dtype), v.astype(q.dtype), causal=True, segment_ids=segment_ids,
