@@ -150,8 +150,8 @@ def training(subject: Subject, made: Made, usable: float, peak: Peak | None) -> 
         gathered=mesh.shape["fsdp"] > 1,
     )  # fmt: skip
     one = plan_roofline.bound(
-        peak=peak, num_devices=mesh.size, executed_flops=products.flops or needed["executed"], memory_bytes=crossing_hbm,
-        sent_bytes=None if read is None else plan_roofline.network_bytes(read, where),
+        peak=peak, num_devices=mesh.size, executed_flops=products.flops or needed["executed"],
+        memory_bytes=crossing_hbm, sent_bytes=None if read is None else plan_roofline.network_bytes(read, where),
     )  # fmt: skip
     used = flops.utilisation(needed, one.overlapped_s, mesh.devices.flat[0].device_kind, mesh.size)
     return found | {"bound": dataclasses.asdict(one), **rates(one, rows, length), **used}
