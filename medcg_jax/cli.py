@@ -189,6 +189,9 @@ def started(args: argparse.Namespace, run: RunConfig) -> Iterator[None]:
     said = xla_flags.apply(run.deterministic, whole_device=args.verb != "reproduce" or run.study.jobs == 1)
     if place:
         distributed.start(place)
+    from medcg_jax.train.log import keep_programs
+
+    keep_programs()
     if distributed.is_first():
         print(said, flush=True)
         yield

@@ -225,7 +225,7 @@ class Mllama(nnx.Module):
         """float32[..., V] for hidden[..., D]."""
         return self.decoder.logits(hidden)
 
-    def init_cache(self, batch: int, length: int, dtype=None) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, length: int, dtype=None) -> dict[str, jax.Array | int]:
         """An empty cache with `length` slots a row; the call that brings images adds their keys and values to it."""
         text, dtype = self.config.text, self.dtype if dtype is None else dtype
         shape = (len(text.self_layers), batch, length, text.num_kv_heads, text.head_dim)

@@ -79,9 +79,7 @@ def collectives(text: str, *, open_trips: int | None = None) -> list[Collective]
       ValueError: groups, shapes or the trips of a loop around a collective are written in a way that is not known, or
         nothing that is a program is found.
     """
-    computations, entry = _computations(text)
-    if entry is None:
-        raise ValueError(f"no ENTRY computation in a text of {len(text)} characters: no compiled program")
+    computations, entry = read_program(text)
     if "replica_count=" in text.partition("\n")[0]:
         raise ValueError("a program of several replicas; one with partitions alone is accepted")
     partitions = re.search(r"\bnum_partitions=(\d+)", text.partition("\n")[0])
@@ -127,8 +125,12 @@ def bytes_by_kind(found: Iterable[Collective]) -> dict[str, int]:
 # ------------------------------------------------------------------ the program's text
 
 
-def _computations(text: str) -> tuple[dict[str, list[Instruction]], str | None]:
-    """({computation: its instructions}, the name of the entry)."""
+def read_program(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """({computation: its instructions}, the name of the entry).
+
+    Raises:
+      ValueError: there is no entry.
+    """
     found: dict[str, list[Instruction]] = {}
     current, entry = None, None
     for line in text.splitlines():
@@ -143,11 +145,13 @@ def _computations(text: str) -> tuple[dict[str, list[Instruction]], str | None]:
             instruction = _instruction(assigned[1], assigned[2])
             if instruction is not None:
                 current.append(instruction)
+    if entry is None:
+        raise ValueError(f"no ENTRY computation in a text of {len(text)} characters: no compiled program")
     return found, entry
 
 
 def _instruction(name: str, text: str) -> Instruction | None:
-    end = _closing(text, 0) + 1 if text.startswith("(") else text.find(" ")
+    end = closing(text, 0) + 1 if text.startswith("(") else text.find(" ")
     called = re.match(r" ?([\w-]+)\((.*)", text[end:])
     if called is None and COLLECTIVE.search(text):
         raise ValueError(f"unknown instruction: {name} = {text[:200]}")
@@ -166,7 +170,7 @@ def _kind(one: Instruction) -> str | None:
     return next((kind for kind in KINDS if one.opcode in (kind, f"{kind}-start")), None)
 
 
-def _closing(text: str, start: int) -> int:
+def closing(text: str, start: int) -> int:
     """Where the bracket that opens at `start` closes."""
     depth = 0
     for place in range(start, len(text)):
@@ -176,7 +180,7 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"brackets do not close: {text[start : start + 100]}")
 
 
-def _parts(shape: str) -> list[str]:
+def parts_of(shape: str) -> list[str]:
     """The elements of a tuple's shape; of another shape itself."""
     if not shape.startswith("("):
         return [shape]
@@ -196,7 +200,7 @@ def num_bytes(shape: str) -> int:
       ValueError: the type of its numbers is not known.
     """
     total = 0
-    for part in _parts(re.sub(r"/\*.*?\*/", "", shape)):
+    for part in parts_of(re.sub(r"/\*.*?\*/", "", shape)):
         if part.startswith("("):
             total += num_bytes(part)
             continue
@@ -229,13 +233,13 @@ class _Walk:
             elif one.opcode == "while":
                 # How often is asked only where something inside needs it. A condition may exchange data too: whether
                 # every row has ended.
-                parts = (_attribute(one, name) for name in ("body", "condition"))
+                parts = (attribute(one, name) for name in ("body", "condition"))
                 inside = [c for part in parts for c in self.executed(part, 1, scope=f"{scope}/{one.name}")]
                 if inside:
-                    count = trips * self._trips(one)
+                    count = trips * trips_of(self.computations, one, self.open_trips)
                     yield from (Collective(c.name, c.kind, c.groups, c.payload_bytes, c.trips * count) for c in inside)
             elif not one.opcode.endswith(("-done", "-update")):
-                for called in _called(one):
+                for called in called_by(one):
                     yield from self.executed(called, trips, scope, called if one.opcode == "fusion" else fused)
 
     def _collective(self, one: Instruction, kind: str, trips: int, scope: str, fused: str) -> Iterator[Collective]:
@@ -252,7 +256,8 @@ class _Walk:
             self._seen.add(copy)
         if one.opcode == "send":
             # Its partners are named by slice and not by number: all are taken, so that `crossing` never misses it.
-            yield Collective(one.name, kind, (tuple(range(self.num_devices)),), num_bytes(_parts(one.shape)[0]), trips)
+            everyone = (tuple(range(self.num_devices)),)
+            yield Collective(one.name, kind, everyone, num_bytes(parts_of(one.shape)[0]), trips)
             return
         groups = groups_of(one.rest, self.num_devices)
         size = _payload(one, kind, len(groups[0]) if groups else 1)
@@ -260,35 +265,44 @@ class _Walk:
             kind = "reduce-scatter"
         yield Collective(one.name, kind, tuple(map(tuple, groups)), size, trips)
 
-    def _trips(self, loop: Instruction) -> int:
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
-        if known:
-            return int(known[1])
-        # TPU programs leave it to the condition: a counter from 0 below the one constant in it.
-        constants, compared = set(), set()
-        for one in self._below(_attribute(loop, "condition")):
-            if one.opcode == "constant" and re.match(r"[su]\d+\[\]", one.shape):
-                constants.add(one.rest.partition(")")[0])
-            elif one.opcode == "compare":
-                compared.add(re.search(r"direction=(\w+)", one.rest)[1])
-        if compared != {"LT"} and self.open_trips is not None:
-            return self.open_trips
-        if len(constants) != 1 or compared != {"LT"}:
-            raise ValueError(f"unknown trips of the loop {loop.name}: constants {constants}, compared {compared}")
-        return int(constants.pop())
 
-    def _below(self, name: str) -> Iterator[Instruction]:
-        for one in self.computations[name]:
-            yield one
-            for called in _called(one):
-                yield from self._below(called)
+def trips_of(computations: dict[str, list[Instruction]], loop: Instruction, open_trips: int | None) -> int:
+    """How often a loop runs; open_trips: as of `collectives`.
+
+    Raises:
+      ValueError: it says so in a way that is not known.
+    """
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+    if known:
+        return int(known[1])
+    # TPU programs leave it to the condition: a counter from 0 below the one constant in it.
+    constants, compared = set(), set()
+    for one in _below(computations, attribute(loop, "condition")):
+        if one.opcode == "constant" and re.match(r"[su]\d+\[\]", one.shape):
+            constants.add(one.rest.partition(")")[0])
+        elif one.opcode == "compare":
+            compared.add(re.search(r"direction=(\w+)", one.rest)[1])
+    if compared != {"LT"} and open_trips is not None:
+        return open_trips
+    if len(constants) != 1 or compared != {"LT"}:
+        raise ValueError(f"unknown trips of the loop {loop.name}: constants {constants}, compared {compared}")
+    return int(constants.pop())
 
 
-def _attribute(one: Instruction, name: str) -> str:
+def _below(computations: dict[str, list[Instruction]], name: str) -> Iterator[Instruction]:
+    for one in computations[name]:
+        yield one
+        for called in called_by(one):
+            yield from _below(computations, called)
+
+
+def attribute(one: Instruction, name: str) -> str:
+    """The computation or word that an instruction names so: its `body`, its `condition`."""
     return re.search(rf"\b{name}=%?([\w.-]+)", one.rest)[1]
 
 
-def _called(one: Instruction) -> list[str]:
+def called_by(one: Instruction) -> list[str]:
+    """The computations that an instruction runs, of a loop none."""
     branches = BRANCHES.search(one.rest)
     listed = [name.strip().lstrip("%") for name in branches[1].split(",")] if branches else []
     # What a kernel's own configuration says is no call.
@@ -301,7 +315,7 @@ def _payload(one: Instruction, kind: str, group_size: int) -> int:
     if kind == "all-reduce":
         return num_bytes(one.shape)
     # (what goes in, what comes out, and what belongs to neither), each one array or a tuple of them.
-    return max(map(num_bytes, _parts(one.shape)[:2]))
+    return max(map(num_bytes, parts_of(one.shape)[:2]))
 
 
 # ------------------------------------------------------------------ groups

@@ -15,7 +15,7 @@ from medcg_jax.mesh import islands, make_mesh
 from medcg_jax.models import build
 from medcg_jax.models.peaks import Peak, peak_of
 from medcg_jax.run_config import RunConfig, replace
-from medcg_jax.scale import bench, cells, flops, hlo, plan_roofline, plan_rules, topology
+from medcg_jax.scale import bench, cells, flops, hlo, plan_products, plan_roofline, plan_rules, topology
 from medcg_jax.scale.plan_programs import (
     Made,
     Subject,
@@ -123,7 +123,7 @@ def training(subject: Subject, made: Made, usable: float, peak: Peak | None) -> 
     found |= {"rows": rows, "row_tokens": length, "flops": needed}
     if made.compiled is None:
         return found | {"findings": []}
-    read, found["collectives"], found["not_counted"], found["attention"] = read_collectives(made, None)
+    read, found["collectives"], found["not_counted"], found["attention"], text = read_collectives(made, None)
     layout = layout_of(subject)
     findings = plan_rules.donation_lost(found["alias_bytes"], state)
     findings += plan_rules.involuntary_rematerialization(made.output)
@@ -132,10 +132,15 @@ def training(subject: Subject, made: Made, usable: float, peak: Peak | None) -> 
         findings += plan_rules.full_all_reduce(read, layout)
         findings += plan_rules.large_collective_in_loop(read, layout)
         findings += plan_rules.gather_over_network(read, lambda one: plan_roofline.crosses(one, where))
-    found["findings"] = [dataclasses.asdict(finding) for finding in findings]
+    products = plan_products.look(
+        text, needed, plan_products.lengths_of(subject, [length], rows // mesh.shape["cell"]),
+        num_devices=mesh.size, remat=run.model.remat,
+    )  # fmt: skip
+    found["products"], found["findings"] = products.about, _told(findings + products.findings)
     found["not_looked_for"] = [] if hears_compiler() else ["involuntary-rematerialization"]
     if read is None:
         found["not_looked_for"] += ["full-all-reduce", "large-collective-in-loop", "gather-over-network"]
+    found["not_looked_for"] += products.not_looked_for
     if peak is None:
         return found | {"bound": None}
     passes = (3 if run.model.remat == "full" else 2) * run.train.accumulation_steps
@@ -145,8 +150,8 @@ def training(subject: Subject, made: Made, usable: float, peak: Peak | None) -> 
         gathered=mesh.shape["fsdp"] > 1,
     )  # fmt: skip
     one = plan_roofline.bound(
-        peak=peak, num_devices=mesh.size, executed_flops=needed["executed"], memory_bytes=crossing_hbm,
-        sent_bytes=None if read is None else plan_roofline.network_bytes(read, where),
+        peak=peak, num_devices=mesh.size, executed_flops=products.flops or needed["executed"],
+        memory_bytes=crossing_hbm, sent_bytes=None if read is None else plan_roofline.network_bytes(read, where),
     )  # fmt: skip
     used = flops.utilisation(needed, one.overlapped_s, mesh.devices.flat[0].device_kind, mesh.size)
     return found | {"bound": dataclasses.asdict(one), **rates(one, rows, length), **used}
@@ -159,20 +164,32 @@ def testing(subject: Subject, made: Made, usable: float, peak: Peak | None) -> d
     length, rows = eval_rows(setup).arrays["tokens"].shape[1], run.eval.batch_size
     num_new = run.eval.max_new_tokens if run.eval.generate else 1
     executed = flops.evaluation(setup.model, num_rows=rows, length=length, num_new=num_new)
-    found |= {"rows": rows, "row_tokens": length, "flops": {"executed": executed}, "num_new_tokens": num_new}
+    needed = {"full": executed, "executed": executed}
+    found |= {"rows": rows, "row_tokens": length, "flops": needed, "num_new_tokens": num_new}
     if made.compiled is None:
-        return found
+        return found | {"findings": []}
     # Generation stops when all rows have ended; what it takes at most is counted.
-    read, found["collectives"], found["not_counted"], found["attention"] = read_collectives(made, max(num_new - 1, 1))
+    trips = max(num_new - 1, 1)
+    read, found["collectives"], found["not_counted"], found["attention"], text = read_collectives(made, trips)
+    products = plan_products.look(
+        text, needed, plan_products.lengths_of(subject, [length, length + num_new - 1], rows),
+        num_devices=mesh.size, remat="none", open_trips=trips,
+    )  # fmt: skip
+    found["products"], found["findings"] = products.about, _told(products.findings)
+    found["not_looked_for"] = products.not_looked_for
     if peak is None:
         return found | {"bound": None}
     weights = gathered_bytes(subject) * num_new * (2 if mesh.shape["fsdp"] > 1 else 1)
     one = plan_roofline.bound(
-        peak=peak, num_devices=mesh.size, executed_flops=executed,
+        peak=peak, num_devices=mesh.size, executed_flops=products.flops or executed,
         memory_bytes=found["argument_bytes"] + weights + 2 * found["temp_bytes"],
         sent_bytes=None if read is None else plan_roofline.network_bytes(read, islands(list(mesh.devices.flat))),
     )  # fmt: skip
     return found | {"bound": dataclasses.asdict(one), **rates(one, rows, length)}
+
+
+def _told(findings: list[plan_rules.Finding]) -> list[dict]:
+    return [dataclasses.asdict(finding) for finding in findings]
 
 
 def start_bytes(subject: Subject) -> float:
@@ -208,8 +225,8 @@ def needs(made: Made, held: float, usable: float) -> dict:
 
 def read_collectives(
     made: Made, open_trips: int | None
-) -> tuple[list[hlo.Collective] | None, dict | None, str, str | None]:
-    """(a program's collectives, their number and bytes by kind, why they could not be read, its attention).
+) -> tuple[list[hlo.Collective] | None, dict | None, str, str | None, str]:
+    """(a program's collectives, their number and bytes by kind, why they could not be read, its attention, its text).
 
     open_trips: of loops that do not say how often they run.
     """
@@ -217,19 +234,20 @@ def read_collectives(
         with captured_stderr([]):  # where it fails libtpu writes a trace of its own stack
             text = topology.text_of(made.compiled, made.options)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        return None, None, f"the compiler cannot write the program as text: {' '.join(str(error).split())[:200]}", None
+        why = f"the compiler cannot write the program as text: {' '.join(str(error).split())[:200]}"
+        return None, None, why, None, ""
     attention = bench.attention_in(text)
     try:
         read = hlo.collectives(text, open_trips=open_trips)
     except ValueError as error:
-        return None, None, str(error)[:300], attention
+        return None, None, str(error)[:300], attention, text
     by_kind: dict[str, dict] = {}
     for one in read:
         if any(len(set(group)) > 1 for group in one.groups):
             kind = by_kind.setdefault(one.kind, {"count": 0, "bytes": 0})
             kind["count"] += one.trips
             kind["bytes"] += one.total_bytes
-    return read, dict(sorted(by_kind.items(), key=lambda item: -item[1]["bytes"])), "", attention
+    return read, dict(sorted(by_kind.items(), key=lambda item: -item[1]["bytes"])), "", attention, text
 
 
 def rates(one: plan_roofline.Bound, rows: int, length: int) -> dict:

@@ -79,8 +79,8 @@ def bound(
 ) -> Bound:
     """The bound of one program on so many devices.
 
-    executed_flops: of all devices. memory_bytes: over HBM, of one device. sent_bytes: `network_bytes`; None: the
-    program's collectives could not be read.
+    executed_flops: of matrix products, on all devices. memory_bytes: over HBM, of one device. sent_bytes:
+    `network_bytes`; None: the program's collectives could not be read.
     """
     unknown = []
     times: dict[str, float | None] = {"compute": executed_flops / num_devices / peak.bf16_flops_per_s}

@@ -1,7 +1,7 @@
 """Known traps of a program that is compiled for a mesh, each a rule with a name that looks at what was compiled.
 
 A rule gives its findings, and none where all is well: `full-all-reduce`, `large-collective-in-loop`, `donation-lost`,
-`involuntary-rematerialization`, `gather-over-network`.
+`involuntary-rematerialization`, `gather-over-network`, `extra-flops`, `square-attention-buffer`, `logits-everywhere`.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from medcg_jax.scale.hlo import Collective
+from medcg_jax.scale.hlo_buffers import Buffer
 
 # Below it a collective is not worth a word. The study of compiled steps that the rules come of took the same.
 LARGE_BYTES = 100e6
@@ -18,6 +19,8 @@ DONATED = 0.99
 INVOLUNTARY = "Involuntary full rematerialization"
 GATHERS = ("all-gather", "reduce-scatter")
 SUMS = ("all-reduce", "reduce-scatter")
+# Executed products by those that the model needs, at most: without rematerialisation, and with any.
+EXTRA, EXTRA_REMAT = 1.02, 1.34
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,80 @@ def gather_over_network(collectives: Iterable[Collective], crosses: Callable[[Co
     found.sort(key=lambda one: -one.total_bytes)
     text = f"{total / 1e9:.2f} GB that are no sums of gradients are exchanged between slices or hosts"
     return [Finding("gather-over-network", text, total, _names(found))]
+
+
+# ------------------------------------------------------------------ products, and arrays that should not be there
+
+
+def extra_flops(executed: float, needed: float, remat: str) -> list[Finding]:
+    """`extra-flops`: the program executes more matrix products than the model needs, and than `remat` makes again.
+
+    executed, needed: FLOPs of one call on all devices; needed: with attention as the full square, the convention of
+    MFU. Kernels that leave masked blocks out execute about half of that square, and make scores again in the backward
+    pass.
+    """
+    limit = EXTRA if remat == "none" else EXTRA_REMAT
+    if executed <= limit * needed:
+        return []
+    text = (
+        f"{executed / 1e12:,.1f} TFLOP of matrix products are executed, {executed / needed:.3f} of the model's "
+        f"{needed / 1e12:,.1f}; with remat {remat} at most {limit}"
+    )
+    return [Finding("extra-flops", text)]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What the rules know of the axes of a program's arrays.
+
+    attended: lengths of rows of tokens that attend one another, in every form in which a kernel pads them.
+    positions: of a row's text; rows: most rows that a device may have. vocabulary: its length whole and split.
+    widths: lengths of axes of parameters and images, which are no positions.
+    """
+
+    attended: frozenset[int]
+    positions: int
+    rows: int
+    vocabulary: frozenset[int]
+    widths: frozenset[int]
+
+    @property
+    def everywhere(self) -> set[int]:
+        """All positions of some rows, joined or not; with the last left out too, as where each predicts the next."""
+        return {rows * length for rows in range(1, self.rows + 1) for length in (self.positions, self.positions - 1)}
+
+    def unclear(self) -> list[str]:
+        """Rules that cannot tell positions from widths here, and so would miss what they look for."""
+        found = ["square-attention-buffer"] if self.attended & self.widths else []
+        return found + (["logits-everywhere"] if self.everywhere & (self.widths | self.vocabulary) else [])
+
+
+def square_attention_buffer(written: Iterable[Buffer], lengths: Lengths) -> list[Finding]:
+    """`square-attention-buffer`: an array of every query against every key is written; a kernel needs none."""
+    known = lengths.attended - lengths.widths
+    text = "{0} arrays of every query against every key are written; the largest, {1}, has {2:,.1f} MB a device"
+    return _arrays("square-attention-buffer", text, [b for b in written if sum(n in known for n in b.dims) > 1])
+
+
+def logits_everywhere(written: Iterable[Buffer], lengths: Lengths) -> list[Finding]:
+    """`logits-everywhere`: an array of the vocabulary at all positions of a row, where the head is needed at a few."""
+    everywhere = lengths.everywhere - lengths.widths - lengths.vocabulary
+
+    def is_one(buffer: Buffer) -> bool:
+        return any(n in lengths.vocabulary for n in buffer.dims) and any(n in everywhere for n in buffer.dims)
+
+    text = "{0} arrays of the vocabulary at all positions are written; the largest, {1}, has {2:,.1f} MB a device"
+    return _arrays("logits-everywhere", text, [b for b in written if is_one(b)])
+
+
+def _arrays(rule: str, text: str, found: list[Buffer], most: int = 5) -> list[Finding]:
+    if not found:
+        return []
+    found.sort(key=lambda one: -one.num_bytes)
+    worst = found[0]
+    text = text.format(len(found), worst.name, worst.num_bytes / 1e6)
+    names = tuple(f"{one.name}: {list(one.dims)} of {one.where}" for one in found[:most])
+    return [Finding(rule, text, worst.num_bytes, names)]
 
 
 def _names(found: list[Collective], most: int = 5) -> tuple[str, ...]:

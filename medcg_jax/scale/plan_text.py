@@ -85,7 +85,10 @@ def _rows():
     yield "  beside the program, in a grid", gib("held_bytes")
     yield "model TFLOP, full attention", flops("full")
     yield "model TFLOP, causal attention", flops("causal")
-    yield "executed TFLOP, padding and remat with it", flops("executed")
+    yield "executed TFLOP, padding and remat counted", flops("executed")
+    yield "  matrix products as compiled", lambda part: _product(part, "flops", 1e12, ",.1f")
+    yield "  of them by the model's, full attention", lambda part: _product(part, "by_full", 1, ".3f")
+    yield "  of them by the model's, causal attention", lambda part: _product(part, "by_causal", 1, ".3f")
     for kind in ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"):
         yield f"{kind}, GB a device (how many)", moved(kind)
     yield "ms at least: compute", bound("compute_s")
@@ -99,6 +102,11 @@ def _rows():
     yield "MFU at that bound", rate("mfu", "{:.1%}")
 
 
+def _product(part: dict, key: str, unit: float, form: str) -> str:
+    value = (part.get("products") or {}).get(key)
+    return f"{value / unit:{form}}" if value is not None else ""
+
+
 def _after(result: dict) -> Iterator[str]:
     train, tests = result["train"], result["eval"]
     for name, part in (("training step", train), ("tests", tests)):
@@ -108,12 +116,14 @@ def _after(result: dict) -> Iterator[str]:
             yield f"{name}: collectives not counted: {part['not_counted']}"
         for unknown in (part.get("bound") or {}).get("unknown", ()):
             yield f"{name}: {unknown}, so that part of the bound counts nothing"
-    for finding in train["findings"]:
-        yield f"{finding['rule']}: {finding['text']}"
-        yield from (f"    {name}" for name in finding["names"])
-    missed = train.get("not_looked_for")
-    if not train["findings"] and missed is not None:
-        yield "no known trap found" + (f"; not looked for: {', '.join(missed)}" if missed else "")
+        if why := (part.get("products") or {}).get("not_counted"):
+            yield f"{name}: matrix products not counted: {why}"
+        for finding in part["findings"]:
+            yield f"{name}: {finding['rule']}: {finding['text']}"
+            yield from (f"    {line}" for line in finding["names"])
+        missed = part.get("not_looked_for")
+        if not part["findings"] and missed is not None:
+            yield f"{name}: no known trap found" + (f"; not looked for: {', '.join(missed)}" if missed else "")
     if result["whole_on_every_device"]:
         whole = ", ".join(result["whole_on_every_device"])
         yield f"whole on every device, as mesh.tensor does not divide them: {whole}"

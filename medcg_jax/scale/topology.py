@@ -141,15 +141,15 @@ def get_part(topology: str, num_parts: int) -> list[jax.Device]:
 def compiler_options(device: jax.Device) -> dict:
     """What to compile with, so that the program can be compiled without the device and its collectives counted.
 
-    Each call is for one program: of a TPU7x the compiler writes its text into a folder that is named here (`text_of`).
+    Each call is for one program: a TPU's compiler writes its text into a folder that is named here (`text_of`).
     """
     if device in jax.local_devices():
         return {}
     kind = device.device_kind
-    if kind.startswith("TPU7x"):
+    if kind.startswith("TPU"):
         folder = tempfile.mkdtemp(dir=_dumps().name)
         return TPU_COUNTABLE | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-    return TPU_COUNTABLE if kind.startswith("TPU") else GPU_WITHOUT_DEVICE if kind.startswith("NVIDIA") else {}
+    return GPU_WITHOUT_DEVICE if kind.startswith("NVIDIA") else {}
 
 
 @functools.cache
@@ -160,8 +160,8 @@ def _dumps() -> tempfile.TemporaryDirectory:
 def text_of(compiled: jax.stages.Compiled, options: dict) -> str:
     """The optimised program's text; options: what it was compiled with, from `compiler_options`.
 
-    Of a TPU7x it is what the compiler wrote itself: `as_text` of jaxlib 0.10.2 fails there on asynchronous operations
-    of libtpu 0.0.52 ("async-update instruction should have 1 operands but sees 2").
+    Of a TPU it is what the compiler wrote itself: `as_text` of jaxlib 0.10.2 fails on asynchronous operations of libtpu
+    0.0.52, on TPU7x and in a v6e's program of tests ("async-update instruction should have 1 operands but sees 2").
 
     Raises:
       ValueError: the compiler wrote no text, or those of several programs.

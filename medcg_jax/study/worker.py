@@ -25,7 +25,7 @@ from medcg_jax.study.bases import Bases
 from medcg_jax.study.cells import Trainer
 from medcg_jax.study.progress import Reporter, base_name
 from medcg_jax.study.schedule import Job, Plan, make_plan
-from medcg_jax.train.log import enable_cache
+from medcg_jax.train.log import keep_programs
 from medcg_jax.train.loop import NonFiniteLoss
 from medcg_jax.train.preempt import sigterm_saves
 
@@ -153,12 +153,6 @@ def agree(choose: Callable[[], tuple[int, int]]) -> tuple[int, int]:
     """What the first process chooses, on all processes of one `jax.distributed` job."""
     kind, index = broadcast("the next work", choose)
     return kind, index
-
-
-def keep_programs() -> None:
-    """Keeps compiled programs for other processes and grids, where JAX_COMPILATION_CACHE_DIR says or in ~/.cache."""
-    if not jax.config.jax_compilation_cache_dir:
-        enable_cache(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medcg_jax" / "xla")
 
 
 def end_with(parent: int) -> None:

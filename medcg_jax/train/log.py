@@ -1,6 +1,7 @@
 """What a run says: progress on a terminal or in plain lines, metrics (JSON lines, boards), and what was compiled."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -135,6 +136,12 @@ class CompileMonitor:
         if event == "/jax/core/compile/backend_compile_duration":
             self._requests += 1
             self.seconds += seconds
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs for later starts and other runs, where JAX_COMPILATION_CACHE_DIR says or in ~/.cache."""
+    if not jax.config.jax_compilation_cache_dir:
+        enable_cache(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medcg_jax" / "xla")
 
 
 def enable_cache(directory: Path) -> None:

@@ -352,6 +352,8 @@ def test_a_tpu_that_is_not_there(tmp_path):
     found = json.loads(file.read_text())
     assert found["device"] == "TPU v5 lite" and found["train"]["attention"] == "splash" and found["fits"]
     assert found["train"]["bound"]["overlapped_s"] > 0 and found["train"]["collectives"]
+    for part in (found["train"], found["eval"]):
+        assert part["products"]["flops"] > 0 and part["products"]["not_counted"] == ""
 
 
 def test_a_run_alone_keeps_nothing_beside_its_programs():
