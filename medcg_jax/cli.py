@@ -138,7 +138,7 @@ def parser() -> Parser:
             text = "HF transformers on the same records in the same run (LLaVA alone; extra `parity`)"
             verb.add_argument("--against", choices=("torch",), default="", help=text)
     add_plan(verbs)
-    report = add(verbs, "report", report_grid, "the page, tables and plots of a grid, or plots of what `bench` measured")
+    report = add(verbs, "report", report_grid, "the page, tables and plots of a grid; plots of what `bench` measured")
     report.add_argument("dir", metavar="DIR", help="workdir of a grid, or a JSON file of `medcg bench`")
     report.add_argument("other", metavar="OTHER", nargs="*", help="another grid's, to compare with; more such files")
     report.add_argument("--format", default="", metavar="md,tex,csv", help="forms beside the page")

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 
 from medcg_jax.mesh import put_batch
 from medcg_jax.models import build
-from medcg_jax.models.llava import LlavaConfig
 from medcg_jax.models.build import Config
+from medcg_jax.models.llava import LlavaConfig
 from medcg_jax.run_config import MASK_PARTS, ModelConfig, TrainConfig
 from medcg_jax.scale import flops
 from medcg_jax.scale.bench_clock import spread, turns

@@ -1,4 +1,4 @@
-"""What a benchmark's figures are made of: time and CPU time of runners that take turns, ratios, a matrix product's rate."""
+"""What a benchmark's figures are made of: time and CPU time of runners that take turns, ratios, a matrix's rate."""
 
 import resource
 import statistics
@@ -37,7 +37,7 @@ def turns(
 ) -> dict[str, list[Spent]]:
     """What a step of each runner took, `repeats` values; they run one after another in every repeat.
 
-    runners: each takes a number of steps and returns when the last is finished. Two calls of each come before, unmeasured.
+    runners: each takes a number of steps and returns when the last is finished. Two calls of each come before.
     steps: of a repeat; 0 chooses for each runner what lasts about a second (at most 50).
     """
     numbers = {}
@@ -89,8 +89,9 @@ def matrix_rate(dtype: str, *, sizes: Sequence[int] = (), repeats: int = 5) -> d
     """FLOP/s that one device reaches in a product of two square matrices: the best of `sizes` and repeats.
 
     {"flops_per_s", "flops_per_cpu_s", "size", "dtype", "by_size"}; the second is by this process's CPU time, and the
-    best of its own; `size` is the first one's. Products follow
-    one another without the host in between, in JAX's default precision, which a run has too. sizes: () takes `MATRIX_SIZES` of the platform.
+    best of its own; `size` is the first one's. Products follow one another without the host in between, in JAX's
+    default precision, which a run has too.
+    sizes: () takes `MATRIX_SIZES` of the platform.
     """
     platform = "cpu" if jax.default_backend() == "cpu" else "accelerator"
     found, product = {}, jax.jit(jnp.matmul)

@@ -117,8 +117,8 @@ def startup(run: RunConfig, limit_s: float) -> dict:
     """Seconds from the start of a process to the end of its first training step: {"cold", "warm"}, each by phase.
 
     Each is a process of its own on random weights and the run's data: the first has an empty compilation cache, the
-    second what the first left there. A phase's number is when it ended (`bench_startup.first_step`); "cpu_s" is all that the
-    process used. On machines whose device one process alone can hold, it must run before this one takes it.
+    second what the first left there. A phase's number is when it ended (`bench_startup.first_step`); "cpu_s" is all
+    that the process used. On machines whose device one process alone can hold, it must run before this one takes it.
     limit_s: seconds that one of them may take; it is ended then.
 
     Raises:

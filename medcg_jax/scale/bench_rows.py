@@ -1,4 +1,4 @@
-"""The rows that a benchmark of a run works on: its own records where they can be opened, else phantoms or random rows."""
+"""The rows that a benchmark of a run works on: its own where they can be opened, else phantoms or random rows."""
 
 import math
 from collections.abc import Sequence
@@ -71,8 +71,8 @@ def question_rows(rows: Rows, multiple: int) -> Encoded:
 
 
 def loader_rows(setup: Setup) -> dict[str, Encoded]:
-    """Training rows whose images are kept decoded, and the same rows with images decoded when drawn: a run's loader does
-    the one or the other, by the size of its data."""
+    """Training rows whose images are kept decoded, and the same with images decoded when drawn: a run's loader does the
+    one or the other, by the size of its data."""
     records = some_records(setup, "train", max(LOADER_RECORDS, setup.run.train.batch_size))
     drawn = encode(records, setup.tokenizer, setup.run.data, setup.format, memory_limit_bytes=0)
     return {"decoded before": setup.encode(records), "decoded when drawn": drawn}

@@ -105,7 +105,7 @@ def check(run: RunConfig, stages: Sequence[str], against: str) -> None:
         known = ", ".join(name for name, family in MODELS.items() if family == "llava")
         raise ConfigError(f"--against=torch with model.name={run.model.name}: LLaVA alone is accepted ({known})")
     if against and not {"train", "eval", "generate"} & set(stages):
-        raise ConfigError(f"--against=torch with stages={','.join(stages)}: train, eval or generate is accepted beside it")
+        raise ConfigError(f"--against=torch with stages={','.join(stages)}: train, eval or generate is needed too")
 
 
 class Measure:
@@ -206,13 +206,13 @@ def work_of(port: Port, batch: dict) -> dict[str, int]:
 
 def check_alike(port: dict[str, int], reference: dict[str, int]) -> None:
     """Raises RunError where the sides do not have the same rows, tokens, supervised tokens and trained parameters."""
-    different = [f"{name} {value} against {reference[name]}" for name, value in port.items() if value != reference[name]]
+    different = [f"{name} {port[name]} against {reference[name]}" for name in port if port[name] != reference[name]]
     if different:
         raise RunError(f"port and reference do not do the same work: {', '.join(different)}")
 
 
 def answers(rows: Rows, stages: Sequence[str], against: str, measure: Measure) -> dict:
-    """{"answers", "ratios"}: letters of test questions without generation, generation, and the reference's of the same."""
+    """{"answers", "ratios"}: letters of test questions without generation, generation, and the reference's of both."""
     setup, run = rows.setup, rows.setup.run
     encoded, num_new = question_rows(rows, EVAL_MULTIPLE), run.eval.max_new_tokens
     with jax.set_mesh(setup.mesh):
@@ -232,6 +232,7 @@ def answers(rows: Rows, stages: Sequence[str], against: str, measure: Measure) -
 
         batches = [batch for batch, _ in eval_batches(encoded, bench_torch.EVAL_BATCH)]
         asked = bench_torch.Answers(setup.model, batches, run.model, num_new=num_new)
+        check_alike({"rows": len(encoded)}, {"rows": asked.num_rows})
         if "eval" in stages:
             runners["torch forward"] = asked.forward
         runners["torch generate"] = asked.generate

@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def first_step(pickled: Path) -> dict[str, float]:
-    """Unix time at which each phase ended: "imports", "data" (rows encoded), "compiled" (weights made too), "first_step"."""
+    """Unix time at which each phase ended: "imports", "data" (rows encoded), "compiled", "first_step"."""
     run = pickle.loads(pickled.read_bytes())
     from medcg_jax import xla_flags
     from medcg_jax.host import keep_freed_memory

@@ -43,10 +43,10 @@ def _train(found: dict) -> list[str]:
              f"  lowered in {compiled['lower_s']:.1f} s, compiled in {compiled['compile_s']:.1f} s; attention "
              f"{compiled['attention']}; program {_bytes(compiled['program_bytes'])}"]  # fmt: skip
     if needed:
-        lines.append(f"  model FLOPs: {needed['full']:.4g} attention as the full square, {needed['causal']:.4g} causal; "
-                     f"executed {needed['executed']:.4g}")  # fmt: skip
+        lines.append(f"  model FLOPs: {needed['full']:.4g} attention as the full square, {needed['causal']:.4g} "
+                     f"causal; executed {needed['executed']:.4g}")  # fmt: skip
     lines.append(f"  {matrix['dtype']} product of {matrix['size']} x {matrix['size']}, the best here: "
-                 f"{matrix['flops_per_s'] / 1e9:.4g} GFLOP/s, {matrix['flops_per_cpu_s'] / 1e9:.4g} by CPU time")  # fmt: skip
+                 f"{matrix['flops_per_s'] / 1e9:.4g} GFLOP/s, {matrix['flops_per_cpu_s'] / 1e9:.4g} by CPU time")
     lines += _rows(train["runners"])
     for name, row in train["runners"].items():
         if "mfu_matrix" not in row:
@@ -62,7 +62,8 @@ def _train(found: dict) -> list[str]:
         lines.append(text)
     if "data_wait" in train:
         wait = train["data_wait"]
-        lines.append(f"  fed by the loader: {wait['step_s'] * 1e3:.1f} ms a step, {wait['share']:.1%} of it waiting for data")
+        seconds, share = wait["step_s"], wait["share"]
+        lines.append(f"  fed by the loader: {seconds * 1e3:.1f} ms a step, {share:.1%} of it waiting for data")
     return lines + _does(train["runners"])
 
 
@@ -105,8 +106,8 @@ def _convert(found: dict) -> list[str]:
     made = found["convert"]
     lines = [f"conversion of {made['model']}, {_bytes(made['bytes'])} of float32:"]
     for way, name in (("to_orbax", "HF to Orbax"), ("to_hf", "Orbax to HF")):
-        rate = made[way]
-        lines.append(f"  {name:18}{rate['median'] / 1e6:9.1f} MB/s ({rate['min'] / 1e6:.1f} to {rate['max'] / 1e6:.1f})")
+        middle, least, most = (made[way][key] / 1e6 for key in ("median", "min", "max"))
+        lines.append(f"  {name:18}{middle:9.1f} MB/s ({least:.1f} to {most:.1f})")
     return lines
 
 

@@ -34,7 +34,7 @@ EVAL_BATCH = 8
 
 
 def attentions() -> tuple[str, ...]:
-    """HF's names of the attention to compare with here: SDPA, and FlashAttention on a GPU where its package is there."""
+    """HF's names of the attention to compare with here: SDPA, and FlashAttention on a GPU with its package."""
     flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn")
     return ("sdpa", "flash_attention_2") if flash else ("sdpa",)
 
@@ -105,7 +105,7 @@ class Reference:
 
 
 class Answers:
-    """HF's model asked the test rows of `batches` (`encode_eval`'s keys), `EVAL_BATCH` at a time; a step is all of them.
+    """HF's model asked the test rows of `batches` (`encode_eval`'s keys), `EVAL_BATCH` at a time; a step is all rows.
 
     `forward(steps)`: log-probabilities of the letters, float32[N, K] kept in `logprobs`, of the last real position of
     `model(**inputs).logits`. `generate(steps)`: greedy, `num_new` tokens of every row and no early stop, `generated`
@@ -213,7 +213,7 @@ def normalised(config: LlavaConfig, pixels: np.ndarray) -> "torch.Tensor":
 
 
 def executed(config: LlavaConfig, rows: int, length: int, trainable: tuple[str, ...] = ()) -> float:
-    """FLOPs that HF executes on `rows` rows of `length` tokens: a training step, or a forward pass where nothing trains.
+    """FLOPs that HF executes on `rows` rows of `length` tokens: a training step, or a forward pass (nothing trains).
 
     By our formulas, with what HF does and the model does not need: logits at every position and the tower's layers
     above the one whose features are taken; less the gradient of the first trained product's input, which autograd
