@@ -83,7 +83,7 @@ def stream_of(setup: Setup, encoded: Encoded) -> Batches:
     return Batches(encoded, batch_size=size, seed=0, rows=own_rows(setup.mesh, size))
 
 
-def conversion(setup: Setup, repeats: int = 3) -> dict:
+def conversion(setup: Setup, repeats: int) -> dict:
     """Bytes a second of `medcg convert` in both directions, of random float32 weights in a temporary directory.
 
     {"model", "bytes", "to_orbax", "to_hf"}: the directions' spreads of bytes/s. The model is the run's where it has at

@@ -10,6 +10,7 @@ import resource
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 
 from medcg_jax.models import build
 from medcg_jax.run_config import MODELS, ConfigError, RunConfig, RunError
@@ -77,7 +78,7 @@ def bench(
         "train": lambda: training(rows, against, measure, matrix_rate(model.compute_dtype, sizes=matrix_sizes)),
         "answers": lambda: answers(rows, stages, against, measure),
         "loader": lambda: {"loader": bench_host.loader(setup, loader_rows(setup), repeats)},
-        "convert": lambda: {"convert": bench_host.conversion(setup)},
+        "convert": lambda: {"convert": bench_host.conversion(setup, min(repeats, 3))},
     }
     for name, section in sections.items():
         if name in stages or (name == "answers" and {"eval", "generate"} & set(stages)):
@@ -143,7 +144,6 @@ def training(rows: Rows, against: str, measure: Measure, matrix: dict) -> dict:
     setup, run, notes = rows.setup, rows.setup.run, []
     batch = training_batch(rows)
     port = Port(setup.model, setup.mesh, run.train, run.model, loss_fn=setup.loss)
-    compiled = port.compile(batch)
     runners: dict[str, Callable[[int], object]] = {"port": port.seconds}
     executed = None
     if against:
@@ -151,6 +151,8 @@ def training(rows: Rows, against: str, measure: Measure, matrix: dict) -> dict:
 
         reference = bench_torch.Reference(setup.model, batch, run.train, run.model)
         check_alike(work_of(port, batch), reference.work())
+    compiled = port.compile(batch)
+    if against:
         length = reference.inputs["input_ids"].shape[1]
         executed = bench_torch.executed(setup.model, len(batch["tokens"]), length, run.model.trainable)
         runners["torch eager"] = reference.seconds
@@ -227,11 +229,10 @@ def answers(rows: Rows, stages: Sequence[str], against: str, measure: Measure) -
         needed["port generate"] = needed_flops(setup, encoded, num_new=num_new)
     asked = None
     if against:
-        from medcg_jax.data.pipeline import eval_batches
         from medcg_jax.scale import bench_torch
 
-        batches = [batch for batch, _ in eval_batches(encoded, bench_torch.EVAL_BATCH)]
-        asked = bench_torch.Answers(setup.model, batches, run.model, num_new=num_new)
+        questions = encoded.rows(np.arange(len(encoded)))[0]
+        asked = bench_torch.Answers(setup.model, questions, run.model, num_new=num_new)
         check_alike({"rows": len(encoded)}, {"rows": asked.num_rows})
         if "eval" in stages:
             runners["torch forward"] = asked.forward
