@@ -87,6 +87,8 @@ def bench(
             found["notes"] += made.pop("notes", [])
             found |= made
             gc.collect()  # weights of a stage are not the next one's burden
+            if against:
+                bench_torch.free()
     found["memory"] = {
         "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "device_peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
@@ -167,13 +169,14 @@ def training(rows: Rows, against: str, measure: Measure, matrix: dict) -> dict:
     spent = measure.turns(runners)
     needed = step_flops(setup.model, batch, run.model.trainable)
     found = {name: figures(taken, batch, needed, matrix) for name, taken in spent.items()}
+    section = {"batch": describe(batch), "flops": needed, "compile": compiled, "runners": found}
     if executed:
+        section["torch_length"] = length
         for name in found:
             if name != "port":
                 found[name]["executed_flops"] = executed
                 found[name]["peak_bytes"] = bench_torch.peak_bytes()
     found["port"] |= {"peak_bytes": memory(port.compiled.call)["peak_bytes"], "loss": port.loss}
-    section = {"batch": describe(batch), "flops": needed, "compile": compiled, "runners": found}
     if not rows.note:
         steps = max(2, min(50, round(2.0 / found["port"]["step_s"]["median"])))
         section["data_wait"] = bench_host.data_wait(port, setup, loader_rows(setup)["decoded when drawn"], steps)

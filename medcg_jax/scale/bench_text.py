@@ -11,6 +11,14 @@ DOES = {
     "torch forward": "model(**inputs).logits, the letters' log-probabilities of the last position taken",
     "torch generate": "model.generate, greedy, with its cache, never stopping early",
 }
+# In what the sides of a comparison differ, beside what the lines above say.
+DIFFERENCES = (
+    "weights are random on both sides, and both have this process's threads and allocator",
+    "HF's pixels are normalised and on the device before; the port's are bytes, and normalised in its step",
+    "the learning rate is the port's schedule and HF's constant; both clip the gradient's norm",
+    "HF's tower runs every layer, without gradients where it is frozen; the port's ends where its features are taken",
+    "rows of a batch are as long as the longest for HF, as long as data.max_text_tokens allows for the port",
+)
 
 
 def show(found: dict) -> None:
@@ -28,7 +36,7 @@ def text_of(found: dict) -> str:
         if name in found:
             lines += ["", *section(found)]
     if found["ratios"]:
-        lines += ["", *_ratios(found)]
+        lines += ["", *_ratios(found), *(f"  {text}" for text in DIFFERENCES)]
     memory = found["memory"]
     device = f", device {_bytes(memory['device_peak_bytes'])}" if memory["device_peak_bytes"] else ""
     lines += ["", f"most memory in use: host {_bytes(memory['host_peak_bytes'])}{device}"]
@@ -39,7 +47,8 @@ def _train(found: dict) -> list[str]:
     train, matrix = found["train"], found["matrix"]
     batch, compiled, needed = train["batch"], train["compile"], train["flops"]
     lines = [f"training step: batch {batch['size']} x {batch['length']} tokens ({batch['real_tokens']} real), "
-             f"{batch['targets_per_row']} places for targets a row; trains {', '.join(found['trainable'])}",
+             f"{batch['targets_per_row']} places for targets a row; trains {', '.join(found['trainable'])}"
+             + (f"; HF's rows have {train['torch_length']}" if "torch_length" in train else ""),
              f"  lowered in {compiled['lower_s']:.1f} s, compiled in {compiled['compile_s']:.1f} s; attention "
              f"{compiled['attention']}; program {_bytes(compiled['program_bytes'])}"]  # fmt: skip
     if needed:

@@ -169,6 +169,13 @@ def new_model(config: LlavaConfig, dtype, attention: str):
         )
 
 
+def free() -> None:
+    """Gives back what no model holds any more: compiled programs, and memory of the GPU."""
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def peak_bytes() -> int | None:
     """The most that PyTorch had in use on the GPU so far; None on a CPU."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

@@ -1,5 +1,6 @@
 """`medcg bench`: every stage at a tiny size, and that its ratios are of like with like."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -37,8 +38,8 @@ RUN = RunConfig(
 
 @pytest.fixture
 def torch(monkeypatch):
-    """PyTorch, with a `torch.compile` that changes nothing (a minute of compilation proves nothing here), and HF's model
-    with attention as products that PyTorch's counter sees: a fused kernel for CPUs it counts as nothing."""
+    """PyTorch, with a `torch.compile` that changes nothing (a minute of compilation proves nothing here), and HF's
+    model with attention as products that PyTorch's counter sees: a fused kernel for CPUs it counts as nothing."""
     pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     from medcg_jax.scale import bench_torch
@@ -181,9 +182,12 @@ def test_hf_answers_the_same_questions(torch, monkeypatch):
         bench_run.bench(RUN, stages=("eval",), against="torch", repeats=1, steps_per_repeat=1)
 
 
-def test_every_stage_here_is_measured_printed_and_written(torch, capsys):
+def test_every_stage_here_is_measured_printed_and_written(request, capsys):
+    against = "torch" if importlib.util.find_spec("torch") else ""
+    if against:
+        request.getfixturevalue("torch")
     found = bench_run.bench(
-        RUN, stages=("train", "eval", "generate", "loader", "convert"), against="torch", repeats=2, steps_per_repeat=1,
+        RUN, stages=("train", "eval", "generate", "loader", "convert"), against=against, repeats=2, steps_per_repeat=1,
         matrix_sizes=(64,),
     )  # fmt: skip
     found = json.loads(json.dumps(found))
@@ -196,9 +200,20 @@ def test_every_stage_here_is_measured_printed_and_written(torch, capsys):
         train["flops"]["full"] / port["step_s"]["median"] / found["matrix"]["flops_per_s"]
     )
     assert 0 <= train["data_wait"]["share"] < 1 and train["compile"]["program_bytes"] > 0
+    assert answers["rows"] == 32
+    assert found["loader"]["decoded when drawn"]["batches_per_s"] > 0
+    assert found["convert"]["model"] == "llava15_tiny" and found["convert"]["to_hf"]["n"] == 2
+    printed = capsys.readouterr().out
+    for text in ("model FLOPs", "causal", "waiting for data", "no peak is published", "HF to Orbax", "memory in use"):
+        assert text in printed
+    if not against:
+        assert found["ratios"] == {}
+        return
     assert set(found["ratios"]) == {
         "train_vs_eager", "train_vs_compile", "eval_vs_generate", "eval_vs_forward", "generate_vs_generate"
     }  # fmt: skip
+    assert answers["torch_generated_tokens"] == 2
+    assert "train_vs_compile" in printed and "2 new tokens of every row" in printed
     for name, ours, theirs, runners in (
         ("train_vs_eager", "port", "torch eager", train["runners"]),
         ("eval_vs_generate", "port letters", "torch generate", answers["runners"]),
@@ -207,13 +222,6 @@ def test_every_stage_here_is_measured_printed_and_written(torch, capsys):
         medians = runners[theirs]["cpu_s"]["median"] / runners[ours]["cpu_s"]["median"]
         assert ratio["by"] == "cpu" and ratio["min"] * 0.5 < medians < ratio["max"] * 2
         assert ratio["min"] <= ratio["median"] <= ratio["max"]
-    assert answers["rows"] == 32 and answers["torch_generated_tokens"] == 2
-    assert found["loader"]["decoded when drawn"]["batches_per_s"] > 0
-    assert found["convert"]["model"] == "llava15_tiny" and found["convert"]["to_hf"]["n"] == 3
-    printed = capsys.readouterr().out
-    for text in ("train_vs_compile", "model FLOPs", "causal", "waiting for data", "no peak is published", "HF to Orbax",
-                 "2 new tokens of every row", "most memory in use"):  # fmt: skip
-        assert text in printed
 
 
 @pytest.mark.parametrize("model", sorted(set(TINY) - {"llava15_bench", "next_chat_tiny_sam"}))
