@@ -76,16 +76,15 @@ class FlopClock:
 
 @pytest.fixture
 def measured(torch, monkeypatch):
-    """() -> the ratio of training steps in FLOPs, by `bench` itself."""
+    """() -> what `bench` finds of training, ratios in FLOPs."""
     from torch.utils.flop_counter import FlopCounterMode
+
+    rows = open_rows(RUN)
 
     def run() -> dict:
         with FlopCounterMode(display=False) as counter, monkeypatch.context() as patches:
-            clock = FlopClock(patches, counter)
-            found = bench_run.bench(
-                RUN, stages=("train",), against="torch", repeats=2, steps_per_repeat=1, matrix_sizes=(8,), clock=clock
-            )
-        return found
+            measure = bench_run.Measure(2, 1, FlopClock(patches, counter), "cpu")
+            return bench_run.training(rows, "torch", measure, {"flops_per_s": 1.0, "flops_per_cpu_s": 1.0})
 
     return run
 
