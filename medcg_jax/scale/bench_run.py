@@ -235,7 +235,7 @@ def answers(rows: Rows, stages: Sequence[str], against: str, measure: Measure) -
         from medcg_jax.scale import bench_torch
 
         questions = encoded.rows(np.arange(len(encoded)))[0]
-        asked = bench_torch.Answers(setup.model, questions, run.model, num_new=num_new)
+        asked = bench_torch.Answers(setup.model, [questions], run.model, num_new=num_new)
         check_alike({"rows": len(encoded)}, {"rows": asked.num_rows})
         if "eval" in stages:
             runners["torch forward"] = asked.forward

@@ -105,7 +105,7 @@ class Reference:
 
 
 class Answers:
-    """HF's model asked the test rows `rows` (`encode_eval`'s keys), `EVAL_BATCH` at a time; a step is all of them.
+    """HF's model asked the test rows of `batches` (`encode_eval`'s keys), `EVAL_BATCH` at a time; a step is all rows.
 
     `forward(steps)`: log-probabilities of the letters, float32[N, K] kept in `logprobs`, of the last real position of
     `model(**inputs).logits`. `generate(steps)`: greedy, `num_new` tokens of every row and no early stop, `generated`
@@ -113,7 +113,7 @@ class Answers:
     """
 
     def __init__(
-        self, config: LlavaConfig, rows: dict[str, np.ndarray], model: ModelConfig, *, num_new: int,
+        self, config: LlavaConfig, batches: list[dict[str, np.ndarray]], model: ModelConfig, *, num_new: int,
         attention: str = "sdpa",
     ):  # fmt: skip
         self.device, self.num_new = place(), num_new
@@ -121,6 +121,7 @@ class Answers:
         self.model = new_model(config, dtype, attention).eval()
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.pad_token_id = config.pad_token_id
+        rows = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
         self.num_rows = len(rows["tokens"])
         self.chunks = []
         for start in range(0, self.num_rows, EVAL_BATCH):

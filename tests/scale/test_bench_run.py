@@ -157,7 +157,7 @@ def test_hf_answers_the_same_questions(torch, monkeypatch):
     encoded = question_rows(rows, bench_torch.EVAL_BATCH)
     assert len(encoded) == 32 and len({record.subset for record in encoded.records.records}) == 2
     questions = encoded.rows(np.arange(32))[0]
-    asked = bench_torch.Answers(rows.setup.model, questions, RUN.model, num_new=2)
+    asked = bench_torch.Answers(rows.setup.model, [questions], RUN.model, num_new=2)
     # Of order 1, so that the likeliest token is no matter of rounding.
     with torch.no_grad():
         for weight in asked.model.parameters():
@@ -173,8 +173,8 @@ def test_hf_answers_the_same_questions(torch, monkeypatch):
 
     real = bench_torch.Answers
 
-    def of_the_first(config, rows, model, **rest):
-        return real(config, {key: value[:8] for key, value in rows.items()}, model, **rest)
+    def of_the_first(config, batches, model, **rest):
+        return real(config, [{key: value[:8] for key, value in batches[0].items()}], model, **rest)
 
     monkeypatch.setattr(bench_torch, "Answers", of_the_first)
     with pytest.raises(RunError, match="rows 32 against 8"):
