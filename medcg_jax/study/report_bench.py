@@ -106,7 +106,9 @@ def _bars(axes, names: list[str], results: dict, values: dict[str, dict[str, tup
         within = [middle - least, most - middle]
         axes.errorbar(middle, at, xerr=within, fmt="none", ecolor=INK, elinewidth=0.8, capsize=2)
         for y, x, end in zip(at, middle, most, strict=True):
-            axes.annotate(f"{x:.3g}", (end, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+            at_end = dict(xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+            behind = dict(facecolor="#ffffff", edgecolor="none", pad=0.5)
+            axes.annotate(f"{x:.3g}", (end, y), **at_end, bbox=behind)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.margins(x=0.12)
     axes.grid(visible=False, axis="y")
