@@ -2,7 +2,8 @@
 
     python -m medcg_jax.scale.bench_startup RUN.pickle
 
-It does what `medcg train` does until then, but for the workdir; weights are random.
+It does what `medcg train` does until then, but for the workdir; weights are random. XLA's flags are those that
+`medcg bench` has put in the environment.
 """
 
 import json
@@ -15,11 +16,9 @@ from pathlib import Path
 def first_step(pickled: Path) -> dict[str, float]:
     """Unix time at which each phase ended: "imports", "data" (rows encoded), "compiled", "first_step"."""
     run = pickle.loads(pickled.read_bytes())
-    from medcg_jax import xla_flags
     from medcg_jax.host import keep_freed_memory
 
     keep_freed_memory()
-    xla_flags.apply(run.deterministic)
     from medcg_jax.scale.bench import Port
     from medcg_jax.scale.bench_rows import open_rows, training_batch
 
