@@ -133,13 +133,16 @@ def parser() -> Parser:
             verb.add_argument("--dry", action="store_true", help="list every cell with its size and stop")
             verb.add_argument("--jobs", type=int, default=0, metavar="N", help="processes that share the grid's cells")
         if name == "bench":
-            verb.add_argument("--against", choices=("torch",), default="")
+            text = "train, eval, generate, loader, convert, startup: those of them that are measured (default: all)"
+            verb.add_argument("--stages", default="", metavar="A,B", help=text)
+            text = "HF transformers on the same records in the same run (LLaVA alone; extra `parity`)"
+            verb.add_argument("--against", choices=("torch",), default="", help=text)
     add_plan(verbs)
-    report = add(verbs, "report", report_grid, "the page, tables and plots of a grid, from its files alone")
-    report.add_argument("dir", metavar="DIR", help="workdir of a grid")
-    report.add_argument("other", metavar="OTHER", nargs="?", default="", help="another grid's, to compare with")
+    report = add(verbs, "report", report_grid, "the page, tables and plots of a grid; plots of what `bench` measured")
+    report.add_argument("dir", metavar="DIR", help="workdir of a grid, or a JSON file of `medcg bench`")
+    report.add_argument("other", metavar="OTHER", nargs="*", help="another grid's, to compare with; more such files")
     report.add_argument("--format", default="", metavar="md,tex,csv", help="forms beside the page")
-    report.add_argument("--out", default="", metavar="FOLDER", help="where a comparison goes")
+    report.add_argument("--out", default="", metavar="FOLDER", help="where a comparison or a benchmark's plots go")
     return top
 
 
@@ -275,8 +278,12 @@ def report_grid(args) -> dict:
     from medcg_jax.study import report, report_backbones, report_compare, report_formats
 
     formats = report_formats.check_formats(args.format)
+    if args.dir.endswith(".json"):
+        return report_benchmarks(args)
+    if len(args.other) > 1:
+        raise ConfigError(f"medcg report {' '.join([args.dir, *args.other])}: one or two grids are accepted")
     if args.other:
-        page = report_compare.write_comparison(args.dir, args.other, args.out)
+        page = report_compare.write_comparison(args.dir, args.other[0], args.out)
         print(page)
         return {"page": str(page)}
     if args.out:
@@ -293,12 +300,23 @@ def report_grid(args) -> dict:
     return {"page": str(page)}
 
 
+def report_benchmarks(args) -> dict:
+    from medcg_jax.study.report_bench import write_plots
+
+    if args.format:
+        raise ConfigError(f"--format={args.format}: accepted with a grid alone; a benchmark's plots are png and svg")
+    written = write_plots([Path(name) for name in (args.dir, *args.other)], Path(args.out) if args.out else None)
+    for path in written:
+        print(path)
+    return {"plots": [str(path) for path in written]}
+
+
 def bench_here(args) -> dict:
     run = resolved(args)
     print(xla_flags.apply(run.deterministic), flush=True)
-    from medcg_jax.scale.bench import bench
+    from medcg_jax.scale.bench_run import STAGES, bench
 
-    return bench(run, against=args.against)
+    return bench(run, stages=args.stages.split(",") if args.stages else STAGES, against=args.against)
 
 
 def plan_run(args) -> dict:

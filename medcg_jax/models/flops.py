@@ -107,8 +107,8 @@ def decoder_products(text) -> float:
 def training(one: Flops, *, trainable: tuple[str, ...], causal: bool = False, remat: str = "none") -> float:
     """FLOPs of forward and backward, from those of the forward pass.
 
-    A part that trains counts three times, a frozen one that gradients pass through twice, a frozen one below every
-    trained part once.
+    A part that trains counts three times, a frozen one that gradients pass through twice (but attention's scores and
+    sums three times: both sides of each product have a gradient), a frozen one below every trained part once.
     causal: the decoder's attention counts half, as a kernel that skips masked blocks executes it; else the full square.
     remat: as `ModelConfig.remat`, to count what is executed; "none" counts what the model needs.
       "full" runs every block with a backward pass once more; "dots" only its attention.
@@ -122,6 +122,8 @@ def training(one: Flops, *, trainable: tuple[str, ...], causal: bool = False, re
     reached = reached or "lora" in trainable
     for name, flops in (("decoder", one.decoder + attention + one.head), ("lora", one.adapters)):
         total += flops * (3 if name in trainable else 2 if reached else 1)
+    if reached and "decoder" not in trainable:
+        total += attention
     reached = reached or "decoder" in trainable
     if remat != "none" and reached:
         total += attention

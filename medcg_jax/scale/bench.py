@@ -1,7 +1,6 @@
-"""Throughput of the training step on this machine: of this port, and of the PyTorch reference in the same run.
+"""The training step of this port as what a benchmark runs: random weights, a batch, its time, memory and FLOPs.
 
-Weights and batches are random: how fast a step is does not depend on their values. The two take turns (a few steps of
-one, a few of the other, again and again), so that what else runs on the machine slows both.
+How fast a step is does not depend on the values of weights and batches. Needs neither data nor a tokenizer.
 """
 
 import datetime
@@ -17,11 +16,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from medcg_jax.mesh import check_batch, make_mesh, put_batch
+from medcg_jax.mesh import put_batch
 from medcg_jax.models import build
+from medcg_jax.models.build import Config
 from medcg_jax.models.llava import LlavaConfig
-from medcg_jax.run_config import ConfigError, ModelConfig, RunConfig, TrainConfig
+from medcg_jax.run_config import MASK_PARTS, ModelConfig, TrainConfig
 from medcg_jax.scale import flops
+from medcg_jax.scale.bench_clock import spread, turns
+from medcg_jax.train.losses import token_loss
 from medcg_jax.train.optim import control_from, make_optimizer
 from medcg_jax.train.step import Program, make_step
 
@@ -31,53 +33,6 @@ PACKAGES = (
 )  # fmt: skip
 # The tiny model's vocabulary, where no tokenizer is read: its size matters to the speed of the head alone.
 TINY_VOCABULARY = 512
-
-
-def bench(run: RunConfig, *, against: str = "", repeats: int = 5, steps_per_repeat: int = 0) -> dict:
-    """Seconds, samples/s, tokens/s and MFU of the run's training step here; with `against="torch"`, HF's beside it.
-
-    steps_per_repeat: 0 takes as many as last about a second.
-    The result is printed too. `ratio` is port over reference in samples/s: the median over the repeats, and its range.
-
-    Raises:
-      ConfigError: the batch does not fit the mesh, or the reference's packages are not installed.
-    """
-    if against not in ("", "torch"):
-        raise ConfigError(f"against={against!r}: 'torch' is accepted, or nothing")
-    mesh = make_mesh(run.mesh)
-    check_batch(mesh, run.train.batch_size // run.train.accumulation_steps, "train.batch_size per accumulation step")
-    config = architecture(run.model)
-    batch = example_batch(
-        config,
-        batch_size=run.train.batch_size,
-        text_tokens=(run.data.max_text_tokens // 2, run.data.max_text_tokens),
-        num_targets=run.data.max_target_tokens,
-    )
-    runners: dict[str, Callable[[int], float]] = {}
-    port = Port(config, mesh, run.train, run.model)
-    compiled = port.compile(batch)
-    runners["port"] = port.seconds
-    if against:
-        from medcg_jax.scale.bench_torch import Reference
-
-        runners["reference"] = Reference(config, batch, run.train, run.model).seconds
-    times = take_turns(runners, repeats, steps_per_repeat)
-    needed = step_flops(config, batch, run.model.trainable)
-    result = {
-        **about_here(),
-        "model": run.model.name,
-        "mesh": dict(mesh.shape),
-        "batch": describe(batch),
-        "compute_dtype": run.model.compute_dtype,
-        "accumulation_steps": run.train.accumulation_steps,
-        "compile": compiled,
-        "port": rates(times["port"], batch, needed),
-    }
-    if against:
-        result["reference"] = rates(times["reference"], batch, needed)
-        result["ratio"] = spread([r / p for p, r in zip(times["port"], times["reference"], strict=True)])
-    print_result(result)
-    return result
 
 
 def architecture(model: ModelConfig) -> LlavaConfig:
@@ -120,16 +75,21 @@ class Compiled:
 
 
 class Port:
-    """Random weights, optimizer state and a step on `mesh`: `compile(batch)`, then `seconds(steps)`."""
+    """Random weights, optimizer state and a step on `mesh`: `compile(batch)`, then `seconds(steps)`.
 
-    def __init__(self, config: LlavaConfig, mesh: Mesh, train: TrainConfig, model: ModelConfig):
+    loss_fn: as `train_step`'s.
+    """
+
+    def __init__(
+        self, config: Config, mesh: Mesh, train: TrainConfig, model: ModelConfig, *, loss_fn: Callable = token_loss
+    ):
         self.mesh = mesh
         graphdef, abstract = build.abstract(config)
         self.split = partial(build.split_trainable, names=model.trainable)
         self.abstract = self.split(abstract)
         self.program: Program = make_step(
             mesh, graphdef, *self.split(build.shardings(config, mesh)), make_optimizer(train),
-            accumulation_steps=train.accumulation_steps, compute_dtype=model.compute_dtype,
+            loss_fn=loss_fn, accumulation_steps=train.accumulation_steps, compute_dtype=model.compute_dtype,
         )  # fmt: skip
         # The end of the schedule is never reached, so that every step does its work.
         control = control_from(TrainConfig(steps=1_000_000, learning_rate=train.learning_rate), num_records=0)
@@ -167,47 +127,43 @@ class Port:
 
 
 def take_turns(runners: dict[str, Callable[[int], float]], repeats: int, steps: int = 0) -> dict[str, list[float]]:
-    """Seconds per step of each runner, `repeats` values; they run one after another in every repeat.
+    """Seconds per step of each runner, `repeats` values; they run one after another in every repeat (`turns`).
 
     steps: of a repeat; 0 chooses for each runner what lasts about a second (at most 50).
     """
-    numbers = {}
-    for name, run in runners.items():
-        run(1)  # warm: caches, lazy initialisation
-        numbers[name] = steps or min(50, max(1, round(1.0 / run(1))))
-    times: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in range(repeats):
-        for name, run in runners.items():
-            times[name].append(run(numbers[name]) / numbers[name])
-    return times
+    return {name: [one.wall_s for one in spent] for name, spent in turns(runners, repeats, steps).items()}
 
 
-def step_flops(config: LlavaConfig, batch: dict[str, np.ndarray], trainable: tuple[str, ...]) -> dict:
+def step_flops(config: Config, batch: dict[str, np.ndarray], trainable: tuple[str, ...]) -> dict | None:
+    """`flops.step` of the batch, one image a row; None: masks are trained, which no formula covers."""
+    if set(trainable) & set(MASK_PARTS):
+        return None
     return flops.step(
         config,
         batch["segment_ids"].astype(bool).sum(axis=1),
         padded_length=batch["tokens"].shape[1],
-        num_images=batch["pixels"].shape[1],
+        num_images=1,
         num_logits=batch["targets"].shape[1],
         trainable=trainable,
     )
 
 
-def rates(seconds: list[float], batch: dict[str, np.ndarray], needed: dict) -> dict:
-    """Step time and what follows of its median: samples/s, real tokens/s, TFLOP/s and the three utilisations."""
+def rates(seconds: list[float], batch: dict[str, np.ndarray], needed: dict | None) -> dict:
+    """Step time and what follows of its median: samples/s, real tokens/s, TFLOP/s and the three utilisations.
+
+    needed: `step_flops`' answer; None leaves what follows of it out.
+    """
     median = statistics.median(seconds)
     device = jax.devices()[0]
-    return {
+    found = {
         "step_s": spread(seconds),
         "samples_per_s": len(batch["tokens"]) / median,
         "tokens_per_s": int((batch["segment_ids"] != 0).sum()) / median,
-        "tflops_per_s": needed["full"] / median / 1e12,
-        **flops.utilisation(needed, median, device.device_kind, jax.device_count()),
     }
-
-
-def spread(values: list[float]) -> dict:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+    if needed is None:
+        return found
+    used = flops.utilisation(needed, median, device.device_kind, jax.device_count())
+    return {**found, "tflops_per_s": needed["full"] / median / 1e12, **used}
 
 
 def attention_in(text: str) -> str:
@@ -247,22 +203,10 @@ def about_here() -> dict:
     }
 
 
-def print_result(result: dict) -> None:
-    batch = result["batch"]
-    print(f"{result['model']} on {result['num_devices']} x {result['device']}, jax {result['versions']['jax']}: "
-          f"batch {batch['size']} x {batch['length']} tokens, {result['compute_dtype']}")  # fmt: skip
-    for name in ("port", "reference"):
-        if name in result:
-            print(f"  {name:10s}{line(result[name])}")
-    if "ratio" in result:
-        ratio = result["ratio"]
-        print(f"  port / reference in samples/s: {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
-
-
 def line(rate: dict) -> str:
     """One line for people of what `rates` gave."""
     text = (f"{rate['step_s']['median'] * 1e3:9.1f} ms a step  {rate['samples_per_s']:9.1f} samples/s"
             f"  {rate['tokens_per_s']:10.0f} tokens/s")  # fmt: skip
-    if rate["mfu"] is not None:
+    if rate.get("mfu") is not None:
         text += f"  MFU {rate['mfu']:.1%} (causal {rate['mfu_causal']:.1%}, HFU {rate['hfu']:.1%})"
     return text

@@ -1,0 +1,115 @@
+"""What a benchmark's figures are made of: time and CPU time of runners that take turns, ratios, a matrix's rate."""
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+# Sizes of the square products: the largest takes about a second on two CPU cores, a few milliseconds on a GPU.
+MATRIX_SIZES = {"cpu": (512, 1024, 2048), "accelerator": (4096, 8192, 12288)}
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds: of the wall clock, of this process's CPU time (all threads), and of its children that have ended."""
+
+    wall_s: float
+    cpu_s: float
+    children_cpu_s: float = 0.0
+
+    def since(self, began: "Spent", count: int = 1) -> "Spent":
+        """What one of `count` equal parts of the time from `began` to this took."""
+        pairs = ((getattr(self, name), getattr(began, name)) for name in self.__dataclass_fields__)
+        return Spent(*((after - before) / count for after, before in pairs))
+
+
+def now() -> Spent:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Spent(time.perf_counter(), time.process_time(), children.ru_utime + children.ru_stime)
+
+
+def turns(
+    runners: Mapping[str, Callable[[int], object]], repeats: int, steps: int = 0, *, clock: Callable[[], Spent] = now
+) -> dict[str, list[Spent]]:
+    """What a step of each runner took, `repeats` values; they run one after another in every repeat.
+
+    runners: each takes a number of steps and returns when the last is finished. Two calls of each come before.
+    steps: of a repeat; 0 chooses for each runner what lasts about a second (at most 50).
+    """
+    numbers = {}
+    for name, run in runners.items():
+        run(1)  # warm: caches, lazy initialisation
+        began = clock()
+        run(1)
+        numbers[name] = steps or min(50, max(1, round(1.0 / max(clock().since(began).wall_s, 1e-9))))
+    spent: dict[str, list[Spent]] = {name: [] for name in runners}
+    for _ in range(repeats):
+        for name, run in runners.items():
+            began = clock()
+            run(numbers[name])
+            spent[name].append(clock().since(began, numbers[name]))
+    return spent
+
+
+def spread(values: Sequence[float]) -> dict:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+
+
+def ratio(ours: Sequence[Spent], theirs: Sequence[Spent], *, by: str) -> dict:
+    """Ours over theirs in samples per CPU-second (by="cpu") or per second (by="wall"), of steps with equal samples.
+
+    The spread over the repeats, each pair of which ran in the same seconds; above 1 ours is faster. "wall" and "cpu"
+    have both, and "by" says which of them the first is.
+    """
+    both = {
+        name: spread([getattr(t, field) / getattr(o, field) for o, t in zip(ours, theirs, strict=True)])
+        for name, field in (("wall", "wall_s"), ("cpu", "cpu_s"))
+    }
+    return {**both[by], "by": by, **both}
+
+
+def times(spent: Sequence[Spent], num_samples: int) -> dict:
+    """Spread of a step's wall and CPU seconds, and samples per second of each by the medians."""
+    wall, cpu = spread([s.wall_s for s in spent]), spread([s.cpu_s for s in spent])
+    return {
+        "step_s": wall,
+        "cpu_s": cpu,
+        "children_cpu_s": spread([s.children_cpu_s for s in spent]),
+        "num_samples": num_samples,
+        "samples_per_s": num_samples / wall["median"],
+        "samples_per_cpu_s": num_samples / max(cpu["median"], 1e-9),
+    }
+
+
+def matrix_rate(dtype: str, *, sizes: Sequence[int] = (), repeats: int = 5) -> dict:
+    """FLOP/s that one device reaches in a product of two square matrices: the best of `sizes` and repeats.
+
+    {"flops_per_s", "flops_per_cpu_s", "size", "dtype", "by_size"}; the second is by this process's CPU time, and the
+    best of its own; `size` is the first one's. Products follow one another without the host in between, in JAX's
+    default precision, which a run has too.
+    sizes: () takes `MATRIX_SIZES` of the platform.
+    """
+    platform = "cpu" if jax.default_backend() == "cpu" else "accelerator"
+    found, product = {}, jax.jit(jnp.matmul)
+    for size in sizes or MATRIX_SIZES[platform]:
+        x = jnp.full((size, size), 1.0 / size, dtype)
+
+        def run(count, x=x):
+            y = x
+            for _ in range(count):
+                y = product(y, x)
+            y.block_until_ready()
+
+        # Many in a row on an accelerator, which hides the host; on a CPU one is long enough.
+        spent = turns({"product": run}, repeats, 0 if platform == "cpu" else 50)["product"]
+        work = 2.0 * size**3
+        rates = max(work / s.wall_s for s in spent), max(work / max(s.cpu_s, 1e-9) for s in spent)
+        found[size] = dict(zip(("flops_per_s", "flops_per_cpu_s"), rates, strict=True))
+    best = max(found, key=lambda size: found[size]["flops_per_s"])
+    by_cpu = max(row["flops_per_cpu_s"] for row in found.values())
+    rows = {str(size): row for size, row in found.items()}
+    return {**found[best], "flops_per_cpu_s": by_cpu, "size": best, "dtype": dtype, "by_size": rows}
