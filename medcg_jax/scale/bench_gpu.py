@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--json", required=True, metavar="FILE")
     parser.add_argument("--model", default="llava15_7b", choices=("llava15_tiny", "llava15_7b", "llava15_13b"))
-    parser.add_argument("--time", type=float, default=TOTAL_S, metavar="S", help="seconds for all; with more than the default stages have more too")
+    seconds = "seconds for all; with more than the default every stage has more too"
+    parser.add_argument("--time", type=float, default=TOTAL_S, metavar="S", help=seconds)
     parser.add_argument("--batches", default="", help="batch sizes of training steps in place of the stages' own")
     parser.add_argument("--stages", default=",".join(STAGES), help="some of them, in the order to run them in")
     parser.add_argument("--so_far", default="", metavar="FILE", help="an earlier FILE, whose other stages are kept")

@@ -40,7 +40,7 @@ WAYS = (
 
 
 def best_case(ask: Ask) -> Case:
-    """The case of the training step with the most samples/s so far; where none is known the first of the stages' own."""
+    """The case of the training step with the most samples/s so far; where none is known the first that there is."""
     rows = [row for stage in ("train", "train_fp32") for row in ask.so_far.get(stage, {}).get("rows", [])]
     rows = [row for row in rows if row.get("samples_per_s")]
     if rows:
@@ -55,7 +55,7 @@ def best_case(ask: Ask) -> Case:
 
 
 def trace(ask: Ask, save: Callable) -> None:
-    """Saves where the device's time goes in `TRACED_STEPS` steps of the fastest case, and what keeps it from its limit."""
+    """Saves where the device's time goes in `TRACED_STEPS` steps of the fastest case, and what limits it."""
     import jax
 
     from medcg_jax.scale import trace_read

@@ -203,8 +203,8 @@ def line(row: dict) -> str:
     """One line for people of a measured row."""
     text = f"{row['step_s']['median'] * 1e3:.1f} ms, {row['samples_per_s']:.2f} samples/s"
     if row.get("mfu_of_measured") is not None:
-        text += f", {row['mfu_of_measured']:.1%} of the measured matrix rate (causal {row['mfu_causal_of_measured']:.1%}"
-        text += f", with what is computed again {row['hfu_of_measured']:.1%})"
+        text += f", {row['mfu_of_measured']:.1%} of the measured matrix rate"
+        text += f" (causal {row['mfu_causal_of_measured']:.1%}, executed {row['hfu_of_measured']:.1%})"
     if row.get("mfu") is not None:
         text += f", MFU {row['mfu']:.1%}"
     plan, peak = row.get("plan_peak_bytes"), row.get("peak_bytes")

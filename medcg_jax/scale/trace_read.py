@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ KINDS = {
     # Elementwise work, reductions, the optimizer: what moves memory more than it computes.
     "other fusions": r"",
 }
+# Operations that hold others, which are in the trace themselves, and on a CPU run on other threads.
+CONTAINERS = re.compile(r"(while|conditional|call)([.\d]|$)")
 NAME_CHARACTERS = 90
 NUM_LONGEST = 10
 
@@ -110,6 +113,8 @@ def operations(line, *, any_event: bool) -> list[Op]:
         if event.duration_ns <= 0 or not (any_event or "hlo_op" in stats):
             continue
         op, category = str(stats.get("hlo_op", "")), str(stats.get("hlo_category", ""))
+        if CONTAINERS.match(op or event.name):
+            continue
         name = event.name if not op or op == event.name else f"{event.name[:NAME_CHARACTERS]} [{op}]"
         kind = kind_of(f"{category} {event.name} {op}")
         found.append(Op(name, kind, line.name, event.start_ns, event.start_ns + event.duration_ns))
@@ -174,7 +179,7 @@ def union(ops: Iterable[Op]) -> list[tuple[float, float]]:
 
 
 def own_times(ops: Iterable[Op]) -> list[tuple[Op, float]]:
-    """(operation, nanoseconds of its own): a loop encloses its body's operations on the same line, which count once."""
+    """(operation, nanoseconds of its own): what one encloses on the same line counts once."""
     found: list[list] = []
     open_: dict[str, list[list]] = defaultdict(list)
     for op in sorted(ops, key=lambda op: (op.start_ns, -op.end_ns)):
@@ -215,6 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=0, help="steps that were traced, for the time of one")
     parser.add_argument("--json", default="", metavar="FILE")
     args = parser.parse_args(argv)
+    # jaxlib's own, of its classes, with Python 3.12.
+    warnings.filterwarnings("ignore", message="builtin type .* has no __module__", category=DeprecationWarning)
     try:
         found = read(args.trace, steps=args.steps)
     except DataError as error:
