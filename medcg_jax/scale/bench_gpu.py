@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="llava15_7b", choices=("llava15_tiny", "llava15_7b", "llava15_13b"))
     seconds = "seconds for all; with more than the default every stage has more too"
     parser.add_argument("--time", type=float, default=TOTAL_S, metavar="S", help=seconds)
-    parser.add_argument("--batches", default="", help="batch sizes of training steps in place of the stages' own")
+    parser.add_argument("--batches", default="", help="batch sizes of the stages' first cases, in place of their cases")
     parser.add_argument("--stages", default=",".join(STAGES), help="some of them, in the order to run them in")
     parser.add_argument("--so_far", default="", metavar="FILE", help="an earlier FILE, whose other stages are kept")
     for hidden in ("--stage", "--scratch"):

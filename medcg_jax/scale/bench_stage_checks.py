@@ -117,18 +117,21 @@ def ten_steps(device, dtype: str, precision: str | None) -> dict[str, list]:
     from medcg_jax.mesh import make_mesh, put_batch
     from medcg_jax.models import build
     from medcg_jax.scale import bench
+    from medcg_jax.train.optim import control_from
 
     model = ModelConfig(compute_dtype=dtype, trainable=FULL, scan_unroll=1)
     config = bench.architecture(model)
     first = build.create(config, make_mesh(devices=jax.devices("cpu")[:1]), seed=0)[1]
     batch = bench.example_batch(config, batch_size=4, text_tokens=(12, 24), num_targets=4)
     with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
-        port = bench.Port(config, make_mesh(devices=[device]), TrainConfig(learning_rate=1e-3, warmup_frac=0.0), model)
+        train = TrainConfig(steps=NUM_STEPS, learning_rate=1e-3, warmup_frac=0.0)
+        port = bench.Port(config, make_mesh(devices=[device]), train, model)
+        control = port.program.put_control(control_from(train, num_records=0))
         trainable, frozen = port.split(jax.device_put(first, build.shardings(config, port.mesh)))
         state, batch = port.program.start(trainable), put_batch(batch, port.program.batch_sharding)
         losses, norms = [], []
         for _ in range(NUM_STEPS):
-            state, metrics = port.program(state, frozen, port.control, batch)
+            state, metrics = port.program(state, frozen, control, batch)
             losses.append(float(metrics["loss"]))
             norms.append(float(metrics["grad_norm"]))
     weights = np.concatenate([np.asarray(leaf, np.float32).ravel() for leaf in jax.tree.leaves(state.params)])

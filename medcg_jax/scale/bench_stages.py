@@ -40,7 +40,7 @@ MEMORY_FRACTION = "0.95"
 class Ask:
     """What a stage is asked.
 
-    batches: batch sizes in place of the stage's own; (): those. limit_s: seconds that the stage has, from now.
+    batches: batch sizes of the stage's first case, in place of its cases. limit_s: seconds that it has, from now.
     scratch: folder that the stages of one run share. so_far: what earlier stages found, by stage.
     """
 
