@@ -77,9 +77,12 @@ def trace(ask: Ask, save: Callable) -> None:
     finally:
         jax.profiler.stop_trace()
     found = trace_read.read(folder, steps=TRACED_STEPS)
-    lines = limits(found, executed(steps, case, batch), ask.matrix_rate())
+    lines = [f"{case.name}: {seconds * 1e3:.1f} ms a step untraced, {found['span_s'] / TRACED_STEPS * 1e3:.1f} traced"]
+    lines += limits(found, executed(steps, case, batch), ask.matrix_rate())
     save(trace=found, limits=lines)
     print("\n".join(f"   {text}" for text in [*trace_read.text_of(found), *lines]), flush=True)
+    if jax.default_backend() != "cpu" and found["device"].startswith("/host"):
+        raise RuntimeError("the trace holds no operation of the device: its driver may not let this user trace it")
 
 
 def executed(steps: Steps, case: Case, batch: dict) -> dict[str, float]:
