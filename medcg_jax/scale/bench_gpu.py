@@ -82,8 +82,10 @@ def run_all(out: Path, args, names: list[str]) -> int:
     """Runs these stages within `args.time` seconds, merging their files into `out`; returns the exit status."""
     from medcg_jax.scale.bench_gpu_text import conclusions
 
-    # What ends this process ends its stage too: `finally` of `run_stage`.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # What ends this process ends its stage too: at the next look, as an exception inside of Popen.wait may leave its
+    # lock taken for ever.
+    told: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
     earlier = read_json(Path(args.so_far)).get("stages", {}) if args.so_far else {}
     result: dict = {"model": args.model, "stages": earlier}
     ends = time.monotonic() + args.time
@@ -98,6 +100,12 @@ def run_all(out: Path, args, names: list[str]) -> int:
                 result["stages"][name] = found
                 write_json(out, result)
 
+            def look(seconds: float, keep=keep, file=file) -> None:
+                if file.exists():
+                    keep("running", seconds)
+                if told:
+                    sys.exit(128 + told[0])
+
             flags = [
                 f"--stage={name}", f"--json={file}", f"--model={args.model}", f"--batches={args.batches}",
                 f"--limit={limit:.0f}", f"--scratch={scratch}", f"--so_far={out}",
@@ -105,8 +113,7 @@ def run_all(out: Path, args, names: list[str]) -> int:
             status, seconds = "no time left", 0.0
             if limit >= 5:
                 keep("running", 0.0)
-                status, seconds = run_stage(flags, limit, lambda seconds, file=file: file.exists() and keep(
-                    "running", seconds))  # fmt: skip
+                status, seconds = run_stage(flags, limit, look)
             keep(status, seconds)
             found = result["stages"][name]
             if "error" in found:

@@ -5,6 +5,7 @@ Whole stages run in processes of their own, at the tiny size and with packages b
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -105,10 +106,13 @@ def run_script(tmp_path, monkeypatch, body: str, stages: dict, more: tuple[str, 
         bench_gpu.subprocess, "Popen", lambda command, **rest: real([sys.executable, str(script), *command[3:]], **rest)
     )
     monkeypatch.setattr(bench_gpu, "STAGES", {name: bench_gpu.Stage(limit, "") for name, limit in stages.items()})
-    monkeypatch.setattr(bench_gpu.signal, "signal", lambda *_: None)
     out = tmp_path / "out.json"
     flags = [f"--json={out}", f"--model={TINY}", f"--stages={','.join(stages)}", *more]
-    return {"exit": bench_gpu.main(flags), **found_in(out)}
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return {"exit": bench_gpu.main(flags), **found_in(out)}
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_stage_over_its_time_is_ended_and_the_others_still_run(tmp_path, monkeypatch):
@@ -142,6 +146,19 @@ def test_what_a_running_stage_has_written_is_already_in_the_file(tmp_path, monke
     )
     found = run_script(tmp_path, monkeypatch, body, {"one": 30})
     assert found["stages"]["one"]["seen"] == "running" and found["stages"]["one"]["status"] == "done"
+
+
+def test_told_to_stop_it_ends_its_stage_and_keeps_the_file(tmp_path, monkeypatch):
+    body = (
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n"
+    )
+    with pytest.raises(SystemExit, match="143"):
+        run_script(tmp_path, monkeypatch, body, {"one": 50, "two": 50})
+    stages = found_in(tmp_path / "out.json")["stages"]
+    assert stages["one"]["found"] == 1 and "two" not in stages
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_without_time_every_stage_says_so(tmp_path, monkeypatch):
