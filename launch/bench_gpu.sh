@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A measured record of this machine: bash launch/bench_gpu.sh [OUT.json] [flags of medcg_jax.scale.bench_gpu]
 # Under 10 minutes, no network. Takes `python3` with jax, flax and optax as they are here (PYTHON=... names another).
-# Timed training steps of LLaVA-1.5-7B with random weights, the attention kernel against plain attention, parity tests.
+# LLaVA-1.5-7B with random weights: training, adapters, evaluation, transformers beside them, a trace, and checks.
 set -euo pipefail
 case "${1:-}" in
     -h | --help) sed -n '2,4s/^# //p' "$0"; exit 0 ;;

@@ -125,7 +125,7 @@ def parser() -> Parser:
         verb.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
         verb.add_argument("--workdir", default="", metavar="DIR")
         if name == "train":
-            text = "write an xprof trace of these steps to WORKDIR/profile (--config.log.profile_steps)"
+            text = "write an xprof trace of these steps to WORKDIR/profile, for medcg_jax.scale.trace_read"
             verb.add_argument("--profile_steps", default="", metavar="FIRST:LAST", help=text)
         if name in SEVERAL_PROCESSES:
             add_processes(verb)

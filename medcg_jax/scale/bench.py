@@ -96,12 +96,12 @@ class Port:
         self.control = self.program.put_control(control)
         self.config, self.state, self.compiled = config, None, None
 
-    def compile(self, batch: dict[str, np.ndarray]) -> dict:
+    def compile(self, batch: dict[str, np.ndarray], options: dict | None = None) -> dict:
         """Compiles the step for this batch, which `seconds` runs from now on; returns seconds and bytes.
 
-        Nothing of the batch's size is allocated before the program is known to compile.
+        Nothing of the batch's size is allocated before the program is known to compile. options: of XLA's compiler.
         """
-        _, compiled, lower_s, compile_s = self.program.compile(*self.abstract, batch)
+        _, compiled, lower_s, compile_s = self.program.compile(*self.abstract, batch, options)
         if self.state is None:
             self._allocate()
         self.compiled = Compiled(compiled, put_batch(batch, self.program.batch_sharding))
