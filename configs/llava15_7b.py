@@ -15,19 +15,29 @@ from medcg_jax.run_config import (
     RunConfig,
     StudyConfig,
     TrainConfig,
+    replace,
 )
+
+# LLaVA-1.5's own LoRA recipe (scripts/v1_5/finetune_lora.sh at c121f04): rank 128, alpha 256, all products of the
+# decoder, and the projector with them. Its rate is 2e-4, and 2e-5 for the projector; here one rate is for both.
+LORA = dict(trainable=("projector", "lora"), lora_rank=128, lora_alpha=256.0)
+BASE_DTYPES = {"lora": "bfloat16", "qlora": "nf4"}
 
 
 def get_config(arg: str = "7b"):
+    """arg: the size; or "lora" or "qlora": the 7B with adapters on a base in bfloat16, for four chips of 16 GB, or in 4
+    bits, for one GPU of 24 GB or such chips."""
+    size, adapters = (arg, {}) if arg not in BASE_DTYPES else ("7b", LORA | {"base_dtype": BASE_DTYPES[arg]})
     run = RunConfig(
-        name=f"llava15_{arg}",
-        mesh=MeshConfig(data=-1, fsdp=8),
+        name=f"llava15_{size}_{arg}" if adapters else f"llava15_{size}",
+        mesh=MeshConfig(data=1, fsdp=-1) if adapters else MeshConfig(data=-1, fsdp=8),
         model=ModelConfig(
-            name=f"llava15_{arg}",
-            checkpoint=f"checkpoints/llava-1.5-{arg}-hf",
-            tokenizer=f"checkpoints/llava-1.5-{arg}-hf",
+            name=f"llava15_{size}",
+            checkpoint=f"checkpoints/llava-1.5-{size}-hf",
+            tokenizer=f"checkpoints/llava-1.5-{size}-hf",
             compute_dtype="bfloat16",
             remat="full",
+            **adapters,
         ),
         data=DataConfig(source="release", root="Med-MAT", max_text_tokens=192),
         # The digest of the published version gives epochs, batch and learning rate; the warm-up is LLaVA-1.5's.
@@ -36,4 +46,4 @@ def get_config(arg: str = "7b"):
         eval=EvalConfig(batch_size=64),
         study=StudyConfig(tables=("pairs",)),
     )
-    return to_config_dict(run)
+    return to_config_dict(replace(run, train__learning_rate=2e-4) if adapters else run)

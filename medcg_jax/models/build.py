@@ -176,6 +176,7 @@ def _parts(variable: nnx.Variable, mesh: Mesh) -> PartitionSpec:
     undivided = {
         name for name, size in zip(names, shape, strict=True)
         if name in ("kv_heads", "vocab") and size % mesh.shape["tensor"]
+        or name == "rank_parts" and size % mesh.shape["fsdp"]
     }  # fmt: skip
 
     def one(name: str, size: int) -> str | None:
@@ -210,17 +211,17 @@ def _initializer(config: Config, mesh: Mesh, param_dtype):
     return jax.jit(init, out_shardings=shardings(config, mesh), compiler_options=quick)
 
 
-def create_adapters(config: Config, mesh: Mesh, *, seed: int, param_dtype=jnp.float32) -> nnx.State:
-    """What `create` gives as the part "lora"."""
+def create_adapters(config: Config, mesh: Mesh, *, seed: int, param_dtype=jnp.float32) -> dict:
+    """What `create` gives as the part "lora": a dict."""
     return _adapter_initializer(config, mesh, param_dtype)(seed)
 
 
 @lru_cache(maxsize=16)
 def _adapter_initializer(config: Config, mesh: Mesh, param_dtype):
     def init(seed):
-        return _arrays(nnx.state(_module(config, nnx.Rngs(jax.random.key(seed)), param_dtype)))["lora"]
+        return _arrays(nnx.state(_module(config, nnx.Rngs(jax.random.key(seed)), param_dtype))).raw_mapping["lora"]
 
-    return jax.jit(init, out_shardings=shardings(config, mesh)["lora"])
+    return jax.jit(init, out_shardings=shardings(config, mesh).raw_mapping["lora"])
 
 
 def _kept(config: Config, path, variable: nnx.Variable):

@@ -46,8 +46,8 @@ class Adapter(nnx.Module):
         (in_names, in_sizes), (out_names, out_sizes) = zip(*inputs, strict=True), zip(*outputs, strict=True)
         self.scale, self.num_inputs = config.scale, len(inputs)
         bound = math.prod(in_sizes) ** -0.5  # kaiming_uniform_ with a = sqrt(5)
-        self.a = param(_uniform(bound), (*in_sizes, config.rank), (*in_names, "rank"), **made)
-        self.b = param(_uniform(0.0), (config.rank, *out_sizes), ("rank", *out_names), **made)
+        self.a = param(_uniform(bound), (*in_sizes, config.rank), (*in_names, _rank_beside(in_names)), **made)
+        self.b = param(_uniform(0.0), (config.rank, *out_sizes), (_rank_beside(out_names), *out_names), **made)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """float[B, T, outputs] for x[B, T, inputs]."""
@@ -80,6 +80,11 @@ def adapted(block: nnx.Module, lora: nnx.Module | None, name: str, x: jax.Array)
     """The block's product of that name, with its adapter where `lora` has one."""
     y, adapter = getattr(block, name)(x), getattr(lora, name, None)
     return y if adapter is None else y + adapter(x)
+
+
+def _rank_beside(names: tuple[str, ...]) -> str:
+    """The rank's logical name in a half with these other axes: each half is split over fsdp once."""
+    return "rank" if "embed" in names else "rank_parts"
 
 
 def _uniform(bound: float):

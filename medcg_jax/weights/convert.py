@@ -136,8 +136,8 @@ def load_checkpoint(
     if own := kept_parts(src):
         base = _base_of(src, own[0], parts)
         _, params = load_checkpoint(base, config, mesh, param_dtype=param_dtype)
-        leaves = _own_leaves(src, config, own[1])
-        trained = {name: engine.place(leaves[name], abstract[name], places[name]) for name in own[1]}
+        leaves, shapes, wanted = _own_leaves(src, config, own[1]), abstract.raw_mapping, places.raw_mapping
+        trained = {name: engine.place(leaves[name], shapes[name], wanted[name]) for name in own[1]}
         return graphdef, nnx.State({**params.raw_mapping, **trained})
     if (src / MODEL_FILE).is_file():
         if config.base.dtype != "float32":
