@@ -1,4 +1,4 @@
-"""Matrices in 8 and 4 bits: errors, blocks, the published codebook, qwix's own numbers, and what a backward pass keeps."""
+"""Matrices in 8 and 4 bits: errors, blocks, the published codebook, qwix's numbers, what a backward pass keeps."""
 
 import math
 
@@ -20,7 +20,7 @@ def drawn(shape, seed=0) -> jax.Array:
 
 
 def test_the_codebook_is_the_published_one():
-    """Of arXiv 2305.14314: quantiles of a normal distribution, 8 below zero, 0 and 7 above it; bitsandbytes' numbers."""
+    """Of arXiv 2305.14314: quantiles of a normal distribution, 7 below zero, 0, and 8 above it."""
     from scipy.stats import norm
 
     offset = 0.5 * (1 / 32 + 1 / 30)

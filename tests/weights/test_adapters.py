@@ -1,4 +1,4 @@
-"""Adapters against peft on the tiny LLaVA: logits, loss, gradients, AdamW, both exports; and every fault it must see."""
+"""Adapters against peft on the tiny LLaVA: logits, loss, gradients, AdamW, both exports; and faults it must see."""
 
 import dataclasses
 import json
