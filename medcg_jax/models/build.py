@@ -237,6 +237,12 @@ def num_params(params) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantized))
 
 
+def num_bytes(params) -> float:
+    """Bytes that `params` take on devices, arrays or abstract: numbers of 4 bits lie two in a byte."""
+    leaves = jax.tree.leaves(params)
+    return sum(math.prod(x.shape) * (0.5 if x.dtype == jnp.uint4 else x.dtype.itemsize) for x in leaves)
+
+
 def split_trainable(params: nnx.State, names: tuple[str, ...]) -> tuple[nnx.State, nnx.State]:
     """(trainable, frozen): the submodules named in `names`, and the others.
 
