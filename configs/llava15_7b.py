@@ -49,5 +49,5 @@ def get_config(arg: str = "7b"):
     )
     if adapters:
         # Half of the activations at a time; neither changes a result.
-        run = replace(run, train__learning_rate=2e-4, train__accumulation_steps=2, eval__batch_size=16)
+        run = replace(run, train__learning_rate=2e-4, train__accumulation_steps=2, eval__batch_size=8)
     return to_config_dict(run)

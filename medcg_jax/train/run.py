@@ -10,6 +10,7 @@ from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import concat
 from medcg_jax.mesh import own_rows
 from medcg_jax.models.build import abstract, shardings, split_trainable
+from medcg_jax.nn.base import Base
 from medcg_jax.run_checks import profile_steps
 from medcg_jax.run_config import ConfigError, RunConfig, TrainConfig
 from medcg_jax.train import disk, goodput
@@ -131,7 +132,8 @@ def loop_options(train: TrainConfig) -> dict[str, int]:
 def check_disk(setup: Setup, workdir: Path) -> None:
     """Raises ConfigError where `workdir` cannot be written, or has no room for checkpoints and the final parameters."""
     run = setup.run
-    _, params = abstract(setup.model)
+    # On disk nothing is quantised.
+    _, params = abstract(dataclasses.replace(setup.model, base=Base()))
     trainable, frozen = split_trainable(params, run.model.trainable)
     kept, _ = to_keep(setup, trainable, frozen, run.model.checkpoint)
     state = jax.eval_shape(lambda tree: init_state(tree, optimizer=make_optimizer(run.train)), trainable)

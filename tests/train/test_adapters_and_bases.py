@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from train_toys import CONFIG, TRAIN, batch
+from train_toys import run as run_steps
 
 from medcg_jax.eval.subsets import evaluate_subsets
 from medcg_jax.mesh import make_mesh
@@ -32,13 +33,13 @@ def kept(dtype: str):
     return ADAPTED if dtype == "float32" else dataclasses.replace(ADAPTED, base=Base(dtype, TRAINED))
 
 
-def trained(config, mesh, *, num_cells=1, steps=2):
+def trained(config, mesh, *, steps=2):
     """(losses, the last state's params) of so many steps."""
     graphdef, params = build.create(config, mesh, seed=0)
     # At its start an adapter adds nothing: some that do.
     params = jax.tree_util.tree_map_with_path(lambda path, x: x + 0.02 if path[0].key == "lora" else x, params)
     places = build.split_trainable(build.shardings(config, mesh), TRAINED)
-    program = make_step(mesh, graphdef, *places, make_optimizer(TRAIN), num_cells=num_cells)
+    program = make_step(mesh, graphdef, *places, make_optimizer(TRAIN))
     trainable, frozen = build.split_trainable(params, TRAINED)
     control, state, losses = program.put_control(control_from(TRAIN, 10)), program.start(trainable), []
     for step in range(steps):
@@ -65,6 +66,21 @@ def test_eight_devices_train_as_one():
     for name, half, axis in (("q", "a", 1), ("q", "b", 1), ("down", "a", 2), ("down", "b", 2)):
         x = spread["lora"][name][half]
         assert x.sharding.shard_shape(x.shape)[axis] == x.shape[axis] // 2, (name, half)
+
+
+def test_two_cells_share_a_quantised_base():
+    """In one program, each with adapters of its own: as one after the other."""
+    config, mesh = kept("nf4"), make_mesh(devices=jax.devices()[:1])
+    graphdef, params = build.create(config, mesh, seed=0)
+    places = build.split_trainable(build.shardings(config, mesh), TRAINED)
+    parts, losses = build.split_trainable(params, TRAINED), {}
+    for num_cells in (2, 1):
+        program = make_step(mesh, graphdef, *places, make_optimizer(TRAIN), num_cells=num_cells)
+        for seeds in [(0, 50)] if num_cells == 2 else [(0,), (50,)]:
+            controls = [control_from(TRAIN, 10)] * num_cells
+            _, metrics = run_steps(program, *parts, controls, 2, seeds=list(seeds))
+            losses[seeds] = metrics["loss"].reshape(2, num_cells)
+    assert np.abs(losses[0, 50] - np.concatenate([losses[(0,)], losses[(50,)]], axis=1)).max() < 1e-5
 
 
 def test_only_what_is_not_trained_is_kept_otherwise():
