@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from medcg_jax.models.minigpt_v2 import MiniGPTv2Config
 from medcg_jax.models.next_chat import NextChatConfig
@@ -142,7 +142,8 @@ def export_peft(params, config, dst: Path, *, base: str = "") -> int:
     prefix = re.escape(re.match(r"(.*\.layers\.)\d+\.", kernels[0])[1])
     ends = sorted({re.sub(r".*\.layers\.\d+\.", "", name) for name in kernels})
     others = [name.split(".") for name in modules if ".lora_" not in name]
-    save_file({name: np.ascontiguousarray(value) for name, value in stream}, dst / ADAPTER_FILE, {"format": "pt"})
+    tensors = {name: np.ascontiguousarray(value) for name, value in stream}
+    (dst / ADAPTER_FILE).write_bytes(save(tensors, {"format": "pt"}))
     about = {
         "peft_type": "LORA", "base_model_name_or_path": base or None, "task_type": None, "inference_mode": True,
         "r": config.lora.rank, "lora_alpha": config.lora.alpha, "lora_dropout": 0.0, "bias": "none",
