@@ -49,7 +49,8 @@ def convert(src: Path, dst: Path, *, to: str = "orbax", parts: Mapping[str, Path
     """{"out", "to", "parameters", "tensors", "dtype"} after writing `dst` from `src`; prints one line.
 
     src: a released directory or a converted one. to: "orbax"; "hf" for the released layout, adapters merged into the
-      weights (those of the checkpoint that the run started from, not what was made of them in 4 or 8 bits); "peft" for the adapters (and a projector that was trained with them) as peft's.
+      weights (of the checkpoint that the run started from, not what was made of them in 4 or 8 bits); "peft" for the
+      adapters, and a projector that was trained with them, as peft's.
     parts: files or directories of a release that lie elsewhere, by the names that `weights.families` explains.
     Weights keep the dtype they have in `src`. `dst` appears when all of it is written.
 
