@@ -50,6 +50,8 @@ TINY = {
     "next_chat_tiny": next_chat.next_chat_tiny,
     "next_chat_tiny_sam": partial(next_chat.next_chat_tiny, sam=sam_tiny()),
 }
+# Numbers of a stack of matrices, a quarter of a gigabyte in float32, that `create` quantises before it makes another.
+ALONE_NUMBERS = 1 << 26
 Config = (
     llava.LlavaConfig | qwen2_vl.Qwen2VLConfig | mllama.MllamaConfig | minigpt_v2.MiniGPTv2Config
     | next_chat.NextChatConfig
@@ -195,20 +197,36 @@ def _flat(parts: PartitionSpec) -> set[str]:
 
 
 def create(config: Config, mesh: Mesh, *, seed: int, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
-    """(graphdef, params) with random weights, made directly in their shardings on `mesh`."""
+    """(graphdef, params) with random weights, made directly in their shardings on `mesh`.
+
+    Large stacks of matrices that are quantised are made one after the other: one of them is there in float32 at a time.
+    """
     graphdef, _ = _abstract_variables(config, param_dtype)
-    return graphdef, _initializer(config, mesh, param_dtype)(seed)
+    structure = jax.tree.structure(shardings(config, mesh), is_leaf=is_quantized)
+    leaves = [None] * structure.num_leaves
+    for places, init in _initializers(config, mesh, param_dtype):
+        for place, leaf in zip(places, jax.block_until_ready(init(seed)), strict=True):
+            leaves[place] = leaf
+    return graphdef, jax.tree.unflatten(structure, leaves)
 
 
 @lru_cache(maxsize=16)
-def _initializer(config: Config, mesh: Mesh, param_dtype):
-    def init(seed):
+def _initializers(config: Config, mesh: Mesh, param_dtype) -> list[tuple[list[int], Callable]]:
+    """(places of parameters in the tree, their program, of a seed): of most together, of large ones alone."""
+    wanted = jax.tree.leaves(shardings(config, mesh), is_leaf=is_quantized)
+    shapes = jax.tree.leaves(abstract(config)[1], is_leaf=is_quantized)
+    large = [i for i, x in enumerate(shapes) if is_quantized(x) and math.prod(x.shape) >= ALONE_NUMBERS]
+    groups = [[i for i in range(len(wanted)) if i not in large], *([i] for i in large)]
+
+    def init(seed, places):
         made = nnx.state(_module(config, nnx.Rngs(jax.random.key(seed)), param_dtype))
-        return jax.tree_util.tree_map_with_path(lambda *leaf: _kept(config, *leaf), made, is_leaf=_is_variable)
+        leaves = jax.tree_util.tree_flatten_with_path(made, is_leaf=_is_variable)[0]
+        return [_kept(config, *leaves[i]) for i in places]
 
     # A program of hundreds of small random draws, run once: on CPUs LLVM would optimise it for longer than it runs.
     quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-    return jax.jit(init, out_shardings=shardings(config, mesh), compiler_options=quick)
+    made = partial(jax.jit, compiler_options=quick)
+    return [(g, made(partial(init, places=g), out_shardings=[wanted[i] for i in g])) for g in groups]
 
 
 def create_adapters(config: Config, mesh: Mesh, *, seed: int, param_dtype=jnp.float32) -> dict:

@@ -83,6 +83,17 @@ def test_two_cells_share_a_quantised_base():
     assert np.abs(losses[0, 50] - np.concatenate([losses[(0,)], losses[(50,)]], axis=1)).max() < 1e-5
 
 
+def test_large_matrices_made_one_after_the_other_are_the_same(monkeypatch):
+    config, mesh = kept("nf4"), make_mesh(devices=jax.devices()[:1])
+    _, together = build.create(config, mesh, seed=0)
+    monkeypatch.setattr(build, "ALONE_NUMBERS", 2 * 16 * 32)
+    build._initializers.cache_clear()
+    assert [len(places) for places, _ in build._initializers(config, mesh, jnp.float32)][1:] == [1, 1, 1]
+    _, alone = build.create(config, mesh, seed=0)
+    build._initializers.cache_clear()
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), together, alone))
+
+
 def test_only_what_is_not_trained_is_kept_otherwise():
     for dtype in ("bfloat16", "nf4"):
         config = kept(dtype)
