@@ -1,6 +1,7 @@
 """LLaVA-1.5-7B on the released Med-MAT data: the paper's base model, recipe and pairs.
 
     medcg reproduce --config=configs/llava15_7b.py --config.data.root=MED_MAT --workdir=runs/llava15_7b
+    medcg reproduce --config=configs/llava15_7b.py:qlora --config.data.root=MED_MAT --workdir=runs/llava15_7b_qlora
 
 `model.checkpoint` names a directory with the weights: llava-hf/llava-1.5-7b-hf as released, or what `medcg convert`
 made of it. The mesh is for one pod slice or 8 GPUs with 80 GB; every device count that `fsdp` divides will do.
@@ -15,19 +16,29 @@ from medcg_jax.run_config import (
     RunConfig,
     StudyConfig,
     TrainConfig,
+    replace,
 )
+
+# LLaVA-1.5's own LoRA recipe (scripts/v1_5/finetune_lora.sh at c121f04): rank 128, alpha 256, all products of the
+# decoder, and the projector with them. Its rate is 2e-4, and 2e-5 for the projector; here one rate is for both.
+LORA = dict(trainable=("projector", "lora"), lora_rank=128, lora_alpha=256.0)
+BASE_DTYPES = {"lora": "bfloat16", "qlora": "nf4"}
 
 
 def get_config(arg: str = "7b"):
+    """arg: the size; or "lora" or "qlora": the 7B with adapters on a base in bfloat16, for four chips of 16 GB, or in 4
+    bits, for one GPU of 24 GB or such chips."""
+    size, adapters = (arg, {}) if arg not in BASE_DTYPES else ("7b", LORA | {"base_dtype": BASE_DTYPES[arg]})
     run = RunConfig(
-        name=f"llava15_{arg}",
-        mesh=MeshConfig(data=-1, fsdp=8),
+        name=f"llava15_{size}_{arg}" if adapters else f"llava15_{size}",
+        mesh=MeshConfig(data=1, fsdp=-1) if adapters else MeshConfig(data=-1, fsdp=8),
         model=ModelConfig(
-            name=f"llava15_{arg}",
-            checkpoint=f"checkpoints/llava-1.5-{arg}-hf",
-            tokenizer=f"checkpoints/llava-1.5-{arg}-hf",
+            name=f"llava15_{size}",
+            checkpoint=f"checkpoints/llava-1.5-{size}-hf",
+            tokenizer=f"checkpoints/llava-1.5-{size}-hf",
             compute_dtype="bfloat16",
             remat="full",
+            **adapters,
         ),
         data=DataConfig(source="release", root="Med-MAT", max_text_tokens=192, row_multiple=16),
         # The digest of the published version gives epochs, batch and learning rate; the warm-up is LLaVA-1.5's.
@@ -36,4 +47,7 @@ def get_config(arg: str = "7b"):
         eval=EvalConfig(batch_size=64),
         study=StudyConfig(tables=("pairs",)),
     )
+    if adapters:
+        # Half of the activations at a time; neither changes a result.
+        run = replace(run, train__learning_rate=2e-4, train__accumulation_steps=2, eval__batch_size=8)
     return to_config_dict(run)

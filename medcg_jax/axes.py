@@ -21,6 +21,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "patch": None,
     "pos": None,
     "rank": None,
+    # The rank of an adapter's half whose other axes fsdp does not split.
+    "rank_parts": "fsdp",
     "vision_embed": "fsdp",
     "vision_mlp": "tensor",
     "vision_heads": "tensor",

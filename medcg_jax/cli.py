@@ -23,7 +23,7 @@ from medcg_jax.run_config import ConfigError, Interrupted, RunConfig, RunError
 # Files of a release that may lie apart from it.
 RELEASE_PARTS = {
     "clip": "CLIP ViT-L/14-336, where SRC holds no vision tower",
-    "base": "the Llama that SRC's projector or adapters were trained on, where SRC holds a part of LLaVA alone",
+    "base": "what SRC's projector or adapters were trained on, where SRC holds them alone (LLaVA's parts: the Llama)",
     "eva": "eva_vit_g.pth, where it does not lie beside SRC (Llama 2 for MiniGPT-v2)",
     "minigpt": "MiniGPT-v2's own .pth, where it does not lie beside SRC",
     "sam": "sam_vit_h_4b8939.pth, where NExT-Chat's SRC holds no SAM",
@@ -105,7 +105,7 @@ def parser() -> Parser:
     convert = add(verbs, "convert", convert_weights, "released PyTorch checkpoint to Orbax, and back")
     convert.add_argument("src", metavar="SRC")
     convert.add_argument("dst", metavar="DST")
-    convert.add_argument("--to", choices=("orbax", "hf"), default="orbax")
+    convert.add_argument("--to", choices=("orbax", "hf", "peft"), default="orbax")
     for part, what in RELEASE_PARTS.items():
         convert.add_argument(f"--{part}", default="", metavar="PATH", help=what)
     parity = add(verbs, "parity", parity_check, "the same input through this port and the PyTorch reference")

@@ -4,10 +4,12 @@ import math
 
 from medcg_jax.run_config import (
     ATTENTION,
+    BASE_DTYPES,
     BOX_TABLES,
     CONTROLS,
     DTYPES,
     LEAKS,
+    LORA_TARGETS,
     MASK_PARTS,
     MATMUL,
     MODELS,
@@ -51,7 +53,9 @@ def check(run: RunConfig) -> None:
     for name in run.model.trainable:
         one_of("model.trainable", name, PARTS)
         if not run.study.models:
-            one_of("model.trainable", name, parts_of(MODELS[run.model.name], PARTS))
+            parts = parts_of(MODELS[run.model.name], PARTS, lora_rank=run.model.lora_rank)
+            one_of("model.trainable", name, parts)
+    check_adapters(run.model)
     if trains_masks(run.model) and not set(run.model.trainable) <= set(MASK_PARTS):
         raise ConfigError(
             f"model.trainable={run.model.trainable}: {', '.join(MASK_PARTS)} are trained by themselves, after the boxes"
@@ -110,6 +114,32 @@ def check_pack(run: RunConfig) -> None:
         raise ConfigError(
             "model.attention='cudnn': auto, plain or splash is accepted with data.pack=1, cuDNN's kernel reads segment "
             "ids as lengths"
+        )
+
+
+def check_adapters(model: ModelConfig) -> None:
+    one_of("model.base_dtype", model.base_dtype, BASE_DTYPES)
+    at_least("model.lora_rank", model.lora_rank, 0)
+    at_least("model.lora_alpha", model.lora_alpha, 0)
+    for name in model.lora_targets:
+        one_of("model.lora_targets", name, LORA_TARGETS)
+    if not model.lora_targets or len(set(model.lora_targets)) < len(model.lora_targets):
+        accepted = ", ".join(LORA_TARGETS)
+        raise ConfigError(f"model.lora_targets={model.lora_targets}: one or more of {accepted} are accepted, once each")
+    if model.matmul and model.base_dtype not in DTYPES:
+        raise ConfigError(
+            f"model.matmul={model.matmul!r} with model.base_dtype={model.base_dtype!r}: \"\" is accepted, the products of "
+            "a quantised base are taken in model.compute_dtype"
+        )
+    if model.lora_rank and "lora" not in model.trainable:
+        raise ConfigError(
+            f"model.lora_rank={model.lora_rank} with model.trainable={model.trainable}: adapters are trained by "
+            "\"lora\" there; 0 is accepted without it"
+        )
+    if model.lora_rank and "decoder" in model.trainable:
+        raise ConfigError(
+            f"model.trainable={model.trainable} with model.lora_rank={model.lora_rank}: \"decoder\" or \"lora\" is "
+            "accepted, the one in the other's place"
         )
 
 

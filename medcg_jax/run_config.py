@@ -12,11 +12,15 @@ ATTENTION = ("auto", "plain", "splash", "cudnn")
 MATMUL = ("", "int8", "fp8")
 REMAT = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16")
+# How parameters that are not trained can be kept.
+BASE_DTYPES = (*DTYPES, "int8", "nf4")
+# Products of a decoder's layer that can have a low-rank adapter.
+LORA_TARGETS = ("q", "k", "v", "out", "gate", "up", "down")
 # What a base trains, which every model has; and what else a fine-tune may train, by the models that have it.
 TRAINABLE = ("vision", "projector", "decoder")
 # Those of masks are trained by themselves, with a loss of their own.
 MASK_PARTS = ("mask_prompt", "mask_decoder", "sam_encoder")
-# Part -> the family that alone has it.
+# Part -> the family that alone has it; "lora" the others have where `model.lora_rank` is above 0.
 OWN_PARTS = {"lora": "minigpt_v2", "boxes": "next_chat"} | dict.fromkeys(MASK_PARTS, "next_chat")
 PARTS = (*TRAINABLE, *OWN_PARTS)
 TABLES = ("pairs", "triples", "ablation", "multi_task", "efficiency")
@@ -87,7 +91,7 @@ class ModelConfig:
     # Tokenizer directory or tokenizer.json; "" takes the small one kept in the package.
     tokenizer: str = ""
     compute_dtype: str = "float32"
-    # Products of the decoder's weights in 8 bits, by qwix: of `MATMUL` (`nn.quantised`); "": in `compute_dtype`.
+    # Products of the decoder's weights in 8 bits, by qwix: of `MATMUL` (`nn.matmul`); "": in `compute_dtype`.
     matmul: str = ""
     attention: str = "auto"
     remat: str = "none"
@@ -104,6 +108,16 @@ class ModelConfig:
     max_boxes: int = 0
     # LLaVA-1.5's second stage: the vision tower stays frozen.
     trainable: tuple[str, ...] = ("projector", "decoder")
+    # Adapters on the decoder's products (LoRA): a part "lora" that can be trained in the decoder's place. 0: none, but
+    # MiniGPT-v2 has its own.
+    lora_rank: int = 0
+    # Their product is scaled by alpha / rank. 0: twice the rank, as in LLaVA-1.5's own recipe (256 of 128).
+    lora_alpha: float = 0.0
+    # Of `LORA_TARGETS`; LLaVA-1.5's recipe has all.
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+    # How parameters that are not trained are kept, of `BASE_DTYPES`. int8 and nf4 are for the matrices of blocks;
+    # norms, biases and tables are bfloat16 then.
+    base_dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -286,9 +300,10 @@ def trains_masks(model: ModelConfig) -> bool:
     return bool(set(model.trainable) & set(MASK_PARTS))
 
 
-def parts_of(family: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the names that are parts of the family's models, in their order."""
-    return tuple(name for name in names if OWN_PARTS.get(name, family) == family)
+def parts_of(family: str, names: tuple[str, ...], *, lora_rank: int = 0) -> tuple[str, ...]:
+    """Those of the names that are parts of the family's models, in their order. lora_rank: as `ModelConfig`'s."""
+    own = OWN_PARTS if not lora_rank else {part: has for part, has in OWN_PARTS.items() if part != "lora"}
+    return tuple(name for name in names if own.get(name, family) == family)
 
 
 def flat(config: dict, prefix: str = "") -> dict:

@@ -6,6 +6,7 @@ Parameters travel as an `nnx.State` of plain arrays (`params`), apart from the `
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import lru_cache, partial
 
 import jax
@@ -17,7 +18,10 @@ from medcg_jax.axes import spec
 from medcg_jax.models import llava, minigpt_v2, mllama, next_chat, qwen2_vl
 from medcg_jax.models.sam import sam_tiny
 from medcg_jax.nn import matmul
+from medcg_jax.nn.base import Base
 from medcg_jax.nn.layers import Dense
+from medcg_jax.nn.lora import LoraConfig
+from medcg_jax.nn.quant import QUANTIZED, array_type, is_quantized, like, quantize
 
 # A config's type -> the module that it is the architecture of.
 MODULES: dict[type, type[nnx.Module]] = {
@@ -48,6 +52,8 @@ TINY = {
     "next_chat_tiny": next_chat.next_chat_tiny,
     "next_chat_tiny_sam": partial(next_chat.next_chat_tiny, sam=sam_tiny()),
 }
+# Numbers of a stack of matrices, a quarter of a gigabyte in float32, that `create` quantises before it makes another.
+ALONE_NUMBERS = 1 << 26
 Config = (
     llava.LlavaConfig | qwen2_vl.Qwen2VLConfig | mllama.MllamaConfig | minigpt_v2.MiniGPTv2Config
     | next_chat.NextChatConfig
@@ -73,6 +79,10 @@ def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> 
     # What only some families have; `run_checks.check` refuses it elsewhere.
     own = ("min_pixels", "max_pixels", "max_boxes", "intermediate_from", "mask_text_only_rows_attention")
     runs |= {name: value for name in own if (value := getattr(model, name))}
+    if model.lora_rank:
+        runs["lora"] = LoraConfig(model.lora_rank, model.lora_alpha or 2.0 * model.lora_rank, model.lora_targets)
+    if model.base_dtype != "float32":
+        runs["base"] = Base(model.base_dtype, model.trainable)
     if model.name in TINY:
         if vocab_size is None or "image_token_id" not in ids:
             raise ValueError(f"model.name={model.name!r} has no vocabulary of its own: pass the tokenizer's")
@@ -86,21 +96,49 @@ def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> 
 
 
 def abstract(config: Config, *, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
-    """(graphdef, params) with a `jax.ShapeDtypeStruct` for each array; allocates nothing."""
+    """(graphdef, params) with a `jax.ShapeDtypeStruct` for each array; allocates nothing.
+
+    What `config.base` says to quantise is a `QArray` of them.
+    """
     graphdef, state = _abstract_variables(config, param_dtype)
-    return graphdef, _arrays(state)
+
+    def one(path, variable):
+        shape, dtype = variable.get_value(), kept_as(config, path, variable)
+        if dtype in QUANTIZED:
+            return like(shape.shape, dtype)
+        return shape if dtype is None else jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype))
+
+    return graphdef, jax.tree_util.tree_map_with_path(one, state, is_leaf=_is_variable)
+
+
+def kept_as(config: Config, path, variable: nnx.Variable) -> str | None:
+    """The dtype that `config.base` gives the parameter at `path`, of `run_config.BASE_DTYPES`; None: its own."""
+    base = config.base
+    if base.dtype == "float32" or path[0].key in base.trained:
+        return None
+    is_matrix = path[-1].key == "kernel" and variable.get_metadata("axes")[0] == "layer"
+    return base.dtype if base.dtype in QUANTIZED and is_matrix else "bfloat16"
 
 
 def axis_names(config: Config) -> nnx.State:
     """The logical names of every parameter's axes, as a tuple for each leaf of `params`."""
-    _, state = _abstract_variables(config, jnp.float32)
-    return jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=_is_variable)
+    return _of_axes(config, lambda v: v.get_metadata("axes"))
 
 
 def partition_specs(config: Config) -> nnx.State:
     """The PartitionSpec of every parameter, by its logical names."""
+    return _of_axes(config, lambda v: spec(*v.get_metadata("axes")))
+
+
+def _of_axes(config: Config, of: Callable[[nnx.Variable], object]) -> nnx.State:
+    """What `of` gives for every parameter, in params' tree."""
     _, state = _abstract_variables(config, jnp.float32)
-    return jax.tree.map(lambda v: spec(*v.get_metadata("axes")), state, is_leaf=_is_variable)
+
+    def one(path, variable):
+        found, dtype = of(variable), kept_as(config, path, variable)
+        return array_type()(found, found, None, dtype) if dtype in QUANTIZED else found
+
+    return jax.tree_util.tree_map_with_path(one, state, is_leaf=_is_variable)
 
 
 def shardings(config: Config, mesh: Mesh) -> nnx.State:
@@ -108,6 +146,7 @@ def shardings(config: Config, mesh: Mesh) -> nnx.State:
 
     Key and value heads that the tensor axis does not divide are held whole by every device. A vocabulary that it does
     not divide is not split; the width of its table is, over fsdp and tensor, where they divide it (`replicated`).
+    Scales of a quantised matrix lie as it does, but along an axis of which the mesh does not divide their number.
 
     Raises:
       ValueError: another axis of a parameter cannot be divided over the mesh axes that its name is split over.
@@ -117,7 +156,12 @@ def shardings(config: Config, mesh: Mesh) -> nnx.State:
     def one(path, variable):
         shape, parts = variable.get_value().shape, _parts(variable, mesh)
         _check_divides(jax.tree_util.keystr(path), shape, parts, mesh)
-        return NamedSharding(mesh, parts)
+        place, dtype = NamedSharding(mesh, parts), kept_as(config, path, variable)
+        if dtype not in QUANTIZED:
+            return place
+        scales = like(shape, dtype).scale.shape
+        split = [axes if _divides(size, axes, mesh) else None for size, axes in zip(scales, parts, strict=True)]
+        return array_type()(place, NamedSharding(mesh, PartitionSpec(*split)), None, dtype)
 
     return jax.tree_util.tree_map_with_path(one, state, is_leaf=_is_variable)
 
@@ -139,6 +183,7 @@ def _parts(variable: nnx.Variable, mesh: Mesh) -> PartitionSpec:
     undivided = {
         name for name, size in zip(names, shape, strict=True)
         if name in ("kv_heads", "vocab") and size % mesh.shape["tensor"]
+        or name == "rank_parts" and size % mesh.shape["fsdp"]
     }  # fmt: skip
 
     def one(name: str, size: int) -> str | None:
@@ -157,24 +202,68 @@ def _flat(parts: PartitionSpec) -> set[str]:
 
 
 def create(config: Config, mesh: Mesh, *, seed: int, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
-    """(graphdef, params) with random weights, made directly in their shardings on `mesh`."""
+    """(graphdef, params) with random weights, made directly in their shardings on `mesh`.
+
+    Large stacks of matrices that are quantised are made one after the other: one of them is there in float32 at a time.
+    """
     graphdef, _ = _abstract_variables(config, param_dtype)
-    return graphdef, _initializer(config, mesh, param_dtype)(seed)
+    structure = jax.tree.structure(shardings(config, mesh), is_leaf=is_quantized)
+    leaves = [None] * structure.num_leaves
+    for places, init in _initializers(config, mesh, param_dtype):
+        for place, leaf in zip(places, jax.block_until_ready(init(seed)), strict=True):
+            leaves[place] = leaf
+    return graphdef, jax.tree.unflatten(structure, leaves)
 
 
 @lru_cache(maxsize=16)
-def _initializer(config: Config, mesh: Mesh, param_dtype):
-    def init(seed):
-        return _arrays(nnx.state(_module(config, nnx.Rngs(jax.random.key(seed)), param_dtype)))
+def _initializers(config: Config, mesh: Mesh, param_dtype) -> list[tuple[list[int], Callable]]:
+    """(places of parameters in the tree, their program, of a seed): of most together, of large ones alone."""
+    wanted = jax.tree.leaves(shardings(config, mesh), is_leaf=is_quantized)
+    shapes = jax.tree.leaves(abstract(config)[1], is_leaf=is_quantized)
+    large = [i for i, x in enumerate(shapes) if is_quantized(x) and math.prod(x.shape) >= ALONE_NUMBERS]
+    groups = [[i for i in range(len(wanted)) if i not in large], *([i] for i in large)]
+
+    def init(seed, places):
+        made = nnx.state(_module(config, nnx.Rngs(jax.random.key(seed)), param_dtype))
+        leaves = jax.tree_util.tree_flatten_with_path(made, is_leaf=_is_variable)[0]
+        return [_kept(config, *leaves[i]) for i in places]
 
     # A program of hundreds of small random draws, run once: on CPUs LLVM would optimise it for longer than it runs.
     quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-    return jax.jit(init, out_shardings=shardings(config, mesh), compiler_options=quick)
+    made = partial(jax.jit, compiler_options=quick)
+    return [(g, made(partial(init, places=g), out_shardings=[wanted[i] for i in g])) for g in groups]
+
+
+def create_adapters(config: Config, mesh: Mesh, *, seed: int, param_dtype=jnp.float32) -> dict:
+    """What `create` gives as the part "lora": a dict."""
+    return _adapter_initializer(config, mesh, param_dtype)(seed)
+
+
+@lru_cache(maxsize=16)
+def _adapter_initializer(config: Config, mesh: Mesh, param_dtype):
+    def init(seed):
+        return _arrays(nnx.state(_module(config, nnx.Rngs(jax.random.key(seed)), param_dtype))).raw_mapping["lora"]
+
+    return jax.jit(init, out_shardings=shardings(config, mesh).raw_mapping["lora"])
+
+
+def _kept(config: Config, path, variable: nnx.Variable):
+    """The parameter's value as `config.base` says that it is kept."""
+    value, dtype = variable.get_value(), kept_as(config, path, variable)
+    if dtype is None:
+        return value
+    return quantize(value, dtype) if dtype in QUANTIZED else value.astype(dtype)
 
 
 def num_params(params) -> int:
-    """How many numbers `params` hold, arrays or abstract."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    """How many numbers `params` hold, arrays or abstract; a quantised matrix's scales are none."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantized))
+
+
+def num_bytes(params) -> float:
+    """Bytes that `params` take on devices, arrays or abstract: numbers of 4 bits lie two in a byte."""
+    leaves = jax.tree.leaves(params)
+    return sum(math.prod(x.shape) * (0.5 if x.dtype == jnp.uint4 else x.dtype.itemsize) for x in leaves)
 
 
 def split_trainable(params: nnx.State, names: tuple[str, ...]) -> tuple[nnx.State, nnx.State]:
@@ -220,6 +309,15 @@ def _abstract_variables(config: Config, param_dtype):
 
 def _check_divides(name: str, shape, parts: PartitionSpec, mesh: Mesh) -> None:
     for size, axes in zip(shape, parts, strict=True):
-        over = math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or ()))
-        if size % over:
+        if not _divides(size, axes, mesh):
+            over = _num_parts(axes, mesh)
             raise ValueError(f"{name} {shape}: {size} cannot be split over mesh axis {axes} of {over} devices")
+
+
+def _divides(size: int, axes, mesh: Mesh) -> bool:
+    """Whether an axis can be split over these mesh axes of a PartitionSpec."""
+    return size % _num_parts(axes, mesh) == 0
+
+
+def _num_parts(axes, mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or ()))

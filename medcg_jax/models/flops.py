@@ -5,6 +5,7 @@ The formulas agree with PyTorch's FlopCounterMode on CLIP and Llama (tests/model
 of parameters of every family's parts. Left out: norms, activations, NExT-Chat's heads for boxes (under 0.1 %) and SAM.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 from medcg_jax.models.build import Config
@@ -12,6 +13,7 @@ from medcg_jax.models.minigpt_v2 import MiniGPTv2Config
 from medcg_jax.models.mllama import MllamaConfig
 from medcg_jax.models.mllama_vit import NUM_TILES
 from medcg_jax.models.qwen2_vl import Qwen2VLConfig
+from medcg_jax.nn.lora import LoraConfig, target_axes
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,11 @@ def forward(config: Config, *, length: int, num_images: int = 1, num_logits: int
         crossed, seen = len(text.cross_layers), num_images * config.vision.num_tokens
         decoder += crossed * (seen - length) * 4.0 * text.embed_dim * text.head_dim * text.num_kv_heads
         attention += 4.0 * crossed * length * (seen - length) * width
-    elif isinstance(config, MiniGPTv2Config):
-        out = text.head_dim * (text.num_heads + text.num_kv_heads)
-        adapters = 2.0 * length * num_layers * config.lora.rank * (2 * text.embed_dim + out)
+    if config.lora is not None:
+        adapters = length * num_layers * adapter_products(text, config.lora)
+        if isinstance(config, MllamaConfig):
+            sides = sum(_sides(text, name) for name in config.lora.targets if name in "kv")
+            adapters += crossed * (seen - length) * 2.0 * config.lora.rank * sides
     return Flops(
         vision=num_images * vision,
         projector=num_images * projector,
@@ -102,6 +106,16 @@ def decoder_products(text) -> float:
     """FLOPs of one token in one decoder block, without attention's scores and sums."""
     attention = 4.0 * text.embed_dim * text.head_dim * (text.num_heads + text.num_kv_heads)
     return attention + 6.0 * text.embed_dim * text.mlp_dim
+
+
+def adapter_products(text, lora: LoraConfig) -> float:
+    """FLOPs of one token in the adapters of one decoder block."""
+    return 2.0 * lora.rank * sum(_sides(text, name) for name in lora.targets)
+
+
+def _sides(text, target: str) -> int:
+    """Numbers that go into a product of a decoder block and come out of it, for one token."""
+    return sum(math.prod(size for _, size in axes) for axes in target_axes(text, target))
 
 
 def training(one: Flops, *, trainable: tuple[str, ...], causal: bool = False, remat: str = "none") -> float:

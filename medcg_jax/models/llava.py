@@ -14,7 +14,9 @@ from medcg_jax.models import decoder as decoder_lib
 from medcg_jax.models.clip import ClipUnused, ClipVision, ClipVisionConfig
 from medcg_jax.models.decoder import Decoder, DecoderConfig
 from medcg_jax.models.merge import merge_images
+from medcg_jax.nn.base import Base
 from medcg_jax.nn.layers import ACTIVATIONS, Dense, gelu
+from medcg_jax.nn.lora import Adapters, LoraConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class LlavaConfig:
     remat: str = "none"
     scan_unroll: int = 0
     matmul: str = ""
+    # Adapters on the decoder's products; None: none.
+    lora: LoraConfig | None = None
+    base: Base = Base()
     # Between the projector's layers; a name in `nn.layers.ACTIVATIONS`.
     projector_activation: str = "gelu"
     projector_bias: bool = True
@@ -136,6 +141,7 @@ class Llava(nnx.Module):
         own = dict(use_bias=config.projector_bias, activation=config.projector_activation)
         self.projector = Projector(config, **own, **made)
         self.decoder = Decoder(config.text, **made, **runs)
+        self.lora = Adapters(config.text, config.lora, config.text.num_layers, **made) if config.lora else None
         self.unused = ClipUnused(config.vision, **made)
 
     def encode_images(self, images: dict[str, jax.Array]) -> jax.Array:
@@ -171,7 +177,7 @@ class Llava(nnx.Module):
                 raise ValueError(f"{name} {ids.shape} beside tokens {tokens.shape}: [batch, length] is accepted")
         x = self.embed(tokens, self.encode_images(images) if images is not None else image_features)
         rest = dict(segment_ids=segment_ids, positions=positions, cache=cache, at=at)
-        return self.decoder(x, attention=self.config.attention, **rest)
+        return self.decoder(x, attention=self.config.attention, lora=self.lora, **rest)
 
     def embed(self, tokens: jax.Array, image_features: jax.Array | None = None) -> jax.Array:
         """float[B, T, D]: what the decoder's first layer gets, image features in place of image tokens."""

@@ -13,8 +13,9 @@ from medcg_jax.models import decoder as decoder_lib
 from medcg_jax.models.decoder import Decoder, DecoderConfig
 from medcg_jax.models.eva import EvaConfig, EvaVision
 from medcg_jax.models.merge import merge_images
+from medcg_jax.nn.base import Base
 from medcg_jax.nn.layers import Dense
-from medcg_jax.nn.lora import LoraConfig, QVAdapters
+from medcg_jax.nn.lora import Adapters, LoraConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class MiniGPTv2Config:
     vision: EvaConfig = EvaConfig()
     text: DecoderConfig = DecoderConfig()
     lora: LoraConfig = LoraConfig()
+    base: Base = Base()
     # Patches that make one token: neighbours in a row of the image, strips of 1 x 4.
     patches_per_token: int = 4
     # May lie outside the vocabulary (32000 rows are 0..31999): its row is never read.
@@ -92,7 +94,7 @@ def minigpt_v2_tiny(
         max_positions=512,
     )  # fmt: skip
     ids = dict(image_token_id=image_token_id, pad_token_id=pad_token_id, eos_token_id=eos_token_id)
-    return MiniGPTv2Config(vision, text, LoraConfig(lora_rank, lora_alpha), **ids, **fields)
+    return MiniGPTv2Config(vision, text, **{"lora": LoraConfig(lora_rank, lora_alpha), **ids, **fields})
 
 
 class MiniGPTv2(nnx.Module):
@@ -110,7 +112,7 @@ class MiniGPTv2(nnx.Module):
         grouped, width = config.patches_per_token * config.vision.embed_dim, config.text.embed_dim
         self.projector = Dense("bpe,ed->bpd", (grouped, width), ("vision_mlp", "embed"), use_bias=True, **made)
         self.decoder = Decoder(config.text, **made, **runs)
-        self.lora = QVAdapters(config.text, config.lora, **made)
+        self.lora = Adapters(config.text, config.lora, config.text.num_layers, **made)
 
     def encode_images(self, images: dict[str, jax.Array]) -> jax.Array:
         """float[B, I * P, D] features of each row's images, one image behind the other.

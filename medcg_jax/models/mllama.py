@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from medcg_jax.models.mllama_text import EXTRA_ROWS, MllamaDecoder, MllamaTextConfig, images_in_view
+from medcg_jax.models.mllama_text import EXTRA_ROWS, MllamaAdapters, MllamaDecoder, MllamaTextConfig, images_in_view
 from medcg_jax.models.mllama_vit import NUM_TILES, MllamaVision, MllamaVisionConfig
 from medcg_jax.nn.attention import take_positions
+from medcg_jax.nn.base import Base
 from medcg_jax.nn.context import constrain
 from medcg_jax.nn.layers import Dense
+from medcg_jax.nn.lora import LoraConfig
 from medcg_jax.nn.rope import Llama3Scaling, count_positions, rope_angles
 
 
@@ -40,6 +42,9 @@ class MllamaConfig:
     remat: str = "none"
     scan_unroll: int = 0
     matmul: str = ""
+    # Adapters on the decoder's products; None: none.
+    lora: LoraConfig | None = None
+    base: Base = Base()
 
     @property
     def num_image_tokens(self) -> int:
@@ -119,6 +124,7 @@ class Mllama(nnx.Module):
         shape = (config.vision.feature_dim, config.text.embed_dim)
         self.projector = Dense("...e,ed->...d", shape, ("vision_mlp", "embed"), use_bias=True, **made)
         self.decoder = MllamaDecoder(config.text, **made, **runs)
+        self.lora = MllamaAdapters(config.text, config.lora, **made) if config.lora else None
 
     def encode_images(self, images: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """{"features": float[B, I, tiles * tokens, D], "num_tiles": int[B, I]} of each row's images.
@@ -187,7 +193,7 @@ class Mllama(nnx.Module):
         x, kept = self.decoder(
             constrain(x, "act_batch", "act_len", "act_embed"),
             angles=rope_angles(positions, text.head_dim, text.rope_theta, text.rope_scaling),
-            segment_ids=segment_ids, cache=slots, memory=memory, attention=self.config.attention,
+            segment_ids=segment_ids, cache=slots, memory=memory, attention=self.config.attention, lora=self.lora,
             look=None if memory is None else self.look(first, following, num_tiles),
         )  # fmt: skip
         x = x if at is None else take_positions(x, at)

@@ -18,6 +18,8 @@ from medcg_jax.nn.attention import masked_attention
 from medcg_jax.nn.blocks import REMAT_POLICIES, DecoderBlock, run_stack
 from medcg_jax.nn.context import constrain
 from medcg_jax.nn.layers import ACTIVATIONS, Dense, Embedding, RMSNorm, Stack
+from medcg_jax.nn.lora import Adapters, LoraConfig, adapted
+from medcg_jax.nn.quant import cast
 from medcg_jax.nn.rope import Llama3Scaling
 
 # Rows of the embedding beyond the vocabulary; the image token's is the first. The head has none of them.
@@ -90,22 +92,32 @@ class CrossBlock(nnx.Module):
         self.down = Dense("btf,fd->btd", (mlp_dim, width), ("mlp", "embed"), **plain)
         self.attention_gate, self.mlp_gate = gate(**made), gate(**made)
 
-    def keys_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """k, v: float[B, M, K, H] of the images' tokens, float[B, M, D]."""
-        k, v = (constrain(f(memory), "act_batch", "act_len", "act_heads", None) for f in (self.k, self.v))
+    def keys_values(self, memory: jax.Array, lora=None) -> tuple[jax.Array, jax.Array]:
+        """k, v: float[B, M, K, H] of the images' tokens, float[B, M, D]. lora: as in `DecoderBlock`."""
+        k, v = (constrain(adapted(self, lora, f, memory), "act_batch", "act_len", "act_heads", None) for f in "kv")
         return self.k_norm(k), v
 
-    def __call__(self, x, keys_values, *, allowed, sees, mask_attention: bool) -> jax.Array:
+    def __call__(self, x, keys_values, *, allowed, sees, mask_attention: bool, lora=None) -> jax.Array:
         """allowed: bool[B, T, M]. sees: bool[B, T] whether a token has an image; mask_attention: as the config's."""
+        run = partial(adapted, self, lora)
         k, v = (part.astype(x.dtype) for part in keys_values)
-        q = self.q_norm(constrain(self.q(self.norm1(x)), "act_batch", "act_len", "act_heads", None))
-        y = self.out(masked_attention(q, k, v, allowed))
+        q = self.q_norm(constrain(run("q", self.norm1(x)), "act_batch", "act_len", "act_heads", None))
+        y = run("out", masked_attention(q, k, v, allowed))
         y = jnp.where(sees[..., None], y, 0) if mask_attention else y
         x = x + gated(y, self.attention_gate)
         y = self.norm2(x)
-        hidden = constrain(ACTIVATIONS[self.activation](self.gate(y)) * self.up(y), "act_batch", "act_len", "act_mlp")
-        y = jnp.where(sees[..., None], self.down(hidden), 0)
+        hidden = ACTIVATIONS[self.activation](run("gate", y)) * run("up", y)
+        hidden = constrain(hidden, "act_batch", "act_len", "act_mlp")
+        y = jnp.where(sees[..., None], run("down", hidden), 0)
         return constrain(x + gated(y, self.mlp_gate), "act_batch", "act_len", "act_embed")
+
+
+class MllamaAdapters(nnx.Module):
+    """`blocks` and `cross`: adapters of the decoder's layers of either kind."""
+
+    def __init__(self, text: MllamaTextConfig, config: LoraConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.blocks = Adapters(text, config, len(text.self_layers), rngs=rngs, dtype=dtype)
+        self.cross = Adapters(text, config, len(text.cross_layers), rngs=rngs, dtype=dtype)
 
 
 class MllamaDecoder(nnx.Module):
@@ -124,49 +136,60 @@ class MllamaDecoder(nnx.Module):
         self.norm = RMSNorm(width, eps=config.norm_eps, **made)
         self.head = Dense("...d,dv->...v", (width, config.vocab_size), ("embed", "vocab"), use_bias=False, **made)
 
-    def __call__(self, x, *, angles, segment_ids, cache, look, memory, attention: str):
+    def __call__(self, x, *, angles, segment_ids, cache, look, memory, attention: str, lora=None):
         """(float[B, T, D] after the final norm, what is to be kept: None, or (self k and v, cross k and v or None)).
 
         cache: None, or {"k", "v", "segment_ids", "index"} as `DecoderBlock` takes it, for all self-attention layers.
         look: keyword arguments of `CrossBlock`. memory: the images' tokens float[B, M, D], or the cross k and v of all
           layers that an earlier call gave, which then are not given again; None: no images, and the cross-attention
           layers are left out.
+        lora: None, or `MllamaAdapters`.
         """
         config = self.config
         if not config.group_size:
-            return self._one_by_one(x, angles, segment_ids, cache, look, memory, attention)
+            return self._one_by_one(x, angles, segment_ids, cache, look, memory, attention, lora)
         groups, place = len(config.cross_layers), config.cross_layers[0]
         graphdef, params = nnx.split(self.blocks)
         grouped = lambda tree: jax.tree.map(lambda w: w.reshape(groups, -1, *w.shape[1:]), tree)
         # Cast before the scan, as `run_stack` does.
-        params = grouped(jax.tree.map(lambda w: w.astype(x.dtype), params))
+        params = grouped(jax.tree.map(partial(cast, dtype=x.dtype), params))
+        (lora_graph, own_lora), (cross_graph, cross_lora) = (None, None), (None, None)
+        if lora is not None:
+            (lora_graph, own_lora), (cross_graph, cross_lora) = nnx.split(lora.blocks), nnx.split(lora.cross)
+            own_lora = grouped(own_lora)
         slots = None if cache is None else grouped((cache["k"], cache["v"]))
         shared = {} if cache is None else {name: cache[name] for name in ("segment_ids", "index")}
         known = memory if isinstance(memory, tuple) else None
 
         def body(cross, x, own):
-            params, slots, seen = own
+            params, slots, seen, own_lora, cross_lora = own
             kept, made = [], None
+            added = None if lora is None else nnx.merge(cross_graph, cross_lora)
             for i in range(config.group_size):
                 if i == place:
                     if memory is not None:
-                        made = cross.keys_values(memory) if seen is None else None
-                        x = cross(x, made or seen, **look)
+                        made = cross.keys_values(memory, added) if seen is None else None
+                        x = cross(x, made or seen, lora=added, **look)
                     continue
                 j = len(kept)
-                block = nnx.merge(graphdef, jax.tree.map(lambda w, j=j: w[j], params))
+                part = lambda tree, j=j: jax.tree.map(lambda w: w[j], tree)
+                block = nnx.merge(graphdef, part(params))
+                adapters = None if lora is None else nnx.merge(lora_graph, part(own_lora))
                 slot = None if slots is None else {"k": slots[0][j], "v": slots[1][j], **shared}
-                x, pair = block(x, angles=angles, segment_ids=segment_ids, cache=slot, implementation=attention)
+                x, pair = block(
+                    x, angles=angles, segment_ids=segment_ids, cache=slot, lora=adapters, implementation=attention
+                )  # fmt: skip
                 kept.append(pair)
             return x, None if slots is None else (jax.tree.map(lambda *parts: jnp.stack(parts), *kept), made)
 
         # What is kept for the backward pass, or run again in it, is a group.
-        x, kept = run_stack(self.cross, body, x, (params, slots, known), unroll=self.unroll, remat=self.remat)
+        per_group = (params, slots, known, own_lora, cross_lora)
+        x, kept = run_stack(self.cross, body, x, per_group, unroll=self.unroll, remat=self.remat)
         if kept is not None:
             kept = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), kept[0]), kept[1]
         return self.norm(x), kept
 
-    def _one_by_one(self, x, angles, segment_ids, cache, look, memory, attention):
+    def _one_by_one(self, x, angles, segment_ids, cache, look, memory, attention, lora):
         """As a call, for cross-attention layers at any places: every layer is a program of its own in the loop."""
         shared = {} if cache is None else {name: cache[name] for name in ("segment_ids", "index")}
         policy = REMAT_POLICIES[self.remat]
@@ -176,16 +199,18 @@ class MllamaDecoder(nnx.Module):
             if layer not in self.config.cross_layers:
                 slot = None if cache is None else {"k": cache["k"][own], "v": cache["v"][own], **shared}
                 step = partial(layer_of(self.blocks, own, x.dtype), angles=angles, segment_ids=segment_ids)
-                step = partial(step, implementation=attention, cache=slot)
+                adapters = None if lora is None else layer_of(lora.blocks, own, x.dtype)
+                step = partial(step, implementation=attention, cache=slot, lora=adapters)
                 x, pair = run(step)(x)
                 kept.append(pair)
                 own += 1
                 continue
             block = layer_of(self.cross, cross, x.dtype)
+            adapters = None if lora is None else layer_of(lora.cross, cross, x.dtype)
             if memory is not None:
                 known = isinstance(memory, tuple)
-                pair = jax.tree.map(lambda w, i=cross: w[i], memory) if known else block.keys_values(memory)
-                step = partial(block, keys_values=pair, **look)
+                pair = jax.tree.map(lambda w, i=cross: w[i], memory) if known else block.keys_values(memory, adapters)
+                step = partial(block, keys_values=pair, lora=adapters, **look)
                 x = run(step)(x)
                 made += [] if known else [pair]
             cross += 1
@@ -203,7 +228,7 @@ class MllamaDecoder(nnx.Module):
 def layer_of(blocks: nnx.Module, index: int, dtype) -> nnx.Module:
     """One layer of a stack, its parameters in `dtype`."""
     graphdef, params = nnx.split(blocks)
-    return nnx.merge(graphdef, jax.tree.map(lambda w: w[index].astype(dtype), params))
+    return nnx.merge(graphdef, jax.tree.map(lambda w: cast(w[index], dtype), params))
 
 
 def images_in_view(is_image: jax.Array, before=None) -> tuple[jax.Array, jax.Array]:

@@ -19,7 +19,9 @@ from medcg_jax.models.merge import merge_images
 from medcg_jax.models.sam import SamConfig, SamEncoder, SamPrompt
 from medcg_jax.models.sam_decoder import MaskDecoder
 from medcg_jax.nn.attention import take_positions
+from medcg_jax.nn.base import Base
 from medcg_jax.nn.layers import Dense
+from medcg_jax.nn.lora import Adapters, LoraConfig
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class NextChatConfig:
     remat: str = "none"
     scan_unroll: int = 0
     matmul: str = ""
+    # Adapters on the decoder's products; None: none.
+    lora: LoraConfig | None = None
+    base: Base = Base()
 
     @property
     def num_image_tokens(self) -> int:
@@ -157,6 +162,7 @@ class NextChat(nnx.Module):
         self.vision = ClipVision(config.vision, **made, **runs)
         self.projector = Projector(config, **made)
         self.decoder = Decoder(config.text, **made, **runs)
+        self.lora = Adapters(config.text, config.lora, config.text.num_layers, **made) if config.lora else None
         self.boxes = Boxes(config.text, **made)
         self.unused = ClipUnused(config.vision, **made)
         if config.sam is not None:
@@ -208,9 +214,10 @@ class NextChat(nnx.Module):
             decoded = self.boxes.encode(cache["box"]).astype(x.dtype)
             x = x.at[:, 0].set(jnp.where(cache["after_at"][:, None], decoded, x[:, 0]))
         rest = dict(segment_ids=segment_ids, positions=positions, cache=cache)
+        rest |= dict(attention=self.config.attention, lora=self.lora)
         if cache is None:
-            return self.decoder(x, attention=self.config.attention, at=at, **rest)
-        hidden, kept = self.decoder(x, attention=self.config.attention, **rest)
+            return self.decoder(x, at=at, **rest)
+        hidden, kept = self.decoder(x, **rest)
         kept |= self._read_boxes(tokens, hidden, segment_ids, cache)
         return hidden if at is None else take_positions(hidden, at), kept
 

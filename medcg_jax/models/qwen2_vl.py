@@ -16,7 +16,9 @@ from flax import nnx
 from medcg_jax.models import decoder as decoder_lib
 from medcg_jax.models.decoder import Decoder, DecoderConfig
 from medcg_jax.models.qwen2_vit import Qwen2Vit, Qwen2VitConfig
+from medcg_jax.nn.base import Base
 from medcg_jax.nn.layers import Dense, LayerNorm, gelu
+from medcg_jax.nn.lora import Adapters, LoraConfig
 from medcg_jax.nn.rope import Angles, frequencies
 
 QWEN2_7B = DecoderConfig(
@@ -49,6 +51,9 @@ class Qwen2VLConfig:
     remat: str = "none"
     scan_unroll: int = 0
     matmul: str = ""
+    # Adapters on the decoder's products; None: none.
+    lora: LoraConfig | None = None
+    base: Base = Base()
 
     def __post_init__(self):
         if len(self.mrope_sections) != 3 or 2 * sum(self.mrope_sections) != self.text.head_dim:
@@ -173,6 +178,7 @@ class Qwen2VL(nnx.Module):
         self.vision = Qwen2Vit(config.vision, **made, **runs)
         self.projector = Merger(config, **made)
         self.decoder = Decoder(config.text, **made, **runs)
+        self.lora = Adapters(config.text, config.lora, config.text.num_layers, **made) if config.lora else None
 
     def encode_images(self, images: dict[str, jax.Array]) -> ImageFeatures:
         """The features of each row's images, and how many of each image's slots are real.
@@ -222,7 +228,8 @@ class Qwen2VL(nnx.Module):
             positions = places.positions + (0 if cache is None else cache["next_position"][:, None, None])
         out, held = self.decoder(
             self.embed(tokens, features, places.slots), segment_ids=segment_ids,
-            angles=mrope_angles(positions, self.config), cache=cache, at=at, attention=self.config.attention,
+            angles=mrope_angles(positions, self.config), cache=cache, at=at, lora=self.lora,
+            attention=self.config.attention,
         )  # fmt: skip
         if cache is not None:
             last = jnp.where(segment_ids[..., None] != 0, positions, -1).max(axis=(1, 2))

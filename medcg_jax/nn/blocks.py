@@ -3,12 +3,16 @@
 A stack is one block whose parameters have a leading `layer` axis; `run_stack` scans over it.
 """
 
+from functools import partial
+
 import jax
 from flax import nnx
 
 from medcg_jax.nn.attention import attention, attention_at, take_positions
 from medcg_jax.nn.context import constrain, platform
 from medcg_jax.nn.layers import ACTIVATIONS, Dense, LayerNorm, RMSNorm, Stack, quick_gelu
+from medcg_jax.nn.lora import adapted
+from medcg_jax.nn.quant import cast
 from medcg_jax.nn.rope import Angles, rotate
 
 # Name in the config -> policy of `jax.checkpoint` ("none": no checkpoint at all).
@@ -77,16 +81,14 @@ class DecoderBlock(nnx.Module):
 
         at: int[B, L]; x comes back as [B, L, D], at these positions alone, and no more of it is computed. None: at all.
 
-        lora: None, or a module whose `q` and `v`, called with the normed x, give what is added to these projections.
+        lora: None, or `Adapters` of one layer: what is added to the products.
         cache: None, or a dict of one layer's `k`, `v` [B, S, K, H], the `segment_ids` int[B, S] of all its slots
           (those of x included) and `index`, the slot of x's first token.
         """
+        run = partial(adapted, self, lora)
         y = self.norm1(x)
-        k, v = self.k(y), self.v(y)
-        own = y if at is None else take_positions(y, at)
-        q = self.q(own)
-        if lora is not None:
-            q, v = q + lora.q(own), v + lora.v(y)
+        k, v = run("k", y), run("v", y)
+        q = run("q", y if at is None else take_positions(y, at))
         q, k, v = (constrain(z, "act_batch", "act_len", "act_heads", None) for z in (q, k, v))
         k = rotate(k, angles)
         if at is not None:
@@ -105,10 +107,11 @@ class DecoderBlock(nnx.Module):
                     q, k.astype(q.dtype), v.astype(q.dtype), causal=True, segment_ids=segment_ids,
                     kv_segment_ids=cache["segment_ids"], q_offset=cache["index"], implementation="plain",
                 )  # fmt: skip
-        x = x + self.out(y)
+        x = x + run("out", y)
         y = self.norm2(x)
-        hidden = constrain(ACTIVATIONS[self.activation](self.gate(y)) * self.up(y), "act_batch", "act_len", "act_mlp")
-        return constrain(x + self.down(hidden), "act_batch", "act_len", "act_embed"), (k, v)
+        hidden = ACTIVATIONS[self.activation](run("gate", y)) * run("up", y)
+        hidden = constrain(hidden, "act_batch", "act_len", "act_mlp")
+        return constrain(x + run("down", hidden), "act_batch", "act_len", "act_embed"), (k, v)
 
 
 def is_empty(cache: dict) -> bool:
@@ -133,7 +136,7 @@ def run_stack(blocks: nnx.Module, body, x: jax.Array, per_layer=None, *, unroll:
         raise ValueError(f"remat={remat!r}; accepted: {', '.join(REMAT_POLICIES)}")
     graphdef, params = nnx.split(blocks)
     # Cast before the scan: a sharded weight then travels in the compute dtype.
-    params = jax.tree.map(lambda w: w.astype(x.dtype), params)
+    params = jax.tree.map(partial(cast, dtype=x.dtype), params)
     num_layers = jax.tree.leaves(params)[0].shape[0]
 
     def layer_of(body):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from medcg_jax.axes import spec
-from medcg_jax.nn import matmul
+from medcg_jax.nn import matmul, quant
 from medcg_jax.nn.context import constrain, current_mesh
 
 Stack = tuple[int, ...]
@@ -93,8 +93,12 @@ class Dense(nnx.Module):
         self.bias = param(_zeros, bias_shape, bias_axes, **made) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        einsum = partial(matmul.einsum, self.matmul) if self.matmul else product
-        y = einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+        kernel = self.kernel.get_value()
+        if quant.is_quantized(kernel):
+            y = quant.product(self.equation, x, kernel)
+        else:
+            einsum = partial(matmul.einsum, self.matmul) if self.matmul else product
+            y = einsum(self.equation, x, kernel.astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

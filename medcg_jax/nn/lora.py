@@ -1,24 +1,36 @@
-"""Low-rank adapters (LoRA) on a decoder's query and value projections, kept apart from the weights that they change.
+"""Low-rank adapters (LoRA) on the products of a decoder's layers, kept apart from the weights that they change.
 
 peft's dropout before them, which acts in training alone, is left out.
-Source: huggingface/peft:src/peft/tuners/lora.py at 0.2.0; arXiv 2106.09685.
+Source: huggingface/peft:src/peft/tuners/lora/layer.py at 0.21; arXiv 2106.09685.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from medcg_jax.nn.layers import Stack, normal, param
+from medcg_jax.nn.layers import Stack, param
+
+# The products of a decoder's block that can have an adapter.
+TARGETS = ("q", "k", "v", "out", "gate", "up", "down")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The defaults are MiniGPT-v2's."""
+    """The defaults are MiniGPT-v2's. targets: of `TARGETS`."""
 
     rank: int = 64
     alpha: float = 16.0
+    targets: tuple[str, ...] = ("q", "v")
+
+    def __post_init__(self):
+        if self.rank < 1 or not self.targets or not set(self.targets) <= set(TARGETS):
+            raise ValueError(
+                f"lora rank={self.rank}, targets={self.targets}: a rank of at least 1 and one or more of "
+                f"{', '.join(TARGETS)} are accepted"
+            )
 
     @property
     def scale(self) -> float:
@@ -26,28 +38,54 @@ class LoraConfig:
 
 
 class Adapter(nnx.Module):
-    """What is added to one projection to heads: scale * (x a) b, with `b` zero at first."""
+    """What is added to one product: scale * (x a) b, with `b` zero at first."""
 
-    def __init__(
-        self, embed_dim: int, num_heads: int, head_dim: int, heads: str, config: LoraConfig, *, rngs, dtype,
-        stack: Stack = (),
-    ):  # fmt: skip
+    def __init__(self, inputs, outputs, config: LoraConfig, *, rngs, dtype, stack: Stack = ()):
+        """inputs, outputs: (logical name, size) of each axis of the product."""
         made = dict(rngs=rngs, dtype=dtype, stack=stack)
-        self.scale = config.scale
-        self.a = param(normal(embed_dim**-0.5), (embed_dim, config.rank), ("embed", "rank"), **made)
-        self.b = param(normal(0.0), (config.rank, num_heads, head_dim), ("rank", heads, "head_dim"), **made)
+        (in_names, in_sizes), (out_names, out_sizes) = zip(*inputs, strict=True), zip(*outputs, strict=True)
+        self.scale, self.num_inputs = config.scale, len(inputs)
+        bound = math.prod(in_sizes) ** -0.5  # kaiming_uniform_ with a = sqrt(5)
+        self.a = param(_uniform(bound), (*in_sizes, config.rank), (*in_names, _rank_beside(in_names)), **made)
+        self.b = param(_uniform(0.0), (config.rank, *out_sizes), (_rank_beside(out_names), *out_names), **made)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """float[B, T, N, H] for x[B, T, D]."""
-        low = jnp.einsum("btd,dr->btr", x, self.a[...].astype(x.dtype))
-        return self.scale * jnp.einsum("btr,rnh->btnh", low, self.b[...].astype(x.dtype))
+        """float[B, T, outputs] for x[B, T, inputs]."""
+        low = jnp.tensordot(x, self.a[...].astype(x.dtype), self.num_inputs)
+        return jnp.tensordot(self.scale * low, self.b[...].astype(x.dtype), 1)
 
 
-class QVAdapters(nnx.Module):
-    """Adapters of the query and value projections of all layers: what `models.decoder.Decoder` takes."""
+class Adapters(nnx.Module):
+    """Adapters of so many layers, one for each of `config.targets` under its name: what `DecoderBlock` takes."""
 
-    def __init__(self, text, config: LoraConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
-        """text: the decoder's `DecoderConfig`."""
-        made = dict(rngs=rngs, dtype=dtype, stack=(text.num_layers,))
-        self.q = Adapter(text.embed_dim, text.num_heads, text.head_dim, "heads", config, **made)
-        self.v = Adapter(text.embed_dim, text.num_kv_heads, text.head_dim, "kv_heads", config, **made)
+    def __init__(self, text, config: LoraConfig, num_layers: int, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        """text: the decoder's config."""
+        for name in config.targets:
+            axes = target_axes(text, name)
+            setattr(self, name, Adapter(*axes, config, rngs=rngs, dtype=dtype, stack=(num_layers,)))
+
+
+def target_axes(text, target: str) -> tuple:
+    """(input axes, output axes) of a product of a decoder's block, each axis as (logical name, size)."""
+    embed, mlp = (("embed", text.embed_dim),), (("mlp", text.mlp_dim),)
+    heads = (("heads", text.num_heads), ("head_dim", text.head_dim))
+    kv_heads = (("kv_heads", text.num_kv_heads), ("head_dim", text.head_dim))
+    return {
+        "q": (embed, heads), "k": (embed, kv_heads), "v": (embed, kv_heads), "out": (heads, embed),
+        "gate": (embed, mlp), "up": (embed, mlp), "down": (mlp, embed),
+    }[target]  # fmt: skip
+
+
+def adapted(block: nnx.Module, lora: nnx.Module | None, name: str, x: jax.Array) -> jax.Array:
+    """The block's product of that name, with its adapter where `lora` has one."""
+    y, adapter = getattr(block, name)(x), getattr(lora, name, None)
+    return y if adapter is None else y + adapter(x)
+
+
+def _rank_beside(names: tuple[str, ...]) -> str:
+    """The rank's logical name in a half with these other axes: each half is split over fsdp once."""
+    return "rank" if "embed" in names else "rank_parts"
+
+
+def _uniform(bound: float):
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)

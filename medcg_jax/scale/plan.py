@@ -71,6 +71,7 @@ def plan(
         "mesh": dict(mesh.shape),
         "model": run.model.name,
         "trainable": list(run.model.trainable),
+        "base_dtype": run.model.base_dtype,
         "remat": run.model.remat,
         "compute_dtype": run.model.compute_dtype,
         "batch_size": run.train.batch_size,

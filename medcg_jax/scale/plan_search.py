@@ -106,7 +106,8 @@ def candidates(run: RunConfig, num_devices: int, peak: Peak) -> Iterator[Candida
     each = num_devices // max(1, run.mesh.cell)
     model = architecture_of(run.model)
     heads, params = model.text.num_heads, build.abstract(model)[1]
-    sizes = tuple(map(build.num_params, build.split_trainable(params, run.model.trainable)))
+    trainable, frozen = build.split_trainable(params, run.model.trainable)
+    sizes = build.num_params(trainable), build.num_params(frozen), build.num_bytes(frozen)
     for tensor in _divisors(each):
         if heads % tensor:
             continue
@@ -126,10 +127,10 @@ def candidates(run: RunConfig, num_devices: int, peak: Peak) -> Iterator[Candida
                     yield estimate(tried, peak, *sizes)
 
 
-def estimate(run: RunConfig, peak: Peak, trainable: int, frozen: int) -> Candidate:
+def estimate(run: RunConfig, peak: Peak, trainable: int, frozen: int, frozen_bytes: float) -> Candidate:
     """The run with bytes of one device that its step needs at least, and its seconds as by the textbook.
 
-    trainable, frozen: numbers of parameters.
+    trainable, frozen: numbers of parameters. frozen_bytes: of these as they are kept.
     Bytes: float32 weights and moments, the weights that a fine-tune starts from, gradients, and what is kept of every
     decoder block for the backward pass (its input with full remat; with `dots` the results of its products too; without
     also what lies between). Seconds: FLOPs at the peak, 2 gathers of all weights and 1 reduction over fsdp, a sum of
@@ -156,7 +157,7 @@ def estimate(run: RunConfig, peak: Peak, trainable: int, frozen: int) -> Candida
     moved += 4 * text.num_layers * 2 * (mesh.tensor - 1) / mesh.tensor * block * text.embed_dim
     seconds = needed["executed"] / (split * mesh.data) / peak.bf16_flops_per_s
     seconds += moved / (peak.link_bytes_per_s or math.inf)
-    return Candidate(run, (5 * 4 * trainable + 4 * frozen) / split + activations, seconds)
+    return Candidate(run, (5 * 4 * trainable + frozen_bytes) / split + activations, seconds)
 
 
 def compiled(one: Candidate, subject: Subject, usable: float, peak: Peak) -> dict:

@@ -26,9 +26,10 @@ def _lines(result: dict) -> Iterator[str]:
     mesh = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items() if axis != "cell" or size > 1)
     yield f"{result['model']} on {result['topology']}: {result['num_devices']} x {result['device']}, mesh {mesh}"
     cells = f"{result['num_cells']} cells at once, " if result["num_cells"] > 1 else ""
+    base = f", the rest kept in {result['base_dtype']}" if result["base_dtype"] != "float32" else ""
     yield (
         f"{cells}batch {result['batch_size']}, rows of {train['row_tokens']} tokens, {result['compute_dtype']}, remat "
-        f"{result['remat']}, trains {', '.join(result['trainable'])}"
+        f"{result['remat']}, trains {', '.join(result['trainable'])}{base}"
     )
     versions, is_tpu = result["versions"], result["device"].startswith("TPU")
     compilers = [name for name in COMPILERS if (name == "libtpu") == is_tpu]

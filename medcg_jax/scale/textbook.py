@@ -6,6 +6,7 @@ Sources: arXiv 1910.02054, section 7 (ZeRO: two gathers and a reduction of the p
 (two sums of activations a layer, forward and backward each).
 """
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 
 from medcg_jax.models import build
 from medcg_jax.models.llava import LlavaConfig
+from medcg_jax.nn.base import Base
 
 
 def textbook_bytes(
@@ -53,6 +55,8 @@ def textbook_bytes(
     """
     if not isinstance(config, LlavaConfig):
         raise ValueError(f"{type(config).__name__}: what a step moves is counted for LLaVA-1.5 alone")
+    # Quantised matrices travel as what they are made into.
+    config = dataclasses.replace(config, base=Base())
     _, params = build.abstract(config)
     specs = jax.tree.map(lambda sharding: sharding.spec, build.shardings(config, mesh))
     width = jnp.dtype(config.compute_dtype).itemsize

@@ -33,7 +33,8 @@ def model_run(run: RunConfig, model: str) -> RunConfig:
     family = MODELS[model]
     tables = tuple(t for t in run.study.tables if t not in BOX_TABLES or family in DETECTION_TABLES)
     own = dict(study__models=(), study__jobs=1, study__tables=tables)
-    parts, flags = parts_of(family, run.model.trainable), run.study.model_flags.get(model, ())
+    parts = parts_of(family, run.model.trainable, lora_rank=run.model.lora_rank)
+    flags = run.study.model_flags.get(model, ())
     found = replace(
         run, name=f"{run.name}_{model}", model__name=model, model__trainable=parts, study__model_flags={}, **own
     )

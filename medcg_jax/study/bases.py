@@ -18,14 +18,14 @@ from medcg_jax.data.records import Turn
 from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.mesh import own_rows
 from medcg_jax.models.build import join, shardings, split_trainable
-from medcg_jax.run_config import MODELS, TRAINABLE, RunConfig, TrainConfig
+from medcg_jax.run_config import MODELS, TRAINABLE, ModelConfig, RunConfig, TrainConfig
 from medcg_jax.study.schedule import seeded
 from medcg_jax.train.checkpoint import load_params, read_meta, save_params
 from medcg_jax.train.goodput import Goodput
 from medcg_jax.train.loop import Cell, fit
 from medcg_jax.train.optim import control_from, make_optimizer
 from medcg_jax.train.run import loop_options
-from medcg_jax.train.setup import Setup, start_params
+from medcg_jax.train.setup import Setup, model_config, start_params
 from medcg_jax.train.step import make_step
 from medcg_jax.train.utilisation import peak_flops, step_flops
 
@@ -33,6 +33,8 @@ from medcg_jax.train.utilisation import peak_flops, step_flops
 VICUNA_FRAME = 13
 # Tokens of an image whose place the reading exercises fill.
 EXERCISE_PLACES = 16
+# Fields of ModelConfig that came after the first bases.
+LATER_FIELDS = ("lora_rank", "lora_alpha", "lora_targets", "base_dtype")
 # Fields of the base's TrainConfig that do not change its weights.
 NOT_IN_FINGERPRINT = ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "keep_every_steps")
 
@@ -43,11 +45,21 @@ def num_pretraining_records(base: TrainConfig) -> int:
     return math.ceil(seen / base.epochs) if base.epochs else seen
 
 
+def base_model(model: ModelConfig) -> ModelConfig:
+    """The model of a base: no adapters but MiniGPT-v2's, and all of it in float32, whatever fine-tunes have."""
+    plain = ModelConfig()
+    own = () if MODELS[model.name] == "minigpt_v2" else ("lora_rank", "lora_alpha", "lora_targets")
+    return dataclasses.replace(model, **{name: getattr(plain, name) for name in (*own, "base_dtype")})
+
+
 def made_of(run: RunConfig) -> dict:
     """Everything the base of a run (of one seed: `schedule.seeded`) is made of, as in JSON."""
     base = {k: v for k, v in dataclasses.asdict(run.base).items() if k not in NOT_IN_FINGERPRINT}
+    model, plain = dataclasses.asdict(base_model(run.model)), dataclasses.asdict(ModelConfig())
+    # Left out where they say nothing: bases of before there were adapters are still the same.
+    model = {k: v for k, v in model.items() if k not in LATER_FIELDS or v != plain[k]}
     parts = {
-        "model": dataclasses.asdict(run.model) | {"trainable": TRAINABLE},
+        "model": model | {"trainable": TRAINABLE},
         "tokenizer": load_tokenizer(run.model.tokenizer, SMALL_TOKENIZERS[MODELS[run.model.name]]).fingerprint,
         "base": base,
         "data": pretraining.pretraining_fingerprint(run.base.seed, num_pretraining_records(run.base)),
@@ -89,12 +101,17 @@ class Bases:
         """Whether cells can start: the base is there, or none is trained (it is `model.checkpoint`)."""
         return not self._run.base.steps or read_meta(self._folder / self.fingerprint(seed)) is not None
 
+    def path(self, seed: int) -> str:
+        """The checkpoint that the seed's cells start from; "": there is none, and weights are random."""
+        return str(self._folder / self.fingerprint(seed)) if self._run.base.steps else self._run.model.checkpoint
+
     def load(self, setup: Setup, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
         """(graphdef, params) of the seed's base on the mesh; kept until another seed is asked for."""
         if self._loaded is None or self._loaded[0] != seed:
             self._loaded = None  # its memory is needed before the next one is read
             if self._run.base.steps:
-                graphdef, params, _ = load_params(self._folder / self.fingerprint(seed), setup.model, setup.mesh)
+                path = self._folder / self.fingerprint(seed)
+                graphdef, params, _ = load_params(path, setup.model, setup.mesh, seed=setup.run.base.seed)
             else:
                 graphdef, params = start_params(setup, seed=setup.run.base.seed)
             self._loaded = seed, (graphdef, params)
@@ -107,6 +124,9 @@ class Bases:
           NonFiniteLoss: it diverged.
         """
         name, config = self.fingerprint(seed), setup.run.base
+        model = base_model(setup.run.model)
+        run = dataclasses.replace(setup.run, model=model)
+        setup = dataclasses.replace(setup, run=run, model=model_config(model, setup.tokenizer))
         # Rows as long as these records need, whatever the cells' are: grids of other data share the base.
         encoded = setup.encode(
             pretraining.pretraining_records(config.seed, num_pretraining_records(config)),

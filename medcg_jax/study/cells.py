@@ -32,7 +32,7 @@ from medcg_jax.train.goodput import Goodput
 from medcg_jax.train.log import CompileMonitor
 from medcg_jax.train.optim import control_from, make_optimizer
 from medcg_jax.train.run import loop_options
-from medcg_jax.train.setup import Setup, open_setup
+from medcg_jax.train.setup import Setup, open_setup, to_keep
 from medcg_jax.train.step import Program, TrainState, make_step
 from medcg_jax.train.utilisation import peak_flops, step_flops
 
@@ -173,11 +173,13 @@ class Trainer:
             self._seed = seed
         return self._setup
 
-    def run(self, waiting: Callable[[], Job | None], base: Base, finish: Callable[[Job, dict], None]) -> None:
+    def run(
+        self, waiting: Callable[[], Job | None], base: Base, finish: Callable[[Job, dict], None], base_path: str
+    ) -> None:  # fmt: skip
         """Trains and tests every job that `waiting` gives, and the one that needs no training by itself.
 
         waiting: the next job of the seed that `setup` was last asked for, or None. finish: called with each job and its
-        outcome, for `results.mark_done`.
+        outcome, for `results.mark_done`. base_path: the checkpoint that `base` is; "": none.
         """
         setup, (graphdef, params) = self._setup, base
         trainable, frozen = split_trainable(params, setup.run.model.trainable)
@@ -205,7 +207,10 @@ class Trainer:
                     with self._goodput.within("evaluation"):
                         self._test(setup, job, graphdef, trained)
                     if self._run.study.keep_weights and job.steps:
-                        save_params(self._workdir / "weights" / job.id, trained, setup.model, {"cell": job.id})
+                        own, rest = split_trainable(trained, setup.run.model.trainable)
+                        kept, beside = to_keep(setup, own, rest, base_path)
+                        path = self._workdir / "weights" / job.id
+                        save_params(path, kept, setup.model, {"cell": job.id}, trained_on=beside)
             except (NonFiniteScores, DataError) as failed:
                 error = failed
             seconds = (time.perf_counter() - jobs.pop(job.id)[1]) / (self._run.study.cells_at_once if job.steps else 1)

@@ -134,7 +134,7 @@ class Worker:
             if job.id in self._held:
                 self._held.pop(job.id).release()
 
-        self._trainer.run(waiting, base, finish)
+        self._trainer.run(waiting, base, finish, self._bases.path(first.seed))
 
     def _another_like(self, first: Job) -> Callable[[], tuple[int, int]]:
         def choose() -> tuple[int, int]:

@@ -25,9 +25,11 @@ from jax.sharding import Mesh
 from medcg_jax.distributed import barrier, broadcast, gather
 from medcg_jax.files import write_whole
 from medcg_jax.models.llava import LlavaConfig
+from medcg_jax.nn.quant import is_quantized
 from medcg_jax.run_config import ConfigError, RunError
 from medcg_jax.train import checksums, disk
 from medcg_jax.train.bit_sums import bit_sums, check_bit_sums
+from medcg_jax.weights.engine import by_path
 
 META_FILE = "meta.json"
 PART = ".part"
@@ -215,10 +217,13 @@ class Checkpoints:
         return aside
 
 
-def save_params(directory: Path, params, config: LlavaConfig, meta: dict | None = None) -> None:
+def save_params(
+    directory: Path, params, config: LlavaConfig, meta: dict | None = None, *, trained_on: str = ""
+) -> None:  # fmt: skip
     """Writes parameters in the layout of a converted checkpoint (`model.checkpoint` takes it), whole or not at all.
 
     meta: JSON that `load_params` gives back: what made them, and its fingerprint.
+    trained_on: the checkpoint that holds the rest, where `params` are no more than the parts that were trained.
     A directory that is there already is replaced.
     """
     from medcg_jax.weights import convert
@@ -229,8 +234,8 @@ def save_params(directory: Path, params, config: LlavaConfig, meta: dict | None 
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     barrier(f"{part} is empty")
-    convert.save_params(part, params, config)
-    sums = bit_sums(params)
+    convert.save_params(part, params, config, trained_on=trained_on)
+    sums = bit_sums(_as_saved(params))
     if jax.process_index() == 0:
         (part / META_FILE).write_text(json.dumps({**(meta or {}), "bit_sums": sums}, indent=1) + "\n")
     barrier(f"{part} has its files")
@@ -242,8 +247,21 @@ def save_params(directory: Path, params, config: LlavaConfig, meta: dict | None 
     barrier(f"{directory} is written")
 
 
-def load_params(directory: Path, config: LlavaConfig, mesh: Mesh):
+def _as_saved(params):
+    """`params` without quantised matrices, of which other numbers are written."""
+    return [leaf for leaf in jax.tree.leaves(params, is_leaf=is_quantized) if not is_quantized(leaf)]
+
+
+def _is_like(leaf, like) -> bool:
+    return not is_quantized(leaf) and (leaf.shape, leaf.dtype) == (like.shape, like.dtype)
+
+
+def load_params(directory: Path, config: LlavaConfig, mesh: Mesh, *, base: str = "", seed: int = 0):
     """(graphdef, params, meta) of what `save_params` wrote, on `mesh`.
+
+    base: where to look for what it was trained on, if that is no longer where it was. seed: of adapters that are not
+      there.
+    What is kept in another dtype than it was saved in is held against the files' digests alone.
 
     Raises:
       CheckpointError: files are missing or damaged.
@@ -258,8 +276,13 @@ def load_params(directory: Path, config: LlavaConfig, mesh: Mesh):
     if why is not None:
         raise CheckpointError(f"{directory}: parameters are damaged ({why}); delete the directory to make it anew")
     try:
-        graphdef, params = convert.load_checkpoint(Path(directory), config, mesh)
-        check_bit_sums(params, meta["bit_sums"])
+        own = convert.kept_parts(Path(directory))
+        parts = {"base": Path(base)} if base and own and not Path(own[0]).is_dir() else {}
+        graphdef, params = convert.load_checkpoint(Path(directory), config, mesh, parts=parts, seed=seed)
+        saved, found = convert.saved_leaves(Path(directory)), by_path(params)
+        pairs = zip(saved.items(), meta["bit_sums"], strict=True)
+        same = [(found[path], bits) for (path, like), bits in pairs if _is_like(found[path], like)]
+        check_bit_sums([leaf for leaf, _ in same], [bits for _, bits in same])
     except convert.WeightsError:
         raise
     except Exception as error:  # as in Checkpoints.restore

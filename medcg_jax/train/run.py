@@ -11,8 +11,9 @@ from medcg_jax.data.packing import RowShape, choose, sizes
 from medcg_jax.data.pipeline import Batches, draws
 from medcg_jax.data.records import concat
 from medcg_jax.mesh import num_parts, own_rows
-from medcg_jax.models.build import abstract, join, shardings, split_trainable
+from medcg_jax.models.build import abstract, shardings, split_trainable
 from medcg_jax.models.flops import forward, training
+from medcg_jax.nn.base import Base
 from medcg_jax.run_checks import profile_steps
 from medcg_jax.run_config import ConfigError, RunConfig, TrainConfig
 from medcg_jax.train import disk, goodput
@@ -21,7 +22,7 @@ from medcg_jax.train.loop import Cell, fit
 from medcg_jax.train.optim import control_from, make_optimizer
 from medcg_jax.train.preempt import sigterm_saves
 from medcg_jax.train.profile import StepTrace
-from medcg_jax.train.setup import Setup, open_setup, start_params
+from medcg_jax.train.setup import Setup, open_setup, start_params, to_keep
 from medcg_jax.train.step import init_state, make_step
 from medcg_jax.train.utilisation import peak_flops, step_flops
 from medcg_jax.train.wandb_log import WandbTarget, load_wandb
@@ -114,7 +115,8 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
         program, trainable, frozen, [cell], label=run.name, peak_flops=peak_flops(setup.mesh), goodput=clock,
         trace=trace, keep_start=False, **loop_options(run.train),
     )  # fmt: skip
-    save_params(workdir / "params", join(state.params, frozen), setup.model, {"config": cell.config, **result.metrics})
+    kept, base = to_keep(setup, state.params, frozen, run.model.checkpoint)
+    save_params(workdir / "params", kept, setup.model, {"config": cell.config, **result.metrics}, trained_on=base)
     print(f"{result.step} steps on {len(encoded)} records of {len(names)} subsets; parameters in {workdir / 'params'}")
     return {"workdir": str(workdir), "steps": result.step, "records": len(encoded), **result.metrics,
             "skipped_checkpoints": result.skipped_checkpoints}  # fmt: skip
@@ -158,11 +160,13 @@ def loop_options(train: TrainConfig) -> dict[str, int]:
 def check_disk(setup: Setup, workdir: Path) -> None:
     """Raises ConfigError where `workdir` cannot be written, or has no room for checkpoints and the final parameters."""
     run = setup.run
-    _, params = abstract(setup.model)
-    trainable, _ = split_trainable(params, run.model.trainable)
+    # On disk nothing is quantised.
+    _, params = abstract(dataclasses.replace(setup.model, base=Base()))
+    trainable, frozen = split_trainable(params, run.model.trainable)
+    kept, _ = to_keep(setup, trainable, frozen, run.model.checkpoint)
     state = jax.eval_shape(lambda tree: init_state(tree, optimizer=make_optimizer(run.train)), trainable)
     count = run.train.keep_checkpoints + 1
-    needed = disk.num_bytes(state) * count + disk.num_bytes(params)
+    needed = disk.num_bytes(state) * count + disk.num_bytes(kept)
     what = f"{count} checkpoints of {disk.amount(disk.num_bytes(state))} and the parameters, by train.keep_checkpoints"
     if jax.process_index() == 0:
         disk.check_room(workdir, needed, what)

@@ -20,7 +20,7 @@ from medcg_jax.data.records import RecordSet, Source
 from medcg_jax.data.sources import open_source, require_subsets
 from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.mesh import check_batch, make_mesh
-from medcg_jax.models.build import TINY, Config, architecture, create, replicated
+from medcg_jax.models.build import TINY, Config, architecture, create, join, replicated
 from medcg_jax.models.next_chat import NextChatConfig
 from medcg_jax.run_config import MODELS, ConfigError, ModelConfig, RunConfig, trains_masks
 from medcg_jax.train.box_losses import box_loss, mask_loss
@@ -162,4 +162,14 @@ def start_params(setup: Setup, *, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
             return create(setup.model, setup.mesh, seed=seed)
         from medcg_jax.weights.convert import load_checkpoint
 
-        return load_checkpoint(Path(path), setup.model, setup.mesh)
+        return load_checkpoint(Path(path), setup.model, setup.mesh, seed=seed)
+
+
+def to_keep(setup: Setup, trained: nnx.State, frozen: nnx.State, base: str) -> tuple[nnx.State, str]:
+    """(parameters, `trained_on`) of a run for `save_params`: of one with adapters what it trained, and its base beside it.
+
+    base: the checkpoint that the run started from; "": none is kept, and all is.
+    """
+    if setup.run.model.lora_rank and base:
+        return trained, base
+    return join(trained, frozen), ""

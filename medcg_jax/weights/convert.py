@@ -20,7 +20,9 @@ from jax.sharding import Mesh
 
 from medcg_jax.models import build
 from medcg_jax.models.build import Config
-from medcg_jax.weights import engine
+from medcg_jax.nn.base import Base
+from medcg_jax.nn.quant import is_quantized
+from medcg_jax.weights import adapters, engine
 from medcg_jax.weights.families import FAMILIES, family_of, module_of, module_of_release
 from medcg_jax.weights.files import WeightsError, read_json, write_safetensors, written_whole
 
@@ -31,8 +33,10 @@ RUN_FIELDS = (
     "compute_dtype", "matmul", "attention", "remat", "scan_unroll", "image_token_id", "pad_token_id", "eos_token_id",
     "text.max_positions", "min_pixels", "max_pixels", "video_token_id", "vision_start_token_id", "vision_end_token_id",
     "max_boxes",
-    "intermediate_from", "mask_text_only_rows_attention",
+    "intermediate_from", "mask_text_only_rows_attention", "base.dtype", "base.trained",
 )  # fmt: skip
+# What `model.json` states beside the architecture, where the directory holds no more than what was trained.
+OWN_FIELDS = ("trained_on", "parts")
 NO_PARTS: Mapping[str, Path] = {}
 # What a checkpoint directory holds beside weights and config, and a converted one keeps.
 COMPANIONS = (
@@ -44,28 +48,41 @@ COMPANIONS = (
 def convert(src: Path, dst: Path, *, to: str = "orbax", parts: Mapping[str, Path] = NO_PARTS) -> dict:
     """{"out", "to", "parameters", "tensors", "dtype"} after writing `dst` from `src`; prints one line.
 
-    src: a released directory or a converted one. to: "orbax", or "hf" for the released layout.
+    src: a released directory or a converted one. to: "orbax"; "hf" for the released layout, adapters merged into the
+      weights (of the checkpoint that the run started from, not what was made of them in 4 or 8 bits); "peft" for the
+      adapters, and a projector that was trained with them, as peft's.
     parts: files or directories of a release that lie elsewhere, by the names that `weights.families` explains.
     Weights keep the dtype they have in `src`. `dst` appears when all of it is written.
 
     Raises:
       WeightsError: `src` is no checkpoint this port knows, or `dst` exists and is not empty.
     """
-    if to not in ("orbax", "hf"):
-        raise WeightsError(f"to={to!r}; accepted: orbax, hf")
+    if to not in ("orbax", "hf", "peft"):
+        raise WeightsError(f"to={to!r}; accepted: orbax, hf, peft")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise WeightsError(f"{dst} exists and is not empty; a new or empty directory is accepted")
     config = read_config(src, parts=parts)
-    params = open_leaves(src, config, parts=parts)
+    own = kept_parts(src)
+    if to == "peft":
+        params = _own_leaves(src, config, own[1]) if own else open_leaves(src, config, parts=parts)
+        others = sorted(set(own[1] if own else ()) - set(adapters.PEFT_PARTS))
+        if others:
+            raise WeightsError(f"{src} holds {', '.join(others)}, too; to={to!r} takes adapters and a projector")
+    else:
+        params = open_leaves(src, config, parts=parts)
     with written_whole(dst) as part:
         for name in COMPANIONS:
             if (src / name).is_file():
                 shutil.copyfile(src / name, part / name)
-        if to == "hf":
-            export(params, config, part)
+        if to == "peft":
+            num_tensors = adapters.export_peft(params, config, part, base=own[0] if own else "")
         else:
-            save_params(part, params, config)
-    num_tensors = len(engine.slots(module_of(config).table(config), params))
+            plain, without = adapters.without(params, config)
+            num_tensors = len(engine.slots(module_of(config).table(without), plain))
+            if to == "hf":
+                export(params, config, part)
+            else:
+                save_params(part, params, dataclasses.replace(config, base=Base()))
     dtype, number = ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})), build.num_params(params)
     print(f"{src} -> {dst}: {num_tensors} tensors, {number:,} parameters, {dtype}")
     return {"out": str(dst), "to": to, "parameters": number, "tensors": num_tensors, "dtype": dtype}
@@ -86,17 +103,22 @@ def read_config(src: Path, *, parts: Mapping[str, Path] = NO_PARTS) -> Config:
         )
     try:
         if file.name == MODEL_FILE:
-            return _config_from_dict(read_json(file))
+            about = read_json(file)
+            return _config_from_dict({key: value for key, value in about.items() if key not in OWN_FIELDS})
         return module_of_release(src).read_release(src, parts)
     except ValueError as error:  # of a field, or of fields that do not go together
         raise WeightsError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
 
 
 def load_checkpoint(
-    src: Path, config: Config, mesh: Mesh, *, parts: Mapping[str, Path] = NO_PARTS, param_dtype=jnp.float32
+    src: Path, config: Config, mesh: Mesh, *, parts: Mapping[str, Path] = NO_PARTS, param_dtype=jnp.float32,
+    seed: int = 0,
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """(graphdef, params) of the checkpoint in `src` on `mesh`, for the architecture and settings of `config`.
 
+    What `config.base` says to quantise is so a layer at a time, on the devices. Adapters that the checkpoint lacks are
+    made of `seed`. A directory of what was trained alone is laid over what it was trained on, which `model.json` states
+    (or `parts` as `base`).
     A checkpoint with more vocabulary rows than `config` (llava-hf pads 32000 to 32064) loses the rest of them.
     Beside the device arrays no more than one tensor is on the host.
 
@@ -104,14 +126,50 @@ def load_checkpoint(
       WeightsError: no checkpoint, another architecture, or tensors missing, unused or misshapen.
     """
     found = read_config(src, parts=parts)
+    if found.lora is None and config.lora is not None:
+        bare = dataclasses.replace(config, lora=None)
+        _, params = load_checkpoint(src, bare, mesh, parts=parts, param_dtype=param_dtype)
+        lora = build.create_adapters(config, mesh, seed=seed, param_dtype=param_dtype)
+        return build.abstract(config)[0], build.join(params, nnx.State({"lora": lora}))
     _check_same(found, config, src)
-    if (src / MODEL_FILE).is_file():
-        return _restore(src, found, config, mesh, param_dtype)
-    family = module_of(config)
-    tensors, names = family.open_release(src, parts)
     graphdef, abstract = build.abstract(config, param_dtype=param_dtype)
     places = build.shardings(config, mesh)
+    if own := kept_parts(src):
+        base = _base_of(src, own[0], parts)
+        _, params = load_checkpoint(base, config, mesh, param_dtype=param_dtype)
+        leaves, shapes, wanted = _own_leaves(src, config, own[1]), abstract.raw_mapping, places.raw_mapping
+        trained = {name: engine.place(leaves[name], shapes[name], wanted[name]) for name in own[1]}
+        return graphdef, nnx.State({**params.raw_mapping, **trained})
+    if (src / MODEL_FILE).is_file():
+        if config.base.dtype != "float32":
+            return graphdef, engine.place(open_leaves(src, found), abstract, places)
+        return _restore(src, dataclasses.replace(found, base=Base()), config, mesh, param_dtype)
+    family = module_of(config)
+    tensors, names = family.open_release(src, parts)
     return graphdef, engine.load(family.table(config), abstract, places, tensors, names, str(src))
+
+
+def kept_parts(src: Path) -> tuple[str, tuple[str, ...]] | None:
+    """(what a run started from, the parts that it trained) of a directory that holds these parts alone; else None."""
+    about = read_json(src / MODEL_FILE) if (src / MODEL_FILE).is_file() else {}
+    return (about["trained_on"], tuple(about["parts"])) if "parts" in about else None
+
+
+def saved_leaves(src: Path) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """Path -> shape and dtype of every array that `save_params` wrote as it was, in the order of the tree."""
+    own, abstract = kept_parts(src), build.abstract(read_config(src))[1].raw_mapping
+    found = engine.by_path({name: abstract[name] for name in own[1]} if own else abstract)
+    return {path: leaf for path, leaf in found.items() if not is_quantized(leaf)}
+
+
+def _base_of(src: Path, stated: str, parts: Mapping[str, Path]) -> Path:
+    base = Path(parts.get("base") or stated)
+    if not base.is_dir():
+        raise WeightsError(
+            f"{src} holds what a run trained alone, and {base}, which it was trained on, is not there; its place is "
+            "accepted as --base=DIR of `medcg convert` and as model.checkpoint of a run"
+        )
+    return base
 
 
 def open_leaves(src: Path, config: Config, *, parts: Mapping[str, Path] = NO_PARTS) -> dict:
@@ -120,12 +178,28 @@ def open_leaves(src: Path, config: Config, *, parts: Mapping[str, Path] = NO_PAR
     Raises:
       WeightsError: tensors missing, unused or misshapen, or files that cannot be read.
     """
-    from medcg_jax.weights.parts import restore
-
+    config = dataclasses.replace(config, base=Base())
+    if own := kept_parts(src):
+        base = _base_of(src, own[0], parts)
+        has_lora = read_config(base).lora is not None
+        below = config if has_lora else dataclasses.replace(config, lora=None)
+        return {**open_leaves(base, below), **_own_leaves(src, config, own[1])}
     family = module_of(config)
     abstract = nnx.to_pure_dict(build.abstract(config)[1])
     if not (src / MODEL_FILE).is_file():
         return engine.lazy(family.table(config), abstract, *family.open_release(src, parts), str(src))
+    return _stored(src, abstract)
+
+
+def _own_leaves(src: Path, config: Config, parts: tuple[str, ...]) -> dict:
+    """`Leaf`s of these parts, which are all that the directory holds."""
+    abstract = nnx.to_pure_dict(build.abstract(dataclasses.replace(config, base=Base()))[1])
+    return _stored(src, {name: abstract[name] for name in parts})
+
+
+def _stored(src: Path, abstract: dict) -> dict:
+    from medcg_jax.weights.parts import restore
+
     try:
         found = restore(src / PARAMS_DIR, abstract)
     except (OSError, ValueError, KeyError) as error:
@@ -141,8 +215,11 @@ def export(params, config: Config, dst: Path, *, dtype=None) -> None:
 
     Where the image token (or the padding) lies outside LLaVA's vocabulary, its tables get rows up to the next multiple
     of 64: the mean of the others, so that no added row ever has the largest logit.
+    Adapters that the layout does not hold are merged into the weights.
     params: arrays or `engine.Leaf`s. dtype: of all tensors; None: each one's own.
     """
+    params, config = adapters.merged(params, config)
+    params = adapters.whole_leaves(params)
     family = module_of(config)
     table = family.table(config)
     rows = {entry.name for entry in table if entry.rows}
@@ -176,16 +253,22 @@ def export(params, config: Config, dst: Path, *, dtype=None) -> None:
     (dst / "config.json").write_text(json.dumps(released, indent=2) + "\n")
 
 
-def save_params(directory: Path, params, config: Config) -> None:
-    """Writes `params` (arrays or `engine.Leaf`s) with Orbax, and `config` beside them, into `directory`."""
+def save_params(directory: Path, params, config: Config, *, trained_on: str = "") -> None:
+    """Writes `params` (arrays or `engine.Leaf`s) with Orbax, and `config` beside them, into `directory`.
+
+    trained_on: the checkpoint that the rest of the parameters is, where `params` are no more than what was trained.
+    """
     from medcg_jax.weights.parts import save
 
     directory.mkdir(parents=True, exist_ok=True)
     tree = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
+    tree = adapters.whole_leaves(tree)
     stacked = {entry.path for entry in module_of(config).table(config) if entry.layers is not None}
     save(directory / PARAMS_DIR, tree, stacked)
     # Last: a directory with this file is whole.
     written = {"family": family_of(config), **dataclasses.asdict(config)}
+    if trained_on:
+        written |= {"trained_on": str(Path(trained_on).absolute()), "parts": sorted(tree)}
     (directory / MODEL_FILE).write_text(json.dumps(written, indent=1) + "\n")
 
 

@@ -7,7 +7,7 @@ Where parameters go from file to file they are `Leaf`s, of which no more than a 
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from medcg_jax.nn.quant import dequantize, is_quantized, quantize
 from medcg_jax.weights.files import Tensors, WeightsError
 
 Shape = tuple[int, ...]
@@ -123,7 +124,7 @@ def slots(table: list[Entry], params) -> dict[str, Slot]:
       WeightsError: the table does not fill every parameter exactly once (a fault of the table).
     """
     found: dict[str, Slot] = {}
-    leaves = {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    leaves = by_path(params)
     for entry in table:
         shape = tuple(leaves.pop(entry.path).shape)
         if entry.layers is None:
@@ -136,6 +137,12 @@ def slots(table: list[Entry], params) -> dict[str, Slot]:
     if leaves:
         raise WeightsError(f"the table fills no {sorted(leaves)}")
     return found
+
+
+def by_path(params) -> dict[tuple[str, ...], object]:
+    """Path -> leaf of a tree of arrays, shapes, shardings or `Leaf`s; a quantised matrix is one leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
+    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
 
 
 def canonical_names(names, canonical: Callable[[str], str | None], source: str) -> dict[str, str]:
@@ -190,30 +197,45 @@ def _listed(word: str, names: list[str], most: int = 8) -> str:
 def load(table: list[Entry], abstract, shardings, tensors: Tensors, names: dict[str, str], source: str):
     """Params in `shardings`, with the dtypes of `abstract`, from `tensors`.
 
+    What is to be quantised is so on the devices, as it is read: one layer of one matrix is there in float32 at a time.
     names: canonical name -> name in `tensors`.
 
     Raises:
       WeightsError: tensors missing, unused or misshapen, before anything is read.
     """
     wanted = _checked(table, abstract, tensors, names, source)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
-    targets = {tuple(key.key for key in path): leaf for path, leaf in leaves}
-    places = dict(zip(targets, jax.tree.leaves(shardings), strict=True))
+    treedef = jax.tree.structure(abstract, is_leaf=is_quantized)
+    targets, places = by_path(abstract), by_path(shardings)
     made = {}
     for key, name in names.items():
         slot = wanted[key]
         path, layer = slot.entry.path, slot.layer
         target, place = targets[path], places[path]
+        value = _read(slot, tensors, name, np.float32 if is_quantized(target) else target.dtype)
         if layer is None:
-            made[path] = _put(_read(slot, tensors, name, target.dtype), place)
+            made[path] = _put(value, place)
         else:
-            if path not in made:
-                made[path] = _zeros(target.shape, target.dtype, place)
-            inner = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
-            made[path] = _set_layer(place)(made[path], _put(_read(slot, tensors, name, target.dtype), inner), layer)
+            made[path] = _with_layer(made.get(path), target, place, value, layer)
         # Waited for: tensors that are under way to a device are held by the host.
         jax.block_until_ready(made[path])
     return jax.tree.unflatten(treedef, [made[path] for path in targets])
+
+
+def place(leaves, abstract, shardings):
+    """As `load`, of a tree of `Leaf`s; vocabulary rows beyond those of `abstract` are dropped."""
+    treedef = jax.tree.structure(abstract, is_leaf=is_quantized)
+    found, places, made = by_path(leaves), by_path(shardings), []
+    for path, target in by_path(abstract).items():
+        leaf, one = found[path], None
+        if is_quantized(target):
+            for layer in range(target.shape[0]):
+                one = _with_layer(one, target, places[path], leaf[layer].astype(np.float32), layer)
+                jax.block_until_ready(one)
+        else:
+            value = np.asarray(leaf)[tuple(map(slice, target.shape))]
+            one = jax.block_until_ready(_put(value.astype(target.dtype), places[path]))
+        made.append(one)
+    return jax.tree.unflatten(treedef, made)
 
 
 def lazy(table: list[Entry], abstract, tensors: Tensors, names: dict[str, str], source: str):
@@ -247,8 +269,7 @@ def store(table: list[Entry], params) -> tuple[dict[str, tuple[Shape, np.dtype]]
 
     params: arrays or `Leaf`s.
     """
-    leaves = {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
-    wanted = slots(table, params)
+    leaves, wanted = by_path(params), slots(table, params)
 
     def stream():
         for name, slot in wanted.items():
@@ -274,12 +295,50 @@ def _read(slot: Slot, tensors: Tensors, name: str, dtype) -> np.ndarray:
     return slot.entry.transform.load(value, slot.shape).astype(dtype, copy=False)
 
 
+def _with_layer(stack, target, place, value: np.ndarray, layer: int):
+    """`stack` (None: zeros; donated) with `value` as its layer: a shape and its sharding, or those of a `QArray`."""
+    if stack is None:
+        stack = jax.tree.map(lambda part, where: _zeros(part.shape, part.dtype, where), target, place)
+    inner = jax.tree.map(lambda where: NamedSharding(where.mesh, PartitionSpec(*where.spec[1:])), place)
+    if is_quantized(target):
+        qvalue, scale = _quantizer(inner.qvalue, inner.scale, target.qtype)(_put(value, inner.qvalue))
+        value = replace(inner, qvalue=qvalue, scale=scale)
+    else:
+        value = _put(value, inner)
+    return jax.tree.map(lambda whole, part, where: _set_layer(where)(whole, part, layer), stack, value, place)
+
+
+def dequantized(q) -> Leaf:
+    """A quantised stack as a `Leaf` in float32, for files: all of it must be on devices of this process."""
+
+    def read(layer: int | None) -> np.ndarray:
+        part = q if layer is None else jax.tree.map(lambda w: w[layer], q)
+        return np.asarray(_dequantize(part))
+
+    return Leaf(q.shape, np.float32, read)
+
+
 def _put(value: np.ndarray, sharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def _zeros(shape, dtype, sharding) -> jax.Array:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+
+
+@jax.jit
+def _dequantize(q) -> jax.Array:
+    return dequantize(q, jnp.float32)
+
+
+# A sharding of each part of a `QArray` cannot be hashed; matrices of one shape share theirs.
+@lru_cache(maxsize=256)
+def _quantizer(qvalue, scale, dtype: str):
+    def run(w):
+        made = quantize(w, dtype, lead=0)
+        return made.qvalue, made.scale
+
+    return jax.jit(run, out_shardings=(qvalue, scale))
 
 
 @lru_cache(maxsize=256)

@@ -60,9 +60,8 @@ EVA_LAYER = (
     ("mlp.fc2.weight", "down kernel", linear()),
     ("mlp.fc2.bias", "down bias", FLAT),
 )
-LORA_LAYER = tuple(
-    (f"self_attn.{ours}_proj.lora_{half.upper()}.weight", f"{ours} {half}", linear()) for ours in "qv" for half in "ab"
-)
+# Product of a layer -> its module.
+MODULES = {ours.split()[0]: name.removesuffix(".weight") for name, ours, _ in LLAMA_LAYER if ours.endswith("kernel")}
 OUTER = (
     ("visual_encoder.cls_token", "vision class_token", leading_ones(2)),
     ("visual_encoder.pos_embed", "vision positions", leading_ones(1)),
@@ -89,8 +88,14 @@ def table(config: MiniGPTv2Config) -> list[Entry]:
         *_entries("", (), OUTER + LLAMA_OUTER, None),
         *_entries("visual_encoder.blocks.{layer}.", ("vision", "blocks"), EVA_LAYER, blocks),
         *_entries(llama_layer, ("decoder", "blocks"), LLAMA_LAYER, layers),
-        *_entries(llama_layer, ("lora",), LORA_LAYER, layers),
+        *_entries(llama_layer, ("lora",), _lora_layer(config.lora), layers),
     ]
+
+
+def _lora_layer(lora: LoraConfig) -> list:
+    made = {"a": lambda ours: linear(inputs=2 if ours == "out" else 1), "b": lambda ours: linear()}
+    pairs = [(ours, half) for ours in lora.targets for half in "ab"]
+    return [(f"{MODULES[ours]}.lora_{h.upper()}.weight", f"{ours} {h}", made[h](ours)) for ours, h in pairs]
 
 
 def _entries(prefix: str, path: tuple[str, ...], lines, layers: range | None) -> list[Entry]:
@@ -207,8 +212,12 @@ def config_from_json(found: dict) -> MiniGPTv2Config:
     missing = [name for name in sizes if name not in found]
     if missing:
         raise WeightsError(f"config.json of MiniGPT-v2 lacks {', '.join(missing)}")
-    lora = LoraConfig(found["lora_r"], float(found["lora_alpha"]))
-    expect(found, "", lora_target_modules=["q_proj", "v_proj"])
+    targets = {name.partition(".")[2]: ours for ours, name in MODULES.items()}
+    modules = found.get("lora_target_modules", ["q_proj", "v_proj"])
+    if not modules or not set(modules) <= set(targets):
+        accepted = f"['q_proj', 'v_proj'] or others of {', '.join(targets)}"
+        raise WeightsError(f"config.json has lora_target_modules={modules!r}; {accepted} are accepted")
+    lora = LoraConfig(found["lora_r"], float(found["lora_alpha"]), tuple(targets[name] for name in modules))
     if not math.isclose(found.get("lora_scale", lora.scale), lora.scale, rel_tol=1e-6):
         raise WeightsError(f"config.json has lora_scale={found['lora_scale']!r}; {lora.scale!r} is accepted")
     try:
@@ -260,7 +269,7 @@ def config_to_json(config: MiniGPTv2Config, dtype: str) -> dict:
         "lora_r": config.lora.rank,
         "lora_alpha": config.lora.alpha,
         "lora_scale": config.lora.scale,
-        "lora_target_modules": ["q_proj", "v_proj"],
+        "lora_target_modules": [MODULES[name].partition(".")[2] for name in config.lora.targets],
         "image_token_id": config.image_token_id,
         "pad_token_id": config.pad_token_id,
         "eos_token_id": config.eos_token_id,

@@ -24,9 +24,9 @@ def export_llama(params, config: MiniGPTv2Config, dst: Path, *, dtype=None) -> N
 
     def tensors():
         for name, value in stream:
-            part, layer = slots[name].entry.path[2:3], slots[name].layer
-            if part in (("q",), ("v",)):
-                value = value.astype(np.float32) + added(params["lora"][part[0]], layer, config.lora.scale)
+            path, layer = slots[name].entry.path, slots[name].layer
+            if path[1] == "blocks" and path[2] in config.lora.targets:
+                value = value.astype(np.float32) + added(params["lora"][path[2]], layer, config.lora.scale)
             yield name.removeprefix("llama_model."), value.astype(dtype)
 
     dst.mkdir(parents=True, exist_ok=True)
@@ -36,6 +36,6 @@ def export_llama(params, config: MiniGPTv2Config, dst: Path, *, dtype=None) -> N
 
 
 def added(adapter, layer: int, scale: float) -> np.ndarray:
-    """float32[N * H, D]: what a layer's adapter adds to the projection's weight, in PyTorch's orientation."""
+    """float32[out, in]: what a layer's adapter adds to a product's weight, in PyTorch's orientation."""
     a, b = (np.asarray(adapter[half][layer], np.float32) for half in "ab")
-    return scale * (a @ b.reshape(len(b), -1)).T
+    return scale * (a.reshape(-1, len(b)) @ b.reshape(len(b), -1)).T

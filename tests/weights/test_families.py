@@ -152,7 +152,7 @@ REFUSED = {
         ("vision_config.model_type", "clip", "'mllama_vision_model'"),
     ],
     "minigpt_v2": [
-        *LLAMA, ("lora_target_modules", ["q_proj"], "['q_proj', 'v_proj']"), ("lora_scale", 1.0, "0.25"),
+        *LLAMA, ("lora_target_modules", ["lm_head"], "['q_proj', 'v_proj']"), ("lora_scale", 1.0, "0.25"),
         ("num_image_tokens", 64, "256"),
     ],
     "next_chat": [
