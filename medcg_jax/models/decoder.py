@@ -14,7 +14,7 @@ from medcg_jax.nn.attention import take_positions
 from medcg_jax.nn.blocks import DecoderBlock, layers_at_once, run_stack
 from medcg_jax.nn.context import constrain
 from medcg_jax.nn.layers import Dense, Embedding, RMSNorm
-from medcg_jax.nn.rope import Angles, Llama3Scaling, count_positions, rope_angles
+from medcg_jax.nn.rope import Angles, Llama3Scaling, count_positions, counted_angles, rope_angles
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,15 @@ class Decoder(nnx.Module):
         """
         if segment_ids is None and (cache is not None or (positions is None and angles is None)):
             segment_ids = jnp.ones(x.shape[:2], jnp.int32)
-        if positions is None and angles is None:
-            positions = count_positions(segment_ids)
-            positions += 0 if cache is None else (cache["segment_ids"] != 0).sum(axis=-1, keepdims=True)
-        if angles is None:
-            angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        # Made once: a compiler otherwise takes sines and cosines anew wherever layers turn their queries and keys.
-        angles = jax.lax.optimization_barrier(angles)
+        turning = self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
+        if angles is None and positions is None:
+            positions, most = count_positions(segment_ids), x.shape[1]
+            if cache is not None:
+                positions += (cache["segment_ids"] != 0).sum(axis=-1, keepdims=True)
+                most = cache["segment_ids"].shape[1]
+            angles = counted_angles(positions, most, *turning)
+        elif angles is None:
+            angles = rope_angles(positions, *turning)
         x = constrain(x, "act_batch", "act_len", "act_embed")
         lora_graph, lora_layers = (None, None) if lora is None else nnx.split(lora)
         shared, kept_layers = {}, None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Angles = tuple[jax.Array, jax.Array]
 
@@ -40,6 +41,18 @@ def rope_angles(positions: jax.Array, head_dim: int, theta: float, scaling: Llam
     """
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies(head_dim, theta, scaling)
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def counted_angles(
+    positions: jax.Array, length: int, head_dim: int, theta: float, scaling: Llama3Scaling | None = None
+) -> Angles:
+    """As `rope_angles` of positions below `length`, looked up in a table that is made while tracing.
+
+    Compilers otherwise take sines and cosines anew wherever layers turn their queries and keys (a CPU's does).
+    """
+    with jax.ensure_compile_time_eval():
+        table = rope_angles(jnp.arange(length)[None], head_dim, theta, scaling)
+    return tuple(jnp.asarray(np.asarray(part)[0])[positions] for part in table)
 
 
 def rotate(x: jax.Array, angles: Angles) -> jax.Array:
