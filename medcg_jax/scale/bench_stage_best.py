@@ -30,6 +30,8 @@ WAYS = (
     Way("as it is"),
     Way("as medcg train has it", {"xla_gpu_deterministic_ops": True, "xla_gpu_enable_latency_hiding_scheduler": True}),
     Way("four layers at a time", model={"scan_unroll": 4}),
+    Way("fp8 products", model={"matmul": "fp8"}),
+    Way("int8 products", model={"matmul": "int8"}),
     Way("slices in fusions", {"xla_gpu_enable_dynamic_slice_fusion": True}),
     Way("latency hiding", {"xla_gpu_enable_latency_hiding_scheduler": True}),
     Way("no command buffers", {"xla_gpu_enable_command_buffer": ""}),

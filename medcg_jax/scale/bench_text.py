@@ -4,7 +4,7 @@
 DOES = {
     "port": "this port's step, as `medcg train` compiles it",
     "torch eager": "HF transformers: labels in, logits at all positions, rows padded to the longest, fused AdamW",
-    "torch compile": "the same model by torch.compile, static shapes",
+    "torch compile": "the same model by torch.compile, static shapes, graphs broken where transformers breaks them",
     "torch eager flash": "the same with FlashAttention 2",
     "port letters": "log-probabilities of the option letters, by `evaluate`: no token is generated",
     "port generate": "the same, and every row's new tokens",

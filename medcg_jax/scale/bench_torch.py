@@ -7,6 +7,7 @@ is what the port's cast of its master weights amounts to; for inference the weig
 """
 
 import importlib.util
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -66,6 +67,8 @@ class Reference:
         )  # fmt: skip
         self.clip_norm, self.parts = train.clip_norm, train.accumulation_steps
         self.inputs = {name: value.to(self.device) for name, value in hf_inputs(config, batch).items()}
+        # It says where transformers' own code breaks the graph, in a page of text.
+        logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
         self.compiled = torch.compile(self.model, dynamic=False)
 
     def seconds(self, steps: int) -> float:
