@@ -10,7 +10,7 @@ from flax import nnx
 
 from medcg_jax.nn.attention import attention, attention_at, take_positions
 from medcg_jax.nn.context import constrain, platform
-from medcg_jax.nn.layers import ACTIVATIONS, Dense, LayerNorm, RMSNorm, Stack, quick_gelu
+from medcg_jax.nn.layers import ACTIVATIONS, PRODUCT, Dense, LayerNorm, RMSNorm, Stack, quick_gelu
 from medcg_jax.nn.lora import adapted
 from medcg_jax.nn.quant import cast
 from medcg_jax.nn.rope import Angles, rotate
@@ -19,7 +19,7 @@ from medcg_jax.nn.rope import Angles, rotate
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
 

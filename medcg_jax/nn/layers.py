@@ -6,17 +6,21 @@ A layer computes in the dtype of what it is given; norms compute in float32.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from medcg_jax.axes import spec
 from medcg_jax.nn import matmul, quant
 from medcg_jax.nn.context import constrain, current_mesh
 
 Stack = tuple[int, ...]
+# Name of every `Dense`'s output, for policies of `jax.checkpoint`.
+PRODUCT = "product"
 
 
 def param(init, shape, axes, *, rngs: nnx.Rngs, dtype=jnp.float32, stack: Stack = ()) -> nnx.Param:
@@ -92,14 +96,17 @@ class Dense(nnx.Module):
         made = dict(rngs=rngs, dtype=dtype, stack=stack)
         self.bias = param(_zeros, bias_shape, bias_axes, **made) if use_bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, adapter: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+        """adapter: gives what is added to the product, in its shape."""
         kernel = self.kernel.get_value()
         if quant.is_quantized(kernel):
             y = quant.product(self.equation, x, kernel)
         else:
             einsum = partial(matmul.einsum, self.matmul) if self.matmul else product
             y = einsum(self.equation, x, kernel.astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        # What "dots" of `nn.blocks.REMAT_POLICIES` keeps: the sum, and not each of two products that are as large.
+        return checkpoint_name(y if adapter is None else y + adapter(x), PRODUCT)
 
 
 class LayerNorm(nnx.Module):

@@ -78,8 +78,7 @@ def target_axes(text, target: str) -> tuple:
 
 def adapted(block: nnx.Module, lora: nnx.Module | None, name: str, x: jax.Array) -> jax.Array:
     """The block's product of that name, with its adapter where `lora` has one."""
-    y, adapter = getattr(block, name)(x), getattr(lora, name, None)
-    return y if adapter is None else y + adapter(x)
+    return getattr(block, name)(x, getattr(lora, name, None))
 
 
 def _rank_beside(names: tuple[str, ...]) -> str:

@@ -24,14 +24,14 @@ class Llama3Scaling:
     original_positions: int = 8192
 
 
-def frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None = None) -> jax.Array:
+def frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None = None) -> np.ndarray:
     """float32[H/2] radians per position: theta**(-2i/H), scaled where asked."""
-    found = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    found = (theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
     if scaling is None:
         return found
-    turns = scaling.original_positions * found / (2 * math.pi)
-    blend = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
-    return found * (blend + (1 - blend) / scaling.factor)
+    turns = scaling.original_positions * found / np.float32(2 * math.pi)
+    blend = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+    return (found * (blend + (1 - blend) / scaling.factor)).astype(np.float32)
 
 
 def rope_angles(positions: jax.Array, head_dim: int, theta: float, scaling: Llama3Scaling | None = None) -> Angles:
@@ -50,9 +50,8 @@ def counted_angles(
 
     Compilers otherwise take sines and cosines anew wherever layers turn their queries and keys (a CPU's does).
     """
-    with jax.ensure_compile_time_eval():
-        table = rope_angles(jnp.arange(length)[None], head_dim, theta, scaling)
-    return tuple(jnp.asarray(np.asarray(part)[0])[positions] for part in table)
+    angles = np.arange(length, dtype=np.float32)[:, None, None] * frequencies(head_dim, theta, scaling)
+    return jnp.asarray(np.cos(angles))[positions], jnp.asarray(np.sin(angles))[positions]
 
 
 def rotate(x: jax.Array, angles: Angles) -> jax.Array:
