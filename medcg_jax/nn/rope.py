@@ -65,10 +65,11 @@ def rotate(x: jax.Array, angles: Angles) -> jax.Array:
 def count_positions(segment_ids: jax.Array) -> jax.Array:
     """int32[B, T]: how many real tokens (segment_ids != 0) of its segment stand before each token; 0 on left padding.
 
-    segment_ids: int[B, T], each segment's tokens one behind the other; padding behind one has its last position.
+    segment_ids: int[B, T], rising from segment to segment, 0 on padding, which may lie in a segment; padding behind a
+    token has its position.
     """
     real = segment_ids != 0
     counted = jnp.maximum(jnp.cumsum(real, axis=-1, dtype=jnp.int32) - 1, 0)
-    begins = real & (segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1])
+    before = jnp.pad(jax.lax.cummax(segment_ids, axis=1), ((0, 0), (1, 0)))[:, :-1]
     # Positions only rise, so the newest beginning is the largest.
-    return counted - jax.lax.cummax(jnp.where(begins, counted, 0), axis=1)
+    return counted - jax.lax.cummax(jnp.where(segment_ids > before, counted, 0), axis=1)
