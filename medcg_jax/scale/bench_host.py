@@ -1,9 +1,9 @@
 """What of a run is no computation on a device: its loader, conversion of weights, and the time until its first step."""
 
+import dataclasses
 import io
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -126,21 +126,21 @@ def startup(run: RunConfig, limit_s: float) -> dict:
     """
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        pickled = Path(folder) / "run.pickle"
-        pickled.write_bytes(pickle.dumps(run))
+        kept = Path(folder) / "run.json"
+        kept.write_text(json.dumps(dataclasses.asdict(run)))
         for name in ("cold", "warm"):
-            found[name] = _first_step(pickled, Path(folder) / "cache", limit_s)
+            found[name] = _first_step(kept, Path(folder) / "cache", limit_s)
     return found
 
 
-def _first_step(pickled: Path, cache: Path, limit_s: float) -> dict:
+def _first_step(kept: Path, cache: Path, limit_s: float) -> dict:
     env = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "PYTHONPATH": os.pathsep.join([str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-    command = [sys.executable, "-m", "medcg_jax.scale.bench_startup", str(pickled)]
+    command = [sys.executable, "-m", "medcg_jax.scale.bench_startup", str(kept)]
     before, began = now(), time.time()
     process = subprocess.Popen(
         command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

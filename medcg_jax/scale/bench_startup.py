@@ -1,21 +1,22 @@
-"""A process that makes one training step of a pickled `RunConfig` and prints when each phase of it ended, as JSON.
+"""A process that makes one training step of a `RunConfig` kept as JSON and prints when each phase of it ended, as JSON.
 
-    python -m medcg_jax.scale.bench_startup RUN.pickle
+    python -m medcg_jax.scale.bench_startup RUN.json
 
 It does what `medcg train` does until then, but for the workdir; weights are random. XLA's flags are those that
 `medcg bench` has put in the environment.
 """
 
 import json
-import pickle
 import sys
 import time
 from pathlib import Path
 
 
-def first_step(pickled: Path) -> dict[str, float]:
+def first_step(kept: Path) -> dict[str, float]:
     """Unix time at which each phase ended: "imports", "data" (rows encoded), "compiled", "first_step"."""
-    run = pickle.loads(pickled.read_bytes())
+    from medcg_jax.config_file import from_config_dict
+
+    run = from_config_dict(json.loads(kept.read_text()))
     from medcg_jax.host import keep_freed_memory
 
     keep_freed_memory()

@@ -97,7 +97,7 @@ AXIS_SIZES = {
     },
     "minigpt_v2_7b": LLAMA_SIZES | {
         "layer": {32, 39}, "mlp": {11008}, "head_dim": {88, 128, 3 * 88}, "norm": {1408, 4096}, "patch": {588},
-        "pos": {1025}, "rank": {64},
+        "pos": {1025}, "rank": {64}, "rank_parts": {64},
         # The projector's input is four neighbouring patches.
         "vision_embed": {1408}, "vision_mlp": {4 * 1408, 6144}, "vision_heads": {16},
     },

@@ -173,7 +173,7 @@ def page_of(train):
     """The least of a result that a page is made of."""
     return {
         "model": "m", "topology": "local", "num_devices": 8, "device": "cpu", "mesh": {}, "num_cells": 1,
-        "batch_size": 8, "compute_dtype": "float32", "remat": "none", "trainable": [], "versions": {},
+        "batch_size": 8, "compute_dtype": "float32", "base_dtype": "float32", "remat": "none", "trainable": [], "versions": {},
         "full_effort": False, "usable_bytes": GIB, "margin": 0.1, "peak": None, "whole_on_every_device": [],
         "train": train, "eval": train,
     }  # fmt: skip

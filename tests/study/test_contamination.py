@@ -159,7 +159,8 @@ def in_grid(tree: Path, workdir: Path, cells, monkeypatch, **study):
         job_now[0] = waiting[0].id
         return waiting.pop(0)
 
-    trainer.run(next_job, start_params(setup, seed=0), lambda job, outcome: ended.update({job.id: outcome["status"]}))
+    finish = lambda job, outcome: ended.update({job.id: outcome["status"]})
+    trainer.run(next_job, start_params(setup, seed=0), finish, base_path="")
     contamination.join(workdir, Plan(tuple(cells), tuple(jobs)))
     return ended, trained
 

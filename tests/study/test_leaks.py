@@ -190,7 +190,7 @@ def test_a_grid_fails_the_leaking_cell_alone_and_names_both_records(tree, tmp_pa
     waiting, ended = [job], {}
     trainer.run(
         lambda: waiting.pop() if waiting else None, start_params(setup, seed=0),
-        lambda job, outcome: ended.update({job.id: outcome["status"]}),
+        lambda job, outcome: ended.update({job.id: outcome["status"]}), base_path="",
     )  # fmt: skip
     assert list(ended) == ["pairs.x.s0"]
     assert f"{OTHER}/train/777 has the same image as test record {TARGET}/test/{test['id']}" in ended["pairs.x.s0"]
