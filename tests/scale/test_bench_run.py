@@ -1,5 +1,6 @@
 """`medcg bench`: every stage at a tiny size, and that its ratios are of like with like."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -320,10 +321,8 @@ def test_the_matrix_s_rate_is_the_best_of_its_sizes():
 
 
 def test_a_start_has_its_phases_in_order(tmp_path):
-    import pickle
-
-    path = tmp_path / "run.pickle"
-    path.write_bytes(pickle.dumps(RUN))
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(dataclasses.asdict(RUN)))
     marks = bench_startup.first_step(path)
     assert list(marks) == ["imports", "data", "compiled", "first_step"]
     assert list(marks.values()) == sorted(marks.values())
