@@ -68,9 +68,10 @@ def example_batch(
 
 @dataclass(frozen=True)
 class Compiled:
-    """The step for one shape of batch, and that batch on the devices."""
+    """The step for one shape of batch: what runs it, the program, and that batch on the devices."""
 
     call: Callable
+    program: jax.stages.Compiled
     batch: dict[str, jax.Array]
 
 
@@ -104,7 +105,9 @@ class Port:
         _, compiled, lower_s, compile_s = self.program.compile(*self.abstract, batch, options)
         if self.state is None:
             self._allocate()
-        self.compiled = Compiled(compiled, put_batch(batch, self.program.batch_sharding))
+        # A program compiled ahead refuses arrays of 4 bits ("layouts disagree", jax 0.10); the jitted step takes them.
+        call = self.program if self.config.base.dtype == "nf4" else compiled
+        self.compiled = Compiled(call, compiled, put_batch(batch, self.program.batch_sharding))
         found = {"lower_s": lower_s, "compile_s": compile_s, "attention": attention_in(compiled.as_text())}
         return found | memory(compiled)
 

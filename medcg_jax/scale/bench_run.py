@@ -176,7 +176,7 @@ def training(rows: Rows, against: str, measure: Measure, matrix: dict) -> dict:
             if name != "port":
                 found[name]["executed_flops"] = executed
                 found[name]["peak_bytes"] = bench_torch.peak_bytes()
-    found["port"] |= {"peak_bytes": memory(port.compiled.call)["peak_bytes"], "loss": port.loss}
+    found["port"] |= {"peak_bytes": memory(port.compiled.program)["peak_bytes"], "loss": port.loss}
     if not rows.note:
         steps = max(2, min(50, round(2.0 / found["port"]["step_s"]["median"])))
         section["data_wait"] = bench_host.data_wait(port, setup, loader_rows(setup)["decoded when drawn"], steps)

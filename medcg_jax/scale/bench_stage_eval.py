@@ -46,7 +46,7 @@ def prompts(config, model: str, batch_size: int, seed: int = 0) -> dict[str, np.
     return kept | {"last_position": last, "option_ids": options}
 
 
-def eval(ask: Ask, save: Callable) -> None:  # noqa: A001 - the stage's name
+def evaluate(ask: Ask, save: Callable) -> None:
     """Saves samples/s of each case, in time order of its measurement; the batch is put on the device every time."""
     import jax
     import jax.numpy as jnp

@@ -126,11 +126,7 @@ class Steps:
         row |= {"batch": bench.describe(batch)}
         self.take(case)
         row |= self.port.compile(batch)
-        check_plan(row, self.port.compiled.call)
-        if case.base_dtype == "nf4":
-            # A program compiled ahead refuses arrays of 4 bits ("layouts disagree", jax 0.10); the jitted step takes
-            # them, and finds what was compiled in the cache.
-            self.port.compiled = dataclasses.replace(self.port.compiled, call=self.port.program)
+        check_plan(row, self.port.compiled.program)
         times = bench.take_turns({"port": self.port.seconds}, REPEATS)["port"]
         row |= self.figures(case, batch, times)
         row["peak_bytes"] = peak_bytes()

@@ -16,20 +16,20 @@ from pathlib import Path
 
 from medcg_jax.scale.bench_gpu import write_json
 
-# Stage -> module of this package with a function of its name.
+# Stage -> its function, by module of this package.
 WHERE = {
-    "machine": "bench_stages",
-    "train": "bench_stage_train",
-    "train_fp32": "bench_stage_train",
-    "lora": "bench_stage_train",
-    "trace": "bench_stage_best",
-    "flags": "bench_stage_best",
-    "eval": "bench_stage_eval",
-    "torch": "bench_stage_torch",
-    "torch_fp32": "bench_stage_torch",
-    "attention": "bench_stage_checks",
-    "numerics": "bench_stage_checks",
-    "parity": "bench_stage_checks",
+    "machine": "bench_stages.machine",
+    "train": "bench_stage_train.train",
+    "train_fp32": "bench_stage_train.train_fp32",
+    "lora": "bench_stage_train.lora",
+    "trace": "bench_stage_best.trace",
+    "flags": "bench_stage_best.flags",
+    "eval": "bench_stage_eval.evaluate",
+    "torch": "bench_stage_torch.torch",
+    "torch_fp32": "bench_stage_torch.torch_fp32",
+    "attention": "bench_stage_checks.attention",
+    "numerics": "bench_stage_checks.numerics",
+    "parity": "bench_stage_checks.parity",
 }
 # Those whose arrays would not fit the three quarters of the memory that JAX takes by default.
 WHOLE_DEVICE = ("train", "train_fp32", "lora", "trace", "flags", "eval")
@@ -69,8 +69,8 @@ def run(name: str, out: Path, ask: Ask) -> int:
 
     prepare(name, ask)
     try:
-        module = importlib.import_module(f"medcg_jax.scale.{WHERE[name]}")
-        getattr(module, name)(ask, save)
+        module, function = WHERE[name].split(".")
+        getattr(importlib.import_module(f"medcg_jax.scale.{module}"), function)(ask, save)
     except Exception as error:  # whatever it is, it belongs into the record
         traceback.print_exc()
         save(error=f"{type(error).__name__}: {short(error)}")

@@ -40,7 +40,10 @@ def test_every_adapter_is_in_the_text_and_decoding_is_training(name):
 
     def with_b(by: dict):
         """params with these adapters' second half so large; by: target -> value."""
-        change = lambda path, x: x + by.get(path[-2].key, 0.0) if path[-1].key == "b" else x  # noqa: E731
+
+        def change(path, x):
+            return x + by.get(path[-2].key, 0.0) if path[-1].key == "b" else x
+
         return jax.tree_util.tree_map_with_path(change, params)
 
     start, _ = hidden(params)

@@ -189,7 +189,10 @@ def test_products_of_a_step_are_of_eight_bits(kind):
 
     def count(config) -> Counter:
         graphdef, params = build.abstract(config)
-        loss = lambda params, rows: token_loss(nnx.merge(graphdef, params), rows)[0]  # noqa: E731
+
+        def loss(params, rows):
+            return token_loss(nnx.merge(graphdef, params), rows)[0]
+
         return Counter(dots(jax.make_jaxpr(jax.grad(loss))(params, batch()).jaxpr))
 
     forward, backward = (str(jnp.dtype(dtype)) for dtype in matmul.KINDS[kind])

@@ -41,7 +41,10 @@ def test_errors_are_those_of_the_codes_and_a_second_time_changes_nothing(dtype, 
     found = quant.dequantize(q, jnp.float32)
     axis, size = quant.blocks_of(tuple(shape))
     assert shape[axis] % size == 0 and size == math.gcd(64, shape[axis])
-    apart = lambda x: np.asarray(x).reshape(*x.shape[: axis + 1], -1, size, *x.shape[axis + 2 :])  # noqa: E731
+
+    def apart(x):
+        return np.asarray(x).reshape(*x.shape[: axis + 1], -1, size, *x.shape[axis + 2 :])
+
     largest = np.abs(apart(w)).max(axis=axis + 2, keepdims=True)
     # Half the widest step of the codes, and what rounding the scale to bfloat16 adds at the ends.
     step = 0.5 / 127 if dtype == "int8" else 0.5 * max(b - a for a, b in zip(quant.NF4[:-1], quant.NF4[1:]))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medcg_jax.nn.rope import count_positions, rope_angles, rotate
+from medcg_jax.nn.rope import Llama3Scaling, count_positions, counted_angles, rope_angles, rotate
 
 RNG = np.random.default_rng(0)
 
@@ -42,3 +42,14 @@ def test_positions_count_real_tokens_only():
 def test_positions_restart_with_each_packed_segment():
     segments = jnp.array([[1, 1, 2, 2, 2, 0], [0, 1, 1, 2, 0, 0]])
     assert count_positions(segments).tolist() == [[0, 1, 0, 1, 2, 2], [0, 0, 1, 0, 0, 0]]
+
+
+def test_angles_from_the_table_are_those_of_the_positions():
+    positions = jnp.array([[0, 5, 700], [3, 3, 1]])
+    for scaling in (None, Llama3Scaling(original_positions=64)):
+        expected = rope_angles(positions, 16, 10000.0, scaling)
+        found = counted_angles(positions, 701, 16, 10000.0, scaling)
+        for one, right in zip(found, expected, strict=True):
+            assert one.shape == right.shape and np.allclose(one, right, atol=1e-5)
+        # Another position has other angles.
+        assert np.abs(counted_angles(positions + 1, 702, 16, 10000.0, scaling)[0] - expected[0]).max() > 0.1

@@ -58,7 +58,7 @@ class FlopClock:
         self.counter, self.ported = counter, 0.0
         def compile_shapes(port, batch):
             port.flops, port.loss = bench.step_flops(port.config, batch, RUN.model.trainable)["full"], 0.0
-            port.compiled = bench.Compiled(None, batch)
+            port.compiled = bench.Compiled(None, None, batch)
             return {"lower_s": 0.0, "compile_s": 0.0, "attention": "plain", "program_bytes": None, "peak_bytes": None}
 
         def seconds(port, steps):

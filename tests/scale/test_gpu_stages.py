@@ -181,8 +181,9 @@ def test_wrong_flags_are_one_line(tmp_path, flag, capsys):
 
 def test_every_stage_has_a_place(tmp_path):
     assert set(bench_stages.WHERE) == set(bench_gpu.STAGES)
-    for name, module in bench_stages.WHERE.items():
-        assert callable(getattr(__import__(f"medcg_jax.scale.{module}", fromlist=[name]), name))
+    for where in bench_stages.WHERE.values():
+        module, function = where.split(".")
+        assert callable(getattr(__import__(f"medcg_jax.scale.{module}", fromlist=[function]), function))
 
 
 # ------------------------------------------------------------------ what stages do

@@ -111,7 +111,10 @@ def moved(state, start) -> np.ndarray:
 def test_half_the_bytes_and_float32_at_every_point_between(kept, wide):
     program, trainable, _ = kept
     state = program.abstract_state(trainable)
-    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
+
+    def size(tree):
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
     assert {str(x.dtype) for x in jax.tree.leaves((state.params, state.opt_state))} == {"bfloat16", "int32"}
     assert 2 * size(state) == pytest.approx(size(wide[0].abstract_state(trainable)), rel=1e-3)
     moments = setup(train=replace(TRAIN, moment_dtype="bfloat16"))[0].abstract_state(trainable)

@@ -34,7 +34,10 @@ def with_adapters(config, params, seed=0):
     config = dataclasses.replace(config, lora=LORA)
     graphdef, shapes = build.abstract(config)
     rng = np.random.default_rng(seed)
-    draw = lambda x: jax.numpy.asarray(0.3 * rng.standard_normal(x.shape), x.dtype)  # noqa: E731
+
+    def draw(x):
+        return jax.numpy.asarray(0.3 * rng.standard_normal(x.shape), x.dtype)
+
     lora = jax.tree.map(draw, shapes.raw_mapping["lora"])
     return config, graphdef, build.join(params, nnx.State({"lora": lora}))
 
@@ -95,7 +98,10 @@ def test_logits_loss_gradients_and_five_adamw_steps_are_peft_s(ours, peft_dir):
     assert abs(float(value) - loss.item()) < TOLERANCE
     loss.backward()
     _, stream = engine.store(adapters.peft_entries(config, grads), dict(grads.raw_mapping))
-    stem = lambda name: name.replace(".default", "").replace(".modules_to_save", "")  # noqa: E731
+
+    def stem(name):
+        return name.replace(".default", "").replace(".modules_to_save", "")
+
     trained = {stem(name): p for name, p in model.named_parameters() if p.requires_grad}
     found = dict(stream)
     assert set(found) == set(trained) and len(found) == 3 * len(TARGETS) * 2 + 4
