@@ -1,0 +1,174 @@
+"""Files that come from outside, read within limits: regular files of a bounded size, text that is UTF-8, JSON that is whole.
+
+Every reader of a file that a user, a download or another program has left goes through here. Each limit is a constant
+with a name; a caller with a reason passes another one.
+"""
+
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from medcg_jax.run_config import ConfigError
+
+# A file of JSON or text, whole. The release's largest subset file has some 40 MB.
+MAX_TEXT_BYTES = 2**30
+# One line of a file of JSON lines.
+MAX_LINE_BYTES = 2**24
+
+
+class FileError(ConfigError):
+    """A file cannot be used; the message is one line that names the file, what is wrong with it, and what to do."""
+
+
+def open_regular(path: str | Path, max_bytes: int) -> BinaryIO:
+    """The file opened for reading, after its kind and its size were looked at; a FIFO or a device is never waited for.
+
+    Raises:
+      FileError: it is missing, no regular file, cannot be opened, or has more than `max_bytes`.
+    """
+    try:
+        # Without O_NONBLOCK the opening of a FIFO waits for a writer.
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    status = os.fstat(number)
+    if stat.S_ISREG(status.st_mode) and status.st_size <= max_bytes:
+        return os.fdopen(number, "rb")
+    os.close(number)
+    if not stat.S_ISREG(status.st_mode):
+        raise FileError(f"{path}: no regular file ({kind_of(status.st_mode)})")
+    raise FileError(f"{path}: {status.st_size:,} bytes; at most {max_bytes:,} are read")
+
+
+def kind_of(mode: int) -> str:
+    """What a file that is no regular one is, in a word: "a folder", "a FIFO", "a device", "a socket"."""
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
+    return next((word for is_kind, word in kinds if is_kind(mode)), "a device")
+
+
+def read_bytes(path: str | Path, max_bytes: int) -> bytes:
+    """The whole file. Raises FileError as `open_regular`, and where it cannot be read."""
+    try:
+        with open_regular(path, max_bytes) as file:
+            content = file.read(max_bytes + 1)
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror or error}") from error
+    if len(content) > max_bytes:  # it has grown meanwhile
+        raise FileError(f"{path}: more than {max_bytes:,} bytes; at most so many are read")
+    return content
+
+
+def read_text(path: str | Path, max_bytes: int = MAX_TEXT_BYTES, encoding: str = "utf-8") -> str:
+    """The whole file as text.
+
+    encoding: "utf-8-sig" takes a byte-order mark off.
+
+    Raises:
+      FileError: as `read_bytes`, or the bytes are not UTF-8; the message names the first of them by its place from 0.
+    """
+    return decoded(read_bytes(path, max_bytes), path, encoding)
+
+
+def decoded(content: bytes, name: str | Path, encoding: str = "utf-8") -> str:
+    """Bytes of the file `name` as text. Raises FileError where they are not UTF-8."""
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise FileError(f"{name}: not UTF-8 (byte {error.start})") from error
+
+
+def read_json(
+    path: str | Path, kind: type = dict, *, max_bytes: int = MAX_TEXT_BYTES, encoding: str = "utf-8"
+) -> Any:
+    """The JSON value in a file, of the type `kind` (dict or list).
+
+    Raises:
+      FileError: as `read_text`; no JSON, a number that JSON does not have (NaN, Infinity), a key twice in one object,
+        nested too deep, or of another type.
+    """
+    return parsed(read_text(path, max_bytes, encoding), path, kind)
+
+
+def parsed(text: str, name: str | Path, kind: type = dict) -> Any:
+    """The JSON value in a text, as `read_json`. name: of the file (and line), for the message."""
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise FileError(f"{name}: no JSON that is read: nested too deep") from error
+    except ValueError as error:
+        what = "empty" if not text.strip() else f"no JSON: {' '.join(str(error).split())[:120]}"
+        raise FileError(f"{name}: {what}") from error
+    if not isinstance(value, kind):
+        raise FileError(f"{name}: holds {article_of(value)}; {article_of(kind())} is accepted")
+    return value
+
+
+def json_lines(path: str | Path, *, max_bytes: int = MAX_TEXT_BYTES) -> Iterator[tuple[int, dict]]:
+    """(number of the line, from 1; its object) of a file of JSON lines; empty lines are passed over.
+
+    Raises:
+      FileError: as `read_json`, with the number of the line.
+    """
+    for number, line in enumerate(read_text(path, max_bytes).split("\n"), 1):
+        if line.strip():
+            yield number, parsed(line, f"{path}, line {number}")
+
+
+def check_number(
+    value: Any, name: str, *, least: float = -math.inf, most: float = math.inf, whole: bool = False
+) -> int | float:
+    """The number itself, where it is a finite one of `least` to `most`, and a whole one where `whole`.
+
+    name: file and field, for the message. True and False are no numbers, nor is text that spells one.
+
+    Raises:
+      FileError: it is not.
+    """
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not _is_finite(value) or not least <= value <= most:
+        noun = "a whole number" if whole else "a finite number"
+        low = f" of at least {least:,}" if least > -math.inf else ""
+        high = f"{' and' if low else ' of'} at most {most:,}" if most < math.inf else ""
+        raise FileError(f"{name}={shown(value)}: {noun}{low}{high} is accepted")
+    return value
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """A value as JSON for a message, at most `limit` characters; "..." for what cannot be written so."""
+    try:
+        text = json.dumps(value)
+    except (RecursionError, TypeError, ValueError):
+        return "..."
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def article_of(value: Any) -> str:
+    """The JSON type of a value with its article: "an object", "a list", "text", "a number", "null"."""
+    if value is None:
+        return "null"
+    words = ((dict, "an object"), (list, "a list"), (str, "text"), (bool, "true or false"), ((int, float), "a number"))
+    return next((word for kind, word in words if isinstance(value, kind)), type(value).__name__)
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond the floats
+        return True
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {shown(twice)} stands twice in one object")
+    return value
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
