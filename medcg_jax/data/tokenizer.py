@@ -110,6 +110,10 @@ class Tokenizer:
             raise DataError(f"the tokenizer has no special token {name}; it has {', '.join(self._special) or 'none'}")
         return self._special[name]
 
+    def known(self, name: str) -> int | None:
+        """The id of a special token by its name; None: there is none."""
+        return self._special.get(name)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these ids; special tokens are left out."""
         special = self._forbidden
