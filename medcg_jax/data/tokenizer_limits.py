@@ -205,7 +205,7 @@ def _fault_of(pattern: str) -> str:
             groups[-1][0] += closed[0]
         elif kind == "repeat":
             turns = _most_turns(text)
-            if after == "repeat":
+            if after == "repeat" or text.endswith("}+"):
                 return "it repeats a repeat"
             if after == "close" and turns > 1 and (closed[0] or closed[2]):
                 return "it repeats what holds a repeat or alternatives"
@@ -217,11 +217,9 @@ def _fault_of(pattern: str) -> str:
 
 
 def _most_turns(repeat: str) -> int:
-    """How often at most: of "{2,5}" 5, of "?" 1; `_ENDLESS` of "*", "+", "{2,}", and of "{2,5}+", a repeat of repeats."""
-    if repeat[0] == "?":
-        return 1
-    if repeat[0] in "*+" or repeat.endswith("+"):
-        return _ENDLESS
+    """How often at most: of "{2,5}" 5, of "?" 1; `_ENDLESS` of "*", "+" and "{2,}"."""
+    if repeat[0] in "*+?":
+        return 1 if repeat[0] == "?" else _ENDLESS
     last = repeat.strip("{}?").rpartition(",")[2]
     return int(last[:9]) if last else _ENDLESS
 
