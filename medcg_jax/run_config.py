@@ -88,7 +88,8 @@ class ModelConfig:
     name: str = "llava15_tiny"
     # Checkpoint of the base: a converted (Orbax) or released (HF) directory; "" means random weights.
     checkpoint: str = ""
-    # Tokenizer directory or tokenizer.json; "" takes the small one kept in the package.
+    # Tokenizer directory, tokenizer.json or tokenizer.model; "" takes the one beside the checkpoint's weights, and for a
+    # tiny model without one the small one kept in the package.
     tokenizer: str = ""
     compute_dtype: str = "float32"
     # Products of the decoder's weights in 8 bits, by qwix: of `MATMUL` (`nn.matmul`); "": in `compute_dtype`.

@@ -37,8 +37,10 @@ SMALL_TOKENIZERS = {"llava": "tokenizer", "qwen2_vl": "chatml", "mllama": "llama
 # Family -> field of a model's configuration -> special token.
 TOKENS = {
     "qwen2_vl": {
-        "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
+        "image_token_id": "<|image_pad|>", "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
     },
+    "mllama": {"image_token_id": "<|image|>"},
     "next_chat": {"image_token_id": "<im_patch>", "at_token_id": "<at>", "box_token_id": "<boxes>"},
 }  # fmt: skip
 

@@ -4,8 +4,8 @@
 
 Vicuna's turns, as LLaVA's. A box is spelled `<at> <boxes>` in questions and answers; `<boxes>` itself is never
 supervised. Text is cut at the added tokens and each piece tokenised apart: spaces beside an added token are swallowed,
-and no piece but the first gets a space in front, as a slow Llama tokenizer with `legacy: false` has it in transformers
-4.31 (later versions differ).
+and pieces but the first are cut into words as after a space, without it (`Tokenizer.encode_behind_added`), as a slow
+Llama tokenizer with `legacy: false` has it in transformers 4.31 (later versions differ).
 Source: NExT-ChatV/NExT-Chat (1e6c20f) mllm/dataset/process_function/chat_process_function.py,
 box_process_function.py:BoxFormatProcess, models/nextchat/nextchat_base.py:generate_rec.
 """
@@ -168,9 +168,9 @@ def _prompt(tokenizer: Tokenizer, part: _Round, num_image_tokens: int) -> list[i
 
 
 def _answer(tokenizer: Tokenizer, part: _Round, answer: str) -> list[int]:
-    """What the answer adds to its prompt's tokens."""
+    """What the answer adds to its prompt's tokens; </s> swallows the spaces before it."""
     prompt = _encode(tokenizer, part, part.prompt)
-    whole = _encode(tokenizer, part, f"{part.prompt} {answer}")
+    whole = _encode(tokenizer, part, f"{part.prompt} {answer.rstrip()}")
     if whole[: len(prompt)] != prompt:
         raise DataError(f"the answer {answer[:40]!r} changes the tokens of its prompt")
     return whole[len(prompt) :]
@@ -187,5 +187,6 @@ def _encode(tokenizer: Tokenizer, part: _Round, text: str) -> list[int]:
         piece = piece.lstrip() if number or part.before_image is not None else piece
         piece = piece.rstrip() if number < len(pieces) - 1 else piece
         if piece:
-            ids += tokenizer.encode(piece, part.start and not number)
+            opens = part.start and not number
+            ids += tokenizer.encode(piece) if opens else tokenizer.encode_behind_added(piece)
     return ids

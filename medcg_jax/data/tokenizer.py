@@ -8,22 +8,17 @@ before text that opens a chunk (`start=True`), and none before text that goes on
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from medcg_jax.data.records import DataError
+from medcg_jax.data.tokenizer_json import IMAGE, from_tokenizers
+from medcg_jax.data.tokenizer_limits import short
+from medcg_jax.data.tokenizer_spm import from_sentencepiece
+
+__all__ = ["IMAGE", "SMALL", "Tokenizer", "load_tokenizer", "tokenizer_files"]
 
 SMALL = Path(__file__).parent / "tokenizer" / "tokenizer.json"
-IMAGE = "<image>"
-# A tokenizer.json's tokens that open a sequence, end a turn, fill rows, and stand for an image: by family, in the
-# order in which a file is tried for the second.
-FAMILIES = (
-    ("<s>", "</s>", "<pad>", IMAGE),
-    ("<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>", "<|image|>"),
-    ("", "<|im_end|>", "<|endoftext|>", "<|image_pad|>"),
-)
 
 Encode = Callable[[str, bool], list[int]]
 # Distinct texts whose ids are kept: questions repeat across records and epochs.
@@ -39,7 +34,9 @@ class Tokenizer:
       pad_id: fills rows; never attended.
       image_id: stands where image features go. A SentencePiece model without such a token gets the first free id.
       vocab_size: number of ids, the image's included.
+      text_ids: 1 more than the largest id that text and the end of a turn can have.
       fingerprint: digest of the file.
+      path: of the file; None: there is none.
     """
 
     def __init__(
@@ -55,12 +52,16 @@ class Tokenizer:
         vocab_size: int,
         fingerprint: str,
         special: dict[str, int] | None = None,
+        text_ids: int = 0,
+        bare: Callable[[int], int] | None = None,
+        path: Path | None = None,
     ):
         self._encode = functools.lru_cache(_CACHED_TEXTS)(lambda text, start: tuple(encode(text, start)))
         self._decode = decode
         self.bos_id, self.eos_id, self.pad_id, self.image_id = bos_id, eos_id, pad_id, image_id
         self.vocab_size, self.fingerprint = vocab_size, fingerprint
-        self._special = special or {}
+        self.text_ids, self.path = text_ids, path
+        self._special, self._bare = special or {}, bare
         known = (bos_id, eos_id, pad_id, image_id, unk_id, *self._special.values())
         self._forbidden = {i for i in known if i is not None}
 
@@ -77,8 +78,27 @@ class Tokenizer:
         ids = self._encode(text, start)
         bad = self._forbidden.intersection(ids)
         if bad:
-            raise DataError(f"text {_short(text)} has special or unknown tokens (ids {sorted(bad)})")
+            names = [name for name, number in self._special.items() if number in bad and name in text]
+            spelled = f": it spells {', '.join(names)}; take that out of the text" if names else f" (ids {sorted(bad)})"
+            raise DataError(f"text {short(text)} has special or unknown tokens{spelled}")
         return list(ids)
+
+    def encode_behind_added(self, text: str) -> list[int]:
+        """Ids of a text right behind an added token, as the slow Llama tokenizer of transformers 4.31 gives them.
+
+        It encodes the text as one that opens a chunk and takes the space off the first piece, so that words are cut as
+        after a space. A piece that the vocabulary lacks is then the unknown token, of which such models have seen many:
+        of "▁Pick" there is no "Pick". A tokenizer of another kind gives the ids without a space (`start=False`).
+
+        Raises:
+          DataError: as `encode`.
+        """
+        if self._bare is None or not text or text.startswith(" "):
+            return self.encode(text, start=False)
+        first, *rest = self.encode(text)
+        if not self.decode([first]).strip():  # the space alone
+            return rest
+        return [self._bare(first), *rest]
 
     def special(self, name: str) -> int:
         """The id of a special token by its name, such as "<|start_header_id|>".
@@ -89,6 +109,10 @@ class Tokenizer:
         if name not in self._special:
             raise DataError(f"the tokenizer has no special token {name}; it has {', '.join(self._special) or 'none'}")
         return self._special[name]
+
+    def known(self, name: str) -> int | None:
+        """The id of a special token by its name; None: there is none."""
+        return self._special.get(name)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these ids; special tokens are left out."""
@@ -118,114 +142,33 @@ class Tokenizer:
 def load_tokenizer(path: str | Path = "", small: str = SMALL.stem) -> Tokenizer:
     """The tokenizer of a `.json` or `.model` file or of a directory with one; "" takes the package's own named `small`.
 
-    A directory's `tokenizer.model` is preferred: it says the same to every library.
+    A directory's `tokenizer.model` is preferred, for it says the same to every library, where it can be read.
 
     Raises:
-      DataError: no such file, or a special token is missing.
+      DataError: no such file, none that can be read, or a special token is missing.
     """
     path = Path(path) if path else SMALL.with_stem(small)
-    if path.is_dir():
-        found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
-        if not found:
-            raise DataError(f"tokenizer {path}: the directory has neither tokenizer.model nor tokenizer.json")
-        path = found[0]
-    if not path.is_file():
-        raise DataError(f"tokenizer {path}: no such file; a tokenizer.json, tokenizer.model or directory is accepted")
-    return _from_sentencepiece(path) if path.suffix == ".model" else _from_tokenizers(path)
-
-
-def _from_tokenizers(path: Path) -> Tokenizer:
-    import tokenizers
-
-    try:
-        inner = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"tokenizer {path}: {error}") from error
-    family = next((names for names in FAMILIES if inner.token_to_id(names[1]) is not None), None)
-    if family is None:
-        ends = " or ".join(names[1] for names in FAMILIES)
-        raise DataError(f"tokenizer {path}: the token that ends a turn is missing; {ends} is accepted")
-    bos, eos, pad, image = map(inner.token_to_id, family)
-    unk = inner.token_to_id("<unk>")
-    pad = unk if pad is None else pad
-    if pad is None:
-        raise DataError(f"tokenizer {path}: neither {family[2]} nor <unk> is there to fill rows with")
-    size = inner.get_vocab_size(with_added_tokens=True)
-    special = {token.content: i for i, token in inner.get_added_tokens_decoder().items() if token.special}
-
-    def ids(text: str) -> list[int]:
+    if not path.is_dir():
+        if not path.exists():
+            reason = "no such file; a tokenizer.json, tokenizer.model or directory is accepted"
+            raise DataError(f"tokenizer {path}: {reason}")
+        return _load(path)
+    files = tokenizer_files(path)
+    if not files:
+        raise DataError(f"tokenizer {path}: the directory has neither tokenizer.model nor tokenizer.json")
+    faults: list[DataError] = []
+    for file in files:
         try:
-            return inner.encode(text, add_special_tokens=False).ids
-        except Exception as error:
-            raise DataError(f"text {_short(text)} cannot be tokenised: {error}") from error
-
-    def encode(text: str, start: bool) -> list[int]:
-        # After a special token the file's own normaliser says what becomes of the space: let it see one.
-        return ids(text) if start else ids(family[1] + text)[1:]
-
-    return Tokenizer(
-        encode,
-        lambda found: inner.decode(found),
-        bos_id=bos,
-        eos_id=eos,
-        pad_id=pad,
-        image_id=size if image is None else image,
-        unk_id=unk,
-        vocab_size=size + 1 if image is None else size,
-        fingerprint=_digest(path),
-        special=special,
-    )
+            return _load(file)
+        except DataError as error:
+            faults.append(error)
+    raise faults[-1] if len(files) == 1 else DataError("; and ".join(map(str, faults)))
 
 
-def _from_sentencepiece(path: Path) -> Tokenizer:
-    try:
-        import sentencepiece
-    except ImportError as error:
-        reason = "a SentencePiece model needs the package sentencepiece; a tokenizer.json does not"
-        raise DataError(f"tokenizer {path}: {reason}") from error
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    added = _added_tokens(path.parent)
-    size = model.get_piece_size()
-    image = added.get(IMAGE, size)
-    # Nothing joins a line break, so the text behind one is encoded without the space that opens a chunk.
-    opening = model.encode("\n")
-
-    def encode(text: str, start: bool) -> list[int]:
-        if start:
-            return model.encode(text)
-        found = model.encode("\n" + text)
-        if found[: len(opening)] != opening:
-            raise DataError(f"tokenizer {path}: line breaks are not kept; a Llama-like model is needed")
-        return found[len(opening) :]
-
-    return Tokenizer(
-        encode,
-        lambda found: model.decode([i for i in found if i < size]),
-        bos_id=model.bos_id(),
-        eos_id=model.eos_id(),
-        pad_id=added.get("<pad>", model.unk_id()),
-        image_id=image,
-        unk_id=model.unk_id(),
-        vocab_size=max([size, image + 1, *(i + 1 for i in added.values())]),
-        fingerprint=_digest(path),
-        special=added,
-    )
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of a directory that hold a tokenizer, the preferred one first."""
+    return [directory / name for name in ("tokenizer.model", "tokenizer.json") if (directory / name).exists()]
 
 
-def _added_tokens(directory: Path) -> dict[str, int]:
-    """Tokens that a HF directory adds beside its SentencePiece model: content -> id."""
-    found: dict[str, int] = {}
-    if (directory / "added_tokens.json").is_file():
-        found |= json.loads((directory / "added_tokens.json").read_text("utf-8"))
-    if (directory / "tokenizer_config.json").is_file():
-        listed = json.loads((directory / "tokenizer_config.json").read_text("utf-8")).get("added_tokens_decoder", {})
-        found |= {token["content"]: int(i) for i, token in listed.items()}
-    return found
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+def _load(path: Path) -> Tokenizer:
+    return Tokenizer(**(from_sentencepiece(path) if path.suffix == ".model" else from_tokenizers(path)))

@@ -21,6 +21,7 @@ from medcg_jax.train.preempt import stop_if_told
 
 if TYPE_CHECKING:
     from medcg_jax.data.encoding import Encoded
+    from medcg_jax.data.rounds import Asked
     from medcg_jax.data.tokenizer import Tokenizer
 
 
@@ -37,6 +38,11 @@ class Asker:
     ask: Callable
     ask_freely: Callable
     num_new: int
+
+    def score(self, params, before: dict[str, np.ndarray], *, asked: "Asked"):
+        """What `ask` gives of these rows; before, asked: of a `data.rounds.Round`."""
+        with jax.set_mesh(self.mesh):
+            return (self.ask_freely if asked.free else self.ask)(params, self.start(params, before), asked.batch)
 
 
 def make_asker(

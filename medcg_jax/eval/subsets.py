@@ -4,25 +4,34 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 
 from medcg_jax.data.encoding import Encoded
+from medcg_jax.data.pipeline import eval_batches
+from medcg_jax.data.rounds import rounds
 from medcg_jax.eval import box_answers, locate, run
 from medcg_jax.eval.again import Asker, evaluate_again, make_asker
 from medcg_jax.eval.box_answers import BoxAnswer
+from medcg_jax.eval.choice import letter_logits
 from medcg_jax.eval.run import Evaluator, Prediction
+from medcg_jax.mesh import batch_sharding, check_batch, own_rows, put_batch, replicated
 from medcg_jax.models.build import shardings
 from medcg_jax.run_config import ConfigError, RunConfig, trains_masks
 from medcg_jax.train.checkpoint import load_params
 from medcg_jax.train.preempt import sigterm_saves
 from medcg_jax.train.setup import Setup, open_setup, start_params
+from medcg_jax.train.sight import check_sees, has_closed_gates
 
 
 class Tester:
-    """Tests one setup's model on encoded test records of either kind, each of which is compiled when first met."""
+    """Tests one setup's model on encoded test records of either kind, each of which is compiled when first met.
 
-    def __init__(self, setup: Setup, graphdef: nnx.GraphDef):
-        self._setup, self._graphdef = setup, graphdef
+    sees: whether it is known that the model sees its images; else that is looked at first (`train.sight`).
+    """
+
+    def __init__(self, setup: Setup, graphdef: nnx.GraphDef, *, sees: bool = False):
+        self._setup, self._graphdef, self._sees = setup, graphdef, sees
         self._shardings = shardings(setup.model, setup.mesh)
         self._evaluator: Evaluator | None = None
         self._asker: Asker | None = None
@@ -32,10 +41,12 @@ class Tester:
         """An answer for every row. params: of the whole model, on the setup's mesh.
 
         Raises:
+          BlindModel: the model does not see images.
           NonFiniteScores: the parameters are no use.
         """
         setup, config = self._setup, self._setup.run.eval
         if encoded.asked:
+            self._look(params, encoded, self._letter_logits)
             if self._locator is None:
                 self._locator = locate.make_locator(
                     setup.mesh, self._graphdef, self._shardings, eos_id=setup.tokenizer.eos_id,
@@ -46,6 +57,7 @@ class Tester:
             )  # fmt: skip
         if self._evaluator is None:
             self._evaluator = run.make_evaluator(setup.mesh, self._graphdef, self._shardings, **self._answers)
+        self._look(params, encoded, self._evaluator)
         return run.evaluate(self._evaluator, params, encoded, setup.tokenizer, batch_size=config.batch_size)
 
     def again(
@@ -54,15 +66,51 @@ class Tester:
         """Predictions of choice questions, and those of the controls in which the same images are asked about again.
 
         Raises:
-          NonFiniteScores: the parameters are no use.
+          BlindModel, NonFiniteScores: as of a call.
         """
         setup = self._setup
         if self._asker is None:
             self._asker = make_asker(setup.mesh, self._graphdef, self._shardings, **self._answers)
+        self._look(params, encoded, self._asker.score, again)
         return evaluate_again(
             self._asker, params, encoded, again, setup.tokenizer, batch_size=setup.run.eval.batch_size,
             image_token_id=setup.model.image_token_id,
         )  # fmt: skip
+
+    def _look(
+        self, params, encoded: Encoded, score: Callable, again: Mapping[str, Encoded] | None = None
+    ) -> None:  # fmt: skip
+        """Raises BlindModel where other pixels change nothing of what `score` gives; once for all tests.
+
+        score: (params, the first batch of the test) -> float32[B, K], and what is not looked at.
+        """
+        setup, size = self._setup, self._setup.run.eval.batch_size
+        if self._sees or not len(encoded) or has_closed_gates(params):
+            return
+        check_batch(setup.mesh, size, "eval.batch_size")
+        rows, more = own_rows(setup.mesh, size), {}
+        if again is None:
+            batch, _ = next(eval_batches(encoded, size, rows=rows))
+        else:
+            image = setup.model.image_token_id
+            first = next(rounds(encoded, list(again.values()), size, image_token_id=image, rows=rows))
+            batch, more = first.before, {"asked": first.asked[0]}
+
+        def scored(batch) -> list[np.ndarray]:
+            return [jax.device_get(score(params, batch, **more)[0])]
+
+        self._sees = check_sees(scored, batch, setup.pixels, f"subset {encoded.records.records[0].subset}")
+
+    def _letter_logits(self, params, batch):
+        """(float32[B, V] logits behind each prompt,): of questions that are answered in boxes."""
+        mesh = self._setup.mesh
+        jitted = jax.jit(
+            lambda params, batch: letter_logits(nnx.merge(self._graphdef, params), batch),
+            in_shardings=(self._shardings, batch_sharding(mesh)), out_shardings=replicated(mesh),
+        )  # fmt: skip
+        arrays = {key: value for key, value in batch.items() if key != "row_mask"}
+        with jax.set_mesh(mesh):
+            return (jitted(params, put_batch(arrays, batch_sharding(mesh))),)
 
     @property
     def _answers(self) -> dict:
@@ -91,11 +139,11 @@ def evaluate_subsets(config: RunConfig, workdir: Path) -> dict:
     Returns {"workdir", "subsets": {name: `run.summary`, or `box_answers.summary` of boxes}}.
 
     Raises:
-      ConfigError, DataError: as `open_setup`; or there are no parameters.
+      ConfigError, DataError: as `open_setup`; or there are no parameters, or the model does not see images.
       Interrupted: the process was told to stop; files of the subsets tested so far are there.
     """
     trained = workdir / "params"
-    setup = open_setup(config, has_weights=trained.is_dir())
+    setup = open_setup(config, trained=trained if trained.is_dir() else None)
     graphdef, params = parameters(setup, trained)
     test = Tester(setup, graphdef)
     names = config.data.subsets or tuple(subset.name for subset in setup.source.subsets)

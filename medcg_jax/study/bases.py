@@ -12,10 +12,8 @@ import jax
 from flax import nnx
 
 from medcg_jax.data import phantom_pretraining as pretraining
-from medcg_jax.data.formats import SMALL_TOKENIZERS
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import Turn
-from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.mesh import own_rows
 from medcg_jax.models.build import join, shardings, split_trainable
 from medcg_jax.run_config import MODELS, TRAINABLE, ModelConfig, RunConfig, TrainConfig
@@ -25,7 +23,7 @@ from medcg_jax.train.goodput import Goodput
 from medcg_jax.train.loop import Cell, fit
 from medcg_jax.train.optim import control_from, make_optimizer
 from medcg_jax.train.run import loop_options
-from medcg_jax.train.setup import Setup, model_config, start_params
+from medcg_jax.train.setup import Setup, model_config, run_tokenizer, start_params
 from medcg_jax.train.step import make_step
 from medcg_jax.train.utilisation import peak_flops, step_flops
 
@@ -60,7 +58,7 @@ def made_of(run: RunConfig) -> dict:
     model = {k: v for k, v in model.items() if k not in LATER_FIELDS or v != plain[k]}
     parts = {
         "model": model | {"trainable": TRAINABLE},
-        "tokenizer": load_tokenizer(run.model.tokenizer, SMALL_TOKENIZERS[MODELS[run.model.name]]).fingerprint,
+        "tokenizer": run_tokenizer(run.model).fingerprint,
         "base": base,
         "data": pretraining.pretraining_fingerprint(run.base.seed, num_pretraining_records(run.base)),
         "system_prompt": run.data.system_prompt,
@@ -153,6 +151,7 @@ class Bases:
             metrics=self._workdir / "metrics" / f"base.s{seed}.jsonl",
             checkpoints=saved if config.checkpoint_every_steps else None,
             config=made_of(setup.run),
+            pixels=setup.pixels,
             flops_per_step=step_flops(encoded, setup.model, trainable=TRAINABLE, batch_size=config.batch_size),
         )  # fmt: skip
         state, [result] = fit(

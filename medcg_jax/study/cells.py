@@ -210,7 +210,8 @@ class Trainer:
                         own, rest = split_trainable(trained, setup.run.model.trainable)
                         kept, beside = to_keep(setup, own, rest, base_path)
                         path = self._workdir / "weights" / job.id
-                        save_params(path, kept, setup.model, {"cell": job.id}, trained_on=beside)
+                        meta = {"cell": job.id}
+                        save_params(path, kept, setup.model, meta, trained_on=beside, beside=setup.companions)
             except (NonFiniteScores, DataError) as failed:
                 error = failed
             seconds = (time.perf_counter() - jobs.pop(job.id)[1]) / (self._run.study.cells_at_once if job.steps else 1)
@@ -253,7 +254,7 @@ class Trainer:
           NonFiniteScores: the parameters are no use.
         """
         if self._tester is None:
-            self._tester = Tester(setup, graphdef)
+            self._tester = Tester(setup, graphdef, sees=job.steps > 0)
         first = self._run.study.jobs > 1 and not self._has_tested
         # As in `_compile`: the first test of a process compiles.
         found, again = {}, {}
@@ -331,6 +332,7 @@ class Trainer:
             job.id, control_from(dataclasses.replace(config, steps=job.steps), len(encoded)), stream,
             metrics=self._workdir / "metrics" / f"{job.id}.jsonl",
             checkpoints=checkpoints_of(self._workdir, job) if config.checkpoint_every_steps else None,
+            pixels=setup.pixels,
             flops_per_step=step_flops(
                 encoded, setup.model, trainable=setup.run.model.trainable, batch_size=config.batch_size
             ),

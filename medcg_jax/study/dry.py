@@ -11,7 +11,7 @@ from pathlib import Path
 
 from medcg_jax.data.records import Source, Subset
 from medcg_jax.data.sources import open_source
-from medcg_jax.run_config import BOX_TABLES, MODELS, RunConfig
+from medcg_jax.run_config import BOX_TABLES, RunConfig
 from medcg_jax.study import mat
 from medcg_jax.study.schedule import Job, Plan, make_plan, seeded
 
@@ -96,11 +96,9 @@ def architecture_of(run: RunConfig):
 
     if run.model.name not in TINY:
         return architecture(run.model)
-    from medcg_jax.data.formats import SMALL_TOKENIZERS
-    from medcg_jax.data.tokenizer import load_tokenizer
-    from medcg_jax.train.setup import model_config
+    from medcg_jax.train.setup import model_config, run_tokenizer
 
-    return model_config(run.model, load_tokenizer(run.model.tokenizer, SMALL_TOKENIZERS[MODELS[run.model.name]]))
+    return model_config(run.model, run_tokenizer(run.model))
 
 
 def dry(run: RunConfig) -> dict:

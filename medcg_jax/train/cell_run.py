@@ -57,6 +57,7 @@ class Cell:
     checkpoints: directory; None: nothing is saved, and a run that is stopped starts anew.
     config: JSON kept in the checkpoints; another one there is an error.
     flops_per_step: of one step, what the model needs (`models.flops`); None: not known.
+    pixels: keys of a batch's images, which the model must be found to see before the first step; (): it is not asked.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Cell:
     checkpoints: Path | None = None
     config: dict = field(default_factory=dict)
     flops_per_step: float | None = None
+    pixels: tuple[str, ...] = ()
 
 
 @dataclass

@@ -15,7 +15,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -218,15 +218,17 @@ class Checkpoints:
 
 
 def save_params(
-    directory: Path, params, config: LlavaConfig, meta: dict | None = None, *, trained_on: str = ""
+    directory: Path, params, config: LlavaConfig, meta: dict | None = None, *, trained_on: str = "",
+    beside: Sequence[Path] = (),
 ) -> None:  # fmt: skip
     """Writes parameters in the layout of a converted checkpoint (`model.checkpoint` takes it), whole or not at all.
 
     meta: JSON that `load_params` gives back: what made them, and its fingerprint.
     trained_on: the checkpoint that holds the rest, where `params` are no more than the parts that were trained.
+    beside: the tokenizer's file and the checkpoint that the run started from: what an export needs of them is copied.
     A directory that is there already is replaced.
     """
-    from medcg_jax.weights import convert
+    from medcg_jax.weights import companions, convert
 
     directory = Path(directory).absolute()
     part = directory.with_name(f".{directory.name}.part")
@@ -237,6 +239,7 @@ def save_params(
     convert.save_params(part, params, config, trained_on=trained_on)
     sums = bit_sums(_as_saved(params))
     if jax.process_index() == 0:
+        companions.copy(beside, part)
         (part / META_FILE).write_text(json.dumps({**(meta or {}), "bit_sums": sums}, indent=1) + "\n")
     barrier(f"{part} has its files")
     checksums.write_share(part, jax.process_index(), jax.process_count())

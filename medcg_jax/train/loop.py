@@ -23,6 +23,7 @@ from medcg_jax.train.loader_watch import LoaderWatch
 from medcg_jax.train.log import Progress
 from medcg_jax.train.optim import stack_controls
 from medcg_jax.train.profile import StepTrace
+from medcg_jax.train.sight import check_sees
 from medcg_jax.train.step import Program, TrainState
 
 __all__ = ["Cell", "CellResult", "NonFiniteLoss", "fit", "fit_queue"]
@@ -43,6 +44,7 @@ def fit(
     options: see `Options`.
 
     Raises:
+      BlindModel: the model does not see the images of its first batches.
       NonFiniteLoss: in the only cell, or in all of them. A cell that fails beside others ends there, with the error in
         its result, and leaves the others as they are.
       Interrupted: the process was told to stop (`preempt`); what can be saved is.
@@ -89,7 +91,7 @@ def fit_queue(
     options: see `Options`.
 
     Raises:
-      Interrupted, CheckpointError, SaveError, LossDiffers: as `fit`.
+      BlindModel, Interrupted, CheckpointError, SaveError, LossDiffers: as `fit`.
     """
     loop = _Loop(program, params, frozen, Options(**options))
     try:
@@ -152,6 +154,7 @@ class _Loop:
         self._pending: list[_Pending] = []
         self._checked_at = None
         self._loader = LoaderWatch()
+        self._sees = False
         self._label, self._bar = label, None
 
     @property
@@ -224,6 +227,9 @@ class _Loop:
             batch = self._stacked(batches) if self._many else batches[0]
             on_device = put_batch(batch, self.program.batch_sharding)
         first = self._checked_at is None
+        if not self._sees:
+            with clock.within("compile"):
+                state = self._look_at_images(state, batch)
         with clock.step(at, compiles=first), jax.profiler.StepTraceAnnotation("train", step_num=self._furthest()):
             state, metrics = self.program(state, self.frozen, self._control, on_device)
         clock.handed(at, metrics["loss"])
@@ -236,6 +242,26 @@ class _Loop:
             trace.after(self._furthest(), metrics)
         if len(self._pending) > MAX_AHEAD:
             jax.block_until_ready(self._pending[-1 - MAX_AHEAD].metrics["loss"])
+        return state
+
+    def _look_at_images(self, state: TrainState, batch: dict[str, np.ndarray]) -> TrainState:
+        """The same state, after the step's own program was asked, without an update, what it makes of other pixels.
+
+        Raises:
+          BlindModel: the same.
+        """
+        keys = next((run.cell.pixels for run in self.runs), ())
+        steps = np.zeros(self._control["total_steps"].shape, np.int32)
+        # No run has steps left, so that the state stays as it is, bit for bit.
+        control = {**self._control, **self.program.put_control({"total_steps": steps})}
+
+        def score(batch: dict[str, np.ndarray]) -> list[np.ndarray]:
+            nonlocal state
+            on_device = put_batch(batch, self.program.batch_sharding)
+            state, metrics = self.program(state, self.frozen, control, on_device)
+            return jax.device_get([metrics["loss"], metrics["grad_norm"]])
+
+        self._sees = not keys or check_sees(score, batch, keys, self._label or self.runs[0].cell.name)
         return state
 
     def look(self, state: TrainState) -> bool:

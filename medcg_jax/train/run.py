@@ -107,6 +107,7 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
         wandb=WandbTarget(run.log.wandb, run.name, workdir, dataclasses.asdict(run)) if run.log.wandb else None,
         checkpoints=workdir / "checkpoints",
         config=identity(run),
+        pixels=setup.pixels,
         flops_per_step=step_flops(
             encoded, setup.model, trainable=run.model.trainable, batch_size=run.train.batch_size
         ),
@@ -116,7 +117,8 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
         trace=trace, keep_start=False, **loop_options(run.train),
     )  # fmt: skip
     kept, base = to_keep(setup, state.params, frozen, run.model.checkpoint)
-    save_params(workdir / "params", kept, setup.model, {"config": cell.config, **result.metrics}, trained_on=base)
+    meta = {"config": cell.config, **result.metrics}
+    save_params(workdir / "params", kept, setup.model, meta, trained_on=base, beside=setup.companions)
     print(f"{result.step} steps on {len(encoded)} records of {len(names)} subsets; parameters in {workdir / 'params'}")
     return {"workdir": str(workdir), "steps": result.step, "records": len(encoded), **result.metrics,
             "skipped_checkpoints": result.skipped_checkpoints}  # fmt: skip

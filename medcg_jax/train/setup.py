@@ -25,6 +25,9 @@ from medcg_jax.models.next_chat import NextChatConfig
 from medcg_jax.run_config import MODELS, ConfigError, ModelConfig, RunConfig, trains_masks
 from medcg_jax.train.box_losses import box_loss, mask_loss
 from medcg_jax.train.losses import token_loss
+from medcg_jax.train.sight import pixel_keys
+from medcg_jax.train.token_ids import check_token_ids, check_tokens
+from medcg_jax.weights.companions import has_tokenizer
 
 RELEASED = {
     "llava15_7b": "llava-hf/llava-1.5-7b-hf",
@@ -58,6 +61,17 @@ class Setup:
         return open_general(self.run.data)
 
     @property
+    def pixels(self) -> tuple[str, ...]:
+        """Keys of a batch's images that the language model is to see."""
+        return pixel_keys(self.format.blank)
+
+    @property
+    def companions(self) -> tuple[Path, ...]:
+        """Where what an export needs beside parameters lies: the tokenizer's file, the checkpoint's directory."""
+        places = (self.tokenizer.path, self.run.model.checkpoint)
+        return tuple(Path(place) for place in places if place)
+
+    @property
     def loss(self) -> Callable:
         """The loss of a fine-tune (`train_step`'s `loss_fn`): of masks where their parts are trained; else of the text, and
         of boxes where the model gives them."""
@@ -87,17 +101,20 @@ class Setup:
         return encode_boxes(records, self.tokenizer, self.run.data, self.format)
 
 
-def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None, has_weights: bool = False) -> Setup:
+def open_setup(
+    run: RunConfig, *, devices: list[jax.Device] | None = None, has_weights: bool = False, trained: Path | None = None
+) -> Setup:
     """The setup of a run on `devices` (default: all); puts nothing on them.
 
-    has_weights: whether the run has parameters of its own, and needs no checkpoint to start from.
+    has_weights: whether the run has parameters of its own, and needs no checkpoint to start from. trained: their
+      directory, which has their tokenizer, too.
 
     Raises:
-      ConfigError: weights, tokenizer or data are not there, the mesh does not fit the devices or the batch, or a
-        subset does not exist.
+      ConfigError: weights, tokenizer or data are not there, the tokenizer is another model's, the mesh does not fit the
+        devices or the batch, or a subset does not exist.
       DataError: the data cannot be read.
     """
-    if not has_weights:
+    if not has_weights and trained is None:
         check_weights(run)
     mesh = make_mesh(run.mesh, devices)
     check_batch(mesh, run.train.batch_size // run.train.accumulation_steps, "train.batch_size per accumulation step")
@@ -106,10 +123,13 @@ def open_setup(run: RunConfig, *, devices: list[jax.Device] | None = None, has_w
     check_batch(mesh, run.eval.batch_size, "eval.batch_size")
     check_packed_attention(run, mesh.devices.flat[0].platform)
     family = MODELS[run.model.name]
-    tokenizer = load_tokenizer(run.model.tokenizer, formats.SMALL_TOKENIZERS[family])
+    tokenizer = run_tokenizer(run.model, trained)
     source = open_source(run.data)
     require_subsets(source, (*run.data.subsets, *run.data.subset_weights))
     model = model_config(run.model, tokenizer)
+    check_tokens(tokenizer, family, model)
+    for directory in filter(None, (trained, run.model.checkpoint)):
+        check_token_ids(tokenizer, family, Path(directory))
     whole = replicated(model, mesh)
     if whole:
         print(f"mesh.tensor={mesh.shape['tensor']} does not divide them, so every device holds whole: {', '.join(whole)}")
@@ -127,6 +147,28 @@ def check_packed_attention(run: RunConfig, platform: str) -> None:
             "model.attention='auto' takes cuDNN's kernel on a GPU, which reads segment ids as lengths; 'plain' is "
             "accepted there with data.pack=1, whose buffers grow with the square of a row"
         )
+
+
+def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:
+    """The tokenizer that `model.tokenizer` names; else the one beside the weights; else, of a tiny model, the package's.
+
+    trained: directory of parameters that were trained from the checkpoint; its tokenizer comes first.
+
+    Raises:
+      ConfigError: a released size has none. DataError: it cannot be used.
+    """
+    if model.tokenizer:
+        return load_tokenizer(model.tokenizer)
+    places = [Path(place) for place in (trained, model.checkpoint) if place]
+    if beside := next(filter(has_tokenizer, places), None):
+        return load_tokenizer(beside)
+    if model.name in TINY:
+        return load_tokenizer("", formats.SMALL_TOKENIZERS[MODELS[model.name]])
+    where = f"{places[-1]} has no tokenizer.model or tokenizer.json" if places else "model.checkpoint is empty, too"
+    raise ConfigError(
+        f"model.tokenizer is empty, and {where}; the tokenizer's file or directory is accepted, of the release that "
+        f"{model.name} is"
+    )
 
 
 def model_config(model: ModelConfig, tokenizer: Tokenizer) -> Config:

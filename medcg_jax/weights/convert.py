@@ -6,7 +6,6 @@
 import dataclasses
 import json
 import math
-import shutil
 import typing
 from collections.abc import Mapping
 from functools import reduce
@@ -22,7 +21,7 @@ from medcg_jax.models import build
 from medcg_jax.models.build import Config
 from medcg_jax.nn.base import Base
 from medcg_jax.nn.quant import is_quantized
-from medcg_jax.weights import adapters, engine
+from medcg_jax.weights import adapters, companions, engine
 from medcg_jax.weights.families import FAMILIES, family_of, module_of, module_of_release
 from medcg_jax.weights.files import WeightsError, read_json, write_safetensors, written_whole
 
@@ -38,21 +37,21 @@ RUN_FIELDS = (
 # What `model.json` states beside the architecture, where the directory holds no more than what was trained.
 OWN_FIELDS = ("trained_on", "parts")
 NO_PARTS: Mapping[str, Path] = {}
-# What a checkpoint directory holds beside weights and config, and a converted one keeps.
-COMPANIONS = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "preprocessor_config.json", "processor_config.json", "generation_config.json", "chat_template.json",
-)  # fmt: skip
+NO_IDS: Mapping[str, int] = {}
 
 
-def convert(src: Path, dst: Path, *, to: str = "orbax", parts: Mapping[str, Path] = NO_PARTS) -> dict:
+def convert(
+    src: Path, dst: Path, *, to: str = "orbax", parts: Mapping[str, Path] = NO_PARTS, ids: Mapping[str, int] = NO_IDS
+) -> dict:
     """{"out", "to", "parameters", "tensors", "dtype"} after writing `dst` from `src`; prints one line.
 
     src: a released directory or a converted one. to: "orbax"; "hf" for the released layout, adapters merged into the
       weights (of the checkpoint that the run started from, not what was made of them in 4 or 8 bits); "peft" for the
       adapters, and a projector that was trained with them, as peft's.
     parts: files or directories of a release that lie elsewhere, by the names that `weights.families` explains.
-    Weights keep the dtype they have in `src`. `dst` appears when all of it is written.
+    ids: of tokens, by field of the config, where the tokenizer beside `src` has others than its config states.
+    Weights keep the dtype they have in `src`. `dst` appears when all of it is written, with the tokenizer, chat templates
+    and processor's files that lie in `src` (or in the checkpoint that it was trained on).
 
     Raises:
       WeightsError: `src` is no checkpoint this port knows, or `dst` exists and is not empty.
@@ -61,7 +60,7 @@ def convert(src: Path, dst: Path, *, to: str = "orbax", parts: Mapping[str, Path
         raise WeightsError(f"to={to!r}; accepted: orbax, hf, peft")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise WeightsError(f"{dst} exists and is not empty; a new or empty directory is accepted")
-    config = read_config(src, parts=parts)
+    config = dataclasses.replace(read_config(src, parts=parts), **ids)
     own = kept_parts(src)
     if to == "peft":
         params = _own_leaves(src, config, own[1]) if own else open_leaves(src, config, parts=parts)
@@ -71,9 +70,7 @@ def convert(src: Path, dst: Path, *, to: str = "orbax", parts: Mapping[str, Path
     else:
         params = open_leaves(src, config, parts=parts)
     with written_whole(dst) as part:
-        for name in COMPANIONS:
-            if (src / name).is_file():
-                shutil.copyfile(src / name, part / name)
+        companions.copy([src, _base_of(src, own[0], parts)] if own and to == "hf" else [src], part)
         if to == "peft":
             num_tensors = adapters.export_peft(params, config, part, base=own[0] if own else "")
         else:

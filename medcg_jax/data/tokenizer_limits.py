@@ -1,0 +1,339 @@
+"""Tokenizer files of others, looked at before a library gets them: what could fill the memory, never end, or stop the
+process from inside a library is refused by its structure. And the small JSON files beside them, read within limits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from medcg_jax.data.records import DataError
+from medcg_jax.untrusted import FileError, article_of, check_number, parsed, read_bytes, read_json, shown
+
+# Llama 3's tokenizer.json has 17 MB in its longest form, Qwen2's 11.
+MAX_TOKENIZER_BYTES = 2**25
+# Pieces and merges, by the commas of the file: 1.2 million in Llama 3's longest form.
+MAX_TOKENIZER_ITEMS = 1_500_000
+# Of tokenizer_config.json and its like: chat templates have some 10 kB, lists of added tokens some 100 kB.
+MAX_CONFIG_BYTES = 2**24
+# The largest vocabulary in use has 262,144 pieces.
+MAX_TOKEN_ID = 2**20 - 1
+MAX_PIECE_CHARS = 1024
+MAX_ADDED_TOKENS = 2**14
+# How many times as long a text may become by a file's rules of replacement.
+MAX_GROWTH = 16
+# Text that a rule puts before or behind others.
+MAX_AFFIX_CHARS = 16
+MAX_PATTERN_CHARS = 4096
+# Repeats without an end in one alternative of a pattern: with more, matching takes the third power of a text's length.
+MAX_REPEATS = 2
+MAX_RULES = 64
+
+NORMALIZERS = (
+    "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Prepend", "Replace", "Sequence", "ByteLevel",
+    "BertNormalizer", "Nmt",
+)  # fmt: skip
+PRE_TOKENIZERS = (
+    "ByteLevel", "Metaspace", "Split", "Sequence", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit",
+    "BertPreTokenizer", "UnicodeScripts", "CharDelimiterSplit",
+)  # fmt: skip
+DECODERS = ("ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip", "Sequence", "WordPiece", "BPEDecoder")
+MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
+# Key of a list of rules in a Sequence -> which part of the file it is of.
+INNER = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+
+
+def read_tokenizer_json(path: Path) -> tuple[dict[str, Any], bytes]:
+    """(what a tokenizer.json holds, its bytes), after its structure was looked at.
+
+    Raises:
+      DataError: it cannot be read, or could do harm; one line with the file, the rule, and what is accepted.
+    """
+    with one_line():
+        content = read_bytes(path, MAX_TOKENIZER_BYTES)
+        if content.count(b",") > MAX_TOKENIZER_ITEMS:
+            raise FileError(f"{path}: {content.count(b','):,} entries; at most {MAX_TOKENIZER_ITEMS:,} are read")
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise FileError(f"{path}: not UTF-8 (byte {error.start})") from error
+        found = parsed(text, path)
+        check_structure(found, path)
+    return found, content
+
+
+def check_structure(found: dict[str, Any], path: Path) -> None:
+    """Raises FileError for the first thing in a tokenizer.json that could do harm or is no tokenizer."""
+    model = found.get("model")
+    if not isinstance(model, dict):
+        raise FileError(f"{path}: model is {article_of(model)}; an object is accepted")
+    kind = model.get("type", "BPE")
+    if kind not in MODELS:
+        raise FileError(f"{path}: model.type={shown(kind)}; accepted: {', '.join(MODELS)}")
+    if model.get("dropout"):
+        raise FileError(f"{path}: model.dropout={shown(model['dropout'])}: ids would be drawn at random; null is accepted")
+    for field in ("continuing_subword_prefix", "end_of_word_suffix"):
+        _check_affix(model.get(field), f"{path}: model.{field}")
+    vocab = model.get("vocab")
+    if not isinstance(vocab, dict | list) or not vocab:
+        raise FileError(f"{path}: model.vocab is {article_of(vocab)}; the pieces with their ids are accepted")
+    if isinstance(vocab, list):
+        pieces = [entry[0] if isinstance(entry, list) and entry else None for entry in vocab]
+    else:
+        pieces = list(vocab)
+        for piece, number in vocab.items():
+            if type(number) is not int or not 0 <= number <= MAX_TOKEN_ID:
+                check_number(number, f"{path}: model.vocab[{shown(piece)}]", least=0, most=MAX_TOKEN_ID, whole=True)
+    for piece in pieces:
+        if not isinstance(piece, str) or len(piece) > MAX_PIECE_CHARS:
+            raise FileError(
+                f"{path}: model.vocab has {shown(piece)}; pieces of at most {MAX_PIECE_CHARS} characters are accepted"
+            )
+    _check_added(found.get("added_tokens") or [], path)
+    for part, accepted in (("normalizer", NORMALIZERS), ("pre_tokenizer", PRE_TOKENIZERS), ("decoder", DECODERS)):
+        _check_rules(found.get(part), part, accepted, path)
+
+
+def _check_added(listed: Any, path: Path) -> None:
+    if not isinstance(listed, list) or len(listed) > MAX_ADDED_TOKENS:
+        many = f"{len(listed):,} entries" if isinstance(listed, list) else article_of(listed)
+        raise FileError(f"{path}: added_tokens has {many}; a list of at most {MAX_ADDED_TOKENS:,} is accepted")
+    for token in listed:
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+            raise FileError(f"{path}: added_tokens has {shown(token)}; objects with content and id are accepted")
+        check_added(token["content"], token.get("id"), f"{path}: added_tokens")
+
+
+def check_added(content: str, number: Any, name: str) -> None:
+    """Raises FileError where an added token has no text, too long a one, or no id."""
+    if not 0 < len(content) <= MAX_PIECE_CHARS:
+        raise FileError(f"{name}: token {shown(content)}; 1 to {MAX_PIECE_CHARS} characters are accepted")
+    check_number(number, f"{name}[{shown(content)}]", least=0, most=MAX_TOKEN_ID, whole=True)
+
+
+def _check_rules(top: Any, part: str, accepted: tuple[str, ...], path: Path) -> None:
+    """The rules of one part of the file: known ones, that do not let a text grow, whose patterns come to an end."""
+    growth, waiting, count = 1.0, [top], 0
+    while waiting:
+        rule = waiting.pop()
+        if rule is None:
+            continue
+        count += 1
+        kind = rule.get("type") if isinstance(rule, dict) else rule
+        if kind not in accepted or count > MAX_RULES:
+            many = f"more than {MAX_RULES} rules" if count > MAX_RULES else f"type={shown(kind)}"
+            raise FileError(f"{path}: {part} has {many}; accepted: at most {MAX_RULES} of {', '.join(accepted)}")
+        if kind == "Sequence":
+            inner = rule.get(INNER[part])
+            if not isinstance(inner, list):
+                raise FileError(f"{path}: {part}.{INNER[part]} is {article_of(inner)}; a list is accepted")
+            waiting += inner
+        for field in ("prepend", "prefix", "suffix", "replacement"):
+            _check_affix(rule.get(field), f"{path}: {part}.{field}")
+        pattern = rule.get("pattern")
+        regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+        if isinstance(regex, str):
+            check_pattern(regex, f"{path}: {part}.pattern")
+        if kind == "Replace":
+            content, plain = rule.get("content"), pattern.get("String") if isinstance(pattern, dict) else None
+            if not isinstance(content, str) or not (isinstance(regex, str) or isinstance(plain, str) and plain):
+                raise FileError(f"{path}: {part} has a Replace of {shown(pattern)} by {shown(content)}; texts are accepted")
+            # A pattern may match between any two characters.
+            growth *= max(1.0, len(content) / len(plain) if plain else len(content) + 1)
+            if growth > MAX_GROWTH:
+                raise FileError(
+                    f"{path}: the {part}'s Replace rules make a text {growth:,.0f} times as long; at most {MAX_GROWTH} "
+                    "is accepted"
+                )
+
+
+def _check_affix(value: Any, name: str) -> None:
+    if value is not None and (not isinstance(value, str) or len(value) > MAX_AFFIX_CHARS):
+        raise FileError(f"{name}={shown(value)}: text of at most {MAX_AFFIX_CHARS} characters is accepted")
+
+
+# A character of a pattern or what stands for some: an escape, a class, a quantifier, a bracket, a bar.
+_ATOMS = re.compile(
+    r"(?P<back>\\(?:[1-9]|k[<']|g[<']))"
+    r"|(?P<escape>\\(?:[pP]\{[^}]*\}|x\{[^}]*\}|.))"
+    r"|(?P<class>\[\^?\]?(?:\\.|\[:[^\]]*:\]|[^\]\\])*\])"
+    r"|(?P<open>\((?:\?(?:[imsx-]*:|[=!>|]|<[=!]|<[A-Za-z_]\w*>|[imsx-]+(?=\))))?)"
+    r"|(?P<close>\))|(?P<bar>\|)"
+    r"|(?P<repeat>(?:[*+?]|\{\d*,\d*\}|\{\d+\})[+?]?)"
+    r"|(?P<other>.)",
+    re.DOTALL,
+)
+# A repeat of more turns than this is taken as one without an end.
+_FEW_TURNS, _ENDLESS = 8, 1 << 30
+
+
+def check_pattern(pattern: str, name: str) -> None:
+    """Raises FileError for a pattern on which matching could take more than about the square of a text's length.
+
+    Refused: repeats of what holds a repeat or alternatives, more than `MAX_REPEATS` repeats without an end in one
+    alternative, and references back.
+    """
+    why = _fault_of(pattern) if len(pattern) <= MAX_PATTERN_CHARS else f"it has {len(pattern):,} characters"
+    if why:
+        raise FileError(
+            f"{name}={shown(pattern)}: {why}; accepted: at most {MAX_PATTERN_CHARS:,} characters and {MAX_REPEATS} "
+            "repeats in an alternative, none inside another"
+        )
+
+
+def _fault_of(pattern: str) -> str:
+    # Of each open group: repeats in its present alternative, the most in one, whether it has alternatives.
+    groups: list[list[int]] = [[0, 0, 0]]
+    closed = [0, 0, 0]
+    after = ""
+    for atom in _ATOMS.finditer(pattern):
+        kind, text = atom.lastgroup, atom.group()
+        if kind == "back":
+            return "it refers back to what was matched"
+        if kind == "open":
+            groups.append([0, 0, 0])
+        elif kind == "bar":
+            groups[-1] = [0, max(groups[-1][:2]), 1]
+        elif kind == "close":
+            if len(groups) == 1:
+                return "a bracket is not opened"
+            group = groups.pop()
+            closed = [max(group[:2]), max(group[:2]), group[2]]
+            groups[-1][0] += closed[0]
+        elif kind == "repeat":
+            turns = _most_turns(text)
+            if after == "repeat" or text.endswith("}+"):
+                return "it repeats a repeat"
+            if after == "close" and turns > 1 and (closed[0] or closed[2]):
+                return "it repeats what holds a repeat or alternatives"
+            groups[-1][0] += turns > _FEW_TURNS
+        if max(groups[-1][:2]) > MAX_REPEATS:
+            return f"{max(groups[-1][:2])} repeats without an end follow each other"
+        after = kind
+    return "a bracket is not closed" if len(groups) > 1 else ""
+
+
+def _most_turns(repeat: str) -> int:
+    """How often at most: of "{2,5}" 5, of "?" 1; `_ENDLESS` of "*", "+" and "{2,}"."""
+    if repeat[0] in "*+?":
+        return 1 if repeat[0] == "?" else _ENDLESS
+    last = repeat.strip("{}?").rpartition(",")[2]
+    return int(last[:9]) if last else _ENDLESS
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file beside a tokenizer; {} where there is none.
+
+    Raises:
+      DataError: it is there and cannot be read.
+    """
+    if not path.is_file() and not path.is_fifo():
+        return {}
+    with one_line():
+        return read_json(path, max_bytes=MAX_CONFIG_BYTES, encoding="utf-8-sig")
+
+
+def added_tokens(directory: Path) -> dict[str, int]:
+    """Tokens that added_tokens.json and tokenizer_config.json of a directory add to its SentencePiece model: their ids.
+
+    Raises:
+      DataError: a file is broken, an id is none, one name has two ids, or one id two names.
+    """
+    listed: list[tuple[str, int, str]] = []
+    with one_line():
+        name = directory / "added_tokens.json"
+        for content, number in read_config(name).items():
+            check_added(content, number, str(name))
+            listed.append((content, number, str(name)))
+        listed += [(content, number, place) for number, content, place in added_in_config(directory)]
+        ids, names = {}, {}
+        for content, number, place in listed:
+            if ids.setdefault(content, number) != number:
+                raise FileError(f"{place}: {shown(content)} has the id {number}, and {ids[content]} elsewhere beside it")
+            if names.setdefault(number, content) != content:
+                raise FileError(f"{place}: {number} is the id of {shown(content)} and of {shown(names[number])}")
+    return ids
+
+
+def added_in_config(directory: Path) -> Iterator[tuple[int, str, str]]:
+    """(id, content, name for messages) of each entry of `added_tokens_decoder` in a directory's tokenizer_config.json.
+
+    Raises:
+      FileError: an entry is of another form.
+    """
+    path = directory / "tokenizer_config.json"
+    listed = read_config(path).get("added_tokens_decoder") or {}
+    if not isinstance(listed, dict) or len(listed) > MAX_ADDED_TOKENS:
+        raise FileError(f"{path}: added_tokens_decoder is {article_of(listed)}; an object of ids is accepted")
+    for key, token in listed.items():
+        content = token.get("content") if isinstance(token, dict) else None
+        place = f"{path}: added_tokens_decoder"
+        if not isinstance(content, str) or not re.fullmatch(r"[0-9]{1,9}", key):
+            raise FileError(f"{place}[{shown(key)}]={shown(token)}: ids with the content of their tokens are accepted")
+        check_added(content, int(key), place)
+        yield int(key), content, place
+
+
+def named_tokens(directory: Path) -> dict[str, str]:
+    """Role -> text of the tokens that tokenizer_config.json names: "bos_token", "eos_token", "pad_token", "image_token".
+
+    The image's may stand in processor_config.json alone. Roles that are not named, or null, are left out.
+
+    Raises:
+      DataError: a file is broken, or a name is no text.
+    """
+    found: dict[str, str] = {}
+    with one_line():
+        for file, roles in (
+            ("tokenizer_config.json", ("bos_token", "eos_token", "pad_token", "image_token")),
+            ("processor_config.json", ("image_token",)),
+        ):
+            config = read_config(directory / file)
+            for key in ("extra_special_tokens", "model_specific_special_tokens"):
+                inner = config.get(key)
+                config = {**inner, **config} if isinstance(inner, dict) else config
+            for role in roles:
+                value = config.get(role)
+                value = value.get("content") if isinstance(value, dict) else value
+                if value is None:
+                    continue
+                if not isinstance(value, str):
+                    raise FileError(f"{directory / file}: {role} is {article_of(value)}; text or null is accepted")
+                found.setdefault(role, value)
+    return found
+
+
+@contextmanager
+def one_line():
+    """FileError as DataError, with the word that says of what the file is."""
+    try:
+        yield
+    except FileError as error:
+        raise DataError(f"tokenizer {error}") from error
+
+
+@contextmanager
+def library_errors(what: str):
+    """What a library raises as DataError in one line; also where its Rust has panicked, which is no Exception."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{what}: {_brief(error)}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{what}: the library has failed: {_brief(error)}") from error
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def short(text: str) -> str:
+    """A text for a message, cut after 60 characters."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
