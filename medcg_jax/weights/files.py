@@ -116,7 +116,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise WeightsError(f"{index} is no index of shards: an object `weight_map` of tensors and files is accepted")
-    if any(Path(name).name != name or "\\" in name or "\0" in name for name in weight_map.values()):
+    if any(
+        Path(name).name != name or name in ("", "..") or "\\" in name or "\0" in name for name in weight_map.values()
+    ):
         raise WeightsError(f"{index} names files outside its directory; plain file names are accepted")
     return weight_map
 
