@@ -18,6 +18,7 @@ from medcg_jax.run_config import ConfigError
 MAX_TEXT_BYTES = 2**30
 # One line of a file of JSON lines.
 MAX_LINE_BYTES = 2**24
+PIECE_BYTES = 2**16
 
 
 class FileError(ConfigError):
@@ -54,7 +55,12 @@ def read_bytes(path: str | Path, max_bytes: int) -> bytes:
     """The whole file. Raises FileError as `open_regular`, and where it cannot be read."""
     try:
         with open_regular(path, max_bytes) as file:
-            content = file.read(max_bytes + 1)
+            # In pieces: a buffer of as many bytes as are allowed would be made for a file of a few.
+            pieces, length = [], 0
+            while length <= max_bytes and (piece := file.read(PIECE_BYTES)):
+                pieces.append(piece)
+                length += len(piece)
+            content = b"".join(pieces)
     except OSError as error:
         raise FileError(f"{path}: {error.strerror or error}") from error
     if len(content) > max_bytes:  # it has grown meanwhile

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medcg_jax.data.records import DataError
-from medcg_jax.data.tokenizer_json import IMAGE, KNOWN, SPACE, image_id
+from medcg_jax.data.tokenizer_json import IMAGE, SPACE, image_id
 from medcg_jax.data.tokenizer_limits import (
     MAX_TOKENIZER_BYTES,
     added_tokens,

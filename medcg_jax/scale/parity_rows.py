@@ -13,6 +13,9 @@ from medcg_jax.weights.files import WeightsError
 
 # Largest difference allowed, as a share of the reference's largest value.
 TOLERANCE = 1e-4
+# So many times as far as the reference itself moves when every weight is rounded otherwise; and never further than a
+# fault would be small.
+NOISE_FACTOR, MAX_TOLERANCE = 8.0, 1e-2
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,23 @@ def compared(stage: str, ours, theirs, *, floor: float = 0.0) -> Row:
     # A NaN on either side is a difference, not a comparison that says nothing.
     scale = float(np.abs(theirs).max()) if theirs.size else 0.0
     return Row(stage, math.inf if math.isnan(difference) else difference, scale, floor=floor)
+
+
+def judged(rows: list[Row], noise: dict[str, Row]) -> list[Row]:
+    """`rows`, those that differ with the tolerance that the reference's own rounding asks for.
+
+    noise: stage -> the reference with its weights rounded otherwise, compared with itself.
+    """
+
+    def one(row: Row) -> Row:
+        moved = noise.get(row.stage)
+        if row.ok or moved is None or not moved.scale:
+            return row
+        return replace(
+            row, tolerance=max(row.tolerance, min(MAX_TOLERANCE, NOISE_FACTOR * moved.difference / moved.scale))
+        )
+
+    return [one(row) for row in rows]
 
 
 def exactly(stage: str, ours, theirs) -> Row:

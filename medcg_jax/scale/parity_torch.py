@@ -3,6 +3,7 @@
 Imports torch and transformers when called, never before.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -78,21 +79,30 @@ class Reference:
         grads = {name: p.grad if p.grad is not None else self.torch.zeros_like(p) for name, p in self._trained()}
         return {name: grad.numpy().copy() for name, grad in grads.items()}
 
-    def curve(
+    def steps(
         self, inputs, prefixes: tuple[str, ...], *, num_steps: int, learning_rate: float, eps: float = 1e-8
-    ) -> list[float]:
-        """Losses before each of `num_steps` steps of torch's AdamW (weight decay 0); changes the model."""
+    ) -> Iterator[tuple[float, dict[str, np.ndarray]]]:
+        """(loss, trained tensors by canonical name) before each of `num_steps` steps of torch's AdamW.
+
+        Weight decay is 0. The model changes from one to the next; the tensors are copies.
+        """
         self._train_only(prefixes)
         given = self._inputs(inputs)
         optimizer = self.torch.optim.AdamW([p for _, p in self._trained()], lr=learning_rate, eps=eps, weight_decay=0.0)
-        losses = []
         for _ in range(num_steps):
             optimizer.zero_grad()
             loss = self.model(**given).loss
             loss.backward()
+            yield loss.item(), {name: p.detach().numpy().copy() for name, p in self._trained()}
             optimizer.step()
-            losses.append(loss.item())
-        return losses
+
+    def nudged(self, seed: int = 0) -> dict[str, np.ndarray]:
+        """The parameters by canonical name, each number moved by about its last bit up, down or not at all."""
+        rng = np.random.default_rng(seed)
+        return {
+            name: value * (1 + np.float32(2**-23) * rng.integers(-1, 2, value.shape)).astype(np.float32)
+            for name, value in self.tensors().items()
+        }
 
     def _train_only(self, prefixes) -> None:
         for name, p in self.model.named_parameters():
@@ -120,6 +130,12 @@ def open_reference(src: Path, part: ModuleType, config: Config | None = None) ->
         ) from error
     load = getattr(transformers, part.HF_CLASS).from_pretrained
     options = dict(dtype=torch.float32, attn_implementation="eager", local_files_only=True)
-    model = load(src, **options)
-    part.prepare(model, part.runnable(read_config(src))[0] if config is None else config)
-    return Reference(model, part)
+    try:
+        model = load(src, **options)
+        part.prepare(model, part.runnable(read_config(src))[0] if config is None else config)
+        return Reference(model, part)
+    # Its own refusals, of which there are many: a package that a kind of quantisation needs, sizes that differ.
+    except (ValueError, ImportError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"transformers cannot open {src}: {type(error).__name__}: {str(error)[:300]}") from error

@@ -33,11 +33,16 @@ def tensors_of(config: Config, params) -> Arrays:
 
 
 def params_of(config: Config, params, tensors: Arrays):
-    """The params that `tensors_of` would take apart into `tensors`; shapes, dtypes and places as in `params`."""
+    """The params that `tensors_of` would take apart into `tensors`; shapes, dtypes and places as in `params`.
+
+    params: of the whole model or of some of its parts.
+    """
     source = Tensors({name: value.shape for name, value in tensors.items()}, tensors.__getitem__)
     places = jax.tree.map(lambda leaf: leaf.sharding, params)
     names = {name: name for name in tensors}
-    return engine.load(module_of(config).table(config), params, places, source, names, "memory")
+    parts = {path[0] for path in engine.by_path(params)}
+    table = [entry for entry in module_of(config).table(config) if entry.path[0] in parts]
+    return engine.load(table, params, places, source, names, "memory")
 
 
 def telling(name: str, value: np.ndarray) -> np.ndarray:

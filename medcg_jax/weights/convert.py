@@ -6,9 +6,8 @@
 import dataclasses
 import json
 import math
-import typing
 from collections.abc import Mapping
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import jax
@@ -21,9 +20,11 @@ from medcg_jax.models import build
 from medcg_jax.models.build import Config
 from medcg_jax.nn.base import Base
 from medcg_jax.nn.quant import is_quantized
-from medcg_jax.weights import adapters, companions, engine
-from medcg_jax.weights.families import FAMILIES, family_of, module_of, module_of_release
-from medcg_jax.weights.files import WeightsError, read_json, write_safetensors, written_whole
+from medcg_jax.weights import adapters, companions, engine, peft_files
+from medcg_jax.weights.families import FAMILIES, family_of, is_original, module_of, module_of_release
+from medcg_jax.weights.fields import quoted
+from medcg_jax.weights.files import Tensors, WeightsError, read_json, write_safetensors, written_whole
+from medcg_jax.weights.limits import dataclass_of
 
 MODEL_FILE = "model.json"
 PARAMS_DIR = "params"
@@ -45,7 +46,7 @@ def convert(
 ) -> dict:
     """{"out", "to", "parameters", "tensors", "dtype"} after writing `dst` from `src`; prints one line.
 
-    src: a released directory or a converted one. to: "orbax"; "hf" for the released layout, adapters merged into the
+    src: a released directory, a converted one, or peft's adapters, whose model `parts` names as `base`. to: "orbax"; "hf" for the released layout, adapters merged into the
       weights (of the checkpoint that the run started from, not what was made of them in 4 or 8 bits); "peft" for the
       adapters, and a projector that was trained with them, as peft's.
     parts: files or directories of a release that lie elsewhere, by the names that `weights.families` explains.
@@ -62,6 +63,7 @@ def convert(
         raise WeightsError(f"{dst} exists and is not empty; a new or empty directory is accepted")
     config = dataclasses.replace(read_config(src, parts=parts), **ids)
     own = kept_parts(src)
+    below = _base_of_adapters(src, parts)
     if to == "peft":
         params = _own_leaves(src, config, own[1]) if own else open_leaves(src, config, parts=parts)
         others = sorted(set(own[1] if own else ()) - set(adapters.PEFT_PARTS))
@@ -70,7 +72,8 @@ def convert(
     else:
         params = open_leaves(src, config, parts=parts)
     with written_whole(dst) as part:
-        companions.copy([src, _base_of(src, own[0], parts)] if own and to == "hf" else [src], part)
+        base = _base_of(src, own[0], parts) if own and to == "hf" else None
+        companions.copy([directory for directory in (src, base, below) if directory], part)
         if to == "peft":
             num_tensors = adapters.export_peft(params, config, part, base=own[0] if own else "")
         else:
@@ -91,6 +94,11 @@ def read_config(src: Path, *, parts: Mapping[str, Path] = NO_PARTS) -> Config:
     Raises:
       WeightsError: there is no checkpoint, or it is not one that this port computes.
     """
+    if below := _base_of_adapters(src, parts):
+        config = read_config(below, parts=parts)
+        if (src / "config.json").is_file():
+            _check_same(_released_config(src, parts), config, src)
+        return config
     file = src / (MODEL_FILE if (src / MODEL_FILE).is_file() else "config.json")
     if not file.is_file():
         raise WeightsError(
@@ -98,17 +106,77 @@ def read_config(src: Path, *, parts: Mapping[str, Path] = NO_PARTS) -> Config:
             "llava-hf/llava-1.5-7b-hf, llava-hf/llava-1.5-13b-hf or liuhaotian/llava-v1.5-7b from the Hugging Face hub "
             f"(`hf download llava-hf/llava-1.5-7b-hf --local-dir {src}`), or what `medcg convert` wrote"
         )
+    return _stored_config(src) if file.name == MODEL_FILE else _released_config(src, parts)
+
+
+def _stored_config(src: Path) -> Config:
     try:
-        if file.name == MODEL_FILE:
-            about = read_json(file)
-            return _config_from_dict({key: value for key, value in about.items() if key not in OWN_FIELDS})
+        about = _about(src)
+        return _config_from_dict({key: value for key, value in about.items() if key not in OWN_FIELDS})
+    except (ValueError, ArithmeticError) as error:  # of a field, or of fields that do not go together
+        raise _named(error, src / MODEL_FILE) from error
+
+
+def _released_config(src: Path, parts: Mapping[str, Path]) -> Config:
+    try:
         return module_of_release(src).read_release(src, parts)
-    except ValueError as error:  # of a field, or of fields that do not go together
-        raise WeightsError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
+    except (ValueError, ArithmeticError) as error:  # of a field, or of fields that do not go together
+        raise _named(error, src / "config.json") from error
+
+
+def _named(error: Exception, file: Path) -> WeightsError:
+    text = str(error)
+    return WeightsError(text if str(file.parent) in text else f"{file}: {text}")
+
+
+def _base_of_adapters(src: Path, parts: Mapping[str, Path]) -> Path | None:
+    """The released model that peft's adapters in `src` belong to; None: `src` holds no such adapters.
+
+    LLaVA's own directories of adapters are another form (`weights.llava_base`).
+
+    Raises:
+      WeightsError: no base is given, or one that is no whole model.
+    """
+    if (src / MODEL_FILE).is_file() or not peft_files.are_adapters(src):
+        return None
+    if (src / "config.json").is_file() and is_original(read_json(src / "config.json")):
+        return None
+    base = parts.get("base")
+    if base is None:
+        named = read_json(src / peft_files.ADAPTER_JSON).get("base_model_name_or_path")
+        raise WeightsError(
+            f"{src} holds peft's adapters alone; pass --base=DIR with the model that they were trained on"
+            + (f", {str(named)[:200]}" if named else "")
+        )
+    if not (base / "config.json").is_file():
+        raise WeightsError(
+            f"--base={base} has no config.json; the released model that {src} was trained on is accepted"
+        )
+    stated = read_json(base / "config.json")
+    if is_original(stated) or stated.get("model_type") == "llama":
+        raise WeightsError(
+            f"{src} holds adapters without the config.json and non_lora_trainables.bin that LLaVA's training writes "
+            f"at its end, and {base} is no whole model in transformers' layout, to which peft's adapters belong"
+        )
+    return base
+
+
+def _open_release(src: Path, config: Config, parts: Mapping[str, Path]) -> tuple[Tensors, dict[str, str]]:
+    """(tensors, canonical name -> name in them) of a released directory, or of one with peft's adapters in it."""
+    family = module_of(config)
+    below = _base_of_adapters(src, parts)
+    if below is None:
+        return family.open_release(src, parts)
+    return peft_files.with_adapters(*family.open_release(below, parts), src, family.canonical, whole=True)
 
 
 def load_checkpoint(
-    src: Path, config: Config, mesh: Mesh, *, parts: Mapping[str, Path] = NO_PARTS, param_dtype=jnp.float32,
+    src: Path,
+    config: Config,
+    mesh: Mesh,
+    *,
+    parts: Mapping[str, Path] = NO_PARTS,
+    param_dtype=jnp.float32,
     seed: int = 0,
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """(graphdef, params) of the checkpoint in `src` on `mesh`, for the architecture and settings of `config`.
@@ -141,15 +209,34 @@ def load_checkpoint(
         if config.base.dtype != "float32":
             return graphdef, engine.place(open_leaves(src, found), abstract, places)
         return _restore(src, dataclasses.replace(found, base=Base()), config, mesh, param_dtype)
-    family = module_of(config)
-    tensors, names = family.open_release(src, parts)
-    return graphdef, engine.load(family.table(config), abstract, places, tensors, names, str(src))
+    tensors, names = _open_release(src, config, parts)
+    table, num_rows = module_of(config).table(config), found.text.vocab_size
+    return graphdef, engine.load(table, abstract, places, tensors, names, str(src), num_rows=num_rows)
 
 
 def kept_parts(src: Path) -> tuple[str, tuple[str, ...]] | None:
     """(what a run started from, the parts that it trained) of a directory that holds these parts alone; else None."""
-    about = read_json(src / MODEL_FILE) if (src / MODEL_FILE).is_file() else {}
+    about = _about(src) if (src / MODEL_FILE).is_file() else {}
     return (about["trained_on"], tuple(about["parts"])) if "parts" in about else None
+
+
+def _about(src: Path) -> dict:
+    """What `model.json` states.
+
+    Raises:
+      WeightsError: it is no such file, or names parts that no model has.
+    """
+    about, file = read_json(src / MODEL_FILE), src / MODEL_FILE
+    if not any(key in about for key in OWN_FIELDS):
+        return about
+    parts, known = about.get("parts"), FAMILIES.get(str(about.get("family")))
+    if not isinstance(about.get("trained_on"), str) or not about["trained_on"] or "\0" in about["trained_on"]:
+        raise WeightsError(
+            f"{file}: trained_on={quoted(about.get('trained_on'))}; the path of a checkpoint is accepted"
+        )
+    if not isinstance(parts, list) or not parts or not all(isinstance(name, str) for name in parts) or known is None:
+        raise WeightsError(f"{file}: parts={quoted(parts)}; a list of names of a model's parts is accepted")
+    return about
 
 
 def saved_leaves(src: Path) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
@@ -184,13 +271,16 @@ def open_leaves(src: Path, config: Config, *, parts: Mapping[str, Path] = NO_PAR
     family = module_of(config)
     abstract = nnx.to_pure_dict(build.abstract(config)[1])
     if not (src / MODEL_FILE).is_file():
-        return engine.lazy(family.table(config), abstract, *family.open_release(src, parts), str(src))
+        return engine.lazy(family.table(config), abstract, *_open_release(src, config, parts), str(src))
     return _stored(src, abstract)
 
 
 def _own_leaves(src: Path, config: Config, parts: tuple[str, ...]) -> dict:
     """`Leaf`s of these parts, which are all that the directory holds."""
     abstract = nnx.to_pure_dict(build.abstract(dataclasses.replace(config, base=Base()))[1])
+    unknown = sorted(set(parts) - set(abstract))
+    if unknown:
+        raise WeightsError(f"{src / MODEL_FILE}: parts={quoted(parts)}; of {', '.join(abstract)} are accepted")
     return _stored(src, {name: abstract[name] for name in parts})
 
 
@@ -199,12 +289,28 @@ def _stored(src: Path, abstract: dict) -> dict:
 
     try:
         found = restore(src / PARAMS_DIR, abstract)
-    except (OSError, ValueError, KeyError) as error:
+    # Orbax raises whatever a damaged directory leads to.
+    except Exception as error:
         raise WeightsError(f"{src / PARAMS_DIR} cannot be read: {' '.join(str(error).split())[:200]}") from error
     wrong = jax.tree.map(lambda leaf, like: leaf.shape != like.shape, found, abstract)
     if any(jax.tree.leaves(wrong)):
         raise WeightsError(f"{src / PARAMS_DIR} holds other shapes than {src / MODEL_FILE} states")
-    return found
+    return jax.tree_util.tree_map_with_path(partial(_finite, src / PARAMS_DIR), found)
+
+
+def _finite(directory: Path, path, leaf: engine.Leaf) -> engine.Leaf:
+    """The `Leaf`, whose numbers are looked at as they are read."""
+    name = f"{directory}: {'.'.join(key.key for key in path)}"
+
+    def read(layer: int | None) -> np.ndarray:
+        try:
+            value = leaf.read(layer)
+        except ValueError as error:  # TensorStore's, for a damaged file
+            raise WeightsError(f"{name} cannot be read: {str(error)[:200]}") from error
+        engine.check_finite(value, name if layer is None else f"{name}, layer {layer}")
+        return value
+
+    return engine.Leaf(leaf.shape, leaf.dtype, read)
 
 
 def export(params, config: Config, dst: Path, *, dtype=None) -> None:
@@ -317,20 +423,6 @@ def _differences(found: dict, wanted: dict, prefix: str = "") -> list[str]:
 
 def _config_from_dict(found: dict) -> Config:
     family = found.pop("family", None)
-    if family not in FAMILIES:
-        raise WeightsError(f"family={family!r}; accepted: {', '.join(FAMILIES)}")
-    return _dataclass(FAMILIES[family][0], found)
-
-
-def _dataclass(kind: type, found: dict):
-    """The (nested) dataclass whose `asdict` was written as JSON."""
-    values, hints = {}, typing.get_type_hints(kind)
-    unknown = sorted(set(found) - set(hints))
-    if unknown:
-        raise WeightsError(f"unknown fields of {kind.__name__}: {', '.join(unknown)}")
-    for name, value in found.items():
-        inner = [k for k in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(k)]
-        if isinstance(value, dict) and inner:
-            value = _dataclass(inner[0], value)
-        values[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise WeightsError(f"family={quoted(family)}; accepted: {', '.join(FAMILIES)}")
+    return dataclass_of(FAMILIES[family][0], found, MODEL_FILE)

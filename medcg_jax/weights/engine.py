@@ -19,6 +19,10 @@ from medcg_jax.nn.quant import dequantize, is_quantized, quantize
 from medcg_jax.weights.files import Tensors, WeightsError
 
 Shape = tuple[int, ...]
+# What wrappers (torch.compile, DDP, peft) put before every name of a state dict.
+COMPILED, WRAPPERS = "_orig_mod.", ("module.", "base_model.model.")
+# Numbers that are looked at at once: what says of each whether it is finite is small beside a tensor.
+NUM_LOOKED_AT = 2**18
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Entry:
     name: the released (canonical) name; `{layer}` stands for the layer's number.
     path: keys into params.
     layers: the released layers that fill our leading axis, in order; None: the parameter is not stacked.
-    rows: axis 0 of the released tensor counts vocabulary rows, of which it may have more than we hold.
+    rows: axis 0 of the released tensor counts vocabulary rows, of which a checkpoint may have more than we hold.
     """
 
     name: str
@@ -148,12 +152,15 @@ def by_path(params) -> dict[tuple[str, ...], object]:
 def canonical_names(names, canonical: Callable[[str], str | None], source: str) -> dict[str, str]:
     """Canonical name -> the file's own; names for which `canonical` gives None are dropped.
 
+    What torch.compile puts into names is taken off, and what another wrapper puts before all of them.
+
     Raises:
       WeightsError: two tensors have one canonical name.
     """
     found: dict[str, str] = {}
+    wrapper = _wrapper(names)
     for name in names:
-        key = canonical(name)
+        key = canonical(name.replace(COMPILED, "").removeprefix(wrapper))
         if key is None:
             continue
         if key in found:
@@ -162,29 +169,42 @@ def canonical_names(names, canonical: Callable[[str], str | None], source: str) 
     return found
 
 
+def _wrapper(names) -> str:
+    """What stands before all names, of any number of `WRAPPERS` one behind the other."""
+    prefix, bare = "", [name.replace(COMPILED, "") for name in names]
+    while bare and (wrapper := next((w for w in WRAPPERS if all(name.startswith(w) for name in bare)), "")):
+        prefix, bare = prefix + wrapper, [name.removeprefix(wrapper) for name in bare]
+    return prefix
+
+
 def check(
-    wanted: dict[str, Slot], shapes: dict[str, Shape], source: str, origin: Callable[[str], str] | None = None
+    wanted: dict[str, Slot],
+    shapes: dict[str, Shape],
+    source: str,
+    origin: Callable[[str], str] | None = None,
+    num_rows: int | None = None,
 ) -> None:
     """Raises WeightsError, with all three lists, on missing, unused and misshapen tensors (canonical names).
 
-    origin: gives the file in which a tensor is, for the message.
+    origin: gives the file in which a tensor is, for the message. num_rows: as in `load`.
     """
     missing = [name for name in wanted if name not in shapes]
     unused = [name for name in shapes if name not in wanted]
-    misshapen = [name for name, slot in wanted.items() if name in shapes and not _fits(slot, shapes[name])]
+    expected = {name: _file_shape(slot, num_rows) for name, slot in wanted.items()}
+    misshapen = [name for name, shape in expected.items() if name in shapes and shapes[name] != shape]
     if missing or unused or misshapen:
-        described = [f"{name} {shapes[name]} instead of {wanted[name].released_shape}" for name in misshapen]
+        described = [f"{name} {shapes[name]} instead of {expected[name]}" for name in misshapen]
         lists = (("missing", missing), ("unused", unused), ("misshapen", described))
         files = sorted(set(map(origin, unused + misshapen))) if origin else []
         place = f" (in {', '.join(files[:4])})" if files else ""
+        if any(wanted[name].entry.rows for name in misshapen):
+            place += "; a table of the vocabulary has as many rows as config.json states in vocab_size"
         raise WeightsError(f"{source} does not fit the model: " + "; ".join(_listed(*part) for part in lists) + place)
 
 
-def _fits(slot: Slot, shape: Shape) -> bool:
-    expected = slot.released_shape
-    if slot.entry.rows and len(shape) == len(expected):
-        return shape[0] >= expected[0] and shape[1:] == expected[1:]
-    return shape == expected
+def _file_shape(slot: Slot, num_rows: int | None) -> Shape:
+    shape = slot.released_shape
+    return (num_rows, *shape[1:]) if slot.entry.rows and num_rows is not None else shape
 
 
 def _listed(word: str, names: list[str], most: int = 8) -> str:
@@ -194,16 +214,21 @@ def _listed(word: str, names: list[str], most: int = 8) -> str:
     return f"{len(names)} {word}: {', '.join(names[:most])}{more}"
 
 
-def load(table: list[Entry], abstract, shardings, tensors: Tensors, names: dict[str, str], source: str):
+def load(
+    table: list[Entry], abstract, shardings, tensors: Tensors, names: dict[str, str], source: str, *,
+    num_rows: int | None = None,
+):  # fmt: skip
     """Params in `shardings`, with the dtypes of `abstract`, from `tensors`.
 
     What is to be quantised is so on the devices, as it is read: one layer of one matrix is there in float32 at a time.
     names: canonical name -> name in `tensors`.
+    num_rows: of the vocabulary, as the checkpoint's own config.json states them; those beyond `abstract` are dropped.
+      None: as many as `abstract` has.
 
     Raises:
-      WeightsError: tensors missing, unused or misshapen, before anything is read.
+      WeightsError: tensors missing, unused or misshapen, before anything is read; a number that is not finite.
     """
-    wanted = _checked(table, abstract, tensors, names, source)
+    wanted = _checked(table, abstract, tensors, names, source, num_rows)
     treedef = jax.tree.structure(abstract, is_leaf=is_quantized)
     targets, places = by_path(abstract), by_path(shardings)
     made = {}
@@ -242,7 +267,7 @@ def lazy(table: list[Entry], abstract, tensors: Tensors, names: dict[str, str], 
     """A tree of `Leaf`s as `abstract`, each with the dtype of its tensors (the wider one, where they differ).
 
     Raises:
-      WeightsError: tensors missing, unused or misshapen.
+      WeightsError: tensors missing, unused or misshapen; when a layer is read, a number that is not finite.
     """
     wanted = _checked(table, abstract, tensors, names, source)
     parts: dict[tuple[str, ...], dict[int | None, tuple[Slot, str]]] = {}
@@ -280,10 +305,10 @@ def store(table: list[Entry], params) -> tuple[dict[str, tuple[Shape, np.dtype]]
     return specs, stream()
 
 
-def _checked(table, abstract, tensors: Tensors, names: dict[str, str], source: str) -> dict[str, Slot]:
+def _checked(table, abstract, tensors: Tensors, names: dict[str, str], source: str, num_rows=None) -> dict[str, Slot]:
     wanted = slots(table, abstract)
     shapes = {key: tensors.shapes[name] for key, name in names.items()}
-    check(wanted, shapes, source, lambda key: tensors.origin(names[key]))
+    check(wanted, shapes, source, lambda key: tensors.origin(names[key]), num_rows)
     return wanted
 
 
@@ -292,7 +317,22 @@ def _read(slot: Slot, tensors: Tensors, name: str, dtype) -> np.ndarray:
     value = tensors.read(name)
     if slot.entry.rows:
         value = value[: slot.released_shape[0]]
+    check_finite(value, f"{tensors.origin(name)}: {name}")
     return slot.entry.transform.load(value, slot.shape).astype(dtype, copy=False)
+
+
+def check_finite(value: np.ndarray, name: str) -> None:
+    """Raises WeightsError where a number is NaN or infinite; name: of the tensor and its file."""
+    flat = value.reshape(-1)
+    for start in range(0, flat.size, NUM_LOOKED_AT):
+        if not np.isfinite(flat[start : start + NUM_LOOKED_AT]).all():
+            wrong = sum(
+                int((~np.isfinite(flat[i : i + NUM_LOOKED_AT])).sum()) for i in range(start, flat.size, NUM_LOOKED_AT)
+            )
+            raise WeightsError(
+                f"{name} holds NaN or infinity ({wrong:,} of {flat.size:,} numbers); finite numbers are accepted: take a "
+                "checkpoint from before the training diverged, or fetch the file again"
+            )
 
 
 def _with_layer(stack, target, place, value: np.ndarray, layer: int):

@@ -14,6 +14,7 @@ from medcg_jax.models.mllama import MllamaConfig
 from medcg_jax.models.next_chat import NextChatConfig
 from medcg_jax.models.qwen2_vl import Qwen2VLConfig
 from medcg_jax.weights import llava, minigpt_v2, mllama, next_chat, qwen2_vl
+from medcg_jax.weights.fields import quoted
 from medcg_jax.weights.files import WeightsError, read_json
 
 # Name of the family -> (type of its config, its module).
@@ -41,6 +42,11 @@ def module_of(config) -> ModuleType:
     return FAMILIES[family_of(config)][1]
 
 
+def is_original(found: dict) -> bool:
+    """Whether a config.json is in the form of the original LLaVA's code, and not in transformers'."""
+    return found.get("model_type") != "nextchat" and ("mm_vision_tower" in found or "mm_projector_type" in found)
+
+
 def module_of_release(src: Path) -> ModuleType:
     """The weights module for the released directory `src`.
 
@@ -49,8 +55,7 @@ def module_of_release(src: Path) -> ModuleType:
     """
     found = read_json(src / "config.json")
     # The original LLaVA's config.json bears the decoder's name in some releases.
-    kind = found.get("model_type")
-    kind = "llava" if "mm_vision_tower" in found and kind != "nextchat" else kind
-    if kind not in MODEL_TYPES:
-        raise WeightsError(f"{src / 'config.json'} has model_type={kind!r}; accepted: {', '.join(MODEL_TYPES)}")
+    kind = "llava" if is_original(found) else found.get("model_type")
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
+        raise WeightsError(f"{src / 'config.json'} has model_type={quoted(kind)}; accepted: {', '.join(MODEL_TYPES)}")
     return FAMILIES[MODEL_TYPES[kind]][1]

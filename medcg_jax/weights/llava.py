@@ -16,7 +16,21 @@ from medcg_jax.models.clip import ClipVisionConfig
 from medcg_jax.models.decoder import DecoderConfig
 from medcg_jax.models.llava import LlavaConfig
 from medcg_jax.weights.engine import FLAT, SAME, Entry, canonical_names, conv_patch, linear
-from medcg_jax.weights.fields import activation, expect, first, last_of, refused, rope, rope_fields, size
+from medcg_jax.weights.fields import (
+    activation,
+    end_of,
+    expect,
+    first,
+    flag,
+    number,
+    old_rope_fields,
+    refused,
+    rope,
+    rope_fields,
+    section,
+    size,
+    token,
+)  # fmt: skip
 from medcg_jax.weights.files import Tensors, WeightsError, joined, open_tensors, read_json
 from medcg_jax.weights.llava_base import is_part, open_with_base
 
@@ -164,6 +178,10 @@ def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[st
         names = without_tied_head(tensors, canonical_names(tensors.shapes, canonical, str(src)), src)
     if any(name.startswith("vision_tower.") for name in names):
         return tensors, names
+    if not any(name.startswith(("language_model.", "multi_modal_projector.", "lm_head.")) for name in names):
+        raise WeightsError(
+            f"{src}: no tensor has a name that LLaVA's have; the first is {next(iter(names), 'missing')}"
+        )
     clip = parts.get("clip") or clip_beside(src)
     if clip is None:
         raise WeightsError(
@@ -176,7 +194,9 @@ def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[st
 
 def is_tied(found: dict) -> bool:
     """Whether a config.json ties the head to the embedding: at its top, or (old versions) in its text's part."""
-    return bool(found.get("tie_word_embeddings") or (found.get("text_config") or {}).get("tie_word_embeddings"))
+    text = section(found, "", "text_config")
+    tied = [flag(found, "", "tie_word_embeddings", False), flag(text, "text_config.", "tie_word_embeddings", False)]
+    return any(tied)
 
 
 def without_tied_head(tensors: Tensors, names: dict[str, str], src: Path) -> dict[str, str]:
@@ -213,21 +233,20 @@ def config_from_json(found: dict, clip: dict | None = None) -> LlavaConfig:
         return _from_original(found, clip)
     if found.get("model_type") != "llava":
         raise WeightsError(f"config.json has model_type={found.get('model_type')!r}; 'llava' is accepted")
-    layer, text = found.get("vision_feature_layer", -2), found.get("text_config") or {}
-    if isinstance(layer, list) and len(layer) == 1:
-        layer = layer[0]
-    if not isinstance(layer, int):
+    layer, text = found.get("vision_feature_layer", -2), section(found, "", "text_config")
+    if isinstance(layer, list) and len(layer) != 1:
         raise WeightsError(f"config.json has vision_feature_layer={layer}; one layer is accepted")
+    layer = size(found, "", "vision_feature_layer", -2, "feature_layer")
     expect(found, "", vision_feature_select_strategy=("default", "full"))
     strategy = first(found.get("vision_feature_select_strategy"), "default")
     return LlavaConfig(
-        vision=clip_config(found.get("vision_config") or {}, layer, keep_class_token=strategy == "full"),
+        vision=clip_config(section(found, "", "vision_config"), layer, keep_class_token=strategy == "full"),
         text=decoder_config({**text, "tie_word_embeddings": is_tied(found)}, "text_config."),
-        image_token_id=first(found.get("image_token_id"), found.get("image_token_index"), 32000),
-        pad_token_id=first(found.get("pad_token_id"), text.get("pad_token_id"), 0),
-        eos_token_id=last_of(first(found.get("eos_token_id"), text.get("eos_token_id"), 2)),
+        image_token_id=first(token(found, "", "image_token_id"), token(found, "", "image_token_index"), 32000),
+        pad_token_id=first(token(found, "", "pad_token_id"), token(text, "text_config.", "pad_token_id"), 0),
+        eos_token_id=first(end_of(found, ""), end_of(text, "text_config."), 2),
         projector_activation=activation(found, "", "projector_hidden_act", "gelu"),
-        projector_bias=bool(found.get("multimodal_projector_bias", True)),
+        projector_bias=flag(found, "", "multimodal_projector_bias", True),
     )
 
 
@@ -240,8 +259,8 @@ def _from_original(found: dict, clip: dict | None) -> LlavaConfig:
         vision=original_vision(found, clip),
         text=llama2_config(found),
         image_token_id=32000,
-        pad_token_id=first(found.get("pad_token_id"), 0),
-        eos_token_id=first(found.get("eos_token_id"), 2),
+        pad_token_id=token(found, "", "pad_token_id", 0),
+        eos_token_id=end_of(found, "", 2),
     )
 
 
@@ -250,13 +269,15 @@ def original_vision(found: dict, clip: dict | None) -> ClipVisionConfig:
 
     Without that it is the one of every release, and must be named so.
     """
-    layer = first(found.get("mm_vision_select_layer"), -2)
+    layer = size(found, "", "mm_vision_select_layer", -2, "feature_layer")
     if clip is not None:
-        vision = clip_config(clip.get("vision_config", clip), layer)
+        vision = clip_config(section(clip, "", "vision_config") or clip, layer)
     else:
         name = first(found.get("mm_vision_tower"), CLIP_REPO)
         if CLIP_REPO.split("/")[1] not in str(name):
-            raise WeightsError(f"config.json has mm_vision_tower={name!r}; {CLIP_REPO!r} is accepted, or --clip=DIR")
+            raise WeightsError(
+                f"config.json has mm_vision_tower={str(name)[:100]!r}; {CLIP_REPO!r} is accepted, or --clip=DIR"
+            )
         vision = ClipVisionConfig(feature_layer=layer)
     expect(found, "", mm_hidden_size=vision.embed_dim)
     return vision
@@ -270,12 +291,12 @@ def clip_config(found: dict, feature_layer: int, *, keep_class_token: bool = Fal
         return ClipVisionConfig(
             image_size_px=size(found, part, "image_size", 224),
             patch_size_px=size(found, part, "patch_size", 32),
-            num_layers=found.get("num_hidden_layers", 12),
+            num_layers=number(found, part, "num_hidden_layers", 12, "num_layers"),
             feature_layer=feature_layer,
-            embed_dim=found.get("hidden_size", 768),
-            num_heads=found.get("num_attention_heads", 12),
-            mlp_dim=found.get("intermediate_size", 3072),
-            norm_eps=found.get("layer_norm_eps", 1e-5),
+            embed_dim=number(found, part, "hidden_size", 768, "embed_dim"),
+            num_heads=number(found, part, "num_attention_heads", 12, "num_heads"),
+            mlp_dim=number(found, part, "intermediate_size", 3072, "mlp_dim"),
+            norm_eps=number(found, part, "layer_norm_eps", 1e-5, "norm_eps", kind=float),
             activation=activation(found, part, "hidden_act", "quick_gelu"),
             keep_class_token=keep_class_token,
         )
@@ -286,25 +307,26 @@ def clip_config(found: dict, feature_layer: int, *, keep_class_token: bool = Fal
 def decoder_config(found: dict, prefix: str) -> DecoderConfig:
     """The decoder that Llama's config.json, or a `text_config` of its fields, states; prefix: of the fields' names."""
     expect(found, prefix, model_type=("llama", "llava", "llava_llama"))
-    fields, scaling = rope(found, prefix)
-    num_heads, width = found.get("num_attention_heads", 32), found.get("hidden_size", 4096)
-    biased = bool(found.get("attention_bias", False))
+    _, theta, scaling = rope(found, prefix, 10000.0)
+    num_heads = number(found, prefix, "num_attention_heads", 32, "num_heads")
+    width = number(found, prefix, "hidden_size", 4096, "embed_dim")
+    biased = flag(found, prefix, "attention_bias", False)
     try:
         return DecoderConfig(
-            vocab_size=found.get("vocab_size", 32000),
-            num_layers=found.get("num_hidden_layers", 32),
+            vocab_size=number(found, prefix, "vocab_size", 32000, "vocab_size"),
+            num_layers=number(found, prefix, "num_hidden_layers", 32, "num_layers"),
             embed_dim=width,
             num_heads=num_heads,
-            num_kv_heads=first(found.get("num_key_value_heads"), num_heads),
-            head_dim=first(found.get("head_dim"), width // num_heads),
-            mlp_dim=found.get("intermediate_size", 11008),
-            rope_theta=float(first(fields.get("rope_theta"), found.get("rope_theta"), 10000.0)),
-            norm_eps=found.get("rms_norm_eps", 1e-6),
-            max_positions=found.get("max_position_embeddings", 2048),
+            num_kv_heads=number(found, prefix, "num_key_value_heads", num_heads, "num_kv_heads", null=True),
+            head_dim=number(found, prefix, "head_dim", width // num_heads, "head_dim", null=True),
+            mlp_dim=number(found, prefix, "intermediate_size", 11008, "mlp_dim"),
+            rope_theta=theta,
+            norm_eps=number(found, prefix, "rms_norm_eps", 1e-6, "norm_eps", kind=float),
+            max_positions=number(found, prefix, "max_position_embeddings", 2048, "max_positions"),
             qkv_bias=biased,
             out_bias=biased,
-            mlp_bias=bool(found.get("mlp_bias", False)),
-            tie_head=bool(found.get("tie_word_embeddings", False)),
+            mlp_bias=flag(found, prefix, "mlp_bias", False),
+            tie_head=flag(found, prefix, "tie_word_embeddings", False),
             rope_scaling=scaling,
             activation=activation(found, prefix, "hidden_act", "silu"),
         )
@@ -315,7 +337,7 @@ def decoder_config(found: dict, prefix: str) -> DecoderConfig:
 def llama2_config(found: dict) -> DecoderConfig:
     """As `decoder_config`, where only what Llama 2 has is computed, or can be written again."""
     expect(found, "", hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=False)
-    rope(found, "", scaled=())
+    rope(found, "", 10000.0, scaled=())
     return decoder_config(found, "")
 
 
@@ -357,6 +379,8 @@ def vision_to_json(vision: ClipVisionConfig) -> dict:
 
 def text_to_json(text: DecoderConfig, dtype: str) -> dict:
     """Llama's fields, as `decoder_config` reads them."""
+    # Transformers 4 reads `rope_scaling` alone, transformers 5 either.
+    scaled = {} if text.rope_scaling is None else {"rope_scaling": old_rope_fields(text.rope_scaling)}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -373,6 +397,7 @@ def text_to_json(text: DecoderConfig, dtype: str) -> dict:
         "rms_norm_eps": text.norm_eps,
         "rope_theta": text.rope_theta,
         "rope_parameters": {**rope_fields(text.rope_scaling), "rope_theta": text.rope_theta},
+        **scaled,
         "tie_word_embeddings": text.tie_head,
         "vocab_size": text.vocab_size,
     }

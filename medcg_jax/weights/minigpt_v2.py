@@ -19,7 +19,7 @@ from medcg_jax.models.eva import EvaConfig
 from medcg_jax.models.minigpt_v2 import MiniGPTv2Config
 from medcg_jax.nn.lora import LoraConfig
 from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, fused_qkv, linear
-from medcg_jax.weights.fields import expect, refused
+from medcg_jax.weights.fields import end_of, expect, number, refused, token
 from medcg_jax.weights.files import Tensors, WeightsError, joined, open_bin, open_tensors, read_json
 from medcg_jax.weights.llava import LLAMA_LAYER, llama2_config
 from medcg_jax.weights.positions import resize_positions
@@ -214,12 +214,15 @@ def config_from_json(found: dict) -> MiniGPTv2Config:
         raise WeightsError(f"config.json of MiniGPT-v2 lacks {', '.join(missing)}")
     targets = {name.partition(".")[2]: ours for ours, name in MODULES.items()}
     modules = found.get("lora_target_modules", ["q_proj", "v_proj"])
-    if not modules or not set(modules) <= set(targets):
+    if not isinstance(modules, list) or not modules or any(name not in list(targets) for name in modules):
         accepted = f"['q_proj', 'v_proj'] or others of {', '.join(targets)}"
-        raise WeightsError(f"config.json has lora_target_modules={modules!r}; {accepted} are accepted")
-    lora = LoraConfig(found["lora_r"], float(found["lora_alpha"]), tuple(targets[name] for name in modules))
-    if not math.isclose(found.get("lora_scale", lora.scale), lora.scale, rel_tol=1e-6):
-        raise WeightsError(f"config.json has lora_scale={found['lora_scale']!r}; {lora.scale!r} is accepted")
+        raise WeightsError(f"config.json has lora_target_modules={str(modules)[:100]}; {accepted} are accepted")
+    rank = number(found, "", "lora_r", None, "rank")
+    alpha = number(found, "", "lora_alpha", None, "alpha", kind=float)
+    lora = LoraConfig(rank, alpha, tuple(targets[name] for name in modules))
+    scale = number(found, "", "lora_scale", lora.scale, "alpha", kind=float)
+    if not math.isclose(scale, lora.scale, rel_tol=1e-6):
+        raise WeightsError(f"config.json has lora_scale={scale!r}; {lora.scale!r} is accepted")
     try:
         config = _config(found, lora)
     except ValueError as error:
@@ -231,22 +234,22 @@ def config_from_json(found: dict) -> MiniGPTv2Config:
 def _config(found: dict, lora: LoraConfig) -> MiniGPTv2Config:
     return MiniGPTv2Config(
         vision=EvaConfig(
-            image_size_px=found["image_size"],
-            patch_size_px=found["patch_size"],
-            num_layers=found["vit_depth"],
-            embed_dim=found["vit_width"],
-            num_heads=found["vit_heads"],
-            mlp_dim=found["vit_mlp_hidden"],
-            norm_eps=found.get("vit_layer_norm_eps", RELEASED.vision.norm_eps),
-            out_norm_eps=found.get("ln_vision_eps", RELEASED.vision.out_norm_eps),
+            image_size_px=number(found, "", "image_size", None, "image_size_px"),
+            patch_size_px=number(found, "", "patch_size", None, "patch_size_px"),
+            num_layers=number(found, "", "vit_depth", None, "num_layers"),
+            embed_dim=number(found, "", "vit_width", None, "embed_dim"),
+            num_heads=number(found, "", "vit_heads", None, "num_heads"),
+            mlp_dim=number(found, "", "vit_mlp_hidden", None, "mlp_dim"),
+            norm_eps=number(found, "", "vit_layer_norm_eps", RELEASED.vision.norm_eps, "norm_eps", kind=float),
+            out_norm_eps=number(found, "", "ln_vision_eps", RELEASED.vision.out_norm_eps, "norm_eps", kind=float),
         ),
         # Transformers' own default of this field is another model's.
-        text=llama2_config({"rms_norm_eps": RELEASED.text.norm_eps, **found, "model_type": "llama"}),
+        text=(text := llama2_config({"rms_norm_eps": RELEASED.text.norm_eps, **found, "model_type": "llama"})),
         lora=lora,
-        patches_per_token=found.get("tokens_per_group", RELEASED.patches_per_token),
-        image_token_id=found.get("image_token_id", max(RELEASED.image_token_id, found["vocab_size"])),
-        pad_token_id=found.get("pad_token_id", RELEASED.pad_token_id),
-        eos_token_id=found.get("eos_token_id", RELEASED.eos_token_id),
+        patches_per_token=number(found, "", "tokens_per_group", RELEASED.patches_per_token, "patches_per_token"),
+        image_token_id=token(found, "", "image_token_id", max(RELEASED.image_token_id, text.vocab_size)),
+        pad_token_id=token(found, "", "pad_token_id", RELEASED.pad_token_id),
+        eos_token_id=end_of(found, "", RELEASED.eos_token_id),
     )
 
 

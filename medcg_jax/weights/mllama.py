@@ -13,7 +13,20 @@ from medcg_jax.models.mllama import MllamaConfig
 from medcg_jax.models.mllama_text import MllamaTextConfig
 from medcg_jax.models.mllama_vit import NUM_TILES, MllamaVisionConfig
 from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, linear
-from medcg_jax.weights.fields import activation, expect, first, last_of, refused, rope, rope_fields, size
+from medcg_jax.weights.fields import (
+    activation,
+    end_of,
+    expect,
+    first,
+    number,
+    refused,
+    rope,
+    rope_fields,
+    section,
+    size,
+    token,
+    whole_numbers,
+)  # fmt: skip
 from medcg_jax.weights.files import Tensors, WeightsError, open_tensors, read_json
 from medcg_jax.weights.llava import LLAMA_LAYER
 
@@ -131,13 +144,13 @@ def config_from_json(found: dict) -> MllamaConfig:
     if found.get("model_type") != "mllama":
         raise WeightsError(f"config.json has model_type={found.get('model_type')!r}; 'mllama' is accepted")
     # Whether the head is tied makes no difference: transformers 5 does not tie it, and files hold it.
-    text = found.get("text_config") or {}
+    text = section(found, "", "text_config")
     return MllamaConfig(
-        vision=_vision(found.get("vision_config") or {}),
+        vision=_vision(section(found, "", "vision_config")),
         text=_text(text),
-        image_token_id=first(found.get("image_token_id"), found.get("image_token_index"), 128256),
-        pad_token_id=first(text.get("pad_token_id"), 128004),
-        eos_token_id=last_of(first(text.get("eos_token_id"), 128001)),
+        image_token_id=first(token(found, "", "image_token_id"), token(found, "", "image_token_index"), 128256),
+        pad_token_id=token(text, "text_config.", "pad_token_id", 128004),
+        eos_token_id=end_of(text, "text_config.", 128001),
     )
 
 
@@ -145,18 +158,25 @@ def _vision(found: dict) -> MllamaVisionConfig:
     part = "vision_config."
     expect(found, part, num_channels=3, max_num_tiles=NUM_TILES, supported_aspect_ratios=GRIDS,
            model_type="mllama_vision_model")  # fmt: skip
+    intermediate = whole_numbers(found, part, "intermediate_layers_indices", (3, 7, 15, 23, 30), "intermediate_layers")
+    if list(intermediate) != sorted(set(intermediate)):
+        # Transformers 5 stacks their outputs in the order of the list, older ones in that of the layers.
+        raise WeightsError(
+            f"config.json has {part}intermediate_layers_indices={list(intermediate)}: versions of transformers stack "
+            "them in different orders; rising numbers are accepted"
+        )
+    heads = "attention_heads" if found.get("attention_heads") is not None else "num_attention_heads"
     try:
         config = MllamaVisionConfig(
             image_size_px=size(found, part, "image_size", 448),
             patch_size_px=size(found, part, "patch_size", 14),
-            num_layers=found.get("num_hidden_layers", 32),
-            num_global_layers=found.get("num_global_layers", 8),
-            # transformers asks of each layer whether it is among them, in the order of the layers.
-            intermediate_layers=tuple(sorted(set(first(found.get("intermediate_layers_indices"), (3, 7, 15, 23, 30))))),
-            embed_dim=found.get("hidden_size", 1280),
-            num_heads=first(found.get("attention_heads"), found.get("num_attention_heads"), 16),
-            mlp_dim=found.get("intermediate_size", 5120),
-            norm_eps=found.get("norm_eps", 1e-5),
+            num_layers=number(found, part, "num_hidden_layers", 32, "num_layers"),
+            num_global_layers=number(found, part, "num_global_layers", 8, "num_global_layers"),
+            intermediate_layers=intermediate,
+            embed_dim=number(found, part, "hidden_size", 1280, "embed_dim"),
+            num_heads=number(found, part, heads, 16, "num_heads"),
+            mlp_dim=number(found, part, "intermediate_size", 5120, "mlp_dim"),
+            norm_eps=number(found, part, "norm_eps", 1e-5, "norm_eps", kind=float),
             activation=activation(found, part, "hidden_act", "gelu"),
         )
     except ValueError as error:
@@ -168,22 +188,25 @@ def _vision(found: dict) -> MllamaVisionConfig:
 def _text(found: dict) -> MllamaTextConfig:
     part = "text_config."
     expect(found, part, model_type="mllama_text_model")
-    fields, scaling = rope(found, part)
-    num_heads, width = found.get("num_attention_heads", 32), found.get("hidden_size", 4096)
+    _, theta, scaling = rope(found, part, 500000.0)
+    num_heads = number(found, part, "num_attention_heads", 32, "num_heads")
+    width = number(found, part, "hidden_size", 4096, "embed_dim")
+    cross = whole_numbers(found, part, "cross_attention_layers", (3, 8, 13, 18, 23, 28, 33, 38), "cross_layers")
     try:
         return MllamaTextConfig(
-            vocab_size=found.get("vocab_size", 128256),
-            num_layers=found.get("num_hidden_layers", 40),
-            cross_layers=tuple(sorted(set(first(found.get("cross_attention_layers"), (3, 8, 13, 18, 23, 28, 33, 38))))),
+            vocab_size=number(found, part, "vocab_size", 128256, "vocab_size"),
+            num_layers=number(found, part, "num_hidden_layers", 40, "num_layers"),
+            # transformers asks of each layer whether it is among them.
+            cross_layers=tuple(sorted(set(cross))),
             embed_dim=width,
             num_heads=num_heads,
-            num_kv_heads=first(found.get("num_key_value_heads"), 8),
+            num_kv_heads=number(found, part, "num_key_value_heads", 8, "num_kv_heads", null=True),
             head_dim=width // num_heads,
-            mlp_dim=found.get("intermediate_size", 14336),
-            rope_theta=float(first(fields.get("rope_theta"), found.get("rope_theta"), 500000.0)),
+            mlp_dim=number(found, part, "intermediate_size", 14336, "mlp_dim"),
+            rope_theta=theta,
             rope_scaling=scaling,
-            norm_eps=found.get("rms_norm_eps", 1e-5),
-            max_positions=found.get("max_position_embeddings", 131072),
+            norm_eps=number(found, part, "rms_norm_eps", 1e-5, "norm_eps", kind=float),
+            max_positions=number(found, part, "max_position_embeddings", 131072, "max_positions"),
             activation=activation(found, part, "hidden_act", "silu"),
         )
     except ValueError as error:

@@ -14,8 +14,9 @@ from medcg_jax.models.next_chat import NextChatConfig
 from medcg_jax.models.sam import SamConfig
 from medcg_jax.weights import llava
 from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, linear
-from medcg_jax.weights.fields import expect
+from medcg_jax.weights.fields import end_of, expect, section, token
 from medcg_jax.weights.files import Tensors, WeightsError, joined, open_bin, read_json
+from medcg_jax.weights.limits import dataclass_of
 
 SAM_FILE = "sam_vit_h_4b8939.pth"
 SEGMENTS, BOXES_ONLY = "NextChatForSegLM", "NextChatForCausalLM"
@@ -186,21 +187,18 @@ def config_from_json(found: dict, clip: dict | None = None) -> NextChatConfig:
     expect(found, "", model_type="nextchat", mm_depth=2, use_mm_proj=True, architectures=([SEGMENTS], [BOXES_ONLY]))
     has_masks = (found.get("architectures") or [SEGMENTS]) == [SEGMENTS]
     text = llava.llama2_config({key: value for key, value in found.items() if key != "model_type"})
-    sizes = {key: tuple(v) if isinstance(v, list) else v for key, v in (found.get("sam_config") or {}).items()}
-    unknown = sorted(set(sizes) - {field.name for field in dataclasses.fields(SamConfig)})
-    if unknown:
-        raise WeightsError(f"config.json has unknown fields in sam_config: {', '.join(unknown)}")
+    sam = dataclass_of(SamConfig, section(found, "", "sam_config"), "config.json, sam_config")
     # Five rows are added to the vocabulary: patch, start and end of an image, <at>, <boxes>.
     last = text.vocab_size - 1
     return NextChatConfig(
-        vision=llava.original_vision(found, found.get("vision_config") or clip),
+        vision=llava.original_vision(found, section(found, "", "vision_config") or clip),
         text=text,
-        sam=SamConfig(**sizes) if has_masks else None,
+        sam=sam if has_masks else None,
         image_token_id=last - 4,
         at_token_id=last - 1,
         box_token_id=last,
-        pad_token_id=found.get("pad_token_id") or 0,
-        eos_token_id=2 if found.get("eos_token_id") is None else found["eos_token_id"],
+        pad_token_id=token(found, "", "pad_token_id", 0),
+        eos_token_id=end_of(found, "", 2),
     )
 
 

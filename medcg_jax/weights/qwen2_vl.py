@@ -13,7 +13,20 @@ from medcg_jax.models.decoder import DecoderConfig
 from medcg_jax.models.qwen2_vit import Qwen2VitConfig
 from medcg_jax.models.qwen2_vl import Qwen2VLConfig
 from medcg_jax.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, fused_qkv, linear
-from medcg_jax.weights.fields import activation, expect, first, refused, rope, rope_fields, size
+from medcg_jax.weights.fields import (
+    activation,
+    end_of,
+    expect,
+    flag,
+    number,
+    refused,
+    rope,
+    rope_fields,
+    section,
+    size,
+    token,
+    whole_numbers,
+)  # fmt: skip
 from medcg_jax.weights.files import Tensors, WeightsError, open_tensors, read_json
 from medcg_jax.weights.llava import HEAD, TABLE, is_tied, llama_layer, without_tied_head
 
@@ -114,48 +127,59 @@ def config_from_json(found: dict) -> Qwen2VLConfig:
     """
     if found.get("model_type") != "qwen2_vl":
         raise WeightsError(f"config.json has model_type={found.get('model_type')!r}; 'qwen2_vl' is accepted")
-    text, vision = found.get("text_config") or found, found.get("vision_config") or {}
-    part = "text_config." if "text_config" in found else ""
-    windows = [kind for kind in text.get("layer_types") or () if kind != "full_attention"]
-    if windows or (text.get("use_sliding_window") and "layer_types" not in text):
+    text, vision = section(found, "", "text_config") or found, section(found, "", "vision_config")
+    part = "" if text is found else "text_config."
+    kinds = text.get("layer_types") or ()
+    windows = not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds)
+    if windows or (flag(text, part, "use_sliding_window", False) and "layer_types" not in text):
         field = "layer_types" if windows else "use_sliding_window"
         raise WeightsError(
-            f"config.json has {part}{field}={text[field]!r}; attention to all that came before is accepted"
+            f"config.json has {part}{field}={str(text[field])[:100]}; attention to all that came before is accepted"
         )
     expect(text, part, attention_dropout=0.0, model_type=("qwen2_vl", "qwen2_vl_text"))
-    fields, scaling = rope(text, part, plain=("default", "mrope"))
-    width, num_heads = text.get("hidden_size", 8192), text.get("num_attention_heads", 64)
+    fields, theta, scaling = rope(text, part, 1e6, plain=("default", "mrope"))
+    width = number(text, part, "hidden_size", 8192, "embed_dim")
+    num_heads = number(text, part, "num_attention_heads", 64, "num_heads")
     expect({"hidden_size": 3584, **vision}, "vision_config.", hidden_size=width)
     expect(text, part, head_dim=width // num_heads)
-    eos = first(text.get("eos_token_id"), 151645)
     try:
         decoder = DecoderConfig(
-            vocab_size=text.get("vocab_size", 152064),
-            num_layers=text.get("num_hidden_layers", 80),
+            vocab_size=number(text, part, "vocab_size", 152064, "vocab_size"),
+            num_layers=number(text, part, "num_hidden_layers", 80, "num_layers"),
             embed_dim=width,
             num_heads=num_heads,
-            num_kv_heads=first(text.get("num_key_value_heads", 8), num_heads),
+            num_kv_heads=number(
+                text,
+                part,
+                "num_key_value_heads",
+                num_heads if "num_key_value_heads" in text else 8,
+                "num_kv_heads",
+                null=True,
+            ),
             head_dim=width // num_heads,
-            mlp_dim=text.get("intermediate_size", 29568),
-            rope_theta=float(first(fields.get("rope_theta"), text.get("rope_theta"), 1e6)),
-            norm_eps=text.get("rms_norm_eps", 1e-5),
-            max_positions=text.get("max_position_embeddings", 32768),
+            mlp_dim=number(text, part, "intermediate_size", 29568, "mlp_dim"),
+            rope_theta=theta,
+            norm_eps=number(text, part, "rms_norm_eps", 1e-5, "norm_eps", kind=float),
+            max_positions=number(text, part, "max_position_embeddings", 32768, "max_positions"),
             qkv_bias=True,
             tie_head=is_tied(found),
             rope_scaling=scaling,
             activation=activation(text, part, "hidden_act", "silu"),
         )
-        side = size(vision, "vision_config.", "patch_size", 14) * vision.get("spatial_merge_size", 2)
+        tower = _vision(vision)
+        side = tower.patch_size_px * tower.merge
         return Qwen2VLConfig(
-            vision=_vision(vision),
+            vision=tower,
             text=decoder,
-            mrope_sections=tuple(fields.get("mrope_section", (16, 24, 24))),
-            image_token_id=found.get("image_token_id", 151655),
-            video_token_id=found.get("video_token_id", 151656),
-            vision_start_token_id=found.get("vision_start_token_id", 151652),
-            vision_end_token_id=found.get("vision_end_token_id", 151653),
-            pad_token_id=first(text.get("pad_token_id"), 151643),
-            eos_token_id=eos[0] if isinstance(eos, list) else eos,
+            mrope_sections=whole_numbers(
+                fields, f"{part}rope_scaling.", "mrope_section", (16, 24, 24), "mrope_sections"
+            ),
+            image_token_id=token(found, "", "image_token_id", 151655),
+            video_token_id=token(found, "", "video_token_id", 151656),
+            vision_start_token_id=token(found, "", "vision_start_token_id", 151652),
+            vision_end_token_id=token(found, "", "vision_end_token_id", 151653),
+            pad_token_id=token(text, part, "pad_token_id", 151643),
+            eos_token_id=end_of(text, part, 151645, last=False),
             # Not in there: the class's sizes, or as many tokens as a larger block makes of them.
             min_pixels=max(Qwen2VLConfig.min_pixels, side**2),
             max_pixels=max(Qwen2VLConfig.max_pixels, side**2),
@@ -167,20 +191,20 @@ def config_from_json(found: dict) -> Qwen2VLConfig:
 def _vision(found: dict) -> Qwen2VitConfig:
     part = "vision_config."
     expect(found, part, in_chans=3, in_channels=3)
-    fields = found.get("rope_parameters") or {}
+    fields = section(found, part, "rope_parameters")
     expect(fields, f"{part}rope_parameters.", rope_type="axial")
-    width, patch = found.get("embed_dim", 1280), size(found, part, "patch_size", 14)
+    width, patch = number(found, part, "embed_dim", 1280, "embed_dim"), size(found, part, "patch_size", 14)
     # A second name of `patch_size` in the releases.
     expect(found, part, spatial_patch_size=patch)
     return Qwen2VitConfig(
         patch_size_px=patch,
-        num_frames=size(found, part, "temporal_patch_size", 2),
-        merge=found.get("spatial_merge_size", 2),
-        num_layers=found.get("depth", 32),
+        num_frames=size(found, part, "temporal_patch_size", 2, "num_frames"),
+        merge=number(found, part, "spatial_merge_size", 2, "merge"),
+        num_layers=number(found, part, "depth", 32, "num_layers"),
         embed_dim=width,
-        num_heads=found.get("num_heads", 16),
-        mlp_dim=int(width * found.get("mlp_ratio", 4)),
-        rope_theta=float(fields.get("rope_theta", 10000.0)),
+        num_heads=number(found, part, "num_heads", 16, "num_heads"),
+        mlp_dim=int(width * number(found, part, "mlp_ratio", 4.0, "mlp_ratio", kind=float)),
+        rope_theta=number(fields, f"{part}rope_parameters.", "rope_theta", 10000.0, "rope_theta", kind=float),
         activation=activation(found, part, "hidden_act", "quick_gelu"),
     )
 

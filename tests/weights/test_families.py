@@ -107,7 +107,7 @@ def test_a_model_file_that_is_damaged_is_named(family, tmp_path):
         with pytest.raises(WeightsError, match=re.escape(f"{file}: ") + ".*" + message):
             read_config(tmp_path)
     file.write_text("{")
-    with pytest.raises(WeightsError, match=re.escape(f"{file} is no JSON file")):
+    with pytest.raises(WeightsError, match=re.escape(f"{file}: no JSON: ")):
         read_config(tmp_path)
 
 
@@ -190,7 +190,7 @@ UNFIT = {
     "next_chat": [
         ("model_type", "next", "model_type='next'; accepted: llava"),
         ("mm_vision_select_layer", -30, "feature_layer=-30"),
-        ("sam_config.depth", 3, "unknown fields in sam_config: depth"), ("sam_config.num_heads", 7, "num_heads=7"),
+        ("sam_config.depth", 3, "sam_config: unknown fields of SamConfig: depth"), ("sam_config.num_heads", 7, "num_heads=7"),
         ("vision_config.image_size", 13, "image_size_px=13"),
     ],
 }  # fmt: skip

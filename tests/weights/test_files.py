@@ -68,7 +68,7 @@ def test_what_pytorch_saved_is_read(tmp_path):
 def test_code_in_a_pytorch_file_is_not_run(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"a": print}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    with pytest.raises(Exception, match="names __builtin__.print, which is no tensor and no plain value; nothing of it was run"):
         open_tensors(tmp_path)
 
 
@@ -83,8 +83,8 @@ def test_without_pytorch_a_bin_file_says_what_to_install(tmp_path, monkeypatch):
     ("damage", "message"),
     [
         (lambda data: data[:6], "cut off"),
-        (lambda data: data[:-3], "cut off or damaged at c"),
-        (lambda data: b"\x10" + b"\0" * 7 + b"x" * 40, "header is not JSON"),
+        (lambda data: data[:-3], "cut off, damaged or no safetensors file: .*not fully covered"),
+        (lambda data: b"\x10" + b"\0" * 7 + b"x" * 40, "invalid JSON in header"),
         (lambda data: b"\xff" * 8 + data[8:], "no safetensors file"),
         (lambda data: data.replace(b'"F16"', b'"I16"'), "c has dtype I16; accepted"),
     ],
