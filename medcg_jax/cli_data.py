@@ -107,7 +107,7 @@ def data_check(args) -> dict:
 
     if prepared.is_prepared(args.root):
         wrong = prepared.verify(args.root)
-        print("\n".join(wrong) or f"{args.root}: every shard has the bytes that were written")
+        print("\n".join(wrong) or f"{args.root}: every record and every shard has the bytes that were written")
         return {"ok": not wrong, "shards": wrong, "exit_status": 2 if wrong else 0}
     reading = Reading(args.window, args.deep_grey, args.frame)
     report = check_tree(args.root, args.max_pixels, reading, progress=progress)

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from medcg_jax.data.encoding import Encoded
+from medcg_jax.data.sources import subset_names
 from medcg_jax.eval import box_answers, locate, run
 from medcg_jax.eval.again import Asker, evaluate_again, make_asker
 from medcg_jax.eval.box_answers import BoxAnswer
@@ -98,7 +99,7 @@ def evaluate_subsets(config: RunConfig, workdir: Path) -> dict:
     setup = open_setup(config, has_weights=trained.is_dir())
     graphdef, params = parameters(setup, trained)
     test = Tester(setup, graphdef)
-    names = config.data.subsets or tuple(subset.name for subset in setup.source.subsets)
+    names = subset_names(setup.source, config.data)
     found = {}
     for name in names:
         has_boxes, records = setup.has_boxes(name), setup.source.records(name, "test")
