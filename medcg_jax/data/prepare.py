@@ -35,7 +35,7 @@ from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.splits import is_out_of_distribution
 from medcg_jax.files import write_whole
 from medcg_jax.run_config import DataConfig
-from medcg_jax.untrusted import FileError, kind_of, read_json
+from medcg_jax.untrusted import FileError, kind_of, read_json, shown
 
 FORMAT = "medcg prepared 1"
 OWN_FILES = (".examined.jsonl", ".plan.json", "set_aside.jsonl", "manifest.json")
@@ -101,7 +101,7 @@ def prepare(
       say: is told in a line what `check` warns of, and where nothing is left to do.
 
     Raises:
-      DataError: no tree; or `out` holds something else, a link, or a preparation with other settings or of other records.
+      DataError: no tree; or `out` holds something else, a link, or a preparation with other settings or records.
       TooManyBad: see `max_bad_frac`; or a file of the tree cannot be used at all.
     """
     started, out = time.monotonic(), Path(out)
@@ -333,7 +333,9 @@ def _plan_of(out: Path) -> dict[str, Any]:
 def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     """Raises DataError, before anything is read, where the folder holds a preparation with other settings."""
     old = _plan_of(out).get("settings", settings)
-    differ = [f"{key}={old.get(key)!r}, not {value!r}" for key, value in settings.items() if old.get(key) != value]
+    differ = [
+        f"{key}={shown(old.get(key))}, not {shown(value)}" for key, value in settings.items() if old.get(key) != value
+    ]  # fmt: skip
     if differ:
         raise DataError(f"{out} was prepared with {'; '.join(differ)}; choose another folder, or remove it")
 

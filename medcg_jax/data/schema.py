@@ -21,6 +21,8 @@ MAX_FILE_BYTES = 2**28
 # Values of a file's JSON, counted by its commas and brackets: each takes some 60 bytes of memory.
 MAX_VALUES = 2**23
 MAX_ID = 2**63 - 1
+# Of a subset, its modality, area or task (the longest of Med-MAT has 43), a dataset's number, a patient.
+MAX_NAME_CHARS = 200
 
 KEYS: dict[str, type] = {
     "id": int,
@@ -162,9 +164,10 @@ def check_keys(raw: Any, keys: Mapping[str, type], file: str, name: str) -> None
     if not -MAX_ID <= raw["id"] <= MAX_ID:
         raise ReleaseError(file, name, "type", f"id is {shown(raw['id'])}; a whole number of 64 bits is accepted")
     for key in ("data-no", *optional):
-        if not raw[key].isprintable():
-            reason = f"{key} {spelling.quoted(raw[key])} has signs that cannot be printed; one line of text is accepted"
-            raise ReleaseError(file, name, "text", reason)
+        if not raw[key].isprintable() or len(raw[key]) > MAX_NAME_CHARS:
+            accepted = f"one line of text of at most {MAX_NAME_CHARS} signs is accepted"
+            reason = f"{key} {spelling.quoted(raw[key])} has {len(raw[key]):,} signs, or some that cannot be printed"
+            raise ReleaseError(file, name, "text", f"{reason}; {accepted}")
 
 
 def check_id(raw: Any, seen: set[int], *, file: str, place: int) -> None:

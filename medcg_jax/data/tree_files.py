@@ -12,14 +12,12 @@ from typing import Any
 from medcg_jax import untrusted
 from medcg_jax.data import spelling
 from medcg_jax.data.records import Split
-from medcg_jax.data.schema import ReleaseError
+from medcg_jax.data.schema import MAX_NAME_CHARS, ReleaseError
 from medcg_jax.untrusted import FileError, shown
 
 FOLDER, MANIFEST = "Aggregated_Subsets", "manifest.json"
 # A manifest has some hundred bytes for each subset.
 MAX_MANIFEST_BYTES = 2**24
-# Of a subset, modality, area or task; the longest of Med-MAT has 39.
-MAX_NAME_CHARS = 200
 # Numbers in the release, names such as `ct-lung-grade` in a phantom tree.
 _FILE = re.compile(r"Subset--?([A-Za-z0-9][A-Za-z0-9-]*?)(-det)?-(train|test)\.json")
 _ELEMENTS = ("modality", "area", "task")
