@@ -306,9 +306,9 @@ class _ShardImages(Sequence):
         return len(self._places)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        line, place = self._lines[index], self._places[index]
+        line, place, source = self._lines[index], self._places[index], self._source
         try:
-            content = self._source[place]
+            content = source[place]
         except (RuntimeError, ValueError, IndexError) as error:
             raise self._damaged(place, " ".join(str(error).split())[:120]) from error
         # Shards that were exchanged, or are of another preparation, hold other records.
@@ -342,11 +342,11 @@ class _ShardImages(Sequence):
 
 def _unreadable(shards: Iterable[Path], error: Exception) -> str:
     """Which of the shards cannot be opened, and why."""
-    from array_record.python.array_record_module import ArrayRecordReader
+    from grain.sources import ArrayRecordDataSource
 
     for path in shards:
         try:
-            ArrayRecordReader(str(path)).num_records()
+            len(ArrayRecordDataSource([str(path)]))
         except (RuntimeError, ValueError) as own:
             return f"{path} cannot be read: {' '.join(str(own).split())[:120]}; run `medcg data prepare` again"
     return f"{path} or a shard before it cannot be read: {' '.join(str(error).split())[:120]}; prepare it again"
