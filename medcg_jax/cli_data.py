@@ -150,6 +150,8 @@ def data_format(args) -> dict:
         as_choice=args.form == "choice", force=args.force,
     )  # fmt: skip
     print(f"{', '.join(done['files'])}: {done['train']} training and {done['test']} test records")
+    for warning in done["warnings"]:
+        print(f"warning: {warning}")
     print(f"{len(done['labels'])} labels: {', '.join(done['labels'])}; {done['left_out']} images left out")
     return done
 

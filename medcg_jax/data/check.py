@@ -36,8 +36,8 @@ from medcg_jax.run_config import DataConfig
 
 # Kinds of problems that are a record's own: without it the rest of its file can be used.
 RECORD_KINDS = frozenset(
-    ("type", "key", "text", "options", "letter", "answer", "duplicate_id", "path", "missing_file", "image", "size", "box")
-    + ("duplicate_across_splits",)
+    ("type", "key", "text", "options", "letter", "answer", "duplicate_id", "path", "missing_file", "image", "size")
+    + ("box", "duplicate_across_splits")
 )
 
 
@@ -169,8 +169,8 @@ def inspect(
 
     Kinds: those of `schema` (`unreadable`, `encoding`, `json`, `not_a_list`, `type`, `key`, `options`, `letter`,
     `text`, `answer`, `duplicate_id`, `path`, `missing_file`), and `unknown_subset`, `duplicate_file`, `file_name`,
-    `manifest`, `image`, `size`, `box`, `box_units`, `no_records`, `duplicate_across_splits` (the same bytes or the same pixels in train and in test,
-    whatever the names).
+    `manifest`, `image`, `size`, `box`, `box_units`, `no_records`, `duplicate_across_splits` (the same bytes or the same
+    pixels in train and in test, whatever the names). What is no fault of a record by itself is a notice (`notices`).
 
     Args:
       workers: processes that decode; 0: one per core.

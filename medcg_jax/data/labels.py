@@ -23,7 +23,7 @@ from PIL import Image
 from medcg_jax.data import boxes, spelling
 from medcg_jax.data.images import ImageError, image_size
 from medcg_jax.data.records import SPLITS, Box
-from medcg_jax.data.schema import ReleaseError, image_path, read_text
+from medcg_jax.data.schema import MAX_NAME_CHARS, ReleaseError, image_path, read_text
 from medcg_jax.data.schema_detection import shares_of_image
 
 CORNERS = ("x1", "y1", "x2", "y2")
@@ -56,10 +56,14 @@ class LabelledImage:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """A table's images, by path, so that the order of its lines does not matter; and whether it has boxes or masks."""
+    """A table's images, by path, so that the order of its lines does not matter; and whether it has boxes or masks.
+
+    in_numbers: whether its boxes are written as corners.
+    """
 
     images: tuple[LabelledImage, ...]
     has_boxes: bool
+    in_numbers: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def read_labels(path: Path, root: Path, max_pixels: int) -> LabelTable:
     boxes_given = [{"boxes": [{"bbox": list(box.corners)} for box in own.boxes]} for own in images]
     if "x1" in columns and (reason := shares_of_image(boxes_given)):
         raise ReleaseError(path.name, "", "label", reason)
-    return LabelTable(images, has_boxes="x1" in columns or "mask" in columns)
+    return LabelTable(images, has_boxes="x1" in columns or "mask" in columns, in_numbers="x1" in columns)
 
 
 def lesion_mask(path: Path, max_pixels: int) -> np.ndarray:
@@ -192,6 +196,8 @@ def _check_line(file: str, line: _Line, columns: tuple[str, ...], spelled: dict[
     for name in ("group", "data-no"):
         if not line.cells.get(name, "").isprintable():
             raise line.error(file, name, "has signs that cannot be printed; one line of text is accepted")
+        if len(line.cells.get(name, "")) > MAX_NAME_CHARS:
+            raise line.error(file, name, f"has more than {MAX_NAME_CHARS} signs")
 
 
 def _image(file: str, path: Path, lines: list[_Line], root: Path, max_pixels: int) -> LabelledImage:

@@ -30,7 +30,7 @@ MOST_NAMED = 3
 
 @dataclass(frozen=True)
 class Notice:
-    """Something of a file, or of a subset ("subset 03"), that its owner should know: `count` of `of` records or boxes."""
+    """Something of a file, or of a subset ("subset 03"), to be known of: `count` of `of` records or boxes."""
 
     file: str
     kind: str
@@ -74,7 +74,7 @@ def notices_of(contents: Sequence[Content]) -> list[Notice]:
 
 
 def letter_counts(records: Iterable[Record], *, from_end: bool = False) -> tuple[dict[str, int], float | None]:
-    """How often each letter is right, and the p of a chi-square test against letters drawn uniformly; ({}, None) of none.
+    """How often each letter is right, and the p of a chi-square test against letters drawn uniformly; or ({}, None).
 
     from_end: places from the last option in place of letters, "0" the last one.
     """
@@ -117,7 +117,7 @@ def uneven_letters(name: str, records: Sequence[Record]) -> Notice | None:
 
 
 def answers_in_questions(file: str, records: Sequence[Record]) -> Notice | None:
-    """Questions that hold the text of their right option and of no other, where that is more frequent than by chance."""
+    """Questions that hold the text of their right option and of no other, where that is more than chance."""
     right, wrong, chance = [], 0, []
     for record in records:
         named = _named(record)
@@ -205,8 +205,8 @@ def box_range(content: Content) -> Notice | None:
         if 0.9 * scale < most <= scale and (outside or within_all):
             seen = f"{outside} boxes lead out of their images" if outside else f"no image has a side below {min(sides)}"
             reason = (
-                f"all corners of {len(corners)} boxes are at most {scale:,}, and {seen}: if they are shares of {scale:,}, "
-                "turn them into pixels of the upright image"
+                f"all corners of {len(corners)} boxes are at most {scale:,}, and {seen}: if they are shares of "
+                f"{scale:,}, turn them into pixels of the upright image"
             )
             return Notice(content.file, "box_range", len(corners), len(corners), reason)
     return None

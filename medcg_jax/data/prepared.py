@@ -53,12 +53,12 @@ class PreparedSource:
       subsets, detection_subsets: as `records.Source` has them.
       layout: what was done to the images.
 
-    An image is given only where its shard's record begins with the record's line of the .jsonl, whose id and digests are
-    then its own; ArrayRecord itself checks each record's bytes. `verify` compares the digests of whole shards.
+    An image is given only where its shard's record begins with the record's line of the .jsonl, whose id and digests
+    are then its own; ArrayRecord itself checks each record's bytes. `verify` compares the digests of whole shards.
 
     Raises:
-      DataError: `root` holds no finished preparation. Of a subset whose records or shards are missing, damaged or others
-        than the manifest says: when it is asked for. Of a damaged or exchanged record: when its image is.
+      DataError: `root` holds no finished preparation. Of a subset whose records or shards are missing, or others than the
+        manifest says: when it is asked for. Of a damaged or exchanged record: when its image is.
     """
 
     def __init__(self, root: str | Path, config: DataConfig):
@@ -175,7 +175,7 @@ def _manifest_fault(manifest: dict[str, Any]) -> str:
 
 
 def _shards_fault(shards: Any, part: str, number: int) -> str:
-    """What is wrong with the list of the shards of `part` ("04-train"), which have `number` records; "" if nothing is."""
+    """What is wrong with the list of shards of `part` ("04-train"), which have `number` records; "" if nothing is."""
     if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
         return f"shards of {part}: {untrusted.shown(shards)} is no list of objects"
     for place, shard in enumerate(shards):
@@ -189,7 +189,7 @@ def _shards_fault(shards: Any, part: str, number: int) -> str:
 
 
 def verify(root: str | Path) -> list[str]:
-    """What is wrong with a prepared folder, a line each: shards and lists of records that are missing, or not as written.
+    """What is wrong with a prepared folder, a line each: shards and lists of records missing, or not as written.
 
     Raises:
       DataError: as `read_manifest`.
@@ -284,7 +284,8 @@ def _read_line(text: str, where: str, subset: str) -> _Line:
     except (KeyError, TypeError, ValueError, OverflowError):
         is_right = False
     if not is_right:
-        raise DataError(f"{where}: no record as it was written: {untrusted.shown(line)}; run `medcg data prepare` again")
+        reason = f"no record as it was written: {untrusted.shown(line)}"
+        raise DataError(f"{where}: {reason}; run `medcg data prepare` again")
     return found
 
 
@@ -336,7 +337,7 @@ class _ShardImages(Sequence):
             raise DataError(_unreadable(self._shards, error)) from error
         if number != sum(self._shards.values()):
             first, written = next(iter(self._shards)), sum(self._shards.values())
-            raise DataError(f"{first} and those after it: {number} records, where {written} were written; prepare again")
+            raise DataError(f"{first} and those after it: {number} records, {written} were written; prepare it again")
         return source
 
 

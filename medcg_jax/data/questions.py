@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from medcg_jax.data.labels import LabelledImage, LabelTable, read_labels
+from medcg_jax.data.notices import Content, box_range
 from medcg_jax.data.records import LETTERS, SPLITS, DataError, Split
 from medcg_jax.data.release import subset_table
 from medcg_jax.data.splits import rarest_labels, split_group, train_test_split
@@ -111,7 +112,8 @@ def format_labels(
       as_choice: boxes become questions of the images that have exactly one label.
       force: whether files of this subset may be replaced.
 
-    Returns {"subset", "kind", "labels", "train", "test", "left_out" (images without a question), "files"}.
+    Returns {"subset", "kind", "labels", "train", "test", "left_out" (images without a question), "files",
+    "warnings" (lines)}.
 
     Raises:
       DataError: anything is wrong; then nothing is written.
@@ -126,6 +128,8 @@ def format_labels(
     detection = table.has_boxes and not as_choice
     files = {split: root / FOLDER / _file_name(subset, split, detection) for split in SPLITS}
     _check_free(root, subset, detection, force)
+    boxes = [(detection_record(own), own.size_px) for own in table.images] if table.in_numbers else []
+    odd_boxes = box_range(Content(table_path.name, subset, "", boxes=boxes))
     # Whichever records are made of it, an image is on one side.
     sides = _sides(table, data_no)
     kept = [own for own in table.images if not as_choice or len(own.labels) == 1]
@@ -166,6 +170,7 @@ def format_labels(
         **{split: len(records[split]) for split in SPLITS},
         "left_out": len(table.images) - len(kept),
         "files": [str(files[split]) for split in SPLITS],
+        "warnings": [str(odd_boxes)] if odd_boxes else [],
     }
 
 

@@ -65,7 +65,7 @@ def read_text(path: Path) -> str:
 
 
 def read_list(path: Path) -> list[Any]:
-    """The records of a file as they stand in its JSON, read strictly (`untrusted.parsed`); a byte-order mark is skipped.
+    """The records of a file as they stand in its JSON, which is read strictly; a byte-order mark is skipped.
 
     Raises:
       ReleaseError: kind `unreadable`, `encoding`, `json` or `not_a_list`.
@@ -148,8 +148,8 @@ def without_options(question: str) -> str:
 
 
 def check_keys(raw: Any, keys: Mapping[str, type], file: str, name: str) -> None:
-    """Raises ReleaseError of kind `type`, `key` or `text` when the object lacks a key, a value is of another type, or the
-    name of its dataset or group cannot be printed."""
+    """Raises ReleaseError of kind `type`, `key` or `text` when the object lacks a key, a value is of another type, or
+    the name of its dataset or group cannot be printed."""
     if not isinstance(raw, dict):
         raise ReleaseError(file, name, "type", f"a {type(raw).__name__}; an object is accepted")
     missing = [key for key in keys if key not in raw]

@@ -54,7 +54,8 @@ def detection_problems(raw: dict[str, Any], size: tuple[int, int]) -> list[tuple
     found = []
     height, width = size
     if (raw["width"], raw["height"]) != (width, height):
-        reason = f"width and height are {shown(raw['width'])} x {shown(raw['height'])}; the image has {width} x {height} pixels"
+        stated = f"{shown(raw['width'])} x {shown(raw['height'])}"
+        reason = f"width and height are {stated}; the image has {width} x {height} pixels"
         found.append(("size", reason))
     for box in raw["boxes"]:
         reason = _box_reason(box, width, height)

@@ -54,7 +54,7 @@ def told_apart(first: str, second: str) -> tuple[str, str]:
 
 
 def fault(text: str) -> str:
-    """What stands in a question, an option or a label that no prompt can hold, and what to do; "" where nothing does."""
+    """What stands in a question, option or label that no prompt can hold, and what to do; "" where nothing does."""
     mark = _MARKS.search(text)
     if mark:
         return f"spells {mark[0]!r}, which prompts put themselves, by the model; take it out"

@@ -2,8 +2,8 @@
 
     python -m tests.data.fuzz_trees 5000 0      # number of inputs, seed
 
-Mutates (`fuzz_mutations`) the manifest, choice and detection files of a small tree, and the manifest, lists of records and
-shards of its preparation. Anything raised but DataError or ConfigError, a message of several lines or of more than
+Mutates (`fuzz_mutations`) the manifest, choice and detection files of a small tree, and the manifest, lists of records
+and shards of its preparation. Anything raised but DataError or ConfigError, a message of several lines or of more than
 `MAX_MESSAGE` signs, or more than `MAX_SECONDS` is a failure; its input is kept, and the exit status is 1.
 """
 

@@ -126,7 +126,7 @@ def test_an_edited_list_of_records_is_refused(out, old, new, message):
         (lambda m: m["subsets"][0].update(train=9), "04-train has 9 records, its shards 8"),
         (lambda m: m["subsets"][0].update(kind="both"), "kind=.* is none of choice, detection"),
         (lambda m: m["subsets"][0].update(labels=[1]), "are not all text"),
-        (lambda m: m["subsets"][0]["shards"]["train"][0].update(file="../../x"), "stands where 04-train-00000-of-00002"),
+        (lambda m: m["subsets"][0]["shards"]["train"][0].update(file="../x"), "stands where 04-train-00000-of-00002"),
         (lambda m: m["subsets"][0]["shards"]["train"].reverse(), "stands where 04-train-00000-of-00002"),
         (lambda m: m["subsets"][0]["shards"]["train"][0].pop("sha256"), "no text `sha256`"),
     ],
