@@ -107,7 +107,7 @@ def data_check(args) -> dict:
 
     if prepared.is_prepared(args.root):
         wrong = prepared.verify(args.root)
-        print("\n".join(wrong) or f"{args.root}: every shard has the bytes that were written")
+        print("\n".join(wrong) or f"{args.root}: every record and every shard has the bytes that were written")
         return {"ok": not wrong, "shards": wrong, "exit_status": 2 if wrong else 0}
     reading = Reading(args.window, args.deep_grey, args.frame)
     report = check_tree(args.root, args.max_pixels, reading, progress=progress)
@@ -150,6 +150,8 @@ def data_format(args) -> dict:
         as_choice=args.form == "choice", force=args.force,
     )  # fmt: skip
     print(f"{', '.join(done['files'])}: {done['train']} training and {done['test']} test records")
+    for warning in done["warnings"]:
+        print(f"warning: {warning}")
     print(f"{len(done['labels'])} labels: {', '.join(done['labels'])}; {done['left_out']} images left out")
     return done
 

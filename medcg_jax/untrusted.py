@@ -7,6 +7,7 @@ with a name; a caller with a reason passes another one.
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ MAX_TEXT_BYTES = 2**30
 # One line of a file of JSON lines.
 MAX_LINE_BYTES = 2**24
 PIECE_BYTES = 2**16
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class FileError(ConfigError):
@@ -94,7 +97,7 @@ def read_json(
 
     Raises:
       FileError: as `read_text`; no JSON, a number that JSON does not have (NaN, Infinity), a key twice in one object,
-        nested too deep, or of another type.
+        half a surrogate pair, which can be written to no file, nested too deep, or of another type.
     """
     return parsed(read_text(path, max_bytes, encoding), path, kind)
 
@@ -103,6 +106,10 @@ def parsed(text: str, name: str | Path, kind: type = dict) -> Any:
     """The JSON value in a text, as `read_json`. name: of the file (and line), for the message."""
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise FileError(f"{name}: a text with half a surrogate pair \\ud800 to \\udfff") from error
     except RecursionError as error:
         raise FileError(f"{name}: no JSON that is read: nested too deep") from error
     except ValueError as error:

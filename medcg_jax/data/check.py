@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 from medcg_jax.data.duplicates import NEAR_BITS, hash_rows
 from medcg_jax.data.examine import Examined, examine_all
 from medcg_jax.data.hamming import distances, near_pairs_between
+from medcg_jax.data.notices import Content, Notice, notices_of
 from medcg_jax.data.processes import Progress
 from medcg_jax.data.reading import Reading, check_reading
-from medcg_jax.data.records import SPLITS, DataError, Split
-from medcg_jax.data.release import SubsetFile, list_files, read_manifest, subset_files, subset_table
+from medcg_jax.data.records import SPLITS, DataError, Record, Split
+from medcg_jax.data.release import subset_table
 from medcg_jax.data.schema import (
     ReleaseError,
     check_id,
@@ -28,13 +29,15 @@ from medcg_jax.data.schema import (
     read_list,
     record_name,
 )
-from medcg_jax.data.schema_detection import DETECTION_KEYS, detection_problems
+from medcg_jax.data.schema_detection import DETECTION_KEYS, detection_problems, shares_of_image
+from medcg_jax.data.splits import split_group
+from medcg_jax.data.tree_files import SubsetFile, list_files, near_misses, read_manifest
 from medcg_jax.run_config import DataConfig
 
 # Kinds of problems that are a record's own: without it the rest of its file can be used.
 RECORD_KINDS = frozenset(
-    ("type", "key", "options", "letter", "answer", "duplicate_id", "path", "missing_file", "image", "size", "box")
-    + ("duplicate_across_splits",)
+    ("type", "key", "text", "options", "letter", "answer", "duplicate_id", "path", "missing_file", "image", "size")
+    + ("box", "duplicate_across_splits")
 )
 
 
@@ -81,6 +84,7 @@ class Report:
     num_detection: int = 0
     num_boxes: int = 0
     near: tuple[Near, ...] = ()
+    notices: tuple[Notice, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -119,6 +123,7 @@ class Report:
             "bad_frac": self.bad_frac,
             "counts": self.counts(),
             "near": [asdict(pair) for pair in self.near],
+            "notices": [asdict(notice) for notice in self.notices],
             "problems": [asdict(problem) for problem in self.problems],
         }
 
@@ -131,8 +136,10 @@ class Use(NamedTuple):
     subset: str
     split: Split
     path: Path
-    # Of a detection record, to be held against the image's size.
+    # A choice record; else a detection record as it stands, to be held against the image's size.
+    question: Record | None
     boxes: dict[str, Any] | None
+    group: str
 
 
 class Inspection(NamedTuple):
@@ -161,9 +168,9 @@ def inspect(
     """Every problem of the tree's subset files, of the images they name, and between train and test.
 
     Kinds: those of `schema` (`unreadable`, `encoding`, `json`, `not_a_list`, `type`, `key`, `options`, `letter`,
-    `answer`, `duplicate_id`, `path`, `missing_file`), and `unknown_subset`, `duplicate_file`, `manifest`, `image`,
-    `size`, `box`, `no_records`, `duplicate_across_splits` (the same bytes or the same pixels in train and in test,
-    whatever the names).
+    `text`, `answer`, `duplicate_id`, `path`, `missing_file`), and `unknown_subset`, `duplicate_file`, `file_name`,
+    `manifest`, `image`, `size`, `box`, `box_units`, `no_records`, `duplicate_across_splits` (the same bytes or the same
+    pixels in train and in test, whatever the names). What is no fault of a record by itself is a notice (`notices`).
 
     Args:
       workers: processes that decode; 0: one per core.
@@ -177,10 +184,8 @@ def inspect(
     root = tree_root(root)
     problems: list[Problem] = []
     numbers = _known_subsets(root, problems)
-    try:
-        files = subset_files(root)
-    except ReleaseError as error:
-        return Inspection(Report(0, 0, 0, (*problems, _problem(error))), (), {})
+    files, refused = list_files(root)
+    problems += map(_problem, refused)
     uses: list[Use] = []
     num_records = num_detection = 0
     for file in files:
@@ -197,6 +202,8 @@ def inspect(
         if not raws:
             problems.append(Problem(file.path.name, "", "no_records", "an empty list; nothing can be drawn from it"))
         uses += check_records(raws, root, file, problems)
+        if file.detection and (reason := shares_of_image(raws)):
+            problems.append(Problem(file.path.name, "", "box_units", reason))
     paths = sorted({use.path for use in uses})
     images = examine_all(
         paths, max_pixels, reading, workers=workers, progress=progress, known=known, remember=remember
@@ -206,8 +213,8 @@ def inspect(
     order = {file.path.name: place for place, file in enumerate(files)}
     problems.sort(key=lambda problem: order.get(problem.file, -1))
     num_boxes = sum(len(use.boxes["boxes"]) for use in uses if use.boxes)
-    near = near_across_splits(uses, images)
-    report = Report(len(files), num_records, len(paths), tuple(problems), num_detection, num_boxes, near)
+    near, notices = near_across_splits(uses, images), _notices(root, files, uses, images)
+    report = Report(len(files), num_records, len(paths), tuple(problems), num_detection, num_boxes, near, notices)
     return Inspection(report, tuple(uses), images)
 
 
@@ -235,12 +242,15 @@ def check_records(raws: list[Any], root: Path, file: SubsetFile, problems: list[
         name = record_name(raw, place)
         try:
             check_id(raw, seen, file=own, place=place)
+            record = None
             if file.detection:
                 check_keys(raw, DETECTION_KEYS, own, name)
             else:
-                parse_choice(raw, file=own, place=place, subset=file.number, split=file.split)
+                record = parse_choice(raw, file=own, place=place, subset=file.number, split=file.split)
             path = image_path(root, raw["image"], file=own, record=name)
-            uses.append(Use(own, name, file.number, file.split, path, raw if file.detection else None))
+            group = split_group(raw["data-no"], raw["image"], raw.get("group", ""))
+            boxes = raw if file.detection else None
+            uses.append(Use(own, name, file.number, file.split, path, record, boxes, group))
         except ReleaseError as error:
             problems.append(_problem(error))
     return uses
@@ -258,8 +268,12 @@ def print_report(report: Report, *, limit: int = 20) -> None:
             f"{tests} test records have nearly the image of a training record, such as {first.test_image!r} "
             f"({first.test_file}, {first.test_record}) that of {first.image!r} ({first.file}, {first.record})"
         )
+    for notice in report.notices[:limit]:
+        print(f"warning: {notice}")
+    if len(report.notices) > limit:
+        print(f"and {len(report.notices) - limit} more warnings (--json=FILE has all)")
     if report.ok:
-        print("nothing is wrong")
+        print("no record is refused" if report.notices else "nothing is wrong")
         return
     print(f"bad records: {len(report.bad_records)} of {report.num_records} ({report.bad_frac:.2%})\n")
     width = max(len("kind"), *map(len, report.counts()))
@@ -286,6 +300,22 @@ def _known_subsets(root: Path, problems: list[Problem]) -> set[str]:
 
 def _problem(error: ReleaseError) -> Problem:
     return Problem(error.file, error.record, error.kind, error.reason)
+
+
+def _notices(
+    root: Path, files: Sequence[SubsetFile], uses: Sequence[Use], images: Mapping[Path, Examined]
+) -> tuple[Notice, ...]:
+    misses = [near for near in near_misses(root, files) if not near.is_wanted]
+    notices = [Notice(ascii(near.name)[1:-1], "file_name", 1, 1, near.reason) for near in misses]
+    contents: dict[str, Content] = {}
+    for use in uses:
+        content = contents.setdefault(use.file, Content(use.file, use.subset, use.split))
+        content.groups.append(use.group)
+        if use.question:
+            content.records.append(use.question)
+        if use.boxes:
+            content.boxes.append((use.boxes, images[use.path].size))
+    return (*notices, *notices_of(list(contents.values())))
 
 
 def _image_problems(uses: list[Use], images: dict[Path, Examined]) -> list[Problem]:

@@ -13,12 +13,14 @@ import numpy as np
 from medcg_jax.data.box_questions import Asked, ask
 from medcg_jax.data.formats import Arrays, Format
 from medcg_jax.data.images import copy_into
-from medcg_jax.data.records import DataError, Record, RecordSet, concat
+from medcg_jax.data.records import MAX_OPTIONS, DataError, Record, RecordSet, concat
 from medcg_jax.data.tokenizer import Tokenizer
 from medcg_jax.run_config import DataConfig
 
 # Images kept decoded; a larger set is decoded again whenever a row is drawn.
 MEMORY_LIMIT_BYTES = 2 << 30
+# Columns of letters where no question has more options: two shapes of programs in all, and this is the usual one.
+USUAL_OPTIONS = 4
 
 
 @dataclass(frozen=True)
@@ -120,23 +122,24 @@ def encode_eval(
     data: DataConfig,
     fmt: Format,
     *,
-    num_options: int = 4,
+    columns: int = 0,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
 ) -> Encoded:
     """Rows for evaluation: `tokens` end in `ASSISTANT:`, `last_position` int32[N], `option_ids` int32[N, K].
 
-    K = `num_options`; -1 stands where a record has fewer.
+    K = `columns`, or `option_columns` of these records; -1 stands where a record has fewer.
 
     Raises:
       DataError: as `encode`; or a record is no choice question, has too many options, or letters that cannot be scored.
     """
     rows = _empty_rows(len(records), tokenizer, data.max_text_tokens + fmt.max_image_tokens)
-    options = np.full((len(records), num_options), -1, np.int32)
+    columns = columns or option_columns(records)
+    options = np.full((len(records), columns), -1, np.int32)
 
     def one(index: int, record: Record) -> None:
         count = len(record.options)
-        if not 2 <= count <= num_options:
-            raise DataError(f"{count} options; 2 to {num_options} can be scored")
+        if not 2 <= count <= columns:
+            raise DataError(f"{count} options; 2 to {columns} can be scored")
         num_image = _image_tokens(records, index, fmt)
         ids = fmt.prompts.evaluation_prompt(
             tokenizer, record.turns, system_prompt=data.system_prompt, num_image_tokens=num_image
@@ -149,6 +152,12 @@ def encode_eval(
     _each(records, one)
     arrays = {**rows, "last_position": rows["length"] - 1, "option_ids": options}
     return Encoded(records, fmt, arrays, _all_images(records, fmt, memory_limit_bytes))
+
+
+def option_columns(records: RecordSet) -> int:
+    """Columns of letters that these records' options need: `USUAL_OPTIONS`, or `MAX_OPTIONS` where one has more."""
+    most = max((len(record.options) for record in records.records), default=0)
+    return USUAL_OPTIONS if most <= USUAL_OPTIONS else MAX_OPTIONS
 
 
 def encode_boxes(

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from medcg_jax.data.duplicates import Print, perceptual_hash, pixel_digest
 from medcg_jax.data.images import ImageError, read_image
 from medcg_jax.data.processes import Progress, over
 from medcg_jax.data.reading import Reading
+from medcg_jax.untrusted import MAX_TEXT_BYTES, parsed, read_bytes
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,14 @@ class Examined:
     def size(self) -> tuple[int, int] | None:
         """(height, width); None where it is refused."""
         return None if self.reason else (self.height, self.width)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether all fields are of their types, as they need not be in a file."""
+        texts = (self.reason, self.digest, self.pixels, self.perceptual, self.read_as)
+        if not all(isinstance(text, str) for text in texts) or {type(self.height), type(self.width)} != {int}:
+            return False
+        return all(not text or _DIGEST.fullmatch(text) for text in (self.digest, self.pixels, self.perceptual))
 
     @property
     def print(self) -> Print:
@@ -122,17 +134,17 @@ class Memory:
         self._file.write(json.dumps([name, self._way, stamp, asdict(found)]) + "\n")
 
     def _recalled(self) -> Iterator[tuple[Path, Examined]]:
-        try:
-            lines = self._path.read_text("utf-8").splitlines()
-        except FileNotFoundError:
+        if not self._path.exists():
             return
-        for line in lines:
+        for line in read_bytes(self._path, MAX_TEXT_BYTES).split(b"\n"):
             try:
-                name, way, stamp, found = json.loads(line)
+                name, way, stamp, found = parsed(line.decode(), self._path.name, list)
                 own = Examined(**found)
+                path = self._root / name
+                if not own.is_sound:
+                    continue
             except (ValueError, TypeError):  # the last line of a run that was killed
                 continue
-            path = self._root / name
             if stamp and way == self._way and stamp == _stamp(path):
                 yield path, own
 

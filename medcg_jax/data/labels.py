@@ -20,14 +20,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from medcg_jax.data import boxes
+from medcg_jax.data import boxes, spelling
 from medcg_jax.data.images import ImageError, image_size
 from medcg_jax.data.records import SPLITS, Box
-from medcg_jax.data.schema import ReleaseError, image_path, read_text
+from medcg_jax.data.schema import MAX_NAME_CHARS, ReleaseError, image_path, read_text
+from medcg_jax.data.schema_detection import shares_of_image
 
 CORNERS = ("x1", "y1", "x2", "y2")
 OPTIONAL = ("split", "group", "data-no")
 MASK_FORMATS = ("PNG",)
+# A label is an option of questions.
+MAX_LABEL_CHARS = 500
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,14 @@ class LabelledImage:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """A table's images, by path, so that the order of its lines does not matter; and whether it has boxes or masks."""
+    """A table's images, by path, so that the order of its lines does not matter; and whether it has boxes or masks.
+
+    in_numbers: whether its boxes are written as corners.
+    """
 
     images: tuple[LabelledImage, ...]
     has_boxes: bool
+    in_numbers: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class _Line:
     cells: dict[str, str]
 
     def error(self, file: str, column: str, reason: str) -> ReleaseError:
-        value = f" {self.cells[column]!r}" if column in self.cells else ""
+        value = f" {spelling.quoted(self.cells[column])}" if column in self.cells else ""
         return ReleaseError(file, f"line {self.number}", "label", f"{column}{value} {reason}")
 
 
@@ -98,7 +105,10 @@ def read_labels(path: Path, root: Path, max_pixels: int) -> LabelTable:
         _image(path.name, file, found[first.cells["image"]], root, max_pixels) for file, first in files.items()
     )
     _check_groups(path.name, images, found)
-    return LabelTable(images, has_boxes="x1" in columns or "mask" in columns)
+    boxes_given = [{"boxes": [{"bbox": list(box.corners)} for box in own.boxes]} for own in images]
+    if "x1" in columns and (reason := shares_of_image(boxes_given)):
+        raise ReleaseError(path.name, "", "label", reason)
+    return LabelTable(images, has_boxes="x1" in columns or "mask" in columns, in_numbers="x1" in columns)
 
 
 def lesion_mask(path: Path, max_pixels: int) -> np.ndarray:
@@ -148,9 +158,9 @@ def _check_columns(file: str, columns: tuple[str, ...]) -> None:
     wrong = [name for name in columns if name not in ("image", "label", "mask", *CORNERS, *OPTIONAL)]
     # A column that is passed over, such as a misspelt `group`, would silently change the split.
     if wrong:
-        reason = f"column {wrong[0]!r} is not known; {accepted} are accepted"
+        reason = f"column {spelling.quoted(wrong[0])} is not known; {accepted} are accepted, with commas between them"
     elif len(set(columns)) < len(columns):
-        reason = f"a column occurs twice in {', '.join(columns)}"
+        reason = f"a column occurs twice in {', '.join(columns[:20])}"
     elif missing := [name for name in ("image", "label") if name not in columns]:
         reason = f"column {missing[0]!r} is missing; {accepted} are accepted"
     elif of_boxes and (len(of_boxes) < 4 or "mask" in columns):
@@ -172,14 +182,22 @@ def _check_line(file: str, line: _Line, columns: tuple[str, ...], spelled: dict[
         raise line.error(file, empty[0], f"is empty where the label is {label!r}; a value is accepted, or neither")
     if not label.isprintable():
         raise line.error(file, "label", "has signs that cannot be printed; one line of text is accepted")
-    other, number = spelled.setdefault(label.casefold(), (label, line.number))
+    if len(label) > MAX_LABEL_CHARS:
+        raise line.error(file, "label", f"has {len(label):,} signs; at most {MAX_LABEL_CHARS} are accepted")
+    if reason := spelling.fault(label):
+        raise line.error(file, "label", reason)
+    other, number = spelled.setdefault(spelling.look(label), (label, line.number))
     if other != label:
-        raise line.error(file, "label", f"is spelled {other!r} in line {number}; one spelling is accepted")
+        here, there = spelling.told_apart(label, other)
+        reason = f"label {here} is spelled {there} in line {number}; one spelling is accepted"
+        raise ReleaseError(file, f"line {line.number}", "label", reason)
     if line.cells.get("split", "train") not in SPLITS:
         raise line.error(file, "split", f"is none of {', '.join(SPLITS)}")
     for name in ("group", "data-no"):
         if not line.cells.get(name, "").isprintable():
             raise line.error(file, name, "has signs that cannot be printed; one line of text is accepted")
+        if len(line.cells.get(name, "")) > MAX_NAME_CHARS:
+            raise line.error(file, name, f"has more than {MAX_NAME_CHARS} signs")
 
 
 def _image(file: str, path: Path, lines: list[_Line], root: Path, max_pixels: int) -> LabelledImage:
@@ -225,7 +243,7 @@ def _box(file: str, line: _Line, size: tuple[int, int]) -> Box:
     corners = []
     for name, most in zip(CORNERS, (width, height, width, height)):
         try:
-            corners.append(float(line.cells[name]))
+            corners.append(float(line.cells[name].replace("_", "?")))  # "1_0" is a number to Python alone
         except ValueError as error:
             raise line.error(file, name, "is no number; one in pixels is accepted") from error
         # Written so that a NaN fails.

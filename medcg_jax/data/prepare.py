@@ -15,7 +15,9 @@ import functools
 import hashlib
 import json
 import os
+import re
 import secrets
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -33,13 +35,17 @@ from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.splits import is_out_of_distribution
 from medcg_jax.files import write_whole
 from medcg_jax.run_config import DataConfig
+from medcg_jax.untrusted import FileError, kind_of, read_json, shown
 
 FORMAT = "medcg prepared 1"
+OWN_FILES = (".examined.jsonl", ".plan.json", "set_aside.jsonl", "manifest.json")
 RECORDS_PER_SHARD = 256
 # One record a group, so that any one is read alone. Uncompressed: zstd at its fastest halves the size, and reading
 # takes 3.6 times as much CPU (262 against 73 us a record of 336 x 336).
 WRITER_OPTIONS = "group_size:1,uncompressed"
 # Settings that decide what the records are; a folder holds those of one setting.
+# What a run that was killed leaves of a file of `records` that it was writing.
+_PART = re.compile(r"\.[A-Za-z0-9-]+-(?:train|test)(?:-\d{5}-of-\d{5}\.arrayrecord|\.jsonl)\.[0-9a-f]{12}")
 SETTINGS = ("train_records_per_subset", "test_records_per_subset", "seed", "max_pixels", "window", "deep_grey", "frame")
 
 
@@ -92,9 +98,10 @@ def prepare(
       max_bad_frac: share of the records that may be set aside, in 0..1; more of them end the run before it writes.
       drop_near: leave out the training records whose image is nearly a test record's.
       progress: as `check.inspect` takes it; used for the images and then for the shards.
+      say: is told in a line what `check` warns of, and where nothing is left to do.
 
     Raises:
-      DataError: no tree; or `out` holds something else, or a preparation with other settings or of other records.
+      DataError: no tree; or `out` holds something else, a link, or a preparation with other settings or records.
       TooManyBad: see `max_bad_frac`; or a file of the tree cannot be used at all.
     """
     started, out = time.monotonic(), Path(out)
@@ -112,10 +119,12 @@ def prepare(
         )  # fmt: skip
     if not found.report.acceptable(max_bad_frac):
         raise TooManyBad(_refusal(found.report, max_bad_frac), found.report)
+    for notice in found.report.notices:
+        say(f"warning: {notice}")
     near = {(pair.file, pair.record) for pair in found.report.near}
     source = ReleaseSource(root, data, skip=found.report.bad_records | (near if drop_near else set()))
     parts = dict(_lines(source, found, layout))
-    plan = {"format": FORMAT, "settings": settings, "records": _digest(parts)}
+    plan = {"format": FORMAT, "settings": settings, "records": records_digest(parts)}
     if _plan_of(out).get("records", plan["records"]) != plan["records"]:
         raise DataError(f"{out} was prepared from other records or images; remove it, or choose another folder")
     shards = [shard for name, lines in parts.items() for shard in _shards(out, name, lines)]
@@ -146,13 +155,15 @@ def prepare(
 def write_shard(shard: _Shard, root: Path, layout: Layout, max_pixels: int, reading: Reading) -> str:
     """sha256 in hex of the shard's file, which is written, whole or not at all, where it is not there.
 
+    One that is there is taken where its records are these, whoever wrote it, and else written again.
+
     Raises:
       DataError: an image is not the one that was examined.
       OSError: an image cannot be read, or the file not written.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    if shard.path.exists():
+    if shard.path.exists() and _holds(shard):
         return _file_digest(shard.path)
     part = shard.path.with_name(f".{shard.path.name}.{secrets.token_hex(6)}")
     try:
@@ -171,6 +182,24 @@ def write_shard(shard: _Shard, root: Path, layout: Layout, max_pixels: int, read
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def shard_name(part: str, place: int, number: int) -> str:
+    """The file name of shard `place` of `number`. part: "04-train"."""
+    return f"{part}-{place:05d}-of-{number:05d}.arrayrecord"
+
+
+def _holds(shard: _Shard) -> bool:
+    """Whether the shard's file is whole and its records are these, as far as their lines say."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        reader = ArrayRecordReader(str(shard.path))
+        if reader.num_records() != len(shard.lines):
+            return False
+        return all(reader.read().startswith(f"{line}\n".encode()) for line in shard.lines)
+    except (RuntimeError, ValueError, IndexError):
+        return False
 
 
 def _pixels(record: dict[str, Any], root: Path, layout: Layout, max_pixels: int, reading: Reading) -> bytes:
@@ -230,7 +259,7 @@ def _shards(out: Path, name: str, lines: list[str]) -> list[_Shard]:
     return [
         _Shard(
             name,
-            out / "records" / f"{name}-{place:05d}-of-{len(starts):05d}.arrayrecord",
+            out / "records" / shard_name(name, place, len(starts)),
             tuple(lines[start : start + RECORDS_PER_SHARD]),
         )
         for place, start in enumerate(starts)
@@ -258,41 +287,65 @@ def _entry(subset: Subset, kind: str, digests: dict[_Shard, str], data: DataConf
 
 
 def _check_out(out: Path, root: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file; a folder is accepted")
+    if os.path.lexists(out) and not out.is_dir():
+        raise DataError(f"{out} is no folder; one, or a new name, is accepted")
     if out.resolve() == root.resolve():
         raise DataError(f"{out}: the tree itself; another folder is accepted")
     if out.is_dir() and any(out.iterdir()) and not (out / ".examined.jsonl").exists():
         raise DataError(f"{out} holds something else; an empty folder, a new one, or one that was prepared is accepted")
-    (out / "records").mkdir(parents=True, exist_ok=True)
-    for part in (out / "records").glob(".*"):  # what a killed run has left
-        part.unlink(missing_ok=True)
+    records = out / "records"
+    _check_kind(records, is_folder=True)
+    for name in OWN_FILES:
+        _check_kind(out / name)
+    records.mkdir(parents=True, exist_ok=True)
+    for path in records.iterdir():
+        _check_kind(path)
+        if _PART.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def _check_kind(path: Path, is_folder: bool = False) -> None:
+    """Raises DataError where what is there is a link, or no regular file (no folder, where that is wanted)."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not (stat.S_ISDIR(mode) if is_folder else stat.S_ISREG(mode)):
+        kind = "a link" if stat.S_ISLNK(mode) else "a file" if stat.S_ISREG(mode) else kind_of(mode)
+        accepted = "a folder" if is_folder else "a regular file"
+        raise DataError(f"{path} is {kind}, and nothing is written through it; {accepted} is accepted, or none")
 
 
 def _plan_of(out: Path) -> dict[str, Any]:
     """What the folder was begun with; {} where it was not."""
-    try:
-        return json.loads((out / ".plan.json").read_text("utf-8"))
-    except FileNotFoundError:
+    path = out / ".plan.json"
+    if not path.exists():
         return {}
-    except ValueError as error:
-        raise DataError(f"{out / '.plan.json'} is broken; remove {out} and prepare it again") from error
+    try:
+        plan = read_json(path)
+    except FileError as error:
+        raise DataError(f"{error}; remove {out} and prepare it again") from error
+    if not isinstance(plan.get("settings"), dict):
+        raise DataError(f"{path}: no object under the key `settings`; remove {out} and prepare it again")
+    return plan
 
 
 def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     """Raises DataError, before anything is read, where the folder holds a preparation with other settings."""
     old = _plan_of(out).get("settings", settings)
-    differ = [f"{key}={old.get(key)!r}, not {value!r}" for key, value in settings.items() if old.get(key) != value]
+    differ = [
+        f"{key}={shown(old.get(key))}, not {shown(value)}" for key, value in settings.items() if old.get(key) != value
+    ]  # fmt: skip
     if differ:
         raise DataError(f"{out} was prepared with {'; '.join(differ)}; choose another folder, or remove it")
 
 
 def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     try:
-        manifest = json.loads((out / "manifest.json").read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
+        manifest = read_json(out / "manifest.json")
+    except FileError:  # not there, or not whole: it is written again
         return None
-    return manifest if plan.items() <= manifest.items() else None
+    return manifest if all(manifest.get(key) == value for key, value in plan.items()) else None
 
 
 def _refusal(report: Report, max_bad_frac: float) -> str:
@@ -309,7 +362,8 @@ def _crashed(shard: _Shard):
     raise DataError(f"{shard.path.name}: the process that wrote it died (memory?); run the command again")
 
 
-def _digest(parts: dict[str, list[str]]) -> str:
+def records_digest(parts: dict[str, list[str]]) -> str:
+    """A digest of all records. parts: "04-train" -> their lines, in the manifest's order."""
     digest = hashlib.sha256()
     for name, lines in parts.items():
         digest.update("\n".join([name, *lines, ""]).encode())

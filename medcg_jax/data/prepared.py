@@ -5,19 +5,45 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from medcg_jax import untrusted
 from medcg_jax.data.images import grey_view
 from medcg_jax.data.layouts import Layout, parse_layout
-from medcg_jax.data.prepare import FORMAT
-from medcg_jax.data.records import SPLITS, Box, DataError, Record, RecordSet, Split, Subset, Turn
+from medcg_jax.data.prepare import FORMAT, records_digest, shard_name
+from medcg_jax.data.records import (
+    LETTERS,
+    MAX_OPTIONS,
+    SPLITS,
+    Box,
+    DataError,
+    Record,
+    RecordSet,
+    Split,
+    Subset,
+    Turn,
+)
 from medcg_jax.data.release import cap_seed, labels_of
 from medcg_jax.data.splits import balanced
 from medcg_jax.run_config import DataConfig
+from medcg_jax.untrusted import FileError
+
+KINDS = ("choice", "detection")
+# 256 images of the most pixels that are accepted have some 50 GB.
+MAX_SHARD_BYTES = 2**37
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")
+_TEXTS = ("id", "subset", "answer", "image", "data_no", "group")
+_ENTRY = {
+    "kind": str, "modality": str, "area": str, "task": str, "labels": list, "train": int, "test": int, "shards": dict
+}  # fmt: skip
 
 
 class PreparedSource:
@@ -27,9 +53,12 @@ class PreparedSource:
       subsets, detection_subsets: as `records.Source` has them.
       layout: what was done to the images.
 
+    An image is given only where its shard's record begins with the record's line of the .jsonl, whose id and digests
+    are then its own; ArrayRecord itself checks each record's bytes. `verify` compares the digests of whole shards.
+
     Raises:
-      DataError: `root` holds no finished preparation. Of a subset whose records or shards are missing: when it is asked
-        for. `verify` reads every shard.
+      DataError: `root` holds no finished preparation. Of a subset whose records or shards are missing, or others than the
+        manifest says: when it is asked for. Of a damaged or exchanged record: when its image is.
     """
 
     def __init__(self, root: str | Path, config: DataConfig):
@@ -46,8 +75,10 @@ class PreparedSource:
             raise DataError(f"split {split!r}; {' or '.join(SPLITS)} is accepted")
         if subset not in self._entries:
             raise DataError(f"subset {subset!r} is no subset of {self._root}")
-        lines = self._lines(subset, split)
-        records = [_record(line) for line in lines]
+        path = self._root / "records" / f"{subset}-{split}.jsonl"
+        texts = _lines(path, self._entries[subset][split])
+        lines = [_read_line(text, f"{path}, line {number}", subset) for number, text in enumerate(texts, 1)]
+        records = [line.record for line in lines]
         seed = cap_seed(self._config, subset, split)
         places = balanced([labels_of(record) for record in records], self._limit(split), seed)
         images = _ShardImages(self._shards(subset, split), [lines[place] for place in places], places)
@@ -83,25 +114,14 @@ class PreparedSource:
     def _limit(self, split: Split) -> int:
         return self._config.train_records_per_subset if split == "train" else self._config.test_records_per_subset
 
-    def _lines(self, subset: str, split: Split) -> list[dict[str, Any]]:
-        path = self._root / "records" / f"{subset}-{split}.jsonl"
-        if not self._entries[subset][split]:
-            return []
-        try:
-            lines = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read; run `medcg data prepare` again") from error
-        wanted = self._entries[subset][split]
-        if len(lines) != wanted:
-            raise DataError(f"{path} has {len(lines)} records, the manifest {wanted}; prepare it again")
-        return lines
-
-    def _shards(self, subset: str, split: Split) -> list[str]:
-        paths = [self._root / "records" / shard["file"] for shard in self._entries[subset]["shards"][split]]
-        for path in paths:
+    def _shards(self, subset: str, split: Split) -> dict[Path, int]:
+        """The shards, and how many records the manifest says that each has."""
+        listed = self._entries[subset]["shards"][split]
+        shards = {self._root / "records" / shard["file"]: shard["records"] for shard in listed}
+        for path in shards:
             if not path.is_file():
                 raise DataError(f"{path} is missing; run `medcg data prepare` again")
-        return [str(path) for path in paths]
+        return shards
 
 
 def is_prepared(root: str | Path) -> bool:
@@ -116,32 +136,80 @@ def read_manifest(root: Path) -> dict[str, Any]:
       DataError: there is none, or it is not this format's.
     """
     path = root / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
+    if not os.path.lexists(path):
         why = "not finished; run `medcg data prepare` again" if is_prepared(root) else "not prepared"
-        raise DataError(f"data.root={str(root)!r}: {why}") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DataError(f"data.root={str(root)!r}: {why}")
+    try:
+        manifest = untrusted.read_json(path)
+    except FileError as error:
+        raise DataError(f"{error}; run `medcg data prepare` again") from error
+    if manifest.get("format") != FORMAT:
         raise DataError(f"{path} is not of the format {FORMAT!r}; a folder that `medcg data prepare` wrote is accepted")
+    if reason := _manifest_fault(manifest):
+        raise DataError(f"{path}: {reason}; run `medcg data prepare` again")
     return manifest
 
 
+def _manifest_fault(manifest: dict[str, Any]) -> str:
+    """The first thing in a manifest that `prepare` did not write so; "" where there is none."""
+    settings, entries = manifest.get("settings"), manifest.get("subsets")
+    if not isinstance(settings, dict) or not isinstance(settings.get("image"), str):
+        return f"settings={untrusted.shown(settings)} has no text `image`"
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        return f"subsets={untrusted.shown(entries)} is no list of objects"
+    names = [entry.get("subset") for entry in entries]
+    for entry, name in zip(entries, names, strict=True):
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or names.count(name) > 1:
+            return f"subset {untrusted.shown(name)} is no name, or stands twice"
+        for key, kind in _ENTRY.items():
+            if type(entry.get(key)) is not kind:
+                return f"subset {name}: {key}={untrusted.shown(entry.get(key))} is no {kind.__name__}"
+        if entry["kind"] not in KINDS:
+            return f"subset {name}: kind={untrusted.shown(entry['kind'])} is none of {', '.join(KINDS)}"
+        if not all(isinstance(label, str) for label in entry["labels"]):
+            return f"subset {name}: labels={untrusted.shown(entry['labels'])} are not all text"
+        for split in SPLITS:
+            if reason := _shards_fault(entry["shards"].get(split), f"{name}-{split}", entry[split]):
+                return f"subset {name}: {reason}"
+    return ""
+
+
+def _shards_fault(shards: Any, part: str, number: int) -> str:
+    """What is wrong with the list of shards of `part` ("04-train"), which have `number` records; "" if nothing is."""
+    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
+        return f"shards of {part}: {untrusted.shown(shards)} is no list of objects"
+    for place, shard in enumerate(shards):
+        name = shard_name(part, place, len(shards))
+        if shard.get("file") != name:
+            return f"shard {untrusted.shown(shard.get('file'))} stands where {name} belongs"
+        if type(shard.get("records")) is not int or not isinstance(shard.get("sha256"), str):
+            return f"shard {name} has no whole number `records`, or no text `sha256`"
+    listed = sum(shard["records"] for shard in shards)
+    return "" if listed == number >= 0 else f"{part} has {untrusted.shown(number)} records, its shards {listed}"
+
+
 def verify(root: str | Path) -> list[str]:
-    """What is wrong with the shards of a prepared folder, a line each: missing, or other bytes than were written.
+    """What is wrong with a prepared folder, a line each: shards and lists of records missing, or not as written.
 
     Raises:
       DataError: as `read_manifest`.
     """
     root, wrong = Path(root), []
-    for entry in read_manifest(root)["subsets"]:
+    manifest = read_manifest(root)
+    parts = {f"{entry['subset']}-{split}": entry[split] for entry in manifest["subsets"] for split in SPLITS}
+    try:
+        lines = {part: _lines(root / "records" / f"{part}.jsonl", n) for part, n in parts.items() if n}
+        if records_digest(lines) != manifest.get("records"):
+            wrong.append("records/*.jsonl: not the records that were written; run `medcg data prepare` again")
+    except DataError as error:
+        wrong.append(str(error))
+    for entry in manifest["subsets"]:
         for shard in (shard for split in SPLITS for shard in entry["shards"][split]):
             try:
-                with open(root / "records" / shard["file"], "rb") as file:
+                with untrusted.open_regular(root / "records" / shard["file"], MAX_SHARD_BYTES) as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                wrong.append(f"{shard['file']}: {error.strerror}")
+            except (FileError, OSError) as error:
+                wrong.append(f"{shard['file']}: {getattr(error, 'strerror', None) or error}")
                 continue
             if digest != shard["sha256"]:
                 wrong.append(f"{shard['file']}: its bytes are not those that were written")
@@ -163,39 +231,124 @@ def pixels(content: bytes, shape: Sequence[int]) -> np.ndarray:
     return grey_view(flat.reshape(height, width))
 
 
-def _record(line: dict[str, Any]) -> Record:
-    return Record(
-        id=line["id"],
-        subset=line["subset"],
-        turns=tuple(Turn(*turn) for turn in line["turns"]),
-        options=tuple(line["options"]),
-        answer=line["answer"],
-        image=line["image"],
-        data_no=line["data_no"],
-        group=line["group"],
-        boxes=tuple(Box(*box) for box in line["boxes"]),
-        size_px=tuple(line["size_px"]),
-    )
+def _lines(path: Path, wanted: int) -> list[str]:
+    if not wanted:
+        return []
+    try:
+        lines = [line for line in untrusted.read_text(path).split("\n") if line]
+    except FileError as error:
+        raise DataError(f"{error}; run `medcg data prepare` again") from error
+    if len(lines) != wanted:
+        raise DataError(f"{path} has {len(lines)} records, the manifest {wanted}; prepare it again")
+    return lines
+
+
+class _Line(NamedTuple):
+    """One line of a .jsonl: its record, what the shard's record begins with, and (height, width) of the pixels there.
+
+    digest: sha256 of the file that the image was read from.
+    """
+
+    record: Record
+    head: bytes
+    shape: tuple[int, int]
+    digest: bytes
+
+
+def _read_line(text: str, where: str, subset: str) -> _Line:
+    """One line. where: file and number, for the message.
+
+    Raises:
+      DataError: it is not as `prepare` writes one.
+    """
+    try:
+        line = untrusted.parsed(text, where)
+    except FileError as error:
+        raise DataError(f"{error}; run `medcg data prepare` again") from error
+    try:
+        record = Record(
+            **{key: line[key] for key in _TEXTS},
+            turns=tuple(Turn(question, answer) for question, answer in line["turns"]),
+            options=tuple(line["options"]),
+            boxes=tuple(Box(label, *map(float, corners)) for label, *corners in line["boxes"]),
+            size_px=_size(line["size_px"]),
+        )
+        found = _Line(record, f"{text}\n".encode(), _size(line["shape"]), bytes.fromhex(line["sha256"]))
+        texts = [*(getattr(record, key) for key in _TEXTS), *record.options, *(box.label for box in record.boxes)]
+        texts += [text for turn in record.turns for text in (turn.question, turn.answer)]
+        is_right = all(isinstance(text, str) for text in texts) and record.subset == subset
+        if record.options:
+            letters = LETTERS[: len(record.options)]
+            is_right &= 2 <= len(letters) <= MAX_OPTIONS and len(record.answer) == 1 and record.answer in letters
+            is_right &= len(record.turns) == 1
+    except (KeyError, TypeError, ValueError, OverflowError):
+        is_right = False
+    if not is_right:
+        reason = f"no record as it was written: {untrusted.shown(line)}"
+        raise DataError(f"{where}: {reason}; run `medcg data prepare` again")
+    return found
+
+
+def _size(pair: Any) -> tuple[int, int]:
+    height, width = pair
+    if type(height) is not int or type(width) is not int or min(height, width) < 0:
+        raise ValueError(pair)
+    return height, width
 
 
 class _ShardImages(Sequence):
     """uint8[h, w, 3] of each place in the shards, read when asked for."""
 
-    def __init__(self, shards: list[str], lines: list[dict[str, Any]], places: list[int]):
+    def __init__(self, shards: dict[Path, int], lines: list[_Line], places: list[int]):
+        """shards: with the number of their records. lines: of each image. places: of these among all records."""
         self._shards, self._lines, self._places = shards, lines, places
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return pixels(self._source[self._places[index]], self._lines[index]["shape"])
+        line, place, source = self._lines[index], self._places[index], self._source
+        try:
+            content = source[place]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise self._damaged(place, " ".join(str(error).split())[:120]) from error
+        # Shards that were exchanged, or are of another preparation, hold other records.
+        if not content.startswith(line.head):
+            raise self._damaged(place, f"not {line.record.id}, which the list of records has there")
+        return pixels(content, line.shape)
+
+    def _damaged(self, place: int, reason: str) -> DataError:
+        ends = list(accumulate(self._shards.values()))
+        shard = list(self._shards)[bisect_right(ends, place)]
+        return DataError(f"{shard}: record {place + 1} of {ends[-1]}: {reason}; run `medcg data prepare` again")
 
     def file_digest(self, index: int) -> bytes:
         """sha256 of the bytes of the file that an image was read from."""
-        return bytes.fromhex(self._lines[index]["sha256"])
+        return self._lines[index].digest
 
     @functools.cached_property
     def _source(self):
         from grain.sources import ArrayRecordDataSource
 
-        return ArrayRecordDataSource(self._shards)
+        try:
+            source = ArrayRecordDataSource([str(path) for path in self._shards])
+            number = len(source)
+        except (RuntimeError, ValueError) as error:
+            raise DataError(_unreadable(self._shards, error)) from error
+        if number != sum(self._shards.values()):
+            first, written = next(iter(self._shards)), sum(self._shards.values())
+            raise DataError(f"{first} and those after it: {number} records, {written} were written; prepare it again")
+        return source
+
+
+def _unreadable(shards: Iterable[Path], error: Exception) -> str:
+    """Which of the shards cannot be opened, and why."""
+    from grain.sources import ArrayRecordDataSource
+
+    for path in shards:
+        try:
+            len(ArrayRecordDataSource([str(path)]))
+        except (RuntimeError, ValueError) as own:
+            return f"{path} cannot be read: {' '.join(str(own).split())[:120]}; run `medcg data prepare` again"
+    return f"{path} or a shard before it cannot be read: {' '.join(str(error).split())[:120]}; prepare it again"
+

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from medcg_jax.data.labels import LabelledImage, LabelTable, read_labels
+from medcg_jax.data.notices import Content, box_range
 from medcg_jax.data.records import LETTERS, SPLITS, DataError, Split
-from medcg_jax.data.release import read_manifest, subset_files, subset_table
-from medcg_jax.data.splits import split_group, train_test_split
+from medcg_jax.data.release import subset_table
+from medcg_jax.data.splits import rarest_labels, split_group, train_test_split
+from medcg_jax.data.tree_files import FOLDER, MANIFEST, manifest_content, read_manifest, subset_files
 from medcg_jax.files import write_together
 from medcg_jax.run_config import DataConfig
 
@@ -111,7 +112,8 @@ def format_labels(
       as_choice: boxes become questions of the images that have exactly one label.
       force: whether files of this subset may be replaced.
 
-    Returns {"subset", "kind", "labels", "train", "test", "left_out" (images without a question), "files"}.
+    Returns {"subset", "kind", "labels", "train", "test", "left_out" (images without a question), "files",
+    "warnings" (lines)}.
 
     Raises:
       DataError: anything is wrong; then nothing is written.
@@ -124,8 +126,10 @@ def format_labels(
     if as_choice and not table.has_boxes:
         raise DataError(f"{table_path.name}: --as=choice is accepted of boxes and masks; classes are questions anyway")
     detection = table.has_boxes and not as_choice
-    files = {split: root / "Aggregated_Subsets" / _file_name(subset, split, detection) for split in SPLITS}
+    files = {split: root / FOLDER / _file_name(subset, split, detection) for split in SPLITS}
     _check_free(root, subset, detection, force)
+    boxes = [(detection_record(own), own.size_px) for own in table.images] if table.in_numbers else []
+    odd_boxes = box_range(Content(table_path.name, subset, "", boxes=boxes))
     # Whichever records are made of it, an image is on one side.
     sides = _sides(table, data_no)
     kept = [own for own in table.images if not as_choice or len(own.labels) == 1]
@@ -157,7 +161,7 @@ def format_labels(
     if named:
         entry = {"subset": subset, "kind": _kind(detection)}
         entry |= dict(zip(("modality", "area", "task"), triplet, strict=True))
-        texts = {root / "manifest.json": _manifest_with(root, entry)} | texts
+        texts = {root / MANIFEST: _manifest_with(root, entry)} | texts
     write_together(texts)
     return {
         "subset": subset,
@@ -166,6 +170,7 @@ def format_labels(
         **{split: len(records[split]) for split in SPLITS},
         "left_out": len(table.images) - len(kept),
         "files": [str(files[split]) for split in SPLITS],
+        "warnings": [str(odd_boxes)] if odd_boxes else [],
     }
 
 
@@ -209,20 +214,18 @@ def _sides(table: LabelTable, data_no: str) -> dict[str, Split]:
     """Image -> its side: the table's own, or 9:1 by group and by the rarest label of each image."""
     if any(own.split for own in table.images):
         return {own.image: own.split for own in table.images}
-    counts = Counter(label for own in table.images for label in own.labels)
-    items = []
-    for own in table.images:
-        group = split_group(own.data_no or data_no, own.image, own.group)
-        rarest = min(own.labels, key=lambda label: (counts[label], label), default="")
-        items.append((own.image, rarest, group))
+    rarest = rarest_labels([own.labels for own in table.images])
+    items = [
+        (own.image, label, split_group(own.data_no or data_no, own.image, own.group))
+        for own, label in zip(table.images, rarest, strict=True)
+    ]
     tested = train_test_split(items)
     return {image: "test" if test else "train" for (image, _, _), test in zip(items, tested, strict=True)}
 
 
 def _manifest_with(root: Path, entry: dict[str, str]) -> str:
     """The tree's manifest.json with this subset's entry, what else it holds left as it is."""
-    path = root / "manifest.json"
-    whole = json.loads(path.read_text("utf-8-sig")) if path.is_file() else {"subsets": []}
+    whole = manifest_content(root) if (root / MANIFEST).exists() else {"subsets": []}
     others = [own for own in whole["subsets"] if own["subset"] != entry["subset"]]
     before = next((own for own in whole["subsets"] if own["subset"] == entry["subset"]), {})
     whole["subsets"] = sorted([*others, before | entry], key=lambda own: own["subset"])

@@ -11,6 +11,8 @@ from typing import Literal, Protocol
 import numpy as np
 
 LETTERS = string.ascii_uppercase
+# Options of a question, A to J: as many as the largest question banks have.
+MAX_OPTIONS = 10
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")

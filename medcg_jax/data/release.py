@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
-import re
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,85 +21,14 @@ from medcg_jax.data.reading import Reading, check_reading
 from medcg_jax.data.records import SPLITS, DataError, Record, RecordSet, Split, Subset
 from medcg_jax.data.schema import ReleaseError, read_choice_file, read_list
 from medcg_jax.data.schema_detection import read_detection_file
-from medcg_jax.data.splits import balanced, split_group, train_test_split
+from medcg_jax.data.splits import balanced, rarest_labels, split_group, train_test_split
+from medcg_jax.data.tree_files import read_manifest, subset_files
 from medcg_jax.run_config import DataConfig
-
-# Numbers in the release, names such as `ct-lung-grade` in a phantom tree.
-_FILE = re.compile(r"Subset--?([A-Za-z0-9][A-Za-z0-9-]*?)(-det)?-(train|test)\.json")
-
-
-@dataclass(frozen=True)
-class SubsetFile:
-    """One subset file of a tree."""
-
-    path: Path
-    number: str
-    split: Split
-    detection: bool
-
-
-def subset_files(root: Path) -> list[SubsetFile]:
-    """The tree's subset files, by number and split.
-
-    Raises:
-      ReleaseError: two files claim the same subset and split, or one subset has choice and detection files.
-    """
-    files, refused = list_files(root)
-    if refused:
-        raise refused[0]
-    return files
-
-
-def list_files(root: Path) -> tuple[list[SubsetFile], list[ReleaseError]]:
-    """The tree's subset files by number and split, and the errors of those left out, as `subset_files` raises them."""
-    refused: list[ReleaseError] = []
-    found: dict[tuple[str, str], SubsetFile] = {}
-    kinds: dict[str, SubsetFile] = {}
-    for folder in (root / "Aggregated_Subsets", root):
-        for path in sorted(folder.glob("Subset-*.json")):
-            match = _FILE.fullmatch(path.name)
-            if not match:
-                continue
-            file = SubsetFile(path, match[1], match[3], bool(match[2]))
-            key, other = (file.number, file.split), kinds.setdefault(file.number, file)
-            reason = ""
-            if other.detection != file.detection:
-                reason = f"the number of {other.path.relative_to(root)}; a subset has options or boxes, not both"
-            elif key in found:
-                reason = f"the same subset and split as {found[key].path.relative_to(root)}; keep one of them"
-            if reason:
-                refused.append(ReleaseError(str(path.relative_to(root)), "", "duplicate_file", reason))
-            else:
-                found[key] = file
-    return [found[key] for key in sorted(found)], refused
 
 
 def subset_table() -> dict[str, tuple[str, str, str]]:
     """Med-MAT's own subsets: number -> (modality, area, task)."""
     return {s.number: (s.modality, s.area, s.task) for s in catalogue.subsets()}
-
-
-def read_manifest(root: Path) -> dict[str, dict[str, Any]]:
-    """What the tree's `manifest.json` says of each subset, by number; {} where there is none.
-
-    Raises:
-      ReleaseError: it is no JSON, or a subset in it lacks a name for modality, area or task.
-    """
-    path = root / "manifest.json"
-    if not path.is_file():
-        return {}
-    try:
-        listed = json.loads(path.read_text("utf-8-sig"))["subsets"]
-        found = {entry["subset"]: entry for entry in listed}
-        for number, entry in found.items():
-            if not all(isinstance(entry[key], str) and entry[key] for key in ("modality", "area", "task")):
-                raise ReleaseError(path.name, f"subset {number}", "manifest", "modality, area and task must be text")
-    except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
-        if isinstance(error, ReleaseError):
-            raise
-        reason = f"no list of subsets under the key `subsets`: {error!r}"
-        raise ReleaseError(path.name, "", "manifest", reason) from error
-    return found
 
 
 class ReleaseSource:
@@ -133,10 +59,10 @@ class ReleaseSource:
         files = subset_files(self.root)
         self._files = {(file.number, file.split): file.path for file in files}
         self._with_boxes = {file.number for file in files if file.detection}
-        choice = {file.number for file in files if not file.detection}
-        if not choice:
+        if not files:
             reason = "no Subset--NN-train.json in it or in its Aggregated_Subsets"
             raise DataError(f"data.root={str(root)!r} is no Med-MAT tree: {reason}")
+        choice = {file.number for file in files if not file.detection}
         self._parsed: dict[tuple[str, Split], list[Record]] = {}
         manifest = read_manifest(self.root)
         self.subsets = tuple(self._subset(number, manifest) for number in sorted(choice))
@@ -239,7 +165,10 @@ def _split(number: str, both: dict[Split, list[Record]]) -> dict[tuple[str, Spli
     Args:
       both: the same records, with ids as of either split.
     """
-    items = [(r.image, r.label, split_group(r.data_no, r.image, r.group)) for r in both["train"]]
+    records = both["train"]
+    labels = rarest_labels([labels_in(record) for record in records])
+    groups = [split_group(r.data_no, r.image, r.group) for r in records]
+    items = [(r.image, label, group) for r, label, group in zip(records, labels, groups, strict=True)]
     tested = train_test_split(items)
     return {
         (number, split): [record for record, test in zip(both[split], tested, strict=True) if test == (split == "test")]
@@ -254,7 +183,12 @@ def cap_seed(config: DataConfig, subset: str, split: Split) -> int:
 
 def labels_of(record: Record) -> str:
     """What a cap balances: the right option, or all labels of a record's boxes."""
-    return record.label or "+".join(sorted({box.label for box in record.boxes}))
+    return "+".join(labels_in(record))
+
+
+def labels_in(record: Record) -> list[str]:
+    """The right option, or the labels of a record's boxes, each once, sorted."""
+    return [record.label] if record.options else sorted({box.label for box in record.boxes})
 
 
 def _boxes(raw: dict[str, Any]) -> list[dict[str, Any]]:

@@ -5,15 +5,24 @@ Source: FreedomIntelligence/Med-MAT README.md (record fields, question format); 
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from medcg_jax.data.records import LETTERS, DataError, Record, Turn
+from medcg_jax import untrusted
+from medcg_jax.data import spelling
+from medcg_jax.data.records import LETTERS, MAX_OPTIONS, DataError, Record, Turn
+from medcg_jax.untrusted import FileError, shown
+
+# A subset file or a table of labels. The release's largest file has some 40 MB.
+MAX_FILE_BYTES = 2**28
+# Values of a file's JSON, counted by its commas and brackets: each takes some 60 bytes of memory.
+MAX_VALUES = 2**23
+MAX_ID = 2**63 - 1
+# Of a subset, its modality, area or task (the longest of Med-MAT has 43), a dataset's number, a patient.
+MAX_NAME_CHARS = 200
 
 KEYS: dict[str, type] = {
     "id": int,
@@ -29,7 +38,6 @@ KEYS: dict[str, type] = {
 # What a record of either kind may have beside its keys; further ones are ignored.
 OPTIONAL_KEYS: dict[str, type] = {"group": str}
 
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _OPTION = re.compile(r"([A-Z]): (.*)")
 
 
@@ -52,55 +60,55 @@ def read_text(path: Path) -> str:
     Raises:
       ReleaseError: kind `unreadable` or `encoding`.
     """
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ReleaseError(path.name, "", "unreadable", error.strerror or str(error)) from error
-    except UnicodeDecodeError as error:
-        raise ReleaseError(path.name, "", "encoding", f"not UTF-8 (byte {error.start})") from error
+    content = _or_refused(path, "unreadable", untrusted.read_bytes, path, MAX_FILE_BYTES)
+    return _or_refused(path, "encoding", untrusted.decoded, content, path, "utf-8-sig")
 
 
 def read_list(path: Path) -> list[Any]:
-    """The records of a file as they stand in its JSON; a byte-order mark is skipped.
-
-    Stricter than Python's reader: NaN and infinities are no JSON, a key that occurs twice in an object leaves open
-    which of its values holds, and half a surrogate pair can be written to no file.
+    """The records of a file as they stand in its JSON, which is read strictly; a byte-order mark is skipped.
 
     Raises:
       ReleaseError: kind `unreadable`, `encoding`, `json` or `not_a_list`.
     """
     text = read_text(path)
-    try:
-        found = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
-        if _SURROGATE.search(text):
-            json.dumps(found, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ReleaseError(path.name, "", "encoding", "a text with half a surrogate pair \\ud800 to \\udfff") from error
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise ReleaseError(path.name, "", "json", f"not JSON: {error}") from error
-    if not isinstance(found, list):
-        raise ReleaseError(path.name, "", "not_a_list", f"a {type(found).__name__}; a list of records is accepted")
-    return found
+    number = sum(map(text.count, ",[{"))
+    if number > MAX_VALUES:
+        raise ReleaseError(path.name, "", "json", f"{number:,} values; at most {MAX_VALUES:,} are read")
+    raws = _or_refused(path, "json", untrusted.parsed, text, path, object)
+    if not isinstance(raws, list):
+        raise ReleaseError(path.name, "", "not_a_list", f"a {type(raws).__name__}; a list of records is accepted")
+    return raws
 
 
 def parse_choice(raw: Any, *, file: str, place: int, subset: str, split: str) -> Record:
     """The record that one JSON object describes; beyond the eight keys `group` is read; files are not looked at.
 
     Raises:
-      ReleaseError: kind `type`, `key`, `options`, `letter` or `answer`.
+      ReleaseError: kind `type`, `key`, `text`, `options`, `letter` or `answer`.
     """
     name = record_name(raw, place)
     check_keys(raw, KEYS, file, name)
     options = parse_options(raw["Question-choice"])
     if len(options) < 2 or len(set(options)) < len(options) or not all(options):
-        reason = f"Question-choice has the options {list(options)}; two or more different ones, `A: ...`, are accepted"
+        listed = str(list(options))[:200]
+        reason = f"Question-choice has the options {listed}; two or more different ones, `A: ...`, are accepted"
         raise ReleaseError(file, name, "options", reason)
+    if len(options) > MAX_OPTIONS:
+        reason = f"Question-choice has {len(options)} options; at most {MAX_OPTIONS} can be scored"
+        raise ReleaseError(file, name, "options", reason)
+    if alike := spelling.look_alike(options):
+        first, second = spelling.told_apart(*alike)
+        raise ReleaseError(file, name, "options", f"the options {first} and {second} look alike; one is accepted")
+    if reason := spelling.fault(raw["Question-choice"]):
+        raise ReleaseError(file, name, "text", f"Question-choice {reason}")
     letter, letters = raw["Answer-choice"], LETTERS[: len(options)]
     if len(letter) != 1 or letter not in letters:
-        raise ReleaseError(file, name, "letter", f"Answer-choice is {letter!r}; the options are {', '.join(letters)}")
+        reason = f"Answer-choice is {spelling.quoted(letter)}; the options are {', '.join(letters)}"
+        raise ReleaseError(file, name, "letter", reason)
     named = options[letters.index(letter)]
     if named != raw["Answer"].strip():
-        reason = f"Answer-choice {letter} names {named!r}, but Answer is {raw['Answer']!r}"
+        first, second = spelling.told_apart(named, raw["Answer"])
+        reason = f"Answer-choice {letter} names {first}, but Answer is {second}"
         raise ReleaseError(file, name, "answer", reason)
     return Record(
         id=f"{subset}/{split}/{raw['id']}",
@@ -131,8 +139,17 @@ def parse_options(question: str) -> tuple[str, ...]:
     return tuple(options)
 
 
+def without_options(question: str) -> str:
+    """What a question says beside its lines `A: `, `B: `, ...
+
+    Example: `without_options("Which?\\nA: Benign\\nB: Normal\\nAnswer with ...") == "Which?\\nAnswer with ..."`.
+    """
+    return "\n".join(line for line in question.splitlines() if not _OPTION.fullmatch(line.strip()))
+
+
 def check_keys(raw: Any, keys: Mapping[str, type], file: str, name: str) -> None:
-    """Raises ReleaseError of kind `type` or `key` when the object lacks a key or a value is of another type."""
+    """Raises ReleaseError of kind `type`, `key` or `text` when the object lacks a key, a value is of another type, or
+    the name of its dataset or group cannot be printed."""
     if not isinstance(raw, dict):
         raise ReleaseError(file, name, "type", f"a {type(raw).__name__}; an object is accepted")
     missing = [key for key in keys if key not in raw]
@@ -144,6 +161,13 @@ def check_keys(raw: Any, keys: Mapping[str, type], file: str, name: str) -> None
         if type(raw[key]) is not kind:
             reason = f"{key} is {shown(raw[key])}, a {type(raw[key]).__name__}; {kind.__name__} is accepted"
             raise ReleaseError(file, name, "type", reason)
+    if not -MAX_ID <= raw["id"] <= MAX_ID:
+        raise ReleaseError(file, name, "type", f"id is {shown(raw['id'])}; a whole number of 64 bits is accepted")
+    for key in ("data-no", *optional):
+        if not raw[key].isprintable() or len(raw[key]) > MAX_NAME_CHARS:
+            accepted = f"one line of text of at most {MAX_NAME_CHARS} signs is accepted"
+            reason = f"{key} {spelling.quoted(raw[key])} has {len(raw[key]):,} signs, or some that cannot be printed"
+            raise ReleaseError(file, name, "text", f"{reason}; {accepted}")
 
 
 def check_id(raw: Any, seen: set[int], *, file: str, place: int) -> None:
@@ -152,7 +176,7 @@ def check_id(raw: Any, seen: set[int], *, file: str, place: int) -> None:
     if type(own) is not int:
         return
     if own in seen:
-        raise ReleaseError(file, record_name(raw, place), "duplicate_id", f"the id {own} occurs twice")
+        raise ReleaseError(file, record_name(raw, place), "duplicate_id", f"the id {shown(own)} occurs twice")
     seen.add(own)
 
 
@@ -167,7 +191,7 @@ def image_path(root: Path, relative: str, *, file: str, record: str) -> Path:
     """
 
     def refuse(kind: str, reason: str) -> ReleaseError:
-        return ReleaseError(file, record, kind, f"image {relative!r} {reason}")
+        return ReleaseError(file, record, kind, f"image {spelling.quoted(relative, 200)} {reason}")
 
     if not relative.strip() or "\0" in relative:
         raise refuse("path", "is no path; one below the tree's root is accepted")
@@ -213,25 +237,12 @@ def read_choice_file(
 def record_name(raw: Any, place: int) -> str:
     """How messages call a record: by its id where it has one, by its place (from 1) elsewhere."""
     own = raw.get("id") if isinstance(raw, dict) else None
-    return f"record {own}" if type(own) is int else f"record in place {place + 1}"
+    return f"record {shown(own)}" if type(own) is int else f"record in place {place + 1}"
 
 
-def shown(value: Any, limit: int = 60) -> str:
-    """A value as JSON for a message, at most `limit` characters; "..." for lists nested too deep to write."""
+def _or_refused(path: Path, kind: str, read: Callable, *args) -> Any:
+    """What `read` gives; what it refuses, under the file's own name."""
     try:
-        text = json.dumps(value)
-    except RecursionError:
-        return "..."
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {shown(twice)} occurs twice in an object")
-    return found
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+        return read(*args)
+    except FileError as error:
+        raise ReleaseError(path.name, "", kind, str(error).removeprefix(f"{path}: ")) from error

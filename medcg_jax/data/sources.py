@@ -33,6 +33,23 @@ def open_source(config: DataConfig) -> Source:
     raise DataError(f"data.source={config.source!r}; {' or '.join(SOURCES)} is accepted")
 
 
+def subset_names(source: Source, config: DataConfig) -> tuple[str, ...]:
+    """The subsets that a run is on: `data.subsets`, or without these all of choice questions.
+
+    Raises:
+      DataError: none is named, and the source has boxes alone.
+    """
+    names = config.subsets or tuple(subset.name for subset in source.subsets)
+    if not names:
+        boxes = ", ".join(subset.name for subset in source.detection_subsets)
+        raise DataError(
+            f"data.root={config.root!r} has no subset of choice questions, of boxes {boxes or 'none'}; name these in "
+            "data.subsets, for a model that gives boxes, or make questions of their labels with "
+            "`medcg data format --as=choice`"
+        )
+    return names
+
+
 def require_subsets(source: Source, names: Sequence[str]) -> None:
     """Raises DataError, with close matches, when the source lacks one of the subsets named, of questions or boxes."""
     known = [subset.name for subset in source.subsets]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,6 +69,23 @@ def train_test_split(items: Sequence[tuple[str, str, str]], test_frac: float = T
     wanted = np.array([round(number * test_frac) for number in counts.sum(0).tolist()], np.int64)
     tested = dict(zip(ordered, _nearest(counts, wanted).tolist(), strict=True))
     return [tested[unit_of[images[image]]] for image, _, _ in items]
+
+
+def rarest_labels(labels: Sequence[Sequence[str]]) -> list[str]:
+    """Of each item's labels the one that the fewest items have, the first of equals; "" of an item without any."""
+    counts = Counter(label for own in labels for label in own)
+    return [min(own, key=lambda label: (counts[label], label), default="") for own in labels]
+
+
+def shared_groups(train: Iterable[str], test: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Each patient or lesion on both sides -> its (training, test) records, those with most test records first.
+
+    Args:
+      train, test: the group of each record (`split_group`); "", which is not known, is shared by none.
+    """
+    sides = Counter(filter(None, train)), Counter(filter(None, test))
+    shared = {group: (sides[0][group], sides[1][group]) for group in sides[0].keys() & sides[1].keys()}
+    return dict(sorted(shared.items(), key=lambda item: (-item[1][1], item[0])))
 
 
 def balanced(labels: Sequence[str], limit: int, seed: int) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,15 +18,15 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from scipy import stats as scipy_stats
 
 from medcg_jax.data.check import Inspection, Use, inspect
 from medcg_jax.data.duplicates import groups
 from medcg_jax.data.examine import Examined
 from medcg_jax.data.images import load_image, pad_to_square
+from medcg_jax.data.notices import letter_counts
 from medcg_jax.data.processes import Progress
 from medcg_jax.data.reading import Reading
-from medcg_jax.data.records import LETTERS, SPLITS, DataError, RecordSet, Subset
+from medcg_jax.data.records import SPLITS, DataError, RecordSet, Subset
 from medcg_jax.data.release import ReleaseSource, labels_of
 from medcg_jax.run_config import DataConfig
 
@@ -89,14 +90,36 @@ def write_stats(
       DataError: no tree, a file of it cannot be read, or `out` holds something else.
     """
     out = Path(out)
-    if out.exists() and not (out / "stats.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+    if not _is_free(out):
         raise DataError(f"{out} holds something else; a new folder, or one with an older page, is accepted")
     reading = Reading(data.window, data.deep_grey, data.frame)
     found = inspect(root, data.max_pixels, reading, workers=workers, progress=progress)
     source = ReleaseSource(root, data, skip=found.report.bad_records)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "sheets").mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: whatever else lies there is left alone.
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        partial = Path(folder) / "page"
+        (partial / "sheets").mkdir(parents=True)
+        _write_into(partial, Path(root).name, source, found, data.max_pixels, reading, seed)
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(partial, out)
+    return out / "index.html"
+
+
+def _is_free(out: Path) -> bool:
+    """Whether there is nothing, an empty folder, or an older page and nothing beside it."""
+    if not os.path.lexists(out):
+        return True
+    if out.is_symlink() or not out.is_dir():
+        return False
+    names = {path.name for path in out.iterdir()}
+    return not names or ("stats.json" in names and names <= {"stats.json", "index.html", "sheets"})
+
+
+def _write_into(
+    partial: Path, name: str, source: ReleaseSource, found: Inspection, max_pixels: int, reading: Reading, seed: int
+) -> None:  # fmt: skip
+    """The page's files. name: of the tree."""
     subsets = []
     for kind, group in (("choice", source.subsets), ("detection", source.detection_subsets)):
         for subset in group:
@@ -104,9 +127,9 @@ def write_stats(
             sheet = contact_sheet([sets[split] for split in SPLITS], np.random.default_rng(seed))
             if sheet is not None:
                 sheet.save(partial / "sheets" / f"{subset.name}.jpg", quality=85)
-            name = f"sheets/{subset.name}.jpg" if sheet is not None else ""
-            subsets.append(_stats(subset, kind, sets, found, name))
-    pairs = near_sheet(found, data.max_pixels, reading)
+            path = f"sheets/{subset.name}.jpg" if sheet is not None else ""
+            subsets.append(_stats(subset, kind, sets, found, path))
+    pairs = near_sheet(found, max_pixels, reading)
     if pairs is not None:
         pairs.save(partial / "sheets" / "near.jpg", quality=85)
     shared = shared_images(found)
@@ -117,12 +140,10 @@ def write_stats(
         "subsets": [asdict(own) for own in subsets],
         "shared": [asdict(own) for own in shared],
         "near": [asdict(own) for own in found.report.near],
+        "notices": [asdict(own) for own in found.report.notices],
     }
     (partial / "stats.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (partial / "index.html").write_text(_page(Path(root).name, found, subsets, shared), encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(partial, out)
-    return out / "index.html"
+    (partial / "index.html").write_text(_page(name, found, subsets, shared), encoding="utf-8")
 
 
 def shared_images(found: Inspection) -> list[Shared]:
@@ -195,19 +216,7 @@ def contact_sheet(sets: Sequence[RecordSet], generator: np.random.Generator) -> 
 
 def letters_p(sets: Sequence[RecordSet]) -> tuple[dict[str, int], float | None]:
     """How often each letter is right, and the p of a chi-square test against letters drawn uniformly."""
-    letters: Counter[str] = Counter()
-    expected: Counter[str] = Counter()
-    for records in sets:
-        for record in records.records:
-            if record.options:
-                letters[record.answer] += 1
-                expected.update({letter: 1 / len(record.options) for letter in LETTERS[: len(record.options)]})
-    if not letters:
-        return {}, None
-    names = sorted(expected)
-    observed = [letters[name] for name in names]
-    p = scipy_stats.chisquare(observed, [expected[name] for name in names]).pvalue
-    return dict(zip(names, observed, strict=True)), float(p)
+    return letter_counts(record for records in sets for record in records.records)
 
 
 def _stats(subset: Subset, kind: str, sets: dict[str, RecordSet], found: Inspection, sheet: str) -> SubsetStats:

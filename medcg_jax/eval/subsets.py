@@ -10,6 +10,7 @@ from flax import nnx
 from medcg_jax.data.encoding import Encoded
 from medcg_jax.data.pipeline import eval_batches
 from medcg_jax.data.rounds import rounds
+from medcg_jax.data.sources import subset_names
 from medcg_jax.eval import box_answers, locate, run
 from medcg_jax.eval.again import Asker, evaluate_again, make_asker
 from medcg_jax.eval.box_answers import BoxAnswer
@@ -146,7 +147,7 @@ def evaluate_subsets(config: RunConfig, workdir: Path) -> dict:
     setup = open_setup(config, trained=trained if trained.is_dir() else None)
     graphdef, params = parameters(setup, trained)
     test = Tester(setup, graphdef)
-    names = config.data.subsets or tuple(subset.name for subset in setup.source.subsets)
+    names = subset_names(setup.source, config.data)
     found = {}
     for name in names:
         has_boxes, records = setup.has_boxes(name), setup.source.records(name, "test")

@@ -13,9 +13,10 @@ from flax import nnx
 from tqdm import tqdm
 
 from medcg_jax.data.controls import control_sets
-from medcg_jax.data.encoding import MEMORY_LIMIT_BYTES, Encoded, concat_encoded, cut_rows
+from medcg_jax.data.encoding import MEMORY_LIMIT_BYTES, Encoded, concat_encoded, cut_rows, option_columns
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, Split, concat
+from medcg_jax.data.release import labels_of
 from medcg_jax.data.splits import balanced
 from medcg_jax.eval.run import NonFiniteScores, write_controls
 from medcg_jax.eval.subsets import Tester, write_tested
@@ -120,9 +121,11 @@ class Data:
         if subset not in self._controls:
             records = self._records(subset, "test", self._setup.run.data.test_records_per_subset)
             asked = control_sets(records, self._setup.run.eval.controls, self._setup.run.data.seed)
+            columns = option_columns(records)
             # Their images are those of the test, and none is decoded for them.
             self._controls[subset] = {
-                name: self._setup.encode_eval(made, memory_limit_bytes=0) for name, made in asked.items()
+                name: self._setup.encode_eval(made, columns=columns, memory_limit_bytes=0)
+                for name, made in asked.items()
             }
         return self._controls[subset]
 
@@ -143,7 +146,7 @@ class Data:
 
     def _records(self, subset: str, split: Split, count: int, without: frozenset[str] | None = None) -> RecordSet:
         records = self._setup.source.records(subset, split)
-        places = balanced([record.label for record in records.records], count, self._setup.run.data.seed)
+        places = balanced([labels_of(record) for record in records.records], count, self._setup.run.data.seed)
         if without:
             places = [place for place in places if records.records[place].id not in without]
         return records if len(places) == len(records) else records.select(places)

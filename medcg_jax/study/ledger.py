@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 from medcg_jax.data import catalogue
 from medcg_jax.data.records import SPLITS, DataError, Split
-from medcg_jax.data.release import SubsetFile, list_files, read_manifest
+from medcg_jax.data.release import labels_in
 from medcg_jax.data.schema import ReleaseError, check_id, check_keys, image_path, parse_choice, read_list, record_name
-from medcg_jax.data.schema_detection import DETECTION_KEYS
-from medcg_jax.data.splits import split_group, train_test_split
+from medcg_jax.data.schema_detection import DETECTION_KEYS, has_label, shares_of_image
+from medcg_jax.data.splits import rarest_labels, split_group, train_test_split
+from medcg_jax.data.tree_files import SubsetFile, list_files, read_manifest
 from medcg_jax.study.ledger_rows import row_states
 from medcg_jax.study.ledger_states import DatasetState, Ledger, State, SubsetState, Tally
 
@@ -33,7 +34,7 @@ _ORIGINAL = re.compile(r"ori--?(\w+?)-(train|test)\.json")
 class _RecordUse(NamedTuple):
     data_no: str
     image: str
-    label: str
+    labels: list[str]
     group: str
 
 
@@ -72,8 +73,8 @@ def read_ledger(root: str | Path) -> Ledger:
     by_number: dict[str, dict[Split, SubsetFile]] = {}
     for file in files:
         by_number.setdefault(file.number, {})[file.split] = file
-    if not any(not file.detection for file in files):
-        faults.append("no file of questions (Subset--NN-train.json) in it or in its Aggregated_Subsets")
+    if not files:
+        faults.append("no Subset--NN-train.json in it or in its Aggregated_Subsets")
     states: dict[str, SubsetState] = {}
     tallies: dict[str, dict[str, Tally]] = {}
     refusals: dict[str, _Refusal | None] = {}
@@ -116,14 +117,18 @@ def _read(file: SubsetFile, root: Path, refusals: dict[str, _Refusal | None]) ->
     except ReleaseError as error:
         part.file_error = part.first_error = str(error)
         return part
+    if file.detection and (reason := shares_of_image(raws)):
+        part.file_error = part.first_error = f"{file.path.name}: {reason}"
     for place, raw in enumerate(raws):
-        name, label = record_name(raw, place), ""
+        name, labels = record_name(raw, place), []
         try:
             check_id(raw, seen, file=file.path.name, place=place)
             if file.detection:
                 check_keys(raw, DETECTION_KEYS, file.path.name, name)
+                labels = sorted({box["label"] for box in raw["boxes"] if has_label(box)})
             else:
-                label = parse_choice(raw, file=file.path.name, place=place, subset=file.number, split=file.split).label
+                where = {"file": file.path.name, "place": place, "subset": file.number, "split": file.split}
+                labels = labels_in(parse_choice(raw, **where))
             if raw["image"] not in refusals:
                 refusals[raw["image"]] = _refusal(root, raw["image"])
             if refusal := refusals[raw["image"]]:
@@ -135,13 +140,15 @@ def _read(file: SubsetFile, root: Path, refusals: dict[str, _Refusal | None]) ->
                 continue
             part.absent.add(raw["image"])
         group = raw.get("group", "") if isinstance(raw.get("group", ""), str) else ""
-        part.uses.append(_RecordUse(raw["data-no"], raw["image"], label, group))
+        part.uses.append(_RecordUse(raw["data-no"], raw["image"], labels, group))
     return part
 
 
 def _moved(uses: list[_RecordUse]) -> set[str]:
     """The images that the reader splits off for the test."""
-    items = [(use.image, use.label, split_group(use.data_no, use.image, use.group)) for use in uses]
+    labels = rarest_labels([use.labels for use in uses])
+    groups = [split_group(use.data_no, use.image, use.group) for use in uses]
+    items = [(use.image, label, group) for use, label, group in zip(uses, labels, groups, strict=True)]
     return {image for (image, _, _), test in zip(items, train_test_split(items), strict=True) if test}
 
 

@@ -10,6 +10,7 @@ from medcg_jax.data.encoding import Encoded, cut_rows, row_length
 from medcg_jax.data.packing import RowShape, choose, sizes
 from medcg_jax.data.pipeline import Batches, draws
 from medcg_jax.data.records import concat
+from medcg_jax.data.sources import subset_names
 from medcg_jax.mesh import num_parts, own_rows
 from medcg_jax.models.build import abstract, shardings, split_trainable
 from medcg_jax.models.flops import forward, training
@@ -66,7 +67,7 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
     if run.log.wandb:
         load_wandb()
     setup = open_setup(run)
-    names = run.data.subsets or tuple(subset.name for subset in setup.source.subsets)
+    names = subset_names(setup.source, run.data)
     sets = [setup.source.records(name, "train") for name in names]
     if setup.general:
         sets.append(setup.general.draw(tuple((name, len(own)) for name, own in sorted(zip(names, sets)))))

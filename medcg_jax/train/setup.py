@@ -93,9 +93,9 @@ class Setup:
         longest = (longest_row(records, self.tokenizer, data, self.format) for records in sets)
         return row_length(max(longest, default=data.max_text_tokens + self.format.max_image_tokens), data, self.format)
 
-    def encode_eval(self, records: RecordSet, **memory: int) -> Encoded:
-        """Choice questions. memory: `memory_limit_bytes` of the images."""
-        return encode_eval(records, self.tokenizer, self.run.data, self.format, **memory)
+    def encode_eval(self, records: RecordSet, **options: int) -> Encoded:
+        """Choice questions. options: `columns` of letters, `memory_limit_bytes` of the images."""
+        return encode_eval(records, self.tokenizer, self.run.data, self.format, **options)
 
     def encode_boxes(self, records: RecordSet) -> Encoded:
         return encode_boxes(records, self.tokenizer, self.run.data, self.format)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from medcg_jax.data.encoding import concat_encoded, cut_rows, encode, encode_eval, longest_row, row_length
 from medcg_jax.data.formats import llava
 from medcg_jax.data.images import preprocess
-from medcg_jax.data.records import DataError, Record, RecordSet, Turn
+from medcg_jax.data.records import DataError, Record, RecordSet, Turn, concat
+from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.run_config import DataConfig
 
 FORMAT = llava(4, 2)
@@ -83,11 +84,26 @@ def test_evaluation_rows(word_tokenizer, plain_config):
     np.testing.assert_array_equal(trained.arrays["tokens"][0, : last + 1], row.arrays["tokens"][0, : last + 1])
 
 
-@pytest.mark.parametrize("options", [(), ("benign",), tuple("ABCDE")])
+@pytest.mark.parametrize("options", [(), ("benign",), tuple("ABCDEFGHIJK")])
 def test_what_is_no_choice_cannot_be_scored(word_tokenizer, plain_config, options):
     records = one(Turn("what ?", "A"), options=options, answer="A")
-    with pytest.raises(DataError, match=rf"^record 04/train/7: {len(options)} options; 2 to 4 can be scored"):
+    most = 10 if len(options) > 4 else 4
+    with pytest.raises(DataError, match=rf"^record 04/train/7: {len(options)} options; 2 to {most} can be scored"):
         encode_eval(records, word_tokenizer, plain_config, FORMAT)
+
+
+def test_questions_of_five_options_have_all_letters_scored(plain_config):
+    tokenizer = load_tokenizer("")
+    five = one(Turn("Which?", "E"), options=tuple("VWXYZ"), answer="E")
+    three = one(Turn("Which?", "A"), options=tuple("VWX"))
+    row = encode_eval(five, tokenizer, plain_config, FORMAT)
+    letters = [tokenizer.encode(letter)[0] for letter in "ABCDE"]
+    assert row.arrays["option_ids"].tolist() == [letters + [-1] * 5]
+    # The usual shape stays where no question has more.
+    assert encode_eval(three, tokenizer, plain_config, FORMAT).arrays["option_ids"].shape == (1, 4)
+    mixed = encode_eval(concat([five, three]), tokenizer, plain_config, FORMAT)
+    assert mixed.arrays["option_ids"].tolist() == [letters + [-1] * 5, letters[:3] + [-1] * 7]
+    assert encode_eval(three, tokenizer, plain_config, FORMAT, columns=10).arrays["option_ids"].shape == (1, 10)
 
 
 def test_rows_of_other_shapes_are_not_joined(word_tokenizer, plain_config):

@@ -87,7 +87,7 @@ def test_fingerprint_follows_records_and_images(tmp_path):
     ("content", "message"),
     [
         (None, "data.general_records: g.json: No such file"),
-        ("{", "data.general_records: g.json: not JSON"),
+        ("{", "data.general_records: g.json: no JSON"),
         ([raw_record(1)], "data.general_records: g.json: record 1: 2 options; 4 are accepted"),
         ([general_raws(2)[1] | {"Answer": "none"}], "g.json: record 1: Answer-choice B names 'yes', but Answer"),
         ([general_raws(1)[0] | {"image": "../q.png"}], "g.json: record 0: image '../q.png' climbs out"),

@@ -179,7 +179,7 @@ def test_a_missing_shard_alone_is_written_again(tree, tmp_path, monkeypatch):
     quiet(tree, tmp_path / "out", CONFIG, KEEP)
     whole = contents(tmp_path / "out")
     (tmp_path / "out/records/04-train-00001-of-00004.arrayrecord").unlink()
-    (tmp_path / "out/records/.04-test-00000.part").write_text("half")
+    (tmp_path / "out/records/.04-test-00000-of-00002.arrayrecord.0123456789ab").write_text("half")
     with pytest.raises(DataError, match="04-train-00001-of-00004.arrayrecord is missing; run `medcg data"):
         PreparedSource(tmp_path / "out", CONFIG).records("04", "train")
     assert quiet(tree, tmp_path / "out", CONFIG, KEEP).shards_written == 1

@@ -165,7 +165,7 @@ def test_a_number_has_options_or_boxes(tmp_path):
     write_subset(tmp_path, "Subset--04-det-test", [raw_box_record(1)])
     with pytest.raises(ReleaseError, match="the number of .*Subset--04-det-test.json; a subset has options or boxes"):
         release(tmp_path)
-    assert check_tree(tmp_path).counts() == {"duplicate_file": 1}
+    assert check_tree(tmp_path).counts() == {"duplicate_file": 2}
 
 
 def test_extra_keys_of_choice_records_are_still_ignored(tmp_path):

@@ -1,0 +1,212 @@
+"""What `medcg data check` warns of and refuses nothing for: hints that give answers away, patients on both sides.
+
+No image is looked into: what is burnt into the pixels is not seen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from scipy import stats
+
+from medcg_jax.data import spelling
+from medcg_jax.data.records import LETTERS, Record
+from medcg_jax.data.schema import without_options
+from medcg_jax.data.schema_detection import boxes_in, has_label
+from medcg_jax.data.splits import shared_groups
+
+# Below this p letters or answers are called uneven: of 53 balanced subsets one in two hundred trees has one by chance.
+MAX_P = 1e-4
+# Fewer questions are not tested, fewer boxes not judged by their range.
+MIN_QUESTIONS = MIN_BOXES = 20
+# Conventions of corners that are no pixels, beside shares of 1 (`schema_detection.shares_of_image`).
+BOX_SCALES = (100, 1000)
+MOST_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something of a file, or of a subset ("subset 03"), to be known of: `count` of `of` records or boxes."""
+
+    file: str
+    kind: str
+    count: int
+    of: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}"
+
+
+@dataclass
+class Content:
+    """What was read of one subset file: questions or boxes, those whose keys and paths are right.
+
+    Attributes:
+      groups: of every record (`splits.split_group`).
+      boxes: raw detection records, each with its image's (height, width), None where the image is refused.
+    """
+
+    file: str
+    number: str
+    split: str
+    records: list[Record] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    boxes: list[tuple[dict[str, Any], tuple[int, int] | None]] = field(default_factory=list)
+
+
+def notices_of(contents: Sequence[Content]) -> list[Notice]:
+    """Everything of these files, by subset."""
+    by_subset: dict[str, list[Content]] = {}
+    for content in contents:
+        by_subset.setdefault(content.number, []).append(content)
+    notices: list[Notice | None] = []
+    for number, own in by_subset.items():
+        name, records = f"subset {number}", [record for content in own for record in content.records]
+        notices += [answers_in_questions(content.file, content.records) for content in own]
+        notices += [box_range(content) for content in own]
+        notices += [uneven_letters(name, records), labels_alike(name, own), groups_on_both_sides(own)]
+    return [notice for notice in notices if notice]
+
+
+def letter_counts(records: Iterable[Record], *, from_end: bool = False) -> tuple[dict[str, int], float | None]:
+    """How often each letter is right, and the p of a chi-square test against letters drawn uniformly; or ({}, None).
+
+    from_end: places from the last option in place of letters, "0" the last one.
+    """
+    counts: Counter[str] = Counter()
+    expected: Counter[str] = Counter()
+    for record in records:
+        number = len(record.options)
+        if number:
+            names = [str(place) for place in reversed(range(number))] if from_end else list(LETTERS[:number])
+            counts[names[LETTERS.index(record.answer)]] += 1
+            expected.update(dict.fromkeys(names, 1 / number))
+    if not counts:
+        return {}, None
+    names = sorted(expected)
+    observed = [counts[name] for name in names]
+    p = stats.chisquare(observed, [expected[name] for name in names]).pvalue
+    return dict(zip(names, observed, strict=True)), float(p)
+
+
+def uneven_letters(name: str, records: Sequence[Record]) -> Notice | None:
+    """Right letters, or places from the end, that are not balanced (`MAX_P`, `MIN_QUESTIONS`)."""
+    if len(records) < MIN_QUESTIONS:
+        return None
+    for from_end in (False, True):
+        counts, p = letter_counts(records, from_end=from_end)
+        if p >= MAX_P:
+            continue
+        best = max(counts, key=counts.get)
+        listed = ", ".join(f"{letter} {count}" for letter, count in counts.items())
+        what = f"the letter {best}"
+        if from_end:
+            what = f"option {best} from the last" if best != "0" else "the last option"
+            listed = f"places from the last: {listed}"
+        reason = (
+            f"the right letters are not balanced: {what} is right in {counts[best]} of {len(records)} questions "
+            f"({listed}; chi-square p={p:.1e}); draw the options' order, or the letter gives the answer away"
+        )
+        return Notice(name, "letters", counts[best], len(records), reason)
+    return None
+
+
+def answers_in_questions(file: str, records: Sequence[Record]) -> Notice | None:
+    """Questions that hold the text of their right option and of no other, where that is more than chance."""
+    right, wrong, chance = [], 0, []
+    for record in records:
+        named = _named(record)
+        if named == {record.label}:
+            right.append(record)
+        elif named and record.label not in named:
+            wrong += 1
+        if named == {record.label} or (named and record.label not in named):
+            chance.append(1 / len(record.options))
+    if not right:
+        return None
+    if wrong and stats.binomtest(len(right), len(chance), sum(chance) / len(chance), "greater").pvalue >= MAX_P:
+        return None
+    reason = (
+        f"{len(right)} of {len(records)} questions hold the text of their right option and of no other, such as record "
+        f"{right[0].id.rpartition('/')[2]} ({spelling.quoted(right[0].label)}); {wrong} hold a wrong one's alone"
+    )
+    return Notice(file, "answer_in_question", len(right), len(records), reason)
+
+
+def _named(record: Record) -> set[str]:
+    """The options whose text stands in the question beside the lines of options; of one within another the longer."""
+    stem, named = spelling.look(without_options(record.turns[0].question)), set()
+    for option in sorted(record.options, key=lambda option: -len(spelling.look(option))):
+        text = spelling.look(option)
+        left = re.sub(rf"(?<!\w){re.escape(text)}(?!\w)", "|", stem) if text else stem
+        if left != stem:
+            named.add(option)
+            stem = left
+    return named
+
+
+def groups_on_both_sides(contents: Sequence[Content]) -> Notice | None:
+    """Patients or lesions that are trained on and tested on in one subset."""
+    groups: dict[str, list[str]] = {"train": [], "test": []}
+    for content in contents:
+        groups[content.split] += content.groups
+    shared = shared_groups(groups["train"], groups["test"])
+    if not shared:
+        return None
+    names = ", ".join(spelling.quoted(group) for group in list(shared)[:MOST_NAMED])
+    more = f" and {len(shared) - MOST_NAMED} more" if len(shared) > MOST_NAMED else ""
+    train, test = (sum(counts[side] for counts in shared.values()) for side in (0, 1))
+    file = next(content.file for content in contents if content.split == "test")
+    reason = (
+        f"{len(shared)} patients or lesions (group) are in training and in test: {names}{more}; {test} of "
+        f"{len(groups['test'])} test records share them with {train} training records: a leak"
+    )
+    return Notice(file, "shared_group", test, len(groups["test"]), reason)
+
+
+def labels_alike(name: str, contents: Sequence[Content]) -> Notice | None:
+    """Labels of one subset that look alike and are not the same text."""
+    labels: Counter[str] = Counter()
+    for content in contents:
+        labels.update(record.label for record in content.records)
+        for raw, _ in content.boxes:
+            labels.update(box["label"] for box in raw["boxes"] if has_label(box))
+    looks: dict[str, list[str]] = {}
+    for label in labels:
+        looks.setdefault(spelling.look(label), []).append(label)
+    pairs = [(own, sum(sorted(map(labels.get, own))[:-1])) for own in looks.values() if len(own) > 1]
+    if not pairs:
+        return None
+    first, second = spelling.told_apart(*pairs[0][0][:2])
+    more = f", and {len(pairs) - 1} more" if len(pairs) > 1 else ""
+    count = sum(number for _, number in pairs)
+    reason = f"the labels {first} and {second} look alike{more}: {count} of {labels.total()} have the rarer spelling"
+    return Notice(name, "labels_alike", count, labels.total(), reason)
+
+
+def box_range(content: Content) -> Notice | None:
+    """Corners that fit a scale of 100 or 1,000 better than the images' pixels."""
+    corners, outside, sides = [], 0, []
+    for raw, size in content.boxes:
+        own = boxes_in(raw)
+        corners += own
+        if size and own:
+            height, width = size
+            sides.append(min(size))
+            outside += sum(box[2] > width or box[3] > height for box in own)
+    most = max((max(box) for box in corners), default=0)
+    for scale in BOX_SCALES:
+        within_all = len(corners) >= MIN_BOXES and min(sides, default=0) > 1.1 * scale
+        if 0.9 * scale < most <= scale and (outside or within_all):
+            seen = f"{outside} boxes lead out of their images" if outside else f"no image has a side below {min(sides)}"
+            reason = (
+                f"all corners of {len(corners)} boxes are at most {scale:,}, and {seen}: if they are shares of "
+                f"{scale:,}, turn them into pixels of the upright image"
+            )
+            return Notice(content.file, "box_range", len(corners), len(corners), reason)
+    return None

@@ -1,0 +1,127 @@
+"""`data check` warns of what gives answers away, with counts, and refuses nothing for it."""
+
+import json
+
+import pytest
+from trees import raw_box_record, raw_record, write_subset, write_tree_with_boxes
+
+from medcg_jax.cli import main
+from medcg_jax.data.check import check_tree
+from medcg_jax.data.notices import Content, box_range, letter_counts
+from medcg_jax.data.schema import parse_choice
+from medcg_jax.data.splits import shared_groups
+
+WORDS = ("alpha", "beta", "gamma", "delta")
+
+
+def notices(tmp_path, train, test=()):
+    """(file, kind) -> (count, of, reason) of a tree of one subset."""
+    write_subset(tmp_path, "Subset--04-train", list(train))
+    write_subset(tmp_path, "Subset--04-test", list(test) or [raw_record(9000)])
+    report = check_tree(tmp_path, workers=1)
+    assert report.ok
+    return {(own.file, own.kind): (own.count, own.of, own.reason) for own in report.notices}
+
+
+def asked(number, right, *, options=WORDS, stem="Which?", **changes):
+    """A record whose right option stands in place `right`."""
+    lines = "\n".join(f"{letter}: {option}" for letter, option in zip("ABCDEFGH", options, strict=False))
+    question = {"Question-choice": f"{stem}\n{lines}\nAnswer with a letter."}
+    return raw_record(number, options=options, label=options[right], **question, **changes)
+
+
+def test_balanced_letters_are_not_warned_of(tmp_path):
+    assert notices(tmp_path, [asked(n, n % 4) for n in range(40)]) == {}
+
+
+def test_always_one_letter_is(tmp_path):
+    found = notices(tmp_path, [asked(n, 1) for n in range(24)])
+    count, of, reason = found["subset 04", "letters"]
+    assert (count, of) == (24, 25) and "the letter B is right in 24 of 25 questions (A 1, B 24, C 0, D 0;" in reason
+
+
+def test_always_the_last_option_is_whatever_its_letter(tmp_path):
+    # By letters alone 2, 3 and 4 options in turn look nearly even.
+    raws = [asked(n, n % 3 + 1, options=WORDS[: n % 3 + 2]) for n in range(60)]
+    records = [parse_choice(raw, file="f", place=0, subset="04", split="train") for raw in raws]
+    assert letter_counts(records, from_end=True)[0] == {"0": 60, "1": 0, "2": 0, "3": 0}
+    _, _, reason = notices(tmp_path, raws)["subset 04", "letters"]
+    assert "not balanced" in reason and "p=" in reason
+
+
+def test_few_questions_are_not_tested(tmp_path):
+    assert notices(tmp_path, [asked(n, 1) for n in range(18)]) == {}
+
+
+@pytest.mark.parametrize(
+    ("stem", "is_told"),
+    [
+        ("It shows {right}. Which?", True),
+        ("It shows {RIGHT}, see left. Which?", True),
+        ("It shows {right} or {wrong}. Which?", False),
+        ("It shows {right}s. Which?", False),
+        ("Which?", False),
+    ],
+)
+def test_the_answer_in_the_question_is_counted(tmp_path, stem, is_told):
+    def question(right):
+        wrong = WORDS[(right + 1) % 4]
+        return stem.format(right=WORDS[right], RIGHT=WORDS[right].upper(), wrong=wrong)
+
+    found = notices(tmp_path, [asked(n, n % 4, stem=question(n % 4)) for n in range(12)])
+    if not is_told:
+        assert found == {}
+        return
+    count, of, reason = found["Subset--04-train.json", "answer_in_question"]
+    assert (count, of) == (12, 12)
+    assert "12 of 12 questions hold the text of their right option and of no other, such as record 0 ('al" in reason
+
+
+def test_a_word_of_every_question_is_no_hint(tmp_path):
+    # "alpha" stands in all, and is right in a quarter of them.
+    assert notices(tmp_path, [asked(n, n % 4, stem="Which kind of alpha?") for n in range(40)]) == {}
+
+
+def test_patients_on_both_sides_are_named(tmp_path, capsys):
+    train = [asked(n, n % 4, group=f"p{n % 6}") for n in range(12)]
+    test = [asked(100 + n, n % 4, group=f"p{n}") for n in range(4, 8)] + [asked(200, 0, **{"data-no": "6"}, group="p1")]
+    count, of, reason = notices(tmp_path, train, test)["Subset--04-test.json", "shared_group"]
+    # Two of the test's are trained on; patient p1 of another dataset is somebody else.
+    assert (count, of) == (2, 5) and "2 patients or lesions" in reason and "'5/p4', '5/p5'" in reason
+    assert "2 of 5 test records share them with 4 training records: a leak" in reason
+    assert main(["data", "check", str(tmp_path), f"--json={tmp_path / 'r.json'}"]) == 0
+    out = capsys.readouterr().out
+    assert "warning: Subset--04-test.json: 2 patients" in out and "nothing is wrong" not in out
+    assert [own["kind"] for own in json.loads((tmp_path / "r.json").read_text())["notices"]] == ["shared_group"]
+
+
+def test_shared_groups_are_counted_by_side():
+    shared = shared_groups(["a", "b", "", "a", "c"], ["b", "", "a", "a", "d"])
+    assert shared == {"a": (2, 2), "b": (1, 1)} and list(shared) == ["a", "b"]
+
+
+def test_two_spellings_of_one_label_are_named(tmp_path):
+    raws = [asked(n, 0, options=("Naevus", "x")) for n in range(3)]
+    raws += [asked(n, 0, options=("naevus ", "x")) for n in range(3, 5)]
+    for raw in raws:
+        raw["Answer"] = raw["Answer"].strip()
+    count, of, reason = notices(tmp_path, raws)["subset 04", "labels_alike"]
+    assert (count, of) == (2, 6) and "'Naevus' and 'naevus' look alike: 2 of 6" in reason
+
+
+def test_corners_of_a_scale_are_named():
+    def content(corner, size, number=24):
+        corners = [[5, 5, corner - n, corner - n] for n in range(number)]
+        raws = [raw_box_record(n, boxes=[{"label": "x", "bbox": own}]) for n, own in enumerate(corners)]
+        return Content("f.json", "47", "train", boxes=[(raw, size) for raw in raws])
+
+    assert "at most 1,000, and no image has a side below 1500" in box_range(content(999, (1500, 2000))).reason
+    assert "at most 1,000, and 24 boxes lead out of their images" in box_range(content(999, (600, 800))).reason
+    assert "at most 100, and no image" in box_range(content(100, (512, 512))).reason
+    assert box_range(content(900, (1024, 1024))) is None and box_range(content(999, (1024, 1024))) is None
+    assert box_range(content(999, (1500, 2000), number=3)) is None
+
+
+def test_a_tree_of_boxes_has_none(tmp_path):
+    root = write_tree_with_boxes(tmp_path, train=8, test=4, boxes=30)
+    assert check_tree(root, workers=1).notices == ()
