@@ -1,6 +1,7 @@
 """Leaks: training records that give a test record away, by id, image, question, or the patient that both show.
 
-Each is told from the records and their images alone; what is done about it is the study's (`study.leaks`).
+Each is told from the records and their images alone. A grid looks for them in its cells (`study.leaks`), `medcg train`
+in what it is trained on (`train.held_out`); what is done about them is `study.leaks`' and `study.near_duplicates`'.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from medcg_jax.data.duplicates import Print, hash_rows, print_of
+from medcg_jax.data.general import SUBSET
 from medcg_jax.data.hamming import distances, near_pairs_between
 from medcg_jax.data.records import Record, RecordSet
 from medcg_jax.data.splits import shared_groups
+from medcg_jax.run_config import StudyConfig
 
 # What a record gives away by -> how a message says it, from the surest.
 KINDS = {
@@ -28,6 +31,8 @@ KINDS = {
     "likely same group": "likely the patient or lesion of",
     "lineage": "a dataset in common with, or related to that of,",
 }
+# `study.leaks` -> what is said to be done.
+ACTIONS = {"refuse": "refused", "drop": "dropped", "report": "reported"}
 # With one of these nothing else needs to be said of a record.
 EXACT = ("same id", "same bytes", "same pixels")
 
@@ -46,6 +51,41 @@ class Leak:
     kind: str
     distance_bits: int = 0
     form: str = ""
+
+
+def words(leak: Leak) -> str:
+    """A leak as a sentence: "training record A has the pixels of test record B"."""
+    apart = ""
+    if leak.kind == "near":
+        apart = f" ({', '.join(filter(None, (leak.form, f'{leak.distance_bits} of 256 bits apart')))})"
+    return f"training record {leak.training} has {KINDS[leak.kind]} test record {leak.test}{apart}"
+
+
+def remedy(leak: Leak) -> str:
+    """What a user can do about a leak that is refused."""
+    if leak.training.startswith(f"{SUBSET}/"):
+        return "take it out of data.general_records, or train without it by study.leaks=drop"
+    field = "near_duplicates" if leak.kind == "near" else "leaks"
+    drop = "" if leak.kind == "same id" else f", or train without the first by study.{field}=drop"
+    return f"take one of them out of the tree (`medcg data check` lists all){drop}"
+
+
+def actions_of(study: StudyConfig) -> dict[str, str]:
+    """Kind of leak -> what is done about it where a training subset has it.
+
+    A group that is only likely the same is never refused: of the released subsets nobody has said that their tests are
+    of other patients, and none could be tested on.
+    """
+    act = ACTIONS[study.leaks]
+    actions = dict.fromkeys(("same bytes", "same pixels", "same question", "same group"), act)
+    actions["likely same group"] = "dropped" if act == "dropped" else "reported"
+    # A fault of the expansion, and what no record is to blame for.
+    return actions | {"same id": "refused", "near": ACTIONS.get(study.near_duplicates, ""), "lineage": "reported"}
+
+
+def actions_of_general(study: StudyConfig) -> dict[str, str]:
+    """The same of general records, which are no medical images: one that is nearly a test image is a copy of it."""
+    return actions_of(study) | {"near": ACTIONS[study.leaks]}
 
 
 @dataclass(frozen=True)

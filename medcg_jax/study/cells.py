@@ -127,6 +127,8 @@ class Data:
         if subset not in self._controls:
             records = self._records(subset, "test", self._setup.run.data.test_records_per_subset)
             asked = control_sets(records, self._setup.run.eval.controls, self._setup.run.data.seed)
+            if "shuffled_images" in self._setup.run.eval.controls and "shuffled_images" not in asked:
+                tqdm.write(f"{subset}: not asked beside other images, its test records have none or all the same")
             # Their images are those of the test, and none is decoded for them.
             self._controls[subset] = {
                 name: self._setup.encode_eval(made, memory_limit_bytes=0) for name, made in asked.items()

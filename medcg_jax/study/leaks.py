@@ -11,40 +11,30 @@ from dataclasses import dataclass
 from medcg_jax.data import catalogue
 from medcg_jax.data.duplicates import Print
 from medcg_jax.data.general import SUBSET as GENERAL
-from medcg_jax.data.leaks import KINDS, Leak, Prints, find_leaks, prints
+from medcg_jax.data.leaks import (
+    KINDS,
+    Leak,
+    Prints,
+    actions_of,
+    actions_of_general,
+    find_leaks,
+    prints,
+    remedy,
+    words,
+)
 from medcg_jax.data.records import DataError, RecordSet, Source, Split, Subset
 from medcg_jax.run_config import ConfigError, StudyConfig
 from medcg_jax.study import mat
 from medcg_jax.study.suite import Cell, paper_row
 
-ACTIONS = {"refuse": "refused", "drop": "dropped", "report": "reported"}
-
 
 @dataclass(frozen=True)
 class Finding:
-    """A leak in a cell, and what is done about it: one of `ACTIONS`' values."""
+    """A leak in a cell, and what is done about it: one of `data.leaks.ACTIONS`' values."""
 
     cell: str
     leak: Leak
     action: str
-
-
-def actions_of(study: StudyConfig) -> dict[str, str]:
-    """Kind of leak -> what is done about it where a training subset has it.
-
-    A group that is only likely the same is never refused: of the released subsets nobody has said that their tests are
-    of other patients, and none could be tested on.
-    """
-    act = ACTIONS[study.leaks]
-    actions = dict.fromkeys(("same bytes", "same pixels", "same question", "same group"), act)
-    actions["likely same group"] = "dropped" if act == "dropped" else "reported"
-    # A fault of the expansion, and what no record is to blame for.
-    return actions | {"same id": "refused", "near": ACTIONS.get(study.near_duplicates, ""), "lineage": "reported"}
-
-
-def actions_of_general(study: StudyConfig) -> dict[str, str]:
-    """The same of general records, which are no medical images: one that is nearly a test image is a copy of it."""
-    return actions_of(study) | {"near": ACTIONS[study.leaks]}
 
 
 def check_cell(cell: Cell, subsets: Mapping[str, Subset]) -> None:
@@ -195,23 +185,6 @@ def refuse(found: Sequence[Finding]) -> None:
     for one in found:
         if one.action == "refused":
             raise DataError(f"{one.cell}: {words(one.leak)}; {remedy(one.leak)}")
-
-
-def words(leak: Leak) -> str:
-    """A leak as a sentence: "training record A has the pixels of test record B"."""
-    apart = ""
-    if leak.kind == "near":
-        apart = f" ({', '.join(filter(None, (leak.form, f'{leak.distance_bits} of 256 bits apart')))})"
-    return f"training record {leak.training} has {KINDS[leak.kind]} test record {leak.test}{apart}"
-
-
-def remedy(leak: Leak) -> str:
-    """What a user can do about a leak that is refused."""
-    if leak.training.startswith(f"{GENERAL}/"):
-        return "take it out of data.general_records, or train without it by study.leaks=drop"
-    field = "near_duplicates" if leak.kind == "near" else "leaks"
-    drop = "" if leak.kind == "same id" else f", or train without the first by study.{field}=drop"
-    return f"take one of them out of the tree (`medcg data check` lists all){drop}"
 
 
 def dropped(found: Sequence[Finding]) -> frozenset[str]:
