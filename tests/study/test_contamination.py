@@ -72,7 +72,7 @@ def test_a_copy_saved_anew_is_found_and_refused(tree):
 
 @pytest.mark.parametrize("action", ["refuse", "drop", "report"])
 def test_every_action_of_either_kind(tree, action):
-    done = leaks.ACTIONS[action]
+    done = data_leaks.ACTIONS[action]
     found = look(tree, cell(), leaks=action, near_duplicates="off")
     assert found == []  # no image was decoded
     assert look(tree, cell(THIRD), leaks=action, near_duplicates="off") == [
@@ -249,16 +249,23 @@ def test_the_report_has_a_table_where_something_was_found_and_none_elsewhere(tmp
     findings = [
         leaks.Finding(name, Leak("a/train/1", "b/test/2", "same pixels"), "dropped"),
         leaks.Finding(name, Leak("a/train/<3>", "b/test/4", "near", 6), "reported"),
+        leaks.Finding(name, Leak("a/train/5", "b/test/5", "near", 2, "mirrored"), "reported"),
         leaks.Finding(name, Leak("a data-no 1", "b data-no 2", "lineage"), "reported"),
+        leaks.Finding(name, Leak("a/train/6", "b/test/6", "same group"), "reported"),
+        leaks.Finding(name, Leak("a/train/7", "b/test/6", "likely same group"), "reported"),
+        leaks.Finding(name, Leak("general/train/8", "b/test/6", "same question"), "refused"),
     ]
     contamination.write_part(workdir, "job", findings)
     (workdir / "contamination.csv").write_text((workdir / "contamination" / "job.csv").read_text())
     text = write_report(workdir).read_text()
-    assert "a/train/&lt;3&gt; and b/test/4: near (6 bits)" in text and "1 cell of" in text
+    assert "a/train/&lt;3&gt; and b/test/4: near (6 bits); a/train/5 and b/test/5: near, mirrored (2 bits)" in text
+    assert "1 cell of" in text
+    for words in ("on images that are in", "on patients or lesions that are in", "as their names say, in their test set"):
+        assert words in text
+    assert "on questions of their test set" not in text  # refused, and so not trained on
     (row,) = csv.DictReader((page.parent / "tables" / "contamination.csv").read_text().splitlines())
-    assert (row["cell"], row["exact"], row["near"], row["dropped"], row["refused"], row["lineage"]) == (
-        name, "1", "1", "1", "0", "1"
-    )  # fmt: skip
+    columns = ("exact", "near", "changed", "group", "likely_group", "question", "dropped", "refused", "lineage")
+    assert row["cell"] == name and [row[key] for key in columns] == list("121111111")
     # A file without a finding says nothing on the page.
     (workdir / "contamination.csv").write_text(",".join(contamination.HEADER) + "\n")
     assert write_report(workdir).read_text() == before
@@ -292,6 +299,11 @@ def test_a_grid_that_is_started_again_ends_in_the_same_bytes(tree, tmp_path):
         (*SAME, "dropped"), (*NEAR, "reported")
     }  # fmt: skip
     assert "Contamination" in Path(result["page"]).read_text()
+    # Every question once more beside another image, the answer by its letters alone.
+    for path in workdir.glob("predictions/*.jsonl"):
+        lines = [json.loads(line) for line in (workdir / "controls" / path.name).read_text().splitlines()]
+        assert {(line["control"], line["generated"]) for line in lines} == {("shuffled_images", None)}
+        assert [line["id"] for line in lines] == [json.loads(line)["id"] for line in path.read_text().splitlines()]
     for name in {row["cell"] for row in rows}:
         for path in (*workdir.glob(f"state/done/{name}.json"), *workdir.glob(f"contamination/{name}.csv")):
             path.unlink()
