@@ -199,9 +199,10 @@ class EvalConfig:
     # Second column: greedy generation and strict parsing of the answer.
     generate: bool = True
     max_new_tokens: int = 4
-    # How a grid asks every test question again, of `CONTROLS`, "circular" up to thrice. Each time the text behind the
-    # image is read anew, and no free answer is asked for.
-    controls: tuple[str, ...] = ()
+    # How a grid asks every test question again, of `CONTROLS`, "circular" up to thrice; (): not at all. By itself
+    # "shuffled_images" takes as long as the test, and leaves `predictions/` as they are without it. Of several the text
+    # behind the image is read anew each time. Controls are scored by the letters alone.
+    controls: tuple[str, ...] = ("shuffled_images",)
     # Most tokens of an answer with boxes: MiniGPT-v2 writes up to 17 for each, NExT-Chat 2.
     max_box_tokens: int = 128
 
@@ -242,11 +243,14 @@ class StudyConfig:
     base_dir: str = ""
     # Keep each cell's trained parameters (else only its scores).
     keep_weights: bool = False
-    # What is done about a training record whose image is in a target's test set, of `LEAKS`: the cell fails, it is
-    # trained without the record, or the record is listed alone. The same image: of the same bytes or, where near
-    # duplicates are looked for, pixels.
+    # What is done about a training record whose image, or patient (`Record.group`), is in a target's test set, and about
+    # a general record that has a test's image or question, of `LEAKS`: the cell fails, it is trained without the record,
+    # or the record is listed alone. The same image: of the same bytes or, where near duplicates are looked for, pixels.
+    # Patients that file names alone tell are listed, and left out with "drop". `medcg train` does the same for the tests
+    # of its own subsets.
     leaks: str = "refuse"
-    # The same of an image that is nearly one of the test set; "off": not looked for, no image is decoded for it.
+    # The same of an image that is nearly one of the test set; "off": not looked for, no image is decoded for it. A
+    # general record whose image is nearly a test's is treated by `leaks`.
     near_duplicates: str = "report"
     # Bits of 256 in which perceptual hashes of near images differ at most: measured in `data.duplicates`.
     near_duplicate_bits: int = 20

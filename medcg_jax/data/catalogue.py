@@ -198,6 +198,15 @@ def group_of(data_no: str, image_path: str) -> str:
     return found[1] if found else ""
 
 
+def numbering(data_no: str) -> str:
+    """The data set that stands for all which number their patients as this one does: the first of those that share
+    images, as is printed or generally known, and whose image names follow one pattern; else the data set itself.
+
+    Example: `numbering("80") == "61"`, for 61 is a sample of 80 and keeps its names.
+    """
+    return _numberings().get(data_no, data_no)
+
+
 def _found(listed: Mapping, number: str, kind: str, accepted: str):
     if number not in listed:
         raise DataError(f"{kind} {number!r}: Med-MAT has none of that number; {accepted} is accepted")
@@ -279,3 +288,15 @@ def _lineage() -> dict[str, dict[str, list[str]]]:
 @functools.cache
 def _group_patterns() -> dict[str, re.Pattern[str]]:
     return {row["dataset"]: re.compile(row["pattern"]) for row in printed_rows("groups")}
+
+
+@functools.cache
+def _numberings() -> dict[str, str]:
+    patterns = {number: pattern.pattern for number, pattern in _group_patterns().items()}
+    found: dict[str, str] = {}
+    for number in sorted(patterns, key=_order):
+        for other, whys in _lineage().get(number, {}).items():
+            is_sure = any(not why.endswith("(possible)") for why in whys)
+            if is_sure and patterns.get(other) == patterns[number]:
+                found.setdefault(other, found.get(number, number))
+    return {number: first for number, first in found.items() if number != first}

@@ -1,6 +1,7 @@
 """Test questions asked again, to tell what an answer rests on: options moved, only two of them, another image."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from random import Random
 
@@ -20,12 +21,14 @@ def control_sets(records: RecordSet, names: Sequence[str], seed: int) -> dict[st
     """Control -> the choice questions asked again; the records keep their ids, and a control without one is left out.
 
     names: of `CONTROLS`.
-      "shuffled_images": each question beside the image of another record of the set: its answer cannot be seen.
+      "shuffled_images": each question beside another image of the set: its answer cannot be seen. Records without an
+        image, and those for which there is no other one, are not asked.
       "circular": "shift_1", "shift_2", ..., the options moved on by so many places, as far as a question has options.
       "two_options": the right option and one of the others, in a drawn order, of questions that have more.
 
     Raises:
-      DataError: a question does not hold its options as lines "A: ...", so that they cannot be exchanged.
+      DataError: a question does not hold its options as lines "A: ...", so that they cannot be exchanged; or an image
+        cannot be read.
     """
     found = {}
     for name in names:
@@ -53,8 +56,14 @@ def _shuffled(records: RecordSet, random: Random) -> dict[str, AskedAgain]:
     if len(places) < 2:
         return {}
     order = random.sample(places, len(places))
-    image_of = dict(zip(order, order[1:] + order[:1], strict=True))  # one circle, so that none keeps its own
-    taken = [image_of[place] for place in places]
+    images = {place: records.image_digest(place) for place in order}
+    first = {images[place]: i for i, place in reversed(list(enumerate(order)))}
+    order.sort(key=lambda place: first[images[place]])  # those of one image stand together, else as drawn
+    most = max(Counter(images.values()).values())
+    # Moved on by so many places no record gets its own image, unless more than half of all have the same.
+    image_of = dict(zip(order, order[most:] + order[:most], strict=True))
+    taken = {place: image_of[place] for place in places if images[image_of[place]] != images[place]}
+    places, taken = list(taken), list(taken.values())
     changed = [
         dataclasses.replace(records.records[place], image=records.records[other].image)
         for place, other in zip(places, taken, strict=True)

@@ -326,6 +326,10 @@ class _ShardImages(Sequence):
         """sha256 of the bytes of the file that an image was read from."""
         return self._lines[index].digest
 
+    def pixel_digest(self, index: int) -> bytes:
+        """sha256 of that file's decoded pixels, before they were laid out; b"" where none was kept."""
+        return bytes.fromhex(self._lines[index].get("pixels", ""))
+
     @functools.cached_property
     def _source(self):
         from grain.sources import ArrayRecordDataSource

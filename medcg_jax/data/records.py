@@ -133,6 +133,11 @@ class RecordSet:
         """
         return _digest(self.images, index)
 
+    def pixel_digest(self, index: int) -> bytes:
+        """sha256 of the decoded pixels of one record's file, where it was kept with the image; else b""."""
+        images, place = _origin(self.images, index)
+        return images.pixel_digest(place) if hasattr(images, "pixel_digest") else b""
+
     def mask(self, index: int) -> np.ndarray | None:
         """bool[K, h, w] of one record's K boxes, or None."""
         return None if self.masks is None else self.masks[index]
@@ -181,13 +186,16 @@ def _pick(places: list[tuple[Sequence[np.ndarray], int]]) -> np.ndarray | _Picke
     if isinstance(first, np.ndarray) and all(images is first for images, _ in places):
         return first[[i for _, i in places]]
     # A place in a _Picked is replaced by what it points at: chains stay one step long.
-    flat = [images._places[i] if isinstance(images, _Picked) else (images, i) for images, i in places]
-    return _Picked(flat)
+    return _Picked([_origin(images, i) for images, i in places])
+
+
+def _origin(images: Sequence[np.ndarray], index: int) -> tuple[Sequence[np.ndarray], int]:
+    """The sequence that an image is of, and its place there, through references."""
+    return images._places[index] if isinstance(images, _Picked) else (images, index)
 
 
 def _digest(images: Sequence[np.ndarray], index: int) -> bytes:
-    if isinstance(images, _Picked):
-        images, index = images._places[index]
+    images, index = _origin(images, index)
     if hasattr(images, "file_digest"):
         return images.file_digest(index)
     pixels = np.ascontiguousarray(images[index])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from medcg_jax.data import catalogue
-from medcg_jax.data.records import Subset
+from medcg_jax.data.records import Record, Subset
 
 # "9:1 where no split existed".
 TEST_FRAC = 0.1
@@ -117,6 +117,27 @@ def split_group(data_no: str, image: str, group: str = "") -> str:
     """
     own = group or catalogue.group_of(data_no, image)
     return f"{data_no}/{own}" if own else ""
+
+
+def group_key(record: Record) -> str:
+    """What tells whether two records, of any subsets, show one patient or lesion: equal keys; "" where it is not known.
+
+    The group is the one that the record states or, without it, its file name by the catalogue. A name holds within one
+    data set (`data_no`): "patient 7" of another data set is somebody else. Data sets that share images and number their
+    patients alike (`catalogue.numbering`) count as one here; so do all records without a `data_no`.
+    """
+    name = record.group or catalogue.group_of(record.data_no, record.image)
+    return f"{catalogue.numbering(record.data_no)}/{name}" if name else ""
+
+
+def shared_groups(training: Iterable[Record], test: Iterable[Record]) -> dict[str, tuple[list[Record], list[Record]]]:
+    """Key of each patient or lesion that is on both sides (`group_key`) -> (its training records, its test records)."""
+    sides: dict[str, tuple[list[Record], list[Record]]] = {}
+    for place, records in enumerate((training, test)):
+        for record in records:
+            if key := group_key(record):
+                sides.setdefault(key, ([], []))[place].append(record)
+    return {key: both for key, both in sides.items() if all(both)}
 
 
 def _joined(items: Sequence[tuple[str, str, str]], images: dict[str, int], groups: dict[str, int]) -> list[int]:

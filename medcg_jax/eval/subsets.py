@@ -1,5 +1,6 @@
 """Subsets tested with one set of parameters, choice questions and questions about boxes alike; and `medcg eval`."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -66,10 +67,16 @@ class Tester:
     ) -> tuple[list[Prediction], dict[str, list[Prediction]]]:
         """Predictions of choice questions, and those of the controls in which the same images are asked about again.
 
+        Where each image is asked about once more alone ("shuffled_images"), the program of the plain test asks: it need
+        not be compiled anew, and the plain predictions are the bytes that they are without a control.
+
         Raises:
           BlindModel, NonFiniteScores: as of a call.
         """
         setup = self._setup
+        if again.keys() == {"shuffled_images"}:
+            plain, other = self(params, encoded), self(params, with_images_of(again["shuffled_images"], encoded))
+            return plain, {"shuffled_images": [dataclasses.replace(one, generated=None) for one in other]}
         if self._asker is None:
             self._asker = make_asker(setup.mesh, self._graphdef, self._shardings, **self._answers)
         self._look(params, encoded, self._asker.score, again)
@@ -119,6 +126,26 @@ class Tester:
         return {
             "eos_id": self._setup.tokenizer.eos_id, "max_new_tokens": config.max_new_tokens, "generate": config.generate
         }  # fmt: skip
+
+
+def with_images_of(again: Encoded, encoded: Encoded) -> Encoded:
+    """The rows of a control (`data.controls.AskedAgain`) with the images of the set that it asks about, where these are
+    decoded already; nothing is copied."""
+    if encoded.images is None:
+        return again
+    places = np.asarray(again.records.places)
+    return dataclasses.replace(again, images={key: _Taken(array, places) for key, array in encoded.images.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Taken:
+    """`array[places]`, of which the rows that are asked for alone are copied."""
+
+    array: np.ndarray
+    places: np.ndarray
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return self.array[self.places[rows]]
 
 
 def write_tested(workdir: Path, name: str, answers: Sequence[Prediction | BoxAnswer]) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from medcg_jax.data.controls import control_sets
 from medcg_jax.data.encoding import MEMORY_LIMIT_BYTES, Encoded, concat_encoded, cut_rows, option_columns
+from medcg_jax.data.general import SUBSET as GENERAL
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, Split, concat
 from medcg_jax.data.release import labels_of
@@ -62,14 +63,16 @@ class Data:
         Raises:
           DataError: no record is left.
         """
-        general = self._setup.general.draw(tuple(parts)) if self._setup.general else None
-        own = {}
+        general, own = self.general(parts), {}
         if without:
             taken = self.taken(parts)
             own = {name: without & ids for name, ids in taken.items()}
             parts = [(name, count) for name, count in parts if own[name] != taken[name]]
             if not parts:
-                raise DataError(f"no training record of {', '.join(taken)} is left: all their images are in the tests")
+                raise DataError(f"no training record of {', '.join(taken)} is left: all of them give tests away")
+            if general:
+                ids = [record.id for record in general.records]
+                general = general.select(place for place, name in enumerate(ids) if name not in without)
         rows = sum(count for _, count in parts) + (len(general) if general else 0)
         with_boxes = self._with_boxes(parts)
         lengths = self._box_lengths if with_boxes else {}
@@ -86,6 +89,10 @@ class Data:
     def taken(self, parts: Sequence[tuple[str, int]]) -> dict[str, frozenset[str]]:
         """Subset -> ids of the training records that these (subset, number of records) take."""
         return {name: frozenset(r.id for r in self._records(name, "train", count).records) for name, count in parts}
+
+    def general(self, parts: Sequence[tuple[str, int]]) -> RecordSet | None:
+        """The general records that a training of these (subset, number of records) has beside them; None: none."""
+        return self._setup.general.draw(tuple(parts)) if self._setup.general else None
 
     def _with_boxes(self, parts: Sequence[tuple[str, int]]) -> bool:
         return any(self._setup.has_boxes(name) for name, _ in parts)
@@ -122,6 +129,8 @@ class Data:
             records = self._records(subset, "test", self._setup.run.data.test_records_per_subset)
             asked = control_sets(records, self._setup.run.eval.controls, self._setup.run.data.seed)
             columns = option_columns(records)
+            if "shuffled_images" in self._setup.run.eval.controls and "shuffled_images" not in asked:
+                tqdm.write(f"{subset}: not asked beside other images, its test records have none or all the same")
             # Their images are those of the test, and none is decoded for them.
             self._controls[subset] = {
                 name: self._setup.encode_eval(made, columns=columns, memory_limit_bytes=0)
@@ -172,7 +181,8 @@ class Trainer:
             self._setup = open_setup(seeded(self._run, seed))
             self._data = Data(self._setup, self._jobs)
             drawn = self._run.data.source == "phantom"
-            self._guard = leaks.LeakGuard(self._setup.source, self._run.study, drawn=drawn)
+            general = self._setup.general.records if self._setup.general else None
+            self._guard = leaks.LeakGuard(self._setup.source, self._run.study, drawn=drawn, general=general)
             self._seed = seed
         return self._setup
 
@@ -312,14 +322,17 @@ class Trainer:
         found = [one for cell in job.cells for one in self._guard.look(cell)]
         if not found:
             return frozenset()
-        found = leaks.among(found, self._data.taken(job.training))
+        taken, general = self._data.taken(job.training), self._data.general(job.training)
+        if general:
+            taken |= {GENERAL: taken.get(GENERAL, frozenset()) | {record.id for record in general.records}}
+        found = leaks.among(found, taken)
         if jax.process_index() == 0:
             contamination.write_part(self._workdir, job.id, found)
         leaks.refuse(found)
         out = leaks.dropped(found)
         if out:
-            total = sum(count for _, count in job.training)
-            tqdm.write(f"{job.id}: {len(out)} of {total} training records left out, whose images are in the tests")
+            total = sum(count for _, count in job.training) + (len(general) if general else 0)
+            tqdm.write(f"{job.id}: {len(out)} of {total} training records left out, which give tests away")
         return out
 
     def _cell(self, setup: Setup, job: Job, without: frozenset[str]) -> loop.Cell:

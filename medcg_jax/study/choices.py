@@ -96,6 +96,23 @@ CHOICES = (
         "decoding and parsing are not stated: the likelihood of the option letters decides, greedy generation with "
         "strict parsing stands beside it",
     ),
+    Choice(
+        "eval.controls", ("shuffled_images",),
+        "none is stated: every test is asked once more beside another record's image, which must fall to chance where "
+        "questions, letters or the balance of labels give nothing away; it doubles the time of tests",
+    ),
+    Choice(
+        "study.leaks", "refuse",
+        "nothing is said of patients, or of images that recur: a cell fails where a training record has a test's image, "
+        "or states its patient (`group`), or a general record its question. The released records state no patient; "
+        "where file names tell one that is on both sides, that is listed and not refused, for the release's own tests "
+        "may be split by image",
+    ),
+    Choice(
+        "study.near_duplicates", "report",
+        "not stated: images that are nearly a test's, by a perceptual hash, are listed; many are adjacent slices or "
+        "frames of one patient, in tests as they were released",
+    ),
 )  # fmt: skip
 
 

@@ -16,13 +16,16 @@ from medcg_jax.study.leaks import Finding
 from medcg_jax.study.results import to_csv
 from medcg_jax.study.schedule import Plan
 
-HEADER = ("cell", "kind", "training", "test", "distance_bits", "action")
+# `form` came last, so that the lines of older parts lack it alone.
+HEADER = ("cell", "kind", "training", "test", "distance_bits", "action", "form")
 FILE = "contamination.csv"
 
 
 def write_part(workdir: Path, job: str, found: Sequence[Finding]) -> None:
     """Writes what was found in a job's cells; nothing where that is nothing."""
-    rows = [(f.cell, f.leak.kind, f.leak.training, f.leak.test, f.leak.distance_bits, f.action) for f in found]
+    rows = [
+        (f.cell, f.leak.kind, f.leak.training, f.leak.test, f.leak.distance_bits, f.action, f.leak.form) for f in found
+    ]
     if rows:
         write_whole(_part(workdir, job), to_csv(HEADER, rows))
 
@@ -43,7 +46,7 @@ def read(workdir: Path) -> list[dict[str, str]]:
     if not (workdir / FILE).is_file():
         return []
     with open(workdir / FILE, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return list(csv.DictReader(file, restval=""))
 
 
 def _part(workdir: Path, job: str) -> Path:

@@ -64,11 +64,12 @@ def controls_of_answers(workdir: Path, results: Sequence[Mapping], fresh: bool) 
        "circular": {"n": 7200, "plain": .77, "accuracy": .7,    # right as asked and at every shift
                     "by_shift": {"1": .76, "2": .75, "3": .76}},
        "two_options": {"n": 7200, "plain": .77, "accuracy": .85},
-       "shuffled_images": {"n": 7200, "accuracy": .3, "ci_low": .29, "ci_high": .32, "chance": .31, "at_chance": True}},
+       "shuffled_images": {"n": 7200, "accuracy": .3, "ci_low": .29, "ci_high": .32, "chance": .31, "at_chance": True},
+       "not_shuffled": []},                       # subsets without such answers: none, or one image in their tests
     ]
 
     Accuracies are fractions of answers. A record that several rows or seeds ask counts once in tests and intervals: in
-    McNemar's with its majority, in Wilson's with its share, for its answers are not independent. The last four are None
+    McNemar's with its majority, in Wilson's with its share, for its answers are not independent. The four before the last are None
     where the grid left no such answers. "n" is of answers, "chance" the mean of 1 / options.
 
     Raises:
@@ -110,6 +111,7 @@ def controls_of_arm(answers: Sequence[Answer]) -> dict:
         "circular": _circular(plain, {c: own for c, own in by_control.items() if c.startswith(SHIFT)}),
         "two_options": _two_options(plain, by_control.get(TWO, [])),
         "shuffled_images": _shuffled(by_control.get(SHUFFLED, [])),
+        "not_shuffled": sorted({a.record[1] for a in plain} - {a.record[1] for a in by_control.get(SHUFFLED, [])}),
     }
 
 

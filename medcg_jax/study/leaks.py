@@ -1,121 +1,40 @@
-"""The guard against leaks: no cell is trained on what it is tested on, neither a subset nor a single image.
+"""The guard against leaks: no cell is trained on what it is tested on, neither a subset nor an image nor a patient.
 
-Tables are expanded so that this holds; the guard holds it against faults of the expansion, hand-made cells, and trees
-in which a test image lies in training under another name, id or subset, saved anew, or nearly the same.
+Tables are expanded so that this holds; the guard holds it against faults of the expansion, hand-made cells, general
+records, and trees in which a test image lies in training under another name, id or subset, saved anew, or nearly the
+same, or in which images of one patient lie on both sides. `data.leaks` finds, this says what is done.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from medcg_jax.data import catalogue
-from medcg_jax.data.duplicates import Print, hash_rows, print_of
-from medcg_jax.data.hamming import distances, near_pairs_between
+from medcg_jax.data.duplicates import Print
+from medcg_jax.data.general import SUBSET as GENERAL
+from medcg_jax.data.leaks import (
+    KINDS,
+    Leak,
+    Prints,
+    actions_of,
+    actions_of_general,
+    find_leaks,
+    prints,
+    remedy,
+    words,
+)
 from medcg_jax.data.records import DataError, RecordSet, Source, Split, Subset
 from medcg_jax.run_config import ConfigError, StudyConfig
 from medcg_jax.study import mat
 from medcg_jax.study.suite import Cell, paper_row
 
-# What a record gives away by -> how a message says it, from the surest.
-KINDS = {
-    "same id": "the same id as",
-    "same bytes": "the same image as",
-    "same pixels": "the pixels of",
-    "near": "an image nearly that of",
-    "lineage": "a dataset in common with, or related to that of,",
-}
-ACTIONS = {"refuse": "refused", "drop": "dropped", "report": "reported"}
-
-
-@dataclass(frozen=True)
-class Leak:
-    """A training record that gives a test record away. kind: of `KINDS`; distance_bits: of their hashes where near."""
-
-    training: str
-    test: str
-    kind: str
-    distance_bits: int = 0
-
 
 @dataclass(frozen=True)
 class Finding:
-    """A leak in a cell, and what is done about it: one of `ACTIONS`' values."""
+    """A leak in a cell, and what is done about it: one of `data.leaks.ACTIONS`' values."""
 
     cell: str
     leak: Leak
     action: str
-
-
-@dataclass(frozen=True)
-class Prints:
-    """What the records of a set are recognised by, in its order; None for a record without an image."""
-
-    ids: tuple[str, ...]
-    images: tuple[Print | None, ...]
-    data_numbers: frozenset[str]
-
-
-def prints(records: RecordSet, decoded: dict[bytes, Print] | None = None) -> Prints:
-    """The prints of a set, every image read once.
-
-    decoded: prints of images by their digest, which is added to; images that are not in it are decoded and hashed.
-    None: no image that lies in a file is decoded, and each is recognised by its bytes alone.
-
-    Raises:
-      DataError: an image cannot be read or decoded.
-    """
-    places = [i for i, record in enumerate(records.records) if record.image]
-    with ThreadPoolExecutor() as pool:
-        digests = dict(zip(places, pool.map(records.image_digest, places), strict=True))
-        known = {digest: Print(digest) for digest in digests.values()} if decoded is None else decoded
-        new = {digest: place for place, digest in digests.items() if digest not in known}
-        made = pool.map(lambda one: print_of(records.image(one[1]), one[0]), new.items())
-        known |= dict(zip(new, made, strict=True))
-    images = tuple(known[digests[i]] if i in digests else None for i in range(len(records)))
-    ids = tuple(record.id for record in records.records)
-    return Prints(ids, images, frozenset(record.data_no for record in records.records if record.data_no))
-
-
-def find_leaks(training: Prints, test: Prints, near_bits: int | None = None) -> list[Leak]:
-    """Every training record that gives a test record away, once, by what is surest, and by its nearest test record.
-
-    near_bits: bits of 256 in which the hashes of near images differ at most; None: these are not looked for.
-    """
-    known = set(test.ids)
-    files, pixels = _first(test, "file"), _first(test, "pixels")
-    near = {} if near_bits is None else _nearest(training, test, near_bits)
-    found = []
-    for place, (name, own) in enumerate(zip(training.ids, training.images, strict=True)):
-        if name in known:
-            found.append(Leak(name, name, "same id"))
-        elif own and own.file in files:
-            found.append(Leak(name, files[own.file], "same bytes"))
-        elif own and own.pixels in pixels:
-            found.append(Leak(name, pixels[own.pixels], "same pixels"))
-        elif place in near:
-            distance, other = near[place]
-            found.append(Leak(name, test.ids[other], "near", distance))
-    return found
-
-
-def _first(records: Prints, field: str) -> dict[bytes, str]:
-    """Digest -> the first record that has it."""
-    found: dict[bytes, str] = {}
-    for name, own in zip(records.ids, records.images, strict=True):
-        if own and getattr(own, field):
-            found.setdefault(getattr(own, field), name)
-    return found
-
-
-def _nearest(training: Prints, test: Prints, bits: int) -> dict[int, tuple[int, int]]:
-    """Place in training -> (bits apart, place in test) of the nearest test image within `bits`."""
-    (own, a), (others, b) = (hash_rows(one or Print(b"") for one in part.images) for part in (training, test))
-    pairs = near_pairs_between(a, b, bits)
-    found: dict[int, tuple[int, int]] = {}
-    for (i, j), apart in zip(pairs.tolist(), distances(a[pairs[:, 0]], b[pairs[:, 1]]).tolist(), strict=True):
-        place, one = int(own[i]), (apart, int(others[j]))
-        found[place] = min(found.get(place, one), one)
-    return found
 
 
 def check_cell(cell: Cell, subsets: Mapping[str, Subset]) -> None:
@@ -170,30 +89,31 @@ class LeakGuard:
             refuse(guard.look(cell))
 
     All records of a training subset are looked at, also where a cell takes a part of them. Cells that may see their
-    target are trained on its training records, never on a test image.
+    target are trained on its training records, never on a test image or a patient of its tests.
 
     drawn: the images are drawn for the run, as phantoms are. None is a copy of another then (no two of 32 subsets of
     the phantom world are within 20 bits): neither near ones nor related datasets are looked for.
     related: as `related_datasets`.
+    general: the supply of general records that every training has some of; None: there is none. Their questions are
+    held against those of the tests too, and near images are looked for among them whatever the source.
     """
 
     def __init__(
         self, source: Source, study: StudyConfig = StudyConfig(), *, drawn: bool = False,
-        related: Callable[[str], Mapping[str, str]] = related_datasets,
+        related: Callable[[str], Mapping[str, str]] = related_datasets, general: RecordSet | None = None,
     ):  # fmt: skip
-        self._source, self._related, self._drawn = source, related, drawn
-        near = study.near_duplicates
-        self._near_bits = study.near_duplicate_bits if near != "off" and not drawn else None
-        self._actions = dict.fromkeys(("same bytes", "same pixels"), ACTIONS[study.leaks])
-        # A fault of the expansion, and what no record is to blame for.
-        self._actions |= {"same id": "refused", "near": ACTIONS.get(near, ""), "lineage": "reported"}
+        self._source, self._related, self._drawn, self._general = source, related, drawn, general
+        self._near_bits = study.near_duplicate_bits if study.near_duplicates != "off" else None
+        self._actions, self._actions_of_general = actions_of(study), actions_of_general(study)
         self._subsets = {subset.name: subset for subset in source.subsets}
-        self._decoded: dict[bytes, Print] | None = None if self._near_bits is None else {}
-        self._prints: dict[tuple[str, Split], Prints] = {}
+        self._decoded: dict[bytes, Print] = {}
+        self._prints: dict[tuple[str, Split, bool], Prints] = {}
+        self._prints_of_general: Prints | None = None
         self._found: dict[tuple[str, str], list[Leak]] = {}
+        self._found_in_general: dict[str, list[Leak]] = {}
 
     def look(self, cell: Cell) -> list[Finding]:
-        """What a cell's training subsets give away of its tests; by kind, training and test record.
+        """What a cell's trainings give away of its tests; by kind, training and test record.
 
         Raises:
           ConfigError: it is trained on a subset that it may not see; the message names the cell and the subset.
@@ -203,20 +123,47 @@ class LeakGuard:
         if not names <= set(self._subsets):  # detection files are looked at where a cell has some, and only there
             self._subsets |= {subset.name: subset for subset in self._source.detection_subsets}
         check_cell(cell, self._subsets)
-        found = {leak for name in cell.related for target in cell.target for leak in self._leaks(name, target)}
+        leaks = {
+            (leak, self._actions[leak.kind])
+            for name in cell.related
+            for target in cell.target
+            for leak in self._leaks(name, target)
+        }
+        if self._general is not None and cell.related:
+            leaks |= {
+                (leak, self._actions_of_general[leak.kind])
+                for target in cell.target
+                for leak in self._leaks_of_general(target)
+            }
         order = list(KINDS)
         return [
-            Finding(cell.id, leak, self._actions[leak.kind])
-            for leak in sorted(found, key=lambda leak: (order.index(leak.kind), leak.training, leak.test))
+            Finding(cell.id, leak, action)
+            for leak, action in sorted(
+                leaks, key=lambda one: (order.index(one[0].kind), one[0].training, one[0].test, one[1])
+            )
         ]
 
     def _leaks(self, name: str, target: str) -> list[Leak]:
         if (name, target) not in self._found:
-            training, test = self._prints_of(name, "train"), self._prints_of(target, "test")
-            self._found[name, target] = find_leaks(training, test, self._near_bits)
+            near_bits = None if self._drawn else self._near_bits
+            training, test = (
+                self._prints_of(subset, split, decode=near_bits is not None)
+                for subset, split in ((name, "train"), (target, "test"))
+            )
+            self._found[name, target] = find_leaks(training, test, near_bits)
             if name != target and not self._drawn:
                 self._found[name, target] += self._lineage(name, training, target, test)
         return self._found[name, target]
+
+    def _leaks_of_general(self, target: str) -> list[Leak]:
+        decode = self._near_bits is not None
+        if self._prints_of_general is None:
+            self._prints_of_general = prints(self._general, self._decoded if decode else None)
+        if target not in self._found_in_general:
+            training, test = self._prints_of_general, self._prints_of(target, "test", decode)
+            found = find_leaks(training, test, self._near_bits, questions=True)
+            self._found_in_general[target] = found + self._lineage(GENERAL, training, target, test)
+        return self._found_in_general[target]
 
     def _lineage(self, name: str, training: Prints, target: str, test: Prints) -> list[Leak]:
         """The datasets that two subsets have in common, or that are related; named in place of records."""
@@ -226,21 +173,18 @@ class LeakGuard:
                 found.append(Leak(f"{name} data-no {number}", f"{target} data-no {other}", "lineage"))
         return found
 
-    def _prints_of(self, subset: str, split: Split) -> Prints:
-        if (subset, split) not in self._prints:
-            self._prints[subset, split] = prints(self._source.records(subset, split), self._decoded)
-        return self._prints[subset, split]
+    def _prints_of(self, subset: str, split: Split, decode: bool) -> Prints:
+        if (subset, split, decode) not in self._prints:
+            records = self._source.records(subset, split)
+            self._prints[subset, split, decode] = prints(records, self._decoded if decode else None)
+        return self._prints[subset, split, decode]
 
 
 def refuse(found: Sequence[Finding]) -> None:
     """Raises DataError when one of the findings is refused; it names the first one's cell and both its records."""
     for one in found:
         if one.action == "refused":
-            leak, apart = one.leak, f" ({one.leak.distance_bits} of 256 bits apart)" if one.leak.kind == "near" else ""
-            raise DataError(
-                f"{one.cell}: training record {leak.training} has {KINDS[leak.kind]} test record {leak.test}{apart}; "
-                "take one of them out of the tree (`medcg data check` lists all)"
-            )
+            raise DataError(f"{one.cell}: {words(one.leak)}; {remedy(one.leak)}")
 
 
 def dropped(found: Sequence[Finding]) -> frozenset[str]:

@@ -134,7 +134,8 @@ def render(grid: Grid, summary: dict, tables: dict[str, Table], plots: Plots, su
 
 
 def limits(grid: Grid, summary: dict) -> list[str]:
-    return [*report_contamination.limits(grid), *report_limits.limits(grid, summary)]
+    own = [*report_contamination.limits(grid), *report_controls.limits(grid, summary)]
+    return [*own, *report_limits.limits(grid, summary)]
 
 
 def page_template(name: str, **values) -> jinja2.Template:

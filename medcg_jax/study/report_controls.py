@@ -1,7 +1,9 @@
 """The controls of a grid's answers as tables: what letters alone give, and the tests asked again in another way."""
 
-from medcg_jax.study.report_files import Score, arm_name
+from medcg_jax.study.controls import SHUFFLED
+from medcg_jax.study.report_files import Grid, Score, arm_name
 from medcg_jax.study.report_tables import Column, Table
+from medcg_jax.study.report_text import listed
 
 
 def controls(summary: dict) -> list[Table]:
@@ -63,6 +65,17 @@ def asked_again(summary: dict) -> Table:
             colour = "loss" if other["ci_low"] > other["chance"] else "win"
         made.add(_named(one) | values, shuffled=colour)
     return made
+
+
+def limits(grid: Grid, summary: dict) -> list[str]:
+    """Which tests could not be asked beside other images, in a grid that wanted it."""
+    names = sorted({name for one in summary["controls_of_answers"] for name in one["not_shuffled"]})
+    if not names or SHUFFLED not in grid.config["eval"].get("controls", ()):
+        return []
+    return [
+        f"The tests of {listed(names)} were not asked beside other images, since their records have none or all the "
+        "same: whether questions alone give their answers away is not known."
+    ]
 
 
 def _named(one: dict) -> dict:

@@ -19,6 +19,7 @@ from medcg_jax.run_checks import profile_steps
 from medcg_jax.run_config import ConfigError, RunConfig, TrainConfig
 from medcg_jax.train import disk, goodput
 from medcg_jax.train.checkpoint import save_params
+from medcg_jax.train.held_out import left_out
 from medcg_jax.train.loop import Cell, fit
 from medcg_jax.train.optim import control_from, make_optimizer
 from medcg_jax.train.preempt import sigterm_saves
@@ -50,7 +51,8 @@ def train(run: RunConfig, workdir: Path) -> dict:
     time of all its starts was spent, and the result has the same as "goodput".
 
     Raises:
-      ConfigError, DataError: as `open_setup`; there is nothing to train on; or no room for what is left in `workdir`.
+      ConfigError, DataError: as `open_setup`; there is nothing to train on, or a record gives a test away
+        (`held_out.left_out`); or no room for what is left in `workdir`.
       NonFiniteLoss: the run diverged.
       Interrupted, CheckpointError, SaveError, LossDiffers: as `fit`.
     """
@@ -69,9 +71,15 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
     setup = open_setup(run)
     names = subset_names(setup.source, run.data)
     sets = [setup.source.records(name, "train") for name in names]
+    general = None
     if setup.general:
-        sets.append(setup.general.draw(tuple((name, len(own)) for name, own in sorted(zip(names, sets)))))
-    encoded = setup.encode(concat(sets))
+        general = setup.general.draw(tuple((name, len(own)) for name, own in sorted(zip(names, sets))))
+        sets.append(general)
+    records = concat(sets)
+    out = left_out(run, setup.source, names, general)
+    if out:
+        records = records.select(i for i, record in enumerate(records.records) if record.id not in out)
+    encoded = setup.encode(records)
     if not len(encoded):
         raise ConfigError(f"data.subsets={','.join(names)}: these have no training records")
     longest = int(encoded.arrays["length"].max())
@@ -107,8 +115,9 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
         tensorboard=workdir / "tensorboard" if run.log.tensorboard else None,
         wandb=WandbTarget(run.log.wandb, run.name, workdir, dataclasses.asdict(run)) if run.log.wandb else None,
         checkpoints=workdir / "checkpoints",
-        config=identity(run),
         pixels=setup.pixels,
+        # Named where there are some alone, so that other runs are gone on with as before.
+        config=identity(run) | ({"left_out": sorted(out)} if out else {}),
         flops_per_step=step_flops(
             encoded, setup.model, trainable=run.model.trainable, batch_size=run.train.batch_size
         ),

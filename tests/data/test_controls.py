@@ -92,3 +92,28 @@ def test_options_that_are_no_lines_are_refused():
 
 def test_a_lone_record_has_no_other_image():
     assert "shuffled_images" not in control_sets(made([2], [0]), CONTROLS, 0)
+
+
+def with_images(numbers: list[int]) -> RecordSet:
+    """Records whose images are filled with these numbers."""
+    records = made([2] * len(numbers), [0] * len(numbers)).records
+    return RecordSet(records, np.array(numbers, np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8))
+
+
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=20), st.integers(0, 3))
+def test_no_record_is_asked_beside_its_own_image_under_another_name(numbers, seed):
+    records = with_images(numbers)
+    asked = control_sets(records, ("shuffled_images",), seed).get("shuffled_images")
+    number_of = {record.id: number for record, number in zip(records.records, numbers, strict=True)}
+    shown = [] if asked is None else [int(asked.image(i)[0, 0, 0]) for i in range(len(asked))]
+    assert all(number_of[record.id] != number for record, number in zip(asked.records if asked else (), shown))
+    # All that can be are asked, and no image more often than it is there.
+    most = max(map(numbers.count, numbers))
+    assert len(shown) == min(len(numbers), 2 * (len(numbers) - most))
+    assert all(shown.count(number) <= numbers.count(number) for number in numbers)
+
+
+def test_one_image_for_all_and_questions_alone_cannot_be_exchanged():
+    assert control_sets(with_images([3, 3, 3]), ("shuffled_images",), 0) == {}
+    texts = [replace(record, image="") for record in made([2] * 4, [0] * 4).records]
+    assert control_sets(RecordSet(texts, np.zeros((4, 1, 1, 3), np.uint8)), ("shuffled_images",), 0) == {}

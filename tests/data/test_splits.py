@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medcg_jax.data.records import Subset
-from medcg_jax.data.splits import balanced, is_out_of_distribution, train_test_split
+from medcg_jax.data.records import Record, Subset
+from medcg_jax.data.splits import balanced, is_out_of_distribution, shared_groups, train_test_split
 
 
 def split_by_image(labels: dict[str, str]) -> set[str]:
@@ -135,3 +135,40 @@ def test_caps_take_as_many_of_each_label_as_there_are(labels, limit, seed):
     # A label of which some are left out has at most one less than any other.
     short = [part[label] for label in whole if part[label] < whole[label]]
     assert not short or max(part.values()) - min(short) <= 1
+
+
+def record(name: str, data_no: str, *, group: str = "", image: str = "a.png", subset: str = "04") -> Record:
+    return Record(f"{subset}/{name}", subset, (), image=image, data_no=data_no, group=group)
+
+
+def shared(training: list[Record], test: list[Record]) -> dict[str, tuple[list[str], list[str]]]:
+    found = shared_groups(training, test)
+    return {key: ([r.id for r in both[0]], [r.id for r in both[1]]) for key, both in found.items()}
+
+
+def test_a_patient_on_both_sides_is_found_with_all_its_records():
+    training = [record(str(i), "5", group=name) for i, name in enumerate(["p1", "p2", "p1", ""])]
+    test = [record(f"t{i}", "5", group=name, subset="05") for i, name in enumerate(["p3", "p1", ""])]
+    assert shared(training, test) == {"5/p1": (["04/0", "04/2"], ["05/t1"])}
+    assert shared(training, test[:1]) == {}
+
+
+def test_a_patients_name_holds_within_one_data_set():
+    assert shared([record("0", "5", group="p1")], [record("1", "6", group="p1")]) == {}
+    assert shared([record("0", "", group="p1")], [record("1", "", group="p1")]) == {"/p1": (["04/0"], ["04/1"])}
+
+
+def test_image_names_tell_the_patient_where_the_record_does_not():
+    left, right = record("0", "53", image="a/9120059L.jpg"), record("1", "53", image="b/9120059R.jpg")
+    assert list(shared([left], [right])) == ["53/9120059"]
+    assert list(shared([left], [record("1", "53", group="9120059")])) == ["53/9120059"]
+    assert shared([left], [record("1", "53", image="b/9120059R.jpg", group="another")]) == {}
+
+
+def test_data_sets_of_one_origin_number_their_patients_alike():
+    """61 is a sample of 80, NIH's films; 53 and 78 are others, whatever their names."""
+    for a, b in (("61", "80"), ("80", "61")):
+        films = [record("0", a, image="a/00000013_005.png")], [record("1", b, image="b/00000013_001.png", subset="05")]
+        assert shared(*films) == {"61/00000013": (["04/0"], ["05/1"])}
+    # 54 and 81 may share images; that is not sure.
+    assert shared([record("0", "54", group="1")], [record("1", "81", group="1")]) == {}

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 from report_grids import make_grid, run_of
 
-from medcg_jax.data.duplicates import NEAR_BITS
+from medcg_jax.data import leaks as data_leaks
+from medcg_jax.data.duplicates import NEAR_BITS, hash_rows
+from medcg_jax.data.leaks import Leak, find_leaks, prints
 from medcg_jax.data.phantom import PhantomSource
 from medcg_jax.data.records import DataError
 from medcg_jax.data.release import ReleaseSource
@@ -70,7 +72,7 @@ def test_a_copy_saved_anew_is_found_and_refused(tree):
 
 @pytest.mark.parametrize("action", ["refuse", "drop", "report"])
 def test_every_action_of_either_kind(tree, action):
-    done = leaks.ACTIONS[action]
+    done = data_leaks.ACTIONS[action]
     found = look(tree, cell(), leaks=action, near_duplicates="off")
     assert found == []  # no image was decoded
     assert look(tree, cell(THIRD), leaks=action, near_duplicates="off") == [
@@ -89,15 +91,15 @@ def test_a_near_image_is_refused_with_its_distance(tree):
 
 
 def test_nothing_is_decoded_where_near_images_are_not_looked_for(tree, monkeypatch):
-    monkeypatch.setattr(leaks, "print_of", lambda *of: pytest.fail("decoded"))
+    monkeypatch.setattr(data_leaks, "print_of", lambda *of: pytest.fail("decoded"))
     look(tree, cell(), near_duplicates="off")
     phantoms = PhantomSource(5, 4, 4)
     assert leaks.LeakGuard(phantoms, StudyConfig(near_duplicates="refuse"), drawn=True).look(cell()) == []
 
 
 def test_each_image_is_decoded_once(tree, monkeypatch):
-    decoded, original = [], leaks.print_of
-    monkeypatch.setattr(leaks, "print_of", lambda image, digest: decoded.append(digest) or original(image, digest))
+    decoded, original = [], data_leaks.print_of
+    monkeypatch.setattr(data_leaks, "print_of", lambda image, digest: decoded.append(digest) or original(image, digest))
     guard = leaks.LeakGuard(ReleaseSource(tree, DataConfig()))
     for one in (cell(), cell(THIRD), cell(), cell(related=(OTHER, "ct-brain-state"))):
         guard.look(one)
@@ -108,8 +110,8 @@ def test_phantoms_are_not_near_each_other():
     """Why a grid of phantoms does not look for near ones."""
     source, decoded = PhantomSource(1, 12, 12), {}
     for subset in source.subsets[::4]:
-        parts = [leaks.prints(source.records(subset.name, split), decoded) for split in ("train", "test")]
-        assert leaks.find_leaks(*parts, NEAR_BITS) == []
+        parts = [prints(source.records(subset.name, split), decoded) for split in ("train", "test")]
+        assert find_leaks(*parts, NEAR_BITS) == []
 
 
 def test_related_datasets_are_listed(clean_tree, tmp_path):
@@ -120,7 +122,7 @@ def test_related_datasets_are_listed(clean_tree, tmp_path):
     related = {"53": {"60": "60 holds images of 53"}}
     guard = leaks.LeakGuard(ReleaseSource(root, DataConfig()), related=lambda number: related.get(number, {}))
     assert [(f.leak, f.action) for f in guard.look(cell())] == [
-        (leaks.Leak(f"{OTHER} data-no 53", f"{TARGET} data-no 60", "lineage"), "reported")
+        (Leak(f"{OTHER} data-no 53", f"{TARGET} data-no 60", "lineage"), "reported")
     ]
     assert [f.leak.test for f in guard.look(cell(THIRD))] == [f"{THIRD} data-no 53"]
     assert guard.look(cell("ct-brain-state")) == []
@@ -245,18 +247,25 @@ def test_the_report_has_a_table_where_something_was_found_and_none_elsewhere(tmp
     assert "Contamination" not in before and not (page.parent / "tables" / "contamination.csv").exists()
     name = next(workdir.glob("predictions/*trained*")).stem
     findings = [
-        leaks.Finding(name, leaks.Leak("a/train/1", "b/test/2", "same pixels"), "dropped"),
-        leaks.Finding(name, leaks.Leak("a/train/<3>", "b/test/4", "near", 6), "reported"),
-        leaks.Finding(name, leaks.Leak("a data-no 1", "b data-no 2", "lineage"), "reported"),
+        leaks.Finding(name, Leak("a/train/1", "b/test/2", "same pixels"), "dropped"),
+        leaks.Finding(name, Leak("a/train/<3>", "b/test/4", "near", 6), "reported"),
+        leaks.Finding(name, Leak("a/train/5", "b/test/5", "near", 2, "mirrored"), "reported"),
+        leaks.Finding(name, Leak("a data-no 1", "b data-no 2", "lineage"), "reported"),
+        leaks.Finding(name, Leak("a/train/6", "b/test/6", "same group"), "reported"),
+        leaks.Finding(name, Leak("a/train/7", "b/test/6", "likely same group"), "reported"),
+        leaks.Finding(name, Leak("general/train/8", "b/test/6", "same question"), "refused"),
     ]
     contamination.write_part(workdir, "job", findings)
     (workdir / "contamination.csv").write_text((workdir / "contamination" / "job.csv").read_text())
     text = write_report(workdir).read_text()
-    assert "a/train/&lt;3&gt; and b/test/4: near (6 bits)" in text and "1 cell of" in text
+    assert "a/train/&lt;3&gt; and b/test/4: near (6 bits); a/train/5 and b/test/5: near, mirrored (2 bits)" in text
+    assert "1 cell of" in text
+    for words in ("on images that are in", "on patients or lesions that are in", "as their names say, in their test set"):
+        assert words in text
+    assert "on questions of their test set" not in text  # refused, and so not trained on
     (row,) = csv.DictReader((page.parent / "tables" / "contamination.csv").read_text().splitlines())
-    assert (row["cell"], row["exact"], row["near"], row["dropped"], row["refused"], row["lineage"]) == (
-        name, "1", "1", "1", "0", "1"
-    )  # fmt: skip
+    columns = ("exact", "near", "changed", "group", "likely_group", "question", "dropped", "refused", "lineage")
+    assert row["cell"] == name and [row[key] for key in columns] == list("121111111")
     # A file without a finding says nothing on the page.
     (workdir / "contamination.csv").write_text(",".join(contamination.HEADER) + "\n")
     assert write_report(workdir).read_text() == before
@@ -265,9 +274,9 @@ def test_the_report_has_a_table_where_something_was_found_and_none_elsewhere(tmp
 def test_prints_of_files_are_those_of_pixels(tree):
     source = ReleaseSource(tree, DataConfig())
     held = source.records(TARGET, "test")
-    own = leaks.prints(held, {})
+    own = prints(held, {})
     assert all(len(image.perceptual) == 32 for image in own.images)
-    assert np.array_equal(leaks.hash_rows(own.images)[0], np.arange(len(held)))
+    assert np.array_equal(hash_rows(own.images)[0], np.arange(len(held)))
 
 
 @pytest.mark.timeout(400)
@@ -290,6 +299,11 @@ def test_a_grid_that_is_started_again_ends_in_the_same_bytes(tree, tmp_path):
         (*SAME, "dropped"), (*NEAR, "reported")
     }  # fmt: skip
     assert "Contamination" in Path(result["page"]).read_text()
+    # Every question once more beside another image, the answer by its letters alone.
+    for path in workdir.glob("predictions/*.jsonl"):
+        lines = [json.loads(line) for line in (workdir / "controls" / path.name).read_text().splitlines()]
+        assert {(line["control"], line["generated"]) for line in lines} == {("shuffled_images", None)}
+        assert [line["id"] for line in lines] == [json.loads(line)["id"] for line in path.read_text().splitlines()]
     for name in {row["cell"] for row in rows}:
         for path in (*workdir.glob(f"state/done/{name}.json"), *workdir.glob(f"contamination/{name}.csv")):
             path.unlink()

@@ -7,12 +7,13 @@ import shutil
 import numpy as np
 import pytest
 
+from medcg_jax.data.leaks import Leak, find_leaks, prints
 from medcg_jax.data.phantom_boxes import PhantomBoxSource
 from medcg_jax.data.records import DataError, Record, RecordSet, Turn, concat
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.run_config import TABLES, ConfigError, DataConfig, RunConfig, replace
 from medcg_jax.study import suite
-from medcg_jax.study.leaks import Leak, LeakGuard, check_cell, find_leaks, prints, refuse
+from medcg_jax.study.leaks import LeakGuard, check_cell, refuse
 from medcg_jax.study.suite import Cell
 from medcg_jax.train.goodput import Goodput
 
