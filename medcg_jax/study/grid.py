@@ -23,7 +23,7 @@ from medcg_jax import distributed
 from medcg_jax.data.general import open_general
 from medcg_jax.data.sources import open_source
 from medcg_jax.files import write_whole
-from medcg_jax.run_config import BOX_TABLES, ConfigError, Interrupted, RunConfig, flat
+from medcg_jax.run_config import BOX_TABLES, ConfigError, Interrupted, RunConfig, flat, free_fields
 from medcg_jax.study import claims, contamination, results
 from medcg_jax.study.progress import Progress
 from medcg_jax.study.schedule import Job, Plan, make_plan, seeded
@@ -31,12 +31,6 @@ from medcg_jax.study.stats import summarise
 from medcg_jax.train import goodput
 from medcg_jax.train.preempt import sigterm_saves
 
-# Fields that change neither scores nor predictions, so that a grid may be continued with other values.
-FREE_FIELDS = (
-    "name", "study.jobs", "study.base_dir", "train.log_every_steps", "train.keep_checkpoints", "train.keep_every_steps",
-    "base.log_every_steps", "base.keep_checkpoints", "base.keep_every_steps",
-    "log.tensorboard", "log.wandb", "log.profile_steps",
-)  # fmt: skip
 PACKAGES = ("medcg-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # XLA on a CPU with one thread, for processes that share the cores of one machine; accelerators are not touched by it.
 ONE_THREAD = {"NPROC": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
@@ -301,9 +295,9 @@ def data_fingerprint(run: RunConfig) -> str:
 
 def check_same(old: dict, new: dict, workdir: Path) -> None:
     """Raises ConfigError when two config.json are of different grids; prints a line when versions moved."""
-    before, now = flat(old["config"]), flat(new["config"])
+    before, now, free = flat(old["config"]), flat(new["config"]), free_fields()
     for field in sorted(before.keys() | now.keys()):
-        if field not in FREE_FIELDS and before.get(field) != now.get(field):
+        if field not in free and before.get(field) != now.get(field):
             raise ConfigError(
                 f"{workdir} holds a grid with {field}={before.get(field)!r}, not {now.get(field)!r}: "
                 "give another --workdir, or the value that it has"
