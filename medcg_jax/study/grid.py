@@ -8,7 +8,6 @@ writes the tables.
 import dataclasses
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -16,12 +15,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from medcg_jax import distributed
+from medcg_jax.agreement import data_fingerprint, versions
 from medcg_jax.data.general import open_general
-from medcg_jax.data.sources import open_source
 from medcg_jax.files import write_whole
 from medcg_jax.run_config import BOX_TABLES, ConfigError, Interrupted, RunConfig, flat, free_fields
 from medcg_jax.study import claims, contamination, results
@@ -31,7 +29,6 @@ from medcg_jax.study.stats import summarise
 from medcg_jax.train import goodput
 from medcg_jax.train.preempt import sigterm_saves
 
-PACKAGES = ("medcg-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # XLA on a CPU with one thread, for processes that share the cores of one machine; accelerators are not touched by it.
 ONE_THREAD = {"NPROC": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
 # Time to save what is under way; schedulers give 30 s and more after a SIGTERM.
@@ -270,7 +267,7 @@ def write_config(run: RunConfig, workdir: Path, plan: Plan) -> None:
     new = {
         "config": dataclasses.asdict(run),
         "versions": versions(),
-        "data": {str(seed): data_fingerprint(seeded(run, seed)) for seed in run.study.seeds},
+        "data": data_fingerprints(run),
         "cells": len(plan.cells),
     }
     new = json.loads(json.dumps(new))  # tuples as lists, as they come back from the file
@@ -282,15 +279,10 @@ def write_config(run: RunConfig, workdir: Path, plan: Plan) -> None:
     write_whole(path, json.dumps(new, indent=1) + "\n")
 
 
-def data_fingerprint(run: RunConfig) -> str:
-    """Of the choice records, of the boxes where a table trains on them, and of the general records if any."""
-    source = open_source(run.data)
-    found = [source.fingerprint()]
-    if set(run.study.tables) & set(BOX_TABLES):
-        found.append(source.detection_fingerprint())
-    if general := open_general(run.data):
-        found.append(general.fingerprint())
-    return " ".join(found)
+def data_fingerprints(run: RunConfig) -> dict[str, str]:
+    """Seed -> fingerprint of its data: of boxes too where a table trains on them."""
+    with_boxes = bool(set(run.study.tables) & set(BOX_TABLES))
+    return {str(seed): data_fingerprint(seeded(run, seed), with_boxes=with_boxes) for seed in run.study.seeds}
 
 
 def check_same(old: dict, new: dict, workdir: Path) -> None:
@@ -308,15 +300,3 @@ def check_same(old: dict, new: dict, workdir: Path) -> None:
     moved = [f"{k} {v} -> {new['versions'].get(k)}" for k, v in old["versions"].items() if new["versions"].get(k) != v]
     if moved:
         print(f"going on with other versions, so last digits may differ: {', '.join(moved)}", file=sys.stderr)
-
-
-def versions() -> dict[str, str]:
-    """Versions that numbers depend on; a package that is not installed is "none"."""
-
-    def one(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return "none"
-
-    return {"python": platform.python_version()} | {name: one(name) for name in PACKAGES}
