@@ -184,14 +184,17 @@ def started(args: argparse.Namespace, run: RunConfig) -> Iterator[None]:
     """Sets XLA's flags and joins this process to the others of its run, if any; the first of them alone prints.
 
     Raises:
-      ConfigError: flags or environment variables about processes that cannot be used.
+      ConfigError: flags or environment variables about processes that cannot be used, or processes that do not agree.
       RunError: the others do not come.
     """
     flags = {name: getattr(args, name) for name in ("coordinator", "num_processes", "process_id")}
     place = cluster.detect(os.environ, **flags)
     said = xla_flags.apply(run.deterministic, whole_device=args.verb != "reproduce" or run.study.jobs == 1)
     if place:
+        from medcg_jax.agreement import check_agreement
+
         distributed.start(place)
+        check_agreement(run, args.verb, workdir(args, run), lambda: fingerprints(args, run))
     from medcg_jax.train.log import keep_programs
 
     keep_programs()
@@ -201,6 +204,17 @@ def started(args: argparse.Namespace, run: RunConfig) -> Iterator[None]:
     else:
         with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
             yield
+
+
+def fingerprints(args: argparse.Namespace, run: RunConfig) -> dict[str, str]:
+    """Of the data that the verb reads, by name."""
+    if args.verb == "reproduce" and not run.study.models:
+        from medcg_jax.study import grid
+
+        return {f"seed {seed}": digest for seed, digest in grid.data_fingerprints(run).items()}
+    from medcg_jax.agreement import data_fingerprint
+
+    return {"all": data_fingerprint(run, with_boxes=True)}
 
 
 def workdir(args: argparse.Namespace, run: RunConfig) -> Path:

@@ -14,11 +14,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from medcg_jax.cluster import AUTO, Cluster
+from medcg_jax.meeting import meeting
 from medcg_jax.run_config import RunError
 
+# What a process waits at its start for the others.
 START_S = 300
 # A sign of life every so often; a process without one for so long is dead. Together with the time that the others need
 # to hear of it less than a minute.
@@ -83,11 +86,8 @@ class _Processes:
                 continue
             if gone and not self.leaving.is_set():
                 index, why = min(gone.items())
-                self.say(f"{self.name(index)} {why}; {self.name(self.index)} ends with it")
+                _say(f"{self.name(index)} {why}; {self.name(self.index)} ends with it")
                 self.end(1)
-
-    def say(self, line: str) -> None:
-        print(f"medcg: {line}", file=sys.stderr, flush=True)
 
     def gone(self, why: str) -> None:
         """Tells the others that this process ends early."""
@@ -139,7 +139,8 @@ def start(cluster: Cluster, *, timeout_s: float = START_S) -> None:
     """Joins this process to the others of its run; to be called once, before JAX touches a device.
 
     Raises:
-      RunError: the coordinator or some of the others do not come within `timeout_s`.
+      ConfigError: the processes do not fit together, or process 0 cannot listen (`meeting`); on all of them.
+      RunError: some of the others do not come within `timeout_s`.
     """
     global _processes
     import jax
@@ -149,27 +150,35 @@ def start(cluster: Cluster, *, timeout_s: float = START_S) -> None:
         initialization_timeout=int(timeout_s), heartbeat_timeout_seconds=RUNTIME_TIMEOUT_S,
         shutdown_timeout_seconds=RUNTIME_TIMEOUT_S,
     )  # fmt: skip
+    together = nullcontext()
     if cluster.coordinator != AUTO:
         options |= dict(
             coordinator_address=cluster.coordinator, num_processes=cluster.num_processes,
             process_id=cluster.process_id, local_device_ids=cluster.local_devices,
             cluster_detection_method="deactivate",
         )  # fmt: skip
-    try:
-        jax.distributed.initialize(**options)
-    except Exception as error:  # of gRPC, of the cluster's own detection: their text is long and names no field
-        reason = " ".join(str(error).split())[:200]
-        raise RunError(
-            f"the processes of this run did not come together within {timeout_s:.0f} s: coordinator "
-            f"{cluster.coordinator}, process {cluster.process_id} of {cluster.num_processes} by {cluster.how}"
-            f" ({reason})"
-        ) from error
+        together = meeting(cluster, timeout_s, _say)
+    with together as address:
+        try:
+            jax.distributed.initialize(**options, coordinator_bind_address=address)
+        except Exception as error:  # of gRPC, of the cluster's own detection: their text is long and names no field
+            reason = " ".join(str(error).split())[:200]
+            raise RunError(
+                f"the processes of this run did not come together within {timeout_s:.0f} s: coordinator "
+                f"{cluster.coordinator}, process {cluster.process_id} of {cluster.num_processes} by {cluster.how}"
+                f" ({reason})"
+            ) from error
     state = distributed.global_state
     if state.num_processes == 1:
         return
     _processes = _Processes(state.client, state.process_id, state.num_processes, state.coordinator_address)
     own = _processes.name(_processes.index)
-    _processes.say(f"{own} of {_processes.count} by {cluster.how}, coordinator {state.coordinator_address}")
+    listens = f", which listens at {address}" if address else ""
+    _say(f"{own} of {_processes.count} by {cluster.how}, coordinator {state.coordinator_address}{listens}")
+
+
+def _say(line: str) -> None:
+    print(f"medcg: {line}", file=sys.stderr, flush=True)
 
 
 def is_first() -> bool:
@@ -215,7 +224,7 @@ def wait(processes: _Processes, name: str, timeout_s: float) -> None:
             # One line, of the first process that is there.
             if late and processes.index == min(set(range(processes.count)) - set(late)):
                 names = ", ".join(map(processes.name, late))
-                processes.say(f"{name}: waiting for {names} since {time.monotonic() - began:.0f} s")
+                _say(f"{name}: waiting for {names} since {time.monotonic() - began:.0f} s")
 
     threading.Thread(target=tell, daemon=True).start()
     try:

@@ -5,6 +5,7 @@ A default that stands in for something the paper does not state says so beside i
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 
 SOURCES = ("phantom", "release", "prepared")
@@ -70,6 +71,16 @@ class Interrupted(KeyboardInterrupt):
     """
 
 
+def free(default):
+    """A field that changes no result but in last digits: where, how fast and how visibly a run goes. See `free_fields`."""
+    return field(default=default, metadata={"free": True})
+
+
+def later(default):
+    """A field that came after the first bases: left out of a base's fingerprint where it has its default."""
+    return field(default=default, metadata={"later": True})
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     """How many devices each mesh axis has; -1 on one axis takes what is left.
@@ -77,10 +88,10 @@ class MeshConfig:
     Of several TPU slices or GPU hosts, fsdp x tensor must divide one; cell and data go across them (`mesh.make_mesh`).
     """
 
-    cell: int = 1
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    cell: int = free(1)
+    data: int = free(-1)
+    fsdp: int = free(1)
+    tensor: int = free(1)
 
 
 @dataclass(frozen=True)
@@ -94,14 +105,14 @@ class ModelConfig:
     compute_dtype: str = "float32"
     # Products of the decoder's weights in 8 bits, by qwix: of `MATMUL` (`nn.matmul`); "": in `compute_dtype`.
     matmul: str = ""
-    attention: str = "auto"
-    remat: str = "none"
+    attention: str = free("auto")
+    remat: str = free("none")
     # Llama-3.2-Vision: whether inner layers of its tower give their "input", as Meta's model takes it, or their "output",
     # as transformers 4.57 to 5.23 do; "": Meta's. And whether tokens before every image are kept from it, as in Meta's.
     intermediate_from: str = ""
     mask_text_only_rows_attention: bool = False
     # Layers per iteration of the scan over blocks; 0: all on CPU (12 to 25 % faster there), 1 elsewhere.
-    scan_unroll: int = 0
+    scan_unroll: int = free(0)
     # Qwen2-VL resizes images to so many pixels at least and at most; 0: the size's own.
     min_pixels: int = 0
     max_pixels: int = 0
@@ -111,14 +122,14 @@ class ModelConfig:
     trainable: tuple[str, ...] = ("projector", "decoder")
     # Adapters on the decoder's products (LoRA): a part "lora" that can be trained in the decoder's place. 0: none, but
     # MiniGPT-v2 has its own.
-    lora_rank: int = 0
+    lora_rank: int = later(0)
     # Their product is scaled by alpha / rank. 0: twice the rank, as in LLaVA-1.5's own recipe (256 of 128).
-    lora_alpha: float = 0.0
+    lora_alpha: float = later(0.0)
     # Of `LORA_TARGETS`; LLaVA-1.5's recipe has all.
-    lora_targets: tuple[str, ...] = LORA_TARGETS
+    lora_targets: tuple[str, ...] = later(LORA_TARGETS)
     # How parameters that are not trained are kept, of `BASE_DTYPES`. int8 and nf4 are for the matrices of blocks;
     # norms, biases and tables are bfloat16 then.
-    base_dtype: str = "float32"
+    base_dtype: str = later("float32")
 
 
 @dataclass(frozen=True)
@@ -185,12 +196,12 @@ class TrainConfig:
     param_dtype: str = "float32"
     moment_dtype: str = "float32"
     seed: int = 0
-    log_every_steps: int = 10
+    log_every_steps: int = free(10)
     # 0: only at the end.
-    checkpoint_every_steps: int = 0
+    checkpoint_every_steps: int = free(0)
     # The newest so many checkpoints are kept, and those of every so many steps beside them (0: none).
-    keep_checkpoints: int = 2
-    keep_every_steps: int = 0
+    keep_checkpoints: int = free(2)
+    keep_every_steps: int = free(0)
 
 
 @dataclass(frozen=True)
@@ -236,11 +247,11 @@ class StudyConfig:
     model_flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
     # One seed draws the data, the base and the fine-tunes alike.
     seeds: tuple[int, ...] = (0,)
-    jobs: int = 1
+    jobs: int = free(1)
     # Cells trained at once in one program; 0: as many as fit the memory of the devices (`scale.cells.fitting_cells`).
-    cells_at_once: int = 1
+    cells_at_once: int = free(1)
     # Where bases are kept between grids, by the fingerprint of what made them; "": in `bases` beside the workdir.
-    base_dir: str = ""
+    base_dir: str = free("")
     # Keep each cell's trained parameters (else only its scores).
     keep_weights: bool = False
     # What is done about a training record whose image, or patient (`Record.group`), is in a target's test set, and about
@@ -261,16 +272,16 @@ class LogConfig:
     """What `medcg train` shows beside its JSON lines; none of it changes a result. A grid keeps metrics of its own."""
 
     # Scalars for TensorBoard in WORKDIR/tensorboard.
-    tensorboard: bool = True
+    tensorboard: bool = free(True)
     # Project in Weights & Biases (extra `wandb`); "": none.
-    wandb: str = ""
+    wandb: str = free("")
     # Steps whose trace is written to WORKDIR/profile, "FIRST:LAST" with both included; "": none.
-    profile_steps: str = ""
+    profile_steps: str = free("")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    name: str = "run"
+    name: str = free("run")
     # GPUs: the same bytes whenever the same run is made again, as on other platforms anyway. The price is XLA's
     # autotuning (`xla_flags`): programs that live from it are slower, and one without deterministic kernels does not
     # compile.
@@ -284,6 +295,23 @@ class RunConfig:
     eval: EvalConfig = EvalConfig()
     study: StudyConfig = field(default_factory=StudyConfig)
     log: LogConfig = LogConfig()
+
+
+@functools.cache
+def marked(mark: str, cls: type = RunConfig, prefix: str = "") -> frozenset[str]:
+    """The fields of a configuration with this mark in their metadata, as "train.log_every_steps"."""
+    names = set()
+    for one in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(one.type):
+            names |= marked(mark, one.type, f"{prefix}{one.name}.")
+        elif one.metadata.get(mark):
+            names.add(prefix + one.name)
+    return frozenset(names)
+
+
+def free_fields() -> frozenset[str]:
+    """The fields with which a run or a grid may go on where they had other values: they change no result."""
+    return marked("free")
 
 
 def replace(config, **changes):

@@ -27,10 +27,12 @@ ALLOWED: dict[str, set[str]] = {
     "cli_data": {"run_config", "data", "study"},
     "host": set(),
     "cluster": {"run_config"},
-    "distributed": {"cluster", "run_config"},
+    "meeting": {"cluster", "run_config"},
+    "distributed": {"cluster", "meeting", "run_config"},
     "witness": set(),
     "xla_flags": set(),
     "config_file": {"run_config", "run_checks"},
+    "agreement": SHARED | {"data"},
     "mesh": SHARED,
     "nn": SHARED,
     "models": SHARED | {"nn", "mesh"},
@@ -38,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": BASICS,
     "train": SHARED | {"mesh", "nn", "models", "weights", "data"},
     "eval": SHARED | {"mesh", "nn", "models", "weights", "data", "train"},
-    "study": SHARED | {"config_file", "host", "mesh", "nn", "models", "weights", "data", "train", "eval"},
+    "study": SHARED | {"agreement", "config_file", "host", "mesh", "nn", "models", "weights", "data", "train", "eval"},
     "scale": SHARED | {"config_file", "host", "mesh", "nn", "models", "weights", "data", "train", "eval"},
 }
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "cli.py")

@@ -16,7 +16,7 @@ from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import Turn
 from medcg_jax.mesh import own_rows
 from medcg_jax.models.build import join, shardings, split_trainable
-from medcg_jax.run_config import MODELS, TRAINABLE, ModelConfig, RunConfig, TrainConfig
+from medcg_jax.run_config import MODELS, TRAINABLE, ModelConfig, RunConfig, TrainConfig, free_fields, marked
 from medcg_jax.study.schedule import seeded
 from medcg_jax.train.checkpoint import load_params, read_meta, save_params
 from medcg_jax.train.goodput import Goodput
@@ -31,10 +31,6 @@ from medcg_jax.train.utilisation import peak_flops, step_flops
 VICUNA_FRAME = 13
 # Tokens of an image whose place the reading exercises fill.
 EXERCISE_PLACES = 16
-# Fields of ModelConfig that came after the first bases.
-LATER_FIELDS = ("lora_rank", "lora_alpha", "lora_targets", "base_dtype")
-# Fields of the base's TrainConfig that do not change its weights.
-NOT_IN_FINGERPRINT = ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "keep_every_steps")
 
 
 def num_pretraining_records(base: TrainConfig) -> int:
@@ -52,10 +48,13 @@ def base_model(model: ModelConfig) -> ModelConfig:
 
 def made_of(run: RunConfig) -> dict:
     """Everything the base of a run (of one seed: `schedule.seeded`) is made of, as in JSON."""
-    base = {k: v for k, v in dataclasses.asdict(run.base).items() if k not in NOT_IN_FINGERPRINT}
+    free, later = free_fields(), marked("later")
+    base = {k: v for k, v in dataclasses.asdict(run.base).items() if f"base.{k}" not in free}
     model, plain = dataclasses.asdict(base_model(run.model)), dataclasses.asdict(ModelConfig())
+    # With their defaults: they stand in the fingerprints of bases that are there.
+    model |= {k: v for k, v in plain.items() if f"model.{k}" in free}
     # Left out where they say nothing: bases of before there were adapters are still the same.
-    model = {k: v for k, v in model.items() if k not in LATER_FIELDS or v != plain[k]}
+    model = {k: v for k, v in model.items() if f"model.{k}" not in later or v != plain[k]}
     parts = {
         "model": model | {"trainable": TRAINABLE},
         "tokenizer": run_tokenizer(run.model).fingerprint,

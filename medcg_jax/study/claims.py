@@ -3,24 +3,32 @@
 Claims of one piece of work are numbered files, `NAME.0`, `NAME.1`, ...; the highest holds. A file is created with
 O_EXCL, so that one process gets each number, and the next number may be taken only when the holder is dead. Nothing is
 ever deleted, so no process can remove a claim that another has just taken over.
+
+A holder of the same boot and process namespace is looked up among the processes; any other (another host, a container
+of this host's name) is judged by the times at which it touches its claim.
 """
 
 import json
 import os
 import re
 import socket
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from medcg_jax.files import write_whole
+from medcg_jax.untrusted import FileError, check_number, read_json
 
 HEARTBEAT_S = 10.0
-# A holder on another host that has not touched its claim for so long is taken for dead.
+# A holder that is judged by its heartbeat, and has not touched its claim for so long, is taken for dead.
 STALE_S = 180.0
+# Who waits for another's claim says so after so long, and then every so often.
+SAY_AFTER_S, SAY_EVERY_S = 10.0, 60.0
+MAX_CLAIM_BYTES = 4096
 
 
 def process_start(pid: int) -> str:
@@ -35,7 +43,20 @@ def process_start(pid: int) -> str:
 
 def identity() -> dict:
     """What a claim says of its holder."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "start": process_start(os.getpid())}
+    return {"pid": os.getpid(), "start": process_start(os.getpid())} | _world()
+
+
+def _world() -> dict:
+    """Where a process number means the same process: host, boot and process namespace; "" where the system has none."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return {"host": socket.gethostname(), "boot": boot, "namespace": namespace}
 
 
 def is_alive(holder: dict | None, age_s: float) -> bool:
@@ -46,7 +67,7 @@ def is_alive(holder: dict | None, age_s: float) -> bool:
     """
     if holder is not None and not holder["pid"]:
         return False  # released
-    if holder is None or holder["host"] != socket.gethostname():
+    if holder is None or any(holder.get(key) != value for key, value in _world().items()):
         return age_s < STALE_S
     start = process_start(holder["pid"])
     if start or Path("/proc/self/stat").exists():
@@ -82,7 +103,7 @@ class Claim:
         """Gives the work up, for anyone to claim again: the claim stays, marked as that of nobody."""
         self._done.set()
         self._thread.join()
-        _write(self.path, {"host": socket.gethostname(), "pid": 0, "start": ""})
+        _write(self.path, {"pid": 0, "start": ""} | _world())
 
 
 def take(folder: Path, name: str) -> Claim | None:
@@ -106,6 +127,7 @@ def take(folder: Path, name: str) -> Claim | None:
 
 def wait(folder: Path, name: str, done: Callable[[], bool], poll_s: float = 0.5) -> Claim | None:
     """The work's claim as soon as nobody else has it, or None as soon as `done()`."""
+    waiting = Waiting()
     while not done():
         claim = take(folder, name)
         if claim:
@@ -113,8 +135,40 @@ def wait(folder: Path, name: str, done: Callable[[], bool], poll_s: float = 0.5)
                 claim.release()
                 return None
             return claim
+        waiting.look(folder, [name])
         time.sleep(poll_s)
     return None
+
+
+class Waiting:
+    """Says for whom this process has been waiting: after 10 s, then every minute."""
+
+    def __init__(self):
+        self._began = time.monotonic()
+        self._next = self._began + SAY_AFTER_S
+
+    def look(self, folder: Path, names: Iterable[str]) -> None:
+        """To be called as long as this process waits for one of `names`."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        claimed = num_holders(folder)
+        held = next((words for name in names if name in claimed and (words := described(folder, name))), "")
+        self._next = now + (SAY_EVERY_S if held else SAY_AFTER_S)
+        if held:
+            print(f"waiting since {now - self._began:.0f} s: {held}", file=sys.stderr, flush=True)
+
+
+def described(folder: Path, name: str) -> str:
+    """Who holds the work, for people; "" where nobody does."""
+    number, holder, age_s = _last(folder, name)
+    if number < 0 or not is_alive(holder, age_s):
+        return ""
+    if holder is None:
+        who = f"a claim that cannot be read ({folder / f'{name}.{number}'})"
+    else:
+        who = f"process {holder['pid']} on {holder['host']}"
+    return f"{name} is held by {who}, last touched {age_s:.0f} s ago; without a sign of life for {STALE_S:.0f} s it is free"
 
 
 @contextmanager
@@ -149,17 +203,33 @@ def _last(folder: Path, name: str) -> tuple[int, dict | None, float]:
 
 
 def _age(path: Path) -> float:
+    """Seconds since the file was touched. Where its time lies in the future (of a clock that is ahead), nothing can be
+    told from it: seconds since this process first saw that time."""
     try:
-        return time.time() - path.stat().st_mtime
+        touched = path.stat().st_mtime
     except FileNotFoundError:
         return float("inf")
+    age_s = time.time() - touched
+    if age_s >= 0:
+        return age_s
+    now = time.monotonic()
+    if _ahead.get(path, (0.0, 0.0))[0] != touched:
+        _ahead[path] = touched, now
+    return now - _ahead[path][1]
+
+
+# Claim -> its time in the future, and when it was first seen.
+_ahead: dict[Path, tuple[float, float]] = {}
 
 
 def _read(path: Path) -> dict | None:
+    """What a claim says of its holder; None where that is not what a claim says."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        holder = read_json(path, max_bytes=MAX_CLAIM_BYTES)
+        check_number(holder.get("pid"), "pid", least=0, most=2**31 - 1, whole=True)
+    except FileError:
         return None
+    return holder if all(isinstance(holder.get(key), str) for key in ("host", "start")) else None
 
 
 def _write(path: Path, holder: dict) -> None:

@@ -8,7 +8,6 @@ writes the tables.
 import dataclasses
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -16,14 +15,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from medcg_jax import distributed
+from medcg_jax.agreement import data_fingerprint, versions
 from medcg_jax.data.general import open_general
-from medcg_jax.data.sources import open_source
 from medcg_jax.files import write_whole
-from medcg_jax.run_config import BOX_TABLES, ConfigError, Interrupted, RunConfig, flat
+from medcg_jax.run_config import BOX_TABLES, ConfigError, Interrupted, RunConfig, flat, free_fields
 from medcg_jax.study import claims, contamination, results
 from medcg_jax.study.progress import Progress
 from medcg_jax.study.schedule import Job, Plan, make_plan, seeded
@@ -31,13 +29,6 @@ from medcg_jax.study.stats import summarise
 from medcg_jax.train import goodput
 from medcg_jax.train.preempt import sigterm_saves
 
-# Fields that change neither scores nor predictions, so that a grid may be continued with other values.
-FREE_FIELDS = (
-    "name", "study.jobs", "study.base_dir", "train.log_every_steps", "train.keep_checkpoints", "train.keep_every_steps",
-    "base.log_every_steps", "base.keep_checkpoints", "base.keep_every_steps",
-    "log.tensorboard", "log.wandb", "log.profile_steps",
-)  # fmt: skip
-PACKAGES = ("medcg-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # XLA on a CPU with one thread, for processes that share the cores of one machine; accelerators are not touched by it.
 ONE_THREAD = {"NPROC": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
 # Time to save what is under way; schedulers give 30 s and more after a SIGTERM.
@@ -268,7 +259,7 @@ def write_config(run: RunConfig, workdir: Path, plan: Plan) -> None:
     """Writes config.json; where there is one already, checks that it is of the same grid.
 
     Raises:
-      ConfigError: it is not; the message names the first field that differs.
+      ConfigError: it is not, or cannot be read; the message names the first field that differs.
       DataError: the general records cannot be read, or are too few for the largest training.
     """
     if general := open_general(run.data):  # before anything is trained
@@ -276,34 +267,29 @@ def write_config(run: RunConfig, workdir: Path, plan: Plan) -> None:
     new = {
         "config": dataclasses.asdict(run),
         "versions": versions(),
-        "data": {str(seed): data_fingerprint(seeded(run, seed)) for seed in run.study.seeds},
+        "data": data_fingerprints(run),
         "cells": len(plan.cells),
     }
     new = json.loads(json.dumps(new))  # tuples as lists, as they come back from the file
     path = workdir / "config.json"
     if path.exists():
-        check_same(json.loads(path.read_text(encoding="utf-8")), new, workdir)
+        check_same(results.read_config_file(workdir), new, workdir)
     for name in ("predictions", "metrics", "state/done", "state/claims", "state/progress"):
         (workdir / name).mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(new, indent=1) + "\n")
 
 
-def data_fingerprint(run: RunConfig) -> str:
-    """Of the choice records, of the boxes where a table trains on them, and of the general records if any."""
-    source = open_source(run.data)
-    found = [source.fingerprint()]
-    if set(run.study.tables) & set(BOX_TABLES):
-        found.append(source.detection_fingerprint())
-    if general := open_general(run.data):
-        found.append(general.fingerprint())
-    return " ".join(found)
+def data_fingerprints(run: RunConfig) -> dict[str, str]:
+    """Seed -> fingerprint of its data: of boxes too where a table trains on them."""
+    with_boxes = bool(set(run.study.tables) & set(BOX_TABLES))
+    return {str(seed): data_fingerprint(seeded(run, seed), with_boxes=with_boxes) for seed in run.study.seeds}
 
 
 def check_same(old: dict, new: dict, workdir: Path) -> None:
     """Raises ConfigError when two config.json are of different grids; prints a line when versions moved."""
-    before, now = flat(old["config"]), flat(new["config"])
+    before, now, free = flat(old["config"]), flat(new["config"]), free_fields()
     for field in sorted(before.keys() | now.keys()):
-        if field not in FREE_FIELDS and before.get(field) != now.get(field):
+        if field not in free and before.get(field) != now.get(field):
             raise ConfigError(
                 f"{workdir} holds a grid with {field}={before.get(field)!r}, not {now.get(field)!r}: "
                 "give another --workdir, or the value that it has"
@@ -314,15 +300,3 @@ def check_same(old: dict, new: dict, workdir: Path) -> None:
     moved = [f"{k} {v} -> {new['versions'].get(k)}" for k, v in old["versions"].items() if new["versions"].get(k) != v]
     if moved:
         print(f"going on with other versions, so last digits may differ: {', '.join(moved)}", file=sys.stderr)
-
-
-def versions() -> dict[str, str]:
-    """Versions that numbers depend on; a package that is not installed is "none"."""
-
-    def one(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return "none"
-
-    return {"python": platform.python_version()} | {name: one(name) for name in PACKAGES}

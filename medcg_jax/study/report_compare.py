@@ -10,7 +10,7 @@ from scipy.stats import norm
 from statsmodels.stats.proportion import confint_proportions_2indep, proportions_ztest
 
 from medcg_jax.files import write_whole
-from medcg_jax.run_config import flat
+from medcg_jax.run_config import flat, free_fields
 from medcg_jax.study import stats
 from medcg_jax.study.mixed import mixed_interval
 from medcg_jax.study.paired import holm
@@ -19,9 +19,6 @@ from medcg_jax.study.report_files import Grid, Score, arm_name, letter_logprobs
 from medcg_jax.study.report_plots import BLUE, INK, ORANGE, draw
 from medcg_jax.study.report_tables import MARKS, Column, Table
 from medcg_jax.study.report_text import counted, points
-
-# Settings that say where a grid ran, not what it is.
-WHERE = ("name", "study.base_dir", "study.jobs")
 
 
 @dataclass(frozen=True)
@@ -202,7 +199,8 @@ def table_of(rows: list[Matched]) -> Table:
 
 
 def differing(a: Grid, b: Grid) -> Table:
-    """Settings, versions and data that are not the same."""
+    """Settings (but those that change no result), versions and data that are not the same."""
+    free = free_fields()
     made = Table(
         "settings", "What differs between the two", "Settings, versions and fingerprints of the data that differ.",
         [Column("what", "What"), Column("a", "A", "long"), Column("b", "B", "long")],
@@ -215,7 +213,7 @@ def differing(a: Grid, b: Grid) -> Table:
     ]
     for name in sorted(parts[0].keys() | parts[1].keys()):
         values = [part.get(name) for part in parts]
-        if values[0] != values[1] and name not in WHERE:
+        if values[0] != values[1] and name not in free:
             made.add({"what": name, "a": _text(values[0]), "b": _text(values[1])})
     return made
 

@@ -5,7 +5,6 @@ ends with its parent.
 Where `jax.distributed` spans several processes, all work on one job together; the first one decides and writes.
 """
 
-import json
 import os
 import sys
 import threading
@@ -70,6 +69,7 @@ class Worker:
 
     def _choose(self, bases_only: bool) -> tuple[int, int]:
         """What this process holds from now on: (BASE, place of its seed) or (JOB, its place); or nothing is left."""
+        waiting = claims.Waiting()
         while True:
             finished = results.done_jobs(self._workdir)
             left = [job for job in self._plan.jobs if job.id not in finished]
@@ -85,6 +85,8 @@ class Worker:
                 name, done = self._bases.fingerprint(seed), lambda seed=seed: self._bases.ready(seed)
                 if seed not in ready and self._take(self._bases.claims, name, done):
                     return BASE, self._seeds.index(seed)
+            waiting.look(self._claims, (job.id for job in left))
+            waiting.look(self._bases.claims, (self._bases.fingerprint(seed) for seed in seeds if seed not in ready))
             time.sleep(POLL_S)
 
     def _claim_one(self, jobs: Sequence[Job]) -> int | None:
@@ -167,8 +169,8 @@ def end_with(parent: int) -> None:
 
 
 def read_config(workdir: Path) -> RunConfig:
-    """The configuration that a workdir's grid was started with."""
-    return from_config_dict(json.loads((workdir / "config.json").read_text(encoding="utf-8"))["config"])
+    """The configuration that a workdir's grid was started with. Raises ConfigError: it cannot be read."""
+    return from_config_dict(results.read_config_file(workdir)["config"])
 
 
 def main(argv: list[str]) -> int:

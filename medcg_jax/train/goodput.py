@@ -12,6 +12,7 @@ A start writes its part from its first step on. Of one that is killed, what came
 import bisect
 import json
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medcg_jax.files import write_whole
+from medcg_jax.untrusted import FileError, check_number, read_json
 
 KINDS = ("productive", "compile", "input", "checkpoint", "restart", "evaluation", "other")
 WRITE_EVERY_S = 5.0
@@ -196,11 +198,26 @@ def _watch(handed: queue.SimpleQueue) -> None:
 
 
 def read_starts(path: Path) -> list[dict]:
-    """The parts of a run's starts, {"seconds": {kind: s}, "reached": {cell: step}}; [] where there is no such file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["starts"]
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+    """The parts of a run's starts, {"seconds": {kind: s}, "reached": {cell: step}}.
+
+    [] where there is no such file, and where it cannot be read, which is said: times alone are lost with it.
+    """
+    if not path.exists():
         return []
+    try:
+        starts = read_json(path).get("starts")
+        for number, start in enumerate(starts if isinstance(starts, list) else [None]):
+            place = f"{path}: starts[{number}]"
+            if not isinstance(start, dict) or not all(isinstance(start.get(key), dict) for key in ("seconds", "reached")):
+                raise FileError(f"{place}: an object with \"seconds\" and \"reached\" is accepted")
+            for kind, seconds in start["seconds"].items():
+                check_number(seconds, f"{place}.seconds.{kind}", least=0)
+            for cell, step in start["reached"].items():
+                check_number(step, f"{place}.reached.{cell}", least=0, whole=True)
+    except FileError as error:
+        print(f"the time of earlier starts is not counted: {error}", file=sys.stderr, flush=True)
+        return []
+    return starts
 
 
 def write(path: Path, starts: Sequence[dict]) -> dict:

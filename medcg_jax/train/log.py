@@ -10,6 +10,7 @@ import jax
 
 from medcg_jax.files import write_whole
 from medcg_jax.train.wandb_log import WandbLog, WandbTarget
+from medcg_jax.untrusted import FileError, check_number, read_text
 
 METRICS = ("step", "loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "mfu", "data_wait")
 # Without a terminal: at most one line in so many seconds.
@@ -55,11 +56,23 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics file, without a last one that a kill cut off; [] where there is no file."""
+    """The lines of a metrics file, without a last one that a kill cut off; [] where there is no file.
+
+    Raises:
+      FileError: a line is no object with a step; the message names it.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    found = []
+    for number, line in enumerate(read_text(path).split("\n")[:-1], 1):
+        if line:
+            try:
+                found.append(json.loads(line))  # a norm may be Infinity, which JSON itself does not have
+            except (ValueError, RecursionError) as error:
+                raise FileError(f"{path}, line {number}: no JSON; without the line the rest is read") from error
+            step = found[-1].get("step") if isinstance(found[-1], dict) else None
+            check_number(step, f"{path}, line {number}: step", least=0, whole=True)
+    return found
 
 
 def _rounded(value):

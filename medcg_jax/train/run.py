@@ -16,7 +16,7 @@ from medcg_jax.models.build import abstract, shardings, split_trainable
 from medcg_jax.models.flops import forward, training
 from medcg_jax.nn.base import Base
 from medcg_jax.run_checks import profile_steps
-from medcg_jax.run_config import ConfigError, RunConfig, TrainConfig
+from medcg_jax.run_config import ConfigError, RunConfig, TrainConfig, free_fields
 from medcg_jax.train import disk, goodput
 from medcg_jax.train.checkpoint import save_params
 from medcg_jax.train.held_out import left_out
@@ -29,18 +29,14 @@ from medcg_jax.train.step import init_state, make_step
 from medcg_jax.train.utilisation import peak_flops, step_flops
 from medcg_jax.train.wandb_log import WandbTarget, load_wandb
 
-# Sections and fields that make a run what it is: with others it is not gone on with. The mesh is none of them.
+# Sections that, without their free fields, make a run what it is: with others it is not gone on with.
 SECTIONS = ("model", "data", "train")
-FREE_FIELDS = (
-    "attention", "remat", "scan_unroll", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints",
-    "keep_every_steps",
-)  # fmt: skip
 
 
 def identity(run: RunConfig) -> dict:
     """What a run's checkpoints must agree on, as in JSON."""
-    sections = {name: dataclasses.asdict(getattr(run, name)) for name in SECTIONS}
-    kept = {name: {k: v for k, v in part.items() if k not in FREE_FIELDS} for name, part in sections.items()}
+    sections, free = {name: dataclasses.asdict(getattr(run, name)) for name in SECTIONS}, free_fields()
+    kept = {name: {k: v for k, v in part.items() if f"{name}.{k}" not in free} for name, part in sections.items()}
     return json.loads(json.dumps(kept))
 
 

@@ -66,6 +66,55 @@ def test_another_host_is_judged_by_its_heartbeat(tmp_path):
     assert claims.take(tmp_path, "work").number == 1
 
 
+@pytest.mark.parametrize("other", [{"boot": "another"}, {"namespace": "pid:[1]"}, {"boot": None, "namespace": None}])
+def test_a_container_of_this_host_s_name_and_an_old_claim_are_judged_by_their_heartbeat(other):
+    holder = claims.identity() | {"pid": 1, "start": "1"}
+    assert not claims.is_alive(holder, 0.0)  # here there is such a process, of another start
+    holder = {key: value for key, value in (holder | other).items() if value is not None}
+    assert claims.is_alive(holder, 0.0)
+    assert not claims.is_alive(holder, claims.STALE_S + 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"host": "vm"}', "[]", '{"host": 3, "pid": 4, "start": ""}', '{"host": "vm", "pid": "4", "start": ""}',
+     '{"host": "vm", "pid": true, "start": ""}', '{"host": "vm", "pid": 1e400, "start": "1"}', "{" * 10_000],
+)  # fmt: skip
+def test_a_claim_that_says_something_else_is_judged_by_its_age(tmp_path, text):
+    path = tmp_path / "work.0"
+    path.write_text(text)
+    assert claims.take(tmp_path, "work") is None
+    assert "cannot be read" in claims.described(tmp_path, "work")
+    old = time.time() - claims.STALE_S - 1
+    os.utime(path, (old, old))
+    assert claims.take(tmp_path, "work").number == 1
+
+
+def test_a_time_in_the_future_tells_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "work.0"
+    path.write_text(json.dumps(claims.identity() | {"host": "ahead"}))
+    os.utime(path, (time.time() + 1e8,) * 2)
+    clock = time.monotonic()
+    monkeypatch.setattr(claims.time, "monotonic", lambda: clock)
+    assert claims.take(tmp_path, "work") is None
+    clock += claims.STALE_S - 1
+    assert claims.take(tmp_path, "work") is None
+    os.utime(path, (time.time() + 2e8,) * 2)  # a sign of life
+    clock += 2
+    assert claims.take(tmp_path, "work") is None
+    clock += claims.STALE_S + 1
+    assert claims.take(tmp_path, "work").number == 1
+
+
+def test_who_waits_says_for_whom(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(claims, "SAY_AFTER_S", 0.05)
+    (tmp_path / "work.0").write_text(json.dumps({"host": "node7", "pid": 12, "start": "1"}))
+    began = time.monotonic()
+    assert claims.wait(tmp_path, "work", lambda: time.monotonic() > began + 0.3, poll_s=0.02) is None
+    [line] = capsys.readouterr().err.splitlines()
+    assert "work is held by process 12 on node7" in line
+
+
 def test_a_claim_that_is_still_being_written_is_held(tmp_path):
     (tmp_path / "work.0").write_text("")
     assert claims.take(tmp_path, "work") is None
