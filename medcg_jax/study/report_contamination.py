@@ -1,6 +1,5 @@
 """What a grid's trainings give away of its tests, for its report: from `contamination.csv`, which older grids lack."""
 
-from medcg_jax.study import contamination
 from medcg_jax.study.report_files import Grid
 from medcg_jax.study.report_tables import Column, Table
 from medcg_jax.study.report_text import counted
@@ -24,7 +23,7 @@ def table(grid: Grid) -> Table:
         wide=True,
     )  # fmt: skip
     lines: dict[str, list[dict]] = {}
-    for line in contamination.read(grid.workdir):
+    for line in grid.contamination:
         lines.setdefault(line["cell"], []).append(line)
     for cell, own in lines.items():
         kinds, actions = [line["kind"] for line in own], [line["action"] for line in own]
@@ -38,7 +37,7 @@ def table(grid: Grid) -> Table:
 
 def limits(grid: Grid) -> list[str]:
     """What a reader must know of images that are in training and in a test."""
-    left = [x for x in contamination.read(grid.workdir) if x["action"] == "reported" and x["kind"] != "lineage"]
+    left = [x for x in grid.contamination if x["action"] == "reported" and x["kind"] != "lineage"]
     if not left:
         return []
     cells = len({line["cell"] for line in left})

@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from medcg_jax.eval.box_answers import read_answers, summary
+from medcg_jax.eval.intervals import wilson
+from medcg_jax.eval.prediction_lines import prediction_lines
 from medcg_jax.files import write_whole
 from medcg_jax.study.schedule import Job
-from medcg_jax.study.stats import wilson
 from medcg_jax.study.suite import Cell
 from medcg_jax.train import goodput
+from medcg_jax.untrusted import FileError, check_number, read_json, shown
 
 CELLS_HEADER = ("cell", "table", "row", "arm", "seed", "related", "target", "steps", "status", "seconds")
 RESULTS_HEADER = ("cell", "table", "row", "arm", "seed", "target", "n", "correct", "accuracy", "ci_low", "ci_high")
@@ -28,6 +30,24 @@ BOX_SHARES = (
     "cumulative_iou", "cumulative_iou_low", "cumulative_iou_high", "unparsed_rate", "dice", "dice_low", "dice_high",
 )  # fmt: skip
 BOXES_HEADER = ("cell", "table", "row", "arm", "seed", "target", *BOX_COUNTS, *BOX_SHARES)
+
+
+# A workdir's JSON files; config.json has some 10 kB.
+MAX_JSON_BYTES = 2**24
+
+
+def read_config_file(workdir: Path) -> dict:
+    """A grid's config.json: {"config": sections, "versions": {package: version}, "data": {seed: fingerprint}, "cells": N}.
+
+    Raises:
+      FileError: it is missing, cut, or lacks one of these.
+    """
+    path = Path(workdir) / "config.json"
+    found = read_json(path, max_bytes=MAX_JSON_BYTES)
+    for key in ("config", "versions", "data"):
+        if not isinstance(found.get(key), dict):
+            raise FileError(f"{path}: {key}={shown(found.get(key))}: an object is accepted, as `medcg reproduce` writes it")
+    return found
 
 
 def state_dir(workdir: Path) -> Path:
@@ -48,8 +68,14 @@ def done_jobs(workdir: Path) -> set[str]:
 
 
 def outcome_of(workdir: Path, job: str) -> dict:
-    """What `mark_done` said of a finished job."""
-    return json.loads((state_dir(workdir) / "done" / f"{job}.json").read_text(encoding="utf-8"))
+    """What `mark_done` said of a finished job. Raises FileError where the file holds something else."""
+    path = state_dir(workdir) / "done" / f"{job}.json"
+    outcome = read_json(path, max_bytes=MAX_JSON_BYTES)
+    status = outcome.get("status")
+    if not isinstance(status, str) or (status != "done" and not status.startswith("failed")):
+        raise FileError(f"{path}: status={shown(status)}: done or failed is accepted; without the file the job is run again")
+    check_number(outcome.get("seconds"), f"{path}: seconds", least=0)
+    return outcome
 
 
 def all_outcomes(workdir: Path, jobs: Sequence[Job]) -> dict[str, dict]:
@@ -113,6 +139,8 @@ class Tables:
     def _scored(self, cell: Cell, target: str) -> tuple:
         if cell.id not in self._scores:
             self._scores[cell.id] = scores(self.workdir / "predictions" / f"{cell.id}.jsonl")
+        if target not in self._scores[cell.id]:
+            raise FileError(f"{self.workdir / 'predictions' / cell.id}.jsonl: no answer of {target}, which the cell was tested on")
         n, correct = self._scores[cell.id][target]
         low, high = wilson(correct, n)
         return n, correct, f"{correct / n:.6f}", f"{low:.6f}", f"{high:.6f}"
@@ -125,17 +153,15 @@ def _key(cell: Cell) -> tuple:
 def scores(path: Path) -> dict[str, tuple[int, int]]:
     """Subset -> (records, right answers) of one predictions file."""
     found: dict[str, tuple[int, int]] = {}
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            record = json.loads(line)
-            n, correct = found.get(record["subset"], (0, 0))
-            found[record["subset"]] = (n + 1, correct + (record["predicted"] == record["answer"]))
+    for line in prediction_lines(path):
+        n, correct = found.get(line["subset"], (0, 0))
+        found[line["subset"]] = (n + 1, correct + (line["predicted"] == line["answer"]))
     return found
 
 
 def box_scores(path: Path) -> dict[str, tuple]:
     """Subset -> its scores in the order of `BOX_COUNTS` and `BOX_SHARES`, of one file of boxes; {} without it."""
-    answers = read_answers(path) if path.is_file() else []
+    answers = read_answers(path) if path.exists() else []
     found = {}
     for subset in dict.fromkeys(answer.subset for answer in answers):
         scores = summary([answer for answer in answers if answer.subset == subset])

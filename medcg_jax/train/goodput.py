@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medcg_jax.files import write_whole
+from medcg_jax.untrusted import FileError, check_number, read_json, shown
 
 KINDS = ("productive", "compile", "input", "checkpoint", "restart", "evaluation", "other")
 WRITE_EVERY_S = 5.0
 FILE = "goodput.json"
+MAX_GOODPUT_BYTES = 2**26
 
 
 @dataclass
@@ -196,11 +198,25 @@ def _watch(handed: queue.SimpleQueue) -> None:
 
 
 def read_starts(path: Path) -> list[dict]:
-    """The parts of a run's starts, {"seconds": {kind: s}, "reached": {cell: step}}; [] where there is no such file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["starts"]
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+    """The parts of a run's starts, {"seconds": {kind: s}, "reached": {cell: step}}; [] where there is no such file.
+
+    Raises:
+      FileError: the file holds something else; a run would write over it.
+    """
+    if not path.exists():
         return []
+    starts = read_json(path, max_bytes=MAX_GOODPUT_BYTES).get("starts")
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        raise FileError(f"{path}: starts={shown(starts)}: a list of objects is accepted; move the file away to do without it")
+    for number, start in enumerate(starts, 1):
+        for key, whole in (("seconds", False), ("reached", True)):
+            name = f"{path}: start {number}: {key}"
+            if not isinstance(start.get(key), dict):
+                raise FileError(f"{name}={shown(start.get(key))}: an object is accepted; move the file away to do without it")
+            for kind, value in start[key].items():
+                # A sum of differences may end a little below 0.
+                check_number(value, f"{name}: {shown(kind)}", least=0 if whole else -1, most=1e12, whole=whole)
+    return starts
 
 
 def write(path: Path, starts: Sequence[dict]) -> dict:

@@ -10,10 +10,13 @@ import jax
 
 from medcg_jax.files import write_whole
 from medcg_jax.train.wandb_log import WandbLog, WandbTarget
+from medcg_jax.untrusted import check_number, parsed, read_text
 
 METRICS = ("step", "loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "mfu", "data_wait")
 # Without a terminal: at most one line in so many seconds.
 PLAIN_LINE_EVERY_S = 10.0
+# A metrics file: 500,000 lines.
+MAX_METRICS_BYTES = 2**27
 
 
 class MetricsFile:
@@ -55,11 +58,23 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics file, without a last one that a kill cut off; [] where there is no file."""
-    if not path.is_file():
+    """The lines of a metrics file, without a last one that a kill cut off; [] where there is no file.
+
+    Raises:
+      FileError: the file cannot be read, or a line has no step or a loss that is no number; file and line are named.
+    """
+    if not path.exists():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    lines = []
+    for number, text in enumerate(read_text(path, MAX_METRICS_BYTES).split("\n")[:-1], 1):
+        if text:
+            name = f"{path}, line {number}"
+            line = parsed(text, name)
+            check_number(line.get("step"), f"{name}: step", least=0, whole=True)
+            if line.get("loss") is not None:
+                check_number(line["loss"], f"{name}: loss")
+            lines.append(line)
+    return lines
 
 
 def _rounded(value):

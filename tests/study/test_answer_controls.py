@@ -13,7 +13,7 @@ LETTERS = "ABCD"
 
 def answer(i, right, predicted, options=2, *, cell="c", control="", read=None, logprobs=None):
     logprobs = logprobs or [-0.5 if letter == predicted else -2.0 for letter in LETTERS[:options]]
-    return Answer(cell, control, (None, "x", i), right, predicted, tuple(logprobs), read)
+    return Answer(cell, control, (None, "x", i), right, predicted, options, tuple(logprobs), read)
 
 
 def test_letters_and_numbers_of_options():

@@ -141,7 +141,7 @@ def test_mean_difference_weighs_targets_alike():
 def write_grid(folder, answers, source="phantom"):
     """answers: (table, row, arm, seed, target) -> string of 1 (right) and 0, one per record."""
     (folder / "predictions").mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"config": {"data": {"source": source}}}))
+    (folder / "config.json").write_text(json.dumps({"config": {"data": {"source": source}}, "versions": {}, "data": {}}))
     rows = []
     for i, ((table, row, arm, seed, target), marks) in enumerate(answers.items()):
         with open(folder / "predictions" / f"c{i}.jsonl", "w") as file:
