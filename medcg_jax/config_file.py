@@ -48,6 +48,37 @@ def from_config_dict(config: Mapping, cls: type = RunConfig, path: str = "") -> 
     return cls(**values)
 
 
+# What every grid has recorded of its configuration; other fields came later.
+ALWAYS_RECORDED = ("name", "model.name", "data.source", "data.root", "study.tables")
+
+
+def check_recorded(config: Mapping, file: str | Path) -> None:
+    """Raises ConfigError where a recorded configuration lacks one of `ALWAYS_RECORDED`, or a field has another type.
+
+    config: as `dataclasses.asdict` of a `RunConfig` in JSON. Fields that are not known here pass: another version may
+    have had them. file: where it is recorded, for the message.
+    """
+    for key in ALWAYS_RECORDED:
+        section, _, name = key.rpartition(".")
+        place = config.get(section, {}) if section else config
+        if isinstance(place, Mapping) and name not in place:
+            raise ConfigError(f"{file}: config.{key} is missing: the config.json of a grid's workdir is accepted")
+    for section, cls in (("", RunConfig), *_sections()):
+        place = config.get(section, {}) if section else config
+        if not isinstance(place, Mapping):
+            raise ConfigError(f"{file}: config.{section}={place!r}: an object is accepted")
+        for name, kind in typing.get_type_hints(cls).items():
+            if name in place and not dataclasses.is_dataclass(kind):
+                try:
+                    checked(place[name], kind, f"{section}.{name}" if section else name)
+                except ConfigError as error:
+                    raise ConfigError(f"{file}: {error}") from None
+
+
+def _sections() -> list[tuple[str, type]]:
+    return [(name, kind) for name, kind in typing.get_type_hints(RunConfig).items() if dataclasses.is_dataclass(kind)]
+
+
 def load(file: str, overrides: Mapping[str, str] | None = None) -> RunConfig:
     """The checked RunConfig of a config file, `PATH.py` or `PATH.py:arg`, with overrides `{"a.b": "value"}` applied.
 

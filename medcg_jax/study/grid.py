@@ -268,7 +268,7 @@ def write_config(run: RunConfig, workdir: Path, plan: Plan) -> None:
     """Writes config.json; where there is one already, checks that it is of the same grid.
 
     Raises:
-      ConfigError: it is not; the message names the first field that differs.
+      ConfigError: it is not, or cannot be read; the message names the first field that differs.
       DataError: the general records cannot be read, or are too few for the largest training.
     """
     if general := open_general(run.data):  # before anything is trained
@@ -282,7 +282,7 @@ def write_config(run: RunConfig, workdir: Path, plan: Plan) -> None:
     new = json.loads(json.dumps(new))  # tuples as lists, as they come back from the file
     path = workdir / "config.json"
     if path.exists():
-        check_same(json.loads(path.read_text(encoding="utf-8")), new, workdir)
+        check_same(results.read_config_file(workdir), new, workdir)
     for name in ("predictions", "metrics", "state/done", "state/claims", "state/progress"):
         (workdir / name).mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(new, indent=1) + "\n")

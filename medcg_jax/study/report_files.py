@@ -3,12 +3,10 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import get_type_hints
 
-from medcg_jax.config_file import checked
 from medcg_jax.data.phantom_boxes import DETECTION_TRIPLETS
 from medcg_jax.data.phantom_world import TRIPLETS
 from medcg_jax.data.records import LETTERS, DataError
@@ -16,16 +14,12 @@ from medcg_jax.data.release import read_manifest, subset_table
 from medcg_jax.eval.box_answers import BoxAnswer, read_answers
 from medcg_jax.eval.generate import parse_answer
 from medcg_jax.eval.prediction_lines import prediction_lines
-from medcg_jax.run_config import BOX_TABLES, MODELS, TABLES, ConfigError, RunConfig
+from medcg_jax.run_config import BOX_TABLES, MODELS, TABLES, ConfigError
 from medcg_jax.study import contamination, grid_files, mat, stats
 from medcg_jax.study.grid_files import ARMS
 from medcg_jax.study.results import read_config_file
 from medcg_jax.train.log import read_metrics
 from medcg_jax.untrusted import FileError, check_number, shown
-
-# Sections of a configuration that a report looks into, beside its name.
-SECTIONS = ("model", "data", "train", "base", "eval", "mesh", "study")
-
 
 def arm_name(arm: str) -> str:
     """An arm for people; "efficiency_30" -> "30 target records"."""
@@ -84,31 +78,6 @@ def letter_logprobs(record: dict) -> dict[str, float]:
     return {LETTERS[i]: float(value) for i, value in enumerate(record["logprobs"] or ())}
 
 
-def checked_config(config: dict, path: Path) -> dict:
-    """A configuration whose fields have their types; those that only another version knows are left as they are.
-
-    Raises:
-      FileError: a field has another type or is missing; file and field are named.
-    """
-    for name in SECTIONS:
-        if not isinstance(config.get(name), dict):
-            raise FileError(f"{path}: config.{name}={shown(config.get(name))}: an object is accepted")
-    for name, kinds in (("", RunConfig), *((name, get_type_hints(RunConfig)[name]) for name in SECTIONS)):
-        section = config[name] if name else config
-        for key, kind in get_type_hints(kinds).items():
-            if key in section and key not in SECTIONS and not is_dataclass(kind):
-                try:
-                    checked(section[key], kind, f"{name}.{key}" if name else key)
-                except ConfigError as error:
-                    raise FileError(f"{path}: {error}") from None
-    for section, key in (("", "name"), ("model", "name"), ("data", "source"), ("data", "root"), ("study", "tables")):
-        if key not in (config[section] if section else config):
-            raise FileError(f"{path}: config.{section and section + '.'}{key} is missing")
-    if config["model"]["name"] not in MODELS:
-        raise FileError(f"{path}: config.model.name={shown(config['model']['name'])}: {', '.join(MODELS)} is accepted")
-    return config
-
-
 class Grid:
     """The files of one grid, which agree with each other.
 
@@ -128,11 +97,9 @@ class Grid:
                 raise FileNotFoundError(f"{self.workdir} has no {name}: the workdir of a grid is accepted")
         self.run = read_config_file(self.workdir)
         path = self.workdir / "config.json"
-        self.config: dict = checked_config(self.run["config"], path)
-        for name in ("versions", "data"):
-            for key, value in self.run[name].items():
-                if not isinstance(value, str):
-                    raise FileError(f"{path}: {name}.{shown(key)}={shown(value)}: text is accepted")
+        self.config: dict = self.run["config"]
+        if self.config["model"]["name"] not in MODELS:
+            raise FileError(f"{path}: config.model.name={shown(self.config['model']['name'])}: {', '.join(MODELS)} is accepted")
         count = check_number(self.run.get("cells"), f"{path}: cells", least=1, whole=True)
         self.cells = grid_files.read_cells(self.workdir, count)
         self.results = grid_files.read_results(self.workdir)

@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from medcg_jax.config_file import check_recorded
 from medcg_jax.eval.box_answers import read_answers, summary
 from medcg_jax.eval.intervals import wilson
 from medcg_jax.eval.prediction_lines import prediction_lines
@@ -19,7 +20,7 @@ from medcg_jax.files import write_whole
 from medcg_jax.study.schedule import Job
 from medcg_jax.study.suite import Cell
 from medcg_jax.train import goodput
-from medcg_jax.untrusted import FileError, check_number, read_json, shown
+from medcg_jax.untrusted import FileError, article_of, check_number, read_json, shown
 
 CELLS_HEADER = ("cell", "table", "row", "arm", "seed", "related", "target", "steps", "status", "seconds")
 RESULTS_HEADER = ("cell", "table", "row", "arm", "seed", "target", "n", "correct", "accuracy", "ci_low", "ci_high")
@@ -36,18 +37,28 @@ BOXES_HEADER = ("cell", "table", "row", "arm", "seed", "target", *BOX_COUNTS, *B
 MAX_JSON_BYTES = 2**24
 
 
-def read_config_file(workdir: Path) -> dict:
-    """A grid's config.json: {"config": sections, "versions": {package: version}, "data": {seed: fingerprint}, "cells": N}.
+def read_config_file(workdir: str | Path) -> dict:
+    """What `config.json` of a grid's workdir holds.
+
+    Returns {"config": the run's sections as nested dicts, "versions": {package: version}, "data": {seed: fingerprint},
+    ...}. A file of an earlier version may lack fields of "config"; what is there has its field's type.
 
     Raises:
-      FileError: it is missing, cut, or lacks one of these.
+      FileError: it is missing or not what a grid writes; one line that names the file and the field.
     """
     path = Path(workdir) / "config.json"
-    found = read_json(path, max_bytes=MAX_JSON_BYTES)
+    recorded = read_json(path, max_bytes=MAX_JSON_BYTES)
+    if "config" not in recorded:
+        raise FileError(f"{path}: \"config\" is missing: the config.json of a grid's workdir is accepted")
     for key in ("config", "versions", "data"):
-        if not isinstance(found.get(key), dict):
-            raise FileError(f"{path}: {key}={shown(found.get(key))}: an object is accepted, as `medcg reproduce` writes it")
-    return found
+        if not isinstance(recorded.setdefault(key, {}), dict):
+            raise FileError(f"{path}: \"{key}\" holds {article_of(recorded[key])}; an object is accepted")
+    for key in ("versions", "data"):
+        for name, value in recorded[key].items():
+            if not isinstance(value, str):
+                raise FileError(f"{path}: {key}.{shown(name)[1:-1]} holds {article_of(value)}; text is accepted")
+    check_recorded(recorded["config"], path)
+    return recorded
 
 
 def state_dir(workdir: Path) -> Path:
@@ -68,12 +79,15 @@ def done_jobs(workdir: Path) -> set[str]:
 
 
 def outcome_of(workdir: Path, job: str) -> dict:
-    """What `mark_done` said of a finished job. Raises FileError where the file holds something else."""
+    """What `mark_done` said of a finished job.
+
+    Raises:
+      FileError: the file is not what `mark_done` writes.
+    """
     path = state_dir(workdir) / "done" / f"{job}.json"
     outcome = read_json(path, max_bytes=MAX_JSON_BYTES)
-    status = outcome.get("status")
-    if not isinstance(status, str) or (status != "done" and not status.startswith("failed")):
-        raise FileError(f"{path}: status={shown(status)}: done or failed is accepted; without the file the job is run again")
+    if not isinstance(outcome.get("status"), str):
+        raise FileError(f"{path}: status={shown(outcome.get('status'))}: text is accepted; without the file {job} runs again")
     check_number(outcome.get("seconds"), f"{path}: seconds", least=0)
     return outcome
 

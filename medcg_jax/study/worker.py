@@ -5,7 +5,6 @@ ends with its parent.
 Where `jax.distributed` spans several processes, all work on one job together; the first one decides and writes.
 """
 
-import json
 import os
 import sys
 import threading
@@ -167,8 +166,8 @@ def end_with(parent: int) -> None:
 
 
 def read_config(workdir: Path) -> RunConfig:
-    """The configuration that a workdir's grid was started with."""
-    return from_config_dict(json.loads((workdir / "config.json").read_text(encoding="utf-8"))["config"])
+    """The configuration that a workdir's grid was started with. Raises ConfigError: it cannot be read."""
+    return from_config_dict(results.read_config_file(workdir)["config"])
 
 
 def main(argv: list[str]) -> int:

@@ -293,11 +293,12 @@ def load_params(directory: Path, config: LlavaConfig, mesh: Mesh, *, base: str =
 
 
 def read_meta(directory: Path) -> dict | None:
-    """The meta of parameters that `save_params` wrote; None where there are none."""
+    """The meta of parameters that `save_params` wrote; None where there is none that can be read."""
     try:
-        return json.loads((Path(directory) / META_FILE).read_text())
-    except (OSError, ValueError):
+        meta = json.loads((Path(directory) / META_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    return meta if isinstance(meta, dict) else None
 
 
 def _first_fault(directory: Path) -> str | None:

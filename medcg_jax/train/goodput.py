@@ -12,6 +12,7 @@ A start writes its part from its first step on. Of one that is killed, what came
 import bisect
 import json
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -198,24 +199,25 @@ def _watch(handed: queue.SimpleQueue) -> None:
 
 
 def read_starts(path: Path) -> list[dict]:
-    """The parts of a run's starts, {"seconds": {kind: s}, "reached": {cell: step}}; [] where there is no such file.
+    """The parts of a run's starts, {"seconds": {kind: s}, "reached": {cell: step}}.
 
-    Raises:
-      FileError: the file holds something else; a run would write over it.
+    [] where there is no such file, and where it cannot be read, which is said: times alone are lost with it.
     """
     if not path.exists():
         return []
-    starts = read_json(path, max_bytes=MAX_GOODPUT_BYTES).get("starts")
-    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
-        raise FileError(f"{path}: starts={shown(starts)}: a list of objects is accepted; move the file away to do without it")
-    for number, start in enumerate(starts, 1):
-        for key, whole in (("seconds", False), ("reached", True)):
-            name = f"{path}: start {number}: {key}"
-            if not isinstance(start.get(key), dict):
-                raise FileError(f"{name}={shown(start.get(key))}: an object is accepted; move the file away to do without it")
-            for kind, value in start[key].items():
-                # A sum of differences may end a little below 0.
-                check_number(value, f"{name}: {shown(kind)}", least=0 if whole else -1, most=1e12, whole=whole)
+    try:
+        starts = read_json(path, max_bytes=MAX_GOODPUT_BYTES).get("starts")
+        for number, start in enumerate(starts if isinstance(starts, list) else [None]):
+            place = f"{path}: starts[{number}]"
+            if not isinstance(start, dict) or not all(isinstance(start.get(key), dict) for key in ("seconds", "reached")):
+                raise FileError(f"{place}: an object with \"seconds\" and \"reached\" is accepted")
+            for kind, seconds in start["seconds"].items():
+                check_number(seconds, f"{place}.seconds: {shown(kind)}", least=0, most=1e12)
+            for cell, step in start["reached"].items():
+                check_number(step, f"{place}.reached: {shown(cell)}", least=0, whole=True)
+    except FileError as error:
+        print(f"the time of earlier starts is not counted: {error}", file=sys.stderr, flush=True)
+        return []
     return starts
 
 

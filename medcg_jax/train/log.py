@@ -10,7 +10,7 @@ import jax
 
 from medcg_jax.files import write_whole
 from medcg_jax.train.wandb_log import WandbLog, WandbTarget
-from medcg_jax.untrusted import check_number, parsed, read_text
+from medcg_jax.untrusted import FileError, check_number, read_text
 
 METRICS = ("step", "loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "mfu", "data_wait")
 # Without a terminal: at most one line in so many seconds.
@@ -61,20 +61,22 @@ def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics file, without a last one that a kill cut off; [] where there is no file.
 
     Raises:
-      FileError: the file cannot be read, or a line has no step or a loss that is no number; file and line are named.
+      FileError: a line is no object with a step, or its loss is no finite number; the message names it.
     """
     if not path.exists():
         return []
-    lines = []
-    for number, text in enumerate(read_text(path, MAX_METRICS_BYTES).split("\n")[:-1], 1):
-        if text:
-            name = f"{path}, line {number}"
-            line = parsed(text, name)
-            check_number(line.get("step"), f"{name}: step", least=0, whole=True)
-            if line.get("loss") is not None:
-                check_number(line["loss"], f"{name}: loss")
-            lines.append(line)
-    return lines
+    found = []
+    for number, line in enumerate(read_text(path, MAX_METRICS_BYTES).split("\n")[:-1], 1):
+        if line:
+            try:
+                found.append(json.loads(line))  # a norm may be Infinity, which JSON itself does not have
+            except (ValueError, RecursionError) as error:
+                raise FileError(f"{path}, line {number}: no JSON; without the line the rest is read") from error
+            step = found[-1].get("step") if isinstance(found[-1], dict) else None
+            check_number(step, f"{path}, line {number}: step", least=0, most=1e15, whole=True)
+            if found[-1].get("loss") is not None:
+                check_number(found[-1]["loss"], f"{path}, line {number}: loss", least=-1e15, most=1e15)
+    return found
 
 
 def _rounded(value):

@@ -17,7 +17,6 @@ from medcg_jax.run_config import replace
 from medcg_jax.train.checkpoint import Checkpoints
 from medcg_jax.train.goodput import FILE, KINDS, Goodput, line, read_starts, summarise, write
 from medcg_jax.train.log import read_metrics
-from medcg_jax.untrusted import FileError
 from medcg_jax.train.loop import Cell, fit
 from medcg_jax.train.optim import control_from
 
@@ -122,19 +121,10 @@ def test_the_line_for_people():
     assert "evaluation 50" in line(summarise([{"seconds": seconds | {"evaluation": 100}, "reached": {}}]))
 
 
-@pytest.mark.parametrize(
-    "broken",
-    ['{"starts": [', '{}', '{"starts": {}}', '{"starts": [{"seconds": {"compile": "1"}, "reached": {}}]}',
-     '{"starts": [{"seconds": {}, "reached": {"a": 1.5}}]}', '{"starts": [{"seconds": {"compile": 1}}]}'],
-)  # fmt: skip
-def test_a_broken_file_is_refused_before_it_is_written_over(tmp_path, broken):
+def test_what_is_no_file_of_ours_counts_as_none(tmp_path):
     assert read_starts(tmp_path / FILE) == []
-    (tmp_path / FILE).write_text(broken)
-    with pytest.raises(FileError, match=FILE):
-        read_starts(tmp_path / FILE)
-
-
-def test_what_was_written_is_read(tmp_path):
+    (tmp_path / FILE).write_text('{"starts": [')
+    assert read_starts(tmp_path / FILE) == []
     starts = [{"seconds": {"productive": 1.0}, "reached": {"a": 3}}]
     assert write(tmp_path / FILE, starts)["shares"]["productive"] == 1.0 and read_starts(tmp_path / FILE) == starts
 
