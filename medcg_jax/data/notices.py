@@ -155,12 +155,12 @@ def groups_on_both_sides(contents: Sequence[Content]) -> Notice | None:
     groups: dict[str, list[str]] = {"train": [], "test": []}
     for content in contents:
         groups[content.split] += content.groups
-    shared = shared_groups(groups["train"], groups["test"])
+    shared = shared_groups(groups["train"], groups["test"], key=str)
     if not shared:
         return None
     names = ", ".join(spelling.quoted(group) for group in list(shared)[:MOST_NAMED])
     more = f" and {len(shared) - MOST_NAMED} more" if len(shared) > MOST_NAMED else ""
-    train, test = (sum(counts[side] for counts in shared.values()) for side in (0, 1))
+    train, test = (sum(len(both[side]) for both in shared.values()) for side in (0, 1))
     file = next(content.file for content in contents if content.split == "test")
     reason = (
         f"{len(shared)} patients or lesions (group) are in training and in test: {names}{more}; {test} of "

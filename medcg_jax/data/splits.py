@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
 from medcg_jax.data import catalogue
 from medcg_jax.data.records import Record, Subset
+
+Item = TypeVar("Item")
 
 # "9:1 where no split existed".
 TEST_FRAC = 0.1
@@ -77,17 +80,6 @@ def rarest_labels(labels: Sequence[Sequence[str]]) -> list[str]:
     return [min(own, key=lambda label: (counts[label], label), default="") for own in labels]
 
 
-def shared_groups(train: Iterable[str], test: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Each patient or lesion on both sides -> its (training, test) records, those with most test records first.
-
-    Args:
-      train, test: the group of each record (`split_group`); "", which is not known, is shared by none.
-    """
-    sides = Counter(filter(None, train)), Counter(filter(None, test))
-    shared = {group: (sides[0][group], sides[1][group]) for group in sides[0].keys() & sides[1].keys()}
-    return dict(sorted(shared.items(), key=lambda item: (-item[1][1], item[0])))
-
-
 def balanced(labels: Sequence[str], limit: int, seed: int) -> list[int]:
     """Places of at most `limit` items in their order, as many of each label as its number and the others' allow.
 
@@ -130,14 +122,21 @@ def group_key(record: Record) -> str:
     return f"{catalogue.numbering(record.data_no)}/{name}" if name else ""
 
 
-def shared_groups(training: Iterable[Record], test: Iterable[Record]) -> dict[str, tuple[list[Record], list[Record]]]:
-    """Key of each patient or lesion that is on both sides (`group_key`) -> (its training records, its test records)."""
-    sides: dict[str, tuple[list[Record], list[Record]]] = {}
-    for place, records in enumerate((training, test)):
-        for record in records:
-            if key := group_key(record):
-                sides.setdefault(key, ([], []))[place].append(record)
-    return {key: both for key, both in sides.items() if all(both)}
+def shared_groups(
+    training: Iterable[Item], test: Iterable[Item], key: Callable[[Item], str] = group_key
+) -> dict[str, tuple[list[Item], list[Item]]]:
+    """Key of each patient or lesion on both sides -> (its training items, its test items), most tested first.
+
+    Args:
+      training, test: records; or anything of which `key` says whom it shows ("": not known, shared by none).
+    """
+    sides: dict[str, tuple[list[Item], list[Item]]] = {}
+    for side, items in enumerate((training, test)):
+        for item in items:
+            if name := key(item):
+                sides.setdefault(name, ([], []))[side].append(item)
+    shared = [(name, both) for name, both in sides.items() if all(both)]
+    return dict(sorted(shared, key=lambda item: (-len(item[1][1]), item[0])))
 
 
 def _joined(items: Sequence[tuple[str, str, str]], images: dict[str, int], groups: dict[str, int]) -> list[int]:

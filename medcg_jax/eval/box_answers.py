@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from medcg_jax.eval import boxes
+from medcg_jax.eval.prediction_lines import MAX_ANSWER_BYTES, check_text, field
 from medcg_jax.files import write_whole
+from medcg_jax.untrusted import FileError, check_number, json_lines
 
 # Decimals of a pixel, and of a Dice, in the file.
 DECIMALS = 2
 DICE_DECIMALS = 4
+# A corner of a box; an answer of text may name any number, and beyond these no pixel lies.
+FARTHEST_PX = {"least": -1e15, "most": 1e15}
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,35 @@ def write_answers(path: Path, answers: Iterable[BoxAnswer]) -> None:
 
 
 def read_answers(path: Path) -> list[BoxAnswer]:
-    """What `write_answers` wrote."""
+    """What `write_answers` wrote. Raises FileError where a line is none such; file, line and field are named."""
+    answers: list[BoxAnswer] = []
+    asked: dict[tuple[str, str, str], int] = {}
+    for number, line in json_lines(path, max_bytes=MAX_ANSWER_BYTES):
+        name = f"{path}, line {number}"
+        for key in ("id", "subset", "label"):
+            check_text(line, key, name)
+        check_text(line, "generated", name, empty=True)
+        if line.get("dice") is not None:
+            check_number(line["dice"], f"{name}: dice", least=0, most=1)
+        predicted = line.get("predicted")
+        answers.append(
+            BoxAnswer(
+                line["id"], line["subset"], line["label"], _boxes(line, "truth", name, least=1),
+                None if predicted is None else _boxes(line, "predicted", name), line["generated"], line.get("dice"),
+            )
+        )  # fmt: skip
+        first = asked.setdefault((line["subset"], line["id"], line["label"]), number)
+        if first != number:
+            raise FileError(f"{name}: the question of line {first} again; each once is accepted")
+    return answers
 
-    def one(line: str) -> BoxAnswer:
-        fields = json.loads(line)
-        lists = {key: tuple(map(tuple, fields[key])) for key in ("truth", "predicted") if fields[key] is not None}
-        return BoxAnswer(**fields | lists)
 
-    # Lines of a file, not `splitlines`: generated text may hold other characters that end a line.
-    with open(path, encoding="utf-8", newline="\n") as lines:
-        return [one(line) for line in lines]
+def _boxes(line: dict, key: str, name: str, least: int = 0) -> tuple[tuple[float, ...], ...]:
+    value = line.get(key)
+    if not isinstance(value, list) or len(value) < least or not all(isinstance(b, list) and len(b) == 4 for b in value):
+        some = "of at least one box" if least else "of boxes"
+        raise FileError(f"{name}: {field(line, key)}: a list {some}, each of four numbers, is accepted")
+    return tuple(tuple(check_number(x, f"{name}: {key}", **FARTHEST_PX) for x in box) for box in value)
 
 
 def summary(answers: Sequence[BoxAnswer]) -> dict:

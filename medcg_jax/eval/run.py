@@ -17,9 +17,11 @@ from jax.sharding import Mesh
 from medcg_jax.eval.choice import letter_logits, option_logprobs
 from medcg_jax.eval.generate import LETTERS, greedy, parse_answer, prefill
 from medcg_jax.eval.intervals import wilson
+from medcg_jax.eval.prediction_lines import prediction_lines
 from medcg_jax.files import write_whole
 from medcg_jax.mesh import batch_sharding, check_batch, own_rows, put_batch, replicated
 from medcg_jax.train.preempt import stop_if_told
+from medcg_jax.untrusted import FileError
 
 if TYPE_CHECKING:
     from medcg_jax.data.encoding import Encoded
@@ -164,15 +166,14 @@ def write_controls(path: Path, controls: Mapping[str, Iterable[Prediction]]) -> 
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """What `write_predictions` wrote."""
-    found = []
-    # Lines of a file, not `splitlines`: generated text may hold other characters that end a line.
-    with open(path, encoding="utf-8", newline="\n") as lines:
-        for line in lines:
-            fields = json.loads(line)
-            lists = {key: tuple(fields[key]) for key in ("options", "logprobs")}
-            found.append(Prediction(**{**fields, **lists}))
-    return found
+    """What `write_predictions` wrote. Raises FileError as `prediction_lines`, and where log-probabilities are missing."""
+    predictions = []
+    for line in prediction_lines(path):
+        if line["logprobs"] is None:
+            raise FileError(f"{path}: record {line['id']} has no log-probabilities")
+        values = {name.name: line[name.name] for name in dataclasses.fields(Prediction)}
+        predictions.append(Prediction(**values | {key: tuple(values[key]) for key in ("options", "logprobs")}))
+    return predictions
 
 
 def summary(predictions: Sequence[Prediction]) -> dict:

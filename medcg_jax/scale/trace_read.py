@@ -20,6 +20,7 @@ from jax.profiler import ProfileData
 
 from medcg_jax.data.records import DataError
 from medcg_jax.files import write_whole
+from medcg_jax.untrusted import FileError, read_bytes
 
 # Kinds of operations, by what an operation's name, kernel or category holds; the first that matches counts.
 # Names are XLA's ("gemm_fusion_dot.3", "loop_convert_fusion"), cuBLAS's (nvjet, sm90_xmma_gemm, cutlass), cuDNN's
@@ -37,6 +38,8 @@ KINDS = {
 CONTAINERS = re.compile(r"(while|conditional|call)([.\d]|$)")
 NAME_CHARACTERS = 90
 NUM_LONGEST = 10
+# A trace, whole in memory: some steps of a large model take 100 MB a host.
+MAX_TRACE_BYTES = 2**31
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def read(path: str | Path, *, steps: int = 0) -> dict:
 
 def trace_files(path: Path) -> list[Path]:
     """The files of the newest trace at or below `path`, one for each host."""
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return [path]
     found = sorted(path.rglob("*.xplane.pb"), key=lambda file: (file.stat().st_mtime, str(file)))
     if not found:
@@ -81,8 +84,10 @@ def trace_files(path: Path) -> list[Path]:
 
 def load(file: Path) -> ProfileData:
     try:
-        return ProfileData.from_serialized_xspace(file.read_bytes())
-    except (OSError, RuntimeError, ValueError) as error:
+        return ProfileData.from_serialized_xspace(read_bytes(file, MAX_TRACE_BYTES))
+    except FileError as error:
+        raise DataError(str(error)) from None
+    except (RuntimeError, ValueError) as error:
         raise DataError(f"{file}: cannot be read as a trace: {' '.join(str(error).split())[:200]}") from None
 
 

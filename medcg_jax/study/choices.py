@@ -126,7 +126,7 @@ def choices(config: Mapping[str, Any]) -> list[tuple[str, Any, bool, str]]:
     for choice in CHOICES:
         if choice.family in ("", family):
             section, _, name = choice.field.partition(".")
-            if name not in config[section]:
+            if name not in config.get(section, {}):
                 continue  # a grid of an earlier version
             value = config[section][name]
             found[choice.field] = (choice.field, value, _plain(value) == _plain(choice.value), choice.why)

@@ -6,19 +6,22 @@ started. Where cells share a training, a record that is dropped for one cell's t
 the steps of a training stay those of all its records.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from medcg_jax.files import write_whole
+from medcg_jax.study.grid_files import cell_id, checked, read_rows, text, whole
 from medcg_jax.study.leaks import Finding
 from medcg_jax.study.results import to_csv
 from medcg_jax.study.schedule import Plan
 
-# `form` came last, so that the lines of older parts lack it alone.
+# Files of older grids lack `form`.
 HEADER = ("cell", "kind", "training", "test", "distance_bits", "action", "form")
 FILE = "contamination.csv"
+COLUMNS = {
+    "cell": cell_id, "kind": text, "training": text, "test": text,
+    "distance_bits": lambda value: value and checked(whole, value), "action": text, "form": str,
+}  # fmt: skip
 
 
 def write_part(workdir: Path, job: str, found: Sequence[Finding]) -> None:
@@ -34,19 +37,16 @@ def join(workdir: Path, plan: Plan) -> None:
     """Writes contamination.csv of the parts there are; a header alone says that nothing was found."""
     rows: dict[str, list[Sequence[str]]] = {}
     for job in plan.jobs:
-        if _part(workdir, job.id).is_file():
-            lines = csv.reader(io.StringIO(_part(workdir, job.id).read_text(encoding="utf-8")))
-            for row in list(lines)[1:]:
-                rows.setdefault(row[0], []).append(row)
+        if _part(workdir, job.id).exists():
+            for row in read_rows(_part(workdir, job.id), COLUMNS, optional=("form",)):
+                rows.setdefault(row["cell"], []).append(tuple(row.values()))
     write_whole(workdir / FILE, to_csv(HEADER, [row for cell in plan.cells for row in rows.get(cell.id, ())]))
 
 
 def read(workdir: Path) -> list[dict[str, str]]:
-    """The lines of contamination.csv by column; [] of a grid that has none."""
-    if not (workdir / FILE).is_file():
-        return []
-    with open(workdir / FILE, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file, restval=""))
+    """The lines of contamination.csv by column; [] of a grid that has none. Raises FileError where it holds others."""
+    path = workdir / FILE
+    return read_rows(path, COLUMNS, optional=("form",)) if path.exists() else []
 
 
 def _part(workdir: Path, job: str) -> Path:

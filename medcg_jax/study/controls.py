@@ -6,7 +6,6 @@ image), "shift_N" (the options moved on by N places, N from 1 to one less than t
 right option and one other).
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ import numpy as np
 
 from medcg_jax.eval.generate import LETTERS, parse_answer
 from medcg_jax.eval.intervals import wilson
+from medcg_jax.eval.prediction_lines import prediction_lines
 from medcg_jax.study.paired import grouped, mcnemar
+from medcg_jax.untrusted import FileError
 
 PLAIN = ""
 SHUFFLED, TWO, SHIFT = "shuffled_images", "two_options", "shift_"
@@ -29,8 +30,8 @@ class Answer:
     Attributes:
       cell, control: where it is from; control `PLAIN` for the predictions.
       record: the same wherever the same record is asked: (seed or None, subset, id).
-      logprobs: float[K] nats of the offered letters. read: the letter of the free answer, "" where it gives none; None
-        where none was asked for.
+      options: number K of the offered letters. logprobs: float[K] nats of them; None where they were not recorded.
+      read: the letter of the free answer, "" where it gives none; None where none was asked for.
     """
 
     cell: str
@@ -38,7 +39,8 @@ class Answer:
     record: tuple
     answer: str
     predicted: str
-    logprobs: tuple[float, ...]
+    options: int
+    logprobs: tuple[float, ...] | None
     read: str | None
 
     @property
@@ -73,7 +75,7 @@ def controls_of_answers(workdir: Path, results: Sequence[Mapping], fresh: bool) 
     where the grid left no such answers. "n" is of answers, "chance" the mean of 1 / options.
 
     Raises:
-      ValueError: a file of controls that does not fit the predictions beside it; it names the file and the record.
+      FileError: a file of controls that does not fit the predictions beside it; it names the file and the record.
     """
     cells: dict[tuple[str, str], dict[str, tuple[int, set[str]]]] = defaultdict(dict)
     for row in results:
@@ -102,10 +104,10 @@ def controls_of_arm(answers: Sequence[Answer]) -> dict:
         "letters": {letter: len(own) / len(plain) for letter, own in letters.items()},
         "most_frequent": most,
         "most_frequent_accuracy": _mean(a.answer == most for a in plain),
-        "prior_corrected_accuracy": _mean(prior_corrected(plain)),
+        "prior_corrected_accuracy": _mean(prior_corrected(plain)) if all(a.logprobs for a in plain) else None,
         "by_options": [
             {"options": count, "n": len(own), "accuracy": _accuracy(own), "chance": 1 / count}
-            for count, own in grouped(plain, lambda a: len(a.logprobs)).items()
+            for count, own in grouped(plain, lambda a: a.options).items()
         ],
         "generation": _generation([a for a in plain if a.read is not None]),
         "circular": _circular(plain, {c: own for c, own in by_control.items() if c.startswith(SHIFT)}),
@@ -123,11 +125,13 @@ def prior_corrected(answers: Sequence[Answer]) -> list[bool]:
     any keeps its answers.
     """
     right = []
-    for own in grouped(answers, lambda a: len(a.logprobs)).values():
+    for own in grouped(answers, lambda a: a.options).values():
         logprobs = np.array([a.logprobs for a in own])
         shares = np.exp(logprobs - logprobs.max(1, keepdims=True))
         shares /= shares.sum(1, keepdims=True)
-        corrected = (shares / shares.mean(0)).argmax(1)
+        means = shares.mean(0)
+        # A letter that no answer gives any probability wins nowhere.
+        corrected = np.divide(shares, means, out=np.zeros_like(shares), where=means > 0).argmax(1)
         right += [LETTERS[place] == a.answer for place, a in zip(corrected, own, strict=True)]
     return right
 
@@ -174,7 +178,7 @@ def _two_options(plain: Sequence[Answer], two: Sequence[Answer]) -> dict | None:
 def _shuffled(answers: Sequence[Answer]) -> dict | None:
     if not answers:
         return None
-    accuracy, chance = _accuracy(answers), _mean(1 / len(a.logprobs) for a in answers)
+    accuracy, chance = _accuracy(answers), _mean(1 / a.options for a in answers)
     records = len({a.record for a in answers})
     low, high = wilson(accuracy * records, records)
     return {
@@ -199,23 +203,23 @@ def _cell_answers(workdir: Path, cell: str, seed: int | None, targets: set[str])
     """What one cell answered on its targets, as asked and in its controls."""
     plain = list(_read(workdir / "predictions" / f"{cell}.jsonl", cell, seed, targets))
     path = workdir / "controls" / f"{cell}.jsonl"
-    if not path.is_file():
+    if not path.exists():
         return plain
     controls = list(_read(path, cell, seed, targets))
-    options = {a.record: len(a.logprobs) for a in plain}
+    options = {a.record: a.options for a in plain}
     asked: dict[tuple, list[str]] = defaultdict(list)
     for a in controls:
         place = f"{path}, record {a.record[2]} of {a.record[1]}"
         if a.record not in options:
-            raise ValueError(f"{place}: not among the predictions of the cell")
+            raise FileError(f"{place}: not among the predictions of the cell")
         known = {SHUFFLED, TWO, *_shifts(options[a.record])}
         if a.control not in known or a.control in asked[a.record]:
-            raise ValueError(f"{place}: control {a.control!r}; each of {', '.join(sorted(known))} once")
+            raise FileError(f"{place}: control {a.control!r}; each of {', '.join(sorted(known))} once")
         asked[a.record].append(a.control)
     for record, names in asked.items():
         missing = set(_shifts(options[record])) - set(names)
         if missing and any(name.startswith(SHIFT) for name in names):
-            raise ValueError(f"{path}, record {record[2]} of {record[1]}: no {min(missing)}; all shifts or none")
+            raise FileError(f"{path}, record {record[2]} of {record[1]}: no {min(missing)}; all shifts or none")
     return plain + controls
 
 
@@ -224,12 +228,11 @@ def _shifts(options: int) -> list[str]:
 
 
 def _read(path: Path, cell: str, seed: int | None, targets: set[str]) -> Iterable[Answer]:
-    with open(path, encoding="utf-8", newline="\n") as lines:
-        for line in map(json.loads, lines):
-            if line["subset"] in targets:
-                text = line["generated"]
-                yield Answer(
-                    cell, line.get("control", PLAIN), (seed, line["subset"], line["id"]), line["answer"],
-                    line["predicted"], tuple(line["logprobs"]),
-                    None if text is None else parse_answer(text, line["options"]),
-                )  # fmt: skip
+    for line in prediction_lines(path):
+        if line["subset"] in targets:
+            text = line["generated"]
+            yield Answer(
+                cell, line.get("control", PLAIN), (seed, line["subset"], line["id"]), line["answer"],
+                line["predicted"], len(line["options"]), line["logprobs"] and tuple(line["logprobs"]),
+                None if text is None else parse_answer(text, line["options"]),
+            )  # fmt: skip

@@ -17,11 +17,14 @@ from medcg_jax.distributed import is_first
 from medcg_jax.files import write_whole
 from medcg_jax.study import results
 from medcg_jax.study.schedule import Job, Plan
+from medcg_jax.untrusted import FileError, read_text
 
 POLL_S = 0.5
 LINE_EVERY_S = 20.0
 # Units that testing one subset counts for: a guess that only the bar is moved by.
 EVAL_UNITS = 2
+# A file of progress holds one number.
+MAX_PROGRESS_BYTES = 18
 
 
 def job_units(job: Job) -> int:
@@ -80,7 +83,7 @@ class Progress:
         while not self._stop.wait(POLL_S):
             try:
                 self._look()
-            except OSError as error:  # a full disk, say: the work itself will fail where it must
+            except (OSError, FileError) as error:  # a full disk, say: the work itself will fail where it must
                 print(f"progress: {error}", file=sys.stderr, flush=True)
                 return
 
@@ -112,9 +115,10 @@ class Progress:
 
     def _partial(self, name: str) -> int:
         try:
-            return int((results.state_dir(self._workdir) / "progress" / name).read_text())
-        except (OSError, ValueError):
-            return 0
+            text = read_text(results.state_dir(self._workdir) / "progress" / name, MAX_PROGRESS_BYTES)
+        except FileError:
+            return 0  # the bar alone is moved by it
+        return int(text) if text.isascii() and text.isdigit() else 0
 
     def _words(self) -> str:
         cells = sum(len(job.cells) for job in self._plan.jobs if job.id in self._outcomes)

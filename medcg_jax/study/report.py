@@ -5,8 +5,10 @@ files give the same page. Its parts: `report_files` reads, `stats` tests, `repor
 `report_tables`, `report_plots`, `report_samples` and `report_published` show.
 """
 
+import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,12 +32,17 @@ from medcg_jax.study import (
     stats,
 )
 from medcg_jax.study.choices import choices
+from medcg_jax.study.report_escape import plain
 from medcg_jax.study.report_files import Grid
 from medcg_jax.study.report_plots import Figure, Plots
 from medcg_jax.study.report_published import context, power, published
 from medcg_jax.study.report_samples import letters_table, samples
 from medcg_jax.study.report_subsets import SubsetPage
 from medcg_jax.study.report_tables import MARKS, Table, Tables, shown
+from medcg_jax.untrusted import FileError
+
+# What a report consists of; other files in its folder are its reader's own.
+WRITTEN = ("index.html", "summary.txt", "report.md", "report.tex", "plots", "tables", "subsets")
 
 
 def write_report(workdir: str | Path, formats: Sequence[str] = ()) -> Path:
@@ -47,31 +54,74 @@ def write_report(workdir: str | Path, formats: Sequence[str] = ()) -> Path:
 
     Raises:
       FileNotFoundError: the folder is not the workdir of a grid.
-      DataError: a line of its predictions is broken.
+      FileError: a file of the grid is broken, or they do not agree; the report before stays as it is.
     """
     grid = Grid(workdir)
     with whole_folder(grid.workdir / "report") as folder:
         _write(grid, folder, formats)
+    for note in grid.notes:
+        print(note, file=sys.stderr, flush=True)
     return grid.workdir / "report" / "index.html"
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to write into, which takes the place of `folder` at the end of the block, unless it fails."""
+    """An empty folder to write into, which takes the place of `folder` at the end of the block, unless it fails.
+
+    Of an earlier report what others have laid beside its page and folders moves along.
+
+    Raises:
+      FileError: `folder` is there and is no report.
+    """
+    if os.path.lexists(folder) and (folder.is_symlink() or not (folder / "index.html").is_file()):
+        raise FileError(f"{folder}: is there and holds no report (index.html); move it away, a report is written there")
+    part, before = (folder.with_name(f".{folder.name}.{secrets.token_hex(6)}") for _ in range(2))
+    part.mkdir()
+    try:
+        yield part
+        if folder.exists():
+            folder.rename(before)
+        try:
+            part.rename(folder)
+        except OSError:
+            if before.exists():
+                before.rename(folder)
+            raise
+        for entry in before.iterdir() if before.exists() else ():
+            if entry.name not in WRITTEN:
+                entry.rename(folder / entry.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+@contextmanager
+def added_files(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into; at the end its files go to the same places in `folder`, the page last.
+
+    What else lies in `folder` stays; it is there only when all is written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}")
     part.mkdir()
     try:
         yield part
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        for path in sorted((p for p in part.rglob("*") if p.is_file()), key=lambda p: (p.name == "index.html", p)):
+            place = folder / path.relative_to(part)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(place)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file of a report, without characters that no such file may hold (`report_escape.plain`)."""
+    path.write_text(plain(text), encoding="utf-8", newline="")
 
 
 def _write(grid: Grid, folder: Path, formats: Sequence[str]) -> None:
     for name in ("plots", "tables"):
         (folder / name).mkdir()
-    grid.letters  # noqa: B018 - reads every prediction once, and refuses what is broken by its file and line
     summary = stats.summarise(grid.workdir)
     tables = {table.name: table for table in Tables(grid, summary).all()}
     own = [report_contamination.table(grid), report_lists.comparisons(summary), report_lists.cells(grid)]
@@ -80,8 +130,8 @@ def _write(grid: Grid, folder: Path, formats: Sequence[str]) -> None:
     extra = [table for table in (*own, *report_boxes.tables(grid)) if table.rows]
     tables |= {table.name: table for table in extra}
     for table in tables.values():
-        (folder / "tables" / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8", newline="")
-        (folder / "tables" / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8", newline="")
+        write_text(folder / "tables" / f"{table.name}.csv", table.csv())
+        write_text(folder / "tables" / f"{table.name}.tex", table.latex())
     plots = Plots(grid, summary, folder / "plots")
     answer, said = report_text.Answer(grid, summary), limits(grid, summary)
     texts = {"summary.txt": report_formats.summary_text(grid, answer, said)}
@@ -89,15 +139,21 @@ def _write(grid: Grid, folder: Path, formats: Sequence[str]) -> None:
         texts["report.md"] = report_formats.markdown(grid, answer, said, tables.values())
     if "tex" in formats:
         texts["report.tex"] = report_formats.document(grid, answer, said, tables.values())
-    subsets = report_subsets.write_pages(grid, page_template("subset.html.j2", marks=MARKS), folder)
+    subsets = report_subsets.pages(grid)
+    if subsets:
+        (folder / "subsets").mkdir()
+    for one in subsets:
+        text = page_template("subset.html.j2", marks=MARKS).render(page=one, grid=grid)
+        write_text(folder / "subsets" / one.file, text)
     texts["index.html"] = render(grid, summary, tables, plots, subsets)
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="")
+        write_text(folder / name, text)
 
 
 def render(grid: Grid, summary: dict, tables: dict[str, Table], plots: Plots, subsets: Sequence[SubsetPage]) -> str:
     """The page's HTML; draws its figures."""
     answer = report_text.Answer(grid, summary)
+    losses = plots.losses()  # what is left out of them is among what is missing
     return page_template("report.html.j2", marks=MARKS).render(
         grid=grid,
         answer=answer,
@@ -116,7 +172,7 @@ def render(grid: Grid, summary: dict, tables: dict[str, Table], plots: Plots, su
         habits=report_limits.letter_habits(grid),
         letters_table=tables.get("answers"),
         controls=[tables[name] for name in ("controls", "controls_again") if name in tables],
-        losses=plots.losses(),
+        losses=losses,
         published=[table for name, table in tables.items() if name.startswith("published_")],
         context=context() if grid.of_phantoms else "",
         power=power(),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from medcg_jax.run_config import MODELS
 from medcg_jax.study import report_boxes, stats
-from medcg_jax.study.report import page_template, whole_folder
+from medcg_jax.study.report import page_template, whole_folder, write_text
 from medcg_jax.study.report_files import Grid, Score, arm_name
 from medcg_jax.study.report_plots import COLOURS, INK, Figure, draw
 from medcg_jax.study.report_tables import Column, Table, shown
@@ -21,6 +21,7 @@ def write_page(workdir: Path, models: Sequence[str]) -> Path:
 
     Raises:
       FileNotFoundError: one is not the workdir of a grid.
+      FileError: a file of one is broken.
     """
     grids = {model: Grid(workdir / model) for model in models}
     with whole_folder(workdir / "report") as folder:
@@ -32,14 +33,14 @@ def _write(folder: Path, grids: dict[str, Grid]) -> None:
     (folder / "plots").mkdir()
     (folder / "tables").mkdir()
     rows = [row for model, grid in grids.items() for row in rows_of(model, grid)]
-    (folder / "tables" / "models.csv").write_text(as_csv(rows), encoding="utf-8", newline="")
+    write_text(folder / "tables" / "models.csv", as_csv(rows))
     boxes = [
         {"title": one.title, "name": one.name, "table": one}
         for part in ("in_distribution", "out_of_distribution")
         if (one := joined({model: report_boxes.of_part(grid, part) for model, grid in grids.items()})).rows
     ]
     for part in boxes:
-        (folder / "tables" / f"{part['name']}.csv").write_text(part["table"].csv(), encoding="utf-8", newline="")
+        write_text(folder / "tables" / f"{part['name']}.csv", part["table"].csv())
     groups = list(dict.fromkeys((row["table"], row["part"]) for row in rows))
     parts = [
         {"title": title(*group), "rows": own, "figure": bars(folder / "plots", group, own)}
@@ -47,13 +48,11 @@ def _write(folder: Path, grids: dict[str, Grid]) -> None:
         if (own := [row for row in rows if (row["table"], row["part"]) == group])
     ]
     first = next(iter(grids.values()))
-    (folder / "index.html").write_text(
-        page_template("backbones.html.j2").render(
-            models=list(grids), parts=parts, boxes=boxes, shown=shown, phantoms=first.of_phantoms,
-            versions=first.run["versions"], arm_name=arm_name,
-        ),
-        encoding="utf-8", newline="",
+    text = page_template("backbones.html.j2").render(
+        models=list(grids), parts=parts, boxes=boxes, shown=shown, phantoms=first.of_phantoms,
+        versions=first.run["versions"], arm_name=arm_name,
     )  # fmt: skip
+    write_text(folder / "index.html", text)
 
 
 def models_in(workdir: Path) -> list[str]:

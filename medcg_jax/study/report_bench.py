@@ -1,13 +1,17 @@
 """Plots of what `medcg bench` measured, of one or several of its JSON files: ratios to the reference, and samples/s."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from medcg_jax.run_config import ConfigError
+from medcg_jax.study.report import added_files
+from medcg_jax.study.report_escape import one_line, short_label
 from medcg_jax.study.report_plots import BLUE, GREEN, GREY, INK, ORANGE, PINK, PURPLE, RED, SKY, draw
+from medcg_jax.untrusted import FileError, check_number, read_json, shown
 
+# A result has some 20 kB.
+MAX_RESULT_BYTES = 2**24
 COLOURS = (BLUE, ORANGE, GREEN, SKY, RED, PINK, PURPLE, GREY)
 # Ratio -> what it compares.
 RATIOS = {
@@ -34,8 +38,18 @@ def write_plots(files: list[Path], out: Path | None = None) -> list[Path]:
     """
     results = {label: result for label, result in _labelled([(path, read(path)) for path in files])}
     folder = out or files[0].parent
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    with added_files(folder) as part:
+        names = _draw(part, results)
+    if not names:
+        raise ConfigError(
+            f"{', '.join(map(str, files))}: nothing to plot; results with the stage train, eval or generate are accepted"
+        )
+    return [folder / name for name in names]
+
+
+def _draw(folder: Path, results: dict[str, dict]) -> list[str]:
+    """Names of the files drawn."""
+    written: list[str] = []
     names = [name for name in RATIOS if any(name in result["ratios"] for result in results.values())]
     if names:
         title = "Samples per second, this port over HF transformers"
@@ -45,34 +59,69 @@ def write_plots(files: list[Path], out: Path | None = None) -> list[Path]:
     if runners:
         written += _save(folder, "bench_throughput", "Samples per second", _height(runners, results),
                          lambda axes: _throughput(axes, runners, results))  # fmt: skip
-    if not written:
-        named = ", ".join(map(str, files))
-        raise ConfigError(f"{named}: nothing to plot; results with the stage train, eval or generate are accepted")
     return written
 
 
 def read(path: Path) -> dict:
-    """A result of `medcg bench`.
+    """A result of `medcg bench`: its ratios, and of each runner the numbers that `rates` takes, are numbers.
 
     Raises:
-      ConfigError: the file holds something else.
+      FileError: the file holds something else.
     """
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    if not isinstance(result, dict) or not {"ratios", "stages", "model"} <= set(result):
-        raise ConfigError(f"{path} is no result of `medcg bench`, which has ratios, stages and model")
+    result = read_json(path, max_bytes=MAX_RESULT_BYTES)
+    if not {"ratios", "stages", "model"} <= set(result):
+        raise FileError(f"{path} is no result of `medcg bench`, which has ratios, stages and model")
+    for key in ("model", "device"):
+        if not isinstance(result.get(key), str):
+            raise FileError(f"{path}: {key}={shown(result.get(key))}: text is accepted")
+    for name, ratio in _section(result, "ratios", path).items():
+        _check_spread(ratio, f"{path}: ratios.{one_line(name)[:40]}")
+        if ratio.get("by") not in ("cpu", "wall"):
+            raise FileError(f"{path}: ratios.{one_line(name)[:40]}: by={shown(ratio.get('by'))}: cpu or wall is accepted")
+    for section in ("train", "answers"):
+        if section in result:
+            _check_runners(_section(result, section, path), _timed(result), f"{path}: {section}")
+    if "train" in result:
+        size = _section(result["train"], "batch", f"{path}: train").get("size")
+        check_number(size, f"{path}: train.batch.size", least=1, whole=True)
     return result
+
+
+def _section(value: dict, key: str, name: str | Path) -> dict:
+    if not isinstance(value.get(key), dict):
+        raise FileError(f"{name}: {key}={shown(value.get(key))}: an object is accepted")
+    return value[key]
+
+
+def _check_runners(section: dict, timed: str, name: str) -> None:
+    for runner, row in _section(section, "runners", name).items():
+        where = f"{name}.runners.{one_line(runner)[:40]}"
+        if not isinstance(row, dict):
+            raise FileError(f"{where}={shown(row)}: an object is accepted")
+        check_number(row.get("num_samples"), f"{where}.num_samples", least=1, most=1e12)
+        _check_spread(row.get(timed), f"{where}.{timed}")
+
+
+def _check_spread(value: object, name: str) -> None:
+    if not isinstance(value, dict):
+        raise FileError(f"{name}={shown(value)}: an object with median, min and max is accepted")
+    for key in ("median", "min", "max"):
+        check_number(value.get(key), f"{name}.{key}", least=1e-12, most=1e12)
+    if not value["min"] <= value["median"] <= value["max"]:
+        raise FileError(f"{name}: the median {value['median']:g} is not between {value['min']:g} and {value['max']:g}")
+
+
+def _timed(result: dict) -> str:
+    """The time that rates are by: a CPU's own seconds, elsewhere those that pass."""
+    return "cpu_s" if result["device"].lower().startswith("cpu") else "step_s"
 
 
 def rates(result: dict) -> dict[str, tuple[float, float, float]]:
     """Samples per CPU-second on a CPU, per second elsewhere, of each runner: (by the median, least, most)."""
-    on_cpu = result["device"].lower().startswith("cpu")
     found = {}
     for section in ("train", "answers"):
         for name, row in result.get(section, {}).get("runners", {}).items():
-            step = row["cpu_s" if on_cpu else "step_s"]
+            step = row[_timed(result)]
             found[name] = tuple(row["num_samples"] / step[key] for key in ("median", "max", "min"))
     return found
 
@@ -90,9 +139,9 @@ def _height(names: list[str], results: dict) -> float:
     return 1.3 + len(names) * (0.16 + 0.2 * len(results))
 
 
-def _save(folder: Path, name: str, title: str, height_in: float, paint) -> list[Path]:
+def _save(folder: Path, name: str, title: str, height_in: float, paint) -> list[str]:
     draw(folder, name, title, "", height_in, paint, width_in=7.0)
-    return [folder / f"{name}.png", folder / f"{name}.svg"]
+    return [f"{name}.png", f"{name}.svg"]
 
 
 def _bars(axes, names: list[str], results: dict, values: dict[str, dict[str, tuple[float, float, float]]]) -> None:
@@ -102,7 +151,7 @@ def _bars(axes, names: list[str], results: dict, values: dict[str, dict[str, tup
         rows = [(i, values[label][name]) for i, name in enumerate(names) if name in values[label]]
         at = np.array([i for i, _ in rows]) + (place - (len(results) - 1) / 2) * height
         middle, least, most = np.array([row for _, row in rows]).reshape(-1, 3).T
-        axes.barh(at, middle, 0.85 * height, color=COLOURS[place % len(COLOURS)], label=label)
+        axes.barh(at, middle, 0.85 * height, color=COLOURS[place % len(COLOURS)], label=short_label(label))
         within = [middle - least, most - middle]
         axes.errorbar(middle, at, xerr=within, fmt="none", ecolor=INK, elinewidth=0.8, capsize=2)
         for y, x, end in zip(at, middle, most, strict=True):

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageDraw
 
-from medcg_jax.data.records import DataError
 from medcg_jax.eval import box_answers
 from medcg_jax.eval.box_answers import BoxAnswer
 from medcg_jax.study import stats
 from medcg_jax.study.report_files import Grid, Score, arm_name
-from medcg_jax.study.report_samples import SIDE_PX, embedded, open_as_recorded
+from medcg_jax.study.report_samples import NOT_SHOWN, SIDE_PX, embedded, open_as_recorded
 from medcg_jax.study.report_tables import Column, Table
 from medcg_jax.study.report_text import PARTS
 
@@ -114,7 +113,7 @@ def samples(grid: Grid) -> BoxSamples:
         source = open_as_recorded(grid, int(cell["seed"]))
         drawn = sorted(grid.boxes(cell["cell"]), key=lambda a: hashlib.sha256(f"{a.id}/{a.label}".encode()).digest())
         return BoxSamples(tuple(sample(source.records(a.subset, "test"), a) for a in drawn[:NUM_SHOWN]))
-    except (DataError, OSError, KeyError) as error:
+    except NOT_SHOWN as error:
         return BoxSamples(absent=f"The images cannot be shown: {error}")
 
 
@@ -128,15 +127,22 @@ def sample(records, answer: BoxAnswer) -> BoxSample:
 
 
 def with_boxes(image: np.ndarray, truth: Sequence[Sequence[float]], answered: Sequence[Sequence[float]]) -> np.ndarray:
-    """uint8[h, w, 3] of the image, enlarged where it is small, with the boxes' outlines."""
-    factor = max(1, SIDE_PX // max(image.shape[:2]))
-    picture = Image.fromarray(image)
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    """uint8[h, w, 3] of the image in the size that a page shows, with the boxes' outlines: drawn on a large image, they
+    would be gone when it is made small."""
+    picture, longest = Image.fromarray(image), max(image.shape[:2])
+    if longest <= 2 * SIDE_PX:
+        factor: float = max(1, SIDE_PX // longest)
+        size = (round(picture.width * factor), round(picture.height * factor))
+        picture = picture.resize(size, Image.Resampling.NEAREST)
+    else:
+        factor = 2 * SIDE_PX / longest
+        picture = picture.resize([max(1, round(side * factor)) for side in picture.size], Image.Resampling.LANCZOS)
     pencil = ImageDraw.Draw(picture)
     for found, colour in ((truth, TRUTH), (answered, ANSWER)):
         for box in found:
             # Regressed corners may be out of order, and a box thinner than its outline.
-            (left, right), (top, bottom) = (sorted((box[i] * factor, box[i + 2] * factor)) for i in (0, 1))
+            corners_px = [min(max(x * factor, -3.0), max(picture.size) + 3.0) for x in box]
+            (left, right), (top, bottom) = (sorted((corners_px[i], corners_px[i + 2])) for i in (0, 1))
             corners = (left, top, max(left, right - 1), max(top, bottom - 1))
             pencil.rectangle(corners, outline=colour, width=2)
     return np.asarray(picture)

@@ -9,12 +9,11 @@ from pathlib import Path
 from scipy.stats import norm
 from statsmodels.stats.proportion import confint_proportions_2indep, proportions_ztest
 
-from medcg_jax.files import write_whole
 from medcg_jax.run_config import flat, free_fields
 from medcg_jax.study import stats
 from medcg_jax.study.mixed import mixed_interval
 from medcg_jax.study.paired import holm
-from medcg_jax.study.report import page_template
+from medcg_jax.study.report import added_files, page_template, write_text
 from medcg_jax.study.report_files import Grid, Score, arm_name, letter_logprobs
 from medcg_jax.study.report_plots import BLUE, INK, ORANGE, draw
 from medcg_jax.study.report_tables import MARKS, Column, Table
@@ -78,24 +77,26 @@ def write_comparison(a: str | Path, b: str | Path, out: str | Path = "") -> Path
 
     Raises:
       FileNotFoundError: a folder is not the workdir of a grid.
+      FileError: a file of theirs is broken.
     """
     grids = Grid(a), Grid(b)
     name = re.sub(r"[^A-Za-z0-9._-]", "_", grids[1].workdir.absolute().name)
     folder = Path(out) if out else grids[0].workdir / f"compare_{name}"
     rows = matched(*grids)
-    # What else lies in the folder is the reader's own.
-    (folder / "plots").mkdir(parents=True, exist_ok=True)
     tables = [table_of(rows), differing(*grids)]
-    for table in tables:
-        write_whole(folder / "tables" / f"{table.name}.csv", table.csv())
-        write_whole(folder / "tables" / f"{table.name}.tex", table.latex())
-    page = folder / "index.html"
-    text = page_template("compare.html.j2", marks=MARKS).render(
-        a=grids[0], b=grids[1], said=verdict(rows, *grids), tables=[t for t in tables if t.rows],
-        figures=[scatter(folder / "plots", rows)] if rows else [],
-    )  # fmt: skip
-    write_whole(page, text)
-    return page
+    # What else lies in the folder is the reader's own.
+    with added_files(folder) as part:
+        for name in ("plots", "tables"):
+            (part / name).mkdir()
+        for table in tables:
+            write_text(part / "tables" / f"{table.name}.csv", table.csv())
+            write_text(part / "tables" / f"{table.name}.tex", table.latex())
+        text = page_template("compare.html.j2", marks=MARKS).render(
+            a=grids[0], b=grids[1], said=verdict(rows, *grids), tables=[t for t in tables if t.rows],
+            figures=[scatter(part / "plots", rows)] if rows else [],
+        )  # fmt: skip
+        write_text(part / "index.html", text)
+    return folder / "index.html"
 
 
 def matched(a: Grid, b: Grid) -> list[Matched]:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from medcg_jax.data.leaks import EXACT
-from medcg_jax.study import contamination
 from medcg_jax.study.report_files import Grid
 from medcg_jax.study.report_tables import Column, Table
 from medcg_jax.study.report_text import counted
@@ -37,7 +36,7 @@ def table(grid: Grid) -> Table:
         wide=True,
     )  # fmt: skip
     lines: dict[str, list[dict]] = {}
-    for line in contamination.read(grid.workdir):
+    for line in grid.contamination:
         lines.setdefault(line["cell"], []).append(line)
     for cell, own in lines.items():
         kinds, actions = [line["kind"] for line in own], [line["action"] for line in own]
@@ -53,7 +52,7 @@ def table(grid: Grid) -> Table:
 
 def limits(grid: Grid) -> list[str]:
     """What a reader must know of what is in training and in a test."""
-    left = [line for line in contamination.read(grid.workdir) if line["action"] == "reported"]
+    left = [line for line in grid.contamination if line["action"] == "reported"]
     said = []
     for kinds, what in REPORTED.items():
         cells = len({line["cell"] for line in left if line["kind"] in kinds})

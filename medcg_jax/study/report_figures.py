@@ -8,6 +8,7 @@ from matplotlib.patches import Rectangle
 from medcg_jax.data.phantom_boxes import DETECTION_TRIPLETS
 from medcg_jax.data.phantom_world import TRIPLETS
 from medcg_jax.study import mat
+from medcg_jax.study.report_escape import file_names, short_label
 from medcg_jax.study.report_files import arm_name
 from medcg_jax.study.report_plots import BLUE, COLOURS, INK, MUTED, ORANGE, Figure, Plots, draw
 from medcg_jax.study.report_text import PARTS, points
@@ -45,6 +46,8 @@ def curves_by_target(plots: Plots) -> list[Figure]:
     if len(by_target) < 2:
         return []
 
+    files = file_names(by_target)
+
     def one(target: str, curves) -> Figure:
         counts = sorted({count for curve in curves.values() for count in curve})
 
@@ -67,7 +70,7 @@ def curves_by_target(plots: Plots) -> list[Figure]:
 
         what = plots.grid.describe(target) or target
         caption = f"{what}: accuracy with 95 % Wilson intervals; dashed: chance."
-        return draw(plots.folder, f"efficiency_{target}", what, caption, 2.6, paint, 3.4)
+        return draw(plots.folder, f"efficiency_{files[target]}", what, caption, 2.6, paint, 3.4)
 
     return [one(target, curves) for target, curves in by_target.items()]
 
@@ -101,11 +104,11 @@ def triplet_map(plots: Plots) -> list[Figure]:
             if tasks[place] != tasks[place - 1]:
                 axes.axvline(place, color=INK, linewidth=1)
         for task in dict.fromkeys(tasks):
-            axes.text(tasks.index(task) + 0.05, len(modalities) + 0.08, task, fontsize=8, va="bottom")
+            axes.text(tasks.index(task) + 0.05, len(modalities) + 0.08, short_label(task), fontsize=8, va="bottom")
         axes.set_xlim(0, len(columns))
         axes.set_ylim(0, len(modalities))
-        axes.set_xticks(np.arange(len(columns)) + 0.5, [area for _, area in columns], rotation=90, fontsize=7)
-        axes.set_yticks(np.arange(len(modalities)) + 0.5, modalities[::-1], fontsize=8)
+        axes.set_xticks(np.arange(len(columns)) + 0.5, [short_label(area) for _, area in columns], rotation=90, fontsize=7)
+        axes.set_yticks(np.arange(len(modalities)) + 0.5, [short_label(name) for name in modalities[::-1]], fontsize=8)
         axes.grid(False)
 
     arm, other = against

@@ -1,7 +1,5 @@
 """What a grid left in its workdir, read for its report, and what can be counted from it without a test."""
 
-import csv
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -15,26 +13,13 @@ from medcg_jax.data.records import LETTERS, DataError
 from medcg_jax.data.release import read_manifest, subset_table
 from medcg_jax.eval.box_answers import BoxAnswer, read_answers
 from medcg_jax.eval.generate import parse_answer
-from medcg_jax.run_config import BOX_TABLES, TABLES
-from medcg_jax.study import mat, stats
+from medcg_jax.eval.prediction_lines import prediction_lines
+from medcg_jax.run_config import BOX_TABLES, MODELS, TABLES, ConfigError
+from medcg_jax.study import contamination, grid_files, mat, stats
+from medcg_jax.study.grid_files import ARMS
+from medcg_jax.study.results import read_config_file
 from medcg_jax.train.log import read_metrics
-
-# Arm -> how it is called on the page.
-ARMS = {
-    "baseline": "Baseline",
-    "baseline_plus": "Baseline+",
-    "trained": "Trained",
-    "single_task": "Single-task",
-    "multi_task": "Multi-task",
-    "all_related": "All related",
-    "all_unrelated": "All unrelated",
-    "wo_modality": "w/o Modality",
-    "wo_area": "w/o Area",
-    "wo_task": "w/o Task",
-    "random_removal": "Random removal",
-    "same_task": "Same task only",
-    "all_data": "All data",
-}
+from medcg_jax.untrusted import FileError, check_number, shown
 
 
 def arm_name(arm: str) -> str:
@@ -76,14 +61,14 @@ class Letters:
     def add(self, record: dict) -> None:
         self.n += 1
         self.right += record["predicted"] == record["answer"]
-        self.predicted[str(record["predicted"])] += 1
-        self.answers[str(record["answer"])] += 1
+        self.predicted[record["predicted"]] += 1
+        self.answers[record["answer"]] += 1
         logprobs = letter_logprobs(record)
         if logprobs:
             self.mass += sum(math.exp(value) for value in logprobs.values())
             self.num_mass += 1
-        if record.get("generated") is not None:
-            letter = parse_answer(str(record["generated"]), record["options"])
+        if record["generated"] is not None:
+            letter = parse_answer(record["generated"], record["options"])
             self.generated += 1
             self.unparsed += letter == ""
             self.generated_right += letter == record["answer"]
@@ -91,29 +76,36 @@ class Letters:
 
 def letter_logprobs(record: dict) -> dict[str, float]:
     """Letter -> log-probability of one prediction; {} where the file has none."""
-    values = record.get("logprobs") or {}
-    if isinstance(values, dict):
-        return {str(key): float(value) for key, value in values.items()}
-    return {LETTERS[i]: float(value) for i, value in enumerate(values)}
+    return {LETTERS[i]: float(value) for i, value in enumerate(record["logprobs"] or ())}
 
 
 class Grid:
-    """The files of one grid.
+    """The files of one grid, which agree with each other.
+
+    Attributes:
+      run: config.json. config: its configuration. cells, results: rows of cells.csv and results.csv.
+      notes: what was left out, with the file's name; a report says it.
 
     Raises:
       FileNotFoundError: the folder lacks a file that every grid has; one line.
+      FileError: one of them is broken, or says something else than the others.
     """
 
     def __init__(self, workdir: str | Path):
         self.workdir = Path(workdir)
         for name in ("config.json", "cells.csv", "results.csv"):
-            if not (self.workdir / name).is_file():
+            if not (self.workdir / name).exists():
                 raise FileNotFoundError(f"{self.workdir} has no {name}: the workdir of a grid is accepted")
-        self.run = json.loads((self.workdir / "config.json").read_text(encoding="utf-8"))
+        self.run = read_config_file(self.workdir)
+        path = self.workdir / "config.json"
         self.config: dict = self.run["config"]
-        with open(self.workdir / "cells.csv", newline="", encoding="utf-8") as file:
-            self.cells = list(csv.DictReader(file))
-        self.results = stats.read_results(self.workdir)
+        if self.config["model"]["name"] not in MODELS:
+            raise FileError(f"{path}: config.model.name={shown(self.config['model']['name'])}: {', '.join(MODELS)} is accepted")
+        count = check_number(self.run.get("cells"), f"{path}: cells", least=1, whole=True)
+        self.cells = grid_files.read_cells(self.workdir, count)
+        self.results = grid_files.read_results(self.workdir)
+        grid_files.check_results(self.workdir, self.cells, self.results)
+        self.notes: list[str] = []
         self._chance: dict[str, list[float]] = {}
 
     @property
@@ -139,7 +131,7 @@ class Grid:
             return {}
         try:
             listed = read_manifest(Path(self.config["data"]["root"]))
-        except DataError:
+        except (DataError, ConfigError):
             listed = {}
         own = {name: (entry["modality"], entry["area"], entry["task"]) for name, entry in listed.items()}
         return subset_table() | own
@@ -164,42 +156,44 @@ class Grid:
         return [c for c in self.cells if c["status"] != "done" and not c["status"].startswith("failed")]
 
     def predictions(self, cell: str) -> Iterator[dict]:
-        """Raises DataError: a line is no prediction; it names the file and the line."""
-        path = self.workdir / "predictions" / f"{cell}.jsonl"
-        with open(path, encoding="utf-8", newline="\n") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    record = json.loads(line)
-                    if not {"id", "subset", "options", "answer", "predicted"} <= record.keys():
-                        raise ValueError("a field is missing")
-                except (ValueError, AttributeError) as error:
-                    raise DataError(
-                        f"{path}, line {number}: {error}; one JSON object with id, subset, options, answer and "
-                        "predicted is accepted"
-                    ) from None
-                yield record
+        """Raises FileError: a line is no prediction; it names the file and the line."""
+        return prediction_lines(self.workdir / "predictions" / f"{cell}.jsonl")
 
     def boxes(self, cell: str) -> list[BoxAnswer]:
         """A cell's answers about boxes; [] where it was asked for none."""
         path = self.workdir / "boxes" / f"{cell}.jsonl"
-        return read_answers(path) if path.is_file() else []
+        return read_answers(path) if path.exists() else []
+
+    @cached_property
+    def contamination(self) -> list[dict[str, str]]:
+        """The lines of contamination.csv. Raises FileError: one is broken, or of no cell of the grid."""
+        lines, known = contamination.read(self.workdir), {cell["cell"] for cell in self.cells}
+        for line in lines:
+            if line["cell"] not in known:
+                raise FileError(f"{self.workdir / contamination.FILE}: cell={line['cell']}: those of cells.csv are accepted")
+        return lines
 
     def metrics(self, cell: dict) -> list[dict]:
-        """What a cell's training logged; [] where it left nothing.
+        """What a cell's training logged; [] where it left nothing, or a file that ends before the training did.
 
         A training that serves several cells logs under the first one's name; cells of one training agree in what they
         were trained on, seed, steps and seconds.
         """
-        found = read_metrics(self.workdir / "metrics" / f"{cell['cell']}.jsonl")
-        if found or not cell["related"]:
-            return found
-        same = self._trainings.get(_training(cell))
-        return read_metrics(same) if same else []
+        path = self.workdir / "metrics" / f"{cell['cell']}.jsonl"
+        if not path.exists() and cell["related"]:
+            path = self._trainings.get(_training(cell), path)
+        lines = read_metrics(path)
+        last = lines[-1]["step"] if lines else 0
+        if path.exists() and last != int(cell["steps"]):
+            note = f"{path} ends at step {last:,} of {int(cell['steps']):,}: left out of the losses."
+            self.notes += [note] if note not in self.notes else []
+            return []
+        return lines
 
     @cached_property
     def _trainings(self) -> dict[tuple, Path]:
         paths = {_training(cell): self.workdir / "metrics" / f"{cell['cell']}.jsonl" for cell in reversed(self.cells)}
-        return {key: path for key, path in paths.items() if path.is_file()}
+        return {key: path for key, path in paths.items() if path.exists()}
 
     def scores(self, table: str) -> dict[tuple[str, str], dict[str, Score]]:
         """(row, target) -> arm -> score over the finished seeds, in the order of results.csv."""

@@ -4,8 +4,10 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from medcg_jax.run_config import ConfigError
+from medcg_jax.study.report_escape import latex, plain
+from medcg_jax.study.report_escape import markdown as escaped
 from medcg_jax.study.report_files import Grid
-from medcg_jax.study.report_tables import Table, latex, shown
+from medcg_jax.study.report_tables import Table, shown
 from medcg_jax.study.report_text import Answer, counted, listed
 
 FORMATS = ("md", "tex", "csv")
@@ -35,15 +37,18 @@ def summary_text(grid: Grid, answer: Answer, limits: Sequence[str]) -> str:
     )
     said = [answer.opening, *(f"{words}: {names}." for words, names in answer.totals()), *answer.sentences()]
     parts = [head, " ".join(said), *(f"- {limit}" for limit in limits)]
-    filled = (textwrap.fill(part, WIDTH, subsequent_indent="  " if part[0] == "-" else "") for part in parts)
+    filled = (textwrap.fill(plain(part), WIDTH, subsequent_indent="  " if part[0] == "-" else "") for part in parts)
     return "\n\n".join(filled) + "\n"
 
 
 def markdown(grid: Grid, answer: Answer, limits: Sequence[str], tables: Iterable[Table]) -> str:
     """The summary, then every table."""
-    parts = [f"# {grid.config['name']}", summary_text(grid, answer, limits).rstrip()]
+    parts = [f"# {escaped(grid.config['name'])}"]
+    for paragraph in summary_text(grid, answer, limits).rstrip().split("\n\n"):
+        mark = "- " if paragraph.startswith("- ") else ""
+        parts.append(mark + escaped(paragraph.removeprefix(mark)))
     for table in tables:
-        parts += [f"## {table.title}", table_markdown(table), table.caption]
+        parts += [f"## {escaped(table.title)}", table_markdown(table), escaped(table.caption)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -51,11 +56,7 @@ def table_markdown(table: Table) -> str:
     columns = table.used()
     lines = [[column.title for column in columns], ["---" if c.kind in ("text", "long") else "--:" for c in columns]]
     lines += [[shown(column, row.get(column.key)) for column in columns] for row in table.rows]
-    return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(str(text).replace("\n", "; ").replace("|", "\\|").split())
+    return "\n".join("| " + " | ".join(escaped(str(text).replace("\n", "; ")) for text in line) + " |" for line in lines)
 
 
 def document(grid: Grid, answer: Answer, limits: Sequence[str], tables: Iterable[Table]) -> str:

@@ -16,6 +16,7 @@ def missing(grid: Grid) -> list[str]:
             f"{counted(len(waiting), 'cell')} of {len(grid.cells):,} had not been run when this page was written; rows "
             "and comparisons are of the finished ones alone."
         )
+    said += grid.notes
     absent = [name for name in grid.config["study"]["tables"] if name not in grid.tables]
     if absent:
         said.append(f"Asked for, and without a finished cell: {listed([name.replace('_', '-') for name in absent])}.")

@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import numpy as np
+from markupsafe import escape
 from matplotlib import pyplot as plt
 
 from medcg_jax.study import stats
+from medcg_jax.study.report_escape import plain, short_label
 from medcg_jax.study.report_files import Grid, arm_name
 from medcg_jax.study.report_text import PARTS, effect_name, interval, points, verdict
 
@@ -38,6 +41,8 @@ STYLE = {
     "axes.spines.right": False, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True,
     "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False, "legend.fontsize": 8.5,
     "figure.facecolor": "#ffffff", "axes.facecolor": "#ffffff", "savefig.dpi": 200, "path.simplify": True,
+    # Names hold dollar signs, which are no formulas.
+    "text.parse_math": False,
 }  # fmt: skip
 WIDTH_IN = 5.2
 
@@ -61,7 +66,10 @@ def draw(
     folder: Path, name: str, title: str, caption: str, height_in: float, paint: Callable, width_in=WIDTH_IN
 ) -> Figure:
     """The figure that `paint(axes)` makes, saved into `folder`."""
-    with plt.rc_context({**STYLE, "svg.hashsalt": name}):
+    title = short_label(title)
+    with plt.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        # Letters that the font lacks are boxes in the PNG; the SVG has them as text.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure, axes = plt.subplots(figsize=(width_in, height_in), layout="constrained")
         try:
             paint(axes)
@@ -72,9 +80,10 @@ def draw(
             figure.savefig(folder / f"{name}.png", metadata={"Software": None})
         finally:
             plt.close(figure)
-    (folder / f"{name}.svg").write_text(text.getvalue(), encoding="utf-8", newline="")
+    svg = plain(text.getvalue())
+    (folder / f"{name}.svg").write_text(svg, encoding="utf-8", newline="")
     width_px = round(width_in * 96)
-    return Figure(name, title, caption, inline(text.getvalue(), title, width_px), width_px)
+    return Figure(name, title, caption, inline(svg, title, width_px), width_px)
 
 
 def inline(svg: str, title: str, width_px: int) -> str:
@@ -86,7 +95,7 @@ def inline(svg: str, title: str, width_px: int) -> str:
     svg = re.sub(r"font: (bold |[\d]+ )?([\d.]+)px [^;\"]*", _font, svg)
     for colour, name in VARIABLES.items():
         svg = re.sub(colour, f"var(--{name})", svg, flags=re.IGNORECASE)
-    label = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    label = escape(title)
     # Words of a wide figure stay readable on a phone: it scrolls there.
     least = f";min-width:{round(0.7 * width_px)}px" if width_px > 96 * WIDTH_IN else ""
     opening = f'<svg role="img" aria-label="{label}" style="max-width:{width_px}px{least}"'
@@ -187,7 +196,7 @@ class Plots:
             top = -place * step
             label = target if targets.count(target) == 1 else f"{target} ({row.rsplit('/', 1)[-1]})"
             label = f"{label}  {self.grid.describe(target)}".strip()
-            axes.text(0.4, top + 0.015, label, fontsize=8.5, va="bottom")
+            axes.text(0.4, top + 0.015, short_label(label), fontsize=8.5, va="bottom")
             for k, arm in enumerate(arms):
                 if arm not in scores:
                     continue
@@ -272,7 +281,7 @@ class Plots:
                             label = arm_name(arm) if y == 0 else None
                             axes.plot(100 * s.accuracy, at, "o", color=COLOURS[arm], markersize=4.5, label=label)
                 self.percent(axes)
-                axes.set_yticks(range(len(rows)), [t for t, _ in reversed(rows)], color=INK, fontsize=8)
+                axes.set_yticks(range(len(rows)), [short_label(t) for t, _ in reversed(rows)], color=INK, fontsize=8)
                 axes.set_ylim(-0.6, len(rows) - 0.4)
                 axes.grid(True, axis="y")
                 axes.figure.legend(loc="outside lower left", ncols=3, handlelength=1, columnspacing=1.2)
@@ -319,7 +328,7 @@ class Plots:
                 if len(logged) > 1:
                     steps, losses = np.array(logged, float).T
                     arm = cell["row"].split("/")[0] if table == "efficiency" else cell["arm"]
-                    runs[arm].append(np.interp(np.linspace(0, 1, 60), steps / steps[-1], losses))
+                    runs[arm].append(np.interp(np.linspace(0, 1, 60), steps / max(1.0, steps[-1]), losses))
             if runs:
                 figures.append(self.loss(table, runs))
         return figures

@@ -24,6 +24,8 @@ SHOWN = (
 # Arms of the same row whose answers stand beside it.
 BESIDE = ("baseline", "baseline_plus")
 NUM_EACH = 6
+# Why images of a grid's data cannot be shown: they are gone, are others, or config.json says what is no source.
+NOT_SHOWN = (DataError, OSError, KeyError, TypeError, ValueError, OverflowError)
 # Small images are enlarged by whole factors to about this size; larger ones are made this small.
 SIDE_PX = 160
 
@@ -85,12 +87,12 @@ def samples(grid: Grid) -> Samples:
     table, arm, cells = found
     try:
         source = open_as_recorded(grid, seed)
-    except (DataError, OSError, TypeError, ValueError) as error:
+    except NOT_SHOWN as error:
         return Samples(arm, table, absent=f"The images cannot be shown: {error}")
     right, wrong = chosen(grid, cells)
     try:
         made = [tuple(sample(grid, source, table, cell, r) for cell, r in part) for part in (right, wrong)]
-    except (DataError, OSError, KeyError) as error:
+    except NOT_SHOWN as error:
         return Samples(arm, table, absent=f"The images cannot be shown: {error}")
     return Samples(arm_name(arm), table.replace("_", "-"), *made)
 

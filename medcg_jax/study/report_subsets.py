@@ -3,11 +3,11 @@
 import math
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
-from medcg_jax.data.records import LETTERS, DataError, Source
+from medcg_jax.data.records import LETTERS, Source
+from medcg_jax.study.report_escape import file_names
 from medcg_jax.study.report_files import Grid, arm_name, letter_logprobs
-from medcg_jax.study.report_samples import SHOWN, Sample, open_as_recorded, sample
+from medcg_jax.study.report_samples import NOT_SHOWN, SHOWN, Sample, open_as_recorded, sample
 from medcg_jax.study.report_tables import Column, Table, seeds_text
 
 # Mistakes on a page. Their images take at most some 300 kB of it, and so the pages of 53 subsets 16 MB.
@@ -38,12 +38,13 @@ def pages(grid: Grid) -> list[SubsetPage]:
     source, absent = None, ""
     try:
         source = open_as_recorded(grid, grid.seeds[0]) if targets else None
-    except (DataError, OSError, TypeError, ValueError) as error:
+    except NOT_SHOWN as error:
         absent = f"The images cannot be shown: {error}"
-    return [page(grid, target, source, absent) for target in targets]
+    files = file_names(targets)
+    return [page(grid, target, f"{files[target]}.html", source, absent) for target in targets]
 
 
-def page(grid: Grid, target: str, source: Source | None, absent: str) -> SubsetPage:
+def page(grid: Grid, target: str, file: str, source: Source | None, absent: str) -> SubsetPage:
     cells, table, arm = shown_cells(grid, target)
     answers = [(cell, r) for cell in cells for r in grid.predictions(cell["cell"]) if r["subset"] == target]
     wrong = sorted(
@@ -57,10 +58,10 @@ def page(grid: Grid, target: str, source: Source | None, absent: str) -> SubsetP
     if source is not None:
         try:
             mistakes = tuple(sample(grid, source, table, cell, record) for cell, record in chosen)
-        except (DataError, OSError, KeyError) as error:
+        except NOT_SHOWN as error:
             absent = f"The images cannot be shown: {error}"
     return SubsetPage(
-        target, grid.describe(target), file_of(target), scores_of(grid, target), confusion([r for _, r in answers]),
+        target, grid.describe(target), file, scores_of(grid, target), confusion([r for _, r in answers]),
         f"{arm_name(arm)} ({table.replace('_', '-')}, seed {grid.seeds[0]})" if cells else "", mistakes, len(wrong),
         len(answers), absent,
     )  # fmt: skip
@@ -126,20 +127,4 @@ def confusion(answers: list[dict]) -> Table | None:
     for label in sorted(labels):
         colours = {f"as_{label}": "win"}
         made.add({"right": label} | {f"as_{other}": counted[label, other] for other in labels}, **colours)
-    return made
-
-
-def file_of(target: str) -> str:
-    """A safe file name of a subset's page."""
-    return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in target) + ".html"
-
-
-def write_pages(grid: Grid, template, folder: Path) -> list[SubsetPage]:
-    """Writes `subsets/NAME.html` into the report's folder. template: of one page, a jinja2 template."""
-    made = pages(grid)
-    if made:
-        (folder / "subsets").mkdir(exist_ok=True)
-    for one in made:
-        text = template.render(page=one, grid=grid)
-        (folder / "subsets" / one.file).write_text(text, encoding="utf-8", newline="")
     return made

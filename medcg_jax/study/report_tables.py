@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from medcg_jax.run_config import MODELS
+from medcg_jax.study.report_escape import csv_cell, latex
 from medcg_jax.study.report_files import Grid, Score, arm_name
 from medcg_jax.study.report_text import PARTS, effect_name, efficiency_gains, p_text, points, verdict
 from medcg_jax.study.suite import DETECTION_TABLES, PAIR_TABLES
@@ -18,14 +19,6 @@ MARKS = {
     "loss": ("▽", "below, not significantly"),
     "loss-sure": ("▼", "below, and significantly"),
 }
-LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "−": "$-$",
-    "▲": r"$\blacktriangle$", "△": r"$\vartriangle$", "▽": r"$\triangledown$", "▼": r"$\blacktriangledown$",
-    "–": "--", "“": "``", "”": "''", "·": r"$\cdot$", "≥": r"$\geq$", "×": r"$\times$",
-    "◇": r"$\diamond$",
-}  # fmt: skip
-
 BOTH_SOURCES = (
     "The p is of these records alone; the interval of the difference counts the spread of seeds too, so that of a "
     "significant row may include 0. Seconds are of all seeds' trainings."
@@ -77,9 +70,9 @@ class Table:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         columns = self.used()
-        writer.writerow([name for column in columns for name in csv_names(column)])
-        for row in self.rows:
-            writer.writerow([value for column in columns for value in csv_values(column, row.get(column.key))])
+        rows = [[name for column in columns for name in csv_names(column)]]
+        rows += [[value for column in columns for value in csv_values(column, row.get(column.key))] for row in self.rows]
+        writer.writerows([csv_cell(value) for value in row] for row in rows)
         return text.getvalue()
 
     def latex(self) -> str:
@@ -97,10 +90,6 @@ class Table:
         return "\n".join(lines)
 
 
-def latex(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in " ".join(str(text).replace("\n", "; ").split()))
-
-
 def csv_names(column: Column) -> list[str]:
     if column.kind == "score":
         return [column.key, f"{column.key}_low", f"{column.key}_high", f"{column.key}_n"]
@@ -112,7 +101,7 @@ def csv_values(column: Column, value) -> list:
         return [value.accuracy, value.low, value.high, value.n] if value else [""] * 4
     if column.kind == "interval":
         return list(value) if value else ["", ""]
-    return ["" if value is None else value.replace("\n", "; ") if isinstance(value, str) else value]
+    return ["" if value is None else value]
 
 
 def shown(column: Column, value) -> str:

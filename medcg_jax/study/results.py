@@ -14,9 +14,10 @@ from pathlib import Path
 
 from medcg_jax.config_file import check_recorded
 from medcg_jax.eval.box_answers import read_answers, summary
+from medcg_jax.eval.intervals import wilson
+from medcg_jax.eval.prediction_lines import prediction_lines
 from medcg_jax.files import write_whole
 from medcg_jax.study.schedule import Job
-from medcg_jax.study.stats import wilson
 from medcg_jax.study.suite import Cell
 from medcg_jax.train import goodput
 from medcg_jax.untrusted import FileError, article_of, check_number, read_json, shown
@@ -32,6 +33,10 @@ BOX_SHARES = (
 BOXES_HEADER = ("cell", "table", "row", "arm", "seed", "target", *BOX_COUNTS, *BOX_SHARES)
 
 
+# A workdir's JSON files; config.json has some 10 kB.
+MAX_JSON_BYTES = 2**24
+
+
 def read_config_file(workdir: str | Path) -> dict:
     """What `config.json` of a grid's workdir holds.
 
@@ -42,7 +47,7 @@ def read_config_file(workdir: str | Path) -> dict:
       FileError: it is missing or not what a grid writes; one line that names the file and the field.
     """
     path = Path(workdir) / "config.json"
-    recorded = read_json(path)
+    recorded = read_json(path, max_bytes=MAX_JSON_BYTES)
     if "config" not in recorded:
         raise FileError(f"{path}: \"config\" is missing: the config.json of a grid's workdir is accepted")
     for key in ("config", "versions", "data"):
@@ -51,7 +56,7 @@ def read_config_file(workdir: str | Path) -> dict:
     for key in ("versions", "data"):
         for name, value in recorded[key].items():
             if not isinstance(value, str):
-                raise FileError(f"{path}: {key}.{name} holds {article_of(value)}; text is accepted")
+                raise FileError(f"{path}: {key}.{shown(name)[1:-1]} holds {article_of(value)}; text is accepted")
     check_recorded(recorded["config"], path)
     return recorded
 
@@ -80,7 +85,7 @@ def outcome_of(workdir: Path, job: str) -> dict:
       FileError: the file is not what `mark_done` writes.
     """
     path = state_dir(workdir) / "done" / f"{job}.json"
-    outcome = read_json(path)
+    outcome = read_json(path, max_bytes=MAX_JSON_BYTES)
     if not isinstance(outcome.get("status"), str):
         raise FileError(f"{path}: status={shown(outcome.get('status'))}: text is accepted; without the file {job} runs again")
     check_number(outcome.get("seconds"), f"{path}: seconds", least=0)
@@ -148,6 +153,8 @@ class Tables:
     def _scored(self, cell: Cell, target: str) -> tuple:
         if cell.id not in self._scores:
             self._scores[cell.id] = scores(self.workdir / "predictions" / f"{cell.id}.jsonl")
+        if target not in self._scores[cell.id]:
+            raise FileError(f"{self.workdir / 'predictions' / cell.id}.jsonl: no answer of {target}, which the cell was tested on")
         n, correct = self._scores[cell.id][target]
         low, high = wilson(correct, n)
         return n, correct, f"{correct / n:.6f}", f"{low:.6f}", f"{high:.6f}"
@@ -160,17 +167,15 @@ def _key(cell: Cell) -> tuple:
 def scores(path: Path) -> dict[str, tuple[int, int]]:
     """Subset -> (records, right answers) of one predictions file."""
     found: dict[str, tuple[int, int]] = {}
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            record = json.loads(line)
-            n, correct = found.get(record["subset"], (0, 0))
-            found[record["subset"]] = (n + 1, correct + (record["predicted"] == record["answer"]))
+    for line in prediction_lines(path):
+        n, correct = found.get(line["subset"], (0, 0))
+        found[line["subset"]] = (n + 1, correct + (line["predicted"] == line["answer"]))
     return found
 
 
 def box_scores(path: Path) -> dict[str, tuple]:
     """Subset -> its scores in the order of `BOX_COUNTS` and `BOX_SHARES`, of one file of boxes; {} without it."""
-    answers = read_answers(path) if path.is_file() else []
+    answers = read_answers(path) if path.exists() else []
     found = {}
     for subset in dict.fromkeys(answer.subset for answer in answers):
         scores = summary([answer for answer in answers if answer.subset == subset])

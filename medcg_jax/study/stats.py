@@ -4,8 +4,6 @@
 The statistics themselves are in `paired`, `mixed`, `power` and `controls`.
 """
 
-import csv
-import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from medcg_jax.eval.intervals import wilson
+from medcg_jax.eval.prediction_lines import prediction_lines
 from medcg_jax.study.controls import controls_of_answers
+from medcg_jax.study.grid_files import read_results
 from medcg_jax.study.mixed import mixed_interval
 from medcg_jax.study.paired import (
     Comparison,
@@ -30,6 +30,7 @@ from medcg_jax.study.paired import (
     target_means,
 )
 from medcg_jax.study.power import detectable
+from medcg_jax.study.results import read_config_file
 
 __all__ = [
     "EFFECTS", "Comparison", "Unit", "bootstrap_interval", "compare", "correct_by_id", "mean_difference", "part_of",
@@ -142,20 +143,9 @@ def correct_by_id(path: Path, subset: str) -> dict[str, bool]:
 def _correct(path: Path) -> dict[str, dict[str, bool]]:
     """Subset -> what `correct_by_id` gives."""
     found: dict[str, dict[str, bool]] = defaultdict(dict)
-    with open(path, encoding="utf-8", newline="\n") as lines:
-        for record in map(json.loads, lines):
-            found[record["subset"]][record["id"]] = record["predicted"] == record["answer"]
+    for line in prediction_lines(path):
+        found[line["subset"]][line["id"]] = line["predicted"] == line["answer"]
     return found
-
-
-def read_results(workdir: Path) -> list[dict]:
-    """The rows of results.csv with numbers as numbers."""
-    with open(Path(workdir) / "results.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        row.update({key: int(row[key]) for key in ("seed", "n", "correct")})
-        row.update({key: float(row[key]) for key in ("accuracy", "ci_low", "ci_high")})
-    return rows
 
 
 def part_of(table: str, row: str) -> str:
@@ -165,7 +155,7 @@ def part_of(table: str, row: str) -> str:
 
 def _fresh_per_seed(workdir: Path) -> bool:
     """Whether each seed has test records of its own (phantoms are drawn by the seed)."""
-    return json.loads((workdir / "config.json").read_text(encoding="utf-8"))["config"]["data"]["source"] == "phantom"
+    return read_config_file(workdir)["config"]["data"]["source"] == "phantom"
 
 
 def _cached_reader(workdir: Path) -> Callable[[str, str], dict[str, bool]]:

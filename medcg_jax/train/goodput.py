@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medcg_jax.files import write_whole
-from medcg_jax.untrusted import FileError, check_number, read_json
+from medcg_jax.untrusted import FileError, check_number, read_json, shown
 
 KINDS = ("productive", "compile", "input", "checkpoint", "restart", "evaluation", "other")
 WRITE_EVERY_S = 5.0
 FILE = "goodput.json"
+MAX_GOODPUT_BYTES = 2**26
 
 
 @dataclass
@@ -205,15 +206,15 @@ def read_starts(path: Path) -> list[dict]:
     if not path.exists():
         return []
     try:
-        starts = read_json(path).get("starts")
+        starts = read_json(path, max_bytes=MAX_GOODPUT_BYTES).get("starts")
         for number, start in enumerate(starts if isinstance(starts, list) else [None]):
             place = f"{path}: starts[{number}]"
             if not isinstance(start, dict) or not all(isinstance(start.get(key), dict) for key in ("seconds", "reached")):
                 raise FileError(f"{place}: an object with \"seconds\" and \"reached\" is accepted")
             for kind, seconds in start["seconds"].items():
-                check_number(seconds, f"{place}.seconds.{kind}", least=0)
+                check_number(seconds, f"{place}.seconds: {shown(kind)}", least=0, most=1e12)
             for cell, step in start["reached"].items():
-                check_number(step, f"{place}.reached.{cell}", least=0, whole=True)
+                check_number(step, f"{place}.reached: {shown(cell)}", least=0, whole=True)
     except FileError as error:
         print(f"the time of earlier starts is not counted: {error}", file=sys.stderr, flush=True)
         return []

@@ -15,6 +15,8 @@ from medcg_jax.untrusted import FileError, check_number, read_text
 METRICS = ("step", "loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "mfu", "data_wait")
 # Without a terminal: at most one line in so many seconds.
 PLAIN_LINE_EVERY_S = 10.0
+# A metrics file: 500,000 lines.
+MAX_METRICS_BYTES = 2**27
 
 
 class MetricsFile:
@@ -59,19 +61,21 @@ def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics file, without a last one that a kill cut off; [] where there is no file.
 
     Raises:
-      FileError: a line is no object with a step; the message names it.
+      FileError: a line is no object with a step, or its loss is no finite number; the message names it.
     """
-    if not path.is_file():
+    if not path.exists():
         return []
     found = []
-    for number, line in enumerate(read_text(path).split("\n")[:-1], 1):
+    for number, line in enumerate(read_text(path, MAX_METRICS_BYTES).split("\n")[:-1], 1):
         if line:
             try:
                 found.append(json.loads(line))  # a norm may be Infinity, which JSON itself does not have
             except (ValueError, RecursionError) as error:
                 raise FileError(f"{path}, line {number}: no JSON; without the line the rest is read") from error
             step = found[-1].get("step") if isinstance(found[-1], dict) else None
-            check_number(step, f"{path}, line {number}: step", least=0, whole=True)
+            check_number(step, f"{path}, line {number}: step", least=0, most=1e15, whole=True)
+            if found[-1].get("loss") is not None:
+                check_number(found[-1]["loss"], f"{path}, line {number}: loss", least=-1e15, most=1e15)
     return found
 
 

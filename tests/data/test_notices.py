@@ -9,7 +9,6 @@ from medcg_jax.cli import main
 from medcg_jax.data.check import check_tree
 from medcg_jax.data.notices import Content, box_range, letter_counts
 from medcg_jax.data.schema import parse_choice
-from medcg_jax.data.splits import shared_groups
 
 WORDS = ("alpha", "beta", "gamma", "delta")
 
@@ -93,11 +92,6 @@ def test_patients_on_both_sides_are_named(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "warning: Subset--04-test.json: 2 patients" in out and "nothing is wrong" not in out
     assert [own["kind"] for own in json.loads((tmp_path / "r.json").read_text())["notices"]] == ["shared_group"]
-
-
-def test_shared_groups_are_counted_by_side():
-    shared = shared_groups(["a", "b", "", "a", "c"], ["b", "", "a", "a", "d"])
-    assert shared == {"a": (2, 2), "b": (1, 1)} and list(shared) == ["a", "b"]
 
 
 def test_two_spellings_of_one_label_are_named(tmp_path):

@@ -10,8 +10,10 @@ from random import Random
 
 from medcg_jax.data.records import LETTERS
 from medcg_jax.data.sources import open_source
+from medcg_jax.eval.box_answers import BoxAnswer, write_answers
 from medcg_jax.run_config import DataConfig, RunConfig, TrainConfig, replace
-from medcg_jax.study import stats, suite
+from medcg_jax.study import contamination, results, stats, suite
+from medcg_jax.train import goodput
 
 CELLS = ("cell", "table", "row", "arm", "seed", "related", "target", "steps", "status", "seconds")
 RESULTS = ("cell", "table", "row", "arm", "seed", "target", "n", "correct", "accuracy", "ci_low", "ci_high")
@@ -117,6 +119,43 @@ def write_metrics(workdir, cell: suite.Cell, steps: int) -> None:
         for step in (*range(0, steps, 10), steps)
     ]  # fmt: skip
     (workdir / "metrics" / f"{cell.id}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def small_grid(workdir: Path) -> Path:
+    """A finished grid of five cells with a file of each kind that a workdir may hold."""
+    run = run_of(
+        study__tables=("triples", "detection"), study__targets=("mri-brain-state",), data__train_records_per_subset=20,
+        data__test_records_per_subset=6, eval__controls=("shuffled_images",),
+    )  # fmt: skip
+    make_grid(workdir, replace(run, study__tables=("triples",)))
+    cells = [line.split(",") for line in (workdir / "cells.csv").read_text().splitlines()]
+    for path in sorted((workdir / "predictions").glob("*.jsonl")):
+        lines = [json.loads(line) | {"control": "shuffled_images"} for line in path.read_text().splitlines()]
+        (workdir / "controls").mkdir(exist_ok=True)
+        (workdir / "controls" / path.name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    boxes, subset = [], "ct-brain-det"
+    for arm, related in (("baseline", ""), ("multi_task", subset)):
+        cell = f"detection.in_distribution.{arm}.s0"
+        path = workdir / "boxes" / f"{cell}.jsonl"
+        answers = [
+            BoxAnswer(f"{subset}/test/{i}", subset, "lesion", ((4.0, 4.0, 20.0, 20.0 + i),),
+                      None if i == 3 else ((4.0, 5.0 + i, 20.0, 20.0),), "[4, 5]", 0.5)
+            for i in range(6)
+        ]  # fmt: skip
+        write_answers(path, answers)
+        key = (cell, "detection", "in_distribution", arm, "0")
+        cells.append([*key, related, subset, "5" if related else "0", "done", "1.5"])
+        boxes += [(*key, target, *scores) for target, scores in results.box_scores(path).items()]
+    write_csv(workdir / "cells.csv", CELLS, cells[1:])
+    write_csv(workdir / "boxes.csv", results.BOXES_HEADER, boxes)
+    trained = next(row[0] for row in cells if row[3] == "trained")
+    leak = (trained, "near", "ct-brain-state/train/1", "mri-brain-state/test/2", 3, "reported")
+    write_csv(workdir / "contamination.csv", contamination.HEADER, [leak])
+    goodput.write(workdir / goodput.FILE, [{"seconds": {"productive": 8.0, "compile": 2.0}, "reached": {trained: 5}}])
+    config = json.loads((workdir / "config.json").read_text())
+    config |= {"cells": len(cells) - 1, "config": dataclasses.asdict(run)}
+    (workdir / "config.json").write_text(json.dumps(config))
+    return workdir
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> None:

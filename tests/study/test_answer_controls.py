@@ -13,7 +13,7 @@ LETTERS = "ABCD"
 
 def answer(i, right, predicted, options=2, *, cell="c", control="", read=None, logprobs=None):
     logprobs = logprobs or [-0.5 if letter == predicted else -2.0 for letter in LETTERS[:options]]
-    return Answer(cell, control, (None, "x", i), right, predicted, tuple(logprobs), read)
+    return Answer(cell, control, (None, "x", i), right, predicted, options, tuple(logprobs), read)
 
 
 def test_letters_and_numbers_of_options():
@@ -145,7 +145,7 @@ def test_seeds_share_records_only_where_they_return(tmp_path):
     [
         (lambda made: made + [line(7, "A", "A", 2, "shuffled_images")], "record x/test/7 of x: not among"),
         (lambda made: made + [line(0, "A", "A", 2, "shift_2")], "control 'shift_2'; each of shift_1, shuffled_images"),
-        (lambda made: made + made[-1:], "record x/test/1 of x: control 'shuffled_images'"),
+        (lambda made: made + made[-1:], 'line 9: record "x/test/1" stands in line 8 already'),
         (lambda made: made + [line(0, "A", "A", 2)], "control ''"),
         (lambda made: [x for x in made if x["control"] != "shift_2"], "record x/test/1 of x: no shift_2; all"),
     ],

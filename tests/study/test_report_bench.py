@@ -48,8 +48,8 @@ def test_rates_are_by_cpu_time_on_a_cpu_alone():
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
-        ("{", [], "is not JSON"),
-        ("[]", [], "is no result of `medcg bench`"),
+        ("{", [], "no JSON: "),
+        ("[]", [], "holds a list; an object is accepted"),
         ('{"ratios": {}, "stages": ["loader"], "model": "llava15_tiny", "device": "cpu"}', [], "nothing to plot"),
         ("{}", ["--format=md"], "accepted with a grid alone"),
     ],

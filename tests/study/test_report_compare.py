@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from report_grids import make_grid, run_of
 
+from medcg_jax.study import stats
 from medcg_jax.study.report_compare import gaps, matched, newcombe, verdict, write_comparison
 from medcg_jax.study.report_files import Grid
 
@@ -73,7 +74,7 @@ def test_a_paired_difference_has_the_interval_of_its_records(pair):
     rows = [line.split(",") for line in text]
     for row in rows:
         if row[0] == changed:
-            row[7], row[8] = str(right), f"{right / 24:.6f}"
+            row[7:] = [str(right), *(f"{x:.6f}" for x in (right / 24, *stats.wilson(right, 24)))]
     (pair[1] / "results.csv").write_text("\n".join(",".join(row) for row in rows) + "\n")
     found = matched(*map(Grid, pair))
     (odd,) = [row for row in found if row.agreement < 1]

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from medcg_jax.study.report_figures import gains_by_target, triplet_map, triplet
 from medcg_jax.study.report_files import Grid
 from medcg_jax.study.report_plots import Plots
 from medcg_jax.study.report_samples import embedded
+from medcg_jax.untrusted import FileError
 
 TARGETS = ("mri-brain-state", "oct-eye-stage")
 SIZES = dict(data__train_records_per_subset=20, data__test_records_per_subset=24)
@@ -28,7 +30,11 @@ def grid(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("broken", "words"),
-    [('{"id": "x", "sub', "line 1 column 17"), ('{"id": "x"}', "a field is missing"), ("7", "no attribute 'keys'")],
+    [
+        ('{"id": "x", "sub', "line 1 column 12"),
+        ('{"id": "x"}', "subset is missing: text is accepted"),
+        ("7", "holds a number; an object is accepted"),
+    ],
 )
 def test_a_broken_prediction_is_refused_by_file_and_line_and_the_report_before_stays(tmp_path, capsys, broken, words):
     workdir = make_grid(tmp_path / "w", run_of(study__targets=TARGETS[:1], **SIZES))
@@ -45,16 +51,59 @@ def test_a_broken_prediction_is_refused_by_file_and_line_and_the_report_before_s
 
 def test_a_folder_takes_the_place_of_another_at_the_end(tmp_path):
     folder = tmp_path / "report"
-    folder.mkdir()
-    (folder / "old").write_text("")
+    (folder / "plots").mkdir(parents=True)
+    for name in ("index.html", "plots/old", "mine"):
+        (folder / name).write_text("")
+    before = names_in(tmp_path)
     with pytest.raises(OSError, match="disk"), whole_folder(folder) as part:
         (part / "new").write_text("")
         raise OSError("disk")
-    assert [p.name for p in tmp_path.rglob("*")] == ["report", "old"]
+    assert names_in(tmp_path) == before
     with whole_folder(folder) as part:
+        (part / "index.html").write_text("new")
+        assert names_in(folder) == ["index.html", "mine", "plots", "plots/old"]
+    # What a reader has laid beside the page moves along.
+    assert names_in(tmp_path) == ["report", "report/index.html", "report/mine"]
+    assert (folder / "index.html").read_text() == "new"
+
+
+def test_a_report_that_fails_at_its_very_end_leaves_the_one_before(tmp_path, monkeypatch):
+    folder = tmp_path / "report"
+    folder.mkdir()
+    (folder / "index.html").write_text("old")
+    renamed = Path.rename
+
+    def no_second(path, target):
+        if Path(target) == folder and (path / "new").exists():
+            raise OSError("the machine is away")
+        return renamed(path, target)
+
+    monkeypatch.setattr(Path, "rename", no_second)
+    with pytest.raises(OSError, match="away"), whole_folder(folder) as part:
         (part / "new").write_text("")
-        assert (folder / "old").is_file()
-    assert [p.name for p in tmp_path.rglob("*")] == ["report", "new"]
+    assert (folder / "index.html").read_text() == "old"
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_is_no_report_is_not_replaced(tmp_path, kind):
+    folder, other = tmp_path / "report", tmp_path / "other"
+    other.mkdir()
+    (other / "index.html").write_text("mine")
+    if kind == "folder":
+        folder.mkdir()
+        (folder / "thesis.tex").write_text("mine")
+    elif kind == "file":
+        folder.write_text("mine")
+    else:
+        folder.symlink_to(other)
+    before = names_in(tmp_path)
+    with pytest.raises(FileError, match="holds no report"), whole_folder(folder):
+        pytest.fail("the block was entered")
+    assert names_in(tmp_path) == before
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 def test_large_images_are_small_in_the_page():

@@ -1,6 +1,7 @@
 """Intervals and tests against textbook values and brute force, and `summarise` on a hand-made grid."""
 
 import csv
+import dataclasses
 import json
 import math
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
 
+from medcg_jax.run_config import RunConfig, replace
 from medcg_jax.study import paired, stats
 from medcg_jax.study.power import detectable
 
@@ -141,7 +143,8 @@ def test_mean_difference_weighs_targets_alike():
 def write_grid(folder, answers, source="phantom"):
     """answers: (table, row, arm, seed, target) -> string of 1 (right) and 0, one per record."""
     (folder / "predictions").mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"config": {"data": {"source": source}}}))
+    config = dataclasses.asdict(replace(RunConfig(), data__source=source))
+    (folder / "config.json").write_text(json.dumps({"config": config, "versions": {}, "data": {}}))
     rows = []
     for i, ((table, row, arm, seed, target), marks) in enumerate(answers.items()):
         with open(folder / "predictions" / f"c{i}.jsonl", "w") as file:
