@@ -124,6 +124,10 @@ NUMBERS = {
 }  # fmt: skip
 
 
+# Words of messages that name fields by what is common to their spellings.
+ALIKE = {"rope_parameters": "rop", "num_key_value_heads": "num_k"}
+
+
 def config_json_numbers(folder: Path) -> str:
     src, count = whole_checkpoint(folder / "src"), 0
     config = json.loads((src / "config.json").read_text())
@@ -137,7 +141,7 @@ def config_json_numbers(folder: Path) -> str:
             section[last] = value
             (src / "config.json").write_text(json.dumps(changed))
             try:
-                refused_whole(src, folder, "config.json", last.replace("rope_parameters", "rop"))
+                refused_whole(src, folder, "config.json", ALIKE.get(last, last))
             except AssertionError as error:
                 if value is None and "status 0" in str(error):
                     continue  # null is "not stated"

@@ -84,7 +84,7 @@ def md_csv_injection(folder: Path) -> str:
     manifest = json.loads((HOSTILE / "manifest_dollar" / "manifest.json").read_text())
     evil = "<script>alert(1)</script> ![x](http://x.y) [a](javascript:1)"
     for entry in manifest["subsets"]:
-        entry["modality"], entry["area"] = f"=cmd|' /C calc'!A0 {entry['subset'] == '22' and evil or ''}", evil
+        entry["modality"], entry["area"] = "=cmd|' /C calc'!A0", evil
     work = grid_of_release(folder, manifest)
     told(medcg("report", work, "--format=md,tex,csv", timeout_s=120))
     for path in sources_of_text(work):
