@@ -243,7 +243,7 @@ class StudyConfig:
     # Keep each cell's trained parameters (else only its scores).
     keep_weights: bool = False
     # What is done about a training record whose image or patient (`Record.group`) is in a target's test set, and about
-    # a general record that has a test's image or question, of `LEAKS`: the cell fails, is trained without the record, or
+    # a general record that has a test's image or question, of `LEAKS`: the cell fails, is trained without it, or
     # the record is listed alone. The same image: of the same bytes or, where near duplicates are looked for, pixels.
     # Patients that file names alone tell are listed, and left out with "drop". `medcg train` does the same for tests of
     # its own subsets.

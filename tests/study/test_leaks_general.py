@@ -121,7 +121,7 @@ def test_a_training_goes_without_them(clean_tree, general):
 
 
 def with_patients(tree: Path, folder: Path, training: str, test: str, *, name=OTHER) -> Path:
-    """The tree, in which the first training record of a subset and the first test record of the target say a patient."""
+    """The tree, where the first training record of a subset and the first test record of the target say a patient."""
     root = shutil.copytree(tree, folder / "tree")
     for subset, split, group in ((name, "train", training), (TARGET, "test", test)):
         path = root / "Aggregated_Subsets" / f"Subset--{subset}-{split}.json"
