@@ -254,11 +254,11 @@ class StudyConfig:
     base_dir: str = free("")
     # Keep each cell's trained parameters (else only its scores).
     keep_weights: bool = False
-    # What is done about a training record whose image, or patient (`Record.group`), is in a target's test set, and about
-    # a general record that has a test's image or question, of `LEAKS`: the cell fails, it is trained without the record,
-    # or the record is listed alone. The same image: of the same bytes or, where near duplicates are looked for, pixels.
-    # Patients that file names alone tell are listed, and left out with "drop". `medcg train` does the same for the tests
-    # of its own subsets.
+    # What is done about a training record whose image or patient (`Record.group`) is in a target's test set, and about
+    # a general record that has a test's image or question, of `LEAKS`: the cell fails, is trained without it, or
+    # the record is listed alone. The same image: of the same bytes or, where near duplicates are looked for, pixels.
+    # Patients that file names alone tell are listed, and left out with "drop". `medcg train` does the same for tests of
+    # its own subsets.
     leaks: str = "refuse"
     # The same of an image that is nearly one of the test set; "off": not looked for, no image is decoded for it. A
     # general record whose image is nearly a test's is treated by `leaks`.

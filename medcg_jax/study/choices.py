@@ -103,8 +103,8 @@ CHOICES = (
     ),
     Choice(
         "study.leaks", "refuse",
-        "nothing is said of patients, or of images that recur: a cell fails where a training record has a test's image, "
-        "or states its patient (`group`), or a general record its question. The released records state no patient; "
+        "nothing is said of patients, or of images that recur: a cell fails where a training record has a test's image "
+        "or states its patient (`group`), or a general record has its question. The released records state no patient; "
         "where file names tell one that is on both sides, that is listed and not refused, for the release's own tests "
         "may be split by image",
     ),

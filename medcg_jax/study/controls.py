@@ -71,8 +71,8 @@ def controls_of_answers(workdir: Path, results: Sequence[Mapping], fresh: bool) 
     ]
 
     Accuracies are fractions of answers. A record that several rows or seeds ask counts once in tests and intervals: in
-    McNemar's with its majority, in Wilson's with its share, for its answers are not independent. The four before the last are None
-    where the grid left no such answers. "n" is of answers, "chance" the mean of 1 / options.
+    McNemar's with its majority, in Wilson's with its share, for its answers are not independent. The four before the
+    last are None where the grid left no such answers. "n" is of answers, "chance" the mean of 1 / options.
 
     Raises:
       FileError: a file of controls that does not fit the predictions beside it; it names the file and the record.

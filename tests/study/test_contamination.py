@@ -260,7 +260,7 @@ def test_the_report_has_a_table_where_something_was_found_and_none_elsewhere(tmp
     text = write_report(workdir).read_text()
     assert "a/train/&lt;3&gt; and b/test/4: near (6 bits); a/train/5 and b/test/5: near, mirrored (2 bits)" in text
     assert "1 cell of" in text
-    for words in ("on images that are in", "on patients or lesions that are in", "as their names say, in their test set"):
+    for words in ("on images that are in", "on patients or lesions that are in", "as their names say, in their test"):
         assert words in text
     assert "on questions of their test set" not in text  # refused, and so not trained on
     (row,) = csv.DictReader((page.parent / "tables" / "contamination.csv").read_text().splitlines())

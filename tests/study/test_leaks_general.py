@@ -1,4 +1,4 @@
-"""General records and patients that give tests away, in a grid's cells and in `medcg train`: refused, left out, listed."""
+"""General records and patients that give tests away, in a grid and in `medcg train`: refused, left out, listed."""
 
 import json
 import shutil
@@ -72,7 +72,9 @@ def test_test_questions_and_images_among_general_records_are_found(kind, clean_t
         ("same question", "general/train/1", f"{TARGET}/test/1", "refused"),
         ("near", "general/train/3", f"{TARGET}/test/4", "refused"),
     ]
-    with pytest.raises(DataError, match="^pairs.x.s0: training record general/train/2 has the pixels of .* take it out"):
+    with pytest.raises(
+        DataError, match="^pairs.x.s0: training record general/train/2 has the pixels of .* take it out"
+    ):
         refuse(found)
     # Where near images are not looked for, nothing is decoded; questions are compared.
     found = look(guard_of("files", clean_tree, general, near_duplicates="off"), cell())
@@ -119,7 +121,7 @@ def test_a_training_goes_without_them(clean_tree, general):
 
 
 def with_patients(tree: Path, folder: Path, training: str, test: str, *, name=OTHER) -> Path:
-    """The tree, in which the first training record of a subset, and the first test record of the target, say a patient."""
+    """The tree, where the first training record of a subset and the first test record of the target say a patient."""
     root = shutil.copytree(tree, folder / "tree")
     for subset, split, group in ((name, "train", training), (TARGET, "test", test)):
         path = root / "Aggregated_Subsets" / f"Subset--{subset}-{split}.json"
@@ -163,7 +165,11 @@ def test_medcg_train_refuses_what_gives_its_tests_away(clean_tree, general, tmp_
     root = with_patients(clean_tree, tmp_path, "p7", "p7")
     mixed = ["--config.data.imagewikiqa_share=0.3", f"--config.data.general_records={general}"]
     for tree, more, message in (
-        (root, [], f"training record {OTHER}/train/1 has the patient or lesion (`group`) of test record {TARGET}/test/1"),
+        (
+            root,
+            [],
+            f"training record {OTHER}/train/1 has the patient or lesion (`group`) of test record {TARGET}/test/1",
+        ),
         (clean_tree, mixed, "training record general/train/"),
     ):
         assert main(train_argv(tree, tmp_path / "w", *more)) == 2
