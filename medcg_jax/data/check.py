@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from medcg_jax.data.duplicates import NEAR_BITS, hash_rows
 from medcg_jax.data.examine import Examined, examine_all
 from medcg_jax.data.hamming import distances, near_pairs_between
-from medcg_jax.data.notices import Content, Notice, notices_of
+from medcg_jax.data.notices import Content, Notice, names_alike, notices_of
 from medcg_jax.data.processes import Progress
 from medcg_jax.data.reading import Reading, check_reading
 from medcg_jax.data.records import SPLITS, DataError, Record, Split
@@ -31,7 +31,7 @@ from medcg_jax.data.schema import (
 )
 from medcg_jax.data.schema_detection import DETECTION_KEYS, detection_problems, shares_of_image
 from medcg_jax.data.splits import split_group
-from medcg_jax.data.tree_files import SubsetFile, list_files, near_misses, read_manifest
+from medcg_jax.data.tree_files import ELEMENTS, SubsetFile, list_files, near_misses, read_manifest
 from medcg_jax.run_config import DataConfig
 
 # Kinds of problems that are a record's own: without it the rest of its file can be used.
@@ -183,13 +183,13 @@ def inspect(
     check_reading(reading)
     root = tree_root(root)
     problems: list[Problem] = []
-    numbers = _known_subsets(root, problems)
+    named = _known_subsets(root, problems)
     files, refused = list_files(root)
     problems += map(_problem, refused)
     uses: list[Use] = []
     num_records = num_detection = 0
     for file in files:
-        if file.number not in numbers:
+        if file.number not in named:
             reason = "neither in the tree's manifest.json nor in Med-MAT's table of 53"
             problems.append(Problem(file.path.name, f"subset {file.number}", "unknown_subset", reason))
         try:
@@ -213,7 +213,7 @@ def inspect(
     order = {file.path.name: place for place, file in enumerate(files)}
     problems.sort(key=lambda problem: order.get(problem.file, -1))
     num_boxes = sum(len(use.boxes["boxes"]) for use in uses if use.boxes)
-    near, notices = near_across_splits(uses, images), _notices(root, files, uses, images)
+    near, notices = near_across_splits(uses, images), _notices(root, files, named, uses, images)
     report = Report(len(files), num_records, len(paths), tuple(problems), num_detection, num_boxes, near, notices)
     return Inspection(report, tuple(uses), images)
 
@@ -290,12 +290,14 @@ def print_report(report: Report, *, limit: int = 20) -> None:
             print(f"  and {count - len(shown)} more")
 
 
-def _known_subsets(root: Path, problems: list[Problem]) -> set[str]:
+def _known_subsets(root: Path, problems: list[Problem]) -> dict[str, tuple[str, ...]]:
+    """(modality, area, task) of each subset of Med-MAT's table and of the manifest."""
     try:
-        return set(subset_table()) | set(read_manifest(root))
+        manifest = read_manifest(root)
     except ReleaseError as error:
         problems.append(_problem(error))
-        return set(subset_table())
+        manifest = {}
+    return subset_table() | {name: tuple(entry[key] for key in ELEMENTS) for name, entry in manifest.items()}
 
 
 def _problem(error: ReleaseError) -> Problem:
@@ -303,10 +305,16 @@ def _problem(error: ReleaseError) -> Problem:
 
 
 def _notices(
-    root: Path, files: Sequence[SubsetFile], uses: Sequence[Use], images: Mapping[Path, Examined]
+    root: Path,
+    files: Sequence[SubsetFile],
+    named: Mapping[str, tuple[str, ...]],
+    uses: Sequence[Use],
+    images: Mapping[Path, Examined],
 ) -> tuple[Notice, ...]:
+    """named: (modality, area, task) by subset."""
     misses = [near for near in near_misses(root, files) if not near.is_wanted]
     notices = [Notice(ascii(near.name)[1:-1], "file_name", 1, 1, near.reason) for near in misses]
+    notices += names_alike({file.number: named[file.number] for file in files if file.number in named})
     contents: dict[str, Content] = {}
     for use in uses:
         content = contents.setdefault(use.file, Content(use.file, use.subset, use.split))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,23 @@ def notices_of(contents: Sequence[Content]) -> list[Notice]:
         notices += [box_range(content) for content in own]
         notices += [uneven_letters(name, records), labels_alike(name, own), groups_on_both_sides(own)]
     return [notice for notice in notices if notice]
+
+
+def names_alike(triplets: Mapping[str, tuple[str, ...]]) -> list[Notice]:
+    """Modalities, areas or tasks of two subsets that look alike and are not the same: such subsets share no element.
+
+    triplets: (modality, area, task) by subset: those of the manifest, and Med-MAT's where that says nothing.
+    """
+    notices = []
+    for place, what in enumerate(("modality", "area", "task")):
+        first: dict[str, tuple[str, str]] = {}
+        for number, triplet in triplets.items():
+            other, text = first.setdefault(spelling.look(triplet[place]), (number, triplet[place]))
+            if text != triplet[place]:
+                here, there = spelling.told_apart(triplet[place], text)
+                reason = f"its {what} {here} looks like {there} of subset {other}, and is another one"
+                notices.append(Notice(f"subset {number}", "names_alike", 1, 1, reason))
+    return notices
 
 
 def letter_counts(records: Iterable[Record], *, from_end: bool = False) -> tuple[dict[str, int], float | None]:

@@ -20,7 +20,7 @@ FOLDER, MANIFEST = "Aggregated_Subsets", "manifest.json"
 MAX_MANIFEST_BYTES = 2**24
 # Numbers in the release, names such as `ct-lung-grade` in a phantom tree.
 _FILE = re.compile(r"Subset--?([A-Za-z0-9][A-Za-z0-9-]*?)(-det)?-(train|test)\.json")
-_ELEMENTS = ("modality", "area", "task")
+ELEMENTS = ("modality", "area", "task")
 
 
 @dataclass(frozen=True)
@@ -153,19 +153,19 @@ def read_manifest(root: Path) -> dict[str, dict[str, Any]]:
         return {}
     entries = manifest_content(root)["subsets"]
     named: dict[str, dict[str, Any]] = {}
-    looks: dict[str, dict[str, str]] = {key: {} for key in _ELEMENTS}
+    looks: dict[str, dict[str, str]] = {key: {} for key in ELEMENTS}
     for place, entry in enumerate(entries, 1):
         where = f"subset {entry['subset']}" if _is_name(entry.get("subset")) else f"subset in place {place}"
-        for key in ("subset", *_ELEMENTS):
+        for key in ("subset", *ELEMENTS):
             if not isinstance(entry.get(key), str) or not entry[key]:
-                what = "modality, area and task must be text" if key in _ELEMENTS else "subset must be text"
+                what = "modality, area and task must be text" if key in ELEMENTS else "subset must be text"
                 raise _bad(where, f"{what}; {key} is {shown(entry.get(key))}")
             if not _is_name(entry[key]):
                 accepted = f"one line of at most {MAX_NAME_CHARS} signs, without white space around it, is accepted"
                 raise _bad(where, f"{key} {spelling.quoted(entry[key])}; {accepted}")
         if entry["subset"] in named:
             raise _bad(where, "stands twice; one entry is accepted")
-        for key in _ELEMENTS:
+        for key in ELEMENTS:
             other = looks[key].setdefault(spelling.look(entry[key]), entry[key])
             if entry[key] != other:
                 first, second = spelling.told_apart(entry[key], other)

@@ -103,6 +103,15 @@ def test_two_spellings_of_one_label_are_named(tmp_path):
     assert (count, of) == (2, 6) and "'Naevus' and 'naevus' look alike: 2 of 6" in reason
 
 
+def test_names_of_two_subsets_that_look_alike_are_told(tmp_path):
+    write_subset(tmp_path, "Subset--mine-train", [raw_record(n) for n in range(1, 13)])
+    write_subset(tmp_path, "Subset--04-train", [raw_record(n) for n in range(101, 113)])
+    entry = {"subset": "mine", "modality": "ct", "area": "Lung", "task": "Own"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"subsets": [entry]}))
+    (found,) = check_tree(tmp_path, workers=1).notices
+    assert str(found) == "subset mine: its modality 'ct' looks like 'CT' of subset 04, and is another one"
+
+
 def test_corners_of_a_scale_are_named():
     def content(corner, size, number=24):
         corners = [[5, 5, corner - n, corner - n] for n in range(number)]
