@@ -136,7 +136,10 @@ def encode_eval(
     def one(index: int, record: Record) -> None:
         count = len(record.options)
         if not 2 <= count <= num_options:
-            raise DataError(f"{count} options; 2 to {num_options} can be scored")
+            raise DataError(
+                f"{count} options; 2 to {num_options} can be scored: take options out of the question, or the record out of "
+                "the test"
+            )
         num_image = _image_tokens(records, index, fmt)
         ids = fmt.prompts.evaluation_prompt(
             tokenizer, record.turns, system_prompt=data.system_prompt, num_image_tokens=num_image
