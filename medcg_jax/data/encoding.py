@@ -137,8 +137,8 @@ def encode_eval(
         count = len(record.options)
         if not 2 <= count <= num_options:
             raise DataError(
-                f"{count} options; 2 to {num_options} can be scored: take options out of the question, or the record out of "
-                "the test"
+                f"{count} options; 2 to {num_options} can be scored: take options out of the question, or the record out "
+                "of the test"
             )
         num_image = _image_tokens(records, index, fmt)
         ids = fmt.prompts.evaluation_prompt(

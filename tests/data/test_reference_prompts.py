@@ -4,7 +4,6 @@ Needs the folder `shared` (tokenizers, and ids of the original code); without it
 """
 
 import json
-import shutil
 
 import pytest
 
