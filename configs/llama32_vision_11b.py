@@ -11,6 +11,6 @@ import llava15_7b
 def get_config():
     config = llava15_7b.get_config()
     config.name = config.model.name = "llama32_vision_11b"
-    config.model.checkpoint = config.model.tokenizer = "checkpoints/llama-3.2-11b-vision-instruct"
+    config.model.checkpoint = "checkpoints/llama-3.2-11b-vision-instruct"
     config.data.system_prompt = ""
     return config

@@ -35,7 +35,6 @@ def get_config(arg: str = "7b"):
         model=ModelConfig(
             name=f"llava15_{size}",
             checkpoint=f"checkpoints/llava-1.5-{size}-hf",
-            tokenizer=f"checkpoints/llava-1.5-{size}-hf",
             compute_dtype="bfloat16",
             remat="full",
             **adapters,

@@ -11,7 +11,7 @@ import llava15_7b
 def get_config():
     config = llava15_7b.get_config()
     config.name = config.model.name = "minigpt_v2_7b"
-    config.model.checkpoint = config.model.tokenizer = "checkpoints/minigpt-v2-7b"
+    config.model.checkpoint = "checkpoints/minigpt-v2-7b"
     with config.model.ignore_type():
         config.model.trainable = ("projector", "lora")
     config.data.system_prompt = ""

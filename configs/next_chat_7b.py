@@ -12,7 +12,7 @@ def get_config(arg: str = ""):
     config = llava15_7b.get_config()
     config.name = "next_chat_7b"
     config.model.name = "next_chat_7b_336"
-    config.model.checkpoint = config.model.tokenizer = "checkpoints/nextchat-7b-336"
+    config.model.checkpoint = "checkpoints/nextchat-7b-336"
     with config.model.ignore_type():
         # As in the first two stages of the release's training: all but the vision tower and SAM.
         config.model.trainable = ("projector", "decoder", "boxes")

@@ -11,7 +11,7 @@ import llava15_7b
 def get_config():
     config = llava15_7b.get_config()
     config.name = config.model.name = "qwen2_vl_7b"
-    config.model.checkpoint = config.model.tokenizer = "checkpoints/qwen2-vl-7b-instruct"
+    config.model.checkpoint = "checkpoints/qwen2-vl-7b-instruct"
     # 256 to 1,280 tokens an image would take most of a row; 448 x 448 pixels give 256.
     config.model.max_pixels = 200_704
     config.data.system_prompt = "qwen2"

@@ -139,7 +139,8 @@ def encode_eval(
     def one(index: int, record: Record) -> None:
         count = len(record.options)
         if not 2 <= count <= columns:
-            raise DataError(f"{count} options; 2 to {columns} can be scored")
+            reason = f"{count} options; 2 to {columns} can be scored"
+            raise DataError(f"{reason}: take options out of the question, or the record out of the test")
         num_image = _image_tokens(records, index, fmt)
         ids = fmt.prompts.evaluation_prompt(
             tokenizer, record.turns, system_prompt=data.system_prompt, num_image_tokens=num_image

@@ -100,7 +100,7 @@ def from_tokenizers(path: Path) -> dict[str, Any]:
 
 
 def image_id(special: dict[str, int], named: dict[str, str], of_family: int | None, free: int) -> int:
-    """The id that stands for an image: of the token that the files name, of the family's, of another family's; or `free`."""
+    """The id that stands for an image: of the token that the files name, the family's, another family's; or `free`."""
     if named.get("image_token") in special:
         return special[named["image_token"]]
     if of_family is not None:
@@ -135,7 +135,7 @@ def _family(added, special: dict[str, int], named: dict[str, str], path: Path) -
     ends.sort(key=lambda family: (not added[family[1]][1], family[1] != named.get("eos_token")))
     if not ends:
         names = " or ".join(family[1] for family in FAMILIES)
-        raise DataError(f"tokenizer {path}: the token that ends a turn is missing; {names} is accepted as a special token")
+        raise DataError(f"tokenizer {path}: the token that ends a turn is missing; {names} is accepted, as a special one")
     return ends[0]
 
 

@@ -204,9 +204,9 @@ def _fault_of(pattern: str) -> str:
             closed = [max(group[:2]), max(group[:2]), group[2]]
             groups[-1][0] += closed[0]
         elif kind == "repeat":
-            turns = _most_turns(text)
             if after == "repeat" or text.endswith("}+"):
                 return "it repeats a repeat"
+            turns = _most_turns(text)
             if after == "close" and turns > 1 and (closed[0] or closed[2]):
                 return "it repeats what holds a repeat or alternatives"
             groups[-1][0] += turns > _FEW_TURNS

@@ -46,7 +46,9 @@ def from_sentencepiece(path: Path) -> dict[str, Any]:
             "tokenizer.json of the same release is accepted"
         )
     if rules := _character_map(content):
-        raise DataError(f"tokenizer {path}: rules for characters of {rules:,} bytes; a model without, as Llama's, is accepted")
+        raise DataError(
+            f"tokenizer {path}: rules for characters of {rules:,} bytes; a model without, as Llama's, is accepted"
+        )
     with library_errors(f"tokenizer {path}: no SentencePiece model"):
         model = sentencepiece.SentencePieceProcessor(model_proto=content)
         size = model.get_piece_size()

@@ -27,7 +27,7 @@ from medcg_jax.models.build import shardings, split_trainable
 from medcg_jax.run_config import ConfigError, RunConfig
 from medcg_jax.scale.bench import about_here
 from medcg_jax.train.optim import control_from, make_optimizer, stack_controls
-from medcg_jax.train.setup import Setup, open_setup, start_params
+from medcg_jax.train.setup import Setup, open_setup, start_params, with_small_tokenizer
 from medcg_jax.train.step import Program, make_step
 
 STEPS, BLOCKS = 10, 5
@@ -73,7 +73,7 @@ def bench_cells(run: RunConfig, *, num_cells: int = 4, num_steps: int = STEPS, n
     Raises:
       ConfigError, DataError: as `open_setup`.
     """
-    setup = open_setup(run, has_weights=True)
+    setup = open_setup(with_small_tokenizer(run), has_weights=True)
     names = [subset.name for subset in setup.source.subsets[:2]]
     encoded = setup.encode(concat([setup.source.records(name, "train") for name in names]))
     graphdef, params = start_params(setup, seed=0)

@@ -12,7 +12,7 @@ from medcg_jax.data.records import DataError, RecordSet, concat
 from medcg_jax.models.llava import LlavaConfig
 from medcg_jax.run_config import ConfigError, RunConfig, replace
 from medcg_jax.scale.bench import example_batch
-from medcg_jax.train.setup import Setup, open_setup
+from medcg_jax.train.setup import Setup, open_setup, with_small_tokenizer
 
 # Records are taken of at most so many subsets: each is read as a whole.
 NUM_SUBSETS = 4
@@ -37,13 +37,14 @@ def open_rows(run: RunConfig) -> Rows:
       ConfigError, DataError: as `open_setup`, for another reason than the records.
     """
     try:
-        return Rows(open_setup(run, has_weights=True), "")
+        return Rows(open_setup(with_small_tokenizer(run), has_weights=True), "")
     except (ConfigError, DataError) as error:
         if run.data.source == "phantom":
             raise
         why = str(error)
     data = dict(data__source="phantom", data__root="", data__subsets=(), data__subset_weights={})
-    setup = open_setup(replace(run, **data, data__general_records="", data__imagewikiqa_share=0.0), has_weights=True)
+    run = replace(with_small_tokenizer(run), **data, data__general_records="", data__imagewikiqa_share=0.0)
+    setup = open_setup(run, has_weights=True)
     return Rows(setup, f"phantoms stand in for the run's records, which cannot be opened ({why})")
 
 

@@ -27,7 +27,7 @@ from medcg_jax.nn.matmul import KINDS
 from medcg_jax.run_config import TRAINABLE, ConfigError, RunConfig, replace
 from medcg_jax.scale.bench import about_here
 from medcg_jax.train.optim import control_from, make_optimizer
-from medcg_jax.train.setup import model_config, open_setup, start_params
+from medcg_jax.train.setup import model_config, open_setup, start_params, with_small_tokenizer
 from medcg_jax.train.step import make_step
 
 # Name -> what is set of the model.
@@ -49,7 +49,7 @@ def matmul_accuracy(run: RunConfig, *, num_steps: int = 200, runs: dict[str, dic
       ConfigError, DataError: as `open_setup`; or qwix is not installed.
     """
     run = replace(run, model__compute_dtype="float32", model__matmul="")
-    setup = open_setup(run, has_weights=True)
+    setup = open_setup(with_small_tokenizer(run), has_weights=True)
     encoded = setup.encode(concat([setup.source.records(s.name, "train") for s in setup.source.subsets[:2]]))
     config = dataclasses.replace(run.base, steps=num_steps)
     _, start = start_params(setup, seed=config.seed)

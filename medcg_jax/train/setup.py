@@ -18,7 +18,7 @@ from medcg_jax.data.layouts import check_layout
 from medcg_jax.data.prepared import PreparedSource
 from medcg_jax.data.records import RecordSet, Source
 from medcg_jax.data.sources import open_source, require_subsets
-from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
+from medcg_jax.data.tokenizer import SMALL, Tokenizer, load_tokenizer
 from medcg_jax.mesh import check_batch, make_mesh
 from medcg_jax.models.build import TINY, Config, architecture, create, join, replicated
 from medcg_jax.models.next_chat import NextChatConfig
@@ -169,6 +169,15 @@ def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:
         f"model.tokenizer is empty, and {where}; the tokenizer's file or directory is accepted, of the release that "
         f"{model.name} is"
     )
+
+
+def with_small_tokenizer(run: RunConfig) -> RunConfig:
+    """The run with the package's tokenizer named where it has none: for random weights, whose speed is measured."""
+    model = run.model
+    if model.tokenizer or model.checkpoint and has_tokenizer(Path(model.checkpoint)):
+        return run
+    small = SMALL.with_stem(formats.SMALL_TOKENIZERS[MODELS[model.name]])
+    return dataclasses.replace(run, model=dataclasses.replace(model, tokenizer=str(small)))
 
 
 def model_config(model: ModelConfig, tokenizer: Tokenizer) -> Config:

@@ -1,4 +1,4 @@
-"""Whether a tokenizer is the model's: its special ids those of the checkpoint, no id of a text beyond the model's rows."""
+"""Whether a tokenizer is the model's: its special ids are the checkpoint's, no text's id beyond the model's rows."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +22,7 @@ ALSO = {"image_token_id": ("image_token_id", "image_token_index")}
 
 
 def check_tokens(tokenizer: Tokenizer, family: str, model: Config) -> None:
-    """Raises ConfigError where ids that stand in rows as text, or beside it, have no row of their own in the model's table.
+    """Raises ConfigError where ids that stand in prompts, as text or beside it, have no row of the model's table.
 
     The image's is replaced, and padding never attended.
     """
@@ -36,7 +36,7 @@ def check_tokens(tokenizer: Tokenizer, family: str, model: Config) -> None:
         )
     for field, number in placed.items():
         if number is not None and number >= rows:
-            raise ConfigError(f"tokenizer {name}: {field} {number:,}, and the model has {rows:,} rows; below that is accepted")
+            raise ConfigError(f"tokenizer {name}: {field} {number:,}, and the model has {rows:,} rows; less is accepted")
 
 
 def check_token_ids(tokenizer: Tokenizer, family: str, directory: Path) -> None:
