@@ -166,7 +166,7 @@ def write_controls(path: Path, controls: Mapping[str, Iterable[Prediction]]) -> 
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """What `write_predictions` wrote. Raises FileError as `prediction_lines`, and where log-probabilities are missing."""
+    """What `write_predictions` wrote. Raises FileError as `prediction_lines`, or without log-probabilities."""
     predictions = []
     for line in prediction_lines(path):
         if line["logprobs"] is None:

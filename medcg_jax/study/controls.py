@@ -17,7 +17,7 @@ from medcg_jax.eval.generate import LETTERS, parse_answer
 from medcg_jax.eval.intervals import wilson
 from medcg_jax.eval.prediction_lines import prediction_lines
 from medcg_jax.study.paired import grouped, mcnemar
-from medcg_jax.untrusted import FileError
+from medcg_jax.untrusted import FileError, shown
 
 PLAIN = ""
 SHUFFLED, TWO, SHIFT = "shuffled_images", "two_options", "shift_"
@@ -83,10 +83,21 @@ def controls_of_answers(workdir: Path, results: Sequence[Mapping], fresh: bool) 
             _, targets = cells[row["table"], row["arm"]].setdefault(row["cell"], (row["seed"], set()))
             targets.add(row["target"])
     found = []
+    again: dict[tuple[int, str], tuple[str, frozenset]] = {}
     for (table, arm), own in cells.items():
         answers = []
         for cell, (seed, targets) in own.items():
-            answers += _cell_answers(workdir, cell, seed if fresh else None, targets)
+            of_cell = _cell_answers(workdir, cell, seed if fresh else None, targets)
+            for target in targets:
+                asked = frozenset((a.control, a.record[2]) for a in of_cell if a.control and a.record[1] == target)
+                other, theirs = again.setdefault((seed, target), (cell, asked))
+                if asked != theirs:
+                    odd = "{}, {}".format(*min(asked ^ theirs))
+                    raise FileError(
+                        f"{workdir / 'controls' / cell}.jsonl: of {shown(target)} other questions are asked again than in "
+                        f"{other}.jsonl, as {shown(odd)[1:-1]}; the same in all are accepted"
+                    )
+            answers += of_cell
         found.append({"table": table, "part": "", "arm": arm} | controls_of_arm(answers))
     return found
 
@@ -209,18 +220,22 @@ def _cell_answers(workdir: Path, cell: str, seed: int | None, targets: set[str])
     options = {a.record: a.options for a in plain}
     asked: dict[tuple, list[str]] = defaultdict(list)
     for a in controls:
-        place = f"{path}, record {a.record[2]} of {a.record[1]}"
+        place = _place(path, a.record)
         if a.record not in options:
             raise FileError(f"{place}: not among the predictions of the cell")
         known = {SHUFFLED, TWO, *_shifts(options[a.record])}
         if a.control not in known or a.control in asked[a.record]:
-            raise FileError(f"{place}: control {a.control!r}; each of {', '.join(sorted(known))} once")
+            raise FileError(f"{place}: control '{shown(a.control)[1:-1]}'; each of {', '.join(sorted(known))} once")
         asked[a.record].append(a.control)
     for record, names in asked.items():
         missing = set(_shifts(options[record])) - set(names)
         if missing and any(name.startswith(SHIFT) for name in names):
-            raise FileError(f"{path}, record {record[2]} of {record[1]}: no {min(missing)}; all shifts or none")
+            raise FileError(f"{_place(path, record)}: no {min(missing)}; all shifts or none")
     return plain + controls
+
+
+def _place(path: Path, record: tuple) -> str:
+    return f"{path}, record {shown(record[2])[1:-1]} of {shown(record[1])[1:-1]}"
 
 
 def _shifts(options: int) -> list[str]:

@@ -81,7 +81,7 @@ def read_rows(
                 if len(cells) != len(header):
                     raise FileError(f"{name}: {len(cells)} columns; {len(header)} are accepted")
                 values = dict(zip(header, cells, strict=True))
-                rows.append({column: _value(values.get(column, ""), kind, f"{name}: {column}") for column, kind in columns.items()})
+                rows.append({key: _value(values.get(key, ""), kind, f"{name}: {key}") for key, kind in columns.items()})
     except csv.Error as error:
         raise FileError(f"{path}, line {reader.line_num}: no CSV: {error}") from error
     return rows
@@ -196,7 +196,8 @@ def read_results(workdir: str | Path) -> list[dict[str, Any]]:
         for key, value in zip(("accuracy", "ci_low", "ci_high"), wanted, strict=True):
             if abs(row[key] - value) > ROUNDING:
                 raise FileError(
-                    f"{name}: {key}={row[key]:g}; correct={row['correct']} of n={row['n']} give {value:.6f}: {WRITE_AGAIN}"
+                    f"{name}: {key}={row[key]:g}; correct={row['correct']} of n={row['n']} give {value:.6f}: "
+                    f"{WRITE_AGAIN}"
                 )
     return rows
 
@@ -204,7 +205,8 @@ def read_results(workdir: str | Path) -> list[dict[str, Any]]:
 def _check_row(row: Mapping[str, Any], path: Path) -> None:
     name, parts = f"{path}, cell {row['cell']}", PARTS_OF.get(row["table"])
     if parts and row["row"].split("/")[0] not in parts:
-        raise FileError(f"{name}: row={shown(row['row'])}: of {row['table']} what begins with {' or '.join(parts)} is accepted")
+        accepted = f"of {row['table']} what begins with {' or '.join(parts)} is accepted"
+        raise FileError(f"{name}: row={shown(row['row'])}: {accepted}")
     if (row["table"] == "efficiency") != row["arm"].startswith("efficiency_"):
         raise FileError(f"{name}: arm={row['arm']}: table {row['table']} has no such arm")
 
@@ -256,7 +258,7 @@ def _check_answers(workdir: Path, cell: Mapping, own: Mapping[str, Mapping], ask
     ids: dict[str, list[str]] = {target: [] for target in own}
     for line in prediction_lines(path):
         if line["subset"] not in counts:
-            raise FileError(f"{path}: record {shown(line['id'])} is of {shown(line['subset'])}, which results.csv has not")
+            raise FileError(f"{path}: record {shown(line['id'])} is of {shown(line['subset'])}; results.csv has none")
         counts[line["subset"]][0] += 1
         counts[line["subset"]][1] += line["predicted"] == line["answer"]
         ids[line["subset"]].append(line["id"])
@@ -264,8 +266,8 @@ def _check_answers(workdir: Path, cell: Mapping, own: Mapping[str, Mapping], ask
         n, correct = counts[target]
         if (row["n"], row["correct"]) != (n, correct):
             raise FileError(
-                f"{workdir / 'results.csv'}, cell {cell['cell']}, target {shown(target)}: correct={row['correct']} of "
-                f"n={row['n']}; {path.parent.name}/{path.name} has {correct} of {n}: {WRITE_AGAIN}"
+                f"{workdir / 'results.csv'}, target {shown(target)}: correct={row['correct']} of n={row['n']}; {path} has "
+                f"{correct} of {n}: the one that was edited or cut must be put back (`medcg reproduce` writes results.csv)"
             )
         digest = hashlib.sha256("\0".join(sorted(ids[target])).encode("utf-8", "surrogatepass")).digest()
         first, other = asked.setdefault((target, cell["seed"]), (digest, path))
@@ -287,7 +289,7 @@ def check_boxes(workdir: Path, known: Mapping[str, Mapping]) -> dict[str, set[st
     path = workdir / "boxes.csv"
     if not path.exists():
         return {}
-    shares = {name: lambda value: value and checked(partial(number, least=-1, most=1), value) for name in results.BOX_SHARES}
+    shares = dict.fromkeys(results.BOX_SHARES, lambda value: value and checked(_share, value))
     rows = read_rows(path, KEY | {"seed": _seed, "target": text} | dict.fromkeys(results.BOX_COUNTS, whole) | shares)
     targets: dict[str, set[str]] = {}
     scores: dict[str, dict[str, tuple]] = {}
@@ -304,8 +306,9 @@ def check_boxes(workdir: Path, known: Mapping[str, Mapping]) -> dict[str, set[st
         for key, value in zip(names, wanted or [None] * len(names), strict=True):
             if not _same(row[key], value):
                 raise FileError(
-                    f"{path}, cell {cell}, target {shown(target)}: {key}={row[key]}; boxes/{cell}.jsonl gives "
-                    f"{'no answer' if wanted is None else value}: {WRITE_AGAIN}"
+                    f"{path}, target {shown(target)}: {key}={row[key]}; {workdir / 'boxes' / cell}.jsonl gives "
+                    f"{'no answer' if wanted is None else value}: the one that was edited or cut must be put back "
+                    "(`medcg reproduce` writes boxes.csv)"
                 )
     return targets
 

@@ -77,7 +77,8 @@ def read(path: Path) -> dict:
     for name, ratio in _section(result, "ratios", path).items():
         _check_spread(ratio, f"{path}: ratios.{one_line(name)[:40]}")
         if ratio.get("by") not in ("cpu", "wall"):
-            raise FileError(f"{path}: ratios.{one_line(name)[:40]}: by={shown(ratio.get('by'))}: cpu or wall is accepted")
+            by = shown(ratio.get("by"))
+            raise FileError(f"{path}: ratios.{one_line(name)[:40]}: by={by}: cpu or wall is accepted")
     for section in ("train", "answers"):
         if section in result:
             _check_runners(_section(result, section, path), _timed(result), f"{path}: {section}")
@@ -108,7 +109,7 @@ def _check_spread(value: object, name: str) -> None:
     for key in ("median", "min", "max"):
         check_number(value.get(key), f"{name}.{key}", least=1e-12, most=1e12)
     if not value["min"] <= value["median"] <= value["max"]:
-        raise FileError(f"{name}: the median {value['median']:g} is not between {value['min']:g} and {value['max']:g}")
+        raise FileError(f"{name}: median={value['median']:g} is not between {value['min']:g} and {value['max']:g}")
 
 
 def _timed(result: dict) -> str:

@@ -1,7 +1,7 @@
 """Text from outside on its way into a page, a figure, a table, Markdown, LaTeX or a file's name.
 
-Names of subsets, labels, questions and answers are whatever a manifest or a model has written. `plain` takes off what no
-form of a report may hold; the others are for one form each.
+Names of subsets, labels, questions and answers are whatever a manifest or a model has written. `plain` takes off what
+no form of a report may hold; the others are for one form each.
 """
 
 import hashlib
@@ -13,7 +13,9 @@ FIGURE_CHARACTERS = 60
 FILE_CHARACTERS = 100
 # What XML 1.0 has no place for (and UTF-8 none for halves of a pair), and what turns the direction of the text that
 # follows, beyond the end of a name.
-FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+FORBIDDEN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
+)
 # A spreadsheet takes a cell that begins so for a formula.
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 LATEX = {
@@ -42,11 +44,11 @@ def short_label(text: object) -> str:
 
 
 def csv_cell(value: object) -> object:
-    """A cell of a table for people: text that a spreadsheet would take for a formula gets a ' in front; numbers stay."""
+    """A cell of a table for people: text that a spreadsheet takes for a formula gets a ' in front; numbers stay."""
     if not isinstance(value, str):
         return value
-    text = plain(value.replace("\r\n", "\n").replace("\n", "; ") if "\n" in value else value)
-    return f"'{text}" if value.startswith(FORMULA) and not re.fullmatch(r"[-+]?\d+(\.\d+)?", value, re.ASCII) else text
+    is_number = re.fullmatch(r"[-+]?\d+(\.\d+)?", value, re.ASCII)
+    return ("'" if value.startswith(FORMULA) and not is_number else "") + plain(value.replace("\n", "; "))
 
 
 def markdown(text: object) -> str:

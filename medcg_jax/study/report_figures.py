@@ -107,8 +107,9 @@ def triplet_map(plots: Plots) -> list[Figure]:
             axes.text(tasks.index(task) + 0.05, len(modalities) + 0.08, short_label(task), fontsize=8, va="bottom")
         axes.set_xlim(0, len(columns))
         axes.set_ylim(0, len(modalities))
-        axes.set_xticks(np.arange(len(columns)) + 0.5, [short_label(area) for _, area in columns], rotation=90, fontsize=7)
-        axes.set_yticks(np.arange(len(modalities)) + 0.5, [short_label(name) for name in modalities[::-1]], fontsize=8)
+        areas, names = [short_label(area) for _, area in columns], [short_label(name) for name in modalities[::-1]]
+        axes.set_xticks(np.arange(len(columns)) + 0.5, areas, rotation=90, fontsize=7)
+        axes.set_yticks(np.arange(len(modalities)) + 0.5, names, fontsize=8)
         axes.grid(False)
 
     arm, other = against

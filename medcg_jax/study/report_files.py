@@ -100,7 +100,8 @@ class Grid:
         path = self.workdir / "config.json"
         self.config: dict = self.run["config"]
         if self.config["model"]["name"] not in MODELS:
-            raise FileError(f"{path}: config.model.name={shown(self.config['model']['name'])}: {', '.join(MODELS)} is accepted")
+            name = shown(self.config["model"]["name"])
+            raise FileError(f"{path}: config.model.name={name}: one of {', '.join(MODELS)} is accepted")
         count = check_number(self.run.get("cells"), f"{path}: cells", least=1, whole=True)
         self.cells = grid_files.read_cells(self.workdir, count)
         self.results = grid_files.read_results(self.workdir)
@@ -170,7 +171,8 @@ class Grid:
         lines, known = contamination.read(self.workdir), {cell["cell"] for cell in self.cells}
         for line in lines:
             if line["cell"] not in known:
-                raise FileError(f"{self.workdir / contamination.FILE}: cell={line['cell']}: those of cells.csv are accepted")
+                path = self.workdir / contamination.FILE
+                raise FileError(f"{path}: cell={line['cell']}: those of cells.csv are accepted")
         return lines
 
     def metrics(self, cell: dict) -> list[dict]:

@@ -56,7 +56,8 @@ def table_markdown(table: Table) -> str:
     columns = table.used()
     lines = [[column.title for column in columns], ["---" if c.kind in ("text", "long") else "--:" for c in columns]]
     lines += [[shown(column, row.get(column.key)) for column in columns] for row in table.rows]
-    return "\n".join("| " + " | ".join(escaped(str(text).replace("\n", "; ")) for text in line) + " |" for line in lines)
+    cells = [[escaped(str(text).replace("\n", "; ")) for text in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def document(grid: Grid, answer: Answer, limits: Sequence[str], tables: Iterable[Table]) -> str:

@@ -71,7 +71,7 @@ class Table:
         writer = csv.writer(text, lineterminator="\n")
         columns = self.used()
         rows = [[name for column in columns for name in csv_names(column)]]
-        rows += [[value for column in columns for value in csv_values(column, row.get(column.key))] for row in self.rows]
+        rows += [[value for c in columns for value in csv_values(c, row.get(c.key))] for row in self.rows]
         writer.writerows([csv_cell(value) for value in row] for row in rows)
         return text.getvalue()
 

@@ -154,7 +154,8 @@ class Tables:
         if cell.id not in self._scores:
             self._scores[cell.id] = scores(self.workdir / "predictions" / f"{cell.id}.jsonl")
         if target not in self._scores[cell.id]:
-            raise FileError(f"{self.workdir / 'predictions' / cell.id}.jsonl: no answer of {target}, which the cell was tested on")
+            path = self.workdir / "predictions" / f"{cell.id}.jsonl"
+            raise FileError(f"{path}: no answer of {target}, which the cell was tested on")
         n, correct = self._scores[cell.id][target]
         low, high = wilson(correct, n)
         return n, correct, f"{correct / n:.6f}", f"{low:.6f}", f"{high:.6f}"

@@ -31,6 +31,7 @@ from medcg_jax.study.paired import (
 )
 from medcg_jax.study.power import detectable
 from medcg_jax.study.results import read_config_file
+from medcg_jax.untrusted import FileError, shown
 
 __all__ = [
     "EFFECTS", "Comparison", "Unit", "bootstrap_interval", "compare", "correct_by_id", "mean_difference", "part_of",
@@ -180,6 +181,11 @@ def _compared(results, read, table, arm, against, fresh) -> tuple[list[dict], di
         for seed in seeds:
             a = read(cells[arm, row, target, seed], target)
             b = read(cells[against, row, target, seed], target)
+            if a.keys() != b.keys():
+                raise FileError(
+                    f"predictions/{cells[arm, row, target, seed]}.jsonl and {cells[against, row, target, seed]}.jsonl: "
+                    f"{len(a.keys() ^ b.keys())} records of {shown(target)} are in one of them alone"
+                )
             one = compare(a, b)
             pairs.append((a, b))
             units[part].append(Unit(target, seed, one.n, one.only_a, one.only_b))
