@@ -148,20 +148,35 @@ def _read_json(kind: str, content: bytes, pack: Path, scratch: Path) -> bool:
     return True
 
 
-def _work(pipe, seed: int, pack: Path, read: Callable) -> None:
+@dataclass(frozen=True)
+class Subject:
+    """What is fuzzed; its functions are a module's own, so that another process finds them."""
+
+    make: Callable[[int, int, Path], tuple[str, str, bytes, Random]] = make
+    # Reads every unbroken file once, so that what a library takes for itself is no growth: `warm(pack, scratch)`.
+    warm: Callable[[Path, Path], None] | None = None
+    address_space_bytes: int = ADDRESS_SPACE_BYTES
+    max_seconds: float | None = None
+
+
+def _warm(pack: Path, scratch: Path) -> None:
+    for kind in KINDS:
+        for content in seeds(kind, pack):
+            read_one(kind, content, Random(0), pack, scratch)
+
+
+def _work(pipe, seed: int, pack: Path, read: Callable, subject: Subject) -> None:
     """Reads inputs by their index until None comes: (taken, seconds, peak growth in bytes, what failed) of each."""
     # Decoders written in C complain on standard error themselves.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (subject.address_space_bytes, subject.address_space_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with tempfile.TemporaryDirectory() as scratch:
-        for kind in KINDS:
-            for content in seeds(kind, pack):
-                read_one(kind, content, Random(0), pack, Path(scratch))
+        (subject.warm or _warm)(pack, Path(scratch))
         start = _peak_bytes()
         pipe.send("ready")
         while (index := pipe.recv()) is not None:
-            kind, _, content, random = make(seed, index, pack)
+            kind, _, content, random = subject.make(seed, index, pack)
             began, taken, failure = time.monotonic(), False, ""
             try:
                 taken = read(kind, content, random, pack, Path(scratch))
@@ -185,28 +200,31 @@ def _peak_bytes() -> int:
 class _Worker:
     """One process and the input that it is at."""
 
-    def __init__(self, seed: int, pack: Path, read: Callable):
+    def __init__(self, seed: int, pack: Path, read: Callable, subject: Subject):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, seed, pack, read), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, seed, pack, read, subject), daemon=True)
         self.process.start()
+        self.max_seconds = subject.max_seconds or MAX_SECONDS
         theirs.close()
-        if not self.pipe.poll(60) or self.pipe.recv() != "ready":
+        if not self.pipe.poll(180) or self.pipe.recv() != "ready":
             raise RuntimeError("a worker does not start")
 
     def give(self, index: int) -> None:
         self.pipe.send(index)
-        self.index, self.deadline = index, time.monotonic() + MAX_SECONDS
+        self.index, self.deadline = index, time.monotonic() + self.max_seconds
 
     def end(self) -> None:
         self.process.kill()
         self.process.join()
 
 
-def fuzz(pack: Path, count: int, seed: int, workers: int, keep: Path, read: Callable = read_one) -> Result:
+def fuzz(
+    pack: Path, count: int, seed: int, workers: int, keep: Path, read: Callable = read_one, subject: Subject = Subject()
+) -> Result:
     """Gives `count` inputs to `read`; those that fail are kept as files in the folder `keep`."""
     result, left = Result(), iter(range(count))
-    pool = [_Worker(seed, pack, read) for _ in range(workers)]
+    pool = [_Worker(seed, pack, read, subject) for _ in range(workers)]
     for worker in pool:
         worker.give(next(left))
     while pool:
@@ -221,10 +239,10 @@ def fuzz(pack: Path, count: int, seed: int, workers: int, keep: Path, read: Call
                     worker.process.join()
                     failure, alive = f"killed its process ({worker.process.exitcode})", False
             elif time.monotonic() > worker.deadline:
-                failure, alive = f"no answer in {MAX_SECONDS:.0f} s", False
+                failure, alive = f"no answer in {worker.max_seconds:.0f} s", False
             else:
                 continue
-            kind, where, content, _ = make(seed, worker.index, pack)
+            kind, where, content, _ = subject.make(seed, worker.index, pack)
             if answer:
                 taken, seconds, growth, failure = answer
                 (result.taken if taken else result.refused)[kind, where] += 1
@@ -240,7 +258,7 @@ def fuzz(pack: Path, count: int, seed: int, workers: int, keep: Path, read: Call
                 pool.remove(worker)
             if index is not None:
                 if not alive:
-                    worker = _Worker(seed, pack, read)
+                    worker = _Worker(seed, pack, read, subject)
                     pool.append(worker)
                 worker.give(index)
     return result
