@@ -266,8 +266,8 @@ def _check_answers(workdir: Path, cell: Mapping, own: Mapping[str, Mapping], ask
         n, correct = counts[target]
         if (row["n"], row["correct"]) != (n, correct):
             raise FileError(
-                f"{workdir / 'results.csv'}, target {shown(target)}: correct={row['correct']} of n={row['n']}; {path} has "
-                f"{correct} of {n}: the one that was edited or cut must be put back (`medcg reproduce` writes results.csv)"
+                f"{workdir / 'results.csv'}, target {shown(target)}: correct={row['correct']} of n={row['n']}; {path} "
+                f"has {correct} of {n}: put back the one that was edited or cut (`medcg reproduce` writes results.csv)"
             )
         digest = hashlib.sha256("\0".join(sorted(ids[target])).encode("utf-8", "surrogatepass")).digest()
         first, other = asked.setdefault((target, cell["seed"]), (digest, path))
@@ -307,7 +307,7 @@ def check_boxes(workdir: Path, known: Mapping[str, Mapping]) -> dict[str, set[st
             if not _same(row[key], value):
                 raise FileError(
                     f"{path}, target {shown(target)}: {key}={row[key]}; {workdir / 'boxes' / cell}.jsonl gives "
-                    f"{'no answer' if wanted is None else value}: the one that was edited or cut must be put back "
+                    f"{'no answer' if wanted is None else value}: put back the one that was edited or cut "
                     "(`medcg reproduce` writes boxes.csv)"
                 )
     return targets

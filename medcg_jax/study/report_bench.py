@@ -42,7 +42,8 @@ def write_plots(files: list[Path], out: Path | None = None) -> list[Path]:
         names = _draw(part, results)
     if not names:
         raise ConfigError(
-            f"{', '.join(map(str, files))}: nothing to plot; results with the stage train, eval or generate are accepted"
+            f"{', '.join(map(str, files))}: nothing to plot; results with the stage train, eval or generate are "
+            "accepted"
         )
     return [folder / name for name in names]
 

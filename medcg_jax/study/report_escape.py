@@ -10,6 +10,9 @@ from collections.abc import Iterable
 
 # Characters of a name in a figure; longer ones would leave no room for its bars.
 FIGURE_CHARACTERS = 60
+TICK_CHARACTERS = 24
+# Of each element of a combination on a page.
+ELEMENT_CHARACTERS = 80
 FILE_CHARACTERS = 100
 # What XML 1.0 has no place for (and UTF-8 none for halves of a pair), and what turns the direction of the text that
 # follows, beyond the end of a name.
@@ -37,10 +40,10 @@ def one_line(text: object) -> str:
     return plain(" ".join(str(text).split()))
 
 
-def short_label(text: object) -> str:
-    """A name for a figure: one line, and short."""
+def short_label(text: object, most: int = FIGURE_CHARACTERS) -> str:
+    """A name for a figure: one line, and short. most: characters; beside an axis `TICK_CHARACTERS`."""
     line = one_line(text)
-    return line if len(line) <= FIGURE_CHARACTERS else line[: FIGURE_CHARACTERS - 1] + "…"
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def csv_cell(value: object) -> object:

@@ -8,7 +8,7 @@ from matplotlib.patches import Rectangle
 from medcg_jax.data.phantom_boxes import DETECTION_TRIPLETS
 from medcg_jax.data.phantom_world import TRIPLETS
 from medcg_jax.study import mat
-from medcg_jax.study.report_escape import file_names, short_label
+from medcg_jax.study.report_escape import TICK_CHARACTERS, file_names, short_label
 from medcg_jax.study.report_files import arm_name
 from medcg_jax.study.report_plots import BLUE, COLOURS, INK, MUTED, ORANGE, Figure, Plots, draw
 from medcg_jax.study.report_text import PARTS, points
@@ -104,10 +104,12 @@ def triplet_map(plots: Plots) -> list[Figure]:
             if tasks[place] != tasks[place - 1]:
                 axes.axvline(place, color=INK, linewidth=1)
         for task in dict.fromkeys(tasks):
-            axes.text(tasks.index(task) + 0.05, len(modalities) + 0.08, short_label(task), fontsize=8, va="bottom")
+            name = short_label(task, TICK_CHARACTERS)
+            axes.text(tasks.index(task) + 0.05, len(modalities) + 0.08, name, fontsize=8, va="bottom")
         axes.set_xlim(0, len(columns))
         axes.set_ylim(0, len(modalities))
-        areas, names = [short_label(area) for _, area in columns], [short_label(name) for name in modalities[::-1]]
+        areas = [short_label(area, TICK_CHARACTERS) for _, area in columns]
+        names = [short_label(name, TICK_CHARACTERS) for name in modalities[::-1]]
         axes.set_xticks(np.arange(len(columns)) + 0.5, areas, rotation=90, fontsize=7)
         axes.set_yticks(np.arange(len(modalities)) + 0.5, names, fontsize=8)
         axes.grid(False)

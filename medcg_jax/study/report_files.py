@@ -17,6 +17,7 @@ from medcg_jax.eval.prediction_lines import prediction_lines
 from medcg_jax.run_config import BOX_TABLES, MODELS, TABLES, ConfigError
 from medcg_jax.study import contamination, grid_files, mat, stats
 from medcg_jax.study.grid_files import ARMS
+from medcg_jax.study.report_escape import ELEMENT_CHARACTERS, short_label
 from medcg_jax.study.results import read_config_file
 from medcg_jax.train.log import read_metrics
 from medcg_jax.untrusted import FileError, check_number, shown
@@ -123,7 +124,8 @@ class Grid:
     def describe(self, subset: str) -> str:
         """Such as "MRI, Brain, State", of a numbered subset; "" where its name says it, or nothing is known of it."""
         modality, area, task = self.triplets.get(subset, ("", "", ""))
-        return f"{modality}, {area}, {mat.task_elements(task)[0]}" if modality else ""
+        elements = (modality, area, mat.task_elements(task)[0]) if modality else ()
+        return ", ".join(short_label(element, ELEMENT_CHARACTERS) for element in elements)
 
     @cached_property
     def triplets(self) -> dict[str, tuple[str, str, str]]:

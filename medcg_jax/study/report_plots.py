@@ -16,7 +16,7 @@ from markupsafe import escape
 from matplotlib import pyplot as plt
 
 from medcg_jax.study import stats
-from medcg_jax.study.report_escape import plain, short_label
+from medcg_jax.study.report_escape import TICK_CHARACTERS, plain, short_label
 from medcg_jax.study.report_files import Grid, arm_name
 from medcg_jax.study.report_text import PARTS, effect_name, interval, points, verdict
 
@@ -66,7 +66,7 @@ def draw(
     folder: Path, name: str, title: str, caption: str, height_in: float, paint: Callable, width_in=WIDTH_IN
 ) -> Figure:
     """The figure that `paint(axes)` makes, saved into `folder`."""
-    title = short_label(title)
+    title = short_label(title, round(11 * width_in))  # so many letters of its size fit
     with plt.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
         # Letters that the font lacks are boxes in the PNG; the SVG has them as text.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
@@ -281,7 +281,8 @@ class Plots:
                             label = arm_name(arm) if y == 0 else None
                             axes.plot(100 * s.accuracy, at, "o", color=COLOURS[arm], markersize=4.5, label=label)
                 self.percent(axes)
-                axes.set_yticks(range(len(rows)), [short_label(t) for t, _ in reversed(rows)], color=INK, fontsize=8)
+                axes.set_yticks(range(len(rows)), [short_label(t, TICK_CHARACTERS) for t, _ in reversed(rows)],
+                                color=INK, fontsize=8)  # fmt: skip
                 axes.set_ylim(-0.6, len(rows) - 0.4)
                 axes.grid(True, axis="y")
                 axes.figure.legend(loc="outside lower left", ncols=3, handlelength=1, columnspacing=1.2)
