@@ -301,13 +301,13 @@ def broken(**tags):
         (broken()[:-2], "pixel data are shorter"),
         (broken()[:400], "holds no pixels|cut short within the header"),
         (broken(Rows=0), "8 x 0 pixels"),
-        (broken(Rows=None), "Rows is missing"),
+        (broken(Rows=None), r"Rows \(0028,0010\) is missing"),
         (broken(BitsAllocated=32), "32 bits allocated"),
         (broken(BitsStored=0, HighBit=0), "0 stored"),
         (broken(BitsStored=4, HighBit=7), "HighBit is not"),
         (broken(PhotometricInterpretation="CMYK"), "photometric interpretation that is not read"),
         (broken(SamplesPerPixel=3), "photometric interpretation that is not read"),
-        (broken(NumberOfFrames=0), "NumberOfFrames is below 1|missing"),
+        (broken(NumberOfFrames=-1), r"\(0028,0008\): NumberOfFrames is below 1"),
     ],
 )
 def test_what_is_refused_from_the_header(content, said, monkeypatch):
