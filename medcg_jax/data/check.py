@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from medcg_jax.data.duplicates import NEAR_BITS, hash_rows
 from medcg_jax.data.examine import Examined, examine_all
-from medcg_jax.data.hamming import distances, near_pairs_between
+from medcg_jax.data.hamming import FORMS, near_pairs_between
 from medcg_jax.data.processes import Progress
 from medcg_jax.data.reading import Reading, check_reading
 from medcg_jax.data.records import SPLITS, DataError, Split
@@ -55,6 +55,8 @@ class Problem:
 class Near:
     """A training record whose image is nearly that of a test record: `bits` of 256 of their perceptual hashes differ.
 
+    `form`, of `hamming.FORMS`, says what of the test's image it is, such as "mirrored"; "" for the image as it is.
+
     No fault of either record, and so no problem: frames of one patient may be meant, or may give a test away.
     """
 
@@ -65,6 +67,7 @@ class Near:
     test_record: str
     test_image: str
     bits: int
+    form: str = ""
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,11 @@ def print_report(report: Report, *, limit: int = 20) -> None:
         print(
             f"{tests} test records have nearly the image of a training record, such as {first.test_image!r} "
             f"({first.test_file}, {first.test_record}) that of {first.image!r} ({first.file}, {first.record})"
+            f"{f', {first.form}' if first.form else ''}"
         )
+        forms = Counter(pair.form or "as it is" for pair in report.near)
+        if set(forms) != {"as it is"}:
+            print(f"of {len(report.near)} such pairs: {', '.join(f'{n} {form}' for form, n in forms.most_common())}")
     if report.ok:
         print("nothing is wrong")
         return
@@ -324,7 +331,9 @@ def _shared_between_splits(uses: list[Use], images: dict[Path, Examined]) -> lis
 def near_across_splits(uses: Sequence[Use], images: Mapping[Path, Examined], bits: int = NEAR_BITS) -> tuple[Near, ...]:
     """Every training record with a test record of nearly its image, of any subset, and not the same one; by `bits`.
 
-    bits: how many of 256 bits of the perceptual hashes may differ. Near linear in the images (`hamming`).
+    Mirrored, turned and inverted images are found too (`hamming.FORMS`).
+
+    bits: how many of 256 bits of the perceptual hashes may differ.
     """
     paths = {split: sorted({use.path for use in uses if use.split == split}) for split in SPLITS}
     (train_places, train), (test_places, test) = (
@@ -333,15 +342,13 @@ def near_across_splits(uses: Sequence[Use], images: Mapping[Path, Examined], bit
     users: dict[tuple[Split, Path], list[Use]] = {}
     for use in uses:
         users.setdefault((use.split, use.path), []).append(use)
-    pairs = near_pairs_between(train, test, bits)
-    apart = distances(train[pairs[:, 0]], test[pairs[:, 1]])
     found = []
-    for (i, j), differing in zip(pairs.tolist(), apart.tolist(), strict=True):
+    for i, j, differing, form in zip(*(part.tolist() for part in near_pairs_between(train, test, bits)), strict=True):
         train_path, test_path = paths["train"][train_places[i]], paths["test"][test_places[j]]
         if images[train_path].pixels == images[test_path].pixels:
             continue
         found += [
-            Near(own.file, own.record, own.path.name, other.file, other.record, other.path.name, differing)
+            Near(own.file, own.record, own.path.name, other.file, other.record, other.path.name, differing, FORMS[form])
             for own in users["train", train_path]
             for other in users["test", test_path]
         ]

@@ -130,7 +130,7 @@ def prepare(
     aside = [json.dumps(own, ensure_ascii=False) for own in aside]
     write_whole(out / "set_aside.jsonl", "".join(f"{line}\n" for line in aside))
     write = functools.partial(write_shard, root=root, layout=layout, max_pixels=data.max_pixels, reading=reading)
-    digests = over(write, shards, crashed=_crashed, workers=workers, chunk=1, min_items=2)
+    digests = over(write, shards, crashed=_crashed, workers=workers, chunk=1)
     digests = dict(zip(shards, progress(digests, len(shards)) if progress else digests, strict=True))
     manifest = plan | {
         "prompt_fingerprint": _prompt_fingerprint(parts),
@@ -305,7 +305,7 @@ def _refusal(report: Report, max_bad_frac: float) -> str:
     )
 
 
-def _crashed(shard: _Shard):
+def _crashed(shard: _Shard, reason: str):
     raise DataError(f"{shard.path.name}: the process that wrote it died (memory?); run the command again")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from medcg_jax.data import catalogue
 from medcg_jax.data.duplicates import Print, hash_rows, print_of
-from medcg_jax.data.hamming import distances, near_pairs_between
+from medcg_jax.data.hamming import FORMS, near_pairs_between
 from medcg_jax.data.records import DataError, RecordSet, Source, Split, Subset
 from medcg_jax.run_config import ConfigError, StudyConfig
 from medcg_jax.study import mat
@@ -29,12 +29,15 @@ ACTIONS = {"refuse": "refused", "drop": "dropped", "report": "reported"}
 
 @dataclass(frozen=True)
 class Leak:
-    """A training record that gives a test record away. kind: of `KINDS`; distance_bits: of their hashes where near."""
+    """A training record that gives a test record away. kind: of `KINDS`; distance_bits: of their hashes where near.
+
+    form: of `hamming.FORMS`: what of the test's image the near one is, such as "mirrored"."""
 
     training: str
     test: str
     kind: str
     distance_bits: int = 0
+    form: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,8 @@ def find_leaks(training: Prints, test: Prints, near_bits: int | None = None) -> 
         elif own and own.pixels in pixels:
             found.append(Leak(name, pixels[own.pixels], "same pixels"))
         elif place in near:
-            distance, other = near[place]
-            found.append(Leak(name, test.ids[other], "near", distance))
+            distance, other, form = near[place]
+            found.append(Leak(name, test.ids[other], "near", distance, FORMS[form]))
     return found
 
 
@@ -107,13 +110,12 @@ def _first(records: Prints, field: str) -> dict[bytes, str]:
     return found
 
 
-def _nearest(training: Prints, test: Prints, bits: int) -> dict[int, tuple[int, int]]:
-    """Place in training -> (bits apart, place in test) of the nearest test image within `bits`."""
+def _nearest(training: Prints, test: Prints, bits: int) -> dict[int, tuple[int, int, int]]:
+    """Place in training -> (bits apart, place in test, place in `FORMS`) of the nearest test image within `bits`."""
     (own, a), (others, b) = (hash_rows(one or Print(b"") for one in part.images) for part in (training, test))
-    pairs = near_pairs_between(a, b, bits)
-    found: dict[int, tuple[int, int]] = {}
-    for (i, j), apart in zip(pairs.tolist(), distances(a[pairs[:, 0]], b[pairs[:, 1]]).tolist(), strict=True):
-        place, one = int(own[i]), (apart, int(others[j]))
+    found: dict[int, tuple[int, int, int]] = {}
+    for i, j, apart, form in zip(*(part.tolist() for part in near_pairs_between(a, b, bits)), strict=True):
+        place, one = int(own[i]), (apart, int(others[j]), form)
         found[place] = min(found.get(place, one), one)
     return found
 
@@ -236,7 +238,8 @@ def refuse(found: Sequence[Finding]) -> None:
     """Raises DataError when one of the findings is refused; it names the first one's cell and both its records."""
     for one in found:
         if one.action == "refused":
-            leak, apart = one.leak, f" ({one.leak.distance_bits} of 256 bits apart)" if one.leak.kind == "near" else ""
+            leak, form = one.leak, f", {one.leak.form}" if one.leak.form else ""
+            apart = f" ({leak.distance_bits} of 256 bits apart{form})" if leak.kind == "near" else ""
             raise DataError(
                 f"{one.cell}: training record {leak.training} has {KINDS[leak.kind]} test record {leak.test}{apart}; "
                 "take one of them out of the tree (`medcg data check` lists all)"
