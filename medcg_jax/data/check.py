@@ -6,6 +6,7 @@ Nothing found ends the run: each record and each image is judged by itself.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +32,10 @@ from medcg_jax.data.schema import (
 from medcg_jax.data.schema_detection import DETECTION_KEYS, detection_problems
 from medcg_jax.run_config import DataConfig
 
+# 14 bits in words of 16 take a quarter of their range, 12 a sixteenth.
+MIN_RANGE_USED = 0.3
+_FRAME = re.compile(r", frame \d+ of \d+")
+_WINDOW = re.compile(r"window -?[\d.e+-]+/[\d.e+-]+")
 # Kinds of problems that are a record's own: without it the rest of its file can be used.
 RECORD_KINDS = frozenset(
     ("type", "key", "options", "letter", "answer", "duplicate_id", "path", "missing_file", "image", "size", "box")
@@ -71,10 +76,24 @@ class Near:
 
 
 @dataclass(frozen=True)
+class Dim:
+    """An image whose greys take so little of the range that became black to white that it is nearly one flat grey.
+
+    No fault of a record: which range is meant nobody but the user knows. share: in 0..1. image: below the root.
+    """
+
+    image: str
+    share: float
+    read_as: str
+
+
+@dataclass(frozen=True)
 class Report:
     """What was looked at, and every problem in the order of files and records.
 
     `num_detection` of the records are in detection files; `num_boxes` are in those whose keys and path are right.
+    `read_as`: ways in which images became 8 bits, without the numbers of windows and frames, and how many did so, most
+    frequent first; ordinary ones are not among them.
     """
 
     num_files: int
@@ -84,6 +103,8 @@ class Report:
     num_detection: int = 0
     num_boxes: int = 0
     near: tuple[Near, ...] = ()
+    dim: tuple[Dim, ...] = ()
+    read_as: tuple[tuple[str, int], ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -122,6 +143,8 @@ class Report:
             "bad_frac": self.bad_frac,
             "counts": self.counts(),
             "near": [asdict(pair) for pair in self.near],
+            "dim": [asdict(image) for image in self.dim],
+            "read_as": dict(self.read_as),
             "problems": [asdict(problem) for problem in self.problems],
         }
 
@@ -210,7 +233,10 @@ def inspect(
     problems.sort(key=lambda problem: order.get(problem.file, -1))
     num_boxes = sum(len(use.boxes["boxes"]) for use in uses if use.boxes)
     near = near_across_splits(uses, images)
-    report = Report(len(files), num_records, len(paths), tuple(problems), num_detection, num_boxes, near)
+    report = Report(
+        len(files), num_records, len(paths), tuple(problems), num_detection, num_boxes, near,
+        dim_images(root, images), ways_of_reading(images),
+    )  # fmt: skip
     return Inspection(report, tuple(uses), images)
 
 
@@ -227,6 +253,22 @@ def tree_root(root: str | Path) -> Path:
         reason = "no Subset--NN-train.json in it or in its Aggregated_Subsets"
         raise DataError(f"{str(root)!r} is no Med-MAT tree: {reason}")
     return found
+
+
+def dim_images(root: Path, images: Mapping[Path, Examined]) -> tuple[Dim, ...]:
+    """Images that take less than `MIN_RANGE_USED` of the range that they were read by, the least first."""
+    found = [
+        Dim(str(path.relative_to(root)), round(image.range_used, 3), image.read_as)
+        for path, image in images.items()
+        if image.range_used is not None and image.range_used < MIN_RANGE_USED
+    ]
+    return tuple(sorted(found, key=lambda image: (image.share, image.image)))
+
+
+def ways_of_reading(images: Mapping[Path, Examined]) -> tuple[tuple[str, int], ...]:
+    """(way, number of images), as `Report.read_as`."""
+    ways = (_WINDOW.sub("window", _FRAME.sub("", image.read_as)) for image in images.values() if image.read_as)
+    return tuple(Counter(ways).most_common())
 
 
 def check_records(raws: list[Any], root: Path, file: SubsetFile, problems: list[Problem]) -> list[Use]:
@@ -265,6 +307,10 @@ def print_report(report: Report, *, limit: int = 20) -> None:
         forms = Counter(pair.form or "as it is" for pair in report.near)
         if set(forms) != {"as it is"}:
             print(f"of {len(report.near)} such pairs: {', '.join(f'{n} {form}' for form, n in forms.most_common())}")
+    if report.read_as:
+        print(f"read as: {', '.join(f'{count} {way}' for way, count in report.read_as)}")
+    if report.dim:
+        print(dim_warning(len(report.dim), report.dim[0]))
     if report.ok:
         print("nothing is wrong")
         return
@@ -281,6 +327,17 @@ def print_report(report: Report, *, limit: int = 20) -> None:
             print(f"  {problem}")
         if count > len(shown):
             print(f"  and {count - len(shown)} more")
+
+
+def dim_warning(number: int, least: Dim) -> str:
+    """What is said where so many images are nearly one grey as they are read. least: that of the least range."""
+    advice = "--deep_grey=percentile takes greys from the least to the greatest of each image"
+    if "colours" in least.read_as:
+        advice = "bring their values to the whole range first"
+    return (
+        f"warning: {number} images use less than {MIN_RANGE_USED:.0%} of the range that they are read by, such as "
+        f"{least.image!r} {least.share:.1%} ({least.read_as}): they are nearly one grey; {advice}"
+    )
 
 
 def _known_subsets(root: Path, problems: list[Problem]) -> set[str]:

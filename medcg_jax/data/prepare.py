@@ -34,6 +34,8 @@ from medcg_jax.data.splits import is_out_of_distribution
 from medcg_jax.files import write_whole
 from medcg_jax.run_config import DataConfig
 
+# Of images that are nearly one grey the manifest names so many.
+MOST_DIM = 20
 FORMAT = "medcg prepared 1"
 RECORDS_PER_SHARD = 256
 # One record a group, so that any one is read alone. Uncompressed: zstd at its fastest halves the size, and reading
@@ -137,6 +139,8 @@ def prepare(
         "set_aside": {"records": len(found.report.bad_records), "of": found.report.num_records}
         | {"problems": found.report.counts()},
         "near": {"training_records": len(near), "kept": not drop_near},
+        "read_as": dict(found.report.read_as),
+        "dim": {"images": len(found.report.dim), "least": [asdict(image) for image in found.report.dim[:MOST_DIM]]},
         "subsets": [_entry(subset, kind, digests, data) for kind, subset in _subsets(source)],
     }
     write_whole(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
