@@ -137,7 +137,8 @@ def data_prepare(args) -> dict:
     if near["training_records"]:
         what = "kept (--near=drop leaves them out)" if near["kept"] else "left out"
         print(f"{near['training_records']} training records nearly have a test record's image: {what}")
-    dim, read_as = done.manifest["dim"], done.manifest["read_as"]
+    # A folder of an older version has neither.
+    dim, read_as = done.manifest.get("dim", {"images": 0}), done.manifest.get("read_as", {})
     if read_as:
         print(f"read as: {', '.join(f'{count} {way}' for way, count in read_as.items())}")
     if dim["images"]:

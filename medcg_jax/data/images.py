@@ -36,6 +36,7 @@ FILL = (122, 116, 104)
 # What shows through where an image is transparent.
 BACKGROUND = (0, 0, 0)
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+_UNKNOWN = f"not an image of a known format (DICOM, {', '.join(FORMATS)})"
 # Encoders write about ten; each further one costs a pass over all pixels, and may be a few bytes long.
 MAX_SCANS = 50
 # Of a JPEG from its first scan on; restarts, of which there may be one a block, are not counted.
@@ -99,7 +100,7 @@ def read_image(
     except Image.DecompressionBombError as error:
         raise ImageError(f"{error}; at most {max_pixels} pixels are accepted") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"not an image of a known format (DICOM, {', '.join(FORMATS)})") from error
+        raise ImageError(_UNKNOWN) from error
     except Exception as error:  # decoders raise nearly anything for broken data
         raise ImageError(f"cannot be decoded: {_one_line(error)}") from error
 
@@ -128,6 +129,8 @@ def image_size(source: str | Path | bytes | BinaryIO, max_pixels: int) -> tuple[
         raise
     except MemoryError as error:
         raise ImageError("its size cannot be read: it takes more memory than there is") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(_UNKNOWN) from error
     except Exception as error:
         raise ImageError(f"its size cannot be read: {_one_line(error)}") from error
 

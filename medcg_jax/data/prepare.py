@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from medcg_jax.data.bounded import opened
 from medcg_jax.data.check import Inspection, Report, inspect, tree_root
 from medcg_jax.data.examine import Examined, Memory
 from medcg_jax.data.images import is_grey, load_image
@@ -180,10 +181,10 @@ def write_shard(shard: _Shard, root: Path, layout: Layout, max_pixels: int, read
 def _pixels(record: dict[str, Any], root: Path, layout: Layout, max_pixels: int, reading: Reading) -> bytes:
     if not record["image"]:
         return b""
-    content = (root / record["image"]).read_bytes()
-    if hashlib.sha256(content).hexdigest() != record["sha256"]:
-        raise DataError(f"record {record['id']}: image {record['image']!r} has changed since it was examined")
-    image = layout.apply(load_image(content, max_pixels, reading))
+    with opened(root / record["image"]) as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
+            raise DataError(f"record {record['id']}: image {record['image']!r} has changed since it was examined")
+        image = layout.apply(load_image(file, max_pixels, reading))
     return (image[..., 0] if is_grey(image) else image).tobytes()
 
 

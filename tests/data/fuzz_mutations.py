@@ -13,7 +13,7 @@ JSON_CLASSES = ("structure", "strings", "numbers", "encoding", "values", "trunca
 FLOODS = {
     "png": (b"\0\0\0\0abCd" + zlib.crc32(b"abCd").to_bytes(4, "big"), b"....IDAT"),
     "jpeg": (b"\xff\xfe\0\x02", b"\xff\xda"),
-    "gif": (b"!\xf9\0", b"\x2c\0\0\0\0"),
+    "gif": (b"!\xf9\0\0", b"\x2c\0\0\0\0"),
     "tiff": (b"\x9c\x9c\x03\0\x01\0\0\0\0\0\0\0", b"\0\x01\x03\0"),
     "ppm": (b"#\n", rb"\d+"),
     "webp": (b"ABCD\0\0\0\0", b"VP8"),

@@ -17,6 +17,7 @@ from medcg_jax.data.images import (
     load_image,
     pad_to_square,
     preprocess,
+    range_used,
     read_image,
     resize,
 )
@@ -281,3 +282,29 @@ def test_a_file_is_opened_once(tmp_path, monkeypatch):
     monkeypatch.setattr(bounded, "open_regular", lambda *a: calls.append(a) or open_regular(*a))
     assert load_image(path, MANY).shape == (3, 4, 3) and image_size(path, MANY) == (3, 4)
     assert calls == [(path, bounded.MAX_DICOM_BYTES)] * 2
+
+
+def test_how_much_of_the_range_is_used():
+    def used(image, **reading):
+        content = encoded(image, reading.pop("kind", "PNG"))
+        return range_used(*read_image(content, MANY, Reading(**reading)))
+
+    twelve = Image.fromarray(np.linspace(0, 4095, 64).astype(np.uint16).reshape(8, 8))
+    hounsfield = Image.fromarray((np.linspace(-1024, 1500, 64) + 32768).astype(np.uint16).reshape(8, 8))
+    whole = Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8))
+    assert [used(twelve), used(whole)] == [16 / 255, 1] and 0.03 < used(hounsfield) < 0.05
+    assert used(twelve, kind="TIFF") == 16 / 255
+    # What was stretched uses all, and 8 bits are what they are.
+    assert used(twelve, deep_grey="percentile") is None and used(Image.new("L", (8, 8))) is None
+
+
+def test_colours_of_sixteen_bits_say_so():
+    pixels = np.full((4, 5, 3), 4095, ">u2")
+    head = b"".join(n.to_bytes(4, "big") for n in (5, 4)) + bytes([16, 2, 0, 0, 0])
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, data in ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        content += len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+    for content in (content, b"P6 5 4 65535\n" + pixels.tobytes()):
+        found, how = read_image(content, MANY)
+        assert how == "16-bit colours, range 0 to 65535" and abs(int(found.max()) - 15.5) <= 1 and range_used(found, how) == 0
