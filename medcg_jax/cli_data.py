@@ -116,7 +116,7 @@ def data_check(args) -> dict:
 
 
 def data_prepare(args) -> dict:
-    from medcg_jax.data.check import print_report
+    from medcg_jax.data.check import Dim, dim_warning, print_report
     from medcg_jax.data.layouts import parse_layout
     from medcg_jax.data.prepare import TooManyBad, prepare
 
@@ -137,8 +137,15 @@ def data_prepare(args) -> dict:
     if near["training_records"]:
         what = "kept (--near=drop leaves them out)" if near["kept"] else "left out"
         print(f"{near['training_records']} training records nearly have a test record's image: {what}")
+    # A folder of an older version has neither.
+    dim, read_as = done.manifest.get("dim", {"images": 0}), done.manifest.get("read_as", {})
+    if read_as:
+        print(f"read as: {', '.join(f'{count} {way}' for way, count in read_as.items())}")
+    if dim["images"]:
+        print(dim_warning(dim["images"], Dim(**dim["least"][0])))
     print(f"{aside['records']} of {aside['of']} set aside; {done.shards_written} shards written in {done.seconds:.1f} s")
-    return {"out": args.out, **numbers, "set_aside": aside, "shards_written": done.shards_written}
+    done = {"set_aside": aside, "shards_written": done.shards_written, "read_as": read_as, "dim": dim}
+    return {"out": args.out, **numbers, **done}
 
 
 def data_format(args) -> dict:

@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 from trees import write_image, write_tree
 
 from medcg_jax.cli import main
@@ -39,6 +41,38 @@ def test_the_user_decides_how_much_may_be_bad(tree, tmp_path, capsys):
     assert "1 of 16 records are bad (image 1)" in shown.err and "not an image of a known format" in shown.out
     assert main(["data", "prepare", str(tree), str(tmp_path / "out"), "--max_bad_frac=0.1"]) == 0
     assert "1 of 16 set aside" in capsys.readouterr().out
+
+
+def test_greys_of_a_sixteenth_of_their_range_are_warned_of(tree, tmp_path, capsys):
+    for number in (1, 2):
+        greys = np.linspace(0, 4095, 64).astype(np.uint16).reshape(8, 8) + number
+        Image.fromarray(greys).save(tree / f"med-mat/a b/{number} [1]%.png")
+    warning = "warning: 2 images use less than 30% of the range that they are read by, such as 'med-mat/a b/1 [1]%.png' 6.3%"
+    found = tmp_path / "found.json"
+    assert main(["data", "check", str(tree), f"--json={found}"]) == 0
+    shown = capsys.readouterr().out
+    assert "read as: 2 16-bit greys, range 0 to 65535\n" in shown and warning in shown
+    assert "--deep_grey=percentile" in shown and "nothing is wrong" in shown
+    report = json.loads(found.read_text("utf-8"))
+    assert report["ok"] and [image["share"] for image in report["dim"]] == [0.063, 0.063]
+    assert main(["data", "prepare", str(tree), str(tmp_path / "out"), "--image=keep", f"--json={found}"]) == 0
+    assert warning in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text("utf-8"))
+    assert manifest["dim"]["images"] == 2 == json.loads(found.read_text("utf-8"))["dim"]["images"]
+    assert main(["data", "check", str(tree), "--deep_grey=percentile"]) == 0
+    shown = capsys.readouterr().out
+    assert "warning" not in shown and "read as: 2 16-bit greys, percentiles 0.5 to 99.5" in shown
+
+
+def test_a_mirrored_test_image_in_training_is_named(tree, tmp_path, capsys):
+    coarse = np.random.default_rng(3).integers(0, 256, (6, 8, 3), np.uint8)
+    soft = Image.fromarray(coarse).resize((160, 120), Image.Resampling.BICUBIC)
+    soft.save(tree / "med-mat/a b/1001 [1]%.png")
+    soft.transpose(Image.Transpose.ROTATE_90).resize((90, 130)).save(tree / "med-mat/a b/3 [1]%.png")
+    found = tmp_path / "found.json"
+    assert main(["data", "check", str(tree), f"--json={found}"]) == 0
+    assert "such as '1001 [1]%.png'" in (shown := capsys.readouterr().out) and ", turned left by 90\n" in shown
+    assert [near["form"] for near in json.loads(found.read_text("utf-8"))["near"]] == ["turned left by 90"]
 
 
 @pytest.mark.parametrize(

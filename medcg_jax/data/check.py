@@ -6,6 +6,7 @@ Nothing found ends the run: each record and each image is judged by itself.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from medcg_jax.data.duplicates import NEAR_BITS, hash_rows
 from medcg_jax.data.examine import Examined, examine_all
-from medcg_jax.data.hamming import distances, near_pairs_between
+from medcg_jax.data.hamming import FORMS, near_pairs_between
 from medcg_jax.data.notices import Content, Notice, names_alike, notices_of
 from medcg_jax.data.processes import Progress
 from medcg_jax.data.reading import Reading, check_reading
@@ -34,6 +35,10 @@ from medcg_jax.data.splits import split_group
 from medcg_jax.data.tree_files import ELEMENTS, SubsetFile, list_files, near_misses, read_manifest
 from medcg_jax.run_config import DataConfig
 
+# 14 bits in words of 16 take a quarter of their range, 12 a sixteenth.
+MIN_RANGE_USED = 0.3
+_FRAME = re.compile(r", frame \d+ of \d+")
+_WINDOW = re.compile(r"window -?[\d.e+-]+/[\d.e+-]+")
 # Kinds of problems that are a record's own: without it the rest of its file can be used.
 RECORD_KINDS = frozenset(
     ("type", "key", "text", "options", "letter", "answer", "duplicate_id", "path", "missing_file", "image", "size")
@@ -58,6 +63,8 @@ class Problem:
 class Near:
     """A training record whose image is nearly that of a test record: `bits` of 256 of their perceptual hashes differ.
 
+    `form`, of `hamming.FORMS`, says what of the test's image it is, such as "mirrored"; "" for the image as it is.
+
     No fault of either record, and so no problem: frames of one patient may be meant, or may give a test away.
     """
 
@@ -68,6 +75,19 @@ class Near:
     test_record: str
     test_image: str
     bits: int
+    form: str = ""
+
+
+@dataclass(frozen=True)
+class Dim:
+    """An image whose greys take so little of the range that became black to white that it is nearly one flat grey.
+
+    No fault of a record: which range is meant nobody but the user knows. share: in 0..1. image: below the root.
+    """
+
+    image: str
+    share: float
+    read_as: str
 
 
 @dataclass(frozen=True)
@@ -75,6 +95,8 @@ class Report:
     """What was looked at, and every problem in the order of files and records.
 
     `num_detection` of the records are in detection files; `num_boxes` are in those whose keys and path are right.
+    `read_as`: ways in which images became 8 bits, without the numbers of windows and frames, and how many did so, most
+    frequent first; ordinary ones are not among them.
     """
 
     num_files: int
@@ -85,6 +107,8 @@ class Report:
     num_boxes: int = 0
     near: tuple[Near, ...] = ()
     notices: tuple[Notice, ...] = ()
+    dim: tuple[Dim, ...] = ()
+    read_as: tuple[tuple[str, int], ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -124,6 +148,8 @@ class Report:
             "counts": self.counts(),
             "near": [asdict(pair) for pair in self.near],
             "notices": [asdict(notice) for notice in self.notices],
+            "dim": [asdict(image) for image in self.dim],
+            "read_as": dict(self.read_as),
             "problems": [asdict(problem) for problem in self.problems],
         }
 
@@ -214,7 +240,10 @@ def inspect(
     problems.sort(key=lambda problem: order.get(problem.file, -1))
     num_boxes = sum(len(use.boxes["boxes"]) for use in uses if use.boxes)
     near, notices = near_across_splits(uses, images), _notices(root, files, named, uses, images)
-    report = Report(len(files), num_records, len(paths), tuple(problems), num_detection, num_boxes, near, notices)
+    report = Report(
+        len(files), num_records, len(paths), tuple(problems), num_detection, num_boxes, near, notices,
+        dim_images(root, images), ways_of_reading(images),
+    )  # fmt: skip
     return Inspection(report, tuple(uses), images)
 
 
@@ -231,6 +260,22 @@ def tree_root(root: str | Path) -> Path:
         reason = "no Subset--NN-train.json in it or in its Aggregated_Subsets"
         raise DataError(f"{str(root)!r} is no Med-MAT tree: {reason}")
     return found
+
+
+def dim_images(root: Path, images: Mapping[Path, Examined]) -> tuple[Dim, ...]:
+    """Images that take less than `MIN_RANGE_USED` of the range that they were read by, the least first."""
+    found = [
+        Dim(str(path.relative_to(root)), round(image.range_used, 3), image.read_as)
+        for path, image in images.items()
+        if image.range_used is not None and image.range_used < MIN_RANGE_USED
+    ]
+    return tuple(sorted(found, key=lambda image: (image.share, image.image)))
+
+
+def ways_of_reading(images: Mapping[Path, Examined]) -> tuple[tuple[str, int], ...]:
+    """(way, number of images), as `Report.read_as`."""
+    ways = (_WINDOW.sub("window", _FRAME.sub("", image.read_as)) for image in images.values() if image.read_as)
+    return tuple(Counter(ways).most_common())
 
 
 def check_records(raws: list[Any], root: Path, file: SubsetFile, problems: list[Problem]) -> list[Use]:
@@ -267,13 +312,21 @@ def print_report(report: Report, *, limit: int = 20) -> None:
         print(
             f"{tests} test records have nearly the image of a training record, such as {first.test_image!r} "
             f"({first.test_file}, {first.test_record}) that of {first.image!r} ({first.file}, {first.record})"
+            f"{f', {first.form}' if first.form else ''}"
         )
+        forms = Counter(pair.form or "as it is" for pair in report.near)
+        if set(forms) != {"as it is"}:
+            print(f"of {len(report.near)} such pairs: {', '.join(f'{n} {form}' for form, n in forms.most_common())}")
+    if report.read_as:
+        print(f"read as: {', '.join(f'{count} {way}' for way, count in report.read_as)}")
+    if report.dim:
+        print(dim_warning(len(report.dim), report.dim[0]))
     for notice in report.notices[:limit]:
         print(f"warning: {notice}")
     if len(report.notices) > limit:
         print(f"and {len(report.notices) - limit} more warnings (--json=FILE has all)")
     if report.ok:
-        print("no record is refused" if report.notices else "nothing is wrong")
+        print("no record is refused" if report.notices or report.dim else "nothing is wrong")
         return
     print(f"bad records: {len(report.bad_records)} of {report.num_records} ({report.bad_frac:.2%})\n")
     width = max(len("kind"), *map(len, report.counts()))
@@ -288,6 +341,17 @@ def print_report(report: Report, *, limit: int = 20) -> None:
             print(f"  {problem}")
         if count > len(shown):
             print(f"  and {count - len(shown)} more")
+
+
+def dim_warning(number: int, least: Dim) -> str:
+    """What is said where so many images are nearly one grey as they are read. least: that of the least range."""
+    advice = "--deep_grey=percentile takes greys from the least to the greatest of each image"
+    if "colours" in least.read_as:
+        advice = "bring their values to the whole range first"
+    return (
+        f"warning: {number} images use less than {MIN_RANGE_USED:.0%} of the range that they are read by, such as "
+        f"{least.image!r} {least.share:.1%} ({least.read_as}): they are nearly one grey; {advice}"
+    )
 
 
 def _known_subsets(root: Path, problems: list[Problem]) -> dict[str, tuple[str, ...]]:
@@ -362,7 +426,9 @@ def _shared_between_splits(uses: list[Use], images: dict[Path, Examined]) -> lis
 def near_across_splits(uses: Sequence[Use], images: Mapping[Path, Examined], bits: int = NEAR_BITS) -> tuple[Near, ...]:
     """Every training record with a test record of nearly its image, of any subset, and not the same one; by `bits`.
 
-    bits: how many of 256 bits of the perceptual hashes may differ. Near linear in the images (`hamming`).
+    Mirrored, turned and inverted images are found too (`hamming.FORMS`).
+
+    bits: how many of 256 bits of the perceptual hashes may differ.
     """
     paths = {split: sorted({use.path for use in uses if use.split == split}) for split in SPLITS}
     (train_places, train), (test_places, test) = (
@@ -371,15 +437,13 @@ def near_across_splits(uses: Sequence[Use], images: Mapping[Path, Examined], bit
     users: dict[tuple[Split, Path], list[Use]] = {}
     for use in uses:
         users.setdefault((use.split, use.path), []).append(use)
-    pairs = near_pairs_between(train, test, bits)
-    apart = distances(train[pairs[:, 0]], test[pairs[:, 1]])
     found = []
-    for (i, j), differing in zip(pairs.tolist(), apart.tolist(), strict=True):
+    for i, j, differing, form in zip(*(part.tolist() for part in near_pairs_between(train, test, bits)), strict=True):
         train_path, test_path = paths["train"][train_places[i]], paths["test"][test_places[j]]
         if images[train_path].pixels == images[test_path].pixels:
             continue
         found += [
-            Near(own.file, own.record, own.path.name, other.file, other.record, other.path.name, differing)
+            Near(own.file, own.record, own.path.name, other.file, other.record, other.path.name, differing, FORMS[form])
             for own in users["train", train_path]
             for other in users["test", test_path]
         ]

@@ -14,7 +14,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -23,11 +23,12 @@ from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.filereader import read_dataset, read_preamble
+from pydicom.multival import MultiValue
 from pydicom.pixels import as_pixel_options, get_decoder
 from pydicom.tag import BaseTag
 
 from medcg_jax.data.dicom_frames import check_codestream, check_fragments
-from medcg_jax.data.dicom_levels import KEYWORDS, grey_levels, palette_levels
+from medcg_jax.data.dicom_levels import KEYWORDS, grey_levels, named, palette_levels, value_of
 from medcg_jax.data.dicom_lossless import decode_lossless
 from medcg_jax.data.reading import ImageError, Reading, by_rows, check_reading, check_size, frame_index
 
@@ -50,6 +51,7 @@ PLUGINS: dict[str, str] = {
 GREYS = ("MONOCHROME1", "MONOCHROME2")
 COLORS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
 MAX_INFLATED_BYTES = 2**26
+_JPEG2000_COLORS = ("YBR_RCT", "YBR_ICT")
 
 _TAGS = [
     tag_for_keyword(keyword)
@@ -129,19 +131,23 @@ def read_dicom(file: BinaryIO, max_pixels: int, reading: Reading) -> tuple[np.nd
     """
     check_reading(reading)
     failure = ""
+    step = "header"
     with _silent():
         try:
             header = _read_header(file, max_pixels)
+            step = f"pixels: {header.syntax.name}, {_layout_of(header)}"
             frame = frame_index(reading.frame, header.num_frames)
-            image, how = _to_rgb(_decode(header, frame), header, frame, reading)
+            pixels = _decode(header, frame)
+            step = "levels, from one of its LUTs, rescale or window"
+            image, how = _to_rgb(pixels, header, frame, reading)
             which = f", frame {frame + 1} of {header.num_frames}" if header.num_frames > 1 else ""
             return image, f"DICOM {how}{which}"
-        except ImageError:
+        except (ImageError, MemoryError):
             raise
         except Exception as error:
             failure = type(error).__name__
     # Outside of the handler: an error raised there would carry pydicom's with it.
-    raise ImageError(f"DICOM: cannot be decoded ({failure})")
+    raise ImageError(f"DICOM: cannot be decoded ({failure} at its {step})")
 
 
 def dicom_size(file: BinaryIO, max_pixels: int) -> tuple[int, int]:
@@ -160,6 +166,12 @@ def dicom_size(file: BinaryIO, max_pixels: int) -> tuple[int, int]:
         except Exception as error:
             failure = type(error).__name__
     raise ImageError(f"DICOM: its header cannot be read ({failure})")
+
+
+def _layout_of(header: _Header) -> str:
+    names = ("BitsAllocated", "BitsStored", "SamplesPerPixel")
+    numbers = (header.bits_allocated, header.bits_stored, header.samples)
+    return ", ".join(f"{named(name)} {number}" for name, number in zip(names, numbers, strict=True))
 
 
 @contextmanager
@@ -218,28 +230,29 @@ def _read_header(file: BinaryIO, max_pixels: int) -> _Header:
         bits_allocated=_number(dataset, "BitsAllocated"),
         bits_stored=_number(dataset, "BitsStored"),
         signed=_number(dataset, "PixelRepresentation", 0) == 1,
-        num_frames=_number(dataset, "NumberOfFrames", 1),
+        # Some writers put 0 where there is one frame: what does not fit is refused by its length.
+        num_frames=_number(dataset, "NumberOfFrames", 1) or 1,
     )
     check_size((header.columns, header.rows), max_pixels)
     _check_layout(header)
-    _check_length(header, size)
-    return header
+    return _checked_length(header, size)
 
 
 def _inflated(file: BinaryIO) -> BinaryIO:
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    content = inflater.decompress(file.read(), MAX_INFLATED_BYTES)
+    content = inflater.decompress(file.read(MAX_INFLATED_BYTES), MAX_INFLATED_BYTES)
     if not inflater.eof:
         raise ImageError(f"DICOM: deflated data are cut short or have more than {MAX_INFLATED_BYTES} bytes")
     return io.BytesIO(content)
 
 
 def _number(dataset: Dataset, keyword: str, default: int | None = None) -> int:
-    value = dataset.get(keyword)
-    if value is None and default is not None:
+    value = value_of(dataset, keyword)
+    if value in (None, "") and default is not None:
         return default
     if not isinstance(value, int):
-        raise ImageError(f"DICOM: {keyword} is {'missing' if value is None else 'no number'}; an integer is accepted")
+        what = "missing" if value in (None, "") else "several values" if isinstance(value, MultiValue) else "no number"
+        raise ImageError(f"DICOM: {named(keyword)} is {what}; a whole number is accepted")
     return int(value)
 
 
@@ -247,49 +260,78 @@ def _check_layout(header: _Header) -> None:
     accepted = {1: (*GREYS, "PALETTE COLOR"), 3: COLORS}.get(header.samples, ())
     if header.photometric not in accepted:
         known = "1 sample per pixel, MONOCHROME1, MONOCHROME2 or PALETTE COLOR, or 3, " + ", ".join(COLORS)
-        raise ImageError(f"DICOM: a photometric interpretation that is not read; accepted are {known}")
+        tag = named("PhotometricInterpretation")
+        raise ImageError(f"DICOM: {tag}: a photometric interpretation that is not read; accepted are {known}")
+    if header.photometric in _JPEG2000_COLORS and header.syntax not in uid.JPEG2000TransferSyntaxes:
+        raise ImageError(f"DICOM: {header.photometric} colours, which are JPEG 2000's alone, in {header.syntax.name}")
     stored, allocated = header.bits_stored, header.bits_allocated
     if allocated not in ((1, 8, 16) if header.samples == 1 else (8, 16)) or not 1 <= stored <= allocated:
         reason = "1, 8 or 16 bits (8 or 16 of colours), of which 1 or more are stored, are accepted"
-        raise ImageError(f"DICOM: {allocated} bits allocated, {stored} stored; {reason}")
+        tags = f"{named('BitsAllocated')}, {named('BitsStored')}"
+        raise ImageError(f"DICOM: {allocated} bits allocated, {stored} stored ({tags}); {reason}")
     if _number(header.dataset, "HighBit", stored - 1) != stored - 1 and not header.syntax.is_encapsulated:
-        raise ImageError("DICOM: HighBit is not BitsStored - 1; pixels in other places of their words are not read")
-    if header.samples > 1 and _number(header.dataset, "PlanarConfiguration", 0) not in (0, 1):
-        raise ImageError("DICOM: PlanarConfiguration is neither 0 nor 1")
+        tag = named("HighBit")
+        raise ImageError(f"DICOM: {tag}: HighBit is not BitsStored - 1; pixels elsewhere in their words are not read")
+    if header.samples > 1 and _planar(header) not in (0, 1):
+        raise ImageError(f"DICOM: {named('PlanarConfiguration')} is neither 0 nor 1")
     if header.num_frames < 1:
-        raise ImageError("DICOM: NumberOfFrames is below 1")
+        raise ImageError(f"DICOM: {named('NumberOfFrames')}: NumberOfFrames is below 1")
 
 
-def _check_length(header: _Header, size: int) -> None:
-    """Raises ImageError where pixels are fewer than declared, for plain and for encapsulated ones.
+def _planar(header: _Header) -> int:
+    """How native samples lie; decoders of compressed ones give them pixel by pixel, whatever the header says (PS3.5,
+    8.2), and those that do not say so."""
+    return 0 if header.syntax.is_encapsulated else _number(header.dataset, "PlanarConfiguration", 0)
+
+
+def _checked_length(header: _Header, size: int) -> _Header:
+    """The header, whose pixels are as many as it declares; its colours are YBR_FULL where they are no YBR_FULL_422.
 
     Args:
       size: bytes of the file.
+
+    Raises:
+      ImageError: pixels are fewer or more than declared, plain or in fragments.
     """
     if header.syntax.is_encapsulated:
         if header.length != _UNDEFINED:
             raise ImageError("DICOM: compressed pixels that are not in fragments")
         header.file.seek(header.start)
-        check_fragments(header.file)
-        return
-    num_bits = header.num_frames * header.rows * header.columns * header.samples * header.bits_allocated
+        check_fragments(header.file, header.syntax, header.num_frames)
+        return header
+    whole = -(-header.num_frames * header.rows * header.columns * header.samples * header.bits_allocated // 8)
+    declared = whole
     if header.photometric == "YBR_FULL_422":
-        num_bits = num_bits * 2 // 3
-    if min(header.length, size - header.start) < -(-num_bits // 8) or header.length == _UNDEFINED:
+        declared = whole * 2 // 3
+        if whole <= header.length <= whole + whole % 2 and header.length != declared:
+            # Written with all samples, as decoders give them.
+            header, declared = replace(header, photometric="YBR_FULL"), whole
+    if min(header.length, size - header.start) < declared or header.length == _UNDEFINED:
         raise ImageError("DICOM: pixel data are shorter than the header declares")
+    if header.length > declared + 1:
+        tags = "Rows, Columns, SamplesPerPixel, BitsAllocated, NumberOfFrames"
+        raise ImageError(
+            f"DICOM: pixel data are longer than the header declares: {named('PixelData')} has {header.length:,} bytes, "
+            f"{tags} declare {declared:,}"
+        )
+    return header
 
 
 def _decode(header: _Header, frame: int) -> np.ndarray:
     """[h, w] stored values or [h, w, 3] RGB of one frame."""
-    options = as_pixel_options(header.dataset, pixel_keyword="PixelData", pixel_vr=header.pixel_vr)
-    options |= {"number_of_frames": header.num_frames, "pixel_representation": int(header.signed)}
+    options = as_pixel_options(header.dataset, number_of_frames=header.num_frames)
+    options |= {"pixel_keyword": "PixelData", "pixel_vr": header.pixel_vr, "pixel_representation": int(header.signed)}
     options |= {"photometric_interpretation": header.photometric, "samples_per_pixel": header.samples}
+    options |= {"number_of_frames": header.num_frames, "planar_configuration": _planar(header)}
     source: BinaryIO | bytes = header.file
     header.file.seek(header.start)
     if header.syntax.is_encapsulated:
         offsets = options.pop("extended_offsets", None)
         content = get_frame(header.file, frame, number_of_frames=header.num_frames, extended_offsets=offsets)
-        check_codestream(content, header.syntax, header.rows, header.columns, header.samples, header.bits_allocated)
+        bits = check_codestream(content, header.syntax, header.rows, header.columns, header.samples)
+        if bits:
+            # Its decoder gives words of the codestream's size, whatever the header's.
+            options |= {"bits_allocated": bits, "bits_stored": min(header.bits_stored, bits)}
         source, frame, options["number_of_frames"] = encapsulate([content]), 0, 1
     if PLUGINS[header.syntax] == "gdcm":
         found = decode_lossless(content, options | {"transfer_syntax": header.syntax})

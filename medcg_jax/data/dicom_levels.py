@@ -1,6 +1,8 @@
 """From a DICOM file's stored values to 8 bits: modality LUT or rescale, VOI LUT or window, palettes.
 
-All is worked out for the table of all values that may be stored, never for the pixels. Source: DICOM PS3.3, C.7.6.3.1.5
+All is worked out for the table of all values that may be stored, never for the pixels. Look-up tables are read here and
+not by pydicom: of those that scanners write it takes a first value or a number of entries of the wrong sign as it
+stands, a range of bits that the entries do not have, and other bytes where they are big-endian. Source: DICOM PS3.3, C.7.6.3.1.5
 (palette), C.7.6.16.2 (functional groups), C.11.1 (modality LUT), C.11.2 (VOI LUT).
 """
 
@@ -10,9 +12,9 @@ import math
 from typing import Any
 
 import numpy as np
+from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
-from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi
 
 from medcg_jax.data.reading import (
     PERCENTILES,
@@ -27,6 +29,7 @@ from medcg_jax.data.reading import (
 KEYWORDS = (
     "Modality",
     "PixelPaddingValue",
+    "PixelPaddingRangeLimit",
     "ModalityLUTSequence",
     "RescaleIntercept",
     "RescaleSlope",
@@ -39,6 +42,8 @@ KEYWORDS = (
     "PerFrameFunctionalGroupsSequence",
     *(f"{color}PaletteColorLookupTable{part}" for color in ("Red", "Green", "Blue") for part in ("Descriptor", "Data")),
 )
+COLORS = ("Red", "Green", "Blue")
+_TYPES = {"DS": "numbers (a decimal point is accepted, no comma)", "IS": "a whole number", "US": "a whole number"}
 FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 
 
@@ -59,13 +64,15 @@ def grey_levels(
         center, width = PRESETS_HU[reading.window]
         return apply_window(values, center, width), f"window {reading.window} {center:g}/{width:g}"
     why = f" ({reading.window} is for CT in HU)" if reading.window else ""
-    if dataset.get("VOILUTSequence"):
-        return _voi_lut(values, dataset), f"VOI LUT of the file{why}"
-    window = _own_window(dataset, frame)
+    voi = _voi_lut(values, dataset)
+    if voi:
+        return voi[0], f"VOI LUT of the file{voi[1]}{why}"
+    window, unreadable = _own_window(dataset, frame)
     if window:
         center, width, function = window
         named = "" if function == "LINEAR" else f" {function}"
         return apply_window(values, center, width, function), f"window {center:g}/{width:g}{named} of the file{why}"
+    why = f"{unreadable}{why}"
     if not rescaled and domain[0] == 0 and domain[-1] <= 255:
         return stretch(values, 0, domain[-1]), f"greys as stored{why}"
     low, high = _percentiles(domain, pixels, values, dataset)
@@ -78,55 +85,132 @@ def palette_levels(domain: np.ndarray, dataset: Dataset) -> np.ndarray:
     Raises:
       ImageError: no plain palette, or its tables have other lengths than declared.
     """
-    tables = [dataset.get(f"{color}PaletteColorLookupTableData") for color in ("Red", "Green", "Blue")]
-    if not all(tables):
+    name = "PaletteColorLookupTable"
+    tables = [_lookup(dataset, domain, f"{color}{name}Descriptor", f"{color}{name}Data") for color in COLORS]
+    if any(table is None for table in tables):
         # A few bytes of a segmented palette can expand to gigabytes.
         raise ImageError("DICOM: no palette of plain tables; segmented ones are not read")
-    entries, first, bits = (int(number) for number in dataset.RedPaletteColorLookupTableDescriptor)
-    entries = entries or 65536
-    if bits not in (8, 16) or any(len(table) not in (entries, entries + entries % 2, 2 * entries) for table in tables):
-        raise ImageError("DICOM: the palette's tables have other lengths than their descriptor says")
-    found = apply_color_lut(np.clip(domain, first, first + entries - 1), dataset)
+    found = np.stack(tables, axis=1)
     # Entries of 8 bits are often kept in words of 16.
     return (found if found.max() <= 255 else found >> 8).astype(np.uint8)
 
 
+def value_of(dataset: Dataset, keyword: str) -> Any:
+    """A value, or None where there is none.
+
+    Raises:
+      ImageError: its bytes are none of its type; the message names the tag and no byte of it.
+    """
+    try:
+        value = dataset.get(keyword)
+        # What cannot be read as a number is left as text.
+        readable = dictionary_VR(keyword) not in _TYPES or not any(own and isinstance(own, str) for own in _several(value))
+    except Exception:  # pydicom's message quotes the value, so that its error is not passed on
+        readable = False
+    if not readable:
+        kind = _TYPES.get(dictionary_VR(keyword), "a value of its type")
+        raise ImageError(f"DICOM: {named(keyword)} cannot be read as {kind}")
+    return value
+
+
+def named(keyword: str) -> str:
+    """A keyword with its number, "Rows (0028,0010)"."""
+    tag = tag_for_keyword(keyword)
+    return f"{keyword} ({tag >> 16:04X},{tag & 0xFFFF:04X})"
+
+
+def _lookup(item: Dataset, values: np.ndarray, descriptor: str, data: str) -> np.ndarray | None:
+    """int64: the entry of a table for each of the values; None where the item has no table.
+
+    Values before the first that is mapped take the first entry, those behind the last the last.
+
+    Raises:
+      ImageError: the table has another number of entries than its descriptor says.
+    """
+    described, entries = value_of(item, descriptor), value_of(item, data)
+    if not described or entries is None or (not isinstance(entries, int) and not len(entries)):
+        return None
+    if not isinstance(described, MultiValue | list) or len(described) != 3:
+        raise ImageError(f"DICOM: {named(descriptor)} has not three values")
+    # Whether the first two have a sign is left to the pixels', and often written otherwise.
+    number, first = int(described[0]) % 65536 or 65536, int(described[1])
+    if first > 32767 and values.min() < 0:
+        first -= 65536
+    elif first < 0 and values.min() >= 0:
+        first += 65536
+    if isinstance(entries, bytes):
+        order = "<" if _is_little_endian(item) else ">"
+        wide = len(entries) >= 2 * number
+        table = np.frombuffer(entries, f"{order}u2" if wide else np.uint8, len(entries) // 2 if wide else -1)
+    else:
+        table = np.atleast_1d(np.asarray(entries, np.int64)) % 65536
+    if not number <= len(table) <= number + 1:
+        raise ImageError(f"DICOM: {named(data)} has {len(table)} entries; its descriptor says {number}")
+    return table.astype(np.int64)[np.clip(np.rint(values).astype(np.int64) - first, 0, number - 1)]
+
+
+def _is_little_endian(item: Dataset) -> bool:
+    return item.original_encoding[1] is not False
+
+
 def _modality(domain: np.ndarray, dataset: Dataset, frame: int) -> tuple[np.ndarray, bool, bool]:
     """The values that stored ones stand for, whether they differ in kind from those stored, and whether they are HU."""
-    if dataset.get("ModalityLUTSequence"):
-        return apply_modality_lut(domain, dataset), True, False
+    for item in dataset.get("ModalityLUTSequence") or ():
+        values = _lookup(item, domain, "LUTDescriptor", "LUTData")
+        if values is not None:
+            return values, True, False
     item = _item(dataset, frame, "PixelValueTransformationSequence")
-    slope, intercept = _first(item.get("RescaleSlope")), _first(item.get("RescaleIntercept"))
+    slope, intercept = (_first(value_of(item, keyword)) for keyword in ("RescaleSlope", "RescaleIntercept"))
     if slope is None or intercept is None or slope == 0:
         return domain, False, False
     kind = str(item.get("RescaleType") or "HU").strip()
     return domain * slope + intercept, True, str(dataset.get("Modality")).strip() == "CT" and kind == "HU"
 
 
-def _own_window(dataset: Dataset, frame: int) -> tuple[float, float, str] | None:
-    """(center, width, function) of the file's first window; None where it has none that can be used."""
+def _own_window(dataset: Dataset, frame: int) -> tuple[tuple[float, float, str] | None, str]:
+    """(center, width, function) of the file's first window that can be used, or None; and why none can be read."""
     item = _item(dataset, frame, "FrameVOILUTSequence")
-    center, width = _first(item.get("WindowCenter")), _first(item.get("WindowWidth"))
+    try:
+        centers, widths = (value_of(item, keyword) for keyword in ("WindowCenter", "WindowWidth"))
+    except ImageError as error:
+        return None, f" (the file's window is left out: {str(error).removeprefix('DICOM: ')})"
     function = str(item.get("VOILUTFunction") or "LINEAR").strip()
-    if center is None or width is None or function not in FUNCTIONS:
-        return None
-    return (center, width, function) if width >= 1 or (width > 0 and function != "LINEAR") else None
+    for center, width in zip(_several(centers), _several(widths), strict=False):
+        center, width = _first(center), _first(width)
+        if center is None or width is None or function not in FUNCTIONS:
+            continue
+        if width >= 1 or (width > 0 and function != "LINEAR"):
+            return (center, width, function), ""
+    return None, ""
 
 
-def _voi_lut(values: np.ndarray, dataset: Dataset) -> np.ndarray:
-    """uint8 of the values through the first VOI LUT, its whole range onto 0..255."""
-    bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])
-    if not 8 <= bits <= 16:
-        raise ImageError(f"DICOM: a VOI LUT of {bits} bits; 8 to 16 are accepted")
-    return stretch(apply_voi(np.rint(values).astype(np.int64), dataset), 0, 2**bits - 1)
+def _voi_lut(values: np.ndarray, dataset: Dataset) -> tuple[np.ndarray, str] | None:
+    """uint8 of the values through the first VOI LUT that has a table, its whole range onto 0..255, and what was done.
+
+    Its range is that of the bits which its largest entry has: descriptors are known to say 16 of entries of 12.
+    """
+    for item in dataset.get("VOILUTSequence") or ():
+        shown = _lookup(item, values, "LUTDescriptor", "LUTData")
+        if shown is not None:
+            every = _lookup(item, np.arange(-65536, 2 * 65536), "LUTDescriptor", "LUTData")
+            bits, declared = max(8, int(every.max()).bit_length()), int(item.LUTDescriptor[2])
+            return stretch(shown, 0, 2**bits - 1), "" if bits == declared else f" (entries of {bits} bits, {declared} declared)"
+    return None
 
 
 def _percentiles(
     domain: np.ndarray, pixels: np.ndarray, values: np.ndarray, dataset: Dataset
 ) -> tuple[float, float]:
-    """The frame's percentiles in units of `values`, pixels of the padding's value left out."""
-    padding = dataset.get("PixelPaddingValue")
-    shown = pixels[pixels != padding] if isinstance(padding, int) else pixels
+    """The frame's percentiles in units of `values`, pixels of the padding's value, or of its range, left out."""
+    # Whether padding has a sign is often written otherwise than of the pixels: it has the same bits.
+    padding = [
+        (value - domain[0]) % len(domain) + domain[0]
+        for value in (value_of(dataset, keyword) for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"))
+        if isinstance(value, int)
+    ]
+    shown = pixels
+    if padding and isinstance(dataset.get("PixelPaddingValue"), int):
+        shown = pixels[(pixels < min(padding)) | (pixels > max(padding))]
     found = np.percentile(shown if shown.size else pixels, PERCENTILES)
     low, high = sorted(float(value) for value in values[np.rint(found).astype(np.int64) - domain[0]])
     return low, high
@@ -139,6 +223,10 @@ def _item(dataset: Dataset, frame: int, sequence: str) -> Dataset:
         if group.get(sequence):
             return group[sequence].value[0]
     return dataset
+
+
+def _several(value: Any) -> list:
+    return list(value) if isinstance(value, MultiValue | list) else [value]
 
 
 def _first(value: Any) -> float | None:

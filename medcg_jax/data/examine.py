@@ -11,13 +11,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from medcg_jax.data.bounded import opened
 from medcg_jax.data.duplicates import Print, perceptual_hash, pixel_digest
-from medcg_jax.data.images import ImageError, read_image
+from medcg_jax.data.images import ImageError, range_used, read_image
 from medcg_jax.data.processes import Progress, over
 from medcg_jax.data.reading import Reading
 from medcg_jax.untrusted import MAX_TEXT_BYTES, parsed, read_bytes
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+
+# Processor time and address space that the examination of one image may take; one of 2**24 pixels takes 2 s.
+MAX_SECONDS = 10
+MAX_BYTES = 2**32
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Examined:
       pixels: sha256 of the shape and the decoded RGB pixels: the same picture in another file.
       perceptual: `duplicates.perceptual_hash` in hex; "" of an image that is nearly uniform.
       read_as: what was chosen to make 8 bits of it (a window, a frame); "" for an ordinary image.
+      range_used: as `images.range_used` has it.
     """
 
     height: int = 0
@@ -40,6 +46,7 @@ class Examined:
     pixels: str = ""
     perceptual: str = ""
     read_as: str = ""
+    range_used: float | None = None
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -62,17 +69,21 @@ class Examined:
 
 def examine(path: Path, max_pixels: int, reading: Reading) -> Examined:
     """One image file, decoded."""
+    digest = ""
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        return Examined(reason=error.strerror or str(error))
-    digest = hashlib.sha256(content).hexdigest()
-    try:
-        image, read_as = read_image(content, max_pixels, reading)
+        with opened(path) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            image, read_as = read_image(file, max_pixels, reading)
+        height, width = image.shape[:2]
+        prints = pixel_digest(image).hex(), perceptual_hash(image).hex()
     except ImageError as error:
         return Examined(reason=str(error), digest=digest)
-    height, width = image.shape[:2]
-    return Examined(height, width, "", digest, pixel_digest(image).hex(), perceptual_hash(image).hex(), read_as)
+    except OSError as error:
+        return Examined(reason=error.strerror or str(error))
+    except MemoryError:
+        return Examined(reason="it takes more memory than there is", digest=digest)
+    return Examined(height, width, "", digest, *prints, read_as, range_used(image, read_as))
 
 
 def examine_all(
@@ -96,7 +107,10 @@ def examine_all(
     found = {path: known[path] for path in paths if path in known} if known else {}
     unknown = [path for path in paths if path not in found]
     one = functools.partial(examine, max_pixels=max_pixels, reading=reading)
-    looked = over(one, unknown, workers=workers, crashed=lambda path: Examined(reason="its decoder crashed"))
+    looked = over(
+        one, unknown, workers=workers, crashed=lambda path, reason: Examined(reason=reason), min_items=1,
+        max_seconds=MAX_SECONDS, max_bytes=MAX_BYTES, preload=__name__,
+    )  # fmt: skip
     if progress and unknown:
         looked = progress(looked, len(unknown))
     for path, own in zip(unknown, looked, strict=True):

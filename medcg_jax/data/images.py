@@ -9,12 +9,14 @@ processor (bicubic, by PIL on uint8); equal bit for bit to transformers' `LlavaI
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
+from medcg_jax.data.bounded import MAX_BYTES_PER_PIXEL, MAX_DICOM_READS, MAX_IMAGE_BYTES, BoundedFile, opened
 from medcg_jax.data.dicom import dicom_size, is_dicom, read_dicom
 from medcg_jax.data.reading import (
     PERCENTILES,
@@ -34,20 +36,35 @@ FILL = (122, 116, 104)
 # What shows through where an image is transparent.
 BACKGROUND = (0, 0, 0)
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+_UNKNOWN = f"not an image of a known format (DICOM, {', '.join(FORMATS)})"
 # Encoders write about ten; each further one costs a pass over all pixels, and may be a few bytes long.
 MAX_SCANS = 50
+# Of a JPEG from its first scan on; restarts, of which there may be one a block, are not counted.
+MAX_MARKERS = 10_000
+# Of a TIFF: a row each makes 65,535 at most.
+MAX_STRIPS = 2**20
 MAX_TEXT_BYTES = 2**20
+# Of a PPM in plain text, whose numbers and comments Pillow reads in Python.
+MAX_PLAIN_BYTES = 2**25
+MAX_COMMENTS = 1000
 # TIFF's PhotometricInterpretation of greys whose greatest value is black, and SampleFormat of unsigned integers.
 _WHITE_IS_ZERO = 0
 _UNSIGNED = 1
+# StripOffsets, StripByteCounts, TileOffsets, TileByteCounts.
+_STRIPS = (273, 279, 324, 325)
+_WIDE_EXIF = re.compile(rb"(?:EXIF....|eXIf|\xff\xe1..)(?:Exif\0\0)*(?:II\+\0|MM\0\+)", re.DOTALL)
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_DEEP = "16-bit colours, range 0 to 65535"
 
 
-def load_image(source: str | Path | bytes, max_pixels: int, reading: Reading = Reading()) -> np.ndarray:
+def load_image(source: str | Path | bytes | BinaryIO, max_pixels: int, reading: Reading = Reading()) -> np.ndarray:
     """uint8[h, w, 3] RGB, upright, decoded by content whatever the name; of greys a view. See `read_image`."""
     return read_image(source, max_pixels, reading)[0]
 
 
-def read_image(source: str | Path | bytes, max_pixels: int, reading: Reading = Reading()) -> tuple[np.ndarray, str]:
+def read_image(
+    source: str | Path | bytes | BinaryIO, max_pixels: int, reading: Reading = Reading()
+) -> tuple[np.ndarray, str]:
     """uint8[h, w, 3] RGB, upright, decoded by content, and how it became 8 bits: "" for an ordinary 8-bit image.
 
     Of formats other than DICOM the first frame of several is taken; transparency is laid over `BACKGROUND`. Examples of
@@ -64,30 +81,31 @@ def read_image(source: str | Path | bytes, max_pixels: int, reading: Reading = R
     """
     _bound_pillow()
     try:
-        with _opened(source) as file:
+        with opened(source) as file:
             if is_dicom(file):
-                return read_dicom(file, max_pixels, reading)
-            with Image.open(file, formats=FORMATS) as image:
-                check_size(image.size, max_pixels)
-                _check_scans(image, file)
+                return read_dicom(BoundedFile(file, MAX_DICOM_READS, "DICOM elements"), max_pixels, reading)
+            with _open_plain(file, max_pixels) as image:
+                deep = _is_deep_colour(image)
                 image.load()
                 upright = ImageOps.exif_transpose(image)
                 # What is read of the tags is read before: the turned copy has none.
                 if image.mode == "F" or image.mode.startswith("I"):
                     grey, choice = _deep_grey(np.asarray(upright), image, reading)
                     return grey_view(grey), choice
-                return _to_array(upright), ""
+                return _to_array(upright), _DEEP if deep else ""
     except DataError:
         raise
+    except MemoryError as error:
+        raise ImageError("cannot be decoded: it takes more memory than there is") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{error}; at most {max_pixels} pixels are accepted") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"not an image of a known format (DICOM, {', '.join(FORMATS)})") from error
+        raise ImageError(_UNKNOWN) from error
     except Exception as error:  # decoders raise nearly anything for broken data
-        raise ImageError(f"cannot be decoded: {error}") from error
+        raise ImageError(f"cannot be decoded: {_one_line(error)}") from error
 
 
-def image_size(source: str | Path | bytes, max_pixels: int) -> tuple[int, int]:
+def image_size(source: str | Path | bytes | BinaryIO, max_pixels: int) -> tuple[int, int]:
     """(height, width) in pixels of the image that `load_image` gives, from its header alone.
 
     Raises:
@@ -95,19 +113,39 @@ def image_size(source: str | Path | bytes, max_pixels: int) -> tuple[int, int]:
     """
     _bound_pillow()
     try:
-        with _opened(source) as file:
+        with opened(source) as file:
             if is_dicom(file):
-                return dicom_size(file, max_pixels)
-            with Image.open(file, formats=FORMATS) as image:
-                check_size(image.size, max_pixels)
+                return dicom_size(BoundedFile(file, MAX_DICOM_READS, "DICOM elements"), max_pixels)
+            with _open_plain(file, max_pixels) as image:
+                # Pillow gives the size of TIFF alone as it is when turned upright.
+                tags = getattr(image, "tag_v2", None)
                 width, height = image.size
+                if tags is not None:
+                    width, height = tags[TiffImagePlugin.IMAGEWIDTH], tags[TiffImagePlugin.IMAGELENGTH]
                 # Orientations 5 to 8 of EXIF turn the image by a quarter.
                 turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
                 return (width, height) if turned else (height, width)
     except ImageError:
         raise
+    except MemoryError as error:
+        raise ImageError("its size cannot be read: it takes more memory than there is") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(_UNKNOWN) from error
     except Exception as error:
-        raise ImageError(f"its size cannot be read: {error}") from error
+        raise ImageError(f"its size cannot be read: {_one_line(error)}") from error
+
+
+def range_used(image: np.ndarray, read_as: str) -> float | None:
+    """Share in 0..1 of black to white that an image takes whose greys, or colours, of a whole range became 8 bits.
+
+    12 bits in words of 16 use a sixteenth of the range. None for an image that was read in another way.
+
+    Args:
+      image, read_as: as `read_image` gives them.
+    """
+    if ", range 0 to " not in read_as:
+        return None
+    return (int(image.max()) - int(image.min())) / 255
 
 
 def pad_to_square(image: np.ndarray, fill: tuple[int, int, int] = FILL) -> np.ndarray:
@@ -168,10 +206,6 @@ def copy_into(to: np.ndarray, array: np.ndarray) -> None:
         to[...] = array
 
 
-def _opened(source: str | Path | bytes) -> BinaryIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
-
-
 def _bound_pillow() -> None:
     """Sets what Pillow keeps as switches of the whole process, which libraries do turn: nothing is filled or unbounded.
 
@@ -182,16 +216,74 @@ def _bound_pillow() -> None:
     PngImagePlugin.MAX_TEXT_MEMORY = 8 * MAX_TEXT_BYTES
 
 
-def _check_scans(image: Image.Image, file: BinaryIO) -> None:
-    """Raises ImageError for a progressive JPEG with so many scans that decoding it would take minutes."""
-    if not image.info.get("progressive"):
+def _open_plain(file: BinaryIO, max_pixels: int) -> Image.Image:
+    """An image of `FORMATS` whose header was read, and is within the bounds."""
+    max_bytes = max(MAX_IMAGE_BYTES, MAX_BYTES_PER_PIXEL * max_pixels)
+    content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ImageError(f"more than {max_bytes:,} bytes; at most so many are read (of DICOM files more)")
+    _check_tags(content)
+    _check_plain(content)
+    image = Image.open(BoundedFile(io.BytesIO(content)), formats=FORMATS)
+    check_size(image.size, max_pixels)
+    if image.format in ("JPEG", "MPO"):
+        _check_scans(content)
+    return image
+
+
+def _check_tags(content: bytes) -> None:
+    """Raises ImageError for tags, of a TIFF or of EXIF, that would take gigabytes, or minutes, in Python."""
+    if _WIDE_EXIF.search(content):
+        raise ImageError("EXIF in the form of a BigTIFF, which holds any number of tags; that of a TIFF is accepted")
+    order = {b"II": "little", b"MM": "big"}.get(content[:2])
+    # Bytes of an offset, and of the number of tags; a tag has a number, a type, a number of values and their place.
+    wide, narrow = {42: (4, 2), 43: (8, 8)}.get(int.from_bytes(content[2:4], order), (0, 0)) if order else (0, 0)
+    if not wide:
         return
-    place = file.tell()
-    file.seek(0)
-    scans = file.read().count(b"\xff\xda")
-    file.seek(place)
-    if scans > MAX_SCANS:
-        raise ImageError(f"a progressive JPEG of {scans} scans; at most {MAX_SCANS} are accepted")
+    start = int.from_bytes(content[wide : 2 * wide], order)
+    tags = min(int.from_bytes(content[start : start + narrow], order), 2**16)
+    for place in range(start + narrow, min(len(content), start + narrow + tags * (4 + 2 * wide)), 4 + 2 * wide):
+        number, kind, values = (
+            int.from_bytes(content[place + a : place + b], order) for a, b in ((0, 2), (2, 4), (4, 4 + wide))
+        )
+        # Of bytes, text and what has no type of numbers Python keeps the bytes.
+        if number in _STRIPS and kind not in (1, 2, 6, 7) and values > MAX_STRIPS:
+            raise ImageError(f"a TIFF of {values:,} strips or tiles; at most {MAX_STRIPS:,} are read")
+
+
+def _check_plain(content: bytes) -> None:
+    """Raises ImageError for a PPM in plain text that is long, or has many comments."""
+    comments = content.count(b"#") if content[:2] in (b"P1", b"P2", b"P3") else -1
+    if comments > MAX_COMMENTS or (comments >= 0 and len(content) > MAX_PLAIN_BYTES):
+        accepted = f"{MAX_PLAIN_BYTES:,} bytes and {MAX_COMMENTS:,} comments at most are read; P4 to P6 may be longer"
+        raise ImageError(f"a PPM in plain text of {len(content):,} bytes with {comments:,} comments; {accepted}")
+
+
+def _check_scans(content: bytes) -> None:
+    """Raises ImageError for a JPEG with so many scans, or markers, that decoding it would take minutes."""
+    scans, place = 0, 2
+    for _ in range(MAX_MARKERS):
+        marker = _MARKER.search(content, place)
+        if marker is None or marker[0] == b"\xff\xd9":
+            return
+        place = marker.end()
+        if marker[0] not in (b"\xff\x01", b"\xff\xd8"):
+            place += max(2, int.from_bytes(content[place : place + 2], "big"))
+        scans += marker[0] == b"\xff\xda"
+        if scans > MAX_SCANS:
+            raise ImageError(f"a JPEG of more than {MAX_SCANS} scans; at most {MAX_SCANS} are accepted")
+    raise ImageError(f"a JPEG of more than {MAX_MARKERS:,} markers; at most {MAX_MARKERS:,} are accepted")
+
+
+def _is_deep_colour(image: Image.Image) -> bool:
+    """Whether the file has more than 8 bits a channel of colours, or of greys with transparency: Pillow keeps 8."""
+    args = image.tile[0].args if image.tile else ""
+    of_ppm = image.format == "PPM" and isinstance(args, tuple) and isinstance(args[-1], int) and args[-1] > 255
+    return not image.mode.startswith(("I", "F")) and (of_ppm or ";16" in str(args))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _to_array(image: Image.Image) -> np.ndarray:

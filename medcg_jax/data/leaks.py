@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from medcg_jax.data.duplicates import Print, hash_rows, print_of
 from medcg_jax.data.general import SUBSET
-from medcg_jax.data.hamming import distances, near_pairs_between
+from medcg_jax.data.hamming import FORMS, near_pairs_between
 from medcg_jax.data.records import Record, RecordSet
 from medcg_jax.data.splits import shared_groups
 from medcg_jax.run_config import StudyConfig
@@ -43,7 +43,7 @@ class Leak:
 
     Attributes:
       kind: of `KINDS`. distance_bits: of the images' hashes, where near.
-      form: how a near image was changed beside that ("mirrored", "turned 90", "inverted"); "": not at all.
+      form: of `hamming.FORMS`: what of the test's image a near one is, such as "mirrored"; "": as it is.
     """
 
     training: str
@@ -193,12 +193,11 @@ def _first(prints_: Prints, field: str) -> dict[bytes, str]:
 def nearest_images(training: Prints, test: Prints, bits: int) -> dict[int, NearImage]:
     """Place in training -> the nearest test image within `bits`. The one call of the search for near images."""
     (places, a), (others, b) = (hash_rows(image or Print(b"") for image in side.images) for side in (training, test))
-    pairs = near_pairs_between(a, b, bits)
-    found: dict[int, NearImage] = {}
-    for (i, j), apart in zip(pairs.tolist(), distances(a[pairs[:, 0]], b[pairs[:, 1]]).tolist(), strict=True):
-        place, near = int(places[i]), NearImage(apart, "", int(others[j]))
-        found[place] = min(found.get(place, near), near)
-    return found
+    nearest: dict[int, NearImage] = {}
+    for i, j, apart, form in zip(*(column.tolist() for column in near_pairs_between(a, b, bits)), strict=True):
+        place, near = int(places[i]), NearImage(apart, FORMS[form], int(others[j]))
+        nearest[place] = min(nearest.get(place, near), near)
+    return nearest
 
 
 def _same_questions(training: Prints, test: Prints) -> list[Leak]:

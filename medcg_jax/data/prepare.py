@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from medcg_jax.data.bounded import opened
 from medcg_jax.data.check import Inspection, Report, inspect, tree_root
 from medcg_jax.data.examine import Examined, Memory
 from medcg_jax.data.images import is_grey, load_image
@@ -37,6 +38,8 @@ from medcg_jax.files import write_whole
 from medcg_jax.run_config import DataConfig
 from medcg_jax.untrusted import FileError, kind_of, read_json, shown
 
+# Of images that are nearly one grey the manifest names so many.
+MOST_DIM = 20
 FORMAT = "medcg prepared 1"
 OWN_FILES = (".examined.jsonl", ".plan.json", "set_aside.jsonl", "manifest.json")
 RECORDS_PER_SHARD = 256
@@ -139,13 +142,15 @@ def prepare(
     aside = [json.dumps(own, ensure_ascii=False) for own in aside]
     write_whole(out / "set_aside.jsonl", "".join(f"{line}\n" for line in aside))
     write = functools.partial(write_shard, root=root, layout=layout, max_pixels=data.max_pixels, reading=reading)
-    digests = over(write, shards, crashed=_crashed, workers=workers, chunk=1, min_items=2)
+    digests = over(write, shards, crashed=_crashed, workers=workers, chunk=1)
     digests = dict(zip(shards, progress(digests, len(shards)) if progress else digests, strict=True))
     manifest = plan | {
         "prompt_fingerprint": _prompt_fingerprint(parts),
         "set_aside": {"records": len(found.report.bad_records), "of": found.report.num_records}
         | {"problems": found.report.counts()},
         "near": {"training_records": len(near), "kept": not drop_near},
+        "read_as": dict(found.report.read_as),
+        "dim": {"images": len(found.report.dim), "least": [asdict(image) for image in found.report.dim[:MOST_DIM]]},
         "subsets": [_entry(subset, kind, digests, data) for kind, subset in _subsets(source)],
     }
     write_whole(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
@@ -205,10 +210,10 @@ def _holds(shard: _Shard) -> bool:
 def _pixels(record: dict[str, Any], root: Path, layout: Layout, max_pixels: int, reading: Reading) -> bytes:
     if not record["image"]:
         return b""
-    content = (root / record["image"]).read_bytes()
-    if hashlib.sha256(content).hexdigest() != record["sha256"]:
-        raise DataError(f"record {record['id']}: image {record['image']!r} has changed since it was examined")
-    image = layout.apply(load_image(content, max_pixels, reading))
+    with opened(root / record["image"]) as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
+            raise DataError(f"record {record['id']}: image {record['image']!r} has changed since it was examined")
+        image = layout.apply(load_image(file, max_pixels, reading))
     return (image[..., 0] if is_grey(image) else image).tobytes()
 
 
@@ -358,7 +363,7 @@ def _refusal(report: Report, max_bad_frac: float) -> str:
     )
 
 
-def _crashed(shard: _Shard):
+def _crashed(shard: _Shard, reason: str):
     raise DataError(f"{shard.path.name}: the process that wrote it died (memory?); run the command again")
 
 

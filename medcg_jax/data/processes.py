@@ -1,20 +1,24 @@
-"""A function over many items in processes of their own, so that all cores work and no decoder can end the run."""
+"""A function over many items in processes of their own, so that all cores work and no decoder can end or hold the run."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import threading
+import resource
+import signal
+import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
-# Fewer items are done here: a process takes half a second to start.
-MIN_ITEMS = 128
+# Fewer items are done here, where nothing else is asked for.
+MIN_ITEMS = 2
 
 # `lambda items, total: tqdm(items, total=total)`, or nothing.
 Progress = Callable[[Iterable, int], Iterable]
@@ -24,68 +28,139 @@ def over(
     function: Callable[[Item], Result],
     items: Sequence[Item],
     *,
-    crashed: Callable[[Item], Result],
+    crashed: Callable[[Item, str], Result],
     workers: int = 0,
     chunk: int = 32,
     min_items: int = MIN_ITEMS,
+    max_seconds: int = 0,
+    max_bytes: int = 0,
+    preload: str = "",
 ) -> Iterator[Result]:
     """The function's result for each item, in their order.
 
     Args:
       function: of a module's top level; what it raises ends the iteration.
-      crashed: the result for an item whose process died of it (a fault in a decoder, the system's memory killer).
+      crashed: the result for an item whose process died of it, and why it did, such as "took longer than 10 s of
+        processor time"; all others keep theirs.
       workers: processes; 0: one per core.
       chunk: items that travel together.
+      min_items: fewer of them are done in this process, without any bound.
+      max_seconds: processor time that one item may take; 0: not bounded.
+      max_bytes: address space that a process may take beside its own start; more is refused to it; 0: not bounded.
+      preload: a module that takes long to import; the processes are then copies of one that has imported it.
     """
     workers = workers or os.cpu_count() or 1
-    if workers == 1 or len(items) < min_items:
+    if len(items) < min_items or (workers == 1 and not max_seconds):
         yield from map(function, items)
         return
-    chunks = [items[start : start + chunk] for start in range(0, len(items), chunk)]
-    done = 0
-    with _pool(workers) as pool:
+    # Not a fork of this process, which would copy the locks of threads that JAX or Grain may have started.
+    context = multiprocessing.get_context("forkserver")
+    if preload:
+        context.set_forkserver_preload([preload])
+    start = partial(_Worker, context, function, max_seconds, max_bytes)
+    waiting = deque((first, items[first : first + chunk]) for first in range(0, len(items), chunk))
+    results: dict[int, Result] = {}
+    pool = [start() for _ in range(min(workers, len(waiting)))]
+    place = 0
+    try:
+        for worker in pool:
+            worker.give(*waiting.popleft())
+        while place < len(items):
+            ready = wait([worker.pipe for worker in pool])
+            for worker in [worker for worker in pool if worker.pipe in ready]:
+                try:
+                    error, result = worker.pipe.recv()
+                except (EOFError, ConnectionError):
+                    error, result = None, crashed(worker.left[0], worker.end(max_seconds))
+                    pool.remove(worker)
+                    # Others of its items are not to blame.
+                    left = worker.first + 1, worker.left[1:]
+                    if left[1]:
+                        waiting.appendleft(left)
+                    if waiting:
+                        pool.append(start())
+                        pool[-1].give(*waiting.popleft())
+                if error is not None:
+                    raise error
+                results[worker.first] = result
+                worker.first, worker.left = worker.first + 1, worker.left[1:]
+                if worker in pool and not worker.left:
+                    if waiting:
+                        worker.give(*waiting.popleft())
+                    else:
+                        worker.end(0)
+                        pool.remove(worker)
+            while place in results:
+                yield results.pop(place)
+                place += 1
+    finally:
+        for worker in pool:
+            worker.end(0)
+
+
+class _Worker:
+    """A process and the items that it is at: `left`, of which the next result is for the first, at place `first`."""
+
+    def __init__(self, context, function, max_seconds: int, max_bytes: int):
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, function, max_seconds, max_bytes), daemon=True)
+        # A process would first run the caller's script again, whose functions it does not need.
+        script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
         try:
-            # A process may die while there is still more to hand in.
-            futures = [pool.submit(_all, function, part) for part in chunks]
-            for future in futures:
-                yield from future.result()
-                done += 1
-        except BrokenProcessPool:
-            pass
+            self._process.start()
         finally:
-            pool.shutdown(cancel_futures=True)
-    # A process has died, and with it the pool. Nobody says which item it was: from here they go one by one.
-    yield from _one_by_one(function, [item for part in chunks[done:] for item in part], crashed)
+            sys.modules["__main__"] = script
+        theirs.close()
+        self.first, self.left = 0, []
+        try:
+            self.pipe.recv()
+        except (EOFError, ConnectionError) as error:
+            raise RuntimeError(f"a process for {function} does not start") from error
+
+    def give(self, first: int, items: Sequence) -> None:
+        self.first, self.left = first, items
+        try:
+            self.pipe.send(items)
+        except ConnectionError:  # it has died since; its end is read
+            pass
+
+    def end(self, max_seconds: int) -> str:
+        """Ends the process and says what it died of, if it has."""
+        self.pipe.close()
+        if not max_seconds:
+            self._process.terminate()
+        self._process.join()
+        if self._process.exitcode == -signal.SIGPROF:
+            return f"took longer than {max_seconds} s of processor time"
+        return "its decoder crashed, or took more memory than there is"
 
 
-def _one_by_one(function, items, crashed):
-    rest = iter(items)
-    for item in rest:
-        with _pool(1) as pool:
-            try:
-                yield pool.submit(function, item).result()
-                for item in rest:
-                    yield pool.submit(function, item).result()
-            except BrokenProcessPool:
-                yield crashed(item)
+def _work(pipe: Connection, function: Callable, max_seconds: int, max_bytes: int) -> None:
+    """Sends (error or None, result) for each item of each list that comes, until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with the process that asks
+    if max_bytes:
+        _bound_memory(max_bytes)
+    try:
+        pipe.send("ready")
+        while True:
+            for item in pipe.recv():
+                if max_seconds:
+                    # Beyond it the system ends the process, wherever in a decoder it is.
+                    signal.setitimer(signal.ITIMER_PROF, max_seconds)
+                try:
+                    error, result = None, function(item)
+                except Exception as raised:
+                    error, result = raised, None
+                pipe.send((error, result))
+    except (EOFError, ConnectionError):
+        pass
 
 
-def _all(function, items):
-    return [function(item) for item in items]
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # A fork would copy the locks of threads that JAX or Grain may have started.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _bound_memory(max_bytes: int) -> None:
+    """Refuses this process memory beyond so many bytes more than it has now, where the system says what it has."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+    except OSError:
+        return
+    bound, most = pages * resource.getpagesize() + max_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (bound if most == resource.RLIM_INFINITY else min(bound, most), most))

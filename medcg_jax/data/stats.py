@@ -178,7 +178,7 @@ def near_sheet(found: Inspection, max_pixels: int, reading: Reading) -> Image.Im
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for number, near in enumerate(chosen):
         left, top = number % COLUMNS * (THUMB_PX + gap), number // COLUMNS * block
-        draw.text((left, top + 3), f"{near.bits} bits apart", fill="black", font=font)
+        draw.text((left, top + 3), f"{near.bits} bits apart{near.form and f', {near.form}'}", fill="black", font=font)
         paths = path_of[near.test_file, near.test_record], path_of[near.file, near.record]
         for place, path in enumerate(paths):
             sheet.paste(_thumb(load_image(path, max_pixels, reading)), (left, top + caption + place * THUMB_PX))

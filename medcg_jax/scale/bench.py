@@ -29,7 +29,7 @@ from medcg_jax.train.step import Program, make_step
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers", "grain", "array_record",
-    "pillow", "imagehash",
+    "pillow",
 )  # fmt: skip
 # The tiny model's vocabulary, where no tokenizer is read: its size matters to the speed of the head alone.
 TINY_VOCABULARY = 512

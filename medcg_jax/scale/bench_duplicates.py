@@ -3,7 +3,8 @@
 Writes images, then times two things apart, at a quarter, a half and all of them: hashing from files (read, decode,
 three digests), in `--workers` processes, and the search for near pairs, in one. Fits how each grows, and says what a
 million images would take: by wall time, which others on the machine lengthen, and by CPU seconds over the workers.
-The search is also timed on a million hashes, made of those found by turning over a tenth of their bits.
+The search is also timed on as many hashes as the release has images, made of those found by turning over a tenth of
+their bits, a tenth of them held as tests against the others in every form.
 
 Each image is one of the tree's (without a tree: a phantom), cut, turned lighter or darker and resized by a seeded draw,
 and saved as JPEG (7 of 10), PNG (2) or BMP (1). A tenth of them are another's copies, saved anew.
@@ -26,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from medcg_jax.data.duplicates import NEAR_BITS, Print, groups, hash_rows, print_file
-from medcg_jax.data.hamming import near_pairs
+from medcg_jax.data.hamming import near_pairs, near_pairs_between
 from medcg_jax.data.images import load_image
 from medcg_jax.data.phantom import PhantomSource
 from medcg_jax.data.release import subset_files
@@ -36,6 +37,8 @@ from medcg_jax.run_config import DataConfig
 from medcg_jax.scale.bench import about_here
 
 MILLION = 1_000_000
+RELEASE = 111_000
+TEST_SHARE = 0.1
 MAX_PIXELS = DataConfig().max_pixels
 FORMATS = ("JPEG",) * 7 + ("PNG",) * 2 + ("BMP",)
 TURNED_SHARE = 0.1
@@ -49,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", default="", help="a Med-MAT tree whose images are taken; else phantoms")
     parser.add_argument("--longest-side", type=int, default=0, help="pixels; 0: as the images are")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--hashes", type=int, default=MILLION, help="made-up hashes to search")
+    parser.add_argument("--hashes", type=int, default=RELEASE, help="made-up hashes to search")
     parser.add_argument("--dir", default=None, help="a folder with room for the images")
     parser.add_argument("--json", default="", help="a file for the figures")
     args = parser.parse_args(argv)
@@ -78,7 +81,9 @@ def measure(folder: Path, number: int, root: str, longest_side: int, workers: in
                      "pairs": len(pairs), "groups": len(grouped)})  # fmt: skip
     fits = {part: fit(sizes, [row[part] for row in rows], workers if part == "hash" else 1)
             for part in ("hash", "search", "group")}  # fmt: skip
-    _, searched = timed(partial(near_pairs, turned(hash_rows(prints)[1], hashes), NEAR_BITS))
+    made = turned(hash_rows(prints)[1], hashes)
+    tests = int(hashes * TEST_SHARE)
+    _, searched = timed(partial(near_pairs_between, made[tests:], made[:tests], NEAR_BITS))
     return about_here() | {
         "made_from": root or "phantoms", "sources": len(pictures), "workers": workers, "cores": os.cpu_count(),
         "bytes_per_image": sum(os.path.getsize(file) for file in files) / number,

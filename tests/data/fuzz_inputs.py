@@ -8,6 +8,7 @@ the exit status is 1. The same seed gives the same inputs, whatever the number o
 """
 
 import argparse
+import io
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -25,6 +26,7 @@ from random import Random
 
 import numpy as np
 from fuzz_mutations import IMAGE_CLASSES, JSON_CLASSES, mutated
+from PIL import Image
 
 from medcg_jax.data.images import image_size, read_image
 from medcg_jax.data.reading import Reading
@@ -32,7 +34,8 @@ from medcg_jax.data.records import DataError
 from medcg_jax.data.schema import check_keys, image_path, parse_choice, read_list, record_name
 from medcg_jax.data.schema_detection import DETECTION_KEYS, detection_problems
 
-KINDS = ("jpeg", "png", "bmp", "gif", "tiff", "dicom", "dicom_compressed", "json_choice", "json_detection")
+IMAGES = ("jpeg", "png", "bmp", "gif", "tiff", "webp", "ppm", "dicom", "dicom_compressed")
+KINDS = (*IMAGES, "json_choice", "json_detection")
 MAX_PIXELS = 2**22
 MAX_SECONDS = 10.0
 # A square of MAX_PIXELS is 12 MiB of RGB; deep greys, a copy turned upright and what decoders keep are some times that.
@@ -79,6 +82,8 @@ def seeds(kind: str, pack: Path) -> tuple[bytes, ...]:
         names = COMPRESSED if kind == "dicom_compressed" else plain
         found = [Path(get_testdata_file(name, download=False)) for name in names]
         return tuple(p.read_bytes() for p in found + (sorted(odd.glob("*.dcm")) if kind == "dicom" else []))
+    if kind in ("webp", "ppm"):
+        return tuple(_made(kind, number) for number in range(4))
     ends = {"jpeg": (".jpg", ".jpeg"), "tiff": (".tiff",)}.get(kind, (f".{kind}",))
     folders = (pack / "med-mat", pack / "odd-formats")
     of_kind = [p for folder in folders for p in folder.rglob("*") if p.suffix.lower() in ends]
@@ -86,6 +91,19 @@ def seeds(kind: str, pack: Path) -> tuple[bytes, ...]:
     small = sorted(of_kind, key=lambda p: (p.stat().st_size, p.name))[:6]
     odd_ones = [p for p in sorted((hostile / "images").iterdir()) if p.suffix in ends and "bomb" not in p.name]
     return tuple(content for content in (p.read_bytes() for p in small + odd_ones) if len(content) > 100)
+
+
+def _made(kind: str, number: int) -> bytes:
+    """Small files of formats that the pack has none of: lossless and lossy, turned, grey, of 16 bits, in plain text."""
+    pixels = np.random.default_rng(number).integers(0, 256, (24, 32, 3), np.uint8)
+    if kind == "ppm":
+        plain = b"P3\n# made\n32 24 255\n" + " ".join(map(str, pixels.ravel())).encode()
+        heads = (b"P6 32 24 255\n", b"P5 96 24 255\n", b"P5 48 24 4095\n")
+        return plain if number == 3 else heads[number] + pixels.tobytes()
+    out, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = (1, 6, 8, 3)[number]
+    Image.fromarray(pixels).save(out, "WEBP", lossless=number % 2 == 0, exif=exif)
+    return out.getvalue()
 
 
 def make(seed: int, index: int, pack: Path) -> tuple[str, str, bytes, Random]:

@@ -7,8 +7,20 @@ import struct
 import zlib
 from random import Random
 
-IMAGE_CLASSES = ("header", "tables", "lengths", "data", "tail", "chunks", "truncated")
+IMAGE_CLASSES = ("header", "tables", "lengths", "data", "tail", "chunks", "flood", "truncated")
 JSON_CLASSES = ("structure", "strings", "numbers", "encoding", "values", "truncated")
+# The smallest piece that a parser of each kind reads one by one, and before what it may stand.
+FLOODS = {
+    "png": (b"\0\0\0\0abCd" + zlib.crc32(b"abCd").to_bytes(4, "big"), b"....IDAT"),
+    "jpeg": (b"\xff\xfe\0\x02", b"\xff\xda"),
+    "gif": (b"!\xf9\0\0", b"\x2c\0\0\0\0"),
+    "tiff": (b"\x9c\x9c\x03\0\x01\0\0\0\0\0\0\0", b"\0\x01\x03\0"),
+    "ppm": (b"#\n", rb"\d+"),
+    "webp": (b"ABCD\0\0\0\0", b"VP8"),
+    "bmp": (b"\0", b"BM"),
+    "dicom": (b"\x09\0\x10\x10LO\0\0", rb"\x28\0\x10\0"),
+    "dicom_compressed": (b"\xfe\xff\0\xe0\0\0\0\0", b"\xfe\xff\xdd\xe0"),
+}
 EXTREMES = {1: (0, 1, 0x7F, 0x80, 0xFF), 2: (0, 1, 2, 0x7FFF, 0x8000, 0xFFFF)}
 EXTREMES[4] = (0, 1, 0xFFFF, 0x10000, 0x0FFFFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
 NUMBERS = (
@@ -31,6 +43,11 @@ def mutated(kind: str, where: str, content: bytes, random: Random) -> bytes:
         return content[: random.randrange(len(content))]
     if where == "chunks":
         return _checksums(kind, _swapped(kind, content, random), random)
+    if where == "flood":
+        piece, before = FLOODS[kind]
+        places = [m.start() for m in re.finditer(before, content, re.DOTALL)] or [len(content)]
+        place = random.choice(places[:4])
+        return content[:place] + piece * random.choice((3, 3, 30, 3000, 400_000)) + content[place:]
     found = bytearray(content)
     if where == "lengths":
         places = _length_fields(kind, content) or [(random.randrange(len(content) - 4), "<L")]
@@ -89,6 +106,10 @@ def _length_fields(kind: str, content: bytes) -> list[tuple[int, str]]:
     if kind == "png":
         found = [(16, ">L"), (20, ">L"), (24, "<B"), (25, "<B")]
         return found + [(place, ">L") for place, _, _ in _png_chunks(content)]
+    if kind == "webp":
+        return [(4, "<L")] + [(m.end(), "<L") for m in re.finditer(rb"VP8[ LX]|EXIF|ALPH|ANIM|ANMF", content)]
+    if kind == "ppm":
+        return [(place, "<B") for place in range(2, min(20, len(content)))]
     if kind == "bmp":
         return [(place, "<L") for place in (2, 10, 14, 18, 22, 30, 34, 46)] + [(28, "<H")]
     if kind == "gif":

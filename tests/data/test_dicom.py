@@ -301,13 +301,13 @@ def broken(**tags):
         (broken()[:-2], "pixel data are shorter"),
         (broken()[:400], "holds no pixels|cut short within the header"),
         (broken(Rows=0), "8 x 0 pixels"),
-        (broken(Rows=None), "Rows is missing"),
+        (broken(Rows=None), r"Rows \(0028,0010\) is missing"),
         (broken(BitsAllocated=32), "32 bits allocated"),
         (broken(BitsStored=0, HighBit=0), "0 stored"),
         (broken(BitsStored=4, HighBit=7), "HighBit is not"),
         (broken(PhotometricInterpretation="CMYK"), "photometric interpretation that is not read"),
         (broken(SamplesPerPixel=3), "photometric interpretation that is not read"),
-        (broken(NumberOfFrames=0), "NumberOfFrames is below 1|missing"),
+        (broken(NumberOfFrames=-1), r"\(0028,0008\): NumberOfFrames is below 1"),
     ],
 )
 def test_what_is_refused_from_the_header(content, said, monkeypatch):
@@ -369,3 +369,178 @@ def test_the_packs_own_files(shared_dir):
     assert read_image(odd / "CT_small.dcm", MANY, Reading(window="bone"))[1] == "DICOM window bone 400/1800"
     found, how = read_image(odd / "MR_small.dcm", MANY)
     assert how == "DICOM window 600/1600 of the file" and found.shape == (64, 64, 3) and found.std() > 30
+
+
+# --- what scanners and converters write
+
+HALVES = np.zeros((16, 16, 3), np.uint8)
+HALVES[:, :8], HALVES[:, 8:] = (200, 30, 30), (30, 30, 200)
+DEEP = np.arange(256, dtype=np.uint16).reshape(16, 16) * 16
+RGB_TAGS = dict(Rows=16, Columns=16, SamplesPerPixel=3, BitsAllocated=8)
+
+
+def codestream(pixels: np.ndarray, name: str, **options) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, name, **options)
+    return out.getvalue()
+
+
+def compressed(kind: str) -> bytes:
+    """`HALVES`, whose header says that samples lie plane by plane."""
+    tags = RGB_TAGS | {"PlanarConfiguration": 1}
+    if kind == "JPEG":
+        content, colors = codestream(HALVES, "JPEG", quality=100, subsampling=0), "YBR_FULL_422"
+        return dicom_bytes(content, syntax=uid.JPEGBaseline8Bit, PhotometricInterpretation=colors, **tags)
+    if kind == "JPEG 2000":
+        content = codestream(HALVES, "JPEG2000", no_jp2=True, mct=1)
+        return dicom_bytes(content, syntax=uid.JPEG2000Lossless, PhotometricInterpretation="YBR_RCT", **tags)
+    dataset = pydicom.dcmread(io.BytesIO(dicom_bytes(HALVES)))
+    syntax = {"RLE": uid.RLELossless, "JPEG-LS": uid.JPEGLSLossless}[kind]
+    dataset.compress(syntax, generate_instance_uid=False)
+    dataset.PlanarConfiguration = 1
+    out = io.BytesIO()
+    dataset.save_as(out)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG 2000", "RLE", "JPEG-LS"])
+def test_decoders_give_samples_pixel_by_pixel_whatever_the_header_says(kind):
+    found = load_image(compressed(kind), MANY)
+    assert np.abs(found.astype(int) - HALVES).max() <= (3 if kind == "JPEG" else 0)
+
+
+def test_lossless_jpeg_is_right_whatever_the_planar_configuration():
+    dataset = pydicom.dcmread(bundled("SC_rgb_jpeg_gdcm.dcm"))
+    dataset.PlanarConfiguration = 1
+    out = io.BytesIO()
+    dataset.save_as(out)
+    assert (load_image(out.getvalue(), MANY) == load_image(bundled("SC_rgb_jpeg_gdcm.dcm"), MANY)).all()
+
+
+def test_without_planar_configuration_samples_lie_pixel_by_pixel():
+    assert (load_image(dicom_bytes(HALVES, PlanarConfiguration=None), MANY) == HALVES).all()
+
+
+def test_jpeg_of_eight_bits_in_words_of_sixteen():
+    pixels = HALVES[..., 0]
+    tags = dict(Rows=16, Columns=16, BitsAllocated=16, bits=8)
+    found, how = read_image(dicom_bytes(codestream(pixels, "JPEG"), syntax=uid.JPEGBaseline8Bit, **tags), MANY)
+    assert how == "DICOM greys as stored" and np.abs(found[..., 0].astype(int) - pixels).max() <= 3
+
+
+@pytest.mark.parametrize("number", [0, ""])
+def test_no_number_of_frames_is_one(number):
+    content = dicom_bytes(RAMP[None], NumberOfFrames=number, Rows=64, Columns=64)
+    assert (load_image(content, MANY) == load_image(dicom_bytes(RAMP), MANY)).all()
+
+
+def test_a_window_with_a_decimal_comma_is_left_out_and_named():
+    content = dicom_bytes(RAMP, WindowCenter="40.5", WindowWidth="400", **CT).replace(b"40.5", b"40,5")
+    found, how = read_image(content, MANY)
+    assert how.startswith("DICOM percentiles 0.5 to 99.5 (the file's window is left out: WindowCenter (0028,1050)")
+    assert (found == load_image(dicom_bytes(RAMP, **CT), MANY)).all()
+    slope = dicom_bytes(RAMP, **CT | {"RescaleSlope": "1.25"}).replace(b"1.25", b"1,25")
+    with pytest.raises(ImageError, match=r"RescaleSlope \(0028,1053\) cannot be read as numbers"):
+        load_image(slope, MANY)
+
+
+def test_the_first_window_that_can_be_used_is_taken():
+    content = dicom_bytes(RAMP, WindowCenter=[0, 40], WindowWidth=[0, 400])
+    assert read_image(content, MANY)[1] == "DICOM window 40/400 of the file"
+
+
+def lut(entries: np.ndarray, bits: int, first: int = 0) -> Dataset:
+    item = Dataset()
+    item.LUTDescriptor, item.LUTData = [len(entries), first, bits], entries.astype("<u2").tobytes()
+    return item
+
+
+@pytest.mark.parametrize("items", [[Dataset()], [Dataset(), Dataset()]])
+def test_a_voi_lut_without_a_table_is_none(items):
+    window = dict(WindowCenter=1000, WindowWidth=2000)
+    found, how = read_image(dicom_bytes(RAMP, VOILUTSequence=items, **window), MANY)
+    assert how == "DICOM window 1000/2000 of the file" and (found == load_image(dicom_bytes(RAMP, **window), MANY)).all()
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("declared, said", [(16, " (entries of 12 bits, 16 declared)"), (12, ""), (8, " (entries of 12")])
+def test_a_voi_lut_has_the_bits_of_its_entries(photometric, declared, said):
+    content = dicom_bytes(
+        DEEP, bits=12, VOILUTSequence=[lut(np.arange(4096), declared)], PhotometricInterpretation=photometric
+    )
+    found, how = read_image(content, MANY)
+    assert how.startswith(f"DICOM VOI LUT of the file{said}")
+    assert sorted((int(found.min()), int(found.max()))) == ([0, 254] if photometric == "MONOCHROME2" else [1, 255])
+
+
+def test_tables_are_read_by_the_sign_of_the_pixels_and_the_files_order_of_bytes():
+    # 64536 is -1000 where values have a sign; big-endian tables are big-endian.
+    item = lut(np.linspace(0, 65535, 4096), 16)
+    item.add_new("LUTDescriptor", "US", [4096, 64536, 16])
+    ramp = RAMP.clip(-1000, 3000)
+    found = grey(dicom_bytes(ramp, VOILUTSequence=[item]))
+    assert np.abs(found - np.round((ramp + 1000) / 4095 * 255.0)).max() <= 1
+    tags = {}
+    for color in ("Red", "Green", "Blue"):
+        tags[f"{color}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
+        tags[f"{color}PaletteColorLookupTableData"] = (np.arange(256) * 257).astype(">u2").tobytes()
+    pixels = np.arange(256, dtype=">u2").reshape(16, 16)
+    big = dicom_bytes(pixels, syntax=uid.ExplicitVRBigEndian, PhotometricInterpretation="PALETTE COLOR", **tags)
+    assert (load_image(big, MANY)[..., 0] == pixels).all()
+    short = lut(np.arange(100), 16)
+    short.LUTDescriptor = [4096, 0, 16]
+    with pytest.raises(ImageError, match=r"LUTData \(0028,3006\) has .* entries; its descriptor says 4096"):
+        load_image(dicom_bytes(RAMP, VOILUTSequence=[short]), MANY)
+
+
+def test_padding_counts_in_no_way_of_writing_it():
+    pixels = np.random.default_rng(0).integers(0, 1000, (16, 16)).astype(np.int16)
+    pixels[:4] = -2000
+    wanted = grey(dicom_bytes(pixels, PixelPaddingValue=-2000))
+    assert wanted[4:].std() > 60
+    unsigned = dicom_bytes(pixels, PixelPaddingValue=-2000).replace(b"\x20\x01SS", b"\x20\x01US")
+    assert unsigned != dicom_bytes(pixels, PixelPaddingValue=-2000) and (grey(unsigned) == wanted).all()
+    ranged = pixels.copy()
+    ranged[:4] = np.linspace(-2000, -1500, 64).reshape(4, 16)
+    for ends in ((-2000, -1500), (-1500, -2000)):
+        content = dicom_bytes(ranged, PixelPaddingValue=ends[0], PixelPaddingRangeLimit=ends[1])
+        assert (grey(content)[4:] == wanted[4:]).all()
+
+
+@pytest.mark.parametrize("content", [
+    dicom_bytes(DEEP.tobytes(), Rows=16, Columns=16, BitsAllocated=8),
+    dicom_bytes(np.stack([DEEP] * 3).tobytes(), Rows=16, Columns=16, BitsAllocated=16),
+    dicom_bytes(HALVES.tobytes() + b"\0\0", PhotometricInterpretation="RGB", PlanarConfiguration=0, **RGB_TAGS),
+])  # fmt: skip
+def test_pixels_longer_than_declared_are_refused(content):
+    for read in (load_image, image_size):
+        with pytest.raises(ImageError, match=r"longer than the header declares: PixelData \(7FE0,0010\) has"):
+            read(content, MANY)
+
+
+def test_more_compressed_frames_than_declared_are_refused():
+    jpeg = codestream(HALVES[..., 0], "JPEG")
+    jpeg += b"\0" * (len(jpeg) % 2)
+    one = dicom_bytes(jpeg, syntax=uid.JPEGBaseline8Bit, Rows=16, Columns=16, BitsAllocated=8)
+    item = b"\xfe\xff\x00\xe0" + len(jpeg).to_bytes(4, "little") + jpeg
+    assert one.count(item) == 1 and load_image(one, MANY).shape == (16, 16, 3)
+    with pytest.raises(ImageError, match=r"2 frames; NumberOfFrames \(0028,0008\) declares 1"):
+        load_image(one.replace(item, item * 2), MANY)
+
+
+def test_colours_of_all_samples_that_are_called_subsampled():
+    ybr = np.asarray(Image.fromarray(HALVES).convert("YCbCr"))
+    tags = RGB_TAGS | {"PhotometricInterpretation": "YBR_FULL_422", "PlanarConfiguration": 0}
+    assert np.abs(load_image(dicom_bytes(ybr.tobytes(), **tags), MANY).astype(int) - HALVES).max() <= 3
+    with pytest.raises(ImageError, match="YBR_RCT colours, which are JPEG 2000's alone"):
+        load_image(dicom_bytes(HALVES, PhotometricInterpretation="YBR_RCT"), MANY)
+
+
+def test_elements_and_their_depth_are_bounded():
+    content = dicom_bytes(DEEP)
+    place = content.index(b"\x28\x00\x02\x00US")
+    many = content[:place] + b"\x09\x00\x10\x10LO\x00\x00" * 500_000 + content[place:]
+    deep = content[:place] + (b"\x09\x00\x10\x10SQ\0\0\xff\xff\xff\xff" + b"\xfe\xff\x00\xe0\xff\xff\xff\xff") * 20_000
+    for bomb, said in ((many, "more than 400,000 pieces .DICOM elements"), (deep, "cannot be")):
+        with pytest.raises(ImageError, match=said):
+            load_image(bomb, MANY)

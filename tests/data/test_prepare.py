@@ -17,10 +17,11 @@ from trees import raw_record, write_image, write_subset, write_tree_with_boxes
 
 from medcg_jax.data import examine
 from medcg_jax.data import prepare as prepare_module
-from medcg_jax.data.images import preprocess, read_image
+from medcg_jax.data.images import preprocess
 from medcg_jax.data.layouts import Layout
 from medcg_jax.data.prepare import TooManyBad, prepare
 from medcg_jax.data.prepared import PreparedSource, verify
+from medcg_jax.data.processes import over
 from medcg_jax.data.records import SPLITS, DataError
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.run_config import DataConfig
@@ -104,7 +105,7 @@ def test_images_are_examined_once(tree, tmp_path, monkeypatch):
     with pytest.raises(TooManyBad):
         quiet(tree, tmp_path / "out", CONFIG, KEEP)
     read = []
-    monkeypatch.setattr(examine, "read_image", lambda *args: read.append(args) or read_image(*args))
+    monkeypatch.setattr(examine, "over", lambda one, items, **how: read.extend(items) or over(one, items, **how))
     quiet(tree, tmp_path / "out", CONFIG, KEEP, max_bad_frac=0.2)
     assert not read
     write_image(tree, "med-mat/a b/4 [1]%.png", seed=9)
@@ -114,17 +115,14 @@ def test_images_are_examined_once(tree, tmp_path, monkeypatch):
 
 
 def test_what_could_not_be_read_is_read_again(tree, tmp_path, monkeypatch):
-    away, read_bytes = "3 [1]%.png", Path.read_bytes
-
-    def fails(path):
-        if path.name == away:
-            raise OSError(5, "Input/output error")
-        return read_bytes(path)
+    def fails(one, items, **how):
+        for path, found in zip(items, over(one, items, **how), strict=True):
+            yield examine.Examined(reason="Input/output error") if path.name == "3 [1]%.png" else found
 
     with monkeypatch.context() as patch, pytest.raises(TooManyBad, match="image 1"):
-        patch.setattr(Path, "read_bytes", fails)
-        quiet(tree, tmp_path / "out", CONFIG, KEEP, workers=1)
-    assert quiet(tree, tmp_path / "out", CONFIG, KEEP, workers=1).manifest["set_aside"]["records"] == 0
+        patch.setattr(examine, "over", fails)
+        quiet(tree, tmp_path / "out", CONFIG, KEEP)
+    assert quiet(tree, tmp_path / "out", CONFIG, KEEP).manifest["set_aside"]["records"] == 0
 
 
 def test_an_image_that_is_exchanged_after_it_was_examined_is_refused(tree, tmp_path, monkeypatch):
