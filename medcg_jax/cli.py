@@ -16,7 +16,7 @@ from pathlib import Path
 from medcg_jax import cluster, distributed, xla_flags
 from medcg_jax.cli_data import Parser, add, add_data
 from medcg_jax.data.records import DataError
-from medcg_jax.files import write_whole
+from medcg_jax.files import user_path, write_whole
 from medcg_jax.host import keep_freed_memory
 from medcg_jax.run_config import ConfigError, Interrupted, RunConfig, RunError
 
@@ -79,9 +79,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The verb's arguments; `args.overrides` holds every `--config.a.b=value` as {"a.b": "value"}.
 
     Raises:
-      ConfigError: an unknown verb or flag, or a flag without its value.
+      ConfigError: an unknown verb or flag, a flag without its value, or a path in a home folder that is not there.
     """
     args, rest = parser().parse_known_args(argv)
+    for name, value in vars(args).items():  # every one that begins with ~ is a path
+        if isinstance(value, str):
+            setattr(args, name, user_path(value, name))
+        elif isinstance(value, list):
+            setattr(args, name, [user_path(one, name) for one in value])
     args.overrides = {}
     while rest:
         flag = rest.pop(0)
