@@ -284,7 +284,8 @@ def with_as_many_cells_as_fit(run: RunConfig) -> RunConfig:
 
     if run.study.models:
         raise ConfigError("study.cells_at_once=0: a number is accepted where study.models has several models")
-    from medcg_jax.scale.cells import fitting_run, print_fit
+    from medcg_jax.scale.cells import print_fit
+    from medcg_jax.scale.plan_programs import fitting_run
 
     fit = fitting_run(run, "local", num_groups=max(1, run.mesh.cell))
     print_fit({"topology": "local", "num_groups": max(1, run.mesh.cell), **vars(fit)})

@@ -131,7 +131,7 @@ AS_FIT = ("reproduce", "--config=configs/phantom.py:tiny", "--config.study.cells
 
 
 def test_as_many_cells_as_fit(monkeypatch, capsys, tmp_path):
-    from medcg_jax.scale import cells
+    from medcg_jax.scale import cells, plan_programs
     from medcg_jax.study import grid
 
     seen = []
@@ -139,7 +139,7 @@ def test_as_many_cells_as_fit(monkeypatch, capsys, tmp_path):
     args = [*AS_FIT, f"--workdir={tmp_path}/w"]
     for fitting, status in ((6, 0), (0, 3)):
         found = cells.Fit(fitting, {2: 1e9, 6: 3e9}, 4e9)
-        monkeypatch.setattr(cells, "fitting_run", lambda run, where, num_groups, found=found: found)
+        monkeypatch.setattr(plan_programs, "fitting_run", lambda run, where, num_groups, found=found: found)
         assert main(args) == status
     assert seen == [6] and "6 cells fit local in 1 groups" in capsys.readouterr().out
     assert main([*args, "--config.study.models=('llava15_tiny', 'qwen2_vl_tiny')"]) == 2
