@@ -17,7 +17,7 @@ from medcg_jax import cluster, distributed, xla_flags
 from medcg_jax.cli_data import Parser, add, add_data
 from medcg_jax.data.records import DataError
 from medcg_jax.files import user_path, write_whole
-from medcg_jax.host import keep_freed_memory
+from medcg_jax.host import keep_freed_memory, run_process
 from medcg_jax.run_config import ConfigError, Interrupted, RunConfig, RunError
 
 # Files of a release that may lie apart from it.
@@ -366,5 +366,10 @@ def write_json(path: Path, result: dict) -> None:
     write_whole(path, json.dumps(result, indent=1) + "\n")
 
 
+def run() -> None:
+    """The command `medcg`."""
+    run_process(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()
