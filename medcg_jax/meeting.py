@@ -24,6 +24,8 @@ from medcg_jax.run_config import ConfigError, RunError
 POLL_S, CONNECT_S = 0.5, 5.0
 # Something else that answers at the port may be the end of an earlier run; for so long it is asked again.
 OTHERS_S = 30.0
+# A name that has no address of this host yet (a pod's, which has just been started) is looked up again for so long.
+NAME_S = 60.0
 # Process 0 tells those that come so much after a refusal of it too.
 LATE_S = 10.0
 SAY_AFTER_S, SAY_EVERY_S = 10.0, 30.0
@@ -46,7 +48,7 @@ def meeting(cluster: Cluster, timeout_s: float, say: Callable[[str], None]) -> I
         _join(cluster, timeout_s, say)
         yield None
         return
-    listener, address = listen(cluster.coordinator)
+    listener, address = _listen_soon(cluster.coordinator, min(NAME_S, timeout_s))
     with listener:
         _host(listener, cluster, timeout_s, say)
         try:
@@ -56,6 +58,22 @@ def meeting(cluster: Cluster, timeout_s: float, say: Callable[[str], None]) -> I
         except (OSError, AttributeError):
             listener.close()
         yield address
+
+
+class _NotHereError(ConfigError):
+    """The coordinator's address is none of this host."""
+
+
+def _listen_soon(coordinator: str, timeout_s: float) -> tuple[socket.socket, str]:
+    """`listen`; where a name is no address of this host yet, again until `timeout_s` have passed."""
+    until = time.monotonic() + timeout_s
+    while True:
+        try:
+            return listen(coordinator)
+        except _NotHereError:
+            if _is_literal(_split(coordinator)[0]) or time.monotonic() > until:
+                raise
+        time.sleep(POLL_S)
 
 
 def listen(coordinator: str) -> tuple[socket.socket, str]:
@@ -93,7 +111,7 @@ def listen(coordinator: str) -> tuple[socket.socket, str]:
                 ) from error
             continue  # no address of this host
         return listener, f"[{ip}]:{port}" if kind == socket.AF_INET6 else f"{ip}:{port}"
-    raise ConfigError(
+    raise _NotHereError(
         f"coordinator {coordinator}: {', '.join(ip for _, ip in addresses)} is no address of {platform.node()}, where "
         f"process 0 is: the host of process 0 is accepted; {BIND_NAME} says where to listen behind address translation"
     )
@@ -121,7 +139,7 @@ def _resolved(address: str) -> list[tuple]:
     try:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"coordinator {address}: {host} has no address here ({error})") from error
+        raise _NotHereError(f"coordinator {address}: {host} has no address here ({error})") from error
 
 
 def _host(listener: socket.socket, cluster: Cluster, timeout_s: float, say: Callable[[str], None]) -> None:

@@ -140,6 +140,24 @@ def test_process_0_listens_at_the_address_that_is_given_alone(monkeypatch, host,
         assert address in (f"{listens}:{port}", f"0.0.0.0:{port}" if listens == "[::]" else "")
 
 
+def test_a_name_that_gets_its_address_late_is_waited_for(monkeypatch):
+    looks, port = [], free_port()
+
+    def lookup(address):
+        looks.append(address)
+        if len(looks) < 3:
+            raise meeting._NotHereError("node0 has no address here")
+        return [(socket.AF_INET, 1, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(meeting, "_resolved", lookup)
+    monkeypatch.setattr(meeting, "POLL_S", 0.01)
+    meeting._listen_soon(f"node0:{port}", 5.0)[0].close()
+    assert len(looks) == 3
+    looks.clear()
+    with pytest.raises(ConfigError, match="no address"):
+        meeting._listen_soon(f"node0:{port}", 0.0)
+
+
 # ------------------------------------------------------------------ what they share
 
 RUN = RunConfig()
