@@ -16,8 +16,8 @@ from pathlib import Path
 from medcg_jax import cluster, distributed, xla_flags
 from medcg_jax.cli_data import Parser, add, add_data
 from medcg_jax.data.records import DataError
-from medcg_jax.files import write_whole
-from medcg_jax.host import keep_freed_memory
+from medcg_jax.files import user_path, write_whole
+from medcg_jax.host import keep_freed_memory, run_process
 from medcg_jax.run_config import ConfigError, Interrupted, RunConfig, RunError
 
 # Files of a release that may lie apart from it.
@@ -79,9 +79,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The verb's arguments; `args.overrides` holds every `--config.a.b=value` as {"a.b": "value"}.
 
     Raises:
-      ConfigError: an unknown verb or flag, or a flag without its value.
+      ConfigError: an unknown verb or flag, a flag without its value, or a path in a home folder that is not there.
     """
     args, rest = parser().parse_known_args(argv)
+    for name, value in vars(args).items():  # every one that begins with ~ is a path
+        if isinstance(value, str):
+            setattr(args, name, user_path(value, name))
+        elif isinstance(value, list):
+            setattr(args, name, [user_path(one, name) for one in value])
     args.overrides = {}
     while rest:
         flag = rest.pop(0)
@@ -280,7 +285,8 @@ def with_as_many_cells_as_fit(run: RunConfig) -> RunConfig:
 
     if run.study.models:
         raise ConfigError("study.cells_at_once=0: a number is accepted where study.models has several models")
-    from medcg_jax.scale.cells import fitting_run, print_fit
+    from medcg_jax.scale.cells import print_fit
+    from medcg_jax.scale.plan_programs import fitting_run
 
     fit = fitting_run(run, "local", num_groups=max(1, run.mesh.cell))
     print_fit({"topology": "local", "num_groups": max(1, run.mesh.cell), **vars(fit)})
@@ -361,5 +367,10 @@ def write_json(path: Path, result: dict) -> None:
     write_whole(path, json.dumps(result, indent=1) + "\n")
 
 
+def run() -> None:
+    """The command `medcg`."""
+    run_process(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

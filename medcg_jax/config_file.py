@@ -15,8 +15,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from medcg_jax.files import user_path
 from medcg_jax.run_checks import check
-from medcg_jax.run_config import ConfigError, RunConfig
+from medcg_jax.run_config import ConfigError, RunConfig, marked, replace
 
 
 def to_config_dict(run: RunConfig) -> ConfigDict:
@@ -98,9 +99,19 @@ def with_flags(run: RunConfig, flags: Mapping[str, str]) -> RunConfig:
     config = ConfigDict(dataclasses.asdict(run))
     for key, text in flags.items():
         override(config, key, text)
-    changed = from_config_dict(config)
+    changed = with_homes(from_config_dict(config))
     check(changed)
     return changed
+
+
+def with_homes(run: RunConfig) -> RunConfig:
+    """`run` with the home folder in place of ~ in every path. Raises ConfigError where there is none."""
+    changes = {}
+    for key in marked("path"):
+        section, _, name = key.partition(".")
+        value = getattr(getattr(run, section), name)
+        changes[f"{section}__{name}"] = user_path(value, f"config.{key}")
+    return replace(run, **changes)
 
 
 def run_file(path: str, arg: str) -> ConfigDict:
@@ -117,7 +128,9 @@ def run_file(path: str, arg: str) -> ConfigDict:
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config={path}: a Python file ending in .py is accepted")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(Path(path).resolve().parent))  # config files may import one another
+    folder = Path(path).resolve().parent
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))  # config files may import one another
     try:
         spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
@@ -128,10 +141,23 @@ def run_file(path: str, arg: str) -> ConfigDict:
     except Exception as error:  # whatever the user's file raises is the user's to see, in one line
         raise ConfigError(f"--config={path}{':' + arg if arg else ''}: {type(error).__name__}: {one_line(error)}") from error
     finally:
-        sys.path.pop(0)
+        sys.path.remove(str(folder))
+        forget(folder, set(sys.modules) - before)
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"--config={path}: get_config returned {type(config).__name__}; a ConfigDict is accepted")
     return config
+
+
+def forget(folder: Path, names: set[str]) -> None:
+    """Takes those of the modules that lie in `folder` out of `sys.modules`: another folder may have files of these names."""
+    tops = set()
+    for name in {name.partition(".")[0] for name in names} & names - {"medcg_jax"}:
+        file = Path(getattr(sys.modules[name], "__file__", None) or ".").resolve()
+        if folder in (file.parent, file.parent.parent if file.name == "__init__.py" else None):
+            tops.add(name)
+    for name in names:
+        if name.partition(".")[0] in tops:
+            del sys.modules[name]
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
@@ -171,8 +197,8 @@ def parse(text: str, kind: type, key: str):
         return text.lower() == "true"
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        raise ConfigError(f"config.{key}={text}: {accepts(kind)} is accepted") from None
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # the last two: nested too deep
+        raise ConfigError(f"config.{key}={text[:200]}: {accepts(kind)} is accepted") from None
     return checked(value, kind, key)
 
 
@@ -183,7 +209,7 @@ def checked(value, kind: type, key: str):
         return tuple(checked(item, args[0], key) for item in value)
     if origin is dict and isinstance(value, Mapping | ConfigDict):
         return {checked(k, args[0], key): checked(v, args[1], key) for k, v in dict(value).items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
         return float(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value

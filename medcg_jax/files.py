@@ -1,9 +1,28 @@
-"""Text files that appear whole or not at all."""
+"""Paths as users give them, and text files that appear whole or not at all."""
 
 import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+
+from medcg_jax.run_config import ConfigError
+
+
+def user_path(text: str, name: str) -> str:
+    """A path that a user gave, with the home folder in place of a leading ~ or ~USER: shells leave it behind "=".
+
+    name: of the flag or field, for the message.
+
+    Raises:
+      ConfigError: there is no such user, or no home folder.
+    """
+    if not text.startswith("~"):
+        return text
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise ConfigError(f"{name}={text}: no home folder is known for {text.partition('/')[0]}; ./{text} is accepted "
+                          "for a file of that name")  # fmt: skip
+    return path
 
 
 def write_whole(path: str | Path, text: str) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import select
+import selectors
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,10 @@ from medcg_jax.run_config import ConfigError, RunError
 POLL_S, CONNECT_S = 0.5, 5.0
 # Something else that answers at the port may be the end of an earlier run; for so long it is asked again.
 OTHERS_S = 30.0
+# A name that has no address of this host yet (a pod's, which has just been started) is looked up again for so long.
+NAME_S = 60.0
+# Process 0 tells those that come so much after a refusal of it too.
+LATE_S = 10.0
 SAY_AFTER_S, SAY_EVERY_S = 10.0, 30.0
 MAX_LINE_BYTES = 4096
 # Where process 0 listens, if that is no address of the coordinator's own (behind address translation); JAX's name.
@@ -40,10 +45,10 @@ def meeting(cluster: Cluster, timeout_s: float, say: Callable[[str], None]) -> I
       RunError: some do not come within `timeout_s`; the message names them.
     """
     if cluster.process_id:
-        _join(cluster, time.monotonic() + timeout_s, say)
+        _join(cluster, timeout_s, say)
         yield None
         return
-    listener, address = listen(cluster.coordinator)
+    listener, address = _listen_soon(cluster.coordinator, min(NAME_S, timeout_s))
     with listener:
         _host(listener, cluster, timeout_s, say)
         try:
@@ -53,6 +58,22 @@ def meeting(cluster: Cluster, timeout_s: float, say: Callable[[str], None]) -> I
         except (OSError, AttributeError):
             listener.close()
         yield address
+
+
+class _NotHereError(ConfigError):
+    """The coordinator's address is none of this host."""
+
+
+def _listen_soon(coordinator: str, timeout_s: float) -> tuple[socket.socket, str]:
+    """`listen`; where a name is no address of this host yet, again until `timeout_s` have passed."""
+    until = time.monotonic() + timeout_s
+    while True:
+        try:
+            return listen(coordinator)
+        except _NotHereError:
+            if _is_literal(_split(coordinator)[0]) or time.monotonic() > until:
+                raise
+        time.sleep(POLL_S)
 
 
 def listen(coordinator: str) -> tuple[socket.socket, str]:
@@ -90,7 +111,7 @@ def listen(coordinator: str) -> tuple[socket.socket, str]:
                 ) from error
             continue  # no address of this host
         return listener, f"[{ip}]:{port}" if kind == socket.AF_INET6 else f"{ip}:{port}"
-    raise ConfigError(
+    raise _NotHereError(
         f"coordinator {coordinator}: {', '.join(ip for _, ip in addresses)} is no address of {platform.node()}, where "
         f"process 0 is: the host of process 0 is accepted; {BIND_NAME} says where to listen behind address translation"
     )
@@ -118,7 +139,7 @@ def _resolved(address: str) -> list[tuple]:
     try:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"coordinator {address}: {host} has no address here ({error})") from error
+        raise _NotHereError(f"coordinator {address}: {host} has no address here ({error})") from error
 
 
 def _host(listener: socket.socket, cluster: Cluster, timeout_s: float, say: Callable[[str], None]) -> None:
@@ -126,12 +147,15 @@ def _host(listener: socket.socket, cluster: Cluster, timeout_s: float, say: Call
     own, count = platform.node(), cluster.num_processes
     until, telling = time.monotonic() + timeout_s, _Telling(say)
     texts: dict[socket.socket, bytes] = {}  # what each connection has said so far
-    there: dict[socket.socket, tuple[int, str]] = {}  # number and host of those that have said all
+    there: dict[socket.socket, tuple[int, str]] = {}  # number and host of those that wait
+    heard: set[socket.socket] = set()
+    selector = selectors.DefaultSelector()
+    selector.register(listener, selectors.EVENT_READ)
 
     def missing() -> str:
         return _numbers(set(range(1, count)) - {number for number, _ in there.values()})
 
-    def end(answer: dict) -> None:
+    def answer_all(answer: dict) -> None:
         for connection in there:
             try:
                 connection.sendall(json.dumps(answer).encode() + b"\n")
@@ -139,16 +163,20 @@ def _host(listener: socket.socket, cluster: Cluster, timeout_s: float, say: Call
                 pass
 
     try:
-        while len(there) < count - 1:
+        refusal, told, most = "", set(), count
+        while len(there) < count - 1 if not refusal else told < set(range(1, most)):
+            if time.monotonic() > until and refusal:
+                break
             if time.monotonic() > until:
                 why = f"{missing()} did not come within {timeout_s:.0f} s to {cluster.coordinator}, where process 0 is ({own})"
-                end({"late": why})
+                answer_all({"late": why})
                 raise RunError(why)
             telling.waiting(lambda: f"{missing()} at {cluster.coordinator}")
-            for ready in select.select([listener, *texts], [], [], POLL_S)[0]:
+            for ready in [key.fileobj for key, _ in selector.select(POLL_S)]:
                 if ready is listener:
                     connection = listener.accept()[0]
                     connection.setblocking(False)
+                    selector.register(connection, selectors.EVENT_READ)
                     texts[connection] = b""
                     continue
                 try:
@@ -160,8 +188,10 @@ def _host(listener: socket.socket, cluster: Cluster, timeout_s: float, say: Call
                 if not got or hello is None and (b"\n" in texts[ready] or len(texts[ready]) > MAX_LINE_BYTES):
                     del texts[ready]  # it has ended, or is none of ours
                     there.pop(ready, None)
+                    selector.unregister(ready)
                     ready.close()
-                elif hello is not None and ready not in there:
+                elif hello is not None and ready not in heard:
+                    heard.add(ready)
                     number, their_count, host = hello
                     why = ""
                     twice = [known for at, known in there.values() if at == number]
@@ -172,11 +202,17 @@ def _host(listener: socket.socket, cluster: Cluster, timeout_s: float, say: Call
                         why = f"process {number} is there twice, on {(twice or [own])[0]} and on {host}: each needs a number "
                         why += f"of its own, 0 to {count - 1}"
                     there[ready] = number, host
-                    if why:
-                        end({"refused": why})
-                        raise ConfigError(why)
-        end({"welcome": True})
+                    if why and not refusal:
+                        refusal, until = why, time.monotonic() + LATE_S
+                    if refusal:
+                        answer_all({"refused": refusal})
+                        told, most = told | {at for at, _ in there.values()}, max(most, their_count)
+                        there.clear()
+        if refusal:
+            raise ConfigError(refusal)
+        answer_all({"welcome": True})
     finally:
+        selector.close()
         for connection in texts:
             connection.close()
 
@@ -197,8 +233,9 @@ def _object(line: bytes) -> dict:
     return said if isinstance(said, dict) else {}
 
 
-def _join(cluster: Cluster, until: float, say: Callable[[str], None]) -> None:
-    """Every other process: tells process 0 who it is, and waits until all are there."""
+def _join(cluster: Cluster, timeout_s: float, say: Callable[[str], None]) -> None:
+    """Every other process: tells process 0 who it is, and waits until all are there, as long as that does."""
+    until = time.monotonic() + timeout_s
     hello = {"process": cluster.process_id, "count": cluster.num_processes, "host": platform.node()}
     telling, others_since, reason = _Telling(say), None, "nobody answers"
     while (left := until - time.monotonic()) > 0:
@@ -206,7 +243,7 @@ def _join(cluster: Cluster, until: float, say: Callable[[str], None]) -> None:
         try:
             with socket.create_connection(_split(cluster.coordinator), min(CONNECT_S, left)) as connection:
                 connection.sendall(json.dumps(hello).encode() + b"\n")
-                line = _answer(connection, until, telling, cluster.coordinator)
+                line = _answer(connection, time.monotonic() + timeout_s + CONNECT_S, telling, cluster)
         except (OSError, UnicodeError) as error:
             reason, line = getattr(error, "strerror", None) or str(error), b""
         answer = _object(line)
@@ -225,16 +262,16 @@ def _join(cluster: Cluster, until: float, say: Callable[[str], None]) -> None:
                 )
         time.sleep(POLL_S)
     raise RunError(
-        f"process 0 did not come within the time for a start: coordinator {cluster.coordinator}, process "
+        f"process 0 did not come within {timeout_s:.0f} s: coordinator {cluster.coordinator}, process "
         f"{cluster.process_id} of {cluster.num_processes} by {cluster.how} ({reason})"
     )
 
 
-def _answer(connection: socket.socket, until: float, telling: "_Telling", coordinator: str) -> bytes:
+def _answer(connection: socket.socket, until: float, telling: "_Telling", cluster: Cluster) -> bytes:
     """The first line, or what there is of it when the other side ends; b"" where it says nothing until `until`."""
     text = b""
     while time.monotonic() < until and b"\n" not in text and len(text) <= MAX_LINE_BYTES:
-        telling.waiting(lambda: f"the other processes at {coordinator}")
+        telling.waiting(lambda: f"the other processes at {cluster.coordinator}")
         if not select.select([connection], [], [], POLL_S)[0]:
             continue
         got = connection.recv(MAX_LINE_BYTES)

@@ -29,8 +29,81 @@ from medcg_jax.run_config import (
 )
 
 
+# The longest context of a model here (Llama 3.2), in tokens.
+MOST_TOKENS = 2**17
+# Steps are counted in int32 on devices, and so are pixels of an image.
+MOST_STEPS = 2**31 - 1
+MOST_RECORDS = 10**7
+MOST_BATCH = 2**20
+MOST_DEVICES = 2**20
+# Two of them are added up, and the sum is a seed for JAX and numpy.
+MOST_SEED = 2**30
+# Below the largest float32.
+MOST_FLOAT = 1e30
+# The least number above 0.
+ABOVE_0 = math.ulp(0.0)
+# Field -> the least and the most that it may have: every field that holds numbers.
+BOUNDS = {
+    **{f"mesh.{axis}": (-1, MOST_DEVICES) for axis in ("cell", "data", "fsdp", "tensor")},
+    "model.scan_unroll": (0, 1000),
+    "model.min_pixels": (0, MOST_STEPS),
+    "model.max_pixels": (0, MOST_STEPS),
+    "model.max_boxes": (0, 10**4),
+    "model.lora_rank": (0, 10**5),
+    "model.lora_alpha": (0, MOST_FLOAT),
+    "data.seed": (0, MOST_SEED),
+    "data.max_text_tokens": (1, MOST_TOKENS),
+    "data.max_target_tokens": (1, MOST_TOKENS),
+    "data.max_box_text_tokens": (0, MOST_TOKENS),
+    "data.max_box_target_tokens": (0, MOST_TOKENS),
+    "data.row_multiple": (0, MOST_TOKENS),
+    "data.pack": (0, 1),
+    "data.train_records_per_subset": (1, MOST_RECORDS),
+    "data.test_records_per_subset": (0, MOST_RECORDS),
+    "data.imagewikiqa_share": (0, 1),
+    "data.subset_weights": (ABOVE_0, MOST_FLOAT),
+    "data.max_pixels": (1, MOST_STEPS),
+    **{
+        f"{part}.{name}": bounds
+        for part in ("base", "train")
+        for name, bounds in {
+            "epochs": (0, 10**6), "steps": (0, MOST_STEPS), "batch_size": (1, MOST_BATCH),
+            "accumulation_steps": (1, MOST_BATCH), "learning_rate": (ABOVE_0, MOST_FLOAT), "warmup_frac": (0, 1),
+            "end_learning_rate_frac": (0, 1), "weight_decay": (0, MOST_FLOAT), "b1": (0, 1), "b2": (0, 1),
+            "eps": (ABOVE_0, MOST_FLOAT), "clip_norm": (0, MOST_FLOAT), "seed": (0, MOST_SEED),
+            "log_every_steps": (1, MOST_STEPS), "checkpoint_every_steps": (0, MOST_STEPS),
+            "keep_checkpoints": (1, MOST_STEPS), "keep_every_steps": (0, MOST_STEPS),
+        }.items()
+    },
+    "eval.batch_size": (1, MOST_BATCH),
+    "eval.max_new_tokens": (1, MOST_TOKENS),
+    "eval.max_box_tokens": (1, MOST_TOKENS),
+    "study.published_table": (0, 8),
+    "study.efficiency_records": (0, MOST_RECORDS),
+    "study.epochs_of": (0, 10**6),
+    "study.seeds": (0, MOST_SEED),
+    "study.jobs": (1, 10**4),
+    "study.cells_at_once": (0, 10**4),
+    "study.near_duplicate_bits": (0, 40),
+}  # fmt: skip
+# Fields that list names or numbers of which each makes sense once; "circular" of `eval.controls` does thrice.
+ONCE = (
+    "model.trainable", "model.lora_targets", "data.subsets", "study.tables", "study.targets", "study.box_subsets",
+    "study.arms", "study.parts", "study.models", "study.seeds", "study.targets_of",
+)  # fmt: skip
+
+
 def check(run: RunConfig) -> None:
     """Raises ConfigError for the first value of `run` that no run could use."""
+    for key, bounds in BOUNDS.items():
+        for name, value in _values(run, key):
+            for number in value if isinstance(value, tuple) else (value,):
+                within(name, number, *bounds)
+    for key in ONCE:
+        for name, values in _values(run, key):
+            twice = [value for place, value in enumerate(values) if value in values[:place]]
+            if twice:
+                raise ConfigError(f"{name} has {twice[0]!r} twice: each is accepted once")
     one_of("model.name", run.model.name, tuple(MODELS))
     for name, family, why in (
         ("min_pixels", "qwen2_vl", "has one size of image"),
@@ -42,8 +115,6 @@ def check(run: RunConfig) -> None:
         value, unset = getattr(run.model, name), getattr(ModelConfig(), name)
         if value != unset and MODELS[run.model.name] != family:
             raise ConfigError(f"model.{name}={value!r}: {unset!r} is accepted, {run.model.name} {why}")
-    for name in ("min_pixels", "max_pixels", "max_boxes"):
-        at_least(f"model.{name}", getattr(run.model, name), 0)
     one_of("model.intermediate_from", run.model.intermediate_from, ("", "input", "output"))
     one_of("model.compute_dtype", run.model.compute_dtype, DTYPES)
     one_of("model.matmul", run.model.matmul, MATMUL)
@@ -66,39 +137,19 @@ def check(run: RunConfig) -> None:
         one_of("study.tables", name, (*TABLES, *BOX_TABLES))
     for name in run.study.targets_of:
         one_of("study.targets_of", name, (*TABLES, *BOX_TABLES))
-    for name, epochs in run.study.epochs_of.items():
+    for name in run.study.epochs_of:
         one_of("study.epochs_of", name, (*TABLES, *BOX_TABLES))
-        at_least(f"study.epochs_of[{name!r}]", epochs, 0)
     for name in run.study.model_flags:
         one_of("study.model_flags", name, tuple(MODELS))
-    at_least("model.scan_unroll", run.model.scan_unroll, 0)
-    at_least("data.max_text_tokens", run.data.max_text_tokens, 1)
-    at_least("data.max_target_tokens", run.data.max_target_tokens, 1)
-    at_least("data.max_box_text_tokens", run.data.max_box_text_tokens, 0)
-    at_least("data.max_box_target_tokens", run.data.max_box_target_tokens, 0)
-    at_least("data.row_multiple", run.data.row_multiple, 0)
     check_pack(run)
-    at_least("data.train_records_per_subset", run.data.train_records_per_subset, 1)
-    at_least("data.test_records_per_subset", run.data.test_records_per_subset, 0)
-    at_least("data.max_pixels", run.data.max_pixels, 1)
-    at_least("eval.batch_size", run.eval.batch_size, 1)
-    at_least("eval.max_new_tokens", run.eval.max_new_tokens, 1)
-    at_least("eval.max_box_tokens", run.eval.max_box_tokens, 1)
     for name in run.eval.controls:
         one_of("eval.controls", name, CONTROLS)
-    at_least("study.jobs", run.study.jobs, 1)
-    at_least("study.cells_at_once", run.study.cells_at_once, 0)
     check_general(run)
     one_of("study.leaks", run.study.leaks, LEAKS)
     one_of("study.near_duplicates", run.study.near_duplicates, ("off", *LEAKS))
-    if not 0 <= run.study.near_duplicate_bits <= 40:
-        raise ConfigError(f"study.near_duplicate_bits={run.study.near_duplicate_bits}: 0 to 40 is accepted")
     check_published(run.study)
     if not run.study.seeds:
         raise ConfigError("study.seeds is empty: one seed or more is accepted")
-    for subset, weight in run.data.subset_weights.items():
-        if not weight > 0:
-            raise ConfigError(f"data.subset_weights[{subset!r}]={weight}: a weight above 0 is accepted")
     for part in ("base", "train"):
         check_training(part, getattr(run, part))
     if run.log.profile_steps:
@@ -106,8 +157,6 @@ def check(run: RunConfig) -> None:
 
 
 def check_pack(run: RunConfig) -> None:
-    if run.data.pack not in (0, 1):
-        raise ConfigError(f"data.pack={run.data.pack}: 0 or 1 is accepted")
     if run.data.pack and MODELS[run.model.name] != "llava":
         raise ConfigError(f"data.pack=1: 0 is accepted with model.name={run.model.name!r}, 1 with LLaVA alone")
     if run.data.pack and run.model.attention == "cudnn":
@@ -119,8 +168,6 @@ def check_pack(run: RunConfig) -> None:
 
 def check_adapters(model: ModelConfig) -> None:
     one_of("model.base_dtype", model.base_dtype, BASE_DTYPES)
-    at_least("model.lora_rank", model.lora_rank, 0)
-    at_least("model.lora_alpha", model.lora_alpha, 0)
     for name in model.lora_targets:
         one_of("model.lora_targets", name, LORA_TARGETS)
     if not model.lora_targets or len(set(model.lora_targets)) < len(model.lora_targets):
@@ -164,20 +211,18 @@ def check_published(study: StudyConfig) -> None:
         raise ConfigError(f"study.published_table={study.published_table}: one of {accepted} is accepted")
     for name, words in (("baseline_plus_records", ("related",)), ("baseline_plus_subsets", ("related", "all"))):
         value = getattr(study, name)
-        if value not in words and not (value.isascii() and value.isdigit() and int(value)):
-            raise ConfigError(f"study.{name}={value!r}: {', '.join(words)} or a number of at least 1 is accepted")
+        is_number = value.isascii() and value.isdigit() and len(value) <= 9 and 1 <= int(value) <= MOST_RECORDS
+        if value not in words and not is_number:
+            raise ConfigError(
+                f"study.{name}={value[:20]!r}: {', '.join(words)} or a number of at least 1 and at most {MOST_RECORDS:,} "
+                "is accepted"
+            )
     counts = study.efficiency_records
     if not counts or counts[0] < 0 or list(counts) != sorted(set(counts)):
         raise ConfigError(f"study.efficiency_records={counts}: rising numbers of at least 0 are accepted")
 
 
 def check_training(part: str, train: TrainConfig) -> None:
-    for name in ("steps", "checkpoint_every_steps", "keep_every_steps", "weight_decay", "clip_norm", "epochs"):
-        at_least(f"{part}.{name}", getattr(train, name), 0)
-    at_least(f"{part}.log_every_steps", train.log_every_steps, 1)
-    at_least(f"{part}.keep_checkpoints", train.keep_checkpoints, 1)
-    at_least(f"{part}.batch_size", train.batch_size, 1)
-    at_least(f"{part}.accumulation_steps", train.accumulation_steps, 1)
     if train.batch_size % train.accumulation_steps:
         raise ConfigError(
             f"{part}.accumulation_steps={train.accumulation_steps} does not divide "
@@ -185,13 +230,6 @@ def check_training(part: str, train: TrainConfig) -> None:
         )
     for name in ("param_dtype", "moment_dtype"):
         one_of(f"{part}.{name}", getattr(train, name), DTYPES)
-    for name in ("warmup_frac", "end_learning_rate_frac", "b1", "b2"):
-        value = getattr(train, name)
-        if not 0 <= value <= 1:
-            raise ConfigError(f"{part}.{name}={value}: 0 to 1 is accepted")
-    for name in ("learning_rate", "eps"):
-        if not 0 < getattr(train, name) < math.inf:
-            raise ConfigError(f"{part}.{name}={getattr(train, name)}: a number above 0 is accepted")
 
 
 def profile_steps(text: str, num_steps: int) -> tuple[int, int]:
@@ -201,7 +239,7 @@ def profile_steps(text: str, num_steps: int) -> tuple[int, int]:
       ConfigError: it is no range, or no range of the run's steps.
     """
     first, colon, last = text.partition(":")
-    numbers = [int(part) for part in (first, last) if part.isascii() and part.isdigit()]
+    numbers = [int(part) for part in (first, last) if part.isascii() and part.isdigit() and len(part) <= 10]
     most = num_steps or math.inf
     if not colon or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1] <= most:
         of = f", of the run's {num_steps} steps" if num_steps else ""
@@ -214,6 +252,14 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}={value!r}: one of {', '.join(choices)} is accepted")
 
 
-def at_least(name: str, value: float, least: float) -> None:
-    if not least <= value < math.inf:
-        raise ConfigError(f"{name}={value}: a finite number of at least {least} is accepted")
+def within(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        low = "above 0" if least == ABOVE_0 else f"of at least {least}"
+        raise ConfigError(f"{name}={value}: a finite number {low} and at most {most:,} is accepted")
+
+
+def _values(run: RunConfig, key: str) -> list[tuple[str, object]]:
+    """(name for people, value) of a field, and of a dict one for each key."""
+    section, _, name = key.partition(".")
+    value = getattr(getattr(run, section), name)
+    return [(f"{key}[{inner!r}]", one) for inner, one in value.items()] if isinstance(value, dict) else [(key, value)]

@@ -81,6 +81,11 @@ def later(default):
     return field(default=default, metadata={"later": True})
 
 
+def path():
+    """A field that is a path, "" where there is none; `config_file` puts the home folder in place of ~."""
+    return field(default="", metadata={"path": True})
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     """How many devices each mesh axis has; -1 on one axis takes what is left.
@@ -98,10 +103,10 @@ class MeshConfig:
 class ModelConfig:
     name: str = "llava15_tiny"
     # Checkpoint of the base: a converted (Orbax) or released (HF) directory; "" means random weights.
-    checkpoint: str = ""
+    checkpoint: str = path()
     # Tokenizer directory, tokenizer.json or tokenizer.model; "" takes the one beside the checkpoint's weights, and for a
     # tiny model without one the small one kept in the package.
-    tokenizer: str = ""
+    tokenizer: str = path()
     compute_dtype: str = "float32"
     # Products of the decoder's weights in 8 bits, by qwix: of `MATMUL` (`nn.matmul`); "": in `compute_dtype`.
     matmul: str = ""
@@ -136,7 +141,7 @@ class ModelConfig:
 class DataConfig:
     source: str = "phantom"
     # Folder of a Med-MAT tree ("release"), or what `medcg data prepare` wrote ("prepared").
-    root: str = ""
+    root: str = path()
     seed: int = 0
     # Text tokens a training row may have, beside the image's; a longer record is an error, never cut.
     max_text_tokens: int = 48
@@ -162,7 +167,7 @@ class DataConfig:
     # are not in the release: `general_records` is a JSON list of four-option records with the release's keys, whose
     # images are relative to its folder ("": none).
     imagewikiqa_share: float = 0.0
-    general_records: str = ""
+    general_records: str = path()
     # Subset -> weight of its records in a batch; empty: every record once an epoch.
     subset_weights: dict[str, float] = field(default_factory=dict)
     # What an image, and the square it is padded to, may have; a larger one is refused from its header.
@@ -251,7 +256,7 @@ class StudyConfig:
     # Cells trained at once in one program; 0: as many as fit the memory of the devices (`scale.cells.fitting_cells`).
     cells_at_once: int = free(1)
     # Where bases are kept between grids, by the fingerprint of what made them; "": in `bases` beside the workdir.
-    base_dir: str = free("")
+    base_dir: str = field(default="", metadata={"free": True, "path": True})
     # Keep each cell's trained parameters (else only its scores).
     keep_weights: bool = False
     # What is done about a training record whose image or patient (`Record.group`) is in a target's test set, and about

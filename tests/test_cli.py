@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from medcg_jax.cli import main
+from medcg_jax.cli import main, parse
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = [
@@ -131,7 +131,7 @@ AS_FIT = ("reproduce", "--config=configs/phantom.py:tiny", "--config.study.cells
 
 
 def test_as_many_cells_as_fit(monkeypatch, capsys, tmp_path):
-    from medcg_jax.scale import cells
+    from medcg_jax.scale import cells, plan_programs
     from medcg_jax.study import grid
 
     seen = []
@@ -139,7 +139,7 @@ def test_as_many_cells_as_fit(monkeypatch, capsys, tmp_path):
     args = [*AS_FIT, f"--workdir={tmp_path}/w"]
     for fitting, status in ((6, 0), (0, 3)):
         found = cells.Fit(fitting, {2: 1e9, 6: 3e9}, 4e9)
-        monkeypatch.setattr(cells, "fitting_run", lambda run, where, num_groups, found=found: found)
+        monkeypatch.setattr(plan_programs, "fitting_run", lambda run, where, num_groups, found=found: found)
         assert main(args) == status
     assert seen == [6] and "6 cells fit local in 1 groups" in capsys.readouterr().out
     assert main([*args, "--config.study.models=('llava15_tiny', 'qwen2_vl_tiny')"]) == 2
@@ -150,3 +150,51 @@ def test_without_a_known_memory_nothing_is_guessed(capsys, tmp_path):
     args = [*AS_FIT, f"--workdir={tmp_path}/w"]
     assert main(args) == 2
     assert "memory of cpu is not known" in capsys.readouterr().err and not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "--config=configs/phantom.py:tiny", "--workdir=~nosuch/x"],
+        ["train", "--config=~nosuch/x.py"],
+        ["train", "--config=configs/phantom.py:tiny", "--json", "~nosuch/x.json"],
+        ["train", "--config=configs/phantom.py:tiny", "--config.model.checkpoint=~nosuch/x"],
+        ["convert", "~nosuch/a", "b"],
+        ["convert", "a", "b", "--clip=~nosuch/c"],
+        ["report", "a", "~nosuch/b"],
+        ["report", "a", "b", "--out=~nosuch/b"],
+        ["data", "check", "~nosuch/tree"],
+    ],
+)
+def test_a_home_folder_that_is_not_there_is_refused(argv, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    assert main(argv) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "no home folder is known for ~nosuch" in line
+    assert not Path("~nosuch").exists()
+
+
+def test_paths_start_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = parse(["report", "~/a", "~/b", "c", "--out=~/d", "--json=~/e"])
+    assert (args.dir, args.other, args.out) == (f"{tmp_path}/a", [f"{tmp_path}/b", "c"], f"{tmp_path}/d")
+    assert args.json == f"{tmp_path}/e"
+
+
+def test_without_a_home_folder_no_programs_are_kept(monkeypatch, capsys):
+    from medcg_jax.train import log
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    kept = []
+    monkeypatch.setattr(log.Path, "home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(log, "enable_cache", kept.append)
+    monkeypatch.setattr(log, "jax", type("Jax", (), {"config": type("Config", (), {"jax_compilation_cache_dir": None})}))
+    log.keep_programs()
+    [line] = capsys.readouterr().err.splitlines()
+    assert "no home folder" in line and not kept
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    log.keep_programs()
+    assert kept == [Path("/caches/medcg_jax/xla")]

@@ -1,16 +1,18 @@
 """Config files and overrides: what is accepted, and the one line that refuses the rest."""
 
 import dataclasses
+import functools
 import math
+import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medcg_jax.config_file import from_config_dict, load, to_config_dict
-from medcg_jax.run_checks import check
-from medcg_jax.run_config import ConfigError, RunConfig, TrainConfig, replace
+from medcg_jax.config_file import from_config_dict, load, to_config_dict, with_flags
+from medcg_jax.run_checks import BOUNDS, ONCE, check
+from medcg_jax.run_config import ConfigError, RunConfig, TrainConfig, marked, replace
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 FILE = str(Path(__file__).parents[1] / "configs" / "llava15_7b.py")
@@ -116,6 +118,80 @@ def test_no_number_passes_the_checks_unless_training_could_use_it(name, value):
     except ConfigError:
         return
     assert name == "seed" or 0 <= value < math.inf
+
+
+def numeric_fields(cls=RunConfig, prefix="") -> list[str]:
+    names = []
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            names += numeric_fields(field.type, f"{prefix}{field.name}.")
+        elif {int, float} & {field.type, *(arg for arg in getattr(field.type, "__args__", ()) if arg is not ...)}:
+            names.append(prefix + field.name)
+    return names
+
+
+def test_every_field_of_numbers_has_bounds():
+    assert set(numeric_fields()) == set(BOUNDS)
+
+
+HUGE = ("99999999999999999999", "-1", "-7", "-99999999999999999999", "1e400", "1e300", "float('nan')", "nan", "1e-400", "9" * 5000,
+        "(" * 5000, "[[1]]", "2147483648", "0", "None", "True", "'1'", "{'a': 1e400}", "{'pairs': -3.0}", "(1, 10**3)",
+        "(1, 99999999999999999999)", "1e400,2", "\x00", "3" * 400)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(numeric_fields()), st.sampled_from(HUGE) | st.integers().map(str) | st.floats().map(str))
+def test_a_number_is_within_its_bounds_or_refused_in_one_line(key, text):
+    try:
+        run = with_flags(RunConfig(), {key: text})
+    except ConfigError as error:
+        assert "\n" not in str(error) and key in str(error) or "does not divide" in str(error) or "rising" in str(error)
+        assert len(str(error)) < 700
+        return
+    value = functools.reduce(getattr, key.split("."), run)
+    least, most = BOUNDS[key]
+    for number in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]:
+        assert least <= number <= most and most < 2**31 or isinstance(number, float)
+
+
+@pytest.mark.parametrize("key", ONCE)
+def test_what_makes_sense_once_is_accepted_once(key):
+    value = {"study.seeds": "(1,1)", "study.targets_of": "{'pairs': ['04', '04']}", "model.lora_targets": "q,v,q",
+             "model.trainable": "decoder,decoder", "study.tables": "pairs,pairs",
+             "study.models": "llava15_tiny,llava15_tiny"}.get(key, "a,a")  # fmt: skip
+    with pytest.raises(ConfigError, match=f"{key}.* twice"):
+        load(FILE, {key: value})
+
+
+def test_a_path_starts_in_the_home_folder_and_nowhere_else(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = ("model.checkpoint", "model.tokenizer", "data.root", "data.general_records", "study.base_dir")
+    assert marked("path") == set(paths)
+    run = load(FILE, {key: "~/x/~y" for key in paths})
+    assert {functools.reduce(getattr, key.split("."), run) for key in paths} == {f"{tmp_path}/x/~y"}
+    for key in paths:
+        with pytest.raises(ConfigError, match=f"config.{key}=~nosuch/x: no home folder is known for ~nosuch"):
+            load(FILE, {key: "~nosuch/x"})
+
+
+def test_files_of_the_same_name_in_two_folders_are_two(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "shared_parts").mkdir(parents=True)
+        (tmp_path / name / "shared_parts" / "__init__.py").write_text("")
+        (tmp_path / name / "shared_parts" / "lr.py").write_text(f"NAME = {name!r}")
+        (tmp_path / name / "shared_base.py").write_text(
+            f"from medcg_jax.run_config import RunConfig\nRUN = RunConfig(name={name!r})"
+        )
+        (tmp_path / name / "shared_top.py").write_text(
+            "import shared_base\nfrom medcg_jax.config_file import to_config_dict\n"
+            "def get_config():\n    from shared_parts import lr\n    assert lr.NAME == shared_base.RUN.name\n"
+            "    return to_config_dict(shared_base.RUN)"
+        )
+    before = set(sys.modules)
+    for name in ("a", "b", "a"):
+        assert load(str(tmp_path / name / "shared_top.py")).name == name
+    assert not {"shared_base", "shared_parts", "shared_parts.lr"} & set(sys.modules)
+    assert "medcg_jax.run_config" in before <= set(sys.modules)
 
 
 def test_targets_of_single_tables_are_read_and_checked():

@@ -44,3 +44,27 @@ def test_a_machine_that_may_have_an_accelerator_is_left_alone(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setattr(host, "find_spec", lambda name: name == "libtpu" or None)
     assert not host.keep_freed_memory()
+
+
+def test_a_process_ends_with_its_status_and_before_python_takes_itself_down():
+    program = """
+import atexit, sys
+from medcg_jax.host import run_process
+
+class Late:
+    def __del__(self):
+        print("taken down")
+
+def main():
+    atexit.register(print, "what libraries do at an exit")
+    sys.late = Late()
+    print("done")
+    {ending}
+
+run_process(main)
+"""
+    for ending, status in (("return 75", 75), ("raise SystemExit(0)", 0), ("raise ValueError('a bug')", 1)):
+        command = [sys.executable, "-S", "-c", program.format(ending=ending)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (status, "done\nwhat libraries do at an exit\n")
+        assert ("ValueError: a bug" in done.stderr) == (status == 1)

@@ -20,7 +20,7 @@ SHARED = BASICS | {"distributed"}
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "axes": set(),
-    "files": set(),
+    "files": {"run_config"},
     "untrusted": {"run_config"},
     "run_config": {"axes"},
     "run_checks": {"run_config"},
@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": {"cluster", "meeting", "run_config"},
     "witness": set(),
     "xla_flags": set(),
-    "config_file": {"run_config", "run_checks"},
+    "config_file": {"files", "run_config", "run_checks"},
     "agreement": SHARED | {"data"},
     "mesh": SHARED,
     "nn": SHARED,

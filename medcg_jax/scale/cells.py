@@ -231,19 +231,6 @@ def _peak(compile_cells: Callable[[int], jax.stages.Compiled], num_cells: int) -
     return peak
 
 
-def fitting_run(run: RunConfig, where: str, *, num_groups: int, margin: float = MARGIN, most: int = 64) -> Fit:
-    """`fitting_cells` of a run's own step on a topology (or "local"), with that device's memory."""
-    config = bench.architecture(run.model)
-    mesh = make_mesh(dataclasses.replace(run.mesh, cell=num_groups), topology.get_devices(where))
-    batch = example_batch(run, config, mesh)
-    limit = topology.memory_bytes(mesh.devices.flat[0])
-
-    def compile_cells(num_cells: int) -> jax.stages.Compiled:
-        return compile_step(run, config, mesh, batch, num_cells=num_cells)[0]
-
-    return fitting_cells(compile_cells, num_groups=num_groups, limit_bytes=limit, margin=margin, most=most)
-
-
 # ------------------------------------------------------------------ the command
 
 
@@ -271,6 +258,8 @@ def main(argv: list[str] | None = None) -> int:
             good = not found["cells"]["crossing"]
             print_compared(found)
         else:
+            from medcg_jax.scale.plan_programs import fitting_run  # which knows every family, and imports this module
+
             fit = fitting_run(run, args.topology, num_groups=groups)
             found = {"topology": args.topology, "num_groups": groups} | dataclasses.asdict(fit)
             good = fit.num_cells > 0

@@ -21,7 +21,7 @@ from medcg_jax.data.encoding import Encoded
 from medcg_jax.data.phantom import PhantomSource
 from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.eval.run import make_evaluator
-from medcg_jax.mesh import batch_sharding, check_batch
+from medcg_jax.mesh import batch_sharding, check_batch, make_mesh
 from medcg_jax.models import build
 from medcg_jax.run_config import (
     BOX_TABLES,
@@ -198,6 +198,24 @@ def compile_tests(subject: Subject) -> Made:
             return evaluator.jitted.lower(subject.params(), batch).compile(options)
 
     return _made("the program of tests", options, build_it)
+
+
+def fitting_run(run: RunConfig, where: str, *, num_groups: int, most: int = 64) -> cells.Fit:
+    """`cells.fitting_cells` of a run's own training step on a topology (or "local"), with that device's memory.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices or the batch, or the memory of the devices is not known.
+    """
+    mesh = make_mesh(replace(run, mesh__cell=num_groups).mesh, topology.get_devices(where))
+    limit = topology.memory_bytes(mesh.devices.flat[0])
+    options = topology.compiler_options(mesh.devices.flat[0])
+
+    def compile_cells(num_cells: int) -> jax.stages.Compiled:
+        subject = make_subject(replace(run, study__cells_at_once=num_cells), mesh)
+        batch = batch_of(train_rows(subject.setup), run.train.batch_size)
+        return subject.program.compile(subject.trainable, subject.frozen, batch, options)[1]
+
+    return cells.fitting_cells(compile_cells, num_groups=num_groups, limit_bytes=limit, most=most)
 
 
 def _made(what: str, options: dict, build_it: Callable[[], jax.stages.Compiled]) -> Made:

@@ -17,7 +17,7 @@ import jax
 from medcg_jax.config_file import from_config_dict
 from medcg_jax.data.records import DataError
 from medcg_jax.distributed import broadcast
-from medcg_jax.host import keep_freed_memory
+from medcg_jax.host import keep_freed_memory, run_process
 from medcg_jax.run_config import ConfigError, Interrupted, RunConfig, RunError
 from medcg_jax.study import claims, results
 from medcg_jax.study.bases import Bases
@@ -194,4 +194,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_process(lambda: main(sys.argv[1:]))

@@ -25,6 +25,7 @@ from medcg_jax.untrusted import FileError, check_number, read_json, shown
 
 KINDS = ("productive", "compile", "input", "checkpoint", "restart", "evaluation", "other")
 WRITE_EVERY_S = 5.0
+END_WAIT_S = 2.0
 FILE = "goodput.json"
 MAX_GOODPUT_BYTES = 2**26
 
@@ -89,6 +90,8 @@ class Goodput:
             self._write()
         if self._watch is not None:
             self._handed.put(None)
+            # So that it is in no code of JAX's when the process ends; not for steps that never end.
+            self._watch.join(END_WAIT_S)
             self._watch = None
 
     @contextmanager

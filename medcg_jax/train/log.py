@@ -156,9 +156,22 @@ class CompileMonitor:
 
 
 def keep_programs() -> None:
-    """Keeps compiled programs for later starts and other runs, where JAX_COMPILATION_CACHE_DIR says or in ~/.cache."""
-    if not jax.config.jax_compilation_cache_dir:
-        enable_cache(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medcg_jax" / "xla")
+    """Keeps compiled programs for later starts and other runs, where JAX_COMPILATION_CACHE_DIR says or in ~/.cache.
+
+    Without a home folder (a container with a user of its own) they are not kept, which is said.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        return
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        print(
+            "medcg: this user has no home folder, so compiled programs are not kept; JAX_COMPILATION_CACHE_DIR=FOLDER "
+            "keeps them",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        return
+    enable_cache(caches / "medcg_jax" / "xla")
 
 
 def enable_cache(directory: Path) -> None:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from medcg_jax.run_config import TrainConfig
+from medcg_jax.run_checks import MOST_STEPS
+from medcg_jax.run_config import ConfigError, TrainConfig
 from medcg_jax.train.rounding import widen
 
 Control = dict[str, jax.Array | np.ndarray]
@@ -83,14 +84,19 @@ def num_steps(config: TrainConfig, num_records: int) -> int:
     """Updates of a run: `config.steps`, or as many batches as `config.epochs` passes over the records need.
 
     Raises:
-      ValueError: neither steps nor epochs, or no records.
+      ConfigError: neither steps nor epochs, no records, or more updates than can be counted.
     """
     if config.steps:
         return config.steps
     if config.epochs <= 0 or num_records <= 0:
-        raise ValueError(f"epochs={config.epochs} over {num_records} records with steps=0: there is nothing to train")
+        raise ConfigError(f"epochs={config.epochs} over {num_records} records with steps=0: there is nothing to train")
     # Rounded first, so that 0.1 of 3,200 records is 10 batches of 32 and no 11.
-    return max(1, math.ceil(round(config.epochs * num_records / config.batch_size, 6)))
+    steps = max(1, math.ceil(round(config.epochs * num_records / config.batch_size, 6)))
+    if steps > MOST_STEPS:
+        raise ConfigError(
+            f"epochs={config.epochs} over {num_records:,} records are {steps:,} steps; at most {MOST_STEPS:,} are accepted"
+        )
+    return steps
 
 
 def control_from(config: TrainConfig, num_records: int) -> Control:

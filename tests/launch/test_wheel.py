@@ -38,7 +38,7 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel):
     wanted |= {f"medcg_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     assert not wanted - packed
     entries = next(name for name in packed if name.endswith("entry_points.txt"))
-    assert b"medcg = medcg_jax.cli:main" in zipfile.ZipFile(wheel).read(entries)
+    assert b"medcg = medcg_jax.cli:run" in zipfile.ZipFile(wheel).read(entries)
 
 
 def test_the_wheel_finds_its_configs_away_from_the_checkout(wheel, tmp_path):

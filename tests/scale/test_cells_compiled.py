@@ -10,8 +10,10 @@ import pytest
 
 from medcg_jax.mesh import make_mesh
 from medcg_jax.models.llava import llava15_tiny
-from medcg_jax.run_config import ConfigError, DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
-from medcg_jax.scale import bench, cells, topology
+from medcg_jax.run_config import ConfigError, DataConfig, EvalConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from medcg_jax.scale import bench, cells, plan_programs, topology
+
+MAKE_PROGRAM = cells.make_program
 
 RUN = RunConfig(
     mesh=MeshConfig(data=1, fsdp=-1),
@@ -167,6 +169,34 @@ def test_searching_finds_what_trying_all_finds(peaks, limit):
     found = fit(compiled_of(peaks), limit, most=40)
     assert found.num_cells == max(fitting, default=0)
     assert len(found.peaks) <= 8
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [("llava15_tiny", "token_loss"), ("qwen2_vl_tiny", "token_loss"), ("llama32_vision_tiny", "token_loss"),
+     ("minigpt_v2_tiny", "token_loss"), ("next_chat_tiny", "box_loss")],
+)  # fmt: skip
+def test_as_many_of_every_family_fit_as_its_own_step_says(monkeypatch, name, loss):
+    """The search itself, of the step that the family's grid runs: its rows, its parameters and its loss."""
+    losses = []
+
+    def make_program(*args, loss_fn, **rest):
+        losses.append(loss_fn.__name__)
+        return MAKE_PROGRAM(*args, loss_fn=loss_fn, **rest)
+
+    monkeypatch.setattr(cells, "make_program", make_program)
+    monkeypatch.setattr(topology, "memory_bytes", lambda device: 1e12)
+    monkeypatch.setattr(topology, "get_devices", lambda where: jax.devices()[:1])  # quicker to compile for
+    run = RunConfig(
+        model=ModelConfig(name=name, scan_unroll=1), train=TrainConfig(batch_size=1),
+        eval=EvalConfig(batch_size=1), data=DataConfig(max_text_tokens=64, max_target_tokens=4),
+    )  # fmt: skip
+    with plan_programs.effort(False):
+        found = plan_programs.fitting_run(run, "local", num_groups=1, most=1)
+    assert losses == [loss] and found.num_cells == 1
+    # More than what is trained and its two moments.
+    subject = plan_programs.make_subject(run, make_mesh(run.mesh, jax.devices()[:1]))
+    assert 3 * sum(x.size * 4 for x in jax.tree.leaves(subject.trainable)) < found.peaks[1] < 1e12
 
 
 def test_what_is_no_question_of_memory_is_an_error():

@@ -1,18 +1,28 @@
-"""Files of a grid's workdir that something else has written over: one line that names the file, or as if not there."""
+"""Files of a grid's workdir that something else has written over: one line that names the file, or as if not there.
+
+And with which other values of its configuration a grid goes on.
+"""
 
 import dataclasses
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 from report_grids import run_of
 
-from medcg_jax.run_config import ConfigError
-from medcg_jax.study import results
+from medcg_jax.config_file import load
+from medcg_jax.run_config import ConfigError, free_fields, replace
+from medcg_jax.study import grid, results
+from medcg_jax.study.bases import made_of
 from medcg_jax.study.worker import read_config
 from medcg_jax.train import goodput
 from medcg_jax.train.checkpoint import META_FILE, read_meta
 from medcg_jax.train.log import read_metrics
+from medcg_jax.train.run import identity
 from medcg_jax.untrusted import FileError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def recorded() -> dict:
@@ -96,3 +106,32 @@ def test_a_meta_that_is_no_object_is_none(tmp_path):
     for text in ("", "[]", "3", "\xff"):
         (tmp_path / META_FILE).write_text(text, encoding="latin-1")
         assert read_meta(tmp_path) is None
+
+
+# ------------------------------------------------------------------ with which values a grid goes on
+
+
+def test_a_grid_goes_on_with_other_values_of_what_changes_no_result(tmp_path):
+    run = run_of()
+    others = {
+        "name": "other", "mesh.cell": 2, "mesh.data": 4, "mesh.fsdp": 2, "mesh.tensor": 2, "model.attention": "plain",
+        "model.remat": "full", "model.scan_unroll": 1, "study.jobs": 3, "study.base_dir": "/b", "study.cells_at_once": 4,
+        "log.tensorboard": False, "log.wandb": "w", "log.profile_steps": "1:2",
+    } | {f"{part}.{name}": 7 for part in ("base", "train")
+         for name in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "keep_every_steps")}  # fmt: skip
+    assert free_fields() == set(others)
+    changed = replace(run, **{key.replace(".", "__"): value for key, value in others.items()})
+    old = recorded()
+    grid.check_same(old, old | {"config": json.loads(json.dumps(dataclasses.asdict(changed)))}, tmp_path)
+    assert identity(changed) == identity(run) and made_of(changed) == made_of(run)
+    for key, value in (("model__compute_dtype", "bfloat16"), ("train__learning_rate", 1.0), ("data__seed", 3)):
+        other = replace(run, **{key: value})
+        with pytest.raises(ConfigError, match=key.replace("__", ".")):
+            grid.check_same(old, old | {"config": json.loads(json.dumps(dataclasses.asdict(other)))}, tmp_path)
+        assert identity(other) != identity(run)
+
+
+def test_bases_that_are_there_keep_their_names():
+    """Of everything in the fingerprint but the digests of modules and the tokenizer, which move when these do."""
+    parts = made_of(load(str(CONFIGS / "phantom.py") + ":tiny")) | {"data": "", "tokenizer": ""}
+    assert hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16] == "03f910e3489f247b"
