@@ -246,13 +246,15 @@ def _lines(path: Path, wanted: int) -> list[str]:
 class _Line(NamedTuple):
     """One line of a .jsonl: its record, what the shard's record begins with, and (height, width) of the pixels there.
 
-    digest: sha256 of the file that the image was read from.
+    digest: sha256 of the file that the image was read from. pixels: of its decoded pixels, before they were laid out;
+      b"" where none was kept.
     """
 
     record: Record
     head: bytes
     shape: tuple[int, int]
     digest: bytes
+    pixels: bytes
 
 
 def _read_line(text: str, where: str, subset: str) -> _Line:
@@ -273,7 +275,8 @@ def _read_line(text: str, where: str, subset: str) -> _Line:
             boxes=tuple(Box(label, *map(float, corners)) for label, *corners in line["boxes"]),
             size_px=_size(line["size_px"]),
         )
-        found = _Line(record, f"{text}\n".encode(), _size(line["shape"]), bytes.fromhex(line["sha256"]))
+        digests = (bytes.fromhex(line.get(key, "")) for key in ("sha256", "pixels"))
+        found = _Line(record, f"{text}\n".encode(), _size(line["shape"]), *digests)
         texts = [*(getattr(record, key) for key in _TEXTS), *record.options, *(box.label for box in record.boxes)]
         texts += [text for turn in record.turns for text in (turn.question, turn.answer)]
         is_right = all(isinstance(text, str) for text in texts) and record.subset == subset
@@ -328,7 +331,7 @@ class _ShardImages(Sequence):
 
     def pixel_digest(self, index: int) -> bytes:
         """sha256 of that file's decoded pixels, before they were laid out; b"" where none was kept."""
-        return bytes.fromhex(self._lines[index].get("pixels", ""))
+        return self._lines[index].pixels
 
     @functools.cached_property
     def _source(self):
