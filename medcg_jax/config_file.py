@@ -67,7 +67,7 @@ def check_recorded(config: Mapping, file: str | Path) -> None:
     for section, cls in (("", RunConfig), *_sections()):
         place = config.get(section, {}) if section else config
         if not isinstance(place, Mapping):
-            raise ConfigError(f"{file}: config.{section}={place!r}: an object is accepted")
+            raise ConfigError(f"{file}: config.{section}={short(place)}: an object is accepted")
         for name, kind in typing.get_type_hints(cls).items():
             if name in place and not dataclasses.is_dataclass(kind):
                 try:
@@ -213,7 +213,13 @@ def checked(value, kind: type, key: str):
         return float(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"config.{key}={value!r}: {accepts(kind)} is accepted")
+    raise ConfigError(f"config.{key}={short(value)}: {accepts(kind)} is accepted")
+
+
+def short(value, limit: int = 200) -> str:
+    """A value for a message, at most `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def accepts(kind: type) -> str:

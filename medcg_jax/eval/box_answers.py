@@ -55,9 +55,8 @@ def read_answers(path: Path) -> list[BoxAnswer]:
     asked: dict[tuple[str, str, str], int] = {}
     for number, line in json_lines(path, max_bytes=MAX_ANSWER_BYTES):
         name = f"{path}, line {number}"
-        for key in ("id", "subset", "label"):
-            check_text(line, key, name)
-        check_text(line, "generated", name, empty=True)
+        for key in ("id", "subset", "label", "generated"):
+            check_text(line, key, name, empty=key in ("label", "generated"))
         if line.get("dice") is not None:
             check_number(line["dice"], f"{name}: dice", least=0, most=1)
         predicted = line.get("predicted")

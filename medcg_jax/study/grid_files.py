@@ -306,7 +306,7 @@ def check_boxes(workdir: Path, known: Mapping[str, Mapping]) -> dict[str, set[st
         for key, value in zip(names, wanted or [None] * len(names), strict=True):
             if not _same(row[key], value):
                 raise FileError(
-                    f"{path}, target {shown(target)}: {key}={row[key]}; {workdir / 'boxes' / cell}.jsonl gives "
+                    f"{path}, target {shown(target)}: {key}={str(row[key])[:20]}; {workdir / 'boxes' / cell}.jsonl gives "
                     f"{'no answer' if wanted is None else value}: put back the one that was edited or cut "
                     "(`medcg reproduce` writes boxes.csv)"
                 )

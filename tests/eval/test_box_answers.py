@@ -13,12 +13,12 @@ number = st.floats(-1e4, 1e4)
 box = st.tuples(number, number, number, number).map(lambda b: rounded(np.array([b]))[0])
 answers = st.builds(
     BoxAnswer,
-    st.text(min_size=1), st.text(), st.text(), st.lists(box, min_size=1, max_size=3).map(tuple),
+    st.text(min_size=1), st.text(min_size=1), st.text(), st.lists(box, min_size=1, max_size=3).map(tuple),
     st.none() | st.lists(box, max_size=3).map(tuple), st.text(), st.none() | st.floats(0, 1),
 )  # fmt: skip
 
 
-@given(st.lists(answers, max_size=4))
+@given(st.lists(answers, max_size=4, unique_by=lambda one: (one.id, one.subset, one.label)))
 @settings(deadline=None)
 def test_the_file_gives_back_what_was_written(tmp_path_factory, found):
     path = tmp_path_factory.mktemp("boxes") / "cell.jsonl"

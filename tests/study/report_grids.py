@@ -109,6 +109,16 @@ def write_predictions(workdir, cell: suite.Cell, source, skill: float, options_t
     return scored
 
 
+def score_again(workdir: Path) -> None:
+    """Writes results.csv anew from predictions that a test has changed."""
+    with open(workdir / "results.csv", newline="", encoding="utf-8") as file:
+        _, *rows = csv.reader(file)
+    for row in rows:
+        n, correct = results.scores(workdir / "predictions" / f"{row[0]}.jsonl")[row[5]]
+        row[6:] = [n, correct, *(f"{x:.6f}" for x in (correct / n, *stats.wilson(correct, n)))]
+    write_csv(workdir / "results.csv", RESULTS, rows)
+
+
 def write_metrics(workdir, cell: suite.Cell, steps: int) -> None:
     if not steps:
         return

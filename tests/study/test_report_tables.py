@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import re
+import shutil
 from collections import defaultdict
 
 import pytest
@@ -12,10 +13,11 @@ from report_grids import CELLS, RESULTS, make_grid, run_of, write_csv
 from medcg_jax.run_config import TABLES
 from medcg_jax.study import mat, stats
 from medcg_jax.study.report import write_report
+from medcg_jax.study.report_escape import latex
 from medcg_jax.study.report_files import Grid
 from medcg_jax.study.report_published import context, published
 from medcg_jax.study.report_samples import letters_table
-from medcg_jax.study.report_tables import Column, Table, Tables, latex
+from medcg_jax.study.report_tables import Column, Table, Tables
 
 TARGETS = ("mri-brain-state", "endoscopy-lung-grade")
 
@@ -143,7 +145,6 @@ def released(workdir, source="release"):
         data__source=source, model__name="llava15_7b", study__seeds=(0, 1), study__tables=("pairs", "multi_task")
     )
     (workdir / "predictions").mkdir(parents=True)
-    (workdir / "config.json").write_text(json.dumps({"config": dataclasses.asdict(run), "versions": {}, "data": {}}))
     cells, results = [], []
     rows = [
         ("pairs", "fixed_task/32/t3r20", "32", {"baseline": 5, "baseline_plus": 4, "trained": 9}),
@@ -164,6 +165,8 @@ def released(workdir, source="release"):
                     for i in range(10)
                 ]  # fmt: skip
                 (workdir / "predictions" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    config = {"config": dataclasses.asdict(run), "versions": {}, "data": {}, "cells": len(cells)}
+    (workdir / "config.json").write_text(json.dumps(config))
     write_csv(workdir / "cells.csv", CELLS, cells)
     write_csv(workdir / "results.csv", RESULTS, results)
     return workdir
@@ -219,5 +222,6 @@ def test_phantoms_read_from_files_are_still_phantoms(made, tmp_path):
     for name in ("cells.csv", "results.csv"):
         (tmp_path / name).write_text((workdir / name).read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copytree(workdir / "predictions", tmp_path / "predictions")
     grid = Grid(tmp_path)
     assert grid.of_phantoms and not grid.is_phantom and published(grid, {}) == []

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from report_grids import make_grid, run_of, skill_of
+from report_grids import make_grid, run_of, score_again, skill_of
 
 from medcg_jax.study import stats
 from medcg_jax.study.report_files import Grid
@@ -114,6 +114,7 @@ def test_one_letter_for_all_and_worse_than_chance_are_said(tmp_path):
     assert said.startswith("4 of 4 accuracies of Baseline+ (pairs) lie below chance")
     for path in (workdir / "predictions").glob("*.trained.s0.jsonl"):
         path.write_text(re.sub(r'"predicted": "."', '"predicted": "A"', path.read_text()))
+    score_again(workdir)
     (said,) = letter_habits(Grid(workdir))
     assert said.startswith("One letter makes up more than 90 % of all answers of Trained (pairs)")
 

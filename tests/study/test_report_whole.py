@@ -31,7 +31,7 @@ def grid(tmp_path_factory):
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
-        ('{"id": "x", "sub', "line 1 column 12"),
+        ('{"id": "x", "sub', "line 1 column 13"),
         ('{"id": "x"}', "subset is missing: text is accepted"),
         ("7", "holds a number; an object is accepted"),
     ],
