@@ -2,8 +2,8 @@
 
 Near-duplicates are images saved again (JPEG, another format), resized, or a little brighter, darker or of other
 contrast, and such of them as are mirrored, turned by quarters or inverted besides. Not covered: turns by other angles,
-crops of more than about 1 %, frames around an image. Of one patient, frames a moment apart and adjacent slices are often
-found too.
+crops of more than about 1 %, frames around an image. Of one patient, frames a moment apart and adjacent slices are
+often found too.
 """
 
 from __future__ import annotations

@@ -459,11 +459,12 @@ def lut(entries: np.ndarray, bits: int, first: int = 0) -> Dataset:
 def test_a_voi_lut_without_a_table_is_none(items):
     window = dict(WindowCenter=1000, WindowWidth=2000)
     found, how = read_image(dicom_bytes(RAMP, VOILUTSequence=items, **window), MANY)
-    assert how == "DICOM window 1000/2000 of the file" and (found == load_image(dicom_bytes(RAMP, **window), MANY)).all()
+    assert how == "DICOM window 1000/2000 of the file"
+    assert (found == load_image(dicom_bytes(RAMP, **window), MANY)).all()
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-@pytest.mark.parametrize("declared, said", [(16, " (entries of 12 bits, 16 declared)"), (12, ""), (8, " (entries of 12")])
+@pytest.mark.parametrize("declared, said", [(16, " (entries of 12 bits, 16 declared)"), (12, ""), (8, " (entries")])
 def test_a_voi_lut_has_the_bits_of_its_entries(photometric, declared, said):
     content = dicom_bytes(
         DEEP, bits=12, VOILUTSequence=[lut(np.arange(4096), declared)], PhotometricInterpretation=photometric
