@@ -47,7 +47,8 @@ def test_greys_of_a_sixteenth_of_their_range_are_warned_of(tree, tmp_path, capsy
     for number in (1, 2):
         greys = np.linspace(0, 4095, 64).astype(np.uint16).reshape(8, 8) + number
         Image.fromarray(greys).save(tree / f"med-mat/a b/{number} [1]%.png")
-    warning = "warning: 2 images use less than 30% of the range that they are read by, such as 'med-mat/a b/1 [1]%.png' 6.3%"
+    warning = "warning: 2 images use less than 30% of the range that they are read by, such as "
+    warning += "'med-mat/a b/1 [1]%.png' 6.3%"
     found = tmp_path / "found.json"
     assert main(["data", "check", str(tree), f"--json={found}"]) == 0
     shown = capsys.readouterr().out

@@ -20,8 +20,8 @@ MAX_DICOM_BYTES = 2**31
 # TIFF in two, a block of a GIF in two, a header of a PPM byte by byte, an element of DICOM in two. Pixels come in
 # blocks: a PNG of 2**24 pixels of 16 bits in chunks of 8 KiB takes 50,000 reads.
 MAX_READS = 300_000
-# Groups of 3,000 frames have some 150,000 elements.
-MAX_DICOM_READS = 400_000
+# Groups of 2,000 frames have some 100,000 elements.
+MAX_DICOM_READS = 300_000
 
 
 class BoundedFile:

@@ -51,6 +51,8 @@ PLUGINS: dict[str, str] = {
 GREYS = ("MONOCHROME1", "MONOCHROME2")
 COLORS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
 MAX_INFLATED_BYTES = 2**26
+# Of one element that is read; groups of 2,000 frames have some 1 MB, of which empty items are the slowest.
+MAX_VALUE_BYTES = 2**23
 _JPEG2000_COLORS = ("YBR_RCT", "YBR_ICT")
 
 _TAGS = [
@@ -210,6 +212,8 @@ def _read_header(file: BinaryIO, max_pixels: int) -> _Header:
             raise ImageError("DICOM: floating-point pixels are not read")
         if tag == _PIXEL_DATA:
             pixels.update(start=file.tell(), length=length, pixel_vr=vr)
+        elif tag in _TAGS and _UNDEFINED != length > MAX_VALUE_BYTES:
+            raise ImageError(f"DICOM: an element of {length:,} bytes ({tag}); at most {MAX_VALUE_BYTES:,} are read")
         elif length != _UNDEFINED and file.tell() + length > size:
             raise ImageError("DICOM: cut short within the header")
         return tag == _PIXEL_DATA

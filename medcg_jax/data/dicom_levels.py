@@ -2,8 +2,9 @@
 
 All is worked out for the table of all values that may be stored, never for the pixels. Look-up tables are read here and
 not by pydicom: of those that scanners write it takes a first value or a number of entries of the wrong sign as it
-stands, a range of bits that the entries do not have, and other bytes where they are big-endian. Source: DICOM PS3.3, C.7.6.3.1.5
-(palette), C.7.6.16.2 (functional groups), C.11.1 (modality LUT), C.11.2 (VOI LUT).
+stands, a range of bits that the entries do not have, and other bytes where they are big-endian.
+
+Source: DICOM PS3.3, C.7.6.3.1.5 (palette), C.7.6.16.2 (functional groups), C.11.1 (modality LUT), C.11.2 (VOI LUT).
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def value_of(dataset: Dataset, keyword: str) -> Any:
     try:
         value = dataset.get(keyword)
         # What cannot be read as a number is left as text.
-        readable = dictionary_VR(keyword) not in _TYPES or not any(own and isinstance(own, str) for own in _several(value))
+        as_text = any(own and isinstance(own, str) for own in _several(value))
+        readable = dictionary_VR(keyword) not in _TYPES or not as_text
     except Exception:  # pydicom's message quotes the value, so that its error is not passed on
         readable = False
     if not readable:
@@ -194,7 +196,8 @@ def _voi_lut(values: np.ndarray, dataset: Dataset) -> tuple[np.ndarray, str] | N
         if shown is not None:
             every = _lookup(item, np.arange(-65536, 2 * 65536), "LUTDescriptor", "LUTData")
             bits, declared = max(8, int(every.max()).bit_length()), int(item.LUTDescriptor[2])
-            return stretch(shown, 0, 2**bits - 1), "" if bits == declared else f" (entries of {bits} bits, {declared} declared)"
+            said = "" if bits == declared else f" (entries of {bits} bits, {declared} declared)"
+            return stretch(shown, 0, 2**bits - 1), said
     return None
 
 

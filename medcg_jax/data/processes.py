@@ -1,4 +1,4 @@
-"""A function over many items in processes of their own, so that all cores work and no decoder can end or hold the run."""
+"""A function over many items in processes of their own, so that all cores work and no decoder ends or holds a run."""
 
 from __future__ import annotations
 

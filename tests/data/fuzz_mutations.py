@@ -21,6 +21,7 @@ FLOODS = {
     "dicom": (b"\x09\0\x10\x10LO\0\0", rb"\x28\0\x10\0"),
     "dicom_compressed": (b"\xfe\xff\0\xe0\0\0\0\0", b"\xfe\xff\xdd\xe0"),
 }
+FLOOD_SIZES = (3, 3, 3, 30, 30, 30, 300, 300, 3000, 3000, 3000, 3000, 30_000, 30_000, 200_000)
 EXTREMES = {1: (0, 1, 0x7F, 0x80, 0xFF), 2: (0, 1, 2, 0x7FFF, 0x8000, 0xFFFF)}
 EXTREMES[4] = (0, 1, 0xFFFF, 0x10000, 0x0FFFFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
 NUMBERS = (
@@ -47,7 +48,7 @@ def mutated(kind: str, where: str, content: bytes, random: Random) -> bytes:
         piece, before = FLOODS[kind]
         places = [m.start() for m in re.finditer(before, content, re.DOTALL)] or [len(content)]
         place = random.choice(places[:4])
-        return content[:place] + piece * random.choice((3, 3, 30, 3000, 400_000)) + content[place:]
+        return content[:place] + piece * random.choice(FLOOD_SIZES) + content[place:]
     found = bytearray(content)
     if where == "lengths":
         places = _length_fields(kind, content) or [(random.randrange(len(content) - 4), "<L")]

@@ -459,11 +459,12 @@ def lut(entries: np.ndarray, bits: int, first: int = 0) -> Dataset:
 def test_a_voi_lut_without_a_table_is_none(items):
     window = dict(WindowCenter=1000, WindowWidth=2000)
     found, how = read_image(dicom_bytes(RAMP, VOILUTSequence=items, **window), MANY)
-    assert how == "DICOM window 1000/2000 of the file" and (found == load_image(dicom_bytes(RAMP, **window), MANY)).all()
+    assert how == "DICOM window 1000/2000 of the file"
+    assert (found == load_image(dicom_bytes(RAMP, **window), MANY)).all()
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-@pytest.mark.parametrize("declared, said", [(16, " (entries of 12 bits, 16 declared)"), (12, ""), (8, " (entries of 12")])
+@pytest.mark.parametrize("declared, said", [(16, " (entries of 12 bits, 16 declared)"), (12, ""), (8, " (entries")])
 def test_a_voi_lut_has_the_bits_of_its_entries(photometric, declared, said):
     content = dicom_bytes(
         DEEP, bits=12, VOILUTSequence=[lut(np.arange(4096), declared)], PhotometricInterpretation=photometric
@@ -541,6 +542,6 @@ def test_elements_and_their_depth_are_bounded():
     place = content.index(b"\x28\x00\x02\x00US")
     many = content[:place] + b"\x09\x00\x10\x10LO\x00\x00" * 500_000 + content[place:]
     deep = content[:place] + (b"\x09\x00\x10\x10SQ\0\0\xff\xff\xff\xff" + b"\xfe\xff\x00\xe0\xff\xff\xff\xff") * 20_000
-    for bomb, said in ((many, "more than 400,000 pieces .DICOM elements"), (deep, "cannot be")):
+    for bomb, said in ((many, "more than 300,000 pieces .DICOM elements"), (deep, "cannot be")):
         with pytest.raises(ImageError, match=said):
             load_image(bomb, MANY)

@@ -103,7 +103,8 @@ def test_files_are_regular_and_bounded(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "fifo.png")
     with open(tmp_path / "big.png", "wb") as file:
         file.truncate(60 * 2**30)
-    wanted = {"fifo.png": "no regular file", "big.png": "64,424,509,440 bytes; at most 2,147,483,648", "no.png": "No such"}
+    wanted = {"fifo.png": "no regular file", "no.png": "No such"}
+    wanted["big.png"] = "64,424,509,440 bytes; at most 2,147,483,648"
     for name, said in wanted.items():
         for read in (load_image, image_size):
             with pytest.raises(ImageError, match=said):
