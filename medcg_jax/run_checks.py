@@ -28,7 +28,6 @@ from medcg_jax.run_config import (
     trains_masks,
 )
 
-
 # The longest context of a model here (Llama 3.2), in tokens.
 MOST_TOKENS = 2**17
 # Steps are counted in int32 on devices, and so are pixels of an image.
