@@ -23,6 +23,8 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 # Processor time and address space that the examination of one image may take; one of 2**24 pixels takes 2 s.
 MAX_SECONDS = 10
 MAX_BYTES = 2**32
+# Another number where files are decoded or hashed in another way: what is remembered then is not that.
+READER = 2
 
 
 @dataclass(frozen=True)
@@ -126,14 +128,14 @@ class Memory:
         with Memory(out / ".examined.jsonl", root, repr((max_pixels, reading))) as memory:
             examine_all(paths, max_pixels, reading, known=memory.known, remember=memory.add)
 
-    A file that has another size or time of change is not known, nor is one that was read in another way.
+    A file that has another size or time of change is not known, nor is one that was read in another way, or hashed.
 
     Attributes:
       known: path -> what was found, of files that have not changed since.
     """
 
     def __init__(self, path: Path, root: Path, way: str):
-        self._path, self._root, self._way = path, Path(os.path.realpath(root)), way
+        self._path, self._root, self._way = path, Path(os.path.realpath(root)), f"{READER}, {way}"
         self.known = dict(self._recalled())
 
     def __enter__(self) -> Memory:

@@ -1,7 +1,8 @@
 """All pairs of near 256-bit hashes of images, as they are, mirrored, turned and inverted: every one is compared.
 
 A hash is that of `duplicates.perceptual_hash`: a bit for each of 16 x 16 frequencies, whose places and signs say what
-the hash of the turned image is. Of 100,000 training and 11,000 test images all 16 forms take about 20 s on one core.
+the hash of the turned image is. All 16 forms of 100,000 training and
+11,000 test images take 30 to 45 s on one core (measured with 2,000 test images).
 """
 
 from __future__ import annotations
