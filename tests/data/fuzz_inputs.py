@@ -230,7 +230,20 @@ class _Worker:
 
     def give(self, index: int) -> None:
         self.pipe.send(index)
-        self.index, self.deadline = index, time.monotonic() + self.max_seconds
+        self.index, self.began, self.used_s = index, time.monotonic(), self._cpu_s()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the input has taken too much processor time, or thrice the time while others kept the machine busy."""
+        waited_s = time.monotonic() - self.began
+        return waited_s > 3 * self.max_seconds or self._cpu_s() - self.used_s > self.max_seconds
+
+    def _cpu_s(self) -> float:
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:  # it has died
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def end(self) -> None:
         self.process.kill()
@@ -256,7 +269,7 @@ def fuzz(
                 except EOFError:
                     worker.process.join()
                     failure, alive = f"killed its process ({worker.process.exitcode})", False
-            elif time.monotonic() > worker.deadline:
+            elif worker.is_late:
                 failure, alive = f"no answer in {worker.max_seconds:.0f} s", False
             else:
                 continue

@@ -115,7 +115,7 @@ CLASSES, BOXES, MASKS = "image,label", "image,label,x1,y1,x2,y2", "image,label,m
         (f"{CLASSES}\nx/b.png,M\nx//b.png,N", "is the file that line 3 calls 'x//b.png'; one name is accepted"),
         (f"{CLASSES}\nx/none.png,M", "labels.csv: line 2: image 'x/none.png' cannot be opened: No such file"),
         (f"{CLASSES}\n../b.png,M", "line 2: image '../b.png' climbs out"),
-        (f"{CLASSES}\nx/text.png,M", "line 2: image 'x/text.png' cannot be used: its size cannot be read"),
+        (f"{CLASSES}\nx/text.png,M", "line 2: image 'x/text.png' cannot be used: not an image of a known format"),
         (f"{CLASSES},split\nx/b.png,M,val", "line 2: split 'val' is none of train, test"),
         (f"{CLASSES},split\nx/b.png,M,", "line 2: split '' is none of train, test"),
         (f"{CLASSES},split\nx/b.png,M,train\nx/b.png,N,test", "line 3: split 'test' of image 'x/b.png', which"),

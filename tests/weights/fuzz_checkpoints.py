@@ -30,6 +30,8 @@ from medcg_jax.data.records import DataError
 from medcg_jax.data.tokenizer import SMALL, load_tokenizer
 from medcg_jax.run_config import ConfigError
 
+# Floods are of pieces that image formats have.
+BYTE_CLASSES = tuple(name for name in IMAGE_CLASSES if name != "flood")
 FAMILIES = ("llava", "qwen2_vl", "mllama", "minigpt_v2", "next_chat")
 # Kind -> the file of the folder of that name in which mutations are.
 FILES = {
@@ -111,7 +113,7 @@ def _sentencepiece(path: Path) -> None:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences), model_writer=model, vocab_size=300, model_type="bpe", byte_fallback=True,
-        minloglevel=2,
+        normalization_rule_name="identity", minloglevel=2,
     )  # fmt: skip
     path.write_bytes(model.getvalue())
 
@@ -128,7 +130,7 @@ def make(kinds: tuple[str, ...], seed: int, index: int, pack: Path) -> tuple[str
     if FILES[kind].endswith(".json"):
         where = JSON_CLASSES[turn % len(JSON_CLASSES)]
         return kind, where, mutated("json", where, content, random), random
-    where = IMAGE_CLASSES[turn % len(IMAGE_CLASSES)]
+    where = BYTE_CLASSES[turn % len(BYTE_CLASSES)]
     if kind in ("safetensors_header", "adapter_weights"):
         # The header is JSON, and mostly as long as it says.
         where, length = JSON_CLASSES[turn % len(JSON_CLASSES)], int.from_bytes(content[:8], "little")
