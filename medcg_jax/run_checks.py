@@ -39,9 +39,10 @@ MOST_DEVICES = 2**20
 MOST_SEED = 2**30
 # Below the largest float32.
 MOST_FLOAT = 1e30
-# The least number above 0.
-ABOVE_0 = math.ulp(0.0)
-# Field -> the least and the most that it may have: every field that holds numbers.
+# The least number above 0, and the greatest below 1.
+ABOVE_0, BELOW_1 = math.ulp(0.0), math.nextafter(1.0, 0.0)
+# Field -> the least and the most that it may have: every field that holds numbers but `study.published_table`, of
+# which a list says what is accepted.
 BOUNDS = {
     **{f"mesh.{axis}": (-1, MOST_DEVICES) for axis in ("cell", "data", "fsdp", "tensor")},
     "model.scan_unroll": (0, 1000),
@@ -59,7 +60,7 @@ BOUNDS = {
     "data.pack": (0, 1),
     "data.train_records_per_subset": (1, MOST_RECORDS),
     "data.test_records_per_subset": (0, MOST_RECORDS),
-    "data.imagewikiqa_share": (0, 1),
+    "data.imagewikiqa_share": (0, BELOW_1),
     "data.subset_weights": (ABOVE_0, MOST_FLOAT),
     "data.max_pixels": (1, MOST_STEPS),
     **{
@@ -77,7 +78,6 @@ BOUNDS = {
     "eval.batch_size": (1, MOST_BATCH),
     "eval.max_new_tokens": (1, MOST_TOKENS),
     "eval.max_box_tokens": (1, MOST_TOKENS),
-    "study.published_table": (0, 8),
     "study.efficiency_records": (0, MOST_RECORDS),
     "study.epochs_of": (0, 10**6),
     "study.seeds": (0, MOST_SEED),
@@ -87,7 +87,7 @@ BOUNDS = {
 }  # fmt: skip
 # Fields that list names or numbers of which each makes sense once; "circular" of `eval.controls` does thrice.
 ONCE = (
-    "model.trainable", "model.lora_targets", "data.subsets", "study.tables", "study.targets", "study.box_subsets",
+    "model.trainable", "data.subsets", "study.tables", "study.targets", "study.box_subsets",
     "study.arms", "study.parts", "study.models", "study.seeds", "study.targets_of",
 )  # fmt: skip
 
@@ -191,8 +191,6 @@ def check_adapters(model: ModelConfig) -> None:
 
 def check_general(run: RunConfig) -> None:
     share = run.data.imagewikiqa_share
-    if not 0 <= share < 1:
-        raise ConfigError(f"data.imagewikiqa_share={share}: 0 to below 1 is accepted")
     if share and not run.data.general_records:
         raise ConfigError(
             f"data.general_records='': the path of a JSON list of four-option records is accepted with "
@@ -252,9 +250,18 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def within(name: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
+    if least <= value <= most:
+        return
+    if most == BELOW_1:
+        words = f"{least} to below 1"
+    elif isinstance(value, int) and most == least + 1:
+        words = f"{least} or {most}"
+    elif most < 100:
+        words = f"{least} to {most}"
+    else:
         low = "above 0" if least == ABOVE_0 else f"of at least {least}"
-        raise ConfigError(f"{name}={value}: a finite number {low} and at most {most:,} is accepted")
+        words = f"a finite number {low} and at most {most:,}"
+    raise ConfigError(f"{name}={value}: {words} is accepted")
 
 
 def _values(run: RunConfig, key: str) -> list[tuple[str, object]]:
