@@ -18,7 +18,8 @@ from medcg_jax.train.checkpoint import save_params
 from medcg_jax.train.setup import open_setup, start_params
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-TINY = f"--config={CONFIGS / 'phantom.py'}:tiny"
+SIZES = {"eval.batch_size": "8", "train.batch_size": "8", "base.batch_size": "8"}
+TINY = (f"--config={CONFIGS / 'phantom.py'}:tiny", *(f"--config.{field}={value}" for field, value in SIZES.items()))
 MAX_SECONDS = 10.0
 MAX_GROWTH_MB = 500.0
 SPARSE_BYTES = 60 * 2**30
@@ -82,7 +83,7 @@ def whole(tmp_path_factory) -> Path:
     make_grid(folder / "grid", run_of())
     (folder / "tokenizer").mkdir()
     shutil.copy(SMALL, folder / "tokenizer" / "tokenizer.json")
-    setup = open_setup(load(str(CONFIGS / "phantom.py") + ":tiny"))
+    setup = open_setup(load(f"{CONFIGS / 'phantom.py'}:tiny", SIZES))
     _, params = start_params(setup, seed=0)
     save_params(folder / "params", params, setup.model)
     assert main(["convert", str(folder / "params"), str(folder / "hf"), "--to=hf"]) == 0
@@ -99,25 +100,25 @@ def first_of(folder: Path, pattern: str) -> Path:
 # (name, verb's arguments from the folder, pattern of the file below it, breaks that leave it a file the verb can take)
 RELEASE = ("--config.data.source=release", "--config.data.root={folder}/tree", "--config.data.subsets=('04',)")
 PLACES = {
-    "train, config file": (["train", "--config={folder}/config.py", "--workdir={folder}/w"], "config.py", (cut,)),
-    "train, subset file": (["train", TINY, *RELEASE, "--workdir={folder}/w"], "tree/Aggregated_Subsets/Subset--04-train.json", ()),
-    "train, manifest": (["train", TINY, *RELEASE, "--workdir={folder}/w"], "tree/manifest.json", ()),
-    "train, tokenizer": (["train", TINY, "--config.model.tokenizer={folder}/tokenizer", "--workdir={folder}/w"],
+    "train, config file": (["train", "--config={folder}/config.py:tiny", "--workdir={folder}/w"], "config.py", (cut,)),
+    "train, subset file": (["train", *TINY, *RELEASE, "--workdir={folder}/w"], "tree/Aggregated_Subsets/Subset--04-train.json", ()),
+    "train, manifest": (["train", *TINY, *RELEASE, "--workdir={folder}/w"], "tree/manifest.json", ()),
+    "train, tokenizer": (["train", *TINY, "--config.model.tokenizer={folder}/tokenizer", "--workdir={folder}/w"],
                          "tokenizer/tokenizer.json", ()),
-    "train, checkpoint's model.json": (["train", TINY, "--config.model.checkpoint={folder}/params",
+    "train, checkpoint's model.json": (["train", *TINY, "--config.model.checkpoint={folder}/params",
                                         "--config.base.steps=0", "--workdir={folder}/w"], "params/model.json", ()),
-    "train, released config.json": (["train", TINY, "--config.model.checkpoint={folder}/hf", "--config.base.steps=0",
+    "train, released config.json": (["train", *TINY, "--config.model.checkpoint={folder}/hf", "--config.base.steps=0",
                                      "--workdir={folder}/w"], "hf/config.json", ()),
-    "train, prepared manifest": (["train", TINY, "--config.data.source=prepared", "--config.data.root={folder}/prepared",
+    "train, prepared manifest": (["train", *TINY, "--config.data.source=prepared", "--config.data.root={folder}/prepared",
                                   "--workdir={folder}/w"], "prepared/manifest.json", ()),
-    "train, prepared lines": (["train", TINY, "--config.data.source=prepared", "--config.data.root={folder}/prepared",
+    "train, prepared lines": (["train", *TINY, "--config.data.source=prepared", "--config.data.root={folder}/prepared",
                                "--config.data.max_text_tokens=120", "--workdir={folder}/w"],
                               "prepared/records/04-train.jsonl", ()),
-    "eval, subset file": (["eval", TINY, *RELEASE, "--workdir={folder}/w"], "tree/Aggregated_Subsets/Subset--04-test.json", ()),
-    "eval, checkpoint's model.json": (["eval", TINY, "--config.model.checkpoint={folder}/params", "--config.base.steps=0",
+    "eval, subset file": (["eval", *TINY, *RELEASE, "--workdir={folder}/w"], "tree/Aggregated_Subsets/Subset--04-test.json", ()),
+    "eval, checkpoint's model.json": (["eval", *TINY, "--config.model.checkpoint={folder}/params", "--config.base.steps=0",
                                        "--workdir={folder}/w"], "params/model.json", ()),
-    "reproduce, config.json of its workdir": (["reproduce", TINY, "--workdir={folder}/grid"], "grid/config.json", ()),
-    "reproduce, tree": (["reproduce", TINY, *RELEASE, "--config.base.steps=0", "--workdir={folder}/w"],
+    "reproduce, config.json of its workdir": (["reproduce", *TINY, "--workdir={folder}/grid"], "grid/config.json", ()),
+    "reproduce, tree": (["reproduce", *TINY, *RELEASE, "--config.base.steps=0", "--workdir={folder}/w"],
                         "tree/Aggregated_Subsets/Subset--04-train.json", ()),
     "plan, config file": (["plan", "--config={folder}/config.py", "--topology=v5e:1x1"], "config.py", (cut,)),
     "bench, config file": (["bench", "--config={folder}/config.py"], "config.py", (cut,)),
