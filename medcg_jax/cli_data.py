@@ -184,4 +184,4 @@ def data_ledger(args) -> dict:
 
     ledger = read_ledger(args.root)
     print_ledger(ledger)
-    return ledger.as_dict()
+    return ledger.as_dict() | {"exit_status": 2 if ledger.is_broken else 0}

@@ -53,7 +53,7 @@ def test_greys_of_a_sixteenth_of_their_range_are_warned_of(tree, tmp_path, capsy
     assert main(["data", "check", str(tree), f"--json={found}"]) == 0
     shown = capsys.readouterr().out
     assert "read as: 2 16-bit greys, range 0 to 65535\n" in shown and warning in shown
-    assert "--deep_grey=percentile" in shown and "nothing is wrong" in shown
+    assert "--deep_grey=percentile" in shown and "no record is refused" in shown
     report = json.loads(found.read_text("utf-8"))
     assert report["ok"] and [image["share"] for image in report["dim"]] == [0.063, 0.063]
     assert main(["data", "prepare", str(tree), str(tmp_path / "out"), "--image=keep", f"--json={found}"]) == 0

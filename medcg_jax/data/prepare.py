@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from medcg_jax.data.bounded import opened
-from medcg_jax.data.check import Inspection, Report, inspect, tree_root
+from medcg_jax.data.check import RECORD_KINDS, Inspection, Report, inspect, tree_root
 from medcg_jax.data.examine import Examined, Memory
 from medcg_jax.data.images import is_grey, load_image
 from medcg_jax.data.layouts import Layout
@@ -356,7 +356,8 @@ def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
 def _refusal(report: Report, max_bad_frac: float) -> str:
     kinds = ", ".join(f"{kind} {count}" for kind, count in report.counts().items())
     if report.bad_frac <= max_bad_frac:
-        return f"files of the tree cannot be used ({kinds}); `medcg data check` names each"
+        first = next(problem for problem in report.problems if problem.kind not in RECORD_KINDS | {"no_records"})
+        return f"files of the tree cannot be used ({kinds}), the first of them {first}; `medcg data check` names each"
     return (
         f"{len(report.bad_records)} of {report.num_records} records are bad ({kinds}); --max_bad_frac={max_bad_frac} "
         f"accepts fewer, --max_bad_frac={report.bad_frac:.4f} would set them aside; `medcg data check` names each"

@@ -8,8 +8,8 @@ import json
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ from medcg_jax.untrusted import FileError
 KINDS = ("choice", "detection")
 # 256 images of the most pixels that are accepted have some 50 GB.
 MAX_SHARD_BYTES = 2**37
+MAX_SHARD_OVERHEAD_BYTES = 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")
 _TEXTS = ("id", "subset", "answer", "image", "data_no", "group")
 _ENTRY = {
@@ -197,6 +198,7 @@ def verify(root: str | Path) -> list[str]:
     root, wrong = Path(root), []
     manifest = read_manifest(root)
     parts = {f"{entry['subset']}-{split}": entry[split] for entry in manifest["subsets"] for split in SPLITS}
+    lines: dict[str, list[str]] = {}
     try:
         lines = {part: _lines(root / "records" / f"{part}.jsonl", n) for part, n in parts.items() if n}
         if records_digest(lines) != manifest.get("records"):
@@ -204,16 +206,33 @@ def verify(root: str | Path) -> list[str]:
     except DataError as error:
         wrong.append(str(error))
     for entry in manifest["subsets"]:
-        for shard in (shard for split in SPLITS for shard in entry["shards"][split]):
-            try:
-                with untrusted.open_regular(root / "records" / shard["file"], MAX_SHARD_BYTES) as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-            except (FileError, OSError) as error:
-                wrong.append(f"{shard['file']}: {getattr(error, 'strerror', None) or error}")
-                continue
-            if digest != shard["sha256"]:
-                wrong.append(f"{shard['file']}: its bytes are not those that were written")
+        for split in SPLITS:
+            rest = iter(lines.get(f"{entry['subset']}-{split}", ()))
+            for shard in entry["shards"][split]:
+                fault = _fault_of(root / "records", shard, list(islice(rest, shard["records"])), entry["subset"])
+                wrong += [f"{shard['file']}: {fault}"] if fault else []
     return wrong
+
+
+def _fault_of(folder: Path, shard: Mapping[str, Any], lines: Sequence[str], subset: str) -> str:
+    """What is wrong with a shard's file; "": nothing. lines: of its records, by which its size is judged."""
+    try:
+        with untrusted.open_regular(folder / shard["file"], _most_bytes(lines, subset)) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except (FileError, OSError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return "" if digest == shard["sha256"] else "its bytes are not those that were written"
+
+
+def _most_bytes(lines: Sequence[str], subset: str) -> int:
+    """The most bytes that a shard of these records can have."""
+    try:
+        records = [_read_line(line, "", subset) for line in lines]
+    except DataError:  # told of the list itself
+        records = []
+    size = sum(len(line.head) + 3 * line.shape[0] * line.shape[1] for line in records)
+    # What ArrayRecord adds is far less than as much again.
+    return 2 * size + MAX_SHARD_OVERHEAD_BYTES if records else MAX_SHARD_BYTES
 
 
 def pixels(content: bytes, shape: Sequence[int]) -> np.ndarray:

@@ -24,7 +24,7 @@ from medcg_jax.data.schema_detection import DETECTION_KEYS, has_label, shares_of
 from medcg_jax.data.splits import rarest_labels, split_group, train_test_split
 from medcg_jax.data.tree_files import SubsetFile, list_files, read_manifest
 from medcg_jax.study.ledger_rows import row_states
-from medcg_jax.study.ledger_states import DatasetState, Ledger, State, SubsetState, Tally
+from medcg_jax.study.ledger_states import NO_FILES, DatasetState, Ledger, State, SubsetState, Tally
 
 # "(kind, reason)" of an image path that the reader refuses.
 _Refusal = tuple[str, str]
@@ -74,7 +74,7 @@ def read_ledger(root: str | Path) -> Ledger:
     for file in files:
         by_number.setdefault(file.number, {})[file.split] = file
     if not files:
-        faults.append("no Subset--NN-train.json in it or in its Aggregated_Subsets")
+        faults.append(NO_FILES)
     states: dict[str, SubsetState] = {}
     tallies: dict[str, dict[str, Tally]] = {}
     refusals: dict[str, _Refusal | None] = {}

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from medcg_jax.data import catalogue
 
 State = Literal["complete", "partial", "missing"]
+# The fault of a tree in which nothing lies yet.
+NO_FILES = "no Subset--NN-train.json in it or in its Aggregated_Subsets"
 
 
 @dataclass
@@ -126,6 +128,11 @@ class Ledger:
     num_broken: int
     faults: tuple[str, ...]
     box_faults: tuple[str, ...]
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a file that is there cannot be used; what is not there is no fault of a tree that is being made."""
+        return any(fault != NO_FILES for fault in (*self.faults, *self.box_faults))
 
     def as_dict(self) -> dict[str, Any]:
         """The ledger as JSON takes it, with what the paper states of Med-MAT's size."""
