@@ -165,7 +165,7 @@ def test_faults_in_the_text_are_seen(fault, loaded):
 
 
 def test_a_folder_that_does_not_fit_is_refused(tmp_path):
-    with pytest.raises(WeightsError, match=r"config\.json is no JSON file"):
+    with pytest.raises(WeightsError, match=r"config\.json: No such file"):
         golden_rows(tmp_path)
     for file in FOLDERS[0].iterdir():
         if file.name != "expected.npz":

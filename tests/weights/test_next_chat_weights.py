@@ -163,7 +163,7 @@ def test_config_goes_both_ways_and_the_releases_is_the_7b_model():
         "use_mm_proj": True, "vocab_size": 32005,
     }  # fmt: skip
     assert next_chat.config_from_json(released_7b) == next_chat_7b_336()
-    with pytest.raises(WeightsError, match=re.escape("unknown fields in sam_config: depth")):
+    with pytest.raises(WeightsError, match=re.escape("sam_config: unknown fields of SamConfig: depth")):
         next_chat.config_from_json({**JSON, "sam_config": {"depth": 3}})
 
 
