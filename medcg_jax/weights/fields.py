@@ -85,7 +85,8 @@ def flag(found: dict, prefix: str, key: str, default: bool) -> bool:
 
 def token(found: dict, prefix: str, key: str, default: int | None = None) -> int | None:
     """The id of a token that a field holds; `default` where it is absent or null. Raises WeightsError as `number`."""
-    return number(found, prefix, key, default, "pad_token_id", null=True)
+    limits = "image_token_id" if key.startswith("image_token") else "pad_token_id"
+    return number(found, prefix, key, default, limits, null=True)
 
 
 def end_of(found: dict, prefix: str, default: int | None = None, *, last: bool = True) -> int | None:

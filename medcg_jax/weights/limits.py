@@ -63,8 +63,10 @@ LIMITS: dict[str, tuple[float, float]] = {
     "scan_unroll": (0, MAX_LAYERS),
     "image_std": (1e-3, 1e4),
     "image_mean": (-1e4, 1e4),
+    # Of a token that is never looked for, -1 is stated at times; an image's place is.
+    "image_token_id": (0, _TOKEN[1]),
     **dict.fromkeys(
-        ("image_token_id", "pad_token_id", "eos_token_id", "video_token_id", "vision_start_token_id",
+        ("pad_token_id", "eos_token_id", "video_token_id", "vision_start_token_id",
          "vision_end_token_id", "at_token_id", "box_token_id"), _TOKEN
     ),
 }  # fmt: skip

@@ -135,7 +135,10 @@ def five_options(folder: Path) -> str:
     if "options" in check.text:
         return told(check, "options", status=(0, 1, 2))
     flags = (*TRAIN, f"--config.data.root={tree}", f"--workdir={folder / 'w'}")
-    told(medcg("eval", *flags, cwd=checkout(), timeout_s=200))
+    for verb in ("train", "eval"):
+        told(medcg(verb, *flags, cwd=checkout(), timeout_s=200))
+    lines = [json.loads(line) for line in (folder / "w" / "predictions" / "03.jsonl").read_text().splitlines()]
+    assert all(len(line["logprobs"]) == 5 for line in lines), lines[:1]
     return "five options are scored"
 
 
