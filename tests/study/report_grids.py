@@ -159,7 +159,7 @@ def small_grid(workdir: Path) -> Path:
     write_csv(workdir / "cells.csv", CELLS, cells[1:])
     write_csv(workdir / "boxes.csv", results.BOXES_HEADER, boxes)
     trained = next(row[0] for row in cells if row[3] == "trained")
-    leak = (trained, "near", "ct-brain-state/train/1", "mri-brain-state/test/2", 3, "reported")
+    leak = (trained, "near", "ct-brain-state/train/1", "mri-brain-state/test/2", 3, "reported", "mirrored")
     write_csv(workdir / "contamination.csv", contamination.HEADER, [leak])
     goodput.write(workdir / goodput.FILE, [{"seconds": {"productive": 8.0, "compile": 2.0}, "reached": {trained: 5}}])
     config = json.loads((workdir / "config.json").read_text())

@@ -181,7 +181,7 @@ def test_a_tree_with_broken_boxes_still_has_its_other_tables(tmp_path):
     data = {"data__source": "release", "data__root": str(tmp_path / "tree")}
     run = replace(RunConfig(study=StudyConfig(targets=("ct-liver-stage",))), **data)
     assert schedule.make_plan(run).cells
-    with pytest.raises(ValueError, match="Subset--38-det-train.json: not JSON"):
+    with pytest.raises(ValueError, match="Subset--38-det-train.json: no JSON"):
         schedule.make_plan(replace(run, model__name="minigpt_v2_tiny", study__tables=("detection_pairs",)))
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from report_grids import make_grid, run_of
 
 from medcg_jax.run_config import ConfigError, RunConfig, replace
 from medcg_jax.study import report_goodput, results
@@ -31,13 +32,11 @@ def test_processes_write_apart_and_know_what_others_have_done(tmp_path):
 
 
 def test_the_report_has_each_kind_where_a_grid_has_written_it(tmp_path):
-    for name in ("cells.csv", "results.csv"):
-        (tmp_path / name).write_text("cell,table,row,arm,seed,target,n,correct,accuracy,ci_low,ci_high\n")
-    (tmp_path / "config.json").write_text(json.dumps({"config": {}}))
-    assert not report_goodput.table(Grid(tmp_path)).rows
+    workdir = make_grid(tmp_path / "grid", run_of(study__targets=("mri-brain-state",)))
+    assert not report_goodput.table(Grid(workdir)).rows
     seconds = dict(zip(goodput.KINDS, (60, 20, 10, 5, 3, 2, 0), strict=True))
-    goodput.write(tmp_path / goodput.FILE, [{"seconds": seconds, "reached": {}}] * 2)
-    rows = report_goodput.table(Grid(tmp_path)).rows
+    goodput.write(workdir / goodput.FILE, [{"seconds": seconds, "reached": {}}] * 2)
+    rows = report_goodput.table(Grid(workdir)).rows
     assert [(row["kind"], row["seconds"], row["share"]) for row in rows] == [
         (kind, 2 * s, pytest.approx(s / 100)) for kind, s in seconds.items()
     ]

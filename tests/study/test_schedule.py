@@ -76,7 +76,8 @@ def fill(workdir, jobs):
         outcomes[job.id] = {"status": "failed: loss is nan, at step 3" if bad else "done", "seconds": 1.25}
         for cell in () if bad else job.cells:
             lines = [
-                {"id": f"{t}/{i}", "subset": t, "answer": "A", "predicted": "AB"[i % 2]}
+                {"id": f"{t}/{i}", "subset": t, "options": ["x", "y"], "answer": "A", "predicted": "AB"[i % 2],
+                 "logprobs": None, "generated": "A"}  # fmt: skip
                 for t in cell.target
                 for i in range(4)
             ]
