@@ -221,11 +221,11 @@ def open_bin(path: Path, entry: str | None = None) -> Tensors:
       WeightsError: PyTorch is absent, the file is damaged, compressed, holds other objects than tensors and plain
         values, or lacks `entry`.
     """
+    record_bytes = _check_bin(path)
     try:
         import torch  # noqa: F401
     except ImportError as error:
         raise WeightsError(f"{path} is a PyTorch file and needs PyTorch: pip install 'medcg_jax[parity]'") from error
-    record_bytes = _check_bin(path)
     in_parts = record_bytes is not None
     tensors = _state_dict(path, entry, in_parts)
     for name, tensor in tensors.items():

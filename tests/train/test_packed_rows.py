@@ -165,7 +165,7 @@ def test_a_run_stopped_and_resumed_has_the_losses_of_one_that_does_not_pack(gene
 def test_what_cannot_pack_is_refused_in_one_line():
     packing = replace(RunConfig(), data__pack=1)
     for changes, message in (
-        ({"data__pack": 2}, "data.pack=2: a finite number of at least 0 and at most 1"),
+        ({"data__pack": 2}, "data.pack=2: 0 or 1 is accepted"),
         ({"model__name": "qwen2_vl_tiny"}, "data.pack=1: 0 is accepted with model.name='qwen2_vl_tiny'"),
         ({"model__attention": "cudnn"}, "model.attention='cudnn': auto, plain or splash is accepted with data.pack=1"),
         ({"data__row_multiple": -1}, "data.row_multiple=-1"),

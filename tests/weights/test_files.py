@@ -1,6 +1,7 @@
 """Tensor files: what safetensors reads and writes is what we write and read, shards and bfloat16 included."""
 
 import json
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -73,7 +74,7 @@ def test_code_in_a_pytorch_file_is_not_run(tmp_path):
 
 
 def test_without_pytorch_a_bin_file_says_what_to_install(tmp_path, monkeypatch):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w").close()
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(WeightsError, match=r"needs PyTorch: pip install 'medcg_jax\[parity\]'"):
         open_tensors(tmp_path)
