@@ -89,7 +89,9 @@ def whole(tmp_path_factory) -> Path:
     assert main(["convert", str(folder / "params"), str(folder / "hf"), "--to=hf"]) == 0
     assert main(["convert", str(folder / "hf"), str(folder / "orbax")]) == 0
     shutil.copy(CONFIGS / "phantom.py", folder / "config.py")
-    (folder / "labels.csv").write_text("image,label\n" + "".join(f"med-mat/a b/{i} [1]%.png,{'xy'[i % 2]}\n" for i in range(1, 13)))
+    (folder / "labels.csv").write_text(
+        "image,label\n" + "".join(f"med-mat/a b/{i} [1]%.png,{'xy'[i % 2]}\n" for i in range(1, 13))
+    )
     return folder
 
 

@@ -48,7 +48,10 @@ def main(names: list[str]) -> int:
             word = "right"
         except Exception as error:  # one row that cannot be run does not hide the others
             failures.append(name)
-            word, line = "WRONG", f"{type(error).__name__}: {error}" if not isinstance(error, AssertionError) else str(error)
+            word, line = (
+                "WRONG",
+                f"{type(error).__name__}: {error}" if not isinstance(error, AssertionError) else str(error),
+            )
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         shown = " ".join(str(line).replace(str(folder), "").split())

@@ -168,7 +168,9 @@ def nan_weights(folder: Path) -> str:
 def safetensors_offsets(folder: Path) -> str:
     from medcg_jax.weights.files import WeightsError, open_tensors
 
-    samples = [path for path in sorted((HOSTILE / "safetensors_offsets").iterdir()) if (path / "model.safetensors").is_file()]
+    samples = [
+        path for path in sorted((HOSTILE / "safetensors_offsets").iterdir()) if (path / "model.safetensors").is_file()
+    ]
     for sample in samples:
         try:
             tensors = open_tensors(sample)
@@ -201,7 +203,10 @@ def tokenizer_bombs(folder: Path) -> str:
     from medcg_jax.data.records import DataError
     from medcg_jax.data.tokenizer import load_tokenizer
 
-    added = {f"sp_added_{i}": text for i, text in enumerate(("{", "[]", '{"<image>": "x"}', '{"<image>": -1}', '{"<image>": 1000000000000}'))}
+    added = {
+        f"sp_added_{i}": text
+        for i, text in enumerate(("{", "[]", '{"<image>": "x"}', '{"<image>": -1}', '{"<image>": 1000000000000}'))
+    }
     for name, text in added.items():
         (folder / name).mkdir()
         shutil.copy(SHARED / "tokenizers" / "vicuna" / "tokenizer.model", folder / name)

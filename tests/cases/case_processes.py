@@ -24,7 +24,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(*arguments: str | Path, env: dict[str, str] | None = None, wrapper: tuple = (), err=subprocess.PIPE) -> subprocess.Popen:
+def start(
+    *arguments: str | Path, env: dict[str, str] | None = None, wrapper: tuple = (), err=subprocess.PIPE
+) -> subprocess.Popen:
     """`medcg ARGUMENTS...` as a process of its own."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", **(env or {})}
     command = [*wrapper, sys.executable, "-m", "medcg_jax.cli", *map(str, arguments)]
@@ -84,7 +86,14 @@ def port_in_use(folder: Path) -> str:
 
 def coordinator_all_interfaces(folder: Path) -> str:
     port = free_port()
-    process = start("train", TINY, f"--workdir={folder / 'w'}", f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--process_id=0")
+    process = start(
+        "train",
+        TINY,
+        f"--workdir={folder / 'w'}",
+        f"--coordinator=127.0.0.1:{port}",
+        "--num_processes=2",
+        "--process_id=0",
+    )
     try:
         deadline = time.monotonic() + 60
         while not (addresses := listeners(port)) and time.monotonic() < deadline and process.poll() is None:
@@ -161,10 +170,14 @@ def same_hostname_containers(folder: Path) -> str:
     container = ("unshare", "--pid", "--fork", "--mount-proc")
     if subprocess.run([*container, "true"], capture_output=True, check=False).returncode:
         return "not run: no namespaces here"
-    first = subprocess.Popen([*container, sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    first = subprocess.Popen(
+        [*container, sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         assert first.stdout.readline().strip() == "True"
-        second = subprocess.run([*container, sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+        second = subprocess.run(
+            [*container, sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+        )
         assert second.stdout.strip() == "False", f"both hold the work: {second.stdout} {second.stderr[-300:]}"
     finally:
         os.killpg(first.pid, signal.SIGKILL)
@@ -176,7 +189,14 @@ def no_home_no_passwd(folder: Path) -> str:
     setpriv = shutil.which("setpriv")
     if not setpriv:
         return "not run: no setpriv here"
-    user = (setpriv, "--reuid=54321", "--regid=54321", "--clear-groups", "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
+    user = (
+        setpriv,
+        "--reuid=54321",
+        "--regid=54321",
+        "--clear-groups",
+        "--inh-caps=+dac_read_search",
+        "--ambient-caps=+dac_read_search",
+    )
     folder.chmod(0o777)
     result = ended(start("train", TINY, f"--workdir={folder / 'w'}", wrapper=(*user, "env", "-u", "HOME")))
     assert "Traceback" not in result[2] and result[0] in (0, 2), (result[0], result[2][-300:])

@@ -94,8 +94,18 @@ def prepared_shards_swapped(folder: Path) -> str:
     test.rename(train)
     (folder / "kept").rename(test)
     # As many records in both lists as in the shards, so that only what is in them differs.
-    flags = (*TRAIN[:1], "--config.data.source=prepared", f"--config.data.root={prepared}", *TRAIN[2:-1], "--config.data.subsets=('04',)")
-    return refused(medcg("train", *flags, f"--workdir={folder / 'w'}", cwd=checkout(), timeout_s=120), "arrayrecord", max_seconds=60)
+    flags = (
+        *TRAIN[:1],
+        "--config.data.source=prepared",
+        f"--config.data.root={prepared}",
+        *TRAIN[2:-1],
+        "--config.data.subsets=('04',)",
+    )
+    return refused(
+        medcg("train", *flags, f"--workdir={folder / 'w'}", cwd=checkout(), timeout_s=120),
+        "arrayrecord",
+        max_seconds=60,
+    )
 
 
 def checkout() -> Path:
@@ -107,7 +117,11 @@ def checkout() -> Path:
 def boxes_0_to_1(folder: Path) -> str:
     shutil.copytree(INPUTS / "boxes_0_to_1", folder / "here")
     result = medcg("data", "format", "boxes.csv", ".", *FORMAT, "--task=Meniscus Detection", cwd=folder / "here")
-    return told(result, "1", status=(0, 2)) if result.status == 0 and "share" in result.text else refused(result, "boxes.csv")
+    return (
+        told(result, "1", status=(0, 2))
+        if result.status == 0 and "share" in result.text
+        else refused(result, "boxes.csv")
+    )
 
 
 def deep_tree(name: str) -> Path:
@@ -145,7 +159,9 @@ def five_options(folder: Path) -> str:
 def image_token_in_question(folder: Path) -> str:
     tree = deep_tree("image_token_in_question")
     line = told(medcg("data", "check", tree), "<image>", status=(0, 1, 2))
-    result = medcg("train", *TRAIN, f"--config.data.root={tree}", f"--workdir={folder / 'w'}", cwd=checkout(), timeout_s=120)
+    result = medcg(
+        "train", *TRAIN, f"--config.data.root={tree}", f"--workdir={folder / 'w'}", cwd=checkout(), timeout_s=120
+    )
     refused(result, "<image>", max_seconds=60)
     return line
 
@@ -153,7 +169,9 @@ def image_token_in_question(folder: Path) -> str:
 def labels_look_alike(folder: Path) -> str:
     here = shutil.copytree(INPUTS / "labels_look_alike", folder / "here")
     for name in ("nfc_nfd", "spaces", "floats"):
-        line = refused(medcg("data", "format", f"{name}.csv", ".", *FORMAT, "--task=Meniscus State", cwd=here), f"{name}.csv")
+        line = refused(
+            medcg("data", "format", f"{name}.csv", ".", *FORMAT, "--task=Meniscus State", cwd=here), f"{name}.csv"
+        )
     return line
 
 

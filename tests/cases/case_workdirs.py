@@ -37,7 +37,9 @@ def grid_of_release(folder: Path, manifest: Path | dict) -> Path:
         from medcg_jax.run_config import DataConfig
 
         data = DataConfig(source="release", root=str(root), train_records_per_subset=40, test_records_per_subset=12)
-        report_grids.make_grid(folder / "w", report_grids.run_of(data=data, study__tables=("multi_task",), study__targets=("22", "65")))
+        report_grids.make_grid(
+            folder / "w", report_grids.run_of(data=data, study__tables=("multi_task",), study__targets=("22", "65"))
+        )
         return 0
 
     result = call(write)
@@ -54,7 +56,9 @@ def cells_csv_cut(folder: Path) -> str:
 
 
 def sources_of_text(work: Path) -> list[Path]:
-    return [path for path in (work / "report").rglob("*") if path.suffix in (".html", ".svg", ".tex", ".csv", ".md", ".txt")]
+    return [
+        path for path in (work / "report").rglob("*") if path.suffix in (".html", ".svg", ".tex", ".csv", ".md", ".txt")
+    ]
 
 
 def control_chars(folder: Path) -> str:

@@ -44,7 +44,9 @@ class Result:
         return (lines or self.text.strip().splitlines() or [""])[-1]
 
 
-def medcg(*arguments: str | Path, cwd: Path | None = None, timeout_s: float = 60.0, env: dict[str, str] | None = None) -> Result:
+def medcg(
+    *arguments: str | Path, cwd: Path | None = None, timeout_s: float = 60.0, env: dict[str, str] | None = None
+) -> Result:
     """The result of `medcg ARGUMENTS...`."""
 
     def run() -> int:
