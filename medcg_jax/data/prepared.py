@@ -336,7 +336,7 @@ class _ShardImages(Sequence):
             raise self._damaged(place, " ".join(str(error).split())[:120]) from error
         # Shards that were exchanged, or are of another preparation, hold other records.
         if not content.startswith(line.head):
-            raise self._damaged(place, f"not {line.record.id}, which the list of records has there")
+            raise self._damaged(place, f"not {line.record.id[:200]}, which the list of records has there")
         return pixels(content, line.shape)
 
     def _damaged(self, place: int, reason: str) -> DataError:

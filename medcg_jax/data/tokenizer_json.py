@@ -169,6 +169,8 @@ def _blanks_come_first(found: dict[str, Any]) -> bool:
     In the SentencePiece model runs of blanks have the first ids and the lowest scores: they are merged last.
     """
     vocab, merges = found["model"]["vocab"], found["model"].get("merges") or []
+    if not isinstance(vocab, dict):
+        return False
     of_llama = (vocab.get(SPACE * 2), vocab.get(f"{SPACE}t"), vocab.get(SPACE)) == (259, 260, 29871)
     return of_llama and bool(merges) and _is_blank(merges[0])
 

@@ -42,6 +42,9 @@ MAX_PICKLE_BYTES, MAX_PICKLE_STEPS = 2**24, 500_000
 PLAIN_GLOBALS = {"builtins set", "__builtin__ set", "_codecs encode"}
 # Pickles that a PyTorch file of a version before 1.6 begins with.
 NUM_OLD_PICKLES = 5
+MAX_MESSAGE_CHARS = 2000
+# Of a shard: no file system has longer ones.
+MAX_NAME_BYTES = 255
 # How a file begins that git-lfs has not fetched.
 LFS_POINTER = b"version https://git-lfs"
 
@@ -49,11 +52,13 @@ LFS_POINTER = b"version https://git-lfs"
 class WeightsError(ConfigError):
     """A checkpoint cannot be used; the message says what is wrong with it and what would be accepted.
 
-    It is one line of printable characters, whatever names a file holds.
+    It is one line of printable characters of a bounded length, whatever names a file holds.
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join("".join(c if c.isprintable() else " " for c in message).split()))
+        line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+        half = MAX_MESSAGE_CHARS // 2
+        super().__init__(line if len(line) <= 2 * half else f"{line[:half]} ... {line[-half:]}")
 
 
 class Tensors:
@@ -117,7 +122,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise WeightsError(f"{index} is no index of shards: an object `weight_map` of tensors and files is accepted")
     if any(
-        Path(name).name != name or name in ("", "..") or "\\" in name or "\0" in name for name in weight_map.values()
+        Path(name).name != name or name in ("", "..") or "\\" in name or "\0" in name or len(name.encode()) > MAX_NAME_BYTES
+        for name in weight_map.values()
     ):
         raise WeightsError(f"{index} names files outside its directory; plain file names are accepted")
     return weight_map

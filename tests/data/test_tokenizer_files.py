@@ -332,3 +332,12 @@ def test_text_that_spells_a_special_token_is_refused_by_a_model_too(llama_model_
     for path, text in ((tmp_path, "\n<image>\nwhat?"), (tmp_path, "A</s>"), (SMALL, "<image> what?")):
         with pytest.raises(DataError, match="it spells <(image|/s)>; take that out of the text"):
             load_tokenizer(path).encode(text)
+
+
+def test_pieces_in_a_list_are_no_vocabulary_of_merges(tmp_path):
+    whole = json.loads(SMALL.read_text("utf-8"))
+    whole["model"]["vocab"] = [[piece, 0.0] for piece in whole["model"]["vocab"]]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(whole), "utf-8")
+    with pytest.raises(DataError, match="tokenizer.json"):
+        load_tokenizer(path)

@@ -131,6 +131,14 @@ def test_a_pointer_of_git_lfs_is_called_so(src, capsys):
     assert "config.json: no JSON" in (line := refused(src, capsys)) and "git lfs pull" in line
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 200 + "é" * 100])
+def test_an_endless_name_of_a_shard_is_one_short_line(src, capsys, name):
+    (src / "model.safetensors").unlink()
+    (src / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name, "b" * 9000: name}}))
+    line = refused(src, capsys)
+    assert "model.safetensors.index.json" in line and len(line) < 2200
+
+
 # ------------------------------------------------------------------ NaN
 
 
