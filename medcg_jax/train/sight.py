@@ -39,7 +39,8 @@ def check_sees(score: Callable[[Batch], list[np.ndarray]], batch: Batch, keys: t
     for seen, other in zip(score(batch), score(negative), strict=True):
         finite = np.isfinite(seen) & np.isfinite(other)
         # What is not finite is another fault, which is told elsewhere.
-        near = np.abs(np.where(finite, seen - other, np.inf)) <= LEAST_CHANGE * np.maximum(np.abs(seen), 1e-3)
+        with np.errstate(invalid="ignore"):
+            near = np.abs(np.where(finite, seen - other, np.inf)) <= LEAST_CHANGE * np.maximum(np.abs(seen), 1e-3)
         if not (near | (seen == other)).all():
             return True
     raise BlindModel(
