@@ -15,8 +15,8 @@ the workdir: it shows that every model trains on real images and boxes, and noth
 import phantom
 from medmat_mini import STATE_SUBSETS
 
+from medcg_jax.config import replace
 from medcg_jax.config_file import from_config_dict, to_config_dict
-from medcg_jax.run_config import replace
 
 # In an order in which two processes end together.
 MODELS = ("minigpt_v2_tiny", "qwen2_vl_tiny", "llama32_vision_tiny", "next_chat_tiny", "llava15_tiny")

@@ -6,9 +6,9 @@ Width 256, 6 layers, 64 image and 57 to 64 text tokens a row, float32; `--config
 batch.
 """
 
+from medcg_jax.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from medcg_jax.config_file import to_config_dict
-from medcg_jax.data.prompts import VICUNA
-from medcg_jax.run_config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from medcg_jax.families.prompts import VICUNA
 
 # LLaVA-1.5's, and a sentence that makes the longest phantom's question 64 tokens.
 SYSTEM_PROMPT = f"{VICUNA} The assistant gives polite and detailed answers to them."
@@ -19,7 +19,10 @@ def get_config():
         name="bench_tiny",
         model=ModelConfig(name="llava15_bench"),
         data=DataConfig(
-            system_prompt=SYSTEM_PROMPT, max_text_tokens=64, max_target_tokens=8, train_records_per_subset=256,
+            system_prompt=SYSTEM_PROMPT,
+            max_text_tokens=64,
+            max_target_tokens=8,
+            train_records_per_subset=256,
             test_records_per_subset=64,
         ),
         train=TrainConfig(steps=100, batch_size=8, learning_rate=1e-4),

@@ -7,8 +7,7 @@
 made of it. The mesh is for one pod slice or 8 GPUs with 80 GB; every device count that `fsdp` divides will do.
 """
 
-from medcg_jax.config_file import to_config_dict
-from medcg_jax.run_config import (
+from medcg_jax.config import (
     DataConfig,
     EvalConfig,
     MeshConfig,
@@ -18,6 +17,7 @@ from medcg_jax.run_config import (
     TrainConfig,
     replace,
 )
+from medcg_jax.config_file import to_config_dict
 
 # LLaVA-1.5's own LoRA recipe (scripts/v1_5/finetune_lora.sh at c121f04): rank 128, alpha 256, all products of the
 # decoder, and the projector with them. Its rate is 2e-4, and 2e-5 for the projector; here one rate is for both.

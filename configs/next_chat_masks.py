@@ -13,9 +13,9 @@ starts from nothing, so it is trained. `masks` takes the parameters that `boxes`
 
 import phantom
 
+from medcg_jax.config import replace
 from medcg_jax.config_file import from_config_dict, to_config_dict
 from medcg_jax.data.phantom_boxes import DETECTION_TRIPLETS
-from medcg_jax.run_config import replace
 
 HELD_OUT = ("ct-liver-det", "oct-skin-det")
 TRAINED = tuple(t.name for t in DETECTION_TRIPLETS if t.name not in HELD_OUT)

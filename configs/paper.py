@@ -18,8 +18,8 @@ import next_chat_7b
 import phantom
 import qwen2_vl_7b
 
+from medcg_jax.config import MODELS, SOURCES, TABLES, ConfigError, RunConfig, replace
 from medcg_jax.config_file import from_config_dict, to_config_dict
-from medcg_jax.run_config import MODELS, SOURCES, TABLES, ConfigError, RunConfig, replace
 
 RELEASED = {
     "llava15_7b": llava15_7b, "llava15_13b": llava15_13b, "qwen2_vl_7b": qwen2_vl_7b,
@@ -75,7 +75,7 @@ def released(model: str, source: str) -> RunConfig:
 
 
 def tiny(model: str, source: str) -> RunConfig:
-    from medcg_jax.study.backbones import model_run
+    from medcg_jax.study.run.backbones import model_run
 
     study = from_config_dict(phantom.get_config("study"))
     run = model_run(study, model)
@@ -94,7 +94,7 @@ def with_figure_targets(run: RunConfig) -> RunConfig:
     """Figure 4 and the efficiency curves on a few targets, since a row of them costs as much as ten pairs."""
     if run.data.source == "phantom":
         return replace(run, study__targets_of=phantom.FIGURE_TARGETS, study__epochs_of=phantom.FIGURE_EPOCHS)
-    from medcg_jax.study.mat import reached_targets
+    from medcg_jax.study.design.mat import reached_targets
 
     # Which the paper's figures have is not known as text; table 3 reaches these in two directions or more.
     return replace(run, study__targets_of=dict.fromkeys(phantom.FIGURE_TARGETS, reached_targets()))

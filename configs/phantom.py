@@ -10,9 +10,7 @@ Every arm of a table is trained for the same number of epochs. The study has the
 and the curves with LLaVA-1.5, 5 to 8 with the four other backbones, eight or nine rows each.
 """
 
-from medcg_jax.config_file import to_config_dict
-from medcg_jax.data.phantom_world import REPORT_TARGETS
-from medcg_jax.run_config import (
+from medcg_jax.config import (
     CONTROLS,
     TABLES,
     DataConfig,
@@ -23,6 +21,8 @@ from medcg_jax.run_config import (
     TrainConfig,
     replace,
 )
+from medcg_jax.config_file import to_config_dict
+from medcg_jax.data.phantom_world import REPORT_TARGETS
 
 ABLATION_TARGETS = ("ct-liver-stage", "microscopy-lung-cancer", "photo-eye-stage")
 # Three targets and half the epochs, and for the curve one target: these cost most of the grid.

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from medcg_jax import distributed
-from medcg_jax.data.formats import SMALL_TOKENIZERS
+from medcg_jax import processes
+from medcg_jax.config import MODELS, ConfigError, RunConfig, flat
 from medcg_jax.data.general import open_general
 from medcg_jax.data.sources import open_source
 from medcg_jax.data.tokenizer import load_tokenizer
-from medcg_jax.run_config import MODELS, ConfigError, RunConfig, flat
+from medcg_jax.families.formats import SMALL_TOKENIZERS
 
 PACKAGES = ("medcg-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Each process's own: the flag --process_id, and these sections, which the first process alone reads.
@@ -34,9 +34,9 @@ def check_agreement(run: RunConfig, verb: str, workdir: Path, data: Callable[[],
       ConfigError: on every process, where one has another value than the first; the message names the field, both
         values and the process.
     """
-    if distributed.count() == 1:
+    if processes.count() == 1:
         return
-    facts = distributed.gather("what processes share", (distributed.whoami(), facts_of(run, verb, workdir, data())))
+    facts = processes.gather("what processes share", (processes.whoami(), facts_of(run, verb, workdir, data())))
     (first, theirs), *others = facts
     for name, facts in others:
         check_same(first, theirs, name, facts)

@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
-from medcg_jax import cluster, distributed, xla_flags
+from medcg_jax import cluster, processes
+from medcg_jax import platform as xla_flags
 from medcg_jax.cli_data import Parser, add, add_data
+from medcg_jax.config import ConfigError, Interrupted, RunConfig, RunError
 from medcg_jax.data.records import DataError
 from medcg_jax.files import user_path, write_whole
 from medcg_jax.host import keep_freed_memory, run_process
-from medcg_jax.run_config import ConfigError, Interrupted, RunConfig, RunError
 
 # Files of a release that may lie apart from it.
 RELEASE_PARTS = {
@@ -41,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(sys.argv[1:] if argv is None else list(argv))
         result = args.run(args)
         status = result.pop("exit_status", 0)
-        if args.json and distributed.is_first():
+        if args.json and processes.is_first():
             write_json(Path(args.json), result)
-        distributed.finish()
+        processes.finish()
         return status
     except (ConfigError, DataError, *WRONG_PATHS) as error:
         return failed(2, str(error))
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return failed(1, str(error))
     except Interrupted as error:  # at the same step of every process
         print(f"medcg: {error}; run the same command again to go on", file=sys.stderr)
-        distributed.finish()
+        processes.finish()
         return os.EX_TEMPFAIL
     except KeyboardInterrupt:
         return failed(1, "stopped; run the same command again to go on")
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
             return failed(3, f"does not fit in memory: {str(error).splitlines()[0]}")
-        if distributed.count() == 1:
+        if processes.count() == 1:
             raise
         traceback.print_exc()
         return failed(1, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
@@ -68,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def failed(status: int, why: str) -> int:
     """Prints the line that says why, with the process's name where there are several, which all end then."""
-    distributed.await_verdict(why)
-    name = distributed.whoami()
+    processes.await_verdict(why)
+    name = processes.whoami()
     print(f"medcg: {name}: {why}" if name else f"medcg: {why}", file=sys.stderr, flush=True)
-    distributed.fail(status, why)
+    processes.fail(status, why)
     return status
 
 
@@ -130,7 +131,7 @@ def parser() -> Parser:
         verb.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
         verb.add_argument("--workdir", default="", metavar="DIR")
         if name == "train":
-            text = "write an xprof trace of these steps to WORKDIR/profile, for medcg_jax.scale.trace_read"
+            text = "write an xprof trace of these steps to WORKDIR/profile, for medcg_jax.bench.trace_read"
             verb.add_argument("--profile_steps", default="", metavar="FIRST:LAST", help=text)
         if name in SEVERAL_PROCESSES:
             add_processes(verb)
@@ -198,12 +199,12 @@ def started(args: argparse.Namespace, run: RunConfig) -> Iterator[None]:
     if place:
         from medcg_jax.agreement import check_agreement
 
-        distributed.start(place)
+        processes.start(place)
         check_agreement(run, args.verb, workdir(args, run), lambda: fingerprints(args, run))
     from medcg_jax.train.log import keep_programs
 
     keep_programs()
-    if distributed.is_first():
+    if processes.is_first():
         print(said, flush=True)
         yield
     else:
@@ -214,7 +215,7 @@ def started(args: argparse.Namespace, run: RunConfig) -> Iterator[None]:
 def fingerprints(args: argparse.Namespace, run: RunConfig) -> dict[str, str]:
     """Of the data that the verb reads, by name."""
     if args.verb == "reproduce" and not run.study.models:
-        from medcg_jax.study import grid
+        from medcg_jax.study.run import grid
 
         return {f"seed {seed}": digest for seed, digest in grid.data_fingerprints(run).items()}
     from medcg_jax.agreement import data_fingerprint
@@ -227,15 +228,15 @@ def workdir(args: argparse.Namespace, run: RunConfig) -> Path:
 
 
 def convert_weights(args) -> dict:
+    from medcg_jax.families.weights.convert import convert
     from medcg_jax.train.token_ids import ids_beside
-    from medcg_jax.weights.convert import convert
 
     parts = {name: Path(path) for name in RELEASE_PARTS if (path := getattr(args, name))}
     return convert(Path(args.src), Path(args.dst), to=args.to, parts=parts, ids=ids_beside(Path(args.src)))
 
 
 def parity_check(args) -> dict:
-    from medcg_jax.scale.parity import parity
+    from medcg_jax.parity.verb import parity
 
     files = {name: Path(getattr(args, name)) for name in ("inputs", "record", "against") if getattr(args, name)}
     return parity(Path(args.src), **files)
@@ -260,16 +261,16 @@ def eval_one(args) -> dict:
 def reproduce_grid(args) -> dict:
     run = resolved(args)
     if args.dry:
-        from medcg_jax.study.dry import dry
+        from medcg_jax.study.run.dry import dry
 
         return dry(run)
     with started(args, run):
-        from medcg_jax.study import backbones, grid
+        from medcg_jax.study.run import backbones, grid
 
         if run.study.cells_at_once == 0:
             run = with_as_many_cells_as_fit(run)
         if run.study.models:
-            if distributed.count() > 1:
+            if processes.count() > 1:
                 raise ConfigError(f"study.models={run.study.models}: () is accepted where processes share one run")
             return backbones.reproduce_models(run, workdir(args, run))
         return grid.reproduce(run, workdir(args, run))
@@ -281,12 +282,12 @@ def with_as_many_cells_as_fit(run: RunConfig) -> RunConfig:
     Raises:
       RuntimeError: not one cell fits.
     """
-    from medcg_jax.run_config import replace
+    from medcg_jax.config import replace
 
     if run.study.models:
         raise ConfigError("study.cells_at_once=0: a number is accepted where study.models has several models")
-    from medcg_jax.scale.cells import print_fit
-    from medcg_jax.scale.plan_programs import fitting_run
+    from medcg_jax.plan.cells import print_fit
+    from medcg_jax.plan.programs import fitting_run
 
     fit = fitting_run(run, "local", num_groups=max(1, run.mesh.cell))
     print_fit({"topology": "local", "num_groups": max(1, run.mesh.cell), **vars(fit)})
@@ -296,7 +297,10 @@ def with_as_many_cells_as_fit(run: RunConfig) -> RunConfig:
 
 
 def report_grid(args) -> dict:
-    from medcg_jax.study import report, report_backbones, report_compare, report_formats
+    from medcg_jax.study.report import backbones as report_backbones
+    from medcg_jax.study.report import compare
+    from medcg_jax.study.report import formats as report_formats
+    from medcg_jax.study.report import page as report
 
     formats = report_formats.check_formats(args.format)
     if args.dir.endswith(".json"):
@@ -304,7 +308,7 @@ def report_grid(args) -> dict:
     if len(args.other) > 1:
         raise ConfigError(f"medcg report {' '.join([args.dir, *args.other])}: one or two grids are accepted")
     if args.other:
-        page = report_compare.write_comparison(args.dir, args.other[0], args.out)
+        page = compare.write_comparison(args.dir, args.other[0], args.out)
         print(page)
         return {"page": str(page)}
     if args.out:
@@ -322,7 +326,7 @@ def report_grid(args) -> dict:
 
 
 def report_benchmarks(args) -> dict:
-    from medcg_jax.study.report_bench import write_plots
+    from medcg_jax.study.report.bench import write_plots
 
     if args.format:
         raise ConfigError(f"--format={args.format}: accepted with a grid alone; a benchmark's plots are png and svg")
@@ -335,22 +339,24 @@ def report_benchmarks(args) -> dict:
 def bench_here(args) -> dict:
     run = resolved(args)
     print(xla_flags.apply(run.deterministic), flush=True)
-    from medcg_jax.scale.bench_run import STAGES, bench
+    from medcg_jax.bench.run import STAGES, bench
 
     return bench(run, stages=args.stages.split(",") if args.stages else STAGES, against=args.against)
 
 
 def plan_run(args) -> dict:
     run = resolved(args)
-    from medcg_jax.scale import plan, plan_search, plan_text
-    from medcg_jax.study import backbones, dry
+    from medcg_jax.plan import search
+    from medcg_jax.plan import text as plan_text
+    from medcg_jax.plan import verb as plan
+    from medcg_jax.study.run import backbones, dry
 
     common = dict(full_effort=args.full_effort, memory_bytes=args.memory_gib * (1 << 30))
     if args.search:
         if args.alone:
             raise ConfigError("--alone with --search: one of them is accepted; a search is for a grid's trainings")
-        found = plan_search.search(run, args.topology, most_compiles=args.compiles, **common)
-        print(plan_search.table(found))
+        found = search.search(run, args.topology, most_compiles=args.compiles, **common)
+        print(search.table(found))
         return found
     found = {}
     for model in run.study.models or (run.model.name,):

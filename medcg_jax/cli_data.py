@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from medcg_jax.run_config import ConfigError, DataConfig
+from medcg_jax.config import ConfigError, DataConfig
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,7 +29,9 @@ def add_data(verbs) -> None:
     phantom.add_argument("--seed", type=int, default=0)
     phantom.add_argument("--train", type=int, default=300, metavar="N", help="training records per subset")
     phantom.add_argument("--test", type=int, default=300, metavar="N", help="test records per subset")
-    check = add(kinds, "check", data_check, "report, per record of a tree, what is missing, broken, unsafe or duplicated")
+    check = add(
+        kinds, "check", data_check, "report, per record of a tree, what is missing, broken, unsafe or duplicated"
+    )
     check.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree, or one that was prepared")
     add_reading(check)
     prepare = add(kinds, "prepare", data_prepare, "write a tree's records, checked and decoded, as ArrayRecord shards")
@@ -143,7 +145,9 @@ def data_prepare(args) -> dict:
         print(f"read as: {', '.join(f'{count} {way}' for way, count in read_as.items())}")
     if dim["images"]:
         print(dim_warning(dim["images"], Dim(**dim["least"][0])))
-    print(f"{aside['records']} of {aside['of']} set aside; {done.shards_written} shards written in {done.seconds:.1f} s")
+    print(
+        f"{aside['records']} of {aside['of']} set aside; {done.shards_written} shards written in {done.seconds:.1f} s"
+    )
     done = {"set_aside": aside, "shards_written": done.shards_written, "read_as": read_as, "dim": dim}
     return {"out": args.out, **numbers, **done}
 
@@ -179,8 +183,8 @@ def data_stats(args) -> dict:
 
 
 def data_ledger(args) -> dict:
-    from medcg_jax.study.ledger import read_ledger
-    from medcg_jax.study.ledger_text import print_ledger
+    from medcg_jax.study.design.ledger import read_ledger
+    from medcg_jax.study.design.ledger_text import print_ledger
 
     ledger = read_ledger(args.root)
     print_ledger(ledger)

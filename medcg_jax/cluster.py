@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from medcg_jax.run_config import ConfigError
+from medcg_jax.config import ConfigError
 
 FLAGS = ("--coordinator", "--num_processes", "--process_id")
 # The first of them is JAX's own; the others are named alike.

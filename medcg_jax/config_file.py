@@ -1,6 +1,6 @@
 """Config files: an ml_collections ConfigDict built by `get_config`, overridden from the command line, checked into a RunConfig.
 
-    run = load("configs/phantom.py:quick", {"train.learning_rate": "1e-3"})
+run = load("configs/phantom.py:quick", {"train.learning_rate": "1e-3"})
 """
 
 import ast
@@ -15,9 +15,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from medcg_jax.config import ConfigError, RunConfig, marked, replace
+from medcg_jax.config_checks import check
 from medcg_jax.files import user_path
-from medcg_jax.run_checks import check
-from medcg_jax.run_config import ConfigError, RunConfig, marked, replace
 
 
 def to_config_dict(run: RunConfig) -> ConfigDict:
@@ -139,7 +139,9 @@ def run_file(path: str, arg: str) -> ConfigDict:
     except ConfigError:
         raise
     except Exception as error:  # whatever the user's file raises is the user's to see, in one line
-        raise ConfigError(f"--config={path}{':' + arg if arg else ''}: {type(error).__name__}: {one_line(error)}") from error
+        raise ConfigError(
+            f"--config={path}{':' + arg if arg else ''}: {type(error).__name__}: {one_line(error)}"
+        ) from error
     finally:
         sys.path.remove(str(folder))
         forget(folder, set(sys.modules) - before)
@@ -224,7 +226,9 @@ def short(value, limit: int = 200) -> str:
 
 def accepts(kind: type) -> str:
     if isinstance(kind, types.GenericAlias):
-        inner = [accepts(arg) if typing.get_origin(arg) else arg.__name__ for arg in typing.get_args(kind) if arg is not ...]
+        inner = [
+            accepts(arg) if typing.get_origin(arg) else arg.__name__ for arg in typing.get_args(kind) if arg is not ...
+        ]
         if typing.get_origin(kind) is tuple:
             return f"a comma-separated list of {inner[0]}"
         return f"a dict of {inner[0]} to {inner[1]}"

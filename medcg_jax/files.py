@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-from medcg_jax.run_config import ConfigError
+from medcg_jax.config import ConfigError
 
 
 def user_path(text: str, name: str) -> str:

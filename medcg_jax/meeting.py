@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from medcg_jax.cluster import Cluster
-from medcg_jax.run_config import ConfigError, RunError
+from medcg_jax.config import ConfigError, RunError
 
 POLL_S, CONNECT_S = 0.5, 5.0
 # Something else that answers at the port may be the end of an earlier run; for so long it is asked again.
@@ -298,7 +298,7 @@ class _Telling:
 
 
 def _numbers(numbers: set[int], most: int = 8) -> str:
-    """"process 1", "processes 2, 5 and 90 more"."""
+    """ "process 1", "processes 2, 5 and 90 more"."""
     listed = [str(number) for number in sorted(numbers)]
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return f"{'process' if len(listed) == 1 else 'processes'} {', '.join(listed[:most])}{more}"

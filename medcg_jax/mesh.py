@@ -11,7 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.axes import BATCH_AXES, MESH_AXES
-from medcg_jax.run_config import ConfigError, MeshConfig
+from medcg_jax.config import ConfigError, MeshConfig
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from medcg_jax.run_config import ConfigError
+from medcg_jax.config import ConfigError
 
 # A file of JSON or text, whole. The release's largest subset file has some 40 MB.
 MAX_TEXT_BYTES = 2**30
@@ -90,9 +90,7 @@ def decoded(content: bytes, name: str | Path, encoding: str = "utf-8") -> str:
         raise FileError(f"{name}: not UTF-8 (byte {error.start})") from error
 
 
-def read_json(
-    path: str | Path, kind: type = dict, *, max_bytes: int = MAX_TEXT_BYTES, encoding: str = "utf-8"
-) -> Any:
+def read_json(path: str | Path, kind: type = dict, *, max_bytes: int = MAX_TEXT_BYTES, encoding: str = "utf-8") -> Any:
     """The JSON value in a file, of the type `kind` (dict or list).
 
     Raises:

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from medcg_jax.models import build
-from medcg_jax.scale import parity_golden, parity_golden_next, parity_golden_next_data, parity_golden_next_losses
-from medcg_jax.scale.parity_rows import Row
-from medcg_jax.weights import engine, minigpt_v2, next_chat
-from medcg_jax.weights.files import open_safetensors, write_safetensors
+from medcg_jax.families import build
+from medcg_jax.families.weights import engine, minigpt_v2, next_chat
+from medcg_jax.families.weights.files import open_safetensors, write_safetensors
+from medcg_jax.parity import golden, golden_next, golden_next_data, golden_next_losses
+from medcg_jax.parity.rows import Row
 
-MODULES = (parity_golden, parity_golden_next_data)
+MODULES = (golden, golden_next_data)
 # The index that stands for an array's first number: no token, so that no row of generated ones seems to end.
 FIRST = 10_000
 
@@ -59,7 +59,7 @@ def recorded(rows_of, files: dict, monkeypatch, *, num_pixels: int = 0, fixed=No
 
     for module in MODULES:
         monkeypatch.setattr(module, "compared", take)
-    monkeypatch.setattr(parity_golden, "exactly", take)
+    monkeypatch.setattr(golden, "exactly", take)
     rows_of()
     monkeypatch.undo()
     for path, arrays in held.items():
@@ -132,7 +132,7 @@ def minigpt(folder, monkeypatch, seed: int = 0):
     trained = lambda name: "lora_" in name or name.startswith("llama_proj")  # noqa: E731
     grads = {f"grad/{n}" if trained(n) else f"norm/{n}": s if trained(n) else () for n, s in shapes.items()}
     files = {folder / "expected.npz": expected, folder / "grads.npz": grads}
-    recorded(lambda: parity_golden.golden_rows(folder), files, monkeypatch)
+    recorded(lambda: golden.golden_rows(folder), files, monkeypatch)
     return folder
 
 
@@ -171,7 +171,7 @@ def next_chat_folder(folder, monkeypatch, *, sam_px: int = 256, seed: int = 0):
     found = {**NEXT, "sam": {**SAM, "patch_size": sam_px // 16}, "sam_image_size": sam_px}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", found)
-    config = parity_golden_next_data.read_config(folder)
+    config = golden_next_data.read_config(folder)
     shapes = weights(folder, next_chat.table(config), config, next_chat.released_name, seed)
     rng, inputs = np.random.default_rng(seed), {}
     box = lambda num: np.sort(rng.random((num, 2, 2)), axis=1).reshape(num, 4).astype(np.float32)  # noqa: E731
@@ -196,7 +196,7 @@ def next_chat_folder(folder, monkeypatch, *, sam_px: int = 256, seed: int = 0):
     np.savez(folder / "inputs.npz", **inputs)
     say_at(folder, inputs)
     base, mask, generate = next_shapes(sam_px)
-    stages = parity_golden_next_losses.STAGES
+    stages = golden_next_losses.STAGES
     names = {part: {name for name in shapes if stage_of(name) in stages[part]} for part in stages}
     own = names["mask"]
     clip = {name for name in shapes if name.startswith("model.vision_tower")}
@@ -213,14 +213,14 @@ def next_chat_folder(folder, monkeypatch, *, sam_px: int = 256, seed: int = 0):
         folder / "expected_generate.npz": generate, folder / "grads_base.npz": grads, folder / "grads_mask.npz": masks,
     }  # fmt: skip
     fixed = {folder / "expected_base.npz": {"rec/input_ids": row_of(43, 1, 1, 3)[0][None]}}
-    rows_of = lambda: parity_golden_next.golden_rows(folder)  # noqa: E731
+    rows_of = lambda: golden_next.golden_rows(folder)  # noqa: E731
     recorded(rows_of, files, monkeypatch, num_pixels=sam_px**2, fixed=fixed)
     return folder
 
 
 def say_at(folder, inputs) -> None:
     """Makes `<at>` what the model says first, and again behind the box: two boxes for one image."""
-    _, graphdef, params = parity_golden_next_data.load(folder)
+    _, graphdef, params = golden_next_data.load(folder)
     model = nnx.merge(graphdef, params)
     cache, states = model.init_cache(1, 60), []
     pixels = inputs["gen_images"].transpose(0, 2, 3, 1)[:, None]

@@ -163,7 +163,7 @@ def respell(family: str, out: Path) -> None:
     """The tensors of `out` under the names of the release, in one file."""
     from safetensors.torch import load_file, save_file
 
-    from medcg_jax.weights import llava, mllama, qwen2_vl
+    from medcg_jax.families.weights import llava, mllama, qwen2_vl
 
     module = {"llava": llava, "qwen2_vl": qwen2_vl, "mllama": mllama}[family]
     found = {}

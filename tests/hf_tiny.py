@@ -8,10 +8,10 @@ import dataclasses
 
 import numpy as np
 
+from medcg_jax.families import build
+from medcg_jax.families.weights import engine, llava
+from medcg_jax.families.weights.files import Tensors
 from medcg_jax.mesh import make_mesh
-from medcg_jax.models import build
-from medcg_jax.weights import engine, llava
-from medcg_jax.weights.files import Tensors
 
 VOCAB, IMAGE, PAD = 101, 97, 98
 PATCHES = 9

@@ -11,14 +11,14 @@ import dataclasses
 import jax
 import numpy as np
 
+from medcg_jax.families import build
+from medcg_jax.families.decoder import DecoderConfig
+from medcg_jax.families.eva import EvaConfig
+from medcg_jax.families.minigpt_v2 import MiniGPTv2Config
+from medcg_jax.families.weights import engine, minigpt_v2
+from medcg_jax.families.weights.files import Tensors
 from medcg_jax.mesh import make_mesh
-from medcg_jax.models import build
-from medcg_jax.models.decoder import DecoderConfig
-from medcg_jax.models.eva import EvaConfig
-from medcg_jax.models.minigpt_v2 import MiniGPTv2Config
 from medcg_jax.nn.lora import LoraConfig
-from medcg_jax.weights import engine, minigpt_v2
-from medcg_jax.weights.files import Tensors
 
 PAD, IMAGE = 7, 200
 CONFIG = MiniGPTv2Config(

@@ -9,11 +9,11 @@ import dataclasses
 import jax
 import numpy as np
 
+from medcg_jax.families import build
+from medcg_jax.families.weights import engine, mllama
+from medcg_jax.families.weights.files import Tensors
 from medcg_jax.mesh import make_mesh
-from medcg_jax.models import build
-from medcg_jax.scale import parity_mllama
-from medcg_jax.weights import engine, mllama
-from medcg_jax.weights.files import Tensors
+from medcg_jax.parity import mllama as parity_mllama
 
 VOCAB, PAD, EOS = 104, 98, 99
 IMAGE = VOCAB

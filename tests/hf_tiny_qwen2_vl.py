@@ -8,9 +8,9 @@ import dataclasses
 import numpy as np
 from hf_tiny import one_device, tensors
 
+from medcg_jax.families import build
+from medcg_jax.families.weights import engine, qwen2_vl
 from medcg_jax.mesh import make_mesh
-from medcg_jax.models import build
-from medcg_jax.weights import engine, qwen2_vl
 
 VOCAB, PAD, START, END, IMAGE, VIDEO = 103, 91, 92, 93, 94, 95
 PATCH = 5

@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from medcg_jax.families import build
+from medcg_jax.families.llava import llava15_tiny
+from medcg_jax.families.minigpt_v2 import minigpt_v2_tiny
+from medcg_jax.families.mllama import llama32_vision_tiny
+from medcg_jax.families.next_chat import next_chat_tiny
+from medcg_jax.families.qwen2_vl import qwen2_vl_tiny
+from medcg_jax.families.sam import sam_tiny
+from medcg_jax.families.weights import engine
+from medcg_jax.families.weights.convert import module_of, open_leaves
+from medcg_jax.families.weights.files import write_safetensors
 from medcg_jax.mesh import make_mesh
-from medcg_jax.models import build
-from medcg_jax.models.llava import llava15_tiny
-from medcg_jax.models.minigpt_v2 import minigpt_v2_tiny
-from medcg_jax.models.mllama import llama32_vision_tiny
-from medcg_jax.models.next_chat import next_chat_tiny
-from medcg_jax.models.qwen2_vl import qwen2_vl_tiny
-from medcg_jax.models.sam import sam_tiny
-from medcg_jax.weights import engine
-from medcg_jax.weights.convert import module_of, open_leaves
-from medcg_jax.weights.files import write_safetensors
 
 # Image tokens within the vocabulary, so that no rows are added; two layers, for speed.
 FEW = dict(num_layers=2, num_vision_layers=2, scan_unroll=1)

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from medcg_jax import mesh as mesh_lib
 from medcg_jax.axes import MESH_AXES, RULES, spec
+from medcg_jax.config import ConfigError, MeshConfig
 from medcg_jax.mesh import batch_sharding, check_batch, islands, make_mesh, mesh_shape, put_batch
-from medcg_jax.run_config import ConfigError, MeshConfig
 
 
 def test_logical_and_mesh_names_share_no_word():

@@ -131,15 +131,15 @@ AS_FIT = ("reproduce", "--config=configs/phantom.py:tiny", "--config.study.cells
 
 
 def test_as_many_cells_as_fit(monkeypatch, capsys, tmp_path):
-    from medcg_jax.scale import cells, plan_programs
-    from medcg_jax.study import grid
+    from medcg_jax.plan import cells, programs
+    from medcg_jax.study.run import grid
 
     seen = []
     monkeypatch.setattr(grid, "reproduce", lambda run, workdir: seen.append(run.study.cells_at_once) or {})
     args = [*AS_FIT, f"--workdir={tmp_path}/w"]
     for fitting, status in ((6, 0), (0, 3)):
         found = cells.Fit(fitting, {2: 1e9, 6: 3e9}, 4e9)
-        monkeypatch.setattr(plan_programs, "fitting_run", lambda run, where, num_groups, found=found: found)
+        monkeypatch.setattr(programs, "fitting_run", lambda run, where, num_groups, found=found: found)
         assert main(args) == status
     assert seen == [6] and "6 cells fit local in 1 groups" in capsys.readouterr().out
     assert main([*args, "--config.study.models=('llava15_tiny', 'qwen2_vl_tiny')"]) == 2
@@ -191,7 +191,9 @@ def test_without_a_home_folder_no_programs_are_kept(monkeypatch, capsys):
     monkeypatch.setattr(log.Path, "home", no_home)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(log, "enable_cache", kept.append)
-    monkeypatch.setattr(log, "jax", type("Jax", (), {"config": type("Config", (), {"jax_compilation_cache_dir": None})}))
+    monkeypatch.setattr(
+        log, "jax", type("Jax", (), {"config": type("Config", (), {"jax_compilation_cache_dir": None})})
+    )
     log.keep_programs()
     [line] = capsys.readouterr().err.splitlines()
     assert "no home folder" in line and not kept

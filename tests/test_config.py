@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medcg_jax.config import ConfigError, RunConfig, TrainConfig, marked, replace
+from medcg_jax.config_checks import BOUNDS, ONCE, check
 from medcg_jax.config_file import from_config_dict, load, to_config_dict, with_flags
-from medcg_jax.run_checks import BOUNDS, ONCE, check
-from medcg_jax.run_config import ConfigError, RunConfig, TrainConfig, marked, replace
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 FILE = str(Path(__file__).parents[1] / "configs" / "llava15_7b.py")
@@ -86,7 +86,10 @@ def test_a_wrong_override_is_refused_in_one_line(key, text, message):
         ("def get_config(): return 3", "returned int"),
         ("def get_config(): return 1 / 0", "ZeroDivisionError"),
         ("def get_config(:", "SyntaxError"),
-        ("from medcg_jax.config_file import *\ndef get_config():\n c = to_config_dict(RunConfig())\n c.tran = 1", "tran"),
+        (
+            "from medcg_jax.config_file import *\ndef get_config():\n c = to_config_dict(RunConfig())\n c.tran = 1",
+            "tran",
+        ),
     ],
 )
 def test_a_broken_config_file_is_refused_in_one_line(tmp_path, source, message):
@@ -180,7 +183,7 @@ def test_files_of_the_same_name_in_two_folders_are_two(tmp_path):
         (tmp_path / name / "shared_parts" / "__init__.py").write_text("")
         (tmp_path / name / "shared_parts" / "lr.py").write_text(f"NAME = {name!r}")
         (tmp_path / name / "shared_base.py").write_text(
-            f"from medcg_jax.run_config import RunConfig\nRUN = RunConfig(name={name!r})"
+            f"from medcg_jax.config import RunConfig\nRUN = RunConfig(name={name!r})"
         )
         (tmp_path / name / "shared_top.py").write_text(
             "import shared_base\nfrom medcg_jax.config_file import to_config_dict\n"
@@ -191,7 +194,7 @@ def test_files_of_the_same_name_in_two_folders_are_two(tmp_path):
     for name in ("a", "b", "a"):
         assert load(str(tmp_path / name / "shared_top.py")).name == name
     assert not {"shared_base", "shared_parts", "shared_parts.lr"} & set(sys.modules)
-    assert "medcg_jax.run_config" in before <= set(sys.modules)
+    assert "medcg_jax.config" in before <= set(sys.modules)
 
 
 def test_targets_of_single_tables_are_read_and_checked():

@@ -65,7 +65,12 @@ def test_what_is_no_json_is_refused_with_the_reason(tmp_path, content, reason):
     assert text.startswith(f"{path}: ") and reason in text
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
 def test_json_of_other_writers_comes_back_as_it_is(value):
     assert untrusted.parsed(json.dumps({"value": value}), "x") == {"value": value}
 

@@ -13,27 +13,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data.duplicates import NEAR_BITS, hash_rows
 from medcg_jax.data.examine import Examined, examine_all
 from medcg_jax.data.hamming import FORMS, near_pairs_between
 from medcg_jax.data.notices import Content, Notice, names_alike, notices_of
-from medcg_jax.data.processes import Progress
+from medcg_jax.data.pool import Progress
 from medcg_jax.data.reading import Reading, check_reading
 from medcg_jax.data.records import SPLITS, DataError, Record, Split
 from medcg_jax.data.release import subset_table
-from medcg_jax.data.schema import (
-    ReleaseError,
-    check_id,
-    check_keys,
-    image_path,
-    parse_choice,
-    read_list,
-    record_name,
-)
+from medcg_jax.data.schema import ReleaseError, check_id, check_keys, image_path, parse_choice, read_list, record_name
 from medcg_jax.data.schema_detection import DETECTION_KEYS, detection_problems, shares_of_image
 from medcg_jax.data.splits import split_group
 from medcg_jax.data.tree_files import ELEMENTS, SubsetFile, list_files, near_misses, read_manifest
-from medcg_jax.run_config import DataConfig
 
 # 14 bits in words of 16 take a quarter of their range, 12 a sixteenth.
 MIN_RANGE_USED = 0.3
@@ -231,9 +223,7 @@ def inspect(
         if file.detection and (reason := shares_of_image(raws)):
             problems.append(Problem(file.path.name, "", "box_units", reason))
     paths = sorted({use.path for use in uses})
-    images = examine_all(
-        paths, max_pixels, reading, workers=workers, progress=progress, known=known, remember=remember
-    )
+    images = examine_all(paths, max_pixels, reading, workers=workers, progress=progress, known=known, remember=remember)
     problems += _image_problems(uses, images)
     problems += _shared_between_splits(uses, images)
     order = {file.path.name: place for place, file in enumerate(files)}

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from random import Random
 
+from medcg_jax.config import CONTROLS
 from medcg_jax.data.records import LETTERS, DataError, Record, RecordSet, Turn
-from medcg_jax.run_config import CONTROLS
 
 
 class AskedAgain(RecordSet):

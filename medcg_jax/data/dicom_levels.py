@@ -17,15 +17,7 @@ from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 
-from medcg_jax.data.reading import (
-    PERCENTILES,
-    PRESETS_HU,
-    ImageError,
-    Reading,
-    apply_window,
-    parse_window,
-    stretch,
-)
+from medcg_jax.data.reading import PERCENTILES, PRESETS_HU, ImageError, Reading, apply_window, parse_window, stretch
 
 KEYWORDS = (
     "Modality",
@@ -201,9 +193,7 @@ def _voi_lut(values: np.ndarray, dataset: Dataset) -> tuple[np.ndarray, str] | N
     return None
 
 
-def _percentiles(
-    domain: np.ndarray, pixels: np.ndarray, values: np.ndarray, dataset: Dataset
-) -> tuple[float, float]:
+def _percentiles(domain: np.ndarray, pixels: np.ndarray, values: np.ndarray, dataset: Dataset) -> tuple[float, float]:
     """The frame's percentiles in units of `values`, pixels of the padding's value, or of its range, left out."""
     # Whether padding has a sign is often written otherwise than of the pixels: it has the same bits.
     padding = [

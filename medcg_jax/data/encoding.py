@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data.box_questions import Asked, ask
-from medcg_jax.data.formats import Arrays, Format
 from medcg_jax.data.images import copy_into
 from medcg_jax.data.records import MAX_OPTIONS, DataError, Record, RecordSet, concat
+from medcg_jax.data.row_format import Arrays, Format
 from medcg_jax.data.tokenizer import Tokenizer
-from medcg_jax.run_config import DataConfig
 
 # Images kept decoded; a larger set is decoded again whenever a row is drawn.
 MEMORY_LIMIT_BYTES = 2 << 30
@@ -113,7 +113,7 @@ def encode(
     arrays |= {key: np.stack([row[key] for row in boxes]) for key in (boxes[0] if boxes else ())}
     return Encoded(
         records, fmt, arrays, _all_images(records, fmt, memory_limit_bytes), masks=fmt.mask_layout is not None
-    )  # fmt: skip
+    )
 
 
 def encode_eval(
@@ -271,7 +271,9 @@ def _image_tokens(records: RecordSet, index: int, fmt: Format) -> int:
     """How many tokens the record's image takes; 0 without one."""
     if not records.records[index].image:
         return 0
-    return fmt.max_image_tokens if fmt.num_image_tokens is None else fmt.num_image_tokens(*records.image(index).shape[:2])
+    return (
+        fmt.max_image_tokens if fmt.num_image_tokens is None else fmt.num_image_tokens(*records.image(index).shape[:2])
+    )
 
 
 def _put_row(rows, index: int, ids: list[int], num_image_tokens: int, data: DataConfig) -> None:
@@ -284,7 +286,9 @@ def _check_length(length: int, num_image_tokens: int, most: int, data: DataConfi
     # A row without an image may use the image's places.
     text, room = (length - num_image_tokens, data.max_text_tokens) if num_image_tokens else (length, most)
     if text > room:
-        raise DataError(f"{text} text tokens where {room} fit (data.max_text_tokens={data.max_text_tokens}); nothing is cut")
+        raise DataError(
+            f"{text} text tokens where {room} fit (data.max_text_tokens={data.max_text_tokens}); nothing is cut"
+        )
 
 
 def _image_arrays(records: RecordSet, index: int, fmt: Format) -> Arrays:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data.records import DataError, Record, RecordSet
 from medcg_jax.data.release import TreeImages
 from medcg_jax.data.schema import ReleaseError, check_id, image_path, parse_choice, read_list, record_name
-from medcg_jax.run_config import DataConfig
 
 SUBSET = "general"
 NUM_OPTIONS = 4

@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from medcg_jax.config import StudyConfig
 from medcg_jax.data.duplicates import Print, hash_rows, print_of
 from medcg_jax.data.general import SUBSET
 from medcg_jax.data.hamming import FORMS, near_pairs_between
 from medcg_jax.data.records import Record, RecordSet
 from medcg_jax.data.splits import shared_groups
-from medcg_jax.run_config import StudyConfig
 
 # What a record gives away by -> how a message says it, from the surest.
 KINDS = {

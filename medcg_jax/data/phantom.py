@@ -50,7 +50,9 @@ class PhantomSource:
             raise DataError(f"split {split!r}; {' or '.join(SPLITS)} is accepted")
         found = [triplet for triplet in TRIPLETS if triplet.name == subset]
         if not found:
-            raise DataError(f"subset {subset!r} is not in the phantom world; it has {', '.join(t.name for t in TRIPLETS)}")
+            raise DataError(
+                f"subset {subset!r} is not in the phantom world; it has {', '.join(t.name for t in TRIPLETS)}"
+            )
         if (subset, split) not in self._made:
             self._made[subset, split] = self._make(found[0], split)
         return self._made[subset, split]

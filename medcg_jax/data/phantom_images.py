@@ -200,7 +200,9 @@ def _area(name: str, draws: Draws, pose: np.ndarray) -> np.ndarray:
         return base + 0.14 * outline * (1 + 1.1 * a * _blur(draws.normal(SIDE_PX, SIDE_PX), 4))
     if name == "eye":
         bend = draws.uniform(2, low=-0.5, high=0.5)
-        lines = sum(np.exp(-(((v - side * 0.45 - _field(k) * u * np.abs(u)) / 0.06) ** 2)) for side, k in zip((-1, 1), bend.T))
+        lines = sum(
+            np.exp(-(((v - side * 0.45 - _field(k) * u * np.abs(u)) / 0.06) ** 2)) for side, k in zip((-1, 1), bend.T)
+        )
         return base + 0.18 * _soft(0.98 - r) + 0.14 * a * lines
     if name == "skin":
         slope, phase = _field(draws.uniform(low=-0.6, high=0.6)), _field(draws.uniform(high=6.28))
@@ -251,7 +253,9 @@ def _neutral(draws: Draws, objects: np.ndarray, pose: np.ndarray) -> np.ndarray:
     textures = (0 * z, np.sin(frequency * along + phase), np.sin(frequency * _R + phase), 4 * blurred)
     kind = _field(draws.integer(len(textures)))
     texture = sum((kind == k) * t for k, t in enumerate(textures))
-    level, strength, noise = (_field(draws.uniform(low=lo, high=hi)) for lo, hi in ((0.12, 0.4), (0, 0.12), (0.01, 0.06)))
+    level, strength, noise = (
+        _field(draws.uniform(low=lo, high=hi)) for lo, hi in ((0.12, 0.4), (0, 0.12), (0.01, 0.06))
+    )
     ramp = _field(draws.uniform(low=-0.4, high=0.5)) * along
     # Texture, noise and shading grow with the difficulty; the plainest are bright on dark. They teach shapes first.
     hard = _field(draws.uniform())

@@ -41,16 +41,11 @@ NEUTRAL = {
     "shape": ("Which shape?", SHAPES),
     "size": ("Which size?", SIZES),
 }
-NAMING = {
-    "modality": ("Which modality?", MODALITIES),
-    "area": ("Which area?", AREAS),
-}
+NAMING = {"modality": ("Which modality?", MODALITIES), "area": ("Which area?", AREAS)}
 DESCRIBE = "Describe."
 READ = "Pick {word}."
 # Names of the sites, row by row from the top left: a caption says where each object is.
-SITES = tuple(
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi".split()
-)
+SITES = tuple("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi".split())
 
 
 def choice(question: str, options: Sequence[str]) -> str:

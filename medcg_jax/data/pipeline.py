@@ -141,7 +141,9 @@ def _stream(encoded: Encoded, seed: int, weights: Mapping[str, float]) -> grain.
     subsets = np.asarray([record.subset for record in encoded.records.records])
     present = sorted(set(subsets.tolist()))
     if sorted(weights) != present:
-        raise DataError(f"data.subset_weights names {', '.join(sorted(weights))}; the records are of {', '.join(present)}")
+        raise DataError(
+            f"data.subset_weights names {', '.join(sorted(weights))}; the records are of {', '.join(present)}"
+        )
     wrong = {name: weight for name, weight in weights.items() if not 0 < weight < float("inf")}
     if wrong:
         raise DataError(f"data.subset_weights has {wrong}; positive numbers are accepted")

@@ -24,18 +24,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data.bounded import opened
 from medcg_jax.data.check import RECORD_KINDS, Inspection, Report, inspect, tree_root
 from medcg_jax.data.examine import Examined, Memory
 from medcg_jax.data.images import is_grey, load_image
 from medcg_jax.data.layouts import Layout
-from medcg_jax.data.processes import Progress, over
+from medcg_jax.data.pool import Progress, over
 from medcg_jax.data.reading import Reading, check_reading
 from medcg_jax.data.records import SPLITS, DataError, Record, Subset
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.splits import is_out_of_distribution
 from medcg_jax.files import write_whole
-from medcg_jax.run_config import DataConfig
 from medcg_jax.untrusted import FileError, kind_of, read_json, shown
 
 # Of images that are nearly one grey the manifest names so many.
@@ -117,9 +117,8 @@ def prepare(
     memory = Memory(out / ".examined.jsonl", root, repr((data.max_pixels, reading)))
     with memory:
         found = inspect(
-            root, data.max_pixels, reading,
-            workers=workers, progress=progress, known=memory.known, remember=memory.add,
-        )  # fmt: skip
+            root, data.max_pixels, reading, workers=workers, progress=progress, known=memory.known, remember=memory.add
+        )
     if not found.report.acceptable(max_bad_frac):
         raise TooManyBad(_refusal(found.report, max_bad_frac), found.report)
     for notice in found.report.notices:
@@ -340,7 +339,7 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     old = _plan_of(out).get("settings", settings)
     differ = [
         f"{key}={shown(old.get(key))}, not {shown(value)}" for key, value in settings.items() if old.get(key) != value
-    ]  # fmt: skip
+    ]
     if differ:
         raise DataError(f"{out} was prepared with {'; '.join(differ)}; choose another folder, or remove it")
 

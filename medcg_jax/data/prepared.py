@@ -16,24 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from medcg_jax import untrusted
+from medcg_jax.config import DataConfig
 from medcg_jax.data.images import grey_view
 from medcg_jax.data.layouts import Layout, parse_layout
 from medcg_jax.data.prepare import FORMAT, records_digest, shard_name
-from medcg_jax.data.records import (
-    LETTERS,
-    MAX_OPTIONS,
-    SPLITS,
-    Box,
-    DataError,
-    Record,
-    RecordSet,
-    Split,
-    Subset,
-    Turn,
-)
+from medcg_jax.data.records import LETTERS, MAX_OPTIONS, SPLITS, Box, DataError, Record, RecordSet, Split, Subset, Turn
 from medcg_jax.data.release import cap_seed, labels_of
 from medcg_jax.data.splits import balanced
-from medcg_jax.run_config import DataConfig
 from medcg_jax.untrusted import FileError
 
 KINDS = ("choice", "detection")
@@ -377,4 +366,3 @@ def _unreadable(shards: Iterable[Path], error: Exception) -> str:
         except (RuntimeError, ValueError) as own:
             return f"{path} cannot be read: {' '.join(str(own).split())[:120]}; run `medcg data prepare` again"
     return f"{path} or a shard before it cannot be read: {' '.join(str(error).split())[:120]}; prepare it again"
-

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data.labels import LabelledImage, LabelTable, read_labels
 from medcg_jax.data.notices import Content, box_range
 from medcg_jax.data.records import LETTERS, SPLITS, DataError, Split
@@ -23,7 +24,6 @@ from medcg_jax.data.release import subset_table
 from medcg_jax.data.splits import rarest_labels, split_group, train_test_split
 from medcg_jax.data.tree_files import FOLDER, MANIFEST, manifest_content, read_manifest, subset_files
 from medcg_jax.files import write_together
-from medcg_jax.run_config import DataConfig
 
 INSTRUCTIONS = Path(__file__).parent / "instructions.json"
 MAX_OPTIONS = 4

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data import catalogue
 from medcg_jax.data.images import ImageError, load_image
 from medcg_jax.data.reading import Reading, check_reading
@@ -23,7 +24,6 @@ from medcg_jax.data.schema import ReleaseError, read_choice_file, read_list
 from medcg_jax.data.schema_detection import read_detection_file
 from medcg_jax.data.splits import balanced, rarest_labels, split_group, train_test_split
 from medcg_jax.data.tree_files import read_manifest, subset_files
-from medcg_jax.run_config import DataConfig
 
 
 def subset_table() -> dict[str, tuple[str, str, str]]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from medcg_jax.data.encoding import Encoded
-from medcg_jax.data.formats import Arrays
 from medcg_jax.data.lengths import batch_length, suffix_length
 from medcg_jax.data.pipeline import checked_rows
+from medcg_jax.data.row_format import Arrays
 
 
 @dataclass(frozen=True)

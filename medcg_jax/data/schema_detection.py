@@ -65,13 +65,7 @@ def detection_problems(raw: dict[str, Any], size: tuple[int, int]) -> list[tuple
 
 
 def read_detection_file(
-    path: Path,
-    root: Path,
-    max_pixels: int,
-    *,
-    subset: str = "",
-    split: str = "",
-    skip: Container[tuple[str, str]] = (),
+    path: Path, root: Path, max_pixels: int, *, subset: str = "", split: str = "", skip: Container[tuple[str, str]] = ()
 ) -> list[Record]:
     """All records of one file, every one checked against the size in its image's header (pixels are not decoded).
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
+from medcg_jax.config import SOURCES, DataConfig
 from medcg_jax.data.records import DataError, Source
-from medcg_jax.run_config import SOURCES, DataConfig
 
 
 def open_source(config: DataConfig) -> Source:

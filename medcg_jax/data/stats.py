@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data.check import Inspection, Use, inspect
 from medcg_jax.data.duplicates import groups
 from medcg_jax.data.examine import Examined
 from medcg_jax.data.images import load_image, pad_to_square
 from medcg_jax.data.notices import letter_counts
-from medcg_jax.data.processes import Progress
+from medcg_jax.data.pool import Progress
 from medcg_jax.data.reading import Reading
 from medcg_jax.data.records import SPLITS, DataError, RecordSet, Subset
 from medcg_jax.data.release import ReleaseSource, labels_of
-from medcg_jax.run_config import DataConfig
 
 # A contact sheet: a row for each of the most frequent labels, so many images in each.
 THUMB_PX, COLUMNS, MOST_LABELS = 112, 8, 8
@@ -118,7 +118,7 @@ def _is_free(out: Path) -> bool:
 
 def _write_into(
     partial: Path, name: str, source: ReleaseSource, found: Inspection, max_pixels: int, reading: Reading, seed: int
-) -> None:  # fmt: skip
+) -> None:
     """The page's files. name: of the tree."""
     subsets = []
     for kind, group in (("choice", source.subsets), ("detection", source.detection_subsets)):

@@ -19,10 +19,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data.prepared import PreparedSource
 from medcg_jax.data.records import SPLITS, Box, DataError, Record, Split, Turn
 from medcg_jax.data.release import subset_table
-from medcg_jax.run_config import DataConfig
 
 ALL = "all"
 _PNG = "PNG of the prepared image, 8 bits, RGB or grey"

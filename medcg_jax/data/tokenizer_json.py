@@ -135,7 +135,9 @@ def _family(added, special: dict[str, int], named: dict[str, str], path: Path) -
     ends.sort(key=lambda family: (not added[family[1]][1], family[1] != named.get("eos_token")))
     if not ends:
         names = " or ".join(family[1] for family in FAMILIES)
-        raise DataError(f"tokenizer {path}: the token that ends a turn is missing; {names} is accepted, as a special one")
+        raise DataError(
+            f"tokenizer {path}: the token that ends a turn is missing; {names} is accepted, as a special one"
+        )
     return ends[0]
 
 

@@ -74,7 +74,9 @@ def check_structure(found: dict[str, Any], path: Path) -> None:
     if kind not in MODELS:
         raise FileError(f"{path}: model.type={shown(kind)}; accepted: {', '.join(MODELS)}")
     if model.get("dropout"):
-        raise FileError(f"{path}: model.dropout={shown(model['dropout'])}: ids would be drawn at random; null is accepted")
+        raise FileError(
+            f"{path}: model.dropout={shown(model['dropout'])}: ids would be drawn at random; null is accepted"
+        )
     for field in ("continuing_subword_prefix", "end_of_word_suffix"):
         _check_affix(model.get(field), f"{path}: model.{field}")
     vocab = model.get("vocab")
@@ -140,7 +142,9 @@ def _check_rules(top: Any, part: str, accepted: tuple[str, ...], path: Path) -> 
         if kind == "Replace":
             content, plain = rule.get("content"), pattern.get("String") if isinstance(pattern, dict) else None
             if not isinstance(content, str) or not (isinstance(regex, str) or isinstance(plain, str) and plain):
-                raise FileError(f"{path}: {part} has a Replace of {shown(pattern)} by {shown(content)}; texts are accepted")
+                raise FileError(
+                    f"{path}: {part} has a Replace of {shown(pattern)} by {shown(content)}; texts are accepted"
+                )
             # A pattern may match between any two characters.
             growth *= max(1.0, len(content) / len(plain) if plain else len(content) + 1)
             if growth > MAX_GROWTH:
@@ -252,7 +256,9 @@ def added_tokens(directory: Path) -> dict[str, int]:
         ids, names = {}, {}
         for content, number, place in listed:
             if ids.setdefault(content, number) != number:
-                raise FileError(f"{place}: {shown(content)} has the id {number}, and {ids[content]} elsewhere beside it")
+                raise FileError(
+                    f"{place}: {shown(content)} has the id {number}, and {ids[content]} elsewhere beside it"
+                )
             if names.setdefault(number, content) != content:
                 raise FileError(f"{place}: {number} is the id of {shown(content)} and of {shown(names[number])}")
     return ids

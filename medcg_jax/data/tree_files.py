@@ -194,7 +194,7 @@ def manifest_content(root: Path) -> dict[str, Any]:
 def _is_name(value: Any) -> bool:
     return (
         isinstance(value, str) and 0 < len(value) <= MAX_NAME_CHARS and value == value.strip() and value.isprintable()
-    )  # fmt: skip
+    )
 
 
 def _bad(where: str, reason: str) -> ReleaseError:

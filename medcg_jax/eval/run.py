@@ -93,9 +93,7 @@ def make_evaluator(
         logprobs = option_logprobs(logits, batch["option_ids"])
         return logprobs, greedy(model, logits, cache, num_new=num_new, eos_id=eos_id)[0]
 
-    jitted = jax.jit(
-        evaluate_batch, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh)
-    )  # fmt: skip
+    jitted = jax.jit(evaluate_batch, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))
     return Evaluator(mesh, jitted, num_new)
 
 

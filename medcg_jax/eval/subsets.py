@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from medcg_jax.config import ConfigError, RunConfig, trains_masks
 from medcg_jax.data.encoding import Encoded
 from medcg_jax.data.pipeline import eval_batches
 from medcg_jax.data.rounds import rounds
@@ -17,9 +18,8 @@ from medcg_jax.eval.again import Asker, evaluate_again, make_asker
 from medcg_jax.eval.box_answers import BoxAnswer
 from medcg_jax.eval.choice import letter_logits
 from medcg_jax.eval.run import Evaluator, Prediction
+from medcg_jax.families.build import shardings
 from medcg_jax.mesh import batch_sharding, check_batch, own_rows, put_batch, replicated
-from medcg_jax.models.build import shardings
-from medcg_jax.run_config import ConfigError, RunConfig, trains_masks
 from medcg_jax.train.checkpoint import load_params
 from medcg_jax.train.preempt import sigterm_saves
 from medcg_jax.train.setup import Setup, open_setup, start_params
@@ -56,7 +56,7 @@ class Tester:
                 )  # fmt: skip
             return locate.locate(
                 self._locator, setup.mesh, params, encoded, setup.tokenizer, batch_size=config.batch_size
-            )  # fmt: skip
+            )
         if self._evaluator is None:
             self._evaluator = run.make_evaluator(setup.mesh, self._graphdef, self._shardings, **self._answers)
         self._look(params, encoded, self._evaluator)
@@ -85,9 +85,7 @@ class Tester:
             image_token_id=setup.model.image_token_id,
         )  # fmt: skip
 
-    def _look(
-        self, params, encoded: Encoded, score: Callable, again: Mapping[str, Encoded] | None = None
-    ) -> None:  # fmt: skip
+    def _look(self, params, encoded: Encoded, score: Callable, again: Mapping[str, Encoded] | None = None) -> None:
         """Raises BlindModel where other pixels change nothing of what `score` gives; once for all tests.
 
         score: (params, the first batch of the test) -> float32[B, K], and what is not looked at.

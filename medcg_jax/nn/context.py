@@ -17,7 +17,7 @@ def current_mesh():
 
 
 def platform() -> str:
-    """"cpu", "gpu" or "tpu": of the mesh in context, else of the default backend."""
+    """ "cpu", "gpu" or "tpu": of the mesh in context, else of the default backend."""
     mesh = current_mesh()
     kind = None if mesh is None else getattr(mesh.abstract_device, "device_kind", None)
     if kind is None:

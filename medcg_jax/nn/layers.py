@@ -67,10 +67,7 @@ def _product_forward(equation, x, kernel):
 def _product_backward(equation, kept, grad):
     x, kernel = kept
     first, second, out = equation.replace("->", ",").split(",")
-    return (
-        jnp.einsum(f"{out},{second}->{first}", grad, kernel),
-        jnp.einsum(f"{first},{out}->{second}", x, grad),
-    )
+    return (jnp.einsum(f"{out},{second}->{first}", grad, kernel), jnp.einsum(f"{first},{out}->{second}", x, grad))
 
 
 product.defvjp(_product_forward, _product_backward)

@@ -14,7 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from medcg_jax.run_config import ConfigError
+from medcg_jax.config import ConfigError
 
 # Name -> (dtype of activations and weights, dtype of the gradient that comes in).
 KINDS = {

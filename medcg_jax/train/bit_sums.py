@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from medcg_jax.models.build import num_params
+from medcg_jax.families.build import num_params
 
 
 def bit_sums(tree) -> list[int]:

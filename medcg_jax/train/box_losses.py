@@ -109,7 +109,7 @@ def mask_terms(model, batch: dict[str, jax.Array], *, original_loss_quirks: bool
     images = {key: batch[key] for key in model.image_keys}
     at_hidden, _ = model.hidden(
         batch["tokens"], images, segment_ids=batch["segment_ids"], boxes=batch["boxes"], at=batch["at_positions"]
-    )  # fmt: skip
+    )
     masks, iou = model.masks(at_hidden, model.encode_sam_images(batch))
     target, weights = batch["at_masks"].astype(jnp.float32), batch["at_weights"].astype(jnp.float32)
     logits = jax.image.resize(masks, target.shape, "bilinear")

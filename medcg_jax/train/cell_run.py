@@ -9,7 +9,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from medcg_jax.run_config import RunError, flat
+from medcg_jax.config import RunError, flat
 from medcg_jax.train.checkpoint import CheckpointError, Checkpoints
 from medcg_jax.train.log import MetricsFile
 from medcg_jax.train.loss_check import LossCheck

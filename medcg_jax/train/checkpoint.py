@@ -22,14 +22,14 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from medcg_jax.distributed import barrier, broadcast, gather
+from medcg_jax.config import ConfigError, RunError
+from medcg_jax.families.llava import LlavaConfig
+from medcg_jax.families.weights.engine import by_path
 from medcg_jax.files import write_whole
-from medcg_jax.models.llava import LlavaConfig
 from medcg_jax.nn.quant import is_quantized
-from medcg_jax.run_config import ConfigError, RunError
+from medcg_jax.processes import barrier, broadcast, gather
 from medcg_jax.train import checksums, disk
 from medcg_jax.train.bit_sums import bit_sums, check_bit_sums
-from medcg_jax.weights.engine import by_path
 
 META_FILE = "meta.json"
 PART = ".part"
@@ -228,7 +228,7 @@ def save_params(
     beside: the tokenizer's file and the checkpoint that the run started from: what an export needs of them is copied.
     A directory that is there already is replaced.
     """
-    from medcg_jax.weights import companions, convert
+    from medcg_jax.families.weights import companions, convert
 
     directory = Path(directory).absolute()
     part = directory.with_name(f".{directory.name}.part")
@@ -270,7 +270,7 @@ def load_params(directory: Path, config: LlavaConfig, mesh: Mesh, *, base: str =
       CheckpointError: files are missing or damaged.
       WeightsError: the parameters are of another architecture.
     """
-    from medcg_jax.weights import convert
+    from medcg_jax.families.weights import convert
 
     meta = read_meta(directory)
     if meta is None:

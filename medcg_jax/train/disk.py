@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from medcg_jax.run_config import ConfigError
+from medcg_jax.config import ConfigError
 
 UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 

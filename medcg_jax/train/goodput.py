@@ -212,8 +212,10 @@ def read_starts(path: Path) -> list[dict]:
         starts = read_json(path, max_bytes=MAX_GOODPUT_BYTES).get("starts")
         for number, start in enumerate(starts if isinstance(starts, list) else [None]):
             place = f"{path}: starts[{number}]"
-            if not isinstance(start, dict) or not all(isinstance(start.get(key), dict) for key in ("seconds", "reached")):
-                raise FileError(f"{place}: an object with \"seconds\" and \"reached\" is accepted")
+            if not isinstance(start, dict) or not all(
+                isinstance(start.get(key), dict) for key in ("seconds", "reached")
+            ):
+                raise FileError(f'{place}: an object with "seconds" and "reached" is accepted')
             for kind, seconds in start["seconds"].items():
                 check_number(seconds, f"{place}.seconds: {shown(kind)}", least=0, most=1e12)
             for cell, step in start["reached"].items():

@@ -2,19 +2,9 @@
 
 from collections.abc import Sequence
 
-from medcg_jax.data.leaks import (
-    KINDS,
-    Leak,
-    actions_of,
-    actions_of_general,
-    find_leaks,
-    joined,
-    prints,
-    remedy,
-    words,
-)
+from medcg_jax.config import RunConfig
+from medcg_jax.data.leaks import KINDS, Leak, actions_of, actions_of_general, find_leaks, joined, prints, remedy, words
 from medcg_jax.data.records import DataError, RecordSet, Source
-from medcg_jax.run_config import RunConfig
 
 
 def left_out(run: RunConfig, source: Source, subsets: Sequence[str], general: RecordSet | None) -> frozenset[str]:

@@ -26,9 +26,7 @@ class MetricsFile:
     the run writes them again.
     """
 
-    def __init__(
-        self, path: Path, *, step: int = 0, tensorboard: Path | None = None, wandb: WandbTarget | None = None
-    ):
+    def __init__(self, path: Path, *, step: int = 0, tensorboard: Path | None = None, wandb: WandbTarget | None = None):
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")

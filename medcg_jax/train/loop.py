@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
+from medcg_jax.config import Interrupted
 from medcg_jax.mesh import put_batch
-from medcg_jax.run_config import Interrupted
 from medcg_jax.train import preempt
 from medcg_jax.train.cell_run import Cell, CellResult, CellRun, NonFiniteLoss
 from medcg_jax.train.cells import take_cell

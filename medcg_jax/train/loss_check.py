@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from medcg_jax.run_config import RunError
+from medcg_jax.config import RunError
 
 LOSSES_FILE = "losses.jsonl"
 # Largest relative difference under the same conditions: none was ever measured on a CPU (kill_processes.py).

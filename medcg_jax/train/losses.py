@@ -17,7 +17,7 @@ def token_loss(model, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array
     images = {key: batch[key] for key in model.image_keys}
     at_targets, _ = model.hidden(
         batch["tokens"], images, segment_ids=batch["segment_ids"], at=batch["target_positions"]
-    )  # fmt: skip
+    )
     nll = negative_log_likelihood(model.logits(at_targets), batch["targets"])
     weights = batch["target_weights"].astype(jnp.float32)
     # A row without weight must not count even where its numbers overflow: 0 * inf is no 0.

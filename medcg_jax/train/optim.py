@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from medcg_jax.run_checks import MOST_STEPS
-from medcg_jax.run_config import ConfigError, TrainConfig
+from medcg_jax.config import ConfigError, TrainConfig
+from medcg_jax.config_checks import MOST_STEPS
 from medcg_jax.train.rounding import widen
 
 Control = dict[str, jax.Array | np.ndarray]

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import jax
 
-from medcg_jax.run_config import Interrupted
+from medcg_jax.config import Interrupted
 
 # One order to stop often comes twice: from the scheduler to every process, and from a parent that hands it on.
 SAME_SIGNAL_S = 2.0

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import jax
 
+from medcg_jax.config import ConfigError, RunConfig, TrainConfig, free_fields
+from medcg_jax.config_checks import profile_steps
 from medcg_jax.data.encoding import Encoded, cut_rows, row_length
 from medcg_jax.data.packing import RowShape, choose, sizes
 from medcg_jax.data.pipeline import Batches, draws
 from medcg_jax.data.records import concat
 from medcg_jax.data.sources import subset_names
+from medcg_jax.families.build import abstract, shardings, split_trainable
+from medcg_jax.families.flops import forward, training
 from medcg_jax.mesh import num_parts, own_rows
-from medcg_jax.models.build import abstract, shardings, split_trainable
-from medcg_jax.models.flops import forward, training
 from medcg_jax.nn.base import Base
-from medcg_jax.run_checks import profile_steps
-from medcg_jax.run_config import ConfigError, RunConfig, TrainConfig, free_fields
 from medcg_jax.train import disk, goodput
 from medcg_jax.train.checkpoint import save_params
 from medcg_jax.train.held_out import left_out
@@ -114,9 +114,7 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
         pixels=setup.pixels,
         # Named where there are some alone, so that other runs are gone on with as before.
         config=identity(run) | ({"left_out": sorted(out)} if out else {}),
-        flops_per_step=step_flops(
-            encoded, setup.model, trainable=run.model.trainable, batch_size=run.train.batch_size
-        ),
+        flops_per_step=step_flops(encoded, setup.model, trainable=run.model.trainable, batch_size=run.train.batch_size),
     )
     state, [result] = fit(
         program, trainable, frozen, [cell], label=run.name, peak_flops=peak_flops(setup.mesh), goodput=clock,

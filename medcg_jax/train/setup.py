@@ -10,24 +10,24 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from medcg_jax.data import formats
+from medcg_jax.config import MODELS, ConfigError, ModelConfig, RunConfig, trains_masks
 from medcg_jax.data.encoding import Encoded, encode, encode_boxes, encode_eval, longest_row, row_length
-from medcg_jax.data.formats import Format
 from medcg_jax.data.general import GeneralRecords, open_general
 from medcg_jax.data.layouts import check_layout
 from medcg_jax.data.prepared import PreparedSource
 from medcg_jax.data.records import RecordSet, Source
+from medcg_jax.data.row_format import Format
 from medcg_jax.data.sources import open_source, require_subsets
 from medcg_jax.data.tokenizer import SMALL, Tokenizer, load_tokenizer
+from medcg_jax.families import formats
+from medcg_jax.families.build import TINY, Config, architecture, create, join, replicated
+from medcg_jax.families.next_chat import NextChatConfig
+from medcg_jax.families.weights.companions import has_tokenizer
 from medcg_jax.mesh import check_batch, make_mesh
-from medcg_jax.models.build import TINY, Config, architecture, create, join, replicated
-from medcg_jax.models.next_chat import NextChatConfig
-from medcg_jax.run_config import MODELS, ConfigError, ModelConfig, RunConfig, trains_masks
 from medcg_jax.train.box_losses import box_loss, mask_loss
 from medcg_jax.train.losses import token_loss
 from medcg_jax.train.sight import pixel_keys
 from medcg_jax.train.token_ids import check_token_ids, check_tokens
-from medcg_jax.weights.companions import has_tokenizer
 
 RELEASED = {
     "llava15_7b": "llava-hf/llava-1.5-7b-hf",
@@ -132,7 +132,9 @@ def open_setup(
         check_token_ids(tokenizer, family, Path(directory))
     whole = replicated(model, mesh)
     if whole:
-        print(f"mesh.tensor={mesh.shape['tensor']} does not divide them, so every device holds whole: {', '.join(whole)}")
+        print(
+            f"mesh.tensor={mesh.shape['tensor']} does not divide them, so every device holds whole: {', '.join(whole)}"
+        )
     if isinstance(source, PreparedSource):
         check_layout(source.layout, family, model)
     made = formats.format_of(family, model, with_masks=trains_masks(run.model))
@@ -211,7 +213,7 @@ def start_params(setup: Setup, *, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
     with jax.set_mesh(setup.mesh):
         if not path:
             return create(setup.model, setup.mesh, seed=seed)
-        from medcg_jax.weights.convert import load_checkpoint
+        from medcg_jax.families.weights.convert import load_checkpoint
 
         return load_checkpoint(Path(path), setup.model, setup.mesh, seed=seed)
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from medcg_jax.distributed import gather
-from medcg_jax.run_config import ConfigError
+from medcg_jax.config import ConfigError
+from medcg_jax.processes import gather
 
 # What other pixels change at least, of a number's size: far more than rounding, far less than any image.
 LEAST_CHANGE = 1e-6

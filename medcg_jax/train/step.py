@@ -242,9 +242,7 @@ def make_step(
         return NamedSharding(mesh, PartitionSpec(*lead, *spec))
 
     state_shardings = _state_shardings(optimizer, param_shardings, placed)
-    one_shardings = _state_shardings(
-        optimizer, param_shardings, lambda spec=PartitionSpec(): NamedSharding(mesh, spec)
-    )  # fmt: skip
+    one_shardings = _state_shardings(optimizer, param_shardings, lambda spec=PartitionSpec(): NamedSharding(mesh, spec))
     batch = batch_sharding(mesh, cells=many)
 
     def cells(state, frozen, control, batch):
@@ -270,7 +268,7 @@ def make_step(
     jitted_start_one = jax.jit(partial(init_state, optimizer=optimizer), out_shardings=one_shardings)
     jitted_put = jax.jit(
         put, in_shardings=(state_shardings, one_shardings, None), out_shardings=state_shardings, donate_argnums=0
-    )  # fmt: skip
+    )
     programs = (jitted, jitted_start, jitted_start_one, jitted_put)
     shardings = (state_shardings, one_shardings, frozen_shardings, batch, placed())
     return Program(mesh, num_cells, graphdef, *programs, *shardings)

@@ -4,16 +4,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from medcg_jax.data import formats
+from medcg_jax.config import ConfigError
 from medcg_jax.data.records import DataError
 from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.data.tokenizer_limits import MAX_CONFIG_BYTES, added_in_config
-from medcg_jax.models.build import Config
-from medcg_jax.run_config import ConfigError
+from medcg_jax.families import formats
+from medcg_jax.families.build import Config
+from medcg_jax.families.weights.companions import has_tokenizer
+from medcg_jax.families.weights.convert import MODEL_FILE, WeightsError, read_config
+from medcg_jax.families.weights.families import family_of
 from medcg_jax.untrusted import FileError, read_json, shown
-from medcg_jax.weights.companions import has_tokenizer
-from medcg_jax.weights.convert import MODEL_FILE, WeightsError, read_config
-from medcg_jax.weights.families import family_of
 
 # Tokens that end a text or a turn: a checkpoint may state another of them than the one that ends a turn in its prompts.
 ENDS = ("</s>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>")
@@ -27,7 +27,9 @@ def check_tokens(tokenizer: Tokenizer, family: str, model: Config) -> None:
     The image's is replaced, and padding never attended.
     """
     placed = {"end of a turn": tokenizer.eos_id, "opening": tokenizer.bos_id}
-    placed |= {f: i for f, i in formats.token_ids(family, tokenizer).items() if f not in ("image_token_id", "pad_token_id")}
+    placed |= {
+        f: i for f, i in formats.token_ids(family, tokenizer).items() if f not in ("image_token_id", "pad_token_id")
+    }
     rows, name = model.text.vocab_size, tokenizer.path
     if tokenizer.text_ids > rows:
         raise ConfigError(
@@ -36,7 +38,9 @@ def check_tokens(tokenizer: Tokenizer, family: str, model: Config) -> None:
         )
     for field, number in placed.items():
         if number is not None and number >= rows:
-            raise ConfigError(f"tokenizer {name}: {field} {number:,}, and the model has {rows:,} rows; less is accepted")
+            raise ConfigError(
+                f"tokenizer {name}: {field} {number:,}, and the model has {rows:,} rows; less is accepted"
+            )
 
 
 def check_token_ids(tokenizer: Tokenizer, family: str, directory: Path) -> None:

@@ -3,11 +3,11 @@
 import numpy as np
 from jax.sharding import Mesh
 
+from medcg_jax.chips import peak_bf16
+from medcg_jax.config import MASK_PARTS
 from medcg_jax.data.encoding import Encoded
-from medcg_jax.models.build import Config
-from medcg_jax.models.flops import forward, training
-from medcg_jax.models.peaks import peak_bf16
-from medcg_jax.run_config import MASK_PARTS
+from medcg_jax.families.build import Config
+from medcg_jax.families.flops import forward, training
 
 
 def step_flops(encoded: Encoded, config: Config, *, trainable: tuple[str, ...], batch_size: int) -> float | None:

@@ -6,8 +6,8 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from medcg_jax.config import ConfigError
 from medcg_jax.files import write_whole
-from medcg_jax.run_config import ConfigError
 
 FILE = "wandb.json"
 

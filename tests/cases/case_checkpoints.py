@@ -166,7 +166,7 @@ def nan_weights(folder: Path) -> str:
 
 
 def safetensors_offsets(folder: Path) -> str:
-    from medcg_jax.weights.files import WeightsError, open_tensors
+    from medcg_jax.families.weights.files import WeightsError, open_tensors
 
     samples = [
         path for path in sorted((HOSTILE / "safetensors_offsets").iterdir()) if (path / "model.safetensors").is_file()
@@ -307,7 +307,7 @@ def pissa_adapter(folder: Path) -> str:
 
 def prefix_of_wrappers(folder: Path) -> str:
     """The prefix is taken off: the numbers are those of the same checkpoint without it."""
-    from medcg_jax.weights.files import open_tensors
+    from medcg_jax.families.weights.files import open_tensors
 
     src = INPUTS / "prefix_of_wrappers" / "ckpt"
     told(medcg("convert", src, folder / "out"))
@@ -329,7 +329,7 @@ def single_file_and_index(folder: Path) -> str:
 
 
 def tokenizer_of_another_model(folder: Path) -> str:
-    from medcg_jax.run_config import ConfigError, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+    from medcg_jax.config import ConfigError, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 
     tree = INPUTS / "tokenizer_of_another_model" / "tree"
 

@@ -164,7 +164,7 @@ def claim_future(folder: Path) -> str:
 def same_hostname_containers(folder: Path) -> str:
     """Two containers of one host name that share a folder: a claim of the one is no dead process to the other."""
     program = (
-        "import sys, time, pathlib; sys.path.insert(0, {root!r}); from medcg_jax.study import claims; "
+        "import sys, time, pathlib; sys.path.insert(0, {root!r}); from medcg_jax.study.run import claims; "
         "folder = pathlib.Path({folder!r}); claim = claims.take(folder, 'job'); print(bool(claim), flush=True); time.sleep(30 * bool(claim))"
     ).format(root=str(CHECKOUT), folder=str(folder))
     container = ("unshare", "--pid", "--fork", "--mount-proc")

@@ -34,7 +34,7 @@ def grid_of_release(folder: Path, manifest: Path | dict) -> Path:
     def write() -> int:
         import report_grids
 
-        from medcg_jax.run_config import DataConfig
+        from medcg_jax.config import DataConfig
 
         data = DataConfig(source="release", root=str(root), train_records_per_subset=40, test_records_per_subset=12)
         report_grids.make_grid(

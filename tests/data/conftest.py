@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from record_sets import write_word_tokenizer
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data.tokenizer import load_tokenizer
-from medcg_jax.run_config import DataConfig
 
 
 @pytest.fixture(scope="session")

@@ -23,15 +23,15 @@ if __name__ == "__main__":  # as a module of the repository, without pytest's pa
 from fuzz_mutations import JSON_CLASSES, mutated
 from trees import write_tree_with_boxes
 
+from medcg_jax.config import ConfigError, DataConfig
 from medcg_jax.data.check import check_tree, print_report
 from medcg_jax.data.layouts import Layout
 from medcg_jax.data.prepare import prepare
 from medcg_jax.data.prepared import PreparedSource, verify
 from medcg_jax.data.records import SPLITS, DataError
 from medcg_jax.data.release import ReleaseSource
-from medcg_jax.run_config import ConfigError, DataConfig
-from medcg_jax.study.ledger import read_ledger
-from medcg_jax.study.ledger_text import ledger_lines
+from medcg_jax.study.design.ledger import read_ledger
+from medcg_jax.study.design.ledger_text import ledger_lines
 
 MAX_MESSAGE = 800
 MAX_SECONDS = 10.0

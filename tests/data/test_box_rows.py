@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 
-from medcg_jax.data import formats
+from medcg_jax.config import DataConfig, ModelConfig
 from medcg_jax.data.box_questions import ask
 from medcg_jax.data.boxes import corners
 from medcg_jax.data.encoding import concat_encoded, encode, encode_boxes, encode_eval
-from medcg_jax.data.images_next_chat import preprocess_masks
 from medcg_jax.data.phantom_boxes import PhantomBoxSource
 from medcg_jax.data.records import Box, DataError, Record, RecordSet, Turn
-from medcg_jax.data.text_boxes import parse_boxes
 from medcg_jax.data.tokenizer import load_tokenizer
-from medcg_jax.models.build import architecture
-from medcg_jax.run_config import DataConfig, ModelConfig
+from medcg_jax.families import formats
+from medcg_jax.families.build import architecture
+from medcg_jax.families.images_next_chat import preprocess_masks
+from medcg_jax.families.text_boxes import parse_boxes
 
 SOURCE = PhantomBoxSource(3, 6, 4)
 DATA = DataConfig(system_prompt="", max_text_tokens=100, max_target_tokens=70)
@@ -93,7 +93,9 @@ def test_every_question_is_a_row_that_ends_where_the_answer_begins(family):
         assert family == "minigpt_v2" or whole.ids[:first] == prompt
     # The answer is not in the prompt: another answer gives the same rows.
     moved = [Box(box.label, box.x1, box.y1, box.x2 + 1, box.y2) for box in cells().records[0].boxes]
-    other = RecordSet([Record("63/train/1", "63", (), image="a.png", boxes=tuple(moved), size_px=(32, 48))], cells().images[:1])
+    other = RecordSet(
+        [Record("63/train/1", "63", (), image="a.png", boxes=tuple(moved), size_px=(32, 48))], cells().images[:1]
+    )
     assert (encode_boxes(other, tokenizer, DATA, fmt).arrays["tokens"] == found.arrays["tokens"]).all()
 
 
@@ -144,5 +146,7 @@ def test_masks_that_cannot_be_learnt_are_refused_by_name():
 
 @pytest.mark.parametrize(("family", "fmt"), [("llava", formats.llava(32, 16)), ("mllama", formats.mllama(32))])
 def test_other_models_refuse_boxes(family, fmt):
-    with pytest.raises(DataError, match=r"^record ct-liver-det/train/1: it has boxes; MiniGPT-v2 and NExT-Chat take them"):
+    with pytest.raises(
+        DataError, match=r"^record ct-liver-det/train/1: it has boxes; MiniGPT-v2 and NExT-Chat take them"
+    ):
         encode(RECORDS, small(family), DATA, fmt)

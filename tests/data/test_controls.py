@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medcg_jax.config import CONTROLS
 from medcg_jax.data.controls import control_sets, with_options
 from medcg_jax.data.phantom import PhantomSource
 from medcg_jax.data.records import LETTERS, DataError, Record, RecordSet, Turn
-from medcg_jax.run_config import CONTROLS
 
 
 def made(sizes, answers) -> RecordSet:

@@ -73,8 +73,7 @@ def test_a_preset_is_its_window_in_hu(name):
 
 
 @pytest.mark.parametrize(
-    "tags",
-    [{**CT, "Modality": "MR"}, {**CT, "RescaleSlope": None}, {**CT, "RescaleType": "US"}, {"Modality": "CT"}],
+    "tags", [{**CT, "Modality": "MR"}, {**CT, "RescaleSlope": None}, {**CT, "RescaleType": "US"}, {"Modality": "CT"}]
 )
 def test_a_preset_is_for_ct_in_hu_alone(tags):
     content = dicom_bytes(RAMP, WindowCenter=500, WindowWidth=1000, **tags)
@@ -164,9 +163,7 @@ def test_each_frames_own_groups_hold():
     assert read_image(shared, MANY, Reading(window="brain"))[1] == "DICOM window brain 40/80"
 
 
-@pytest.mark.parametrize(
-    "frame, taken", [("first", 0), ("middle", 2), ("last", 4), ("0", 0), ("3", 3)]
-)
+@pytest.mark.parametrize("frame, taken", [("first", 0), ("middle", 2), ("last", 4), ("0", 0), ("3", 3)])
 def test_one_frame_is_taken(frame, taken):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 7), np.uint8)
     found, how = read_image(dicom_bytes(pixels, NumberOfFrames=5), MANY, Reading(frame=frame))

@@ -168,9 +168,7 @@ def test_groups_and_their_kinds():
         saved(c, "BMP"), saved(c, "JPEG", quality=60),  # the same pixels, and near
     ]  # fmt: skip
     prints = [as_print(content) for content in contents]
-    assert groups(prints) == [
-        Group("same bytes", (1, 4)), Group("same pixels", (2, 5)), Group("near", (3, 6, 7)),
-    ]  # fmt: skip
+    assert groups(prints) == [Group("same bytes", (1, 4)), Group("same pixels", (2, 5)), Group("near", (3, 6, 7))]
     assert groups([]) == groups(prints[:1]) == []
     # An image that could not be decoded has its bytes alone.
     assert groups([Print(b"x"), Print(b"y"), Print(b"x")]) == [Group("same bytes", (0, 2))]

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from trees import raw_record, write_subset
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data import leaks
 from medcg_jax.data.layouts import Layout
 from medcg_jax.data.leaks import Leak, NearImage, find_leaks, joined, prints, remedy, words
@@ -14,7 +15,6 @@ from medcg_jax.data.prepare import prepare
 from medcg_jax.data.prepared import PreparedSource
 from medcg_jax.data.records import Record, RecordSet, Turn
 from medcg_jax.data.release import ReleaseSource
-from medcg_jax.run_config import DataConfig
 
 
 def record(split: str, number: int, *, subset="04", stem="Which?", options=("Benign", "Normal"), **fields) -> Record:

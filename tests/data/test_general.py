@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trees import raw_record, write_image
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data.general import GeneralRecords, num_general, open_general
 from medcg_jax.data.records import DataError
-from medcg_jax.run_config import DataConfig
 
 FOUR = ("no", "yes", "one", "two")
 

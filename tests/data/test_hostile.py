@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data.check import check_tree
 from medcg_jax.data.images import ImageError, image_size, load_image
 from medcg_jax.data.schema import ReleaseError, read_choice_file, read_list
 from medcg_jax.data.schema_detection import parse_detection, read_detection_file
-from medcg_jax.run_config import DataConfig
 
 PACK = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "medmat-mini"
 EXPECTED = PACK / "hostile" / "expected.json"
@@ -33,7 +33,7 @@ REASONS = {
     "record_letter_disagrees.json": "Answer-choice A names 'Abnormal', but Answer is 'Normal'",
     "record_missing_file.json": "cannot be opened",
     "record_empty_image.json": "is no path",
-    "record_wrong_types.json": "id is \"one\", a str; int is accepted",
+    "record_wrong_types.json": 'id is "one", a str; int is accepted',
     "duplicate_ids.json": "the id 1 occurs twice",
     "not_a_list.json": "a dict; a list",
     "cut_in_half.json": "no JSON",

@@ -7,10 +7,10 @@ import pytest
 from trees import raw_record
 
 from medcg_jax.cli import main
+from medcg_jax.config import DataConfig
 from medcg_jax.data.layouts import Layout
 from medcg_jax.data.prepare import TooManyBad, prepare
 from medcg_jax.data.prepared import PreparedSource
-from medcg_jax.run_config import DataConfig
 
 
 @pytest.fixture

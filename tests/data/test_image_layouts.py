@@ -5,15 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medcg_jax.config import ModelConfig
 from medcg_jax.data.layouts import Layout, check_layout, parse_layout
 from medcg_jax.data.records import Box, DataError, Record
-from medcg_jax.models.build import architecture
-from medcg_jax.run_config import ModelConfig
+from medcg_jax.families.build import architecture
 
 layouts = st.one_of(
-    st.just(Layout("keep", 0)),
-    st.builds(Layout, st.sampled_from(("square", "fit")), st.integers(1, 40)),
-)  # fmt: skip
+    st.just(Layout("keep", 0)), st.builds(Layout, st.sampled_from(("square", "fit")), st.integers(1, 40))
+)
 
 
 @given(layouts)

@@ -130,7 +130,10 @@ CLASSES, BOXES, MASKS = "image,label", "image,label,x1,y1,x2,y2", "image,label,m
         (f"{BOXES}\nx/b.png,M,0,0,2,4\nx/b.png,,,,,", "line 3: label '' is empty where image 'x/b.png' has"),
         (f"{MASKS}\nx/b.png,M,x/short.png", "line 2: mask 'x/short.png' has 12 x 4 pixels; 12 x 8, as its image"),
         (f"{MASKS}\nx/b.png,M,x/text.png", "line 2: mask 'x/text.png' is no mask"),
-        (f"{CLASSES}\nx/b.png,N\u00e4vus\nx/c.png,Na\u0308vus", r"line 3: label 'Na.u0308vus' is spelled 'N.xe4vus' in"),
+        (
+            f"{CLASSES}\nx/b.png,N\u00e4vus\nx/c.png,Na\u0308vus",
+            r"line 3: label 'Na.u0308vus' is spelled 'N.xe4vus' in",
+        ),
         (f"{CLASSES}\nx/b.png,torn lateral\nx/c.png,torn  lateral", "line 3: label 'torn  lateral' is spelled 'torn l"),
         (f"{CLASSES}\nx/b.png,1\nx/c.png,1.0", "line 3: label '1.0' is spelled '1' in line 2; one spelling"),
         (f"{CLASSES}\nx/b.png,be\u200bnign", r"label 'be.u200bnign' has signs that cannot be printed"),

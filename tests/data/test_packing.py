@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from record_sets import choice
 
 from medcg_jax.data.encoding import Encoded, encode
-from medcg_jax.data.formats import llava
 from medcg_jax.data.packing import Packer, RowShape, Sizes, choose, lay_out, sizes
 from medcg_jax.data.pipeline import Batches, draws
 from medcg_jax.data.records import DataError, Record, RecordSet, Turn
+from medcg_jax.families.formats import llava
 
 IMAGE_TOKENS, TARGETS = 3, 4
 FORMAT = llava(2, IMAGE_TOKENS)
@@ -174,7 +174,7 @@ def test_rows_with_a_place_for_one_image_are_filled_with_text():
     images = np.asarray([1, 0] * 4)
     shape = choose(
         Sizes(text + 576 * images, images, np.full(8, 2)), np.arange(8)[None], unit=1, multiple=64, cost=tokens_of
-    )  # fmt: skip
+    )
     assert shape == RowShape(rows=4, length=704, images=1, targets=4)
     # Equal records gain nothing: one a row.
     same = Sizes(text + 576, np.ones(8, int), np.full(8, 2))

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data import phantom, phantom_pretraining, phantom_text, phantom_world
 from medcg_jax.data.phantom import PhantomSource, write_release
 from medcg_jax.data.phantom_images import LANDMARKS, MAX_LESIONS, draw_scene, render
@@ -24,7 +25,6 @@ from medcg_jax.data.phantom_world import (
 from medcg_jax.data.records import LETTERS, SPLITS, DataError
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.sources import open_source
-from medcg_jax.run_config import DataConfig
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,9 @@ def test_pose_and_cells_move_the_pixels():
 
 def test_no_test_image_is_trained_on():
     source = PhantomSource(1, 40, 40)
-    trained = set().union(*(digests(source.records(t.name, "train")) for t in TRIPLETS), digests(pretraining_records(1, 500)))
+    trained = set().union(
+        *(digests(source.records(t.name, "train")) for t in TRIPLETS), digests(pretraining_records(1, 500))
+    )
     tested = [digests(source.records(t.name, "test")) for t in TRIPLETS]
     assert sum(map(len, tested)) == len(set().union(*tested)) == 40 * len(TRIPLETS)
     assert not trained & set().union(*tested)
@@ -173,7 +175,14 @@ def test_lesions_keep_off_landmarks_and_each_other(source):
 
 
 def said(turns):
-    return set(" ".join(turn.question + " " + turn.answer for turn in turns).lower().replace(":", " ").replace("?", " ").replace(".", " ").split())
+    return set(
+        " ".join(turn.question + " " + turn.answer for turn in turns)
+        .lower()
+        .replace(":", " ")
+        .replace("?", " ")
+        .replace(".", " ")
+        .split()
+    )
 
 
 TASK_WORDS = {*TASKS, *(label for labels in TASKS.values() for label in labels)}
@@ -182,7 +191,9 @@ TASK_WORDS = {*TASKS, *(label for labels in TASKS.values() for label in labels)}
 def test_pretraining_never_says_a_task_or_a_label():
     records = pretraining_records(4, 2000).records
     assert not set().union(*(said(record.turns) for record in records)) & TASK_WORDS
-    assert not {word.lower() for word in reading_words()} & TASK_WORDS and len(set(reading_words())) == len(reading_words())
+    assert not {word.lower() for word in reading_words()} & TASK_WORDS and len(set(reading_words())) == len(
+        reading_words()
+    )
 
 
 def test_pretraining_asks_what_the_image_shows():

@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data import boxes
 from medcg_jax.data.check import check_tree
 from medcg_jax.data.phantom import PhantomSource, write_release
@@ -14,7 +15,6 @@ from medcg_jax.data.phantom_world import TRIPLETS, cell_reserved, sector_reserve
 from medcg_jax.data.records import SPLITS, DataError, concat
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.sources import open_source
-from medcg_jax.run_config import DataConfig
 
 
 @pytest.fixture(scope="module")

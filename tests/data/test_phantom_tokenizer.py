@@ -2,11 +2,12 @@
 
 import pytest
 
-from medcg_jax.data import phantom_text, prompts, tokenizer_build
+from medcg_jax.data import phantom_text, tokenizer_build
 from medcg_jax.data.phantom import PhantomSource
 from medcg_jax.data.phantom_pretraining import MAX_TARGET_TOKENS, MAX_TEXT_TOKENS, pretraining_records
 from medcg_jax.data.phantom_world import AREAS, MODALITIES, TASKS
 from medcg_jax.data.tokenizer import SMALL, load_tokenizer
+from medcg_jax.families import prompts
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,15 @@ def test_a_letter_is_the_same_token_everywhere(tokenizer):
     (letter,) = tokenizer.encode("A")
     question = phantom_text.choice("Which state?", ("normal", "abnormal"))
     # The option's colon is dropped, so the letter stands right before the option; other colons stay.
-    assert [tokenizer.decode([i]) for i in tokenizer.encode(question)] == ["Which", "state", "?", "A", "normal", "B", "abnormal"]
+    assert [tokenizer.decode([i]) for i in tokenizer.encode(question)] == [
+        "Which",
+        "state",
+        "?",
+        "A",
+        "normal",
+        "B",
+        "abnormal",
+    ]
     assert tokenizer.decode(tokenizer.encode("ratio: 1")) == "ratio : 1"
     assert tokenizer.encode(question)[3] == letter == tokenizer.encode("ASSISTANT: A")[-1]
     assert tokenizer.letter_ids("Which state? ASSISTANT:", "ABCD") == [letter + k for k in range(4)]
@@ -54,7 +63,15 @@ def test_a_letter_is_the_same_token_everywhere(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "text", ["état des poumons", "漢字 🙂", "12.5 mg/dL (±3 %)", "Which of these?\n\tA: <b>", "Ω-3 ﬁ \u200b x", "adenocarcinomatosis"]
+    "text",
+    [
+        "état des poumons",
+        "漢字 🙂",
+        "12.5 mg/dL (±3 %)",
+        "Which of these?\n\tA: <b>",
+        "Ω-3 ﬁ \u200b x",
+        "adenocarcinomatosis",
+    ],
 )
 def test_any_text_is_encoded_without_unknowns_and_comes_back(tokenizer, text):
     ids = tokenizer.encode(text)

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from record_sets import choices
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data.encoding import Encoded, concat_encoded, encode, encode_eval
-from medcg_jax.data.formats import llava
 from medcg_jax.data.pipeline import Batches, eval_batches
 from medcg_jax.data.records import DataError, Record, RecordSet, Turn, concat
-from medcg_jax.run_config import DataConfig
+from medcg_jax.families.formats import llava
 
 FORMAT = llava(4, 2)
 
@@ -232,9 +232,7 @@ def test_joined_parts_draw_as_one_encoding(word_tokenizer, plain_config):
 @pytest.mark.parametrize(("count", "batch", "processes"), [(7, 3, 1), (8, 4, 2), (5, 4, 4), (1, 4, 2), (9, 8, 4)])
 def test_evaluation_gives_each_record_once(word_tokenizer, plain_config, count, batch, processes):
     encoded = encode_eval(choices(count), word_tokenizer, plain_config, FORMAT)
-    per_process = [
-        list(eval_batches(encoded, batch, rows=block(batch, p, processes))) for p in range(processes)
-    ]
+    per_process = [list(eval_batches(encoded, batch, rows=block(batch, p, processes))) for p in range(processes)]
     assert len({len(found) for found in per_process}) == 1
     names = []
     for step in zip(*per_process, strict=True):

@@ -15,16 +15,16 @@ import pytest
 from PIL import Image
 from trees import raw_record, write_image, write_subset, write_tree_with_boxes
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data import examine
 from medcg_jax.data import prepare as prepare_module
 from medcg_jax.data.images import preprocess
 from medcg_jax.data.layouts import Layout
+from medcg_jax.data.pool import over
 from medcg_jax.data.prepare import TooManyBad, prepare
 from medcg_jax.data.prepared import PreparedSource, verify
-from medcg_jax.data.processes import over
 from medcg_jax.data.records import SPLITS, DataError
 from medcg_jax.data.release import ReleaseSource
-from medcg_jax.run_config import DataConfig
 
 KEEP, CONFIG = Layout("keep", 0), DataConfig()
 
@@ -287,7 +287,7 @@ PROGRAM = """
 import sys
 from medcg_jax.data import prepare
 from medcg_jax.data.layouts import Layout
-from medcg_jax.run_config import DataConfig
+from medcg_jax.config import DataConfig
 
 prepare.RECORDS_PER_SHARD = 2
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ import pytest
 from trees import write_tree_with_boxes
 
 from medcg_jax.cli import main
+from medcg_jax.config import DataConfig
 from medcg_jax.data import prepare as prepare_module
 from medcg_jax.data.layouts import Layout
 from medcg_jax.data.prepare import prepare
 from medcg_jax.data.prepared import PreparedSource, verify
 from medcg_jax.data.records import DataError
-from medcg_jax.run_config import DataConfig
 
 KEEP, CONFIG = Layout("keep", 0), DataConfig()
 

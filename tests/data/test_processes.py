@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from medcg_jax.data.processes import over
+from medcg_jax.data.pool import over
 
 
 def square(number: int) -> int:
@@ -90,9 +90,6 @@ def test_an_error_ends_the_iteration():
 
 def test_a_script_that_calls_it_is_not_run_again(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(
-        "from medcg_jax.data.processes import over\n"
-        "print('run', list(over(abs, [-1, 2], crashed=print)))\n"
-    )
+    script.write_text("from medcg_jax.data.pool import over\nprint('run', list(over(abs, [-1, 2], crashed=print)))\n")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.returncode) == ("run [1, 2]\n", 0), done.stderr

@@ -15,13 +15,13 @@ from trees import raw_record, write_image, write_subset
 
 from medcg_jax import files as files_module
 from medcg_jax.cli import main
+from medcg_jax.config import DataConfig
 from medcg_jax.data.check import check_tree
 from medcg_jax.data.labels import read_labels
 from medcg_jax.data.questions import CLOSING, choice_record, format_labels, instructions
 from medcg_jax.data.records import SPLITS, DataError
 from medcg_jax.data.release import ReleaseSource, subset_table
 from medcg_jax.data.schema import KEYS, parse_choice, parse_options
-from medcg_jax.run_config import DataConfig
 
 LABELS = ("a", "b", "c", "d", "e", "f")
 ASKED = tuple(f"Which {number}?" for number in range(6))

@@ -6,11 +6,11 @@ from collections import Counter
 import pytest
 from trees import raw_record, write_image, write_subset, write_tree
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data.images import ImageError
 from medcg_jax.data.records import DataError
 from medcg_jax.data.release import ReleaseSource, subset_table
 from medcg_jax.data.schema import ReleaseError, parse_choice, parse_options, read_choice_file
-from medcg_jax.run_config import DataConfig
 
 
 def release(root, **config):

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medcg_jax.data.encoding import Encoded
-from medcg_jax.data.formats import Format
 from medcg_jax.data.lengths import MOST, batch_length, eval_order, suffix_length
 from medcg_jax.data.pipeline import eval_batches
 from medcg_jax.data.records import Record, RecordSet
 from medcg_jax.data.rounds import rounds
+from medcg_jax.data.row_format import Format
 
 IMAGE, IMAGE_TOKENS, TEXT = 9, 5, 20
 

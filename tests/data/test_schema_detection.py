@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 from trees import raw_box_record, raw_record, write_subset, write_tree
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data.check import check_tree, print_report
 from medcg_jax.data.images import ImageError, image_size, load_image
 from medcg_jax.data.records import Box, DataError
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.schema import ReleaseError
 from medcg_jax.data.schema_detection import detection_problems, parse_detection, read_detection_file
-from medcg_jax.run_config import DataConfig
 
 PIXELS = DataConfig().max_pixels
 
@@ -65,7 +65,7 @@ def test_boxes(box, reason):
     [
         (raw_box_record(1, width=13), "size", "13 x 8; the image has 12 x 8 pixels"),
         (raw_box_record(1, width=8, height=12), "size", "8 x 12; the image has 12 x 8"),
-        (raw_box_record(1, width="12"), "type", "width is \"12\", a str; int is accepted"),
+        (raw_box_record(1, width="12"), "type", 'width is "12", a str; int is accepted'),
         (raw_box_record(1, boxes={"label": "x"}), "type", "boxes is .* a dict; list is accepted"),
         ({k: v for k, v in raw_box_record(1).items() if k != "boxes"}, "key", "the key boxes is missing"),
         ([], "type", "a list; an object is accepted"),

@@ -3,10 +3,10 @@
 import pytest
 from trees import write_tree
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data.records import DataError
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.sources import open_source, require_subsets
-from medcg_jax.run_config import DataConfig
 
 
 def test_a_release_is_opened(tmp_path):

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from trees import raw_record, write_subset, write_tree, write_tree_with_boxes
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data.layouts import Layout
 from medcg_jax.data.phantom import write_release
 from medcg_jax.data.phantom_boxes import PhantomBoxSource
 from medcg_jax.data.prepare import prepare
 from medcg_jax.data.prepared import PreparedSource
 from medcg_jax.data.records import SPLITS, DataError
-from medcg_jax.run_config import DataConfig
 
 tfds_builder = pytest.importorskip("medcg_jax.data.tfds_builder", reason="tensorflow-datasets is not installed")
 CONFIG = DataConfig()

@@ -9,9 +9,10 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from medcg_jax.data import formats, tokenizer_limits
+from medcg_jax.data import tokenizer_limits
 from medcg_jax.data.records import DataError
 from medcg_jax.data.tokenizer import SMALL, load_tokenizer
+from medcg_jax.families import formats
 
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 TEXTS = ("USER: a", "the  option's   letter", " A", "A ", "\nB: Normal\n", "é µ", "", "A chat between")
@@ -122,7 +123,14 @@ def test_llamas_runs_of_blanks_are_merged_last(tmp_path):
     """Llama's own vocabulary gives runs of blanks the first ids and the lowest scores; transformers 5 writes merges by id."""
     from medcg_jax.data import tokenizer_json
 
-    vocab = {f"<0x{i:02X}>": i + 3 for i in range(256)} | {"▁▁": 259, "▁t": 260, "▁[": 518, "▁": 29871, "t": 29872, "[": 29873}
+    vocab = {f"<0x{i:02X}>": i + 3 for i in range(256)} | {
+        "▁▁": 259,
+        "▁t": 260,
+        "▁[": 518,
+        "▁": 29871,
+        "t": 29872,
+        "[": 29873,
+    }
     merges = [["▁", "▁"], ["▁", "t"], ["▁", "["]]
     found = {"model": {"vocab": vocab, "merges": merges}}
     assert tokenizer_json._blanks_come_first(found)
@@ -151,7 +159,9 @@ def test_a_readable_file_of_a_directory_is_taken(tmp_path, llama_model_file):
     (tmp_path / "tokenizer.model").write_bytes(lines)
     assert load_tokenizer(tmp_path).path.name == "tokenizer.json"
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(DataError, match="tokenizer.model: it is in tiktoken's form.*tokenizer.json of the same release"):
+    with pytest.raises(
+        DataError, match="tokenizer.model: it is in tiktoken's form.*tokenizer.json of the same release"
+    ):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"garbage" * 40)
     with pytest.raises(DataError, match="tokenizer.model: no SentencePiece model: ") as error:
@@ -210,8 +220,7 @@ def test_what_could_do_harm_is_refused_by_its_structure(tmp_path, parts, message
 
 
 @pytest.mark.parametrize(
-    "content",
-    [b"", b"{", b"[]", b"\xff\xfe{", b'{"model": null}', b"[" * 100_000, b'{"model": {"vocab": {"a": NaN}}}'],
+    "content", [b"", b"{", b"[]", b"\xff\xfe{", b'{"model": null}', b"[" * 100_000, b'{"model": {"vocab": {"a": NaN}}}']
 )
 def test_what_is_no_json_is_one_line(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
@@ -277,7 +286,11 @@ def test_a_panic_of_the_library_is_an_error_of_the_file(tmp_path, capfd, monkeyp
         ("added_tokens.json", {"<image>": 420, "<pad>": 420}, 'of "<pad>" and of "<image>"'),
         ("added_tokens.json", ["<image>"], "holds a list"),
         ("tokenizer_config.json", {"added_tokens_decoder": []}, ""),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"-1": {"content": "<image>"}}}, r'added_tokens_decoder\["-1"\]'),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"-1": {"content": "<image>"}}},
+            r'added_tokens_decoder\["-1"\]',
+        ),
         ("tokenizer_config.json", {"added_tokens_decoder": {"420": "<image>"}}, "ids with the content of their tokens"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"421": {"content": None}}}, "ids with the content"),
         ("tokenizer_config.json", {"added_tokens_decoder": 7}, "is a number; an object of ids is accepted"),
@@ -311,7 +324,9 @@ def test_two_files_that_contradict_each_other_are_refused(llama_model_file, tmp_
     inner = qwen(tmp_path / "j")
     end = inner.token_to_id("<|im_end|>")
     write(tmp_path / "j" / "tokenizer_config.json", {"added_tokens_decoder": {"9": {"content": "<|im_end|>"}}})
-    with pytest.raises(DataError, match=f'states 9 for "<|im_end|>"; tokenizer.json beside it has {end}'.replace("|", r"\|")):
+    with pytest.raises(
+        DataError, match=f'states 9 for "<|im_end|>"; tokenizer.json beside it has {end}'.replace("|", r"\|")
+    ):
         load_tokenizer(tmp_path / "j")
 
 

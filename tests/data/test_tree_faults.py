@@ -8,6 +8,7 @@ import pytest
 from trees import raw_box_record, raw_record, write_image, write_subset, write_tree, write_tree_with_boxes
 
 from medcg_jax.cli import main
+from medcg_jax.config import DataConfig
 from medcg_jax.data import schema
 from medcg_jax.data.check import check_tree
 from medcg_jax.data.prepare import TooManyBad, prepare
@@ -17,8 +18,7 @@ from medcg_jax.data.schema import ReleaseError, parse_choice, read_list
 from medcg_jax.data.sources import subset_names
 from medcg_jax.data.stats import write_stats
 from medcg_jax.data.tree_files import near_misses, read_manifest, subset_files
-from medcg_jax.run_config import DataConfig
-from medcg_jax.study.ledger import read_ledger
+from medcg_jax.study.design.ledger import read_ledger
 
 CONFIG = DataConfig(source="release")
 ENTRY = {"subset": "04", "modality": "CT", "area": "Lung", "task": "State"}
@@ -179,8 +179,7 @@ def test_an_answer_of_another_form_is_shown_so_that_it_can_be_told_apart():
 
 
 @pytest.mark.parametrize(
-    "mark",
-    ["<image>", "<|image_pad|>", "<|image|>", "<Img>", "<ImageHere>", "<|im_end|>", "</s>", "<IMAGE>", "[INST]"],
+    "mark", ["<image>", "<|image_pad|>", "<|image|>", "<Img>", "<ImageHere>", "<|im_end|>", "</s>", "<IMAGE>", "[INST]"]
 )
 def test_marks_of_prompts_in_a_question_are_named(tmp_path, mark):
     question = f"{mark}\nWhich one is it?\nA: Benign\nB: Normal"

@@ -32,11 +32,11 @@ for module in pkgutil.walk_packages(medcg_jax.data.__path__, "medcg_jax.data."):
 
 from medcg_jax.data.check import check_tree
 from medcg_jax.data.encoding import encode, encode_eval
-from medcg_jax.data.formats import llava
+from medcg_jax.families.formats import llava
 from medcg_jax.data.pipeline import Batches, eval_batches
 from medcg_jax.data.sources import open_source
 from medcg_jax.data.tokenizer import load_tokenizer
-from medcg_jax.run_config import DataConfig
+from medcg_jax.config import DataConfig
 
 root, words = sys.argv[1:]
 config = DataConfig(source="release", root=root, system_prompt="")

@@ -3,15 +3,15 @@
 import jax
 import numpy as np
 
+from medcg_jax.config import DataConfig, MeshConfig
 from medcg_jax.data.encoding import encode_eval
-from medcg_jax.data.formats import llava
 from medcg_jax.data.records import Record, RecordSet, Turn
 from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.eval.run import make_evaluator
+from medcg_jax.families import build
+from medcg_jax.families.formats import llava
+from medcg_jax.families.llava import llava15_tiny
 from medcg_jax.mesh import make_mesh
-from medcg_jax.models import build
-from medcg_jax.models.llava import llava15_tiny
-from medcg_jax.run_config import DataConfig, MeshConfig
 
 TOKENIZER = load_tokenizer("")
 EOS = TOKENIZER.eos_id

@@ -3,18 +3,18 @@
 import dataclasses
 import functools
 
-import families
+import family_toys
 import jax
 import numpy as np
 import pytest
-from families import SOURCE, TINY
+from family_toys import SOURCE, TINY
 
+from medcg_jax.config import CONTROLS, ConfigError
 from medcg_jax.data.controls import control_sets
 from medcg_jax.data.records import concat
 from medcg_jax.eval.again import evaluate_again, make_asker
 from medcg_jax.eval.run import NonFiniteScores, evaluate, make_evaluator
-from medcg_jax.models import build
-from medcg_jax.run_config import CONTROLS, ConfigError
+from medcg_jax.families import build
 
 NEW, BATCH = 3, 4
 NO_END = -1
@@ -23,7 +23,7 @@ NO_END = -1
 @functools.cache
 def asked(family: str):
     """(questions of two and of four options, the same asked again)."""
-    found = families.setup(family)
+    found = family_toys.setup(family)
     sets = [SOURCE.records(name, "test") for name in ("ct-liver-state", "photo-eye-grade")]
     records = concat([sets[0].select(range(3)), sets[1].select(range(2))])
     again = control_sets(records, CONTROLS, 0)
@@ -37,16 +37,16 @@ FREE = ("llava", "next_chat")
 
 
 def program(make, family: str, mesh: str | None = None):
-    found = families.setup(family, mesh)
+    found = family_toys.setup(family, mesh)
     graphdef, places = build.abstract(found.model)[0], build.shardings(found.model, found.mesh)
     return make(found.mesh, graphdef, places, eos_id=NO_END, max_new_tokens=NEW, generate=family in FREE)
 
 
 def ask(asker, family: str, *, mesh: str | None = None, again=None, batch_size: int = BATCH, params=None):
-    found = families.setup(family)
+    found = family_toys.setup(family)
     encoded, own = asked(family)
     return evaluate_again(
-        asker, families.placed(family, mesh) if params is None else params, encoded, own if again is None else again,
+        asker, family_toys.placed(family, mesh) if params is None else params, encoded, own if again is None else again,
         found.tokenizer, batch_size=batch_size, image_token_id=found.model.image_token_id,
     )  # fmt: skip
 
@@ -65,8 +65,8 @@ def check_alike(found, expected, *, generated: bool) -> None:
 
 @pytest.mark.parametrize("family", TINY)
 def test_answers_are_those_of_asking_one_by_one(family):
-    found, (encoded, again) = families.setup(family), asked(family)
-    params, evaluator = families.placed(family, None), program(make_evaluator, family)
+    found, (encoded, again) = family_toys.setup(family), asked(family)
+    params, evaluator = family_toys.placed(family, None), program(make_evaluator, family)
     asker, started, read = program(make_asker, family), [], []
 
     def start(params, before):
@@ -103,7 +103,7 @@ def test_the_mesh_and_the_batch_change_nothing():
 
 def test_what_is_no_use_is_told():
     asker = program(make_asker, "llava")
-    broken = jax.tree.map(lambda w: w * np.nan, families.placed("llava", None))
+    broken = jax.tree.map(lambda w: w * np.nan, family_toys.placed("llava", None))
     with pytest.raises(NonFiniteScores, match="record .*/test/"):
         ask(asker, "llava", params=broken)
     mesh = "data, fsdp, tensor"

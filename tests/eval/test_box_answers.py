@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medcg_jax.data.images_next_chat import preprocess_masks
 from medcg_jax.eval.box_answers import BoxAnswer, read_answers, rounded, summary, write_answers
 from medcg_jax.eval.locate import masks_in_image
+from medcg_jax.families.images_next_chat import preprocess_masks
 
 number = st.floats(-1e4, 1e4)
 box = st.tuples(number, number, number, number).map(lambda b: rounded(np.array([b]))[0])

@@ -2,22 +2,22 @@
 
 import functools
 
-import families
+import family_toys
 import jax
 import numpy as np
 import pytest
-from families import MESHES, SOURCE, TINY
+from family_toys import MESHES, SOURCE, TINY
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data.encoding import encode_eval
 from medcg_jax.eval.choice import option_logprobs
 from medcg_jax.eval.generate import greedy, prefill
 from medcg_jax.eval.run import make_evaluator
+from medcg_jax.families import build
 from medcg_jax.mesh import batch_sharding, put_batch
-from medcg_jax.models import build
-from medcg_jax.run_config import DataConfig
 
 NEW = 8
 # Slots of padding that a row of `shifted` has before and behind it.
@@ -30,7 +30,7 @@ TOLERANCE = 1e-5
 @functools.cache
 def rows(family: str) -> dict[str, np.ndarray]:
     """Eight prompts of two subsets, of several lengths."""
-    found = families.setup(family)
+    found = family_toys.setup(family)
     data = DataConfig(system_prompt="", max_text_tokens=27)
     batch = {}
     for subset in ("ct-liver-state", "photo-eye-grade"):
@@ -42,17 +42,17 @@ def rows(family: str) -> dict[str, np.ndarray]:
 
 @functools.cache
 def graph(family: str):
-    return build.abstract(families.setup(family).model)[0]
+    return build.abstract(family_toys.setup(family).model)[0]
 
 
 @functools.cache
 def evaluator(family: str, mesh: str):
     """(params, batch) -> (log-probabilities of the letters, tokens), by the evaluation's own program on a mesh."""
-    found = families.setup(family, mesh)
+    found = family_toys.setup(family, mesh)
     places = build.shardings(found.model, found.mesh)
     made = make_evaluator(found.mesh, graph(family), places, eos_id=NO_END, max_new_tokens=NEW)
     put = lambda batch: put_batch(batch, batch_sharding(found.mesh))
-    run = families.compiled(found.mesh, made.jitted, families.placed(family, mesh), put(rows(family)))
+    run = family_toys.compiled(found.mesh, made.jitted, family_toys.placed(family, mesh), put(rows(family)))
     return lambda params, batch: tuple(np.asarray(x) for x in run(params, put(batch)))
 
 
@@ -68,15 +68,15 @@ def generator(family: str, count: int, length: int):
     shapes = {key: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype) for key, x in rows(family).items()}
     for key in ("tokens", "segment_ids"):
         shapes[key] = jax.ShapeDtypeStruct((count, length), np.int32)
-    params = families.placed(family, None)
-    run = families.compiled(families.setup(family).mesh, jax.jit(generate), params, shapes)
+    params = family_toys.placed(family, None)
+    run = family_toys.compiled(family_toys.setup(family).mesh, jax.jit(generate), params, shapes)
     return lambda batch: np.asarray(run(params, batch))
 
 
 @functools.cache
 def forward(family: str):
     """(tokens, segment_ids, boxes or None) -> (hidden states, logits) of whole rows, without a cache."""
-    images = {key: rows(family)[key] for key in nnx.merge(graph(family), families.weights(family)).image_keys}
+    images = {key: rows(family)[key] for key in nnx.merge(graph(family), family_toys.weights(family)).image_keys}
 
     def run(params, tokens, segment_ids, boxes):
         model = nnx.merge(graph(family), params)
@@ -84,12 +84,12 @@ def forward(family: str):
         hidden, _ = model.hidden(tokens, images, segment_ids=segment_ids, **rest)
         return hidden, model.logits(hidden)
 
-    params, mesh = families.placed(family, None), families.setup(family).mesh
+    params, mesh = family_toys.placed(family, None), family_toys.setup(family).mesh
     made = []
 
     def call(*args):
         if not made:
-            made.append(families.compiled(mesh, jax.jit(run), params, *args))
+            made.append(family_toys.compiled(mesh, jax.jit(run), params, *args))
         return tuple(np.asarray(x) for x in made[0](params, *args))
 
     return call
@@ -102,7 +102,7 @@ def expected(family: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Every token by a forward pass over all that came before it. NExT-Chat's `<boxes>` follows its `<at>`, and is the box
     that was decoded there.
     """
-    batch, config = rows(family), families.setup(family).model
+    batch, config = rows(family), family_toys.setup(family).model
     last, count = batch["last_position"].copy(), len(batch["tokens"])
     tokens = np.pad(batch["tokens"], ((0, 0), (0, NEW)))
     has_boxes = family == "next_chat"
@@ -119,7 +119,7 @@ def expected(family: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         free = np.ones(count, bool)
         if has_boxes:
             free = tokens[every, last] != config.at_token_id
-            decoder = nnx.merge(graph(family), families.weights(family)).boxes
+            decoder = nnx.merge(graph(family), family_toys.weights(family)).boxes
             decoded = np.asarray(decoder.decode(hidden[every, last]))
             for row in np.flatnonzero(~free):
                 best[row], boxes[row, number[row]] = config.box_token_id, decoded[row]
@@ -138,7 +138,7 @@ def test_prompts_and_answers_differ_and_are_no_ties(family):
     assert len(np.unique(rows(family)["last_position"])) > 1 and len({tuple(row) for row in tokens}) > 3
     assert 2 < np.abs(letters[np.isfinite(letters)]).max() < 20
     if family == "next_chat":
-        config = families.setup(family).model
+        config = family_toys.setup(family).model
         at, box = (tokens == i for i in (config.at_token_id, config.box_token_id))
         assert at[:, :-2].any() and (at[:, :-1] <= box[:, 1:]).all()
 
@@ -147,7 +147,7 @@ def test_prompts_and_answers_differ_and_are_no_ties(family):
 @pytest.mark.parametrize("family", TINY)
 def test_on_every_mesh_tokens_and_letters_are_those_of_no_cache(family, mesh):
     tokens, letters, _ = expected(family)
-    params = families.placed(family, mesh)
+    params = family_toys.placed(family, mesh)
     found_letters, found = evaluator(family, mesh)(params, rows(family))
     assert (found == tokens).all()
     there = np.isfinite(letters)
@@ -187,7 +187,7 @@ def shifted(family: str, order, left, fill: int) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("family", TINY)
 def test_padding_on_either_side_and_the_order_of_rows_change_nothing(family):
-    tokens, config = expected(family)[0], families.setup(family).model
+    tokens, config = expected(family)[0], family_toys.setup(family).model
     generate = generator(family, 8, rows(family)["tokens"].shape[1] + ROOM)
 
     @settings(max_examples=12, deadline=None, derandomize=True)

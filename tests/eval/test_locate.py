@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from medcg_jax.config import RunConfig, replace
 from medcg_jax.data.phantom_boxes import PhantomBoxSource
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import RecordSet
 from medcg_jax.eval import subsets
 from medcg_jax.eval.box_answers import summary
-from medcg_jax.models import build
-from medcg_jax.run_config import RunConfig, replace
+from medcg_jax.families import build
 from medcg_jax.train.loop import Cell, fit
 from medcg_jax.train.optim import control_from, make_optimizer
 from medcg_jax.train.setup import open_setup, start_params
@@ -59,9 +59,7 @@ def learnt(name: str):
     records = PhantomBoxSource(3, RECORDS, RECORDS).records("ct-liver-det", "train")
     parts = ("vision", "projector", "decoder") + (("boxes",) if name.startswith("next") else ())
     row, answer = TOKENS[name]
-    run = replace(
-        RUN, model__name=name, model__trainable=parts, data__max_text_tokens=row, eval__max_box_tokens=answer
-    )  # fmt: skip
+    run = replace(RUN, model__name=name, model__trainable=parts, data__max_text_tokens=row, eval__max_box_tokens=answer)
     return (*trained(run, records, steps=STEPS[name]), records)
 
 

@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 
+from medcg_jax.config import RunConfig, replace
 from medcg_jax.data.controls import control_sets
 from medcg_jax.eval import subsets
 from medcg_jax.eval.run import Prediction
-from medcg_jax.run_config import RunConfig, replace
 from medcg_jax.train.setup import open_setup
 
 RUN = replace(RunConfig(), data__max_text_tokens=96, data__train_records_per_subset=4, data__test_records_per_subset=6)

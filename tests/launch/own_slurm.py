@@ -129,7 +129,7 @@ class Slurm:
         command("scancel", *arguments, env=self.env)
 
     def jobs(self) -> dict[str, str]:
-        """"JOB", or "JOB_TASK" of an array -> its state, of all that SLURM remembers."""
+        """ "JOB", or "JOB_TASK" of an array -> its state, of all that SLURM remembers."""
         states = {}
         for line in self.scontrol("--oneliner", "show", "jobs").splitlines():
             fields = dict(word.split("=", 1) for word in line.split() if "=" in word)

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from medcg_jax.config import MeshConfig
 from medcg_jax.mesh import make_mesh
 from medcg_jax.nn import attention as attention_lib
 from medcg_jax.nn import kernels
 from medcg_jax.nn.attention import attention
-from medcg_jax.run_config import MeshConfig
 
 RNG = np.random.default_rng(0)
 

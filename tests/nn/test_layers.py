@@ -8,12 +8,12 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from medcg_jax.axes import spec
+from medcg_jax.config import MeshConfig
 from medcg_jax.mesh import batch_sharding, make_mesh
 from medcg_jax.nn import layers
 from medcg_jax.nn.context import constrain
 from medcg_jax.nn.layers import Dense, Embedding, LayerNorm, RMSNorm, gelu, param, quick_gelu
-from medcg_jax.run_config import MeshConfig
-from medcg_jax.scale.hlo import bytes_by_kind, collectives
+from medcg_jax.plan.hlo import bytes_by_kind, collectives
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((2, 5, 12)).astype(np.float32) * 3 + 1

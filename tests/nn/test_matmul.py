@@ -14,13 +14,13 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medcg_jax.config import MODELS, ConfigError, MeshConfig, ModelConfig, RunConfig, TrainConfig, replace
+from medcg_jax.config_checks import check
+from medcg_jax.families import build
+from medcg_jax.families.llava import llava15_tiny
 from medcg_jax.mesh import batch_sharding, make_mesh
-from medcg_jax.models import build
-from medcg_jax.models.llava import llava15_tiny
 from medcg_jax.nn import matmul
 from medcg_jax.nn.layers import Dense
-from medcg_jax.run_checks import check
-from medcg_jax.run_config import MODELS, ConfigError, MeshConfig, ModelConfig, RunConfig, TrainConfig, replace
 from medcg_jax.train.losses import token_loss
 from medcg_jax.train.optim import control_from, make_optimizer, stack_controls
 from medcg_jax.train.step import make_step

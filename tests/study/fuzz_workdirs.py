@@ -25,8 +25,9 @@ from fuzz_mutations import JSON_CLASSES, mutated  # noqa: E402 - lies in another
 from report_grids import small_grid  # noqa: E402
 
 from medcg_jax import cli  # noqa: E402
-from medcg_jax.study import grid_files, report_escape  # noqa: E402
-from medcg_jax.study.report_plots import Figure  # noqa: E402
+from medcg_jax.study.report import escape
+from medcg_jax.study.report.plots import Figure  # noqa: E402
+from medcg_jax.study.stats import grid_files  # noqa: E402
 
 MAX_SECONDS = 30.0
 
@@ -43,7 +44,7 @@ def quick():
     with contextlib.ExitStack() as stack:
         for name in modules:
             stack.enter_context(mock.patch(f"medcg_jax.study.{name}.draw", undrawn))
-        stack.enter_context(mock.patch("medcg_jax.study.report.power", lambda: ""))
+        stack.enter_context(mock.patch("medcg_jax.study.report.page.power", lambda: ""))
         stack.enter_context(mock.patch("gc.collect"))  # by statsmodels: most of the rest
         yield
 
@@ -97,7 +98,7 @@ def fault(workdir: Path, known: list[dict]) -> str:
             return "other results were taken"
         for page in (workdir / "report").rglob("*.*"):
             text = page.read_text(encoding="utf-8")
-            if report_escape.plain(text) != text:
+            if escape.plain(text) != text:
                 return f"{page.name} holds characters that it may not"
     return ""
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from medcg_jax.study.grid import ONE_THREAD
+from medcg_jax.study.run.grid import ONE_THREAD
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from medcg_jax.run_checks import check
-from medcg_jax.run_config import ConfigError, ModelConfig, RunConfig, parts_of, replace
-from medcg_jax.study.bases import Bases, base_model, made_of
-from medcg_jax.study.schedule import seeded
+from medcg_jax.config import ConfigError, ModelConfig, RunConfig, parts_of, replace
+from medcg_jax.config_checks import check
+from medcg_jax.study.design.schedule import seeded
+from medcg_jax.study.run.bases import Bases, base_model, made_of
 
 ADAPTED = replace(RunConfig(), model__lora_rank=4, model__trainable=("projector", "lora"), base__steps=3)
 
@@ -20,11 +20,11 @@ ADAPTED = replace(RunConfig(), model__lora_rank=4, model__trainable=("projector"
         (dict(model__lora_targets=("q", "head")), "model.lora_targets='head': one of q, k, v, out, gate, up, down"),
         (dict(model__lora_targets=()), "one or more of q, k, v, out, gate, up, down are accepted"),
         (dict(model__lora_targets=("q", "q")), "once each"),
-        (dict(model__trainable=("projector",)), "adapters are trained by \"lora\" there; 0 is accepted without it"),
-        (dict(model__trainable=("decoder", "lora")), "\"decoder\" or \"lora\" is accepted"),
+        (dict(model__trainable=("projector",)), 'adapters are trained by "lora" there; 0 is accepted without it'),
+        (dict(model__trainable=("decoder", "lora")), '"decoder" or "lora" is accepted'),
         (dict(model__lora_rank=0), "model.trainable='lora': one of vision, projector, decoder is accepted"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_used_is_refused_in_one_line(changes, says):
     check(ADAPTED)
     with pytest.raises(ConfigError) as caught:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from medcg_jax.study.controls import Answer, controls_of_answers, controls_of_arm, prior_corrected
+from medcg_jax.study.stats.controls import Answer, controls_of_answers, controls_of_arm, prior_corrected
 
 LETTERS = "ABCD"
 

@@ -10,10 +10,10 @@ import pytest
 from fuzz_workdirs import fuzz, quick, run
 from report_grids import run_of, small_grid
 
-from medcg_jax.run_config import ConfigError, replace
-from medcg_jax.study import grid as grids
-from medcg_jax.study import results
-from medcg_jax.study.schedule import make_plan
+from medcg_jax.config import ConfigError, replace
+from medcg_jax.study.design.schedule import make_plan
+from medcg_jax.study.run import grid as grids
+from medcg_jax.study.stats import results
 
 TRAINED = "triples.one_each.mri-brain-state.trained.s0"
 FILES = (
@@ -195,7 +195,7 @@ def test_results_that_the_predictions_do_not_give_are_refused(clean, tmp_path, c
         ("boxes.csv", lambda lines: [lines[0], *(x.replace(",6,6,", ",6,5,") for x in lines[1:])], "n=5; "),
         ("contamination.csv", lambda lines: [x.replace("triples", "pairs") for x in lines], "those of cells.csv"),
     ],
-)  # fmt: skip
+)
 def test_tables_that_do_not_fit_the_grid_are_refused(clean, tmp_path, file, change, words):
     shutil.copytree(clean, tmp_path / "w")
     path = tmp_path / "w" / file
@@ -242,7 +242,7 @@ BOXES = "boxes/detection.in_distribution.multi_task.s0.jsonl"
         (f"metrics/{TRAINED}.jsonl", {"loss": "1"}, 'loss="1"'),
         (f"metrics/{TRAINED}.jsonl", {"step": -1}, "step=-1"),
     ],
-)  # fmt: skip
+)
 def test_a_hostile_value_is_refused_by_its_file_line_and_field(clean, tmp_path, file, change, words):
     shutil.copytree(clean, tmp_path / "w")
     path = tmp_path / "w" / file

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from medcg_jax.config import MODELS, ConfigError, RunConfig, flat, replace
+from medcg_jax.config_checks import check
 from medcg_jax.config_file import load
-from medcg_jax.run_checks import check
-from medcg_jax.run_config import MODELS, ConfigError, RunConfig, flat, replace
-from medcg_jax.study.choices import CHOICES, choices
+from medcg_jax.study.stats.choices import CHOICES, choices
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

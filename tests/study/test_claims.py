@@ -11,12 +11,12 @@ import time
 
 import pytest
 
-from medcg_jax.study import claims
+from medcg_jax.study.run import claims
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from medcg_jax.study import claims
+from medcg_jax.study.run import claims
 claim = claims.take(Path(sys.argv[1]), "work")
 print("held" if claim else "refused", flush=True)
 time.sleep(60)

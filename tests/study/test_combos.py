@@ -5,8 +5,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from worlds import SMALL, random_worlds, subset, world
 
-from medcg_jax.study import combos
-from medcg_jax.study.mat import ELEMENTS, shared
+from medcg_jax.study.design import combos
+from medcg_jax.study.design.mat import ELEMENTS, shared
 
 TARGET = SMALL[0]
 

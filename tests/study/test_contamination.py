@@ -10,18 +10,19 @@ import pytest
 from PIL import Image
 from report_grids import make_grid, run_of
 
+from medcg_jax.config import ConfigError, DataConfig, RunConfig, StudyConfig, replace
+from medcg_jax.config_checks import check
 from medcg_jax.data import leaks as data_leaks
 from medcg_jax.data.duplicates import NEAR_BITS, hash_rows
 from medcg_jax.data.leaks import Leak, find_leaks, prints
 from medcg_jax.data.phantom import PhantomSource
 from medcg_jax.data.records import DataError
 from medcg_jax.data.release import ReleaseSource
-from medcg_jax.run_checks import check
-from medcg_jax.run_config import ConfigError, DataConfig, RunConfig, StudyConfig, replace
-from medcg_jax.study import contamination, leaks
-from medcg_jax.study.report import write_report
-from medcg_jax.study.schedule import Plan, jobs_of
-from medcg_jax.study.suite import Cell
+from medcg_jax.study.design import leaks
+from medcg_jax.study.design.schedule import Plan, jobs_of
+from medcg_jax.study.design.suite import Cell
+from medcg_jax.study.report.page import write_report
+from medcg_jax.study.stats import contamination
 from medcg_jax.train.goodput import Goodput
 
 TARGET, OTHER, THIRD = "ct-liver-stage", "ct-liver-state", "ct-brain-stage"
@@ -133,7 +134,7 @@ def test_related_datasets_are_listed(clean_tree, tmp_path):
 
 def in_grid(tree: Path, workdir: Path, cells, monkeypatch, **study):
     """({job: status}, {job: ids that it is trained on}) of the cells, as a grid starts them; nothing is trained."""
-    from medcg_jax.study.cells import Data, Trainer
+    from medcg_jax.study.run.cells import Data, Trainer
     from medcg_jax.train.setup import start_params
 
     run = replace(
@@ -201,7 +202,7 @@ def test_cells_of_one_training_lose_what_leaks_into_any_of_their_targets(tree, t
 
 
 def test_a_training_without_a_record_left_fails(tree, tmp_path):
-    from medcg_jax.study.cells import Data
+    from medcg_jax.study.run.cells import Data
     from medcg_jax.train.setup import open_setup
 
     run = replace(RunConfig(), data__source="release", data__root=str(tree), data__system_prompt="")
@@ -282,7 +283,7 @@ def test_prints_of_files_are_those_of_pixels(tree):
 @pytest.mark.timeout(400)
 def test_a_grid_that_is_started_again_ends_in_the_same_bytes(tree, tmp_path):
     """From the tree to the page: what leaks is left out, listed and shown, also when a job is done twice."""
-    from medcg_jax.study.grid import reproduce
+    from medcg_jax.study.run.grid import reproduce
 
     run = replace(
         RunConfig(), data__source="release", data__root=str(tree), data__system_prompt="", data__max_text_tokens=96,

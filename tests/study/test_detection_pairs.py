@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import SMALL, random_worlds, world
 
+from medcg_jax.config import ConfigError, DataConfig, RunConfig, StudyConfig, replace
+from medcg_jax.config_checks import check
 from medcg_jax.config_file import load
 from medcg_jax.data.phantom_boxes import PhantomBoxSource
 from medcg_jax.data.phantom_world import REPORT_TARGETS
 from medcg_jax.data.release import ReleaseSource
-from medcg_jax.run_checks import check
-from medcg_jax.run_config import ConfigError, DataConfig, RunConfig, StudyConfig, replace
-from medcg_jax.study import combos, mat, schedule, suite
-from medcg_jax.study.mat import shared
+from medcg_jax.study.design import combos, mat, schedule, suite
+from medcg_jax.study.design.mat import shared
 
 BOXES = world("ct-lung-det", "mri-brain-det", "mri-lung-det")
 PAPER = tuple(changed(s, num_train=100, num_test=10) for s in mat.paper_subsets().values())
@@ -186,7 +186,9 @@ def test_a_tree_with_broken_boxes_still_has_its_other_tables(tmp_path):
 
 
 def test_a_model_without_boxes_is_refused():
-    with pytest.raises(ConfigError, match="study.tables='detection_pairs': qwen2_vl_tiny gives no boxes; next_chat, minigpt_v2 do"):
+    with pytest.raises(
+        ConfigError, match="study.tables='detection_pairs': qwen2_vl_tiny gives no boxes; next_chat, minigpt_v2 do"
+    ):
         suite.expand(study(model="qwen2_vl_tiny", targets=("ct-lung-state",)), SMALL, BOXES)
 
 

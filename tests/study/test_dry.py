@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from medcg_jax.cli import main
+from medcg_jax.config import RunConfig, replace
 from medcg_jax.config_file import load
 from medcg_jax.data.records import DataError
-from medcg_jax.models import flops
-from medcg_jax.models.llava import llava15_7b
-from medcg_jax.run_config import RunConfig, replace
-from medcg_jax.study import schedule
-from medcg_jax.study.dry import Cost, architecture_of, costs, dry, grid_totals, nominal_source
+from medcg_jax.families import flops
+from medcg_jax.families.llava import llava15_7b
+from medcg_jax.study.design import schedule
+from medcg_jax.study.run.dry import Cost, architecture_of, costs, dry, grid_totals, nominal_source
 
 ROOT = Path(__file__).parents[2]
 TABLE3 = f"{ROOT / 'configs' / 'table3'}.py"

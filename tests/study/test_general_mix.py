@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from medcg_jax.cli import main
+from medcg_jax.config import replace
 from medcg_jax.config_file import load
 from medcg_jax.data.records import DataError
-from medcg_jax.run_config import replace
-from medcg_jax.study.cells import Data
-from medcg_jax.study.grid import data_fingerprint, write_config
-from medcg_jax.study.schedule import make_plan
+from medcg_jax.study.design.schedule import make_plan
+from medcg_jax.study.run.cells import Data
+from medcg_jax.study.run.grid import data_fingerprint, write_config
 from medcg_jax.train.setup import open_setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -63,7 +63,7 @@ def test_a_cell_is_trained_on_its_share_of_them(path):
 
 
 def test_large_sets_are_mixed_too(path, monkeypatch):
-    monkeypatch.setattr("medcg_jax.study.cells.MEMORY_LIMIT_BYTES", 1)
+    monkeypatch.setattr("medcg_jax.study.run.cells.MEMORY_LIMIT_BYTES", 1)
     ids = ids_of(tiny(0.25, path))
     assert len(ids) == 30 and sum(name.startswith("general/") for name in ids) == 6
 

@@ -12,25 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from medcg_jax.run_config import (
-    CONTROLS,
-    ConfigError,
-    DataConfig,
-    EvalConfig,
-    RunConfig,
-    StudyConfig,
-    TrainConfig,
-    replace,
-)
-from medcg_jax.study.grid import reproduce
-from medcg_jax.study.schedule import make_plan
+from medcg_jax.config import CONTROLS, ConfigError, DataConfig, EvalConfig, RunConfig, StudyConfig, TrainConfig, replace
+from medcg_jax.study.design.schedule import make_plan
+from medcg_jax.study.run.grid import reproduce
 
 RUN = RunConfig(
     name="tiny",
     data=DataConfig(
-        train_records_per_subset=24, test_records_per_subset=10,
-        max_text_tokens=96, max_target_tokens=16, system_prompt="",
-    ),  # fmt: skip
+        train_records_per_subset=24,
+        test_records_per_subset=10,
+        max_text_tokens=96,
+        max_target_tokens=16,
+        system_prompt="",
+    ),
     base=TrainConfig(steps=6, epochs=1, batch_size=8, learning_rate=1e-3, log_every_steps=1),
     train=TrainConfig(epochs=1, batch_size=8, learning_rate=1e-3, log_every_steps=1, checkpoint_every_steps=2),
     eval=EvalConfig(batch_size=10, max_new_tokens=2, controls=CONTROLS),
@@ -40,8 +34,8 @@ TIMEOUT_S = 240
 MAIN = """
 import json, sys
 from medcg_jax.config_file import from_config_dict
-from medcg_jax.run_config import ConfigError
-from medcg_jax.study.grid import reproduce
+from medcg_jax.config import ConfigError
+from medcg_jax.study.run.grid import reproduce
 try:
     result = reproduce(from_config_dict(json.loads(sys.argv[1])), sys.argv[2])
 except ConfigError as error:
@@ -98,7 +92,9 @@ def losses_and_answers(workdir: Path) -> tuple[dict[str, list[float]], dict[str,
     for path in sorted((workdir / "predictions").iterdir()):
         answers[path.stem] = [json.loads(x)["predicted"] for x in path.read_text().splitlines()]
         metrics = workdir / "metrics" / path.name
-        losses[path.stem] = [json.loads(x)["loss"] for x in metrics.read_text().splitlines()] if metrics.exists() else []
+        losses[path.stem] = (
+            [json.loads(x)["loss"] for x in metrics.read_text().splitlines()] if metrics.exists() else []
+        )
     return losses, answers
 
 
@@ -236,9 +232,7 @@ def test_a_cell_that_diverges_fails_alone(finished, tmp_path):
 def test_eight_devices_and_four_cells_at_a_time_are_one_device_and_one_cell(finished, tmp_path):
     bases = str(finished[0].parent / "bases")
     # Tests asked again are left out: they are answered by the same program.
-    run = replace(
-        RUN, train__epochs=0, train__steps=10, eval__batch_size=12, eval__controls=(), study__base_dir=bases
-    )  # fmt: skip
+    run = replace(RUN, train__epochs=0, train__steps=10, eval__batch_size=12, eval__controls=(), study__base_dir=bases)
     others = {
         "devices": (replace(run, mesh__data=2, mesh__fsdp=2, mesh__tensor=2), 8),
         "cells": (replace(run, study__cells_at_once=4), 1),

@@ -5,10 +5,11 @@ import json
 import pytest
 from report_grids import make_grid, run_of
 
-from medcg_jax.run_config import ConfigError, RunConfig, replace
-from medcg_jax.study import report_goodput, results
-from medcg_jax.study.grid import check_start
-from medcg_jax.study.report_files import Grid
+from medcg_jax.config import ConfigError, RunConfig, replace
+from medcg_jax.study.report import goodput as report_goodput
+from medcg_jax.study.report.load_grid import Grid
+from medcg_jax.study.run.grid import check_start
+from medcg_jax.study.stats import results
 from medcg_jax.train import goodput
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kill_grid import CONFIG, ROOT
 
-from medcg_jax.study import claims
+from medcg_jax.study.run import claims
 
 SMALL = CONFIG | {
     "study.targets": "('ct-liver-stage',)", "study.tables": "('pairs',)", "eval.controls": "()",

@@ -7,14 +7,14 @@ import shutil
 import numpy as np
 import pytest
 
+from medcg_jax.config import TABLES, ConfigError, DataConfig, RunConfig, replace
 from medcg_jax.data.leaks import Leak, find_leaks, prints
 from medcg_jax.data.phantom_boxes import PhantomBoxSource
 from medcg_jax.data.records import DataError, Record, RecordSet, Turn, concat
 from medcg_jax.data.release import ReleaseSource
-from medcg_jax.run_config import TABLES, ConfigError, DataConfig, RunConfig, replace
-from medcg_jax.study import suite
-from medcg_jax.study.leaks import LeakGuard, check_cell, refuse
-from medcg_jax.study.suite import Cell
+from medcg_jax.study.design import suite
+from medcg_jax.study.design.leaks import LeakGuard, check_cell, refuse
+from medcg_jax.study.design.suite import Cell
 from medcg_jax.train.goodput import Goodput
 
 TARGET, OTHER = "ct-liver-stage", "ct-liver-state"
@@ -113,7 +113,7 @@ def test_another_subset_of_the_targets_triplet_is_refused(source):
 
 
 def test_published_rows_are_let_through_as_they_are_printed():
-    from medcg_jax.study.mat import paper_subsets
+    from medcg_jax.study.design.mat import paper_subsets
 
     subsets = paper_subsets()
     printed = dict(related=("28", "29"), target=("30",), row="fixed_modality/30/t3r11")  # 28, 30: X-ray, Lung, Diseases
@@ -124,7 +124,7 @@ def test_published_rows_are_let_through_as_they_are_printed():
 
 
 def test_the_papers_own_split_is_let_through_out_of_distribution_alone():
-    from medcg_jax.study.mat import paper_subsets
+    from medcg_jax.study.design.mat import paper_subsets
 
     subsets = paper_subsets()
     split = dict(related=("16",), target=("34",))  # both FP, Fundus, Level
@@ -173,8 +173,8 @@ def test_an_image_that_is_gone_is_named(tree):
 
 def test_a_grid_fails_the_leaking_cell_alone_and_names_both_records(tree, tmp_path):
     """The guard as the grid calls it, before anything is compiled or trained."""
-    from medcg_jax.study.cells import Trainer
-    from medcg_jax.study.schedule import jobs_of
+    from medcg_jax.study.design.schedule import jobs_of
+    from medcg_jax.study.run.cells import Trainer
     from medcg_jax.train.setup import start_params
 
     test = json.loads((tree / "Aggregated_Subsets" / f"Subset--{TARGET}-test.json").read_text())[2]

@@ -8,15 +8,15 @@ import pytest
 from PIL import Image
 
 from medcg_jax.cli import main
+from medcg_jax.config import DataConfig, RunConfig, StudyConfig, replace
 from medcg_jax.data.general import GeneralRecords
 from medcg_jax.data.leaks import Leak
 from medcg_jax.data.phantom import PhantomSource
 from medcg_jax.data.records import DataError
 from medcg_jax.data.release import ReleaseSource
-from medcg_jax.run_config import DataConfig, RunConfig, StudyConfig, replace
-from medcg_jax.study.cells import Data
-from medcg_jax.study.leaks import Finding, LeakGuard, among, dropped, refuse
-from medcg_jax.study.suite import Cell
+from medcg_jax.study.design.leaks import Finding, LeakGuard, among, dropped, refuse
+from medcg_jax.study.design.suite import Cell
+from medcg_jax.study.run.cells import Data
 from medcg_jax.train.held_out import left_out
 from medcg_jax.train.setup import open_setup
 
@@ -61,7 +61,7 @@ def guard_of(kind: str, tree: Path, general: Path, **study) -> LeakGuard:
     records = GeneralRecords(DataConfig(imagewikiqa_share=0.5, general_records=str(general))).records
     return LeakGuard(
         source_of(kind, tree), StudyConfig(**study), drawn=kind == "drawn", related=lambda number: {}, general=records
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("kind", ["drawn", "files"])

@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 from trees import raw_box_record, raw_record, write_subset, write_tree
 
 from medcg_jax.cli import main
+from medcg_jax.config import DataConfig
 from medcg_jax.data import catalogue
 from medcg_jax.data.records import DataError, Subset
 from medcg_jax.data.release import ReleaseSource
-from medcg_jax.run_config import DataConfig
-from medcg_jax.study import mat, suite
-from medcg_jax.study.ledger import read_ledger
-from medcg_jax.study.ledger_rows import row_states
-from medcg_jax.study.ledger_states import SubsetState, states_of
-from medcg_jax.study.ledger_text import WIDTH, ledger_lines
+from medcg_jax.study.design import mat, suite
+from medcg_jax.study.design.ledger import read_ledger
+from medcg_jax.study.design.ledger_rows import row_states
+from medcg_jax.study.design.ledger_states import SubsetState, states_of
+from medcg_jax.study.design.ledger_text import WIDTH, ledger_lines
 
 NUM_ROWS = {1: 25, 2: 12, 3: 42, 4: 9, 5: 8, 6: 8, 7: 8, 8: 8}
 

@@ -6,8 +6,8 @@ import pytest
 
 from medcg_jax.data.catalogue import printed_rows
 from medcg_jax.data.records import Subset
-from medcg_jax.study import combos, mat
-from medcg_jax.study.suite import DIRECTIONS
+from medcg_jax.study.design import combos, mat
+from medcg_jax.study.design.suite import DIRECTIONS
 
 # Rows whose reading does not fit its printed direction, with what the two subsets do share with the target.
 ODD_ROWS = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from medcg_jax.eval.intervals import wilson
-from medcg_jax.study.paired import holm, mcnemar, overall_test
+from medcg_jax.study.stats.paired import holm, mcnemar, overall_test
 
 # Differences in height of 15 pairs of maize plants, crossed less self-fertilised, in eighths of an inch: Darwin's, in
 # Fisher, The Design of Experiments (1935), section 17; his section 21 counts 863 of 32,768 patterns on one side.

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from medcg_jax.config import ConfigError
 from medcg_jax.config_file import load
-from medcg_jax.run_config import ConfigError
-from medcg_jax.study import mat, schedule, suite
-from medcg_jax.study.dry import nominal_source
-from medcg_jax.study.leaks import check_cell
+from medcg_jax.study.design import mat, schedule, suite
+from medcg_jax.study.design.leaks import check_cell
+from medcg_jax.study.run.dry import nominal_source
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Config -> cells, trainings, and the digest of all rows.

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medcg_jax.study import mat
-from medcg_jax.study.paired import mcnemar
-from medcg_jax.study.power import detectable, paper_power, records_for
+from medcg_jax.study.design import mat
+from medcg_jax.study.stats.paired import mcnemar
+from medcg_jax.study.stats.power import detectable, paper_power, records_for
 
 
 def test_connors_example():

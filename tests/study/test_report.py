@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from report_grids import make_grid, run_of
 
+from medcg_jax.config import TABLES, DataConfig
 from medcg_jax.data.sources import open_source
-from medcg_jax.run_config import TABLES, DataConfig
-from medcg_jax.study.report import write_report
+from medcg_jax.study.report.page import write_report
 
 TARGETS = ("mri-brain-state", "endoscopy-lung-grade")
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from medcg_jax.cli import main
-from medcg_jax.study.report_bench import rates
+from medcg_jax.study.report.bench import rates
 
 
 def spread(value: float) -> dict:

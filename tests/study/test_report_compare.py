@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from report_grids import make_grid, run_of
 
-from medcg_jax.study import stats
-from medcg_jax.study.report_compare import gaps, matched, newcombe, verdict, write_comparison
-from medcg_jax.study.report_files import Grid
+from medcg_jax.study.report.compare import gaps, matched, newcombe, verdict, write_comparison
+from medcg_jax.study.report.load_grid import Grid
+from medcg_jax.study.stats import stats
 
 TARGET = "mri-brain-state"
 

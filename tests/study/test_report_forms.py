@@ -10,17 +10,17 @@ import pytest
 from report_grids import make_grid, run_of
 
 from medcg_jax import cli
+from medcg_jax.config import CONTROLS, DataConfig
 from medcg_jax.data.controls import control_sets
 from medcg_jax.data.records import LETTERS
 from medcg_jax.data.sources import open_source
-from medcg_jax.run_config import CONTROLS, DataConfig
-from medcg_jax.study import stats
-from medcg_jax.study.report import write_report
-from medcg_jax.study.report_compare import two_proportions, write_comparison
-from medcg_jax.study.report_figures import gains_by_target
-from medcg_jax.study.report_files import Grid
-from medcg_jax.study.report_formats import table_markdown
-from medcg_jax.study.report_tables import Column, Table
+from medcg_jax.study.report.compare import two_proportions, write_comparison
+from medcg_jax.study.report.figures import gains_by_target
+from medcg_jax.study.report.formats import table_markdown
+from medcg_jax.study.report.load_grid import Grid
+from medcg_jax.study.report.page import write_report
+from medcg_jax.study.report.tables import Column, Table
+from medcg_jax.study.stats import stats
 
 TARGETS = ("mri-brain-state", "endoscopy-lung-grade")
 SIZES = dict(data__train_records_per_subset=20, data__test_records_per_subset=24)

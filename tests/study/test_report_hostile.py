@@ -12,10 +12,10 @@ from report_grids import make_grid, run_of
 from test_report import Page
 
 from medcg_jax.cli import main
-from medcg_jax.study.report import write_report
-from medcg_jax.study.report_boxes import ANSWER, with_boxes
-from medcg_jax.study.report_escape import csv_cell, file_names, latex, markdown, plain, short_label
-from medcg_jax.study.report_plots import draw
+from medcg_jax.study.report.boxes import ANSWER, with_boxes
+from medcg_jax.study.report.escape import csv_cell, file_names, latex, markdown, plain, short_label
+from medcg_jax.study.report.page import write_report
+from medcg_jax.study.report.plots import draw
 
 # A subset's name, its modality, area and task; the name stands in CSV files too.
 NAMES = {
@@ -151,7 +151,7 @@ def test_each_form_has_its_own_marks():
     assert [csv_cell(mark + "1+1") for mark in marks] == [f"'{mark}1+1" for mark in marks]
     assert csv_cell("−1.5") == "−1.5" and csv_cell("1\n2") == "1; 2" and csv_cell("\x00") == "\ufffd"
     assert markdown("<b>[a](b)|`c`*d*_e_\\ #1") == r"\<b\>\[a\](b)\|\`c\`\*d\*\_e\_\\ \#1"
-    assert latex("[x] & 5 % $y$ ^ ~ \\ \"|`") == (
+    assert latex('[x] & 5 % $y$ ^ ~ \\ "|`') == (
         r"{}[x] \& 5 \% \$y\$ \textasciicircum{} \textasciitilde{} \textbackslash{} \textquotedbl{}\textbar{}"
         r"\textasciigrave{}"
     )

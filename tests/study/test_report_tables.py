@@ -10,14 +10,15 @@ from collections import defaultdict
 import pytest
 from report_grids import CELLS, RESULTS, make_grid, run_of, write_csv
 
-from medcg_jax.run_config import TABLES
-from medcg_jax.study import mat, stats
-from medcg_jax.study.report import write_report
-from medcg_jax.study.report_escape import latex
-from medcg_jax.study.report_files import Grid
-from medcg_jax.study.report_published import context, published
-from medcg_jax.study.report_samples import letters_table
-from medcg_jax.study.report_tables import Column, Table, Tables
+from medcg_jax.config import TABLES
+from medcg_jax.study.design import mat
+from medcg_jax.study.report.escape import latex
+from medcg_jax.study.report.load_grid import Grid
+from medcg_jax.study.report.page import write_report
+from medcg_jax.study.report.published import context, published
+from medcg_jax.study.report.samples import letters_table
+from medcg_jax.study.report.tables import Column, Table, Tables
+from medcg_jax.study.stats import stats
 
 TARGETS = ("mri-brain-state", "endoscopy-lung-grade")
 

@@ -10,12 +10,12 @@ from PIL import Image
 from report_grids import make_grid, run_of
 
 from medcg_jax import cli
-from medcg_jax.study import stats
-from medcg_jax.study.report import whole_folder, write_report
-from medcg_jax.study.report_figures import gains_by_target, triplet_map, triplets_of
-from medcg_jax.study.report_files import Grid
-from medcg_jax.study.report_plots import Plots
-from medcg_jax.study.report_samples import embedded
+from medcg_jax.study.report.figures import gains_by_target, triplet_map, triplets_of
+from medcg_jax.study.report.load_grid import Grid
+from medcg_jax.study.report.page import whole_folder, write_report
+from medcg_jax.study.report.plots import Plots
+from medcg_jax.study.report.samples import embedded
+from medcg_jax.study.stats import stats
 from medcg_jax.untrusted import FileError
 
 TARGETS = ("mri-brain-state", "oct-eye-stage")

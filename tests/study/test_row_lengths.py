@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from medcg_jax.config import replace
 from medcg_jax.config_file import load
 from medcg_jax.data.records import RecordSet
-from medcg_jax.run_config import replace
-from medcg_jax.study.cells import Data
-from medcg_jax.study.schedule import make_plan
+from medcg_jax.study.design.schedule import make_plan
+from medcg_jax.study.run.cells import Data
 from medcg_jax.train.setup import open_setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -5,13 +5,15 @@ import json
 import pytest
 from worlds import SMALL
 
+from medcg_jax.config import TABLES, ConfigError, RunConfig, TrainConfig, replace
 from medcg_jax.files import write_whole
-from medcg_jax.run_config import TABLES, ConfigError, RunConfig, TrainConfig, replace
-from medcg_jax.study import grid, results, schedule, suite
+from medcg_jax.study.design import schedule, suite
+from medcg_jax.study.run import grid
+from medcg_jax.study.stats import results
 
 RUN = replace(
     RunConfig(), study__tables=TABLES, study__targets=("ct-lung-state",), study__seeds=(0, 1), train__epochs=2.0
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +78,15 @@ def fill(workdir, jobs):
         outcomes[job.id] = {"status": "failed: loss is nan, at step 3" if bad else "done", "seconds": 1.25}
         for cell in () if bad else job.cells:
             lines = [
-                {"id": f"{t}/{i}", "subset": t, "options": ["x", "y"], "answer": "A", "predicted": "AB"[i % 2],
-                 "logprobs": None, "generated": "A"}  # fmt: skip
+                {
+                    "id": f"{t}/{i}",
+                    "subset": t,
+                    "options": ["x", "y"],
+                    "answer": "A",
+                    "predicted": "AB"[i % 2],
+                    "logprobs": None,
+                    "generated": "A",
+                }
                 for t in cell.target
                 for i in range(4)
             ]
@@ -104,7 +113,7 @@ def test_tables(tmp_path, cells):
     scored = [c for j in jobs if outcomes[j.id]["status"] == "done" for c in j.cells]
     assert 0 < len(scored) < len(cells)
     assert [x.split(",")[0] for x in lines[1:]] == [c.id for c in cells if c in scored for _ in c.target]
-    assert 'failed: loss is nan, at step 3' in (tmp_path / "cells.csv").read_text()
+    assert "failed: loss is nan, at step 3" in (tmp_path / "cells.csv").read_text()
     assert not list(tmp_path.rglob(".*"))
 
 
@@ -128,7 +137,7 @@ def test_config_json_guards_its_grid(tmp_path):
 
 
 def test_the_configuration_comes_back_from_its_file(tmp_path):
-    from medcg_jax.study.worker import read_config
+    from medcg_jax.study.run.worker import read_config
 
     run = replace(RUN, data__subset_weights={"a": 2.0}, study__targets=("mri-brain-state",))
     run = replace(run, train=TrainConfig(epochs=1))

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
 
-from medcg_jax.run_config import RunConfig, replace
-from medcg_jax.study import paired, stats
-from medcg_jax.study.power import detectable
+from medcg_jax.config import RunConfig, replace
+from medcg_jax.study.stats import paired, stats
+from medcg_jax.study.stats.power import detectable
 
 
 def test_wilson():

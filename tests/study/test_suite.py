@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import SMALL, random_worlds, subset, world
 
-from medcg_jax.run_config import TABLES, ConfigError, RunConfig, replace
-from medcg_jax.study import combos, mat, suite
-from medcg_jax.study.mat import shared
+from medcg_jax.config import TABLES, ConfigError, RunConfig, replace
+from medcg_jax.study.design import combos, mat, suite
+from medcg_jax.study.design.mat import shared
 
 RUN = RunConfig()
 ALL = [f"{i:02d}" for i in range(1, 38)]
@@ -61,11 +61,7 @@ def test_golden_small_world():
     cells = suite.expand(study(tables=TABLES, targets=("ct-lung-state",)), SMALL)
     removal = combos.random_removal(SMALL[0], SMALL, 0)
     inside = " ".join(s.name for s in SMALL[1:])
-    golden = GOLDEN.format(
-        random=" ".join(s.name for s in removal),
-        others=inside,
-        inside=inside,
-    ).splitlines()
+    golden = GOLDEN.format(random=" ".join(s.name for s in removal), others=inside, inside=inside).splitlines()
     lines = [line(cell) for cell in cells]
     assert lines[: len(golden)] == golden
     rest = lines[len(golden) :]

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from report_grids import run_of
 
+from medcg_jax.config import ConfigError, free_fields, replace
 from medcg_jax.config_file import load
-from medcg_jax.run_config import ConfigError, free_fields, replace
-from medcg_jax.study import grid, results
-from medcg_jax.study.bases import made_of
-from medcg_jax.study.worker import read_config
+from medcg_jax.study.run import grid
+from medcg_jax.study.run.bases import made_of
+from medcg_jax.study.run.worker import read_config
+from medcg_jax.study.stats import results
 from medcg_jax.train import goodput
 from medcg_jax.train.checkpoint import META_FILE, read_meta
 from medcg_jax.train.log import read_metrics
@@ -84,7 +85,9 @@ def test_an_outcome_that_is_none_is_named(tmp_path, text):
         results.outcome_of(tmp_path, "a")
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"starts": 3}', '{"starts": [{"seconds": {"other": "1"}, "reached": {}}]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"starts": 3}', '{"starts": [{"seconds": {"other": "1"}, "reached": {}}]}']
+)
 def test_the_time_of_earlier_starts_that_cannot_be_read_is_not_counted_and_that_is_said(tmp_path, text, capsys):
     path = tmp_path / "goodput.json"
     path.write_text(text)

@@ -6,7 +6,7 @@ from medcg_jax.data.records import Subset
 
 
 def subset(name: str, num_train: int = 100) -> Subset:
-    """"ct-lung-grade" -> its Subset."""
+    """ "ct-lung-grade" -> its Subset."""
     modality, area, task = name.split("-")
     return Subset(name, modality, area, task, num_train=num_train, num_test=20)
 

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "several")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "processes")]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import in_processes  # noqa: E402

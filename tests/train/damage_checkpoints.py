@@ -20,9 +20,9 @@ from pathlib import Path
 import jax
 from train_toys import CONFIG, TRAIN, run, same_bits, setup
 
+from medcg_jax.config import MeshConfig
+from medcg_jax.families import build
 from medcg_jax.mesh import make_mesh
-from medcg_jax.models import build
-from medcg_jax.run_config import MeshConfig
 from medcg_jax.train.checkpoint import CheckpointError, Checkpoints, load_params, save_params
 from medcg_jax.train.optim import control_from
 from medcg_jax.train.step import with_shardings

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from train_toys import TRAIN, Stream, setup
 
-from medcg_jax.run_config import replace
+from medcg_jax.config import replace
 from medcg_jax.train.goodput import FILE, Goodput, read_starts
 from medcg_jax.train.loop import Cell, fit
 from medcg_jax.train.optim import control_from

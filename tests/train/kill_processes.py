@@ -43,7 +43,7 @@ class Job:
 
     def __init__(
         self, workdir: Path, cache: Path, *, count: int = 2, devices: int = 1, steps: int = STEPS, seed: int = 0
-    ):  # fmt: skip
+    ):
         workdir.mkdir(parents=True, exist_ok=True)
         self.workdir, self._log = workdir, workdir / "log"
         self._before = self._batches()

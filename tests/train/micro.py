@@ -8,9 +8,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from train_toys import TRAIN, VOCAB
 
+from medcg_jax.config import MeshConfig
+from medcg_jax.families import build
 from medcg_jax.mesh import make_mesh
-from medcg_jax.models import build
-from medcg_jax.run_config import MeshConfig
 from medcg_jax.train.losses import negative_log_likelihood
 from medcg_jax.train.optim import make_optimizer
 from medcg_jax.train.step import make_step
@@ -50,7 +50,5 @@ def setup(mesh_config: MeshConfig):
     graphdef, state = nnx.split(Micro())
     places = nnx.State({name: NamedSharding(mesh, spec) for name, spec in PLACES.items()})
     params = nnx.State({name: jax.device_put(state[name][...], places[name]) for name in SHAPES})
-    program = make_step(
-        mesh, graphdef, *build.split_trainable(places, TRAINABLE), make_optimizer(TRAIN), loss_fn=loss
-    )  # fmt: skip
+    program = make_step(mesh, graphdef, *build.split_trainable(places, TRAINABLE), make_optimizer(TRAIN), loss_fn=loss)
     return program, *build.split_trainable(params, TRAINABLE)

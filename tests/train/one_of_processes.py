@@ -17,11 +17,11 @@ from jax.experimental import multihost_utils
 from micro import setup
 from train_toys import ROWS, TRAIN, Stream, batch
 
-from medcg_jax import distributed
+from medcg_jax import processes
 from medcg_jax.cluster import Cluster
+from medcg_jax.config import ConfigError, Interrupted, MeshConfig, RunError, replace
+from medcg_jax.families import build
 from medcg_jax.mesh import put_batch
-from medcg_jax.models import build
-from medcg_jax.run_config import ConfigError, Interrupted, MeshConfig, RunError, replace
 from medcg_jax.train.log import enable_cache
 from medcg_jax.train.loop import Cell, fit
 from medcg_jax.train.optim import control_from
@@ -59,7 +59,7 @@ def whole_bytes(tree) -> bytes:
 def main(workdir: Path, steps: int, index: int, count: int, port: int) -> int:
     enable_cache(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
     if count > 1:
-        distributed.start(Cluster("the test", f"127.0.0.1:{port}", count, index))
+        processes.start(Cluster("the test", f"127.0.0.1:{port}", count, index))
     with sigterm_saves():
         program, trainable, frozen = setup(MeshConfig(data=-1, fsdp=min(2, jax.device_count())))
         cell = Cell(
@@ -68,7 +68,7 @@ def main(workdir: Path, steps: int, index: int, count: int, port: int) -> int:
         )  # fmt: skip
         state, [result] = fit(
             program, trainable, frozen, [cell], log_every_steps=3, checkpoint_every_steps=1, keep_every_steps=10
-        )  # fmt: skip
+        )
     unseen = put_batch(own_rows(batch(UNSEEN)), program.batch_sharding)
     with jax.set_mesh(program.mesh):
         found = jax.jit(lambda params, rows: nnx.merge(program.graphdef, params)(rows))(

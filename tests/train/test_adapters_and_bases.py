@@ -10,18 +10,18 @@ from flax import nnx
 from train_toys import CONFIG, TRAIN, batch
 from train_toys import run as run_steps
 
+from medcg_jax.config import DataConfig, EvalConfig, LogConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
 from medcg_jax.eval.subsets import evaluate_subsets
+from medcg_jax.families import build
+from medcg_jax.families.weights.convert import convert, load_checkpoint, open_leaves, read_config, save_params
 from medcg_jax.mesh import make_mesh
-from medcg_jax.models import build
 from medcg_jax.nn.base import Base
 from medcg_jax.nn.lora import TARGETS, LoraConfig
 from medcg_jax.nn.quant import dequantize, is_quantized, quantize
-from medcg_jax.run_config import DataConfig, EvalConfig, LogConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
 from medcg_jax.train.optim import control_from, make_optimizer
 from medcg_jax.train.run import train
 from medcg_jax.train.setup import model_config
 from medcg_jax.train.step import make_step
-from medcg_jax.weights.convert import convert, load_checkpoint, open_leaves, read_config, save_params
 
 TRAINED = ("projector", "lora")
 ADAPTED = dataclasses.replace(CONFIG, lora=LoraConfig(4, 8.0, TARGETS))
@@ -151,7 +151,7 @@ def test_a_bfloat16_base_is_not_cast_in_the_step():
 def start(tmp_path_factory):
     """(a tiny base as a converted checkpoint, the run that starts from it)."""
     directory = tmp_path_factory.mktemp("start")
-    from medcg_jax.scale.plan_programs import small_tokenizer
+    from medcg_jax.plan.programs import small_tokenizer
 
     model = ModelConfig()
     config = model_config(model, small_tokenizer(model))

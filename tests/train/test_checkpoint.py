@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from train_toys import CONFIG, TRAIN, run, same_bits, setup
 
+from medcg_jax.config import MeshConfig
+from medcg_jax.families import build
 from medcg_jax.mesh import make_mesh
-from medcg_jax.models import build
-from medcg_jax.run_config import MeshConfig
 from medcg_jax.train import checksums
 from medcg_jax.train.bit_sums import bit_sums
 from medcg_jax.train.checkpoint import CheckpointError, Checkpoints, load_params, read_meta, save_params

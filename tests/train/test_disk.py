@@ -10,7 +10,7 @@ import pytest
 from train_toys import TRAIN, Stream, same_bits
 
 from medcg_jax import cli
-from medcg_jax.run_config import ConfigError, MeshConfig, replace
+from medcg_jax.config import ConfigError, MeshConfig, replace
 from medcg_jax.train import disk
 from medcg_jax.train.checkpoint import Checkpoints, SaveError
 from medcg_jax.train.loop import Cell, fit

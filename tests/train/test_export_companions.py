@@ -12,8 +12,8 @@ from releases import one
 
 from medcg_jax.cli import main
 from medcg_jax.data.tokenizer import load_tokenizer
+from medcg_jax.families.weights.convert import load_checkpoint, read_config
 from medcg_jax.train.checkpoint import load_params, save_params
-from medcg_jax.weights.convert import load_checkpoint, read_config
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
 SPECIAL = {
@@ -99,7 +99,7 @@ def test_transformers_loads_what_was_trained(family, tmp_path, capsys):
         images = AutoImageProcessor.from_pretrained(out)
         again = SimpleNamespace(
             tokenizer=loaded, image_processor=images, apply_chat_template=loaded.apply_chat_template
-        )  # fmt: skip
+        )
     for path in (tmp_path / "hf").glob("*"):
         if path.is_file() and path.suffix != ".safetensors" and path.name != "config.json":
             assert (out / path.name).read_bytes() == path.read_bytes(), path.name

@@ -2,15 +2,15 @@
 
 import functools
 
-import families
+import family_toys
 import jax
 import numpy as np
 import pytest
-from families import MESHES, TINY, WITH_BOXES
+from family_toys import MESHES, TINY, WITH_BOXES
 
 from medcg_jax.axes import RULES
-from medcg_jax.models import build
-from medcg_jax.run_config import MeshConfig, RunConfig, TrainConfig, replace
+from medcg_jax.config import MeshConfig, RunConfig, TrainConfig, replace
+from medcg_jax.families import build
 from medcg_jax.train.optim import control_from, make_optimizer
 from medcg_jax.train.setup import open_setup
 from medcg_jax.train.step import make_step
@@ -32,29 +32,29 @@ TOLERANCE = 1e-5
 @functools.cache
 def program(family: str, mesh: str | None):
     """(the program of the step, the same compiled)."""
-    found = families.setup(family, mesh)
+    found = family_toys.setup(family, mesh)
     graphdef, _ = build.abstract(found.model)
     places = build.split_trainable(build.shardings(found.model, found.mesh), TRAINABLE[family])
     step = make_step(found.mesh, graphdef, *places, make_optimizer(TRAIN), loss_fn=found.loss)
-    trainable, frozen = build.split_trainable(families.placed(family, mesh), TRAINABLE[family])
+    trainable, frozen = build.split_trainable(family_toys.placed(family, mesh), TRAINABLE[family])
     control, rows = step.put_control(CONTROL), jax.device_put(batch(family, 0), step.batch_sharding)
-    return step, families.compiled(found.mesh, step.jitted, step.start(trainable), frozen, control, rows)
+    return step, family_toys.compiled(found.mesh, step.jitted, step.start(trainable), frozen, control, rows)
 
 
 def batch(family: str, number: int) -> dict[str, np.ndarray]:
     """Eight rows: of every subset, so that rows with and without boxes are in one batch."""
-    rows = families.training_rows(family)
+    rows = family_toys.training_rows(family)
     return rows.rows(places(family, number))[0]
 
 
 def places(family: str, number: int) -> np.ndarray:
-    return (number + np.arange(8) * 5) % len(families.training_rows(family))
+    return (number + np.arange(8) * 5) % len(family_toys.training_rows(family))
 
 
 def train(family: str, mesh: str | None, *, steps: int = STEPS, params=None, change=lambda rows: rows):
     """(the state, losses, norms of gradients) after so many steps."""
     step, run = program(family, mesh)
-    params = families.placed(family, mesh) if params is None else params
+    params = family_toys.placed(family, mesh) if params is None else params
     trainable, frozen = build.split_trainable(params, TRAINABLE[family])
     state, control = step.start(trainable), step.put_control(CONTROL)
     found = []
@@ -84,7 +84,7 @@ def test_eight_devices_train_as_one(family, mesh):
 def test_weights_that_lie_in_another_order_are_seen(family):
     """The same program on the mesh, the query heads shifted by one device; and a row that is lost."""
     mesh = "data, fsdp, tensor"
-    params = jax.tree.map(lambda w: w, families.placed(family, mesh))
+    params = jax.tree.map(lambda w: w, family_toys.placed(family, mesh))
     kernel = params["decoder"]["blocks"]["q"]["kernel"]
     params["decoder"]["blocks"]["q"]["kernel"] = jax.device_put(np.roll(kernel, 4, axis=2), kernel.sharding)
     losses = alone(family)[1]
@@ -99,7 +99,7 @@ def test_weights_that_lie_in_another_order_are_seen(family):
 @pytest.mark.parametrize("family", WITH_BOXES)
 def test_rows_with_boxes_are_in_the_batches(family):
     """Without them the loss is another: the boxes are trained, as text or by `box_loss`."""
-    rows = families.training_rows(family)
+    rows = family_toys.training_rows(family)
     for number in range(STEPS):
         boxed = [bool(rows.records.records[i].boxes) for i in places(family, number)]
         assert any(boxed) and not all(boxed)
@@ -113,15 +113,15 @@ def test_rows_with_boxes_are_in_the_batches(family):
 def test_every_rule_splits_a_parameter_and_its_moments(family):
     """Read from the shards that the devices hold before and after training, not from the specs."""
     mesh = "data, fsdp, tensor"
-    config = families.setup(family, mesh).model
+    config = family_toys.setup(family, mesh).model
     names = jax.tree.leaves(build.axis_names(config), is_leaf=lambda x: isinstance(x, tuple))
     split: dict[str, set[int]] = {}
-    params = families.placed(family, mesh)
+    params = family_toys.placed(family, mesh)
     for leaf, axes in zip(jax.tree.leaves(params), names, strict=True):
         shard = leaf.addressable_shards[0].data.shape
         for name, whole, part in zip(axes, leaf.shape, shard, strict=True):
             split.setdefault(name, set()).add(whole // part)
-    sizes = families.setup(family, mesh).mesh.shape
+    sizes = family_toys.setup(family, mesh).mesh.shape
     product = lambda axes: int(np.prod([sizes[axis] for axis in ([axes] if isinstance(axes, str) else axes or ())]))
     assert split == {name: {product(RULES[name])} for name in split}
     expected = {"vocab", "embed", "mlp", "heads", "kv_heads", "vision_embed", "vision_mlp", "vision_heads"}
@@ -137,12 +137,12 @@ def test_every_rule_splits_a_parameter_and_its_moments(family):
 @pytest.mark.parametrize("family", TINY)
 def test_what_is_replicated_is_named_and_printed(family, capsys):
     """Two key heads over eight devices, or over four as a run says; more than enough, and nothing is said."""
-    found = families.setup(family, "tensor")
+    found = family_toys.setup(family, "tensor")
     names = build.replicated(found.model, found.mesh)
     few = found.model.text.num_kv_heads < 8
     assert bool(names) == few == (family in ("qwen2_vl", "mllama"))
     assert all("kv_heads" in _axes(found.model, name) for name in names)
-    params = families.placed(family, "tensor")
+    params = family_toys.placed(family, "tensor")
     for name in names:
         leaf = functools.reduce(lambda tree, key: tree[key], name.split("."), params)
         assert leaf.addressable_shards[0].data.shape == leaf.shape

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from train_toys import TRAIN, Stream, setup
 
-from medcg_jax.run_config import replace
+from medcg_jax.config import replace
 from medcg_jax.train.checkpoint import Checkpoints
 from medcg_jax.train.goodput import FILE, KINDS, Goodput, line, read_starts, summarise, write
 from medcg_jax.train.log import read_metrics

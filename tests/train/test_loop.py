@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from train_toys import ROWS, TRAIN, Stream, batch, run, same_bits, setup
 
-from medcg_jax.run_config import replace
+from medcg_jax.config import replace
 from medcg_jax.train.cells import take_cell
 from medcg_jax.train.checkpoint import CheckpointError
 from medcg_jax.train.goodput import FILE, read_starts
@@ -37,9 +37,7 @@ def control(steps: int):
 
 
 def cell(path: Path, name="run", steps=10, seed=0, **fields) -> Cell:
-    return Cell(
-        name, control(steps), lambda position: Stream(position, seed), metrics=path / f"{name}.jsonl", **fields
-    )  # fmt: skip
+    return Cell(name, control(steps), lambda position: Stream(position, seed), metrics=path / f"{name}.jsonl", **fields)
 
 
 def quietly(*_):

@@ -8,7 +8,7 @@ import micro
 import pytest
 from train_toys import TRAIN, Stream, same_bits
 
-from medcg_jax.run_config import MeshConfig, replace
+from medcg_jax.config import MeshConfig, replace
 from medcg_jax.train.loop import Cell, fit
 from medcg_jax.train.loss_check import LossCheck, LossDiffers
 from medcg_jax.train.optim import control_from

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from medcg_jax.run_config import TrainConfig
+from medcg_jax.config import TrainConfig
 from medcg_jax.train.optim import control_from, decay_mask, learning_rate, make_optimizer, num_steps, stack_controls
 
 CONFIG = TrainConfig(steps=40, learning_rate=2e-3, warmup_frac=0.1, weight_decay=0.1, clip_norm=1.0, b2=0.98)

@@ -9,15 +9,15 @@ import pytest
 from flax import nnx
 from train_toys import CONFIG, IMAGE_ID, TRAIN, batch, setup
 
+from medcg_jax.config import ConfigError, Interrupted, RunConfig, replace
+from medcg_jax.config_checks import check
 from medcg_jax.config_file import load
 from medcg_jax.data.encoding import Encoded
-from medcg_jax.data.formats import llava
 from medcg_jax.data.packing import Packer, RowShape, choose, sizes
 from medcg_jax.data.records import Record, RecordSet, Turn
-from medcg_jax.models.llava import Llava
-from medcg_jax.run_checks import check
-from medcg_jax.run_config import ConfigError, Interrupted, RunConfig, replace
-from medcg_jax.study.schedule import make_plan
+from medcg_jax.families.formats import llava
+from medcg_jax.families.llava import Llava
+from medcg_jax.study.design.schedule import make_plan
 from medcg_jax.train import run as runs
 from medcg_jax.train.losses import token_loss
 from medcg_jax.train.optim import control_from
@@ -46,9 +46,7 @@ def encoded() -> Encoded:
 @pytest.fixture(scope="module")
 def packed(encoded):
     """Four rows, of two records each."""
-    shape = choose(
-        sizes(encoded), np.arange(COUNT)[None], unit=4, multiple=0, cost=lambda shape: shape.rows
-    )  # fmt: skip
+    shape = choose(sizes(encoded), np.arange(COUNT)[None], unit=4, multiple=0, cost=lambda shape: shape.rows)
     assert shape.rows == 4 and shape.images == 2
     rows, _ = Packer(encoded, shape).rows(np.arange(COUNT), np.arange(4))
     assert rows["segment_ids"].max(axis=1).sum() == COUNT
@@ -103,7 +101,7 @@ def test_a_step_in_parts_is_that_of_a_record_a_row(encoded, packed):
     for rows in (packed, encoded.rows(np.arange(COUNT))[0]):
         state, metrics = program(
             program.start(trainable), frozen, control, jax.device_put(rows, program.batch_sharding)
-        )  # fmt: skip
+        )
         found.append((jax.device_get(state.opt_state), float(metrics["loss"]), float(metrics["grad_norm"])))
         assert (metrics["samples"], metrics["tokens"]) == (COUNT, encoded.arrays["length"].sum())
     # Not the parameters: Adam's first step has the sign of a gradient, however small.

@@ -13,7 +13,7 @@ import pytest
 from train_toys import TRAIN, Stream, same_bits
 
 from medcg_jax import cli
-from medcg_jax.run_config import Interrupted, MeshConfig, replace
+from medcg_jax.config import Interrupted, MeshConfig, replace
 from medcg_jax.train import preempt
 from medcg_jax.train.checkpoint import Checkpoints
 from medcg_jax.train.loop import Cell, fit, fit_queue

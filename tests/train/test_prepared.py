@@ -4,16 +4,16 @@ import jax
 import numpy as np
 import pytest
 
+from medcg_jax.config import DataConfig, RunConfig, TrainConfig, replace
 from medcg_jax.data.check import check_tree
 from medcg_jax.data.layouts import Layout
 from medcg_jax.data.phantom import write_release
 from medcg_jax.data.phantom_boxes import PhantomBoxSource
 from medcg_jax.data.prepare import prepare
 from medcg_jax.data.records import DataError
-from medcg_jax.run_config import DataConfig, RunConfig, TrainConfig, replace
+from medcg_jax.families.weights.convert import load_checkpoint
 from medcg_jax.train.run import train
 from medcg_jax.train.setup import open_setup
-from medcg_jax.weights.convert import load_checkpoint
 
 SUBSETS = ("ct-brain-state", "mri-liver-stage")
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from train_toys import TRAIN, Stream, run, same_bits, setup
 
-from medcg_jax.run_config import MeshConfig, replace
+from medcg_jax.config import MeshConfig, replace
 from medcg_jax.train.loop import Cell, fit_queue
 from medcg_jax.train.optim import control_from
 

@@ -8,17 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from train_toys import CONFIG, TRAIN, run, same_bits, setup
 
+from medcg_jax.config import ConfigError, MeshConfig, RunConfig, replace
+from medcg_jax.config_checks import check
 from medcg_jax.config_file import load
+from medcg_jax.families import build
+from medcg_jax.families.weights.convert import export, open_leaves, read_config
 from medcg_jax.mesh import make_mesh
-from medcg_jax.models import build
-from medcg_jax.run_checks import check
-from medcg_jax.run_config import ConfigError, MeshConfig, RunConfig, replace
 from medcg_jax.train import step as step_module
 from medcg_jax.train.cells import take_cell
 from medcg_jax.train.checkpoint import CheckpointError, Checkpoints, load_params, save_params
 from medcg_jax.train.optim import control_from
 from medcg_jax.train.rounding import narrow, round_at_random
-from medcg_jax.weights.convert import export, open_leaves, read_config
 
 EIGHT = MeshConfig(data=2, fsdp=2, tensor=2)
 NARROW = replace(TRAIN, param_dtype="bfloat16", moment_dtype="bfloat16", weight_decay=0.0)

@@ -12,9 +12,9 @@ import pytest
 from train_toys import TRAIN, Stream, setup
 
 from medcg_jax.cli import main
-from medcg_jax.models import flops
-from medcg_jax.run_checks import profile_steps
-from medcg_jax.run_config import MODELS, ConfigError, ModelConfig, replace
+from medcg_jax.config import MODELS, ConfigError, ModelConfig, replace
+from medcg_jax.config_checks import profile_steps
+from medcg_jax.families import flops
 from medcg_jax.train.loader_watch import FROM_STEPS, LOADER_BOUND_FRAC, WORSE_BY_FRAC, LoaderWatch
 from medcg_jax.train.log import METRICS, read_metrics
 from medcg_jax.train.loop import Cell, fit
@@ -179,8 +179,8 @@ class Rows:
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.endswith("tiny")])
 def test_every_family_knows_what_a_step_needs(name):
-    from medcg_jax.data.formats import SMALL_TOKENIZERS
     from medcg_jax.data.tokenizer import load_tokenizer
+    from medcg_jax.families.formats import SMALL_TOKENIZERS
     from medcg_jax.train.setup import model_config
 
     trainable = ("lora",) if name == "minigpt_v2_tiny" else ("decoder",)
@@ -192,7 +192,9 @@ def test_every_family_knows_what_a_step_needs(name):
 
 
 def test_masks_have_no_formula_and_a_cpu_no_peak(toy):
-    assert step_flops(Rows(1), None, trainable=("mask_decoder",), batch_size=8) is None and peak_flops(toy[0].mesh) is None
+    assert (
+        step_flops(Rows(1), None, trainable=("mask_decoder",), batch_size=8) is None and peak_flops(toy[0].mesh) is None
+    )
 
 
 # ------------------------------------------------------------------ waiting for data

@@ -4,16 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
-import families
+import family_toys
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from medcg_jax.cli import main
-from medcg_jax.data import formats
 from medcg_jax.data.tokenizer import SMALL
-from medcg_jax.models import build
+from medcg_jax.families import build, formats
 from medcg_jax.train.sight import BlindModel, check_sees, has_closed_gates, pixel_keys
 
 CONFIG = Path(__file__).parents[2] / "configs" / "phantom.py"
@@ -85,13 +84,13 @@ def test_the_look_changes_nothing_of_a_training(trained, tmp_path, capsys, monke
     assert sums[0] == sums[1]
 
 
-@pytest.mark.parametrize("family", families.TINY)
+@pytest.mark.parametrize("family", family_toys.TINY)
 def test_every_family_has_pixels_that_it_sees(family):
-    setup = families.setup(family)
+    setup = family_toys.setup(family)
     keys = pixel_keys(setup.format.blank)
     assert keys == ("pixels",)
-    batch, _ = families.training_rows(family).rows(np.arange(2))
-    graphdef, params = build.abstract(setup.model)[0], families.weights(family)
+    batch, _ = family_toys.training_rows(family).rows(np.arange(2))
+    graphdef, params = build.abstract(setup.model)[0], family_toys.weights(family)
     assert not has_closed_gates(params)
     jitted = jax.jit(lambda params, batch: _last_logits(nnx.merge(graphdef, params), batch))
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from train_toys import CONFIG, ROWS, TRAIN, TRAINABLE, batch, run, same_bits, setup
 
-from medcg_jax.models import build
-from medcg_jax.run_config import MeshConfig, replace
+from medcg_jax.config import MeshConfig, replace
+from medcg_jax.families import build
 from medcg_jax.train.losses import token_loss
 from medcg_jax.train.optim import control_from
 

@@ -8,9 +8,9 @@ import pytest
 import train_toys
 from train_toys import CONFIG, TRAIN, TRAINABLE, batch, run, same_bits, setup
 
-from medcg_jax.models import build
-from medcg_jax.run_config import MeshConfig, replace
-from medcg_jax.scale import hlo
+from medcg_jax.config import MeshConfig, replace
+from medcg_jax.families import build
+from medcg_jax.plan import hlo
 from medcg_jax.train import step
 from medcg_jax.train.cells import take_cell
 from medcg_jax.train.optim import control_from

@@ -5,9 +5,9 @@ import json
 import pytest
 import tokenizers
 
+from medcg_jax.config import ConfigError, ModelConfig
 from medcg_jax.data.tokenizer import SMALL, load_tokenizer
-from medcg_jax.models import build
-from medcg_jax.run_config import ConfigError, ModelConfig
+from medcg_jax.families import build
 from medcg_jax.train.setup import model_config, run_tokenizer
 from medcg_jax.train.token_ids import check_token_ids, check_tokens
 
@@ -27,7 +27,9 @@ def test_more_text_ids_than_rows_are_refused(tmp_path):
     few = with_added(tmp_path / "few.json", pieces=100)
     check_tokens(few, "llava", config)
     small = build.TINY["llava15_tiny"](few.vocab_size - 10, few.image_id, pad_token_id=0, eos_token_id=2)
-    with pytest.raises(ConfigError, match=r"few.json: ids of text up to 912, and the model has 903 rows; .* is accepted"):
+    with pytest.raises(
+        ConfigError, match=r"few.json: ids of text up to 912, and the model has 903 rows; .* is accepted"
+    ):
         check_tokens(few, "llava", small)
 
 
@@ -49,7 +51,9 @@ def test_image_and_padding_need_no_row(tmp_path):
 def test_a_released_size_never_gets_the_packages_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     for name in ("llava15_7b", "qwen2_vl_2b", "next_chat_7b_336"):
-        with pytest.raises(ConfigError, match="model.tokenizer is empty, and .* has no tokenizer.model or tokenizer.json"):
+        with pytest.raises(
+            ConfigError, match="model.tokenizer is empty, and .* has no tokenizer.model or tokenizer.json"
+        ):
             run_tokenizer(ModelConfig(name=name, checkpoint=str(tmp_path)))
         with pytest.raises(ConfigError, match="model.checkpoint is empty, too"):
             run_tokenizer(ModelConfig(name=name))

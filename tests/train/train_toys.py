@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 
+from medcg_jax.config import MeshConfig, TrainConfig
+from medcg_jax.families import build
+from medcg_jax.families.llava import llava15_tiny
 from medcg_jax.mesh import make_mesh
-from medcg_jax.models import build
-from medcg_jax.models.llava import llava15_tiny
-from medcg_jax.run_config import MeshConfig, TrainConfig
 from medcg_jax.train.optim import make_optimizer, stack_controls
 from medcg_jax.train.step import make_step
 

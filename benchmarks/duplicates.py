@@ -1,0 +1,192 @@
+"""How fast duplicates are found: `python -m benchmarks.duplicates [--images=50000] [--root=TREE]`.
+
+Writes images, then times two things apart, at a quarter, a half and all of them: hashing from files (read, decode,
+three digests), in `--workers` processes, and the search for near pairs, in one. Fits how each grows, and says what a
+million images would take: by wall time, which others on the machine lengthen, and by CPU seconds over the workers.
+The search is also timed on as many hashes as the release has images, made of those found by turning over a tenth of
+their bits, a tenth of them held as tests against the others in every form.
+
+Each image is one of the tree's (without a tree: a phantom), cut, turned lighter or darker and resized by a seeded draw,
+and saved as JPEG (7 of 10), PNG (2) or BMP (1). A tenth of them are another's copies, saved anew.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from medcg_jax.bench.steps import about_here
+from medcg_jax.config import DataConfig
+from medcg_jax.data.duplicates import NEAR_BITS, Print, groups, hash_rows, print_file
+from medcg_jax.data.hamming import near_pairs, near_pairs_between
+from medcg_jax.data.images import load_image
+from medcg_jax.data.phantom import PhantomSource
+from medcg_jax.data.release import subset_files
+from medcg_jax.data.schema import read_list
+from medcg_jax.files import write_whole
+
+MILLION = 1_000_000
+RELEASE = 111_000
+TEST_SHARE = 0.1
+MAX_PIXELS = DataConfig().max_pixels
+FORMATS = ("JPEG",) * 7 + ("PNG",) * 2 + ("BMP",)
+TURNED_SHARE = 0.1
+CHUNK = 64
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the figures; 0."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--images", type=int, default=50_000)
+    parser.add_argument("--root", default="", help="a Med-MAT tree whose images are taken; else phantoms")
+    parser.add_argument("--longest-side", type=int, default=0, help="pixels; 0: as the images are")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--hashes", type=int, default=RELEASE, help="made-up hashes to search")
+    parser.add_argument("--dir", default=None, help="a folder with room for the images")
+    parser.add_argument("--json", default="", help="a file for the figures")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        found = measure(Path(folder), args.images, args.root, args.longest_side, args.workers, args.hashes)
+    show(found)
+    if args.json:
+        write_whole(args.json, json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def measure(folder: Path, number: int, root: str, longest_side: int, workers: int, hashes: int) -> dict:
+    """All figures, as JSON takes them; seconds are wall time unless they are named CPU seconds."""
+    pictures = tree_images(Path(root)) if root else phantom_files(folder / "phantoms")
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        make = partial(write_image, pictures, folder, longest_side)
+        files = list(pool.map(make, range(number), chunksize=CHUNK))
+    sizes = [number // 4, number // 2, number]
+    rows, prints = [], []
+    for size in sizes:
+        prints, hashing = timed(partial(hash_files, files[:size], workers))
+        places, found = hash_rows(prints)
+        pairs, searching = timed(partial(near_pairs, found, NEAR_BITS))
+        grouped, grouping = timed(partial(groups, prints))
+        rows.append({"images": size, "hash": hashing, "search": searching, "group": grouping, "hashed": len(places),
+                     "pairs": len(pairs), "groups": len(grouped)})  # fmt: skip
+    fits = {part: fit(sizes, [row[part] for row in rows], workers if part == "hash" else 1)
+            for part in ("hash", "search", "group")}  # fmt: skip
+    made = turned(hash_rows(prints)[1], hashes)
+    tests = int(hashes * TEST_SHARE)
+    _, searched = timed(partial(near_pairs_between, made[tests:], made[:tests], NEAR_BITS))
+    return about_here() | {
+        "made_from": root or "phantoms", "sources": len(pictures), "workers": workers, "cores": os.cpu_count(),
+        "bytes_per_image": sum(os.path.getsize(file) for file in files) / number,
+        "pixels_per_image": float(np.mean([np.prod(Image.open(file).size) for file in files[:1000]])),
+        "rows": rows, "fits": fits, "made_up_hashes": {"hashes": hashes, **searched},
+    }  # fmt: skip
+
+
+def show(found: dict) -> None:
+    print(f"images from {found['made_from']}: {found['bytes_per_image'] / 1e3:.0f} kB and "
+          f"{found['pixels_per_image']:.0f} pixels each; {found['workers']} workers, "
+          f"{found['cores']} cores")  # fmt: skip
+    for row in found["rows"]:
+        parts = ", ".join(
+            f"{part} {row[part]['wall_s']:.1f} s ({row[part]['cpu_s']:.1f} CPU s)"
+            for part in ("hash", "search", "group")
+        )
+        print(f"{row['images']:8} images: {parts}; {row['pairs']} near pairs, {row['groups']} groups")
+    for part, own in found["fits"].items():
+        print(f"{part}: grows as n**{own['exponent']:.2f} (CPU seconds); a million: {own['million_wall_s']:.0f} s by "
+              f"wall time, {own['million_cpu_s']:.0f} s by CPU seconds over the workers")  # fmt: skip
+    made = found["made_up_hashes"]
+    print(f"search of {made['hashes']} made-up hashes: {made['wall_s']:.1f} s ({made['cpu_s']:.1f} CPU s)")
+
+
+def fit(sizes: Sequence[int], seconds: Sequence[dict], workers: int) -> dict:
+    """Exponents of seconds over sizes, and seconds for a million by them (no less than in proportion)."""
+    logs = np.log(sizes)
+
+    def power(key: str) -> float:
+        return float(np.polyfit(logs, np.log([max(own[key], 1e-6) for own in seconds]), 1)[0])
+
+    def million(key: str) -> float:
+        return seconds[-1][key] * (MILLION / sizes[-1]) ** max(1.0, power(key))
+
+    return {"exponent": power("cpu_s"), "exponent_wall": power("wall_s"), "million_wall_s": million("wall_s"),
+            "million_cpu_s": million("cpu_s") / workers}  # fmt: skip
+
+
+def timed(function: Callable) -> tuple:
+    """(what it returns, {"wall_s", "cpu_s"}); CPU seconds with those of child processes that have ended."""
+
+    def cpu() -> float:
+        spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(own.ru_utime + own.ru_stime for own in spent)
+
+    wall, before = time.perf_counter(), cpu()
+    value = function()
+    return value, {"wall_s": time.perf_counter() - wall, "cpu_s": cpu() - before}
+
+
+def hash_files(files: Iterable[str], workers: int) -> list[Print]:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(partial(print_file, max_pixels=MAX_PIXELS), files, chunksize=CHUNK))
+
+
+def turned(hashes: np.ndarray, number: int) -> np.ndarray:
+    """uint8[number, 32]: hashes as alike as real ones, with a tenth of their bits turned over."""
+    generator = np.random.default_rng(0)
+    made = hashes[generator.integers(0, len(hashes), number)]
+    for start in range(0, number, 1 << 16):
+        part = made[start : start + (1 << 16)]
+        part ^= np.packbits(generator.random((len(part), 256), np.float32) < TURNED_SHARE, axis=1)
+    return made
+
+
+def tree_images(root: Path) -> list[str]:
+    """The image files that a tree's records name, each once."""
+    names = {raw["image"] for file in subset_files(root) for raw in read_list(file.path)}
+    return [str(root / name) for name in sorted(names)]
+
+
+def phantom_files(folder: Path) -> list[str]:
+    """Phantoms of every subset as PNG, ten each."""
+    folder.mkdir()
+    source, files = PhantomSource(0, 10, 10), []
+    for subset in source.subsets:
+        records = source.records(subset.name, "train")
+        for place in range(len(records)):
+            files.append(str(folder / f"{subset.name}-{place}.png"))
+            Image.fromarray(records.image(place)).save(files[-1])
+    return files
+
+
+def write_image(pictures: Sequence[str], folder: Path, longest_side: int, place: int) -> str:
+    """Writes the image of this number and returns its file; see the module's head."""
+    # Copies are made of the image before, by the same draws but the format's.
+    of = place - 1 if place % 10 == 9 else place
+    generator = np.random.default_rng((0, of))
+    image = Image.fromarray(load_image(pictures[of % len(pictures)], MAX_PIXELS))
+    width, height = image.size
+    left, top, right, low = generator.uniform(0, 0.12, 4) * (width, height, width, height)
+    image = image.crop((round(left), round(top), round(width - right), round(height - low)))
+    gain, shift = generator.uniform(0.85, 1.15), generator.uniform(-15, 15)
+    image = image.point(lambda grey: min(255, max(0, grey * gain + shift)))
+    factor = longest_side / max(image.size) if longest_side else generator.uniform(0.8, 1.2)
+    size = [max(1, round(side * factor)) for side in image.size]
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    form = FORMATS[np.random.default_rng((1, place)).integers(len(FORMATS))]
+    path = folder / f"{place:07}.{form.lower()}"
+    image.save(path, form, **({"quality": 75 + place % 21} if form == "JPEG" else {}))
+    return str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Start-up of a training: what a process does from `python` until its first step could be handed to the device.
+
+    python -m benchmarks.startup --config=configs/llava15_7b.py [--devices=8] [--json=FILE]
+
+Each part is printed with its wall and CPU seconds, of a process that finds the compiled programs in the cache (which a
+first one fills). Shapes are the run's, on simulated CPU devices, with the phantom's records and the small tokenizer in
+place of its own; weights are not read and nothing is executed, so this fits where the model does not.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# A part of a start: what it is called, wall and CPU seconds.
+Part = tuple[str, float, float]
+LIMIT_S = 1800
+MODULE = "benchmarks.startup"
+
+
+class Clock:
+    """parts: those that have ended. The first is Python's own: since the parent, on the machine's clock, began."""
+
+    def __init__(self, began: float):
+        self.parts: list[Part] = [("python", time.time() - began, time.process_time())]
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        wall, cpu = time.monotonic(), time.process_time()
+        yield
+        self.parts.append((name, time.monotonic() - wall, time.process_time() - cpu))
+
+
+def start(config: str, overrides: dict[str, str], num_devices: int, num_records: int, began: float) -> dict:
+    """A start of this process: {"parts", "compiled", "from_cache"}; `medcg train` does the same in the same order.
+
+    num_records: training records of each of the phantom's subsets.
+    """
+    clock = Clock(began)
+    with clock.part("imports"):
+        import importlib
+
+        import jax
+
+        from medcg_jax.config import MeshConfig, replace
+        from medcg_jax.config_file import load
+        from medcg_jax.data.phantom import PhantomSource
+        from medcg_jax.data.pipeline import Batches
+        from medcg_jax.data.records import concat
+        from medcg_jax.families import build
+        from medcg_jax.mesh import make_mesh, own_rows
+        from medcg_jax.plan import programs as plan_programs
+        from medcg_jax.train.log import CompileMonitor, keep_programs
+        from medcg_jax.train.step import with_shardings
+
+        importlib.import_module("medcg_jax.train.run")  # what the verb imports
+    with clock.part("configuration"):
+        run = replace(load(config, overrides), mesh=MeshConfig(data=1, fsdp=num_devices))
+        keep_programs()
+    with clock.part("devices"):
+        monitor = CompileMonitor()
+        mesh = make_mesh(run.mesh, jax.devices())
+    with clock.part("tokenizer and model"):
+        subject = plan_programs.make_subject(run, mesh)
+        setup, trainable = subject.setup, subject.trainable
+    with clock.part("records to rows"):
+        source = PhantomSource(0, num_records, 1)
+        encoded = setup.encode(concat([source.records(subset.name, "train") for subset in source.subsets]))
+    with clock.part("first batch"):
+        size = run.train.batch_size
+        batches = Batches(encoded, batch_size=size, seed=0, rows=own_rows(mesh, size))
+        batch, _ = next(iter(batches))
+    program = subject.program
+    with clock.part("state: lowered"), jax.set_mesh(mesh):
+        split = build.split_trainable(build.shardings(setup.model, mesh), run.model.trainable)
+        lowered = program.jitted_start.lower(with_shardings(trainable, split[0]))
+    with clock.part("state: compiled"):
+        lowered.compile()
+    wall, cpu = time.monotonic(), time.process_time()
+    _, _, lower_s, compile_s = program.compile(trainable, subject.frozen, batch)
+    cpu, wall = time.process_time() - cpu, time.monotonic() - wall
+    clock.parts.append(("step: lowered", lower_s, cpu * lower_s / wall))
+    clock.parts.append(("step: compiled", compile_s, cpu * compile_s / wall))
+    return {"parts": clock.parts, "compiled": monitor.compiled, "from_cache": monitor.from_cache}
+
+
+def measure(args: argparse.Namespace, rest: list[str], cache: str) -> dict:
+    """`start` in a process of its own.
+
+    Raises:
+      RuntimeError: it failed.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={args.devices}".strip(),
+        "XDG_CACHE_HOME": cache,
+        "MEDCG_BEGAN": repr(time.time()),
+    }
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)
+    command = [sys.executable, "-m", MODULE, "--child", f"--config={args.config}", f"--devices={args.devices}"]
+    command += [f"--records={args.records}", *rest]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT_S)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or 1: the second process compiled something, so the cache was not warm; 2: wrong use."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="simulated ones of the CPU, all fsdp")
+    parser.add_argument("--records", type=int, default=100, metavar="N", help="of each of the phantom's subsets")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args, rest = parser.parse_known_args(argv)
+    for flag in rest:
+        if not flag.startswith("--config.") or "=" not in flag:
+            parser.error(f"{flag}: --config.KEY=VALUE is accepted")
+    if args.child:
+        overrides = dict(flag.removeprefix("--config.").split("=", 1) for flag in rest)
+        print(json.dumps(start(args.config, overrides, args.devices, args.records, float(os.environ["MEDCG_BEGAN"]))))
+        return 0
+    with tempfile.TemporaryDirectory() as cache:
+        cold, warm = (measure(args, rest, cache) for _ in range(2))
+        warm["cache_bytes"] = sum(file.stat().st_size for file in Path(cache).rglob("*") if file.is_file())
+    print_starts(cold, warm)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"cold": cold, "warm": warm}, indent=1) + "\n", encoding="utf-8")
+    return int(warm["compiled"] > 0)
+
+
+def print_starts(cold: dict, warm: dict) -> None:
+    print(f"{'seconds':24}{'cold wall':>12}{'CPU':>8}{'warm wall':>12}{'CPU':>8}")
+    for before, after in zip(cold["parts"], warm["parts"], strict=True):
+        print(f"{before[0]:24}{before[1]:12.2f}{before[2]:8.2f}{after[1]:12.2f}{after[2]:8.2f}")
+    sums = [sum(part[i] for part in one["parts"]) for one in (cold, warm) for i in (1, 2)]
+    print(f"{'to the first step':24}{sums[0]:12.2f}{sums[1]:8.2f}{sums[2]:12.2f}{sums[3]:8.2f}")
+    programs = f"{warm['compiled']} programs compiled, {warm['from_cache']} from the cache"
+    print(f"the second start: {programs} of {warm['cache_bytes'] / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""The rows that a benchmark of a run works on: its own where they can be opened, else phantoms or random rows."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from medcg_jax.bench.steps import example_batch
+from medcg_jax.config import ConfigError, RunConfig, replace
+from medcg_jax.data.encoding import Encoded, encode
+from medcg_jax.data.pipeline import Batches
+from medcg_jax.data.records import DataError, RecordSet, concat
+from medcg_jax.families.llava import LlavaConfig
+from medcg_jax.train.setup import Setup, open_setup, with_small_tokenizer
+
+# Records are taken of at most so many subsets: each is read as a whole.
+NUM_SUBSETS = 4
+# Records that the loader draws from.
+LOADER_RECORDS = 256
+# Test questions that are answered, at least.
+QUESTIONS = 32
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The setup whose records are used. note: what stands in for the run's own records; "" where they are used."""
+
+    setup: Setup
+    note: str
+
+
+def open_rows(run: RunConfig) -> Rows:
+    """The run's setup with random weights; where its records cannot be opened, with phantoms in their place.
+
+    Raises:
+      ConfigError, DataError: as `open_setup`, for another reason than the records.
+    """
+    try:
+        return Rows(open_setup(with_small_tokenizer(run), has_weights=True), "")
+    except (ConfigError, DataError) as error:
+        if run.data.source == "phantom":
+            raise
+        why = str(error)
+    data = dict(data__source="phantom", data__root="", data__subsets=(), data__subset_weights={})
+    run = replace(with_small_tokenizer(run), **data, data__general_records="", data__imagewikiqa_share=0.0)
+    setup = open_setup(run, has_weights=True)
+    return Rows(setup, f"phantoms stand in for the run's records, which cannot be opened ({why})")
+
+
+def training_batch(rows: Rows) -> dict[str, np.ndarray]:
+    """The run's first batch; for a LLaVA without its records, random rows of half to all of `data.max_text_tokens`."""
+    run, setup = rows.setup.run, rows.setup
+    if rows.note and isinstance(setup.model, LlavaConfig):
+        most = run.data.max_text_tokens
+        return example_batch(
+            setup.model, batch_size=run.train.batch_size, text_tokens=(most // 2, most),
+            num_targets=run.data.max_target_tokens,
+        )  # fmt: skip
+    stream = Batches(setup.encode(some_records(setup, "train", run.train.batch_size)), seed=0, prefetch=0,
+                     batch_size=run.train.batch_size)  # fmt: skip
+    batch = next(stream)[0]
+    stream.close()
+    return batch
+
+
+def question_rows(rows: Rows, multiple: int) -> Encoded:
+    """Test questions with letters: `QUESTIONS` or more, which fill both `eval.batch_size` and batches of `multiple`."""
+    both = math.lcm(rows.setup.run.eval.batch_size, multiple)
+    count = -(-QUESTIONS // both) * both
+    return rows.setup.encode_eval(some_records(rows.setup, "test", count, letters=True))
+
+
+def loader_rows(setup: Setup) -> dict[str, Encoded]:
+    """Training rows whose images are kept decoded, and the same with images decoded when drawn: a run's loader does the
+    one or the other, by the size of its data."""
+    records = some_records(setup, "train", max(LOADER_RECORDS, setup.run.train.batch_size))
+    drawn = encode(records, setup.tokenizer, setup.run.data, setup.format, memory_limit_bytes=0)
+    return {"decoded before": setup.encode(records), "decoded when drawn": drawn}
+
+
+def some_records(setup: Setup, split: str, count: int, *, letters: bool = False) -> RecordSet:
+    """`count` records of up to `NUM_SUBSETS` of the run's subsets, repeated where these have fewer.
+
+    letters: of subsets of choice questions alone; the source's own where the run has none of them.
+    """
+    choice = [subset.name for subset in setup.source.subsets]
+    names: Sequence[str] = setup.run.data.subsets or choice
+    if letters:
+        names = [name for name in names if not setup.has_boxes(name)] or choice
+    names = names[:: -(-len(names) // NUM_SUBSETS)]
+    each = -(-count // len(names))
+    sets = [setup.source.records(name, split) for name in names]
+    found = concat([part.select(range(min(each, len(part)))) for part in sets])
+    if not len(found):
+        raise DataError(f"subsets {', '.join(names)} have no {split} records")
+    return found.select(i % len(found) for i in range(count))

@@ -1,0 +1,215 @@
+"""The training step of this port as what a benchmark runs: random weights, a batch, its time, memory and FLOPs.
+
+How fast a step is does not depend on the values of weights and batches. Needs neither data nor a tokenizer.
+"""
+
+import datetime
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from medcg_jax.bench.clock import spread, turns
+from medcg_jax.config import MASK_PARTS, ModelConfig, TrainConfig
+from medcg_jax.families import build
+from medcg_jax.families.build import Config
+from medcg_jax.families.llava import LlavaConfig
+from medcg_jax.mesh import put_batch
+from medcg_jax.plan import flops
+from medcg_jax.train.losses import token_loss
+from medcg_jax.train.optim import control_from, make_optimizer
+from medcg_jax.train.step import Program, make_step
+
+PACKAGES = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers", "grain", "array_record",
+    "pillow",
+)  # fmt: skip
+# The tiny model's vocabulary, where no tokenizer is read: its size matters to the speed of the head alone.
+TINY_VOCABULARY = 512
+
+
+def architecture(model: ModelConfig) -> LlavaConfig:
+    """The architecture that `model` names; a tiny one with a vocabulary of about the packaged tokenizer's size."""
+    if model.name in build.TINY:
+        return build.architecture(model, vocab_size=TINY_VOCABULARY, image_token_id=TINY_VOCABULARY - 1)
+    return build.architecture(model)
+
+
+def example_batch(
+    config: LlavaConfig, *, batch_size: int, text_tokens: tuple[int, int], num_targets: int, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """A random batch of the data pipeline's shapes: a row is one image, then `text_tokens` (least, most) of text."""
+    rng = np.random.default_rng(seed)
+    least, most = text_tokens
+    num_image, length = config.num_image_tokens, config.num_image_tokens + most
+    lengths = num_image + rng.integers(max(least, num_targets + 1), most + 1, batch_size)
+    lengths[0] = length
+    usable = min(config.text.vocab_size, config.image_token_id)
+    tokens = rng.integers(1, usable, (batch_size, length), dtype=np.int32)
+    tokens[:, :num_image] = config.image_token_id
+    real = np.arange(length) < lengths[:, None]
+    last = lengths[:, None] - num_targets - 1
+    return {
+        "tokens": np.where(real, tokens, config.pad_token_id).astype(np.int32),
+        "segment_ids": real.astype(np.int32),
+        "pixels": rng.integers(0, 256, (batch_size, 1, config.image_size_px, config.image_size_px, 3), dtype=np.uint8),
+        "target_positions": (last + np.arange(num_targets)).astype(np.int32),
+        "targets": np.take_along_axis(tokens, last + 1 + np.arange(num_targets), axis=1),
+        "target_weights": np.ones((batch_size, num_targets), np.float32),
+    }
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The step for one shape of batch: what runs it, the program, and that batch on the devices."""
+
+    call: Callable
+    program: jax.stages.Compiled
+    batch: dict[str, jax.Array]
+
+
+class Port:
+    """Random weights, optimizer state and a step on `mesh`: `compile(batch)`, then `seconds(steps)`.
+
+    loss_fn: as `train_step`'s.
+    """
+
+    def __init__(
+        self, config: Config, mesh: Mesh, train: TrainConfig, model: ModelConfig, *, loss_fn: Callable = token_loss
+    ):
+        self.mesh = mesh
+        graphdef, abstract = build.abstract(config)
+        self.split = partial(build.split_trainable, names=model.trainable)
+        self.abstract = self.split(abstract)
+        self.program: Program = make_step(
+            mesh, graphdef, *self.split(build.shardings(config, mesh)), make_optimizer(train),
+            loss_fn=loss_fn, accumulation_steps=train.accumulation_steps, compute_dtype=model.compute_dtype,
+        )  # fmt: skip
+        # The end of the schedule is never reached, so that every step does its work.
+        control = control_from(TrainConfig(steps=1_000_000, learning_rate=train.learning_rate), num_records=0)
+        self.control = self.program.put_control(control)
+        self.config, self.state, self.compiled = config, None, None
+
+    def compile(self, batch: dict[str, np.ndarray], options: dict | None = None) -> dict:
+        """Compiles the step for this batch, which `seconds` runs from now on; returns seconds and bytes.
+
+        Nothing of the batch's size is allocated before the program is known to compile. options: of XLA's compiler.
+        """
+        _, compiled, lower_s, compile_s = self.program.compile(*self.abstract, batch, options)
+        if self.state is None:
+            self._allocate()
+        # A program compiled ahead refuses arrays of 4 bits ("layouts disagree", jax 0.10); the jitted step takes them.
+        call = self.program if self.config.base.dtype == "nf4" else compiled
+        self.compiled = Compiled(call, compiled, put_batch(batch, self.program.batch_sharding))
+        found = {"lower_s": lower_s, "compile_s": compile_s, "attention": attention_in(compiled.as_text())}
+        return found | memory(compiled)
+
+    def _allocate(self) -> None:
+        with jax.set_mesh(self.mesh):
+            _, params = build.create(self.config, self.mesh, seed=0)
+        trainable, self.frozen = self.split(params)
+        del params
+        self.state = self.program.start(trainable)
+
+    def seconds(self, steps: int) -> float:
+        """Seconds that `steps` steps took, the last one finished."""
+        with jax.set_mesh(self.mesh):
+            began = time.perf_counter()
+            for _ in range(steps):
+                self.state, metrics = self.compiled.call(self.state, self.frozen, self.control, self.compiled.batch)
+            jax.block_until_ready((self.state, metrics))
+        self.loss = float(metrics["loss"])
+        return time.perf_counter() - began
+
+
+def take_turns(runners: dict[str, Callable[[int], float]], repeats: int, steps: int = 0) -> dict[str, list[float]]:
+    """Seconds per step of each runner, `repeats` values; they run one after another in every repeat (`turns`).
+
+    steps: of a repeat; 0 chooses for each runner what lasts about a second (at most 50).
+    """
+    return {name: [one.wall_s for one in spent] for name, spent in turns(runners, repeats, steps).items()}
+
+
+def step_flops(config: Config, batch: dict[str, np.ndarray], trainable: tuple[str, ...]) -> dict | None:
+    """`flops.step` of the batch, one image a row; None: masks are trained, which no formula covers."""
+    if set(trainable) & set(MASK_PARTS):
+        return None
+    return flops.step(
+        config,
+        batch["segment_ids"].astype(bool).sum(axis=1),
+        padded_length=batch["tokens"].shape[1],
+        num_images=1,
+        num_logits=batch["targets"].shape[1],
+        trainable=trainable,
+    )
+
+
+def rates(seconds: list[float], batch: dict[str, np.ndarray], needed: dict | None) -> dict:
+    """Step time and what follows of its median: samples/s, real tokens/s, TFLOP/s and the three utilisations.
+
+    needed: `step_flops`' answer; None leaves what follows of it out.
+    """
+    median = statistics.median(seconds)
+    device = jax.devices()[0]
+    found = {
+        "step_s": spread(seconds),
+        "samples_per_s": len(batch["tokens"]) / median,
+        "tokens_per_s": int((batch["segment_ids"] != 0).sum()) / median,
+    }
+    if needed is None:
+        return found
+    used = flops.utilisation(needed, median, device.device_kind, jax.device_count())
+    return {**found, "tflops_per_s": needed["full"] / median / 1e12, **used}
+
+
+def attention_in(text: str) -> str:
+    """Which attention a program's text holds, by what it calls: "cudnn", "splash", or "plain" where neither."""
+    return "cudnn" if "__cudnn$fmha" in text else "splash" if "tpu_custom_call" in text else "plain"
+
+
+def memory(compiled) -> dict:
+    """Bytes on each device: what the program needs by its own account, and the most that was in use so far."""
+    analysis = compiled.memory_analysis()
+    needed = None
+    if analysis is not None:
+        made = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        needed = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + made
+    return {"program_bytes": needed, "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")}
+
+
+def describe(batch: dict[str, np.ndarray]) -> dict:
+    rows, length = batch["tokens"].shape
+    real = int((batch["segment_ids"] != 0).sum())
+    return {"size": rows, "length": length, "real_tokens": real, "targets_per_row": batch["targets"].shape[1]}
+
+
+def about_here() -> dict:
+    """Date, versions and devices of this process, for a record of what was measured."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            pass
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+        "device": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+    }
+
+
+def line(rate: dict) -> str:
+    """One line for people of what `rates` gave."""
+    text = (f"{rate['step_s']['median'] * 1e3:9.1f} ms a step  {rate['samples_per_s']:9.1f} samples/s"
+            f"  {rate['tokens_per_s']:10.0f} tokens/s")  # fmt: skip
+    if rate.get("mfu") is not None:
+        text += f"  MFU {rate['mfu']:.1%} (causal {rate['mfu_causal']:.1%}, HFU {rate['hfu']:.1%})"
+    return text

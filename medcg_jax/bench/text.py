@@ -1,0 +1,149 @@
+"""What `medcg bench` prints: a table for each stage, the ratios, and what each side of a comparison does."""
+
+# What a runner does, as the table says it.
+DOES = {
+    "port": "this port's step, as `medcg train` compiles it",
+    "torch eager": "HF transformers: labels in, logits at all positions, rows padded to the longest, fused AdamW",
+    "torch compile": "the same model by torch.compile, static shapes, graphs broken where transformers breaks them",
+    "torch eager flash": "the same with FlashAttention 2",
+    "port letters": "log-probabilities of the option letters, by `evaluate`: no token is generated",
+    "port generate": "the same, and every row's new tokens",
+    "torch forward": "model(**inputs).logits, the letters' log-probabilities of the last position taken",
+    "torch generate": "model.generate, greedy, with its cache, never stopping early",
+}
+# In what the sides of a comparison differ, beside what the lines above say.
+DIFFERENCES = (
+    "weights are random on both sides, and both have this process's threads and allocator",
+    "HF's pixels are normalised and on the device before; the port's are bytes, and normalised in its step",
+    "the learning rate is the port's schedule and HF's constant; both clip the gradient's norm",
+    "HF's tower runs every layer, without gradients where it is frozen; the port's ends where its features are taken",
+    "rows of a batch are as long as the longest for HF, as long as data.max_text_tokens allows for the port",
+)
+
+
+def show(found: dict) -> None:
+    """Prints the result of `bench_run.bench`."""
+    print(text_of(found), flush=True)
+
+
+def text_of(found: dict) -> str:
+    versions = found["versions"]
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("jax", "torch", "transformers") if name in versions)
+    lines = [f"{found['model']} ({found['name']}) on {found['num_devices']} x {found['device']}, mesh "
+             f"{'x'.join(str(n) for n in found['mesh'].values())}, {found['compute_dtype']}; {packages}"]  # fmt: skip
+    for name, section in (("train", _train), ("answers", _answers), ("loader", _loader), ("convert", _convert),
+                          ("startup", _startup)):  # fmt: skip
+        if name in found:
+            lines += ["", *section(found)]
+    if found["ratios"]:
+        lines += ["", *_ratios(found), *(f"  {text}" for text in DIFFERENCES)]
+    memory = found["memory"]
+    device = f", device {_bytes(memory['device_peak_bytes'])}" if memory["device_peak_bytes"] else ""
+    lines += ["", f"most memory in use: host {_bytes(memory['host_peak_bytes'])}{device}"]
+    return "\n".join([*lines, *(f"note: {note}" for note in found["notes"])])
+
+
+def _train(found: dict) -> list[str]:
+    train, matrix = found["train"], found["matrix"]
+    batch, compiled, needed = train["batch"], train["compile"], train["flops"]
+    lines = [f"training step: batch {batch['size']} x {batch['length']} tokens ({batch['real_tokens']} real), "
+             f"{batch['targets_per_row']} places for targets a row; trains {', '.join(found['trainable'])}"
+             + (f"; HF's rows have {train['torch_length']}" if "torch_length" in train else ""),
+             f"  lowered in {compiled['lower_s']:.1f} s, compiled in {compiled['compile_s']:.1f} s; attention "
+             f"{compiled['attention']}; program {_bytes(compiled['program_bytes'])}"]  # fmt: skip
+    if needed:
+        lines.append(f"  model FLOPs: {needed['full']:.4g} attention as the full square, {needed['causal']:.4g} "
+                     f"causal; executed {needed['executed']:.4g}")  # fmt: skip
+    lines.append(
+        f"  {matrix['dtype']} product of {matrix['size']} x {matrix['size']}, the best here: "
+        f"{matrix['flops_per_s'] / 1e9:.4g} GFLOP/s, {matrix['flops_per_cpu_s'] / 1e9:.4g} by CPU time"
+    )
+    lines += _rows(train["runners"])
+    for name, row in train["runners"].items():
+        if "mfu_matrix" not in row:
+            continue
+        text = (f"  {name}: MFU of that product {row['mfu_matrix']:.1%} (causal {row['mfu_matrix_causal']:.1%}, by CPU "
+                f"time {row['mfu_matrix_cpu']:.1%})")  # fmt: skip
+        if row["mfu"] is None:
+            text += f"; no peak is published for {found['device']}"
+        else:
+            text += f"; of the stated peak {row['mfu']:.1%} (causal {row['mfu_causal']:.1%}, HFU {row['hfu']:.1%})"
+        if "executed_flops" in row:
+            text += f"; executes {row['executed_flops']:.4g} FLOPs"
+        lines.append(text)
+    if "data_wait" in train:
+        wait = train["data_wait"]
+        seconds, share = wait["step_s"], wait["share"]
+        lines.append(f"  fed by the loader: {seconds * 1e3:.1f} ms a step, {share:.1%} of it waiting for data")
+    return lines + _does(train["runners"])
+
+
+def _answers(found: dict) -> list[str]:
+    answers = found["answers"]
+    lines = [f"answers to {answers['rows']} questions of {answers['length']} tokens ({answers['real_tokens']} real), "
+             f"here in batches of {answers['batch_size']}, {answers['max_new_tokens']} new tokens"]  # fmt: skip
+    if "torch_batch_size" in answers:
+        lines[0] += (f"; HF in batches of {answers['torch_batch_size']}, padded to the longest of each, "
+                     f"{answers['torch_generated_tokens']} new tokens of every row")  # fmt: skip
+    return lines + _rows(answers["runners"]) + _does(answers["runners"])
+
+
+def _rows(runners: dict) -> list[str]:
+    lines = [f"  {'':18}{'ms':>9} {'(least to most)':>20}{'CPU s':>9} {'(least to most)':>18}{'/s':>9}{'/CPU s':>9}"]
+    for name, row in runners.items():
+        wall, cpu = row["step_s"], row["cpu_s"]
+        within = f"({wall['min'] * 1e3:.1f} to {wall['max'] * 1e3:.1f})"
+        within_cpu = f"({cpu['min']:.3f} to {cpu['max']:.3f})"
+        lines.append(
+            f"  {name:18}{wall['median'] * 1e3:9.1f} {within:>20}{cpu['median']:9.3f} {within_cpu:>18}"
+            f"{row['samples_per_s']:9.1f}{row['samples_per_cpu_s']:9.2f}"
+        )
+    return lines
+
+
+def _does(runners: dict) -> list[str]:
+    return [f"  {name}: {DOES[name]}" for name in runners]
+
+
+def _loader(found: dict) -> list[str]:
+    return ["loader, drained:"] + [
+        f"  {name:18}{row['batches_per_s']:9.1f} batches/s{row['samples_per_s']:10.0f} rows/s"
+        f"{row['bytes_per_s'] / 1e6:9.1f} MB/s{row['cpu_s']['median'] * 1e3:9.2f} CPU ms a batch"
+        for name, row in found["loader"].items()
+    ]
+
+
+def _convert(found: dict) -> list[str]:
+    made = found["convert"]
+    lines = [f"conversion of {made['model']}, {_bytes(made['bytes'])} of float32:"]
+    for way, name in (("to_orbax", "HF to Orbax"), ("to_hf", "Orbax to HF")):
+        middle, least, most = (made[way][key] / 1e6 for key in ("median", "min", "max"))
+        lines.append(f"  {name:18}{middle:9.1f} MB/s ({least:.1f} to {most:.1f})")
+    return lines
+
+
+def _startup(found: dict) -> list[str]:
+    lines = ["start of a process to the end of its first step, seconds:"]
+    for name, row in found["startup"].items():
+        phases = ", ".join(f"{phase} {at:.1f}" for phase, at in row.items() if phase not in ("first_step", "cpu_s"))
+        lines.append(f"  {name:6}{row['first_step']:7.1f} ({phases}); CPU {row['cpu_s']:.1f}")
+    return lines
+
+
+def _ratios(found: dict) -> list[str]:
+    lines = ["port over reference in samples, above 1 the port is faster:"]
+    for name, ratio in found["ratios"].items():
+        main, other = ("CPU-second", "wall") if ratio["by"] == "cpu" else ("second", "cpu")
+        beside = ratio[other]
+        lines.append(
+            f"  {name:22}{ratio['median']:7.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) per {main}; "
+            f"by {'wall time' if other == 'wall' else 'CPU time'} {beside['median']:.2f} "
+            f"({beside['min']:.2f} to {beside['max']:.2f})"
+        )
+    return lines
+
+
+def _bytes(number: int | None) -> str:
+    if number is None:
+        return "of unknown size"
+    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"

@@ -1,0 +1,104 @@
+"""What `encoding` has to know of a model to make its rows: prompts, images as arrays, tokens of an image.
+
+`families.formats` makes one `Format` for each family.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+
+from medcg_jax.data.box_questions import Asked, ask
+from medcg_jax.data.records import DataError, Record, Turn
+from medcg_jax.data.tokenizer import Tokenizer
+
+Arrays = dict[str, np.ndarray]
+
+
+class Tokens(NamedTuple):
+    """ids: the tokens; supervised: whether each is an answer's (or the </s> after it), and so is to be predicted."""
+
+    ids: list[int]
+    supervised: list[bool]
+
+
+@dataclass(frozen=True)
+class MaskLayout:
+    """The square that a model draws masks in, of `size_px`, with the image in its middle; at most `max_masks` a row.
+
+    resize: (bool[K, h, w], size_px) -> bool[K, size_px, size_px].
+    """
+
+    size_px: int
+    max_masks: int
+    resize: Callable[[np.ndarray, int], np.ndarray]
+
+    def arrays(self, record: Record, masks: np.ndarray | None) -> Arrays:
+        """`at_masks` bool[max_masks, size_px, size_px] of bool[K, h, w], in the order of the answers' boxes.
+
+        Raises:
+          DataError: as `check`.
+        """
+        self.check(record, masks)
+        found = np.zeros((self.max_masks, self.size_px, self.size_px), bool)
+        if not record.boxes:
+            return {"at_masks": found}
+        places = {id(box): place for place, box in enumerate(record.boxes)}
+        order = [places[id(box)] for asked in ask(record) for box in asked.boxes]
+        found[: len(masks)] = self.resize(masks[order], self.size_px)
+        return {"at_masks": found}
+
+    def check(self, record: Record, masks: np.ndarray | None) -> None:
+        """Raises DataError where a record with boxes has no masks, or more than fit."""
+        if record.boxes and masks is None:
+            raise DataError("it has boxes and no masks, and masks are what is trained")
+        if record.boxes and len(masks) > self.max_masks:
+            raise DataError(f"{len(masks)} masks; at most {self.max_masks} fit (model.max_boxes)")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the rows of one model are made of records.
+
+    Attributes:
+      prompts: a module with `conversation`, `evaluation_prompt`, `option_ids` and `template`, as `data.prompts` has.
+      preprocess: uint8[h, w, 3] -> the arrays of one image by batch key, always of the same shapes and dtypes.
+      max_image_tokens: the most tokens that an image takes, which every row reserves.
+      num_image_tokens: tokens of an image of (height, width) pixels; None: all have the most.
+      box_turn: (record, what is asked of its boxes) -> question and answer; None: the model is asked of no boxes.
+      read_boxes: (generated text, boxes read beside it, (height, width) in pixels) -> float64[N, 4] in pixels of the
+        image, or None where the answer gives none that can be read.
+      box_arrays: (tokenizer, record, its tokens) -> the arrays of a training row beside the text's; None: none.
+      mask_layout: how masks lie in the model's square; None: a row has none.
+    """
+
+    prompts: ModuleType
+    preprocess: Callable[[np.ndarray], Arrays]
+    max_image_tokens: int
+    num_image_tokens: Callable[[int, int], int] | None = None
+    box_turn: Callable[[Record, Asked], Turn] | None = None
+    read_boxes: Callable[[str, np.ndarray | None, tuple[int, int]], np.ndarray | None] | None = None
+    box_arrays: Callable[[Tokenizer, Record, Tokens], Arrays] | None = None
+    mask_layout: MaskLayout | None = None
+
+    def turns(self, record: Record) -> tuple[Turn, ...]:
+        """What a record is asked and answers in training: its own turns, or one for each label of its boxes.
+
+        Raises:
+          DataError: it has boxes, which the model cannot be taught.
+        """
+        if not record.boxes:
+            return record.turns
+        if self.box_turn is None:
+            raise DataError("it has boxes; MiniGPT-v2 and NExT-Chat take them, other models do not")
+        return tuple(self.box_turn(record, asked) for asked in ask(record))
+
+    @functools.cached_property
+    def blank(self) -> Arrays:
+        """The arrays of a row without an image: zeros."""
+        return {key: np.zeros_like(array) for key, array in self.preprocess(np.zeros((28, 28, 3), np.uint8)).items()}

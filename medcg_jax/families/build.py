@@ -1,0 +1,326 @@
+"""Models from configuration: abstract, created straight into shardings, split into what trains and what does not.
+
+Parameters travel as an `nnx.State` of plain arrays (`params`), apart from the `graphdef` that turns them into a model:
+`nnx.merge(graphdef, params)`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from medcg_jax.axes import spec
+from medcg_jax.families import llava, minigpt_v2, mllama, next_chat, qwen2_vl
+from medcg_jax.families.sam import sam_tiny
+from medcg_jax.nn import matmul
+from medcg_jax.nn.base import Base
+from medcg_jax.nn.layers import Dense
+from medcg_jax.nn.lora import LoraConfig
+from medcg_jax.nn.quant import QUANTIZED, array_type, is_quantized, like, quantize
+
+# A config's type -> the module that it is the architecture of.
+MODULES: dict[type, type[nnx.Module]] = {
+    llava.LlavaConfig: llava.Llava,
+    qwen2_vl.Qwen2VLConfig: qwen2_vl.Qwen2VL,
+    mllama.MllamaConfig: mllama.Mllama,
+    minigpt_v2.MiniGPTv2Config: minigpt_v2.MiniGPTv2,
+    next_chat.NextChatConfig: next_chat.NextChat,
+}
+SIZES = {
+    "llava15_7b": llava.llava15_7b,
+    "llava15_13b": llava.llava15_13b,
+    "qwen2_vl_2b": qwen2_vl.qwen2_vl_2b,
+    "qwen2_vl_7b": qwen2_vl.qwen2_vl_7b,
+    "qwen2_vl_72b": qwen2_vl.qwen2_vl_72b,
+    "llama32_vision_11b": mllama.llama32_vision_11b,
+    "llama32_vision_90b": mllama.llama32_vision_90b,
+    "minigpt_v2_7b": minigpt_v2.minigpt_v2_7b,
+    "next_chat_7b_336": next_chat.next_chat_7b_336,
+}
+# These have no vocabulary of their own.
+TINY = {
+    "llava15_tiny": llava.llava15_tiny,
+    "llava15_bench": llava.llava15_bench,
+    "qwen2_vl_tiny": qwen2_vl.qwen2_vl_tiny,
+    "llama32_vision_tiny": mllama.llama32_vision_tiny,
+    "minigpt_v2_tiny": minigpt_v2.minigpt_v2_tiny,
+    "next_chat_tiny": next_chat.next_chat_tiny,
+    "next_chat_tiny_sam": partial(next_chat.next_chat_tiny, sam=sam_tiny()),
+}
+# Numbers of a stack of matrices, a quarter of a gigabyte in float32, that `create` quantises before it makes another.
+ALONE_NUMBERS = 1 << 26
+Config = (
+    llava.LlavaConfig | qwen2_vl.Qwen2VLConfig | mllama.MllamaConfig | minigpt_v2.MiniGPTv2Config
+    | next_chat.NextChatConfig
+)  # fmt: skip
+
+
+def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> Config:
+    """The architecture that a `run_config.ModelConfig` names, with how it is to run.
+
+    ids: token ids by field of the config (`image_token_id`, `pad_token_id`, ...), from the tokenizer: a tiny model
+    needs them, and `vocab_size`; the released sizes have their own and take what is given.
+
+    Raises:
+      ValueError: the name is unknown, or a tiny model got no vocabulary.
+      ConfigError: what `model.matmul` needs is not installed.
+    """
+    matmul.require(model.matmul)
+    ids = {name: value for name, value in ids.items() if value is not None}
+    runs = dict(
+        compute_dtype=model.compute_dtype,
+        attention=model.attention,
+        remat=model.remat,
+        scan_unroll=model.scan_unroll,
+        matmul=model.matmul,
+    )
+    # What only some families have; `run_checks.check` refuses it elsewhere.
+    own = ("min_pixels", "max_pixels", "max_boxes", "intermediate_from", "mask_text_only_rows_attention")
+    runs |= {name: value for name in own if (value := getattr(model, name))}
+    if model.lora_rank:
+        runs["lora"] = LoraConfig(model.lora_rank, model.lora_alpha or 2.0 * model.lora_rank, model.lora_targets)
+    if model.base_dtype != "float32":
+        runs["base"] = Base(model.base_dtype, model.trainable)
+    if model.name in TINY:
+        if vocab_size is None or "image_token_id" not in ids:
+            raise ValueError(f"model.name={model.name!r} has no vocabulary of its own: pass the tokenizer's")
+        return TINY[model.name](vocab_size, **ids, **runs)
+    if model.name not in SIZES:
+        raise ValueError(f"model.name={model.name!r}; accepted: {', '.join([*TINY, *SIZES])}")
+    config = SIZES[model.name](**ids, **runs)
+    if vocab_size is not None:
+        config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=vocab_size))
+    return config
+
+
+def abstract(config: Config, *, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
+    """(graphdef, params) with a `jax.ShapeDtypeStruct` for each array; allocates nothing.
+
+    What `config.base` says to quantise is a `QArray` of them.
+    """
+    graphdef, state = _abstract_variables(config, param_dtype)
+
+    def one(path, variable):
+        shape, dtype = variable.get_value(), kept_as(config, path, variable)
+        if dtype in QUANTIZED:
+            return like(shape.shape, dtype)
+        return shape if dtype is None else jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype))
+
+    return graphdef, jax.tree_util.tree_map_with_path(one, state, is_leaf=_is_variable)
+
+
+def kept_as(config: Config, path, variable: nnx.Variable) -> str | None:
+    """The dtype that `config.base` gives the parameter at `path`, of `run_config.BASE_DTYPES`; None: its own."""
+    base = config.base
+    if base.dtype == "float32" or path[0].key in base.trained:
+        return None
+    is_matrix = path[-1].key == "kernel" and variable.get_metadata("axes")[0] == "layer"
+    return base.dtype if base.dtype in QUANTIZED and is_matrix else "bfloat16"
+
+
+def axis_names(config: Config) -> nnx.State:
+    """The logical names of every parameter's axes, as a tuple for each leaf of `params`."""
+    return _of_axes(config, lambda v: v.get_metadata("axes"))
+
+
+def partition_specs(config: Config) -> nnx.State:
+    """The PartitionSpec of every parameter, by its logical names."""
+    return _of_axes(config, lambda v: spec(*v.get_metadata("axes")))
+
+
+def _of_axes(config: Config, of: Callable[[nnx.Variable], object]) -> nnx.State:
+    """What `of` gives for every parameter, in params' tree."""
+    _, state = _abstract_variables(config, jnp.float32)
+
+    def one(path, variable):
+        found, dtype = of(variable), kept_as(config, path, variable)
+        return array_type()(found, found, None, dtype) if dtype in QUANTIZED else found
+
+    return jax.tree_util.tree_map_with_path(one, state, is_leaf=_is_variable)
+
+
+def shardings(config: Config, mesh: Mesh) -> nnx.State:
+    """The NamedSharding of every parameter on `mesh`, in params' tree.
+
+    Key and value heads that the tensor axis does not divide are held whole by every device. A vocabulary that it does
+    not divide is not split; the width of its table is, over fsdp and tensor, where they divide it (`replicated`).
+    Scales of a quantised matrix lie as it does, but along an axis of which the mesh does not divide their number.
+
+    Raises:
+      ValueError: another axis of a parameter cannot be divided over the mesh axes that its name is split over.
+    """
+    _, state = _abstract_variables(config, jnp.float32)
+
+    def one(path, variable):
+        shape, parts = variable.get_value().shape, _parts(variable, mesh)
+        _check_divides(jax.tree_util.keystr(path), shape, parts, mesh)
+        place, dtype = NamedSharding(mesh, parts), kept_as(config, path, variable)
+        if dtype not in QUANTIZED:
+            return place
+        scales = like(shape, dtype).scale.shape
+        split = [axes if _divides(size, axes, mesh) else None for size, axes in zip(scales, parts, strict=True)]
+        return array_type()(place, NamedSharding(mesh, PartitionSpec(*split)), None, dtype)
+
+    return jax.tree_util.tree_map_with_path(one, state, is_leaf=_is_variable)
+
+
+def replicated(config: Config, mesh: Mesh) -> list[str]:
+    """Parameters that the tensor axis was to split and does not divide: each device holds them whole."""
+    _, state = _abstract_variables(config, jnp.float32)
+    leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_variable)[0]
+    return [
+        ".".join(key.key for key in path)
+        for path, variable in leaves
+        if "tensor" in _flat(spec(*variable.get_metadata("axes"))) and "tensor" not in _flat(_parts(variable, mesh))
+    ]
+
+
+def _parts(variable: nnx.Variable, mesh: Mesh) -> PartitionSpec:
+    """The spec of a parameter on this mesh, whose sizes say which of its axes can be split."""
+    names, shape = variable.get_metadata("axes"), variable.get_value().shape
+    undivided = {
+        name for name, size in zip(names, shape, strict=True)
+        if name in ("kv_heads", "vocab") and size % mesh.shape["tensor"]
+        or name == "rank_parts" and size % mesh.shape["fsdp"]
+    }  # fmt: skip
+
+    def one(name: str, size: int) -> str | None:
+        if name in undivided:
+            return None
+        fits = size % (mesh.shape["fsdp"] * mesh.shape["tensor"]) == 0
+        if name == "table_embed":
+            return name if fits else "vision_embed"
+        return "table_embed" if name == "embed" and "vocab" in undivided and fits else name
+
+    return spec(*map(one, names, shape))
+
+
+def _flat(parts: PartitionSpec) -> set[str]:
+    return {axis for axes in parts if axes for axis in ([axes] if isinstance(axes, str) else axes)}
+
+
+def create(config: Config, mesh: Mesh, *, seed: int, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
+    """(graphdef, params) with random weights, made directly in their shardings on `mesh`.
+
+    Large stacks of matrices that are quantised are made one after the other: one of them is there in float32 at a time.
+    """
+    graphdef, _ = _abstract_variables(config, param_dtype)
+    structure = jax.tree.structure(shardings(config, mesh), is_leaf=is_quantized)
+    leaves = [None] * structure.num_leaves
+    for places, init in _initializers(config, mesh, param_dtype):
+        for place, leaf in zip(places, jax.block_until_ready(init(seed)), strict=True):
+            leaves[place] = leaf
+    return graphdef, jax.tree.unflatten(structure, leaves)
+
+
+@lru_cache(maxsize=16)
+def _initializers(config: Config, mesh: Mesh, param_dtype) -> list[tuple[list[int], Callable]]:
+    """(places of parameters in the tree, their program, of a seed): of most together, of large ones alone."""
+    wanted = jax.tree.leaves(shardings(config, mesh), is_leaf=is_quantized)
+    shapes = jax.tree.leaves(abstract(config)[1], is_leaf=is_quantized)
+    large = [i for i, x in enumerate(shapes) if is_quantized(x) and math.prod(x.shape) >= ALONE_NUMBERS]
+    groups = [[i for i in range(len(wanted)) if i not in large], *([i] for i in large)]
+
+    def init(seed, places):
+        made = nnx.state(_module(config, nnx.Rngs(jax.random.key(seed)), param_dtype))
+        leaves = jax.tree_util.tree_flatten_with_path(made, is_leaf=_is_variable)[0]
+        return [_kept(config, *leaves[i]) for i in places]
+
+    # A program of hundreds of small random draws, run once: on CPUs LLVM would optimise it for longer than it runs.
+    quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+    made = partial(jax.jit, compiler_options=quick)
+    return [(g, made(partial(init, places=g), out_shardings=[wanted[i] for i in g])) for g in groups]
+
+
+def create_adapters(config: Config, mesh: Mesh, *, seed: int, param_dtype=jnp.float32) -> dict:
+    """What `create` gives as the part "lora": a dict."""
+    return _adapter_initializer(config, mesh, param_dtype)(seed)
+
+
+@lru_cache(maxsize=16)
+def _adapter_initializer(config: Config, mesh: Mesh, param_dtype):
+    def init(seed):
+        return _arrays(nnx.state(_module(config, nnx.Rngs(jax.random.key(seed)), param_dtype))).raw_mapping["lora"]
+
+    return jax.jit(init, out_shardings=shardings(config, mesh).raw_mapping["lora"])
+
+
+def _kept(config: Config, path, variable: nnx.Variable):
+    """The parameter's value as `config.base` says that it is kept."""
+    value, dtype = variable.get_value(), kept_as(config, path, variable)
+    if dtype is None:
+        return value
+    return quantize(value, dtype) if dtype in QUANTIZED else value.astype(dtype)
+
+
+def num_params(params) -> int:
+    """How many numbers `params` hold, arrays or abstract; a quantised matrix's scales are none."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantized))
+
+
+def num_bytes(params) -> float:
+    """Bytes that `params` take on devices, arrays or abstract: numbers of 4 bits lie two in a byte."""
+    leaves = jax.tree.leaves(params)
+    return sum(math.prod(x.shape) * (0.5 if x.dtype == jnp.uint4 else x.dtype.itemsize) for x in leaves)
+
+
+def split_trainable(params: nnx.State, names: tuple[str, ...]) -> tuple[nnx.State, nnx.State]:
+    """(trainable, frozen): the submodules named in `names`, and the others.
+
+    Raises:
+      ValueError: `names` is empty, or one is no submodule of the model.
+    """
+    unknown = sorted(set(names) - set(params))
+    if unknown or not names:
+        raise ValueError(f"trainable={tuple(names)}; accepted: one or more of {', '.join(sorted(params))}")
+    # The raw mapping: `items` would wrap each part in a State of its own, and `join` would give another tree.
+    parts = params.raw_mapping
+    trainable = {name: part for name, part in parts.items() if name in names}
+    return nnx.State(trainable), nnx.State({name: part for name, part in parts.items() if name not in names})
+
+
+def join(trainable: nnx.State, frozen: nnx.State) -> nnx.State:
+    """The params that `split_trainable` split."""
+    return nnx.State({**trainable.raw_mapping, **frozen.raw_mapping})
+
+
+def _module(config: Config, rngs: nnx.Rngs, param_dtype) -> nnx.Module:
+    module = MODULES[type(config)](config, rngs=rngs, param_dtype=param_dtype)
+    # Every matrix of the decoder's layers; its head, whose product needs its digits, calls no Dense.
+    for _, layer in nnx.iter_modules(module.decoder):
+        if isinstance(layer, Dense):
+            layer.matmul = config.matmul
+    return module
+
+
+def _is_variable(x) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def _arrays(state: nnx.State) -> nnx.State:
+    return jax.tree.map(lambda v: v.get_value(), state, is_leaf=_is_variable)
+
+
+def _abstract_variables(config: Config, param_dtype):
+    return nnx.split(nnx.eval_shape(lambda: _module(config, nnx.Rngs(0), param_dtype)))
+
+
+def _check_divides(name: str, shape, parts: PartitionSpec, mesh: Mesh) -> None:
+    for size, axes in zip(shape, parts, strict=True):
+        if not _divides(size, axes, mesh):
+            over = _num_parts(axes, mesh)
+            raise ValueError(f"{name} {shape}: {size} cannot be split over mesh axis {axes} of {over} devices")
+
+
+def _divides(size: int, axes, mesh: Mesh) -> bool:
+    """Whether an axis can be split over these mesh axes of a PartitionSpec."""
+    return size % _num_parts(axes, mesh) == 0
+
+
+def _num_parts(axes, mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or ()))

@@ -1,0 +1,146 @@
+"""Analytic FLOPs of every family: a multiply-add counts 2, an embedding lookup 0.
+
+XLA's own count is of no use here: it counts the body of a scan once, and a fused attention kernel not at all.
+The formulas agree with PyTorch's FlopCounterMode on CLIP and Llama (tests/models/test_flops.py), and with the numbers
+of parameters of every family's parts. Left out: norms, activations, NExT-Chat's heads for boxes (under 0.1 %) and SAM.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+from medcg_jax.families.build import Config
+from medcg_jax.families.minigpt_v2 import MiniGPTv2Config
+from medcg_jax.families.mllama import MllamaConfig
+from medcg_jax.families.mllama_vit import NUM_TILES
+from medcg_jax.families.qwen2_vl import Qwen2VLConfig
+from medcg_jax.nn.lora import LoraConfig, target_axes
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of the parts of one forward pass; attention scores and sums stand apart from the other products."""
+
+    vision: float = 0.0
+    projector: float = 0.0
+    decoder: float = 0.0
+    attention: float = 0.0  # of the decoder, every query against every key
+    head: float = 0.0
+    adapters: float = 0.0  # LoRA's, on the decoder
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def forward(config: Config, *, length: int, num_images: int = 1, num_logits: int | None = None) -> Flops:
+    """FLOPs of a forward pass over one row of `length` tokens, image tokens included.
+
+    num_images: images that the tower encodes for the row, each of the most tokens that one can have.
+    num_logits: positions whose logits are computed; None: all.
+    """
+    text, num_logits = config.text, length if num_logits is None else num_logits
+    vision, projector = _image(config)
+    num_layers, width = text.num_layers, text.num_heads * text.head_dim
+    decoder = length * num_layers * decoder_products(text)
+    attention = 4.0 * num_layers * length**2 * width
+    adapters = 0.0
+    if isinstance(config, MllamaConfig):
+        # Keys and values of cross-attention are made of the image's tokens, and queries see those.
+        crossed, seen = len(text.cross_layers), num_images * config.vision.num_tokens
+        decoder += crossed * (seen - length) * 4.0 * text.embed_dim * text.head_dim * text.num_kv_heads
+        attention += 4.0 * crossed * length * (seen - length) * width
+    if config.lora is not None:
+        adapters = length * num_layers * adapter_products(text, config.lora)
+        if isinstance(config, MllamaConfig):
+            sides = sum(_sides(text, name) for name in config.lora.targets if name in "kv")
+            adapters += crossed * (seen - length) * 2.0 * config.lora.rank * sides
+    return Flops(
+        vision=num_images * vision,
+        projector=num_images * projector,
+        decoder=decoder,
+        attention=attention,
+        head=2.0 * num_logits * text.embed_dim * text.vocab_size,
+        adapters=adapters,
+    )
+
+
+def generation(config: Config, *, seen: int) -> float:
+    """FLOPs of one more token of a row whose cache holds `seen` tokens with it, its logits included."""
+    one, text = forward(config, length=1, num_images=0, num_logits=1), config.text
+    crossed = len(text.cross_layers) if isinstance(config, MllamaConfig) else 0
+    keys = (text.num_layers - crossed) * seen
+    if crossed:
+        # Keys and values of the image lie in the cache.
+        keys += crossed * config.vision.num_tokens
+    return one.total - one.attention + 4.0 * keys * text.num_heads * text.head_dim
+
+
+def _image(config: Config) -> tuple[float, float]:
+    """FLOPs of the tower and of the projector for one image."""
+    vision, out = config.vision, config.text.embed_dim
+    width, patch = vision.embed_dim, 3 * vision.patch_size_px**2
+    if isinstance(config, Qwen2VLConfig):
+        merged = vision.merge**2
+        tokens = config.num_image_tokens * merged
+        tower = 2.0 * tokens * vision.num_frames * patch * width
+        tower += vit(vision.num_layers, width, vision.mlp_dim, tokens)
+        return tower, 2.0 * config.num_image_tokens * merged * width * (merged * width + out)
+    if isinstance(config, MllamaConfig):
+        tower = 2.0 * NUM_TILES * (vision.tokens_per_tile - 1) * patch * width
+        tower += vit(vision.num_layers + vision.num_global_layers, width, vision.mlp_dim, vision.num_tokens)
+        return tower, 2.0 * vision.num_tokens * vision.feature_dim * out
+    tokens = vision.num_patches
+    embedding = 2.0 * tokens * patch * width
+    if isinstance(config, MiniGPTv2Config):
+        return embedding + vit(vision.num_layers, width, vision.mlp_dim, tokens + 1), 2.0 * tokens * width * out
+    tower = embedding + vit(vision.num_run_layers, width, vision.mlp_dim, tokens + 1)
+    return tower, 2.0 * tokens * (width * out + out**2)
+
+
+def vit(num_layers: int, width: int, mlp_width: int, num_tokens: int) -> float:
+    """FLOPs of encoder blocks over one image of `num_tokens` tokens: projections, MLP, attention."""
+    return 4.0 * num_layers * num_tokens * width * (2 * width + mlp_width + num_tokens)
+
+
+def decoder_products(text) -> float:
+    """FLOPs of one token in one decoder block, without attention's scores and sums."""
+    attention = 4.0 * text.embed_dim * text.head_dim * (text.num_heads + text.num_kv_heads)
+    return attention + 6.0 * text.embed_dim * text.mlp_dim
+
+
+def adapter_products(text, lora: LoraConfig) -> float:
+    """FLOPs of one token in the adapters of one decoder block."""
+    return 2.0 * lora.rank * sum(_sides(text, name) for name in lora.targets)
+
+
+def _sides(text, target: str) -> int:
+    """Numbers that go into a product of a decoder block and come out of it, for one token."""
+    return sum(math.prod(size for _, size in axes) for axes in target_axes(text, target))
+
+
+def training(one: Flops, *, trainable: tuple[str, ...], causal: bool = False, remat: str = "none") -> float:
+    """FLOPs of forward and backward, from those of the forward pass.
+
+    A part that trains counts three times, a frozen one that gradients pass through twice (but attention's scores and
+    sums three times: both sides of each product have a gradient), a frozen one below every trained part once.
+    causal: the decoder's attention counts half, as a kernel that skips masked blocks executes it; else the full square.
+    remat: as `ModelConfig.remat`, to count what is executed; "none" counts what the model needs.
+      "full" runs every block with a backward pass once more; "dots" only its attention.
+    """
+    attention = one.attention / 2 if causal else one.attention
+    total, reached = 0.0, False  # reached: a part below trains, so gradients pass through
+    for name, flops in (("vision", one.vision), ("projector", one.projector)):
+        trains = name in trainable
+        total += flops * (3 if trains else 2 if reached else 1)
+        reached = reached or trains
+    reached = reached or "lora" in trainable
+    for name, flops in (("decoder", one.decoder + attention + one.head), ("lora", one.adapters)):
+        total += flops * (3 if name in trainable else 2 if reached else 1)
+    if reached and "decoder" not in trainable:
+        total += attention
+    reached = reached or "decoder" in trainable
+    if remat != "none" and reached:
+        total += attention
+    if remat == "full" and reached:
+        total += one.decoder + (one.vision if "vision" in trainable else 0.0)
+    return total

@@ -1,0 +1,127 @@
+"""LLaVA's part of `medcg parity`: inputs, and outputs by stage, of this port and of HF's model.
+
+Vision stages hold the images that are used, one behind the other, as HF has them.
+Source: huggingface/transformers:models/llava/modeling_llava.py at 5.23.0.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from medcg_jax.families.llava import Llava, LlavaConfig
+from medcg_jax.families.weights.files import WeightsError
+from medcg_jax.nn.rope import count_positions, rope_angles
+from medcg_jax.parity.rows import layers, placed, text_ids
+
+FAMILY = "llava"
+HF_CLASS = "LlavaForConditionalGeneration"
+# Submodule -> canonical names of its tensors.
+PREFIXES = {"projector": ("multi_modal_projector.",), "decoder": ("language_model.", "lm_head.")}
+
+
+def runnable(config: LlavaConfig) -> tuple[LlavaConfig, list[str]]:
+    """(the config that both sides can run, what was changed in it and why, in words)."""
+    moved = placed({"image_token_id": config.image_token_id}, config.text.vocab_size)
+    notes = [
+        f"{name}={getattr(config, name)} is no row of the embedding: {i} stands for it" for name, i in moved.items()
+    ]
+    return dataclasses.replace(config, **moved), notes
+
+
+def example(config: LlavaConfig, *, seed: int = 0, num_text: int = 24) -> dict[str, np.ndarray]:
+    """Two rows of random input as HF's forward takes it: one image each, the second row padded on the right."""
+    rng = np.random.default_rng(seed)
+    size, num = config.image_size_px, config.num_image_tokens
+    # Padding's row of the embedding gets no gradient from torch.
+    special = {config.image_token_id, config.pad_token_id}
+    ids = text_ids(rng, (2, num_text + num), config.text.vocab_size, special)
+    ids[:, 4 : 4 + num] = config.image_token_id
+    mask = np.ones_like(ids)
+    mask[1, -num_text // 3 :] = 0
+    pad = config.pad_token_id
+    ids[mask == 0] = pad if 0 <= pad < config.text.vocab_size and pad != config.image_token_id else ids[0, 0]
+    labels = np.where(mask == 1, ids, -100)
+    labels[:, : 4 + num + num_text // 3] = -100
+    pixels = rng.standard_normal((2, 3, size, size), dtype=np.float32)
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "labels": labels}
+
+
+def port_inputs(config: LlavaConfig, inputs: dict[str, np.ndarray]) -> dict:
+    """tokens, segment_ids and images of this port, from HF's forward arguments (images one behind the other).
+
+    Raises:
+      WeightsError: shapes that do not fit the model, or image tokens that do not fit the images.
+    """
+    ids, images = np.asarray(inputs["input_ids"]), np.asarray(inputs["pixel_values"], np.float32)
+    mask = np.asarray(inputs.get("attention_mask", np.ones_like(ids)))
+    size, num = config.image_size_px, config.num_image_tokens
+    if ids.ndim != 2 or mask.shape != ids.shape or images.ndim != 4 or images.shape[1:] != (3, size, size):
+        raise WeightsError(
+            f"input_ids {ids.shape}, attention_mask {mask.shape}, pixel_values {images.shape}: "
+            f"[B, T], [B, T], [images, 3, {size}, {size}] is accepted"
+        )
+    placeholders = (ids == config.image_token_id).sum(axis=1)
+    counts = placeholders // num
+    if (placeholders % num).any() or counts.sum() != len(images):
+        raise WeightsError(f"rows hold {placeholders.tolist()} image tokens for {len(images)} images of {num} each")
+    pixels = np.zeros((len(ids), max(1, counts.max()), size, size, 3), np.float32)
+    taken = iter(images.transpose(0, 2, 3, 1))
+    for row, count in enumerate(counts):
+        for i in range(count):
+            pixels[row, i] = next(taken)
+    found = {"tokens": ids.astype(np.int32), "segment_ids": mask.astype(np.int32), "images": {"pixels": pixels}}
+    return jax.tree.map(jnp.asarray, found)
+
+
+def port_stages(model: Llava, given: dict) -> dict[str, np.ndarray]:
+    """Outputs by stage: `vision.*` and `projector` per image, then `embed`, `decoder.*` and `logits` per token.
+
+    Layers run one by one here; `decoder.norm` and `logits` come from the model's own path.
+    """
+    config, attention = model.config, model.config.attention
+    tokens, segment_ids, pixels = given["tokens"], given["segment_ids"], given["images"]["pixels"]
+    flat = pixels.reshape(-1, *pixels.shape[2:])
+    x = jax.jit(lambda model, flat: model.vision.embed(flat, model.dtype))(model, flat)
+    found = {"vision.embed": x}
+    step = jax.jit(lambda block, x: block(x, implementation=attention))
+    for i, block in enumerate(layers(model.vision.blocks)):
+        x = found[f"vision.layer{i}"] = step(block, x)
+    found["projector"] = jax.jit(lambda model, x: model.projector(model.vision.select(x)))(model, x)
+    features = found["projector"].reshape(pixels.shape[0], -1, config.text.embed_dim)
+    x = found["embed"] = jax.jit(lambda model, *given: model.embed(*given))(model, tokens, features)
+    text = config.text
+    angles = rope_angles(count_positions(segment_ids), text.head_dim, text.rope_theta, text.rope_scaling)
+    run = jax.jit(lambda block, x: block(x, angles=angles, segment_ids=segment_ids, implementation=attention)[0])
+    for i, block in enumerate(layers(model.decoder.blocks)):
+        x = found[f"decoder.layer{i}"] = run(block, x)
+
+    def whole(model, given):
+        hidden, _ = model.hidden(**given)
+        return hidden, model.logits(hidden)
+
+    found["decoder.norm"], found["logits"] = jax.jit(whole)(model, given)
+    # Rows without an image carry a zero image here; HF has none there.
+    counts = np.asarray((tokens == config.image_token_id).sum(axis=1)) // config.num_image_tokens
+    used = (np.arange(pixels.shape[1]) < counts[:, None]).reshape(-1)
+    seen = ("vision", "projector")
+    return {name: np.asarray(x)[used] if name.startswith(seen) else np.asarray(x) for name, x in found.items()}
+
+
+def taps(model) -> list[tuple]:
+    """(stage, module of HF's model, whether its input is meant and not its output)."""
+    base = model.model
+    return [
+        ("vision.embed", base.vision_tower.pre_layrnorm, False),
+        *((f"vision.layer{i}", layer, False) for i, layer in enumerate(base.vision_tower.encoder.layers)),
+        ("projector", base.multi_modal_projector, False),
+        ("embed", base.language_model.layers[0], True),
+        *((f"decoder.layer{i}", layer, False) for i, layer in enumerate(base.language_model.layers)),
+        ("decoder.norm", base.language_model.norm, False),
+    ]
+
+
+def prepare(model, config: LlavaConfig) -> None:
+    """Gives HF's model the image's id; it computes what the release does."""
+    model.config.image_token_id = model.model.config.image_token_id = config.image_token_id

@@ -1,0 +1,148 @@
+"""Qwen2-VL's part of `medcg parity`: inputs, and outputs by stage, of this port and of HF's model.
+
+Vision stages hold the real patches of all images, one behind the other, as HF has them; the rest is as in `parity`.
+Source: huggingface/transformers:models/qwen2_vl/modeling_qwen2_vl.py at 5.23.0.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from medcg_jax.families.qwen2_vit import real_patches, vision_angles
+from medcg_jax.families.qwen2_vl import ImageFeatures, Qwen2VL, Qwen2VLConfig, mrope_angles
+from medcg_jax.families.weights.files import WeightsError
+from medcg_jax.parity.rows import layers, placed, text_ids
+
+FAMILY = "qwen2_vl"
+HF_CLASS = "Qwen2VLForConditionalGeneration"
+# Submodule -> canonical names of its tensors.
+PREFIXES = {
+    "vision": ("visual.patch_embed.", "visual.blocks."),
+    "projector": ("visual.merger.",),
+    "decoder": ("language_model.", "lm_head."),
+}
+
+
+IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+def runnable(config: Qwen2VLConfig) -> tuple[Qwen2VLConfig, list[str]]:
+    """(the config that both sides can run, what was changed in it and why, in words)."""
+    moved = placed({name: getattr(config, name) for name in IDS}, config.text.vocab_size)
+    notes = [f"{name}={getattr(config, name)} is no row of its own: {i} stands for it" for name, i in moved.items()]
+    return dataclasses.replace(config, **moved), notes
+
+
+def example(config: Qwen2VLConfig, *, seed: int = 0, num_text: int = 24, blocks=(2, 3)) -> dict[str, np.ndarray]:
+    """Two rows of random input as HF's forward takes it: one image each, the second row padded on the right.
+
+    blocks: rows and columns of tokens of the first image; the second's stand on their side.
+    """
+    rng = np.random.default_rng(seed)
+    vision = config.vision
+    grid = blocks[0] * vision.merge, blocks[1] * vision.merge
+    grids = np.array([[1, *grid], [1, *grid[::-1]]])
+    num = grid[0] * grid[1] // vision.merge**2
+    special = {getattr(config, name) for name in IDS}
+    # Padding's row of the embedding gets no gradient from torch.
+    ids = text_ids(rng, (2, num_text + num), config.text.vocab_size, special | {config.pad_token_id})
+    ids[:, 3], ids[:, 4 : 4 + num], ids[:, 4 + num] = (
+        config.vision_start_token_id, config.image_token_id, config.vision_end_token_id
+    )  # fmt: skip
+    mask = np.ones_like(ids)
+    mask[1, -num_text // 3 :] = 0
+    pad = config.pad_token_id
+    ids[mask == 0] = pad if 0 <= pad < config.text.vocab_size and pad not in special else ids[0, 0]
+    labels = np.where(mask == 1, ids, -100)
+    labels[:, : 5 + num + num_text // 3] = -100
+    patches = rng.standard_normal((int(grids.prod(axis=1).sum()), 3, 1, vision.patch_size_px**2), dtype=np.float32)
+    pixels = np.repeat(patches, vision.num_frames, axis=2).reshape(len(patches), -1)
+    return {
+        "input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "image_grid_thw": grids,
+        "mm_token_type_ids": (ids == config.image_token_id).astype(np.int64), "labels": labels,
+    }  # fmt: skip
+
+
+def port_inputs(config: Qwen2VLConfig, inputs: dict[str, np.ndarray], num_slots: int = 0) -> dict:
+    """tokens, segment_ids and images of this port, from HF's forward arguments (images one behind the other).
+
+    num_slots: patches that every image has room for; 0: as many as the largest has.
+
+    Raises:
+      WeightsError: image tokens that do not fit the grids, or patches whose frames differ (a video's).
+    """
+    ids, grids = np.asarray(inputs["input_ids"]), np.asarray(inputs["image_grid_thw"])
+    vision, merged = config.vision, config.vision.merge**2
+    apart = np.asarray(inputs["pixel_values"], np.float32).reshape(-1, 3, vision.num_frames, vision.patch_size_px**2)
+    if (grids[:, 0] != 1).any() or not (apart == apart[:, :, :1]).all():
+        raise WeightsError("pixel_values hold frames that differ; still images are accepted")
+    sizes = grids.prod(axis=1)
+    ends, wanted = np.cumsum(sizes // merged), np.cumsum((ids == config.image_token_id).sum(axis=1))
+    if len(apart) != sizes.sum() or not set(wanted.tolist()) <= {0, *ends.tolist()} or wanted[-1] != ends[-1]:
+        raise WeightsError(f"image_grid_thw {grids.tolist()} fits not {len(apart)} patches, {wanted[-1]} image tokens")
+    row_of = np.searchsorted(wanted, ends)
+    order = [int((row_of[:i] == row).sum()) for i, row in enumerate(row_of)]
+    pixels = np.zeros((len(ids), max(order) + 1, num_slots or sizes.max(), vision.patch_dim), np.float32)
+    placed = np.zeros((*pixels.shape[:2], 2), np.int32)
+    for row, slot, grid, patches in zip(
+        row_of, order, grids, np.split(apart[:, :, 0], np.cumsum(sizes)[:-1]), strict=True
+    ):
+        pixels[row, slot, : len(patches)] = patches.reshape(len(patches), -1)
+        placed[row, slot] = grid[1:]
+    mask = np.asarray(inputs.get("attention_mask", np.ones_like(ids)))
+    images = {"pixels": pixels, "grids": placed}
+    found = {"tokens": ids.astype(np.int32), "segment_ids": mask.astype(np.int32), "images": images}
+    return jax.tree.map(jnp.asarray, found)
+
+
+def port_stages(model: Qwen2VL, given: dict) -> dict[str, np.ndarray]:
+    """Outputs by stage; layers run one by one here, `decoder.norm` and `logits` come from the model's own path."""
+    config, implementation = model.config, model.config.attention
+    tokens, segment_ids, images = given["tokens"], given["segment_ids"], given["images"]
+    pixels, grids = (images[key].reshape(-1, *images[key].shape[2:]) for key in model.image_keys)
+    angles, ids = vision_angles(grids, pixels.shape[1], config.vision), real_patches(grids, pixels.shape[1])
+    real = np.asarray(ids) != 0
+    x = jax.jit(lambda model, pixels: model.vision.embed(pixels, model.dtype))(model, pixels)
+    found = {"vision.embed": np.asarray(x)[real]}
+    step = jax.jit(lambda block, x: block(x, angles=angles, segment_ids=ids, implementation=implementation))
+    for i, block in enumerate(layers(model.vision.blocks)):
+        x = step(block, x)
+        found[f"vision.layer{i}"] = np.asarray(x)[real]
+    x = jax.jit(lambda model, x: model.projector(x))(model, x)
+    found["projector"] = np.asarray(x)[real[:, :: config.vision.merge**2]]
+    features = ImageFeatures(x.reshape(len(tokens), -1, x.shape[-1]), images["grids"] // config.vision.merge)
+    places = model.layout(tokens, segment_ids, features)
+    x = found["embed"] = jax.jit(lambda model, *args: model.embed(*args))(model, tokens, features, places.slots)
+    angles = mrope_angles(places.positions, config)
+    run = jax.jit(lambda block, x: block(x, angles=angles, segment_ids=segment_ids, implementation=implementation)[0])
+    for i, block in enumerate(layers(model.decoder.blocks)):
+        x = found[f"decoder.layer{i}"] = run(block, x)
+
+    def whole(model, given):
+        hidden, _ = model.hidden(**given)
+        return hidden, model.logits(hidden)
+
+    found["decoder.norm"], found["logits"] = jax.jit(whole)(model, given)
+    return {name: np.asarray(value) for name, value in found.items()}
+
+
+def taps(model) -> list[tuple]:
+    """(stage, module of HF's model, whether its input is meant and not its output)."""
+    base = model.model
+    return [
+        ("vision.embed", base.visual.patch_embed, False),
+        *((f"vision.layer{i}", layer, False) for i, layer in enumerate(base.visual.blocks)),
+        ("projector", base.visual.merger, False),
+        ("embed", base.language_model.layers[0], True),
+        *((f"decoder.layer{i}", layer, False) for i, layer in enumerate(base.language_model.layers)),
+        ("decoder.norm", base.language_model.norm, False),
+    ]
+
+
+def prepare(model, config: Qwen2VLConfig) -> None:
+    """Gives HF's model the special ids; it computes what the release does."""
+    for name in IDS:
+        setattr(model.config, name, getattr(config, name))
+        setattr(model.model.config, name, getattr(config, name))

@@ -1,0 +1,358 @@
+"""`medcg parity SRC`: the same input through this port and the PyTorch reference, stage by stage.
+
+Compares the weights as loaded, the outputs of every layer, logits, loss, gradients of every trained tensor and a short
+AdamW curve, in float32. A small model's gradients are compared once more with weights that hide nothing
+(`parity_weights.telling`), the same in both. With `inputs` it compares with numbers recorded elsewhere, and PyTorch is
+not needed.
+
+Both sides read `SRC`: tensors of one shape that were exchanged in the file itself are exchanged on both sides, and
+nothing in the directory says so. `against`, the directory that `SRC` was made from, or a record of it, does.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from medcg_jax.families import build
+from medcg_jax.families.build import Config
+from medcg_jax.families.weights import engine
+from medcg_jax.families.weights.convert import load_checkpoint, read_config
+from medcg_jax.families.weights.families import family_of, module_of
+from medcg_jax.families.weights.files import WeightsError
+from medcg_jax.mesh import make_mesh
+from medcg_jax.parity import golden, golden_next
+from medcg_jax.parity import llava as parity_llava
+from medcg_jax.parity import mllama as parity_mllama
+from medcg_jax.parity import qwen2_vl as parity_qwen2_vl
+from medcg_jax.parity import record as parity_record
+from medcg_jax.parity import weights as parity_weights
+from medcg_jax.parity.rows import Row, compared, judged, named
+
+# Family -> the module with its inputs and stages.
+FAMILIES: dict[str, ModuleType] = {"llava": parity_llava, "qwen2_vl": parity_qwen2_vl, "mllama": parity_mllama}
+# File that a folder of recorded arrays has -> the function that compares them.
+GOLDEN: dict[str, Callable[[Path], list[Row]]] = {
+    "expected.npz": golden.golden_rows,
+    "expected_base.npz": golden_next.golden_rows,
+}
+NUM_STEPS = 10
+# Of AdamW: with the usual 1e-8 a gradient that is nothing but rounding moves a weight as far as any other does.
+CURVE_EPS = 1e-5
+# Above so many parameters only the projector is trained: gradients and moments of all would fill a host's memory.
+MAX_TRAINED_PARAMS = 500_000_000
+
+
+# Models of at most so many parameters run again with other weights; above, weights are trained, and tell by themselves.
+MAX_SMALL_PARAMS = 50_000_000
+# How rows of the run with other weights begin.
+TELLING = "telling weights: "
+
+
+def parity(src: Path, *, inputs: Path | None = None, record: Path | None = None, against: Path | None = None) -> dict:
+    """{"ok", "rows", "notes", ...}, printed as a table; `exit_status` 1 where a row is out of tolerance.
+
+    src: a released (HF) directory, or a folder of arrays recorded from original code (`GOLDEN`); with `inputs` or
+      `against` any checkpoint.
+    inputs: .npz as `parity_record` describes it, compared with instead of PyTorch.
+    record: where to write one, with the reference's numbers.
+    against: the released directory that the reference reads; None: `src`.
+    Where rows differ, the last line printed names the first stage that does, in the order of the computation.
+
+    Raises:
+      WeightsError: no checkpoint, arrays missing or of shapes that do not fit, or PyTorch is needed and absent.
+    """
+    if inputs is not None and (record or against):
+        raise WeightsError(f"--inputs={inputs} takes the reference's place; --record and --against need one")
+    for name, rows_of in GOLDEN.items():
+        if (src / name).is_file():
+            if inputs or record or against:
+                raise WeightsError(f"{src} holds recorded arrays; --inputs, --record and --against need a checkpoint")
+            try:
+                return _result(src, rows_of(src), [])
+            except KeyError as error:
+                raise WeightsError(f"{src} lacks an array or a field: {error}") from error
+    config, notes = _read(src)
+    graphdef, params = _load(src, config)
+    if inputs is not None:
+        rows = recorded_rows(graphdef, params, parity_record.read(inputs), inputs)
+        trained = ()
+    else:
+        from medcg_jax.parity.pytorch import open_reference
+
+        part = part_of(config)
+        if against is not None and family_of(_read(against)[0]) != family_of(config):
+            raise WeightsError(f"--against={against} is of another model than {src}; {part.FAMILY} is accepted")
+        reference = open_reference(src if against is None else against, part, config)
+        trained = ("projector", "decoder") if build.num_params(params) <= MAX_TRAINED_PARAMS else ("projector",)
+        example = part.example(config)
+        if record is not None:
+            parity_record.write(record, example, reference.stages(example), reference.tensors())
+            notes.append(f"the reference's numbers are in {record}")
+        rows = compare(graphdef, params, reference, example, trained, notes=notes)
+    return _result(src, rows, notes) | {"trained": list(trained), "parameters": build.num_params(params)}
+
+
+def _read(src: Path) -> tuple[Config, list[str]]:
+    """(the architecture of `src` as both sides can run it, what had to be changed for that)."""
+    try:
+        # Rolled: compiling 32 layers one by one would take longer than running them.
+        config = dataclasses.replace(read_config(src), scan_unroll=1)
+    except ValueError as error:
+        # The model's own refusal of its sizes.
+        raise error if isinstance(error, WeightsError) else WeightsError(f"{src}: {error}") from error
+    if family_of(config) not in FAMILIES:
+        raise WeightsError(
+            f"{src} holds a {family_of(config)}, of which transformers has no model; accepted: {', '.join(FAMILIES)}, "
+            "or a folder of arrays recorded from the original"
+        )
+    return part_of(config).runnable(config)
+
+
+def _result(src: Path, rows: list[Row], notes: list[str]) -> dict:
+    ok = all(row.ok for row in rows)
+    _print(rows, ok, notes)
+    listed = [{**vars(row), "ok": row.ok} for row in rows]
+    first = next((row.stage for row in _in_order(rows) if not row.ok), None)
+    return {"ok": ok, "src": str(src), "rows": listed, "notes": notes, "first": first, "exit_status": 0 if ok else 1}
+
+
+def part_of(config: Config) -> ModuleType:
+    """The module with the family's inputs and stages."""
+    return FAMILIES[family_of(config)]
+
+
+def _load(src: Path, config: Config):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with jax.default_matmul_precision("highest"):
+        return load_checkpoint(src, config, mesh)
+
+
+def compare(
+    graphdef, params, reference, inputs: dict[str, np.ndarray], trained: tuple[str, ...], *,
+    notes: list[str] | None = None,
+) -> list[Row]:  # fmt: skip
+    """Rows for weights, every stage, the loss, the gradients and the curve; `reference` is trained on by the last.
+
+    inputs: HF's forward arguments, `labels` among them. notes: gets what a reader has to know beside the rows.
+    """
+    config, small = nnx.merge(graphdef, params).config, build.num_params(params) <= MAX_SMALL_PARAMS
+    prefixes = sum((part_of(config).PREFIXES[name] for name in trained), ())
+    # Small: ten large steps leave the weights that are compared.
+    rate = 1e-4 if build.num_params(params) <= MAX_TRAINED_PARAMS else 1e-5
+    rows = []
+    with jax.default_matmul_precision("highest"):
+        if small:
+            ours, theirs = parity_weights.tensors_of(config, params), reference.tensors()
+            rows += parity_weights.weight_rows(*map(parity_weights.fingerprints, (ours, theirs)))
+        stages = reference.stages(inputs)
+        compared_rows = stage_rows(nnx.merge(graphdef, params), stages, inputs)
+        differentiate = value_and_grad(graphdef, inputs)
+        gradients = reference.gradients(inputs, prefixes)
+        compared_rows += gradient_rows(config, differentiate, params, gradients, trained)
+        if not all(row.ok for row in compared_rows) and build.num_params(params) <= MAX_TRAINED_PARAMS:
+            noise = _noise(reference, inputs, prefixes, stages, gradients)
+            wider = judged(compared_rows, noise)
+            changed = [row for row, before in zip(wider, compared_rows, strict=True) if row != before]
+            if notes is not None:
+                notes += [
+                    f"{row.stage}: {row.tolerance:.1e} is allowed, as the reference moves by "
+                    f"{noise[row.stage].difference / noise[row.stage].scale:.1e} when its weights are rounded otherwise"
+                    for row in changed
+                ]
+            compared_rows = wider
+        rows += compared_rows
+        if small:
+            if notes is not None and not _sees_images(reference, inputs):
+                notes.append(
+                    "WARNING: no logit depends on the image with these weights (in a new Llama-3.2-Vision the gates of "
+                    "cross-attention are 0); its way into the text is compared under other weights alone"
+                )
+            rows += _telling_rows(graphdef, params, ours, reference, inputs, trained, differentiate)
+            reference.put(theirs)
+        steps = reference.steps(inputs, prefixes, num_steps=NUM_STEPS, learning_rate=rate, eps=CURVE_EPS)
+        return rows + step_rows(differentiate, config, params, trained, steps, learning_rate=rate, eps=CURVE_EPS)
+
+
+def _noise(reference, inputs, prefixes, stages, gradients) -> dict[str, Row]:
+    """Stage -> the reference with its weights rounded otherwise against itself: how well each number is determined."""
+    kept = reference.tensors()
+    reference.put(reference.nudged())
+    moved, moved_gradients = reference.stages(inputs), reference.gradients(inputs, prefixes)
+    reference.put(kept)
+    rows = [compared(name, moved[name], value) for name, value in stages.items()]
+    rows += [compared(f"gradient {name}", moved_gradients[name], value) for name, value in gradients.items()]
+    return {row.stage: row for row in rows}
+
+
+def _telling_rows(graphdef, params, ours, reference, inputs, trained, differentiate) -> list[Row]:
+    """Rows of loss and gradients under `parity_weights.telling` weights; `reference` keeps them.
+
+    Raises:
+      WeightsError: even then the image changes nothing: these inputs say nothing about images.
+    """
+    config = nnx.merge(graphdef, params).config
+    prefixes = sum((part_of(config).PREFIXES[name] for name in trained), ())
+    params = parity_weights.params_of(config, params, {n: parity_weights.telling(n, x) for n, x in ours.items()})
+    reference.put({name: parity_weights.telling(name, x) for name, x in reference.tensors().items()})
+    if not _sees_images(reference, inputs):
+        raise WeightsError("no logit of the reference depends on the image, whatever the weights: nothing is compared")
+    stages = reference.stages(inputs)
+    rows = [compared("loss", differentiate(*build.split_trainable(params, trained))[0], stages["loss"])]
+    rows += gradient_rows(config, differentiate, params, reference.gradients(inputs, prefixes), trained)
+    if not all(row.ok for row in rows):
+        # Only now: compiling the layers takes as long as everything else.
+        rows = stage_rows(nnx.merge(graphdef, params), stages, inputs) + rows[1:]
+    return named(TELLING, rows)
+
+
+def _sees_images(reference, inputs) -> bool:
+    """Whether the reference's logits of real tokens change with the image."""
+    real = np.asarray(inputs["attention_mask"]) != 0
+    signed = ({**inputs, "pixel_values": sign * inputs["pixel_values"]} for sign in (1, -1))
+    found, other = (reference.logits(given)[real] for given in signed)
+    return float(np.abs(found - other).max()) > 1e-6 * float(np.abs(found).max())
+
+
+def stage_rows(model: nnx.Module, reference: dict[str, np.ndarray], inputs) -> list[Row]:
+    """A row per stage and for the loss, in the order of the computation; padding is left out.
+
+    Raises:
+      WeightsError: `reference` lacks a stage. It may have more: layers that the checkpoint holds and nothing uses.
+    """
+    part = part_of(model.config)
+    given = part.port_inputs(model.config, inputs)
+    found = part.port_stages(model, given)
+    real = np.asarray(given["segment_ids"]) != 0
+    rows, lacking = [], [stage for stage in found if stage not in reference]
+    if lacking:
+        raise WeightsError(f"the reference has no stages {', '.join(lacking)}")
+    for stage, ours in found.items():
+        keep = ... if stage.startswith(("vision", "projector")) else real
+        rows.append(compared(stage, ours[keep], reference[stage][keep]))
+    if "loss" in reference:
+        rows.append(compared("loss", loss(found["logits"], inputs["labels"]), reference["loss"]))
+    return rows
+
+
+def loss(logits: jax.Array, labels: np.ndarray) -> jax.Array:
+    """float32[] mean negative log-likelihood of the labels (-100: none) one position ahead, as HF computes it."""
+    labels = jnp.asarray(labels)[:, 1:]
+    weight = labels != -100
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], jnp.where(weight, labels, 0))
+    return (nll * weight).sum() / weight.sum()
+
+
+def value_and_grad(graphdef, inputs: dict[str, np.ndarray]) -> Callable:
+    """The jitted function (trainable, frozen) -> (loss, gradient over trainable) on `inputs`."""
+
+    @jax.jit
+    @jax.value_and_grad
+    def run(trainable, frozen):
+        model = nnx.merge(graphdef, build.join(trainable, frozen))
+        given = part_of(model.config).port_inputs(model.config, inputs)
+        return loss(model(**given), inputs["labels"])
+
+    return run
+
+
+def gradient_rows(config: Config, differentiate, params, reference: dict[str, np.ndarray], trained) -> list[Row]:
+    """A row per tensor of the released checkpoint that is trained, relative to its gradient's largest value."""
+    _, grads = differentiate(*build.split_trainable(params, trained))
+    table = [entry for entry in module_of(config).table(config) if entry.path[0] in trained]
+    _, stream = engine.store(table, grads)
+    ours = dict(stream)
+    if set(ours) != set(reference):
+        raise WeightsError(f"gradients differ in tensors: {sorted(set(ours) ^ set(reference))[:8]}")
+    rows = []
+    for name, theirs in reference.items():
+        # A gradient may be far below 1 everywhere.
+        scale = max(float(np.abs(theirs).max()), 1e-12)
+        rows.append(compared(f"gradient {name}", ours[name] / scale, theirs / scale))
+    return rows
+
+
+def step_rows(differentiate, config: Config, params, trained, steps, *, learning_rate: float, eps: float) -> list[Row]:
+    """A row for the loss before each step of the reference, which one AdamW step of this port has led to.
+
+    Each of them starts at the reference's own weights, so that rounding does not grow from step to step: a curve that
+    falls steeply is chaotic, and two right programs soon have nothing in common. The moments are this port's.
+    steps: (loss, trained tensors by canonical name) before each.
+    """
+    trainable, frozen = build.split_trainable(params, trained)
+    state, update = adamw(trainable, learning_rate=learning_rate, eps=eps)
+    rows = []
+    for i, (theirs, tensors) in enumerate(steps):
+        value, grads = differentiate(trainable, frozen)
+        rows.append(compared(f"loss before step {i}", value, theirs, floor=1.0))
+        trainable, state = update(parity_weights.params_of(config, trainable, tensors), state, grads)
+    return rows
+
+
+def adamw(trainable, *, learning_rate: float, eps: float = 1e-8) -> tuple:
+    """(state, jitted (trainable, state, gradient) -> (trainable, state)) of AdamW: no decay, else torch's defaults."""
+    optimizer = optax.adamw(learning_rate, b1=0.9, b2=0.999, eps=eps, weight_decay=0.0)
+
+    @jax.jit
+    def update(trainable, state, grads):
+        updates, state = optimizer.update(grads, state, trainable)
+        return optax.apply_updates(trainable, updates), state
+
+    return optimizer.init(trainable), update
+
+
+def recorded_rows(graphdef, params, found: dict[str, np.ndarray], source: Path) -> list[Row]:
+    """Rows for weights and stages where they are recorded, logits (real tokens only) and, where recorded, the loss."""
+    model, stages = nnx.merge(graphdef, params), parity_record.part_named(found, "stage/")
+    with jax.default_matmul_precision("highest"):
+        rows = parity_record.weight_rows(model.config, params, found)
+        if stages:
+            plain = {name: found[name] for name in ("logits", "loss") if name in found}
+            return rows + stage_rows(model, {**stages, **plain}, found)
+    given = part_of(model.config).port_inputs(model.config, found)
+    row, logits = parity_record.logits_row(model, given, found["logits"], source)
+    rows.append(row)
+    if "labels" in found and "loss" in found:
+        rows.append(compared("loss", loss(logits, found["labels"]), found["loss"]))
+    return rows
+
+
+def _in_order(rows: list[Row]) -> list[Row]:
+    """`rows` as the computation goes: outputs, those under other weights, gradients and curve; weights are no stage."""
+
+    def place(row: Row) -> int:
+        if row.stage.startswith("weight"):
+            return 3
+        stage = row.stage.removeprefix(TELLING)
+        return 2 if stage.startswith(("gradient", "loss before")) else int(stage != row.stage)
+
+    return sorted(rows, key=place)
+
+
+def _print(rows: list[Row], ok: bool, notes: list[str]) -> None:
+    width = max(len(row.stage) for row in rows)
+    print(f"{'stage':<{width}}  difference      scale")
+    for row in rows:
+        print(f"{row.stage:<{width}}  {row.difference:10.2e} {row.scale:10.3g}  {'ok' if row.ok else 'DIFFERS'}")
+    for note in notes:
+        print(note)
+    tolerance = max(row.tolerance for row in rows)
+    if ok:
+        worst = max(rows, key=lambda row: row.difference / (row.tolerance * max(row.floor, row.scale) or 1.0))
+        print(f"equal within {tolerance:g}; the largest: {worst.stage}, {worst.difference:.2e}")
+        return
+    wrong = [row for row in _in_order(rows) if not row.ok]
+    weights = [row.stage.removeprefix("weight ") for row in wrong if row.stage.startswith("weight ")]
+    if weights:
+        print(f"tensors that differ: {', '.join(weights[:16])}{f' and {len(weights) - 16} more' * (len(weights) > 16)}")
+    first = wrong[0]
+    print(
+        f"NOT equal within {tolerance:g}: {len(wrong)} of {len(rows)} rows differ; the first: {first.stage}, "
+        f"{first.difference:.2e} of {first.scale:.3g}"
+    )

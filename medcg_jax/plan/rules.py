@@ -1,0 +1,218 @@
+"""Known traps of a program that is compiled for a mesh, each a rule with a name that looks at what was compiled.
+
+A rule gives its findings, and none where all is well: `full-all-reduce`, `large-collective-in-loop`, `donation-lost`,
+`involuntary-rematerialization`, `gather-over-network`, `extra-flops`, `square-attention-buffer`, `logits-everywhere`.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from medcg_jax.plan.hlo import Collective
+from medcg_jax.plan.hlo_buffers import Buffer
+
+# Below it a collective is not worth a word. The study of compiled steps that the rules come of took the same.
+LARGE_BYTES = 100e6
+# Part of the state that may stand beside it: scalars and counters.
+DONATED = 0.99
+INVOLUNTARY = "Involuntary full rematerialization"
+GATHERS = ("all-gather", "reduce-scatter")
+SUMS = ("all-reduce", "reduce-scatter")
+# Executed products by those that the model needs, at most: without rematerialisation, and with any.
+EXTRA, EXTRA_REMAT = 1.02, 1.34
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a rule found: its name, one sentence, the bytes per device and step that it is about, and instructions."""
+
+    rule: str
+    text: str
+    num_bytes: float = 0.0
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the rules know of a mesh and of the parameters on it.
+
+    axes: sizes of the mesh's axes, outermost first; devices of a program are numbered in their order.
+    whole_bytes: float32 bytes of the trainable parameters that the axis `fsdp` does not split; their gradients are
+      reduced whole, and should be.
+    layer_bytes: bytes in the compute dtype of the largest layer of stacked blocks, all its parameters together, and
+      never less than the largest parameter outside the stacks: what one gather may bring at once.
+    """
+
+    axes: dict[str, int]
+    whole_bytes: float
+    layer_bytes: float
+
+    def joined(self, one: Collective) -> set[str]:
+        """The axes over which a collective exchanges data."""
+        found: set[str] = set()
+        for group in one.groups:
+            places = np.array(np.unravel_index(list(group), tuple(self.axes.values())))
+            differs = (places != places[:, :1]).any(axis=1)
+            found |= {name for name, yes in zip(self.axes, differs, strict=True) if yes}
+        return found
+
+
+def full_all_reduce(collectives: Iterable[Collective], layout: Layout) -> list[Finding]:
+    """`full-all-reduce`: gradients of parameters that fsdp splits are reduced whole, at twice the bytes.
+
+    All that an all-reduce over fsdp may carry are the gradients of parameters that are not split, and scalars.
+    """
+    # Over tensor and fsdp together it is no gradient of a split weight: the tensor axis splits those too.
+    over = [one for one in collectives if one.kind == "all-reduce" and "fsdp" in layout.joined(one)]
+    total = sum(one.total_bytes for one in over)
+    if total - layout.whole_bytes <= LARGE_BYTES:
+        return []
+    over.sort(key=lambda one: -one.total_bytes)
+    text = (
+        f"{total / 1e9:.2f} GB are reduced whole over fsdp where a reduce-scatter belongs "
+        f"({layout.whole_bytes / 1e9:.2f} GB are of parameters that it does not split)"
+    )
+    return [Finding("full-all-reduce", text, total, _names(over))]
+
+
+def large_collective_in_loop(collectives: Iterable[Collective], layout: Layout) -> list[Finding]:
+    """`large-collective-in-loop`: over 100 MB each time round a loop, which the sharding does not ask for.
+
+    It asks for the parameters of one layer gathered over fsdp and their gradients scattered, for gradients summed over
+    `data`, and for activations exchanged over `tensor`.
+    """
+    found = [
+        one for one in collectives if one.trips > 1 and one.payload_bytes > LARGE_BYTES and not _asked_for(one, layout)
+    ]
+    if not found:
+        return []
+    found.sort(key=lambda one: -one.total_bytes)
+    worst = found[0]
+    text = (
+        f"{len(found)} collectives of over {LARGE_BYTES / 1e6:.0f} MB in loops that the sharding does not ask for; the "
+        f"largest is {worst.kind} {worst.name}, {worst.payload_bytes / 1e6:,.0f} MB, {worst.trips} times"
+    )
+    return [Finding("large-collective-in-loop", text, sum(one.total_bytes for one in found), _names(found))]
+
+
+def _asked_for(one: Collective, layout: Layout) -> bool:
+    axes = layout.joined(one)
+    if axes <= {"tensor"}:
+        return True
+    if one.kind in GATHERS:
+        return axes <= {"fsdp"} and one.payload_bytes <= layout.layer_bytes
+    shard_bytes = layout.layer_bytes / layout.axes["fsdp"]
+    return one.kind == "all-reduce" and axes <= {"data"} and one.payload_bytes <= shard_bytes
+
+
+def donation_lost(alias_bytes: float, state_bytes: float) -> list[Finding]:
+    """`donation-lost`: the old state is not overwritten by the new one, so a device holds both."""
+    if alias_bytes >= DONATED * state_bytes:
+        return []
+    text = f"{alias_bytes / 1e9:.2f} GB of the state's {state_bytes / 1e9:.2f} GB a device are overwritten in place"
+    return [Finding("donation-lost", text, state_bytes - alias_bytes)]
+
+
+def involuntary_rematerialization(compiler_output: str) -> list[Finding]:
+    """`involuntary-rematerialization`: XLA gathered an array whole on every device to give it another sharding.
+
+    compiler_output: what the compiler wrote to standard error.
+    """
+    lines = [line.strip() for line in compiler_output.splitlines() if INVOLUNTARY in line]
+    if not lines:
+        return []
+    text = f"the compiler says {len(lines)} times that it gathers an array whole to shard it anew"
+    return [Finding("involuntary-rematerialization", text, 0.0, tuple(dict.fromkeys(line[:300] for line in lines)))]
+
+
+def gather_over_network(collectives: Iterable[Collective], crosses: Callable[[Collective], bool]) -> list[Finding]:
+    """`gather-over-network`: slices or hosts exchange over the slow network what is no sum of gradients.
+
+    crosses: whether a collective joins devices of different slices or hosts.
+    """
+    found = [one for one in collectives if one.kind not in SUMS and crosses(one)]
+    total = sum(one.total_bytes for one in found)
+    if total <= LARGE_BYTES:
+        return []
+    found.sort(key=lambda one: -one.total_bytes)
+    text = f"{total / 1e9:.2f} GB that are no sums of gradients are exchanged between slices or hosts"
+    return [Finding("gather-over-network", text, total, _names(found))]
+
+
+# ------------------------------------------------------------------ products, and arrays that should not be there
+
+
+def extra_flops(executed: float, needed: float, remat: str) -> list[Finding]:
+    """`extra-flops`: the program executes more matrix products than the model needs, and than `remat` makes again.
+
+    executed, needed: FLOPs of one call on all devices; needed: with attention as the full square, the convention of
+    MFU. Kernels that leave masked blocks out execute about half of that square, and make scores again in the backward
+    pass.
+    """
+    limit = EXTRA if remat == "none" else EXTRA_REMAT
+    if executed <= limit * needed:
+        return []
+    text = (
+        f"{executed / 1e12:,.1f} TFLOP of matrix products are executed, {executed / needed:.3f} of the model's "
+        f"{needed / 1e12:,.1f}; with remat {remat} at most {limit}"
+    )
+    return [Finding("extra-flops", text)]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What the rules know of the axes of a program's arrays.
+
+    attended: lengths of rows of tokens that attend one another, in every form in which a kernel pads them.
+    positions: of a row's text; rows: most rows that a device may have. vocabulary: its length whole and split.
+    widths: lengths of axes of parameters and images, which are no positions.
+    """
+
+    attended: frozenset[int]
+    positions: int
+    rows: int
+    vocabulary: frozenset[int]
+    widths: frozenset[int]
+
+    @property
+    def everywhere(self) -> set[int]:
+        """All positions of some rows, joined or not; with the last left out too, as where each predicts the next."""
+        return {rows * length for rows in range(1, self.rows + 1) for length in (self.positions, self.positions - 1)}
+
+    def unclear(self) -> list[str]:
+        """Rules that cannot tell positions from widths here, and so would miss what they look for."""
+        found = ["square-attention-buffer"] if self.attended & self.widths else []
+        return found + (["logits-everywhere"] if self.everywhere & (self.widths | self.vocabulary) else [])
+
+
+def square_attention_buffer(written: Iterable[Buffer], lengths: Lengths) -> list[Finding]:
+    """`square-attention-buffer`: an array of every query against every key is written; a kernel needs none."""
+    known = lengths.attended - lengths.widths
+    text = "{0} arrays of every query against every key are written; the largest, {1}, has {2:,.1f} MB a device"
+    return _arrays("square-attention-buffer", text, [b for b in written if sum(n in known for n in b.dims) > 1])
+
+
+def logits_everywhere(written: Iterable[Buffer], lengths: Lengths) -> list[Finding]:
+    """`logits-everywhere`: an array of the vocabulary at all positions of a row, where the head is needed at a few."""
+    everywhere = lengths.everywhere - lengths.widths - lengths.vocabulary
+
+    def is_one(buffer: Buffer) -> bool:
+        return any(n in lengths.vocabulary for n in buffer.dims) and any(n in everywhere for n in buffer.dims)
+
+    text = "{0} arrays of the vocabulary at all positions are written; the largest, {1}, has {2:,.1f} MB a device"
+    return _arrays("logits-everywhere", text, [b for b in written if is_one(b)])
+
+
+def _arrays(rule: str, text: str, found: list[Buffer], most: int = 5) -> list[Finding]:
+    if not found:
+        return []
+    found.sort(key=lambda one: -one.num_bytes)
+    worst = found[0]
+    text = text.format(len(found), worst.name, worst.num_bytes / 1e6)
+    names = tuple(f"{one.name}: {list(one.dims)} of {one.where}" for one in found[:most])
+    return [Finding(rule, text, worst.num_bytes, names)]
+
+
+def _names(found: list[Collective], most: int = 5) -> tuple[str, ...]:
+    return tuple(f"{one.name}: {one.trips} x {one.payload_bytes:,} bytes" for one in found[:most])

@@ -1,0 +1,226 @@
+"""`medcg plan --search`: meshes, remat policies and batch sizes for a machine, the likeliest compiled, ranked by speed.
+
+What to compile is chosen by estimates that cost nothing: memory that a step needs at least, and the time of its
+arithmetic and of the textbook's collectives. What is told is of compiled programs alone.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+
+from medcg_jax.chips import Peak, peak_of
+from medcg_jax.config import REMAT, ConfigError, RunConfig, replace
+from medcg_jax.families import build
+from medcg_jax.mesh import make_mesh
+from medcg_jax.plan import cells, flops, topology
+from medcg_jax.plan import verb as plan
+from medcg_jax.plan.programs import Subject, architecture_of, compile_training, effort, make_subject
+from medcg_jax.plan.text import BOUND, wrapped
+
+# The run's batch, and larger ones: they change the recipe, and are told so.
+BATCHES = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A run that may be worth compiling, with estimates of the bytes it needs at least and of its seconds a step."""
+
+    run: RunConfig
+    least_bytes: float
+    seconds: float
+
+    @property
+    def seconds_per_sample(self) -> float:
+        return self.seconds / self.run.train.batch_size
+
+
+def search(
+    run: RunConfig,
+    where: str,
+    *,
+    most_compiles: int = 12,
+    full_effort: bool = False,
+    memory_bytes: float = 0.0,
+    margin: float = cells.MARGIN,
+) -> dict:
+    """{"ranked": what fits, the fastest bound for each chip first, "refused": what was compiled and does not fit, ...};
+    {"exit_status": 3} is among it where nothing fits.
+
+    most_compiles: programs that are compiled at most. The rest as for `plan.plan`.
+
+    Raises:
+      ConfigError: the topology is not known, its package is not installed, its peaks are not published here, or no mesh
+        over it divides the run.
+    """
+    devices = plan.get_devices(where)
+    peak = peak_of(devices[0].device_kind)
+    if peak is None:
+        raise ConfigError(f"topology={where}: no peaks of {devices[0].device_kind} are known, by which to rank")
+    if most_compiles < 1:
+        raise ConfigError(f"--compiles={most_compiles}: at least 1 is accepted")
+    usable = (memory_bytes or topology.memory_bytes(devices[0])) * (1 - margin)
+    found = list(candidates(run, len(devices), peak))
+    if not found:
+        raise ConfigError(
+            f"topology={where}: no mesh of {len(devices)} devices divides a batch of {run.train.batch_size} rows or "
+            f"{BATCHES[-1]} times as many; a multiple of another train.batch_size is accepted"
+        )
+    likely = sorted((one for one in found if one.least_bytes <= usable), key=lambda one: one.seconds_per_sample)
+    rows: list[dict] = []
+    num_undivided = 0
+    with effort(full_effort):
+        for one in likely:
+            if len(rows) == most_compiles:
+                break
+            try:
+                subject = make_subject(one.run, make_mesh(one.run.mesh, devices))
+            except ConfigError:  # a size of the model that the mesh does not divide
+                num_undivided += 1
+                continue
+            rows.append(compiled(one, subject, usable, peak))
+            print(f"  {len(rows)} of at most {most_compiles}: {_name(rows[-1])}", flush=True)
+    ranked = sorted((row for row in rows if row["fits"]), key=lambda row: -row["samples_per_s_per_chip_in_turn"])
+    result = {
+        **cells.about_compiling(),
+        "topology": where,
+        "device": devices[0].device_kind,
+        "num_devices": len(devices),
+        "model": run.model.name,
+        "batch_size": run.train.batch_size,
+        "full_effort": full_effort,
+        "usable_bytes": usable,
+        "num_candidates": len(found),
+        "num_too_large": len(found) - len(likely),
+        "num_undivided": num_undivided,
+        "ranked": ranked,
+        "refused": [row for row in rows if not row["fits"]],
+    }
+    return result | ({} if ranked else {"exit_status": plan.DOES_NOT_FIT})
+
+
+def candidates(run: RunConfig, num_devices: int, peak: Peak) -> Iterator[Candidate]:
+    """Every mesh of so many devices, remat policy and batch size that divide each other and the model's heads."""
+    if num_devices % max(1, run.mesh.cell):
+        raise ConfigError(f"mesh.cell={run.mesh.cell}: a divisor of {num_devices} devices is accepted")
+    each = num_devices // max(1, run.mesh.cell)
+    model = architecture_of(run.model)
+    heads, params = model.text.num_heads, build.abstract(model)[1]
+    trainable, frozen = build.split_trainable(params, run.model.trainable)
+    sizes = build.num_params(trainable), build.num_params(frozen), build.num_bytes(frozen)
+    for tensor in _divisors(each):
+        if heads % tensor:
+            continue
+        for fsdp in _divisors(each // tensor):
+            data = each // tensor // fsdp
+            for times in BATCHES:
+                batch = run.train.batch_size * times
+                if batch % (data * fsdp * run.train.accumulation_steps):
+                    continue
+                # The size of a test's batch changes no prediction: the least multiple that can be split.
+                tests = math.ceil(run.eval.batch_size / (data * fsdp)) * data * fsdp
+                for remat in REMAT:
+                    tried = replace(
+                        run, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, train__batch_size=batch,
+                        eval__batch_size=tests, model__remat=remat,
+                    )  # fmt: skip
+                    yield estimate(tried, peak, *sizes)
+
+
+def estimate(run: RunConfig, peak: Peak, trainable: int, frozen: int, frozen_bytes: float) -> Candidate:
+    """The run with bytes of one device that its step needs at least, and its seconds as by the textbook.
+
+    trainable, frozen: numbers of parameters. frozen_bytes: of these as they are kept.
+    Bytes: float32 weights and moments, the weights that a fine-tune starts from, gradients, and what is kept of every
+    decoder block for the backward pass (its input with full remat; with `dots` the results of its products too; without
+    also what lies between). Seconds: FLOPs at the peak, 2 gathers of all weights and 1 reduction over fsdp, a sum of
+    the gradients' shards over data, 4 sums of activations in every block over tensor; one after another.
+    """
+    model = architecture_of(run.model)
+    mesh, text = run.mesh, model.text
+    width = jax.numpy.dtype(run.model.compute_dtype).itemsize
+    split = mesh.fsdp * mesh.tensor
+    length = model.num_image_tokens + run.data.max_text_tokens
+    rows = run.train.batch_size // run.train.accumulation_steps / (mesh.data * mesh.fsdp)
+    inner = text.num_heads * text.head_dim + 2 * text.num_kv_heads * text.head_dim + 2 * text.mlp_dim
+    kept = {"full": 0, "dots": inner / mesh.tensor + 2 * text.embed_dim}
+    kept["none"] = kept["dots"] + inner / mesh.tensor + 2 * text.embed_dim
+    block = rows * length * width
+    activations = text.num_layers * block * (text.embed_dim + kept[run.model.remat])
+    weights = width * (trainable + frozen) / mesh.tensor
+    needed = flops.step(
+        model, [length] * run.train.batch_size, padded_length=length, num_images=1,
+        num_logits=run.data.max_target_tokens, trainable=run.model.trainable,
+    )  # fmt: skip
+    moved = 3 * weights * (mesh.fsdp - 1) / mesh.fsdp * run.train.accumulation_steps
+    moved += 2 * 4 * trainable / split * (mesh.data - 1) / mesh.data
+    moved += 4 * text.num_layers * 2 * (mesh.tensor - 1) / mesh.tensor * block * text.embed_dim
+    seconds = needed["executed"] / (split * mesh.data) / peak.bf16_flops_per_s
+    seconds += moved / (peak.link_bytes_per_s or math.inf)
+    return Candidate(run, (5 * 4 * trainable + frozen_bytes) / split + activations, seconds)
+
+
+def compiled(one: Candidate, subject: Subject, usable: float, peak: Peak) -> dict:
+    """A candidate's row of the table, from its compiled step."""
+    run = one.run
+    row = {
+        "mesh": {axis: getattr(run.mesh, axis) for axis in ("data", "fsdp", "tensor")},
+        "remat": run.model.remat,
+        "batch_size": run.train.batch_size,
+        "eval_batch_size": run.eval.batch_size,
+        "estimated_bytes": one.least_bytes,
+        "estimated_s": one.seconds,
+    }
+    found = plan.training(subject, compile_training(subject, run.train.batch_size), usable, peak)
+    kept = ("fits", "refused", "peak_bytes", "held_bytes", "collectives", "findings", "bound", "mfu", "compile_cpu_s")
+    row |= {key: found[key] for key in kept if key in found}
+    if "samples_per_s" not in found:
+        return row
+    chips = math.ceil(subject.mesh.size / peak.devices_per_chip)
+    return row | {
+        "samples_per_s_per_chip": found["samples_per_s"] / chips,
+        "samples_per_s_per_chip_in_turn": found["samples_per_s_in_turn"] / chips,
+    }
+
+
+def _divisors(number: int) -> list[int]:
+    return [one for one in range(1, number + 1) if number % one == 0]
+
+
+def _name(row: dict) -> str:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items())
+    verdict = "fits" if row["fits"] else "does not fit"
+    return f"mesh {mesh}, remat {row['remat']}, batch {row['batch_size']}: {verdict}"
+
+
+def table(found: dict) -> str:
+    """What `search` found, for people."""
+    lines = [
+        f"{found['model']} on {found['topology']}: {found['num_devices']} x {found['device']}; "
+        f"{found['num_candidates']} ways, {found['num_too_large']} surely too large, "
+        f"{len(found['ranked']) + len(found['refused'])} compiled",
+        "",
+        f"{'data x fsdp x tensor':>21}{'remat':>7}{'batch':>7}{'GiB of':>9}{found['usable_bytes'] / topology.GIB:6.1f}"
+        f"{'samples/s a chip: at most':>27}{'in turn':>9}{'MFU':>7}{'traps':>7}",
+    ]
+    for row in found["ranked"]:
+        mesh = " x ".join(str(size) for size in row["mesh"].values())
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] is not None else ""
+        needed = (row["peak_bytes"] + row["held_bytes"]) / topology.GIB
+        lines.append(
+            f"{mesh:>21}{row['remat']:>7}{row['batch_size']:>7}{needed:>15.2f}{row['samples_per_s_per_chip']:>27.2f}"
+            f"{row['samples_per_s_per_chip_in_turn']:>9.2f}{mfu:>7}{len(row['findings']):>7}"
+        )
+    if not found["ranked"]:
+        lines.append("nothing that was compiled fits")
+    else:
+        best = found["ranked"][0]
+        flags = {f"mesh.{axis}": size for axis, size in best["mesh"].items()}
+        flags |= {"model.remat": best["remat"], "train.batch_size": best["batch_size"]}
+        flags |= {"eval.batch_size": best["eval_batch_size"]}
+        lines += ["", "the first: " + " ".join(f"--config.{key}={value}" for key, value in flags.items())]
+        if best["batch_size"] != found["batch_size"]:
+            lines.append(f"its batch is not the run's {found['batch_size']}: another recipe, with other scores")
+    lines.append(BOUND)
+    return "\n".join(line for text in lines for line in wrapped(text))

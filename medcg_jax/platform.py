@@ -1,0 +1,85 @@
+"""The XLA flags of a run, all of them, by platform: name, value, why, and where that is from.
+
+None is set for TPUs: their programs are deterministic as they are, and no flag has been measured there to do better
+than libtpu's own values.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of XLA_FLAGS. deterministic: set only where `RunConfig.deterministic` is."""
+
+    name: str
+    value: str
+    platform: str
+    reason: str
+    source: str
+    deterministic: bool = False
+
+
+FLAGS = (
+    Flag(
+        "xla_gpu_deterministic_ops", "true", "cuda",
+        "no atomics in sums and scatters, and no kernels chosen by timing them, which differ between two compilations; "
+        "slower where autotuning finds better ones, and a program without such kernels does not compile",
+        "openxla/xla pull request 12520: a superset of xla_gpu_exclude_nondeterministic_ops",
+        deterministic=True,
+    ),
+    Flag(
+        "xla_gpu_enable_latency_hiding_scheduler", "true", "cuda",
+        "collectives run beside computations",
+        "docs.nvidia.com/jax-toolbox/environment-variables; docs.jax.dev/en/latest/gpu_performance_tips.html",
+    ),
+    Flag(
+        "xla_cpu_collective_call_terminate_timeout_seconds", "600", "cpu",
+        "XLA ends a process whose simulated devices do not meet within 40 s, as on cores that others use too",
+        "xla/debug_options_flags.cc (40 by default)",
+    ),
+)  # fmt: skip
+
+
+# JAX takes three quarters of a GPU's memory at its start and no more, unless told: docs.jax.dev, "GPU memory allocation".
+# As much as `scale.cells.MARGIN` leaves to programs when a run is planned.
+MEMORY_FRACTION = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.90")
+
+
+def platform(environ: Mapping[str, str]) -> str:
+    """ "cuda", "tpu" or "cpu": what JAX will use, from JAX_PLATFORMS, else from the plugins that are installed."""
+    named = environ.get("JAX_PLATFORMS", "").split(",")[0]
+    if named:
+        return "cuda" if named in ("gpu", "cuda") else named
+    if find_spec("jax_cuda12_plugin") or find_spec("jax_cuda13_plugin"):
+        return "cuda"
+    return "tpu" if find_spec("libtpu") else "cpu"
+
+
+def added(environ: Mapping[str, str], deterministic: bool) -> list[Flag]:
+    """The flags that a run adds: its platform's, without those that the user has set, to whatever value."""
+    own = {word.lstrip("-").partition("=")[0] for word in environ.get("XLA_FLAGS", "").split()}
+    here = platform(environ)
+    return [
+        flag for flag in FLAGS
+        if flag.platform == here and flag.name not in own and (deterministic or not flag.deterministic)
+    ]  # fmt: skip
+
+
+def apply(deterministic: bool, *, whole_device: bool = True) -> str:
+    """Puts the run's flags in XLA_FLAGS, which XLA reads once, at the first program; returns a line for the log.
+
+    whole_device: whether no other process takes memory of this one's GPUs: then `MEMORY_FRACTION` of it is this one's.
+    """
+    flags = [f"--{flag.name}={flag.value}" for flag in added(os.environ, deterministic)]
+    before = os.environ.get("XLA_FLAGS", "")
+    if flags:
+        os.environ["XLA_FLAGS"] = " ".join([before, *flags]).strip()
+    name, share = MEMORY_FRACTION
+    if platform(os.environ) == "cuda" and whole_device and name not in os.environ:
+        os.environ[name] = share
+        flags.append(f"{name}={share}")
+    own = f" beside your {before}" if before else ""
+    return f"XLA flags for {platform(os.environ)}: {' '.join(flags) or 'none'}{own}"

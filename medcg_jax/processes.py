@@ -1,0 +1,293 @@
+"""The processes of one run: started together, waited for by name, and ended together when one of them dies.
+
+What they tell one another goes through the key-value store of JAX's coordination service, in process 0: no device takes
+part, so a process may wait for another as long as that needs. JAX has no public name for the store; Orbax takes it from
+the same place (orbax/checkpoint/_src/multihost/multihost.py:_get_jax_distributed_client).
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+from medcg_jax.cluster import AUTO, Cluster
+from medcg_jax.config import RunError
+from medcg_jax.meeting import meeting
+
+# What a process waits at its start for the others.
+START_S = 300
+# A sign of life every so often; a process without one for so long is dead. Together with the time that the others need
+# to hear of it less than a minute.
+BEAT_S, DEAD_AFTER_S = 2.0, 30.0
+# JAX's own check ends a process without naming any: it comes only where ours is dead too.
+RUNTIME_TIMEOUT_S = 50
+# How long process 0, in which the store is, stays so that others can read why it ends.
+LAST_WORDS_S = 10.0
+BARRIER_S = 1800.0
+SAY_AFTER_S, SAY_EVERY_S = 10.0, 30.0
+KEYS = "medcg"
+# Words of errors with which collectives and gRPC say that a peer has gone, and not which: gloo's are ValueErrors.
+LOST = ("Gloo", "UNAVAILABLE", "Connection closed", "Connection reset", "NCCL")
+
+
+class _Processes:
+    """This process among the others. hosts: every process's host name, by its number."""
+
+    def __init__(self, client, index: int, count: int, coordinator: str):
+        self.client, self.index, self.count = client, index, count
+        self.uses: Counter[str] = Counter()
+        self.leaving = threading.Event()
+        self.tell("host", platform.node())
+        self.tell("beat", "0")  # now: one that dies before its watch has begun is missed too
+        self.hosts = {index: platform.node()}
+        wait(self, "hosts", START_S)
+        self.hosts = self.read("host")
+        self.witness = self._witness(coordinator)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def name(self, index: int) -> str:
+        return f"process {index} ({self.hosts.get(index, 'host not known yet')})"
+
+    def tell(self, what: str, value: str) -> None:
+        self.client.key_value_set(f"{KEYS}/{what}/{self.index}", value, allow_overwrite=True)
+
+    def read(self, what: str) -> dict[int, str]:
+        """What every process that has set it says, by the process's number."""
+        found = self.client.key_value_dir_get(f"{KEYS}/{what}/")
+        return {int(key.rpartition("/")[2]): value for key, value in found}
+
+    def _witness(self, coordinator: str) -> subprocess.Popen | None:
+        command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("witness.py"))]
+        arguments = [coordinator, str(self.index), self.hosts[self.index], self.hosts[0]]
+        # Away from the terminal's Ctrl-C: it ends when its pipe is closed.
+        return subprocess.Popen([*command, *arguments], stdin=subprocess.PIPE, text=True, start_new_session=True)
+
+    def _watch(self) -> None:
+        """Beats, and ends this process when another has died; process 0 looks for the others' beats."""
+        seen: dict[int, tuple[str, float]] = {}
+        beat = 0
+        while not self.leaving.wait(BEAT_S):
+            beat += 1
+            try:
+                self.tell("beat", str(beat))
+                gone = {i: why for i, why in self.read("gone").items() if i != self.index}
+                if self.index == 0 and not gone:
+                    gone = silent(seen, self.read("beat"), time.monotonic())
+                    for index, why in gone.items():
+                        self.client.key_value_set(f"{KEYS}/gone/{index}", why, allow_overwrite=True)
+            except Exception:  # the coordinator has gone, and the runtime is about to end this process
+                continue
+            if gone and not self.leaving.is_set():
+                index, why = min(gone.items())
+                _say(f"{self.name(index)} {why}; {self.name(self.index)} ends with it")
+                self.end(1)
+
+    def gone(self, why: str) -> None:
+        """Tells the others that this process ends early."""
+        self.leaving.set()
+        try:
+            self.tell("gone", why)
+        except Exception:  # nobody is left to be told
+            pass
+
+    def end(self, status: int) -> None:
+        """Ends this process at once; process 0 only when the others have had the time to read the store."""
+        try:
+            self.tell("left", str(status))
+            until = time.monotonic() + (LAST_WORDS_S if self.index == 0 else 0)
+            while time.monotonic() < until and len(self.read("left")) < self.count - len(self.silent_ones()):
+                time.sleep(0.1)
+        except Exception:
+            pass
+        self.release_witness()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    def silent_ones(self) -> set[int]:
+        return {i for i, why in self.read("gone").items() if why == DIED}
+
+    def release_witness(self) -> None:
+        try:
+            self.witness.stdin.write("done\n")
+            self.witness.stdin.close()
+        except OSError:
+            return
+        self.witness.wait()
+
+
+DIED = "has died"
+_processes: _Processes | None = None
+
+
+def silent(seen: dict[int, tuple[str, float]], beats: dict[int, str], now_s: float) -> dict[int, str]:
+    """The processes whose beat has not changed for `DEAD_AFTER_S`, as {number: `DIED`}; `seen` keeps what was read."""
+    for index, beat in beats.items():
+        if seen.get(index, ("", 0.0))[0] != beat:
+            seen[index] = beat, now_s
+    return {index: DIED for index, (_, at) in seen.items() if now_s - at > DEAD_AFTER_S}
+
+
+def start(cluster: Cluster, *, timeout_s: float = START_S) -> None:
+    """Joins this process to the others of its run; to be called once, before JAX touches a device.
+
+    Raises:
+      ConfigError: the processes do not fit together, or process 0 cannot listen (`meeting`); on all of them.
+      RunError: some of the others do not come within `timeout_s`.
+    """
+    global _processes
+    import jax
+    from jax._src import distributed
+
+    options = dict(
+        initialization_timeout=int(timeout_s), heartbeat_timeout_seconds=RUNTIME_TIMEOUT_S,
+        shutdown_timeout_seconds=RUNTIME_TIMEOUT_S,
+    )  # fmt: skip
+    together = nullcontext()
+    if cluster.coordinator != AUTO:
+        options |= dict(
+            coordinator_address=cluster.coordinator, num_processes=cluster.num_processes,
+            process_id=cluster.process_id, local_device_ids=cluster.local_devices,
+            cluster_detection_method="deactivate",
+        )  # fmt: skip
+        together = meeting(cluster, timeout_s, _say)
+    with together as address:
+        try:
+            jax.distributed.initialize(**options, coordinator_bind_address=address)
+        except Exception as error:  # of gRPC, of the cluster's own detection: their text is long and names no field
+            reason = " ".join(str(error).split())[:200]
+            raise RunError(
+                f"the processes of this run did not come together within {timeout_s:.0f} s: coordinator "
+                f"{cluster.coordinator}, process {cluster.process_id} of {cluster.num_processes} by {cluster.how}"
+                f" ({reason})"
+            ) from error
+    state = distributed.global_state
+    if state.num_processes == 1:
+        return
+    _processes = _Processes(state.client, state.process_id, state.num_processes, state.coordinator_address)
+    own = _processes.name(_processes.index)
+    listens = f", which listens at {address}" if address else ""
+    _say(f"{own} of {_processes.count} by {cluster.how}, coordinator {state.coordinator_address}{listens}")
+
+
+def _say(line: str) -> None:
+    print(f"medcg: {line}", file=sys.stderr, flush=True)
+
+
+def is_first() -> bool:
+    """Whether this process writes and prints what all of them know; always where there is one."""
+    return _processes is None or _processes.index == 0
+
+
+def count() -> int:
+    """Processes of this run."""
+    return 1 if _processes is None else _processes.count
+
+
+def whoami() -> str:
+    """ "process 1 (node7)"; "" where there is one process."""
+    return "" if _processes is None else _processes.name(_processes.index)
+
+
+def barrier(name: str, timeout_s: float = BARRIER_S) -> None:
+    """Returns when all processes have called it with this name as often as this one.
+
+    Says on stderr for whom it waits, after 10 s and then every 30 s.
+
+    Raises:
+      RunError: some have not come after `timeout_s`; the message names them.
+    """
+    if _processes is not None:
+        wait(_processes, name, timeout_s)
+
+
+def wait(processes: _Processes, name: str, timeout_s: float) -> None:
+    processes.uses[name] += 1
+    key = f"barrier/{name}/{processes.uses[name]}"
+    processes.client.key_value_set(f"{KEYS}/{key}/{processes.index}", "")
+    over = threading.Event()
+
+    def missing() -> list[int]:
+        return sorted(set(range(processes.count)) - processes.read(key).keys())
+
+    def tell() -> None:
+        pause, began = SAY_AFTER_S, time.monotonic()
+        while not over.wait(pause):
+            pause, late = SAY_EVERY_S, missing()
+            # One line, of the first process that is there.
+            if late and processes.index == min(set(range(processes.count)) - set(late)):
+                names = ", ".join(map(processes.name, late))
+                _say(f"{name}: waiting for {names} since {time.monotonic() - began:.0f} s")
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        processes.client.wait_at_barrier(f"{KEYS}/{key}", int(timeout_s * 1000))
+    except Exception as error:  # gRPC's, of a time that is over or of a coordinator that has gone
+        late = ", ".join(map(processes.name, missing()))
+        raise RunError(f"{name}: {late or 'the coordinator'} did not come within {timeout_s:.0f} s") from error
+    finally:
+        over.set()
+
+
+def broadcast(name: str, choose: Callable[[], object] | None = None):
+    """What `choose()` gives on the first process (JSON), on all; only that one calls it, and needs it."""
+    if _processes is None:
+        return choose()
+    _processes.uses[name] += 1
+    key = f"{KEYS}/said/{name}/{_processes.uses[name]}"
+    if _processes.index == 0:
+        _processes.client.key_value_set(key, json.dumps(choose()))
+    while True:
+        try:
+            return json.loads(_processes.client.blocking_key_value_get(key, 60_000))
+        except Exception as error:  # as long as the first one needs; the watch ends this process if that dies
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+
+def gather(name: str, value) -> list:
+    """What every process says (JSON), in the order of their numbers, on all of them."""
+    if _processes is None:
+        return [value]
+    what = f"gathered/{name}/{_processes.uses[name]}"
+    _processes.tell(what, json.dumps(value))
+    wait(_processes, name, BARRIER_S)
+    found = _processes.read(what)
+    return [json.loads(found[index]) for index in range(_processes.count)]
+
+
+def finish() -> None:
+    """Waits for the others at the end of a run that went well, and parts from them; without processes does nothing."""
+    global _processes
+    if _processes is None:
+        return
+    import jax
+
+    wait(_processes, "the end of the run", BARRIER_S)
+    _processes.leaving.set()
+    jax.distributed.shutdown()
+    _processes.release_witness()
+    _processes = None
+
+
+def fail(status: int, why: str) -> None:
+    """Ends this process with `status`, and the others with its name and `why`; without processes does nothing."""
+    if _processes is not None:
+        _processes.gone(f"ended with status {status}: {why}")
+        _processes.end(status)
+
+
+def await_verdict(why: str) -> None:
+    """Where an error's text is of a lost connection: waits until the watch has found who is dead and ends this process.
+
+    Returns at once for other errors, and where nobody turns out to be dead.
+    """
+    if _processes is not None and any(word in why for word in LOST):
+        time.sleep(DEAD_AFTER_S + LAST_WORDS_S)

@@ -1,0 +1,143 @@
+"""Which subsets a target may be trained on: related, unrelated, without one element, pairs, triples, controls.
+
+Pure functions of a target and the subsets there are. What they give never holds the target, nor another subset of the
+target's whole triplet: the combination stays unseen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from random import Random
+
+from medcg_jax.data.records import Subset
+from medcg_jax.study.design.mat import ELEMENTS, shared
+
+# Direction -> what each member of the set shares with the target: table 3's four, and table 4's.
+PATTERNS: dict[str, tuple[frozenset[str], ...]] = {
+    "fixed_modality": (frozenset({"modality", "area"}), frozenset({"modality", "task"})),
+    "fixed_area": (frozenset({"modality", "area"}), frozenset({"area", "task"})),
+    "fixed_task": (frozenset({"modality", "task"}), frozenset({"area", "task"})),
+    "modality_area": (frozenset({"modality", "area"}), frozenset({"task"})),
+    "one_each": (frozenset({"modality"}), frozenset({"area"}), frozenset({"task"})),
+}
+PAIR_DIRECTIONS = ("fixed_modality", "fixed_area", "fixed_task", "modality_area")
+
+
+def usable(target: Subset, subsets: Sequence[Subset]) -> tuple[Subset, ...]:
+    """All that may be trained on when `target` is the test: every subset that does not share its whole triplet."""
+    return tuple(s for s in subsets if s.name != target.name and len(shared(s, target)) < len(ELEMENTS))
+
+
+def related(target: Subset, subsets: Sequence[Subset]) -> tuple[Subset, ...]:
+    """Subsets which share at least one element with the target."""
+    return tuple(s for s in usable(target, subsets) if shared(s, target))
+
+
+def unrelated(target: Subset, subsets: Sequence[Subset]) -> tuple[Subset, ...]:
+    """Subsets which share no element with the target."""
+    return tuple(s for s in usable(target, subsets) if not shared(s, target))
+
+
+def supplied(target: Subset, training: Sequence[Subset]) -> frozenset[str]:
+    """The elements of the target that the training subsets have between them."""
+    return frozenset().union(*(shared(s, target) for s in training))
+
+
+def is_composable(target: Subset, subsets: Sequence[Subset]) -> bool:
+    """Whether the related subsets together supply all three elements of the target."""
+    return supplied(target, related(target, subsets)) == set(ELEMENTS)
+
+
+def without(target: Subset, subsets: Sequence[Subset], element: str) -> tuple[Subset, ...]:
+    """All related subsets but those which share `element` with the target (figure 4's "w/o")."""
+    if element not in ELEMENTS:
+        raise ValueError(f"element={element!r}; one of {', '.join(ELEMENTS)} is accepted")
+    return tuple(s for s in related(target, subsets) if element not in shared(s, target))
+
+
+def combinations(target: Subset, subsets: Sequence[Subset], direction: str) -> tuple[tuple[Subset, ...], ...]:
+    """Every set of a direction of `PATTERNS`, members in the pattern's order.
+
+    fixed_modality, target (M, A, T) -> ((M, A, .), (M, ., T)), ...
+    """
+    pattern = PATTERNS[direction]
+    return tuple(product(*([s for s in usable(target, subsets) if shared(s, target) == part] for part in pattern)))
+
+
+def pairs(target: Subset, subsets: Sequence[Subset]) -> dict[str, tuple[tuple[Subset, ...], ...]]:
+    """Direction -> every pair of it; directions without one are left out."""
+    found = {direction: combinations(target, subsets, direction) for direction in PAIR_DIRECTIONS}
+    return {direction: sets for direction, sets in found.items() if sets}
+
+
+def detection_pairs(
+    target: Subset, subsets: Sequence[Subset], boxes: Sequence[Subset], direction: str
+) -> tuple[tuple[Subset, ...], ...]:
+    """Every pair of a direction with one member of `subsets` (choice questions) and one of `boxes`."""
+    with_boxes = {s.name for s in boxes}
+    found = combinations(target, (*subsets, *boxes), direction)
+    return tuple(pair for pair in found if sum(s.name in with_boxes for s in pair) == 1)
+
+
+def triples(target: Subset, subsets: Sequence[Subset]) -> tuple[tuple[Subset, ...], ...]:
+    """Every three subsets of which each shares one element with the target, another one each."""
+    return combinations(target, subsets, "one_each")
+
+
+def same_task(target: Subset, subsets: Sequence[Subset]) -> tuple[Subset, ...]:
+    """Control: subsets which share the target's Task and neither its modality nor its area."""
+    return tuple(s for s in usable(target, subsets) if shared(s, target) == {"task"})
+
+
+def random_removal(target: Subset, subsets: Sequence[Subset], seed: int) -> tuple[Subset, ...]:
+    """Control: all related subsets but as many drawn at random as `without` removes on average over the elements."""
+    everything = related(target, subsets)
+    removed = [len(everything) - len(without(target, subsets, element)) for element in ELEMENTS]
+    count = round(sum(removed) / len(removed))
+    out = set(_random("random_removal", target, seed).sample(range(len(everything)), count))
+    return tuple(s for i, s in enumerate(everything) if i not in out)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Subsets and how many training records of each."""
+
+    subsets: tuple[Subset, ...]
+    num_records: tuple[int, ...]
+
+
+def baseline_plus(target: Subset, subsets: Sequence[Subset], num_subsets: int, num_records: int, seed: int) -> Draw:
+    """Random unrelated subsets with `num_records` training records in all, or all there are.
+
+    They come from `num_subsets` of them, from more where these are too small. The draw depends on (target, size, seed),
+    so that the rows of one target share it, as equal values in the printed table suggest. What the paper leaves open
+    about it: `choices`.
+    """
+    pool = sorted(unrelated(target, subsets), key=lambda s: s.name)
+    _random("baseline_plus", target, seed).shuffle(pool)
+    count = min(num_subsets, len(pool))
+    while count < len(pool) and sum(s.num_train for s in pool[:count]) < num_records:
+        count += 1
+    chosen = sorted(pool[:count], key=lambda s: s.name)
+    return Draw(tuple(chosen), spread(num_records, [s.num_train for s in chosen]))
+
+
+def spread(total: int, capacities: Sequence[int]) -> tuple[int, ...]:
+    """`total` parted as evenly as the capacities allow, or the capacities where they hold less.
+
+    spread(10, [2, 9, 9]) -> (2, 4, 4)
+    """
+    given = [0] * len(capacities)
+    order = sorted(range(len(capacities)), key=lambda i: (capacities[i], i))
+    for place, i in enumerate(order):
+        given[i] = min(capacities[i], (total - sum(given)) // (len(order) - place))
+    return tuple(given)
+
+
+def choose(sets: Sequence[tuple[Subset, ...]], purpose: str, target: Subset, seed: int) -> tuple[Subset, ...]:
+    """One of several sets, drawn by (purpose, target, seed)."""
+    return _random(purpose, target, seed).choice(sorted(sets, key=lambda members: [s.name for s in members]))
+
+
+def _random(purpose: str, target: Subset, seed: int) -> Random:
+    return Random(f"{purpose}/{target.name}/{seed}")  # seeded by the text: the same on every machine and Python

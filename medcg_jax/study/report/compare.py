@@ -1,0 +1,273 @@
+"""`medcg report A B`: two grids side by side, row by row: other seeds, machines, or another implementation."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from scipy.stats import norm
+from statsmodels.stats.proportion import confint_proportions_2indep, proportions_ztest
+
+from medcg_jax.config import flat, free_fields
+from medcg_jax.study.report.load_grid import Grid, Score, arm_name, letter_logprobs
+from medcg_jax.study.report.page import added_files, page_template, write_text
+from medcg_jax.study.report.plots import BLUE, INK, ORANGE, draw
+from medcg_jax.study.report.tables import MARKS, Column, Table
+from medcg_jax.study.report.text import counted, points
+from medcg_jax.study.stats import stats
+from medcg_jax.study.stats.mixed import mixed_interval
+from medcg_jax.study.stats.paired import holm
+
+
+@dataclass(frozen=True)
+class Matched:
+    """One cell and target that both grids have.
+
+    Attributes:
+      difference, low, high: B less A, and its 95 % interval. p: exact McNemar where both were asked the same records
+        ("paired"), a test of two proportions else.
+      agreement, largest: of the same records, the share with the same predicted letter, and the largest difference of
+        a log-probability in nats; None of others.
+    """
+
+    table: str
+    row: str
+    arm: str
+    target: str
+    seed: int
+    a: Score
+    b: Score
+    low: float
+    high: float
+    paired: bool
+    p: float
+    agreement: float | None = None
+    largest: float | None = None
+
+    @property
+    def difference(self) -> float:
+        return self.b.accuracy - self.a.accuracy
+
+
+class Side:
+    """One of the two grids, and the answers of the cell that was read last: a cell may be tested on many subsets."""
+
+    def __init__(self, grid: Grid):
+        self.grid = grid
+        self._cell, self._answers = "", {}
+
+    def answers(self, result: Mapping) -> dict[str, dict]:
+        """Record id -> line of the predictions, of one row of results.csv."""
+        if result["cell"] != self._cell:
+            found = defaultdict(dict)
+            for line in self.grid.predictions(result["cell"]):
+                found[line["subset"]][line["id"]] = line
+            self._cell, self._answers = result["cell"], found
+        return self._answers.get(result["target"], {})
+
+    def data(self, seed: int) -> str | None:
+        """Fingerprint of what a seed was tested on; None where it was not recorded."""
+        digest = self.grid.run.get("data", {}).get(str(seed))
+        return digest and digest.partition(" ")[0]  # behind it stands that of the boxes
+
+
+def write_comparison(a: str | Path, b: str | Path, out: str | Path = "") -> Path:
+    """Writes the page that compares two grids into `out` (default: `compare_NAME-OF-B` in A's workdir).
+
+    Raises:
+      FileNotFoundError: a folder is not the workdir of a grid.
+      FileError: a file of theirs is broken.
+    """
+    grids = Grid(a), Grid(b)
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", grids[1].workdir.absolute().name)
+    folder = Path(out) if out else grids[0].workdir / f"compare_{name}"
+    rows = matched(*grids)
+    tables = [table_of(rows), differing(*grids)]
+    # What else lies in the folder is the reader's own.
+    with added_files(folder) as part:
+        for name in ("plots", "tables"):
+            (part / name).mkdir()
+        for table in tables:
+            write_text(part / "tables" / f"{table.name}.csv", table.csv())
+            write_text(part / "tables" / f"{table.name}.tex", table.latex())
+        text = page_template("compare.html.j2", marks=MARKS).render(
+            a=grids[0], b=grids[1], said=verdict(rows, *grids), tables=[t for t in tables if t.rows],
+            figures=[scatter(part / "plots", rows)] if rows else [],
+        )  # fmt: skip
+        write_text(part / "index.html", text)
+    return folder / "index.html"
+
+
+def matched(a: Grid, b: Grid) -> list[Matched]:
+    """What both grids have, in A's order: same table, row, arm, target and seed. Where they share no seed at all the
+    first seed of one is matched with the first of the other, and so on."""
+    seeds_a, seeds_b = (sorted({r["seed"] for r in grid.results}) for grid in (a, b))
+    common = set(seeds_a) & set(seeds_b)
+    as_a = dict(zip(seeds_b, seeds_b if common else seeds_a, strict=False))
+    theirs = {key(r, as_a.get(r["seed"])): r for r in b.results}
+    sides = Side(a), Side(b)
+    return [compared(*sides, ours, other) for ours in a.results if (other := theirs.get(key(ours, ours["seed"])))]
+
+
+def key(result: Mapping, seed: int | None) -> tuple:
+    return result["table"], result["row"], result["arm"], result["target"], seed
+
+
+def compared(a: Side, b: Side, ours: Mapping, theirs: Mapping) -> Matched:
+    answers = a.answers(ours), b.answers(theirs)
+    agreement = largest = None
+    paired = same_records(*answers) and len({a.data(ours["seed"]), b.data(theirs["seed"])} - {None}) < 2
+    if paired:
+        right = [{name: line["predicted"] == line["answer"] for name, line in one.items()} for one in answers]
+        p = stats.compare(*right).p
+        spread = mixed_interval([{name: int(right[1][name]) - int(value) for name, value in right[0].items()}])
+        low, high = spread.low, spread.high
+        pairs = [(line, answers[1][name]) for name, line in answers[0].items()]
+        agreement = sum(x["predicted"] == y["predicted"] for x, y in pairs) / len(pairs)
+        largest = max((gap for x, y in pairs for gap in gaps(x, y)), default=None)
+    else:
+        p = two_proportions(ours["correct"], ours["n"], theirs["correct"], theirs["n"])
+        low, high = newcombe(theirs["correct"], theirs["n"], ours["correct"], ours["n"])
+    fields = {name: ours[name] for name in ("table", "row", "arm", "target", "seed")}
+    return Matched(**fields, a=score(ours), b=score(theirs), low=low, high=high, paired=paired, p=p,
+                   agreement=agreement, largest=largest)  # fmt: skip
+
+
+def same_records(a: Mapping[str, dict], b: Mapping[str, dict]) -> bool:
+    """Whether two cells were asked the same questions: ids, options and answers alike."""
+    return bool(a) and a.keys() == b.keys() and all(
+        (line["options"], line["answer"]) == (b[name]["options"], b[name]["answer"]) for name, line in a.items()
+    )  # fmt: skip
+
+
+def gaps(x: Mapping, y: Mapping) -> list[float]:
+    """Differences of the log-probabilities that both predictions have; none where one was not recorded."""
+    a, b = letter_logprobs(x), letter_logprobs(y)
+    return [0.0 if a[letter] == b[letter] else abs(a[letter] - b[letter]) for letter in a if letter in b]
+
+
+def score(result: Mapping) -> Score:
+    return Score(result["accuracy"], result["ci_low"], result["ci_high"], result["n"], (result["seed"],))
+
+
+def newcombe(correct_b: int, n_b: int, correct_a: int, n_a: int) -> tuple[float, float]:
+    """Newcombe's 95 % interval of b less a, two proportions of other records; (-1, 1) without records."""
+    if not n_a or not n_b:
+        return -1.0, 1.0
+    low, high = confint_proportions_2indep(correct_b, n_b, correct_a, n_a, compare="diff", method="newcomb")
+    return float(low), float(high)
+
+
+def two_proportions(correct_a: int, n_a: int, correct_b: int, n_b: int) -> float:
+    """Two-sided p of the pooled z test of two proportions; 1 where both are all right or all wrong, or n is 0."""
+    if not n_a or not n_b or correct_a + correct_b in (0, n_a + n_b):
+        return 1.0
+    z = proportions_ztest([correct_a, correct_b], [n_a, n_b])[0]
+    return float(2 * norm.sf(abs(z)))
+
+
+def table_of(rows: list[Matched]) -> Table:
+    made = Table(
+        "comparison", "Row by row",
+        "Accuracies in % of both grids (A, B) with Wilson intervals, their difference in points with a 95 % interval, "
+        "and p, adjusted by Holm over all rows: exact McNemar where both were asked the same records (the interval is "
+        "that of the paired differences), else a z test of two proportions (Newcombe's interval). Of the same records "
+        "also the share answered alike, and the largest difference of a log-probability, in nats. Green: B is "
+        "significantly above; orange: below.",
+        [Column("table", "Table"), Column("row", "Row"), Column("arm", "Arm"), Column("target", "Target"),
+         Column("seed", "Seed", "count"), Column("a", "A", "score"), Column("b", "B", "score"),
+         Column("n_a", "n of A", "count"), Column("n_b", "n of B", "count"),
+         Column("difference", "B − A", "points"), Column("ci", "95\u00a0% interval", "interval"),
+         Column("test", "Test"), Column("p", "p", "p"),
+         Column("p_holm", "p, Holm", "p"), Column("agreement", "Answered alike", "share"),
+         Column("largest", "Largest difference, nats")],
+    )  # fmt: skip
+    for row, p in zip(rows, holm([row.p for row in rows]), strict=True):
+        colour = ("win-sure" if row.difference > 0 else "loss-sure") if p < 0.05 else ""
+        made.add(
+            vars(row) | {
+                "table": row.table.replace("_", "-"), "arm": arm_name(row.arm), "p_holm": p, "ci": (row.low, row.high),
+                "n_a": row.a.n, "n_b": row.b.n, "difference": row.difference,
+                "test": "McNemar" if row.paired else "two proportions",
+                "largest": None if row.largest is None else f"{row.largest:.4f}",
+            },
+            difference=colour,
+        )  # fmt: skip
+    return made
+
+
+def differing(a: Grid, b: Grid) -> Table:
+    """Settings (but those that change no result), versions and data that are not the same."""
+    free = free_fields()
+    made = Table(
+        "settings", "What differs between the two", "Settings, versions and fingerprints of the data that differ.",
+        [Column("what", "What"), Column("a", "A", "long"), Column("b", "B", "long")],
+    )  # fmt: skip
+    parts = [
+        flat(grid.config)
+        | {f"version of {name}": version for name, version in grid.run.get("versions", {}).items()}
+        | {f"data of seed {seed}": digest for seed, digest in grid.run.get("data", {}).items()}
+        for grid in (a, b)
+    ]
+    for name in sorted(parts[0].keys() | parts[1].keys()):
+        values = [part.get(name) for part in parts]
+        if values[0] != values[1] and name not in free:
+            made.add({"what": name, "a": _text(values[0]), "b": _text(values[1])})
+    return made
+
+
+def _text(value) -> str:
+    return "(none)" if value is None else "(empty)" if value in ("", [], {}) else str(value)
+
+
+def verdict(rows: list[Matched], a: Grid, b: Grid) -> str:
+    """The comparison in words."""
+    if not rows:
+        return "The two grids have no cell in common: nothing can be compared."
+    adjusted = holm([row.p for row in rows])
+    sure = [row for row, p in zip(rows, adjusted, strict=True) if p < 0.05]
+    mean = sum(row.difference for row in rows) / len(rows)
+    said = f"Of {counted(len(rows), 'result')} that both have, {len(sure)} differ significantly after Holm's "
+    said += f"adjustment; on average B is {points(mean, True)} points from A. "
+    same = [row for row in rows if row.agreement is not None]
+    if same:
+        answers = sum(row.a.n for row in same)
+        share = points(sum(row.agreement * row.a.n for row in same) / answers)
+        said += f"Where the same records were asked, {share} % were answered with the same letter ({answers:,} answers)"
+        found = [row.largest for row in same if row.largest is not None]
+        said += f"; no log-probability differs by more than {max(found):.2g} nats. " if found else ". "
+    if len(same) < len(rows):
+        said += f"In {counted(len(rows) - len(same), 'result')} the records are others, so nothing is paired there. "
+    if sure:
+        said += "They do not agree. "
+    else:
+        said += "They agree within the noise of their records. "
+    only = [len(grid.results) - len(rows) for grid in (a, b)]
+    if any(only):
+        said += f"Not compared, for lack of a counterpart: {only[0]} of A, {only[1]} of B."
+    return said.strip()
+
+
+def scatter(folder: Path, rows: list[Matched]):
+    """Every result of B over that of A, with the diagonal."""
+    adjusted = holm([row.p for row in rows])
+
+    def paint(axes):
+        axes.plot([0, 100], [0, 100], color=INK, linewidth=0.9, linestyle="--")
+        for sure, colour, label in ((False, BLUE, "no significant difference"), (True, ORANGE, "significant")):
+            own = [row for row, p in zip(rows, adjusted, strict=True) if (p < 0.05) == sure]
+            if own:
+                axes.plot(
+                    [100 * r.a.accuracy for r in own], [100 * r.b.accuracy for r in own], "s" if sure else "o",
+                    color=colour, alpha=0.55, markersize=4, markeredgewidth=0, label=label,
+                )  # fmt: skip
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 100)
+        axes.set_aspect("equal")
+        axes.set_xlabel("accuracy of A, %")
+        axes.set_ylabel("accuracy of B, %")
+        axes.figure.legend(loc="outside lower left", ncols=2, handlelength=1)
+
+    caption = "Each point is a result that both grids have; on the dashed line they are equal."
+    return draw(folder, "scatter", "B over A", caption, 4.6, paint, 4.4)

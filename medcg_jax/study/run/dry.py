@@ -1,0 +1,182 @@
+"""`medcg reproduce --dry`: every cell of a grid with its data, steps and cost, before anything runs.
+
+Needs neither weights nor data: where there is no Med-MAT tree, the paper's subsets stand in with nominal sizes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from medcg_jax.config import BOX_TABLES, RunConfig
+from medcg_jax.data.records import Source, Subset
+from medcg_jax.data.sources import open_source
+from medcg_jax.study.design import mat
+from medcg_jax.study.design.schedule import Job, Plan, make_plan, seeded
+
+
+@dataclass(frozen=True)
+class NominalSource:
+    """The subsets of a source that is not there: their names and a number of records, and no records."""
+
+    subsets: tuple[Subset, ...]
+    detection_subsets: tuple[Subset, ...]
+
+
+def nominal_source(num_train: int) -> NominalSource:
+    """The paper's 53 subsets with `num_train` training records each, and no test records: no test size is published."""
+    subsets = [dataclasses.replace(s, num_train=num_train) for s in mat.paper_subsets().values()]
+    boxes = tuple(s for s in subsets if mat.has_boxes(s))
+    return NominalSource(tuple(s for s in subsets if s not in boxes), boxes)
+
+
+def subsets_source(run: RunConfig) -> Source | NominalSource:
+    """The run's data; where its tree does not exist, `nominal_source`, with a line that says so."""
+    data = seeded(run, run.study.seeds[0]).data
+    if data.source != "release" or (data.root and Path(data.root).exists()):
+        return open_source(data)
+    most = data.train_records_per_subset
+    nominal = f"the paper's 53 subsets with {most} training records each, an upper bound"
+    print(f"data.root={data.root!r} does not exist: {nominal}")
+    return nominal_source(most)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of training: samples seen, tokens of their rows at padded length, FLOPs of forward and backward."""
+
+    samples: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.samples + other.samples, self.tokens + other.tokens, self.flops + other.flops)
+
+    def __str__(self) -> str:
+        return f"{self.samples:,} samples, {_short(self.tokens / 1e6)} M tokens, {_short(self.flops / 1e15)} PFLOP"
+
+    def as_dict(self) -> dict[str, float]:
+        return {"samples": self.samples, "tokens": self.tokens, "pflop": self.flops / 1e15}
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+
+
+def costs(run: RunConfig, jobs: Sequence[Job], boxes: Sequence[Subset] = ()) -> dict[str, Cost]:
+    """Job id -> what its training costs; nothing for the base itself.
+
+    What the model needs at padded rows (`models.flops`): attention over the full square, nothing computed again.
+    boxes: the detection subsets; rows of trainings with them have a length of their own.
+    """
+    from medcg_jax.families import flops
+
+    config, data, names = architecture_of(run), run.data, {subset.name for subset in boxes}
+
+    def of_row(with_boxes: bool) -> tuple[int, float]:
+        text = with_boxes and data.max_box_text_tokens or data.max_text_tokens
+        targets = with_boxes and data.max_box_target_tokens or data.max_target_tokens
+        length = config.num_image_tokens + text
+        row = flops.forward(config, length=length, num_logits=targets)
+        return length, flops.training(row, trainable=run.model.trainable)
+
+    rows = {with_boxes: of_row(with_boxes) for with_boxes in (False, True)}
+    found = {}
+    for job in jobs:
+        samples = job.steps * run.train.batch_size
+        length, needed = rows[bool(names & {name for name, _ in job.training})]
+        found[job.id] = Cost(samples, samples * length, samples * needed)
+    return found
+
+
+def architecture_of(run: RunConfig):
+    """The architecture of the run's model; of a tiny one with its small tokenizer's vocabulary."""
+    from medcg_jax.families.build import TINY, architecture
+
+    if run.model.name not in TINY:
+        return architecture(run.model)
+    from medcg_jax.train.setup import model_config, run_tokenizer
+
+    return model_config(run.model, run_tokenizer(run.model))
+
+
+def dry(run: RunConfig) -> dict:
+    """Prints every cell with its training subsets, sizes, steps and cost, and totals; trains nothing.
+
+    Returns {"cells": [cell, as `suite.Cell` with "steps", "trained_as" and its cost], "trainings", "saved" (trained
+    cells that need none of their own), "steps", "bases", "nominal" (whether sizes are), "samples", "tokens", "pflop"};
+    for `study.models` {model: the same}.
+
+    Raises:
+      ConfigError, DataError: as `schedule.make_plan`.
+    """
+    if run.study.models:
+        from medcg_jax.study.run.backbones import model_run
+
+        found = {}
+        for model in run.study.models:
+            print(f"-- {model}")
+            found[model] = dry(model_run(run, model))
+        return found
+    source = subsets_source(run)
+    plan = make_plan(run, source)
+    spent = costs(run, plan.jobs, source.detection_subsets if set(run.study.tables) & set(BOX_TABLES) else ())
+    serving = {cell.id: job for job in plan.jobs for cell in job.cells}
+    listed = []
+    for cell in plan.cells:
+        job = serving[cell.id]
+        training = ", ".join(f"{n} ({c})" for n, c in zip(cell.related, cell.num_records, strict=True)) or "nothing"
+        size = f"{cell.total_records} records, {job.steps} steps"
+        size += f", {spent[job.id]}" if job.steps else ""
+        size += f"; trained as {job.id}" if job.steps and job.id != cell.id else ""
+        notes = f" [{cell.notes}]" if cell.notes else ""
+        print(f"{cell.id}: {training} -> {', '.join(cell.target)}; {size}{notes}")
+        listed.append(dataclasses.asdict(cell) | {"steps": job.steps, "trained_as": job.id} | spent[job.id].as_dict())
+    return {"cells": listed, "nominal": isinstance(source, NominalSource)} | totals(run, plan, spent)
+
+
+def grid_totals(run: RunConfig) -> dict:
+    """What the whole grid of one model computes: {"steps", "samples", "test_rows"}.
+
+    Steps and samples are of its trainings, bases included; rows of its tests, controls included, and 0 where no test
+    size is known.
+
+    Raises:
+      ConfigError, DataError: as `schedule.make_plan`.
+    """
+    source = subsets_source(run)
+    plan = make_plan(run, source)
+    steps, bases = sum(job.steps for job in plan.jobs), len(run.study.seeds) * run.base.steps
+    boxes = source.detection_subsets if set(run.study.tables) & set(BOX_TABLES) else ()
+    tests = {subset.name: subset.num_test for subset in (*source.subsets, *boxes)}
+    rows = sum(tests[name] for job in plan.jobs for name in job.targets)
+    return {
+        "steps": steps + bases,
+        "samples": steps * run.train.batch_size + bases * run.base.batch_size,
+        "test_rows": rows * (1 + len(run.eval.controls)),
+    }
+
+
+def totals(run: RunConfig, plan: Plan, spent: dict[str, Cost]) -> dict:
+    """Prints the grid's numbers; the same as a dict."""
+    trained = [job for job in plan.jobs if job.steps]
+    cells = sum(len(job.cells) for job in trained)
+    # As printed: tables 1 and 2 have a row for each subset tested on, whatever a cell tests at once.
+    rows = {
+        (cell.table, cell.row.split("/")[0] if cell.table == "multi_task" else cell.row, target)
+        for cell in plan.cells
+        for target in cell.target
+    }
+    factors = {"rows": len(rows), "arms": len({c.arm for c in plan.cells}), "seeds": len(run.study.seeds)}
+    all_cells = len(plan.cells)
+    joint, equals = (" x ", " =") if math.prod(factors.values()) == all_cells else (", ", ":")
+    named = [f"{number} {name}" for name, number in factors.items() if name != "seeds" or number > 1]
+    print(f"{joint.join(named)}{equals} {all_cells} cells")
+    saved, bases = cells - len(trained), len(run.study.seeds) if run.base.steps else 0
+    shared = f"{len(trained)} trainings, {saved} saved by equal cells"
+    print(f"{all_cells - cells} cells are the base itself, {cells} are trained: {shared}")
+    steps, cost = sum(job.steps for job in trained), sum((spent[job.id] for job in trained), Cost())
+    print(f"{len(trained)} trainings, {steps} steps; {bases} bases of {run.base.steps} steps")
+    print(f"trainings without bases and tests: {cost} (forward and backward, rows at padded length)")
+    return {"trainings": len(trained), "saved": saved, "steps": steps, "bases": bases} | cost.as_dict()

@@ -1,0 +1,288 @@
+"""What a grid's answers show, computed from what it leaves in its workdir: `results.csv`, `predictions/`, `controls/`,
+`config.json`.
+
+The statistics themselves are in `paired`, `mixed`, `power` and `controls`.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from medcg_jax.eval.intervals import wilson
+from medcg_jax.eval.prediction_lines import prediction_lines
+from medcg_jax.study.stats.controls import controls_of_answers
+from medcg_jax.study.stats.grid_files import read_results
+from medcg_jax.study.stats.mixed import mixed_interval
+from medcg_jax.study.stats.paired import (
+    Comparison,
+    Unit,
+    bootstrap_interval,
+    compare,
+    grouped,
+    holm,
+    mcnemar,
+    mean_difference,
+    overall_test,
+    target_means,
+)
+from medcg_jax.study.stats.power import detectable
+from medcg_jax.study.stats.results import read_config_file
+from medcg_jax.untrusted import FileError, shown
+
+__all__ = [
+    "EFFECTS", "Comparison", "Unit", "bootstrap_interval", "compare", "correct_by_id", "mean_difference", "part_of",
+    "read_results", "summarise", "wilson",
+]  # fmt: skip
+
+# name, table, arm, against: what `summarise` compares, in the order of the report.
+EFFECTS = (
+    ("pairs", "trained", "baseline_plus"),
+    ("pairs", "trained", "baseline"),
+    ("pairs", "baseline_plus", "baseline"),
+    ("triples", "trained", "baseline_plus"),
+    ("triples", "trained", "baseline"),
+    ("detection_pairs", "trained", "baseline"),
+    ("ablation", "all_related", "all_unrelated"),
+    ("ablation", "all_related", "wo_modality"),
+    ("ablation", "all_related", "wo_area"),
+    ("ablation", "all_related", "wo_task"),
+    ("ablation", "all_related", "random_removal"),
+    ("ablation", "all_related", "same_task"),
+    ("ablation", "all_related", "all_data"),
+    ("ablation", "all_related", "baseline"),
+    ("ablation", "random_removal", "wo_modality"),
+    ("ablation", "random_removal", "wo_area"),
+    ("ablation", "random_removal", "wo_task"),
+    ("multi_task", "multi_task", "single_task"),
+    ("multi_task", "multi_task", "baseline"),
+    ("multi_task", "single_task", "baseline"),
+)
+
+
+def summarise(workdir: str | Path) -> dict:
+    """The headline effects of a grid, from `results.csv`, `predictions/` and `config.json` alone.
+
+    All accuracies and differences are fractions; intervals are 95 %. A part without finished cells is left out.
+
+    {
+      "accuracy": [                       # one per (table, part, arm), tables and arms in results.csv's order
+        {"table": "pairs", "part": "fixed_area", "arm": "trained", "accuracy": .77, "targets": 8, "seeds": 3,
+         "n": 7200},                      # mean over rows and seeds; n test answers in all; part "": all parts
+      ],
+      "effects": [                        # one per line of EFFECTS and part that the grid has, part "" first
+        {"table": "pairs", "part": "", "arm": "trained", "against": "baseline_plus",
+         "mean": .36, "ci_low": .33, "ci_high": .39,     # `bootstrap_interval` over targets, seeds and records
+         "targets": 8, "seeds": 3, "rows": 24,
+         "wins": 22, "losses": 2,                        # rows (pooled over seeds) above, below
+         "significant": 20, "significant_losses": 0,     # rows with Holm-adjusted McNemar p < .05
+         "by_target": {"ct-lung-grade": .31}, "by_seed": {"0": .35},
+         "p_overall": .008, "p_smallest": .008,          # `overall_test` over the targets; the smallest p they allow
+         "test": "exact sign flips of 8 targets",
+         "p_overall_holm": .03},         # Holm over the parts of this table and comparison; part "" stands alone
+      ],
+      "rows": [                           # one per row, target and comparison
+        {"table": "pairs", "part": "fixed_area", "row": "fixed_area/ct-lung-grade", "target": "ct-lung-grade",
+         "arm": "trained", "against": "baseline_plus", "seeds": [0, 1, 2], "n": 900,
+         "accuracy_a": .81, "accuracy_b": .44, "difference": .37, "only_a": 350, "only_b": 17,
+         "p": 1e-80, "p_holm": 2e-79,     # Holm over this table's rows of this comparison
+         "ci_low": .31, "ci_high": .43,   # `mixed_interval`: over records and seeds; over records alone with one seed
+         "sd_seeds": .02, "sd_records": .6,   # the two sources of variation; sd_seeds None with one seed
+         "detectable": .045},             # smallest true difference that n shows with 80 % power, given this row's
+                                          # share of discordant answers; None where there is none (`power.detectable`)
+      ],
+      "curves": [                         # efficiency: accuracy over target records, averaged over targets and seeds
+        {"curve": "with_related", "records": 30, "accuracy": .7, "ci_low": .6, "ci_high": .8, "targets": 4, "seeds": 3,
+         "n": 3600},                      # ci: from targets and seeds drawn anew; curve "target_only" is the other
+      ],
+      "controls": {"wo_modality": {...}, "wo_area": {...}, "wo_task": {...}},  # the effects random_removal - wo_X: what
+                                          # an element does beyond less data; "same_task": all_related - same_task
+      "controls_of_answers": [...],       # letters, numbers of options, generation, runs without images and the like:
+                                          # `controls.controls_of_answers`
+    }
+
+    `part` is what a row's name starts with: the direction in `pairs` ("fixed_modality", "fixed_area", "fixed_task",
+    "modality_area"), "in_distribution" or "out_of_distribution" in `multi_task`, the curve in `efficiency`, else "".
+    Records are paired by id within a seed. Where the test records are the same for every seed (released data), a record
+    counts once: it is a win for an arm when that arm was right on it at more seeds; in "ci_low" and "ci_high" records
+    and seeds are crossed there, and records nested in seeds where each seed has its own.
+    """
+    workdir = Path(workdir)
+    results = read_results(workdir)
+    read = _cached_reader(workdir)
+    fresh = _fresh_per_seed(workdir)
+    rows, effects = [], []
+    for table, arm, against in EFFECTS:
+        found, units = _compared(results, read, table, arm, against, fresh)
+        for row, p in zip(found, holm([row["p"] for row in found]), strict=True):
+            row["p_holm"] = p
+        rows += found
+        parts = sorted({row["part"] for row in found})
+        whole = [_effect(table, "", arm, against, found, units)] if parts else []
+        single = [_effect(table, part, arm, against, found, units) for part in parts if part]
+        for effect, p in zip(single, holm([effect["p_overall"] for effect in single]), strict=True):
+            effect["p_overall_holm"] = p
+        effects += [effect | {"p_overall_holm": effect["p_overall"]} for effect in whole] + single
+    return {
+        "accuracy": _accuracies(results),
+        "effects": effects,
+        "rows": rows,
+        "curves": _curves(results),
+        "controls": _controls(effects),
+        "controls_of_answers": controls_of_answers(workdir, results, fresh),
+    }
+
+
+def correct_by_id(path: Path, subset: str) -> dict[str, bool]:
+    """Record id -> whether the likeliest letter was the answer, of one subset in a predictions file."""
+    return _correct(path).get(subset, {})
+
+
+def _correct(path: Path) -> dict[str, dict[str, bool]]:
+    """Subset -> what `correct_by_id` gives."""
+    found: dict[str, dict[str, bool]] = defaultdict(dict)
+    for line in prediction_lines(path):
+        found[line["subset"]][line["id"]] = line["predicted"] == line["answer"]
+    return found
+
+
+def part_of(table: str, row: str) -> str:
+    """The part of a table that a row belongs to: see `summarise`."""
+    return "" if table == "ablation" else row.split("/")[0]
+
+
+def _fresh_per_seed(workdir: Path) -> bool:
+    """Whether each seed has test records of its own (phantoms are drawn by the seed)."""
+    return read_config_file(workdir)["config"]["data"]["source"] == "phantom"
+
+
+def _cached_reader(workdir: Path) -> Callable[[str, str], dict[str, bool]]:
+    kept: dict[str, dict[str, dict[str, bool]]] = {}
+
+    def read(cell: str, subset: str) -> dict[str, bool]:
+        if cell not in kept:
+            kept[cell] = _correct(workdir / "predictions" / f"{cell}.jsonl")
+        return kept[cell].get(subset, {})
+
+    return read
+
+
+def _compared(results, read, table, arm, against, fresh) -> tuple[list[dict], dict[str, list[Unit]]]:
+    """Rows where both arms are finished, and part -> units."""
+    cells = {(r["arm"], r["row"], r["target"], r["seed"]): r["cell"] for r in results if r["table"] == table}
+    keys = grouped([k[1:] for k in cells if k[0] == arm and (against, *k[1:]) in cells], lambda k: k[:2])
+    rows, units = [], defaultdict(list)
+    for (row, target), group in keys.items():
+        part, seeds = part_of(table, row), sorted(seed for _, _, seed in group)
+        pairs = []
+        for seed in seeds:
+            a = read(cells[arm, row, target, seed], target)
+            b = read(cells[against, row, target, seed], target)
+            if a.keys() != b.keys():
+                raise FileError(
+                    f"predictions/{cells[arm, row, target, seed]}.jsonl and {cells[against, row, target, seed]}.jsonl: "
+                    f"{len(a.keys() ^ b.keys())} records of {shown(target)} are in one of them alone"
+                )
+            one = compare(a, b)
+            pairs.append((a, b))
+            units[part].append(Unit(target, seed, one.n, one.only_a, one.only_b))
+        pooled = _pooled(pairs, fresh)
+        rows.append(
+            {"table": table, "part": part, "row": row, "target": target, "arm": arm, "against": against, "seeds": seeds}
+            | asdict(pooled)
+            | {"difference": pooled.difference}
+            | _spread(pairs, fresh)
+            | {"detectable": detectable(pooled.n, (pooled.only_a + pooled.only_b) / pooled.n)}
+        )
+    return rows, units
+
+
+def _pooled(pairs: Sequence[tuple[dict, dict]], fresh: bool) -> Comparison:
+    """One row over its seeds; where records return with every seed, each counts once, by its majority."""
+    if fresh or len(pairs) == 1:
+        joined = [{f"{i}/{key}": v for i, pair in enumerate(pairs) for key, v in pair[side].items()} for side in (0, 1)]
+        return compare(*joined)
+    lead: dict[str, int] = defaultdict(int)
+    for a, b in pairs:
+        for key in a:
+            lead[key] += int(a[key]) - int(b[key])
+    a, b = (float(np.mean([np.mean(list(pair[side].values())) for pair in pairs])) for side in (0, 1))
+    only_a, only_b = sum(v > 0 for v in lead.values()), sum(v < 0 for v in lead.values())
+    return Comparison(len(lead), a, b, only_a, only_b, mcnemar(only_a, only_b))
+
+
+def _spread(pairs: Sequence[tuple[dict, dict]], fresh: bool) -> dict[str, float | None]:
+    """The interval of one row's mean difference, and its two sources of variation."""
+    differences = [
+        {(seed if fresh else None, key): int(right) - int(b[key]) for key, right in a.items()}
+        for seed, (a, b) in enumerate(pairs)
+    ]
+    found = mixed_interval(differences)
+    return {"ci_low": found.low, "ci_high": found.high, "sd_seeds": found.sd_seeds, "sd_records": found.sd_records}
+
+
+def _effect(table: str, part: str, arm: str, against: str, rows: Sequence[dict], units: Mapping) -> dict:
+    own = [row for row in rows if part in ("", row["part"])]
+    mine = [u for name, group in units.items() if part in ("", name) for u in group]
+    low, high = bootstrap_interval(mine)
+    by_target = target_means(mine)
+    overall = overall_test(list(by_target.values()))
+    sure = [row for row in own if row["p_holm"] < 0.05]
+    return {
+        "table": table, "part": part, "arm": arm, "against": against,
+        "mean": mean_difference(mine), "ci_low": low, "ci_high": high,
+        "targets": len({u.target for u in mine}), "seeds": len({u.seed for u in mine}), "rows": len(own),
+        "wins": sum(row["difference"] > 0 for row in own), "losses": sum(row["difference"] < 0 for row in own),
+        "significant": sum(row["difference"] > 0 for row in sure),
+        "significant_losses": sum(row["difference"] < 0 for row in sure),
+        "by_target": by_target,
+        "by_seed": {str(seed): mean_difference(group) for seed, group in grouped(mine, lambda u: u.seed).items()},
+        "p_overall": overall.p, "p_smallest": overall.p_smallest, "test": overall.test,
+    }  # fmt: skip
+
+
+def _accuracies(results: Sequence[dict]) -> list[dict]:
+    groups: dict[tuple[str, str, str], list[dict]] = defaultdict(list)
+    for row in results:
+        part = part_of(row["table"], row["row"])
+        for name in dict.fromkeys(("", part)):
+            groups[row["table"], name, row["arm"]].append(row)
+    return [
+        {"table": table, "part": part, "arm": arm, "accuracy": float(np.mean([r["accuracy"] for r in rows])),
+         "targets": len({r["target"] for r in rows}), "seeds": len({r["seed"] for r in rows}),
+         "n": sum(r["n"] for r in rows)}
+        for (table, part, arm), rows in groups.items()
+        if table != "efficiency"
+    ]  # fmt: skip
+
+
+def _curves(results: Sequence[dict]) -> list[dict]:
+    groups: dict[tuple[str, int], list[dict]] = defaultdict(list)
+    for row in results:
+        if row["table"] == "efficiency":
+            groups[part_of("efficiency", row["row"]), int(row["arm"].rsplit("_", 1)[1])].append(row)
+    curves = []
+    for (curve, records), rows in sorted(groups.items()):
+        # An accuracy is a difference against never being right.
+        units = [Unit(r["target"], r["seed"], r["n"], r["correct"], 0) for r in rows]
+        low, high = bootstrap_interval(units, draws=2000)
+        curves.append(
+            {"curve": curve, "records": records, "accuracy": mean_difference(units), "ci_low": low, "ci_high": high,
+             "targets": len({r["target"] for r in rows}), "seeds": len({r["seed"] for r in rows}),
+             "n": sum(r["n"] for r in rows)}
+        )  # fmt: skip
+    return curves
+
+
+def _controls(effects: Sequence[dict]) -> dict[str, dict]:
+    find = partial(_find, effects)
+    found = {f"wo_{x}": find("random_removal", f"wo_{x}") for x in ("modality", "area", "task")}
+    found["same_task"] = find("all_related", "same_task")
+    return {name: effect for name, effect in found.items() if effect}
+
+
+def _find(effects: Sequence[dict], arm: str, against: str) -> dict | None:
+    return next((e for e in effects if (e["table"], e["arm"], e["against"]) == ("ablation", arm, against)), None)

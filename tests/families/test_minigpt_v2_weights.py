@@ -1,0 +1,268 @@
+"""MiniGPT-v2's weights: three released files as one, the whole state dict both ways, a merged Llama, strictness."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import hf_tiny_minigpt as tiny
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from releases import one, same, write
+
+from medcg_jax.config import MeshConfig
+from medcg_jax.families import build
+from medcg_jax.families.minigpt_v2 import minigpt_v2_7b
+from medcg_jax.families.weights import engine, minigpt_v2
+from medcg_jax.families.weights.convert import convert, export, load_checkpoint, read_config
+from medcg_jax.families.weights.files import WeightsError, open_bin, open_safetensors, open_tensors, read_json
+from medcg_jax.families.weights.minigpt_v2_llama import export_llama
+from medcg_jax.families.weights.positions import cubic_weights, resize_positions
+from medcg_jax.mesh import make_mesh
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return tiny.state()
+
+
+@pytest.fixture(scope="module")
+def params(tensors):
+    return tiny.port(tensors)[1]
+
+
+def released_parts(tensors: dict[str, np.ndarray]) -> tuple[dict, dict, dict]:
+    """The tensors as the release's files name them: Llama's, eva_vit_g.pth's and MiniGPT-v2's own."""
+    llama, eva, own = {}, {}, {}
+    for name, value in tensors.items():
+        if name.startswith("visual_encoder."):
+            eva[name.removeprefix("visual_encoder.")] = value
+        elif name.startswith(("llama_proj", "ln_vision")) or "lora" in name:
+            own[minigpt_v2.released_name(name)] = value
+        else:
+            llama[name.removeprefix("llama_model.")] = value
+    # What is in the files and belongs to nothing that is computed.
+    beyond = {name.replace("blocks.2.", "blocks.3."): x for name, x in eva.items() if name.startswith("blocks.2.")}
+    eva |= beyond | {"head.weight": np.ones((5, 36), np.float32), "fc_norm.bias": np.ones(36, np.float32)}
+    own["llama_model.base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(6, np.float32)
+    return llama, eva, own
+
+
+@pytest.fixture
+def released(tensors, tmp_path, monkeypatch):
+    """(directory of Llama, function that writes the two .pth files, as changed, beside it)."""
+    torch = pytest.importorskip("torch")
+    # The sizes that no released file states.
+    monkeypatch.setattr(minigpt_v2, "RELEASED", dataclasses.replace(tiny.CONFIG, text=minigpt_v2.RELEASED.text))
+    llama, eva, own = released_parts(tensors)
+    directory = write(tmp_path / "Llama-2-7b-chat-hf", llama, minigpt_v2.llama_json(tiny.CONFIG, "float32"))
+
+    def save(eva_changes: dict | None = None, own_changes: dict | None = None, *, where: Path = directory) -> None:
+        files = ((minigpt_v2.EVA_FILE, eva, eva_changes, False), (minigpt_v2.OWN_FILE, own, own_changes, True))
+        for name, found, changes, is_nested in files:
+            found = {key: x for key, x in (found | (changes or {})).items() if x is not None}
+            state = {key: torch.from_numpy(x.copy()) for key, x in found.items()}
+            whole = {"model": state, "optimizer": {"lr": 1e-5}, "config": {"arch": "minigpt_v2"}, "epoch": 49}
+            torch.save(whole if is_nested else state, where / name)
+
+    return directory, save
+
+
+def test_three_released_files_are_one_model(released, params, tmp_path):
+    directory, save = released
+    with pytest.raises(WeightsError, match="holds Llama alone, and .*eva_vit_g.pth and .* is no file"):
+        load_checkpoint(directory, tiny.CONFIG, one())
+    # Beside Llama's directory, in it, and named.
+    save(where=tmp_path)
+    assert read_config(directory) == dataclasses.replace(minigpt_v2.RELEASED, text=tiny.CONFIG.text)
+    same(load_checkpoint(directory, tiny.CONFIG, one())[1], params)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in (minigpt_v2.EVA_FILE, minigpt_v2.OWN_FILE):
+        (tmp_path / name).rename(elsewhere / name)
+    parts = {"eva": elsewhere / minigpt_v2.EVA_FILE, "minigpt": elsewhere / minigpt_v2.OWN_FILE}
+    same(load_checkpoint(directory, tiny.CONFIG, one(), parts=parts)[1], params)
+
+
+def test_the_norm_behind_the_tower_is_plain_where_no_file_has_it(released, params):
+    directory, save = released
+    save(own_changes={"ln_vision.weight": None, "ln_vision.bias": None})
+    _, loaded = load_checkpoint(directory, tiny.CONFIG, one())
+    assert np.asarray(loaded["vision"]["norm"]["scale"]).tolist() == [1.0] * 36
+    assert np.asarray(loaded["vision"]["norm"]["bias"]).tolist() == [0.0] * 36
+    same(loaded["lora"], params["lora"])
+
+
+def test_positions_of_a_smaller_image_are_resized(released, params):
+    directory, save = released
+    small = np.random.default_rng(0).standard_normal((1, 17, 36)).astype(np.float32)
+    save(eva_changes={"pos_embed": small})
+    _, loaded = load_checkpoint(directory, tiny.CONFIG, one())
+    np.testing.assert_array_equal(loaded["vision"]["positions"], resize_positions(small[0], 6))
+
+
+def test_later_spellings_and_what_was_trained_besides_are_read(released, tensors):
+    directory, save = released
+    later = {}
+    for name in ("q_proj.lora_A", "v_proj.lora_B"):
+        old = f"llama_model.base_model.model.model.layers.1.self_attn.{name}.weight"
+        later |= {old: None, old.replace(".weight", ".default.weight"): tensors[minigpt_v2.canonical(old)]}
+    trained = 2 * tensors["llama_model.model.layers.0.self_attn.q_proj.weight"]
+    name = "llama_model.base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
+    save(own_changes={**later, name: trained})
+    _, loaded = load_checkpoint(directory, tiny.CONFIG, one())
+    same(loaded["lora"], tiny.port(tensors)[1]["lora"])
+    np.testing.assert_array_equal(loaded["decoder"]["blocks"]["q"]["kernel"][0], trained.T.reshape(40, 4, 12))
+
+
+@pytest.mark.parametrize(
+    ("eva", "own", "message"),
+    [
+        ({"blocks.1.attn.q_bias": None}, {}, "1 missing: visual_encoder.blocks.1.attn.q_bias; no unused"),
+        ({}, {"llama_proj.bias": None}, "1 missing: llama_proj.bias"),
+        ({"blocks.1.attn.k_bias": np.ones(36, np.float32)}, {}, "1 unused: visual_encoder.blocks.1.attn.k_bias"),
+        ({}, {"t5_proj.weight": np.ones(3, np.float32)}, "1 unused: t5_proj.weight"),
+        ({}, {"llama_proj.weight": np.ones((40, 36), np.float32)}, r"misshapen: llama_proj.weight \(40, 36\) instead"),
+        ({"pos_embed": np.ones((1, 18, 36), np.float32)}, {}, r"misshapen: visual_encoder.pos_embed \(1, 18, 36\)"),
+    ],
+)
+def test_missing_unused_and_misshapen_tensors_stop_the_load(eva, own, message, released):
+    directory, save = released
+    save(eva, own)
+    with pytest.raises(WeightsError, match=message):
+        load_checkpoint(directory, tiny.CONFIG, one())
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("/nowhere/at/all"),))
+
+
+def test_pickles_that_hold_more_than_tensors_are_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "file.pth"
+    torch.save({"model": {"a": torch.ones(2)}, "hook": Evil()}, path)
+    with pytest.raises(WeightsError, match="no tensor and no plain value; nothing of it was run"):
+        open_bin(path, "model")
+    path.write_bytes(b"\x80\x02no pickle")
+    with pytest.raises(WeightsError, match="is damaged or no PyTorch file of tensors and plain values"):
+        open_bin(path)
+    torch.save({"state": {"a": torch.ones(2)}}, path)
+    with pytest.raises(WeightsError, match="has no entry 'model'; it holds state"):
+        open_bin(path, "model")
+    with pytest.raises(WeightsError, match="holds other things than tensors by name"):
+        open_bin(path)
+    # As versions before 1.6 wrote it: no archive.
+    torch.save({"a": torch.full((2,), 3.0)}, path, _use_new_zipfile_serialization=False)
+    assert open_bin(path).read("a").tolist() == [3.0, 3.0]
+
+
+def test_exported_it_is_the_state_dict_and_loads_again(params, tensors, tmp_path):
+    export(params, tiny.CONFIG, tmp_path)
+    found = open_tensors(tmp_path)
+    assert {minigpt_v2.canonical(name): shape for name, shape in found.shapes.items()} == {
+        name: value.shape for name, value in tensors.items()
+    }
+    for name in found.shapes:
+        np.testing.assert_array_equal(found.read(name), tensors[minigpt_v2.canonical(name)])
+    config = read_config(tmp_path)
+    assert dataclasses.replace(config, scan_unroll=1) == tiny.CONFIG
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2, tensor=1))
+    _, loaded = load_checkpoint(tmp_path, tiny.CONFIG, mesh)
+    same(jax.device_put(loaded, jax.devices()[0]), params)
+    assert loaded["lora"]["q"]["a"].addressable_shards[0].data.shape == (3, 20, 3)
+
+
+def test_converted_and_back(params, tmp_path):
+    export(params, tiny.CONFIG, tmp_path / "whole")
+    there = convert(tmp_path / "whole", tmp_path / "orbax")
+    assert (there["parameters"], there["dtype"]) == (build.num_params(params), "float32")
+    convert(tmp_path / "orbax", tmp_path / "back", to="hf")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_exported_llama_has_the_adapters_in_its_weights(params, tensors, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    export_llama(params, tiny.CONFIG, tmp_path)
+    llama, report = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokens = np.random.default_rng(0).integers(3, 100, (2, 9))
+    with torch.no_grad():
+        theirs = llama(torch.from_numpy(tokens)).logits.numpy()
+    graphdef, _ = build.abstract(tiny.CONFIG)
+    run = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens))
+    assert np.abs(np.asarray(run(params, tokens)) - theirs).max() < 1e-4
+    # Planted: without the adapters it is another model.
+    bare = jax.tree.map(lambda w: w, params)
+    bare["lora"] = jax.tree.map(lambda w: 0 * w, params["lora"])
+    assert np.abs(np.asarray(run(bare, tokens)) - theirs).max() > 1e-2
+
+
+def test_golden_names_and_files(shared_dir):
+    """Every tensor of the original's state dict is known, and stands in the file of the release that is read for it."""
+    golden = shared_dir / "golden" / "minigpt_v2" / "variant_a"
+    found = open_safetensors(golden / "weights.safetensors")
+    config = minigpt_v2.config_from_json(read_json(golden / "config.json"))
+    slots = engine.slots(minigpt_v2.table(config), build.abstract(config)[1])
+    ours = {minigpt_v2.released_name(name): slot.released_shape for name, slot in slots.items()}
+    assert ours == {name: shape for name, shape in found.shapes.items() if not name.endswith("inv_freq")}
+    readers = {
+        "Llama": minigpt_v2.canonical_llama,
+        "eva_vit_g.pth": lambda name: minigpt_v2.canonical_eva(name, config.vision.num_layers),
+        "minigptv2": minigpt_v2.canonical,
+    }
+    seen = set()
+    for name, (file, key) in read_json(golden / "key_map.json").items():
+        start = next((start for start in readers if (file or "").startswith(start)), None)
+        seen.add(start)
+        if start is None:
+            assert name.startswith("ln_vision.")
+        else:
+            assert readers[start](key) == minigpt_v2.canonical(name)
+    assert seen == {*readers, None}
+
+
+def test_config_goes_both_ways_and_states_what_it_must():
+    written = minigpt_v2.config_to_json(tiny.CONFIG, "float32")
+    assert minigpt_v2.config_from_json(json.loads(json.dumps(written))) == dataclasses.replace(
+        tiny.CONFIG, scan_unroll=0
+    )
+    lacking = {key: value for key, value in written.items() if key not in ("vit_heads", "lora_r")}
+    with pytest.raises(WeightsError, match="lacks vit_heads, lora_r"):
+        minigpt_v2.config_from_json(lacking)
+
+
+def test_the_table_fills_every_parameter_of_7b_once():
+    _, params = build.abstract(minigpt_v2_7b())
+    found = engine.slots(minigpt_v2.table(minigpt_v2_7b()), params)
+    # 39 blocks of 13 and 4 around them; the norm's and the projector's 2 each; 32 layers of 9 and 4 halves; 3 more.
+    assert len(found) == 39 * 13 + 4 + 2 + 2 + 32 * (9 + 4) + 3
+    assert sum(int(np.prod(slot.released_shape)) for slot in found.values()) == 7_782_021_504
+    assert found["visual_encoder.blocks.38.attn.qkv.weight"].released_shape == (4224, 1408)
+    assert found["llama_proj.weight"].released_shape == (4096, 5632)
+    assert found["llama_model.model.layers.31.self_attn.v_proj.lora_B.weight"].released_shape == (4096, 64)
+
+
+@pytest.mark.parametrize(("old", "new"), [(16, 32), (5, 10), (4, 6), (7, 3), (3, 3)])
+def test_positions_are_resized_as_pytorch_does(old, new):
+    torch = pytest.importorskip("torch")
+    table = np.random.default_rng(old).standard_normal((1 + old * old, 8)).astype(np.float32)
+    grid = torch.from_numpy(table[1:]).reshape(1, old, old, 8).permute(0, 3, 1, 2)
+    theirs = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    theirs = theirs.permute(0, 2, 3, 1).reshape(-1, 8).numpy()
+    ours = resize_positions(table, new)
+    np.testing.assert_array_equal(ours[0], table[0])
+    assert np.abs(ours[1:] - theirs).max() < 1e-5
+    np.testing.assert_allclose(cubic_weights(old, new).sum(axis=1), 1, atol=1e-12)
+
+
+def test_another_cubic_or_other_corners_would_be_seen(monkeypatch):
+    table = np.random.default_rng(0).standard_normal((17, 3)).astype(np.float32)
+    before = resize_positions(table, 6)
+    monkeypatch.setattr("medcg_jax.families.weights.positions.CUBIC", -0.5)
+    assert np.abs(resize_positions(table, 6) - before).max() > 1e-2

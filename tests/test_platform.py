@@ -1,0 +1,57 @@
+"""XLA's flags: only the platform's own, never over the user's, and only such as XLA knows."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medcg_jax.platform import FLAGS, MEMORY_FRACTION, added, apply, platform
+
+values = st.sampled_from(("true", "false", "7"))
+
+
+@given(
+    here=st.sampled_from(("cpu", "cuda", "gpu", "tpu", "cuda,cpu")), deterministic=st.booleans(),
+    own=st.dictionaries(st.sampled_from([flag.name for flag in FLAGS]), values),
+)  # fmt: skip
+def test_what_is_added_is_the_platform_s_and_not_the_user_s(here, deterministic, own):
+    environ = {"JAX_PLATFORMS": here, "XLA_FLAGS": " ".join(f"--{name}={value}" for name, value in own.items())}
+    found = added(environ, deterministic)
+    wanted = {"gpu": "cuda", "cuda,cpu": "cuda"}.get(here, here)
+    assert platform(environ) == wanted
+    for flag in FLAGS:
+        is_wanted = flag.platform == wanted and flag.name not in own and (deterministic or not flag.deterministic)
+        assert (flag in found) == is_wanted
+
+
+def test_determinism_is_one_flag_of_gpus():
+    on, off = (added({"JAX_PLATFORMS": "cuda"}, deterministic) for deterministic in (True, False))
+    assert [flag.name for flag in on if flag not in off] == ["xla_gpu_deterministic_ops"]
+
+
+@pytest.mark.parametrize(
+    ("here", "whole_device", "own", "expected"),
+    [("cuda", True, "", "0.90"), ("cuda", False, "", None), ("cuda", True, "0.5", "0.5"), ("cpu", True, "", None)],
+)
+def test_a_run_takes_most_of_its_gpu_s_memory(monkeypatch, here, whole_device, own, expected):
+    monkeypatch.setenv("JAX_PLATFORMS", here)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv(MEMORY_FRACTION[0], own) if own else monkeypatch.delenv(MEMORY_FRACTION[0], raising=False)
+    line = apply(True, whole_device=whole_device)
+    assert os.environ.get(MEMORY_FRACTION[0]) == expected
+    assert (MEMORY_FRACTION[0] in line) == (expected == "0.90")
+    os.environ.pop(MEMORY_FRACTION[0], None)
+
+
+@pytest.mark.parametrize("flag", [None, *FLAGS], ids=lambda flag: flag.name if flag else "one that XLA does not know")
+def test_xla_knows_every_flag(flag):
+    """XLA ends a process with a flag in XLA_FLAGS that it does not know, of whatever platform."""
+    text = f"--{flag.name}={flag.value}" if flag else "--xla_no_such_flag=true"
+    done = subprocess.run(
+        [sys.executable, "-c", "import jax; print(jax.jit(lambda x: x + 1)(1))"], timeout=120, check=False,
+        env=os.environ | {"XLA_FLAGS": text, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode == 0) == (flag is not None), done.stderr[-500:]
