@@ -181,7 +181,7 @@ def _open(directory: Path, pack: Path, random: Random) -> bool:
 
     parts = {"base": pack / "base"} if directory.name.startswith("adapter") else {}
     config = read_config(directory, parts=parts)
-    leaves = jax.tree.leaves(open_leaves(directory, config, parts=parts))
+    leaves = jax.tree.leaves(open_leaves(directory, parts=parts))
     for leaf in random.sample(leaves, 3):
         value = np.asarray(leaf)
         assert value.shape == leaf.shape and np.isfinite(value).all()
