@@ -27,7 +27,7 @@ from medcg_jax.data.release import ReleaseSource
 from medcg_jax.families import build, prompts
 from medcg_jax.families.flops import forward, training
 from medcg_jax.families.formats import llava
-from medcg_jax.families.llava import LlavaConfig, llava15_7b, llava15_bench
+from medcg_jax.families.llava.model import LlavaConfig, llava15_7b, llava15_bench
 from medcg_jax.files import write_whole
 from medcg_jax.host import keep_freed_memory
 from medcg_jax.mesh import make_mesh, put_batch

@@ -9,10 +9,10 @@ import math
 from dataclasses import dataclass, fields
 
 from medcg_jax.families.build import Config
-from medcg_jax.families.minigpt_v2 import MiniGPTv2Config
-from medcg_jax.families.mllama import MllamaConfig
-from medcg_jax.families.mllama_vit import NUM_TILES
-from medcg_jax.families.qwen2_vl import Qwen2VLConfig
+from medcg_jax.families.minigpt_v2.model import MiniGPTv2Config
+from medcg_jax.families.mllama.model import MllamaConfig
+from medcg_jax.families.mllama.vit import NUM_TILES
+from medcg_jax.families.qwen2_vl.model import Qwen2VLConfig
 from medcg_jax.nn.lora import LoraConfig, target_axes
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from benchmarks import packing
-from medcg_jax.families.llava import llava15_7b
+from medcg_jax.families.llava.model import llava15_7b
 
 
 def test_rows_hold_the_records_and_packing_pays_with_text_alone():
@@ -34,7 +34,7 @@ def test_lengths_are_about_llamas():
 def test_steps_on_both_kinds_of_rows_have_one_loss(monkeypatch):
     # `measured` compares the first losses: records of other sizes in the packed rows are seen.
     from medcg_jax.data.packing import Packer
-    from medcg_jax.families.llava import llava15_tiny
+    from medcg_jax.families.llava.model import llava15_tiny
 
     small = dict(
         image_size_px=16, embed_dim=16, num_vision_layers=2, vision_mlp_dim=32, num_layers=2, mlp_dim=32, scan_unroll=1

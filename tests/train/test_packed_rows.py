@@ -16,7 +16,7 @@ from medcg_jax.data.encoding import Encoded
 from medcg_jax.data.packing import Packer, RowShape, choose, sizes
 from medcg_jax.data.records import Record, RecordSet, Turn
 from medcg_jax.families.formats import llava
-from medcg_jax.families.llava import Llava
+from medcg_jax.families.llava.model import Llava
 from medcg_jax.study.design.schedule import make_plan
 from medcg_jax.train import run as runs
 from medcg_jax.train.losses import token_loss
