@@ -153,8 +153,6 @@ class DataConfig:
     # Training rows end at the longest record's length, rounded up to a multiple of this (image included; never above
     # what `max_text_tokens` allows); 0: all rows have that. A grid's rows end at the longest of all its trainings.
     row_multiple: int = 0
-    # 1: `train` lays the records of a batch several to a row, where that saves padding (`data.packing`); LLaVA alone.
-    pack: int = 0
     # "At most 3,000 label-balanced training records per subset" (digest of the published version).
     train_records_per_subset: int = 3000
     # 0: all test records.

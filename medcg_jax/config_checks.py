@@ -57,7 +57,6 @@ BOUNDS = {
     "data.max_box_text_tokens": (0, MOST_TOKENS),
     "data.max_box_target_tokens": (0, MOST_TOKENS),
     "data.row_multiple": (0, MOST_TOKENS),
-    "data.pack": (0, 1),
     "data.train_records_per_subset": (1, MOST_RECORDS),
     "data.test_records_per_subset": (0, MOST_RECORDS),
     "data.imagewikiqa_share": (0, BELOW_1),
@@ -140,7 +139,6 @@ def check(run: RunConfig) -> None:
         one_of("study.epochs_of", name, (*TABLES, *BOX_TABLES))
     for name in run.study.model_flags:
         one_of("study.model_flags", name, tuple(MODELS))
-    check_pack(run)
     for name in run.eval.controls:
         one_of("eval.controls", name, CONTROLS)
     check_general(run)
@@ -153,16 +151,6 @@ def check(run: RunConfig) -> None:
         check_training(part, getattr(run, part))
     if run.log.profile_steps:
         profile_steps(run.log.profile_steps, run.train.steps)
-
-
-def check_pack(run: RunConfig) -> None:
-    if run.data.pack and MODELS[run.model.name] != "llava":
-        raise ConfigError(f"data.pack=1: 0 is accepted with model.name={run.model.name!r}, 1 with LLaVA alone")
-    if run.data.pack and run.model.attention == "cudnn":
-        raise ConfigError(
-            "model.attention='cudnn': auto, plain or splash is accepted with data.pack=1, cuDNN's kernel reads segment "
-            "ids as lengths"
-        )
 
 
 def check_adapters(model: ModelConfig) -> None:
