@@ -1,7 +1,7 @@
 """Analytic FLOPs of every family: a multiply-add counts 2, an embedding lookup 0.
 
 XLA's own count is of no use here: it counts the body of a scan once, and a fused attention kernel not at all.
-The formulas agree with PyTorch's FlopCounterMode on CLIP and Llama (tests/models/test_flops.py), and with the numbers
+The formulas agree with PyTorch's FlopCounterMode on CLIP and Llama (tests/families/test_flops.py), and with the numbers
 of parameters of every family's parts. Left out: norms, activations, NExT-Chat's heads for boxes (under 0.1 %) and SAM.
 """
 
