@@ -8,14 +8,12 @@ import jax
 
 from medcg_jax.config import ConfigError, RunConfig, TrainConfig, free_fields
 from medcg_jax.config_checks import profile_steps
-from medcg_jax.data.encoding import Encoded, cut_rows, row_length
-from medcg_jax.data.packing import RowShape, choose, sizes
-from medcg_jax.data.pipeline import Batches, draws
+from medcg_jax.data.encoding import cut_rows, row_length
+from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import concat
 from medcg_jax.data.sources import subset_names
 from medcg_jax.families.build import abstract, shardings, split_trainable
-from medcg_jax.families.flops import forward, training
-from medcg_jax.mesh import num_parts, own_rows
+from medcg_jax.mesh import own_rows
 from medcg_jax.nn.base import Base
 from medcg_jax.train import disk, goodput
 from medcg_jax.train.checkpoint import save_params
@@ -81,7 +79,6 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
     longest = int(encoded.arrays["length"].max())
     encoded = cut_rows(encoded, row_length(longest, run.data, setup.format))
     control = control_from(run.train, len(encoded))
-    shape = packed_shape(setup, encoded, int(control["total_steps"])) if run.data.pack else None
     trace = _trace(run, workdir, int(control["total_steps"]))
     check_disk(setup, workdir)
     graphdef, params = start_params(setup, seed=run.train.seed)
@@ -104,8 +101,7 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
             seed=run.train.seed,
             weights=run.data.subset_weights,
             position=position,
-            rows=own_rows(setup.mesh, shape.rows if shape else run.train.batch_size),
-            pack=shape,
+            rows=own_rows(setup.mesh, run.train.batch_size),
         ),
         metrics=workdir / "metrics" / "train.jsonl",
         tensorboard=workdir / "tensorboard" if run.log.tensorboard else None,
@@ -126,27 +122,6 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
     print(f"{result.step} steps on {len(encoded)} records of {len(names)} subsets; parameters in {workdir / 'params'}")
     return {"workdir": str(workdir), "steps": result.step, "records": len(encoded), **result.metrics,
             "skipped_checkpoints": result.skipped_checkpoints}  # fmt: skip
-
-
-def packed_shape(setup: Setup, encoded: Encoded, num_steps: int) -> RowShape:
-    """The shape of a run's packed batches: the one whose step executes the fewest FLOPs. Told in a line."""
-    run = setup.run
-    train, trainable = run.train, run.model.trainable
-    drawn = draws(
-        encoded, batch_size=train.batch_size, seed=train.seed, weights=run.data.subset_weights, num_batches=num_steps
-    )
-
-    def cost(shape: RowShape) -> float:
-        row = forward(setup.model, length=shape.length, num_images=shape.images, num_logits=shape.targets)
-        return shape.rows * training(row, trainable=trainable, remat=run.model.remat)
-
-    unit = num_parts(setup.mesh) * train.accumulation_steps
-    shape = choose(sizes(encoded), drawn, unit=unit, multiple=run.data.row_multiple, cost=cost)
-    real = encoded.arrays["length"][drawn].sum() / (num_steps * shape.rows * shape.length)
-    alone = encoded.arrays["length"].mean() / encoded.arrays["tokens"].shape[1]
-    rows = f"{shape.rows} rows of {shape.length} tokens and {shape.images} images at most"
-    print(f"{train.batch_size} records a batch in {rows}: {real:.1%} of it is real, {alone:.1%} with a record a row")
-    return shape
 
 
 def _trace(run: RunConfig, workdir: Path, num_steps: int) -> StepTrace | None:

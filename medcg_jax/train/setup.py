@@ -21,7 +21,7 @@ from medcg_jax.data.sources import open_source, require_subsets
 from medcg_jax.data.tokenizer import SMALL, Tokenizer, load_tokenizer
 from medcg_jax.families import formats
 from medcg_jax.families.build import TINY, Config, architecture, create, join, replicated
-from medcg_jax.families.next_chat import NextChatConfig
+from medcg_jax.families.next_chat.model import NextChatConfig
 from medcg_jax.families.weights.files import has_tokenizer
 from medcg_jax.mesh import check_batch, make_mesh
 from medcg_jax.train.box_losses import box_loss, mask_loss
@@ -121,7 +121,6 @@ def open_setup(
     if run.base.steps:
         check_batch(mesh, run.base.batch_size // run.base.accumulation_steps, "base.batch_size per accumulation step")
     check_batch(mesh, run.eval.batch_size, "eval.batch_size")
-    check_packed_attention(run, mesh.devices.flat[0].platform)
     family = MODELS[run.model.name]
     tokenizer = run_tokenizer(run.model, trained)
     source = open_source(run.data)
@@ -139,16 +138,6 @@ def open_setup(
         check_layout(source.layout, family, model)
     made = formats.format_of(family, model, with_masks=trains_masks(run.model))
     return Setup(run, mesh, tokenizer, model, made, source)
-
-
-def check_packed_attention(run: RunConfig, platform: str) -> None:
-    """Raises ConfigError where packed rows would meet a kernel that cannot tell their records apart."""
-    sixteen_bits = run.model.compute_dtype == "bfloat16"
-    if run.data.pack and run.model.attention == "auto" and platform == "gpu" and sixteen_bits:
-        raise ConfigError(
-            "model.attention='auto' takes cuDNN's kernel on a GPU, which reads segment ids as lengths; 'plain' is "
-            "accepted there with data.pack=1, whose buffers grow with the square of a row"
-        )
 
 
 def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:

@@ -16,9 +16,9 @@ import medcg_jax
 from medcg_jax.config import MeshConfig
 from medcg_jax.families import build
 from medcg_jax.families.build import SIZES
-from medcg_jax.families.llava import llava15_7b, llava15_tiny
-from medcg_jax.families.mllama import llama32_vision_tiny
-from medcg_jax.families.qwen2_vl import qwen2_vl_tiny
+from medcg_jax.families.llava.model import llava15_7b, llava15_tiny
+from medcg_jax.families.mllama.model import llama32_vision_tiny
+from medcg_jax.families.qwen2_vl.model import qwen2_vl_tiny
 from medcg_jax.families.weights import engine, llava, mllama
 from medcg_jax.families.weights.convert import MODEL_FILE, convert, load_checkpoint, module_of, open_leaves, read_config
 from medcg_jax.families.weights.files import WeightsError, read_json

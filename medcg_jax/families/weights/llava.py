@@ -16,7 +16,7 @@ import numpy as np
 
 from medcg_jax.families.clip import ClipVisionConfig
 from medcg_jax.families.decoder import DecoderConfig
-from medcg_jax.families.llava import LlavaConfig
+from medcg_jax.families.llava.model import LlavaConfig
 from medcg_jax.families.weights import fields, peft, tables
 from medcg_jax.families.weights.engine import canonical_names
 from medcg_jax.families.weights.fields import TEXT_KEYS, expect, first, section

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from medcg_jax.families.eva import EvaConfig
-from medcg_jax.families.minigpt_v2 import MiniGPTv2Config
+from medcg_jax.families.minigpt_v2.eva import EvaConfig
+from medcg_jax.families.minigpt_v2.model import MiniGPTv2Config
 from medcg_jax.families.weights import fields, tables
 from medcg_jax.families.weights.engine import canonical_names
 from medcg_jax.families.weights.fields import expect
@@ -31,6 +31,8 @@ EVA_IGNORED = re.compile(r"^(head|norm|fc_norm)\.|^mask_token$|\.relative_positi
 EVA_FILE, OWN_FILE = "eva_vit_g.pth", "minigptv2_checkpoint.pth"
 # What no file of the release states.
 RELEASED = MiniGPTv2Config()
+# Llama's token that opens a sequence.
+BOS = 1
 # Of PyTorch's cubic convolution; jax.image has -0.5.
 CUBIC = -0.75
 EVA_LAYER = (

@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from medcg_jax.families.mllama import MllamaConfig
-from medcg_jax.families.mllama_text import MllamaTextConfig
-from medcg_jax.families.mllama_vit import NUM_TILES, MllamaVisionConfig
+from medcg_jax.families.mllama.model import MllamaConfig
+from medcg_jax.families.mllama.text import MllamaTextConfig
+from medcg_jax.families.mllama.vit import NUM_TILES, MllamaVisionConfig
 from medcg_jax.families.weights import fields, tables
 from medcg_jax.families.weights.engine import canonical_names
 from medcg_jax.families.weights.fields import TEXT_KEYS, expect, section

@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from medcg_jax.families.next_chat import NextChatConfig
-from medcg_jax.families.sam import SamConfig
+from medcg_jax.families.next_chat.model import NextChatConfig
+from medcg_jax.families.next_chat.sam import SamConfig
 from medcg_jax.families.weights import llava, tables
 from medcg_jax.families.weights.engine import canonical_names
 from medcg_jax.families.weights.fields import dataclass_of, end_of, expect, section, token

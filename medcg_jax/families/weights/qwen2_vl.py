@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from medcg_jax.families.decoder import DecoderConfig
-from medcg_jax.families.qwen2_vit import Qwen2VitConfig
-from medcg_jax.families.qwen2_vl import Qwen2VLConfig
+from medcg_jax.families.qwen2_vl.model import Qwen2VLConfig
+from medcg_jax.families.qwen2_vl.vit import Qwen2VitConfig
 from medcg_jax.families.weights import fields, tables
 from medcg_jax.families.weights.engine import canonical_names
 from medcg_jax.families.weights.fields import TEXT_KEYS, expect, section
