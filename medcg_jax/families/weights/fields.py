@@ -15,6 +15,7 @@ from medcg_jax.nn.layers import ACTIVATIONS
 from medcg_jax.nn.rope import Llama3Scaling
 from medcg_jax.untrusted import FileError, article_of, check_number, shown
 
+CONFIG_FILE = "config.json"
 # Kinds of scaling of rotary positions that are computed.
 SCALED = ("linear", "llama3")
 # In the order of `Llama3Scaling`'s fields.
@@ -24,63 +25,38 @@ SIDES, NULLABLE = ("image_size_px", "patch_size_px", "num_frames"), ("num_kv_hea
 MAX_LAYERS = 1024
 MAX_SIDE_PX = 2**14
 MAX_TOKEN_ID = 2**31 - 1
-_COUNT, _WIDTH, _TOKEN, _EPS = (1, 2**12), (1, 2**20), (-1, MAX_TOKEN_ID), (1e-15, 1.0)
+# Of a token that is never looked for, -1 is stated at times; an image's place is.
+_LIMITS = (
+    (1, MAX_SIDE_PX, "image_size_px patch_size_px window_size"),
+    (1, 64, "num_frames merge"),
+    (1, MAX_LAYERS, "num_layers num_decoder_layers num_iou_layers"),
+    (0, MAX_LAYERS, "num_global_layers intermediate_layers cross_layers global_layers scan_unroll"),
+    (-MAX_LAYERS, MAX_LAYERS, "feature_layer"),
+    (1, 2**20, "embed_dim mlp_dim decoder_mlp_dim prompt_dim mask_prompt_dim iou_dim"),
+    (1, 2**12, "num_heads num_kv_heads num_decoder_heads mrope_sections num_masks num_mask_prompts patches_per_token"),
+    (1, 2**12, "max_boxes"),
+    (1, 2**14, "head_dim"),
+    (1, 2**24, "vocab_size"),
+    (1, 2**30, "max_positions"),
+    (0, 2**30, "original_positions"),
+    (1, MAX_SIDE_PX**2, "min_pixels max_pixels"),
+    (1e-15, 1.0, "norm_eps out_norm_eps decoder_norm_eps"),
+    (1.0, 1e15, "rope_theta"),
+    (1e-3, 1e6, "factor low high"),
+    (1e-3, 1e3, "mlp_ratio"),
+    (1, 2**16, "rank"),
+    (1e-6, 1e6, "alpha"),
+    (1e-3, 1e4, "image_std"),
+    (-1e4, 1e4, "image_mean"),
+    (0, MAX_TOKEN_ID, "image_token_id"),
+    (-1, MAX_TOKEN_ID, "pad_token_id eos_token_id video_token_id vision_start_token_id vision_end_token_id"),
+    (-1, MAX_TOKEN_ID, "at_token_id box_token_id"),
+)
 # Field of an architecture's dataclass -> (least, most). What no table of weights could have is refused before anything
 # is made of it: with a thousand million layers the list of their names alone fills a host's memory.
 LIMITS: dict[str, tuple[float, float]] = {
-    "image_size_px": (1, MAX_SIDE_PX),
-    "patch_size_px": (1, MAX_SIDE_PX),
-    "num_frames": (1, 64),
-    "merge": (1, 64),
-    "num_layers": (1, MAX_LAYERS),
-    "num_global_layers": (0, MAX_LAYERS),
-    "num_decoder_layers": (1, MAX_LAYERS),
-    "num_iou_layers": (1, MAX_LAYERS),
-    "feature_layer": (-MAX_LAYERS, MAX_LAYERS),
-    "intermediate_layers": (0, MAX_LAYERS),
-    "cross_layers": (0, MAX_LAYERS),
-    "global_layers": (0, MAX_LAYERS),
-    "embed_dim": _WIDTH,
-    "mlp_dim": _WIDTH,
-    "decoder_mlp_dim": _WIDTH,
-    "prompt_dim": _WIDTH,
-    "mask_prompt_dim": _WIDTH,
-    "iou_dim": _WIDTH,
-    "num_heads": _COUNT,
-    "num_kv_heads": _COUNT,
-    "num_decoder_heads": _COUNT,
-    "head_dim": (1, 2**14),
-    "mrope_sections": _COUNT,
-    "num_masks": _COUNT,
-    "num_mask_prompts": _COUNT,
-    "patches_per_token": _COUNT,
-    "window_size": (1, MAX_SIDE_PX),
-    "vocab_size": (1, 2**24),
-    "max_positions": (1, 2**30),
-    "max_boxes": _COUNT,
-    "min_pixels": (1, MAX_SIDE_PX**2),
-    "max_pixels": (1, MAX_SIDE_PX**2),
-    "norm_eps": _EPS,
-    "out_norm_eps": _EPS,
-    "decoder_norm_eps": _EPS,
-    "rope_theta": (1.0, 1e15),
-    "factor": (1e-3, 1e6),
-    "low": (1e-3, 1e6),
-    "high": (1e-3, 1e6),
-    "original_positions": (0, 2**30),
-    "mlp_ratio": (1e-3, 1e3),
-    "rank": (1, 2**16),
-    "alpha": (1e-6, 1e6),
-    "scan_unroll": (0, MAX_LAYERS),
-    "image_std": (1e-3, 1e4),
-    "image_mean": (-1e4, 1e4),
-    # Of a token that is never looked for, -1 is stated at times; an image's place is.
-    "image_token_id": (0, _TOKEN[1]),
-    **dict.fromkeys(
-        ("pad_token_id", "eos_token_id", "video_token_id", "vision_start_token_id",
-         "vision_end_token_id", "at_token_id", "box_token_id"), _TOKEN
-    ),
-}  # fmt: skip
+    field: (least, most) for least, most, names in _LIMITS for field in names.split()
+}
 # Field that holds a name -> the names.
 CHOICES: dict[str, tuple[str, ...]] = {
     "activation": tuple(ACTIVATIONS),
@@ -112,7 +88,7 @@ def first(*values):
     return next((value for value in values if value is not None), None)
 
 
-def expect(found: dict, prefix: str, *, file: str = "config.json", **accepted) -> None:
+def expect(found: dict, prefix: str, *, file: str = CONFIG_FILE, **accepted) -> None:
     """Raises WeightsError where a field of `found` is neither absent, nor null, nor what is accepted.
 
     accepted: field -> value, or a tuple of values. prefix: of the fields' names in the message ("text_config.").
@@ -148,10 +124,7 @@ def section(found: dict, prefix: str, key: str) -> dict:
     return value
 
 
-def number(
-    found: dict, prefix: str, key: str, default, field: str, *, kind: type = int, null: bool = False,
-    file: str = "config.json",
-):  # fmt: skip
+def number(found: dict, prefix: str, key: str, default, field: str, *, kind: type = int, null=False, file=CONFIG_FILE):
     """The number that a field holds, of the type `kind`.
 
     field: of our dataclass, whose `LIMITS` it must keep. null: whether that stands for `default`.
