@@ -66,6 +66,14 @@ def random_params(config, seed: int = 0):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), abstract)
 
 
+def random_release(family: str, folder: Path) -> tuple[Path, nnx.State]:
+    """(released directory in `folder`, its parameters) of one of `CONFIGS`."""
+    config = CONFIGS[family]
+    params = random_params(config)
+    tensors = released(config, tensors_of(config, params))
+    return write(folder / "src", tensors, module_of(config).config_to_json(config, "float32")), params
+
+
 def tensors_of(config, params) -> dict[str, np.ndarray]:
     """Canonical name -> released tensor."""
     return dict(engine.store(module_of(config).table(config), params)[1])
