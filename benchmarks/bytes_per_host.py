@@ -14,16 +14,16 @@ HOSTS = 4
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={HOSTS}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from medcg_jax.config import MeshConfig  # noqa: E402
-from medcg_jax.families import build  # noqa: E402
-from medcg_jax.families.weights import engine  # noqa: E402
-from medcg_jax.families.weights.families import module_of  # noqa: E402
-from medcg_jax.families.weights.tables import spans_of  # noqa: E402
-from medcg_jax.mesh import make_mesh  # noqa: E402
+from medcg_jax.config import MeshConfig
+from medcg_jax.families import build
+from medcg_jax.families.weights import engine
+from medcg_jax.families.weights.families import module_of
+from medcg_jax.families.weights.tables import spans_of
+from medcg_jax.mesh import make_mesh
 
 SIZES = ("llava15_7b", "qwen2_vl_7b", "llama32_vision_11b", "minigpt_v2_7b", "next_chat_7b_336")
 # Releases are in sixteen bits.

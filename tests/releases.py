@@ -22,7 +22,7 @@ from medcg_jax.families.weights.files import write_safetensors
 from medcg_jax.mesh import make_mesh
 
 # Image tokens within the vocabulary, so that no rows are added; two layers, for speed.
-FEW = dict(num_layers=2, num_vision_layers=2, scan_unroll=1)
+FEW = {"num_layers": 2, "num_vision_layers": 2, "scan_unroll": 1}
 CONFIGS = {
     "llava": llava15_tiny(96, 90, **FEW),
     "qwen2_vl": qwen2_vl_tiny(96, 90, tie_head=True, **FEW),

@@ -1,5 +1,6 @@
 """A host reads the slices of a release that its devices hold, and gets the numbers that the whole tensors have."""
 
+import functools
 import json
 import math
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from releases import CONFIGS, random_params, released, same, tensors_of, write
+from releases import CONFIGS, random_release, same
 
 from medcg_jax.config import MeshConfig
 from medcg_jax.families import build
@@ -50,7 +51,7 @@ def test_a_slice_of_ours_is_that_of_the_whole_and_no_more_is_read(name):
             index, num_read = (*[slice(None)] * axis, slice(start, stop)), 0
             got = transform.load(read, shape, index)
             np.testing.assert_array_equal(got, ours[index])
-            across = name in ("fused", "fused bias", "patches") and shape[axis] in (6, 12)
+            across = name in ("fused", "fused bias", "patches") and size in (6, 12)
             assert num_read == (ours.size if across else got.size) or name == "patches"
 
 
@@ -80,7 +81,7 @@ def test_of_heads_that_devices_share_too_and_of_what_was_converted(releases, tmp
 
 
 def bytes_read(src, config, monkeypatch, num_devices: int) -> tuple[int, int, dict[str, int]]:
-    """(bytes that a host with the first devices of eight reads, bytes of the slices that they hold, bytes by tensor)."""
+    """(bytes that a host with the first of eight devices reads, bytes of the slices that they hold, bytes by tensor)."""
     mesh = make_mesh(FSDP)
     abstract, shardings = build.abstract(config)[1], build.shardings(config, mesh)
     family = module_of(config)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from releases import CONFIGS, one, random_params, released, replaced, same, same_as, tensors_of, write
+from releases import CONFIGS, one, random_release, released, replaced, same, same_as, tensors_of, write
 
 import medcg_jax
 from medcg_jax.config import MeshConfig
