@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medcg_jax.data import boxes, images
-from medcg_jax.data.box_questions import PHRASINGS, ask, question
+from medcg_jax.data.boxes import PHRASINGS, ask, question
 from medcg_jax.data.records import Box, Record
 
 sides = st.integers(1, 400)

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from medcg_jax.config import DataConfig, ModelConfig
-from medcg_jax.data.box_questions import ask
-from medcg_jax.data.boxes import corners
+from medcg_jax.data.boxes import ask, corners
 from medcg_jax.data.encoding import concat_encoded, encode, encode_boxes, encode_eval
 from medcg_jax.data.phantom_boxes import PhantomBoxSource
 from medcg_jax.data.records import Box, DataError, Record, RecordSet, Turn
