@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage
 
 from medcg_jax.data.records import Box, Record
 
@@ -49,6 +48,8 @@ def corners(boxes: Iterable[Box]) -> np.ndarray:
 
 def of_mask(mask: np.ndarray) -> np.ndarray:
     """float64[N, 4]: the tight box of each connected part (diagonal neighbours count) of bool[h, w], from the top."""
+    from scipy import ndimage  # of masks alone: a run without them starts sooner
+
     parts, _ = ndimage.label(mask, structure=np.ones((3, 3)))
     boxes = [(x.start, y.start, x.stop, y.stop) for y, x in ndimage.find_objects(parts)]
     return np.array(sorted(boxes, key=lambda box: (box[1], box[0])), np.float64).reshape(-1, 4)
