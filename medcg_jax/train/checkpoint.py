@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from medcg_jax.config import ConfigError, RunError
-from medcg_jax.families.llava import LlavaConfig
+from medcg_jax.families.llava.model import LlavaConfig
 from medcg_jax.families.weights.engine import by_path
 from medcg_jax.files import write_whole
 from medcg_jax.nn.quant import is_quantized

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from medcg_jax.config import ConfigError, TrainConfig
-from medcg_jax.config_checks import MOST_STEPS
+from medcg_jax.config import MOST_STEPS, ConfigError, TrainConfig
 from medcg_jax.train.rounding import widen
 
 Control = dict[str, jax.Array | np.ndarray]
