@@ -31,7 +31,7 @@ from medcg_jax.config import DataConfig
 from medcg_jax.data.duplicates import NEAR_BITS, Print, groups, hash_rows, print_file
 from medcg_jax.data.hamming import near_pairs, near_pairs_between
 from medcg_jax.data.images import load_image
-from medcg_jax.data.phantom import PhantomSource
+from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.release import subset_files
 from medcg_jax.data.schema import read_list
 from medcg_jax.files import write_whole

@@ -15,7 +15,7 @@ from medcg_jax.config_checks import check
 from medcg_jax.data import leaks as data_leaks
 from medcg_jax.data.duplicates import NEAR_BITS, hash_rows
 from medcg_jax.data.leaks import Leak, find_leaks, prints
-from medcg_jax.data.phantom import PhantomSource
+from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.records import DataError
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.study.design import leaks
