@@ -13,9 +13,7 @@ from medcg_jax.data import catalogue
 from medcg_jax.data.records import DataError, Subset
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.study.design import mat, suite
-from medcg_jax.study.design.ledger import read_ledger
-from medcg_jax.study.design.ledger_rows import row_states
-from medcg_jax.study.design.ledger_states import SubsetState, states_of
+from medcg_jax.study.design.ledger import SubsetState, read_ledger, row_states, states_of
 from medcg_jax.study.design.ledger_text import WIDTH, ledger_lines
 
 NUM_ROWS = {1: 25, 2: 12, 3: 42, 4: 9, 5: 8, 6: 8, 7: 8, 8: 8}
