@@ -114,7 +114,7 @@ def test_a_near_image_is_told_with_how_it_was_changed(monkeypatch):
 
 
 def test_a_prepared_image_is_known_by_its_files_pixels(tmp_path, monkeypatch):
-    """Whatever its size became: from the lines of its records, without a shard."""
+    """Whatever its size became: from the lines of its records, without a shard, and nothing is hashed again."""
     tree, others = tmp_path / "tree", tmp_path / "others"
     for root, split in ((tree, "train"), (tree, "test"), (others, "train")):
         write_subset(root, f"Subset--04-{split}", [raw_record(i, image=f"{split}-{i}.png") for i in range(3)])
@@ -125,7 +125,9 @@ def test_a_prepared_image_is_known_by_its_files_pixels(tmp_path, monkeypatch):
     held = PreparedSource(tmp_path / "out", DataConfig()).records("04", "test")
     training = hashed(ReleaseSource(others, DataConfig()).records("04", "train"), {})
     wanted = [Leak("04/train/1", "04/test/0", "same pixels")]
-    assert find_leaks(training, hashed(held, {})) == wanted
+    decoded = hashed(ReleaseSource(tree, DataConfig()).records("04", "test"), {})
     monkeypatch.setattr("medcg_jax.data.prepared.pixels", lambda *of: pytest.fail("a shard was read"))
+    monkeypatch.setattr(leaks, "image_hashes", lambda *of: pytest.fail("an image was hashed"))
+    assert hashed(held) == hashed(held, {}) == decoded
     assert find_leaks(training, hashed(held)) == wanted
     assert find_leaks(joined([training]), joined([hashed(held)] * 2)) == wanted
