@@ -10,9 +10,9 @@ from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.data.tokenizer_limits import MAX_CONFIG_BYTES, added_in_config
 from medcg_jax.families import formats
 from medcg_jax.families.build import Config
-from medcg_jax.families.weights.companions import has_tokenizer
 from medcg_jax.families.weights.convert import MODEL_FILE, WeightsError, read_config
 from medcg_jax.families.weights.families import family_of
+from medcg_jax.families.weights.files import has_tokenizer
 from medcg_jax.untrusted import FileError, read_json, shown
 
 # Tokens that end a text or a turn: a checkpoint may state another of them than the one that ends a turn in its prompts.
