@@ -31,7 +31,7 @@ from medcg_jax.families.llava import LlavaConfig, llava15_7b, llava15_bench
 from medcg_jax.files import write_whole
 from medcg_jax.host import keep_freed_memory
 from medcg_jax.mesh import make_mesh, put_batch
-from medcg_jax.train.optim import control_from, make_optimizer
+from medcg_jax.train.optim import hparams_from, make_optimizer
 from medcg_jax.train.step import make_step
 
 BATCH, BATCHES, TARGETS, LIMIT = 32, 200, 2, 192
@@ -143,7 +143,7 @@ class Stepper:
         self._program = make_step(mesh, graphdef, *places, make_optimizer(train))
         trainable, self._frozen = build.split_trainable(params, TRAINABLE)
         self._state = self._program.start(trainable)
-        self._control = self._program.put_control(control_from(TrainConfig(steps=10**6), 1))
+        self._hparams = self._program.put_hparams(hparams_from(TrainConfig(steps=10**6), 1))
         self._batches = [put_batch(batch, self._program.batch_sharding) for batch in batches]
         self.losses: list[float] = []
 
@@ -151,7 +151,7 @@ class Stepper:
         """(seconds, CPU seconds) of a step on every batch."""
         began, metrics = (time.perf_counter(), time.process_time()), []
         for batch in self._batches:
-            self._state, one = self._program(self._state, self._frozen, self._control, batch)
+            self._state, one = self._program(self._state, self._frozen, self._hparams, batch)
             metrics.append(one["loss"])
         self.losses = [float(loss) for loss in metrics]
         return time.perf_counter() - began[0], time.process_time() - began[1]

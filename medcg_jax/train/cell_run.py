@@ -1,4 +1,4 @@
-"""One run as the training loop sees it: its control, stream, files and checkpoints, and how far it is."""
+"""One run as the training loop sees it: its hparams, stream, files and checkpoints, and how far it is."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from medcg_jax.config import RunError, flat
 from medcg_jax.train.checkpoint import CheckpointError, Checkpoints
 from medcg_jax.train.log import MetricsFile
 from medcg_jax.train.loss_check import LossCheck
-from medcg_jax.train.optim import Control
+from medcg_jax.train.optim import Hparams
 from medcg_jax.train.step import TrainState
 from medcg_jax.train.wandb_log import WandbTarget
 
@@ -51,7 +51,7 @@ class Stream(Protocol):
 class Cell:
     """What a run is made of.
 
-    control: run-time values (`optim.control_from`); runs in one program may differ in all of them.
+    hparams: run-time values (`optim.hparams_from`); runs in one program may differ in all of them.
     open_stream: the run's batches from a position (batches drawn before) on.
     metrics: file of its metrics; None: none are kept. tensorboard: directory, wandb: where else; None: none.
     checkpoints: directory; None: nothing is saved, and a run that is stopped starts anew.
@@ -61,7 +61,7 @@ class Cell:
     """
 
     name: str
-    control: Control
+    hparams: Hparams
     open_stream: Callable[[int], Stream]
     metrics: Path | None = None
     tensorboard: Path | None = None
@@ -96,7 +96,7 @@ class CellRun:
     ):  # fmt: skip
         self.cell = cell
         self.result = CellResult(cell.name)
-        self.step, self.total = 0, int(cell.control["total_steps"])
+        self.step, self.total = 0, int(cell.hparams["total_steps"])
         self._log_every, self._save_every, self._say = log_every_steps, checkpoint_every_steps, say
         self._store = self._loss_check = None
         if cell.checkpoints:

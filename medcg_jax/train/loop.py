@@ -21,7 +21,7 @@ from medcg_jax.train.cells import take_cell
 from medcg_jax.train.goodput import Goodput
 from medcg_jax.train.loader_watch import LoaderWatch
 from medcg_jax.train.log import Progress
-from medcg_jax.train.optim import stack_controls
+from medcg_jax.train.optim import stack_hparams
 from medcg_jax.train.profile import StepTrace
 from medcg_jax.train.sight import check_sees
 from medcg_jax.train.step import Program, TrainState
@@ -170,7 +170,7 @@ class _Loop:
         state = None
         for place, cell in enumerate(cells):
             state = self._put(state, place, cell)
-        self._put_control()
+        self._put_hparams()
         if self.options.progress is None and jax.process_index() == 0:
             self._bar = Progress(self._total(), done=self._done(), label=self._label)
         return state
@@ -192,7 +192,7 @@ class _Loop:
                     break
                 state, changed = self._put(state, place, cell), True
         if changed:
-            self._put_control()
+            self._put_hparams()
             # Rates are of training alone.
             self._checked_at = self._checked_at and time.perf_counter()
             self.options.goodput.lap()
@@ -231,7 +231,7 @@ class _Loop:
             with clock.within("compile"):
                 state = self._look_at_images(state, batch)
         with clock.step(at, compiles=first), jax.profiler.StepTraceAnnotation("train", step_num=self._furthest()):
-            state, metrics = self.program(state, self.frozen, self._control, on_device)
+            state, metrics = self.program(state, self.frozen, self._hparams, on_device)
         clock.handed(at, metrics["loss"])
         self._pending.append(_Pending(metrics, list(records)))
         if first:
@@ -251,14 +251,14 @@ class _Loop:
           BlindModel: the same.
         """
         keys = next((run.cell.pixels for run in self.runs), ())
-        steps = np.zeros(self._control["total_steps"].shape, np.int32)
+        steps = np.zeros(self._hparams["total_steps"].shape, np.int32)
         # No run has steps left, so that the state stays as it is, bit for bit.
-        control = {**self._control, **self.program.put_control({"total_steps": steps})}
+        hparams = {**self._hparams, **self.program.put_hparams({"total_steps": steps})}
 
         def score(batch: dict[str, np.ndarray]) -> list[np.ndarray]:
             nonlocal state
             on_device = put_batch(batch, self.program.batch_sharding)
-            state, metrics = self.program(state, self.frozen, control, on_device)
+            state, metrics = self.program(state, self.frozen, hparams, on_device)
             return jax.device_get([metrics["loss"], metrics["grad_norm"]])
 
         self._sees = not keys or check_sees(score, batch, keys, self._label or self.runs[0].cell.name)
@@ -332,7 +332,7 @@ class _Loop:
         for error in errors if len(self.runs) > 1 else ():
             self._say(str(error))
         if errors:
-            self._put_control()
+            self._put_hparams()
 
     def close(self) -> None:
         # The last checkpoint may still be being written; one that fails leaves nothing else open.
@@ -346,14 +346,14 @@ class _Loop:
         some = next(batch for batch in batches if batch is not None)
         return {key: np.stack([(some if batch is None else batch)[key] for batch in batches]) for key in some}
 
-    def _put_control(self) -> None:
+    def _put_hparams(self) -> None:
         """The cells' run-time values on the devices; 0 steps where a cell has failed or a slot has none."""
         stopped = {"total_steps": np.int32(0)}
-        some = next((run.cell.control for run in self.runs), None)
+        some = next((run.cell.hparams for run in self.runs), None)
         if some is None:
             return
-        controls = [run.cell.control if run and not run.result.error else some | stopped for run in self.slots]
-        self._control = self.program.put_control(stack_controls(controls) if self._many else controls[0])
+        all_hparams = [run.cell.hparams if run and not run.result.error else some | stopped for run in self.slots]
+        self._hparams = self.program.put_hparams(stack_hparams(all_hparams) if self._many else all_hparams[0])
 
     def _furthest(self) -> int:
         """The step that a loop of one run is at: how far the run is that is furthest."""

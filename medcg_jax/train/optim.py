@@ -1,6 +1,6 @@
 """AdamW without a learning rate inside, and the learning rate as a function of run-time values.
 
-Number of steps, warm-up, learning rate and seed are arrays (`control`), so that cells which differ in them share one
+Number of steps, warm-up, learning rate and seed are arrays (`hparams`), so that cells which differ in them share one
 compiled step. The schedule and the steps of an epoch are the reference's: huggingface/transformers:optimization.py:
 get_cosine_schedule_with_warmup (5.23.0), whose first warm-up step has the rate 0.
 """
@@ -18,7 +18,7 @@ from medcg_jax.config import ConfigError, TrainConfig
 from medcg_jax.config_checks import MOST_STEPS
 from medcg_jax.train.rounding import widen
 
-Control = dict[str, jax.Array | np.ndarray]
+Hparams = dict[str, jax.Array | np.ndarray]
 # Last names of the parameters that weight decay leaves alone: biases, and the scales of norms.
 NOT_DECAYED = ("bias", "scale")
 
@@ -64,19 +64,19 @@ def last_name(path) -> str:
     return str(getattr(path[-1], "key", getattr(path[-1], "name", path[-1])))
 
 
-def learning_rate(step: jax.Array, control: Control) -> jax.Array:
+def learning_rate(step: jax.Array, hparams: Hparams) -> jax.Array:
     """float32[] learning rate of the update number `step` (from 0): linear warm-up from 0, then half a cosine.
 
-    control: learning_rate (the peak), end_frac (what is left of it at the end, 0-1), warmup_steps, total_steps.
+    hparams: learning_rate (the peak), end_frac (what is left of it at the end, 0-1), warmup_steps, total_steps.
     """
     step = jnp.asarray(step, jnp.float32)
-    warmup = jnp.asarray(control["warmup_steps"], jnp.float32)
-    total = jnp.asarray(control["total_steps"], jnp.float32)
+    warmup = jnp.asarray(hparams["warmup_steps"], jnp.float32)
+    total = jnp.asarray(hparams["total_steps"], jnp.float32)
     rising = step / jnp.maximum(warmup, 1.0)
     progress = jnp.clip((step - warmup) / jnp.maximum(total - warmup, 1.0), 0.0, 1.0)
-    end = jnp.asarray(control["end_frac"], jnp.float32)
+    end = jnp.asarray(hparams["end_frac"], jnp.float32)
     falling = end + (1.0 - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-    peak = jnp.asarray(control["learning_rate"], jnp.float32)
+    peak = jnp.asarray(hparams["learning_rate"], jnp.float32)
     return peak * jnp.where(step < warmup, rising, falling)
 
 
@@ -99,7 +99,7 @@ def num_steps(config: TrainConfig, num_records: int) -> int:
     return steps
 
 
-def control_from(config: TrainConfig, num_records: int) -> Control:
+def hparams_from(config: TrainConfig, num_records: int) -> Hparams:
     """numpy scalars learning_rate, end_frac, warmup_steps, total_steps, seed: run-time values over so many records."""
     total = num_steps(config, num_records)
     return {
@@ -111,6 +111,6 @@ def control_from(config: TrainConfig, num_records: int) -> Control:
     }
 
 
-def stack_controls(controls: list[Control]) -> Control:
-    """The controls of several cells, each value with a leading cell axis."""
-    return {key: np.stack([control[key] for control in controls]) for key in controls[0]}
+def stack_hparams(cells: list[Hparams]) -> Hparams:
+    """The hyper-parameters of several cells, each value with a leading cell axis."""
+    return {key: np.stack([hparams[key] for hparams in cells]) for key in cells[0]}

@@ -21,7 +21,7 @@ from medcg_jax.train import disk, goodput
 from medcg_jax.train.checkpoint import save_params
 from medcg_jax.train.held_out import left_out
 from medcg_jax.train.loop import Cell, fit
-from medcg_jax.train.optim import control_from, make_optimizer
+from medcg_jax.train.optim import hparams_from, make_optimizer
 from medcg_jax.train.preempt import sigterm_saves
 from medcg_jax.train.profile import StepTrace
 from medcg_jax.train.setup import Setup, open_setup, start_params, to_keep
@@ -80,9 +80,9 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
         raise ConfigError(f"data.subsets={','.join(names)}: these have no training records")
     longest = int(encoded.arrays["length"].max())
     encoded = cut_rows(encoded, row_length(longest, run.data, setup.format))
-    control = control_from(run.train, len(encoded))
-    shape = packed_shape(setup, encoded, int(control["total_steps"])) if run.data.pack else None
-    trace = _trace(run, workdir, int(control["total_steps"]))
+    hparams = hparams_from(run.train, len(encoded))
+    shape = packed_shape(setup, encoded, int(hparams["total_steps"])) if run.data.pack else None
+    trace = _trace(run, workdir, int(hparams["total_steps"]))
     check_disk(setup, workdir)
     graphdef, params = start_params(setup, seed=run.train.seed)
     trainable, frozen = split_trainable(params, run.model.trainable)
@@ -97,7 +97,7 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
     )
     cell = Cell(
         "train",
-        control,
+        hparams,
         lambda position: Batches(
             encoded,
             batch_size=run.train.batch_size,

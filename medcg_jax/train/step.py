@@ -1,6 +1,6 @@
 """The training step of one run, and the program that runs it on a mesh for one run or for several cells at once.
 
-`train_step` knows nothing of cells: `make_step` maps it over a leading cell axis of state, control and batch, while the
+`train_step` knows nothing of cells: `make_step` maps it over a leading cell axis of state, hparams and batch, while the
 frozen parameters are shared. Steps and learning rate are run-time values, so a grid compiles one program.
 """
 
@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from medcg_jax.axes import BATCH_AXES
 from medcg_jax.mesh import batch_sharding
 from medcg_jax.train.losses import token_loss
-from medcg_jax.train.optim import Control, Optimizer, last_name, learning_rate
+from medcg_jax.train.optim import Hparams, Optimizer, last_name, learning_rate
 from medcg_jax.train.rounding import narrow, widen
 
 Batch = dict[str, jax.Array]
@@ -41,7 +41,7 @@ class TrainState:
 def train_step(
     state: TrainState,
     frozen: nnx.State,
-    control: Control,
+    hparams: Hparams,
     batch: Batch,
     *,
     graphdef: nnx.GraphDef,
@@ -73,11 +73,11 @@ def train_step(
     grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), grads)
     if param_specs is not None:
         grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, param_specs)
-    rate = learning_rate(state.step, control)
+    rate = learning_rate(state.step, hparams)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates))
-    active = state.step < control["total_steps"]
-    kept = narrow((params, opt_state), (state.params, state.opt_state), control["seed"], state.step)
+    active = state.step < hparams["total_steps"]
+    kept = narrow((params, opt_state), (state.params, state.opt_state), hparams["seed"], state.step)
     new = TrainState(state.step + 1, *kept)
     state = jax.tree.map(lambda after, before: jnp.where(active, after, before), new, state)
     metrics = {
@@ -117,9 +117,9 @@ def _accumulate(grad_fn, params, batch: Batch, num_parts: int):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A step on a mesh. Call: `state, metrics = program(state, frozen, control, batch)`; `state` is donated.
+    """A step on a mesh. Call: `state, metrics = program(state, frozen, hparams, batch)`; `state` is donated.
 
-    With `num_cells` 1 there is no cell axis; with more, state, control, batch and metrics have a leading axis so long.
+    With `num_cells` 1 there is no cell axis; with more, state, hparams, batch and metrics have a leading axis so long.
     """
 
     mesh: Mesh
@@ -133,11 +133,11 @@ class Program:
     one_shardings: TrainState
     frozen_shardings: nnx.State
     batch_sharding: NamedSharding
-    control_sharding: NamedSharding
+    hparams_sharding: NamedSharding
 
-    def __call__(self, state: TrainState, frozen, control: Control, batch: Batch) -> tuple[TrainState, Batch]:
+    def __call__(self, state: TrainState, frozen, hparams: Hparams, batch: Batch) -> tuple[TrainState, Batch]:
         with jax.set_mesh(self.mesh):
-            return self.jitted(state, frozen, control, batch)
+            return self.jitted(state, frozen, hparams, batch)
 
     def start(self, params) -> TrainState:
         """A fresh state, for every cell from these trainable parameters of one run (copied: the state is donated)."""
@@ -156,9 +156,9 @@ class Program:
         with jax.set_mesh(self.mesh):
             return self.jitted_put(state, one, np.int32(place))
 
-    def put_control(self, control: Control) -> dict[str, jax.Array]:
-        """Control values on the mesh (once a run, not once a step)."""
-        return jax.device_put(control, self.control_sharding)
+    def put_hparams(self, hparams: Hparams) -> dict[str, jax.Array]:
+        """Hyper-parameters on the mesh (once a run, not once a step)."""
+        return jax.device_put(hparams, self.hparams_sharding)
 
     def abstract_state(self, params) -> TrainState:
         """The state's shapes, dtypes and shardings, from the (abstract) trainable parameters of one run."""
@@ -180,11 +180,11 @@ class Program:
         def shape(x, sharding):
             return jax.ShapeDtypeStruct(lead + tuple(x.shape), x.dtype, sharding=sharding)
 
-        control = {name: np.zeros((), dtype) for name, dtype in CONTROL_DTYPES.items()}
+        hparams = {name: np.zeros((), dtype) for name, dtype in HPARAM_DTYPES.items()}
         args = (
             self.abstract_state(params),
             with_shardings(frozen, self.frozen_shardings),
-            {name: shape(x, self.control_sharding) for name, x in control.items()},
+            {name: shape(x, self.hparams_sharding) for name, x in hparams.items()},
             {name: shape(x, self.batch_sharding) for name, x in batch.items()},
         )
         with jax.set_mesh(self.mesh):
@@ -195,7 +195,7 @@ class Program:
         return lowered, compiled, lowered_at - began, time.perf_counter() - lowered_at
 
 
-CONTROL_DTYPES = {
+HPARAM_DTYPES = {
     "learning_rate": np.float32, "end_frac": np.float32, "warmup_steps": np.int32, "total_steps": np.int32,
     "seed": np.uint32,
 }  # fmt: skip
@@ -245,9 +245,9 @@ def make_step(
     one_shardings = _state_shardings(optimizer, param_shardings, lambda spec=PartitionSpec(): NamedSharding(mesh, spec))
     batch = batch_sharding(mesh, cells=many)
 
-    def cells(state, frozen, control, batch):
+    def cells(state, frozen, hparams, batch):
         step = jax.vmap(one, in_axes=(0, None, 0, 0), spmd_axis_name="cell")
-        return step(state, _replicate_tables(frozen), control, batch)
+        return step(state, _replicate_tables(frozen), hparams, batch)
 
     jitted = jax.jit(
         cells if many else one,

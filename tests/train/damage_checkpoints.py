@@ -24,7 +24,7 @@ from medcg_jax.config import MeshConfig
 from medcg_jax.families import build
 from medcg_jax.mesh import make_mesh
 from medcg_jax.train.checkpoint import CheckpointError, Checkpoints, load_params, save_params
-from medcg_jax.train.optim import control_from
+from medcg_jax.train.optim import hparams_from
 from medcg_jax.train.step import with_shardings
 
 OLD, NEW = 1, 2
@@ -99,13 +99,13 @@ def run_all(folder: Path, number: int, seed: int) -> Counter:
     """
     rng, done = random.Random(seed), Counter()
     program, trainable, frozen = setup()
-    control = [control_from(TRAIN, 1)]
-    old, _ = run(program, trainable, frozen, control, OLD)
+    hparams = [hparams_from(TRAIN, 1)]
+    old, _ = run(program, trainable, frozen, hparams, OLD)
     whole = Checkpoints(folder / "whole")
     whole.save(OLD, old, {"position": OLD})
     whole.wait()
     kept = jax.device_get(old)
-    new, _ = run(program, trainable, frozen, control, NEW - OLD, state=old)
+    new, _ = run(program, trainable, frozen, hparams, NEW - OLD, state=old)
     whole.save(NEW, new, {"position": NEW})
     whole.close()
     wanted = with_shardings(new, jax.tree.map(lambda x: x.sharding, new))

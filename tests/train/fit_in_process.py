@@ -15,7 +15,7 @@ from train_toys import TRAIN, Stream, setup
 from medcg_jax.config import replace
 from medcg_jax.train.goodput import FILE, Goodput, read_starts
 from medcg_jax.train.loop import Cell, fit
-from medcg_jax.train.optim import control_from
+from medcg_jax.train.optim import hparams_from
 
 
 def main(workdir: Path, kill_at: int) -> None:
@@ -26,7 +26,7 @@ def main(workdir: Path, kill_at: int) -> None:
 
     program, trainable, frozen = setup()
     cell = Cell(
-        "run", control_from(replace(TRAIN, steps=14), 1), lambda position: Stream(position, change=kill),
+        "run", hparams_from(replace(TRAIN, steps=14), 1), lambda position: Stream(position, change=kill),
         metrics=workdir / "metrics" / "run.jsonl", checkpoints=workdir / "checkpoints", config={"steps": (14,)},
     )  # fmt: skip
     # Every step is written down at once, so that a kill loses none.

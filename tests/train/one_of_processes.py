@@ -24,7 +24,7 @@ from medcg_jax.families import build
 from medcg_jax.mesh import put_batch
 from medcg_jax.train.log import enable_cache
 from medcg_jax.train.loop import Cell, fit
-from medcg_jax.train.optim import control_from
+from medcg_jax.train.optim import hparams_from
 from medcg_jax.train.preempt import sigterm_saves
 
 UNSEEN = 10_000
@@ -63,7 +63,7 @@ def main(workdir: Path, steps: int, index: int, count: int, port: int) -> int:
     with sigterm_saves():
         program, trainable, frozen = setup(MeshConfig(data=-1, fsdp=min(2, jax.device_count())))
         cell = Cell(
-            "run", control_from(replace(TRAIN, steps=steps), 1), lambda at: OwnRows(at, workdir / f"batches.{index}"),
+            "run", hparams_from(replace(TRAIN, steps=steps), 1), lambda at: OwnRows(at, workdir / f"batches.{index}"),
             metrics=workdir / "metrics.jsonl", checkpoints=workdir / "checkpoints", config={"steps": steps},
         )  # fmt: skip
         state, [result] = fit(

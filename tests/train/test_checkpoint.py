@@ -16,7 +16,7 @@ from medcg_jax.mesh import make_mesh
 from medcg_jax.train import checksums
 from medcg_jax.train.bit_sums import bit_sums
 from medcg_jax.train.checkpoint import CheckpointError, Checkpoints, load_params, read_meta, save_params
-from medcg_jax.train.optim import control_from
+from medcg_jax.train.optim import hparams_from
 from medcg_jax.train.step import with_shardings
 
 EIGHT = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -142,7 +142,7 @@ def test_parameters_with_their_meta(tmp_path):
 def test_a_state_after_some_steps_comes_back_whole(one, tmp_path):
     program, _ = one
     _, trainable, frozen = setup()
-    state, _ = run(program, trainable, frozen, [control_from(TRAIN, 1)], 2)
+    state, _ = run(program, trainable, frozen, [hparams_from(TRAIN, 1)], 2)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(2, state, {"position": 2})
     wanted = with_shardings(state, jax.tree.map(lambda x: x.sharding, state))

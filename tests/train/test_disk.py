@@ -14,7 +14,7 @@ from medcg_jax.config import ConfigError, MeshConfig, replace
 from medcg_jax.train import disk
 from medcg_jax.train.checkpoint import Checkpoints, SaveError
 from medcg_jax.train.loop import Cell, fit
-from medcg_jax.train.optim import control_from
+from medcg_jax.train.optim import hparams_from
 from medcg_jax.train.step import with_shardings
 
 
@@ -62,7 +62,7 @@ def toy():
 
 def test_a_disk_that_fills_up_stops_the_run_and_loses_no_checkpoint(toy, tmp_path):
     program, trainable, frozen = toy
-    made = Cell("run", control_from(replace(TRAIN, steps=9), 1), Stream, checkpoints=tmp_path / "c")
+    made = Cell("run", hparams_from(replace(TRAIN, steps=9), 1), Stream, checkpoints=tmp_path / "c")
     with pytest.raises(SaveError, match="could not be written; it needs .* kB and .* are free; there is no other"):
         with small_files(1000):
             fit(program, trainable, frozen, [made], checkpoint_every_steps=2, progress=lambda *_: None)
@@ -72,7 +72,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_loses_no_checkpoint(toy, tmp_pat
 
 
 def replace_checkpoints(cell: Cell, path: Path) -> Cell:
-    return Cell(cell.name, cell.control, cell.open_stream, checkpoints=path)
+    return Cell(cell.name, cell.hparams, cell.open_stream, checkpoints=path)
 
 
 def test_the_last_good_one_is_named_and_kept(toy, tmp_path):

@@ -18,7 +18,7 @@ from medcg_jax.train.checkpoint import Checkpoints
 from medcg_jax.train.goodput import FILE, KINDS, Goodput, line, read_starts, summarise, write
 from medcg_jax.train.log import read_metrics
 from medcg_jax.train.loop import Cell, fit
-from medcg_jax.train.optim import control_from
+from medcg_jax.train.optim import hparams_from
 
 STEPS = 14
 
@@ -136,7 +136,7 @@ def toy():
 
 def run(toy, path: Path, *, change=lambda position, batch: batch, **fields) -> dict:
     cell = Cell(
-        "run", control_from(replace(TRAIN, steps=STEPS), 1), lambda p: Stream(p, change=change),
+        "run", hparams_from(replace(TRAIN, steps=STEPS), 1), lambda p: Stream(p, change=change),
         metrics=path / "m.jsonl", **fields,
     )  # fmt: skip
     with Goodput(path / FILE) as clock:
@@ -188,7 +188,7 @@ def test_steps_made_again_after_a_checkpoint_are_restart(toy, tmp_path):
     with Goodput(tmp_path / FILE, earlier=[first | {"reached": {"run": 12}}]) as clock:
         note = clock.handed
         clock.handed = lambda at, ready: (handed.append((at["run"], clock._fresh(at))), note(at, ready))
-        cell = Cell("run", control_from(replace(TRAIN, steps=STEPS), 1), Stream, **fields)
+        cell = Cell("run", hparams_from(replace(TRAIN, steps=STEPS), 1), Stream, **fields)
         fit(*toy, [cell], goodput=clock)
         restart_s = clock.summary()["seconds"]["restart"]
     assert handed == [(11, 0.0), (12, 0.0), (13, 1.0), (14, 1.0)]

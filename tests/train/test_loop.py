@@ -19,7 +19,7 @@ from medcg_jax.train.checkpoint import CheckpointError
 from medcg_jax.train.goodput import FILE, read_starts
 from medcg_jax.train.log import METRICS, Progress, read_metrics
 from medcg_jax.train.loop import Cell, NonFiniteLoss, fit
-from medcg_jax.train.optim import control_from
+from medcg_jax.train.optim import hparams_from
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +32,12 @@ def toy_of_four():
     return setup(num_cells=4)
 
 
-def control(steps: int):
-    return control_from(replace(TRAIN, steps=steps), 1)
+def hparams(steps: int):
+    return hparams_from(replace(TRAIN, steps=steps), 1)
 
 
 def cell(path: Path, name="run", steps=10, seed=0, **fields) -> Cell:
-    return Cell(name, control(steps), lambda position: Stream(position, seed), metrics=path / f"{name}.jsonl", **fields)
+    return Cell(name, hparams(steps), lambda position: Stream(position, seed), metrics=path / f"{name}.jsonl", **fields)
 
 
 def quietly(*_):
@@ -47,7 +47,7 @@ def quietly(*_):
 def test_metrics_are_those_of_the_steps(toy, tmp_path):
     made = cell(tmp_path, flops_per_step=2e9)
     state, [result] = fit(*toy, [made], log_every_steps=4, progress=quietly, peak_flops=1e12)
-    expected_state, expected = run(*toy, [control(10)], 10)
+    expected_state, expected = run(*toy, [hparams(10)], 10)
     lines = read_metrics(tmp_path / "run.jsonl")
     assert same_bits(state, expected_state) and result.error is None and result.step == 10
     assert [tuple(line) for line in lines] == [METRICS] * 3
@@ -84,7 +84,7 @@ def test_a_run_that_is_killed_ends_in_the_same_bits(toy, tmp_path):
     statuses = [in_process(tmp_path / "killed", kill_at) for kill_at in (7, 11, -1)]
     assert statuses == [-signal.SIGKILL] * 2 + [0]
     program, trainable, frozen = toy
-    state, expected = run(program, trainable, frozen, [control(14)], 14)
+    state, expected = run(program, trainable, frozen, [hparams(14)], 14)
     final = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state))
     assert (tmp_path / "killed" / "final").read_bytes() == final
     lines = read_metrics(tmp_path / "killed" / "metrics" / "run.jsonl")
@@ -97,7 +97,7 @@ def test_a_run_that_is_killed_ends_in_the_same_bits(toy, tmp_path):
     assert 3 <= reached[0] <= 7 and 6 <= reached[1] <= 11 and reached[2] == 14
     assert [start["seconds"]["restart"] > 0.1 for start in starts] == [False, True, True]
     # Bytes that a batch too many or too few would change.
-    other, _ = run(program, trainable, frozen, [control(14)], 14, seeds=[1])
+    other, _ = run(program, trainable, frozen, [hparams(14)], 14, seeds=[1])
     assert b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(other)) != final
 
 
@@ -123,7 +123,7 @@ def overflow(at: int):
 
 
 def test_a_loss_that_is_no_number_names_step_records_and_checkpoint(toy, tmp_path):
-    made = Cell("run", control(20), overflow(8), metrics=tmp_path / "m.jsonl", checkpoints=tmp_path / "c")
+    made = Cell("run", hparams(20), overflow(8), metrics=tmp_path / "m.jsonl", checkpoints=tmp_path / "c")
     with pytest.raises(NonFiniteLoss) as raised:
         fit(*toy, [made], log_every_steps=5, checkpoint_every_steps=3, progress=quietly)
     error = raised.value
@@ -140,7 +140,7 @@ def test_cells_of_any_length_end_as_alone(toy, toy_of_four, tmp_path):
     cells = [cell(tmp_path, f"c{i}", steps, seed=50 * i) for i, steps in enumerate(lengths)]
     state, results = fit(*toy_of_four, cells, log_every_steps=2, progress=quietly)
     for i, (steps, result) in enumerate(zip(lengths, results, strict=True)):
-        alone, metrics = run(*toy, [control(steps)], steps, seeds=[50 * i])
+        alone, metrics = run(*toy, [hparams(steps)], steps, seeds=[50 * i])
         own = take_cell(state, i, 4)
         assert int(own.step) == result.step == steps
         pairs = zip(jax.tree.leaves(own), jax.tree.leaves(alone), strict=True)
@@ -156,7 +156,7 @@ def test_a_cell_that_fails_leaves_the_others(toy_of_four, tmp_path):
     def cells(bad):
         made = [cell(tmp_path, f"c{i}", 6, seed=50 * i, checkpoints=tmp_path / f"k{i}") for i in range(3)]
         if bad:
-            made[1] = Cell("c1", {**control(6), "learning_rate": np.float32(np.inf)}, lambda p: Stream(p, 50))
+            made[1] = Cell("c1", {**hparams(6), "learning_rate": np.float32(np.inf)}, lambda p: Stream(p, 50))
         return made
 
     state, results = fit(*toy_of_four, cells(bad=True), log_every_steps=3, checkpoint_every_steps=2, progress=quietly)
@@ -171,7 +171,7 @@ def test_a_cell_that_fails_leaves_the_others(toy_of_four, tmp_path):
 
 
 def test_all_cells_failing_is_an_error(toy_of_four):
-    bad = [Cell("a", {**control(6), "learning_rate": np.float32(np.inf)}, Stream) for _ in range(2)]
+    bad = [Cell("a", {**hparams(6), "learning_rate": np.float32(np.inf)}, Stream) for _ in range(2)]
     with pytest.raises(NonFiniteLoss, match="a: step 2"):
         fit(*toy_of_four, bad, progress=quietly)
 
@@ -187,7 +187,7 @@ def test_streams_are_closed_whatever_happens(toy):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(*toy, [Cell("a", control(6), opened)], log_every_steps=2, progress=interrupted)
+        fit(*toy, [Cell("a", hparams(6), opened)], log_every_steps=2, progress=interrupted)
     assert len(streams) == 1 and streams[0].closed
 
 

@@ -11,7 +11,7 @@ from train_toys import TRAIN, Stream, same_bits
 from medcg_jax.config import MeshConfig, replace
 from medcg_jax.train.loop import Cell, fit
 from medcg_jax.train.loss_check import LossCheck, LossDiffers
-from medcg_jax.train.optim import control_from
+from medcg_jax.train.optim import hparams_from
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def go(toy, path: Path, *, steps: int = 9, seed: int = 0, stop_at: int | None = 
         return rows
 
     cell = Cell(
-        "run", control_from(replace(TRAIN, steps=steps), 1), lambda at: Stream(at, seed, change=change),
+        "run", hparams_from(replace(TRAIN, steps=steps), 1), lambda at: Stream(at, seed, change=change),
         checkpoints=path / "c", metrics=path / "m.jsonl",
     )  # fmt: skip
     return fit(*toy, [cell], checkpoint_every_steps=3, log_every_steps=1, progress=quietly, **options)

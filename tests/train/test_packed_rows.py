@@ -20,7 +20,7 @@ from medcg_jax.families.llava import Llava
 from medcg_jax.study.design.schedule import make_plan
 from medcg_jax.train import run as runs
 from medcg_jax.train.losses import token_loss
-from medcg_jax.train.optim import control_from
+from medcg_jax.train.optim import hparams_from
 from medcg_jax.train.setup import check_packed_attention
 
 COUNT = 8
@@ -96,11 +96,11 @@ def test_a_fault_in_packing_changes_them(encoded, packed, gradients, fault):
 
 def test_a_step_in_parts_is_that_of_a_record_a_row(encoded, packed):
     program, trainable, frozen = setup(accumulation_steps=2)
-    control = program.put_control(control_from(TRAIN, COUNT))
+    hparams = program.put_hparams(hparams_from(TRAIN, COUNT))
     found = []
     for rows in (packed, encoded.rows(np.arange(COUNT))[0]):
         state, metrics = program(
-            program.start(trainable), frozen, control, jax.device_put(rows, program.batch_sharding)
+            program.start(trainable), frozen, hparams, jax.device_put(rows, program.batch_sharding)
         )
         found.append((jax.device_get(state.opt_state), float(metrics["loss"]), float(metrics["grad_norm"])))
         assert (metrics["samples"], metrics["tokens"]) == (COUNT, encoded.arrays["length"].sum())

@@ -17,7 +17,7 @@ from medcg_jax.config import Interrupted, MeshConfig, replace
 from medcg_jax.train import preempt
 from medcg_jax.train.checkpoint import Checkpoints
 from medcg_jax.train.loop import Cell, fit, fit_queue
-from medcg_jax.train.optim import control_from
+from medcg_jax.train.optim import hparams_from
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +47,7 @@ def told_at(step: int):
 
 
 def cell(path: Path, open_stream=Stream, steps: int = 12, **fields) -> Cell:
-    return Cell("run", control_from(replace(TRAIN, steps=steps), 1), open_stream, checkpoints=path, **fields)
+    return Cell("run", hparams_from(replace(TRAIN, steps=steps), 1), open_stream, checkpoints=path, **fields)
 
 
 def quietly(*_):

@@ -7,18 +7,18 @@ from train_toys import TRAIN, Stream, run, same_bits, setup
 
 from medcg_jax.config import MeshConfig, replace
 from medcg_jax.train.loop import Cell, fit_queue
-from medcg_jax.train.optim import control_from
+from medcg_jax.train.optim import hparams_from
 
 LENGTHS = (7, 3, 5, 2, 6, 1, 4)
 
 
-def control(steps: int, **changes):
-    return control_from(replace(TRAIN, steps=steps, **changes), 1)
+def hparams(steps: int, **changes):
+    return hparams_from(replace(TRAIN, steps=steps, **changes), 1)
 
 
 def cell(i: int, **fields) -> Cell:
     """Cell i has its own length, rate and data."""
-    made = dict(control=control(LENGTHS[i], learning_rate=1e-2 / (i + 1)), open_stream=lambda p: Stream(p, 50 * i))
+    made = dict(hparams=hparams(LENGTHS[i], learning_rate=1e-2 / (i + 1)), open_stream=lambda p: Stream(p, 50 * i))
     return Cell(f"c{i}", **made | fields)
 
 
@@ -43,7 +43,7 @@ def one():
 def alone(one):
     found = {}
     for i, steps in enumerate(LENGTHS):
-        state, metrics = run(*one, [cell(i).control], steps, seeds=[50 * i])
+        state, metrics = run(*one, [cell(i).hparams], steps, seeds=[50 * i])
         found[f"c{i}"] = jax.device_get(state), metrics
     return found
 
@@ -80,7 +80,7 @@ def test_one_slot_takes_one_after_another(one, alone):
 
 def test_a_cell_that_diverges_is_reported_and_its_slot_used_again(alone):
     toy = setup(num_cells=2)
-    sick = cell(1, control={**cell(1).control, "learning_rate": np.float32(np.inf)})
+    sick = cell(1, hparams={**cell(1).hparams, "learning_rate": np.float32(np.inf)})
     found = ended(toy, [cell(0), sick, *(cell(i) for i in range(2, 7))])
     error = found.pop("c1")[0].error
     assert error.step == 2 and error.records[0] == "1/0"

@@ -18,7 +18,7 @@ from medcg_jax.families import flops
 from medcg_jax.train.loader_watch import FROM_STEPS, LOADER_BOUND_FRAC, WORSE_BY_FRAC, LoaderWatch
 from medcg_jax.train.log import METRICS, read_metrics
 from medcg_jax.train.loop import Cell, fit
-from medcg_jax.train.optim import control_from
+from medcg_jax.train.optim import hparams_from
 from medcg_jax.train.profile import StepTrace
 from medcg_jax.train.utilisation import peak_flops, step_flops
 from medcg_jax.train.wandb_log import FILE, WandbTarget
@@ -36,7 +36,7 @@ def toy():
 
 
 def cell(path: Path, steps: int, **fields) -> Cell:
-    return Cell("run", control_from(replace(TRAIN, steps=steps), 1), Stream, metrics=path / "m.jsonl", **fields)
+    return Cell("run", hparams_from(replace(TRAIN, steps=steps), 1), Stream, metrics=path / "m.jsonl", **fields)
 
 
 # ------------------------------------------------------------------ traces
@@ -68,7 +68,7 @@ def test_a_trace_ends_with_a_run_that_fails(toy, tmp_path):
             raise OSError("the disk is away")
         return rows
 
-    made = Cell("run", control_from(replace(TRAIN, steps=8), 1), lambda p: Stream(p, change=broken))
+    made = Cell("run", hparams_from(replace(TRAIN, steps=8), 1), lambda p: Stream(p, change=broken))
     with pytest.raises(OSError, match="away"):
         fit(*toy, [made], trace=StepTrace(tmp_path / "a", 3, 8), progress=lambda *_: None)
     fit(*toy, [cell(tmp_path, 2)], trace=StepTrace(tmp_path / "b", 1, 2), progress=lambda *_: None)

@@ -9,9 +9,9 @@ from train_toys import CONFIG, ROWS, TRAIN, TRAINABLE, batch, run, same_bits, se
 from medcg_jax.config import MeshConfig, replace
 from medcg_jax.families import build
 from medcg_jax.train.losses import token_loss
-from medcg_jax.train.optim import control_from
+from medcg_jax.train.optim import hparams_from
 
-CONTROL = control_from(TRAIN, 1)
+HPARAMS = hparams_from(TRAIN, 1)
 STEPS = 10
 
 
@@ -19,7 +19,7 @@ STEPS = 10
 def alone():
     """(program, trainable, frozen, state, metrics) of ten steps on one device."""
     program, trainable, frozen = setup()
-    return program, trainable, frozen, *run(program, trainable, frozen, [CONTROL], STEPS)
+    return program, trainable, frozen, *run(program, trainable, frozen, [HPARAMS], STEPS)
 
 
 def largest(a, b) -> float:
@@ -37,14 +37,14 @@ def test_it_learns_with_one_compilation(alone):
 
 def test_steps_and_rate_are_run_time_values(alone):
     program, trainable, frozen, state, _ = alone
-    other = control_from(replace(TRAIN, steps=3, learning_rate=1e-3, warmup_frac=0.5), 1)
+    other = hparams_from(replace(TRAIN, steps=3, learning_rate=1e-3, warmup_frac=0.5), 1)
     after, metrics = run(program, trainable, frozen, [other], 4)
     assert program.jitted._cache_size() == 1
     assert metrics["active"].tolist() == [True] * 3 + [False] and largest(after.params, state.params) > 1e-3
     # The count has teeth: another batch size is another program.
-    control = program.put_control(CONTROL)
+    hparams = program.put_hparams(HPARAMS)
     rows = jax.device_put(batch(0, 4), program.batch_sharding)
-    program(program.start(trainable), frozen, control, rows)
+    program(program.start(trainable), frozen, hparams, rows)
     assert program.jitted._cache_size() == 2
 
 
@@ -57,9 +57,9 @@ def test_a_run_that_is_over_keeps_every_bit(alone):
     program, trainable, frozen, state, _ = alone
     before = jax.device_get(state)
     copy = jax.tree.map(lambda x: jnp.array(x, copy=True), state)
-    after, metrics = run(program, trainable, frozen, [CONTROL], 1, state=copy)
+    after, metrics = run(program, trainable, frozen, [HPARAMS], 1, state=copy)
     assert not metrics["active"].any() and same_bits(before, after)
-    longer = control_from(replace(TRAIN, steps=20), 1)
+    longer = hparams_from(replace(TRAIN, steps=20), 1)
     copy = jax.tree.map(lambda x: jnp.array(x, copy=True), state)
     moved, _ = run(program, trainable, frozen, [longer], 1, state=copy)
     assert not same_bits(before, moved)
@@ -73,21 +73,21 @@ def mean_of_micro_batch(model, rows):
 
 def test_accumulation_is_the_large_batch(alone):
     _, _, _, _, expected = alone
-    _, metrics = run(*setup(accumulation_steps=4), [CONTROL], 3)
+    _, metrics = run(*setup(accumulation_steps=4), [HPARAMS], 3)
     assert np.allclose(metrics["loss"], expected["loss"][:3], atol=1e-6)
     assert np.allclose(metrics["grad_norm"], expected["grad_norm"][:3], rtol=1e-6)
 
 
 def test_a_mean_of_means_is_caught(alone):
     _, _, _, _, expected = alone
-    _, metrics = run(*setup(accumulation_steps=4, loss_fn=mean_of_micro_batch), [CONTROL], 1)
+    _, metrics = run(*setup(accumulation_steps=4, loss_fn=mean_of_micro_batch), [HPARAMS], 1)
     assert abs(metrics["loss"][0] - expected["loss"][0]) > 1e-3
 
 
 def test_eight_devices_are_one(alone):
     _, _, _, state, expected = alone
     program, trainable, frozen = setup(MeshConfig(data=2, fsdp=2, tensor=2))
-    after, metrics = run(program, trainable, frozen, [CONTROL], STEPS)
+    after, metrics = run(program, trainable, frozen, [HPARAMS], STEPS)
     assert np.abs(metrics["loss"] - expected["loss"]).max() < 1e-5
     assert np.allclose(metrics["grad_norm"], expected["grad_norm"], rtol=1e-4)
     assert largest(after.params, state.params) < 1e-3  # Adam divides small numbers by small ones
@@ -103,14 +103,14 @@ def test_a_row_lost_on_the_way_is_caught(alone):
     program, trainable, frozen, _, expected = alone
     rows = batch(0)
     rows["target_weights"][ROWS - 1] = 0
-    control = program.put_control(CONTROL)
-    _, metrics = program(program.start(trainable), frozen, control, jax.device_put(rows, program.batch_sharding))
+    hparams = program.put_hparams(HPARAMS)
+    _, metrics = program(program.start(trainable), frozen, hparams, jax.device_put(rows, program.batch_sharding))
     assert abs(float(metrics["loss"]) - expected["loss"][0]) > 1e-5
 
 
 def test_bfloat16_computes_near_float32_and_keeps_float32_weights(alone):
     _, _, _, _, expected = alone
-    state, metrics = run(*setup(compute_dtype="bfloat16"), [CONTROL], 2)
+    state, metrics = run(*setup(compute_dtype="bfloat16"), [HPARAMS], 2)
     assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"float32"}
     difference = np.abs(metrics["loss"] - expected["loss"][:2]).max()
     assert 0 < difference < 0.05

@@ -13,12 +13,12 @@ from medcg_jax.families import build
 from medcg_jax.plan import hlo
 from medcg_jax.train import step
 from medcg_jax.train.cells import take_cell
-from medcg_jax.train.optim import control_from
+from medcg_jax.train.optim import hparams_from
 
 STEPS = 10
 # Cells of different length, rate and warm-up.
-CONTROLS = [
-    control_from(replace(TRAIN, steps=steps, learning_rate=rate, warmup_frac=frac), 1)
+ALL_HPARAMS = [
+    hparams_from(replace(TRAIN, steps=steps, learning_rate=rate, warmup_frac=frac), 1)
     for steps, rate, frac in ((10, 1e-2, 0.1), (6, 3e-3, 0.0), (10, 1e-3, 0.3), (3, 5e-3, 0.0))
 ]
 CELL_MESH = MeshConfig(cell=2, data=1, fsdp=2, tensor=2)
@@ -27,18 +27,18 @@ CELL_MESH = MeshConfig(cell=2, data=1, fsdp=2, tensor=2)
 @pytest.fixture(scope="module")
 def one_by_one():
     program, trainable, frozen = setup()
-    return [run(program, trainable, frozen, [c], STEPS, seeds=[100 * i]) for i, c in enumerate(CONTROLS)]
+    return [run(program, trainable, frozen, [c], STEPS, seeds=[100 * i]) for i, c in enumerate(ALL_HPARAMS)]
 
 
 @pytest.fixture(scope="module")
 def on_cell_mesh():
     program, trainable, frozen = setup(CELL_MESH, num_cells=4)
-    return program, trainable, frozen, *run(program, trainable, frozen, CONTROLS, STEPS)
+    return program, trainable, frozen, *run(program, trainable, frozen, ALL_HPARAMS, STEPS)
 
 
 def check_alike(one_by_one, state, metrics) -> None:
     for i, (alone, expected) in enumerate(one_by_one):
-        steps = int(CONTROLS[i]["total_steps"])
+        steps = int(ALL_HPARAMS[i]["total_steps"])
         assert metrics["active"][:, i].tolist() == [True] * steps + [False] * (STEPS - steps)
         assert np.abs(metrics["loss"][:steps, i] - expected["loss"][:steps]).max() < 1e-5
         assert np.allclose(metrics["grad_norm"][:steps, i], expected["grad_norm"][:steps], rtol=1e-4)
@@ -50,7 +50,7 @@ def check_alike(one_by_one, state, metrics) -> None:
 
 def test_four_at_a_time_on_one_device(one_by_one):
     program, trainable, frozen = setup(num_cells=4)
-    check_alike(one_by_one, *run(program, trainable, frozen, CONTROLS, STEPS))
+    check_alike(one_by_one, *run(program, trainable, frozen, ALL_HPARAMS, STEPS))
     assert program.jitted._cache_size() == 1
 
 
@@ -64,9 +64,9 @@ def test_four_at_a_time_on_a_mesh_with_cells(one_by_one, on_cell_mesh):
 
 def test_a_cell_that_is_over_keeps_every_bit_while_others_move(on_cell_mesh):
     program, trainable, frozen, _, _ = on_cell_mesh
-    state, _ = run(program, trainable, frozen, CONTROLS, 3)
+    state, _ = run(program, trainable, frozen, ALL_HPARAMS, 3)
     before = jax.device_get(state)
-    after, metrics = run(program, trainable, frozen, CONTROLS, 1, state=state)
+    after, metrics = run(program, trainable, frozen, ALL_HPARAMS, 1, state=state)
     assert metrics["active"].tolist() == [[True, True, True, False]]
     cell = lambda tree, i: jax.tree.map(lambda x: np.asarray(x)[i], tree)  # noqa: E731
     assert [same_bits(cell(before, i), cell(after, i)) for i in range(4)] == [False, False, False, True]
@@ -74,7 +74,7 @@ def test_a_cell_that_is_over_keeps_every_bit_while_others_move(on_cell_mesh):
 
 def test_a_neighbour_that_diverges_is_not_felt(on_cell_mesh):
     program, trainable, frozen, state, metrics = on_cell_mesh
-    sick = [CONTROLS[0], {**CONTROLS[1], "learning_rate": np.float32(np.inf)}, *CONTROLS[2:]]
+    sick = [ALL_HPARAMS[0], {**ALL_HPARAMS[1], "learning_rate": np.float32(np.inf)}, *ALL_HPARAMS[2:]]
     after, found = run(program, trainable, frozen, sick, STEPS)
     assert not np.isfinite(found["loss"][2:6, 1]).any()
     for i in (0, 2, 3):

@@ -7,7 +7,7 @@ from medcg_jax.config import MeshConfig, TrainConfig
 from medcg_jax.families import build
 from medcg_jax.families.llava import llava15_tiny
 from medcg_jax.mesh import make_mesh
-from medcg_jax.train.optim import make_optimizer, stack_controls
+from medcg_jax.train.optim import make_optimizer, stack_hparams
 from medcg_jax.train.step import make_step
 
 IMAGE_ID, VOCAB = 39, 40
@@ -64,17 +64,17 @@ def setup(mesh_config: MeshConfig | None = None, *, num_cells=1, train=TRAIN, tr
     return program, *build.split_trainable(params, trainable)
 
 
-def run(program, trainable, frozen, controls, steps: int, *, seeds=None, state=None):
+def run(program, trainable, frozen, all_hparams, steps: int, *, seeds=None, state=None):
     """(state, metrics of every step as numpy) after so many steps; cell i has the batches of seeds[i]."""
     many = program.num_cells > 1
-    seeds = seeds or [100 * i for i in range(len(controls))]
-    control = program.put_control(stack_controls(controls) if many else controls[0])
+    seeds = seeds or [100 * i for i in range(len(all_hparams))]
+    hparams = program.put_hparams(stack_hparams(all_hparams) if many else all_hparams[0])
     state = program.start(trainable) if state is None else state
     metrics = []
     for step in range(steps):
         rows = [batch(seed + step) for seed in seeds]
         whole = {key: np.stack([b[key] for b in rows]) for key in rows[0]} if many else rows[0]
-        state, found = program(state, frozen, control, jax.device_put(whole, program.batch_sharding))
+        state, found = program(state, frozen, hparams, jax.device_put(whole, program.batch_sharding))
         metrics.append(jax.device_get(found))
     return state, {key: np.stack([m[key] for m in metrics]) for key in metrics[0]}
 

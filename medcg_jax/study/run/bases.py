@@ -21,7 +21,7 @@ from medcg_jax.study.design.schedule import seeded
 from medcg_jax.train.checkpoint import load_params, read_meta, save_params
 from medcg_jax.train.goodput import Goodput
 from medcg_jax.train.loop import Cell, fit
-from medcg_jax.train.optim import control_from, make_optimizer
+from medcg_jax.train.optim import hparams_from, make_optimizer
 from medcg_jax.train.run import loop_options
 from medcg_jax.train.setup import Setup, model_config, run_tokenizer, start_params
 from medcg_jax.train.step import make_step
@@ -146,7 +146,7 @@ class Bases:
 
         saved = self._folder / f"{name}.checkpoints"
         cell = Cell(
-            f"base.s{seed}", control_from(config, len(encoded)), stream,
+            f"base.s{seed}", hparams_from(config, len(encoded)), stream,
             metrics=self._workdir / "metrics" / f"base.s{seed}.jsonl",
             checkpoints=saved if config.checkpoint_every_steps else None,
             config=made_of(setup.run),

@@ -34,7 +34,7 @@ from medcg_jax.train import loop
 from medcg_jax.train.checkpoint import save_params
 from medcg_jax.train.goodput import Goodput
 from medcg_jax.train.log import CompileMonitor
-from medcg_jax.train.optim import control_from, make_optimizer
+from medcg_jax.train.optim import hparams_from, make_optimizer
 from medcg_jax.train.run import loop_options
 from medcg_jax.train.setup import Setup, open_setup, to_keep
 from medcg_jax.train.step import Program, TrainState, make_step
@@ -345,7 +345,7 @@ class Trainer:
             )  # fmt: skip
 
         return loop.Cell(
-            job.id, control_from(dataclasses.replace(config, steps=job.steps), len(encoded)), stream,
+            job.id, hparams_from(dataclasses.replace(config, steps=job.steps), len(encoded)), stream,
             metrics=self._workdir / "metrics" / f"{job.id}.jsonl",
             checkpoints=checkpoints_of(self._workdir, job) if config.checkpoint_every_steps else None,
             pixels=setup.pixels,
