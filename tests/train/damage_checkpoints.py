@@ -113,6 +113,7 @@ def run_all(folder: Path, number: int, seed: int) -> Counter:
     save_params(folder / "parameters", build.join(trainable, frozen), CONFIG)
     ways = [(name, damage, False) for name in files(folder / "whole" / str(NEW)) for damage in DAMAGES]
     ways += [(name, damage, True) for name in files(folder / "parameters") for damage in DAMAGES[:4]]
+    rng.shuffle(ways)
     place = 0
     while sum(done.values()) < number:
         name, damage, of_parameters = ways[place % len(ways)]
@@ -140,7 +141,7 @@ def damage_one(folder: Path, name: str, damage: Damage, both: bool, rng: random.
         other = trial / "c" / str(OLD)
         one_bit(rng.choice(rng.choice(list(files(other).values()))), other, rng)
     said, read = [], []
-    store = Checkpoints(trial / "c", say=said.append)
+    store = Checkpoints(trial / "c", report=said.append)
     store._read = lambda path, step, abstract: (read.append(step), Checkpoints._read(store, path, step, abstract))[1]
     try:
         found, _ = store.restore(wanted)

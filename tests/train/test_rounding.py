@@ -15,10 +15,8 @@ from medcg_jax.families import build
 from medcg_jax.families.weights.convert import export, open_leaves, read_config
 from medcg_jax.mesh import make_mesh
 from medcg_jax.train import step as step_module
-from medcg_jax.train.cells import take_cell
 from medcg_jax.train.checkpoint import CheckpointError, Checkpoints, load_params, save_params
-from medcg_jax.train.optim import hparams_from
-from medcg_jax.train.rounding import narrow, round_at_random
+from medcg_jax.train.optim import hparams_from, narrow, round_at_random
 
 EIGHT = MeshConfig(data=2, fsdp=2, tensor=2)
 NARROW = replace(TRAIN, param_dtype="bfloat16", moment_dtype="bfloat16", weight_decay=0.0)
@@ -168,9 +166,9 @@ def test_a_cell_ends_in_the_same_bits_in_any_slot_and_seeds_differ():
     a, b = (hparams_from(replace(NARROW, seed=seed), 1) for seed in (1, 2))
     one, _ = run(program, trainable, frozen, [a, b], 3, seeds=[0, 0])
     two, _ = run(program, trainable, frozen, [b, a], 3, seeds=[0, 0])
-    assert same_bits(take_cell(one, 0, 2), take_cell(two, 1, 2))
+    assert same_bits(program.take(one, 0), program.take(two, 1))
     # The same batches, and other noise.
-    assert not same_bits(take_cell(one, 0, 2).params, take_cell(one, 1, 2).params)
+    assert not same_bits(program.take(one, 0).params, program.take(one, 1).params)
 
 
 def test_eight_devices_train_as_one(kept):
@@ -206,13 +204,6 @@ def test_parameters_on_disk_are_bfloat16_and_come_back_as_the_float32_that_they_
     name = next(name for name in found if name.endswith("layers.0.self_attn.o_proj.weight") and "language" in name)
     kernel = params["decoder"]["blocks"]["out"]["kernel"][0]
     assert same_bits(found[name], np.asarray(kernel).reshape(-1, kernel.shape[-1]).T.copy())
-    # Other numbers than were saved are noticed.
-    other = jax.tree.map(lambda x: x * jnp.asarray(1.01, x.dtype), params)
-    save_params(tmp_path / "other", other, CONFIG, {"config": {}})
-    meta = (tmp_path / "params" / "meta.json").read_text()
-    (tmp_path / "other" / "meta.json").write_text(meta)
-    with pytest.raises(CheckpointError):
-        load_params(tmp_path / "other", CONFIG, program.mesh)
 
 
 @pytest.mark.parametrize("name", ["train.param_dtype", "train.moment_dtype", "base.param_dtype"])

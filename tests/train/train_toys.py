@@ -1,5 +1,7 @@
 """A model small enough to compile in seconds, batches of random tokens, and streams of them, for tests of training."""
 
+import functools
+
 import jax
 import numpy as np
 
@@ -54,12 +56,15 @@ class Stream:
         self.closed = True
 
 
-def setup(mesh_config: MeshConfig | None = None, *, num_cells=1, train=TRAIN, trainable=TRAINABLE, **fields):
-    """(program, trainable, frozen) on one device, or on a mesh of all eight."""
+@functools.cache
+def setup(
+    mesh_config: MeshConfig | None = None, *, config=CONFIG, num_cells=1, train=TRAIN, trainable=TRAINABLE, **fields
+):
+    """(program, trainable, frozen) on one device, or on a mesh of all eight; made once for all tests of a process."""
     devices = jax.devices()[:1] if mesh_config is None else None
     mesh = make_mesh(mesh_config or MeshConfig(), devices)
-    graphdef, params = build.create(CONFIG, mesh, seed=0)
-    places = build.split_trainable(build.shardings(CONFIG, mesh), trainable)
+    graphdef, params = build.create(config, mesh, seed=0)
+    places = build.split_trainable(build.shardings(config, mesh), trainable)
     program = make_step(mesh, graphdef, *places, make_optimizer(train), num_cells=num_cells, **fields)
     return program, *build.split_trainable(params, trainable)
 
