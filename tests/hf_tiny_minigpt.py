@@ -13,8 +13,8 @@ import numpy as np
 
 from medcg_jax.families import build
 from medcg_jax.families.decoder import DecoderConfig
-from medcg_jax.families.eva import EvaConfig
-from medcg_jax.families.minigpt_v2 import MiniGPTv2Config
+from medcg_jax.families.minigpt_v2.eva import EvaConfig
+from medcg_jax.families.minigpt_v2.model import MiniGPTv2Config
 from medcg_jax.families.weights import engine, minigpt_v2
 from medcg_jax.families.weights.files import Tensors
 from medcg_jax.mesh import make_mesh

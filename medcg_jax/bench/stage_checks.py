@@ -182,7 +182,7 @@ def write_tiny_reference(directory: Path, num_kv_heads: int) -> None:
     import torch
     import transformers
 
-    from medcg_jax.families.llava import llava15_tiny
+    from medcg_jax.families.llava.model import llava15_tiny
     from medcg_jax.families.weights.llava import config_to_json
 
     config = llava15_tiny(vocab_size=128, image_token_id=127, num_kv_heads=num_kv_heads)

@@ -20,7 +20,7 @@ from medcg_jax.bench.clock import spread, turns
 from medcg_jax.config import MASK_PARTS, ModelConfig, TrainConfig
 from medcg_jax.families import build
 from medcg_jax.families.build import Config
-from medcg_jax.families.llava import LlavaConfig
+from medcg_jax.families.llava.model import LlavaConfig
 from medcg_jax.mesh import put_batch
 from medcg_jax.plan import flops
 from medcg_jax.train.losses import token_loss

@@ -271,9 +271,7 @@ def _image_tokens(records: RecordSet, index: int, fmt: Format) -> int:
     """How many tokens the record's image takes; 0 without one."""
     if not records.records[index].image:
         return 0
-    return (
-        fmt.max_image_tokens if fmt.num_image_tokens is None else fmt.num_image_tokens(*records.image(index).shape[:2])
-    )
+    return fmt.max_image_tokens if fmt.num_image_tokens is None else fmt.num_image_tokens(*records.image_size(index))
 
 
 def _put_row(rows, index: int, ids: list[int], num_image_tokens: int, data: DataConfig) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from medcg_jax.config import DataConfig
 from medcg_jax.data.records import DataError, Record, RecordSet
-from medcg_jax.data.release import TreeImages
+from medcg_jax.data.release import TreeImage
 from medcg_jax.data.schema import ReleaseError, check_id, image_path, parse_choice, read_list, record_name
 
 SUBSET = "general"
@@ -54,7 +54,7 @@ class GeneralRecords:
                 records.append(record)
         except ReleaseError as error:
             raise DataError(f"data.general_records: {error}") from error
-        self._records = RecordSet(records, TreeImages(root, [record.image for record in records], config))
+        self._records = RecordSet(records, [TreeImage(root, record.image, config) for record in records])
 
     @property
     def records(self) -> RecordSet:

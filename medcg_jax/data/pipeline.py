@@ -17,7 +17,6 @@ import numpy as np
 
 from medcg_jax.data.encoding import Encoded
 from medcg_jax.data.lengths import batch_length, eval_order
-from medcg_jax.data.packing import Packer, RowShape
 from medcg_jax.data.records import DataError
 
 Batch = dict[str, np.ndarray]
@@ -37,7 +36,6 @@ class Batches:
         every record once an epoch.
       position: global batches drawn before.
       rows: which rows of the global batch this process builds, rising (`mesh.own_rows`); None: all.
-      pack: the shape of packed batches, whose rows `rows` then means; None: a record a row.
       prefetch: batches built ahead in threads; 0 builds them when asked.
 
     Attributes:
@@ -57,19 +55,13 @@ class Batches:
         weights: Mapping[str, float] | None = None,
         position: int = 0,
         rows: np.ndarray | None = None,
-        pack: RowShape | None = None,
         prefetch: int | None = None,
     ):
         if not len(encoded):
             raise DataError("there are no records to draw batches from")
-        mine = checked_rows(rows, pack.rows if pack else batch_size)
-        packer = Packer(encoded, pack) if pack else None
-
-        def build(indices: np.ndarray) -> tuple[Batch, list[str]]:
-            return packer.rows(indices, mine) if packer else encoded.rows(indices[mine])
-
+        mine = checked_rows(rows, batch_size)
         stream = _stream(encoded, seed, weights or {})
-        batches = stream.batch(batch_size, batch_fn=np.asarray).map(build)
+        batches = stream.batch(batch_size, batch_fn=np.asarray).map(lambda indices: encoded.rows(indices[mine]))
         self._iterator = iter(batches.to_iter_dataset(_read_options(encoded, prefetch)))
         self._iterator.set_state({"next_index": position})
         self.position = position
@@ -85,21 +77,6 @@ class Batches:
     def close(self) -> None:
         """Ends the threads that build ahead; nothing can be drawn afterwards."""
         self._iterator.close()
-
-
-def draws(
-    encoded: Encoded, *, batch_size: int, seed: int, num_batches: int, weights: Mapping[str, float] | None = None
-) -> np.ndarray:
-    """int[num_batches, batch_size]: places in `encoded` of the records of the first batches that `Batches` draws.
-
-    Raises:
-      DataError: as `Batches`.
-    """
-    if not len(encoded):
-        raise DataError("there are no records to draw batches from")
-    stream = _stream(encoded, seed, weights or {})
-    flat = [stream[place] for place in range(num_batches * batch_size)]
-    return np.asarray(flat, np.int64).reshape(num_batches, batch_size)
 
 
 def eval_batches(

@@ -71,7 +71,8 @@ class PreparedSource:
         records = [line.record for line in lines]
         seed = cap_seed(self._config, subset, split)
         places = balanced([labels_of(record) for record in records], self._limit(split), seed)
-        images = _ShardImages(self._shards(subset, split), [lines[place] for place in places], places)
+        shards = _Shards(self._shards(subset, split))
+        images = [_ShardImage(shards, lines[place], place) for place in places]
         return RecordSet([records[place] for place in places], images)
 
     def fingerprint(self) -> str:
@@ -307,51 +308,66 @@ def _size(pair: Any) -> tuple[int, int]:
     return height, width
 
 
-class _ShardImages(Sequence):
-    """uint8[h, w, 3] of each place in the shards, read when asked for."""
+class _ShardImage(NamedTuple):
+    """The image of one line of a .jsonl, `place` records from the start of all shards; a `records.StoredImage`."""
 
-    def __init__(self, shards: dict[Path, int], lines: list[_Line], places: list[int]):
-        """shards: with the number of their records. lines: of each image. places: of these among all records."""
-        self._shards, self._lines, self._places = shards, lines, places
+    shards: _Shards
+    line: _Line
+    place: int
 
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        line, place, source = self._lines[index], self._places[index], self._source
-        try:
-            content = source[place]
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise self._damaged(place, " ".join(str(error).split())[:120]) from error
+    def pixels(self) -> np.ndarray:
+        content = self.shards.read(self.place)
         # Shards that were exchanged, or are of another preparation, hold other records.
-        if not content.startswith(line.head):
-            raise self._damaged(place, f"not {line.record.id[:200]}, which the list of records has there")
-        return pixels(content, line.shape)
+        if not content.startswith(self.line.head):
+            reason = f"not {self.line.record.id[:200]}, which the list of records has there"
+            raise self.shards.damaged(self.place, reason)
+        return pixels(content, self.line.shape)
 
-    def _damaged(self, place: int, reason: str) -> DataError:
-        ends = list(accumulate(self._shards.values()))
-        shard = list(self._shards)[bisect_right(ends, place)]
+    def size(self) -> tuple[int, int]:
+        return self.line.shape
+
+    def file_digest(self) -> bytes:
+        return self.line.digest
+
+    def pixel_digest(self) -> bytes:
+        """Of the pixels before they were laid out."""
+        return self.line.pixels
+
+
+class _Shards:
+    """The shards of one subset and split, opened when the first of their records is read.
+
+    sizes: each shard, and how many records it has.
+    """
+
+    def __init__(self, sizes: dict[Path, int]):
+        self._sizes = sizes
+
+    def read(self, place: int) -> bytes:
+        """One record. Raises DataError where it is damaged, or a shard cannot be read."""
+        source = self._source
+        try:
+            return source[place]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise self.damaged(place, " ".join(str(error).split())[:120]) from error
+
+    def damaged(self, place: int, reason: str) -> DataError:
+        """What is to be raised for one record."""
+        ends = list(accumulate(self._sizes.values()))
+        shard = list(self._sizes)[bisect_right(ends, place)]
         return DataError(f"{shard}: record {place + 1} of {ends[-1]}: {reason}; run `medcg data prepare` again")
-
-    def file_digest(self, index: int) -> bytes:
-        """sha256 of the bytes of the file that an image was read from."""
-        return self._lines[index].digest
-
-    def pixel_digest(self, index: int) -> bytes:
-        """sha256 of that file's decoded pixels, before they were laid out; b"" where none was kept."""
-        return self._lines[index].pixels
 
     @functools.cached_property
     def _source(self):
         from grain.sources import ArrayRecordDataSource
 
         try:
-            source = ArrayRecordDataSource([str(path) for path in self._shards])
+            source = ArrayRecordDataSource([str(path) for path in self._sizes])
             number = len(source)
         except (RuntimeError, ValueError) as error:
-            raise DataError(_unreadable(self._shards, error)) from error
-        if number != sum(self._shards.values()):
-            first, written = next(iter(self._shards)), sum(self._shards.values())
+            raise DataError(_unreadable(self._sizes, error)) from error
+        if number != sum(self._sizes.values()):
+            first, written = next(iter(self._sizes)), sum(self._sizes.values())
             raise DataError(f"{first} and those after it: {number} records, {written} were written; prepare it again")
         return source
 

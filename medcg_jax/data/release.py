@@ -9,15 +9,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from medcg_jax.config import DataConfig
 from medcg_jax.data import catalogue
-from medcg_jax.data.images import ImageError, load_image
+from medcg_jax.data.images import ImageError, image_size, load_image
 from medcg_jax.data.reading import Reading, check_reading
 from medcg_jax.data.records import SPLITS, DataError, Record, RecordSet, Split, Subset
 from medcg_jax.data.schema import ReleaseError, read_choice_file, read_list
@@ -82,7 +83,7 @@ class ReleaseSource:
         seed = cap_seed(self._config, subset, split)
         places = balanced([labels_of(record) for record in records], self._limit(split), seed)
         kept = [records[place] for place in places]
-        return RecordSet(kept, TreeImages(self.root, [r.image for r in kept], self._config))
+        return RecordSet(kept, [TreeImage(self.root, record.image, self._config) for record in kept])
 
     def fingerprint(self) -> str:
         """A digest of the choice files, of the names and sizes of their images and how these are read, and of the caps
@@ -206,30 +207,40 @@ def _size(root: Path, raw: Any) -> str:
         return f"{relative} -"
 
 
-class TreeImages(Sequence):
-    """uint8[h, w, 3] of each path, decoded when asked for."""
+class TreeImage(NamedTuple):
+    """A tree's image file, `path` below `root`; a `records.StoredImage`."""
 
-    def __init__(self, root: Path, paths: list[str], config: DataConfig):
-        self._root, self._paths, self._max_pixels = root, paths, config.max_pixels
-        self._reading = Reading(config.window, config.deep_grey, config.frame)
+    root: Path
+    path: str
+    config: DataConfig
 
-    def __len__(self) -> int:
-        return len(self._paths)
+    def pixels(self) -> np.ndarray:
+        config = self.config
+        with self._named():
+            reading = Reading(config.window, config.deep_grey, config.frame)
+            return load_image(self.root / self.path, config.max_pixels, reading)
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        try:
-            return load_image(self._root / self._paths[index], self._max_pixels, self._reading)
-        except ImageError as error:
-            raise ImageError(f"image {self._paths[index]!r}: {error}") from error
+    def size(self) -> tuple[int, int]:
+        with self._named():
+            return image_size(self.root / self.path, self.config.max_pixels)
 
-    def file_digest(self, index: int) -> bytes:
-        """sha256 of the bytes of one image's file."""
-        path = os.path.realpath(self._root / self._paths[index])
+    def file_digest(self) -> bytes:
+        path = os.path.realpath(self.root / self.path)
         try:
             status = os.stat(path)
             return _file_digest(path, status.st_size, status.st_mtime_ns)
         except OSError as error:
-            raise ImageError(f"image {self._paths[index]!r}: {error.strerror}") from error
+            raise ImageError(f"image {self.path!r}: {error.strerror}") from error
+
+    def pixel_digest(self) -> bytes:
+        return b""
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except ImageError as error:
+            raise ImageError(f"image {self.path!r}: {error}") from error
 
 
 @functools.cache

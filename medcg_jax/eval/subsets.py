@@ -22,8 +22,8 @@ from medcg_jax.families.build import shardings
 from medcg_jax.mesh import batch_sharding, check_batch, own_rows, put_batch, replicated
 from medcg_jax.train.checkpoint import load_params
 from medcg_jax.train.preempt import sigterm_saves
-from medcg_jax.train.setup import Setup, open_setup, start_params
 from medcg_jax.train.sanity import check_sees, has_closed_gates
+from medcg_jax.train.setup import Setup, open_setup, start_params
 
 
 class Tester:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from medcg_jax.families import build
-from medcg_jax.families.minigpt_v2 import MiniGPTv2, MiniGPTv2Config, group
+from medcg_jax.families.minigpt_v2.model import MiniGPTv2, MiniGPTv2Config, group
 from medcg_jax.families.weights import engine, minigpt_v2
 from medcg_jax.families.weights.files import WeightsError, open_safetensors, read_json
 from medcg_jax.families.weights.positions import resize_positions

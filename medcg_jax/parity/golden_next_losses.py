@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from medcg_jax.families import build
-from medcg_jax.families.next_chat import NextChatConfig
+from medcg_jax.families.next_chat.model import NextChatConfig
 from medcg_jax.families.weights import engine, next_chat
 from medcg_jax.families.weights.files import WeightsError
 from medcg_jax.parity.golden_next_data import TOLERANCE, Arrays, batch_of, golden_row, mask_batch

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from medcg_jax.config import ConfigError, RunError
 from medcg_jax.families.build import num_bytes
-from medcg_jax.families.llava import LlavaConfig
+from medcg_jax.families.llava.model import LlavaConfig
 from medcg_jax.files import write_whole
 from medcg_jax.processes import barrier, broadcast, gather
 from medcg_jax.train import checksums

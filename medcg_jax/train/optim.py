@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from medcg_jax.config import ConfigError, TrainConfig
-from medcg_jax.config_checks import MOST_STEPS
+from medcg_jax.config import MOST_STEPS, ConfigError, TrainConfig
 
 Hparams = dict[str, jax.Array | np.ndarray]
 # Last names of the parameters that weight decay leaves alone: biases, and the scales of norms.

@@ -10,16 +10,16 @@ import jax
 from medcg_jax.config import ConfigError, RunConfig, free_fields
 from medcg_jax.config_checks import profile_steps
 from medcg_jax.data.encoding import cut_rows, row_length
-from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.leaks import KINDS, Leak, actions_of, actions_of_general, find_leaks, joined, prints, remedy, words
+from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, Source, concat
 from medcg_jax.data.sources import subset_names
 from medcg_jax.families.build import abstract, num_bytes, shardings, split_trainable
 from medcg_jax.mesh import own_rows
 from medcg_jax.nn.base import Base
 from medcg_jax.train import checkpoint, goodput
-from medcg_jax.train.loop import RunSpec, fit, loop_options
 from medcg_jax.train.log import StepTrace, WandbTarget, load_wandb
+from medcg_jax.train.loop import RunSpec, fit, loop_options
 from medcg_jax.train.optim import hparams_from, make_optimizer
 from medcg_jax.train.preempt import sigterm_saves
 from medcg_jax.train.setup import Setup, open_setup, peak_flops, start_params, step_flops, to_keep

@@ -12,8 +12,8 @@ from medcg_jax.data.records import Box, DataError, Record, RecordSet, Turn
 from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.families import formats
 from medcg_jax.families.build import architecture
-from medcg_jax.families.images_next_chat import preprocess_masks
-from medcg_jax.families.text_boxes import parse_boxes
+from medcg_jax.families.minigpt_v2.boxes import parse_boxes
+from medcg_jax.families.next_chat.rows import preprocess_masks
 
 SOURCE = PhantomBoxSource(3, 6, 4)
 DATA = DataConfig(system_prompt="", max_text_tokens=100, max_target_tokens=70)

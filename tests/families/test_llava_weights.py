@@ -13,7 +13,7 @@ from releases import one, same, write
 
 from medcg_jax.config import ConfigError, MeshConfig
 from medcg_jax.families import build
-from medcg_jax.families.llava import llava15_7b, llava15_tiny
+from medcg_jax.families.llava.model import llava15_7b, llava15_tiny
 from medcg_jax.families.weights import llava
 from medcg_jax.families.weights.convert import convert, export, load_checkpoint, read_config
 from medcg_jax.families.weights.files import WeightsError

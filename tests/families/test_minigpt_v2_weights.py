@@ -13,7 +13,7 @@ from releases import one, same, write
 
 from medcg_jax.config import MeshConfig
 from medcg_jax.families import build
-from medcg_jax.families.minigpt_v2 import minigpt_v2_7b
+from medcg_jax.families.minigpt_v2.model import minigpt_v2_7b
 from medcg_jax.families.weights import engine, minigpt_v2
 from medcg_jax.families.weights.convert import convert, export, load_checkpoint, read_config
 from medcg_jax.families.weights.files import WeightsError, open_bin, open_safetensors, open_tensors, read_json

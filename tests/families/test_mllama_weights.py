@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from releases import same
 
-from medcg_jax.families.mllama import llama32_vision_11b, llama32_vision_90b, llama32_vision_tiny
+from medcg_jax.families.mllama.model import llama32_vision_11b, llama32_vision_90b, llama32_vision_tiny
 from medcg_jax.families.weights import engine, mllama
 from medcg_jax.families.weights.convert import export
 from medcg_jax.families.weights.files import Tensors, WeightsError

@@ -12,7 +12,7 @@ from releases import CONFIGS, one, random_params, released, same, same_as, tenso
 
 from medcg_jax.config import MeshConfig
 from medcg_jax.families import build
-from medcg_jax.families.next_chat import next_chat_7b_336
+from medcg_jax.families.next_chat.model import next_chat_7b_336
 from medcg_jax.families.weights import engine, next_chat
 from medcg_jax.families.weights.convert import convert, export, load_checkpoint, read_config
 from medcg_jax.families.weights.files import WeightsError, open_safetensors

@@ -10,7 +10,7 @@ from flax import nnx
 from releases import one, same, write
 
 from medcg_jax.families import build
-from medcg_jax.families.qwen2_vl import qwen2_vl_2b, qwen2_vl_7b, qwen2_vl_72b, qwen2_vl_tiny
+from medcg_jax.families.qwen2_vl.model import qwen2_vl_2b, qwen2_vl_7b, qwen2_vl_72b, qwen2_vl_tiny
 from medcg_jax.families.weights import engine, qwen2_vl
 from medcg_jax.families.weights.convert import export, load_checkpoint, read_config
 from medcg_jax.families.weights.files import WeightsError

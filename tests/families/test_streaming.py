@@ -16,7 +16,7 @@ import pytest
 from benchmarks import convert_memory
 from medcg_jax import cli
 from medcg_jax.config import MeshConfig, RunError
-from medcg_jax.families.llava import llava15_tiny
+from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.families.weights import convert as convert_module
 from medcg_jax.families.weights import engine, llava, parts
 from medcg_jax.families.weights.convert import convert, load_checkpoint, open_leaves, read_config

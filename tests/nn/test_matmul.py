@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from medcg_jax.config import MODELS, ConfigError, MeshConfig, ModelConfig, RunConfig, TrainConfig, replace
 from medcg_jax.config_checks import check
 from medcg_jax.families import build
-from medcg_jax.families.llava import llava15_tiny
+from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.mesh import batch_sharding, make_mesh
 from medcg_jax.nn import matmul
 from medcg_jax.nn.layers import Dense

@@ -14,7 +14,7 @@ from medcg_jax.config import RunConfig, replace
 from medcg_jax.config_file import load
 from medcg_jax.data.records import DataError
 from medcg_jax.families import flops
-from medcg_jax.families.llava import llava15_7b
+from medcg_jax.families.llava.model import llava15_7b
 from medcg_jax.study.design import schedule
 from medcg_jax.study.run.dry import Cost, architecture_of, costs, dry, grid_totals, nominal_source
 

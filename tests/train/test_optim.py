@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from medcg_jax.config import TrainConfig
-from medcg_jax.train.optim import hparams_from, decay_mask, learning_rate, make_optimizer, num_steps, stack_hparams
+from medcg_jax.train.optim import decay_mask, hparams_from, learning_rate, make_optimizer, num_steps, stack_hparams
 
 CONFIG = TrainConfig(steps=40, learning_rate=2e-3, warmup_frac=0.1, weight_decay=0.1, clip_norm=1.0, b2=0.98)
 
@@ -62,7 +62,7 @@ def params_and_grads(steps: int = 10):
             "norm": {"scale": rng.normal(1, scale, (2, 4))},
         }
 
-    cast = lambda t: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t)  # noqa: E731
+    cast = lambda t: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t)
     return cast(tree(0.5)), [cast(tree(1.0 + i)) for i in range(steps)]
 
 
@@ -73,7 +73,7 @@ def ours(config: TrainConfig):
     for step, grad in enumerate(grads):
         updates, state = optimizer.update(grad, state, params)
         rate = learning_rate(jnp.int32(step), hparams)
-        params = optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates))  # noqa: B023
+        params = optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates))
     return params
 
 

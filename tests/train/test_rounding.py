@@ -15,7 +15,7 @@ from medcg_jax.families import build
 from medcg_jax.families.weights.convert import export, open_leaves, read_config
 from medcg_jax.mesh import make_mesh
 from medcg_jax.train import step as step_module
-from medcg_jax.train.checkpoint import CheckpointError, Checkpoints, load_params, save_params
+from medcg_jax.train.checkpoint import Checkpoints, load_params, save_params
 from medcg_jax.train.optim import hparams_from, narrow, round_at_random
 
 EIGHT = MeshConfig(data=2, fsdp=2, tensor=2)

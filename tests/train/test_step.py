@@ -184,7 +184,7 @@ def test_a_cell_that_is_over_keeps_every_bit_while_others_move(on_cell_mesh):
     before = jax.device_get(state)
     after, metrics = run(program, trainable, frozen, ALL_HPARAMS, 1, state=state)
     assert metrics["active"].tolist() == [[True, True, True, False]]
-    cell = lambda tree, i: jax.tree.map(lambda x: np.asarray(x)[i], tree)  # noqa: E731
+    cell = lambda tree, i: jax.tree.map(lambda x: np.asarray(x)[i], tree)
     assert [same_bits(cell(before, i), cell(after, i)) for i in range(4)] == [False, False, False, True]
 
 

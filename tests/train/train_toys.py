@@ -7,7 +7,7 @@ import numpy as np
 
 from medcg_jax.config import MeshConfig, TrainConfig
 from medcg_jax.families import build
-from medcg_jax.families.llava import llava15_tiny
+from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.mesh import make_mesh
 from medcg_jax.train.optim import make_optimizer, stack_hparams
 from medcg_jax.train.step import make_step

@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
-from medcg_jax.families.minigpt_v2 import MiniGPTv2Config
-from medcg_jax.families.next_chat import NextChatConfig
+from medcg_jax.families.minigpt_v2.model import MiniGPTv2Config
+from medcg_jax.families.next_chat.model import NextChatConfig
 from medcg_jax.families.weights import engine
 from medcg_jax.families.weights.engine import Entry, Leaf, linear
 from medcg_jax.families.weights.families import module_of

@@ -8,11 +8,11 @@ A module has `table(config)`, `read_release(src, parts)`, `open_release(src, par
 from pathlib import Path
 from types import ModuleType
 
-from medcg_jax.families.llava import LlavaConfig
-from medcg_jax.families.minigpt_v2 import MiniGPTv2Config
-from medcg_jax.families.mllama import MllamaConfig
-from medcg_jax.families.next_chat import NextChatConfig
-from medcg_jax.families.qwen2_vl import Qwen2VLConfig
+from medcg_jax.families.llava.model import LlavaConfig
+from medcg_jax.families.minigpt_v2.model import MiniGPTv2Config
+from medcg_jax.families.mllama.model import MllamaConfig
+from medcg_jax.families.next_chat.model import NextChatConfig
+from medcg_jax.families.qwen2_vl.model import Qwen2VLConfig
 from medcg_jax.families.weights import llava, minigpt_v2, mllama, next_chat, qwen2_vl
 from medcg_jax.families.weights.fields import quoted
 from medcg_jax.families.weights.files import WeightsError, read_json

@@ -14,7 +14,7 @@ import numpy as np
 
 from medcg_jax.families.clip import ClipVisionConfig
 from medcg_jax.families.decoder import DecoderConfig
-from medcg_jax.families.llava import LlavaConfig
+from medcg_jax.families.llava.model import LlavaConfig
 from medcg_jax.families.weights.engine import FLAT, SAME, Entry, canonical_names, conv_patch, linear
 from medcg_jax.families.weights.fields import (
     activation,

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from medcg_jax.families.decoder import DecoderConfig
-from medcg_jax.families.eva import EvaConfig
-from medcg_jax.families.minigpt_v2 import MiniGPTv2Config
+from medcg_jax.families.minigpt_v2.eva import EvaConfig
+from medcg_jax.families.minigpt_v2.model import MiniGPTv2Config
 from medcg_jax.families.weights.engine import (
     FLAT,
     SAME,

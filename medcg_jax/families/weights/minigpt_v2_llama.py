@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from medcg_jax.families.minigpt_v2 import MiniGPTv2Config
+from medcg_jax.families.minigpt_v2.model import MiniGPTv2Config
 from medcg_jax.families.weights import engine
 from medcg_jax.families.weights.files import write_safetensors
 from medcg_jax.families.weights.minigpt_v2 import llama_json, table

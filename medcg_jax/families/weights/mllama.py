@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from medcg_jax.families.mllama import MllamaConfig
-from medcg_jax.families.mllama_text import MllamaTextConfig
-from medcg_jax.families.mllama_vit import NUM_TILES, MllamaVisionConfig
+from medcg_jax.families.mllama.model import MllamaConfig
+from medcg_jax.families.mllama.text import MllamaTextConfig
+from medcg_jax.families.mllama.vit import NUM_TILES, MllamaVisionConfig
 from medcg_jax.families.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, linear
 from medcg_jax.families.weights.fields import (
     activation,

@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from medcg_jax.families.next_chat import NextChatConfig
-from medcg_jax.families.sam import SamConfig
+from medcg_jax.families.next_chat.model import NextChatConfig
+from medcg_jax.families.next_chat.sam import SamConfig
 from medcg_jax.families.weights import llava
 from medcg_jax.families.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, linear
 from medcg_jax.families.weights.fields import end_of, expect, section, token

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from medcg_jax.families.decoder import DecoderConfig
-from medcg_jax.families.qwen2_vit import Qwen2VitConfig
-from medcg_jax.families.qwen2_vl import Qwen2VLConfig
+from medcg_jax.families.qwen2_vl.model import Qwen2VLConfig
+from medcg_jax.families.qwen2_vl.vit import Qwen2VitConfig
 from medcg_jax.families.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, fused_qkv, linear
 from medcg_jax.families.weights.fields import (
     activation,

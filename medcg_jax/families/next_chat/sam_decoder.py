@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from medcg_jax.families.sam import SamConfig
+from medcg_jax.families.next_chat.sam import SamConfig
 from medcg_jax.nn.attention import attention
 from medcg_jax.nn.layers import Dense, LayerNorm, Stack, gelu, normal, param
 

@@ -11,8 +11,8 @@ from flax import nnx
 
 from medcg_jax.families import decoder as decoder_lib
 from medcg_jax.families.decoder import Decoder, DecoderConfig
-from medcg_jax.families.eva import EvaConfig, EvaVision
 from medcg_jax.families.merge import merge_images
+from medcg_jax.families.minigpt_v2.eva import EvaConfig, EvaVision
 from medcg_jax.nn.base import Base
 from medcg_jax.nn.layers import Dense
 from medcg_jax.nn.lora import Adapters, LoraConfig

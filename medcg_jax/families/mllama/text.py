@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from medcg_jax.families.mllama_vit import gate, gated
+from medcg_jax.families.mllama.vit import gate, gated
 from medcg_jax.nn.attention import masked_attention
 from medcg_jax.nn.blocks import REMAT_POLICIES, DecoderBlock, run_stack
 from medcg_jax.nn.context import constrain

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from medcg_jax.families.mllama_text import EXTRA_ROWS, MllamaAdapters, MllamaDecoder, MllamaTextConfig, images_in_view
-from medcg_jax.families.mllama_vit import NUM_TILES, MllamaVision, MllamaVisionConfig
+from medcg_jax.families.mllama.text import EXTRA_ROWS, MllamaAdapters, MllamaDecoder, MllamaTextConfig, images_in_view
+from medcg_jax.families.mllama.vit import NUM_TILES, MllamaVision, MllamaVisionConfig
 from medcg_jax.nn.attention import take_positions
 from medcg_jax.nn.base import Base
 from medcg_jax.nn.context import constrain

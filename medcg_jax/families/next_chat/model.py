@@ -14,10 +14,10 @@ from flax import nnx
 from medcg_jax.families import decoder as decoder_lib
 from medcg_jax.families.clip import ClipUnused, ClipVision, ClipVisionConfig
 from medcg_jax.families.decoder import Decoder, DecoderConfig
-from medcg_jax.families.llava import Projector
+from medcg_jax.families.llava.model import Projector
 from medcg_jax.families.merge import merge_images
-from medcg_jax.families.sam import SamConfig, SamEncoder, SamPrompt
-from medcg_jax.families.sam_decoder import MaskDecoder
+from medcg_jax.families.next_chat.sam import SamConfig, SamEncoder, SamPrompt
+from medcg_jax.families.next_chat.sam_decoder import MaskDecoder
 from medcg_jax.nn.attention import take_positions
 from medcg_jax.nn.base import Base
 from medcg_jax.nn.layers import Dense

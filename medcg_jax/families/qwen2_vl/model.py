@@ -15,7 +15,7 @@ from flax import nnx
 
 from medcg_jax.families import decoder as decoder_lib
 from medcg_jax.families.decoder import Decoder, DecoderConfig
-from medcg_jax.families.qwen2_vit import Qwen2Vit, Qwen2VitConfig
+from medcg_jax.families.qwen2_vl.vit import Qwen2Vit, Qwen2VitConfig
 from medcg_jax.nn.base import Base
 from medcg_jax.nn.layers import Dense, LayerNorm, gelu
 from medcg_jax.nn.lora import Adapters, LoraConfig
