@@ -100,7 +100,9 @@ def test_nothing_is_decoded_where_near_images_are_not_looked_for(tree, monkeypat
 
 def test_each_image_is_decoded_once(tree, monkeypatch):
     decoded, original = [], data_leaks.image_hashes
-    monkeypatch.setattr(data_leaks, "image_hashes", lambda image, digest: decoded.append(digest) or original(image, digest))
+    monkeypatch.setattr(
+        data_leaks, "image_hashes", lambda image, digest: decoded.append(digest) or original(image, digest)
+    )
     guard = leaks.LeakGuard(ReleaseSource(tree, DataConfig()))
     for one in (cell(), cell(THIRD), cell(), cell(related=(OTHER, "ct-brain-state"))):
         guard.look(one)
