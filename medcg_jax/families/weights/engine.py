@@ -7,6 +7,7 @@ more than one layer of them at a time.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def slots(table: list[Entry], params) -> dict[str, Slot]:
     return by_name
 
 
-def by_path(params) -> dict[tuple[str, ...], object]:
+def by_path(params) -> dict[tuple[str, ...], Any]:
     """Path -> leaf of a tree of arrays, shapes, shardings or `Leaf`s; a quantised matrix is one leaf."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     return {tuple(key.key for key in path): leaf for path, leaf in leaves}
@@ -251,7 +252,7 @@ def _put(leaf: Leaf, layer: int | None, shape: Shape, dtype, sharding) -> jax.Ar
     """A leaf or a layer of one, in its sharding: equal slices of several devices are read once."""
     slices: dict[tuple, np.ndarray] = {}
 
-    def read(index: Index) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         spans = tuple(spans_of(index, shape))
         if spans not in slices:
             slices[spans] = leaf.read(layer, tuple(slice(*span) for span in spans)).astype(dtype, copy=False)

@@ -59,7 +59,7 @@ def _factor_spans(sizes, order, shape: Shape, index: Index):
     """
     spans, local, position = [(0, size) for size in sizes], [], 0
     for size, (start, stop) in zip(shape, spans_of(index, shape), strict=True):
-        axis, product = [], 1
+        product, axis = 1, list[int]()
         while position < len(order) and (not axis or product < size):
             axis.append(order[position])
             product *= sizes[order[position]]
