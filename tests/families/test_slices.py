@@ -5,7 +5,6 @@ import json
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from releases import CONFIGS, random_release, same
@@ -98,10 +97,13 @@ def bytes_read(src, config, monkeypatch, num_devices: int) -> tuple[int, int, di
         by_device = sharding.addressable_devices_indices_map(shape)
         for device in host:
             callback(by_device[device])
-        return jnp.zeros(shape, device=sharding)
+        return 0
 
     with monkeypatch.context() as patch:
         patch.setattr(jax, "make_array_from_callback", of_host)
+        # Nothing is put on devices.
+        patch.setattr(engine, "_zeros", lambda *_: 0)
+        patch.setattr(engine, "_set_layer", lambda _: lambda *_: 0)
         counted = Tensors(tensors.shapes, read, tensors.dtype, tensors.origin)
         engine.load(family.table(config), abstract, shardings, counted, names, "here")
     held = 0
