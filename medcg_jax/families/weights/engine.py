@@ -157,7 +157,7 @@ class Leaf:
 def lazy(table: list[Entry], abstract, tensors: Tensors, names: dict[str, str], source: str):
     """A tree of `Leaf`s as `abstract`, each with the dtype of its tensors (the wider one, where they differ).
 
-    names,
+    names: canonical name -> name in `tensors`.
 
     Raises:
       WeightsError: tensors missing, unused or misshapen; when a layer is read, a number that is not finite.
@@ -186,8 +186,7 @@ def lazy(table: list[Entry], abstract, tensors: Tensors, names: dict[str, str], 
 
 
 def _read(slot: Slot, tensors: Tensors, name: str, index: Index) -> np.ndarray:
-    """A slice of a released tensor as the slice of a parameter that it is. The slices are explicit: rows beyond ours
-    stay in the file."""
+    """The slice `index` of what a released tensor is with us; vocabulary rows beyond ours are not read."""
 
     def read(released: Index) -> np.ndarray:
         value = tensors.read(name, released)
