@@ -265,14 +265,10 @@ def reproduce_grid(args) -> dict:
 
         return dry(run)
     with started(args, run):
-        from medcg_jax.study.run import backbones, grid
+        from medcg_jax.study.run import grid
 
         if run.study.cells_at_once == 0:
             run = with_as_many_cells_as_fit(run)
-        if run.study.models:
-            if processes.count() > 1:
-                raise ConfigError(f"study.models={run.study.models}: () is accepted where processes share one run")
-            return backbones.reproduce_models(run, workdir(args, run))
         return grid.reproduce(run, workdir(args, run))
 
 
@@ -349,7 +345,8 @@ def plan_run(args) -> dict:
     from medcg_jax.plan import search
     from medcg_jax.plan import text as plan_text
     from medcg_jax.plan import verb as plan
-    from medcg_jax.study.run import backbones, dry
+    from medcg_jax.study.design.schedule import runs_by_model
+    from medcg_jax.study.run import dry
 
     common = dict(full_effort=args.full_effort, memory_bytes=args.memory_gib * (1 << 30))
     if args.search:
@@ -359,8 +356,7 @@ def plan_run(args) -> dict:
         print(search.table(found))
         return found
     found = {}
-    for model in run.study.models or (run.model.name,):
-        one = backbones.model_run(run, model) if run.study.models else run
+    for model, one in runs_by_model(run).items():
         grid = None if args.alone else dry.grid_totals(one)
         found[model] = plan.plan(one, args.topology, grid=grid, price=args.price, alone=args.alone, **common)
         print(plan_text.text_of(found[model]), flush=True)

@@ -12,7 +12,7 @@ import pytest
 from medcg_jax.config import MODELS, ConfigError, replace
 from medcg_jax.config_file import load
 from medcg_jax.eval.box_answers import read_answers, summary
-from medcg_jax.study.run.backbones import model_run
+from medcg_jax.study.design.schedule import runs_by_model
 
 ROOT = Path(__file__).parents[2]
 QUICK = str(ROOT / "configs" / "backbones_quick.py")

@@ -29,7 +29,7 @@ def study(source="phantom", model="minigpt_v2_tiny", **fields):
 
 def test_small_world():
     cells = suite.expand(study(targets=("ct-lung-state",)), SMALL, BOXES)
-    assert [(c.row, c.arm, c.related) for c in cells] == [
+    assert [(str(c.row), c.arm, c.related) for c in cells] == [
         ("fixed_modality/ct-lung-state", "baseline", ()),
         ("fixed_modality/ct-lung-state", "trained", ("ct-lung-det", "ct-brain-state")),
         ("fixed_area/ct-lung-state", "baseline", ()),
@@ -40,7 +40,7 @@ def test_small_world():
     assert {c.id for c in cells} >= {"detection_pairs.fixed_area.ct-lung-state.trained.s0"}
     # Baselines are the base itself, and shared with those of the pairs.
     both = suite.expand(study(tables=("pairs", "detection_pairs"), targets=("ct-lung-state",)), SMALL, BOXES)
-    assert len({c.training_key for c in both if c.arm == "baseline"}) == 1
+    assert len({(c.seed, c.training) for c in both if c.arm == "baseline"}) == 1
     pairs = suite.expand(study(tables=("pairs",), targets=("ct-lung-state",)), SMALL)
     assert [c for c in both if c.table == "pairs"] == pairs
 
@@ -61,18 +61,18 @@ def test_detection_holds_out_what_the_targets_name_if_its_elements_are_left():
     boxes = world("ct-lung-det", "ct-brain-det", "mri-lung-det", "mri-brain-det")
     cells = suite.expand(study(tables=("detection",), targets=("ct-lung-state",)), SMALL, boxes)
     inside = ("ct-brain-det", "mri-lung-det", "mri-brain-det")
-    assert [(c.row, c.arm, c.related, c.target) for c in cells] == [
+    assert [(str(c.row), c.arm, c.related, c.target) for c in cells] == [
         ("in_distribution", "baseline", (), inside),
         ("in_distribution", "multi_task", inside, inside),
         ("out_of_distribution", "baseline", (), ("ct-lung-det",)),
         ("out_of_distribution", "multi_task", inside, ("ct-lung-det",)),
     ]
-    assert len({c.training_key for c in cells}) == 2
+    assert len({(c.seed, c.training) for c in cells}) == 2
     # Without targets the first that can be held out; without such a one, nothing is.
     anyone = suite.expand(study(tables=("detection",)), SMALL, boxes)
-    assert {c.target for c in anyone if c.row == "out_of_distribution"} == {("ct-lung-det",)}
+    assert {c.target for c in anyone if c.row.part == "out_of_distribution"} == {("ct-lung-det",)}
     lone = suite.expand(study(tables=("detection",), targets=("ct-lung-state",)), SMALL, boxes[:2])
-    assert {c.row for c in lone} == {"in_distribution"}
+    assert {c.row.part for c in lone} == {"in_distribution"}
 
 
 @given(random_worlds(), st.integers(0, 3))
@@ -83,7 +83,7 @@ def test_held_out_boxes_are_never_trained_on_and_keep_their_elements(drawn, seed
     by_name = {s.name: s for s in boxes}
     for cell in suite.detection(suite.World(subsets, boxes=boxes), seed):
         related = [by_name[name] for name in cell.related]
-        if cell.row == "out_of_distribution":
+        if cell.row.part == "out_of_distribution":
             assert not set(cell.related) & set(cell.target)
             for name in cell.target if related else ():
                 assert combos.supplied(by_name[name], related) == set(mat.ELEMENTS)
@@ -119,7 +119,7 @@ def test_every_pair_has_one_of_each_and_supplies_the_target(drawn, other, seed):
 @pytest.mark.parametrize(("model", "table"), [("minigpt_v2_7b", 6), ("next_chat_7b_336", 5)])
 def test_published_rows_become_cells(model, table):
     cells = suite.expand(study("release", model), CHOICE, DETECTION)
-    trained = {suite.paper_row(c.row): c for c in cells if c.arm == "trained"}
+    trained = {c.row.published: c for c in cells if c.arm == "trained"}
     assert set(trained) == {(table, i) for i in range(1, 9)} and len(cells) == 16
     for row in mat.paper_rows(table):
         cell = trained[table, row.row]
@@ -143,7 +143,7 @@ def test_phantoms_have_three_directions_for_every_target():
     source = PhantomBoxSource(0, 12, 8)
     run = study(targets=REPORT_TARGETS, seeds=(0, 1))
     cells = suite.expand(run, source.subsets, source.detection_subsets)
-    rows = {c.row.split("/")[0] for c in cells}
+    rows = {c.row.part for c in cells}
     assert rows == {"fixed_modality", "fixed_area", "modality_area"}
     assert len(cells) == 8 * 3 * 2 * 2
     for cell in (c for c in cells if c.arm == "trained"):
@@ -163,11 +163,11 @@ def test_the_plan_takes_detection_subsets_from_the_source():
 def test_the_packs_rows(shared_dir):
     source = ReleaseSource(shared_dir / "data" / "medmat-mini", DataConfig(source="release"))
     cells = suite.expand(study("release"), source.subsets, source.detection_subsets)
-    trained = {c.row: c for c in cells if c.arm == "trained"}
+    trained = {str(c.row): c for c in cells if c.arm == "trained"}
     # The one published row whose subsets it has, and rows by rule for its own subsets.
     published = trained["modality_area/08/t6r7"]
     assert (published.related, published.num_records, published.target) == (("38", "14"), (350, 280), ("08",))
-    assert [row for row in trained if suite.paper_row(row)] == ["modality_area/08/t6r7"]
+    assert [str(c.row) for c in trained.values() if c.row.published] == ["modality_area/08/t6r7"]
     for cell in (c for row, c in trained.items() if "/t6" not in row):
         assert set(cell.related) & {"38", "43", "47", "63"} and cell.target[0] >= "60"
     assert ("47", "67") == trained["fixed_area/64"].related
@@ -199,5 +199,5 @@ def test_a_model_without_boxes_is_refused():
 )  # fmt: skip
 def test_each_full_size_config_runs_the_published_rows_of_its_model(config, table, rows):
     run = load(str(Path(__file__).parents[2] / "configs" / f"{config}.py"))
-    found = {suite.paper_row(c.row) for c in suite.expand(run, CHOICE, DETECTION) if c.arm == "trained"}
+    found = {c.row.published for c in suite.expand(run, CHOICE, DETECTION) if c.arm == "trained"}
     assert found == {(table, row) for row in range(1, rows + 1)}

@@ -11,7 +11,7 @@ from medcg_jax.config import replace
 from medcg_jax.config_file import load
 from medcg_jax.data.records import DataError
 from medcg_jax.study.design.schedule import make_plan
-from medcg_jax.study.run.cells import Data
+from medcg_jax.study.run.jobs import SeedData
 from medcg_jax.study.run.grid import data_fingerprint, write_config
 from medcg_jax.train.setup import open_setup
 
@@ -43,11 +43,11 @@ def tiny(share: float, path="", **changes):
 
 
 def ids_of(run) -> list[str]:
-    return [record.id for record in Data(open_setup(run, has_weights=True)).training(PARTS).records.records]
+    return [record.id for record in SeedData(open_setup(run, has_weights=True)).training(PARTS).records.records]
 
 
 def test_a_cell_is_trained_on_its_share_of_them(path):
-    plain, mixed = (Data(open_setup(tiny(share, path), has_weights=True)) for share in (0.0, 0.25))
+    plain, mixed = (SeedData(open_setup(tiny(share, path), has_weights=True)) for share in (0.0, 0.25))
     own, both = plain.training(PARTS), mixed.training(PARTS)
     assert (len(own), len(both)) == (24, 30)
     ids = [record.id for record in both.records.records]
@@ -63,7 +63,7 @@ def test_a_cell_is_trained_on_its_share_of_them(path):
 
 
 def test_large_sets_are_mixed_too(path, monkeypatch):
-    monkeypatch.setattr("medcg_jax.study.run.cells.MEMORY_LIMIT_BYTES", 1)
+    monkeypatch.setattr("medcg_jax.study.run.jobs.MEMORY_LIMIT_BYTES", 1)
     ids = ids_of(tiny(0.25, path))
     assert len(ids) == 30 and sum(name.startswith("general/") for name in ids) == 6
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import t as student
 
 from medcg_jax.eval.intervals import wilson
-from medcg_jax.study.stats.mixed import mixed_interval
+from medcg_jax.study.stats.paired import mixed_interval
 
 # Davies and Goldsmith, Statistical Methods in Research and Production (1972): yields of dyestuff, five of each of six
 # batches; and diameters of six samples of penicillin on each of 24 plates, in mm. The estimates are those that lme4's

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medcg_jax.study.design import mat
-from medcg_jax.study.stats.paired import mcnemar
-from medcg_jax.study.stats.power import detectable, paper_power, records_for
+from medcg_jax.study.stats.paired import detectable, mcnemar, paper_power
 
 
 def test_connors_example():

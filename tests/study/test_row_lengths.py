@@ -9,7 +9,7 @@ from medcg_jax.config import replace
 from medcg_jax.config_file import load
 from medcg_jax.data.records import RecordSet
 from medcg_jax.study.design.schedule import make_plan
-from medcg_jax.study.run.cells import Data
+from medcg_jax.study.run.jobs import SeedData
 from medcg_jax.train.setup import open_setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -19,11 +19,11 @@ def tiny(**changes):
     return replace(load(f"{CONFIGS / 'phantom.py'}:tiny", {}), eval__batch_size=8, **changes)
 
 
-def longest(data: Data, job) -> int:
+def longest(data: SeedData, job) -> int:
     return int(data.training(job.training).arrays["length"].max())
 
 
-def widths(data: Data, jobs) -> list[int]:
+def widths(data: SeedData, jobs) -> list[int]:
     return [data.training(job.training).arrays["tokens"].shape[1] for job in jobs]
 
 
@@ -44,13 +44,13 @@ def test_all_trainings_have_rows_of_one_length(multiple):
     names = [{name for name, _ in job.training} for job in jobs]
     own = min(names[0] - names[-1])
     lengthened(setup, own)
-    data = Data(setup, jobs)
+    data = SeedData(setup, jobs)
     lengths, most = [longest(data, job) for job in jobs], setup.model.num_image_tokens + 40
     assert len(set(lengths)) > 1
     wanted = min(most, -(-max(lengths) // multiple) * multiple) if multiple else most
     assert set(widths(data, jobs)) == {wanted}
     # Another order of jobs, as after a restart, and a process that does others: the same.
-    assert set(widths(Data(setup, jobs[::-1]), jobs[-1:])) == {wanted}
+    assert set(widths(SeedData(setup, jobs[::-1]), jobs[-1:])) == {wanted}
 
 
 def test_trainings_with_boxes_have_a_length_of_their_own():
@@ -60,7 +60,7 @@ def test_trainings_with_boxes_have_a_length_of_their_own():
     )  # fmt: skip
     setup = open_setup(run, has_weights=True)
     jobs = [job for job in make_plan(run).jobs if job.training]
-    data = Data(setup, jobs)
+    data = SeedData(setup, jobs)
     by_kind = {kind: [job for job in jobs if job.has_boxes == kind] for kind in (False, True)}
     found = {}
     for kind, some in by_kind.items():
@@ -82,7 +82,7 @@ def test_general_records_count(tmp_path):
     for changes in ({}, mixed):
         run = tiny(data__row_multiple=1, data__max_text_tokens=80, **changes)
         jobs = [job for job in make_plan(run).jobs if job.training]
-        data = Data(open_setup(run, has_weights=True), jobs)
+        data = SeedData(open_setup(run, has_weights=True), jobs)
         found.append((widths(data, jobs[:1])[0], longest(data, jobs[0])))
     (plain, _), (width, longest_general) = found
     assert width >= longest_general > plain

@@ -13,7 +13,7 @@ from scipy.stats import ttest_1samp
 
 from medcg_jax.config import RunConfig, replace
 from medcg_jax.study.stats import paired, stats
-from medcg_jax.study.stats.power import detectable
+from medcg_jax.study.stats.paired import detectable
 
 
 def test_wilson():

@@ -77,14 +77,14 @@ def test_golden_small_world():
         *[["with_related/T", f"efficiency_{n}"] for n in (0, 10, 30, 100)],
         *[["target_only/T", f"efficiency_{n}"] for n in (0, 10, 30, 100)],
     ]
-    keys = {cell.id: cell.training_key for cell in cells}
+    keys = {cell.id: (cell.seed, cell.training) for cell in cells}
     # No record of the target: the efficiency curves start at cells of the ablation, trained once.
     keys = {name.replace("ct-lung-state", "T"): key for name, key in keys.items()}
     assert keys["efficiency.with_related.T.efficiency_0.s0"] == keys["ablation.T.all_related.s0"]
     assert keys["efficiency.target_only.T.efficiency_0.s0"] == keys["ablation.T.baseline.s0"]
     assert keys["pairs.fixed_area.T.baseline_plus.s0"] == keys["ablation.T.all_unrelated.s0"]
     assert keys["multi_task.out_of_distribution.multi_task.s0"] == keys["ablation.T.all_data.s0"]
-    assert [cell for cell in cells if cell.training_key == (0, ())][0].total_records == 0
+    assert [cell for cell in cells if (cell.seed, cell.training) == (0, ())][0].total_records == 0
 
 
 def test_order_is_the_same_and_seeds_stand_together():
@@ -106,7 +106,7 @@ def test_no_cell_is_trained_on_its_target(drawn, seeds, named):
         for cell in (cell for seed in sorted(seeds) for cell in suite._TABLES[table](world_, seed)):
             assert cell.target and len(set(cell.related)) == len(cell.related)
             assert all(0 < n <= by_name[name].num_train for name, n in zip(cell.related, cell.num_records, strict=True))
-            if cell.arm.startswith("efficiency") or cell.row == "in_distribution":
+            if cell.arm.startswith("efficiency") or cell.row.part == "in_distribution":
                 continue
             for name in cell.target:
                 assert all(len(shared(by_name[other], by_name[name])) < 3 for other in cell.related), cell
@@ -122,14 +122,14 @@ def test_a_cell_with_its_target_in_training_is_refused():
 
 def test_published_rows_become_cells():
     cells = suite.expand(study("release", tables=("pairs", "triples")), PAPER)
-    trained = {suite.paper_row(c.row): c for c in cells if c.arm == "trained"}
+    trained = {c.row.published: c for c in cells if c.arm == "trained"}
     assert set(trained) == {(3, i) for i in range(1, 43)} | {(4, i) for i in range(1, 10)}
     for table in (3, 4):
         for row in mat.paper_rows(table):
             cell = trained[table, row.row]
             assert (cell.related, cell.target) == (row.related, (row.target,))
             assert row.confidence in cell.notes
-    plus = {suite.paper_row(c.row): c for c in cells if c.arm == "baseline_plus"}
+    plus = {c.row.published: c for c in cells if c.arm == "baseline_plus"}
     assert set(plus) == set(trained)
     for key, cell in trained.items():
         assert plus[key].total_records == cell.total_records or "unrelated records" in plus[key].notes
@@ -139,8 +139,7 @@ def test_published_rows_only_where_their_subsets_are_there():
     tree = tuple(s for s in PAPER if s.name in ("07", "08", "14", "18", "21"))
     own = (mat.Subset("64", "Der", "Cell", "State Classification", num_train=50, num_test=10),)
     cells = suite.expand(study("release", tables=("pairs",)), tree + own)
-    assert {c.row for c in cells} == {"modality_area/08/t3r30", "modality_area/07/t3r33", "modality_area/21/t3r38"}
-    assert suite.paper_row("fixed_area/ct-lung-state") is None and suite.paper_row("trained") is None
+    assert {str(c.row) for c in cells} == {"modality_area/08/t3r30", "modality_area/07/t3r33", "modality_area/21/t3r38"}
 
 
 def test_split_of_the_full_tree_is_the_papers():
@@ -161,13 +160,13 @@ def test_matched_samples():
     cells = suite.expand(study(tables=("multi_task",)), tuple(subset(s.name, 50 + i) for i, s in enumerate(SMALL)))
     multi = next(c for c in cells if c.arm == "multi_task")
     per_subset = dict(zip(multi.related, multi.num_records, strict=True))
-    outside = next(c.target for c in cells if c.row == "out_of_distribution")
+    outside = next(c.target for c in cells if c.row.part == "out_of_distribution")
     for start, targets in (("in_dist", {(name,) for name in per_subset}), ("out_of_distribution/", {outside})):
-        singles = [c for c in cells if c.arm == "single_task" and c.row.startswith(start)]
+        singles = [c for c in cells if c.arm == "single_task" and str(c.row).startswith(start)]
         assert {c.related[0]: c.num_records[0] for c in singles} == per_subset and len(singles) == len(per_subset)
         assert {c.target for c in singles} == targets
     # Each of these models is trained once and tested on both.
-    assert len({c.training_key for c in cells if c.arm == "single_task"}) == len(per_subset)
+    assert len({(c.seed, c.training) for c in cells if c.arm == "single_task"}) == len(per_subset)
 
 
 def test_baseline_plus_takes_the_records_and_subsets_that_are_asked_for():
@@ -197,7 +196,7 @@ def test_parts_of_tables():
     run = study(tables=("pairs",), targets=("ct-lung-state",))
     whole = suite.expand(run, SMALL)
     some = suite.expand(replace(run, study__parts=("fixed_area", "fixed_task")), SMALL)
-    assert some == [c for c in whole if c.row.startswith(("fixed_area/", "fixed_task/"))] and len(some) == 6
+    assert some == [c for c in whole if c.row.part in ("fixed_area", "fixed_task")] and len(some) == 6
     with pytest.raises(ConfigError, match="parts: fixed_area, fixed_modality, fixed_task, modality_area"):
         suite.expand(replace(run, study__parts=("fixed",)), SMALL)
 
@@ -212,6 +211,6 @@ def test_unknown_target_and_empty_table():
 @pytest.mark.parametrize(("model", "table"), [("llava15_13b", 3), ("qwen2_vl_7b", 7), ("llama32_vision_11b", 8)])
 def test_pairs_repeat_the_published_table_of_the_models_own_family(model, table):
     cells = suite.expand(replace(study("release"), model__name=model), PAPER)
-    found = {suite.paper_row(cell.row) for cell in cells} - {None}
+    found = {cell.row.published for cell in cells} - {None}
     printed = {(table, row.row) for row in mat.paper_rows(table)}
     assert found == printed and len(printed) == {3: 42, 7: 8, 8: 8}[table]

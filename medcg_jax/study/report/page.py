@@ -116,7 +116,7 @@ def write_text(path: Path, text: str) -> None:
 def _write(grid: Grid, folder: Path, formats: Sequence[str]) -> None:
     for name in ("plots", "tables"):
         (folder / name).mkdir()
-    summary = stats.summarise(grid.workdir)
+    summary = stats.summarise(grid.workdir, grid.results, grid.answers)
     tables = {table.name: table for table in Tables(grid, summary).all()}
     own = [contamination.table(grid), lists.comparisons(summary), lists.cells(grid)]
     own += [letters_table(grid), *controls.controls(summary), *published(grid, summary)]
