@@ -40,10 +40,10 @@ def undrawn(folder, name, title, caption, height_in, paint, width_in=1.0) -> Fig
 @contextlib.contextmanager
 def quick():
     """Reports without drawings, and without the published tables' power, which no file of a workdir decides."""
-    modules = ("report_plots", "report_figures", "report_compare", "report_backbones")
+    modules = ("plots", "figures", "compare", "backbones")
     with contextlib.ExitStack() as stack:
         for name in modules:
-            stack.enter_context(mock.patch(f"medcg_jax.study.{name}.draw", undrawn))
+            stack.enter_context(mock.patch(f"medcg_jax.study.report.{name}.draw", undrawn))
         stack.enter_context(mock.patch("medcg_jax.study.report.page.power", lambda: ""))
         stack.enter_context(mock.patch("gc.collect"))  # by statsmodels: most of the rest
         yield

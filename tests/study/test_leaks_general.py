@@ -134,7 +134,7 @@ def with_patients(tree: Path, folder: Path, training: str, test: str, *, name=OT
 @pytest.mark.parametrize("name", [OTHER, TARGET])
 def test_a_patient_in_training_and_test_is_refused(clean_tree, tmp_path, name):
     root = with_patients(clean_tree, tmp_path, "p7", "p7", name=name)
-    arm, row = ("efficiency_4", "target_only/x") if name == TARGET else ("trained", Row("fixed_area", "x"))
+    arm, row = ("efficiency_4", Row("target_only", "x")) if name == TARGET else ("trained", Row("fixed_area", "x"))
     planted = Cell("c", "efficiency", row, arm, 0, (name,), (4,), (TARGET,))
     found = look(LeakGuard(ReleaseSource(root, DataConfig()), related=lambda number: {}), planted)
     assert found[0].leak == Leak(f"{name}/train/1", f"{TARGET}/test/1", "same group")

@@ -99,7 +99,7 @@ def controls_of_arm(answers: pd.DataFrame) -> dict:
         if "A" in plain and plain["A"].notna().all()
         else None,
         "by_options": [
-            {"options": count, "n": len(group), "accuracy": _mean(group["right"]), "chance": 1 / count}
+            {"options": int(count), "n": len(group), "accuracy": _mean(group["right"]), "chance": 1 / int(count)}
             for count, group in plain.groupby("options")
         ],
         "generation": _generation(plain[plain["read"].notna()]),
