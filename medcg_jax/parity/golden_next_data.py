@@ -14,8 +14,8 @@ import numpy as np
 from medcg_jax.families import build
 from medcg_jax.families.clip import ClipVisionConfig
 from medcg_jax.families.decoder import DecoderConfig
-from medcg_jax.families.next_chat import NextChatConfig
-from medcg_jax.families.sam import SamConfig
+from medcg_jax.families.next_chat.model import NextChatConfig
+from medcg_jax.families.next_chat.sam import SamConfig
 from medcg_jax.families.weights import engine, next_chat
 from medcg_jax.families.weights.fields import expect, refused
 from medcg_jax.families.weights.files import WeightsError, open_safetensors, read_json

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from medcg_jax.config import ConfigError, StudyConfig
 from medcg_jax.data import catalogue
-from medcg_jax.data.duplicates import Print
+from medcg_jax.data.duplicates import ImageHashes
 from medcg_jax.data.general import SUBSET as GENERAL
-from medcg_jax.data.leaks import KINDS, Leak, Prints, actions_of, actions_of_general, find_leaks, prints, remedy, words
+from medcg_jax.data.leaks import KINDS, Hashed, Leak, actions_of, actions_of_general, find_leaks, hashed, remedy, words
 from medcg_jax.data.records import DataError, RecordSet, Source, Split, Subset
 from medcg_jax.study.design import mat
 from medcg_jax.study.design.suite import Cell
@@ -103,8 +103,8 @@ class LeakGuard:
         self._near_bits = study.near_duplicate_bits if study.near_duplicates != "off" else None
         self._actions, self._actions_of_general = actions_of(study), actions_of_general(study)
         self._subsets = {subset.name: subset for subset in source.subsets}
-        self._decoded: dict[bytes, Print] = {}
-        self._prints: dict[tuple[str | None, Split, bool], Prints] = {}
+        self._decoded: dict[bytes, ImageHashes] = {}
+        self._hashed: dict[tuple[str | None, Split, bool], Hashed] = {}
         self._leaks: dict[tuple[str | None, str], list[Leak]] = {}
 
     def findings(self, cell: Cell) -> list[Finding]:
@@ -140,8 +140,8 @@ class LeakGuard:
         if (name, target) not in self._leaks:
             is_general = name is None
             bits = self._near_bits if is_general or not self._drawn else None
-            training = self._prints_of(name, "train", decode=bits is not None)
-            test = self._prints_of(target, "test", decode=bits is not None)
+            training = self._hashed_of(name, "train", decode=bits is not None)
+            test = self._hashed_of(target, "test", decode=bits is not None)
             leaks = find_leaks(training, test, bits, questions=is_general)
             if is_general or name != target and not self._drawn:
                 # The datasets that both sides have in common, or that are related; named in place of records.
@@ -153,12 +153,12 @@ class LeakGuard:
             self._leaks[name, target] = leaks
         return self._leaks[name, target]
 
-    def _prints_of(self, name: str | None, split: Split, *, decode: bool) -> Prints:
+    def _hashed_of(self, name: str | None, split: Split, *, decode: bool) -> Hashed:
         key = name, split, decode
-        if key not in self._prints:
+        if key not in self._hashed:
             records = self._general if name is None else self._source.records(name, split)
-            self._prints[key] = prints(records, self._decoded if decode else None)
-        return self._prints[key]
+            self._hashed[key] = hashed(records, self._decoded if decode else None)
+        return self._hashed[key]
 
 
 def refuse(findings: Sequence[Finding]) -> None:

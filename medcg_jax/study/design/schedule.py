@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from medcg_jax.config import BOX_TABLES, MODELS, ConfigError, RunConfig, parts_of, replace
+from medcg_jax.config import BOX_TABLES, MODELS, RunConfig, parts_of, replace
 from medcg_jax.config_file import with_flags
 from medcg_jax.data.general import num_general
 from medcg_jax.data.records import Source, Subset
@@ -120,8 +120,6 @@ def plan_of(runs: Mapping[str, RunConfig], source: Source | None = None) -> Plan
 
 
 def _cells_of(run: RunConfig, source: Source | None) -> list[Cell]:
-    if run.data.pack:
-        raise ConfigError("data.pack=1: 0 is accepted in a grid, whose cells share one shape of rows")
     study, most = run.study, run.data.train_records_per_subset
     source = source or open_source(seeded(run, study.seeds[0]).data)
     targets_of = [name for names in study.targets_of.values() for name in names]

@@ -17,8 +17,7 @@ from medcg_jax.data.encoding import MEMORY_LIMIT_BYTES, Encoded, concat_encoded,
 from medcg_jax.data.general import SUBSET as GENERAL
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, Split, concat
-from medcg_jax.data.release import labels_of
-from medcg_jax.data.splits import balanced
+from medcg_jax.data.splits import balanced, labels_of
 from medcg_jax.eval.run import NonFiniteScores, write_controls
 from medcg_jax.eval.subsets import Tester, write_tested
 from medcg_jax.families.build import join, shardings, split_trainable
@@ -33,11 +32,9 @@ from medcg_jax.train import loop
 from medcg_jax.train.checkpoint import save_params
 from medcg_jax.train.goodput import Goodput
 from medcg_jax.train.log import CompileMonitor
-from medcg_jax.train.optim import control_from, make_optimizer
-from medcg_jax.train.run import loop_options
-from medcg_jax.train.setup import Setup, open_setup, to_keep
+from medcg_jax.train.optim import hparams_from, make_optimizer
+from medcg_jax.train.setup import Setup, open_setup, peak_flops, step_flops, to_keep
 from medcg_jax.train.step import Program, TrainState, make_step
-from medcg_jax.train.utilisation import peak_flops, step_flops
 
 # (subset, number of its training records) of a training.
 Training = Sequence[tuple[str, int]]
@@ -223,19 +220,19 @@ class Trainer:
         trainable, frozen = split_trainable(params, setup.run.model.trainable)
         started: dict[str, tuple[Job, float]] = {}
 
-        def next_cell() -> loop.Cell | None:
+        def next_spec() -> loop.RunSpec | None:
             while job := next_job():
                 started[job.id] = job, time.perf_counter()
                 if not job.steps:
                     end(job, params)
                     return None
                 try:
-                    return self._cell(setup, job)
+                    return self._spec(setup, job)
                 except (ConfigError, DataError) as error:  # the same at every try: these cells have failed
                     end(job, None, error)
             return None
 
-        def ended(result: loop.CellResult, state: TrainState) -> None:
+        def ended(result: loop.RunResult, state: TrainState) -> None:
             end(started[result.name][0], None if result.error else self._whole(state, frozen), result.error)
 
         def end(job: Job, trained, error: Exception | None = None) -> None:
@@ -253,12 +250,12 @@ class Trainer:
             tqdm.write(f"{job.id}: {job.steps} steps, {seconds:.1f} s; {self._monitor.line()}")
             sys.stdout.flush()
 
-        first = next_cell()
+        first = next_spec()
         if first is None:
             return
         if self._program is None:
             self._make_program(setup, graphdef, trainable, frozen, first)
-        cells = [first]
+        specs = [first]
         reporters: dict[str, Reporter] = {}
 
         def report(steps: dict[str, int], _: str) -> None:
@@ -269,12 +266,12 @@ class Trainer:
             self._program,
             trainable,
             frozen,
-            lambda: cells.pop() if cells else next_cell(),
+            lambda: specs.pop() if specs else next_spec(),
             ended,
             progress=report,
             peak_flops=peak_flops(setup.mesh),
             goodput=self._goodput,
-            **loop_options(setup.run.train),
+            **loop.loop_options(setup.run.train),
         )
 
     def clean(self, job: Job) -> None:
@@ -284,7 +281,7 @@ class Trainer:
     def _checkpoints(self, job: Job) -> Path:
         return results.state_dir(self._workdir) / "checkpoints" / job.id
 
-    def _cell(self, setup: Setup, job: Job) -> loop.Cell:
+    def _spec(self, setup: Setup, job: Job) -> loop.RunSpec:
         encoded = self._data.training(job.training, self._data.leaking(job, self._workdir))
         config, trainable = setup.run.train, setup.run.model.trainable
 
@@ -292,9 +289,9 @@ class Trainer:
             rows = own_rows(setup.mesh, config.batch_size)
             return Batches(encoded, batch_size=config.batch_size, seed=config.seed, position=position, rows=rows)
 
-        return loop.Cell(
+        return loop.RunSpec(
             job.id,
-            control_from(dataclasses.replace(config, steps=job.steps), len(encoded)),
+            hparams_from(dataclasses.replace(config, steps=job.steps), len(encoded)),
             stream,
             metrics=self._workdir / "metrics" / f"{job.id}.jsonl",
             checkpoints=self._checkpoints(job) if config.checkpoint_every_steps else None,
@@ -302,7 +299,7 @@ class Trainer:
             flops_per_step=step_flops(encoded, setup.model, trainable=trainable, batch_size=config.batch_size),
         )
 
-    def _make_program(self, setup: Setup, graphdef, trainable, frozen, cell: loop.Cell) -> None:
+    def _make_program(self, setup: Setup, graphdef, trainable, frozen, spec: loop.RunSpec) -> None:
         config = setup.run.train
         self._program = make_step(
             setup.mesh,
@@ -316,7 +313,7 @@ class Trainer:
         )
         # Where several processes share a grid, one of them compiles the step, and the others read it from the cache.
         if self._run.study.jobs > 1:
-            stream = cell.open_stream(0)
+            stream = spec.open_stream(0)
             batch, _ = next(stream)
             stream.close()
             with self._goodput.within("compile"), self._lock("compile.train"):
