@@ -22,8 +22,11 @@ from medcg_jax.study.design import leaks
 from medcg_jax.study.design.schedule import Plan, jobs_of
 from medcg_jax.study.design.suite import Cell, Row
 from medcg_jax.study.report.page import write_report
+from medcg_jax.study.run.grid import reproduce
+from medcg_jax.study.run.jobs import SeedData, Trainer
 from medcg_jax.study.stats import contamination
 from medcg_jax.train.goodput import Goodput
+from medcg_jax.train.setup import open_setup
 
 TARGET, OTHER, THIRD = "ct-liver-stage", "ct-liver-state", "ct-brain-stage"
 
@@ -136,33 +139,25 @@ def test_related_datasets_are_listed(clean_tree, tmp_path):
 
 def in_grid(tree: Path, workdir: Path, cells, monkeypatch, **study):
     """({job: status}, {job: ids that it is trained on}) of the cells, as a grid starts them; nothing is trained."""
-    from medcg_jax.study.run.jobs import SeedData, Trainer
-
     run = replace(
         RunConfig(), data__source="release", data__root=str(tree), data__system_prompt="", train__batch_size=8,
         **{f"study__{name}": value for name, value in study.items()},
     )  # fmt: skip
-    trained, ended = {}, {}
-    trainer = Trainer(run, workdir, Goodput())
-    original = SeedData.training
+    jobs = jobs_of(cells, run)
+    waiting, trained, ended, original = list(jobs), {}, {}, SeedData.training
 
     def training(self, parts, without=frozenset()):
         encoded = original(self, parts, without)
-        trained[job_now[0]] = [record.id for record in encoded.records.records]
+        job = next(job for job in jobs if job.id not in ended)
+        trained[job.id] = [record.id for record in encoded.records.records]
         raise DataError("enough")
 
-    monkeypatch.setattr(SeedData, "training", training)
-    job_now = [""]
-    jobs = jobs_of(cells, run)
-    waiting = list(jobs)
-
-    def next_job():
-        if not waiting:
-            return None
-        job_now[0] = waiting[0].id
-        return waiting.pop(0)
-
-    trainer.run(None, 0, next_job, lambda job, outcome: ended.update({job.id: outcome["status"]}))
+    with monkeypatch.context() as patch:
+        patch.setattr(SeedData, "training", training)
+        Trainer(run, workdir, Goodput()).run(
+            None, 0, lambda: waiting.pop(0) if waiting else None,
+            lambda job, outcome: ended.update({job.id: outcome["status"]}),
+        )  # fmt: skip
     contamination.join(workdir, Plan(tuple(cells), tuple(jobs)))
     return ended, trained
 
@@ -171,7 +166,7 @@ def ids(*numbers) -> list[str]:
     return [f"{OTHER}/train/{number}" for number in numbers]
 
 
-def test_what_leaks_is_left_out_of_the_training_and_of_no_other(tree, tmp_path, monkeypatch):
+def test_what_leaks_is_left_out_of_the_training_and_of_no_other(tree, tmp_path, monkeypatch, no_base):
     related = (OTHER, "ct-brain-state")
     cells = [cell(count=7), cell("mri-liver-stage", related=related, count=7)]
     study = {"leaks": "drop", "near_duplicates": "drop"}
@@ -190,7 +185,7 @@ def test_what_leaks_is_left_out_of_the_training_and_of_no_other(tree, tmp_path, 
     assert (tmp_path / "again" / "contamination.csv").read_text() == text
 
 
-def test_cells_of_one_training_lose_what_leaks_into_any_of_their_targets(tree, tmp_path, monkeypatch):
+def test_cells_of_one_training_lose_what_leaks_into_any_of_their_targets(tree, tmp_path, monkeypatch, no_base):
     cells = [cell(count=7), cell(THIRD, count=7)]
     ended, trained = in_grid(tree, tmp_path / "w", cells, monkeypatch, leaks="drop", near_duplicates="report")
     assert trained == {cells[0].id: ids(1, 2, 3, 4, 778)} and list(ended) == [cells[0].id]
@@ -201,9 +196,6 @@ def test_cells_of_one_training_lose_what_leaks_into_any_of_their_targets(tree, t
 
 
 def test_a_training_without_a_record_left_fails(tree, tmp_path):
-    from medcg_jax.study.run.jobs import SeedData
-    from medcg_jax.train.setup import open_setup
-
     run = replace(RunConfig(), data__source="release", data__root=str(tree), data__system_prompt="")
     data = SeedData(open_setup(run))
     every = data.taken([(OTHER, 3)])[OTHER]
@@ -279,11 +271,9 @@ def test_prints_of_files_are_those_of_pixels(tree):
     assert np.array_equal(hash_rows(own.images)[0], np.arange(len(held)))
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.long
 def test_a_grid_that_is_started_again_ends_in_the_same_bytes(tree, tmp_path):
     """From the tree to the page: what leaks is left out, listed and shown, also when a job is done twice."""
-    from medcg_jax.study.run.grid import reproduce
-
     run = replace(
         RunConfig(), data__source="release", data__root=str(tree), data__system_prompt="", data__max_text_tokens=96,
         base__epochs=0.0, train__epochs=1.0, train__batch_size=8, eval__batch_size=8, eval__generate=False,

@@ -11,8 +11,8 @@ from medcg_jax.config import replace
 from medcg_jax.config_file import load
 from medcg_jax.data.records import DataError
 from medcg_jax.study.design.schedule import make_plan
-from medcg_jax.study.run.jobs import SeedData
 from medcg_jax.study.run.grid import data_fingerprint, write_config
+from medcg_jax.study.run.jobs import SeedData
 from medcg_jax.train.setup import open_setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"

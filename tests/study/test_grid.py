@@ -143,6 +143,7 @@ def test_what_a_grid_leaves(finished):
     assert len(set(counts[1:])) == 1, counts
 
 
+@pytest.mark.long
 def test_killed_anywhere_and_started_again_ends_in_the_same_bytes(finished, tmp_path):
     reference, _ = finished
     workdir = tmp_path / "killed"
@@ -178,6 +179,7 @@ def test_another_configuration_is_refused(finished):
         reproduce(replace(RUN, train__learning_rate=2e-3), reference)
 
 
+@pytest.mark.long
 def test_two_processes_with_one_killed_and_the_base_reused(finished, tmp_path):
     reference, _ = finished
     workdir = tmp_path / "two"
@@ -208,6 +210,7 @@ def test_two_processes_with_one_killed_and_the_base_reused(finished, tmp_path):
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
 
 
+@pytest.mark.long
 def test_a_cell_that_diverges_fails_alone(finished, tmp_path):
     reference, _ = finished
     workdir = tmp_path / "diverged"
@@ -229,6 +232,7 @@ def test_a_cell_that_diverges_fails_alone(finished, tmp_path):
     assert status == 1 and ", 0 to do" in out  # it would fail again: it is not tried again
 
 
+@pytest.mark.long
 def test_eight_devices_and_four_cells_at_a_time_are_one_device_and_one_cell(finished, tmp_path):
     bases = str(finished[0].parent / "bases")
     # Tests asked again are left out: they are answered by the same program.

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from kill_grid import CONFIG, ROOT
 
 from medcg_jax.study.run import claims
@@ -36,6 +37,7 @@ def wait_for(there, process) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.long
 def test_saved_given_back_and_gone_on_with(tmp_path):
     workdir, log = tmp_path / "grid", tmp_path / "log"
     more = SMALL | {"study.jobs": "2", "study.base_dir": str(tmp_path / "bases")}

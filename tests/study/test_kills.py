@@ -7,6 +7,7 @@ import pytest
 from kill_grid import WAYS, run, trained_twice
 
 
+@pytest.mark.long
 def test_faults_of_the_disk_change_nothing(tmp_path, capfd):
     small = {"study.targets": "('ct-liver-stage',)", "study.tables": "('pairs',)"}
     used = run(tmp_path, kills=2, seed=1, ways=WAYS[2:], **small)

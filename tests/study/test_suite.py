@@ -380,7 +380,7 @@ def test_the_packs_rows(shared_dir):
     assert [str(c.row) for c in trained.values() if c.row.published] == ["modality_area/08/t6r7"]
     for cell in (c for row, c in trained.items() if "/t6" not in row):
         assert set(cell.related) & {"38", "43", "47", "63"} and cell.target[0] >= "60"
-    assert ("47", "67") == trained["fixed_area/64"].related
+    assert trained["fixed_area/64"].related == ("47", "67")
 
 
 def test_a_tree_with_broken_boxes_still_has_its_other_tables(tmp_path):

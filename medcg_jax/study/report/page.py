@@ -32,7 +32,7 @@ from medcg_jax.study.report.samples import letters_table, samples
 from medcg_jax.study.report.subsets import SubsetPage
 from medcg_jax.study.report.tables import MARKS, Table, Tables, shown
 from medcg_jax.study.stats import stats
-from medcg_jax.study.stats.choices import choices
+from medcg_jax.study.stats.results import choices
 from medcg_jax.untrusted import FileError
 
 # What a report consists of; other files in its folder are its reader's own.

@@ -15,14 +15,12 @@ from medcg_jax.config import ConfigError, RunConfig
 from medcg_jax.data.controls import control_sets
 from medcg_jax.data.encoding import MEMORY_LIMIT_BYTES, Encoded, concat_encoded, cut_rows, option_columns
 from medcg_jax.data.general import SUBSET as GENERAL
-from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, Split, concat
 from medcg_jax.data.splits import balanced, labels_of
 from medcg_jax.eval.run import NonFiniteScores, write_controls
 from medcg_jax.eval.subsets import Tester, write_tested
 from medcg_jax.families.build import join, shardings, split_trainable
 from medcg_jax.files import write_whole
-from medcg_jax.mesh import own_rows
 from medcg_jax.study.design import leaks
 from medcg_jax.study.design.schedule import Job, seeded
 from medcg_jax.study.run import bases, claims
@@ -32,9 +30,8 @@ from medcg_jax.train import loop
 from medcg_jax.train.checkpoint import save_params
 from medcg_jax.train.goodput import Goodput
 from medcg_jax.train.log import CompileMonitor
-from medcg_jax.train.optim import hparams_from, make_optimizer
-from medcg_jax.train.setup import Setup, open_setup, peak_flops, step_flops, to_keep
-from medcg_jax.train.step import Program, TrainState, make_step
+from medcg_jax.train.setup import Setup, open_setup, peak_flops, to_keep
+from medcg_jax.train.step import Program, TrainState
 
 # (subset, number of its training records) of a training.
 Training = Sequence[tuple[str, int]]
@@ -283,33 +280,15 @@ class Trainer:
 
     def _spec(self, setup: Setup, job: Job) -> loop.RunSpec:
         encoded = self._data.training(job.training, self._data.leaking(job, self._workdir))
-        config, trainable = setup.run.train, setup.run.model.trainable
-
-        def stream(position: int) -> Batches:
-            rows = own_rows(setup.mesh, config.batch_size)
-            return Batches(encoded, batch_size=config.batch_size, seed=config.seed, position=position, rows=rows)
-
-        return loop.RunSpec(
-            job.id,
-            hparams_from(dataclasses.replace(config, steps=job.steps), len(encoded)),
-            stream,
-            metrics=self._workdir / "metrics" / f"{job.id}.jsonl",
-            checkpoints=self._checkpoints(job) if config.checkpoint_every_steps else None,
-            pixels=setup.pixels,
-            flops_per_step=step_flops(encoded, setup.model, trainable=trainable, batch_size=config.batch_size),
-        )
+        config = dataclasses.replace(setup.run.train, steps=job.steps)
+        metrics = self._workdir / "metrics" / f"{job.id}.jsonl"
+        parts, checkpoints = setup.run.model.trainable, self._checkpoints(job)
+        return bases.run_spec(job.id, setup, encoded, config, parts, metrics=metrics, checkpoints=checkpoints)
 
     def _make_program(self, setup: Setup, graphdef, trainable, frozen, spec: loop.RunSpec) -> None:
-        config = setup.run.train
-        self._program = make_step(
-            setup.mesh,
-            graphdef,
-            *split_trainable(shardings(setup.model, setup.mesh), setup.run.model.trainable),
-            make_optimizer(config),
-            num_cells=self._run.study.cells_at_once,
-            loss_fn=setup.loss,
-            accumulation_steps=config.accumulation_steps,
-            compute_dtype=setup.run.model.compute_dtype,
+        parts, num_cells = setup.run.model.trainable, self._run.study.cells_at_once
+        self._program = bases.step_program(
+            setup, graphdef, setup.run.train, parts, num_cells=num_cells, loss_fn=setup.loss
         )
         # Where several processes share a grid, one of them compiles the step, and the others read it from the cache.
         if self._run.study.jobs > 1:

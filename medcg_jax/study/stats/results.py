@@ -10,8 +10,11 @@ import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
+from medcg_jax.config import MODELS
 from medcg_jax.config_file import check_recorded
 from medcg_jax.eval.box_answers import read_answers, summary
 from medcg_jax.eval.intervals import wilson
@@ -59,6 +62,27 @@ def read_config_file(workdir: str | Path) -> dict:
                 raise FileError(f"{path}: {key}.{shown(name)[1:-1]} holds {article_of(value)}; expected text")
     check_recorded(recorded["config"], path)
     return recorded
+
+
+def choices(config: Mapping[str, Any]) -> list[tuple[str, Any, bool, str]]:
+    """What was chosen where the paper is silent or known at second hand: (field, value, whether it is the one chosen
+    for full-size configs, reason) of each choice in `choices.json`, in one order.
+
+    "The digest" in the reasons is a third party's summary of the paper's published version (ACL 2025), which gives some
+    settings that the pages of arXiv 2412.20070, as far as they were read, do not.
+
+    config: the sections of a run as nested dicts, as `config` in config.json; an earlier version's may lack a field.
+    Where a family has a choice of its own, it replaces the general one.
+    """
+    family, rows = MODELS[config["model"]["name"]], {}
+    listed = json.loads(resources.files("medcg_jax.study.stats").joinpath("choices.json").read_text(encoding="utf-8"))
+    for choice in listed:
+        section, _, name = choice["field"].partition(".")
+        if choice["family"] in ("", family) and name in config.get(section, {}):
+            value = config[section][name]
+            is_chosen = json.loads(json.dumps(value)) == choice["value"]
+            rows[choice["field"]] = (choice["field"], value, is_chosen, choice["why"])
+    return list(rows.values())
 
 
 def state_dir(workdir: Path) -> Path:
