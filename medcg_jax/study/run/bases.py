@@ -124,10 +124,15 @@ def train_base(
     recipe = made_of(setup.run)
     spec = run_spec(name, setup, encoded, config, TRAINABLE, metrics=metrics, checkpoints=saved, config=recipe)
     state, result = fit(
-        step_program(setup, graphdef, config, TRAINABLE), trainable, frozen, spec,
-        progress=lambda steps, _: report(steps[name]), peak_flops=peak_flops(setup.mesh), goodput=goodput,
+        step_program(setup, graphdef, config, TRAINABLE),
+        trainable,
+        frozen,
+        spec,
+        progress=lambda steps, _: report(steps[name]),
+        peak_flops=peak_flops(setup.mesh),
+        goodput=goodput,
         **loop_options(config),
-    )  # fmt: skip
+    )
     meta = {"made_of": recipe, "loss": result.metrics["loss"]}
     save_params(path, join(state.params, frozen), setup.model, meta)
     if jax.process_index() == 0:
@@ -138,9 +143,14 @@ def step_program(setup: Setup, graphdef: nnx.GraphDef, config: TrainConfig, part
     """The step that trains these parts of the setup's model. options: others of `make_step`."""
     where = split_trainable(shardings(setup.model, setup.mesh), parts)
     return make_step(
-        setup.mesh, graphdef, *where, make_optimizer(config), accumulation_steps=config.accumulation_steps,
-        compute_dtype=setup.run.model.compute_dtype, **options,
-    )  # fmt: skip
+        setup.mesh,
+        graphdef,
+        *where,
+        make_optimizer(config),
+        accumulation_steps=config.accumulation_steps,
+        compute_dtype=setup.run.model.compute_dtype,
+        **options,
+    )
 
 
 def run_spec(
@@ -156,7 +166,11 @@ def run_spec(
         return Batches(encoded, batch_size=config.batch_size, seed=config.seed, position=position, rows=rows)
 
     return RunSpec(
-        name, hparams_from(config, len(encoded)), stream, pixels=setup.pixels,
+        name,
+        hparams_from(config, len(encoded)),
+        stream,
+        pixels=setup.pixels,
         checkpoints=checkpoints if config.checkpoint_every_steps else None,
-        flops_per_step=step_flops(encoded, setup.model, trainable=parts, batch_size=config.batch_size), **files,
-    )  # fmt: skip
+        flops_per_step=step_flops(encoded, setup.model, trainable=parts, batch_size=config.batch_size),
+        **files,
+    )

@@ -253,8 +253,15 @@ def summary(workdir: Path, plan: Plan, outcomes: dict[str, dict]) -> dict:
         print_effects(workdir)
         page = str(write_page(workdir))
         print(f"report: {page}", flush=True)
-    return {"workdir": str(workdir), "cells": len(plan.cells), "failed": failed, "unfinished": unfinished,
-            "page": page, "goodput": spent, "exit_status": 1 if failed or unfinished else 0}  # fmt: skip
+    return {
+        "workdir": str(workdir),
+        "cells": len(plan.cells),
+        "failed": failed,
+        "unfinished": unfinished,
+        "page": page,
+        "goodput": spent,
+        "exit_status": 1 if failed or unfinished else 0,
+    }
 
 
 def write_page(workdir: Path) -> Path:
@@ -332,8 +339,10 @@ def check_same(old: dict, new: dict, workdir: Path) -> None:
                 "give another --workdir, or the value that it has"
             )
     if old["data"] != new["data"]:
-        raise ConfigError(f"{workdir} holds a grid of other data (fingerprint {old['data']}, now {new['data']}): "
-                          "give another --workdir")  # fmt: skip
+        raise ConfigError(
+            f"{workdir} holds a grid of other data (fingerprint {old['data']}, now {new['data']}): "
+            "give another --workdir"
+        )
     moved = [f"{k} {v} -> {new['versions'].get(k)}" for k, v in old["versions"].items() if new["versions"].get(k) != v]
     if moved:
         print(f"going on with other versions, so last digits may differ: {', '.join(moved)}", file=sys.stderr)
