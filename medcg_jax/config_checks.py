@@ -27,6 +27,7 @@ from medcg_jax.config import (
     parts_of,
     trains_masks,
 )
+from medcg_jax.families import registry
 
 # The longest context of a model here (Llama 3.2), in tokens.
 MOST_TOKENS = 2**17
@@ -103,16 +104,13 @@ def check(run: RunConfig) -> None:
             if twice:
                 raise ConfigError(f"{name} has {twice[0]!r} twice: each is accepted once")
     one_of("model.name", run.model.name, tuple(MODELS))
-    for name, family, why in (
-        ("min_pixels", "qwen2_vl", "has one size of image"),
-        ("max_pixels", "qwen2_vl", "has one size of image"),
-        ("max_boxes", "next_chat", "takes no boxes as arrays"),
-        ("intermediate_from", "mllama", "has no such layers"),
-        ("mask_text_only_rows_attention", "mllama", "has no cross-attention"),
-    ):
-        value, unset = getattr(run.model, name), getattr(ModelConfig(), name)
-        if value != unset and MODELS[run.model.name] != family:
-            raise ConfigError(f"model.{name}={value!r}: {unset!r} is accepted, {run.model.name} {why}")
+    for family in registry.families():
+        for name in family.options:
+            value, unset = getattr(run.model, name), getattr(ModelConfig(), name)
+            if value != unset and MODELS[run.model.name] != family.name:
+                raise ConfigError(
+                    f"model.{name}={value!r}: expected {unset!r} for {run.model.name}, only {family.title} has this option"
+                )
     one_of("model.intermediate_from", run.model.intermediate_from, ("", "input", "output"))
     one_of("model.compute_dtype", run.model.compute_dtype, DTYPES)
     one_of("model.matmul", run.model.matmul, MATMUL)

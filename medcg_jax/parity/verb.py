@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from medcg_jax.families import build
+from medcg_jax.families import build, registry
 from medcg_jax.families.build import Config
 from medcg_jax.families.weights import engine
 from medcg_jax.families.weights.convert import load_checkpoint, read_config
@@ -28,15 +28,12 @@ from medcg_jax.families.weights.families import family_of, module_of
 from medcg_jax.families.weights.files import WeightsError
 from medcg_jax.mesh import make_mesh
 from medcg_jax.parity import golden, golden_next
-from medcg_jax.parity import llava as parity_llava
-from medcg_jax.parity import mllama as parity_mllama
-from medcg_jax.parity import qwen2_vl as parity_qwen2_vl
 from medcg_jax.parity import record as parity_record
 from medcg_jax.parity import weights as parity_weights
 from medcg_jax.parity.rows import Row, compared, judged, named
 
 # Family -> the module with its inputs and stages.
-FAMILIES: dict[str, ModuleType] = {"llava": parity_llava, "qwen2_vl": parity_qwen2_vl, "mllama": parity_mllama}
+FAMILIES = {family.name: family.reference for family in registry.families() if family.parity}
 # File that a folder of recorded arrays has -> the function that compares them.
 GOLDEN: dict[str, Callable[[Path], list[Row]]] = {
     "expected.npz": golden.golden_rows,

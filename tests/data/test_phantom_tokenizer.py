@@ -7,7 +7,7 @@ from medcg_jax.data.phantom import PhantomSource
 from medcg_jax.data.phantom_pretraining import MAX_TARGET_TOKENS, MAX_TEXT_TOKENS, pretraining_records
 from medcg_jax.data.phantom_world import AREAS, MODALITIES, TASKS
 from medcg_jax.data.tokenizer import SMALL, load_tokenizer
-from medcg_jax.families import prompts
+from medcg_jax.families.llava.rows import PROMPTS as prompts
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,6 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
-from medcg_jax.families.minigpt_v2.model import MiniGPTv2Config
-from medcg_jax.families.next_chat.model import NextChatConfig
 from medcg_jax.families.weights import engine
 from medcg_jax.families.weights.engine import Entry, Leaf, linear
 from medcg_jax.families.weights.families import module_of
@@ -29,7 +27,7 @@ PEFT_PARTS = ("lora", "projector")
 
 def has_own(config) -> bool:
     """Whether the family's released layout holds adapters itself."""
-    return isinstance(config, MiniGPTv2Config)
+    return config.family == "minigpt_v2"
 
 
 def without(params, config):
@@ -109,15 +107,15 @@ def halves(name: str, path: tuple[str, ...], layers: range) -> list[Entry]:
 
 def module_name(config, name: str) -> str:
     """The name in transformers' model of what the table calls so; of MiniGPT-v2 and NExT-Chat in their Llama."""
-    if isinstance(config, MiniGPTv2Config):
+    if config.family == "minigpt_v2":
         return name.removeprefix("llama_model.")
-    if isinstance(config, NextChatConfig):
+    if config.family == "next_chat":
         return module_of(config).released_name(name)
     return f"model.{name}"
 
 
 def _has_projector(config) -> bool:
-    return not isinstance(config, (MiniGPTv2Config, NextChatConfig))
+    return config.family not in ("minigpt_v2", "next_chat")
 
 
 def export_peft(params, config, dst: Path, *, base: str = "") -> int:

@@ -16,10 +16,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from medcg_jax.families import build
+from medcg_jax.families import build, registry
 from medcg_jax.families.build import Config
 from medcg_jax.families.weights import adapters, companions, engine, peft_files
-from medcg_jax.families.weights.families import FAMILIES, family_of, is_original, module_of, module_of_release
+from medcg_jax.families.weights.families import family_of, is_original, module_of, module_of_release
 from medcg_jax.families.weights.fields import quoted
 from medcg_jax.families.weights.files import Tensors, WeightsError, read_json, write_safetensors, written_whole
 from medcg_jax.families.weights.limits import dataclass_of
@@ -229,7 +229,7 @@ def _about(src: Path) -> dict:
     about, file = read_json(src / MODEL_FILE), src / MODEL_FILE
     if not any(key in about for key in OWN_FIELDS):
         return about
-    parts, known = about.get("parts"), FAMILIES.get(str(about.get("family")))
+    parts, known = about.get("parts"), registry.FAMILIES.get(str(about.get("family")))
     if not isinstance(about.get("trained_on"), str) or not about["trained_on"] or "\0" in about["trained_on"]:
         raise WeightsError(
             f"{file}: trained_on={quoted(about.get('trained_on'))}; the path of a checkpoint is accepted"
@@ -423,6 +423,6 @@ def _differences(found: dict, wanted: dict, prefix: str = "") -> list[str]:
 
 def _config_from_dict(found: dict) -> Config:
     family = found.pop("family", None)
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise WeightsError(f"family={quoted(family)}; accepted: {', '.join(FAMILIES)}")
-    return dataclass_of(FAMILIES[family][0], found, MODEL_FILE)
+    if not isinstance(family, str) or family not in registry.FAMILIES:
+        raise WeightsError(f"family={quoted(family)}; accepted: {', '.join(registry.FAMILIES)}")
+    return dataclass_of(registry.family(family).config_type, found, MODEL_FILE)
