@@ -18,7 +18,7 @@ from medcg_jax.nn.rope import count_positions, rope_angles
 from medcg_jax.parity.golden_next_data import TOLERANCE, batch_of, golden_row, load, mask_batch
 from medcg_jax.parity.golden_next_losses import LONG_SUM_TOLERANCE, base_loss_rows, mask_loss_rows
 from medcg_jax.parity.rows import Row, check_arrays, layers, read_arrays
-from medcg_jax.train import box_losses
+from medcg_jax.train import losses
 
 # Of `full_masks_sampled`: the rows and columns of the whole mask that are recorded.
 SAMPLED = slice(5, None, 37), slice(3, None, 41)
@@ -164,7 +164,7 @@ def mask_rows(folder: Path, model) -> list[Row]:
         "full_masks_sampled": full[:, :, *SAMPLED],
         "full_masks_mean": full.mean(axis=(1, 2, 3)),
         "full_masks_norm": np.sqrt(np.square(full, dtype=np.float64).sum(axis=(1, 2, 3))),
-        "fraction_at_or_above_threshold": (full >= box_losses.MASK_LOGIT).mean(axis=(1, 2, 3)),
+        "fraction_at_or_above_threshold": (full >= losses.MASK_LOGIT).mean(axis=(1, 2, 3)),
     }
     _all_there("expected_mask.npz", expected, found)
     # Of the model's own stages not all are recorded for these rows.
@@ -174,9 +174,9 @@ def mask_rows(folder: Path, model) -> list[Row]:
     ]
     near = "num_logits_within_0.01_of_threshold"
     # As a share of the pixels: rounding carries some over the border.
-    ours = (np.abs(full - box_losses.MASK_LOGIT) < 0.01).mean(axis=(1, 2, 3))
+    ours = (np.abs(full - losses.MASK_LOGIT) < 0.01).mean(axis=(1, 2, 3))
     rows.append(golden_row(f"mask/{near}", ours, expected[near] / full[0].size))
-    iou = box_losses.mask_iou(jnp.asarray(full[:, 0]), batch["at_masks"][:, 0].astype(jnp.float32))
+    iou = losses.mask_iou(jnp.asarray(full[:, 0]), batch["at_masks"][:, 0].astype(jnp.float32))
     return [
         *rows,
         golden_row("mask/loss/num_masks", len(at), expected["loss/num_masks"]),

@@ -17,7 +17,7 @@ from medcg_jax.families.weights import engine, next_chat
 from medcg_jax.families.weights.files import WeightsError
 from medcg_jax.parity.golden_next_data import TOLERANCE, Arrays, batch_of, golden_row, mask_batch
 from medcg_jax.parity.rows import Row, read_arrays
-from medcg_jax.train import box_losses
+from medcg_jax.train import losses
 
 # Of the masks' gradients, sums over a million pixels, and of norms that the original summed up in float32.
 LONG_SUM_TOLERANCE = 1e-4
@@ -27,14 +27,14 @@ STAGES = {"base": ("projector", "decoder", "boxes"), "mask": ("mask_prompt", "ma
 def base_loss_rows(folder: Path, graphdef, params) -> list[Row]:
     """Losses and gradients: the original's with either mock row, and those of the real rows alone, term by term."""
     inputs, expected = read_arrays(folder / "inputs.npz"), read_arrays(folder / "expected_base.npz")
-    grads, names = read_arrays(folder / "grads_base.npz"), list(box_losses.TERMS)
-    weights = jnp.asarray(list(box_losses.TERMS.values()))
+    grads, names = read_arrays(folder / "grads_base.npz"), list(losses.TERMS)
+    weights = jnp.asarray(list(losses.TERMS.values()))
     config = nnx.merge(graphdef, params).config
     trainable, frozen = build.split_trainable(params, STAGES["base"])
 
     def terms(trainable, batch, quirks: bool):
         model = nnx.merge(graphdef, build.join(trainable, frozen))
-        found = box_losses.box_terms(model, batch, original_loss_quirks=quirks)
+        found = losses.box_terms(model, batch, original_loss_quirks=quirks)
         return jnp.stack([found[name] for name in names])
 
     def total(trainable, batch):
@@ -87,8 +87,8 @@ def mask_loss_rows(folder: Path, graphdef, params) -> list[Row]:
     @partial(jax.value_and_grad, has_aux=True)
     def loss(trainable, quirks):
         model = nnx.merge(graphdef, build.join(trainable, frozen))
-        terms = box_losses.mask_terms(model, batch, original_loss_quirks=quirks)
-        return box_losses.mask_total(*terms), terms
+        terms = losses.mask_terms(model, batch, original_loss_quirks=quirks)
+        return losses.mask_total(*terms), terms
 
     for kind in ("original", "fixed"):
         (total, (focal, dice, iou, weights)), gradients = loss(trainable, kind == "original")

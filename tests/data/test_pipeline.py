@@ -13,7 +13,8 @@ from row_formats import llava
 
 from medcg_jax.config import DataConfig
 from medcg_jax.data.encoding import Encoded, concat_encoded, encode, encode_eval
-from medcg_jax.data.pipeline import Batches, eval_batches
+from medcg_jax.data.eval_batches import eval_batches
+from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, Record, RecordSet, Turn, concat
 
 FORMAT = llava(4, 2)

@@ -34,7 +34,8 @@ from medcg_jax.data.check import check_tree
 from medcg_jax.data.encoding import encode, encode_eval
 from types import SimpleNamespace
 from medcg_jax.families.llava.rows import row_format
-from medcg_jax.data.pipeline import Batches, eval_batches
+from medcg_jax.data.eval_batches import eval_batches
+from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.sources import open_source
 from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.config import DataConfig

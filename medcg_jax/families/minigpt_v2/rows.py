@@ -14,8 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from medcg_jax.data.box_questions import Asked
-from medcg_jax.data.boxes import corners
+from medcg_jax.data.boxes import Asked, corners
 from medcg_jax.data.images import resize
 from medcg_jax.data.records import DataError, Record, Turn
 from medcg_jax.data.row_format import Format

@@ -15,8 +15,7 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from medcg_jax.data.box_questions import Asked, ask
-from medcg_jax.data.boxes import corners
+from medcg_jax.data.boxes import Asked, ask, corners
 from medcg_jax.data.images import pad_to_square, resize
 from medcg_jax.data.records import DataError, Record, Turn
 from medcg_jax.data.row_format import Arrays, Format, MaskLayout, Tokens
@@ -114,7 +113,7 @@ def record_box_arrays(tokenizer: Tokenizer, record: Record, tokens: Tokens, *, m
 
 
 def box_arrays(tokenizer: Tokenizer, tokens: Tokens, boxes: np.ndarray, *, max_boxes: int) -> Arrays:
-    """What a row of `train.box_losses` has of boxes: those of the whole text, and those in answers with their `<at>`.
+    """What a row of `train.losses.box_terms` has of boxes: those of the whole text, and those in answers with their `<at>`.
 
     `boxes` float32[max_boxes, 4], `box_weights` float32[max_boxes]; of answers `at_positions` int32[max_boxes],
     `at_boxes` float32[max_boxes, 4], `at_weights` float32[max_boxes]. Weights are 0 where a place is unused.
