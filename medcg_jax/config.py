@@ -9,6 +9,8 @@ import functools
 import math
 from dataclasses import dataclass, field
 
+from medcg_jax.families import registry
+
 SOURCES = ("phantom", "release", "prepared")
 ATTENTION = ("auto", "plain", "splash", "cudnn")
 MATMUL = ("", "int8", "fp8")
@@ -23,7 +25,7 @@ TRAINABLE = ("vision", "projector", "decoder")
 # Those of masks are trained by themselves, with a loss of their own.
 MASK_PARTS = ("mask_prompt", "mask_decoder", "sam_encoder")
 # Part -> the family that alone has it; "lora" the others have where `model.lora_rank` is above 0.
-OWN_PARTS = {"lora": "minigpt_v2", "boxes": "next_chat"} | dict.fromkeys(MASK_PARTS, "next_chat")
+OWN_PARTS = {part: family.name for family in registry.families() for part in family.parts}
 PARTS = (*TRAINABLE, *OWN_PARTS)
 TABLES = ("pairs", "triples", "ablation", "multi_task", "efficiency")
 # Tables whose related subsets have boxes: for the families that answer with them. The second is tested on boxes too.
@@ -35,26 +37,7 @@ LEAKS = ("refuse", "drop", "report")
 # Numbers of the published tables that "pairs" and "detection_pairs" can repeat.
 PUBLISHED_PAIRS, PUBLISHED_DETECTION = (3, 7, 8), (5, 6)
 # Model -> its family.
-MODELS = {
-    "llava15_tiny": "llava",
-    # For comparisons of speed.
-    "llava15_bench": "llava",
-    "llava15_7b": "llava",
-    "llava15_13b": "llava",
-    "qwen2_vl_tiny": "qwen2_vl",
-    "qwen2_vl_2b": "qwen2_vl",
-    "qwen2_vl_7b": "qwen2_vl",
-    "qwen2_vl_72b": "qwen2_vl",
-    "llama32_vision_tiny": "mllama",
-    "llama32_vision_11b": "mllama",
-    "llama32_vision_90b": "mllama",
-    "minigpt_v2_tiny": "minigpt_v2",
-    "minigpt_v2_7b": "minigpt_v2",
-    "next_chat_tiny": "next_chat",
-    # With a small SAM for masks.
-    "next_chat_tiny_sam": "next_chat",
-    "next_chat_7b_336": "next_chat",
-}
+MODELS = registry.models()
 
 # The longest context of a model here (Llama 3.2), in tokens.
 MOST_TOKENS = 2**17

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from row_formats import llava
 
 from medcg_jax.config import DataConfig
 from medcg_jax.data.encoding import concat_encoded, cut_rows, encode, encode_eval, longest_row, row_length
 from medcg_jax.data.images import preprocess
 from medcg_jax.data.records import DataError, Record, RecordSet, Turn, concat
 from medcg_jax.data.tokenizer import load_tokenizer
-from medcg_jax.families.formats import llava
 
 FORMAT = llava(4, 2)
 
