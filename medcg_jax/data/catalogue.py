@@ -22,8 +22,6 @@ from itertools import combinations
 from pathlib import Path
 from types import MappingProxyType
 
-from medcg_jax.data.records import DataError
-
 FOLDER = Path(__file__).parent / "catalogue"
 SUBSETS, DATASETS = "table9_subsets", "table10_11_datasets"
 # What the paper's text says of Med-MAT.
@@ -102,34 +100,6 @@ class Count:
     note: str
 
 
-def dataset(number: str) -> Dataset:
-    """One dataset by its `data-no`.
-
-    Raises:
-      DataError: there is no such number.
-    """
-    return _found(_datasets(), number, "dataset", "1 to 109")
-
-
-def subset(number: str) -> CatalogueSubset:
-    """One subset by its number.
-
-    Raises:
-      DataError: there is no such number.
-    """
-    return _found(_subsets(), number, "subset", "01 to 53")
-
-
-def datasets() -> tuple[Dataset, ...]:
-    """All 109 by number."""
-    return tuple(_datasets().values())
-
-
-def subsets() -> tuple[CatalogueSubset, ...]:
-    """All 53 by number."""
-    return tuple(_subsets().values())
-
-
 @functools.cache
 def slips() -> tuple[Slip, ...]:
     """Every known slip of the printed tables, those without an override included."""
@@ -144,11 +114,11 @@ def printed_rows(name: str) -> list[dict[str, str]]:
 
 def numbers(text: str) -> tuple[str, ...]:
     """Dataset numbers of a printed list: "9, 11-13" -> ("9", "11", "12", "13")."""
-    found: list[str] = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        first, _, last = part.partition("-")
-        found += map(str, range(int(first), int(last or first) + 1))
-    return tuple(found)
+    listed: list[str] = []
+    for item in filter(None, (item.strip() for item in text.split(","))):
+        first, _, last = item.partition("-")
+        listed += map(str, range(int(first), int(last or first) + 1))
+    return tuple(listed)
 
 
 def counts() -> dict[str, Count]:
@@ -178,13 +148,11 @@ def counts() -> dict[str, Count]:
 def related_datasets(number: str) -> dict[str, str]:
     """Other datasets that share images with one, or may -> why, and how sure that is (`lineage.csv`).
 
-    Sure are: "printed" (the tables' names or addresses say it), "inferred" (as generally known), "possible".
-
-    Raises:
-      DataError: there is no such number.
+    Sure are: "printed" (the tables' names or addresses say it), "inferred" (as generally known), "possible". {} of a
+    dataset that is not listed.
     """
-    dataset(number)
-    return {other: "; ".join(whys) for other, whys in sorted(_lineage().get(number, {}).items(), key=_first_order)}
+    related = _lineage().get(number, {})
+    return {other: "; ".join(related[other]) for other in sorted(related, key=_order)}
 
 
 def group_of(data_no: str, image_path: str) -> str:
@@ -194,8 +162,8 @@ def group_of(data_no: str, image_path: str) -> str:
     Example: `group_of("53", "med-mat/Knee/test/3/9120059R.jpg") == "9120059"`.
     """
     pattern = _group_patterns().get(data_no)
-    found = pattern.search(image_path) if pattern else None
-    return found[1] if found else ""
+    match = pattern.search(image_path) if pattern else None
+    return match[1] if match else ""
 
 
 def numbering(data_no: str) -> str:
@@ -207,18 +175,8 @@ def numbering(data_no: str) -> str:
     return _numberings().get(data_no, data_no)
 
 
-def _found(listed: Mapping, number: str, kind: str, accepted: str):
-    if number not in listed:
-        raise DataError(f"{kind} {number!r}: Med-MAT has none of that number; {accepted} is accepted")
-    return listed[number]
-
-
 def _order(name: str) -> tuple[int, str]:
     return (int(name), name) if name.isdigit() else (0, name)
-
-
-def _first_order(item: tuple[str, object]) -> tuple[int, str]:
-    return _order(item[0])
 
 
 def _slips_of(table: str, number: str) -> tuple[Slip, ...]:
@@ -237,7 +195,8 @@ def _moved(slip: Slip) -> set[str]:
 
 
 @functools.cache
-def _subsets() -> Mapping[str, CatalogueSubset]:
+def subsets() -> Mapping[str, CatalogueSubset]:
+    """All 53 by number."""
     status = {row["subset"]: row for row in printed_rows("subset_status")}
     printed = {row["subset"]: row for row in printed_rows(SUBSETS)}
     found = {}
@@ -254,7 +213,8 @@ def _subsets() -> Mapping[str, CatalogueSubset]:
 
 
 @functools.cache
-def _datasets() -> Mapping[str, Dataset]:
+def datasets() -> Mapping[str, Dataset]:
+    """All 109 by number."""
     printed_in: dict[str, list[str]] = {}
     for row in printed_rows(SUBSETS):
         for number in numbers(row["datasets"]):
@@ -267,7 +227,7 @@ def _datasets() -> Mapping[str, Dataset]:
         moved = tuple(slip for slip in slips() if slip.field == "datasets" and number in _moved(slip))
         found[number] = Dataset(
             number, used["name"], tuple(filter(None, used["url"].split(", "))), used["description"], used["citation"],
-            tuple(s.number for s in subsets() if number in s.datasets),
+            tuple(s.number for s in subsets().values() if number in s.datasets),
             MappingProxyType(row | {"subsets": ", ".join(printed_in.get(number, ()))}), own + moved,
         )  # fmt: skip
     return MappingProxyType(found)

@@ -240,7 +240,7 @@ class Tree:
 
 def subset_table() -> dict[str, tuple[str, str, str]]:
     """Med-MAT's own subsets: number -> (modality, area, task)."""
-    return {subset.number: (subset.modality, subset.area, subset.task) for subset in catalogue.subsets()}
+    return {subset.number: (subset.modality, subset.area, subset.task) for subset in catalogue.subsets().values()}
 
 
 def read_text(path: Path) -> str:

@@ -63,14 +63,6 @@ def _is_published(cell: Cell, name: str, target: str) -> bool:
     return row is not None and cell.arm == "trained" and name in row.related and target == row.target
 
 
-def related_datasets(number: str) -> Mapping[str, str]:
-    """Datasets (`data-no`) that share images with one, or may -> why; {} of one that the catalogue does not list."""
-    try:
-        return catalogue.related_datasets(number)
-    except DataError:  # a dataset of the user's own
-        return {}
-
-
 class LeakGuard:
     """Looks for leaks in the cells of one source, each image hashed once however many cells and subsets have it.
 
@@ -83,15 +75,20 @@ class LeakGuard:
 
     drawn: the images are drawn for the run, as phantoms are. None is a copy of another then (no two of 32 subsets of
     the phantom world are within 20 bits): neither near ones nor related datasets are looked for.
-    related: as `related_datasets`.
+    related: as `catalogue.related_datasets`.
     general: the supply of general records that every training has some of; None: there is none. Their questions are
     held against those of the tests too, and near images are looked for among them whatever the source.
     """
 
     def __init__(
-        self, source: Source, study: StudyConfig = StudyConfig(), *, drawn: bool = False,
-        related: Callable[[str], Mapping[str, str]] = related_datasets, general: RecordSet | None = None,
-    ):  # fmt: skip
+        self,
+        source: Source,
+        study: StudyConfig = StudyConfig(),
+        *,
+        drawn: bool = False,
+        related: Callable[[str], Mapping[str, str]] = catalogue.related_datasets,
+        general: RecordSet | None = None,
+    ):
         self._source, self._related, self._drawn, self._general = source, related, drawn, general
         self._near_bits = study.near_duplicate_bits if study.near_duplicates != "off" else None
         self._actions, self._actions_of_general = actions_of(study), actions_of_general(study)
