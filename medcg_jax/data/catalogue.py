@@ -183,9 +183,9 @@ def _slips_of(table: str, number: str) -> tuple[Slip, ...]:
     return tuple(slip for slip in slips() if (slip.table, slip.number) == (table, number))
 
 
-def _mended(row: Mapping[str, str], own: Iterable[Slip]) -> dict[str, str]:
+def _mended(row: Mapping[str, str], slips_of_row: Iterable[Slip]) -> dict[str, str]:
     """The row with what its slips put in place of printed values."""
-    changed = {slip.field: slip.override for slip in own if slip.override != "none" and slip.field in row}
+    changed = {slip.field: slip.override for slip in slips_of_row if slip.override != "none" and slip.field in row}
     return {**row, **{name: "" if value == "unknown" else value for name, value in changed.items()}}
 
 
@@ -199,17 +199,17 @@ def subsets() -> Mapping[str, CatalogueSubset]:
     """All 53 by number."""
     status = {row["subset"]: row for row in printed_rows("subset_status")}
     printed = {row["subset"]: row for row in printed_rows(SUBSETS)}
-    found = {}
+    by_number = {}
     for number, row in (printed | {row["subset"]: row for row in printed_rows("added_subsets")}).items():
-        own = _slips_of(SUBSETS, number)
-        used, as_printed = _mended(row, own), dict(printed.get(number, {}))
+        slips_of_row = _slips_of(SUBSETS, number)
+        used, as_printed = _mended(row, slips_of_row), dict(printed.get(number, {}))
         as_printed.pop("subset", None)
         released = status[number]["questions"] == "released"
-        found[number] = CatalogueSubset(
+        by_number[number] = CatalogueSubset(
             number, used["modality"], used["area"], used["task"], numbers(used["datasets"]), released,
-            status[number]["distribution"], MappingProxyType(as_printed), own,
+            status[number]["distribution"], MappingProxyType(as_printed), slips_of_row,
         )  # fmt: skip
-    return MappingProxyType(found)
+    return MappingProxyType(by_number)
 
 
 @functools.cache
@@ -219,30 +219,30 @@ def datasets() -> Mapping[str, Dataset]:
     for row in printed_rows(SUBSETS):
         for number in numbers(row["datasets"]):
             printed_in.setdefault(number, []).append(row["subset"])
-    found = {}
+    by_number = {}
     for row in printed_rows(DATASETS):
         number = row.pop("dataset")
-        own = _slips_of(DATASETS, number)
-        used = _mended(row, own)
+        slips_of_row = _slips_of(DATASETS, number)
+        used = _mended(row, slips_of_row)
         moved = tuple(slip for slip in slips() if slip.field == "datasets" and number in _moved(slip))
-        found[number] = Dataset(
+        by_number[number] = Dataset(
             number, used["name"], tuple(filter(None, used["url"].split(", "))), used["description"], used["citation"],
             tuple(s.number for s in subsets().values() if number in s.datasets),
-            MappingProxyType(row | {"subsets": ", ".join(printed_in.get(number, ()))}), own + moved,
+            MappingProxyType(row | {"subsets": ", ".join(printed_in.get(number, ()))}), slips_of_row + moved,
         )  # fmt: skip
-    return MappingProxyType(found)
+    return MappingProxyType(by_number)
 
 
 @functools.cache
 def _lineage() -> dict[str, dict[str, list[str]]]:
-    found: dict[str, dict[str, list[str]]] = {}
+    related: dict[str, dict[str, list[str]]] = {}
     for row in printed_rows("lineage"):
         for pair in combinations(numbers(row["datasets"]), 2):
             if row["hub"] and row["hub"] not in pair:
                 continue
-            for own, other in (pair, pair[::-1]):
-                found.setdefault(own, {}).setdefault(other, []).append(f"{row['why']} ({row['sure']})")
-    return found
+            for number, other in (pair, pair[::-1]):
+                related.setdefault(number, {}).setdefault(other, []).append(f"{row['why']} ({row['sure']})")
+    return related
 
 
 @functools.cache
@@ -253,10 +253,10 @@ def _group_patterns() -> dict[str, re.Pattern[str]]:
 @functools.cache
 def _numberings() -> dict[str, str]:
     patterns = {number: pattern.pattern for number, pattern in _group_patterns().items()}
-    found: dict[str, str] = {}
+    numbering_of: dict[str, str] = {}
     for number in sorted(patterns, key=_order):
         for other, whys in _lineage().get(number, {}).items():
             is_sure = any(not why.endswith("(possible)") for why in whys)
             if is_sure and patterns.get(other) == patterns[number]:
-                found.setdefault(other, found.get(number, number))
-    return {number: first for number, first in found.items() if number != first}
+                numbering_of.setdefault(other, numbering_of.get(number, number))
+    return {number: first for number, first in numbering_of.items() if number != first}

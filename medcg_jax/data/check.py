@@ -114,8 +114,8 @@ class Report:
     def acceptable(self, max_bad_frac: float) -> bool:
         """Whether nothing is wrong but so small a share of the records, or that a file has none. A file that cannot be
         read is not acceptable at any share, since nobody knows how many records it has."""
-        own = all(problem.kind in RECORD_KINDS or problem.kind == "no_records" for problem in self.problems)
-        return own and self.bad_frac <= max_bad_frac
+        is_usable = all(problem.kind in RECORD_KINDS or problem.kind == "no_records" for problem in self.problems)
+        return is_usable and self.bad_frac <= max_bad_frac
 
     def counts(self) -> dict[str, int]:
         """Number of problems of each kind, most frequent first."""
@@ -356,10 +356,10 @@ def near_across_splits(entries: Sequence[Entry], images: Mapping[Path, Examined]
             continue
         pairs += [
             Near(
-                own.file.path.name, own.name, own.path.name, other.file.path.name, other.name, other.path.name, bits,
+                entry.file.path.name, entry.name, entry.path.name, test_entry.file.path.name, test_entry.name, test_entry.path.name, bits,
                 FORMS[form],
             )
-            for own in users["train"][train_path]
-            for other in users["test"][test_path]
+            for entry in users["train"][train_path]
+            for test_entry in users["test"][test_path]
         ]  # fmt: skip
     return tuple(sorted(pairs, key=lambda pair: (pair.bits, pair.test_file, pair.test_record, pair.file, pair.record)))

@@ -314,8 +314,8 @@ def _dataset_states(records: pandas.DataFrame, original: Mapping[str, str]) -> t
     by_number = dict(list(records.groupby("data_no")))
     states = []
     for number in sorted({*listed, *by_number}, key=lambda number: (number not in listed, *_number_order(number))):
-        dataset, own = listed.get(number), by_number.get(number, records[:0])
-        tally, found_in = _tally(own), tuple(sorted(set(own["subset"])))
+        dataset, rows = listed.get(number), by_number.get(number, records[:0])
+        tally, found_in = _tally(rows), tuple(sorted(set(rows["subset"])))
         absent_from = [subset for subset in dataset.subsets if subset not in found_in] if dataset else []
         reasons = [f"no record in subset {subset}" for subset in absent_from]
         if not found_in:
