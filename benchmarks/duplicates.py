@@ -38,7 +38,7 @@ from medcg_jax.data.duplicates import (
     near_pairs_between,
 )
 from medcg_jax.data.images import load_image
-from medcg_jax.data.phantom import PhantomSource
+from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.tree import Tree
 from medcg_jax.files import write_whole
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from medcg_jax.families import build
-from medcg_jax.families.llava import LlavaConfig
+from medcg_jax.families.llava.model import LlavaConfig
 from medcg_jax.nn.base import Base
 
 

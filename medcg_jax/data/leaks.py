@@ -1,7 +1,7 @@
 """Leaks: training records that give a test record away, by id, image, question, or the patient that both show.
 
 Each is told from the records and their images alone. A grid looks for them in its cells (`study.leaks`), `medcg train`
-in what it is trained on (`train.held_out`); what is done about them is `study.leaks`' and `study.near_duplicates`'.
+in what it is trained on (`train.run.left_out`); what is done about them is `study.leaks`' and `study.near_duplicates`'.
 """
 
 from __future__ import annotations

@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from medcg_jax.config import DataConfig
-from medcg_jax.data.bounded import opened
 from medcg_jax.data.check import RECORD_KINDS, Inspection, Report, inspect
 from medcg_jax.data.examine import Examined, Memory
-from medcg_jax.data.images import is_grey, load_image
+from medcg_jax.data.images import is_grey, load_image, opened
 from medcg_jax.data.layouts import Layout
 from medcg_jax.data.pool import Progress, over
 from medcg_jax.data.reading import Reading, check_reading

@@ -65,7 +65,7 @@ class Box:
 @dataclass(frozen=True)
 class Record:
     """One example. A choice record has a single turn, whose answer is the letter; a detection record has boxes and no
-    turns: `box_questions.ask` gives its questions, a model's format the answers.
+    turns: `boxes.ask` gives its questions, a model's format the answers.
 
     Example:
       Record(id="04/train/17", subset="04",

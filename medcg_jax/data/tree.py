@@ -201,7 +201,7 @@ class Tree:
 
     @functools.cached_property
     def manifest(self) -> dict[str, dict[str, Any]]:
-        """What the tree's `manifest.json` says of each subset, by number; {} where there is none. See `read_manifest`."""
+        """As `read_manifest`."""
         return read_manifest(self.root)
 
     @property

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import jax
 
 from medcg_jax.families import build
-from medcg_jax.families.mllama import MllamaConfig
-from medcg_jax.families.qwen2_vl import Qwen2VLConfig
+from medcg_jax.families.mllama.model import MllamaConfig
+from medcg_jax.families.qwen2_vl.model import Qwen2VLConfig
 from medcg_jax.nn.kernels import LANES
 from medcg_jax.plan import hlo_buffers, hlo_flops, rules
 from medcg_jax.plan.programs import Subject

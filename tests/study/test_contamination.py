@@ -15,7 +15,7 @@ from medcg_jax.config_checks import check
 from medcg_jax.data import leaks as data_leaks
 from medcg_jax.data.duplicates import NEAR_BITS, hash_rows
 from medcg_jax.data.leaks import Leak, find_leaks, hashed
-from medcg_jax.data.phantom import PhantomSource
+from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.records import DataError
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.study.design import leaks
@@ -100,7 +100,9 @@ def test_nothing_is_decoded_where_near_images_are_not_looked_for(tree, monkeypat
 
 def test_each_image_is_decoded_once(tree, monkeypatch):
     decoded, original = [], data_leaks.image_hashes
-    monkeypatch.setattr(data_leaks, "image_hashes", lambda image, digest: decoded.append(digest) or original(image, digest))
+    monkeypatch.setattr(
+        data_leaks, "image_hashes", lambda image, digest: decoded.append(digest) or original(image, digest)
+    )
     guard = leaks.LeakGuard(ReleaseSource(tree, DataConfig()))
     for one in (cell(), cell(THIRD), cell(), cell(related=(OTHER, "ct-brain-state"))):
         guard.look(one)

@@ -9,7 +9,7 @@ import pytest
 
 from medcg_jax.config import TABLES, ConfigError, DataConfig, RunConfig, replace
 from medcg_jax.data.leaks import Leak, find_leaks, hashed
-from medcg_jax.data.phantom_boxes import PhantomBoxSource
+from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.records import DataError, Record, RecordSet, Turn, concat
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.study.design import suite
@@ -33,7 +33,7 @@ def drawn(seed: int, number: int = 5) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def source():
-    return PhantomBoxSource(3, 6, 6)
+    return PhantomSource(3, 6, 6)
 
 
 @pytest.fixture
