@@ -211,7 +211,7 @@ class TrainConfig:
     # 0: no clipping.
     clip_norm: float = setting(1.0, least=0, most=MOST_FLOAT)
     # In which trained parameters and AdamW's moments are kept between updates. Updates are made in float32, and rounded
-    # at random to bfloat16, deterministically by seed and step (`train.rounding`).
+    # at random to bfloat16, deterministically by seed and step (`train.optim.narrow`).
     param_dtype: str = setting("float32", choices=DTYPES)
     moment_dtype: str = setting("float32", choices=DTYPES)
     seed: int = setting(0, least=0, most=MOST_SEED)

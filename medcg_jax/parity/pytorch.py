@@ -129,7 +129,7 @@ def open_reference(src: Path, part: ModuleType, config: Config | None = None) ->
             "with recorded numbers by --inputs=FILE.npz"
         ) from error
     load = getattr(transformers, part.HF_CLASS).from_pretrained
-    options = dict(dtype=torch.float32, attn_implementation="eager", local_files_only=True)
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
     try:
         model = load(src, **options)
         part.prepare(model, part.runnable(read_config(src))[0] if config is None else config)

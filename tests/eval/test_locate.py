@@ -13,8 +13,8 @@ from medcg_jax.data.records import RecordSet
 from medcg_jax.eval import subsets
 from medcg_jax.eval.box_answers import summary
 from medcg_jax.families import build
-from medcg_jax.train.loop import Cell, fit
-from medcg_jax.train.optim import control_from, make_optimizer
+from medcg_jax.train.loop import RunSpec, fit
+from medcg_jax.train.optim import hparams_from, make_optimizer
 from medcg_jax.train.setup import open_setup, start_params
 from medcg_jax.train.step import make_step
 
@@ -46,10 +46,10 @@ def trained(run, records: RecordSet, params=None, steps: int = 0):
     program = make_step(setup.mesh, graphdef, *places, make_optimizer(run.train), loss_fn=setup.loss)
     encoded = setup.encode(records)
     train = replace(run.train, steps=steps, epochs=0)
-    cell = Cell(
-        "boxes", control_from(train, len(encoded)), lambda at: Batches(encoded, batch_size=8, seed=0, position=at)
+    cell = RunSpec(
+        "boxes", hparams_from(train, len(encoded)), lambda at: Batches(encoded, batch_size=8, seed=0, position=at)
     )
-    state, _ = fit(program, trainable, frozen, [cell], log_every_steps=steps, progress=lambda *_: None)
+    state, _ = fit(program, trainable, frozen, cell, log_every_steps=steps, progress=lambda *_: None)
     return setup, graphdef, build.join(state.params, frozen)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from medcg_jax.config import TABLES, ConfigError, DataConfig, RunConfig, replace
-from medcg_jax.data.leaks import Leak, find_leaks, prints
+from medcg_jax.data.leaks import Leak, find_leaks, hashed
 from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.records import DataError, Record, RecordSet, Turn, concat
 from medcg_jax.data.release import ReleaseSource
@@ -46,7 +46,7 @@ def cell(arm="trained", related=(OTHER,), target=(TARGET,), row="fixed_area/x", 
 
 
 def leaks_of(training: RecordSet, test: RecordSet) -> list[Leak]:
-    return find_leaks(prints(training), prints(test))
+    return find_leaks(hashed(training), hashed(test))
 
 
 def test_sets_without_a_leak():

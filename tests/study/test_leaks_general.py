@@ -17,7 +17,7 @@ from medcg_jax.data.release import ReleaseSource
 from medcg_jax.study.design.leaks import Finding, LeakGuard, among, dropped, refuse
 from medcg_jax.study.design.suite import Cell
 from medcg_jax.study.run.cells import Data
-from medcg_jax.train.held_out import left_out
+from medcg_jax.train.run import left_out
 from medcg_jax.train.setup import open_setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -1,8 +1,12 @@
-"""Whether a tokenizer is the model's: its special ids are the checkpoint's, no text's id beyond the model's rows."""
+"""Whether a tokenizer is the model's, and whether the model sees its images. Nothing else would show either fault: nothing
+fails, losses fall, and the model answers from the text alone.
+"""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from medcg_jax.config import ConfigError
 from medcg_jax.data.records import DataError
@@ -10,15 +14,24 @@ from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.data.tokenizer_limits import MAX_CONFIG_BYTES, added_in_config
 from medcg_jax.families import formats
 from medcg_jax.families.build import Config
-from medcg_jax.families.weights.companions import has_tokenizer
 from medcg_jax.families.weights.convert import MODEL_FILE, WeightsError, read_config
 from medcg_jax.families.weights.families import family_of
+from medcg_jax.families.weights.files import has_tokenizer
+from medcg_jax.processes import gather
 from medcg_jax.untrusted import FileError, read_json, shown
 
 # Tokens that end a text or a turn: a checkpoint may state another of them than the one that ends a turn in its prompts.
 ENDS = ("</s>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>")
 # Other names of fields in a released config.json.
 ALSO = {"image_token_id": ("image_token_id", "image_token_index")}
+# What other pixels change at least, of a number's size: far more than rounding, far less than any image.
+LEAST_CHANGE = 1e-6
+
+Batch = Mapping[str, np.ndarray]
+
+
+class BlindModel(ConfigError):
+    """The model does not see its images."""
 
 
 def check_tokens(tokenizer: Tokenizer, family: str, model: Config) -> None:
@@ -133,3 +146,39 @@ def _number(value: Any, name: str) -> int | list[int] | None:
     if not all(type(number) is int for number in numbers):
         raise FileError(f"{name}={shown(value)}: a whole number or null is accepted")
     return None if min(numbers) < 0 else value
+
+
+def pixel_keys(blank: Batch) -> tuple[str, ...]:
+    """The keys of a format's images (`Format.blank`) whose pixels the language model is to see; SAM's are none."""
+    return tuple(key for key, x in blank.items() if x.dtype == np.uint8 and not key.startswith("sam_"))
+
+
+def check_sees(score: Callable[[Batch], list[np.ndarray]], batch: Batch, keys: tuple[str, ...], what: str) -> bool:
+    """Whether the batch has an image at all, on any process; it is then known that the model sees them.
+
+    score: the numbers that the model makes of a batch, the same on every process; called with other pixels, too.
+    keys: of the pixels, uint8. what: names the run or its subset in the message.
+
+    Raises:
+      BlindModel: images are there, and with the negative of each the numbers are the same.
+    """
+    if not any(gather("whether a batch has images", any(bool(batch[key].any()) for key in keys))):
+        return False
+    negative = {**batch, **{key: 255 - batch[key] for key in keys}}
+    for seen, other in zip(score(batch), score(negative), strict=True):
+        finite = np.isfinite(seen) & np.isfinite(other)
+        # What is not finite is another fault, which is told elsewhere.
+        with np.errstate(invalid="ignore"):
+            near = np.abs(np.where(finite, seen - other, np.inf)) <= LEAST_CHANGE * np.maximum(np.abs(seen), 1e-3)
+        if not (near | (seen == other)).all():
+            return True
+    raise BlindModel(
+        f"{what}: the model does not see images (other pixels change none of its numbers); model.tokenizer with the "
+        "checkpoint's own image token, and weights whose vision tower and projector are trained, are accepted"
+    )
+
+
+def has_closed_gates(params) -> bool:
+    """Whether the decoder's cross-attention adds nothing yet, as in a Llama-3.2-Vision of random weights."""
+    cross = params["decoder"].get("cross") if "decoder" in params else None
+    return cross is not None and "attention_gate" in cross and not np.any(np.asarray(cross["attention_gate"]))
