@@ -76,10 +76,10 @@ def checked_rows(rows: np.ndarray | None, batch_size: int) -> np.ndarray:
     Raises:
       ValueError: rows that no batch has.
     """
-    found = np.arange(batch_size) if rows is None else np.asarray(rows)
-    if not len(found) or found[0] < 0 or found[-1] >= batch_size or (np.diff(found) <= 0).any():
-        raise ValueError(f"rows={found.tolist()} of batch_size={batch_size}: rising rows of the batch are accepted")
-    return found
+    own_rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if not len(own_rows) or own_rows[0] < 0 or own_rows[-1] >= batch_size or (np.diff(own_rows) <= 0).any():
+        raise ValueError(f"rows={own_rows.tolist()} of batch_size={batch_size}: rising rows of the batch are accepted")
+    return own_rows
 
 
 def encode(
