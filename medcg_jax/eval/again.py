@@ -87,7 +87,7 @@ def evaluate_again(
 ) -> tuple[list[Prediction], dict[str, list[Prediction]]]:  # fmt: skip
     """(the predictions of `eval.run.evaluate`, those of each control of `again` without a free answer).
 
-    again: name -> the records of `encoded` asked again (`data.controls.AskedAgain`).
+    again: name -> the records of `encoded` asked again (`data.controls.ControlSet`).
 
     Raises:
       ConfigError, NonFiniteScores: as `evaluate`.

@@ -145,7 +145,9 @@ def paper_subsets() -> dict[str, Subset]:
 @cache
 def paper_split() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Subset numbers in distribution (table 1) and out of distribution (table 2)."""
-    return tuple(tuple(s.number for s in catalogue.subsets().values() if s.distribution == own) for own in ("in", "out"))
+    return tuple(
+        tuple(s.number for s in catalogue.subsets().values() if s.distribution == own) for own in ("in", "out")
+    )
 
 
 def has_boxes(subset: Subset) -> bool:
