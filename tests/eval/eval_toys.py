@@ -7,7 +7,7 @@ from medcg_jax.config import DataConfig, MeshConfig
 from medcg_jax.data.encoding import encode_eval
 from medcg_jax.data.records import Record, RecordSet, Turn
 from medcg_jax.data.tokenizer import load_tokenizer
-from medcg_jax.eval.run import make_evaluator
+from medcg_jax.eval.letters import make_evaluator
 from medcg_jax.families import build
 from medcg_jax.families.formats import llava
 from medcg_jax.families.llava.model import llava15_tiny

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from medcg_jax.config import DataConfig
 from medcg_jax.data.encoding import encode_eval
-from medcg_jax.eval.choice import option_logprobs
-from medcg_jax.eval.generate import greedy, prefill
-from medcg_jax.eval.run import make_evaluator
+from medcg_jax.eval.generation import greedy, prefill
+from medcg_jax.eval.letters import make_evaluator, option_logprobs
 from medcg_jax.families import build
 from medcg_jax.mesh import batch_sharding, put_batch
 

@@ -11,7 +11,7 @@ from medcg_jax.data.phantom_boxes import PhantomBoxSource
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import RecordSet
 from medcg_jax.eval import subsets
-from medcg_jax.eval.box_answers import summary
+from medcg_jax.eval.boxes import summary
 from medcg_jax.families import build
 from medcg_jax.train.loop import RunSpec, fit
 from medcg_jax.train.optim import hparams_from, make_optimizer
