@@ -29,10 +29,10 @@ print("Python", platform.python_version(), "| jax", v("jax"), "| flax", v("flax"
 }
 
 status=0
-.venv/bin/ruff check . || status=$?
-.venv/bin/ruff format --check . || status=$?
+.venv/bin/python -m ruff check . || status=$?
+.venv/bin/python -m ruff format --check . || status=$?
 if [ -n "$all" ]; then
-    .venv/bin/mypy || status=$?
+    .venv/bin/python -m mypy || status=$?
     run_tests .venv -m "" "$@" || status=$?
 else
     run_tests .venv "$@" || status=$?

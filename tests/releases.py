@@ -45,9 +45,9 @@ def same(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-def same_as(params, src: Path, config, **parts: Path):
+def same_as(params, src: Path, **parts: Path):
     """Asserts that the release in `src` holds `params`, bit for bit; nothing is compiled."""
-    leaves = open_leaves(src, config, parts=parts)
+    leaves = open_leaves(src, parts=parts)
     same(jax.tree.map(np.asarray, leaves), jax.tree.map(np.asarray, nnx.to_pure_dict(params)))
 
 

@@ -21,8 +21,7 @@ from medcg_jax.data.images import grey_view
 from medcg_jax.data.layouts import Layout, parse_layout
 from medcg_jax.data.prepare import FORMAT, records_digest, shard_name
 from medcg_jax.data.records import LETTERS, MAX_OPTIONS, SPLITS, Box, DataError, Record, RecordSet, Split, Subset, Turn
-from medcg_jax.data.release import cap_seed, labels_of
-from medcg_jax.data.splits import balanced
+from medcg_jax.data.splits import capped, limit_of
 from medcg_jax.untrusted import FileError
 
 KINDS = ("choice", "detection")
@@ -69,8 +68,7 @@ class PreparedSource:
         texts = _lines(path, self._entries[subset][split])
         lines = [_read_line(text, f"{path}, line {number}", subset) for number, text in enumerate(texts, 1)]
         records = [line.record for line in lines]
-        seed = cap_seed(self._config, subset, split)
-        places = balanced([labels_of(record) for record in records], self._limit(split), seed)
+        places = capped(records, self._config, subset, split)
         shards = _Shards(self._shards(subset, split))
         images = [_ShardImage(shards, lines[place], place) for place in places]
         return RecordSet([records[place] for place in places], images)
@@ -100,10 +98,7 @@ class PreparedSource:
         )  # fmt: skip
 
     def _capped(self, entry: dict[str, Any], split: Split) -> int:
-        return min(entry[split], self._limit(split) or entry[split])
-
-    def _limit(self, split: Split) -> int:
-        return self._config.train_records_per_subset if split == "train" else self._config.test_records_per_subset
+        return min(entry[split], limit_of(self._config, split) or entry[split])
 
     def _shards(self, subset: str, split: Split) -> dict[Path, int]:
         """The shards, and how many records the manifest says that each has."""
@@ -135,7 +130,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
     except FileError as error:
         raise DataError(f"{error}; run `medcg data prepare` again") from error
     if manifest.get("format") != FORMAT:
-        raise DataError(f"{path} is not of the format {FORMAT!r}; a folder that `medcg data prepare` wrote is accepted")
+        reason = f"format={untrusted.shown(manifest.get('format'))}, where {FORMAT!r} is read"
+        raise DataError(f"{path}: {reason}; run `medcg data prepare` again, into a new folder")
     if reason := _manifest_fault(manifest):
         raise DataError(f"{path}: {reason}; run `medcg data prepare` again")
     return manifest
@@ -255,15 +251,14 @@ def _lines(path: Path, wanted: int) -> list[str]:
 class _Line(NamedTuple):
     """One line of a .jsonl: its record, what the shard's record begins with, and (height, width) of the pixels there.
 
-    digest: sha256 of the file that the image was read from. pixels: of its decoded pixels, before they were laid out;
-      b"" where none was kept.
+    hashes: of the file that the image was read from: sha256 of its bytes and of its decoded pixels, and the perceptual
+      hash of these, all before they were laid out.
     """
 
     record: Record
     head: bytes
     shape: tuple[int, int]
-    digest: bytes
-    pixels: bytes
+    hashes: tuple[bytes, bytes, bytes]
 
 
 def _read_line(text: str, where: str, subset: str) -> _Line:
@@ -284,8 +279,8 @@ def _read_line(text: str, where: str, subset: str) -> _Line:
             boxes=tuple(Box(label, *map(float, corners)) for label, *corners in line["boxes"]),
             size_px=_size(line["size_px"]),
         )
-        digests = (bytes.fromhex(line.get(key, "")) for key in ("sha256", "pixels"))
-        found = _Line(record, f"{text}\n".encode(), _size(line["shape"]), *digests)
+        hashes = tuple(bytes.fromhex(line[key]) for key in ("sha256", "pixels", "perceptual"))
+        found = _Line(record, f"{text}\n".encode(), _size(line["shape"]), hashes)
         texts = [*(getattr(record, key) for key in _TEXTS), *record.options, *(box.label for box in record.boxes)]
         texts += [text for turn in record.turns for text in (turn.question, turn.answer)]
         is_right = all(isinstance(text, str) for text in texts) and record.subset == subset
@@ -293,6 +288,7 @@ def _read_line(text: str, where: str, subset: str) -> _Line:
             letters = LETTERS[: len(record.options)]
             is_right &= 2 <= len(letters) <= MAX_OPTIONS and len(record.answer) == 1 and record.answer in letters
             is_right &= len(record.turns) == 1
+        is_right &= all(len(digest) in (0, 32) for digest in hashes)
     except (KeyError, TypeError, ValueError, OverflowError):
         is_right = False
     if not is_right:
@@ -327,11 +323,11 @@ class _ShardImage(NamedTuple):
         return self.line.shape
 
     def file_digest(self) -> bytes:
-        return self.line.digest
+        return self.line.hashes[0]
 
-    def pixel_digest(self) -> bytes:
+    def kept_hashes(self) -> tuple[bytes, bytes]:
         """Of the pixels before they were laid out."""
-        return self.line.pixels
+        return self.line.hashes[1:]
 
 
 class _Shards:

@@ -65,7 +65,7 @@ class Box:
 @dataclass(frozen=True)
 class Record:
     """One example. A choice record has a single turn, whose answer is the letter; a detection record has boxes and no
-    turns: `box_questions.ask` gives its questions, a model's format the answers.
+    turns: `boxes.ask` gives its questions, a model's format the answers.
 
     Example:
       Record(id="04/train/17", subset="04",
@@ -106,8 +106,9 @@ class StoredImage(Protocol):
     def file_digest(self) -> bytes:
         """sha256 of the bytes of the image's file. Raises DataError."""
 
-    def pixel_digest(self) -> bytes:
-        """sha256 of the file's decoded pixels, where it was kept with the image; else b""."""
+    def kept_hashes(self) -> tuple[bytes, bytes] | None:
+        """(sha256 of the file's decoded pixels, `duplicates.perceptual_hash` of them), where `medcg data prepare` kept
+        them with the image."""
 
 
 class RecordSet:
@@ -158,10 +159,10 @@ class RecordSet:
             return image.file_digest()
         return hashlib.sha256(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()).digest()
 
-    def pixel_digest(self, index: int) -> bytes:
-        """sha256 of the decoded pixels of one record's file, where it was kept with the image; else b""."""
+    def kept_hashes(self, index: int) -> tuple[bytes, bytes] | None:
+        """As `StoredImage.kept_hashes`; None of an image in memory."""
         image = self.images[index]
-        return b"" if isinstance(image, np.ndarray) else image.pixel_digest()
+        return None if isinstance(image, np.ndarray) else image.kept_hashes()
 
     def mask(self, index: int) -> np.ndarray | None:
         """bool[K, h, w] of one record's K boxes, or None."""

@@ -21,7 +21,7 @@ from medcg_jax.train.preempt import stop_if_told
 
 if TYPE_CHECKING:
     from medcg_jax.data.encoding import Encoded
-    from medcg_jax.data.rounds import Asked
+    from medcg_jax.data.eval_batches import Asked
     from medcg_jax.data.tokenizer import Tokenizer
 
 # Batches handed to the device before the host waits for one of them.
@@ -114,8 +114,7 @@ def evaluate(
       ConfigError: the mesh cannot split the batch.
       NonFiniteScores: log-probabilities that are not finite, with the record named.
     """
-    from medcg_jax.data.lengths import eval_order
-    from medcg_jax.data.pipeline import eval_batches
+    from medcg_jax.data.eval_batches import eval_batches, eval_order
 
     check_batch(evaluator.mesh, batch_size, "eval.batch_size")
     batches = eval_batches(encoded, batch_size, rows=own_rows(evaluator.mesh, batch_size))
@@ -204,7 +203,7 @@ def evaluate_controls(
     Raises:
       ConfigError, NonFiniteScores: as `evaluate`.
     """
-    from medcg_jax.data.rounds import rounds
+    from medcg_jax.data.eval_batches import rounds
 
     check_batch(evaluator.mesh, batch_size, "eval.batch_size")
     sets, rows, questions = [encoded, *controls.values()], own_rows(evaluator.mesh, batch_size), []

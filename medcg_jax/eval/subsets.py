@@ -11,8 +11,7 @@ from flax import nnx
 
 from medcg_jax.config import ConfigError, RunConfig, trains_masks
 from medcg_jax.data.encoding import Encoded
-from medcg_jax.data.pipeline import eval_batches
-from medcg_jax.data.rounds import rounds
+from medcg_jax.data.eval_batches import eval_batches, rounds
 from medcg_jax.data.sources import subset_names
 from medcg_jax.eval import boxes, grounding, letters, predictions
 from medcg_jax.eval.boxes import BoxAnswer

@@ -9,8 +9,7 @@ from functools import partial
 import numpy as np
 
 from medcg_jax.data import images
-from medcg_jax.data.box_questions import Asked, ask
-from medcg_jax.data.boxes import corners
+from medcg_jax.data.boxes import Asked, ask, corners
 from medcg_jax.data.records import DataError, Record, Turn
 from medcg_jax.data.row_format import Arrays, Format, MaskLayout, Tokens
 from medcg_jax.data.tokenizer import Tokenizer

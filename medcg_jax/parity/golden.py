@@ -17,7 +17,7 @@ from medcg_jax.families import build
 from medcg_jax.families.minigpt_v2.model import MiniGPTv2, MiniGPTv2Config, group
 from medcg_jax.families.weights import engine, minigpt_v2
 from medcg_jax.families.weights.files import WeightsError, open_safetensors, read_json
-from medcg_jax.families.weights.positions import resize_positions
+from medcg_jax.families.weights.minigpt_v2 import resize_positions
 from medcg_jax.mesh import make_mesh
 from medcg_jax.nn.rope import count_positions, rope_angles
 from medcg_jax.parity.rows import Row, check_arrays, compared, exactly, layers, read_arrays

@@ -224,7 +224,8 @@ def save_params(
     beside: the tokenizer's file and the checkpoint that the run started from: what an export needs of them is copied.
     A directory that is there already is replaced.
     """
-    from medcg_jax.families.weights import companions, convert
+    from medcg_jax.families.weights import convert
+    from medcg_jax.families.weights.files import copy_companions
 
     directory = Path(directory).absolute()
     part = directory.with_name(f".{directory.name}.part")
@@ -234,7 +235,7 @@ def save_params(
     barrier(f"{part} is empty")
     convert.save_params(part, params, config, trained_on=trained_on)
     if jax.process_index() == 0:
-        companions.copy(beside, part)
+        copy_companions(beside, part)
         (part / META_FILE).write_text(json.dumps(meta or {}, indent=1) + "\n")
     barrier(f"{part} has its files")
     checksums.write_share(part, jax.process_index(), jax.process_count())

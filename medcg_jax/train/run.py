@@ -10,7 +10,7 @@ import jax
 from medcg_jax.config import ConfigError, RunConfig, free_fields
 from medcg_jax.config_checks import profile_steps
 from medcg_jax.data.encoding import cut_rows, row_length
-from medcg_jax.data.leaks import KINDS, Leak, actions_of, actions_of_general, find_leaks, joined, prints, remedy, words
+from medcg_jax.data.leaks import KINDS, Leak, actions_of, actions_of_general, find_leaks, hashed, joined, remedy, words
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, Source, concat
 from medcg_jax.data.sources import subset_names
@@ -170,13 +170,13 @@ def left_out(run: RunConfig, source: Source, subsets: Sequence[str], general: Re
         return frozenset()
     near_bits = None if general is None or run.study.near_duplicates == "off" else run.study.near_duplicate_bits
     decoded = None if near_bits is None else {}
-    tests = joined(prints(source.records(name, "test"), decoded) for name in subsets)
+    tests = joined(hashed(source.records(name, "test"), decoded) for name in subsets)
     found: list[tuple[Leak, str]] = []
     if not is_drawn:
-        training = joined(prints(source.records(name, "train")) for name in subsets)
+        training = joined(hashed(source.records(name, "train")) for name in subsets)
         found += [(leak, actions_of(run.study)[leak.kind]) for leak in find_leaks(training, tests)]
     if general is not None:
-        leaks = find_leaks(prints(general, decoded), tests, near_bits, questions=True)
+        leaks = find_leaks(hashed(general, decoded), tests, near_bits, questions=True)
         found += [(leak, actions_of_general(run.study)[leak.kind]) for leak in leaks]
     for leak, action in found:
         if action == "refused":

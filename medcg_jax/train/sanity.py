@@ -14,9 +14,9 @@ from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.data.tokenizer_limits import MAX_CONFIG_BYTES, added_in_config
 from medcg_jax.families import formats
 from medcg_jax.families.build import Config
-from medcg_jax.families.weights.companions import has_tokenizer
 from medcg_jax.families.weights.convert import MODEL_FILE, WeightsError, read_config
 from medcg_jax.families.weights.families import family_of
+from medcg_jax.families.weights.files import has_tokenizer
 from medcg_jax.processes import gather
 from medcg_jax.untrusted import FileError, read_json, shown
 

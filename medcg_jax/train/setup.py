@@ -25,7 +25,7 @@ from medcg_jax.families import formats
 from medcg_jax.families.build import TINY, Config, architecture, create, join, replicated
 from medcg_jax.families.flops import forward, training
 from medcg_jax.families.next_chat.model import NextChatConfig
-from medcg_jax.families.weights.companions import has_tokenizer
+from medcg_jax.families.weights.files import has_tokenizer
 from medcg_jax.mesh import check_batch, make_mesh
 from medcg_jax.train.losses import box_loss, mask_loss, token_loss
 from medcg_jax.train.sanity import check_token_ids, check_tokens, pixel_keys

@@ -12,7 +12,8 @@ from record_sets import CountedImage, choices
 
 from medcg_jax.config import DataConfig
 from medcg_jax.data.encoding import Encoded, concat_encoded, encode, encode_eval
-from medcg_jax.data.pipeline import Batches, eval_batches
+from medcg_jax.data.eval_batches import eval_batches
+from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, Record, RecordSet, Turn, concat
 from medcg_jax.families.formats import llava
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from medcg_jax.config import RunConfig, replace
-from medcg_jax.data.phantom_boxes import PhantomBoxSource
+from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import RecordSet
 from medcg_jax.eval import subsets
@@ -56,7 +56,7 @@ def trained(run, records: RecordSet, params=None, steps: int = 0):
 @functools.cache
 def learnt(name: str):
     """(setup, graphdef, params, records) of a model that has learnt the boxes of eight images."""
-    records = PhantomBoxSource(3, RECORDS, RECORDS).records("ct-liver-det", "train")
+    records = PhantomSource(3, RECORDS, RECORDS).records("ct-liver-det", "train")
     parts = ("vision", "projector", "decoder") + (("boxes",) if name.startswith("next") else ())
     row, answer = TOKENS[name]
     run = replace(RUN, model__name=name, model__trainable=parts, data__max_text_tokens=row, eval__max_box_tokens=answer)

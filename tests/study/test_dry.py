@@ -98,7 +98,7 @@ def test_a_grids_totals_are_the_listings_with_bases_and_tests(capsys):
 
 
 def test_with_the_data_there_its_sizes_count(tmp_path):
-    from medcg_jax.data.phantom import PhantomSource, write_release
+    from medcg_jax.data.phantom.source import PhantomSource, write_release
 
     write_release(PhantomSource(0, 8, 4), tmp_path / "tree")
     run = replace(SMALL, data__source="release", data__root=str(tmp_path / "tree"))

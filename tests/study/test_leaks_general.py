@@ -11,7 +11,7 @@ from medcg_jax.cli import main
 from medcg_jax.config import DataConfig, RunConfig, StudyConfig, replace
 from medcg_jax.data.general import GeneralRecords
 from medcg_jax.data.leaks import Leak
-from medcg_jax.data.phantom import PhantomSource
+from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.records import DataError
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.study.design.leaks import Finding, LeakGuard, among, dropped, refuse

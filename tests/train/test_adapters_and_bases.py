@@ -185,7 +185,7 @@ def test_a_run_keeps_what_it_trained_and_is_tested_and_exported_with_its_base(st
     scores = evaluate_subsets(run, tmp_path)
     assert scores["subsets"]["ct-brain-state"]["n"] == 8
     assert convert(tmp_path / "params", tmp_path / "hf", to="hf")["parameters"] > 100_000
-    merged, plain = (open_leaves(path, read_config(path)) for path in (tmp_path / "hf", base))
+    merged, plain = (open_leaves(path) for path in (tmp_path / "hf", base))
     changed = {
         name for name in TARGETS
         if not np.allclose(*(np.asarray(x["decoder"]["blocks"][name]["kernel"]) for x in (merged, plain)), atol=1e-7)
@@ -200,7 +200,7 @@ def test_a_checkpoint_is_quantised_as_it_is_read(start, dtype):
     config = dataclasses.replace(found, lora=LoraConfig(4, 8.0), base=Base(dtype, TRAINED))
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     _, params = load_checkpoint(base, config, mesh, seed=5)
-    plain = open_leaves(base, found)
+    plain = open_leaves(base)
     blocks = plain["decoder"]["blocks"]
     for name in ("q", "out", "down"):
         w = jnp.asarray(np.asarray(blocks[name]["kernel"]))

@@ -194,7 +194,7 @@ def test_parameters_on_disk_are_bfloat16_and_come_back_as_the_float32_that_they_
     assert {str(x.dtype) for x in jax.tree.leaves(back)} == {"float32"}
     assert same_bits(back, jax.tree.map(lambda x: x.astype(jnp.float32), params))
     config = read_config(tmp_path / "params")
-    leaves = open_leaves(tmp_path / "params", config)
+    leaves = open_leaves(tmp_path / "params")
     stored = jax.tree.leaves(leaves["decoder"], is_leaf=lambda x: hasattr(x, "read"))
     assert {str(x.dtype) for x in stored} == {"bfloat16"}
     export(leaves, config, tmp_path / "hf")

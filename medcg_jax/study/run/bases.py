@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from medcg_jax.config import MODELS, TRAINABLE, ModelConfig, RunConfig, TrainConfig, free_fields, marked
-from medcg_jax.data import phantom_pretraining as pretraining
+from medcg_jax.data.phantom import pretraining
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import Turn
 from medcg_jax.families.build import join, shardings, split_trainable

@@ -18,8 +18,7 @@ from medcg_jax.data.encoding import MEMORY_LIMIT_BYTES, Encoded, concat_encoded,
 from medcg_jax.data.general import SUBSET as GENERAL
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, Split, concat
-from medcg_jax.data.release import labels_of
-from medcg_jax.data.splits import balanced
+from medcg_jax.data.splits import balanced, labels_of
 from medcg_jax.eval.predictions import NonFiniteScores, write_controls
 from medcg_jax.eval.subsets import Tester, write_tested
 from medcg_jax.families.build import join, shardings, split_trainable

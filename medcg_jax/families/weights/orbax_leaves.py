@@ -32,7 +32,7 @@ class LeafHandler(type_handlers.TypeHandler):
         for leaf, arg, store in zip(values, args, stores, strict=True):
             # One after the other: a layer is written before the next one is read.
             for layer in range(leaf.shape[0]) if arg.shard_axes else (None,):
-                await _done(store[... if layer is None else layer].write(leaf.read(layer)))
+                await _done(store[... if layer is None else layer].write(leaf.read(layer, ())))
         return []
 
     async def deserialize(self, infos, args=None):
@@ -59,7 +59,11 @@ async def _done(operation):
 async def _opened(info) -> Leaf:
     spec = type_handlers.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)
     store = await tensorstore.open(tensorstore.Spec(spec), open=True, context=info.ts_context)
-    return Leaf(store.shape, store.dtype.numpy_dtype, lambda i: store[... if i is None else i].read().result())
+
+    def read(layer: int | None, index: tuple[slice, ...]):
+        return store[(*(() if layer is None else (layer,)), *index, ...)].read().result()
+
+    return Leaf(store.shape, store.dtype.numpy_dtype, read)
 
 
 def save(directory: Path, tree, stacked: set[tuple[str, ...]]) -> None:

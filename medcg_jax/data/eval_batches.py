@@ -1,8 +1,8 @@
-"""Many questions about the same images, in rounds: what comes before them is the model's once, each question by itself.
+"""Batches of evaluation: each record once, or many questions about the same images in rounds, in few static lengths.
 
 A round has a batch of images. Each row's beginning, up to the end of its image, is one batch; then the first question
 of every row is one, then the second, and so on: a question stands in the row of its image, so that on no mesh anything
-of an image is moved.
+of an image is moved. Nothing here needs Grain, which a bare machine may lack.
 """
 
 from __future__ import annotations
@@ -12,10 +12,67 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medcg_jax.data.encoding import Encoded
-from medcg_jax.data.lengths import batch_length, suffix_length
-from medcg_jax.data.pipeline import checked_rows
+from medcg_jax.data.encoding import Batch, Encoded, checked_rows
 from medcg_jax.data.row_format import Arrays
+
+# Programs of one kind that the lengths of rows may ask for, at most: few are compiled, and short prompts stay short.
+MOST = 4
+# Rows come in multiples of so many tokens, or of a multiple of the last.
+STEPS = (16, 32, 64)
+
+
+def batch_length(encoded: Encoded, longest: int) -> int:
+    """The length of a batch whose longest row has so many tokens: one of `MOST`, up to the length of all rows.
+
+    Example, 576 image and at most 192 text tokens: 768, 704, 640 or 576.
+    """
+    # Rows differ by their text, and where images take as many tokens as they are large by these too.
+    most, fmt = encoded.arrays["tokens"].shape[1], encoded.format
+    step = _step(most if fmt.num_image_tokens is not None else most - fmt.max_image_tokens)
+    return min(most, _up(max(longest, most - (MOST - 1) * step), step))
+
+
+def suffix_length(encoded: Encoded, longest: int) -> int:
+    """The same of the part of each row that follows its image; only rows without an image may ask for more lengths."""
+    text = encoded.arrays["tokens"].shape[1] - encoded.format.max_image_tokens
+    return _up(max(longest, 1), _step(text))
+
+
+def eval_order(encoded: Encoded) -> np.ndarray:
+    """int[N] the rows in the order in which evaluation takes them: by the length they need, the longest first, else as
+    they stand. No other order gives shorter batches, and none gives fewer.
+    """
+    needed = [batch_length(encoded, int(length)) for length in encoded.arrays["length"]]
+    return np.argsort(-np.asarray(needed, np.int32), kind="stable")
+
+
+def _step(differing: int) -> int:
+    """The smallest step of which `MOST` are no fewer than the tokens by which rows may differ."""
+    return next((step for step in STEPS if MOST * step >= differing), STEPS[-1] * -(-differing // (MOST * STEPS[-1])))
+
+
+def _up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def eval_batches(
+    encoded: Encoded, batch_size: int, *, rows: np.ndarray | None = None
+) -> Iterator[tuple[Batch, list[str]]]:
+    """Each record once, in the order of `eval_order`: `(batch, ids)` with this process's rows, `ids` only of rows that
+    hold a record.
+
+    A batch is as long as its longest row asks for (`batch_length`). The last batch is filled with copies of its first
+    row, whose `row_mask` is 0; so every process has as many batches, of the same shapes. rows: as `Batches`.
+    """
+    mine, order = checked_rows(rows, batch_size), eval_order(encoded)
+    for start in range(0, len(encoded), batch_size):
+        places = start + mine
+        real = places < len(encoded)
+        batch, ids = encoded.rows(order[np.where(real, places, start)])
+        length = batch_length(encoded, int(encoded.arrays["length"][order[start : start + batch_size]].max()))
+        batch |= {key: batch[key][:, :length] for key in ("tokens", "segment_ids")}
+        batch["row_mask"] = real.astype(np.float32)
+        yield batch, ids[: int(real.sum())]
 
 
 @dataclass(frozen=True)

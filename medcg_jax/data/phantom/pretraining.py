@@ -1,9 +1,9 @@
 """What a base is pre-trained on: neutral images and phantoms, asked in words that no task uses, and reading exercises.
 
-Images of simple objects, with questions about them, teach to see. Phantoms of every pair of modality
-and area, with lesions, are asked for the names of the two alone. No task and no label occurs, and no pose or cell that is
-reserved for test. The reading exercises have no image: which letter stands before a word. Without them a model this small
-names what it sees but does not learn to answer with a letter.
+Images of simple objects, with questions about them, teach to see. Phantoms of every pair of modality and area, with
+lesions, are asked for the names of the two alone. No task and no label occurs, and no pose or cell that is reserved for
+test. The reading exercises have no image: which letter stands before a word. Without them a model this small names what
+it sees but does not learn to answer with a letter.
 """
 
 from __future__ import annotations
@@ -13,10 +13,24 @@ from pathlib import Path
 
 import numpy as np
 
-from medcg_jax.data import phantom_images, phantom_text, phantom_world
-from medcg_jax.data.phantom_images import LESION_SHAPES, SHAPES, Scene, draw_scene, render
-from medcg_jax.data.phantom_text import DESCRIBE, NAMING, NEUTRAL, READ, caption, choice_turn
-from medcg_jax.data.phantom_world import AREAS, MODALITIES, TASKS, Draws
+from medcg_jax.data.phantom import images, world
+from medcg_jax.data.phantom.images import LESION_SHAPES, Scene, draw_scene, render
+from medcg_jax.data.phantom.world import (
+    AREAS,
+    COUNT_WORDS,
+    DESCRIBE,
+    MODALITIES,
+    NAMING,
+    NEUTRAL,
+    READ,
+    SHAPES,
+    SITE_WORDS,
+    SIZE_WORDS,
+    TASKS,
+    Draws,
+    caption,
+    choice_turn,
+)
 from medcg_jax.data.records import Record, RecordSet, Turn
 
 # Of all records the exercises; of those with an image the neutral ones, and those with plain questions, not a caption.
@@ -25,9 +39,8 @@ READING_FRAC, NEUTRAL_FRAC, PLAIN_FRAC = 0.33, 0.8, 0.25
 NUM_EXERCISES = 4
 # What a record needs of `data.max_text_tokens` and `data.max_target_tokens`, with an empty system prompt.
 MAX_TEXT_TOKENS, MAX_TARGET_TOKENS = 45, 11
-_WORD_FILE = Path(__file__).parent / "tokenizer" / "words.txt"
+_WORD_FILE = Path(__file__).parents[1] / "tokenizer" / "words.txt"
 _TASK_WORDS = {*TASKS, *(label for labels in TASKS.values() for label in labels)}
-_MODULES = (phantom_world, phantom_images, phantom_text)
 
 
 def pretraining_records(seed: int, num: int) -> RecordSet:
@@ -49,7 +62,7 @@ def pretraining_records(seed: int, num: int) -> RecordSet:
         size=draws.integer(2),
         test=False,
     )
-    images = render(scene, draws)
+    pictures = render(scene, draws)
     writer = _Writer(draws, scene)
     records = []
     for i in range(num):
@@ -58,24 +71,25 @@ def pretraining_records(seed: int, num: int) -> RecordSet:
             records.append(Record(name, "pretraining", writer.exercises(i)))
         else:
             records.append(Record(name, "pretraining", writer.conversation(i), image=f"pretraining/{i + 1}"))
-    return RecordSet(records, images)
+    return RecordSet(records, pictures)
 
 
 def pretraining_fingerprint(seed: int, num: int) -> str:
     """A digest of the seed, the number and the code that `pretraining_records` draws with."""
     digest = hashlib.sha256(repr((seed, num)).encode())
-    for path in [*(module.__file__ for module in _MODULES), __file__, _WORD_FILE]:
+    for path in [world.__file__, images.__file__, __file__, _WORD_FILE]:
         digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:16]
 
 
-_OWN_WORDS = (*MODALITIES, *AREAS, *SHAPES, *phantom_text.COUNTS, *phantom_text.SIZES, *phantom_text.SITES)
+_OWN_WORDS = (*MODALITIES, *AREAS, *SHAPES, *COUNT_WORDS, *SIZE_WORDS, *SITE_WORDS)
 NUM_OWN_WORDS = len(_OWN_WORDS)
 
 
 def reading_words() -> tuple[str, ...]:
-    """Words of the reading exercises: first the pre-training's own, then every second one of the tokenizer's list, since
-    a model that has to tell many words apart learns to compare any two."""
+    """Words of the reading exercises: first the pre-training's own, then every second one of the tokenizer's list.
+
+    A model that has to tell many words apart learns to compare any two."""
     listed = [w for w in _WORD_FILE.read_text("utf-8").split() if w.islower() and len(w) > 2 and w not in _TASK_WORDS]
     return tuple(dict.fromkeys([*_OWN_WORDS, *listed[::2]]))
 
@@ -120,9 +134,9 @@ class _Writer:
         if scene.area[i] >= 0:
             right = {"modality": MODALITIES[scene.modality[i]], "area": AREAS[scene.area[i]]}
             return [(*NAMING[key], right[key]) for key in right]
-        right = {"count": phantom_text.COUNTS[count]}
+        right = {"count": COUNT_WORDS[count]}
         if count:
-            right |= {"shape": SHAPES[scene.shape[i]], "size": phantom_text.SIZES[scene.size[i]]}
+            right |= {"shape": SHAPES[scene.shape[i]], "size": SIZE_WORDS[scene.size[i]]}
         # Whether there is any object is the easiest question: asked of half the images that have some.
         if not count or i % 2:
             right |= {"any": ("no", "yes")[int(count > 0)]}

@@ -1,4 +1,6 @@
-"""Builds the tiny models' tokenizers, one for each kind of prompt: whole words for the study's own text, characters and bytes for everything else.
+"""Builds the tiny models' tokenizers, one for each kind of prompt: `python -m benchmarks.build_tokenizers`.
+
+Whole words for the study's own text, characters and bytes for everything else.
 
 A Unigram model with given pieces, so nothing is trained and the file is the same wherever it is built:
 the words of the phantom world and of `tokenizer/words.txt` (modalities, areas, tasks and labels of the paper's tables,
@@ -18,9 +20,10 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from medcg_jax.data import phantom_text
+from medcg_jax.data.phantom.world import words
+from medcg_jax.data.tokenizer import SMALL
 
-FOLDER = Path(__file__).parent / "tokenizer"
+FOLDER = SMALL.parent
 # File -> special tokens, the first of which fills rows, and pieces of the prompt's frame.
 KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tokenizer": (("<pad>", "<s>", "</s>", "<image>"), ("USER:", "ASSISTANT:")),
@@ -78,10 +81,10 @@ def write(path: Path, kind: str = "tokenizer") -> int:
 def _pieces(special: tuple[str, ...], frame: tuple[str, ...]) -> list[tuple[str, float]]:
     """(piece, score): any whole word beats any way to spell it, longer parts beat characters, characters beat bytes."""
     listed = (FOLDER / "words.txt").read_text("utf-8").split()
-    known = {word for text in phantom_text.words() for word in _WORD.findall(text)} | set(listed)
+    known = {word for text in words() for word in _WORD.findall(text)} | set(listed)
     marks = string.digits + string.punctuation
-    words = sorted(word for word in known if len(word) > 1 and word not in frame)
-    whole = [*frame, *string.ascii_letters, *marks, *words]
+    pieces_of_words = sorted(word for word in known if len(word) > 1 and word not in frame)
+    whole = [*frame, *string.ascii_letters, *marks, *pieces_of_words]
     pieces = [(token, 0.0) for token in special]
     pieces += [(f"▁{word}", -1.0) for word in whole]
     pieces += [("▁", -8.0)]

@@ -1,7 +1,9 @@
 """The embedded world of phantoms as a source of records, and the same as files.
 
 A seed draws the images of all splits; training, test and pre-training come from streams of their own, and test images
-from reserved poses and cells of placement and amplitude (`phantom_world`) that nothing else is drawn from.
+from reserved poses and cells of placement and amplitude (`world`) that nothing else is drawn from. For every pair of a
+modality and an area that has choice subsets there is a detection subset, such as "ct-liver-det": new images from
+streams of their own, with one to three lesions. Its task, "det", is no choice subset's.
 """
 
 from __future__ import annotations
@@ -13,48 +15,48 @@ from pathlib import Path
 
 import numpy as np
 
-from medcg_jax.data import phantom_images, phantom_text, phantom_world
-from medcg_jax.data.phantom_images import LESION_SHAPES, Scene, draw_scene, render
-from medcg_jax.data.phantom_world import AREAS, MODALITIES, TASKS, TRIPLETS, Draws, Triplet
-from medcg_jax.data.records import LETTERS, SPLITS, DataError, Record, RecordSet, Source, Split, Subset
+from medcg_jax.data import boxes
+from medcg_jax.data.phantom import images, world
+from medcg_jax.data.phantom.images import LESION_SHAPES, MAX_LESIONS, SIDE_PX, Scene, draw_scene, lesion_masks, render
+from medcg_jax.data.phantom.world import AREAS, MODALITIES, TASKS, TEMPLATES, TRIPLETS, Draws, Triplet, choice_turn
+from medcg_jax.data.records import LETTERS, SPLITS, Box, DataError, Record, RecordSet, Source, Split, Subset
 
 # There is no end of phantoms: so many where "all" test records are wanted.
 PHANTOM_TEST_RECORDS = 300
+DETECTION_TASK, LESION = "det", "lesion"
+DETECTION_TRIPLETS = tuple(
+    Triplet(modality, area, DETECTION_TASK) for modality, area in dict.fromkeys((t.modality, t.area) for t in TRIPLETS)
+)
 
 
 class PhantomSource:
-    """The phantom world's 32 subsets, made in memory when asked for; see `records.Source`.
+    """The phantom world's 32 choice and 16 detection subsets, made in memory when asked for; see `records.Source`.
 
     Args:
       seed: of all images and texts.
       train_records, test_records: per subset, labels balanced (exactly, where the number is a multiple of theirs).
     """
 
-    # It has none; `phantom_boxes.PhantomBoxSource` adds them.
-    detection_subsets: tuple[Subset, ...] = ()
-
     def __init__(self, seed: int, train_records: int = 300, test_records: int = PHANTOM_TEST_RECORDS):
         self.seed, self._sizes = seed, {"train": train_records, "test": test_records}
         for split, size in self._sizes.items():
             if size < 1:
                 raise DataError(f"{split}_records={size}; 1 or more is accepted")
-        self.subsets = tuple(
-            Subset(t.name, t.modality, t.area, t.task, TASKS[t.task], num_train=train_records, num_test=test_records)
-            for t in TRIPLETS
-        )
+        self.subsets = tuple(self._subset(t, TASKS[t.task]) for t in TRIPLETS)
+        self.detection_subsets = tuple(self._subset(t, (LESION,)) for t in DETECTION_TRIPLETS)
         self._made: dict[tuple[str, Split], RecordSet] = {}
 
     def records(self, subset: str, split: Split) -> RecordSet:
-        """The subset's records; see `records.Source`."""
+        """The subset's records, with boxes and masks where it is a detection subset; see `records.Source`."""
         if split not in SPLITS:
             raise DataError(f"split {split!r}; {' or '.join(SPLITS)} is accepted")
-        found = [triplet for triplet in TRIPLETS if triplet.name == subset]
-        if not found:
-            raise DataError(
-                f"subset {subset!r} is not in the phantom world; it has {', '.join(t.name for t in TRIPLETS)}"
-            )
+        names = [triplet.name for triplet in (*TRIPLETS, *DETECTION_TRIPLETS)]
+        if subset not in names:
+            raise DataError(f"subset {subset!r} is not in the phantom world; it has {', '.join(names)}")
         if (subset, split) not in self._made:
-            self._made[subset, split] = self._make(found[0], split)
+            triplet = Triplet(*subset.split("-"))
+            make = self._detection_records if triplet.task == DETECTION_TASK else self._choice_records
+            self._made[subset, split] = make(triplet, split)
         return self._made[subset, split]
 
     def scene(self, subset: str, split: Split) -> Scene:
@@ -63,23 +65,43 @@ class PhantomSource:
 
     def fingerprint(self) -> str:
         """A digest of the seed, the sizes and the modules that draw and write the records."""
-        return _digest(self.seed, sorted(self._sizes.items()))
+        return self._digest()
+
+    def detection_fingerprint(self) -> str:
+        """The same of the records with boxes."""
+        return self._digest(boxes.__file__)
+
+    def _digest(self, *files: str) -> str:
+        """Of the code that draws, too: a change of a formula is a change of the data."""
+        digest = hashlib.sha256(repr((self.seed, sorted(self._sizes.items()))).encode())
+        for file in (world.__file__, images.__file__, __file__, *files):
+            digest.update(Path(file).read_bytes())
+        return digest.hexdigest()[:16]
+
+    def _subset(self, triplet: Triplet, labels: tuple[str, ...]) -> Subset:
+        counts = {f"num_{split}": size for split, size in self._sizes.items()}
+        return Subset(triplet.name, *triplet, labels, **counts)
 
     def _draws(self, subset: str, split: Split) -> Draws:
         return Draws(f"{self.seed}/{subset}/{split}", np.arange(self._sizes[split]))
 
     def _scene(self, triplet: Triplet, split: Split, draws: Draws) -> Scene:
         size = len(draws)
-        label = np.arange(size) % len(TASKS[triplet.task])
-        count, shape, lesion_size = 1 + draws.integer(3), draws.integer(2), draws.integer(2)
-        if triplet.task == "state":
-            count = np.where(label == 1, count, 0)
-        elif triplet.task == "grade":
-            count = label
-        elif triplet.task == "cancer":
-            shape = label
+        # The order of the draws is what the images are: a scene without one of them is another scene.
+        if triplet.task == DETECTION_TASK:
+            count = 1 + np.arange(size) % MAX_LESIONS
+            shape, lesion_size = draws.integer(len(LESION_SHAPES)), draws.integer(2)
         else:
-            lesion_size = label
+            label = np.arange(size) % len(TASKS[triplet.task])
+            count, shape, lesion_size = 1 + draws.integer(3), draws.integer(2), draws.integer(2)
+            if triplet.task == "state":
+                count = np.where(label == 1, count, 0)
+            elif triplet.task == "grade":
+                count = label
+            elif triplet.task == "cancer":
+                shape = label
+            else:
+                lesion_size = label
         return draw_scene(
             draws,
             modality=np.full(size, MODALITIES.index(triplet.modality)),
@@ -90,22 +112,43 @@ class PhantomSource:
             test=split == "test",
         )
 
-    def _make(self, triplet: Triplet, split: Split) -> RecordSet:
+    def _choice_records(self, triplet: Triplet, split: Split) -> RecordSet:
         draws = self._draws(triplet.name, split)
-        scene = self._scene(triplet, split, draws)
-        images = render(scene, draws)
-        labels, templates = TASKS[triplet.task], phantom_text.TEMPLATES[triplet.task]
+        pictures = render(self._scene(triplet, split, draws), draws)
+        labels, templates = TASKS[triplet.task], TEMPLATES[triplet.task]
         orders, which = draws.order(len(labels)), draws.integer(len(templates))
         records = []
-        for i, (order, place) in enumerate(zip(orders.tolist(), which.tolist(), strict=True)):
-            question = templates[place].format(modality=triplet.modality, area=triplet.area)
+        for i, (order, template) in enumerate(zip(orders.tolist(), which.tolist(), strict=True)):
+            question = templates[template].format(modality=triplet.modality, area=triplet.area)
             options = tuple(labels[k] for k in order)
-            turn = phantom_text.choice_turn(question, options, labels[i % len(labels)])
-            image = f"med-mat/phantom/{triplet.name}/{split}-{i + 1:05d}.png"
+            turn = choice_turn(question, options, labels[i % len(labels)])
             records.append(
-                Record(f"{triplet.name}/{split}/{i + 1}", triplet.name, (turn,), options, turn.answer, image, "phantom")
+                Record(*_names(triplet, split, i), (turn,), options, turn.answer, _image(triplet, split, i), "phantom")
             )
-        return RecordSet(records, images)
+        return RecordSet(records, pictures)
+
+    def _detection_records(self, triplet: Triplet, split: Split) -> RecordSet:
+        draws = self._draws(triplet.name, split)
+        scene = self._scene(triplet, split, draws)
+        pictures, masks = render(scene, draws), lesion_masks(scene)
+        records = []
+        for i, lesions in enumerate(masks):
+            found = tuple(Box(LESION, *boxes.of_mask(lesion)[0].tolist()) for lesion in lesions)
+            size = (SIDE_PX, SIDE_PX)
+            image = _image(triplet, split, i)
+            records.append(
+                Record(*_names(triplet, split, i), (), image=image, data_no="phantom", boxes=found, size_px=size)
+            )
+        return RecordSet(records, pictures, masks)
+
+
+def _names(triplet: Triplet, split: Split, place: int) -> tuple[str, str]:
+    """(id, subset) of a record."""
+    return f"{triplet.name}/{split}/{place + 1}", triplet.name
+
+
+def _image(triplet: Triplet, split: Split, place: int) -> str:
+    return f"med-mat/phantom/{triplet.name}/{split}-{place + 1:05d}.png"
 
 
 def write_release(source: Source, out: str | Path) -> dict[str, int]:
@@ -186,12 +229,3 @@ def _entry(subset: Subset, kind: str) -> dict[str, object]:
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def _digest(*values: object) -> str:
-    """Of the values and of the code that draws: a change of a formula is a change of the data."""
-    digest = hashlib.sha256(repr(values).encode())
-    for module in (phantom_world, phantom_images, phantom_text):
-        digest.update(Path(module.__file__).read_bytes())
-    digest.update(Path(__file__).read_bytes())
-    return digest.hexdigest()[:16]

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medcg_jax.data.phantom_world import AREAS, CELLS, MODALITIES, NUM_BINS, NUM_SECTORS, SECTORS, Draws
+from medcg_jax.data.phantom.world import AREAS, CELLS, MODALITIES, NUM_BINS, NUM_SECTORS, SECTORS, SHAPES, Draws
 
 SIDE_PX, SITE_PX = 32, 8
 NUM_SITES = (SIDE_PX // SITE_PX) ** 2
-SHAPES = ("disc", "star", "ring", "square")
 SIZES = ("small", "large")
 MAX_LESIONS = 3
-# Shapes of lesions in phantoms; landmarks and neutral objects have all.
+# Shapes of lesions in phantoms.
 LESION_SHAPES = (SHAPES.index("disc"), SHAPES.index("star"))
 # Of the neutral images, those that are easiest to read, and those with a faint object that does not count.
 PLAIN_FRAC, DISTRACTOR_FRAC = 0.4, 0.5
@@ -109,6 +108,23 @@ def render(scene: Scene, draws: Draws) -> np.ndarray:
     return (np.clip(out, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
+def lesion_masks(scene: Scene) -> list[np.ndarray]:
+    """bool[count, 32, 32] per phantom of a scene, any task's: the pixels of each lesion, in reading order of the sites.
+
+    A pixel belongs to a lesion when it has at least half of its brightness.
+    """
+    side = SIDE_PX // SITE_PX
+    masks_of = []
+    for i, count in enumerate(scene.count):
+        masks = np.zeros((count, SIDE_PX, SIDE_PX), bool)
+        for mask, column in zip(masks, np.argsort(scene.site[i, :count]), strict=True):
+            row, left = divmod(int(scene.site[i, column]), side)
+            stamp = STAMPS[scene.shape[i], scene.size[i], scene.placement[i, column]]
+            mask[row * SITE_PX : (row + 1) * SITE_PX, left * SITE_PX : (left + 1) * SITE_PX] = stamp >= 0.5
+        masks_of.append(masks)
+    return masks_of
+
+
 def _stamps() -> np.ndarray:
     """float32[shape, size, placement, 8, 8]: objects of amplitude 1, centred on one of the site's four inner pixels."""
     y, x = np.mgrid[:SITE_PX, :SITE_PX].astype(np.float32)
@@ -125,7 +141,7 @@ def _stamps() -> np.ndarray:
     return bank
 
 
-_STAMPS = _stamps()
+STAMPS = _stamps()
 _V, _U = np.mgrid[-1 : 1 : SIDE_PX * 1j, -1 : 1 : SIDE_PX * 1j].astype(np.float32)
 _R = np.hypot(_U, _V)
 
@@ -137,7 +153,7 @@ def _objects(scene: Scene) -> np.ndarray:
 
     def put(rows, column, shape, size, strength):
         site = scene.site[rows, column]
-        stamp = _STAMPS[shape, size, scene.placement[rows, column]]
+        stamp = STAMPS[shape, size, scene.placement[rows, column]]
         height = (strength * scene.amplitude[rows, column]).astype(np.float32)
         canvas[rows, site // side, site % side] += stamp * height[:, None, None]
 

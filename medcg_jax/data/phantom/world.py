@@ -1,4 +1,5 @@
-"""What the phantom world is made of: modalities, areas, tasks, the triplets that exist as subsets, and random numbers.
+"""What the phantom world is made of: modalities, areas, tasks, the triplets that exist as subsets, what is asked and
+answered about them in the release's form of a choice question, and random numbers.
 
 Four blocks of two modalities, two areas and two tasks; each holds its eight triplets, so every triplet has, among the
 others, subsets that share any one or any two of its elements. A task occurs in two blocks.
@@ -7,9 +8,12 @@ others, subsets that share any one or any two of its elements. A task occurs in 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from medcg_jax.data.records import LETTERS, Turn
 
 MODALITIES = ("ct", "mri", "xray", "ultrasound", "microscopy", "endoscopy", "photo", "oct")
 AREAS = ("brain", "liver", "breast", "bone", "colon", "lung", "eye", "skin")
@@ -20,6 +24,8 @@ TASKS = {
     "stage": ("early", "advanced"),
     "grade": ("minimal", "mild", "moderate", "severe"),
 }
+# Of objects. Lesions are discs or stars; landmarks and neutral objects have all shapes.
+SHAPES = ("disc", "star", "ring", "square")
 _BLOCKS = (
     (("ct", "mri"), ("brain", "liver"), ("state", "stage")),
     (("xray", "ultrasound"), ("breast", "bone"), ("state", "cancer")),
@@ -73,6 +79,63 @@ def cell_reserved(placement: np.ndarray, amplitude_bin: np.ndarray) -> np.ndarra
 SECTORS = {test: np.flatnonzero(sector_reserved(np.arange(NUM_SECTORS)) == test) for test in (False, True)}
 _GRID = np.stack(np.meshgrid(np.arange(NUM_PLACEMENTS), np.arange(NUM_BINS), indexing="ij"), -1).reshape(-1, 2)
 CELLS = {test: _GRID[cell_reserved(_GRID[:, 0], _GRID[:, 1]) == test] for test in (False, True)}
+
+
+# Every question of a task names the modality, the area and the task.
+TEMPLATES = {
+    task: (
+        f"What is the {aspect} of the {{area}} on this {{modality}}?",
+        f"Tell the {{area}} {task} from the {{modality}}.",
+        f"{{modality}} of the {{area}}: which {task}?",
+    )
+    for task, aspect in {"state": "state", "cancer": "cancer type", "stage": "stage", "grade": "grade"}.items()
+}
+
+# Words of the pre-training alone; none is a label or a task.
+COUNT_WORDS = ("none", "one", "two", "three")
+SIZE_WORDS = ("little", "large")
+NEUTRAL = {
+    "any": ("Any object?", ("no", "yes")),
+    "count": ("How many?", COUNT_WORDS),
+    "shape": ("Which shape?", SHAPES),
+    "size": ("Which size?", SIZE_WORDS),
+}
+NAMING = {"modality": ("Which modality?", MODALITIES), "area": ("Which area?", AREAS)}
+DESCRIBE = "Describe."
+READ = "Pick {word}."
+# Names of the sites, row by row from the top left: a caption says where each object is.
+SITE_WORDS = tuple("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi".split())
+
+
+def choice(question: str, options: Sequence[str]) -> str:
+    """The question with its options on lines of their own. The release's closing "Answer with the option's letter
+    from the given choices directly." is left out: it would double the length of a row and say nothing new.
+
+    Example: `choice("Which?", ("no", "yes")) == "Which?\\nA: no\\nB: yes"`.
+    """
+    return "\n".join([question, *(f"{letter}: {option}" for letter, option in zip(LETTERS, options))])
+
+
+def choice_turn(question: str, options: Sequence[str], right: str) -> Turn:
+    """The exchange whose answer is the letter of the right option."""
+    return Turn(choice(question, options), LETTERS[options.index(right)])
+
+
+def caption(shape: int, size: int, sites: Sequence[int]) -> str:
+    """Such as "two large star beta pi" for objects at the sites 15 and 1, or "none"."""
+    if not len(sites):
+        return COUNT_WORDS[0]
+    return " ".join(
+        [COUNT_WORDS[len(sites)], SIZE_WORDS[size], SHAPES[shape], *(SITE_WORDS[site] for site in sorted(sites))]
+    )
+
+
+def words() -> list[str]:
+    """Every text that a phantom's question, options, caption or answer is made of."""
+    texts = [template for templates in TEMPLATES.values() for template in templates]
+    texts += [question for question, _ in (NEUTRAL | NAMING).values()] + [DESCRIBE, READ.format(word="")]
+    texts += [option for _, options in (NEUTRAL | NAMING).values() for option in options]
+    return texts + [*TASKS, *(label for labels in TASKS.values() for label in labels), *SITE_WORDS]
 
 
 class Draws:
