@@ -7,6 +7,7 @@ import family_toys
 import jax
 import numpy as np
 import pytest
+from eval_toys import others_long
 from family_toys import SOURCE, TINY
 
 from medcg_jax.config import CONTROLS, ConfigError, RunConfig, replace
@@ -65,7 +66,7 @@ def check_alike(found, expected, *, generated: bool) -> None:
     assert [p.generated for p in found] == [p.generated if generated else None for p in expected]
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", others_long(TINY))
 def test_answers_are_those_of_asking_one_by_one(family):
     found, (encoded, again) = family_toys.setup(family), asked(family)
     params, evaluator = family_toys.placed(family, None), program(make_evaluator, family)
@@ -101,6 +102,7 @@ def test_answers_are_those_of_asking_one_by_one(family):
     assert np.abs(scores(wrong["shift_1"]) - scores(controls["shift_1"])).max() > 1e-2
 
 
+@pytest.mark.long
 def test_the_mesh_and_the_batch_change_nothing():
     alone, mesh = ask(program(make_prefix_evaluator, "llava"), "llava"), "data, fsdp, tensor"
     found = ask(program(make_prefix_evaluator, "llava", mesh), "llava", mesh=mesh, batch_size=8)
