@@ -20,7 +20,7 @@ from medcg_jax.config import BOX_TABLES, ConfigError, ModelConfig, RunConfig, Ru
 from medcg_jax.data.encoding import Encoded
 from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
-from medcg_jax.eval.run import make_evaluator
+from medcg_jax.eval.letters import make_evaluator
 from medcg_jax.families import build, registry
 from medcg_jax.mesh import batch_sharding, check_batch, make_mesh
 from medcg_jax.plan import cells, topology
