@@ -12,7 +12,7 @@ import pytest
 from medcg_jax.cli import main
 from medcg_jax.config import MODELS, ConfigError, replace
 from medcg_jax.config_file import load
-from medcg_jax.eval.box_answers import read_answers, summary
+from medcg_jax.eval.boxes import read_answers, summary
 from medcg_jax.study.design.schedule import make_plan, runs_by_model
 from medcg_jax.study.run.grid import reproduce
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import t as student
 from scipy.stats import ttest_1samp
 
-from medcg_jax.eval.intervals import wilson
+from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.design import mat
 from medcg_jax.study.stats.paired import (
     SIGN_FLIPS,

@@ -64,14 +64,6 @@ def _is_published(cell: Cell, name: str, target: str) -> bool:
     return any(r.row == number and name in r.related and target == r.target for r in mat.paper_rows(table))
 
 
-def related_datasets(number: str) -> Mapping[str, str]:
-    """Datasets (`data-no`) that share images with one, or may -> why; {} of one that the catalogue does not list."""
-    try:
-        return catalogue.related_datasets(number)
-    except DataError:  # a dataset of the user's own
-        return {}
-
-
 class LeakGuard:
     """Finds leaks in the cells of one source; each image is hashed once however many cells and subsets have it.
 
@@ -84,7 +76,7 @@ class LeakGuard:
 
     drawn: the images are drawn for the run, as phantoms are. None is a copy of another then (no two of 32 subsets of
       the phantom world are within 20 bits): neither near ones nor related datasets are looked for.
-    related: as `related_datasets`.
+    related: as `catalogue.related_datasets`.
     general: the supply of general records that every training has some of; None: there is none. Their questions are
       held against those of the tests too, and near images are looked for among them whatever the source.
     """
@@ -95,7 +87,7 @@ class LeakGuard:
         study: StudyConfig | None = None,
         *,
         drawn: bool = False,
-        related: Callable[[str], Mapping[str, str]] = related_datasets,
+        related: Callable[[str], Mapping[str, str]] = catalogue.related_datasets,
         general: RecordSet | None = None,
     ):
         study = study or StudyConfig()

@@ -17,7 +17,7 @@ from medcg_jax.data.encoding import MEMORY_LIMIT_BYTES, Encoded, concat_encoded,
 from medcg_jax.data.general import SUBSET as GENERAL
 from medcg_jax.data.records import DataError, RecordSet, Split, concat
 from medcg_jax.data.splits import balanced, labels_of
-from medcg_jax.eval.run import NonFiniteScores, write_controls
+from medcg_jax.eval.predictions import NonFiniteScores, write_controls
 from medcg_jax.eval.subsets import Tester, write_tested
 from medcg_jax.families.build import join, shardings, split_trainable
 from medcg_jax.files import write_whole
@@ -324,7 +324,7 @@ class Trainer:
             for name in job.targets:
                 test, controls = self._data.test(name), self._data.controls(name)
                 answers[name], asked_again[name] = (
-                    self._tester.again(params, test, controls) if controls else (self._tester(params, test), {})
+                    self._tester.with_controls(params, test, controls) if controls else (self._tester(params, test), {})
                 )
         self._has_tested = True
         if jax.process_index() > 0:

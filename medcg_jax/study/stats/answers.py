@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 
 from medcg_jax.data.records import LETTERS
-from medcg_jax.eval.generate import parse_answer
-from medcg_jax.eval.prediction_lines import prediction_lines
+from medcg_jax.eval.generation import parse_answer
+from medcg_jax.eval.predictions import prediction_lines
 
 # Control of an answer to a question that is asked plainly.
 PLAIN = ""

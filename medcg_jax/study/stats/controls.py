@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from medcg_jax.eval.generate import LETTERS
-from medcg_jax.eval.intervals import wilson
+from medcg_jax.eval.generation import LETTERS
+from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.stats.answers import PLAIN, Answers
 from medcg_jax.study.stats.paired import mcnemar
 from medcg_jax.untrusted import FileError, shown

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from medcg_jax.config import BOX_TABLES, TABLES
-from medcg_jax.eval.intervals import wilson
+from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.design.suite import Row
 from medcg_jax.study.stats import results
 from medcg_jax.study.stats.answers import Answers

@@ -1,7 +1,7 @@
 """Two arms on the same records: exact McNemar, Holm, intervals over targets, seeds and records, an overall test, power.
 
 `bootstrap_interval` is of an effect over several targets, `mixed_interval` of one row's difference over its records and
-seeds, `detectable` of what so many records could show. Wilson's interval of one accuracy is `eval.intervals.wilson`.
+seeds, `detectable` of what so many records could show. Wilson's interval of one accuracy is `eval.predictions.wilson`.
 """
 
 import functools
@@ -17,7 +17,7 @@ from statsmodels.stats import contingency_tables
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import normal_power_het
 
-from medcg_jax.eval.intervals import wilson
+from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.design import mat
 
 BOOTSTRAP_DRAWS = 10_000

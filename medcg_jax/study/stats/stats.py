@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medcg_jax.eval.intervals import wilson
+from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.design.mat import ELEMENTS
 from medcg_jax.study.design.suite import Row
 from medcg_jax.study.stats.answers import Answers
