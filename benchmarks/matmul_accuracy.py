@@ -8,22 +8,19 @@ activations in bfloat16. Differences are relative to float32's, in the Euclidean
 
 import argparse
 import dataclasses
-import json
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from medcg_jax.bench.steps import about_here
+from benchmarks.records import write_record
 from medcg_jax.config import TRAINABLE, ConfigError, RunConfig, replace
 from medcg_jax.config_file import load
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import concat
 from medcg_jax.families.build import abstract, join, shardings, split_trainable
-from medcg_jax.files import write_whole
 from medcg_jax.mesh import put_batch
 from medcg_jax.nn.matmul import KINDS
 from medcg_jax.train.optim import control_from, make_optimizer
@@ -130,9 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, one in found["runs"].items():
         pairs = ["{:.4f} {:.4f}".format(*one[key]) for key in ("logits", "gradient")]
         print(f"{name:10}{pairs[0]:>18}{pairs[1]:>18}{one['loss']:10.4f}")
-    if args.json:
-        here = about_here()
-        write_whole(Path(args.json), json.dumps({k: here[k] for k in ("date", "versions")} | found, indent=1) + "\n")
+    write_record(args.json, found)
     return 0
 
 

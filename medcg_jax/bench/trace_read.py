@@ -7,6 +7,7 @@ or one .xplane.pb. Needs jax and neither TensorBoard nor xprof.
 """
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -143,7 +144,7 @@ def summary(devices: list[list[Op]], *, device: str, steps: int) -> dict:
         covered = union(ops)
         span += end - begin
         busy += sum(after - before for before, after in covered)
-        gap += max((b[0] - a[1] for a, b in zip(covered, covered[1:], strict=False)), default=0.0)
+        gap += max((b[0] - a[1] for a, b in itertools.pairwise(covered)), default=0.0)
         for op, own in own_times(ops):
             kinds[op.kind] += own
             count_and_time = named[op.name, op.kind]
@@ -206,8 +207,10 @@ def text_of(found: dict) -> list[str]:
     """Lines for people of what `read` gave."""
     each = f", {found['span_s'] / found['steps'] * 1e3:.1f} ms a step" if found["steps"] else ""
     lines = [
-        f"{found['num_devices']} x {found['device']}: {found['span_s'] * 1e3:.1f} ms from the first operation to the "
-        f"last{each}; idle {found['idle_s'] * 1e3:.1f} ms, at most {found['longest_gap_s'] * 1e3:.2f} ms at once",
+        (
+            f"{found['num_devices']} x {found['device']}: {found['span_s'] * 1e3:.1f} ms from the first operation to the "
+            f"last{each}; idle {found['idle_s'] * 1e3:.1f} ms, at most {found['longest_gap_s'] * 1e3:.2f} ms at once"
+        ),
         f"{'kind':<18}{'ms':>10}{'share':>8}",
     ]
     for kind, one in sorted(found["kinds"].items(), key=lambda item: -item[1]["seconds"]):

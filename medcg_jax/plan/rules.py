@@ -1,16 +1,21 @@
-"""Known traps of a program that is compiled for a mesh, each a rule with a name that looks at what was compiled.
-
-A rule gives its findings, and none where all is well: `full-all-reduce`, `large-collective-in-loop`, `donation-lost`,
+"""Known traps of a program that is compiled for a mesh: rules with names, each of which returns its findings: `full-all-reduce`, `large-collective-in-loop`, `donation-lost`,
 `involuntary-rematerialization`, `gather-over-network`, `extra-flops`, `square-attention-buffer`, `logits-everywhere`.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
+from medcg_jax.families import build
+from medcg_jax.families.mllama import MllamaConfig
+from medcg_jax.families.qwen2_vl import Qwen2VLConfig
+from medcg_jax.nn.kernels import LANES
 from medcg_jax.plan.hlo import Collective
-from medcg_jax.plan.hlo_buffers import Buffer
+from medcg_jax.plan.hlo_products import Buffer, buffers, products
+from medcg_jax.plan.programs import PlannedRun
 
 # Below it a collective is not worth a word. The study of compiled steps that the rules come of took the same.
 LARGE_BYTES = 100e6
@@ -19,13 +24,15 @@ DONATED = 0.99
 INVOLUNTARY = "Involuntary full rematerialization"
 GATHERS = ("all-gather", "reduce-scatter")
 SUMS = ("all-reduce", "reduce-scatter")
+# Those of `check_products`.
+PRODUCT_RULES = ("extra-flops", "square-attention-buffer", "logits-everywhere")
 # Executed products by those that the model needs, at most: without rematerialisation, and with any.
 EXTRA, EXTRA_REMAT = 1.02, 1.34
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a rule found: its name, one sentence, the bytes per device and step that it is about, and instructions."""
+    """A rule's name, one sentence, the bytes per device and step that it is about, and the instructions."""
 
     rule: str
     text: str
@@ -50,12 +57,12 @@ class Layout:
 
     def joined(self, one: Collective) -> set[str]:
         """The axes over which a collective exchanges data."""
-        found: set[str] = set()
+        axes: set[str] = set()
         for group in one.groups:
-            places = np.array(np.unravel_index(list(group), tuple(self.axes.values())))
-            differs = (places != places[:, :1]).any(axis=1)
-            found |= {name for name, yes in zip(self.axes, differs, strict=True) if yes}
-        return found
+            coordinates = np.array(np.unravel_index(list(group), tuple(self.axes.values())))
+            differs = (coordinates != coordinates[:, :1]).any(axis=1)
+            axes |= {name for name, yes in zip(self.axes, differs, strict=True) if yes}
+        return axes
 
 
 def full_all_reduce(collectives: Iterable[Collective], layout: Layout) -> list[Finding]:
@@ -143,6 +150,50 @@ def gather_over_network(collectives: Iterable[Collective], crosses: Callable[[Co
 # ------------------------------------------------------------------ products, and arrays that should not be there
 
 
+@dataclass(frozen=True)
+class ProductCheck:
+    """What a program computes and writes beside what its model needs.
+
+    about: FLOPs of the compiled matrix products on all devices (`flops`), by kind (`kinds`), as ratios to the model's
+      with full and with causal attention (`by_full`, `by_causal`), and what is not among them (`not_counted`).
+    """
+
+    about: dict
+    findings: list[Finding]
+    not_looked_for: list[str]
+
+    @property
+    def flops(self) -> float | None:
+        """FLOPs of the matrix products on all devices; None: not all of them are counted."""
+        return None if self.about["not_counted"] else self.about["flops"]
+
+
+def check_products(
+    text: str, needed: dict, lengths: "Lengths", *, num_devices: int, remat: str, open_trips: int | None = None
+) -> ProductCheck:
+    """The products and arrays of a program.
+
+    text: of the compiled program; empty: it could not be read. needed: as `flops.step`; "causal" may be missing.
+    remat: what the program may compute again. open_trips: as of `hlo_products.products`.
+    """
+    if not text:
+        return ProductCheck({"not_counted": "no text of the program"}, [], list(PRODUCT_RULES))
+    unclear = lengths.unclear()
+    written = buffers(text)
+    findings = square_attention_buffer(written, lengths) + logits_everywhere(written, lengths)
+    try:
+        counted = products(text, open_trips=open_trips)
+    except ValueError as error:
+        return ProductCheck({"not_counted": str(error)[:300]}, findings, ["extra-flops", *unclear])
+    flops, kinds = counted.flops * num_devices, {}
+    for product in counted.found:
+        kinds[product.kind] = kinds.get(product.kind, 0) + product.total * num_devices
+    about = {"flops": flops, "kinds": kinds, "not_counted": ", ".join(counted.unread)}
+    about |= {f"by_{name}": flops / needed[name] for name in ("full", "causal") if name in needed}
+    findings = extra_flops(flops, needed["full"], remat) + findings
+    return ProductCheck(about, findings, ["extra-flops"] * bool(counted.unread) + unclear)
+
+
 def extra_flops(executed: float, needed: float, remat: str) -> list[Finding]:
     """`extra-flops`: the program executes more matrix products than the model needs, and than `remat` makes again.
 
@@ -216,3 +267,31 @@ def _arrays(rule: str, text: str, found: list[Buffer], most: int = 5) -> list[Fi
 
 def _names(found: list[Collective], most: int = 5) -> tuple[str, ...]:
     return tuple(f"{one.name}: {one.trips} x {one.payload_bytes:,} bytes" for one in found[:most])
+
+
+def lengths_of(planned: PlannedRun, lengths: Sequence[int], rows: int) -> Lengths:
+    """What the rules know of the axes of a planned run's program.
+
+    lengths: of a row's tokens and of the cache that they attend. rows: of the batches of all cells of one group.
+    """
+    mesh, config = planned.mesh, planned.setup.model
+    each = math.ceil(rows / (mesh.shape["data"] * mesh.shape["fsdp"]))
+    attended = {*lengths, *_image_lengths(config)}
+    # Kernels pad to whole lanes, cuDNN to an even length, cuBLAS is given eights.
+    attended |= {-(-length // unit) * unit for length in attended for unit in (2, 8, LANES)}
+    params = jax.tree.leaves(planned.params())
+    widths = {n for x in params for shape in (x.shape, x.sharding.shard_shape(x.shape)) for n in shape}
+    tensor, fsdp, vocabulary = mesh.shape["tensor"], mesh.shape["fsdp"], config.text.vocab_size
+    split = {vocabulary // parts for parts in (1, tensor, fsdp, tensor * fsdp) if vocabulary % parts == 0}
+    return Lengths(
+        frozenset(attended), lengths[0], each, frozenset(split), frozenset(widths - _image_lengths(config) - split)
+    )
+
+
+def _image_lengths(config: build.Config) -> set[int]:
+    """Lengths of the rows of a tower's tokens; a table of its positions has them too, and is no width."""
+    if isinstance(config, Qwen2VLConfig):
+        return {config.num_image_tokens * config.vision.merge**2}
+    if isinstance(config, MllamaConfig):
+        return {config.vision.num_tokens, config.vision.tokens_per_tile}
+    return {config.vision.num_patches, config.vision.num_patches + 1}

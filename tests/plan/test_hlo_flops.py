@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medcg_jax.plan.hlo_flops import products
+from medcg_jax.plan.hlo_products import products
 
 LAYERS, ROWS, LENGTH, WIDTH = 5, 2, 24, 16
 X = jax.ShapeDtypeStruct((ROWS, LENGTH, WIDTH), jnp.float32)
