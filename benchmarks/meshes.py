@@ -29,7 +29,7 @@ from benchmarks.records import write_record
 from medcg_jax.config import ConfigError, MeshConfig, RunConfig, replace
 from medcg_jax.config_file import load
 from medcg_jax.families import build
-from medcg_jax.families.llava import LlavaConfig
+from medcg_jax.families.llava.model import LlavaConfig
 from medcg_jax.mesh import make_mesh
 from medcg_jax.nn.base import Base
 from medcg_jax.plan import topology

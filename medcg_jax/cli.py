@@ -229,7 +229,7 @@ def workdir(args: argparse.Namespace, run: RunConfig) -> Path:
 
 def convert_weights(args) -> dict:
     from medcg_jax.families.weights.convert import convert
-    from medcg_jax.train.token_ids import ids_beside
+    from medcg_jax.train.sanity import ids_beside
 
     parts = {name: Path(path) for name in RELEASE_PARTS if (path := getattr(args, name))}
     return convert(Path(args.src), Path(args.dst), to=args.to, parts=parts, ids=ids_beside(Path(args.src)))

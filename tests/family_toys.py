@@ -10,7 +10,7 @@ import numpy as np
 
 from medcg_jax.config import DataConfig, MeshConfig, RunConfig
 from medcg_jax.data.encoding import Encoded, concat_encoded
-from medcg_jax.data.phantom_boxes import PhantomBoxSource
+from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.families import build, formats
 from medcg_jax.mesh import make_mesh
@@ -39,7 +39,7 @@ MESHES = {
     "tensor": MeshConfig(data=1, tensor=8),
 }
 DATA = DataConfig(system_prompt="", max_text_tokens=100, max_target_tokens=70)
-SOURCE = PhantomBoxSource(3, 6, 4)
+SOURCE = PhantomSource(3, 6, 4)
 
 
 @functools.cache

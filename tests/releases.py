@@ -10,12 +10,12 @@ import numpy as np
 from flax import nnx
 
 from medcg_jax.families import build
-from medcg_jax.families.llava import llava15_tiny
-from medcg_jax.families.minigpt_v2 import minigpt_v2_tiny
-from medcg_jax.families.mllama import llama32_vision_tiny
-from medcg_jax.families.next_chat import next_chat_tiny
-from medcg_jax.families.qwen2_vl import qwen2_vl_tiny
-from medcg_jax.families.sam import sam_tiny
+from medcg_jax.families.llava.model import llava15_tiny
+from medcg_jax.families.minigpt_v2.model import minigpt_v2_tiny
+from medcg_jax.families.mllama.model import llama32_vision_tiny
+from medcg_jax.families.next_chat.model import next_chat_tiny
+from medcg_jax.families.next_chat.sam import sam_tiny
+from medcg_jax.families.qwen2_vl.model import qwen2_vl_tiny
 from medcg_jax.families.weights import engine
 from medcg_jax.families.weights.convert import module_of, open_leaves
 from medcg_jax.families.weights.files import write_safetensors
@@ -45,9 +45,9 @@ def same(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-def same_as(params, src: Path, config, **parts: Path):
+def same_as(params, src: Path, **parts: Path):
     """Asserts that the release in `src` holds `params`, bit for bit; nothing is compiled."""
-    leaves = open_leaves(src, config, parts=parts)
+    leaves = open_leaves(src, parts=parts)
     same(jax.tree.map(np.asarray, leaves), jax.tree.map(np.asarray, nnx.to_pure_dict(params)))
 
 

@@ -138,10 +138,11 @@ import importlib, pkgutil
 import medcg_jax.data
 for module in pkgutil.iter_modules(medcg_jax.data.__path__):
     importlib.import_module(f"medcg_jax.data.{module.name}")
-from medcg_jax.data import encoding, phantom, pipeline, tokenizer
+from medcg_jax.data import encoding, pipeline, tokenizer
+from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.families import formats
 from medcg_jax.config import DataConfig
-source = phantom.PhantomSource(seed=0, train_records=8, test_records=4)
+source = PhantomSource(seed=0, train_records=8, test_records=4)
 records = source.records(source.subsets[0].name, "train")
 fmt = formats.llava(64, 16)
 encoded = encoding.encode(records, tokenizer.load_tokenizer(""), DataConfig(max_text_tokens=128), fmt)

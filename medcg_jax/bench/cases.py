@@ -145,7 +145,7 @@ def in_turn(ask: Ask, cases: Iterable, measure: Callable, *, save: Callable) -> 
             began = time.monotonic()
             try:
                 measure(case, row)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it belongs into the record
+            except Exception as error:
                 if out_of_memory(error):
                     row["does_not_fit"] = short(error, 300)
                     too_large.append(case)

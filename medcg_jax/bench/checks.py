@@ -22,12 +22,12 @@ from medcg_jax.bench.steps import Port, architecture, example_batch
 from medcg_jax.chips import peak_of
 from medcg_jax.config import ModelConfig, TrainConfig
 from medcg_jax.families import build
-from medcg_jax.families.llava import llava15_tiny
+from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.mesh import make_mesh, put_batch
 from medcg_jax.nn.attention import attention as attend
 from medcg_jax.plan.hlo import attention_in
 from medcg_jax.plan.topology import about_here
-from medcg_jax.train.optim import control_from
+from medcg_jax.train.optim import hparams_from
 
 # What the tiny model's numbers on a device may differ from the CPU's, relative to the largest: measured between two
 # CPUs' orders of summation 1e-6; bfloat16 has 8 bits, and ten steps.
@@ -160,12 +160,12 @@ def ten_steps(device, dtype: str, precision: str | None) -> dict[str, list]:
     with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
         train = TrainConfig(steps=NUM_STEPS, learning_rate=1e-3, warmup_frac=0.0)
         port = Port(config, make_mesh(devices=[device]), train, model)
-        control = port.program.put_control(control_from(train, num_records=0))
+        hparams = port.program.put_hparams(hparams_from(train, num_records=0))
         trainable, frozen = port.split(jax.device_put(first, build.shardings(config, port.mesh)))
         state, batch = port.program.start(trainable), put_batch(batch, port.program.batch_sharding)
         losses, norms = [], []
         for _ in range(NUM_STEPS):
-            state, metrics = port.program(state, frozen, control, batch)
+            state, metrics = port.program(state, frozen, hparams, batch)
             losses.append(float(metrics["loss"]))
             norms.append(float(metrics["grad_norm"]))
     weights = np.concatenate([np.asarray(leaf, np.float32).ravel() for leaf in jax.tree.leaves(state.params)])

@@ -11,7 +11,7 @@ from medcg_jax.config import ConfigError, RunConfig, replace
 from medcg_jax.data.encoding import Encoded, encode
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, concat
-from medcg_jax.families.llava import LlavaConfig
+from medcg_jax.families.llava.model import LlavaConfig
 from medcg_jax.train.setup import Setup, open_setup, with_small_tokenizer
 
 # Records are taken of at most so many subsets: each is read as a whole.

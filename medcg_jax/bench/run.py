@@ -297,7 +297,7 @@ def run_here(name: str, ask: Ask, file: Path) -> int:
     try:
         module, function = stage.function.split(".")
         getattr(importlib.import_module(f"medcg_jax.bench.{module}"), function)(ask, save)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it belongs into the record
+    except Exception as error:
         if type(error).__name__ not in REFUSALS:
             traceback.print_exc()
         save(error=f"{type(error).__name__}: {short(error)}")

@@ -102,7 +102,7 @@ def training(rows: Rows, against: str, measure: Measure, matrix: dict) -> dict:
         try:
             reference.compiled_seconds(1)
             runners["torch compile"] = reference.compiled_seconds
-        except Exception as error:  # noqa: BLE001 - torch's own classes: no compiler, an operator it does not know
+        except Exception as error:
             notes.append(f"torch.compile failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         if "flash_attention_2" in pytorch.attentions():
             flash = pytorch.Reference(setup.model, batch, run.train, run.model, attention="flash_attention_2")
@@ -170,7 +170,7 @@ def data_wait(port: Port, setup: Setup, encoded: Encoded, steps: int) -> dict:
                 batch, _ = next(stream)
                 waited += time.perf_counter() - asked
                 on_device = put_batch(batch, port.program.batch_sharding)
-                state, _ = port.compiled.call(state, port.frozen, port.control, on_device)
+                state, _ = port.compiled.call(state, port.frozen, port.hparams, on_device)
             port.state = jax.block_until_ready(state)
         seconds = time.perf_counter() - began
     finally:

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from medcg_jax.config import DataConfig
-from medcg_jax.data.box_questions import Asked, ask
+from medcg_jax.data.boxes import Asked, ask
 from medcg_jax.data.images import copy_into
 from medcg_jax.data.records import MAX_OPTIONS, DataError, Record, RecordSet, concat
 from medcg_jax.data.row_format import Arrays, Format
 from medcg_jax.data.tokenizer import Tokenizer
+
+Batch = dict[str, np.ndarray]
 
 # Images kept decoded; a larger set is decoded again whenever a row is drawn.
 MEMORY_LIMIT_BYTES = 2 << 30
@@ -64,6 +66,18 @@ class Encoded:
             for key, array in _image_arrays(self.records, int(index), self.format).items():
                 copy_into(out[key][place, ...], array)
         return out
+
+
+def checked_rows(rows: np.ndarray | None, batch_size: int) -> np.ndarray:
+    """`rows`, where None stands for all of the batch.
+
+    Raises:
+      ValueError: rows that no batch has.
+    """
+    found = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if not len(found) or found[0] < 0 or found[-1] >= batch_size or (np.diff(found) <= 0).any():
+        raise ValueError(f"rows={found.tolist()} of batch_size={batch_size}: rising rows of the batch are accepted")
+    return found
 
 
 def encode(
@@ -271,9 +285,7 @@ def _image_tokens(records: RecordSet, index: int, fmt: Format) -> int:
     """How many tokens the record's image takes; 0 without one."""
     if not records.records[index].image:
         return 0
-    return (
-        fmt.max_image_tokens if fmt.num_image_tokens is None else fmt.num_image_tokens(*records.image(index).shape[:2])
-    )
+    return fmt.max_image_tokens if fmt.num_image_tokens is None else fmt.num_image_tokens(*records.image_size(index))
 
 
 def _put_row(rows, index: int, ids: list[int], num_image_tokens: int, data: DataConfig) -> None:

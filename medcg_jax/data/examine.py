@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from medcg_jax.data.bounded import opened
-from medcg_jax.data.duplicates import Print, perceptual_hash, pixel_digest
-from medcg_jax.data.images import ImageError, range_used, read_image
+from medcg_jax.data.duplicates import ImageHashes, perceptual_hash, pixel_digest
+from medcg_jax.data.images import ImageError, opened, range_used, read_image
 from medcg_jax.data.pool import Progress, over
 from medcg_jax.data.reading import Reading
 from medcg_jax.untrusted import MAX_TEXT_BYTES, parsed, read_bytes
@@ -64,9 +63,9 @@ class Examined:
         return all(not text or _DIGEST.fullmatch(text) for text in (self.digest, self.pixels, self.perceptual))
 
     @property
-    def print(self) -> Print:
+    def hashes(self) -> ImageHashes:
         """What it is recognised by."""
-        return Print(*(bytes.fromhex(own) for own in (self.digest, self.pixels, self.perceptual)))
+        return ImageHashes(*(bytes.fromhex(own) for own in (self.digest, self.pixels, self.perceptual)))
 
 
 def examine(path: Path, max_pixels: int, reading: Reading) -> Examined:

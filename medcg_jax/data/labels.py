@@ -20,11 +20,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from medcg_jax.data import boxes, spelling
+from medcg_jax.data import boxes
 from medcg_jax.data.images import ImageError, image_size
 from medcg_jax.data.records import SPLITS, Box
-from medcg_jax.data.schema import MAX_NAME_CHARS, ReleaseError, image_path, read_text
-from medcg_jax.data.schema_detection import shares_of_image
+from medcg_jax.data.schema import (
+    MAX_NAME_CHARS,
+    ReleaseError,
+    appearance,
+    image_path,
+    named,
+    quoted,
+    shares_of_image,
+    text_fault,
+    told_apart,
+)
+from medcg_jax.data.tree import read_text
 
 CORNERS = ("x1", "y1", "x2", "y2")
 OPTIONAL = ("split", "group", "data-no")
@@ -72,7 +82,7 @@ class _Line:
     cells: dict[str, str]
 
     def error(self, file: str, column: str, reason: str) -> ReleaseError:
-        value = f" {spelling.quoted(self.cells[column])}" if column in self.cells else ""
+        value = f" {quoted(self.cells[column])}" if column in self.cells else ""
         return ReleaseError(file, f"line {self.number}", "label", f"{column}{value} {reason}")
 
 
@@ -96,7 +106,8 @@ def read_labels(path: Path, root: Path, max_pixels: int) -> LabelTable:
         raise ReleaseError(path.name, "", "label", "no line below the header; one or more are accepted")
     files: dict[Path, _Line] = {}
     for image, (first, *_) in sorted(found.items()):
-        file = image_path(root, image, file=path.name, record=f"line {first.number}")
+        with named(path.name, f"line {first.number}"):
+            file = image_path(root, image)
         if other := files.get(file):
             reason = f"is the file that line {other.number} calls {other.cells['image']!r}; one name is accepted"
             raise first.error(path.name, "image", reason)
@@ -105,8 +116,7 @@ def read_labels(path: Path, root: Path, max_pixels: int) -> LabelTable:
         _image(path.name, file, found[first.cells["image"]], root, max_pixels) for file, first in files.items()
     )
     _check_groups(path.name, images, found)
-    boxes_given = [{"boxes": [{"bbox": list(box.corners)} for box in own.boxes]} for own in images]
-    if "x1" in columns and (reason := shares_of_image(boxes_given)):
+    if "x1" in columns and (reason := shares_of_image(box.corners for own in images for box in own.boxes)):
         raise ReleaseError(path.name, "", "label", reason)
     return LabelTable(images, has_boxes="x1" in columns or "mask" in columns, in_numbers="x1" in columns)
 
@@ -158,7 +168,7 @@ def _check_columns(file: str, columns: tuple[str, ...]) -> None:
     wrong = [name for name in columns if name not in ("image", "label", "mask", *CORNERS, *OPTIONAL)]
     # A column that is passed over, such as a misspelt `group`, would silently change the split.
     if wrong:
-        reason = f"column {spelling.quoted(wrong[0])} is not known; {accepted} are accepted, with commas between them"
+        reason = f"column {quoted(wrong[0])} is not known; {accepted} are accepted, with commas between them"
     elif len(set(columns)) < len(columns):
         reason = f"a column occurs twice in {', '.join(columns[:20])}"
     elif missing := [name for name in ("image", "label") if name not in columns]:
@@ -184,11 +194,11 @@ def _check_line(file: str, line: _Line, columns: tuple[str, ...], spelled: dict[
         raise line.error(file, "label", "has signs that cannot be printed; one line of text is accepted")
     if len(label) > MAX_LABEL_CHARS:
         raise line.error(file, "label", f"has {len(label):,} signs; at most {MAX_LABEL_CHARS} are accepted")
-    if reason := spelling.fault(label):
+    if reason := text_fault(label):
         raise line.error(file, "label", reason)
-    other, number = spelled.setdefault(spelling.look(label), (label, line.number))
+    other, number = spelled.setdefault(appearance(label), (label, line.number))
     if other != label:
-        here, there = spelling.told_apart(label, other)
+        here, there = told_apart(label, other)
         reason = f"label {here} is spelled {there} in line {number}; one spelling is accepted"
         raise ReleaseError(file, f"line {line.number}", "label", reason)
     if line.cells.get("split", "train") not in SPLITS:
@@ -258,7 +268,8 @@ def _box(file: str, line: _Line, size: tuple[int, int]) -> Box:
 
 def _boxes_of_mask(file: str, line: _Line, root: Path, size: tuple[int, int], max_pixels: int) -> list[Box]:
     """The tight box of each connected part; none of a mask that is black."""
-    path = image_path(root, line.cells["mask"], file=file, record=f"line {line.number}, mask")
+    with named(file, f"line {line.number}, mask"):
+        path = image_path(root, line.cells["mask"])
     try:
         mask = lesion_mask(path, max_pixels)
     except ImageError as error:

@@ -54,13 +54,8 @@ class Layout:
         if record.size_px == (0, 0):
             return record
         after = self.size_after(record.size_px)
-        if self.kind == "square":
-            padded = boxes.pad_to_square(record.size_px)
-            change = padded.then(boxes.squash(padded.after, after))
-        else:
-            change = boxes.squash(record.size_px, after)
-        moved = boxes.clip(change.apply(boxes.corners(record.boxes)), after)[0].tolist()
-        placed = tuple(Box(box.label, *own) for box, own in zip(record.boxes, moved, strict=True))
+        moved = boxes.resized(boxes.corners(record.boxes), record.size_px, after, squared=self.kind == "square")
+        placed = tuple(Box(box.label, *corners) for box, corners in zip(record.boxes, moved.tolist(), strict=True))
         return dataclasses.replace(record, boxes=placed, size_px=after)
 
 

@@ -18,17 +18,16 @@ import numpy as np
 
 from medcg_jax.config import DataConfig
 from medcg_jax.data.labels import LabelledImage, LabelTable, read_labels
-from medcg_jax.data.notices import Content, box_range
+from medcg_jax.data.notices import box_range
 from medcg_jax.data.records import LETTERS, SPLITS, DataError, Split
-from medcg_jax.data.release import subset_table
 from medcg_jax.data.splits import rarest_labels, split_group, train_test_split
-from medcg_jax.data.tree_files import FOLDER, MANIFEST, manifest_content, read_manifest, subset_files
+from medcg_jax.data.tree import FOLDER, MANIFEST, Tree, manifest_content
 from medcg_jax.files import write_together
 
 INSTRUCTIONS = Path(__file__).parent / "instructions.json"
 MAX_OPTIONS = 4
 CLOSING = "Answer with the option's letter from the given choices directly."
-# What a file's name has room for (`release.subset_files`).
+# What a file's name has room for (`tree.Tree.files`).
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")
 # Words at the end of a task's name that say what is done, not what is asked for.
 _DONE = re.compile(r"(\s+(classification|identification|evaluation|detection|segmentation|det/seg|det|seg))+$", re.I)
@@ -121,15 +120,16 @@ def format_labels(
     table_path, root = Path(table_path), Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; the one that the paths of the table start in is accepted")
-    triplet, named = _triplet(root, subset, triplet), triplet is not None
+    tree, is_named = Tree(root), triplet is not None
+    triplet = _triplet(tree, subset, triplet)
     table = read_labels(table_path, root, max_pixels)
     if as_choice and not table.has_boxes:
         raise DataError(f"{table_path.name}: --as=choice is accepted of boxes and masks; classes are questions anyway")
     detection = table.has_boxes and not as_choice
     files = {split: root / FOLDER / _file_name(subset, split, detection) for split in SPLITS}
-    _check_free(root, subset, detection, force)
+    _check_free(tree, subset, detection, force)
     boxes = [(detection_record(own), own.size_px) for own in table.images] if table.in_numbers else []
-    odd_boxes = box_range(Content(table_path.name, subset, "", boxes=boxes))
+    odd_boxes = box_range(table_path.name, boxes)
     # Whichever records are made of it, an image is on one side.
     sides = _sides(table, data_no)
     kept = [own for own in table.images if not as_choice or len(own.labels) == 1]
@@ -158,7 +158,7 @@ def format_labels(
             raise DataError(f"{table_path.name}: {reason}")
     # The test file first: a training file by itself would be read as a subset without a split, and be split again.
     texts = {files[split]: _as_json(records[split]) for split in reversed(SPLITS)}
-    if named:
+    if is_named:
         entry = {"subset": subset, "kind": _kind(detection)}
         entry |= dict(zip(("modality", "area", "task"), triplet, strict=True))
         texts = {root / MANIFEST: _manifest_with(root, entry)} | texts
@@ -174,33 +174,33 @@ def format_labels(
     }
 
 
-def _triplet(root: Path, subset: str, given: tuple[str, str, str] | None) -> tuple[str, str, str]:
+def _triplet(tree: Tree, subset: str, given: tuple[str, str, str] | None) -> tuple[str, str, str]:
     """(modality, area, task) of a subset: as given, as the tree has it, or Med-MAT's."""
     if not _NAME.fullmatch(subset) or subset.endswith("-det"):
         raise DataError(f"subset {subset!r}: letters, digits and hyphens, not ending in -det, are accepted")
-    listed = read_manifest(root)
+    listed = tree.triplets
     if given:
         for name, text in zip(("modality", "area", "task"), given, strict=True):
             if not text or text != text.strip() or not text.isprintable():
                 raise DataError(f"{name} {text!r} of subset {subset}: one line of text is accepted, of all three")
         return given
-    if subset in listed:
-        return tuple(listed[subset][name] for name in ("modality", "area", "task"))
-    if subset not in subset_table():
+    if subset not in listed:
         reason = "is neither in the tree's manifest.json nor in Med-MAT's table of 53"
         raise DataError(f"subset {subset!r} {reason}; with modality, area and task it is accepted")
-    return subset_table()[subset]
+    return listed[subset]
 
 
-def _check_free(root: Path, subset: str, detection: bool, force: bool) -> None:
-    """Raises DataError where a file of the subset is in the way."""
-    for file in subset_files(root):
+def _check_free(tree: Tree, subset: str, detection: bool, force: bool) -> None:
+    """Raises DataError where a file of the subset is in the way, or a file of the tree is refused."""
+    for error in tree.refused:
+        raise error
+    for file in tree.files:
         if file.number != subset:
             continue
-        name = file.path.relative_to(root)
+        name = file.path.relative_to(tree.root)
         if file.detection != detection:
             raise DataError(f"{name}: subset {subset} has {_kind(file.detection)} files; another is accepted")
-        if file.path.parent == root:
+        if file.path.parent == tree.root:
             raise DataError(f"{name}: subset {subset} lies at the tree's root; without that file it is accepted")
         if not force:
             raise DataError(f"{name} exists; --force replaces it")

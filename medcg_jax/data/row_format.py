@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from medcg_jax.data.box_questions import Asked, ask
+from medcg_jax.data.boxes import Asked, ask
 from medcg_jax.data.records import DataError, Record, Turn
 from medcg_jax.data.tokenizer import Tokenizer
 

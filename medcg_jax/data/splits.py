@@ -13,8 +13,9 @@ from typing import TypeVar
 
 import numpy as np
 
+from medcg_jax.config import DataConfig
 from medcg_jax.data import catalogue
-from medcg_jax.data.records import Record, Subset
+from medcg_jax.data.records import Record, Split, Subset
 
 Item = TypeVar("Item")
 
@@ -95,6 +96,27 @@ def balanced(labels: Sequence[str], limit: int, seed: int) -> list[int]:
         places = [place for place, own in enumerate(labels) if own == label]
         chosen += generator.permutation(places)[:share].tolist()
     return sorted(chosen)
+
+
+def capped(records: Sequence[Record], config: DataConfig, subset: str, split: Split) -> list[int]:
+    """Places of the records of a subset that the configuration's caps leave, labels balanced, drawn by its seed."""
+    key = hashlib.sha256(f"{config.seed}/{subset}/{split}".encode()).digest()[:8]
+    return balanced([labels_of(record) for record in records], limit_of(config, split), int.from_bytes(key, "big"))
+
+
+def limit_of(config: DataConfig, split: Split) -> int:
+    """How many records of a subset are taken at most; 0: all."""
+    return config.train_records_per_subset if split == "train" else config.test_records_per_subset
+
+
+def labels_of(record: Record) -> str:
+    """What a cap balances: the right option, or all labels of a record's boxes."""
+    return "+".join(labels_in(record))
+
+
+def labels_in(record: Record) -> list[str]:
+    """The right option, or the labels of a record's boxes, each once, sorted."""
+    return [record.label] if record.options else sorted({box.label for box in record.boxes})
 
 
 def is_out_of_distribution(subset: Subset, limit: int = FULL_SUBSET) -> bool:

@@ -22,7 +22,7 @@ from PIL import Image
 from medcg_jax.config import DataConfig
 from medcg_jax.data.prepared import PreparedSource
 from medcg_jax.data.records import SPLITS, Box, DataError, Record, Split, Turn
-from medcg_jax.data.release import subset_table
+from medcg_jax.data.tree import subset_table
 
 ALL = "all"
 _PNG = "PNG of the prepared image, 8 bits, RGB or grey"

@@ -21,7 +21,7 @@ from medcg_jax.train.preempt import stop_if_told
 
 if TYPE_CHECKING:
     from medcg_jax.data.encoding import Encoded
-    from medcg_jax.data.rounds import Asked
+    from medcg_jax.data.eval_batches import Asked
     from medcg_jax.data.tokenizer import Tokenizer
 
 
@@ -40,7 +40,7 @@ class Asker:
     num_new: int
 
     def score(self, params, before: dict[str, np.ndarray], *, asked: "Asked"):
-        """What `ask` gives of these rows; before, asked: of a `data.rounds.Round`."""
+        """What `ask` gives of these rows; before, asked: of a `data.eval_batches.Round`."""
         with jax.set_mesh(self.mesh):
             return (self.ask_freely if asked.free else self.ask)(params, self.start(params, before), asked.batch)
 
@@ -92,7 +92,7 @@ def evaluate_again(
     Raises:
       ConfigError, NonFiniteScores: as `evaluate`.
     """
-    from medcg_jax.data.rounds import rounds
+    from medcg_jax.data.eval_batches import rounds
 
     check_batch(asker.mesh, batch_size, "eval.batch_size")
     sets = [encoded, *again.values()]

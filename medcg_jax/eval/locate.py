@@ -14,8 +14,7 @@ from PIL import Image
 
 from medcg_jax.data.boxes import corners
 from medcg_jax.data.encoding import Encoded
-from medcg_jax.data.lengths import eval_order
-from medcg_jax.data.pipeline import eval_batches
+from medcg_jax.data.eval_batches import eval_batches, eval_order
 from medcg_jax.data.tokenizer import Tokenizer
 from medcg_jax.eval.box_answers import DICE_DECIMALS, BoxAnswer, rounded
 from medcg_jax.eval.boxes import dice

@@ -110,8 +110,7 @@ def evaluate(
       ConfigError: the mesh cannot split the batch.
       ValueError: log-probabilities that are not finite, with the record named.
     """
-    from medcg_jax.data.lengths import eval_order
-    from medcg_jax.data.pipeline import eval_batches
+    from medcg_jax.data.eval_batches import eval_batches, eval_order
 
     check_batch(evaluator.mesh, batch_size, "eval.batch_size")
     outputs: list[tuple] = []

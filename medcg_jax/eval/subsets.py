@@ -10,8 +10,7 @@ from flax import nnx
 
 from medcg_jax.config import ConfigError, RunConfig, trains_masks
 from medcg_jax.data.encoding import Encoded
-from medcg_jax.data.pipeline import eval_batches
-from medcg_jax.data.rounds import rounds
+from medcg_jax.data.eval_batches import eval_batches, rounds
 from medcg_jax.data.sources import subset_names
 from medcg_jax.eval import box_answers, locate, run
 from medcg_jax.eval.again import Asker, evaluate_again, make_asker
@@ -22,14 +21,14 @@ from medcg_jax.families.build import shardings
 from medcg_jax.mesh import batch_sharding, check_batch, own_rows, put_batch, replicated
 from medcg_jax.train.checkpoint import load_params
 from medcg_jax.train.preempt import sigterm_saves
+from medcg_jax.train.sanity import check_sees, has_closed_gates
 from medcg_jax.train.setup import Setup, open_setup, start_params
-from medcg_jax.train.sight import check_sees, has_closed_gates
 
 
 class Tester:
     """Tests one setup's model on encoded test records of either kind, each of which is compiled when first met.
 
-    sees: whether it is known that the model sees its images; else that is looked at first (`train.sight`).
+    sees: whether it is known that the model sees its images; else that is looked at first (`train.sanity`).
     """
 
     def __init__(self, setup: Setup, graphdef: nnx.GraphDef, *, sees: bool = False):

@@ -15,8 +15,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.axes import spec
-from medcg_jax.families import llava, minigpt_v2, mllama, next_chat, qwen2_vl
-from medcg_jax.families.sam import sam_tiny
+from medcg_jax.families.llava import model as llava
+from medcg_jax.families.minigpt_v2 import model as minigpt_v2
+from medcg_jax.families.mllama import model as mllama
+from medcg_jax.families.next_chat import model as next_chat
+from medcg_jax.families.next_chat.sam import sam_tiny
+from medcg_jax.families.qwen2_vl import model as qwen2_vl
 from medcg_jax.nn import matmul
 from medcg_jax.nn.base import Base
 from medcg_jax.nn.layers import Dense

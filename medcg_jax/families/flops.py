@@ -1,7 +1,7 @@
 """Analytic FLOPs of every family: a multiply-add counts 2, an embedding lookup 0.
 
 XLA's own count is of no use here: it counts the body of a scan once, and a fused attention kernel not at all.
-The formulas agree with PyTorch's FlopCounterMode on CLIP and Llama (tests/models/test_flops.py), and with the numbers
+The formulas agree with PyTorch's FlopCounterMode on CLIP and Llama (tests/families/test_flops.py), and with the numbers
 of parameters of every family's parts. Left out: norms, activations, NExT-Chat's heads for boxes (under 0.1 %) and SAM.
 """
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields
 
 from medcg_jax.chips import peak_bf16
 from medcg_jax.families.build import Config
-from medcg_jax.families.minigpt_v2 import MiniGPTv2Config
-from medcg_jax.families.mllama import MllamaConfig
-from medcg_jax.families.mllama_vit import NUM_TILES
-from medcg_jax.families.qwen2_vl import Qwen2VLConfig
+from medcg_jax.families.minigpt_v2.model import MiniGPTv2Config
+from medcg_jax.families.mllama.model import MllamaConfig
+from medcg_jax.families.mllama.vit import NUM_TILES
+from medcg_jax.families.qwen2_vl.model import Qwen2VLConfig
 from medcg_jax.nn.lora import LoraConfig, target_axes
 
 

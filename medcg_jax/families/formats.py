@@ -9,23 +9,16 @@ from functools import partial
 import numpy as np
 
 from medcg_jax.data import images
-from medcg_jax.data.box_questions import Asked, ask
-from medcg_jax.data.boxes import corners
+from medcg_jax.data.boxes import Asked, ask, corners
 from medcg_jax.data.records import DataError, Record, Turn
 from medcg_jax.data.row_format import Arrays, Format, MaskLayout, Tokens
 from medcg_jax.data.tokenizer import Tokenizer
-from medcg_jax.families import (
-    images_minigpt,
-    images_mllama,
-    images_next_chat,
-    images_qwen2_vl,
-    prompts,
-    prompts_chatml,
-    prompts_llama3,
-    prompts_minigpt,
-    prompts_next_chat,
-)
-from medcg_jax.families.text_boxes import format_boxes, parse_boxes
+from medcg_jax.families import prompts, prompts_chatml, prompts_llama3, prompts_minigpt, prompts_next_chat
+from medcg_jax.families.minigpt_v2 import rows as minigpt_v2_rows
+from medcg_jax.families.minigpt_v2.boxes import format_boxes, parse_boxes
+from medcg_jax.families.mllama import rows as mllama_rows
+from medcg_jax.families.next_chat import rows as next_chat_rows
+from medcg_jax.families.qwen2_vl import rows as qwen2_vl_rows
 
 # Family -> the packaged tokenizer of its tiny model.
 SMALL_TOKENIZERS = {
@@ -72,7 +65,7 @@ def format_of(family: str, model, *, with_masks: bool = False) -> Format:
         return made
     if getattr(model, "sam", None) is None:
         raise DataError(f"{family} without SAM draws no masks; NExT-Chat with it does")
-    return _with_masks(made, MaskLayout(model.sam.image_size_px, model.max_boxes, images_next_chat.preprocess_masks))
+    return _with_masks(made, MaskLayout(model.sam.image_size_px, model.max_boxes, next_chat_rows.preprocess_masks))
 
 
 def llava(image_size_px: int, num_image_tokens: int) -> Format:
@@ -84,22 +77,22 @@ def llava(image_size_px: int, num_image_tokens: int) -> Format:
     return Format(prompts, preprocess, num_image_tokens)
 
 
-def qwen2_vl(sizes: images_qwen2_vl.ImageSizes) -> Format:
+def qwen2_vl(sizes: qwen2_vl_rows.ImageSizes) -> Format:
     """Qwen2-VL: ChatML turns; images keep their shape, and take as many tokens as they are large."""
     return Format(
-        prompts_chatml, partial(images_qwen2_vl.preprocess, sizes=sizes), sizes.max_image_tokens,
-        partial(images_qwen2_vl.num_image_tokens, sizes=sizes),
+        prompts_chatml, partial(qwen2_vl_rows.preprocess, sizes=sizes), sizes.max_image_tokens,
+        partial(qwen2_vl_rows.num_image_tokens, sizes=sizes),
     )  # fmt: skip
 
 
 def mllama(tile_px: int) -> Format:
     """Llama-3.2-Vision: Llama 3's turns; images cut into tiles, each image one token."""
-    return Format(prompts_llama3, partial(images_mllama.preprocess, tile_px=tile_px), 1)
+    return Format(prompts_llama3, partial(mllama_rows.preprocess, tile_px=tile_px), 1)
 
 
 def minigpt_v2(image_size_px: int, num_image_tokens: int) -> Format:
     """MiniGPT-v2: Llama 2's instructions; images squashed to a square, all with as many tokens; boxes as text."""
-    preprocess = partial(images_minigpt.preprocess, size_px=image_size_px)
+    preprocess = partial(minigpt_v2_rows.preprocess, size_px=image_size_px)
     return Format(prompts_minigpt, preprocess, num_image_tokens, box_turn=text_box_turn, read_boxes=read_text_boxes)
 
 
@@ -114,7 +107,7 @@ def read_text_boxes(text: str, boxes: np.ndarray | None, size: tuple[int, int]) 
 
 def next_chat(image_size_px: int, num_image_tokens: int, max_boxes: int = 8) -> Format:
     """NExT-Chat: Vicuna's turns with the image between two tokens; images on a white square; boxes as arrays."""
-    preprocess = partial(images_next_chat.preprocess, size_px=image_size_px)
+    preprocess = partial(next_chat_rows.preprocess, size_px=image_size_px)
     return Format(
         prompts_next_chat, preprocess, num_image_tokens, box_turn=placed_box_turn, read_boxes=read_placed_boxes,
         box_arrays=partial(placed_box_arrays, max_boxes=max_boxes),
@@ -129,17 +122,17 @@ def placed_box_turn(record: Record, asked: Asked) -> Turn:
 def placed_box_arrays(tokenizer: Tokenizer, record: Record, tokens: Tokens, *, max_boxes: int) -> Arrays:
     """`prompts_next_chat.box_arrays` of a record's boxes, in the order of its turns."""
     boxes = corners([box for asked in ask(record) for box in asked.boxes])
-    placed = images_next_chat.to_square(boxes, record.size_px) if len(boxes) else boxes
+    placed = next_chat_rows.to_square(boxes, record.size_px) if len(boxes) else boxes
     return prompts_next_chat.box_arrays(tokenizer, tokens, placed, max_boxes=max_boxes, max_answers=max_boxes)
 
 
 def read_placed_boxes(text: str, boxes: np.ndarray | None, size: tuple[int, int]) -> np.ndarray | None:
-    return images_next_chat.from_square(boxes, size) if boxes is not None and len(boxes) else None
+    return next_chat_rows.from_square(boxes, size) if boxes is not None and len(boxes) else None
 
 
 def _with_masks(made: Format, layout: MaskLayout) -> Format:
     def preprocess(image: np.ndarray) -> Arrays:
-        return made.preprocess(image) | images_next_chat.preprocess_sam(image, layout.size_px)
+        return made.preprocess(image) | next_chat_rows.preprocess_sam(image, layout.size_px)
 
     return dataclasses.replace(made, preprocess=preprocess, mask_layout=layout)
 
@@ -147,7 +140,7 @@ def _with_masks(made: Format, layout: MaskLayout) -> Format:
 _FORMATS: dict[str, Callable[..., Format]] = {
     "llava": lambda model: llava(model.image_size_px, model.num_image_tokens),
     "qwen2_vl": lambda model: qwen2_vl(
-        images_qwen2_vl.ImageSizes(model.vision.patch_size_px, model.vision.merge, model.min_pixels, model.max_pixels)
+        qwen2_vl_rows.ImageSizes(model.vision.patch_size_px, model.vision.merge, model.min_pixels, model.max_pixels)
     ),
     "mllama": lambda model: mllama(model.image_size_px),
     "minigpt_v2": lambda model: minigpt_v2(model.image_size_px, model.num_image_tokens),

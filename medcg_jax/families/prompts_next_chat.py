@@ -114,7 +114,7 @@ def template(turns: Sequence[Turn], *, system_prompt: str, has_image: bool) -> s
 def box_arrays(
     tokenizer: Tokenizer, tokens: Tokens, boxes: np.ndarray, *, max_boxes: int, max_answers: int
 ) -> dict[str, np.ndarray]:
-    """What a row of `train.box_losses` has of boxes: those of the whole text, and those in answers with their `<at>`.
+    """What a row of `train.losses.box_terms` has of boxes: those of the whole text, and those in answers with their `<at>`.
 
     `boxes` float32[max_boxes, 4], `box_weights` float32[max_boxes], `at_positions` int32[max_answers], `at_boxes`
     float32[max_answers, 4], `at_weights` float32[max_answers]; weights are 0 where unused.

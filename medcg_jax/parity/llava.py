@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medcg_jax.families.llava import Llava, LlavaConfig
+from medcg_jax.families.llava.model import Llava, LlavaConfig
 from medcg_jax.families.weights.files import WeightsError
 from medcg_jax.nn.rope import count_positions, rope_angles
 from medcg_jax.parity.rows import example_text, moved_ids, norm_and_logits, run_layers

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medcg_jax.families.mllama import Mllama, MllamaConfig
-from medcg_jax.families.mllama_text import EXTRA_ROWS
-from medcg_jax.families.mllama_vit import NUM_TILES
+from medcg_jax.families.mllama.model import Mllama, MllamaConfig
+from medcg_jax.families.mllama.text import EXTRA_ROWS
+from medcg_jax.families.mllama.vit import NUM_TILES
 from medcg_jax.families.weights.files import WeightsError
 from medcg_jax.nn.rope import count_positions, rope_angles
 from medcg_jax.parity.rows import example_text, layers, moved_ids, norm_and_logits, run_layers

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medcg_jax.families.qwen2_vit import real_patches, vision_angles
-from medcg_jax.families.qwen2_vl import ImageFeatures, Qwen2VL, Qwen2VLConfig, mrope_angles
+from medcg_jax.families.qwen2_vl.model import ImageFeatures, Qwen2VL, Qwen2VLConfig, mrope_angles
+from medcg_jax.families.qwen2_vl.vit import real_patches, vision_angles
 from medcg_jax.families.weights.files import WeightsError
 from medcg_jax.parity.rows import example_text, layers, moved_ids, norm_and_logits, run_layers
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from medcg_jax.config import BOX_TABLES, MODELS, ConfigError, ModelConfig, RunConfig, RunError, replace, trains_masks
 from medcg_jax.data.encoding import Encoded
-from medcg_jax.data.phantom import PhantomSource
+from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.eval.run import make_evaluator
 from medcg_jax.families import build, formats

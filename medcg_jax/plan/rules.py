@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from medcg_jax.families import build
-from medcg_jax.families.mllama import MllamaConfig
-from medcg_jax.families.qwen2_vl import Qwen2VLConfig
+from medcg_jax.families.mllama.model import MllamaConfig
+from medcg_jax.families.qwen2_vl.model import Qwen2VLConfig
 from medcg_jax.nn.kernels import LANES
 from medcg_jax.plan.hlo import Collective
 from medcg_jax.plan.hlo_products import Buffer, buffers, products

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from medcg_jax.config import MODELS, ConfigError, ModelConfig, RunConfig, trains_masks
+from medcg_jax.chips import peak_bf16
+from medcg_jax.config import MASK_PARTS, MODELS, ConfigError, ModelConfig, RunConfig, trains_masks
 from medcg_jax.data.encoding import Encoded, encode, encode_boxes, encode_eval, longest_row, row_length
 from medcg_jax.data.general import GeneralRecords, open_general
 from medcg_jax.data.layouts import check_layout
@@ -21,13 +23,12 @@ from medcg_jax.data.sources import open_source, require_subsets
 from medcg_jax.data.tokenizer import SMALL, Tokenizer, load_tokenizer
 from medcg_jax.families import formats
 from medcg_jax.families.build import TINY, Config, architecture, create, join, replicated
-from medcg_jax.families.next_chat import NextChatConfig
-from medcg_jax.families.weights.companions import has_tokenizer
+from medcg_jax.families.flops import forward, training
+from medcg_jax.families.next_chat.model import NextChatConfig
+from medcg_jax.families.weights.files import has_tokenizer
 from medcg_jax.mesh import check_batch, make_mesh
-from medcg_jax.train.box_losses import box_loss, mask_loss
-from medcg_jax.train.losses import token_loss
-from medcg_jax.train.sight import pixel_keys
-from medcg_jax.train.token_ids import check_token_ids, check_tokens
+from medcg_jax.train.losses import box_loss, mask_loss, token_loss
+from medcg_jax.train.sanity import check_token_ids, check_tokens, pixel_keys
 
 RELEASED = {
     "llava15_7b": "llava-hf/llava-1.5-7b-hf",
@@ -121,7 +122,6 @@ def open_setup(
     if run.base.steps:
         check_batch(mesh, run.base.batch_size // run.base.accumulation_steps, "base.batch_size per accumulation step")
     check_batch(mesh, run.eval.batch_size, "eval.batch_size")
-    check_packed_attention(run, mesh.devices.flat[0].platform)
     family = MODELS[run.model.name]
     tokenizer = run_tokenizer(run.model, trained)
     source = open_source(run.data)
@@ -139,16 +139,6 @@ def open_setup(
         check_layout(source.layout, family, model)
     made = formats.format_of(family, model, with_masks=trains_masks(run.model))
     return Setup(run, mesh, tokenizer, model, made, source)
-
-
-def check_packed_attention(run: RunConfig, platform: str) -> None:
-    """Raises ConfigError where packed rows would meet a kernel that cannot tell their records apart."""
-    sixteen_bits = run.model.compute_dtype == "bfloat16"
-    if run.data.pack and run.model.attention == "auto" and platform == "gpu" and sixteen_bits:
-        raise ConfigError(
-            "model.attention='auto' takes cuDNN's kernel on a GPU, which reads segment ids as lengths; 'plain' is "
-            "accepted there with data.pack=1, whose buffers grow with the square of a row"
-        )
 
 
 def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:
@@ -226,3 +216,27 @@ def to_keep(setup: Setup, trained: nnx.State, frozen: nnx.State, base: str) -> t
     if setup.run.model.lora_rank and base:
         return trained, base
     return join(trained, frozen), ""
+
+
+def step_flops(encoded: Encoded, config: Config, *, trainable: tuple[str, ...], batch_size: int) -> float | None:
+    """FLOPs that the model needs for a step of `batch_size` rows, on average over the records; None: no formula.
+
+    Real tokens alone, attention as the full square, nothing computed again (arXiv 2204.02311, appendix B). Trainings of
+    masks have no formula: SAM is not in `families.flops`.
+    """
+    if set(trainable) & set(MASK_PARTS):
+        return None
+    lengths, counts = np.unique(encoded.arrays["length"], return_counts=True)
+    num_logits = encoded.arrays["targets"].shape[1]
+
+    def of_row(length: int) -> float:
+        return training(forward(config, length=length, num_logits=num_logits), trainable=trainable)
+
+    mean = sum(int(n) * of_row(int(length)) for length, n in zip(lengths, counts, strict=True)) / counts.sum()
+    return float(batch_size * mean)
+
+
+def peak_flops(mesh: Mesh) -> float | None:
+    """Dense bf16 FLOP/s of all devices of the mesh together; None where the table has none of them (a CPU, say)."""
+    peak = peak_bf16(mesh.devices.flat[0].device_kind)
+    return peak and peak * mesh.devices.size

@@ -4,18 +4,17 @@ import numpy as np
 import pytest
 
 from medcg_jax.config import DataConfig, ModelConfig
-from medcg_jax.data.box_questions import ask
-from medcg_jax.data.boxes import corners
+from medcg_jax.data.boxes import ask, corners
 from medcg_jax.data.encoding import concat_encoded, encode, encode_boxes, encode_eval
-from medcg_jax.data.phantom_boxes import PhantomBoxSource
+from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.records import Box, DataError, Record, RecordSet, Turn
 from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.families import formats
 from medcg_jax.families.build import architecture
-from medcg_jax.families.images_next_chat import preprocess_masks
-from medcg_jax.families.text_boxes import parse_boxes
+from medcg_jax.families.minigpt_v2.boxes import parse_boxes
+from medcg_jax.families.next_chat.rows import preprocess_masks
 
-SOURCE = PhantomBoxSource(3, 6, 4)
+SOURCE = PhantomSource(3, 6, 4)
 DATA = DataConfig(system_prompt="", max_text_tokens=100, max_target_tokens=70)
 RECORDS = SOURCE.records("ct-liver-det", "train")
 

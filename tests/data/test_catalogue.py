@@ -23,7 +23,7 @@ from medcg_jax.data.catalogue import (
     subsets,
 )
 from medcg_jax.data.records import DataError
-from medcg_jax.data.release import subset_table
+from medcg_jax.data.tree import subset_table
 
 DATA_NUMBERS = [str(i) for i in range(1, 110)]
 SUBSET_NUMBERS = [f"{i:02d}" for i in range(1, 54)]

@@ -15,6 +15,7 @@ def test_a_good_tree_has_nothing_wrong(tmp_path):
     assert json.loads(json.dumps(report.as_dict()))["problems"] == []
 
 
+@pytest.mark.long
 def test_the_pack_has_nothing_wrong(shared_dir):
     report = check_tree(shared_dir / "data" / "medmat-mini")
     assert report.ok and (report.num_files, report.num_records, report.num_images) == (46, 6352, 5612)

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from trees import read_file
 
 from medcg_jax.config import DataConfig
 from medcg_jax.data.check import check_tree
 from medcg_jax.data.images import ImageError, image_size, load_image
-from medcg_jax.data.schema import ReleaseError, read_choice_file, read_list
-from medcg_jax.data.schema_detection import parse_detection, read_detection_file
+from medcg_jax.data.schema import RecordError, ReleaseError, parse_detection
+from medcg_jax.data.tree import read_list
 
 PACK = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "medmat-mini"
 EXPECTED = PACK / "hostile" / "expected.json"
@@ -82,7 +83,7 @@ def test_image_is_taken(case):
 
 @pytest.mark.parametrize("case", cases("json", True))
 def test_file_is_taken(case):
-    records = read_choice_file(PACK / "hostile" / case["file"], PACK, subset="64", split="train")
+    records = read_file(PACK / "hostile" / case["file"], PACK)
     assert len(records) == case["as"]["records"]
     assert all(len(record.options) == 2 and record.id.startswith("64/train/") for record in records)
 
@@ -90,7 +91,7 @@ def test_file_is_taken(case):
 @pytest.mark.parametrize("case", cases("json", False))
 def test_file_is_refused(case):
     with pytest.raises(ReleaseError) as error:
-        read_choice_file(PACK / "hostile" / case["file"], PACK)
+        read_file(PACK / "hostile" / case["file"], PACK)
     message = str(error.value)
     assert REASONS[case["file"]] in message and "\n" not in message
     assert message.startswith(case["file"] + ": ")
@@ -101,20 +102,16 @@ def test_file_is_refused(case):
 @pytest.mark.parametrize("case", cases("json-detection", False))
 def test_detection_records_are_refused(case):
     path, found = PACK / "hostile" / case["file"], []
-    for place, raw in enumerate(read_list(path)):
+    for raw in read_list(path):
         size = image_size(PACK / raw["image"], MAX_PIXELS)
-        with pytest.raises(ReleaseError) as error:
-            parse_detection(raw, file=path.name, place=place, subset="47", split="train", size=size)
+        with pytest.raises(RecordError) as error:
+            parse_detection(raw, "47", "train", size)
         found.append(error.value)
-    assert [(e.file, e.record, e.kind) for e in found] == [
-        (path.name, "record 1", "box"),
-        (path.name, "record 2", "box"),
-        (path.name, "record 3", "size"),
-    ]
+    assert [error.kind for error in found] == ["box", "box", "size"]
     swapped, outside, wrong_size = (e.reason for e in found)
     assert "x1 < x2" in swapped and "not inside the image of 160 x 160" in outside and "999 x 160" in wrong_size
     with pytest.raises(ReleaseError, match="^det_bad_boxes.json: record 1: bbox .*x1 < x2"):
-        read_detection_file(path, PACK, MAX_PIXELS)
+        read_file(path, PACK, detection=True)
 
 
 def test_the_check_names_the_bad_detection_records(tmp_path):
@@ -164,6 +161,6 @@ def test_json_that_is_right_stays(tmp_path):
 def test_values_nested_too_deep_to_write_are_shown_short(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('[{"id": ' + "[" * 900 + "]" * 900 + ', "image": "a", "boxes": []}]')
-    with pytest.raises(ReleaseError) as error:
-        parse_detection(read_list(path)[0], file="a", place=0, subset="1", split="train", size=(1, 1))
+    with pytest.raises(RecordError) as error:
+        parse_detection(read_list(path)[0], "1", "train", (1, 1))
     assert len(str(error.value)) < 200

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
-from medcg_jax.data import bounded
+from medcg_jax.data import images
 from medcg_jax.data.images import (
     BACKGROUND,
     FILL,
@@ -279,9 +279,9 @@ def test_a_frame_of_a_gif_is_whole_or_refused():
 def test_a_file_is_opened_once(tmp_path, monkeypatch):
     path, calls = tmp_path / "a.png", []
     Image.new("RGB", (4, 3)).save(path)
-    monkeypatch.setattr(bounded, "open_regular", lambda *a: calls.append(a) or open_regular(*a))
+    monkeypatch.setattr(images, "open_regular", lambda *a: calls.append(a) or open_regular(*a))
     assert load_image(path, MANY).shape == (3, 4, 3) and image_size(path, MANY) == (3, 4)
-    assert calls == [(path, bounded.MAX_DICOM_BYTES)] * 2
+    assert calls == [(path, images.MAX_DICOM_BYTES)] * 2
 
 
 def test_how_much_of_the_range_is_used():

@@ -7,7 +7,7 @@ from trees import raw_box_record, raw_record, write_subset, write_tree_with_boxe
 
 from medcg_jax.cli import main
 from medcg_jax.data.check import check_tree
-from medcg_jax.data.notices import Content, box_range, letter_counts
+from medcg_jax.data.notices import box_range, letter_counts
 from medcg_jax.data.schema import parse_choice
 
 WORDS = ("alpha", "beta", "gamma", "delta")
@@ -42,7 +42,7 @@ def test_always_one_letter_is(tmp_path):
 def test_always_the_last_option_is_whatever_its_letter(tmp_path):
     # By letters alone 2, 3 and 4 options in turn look nearly even.
     raws = [asked(n, n % 3 + 1, options=WORDS[: n % 3 + 2]) for n in range(60)]
-    records = [parse_choice(raw, file="f", place=0, subset="04", split="train") for raw in raws]
+    records = [parse_choice(raw, "04", "train") for raw in raws]
     assert letter_counts(records, from_end=True)[0] == {"0": 60, "1": 0, "2": 0, "3": 0}
     _, _, reason = notices(tmp_path, raws)["subset 04", "letters"]
     assert "not balanced" in reason and "p=" in reason
@@ -113,16 +113,16 @@ def test_names_of_two_subsets_that_look_alike_are_told(tmp_path):
 
 
 def test_corners_of_a_scale_are_named():
-    def content(corner, size, number=24):
+    def notice(corner, size, number=24):
         corners = [[5, 5, corner - n, corner - n] for n in range(number)]
         raws = [raw_box_record(n, boxes=[{"label": "x", "bbox": own}]) for n, own in enumerate(corners)]
-        return Content("f.json", "47", "train", boxes=[(raw, size) for raw in raws])
+        return box_range("f.json", [(raw, size) for raw in raws])
 
-    assert "at most 1,000, and no image has a side below 1500" in box_range(content(999, (1500, 2000))).reason
-    assert "at most 1,000, and 24 boxes lead out of their images" in box_range(content(999, (600, 800))).reason
-    assert "at most 100, and no image" in box_range(content(100, (512, 512))).reason
-    assert box_range(content(900, (1024, 1024))) is None and box_range(content(999, (1024, 1024))) is None
-    assert box_range(content(999, (1500, 2000), number=3)) is None
+    assert "at most 1,000, and no image has a side below 1500" in notice(999, (1500, 2000)).reason
+    assert "at most 1,000, and 24 boxes lead out of their images" in notice(999, (600, 800)).reason
+    assert "at most 100, and no image" in notice(100, (512, 512)).reason
+    assert notice(900, (1024, 1024)) is None and notice(999, (1024, 1024)) is None
+    assert notice(999, (1500, 2000), number=3) is None
 
 
 def test_a_tree_of_boxes_has_none(tmp_path):

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from record_sets import choices
+from record_sets import CountedImage, choices
 
 from medcg_jax.config import DataConfig
 from medcg_jax.data.encoding import Encoded, concat_encoded, encode, encode_eval
-from medcg_jax.data.pipeline import Batches, eval_batches
+from medcg_jax.data.eval_batches import eval_batches
+from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, Record, RecordSet, Turn, concat
 from medcg_jax.families.formats import llava
 
@@ -177,28 +178,14 @@ def test_a_batch_is_what_the_model_takes(word_tokenizer, plain_config):
         assert next_tokens.tolist() == [letter, word_tokenizer.eos_id]
 
 
-class Counting:
-    """Images that say which of them were decoded."""
-
-    def __init__(self, count):
-        self.count, self.asked = count, []
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        self.asked.append(index)
-        return np.full((4, 4, 3), index, np.uint8)
-
-
 def test_each_process_decodes_its_own_rows_only(word_tokenizer, plain_config):
-    images = Counting(16)
-    records = RecordSet(choices(16).records, images)
+    decoded = []
+    records = RecordSet(choices(16).records, [CountedImage(i, decoded) for i in range(16)])
     encoded = encode(records, word_tokenizer, plain_config, FORMAT, memory_limit_bytes=0)
-    assert encoded.images is None and not images.asked
+    assert encoded.images is None and not decoded
     options = {"batch_size": 8, "seed": 1, "prefetch": 0}
     batch, ids = next(Batches(encoded, rows=np.array([2, 3]), **options))
-    assert [f"04/train/{i}" for i in images.asked] == ids and len(ids) == 2
+    assert [f"04/train/{i}" for i in decoded] == ids and len(ids) == 2
     kept = encode(choices(16), word_tokenizer, plain_config, FORMAT)
     whole, _ = next(Batches(kept, **options))
     for key, value in batch.items():
@@ -206,11 +193,11 @@ def test_each_process_decodes_its_own_rows_only(word_tokenizer, plain_config):
 
 
 def test_a_decoding_error_names_its_record(word_tokenizer, plain_config):
-    class Broken(Counting):
-        def __getitem__(self, index):
+    class Broken(CountedImage):
+        def pixels(self):
             raise DataError("truncated")
 
-    records = RecordSet(choices(4).records, Broken(4))
+    records = RecordSet(choices(4).records, [Broken(i, []) for i in range(4)])
     with pytest.raises(DataError, match=r"record 04/train/0: truncated"):
         encode(records, word_tokenizer, plain_config, FORMAT)
     late = encode(records, word_tokenizer, plain_config, FORMAT, memory_limit_bytes=0)

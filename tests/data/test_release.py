@@ -4,13 +4,14 @@ import json
 from collections import Counter
 
 import pytest
-from trees import raw_record, write_image, write_subset, write_tree
+from trees import raw_record, read_file, write_image, write_subset, write_tree
 
 from medcg_jax.config import DataConfig
 from medcg_jax.data.images import ImageError
 from medcg_jax.data.records import DataError
-from medcg_jax.data.release import ReleaseSource, subset_table
-from medcg_jax.data.schema import ReleaseError, parse_choice, parse_options, read_choice_file
+from medcg_jax.data.release import ReleaseSource
+from medcg_jax.data.schema import RecordError, ReleaseError, parse_choice, parse_options
+from medcg_jax.data.tree import subset_table
 
 
 def release(root, **config):
@@ -180,12 +181,12 @@ def test_links_that_lead_out_are_refused(tmp_path, kind):
     write_subset(root, "Subset--04-train", [raw_record(1, image=image)], images=False)
     path = root / "Aggregated_Subsets" / "Subset--04-train.json"
     with pytest.raises(ReleaseError, match="leads out of the tree by a link"):
-        read_choice_file(path, root)
+        read_file(path, root)
     (root / "inside.png").write_bytes((outside / "secret.png").read_bytes())
     (root / "med-mat" / "kept.png").symlink_to(root / "inside.png")
     write_subset(root, "Subset--04-train", [raw_record(1, image="med-mat/kept.png")], images=False)
     (tmp_path / "alias").symlink_to(root)
-    assert len(read_choice_file(path, tmp_path / "alias")) == 1
+    assert len(read_file(path, tmp_path / "alias")) == 1
 
 
 @pytest.mark.parametrize(
@@ -206,13 +207,13 @@ def test_odd_paths_are_refused(tmp_path, image, reason):
     (tmp_path / "med-mat").mkdir()
     write_subset(tmp_path, "Subset--04-train", [raw_record(1) | {"image": image}], images=False)
     with pytest.raises(ReleaseError, match=f"^Subset--04-train.json: record 1: .*{reason}"):
-        read_choice_file(tmp_path / "Aggregated_Subsets" / "Subset--04-train.json", tmp_path)
+        read_file(tmp_path / "Aggregated_Subsets" / "Subset--04-train.json", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
-        ("text", "record in place 1: a str; an object"),
+        ("text", "a str; an object"),
         (raw_record(1) | {"id": True}, "id is true, a bool; int"),
         (raw_record(1) | {"Answer": None}, "Answer is null, a NoneType; str"),
         (raw_record(1) | {"Question-choice": "Which?\nA: Benign"}, r"options \['Benign'\]; two or more"),
@@ -224,8 +225,8 @@ def test_odd_paths_are_refused(tmp_path, image, reason):
     ],
 )
 def test_broken_records_are_refused(raw, reason):
-    with pytest.raises(ReleaseError, match=reason):
-        parse_choice(raw, file="f.json", place=0, subset="04", split="train")
+    with pytest.raises(RecordError, match=reason):
+        parse_choice(raw, "04", "train")
 
 
 @pytest.mark.parametrize(

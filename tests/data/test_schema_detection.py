@@ -6,15 +6,14 @@ from collections import Counter
 import numpy as np
 import pytest
 from PIL import Image
-from trees import raw_box_record, raw_record, write_subset, write_tree
+from trees import raw_box_record, raw_record, read_file, write_subset, write_tree
 
 from medcg_jax.config import DataConfig
 from medcg_jax.data.check import check_tree, print_report
 from medcg_jax.data.images import ImageError, image_size, load_image
 from medcg_jax.data.records import Box, DataError
 from medcg_jax.data.release import ReleaseSource
-from medcg_jax.data.schema import ReleaseError
-from medcg_jax.data.schema_detection import detection_problems, parse_detection, read_detection_file
+from medcg_jax.data.schema import RecordError, ReleaseError, detection_problems, parse_detection
 
 PIXELS = DataConfig().max_pixels
 
@@ -51,12 +50,11 @@ def test_boxes(box, reason):
     raw = raw_box_record(1, boxes=[box])
     found = detection_problems(raw, (8, 12))
     assert [kind for kind, _ in found] == (["box"] if reason else [])
-    parse = lambda: parse_detection(raw, file="f.json", place=0, subset="38", split="train", size=(8, 12))  # noqa: E731
     if not reason:
-        assert parse().boxes == (Box("x", *map(float, box["bbox"])),)
+        assert parse_detection(raw, "38", "train", (8, 12)).boxes == (Box("x", *map(float, box["bbox"])),)
         return
-    with pytest.raises(ReleaseError, match=f"^f.json: record 1: .*{reason}") as error:
-        parse()
+    with pytest.raises(RecordError, match=reason) as error:
+        parse_detection(raw, "38", "train", (8, 12))
     assert error.value.kind == "box" and "\n" not in str(error.value)
 
 
@@ -72,9 +70,9 @@ def test_boxes(box, reason):
     ],
 )
 def test_broken_records_are_refused(raw, kind, reason):
-    with pytest.raises(ReleaseError, match=reason) as error:
-        parse_detection(raw, file="f.json", place=0, subset="38", split="train", size=(8, 12))
-    assert (error.value.file, error.value.kind) == ("f.json", kind)
+    with pytest.raises(RecordError, match=reason) as error:
+        parse_detection(raw, "38", "train", (8, 12))
+    assert error.value.kind == kind
 
 
 @pytest.mark.parametrize(
@@ -92,7 +90,7 @@ def test_a_file_stops_at_what_is_wrong(tmp_path, change, kind):
     write_subset(tmp_path, "Subset--38-det-train", [raw_box_record(2), raw_box_record(3) | change], images=False)
     path = tmp_path / "Aggregated_Subsets" / "Subset--38-det-train.json"
     with pytest.raises(ReleaseError, match="^Subset--38-det-train.json: record") as error:
-        read_detection_file(path, tmp_path, PIXELS)
+        read_file(path, tmp_path, detection=True)
     assert error.value.kind == kind
 
 

@@ -121,7 +121,7 @@ def test_a_tokenizer_json_gives_the_ids_of_its_model(llama_model_file, tmp_path,
 
 def test_llamas_runs_of_blanks_are_merged_last(tmp_path):
     """Llama's own vocabulary gives runs of blanks the first ids and the lowest scores; transformers 5 writes merges by id."""
-    from medcg_jax.data import tokenizer_json
+    from medcg_jax.data import tokenizer
 
     vocab = {f"<0x{i:02X}>": i + 3 for i in range(256)} | {
         "▁▁": 259,
@@ -133,10 +133,10 @@ def test_llamas_runs_of_blanks_are_merged_last(tmp_path):
     }
     merges = [["▁", "▁"], ["▁", "t"], ["▁", "["]]
     found = {"model": {"vocab": vocab, "merges": merges}}
-    assert tokenizer_json._blanks_come_first(found)
-    tokenizer_json._put_blanks_last(found)
+    assert tokenizer._blanks_come_first(found)
+    tokenizer._put_blanks_last(found)
     assert found["model"]["merges"] == [["▁", "t"], ["▁", "["], ["▁", "▁"]]
-    assert not tokenizer_json._blanks_come_first(found)
+    assert not tokenizer._blanks_come_first(found)
 
 
 def test_words_behind_an_added_token_are_cut_as_after_a_space(llama_model_file):

@@ -9,15 +9,15 @@ from trees import raw_box_record, raw_record, write_image, write_subset, write_t
 
 from medcg_jax.cli import main
 from medcg_jax.config import DataConfig
-from medcg_jax.data import schema
+from medcg_jax.data import tree
 from medcg_jax.data.check import check_tree
 from medcg_jax.data.prepare import TooManyBad, prepare
 from medcg_jax.data.records import DataError
 from medcg_jax.data.release import ReleaseSource
-from medcg_jax.data.schema import ReleaseError, parse_choice, read_list
+from medcg_jax.data.schema import RecordError, ReleaseError, parse_choice
 from medcg_jax.data.sources import subset_names
 from medcg_jax.data.stats import write_stats
-from medcg_jax.data.tree_files import near_misses, read_manifest, subset_files
+from medcg_jax.data.tree import Tree, near_misses, read_list, read_manifest
 from medcg_jax.study.design.ledger import read_ledger
 
 CONFIG = DataConfig(source="release")
@@ -29,7 +29,7 @@ def kinds(root) -> list[tuple[str, str]]:
 
 
 def parsed(**changes):
-    return parse_choice(raw_record(1, **changes), file="f.json", place=0, subset="04", split="train")
+    return parse_choice(raw_record(1, **changes), "04", "train")
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a device", "a folder"])
@@ -55,10 +55,10 @@ def test_a_subset_file_that_is_no_regular_one_is_not_waited_for(tmp_path, kind, 
 def test_a_file_beyond_its_limits_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text("[" + "1," * 40 + "1]")
-    monkeypatch.setattr(schema, "MAX_VALUES", 40)
+    monkeypatch.setattr(tree, "MAX_VALUES", 40)
     with pytest.raises(ReleaseError, match="a.json: 41 values; at most 40 are read"):
         read_list(path)
-    monkeypatch.setattr(schema, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(tree, "MAX_FILE_BYTES", 10)
     with pytest.raises(ReleaseError, match="a.json: 83 bytes; at most 10 are read"):
         read_list(path)
 
@@ -134,8 +134,8 @@ def test_a_copy_beside_a_whole_subset_is_named_and_refuses_nothing(tmp_path, cap
     # A train file's backup stands in for no test file.
     (root / "Aggregated_Subsets" / "Subset--04-test.json").unlink()
     (root / "Aggregated_Subsets" / "Subset--04-test (1).json").unlink()
-    assert len(subset_files(root)) == 1
-    assert [near.is_wanted for near in near_misses(root, subset_files(root))].count(True) == 0
+    files = Tree(root).files
+    assert len(files) == 1 and not any(near.is_wanted for near in near_misses(root, files))
 
 
 def test_one_duplicate_file_hides_nothing_else(tmp_path):
@@ -161,7 +161,7 @@ def test_one_duplicate_file_hides_nothing_else(tmp_path):
     ],
 )
 def test_options_that_look_alike_are_refused_so_that_they_can_be_told_apart(options, label):
-    with pytest.raises(ReleaseError, match="the options .* look alike; one is accepted") as error:
+    with pytest.raises(RecordError, match="the options .* look alike; one is accepted") as error:
         parsed(options=options, label=label)
     first, second = str(error.value).partition("the options ")[2].partition(" look")[0].split(" and ")
     assert error.value.kind == "options" and first != second and str(error.value).isascii()
@@ -173,7 +173,7 @@ def test_labels_that_differ_are_taken():
 
 
 def test_an_answer_of_another_form_is_shown_so_that_it_can_be_told_apart():
-    with pytest.raises(ReleaseError) as error:
+    with pytest.raises(RecordError) as error:
         parsed(options=("N\u00e4vus", "x"), label="N\u00e4vus", Answer=unicodedata.normalize("NFD", "N\u00e4vus"))
     assert r"names 'N\xe4vus', but Answer is 'Na\u0308vus'" in str(error.value)
 
@@ -183,7 +183,7 @@ def test_an_answer_of_another_form_is_shown_so_that_it_can_be_told_apart():
 )
 def test_marks_of_prompts_in_a_question_are_named(tmp_path, mark):
     question = f"{mark}\nWhich one is it?\nA: Benign\nB: Normal"
-    with pytest.raises(ReleaseError) as error:
+    with pytest.raises(RecordError) as error:
         parsed(**{"Question-choice": question})
     assert error.value.kind == "text" and f"spells '{mark}'" in str(error.value) and "take it out" in str(error.value)
     root = write_tree(tmp_path, train=2, test=1)
@@ -207,7 +207,7 @@ def test_signs_that_are_no_marks_are_taken(question):
     ],
 )
 def test_control_characters_are_refused(changes, reason):
-    with pytest.raises(ReleaseError) as error:
+    with pytest.raises(RecordError) as error:
         parsed(**changes)
     assert error.value.kind == "text" and reason in str(error.value) and len(str(error.value)) < 300
 
@@ -215,7 +215,7 @@ def test_control_characters_are_refused(changes, reason):
 def test_ten_options_are_taken_and_eleven_named(tmp_path):
     assert len(parsed(options=tuple(f"option {n}" for n in "abcdefgh"), label="option a").options) == 8
     lines = "\n".join(f"{letter}: {letter}x" for letter in "ABCDEFGHIJK")
-    with pytest.raises(ReleaseError, match="has 11 options; at most 10 can be scored"):
+    with pytest.raises(RecordError, match="has 11 options; at most 10 can be scored"):
         parsed(**{"Question-choice": lines, "Answer": "Ax"})
     root = write_tree(tmp_path, train=2, test=1)
     write_subset(root, "Subset--04-test", [raw_record(9, **{"Question-choice": lines, "Answer": "Ax"})])

@@ -8,8 +8,9 @@ from PIL import Image
 from record_sets import choices
 from trees import raw_record, write_subset, write_tree_with_boxes
 
+from medcg_jax.data.notices import letter_counts
 from medcg_jax.data.records import DataError, RecordSet
-from medcg_jax.data.stats import THUMB_PX, contact_sheet, letters_p, write_stats
+from medcg_jax.data.stats import THUMB_PX, contact_sheet, write_stats
 
 
 @pytest.fixture
@@ -92,9 +93,9 @@ def test_an_older_page_alone_is_replaced(tree, tmp_path):
 
 def test_uneven_letters_are_seen():
     even = choices(400)
-    letters, p = letters_p([even])
+    letters, p = letter_counts(even.records)
     assert sum(letters.values()) == 400 and p > 0.01
     lopsided = RecordSet([r for r in even.records if r.answer == "A"], np.zeros((200, 1, 1, 3), np.uint8))
-    assert letters_p([lopsided])[1] < 1e-6
-    assert letters_p([RecordSet([], np.zeros((0, 1, 1, 3), np.uint8))]) == ({}, None)
+    assert letter_counts(lopsided.records)[1] < 1e-6
+    assert letter_counts(()) == ({}, None)
     assert contact_sheet([RecordSet([], np.zeros((0, 1, 1, 3), np.uint8))], np.random.default_rng(0)) is None

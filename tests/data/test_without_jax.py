@@ -33,7 +33,8 @@ for module in pkgutil.walk_packages(medcg_jax.data.__path__, "medcg_jax.data."):
 from medcg_jax.data.check import check_tree
 from medcg_jax.data.encoding import encode, encode_eval
 from medcg_jax.families.formats import llava
-from medcg_jax.data.pipeline import Batches, eval_batches
+from medcg_jax.data.eval_batches import eval_batches
+from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.sources import open_source
 from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.config import DataConfig

@@ -10,7 +10,7 @@ from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.eval.run import make_evaluator
 from medcg_jax.families import build
 from medcg_jax.families.formats import llava
-from medcg_jax.families.llava import llava15_tiny
+from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.mesh import make_mesh
 
 TOKENIZER = load_tokenizer("")

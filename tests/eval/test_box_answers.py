@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from medcg_jax.eval.box_answers import BoxAnswer, read_answers, rounded, summary, write_answers
 from medcg_jax.eval.locate import masks_in_image
-from medcg_jax.families.images_next_chat import preprocess_masks
+from medcg_jax.families.next_chat.rows import preprocess_masks
 
 number = st.floats(-1e4, 1e4)
 box = st.tuples(number, number, number, number).map(lambda b: rounded(np.array([b]))[0])

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from medcg_jax.config import RunConfig, replace
-from medcg_jax.data.phantom_boxes import PhantomBoxSource
+from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import RecordSet
 from medcg_jax.eval import subsets
 from medcg_jax.eval.box_answers import summary
 from medcg_jax.families import build
-from medcg_jax.train.loop import Cell, fit
-from medcg_jax.train.optim import control_from, make_optimizer
+from medcg_jax.train.loop import RunSpec, fit
+from medcg_jax.train.optim import hparams_from, make_optimizer
 from medcg_jax.train.setup import open_setup, start_params
 from medcg_jax.train.step import make_step
 
@@ -46,17 +46,17 @@ def trained(run, records: RecordSet, params=None, steps: int = 0):
     program = make_step(setup.mesh, graphdef, *places, make_optimizer(run.train), loss_fn=setup.loss)
     encoded = setup.encode(records)
     train = replace(run.train, steps=steps, epochs=0)
-    cell = Cell(
-        "boxes", control_from(train, len(encoded)), lambda at: Batches(encoded, batch_size=8, seed=0, position=at)
+    cell = RunSpec(
+        "boxes", hparams_from(train, len(encoded)), lambda at: Batches(encoded, batch_size=8, seed=0, position=at)
     )
-    state, _ = fit(program, trainable, frozen, [cell], log_every_steps=steps, progress=lambda *_: None)
+    state, _ = fit(program, trainable, frozen, cell, log_every_steps=steps, progress=lambda *_: None)
     return setup, graphdef, build.join(state.params, frozen)
 
 
 @functools.cache
 def learnt(name: str):
     """(setup, graphdef, params, records) of a model that has learnt the boxes of eight images."""
-    records = PhantomBoxSource(3, RECORDS, RECORDS).records("ct-liver-det", "train")
+    records = PhantomSource(3, RECORDS, RECORDS).records("ct-liver-det", "train")
     parts = ("vision", "projector", "decoder") + (("boxes",) if name.startswith("next") else ())
     row, answer = TOKENS[name]
     run = replace(RUN, model__name=name, model__trainable=parts, data__max_text_tokens=row, eval__max_box_tokens=answer)

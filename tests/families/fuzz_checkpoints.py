@@ -177,11 +177,10 @@ def read_one(kind: str, content: bytes, random: Random, pack: Path, scratch: Pat
 def _open(directory: Path, pack: Path, random: Random) -> bool:
     import jax
 
-    from medcg_jax.families.weights.convert import open_leaves, read_config
+    from medcg_jax.families.weights.convert import open_leaves
 
     parts = {"base": pack / "base"} if directory.name.startswith("adapter") else {}
-    config = read_config(directory, parts=parts)
-    leaves = jax.tree.leaves(open_leaves(directory, config, parts=parts))
+    leaves = jax.tree.leaves(open_leaves(directory, parts=parts))
     for leaf in random.sample(leaves, 3):
         value = np.asarray(leaf)
         assert value.shape == leaf.shape and np.isfinite(value).all()

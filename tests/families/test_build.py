@@ -9,7 +9,7 @@ from flax import nnx
 
 from medcg_jax.config import MeshConfig, ModelConfig
 from medcg_jax.families import build
-from medcg_jax.families.llava import Llava, llava15_tiny
+from medcg_jax.families.llava.model import Llava, llava15_tiny
 from medcg_jax.mesh import make_mesh
 
 TINY = llava15_tiny(80, 79, num_vision_heads=2, num_heads=4, num_kv_heads=2, scan_unroll=1)

@@ -161,12 +161,12 @@ def test_no_tensor_is_read_twice_to_look_for_nan(src, tmp_path, monkeypatch):
     def counting(path):
         tensors = get(path)
         return files.Tensors(
-            tensors.shapes, lambda n: reads.append(n) or tensors.read(n), tensors.dtype, tensors.origin
+            tensors.shapes, lambda *a: reads.append(a) or tensors.read(*a), tensors.dtype, tensors.origin
         )
 
     monkeypatch.setattr(files, "open_safetensors", counting)
     assert cli.main(["convert", str(src), str(tmp_path / "dst")]) == 0
-    assert len(reads) == len(set(reads)) == len(TENSORS)
+    assert len(reads) == len({name for name, *_ in reads}) == len(TENSORS)
 
 
 def test_nan_in_what_was_converted_is_refused_too(source, tmp_path, capsys, monkeypatch):
@@ -217,7 +217,7 @@ def test_what_wrappers_put_before_names_is_taken_off(prefix, src):
     save_file(
         {prefix + n: np.ascontiguousarray(x) for n, x in released(CONFIG, TENSORS).items()}, src / "model.safetensors"
     )
-    leaves = open_leaves(src, read_config(src))
+    leaves = open_leaves(src)
     np.testing.assert_array_equal(
         np.asarray(leaves["decoder"]["embed"]["table"]), TENSORS["language_model.embed_tokens.weight"]
     )

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from medcg_jax.families import clip, llava
-from medcg_jax.families.llava import llava15_tiny
+from medcg_jax.families import clip
+from medcg_jax.families.llava import model as llava
+from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.families.merge import merge_images
 from medcg_jax.nn import blocks
 from medcg_jax.parity import llava as parity_llava

@@ -12,8 +12,8 @@ from flax import nnx
 from medcg_jax.axes import RULES
 from medcg_jax.config import MeshConfig
 from medcg_jax.families import build
-from medcg_jax.families.eva import EvaConfig
-from medcg_jax.families.minigpt_v2 import MiniGPTv2, MiniGPTv2Config, group, minigpt_v2_7b, minigpt_v2_tiny
+from medcg_jax.families.minigpt_v2.eva import EvaConfig
+from medcg_jax.families.minigpt_v2.model import MiniGPTv2, MiniGPTv2Config, group, minigpt_v2_7b, minigpt_v2_tiny
 from medcg_jax.mesh import make_mesh
 from medcg_jax.nn.lora import LoraConfig
 from medcg_jax.train.losses import token_loss

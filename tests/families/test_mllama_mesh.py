@@ -10,7 +10,7 @@ from flax import nnx
 
 from medcg_jax.config import MeshConfig
 from medcg_jax.families import build
-from medcg_jax.families.mllama import Mllama, llama32_vision_tiny
+from medcg_jax.families.mllama.model import Mllama, llama32_vision_tiny
 from medcg_jax.mesh import make_mesh
 
 CONFIG = llama32_vision_tiny(80, 79, num_vision_heads=4, scan_unroll=1)

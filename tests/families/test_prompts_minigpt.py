@@ -11,7 +11,7 @@ from record_sets import plant_space
 from medcg_jax.data.records import DataError, Turn
 from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.families import prompts_minigpt as prompts
-from medcg_jax.families.text_boxes import format_boxes
+from medcg_jax.families.minigpt_v2.boxes import format_boxes
 
 QUESTION = "Which lung?\nA: left\nB: right"
 IMAGE = 3

@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 from medcg_jax.config import MeshConfig
-from medcg_jax.families import build, qwen2_vit
-from medcg_jax.families.qwen2_vl import Qwen2VL, qwen2_vl_tiny
+from medcg_jax.families import build
+from medcg_jax.families.qwen2_vl import vit as qwen2_vit
+from medcg_jax.families.qwen2_vl.model import Qwen2VL, qwen2_vl_tiny
 from medcg_jax.mesh import make_mesh
 
 TINY = qwen2_vl_tiny(80, 79, scan_unroll=1, max_pixels=1536)

@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 
 from medcg_jax.families import build
-from medcg_jax.families.minigpt_v2 import MiniGPTv2, MiniGPTv2Config, group
+from medcg_jax.families.minigpt_v2.model import MiniGPTv2, MiniGPTv2Config, group
 from medcg_jax.families.weights import engine, minigpt_v2
 from medcg_jax.families.weights.files import WeightsError, open_safetensors, read_json
-from medcg_jax.families.weights.positions import resize_positions
+from medcg_jax.families.weights.minigpt_v2 import resize_positions
 from medcg_jax.mesh import make_mesh
 from medcg_jax.nn.rope import count_positions, rope_angles
 from medcg_jax.parity.rows import Row, check_arrays, compared, exactly, layers, read_arrays
@@ -149,8 +149,13 @@ def port_order(found: dict) -> list[str]:
         "inputs",
         "llm_layer",
     )
-    place = lambda name: next((i for i, start in enumerate(first) if name.startswith(start)), len(first))
-    number = lambda name: int(name.rsplit("_", 1)[1]) if name[-1].isdigit() else 0
+
+    def place(name):
+        return next((i for i, start in enumerate(first) if name.startswith(start)), len(first))
+
+    def number(name):
+        return int(name.rsplit("_", 1)[1]) if name[-1].isdigit() else 0
+
     return sorted(found, key=lambda name: (place(name), number(name), name == "logits"))
 
 

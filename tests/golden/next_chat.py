@@ -17,8 +17,8 @@ from flax import nnx
 from medcg_jax.families import build
 from medcg_jax.families.clip import ClipVisionConfig
 from medcg_jax.families.decoder import DecoderConfig
-from medcg_jax.families.next_chat import NextChatConfig
-from medcg_jax.families.sam import SamConfig
+from medcg_jax.families.next_chat.model import NextChatConfig
+from medcg_jax.families.next_chat.sam import SamConfig
 from medcg_jax.families.weights import engine, next_chat
 from medcg_jax.families.weights.fields import expect, refused
 from medcg_jax.families.weights.files import WeightsError, open_safetensors, read_json
@@ -26,7 +26,7 @@ from medcg_jax.mesh import make_mesh
 from medcg_jax.nn.attention import take_positions
 from medcg_jax.nn.rope import count_positions, rope_angles
 from medcg_jax.parity.rows import Row, check_arrays, compared, layers, read_arrays
-from medcg_jax.train import box_losses
+from medcg_jax.train import losses
 
 # Above the rounding between two machines, below what any usual mistake changes.
 TOLERANCE = 2e-5
@@ -179,7 +179,7 @@ def mask_rows(folder: Path, model) -> list[Row]:
         "full_masks_sampled": full[:, :, *SAMPLED],
         "full_masks_mean": full.mean(axis=(1, 2, 3)),
         "full_masks_norm": np.sqrt(np.square(full, dtype=np.float64).sum(axis=(1, 2, 3))),
-        "fraction_at_or_above_threshold": (full >= box_losses.MASK_LOGIT).mean(axis=(1, 2, 3)),
+        "fraction_at_or_above_threshold": (full >= losses.MASK_LOGIT).mean(axis=(1, 2, 3)),
     }
     _all_there("expected_mask.npz", expected, found)
     # Of the model's own stages not all are recorded for these rows.
@@ -189,9 +189,9 @@ def mask_rows(folder: Path, model) -> list[Row]:
     ]
     near = "num_logits_within_0.01_of_threshold"
     # As a share of the pixels: rounding carries some over the border.
-    ours = (np.abs(full - box_losses.MASK_LOGIT) < 0.01).mean(axis=(1, 2, 3))
+    ours = (np.abs(full - losses.MASK_LOGIT) < 0.01).mean(axis=(1, 2, 3))
     rows.append(golden_row(f"mask/{near}", ours, expected[near] / full[0].size))
-    iou = box_losses.mask_iou(jnp.asarray(full[:, 0]), batch["at_masks"][:, 0].astype(jnp.float32))
+    iou = losses.mask_iou(jnp.asarray(full[:, 0]), batch["at_masks"][:, 0].astype(jnp.float32))
     return [
         *rows,
         golden_row("mask/loss/num_masks", len(at), expected["loss/num_masks"]),
@@ -253,14 +253,14 @@ def generation_rows(folder: Path, model) -> list[Row]:
 def base_loss_rows(folder: Path, graphdef, params) -> list[Row]:
     """Losses and gradients: the original's with either mock row, and those of the real rows alone, term by term."""
     inputs, expected = read_arrays(folder / "inputs.npz"), read_arrays(folder / "expected_base.npz")
-    grads, names = read_arrays(folder / "grads_base.npz"), list(box_losses.TERMS)
-    weights = jnp.asarray(list(box_losses.TERMS.values()))
+    grads, names = read_arrays(folder / "grads_base.npz"), list(losses.TERMS)
+    weights = jnp.asarray(list(losses.TERMS.values()))
     config = nnx.merge(graphdef, params).config
     trainable, frozen = build.split_trainable(params, STAGES["base"])
 
     def terms(trainable, batch, quirks: bool):
         model = nnx.merge(graphdef, build.join(trainable, frozen))
-        found = box_losses.box_terms(model, batch, original_loss_quirks=quirks)
+        found = losses.box_terms(model, batch, original_loss_quirks=quirks)
         return jnp.stack([found[name] for name in names])
 
     def total(trainable, batch):
@@ -313,8 +313,8 @@ def mask_loss_rows(folder: Path, graphdef, params) -> list[Row]:
     @partial(jax.value_and_grad, has_aux=True)
     def loss(trainable, quirks):
         model = nnx.merge(graphdef, build.join(trainable, frozen))
-        terms = box_losses.mask_terms(model, batch, original_loss_quirks=quirks)
-        return box_losses.mask_total(*terms), terms
+        terms = losses.mask_terms(model, batch, original_loss_quirks=quirks)
+        return losses.mask_total(*terms), terms
 
     for kind in ("original", "fixed"):
         (total, (focal, dice, iou, weights)), gradients = loss(trainable, kind == "original")

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from medcg_jax.families import build, eva, minigpt_v2
+from medcg_jax.families import build
+from medcg_jax.families.minigpt_v2 import eva
+from medcg_jax.families.minigpt_v2 import model as minigpt_v2
 from medcg_jax.families.weights.files import WeightsError, read_json
 from medcg_jax.nn.attention import attention
 from medcg_jax.parity.rows import layers

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from medcg_jax.families import llava, mllama_vit
+from medcg_jax.families.llava import model as llava
+from medcg_jax.families.mllama import vit as mllama_vit
 from medcg_jax.families.weights.files import WeightsError, open_safetensors, write_safetensors
 from medcg_jax.nn import blocks, rope
 from medcg_jax.parity import verb as parity_lib
@@ -124,7 +125,10 @@ def changed(src, out, tensors):
 def exchanged(tensors, one, other):
     """Tensors with those of two layers in each other's place."""
     swap = {one: other, other: one}
-    place = lambda name: next((name.replace(a, b) for a, b in swap.items() if a in name), name)
+
+    def place(name):
+        return next((name.replace(a, b) for a, b in swap.items() if a in name), name)
+
     return {name: tensors[place(name)] for name in tensors}
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import cells_compiled
 from medcg_jax.config import ConfigError, DataConfig, EvalConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
-from medcg_jax.families.llava import llava15_tiny
+from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.mesh import make_mesh
 from medcg_jax.plan import programs, topology
 

@@ -26,7 +26,7 @@ from medcg_jax.config import (
     replace,
 )
 from medcg_jax.families.formats import SMALL_TOKENIZERS
-from medcg_jax.families.llava import llava15_tiny
+from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.mesh import make_mesh
 from medcg_jax.plan import hlo, programs, search
 from medcg_jax.plan import text as plan_text

@@ -1,21 +1,21 @@
-"""Which weights module belongs to which model: one for each family, all with the same functions.
+"""Which map belongs to which model: one module for each family, all with the same functions.
 
-A module has `table(config)`, `read_release(src, parts)`, `open_release(src, parts)`, `released_name(name)` and
-`config_to_json(config, dtype)`; `parts` are files or directories of a release that lie elsewhere, by name: `clip`,
-`base`, `eva`, `minigpt`, `sam` (`medcg convert --help` says what they are).
+A module has `table(config)`, `read_release(src, stated, parts)`, `open_release(src, stated, parts)`, `canonical(name)`,
+`released_name(name)` and `config_to_json(config, dtype)`; `stated` is the config.json of `src`, and `parts` are files or
+directories of a release that lie elsewhere, by name: `clip`, `base`, `eva`, `minigpt`, `sam` (`medcg convert --help` says
+what they are).
 """
 
-from pathlib import Path
 from types import ModuleType
 
-from medcg_jax.families.llava import LlavaConfig
-from medcg_jax.families.minigpt_v2 import MiniGPTv2Config
-from medcg_jax.families.mllama import MllamaConfig
-from medcg_jax.families.next_chat import NextChatConfig
-from medcg_jax.families.qwen2_vl import Qwen2VLConfig
+from medcg_jax.families.llava.model import LlavaConfig
+from medcg_jax.families.minigpt_v2.model import MiniGPTv2Config
+from medcg_jax.families.mllama.model import MllamaConfig
+from medcg_jax.families.next_chat.model import NextChatConfig
+from medcg_jax.families.qwen2_vl.model import Qwen2VLConfig
 from medcg_jax.families.weights import llava, minigpt_v2, mllama, next_chat, qwen2_vl
 from medcg_jax.families.weights.fields import quoted
-from medcg_jax.families.weights.files import WeightsError, read_json
+from medcg_jax.families.weights.files import WeightsError
 
 # Name of the family -> (type of its config, its module).
 FAMILIES: dict[str, tuple[type, ModuleType]] = {
@@ -38,24 +38,17 @@ def family_of(config) -> str:
 
 
 def module_of(config) -> ModuleType:
-    """The weights module of an architecture's family."""
+    """The map of an architecture's family."""
     return FAMILIES[family_of(config)][1]
 
 
-def is_original(found: dict) -> bool:
-    """Whether a config.json is in the form of the original LLaVA's code, and not in transformers'."""
-    return found.get("model_type") != "nextchat" and ("mm_vision_tower" in found or "mm_projector_type" in found)
-
-
-def module_of_release(src: Path) -> ModuleType:
-    """The weights module for the released directory `src`.
+def module_of_release(stated: dict) -> ModuleType:
+    """The map for the release whose config.json is `stated`.
 
     Raises:
-      WeightsError: its config.json is broken, or of a model that is not ported.
+      WeightsError: it is of a model that is not ported.
     """
-    found = read_json(src / "config.json")
-    # The original LLaVA's config.json bears the decoder's name in some releases.
-    kind = "llava" if is_original(found) else found.get("model_type")
+    kind = "llava" if llava.is_original(stated) else stated.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
-        raise WeightsError(f"{src / 'config.json'} has model_type={quoted(kind)}; accepted: {', '.join(MODEL_TYPES)}")
+        raise WeightsError(f"model_type={quoted(kind)}; accepted: {', '.join(MODEL_TYPES)}")
     return FAMILIES[MODEL_TYPES[kind]][1]

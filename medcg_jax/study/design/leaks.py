@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from medcg_jax.config import ConfigError, StudyConfig
 from medcg_jax.data import catalogue
-from medcg_jax.data.duplicates import Print
+from medcg_jax.data.duplicates import ImageHashes
 from medcg_jax.data.general import SUBSET as GENERAL
-from medcg_jax.data.leaks import KINDS, Leak, Prints, actions_of, actions_of_general, find_leaks, prints, remedy, words
+from medcg_jax.data.leaks import KINDS, Hashed, Leak, actions_of, actions_of_general, find_leaks, hashed, remedy, words
 from medcg_jax.data.records import DataError, RecordSet, Source, Split, Subset
 from medcg_jax.study.design import mat
 from medcg_jax.study.design.suite import Cell, paper_row
@@ -96,9 +96,9 @@ class LeakGuard:
         self._near_bits = study.near_duplicate_bits if study.near_duplicates != "off" else None
         self._actions, self._actions_of_general = actions_of(study), actions_of_general(study)
         self._subsets = {subset.name: subset for subset in source.subsets}
-        self._decoded: dict[bytes, Print] = {}
-        self._prints: dict[tuple[str, Split, bool], Prints] = {}
-        self._prints_of_general: Prints | None = None
+        self._decoded: dict[bytes, ImageHashes] = {}
+        self._hashed: dict[tuple[str, Split, bool], Hashed] = {}
+        self._hashed_general: Hashed | None = None
         self._found: dict[tuple[str, str], list[Leak]] = {}
         self._found_in_general: dict[str, list[Leak]] = {}
 
@@ -137,7 +137,7 @@ class LeakGuard:
         if (name, target) not in self._found:
             near_bits = None if self._drawn else self._near_bits
             training, test = (
-                self._prints_of(subset, split, decode=near_bits is not None)
+                self._hashed_of(subset, split, decode=near_bits is not None)
                 for subset, split in ((name, "train"), (target, "test"))
             )
             self._found[name, target] = find_leaks(training, test, near_bits)
@@ -147,15 +147,15 @@ class LeakGuard:
 
     def _leaks_of_general(self, target: str) -> list[Leak]:
         decode = self._near_bits is not None
-        if self._prints_of_general is None:
-            self._prints_of_general = prints(self._general, self._decoded if decode else None)
+        if self._hashed_general is None:
+            self._hashed_general = hashed(self._general, self._decoded if decode else None)
         if target not in self._found_in_general:
-            training, test = self._prints_of_general, self._prints_of(target, "test", decode)
+            training, test = self._hashed_general, self._hashed_of(target, "test", decode)
             found = find_leaks(training, test, self._near_bits, questions=True)
             self._found_in_general[target] = found + self._lineage(GENERAL, training, target, test)
         return self._found_in_general[target]
 
-    def _lineage(self, name: str, training: Prints, target: str, test: Prints) -> list[Leak]:
+    def _lineage(self, name: str, training: Hashed, target: str, test: Hashed) -> list[Leak]:
         """The datasets that two subsets have in common, or that are related; named in place of records."""
         found = []
         for number in sorted(training.data_numbers):
@@ -163,11 +163,11 @@ class LeakGuard:
                 found.append(Leak(f"{name} data-no {number}", f"{target} data-no {other}", "lineage"))
         return found
 
-    def _prints_of(self, subset: str, split: Split, decode: bool) -> Prints:
-        if (subset, split, decode) not in self._prints:
+    def _hashed_of(self, subset: str, split: Split, decode: bool) -> Hashed:
+        if (subset, split, decode) not in self._hashed:
             records = self._source.records(subset, split)
-            self._prints[subset, split, decode] = prints(records, self._decoded if decode else None)
-        return self._prints[subset, split, decode]
+            self._hashed[subset, split, decode] = hashed(records, self._decoded if decode else None)
+        return self._hashed[subset, split, decode]
 
 
 def refuse(found: Sequence[Finding]) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from medcg_jax.study.design.ledger_rows import TABLES
-from medcg_jax.study.design.ledger_states import DatasetState, Ledger, RowState, SubsetState, states_of
+from medcg_jax.study.design.ledger import TABLES, DatasetState, Ledger, RowState, SubsetState, states_of
 
 WIDTH = 100
 TABLE_NAMES = {
@@ -73,7 +72,7 @@ def _summary(ledger: Ledger) -> list[str]:
         lines.append(line + ("   " + "; ".join(notes) if notes else ""))
     total = ledger.total
     records = f"{total.train:,} training and {total.test:,} test records, {ledger.num_broken:,} broken"
-    lines += _wrap(f"{records}; {len(total.images):,} different images, {len(total.absent):,} absent")
+    lines += _wrap(f"{records}; {total.images:,} different images, {total.absent:,} absent")
     return [*lines, ""]
 
 

@@ -5,8 +5,8 @@ from collections import defaultdict
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from medcg_jax.data.phantom_boxes import DETECTION_TRIPLETS
-from medcg_jax.data.phantom_world import TRIPLETS
+from medcg_jax.data.phantom.source import DETECTION_TRIPLETS
+from medcg_jax.data.phantom.world import TRIPLETS
 from medcg_jax.study.design import mat
 from medcg_jax.study.report.escape import TICK_CHARACTERS, file_names, short_label
 from medcg_jax.study.report.load_grid import arm_name

@@ -1,6 +1,6 @@
 """What a grid's page must say against itself: what is missing, odd, or not shown."""
 
-from medcg_jax.data.phantom_world import TUNE_TARGETS
+from medcg_jax.data.phantom.world import TUNE_TARGETS
 from medcg_jax.study.report.load_grid import Grid, arm_name
 from medcg_jax.study.report.text import counted, listed
 

@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 
 from medcg_jax.config import BOX_TABLES, MODELS, TABLES, ConfigError
-from medcg_jax.data.phantom_boxes import DETECTION_TRIPLETS
-from medcg_jax.data.phantom_world import TRIPLETS
+from medcg_jax.data.phantom.source import DETECTION_TRIPLETS
+from medcg_jax.data.phantom.world import TRIPLETS
 from medcg_jax.data.records import LETTERS, DataError
-from medcg_jax.data.release import read_manifest, subset_table
+from medcg_jax.data.tree import read_manifest, subset_table
 from medcg_jax.eval.box_answers import BoxAnswer, read_answers
 from medcg_jax.eval.generate import parse_answer
 from medcg_jax.eval.prediction_lines import prediction_lines
