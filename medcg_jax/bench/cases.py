@@ -113,15 +113,15 @@ CASES = {
 
 def cases(stage: str, ask: Ask) -> list[Case]:
     """The stage's cases; its first ones at each of `ask.batches`; of a tiny model three that are small."""
-    found = list(CASES[stage])
+    chosen = list(CASES[stage])
     if ask.batches:
-        first = [case for case in found if case.batch_size == found[0].batch_size and case.remat == found[0].remat]
-        first = [case for case in first if case.what in (found[0].what, "letters")]
+        first = [case for case in chosen if case.batch_size == chosen[0].batch_size and case.remat == chosen[0].remat]
+        first = [case for case in first if case.what in (chosen[0].what, "letters")]
         return [dataclasses.replace(case, batch_size=size) for size in ask.batches for case in first]
     if ask.run.model.name in build.TINY:
-        small = [case for case in found if case.what != "torch compiled"][:3]
+        small = [case for case in chosen if case.what != "torch compiled"][:3]
         return list(dict.fromkeys(dataclasses.replace(case, batch_size=4, rank=case.rank and 4) for case in small))
-    return found
+    return chosen
 
 
 def in_turn(ask: Ask, cases: Iterable, measure: Callable, *, save: Callable) -> list[dict]:
@@ -383,12 +383,12 @@ def trace(ask: Ask, save: Callable) -> None:
         steps.port.seconds(TRACED_STEPS)
     finally:
         jax.profiler.stop_trace()
-    found = trace_read.read(folder, steps=TRACED_STEPS)
-    lines = [f"{case.name}: {seconds * 1e3:.1f} ms a step untraced, {found['span_s'] / TRACED_STEPS * 1e3:.1f} traced"]
-    lines += limits(found, executed(steps.port.config, batch, case.settings(ask)[0].trainable), ask.matrix_rate())
-    save(trace=found, limits=lines)
-    print("\n".join(f"   {text}" for text in [*trace_read.text_of(found), *lines]), flush=True)
-    if jax.default_backend() != "cpu" and found["device"].startswith("/host"):
+    trace = trace_read.read(folder, steps=TRACED_STEPS)
+    lines = [f"{case.name}: {seconds * 1e3:.1f} ms a step untraced, {trace['span_s'] / TRACED_STEPS * 1e3:.1f} traced"]
+    lines += limits(trace, executed(steps.port.config, batch, case.settings(ask)[0].trainable), ask.matrix_rate())
+    save(trace=trace, limits=lines)
+    print("\n".join(f"   {text}" for text in [*trace_read.text_of(trace), *lines]), flush=True)
+    if jax.default_backend() != "cpu" and trace["device"].startswith("/host"):
         raise RuntimeError("the trace holds no operation of the device: its driver may not let this user trace it")
 
 

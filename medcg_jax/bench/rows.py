@@ -91,7 +91,7 @@ def some_records(setup: Setup, split: str, count: int, *, letters: bool = False)
     names = names[:: -(-len(names) // NUM_SUBSETS)]
     each = -(-count // len(names))
     sets = [setup.source.records(name, split) for name in names]
-    found = concat([part.select(range(min(each, len(part)))) for part in sets])
-    if not len(found):
+    records = concat([part.select(range(min(each, len(part)))) for part in sets])
+    if not len(records):
         raise DataError(f"subsets {', '.join(names)} have no {split} records")
-    return found.select(i % len(found) for i in range(count))
+    return records.select(i % len(records) for i in range(count))

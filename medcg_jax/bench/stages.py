@@ -324,11 +324,11 @@ def startup(ask: Ask, save: Callable) -> None:
         file = ask.scratch / f"first_step_{name}.json"
         before, began = now(), time.time()
         status, _ = run_stage("first_step", limited, file, env=cache)
-        found = read_json(file)
+        saved = read_json(file)
         if status != "done":
-            raise RunError(f"stage startup: no first step: {status}: {found.get('error', 'no message')}")
-        marks = {phase: at - began for phase, at in found["marks"].items()}
-        save(about=found["about"], **{name: {**marks, "cpu_s": now().since(before).children_cpu_s}})
+            raise RunError(f"stage startup: no first step: {status}: {saved.get('error', 'no message')}")
+        marks = {phase: at - began for phase, at in saved["marks"].items()}
+        save(about=saved["about"], **{name: {**marks, "cpu_s": now().since(before).children_cpu_s}})
 
 
 def first_step(ask: Ask, save: Callable) -> None:

@@ -141,15 +141,15 @@ def rates(seconds: list[float], batch: dict[str, np.ndarray], needed: dict | Non
     needed: `step_flops`' answer; None leaves what follows of it out.
     """
     median = statistics.median(seconds)
-    found = {
+    figures = {
         "step_s": spread(seconds),
         "samples_per_s": len(batch["tokens"]) / median,
         "tokens_per_s": int((batch["segment_ids"] != 0).sum()) / median,
     }
     if needed is None:
-        return found
+        return figures
     used = flops.utilisation(needed, median, jax.devices()[0].device_kind, jax.device_count())
-    return {**found, "tflops_per_s": needed["full"] / median / 1e12, **used}
+    return {**figures, "tflops_per_s": needed["full"] / median / 1e12, **used}
 
 
 def memory(compiled: jax.stages.Compiled) -> dict:

@@ -47,11 +47,11 @@ def text_of(result: dict) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in result["notes"])])
 
 
-def _train(found: dict) -> list[str]:
-    train, matrix = found["train"], found["train"]["matrix"]
+def _train(result: dict) -> list[str]:
+    train, matrix = result["train"], result["train"]["matrix"]
     batch, compiled, needed = train["batch"], train["compile"], train["flops"]
     lines = [f"training step: batch {batch['size']} x {batch['length']} tokens ({batch['real_tokens']} real), "
-             f"{batch['targets_per_row']} places for targets a row; trains {', '.join(found['trainable'])}"
+             f"{batch['targets_per_row']} places for targets a row; trains {', '.join(result['trainable'])}"
              + (f"; HF's rows have {train['torch_length']}" if "torch_length" in train else ""),
              (f"  lowered in {compiled['lower_s']:.1f} s, compiled in {compiled['compile_s']:.1f} s; attention "
              f"{compiled['attention']}; program {_bytes(compiled['program_bytes'])}")]  # fmt: skip
@@ -69,7 +69,7 @@ def _train(found: dict) -> list[str]:
         text = (f"  {name}: MFU of that product {row['mfu_matrix']:.1%} (causal {row['mfu_matrix_causal']:.1%}, by CPU "
                 f"time {row['mfu_matrix_cpu']:.1%})")  # fmt: skip
         if row["mfu"] is None:
-            text += f"; no peak is published for {found['device']}"
+            text += f"; no peak is published for {result['device']}"
         else:
             text += f"; of the stated peak {row['mfu']:.1%} (causal {row['mfu_causal']:.1%}, HFU {row['hfu']:.1%})"
         if "executed_flops" in row:
@@ -82,8 +82,8 @@ def _train(found: dict) -> list[str]:
     return lines + _does(train["runners"])
 
 
-def _answers(found: dict) -> list[str]:
-    answers = found["answers"]
+def _answers(result: dict) -> list[str]:
+    answers = result["answers"]
     lines = [(f"answers to {answers['rows']} questions of {answers['length']} tokens ({answers['real_tokens']} real), "
              f"here in batches of {answers['batch_size']}, {answers['max_new_tokens']} new tokens")]  # fmt: skip
     if "torch_batch_size" in answers:
@@ -109,16 +109,16 @@ def _does(runners: dict) -> list[str]:
     return [f"  {name}: {DOES[name]}" for name in runners]
 
 
-def _loader(found: dict) -> list[str]:
+def _loader(result: dict) -> list[str]:
     return ["loader, drained:"] + [
         f"  {name:18}{row['batches_per_s']:9.1f} batches/s{row['samples_per_s']:10.0f} rows/s"
         f"{row['bytes_per_s'] / 1e6:9.1f} MB/s{row['cpu_s']['median'] * 1e3:9.2f} CPU ms a batch"
-        for name, row in found["loader"].items()
+        for name, row in result["loader"].items()
     ]
 
 
-def _convert(found: dict) -> list[str]:
-    made = found["convert"]
+def _convert(result: dict) -> list[str]:
+    made = result["convert"]
     lines = [f"conversion of {made['model']}, {_bytes(made['bytes'])} of float32:"]
     for way, name in (("to_orbax", "HF to Orbax"), ("to_hf", "Orbax to HF")):
         middle, least, most = (made[way][key] / 1e6 for key in ("median", "min", "max"))
@@ -126,17 +126,17 @@ def _convert(found: dict) -> list[str]:
     return lines
 
 
-def _startup(found: dict) -> list[str]:
+def _startup(result: dict) -> list[str]:
     lines = ["start of a process to the end of its first step, seconds:"]
-    for name, row in found["startup"].items():
+    for name, row in result["startup"].items():
         phases = ", ".join(f"{phase} {at:.1f}" for phase, at in row.items() if phase not in ("first_step", "cpu_s"))
         lines.append(f"  {name:6}{row['first_step']:7.1f} ({phases}); CPU {row['cpu_s']:.1f}")
     return lines
 
 
-def _ratios(found: dict) -> list[str]:
+def _ratios(result: dict) -> list[str]:
     lines = ["port over reference in samples, above 1 the port is faster:"]
-    for name, ratio in found["ratios"].items():
+    for name, ratio in result["ratios"].items():
         main, other = ("CPU-second", "wall") if ratio["by"] == "cpu" else ("second", "cpu")
         beside = ratio[other]
         lines.append(

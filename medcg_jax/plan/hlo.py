@@ -231,7 +231,7 @@ def attention_in(text: str) -> str:
     return "cudnn" if "__cudnn$fmha" in text else "splash" if "tpu_custom_call" in text else "plain"
 
 
-def crossing(found: Iterable[Collective], *, num_devices: int, num_groups: int) -> list[Collective]:
+def crossing(collectives: Iterable[Collective], *, num_devices: int, num_groups: int) -> list[Collective]:
     """Those collectives that join devices of different groups.
 
     Group i is devices [i n, (i + 1) n) with n = num_devices / num_groups: so lie the cells of a mesh whose outermost
@@ -241,22 +241,22 @@ def crossing(found: Iterable[Collective], *, num_devices: int, num_groups: int) 
       ValueError: there is no collective at all, so that nothing is shown; one names a device that there is not; or the
         groups do not divide the devices.
     """
-    found = list(found)
-    if not found:
+    collectives = list(collectives)
+    if not collectives:
         raise ValueError("no collective at all was found: that none leaves a cell is not shown")
     if num_devices % num_groups:
         raise ValueError(f"{num_devices} devices in {num_groups} groups: expected a divisor")
     size = num_devices // num_groups
-    for one in found:
+    for one in collectives:
         if any(device >= num_devices for group in one.groups for device in group):
             raise ValueError(f"{one.name} joins devices {one.groups}; there are {num_devices}")
-    return [one for one in found if any(len({device // size for device in group}) > 1 for group in one.groups)]
+    return [one for one in collectives if any(len({device // size for device in group}) > 1 for group in one.groups)]
 
 
-def bytes_by_kind(found: Iterable[Collective]) -> dict[str, int]:
+def bytes_by_kind(collectives: Iterable[Collective]) -> dict[str, int]:
     """Executed payload in bytes per device and call of the program, by kind; the largest first."""
     sums: dict[str, int] = defaultdict(int)
-    for one in found:
+    for one in collectives:
         # Groups of one device exchange nothing.
         sums[one.kind] += one.total_bytes if any(len(set(group)) > 1 for group in one.groups) else 0
     return dict(sorted(sums.items(), key=lambda item: -item[1]))

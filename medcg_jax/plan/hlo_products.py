@@ -62,15 +62,15 @@ class Product:
 
 @dataclass(frozen=True)
 class Products:
-    """found: in the order of the text. unread: targets of custom calls that may have products and are not counted."""
+    """counted: in the order of the text. unread: targets of custom calls that may have products and are not counted."""
 
-    found: tuple[Product, ...]
+    counted: tuple[Product, ...]
     unread: tuple[str, ...]
 
     @property
     def flops(self) -> int:
         """Executed by one device in one call of the program."""
-        return sum(one.total for one in self.found)
+        return sum(one.total for one in self.counted)
 
 
 def products(text: str, *, open_trips: int | None = None) -> Products:

@@ -89,18 +89,18 @@ def large_collective_in_loop(collectives: Iterable[Collective], layout: Layout) 
     It asks for the parameters of one layer gathered over fsdp and their gradients scattered, for gradients summed over
     `data`, and for activations exchanged over `tensor`.
     """
-    found = [
+    unasked = [
         one for one in collectives if one.trips > 1 and one.payload_bytes > LARGE_BYTES and not _asked_for(one, layout)
     ]
-    if not found:
+    if not unasked:
         return []
-    found.sort(key=lambda one: -one.total_bytes)
-    worst = found[0]
+    unasked.sort(key=lambda one: -one.total_bytes)
+    worst = unasked[0]
     text = (
-        f"{len(found)} collectives of over {LARGE_BYTES / 1e6:.0f} MB in loops that the sharding does not ask for; the "
+        f"{len(unasked)} collectives of over {LARGE_BYTES / 1e6:.0f} MB in loops that the sharding does not ask for; the "
         f"largest is {worst.kind} {worst.name}, {worst.payload_bytes / 1e6:,.0f} MB, {worst.trips} times"
     )
-    return [Finding("large-collective-in-loop", text, sum(one.total_bytes for one in found), _names(found))]
+    return [Finding("large-collective-in-loop", text, sum(one.total_bytes for one in unasked), _names(unasked))]
 
 
 def _asked_for(one: Collective, layout: Layout) -> bool:
@@ -138,13 +138,13 @@ def gather_over_network(collectives: Iterable[Collective], crosses: Callable[[Co
 
     crosses: whether a collective joins devices of different slices or hosts.
     """
-    found = [one for one in collectives if one.kind not in SUMS and crosses(one)]
-    total = sum(one.total_bytes for one in found)
+    exchanged = [one for one in collectives if one.kind not in SUMS and crosses(one)]
+    total = sum(one.total_bytes for one in exchanged)
     if total <= LARGE_BYTES:
         return []
-    found.sort(key=lambda one: -one.total_bytes)
+    exchanged.sort(key=lambda one: -one.total_bytes)
     text = f"{total / 1e9:.2f} GB that are no sums of gradients are exchanged between slices or hosts"
-    return [Finding("gather-over-network", text, total, _names(found))]
+    return [Finding("gather-over-network", text, total, _names(exchanged))]
 
 
 # ------------------------------------------------------------------ products, and arrays that should not be there
@@ -182,16 +182,16 @@ def check_products(
     written = buffers(text)
     findings = square_attention_buffer(written, lengths) + logits_everywhere(written, lengths)
     try:
-        counted = products(text, open_trips=open_trips)
+        read = products(text, open_trips=open_trips)
     except ValueError as error:
         return ProductCheck({"not_counted": str(error)[:300]}, findings, ["extra-flops", *unclear])
-    flops, kinds = counted.flops * num_devices, {}
-    for product in counted.found:
+    flops, kinds = read.flops * num_devices, {}
+    for product in read.counted:
         kinds[product.kind] = kinds.get(product.kind, 0) + product.total * num_devices
-    about = {"flops": flops, "kinds": kinds, "not_counted": ", ".join(counted.unread)}
+    about = {"flops": flops, "kinds": kinds, "not_counted": ", ".join(read.unread)}
     about |= {f"by_{name}": flops / needed[name] for name in ("full", "causal") if name in needed}
     findings = extra_flops(flops, needed["full"], remat) + findings
-    return ProductCheck(about, findings, ["extra-flops"] * bool(counted.unread) + unclear)
+    return ProductCheck(about, findings, ["extra-flops"] * bool(read.unread) + unclear)
 
 
 def extra_flops(executed: float, needed: float, remat: str) -> list[Finding]:
@@ -233,8 +233,8 @@ class Lengths:
 
     def unclear(self) -> list[str]:
         """Rules that cannot tell positions from widths here, and so would miss what they look for."""
-        found = ["square-attention-buffer"] if self.attended & self.widths else []
-        return found + (["logits-everywhere"] if self.everywhere & (self.widths | self.vocabulary) else [])
+        rules = ["square-attention-buffer"] if self.attended & self.widths else []
+        return rules + (["logits-everywhere"] if self.everywhere & (self.widths | self.vocabulary) else [])
 
 
 def square_attention_buffer(written: Iterable[Buffer], lengths: Lengths) -> list[Finding]:
@@ -255,18 +255,18 @@ def logits_everywhere(written: Iterable[Buffer], lengths: Lengths) -> list[Findi
     return _arrays("logits-everywhere", text, [b for b in written if is_one(b)])
 
 
-def _arrays(rule: str, text: str, found: list[Buffer], most: int = 5) -> list[Finding]:
-    if not found:
+def _arrays(rule: str, text: str, largest: list[Buffer], most: int = 5) -> list[Finding]:
+    if not largest:
         return []
-    found.sort(key=lambda one: -one.num_bytes)
-    worst = found[0]
-    text = text.format(len(found), worst.name, worst.num_bytes / 1e6)
-    names = tuple(f"{one.name}: {list(one.dims)} of {one.where}" for one in found[:most])
+    largest.sort(key=lambda one: -one.num_bytes)
+    worst = largest[0]
+    text = text.format(len(largest), worst.name, worst.num_bytes / 1e6)
+    names = tuple(f"{one.name}: {list(one.dims)} of {one.where}" for one in largest[:most])
     return [Finding(rule, text, worst.num_bytes, names)]
 
 
-def _names(found: list[Collective], most: int = 5) -> tuple[str, ...]:
-    return tuple(f"{one.name}: {one.trips} x {one.payload_bytes:,} bytes" for one in found[:most])
+def _names(largest: list[Collective], most: int = 5) -> tuple[str, ...]:
+    return tuple(f"{one.name}: {one.trips} x {one.payload_bytes:,} bytes" for one in largest[:most])
 
 
 def lengths_of(planned: PlannedRun, lengths: Sequence[int], rows: int) -> Lengths:

@@ -61,13 +61,13 @@ def search(
     if most_compiles < 1:
         raise ConfigError(f"--compiles={most_compiles}: expected at least 1")
     usable = (memory_bytes or topology.memory_bytes(devices[0])) * (1 - margin)
-    found = list(candidates(run, len(devices), peak))
-    if not found:
+    possible = list(candidates(run, len(devices), peak))
+    if not possible:
         raise ConfigError(
             f"topology={where}: no mesh of {len(devices)} devices divides a batch of {run.train.batch_size} rows or "
             f"{BATCHES[-1]} times as many; choose another train.batch_size"
         )
-    likely = sorted((one for one in found if one.least_bytes <= usable), key=lambda one: one.seconds_per_sample)
+    likely = sorted((one for one in possible if one.least_bytes <= usable), key=lambda one: one.seconds_per_sample)
     rows: list[dict] = []
     num_undivided = 0
     with effort(full_effort):
@@ -93,8 +93,8 @@ def search(
         "batch_size": run.train.batch_size,
         "full_effort": full_effort,
         "usable_bytes": usable,
-        "num_candidates": len(found),
-        "num_too_large": len(found) - len(likely),
+        "num_candidates": len(possible),
+        "num_too_large": len(possible) - len(likely),
         "num_undivided": num_undivided,
         "ranked": ranked,
         "refused": [row for row in rows if not row["fits"]],
@@ -174,15 +174,15 @@ def compiled(one: Candidate, planned: PlannedRun, usable: float, peak: Peak) -> 
         "estimated_bytes": one.least_bytes,
         "estimated_s": one.seconds,
     }
-    found = plan.training(planned, compile_training(planned, run.train.batch_size), usable, peak)
+    step = plan.training(planned, compile_training(planned, run.train.batch_size), usable, peak)
     kept = ("fits", "refused", "peak_bytes", "held_bytes", "collectives", "findings", "bound", "mfu", "compile_cpu_s")
-    row |= {key: found[key] for key in kept if key in found}
-    if "samples_per_s" not in found:
+    row |= {key: step[key] for key in kept if key in step}
+    if "samples_per_s" not in step:
         return row
     chips = math.ceil(planned.mesh.size / peak.devices_per_chip)
     return row | {
-        "samples_per_s_per_chip": found["samples_per_s"] / chips,
-        "samples_per_s_per_chip_in_turn": found["samples_per_s_in_turn"] / chips,
+        "samples_per_s_per_chip": step["samples_per_s"] / chips,
+        "samples_per_s_per_chip_in_turn": step["samples_per_s_in_turn"] / chips,
     }
 
 
@@ -196,21 +196,21 @@ def _name(row: dict) -> str:
     return f"mesh {mesh}, remat {row['remat']}, batch {row['batch_size']}: {verdict}"
 
 
-def table(found: dict) -> str:
+def table(result: dict) -> str:
     """What `search` found, for people."""
     lines = [
         (
-            f"{found['model']} on {found['topology']}: {found['num_devices']} x {found['device']}; "
-            f"{found['num_candidates']} ways, {found['num_too_large']} surely too large, "
-            f"{len(found['ranked']) + len(found['refused'])} compiled"
+            f"{result['model']} on {result['topology']}: {result['num_devices']} x {result['device']}; "
+            f"{result['num_candidates']} ways, {result['num_too_large']} surely too large, "
+            f"{len(result['ranked']) + len(result['refused'])} compiled"
         ),
         "",
         (
-            f"{'data x fsdp x tensor':>21}{'remat':>7}{'batch':>7}{'GiB of':>9}{found['usable_bytes'] / topology.GIB:6.1f}"
+            f"{'data x fsdp x tensor':>21}{'remat':>7}{'batch':>7}{'GiB of':>9}{result['usable_bytes'] / topology.GIB:6.1f}"
             f"{'samples/s a chip: at most':>27}{'in turn':>9}{'MFU':>7}{'traps':>7}"
         ),
     ]
-    for row in found["ranked"]:
+    for row in result["ranked"]:
         mesh = " x ".join(str(size) for size in row["mesh"].values())
         mfu = f"{row['mfu']:.1%}" if row["mfu"] is not None else ""
         needed = (row["peak_bytes"] + row["held_bytes"]) / topology.GIB
@@ -218,15 +218,15 @@ def table(found: dict) -> str:
             f"{mesh:>21}{row['remat']:>7}{row['batch_size']:>7}{needed:>15.2f}{row['samples_per_s_per_chip']:>27.2f}"
             f"{row['samples_per_s_per_chip_in_turn']:>9.2f}{mfu:>7}{len(row['findings']):>7}"
         )
-    if not found["ranked"]:
+    if not result["ranked"]:
         lines.append("nothing that was compiled fits")
     else:
-        best = found["ranked"][0]
+        best = result["ranked"][0]
         flags = {f"mesh.{axis}": size for axis, size in best["mesh"].items()}
         flags |= {"model.remat": best["remat"], "train.batch_size": best["batch_size"]}
         flags |= {"eval.batch_size": best["eval_batch_size"]}
         lines += ["", "the first: " + " ".join(f"--config.{key}={value}" for key, value in flags.items())]
-        if best["batch_size"] != found["batch_size"]:
-            lines.append(f"its batch is not the run's {found['batch_size']}: another recipe, with other scores")
+        if best["batch_size"] != result["batch_size"]:
+            lines.append(f"its batch is not the run's {result['batch_size']}: another recipe, with other scores")
     lines.append(BOUND)
     return "\n".join(line for text in lines for line in wrapped(text))

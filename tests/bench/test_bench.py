@@ -158,6 +158,7 @@ def test_formulas_count_what_pytorch_counts(trainable, torch):
     assert counter.get_total_flops() == pytorch.executed(config, 3, length)
 
 
+@pytest.mark.long
 def test_hf_answers_the_same_questions(torch, monkeypatch, tmp_path):
     """Rows padded on either side are the same questions: the first generated token is the likeliest one of the forward
     pass; half of them are refused."""
@@ -359,6 +360,7 @@ def test_the_reference_s_step_trains_what_the_port_s_does():
     assert not torch.equal(before, reference.weights[0])
 
 
+@pytest.mark.long
 def test_every_step_of_the_port_changes_its_weights():
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     port = steps.Port(steps.architecture(RUN.model), mesh, TrainConfig(learning_rate=1e-2), RUN.model)

@@ -8,11 +8,10 @@ from PIL import Image
 from trees import raw_record, write_subset
 
 from benchmarks import __main__ as page
-from benchmarks import cells, duplicates, loader, matmul_accuracy, startup
+from benchmarks import cells, duplicates, loader, startup
 from medcg_jax.config_file import load
 from medcg_jax.data.layouts import Layout
 from medcg_jax.data.prepare import prepare
-from medcg_jax.nn import matmul
 
 ROOT = Path(__file__).parents[2]
 CONFIG = f"{ROOT / 'configs' / 'phantom.py'}:tiny"
@@ -116,30 +115,6 @@ def test_a_reference_that_does_less_is_seen(folders, monkeypatch):
     monkeypatch.setattr(loader, "_Files", Cheaper)
     with pytest.raises(AssertionError, match="medcg, raw files"):
         loader.compare(*folders, images=32, rounds=1)
-
-
-def accuracy() -> dict:
-    config = {"data.train_records_per_subset": "16", "eval.batch_size": "64", "base.batch_size": "16"}
-    pytest.importorskip("qwix")
-    return matmul_accuracy.matmul_accuracy(
-        load("configs/phantom.py", config),
-        num_steps=3,
-        runs={name: matmul_accuracy.RUNS[name] for name in ("float32", "int8")},
-    )["runs"]
-
-
-@pytest.mark.long
-def test_int8_is_near_float32():
-    found = accuracy()
-    assert found["float32"]["logits"] == (0, 0) and found["float32"]["gradient"] == (0, 0)
-    assert all(1e-4 < one < 0.1 for one in found["int8"]["logits"])
-    assert found["int8"]["losses"] == pytest.approx(found["float32"]["losses"], abs=0.1)
-
-
-@pytest.mark.long
-def test_a_product_with_a_wrong_scale_is_seen(monkeypatch):
-    monkeypatch.setattr(matmul, "_product", lambda *args, right=matmul._product: 1.3 * right(*args))
-    assert accuracy()["int8"]["logits"][0] > 0.1
 
 
 PARTS = [

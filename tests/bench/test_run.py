@@ -296,6 +296,7 @@ def test_numerics_that_differ_are_named(tmp_path, monkeypatch):
     assert found["error"].startswith("RuntimeError: bfloat16: losses nan")
 
 
+@pytest.mark.long
 def test_the_parity_stage_names_the_model_that_is_wrong(tmp_path, monkeypatch):
     """The comparison itself is tested beside its code; here is what it is given, and what becomes of its answer."""
     pytest.importorskip("torch")

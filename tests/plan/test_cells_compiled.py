@@ -104,6 +104,7 @@ def small(monkeypatch):
     monkeypatch.setattr(programs, "architecture_of", lambda model: SMALL)
 
 
+@pytest.mark.long
 def test_cells_need_what_one_needs_on_its_part(small):
     both = cells_compiled.against_one(RUN, "local", num_cells=2, num_groups=2)
     assert both["cells"]["mesh"] == {"cell": 2, "data": 1, "fsdp": 4, "tensor": 1}
@@ -171,9 +172,15 @@ def test_searching_finds_what_trying_all_finds(peaks, limit):
 
 @pytest.mark.parametrize(
     ("name", "loss"),
-    [("llava15_tiny", "token_loss"), ("qwen2_vl_tiny", "token_loss"), ("llama32_vision_tiny", "token_loss"),
-     ("minigpt_v2_tiny", "token_loss"), ("next_chat_tiny", "box_loss")],
-)  # fmt: skip
+    [
+        ("llava15_tiny", "token_loss"),
+        ("next_chat_tiny", "box_loss"),
+        *(
+            pytest.param(name, "token_loss", marks=pytest.mark.long)
+            for name in ("qwen2_vl_tiny", "llama32_vision_tiny", "minigpt_v2_tiny")
+        ),
+    ],
+)
 def test_as_many_of_every_family_fit_as_its_own_step_says(monkeypatch, name, loss):
     """The search itself, of the step that the family's grid runs: its rows, its parameters and its loss."""
     losses = []

@@ -136,6 +136,7 @@ def test_generation_counts_as_often_as_it_is_said_to_run():
         hlo.collectives(text)
 
 
+@pytest.mark.long
 def test_the_largest_batch_that_fits():
     peaks = {}
     for rows in (8, 16):
@@ -289,6 +290,7 @@ def test_candidates_divide_everything():
     assert by["full"].seconds > by["dots"].seconds > by["none"].seconds
 
 
+@pytest.mark.long
 def test_search_ranks_what_fits(as_v5e, monkeypatch, capsys):
     monkeypatch.setattr(search, "BATCHES", (1,))
     found = search.search(RUN, "local", memory_bytes=GIB, most_compiles=2)

@@ -50,7 +50,7 @@ def rules_of(found: dict) -> set[str]:
     return {finding["rule"] for finding in found["findings"]}
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.long)])
 def test_a_sound_step_executes_what_the_model_needs(monkeypatch, remat):
     found = trained(monkeypatch, remat=remat)
     ratio = found["products"]["by_full"]
@@ -90,6 +90,7 @@ def test_a_head_at_all_positions_is_found(monkeypatch):
     assert "extra-flops" in rules_of(found)
 
 
+@pytest.mark.long
 def test_a_forward_pass_too_many_is_found(monkeypatch):
     def twice(model, batch):
         total, weight = token_loss(model, batch)
