@@ -139,7 +139,9 @@ def parser() -> Parser:
             verb.add_argument("--dry", action="store_true", help="list every cell with its size and stop")
             verb.add_argument("--jobs", type=int, default=0, metavar="N", help="processes that share the grid's cells")
         if name == "bench":
-            text = "train, eval, generate, loader, convert, startup: those of them that are measured (default: all)"
+            text = (
+                "of train, eval, generate, loader, convert, startup (default: these), and those of configs/bench_gpu.py"
+            )
             verb.add_argument("--stages", default="", metavar="A,B", help=text)
             text = "HF transformers on the same records in the same run (LLaVA alone; extra `parity`)"
             verb.add_argument("--against", choices=("torch",), default="", help=text)

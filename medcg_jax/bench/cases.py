@@ -111,9 +111,9 @@ CASES = {
 }  # fmt: skip
 
 
-def cases(stage: str, ask: Ask) -> list[Case]:
-    """The stage's cases; its first ones at each of `ask.batches`; of a tiny model three that are small."""
-    chosen = list(CASES[stage])
+def cases(ask: Ask, stage: str = "") -> list[Case]:
+    """The cases of the stage (of its own); its first ones at each of `ask.batches`; of a tiny model three that are small."""
+    chosen = list(CASES[stage or ask.stage])
     if ask.batches:
         first = [case for case in chosen if case.batch_size == chosen[0].batch_size and case.remat == chosen[0].remat]
         first = [case for case in first if case.what in (chosen[0].what, "letters")]
@@ -204,17 +204,9 @@ def check_plan(row: dict, program: jax.stages.Compiled) -> None:
 # ------------------------------------------------------------------ training
 
 
-def train_bf16(ask: Ask, save: Callable, stage: str = "train_bf16") -> None:
+def train(ask: Ask, save: Callable) -> None:
     """Saves a row for each case: compile time, bytes by the plan and by the device, step time, rates and MFU."""
-    in_turn(ask, cases(stage, ask), Steps(ask).measure, save=save)
-
-
-def train_fp32(ask: Ask, save: Callable) -> None:
-    train_bf16(ask, save, "train_fp32")
-
-
-def lora(ask: Ask, save: Callable) -> None:
-    train_bf16(ask, save, "lora")
+    in_turn(ask, cases(ask), Steps(ask).measure, save=save)
 
 
 class Steps:
@@ -298,10 +290,10 @@ def letters(ask: Ask, save: Callable) -> None:
             row["share_of_measured"] = needed / seconds["median"] / rate
         print(f"   {case.name}: {row['samples_per_s']:.1f} samples/s, attention {row['attention']}", flush=True)
 
-    in_turn(ask, cases("letters", ask), measure, save=save)
+    in_turn(ask, cases(ask), measure, save=save)
 
 
-def torch(ask: Ask, save: Callable, stage: str = "torch") -> None:
+def torch(ask: Ask, save: Callable) -> None:
     """Saves samples/s and memory of each case of transformers; "skipped" where PyTorch or transformers are missing.
 
     Rows, trained parts, optimizer and clipping are the port's; weights and moments are bfloat16, or float32 with
@@ -325,11 +317,7 @@ def torch(ask: Ask, save: Callable, stage: str = "torch") -> None:
         row |= {"samples_per_s": case.batch_size / row["step_s"]["median"], "peak_bytes": pytorch.peak_bytes()}
         print(f"   {case.name}: {row['samples_per_s']:.2f} samples/s", flush=True)
 
-    in_turn(ask, cases(stage, ask), measure, save=save)
-
-
-def torch_fp32(ask: Ask, save: Callable) -> None:
-    torch(ask, save, "torch_fp32")
+    in_turn(ask, cases(ask), measure, save=save)
 
 
 def reference(case: Case, ask: Ask) -> Callable[[int], object]:
@@ -362,7 +350,7 @@ def best_case(ask: Ask) -> Case:
     if rows:
         best = max(rows, key=lambda row: row["samples_per_s"])
         return Case(**{field.name: best[field.name] for field in dataclasses.fields(Case)})
-    return cases("train_bf16", ask)[0]
+    return cases(ask, "train_bf16")[0]
 
 
 def trace(ask: Ask, save: Callable) -> None:

@@ -53,18 +53,16 @@ STAGES = {
     "startup": Stage("stages.startup", "from the start of a process to its first step", 900.0, no_device=True),
     "machine": Stage("checks.machine", "versions, memory, the rate of bfloat16 matrix products and of memory", 60.0),
     "train_bf16": Stage(
-        "cases.train_bf16", "full fine-tuning, parameters and moments in bfloat16", 170.0, whole_device=True
+        "cases.train", "full fine-tuning, parameters and moments in bfloat16", 170.0, whole_device=True
     ),
     "torch": Stage("cases.torch", "the same by Hugging Face transformers: training steps, forward, generate", 110.0),
     "letters": Stage("cases.letters", "option letters by their likelihood, and generation", 60.0, whole_device=True),
     "trace": Stage("cases.trace", "a trace of the fastest step, and where its time goes", 50.0, whole_device=True),
-    "train_fp32": Stage(
-        "cases.train_fp32", "full fine-tuning with float32 weights and moments", 110.0, whole_device=True
-    ),
-    "lora": Stage("cases.lora", "adapters of rank 128 on a base in bfloat16, int8 and nf4", 80.0, whole_device=True),
+    "train_fp32": Stage("cases.train", "full fine-tuning with float32 weights and moments", 110.0, whole_device=True),
+    "lora": Stage("cases.train", "adapters of rank 128 on a base in bfloat16, int8 and nf4", 80.0, whole_device=True),
     "attention": Stage("checks.attention", "the attention this platform gets, against plain attention", 50.0),
     "numerics": Stage("checks.numerics", "the tiny model on this device and on the CPU", 80.0),
-    "torch_fp32": Stage("cases.torch_fp32", "transformers with float32 weights and autocast", 80.0),
+    "torch_fp32": Stage("cases.torch", "transformers with float32 weights and autocast", 80.0),
     "parity": Stage("checks.parity", "two tiny models on this device, against PyTorch", 200.0),
 }
 # One process measures both, since they are compared with one another.
@@ -80,7 +78,7 @@ class Ask:
 
     stages: all that were asked for, by the user's names. against: "torch" measures the reference beside the port.
     repeats, steps: of `clock.turns`. matrix_sizes: of `clock.matrix_rate`. batches: in place of the sizes of `cases`.
-    limit_s: seconds that it has, from `began` on. scratch: a folder that all stages share. so_far: the result until now.
+    stage: its own name. limit_s: seconds that it has, from `began` on. scratch: a folder that all stages share. so_far: the result until now.
     """
 
     run: RunConfig
@@ -90,6 +88,7 @@ class Ask:
     steps: int = 0
     matrix_sizes: tuple = ()
     batches: tuple[int, ...] = ()
+    stage: str = ""
     limit_s: float = math.inf
     scratch: Path = Path(".")
     so_far: dict = field(default_factory=dict)
@@ -169,9 +168,10 @@ def check(run: RunConfig, stages: Sequence[str], against: str) -> None:
         raise ConfigError(f"stages={','.join(unknown)}: expected some of {', '.join(KNOWN)}")
     if against not in ("", "torch"):
         raise ConfigError(f"against={against!r}: expected 'torch', or nothing")
-    if against and MODELS[run.model.name] != "llava":
+    asked = [f"--against={against}"] if against else [name for name in stages if name not in (*DEFAULT, "machine")]
+    if asked and MODELS[run.model.name] != "llava":
         known = ", ".join(name for name, family in MODELS.items() if family == "llava")
-        raise ConfigError(f"--against=torch with model.name={run.model.name}: expected a LLaVA ({known})")
+        raise ConfigError(f"{', '.join(asked)} with model.name={run.model.name}: expected a LLaVA ({known})")
     if against and not {"train", *ANSWERS} & set(stages):
         raise ConfigError(f"--against=torch with stages={','.join(stages)}: train, eval or generate is needed too")
 
@@ -296,7 +296,7 @@ def run_here(name: str, ask: Ask, file: Path) -> int:
     stage = STAGES.get(name, Stage(f"stages.{name}", ""))
     try:
         module, function = stage.function.split(".")
-        getattr(importlib.import_module(f"medcg_jax.bench.{module}"), function)(ask, save)
+        getattr(importlib.import_module(f"medcg_jax.bench.{module}"), function)(replace(ask, stage=name), save)
     except Exception as error:
         if type(error).__name__ not in REFUSALS:
             traceback.print_exc()
