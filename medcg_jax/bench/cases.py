@@ -23,7 +23,7 @@ from medcg_jax.bench.run import Ask, out_of_memory, short
 from medcg_jax.bench.steps import HF_BATCH, Port, architecture, describe, example_batch, peak_bytes, rates, step_flops
 from medcg_jax.bench.text import rate_text
 from medcg_jax.config import ModelConfig, TrainConfig
-from medcg_jax.eval.run import make_evaluator
+from medcg_jax.eval.letters import make_evaluator
 from medcg_jax.families import build, flops
 from medcg_jax.mesh import batch_sharding, make_mesh, put_batch
 from medcg_jax.plan.hlo import attention_in

@@ -21,7 +21,7 @@ from medcg_jax.bench.steps import HF_BATCH, Port, describe, peak_bytes, rates, s
 from medcg_jax.config import MODELS, MeshConfig, RunError, replace
 from medcg_jax.data.encoding import Encoded
 from medcg_jax.data.pipeline import Batches
-from medcg_jax.eval.run import evaluate, make_evaluator
+from medcg_jax.eval.letters import evaluate, make_evaluator
 from medcg_jax.families import build, flops
 from medcg_jax.mesh import make_mesh, own_rows, put_batch
 from medcg_jax.plan.topology import about_here
@@ -336,7 +336,7 @@ def first_step(ask: Ask, save: Callable) -> None:
 
     It does what `medcg train` does until then, but for the workdir.
     """
-    from medcg_jax.host import keep_freed_memory
+    from medcg_jax.platform import keep_freed_memory
 
     keep_freed_memory()
     marks = {"imports": time.time()}

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from medcg_jax.families import build
-from medcg_jax.families.mllama.model import MllamaConfig
-from medcg_jax.families.qwen2_vl.model import Qwen2VLConfig
 from medcg_jax.nn.kernels import LANES
 from medcg_jax.plan.hlo import Collective
 from medcg_jax.plan.hlo_products import Buffer, buffers, products
@@ -276,7 +273,7 @@ def lengths_of(planned: PlannedRun, lengths: Sequence[int], rows: int) -> Length
     """
     mesh, config = planned.mesh, planned.setup.model
     each = math.ceil(rows / (mesh.shape["data"] * mesh.shape["fsdp"]))
-    attended = {*lengths, *_image_lengths(config)}
+    attended = {*lengths, *config.tower_lengths}
     # Kernels pad to whole lanes, cuDNN to an even length, cuBLAS is given eights.
     attended |= {-(-length // unit) * unit for length in attended for unit in (2, 8, LANES)}
     params = jax.tree.leaves(planned.params())
@@ -284,14 +281,5 @@ def lengths_of(planned: PlannedRun, lengths: Sequence[int], rows: int) -> Length
     tensor, fsdp, vocabulary = mesh.shape["tensor"], mesh.shape["fsdp"], config.text.vocab_size
     split = {vocabulary // parts for parts in (1, tensor, fsdp, tensor * fsdp) if vocabulary % parts == 0}
     return Lengths(
-        frozenset(attended), lengths[0], each, frozenset(split), frozenset(widths - _image_lengths(config) - split)
+        frozenset(attended), lengths[0], each, frozenset(split), frozenset(widths - config.tower_lengths - split)
     )
-
-
-def _image_lengths(config: build.Config) -> set[int]:
-    """Lengths of the rows of a tower's tokens; a table of its positions has them too, and is no width."""
-    if isinstance(config, Qwen2VLConfig):
-        return {config.num_image_tokens * config.vision.merge**2}
-    if isinstance(config, MllamaConfig):
-        return {config.vision.num_tokens, config.vision.tokens_per_tile}
-    return {config.vision.num_patches, config.vision.num_patches + 1}
