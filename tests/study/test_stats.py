@@ -30,7 +30,9 @@ def write_grid(folder, answers, source="phantom"):
         rows.append([f"c{i}", table, row, arm, seed, target, n, correct, correct / n, low, high])
     with open(folder / "results.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["cell", "table", "row", "arm", "seed", "target", "n", "correct", "accuracy", "ci_low", "ci_high"])
+        writer.writerow(
+            ["cell", "table", "row", "arm", "seed", "target", "n", "correct", "accuracy", "ci_low", "ci_high"]
+        )
         writer.writerows(rows)
     return folder
 
