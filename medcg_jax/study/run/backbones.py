@@ -3,7 +3,7 @@
 WORKDIR/MODEL/...            what `grid.reproduce` leaves
 WORKDIR/logs/MODEL.log       what it printed
 WORKDIR/bases/               the models' bases
-WORKDIR/report/index.html    the models side by side (`report_backbones`)
+WORKDIR/report/index.html    the models side by side (`report.compare`)
 """
 
 import multiprocessing
@@ -17,7 +17,7 @@ from pathlib import Path
 from medcg_jax.config import BOX_TABLES, MODELS, ConfigError, Interrupted, RunConfig, parts_of, replace
 from medcg_jax.config_file import with_flags
 from medcg_jax.study.design.suite import DETECTION_TABLES
-from medcg_jax.study.report.backbones import models_in, write_page
+from medcg_jax.study.report.compare import models_in, write_models_page
 from medcg_jax.study.run import grid
 from medcg_jax.train.preempt import sigterm_saves
 
@@ -61,7 +61,7 @@ def reproduce_models(run: RunConfig, workdir: str | Path) -> dict:
         found = dict(_each(runs, workdir, run.study.jobs))
     page = None
     if any(result["page"] for result in found.values()):
-        page = str(write_page(workdir, models_in(workdir)))
+        page = str(write_models_page(workdir, models_in(workdir)))
         print(f"report: {page}", flush=True)
     status = max(result["exit_status"] for result in found.values())
     return {"workdir": str(workdir), "models": found, "page": page, "exit_status": status}
