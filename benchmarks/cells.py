@@ -24,9 +24,9 @@ from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import concat
 from medcg_jax.families.build import shardings, split_trainable
 from medcg_jax.files import write_whole
-from medcg_jax.host import keep_freed_memory
 from medcg_jax.mesh import put_batch
-from medcg_jax.train.optim import control_from, make_optimizer, stack_controls
+from medcg_jax.platform import keep_freed_memory
+from medcg_jax.train.optim import hparams_from, make_optimizer, stack_hparams
 from medcg_jax.train.setup import Setup, open_setup, start_params, with_small_tokenizer
 from medcg_jax.train.step import Program, make_step
 
@@ -44,8 +44,8 @@ class Training:
             make_optimizer(run.train), num_cells=num_cells, loss_fn=setup.loss,
             accumulation_steps=run.train.accumulation_steps, compute_dtype=run.model.compute_dtype,
         )  # fmt: skip
-        control = control_from(dataclasses.replace(run.train, steps=10**6), 1)  # longer than is measured
-        self.control = self.program.put_control(stack_controls([control] * num_cells) if num_cells > 1 else control)
+        hparams = hparams_from(dataclasses.replace(run.train, steps=10**6), 1)  # longer than is measured
+        self.hparams = self.program.put_hparams(stack_hparams([hparams] * num_cells) if num_cells > 1 else hparams)
         self.streams = [
             Batches(encoded, batch_size=run.train.batch_size, seed=seed, position=0) for seed in range(num_cells)
         ]
@@ -59,7 +59,7 @@ class Training:
             if self.num_cells > 1:
                 batch = {key: np.stack([one[key] for one in batches]) for key in batch}
             on_device = put_batch(batch, self.program.batch_sharding)
-            self.state, metrics = self.program(self.state, self.frozen, self.control, on_device)
+            self.state, metrics = self.program(self.state, self.frozen, self.hparams, on_device)
         jax.block_until_ready(metrics)
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from medcg_jax.config import RunError
 from medcg_jax.families import build
-from medcg_jax.families.llava import LlavaConfig, llava15_7b
+from medcg_jax.families.llava.model import LlavaConfig, llava15_7b
 from medcg_jax.families.weights import engine, llava
 from medcg_jax.families.weights.files import open_tensors, write_safetensors
 

@@ -28,12 +28,18 @@ from PIL import Image
 
 from medcg_jax.bench.steps import about_here
 from medcg_jax.config import DataConfig
-from medcg_jax.data.duplicates import NEAR_BITS, Print, groups, hash_rows, print_file
-from medcg_jax.data.hamming import near_pairs, near_pairs_between
+from medcg_jax.data.duplicates import (
+    NEAR_BITS,
+    ImageHashes,
+    groups,
+    hash_file,
+    hash_rows,
+    near_pairs,
+    near_pairs_between,
+)
 from medcg_jax.data.images import load_image
-from medcg_jax.data.phantom import PhantomSource
-from medcg_jax.data.release import subset_files
-from medcg_jax.data.schema import read_list
+from medcg_jax.data.phantom.source import PhantomSource
+from medcg_jax.data.tree import Tree
 from medcg_jax.files import write_whole
 
 MILLION = 1_000_000
@@ -135,9 +141,9 @@ def timed(function: Callable) -> tuple:
     return value, {"wall_s": time.perf_counter() - wall, "cpu_s": cpu() - before}
 
 
-def hash_files(files: Iterable[str], workers: int) -> list[Print]:
+def hash_files(files: Iterable[str], workers: int) -> list[ImageHashes]:
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(partial(print_file, max_pixels=MAX_PIXELS), files, chunksize=CHUNK))
+        return list(pool.map(partial(hash_file, max_pixels=MAX_PIXELS), files, chunksize=CHUNK))
 
 
 def turned(hashes: np.ndarray, number: int) -> np.ndarray:
@@ -152,7 +158,8 @@ def turned(hashes: np.ndarray, number: int) -> np.ndarray:
 
 def tree_images(root: Path) -> list[str]:
     """The image files that a tree's records name, each once."""
-    names = {raw["image"] for file in subset_files(root) for raw in read_list(file.path)}
+    tree = Tree(root)
+    names = {raw["image"] for file in tree.files for raw in tree.contents(file).raws}
     return [str(root / name) for name in sorted(names)]
 
 

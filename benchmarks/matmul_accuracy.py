@@ -26,7 +26,7 @@ from medcg_jax.families.build import abstract, join, shardings, split_trainable
 from medcg_jax.files import write_whole
 from medcg_jax.mesh import put_batch
 from medcg_jax.nn.matmul import KINDS
-from medcg_jax.train.optim import control_from, make_optimizer
+from medcg_jax.train.optim import hparams_from, make_optimizer
 from medcg_jax.train.setup import model_config, open_setup, start_params, with_small_tokenizer
 from medcg_jax.train.step import make_step
 
@@ -62,13 +62,13 @@ def matmul_accuracy(run: RunConfig, *, num_steps: int = 200, runs: dict[str, dic
             setup.mesh, graphdef, *split_trainable(places, TRAINABLE), make_optimizer(config), loss_fn=mine.loss,
             compute_dtype=mine.run.model.compute_dtype,
         )  # fmt: skip
-        state, losses, control = program.start(trainable), [], program.put_control(control_from(config, len(encoded)))
+        state, losses, hparams = program.start(trainable), [], program.put_hparams(hparams_from(config, len(encoded)))
         batches = Batches(encoded, batch_size=config.batch_size, seed=config.seed, position=0)
         try:
             rows = put_batch(next(batches)[0], program.batch_sharding)
             for _ in range(num_steps):
                 batch = put_batch(next(batches)[0], program.batch_sharding)
-                state, metrics = program(state, frozen, control, batch)
+                state, metrics = program(state, frozen, hparams, batch)
                 losses.append(metrics["loss"])
         finally:
             batches.close()

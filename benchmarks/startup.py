@@ -50,7 +50,7 @@ def start(config: str, overrides: dict[str, str], num_devices: int, num_records:
 
         from medcg_jax.config import MeshConfig, replace
         from medcg_jax.config_file import load
-        from medcg_jax.data.phantom import PhantomSource
+        from medcg_jax.data.phantom.source import PhantomSource
         from medcg_jax.data.pipeline import Batches
         from medcg_jax.data.records import concat
         from medcg_jax.families import build

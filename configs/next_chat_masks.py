@@ -15,7 +15,7 @@ import phantom
 
 from medcg_jax.config import replace
 from medcg_jax.config_file import from_config_dict, to_config_dict
-from medcg_jax.data.phantom_boxes import DETECTION_TRIPLETS
+from medcg_jax.data.phantom.source import DETECTION_TRIPLETS
 
 HELD_OUT = ("ct-liver-det", "oct-skin-det")
 TRAINED = tuple(t.name for t in DETECTION_TRIPLETS if t.name not in HELD_OUT)

@@ -3,7 +3,7 @@
     medcg reproduce --config=configs/phantom.py --workdir=runs/demo          one seed, the pairs, some minutes
     medcg reproduce --config=configs/phantom.py:study --workdir=runs/study   three seeds, every table, five backbones
 
-The recipe (base, train, data, eval) was chosen on the four targets of `phantom_world.TUNE_TARGETS` with data seeds of
+The recipe (base, train, data, eval) was chosen on the four targets of `data.phantom.world.TUNE_TARGETS` with data seeds of
 100 and above; figures are reported on the eight of `REPORT_TARGETS` with seeds 4, 5 and 6, which nothing was chosen on
 (seed 1 is the demo's, and has been looked at).
 Every arm of a table is trained for the same number of epochs. The study has the tables of the paper: 1 to 4, figure 4
@@ -22,7 +22,7 @@ from medcg_jax.config import (
     replace,
 )
 from medcg_jax.config_file import to_config_dict
-from medcg_jax.data.phantom_world import REPORT_TARGETS
+from medcg_jax.data.phantom.world import REPORT_TARGETS
 
 ABLATION_TARGETS = ("ct-liver-stage", "microscopy-lung-cancer", "photo-eye-stage")
 # Three targets and half the epochs, and for the curve one target: these cost most of the grid.

@@ -31,13 +31,13 @@ choose_python() {
     if [ -n "${PYTHON:-}" ]; then
         version="$(version_of "$PYTHON")"
         case "$version" in
-            3.11 | 3.12) command -v "$PYTHON" ;;
-            "") fail "PYTHON=$PYTHON does not run or lacks the modules venv and ensurepip; 3.11 or 3.12 is accepted" ;;
-            *) fail "PYTHON=$PYTHON is Python $version; 3.11 or 3.12 is accepted" ;;
+            3.11 | 3.12 | 3.13) command -v "$PYTHON" ;;
+            "") fail "PYTHON=$PYTHON does not run or lacks the modules venv and ensurepip; expected 3.11, 3.12 or 3.13" ;;
+            *) fail "PYTHON=$PYTHON is Python $version; expected 3.11, 3.12 or 3.13" ;;
         esac
         return
     fi
-    find_python 3.11 3.12 || fail "no Python 3.11 or 3.12 with the modules venv and ensurepip was found (python3:" \
+    find_python 3.11 3.12 3.13 || fail "no Python 3.11, 3.12 or 3.13 with the modules venv and ensurepip was found (python3:" \
         "$(python3 -V 2>&1 || echo none)); install one, or name one: PYTHON=/path/to/python bash $0"
 }
 

@@ -19,7 +19,7 @@ from medcg_jax.cli_data import Parser, add, add_data
 from medcg_jax.config import ConfigError, Interrupted, RunConfig, RunError
 from medcg_jax.data.records import DataError
 from medcg_jax.files import user_path, write_whole
-from medcg_jax.host import keep_freed_memory, run_process
+from medcg_jax.platform import keep_freed_memory, run_process
 
 # Files of a release that may lie apart from it.
 RELEASE_PARTS = {
@@ -229,7 +229,7 @@ def workdir(args: argparse.Namespace, run: RunConfig) -> Path:
 
 def convert_weights(args) -> dict:
     from medcg_jax.families.weights.convert import convert
-    from medcg_jax.train.token_ids import ids_beside
+    from medcg_jax.train.sanity import ids_beside
 
     parts = {name: Path(path) for name in RELEASE_PARTS if (path := getattr(args, name))}
     return convert(Path(args.src), Path(args.dst), to=args.to, parts=parts, ids=ids_beside(Path(args.src)))

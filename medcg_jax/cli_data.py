@@ -90,11 +90,10 @@ def fraction(text: str) -> float:
 
 
 def data_phantom(args) -> dict:
-    from medcg_jax.data.phantom import write_release
-    from medcg_jax.data.phantom_boxes import PhantomBoxSource
+    from medcg_jax.data.phantom.source import PhantomSource, write_release
 
     out = Path(args.out)
-    source = PhantomBoxSource(args.seed, args.train, args.test)
+    source = PhantomSource(args.seed, args.train, args.test)
     write_release(source, out)
     number, boxes = len(source.subsets), len(source.detection_subsets)
     sizes = f"{args.train} training and {args.test} test records each"

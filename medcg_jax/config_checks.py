@@ -1,24 +1,22 @@
-"""Checks on the values of a run's configuration (`run_config`): the first that no run could use is an error."""
+"""Checks on a run's configuration: each field against its own bounds and choices, then fields against one another."""
 
+import dataclasses
 import math
+from collections.abc import Iterator
+from dataclasses import Field
+from typing import Any
 
 from medcg_jax.config import (
-    ATTENTION,
-    BASE_DTYPES,
-    BOX_TABLES,
-    CONTROLS,
+    ABOVE_0,
+    BELOW_1,
     DTYPES,
-    LEAKS,
     LORA_TARGETS,
     MASK_PARTS,
-    MATMUL,
     MODELS,
+    MOST_RECORDS,
     PARTS,
     PUBLISHED_DETECTION,
     PUBLISHED_PAIRS,
-    REMAT,
-    SOURCES,
-    TABLES,
     ConfigError,
     ModelConfig,
     RunConfig,
@@ -27,148 +25,70 @@ from medcg_jax.config import (
     parts_of,
     trains_masks,
 )
-
-# The longest context of a model here (Llama 3.2), in tokens.
-MOST_TOKENS = 2**17
-# Steps are counted in int32 on devices, and so are pixels of an image.
-MOST_STEPS = 2**31 - 1
-MOST_RECORDS = 10**7
-MOST_BATCH = 2**20
-MOST_DEVICES = 2**20
-# Two of them are added up, and the sum is a seed for JAX and numpy.
-MOST_SEED = 2**30
-# Below the largest float32.
-MOST_FLOAT = 1e30
-# The least number above 0, and the greatest below 1.
-ABOVE_0, BELOW_1 = math.ulp(0.0), math.nextafter(1.0, 0.0)
-# Field -> the least and the most that it may have: every field that holds numbers but `study.published_table`, of
-# which a list says what is accepted.
-BOUNDS = {
-    **{f"mesh.{axis}": (-1, MOST_DEVICES) for axis in ("cell", "data", "fsdp", "tensor")},
-    "model.scan_unroll": (0, 1000),
-    "model.min_pixels": (0, MOST_STEPS),
-    "model.max_pixels": (0, MOST_STEPS),
-    "model.max_boxes": (0, 10**4),
-    "model.lora_rank": (0, 10**5),
-    "model.lora_alpha": (0, MOST_FLOAT),
-    "data.seed": (0, MOST_SEED),
-    "data.max_text_tokens": (1, MOST_TOKENS),
-    "data.max_target_tokens": (1, MOST_TOKENS),
-    "data.max_box_text_tokens": (0, MOST_TOKENS),
-    "data.max_box_target_tokens": (0, MOST_TOKENS),
-    "data.row_multiple": (0, MOST_TOKENS),
-    "data.pack": (0, 1),
-    "data.train_records_per_subset": (1, MOST_RECORDS),
-    "data.test_records_per_subset": (0, MOST_RECORDS),
-    "data.imagewikiqa_share": (0, BELOW_1),
-    "data.subset_weights": (ABOVE_0, MOST_FLOAT),
-    "data.max_pixels": (1, MOST_STEPS),
-    **{
-        f"{part}.{name}": bounds
-        for part in ("base", "train")
-        for name, bounds in {
-            "epochs": (0, 10**6), "steps": (0, MOST_STEPS), "batch_size": (1, MOST_BATCH),
-            "accumulation_steps": (1, MOST_BATCH), "learning_rate": (ABOVE_0, MOST_FLOAT), "warmup_frac": (0, 1),
-            "end_learning_rate_frac": (0, 1), "weight_decay": (0, MOST_FLOAT), "b1": (0, 1), "b2": (0, 1),
-            "eps": (ABOVE_0, MOST_FLOAT), "clip_norm": (0, MOST_FLOAT), "seed": (0, MOST_SEED),
-            "log_every_steps": (1, MOST_STEPS), "checkpoint_every_steps": (0, MOST_STEPS),
-            "keep_checkpoints": (1, MOST_STEPS), "keep_every_steps": (0, MOST_STEPS),
-        }.items()
-    },
-    "eval.batch_size": (1, MOST_BATCH),
-    "eval.max_new_tokens": (1, MOST_TOKENS),
-    "eval.max_box_tokens": (1, MOST_TOKENS),
-    "study.efficiency_records": (0, MOST_RECORDS),
-    "study.epochs_of": (0, 10**6),
-    "study.seeds": (0, MOST_SEED),
-    "study.jobs": (1, 10**4),
-    "study.cells_at_once": (0, 10**4),
-    "study.near_duplicate_bits": (0, 40),
-}  # fmt: skip
-# Fields that list names or numbers of which each makes sense once; "circular" of `eval.controls` does thrice.
-ONCE = (
-    "model.trainable", "data.subsets", "study.tables", "study.targets", "study.box_subsets",
-    "study.arms", "study.parts", "study.models", "study.seeds", "study.targets_of",
-)  # fmt: skip
+from medcg_jax.families import registry
 
 
 def check(run: RunConfig) -> None:
     """Raises ConfigError for the first value of `run` that no run could use."""
-    for key, bounds in BOUNDS.items():
-        for name, value in _values(run, key):
-            for number in value if isinstance(value, tuple) else (value,):
-                within(name, number, *bounds)
-    for key in ONCE:
-        for name, values in _values(run, key):
-            twice = [value for place, value in enumerate(values) if value in values[:place]]
-            if twice:
-                raise ConfigError(f"{name} has {twice[0]!r} twice: each is accepted once")
-    one_of("model.name", run.model.name, tuple(MODELS))
-    for name, family, why in (
-        ("min_pixels", "qwen2_vl", "has one size of image"),
-        ("max_pixels", "qwen2_vl", "has one size of image"),
-        ("max_boxes", "next_chat", "takes no boxes as arrays"),
-        ("intermediate_from", "mllama", "has no such layers"),
-        ("mask_text_only_rows_attention", "mllama", "has no cross-attention"),
-    ):
-        value, unset = getattr(run.model, name), getattr(ModelConfig(), name)
-        if value != unset and MODELS[run.model.name] != family:
-            raise ConfigError(f"model.{name}={value!r}: {unset!r} is accepted, {run.model.name} {why}")
-    one_of("model.intermediate_from", run.model.intermediate_from, ("", "input", "output"))
-    one_of("model.compute_dtype", run.model.compute_dtype, DTYPES)
-    one_of("model.matmul", run.model.matmul, MATMUL)
-    one_of("model.attention", run.model.attention, ATTENTION)
-    one_of("model.remat", run.model.remat, REMAT)
-    one_of("data.source", run.data.source, SOURCES)
-    for name in run.model.trainable:
-        one_of("model.trainable", name, PARTS)
-        if not run.study.models:
-            parts = parts_of(MODELS[run.model.name], PARTS, lora_rank=run.model.lora_rank)
-            one_of("model.trainable", name, parts)
+    for setting, key, value in settings(run):
+        check_setting(setting, key, value)
+    family = MODELS[run.model.name]
+    for other in registry.families():
+        for name in other.options:
+            value, unset = getattr(run.model, name), getattr(ModelConfig(), name)
+            if value != unset and family != other.name:
+                raise ConfigError(
+                    f"model.{name}={value!r}: expected {unset!r} for {run.model.name}, {other.title} alone has this option"
+                )
+    if not run.study.models:
+        for name in run.model.trainable:
+            one_of("model.trainable", name, parts_of(family, PARTS, lora_rank=run.model.lora_rank))
     check_adapters(run.model)
     if trains_masks(run.model) and not set(run.model.trainable) <= set(MASK_PARTS):
         raise ConfigError(
             f"model.trainable={run.model.trainable}: {', '.join(MASK_PARTS)} are trained by themselves, after the boxes"
         )
-    for name in run.study.models:
-        one_of("study.models", name, tuple(MODELS))
-    for name in run.study.tables:
-        one_of("study.tables", name, (*TABLES, *BOX_TABLES))
-    for name in run.study.targets_of:
-        one_of("study.targets_of", name, (*TABLES, *BOX_TABLES))
-    for name in run.study.epochs_of:
-        one_of("study.epochs_of", name, (*TABLES, *BOX_TABLES))
-    for name in run.study.model_flags:
-        one_of("study.model_flags", name, tuple(MODELS))
-    check_pack(run)
-    for name in run.eval.controls:
-        one_of("eval.controls", name, CONTROLS)
     check_general(run)
-    one_of("study.leaks", run.study.leaks, LEAKS)
-    one_of("study.near_duplicates", run.study.near_duplicates, ("off", *LEAKS))
     check_published(run.study)
     if not run.study.seeds:
         raise ConfigError("study.seeds is empty: one seed or more is accepted")
-    for part in ("base", "train"):
-        check_training(part, getattr(run, part))
+    for section in ("base", "train"):
+        check_training(section, getattr(run, section))
     if run.log.profile_steps:
         profile_steps(run.log.profile_steps, run.train.steps)
 
 
-def check_pack(run: RunConfig) -> None:
-    if run.data.pack and MODELS[run.model.name] != "llava":
-        raise ConfigError(f"data.pack=1: 0 is accepted with model.name={run.model.name!r}, 1 with LLaVA alone")
-    if run.data.pack and run.model.attention == "cudnn":
-        raise ConfigError(
-            "model.attention='cudnn': auto, plain or splash is accepted with data.pack=1, cuDNN's kernel reads segment "
-            "ids as lengths"
-        )
+def settings(config, prefix: str = "") -> Iterator[tuple[Field, str, Any]]:
+    """(field, its name as "train.batch_size", its value) of every field below the sections of a configuration."""
+    for setting in dataclasses.fields(config):
+        value, key = getattr(config, setting.name), prefix + setting.name
+        if dataclasses.is_dataclass(value):
+            yield from settings(value, f"{key}.")
+        else:
+            yield setting, key, value
+
+
+def check_setting(setting: Field, key: str, value: Any) -> None:
+    """Raises ConfigError where a value is outside what its field allows (`config.setting`)."""
+    limits = setting.metadata
+    names = tuple(value) if isinstance(value, dict | tuple) else (value,)
+    if limits.get("choices"):
+        for name in names:
+            one_of(key, name, limits["choices"])
+    entries = (
+        [(f"{key}[{name!r}]", entry) for name, entry in value.items()] if isinstance(value, dict) else [(key, value)]
+    )
+    for name, entry in entries:
+        if limits.get("least") is not None:
+            for number in entry if isinstance(entry, tuple) else (entry,):
+                within(name, number, limits["least"], limits["most"])
+        if limits.get("once"):
+            twice = [item for place, item in enumerate(entry) if item in entry[:place]]
+            if twice:
+                raise ConfigError(f"{name} has {twice[0]!r} twice: each is accepted once")
 
 
 def check_adapters(model: ModelConfig) -> None:
-    one_of("model.base_dtype", model.base_dtype, BASE_DTYPES)
-    for name in model.lora_targets:
-        one_of("model.lora_targets", name, LORA_TARGETS)
     if not model.lora_targets or len(set(model.lora_targets)) < len(model.lora_targets):
         accepted = ", ".join(LORA_TARGETS)
         raise ConfigError(f"model.lora_targets={model.lora_targets}: one or more of {accepted} are accepted, once each")
@@ -225,8 +145,6 @@ def check_training(part: str, train: TrainConfig) -> None:
             f"{part}.accumulation_steps={train.accumulation_steps} does not divide "
             f"{part}.batch_size={train.batch_size}; a divisor of it is accepted"
         )
-    for name in ("param_dtype", "moment_dtype"):
-        one_of(f"{part}.{name}", getattr(train, name), DTYPES)
 
 
 def profile_steps(text: str, num_steps: int) -> tuple[int, int]:
@@ -262,10 +180,3 @@ def within(name: str, value: float, least: float, most: float) -> None:
         low = "above 0" if least == ABOVE_0 else f"of at least {least}"
         words = f"a finite number {low} and at most {most:,}"
     raise ConfigError(f"{name}={value}: {words} is accepted")
-
-
-def _values(run: RunConfig, key: str) -> list[tuple[str, object]]:
-    """(name for people, value) of a field, and of a dict one for each key."""
-    section, _, name = key.partition(".")
-    value = getattr(getattr(run, section), name)
-    return [(f"{key}[{inner!r}]", one) for inner, one in value.items()] if isinstance(value, dict) else [(key, value)]

@@ -13,6 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_DEVICES = 8
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medcg_jax" / "tests"
+# Families of models: tests of one family share its compiled programs (`family_toys`), in whatever file they stand.
+FAMILIES = ("llava", "qwen2_vl", "mllama", "minigpt_v2", "next_chat")
 
 
 def quick_compiles() -> list[str]:
@@ -35,8 +38,8 @@ def settings() -> dict[str, str]:
     wanted = {
         "JAX_PLATFORMS": "cpu",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-        # Compiled programs are kept between test runs: the same programs, only sooner.
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
+        # Compiled programs are kept between test runs, for all checkouts of a user: the same programs, only sooner.
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE / f"jax-{version('jax')}"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         # Workers share the cores: threads of torch that spin while they wait would halve the speed of the others.
@@ -51,6 +54,20 @@ def settings() -> dict[str, str]:
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could ask for 8 simulated devices")
 os.environ.update(settings())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Gives every test a group, which one worker runs whole (`--dist=loadgroup`): its family's, else its file's."""
+    for item in items:
+        params = getattr(item, "callspec", None)
+        families = [
+            value
+            for value in (params.params.values() if params else ())
+            if isinstance(value, str) and value in FAMILIES
+        ]
+        if not any(item.iter_markers("xdist_group")):
+            item.add_marker(pytest.mark.xdist_group(families[0] if families else item.path.stem))
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ def reference(seed: int = 0, **text):
 
 def tensors(model) -> Tensors:
     state = {name: value.numpy() for name, value in model.state_dict().items()}
-    return Tensors({name: value.shape for name, value in state.items()}, state.__getitem__)
+    return Tensors.of(state)
 
 
 def port(model, mesh=None, *, change=None):

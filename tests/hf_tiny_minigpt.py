@@ -13,9 +13,9 @@ import numpy as np
 
 from medcg_jax.families import build
 from medcg_jax.families.decoder import DecoderConfig
-from medcg_jax.families.eva import EvaConfig
-from medcg_jax.families.minigpt_v2 import MiniGPTv2Config
-from medcg_jax.families.weights import engine, minigpt_v2
+from medcg_jax.families.minigpt_v2.eva import EvaConfig
+from medcg_jax.families.minigpt_v2.model import MiniGPTv2Config
+from medcg_jax.families.weights import engine, llava, minigpt_v2
 from medcg_jax.families.weights.files import Tensors
 from medcg_jax.mesh import make_mesh
 from medcg_jax.nn.lora import LoraConfig
@@ -66,7 +66,7 @@ def port(tensors: dict[str, np.ndarray], config: MiniGPTv2Config = CONFIG):
     """(graphdef, params) of this port with these tensors (canonical names)."""
     graphdef, abstract = build.abstract(config)
     places = build.shardings(config, make_mesh(devices=jax.devices()[:1]))
-    source = Tensors({name: value.shape for name, value in tensors.items()}, tensors.__getitem__)
+    source = Tensors.of(tensors)
     names = {name: name for name in tensors}
     return graphdef, engine.load(minigpt_v2.table(config), abstract, places, source, names, "memory")
 
@@ -90,7 +90,7 @@ class Composed:
         # transformers gives it the blocks' epsilon.
         self.vision.post_layernorm.eps = vision.out_norm_eps
         self.vision.load_state_dict({self._vision_name(n): x for n, x in self._vision_tensors().items()}, strict=True)
-        llama = LlamaConfig(**minigpt_v2.llama_json(config, "float32"))
+        llama = LlamaConfig(**llava.text_to_json(config.text))
         llama._attn_implementation = "eager"
         self.llama = LlamaForCausalLM(llama).eval()
         merged = {n.removeprefix("llama_model."): x for n, x in self.tensors.items() if n.startswith("llama_model.")}

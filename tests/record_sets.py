@@ -43,6 +43,26 @@ def choices(count: int, *, subset: str = "04", size_px: int = 4) -> RecordSet:
     return RecordSet([choice(i, subset=subset) for i in range(count)], pixels)
 
 
+class CountedImage:
+    """A stored image filled with `value` that notes it in `decoded` when it is decoded; `pixels` may be replaced."""
+
+    def __init__(self, value: int, decoded: list[int], size: tuple[int, int] = (4, 4)):
+        self.value, self.decoded, self.size_px = value, decoded, size
+
+    def pixels(self) -> np.ndarray:
+        self.decoded.append(self.value)
+        return np.full((*self.size_px, 3), self.value, np.uint8)
+
+    def size(self) -> tuple[int, int]:
+        return self.size_px
+
+    def file_digest(self) -> bytes:
+        return bytes([self.value])
+
+    def kept_hashes(self) -> None:
+        return None
+
+
 def plant_space(monkeypatch, tokenizer, *, before: str = " ", start: bool = False) -> None:
     """The fault of tools that read spaces beside special tokens in another way: each piece of text behind a special
     token gets one in front; `before` and `start` say what comes before every piece and whether it opens a chunk."""

@@ -10,19 +10,19 @@ import numpy as np
 from flax import nnx
 
 from medcg_jax.families import build
-from medcg_jax.families.llava import llava15_tiny
-from medcg_jax.families.minigpt_v2 import minigpt_v2_tiny
-from medcg_jax.families.mllama import llama32_vision_tiny
-from medcg_jax.families.next_chat import next_chat_tiny
-from medcg_jax.families.qwen2_vl import qwen2_vl_tiny
-from medcg_jax.families.sam import sam_tiny
+from medcg_jax.families.llava.model import llava15_tiny
+from medcg_jax.families.minigpt_v2.model import minigpt_v2_tiny
+from medcg_jax.families.mllama.model import llama32_vision_tiny
+from medcg_jax.families.next_chat.model import next_chat_tiny
+from medcg_jax.families.next_chat.sam import sam_tiny
+from medcg_jax.families.qwen2_vl.model import qwen2_vl_tiny
 from medcg_jax.families.weights import engine
 from medcg_jax.families.weights.convert import module_of, open_leaves
 from medcg_jax.families.weights.files import write_safetensors
 from medcg_jax.mesh import make_mesh
 
 # Image tokens within the vocabulary, so that no rows are added; two layers, for speed.
-FEW = dict(num_layers=2, num_vision_layers=2, scan_unroll=1)
+FEW = {"num_layers": 2, "num_vision_layers": 2, "scan_unroll": 1}
 CONFIGS = {
     "llava": llava15_tiny(96, 90, **FEW),
     "qwen2_vl": qwen2_vl_tiny(96, 90, tie_head=True, **FEW),
@@ -45,9 +45,9 @@ def same(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-def same_as(params, src: Path, config, **parts: Path):
+def same_as(params, src: Path, **parts: Path):
     """Asserts that the release in `src` holds `params`, bit for bit; nothing is compiled."""
-    leaves = open_leaves(src, config, parts=parts)
+    leaves = open_leaves(src, parts=parts)
     same(jax.tree.map(np.asarray, leaves), jax.tree.map(np.asarray, nnx.to_pure_dict(params)))
 
 
@@ -64,6 +64,14 @@ def random_params(config, seed: int = 0):
     rng = np.random.default_rng(seed)
     _, abstract = build.abstract(config)
     return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), abstract)
+
+
+def random_release(family: str, folder: Path) -> tuple[Path, nnx.State]:
+    """(released directory in `folder`, its parameters) of one of `CONFIGS`."""
+    config = CONFIGS[family]
+    params = random_params(config)
+    tensors = released(config, tensors_of(config, params))
+    return write(folder / "src", tensors, module_of(config).config_to_json(config, "float32")), params
 
 
 def tensors_of(config, params) -> dict[str, np.ndarray]:

@@ -99,6 +99,7 @@ def test_dry_lists_every_cell_and_leaves_nothing(tmp_path, capfd):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.long
 def test_boxes_then_masks_are_trained_and_scored(tmp_path, capfd):
     few = [
         "--config.data.subsets=ct-brain-det,mri-brain-det", "--config.data.train_records_per_subset=8",

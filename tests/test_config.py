@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medcg_jax.config import ConfigError, RunConfig, TrainConfig, marked, replace
-from medcg_jax.config_checks import BOUNDS, ONCE, check
+from medcg_jax.config_checks import check
+from medcg_jax.config_checks import settings as settings_of
 from medcg_jax.config_file import from_config_dict, load, to_config_dict, with_flags
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -21,6 +22,11 @@ FILE = str(Path(__file__).parents[1] / "configs" / "llava15_7b.py")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_builds_and_passes_its_checks(path):
     assert isinstance(load(str(path)), RunConfig)
+
+
+FIELDS = {key: field.metadata for field, key, _ in settings_of(RunConfig())}
+BOUNDS = {key: (marks["least"], marks["most"]) for key, marks in FIELDS.items() if marks.get("least") is not None}
+ONCE = [key for key, marks in FIELDS.items() if marks.get("once")]
 
 
 def test_a_config_survives_the_way_through_a_config_dict():

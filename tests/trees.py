@@ -7,6 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from medcg_jax.config import DataConfig
+from medcg_jax.data.records import Record
+from medcg_jax.data.release import checked_records
+from medcg_jax.data.tree import Contents, SubsetFile, Tree
+
 
 def raw_record(number: int, *, label="Benign", options=("Benign", "Normal"), image: str | None = None, **changes):
     """A record of the release's eight keys; `changes` replaces their values."""
@@ -58,6 +63,12 @@ def write_tree_with_boxes(root: Path, *, boxes: int, train: int = 12, test: int 
     for number, raw in enumerate(raws, 1):
         write_image(root, raw["image"], seed=number)
     return root
+
+
+def read_file(path: Path, root: Path, *, detection: bool = False) -> list[Record]:
+    """The records of one file, taken as training records of subset 64; raises at the first thing that is wrong."""
+    contents = Contents(SubsetFile(path, "64", "train", detection), Tree(root).image)
+    return checked_records(contents, DataConfig().max_pixels)
 
 
 def raw_box_record(number: int, *, label="Skin lesion", **changes):

@@ -70,7 +70,7 @@ def data_wait(port: Port, setup: Setup, encoded: Encoded, steps: int) -> dict:
                 batch, _ = next(stream)
                 waited += time.perf_counter() - asked
                 on_device = put_batch(batch, port.program.batch_sharding)
-                state, _ = port.compiled.call(state, port.frozen, port.control, on_device)
+                state, _ = port.compiled.call(state, port.frozen, port.hparams, on_device)
             port.state = jax.block_until_ready(state)
         seconds = time.perf_counter() - began
     finally:

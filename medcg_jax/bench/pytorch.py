@@ -19,7 +19,7 @@ import numpy as np
 
 from medcg_jax.config import ConfigError, ModelConfig, TrainConfig
 from medcg_jax.families.flops import forward, training, vit
-from medcg_jax.families.llava import LlavaConfig
+from medcg_jax.families.llava.model import LlavaConfig
 from medcg_jax.families.weights.llava import config_to_json
 
 try:

@@ -117,7 +117,7 @@ def ten_steps(device, dtype: str, precision: str | None) -> dict[str, list]:
     from medcg_jax.bench import steps as bench
     from medcg_jax.families import build
     from medcg_jax.mesh import make_mesh, put_batch
-    from medcg_jax.train.optim import control_from
+    from medcg_jax.train.optim import hparams_from
 
     model = ModelConfig(compute_dtype=dtype, trainable=FULL, scan_unroll=1)
     config = bench.architecture(model)
@@ -126,12 +126,12 @@ def ten_steps(device, dtype: str, precision: str | None) -> dict[str, list]:
     with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
         train = TrainConfig(steps=NUM_STEPS, learning_rate=1e-3, warmup_frac=0.0)
         port = bench.Port(config, make_mesh(devices=[device]), train, model)
-        control = port.program.put_control(control_from(train, num_records=0))
+        hparams = port.program.put_hparams(hparams_from(train, num_records=0))
         trainable, frozen = port.split(jax.device_put(first, build.shardings(config, port.mesh)))
         state, batch = port.program.start(trainable), put_batch(batch, port.program.batch_sharding)
         losses, norms = [], []
         for _ in range(NUM_STEPS):
-            state, metrics = port.program(state, frozen, control, batch)
+            state, metrics = port.program(state, frozen, hparams, batch)
             losses.append(float(metrics["loss"]))
             norms.append(float(metrics["grad_norm"]))
     weights = np.concatenate([np.asarray(leaf, np.float32).ravel() for leaf in jax.tree.leaves(state.params)])
@@ -182,7 +182,7 @@ def write_tiny_reference(directory: Path, num_kv_heads: int) -> None:
     import torch
     import transformers
 
-    from medcg_jax.families.llava import llava15_tiny
+    from medcg_jax.families.llava.model import llava15_tiny
     from medcg_jax.families.weights.llava import config_to_json
 
     config = llava15_tiny(vocab_size=128, image_token_id=127, num_kv_heads=num_kv_heads)

@@ -20,11 +20,11 @@ from medcg_jax.bench.clock import spread, turns
 from medcg_jax.config import MASK_PARTS, ModelConfig, TrainConfig
 from medcg_jax.families import build
 from medcg_jax.families.build import Config
-from medcg_jax.families.llava import LlavaConfig
+from medcg_jax.families.llava.model import LlavaConfig
 from medcg_jax.mesh import put_batch
 from medcg_jax.plan import flops
 from medcg_jax.train.losses import token_loss
-from medcg_jax.train.optim import control_from, make_optimizer
+from medcg_jax.train.optim import hparams_from, make_optimizer
 from medcg_jax.train.step import Program, make_step
 
 PACKAGES = (
@@ -93,8 +93,8 @@ class Port:
             loss_fn=loss_fn, accumulation_steps=train.accumulation_steps, compute_dtype=model.compute_dtype,
         )  # fmt: skip
         # The end of the schedule is never reached, so that every step does its work.
-        control = control_from(TrainConfig(steps=1_000_000, learning_rate=train.learning_rate), num_records=0)
-        self.control = self.program.put_control(control)
+        hparams = hparams_from(TrainConfig(steps=1_000_000, learning_rate=train.learning_rate), num_records=0)
+        self.hparams = self.program.put_hparams(hparams)
         self.config, self.state, self.compiled = config, None, None
 
     def compile(self, batch: dict[str, np.ndarray], options: dict | None = None) -> dict:
@@ -123,7 +123,7 @@ class Port:
         with jax.set_mesh(self.mesh):
             began = time.perf_counter()
             for _ in range(steps):
-                self.state, metrics = self.compiled.call(self.state, self.frozen, self.control, self.compiled.batch)
+                self.state, metrics = self.compiled.call(self.state, self.frozen, self.hparams, self.compiled.batch)
             jax.block_until_ready((self.state, metrics))
         self.loss = float(metrics["loss"])
         return time.perf_counter() - began

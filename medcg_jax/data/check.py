@@ -5,7 +5,6 @@ Nothing found ends the run: each record and each image is judged by itself.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,18 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from medcg_jax.config import DataConfig
-from medcg_jax.data.duplicates import NEAR_BITS, hash_rows
+from medcg_jax.data.duplicates import FORMS, NEAR_BITS, hash_rows, near_pairs_between
 from medcg_jax.data.examine import Examined, examine_all
-from medcg_jax.data.hamming import FORMS, near_pairs_between
-from medcg_jax.data.notices import Content, Notice, names_alike, notices_of
+from medcg_jax.data.notices import Notice, names_alike, notices_of
 from medcg_jax.data.pool import Progress
 from medcg_jax.data.reading import Reading, check_reading
-from medcg_jax.data.records import SPLITS, DataError, Record, Split
-from medcg_jax.data.release import subset_table
-from medcg_jax.data.schema import ReleaseError, check_id, check_keys, image_path, parse_choice, read_list, record_name
-from medcg_jax.data.schema_detection import DETECTION_KEYS, detection_problems, shares_of_image
-from medcg_jax.data.splits import split_group
-from medcg_jax.data.tree_files import ELEMENTS, SubsetFile, list_files, near_misses, read_manifest
+from medcg_jax.data.records import SPLITS, Split
+from medcg_jax.data.schema import ReleaseError, detection_problems
+from medcg_jax.data.tree import Entry, Tree, near_misses, subset_table
 
 # 14 bits in words of 16 take a quarter of their range, 12 a sixteenth.
 MIN_RANGE_USED = 0.3
@@ -55,7 +50,7 @@ class Problem:
 class Near:
     """A training record whose image is nearly that of a test record: `bits` of 256 of their perceptual hashes differ.
 
-    `form`, of `hamming.FORMS`, says what of the test's image it is, such as "mirrored"; "" for the image as it is.
+    `form`, of `duplicates.FORMS`, says what of the test's image it is, such as "mirrored"; "" for the image as it is.
 
     No fault of either record, and so no problem: frames of one patient may be meant, or may give a test away.
     """
@@ -119,8 +114,8 @@ class Report:
     def acceptable(self, max_bad_frac: float) -> bool:
         """Whether nothing is wrong but so small a share of the records, or that a file has none. A file that cannot be
         read is not acceptable at any share, since nobody knows how many records it has."""
-        own = all(problem.kind in RECORD_KINDS or problem.kind == "no_records" for problem in self.problems)
-        return own and self.bad_frac <= max_bad_frac
+        is_usable = all(problem.kind in RECORD_KINDS or problem.kind == "no_records" for problem in self.problems)
+        return is_usable and self.bad_frac <= max_bad_frac
 
     def counts(self) -> dict[str, int]:
         """Number of problems of each kind, most frequent first."""
@@ -146,25 +141,13 @@ class Report:
         }
 
 
-class Use(NamedTuple):
-    """One record's use of an image."""
-
-    file: str
-    record: str
-    subset: str
-    split: Split
-    path: Path
-    # A choice record; else a detection record as it stands, to be held against the image's size.
-    question: Record | None
-    boxes: dict[str, Any] | None
-    group: str
-
-
 class Inspection(NamedTuple):
-    """A tree's report with what it rests on: every use of an image, and every image file."""
+    """A tree's report with what it rests on: the tree, every record whose own JSON and image path are right, and every
+    image file."""
 
     report: Report
-    uses: tuple[Use, ...]
+    tree: Tree
+    entries: tuple[Entry, ...]
     images: dict[Path, Examined]
 
 
@@ -174,7 +157,7 @@ def check_tree(root: str | Path, *args, **kwargs) -> Report:
 
 
 def inspect(
-    root: str | Path,
+    root: str | Path | Tree,
     max_pixels: int = DataConfig().max_pixels,
     reading: Reading = Reading(),
     *,
@@ -185,9 +168,9 @@ def inspect(
 ) -> Inspection:
     """Every problem of the tree's subset files, of the images they name, and between train and test.
 
-    Kinds: those of `schema` (`unreadable`, `encoding`, `json`, `not_a_list`, `type`, `key`, `options`, `letter`,
-    `text`, `answer`, `duplicate_id`, `path`, `missing_file`), and `unknown_subset`, `duplicate_file`, `file_name`,
-    `manifest`, `image`, `size`, `box`, `box_units`, `no_records`, `duplicate_across_splits` (the same bytes or the same
+    Kinds: those of the reader (`unreadable`, `encoding`, `json`, `not_a_list`, `type`, `key`, `options`, `letter`,
+    `text`, `answer`, `duplicate_id`, `path`, `missing_file`, `box_units`, `duplicate_file`, `file_name`, `manifest`),
+    and `unknown_subset`, `image`, `size`, `box`, `no_records`, `duplicate_across_splits` (the same bytes or the same
     pixels in train and in test, whatever the names). What is no fault of a record by itself is a notice (`notices`).
 
     Args:
@@ -199,96 +182,66 @@ def inspect(
       DataError: the root is no folder or holds no subset file; or `reading` has no such choice.
     """
     check_reading(reading)
-    root = tree_root(root)
+    tree = root if isinstance(root, Tree) else Tree(root)
+    tree.require_files()
     problems: list[Problem] = []
-    named = _known_subsets(root, problems)
-    files, refused = list_files(root)
-    problems += map(_problem, refused)
-    uses: list[Use] = []
+    try:
+        triplets = tree.triplets
+    except ReleaseError as error:
+        problems.append(_problem(error))
+        triplets = subset_table()
+    problems += map(_problem, tree.refused)
+    entries: list[Entry] = []
     num_records = num_detection = 0
-    for file in files:
-        if file.number not in named:
+    for file in tree.files:
+        name = file.path.name
+        if file.number not in triplets:
             reason = "neither in the tree's manifest.json nor in Med-MAT's table of 53"
-            problems.append(Problem(file.path.name, f"subset {file.number}", "unknown_subset", reason))
+            problems.append(Problem(name, f"subset {file.number}", "unknown_subset", reason))
         try:
-            raws = read_list(file.path)
+            contents = tree.contents(file)
         except ReleaseError as error:
             problems.append(_problem(error))
             continue
-        num_records += len(raws)
-        num_detection += len(raws) if file.detection else 0
-        if not raws:
-            problems.append(Problem(file.path.name, "", "no_records", "an empty list; nothing can be drawn from it"))
-        uses += check_records(raws, root, file, problems)
-        if file.detection and (reason := shares_of_image(raws)):
-            problems.append(Problem(file.path.name, "", "box_units", reason))
-    paths = sorted({use.path for use in uses})
+        num_records += len(contents.raws)
+        num_detection += len(contents.raws) if file.detection else 0
+        if not contents.raws:
+            problems.append(Problem(name, "", "no_records", "an empty list; nothing can be drawn from it"))
+        entries += [entry for entry in contents.entries if not entry.error]
+        problems += [_problem(entry.error) for entry in contents.entries if entry.error]
+        problems += [_problem(contents.box_units)] if contents.box_units else []
+    paths = sorted({entry.path for entry in entries})
     images = examine_all(paths, max_pixels, reading, workers=workers, progress=progress, known=known, remember=remember)
-    problems += _image_problems(uses, images)
-    problems += _shared_between_splits(uses, images)
-    order = {file.path.name: place for place, file in enumerate(files)}
+    problems += _image_problems(entries, images)
+    problems += _shared_between_splits(entries, images)
+    order = {file.path.name: place for place, file in enumerate(tree.files)}
     problems.sort(key=lambda problem: order.get(problem.file, -1))
-    num_boxes = sum(len(use.boxes["boxes"]) for use in uses if use.boxes)
-    near, notices = near_across_splits(uses, images), _notices(root, files, named, uses, images)
+    misses = [near for near in near_misses(tree.root, tree.files) if not near.is_wanted]
+    notices = [Notice(ascii(near.name)[1:-1], "file_name", 1, 1, near.reason) for near in misses]
+    notices += names_alike({file.number: triplets[file.number] for file in tree.files if file.number in triplets})
+    notices += notices_of(entries, {path: image.size for path, image in images.items()})
     report = Report(
-        len(files), num_records, len(paths), tuple(problems), num_detection, num_boxes, near, notices,
-        dim_images(root, images), ways_of_reading(images),
+        len(tree.files), num_records, len(paths), tuple(problems), num_detection,
+        sum(len(entry.raw["boxes"]) for entry in entries if entry.file.detection),
+        near_across_splits(entries, images), tuple(notices), dim_images(tree.root, images), ways_of_reading(images),
     )  # fmt: skip
-    return Inspection(report, tuple(uses), images)
-
-
-def tree_root(root: str | Path) -> Path:
-    """The folder of a Med-MAT tree, every link followed.
-
-    Raises:
-      DataError: it is no folder, or holds no subset file.
-    """
-    if not str(root) or not Path(root).is_dir():
-        raise DataError(f"{str(root)!r}: no such folder; that of a Med-MAT tree is accepted")
-    found = Path(os.path.realpath(root))
-    if not any(list_files(found)):
-        reason = "no Subset--NN-train.json in it or in its Aggregated_Subsets"
-        raise DataError(f"{str(root)!r} is no Med-MAT tree: {reason}")
-    return found
+    return Inspection(report, tree, tuple(entries), images)
 
 
 def dim_images(root: Path, images: Mapping[Path, Examined]) -> tuple[Dim, ...]:
     """Images that take less than `MIN_RANGE_USED` of the range that they were read by, the least first."""
-    found = [
+    dim = [
         Dim(str(path.relative_to(root)), round(image.range_used, 3), image.read_as)
         for path, image in images.items()
         if image.range_used is not None and image.range_used < MIN_RANGE_USED
     ]
-    return tuple(sorted(found, key=lambda image: (image.share, image.image)))
+    return tuple(sorted(dim, key=lambda image: (image.share, image.image)))
 
 
 def ways_of_reading(images: Mapping[Path, Examined]) -> tuple[tuple[str, int], ...]:
     """(way, number of images), as `Report.read_as`."""
     ways = (_WINDOW.sub("window", _FRAME.sub("", image.read_as)) for image in images.values() if image.read_as)
     return tuple(Counter(ways).most_common())
-
-
-def check_records(raws: list[Any], root: Path, file: SubsetFile, problems: list[Problem]) -> list[Use]:
-    """The image uses of the records whose JSON and path are right; what is wrong with others is added to `problems`."""
-    uses: list[Use] = []
-    seen: set[int] = set()
-    own = file.path.name
-    for place, raw in enumerate(raws):
-        name = record_name(raw, place)
-        try:
-            check_id(raw, seen, file=own, place=place)
-            record = None
-            if file.detection:
-                check_keys(raw, DETECTION_KEYS, own, name)
-            else:
-                record = parse_choice(raw, file=own, place=place, subset=file.number, split=file.split)
-            path = image_path(root, raw["image"], file=own, record=name)
-            group = split_group(raw["data-no"], raw["image"], raw.get("group", ""))
-            boxes = raw if file.detection else None
-            uses.append(Use(own, name, file.number, file.split, path, record, boxes, group))
-        except ReleaseError as error:
-            problems.append(_problem(error))
-    return uses
 
 
 def print_report(report: Report, *, limit: int = 20) -> None:
@@ -344,97 +297,63 @@ def dim_warning(number: int, least: Dim) -> str:
     )
 
 
-def _known_subsets(root: Path, problems: list[Problem]) -> dict[str, tuple[str, ...]]:
-    """(modality, area, task) of each subset of Med-MAT's table and of the manifest."""
-    try:
-        manifest = read_manifest(root)
-    except ReleaseError as error:
-        problems.append(_problem(error))
-        manifest = {}
-    return subset_table() | {name: tuple(entry[key] for key in ELEMENTS) for name, entry in manifest.items()}
-
-
 def _problem(error: ReleaseError) -> Problem:
     return Problem(error.file, error.record, error.kind, error.reason)
 
 
-def _notices(
-    root: Path,
-    files: Sequence[SubsetFile],
-    named: Mapping[str, tuple[str, ...]],
-    uses: Sequence[Use],
-    images: Mapping[Path, Examined],
-) -> tuple[Notice, ...]:
-    """named: (modality, area, task) by subset."""
-    misses = [near for near in near_misses(root, files) if not near.is_wanted]
-    notices = [Notice(ascii(near.name)[1:-1], "file_name", 1, 1, near.reason) for near in misses]
-    notices += names_alike({file.number: named[file.number] for file in files if file.number in named})
-    contents: dict[str, Content] = {}
-    for use in uses:
-        content = contents.setdefault(use.file, Content(use.file, use.subset, use.split))
-        content.groups.append(use.group)
-        if use.question:
-            content.records.append(use.question)
-        if use.boxes:
-            content.boxes.append((use.boxes, images[use.path].size))
-    return (*notices, *notices_of(list(contents.values())))
-
-
-def _image_problems(uses: list[Use], images: dict[Path, Examined]) -> list[Problem]:
-    found = []
-    for use in uses:
-        image = images[use.path]
+def _image_problems(entries: list[Entry], images: dict[Path, Examined]) -> list[Problem]:
+    problems = []
+    for entry in entries:
+        image, faults = images[entry.path], []
         if image.size is None:
-            found.append(Problem(use.file, use.record, "image", f"image {use.path.name!r}: {image.reason}"))
-        elif use.boxes is not None:
-            reasons = detection_problems(use.boxes, image.size)
-            found += [Problem(use.file, use.record, kind, reason) for kind, reason in reasons]
-    return found
+            faults = [("image", f"image {entry.path.name!r}: {image.reason}")]
+        elif entry.file.detection:
+            faults = detection_problems(entry.raw, image.size)
+        problems += [Problem(entry.file.path.name, entry.name, kind, reason) for kind, reason in faults]
+    return problems
 
 
-def _shared_between_splits(uses: list[Use], images: dict[Path, Examined]) -> list[Problem]:
+def _shared_between_splits(entries: list[Entry], images: dict[Path, Examined]) -> list[Problem]:
     """One problem per test record whose image a training record has, in any subset: its bytes, or its pixels."""
-    bytes_of: dict[str, Use] = {}
-    pixels_of: dict[str, Use] = {}
-    for use in uses:
-        if use.split == "train" and images[use.path].digest:
-            bytes_of.setdefault(images[use.path].digest, use)
-            if images[use.path].pixels:
-                pixels_of.setdefault(images[use.path].pixels, use)
-    found = []
-    for use in uses:
-        image, same = images[use.path], "image"
-        first = bytes_of.get(image.digest)
+    by_bytes: dict[str, Entry] = {}
+    by_pixels: dict[str, Entry] = {}
+    for entry in entries:
+        image = images[entry.path]
+        if entry.file.split == "train" and image.digest:
+            by_bytes.setdefault(image.digest, entry)
+            if image.pixels:
+                by_pixels.setdefault(image.pixels, entry)
+    problems = []
+    for entry in entries:
+        image, same = images[entry.path], "image"
+        first = by_bytes.get(image.digest)
         if first is None:
-            first, same = pixels_of.get(image.pixels), "picture, in another file,"
-        if use.split == "test" and first:
-            reason = f"the same {same} as in {first.file}, {first.record} ({first.path.name!r})"
-            found.append(Problem(use.file, use.record, "duplicate_across_splits", reason))
-    return found
+            first, same = by_pixels.get(image.pixels), "picture, in another file,"
+        if entry.file.split == "test" and first:
+            reason = f"the same {same} as in {first.file.path.name}, {first.name} ({first.path.name!r})"
+            problems.append(Problem(entry.file.path.name, entry.name, "duplicate_across_splits", reason))
+    return problems
 
 
-def near_across_splits(uses: Sequence[Use], images: Mapping[Path, Examined], bits: int = NEAR_BITS) -> tuple[Near, ...]:
-    """Every training record with a test record of nearly its image, of any subset, and not the same one; by `bits`.
+def near_across_splits(entries: Sequence[Entry], images: Mapping[Path, Examined]) -> tuple[Near, ...]:
+    """Every training record with a test record of nearly its image, of any subset, and not the same one; by distance.
 
-    Mirrored, turned and inverted images are found too (`hamming.FORMS`).
-
-    bits: how many of 256 bits of the perceptual hashes may differ.
+    Mirrored, turned and inverted images are found too (`duplicates.FORMS`).
     """
-    paths = {split: sorted({use.path for use in uses if use.split == split}) for split in SPLITS}
+    users: dict[Split, dict[Path, list[Entry]]] = {split: {} for split in SPLITS}
+    for entry in entries:
+        users[entry.file.split].setdefault(entry.path, []).append(entry)
+    paths = {split: sorted(users[split]) for split in SPLITS}
     (train_places, train), (test_places, test) = (
-        hash_rows(images[path].print for path in paths[split]) for split in SPLITS
+        hash_rows(images[path].hashes for path in paths[split]) for split in SPLITS
     )
-    users: dict[tuple[Split, Path], list[Use]] = {}
-    for use in uses:
-        users.setdefault((use.split, use.path), []).append(use)
-    found = []
-    for i, j, differing, form in zip(*(part.tolist() for part in near_pairs_between(train, test, bits)), strict=True):
+    pairs, columns = [], near_pairs_between(train, test, NEAR_BITS)
+    for i, j, bits, form in zip(*(column.tolist() for column in columns), strict=True):
         train_path, test_path = paths["train"][train_places[i]], paths["test"][test_places[j]]
         if images[train_path].pixels == images[test_path].pixels:
             continue
-        found += [
-            Near(own.file, own.record, own.path.name, other.file, other.record, other.path.name, differing, FORMS[form])
-            for own in users["train", train_path]
-            for other in users["test", test_path]
-        ]
-    return tuple(sorted(found, key=lambda pair: (pair.bits, pair.test_file, pair.test_record, pair.file, pair.record)))
+        for entry in users["train"][train_path]:
+            names = entry.file.path.name, entry.name, entry.path.name
+            for other in users["test"][test_path]:
+                pairs.append(Near(*names, other.file.path.name, other.name, other.path.name, bits, FORMS[form]))
+    return tuple(sorted(pairs, key=lambda pair: (pair.bits, pair.test_file, pair.test_record, pair.file, pair.record)))

@@ -1,14 +1,24 @@
 """One frame of a DICOM file as uint8 RGB, decoded by pydicom from a file that is not trusted.
 
+Compressed pixels are checked before a decoder sees them, since decoders allocate what a codestream declares, whatever
+the DICOM header says: whole fragments, and codestreams of the size declared. Lossless JPEG is decoded by GDCM in a
+process of its own (`decode_lossless`), for broken data can abort the process that they are decoded in.
+
 Only the tags that say how pixels are stored and shown are read, none that names a patient. pydicom's warnings, log
 lines and errors may quote values of a file, so none of them is passed on: what can be said is said in words of our own.
 Overlays, ICC profiles and the aspect ratio of pixels are left alone.
+
+Source of the codestreams' markers: ITU-T T.81, B.1.1.3 (JPEG), T.87, C.1.1 (JPEG-LS), T.800, A.5.1 (JPEG 2000).
 """
 
 from __future__ import annotations
 
 import io
+import json
 import logging
+import struct
+import subprocess
+import sys
 import threading
 import warnings
 import zlib
@@ -27,9 +37,7 @@ from pydicom.multival import MultiValue
 from pydicom.pixels import as_pixel_options, get_decoder
 from pydicom.tag import BaseTag
 
-from medcg_jax.data.dicom_frames import check_codestream, check_fragments
 from medcg_jax.data.dicom_levels import KEYWORDS, grey_levels, named, palette_levels, value_of
-from medcg_jax.data.dicom_lossless import decode_lossless
 from medcg_jax.data.reading import ImageError, Reading, by_rows, check_reading, check_size, frame_index
 
 # Transfer syntax -> pydicom's plugin, "" for plain pixels; named, so that nothing depends on what else is installed.
@@ -54,25 +62,30 @@ MAX_INFLATED_BYTES = 2**26
 # Of one element that is read; groups of 2,000 frames have some 1 MB, of which empty items are the slowest.
 MAX_VALUE_BYTES = 2**23
 _JPEG2000_COLORS = ("YBR_RCT", "YBR_ICT")
+# A file of nothing but empty fragments takes minutes to count.
+MAX_FRAGMENTS = 100_000
+MAX_FRAGMENT_BYTES = 2**28
 
-_TAGS = [
-    tag_for_keyword(keyword)
-    for keyword in (
-        "SamplesPerPixel",
-        "PhotometricInterpretation",
-        "PlanarConfiguration",
-        "NumberOfFrames",
-        "Rows",
-        "Columns",
-        "BitsAllocated",
-        "BitsStored",
-        "HighBit",
-        "PixelRepresentation",
-        "ExtendedOffsetTable",
-        "ExtendedOffsetTableLengths",
-        *KEYWORDS,
-    )
-]
+_ITEM = 0xFFFEE000
+_END = 0xFFFEE0DD
+# Frame markers that a file of each transfer syntax may have. Progressive JPEG (C2) is none of them.
+_FRAME_MARKERS: dict[str, tuple[int, ...]] = {
+    uid.JPEGBaseline8Bit: (0xC0,),
+    uid.JPEGExtended12Bit: (0xC0, 0xC1),
+    uid.JPEGLossless: (0xC3,),
+    uid.JPEGLosslessSV1: (0xC3,),
+    uid.JPEGLSLossless: (0xF7,),
+    uid.JPEGLSNearLossless: (0xF7,),
+}
+_WITHOUT_LENGTH = (0x01, *range(0xD0, 0xD9))
+# Of the process that decodes lossless JPEG.
+MAX_SECONDS = 60
+
+_LAYOUT = (
+    "SamplesPerPixel PhotometricInterpretation PlanarConfiguration NumberOfFrames Rows Columns BitsAllocated "
+    "BitsStored HighBit PixelRepresentation ExtendedOffsetTable ExtendedOffsetTableLengths".split()
+)
+_TAGS = [tag_for_keyword(keyword) for keyword in (*_LAYOUT, *KEYWORDS)]
 _TRANSFER_SYNTAX = tag_for_keyword("TransferSyntaxUID")
 _PIXEL_DATA = tag_for_keyword("PixelData")
 # Float Pixel Data, Double Float Pixel Data.
@@ -199,7 +212,7 @@ def _read_header(file: BinaryIO, max_pixels: int) -> _Header:
     if syntax not in PLUGINS:
         # A UID's name is DICOM's own only where DICOM has it; others may be anything.
         name = f"transfer syntax {syntax.name} is not read" if syntax.is_transfer_syntax else "no known transfer syntax"
-        raise ImageError(f"DICOM: {name}; {', '.join(uid.UID(own).name for own in PLUGINS)} are accepted")
+        raise ImageError(f"DICOM: {name}; {', '.join(uid.UID(syntax).name for syntax in PLUGINS)} are accepted")
     if syntax.is_deflated:
         file = _inflated(file)
     start = file.tell()
@@ -301,7 +314,7 @@ def _checked_length(header: _Header, size: int) -> _Header:
         if header.length != _UNDEFINED:
             raise ImageError("DICOM: compressed pixels that are not in fragments")
         header.file.seek(header.start)
-        check_fragments(header.file, header.syntax, header.num_frames)
+        _check_fragments(header.file, header.syntax, header.num_frames)
         return header
     whole = -(-header.num_frames * header.rows * header.columns * header.samples * header.bits_allocated // 8)
     declared = whole
@@ -332,19 +345,137 @@ def _decode(header: _Header, frame: int) -> np.ndarray:
     if header.syntax.is_encapsulated:
         offsets = options.pop("extended_offsets", None)
         content = get_frame(header.file, frame, number_of_frames=header.num_frames, extended_offsets=offsets)
-        bits = check_codestream(content, header.syntax, header.rows, header.columns, header.samples)
+        bits = _check_codestream(content, header.syntax, header.rows, header.columns, header.samples)
         if bits:
             # Its decoder gives words of the codestream's size, whatever the header's.
             options |= {"bits_allocated": bits, "bits_stored": min(header.bits_stored, bits)}
         source, frame, options["number_of_frames"] = encapsulate([content]), 0, 1
     if PLUGINS[header.syntax] == "gdcm":
-        found = decode_lossless(content, options | {"transfer_syntax": header.syntax})
+        pixels = decode_lossless(content, options | {"transfer_syntax": header.syntax})
     else:
         decoder = get_decoder(header.syntax)
-        found, _ = decoder.as_array(source, index=frame, decoding_plugin=PLUGINS[header.syntax], **options)
-    if found.shape[:2] != (header.rows, header.columns) or found.ndim != (2 if header.samples == 1 else 3):
+        pixels, _ = decoder.as_array(source, index=frame, decoding_plugin=PLUGINS[header.syntax], **options)
+    if pixels.shape[:2] != (header.rows, header.columns) or pixels.ndim != (2 if header.samples == 1 else 3):
         raise ImageError("DICOM: decodes to another shape than its header declares")
-    return found
+    return pixels
+
+
+def _check_fragments(file: BinaryIO, syntax: str, num_frames: int) -> None:
+    """Raises ImageError unless whole fragments, of no more frames than declared, and the mark of their end follow."""
+    started = 0
+    for number in range(MAX_FRAGMENTS):
+        head = file.read(8)
+        if len(head) < 8:
+            raise ImageError("DICOM: cut short within the pixel data")
+        group, element, length = struct.unpack("<HHL", head)
+        tag = group << 16 | element
+        if tag == _END:
+            if started > num_frames:
+                said = f"NumberOfFrames (0028,0008) declares {num_frames}"
+                raise ImageError(f"DICOM: pixel data are longer than the header declares: {started} frames; {said}")
+            return
+        if tag != _ITEM:
+            raise ImageError("DICOM: compressed pixels that are not in fragments")
+        if length > MAX_FRAGMENT_BYTES:
+            raise ImageError(f"DICOM: a fragment of {length:,} bytes; at most {MAX_FRAGMENT_BYTES:,} are read")
+        start = file.tell()
+        if number:  # the first is the table of offsets
+            # Of RLE a fragment is a frame; other codestreams begin with their mark.
+            started += syntax == uid.RLELossless or file.read(4).startswith((b"\xff\xd8\xff", b"\xff\x4f\xff\x51"))
+        # Past the end of a file that is cut short nothing more is read.
+        file.seek(start + length)
+    raise ImageError(f"DICOM: more than {MAX_FRAGMENTS} fragments of pixel data")
+
+
+def _check_codestream(frame: bytes, syntax: str, rows: int, columns: int, samples: int) -> int:
+    """Bits of the words that a frame of JPEG or lossless JPEG decodes to; 0 of other codestreams, whose decoder says.
+
+    Args:
+      frame: one frame, its fragments joined.
+
+    Raises:
+      ImageError: the frame is no codestream of its transfer syntax, or declares another image than its file.
+    """
+    if syntax == uid.RLELossless:
+        return 0
+    if syntax in (uid.JPEG2000, uid.JPEG2000Lossless):
+        size, precision = _size_jpeg2000(frame)
+    else:
+        size, precision = _size_jpeg(frame, _FRAME_MARKERS[syntax])
+    if size != (rows, columns, samples):
+        raise ImageError("DICOM: the compressed image has another size or number of channels than the header declares")
+    # The decoder of lossless JPEG fills what is missing with grey.
+    lossless = syntax in (uid.JPEGLossless, uid.JPEGLosslessSV1)
+    if lossless and not frame.rstrip(b"\0").endswith(b"\xff\xd9"):
+        raise ImageError("DICOM: a JPEG without its end")
+    if lossless and not 2 <= precision <= 16:
+        raise ImageError(f"DICOM: lossless JPEG of {precision} bits; 2 to 16 are accepted")
+    if syntax in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit) and precision != 8:
+        raise ImageError(f"DICOM: JPEG of {precision} bits; 8 are accepted")
+    return (precision + 7) // 8 * 8 if lossless or syntax in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit) else 0
+
+
+def _size_jpeg(frame: bytes, accepted: tuple[int, ...]) -> tuple[tuple[int, int, int], int]:
+    """((rows, columns, channels), bits) of the first frame marker."""
+    offset = 2
+    while frame[:2] == b"\xff\xd8" and offset + 10 <= len(frame) and frame[offset] == 0xFF:
+        marker = frame[offset + 1]
+        if marker in accepted:
+            precision, rows, columns, channels = struct.unpack_from(">BHHB", frame, offset + 4)
+            return (rows, columns, channels), precision
+        if marker == 0xFF:
+            offset += 1
+        elif marker in _WITHOUT_LENGTH:
+            offset += 2
+        else:
+            offset += 2 + struct.unpack_from(">H", frame, offset + 2)[0]
+    raise ImageError("DICOM: pixel data are no JPEG of their transfer syntax")
+
+
+def _size_jpeg2000(frame: bytes) -> tuple[tuple[int, int, int], int]:
+    """The same of a JPEG 2000 codestream; one inside a JP2 file, which DICOM does not allow, is refused."""
+    if len(frame) < 43 or frame[:4] != b"\xff\x4f\xff\x51":
+        raise ImageError("DICOM: pixel data are no JPEG 2000 codestream")
+    right, bottom, left, top = struct.unpack_from(">4L", frame, 8)
+    channels, depth = struct.unpack_from(">HB", frame, 40)
+    return (bottom - top, right - left, channels), (depth & 0x7F) + 1
+
+
+def decode_lossless(frame: bytes, options: dict[str, Any]) -> np.ndarray:
+    """[h, w] stored values or [h, w, 3] RGB of one codestream; costs the start of a process, about half a second.
+
+    Args:
+      options: what pydicom's decoder takes, as JSON takes it, and `transfer_syntax`.
+
+    Raises:
+      ImageError: GDCM refuses the data, ends its process, or takes longer than `MAX_SECONDS`.
+    """
+    # What this process has on its path, the other one finds at the same places.
+    command = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _decode_stdin; _decode_stdin()"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", command, json.dumps(options)],
+            input=frame,
+            capture_output=True,
+            timeout=MAX_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        done = None
+    shape = (options["rows"], options["columns"], *([3] if options["samples_per_pixel"] == 3 else []))
+    kind = np.dtype(f"<{'i' if options['pixel_representation'] else 'u'}{options['bits_allocated'] // 8}")
+    if done is None or done.returncode or len(done.stdout) != np.prod(shape, dtype=np.int64) * kind.itemsize:
+        raise ImageError("DICOM: lossless JPEG data cannot be decoded")
+    return np.frombuffer(done.stdout, kind).reshape(shape)
+
+
+def _decode_stdin() -> None:
+    """Decodes the codestream on standard input by the options in the first argument; raw pixels on standard output."""
+    options = json.loads(sys.argv[1])
+    decoder = get_decoder(uid.UID(options.pop("transfer_syntax")))
+    source = encapsulate([sys.stdin.buffer.read()])
+    pixels, _ = decoder.as_array(source, index=0, decoding_plugin="gdcm", **options)
+    sys.stdout.buffer.write(pixels.astype(pixels.dtype.newbyteorder("<")).tobytes())
 
 
 def _to_rgb(pixels: np.ndarray, header: _Header, frame: int, reading: Reading) -> tuple[np.ndarray, str]:
@@ -361,11 +492,8 @@ def _to_rgb(pixels: np.ndarray, header: _Header, frame: int, reading: Reading) -
     if int(pixels.min()) < domain[0] or int(pixels.max()) > domain[-1]:
         raise ImageError("DICOM: pixels have values beyond BitsStored")
     if header.photometric == "PALETTE COLOR":
-        table, how = palette_levels(domain, header.dataset), "palette"
-        found = np.empty((*pixels.shape, 3), np.uint8)
-        for row, stored in zip(found, pixels, strict=True):
-            row[:] = table[stored.astype(np.int32) - low]
-        return found, how
+        table = palette_levels(domain, header.dataset)
+        return np.stack([table[row.astype(np.int32) - low] for row in pixels]), "palette"
     table, how = grey_levels(domain, pixels, header.dataset, frame, reading)
     if header.photometric == "MONOCHROME1":
         table, how = 255 - table, f"{how}, inverted"

@@ -1,8 +1,9 @@
 """From a DICOM file's stored values to 8 bits: modality LUT or rescale, VOI LUT or window, palettes.
 
 All is worked out for the table of all values that may be stored, never for the pixels. Look-up tables are read here and
-not by pydicom: of those that scanners write it takes a first value or a number of entries of the wrong sign as it
-stands, a range of bits that the entries do not have, and other bytes where they are big-endian.
+not by pydicom 3.0 (`pixels.processing`). Of tables that scanners write it takes a first value of the wrong sign as it
+stands and wraps the places of an 8-bit table with more than 256 entries, so that pixels come out wrong and nothing says
+so; modality LUTs of 12 bits, tables with one entry more than declared, and an empty first item are errors there.
 
 Source: DICOM PS3.3, C.7.6.3.1.5 (palette), C.7.6.16.2 (functional groups), C.11.1 (modality LUT), C.11.2 (VOI LUT).
 """
@@ -19,23 +20,13 @@ from pydicom.multival import MultiValue
 
 from medcg_jax.data.reading import PERCENTILES, PRESETS_HU, ImageError, Reading, apply_window, parse_window, stretch
 
-KEYWORDS = (
-    "Modality",
-    "PixelPaddingValue",
-    "PixelPaddingRangeLimit",
-    "ModalityLUTSequence",
-    "RescaleIntercept",
-    "RescaleSlope",
-    "RescaleType",
-    "VOILUTSequence",
-    "WindowCenter",
-    "WindowWidth",
-    "VOILUTFunction",
-    "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
-    *(f"{color}PaletteColorLookupTable{part}" for color in ("Red", "Green", "Blue") for part in ("Descriptor", "Data")),
-)
 COLORS = ("Red", "Green", "Blue")
+KEYWORDS = (
+    *"Modality PixelPaddingValue PixelPaddingRangeLimit ModalityLUTSequence RescaleIntercept RescaleSlope RescaleType "
+    "VOILUTSequence WindowCenter WindowWidth VOILUTFunction SharedFunctionalGroupsSequence "
+    "PerFrameFunctionalGroupsSequence".split(),
+    *(f"{color}PaletteColorLookupTable{part}" for color in COLORS for part in ("Descriptor", "Data")),
+)
 _TYPES = {"DS": "numbers (a decimal point is accepted, no comma)", "IS": "a whole number", "US": "a whole number"}
 FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 
@@ -60,7 +51,7 @@ def grey_levels(
     voi = _voi_lut(values, dataset)
     if voi:
         return voi[0], f"VOI LUT of the file{voi[1]}{why}"
-    window, unreadable = _own_window(dataset, frame)
+    window, unreadable = _file_window(dataset, frame)
     if window:
         center, width, function = window
         named = "" if function == "LINEAR" else f" {function}"
@@ -83,9 +74,9 @@ def palette_levels(domain: np.ndarray, dataset: Dataset) -> np.ndarray:
     if any(table is None for table in tables):
         # A few bytes of a segmented palette can expand to gigabytes.
         raise ImageError("DICOM: no palette of plain tables; segmented ones are not read")
-    found = np.stack(tables, axis=1)
+    palette = np.stack(tables, axis=1)
     # Entries of 8 bits are often kept in words of 16.
-    return (found if found.max() <= 255 else found >> 8).astype(np.uint8)
+    return (palette if palette.max() <= 255 else palette >> 8).astype(np.uint8)
 
 
 def value_of(dataset: Dataset, keyword: str) -> Any:
@@ -97,7 +88,7 @@ def value_of(dataset: Dataset, keyword: str) -> Any:
     try:
         value = dataset.get(keyword)
         # What cannot be read as a number is left as text.
-        as_text = any(own and isinstance(own, str) for own in _several(value))
+        as_text = any(item and isinstance(item, str) for item in _several(value))
         readable = dictionary_VR(keyword) not in _TYPES or not as_text
     except Exception:  # pydicom's message quotes the value, so that its error is not passed on
         readable = False
@@ -133,7 +124,7 @@ def _lookup(item: Dataset, values: np.ndarray, descriptor: str, data: str) -> np
     elif first < 0 and values.min() >= 0:
         first += 65536
     if isinstance(entries, bytes):
-        order = "<" if _is_little_endian(item) else ">"
+        order = ">" if item.original_encoding[1] is False else "<"
         wide = len(entries) >= 2 * number
         table = np.frombuffer(entries, f"{order}u2" if wide else np.uint8, len(entries) // 2 if wide else -1)
     else:
@@ -141,10 +132,6 @@ def _lookup(item: Dataset, values: np.ndarray, descriptor: str, data: str) -> np
     if not number <= len(table) <= number + 1:
         raise ImageError(f"DICOM: {named(data)} has {len(table)} entries; its descriptor says {number}")
     return table.astype(np.int64)[np.clip(np.rint(values).astype(np.int64) - first, 0, number - 1)]
-
-
-def _is_little_endian(item: Dataset) -> bool:
-    return item.original_encoding[1] is not False
 
 
 def _modality(domain: np.ndarray, dataset: Dataset, frame: int) -> tuple[np.ndarray, bool, bool]:
@@ -161,7 +148,7 @@ def _modality(domain: np.ndarray, dataset: Dataset, frame: int) -> tuple[np.ndar
     return domain * slope + intercept, True, str(dataset.get("Modality")).strip() == "CT" and kind == "HU"
 
 
-def _own_window(dataset: Dataset, frame: int) -> tuple[tuple[float, float, str] | None, str]:
+def _file_window(dataset: Dataset, frame: int) -> tuple[tuple[float, float, str] | None, str]:
     """(center, width, function) of the file's first window that can be used, or None; and why none can be read."""
     item = _item(dataset, frame, "FrameVOILUTSequence")
     try:
@@ -204,8 +191,8 @@ def _percentiles(domain: np.ndarray, pixels: np.ndarray, values: np.ndarray, dat
     shown = pixels
     if padding and isinstance(dataset.get("PixelPaddingValue"), int):
         shown = pixels[(pixels < min(padding)) | (pixels > max(padding))]
-    found = np.percentile(shown if shown.size else pixels, PERCENTILES)
-    low, high = sorted(float(value) for value in values[np.rint(found).astype(np.int64) - domain[0]])
+    stored = np.percentile(shown if shown.size else pixels, PERCENTILES)
+    low, high = sorted(float(value) for value in values[np.rint(stored).astype(np.int64) - domain[0]])
     return low, high
 
 

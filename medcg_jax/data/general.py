@@ -6,6 +6,7 @@ They are not in the release, so a file of them is the user's.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -14,8 +15,9 @@ import numpy as np
 
 from medcg_jax.config import DataConfig
 from medcg_jax.data.records import DataError, Record, RecordSet
-from medcg_jax.data.release import TreeImages
-from medcg_jax.data.schema import ReleaseError, check_id, image_path, parse_choice, read_list, record_name
+from medcg_jax.data.release import TreeImage
+from medcg_jax.data.schema import ReleaseError, image_path
+from medcg_jax.data.tree import Contents, SubsetFile
 
 SUBSET = "general"
 NUM_OPTIONS = 4
@@ -32,6 +34,9 @@ class GeneralRecords:
     The file is a JSON list with the release's eight keys; `image` is relative to the file's folder, or "" where a
     question has none. Images are decoded when asked for.
 
+    Attributes:
+      records: all of them, in the file's order.
+
     Raises:
       DataError: the file cannot be read, or a record has not four options, or is broken.
     """
@@ -39,30 +44,14 @@ class GeneralRecords:
     def __init__(self, config: DataConfig):
         self._config, self._path = config, Path(config.general_records)
         root = Path(os.path.realpath(self._path.parent))
-        records: list[Record] = []
-        seen: set[int] = set()
         try:
-            for place, raw in enumerate(read_list(self._path)):
-                check_id(raw, seen, file=self._path.name, place=place)
-                record = parse_choice(raw, file=self._path.name, place=place, subset=SUBSET, split="train")
-                name = record_name(raw, place)
-                if len(record.options) != NUM_OPTIONS:
-                    reason = f"{len(record.options)} options; {NUM_OPTIONS} are accepted of a general record"
-                    raise ReleaseError(self._path.name, name, "options", reason)
-                if record.image:
-                    image_path(root, record.image, file=self._path.name, record=name)
-                records.append(record)
+            records = _checked(Contents(SubsetFile(self._path, SUBSET, "train"), functools.partial(image_path, root)))
         except ReleaseError as error:
             raise DataError(f"data.general_records: {error}") from error
-        self._records = RecordSet(records, TreeImages(root, [record.image for record in records], config))
-
-    @property
-    def records(self) -> RecordSet:
-        """All of them, in the file's order."""
-        return self._records
+        self.records = RecordSet(records, [TreeImage(root, record.image, config) for record in records])
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.records)
 
     def require(self, num_records: int) -> None:
         """Raises DataError where there are fewer than a training of so many records wants; none is taken twice."""
@@ -86,15 +75,28 @@ class GeneralRecords:
         self.require(num_records)
         key = hashlib.sha256(repr((self._config.seed, training)).encode()).digest()
         order = np.random.default_rng(int.from_bytes(key[:16], "big")).permutation(len(self))
-        return self._records.select(sorted(order[: num_general(num_records, self._config.imagewikiqa_share)]))
+        return self.records.select(sorted(order[: num_general(num_records, self._config.imagewikiqa_share)]))
 
     def fingerprint(self) -> str:
         """A digest of the file, and of its images' bytes."""
         digest = hashlib.sha256(self._path.read_bytes())
-        for place, record in enumerate(self._records.records):
+        for place, record in enumerate(self.records.records):
             if record.image:
-                digest.update(self._records.image_digest(place))
+                digest.update(self.records.image_digest(place))
         return digest.hexdigest()[:16]
+
+
+def _checked(contents: Contents) -> list[Record]:
+    records = []
+    for entry in contents.entries:
+        number = len(entry.record.options) if entry.record else NUM_OPTIONS
+        if number != NUM_OPTIONS:
+            reason = f"{number} options; {NUM_OPTIONS} are accepted of a general record"
+            raise ReleaseError(contents.file.path.name, entry.name, "options", reason)
+        if entry.error and (entry.record is None or entry.record.image):
+            raise entry.error
+        records.append(entry.record)
+    return records
 
 
 def open_general(config: DataConfig) -> GeneralRecords | None:

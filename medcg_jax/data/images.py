@@ -1,6 +1,7 @@
 """Images as uint8 RGB: decoded from files that are not trusted, padded to a square and resized as LLaVA-1.5 does.
 
-DICOM files are read by `dicom`; greys of more than 8 bits become 8 bits as a run's `Reading` says.
+Files are regular ones of a bounded size, read in a bounded number of steps. DICOM files are read by `dicom`; greys of
+more than 8 bits become 8 bits as a run's `Reading` says.
 
 Source of the square and the resize: haotian-liu/LLaVA (c121f04) llava/mm_utils.py:expand2square and CLIP's image
 processor (bicubic, by PIL on uint8); equal bit for bit to transformers' `LlavaImageProcessorPil(do_pad=True)`.
@@ -10,13 +11,14 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from medcg_jax.data.bounded import MAX_BYTES_PER_PIXEL, MAX_DICOM_READS, MAX_IMAGE_BYTES, BoundedFile, opened
 from medcg_jax.data.dicom import dicom_size, is_dicom, read_dicom
 from medcg_jax.data.reading import (
     PERCENTILES,
@@ -30,6 +32,7 @@ from medcg_jax.data.reading import (
     stretch,
 )
 from medcg_jax.data.records import DataError
+from medcg_jax.untrusted import FileError, open_regular
 
 # int(mean * 255) of CLIP's channel means.
 FILL = (122, 116, 104)
@@ -37,7 +40,18 @@ FILL = (122, 116, 104)
 BACKGROUND = (0, 0, 0)
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 _UNKNOWN = f"not an image of a known format (DICOM, {', '.join(FORMATS)})"
-# Encoders write about ten; each further one costs a pass over all pixels, and may be a few bytes long.
+# Of JPEG, PNG and the like the whole file is read. At least the first are, and more where more pixels are accepted.
+MAX_IMAGE_BYTES = 2**27
+MAX_BYTES_PER_PIXEL = 8
+# A file of DICOM may hold hundreds of frames, of which one is read.
+MAX_DICOM_BYTES = 2**31
+# Parsers of headers read a few bytes at a time: a chunk of a PNG in four reads, a marker of a JPEG in three, a tag of a
+# TIFF in two, a block of a GIF in two, a header of a PPM byte by byte, an element of DICOM in two. Pixels come in
+# blocks: a PNG of 2**24 pixels of 16 bits in chunks of 8 KiB takes 50,000 reads.
+MAX_READS = 300_000
+# Groups of 2,000 frames have some 100,000 elements.
+MAX_DICOM_READS = 300_000
+# Of JPEG. Encoders write about ten; each further one costs a pass over all pixels, and may be a few bytes long.
 MAX_SCANS = 50
 # Of a JPEG from its first scan on; restarts, of which there may be one a block, are not counted.
 MAX_MARKERS = 10_000
@@ -176,8 +190,8 @@ def is_grey(image: np.ndarray) -> bool:
     """Whether the three channels of uint8[h, w, 3] are equal."""
     if image.strides[2] == 0:
         return True
-    for part in (image[::16, ::16], image):  # few pixels tell nearly every colour image
-        if not all(np.array_equal(part[..., 0], part[..., channel]) for channel in (1, 2)):
+    for sample in (image[::16, ::16], image):  # few pixels tell nearly every colour image
+        if not all(np.array_equal(sample[..., 0], sample[..., channel]) for channel in (1, 2)):
             return False
     return True
 
@@ -204,6 +218,48 @@ def copy_into(to: np.ndarray, array: np.ndarray) -> None:
             to[..., channel] = array[..., 0]
     else:
         to[...] = array
+
+
+class BoundedFile:
+    """A binary file of which a parser may read so many times; more is refused.
+
+    Args:
+      reads: how many reads it may take. what: what takes so many, for the message.
+    """
+
+    def __init__(self, file: BinaryIO, reads: int = MAX_READS, what: str = ""):
+        self._file, self._left, self._reads = file, reads, reads
+        self._what = what or "chunks, markers, tags, strips, blocks or bytes of a header"
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        """As a file's. Raises ImageError beyond the bound."""
+        self._left -= 1
+        if self._left < 0:
+            raise ImageError(f"in more than {self._reads:,} pieces ({self._what}); at most so many are read")
+        return self._file.read(size)
+
+
+@contextmanager
+def opened(source: str | Path | bytes | BinaryIO) -> Iterator[BinaryIO]:
+    """The bytes of an image, from their start; a file that is handed in stays open.
+
+    Raises:
+      ImageError: no regular file, missing, or of more than `MAX_DICOM_BYTES`.
+    """
+    if isinstance(source, bytes):
+        yield io.BytesIO(source)
+        return
+    if not isinstance(source, str | Path):
+        source.seek(0)
+        yield source
+        return
+    try:
+        file = open_regular(source, MAX_DICOM_BYTES)
+    except FileError as error:
+        raise ImageError(str(error).removeprefix(f"{source}: ")) from error
+    with file:
+        yield file
 
 
 def _bound_pillow() -> None:
@@ -242,9 +298,9 @@ def _check_tags(content: bytes) -> None:
         return
     start = int.from_bytes(content[wide : 2 * wide], order)
     tags = min(int.from_bytes(content[start : start + narrow], order), 2**16)
-    for place in range(start + narrow, min(len(content), start + narrow + tags * (4 + 2 * wide)), 4 + 2 * wide):
+    for offset in range(start + narrow, min(len(content), start + narrow + tags * (4 + 2 * wide)), 4 + 2 * wide):
         number, kind, values = (
-            int.from_bytes(content[place + a : place + b], order) for a, b in ((0, 2), (2, 4), (4, 4 + wide))
+            int.from_bytes(content[offset + a : offset + b], order) for a, b in ((0, 2), (2, 4), (4, 4 + wide))
         )
         # Of bytes, text and what has no type of numbers Python keeps the bytes.
         if number in _STRIPS and kind not in (1, 2, 6, 7) and values > MAX_STRIPS:
@@ -261,14 +317,14 @@ def _check_plain(content: bytes) -> None:
 
 def _check_scans(content: bytes) -> None:
     """Raises ImageError for a JPEG with so many scans, or markers, that decoding it would take minutes."""
-    scans, place = 0, 2
+    scans, offset = 0, 2
     for _ in range(MAX_MARKERS):
-        marker = _MARKER.search(content, place)
+        marker = _MARKER.search(content, offset)
         if marker is None or marker[0] == b"\xff\xd9":
             return
-        place = marker.end()
+        offset = marker.end()
         if marker[0] not in (b"\xff\x01", b"\xff\xd8"):
-            place += max(2, int.from_bytes(content[place : place + 2], "big"))
+            offset += max(2, int.from_bytes(content[offset : offset + 2], "big"))
         scans += marker[0] == b"\xff\xda"
         if scans > MAX_SCANS:
             raise ImageError(f"a JPEG of more than {MAX_SCANS} scans; at most {MAX_SCANS} are accepted")
@@ -318,19 +374,19 @@ def _deep_grey(grey: np.ndarray, image: Image.Image, reading: Reading) -> tuple[
             accepted = "data.deep_grey=percentile or window takes them"
             raise ImageError(f"pixels are floating-point numbers, whose range is not known; {accepted}")
         full = 4095 if bits == 12 else 65535
-        found, how = _whole_range(grey, full), f"range 0 to {full}"
+        levels, how = _whole_range(grey, full), f"range 0 to {full}"
     elif not np.isfinite(grey).all():
         raise ImageError("pixels are not all finite numbers")
     elif reading.deep_grey == "percentile":
         low, high = np.percentile(grey, PERCENTILES)
-        found = by_rows(grey, lambda rows: stretch(rows, low, high))
+        levels = by_rows(grey, lambda rows: stretch(rows, low, high))
         how = f"percentiles {PERCENTILES[0]} to {PERCENTILES[1]}"
     else:
         center, width = parse_window(reading.window)
-        found, how = by_rows(grey, lambda rows: apply_window(rows, center, width)), f"window {center:g}/{width:g}"
+        levels, how = by_rows(grey, lambda rows: apply_window(rows, center, width)), f"window {center:g}/{width:g}"
     if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO:
-        found, how = 255 - found, f"{how}, inverted"
-    return found, f"{bits}-bit {'floating-point ' if image.mode == 'F' else ''}greys, {how}"
+        levels, how = 255 - levels, f"{how}, inverted"
+    return levels, f"{bits}-bit {'floating-point ' if image.mode == 'F' else ''}greys, {how}"
 
 
 def _whole_range(grey: np.ndarray, full: int) -> np.ndarray:

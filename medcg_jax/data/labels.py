@@ -20,11 +20,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from medcg_jax.data import boxes, spelling
+from medcg_jax.data import boxes
 from medcg_jax.data.images import ImageError, image_size
 from medcg_jax.data.records import SPLITS, Box
-from medcg_jax.data.schema import MAX_NAME_CHARS, ReleaseError, image_path, read_text
-from medcg_jax.data.schema_detection import shares_of_image
+from medcg_jax.data.schema import (
+    MAX_NAME_CHARS,
+    ReleaseError,
+    appearance,
+    image_path,
+    named,
+    quoted,
+    shares_of_image,
+    text_fault,
+    told_apart,
+)
+from medcg_jax.data.tree import read_text
 
 CORNERS = ("x1", "y1", "x2", "y2")
 OPTIONAL = ("split", "group", "data-no")
@@ -72,7 +82,7 @@ class _Line:
     cells: dict[str, str]
 
     def error(self, file: str, column: str, reason: str) -> ReleaseError:
-        value = f" {spelling.quoted(self.cells[column])}" if column in self.cells else ""
+        value = f" {quoted(self.cells[column])}" if column in self.cells else ""
         return ReleaseError(file, f"line {self.number}", "label", f"{column}{value} {reason}")
 
 
@@ -87,26 +97,26 @@ def read_labels(path: Path, root: Path, max_pixels: int) -> LabelTable:
     """
     root = Path(os.path.realpath(root))
     columns, lines = _read_csv(path)
-    found: dict[str, list[_Line]] = {}
+    by_image: dict[str, list[_Line]] = {}
     spelled: dict[str, tuple[str, int]] = {}
     for line in lines:
         _check_line(path.name, line, columns, spelled)
-        found.setdefault(line.cells["image"], []).append(line)
-    if not found:
+        by_image.setdefault(line.cells["image"], []).append(line)
+    if not by_image:
         raise ReleaseError(path.name, "", "label", "no line below the header; one or more are accepted")
     files: dict[Path, _Line] = {}
-    for image, (first, *_) in sorted(found.items()):
-        file = image_path(root, image, file=path.name, record=f"line {first.number}")
+    for image, (first, *_) in sorted(by_image.items()):
+        with named(path.name, f"line {first.number}"):
+            file = image_path(root, image)
         if other := files.get(file):
             reason = f"is the file that line {other.number} calls {other.cells['image']!r}; one name is accepted"
             raise first.error(path.name, "image", reason)
         files[file] = first
     images = tuple(
-        _image(path.name, file, found[first.cells["image"]], root, max_pixels) for file, first in files.items()
+        _image(path.name, file, by_image[first.cells["image"]], root, max_pixels) for file, first in files.items()
     )
-    _check_groups(path.name, images, found)
-    boxes_given = [{"boxes": [{"bbox": list(box.corners)} for box in own.boxes]} for own in images]
-    if "x1" in columns and (reason := shares_of_image(boxes_given)):
+    _check_groups(path.name, images, by_image)
+    if "x1" in columns and (reason := shares_of_image(box.corners for image in images for box in image.boxes)):
         raise ReleaseError(path.name, "", "label", reason)
     return LabelTable(images, has_boxes="x1" in columns or "mask" in columns, in_numbers="x1" in columns)
 
@@ -158,7 +168,7 @@ def _check_columns(file: str, columns: tuple[str, ...]) -> None:
     wrong = [name for name in columns if name not in ("image", "label", "mask", *CORNERS, *OPTIONAL)]
     # A column that is passed over, such as a misspelt `group`, would silently change the split.
     if wrong:
-        reason = f"column {spelling.quoted(wrong[0])} is not known; {accepted} are accepted, with commas between them"
+        reason = f"column {quoted(wrong[0])} is not known; {accepted} are accepted, with commas between them"
     elif len(set(columns)) < len(columns):
         reason = f"a column occurs twice in {', '.join(columns[:20])}"
     elif missing := [name for name in ("image", "label") if name not in columns]:
@@ -184,11 +194,11 @@ def _check_line(file: str, line: _Line, columns: tuple[str, ...], spelled: dict[
         raise line.error(file, "label", "has signs that cannot be printed; one line of text is accepted")
     if len(label) > MAX_LABEL_CHARS:
         raise line.error(file, "label", f"has {len(label):,} signs; at most {MAX_LABEL_CHARS} are accepted")
-    if reason := spelling.fault(label):
+    if reason := text_fault(label):
         raise line.error(file, "label", reason)
-    other, number = spelled.setdefault(spelling.look(label), (label, line.number))
+    other, number = spelled.setdefault(appearance(label), (label, line.number))
     if other != label:
-        here, there = spelling.told_apart(label, other)
+        here, there = told_apart(label, other)
         reason = f"label {here} is spelled {there} in line {number}; one spelling is accepted"
         raise ReleaseError(file, f"line {line.number}", "label", reason)
     if line.cells.get("split", "train") not in SPLITS:
@@ -216,16 +226,16 @@ def _image(file: str, path: Path, lines: list[_Line], root: Path, max_pixels: in
             reason = f"is empty where image {image!r} has other lines; such a line alone is accepted"
             raise line.error(file, "label", reason)
     seen: dict[tuple | Box, int] = {}
-    found: list[Box] = []
+    boxes_here: list[Box] = []
     labels: set[str] = set()
     for line in lines:
         label = line.cells["label"]
         content: tuple | Box = (label, line.cells.get("mask"))
         if label and "x1" in line.cells:
             content = _box(file, line, size)
-            found.append(content)
+            boxes_here.append(content)
         elif label and "mask" in line.cells:
-            found += _boxes_of_mask(file, line, root, size, max_pixels)
+            boxes_here += _boxes_of_mask(file, line, root, size, max_pixels)
         else:
             labels |= {label} - {""}
         if content in seen:
@@ -233,8 +243,8 @@ def _image(file: str, path: Path, lines: list[_Line], root: Path, max_pixels: in
         seen[content] = line.number
     cells = {name: first.cells.get(name, "") for name in OPTIONAL}
     return LabelledImage(
-        image, tuple(sorted(labels | {box.label for box in found})), size, cells["split"], cells["group"],
-        cells["data-no"], tuple(sorted(found, key=lambda box: (box.y1, box.x1, box.y2, box.x2, box.label))),
+        image, tuple(sorted(labels | {box.label for box in boxes_here})), size, cells["split"], cells["group"],
+        cells["data-no"], tuple(sorted(boxes_here, key=lambda box: (box.y1, box.x1, box.y2, box.x2, box.label))),
     )  # fmt: skip
 
 
@@ -258,7 +268,8 @@ def _box(file: str, line: _Line, size: tuple[int, int]) -> Box:
 
 def _boxes_of_mask(file: str, line: _Line, root: Path, size: tuple[int, int], max_pixels: int) -> list[Box]:
     """The tight box of each connected part; none of a mask that is black."""
-    path = image_path(root, line.cells["mask"], file=file, record=f"line {line.number}, mask")
+    with named(file, f"line {line.number}, mask"):
+        path = image_path(root, line.cells["mask"])
     try:
         mask = lesion_mask(path, max_pixels)
     except ImageError as error:
@@ -269,13 +280,13 @@ def _boxes_of_mask(file: str, line: _Line, root: Path, size: tuple[int, int], ma
     return [Box(line.cells["label"], *corners) for corners in boxes.of_mask(mask).tolist()]
 
 
-def _check_groups(file: str, images: tuple[LabelledImage, ...], found: dict[str, list[_Line]]) -> None:
+def _check_groups(file: str, images: tuple[LabelledImage, ...], by_image: dict[str, list[_Line]]) -> None:
     """Raises ReleaseError where the table's own split has one group, of one dataset, on both sides."""
     sides: dict[tuple[str, str], LabelledImage] = {}
-    for own in images:
-        if not own.split or not own.group:
+    for image in images:
+        if not image.split or not image.group:
             continue
-        other = sides.setdefault((own.data_no, own.group), own)
-        if other.split != own.split:
-            line, there = found[own.image][0], found[other.image][0]
-            raise line.error(file, "group", f"is in {own.split} here and in {other.split} in line {there.number}")
+        other = sides.setdefault((image.data_no, image.group), image)
+        if other.split != image.split:
+            line, there = by_image[image.image][0], by_image[other.image][0]
+            raise line.error(file, "group", f"is in {image.split} here and in {other.split} in line {there.number}")

@@ -54,13 +54,8 @@ class Layout:
         if record.size_px == (0, 0):
             return record
         after = self.size_after(record.size_px)
-        if self.kind == "square":
-            padded = boxes.pad_to_square(record.size_px)
-            change = padded.then(boxes.squash(padded.after, after))
-        else:
-            change = boxes.squash(record.size_px, after)
-        moved = boxes.clip(change.apply(boxes.corners(record.boxes)), after)[0].tolist()
-        placed = tuple(Box(box.label, *own) for box, own in zip(record.boxes, moved, strict=True))
+        moved = boxes.resized(boxes.corners(record.boxes), record.size_px, after, squared=self.kind == "square")
+        placed = tuple(Box(box.label, *corners) for box, corners in zip(record.boxes, moved.tolist(), strict=True))
         return dataclasses.replace(record, boxes=placed, size_px=after)
 
 
@@ -84,10 +79,10 @@ def check_layout(layout: Layout, family: str, model) -> None:
     Raises:
       DataError: the images were changed in a way that the model does not change them.
     """
-    own = f"square:{model.image_size_px}" if family == "llava" else ""
-    if layout.kind == "square" and str(layout) != own:
-        wanted = f"{own}, " if own else ""
+    square = f"square:{model.image_size_px}" if family == "llava" else ""
+    if layout.kind == "square" and str(layout) != square:
+        accepted = f"{square}, " if square else ""
         raise DataError(
             f"the prepared images lie as {layout}, which is not what this model makes of images; prepare them with "
-            f"--image={wanted}fit:SIZE or keep"
+            f"--image={accepted}fit:SIZE or keep"
         )

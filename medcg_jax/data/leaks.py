@@ -1,7 +1,7 @@
 """Leaks: training records that give a test record away, by id, image, question, or the patient that both show.
 
 Each is told from the records and their images alone. A grid looks for them in its cells (`study.leaks`), `medcg train`
-in what it is trained on (`train.held_out`); what is done about them is `study.leaks`' and `study.near_duplicates`'.
+in what it is trained on (`train.run.left_out`); what is done about them is `study.leaks`' and `study.near_duplicates`'.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from medcg_jax.config import StudyConfig
-from medcg_jax.data.duplicates import Print, hash_rows, print_of
+from medcg_jax.data.duplicates import FORMS, ImageHashes, hash_rows, image_hashes, near_pairs_between
 from medcg_jax.data.general import SUBSET
-from medcg_jax.data.hamming import FORMS, near_pairs_between
 from medcg_jax.data.records import Record, RecordSet
 from medcg_jax.data.splits import shared_groups
 
@@ -43,7 +42,7 @@ class Leak:
 
     Attributes:
       kind: of `KINDS`. distance_bits: of the images' hashes, where near.
-      form: of `hamming.FORMS`: what of the test's image a near one is, such as "mirrored"; "": as it is.
+      form: of `duplicates.FORMS`: what of the test's image a near one is, such as "mirrored"; "": as it is.
     """
 
     training: str
@@ -89,11 +88,11 @@ def actions_of_general(study: StudyConfig) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Prints:
-    """What the records of a set are recognised by, in its order. images: None for a record without an image."""
+class Hashed:
+    """Records and what their images are recognised by, in one order. images: None for a record without an image."""
 
     records: tuple[Record, ...]
-    images: tuple[Print | None, ...]
+    images: tuple[ImageHashes | None, ...]
 
     @property
     def data_numbers(self) -> frozenset[str]:
@@ -108,45 +107,41 @@ class NearImage(NamedTuple):
     place: int
 
 
-def prints(records: RecordSet, decoded: dict[bytes, Print] | None = None) -> Prints:
-    """The prints of a set, every image read once.
+def hashed(records: RecordSet, decoded: dict[bytes, ImageHashes] | None = None) -> Hashed:
+    """A set with the hashes of its images: those that `medcg data prepare` kept, else of the files, each read once.
 
-    decoded: prints of images by their digest, which is added to; images that are not in it are decoded and hashed.
-    None: no image that lies in a file is decoded, and each is recognised by its bytes, and by its pixels where their
-    digest was kept (`RecordSet.pixel_digest`).
+    decoded: hashes of images by their digest, which is added to; images without kept hashes that are not in it are
+    decoded. None: no image is decoded for it, and those without kept hashes are recognised by their bytes alone.
 
     Raises:
       DataError: an image cannot be read or decoded.
     """
+
     places = [place for place, record in enumerate(records.records) if record.image]
-
-    def decode(place: int) -> Print:
-        print_ = print_of(records.image(place), digests[place])
-        # Prepared images may be smaller than their files' own, whose pixels are compared.
-        return print_._replace(pixels=records.pixel_digest(place) or print_.pixels)
-
+    kept = {place: records.kept_hashes(place) for place in places}
     with ThreadPoolExecutor() as pool:
         digests = dict(zip(places, pool.map(records.image_digest, places), strict=True))
-        if decoded is None:
-            known = {digest: Print(digest, records.pixel_digest(place)) for place, digest in digests.items()}
-        else:
-            known = decoded
-            new = {digest: place for place, digest in digests.items() if digest not in known}
-            known |= dict(zip(new, pool.map(decode, new.values()), strict=True))
-    images = tuple(known[digests[place]] if place in digests else None for place in range(len(records)))
-    return Prints(records.records, images)
+        known = {} if decoded is None else decoded
+        if decoded is not None:
+            new = {digests[p]: p for p in places if kept[p] is None and digests[p] not in decoded}
+            hashes = pool.map(lambda place: image_hashes(records.image(place), digests[place]), new.values())
+            decoded |= dict(zip(new, hashes, strict=True))
+    images: list[ImageHashes | None] = [None] * len(records)
+    for place, digest in digests.items():
+        images[place] = ImageHashes(digest, *kept[place]) if kept[place] else known.get(digest, ImageHashes(digest))
+    return Hashed(records.records, tuple(images))
 
 
-def joined(parts: Iterable[Prints]) -> Prints:
-    """The prints of several sets as those of one."""
+def joined(parts: Iterable[Hashed]) -> Hashed:
+    """Several sets as one."""
     parts = list(parts)
-    return Prints(
+    return Hashed(
         tuple(record for part in parts for record in part.records),
         tuple(image for part in parts for image in part.images),
     )
 
 
-def find_leaks(training: Prints, test: Prints, near_bits: int | None = None, *, questions: bool = False) -> list[Leak]:
+def find_leaks(training: Hashed, test: Hashed, near_bits: int | None = None, *, questions: bool = False) -> list[Leak]:
     """What the training records give away of the test records: each by its image, its question and its group at most
     once, by what is surest, and by its nearest test image; and once alone where it has the very image.
 
@@ -154,45 +149,47 @@ def find_leaks(training: Prints, test: Prints, near_bits: int | None = None, *, 
     questions: whether questions are compared. Those of one medical subset differ by their images alone, so this is for
       records that are not of the study's subsets.
     """
-    found = _same_images(training, test)
-    exact = {leak.training for leak in found}
+    leaks = _same_images(training, test)
+    exact = {leak.training for leak in leaks}
     if questions:
-        found += [leak for leak in _same_questions(training, test) if leak.training not in exact]
-    found += [leak for leak in _same_groups(training, test) if leak.training not in exact]
+        leaks += [leak for leak in _same_questions(training, test) if leak.training not in exact]
+    leaks += [leak for leak in _same_groups(training, test) if leak.training not in exact]
     if near_bits is not None:
         for place, near in nearest_images(training, test, near_bits).items():
             name = training.records[place].id
             if name not in exact:
-                found.append(Leak(name, test.records[near.place].id, "near", near.distance_bits, near.form))
-    return found
+                leaks.append(Leak(name, test.records[near.place].id, "near", near.distance_bits, near.form))
+    return leaks
 
 
-def _same_images(training: Prints, test: Prints) -> list[Leak]:
+def _same_images(training: Hashed, test: Hashed) -> list[Leak]:
     known = {record.id for record in test.records}
     files, pixels = _first(test, "file"), _first(test, "pixels")
-    found = []
+    leaks = []
     for record, image in zip(training.records, training.images, strict=True):
         if record.id in known:
-            found.append(Leak(record.id, record.id, "same id"))
+            leaks.append(Leak(record.id, record.id, "same id"))
         elif image and image.file in files:
-            found.append(Leak(record.id, files[image.file], "same bytes"))
+            leaks.append(Leak(record.id, files[image.file], "same bytes"))
         elif image and image.pixels in pixels:
-            found.append(Leak(record.id, pixels[image.pixels], "same pixels"))
-    return found
+            leaks.append(Leak(record.id, pixels[image.pixels], "same pixels"))
+    return leaks
 
 
-def _first(prints_: Prints, field: str) -> dict[bytes, str]:
+def _first(side: Hashed, field: str) -> dict[bytes, str]:
     """Digest -> the first record that has it."""
-    found: dict[bytes, str] = {}
-    for record, image in zip(prints_.records, prints_.images, strict=True):
+    first: dict[bytes, str] = {}
+    for record, image in zip(side.records, side.images, strict=True):
         if image and getattr(image, field):
-            found.setdefault(getattr(image, field), record.id)
-    return found
+            first.setdefault(getattr(image, field), record.id)
+    return first
 
 
-def nearest_images(training: Prints, test: Prints, bits: int) -> dict[int, NearImage]:
+def nearest_images(training: Hashed, test: Hashed, bits: int) -> dict[int, NearImage]:
     """Place in training -> the nearest test image within `bits`. The one call of the search for near images."""
-    (places, a), (others, b) = (hash_rows(image or Print(b"") for image in side.images) for side in (training, test))
+    (places, a), (others, b) = (
+        hash_rows(image or ImageHashes(b"") for image in side.images) for side in (training, test)
+    )
     nearest: dict[int, NearImage] = {}
     for i, j, apart, form in zip(*(column.tolist() for column in near_pairs_between(a, b, bits)), strict=True):
         place, near = int(places[i]), NearImage(apart, FORMS[form], int(others[j]))
@@ -200,7 +197,7 @@ def nearest_images(training: Prints, test: Prints, bits: int) -> dict[int, NearI
     return nearest
 
 
-def _same_questions(training: Prints, test: Prints) -> list[Leak]:
+def _same_questions(training: Hashed, test: Hashed) -> list[Leak]:
     known: dict[tuple, str] = {}
     for record in test.records:
         if record.options:
@@ -226,16 +223,16 @@ def _plain(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def _same_groups(training: Prints, test: Prints) -> list[Leak]:
+def _same_groups(training: Hashed, test: Hashed) -> list[Leak]:
     """Records of one patient or lesion (`splits.group_key`): "same group" where both records state it, of one data set
     or of one subset; else "likely same group"."""
-    found = []
-    for mine, tests in shared_groups(training.records, test.records).values():
-        for record in mine:
+    leaks = []
+    for records, tests in shared_groups(training.records, test.records).values():
+        for record in records:
             stated = [
                 other.id for other in tests
                 if record.group and other.group and (record.data_no or other.subset == record.subset)
             ]  # fmt: skip
             kind = "same group" if stated else "likely same group"
-            found.append(Leak(record.id, stated[0] if stated else tests[0].id, kind))
-    return found
+            leaks.append(Leak(record.id, stated[0] if stated else tests[0].id, kind))
+    return leaks

@@ -8,22 +8,25 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from scipy import stats
 
-from medcg_jax.data import spelling
 from medcg_jax.data.records import LETTERS, Record
-from medcg_jax.data.schema import without_options
-from medcg_jax.data.schema_detection import boxes_in, has_label
-from medcg_jax.data.splits import shared_groups
+from medcg_jax.data.schema import appearance, box_corners, box_labels, quoted, told_apart, without_options
+from medcg_jax.data.splits import shared_groups, split_group
+from medcg_jax.data.tree import Entry
+
+# (height, width) in pixels of an image; None where it is refused.
+Size = tuple[int, int] | None
 
 # Below this p letters or answers are called uneven: of 53 balanced subsets one in two hundred trees has one by chance.
 MAX_P = 1e-4
 # Fewer questions are not tested, fewer boxes not judged by their range.
 MIN_QUESTIONS = MIN_BOXES = 20
-# Conventions of corners that are no pixels, beside shares of 1 (`schema_detection.shares_of_image`).
+# Conventions of corners that are no pixels, beside shares of 1 (`schema.shares_of_image`).
 BOX_SCALES = (100, 1000)
 MOST_NAMED = 3
 
@@ -42,34 +45,21 @@ class Notice:
         return f"{self.file}: {self.reason}"
 
 
-@dataclass
-class Content:
-    """What was read of one subset file: questions or boxes, those whose keys and paths are right.
-
-    Attributes:
-      groups: of every record (`splits.split_group`).
-      boxes: raw detection records, each with its image's (height, width), None where the image is refused.
-    """
-
-    file: str
-    number: str
-    split: str
-    records: list[Record] = field(default_factory=list)
-    groups: list[str] = field(default_factory=list)
-    boxes: list[tuple[dict[str, Any], tuple[int, int] | None]] = field(default_factory=list)
-
-
-def notices_of(contents: Sequence[Content]) -> list[Notice]:
-    """Everything of these files, by subset."""
-    by_subset: dict[str, list[Content]] = {}
-    for content in contents:
-        by_subset.setdefault(content.number, []).append(content)
+def notices_of(entries: Iterable[Entry], sizes: Mapping[Path, Size]) -> list[Notice]:
+    """Everything of these records, whose keys and paths are right, by subset. sizes: of each image."""
+    by_subset: dict[str, dict[str, list[Entry]]] = {}
+    for entry in entries:
+        files = by_subset.setdefault(entry.file.number, {})
+        files.setdefault(entry.file.path.name, []).append(entry)
     notices: list[Notice | None] = []
-    for number, own in by_subset.items():
-        name, records = f"subset {number}", [record for content in own for record in content.records]
-        notices += [answers_in_questions(content.file, content.records) for content in own]
-        notices += [box_range(content) for content in own]
-        notices += [uneven_letters(name, records), labels_alike(name, own), groups_on_both_sides(own)]
+    for number, files in by_subset.items():
+        name, entries = f"subset {number}", [entry for of_file in files.values() for entry in of_file]
+        for file, of_file in files.items():
+            notices.append(answers_in_questions(file, [entry.record for entry in of_file if entry.record.options]))
+        for file, of_file in files.items():
+            notices.append(box_range(file, [(e.raw, sizes[e.path]) for e in of_file if e.file.detection]))
+        notices.append(uneven_letters(name, [entry.record for entry in entries if entry.record.options]))
+        notices += [labels_alike(name, entries), groups_on_both_sides(entries)]
     return [notice for notice in notices if notice]
 
 
@@ -82,9 +72,9 @@ def names_alike(triplets: Mapping[str, tuple[str, ...]]) -> list[Notice]:
     for place, what in enumerate(("modality", "area", "task")):
         first: dict[str, tuple[str, str]] = {}
         for number, triplet in triplets.items():
-            other, text = first.setdefault(spelling.look(triplet[place]), (number, triplet[place]))
+            other, text = first.setdefault(appearance(triplet[place]), (number, triplet[place]))
             if text != triplet[place]:
-                here, there = spelling.told_apart(triplet[place], text)
+                here, there = told_apart(triplet[place], text)
                 reason = f"its {what} {here} looks like {there} of subset {other}, and is another one"
                 notices.append(Notice(f"subset {number}", "names_alike", 1, 1, reason))
     return notices
@@ -150,16 +140,16 @@ def answers_in_questions(file: str, records: Sequence[Record]) -> Notice | None:
         return None
     reason = (
         f"{len(right)} of {len(records)} questions hold the text of their right option and of no other, such as record "
-        f"{right[0].id.rpartition('/')[2]} ({spelling.quoted(right[0].label)}); {wrong} hold a wrong one's alone"
+        f"{right[0].id.rpartition('/')[2]} ({quoted(right[0].label)}); {wrong} hold a wrong one's alone"
     )
     return Notice(file, "answer_in_question", len(right), len(records), reason)
 
 
 def _named(record: Record) -> set[str]:
     """The options whose text stands in the question beside the lines of options; of one within another the longer."""
-    stem, named = spelling.look(without_options(record.turns[0].question)), set()
-    for option in sorted(record.options, key=lambda option: -len(spelling.look(option))):
-        text = spelling.look(option)
+    stem, named = appearance(without_options(record.turns[0].question)), set()
+    for option in sorted(record.options, key=lambda option: -len(appearance(option))):
+        text = appearance(option)
         left = re.sub(rf"(?<!\w){re.escape(text)}(?!\w)", "|", stem) if text else stem
         if left != stem:
             named.add(option)
@@ -167,18 +157,19 @@ def _named(record: Record) -> set[str]:
     return named
 
 
-def groups_on_both_sides(contents: Sequence[Content]) -> Notice | None:
+def groups_on_both_sides(entries: Sequence[Entry]) -> Notice | None:
     """Patients or lesions that are trained on and tested on in one subset."""
     groups: dict[str, list[str]] = {"train": [], "test": []}
-    for content in contents:
-        groups[content.split] += content.groups
+    for entry in entries:
+        record = entry.record
+        groups[entry.file.split].append(split_group(record.data_no, record.image, record.group))
     shared = shared_groups(groups["train"], groups["test"], key=str)
     if not shared:
         return None
-    names = ", ".join(spelling.quoted(group) for group in list(shared)[:MOST_NAMED])
+    names = ", ".join(quoted(group) for group in list(shared)[:MOST_NAMED])
     more = f" and {len(shared) - MOST_NAMED} more" if len(shared) > MOST_NAMED else ""
     train, test = (sum(len(both[side]) for both in shared.values()) for side in (0, 1))
-    file = next(content.file for content in contents if content.split == "test")
+    file = next(entry.file.path.name for entry in entries if entry.file.split == "test")
     reason = (
         f"{len(shared)} patients or lesions (group) are in training and in test: {names}{more}; {test} of "
         f"{len(groups['test'])} test records share them with {train} training records: a leak"
@@ -186,36 +177,41 @@ def groups_on_both_sides(contents: Sequence[Content]) -> Notice | None:
     return Notice(file, "shared_group", test, len(groups["test"]), reason)
 
 
-def labels_alike(name: str, contents: Sequence[Content]) -> Notice | None:
+def labels_alike(name: str, entries: Sequence[Entry]) -> Notice | None:
     """Labels of one subset that look alike and are not the same text."""
     labels: Counter[str] = Counter()
-    for content in contents:
-        labels.update(record.label for record in content.records)
-        for raw, _ in content.boxes:
-            labels.update(box["label"] for box in raw["boxes"] if has_label(box))
-    looks: dict[str, list[str]] = {}
+    for entry in entries:
+        labels.update([entry.record.label] if entry.record.options else box_labels(entry.raw))
+    spellings: dict[str, list[str]] = {}
     for label in labels:
-        looks.setdefault(spelling.look(label), []).append(label)
-    pairs = [(own, sum(sorted(map(labels.get, own))[:-1])) for own in looks.values() if len(own) > 1]
-    if not pairs:
+        spellings.setdefault(appearance(label), []).append(label)
+    alike = [
+        (alike_labels, sum(sorted(map(labels.get, alike_labels))[:-1]))
+        for alike_labels in spellings.values()
+        if len(alike_labels) > 1
+    ]
+    if not alike:
         return None
-    first, second = spelling.told_apart(*pairs[0][0][:2])
-    more = f", and {len(pairs) - 1} more" if len(pairs) > 1 else ""
-    count = sum(number for _, number in pairs)
+    first, second = told_apart(*alike[0][0][:2])
+    more = f", and {len(alike) - 1} more" if len(alike) > 1 else ""
+    count = sum(number for _, number in alike)
     reason = f"the labels {first} and {second} look alike{more}: {count} of {labels.total()} have the rarer spelling"
     return Notice(name, "labels_alike", count, labels.total(), reason)
 
 
-def box_range(content: Content) -> Notice | None:
-    """Corners that fit a scale of 100 or 1,000 better than the images' pixels."""
+def box_range(file: str, boxes: Sequence[tuple[Any, Size]]) -> Notice | None:
+    """Corners that fit a scale of 100 or 1,000 better than the images' pixels.
+
+    boxes: the raw detection records, each with its image's size.
+    """
     corners, outside, sides = [], 0, []
-    for raw, size in content.boxes:
-        own = boxes_in(raw)
-        corners += own
-        if size and own:
+    for raw, size in boxes:
+        box_list = box_corners(raw)
+        corners += box_list
+        if size and box_list:
             height, width = size
             sides.append(min(size))
-            outside += sum(box[2] > width or box[3] > height for box in own)
+            outside += sum(box[2] > width or box[3] > height for box in box_list)
     most = max((max(box) for box in corners), default=0)
     for scale in BOX_SCALES:
         within_all = len(corners) >= MIN_BOXES and min(sides, default=0) > 1.1 * scale
@@ -225,5 +221,5 @@ def box_range(content: Content) -> Notice | None:
                 f"all corners of {len(corners)} boxes are at most {scale:,}, and {seen}: if they are shares of "
                 f"{scale:,}, turn them into pixels of the upright image"
             )
-            return Notice(content.file, "box_range", len(corners), len(corners), reason)
+            return Notice(file, "box_range", len(corners), len(corners), reason)
     return None

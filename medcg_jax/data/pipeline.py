@@ -15,12 +15,8 @@ from collections.abc import Iterator, Mapping
 import grain
 import numpy as np
 
-from medcg_jax.data.encoding import Encoded
-from medcg_jax.data.lengths import batch_length, eval_order
-from medcg_jax.data.packing import Packer, RowShape
+from medcg_jax.data.encoding import Batch, Encoded, checked_rows
 from medcg_jax.data.records import DataError
-
-Batch = dict[str, np.ndarray]
 
 # Records that an order gives before it ends: more than any run draws, and small enough for sums of lengths.
 _ENDLESS = 1 << 48
@@ -37,7 +33,6 @@ class Batches:
         every record once an epoch.
       position: global batches drawn before.
       rows: which rows of the global batch this process builds, rising (`mesh.own_rows`); None: all.
-      pack: the shape of packed batches, whose rows `rows` then means; None: a record a row.
       prefetch: batches built ahead in threads; 0 builds them when asked.
 
     Attributes:
@@ -57,19 +52,13 @@ class Batches:
         weights: Mapping[str, float] | None = None,
         position: int = 0,
         rows: np.ndarray | None = None,
-        pack: RowShape | None = None,
         prefetch: int | None = None,
     ):
         if not len(encoded):
             raise DataError("there are no records to draw batches from")
-        mine = checked_rows(rows, pack.rows if pack else batch_size)
-        packer = Packer(encoded, pack) if pack else None
-
-        def build(indices: np.ndarray) -> tuple[Batch, list[str]]:
-            return packer.rows(indices, mine) if packer else encoded.rows(indices[mine])
-
+        mine = checked_rows(rows, batch_size)
         stream = _stream(encoded, seed, weights or {})
-        batches = stream.batch(batch_size, batch_fn=np.asarray).map(build)
+        batches = stream.batch(batch_size, batch_fn=np.asarray).map(lambda indices: encoded.rows(indices[mine]))
         self._iterator = iter(batches.to_iter_dataset(_read_options(encoded, prefetch)))
         self._iterator.set_state({"next_index": position})
         self.position = position
@@ -85,53 +74,6 @@ class Batches:
     def close(self) -> None:
         """Ends the threads that build ahead; nothing can be drawn afterwards."""
         self._iterator.close()
-
-
-def draws(
-    encoded: Encoded, *, batch_size: int, seed: int, num_batches: int, weights: Mapping[str, float] | None = None
-) -> np.ndarray:
-    """int[num_batches, batch_size]: places in `encoded` of the records of the first batches that `Batches` draws.
-
-    Raises:
-      DataError: as `Batches`.
-    """
-    if not len(encoded):
-        raise DataError("there are no records to draw batches from")
-    stream = _stream(encoded, seed, weights or {})
-    flat = [stream[place] for place in range(num_batches * batch_size)]
-    return np.asarray(flat, np.int64).reshape(num_batches, batch_size)
-
-
-def eval_batches(
-    encoded: Encoded, batch_size: int, *, rows: np.ndarray | None = None
-) -> Iterator[tuple[Batch, list[str]]]:
-    """Each record once, in the order of `eval_order`: `(batch, ids)` with this process's rows, `ids` only of rows that
-    hold a record.
-
-    A batch is as long as its longest row asks for (`batch_length`). The last batch is filled with copies of its first
-    row, whose `row_mask` is 0; so every process has as many batches, of the same shapes. rows: as `Batches`.
-    """
-    mine, order = checked_rows(rows, batch_size), eval_order(encoded)
-    for start in range(0, len(encoded), batch_size):
-        places = start + mine
-        real = places < len(encoded)
-        batch, ids = encoded.rows(order[np.where(real, places, start)])
-        length = batch_length(encoded, int(encoded.arrays["length"][order[start : start + batch_size]].max()))
-        batch |= {key: batch[key][:, :length] for key in ("tokens", "segment_ids")}
-        batch["row_mask"] = real.astype(np.float32)
-        yield batch, ids[: int(real.sum())]
-
-
-def checked_rows(rows: np.ndarray | None, batch_size: int) -> np.ndarray:
-    """`rows`, where None stands for all of the batch.
-
-    Raises:
-      ValueError: rows that no batch has.
-    """
-    found = np.arange(batch_size) if rows is None else np.asarray(rows)
-    if not len(found) or found[0] < 0 or found[-1] >= batch_size or (np.diff(found) <= 0).any():
-        raise ValueError(f"rows={found.tolist()} of batch_size={batch_size}: rising rows of the batch are accepted")
-    return found
 
 
 def _stream(encoded: Encoded, seed: int, weights: Mapping[str, float]) -> grain.MapDataset:
@@ -165,8 +107,8 @@ class _Order:
         return _ENDLESS
 
     def __getitem__(self, position: int) -> int:
-        epoch, place = divmod(position, len(self._indices))
-        return self._permutations(epoch)[place]
+        epoch, index = divmod(position, len(self._indices))
+        return self._permutations(epoch)[index]
 
     @functools.cached_property
     def _permutations(self):

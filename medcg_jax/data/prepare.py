@@ -25,30 +25,31 @@ from pathlib import Path
 from typing import Any
 
 from medcg_jax.config import DataConfig
-from medcg_jax.data.bounded import opened
-from medcg_jax.data.check import RECORD_KINDS, Inspection, Report, inspect, tree_root
+from medcg_jax.data.check import RECORD_KINDS, Inspection, Report, inspect
 from medcg_jax.data.examine import Examined, Memory
-from medcg_jax.data.images import is_grey, load_image
+from medcg_jax.data.images import is_grey, load_image, opened
 from medcg_jax.data.layouts import Layout
 from medcg_jax.data.pool import Progress, over
 from medcg_jax.data.reading import Reading, check_reading
 from medcg_jax.data.records import SPLITS, DataError, Record, Subset
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.splits import is_out_of_distribution
+from medcg_jax.data.tree import Tree
 from medcg_jax.files import write_whole
 from medcg_jax.untrusted import FileError, kind_of, read_json, shown
 
 # Of images that are nearly one grey the manifest names so many.
 MOST_DIM = 20
-FORMAT = "medcg prepared 1"
+# 2: the lines have perceptual hashes.
+FORMAT = "medcg prepared 2"
 OWN_FILES = (".examined.jsonl", ".plan.json", "set_aside.jsonl", "manifest.json")
 RECORDS_PER_SHARD = 256
 # One record a group, so that any one is read alone. Uncompressed: zstd at its fastest halves the size, and reading
 # takes 3.6 times as much CPU (262 against 73 us a record of 336 x 336).
 WRITER_OPTIONS = "group_size:1,uncompressed"
-# Settings that decide what the records are; a folder holds those of one setting.
 # What a run that was killed leaves of a file of `records` that it was writing.
 _PART = re.compile(r"\.[A-Za-z0-9-]+-(?:train|test)(?:-\d{5}-of-\d{5}\.arrayrecord|\.jsonl)\.[0-9a-f]{12}")
+# Settings that decide what the records are; a folder holds those of one setting.
 SETTINGS = ("train_records_per_subset", "test_records_per_subset", "seed", "max_pixels", "window", "deep_grey", "frame")
 
 
@@ -110,22 +111,23 @@ def prepare(
     started, out = time.monotonic(), Path(out)
     settings = {"image": str(layout), "near": "drop" if drop_near else "keep"}
     settings |= {key: getattr(data, key) for key in SETTINGS}
-    reading, root = Reading(data.window, data.deep_grey, data.frame), tree_root(root)
+    reading, tree = Reading(data.window, data.deep_grey, data.frame), Tree(root)
     check_reading(reading)
-    _check_out(out, root)
+    tree.require_files()
+    _check_out(out, tree.root)
     _check_settings(out, settings)
-    memory = Memory(out / ".examined.jsonl", root, repr((data.max_pixels, reading)))
+    memory = Memory(out / ".examined.jsonl", tree.root, repr((data.max_pixels, reading)))
     with memory:
-        found = inspect(
-            root, data.max_pixels, reading, workers=workers, progress=progress, known=memory.known, remember=memory.add
+        inspection = inspect(
+            tree, data.max_pixels, reading, workers=workers, progress=progress, known=memory.known, remember=memory.add
         )
-    if not found.report.acceptable(max_bad_frac):
-        raise TooManyBad(_refusal(found.report, max_bad_frac), found.report)
-    for notice in found.report.notices:
+    if not inspection.report.acceptable(max_bad_frac):
+        raise TooManyBad(_refusal(inspection.report, max_bad_frac), inspection.report)
+    for notice in inspection.report.notices:
         say(f"warning: {notice}")
-    near = {(pair.file, pair.record) for pair in found.report.near}
-    source = ReleaseSource(root, data, skip=found.report.bad_records | (near if drop_near else set()))
-    parts = dict(_lines(source, found, layout))
+    near = {(pair.file, pair.record) for pair in inspection.report.near}
+    source = ReleaseSource(tree, data, skip=inspection.report.bad_records | (near if drop_near else set()))
+    parts = dict(_lines(source, inspection, layout))
     plan = {"format": FORMAT, "settings": settings, "records": records_digest(parts)}
     if _plan_of(out).get("records", plan["records"]) != plan["records"]:
         raise DataError(f"{out} was prepared from other records or images; remove it, or choose another folder")
@@ -137,19 +139,24 @@ def prepare(
     write_whole(out / ".plan.json", json.dumps(plan, indent=1) + "\n")
     for name, lines in parts.items():
         write_whole(out / "records" / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
-    aside = [asdict(own) for own in (*found.report.problems, *(found.report.near if drop_near else ()))]
-    aside = [json.dumps(own, ensure_ascii=False) for own in aside]
+    aside = [
+        asdict(problem) for problem in (*inspection.report.problems, *(inspection.report.near if drop_near else ()))
+    ]
+    aside = [json.dumps(problem, ensure_ascii=False) for problem in aside]
     write_whole(out / "set_aside.jsonl", "".join(f"{line}\n" for line in aside))
-    write = functools.partial(write_shard, root=root, layout=layout, max_pixels=data.max_pixels, reading=reading)
+    write = functools.partial(write_shard, root=tree.root, layout=layout, max_pixels=data.max_pixels, reading=reading)
     digests = over(write, shards, crashed=_crashed, workers=workers, chunk=1)
     digests = dict(zip(shards, progress(digests, len(shards)) if progress else digests, strict=True))
     manifest = plan | {
         "prompt_fingerprint": _prompt_fingerprint(parts),
-        "set_aside": {"records": len(found.report.bad_records), "of": found.report.num_records}
-        | {"problems": found.report.counts()},
+        "set_aside": {"records": len(inspection.report.bad_records), "of": inspection.report.num_records}
+        | {"problems": inspection.report.counts()},
         "near": {"training_records": len(near), "kept": not drop_near},
-        "read_as": dict(found.report.read_as),
-        "dim": {"images": len(found.report.dim), "least": [asdict(image) for image in found.report.dim[:MOST_DIM]]},
+        "read_as": dict(inspection.report.read_as),
+        "dim": {
+            "images": len(inspection.report.dim),
+            "least": [asdict(image) for image in inspection.report.dim[:MOST_DIM]],
+        },
         "subsets": [_entry(subset, kind, digests, data) for kind, subset in _subsets(source)],
     }
     write_whole(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
@@ -207,8 +214,6 @@ def _holds(shard: _Shard) -> bool:
 
 
 def _pixels(record: dict[str, Any], root: Path, layout: Layout, max_pixels: int, reading: Reading) -> bytes:
-    if not record["image"]:
-        return b""
     with opened(root / record["image"]) as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
             raise DataError(f"record {record['id']}: image {record['image']!r} has changed since it was examined")
@@ -221,24 +226,19 @@ def _subsets(source: ReleaseSource) -> list[tuple[str, Subset]]:
     return [("choice", s) for s in source.subsets] + [("detection", s) for s in source.detection_subsets]
 
 
-def _lines(source: ReleaseSource, found: Inspection, layout: Layout):
+def _lines(source: ReleaseSource, inspection: Inspection, layout: Layout):
     """(subset-split, its records as lines of JSON), in order."""
     for _, subset in _subsets(source):
         for split in SPLITS:
             records = source.records(subset.name, split).records
-            images = [found.images.get(_path(source.root, record)) for record in records]
+            images = [inspection.images[source.tree.image(record.image)] for record in records]
             lines = [_line(layout.record(r), image, layout) for r, image in zip(records, images, strict=True)]
             if lines:
                 yield f"{subset.name}-{split}", lines
 
 
-def _path(root: Path, record: Record) -> Path:
-    return Path(os.path.realpath(root / record.image))
-
-
-def _line(record: Record, image: Examined | None, layout: Layout) -> str:
-    """One record as JSON."""
-    shape = layout.size_after(image.size) if image else (0, 0)
+def _line(record: Record, image: Examined, layout: Layout) -> str:
+    """One record as JSON. `shape`: (height, width) of its pixels in the shard; the hashes are of its image's file."""
     fields = {
         "id": record.id,
         "subset": record.subset,
@@ -250,10 +250,11 @@ def _line(record: Record, image: Examined | None, layout: Layout) -> str:
         "answer": record.answer,
         "boxes": [[box.label, *box.corners] for box in record.boxes],
         "size_px": record.size_px,
-        "shape": shape,
-        "sha256": image.digest if image else "",
-        "pixels": image.pixels if image else "",
-        "read_as": image.read_as if image else "",
+        "shape": layout.size_after(image.size),
+        "sha256": image.digest,
+        "pixels": image.pixels,
+        "perceptual": image.perceptual,
+        "read_as": image.read_as,
     }
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
 
@@ -272,9 +273,9 @@ def _shards(out: Path, name: str, lines: list[str]) -> list[_Shard]:
 
 def _entry(subset: Subset, kind: str, digests: dict[_Shard, str], data: DataConfig) -> dict[str, Any]:
     """A subset as the manifest has it."""
-    own = {split: [s for s in digests if s.part == f"{subset.name}-{split}"] for split in SPLITS}
+    shards = {split: [s for s in digests if s.part == f"{subset.name}-{split}"] for split in SPLITS}
     files = {
-        split: [{"file": s.path.name, "records": len(s.lines), "sha256": digests[s]} for s in own[split]]
+        split: [{"file": s.path.name, "records": len(s.lines), "sha256": digests[s]} for s in shards[split]]
         for split in SPLITS
     }
     return {
@@ -329,6 +330,8 @@ def _plan_of(out: Path) -> dict[str, Any]:
         plan = read_json(path)
     except FileError as error:
         raise DataError(f"{error}; remove {out} and prepare it again") from error
+    if plan.get("format") != FORMAT:
+        raise DataError(f"{out} was prepared by another version of medcg; choose another folder, or remove it")
     if not isinstance(plan.get("settings"), dict):
         raise DataError(f"{path}: no object under the key `settings`; remove {out} and prepare it again")
     return plan

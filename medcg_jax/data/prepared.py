@@ -21,8 +21,7 @@ from medcg_jax.data.images import grey_view
 from medcg_jax.data.layouts import Layout, parse_layout
 from medcg_jax.data.prepare import FORMAT, records_digest, shard_name
 from medcg_jax.data.records import LETTERS, MAX_OPTIONS, SPLITS, Box, DataError, Record, RecordSet, Split, Subset, Turn
-from medcg_jax.data.release import cap_seed, labels_of
-from medcg_jax.data.splits import balanced
+from medcg_jax.data.splits import capped, limit_of
 from medcg_jax.untrusted import FileError
 
 KINDS = ("choice", "detection")
@@ -69,9 +68,9 @@ class PreparedSource:
         texts = _lines(path, self._entries[subset][split])
         lines = [_read_line(text, f"{path}, line {number}", subset) for number, text in enumerate(texts, 1)]
         records = [line.record for line in lines]
-        seed = cap_seed(self._config, subset, split)
-        places = balanced([labels_of(record) for record in records], self._limit(split), seed)
-        images = _ShardImages(self._shards(subset, split), [lines[place] for place in places], places)
+        places = capped(records, self._config, subset, split)
+        shards = _Shards(self._shards(subset, split))
+        images = [_ShardImage(shards, lines[place], place) for place in places]
         return RecordSet([records[place] for place in places], images)
 
     def fingerprint(self) -> str:
@@ -84,9 +83,9 @@ class PreparedSource:
 
     def _digest(self, kind: str) -> str:
         config = self._config
-        own = [entry for entry in self._manifest["subsets"] if entry["kind"] == kind]
+        entries = [entry for entry in self._manifest["subsets"] if entry["kind"] == kind]
         caps = (config.train_records_per_subset, config.test_records_per_subset, config.seed)
-        return hashlib.sha256(json.dumps([caps, self._manifest["settings"], own]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([caps, self._manifest["settings"], entries]).encode()).hexdigest()[:16]
 
     def _of_kind(self, kind: str) -> tuple[Subset, ...]:
         return tuple(
@@ -99,10 +98,7 @@ class PreparedSource:
         )  # fmt: skip
 
     def _capped(self, entry: dict[str, Any], split: Split) -> int:
-        return min(entry[split], self._limit(split) or entry[split])
-
-    def _limit(self, split: Split) -> int:
-        return self._config.train_records_per_subset if split == "train" else self._config.test_records_per_subset
+        return min(entry[split], limit_of(self._config, split) or entry[split])
 
     def _shards(self, subset: str, split: Split) -> dict[Path, int]:
         """The shards, and how many records the manifest says that each has."""
@@ -134,7 +130,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
     except FileError as error:
         raise DataError(f"{error}; run `medcg data prepare` again") from error
     if manifest.get("format") != FORMAT:
-        raise DataError(f"{path} is not of the format {FORMAT!r}; a folder that `medcg data prepare` wrote is accepted")
+        reason = f"format={untrusted.shown(manifest.get('format'))}, where {FORMAT!r} is read"
+        raise DataError(f"{path}: {reason}; run `medcg data prepare` again, into a new folder")
     if reason := _manifest_fault(manifest):
         raise DataError(f"{path}: {reason}; run `medcg data prepare` again")
     return manifest
@@ -254,15 +251,14 @@ def _lines(path: Path, wanted: int) -> list[str]:
 class _Line(NamedTuple):
     """One line of a .jsonl: its record, what the shard's record begins with, and (height, width) of the pixels there.
 
-    digest: sha256 of the file that the image was read from. pixels: of its decoded pixels, before they were laid out;
-      b"" where none was kept.
+    hashes: of the file that the image was read from: sha256 of its bytes and of its decoded pixels, and the perceptual
+      hash of these, all before they were laid out.
     """
 
     record: Record
     head: bytes
     shape: tuple[int, int]
-    digest: bytes
-    pixels: bytes
+    hashes: tuple[bytes, bytes, bytes]
 
 
 def _read_line(text: str, where: str, subset: str) -> _Line:
@@ -283,8 +279,8 @@ def _read_line(text: str, where: str, subset: str) -> _Line:
             boxes=tuple(Box(label, *map(float, corners)) for label, *corners in line["boxes"]),
             size_px=_size(line["size_px"]),
         )
-        digests = (bytes.fromhex(line.get(key, "")) for key in ("sha256", "pixels"))
-        found = _Line(record, f"{text}\n".encode(), _size(line["shape"]), *digests)
+        hashes = tuple(bytes.fromhex(line[key]) for key in ("sha256", "pixels", "perceptual"))
+        result = _Line(record, f"{text}\n".encode(), _size(line["shape"]), hashes)
         texts = [*(getattr(record, key) for key in _TEXTS), *record.options, *(box.label for box in record.boxes)]
         texts += [text for turn in record.turns for text in (turn.question, turn.answer)]
         is_right = all(isinstance(text, str) for text in texts) and record.subset == subset
@@ -292,12 +288,13 @@ def _read_line(text: str, where: str, subset: str) -> _Line:
             letters = LETTERS[: len(record.options)]
             is_right &= 2 <= len(letters) <= MAX_OPTIONS and len(record.answer) == 1 and record.answer in letters
             is_right &= len(record.turns) == 1
+        is_right &= all(len(digest) in (0, 32) for digest in hashes)
     except (KeyError, TypeError, ValueError, OverflowError):
         is_right = False
     if not is_right:
         reason = f"no record as it was written: {untrusted.shown(line)}"
         raise DataError(f"{where}: {reason}; run `medcg data prepare` again")
-    return found
+    return result
 
 
 def _size(pair: Any) -> tuple[int, int]:
@@ -307,51 +304,66 @@ def _size(pair: Any) -> tuple[int, int]:
     return height, width
 
 
-class _ShardImages(Sequence):
-    """uint8[h, w, 3] of each place in the shards, read when asked for."""
+class _ShardImage(NamedTuple):
+    """The image of one line of a .jsonl, `place` records from the start of all shards; a `records.StoredImage`."""
 
-    def __init__(self, shards: dict[Path, int], lines: list[_Line], places: list[int]):
-        """shards: with the number of their records. lines: of each image. places: of these among all records."""
-        self._shards, self._lines, self._places = shards, lines, places
+    shards: _Shards
+    line: _Line
+    place: int
 
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        line, place, source = self._lines[index], self._places[index], self._source
-        try:
-            content = source[place]
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise self._damaged(place, " ".join(str(error).split())[:120]) from error
+    def pixels(self) -> np.ndarray:
+        content = self.shards.read(self.place)
         # Shards that were exchanged, or are of another preparation, hold other records.
-        if not content.startswith(line.head):
-            raise self._damaged(place, f"not {line.record.id[:200]}, which the list of records has there")
-        return pixels(content, line.shape)
+        if not content.startswith(self.line.head):
+            reason = f"not {self.line.record.id[:200]}, which the list of records has there"
+            raise self.shards.damaged(self.place, reason)
+        return pixels(content, self.line.shape)
 
-    def _damaged(self, place: int, reason: str) -> DataError:
-        ends = list(accumulate(self._shards.values()))
-        shard = list(self._shards)[bisect_right(ends, place)]
+    def size(self) -> tuple[int, int]:
+        return self.line.shape
+
+    def file_digest(self) -> bytes:
+        return self.line.hashes[0]
+
+    def kept_hashes(self) -> tuple[bytes, bytes]:
+        """Of the pixels before they were laid out."""
+        return self.line.hashes[1:]
+
+
+class _Shards:
+    """The shards of one subset and split, opened when the first of their records is read.
+
+    sizes: each shard, and how many records it has.
+    """
+
+    def __init__(self, sizes: dict[Path, int]):
+        self._sizes = sizes
+
+    def read(self, place: int) -> bytes:
+        """One record. Raises DataError where it is damaged, or a shard cannot be read."""
+        source = self._source
+        try:
+            return source[place]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise self.damaged(place, " ".join(str(error).split())[:120]) from error
+
+    def damaged(self, place: int, reason: str) -> DataError:
+        """What is to be raised for one record."""
+        ends = list(accumulate(self._sizes.values()))
+        shard = list(self._sizes)[bisect_right(ends, place)]
         return DataError(f"{shard}: record {place + 1} of {ends[-1]}: {reason}; run `medcg data prepare` again")
-
-    def file_digest(self, index: int) -> bytes:
-        """sha256 of the bytes of the file that an image was read from."""
-        return self._lines[index].digest
-
-    def pixel_digest(self, index: int) -> bytes:
-        """sha256 of that file's decoded pixels, before they were laid out; b"" where none was kept."""
-        return self._lines[index].pixels
 
     @functools.cached_property
     def _source(self):
         from grain.sources import ArrayRecordDataSource
 
         try:
-            source = ArrayRecordDataSource([str(path) for path in self._shards])
+            source = ArrayRecordDataSource([str(path) for path in self._sizes])
             number = len(source)
         except (RuntimeError, ValueError) as error:
-            raise DataError(_unreadable(self._shards, error)) from error
-        if number != sum(self._shards.values()):
-            first, written = next(iter(self._shards)), sum(self._shards.values())
+            raise DataError(_unreadable(self._sizes, error)) from error
+        if number != sum(self._sizes.values()):
+            first, written = next(iter(self._sizes)), sum(self._sizes.values())
             raise DataError(f"{first} and those after it: {number} records, {written} were written; prepare it again")
         return source
 
@@ -363,6 +375,6 @@ def _unreadable(shards: Iterable[Path], error: Exception) -> str:
     for path in shards:
         try:
             len(ArrayRecordDataSource([str(path)]))
-        except (RuntimeError, ValueError) as own:
-            return f"{path} cannot be read: {' '.join(str(own).split())[:120]}; run `medcg data prepare` again"
+        except (RuntimeError, ValueError) as cause:
+            return f"{path} cannot be read: {' '.join(str(cause).split())[:120]}; run `medcg data prepare` again"
     return f"{path} or a shard before it cannot be read: {' '.join(str(error).split())[:120]}; prepare it again"

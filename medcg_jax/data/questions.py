@@ -18,17 +18,16 @@ import numpy as np
 
 from medcg_jax.config import DataConfig
 from medcg_jax.data.labels import LabelledImage, LabelTable, read_labels
-from medcg_jax.data.notices import Content, box_range
+from medcg_jax.data.notices import box_range
 from medcg_jax.data.records import LETTERS, SPLITS, DataError, Split
-from medcg_jax.data.release import subset_table
 from medcg_jax.data.splits import rarest_labels, split_group, train_test_split
-from medcg_jax.data.tree_files import FOLDER, MANIFEST, manifest_content, read_manifest, subset_files
+from medcg_jax.data.tree import FOLDER, MANIFEST, Tree, manifest_content
 from medcg_jax.files import write_together
 
 INSTRUCTIONS = Path(__file__).parent / "instructions.json"
 MAX_OPTIONS = 4
 CLOSING = "Answer with the option's letter from the given choices directly."
-# What a file's name has room for (`release.subset_files`).
+# What a file's name has room for (`tree.Tree.files`).
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")
 # Words at the end of a task's name that say what is done, not what is asked for.
 _DONE = re.compile(r"(\s+(classification|identification|evaluation|detection|segmentation|det/seg|det|seg))+$", re.I)
@@ -121,44 +120,52 @@ def format_labels(
     table_path, root = Path(table_path), Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; the one that the paths of the table start in is accepted")
-    triplet, named = _triplet(root, subset, triplet), triplet is not None
+    tree, is_named = Tree(root), triplet is not None
+    triplet = _triplet(tree, subset, triplet)
     table = read_labels(table_path, root, max_pixels)
     if as_choice and not table.has_boxes:
         raise DataError(f"{table_path.name}: --as=choice is accepted of boxes and masks; classes are questions anyway")
     detection = table.has_boxes and not as_choice
     files = {split: root / FOLDER / _file_name(subset, split, detection) for split in SPLITS}
-    _check_free(root, subset, detection, force)
-    boxes = [(detection_record(own), own.size_px) for own in table.images] if table.in_numbers else []
-    odd_boxes = box_range(Content(table_path.name, subset, "", boxes=boxes))
+    _check_free(tree, subset, detection, force)
+    boxes = [(detection_record(labelled), labelled.size_px) for labelled in table.images] if table.in_numbers else []
+    odd_boxes = box_range(table_path.name, boxes)
     # Whichever records are made of it, an image is on one side.
     sides = _sides(table, data_no)
-    kept = [own for own in table.images if not as_choice or len(own.labels) == 1]
+    asked_of = [labelled for labelled in table.images if not as_choice or len(labelled.labels) == 1]
     asked = instructions(*triplet)
-    labels = sorted({label for own in kept for label in own.labels})
+    labels = sorted({label for labelled in asked_of for label in labelled.labels})
     if detection and not labels:
         raise DataError(f"{table_path.name}: no image has a finding; one or more are accepted")
     if not detection and len(labels) < 2:
         raise DataError(f"{table_path.name}: the labels {labels}; two or more are accepted for questions")
     records: dict[Split, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    for own in kept:
-        number = own.data_no or data_no
+    for labelled in asked_of:
+        number = labelled.data_no or data_no
         if detection:
-            made = [detection_record(own, number)]
+            raws = [detection_record(labelled, number)]
         else:
-            wrong = [label for label in labels if label not in own.labels]
+            wrong = [label for label in labels if label not in labelled.labels]
             if not wrong:
-                raise DataError(f"{table_path.name}: image {own.image!r} has all labels; one that it lacks is needed")
-            made = [choice_record(own.image, label, wrong, asked, f"{seed}/{subset}", number) for label in own.labels]
-        group = {"group": own.group} if own.group else {}
-        side = records[sides[own.image]]
-        side += [raw | group | {"id": len(side) + place} for place, raw in enumerate(made, 1)]
-    for split, own in records.items():
-        if not own:
-            reason = f"no {split} record of {len(kept)} images; more of them, or both in a column `split`, are accepted"
+                raise DataError(
+                    f"{table_path.name}: image {labelled.image!r} has all labels; one that it lacks is needed"
+                )
+            raws = [
+                choice_record(labelled.image, label, wrong, asked, f"{seed}/{subset}", number)
+                for label in labelled.labels
+            ]
+        group = {"group": labelled.group} if labelled.group else {}
+        side = records[sides[labelled.image]]
+        side += [raw | group | {"id": len(side) + place} for place, raw in enumerate(raws, 1)]
+    for split, labelled in records.items():
+        if not labelled:
+            reason = (
+                f"no {split} record of {len(asked_of)} images; more of them, or both in a column `split`, are accepted"
+            )
             raise DataError(f"{table_path.name}: {reason}")
     # The test file first: a training file by itself would be read as a subset without a split, and be split again.
     texts = {files[split]: _as_json(records[split]) for split in reversed(SPLITS)}
-    if named:
+    if is_named:
         entry = {"subset": subset, "kind": _kind(detection)}
         entry |= dict(zip(("modality", "area", "task"), triplet, strict=True))
         texts = {root / MANIFEST: _manifest_with(root, entry)} | texts
@@ -168,39 +175,39 @@ def format_labels(
         "kind": _kind(detection),
         "labels": labels,
         **{split: len(records[split]) for split in SPLITS},
-        "left_out": len(table.images) - len(kept),
+        "left_out": len(table.images) - len(asked_of),
         "files": [str(files[split]) for split in SPLITS],
         "warnings": [str(odd_boxes)] if odd_boxes else [],
     }
 
 
-def _triplet(root: Path, subset: str, given: tuple[str, str, str] | None) -> tuple[str, str, str]:
+def _triplet(tree: Tree, subset: str, given: tuple[str, str, str] | None) -> tuple[str, str, str]:
     """(modality, area, task) of a subset: as given, as the tree has it, or Med-MAT's."""
     if not _NAME.fullmatch(subset) or subset.endswith("-det"):
         raise DataError(f"subset {subset!r}: letters, digits and hyphens, not ending in -det, are accepted")
-    listed = read_manifest(root)
+    listed = tree.triplets
     if given:
         for name, text in zip(("modality", "area", "task"), given, strict=True):
             if not text or text != text.strip() or not text.isprintable():
                 raise DataError(f"{name} {text!r} of subset {subset}: one line of text is accepted, of all three")
         return given
-    if subset in listed:
-        return tuple(listed[subset][name] for name in ("modality", "area", "task"))
-    if subset not in subset_table():
+    if subset not in listed:
         reason = "is neither in the tree's manifest.json nor in Med-MAT's table of 53"
         raise DataError(f"subset {subset!r} {reason}; with modality, area and task it is accepted")
-    return subset_table()[subset]
+    return listed[subset]
 
 
-def _check_free(root: Path, subset: str, detection: bool, force: bool) -> None:
-    """Raises DataError where a file of the subset is in the way."""
-    for file in subset_files(root):
+def _check_free(tree: Tree, subset: str, detection: bool, force: bool) -> None:
+    """Raises DataError where a file of the subset is in the way, or a file of the tree is refused."""
+    for error in tree.refused:
+        raise error
+    for file in tree.files:
         if file.number != subset:
             continue
-        name = file.path.relative_to(root)
+        name = file.path.relative_to(tree.root)
         if file.detection != detection:
             raise DataError(f"{name}: subset {subset} has {_kind(file.detection)} files; another is accepted")
-        if file.path.parent == root:
+        if file.path.parent == tree.root:
             raise DataError(f"{name}: subset {subset} lies at the tree's root; without that file it is accepted")
         if not force:
             raise DataError(f"{name} exists; --force replaces it")
@@ -212,12 +219,12 @@ def _kind(detection: bool) -> str:
 
 def _sides(table: LabelTable, data_no: str) -> dict[str, Split]:
     """Image -> its side: the table's own, or 9:1 by group and by the rarest label of each image."""
-    if any(own.split for own in table.images):
-        return {own.image: own.split for own in table.images}
-    rarest = rarest_labels([own.labels for own in table.images])
+    if any(labelled.split for labelled in table.images):
+        return {labelled.image: labelled.split for labelled in table.images}
+    rarest = rarest_labels([labelled.labels for labelled in table.images])
     items = [
-        (own.image, label, split_group(own.data_no or data_no, own.image, own.group))
-        for own, label in zip(table.images, rarest, strict=True)
+        (labelled.image, label, split_group(labelled.data_no or data_no, labelled.image, labelled.group))
+        for labelled, label in zip(table.images, rarest, strict=True)
     ]
     tested = train_test_split(items)
     return {image: "test" if test else "train" for (image, _, _), test in zip(items, tested, strict=True)}
@@ -226,9 +233,9 @@ def _sides(table: LabelTable, data_no: str) -> dict[str, Split]:
 def _manifest_with(root: Path, entry: dict[str, str]) -> str:
     """The tree's manifest.json with this subset's entry, what else it holds left as it is."""
     whole = manifest_content(root) if (root / MANIFEST).exists() else {"subsets": []}
-    others = [own for own in whole["subsets"] if own["subset"] != entry["subset"]]
-    before = next((own for own in whole["subsets"] if own["subset"] == entry["subset"]), {})
-    whole["subsets"] = sorted([*others, before | entry], key=lambda own: own["subset"])
+    others = [listed for listed in whole["subsets"] if listed["subset"] != entry["subset"]]
+    before = next((listed for listed in whole["subsets"] if listed["subset"] == entry["subset"]), {})
+    whole["subsets"] = sorted([*others, before | entry], key=lambda listed: listed["subset"])
     return _as_json(whole)
 
 

@@ -65,7 +65,7 @@ class Box:
 @dataclass(frozen=True)
 class Record:
     """One example. A choice record has a single turn, whose answer is the letter; a detection record has boxes and no
-    turns: `box_questions.ask` gives its questions, a model's format the answers.
+    turns: `boxes.ask` gives its questions, a model's format the answers.
 
     Example:
       Record(id="04/train/17", subset="04",
@@ -94,20 +94,37 @@ class Record:
         return self.options[LETTERS.index(self.answer)] if self.options else ""
 
 
+class StoredImage(Protocol):
+    """An image that is decoded when asked for; nothing else that is asked of it decodes it."""
+
+    def pixels(self) -> np.ndarray:
+        """uint8[h, w, 3]. Raises DataError where it cannot be decoded."""
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) of `pixels`, from the file's header. Raises DataError."""
+
+    def file_digest(self) -> bytes:
+        """sha256 of the bytes of the image's file. Raises DataError."""
+
+    def kept_hashes(self) -> tuple[bytes, bytes] | None:
+        """(sha256 of the file's decoded pixels, `duplicates.perceptual_hash` of them), where `medcg data prepare` kept
+        them with the image."""
+
+
 class RecordSet:
     """Records with their images, in one order.
 
     Args:
       records: the records.
-      images: uint8[N, h, w, 3], or a sequence that gives uint8[h, w, 3] for an index when asked (a decoder).
-        What is asked of it for a record without an image is never looked at.
+      images: uint8[h, w, 3] or a `StoredImage` for each record, or uint8[N, h, w, 3]. That of a record without an image
+        is never looked at.
       masks: bool[K, h, w] per record, of what lies in each of its K boxes; None for a record, or for all, without.
     """
 
     def __init__(
         self,
         records: Iterable[Record],
-        images: np.ndarray | Sequence[np.ndarray],
+        images: np.ndarray | Sequence[np.ndarray | StoredImage],
         masks: Sequence[np.ndarray | None] | None = None,
     ):
         self.records = tuple(records)
@@ -123,7 +140,13 @@ class RecordSet:
 
     def image(self, index: int) -> np.ndarray:
         """uint8[h, w, 3] of one record."""
-        return self.images[index]
+        image = self.images[index]
+        return image if isinstance(image, np.ndarray) else image.pixels()
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """(height, width) in pixels of one record's image, which is not decoded for it."""
+        image = self.images[index]
+        return image.shape[:2] if isinstance(image, np.ndarray) else image.size()
 
     def image_digest(self, index: int) -> bytes:
         """sha256 of one record's image: of its file's bytes where it lies in a file, else of its pixels.
@@ -131,75 +154,33 @@ class RecordSet:
         Raises:
           DataError: the file cannot be read.
         """
-        return _digest(self.images, index)
+        image = self.images[index]
+        if not isinstance(image, np.ndarray):
+            return image.file_digest()
+        return hashlib.sha256(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()).digest()
 
-    def pixel_digest(self, index: int) -> bytes:
-        """sha256 of the decoded pixels of one record's file, where it was kept with the image; else b""."""
-        images, place = _origin(self.images, index)
-        return images.pixel_digest(place) if hasattr(images, "pixel_digest") else b""
+    def kept_hashes(self, index: int) -> tuple[bytes, bytes] | None:
+        """As `StoredImage.kept_hashes`; None of an image in memory."""
+        image = self.images[index]
+        return None if isinstance(image, np.ndarray) else image.kept_hashes()
 
     def mask(self, index: int) -> np.ndarray | None:
         """bool[K, h, w] of one record's K boxes, or None."""
         return None if self.masks is None else self.masks[index]
 
     def select(self, indices: Iterable[int]) -> RecordSet:
-        """The records at these places, in the order given."""
+        """The records at these places, in the order given; decodes and copies no image."""
         indices = [int(i) for i in indices]
         masks = None if self.masks is None else [self.masks[i] for i in indices]
-        return RecordSet([self.records[i] for i in indices], _pick([(self.images, i) for i in indices]), masks)
+        return RecordSet([self.records[i] for i in indices], [self.images[i] for i in indices], masks)
 
 
 def concat(sets: Sequence[RecordSet]) -> RecordSet:
-    """One set of all records, in the order of the sets."""
+    """One set of all records, in the order of the sets; decodes and copies no image."""
     records = [record for part in sets for record in part.records]
     has_masks = any(part.masks is not None for part in sets)
     masks = [part.mask(i) for part in sets for i in range(len(part))] if has_masks else None
-    arrays = [part.images for part in sets if len(part)]
-    if arrays and all(isinstance(a, np.ndarray) and a.shape[1:] == arrays[0].shape[1:] for a in arrays):
-        return RecordSet(records, np.concatenate(arrays), masks)
-    return RecordSet(records, _pick([(part.images, i) for part in sets for i in range(len(part))]), masks)
-
-
-def empty_images() -> np.ndarray:
-    return np.zeros((0, 1, 1, 3), np.uint8)
-
-
-class _Picked(Sequence):
-    """Images by reference into other sequences, so that choosing and joining sets decodes nothing."""
-
-    def __init__(self, places: list[tuple[Sequence[np.ndarray], int]]):
-        self._places = places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        images, place = self._places[index]
-        return images[place]
-
-
-def _pick(places: list[tuple[Sequence[np.ndarray], int]]) -> np.ndarray | _Picked:
-    """The images at these places: an array where all are of one array, references elsewhere."""
-    if not places:
-        return empty_images()
-    first = places[0][0]
-    if isinstance(first, np.ndarray) and all(images is first for images, _ in places):
-        return first[[i for _, i in places]]
-    # A place in a _Picked is replaced by what it points at: chains stay one step long.
-    return _Picked([_origin(images, i) for images, i in places])
-
-
-def _origin(images: Sequence[np.ndarray], index: int) -> tuple[Sequence[np.ndarray], int]:
-    """The sequence that an image is of, and its place there, through references."""
-    return images._places[index] if isinstance(images, _Picked) else (images, index)
-
-
-def _digest(images: Sequence[np.ndarray], index: int) -> bytes:
-    images, index = _origin(images, index)
-    if hasattr(images, "file_digest"):
-        return images.file_digest(index)
-    pixels = np.ascontiguousarray(images[index])
-    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
+    return RecordSet(records, [image for part in sets for image in part.images], masks)
 
 
 class Source(Protocol):

@@ -1,52 +1,67 @@
-"""The Med-MAT release's files, checked key by key: JSON lists of choice records whose images lie below the tree's root.
+"""One record of the Med-MAT release, checked key by key: choice questions, boxes, image paths, and the texts in them.
 
-Source: FreedomIntelligence/Med-MAT README.md (record fields, question format); types as the release has them.
+Source: FreedomIntelligence/Med-MAT README.md (record fields, question format); types as the release has them. The
+release's own detection subsets are not out: the keys of boxes are those of medmat-mini's README.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Container, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from medcg_jax import untrusted
-from medcg_jax.data import spelling
-from medcg_jax.data.records import LETTERS, MAX_OPTIONS, DataError, Record, Turn
-from medcg_jax.untrusted import FileError, shown
+from medcg_jax.data.records import LETTERS, MAX_OPTIONS, Box, DataError, Record, Turn
+from medcg_jax.untrusted import shown
 
-# A subset file or a table of labels. The release's largest file has some 40 MB.
-MAX_FILE_BYTES = 2**28
-# Values of a file's JSON, counted by its commas and brackets: each takes some 60 bytes of memory.
-MAX_VALUES = 2**23
 MAX_ID = 2**63 - 1
 # Of a subset, its modality, area or task (the longest of Med-MAT has 43), a dataset's number, a patient.
 MAX_NAME_CHARS = 200
 
-KEYS: dict[str, type] = {
-    "id": int,
-    "caption": str,
-    "image": str,
-    "Question": str,
-    "Answer": str,
-    "Question-choice": str,
-    "Answer-choice": str,
-    "data-no": str,
-}
-
+CHOICE_KEYS: dict[str, type] = {
+    "id": int, "caption": str, "image": str, "Question": str, "Answer": str, "Question-choice": str,
+    "Answer-choice": str, "data-no": str,
+}  # fmt: skip
+DETECTION_KEYS: dict[str, type] = {"id": int, "image": str, "width": int, "height": int, "boxes": list, "data-no": str}
 # What a record of either kind may have beside its keys; further ones are ignored.
 OPTIONAL_KEYS: dict[str, type] = {"group": str}
 
 _OPTION = re.compile(r"([A-Z]): (.*)")
+# What stands for an image, or opens and closes turns, in the prompts of any family: a tokenizer makes one special token
+# of it, or leaves it as text, by the family.
+_MARKS = re.compile(
+    r"<\|[A-Za-z][A-Za-z0-9_]*\|>"
+    r"|</?(?:image|images|img|imagehere|video|im_patch|im_start|im_end|vid_start|vid_end|image_placeholder|at|boxes)>"
+    r"|</?s>|<pad>|<unk>|<<SYS>>|\[/?INST\]|\[IMG\]",
+    re.IGNORECASE,
+)
+_NUMBER_ENDS = re.compile(r"(?<![\d.])0+(?=\d)|(?<=\d)\.0+(?![\d.])|(?<=\d)(\.\d*?[1-9])0+(?![\d.])")
+_DASHES = dict.fromkeys((0x2212, 0x2010, 0x2011, 0x2012, 0x2013, 0x2014, 0x2015), "-")
+_QUOTES = {0x2018: "'", 0x2019: "'", 0x02BC: "'", 0x201C: '"', 0x201D: '"'}
+# Beside those of the category Cf.
+_INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0") | {chr(code) for code in range(0xFE00, 0xFE10)}
+
+
+class RecordError(DataError):
+    """A record, or a path in it, is refused; whoever reads the file knows its name (`named`).
+
+    Attributes:
+      kind: one of the words that `medcg data check` counts by. reason: what is wrong, and what would be accepted.
+    """
+
+    def __init__(self, kind: str, reason: str):
+        super().__init__(reason)
+        self.kind, self.reason = kind, reason
 
 
 class ReleaseError(DataError):
-    """A file or record of a tree that is refused.
+    """A file of a tree, or a record of it, is refused.
 
     Attributes:
-      file: name of the file. record: which record of it; "" for the file as a whole.
-      kind: one of the words that `medcg data check` counts by. reason: what is wrong, and what would be accepted.
+      file: name of the file. record: which record of it; "" for the file as a whole. kind, reason: as `RecordError`.
     """
 
     def __init__(self, file: str, record: str, kind: str, reason: str):
@@ -54,72 +69,52 @@ class ReleaseError(DataError):
         self.file, self.record, self.kind, self.reason = file, record, kind, reason
 
 
-def read_text(path: Path) -> str:
-    """A file's text; a byte-order mark is skipped.
+@contextmanager
+def named(file: str, record: str) -> Iterator[None]:
+    """Raises ReleaseError, with these names, in place of the RecordError of what is done inside."""
+    try:
+        yield
+    except RecordError as error:
+        raise ReleaseError(file, record, error.kind, error.reason) from error
+
+
+def record_name(raw: Any, place: int) -> str:
+    """What messages call a record: its id where it has one, else its place, from 1."""
+    number = raw.get("id") if isinstance(raw, dict) else None
+    return f"record {shown(number)}" if type(number) is int else f"record in place {place + 1}"
+
+
+def parse_choice(raw: Any, subset: str, split: str) -> Record:
+    """The record that one JSON object describes; keys beyond `CHOICE_KEYS` and `group` are ignored.
 
     Raises:
-      ReleaseError: kind `unreadable` or `encoding`.
+      RecordError: kind `type`, `key`, `text`, `options`, `letter` or `answer`.
     """
-    content = _or_refused(path, "unreadable", untrusted.read_bytes, path, MAX_FILE_BYTES)
-    return _or_refused(path, "encoding", untrusted.decoded, content, path, "utf-8-sig")
-
-
-def read_list(path: Path) -> list[Any]:
-    """The records of a file as they stand in its JSON, which is read strictly; a byte-order mark is skipped.
-
-    Raises:
-      ReleaseError: kind `unreadable`, `encoding`, `json` or `not_a_list`.
-    """
-    text = read_text(path)
-    number = sum(map(text.count, ",[{"))
-    if number > MAX_VALUES:
-        raise ReleaseError(path.name, "", "json", f"{number:,} values; at most {MAX_VALUES:,} are read")
-    raws = _or_refused(path, "json", untrusted.parsed, text, path, object)
-    if not isinstance(raws, list):
-        raise ReleaseError(path.name, "", "not_a_list", f"a {type(raws).__name__}; a list of records is accepted")
-    return raws
-
-
-def parse_choice(raw: Any, *, file: str, place: int, subset: str, split: str) -> Record:
-    """The record that one JSON object describes; beyond the eight keys `group` is read; files are not looked at.
-
-    Raises:
-      ReleaseError: kind `type`, `key`, `text`, `options`, `letter` or `answer`.
-    """
-    name = record_name(raw, place)
-    check_keys(raw, KEYS, file, name)
-    options = parse_options(raw["Question-choice"])
+    check_keys(raw, CHOICE_KEYS)
+    question, letter = raw["Question-choice"], raw["Answer-choice"]
+    options = parse_options(question)
     if len(options) < 2 or len(set(options)) < len(options) or not all(options):
-        listed = str(list(options))[:200]
-        reason = f"Question-choice has the options {listed}; two or more different ones, `A: ...`, are accepted"
-        raise ReleaseError(file, name, "options", reason)
+        reason = f"has the options {str(list(options))[:200]}; two or more different ones, `A: ...`, are accepted"
+        raise RecordError("options", f"Question-choice {reason}")
     if len(options) > MAX_OPTIONS:
         reason = f"Question-choice has {len(options)} options; at most {MAX_OPTIONS} can be scored"
-        raise ReleaseError(file, name, "options", reason)
-    if alike := spelling.look_alike(options):
-        first, second = spelling.told_apart(*alike)
-        raise ReleaseError(file, name, "options", f"the options {first} and {second} look alike; one is accepted")
-    if reason := spelling.fault(raw["Question-choice"]):
-        raise ReleaseError(file, name, "text", f"Question-choice {reason}")
-    letter, letters = raw["Answer-choice"], LETTERS[: len(options)]
+        raise RecordError("options", reason)
+    if alike := first_alike(options):
+        first, second = told_apart(*alike)
+        raise RecordError("options", f"the options {first} and {second} look alike; one is accepted")
+    if reason := text_fault(question):
+        raise RecordError("text", f"Question-choice {reason}")
+    letters = LETTERS[: len(options)]
     if len(letter) != 1 or letter not in letters:
-        reason = f"Answer-choice is {spelling.quoted(letter)}; the options are {', '.join(letters)}"
-        raise ReleaseError(file, name, "letter", reason)
-    named = options[letters.index(letter)]
-    if named != raw["Answer"].strip():
-        first, second = spelling.told_apart(named, raw["Answer"])
-        reason = f"Answer-choice {letter} names {first}, but Answer is {second}"
-        raise ReleaseError(file, name, "answer", reason)
+        raise RecordError("letter", f"Answer-choice is {quoted(letter)}; the options are {', '.join(letters)}")
+    label = options[letters.index(letter)]
+    if label != raw["Answer"].strip():
+        first, second = told_apart(label, raw["Answer"])
+        raise RecordError("answer", f"Answer-choice {letter} names {first}, but Answer is {second}")
     return Record(
-        id=f"{subset}/{split}/{raw['id']}",
-        subset=subset,
-        turns=(Turn(raw["Question-choice"], letter),),
-        options=options,
-        answer=letter,
-        image=raw["image"],
-        data_no=raw["data-no"],
-        group=raw.get("group", ""),
-    )
+        f"{subset}/{split}/{raw['id']}", subset, (Turn(question, letter),), options, letter, raw["image"],
+        raw["data-no"], group=raw.get("group", ""),
+    )  # fmt: skip
 
 
 def parse_options(question: str) -> tuple[str, ...]:
@@ -129,11 +124,11 @@ def parse_options(question: str) -> tuple[str, ...]:
     """
     options: list[str] = []
     for line in question.splitlines():
-        found = _OPTION.fullmatch(line.strip())
-        if found and found[1] == "A":
-            options = [found[2].strip()]
-        elif found and options and found[1] == LETTERS[len(options) : len(options) + 1]:
-            options.append(found[2].strip())
+        match = _OPTION.fullmatch(line.strip())
+        if match and match[1] == "A":
+            options = [match[2].strip()]
+        elif match and options and match[1] == LETTERS[len(options) : len(options) + 1]:
+            options.append(match[2].strip())
         elif options:
             break
     return tuple(options)
@@ -147,102 +142,175 @@ def without_options(question: str) -> str:
     return "\n".join(line for line in question.splitlines() if not _OPTION.fullmatch(line.strip()))
 
 
-def check_keys(raw: Any, keys: Mapping[str, type], file: str, name: str) -> None:
-    """Raises ReleaseError of kind `type`, `key` or `text` when the object lacks a key, a value is of another type, or
+def parse_detection(raw: Any, subset: str, split: str, size: tuple[int, int]) -> Record:
+    """The record with boxes that one JSON object describes; no box at all is accepted.
+
+    Args:
+      size: (height, width) of its image in pixels, upright.
+
+    Raises:
+      RecordError: kind `type`, `key`, `text`, `size` or `box`.
+    """
+    check_keys(raw, DETECTION_KEYS)
+    for kind, reason in detection_problems(raw, size):
+        raise RecordError(kind, reason)
+    boxes = tuple(Box(box["label"], *map(float, box["bbox"])) for box in raw["boxes"])
+    return Record(
+        f"{subset}/{split}/{raw['id']}", subset, (), image=raw["image"], data_no=raw["data-no"], boxes=boxes,
+        size_px=size, group=raw.get("group", ""),
+    )  # fmt: skip
+
+
+def detection_problems(raw: dict[str, Any], size: tuple[int, int]) -> list[tuple[str, str]]:
+    """(kind, reason) of everything wrong with a detection record's sizes and boxes.
+
+    Args:
+      raw: the record, its keys and types checked.
+      size: (height, width) of its image in pixels, upright.
+    """
+    height, width = size
+    problems = []
+    if (raw["width"], raw["height"]) != (width, height):
+        stated = f"{shown(raw['width'])} x {shown(raw['height'])}"
+        problems.append(("size", f"width and height are {stated}; the image has {width} x {height} pixels"))
+    reasons = (_box_fault(box, width, height) for box in raw["boxes"])
+    return problems + [("box", reason) for reason in reasons if reason]
+
+
+def _box_fault(box: Any, width: int, height: int) -> str:
+    label = box.get("label") if isinstance(box, dict) else None
+    if not isinstance(label, str) or not label or label != label.strip() or not label.isprintable():
+        return f"box {shown(box)} has no label; one line of text is accepted"
+    if reason := text_fault(label):
+        return f"label {quoted(label)} {reason}"
+    corners = box.get("bbox")
+    if not _are_corners(corners):
+        return f"bbox {shown(corners)}; four numbers x1, y1, x2, y2 are accepted"
+    x1, y1, x2, y2 = corners
+    # Written so that a NaN fails.
+    if not (x1 < x2 and y1 < y2):
+        return f"bbox {shown(corners)}: x1 < x2 and y1 < y2 are needed"
+    if not (x1 >= 0 and y1 >= 0 and x2 <= width and y2 <= height):
+        return f"bbox {shown(corners)} is not inside the image of {width} x {height} pixels"
+    return ""
+
+
+def box_labels(raw: Any) -> list[str]:
+    """The labels of a record's boxes, which nobody has checked."""
+    return [box["label"] for box in _boxes(raw) if isinstance(box.get("label"), str)]
+
+
+def box_corners(raw: Any) -> list[list[float]]:
+    """The corners of a record's boxes, which nobody has checked, of those that have four numbers."""
+    return [box["bbox"] for box in _boxes(raw) if _are_corners(box.get("bbox"))]
+
+
+def shares_of_image(corners: Iterable[list[float]]) -> str:
+    """Why these corners, of all boxes of a file, cannot be pixels: none is above 1; "" where they can."""
+    largest = [max(box) for box in corners]
+    if not largest or max(largest) > 1:
+        return ""
+    reason = f"all corners of {len(largest)} boxes are 0 to 1, so they are shares of the image"
+    return f"{reason}; pixels of the upright image are accepted"
+
+
+def _boxes(raw: Any) -> list[dict[str, Any]]:
+    boxes = raw.get("boxes") if isinstance(raw, dict) else None
+    return [box for box in boxes if isinstance(box, dict)] if isinstance(boxes, list) else []
+
+
+def _are_corners(value: Any) -> bool:
+    # bool is an int to isinstance.
+    return isinstance(value, list) and len(value) == 4 and all(type(corner) in (int, float) for corner in value)
+
+
+def check_keys(raw: Any, keys: Mapping[str, type]) -> None:
+    """Raises RecordError of kind `type`, `key` or `text` when the object lacks a key, a value is of another type, or
     the name of its dataset or group cannot be printed."""
     if not isinstance(raw, dict):
-        raise ReleaseError(file, name, "type", f"a {type(raw).__name__}; an object is accepted")
-    missing = [key for key in keys if key not in raw]
-    if missing:
-        raise ReleaseError(file, name, "key", f"the key {missing[0]} is missing")
+        raise RecordError("type", f"a {type(raw).__name__}; an object is accepted")
+    if missing := [key for key in keys if key not in raw]:
+        raise RecordError("key", f"the key {missing[0]} is missing")
     optional = {key: kind for key, kind in OPTIONAL_KEYS.items() if key in raw}
     for key, kind in {**keys, **optional}.items():
-        # bool is an int to isinstance.
         if type(raw[key]) is not kind:
             reason = f"{key} is {shown(raw[key])}, a {type(raw[key]).__name__}; {kind.__name__} is accepted"
-            raise ReleaseError(file, name, "type", reason)
+            raise RecordError("type", reason)
     if not -MAX_ID <= raw["id"] <= MAX_ID:
-        raise ReleaseError(file, name, "type", f"id is {shown(raw['id'])}; a whole number of 64 bits is accepted")
+        raise RecordError("type", f"id is {shown(raw['id'])}; a whole number of 64 bits is accepted")
     for key in ("data-no", *optional):
         if not raw[key].isprintable() or len(raw[key]) > MAX_NAME_CHARS:
-            accepted = f"one line of text of at most {MAX_NAME_CHARS} signs is accepted"
-            reason = f"{key} {spelling.quoted(raw[key])} has {len(raw[key]):,} signs, or some that cannot be printed"
-            raise ReleaseError(file, name, "text", f"{reason}; {accepted}")
+            reason = f"{key} {quoted(raw[key])} has {len(raw[key]):,} signs, or some that cannot be printed"
+            raise RecordError("text", f"{reason}; one line of text of at most {MAX_NAME_CHARS} signs is accepted")
 
 
-def check_id(raw: Any, seen: set[int], *, file: str, place: int) -> None:
-    """Adds the record's id to those seen; raises ReleaseError of kind `duplicate_id` when it is there already."""
-    own = raw.get("id") if isinstance(raw, dict) else None
-    if type(own) is not int:
-        return
-    if own in seen:
-        raise ReleaseError(file, record_name(raw, place), "duplicate_id", f"the id {shown(own)} occurs twice")
-    seen.add(own)
-
-
-def image_path(root: Path, relative: str, *, file: str, record: str) -> Path:
+def image_path(root: Path, relative: str) -> Path:
     """The image file that a record names, which lies below `root` even when every link is followed.
 
     Args:
       root: the tree, already resolved.
 
     Raises:
-      ReleaseError: kind `path` (empty, absolute, climbing, or leading out by a link) or `missing_file`.
+      RecordError: kind `path` (empty, absolute, climbing, or leading out by a link) or `missing_file`.
     """
 
-    def refuse(kind: str, reason: str) -> ReleaseError:
-        return ReleaseError(file, record, kind, f"image {spelling.quoted(relative, 200)} {reason}")
+    def refused(kind: str, reason: str) -> RecordError:
+        return RecordError(kind, f"image {quoted(relative, 200)} {reason}")
 
     if not relative.strip() or "\0" in relative:
-        raise refuse("path", "is no path; one below the tree's root is accepted")
+        raise refused("path", "is no path; one below the tree's root is accepted")
     if PurePosixPath(relative).is_absolute() or PureWindowsPath(relative).anchor:
-        raise refuse("path", "is absolute; one below the tree's root is accepted")
+        raise refused("path", "is absolute; one below the tree's root is accepted")
     if ".." in PurePosixPath(relative).parts or ".." in PureWindowsPath(relative).parts:
-        raise refuse("path", "climbs out of its folder; one below the tree's root, without `..`, is accepted")
+        raise refused("path", "climbs out of its folder; one below the tree's root, without `..`, is accepted")
     try:
-        found = Path(os.path.realpath(root / relative, strict=True))
+        path = Path(os.path.realpath(root / relative, strict=True))
     except OSError as error:
-        raise refuse("missing_file", f"cannot be opened: {error.strerror}") from error
+        raise refused("missing_file", f"cannot be opened: {error.strerror}") from error
     except UnicodeError as error:  # half of a surrogate pair
-        raise refuse("path", "holds a character that no file name has") from error
-    if not found.is_relative_to(root):
-        raise refuse("path", "leads out of the tree by a link")
-    if not found.is_file():
-        raise refuse("missing_file", "is no file")
-    return found
+        raise refused("path", "holds a character that no file name has") from error
+    if not path.is_relative_to(root):
+        raise refused("path", "leads out of the tree by a link")
+    if not path.is_file():
+        raise refused("missing_file", "is no file")
+    return path
 
 
-def read_choice_file(
-    path: Path, root: Path, *, subset: str = "", split: str = "", skip: Container[tuple[str, str]] = ()
-) -> list[Record]:
-    """All records of one file, every one checked, the images' paths included (their pixels are not read).
+def appearance(text: str) -> str:
+    """What texts that look alike have in common: Unicode's form, case, white space, invisible signs, dashes, zeros.
 
-    skip: (file, record) of those that are left out unread, as `check` names them.
-
-    Raises:
-      ReleaseError: at the first thing that is wrong.
+    Example: "Naevus ", "naevus" and "nae\\u200bvus" are "naevus"; "1", "1.0" and "01" are "1".
     """
-    root = Path(os.path.realpath(root))
-    records: list[Record] = []
-    seen: set[int] = set()
-    for place, raw in enumerate(read_list(path)):
-        if (path.name, record_name(raw, place)) in skip:
-            continue
-        check_id(raw, seen, file=path.name, place=place)
-        records.append(parse_choice(raw, file=path.name, place=place, subset=subset, split=split))
-        image_path(root, raw["image"], file=path.name, record=record_name(raw, place))
-    return records
+    seen = "".join(sign for sign in text if unicodedata.category(sign) != "Cf" and sign not in _INVISIBLE)
+    seen = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", seen).casefold())
+    seen = " ".join(seen.translate(_DASHES | _QUOTES).split())
+    return _NUMBER_ENDS.sub(lambda number: number[1] or "", seen)
 
 
-def record_name(raw: Any, place: int) -> str:
-    """How messages call a record: by its id where it has one, by its place (from 1) elsewhere."""
-    own = raw.get("id") if isinstance(raw, dict) else None
-    return f"record {shown(own)}" if type(own) is int else f"record in place {place + 1}"
+def first_alike(texts: Iterable[str]) -> tuple[str, str] | None:
+    """The first two different texts that look alike; None where there are none."""
+    first: dict[str, str] = {}
+    for text in texts:
+        other = first.setdefault(appearance(text), text)
+        if other != text:
+            return other, text
+    return None
 
 
-def _or_refused(path: Path, kind: str, read: Callable, *args) -> Any:
-    """What `read` gives; what it refuses, under the file's own name."""
-    try:
-        return read(*args)
-    except FileError as error:
-        raise ReleaseError(path.name, "", kind, str(error).removeprefix(f"{path}: ")) from error
+def quoted(text: str, limit: int = 60) -> str:
+    """A text with quotes, at most so many signs of it, those that cannot be printed written as numbers."""
+    return repr(text if len(text) <= limit else text[: limit - 3] + "...")
+
+
+def told_apart(first: str, second: str) -> tuple[str, str]:
+    """Both quoted, so that they look different: where they look alike, with numbers for all signs beyond ASCII."""
+    quote = ascii if appearance(first) == appearance(second) else repr
+    return quote(first[:60]), quote(second[:60])
+
+
+def text_fault(text: str) -> str:
+    """What stands in a question, option or label that no prompt can hold, and what to do; "" where nothing does."""
+    if mark := _MARKS.search(text):
+        return f"spells {mark[0]!r}, which prompts put themselves, by the model; take it out"
+    sign = next((sign for sign in text if unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\t\n\r"), "")
+    return f"has the control character {ascii(sign)}; plain text is accepted" if sign else ""

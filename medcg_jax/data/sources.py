@@ -17,11 +17,10 @@ def open_source(config: DataConfig) -> Source:
       DataError: an unknown source, or a root that is missing or holds something else.
     """
     if config.source == "phantom":
-        from medcg_jax.data.phantom import PHANTOM_TEST_RECORDS
-        from medcg_jax.data.phantom_boxes import PhantomBoxSource
+        from medcg_jax.data.phantom.source import PHANTOM_TEST_RECORDS, PhantomSource
 
         test = config.test_records_per_subset or PHANTOM_TEST_RECORDS
-        return PhantomBoxSource(config.seed, config.train_records_per_subset, test)
+        return PhantomSource(config.seed, config.train_records_per_subset, test)
     if config.source == "release":
         from medcg_jax.data.release import ReleaseSource
 

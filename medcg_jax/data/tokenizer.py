@@ -8,19 +8,44 @@ before text that opens a chunk (`start=True`), and none before text that goes on
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from medcg_jax.data.records import DataError
-from medcg_jax.data.tokenizer_json import IMAGE, from_tokenizers
-from medcg_jax.data.tokenizer_limits import short
-from medcg_jax.data.tokenizer_spm import from_sentencepiece
-
-__all__ = ["IMAGE", "SMALL", "Tokenizer", "load_tokenizer", "tokenizer_files"]
+from medcg_jax.data.tokenizer_limits import (
+    MAX_TOKENIZER_BYTES,
+    added_in_config,
+    added_tokens,
+    library_errors,
+    named_tokens,
+    one_line,
+    read_tokenizer_json,
+    short,
+)
+from medcg_jax.untrusted import read_bytes, shown
 
 SMALL = Path(__file__).parent / "tokenizer" / "tokenizer.json"
-
-Encode = Callable[[str, bool], list[int]]
+SPACE = "▁"
+IMAGE = "<image>"
+# Tokens that open a sequence, end a turn, fill rows, and stand for an image: by family, in the order in which a file is
+# tried for the second.
+FAMILIES = (
+    ("<s>", "</s>", "<pad>", IMAGE),
+    ("<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>", "<|image|>"),
+    ("", "<|im_end|>", "<|endoftext|>", "<|image_pad|>"),
+)
+# Added tokens of these names are special, whatever the file says: NExT-Chat's are listed as ordinary ones.
+KNOWN = {*(name for family in FAMILIES for name in family if name), "<unk>"}
+KNOWN |= {"<im_patch>", "<im_start>", "<im_end>", "<at>", "<boxes>"}
+# A line of tiktoken's form: a piece's bytes in base 64, and its rank.
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\n")
+# The rules by which a SentencePiece model rewrites characters before all else: Llama's has none. Fields of the protocol
+# buffer.
+_NORMALIZER, _CHARACTER_MAP = 3, 2
 # Distinct texts whose ids are kept: questions repeat across records and epochs.
 _CACHED_TEXTS = 1 << 16
 
@@ -41,7 +66,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        encode: Encode,
+        encode: Callable[[str, bool], list[int]],
         decode: Callable[[list[int]], str],
         *,
         bos_id: int | None,
@@ -126,17 +151,17 @@ class Tokenizer:
           DataError: a letter changes the prefix's own tokens, is not one token, or two letters share one.
         """
         before = self.encode(prefix, start)
-        found = []
+        ids = []
         for letter in letters:
             after = self.encode(f"{prefix}{between}{letter}", start)
             if after[: len(before)] != before:
                 raise DataError(f"option {letter!r} changes the tokens of the prompt that ends in {prefix[-20:]!r}")
             if len(after) != len(before) + 1:
                 raise DataError(f"option {letter!r} is {len(after) - len(before)} tokens; one is needed to score it")
-            found.append(after[-1])
-        if len(set(found)) != len(found):
-            raise DataError(f"options {', '.join(letters)} share a token: ids {found}")
-        return found
+            ids.append(after[-1])
+        if len(set(ids)) != len(ids):
+            raise DataError(f"options {', '.join(letters)} share a token: ids {ids}")
+        return ids
 
 
 def load_tokenizer(path: str | Path = "", small: str = SMALL.stem) -> Tokenizer:
@@ -171,4 +196,282 @@ def tokenizer_files(directory: Path) -> list[Path]:
 
 
 def _load(path: Path) -> Tokenizer:
-    return Tokenizer(**(from_sentencepiece(path) if path.suffix == ".model" else from_tokenizers(path)))
+    return _from_sentencepiece(path) if path.suffix == ".model" else _from_json(path)
+
+
+def _from_json(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json.
+
+    Which ids are special is said by its added tokens alone: an ordinary piece may be spelled like one. The files beside
+    it may name another token for an image, or for padding.
+
+    Raises:
+      DataError: it cannot be read, could do harm, or lacks a token that every family has.
+    """
+    import tokenizers
+
+    parsed, content = read_tokenizer_json(path)
+    is_llama = _is_llama(parsed)
+    if is_llama and _blanks_come_first(parsed):
+        _put_blanks_last(parsed)
+        text = json.dumps(parsed)
+    else:
+        text = content.decode("utf-8")
+    with library_errors(f"tokenizer {path}"):
+        inner = tokenizers.Tokenizer.from_str(text)
+        inner.no_truncation()
+        inner.no_padding()
+        if is_llama:
+            inner.normalizer = inner.pre_tokenizer = None
+    added = _added(parsed, inner, path)
+    special = {name: number for name, (number, is_special) in added.items() if is_special or name in KNOWN}
+    named = named_tokens(path.parent)
+    family = _family(added, special, named, path)
+    bos, eos, pad, image = (special.get(name) for name in family)
+    unk = special.get("<unk>", _unknown(parsed, inner))
+    pad = special.get(named.get("pad_token", ""), unk if pad is None else pad)
+    if pad is None:
+        raise DataError(f"tokenizer {path}: neither {family[2]} nor <unk> is there to fill rows with")
+    vocab = parsed["model"]["vocab"]
+    ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+    size = max(max(ids, default=-1), *(number for number, _ in added.values()), -1) + 1
+    image = _image_id(special, named, image, size)
+
+    def plain(text: str) -> list[int]:
+        with library_errors(f"text {short(text)} cannot be tokenised"):
+            return inner.encode(text, add_special_tokens=False).ids
+
+    def encode(text: str, start: bool) -> list[int]:
+        if is_llama:
+            # As SentencePiece does it, whatever the version that wrote the file says of spaces.
+            text = text.replace(" ", SPACE)
+            return plain(SPACE + text if start and text else text)
+        # After a special token the file's own normaliser says what becomes of the space: let it see one.
+        return plain(text) if start else plain(family[1] + text)[1:]
+
+    def decode(ids: list[int]) -> str:
+        with library_errors(f"tokenizer {path}: ids cannot be decoded"):
+            return inner.decode(ids)
+
+    def bare(number: int) -> int:
+        known = inner.token_to_id(inner.id_to_token(number).removeprefix(SPACE))
+        return unk if known is None else known
+
+    return Tokenizer(
+        encode,
+        decode,
+        bos_id=bos,
+        eos_id=eos,
+        pad_id=pad,
+        image_id=image,
+        unk_id=unk,
+        vocab_size=max(size, image + 1),
+        fingerprint=hashlib.sha256(content).hexdigest()[:16],
+        special=special,
+        text_ids=max(set(ids) | {n for n, _ in added.values()} - {*special.values(), pad, image} | {eos}) + 1,
+        bare=bare if is_llama and unk is not None else None,
+        path=path,
+    )
+
+
+def _image_id(special: dict[str, int], named: dict[str, str], of_family: int | None, free: int) -> int:
+    """The id that stands for an image: of the token that the files name, the family's, another family's; or `free`."""
+    if named.get("image_token") in special:
+        return special[named["image_token"]]
+    if of_family is not None:
+        return of_family
+    return next((special[family[3]] for family in FAMILIES if family[3] in special), free)
+
+
+def _added(parsed: dict[str, Any], inner, path: Path) -> dict[str, tuple[int, bool]]:
+    """Text of each added token -> (its id, whether the file calls it special).
+
+    Raises:
+      DataError: the library or tokenizer_config.json beside the file has it under another id.
+    """
+    added = {t["content"]: (t["id"], bool(t.get("special"))) for t in parsed.get("added_tokens") or []}
+    for name, (number, _) in added.items():
+        if inner.token_to_id(name) != number:
+            raise DataError(
+                f"tokenizer {path}: added_tokens states {number} for {shown(name)}, which is "
+                f"{inner.token_to_id(name)} by the vocabulary; equal ids are accepted"
+            )
+    with one_line():
+        for number, name, where in added_in_config(path.parent) if path.name == "tokenizer.json" else ():
+            by_vocab = added[name][0] if name in added else inner.token_to_id(name)
+            if by_vocab != number:
+                reason = f"states {number} for {shown(name)}; {path.name} beside it has {by_vocab}"
+                raise DataError(f"tokenizer {where} {reason}")
+    return added
+
+
+def _family(added, special: dict[str, int], named: dict[str, str], path: Path) -> tuple[str, str, str, str]:
+    ends = [family for family in FAMILIES if family[1] in special]
+    # One that the file itself calls special, then one that tokenizer_config.json names, then the first.
+    ends.sort(key=lambda family: (not added[family[1]][1], family[1] != named.get("eos_token")))
+    if not ends:
+        names = " or ".join(family[1] for family in FAMILIES)
+        raise DataError(
+            f"tokenizer {path}: the token that ends a turn is missing; {names} is accepted, as a special one"
+        )
+    return ends[0]
+
+
+def _unknown(parsed: dict[str, Any], inner) -> int | None:
+    """The id that the model itself gives to what it does not know; None: it knows everything."""
+    model = parsed["model"]
+    if model.get("type") == "Unigram":
+        return model.get("unk_id")
+    name = model.get("unk_token")
+    return inner.token_to_id(name) if isinstance(name, str) else None
+
+
+def _is_llama(parsed: dict[str, Any]) -> bool:
+    """Whether the pieces are Llama's kind: BPE with bytes, and a mark in place of each space."""
+    model, rules = (
+        parsed["model"],
+        json.dumps([parsed.get("normalizer"), parsed.get("pre_tokenizer")], ensure_ascii=False),
+    )
+    return model.get("type", "BPE") == "BPE" and bool(model.get("byte_fallback")) and SPACE in rules
+
+
+def _merge(entry: str | list[str]) -> tuple[str, str]:
+    left, _, right = entry.partition(" ") if isinstance(entry, str) else (entry[0], "", entry[1])
+    return left, right
+
+
+def _is_blank(entry: str | list[str]) -> bool:
+    return not "".join(_merge(entry)).strip(SPACE)
+
+
+def _blanks_come_first(parsed: dict[str, Any]) -> bool:
+    """Whether it is Llama's own vocabulary with its merges in the order of the ids, as transformers 5 writes them.
+
+    In the SentencePiece model runs of blanks have the first ids and the lowest scores: they are merged last.
+    """
+    vocab, merges = parsed["model"]["vocab"], parsed["model"].get("merges") or []
+    if not isinstance(vocab, dict):
+        return False
+    of_llama = (vocab.get(SPACE * 2), vocab.get(f"{SPACE}t"), vocab.get(SPACE)) == (259, 260, 29871)
+    return of_llama and bool(merges) and _is_blank(merges[0])
+
+
+def _put_blanks_last(parsed: dict[str, Any]) -> None:
+    merges = parsed["model"]["merges"]
+    parsed["model"]["merges"] = [m for m in merges if not _is_blank(m)] + [m for m in merges if _is_blank(m)]
+
+
+def _from_sentencepiece(path: Path) -> Tokenizer:
+    """The tokenizer of a SentencePiece model of the Llama family.
+
+    Raises:
+      DataError: it cannot be read, is in another form, or the files beside it contradict it.
+    """
+    try:
+        import sentencepiece
+    except ImportError as error:
+        reason = "a SentencePiece model needs the package sentencepiece; a tokenizer.json does not"
+        raise DataError(f"tokenizer {path}: {reason}") from error
+    with one_line():
+        content = read_bytes(path, MAX_TOKENIZER_BYTES)
+    if _TIKTOKEN.match(content):
+        raise DataError(
+            f"tokenizer {path}: it is in tiktoken's form, as in the folder original of Llama 3's release; the "
+            "tokenizer.json of the same release is accepted"
+        )
+    if rules := _character_map(content):
+        raise DataError(
+            f"tokenizer {path}: rules for characters of {rules:,} bytes; a model without, as Llama's, is accepted"
+        )
+    with library_errors(f"tokenizer {path}: no SentencePiece model"):
+        model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        size = model.get_piece_size()
+        # Nothing joins a line break, so the text behind one is encoded without the space that opens a chunk.
+        opening = model.encode("\n")
+    bos, eos, unk = model.bos_id(), model.eos_id(), model.unk_id()
+    if eos < 0:
+        raise DataError(f"tokenizer {path}: the token that ends a turn is missing; a model with </s> is accepted")
+    added = added_tokens(path.parent)
+    for name, number in added.items():
+        if number < size and model.id_to_piece(number) != name:
+            raise DataError(
+                f"tokenizer {path}: the files beside it add {shown(name)} with the id {number}, which is "
+                f"{shown(model.id_to_piece(number))} in the model; {size} and above are free"
+            )
+    special = {model.id_to_piece(number): number for number in (unk, bos, eos) if number >= 0} | added
+    named, vocab_size = named_tokens(path.parent), max(size, *(number + 1 for number in added.values()), 0)
+    image = _image_id(special, named, added.get(IMAGE), vocab_size)
+    pad = special.get(named.get("pad_token", ""), special.get("<pad>", unk))
+    # What other libraries take for one token where a text spells it.
+    spelled = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+
+    def encode(text: str, start: bool) -> list[int]:
+        if match := spelled.search(text):
+            reason = f"it spells {match.group()}; take that out of the text"
+            raise DataError(f"text {short(text)} has special or unknown tokens: {reason}")
+        if start:
+            return model.encode(text)
+        ids = model.encode("\n" + text)
+        if ids[: len(opening)] != opening:
+            raise DataError(f"tokenizer {path}: line breaks are not kept; a Llama-like model is needed")
+        return ids[len(opening) :]
+
+    def bare(number: int) -> int:
+        return model.piece_to_id(model.id_to_piece(number).removeprefix(SPACE))
+
+    return Tokenizer(
+        encode,
+        lambda ids: model.decode([i for i in ids if i < size]),
+        bos_id=bos if bos >= 0 else None,
+        eos_id=eos,
+        pad_id=pad,
+        image_id=image,
+        unk_id=unk,
+        vocab_size=max(vocab_size, image + 1),
+        fingerprint=hashlib.sha256(content).hexdigest()[:16],
+        special=special,
+        text_ids=size,
+        bare=bare,
+        path=path,
+    )
+
+
+def _character_map(content: bytes) -> int:
+    """Bytes of the model's rules for characters; 0: it has none. A file that is no protocol buffer has none either."""
+    return sum(
+        len(value)
+        for number, field in _fields(content)
+        if number == _NORMALIZER
+        for inner, value in _fields(field)
+        if inner == _CHARACTER_MAP
+    )
+
+
+def _fields(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """(number, bytes) of each field of a protocol buffer that has a length; ends where it is damaged."""
+    offset, end = 0, len(content)
+
+    def varint() -> int:
+        nonlocal offset
+        value = shift = 0
+        while offset < end and shift < 64:
+            byte = content[offset]
+            offset, value, shift = offset + 1, value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+        offset = end
+        return 0
+
+    while offset < end:
+        key = varint()
+        kind = key & 7
+        if kind == 0:
+            varint()
+        elif kind in (1, 5):
+            offset += 8 if kind == 1 else 4
+        elif kind == 2:
+            length = varint()
+            yield key >> 3, content[offset : min(offset + length, end)]
+            offset += length
+        else:
+            return

@@ -32,15 +32,14 @@ MAX_PATTERN_CHARS = 4096
 MAX_REPEATS = 2
 MAX_RULES = 64
 
-NORMALIZERS = (
-    "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Prepend", "Replace", "Sequence", "ByteLevel",
-    "BertNormalizer", "Nmt",
-)  # fmt: skip
-PRE_TOKENIZERS = (
-    "ByteLevel", "Metaspace", "Split", "Sequence", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit",
-    "BertPreTokenizer", "UnicodeScripts", "CharDelimiterSplit",
-)  # fmt: skip
-DECODERS = ("ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip", "Sequence", "WordPiece", "BPEDecoder")
+NORMALIZERS = tuple(
+    "NFC NFD NFKC NFKD Lowercase Strip StripAccents Prepend Replace Sequence ByteLevel BertNormalizer Nmt".split()
+)
+PRE_TOKENIZERS = tuple(
+    "ByteLevel Metaspace Split Sequence Digits Punctuation Whitespace WhitespaceSplit BertPreTokenizer UnicodeScripts "
+    "CharDelimiterSplit".split()
+)
+DECODERS = tuple("ByteLevel Metaspace Replace ByteFallback Fuse Strip Sequence WordPiece BPEDecoder".split())
 MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
 # Key of a list of rules in a Sequence -> which part of the file it is of.
 INNER = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
@@ -60,14 +59,14 @@ def read_tokenizer_json(path: Path) -> tuple[dict[str, Any], bytes]:
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:
             raise FileError(f"{path}: not UTF-8 (byte {error.start})") from error
-        found = parsed(text, path)
-        check_structure(found, path)
-    return found, content
+        tokenizer = parsed(text, path)
+        check_structure(tokenizer, path)
+    return tokenizer, content
 
 
-def check_structure(found: dict[str, Any], path: Path) -> None:
+def check_structure(tokenizer: dict[str, Any], path: Path) -> None:
     """Raises FileError for the first thing in a tokenizer.json that could do harm or is no tokenizer."""
-    model = found.get("model")
+    model = tokenizer.get("model")
     if not isinstance(model, dict):
         raise FileError(f"{path}: model is {article_of(model)}; an object is accepted")
     kind = model.get("type", "BPE")
@@ -94,16 +93,16 @@ def check_structure(found: dict[str, Any], path: Path) -> None:
             raise FileError(
                 f"{path}: model.vocab has {shown(piece)}; pieces of at most {MAX_PIECE_CHARS} characters are accepted"
             )
-    _check_added(found.get("added_tokens") or [], path)
-    for part, accepted in (("normalizer", NORMALIZERS), ("pre_tokenizer", PRE_TOKENIZERS), ("decoder", DECODERS)):
-        _check_rules(found.get(part), part, accepted, path)
+    _check_added(tokenizer.get("added_tokens") or [], path)
+    for section, accepted in (("normalizer", NORMALIZERS), ("pre_tokenizer", PRE_TOKENIZERS), ("decoder", DECODERS)):
+        _check_rules(tokenizer.get(section), section, accepted, path)
 
 
-def _check_added(listed: Any, path: Path) -> None:
-    if not isinstance(listed, list) or len(listed) > MAX_ADDED_TOKENS:
-        many = f"{len(listed):,} entries" if isinstance(listed, list) else article_of(listed)
+def _check_added(entries: Any, path: Path) -> None:
+    if not isinstance(entries, list) or len(entries) > MAX_ADDED_TOKENS:
+        many = f"{len(entries):,} entries" if isinstance(entries, list) else article_of(entries)
         raise FileError(f"{path}: added_tokens has {many}; a list of at most {MAX_ADDED_TOKENS:,} is accepted")
-    for token in listed:
+    for token in entries:
         if not isinstance(token, dict) or not isinstance(token.get("content"), str):
             raise FileError(f"{path}: added_tokens has {shown(token)}; objects with content and id are accepted")
         check_added(token["content"], token.get("id"), f"{path}: added_tokens")
@@ -116,7 +115,7 @@ def check_added(content: str, number: Any, name: str) -> None:
     check_number(number, f"{name}[{shown(content)}]", least=0, most=MAX_TOKEN_ID, whole=True)
 
 
-def _check_rules(top: Any, part: str, accepted: tuple[str, ...], path: Path) -> None:
+def _check_rules(top: Any, section: str, accepted: tuple[str, ...], path: Path) -> None:
     """The rules of one part of the file: known ones, that do not let a text grow, whose patterns come to an end."""
     growth, waiting, count = 1.0, [top], 0
     while waiting:
@@ -127,30 +126,30 @@ def _check_rules(top: Any, part: str, accepted: tuple[str, ...], path: Path) -> 
         kind = rule.get("type") if isinstance(rule, dict) else rule
         if kind not in accepted or count > MAX_RULES:
             many = f"more than {MAX_RULES} rules" if count > MAX_RULES else f"type={shown(kind)}"
-            raise FileError(f"{path}: {part} has {many}; accepted: at most {MAX_RULES} of {', '.join(accepted)}")
+            raise FileError(f"{path}: {section} has {many}; accepted: at most {MAX_RULES} of {', '.join(accepted)}")
         if kind == "Sequence":
-            inner = rule.get(INNER[part])
+            inner = rule.get(INNER[section])
             if not isinstance(inner, list):
-                raise FileError(f"{path}: {part}.{INNER[part]} is {article_of(inner)}; a list is accepted")
+                raise FileError(f"{path}: {section}.{INNER[section]} is {article_of(inner)}; a list is accepted")
             waiting += inner
         for field in ("prepend", "prefix", "suffix", "replacement"):
-            _check_affix(rule.get(field), f"{path}: {part}.{field}")
+            _check_affix(rule.get(field), f"{path}: {section}.{field}")
         pattern = rule.get("pattern")
         regex = pattern.get("Regex") if isinstance(pattern, dict) else None
         if isinstance(regex, str):
-            check_pattern(regex, f"{path}: {part}.pattern")
+            check_pattern(regex, f"{path}: {section}.pattern")
         if kind == "Replace":
             content, plain = rule.get("content"), pattern.get("String") if isinstance(pattern, dict) else None
             if not isinstance(content, str) or not (isinstance(regex, str) or isinstance(plain, str) and plain):
                 raise FileError(
-                    f"{path}: {part} has a Replace of {shown(pattern)} by {shown(content)}; texts are accepted"
+                    f"{path}: {section} has a Replace of {shown(pattern)} by {shown(content)}; texts are accepted"
                 )
             # A pattern may match between any two characters.
             growth *= max(1.0, len(content) / len(plain) if plain else len(content) + 1)
             if growth > MAX_GROWTH:
                 raise FileError(
-                    f"{path}: the {part}'s Replace rules make a text {growth:,.0f} times as long; at most {MAX_GROWTH} "
-                    "is accepted"
+                    f"{path}: the {section}'s Replace rules make a text {growth:,.0f} times as long; at most "
+                    f"{MAX_GROWTH} is accepted"
                 )
 
 
@@ -246,21 +245,21 @@ def added_tokens(directory: Path) -> dict[str, int]:
     Raises:
       DataError: a file is broken, an id is none, one name has two ids, or one id two names.
     """
-    listed: list[tuple[str, int, str]] = []
+    entries: list[tuple[str, int, str]] = []
     with one_line():
         name = directory / "added_tokens.json"
         for content, number in read_config(name).items():
             check_added(content, number, str(name))
-            listed.append((content, number, str(name)))
-        listed += [(content, number, place) for number, content, place in added_in_config(directory)]
+            entries.append((content, number, str(name)))
+        entries += [(content, number, where) for number, content, where in added_in_config(directory)]
         ids, names = {}, {}
-        for content, number, place in listed:
+        for content, number, where in entries:
             if ids.setdefault(content, number) != number:
                 raise FileError(
-                    f"{place}: {shown(content)} has the id {number}, and {ids[content]} elsewhere beside it"
+                    f"{where}: {shown(content)} has the id {number}, and {ids[content]} elsewhere beside it"
                 )
             if names.setdefault(number, content) != content:
-                raise FileError(f"{place}: {number} is the id of {shown(content)} and of {shown(names[number])}")
+                raise FileError(f"{where}: {number} is the id of {shown(content)} and of {shown(names[number])}")
     return ids
 
 
@@ -271,27 +270,27 @@ def added_in_config(directory: Path) -> Iterator[tuple[int, str, str]]:
       FileError: an entry is of another form.
     """
     path = directory / "tokenizer_config.json"
-    listed = read_config(path).get("added_tokens_decoder") or {}
-    if not isinstance(listed, dict) or len(listed) > MAX_ADDED_TOKENS:
-        raise FileError(f"{path}: added_tokens_decoder is {article_of(listed)}; an object of ids is accepted")
-    for key, token in listed.items():
+    entries = read_config(path).get("added_tokens_decoder") or {}
+    if not isinstance(entries, dict) or len(entries) > MAX_ADDED_TOKENS:
+        raise FileError(f"{path}: added_tokens_decoder is {article_of(entries)}; an object of ids is accepted")
+    for key, token in entries.items():
         content = token.get("content") if isinstance(token, dict) else None
-        place = f"{path}: added_tokens_decoder"
+        where = f"{path}: added_tokens_decoder"
         if not isinstance(content, str) or not re.fullmatch(r"[0-9]{1,9}", key):
-            raise FileError(f"{place}[{shown(key)}]={shown(token)}: ids with the content of their tokens are accepted")
-        check_added(content, int(key), place)
-        yield int(key), content, place
+            raise FileError(f"{where}[{shown(key)}]={shown(token)}: ids with the content of their tokens are accepted")
+        check_added(content, int(key), where)
+        yield int(key), content, where
 
 
 def named_tokens(directory: Path) -> dict[str, str]:
-    """Role -> text of the tokens that tokenizer_config.json names: "bos_token", "eos_token", "pad_token", "image_token".
+    """Role -> text of the tokens that tokenizer_config.json has: "bos_token", "eos_token", "pad_token", "image_token".
 
     The image's may stand in processor_config.json alone. Roles that are not named, or null, are left out.
 
     Raises:
       DataError: a file is broken, or a name is no text.
     """
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     with one_line():
         for file, roles in (
             ("tokenizer_config.json", ("bos_token", "eos_token", "pad_token", "image_token")),
@@ -308,8 +307,8 @@ def named_tokens(directory: Path) -> dict[str, str]:
                     continue
                 if not isinstance(value, str):
                     raise FileError(f"{directory / file}: {role} is {article_of(value)}; text or null is accepted")
-                found.setdefault(role, value)
-    return found
+                names.setdefault(role, value)
+    return names
 
 
 @contextmanager

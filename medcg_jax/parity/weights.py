@@ -37,7 +37,7 @@ def params_of(config: Config, params, tensors: Arrays):
 
     params: of the whole model or of some of its parts.
     """
-    source = Tensors({name: value.shape for name, value in tensors.items()}, tensors.__getitem__)
+    source = Tensors.of(tensors)
     places = jax.tree.map(lambda leaf: leaf.sharding, params)
     names = {name: name for name in tensors}
     parts = {path[0] for path in engine.by_path(params)}

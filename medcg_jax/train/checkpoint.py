@@ -1,18 +1,18 @@
-"""Checkpoints: a run's state with its position in the data (Orbax, asynchronous, some kept); parameters alone.
+"""Checkpoints of a run's state with its position in the data (Orbax, asynchronous, some kept), and of parameters
+alone; room on disk.
 
 A checkpoint is written in `STEP-NUMBER.part`: the arrays by Orbax, then `meta.json`, then the digests of all files
 (`checksums`), each process those of its share. Only then it is renamed to `STEP`, and only then older ones are removed.
 So whatever is called `STEP` was whole once, and a file of it that is missing, or differs in a bit, is damage: it is
 named, the checkpoint is set aside before anything of it is loaded, and the one before it taken. What a kill has left of
 a `.part` is removed at the next start.
-
-A sum of each array's bits, the same on every mesh (`bit_sums`), is compared after the arrays are loaded.
 """
 
 import itertools
 import json
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,19 +23,18 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from medcg_jax.config import ConfigError, RunError
-from medcg_jax.families.llava import LlavaConfig
-from medcg_jax.families.weights.engine import by_path
+from medcg_jax.families.build import num_bytes
+from medcg_jax.families.llava.model import LlavaConfig
 from medcg_jax.files import write_whole
-from medcg_jax.nn.quant import is_quantized
 from medcg_jax.processes import barrier, broadcast, gather
-from medcg_jax.train import checksums, disk
-from medcg_jax.train.bit_sums import bit_sums, check_bit_sums
+from medcg_jax.train import checksums
 
 META_FILE = "meta.json"
 PART = ".part"
 # What a process waits for the digests of the others, which read as much as it does itself.
 SHARES_WAIT_S = 1800.0
 POLL_S = 0.02
+UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 # Saves of this process, of all runs: where one failed, threads of Orbax may go on writing to its directory.
 _saves = itertools.count()
 
@@ -52,18 +51,18 @@ class Checkpoints:
     """The checkpoints of one run (or of one cell of several) in `directory`, which all processes see.
 
     The newest `keep` are kept, and every one whose step is a multiple of `keep_every_steps` (0: none).
-    say: takes the line about a checkpoint that is damaged.
+    report: takes the line about a checkpoint that is damaged.
 
     Attributes:
       skipped: a line for every checkpoint that was found damaged and set aside.
     """
 
     def __init__(
-        self, directory: Path, *, keep: int = 2, keep_every_steps: int = 0, say: Callable[[str], None] = print
+        self, directory: Path, *, keep: int = 2, keep_every_steps: int = 0, report: Callable[[str], None] = print
     ):
         self.directory = Path(directory).absolute()
         self.skipped: list[str] = []
-        self._keep, self._keep_every, self._say = keep, keep_every_steps, say
+        self._keep, self._keep_every, self._report = keep, keep_every_steps, report
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._writing: threading.Thread | None = None
         self._error: Exception | None = None
@@ -86,19 +85,18 @@ class Checkpoints:
         self.wait()
         if step in self.steps():
             return
-        meta = {**meta, "step": step, "bit_sums": bit_sums(state)}
         plain = _plain(state)
         # Processes of one run save together, so all give it the same name.
         part = self.directory / f"{step}-{next(_saves)}{PART}"
-        self._saving = step, disk.num_bytes(plain), part
+        self._saving = step, num_bytes(plain), part
         try:
             if jax.process_index() == 0:
                 part.mkdir()
-                write_whole(part / META_FILE, json.dumps(meta, indent=1) + "\n")
+                write_whole(part / META_FILE, json.dumps({**meta, "step": step}, indent=1) + "\n")
             self._orbax.save(part / "state", args=ocp.args.StandardSave(plain))
         except Exception as error:  # Orbax and TensorStore raise many kinds for a disk
             raise self._save_error(error) from error
-        # A daemon: a process that is told to end at once does not wait for a disk.
+        # A daemon: a process that is told to end at once does not wait for a
         self._writing = threading.Thread(target=self._finish, args=(step, part), name="checkpoint", daemon=True)
         self._writing.start()
 
@@ -126,7 +124,7 @@ class Checkpoints:
             for bad, why in failed:
                 aside = self._set_aside(bad)
                 self.skipped.append(f"checkpoint {bad} is damaged and lies in {aside}; going on from {step} ({why})")
-                self._say(self.skipped[-1])
+                self._report(self.skipped[-1])
             return state, meta
         if not failed:
             return None
@@ -192,20 +190,18 @@ class Checkpoints:
             shutil.rmtree(part, ignore_errors=True)
         good = self.steps()
         last = f"the last good one is of step {good[-1]}" if good else "there is no other"
-        free = disk.free_bytes(self.directory)
+        free = free_bytes(self.directory)
         return SaveError(
             f"{self.directory}: the checkpoint of step {step} could not be written; it needs "
-            f"{disk.amount(needed)} and {disk.amount(free)} are free; {last} ({_one_line(error)})"
+            f"{amount(needed)} and {amount(free)} are free; {last} ({_one_line(error)})"
         )
 
     def _read(self, path: Path, step: int, abstract_state):
         meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
         if meta["step"] != step:
             raise ValueError(f"it is the checkpoint of step {meta['step']}")
-        found = self._orbax.restore(path / "state", args=ocp.args.StandardRestore(_plain(abstract_state)))
-        state = jax.tree.unflatten(jax.tree.structure(abstract_state), jax.tree.leaves(found))
-        check_bit_sums(state, meta["bit_sums"])
-        return state, meta
+        leaves = self._orbax.restore(path / "state", args=ocp.args.StandardRestore(_plain(abstract_state)))
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), jax.tree.leaves(leaves)), meta
 
     def _set_aside(self, step: int) -> Path:
         """Moves a damaged checkpoint out of the way: its step will be saved again, and no file is deleted."""
@@ -228,7 +224,8 @@ def save_params(
     beside: the tokenizer's file and the checkpoint that the run started from: what an export needs of them is copied.
     A directory that is there already is replaced.
     """
-    from medcg_jax.families.weights import companions, convert
+    from medcg_jax.families.weights import convert
+    from medcg_jax.families.weights.files import copy_companions
 
     directory = Path(directory).absolute()
     part = directory.with_name(f".{directory.name}.part")
@@ -237,10 +234,9 @@ def save_params(
         part.mkdir(parents=True)
     barrier(f"{part} is empty")
     convert.save_params(part, params, config, trained_on=trained_on)
-    sums = bit_sums(_as_saved(params))
     if jax.process_index() == 0:
-        companions.copy(beside, part)
-        (part / META_FILE).write_text(json.dumps({**(meta or {}), "bit_sums": sums}, indent=1) + "\n")
+        copy_companions(beside, part)
+        (part / META_FILE).write_text(json.dumps(meta or {}, indent=1) + "\n")
     barrier(f"{part} has its files")
     checksums.write_share(part, jax.process_index(), jax.process_count())
     barrier(f"{part} has its digests")
@@ -250,21 +246,11 @@ def save_params(
     barrier(f"{directory} is written")
 
 
-def _as_saved(params):
-    """`params` without quantised matrices, of which other numbers are written."""
-    return [leaf for leaf in jax.tree.leaves(params, is_leaf=is_quantized) if not is_quantized(leaf)]
-
-
-def _is_like(leaf, like) -> bool:
-    return not is_quantized(leaf) and (leaf.shape, leaf.dtype) == (like.shape, like.dtype)
-
-
 def load_params(directory: Path, config: LlavaConfig, mesh: Mesh, *, base: str = "", seed: int = 0):
     """(graphdef, params, meta) of what `save_params` wrote, on `mesh`.
 
     base: where to look for what it was trained on, if that is no longer where it was. seed: of adapters that are not
       there.
-    What is kept in another dtype than it was saved in is held against the files' digests alone.
 
     Raises:
       CheckpointError: files are missing or damaged.
@@ -279,13 +265,9 @@ def load_params(directory: Path, config: LlavaConfig, mesh: Mesh, *, base: str =
     if why is not None:
         raise CheckpointError(f"{directory}: parameters are damaged ({why}); delete the directory to make it anew")
     try:
-        own = convert.kept_parts(Path(directory))
-        parts = {"base": Path(base)} if base and own and not Path(own[0]).is_dir() else {}
+        trained_on = convert.kept_parts(Path(directory))
+        parts = {"base": Path(base)} if base and trained_on and not Path(trained_on[0]).is_dir() else {}
         graphdef, params = convert.load_checkpoint(Path(directory), config, mesh, parts=parts, seed=seed)
-        saved, found = convert.saved_leaves(Path(directory)), by_path(params)
-        pairs = zip(saved.items(), meta["bit_sums"], strict=True)
-        same = [(found[path], bits) for (path, like), bits in pairs if _is_like(found[path], like)]
-        check_bit_sums([leaf for leaf, _ in same], [bits for _, bits in same])
     except convert.WeightsError:
         raise
     except Exception as error:  # as in Checkpoints.restore
@@ -306,8 +288,8 @@ def read_meta(directory: Path) -> dict | None:
 
 def _first_fault(directory: Path) -> str | None:
     """`checksums.first_fault`, each process of its share of the bytes; the same on all."""
-    own = checksums.first_fault(directory, jax.process_index(), jax.process_count())
-    return next(filter(None, gather(f"digests of {directory}", own)), None)
+    fault = checksums.first_fault(directory, jax.process_index(), jax.process_count())
+    return next(filter(None, gather(f"digests of {directory}", fault)), None)
 
 
 def _plain(tree) -> dict:
@@ -338,3 +320,52 @@ def _to_disk(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def amount(count: float) -> str:
+    """Bytes for people: "85.2 GB", "0.7 kB"."""
+    unit, size = next(((unit, size) for unit, size in UNITS if count >= size), UNITS[-1])
+    return f"{count / size:.1f} {unit}"
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes that can be written where `directory` is, or will be."""
+    directory = directory.absolute()
+    return shutil.disk_usage(next(path for path in (directory, *directory.parents) if path.exists())).free
+
+
+def used_bytes(directory: Path) -> int:
+    """Bytes of all files below a directory; 0 where there is none."""
+    total = 0
+    for path in directory.rglob("*"):
+        try:
+            total += 0 if path.is_dir() else path.stat().st_size
+        except OSError:  # removed meanwhile
+            pass
+    return total
+
+
+def check_room(directory: Path, needed: int, what: str) -> None:
+    """Makes `directory`; what lies in it already counts as room, since it makes way for what is written.
+
+    needed: bytes. what: the fields that decide how many.
+
+    Raises:
+      ConfigError: nothing can be written there, or it has less room than is needed; the message names both amounts.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # Tried, not asked for: root may write where the mode says no, and not on a read-only disk.
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise ConfigError(
+            f"{directory} cannot be written ({error.strerror}), and {amount(needed)} are needed there ({what}); "
+            "another --workdir is accepted"
+        ) from error
+    free, used = free_bytes(directory), used_bytes(directory)
+    if free + used < needed:
+        raise ConfigError(
+            f"{directory}: {amount(needed)} are needed there ({what}), {amount(free)} are free and "
+            f"{amount(used)} used by an earlier start; room, or another --workdir, is accepted"
+        )

@@ -6,11 +6,13 @@ the files, so that no process reads all of a large checkpoint, and none waits fo
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from medcg_jax.files import write_whole
 
 PREFIX = "checksums."
+SHARE_NAME = re.compile(r"checksums\.[0-9]{1,6}-of-([0-9]{1,6})\.json")
 
 
 def write_share(directory: Path, index: int, count: int) -> None:
@@ -31,17 +33,16 @@ def first_fault(directory: Path, index: int = 0, count: int = 1) -> str | None:
     Their names and sizes are all looked at, the bytes of every COUNTth from number `index` on alone.
     """
     try:
-        expected = _read_shares(directory)
-        found = _files(directory)
-        for name in sorted(expected.keys() - set(found)):
+        expected, names = _read_shares(directory), _files(directory)
+        for name in sorted(expected.keys() - set(names)):
             return f"{name} is missing"
-        for name in found:
+        for name in names:
             if name not in expected:
                 return f"{name} is no file of it"
             size = (directory / name).stat().st_size
             if size != expected[name][0]:
                 return f"{name} has {size:,} bytes, not {expected[name][0]:,}"
-        for name in found[index::count]:
+        for name in names[index::count]:
             if _digest(directory / name) != expected[name]:
                 return f"{name} has other bytes than were written"
     except _BadShare as error:
@@ -66,39 +67,33 @@ def _read_shares(directory: Path) -> dict[str, list]:
       _BadShare: one is missing, broken, or of another number of processes.
     """
     there = {path.name for path in directory.iterdir() if _is_share(path.name)}
-    if not there:
-        raise _BadShare(f"{share_name(0, 1)} is missing")
-    count = max((int(name.rpartition("-")[2].partition(".")[0]) for name in there if name.startswith(PREFIX)
-                 and name.rpartition("-")[2].partition(".")[0].isdigit()), default=1)  # fmt: skip
-    wanted = [share_name(index, count) for index in range(count)]
-    for name in wanted:
+    counts = [int(name[1]) for name in map(SHARE_NAME.fullmatch, there) if name]
+    count = max(counts, default=1)
+    names = [share_name(index, count) for index in range(count)]
+    for name in names:
         if name not in there:
             raise _BadShare(f"{name} is missing")
-    for name in sorted(there - set(wanted)):
+    for name in sorted(there - set(names)):
         raise _BadShare(f"{name} is no file of it")
-    files: dict[str, list] = {}
-    for index, name in enumerate(wanted):
-        files |= _read_share(directory / name, index, count)
-    return files
-
-
-def _read_share(path: Path, index: int, count: int) -> dict[str, list]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        files = json.loads(text)["files"]
-        # Exactly as it was written, digest and all: there is no second way to write the same.
-        whole = text == _text(index, count, files)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        whole = False
-    if not whole:
-        raise _BadShare(f"{path.name} has other bytes than were written")
-    return files
+    shares: dict[str, list] = {}
+    for index, name in enumerate(names):
+        try:
+            text = (directory / name).read_text(encoding="utf-8")
+            files = json.loads(text)["files"]
+            # Exactly as it was written, digest and all: there is no second way to write the same.
+            whole = text == _text(index, count, files)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            whole = False
+        if not whole:
+            raise _BadShare(f"{name} has other bytes than were written")
+        shares |= files
+    return shares
 
 
 def _text(index: int, count: int, files: dict[str, list]) -> str:
     body = {"index": index, "count": count, "files": files}
-    own = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    return json.dumps(body | {"digest": own}, sort_keys=True, indent=1) + "\n"
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps(body | {"digest": digest}, sort_keys=True, indent=1) + "\n"
 
 
 def _digest(path: Path) -> list:

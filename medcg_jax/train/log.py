@@ -1,15 +1,18 @@
-"""What a run says: progress on a terminal or in plain lines, metrics (JSON lines, boards), and what was compiled."""
+"""What a run says: progress, metrics (JSON lines, TensorBoard, Weights & Biases), traces, and what was compiled."""
 
+import importlib
 import json
 import os
+import secrets
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
+from medcg_jax.config import ConfigError
 from medcg_jax.files import write_whole
-from medcg_jax.train.wandb_log import WandbLog, WandbTarget
 from medcg_jax.untrusted import FileError, check_number, read_text
 
 METRICS = ("step", "loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "mfu", "data_wait")
@@ -17,6 +20,64 @@ METRICS = ("step", "loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "
 PLAIN_LINE_EVERY_S = 10.0
 # A metrics file: 500,000 lines.
 MAX_METRICS_BYTES = 2**27
+WANDB_FILE = "wandb.json"
+
+
+@dataclass(frozen=True)
+class WandbTarget:
+    """Where a run's metrics go. `workdir` keeps the run's id, so that a restarted run goes on with the same one."""
+
+    project: str
+    name: str
+    workdir: Path
+    config: dict
+
+
+def load_wandb():
+    """The package.
+
+    Raises:
+      ConfigError: it is not installed, or lacks a package of its own.
+    """
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise ConfigError(
+            f"log.wandb is set and the package wandb cannot be imported ({error}): pip install 'medcg-jax[wandb]', or "
+            "log.wandb=''"
+        ) from error
+
+
+class WandbLog:
+    """One run there. WANDB_MODE=offline, which is wandb's own, keeps everything below the workdir for `wandb sync`."""
+
+    def __init__(self, target: WandbTarget):
+        wandb, self._path = load_wandb(), target.workdir / WANDB_FILE
+        try:
+            known = json.loads(self._path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            known = {"id": secrets.token_hex(4), "step": 0}
+        self._id, self._step = known["id"], known["step"]
+        self._keep()
+        self._run = wandb.init(
+            project=target.project, name=target.name, id=self._id, resume="allow", dir=str(target.workdir),
+            config=target.config,
+        )  # fmt: skip
+
+    def write(self, metrics: dict) -> None:
+        """Logs what is known of a step, once: what a restarted run does again is there already."""
+        step = metrics["step"]
+        if step <= self._step:
+            return
+        self._run.log({key: value for key, value in metrics.items() if key != "step" and value is not None}, step=step)
+        self._step = step
+        self._keep()
+
+    def close(self) -> None:
+        self._run.finish()
+
+    def _keep(self) -> None:
+        write_whole(self._path, json.dumps({"id": self._id, "step": self._step}) + "\n")
 
 
 class MetricsFile:
@@ -27,8 +88,8 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, *, step: int = 0, tensorboard: Path | None = None, wandb: WandbTarget | None = None):
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        lines = [line for line in read_metrics(path) if line["step"] <= step]
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = path.open("a")
         self._board = None
         self._wandb = WandbLog(wandb) if wandb else None
@@ -63,18 +124,21 @@ def read_metrics(path: Path) -> list[dict]:
     """
     if not path.exists():
         return []
-    found = []
-    for number, line in enumerate(read_text(path, MAX_METRICS_BYTES).split("\n")[:-1], 1):
-        if line:
+    lines = []
+    for number, text in enumerate(read_text(path, MAX_METRICS_BYTES).split("\n")[:-1], 1):
+        if text:
+            name = f"{path}, line {number}"
             try:
-                found.append(json.loads(line))  # a norm may be Infinity, which JSON itself does not have
+                line = json.loads(text)  # a norm may be Infinity, which JSON itself does not have
             except (ValueError, RecursionError) as error:
-                raise FileError(f"{path}, line {number}: no JSON; without the line the rest is read") from error
-            step = found[-1].get("step") if isinstance(found[-1], dict) else None
-            check_number(step, f"{path}, line {number}: step", least=0, most=1e15, whole=True)
-            if found[-1].get("loss") is not None:
-                check_number(found[-1]["loss"], f"{path}, line {number}: loss", least=-1e15, most=1e15)
-    return found
+                raise FileError(f"{name}: no JSON; without the line the rest is read") from error
+            check_number(
+                line.get("step") if isinstance(line, dict) else None, f"{name}: step", least=0, most=1e15, whole=True
+            )
+            if line.get("loss") is not None:
+                check_number(line["loss"], f"{name}: loss", least=-1e15, most=1e15)
+            lines.append(line)
+    return lines
 
 
 def _rounded(value):
@@ -91,7 +155,7 @@ class Progress:
     def __init__(self, total: int, *, done: int = 0, label: str = "", stream=None):
         self._stream = stream or sys.stderr
         self._total, self._done, self._label = total, done, label
-        self._said_at = time.monotonic()
+        self._printed_at = time.monotonic()
         self._bar = None
         if self._stream.isatty():
             from tqdm import tqdm
@@ -103,12 +167,12 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done - self._done)
-        elif done >= self._total or time.monotonic() - self._said_at >= PLAIN_LINE_EVERY_S:
-            self._said_at = time.monotonic()
+        elif done >= self._total or time.monotonic() - self._printed_at >= PLAIN_LINE_EVERY_S:
+            self._printed_at = time.monotonic()
             print(f"{self._label}: step {done}/{self._total}, {text}", file=self._stream, flush=True)
         self._done = done
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """One line of its own, above the bar where there is one."""
         if self._bar is not None:
             self._bar.write(line, file=self._stream)
@@ -118,6 +182,36 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class StepTrace:
+    """Traces the steps `first` to `last` (numbered as in the metrics, both included) below `directory`.
+
+    What a run has done before is waited for first, so that the trace holds these steps alone. Of a run that goes on
+    inside the range only the steps left are traced.
+    """
+
+    def __init__(self, directory: Path, first: int, last: int):
+        self._directory, self._first, self._last = directory, first, last
+        self._tracing = False
+
+    def before(self, step: int, running) -> None:
+        """To be called before `step` draws its data. running: arrays that the steps before it will have made."""
+        if not self._tracing and self._first <= step <= self._last:
+            jax.block_until_ready(running)
+            jax.profiler.start_trace(self._directory)
+            self._tracing = True
+
+    def after(self, step: int, running) -> None:
+        """To be called when `step` is handed to the devices. running: arrays that it will have made."""
+        if self._tracing and step >= self._last:
+            jax.block_until_ready(running)
+            self.close()
+
+    def close(self) -> None:
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
 
 
 class CompileMonitor:

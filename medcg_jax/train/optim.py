@@ -1,6 +1,6 @@
 """AdamW without a learning rate inside, and the learning rate as a function of run-time values.
 
-Number of steps, warm-up, learning rate and seed are arrays (`control`), so that cells which differ in them share one
+Number of steps, warm-up, learning rate and seed are arrays (`hparams`), so that cells which differ in them share one
 compiled step. The schedule and the steps of an epoch are the reference's: huggingface/transformers:optimization.py:
 get_cosine_schedule_with_warmup (5.23.0), whose first warm-up step has the rate 0.
 """
@@ -14,11 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from medcg_jax.config import ConfigError, TrainConfig
-from medcg_jax.config_checks import MOST_STEPS
-from medcg_jax.train.rounding import widen
+from medcg_jax.config import MOST_STEPS, ConfigError, TrainConfig
 
-Control = dict[str, jax.Array | np.ndarray]
+Hparams = dict[str, jax.Array | np.ndarray]
 # Last names of the parameters that weight decay leaves alone: biases, and the scales of norms.
 NOT_DECAYED = ("bias", "scale")
 
@@ -64,19 +62,19 @@ def last_name(path) -> str:
     return str(getattr(path[-1], "key", getattr(path[-1], "name", path[-1])))
 
 
-def learning_rate(step: jax.Array, control: Control) -> jax.Array:
+def learning_rate(step: jax.Array, hparams: Hparams) -> jax.Array:
     """float32[] learning rate of the update number `step` (from 0): linear warm-up from 0, then half a cosine.
 
-    control: learning_rate (the peak), end_frac (what is left of it at the end, 0-1), warmup_steps, total_steps.
+    hparams: learning_rate (the peak), end_frac (what is left of it at the end, 0-1), warmup_steps, total_steps.
     """
     step = jnp.asarray(step, jnp.float32)
-    warmup = jnp.asarray(control["warmup_steps"], jnp.float32)
-    total = jnp.asarray(control["total_steps"], jnp.float32)
+    warmup = jnp.asarray(hparams["warmup_steps"], jnp.float32)
+    total = jnp.asarray(hparams["total_steps"], jnp.float32)
     rising = step / jnp.maximum(warmup, 1.0)
     progress = jnp.clip((step - warmup) / jnp.maximum(total - warmup, 1.0), 0.0, 1.0)
-    end = jnp.asarray(control["end_frac"], jnp.float32)
+    end = jnp.asarray(hparams["end_frac"], jnp.float32)
     falling = end + (1.0 - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-    peak = jnp.asarray(control["learning_rate"], jnp.float32)
+    peak = jnp.asarray(hparams["learning_rate"], jnp.float32)
     return peak * jnp.where(step < warmup, rising, falling)
 
 
@@ -99,7 +97,7 @@ def num_steps(config: TrainConfig, num_records: int) -> int:
     return steps
 
 
-def control_from(config: TrainConfig, num_records: int) -> Control:
+def hparams_from(config: TrainConfig, num_records: int) -> Hparams:
     """numpy scalars learning_rate, end_frac, warmup_steps, total_steps, seed: run-time values over so many records."""
     total = num_steps(config, num_records)
     return {
@@ -111,6 +109,42 @@ def control_from(config: TrainConfig, num_records: int) -> Control:
     }
 
 
-def stack_controls(controls: list[Control]) -> Control:
-    """The controls of several cells, each value with a leading cell axis."""
-    return {key: np.stack([control[key] for control in controls]) for key in controls[0]}
+def stack_hparams(cells: list[Hparams]) -> Hparams:
+    """The hyper-parameters of several cells, each value with a leading cell axis."""
+    return {key: np.stack([hparams[key] for hparams in cells]) for key in cells[0]}
+
+
+def widen(tree):
+    """`tree` with its floating arrays in float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def narrow(tree, like, seed: jax.Array, step: jax.Array):
+    """`tree` in the dtypes of `like`; what loses digits is rounded by noise of (seed, step, place in the tree) alone.
+
+    So the same update gives the same bits on every mesh, after every resumption, and in every slot of several cells.
+
+    seed: uint32[] of the run. step: int32[].
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    dtypes = [x.dtype for x in jax.tree.leaves(like)]
+    if all(x.dtype == dtype for x, dtype in zip(leaves, dtypes, strict=True)):
+        return tree
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    rounded = [
+        x if x.dtype == dtype else round_at_random(x, jax.random.fold_in(key, place))
+        for place, (x, dtype) in enumerate(zip(leaves, dtypes, strict=True))
+    ]
+    return jax.tree.unflatten(treedef, rounded)
+
+
+def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
+    """bfloat16[...] whose mean over keys is x, float32[...]; a number that bfloat16 holds stays as it is.
+
+    A bfloat16 is the upper half of a float32: what is added to the lower half carries as often as that half is large.
+    """
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    upper = (jax.lax.bitcast_convert_type(x, jnp.uint32) + noise) >> 16
+    rounded = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
+    # The carry of a NaN may end anywhere.
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))

@@ -2,32 +2,28 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
-from medcg_jax.config import ConfigError, RunConfig, TrainConfig, free_fields
+from medcg_jax.config import ConfigError, RunConfig, free_fields
 from medcg_jax.config_checks import profile_steps
-from medcg_jax.data.encoding import Encoded, cut_rows, row_length
-from medcg_jax.data.packing import RowShape, choose, sizes
-from medcg_jax.data.pipeline import Batches, draws
-from medcg_jax.data.records import concat
+from medcg_jax.data.encoding import cut_rows, row_length
+from medcg_jax.data.leaks import KINDS, Leak, actions_of, actions_of_general, find_leaks, hashed, joined, remedy, words
+from medcg_jax.data.pipeline import Batches
+from medcg_jax.data.records import DataError, RecordSet, Source, concat
 from medcg_jax.data.sources import subset_names
-from medcg_jax.families.build import abstract, shardings, split_trainable
-from medcg_jax.families.flops import forward, training
-from medcg_jax.mesh import num_parts, own_rows
+from medcg_jax.families.build import abstract, num_bytes, shardings, split_trainable
+from medcg_jax.mesh import own_rows
 from medcg_jax.nn.base import Base
-from medcg_jax.train import disk, goodput
-from medcg_jax.train.checkpoint import save_params
-from medcg_jax.train.held_out import left_out
-from medcg_jax.train.loop import Cell, fit
-from medcg_jax.train.optim import control_from, make_optimizer
+from medcg_jax.train import checkpoint, goodput
+from medcg_jax.train.log import StepTrace, WandbTarget, load_wandb
+from medcg_jax.train.loop import RunSpec, fit, loop_options
+from medcg_jax.train.optim import hparams_from, make_optimizer
 from medcg_jax.train.preempt import sigterm_saves
-from medcg_jax.train.profile import StepTrace
-from medcg_jax.train.setup import Setup, open_setup, start_params, to_keep
+from medcg_jax.train.setup import Setup, open_setup, peak_flops, start_params, step_flops, to_keep
 from medcg_jax.train.step import init_state, make_step
-from medcg_jax.train.utilisation import peak_flops, step_flops
-from medcg_jax.train.wandb_log import WandbTarget, load_wandb
 
 # Sections that, without their free fields, make a run what it is: with others it is not gone on with.
 SECTIONS = ("model", "data", "train")
@@ -48,9 +44,9 @@ def train(run: RunConfig, workdir: Path) -> dict:
 
     Raises:
       ConfigError, DataError: as `open_setup`; there is nothing to train on, or a record gives a test away
-        (`held_out.left_out`); or no room for what is left in `workdir`.
+        (`left_out`); or no room for what is left in `workdir`.
       NonFiniteLoss: the run diverged.
-      Interrupted, CheckpointError, SaveError, LossDiffers: as `fit`.
+      Interrupted, CheckpointError, SaveError: as `fit`.
     """
     path = workdir / goodput.FILE
     clock = goodput.Goodput(path if jax.process_index() == 0 else None, earlier=goodput.read_starts(path))
@@ -69,7 +65,7 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
     sets = [setup.source.records(name, "train") for name in names]
     general = None
     if setup.general:
-        general = setup.general.draw(tuple((name, len(own)) for name, own in sorted(zip(names, sets))))
+        general = setup.general.draw(tuple((name, len(records)) for name, records in sorted(zip(names, sets))))
         sets.append(general)
     records = concat(sets)
     out = left_out(run, setup.source, names, general)
@@ -80,9 +76,8 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
         raise ConfigError(f"data.subsets={','.join(names)}: these have no training records")
     longest = int(encoded.arrays["length"].max())
     encoded = cut_rows(encoded, row_length(longest, run.data, setup.format))
-    control = control_from(run.train, len(encoded))
-    shape = packed_shape(setup, encoded, int(control["total_steps"])) if run.data.pack else None
-    trace = _trace(run, workdir, int(control["total_steps"]))
+    hparams = hparams_from(run.train, len(encoded))
+    trace = _trace(run, workdir, int(hparams["total_steps"]))
     check_disk(setup, workdir)
     graphdef, params = start_params(setup, seed=run.train.seed)
     trainable, frozen = split_trainable(params, run.model.trainable)
@@ -95,17 +90,16 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
         accumulation_steps=run.train.accumulation_steps,
         compute_dtype=run.model.compute_dtype,
     )
-    cell = Cell(
+    spec = RunSpec(
         "train",
-        control,
+        hparams,
         lambda position: Batches(
             encoded,
             batch_size=run.train.batch_size,
             seed=run.train.seed,
             weights=run.data.subset_weights,
             position=position,
-            rows=own_rows(setup.mesh, shape.rows if shape else run.train.batch_size),
-            pack=shape,
+            rows=own_rows(setup.mesh, run.train.batch_size),
         ),
         metrics=workdir / "metrics" / "train.jsonl",
         tensorboard=workdir / "tensorboard" if run.log.tensorboard else None,
@@ -116,37 +110,24 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
         config=identity(run) | ({"left_out": sorted(out)} if out else {}),
         flops_per_step=step_flops(encoded, setup.model, trainable=run.model.trainable, batch_size=run.train.batch_size),
     )
-    state, [result] = fit(
-        program, trainable, frozen, [cell], label=run.name, peak_flops=peak_flops(setup.mesh), goodput=clock,
-        trace=trace, keep_start=False, **loop_options(run.train),
-    )  # fmt: skip
-    kept, base = to_keep(setup, state.params, frozen, run.model.checkpoint)
-    meta = {"config": cell.config, **result.metrics}
-    save_params(workdir / "params", kept, setup.model, meta, trained_on=base, beside=setup.companions)
-    print(f"{result.step} steps on {len(encoded)} records of {len(names)} subsets; parameters in {workdir / 'params'}")
-    return {"workdir": str(workdir), "steps": result.step, "records": len(encoded), **result.metrics,
-            "skipped_checkpoints": result.skipped_checkpoints}  # fmt: skip
-
-
-def packed_shape(setup: Setup, encoded: Encoded, num_steps: int) -> RowShape:
-    """The shape of a run's packed batches: the one whose step executes the fewest FLOPs. Told in a line."""
-    run = setup.run
-    train, trainable = run.train, run.model.trainable
-    drawn = draws(
-        encoded, batch_size=train.batch_size, seed=train.seed, weights=run.data.subset_weights, num_batches=num_steps
+    state, result = fit(
+        program,
+        trainable,
+        frozen,
+        spec,
+        label=run.name,
+        peak_flops=peak_flops(setup.mesh),
+        goodput=clock,
+        trace=trace,
+        keep_start=False,
+        **loop_options(run.train),
     )
-
-    def cost(shape: RowShape) -> float:
-        row = forward(setup.model, length=shape.length, num_images=shape.images, num_logits=shape.targets)
-        return shape.rows * training(row, trainable=trainable, remat=run.model.remat)
-
-    unit = num_parts(setup.mesh) * train.accumulation_steps
-    shape = choose(sizes(encoded), drawn, unit=unit, multiple=run.data.row_multiple, cost=cost)
-    real = encoded.arrays["length"][drawn].sum() / (num_steps * shape.rows * shape.length)
-    alone = encoded.arrays["length"].mean() / encoded.arrays["tokens"].shape[1]
-    rows = f"{shape.rows} rows of {shape.length} tokens and {shape.images} images at most"
-    print(f"{train.batch_size} records a batch in {rows}: {real:.1%} of it is real, {alone:.1%} with a record a row")
-    return shape
+    saved, base = to_keep(setup, state.params, frozen, run.model.checkpoint)
+    meta = {"config": spec.config, **result.metrics}
+    checkpoint.save_params(workdir / "params", saved, setup.model, meta, trained_on=base, beside=setup.companions)
+    print(f"{result.step} steps on {len(encoded)} records of {len(names)} subsets; parameters in {workdir / 'params'}")
+    counts = {"workdir": str(workdir), "steps": result.step, "records": len(encoded)}
+    return counts | result.metrics | {"skipped_checkpoints": result.skipped_checkpoints}
 
 
 def _trace(run: RunConfig, workdir: Path, num_steps: int) -> StepTrace | None:
@@ -157,22 +138,52 @@ def _trace(run: RunConfig, workdir: Path, num_steps: int) -> StepTrace | None:
     return StepTrace(workdir / "profile", first, last) if jax.process_index() == 0 else None
 
 
-def loop_options(train: TrainConfig) -> dict[str, int]:
-    """What of a training's configuration the loop takes (`loop.Options`)."""
-    names = ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "keep_every_steps")
-    return {name: getattr(train, name) for name in names}
-
-
 def check_disk(setup: Setup, workdir: Path) -> None:
     """Raises ConfigError where `workdir` cannot be written, or has no room for checkpoints and the final parameters."""
     run = setup.run
     # On disk nothing is quantised.
     _, params = abstract(dataclasses.replace(setup.model, base=Base()))
     trainable, frozen = split_trainable(params, run.model.trainable)
-    kept, _ = to_keep(setup, trainable, frozen, run.model.checkpoint)
+    saved, _ = to_keep(setup, trainable, frozen, run.model.checkpoint)
     state = jax.eval_shape(lambda tree: init_state(tree, optimizer=make_optimizer(run.train)), trainable)
     count = run.train.keep_checkpoints + 1
-    needed = disk.num_bytes(state) * count + disk.num_bytes(kept)
-    what = f"{count} checkpoints of {disk.amount(disk.num_bytes(state))} and the parameters, by train.keep_checkpoints"
+    needed = num_bytes(state) * count + num_bytes(saved)
+    what = f"{count} checkpoints of {checkpoint.amount(num_bytes(state))} and the parameters, by train.keep_checkpoints"
     if jax.process_index() == 0:
-        disk.check_room(workdir, needed, what)
+        checkpoint.check_room(workdir, needed, what)
+
+
+def left_out(run: RunConfig, source: Source, subsets: Sequence[str], general: RecordSet | None) -> frozenset[str]:
+    """Ids of the training records that a run leaves out; what is reported or left out is told in a line for each kind.
+
+    Its tests are those of all these subsets, which `medcg eval` asks with the same flags. Training records of the
+    subsets are compared by id, by their files' bytes and by patient, and none is decoded for it; near images are looked
+    for among the general records alone, whose questions are compared too. Subsets of phantoms have nothing in common.
+
+    general: the general records that the run is trained on.
+
+    Raises:
+      DataError: a record is refused (`study.leaks`), or the data cannot be read.
+    """
+    is_drawn = run.data.source == "phantom"
+    if is_drawn and general is None:
+        return frozenset()
+    near_bits = None if general is None or run.study.near_duplicates == "off" else run.study.near_duplicate_bits
+    decoded = None if near_bits is None else {}
+    tests = joined(hashed(source.records(name, "test"), decoded) for name in subsets)
+    found: list[tuple[Leak, str]] = []
+    if not is_drawn:
+        training = joined(hashed(source.records(name, "train")) for name in subsets)
+        found += [(leak, actions_of(run.study)[leak.kind]) for leak in find_leaks(training, tests)]
+    if general is not None:
+        leaks = find_leaks(hashed(general, decoded), tests, near_bits, questions=True)
+        found += [(leak, actions_of_general(run.study)[leak.kind]) for leak in leaks]
+    for leak, action in found:
+        if action == "refused":
+            raise DataError(f"{words(leak)}; {remedy(leak)}")
+    for action in ("dropped", "reported"):
+        for kind in KINDS:
+            leaks = [leak for leak, own in found if (leak.kind, own) == (kind, action)]
+            if leaks:
+                print(f"{action}: {len(leaks)} training records that give a test away, as {words(leaks[0])}")
+    return frozenset(leak.training for leak, action in found if action == "dropped")

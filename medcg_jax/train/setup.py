@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from medcg_jax.config import MODELS, ConfigError, ModelConfig, RunConfig, trains_masks
+from medcg_jax.chips import peak_bf16
+from medcg_jax.config import MASK_PARTS, MODELS, ConfigError, ModelConfig, RunConfig, trains_masks
 from medcg_jax.data.encoding import Encoded, encode, encode_boxes, encode_eval, longest_row, row_length
 from medcg_jax.data.general import GeneralRecords, open_general
 from medcg_jax.data.layouts import check_layout
@@ -19,25 +21,16 @@ from medcg_jax.data.records import RecordSet, Source
 from medcg_jax.data.row_format import Format
 from medcg_jax.data.sources import open_source, require_subsets
 from medcg_jax.data.tokenizer import SMALL, Tokenizer, load_tokenizer
-from medcg_jax.families import formats
+from medcg_jax.families import registry
 from medcg_jax.families.build import TINY, Config, architecture, create, join, replicated
-from medcg_jax.families.next_chat import NextChatConfig
-from medcg_jax.families.weights.companions import has_tokenizer
+from medcg_jax.families.flops import forward, training
+from medcg_jax.families.weights.files import has_tokenizer
 from medcg_jax.mesh import check_batch, make_mesh
-from medcg_jax.train.box_losses import box_loss, mask_loss
-from medcg_jax.train.losses import token_loss
-from medcg_jax.train.sight import pixel_keys
-from medcg_jax.train.token_ids import check_token_ids, check_tokens
+from medcg_jax.train.losses import mask_loss
+from medcg_jax.train.sanity import check_token_ids, check_tokens, pixel_keys
 
-RELEASED = {
-    "llava15_7b": "llava-hf/llava-1.5-7b-hf",
-    "llava15_13b": "llava-hf/llava-1.5-13b-hf",
-    "qwen2_vl_2b": "Qwen/Qwen2-VL-2B-Instruct",
-    "qwen2_vl_7b": "Qwen/Qwen2-VL-7B-Instruct",
-    "qwen2_vl_72b": "Qwen/Qwen2-VL-72B-Instruct",
-    "llama32_vision_11b": "meta-llama/Llama-3.2-11B-Vision-Instruct",
-    "llama32_vision_90b": "meta-llama/Llama-3.2-90B-Vision-Instruct",
-}
+# Model -> the repository of its released checkpoint.
+RELEASED = {name: repo for family in registry.families() for name, repo in family.released.items() if repo}
 # Rows of a tiny model's vocabulary come in such multiples, so that a mesh can split them.
 VOCAB_MULTIPLE = 64
 
@@ -73,11 +66,10 @@ class Setup:
 
     @property
     def loss(self) -> Callable:
-        """The loss of a fine-tune (`train_step`'s `loss_fn`): of masks where their parts are trained; else of the text, and
-        of boxes where the model gives them."""
+        """The loss of a fine-tune (`train_step`'s `loss_fn`): of masks where their parts are trained; else the family's."""
         if trains_masks(self.run.model):
             return mask_loss
-        return box_loss if isinstance(self.model, NextChatConfig) else token_loss
+        return registry.of(self.model).loss_fn
 
     def has_boxes(self, subset: str) -> bool:
         """Whether the subset's records have boxes, and not options."""
@@ -121,7 +113,6 @@ def open_setup(
     if run.base.steps:
         check_batch(mesh, run.base.batch_size // run.base.accumulation_steps, "base.batch_size per accumulation step")
     check_batch(mesh, run.eval.batch_size, "eval.batch_size")
-    check_packed_attention(run, mesh.devices.flat[0].platform)
     family = MODELS[run.model.name]
     tokenizer = run_tokenizer(run.model, trained)
     source = open_source(run.data)
@@ -137,18 +128,8 @@ def open_setup(
         )
     if isinstance(source, PreparedSource):
         check_layout(source.layout, family, model)
-    made = formats.format_of(family, model, with_masks=trains_masks(run.model))
+    made = registry.of(model).row_format(model, with_masks=trains_masks(run.model))
     return Setup(run, mesh, tokenizer, model, made, source)
-
-
-def check_packed_attention(run: RunConfig, platform: str) -> None:
-    """Raises ConfigError where packed rows would meet a kernel that cannot tell their records apart."""
-    sixteen_bits = run.model.compute_dtype == "bfloat16"
-    if run.data.pack and run.model.attention == "auto" and platform == "gpu" and sixteen_bits:
-        raise ConfigError(
-            "model.attention='auto' takes cuDNN's kernel on a GPU, which reads segment ids as lengths; 'plain' is "
-            "accepted there with data.pack=1, whose buffers grow with the square of a row"
-        )
 
 
 def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:
@@ -165,7 +146,7 @@ def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:
     if beside := next(filter(has_tokenizer, places), None):
         return load_tokenizer(beside)
     if model.name in TINY:
-        return load_tokenizer("", formats.SMALL_TOKENIZERS[MODELS[model.name]])
+        return load_tokenizer("", registry.of_model(model.name).tokenizer)
     where = f"{places[-1]} has no tokenizer.model or tokenizer.json" if places else "model.checkpoint is empty, too"
     raise ConfigError(
         f"model.tokenizer is empty, and {where}; the tokenizer's file or directory is accepted, of the release that "
@@ -178,14 +159,14 @@ def with_small_tokenizer(run: RunConfig) -> RunConfig:
     model = run.model
     if model.tokenizer or model.checkpoint and has_tokenizer(Path(model.checkpoint)):
         return run
-    small = SMALL.with_stem(formats.SMALL_TOKENIZERS[MODELS[model.name]])
+    small = SMALL.with_stem(registry.of_model(model.name).tokenizer)
     return dataclasses.replace(run, model=dataclasses.replace(model, tokenizer=str(small)))
 
 
 def model_config(model: ModelConfig, tokenizer: Tokenizer) -> Config:
     """The architecture of a run's model with its tokenizer's ids, and for a tiny one its vocabulary."""
     rows = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if model.name in TINY else None
-    return architecture(model, vocab_size=rows, **formats.token_ids(MODELS[model.name], tokenizer))
+    return architecture(model, vocab_size=rows, **registry.of_model(model.name).token_ids(tokenizer))
 
 
 def check_weights(run: RunConfig) -> None:
@@ -226,3 +207,27 @@ def to_keep(setup: Setup, trained: nnx.State, frozen: nnx.State, base: str) -> t
     if setup.run.model.lora_rank and base:
         return trained, base
     return join(trained, frozen), ""
+
+
+def step_flops(encoded: Encoded, config: Config, *, trainable: tuple[str, ...], batch_size: int) -> float | None:
+    """FLOPs that the model needs for a step of `batch_size` rows, on average over the records; None: no formula.
+
+    Real tokens alone, attention as the full square, nothing computed again (arXiv 2204.02311, appendix B). Trainings of
+    masks have no formula: SAM is not in `families.flops`.
+    """
+    if set(trainable) & set(MASK_PARTS):
+        return None
+    lengths, counts = np.unique(encoded.arrays["length"], return_counts=True)
+    num_logits = encoded.arrays["targets"].shape[1]
+
+    def of_row(length: int) -> float:
+        return training(forward(config, length=length, num_logits=num_logits), trainable=trainable)
+
+    mean = sum(int(n) * of_row(int(length)) for length, n in zip(lengths, counts, strict=True)) / counts.sum()
+    return float(batch_size * mean)
+
+
+def peak_flops(mesh: Mesh) -> float | None:
+    """Dense bf16 FLOP/s of all devices of the mesh together; None where the table has none of them (a CPU, say)."""
+    peak = peak_bf16(mesh.devices.flat[0].device_kind)
+    return peak and peak * mesh.devices.size

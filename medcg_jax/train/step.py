@@ -1,6 +1,6 @@
 """The training step of one run, and the program that runs it on a mesh for one run or for several cells at once.
 
-`train_step` knows nothing of cells: `make_step` maps it over a leading cell axis of state, control and batch, while the
+`train_step` knows nothing of cells: `make_step` maps it over a leading cell axis of state, hparams and batch, while the
 frozen parameters are shared. Steps and learning rate are run-time values, so a grid compiles one program.
 """
 
@@ -17,10 +17,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.axes import BATCH_AXES
+from medcg_jax.config import TrainConfig
 from medcg_jax.mesh import batch_sharding
 from medcg_jax.train.losses import token_loss
-from medcg_jax.train.optim import Control, Optimizer, last_name, learning_rate
-from medcg_jax.train.rounding import narrow, widen
+from medcg_jax.train.optim import Hparams, Optimizer, hparams_from, last_name, learning_rate, narrow, widen
 
 Batch = dict[str, jax.Array]
 
@@ -41,7 +41,7 @@ class TrainState:
 def train_step(
     state: TrainState,
     frozen: nnx.State,
-    control: Control,
+    hparams: Hparams,
     batch: Batch,
     *,
     graphdef: nnx.GraphDef,
@@ -57,13 +57,13 @@ def train_step(
       (updates made, this one included), `tokens` (real ones in the batch), `samples` (rows, or segments of packed
       ones); bool[] `active`.
     loss_fn: (model, batch) -> (sum, weight), as `losses.token_loss`.
-    accumulation_steps: micro-batches, one after another; sums are weighted by tokens, so their number changes nothing.
+    accumulation_steps: number of microbatches; sums are weighted by tokens, so it changes no result.
     param_specs: PartitionSpec of each trainable parameter, laid on its gradient; None: no constraint.
     """
 
-    def sums(params, part):
+    def sums(params, microbatch):
         cast = partial(_cast, dtype=jnp.dtype(compute_dtype))
-        return loss_fn(nnx.merge(graphdef, cast(params), cast(frozen)), part)
+        return loss_fn(nnx.merge(graphdef, cast(params), cast(frozen)), microbatch)
 
     grad_fn = jax.value_and_grad(sums, has_aux=True)
     # Updates are made in float32, whatever the state is kept in.
@@ -73,11 +73,11 @@ def train_step(
     grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), grads)
     if param_specs is not None:
         grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, param_specs)
-    rate = learning_rate(state.step, control)
+    rate = learning_rate(state.step, hparams)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates))
-    active = state.step < control["total_steps"]
-    kept = narrow((params, opt_state), (state.params, state.opt_state), control["seed"], state.step)
+    active = state.step < hparams["total_steps"]
+    kept = narrow((params, opt_state), (state.params, state.opt_state), hparams["seed"], state.step)
     new = TrainState(state.step + 1, *kept)
     state = jax.tree.map(lambda after, before: jnp.where(active, after, before), new, state)
     metrics = {
@@ -96,19 +96,19 @@ def _cast(params, dtype):
     return jax.tree.map(lambda w: w.astype(dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w, params)
 
 
-def _accumulate(grad_fn, params, batch: Batch, num_parts: int):
-    """((sum of losses, sum of weights), gradient of the sum) over `num_parts` micro-batches."""
-    if num_parts == 1:
+def _accumulate(grad_fn, params, batch: Batch, num_microbatches: int):
+    """((sum of losses, sum of weights), gradient of the sum) over the microbatches of a batch."""
+    if num_microbatches == 1:
         return grad_fn(params, batch)
 
     def split(x):
-        # Part i has rows i, i + num_parts, ...: rows stay on their devices.
-        x = jnp.moveaxis(x.reshape(x.shape[0] // num_parts, num_parts, *x.shape[1:]), 1, 0)
+        # Microbatch i has rows i, i + num_microbatches, ...: rows stay on their devices.
+        x = jnp.moveaxis(x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]), 1, 0)
         mesh = jax.sharding.get_abstract_mesh()
         return x if mesh.empty else jax.lax.with_sharding_constraint(x, PartitionSpec(None, BATCH_AXES))
 
-    def add(carry, part):
-        return jax.tree.map(jnp.add, carry, grad_fn(params, part)), None
+    def add(carry, microbatch):
+        return jax.tree.map(jnp.add, carry, grad_fn(params, microbatch)), None
 
     zero = jnp.zeros((), jnp.float32)
     start = ((zero, zero), jax.tree.map(jnp.zeros_like, params))
@@ -117,9 +117,10 @@ def _accumulate(grad_fn, params, batch: Batch, num_parts: int):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A step on a mesh. Call: `state, metrics = program(state, frozen, control, batch)`; `state` is donated.
+    """A step on a mesh. Call: `state, metrics = program(state, frozen, hparams, batch)`; `state` is donated.
 
-    With `num_cells` 1 there is no cell axis; with more, state, control, batch and metrics have a leading axis so long.
+    With `num_cells` 1 there is no cell axis; with more, state, hparams, batch and metrics have a leading axis so long,
+    whose places are slots for runs.
     """
 
     mesh: Mesh
@@ -127,46 +128,70 @@ class Program:
     graphdef: nnx.GraphDef
     jitted: Callable
     jitted_start: Callable
-    jitted_start_one: Callable
+    jitted_start_run: Callable
     jitted_put: Callable
     state_shardings: TrainState
-    one_shardings: TrainState
+    run_shardings: TrainState
     frozen_shardings: nnx.State
     batch_sharding: NamedSharding
-    control_sharding: NamedSharding
+    hparams_sharding: NamedSharding
 
-    def __call__(self, state: TrainState, frozen, control: Control, batch: Batch) -> tuple[TrainState, Batch]:
+    def __call__(self, state: TrainState, frozen, hparams: Hparams, batch: Batch) -> tuple[TrainState, Batch]:
         with jax.set_mesh(self.mesh):
-            return self.jitted(state, frozen, control, batch)
+            return self.jitted(state, frozen, hparams, batch)
 
     def start(self, params) -> TrainState:
-        """A fresh state, for every cell from these trainable parameters of one run (copied: the state is donated)."""
+        """A fresh state, for every slot from these trainable parameters of one run (copied: the state is donated)."""
         with jax.set_mesh(self.mesh):
             return self.jitted_start(params)
 
-    def start_one(self, params) -> TrainState:
+    def start_run(self, params) -> TrainState:
         """A fresh state of one run, for `put`."""
         with jax.set_mesh(self.mesh):
-            return self.jitted_start_one(params)
+            return self.jitted_start_run(params)
 
-    def put(self, state: TrainState, place: int, one: TrainState) -> TrainState:
-        """`state` (donated) with slot number `place` given to a run in the state `one`, laid out as `abstract_one`."""
+    def put(self, state: TrainState, slot: int, run_state: TrainState) -> TrainState:
+        """`state` (donated) with a slot given to a run in the state `run_state`, laid out as `abstract_run`."""
         if self.num_cells == 1:
-            return one
+            return run_state
         with jax.set_mesh(self.mesh):
-            return self.jitted_put(state, one, np.int32(place))
+            return self.jitted_put(state, run_state, np.int32(slot))
 
-    def put_control(self, control: Control) -> dict[str, jax.Array]:
-        """Control values on the mesh (once a run, not once a step)."""
-        return jax.device_put(control, self.control_sharding)
+    def take(self, state: TrainState, slot: int) -> TrainState:
+        """The state of the run in a slot, without the cell axis, on the devices that hold the slot.
+
+        `cell` is the outermost mesh axis: a group of devices holds num_cells / mesh.shape["cell"] neighbouring slots.
+        Nothing moves between groups.
+        """
+        if self.num_cells == 1:
+            return state
+        groups = self.mesh.shape["cell"]
+        per_group = self.num_cells // groups
+        group = slot // per_group
+        devices = self.mesh.devices[group : group + 1]
+        mesh = Mesh(devices, self.mesh.axis_names, axis_types=self.mesh.axis_types) if groups > 1 else self.mesh
+
+        def on_group(x: jax.Array) -> jax.Array:
+            """The shards on the group's devices as an array of its slots; nothing is copied."""
+            shards = [shard.data for shard in x.addressable_shards if shard.device in set(devices.flat)]
+            shape, sharding = (per_group, *x.shape[1:]), NamedSharding(mesh, x.sharding.spec)
+            return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+        local = jax.tree.map(on_group, state) if groups > 1 else state
+        shardings = jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec(*x.sharding.spec[1:])), state)
+        return jax.device_put(_take(local, np.int32(slot % per_group)), shardings)
+
+    def put_hparams(self, hparams: Hparams) -> dict[str, jax.Array]:
+        """Hyper-parameters on the mesh (once a run, not once a step)."""
+        return jax.device_put(hparams, self.hparams_sharding)
 
     def abstract_state(self, params) -> TrainState:
         """The state's shapes, dtypes and shardings, from the (abstract) trainable parameters of one run."""
         return with_shardings(jax.eval_shape(self.jitted_start, params), self.state_shardings)
 
-    def abstract_one(self, params) -> TrainState:
-        """The same of one run's state, the same on every part of the cell axis."""
-        return with_shardings(jax.eval_shape(self.jitted_start_one, params), self.one_shardings)
+    def abstract_run(self, params) -> TrainState:
+        """The same of one run's state, replicated over the cell axis."""
+        return with_shardings(jax.eval_shape(self.jitted_start_run, params), self.run_shardings)
 
     def compile(
         self, params, frozen, batch: dict[str, jax.ShapeDtypeStruct | np.ndarray], compiler_options: dict | None = None
@@ -180,11 +205,10 @@ class Program:
         def shape(x, sharding):
             return jax.ShapeDtypeStruct(lead + tuple(x.shape), x.dtype, sharding=sharding)
 
-        control = {name: np.zeros((), dtype) for name, dtype in CONTROL_DTYPES.items()}
         args = (
             self.abstract_state(params),
             with_shardings(frozen, self.frozen_shardings),
-            {name: shape(x, self.control_sharding) for name, x in control.items()},
+            {name: shape(x, self.hparams_sharding) for name, x in hparams_from(TrainConfig(steps=1), 1).items()},
             {name: shape(x, self.batch_sharding) for name, x in batch.items()},
         )
         with jax.set_mesh(self.mesh):
@@ -195,10 +219,9 @@ class Program:
         return lowered, compiled, lowered_at - began, time.perf_counter() - lowered_at
 
 
-CONTROL_DTYPES = {
-    "learning_rate": np.float32, "end_frac": np.float32, "warmup_steps": np.int32, "total_steps": np.int32,
-    "seed": np.uint32,
-}  # fmt: skip
+@jax.jit
+def _take(tree, index):
+    return jax.tree.map(lambda x: x[index], tree)
 
 
 def init_state(params, *, optimizer: Optimizer) -> TrainState:
@@ -229,74 +252,86 @@ def make_step(
     """
     groups = mesh.shape["cell"]
     if num_cells % groups:
-        raise ValueError(f"{num_cells} cells over mesh.cell={groups}; a multiple of {groups} is accepted")
-    specs = jax.tree.map(lambda s: s.spec, param_shardings)
-    one = partial(
-        train_step, graphdef=graphdef, optimizer=optimizer, loss_fn=loss_fn,
-        accumulation_steps=accumulation_steps, compute_dtype=compute_dtype, param_specs=specs,
-    )  # fmt: skip
+        raise ValueError(f"{num_cells} cells over mesh.cell={groups}: expected a multiple of {groups}")
+    step = partial(
+        train_step,
+        graphdef=graphdef,
+        optimizer=optimizer,
+        loss_fn=loss_fn,
+        accumulation_steps=accumulation_steps,
+        compute_dtype=compute_dtype,
+        param_specs=jax.tree.map(lambda s: s.spec, param_shardings),
+    )
     many = num_cells > 1
-    lead = ("cell",) if many else ()
 
-    def placed(spec=PartitionSpec()):
-        return NamedSharding(mesh, PartitionSpec(*lead, *spec))
+    def placed(spec=()):
+        return NamedSharding(mesh, PartitionSpec(*(("cell",) if many else ()), *spec))
 
     state_shardings = _state_shardings(optimizer, param_shardings, placed)
-    one_shardings = _state_shardings(optimizer, param_shardings, lambda spec=PartitionSpec(): NamedSharding(mesh, spec))
+    run_shardings = _state_shardings(
+        optimizer, param_shardings, lambda spec=(): NamedSharding(mesh, PartitionSpec(*spec))
+    )
     batch = batch_sharding(mesh, cells=many)
 
-    def cells(state, frozen, control, batch):
-        step = jax.vmap(one, in_axes=(0, None, 0, 0), spmd_axis_name="cell")
-        return step(state, _replicate_tables(frozen), control, batch)
-
-    jitted = jax.jit(
-        cells if many else one,
-        in_shardings=(state_shardings, frozen_shardings, placed(), batch),
-        out_shardings=(state_shardings, placed()),
-        donate_argnums=0,
-    )
+    def cells(state, frozen, hparams, batch):
+        mapped = jax.vmap(step, in_axes=(0, None, 0, 0), spmd_axis_name="cell")
+        return mapped(state, _replicate_tables(frozen), hparams, batch)
 
     def start(params):
         state = init_state(params, optimizer=optimizer)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_cells, *x.shape)), state) if many else state
 
-    def put(state, one, place):
-        here = jnp.arange(num_cells) == place
-        return jax.tree.map(lambda x, new: jnp.where(here.reshape(-1, *[1] * new.ndim), new, x), state, one)
+    def put(state, run_state, slot):
+        here = jnp.arange(num_cells) == slot
+        return jax.tree.map(lambda x, new: jnp.where(here.reshape(-1, *[1] * new.ndim), new, x), state, run_state)
 
-    jitted_start = jax.jit(start, out_shardings=state_shardings)
-    jitted_start_one = jax.jit(partial(init_state, optimizer=optimizer), out_shardings=one_shardings)
-    jitted_put = jax.jit(
-        put, in_shardings=(state_shardings, one_shardings, None), out_shardings=state_shardings, donate_argnums=0
+    return Program(
+        mesh,
+        num_cells,
+        graphdef,
+        jitted=jax.jit(
+            cells if many else step,
+            in_shardings=(state_shardings, frozen_shardings, placed(), batch),
+            out_shardings=(state_shardings, placed()),
+            donate_argnums=0,
+        ),
+        jitted_start=jax.jit(start, out_shardings=state_shardings),
+        jitted_start_run=jax.jit(partial(init_state, optimizer=optimizer), out_shardings=run_shardings),
+        jitted_put=jax.jit(
+            put, in_shardings=(state_shardings, run_shardings, None), out_shardings=state_shardings, donate_argnums=0
+        ),
+        state_shardings=state_shardings,
+        run_shardings=run_shardings,
+        frozen_shardings=frozen_shardings,
+        batch_sharding=batch,
+        hparams_sharding=placed(),
     )
-    programs = (jitted, jitted_start, jitted_start_one, jitted_put)
-    shardings = (state_shardings, one_shardings, frozen_shardings, batch, placed())
-    return Program(mesh, num_cells, graphdef, *programs, *shardings)
 
 
 def _replicate_tables(frozen):
     """`frozen` with its embedding tables whole on every device: the lookup of all cells in one shared table that is
     split would be resharded across cells."""
-
-    def one(path, w):
-        return jax.lax.with_sharding_constraint(w, PartitionSpec()) if last_name(path) == "table" else w
-
-    return jax.tree_util.tree_map_with_path(one, frozen)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, w: jax.lax.with_sharding_constraint(w, PartitionSpec()) if last_name(path) == "table" else w,
+        frozen,
+    )
 
 
 def _state_shardings(optimizer, param_shardings, placed) -> TrainState:
-    """placed: PartitionSpec of one run's array (default: none) -> NamedSharding of the state's."""
+    """NamedSharding of each array of a state: moments lie as their parameters, counts are replicated.
+
+    placed: PartitionSpec of one run's array (default: none) -> NamedSharding of the state's.
+    """
     params = jax.tree.map(lambda s: placed(s.spec), param_shardings)
-    return TrainState(placed(), params, _opt_shardings(optimizer, param_shardings, placed))
-
-
-def _opt_shardings(optimizer, param_shardings, placed):
-    """Shardings of the optimizer's state: moments lie as their parameters, counts are replicated."""
     scalars = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), param_shardings)
-    shapes = jax.eval_shape(optimizer.init, scalars)
-    return optax.tree.map_params(
-        optimizer, lambda _, s: placed(s.spec), shapes, param_shardings, transform_non_params=lambda _: placed()
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda _, s: placed(s.spec),
+        jax.eval_shape(optimizer.init, scalars),
+        param_shardings,
+        transform_non_params=lambda _: placed(),
     )
+    return TrainState(placed(), params, opt_state)
 
 
 def with_shardings(shapes, shardings):

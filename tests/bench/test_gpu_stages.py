@@ -22,7 +22,7 @@ from medcg_jax.bench.gpu_text import conclusions
 from medcg_jax.bench.stage_train import Case, larger
 from medcg_jax.bench.stages import Ask
 from medcg_jax.config import ConfigError, ModelConfig
-from medcg_jax.families import llava
+from medcg_jax.families.llava import model as llava
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "llava15_tiny"

@@ -20,7 +20,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 
@@ -31,8 +31,8 @@ from PIL import Image
 from medcg_jax.data.images import image_size, read_image
 from medcg_jax.data.reading import Reading
 from medcg_jax.data.records import DataError
-from medcg_jax.data.schema import check_keys, image_path, parse_choice, read_list, record_name
-from medcg_jax.data.schema_detection import DETECTION_KEYS, detection_problems
+from medcg_jax.data.schema import detection_problems, image_path
+from medcg_jax.data.tree import Contents, SubsetFile
 
 IMAGES = ("jpeg", "png", "bmp", "gif", "tiff", "webp", "ppm", "dicom", "dicom_compressed")
 KINDS = (*IMAGES, "json_choice", "json_detection")
@@ -146,21 +146,16 @@ def _read_json(kind: str, content: bytes, pack: Path, scratch: Path) -> bool:
     path = scratch / "Subset--04-train.json"
     path.write_bytes(content)
     wrong = None
-    for place, raw in enumerate(read_list(path)):
-        try:
-            if kind == "json_choice":
-                record = parse_choice(raw, file=path.name, place=place, subset="04", split="train")
-                image_path(pack, record.image, file=path.name, record=record.id)
-                assert record.label and record.answer, record
-                repr(record).encode()
-            else:
-                check_keys(raw, DETECTION_KEYS, path.name, record_name(raw, place))
-                image_path(pack, raw["image"], file=path.name, record=record_name(raw, place))
-                for _, reason in detection_problems(raw, (raw["height"], raw["width"])):
-                    wrong = wrong or DataError(reason)
-        except DataError as error:
-            assert "\n" not in str(error), f"message {str(error)!r}"
-            wrong = error
+    file = SubsetFile(path, "04", "train", kind != "json_choice")
+    for entry in Contents(file, partial(image_path, pack)).entries:
+        assert "\n" not in str(entry.error), f"message {str(entry.error)!r}"
+        wrong = wrong or entry.error
+        if entry.error is None and file.detection:
+            for _, reason in detection_problems(entry.raw, (entry.raw["height"], entry.raw["width"])):
+                wrong = wrong or DataError(reason)
+        elif entry.error is None:
+            assert entry.record.label and entry.record.answer, entry
+            repr(entry.record).encode()
     if wrong:
         raise wrong
     return True

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from medcg_jax.config import CONTROLS
 from medcg_jax.data.controls import control_sets, with_options
-from medcg_jax.data.phantom import PhantomSource
+from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.records import LETTERS, DataError, Record, RecordSet, Turn
 
 

@@ -11,16 +11,19 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
 from medcg_jax.data.duplicates import (
+    FORMS,
+    MOST_BITS,
     NEAR_BITS,
     Group,
-    Print,
+    ImageHashes,
     groups,
+    hash_file,
+    image_hashes,
+    near_pairs,
+    near_pairs_between,
     perceptual_hash,
     pixel_digest,
-    print_file,
-    print_of,
 )
-from medcg_jax.data.hamming import FORMS, MOST_BITS, near_pairs, near_pairs_between
 from medcg_jax.data.images import ImageError, load_image
 from medcg_jax.data.records import RecordSet
 
@@ -104,8 +107,8 @@ def saved(image: np.ndarray, form: str, **how) -> bytes:
     return content.getvalue()
 
 
-def as_print(content: bytes) -> Print:
-    return print_of(load_image(content, 10**7), hashlib.sha256(content).digest())
+def as_print(content: bytes) -> ImageHashes:
+    return image_hashes(load_image(content, 10**7), hashlib.sha256(content).digest())
 
 
 def resized(image: np.ndarray, factor: float) -> np.ndarray:
@@ -171,7 +174,7 @@ def test_groups_and_their_kinds():
     assert groups(prints) == [Group("same bytes", (1, 4)), Group("same pixels", (2, 5)), Group("near", (3, 6, 7))]
     assert groups([]) == groups(prints[:1]) == []
     # An image that could not be decoded has its bytes alone.
-    assert groups([Print(b"x"), Print(b"y"), Print(b"x")]) == [Group("same bytes", (0, 2))]
+    assert groups([ImageHashes(b"x"), ImageHashes(b"y"), ImageHashes(b"x")]) == [Group("same bytes", (0, 2))]
 
 
 def test_ties_of_a_chain_make_one_group():
@@ -180,7 +183,7 @@ def test_ties_of_a_chain_make_one_group():
     for _ in range(4):
         rows.append(rows[-1] ^ np.packbits(np.arange(256) // 16 == len(rows)))
     rows = [row & np.array([0x7F] + [0xFF] * 31, np.uint8) for row in rows]
-    prints = [Print(bytes([i]), bytes([i]), row.tobytes()) for i, row in enumerate(rows)]
+    prints = [ImageHashes(bytes([i]), bytes([i]), row.tobytes()) for i, row in enumerate(rows)]
     assert groups(prints, 16) == [Group("near", (0, 1, 2, 3, 4))] and groups(prints, 15) == []
 
 
@@ -190,7 +193,7 @@ def test_blank_images_are_the_same_by_their_bytes_and_pixels_alone():
     blanks += [np.clip(generator.normal(90, 5, (300, 300, 3)), 0, 255).astype(np.uint8) for _ in range(3)]
     blanks.append(blanks[0].copy())
     assert {perceptual_hash(image) for image in blanks} == {b""}
-    prints = [print_of(image, bytes([place])) for place, image in enumerate(blanks)]
+    prints = [image_hashes(image, bytes([place])) for place, image in enumerate(blanks)]
     assert groups(prints) == [Group("same pixels", (0, 6))]
     # A small thing on a plain ground is no blank image.
     spotted = blanks[1].copy()
@@ -204,9 +207,9 @@ def test_digests_are_those_of_records(tmp_path):
     assert pixel_digest(image) == held.image_digest(0) == pixel_digest(np.asfortranarray(image))
     assert pixel_digest(image) != pixel_digest(image.reshape(160, 120, 3))
     (tmp_path / "a.png").write_bytes(saved(image, "PNG"))
-    assert print_file(tmp_path / "a.png", 10**7) == as_print(saved(image, "PNG"))
+    assert hash_file(tmp_path / "a.png", 10**7) == as_print(saved(image, "PNG"))
     with pytest.raises(ImageError, match="no.png.*No such file"):
-        print_file(tmp_path / "no.png", 10**7)
+        hash_file(tmp_path / "no.png", 10**7)
 
 
 def test_real_images_saved_again_are_found_and_different_patients_are_not(shared_dir):

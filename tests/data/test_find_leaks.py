@@ -10,7 +10,7 @@ from trees import raw_record, write_subset
 from medcg_jax.config import DataConfig
 from medcg_jax.data import leaks
 from medcg_jax.data.layouts import Layout
-from medcg_jax.data.leaks import Leak, NearImage, find_leaks, joined, prints, remedy, words
+from medcg_jax.data.leaks import Leak, NearImage, find_leaks, hashed, joined, remedy, words
 from medcg_jax.data.prepare import prepare
 from medcg_jax.data.prepared import PreparedSource
 from medcg_jax.data.records import Record, RecordSet, Turn
@@ -24,7 +24,7 @@ def record(split: str, number: int, *, subset="04", stem="Which?", options=("Ben
 
 
 def found_in(training: list[Record], test: list[Record], **options) -> list[Leak]:
-    sets = (prints(RecordSet(records, [None] * len(records))) for records in (training, test))
+    sets = (hashed(RecordSet(records, [None] * len(records))) for records in (training, test))
     return find_leaks(*sets, **options)
 
 
@@ -48,7 +48,7 @@ def test_a_patient_that_file_names_tell_is_likely_the_same():
     images = np.zeros((1, 2, 2, 3), np.uint8)
 
     def told(training: Record, test: Record) -> list[Leak]:
-        return find_leaks(*(prints(RecordSet([one], images + k)) for k, one in enumerate((training, test))))
+        return find_leaks(*(hashed(RecordSet([one], images + k)) for k, one in enumerate((training, test))))
 
     assert told(left, right) == likely
     # One side alone states it: so does the other's name.
@@ -66,7 +66,7 @@ def test_without_a_data_set_a_name_is_sure_within_its_subset_alone():
 
 def test_the_very_image_says_the_patient_too():
     images = np.ones((1, 2, 2, 3), np.uint8)
-    sets = (prints(RecordSet([record(split, 0, group="p1", image="x.png")], images)) for split in ("train", "test"))
+    sets = (hashed(RecordSet([record(split, 0, group="p1", image="x.png")], images)) for split in ("train", "test"))
     assert [leak.kind for leak in find_leaks(*sets)] == ["same bytes"]
 
 
@@ -78,7 +78,7 @@ def test_a_split_of_the_products_own_has_every_patient_on_one_side(tmp_path):
     source = ReleaseSource(tmp_path, DataConfig())
     sets = [source.records("04", split) for split in ("train", "test")]
     assert len(sets[1]) > 4 and any(one.group for one in sets[1].records)
-    assert find_leaks(*map(prints, sets)) == []
+    assert find_leaks(*map(hashed, sets)) == []
 
 
 # --- questions
@@ -114,7 +114,7 @@ def test_a_near_image_is_told_with_how_it_was_changed(monkeypatch):
 
 
 def test_a_prepared_image_is_known_by_its_files_pixels(tmp_path, monkeypatch):
-    """Whatever its size became: from the lines of its records, without a shard."""
+    """Whatever its size became: from the lines of its records, without a shard, and nothing is hashed again."""
     tree, others = tmp_path / "tree", tmp_path / "others"
     for root, split in ((tree, "train"), (tree, "test"), (others, "train")):
         write_subset(root, f"Subset--04-{split}", [raw_record(i, image=f"{split}-{i}.png") for i in range(3)])
@@ -123,9 +123,11 @@ def test_a_prepared_image_is_known_by_its_files_pixels(tmp_path, monkeypatch):
     Image.open(tree / "test-1.png").resize((24, 16), 0).save(others / "train-2.png")
     prepare(tree, tmp_path / "out", DataConfig(), Layout("square", 12), say=lambda text: None)
     held = PreparedSource(tmp_path / "out", DataConfig()).records("04", "test")
-    training = prints(ReleaseSource(others, DataConfig()).records("04", "train"), {})
+    training = hashed(ReleaseSource(others, DataConfig()).records("04", "train"), {})
     wanted = [Leak("04/train/1", "04/test/0", "same pixels")]
-    assert find_leaks(training, prints(held, {})) == wanted
+    decoded = hashed(ReleaseSource(tree, DataConfig()).records("04", "test"), {})
     monkeypatch.setattr("medcg_jax.data.prepared.pixels", lambda *of: pytest.fail("a shard was read"))
-    assert find_leaks(training, prints(held)) == wanted
-    assert find_leaks(joined([training]), joined([prints(held)] * 2)) == wanted
+    monkeypatch.setattr(leaks, "image_hashes", lambda *of: pytest.fail("an image was hashed"))
+    assert hashed(held) == hashed(held, {}) == decoded
+    assert find_leaks(training, hashed(held)) == wanted
+    assert find_leaks(joined([training]), joined([hashed(held)] * 2)) == wanted

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from trees import raw_record, write_subset
 
-from medcg_jax.data import bounded, examine, images
+from medcg_jax.data import examine, images
 from medcg_jax.data.examine import Examined, examine_all
 from medcg_jax.data.images import ImageError, image_size, load_image
 
@@ -151,7 +151,7 @@ def test_a_tree_with_bombs_is_judged_record_by_record(tmp_path, capsys):
     assert main(["data", "check", str(tmp_path)]) == 2
     out = capsys.readouterr().out
     assert "bad records: 3 of 5" in out and out.count(PIECES) == 2 and "at most 2,147,483,648 are read" in out
-    assert bounded.MAX_DICOM_BYTES == 2**31
+    assert images.MAX_DICOM_BYTES == 2**31
 
 
 # --- orientation

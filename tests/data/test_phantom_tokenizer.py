@@ -2,12 +2,13 @@
 
 import pytest
 
-from medcg_jax.data import phantom_text, tokenizer_build
-from medcg_jax.data.phantom import PhantomSource
-from medcg_jax.data.phantom_pretraining import MAX_TARGET_TOKENS, MAX_TEXT_TOKENS, pretraining_records
-from medcg_jax.data.phantom_world import AREAS, MODALITIES, TASKS
+from benchmarks import build_tokenizers
+from medcg_jax.data.phantom import world
+from medcg_jax.data.phantom.pretraining import MAX_TARGET_TOKENS, MAX_TEXT_TOKENS, pretraining_records
+from medcg_jax.data.phantom.source import PhantomSource
+from medcg_jax.data.phantom.world import AREAS, MODALITIES, TASKS
 from medcg_jax.data.tokenizer import SMALL, load_tokenizer
-from medcg_jax.families import prompts
+from medcg_jax.families.llava.rows import PROMPTS as prompts
 
 
 @pytest.fixture(scope="module")
@@ -15,14 +16,14 @@ def tokenizer():
     return load_tokenizer()
 
 
-@pytest.mark.parametrize("kind", tokenizer_build.KINDS)
+@pytest.mark.parametrize("kind", build_tokenizers.KINDS)
 def test_the_file_is_what_the_builder_makes(tmp_path, kind):
-    tokenizer_build.write(tmp_path / "made.json", kind)
+    build_tokenizers.write(tmp_path / "made.json", kind)
     assert (tmp_path / "made.json").read_bytes() == SMALL.with_stem(kind).read_bytes()
 
 
 def test_every_kind_has_its_special_tokens_and_one_token_letters():
-    for kind, (special, frame) in tokenizer_build.KINDS.items():
+    for kind, (special, frame) in build_tokenizers.KINDS.items():
         small = load_tokenizer(SMALL.with_stem(kind))
         assert [small.special(name) for name in special] == list(range(len(special)))
         assert small.pad_id == 0
@@ -37,14 +38,14 @@ def test_special_tokens_and_size(tokenizer):
 
 def test_words_of_the_phantom_world_are_one_token_each(tokenizer):
     labels = [label for labels in TASKS.values() for label in labels]
-    for word in [*MODALITIES, *AREAS, *TASKS, *labels, *phantom_text.COUNTS, *phantom_text.SIZES, *phantom_text.SHAPES]:
+    for word in [*MODALITIES, *AREAS, *TASKS, *labels, *world.COUNT_WORDS, *world.SIZE_WORDS, *world.SHAPES]:
         assert len(tokenizer.encode(word)) == 1, word
     assert len(tokenizer.encode("USER:")) == len(tokenizer.encode(" ASSISTANT:")) == 1
 
 
 def test_a_letter_is_the_same_token_everywhere(tokenizer):
     (letter,) = tokenizer.encode("A")
-    question = phantom_text.choice("Which state?", ("normal", "abnormal"))
+    question = world.choice("Which state?", ("normal", "abnormal"))
     # The option's colon is dropped, so the letter stands right before the option; other colons stay.
     assert [tokenizer.decode([i]) for i in tokenizer.encode(question)] == [
         "Which",

@@ -74,6 +74,7 @@ def test_a_square_is_what_llava_makes_of_the_image(tree, tmp_path):
         np.testing.assert_array_equal(ours.image(place), preprocess(theirs.image(place), 336))
 
 
+@pytest.mark.long
 def test_the_pack_survives_preparation(shared_dir, tmp_path):
     root = shared_dir / "data" / "medmat-mini"
     done = quiet(root, tmp_path / "out", CONFIG, Layout("fit", 64))
@@ -296,6 +297,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_it_ends_in_the_same_bytes(tree, tmp_path):
     script = tmp_path / "program.py"
     script.write_text(PROGRAM, "utf-8")

@@ -20,8 +20,9 @@ from medcg_jax.data.check import check_tree
 from medcg_jax.data.labels import read_labels
 from medcg_jax.data.questions import CLOSING, choice_record, format_labels, instructions
 from medcg_jax.data.records import SPLITS, DataError
-from medcg_jax.data.release import ReleaseSource, subset_table
-from medcg_jax.data.schema import KEYS, parse_choice, parse_options
+from medcg_jax.data.release import ReleaseSource
+from medcg_jax.data.schema import CHOICE_KEYS, parse_choice, parse_options
+from medcg_jax.data.tree import subset_table
 
 LABELS = ("a", "b", "c", "d", "e", "f")
 ASKED = tuple(f"Which {number}?" for number in range(6))
@@ -89,8 +90,8 @@ texts = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min
 @given(st.lists(texts, min_size=2, max_size=8, unique=True), texts, st.text(max_size=5))
 def test_every_question_is_accepted_by_the_reader(labels, image, key):
     raw = choice_record(image, labels[0], labels[1:], ASKED, key, "12")
-    assert {name: type(value) for name, value in raw.items()} == KEYS and list(raw) == list(KEYS)
-    record = parse_choice(raw, file="f.json", place=0, subset="38", split="train")
+    assert {name: type(value) for name, value in raw.items()} == CHOICE_KEYS and list(raw) == list(CHOICE_KEYS)
+    record = parse_choice(raw, "38", "train")
     assert record.label == labels[0] and set(record.options) <= set(labels)
     assert len(record.options) == min(4, len(labels)) == len(set(record.options))
     first, *options, last = raw["Question-choice"].split("\n")

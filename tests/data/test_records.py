@@ -2,27 +2,14 @@
 
 import numpy as np
 import pytest
-from record_sets import choice, choices
+from record_sets import CountedImage, choice, choices
 
 from medcg_jax.data.records import RecordSet, concat
 
 
-class Lazy:
-    """Images that fill themselves with their index and remember being asked."""
-
-    def __init__(self, count, offset=0):
-        self.count, self.offset, self.asked = count, offset, []
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        self.asked.append(index)
-        return np.full((2, 3, 3), self.offset + index, np.uint8)
-
-
-def lazy(count, offset=0):
-    return RecordSet([choice(offset + i) for i in range(count)], Lazy(count, offset))
+def lazy(count, offset=0, decoded=None):
+    images = [CountedImage(offset + i, [] if decoded is None else decoded, (2, 3)) for i in range(count)]
+    return RecordSet([choice(offset + i) for i in range(count)], images)
 
 
 def together(found: RecordSet) -> list[int]:
@@ -39,19 +26,15 @@ def test_select_keeps_order_and_images(make):
     assert len(found.select([])) == 0
 
 
-def test_concat_of_arrays_is_an_array():
-    joined = concat([choices(3), choices(2)])
-    assert isinstance(joined.images, np.ndarray) and together(joined) == [0, 1, 2, 0, 1]
-
-
-def test_concat_of_mixed_sets_decodes_nothing_until_asked():
-    parts = [lazy(3, 10), choices(2), lazy(2, 20).select([1]), choices(2, size_px=6)]
-    joined = concat(parts)
-    assert not parts[0].images.asked
+def test_sizes_and_joining_decode_nothing():
+    decoded = []
+    joined = concat([lazy(3, 10, decoded), choices(2), lazy(2, 20, decoded).select([1]), choices(2, size_px=6)])
+    assert [joined.image_size(i) for i in range(8)] == [(2, 3)] * 3 + [(4, 4)] * 2 + [(2, 3)] + [(6, 6)] * 2
+    assert not decoded
     assert together(joined) == [10, 11, 12, 0, 1, 21, 0, 1]
     assert together(joined.select([7, 0]).select([1])) == [10]
     assert joined.image(7).shape == (6, 6, 3)
-    assert parts[0].images.asked == [0, 1, 2, 0]
+    assert decoded == [10, 11, 12, 21, 10]
 
 
 def test_concat_of_nothing_is_empty():

@@ -7,10 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medcg_jax.data.encoding import Encoded
-from medcg_jax.data.lengths import MOST, batch_length, eval_order, suffix_length
-from medcg_jax.data.pipeline import eval_batches
+from medcg_jax.data.eval_batches import MOST, batch_length, eval_batches, eval_order, rounds, suffix_length
 from medcg_jax.data.records import Record, RecordSet
-from medcg_jax.data.rounds import rounds
 from medcg_jax.data.row_format import Format
 
 IMAGE, IMAGE_TOKENS, TEXT = 9, 5, 20

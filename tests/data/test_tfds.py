@@ -12,8 +12,7 @@ from trees import raw_record, write_subset, write_tree, write_tree_with_boxes
 
 from medcg_jax.config import DataConfig
 from medcg_jax.data.layouts import Layout
-from medcg_jax.data.phantom import write_release
-from medcg_jax.data.phantom_boxes import PhantomBoxSource
+from medcg_jax.data.phantom.source import PhantomSource, write_release
 from medcg_jax.data.prepare import prepare
 from medcg_jax.data.prepared import PreparedSource
 from medcg_jax.data.records import SPLITS, DataError
@@ -66,7 +65,7 @@ def test_the_records_are_the_prepared_ones(tmp_path):
 
 
 def test_phantoms_go_through_too(tmp_path):
-    write_release(PhantomBoxSource(0, 3, 2), tmp_path / "tree")
+    write_release(PhantomSource(0, 3, 2), tmp_path / "tree")
     source = prepared(tmp_path / "tree", tmp_path / "out")
     builder = tfds_builder.build(tmp_path / "out", "all", tmp_path / "tfds")
     subsets = (*source.subsets, *source.detection_subsets)

@@ -1,6 +1,6 @@
 """Broken checkpoints by the thousand, given to the product's own readers: each must be taken rightly or refused.
 
-    python -m tests.weights.fuzz_checkpoints 5000 0 [--kinds=bin,index] [--workers=2]
+    python -m tests.families.fuzz_checkpoints 5000 0 [--kinds=bin,index] [--workers=2]
 
 The harness is that of `tests/data/fuzz_inputs.py`. What hangs, kills its process, raises anything but the product's
 own refusals, takes memory past a bound, or gives numbers that are not finite is a failure; its input is kept, and the
@@ -177,11 +177,10 @@ def read_one(kind: str, content: bytes, random: Random, pack: Path, scratch: Pat
 def _open(directory: Path, pack: Path, random: Random) -> bool:
     import jax
 
-    from medcg_jax.families.weights.convert import open_leaves, read_config
+    from medcg_jax.families.weights.convert import open_leaves
 
     parts = {"base": pack / "base"} if directory.name.startswith("adapter") else {}
-    config = read_config(directory, parts=parts)
-    leaves = jax.tree.leaves(open_leaves(directory, config, parts=parts))
+    leaves = jax.tree.leaves(open_leaves(directory, parts=parts))
     for leaf in random.sample(leaves, 3):
         value = np.asarray(leaf)
         assert value.shape == leaf.shape and np.isfinite(value).all()

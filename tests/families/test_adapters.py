@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from medcg_jax.families import build
-from medcg_jax.families.weights import adapters, engine
+from medcg_jax.families.weights import engine, llava, peft
 from medcg_jax.families.weights.convert import convert, export, load_checkpoint, open_leaves, read_config, save_params
 from medcg_jax.families.weights.files import WeightsError
 from medcg_jax.mesh import make_mesh
@@ -53,15 +53,15 @@ def ours(reference):
 def peft_dir(ours, tmp_path_factory):
     directory = tmp_path_factory.mktemp("peft")
     config, _, params = ours
-    assert adapters.export_peft(params, config, directory) == 3 * len(TARGETS) * 2 + 4
+    assert peft.export_peft(llava, params, config, directory) == 3 * len(TARGETS) * 2 + 4
     return directory
 
 
 def opened(directory):
     """A fresh HF model with peft's adapters of the directory, all of them and the projector trainable."""
-    import peft
+    from peft import PeftModel
 
-    return peft.PeftModel.from_pretrained(hf_tiny.reference(), directory, is_trainable=True).eval()
+    return PeftModel.from_pretrained(hf_tiny.reference(), directory, is_trainable=True).eval()
 
 
 def torch_inputs():
@@ -98,7 +98,7 @@ def test_logits_loss_gradients_and_five_adamw_steps_are_peft_s(ours, peft_dir):
     loss = model(**torch_inputs()).loss
     assert abs(float(value) - loss.item()) < TOLERANCE
     loss.backward()
-    _, stream = engine.store(adapters.peft_entries(config, grads), dict(grads.raw_mapping))
+    _, stream = engine.store(peft.peft_entries(llava, config, grads), dict(grads.raw_mapping))
 
     def stem(name):
         return name.replace(".default", "").replace(".modules_to_save", "")
@@ -182,7 +182,7 @@ def test_faults_are_seen_in_logits_and_in_merged_weights(ours, peft_dir, tmp_pat
 
 def test_what_was_trained_alone_is_laid_over_its_base(ours, reference, tmp_path):
     """As `medcg train` leaves it: both exports, loading, and a base that has moved."""
-    config, graphdef, params = ours
+    config, _, params = ours
     reference.save_pretrained(tmp_path / "base")
     trained, _ = build.split_trainable(params, TRAINED)
     save_params(tmp_path / "params", trained, config, trained_on=str(tmp_path / "base"))
@@ -197,8 +197,8 @@ def test_what_was_trained_alone_is_laid_over_its_base(ours, reference, tmp_path)
     assert difference(logits(*ours), opened(tmp_path / "peft")) < TOLERANCE
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(WeightsError, match="was trained on, is not there; its place is accepted as --base=DIR"):
-        open_leaves(tmp_path / "params", config)
-    leaves = open_leaves(tmp_path / "params", config, parts={"base": tmp_path / "moved"})
+        open_leaves(tmp_path / "params")
+    leaves = open_leaves(tmp_path / "params", parts={"base": tmp_path / "moved"})
     assert np.array_equal(np.asarray(leaves["lora"]["q"]["a"]), np.asarray(params["lora"]["q"]["a"]))
     assert set(leaves) == set(params)
 

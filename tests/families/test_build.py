@@ -1,5 +1,7 @@
 """Models from configuration: created on a mesh, split into what trains, the same numbers on 8 simulated devices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from flax import nnx
 
 from medcg_jax.config import MeshConfig, ModelConfig
 from medcg_jax.families import build
-from medcg_jax.families.llava import Llava, llava15_tiny
+from medcg_jax.families.llava.model import Llava, llava15_tiny
 from medcg_jax.mesh import make_mesh
 
 TINY = llava15_tiny(80, 79, num_vision_heads=2, num_heads=4, num_kv_heads=2, scan_unroll=1)
@@ -118,7 +120,7 @@ def test_config_by_name_carries_how_it_runs():
 
 
 def test_computes_in_the_dtype_asked_with_float32_weights_and_logits():
-    model = nnx.eval_shape(lambda: Llava(TINY, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    model = nnx.eval_shape(lambda: Llava(dataclasses.replace(TINY, compute_dtype="bfloat16"), rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
 

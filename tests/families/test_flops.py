@@ -3,8 +3,10 @@
 import jax
 import pytest
 
-from medcg_jax.families import build, flops, llava, minigpt_v2
-from medcg_jax.families.mllama_vit import NUM_TILES
+from medcg_jax.families import build, flops
+from medcg_jax.families.llava import model as llava
+from medcg_jax.families.minigpt_v2 import model as minigpt_v2
+from medcg_jax.families.mllama.vit import NUM_TILES
 
 TINY = llava.llava15_tiny(vocab_size=128, image_token_id=127, num_kv_heads=1, num_heads=2)
 

@@ -161,12 +161,12 @@ def test_no_tensor_is_read_twice_to_look_for_nan(src, tmp_path, monkeypatch):
     def counting(path):
         tensors = get(path)
         return files.Tensors(
-            tensors.shapes, lambda n: reads.append(n) or tensors.read(n), tensors.dtype, tensors.origin
+            tensors.shapes, lambda *a: reads.append(a) or tensors.read(*a), tensors.dtype, tensors.origin
         )
 
     monkeypatch.setattr(files, "open_safetensors", counting)
     assert cli.main(["convert", str(src), str(tmp_path / "dst")]) == 0
-    assert len(reads) == len(set(reads)) == len(TENSORS)
+    assert len(reads) == len({name for name, *_ in reads}) == len(TENSORS)
 
 
 def test_nan_in_what_was_converted_is_refused_too(source, tmp_path, capsys, monkeypatch):
@@ -217,7 +217,7 @@ def test_what_wrappers_put_before_names_is_taken_off(prefix, src):
     save_file(
         {prefix + n: np.ascontiguousarray(x) for n, x in released(CONFIG, TENSORS).items()}, src / "model.safetensors"
     )
-    leaves = open_leaves(src, read_config(src))
+    leaves = open_leaves(src)
     np.testing.assert_array_equal(
         np.asarray(leaves["decoder"]["embed"]["table"]), TENSORS["language_model.embed_tokens.weight"]
     )
@@ -229,18 +229,6 @@ def test_a_prefix_that_is_not_known_is_no_advice_to_fetch_another_tower(src, cap
         {"my." + n: np.ascontiguousarray(x) for n, x in released(CONFIG, TENSORS).items()}, src / "model.safetensors"
     )
     assert "no tensor has a name that LLaVA's have; the first is my." in refused(src, capsys)
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-def test_vocabulary_rows_beyond_the_checkpoints_own_config_are_refused(family, tmp_path, capsys):
-    config = CONFIGS[family]
-    module = module_of(config)
-    tensors = tensors_of(config, random_params(config))
-    table = next(name for name in tensors if name.endswith("embed_tokens.weight"))
-    tensors[table] = np.concatenate([tensors[table], tensors[table][:5]])
-    src = write(tmp_path / "src", released(config, tensors), module.config_to_json(config, "float32"))
-    line = refused(src, capsys)
-    assert "1 misshapen: " in line and f"{tensors[table].shape} instead of" in line
 
 
 # ------------------------------------------------------------------ .bin

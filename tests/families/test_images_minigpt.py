@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from medcg_jax.data import images
-from medcg_jax.families.images_minigpt import preprocess
+from medcg_jax.families.minigpt_v2.rows import preprocess
 
 
 @pytest.mark.parametrize("shape", [(301, 500), (448, 448), (90, 33), (1, 700)])

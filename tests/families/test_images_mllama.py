@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medcg_jax.families.images_mllama import GRIDS, choose_grid, fitted_size, preprocess
+from medcg_jax.families.mllama.rows import GRIDS, choose_grid, fitted_size, preprocess
 
 SHAPES = [
     (1, 1), (1, 4000), (4000, 1), (3, 700), (56, 56), (57, 56), (56, 113), (112, 112), (224, 56), (55, 225), (90, 160),

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from medcg_jax.data import images
-from medcg_jax.families.images_next_chat import from_square, preprocess, preprocess_masks, preprocess_sam, to_square
+from medcg_jax.families.next_chat.rows import from_square, preprocess, preprocess_masks, preprocess_sam, to_square
 
 SHAPES = [(40, 40), (31, 50), (50, 31), (1, 7), (64, 33), (90, 200)]
 
@@ -59,7 +59,7 @@ def test_sams_square_is_the_references(shape):
     expected = np.pad((resized - mean) / std, around)
     found = preprocess_sam(noise(shape), 100)
     assert found["sam_extent"].tolist() == [height, width]
-    sam = pytest.importorskip("medcg_jax.families.sam")
+    sam = pytest.importorskip("medcg_jax.families.next_chat.sam")
     import jax.numpy as jnp
 
     config = sam.SamConfig(image_size_px=100, patch_size_px=10)

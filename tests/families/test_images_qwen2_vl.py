@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from medcg_jax.data.records import DataError
-from medcg_jax.families.images_qwen2_vl import ImageSizes, num_image_tokens, preprocess, smart_resize
+from medcg_jax.families.qwen2_vl.rows import ImageSizes, num_image_tokens, preprocess, smart_resize
 
 RELEASED = ImageSizes()
 SMALL = ImageSizes(patch_size_px=4, min_pixels=256, max_pixels=4096)
@@ -57,7 +57,7 @@ def test_patches_are_the_references(sizes, shape):
 def test_normalised_on_the_device_they_are_the_references_numbers():
     jnp = pytest.importorskip("jax.numpy")
 
-    from medcg_jax.families import qwen2_vit
+    from medcg_jax.families.qwen2_vl import vit as qwen2_vit
 
     image = noise((61, 90), 1)
     expected = reference(RELEASED)(Image.fromarray(image), return_tensors="np")["pixel_values"]

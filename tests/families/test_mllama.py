@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from medcg_jax.families import mllama, mllama_vit
-from medcg_jax.families.mllama import Mllama, llama32_vision_tiny
-from medcg_jax.families.mllama_text import images_in_view
-from medcg_jax.families.mllama_vit import MllamaVision, MllamaVisionConfig
+from medcg_jax.families.mllama import model as mllama
+from medcg_jax.families.mllama import vit as mllama_vit
+from medcg_jax.families.mllama.model import Mllama, llama32_vision_tiny
+from medcg_jax.families.mllama.text import images_in_view
+from medcg_jax.families.mllama.vit import MllamaVision, MllamaVisionConfig
 from medcg_jax.families.weights import engine
 from medcg_jax.families.weights import mllama as weights
 from medcg_jax.families.weights.files import WeightsError

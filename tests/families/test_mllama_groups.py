@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from medcg_jax.families import build
-from medcg_jax.families.mllama import llama32_vision_tiny
-from medcg_jax.families.mllama_text import MllamaTextConfig
+from medcg_jax.families.mllama.model import llama32_vision_tiny
+from medcg_jax.families.mllama.text import MllamaTextConfig
 
 TOLERANCE = 1e-4
 run = jax.jit(lambda model, given: model(**given))

@@ -4,8 +4,8 @@ import pytest
 
 from medcg_jax.chips import PEAKS, peak_of
 from medcg_jax.families.flops import forward, generation
-from medcg_jax.families.llava import llava15_7b
-from medcg_jax.families.mllama import llama32_vision_11b
+from medcg_jax.families.llava.model import llava15_7b
+from medcg_jax.families.mllama.model import llama32_vision_11b
 from medcg_jax.plan import flops
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from medcg_jax.families import qwen2_vit, qwen2_vl
-from medcg_jax.families.qwen2_vl import Qwen2VL
+from medcg_jax.families.qwen2_vl import model as qwen2_vl
+from medcg_jax.families.qwen2_vl import vit as qwen2_vit
+from medcg_jax.families.qwen2_vl.model import Qwen2VL
 from medcg_jax.parity import qwen2_vl as parity_qwen2_vl
 from medcg_jax.parity import verb as parity
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from medcg_jax.families import sam as sam_lib
-from medcg_jax.families import sam_decoder
-from medcg_jax.families.sam import SamConfig, SamEncoder, SamPrompt
-from medcg_jax.families.sam_decoder import MaskDecoder
+from medcg_jax.families.next_chat import sam as sam_lib
+from medcg_jax.families.next_chat import sam_decoder
+from medcg_jax.families.next_chat.sam import SamConfig, SamEncoder, SamPrompt
+from medcg_jax.families.next_chat.sam_decoder import MaskDecoder
 from medcg_jax.families.weights import engine, next_chat
 
 TOLERANCE = 1e-5

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medcg_jax.data.records import DataError
-from medcg_jax.families.text_boxes import BINS, format_boxes, parse_bins, parse_boxes
+from medcg_jax.families.minigpt_v2.boxes import BINS, format_boxes, parse_bins, parse_boxes
 
 
 def test_boxes_are_hundredths_of_each_side_rounded_down():

@@ -98,16 +98,16 @@ def test_no_fitting_python_is_one_line(machine):
     done = machine.run("demo.sh")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
-    assert "3.11 or 3.12" in done.stderr and "Python 3.10.9" in done.stderr
+    assert "3.11, 3.12 or 3.13" in done.stderr and "Python 3.10.9" in done.stderr
 
 
-@pytest.mark.parametrize("version", ["3.10", "3.13"])
+@pytest.mark.parametrize("version", ["3.10", "3.14"])
 def test_a_chosen_python_that_does_not_fit_is_one_line(machine, version):
     machine.add_python("python3.11", "3.11")
     chosen = machine.add_python("mine", version)
     done = machine.run("demo.sh", PYTHON=str(chosen))
     assert done.returncode == 1
-    assert done.stderr.splitlines() == [f"demo.sh: PYTHON={chosen} is Python {version}; 3.11 or 3.12 is accepted"]
+    assert done.stderr.splitlines() == [f"demo.sh: PYTHON={chosen} is Python {version}; expected 3.11, 3.12 or 3.13"]
     assert not machine.calls()
 
 
@@ -130,23 +130,36 @@ def test_a_failed_installation_is_said_and_tried_again_next_time(machine):
     assert len(installs(machine)) > before
 
 
-def test_tests_run_on_both_pythons_and_install_once(machine):
-    machine.add_python("python3.11", "3.11")
-    machine.add_python("python3.12", "3.12")
+def pytest_calls(machine: Machine) -> list[str]:
+    return [call for call in machine.calls() if "-m pytest" in call]
+
+
+@pytest.mark.parametrize("newest", ["3.12", "3.13"])
+def test_the_suite_runs_once_and_a_smoke_test_on_the_newest_python(machine, newest):
+    for version in ("3.11", "3.12", newest):
+        machine.add_python(f"python{version}", version)
     for _ in range(2):
-        done = machine.run("test.sh", "tests/nn")
+        done = machine.run("test.sh")
         assert done.returncode == 0, done.stderr
     assert installs(machine) == [".[test,parity]", ".[test]"]
-    runs = [call for call in machine.calls() if "pytest" in call]
-    assert len(runs) == 4 and all(call.endswith("tests/nn") for call in runs)
+    first, second = pytest_calls(machine)[:2]
+    assert "-m smoke" not in first and second.endswith("-m smoke")
+    assert {"-m ruff check .", "-m ruff format --check ."} <= set(machine.calls())
+
+
+def test_all_runs_everything_on_both_pythons(machine):
+    for version in ("3.11", "3.13"):
+        machine.add_python(f"python{version}", version)
+    assert machine.run("test.sh", "--all", "tests/nn").returncode == 0
+    assert len(pytest_calls(machine)) == 2 and all(call.endswith("tests/nn") for call in pytest_calls(machine))
+    assert all("-m  " in call for call in pytest_calls(machine)) and "-m mypy" in machine.calls()
 
 
 def test_failed_tests_fail_the_script_after_the_second_run(machine):
     machine.add_python("python3.11", "3.11")
     machine.add_python("python3.12", "3.12")
     done = machine.run("test.sh", FAKE_STATUS="1")
-    assert done.returncode == 1
-    assert len([call for call in machine.calls() if "pytest" in call]) == 2
+    assert done.returncode == 1 and len(pytest_calls(machine)) == 2
 
 
 def test_the_demo_finds_what_the_tests_installed(machine):

@@ -1,12 +1,17 @@
 """One run over two tasks of a SLURM that is started for these tests: told to stop midway, it goes on to the same."""
 
+import hashlib
 import json
 import shlex
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from own_slurm import ROOT, UNENDED, Slurm, command, settings, start_slurm, wait_for
+
+from medcg_jax.families.weights.convert import open_leaves, read_config
 
 TRAIN = ROOT / "launch" / "slurm" / "train.sh"
 STEPS, RUN_S = 60, 300
@@ -78,8 +83,10 @@ class Job:
         """What the run leaves that does not hang on when it was made."""
         lines = [json.loads(line) for line in (self.workdir / "metrics" / "train.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-        sums = json.loads((self.workdir / "params" / "meta.json").read_text())["bit_sums"]
-        return {"losses": [(line["loss"], line["grad_norm"]) for line in lines], "sums": sums}
+        params = self.workdir / "params"
+        leaves = jax.tree.leaves(open_leaves(params, read_config(params)))
+        digests = [hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for leaf in leaves]
+        return {"losses": [(line["loss"], line["grad_norm"]) for line in lines], "digests": digests}
 
 
 @pytest.fixture(scope="module")

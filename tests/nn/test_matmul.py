@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from medcg_jax.config import MODELS, ConfigError, MeshConfig, ModelConfig, RunConfig, TrainConfig, replace
 from medcg_jax.config_checks import check
 from medcg_jax.families import build
-from medcg_jax.families.llava import llava15_tiny
+from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.mesh import batch_sharding, make_mesh
 from medcg_jax.nn import matmul
 from medcg_jax.nn.layers import Dense
 from medcg_jax.train.losses import token_loss
-from medcg_jax.train.optim import control_from, make_optimizer, stack_controls
+from medcg_jax.train.optim import hparams_from, make_optimizer, stack_hparams
 from medcg_jax.train.step import make_step
 
 pytest.importorskip("qwix", reason="qwix is not installed")
@@ -152,13 +152,13 @@ def make(config, mesh_config=None, **fields):
 
 def losses(program, trainable, frozen, steps: int = 4) -> np.ndarray:
     """[steps, cells] where there are several."""
-    control, rows = control_from(TRAIN, 1), batch()
+    hparams, rows = hparams_from(TRAIN, 1), batch()
     if (cells := program.num_cells) > 1:
-        control, rows = stack_controls([control] * cells), {key: np.stack([x] * cells) for key, x in rows.items()}
+        hparams, rows = stack_hparams([hparams] * cells), {key: np.stack([x] * cells) for key, x in rows.items()}
     state, rows = program.start(trainable), jax.device_put(rows, batch_sharding(program.mesh, cells=cells > 1))
     found = []
     for _ in range(steps):
-        state, metrics = program(state, frozen, program.put_control(control), rows)
+        state, metrics = program(state, frozen, program.put_hparams(hparams), rows)
         found.append(np.asarray(metrics["loss"]))
     return np.stack(found)
 

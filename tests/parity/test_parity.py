@@ -56,7 +56,7 @@ def test_the_released_model_and_its_port_are_equal(released, capsys):
 
 
 def test_a_fault_in_the_port_differs_and_the_stages_say_where(released, recorded, capsys, monkeypatch):
-    from medcg_jax.families import llava as model
+    from medcg_jax.families.llava import model
 
     monkeypatch.setattr(model, "gelu", lambda x: x * 0.5)
     result = parity(released, inputs=recorded[0])

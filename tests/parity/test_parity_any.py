@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from medcg_jax.families import llava, mllama_vit
+from medcg_jax.families.llava import model as llava
+from medcg_jax.families.mllama import vit as mllama_vit
 from medcg_jax.families.weights.files import WeightsError, open_safetensors, write_safetensors
 from medcg_jax.nn import blocks, rope
 from medcg_jax.parity import verb as parity_lib

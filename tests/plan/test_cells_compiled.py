@@ -10,7 +10,7 @@ import pytest
 
 from medcg_jax.bench import steps as bench
 from medcg_jax.config import ConfigError, DataConfig, EvalConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
-from medcg_jax.families.llava import llava15_tiny
+from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.mesh import make_mesh
 from medcg_jax.plan import cells, programs, topology
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medcg_jax.config import DataConfig, EvalConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig, replace
-from medcg_jax.families.llava import llava15_tiny
+from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.mesh import make_mesh
 from medcg_jax.plan import cells, products, programs, rules
 from medcg_jax.plan import verb as plan

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from medcg_jax.families import llava
 from medcg_jax.families.flops import forward
+from medcg_jax.families.llava import model as llava
 from medcg_jax.plan import flops
 
 TINY = llava.llava15_tiny(vocab_size=128, image_token_id=127, num_kv_heads=1, num_heads=2)

@@ -13,8 +13,8 @@ from medcg_jax.axes import MESH_AXES
 from medcg_jax.bench import steps as bench
 from medcg_jax.config import MeshConfig
 from medcg_jax.families import build
-from medcg_jax.families.llava import llava15_7b, llava15_tiny
-from medcg_jax.families.qwen2_vl import qwen2_vl_2b
+from medcg_jax.families.llava.model import llava15_7b, llava15_tiny
+from medcg_jax.families.qwen2_vl.model import qwen2_vl_2b
 from medcg_jax.mesh import make_mesh
 
 BOTH = ("projector", "decoder")

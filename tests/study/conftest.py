@@ -2,7 +2,7 @@
 
 import pytest
 
-from medcg_jax.data.phantom import PhantomSource, write_release
+from medcg_jax.data.phantom.source import PhantomSource, write_release
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from medcg_jax.config import CONTROLS, TABLES, DataConfig, RunConfig, TrainConfi
 from medcg_jax.data.controls import control_sets
 from medcg_jax.data.records import LETTERS
 from medcg_jax.data.sources import open_source
-from medcg_jax.eval.box_answers import BoxAnswer, write_answers
+from medcg_jax.eval.boxes import BoxAnswer, write_answers
 from medcg_jax.study.design import suite
 from medcg_jax.study.stats import contamination, results, stats
 from medcg_jax.train import goodput

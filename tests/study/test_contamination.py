@@ -14,8 +14,8 @@ from medcg_jax.config import ConfigError, DataConfig, RunConfig, StudyConfig, re
 from medcg_jax.config_checks import check
 from medcg_jax.data import leaks as data_leaks
 from medcg_jax.data.duplicates import NEAR_BITS, hash_rows
-from medcg_jax.data.leaks import Leak, find_leaks, prints
-from medcg_jax.data.phantom import PhantomSource
+from medcg_jax.data.leaks import Leak, find_leaks, hashed
+from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.records import DataError
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.study.design import leaks
@@ -92,15 +92,17 @@ def test_a_near_image_is_refused_with_its_distance(tree):
 
 
 def test_nothing_is_decoded_where_near_images_are_not_looked_for(tree, monkeypatch):
-    monkeypatch.setattr(data_leaks, "print_of", lambda *of: pytest.fail("decoded"))
+    monkeypatch.setattr(data_leaks, "image_hashes", lambda *of: pytest.fail("decoded"))
     look(tree, cell(), near_duplicates="off")
     phantoms = PhantomSource(5, 4, 4)
     assert leaks.LeakGuard(phantoms, StudyConfig(near_duplicates="refuse"), drawn=True).look(cell()) == []
 
 
 def test_each_image_is_decoded_once(tree, monkeypatch):
-    decoded, original = [], data_leaks.print_of
-    monkeypatch.setattr(data_leaks, "print_of", lambda image, digest: decoded.append(digest) or original(image, digest))
+    decoded, original = [], data_leaks.image_hashes
+    monkeypatch.setattr(
+        data_leaks, "image_hashes", lambda image, digest: decoded.append(digest) or original(image, digest)
+    )
     guard = leaks.LeakGuard(ReleaseSource(tree, DataConfig()))
     for one in (cell(), cell(THIRD), cell(), cell(related=(OTHER, "ct-brain-state"))):
         guard.look(one)
@@ -111,7 +113,7 @@ def test_phantoms_are_not_near_each_other():
     """Why a grid of phantoms does not look for near ones."""
     source, decoded = PhantomSource(1, 12, 12), {}
     for subset in source.subsets[::4]:
-        parts = [prints(source.records(subset.name, split), decoded) for split in ("train", "test")]
+        parts = [hashed(source.records(subset.name, split), decoded) for split in ("train", "test")]
         assert find_leaks(*parts, NEAR_BITS) == []
 
 
@@ -275,7 +277,7 @@ def test_the_report_has_a_table_where_something_was_found_and_none_elsewhere(tmp
 def test_prints_of_files_are_those_of_pixels(tree):
     source = ReleaseSource(tree, DataConfig())
     held = source.records(TARGET, "test")
-    own = prints(held, {})
+    own = hashed(held, {})
     assert all(len(image.perceptual) == 32 for image in own.images)
     assert np.array_equal(hash_rows(own.images)[0], np.arange(len(held)))
 

@@ -11,8 +11,8 @@ from worlds import SMALL, random_worlds, world
 from medcg_jax.config import ConfigError, DataConfig, RunConfig, StudyConfig, replace
 from medcg_jax.config_checks import check
 from medcg_jax.config_file import load
-from medcg_jax.data.phantom_boxes import PhantomBoxSource
-from medcg_jax.data.phantom_world import REPORT_TARGETS
+from medcg_jax.data.phantom.source import PhantomSource
+from medcg_jax.data.phantom.world import REPORT_TARGETS
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.study.design import combos, mat, schedule, suite
 from medcg_jax.study.design.mat import shared
@@ -140,7 +140,7 @@ def test_both_tables_have_the_same_rows():
 
 
 def test_phantoms_have_three_directions_for_every_target():
-    source = PhantomBoxSource(0, 12, 8)
+    source = PhantomSource(0, 12, 8)
     run = study(targets=REPORT_TARGETS, seeds=(0, 1))
     cells = suite.expand(run, source.subsets, source.detection_subsets)
     rows = {c.row.split("/")[0] for c in cells}
@@ -174,9 +174,9 @@ def test_the_packs_rows(shared_dir):
 
 
 def test_a_tree_with_broken_boxes_still_has_its_other_tables(tmp_path):
-    from medcg_jax.data.phantom import write_release
+    from medcg_jax.data.phantom.source import write_release
 
-    write_release(PhantomBoxSource(0, 4, 4).choice, tmp_path / "tree")
+    write_release(PhantomSource(0, 4, 4), tmp_path / "tree")
     (tmp_path / "tree" / "Subset--38-det-train.json").write_text("{]")
     data = {"data__source": "release", "data__root": str(tmp_path / "tree")}
     run = replace(RunConfig(study=StudyConfig(targets=("ct-liver-stage",))), **data)

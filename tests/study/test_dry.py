@@ -14,7 +14,7 @@ from medcg_jax.config import RunConfig, replace
 from medcg_jax.config_file import load
 from medcg_jax.data.records import DataError
 from medcg_jax.families import flops
-from medcg_jax.families.llava import llava15_7b
+from medcg_jax.families.llava.model import llava15_7b
 from medcg_jax.study.design import schedule
 from medcg_jax.study.run.dry import Cost, architecture_of, costs, dry, grid_totals, nominal_source
 
@@ -98,7 +98,7 @@ def test_a_grids_totals_are_the_listings_with_bases_and_tests(capsys):
 
 
 def test_with_the_data_there_its_sizes_count(tmp_path):
-    from medcg_jax.data.phantom import PhantomSource, write_release
+    from medcg_jax.data.phantom.source import PhantomSource, write_release
 
     write_release(PhantomSource(0, 8, 4), tmp_path / "tree")
     run = replace(SMALL, data__source="release", data__root=str(tmp_path / "tree"))

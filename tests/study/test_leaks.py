@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from medcg_jax.config import TABLES, ConfigError, DataConfig, RunConfig, replace
-from medcg_jax.data.leaks import Leak, find_leaks, prints
-from medcg_jax.data.phantom_boxes import PhantomBoxSource
+from medcg_jax.data.leaks import Leak, find_leaks, hashed
+from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.records import DataError, Record, RecordSet, Turn, concat
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.study.design import suite
@@ -33,7 +33,7 @@ def drawn(seed: int, number: int = 5) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def source():
-    return PhantomBoxSource(3, 6, 6)
+    return PhantomSource(3, 6, 6)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def cell(arm="trained", related=(OTHER,), target=(TARGET,), row="fixed_area/x", 
 
 
 def leaks_of(training: RecordSet, test: RecordSet) -> list[Leak]:
-    return find_leaks(prints(training), prints(test))
+    return find_leaks(hashed(training), hashed(test))
 
 
 def test_sets_without_a_leak():

@@ -11,13 +11,13 @@ from medcg_jax.cli import main
 from medcg_jax.config import DataConfig, RunConfig, StudyConfig, replace
 from medcg_jax.data.general import GeneralRecords
 from medcg_jax.data.leaks import Leak
-from medcg_jax.data.phantom import PhantomSource
+from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.records import DataError
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.study.design.leaks import Finding, LeakGuard, among, dropped, refuse
 from medcg_jax.study.design.suite import Cell
 from medcg_jax.study.run.cells import Data
-from medcg_jax.train.held_out import left_out
+from medcg_jax.train.run import left_out
 from medcg_jax.train.setup import open_setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -13,9 +13,7 @@ from medcg_jax.data import catalogue
 from medcg_jax.data.records import DataError, Subset
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.study.design import mat, suite
-from medcg_jax.study.design.ledger import read_ledger
-from medcg_jax.study.design.ledger_rows import row_states
-from medcg_jax.study.design.ledger_states import SubsetState, states_of
+from medcg_jax.study.design.ledger import SubsetState, read_ledger, row_states, states_of
 from medcg_jax.study.design.ledger_text import WIDTH, ledger_lines
 
 NUM_ROWS = {1: 25, 2: 12, 3: 42, 4: 9, 5: 8, 6: 8, 7: 8, 8: 8}
@@ -48,7 +46,7 @@ def test_an_empty_folder_lacks_everything(tmp_path):
     assert dataset_of(ledger, "109").reasons == ("no record in subset 53, whose questions are not released",)
     assert dataset_of(ledger, "43").reasons == ("no record; in no subset of the catalogue",)
     text = "\n".join(ledger_lines(ledger))
-    assert all(address in text for own in catalogue.datasets() for address in own.addresses)
+    assert all(address in text for own in catalogue.datasets().values() for address in own.addresses)
     assert "REFUSES" not in text and " 46  name not known" in text
 
 
@@ -234,7 +232,7 @@ def test_detection_files_stand_apart(tmp_path):
 def test_the_packs_ledger_fits_a_terminal(shared_dir):
     ledger = read_ledger(shared_dir / "data" / "medmat-mini")
     assert states_of(s for s in ledger.subsets if s.in_catalogue) == {"complete": 2, "partial": 12, "missing": 39}
-    assert (ledger.total.train, ledger.total.test, len(ledger.total.images)) == (4678, 1674, 5612)
+    assert (ledger.total.train, ledger.total.test, ledger.total.images) == (4678, 1674, 5612)
     assert not ledger.total.absent and not ledger.num_broken and not ledger.faults + ledger.box_faults
     assert rows_of(ledger, 3, "part") == [30, 33, 38] and rows_of(ledger, 5, "part") == [7]
     assert dataset_of(ledger, "53").state == "complete" and dataset_of(ledger, "35").found_in == ("63",)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "processes")]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import in_processes  # noqa: E402
+import in_processes
 
 SUBSETS = ("ct-brain-state", "mri-brain-stage")
 # Relative. Sums over devices are taken in other orders; each step starts from what the one before left.

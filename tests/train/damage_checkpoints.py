@@ -24,7 +24,7 @@ from medcg_jax.config import MeshConfig
 from medcg_jax.families import build
 from medcg_jax.mesh import make_mesh
 from medcg_jax.train.checkpoint import CheckpointError, Checkpoints, load_params, save_params
-from medcg_jax.train.optim import control_from
+from medcg_jax.train.optim import hparams_from
 from medcg_jax.train.step import with_shardings
 
 OLD, NEW = 1, 2
@@ -99,13 +99,13 @@ def run_all(folder: Path, number: int, seed: int) -> Counter:
     """
     rng, done = random.Random(seed), Counter()
     program, trainable, frozen = setup()
-    control = [control_from(TRAIN, 1)]
-    old, _ = run(program, trainable, frozen, control, OLD)
+    hparams = [hparams_from(TRAIN, 1)]
+    old, _ = run(program, trainable, frozen, hparams, OLD)
     whole = Checkpoints(folder / "whole")
     whole.save(OLD, old, {"position": OLD})
     whole.wait()
     kept = jax.device_get(old)
-    new, _ = run(program, trainable, frozen, control, NEW - OLD, state=old)
+    new, _ = run(program, trainable, frozen, hparams, NEW - OLD, state=old)
     whole.save(NEW, new, {"position": NEW})
     whole.close()
     wanted = with_shardings(new, jax.tree.map(lambda x: x.sharding, new))
@@ -113,6 +113,7 @@ def run_all(folder: Path, number: int, seed: int) -> Counter:
     save_params(folder / "parameters", build.join(trainable, frozen), CONFIG)
     ways = [(name, damage, False) for name in files(folder / "whole" / str(NEW)) for damage in DAMAGES]
     ways += [(name, damage, True) for name in files(folder / "parameters") for damage in DAMAGES[:4]]
+    rng.shuffle(ways)
     place = 0
     while sum(done.values()) < number:
         name, damage, of_parameters = ways[place % len(ways)]
@@ -140,7 +141,7 @@ def damage_one(folder: Path, name: str, damage: Damage, both: bool, rng: random.
         other = trial / "c" / str(OLD)
         one_bit(rng.choice(rng.choice(list(files(other).values()))), other, rng)
     said, read = [], []
-    store = Checkpoints(trial / "c", say=said.append)
+    store = Checkpoints(trial / "c", report=said.append)
     store._read = lambda path, step, abstract: (read.append(step), Checkpoints._read(store, path, step, abstract))[1]
     try:
         found, _ = store.restore(wanted)

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from train_toys import TRAIN, Stream, setup
+from micro import setup
+from train_toys import TRAIN, Stream
 
 from medcg_jax.config import replace
 from medcg_jax.train.goodput import FILE, Goodput, read_starts
-from medcg_jax.train.loop import Cell, fit
-from medcg_jax.train.optim import control_from
+from medcg_jax.train.loop import RunSpec, fit
+from medcg_jax.train.optim import hparams_from
 
 
 def main(workdir: Path, kill_at: int) -> None:
@@ -25,13 +26,13 @@ def main(workdir: Path, kill_at: int) -> None:
         return batch
 
     program, trainable, frozen = setup()
-    cell = Cell(
-        "run", control_from(replace(TRAIN, steps=14), 1), lambda position: Stream(position, change=kill),
+    cell = RunSpec(
+        "run", hparams_from(replace(TRAIN, steps=14), 1), lambda position: Stream(position, change=kill),
         metrics=workdir / "metrics" / "run.jsonl", checkpoints=workdir / "checkpoints", config={"steps": (14,)},
     )  # fmt: skip
     # Every step is written down at once, so that a kill loses none.
     with Goodput(workdir / FILE, earlier=read_starts(workdir / FILE), write_every_s=0.0) as clock:
-        state, _ = fit(program, trainable, frozen, [cell], log_every_steps=4, checkpoint_every_steps=3, goodput=clock)
+        state, _ = fit(program, trainable, frozen, cell, log_every_steps=4, checkpoint_every_steps=3, goodput=clock)
     (workdir / "final").write_bytes(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state)))
 
 

@@ -1,6 +1,8 @@
 """A model of three matrices with a `Program` of its own, which traces in a fraction of a second: for tests that start
 processes a hundred times over. All that is around the model is the real thing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,11 +46,13 @@ def loss(model: Micro, batch) -> tuple[jax.Array, jax.Array]:
     return (negative_log_likelihood(model(batch), batch["targets"]) * weights).sum(), weights.sum()
 
 
-def setup(mesh_config: MeshConfig):
-    """(program, trainable, frozen) on all devices, as `train_toys.setup`."""
-    mesh = make_mesh(mesh_config)
+@functools.cache
+def setup(mesh_config: MeshConfig | None = None, *, train=TRAIN, loss_fn=loss, **fields):
+    """(program, trainable, frozen) on one device, or on a mesh of all, as `train_toys.setup`."""
+    mesh = make_mesh(mesh_config or MeshConfig(), jax.devices()[:1] if mesh_config is None else None)
     graphdef, state = nnx.split(Micro())
     places = nnx.State({name: NamedSharding(mesh, spec) for name, spec in PLACES.items()})
     params = nnx.State({name: jax.device_put(state[name][...], places[name]) for name in SHAPES})
-    program = make_step(mesh, graphdef, *build.split_trainable(places, TRAINABLE), make_optimizer(TRAIN), loss_fn=loss)
+    split = build.split_trainable(places, TRAINABLE)
+    program = make_step(mesh, graphdef, *split, make_optimizer(train), loss_fn=loss_fn, **fields)
     return program, *build.split_trainable(params, TRAINABLE)

@@ -23,8 +23,8 @@ from medcg_jax.config import ConfigError, Interrupted, MeshConfig, RunError, rep
 from medcg_jax.families import build
 from medcg_jax.mesh import put_batch
 from medcg_jax.train.log import enable_cache
-from medcg_jax.train.loop import Cell, fit
-from medcg_jax.train.optim import control_from
+from medcg_jax.train.loop import RunSpec, fit
+from medcg_jax.train.optim import hparams_from
 from medcg_jax.train.preempt import sigterm_saves
 
 UNSEEN = 10_000
@@ -62,11 +62,11 @@ def main(workdir: Path, steps: int, index: int, count: int, port: int) -> int:
         processes.start(Cluster("the test", f"127.0.0.1:{port}", count, index))
     with sigterm_saves():
         program, trainable, frozen = setup(MeshConfig(data=-1, fsdp=min(2, jax.device_count())))
-        cell = Cell(
-            "run", control_from(replace(TRAIN, steps=steps), 1), lambda at: OwnRows(at, workdir / f"batches.{index}"),
+        cell = RunSpec(
+            "run", hparams_from(replace(TRAIN, steps=steps), 1), lambda at: OwnRows(at, workdir / f"batches.{index}"),
             metrics=workdir / "metrics.jsonl", checkpoints=workdir / "checkpoints", config={"steps": steps},
         )  # fmt: skip
-        state, [result] = fit(
+        state, result = fit(
             program, trainable, frozen, [cell], log_every_steps=3, checkpoint_every_steps=1, keep_every_steps=10
         )
     unseen = put_batch(own_rows(batch(UNSEEN)), program.batch_sharding)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from train_toys import CONFIG, TRAIN, batch
+from train_toys import CONFIG, TRAIN, batch, others_long
 from train_toys import run as run_steps
 
 from medcg_jax.config import DataConfig, EvalConfig, LogConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
@@ -18,7 +18,7 @@ from medcg_jax.mesh import make_mesh
 from medcg_jax.nn.base import Base
 from medcg_jax.nn.lora import TARGETS, LoraConfig
 from medcg_jax.nn.quant import dequantize, is_quantized, quantize
-from medcg_jax.train.optim import control_from, make_optimizer
+from medcg_jax.train.optim import hparams_from, make_optimizer
 from medcg_jax.train.run import train
 from medcg_jax.train.setup import model_config
 from medcg_jax.train.step import make_step
@@ -41,10 +41,10 @@ def trained(config, mesh, *, steps=2):
     places = build.split_trainable(build.shardings(config, mesh), TRAINED)
     program = make_step(mesh, graphdef, *places, make_optimizer(TRAIN))
     trainable, frozen = build.split_trainable(params, TRAINED)
-    control, state, losses = program.put_control(control_from(TRAIN, 10)), program.start(trainable), []
+    hparams, state, losses = program.put_hparams(hparams_from(TRAIN, 10)), program.start(trainable), []
     for step in range(steps):
         rows = jax.device_put(batch(step), program.batch_sharding)
-        state, metrics = program(state, frozen, control, rows)
+        state, metrics = program(state, frozen, hparams, rows)
         losses.append(float(metrics["loss"]))
     return losses, state.params, frozen
 
@@ -68,6 +68,7 @@ def test_eight_devices_train_as_one():
         assert x.sharding.shard_shape(x.shape)[axis] == x.shape[axis] // 2, (name, half)
 
 
+@pytest.mark.long
 def test_two_cells_share_a_quantised_base():
     """In one program, each with adapters of its own: as one after the other."""
     config, mesh = kept("nf4"), make_mesh(devices=jax.devices()[:1])
@@ -77,8 +78,8 @@ def test_two_cells_share_a_quantised_base():
     for num_cells in (2, 1):
         program = make_step(mesh, graphdef, *places, make_optimizer(TRAIN), num_cells=num_cells)
         for seeds in [(0, 50)] if num_cells == 2 else [(0,), (50,)]:
-            controls = [control_from(TRAIN, 10)] * num_cells
-            _, metrics = run_steps(program, *parts, controls, 2, seeds=list(seeds))
+            all_hparams = [hparams_from(TRAIN, 10)] * num_cells
+            _, metrics = run_steps(program, *parts, all_hparams, 2, seeds=list(seeds))
             losses[seeds] = metrics["loss"].reshape(2, num_cells)
     assert np.abs(losses[0, 50] - np.concatenate([losses[(0,)], losses[(50,)]], axis=1)).max() < 1e-5
 
@@ -111,7 +112,7 @@ def test_only_what_is_not_trained_is_kept_otherwise():
         assert build.num_params(params) == build.num_params(build.abstract(ADAPTED)[1])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "nf4"])
+@pytest.mark.parametrize("dtype", others_long(["nf4", "int8", "bfloat16"]))
 def test_logits_are_nearly_those_of_the_float32_base(dtype):
     """The error is the dtype's: a quarter of it would be seen as well as twice as much."""
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -139,9 +140,9 @@ def test_a_bfloat16_base_is_not_cast_in_the_step():
 
     def float32_kernels(compute_dtype):
         program = make_step(mesh, graphdef, *places, make_optimizer(TRAIN), compute_dtype=compute_dtype)
-        control = {name: np.zeros((), x.dtype) for name, x in control_from(TRAIN, 10).items()}
+        hparams = {name: np.zeros((), x.dtype) for name, x in hparams_from(TRAIN, 10).items()}
         with jax.set_mesh(mesh):
-            text = str(jax.make_jaxpr(program.jitted)(program.abstract_state(trainable), frozen, control, batch(0)))
+            text = str(jax.make_jaxpr(program.jitted)(program.abstract_state(trainable), frozen, hparams, batch(0)))
         return text.count("f32[2,16,32]")  # gate and up of both layers; no adapter has this shape
 
     assert float32_kernels("bfloat16") == 0 < float32_kernels("float32")
@@ -185,7 +186,7 @@ def test_a_run_keeps_what_it_trained_and_is_tested_and_exported_with_its_base(st
     scores = evaluate_subsets(run, tmp_path)
     assert scores["subsets"]["ct-brain-state"]["n"] == 8
     assert convert(tmp_path / "params", tmp_path / "hf", to="hf")["parameters"] > 100_000
-    merged, plain = (open_leaves(path, read_config(path)) for path in (tmp_path / "hf", base))
+    merged, plain = (open_leaves(path) for path in (tmp_path / "hf", base))
     changed = {
         name for name in TARGETS
         if not np.allclose(*(np.asarray(x["decoder"]["blocks"][name]["kernel"]) for x in (merged, plain)), atol=1e-7)
@@ -193,14 +194,14 @@ def test_a_run_keeps_what_it_trained_and_is_tested_and_exported_with_its_base(st
     assert changed == {"q", "down"}
 
 
-@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+@pytest.mark.parametrize("dtype", others_long(["nf4", "int8"]))
 def test_a_checkpoint_is_quantised_as_it_is_read(start, dtype):
     base, run = start
     found = read_config(base)
     config = dataclasses.replace(found, lora=LoraConfig(4, 8.0), base=Base(dtype, TRAINED))
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     _, params = load_checkpoint(base, config, mesh, seed=5)
-    plain = open_leaves(base, found)
+    plain = open_leaves(base)
     blocks = plain["decoder"]["blocks"]
     for name in ("q", "out", "down"):
         w = jnp.asarray(np.asarray(blocks[name]["kernel"]))

@@ -1,22 +1,30 @@
-"""Checkpoints: every bit comes back on any mesh, a damaged one is noticed and the one before it taken."""
+"""Checkpoints: every bit comes back on any mesh, a damaged one is noticed and the one before it taken; room on disk."""
 
+import dataclasses
 import json
 import os
+import resource
 import shutil
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
+import damage_checkpoints
 import jax
-import numpy as np
+import micro
 import pytest
-from train_toys import CONFIG, TRAIN, run, same_bits, setup
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from train_toys import CONFIG, TRAIN, Stream, run, same_bits, setup
 
-from medcg_jax.config import MeshConfig
+from medcg_jax import cli
+from medcg_jax.config import ConfigError, MeshConfig, replace
 from medcg_jax.families import build
 from medcg_jax.mesh import make_mesh
-from medcg_jax.train import checksums
-from medcg_jax.train.bit_sums import bit_sums
-from medcg_jax.train.checkpoint import CheckpointError, Checkpoints, load_params, read_meta, save_params
-from medcg_jax.train.optim import control_from
+from medcg_jax.train import checkpoint, checksums
+from medcg_jax.train.checkpoint import CheckpointError, Checkpoints, SaveError, load_params, read_meta, save_params
+from medcg_jax.train.loop import RunSpec, fit
+from medcg_jax.train.optim import hparams_from
 from medcg_jax.train.step import with_shardings
 
 EIGHT = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -82,12 +90,12 @@ def test_the_newest_are_kept(one, tmp_path):
 def test_a_damaged_checkpoint_is_set_aside(one, tmp_path, damage):
     program, state = one
     said = []
-    checkpoints = Checkpoints(tmp_path / "c", say=said.append)
+    checkpoints = Checkpoints(tmp_path / "c", report=said.append)
     for step in (1, 2):
         checkpoints.save(step, state, {"position": step})
     checkpoints.close()
     damage_all(damage, tmp_path / "c" / "2")
-    checkpoints = Checkpoints(tmp_path / "c", say=said.append)
+    checkpoints = Checkpoints(tmp_path / "c", report=said.append)
     found, meta = checkpoints.restore(abstract(program))
     assert meta["position"] == 1 and same_bits(found, state)
     assert len(said) == 1 and "checkpoint 2 is damaged" in said[0] and "going on from 1" in said[0]
@@ -107,16 +115,6 @@ def test_none_that_can_be_read_is_an_error_and_not_a_new_start(one, tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint can be read"):
         checkpoints.restore(abstract(program))
     checkpoints.close()
-
-
-def test_bit_sums_are_of_bits_and_the_same_on_every_mesh():
-    tree = {"a": np.arange(24, dtype=np.float32).reshape(8, 3), "b": np.int32(7)}
-    sharding = jax.NamedSharding(make_mesh(EIGHT), jax.P(("data", "fsdp", "tensor")))
-    assert bit_sums(tree) == bit_sums({"a": jax.device_put(tree["a"], sharding), "b": tree["b"]})
-    expected = int(tree["a"].view(np.uint32).sum(dtype=np.uint32))
-    assert bit_sums(tree) == [expected, 7]
-    tree["a"][3, 1] = np.nextafter(tree["a"][3, 1], np.float32(100))
-    assert bit_sums(tree) != [expected, 7]
 
 
 def test_parameters_with_their_meta(tmp_path):
@@ -142,7 +140,7 @@ def test_parameters_with_their_meta(tmp_path):
 def test_a_state_after_some_steps_comes_back_whole(one, tmp_path):
     program, _ = one
     _, trainable, frozen = setup()
-    state, _ = run(program, trainable, frozen, [control_from(TRAIN, 1)], 2)
+    state, _ = run(program, trainable, frozen, [hparams_from(TRAIN, 1)], 2)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(2, state, {"position": 2})
     wanted = with_shardings(state, jax.tree.map(lambda x: x.sharding, state))
@@ -169,7 +167,7 @@ def test_what_a_kill_has_left_is_no_checkpoint_and_is_removed(one, tmp_path):
     shutil.copytree(tmp_path / "1", tmp_path / "2.part")
     shutil.copytree(tmp_path / "1", tmp_path / "0-old.part")
     said = []
-    checkpoints = Checkpoints(tmp_path, say=said.append)
+    checkpoints = Checkpoints(tmp_path, report=said.append)
     assert [p.name for p in tmp_path.iterdir()] == ["1"]
     assert checkpoints.restore(abstract(program))[1]["position"] == 1 and not said and not checkpoints.skipped
     checkpoints.close()
@@ -196,7 +194,7 @@ def test_nothing_appears_before_it_is_summed_and_nothing_goes_before_that(one, t
 
 def test_a_checkpoint_under_another_name_is_not_loaded(one, tmp_path):
     program, state = one
-    checkpoints = Checkpoints(tmp_path / "c", say=lambda line: None)
+    checkpoints = Checkpoints(tmp_path / "c", report=lambda line: None)
     for step in (1, 2):
         checkpoints.save(step, state, {"position": step})
     checkpoints.wait()
@@ -205,3 +203,149 @@ def test_a_checkpoint_under_another_name_is_not_loaded(one, tmp_path):
     assert checkpoints.restore(abstract(program))[1]["position"] == 1
     assert "it is the checkpoint of step 1" in checkpoints.skipped[0]
     checkpoints.close()
+
+
+# ------------------------------------------------------------------ digests of files
+
+FILES = {"a": b"first", "d/b": b"second file", "d/e/c": b"", "meta.json": b"{}"}
+
+
+def written(top: Path, count: int) -> None:
+    for name, data in FILES.items():
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        (top / name).write_bytes(data)
+    for index in range(count):
+        assert not checksums.shares_are_there(top, count)
+        checksums.write_share(top, index, count)
+    assert checksums.shares_are_there(top, count)
+
+
+def faults(top: Path, readers: int) -> list[str]:
+    return [fault for index in range(readers) if (fault := checksums.first_fault(top, index, readers))]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data(), st.integers(1, 5), st.integers(1, 5))
+def test_any_bit_of_any_file(data, writers, readers):
+    with tempfile.TemporaryDirectory() as folder:
+        top = Path(folder)
+        written(top, writers)
+        assert not faults(top, readers)
+        path = data.draw(st.sampled_from([p for p in sorted(top.rglob("*")) if p.is_file() and p.stat().st_size]))
+        found = bytearray(path.read_bytes())
+        bit = data.draw(st.integers(0, 8 * len(found) - 1))
+        found[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(found)
+        [*named] = faults(top, readers)
+        assert named and all(path.name in fault for fault in named)
+
+
+def test_files_that_come_and_go(tmp_path):
+    written(tmp_path, 3)
+    (tmp_path / "d" / "new").write_bytes(b"")
+    assert faults(tmp_path, 2) == ["d/new is no file of it"] * 2
+    (tmp_path / "d" / "new").unlink()
+    (tmp_path / "checksums.3-of-4.json").write_bytes(b"")
+    assert all("checksums.0-of-4.json is missing" in fault for fault in faults(tmp_path, 2))
+    (tmp_path / "checksums.3-of-4.json").unlink()
+    (tmp_path / ".checksums.0-of-3.json.1234").write_bytes(b"")
+    assert all("no file of it" in fault for fault in faults(tmp_path, 1))
+    (tmp_path / ".checksums.0-of-3.json.1234").unlink()
+    (tmp_path / "checksums.1-of-3.json").rename(tmp_path / "x")
+    assert all("checksums.1-of-3.json is missing" in fault for fault in faults(tmp_path, 1))
+    (tmp_path / "x").rename(tmp_path / "checksums.1-of-3.json")
+    assert not faults(tmp_path, 4)
+    os.replace(tmp_path / "a", tmp_path / "gone")
+    assert faults(tmp_path, 1) == ["a is missing"]
+
+
+def test_no_digests_at_all(tmp_path):
+    (tmp_path / "a").write_bytes(b"x")
+    assert checksums.first_fault(tmp_path) == "checksums.0-of-1.json is missing"
+
+
+@pytest.mark.parametrize("number", [24, pytest.param(130, marks=pytest.mark.long)])
+def test_every_kind_of_file_damaged_in_every_way(tmp_path, number):
+    done = damage_checkpoints.run_all(tmp_path, number, seed=1)
+    assert sum(done.values()) == number
+    assert {damage for _, damage in done} == {damage.__name__ for damage in damage_checkpoints.DAMAGES}
+    names = {name for name, _ in done}
+    assert number < 100 or {"meta.json", "state/d/*", "state/manifest.ocdbt", "parameters: params/d/*"} <= names
+
+
+# ------------------------------------------------------------------ room on disk
+
+
+@contextmanager
+def small_files(most_bytes: int):
+    """No file can grow beyond so many bytes: what a full disk does, for this process alone."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_both_amounts_are_named(tmp_path, monkeypatch):
+    checkpoint.check_room(tmp_path / "new", 1000, "a test")
+    assert (tmp_path / "new").is_dir() and not list((tmp_path / "new").iterdir())
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda _: 2_000_000_000)
+    with pytest.raises(ConfigError, match=r"3.0 GB are needed there \(a test\), 2.0 GB are free"):
+        checkpoint.check_room(tmp_path, 3_000_000_000, "a test")
+    # What an earlier start has left makes way.
+    (tmp_path / "old").write_bytes(b"x" * 1000)
+    checkpoint.check_room(tmp_path, 2_000_001_000, "a test")
+
+
+def test_a_folder_that_cannot_be_written_is_refused():
+    with pytest.raises(ConfigError, match="/proc/1/x cannot be written .*1.0 MB are needed"):
+        checkpoint.check_room(Path("/proc/1/x"), 1_000_000, "a test")
+
+
+@pytest.mark.parametrize("workdir", ["/proc/1/x", ""])
+def test_train_says_so_before_anything_is_allocated(tmp_path, monkeypatch, capsys, workdir):
+    monkeypatch.setattr("medcg_jax.train.run.start_params", lambda *_, **__: pytest.fail("parameters were made"))
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda _: 10)
+    config = ["--config=configs/phantom.py:tiny", "--config.eval.batch_size=96"]
+    assert cli.main(["train", *config, f"--workdir={workdir or tmp_path}"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "MB are needed there (3 checkpoints of" in line
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return micro.setup(MeshConfig(fsdp=2))
+
+
+def test_a_disk_that_fills_up_stops_the_run_and_loses_no_checkpoint(toy, tmp_path):
+    program, trainable, frozen = toy
+    spec = RunSpec("run", hparams_from(replace(TRAIN, steps=9), 1), Stream, checkpoints=tmp_path / "c")
+    with pytest.raises(SaveError, match="could not be written; it needs .* kB and .* are free; there is no other"):
+        with small_files(1000):
+            fit(program, trainable, frozen, spec, checkpoint_every_steps=2, progress=lambda *_: None)
+    alone, _ = fit(
+        program, trainable, frozen, dataclasses.replace(spec, checkpoints=tmp_path / "d"), progress=lambda *_: None
+    )
+    state, _ = fit(program, trainable, frozen, spec, checkpoint_every_steps=2, progress=lambda *_: None)
+    assert same_bits(state, alone)
+
+
+def test_the_last_good_one_is_named_and_kept(toy, tmp_path):
+    program, trainable, _ = toy
+    state = program.start(trainable)
+    store = Checkpoints(tmp_path / "c", keep=1)
+    store.save(1, state, {"position": 1})
+    store.wait()
+    with small_files(1000):
+        with pytest.raises(SaveError, match="checkpoint of step 2 could not be written.*last good one is of step 1"):
+            store.save(2, state, {"position": 2})
+            store.wait()
+    assert store.steps() == [1]
+    store.close()
+    store = Checkpoints(tmp_path / "c", keep=1)
+    wanted = with_shardings(state, jax.tree.map(lambda x: x.sharding, state))
+    assert same_bits(store.restore(wanted)[0], state)
+    store.save(2, state, {"position": 2})
+    store.close()
+    assert store.steps() == [2]

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 from family_toys import MESHES, TINY, WITH_BOXES
+from train_toys import others_long
 
 from medcg_jax.axes import RULES
 from medcg_jax.config import MeshConfig, RunConfig, TrainConfig, replace
 from medcg_jax.families import build
-from medcg_jax.train.optim import control_from, make_optimizer
+from medcg_jax.train.optim import hparams_from, make_optimizer
 from medcg_jax.train.setup import open_setup
 from medcg_jax.train.step import make_step
 
@@ -25,7 +26,7 @@ TRAINABLE = {
 }
 STEPS = 4
 TRAIN = TrainConfig(learning_rate=1e-3, steps=STEPS, batch_size=8, weight_decay=0.1, warmup_frac=0.0)
-CONTROL = control_from(TRAIN, 1)
+HPARAMS = hparams_from(TRAIN, 1)
 TOLERANCE = 1e-5
 
 
@@ -37,8 +38,8 @@ def program(family: str, mesh: str | None):
     places = build.split_trainable(build.shardings(found.model, found.mesh), TRAINABLE[family])
     step = make_step(found.mesh, graphdef, *places, make_optimizer(TRAIN), loss_fn=found.loss)
     trainable, frozen = build.split_trainable(family_toys.placed(family, mesh), TRAINABLE[family])
-    control, rows = step.put_control(CONTROL), jax.device_put(batch(family, 0), step.batch_sharding)
-    return step, family_toys.compiled(found.mesh, step.jitted, step.start(trainable), frozen, control, rows)
+    hparams, rows = step.put_hparams(HPARAMS), jax.device_put(batch(family, 0), step.batch_sharding)
+    return step, family_toys.compiled(found.mesh, step.jitted, step.start(trainable), frozen, hparams, rows)
 
 
 def batch(family: str, number: int) -> dict[str, np.ndarray]:
@@ -56,10 +57,10 @@ def train(family: str, mesh: str | None, *, steps: int = STEPS, params=None, cha
     step, run = program(family, mesh)
     params = family_toys.placed(family, mesh) if params is None else params
     trainable, frozen = build.split_trainable(params, TRAINABLE[family])
-    state, control = step.start(trainable), step.put_control(CONTROL)
+    state, hparams = step.start(trainable), step.put_hparams(HPARAMS)
     found = []
     for number in range(steps):
-        state, metrics = run(state, frozen, control, jax.device_put(change(batch(family, number)), step.batch_sharding))
+        state, metrics = run(state, frozen, hparams, jax.device_put(change(batch(family, number)), step.batch_sharding))
         found.append(jax.device_get((metrics["loss"], metrics["grad_norm"])))
     return state, *map(np.array, zip(*found, strict=True))
 
@@ -69,7 +70,7 @@ def alone(family: str):
     return train(family, None)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", others_long(MESHES))
 @pytest.mark.parametrize("family", TINY)
 def test_eight_devices_train_as_one(family, mesh):
     _, losses, norms = alone(family)

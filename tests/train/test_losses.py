@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from train_toys import CONFIG, ROWS, TARGETS, batch
 
-from medcg_jax.families.llava import Llava
+from medcg_jax.families.llava.model import Llava
 from medcg_jax.train.losses import negative_log_likelihood, token_loss
 
 

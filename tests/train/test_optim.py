@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from medcg_jax.config import TrainConfig
-from medcg_jax.train.optim import control_from, decay_mask, learning_rate, make_optimizer, num_steps, stack_controls
+from medcg_jax.train.optim import decay_mask, hparams_from, learning_rate, make_optimizer, num_steps, stack_hparams
 
 CONFIG = TrainConfig(steps=40, learning_rate=2e-3, warmup_frac=0.1, weight_decay=0.1, clip_norm=1.0, b2=0.98)
 
@@ -24,9 +24,9 @@ def reference_rate(step: int, peak: float, warmup: int, total: int, end: float) 
 def check_schedule(rate, shift: int = 0) -> None:
     for total, frac, end in ((40, 0.1, 0.0), (7, 0.03, 0.0), (100, 0.0, 0.1), (1, 0.03, 0.0)):
         config = TrainConfig(steps=total, learning_rate=3e-4, warmup_frac=frac, end_learning_rate_frac=end)
-        control = control_from(config, 1)
+        hparams = hparams_from(config, 1)
         warmup = math.ceil(frac * total)
-        found = [float(rate(jnp.int32(step + shift), control)) for step in range(total)]
+        found = [float(rate(jnp.int32(step + shift), hparams)) for step in range(total)]
         expected = [reference_rate(step, 3e-4, warmup, total, end) for step in range(total)]
         assert np.allclose(found, expected, atol=1e-9), (total, frac)
 
@@ -46,9 +46,9 @@ def test_schedule_is_the_references():
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=4, num_training_steps=40)
-    control = control_from(CONFIG, 1)
+    hparams = hparams_from(CONFIG, 1)
     for step in range(40):
-        assert abs(schedule.get_last_lr()[0] - float(learning_rate(jnp.int32(step), control))) < 1e-9
+        assert abs(schedule.get_last_lr()[0] - float(learning_rate(jnp.int32(step), hparams))) < 1e-9
         optimizer.step()
         schedule.step()
 
@@ -62,18 +62,18 @@ def params_and_grads(steps: int = 10):
             "norm": {"scale": rng.normal(1, scale, (2, 4))},
         }
 
-    cast = lambda t: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t)  # noqa: E731
+    cast = lambda t: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t)
     return cast(tree(0.5)), [cast(tree(1.0 + i)) for i in range(steps)]
 
 
 def ours(config: TrainConfig):
     params, grads = params_and_grads()
-    optimizer, control = make_optimizer(config), control_from(config, 1)
+    optimizer, hparams = make_optimizer(config), hparams_from(config, 1)
     state = optimizer.init(params)
     for step, grad in enumerate(grads):
         updates, state = optimizer.update(grad, state, params)
-        rate = learning_rate(jnp.int32(step), control)
-        params = optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates))  # noqa: B023
+        rate = learning_rate(jnp.int32(step), hparams)
+        params = optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates))
     return params
 
 
@@ -151,9 +151,9 @@ def test_number_of_steps():
 
 
 def test_control():
-    control = control_from(TrainConfig(steps=100, warmup_frac=0.03, learning_rate=1e-3), 1)
-    assert {k: v.item() for k, v in control.items()} == {
+    hparams = hparams_from(TrainConfig(steps=100, warmup_frac=0.03, learning_rate=1e-3), 1)
+    assert {k: v.item() for k, v in hparams.items()} == {
         "learning_rate": pytest.approx(1e-3), "end_frac": 0.0, "warmup_steps": 3, "total_steps": 100, "seed": 0
     }  # fmt: skip
-    stacked = stack_controls([control, control_from(TrainConfig(steps=9), 1)])
+    stacked = stack_hparams([hparams, hparams_from(TrainConfig(steps=9), 1)])
     assert stacked["total_steps"].tolist() == [100, 9] and stacked["total_steps"].dtype == np.int32

@@ -16,8 +16,8 @@ from medcg_jax import cli
 from medcg_jax.config import Interrupted, MeshConfig, replace
 from medcg_jax.train import preempt
 from medcg_jax.train.checkpoint import Checkpoints
-from medcg_jax.train.loop import Cell, fit, fit_queue
-from medcg_jax.train.optim import control_from
+from medcg_jax.train.loop import RunSpec, fit, fit_queue
+from medcg_jax.train.optim import hparams_from
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,8 +46,8 @@ def told_at(step: int):
     return lambda position: Stream(position, change=change)
 
 
-def cell(path: Path, open_stream=Stream, steps: int = 12, **fields) -> Cell:
-    return Cell("run", control_from(replace(TRAIN, steps=steps), 1), open_stream, checkpoints=path, **fields)
+def cell(path: Path, open_stream=Stream, steps: int = 12, **fields) -> RunSpec:
+    return RunSpec("run", hparams_from(replace(TRAIN, steps=steps), 1), open_stream, checkpoints=path, **fields)
 
 
 def quietly(*_):
@@ -56,9 +56,9 @@ def quietly(*_):
 
 @pytest.mark.parametrize("step", [0, 5, 11])
 def test_what_runs_is_saved_and_goes_on_with_the_same_bits(toy, tmp_path, step):
-    alone, _ = fit(*toy, [cell(tmp_path / "alone")], progress=quietly)
+    alone, _ = fit(*toy, cell(tmp_path / "alone"), progress=quietly)
     with preempt.sigterm_saves(), pytest.raises(Interrupted, match=f"run at step {step + 1} of 12"):
-        fit(*toy, [cell(tmp_path / "c", told_at(step))], checkpoint_every_steps=4, log_every_steps=5, progress=quietly)
+        fit(*toy, cell(tmp_path / "c", told_at(step)), checkpoint_every_steps=4, log_every_steps=5, progress=quietly)
     assert Checkpoints(tmp_path / "c").steps()[-1] == step + 1
     positions = []
 
@@ -67,7 +67,7 @@ def test_what_runs_is_saved_and_goes_on_with_the_same_bits(toy, tmp_path, step):
         return Stream(position)
 
     with preempt.sigterm_saves():
-        state, [result] = fit(*toy, [cell(tmp_path / "c", opened)], progress=quietly)
+        state, result = fit(*toy, cell(tmp_path / "c", opened), progress=quietly)
     assert positions == [step + 1] and result.step == 12 and same_bits(state, alone)
 
 
@@ -88,7 +88,7 @@ def test_between_loops_it_ends_at_once(toy, tmp_path):
         with pytest.raises(Interrupted):
             os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Interrupted):
-            fit(*toy, [cell(tmp_path / "c")], progress=quietly)
+            fit(*toy, cell(tmp_path / "c"), progress=quietly)
     assert Checkpoints(tmp_path / "c").steps() == []
 
 

@@ -7,8 +7,7 @@ import pytest
 from medcg_jax.config import DataConfig, RunConfig, TrainConfig, replace
 from medcg_jax.data.check import check_tree
 from medcg_jax.data.layouts import Layout
-from medcg_jax.data.phantom import write_release
-from medcg_jax.data.phantom_boxes import PhantomBoxSource
+from medcg_jax.data.phantom.source import PhantomSource, write_release
 from medcg_jax.data.prepare import prepare
 from medcg_jax.data.records import DataError
 from medcg_jax.families.weights.convert import load_checkpoint
@@ -22,10 +21,10 @@ SUBSETS = ("ct-brain-state", "mri-liver-stage")
 def sources(tmp_path_factory) -> dict[str, dict[str, str]]:
     """How the same phantoms are named in a configuration."""
     folder = tmp_path_factory.mktemp("phantoms")
-    write_release(PhantomBoxSource(0, 12, 4), folder / "tree")
+    write_release(PhantomSource(0, 12, 4), folder / "tree")
     assert check_tree(folder / "tree").ok
-    prepare(folder / "tree", folder / "keep", DataConfig(), Layout("keep", 0), say=lambda text: None)
-    prepare(folder / "tree", folder / "square", DataConfig(), Layout("square", 64), say=lambda text: None)
+    prepare(folder / "tree", folder / "keep", DataConfig(), Layout("keep", 0), report=lambda text: None)
+    prepare(folder / "tree", folder / "square", DataConfig(), Layout("square", 64), report=lambda text: None)
     return {
         "memory": {"source": "phantom"},
         "files": {"source": "release", "root": str(folder / "tree")},
@@ -40,6 +39,7 @@ def run_of(names: dict[str, str], **changes) -> RunConfig:
     return replace(RunConfig(data=data, train=TrainConfig(steps=3, batch_size=8, log_every_steps=1)), **changes)
 
 
+@pytest.mark.long
 def test_a_run_ends_in_the_same_metrics_and_parameters(sources, tmp_path):
     found = {}
     for name in ("memory", "files", "prepared"):

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import train_toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from train_toys import CONFIG, TRAIN, run, same_bits, setup
+from micro import setup
+from train_toys import CONFIG, TRAIN, run, same_bits
 
 from medcg_jax.config import ConfigError, MeshConfig, RunConfig, replace
 from medcg_jax.config_checks import check
@@ -15,13 +17,12 @@ from medcg_jax.families import build
 from medcg_jax.families.weights.convert import export, open_leaves, read_config
 from medcg_jax.mesh import make_mesh
 from medcg_jax.train import step as step_module
-from medcg_jax.train.cells import take_cell
-from medcg_jax.train.checkpoint import CheckpointError, Checkpoints, load_params, save_params
-from medcg_jax.train.optim import control_from
-from medcg_jax.train.rounding import narrow, round_at_random
+from medcg_jax.train.checkpoint import Checkpoints, load_params, save_params
+from medcg_jax.train.optim import hparams_from, narrow, round_at_random
 
 EIGHT = MeshConfig(data=2, fsdp=2, tensor=2)
 NARROW = replace(TRAIN, param_dtype="bfloat16", moment_dtype="bfloat16", weight_decay=0.0)
+WIDE = replace(NARROW, param_dtype="float32", moment_dtype="float32")
 DRAWS = 4096
 round_many = jax.jit(lambda x, keys: jax.vmap(round_at_random, (None, 0))(x, keys).astype(jnp.float32))
 KEYS = jax.random.split(jax.random.key(7), DRAWS)
@@ -45,7 +46,7 @@ def check_unbiased(many, x: float) -> None:
 
 # Sign, any exponent but those of subnormal numbers (a CPU may take them for 0) and the largest, mantissa.
 @given(st.booleans(), st.integers(1, 253), st.integers(0, 2**23 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_the_mean_is_the_number(negative, exponent, mantissa):
     bits = np.uint32(negative << 31 | exponent << 23 | mantissa)
     check_unbiased(round_many, float(bits.view(np.float32)))
@@ -94,7 +95,7 @@ def test_updates_that_the_nearest_loses_are_kept():
 @pytest.fixture(scope="module")
 def wide():
     """(program, trainable, frozen) of float32."""
-    return setup(train=replace(NARROW, param_dtype="float32", moment_dtype="float32"))
+    return setup(train=WIDE)
 
 
 @pytest.fixture(scope="module")
@@ -122,27 +123,29 @@ def test_half_the_bytes_and_float32_at_every_point_between(kept, wide):
     assert {str(x.dtype) for x in jax.tree.leaves(moments.opt_state)} == {"bfloat16", "int32"}
 
 
-def test_learns_as_float32_does(kept, wide):
+@pytest.mark.long
+def test_learns_as_float32_does():
     """Within .02 of a loss of 4.3 that falls to 3.8: .007 were measured."""
-    control = control_from(replace(NARROW, steps=30), 1)
-    _, expected = run(*wide, [control], 30)
-    _, found = run(*kept, [control], 30)
+    hparams = hparams_from(replace(NARROW, steps=30), 1)
+    _, expected = run(*train_toys.setup(train=WIDE), [hparams], 30)
+    _, found = run(*train_toys.setup(train=NARROW), [hparams], 30)
     difference = np.abs(found["loss"] - expected["loss"])
     assert 0 < difference.max() < 0.02 and expected["loss"][-1] < expected["loss"][0] - 0.3
 
 
 @pytest.mark.parametrize("fault", [None, nearest])
-def test_parameters_move_as_far_as_in_float32_at_a_small_rate(wide, fault, monkeypatch):
+def test_parameters_move_as_far_as_in_float32_at_a_small_rate(fault, monkeypatch):
     """How much of float32's way the bfloat16 parameters go in its direction: all of it, and little with the fault."""
     if fault:
         monkeypatch.setattr(step_module.narrow.__globals__["round_at_random"], "__code__", nearest.__code__)
-    control = control_from(replace(NARROW, steps=12, learning_rate=2e-5), 1)
+    hparams = hparams_from(replace(NARROW, steps=12, learning_rate=2e-5), 1)
     # From parameters that bfloat16 holds.
-    start = jax.tree.map(lambda w: w.astype(jnp.bfloat16).astype(jnp.float32), wide[1])
-    far, _ = run(wide[0], start, wide[2], [control], 12)
-    # Moments in float32: of the parameters alone.
-    program, _, frozen = setup(train=replace(NARROW, moment_dtype="float32"))
-    near, _ = run(program, start, frozen, [control], 12)
+    program, start, frozen = train_toys.setup(train=WIDE)
+    start = jax.tree.map(lambda w: w.astype(jnp.bfloat16).astype(jnp.float32), start)
+    far, _ = run(program, start, frozen, [hparams], 12)
+    # Moments in float32: of the parameters alone. Not the cached program, which may be without the fault.
+    program, _, frozen = train_toys.setup.__wrapped__(train=replace(NARROW, moment_dtype="float32"))
+    near, _ = run(program, start, frozen, [hparams], 12)
     way = moved(far, start)
     share = float(moved(near, start) @ way / (way @ way))
     assert share < 0.5 if fault else share == pytest.approx(1, abs=0.1)
@@ -150,53 +153,53 @@ def test_parameters_move_as_far_as_in_float32_at_a_small_rate(wide, fault, monke
 
 def test_a_resumed_run_ends_in_the_same_bits(kept, tmp_path):
     program, trainable, frozen = kept
-    control = control_from(NARROW, 1)
-    whole, _ = run(program, trainable, frozen, [control], 6, seeds=[0])
-    half, _ = run(program, trainable, frozen, [control], 3, seeds=[0])
+    hparams = hparams_from(NARROW, 1)
+    whole, _ = run(program, trainable, frozen, [hparams], 6, seeds=[0])
+    half, _ = run(program, trainable, frozen, [hparams], 3, seeds=[0])
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(3, half, {"position": 3})
     back, _ = checkpoints.restore(program.abstract_state(trainable))
     checkpoints.close()
     assert same_bits(back, half)
     # Batches 3, 4 and 5 follow.
-    after, _ = run(program, trainable, frozen, [control], 3, seeds=[3], state=back)
+    after, _ = run(program, trainable, frozen, [hparams], 3, seeds=[3], state=back)
     assert same_bits(after, whole)
 
 
 def test_a_cell_ends_in_the_same_bits_in_any_slot_and_seeds_differ():
     program, trainable, frozen = setup(train=NARROW, num_cells=2)
-    a, b = (control_from(replace(NARROW, seed=seed), 1) for seed in (1, 2))
+    a, b = (hparams_from(replace(NARROW, seed=seed), 1) for seed in (1, 2))
     one, _ = run(program, trainable, frozen, [a, b], 3, seeds=[0, 0])
     two, _ = run(program, trainable, frozen, [b, a], 3, seeds=[0, 0])
-    assert same_bits(take_cell(one, 0, 2), take_cell(two, 1, 2))
+    assert same_bits(program.take(one, 0), program.take(two, 1))
     # The same batches, and other noise.
-    assert not same_bits(take_cell(one, 0, 2).params, take_cell(one, 1, 2).params)
+    assert not same_bits(program.take(one, 0).params, program.take(one, 1).params)
 
 
 def test_eight_devices_train_as_one(kept):
-    control = control_from(NARROW, 1)
-    _, expected = run(*kept, [control], 3)
-    _, found = run(*setup(EIGHT, train=NARROW), [control], 3)
+    hparams = hparams_from(NARROW, 1)
+    _, expected = run(*kept, [hparams], 3)
+    _, found = run(*setup(EIGHT, train=NARROW), [hparams], 3)
     assert np.abs(found["loss"] - expected["loss"]).max() < 1e-3
 
 
 def test_accumulation_adds_up_in_float32(kept, wide):
-    _, expected = run(*wide, [control_from(NARROW, 1)], 1)
-    _, found = run(*setup(train=NARROW, accumulation_steps=4), [control_from(NARROW, 1)], 1)
-    _, at_once = run(*kept, [control_from(NARROW, 1)], 1)
+    _, expected = run(*wide, [hparams_from(NARROW, 1)], 1)
+    _, found = run(*setup(train=NARROW, accumulation_steps=4), [hparams_from(NARROW, 1)], 1)
+    _, at_once = run(*kept, [hparams_from(NARROW, 1)], 1)
     assert found["grad_norm"][0] == pytest.approx(at_once["grad_norm"][0], rel=1e-6)
     assert 0 < abs(found["grad_norm"][0] - expected["grad_norm"][0]) < 0.02 * expected["grad_norm"][0]
 
 
-def test_parameters_on_disk_are_bfloat16_and_come_back_as_the_float32_that_they_are(kept, tmp_path):
-    program, trainable, frozen = kept
+def test_parameters_on_disk_are_bfloat16_and_come_back_as_the_float32_that_they_are(tmp_path):
+    program, trainable, frozen = train_toys.setup(train=NARROW)
     params = build.join(program.start(trainable).params, frozen)
     save_params(tmp_path / "params", params, CONFIG, {"config": {}})
     _, back, _ = load_params(tmp_path / "params", CONFIG, program.mesh)
     assert {str(x.dtype) for x in jax.tree.leaves(back)} == {"float32"}
     assert same_bits(back, jax.tree.map(lambda x: x.astype(jnp.float32), params))
     config = read_config(tmp_path / "params")
-    leaves = open_leaves(tmp_path / "params", config)
+    leaves = open_leaves(tmp_path / "params")
     stored = jax.tree.leaves(leaves["decoder"], is_leaf=lambda x: hasattr(x, "read"))
     assert {str(x.dtype) for x in stored} == {"bfloat16"}
     export(leaves, config, tmp_path / "hf")
@@ -206,13 +209,6 @@ def test_parameters_on_disk_are_bfloat16_and_come_back_as_the_float32_that_they_
     name = next(name for name in found if name.endswith("layers.0.self_attn.o_proj.weight") and "language" in name)
     kernel = params["decoder"]["blocks"]["out"]["kernel"][0]
     assert same_bits(found[name], np.asarray(kernel).reshape(-1, kernel.shape[-1]).T.copy())
-    # Other numbers than were saved are noticed.
-    other = jax.tree.map(lambda x: x * jnp.asarray(1.01, x.dtype), params)
-    save_params(tmp_path / "other", other, CONFIG, {"config": {}})
-    meta = (tmp_path / "params" / "meta.json").read_text()
-    (tmp_path / "other" / "meta.json").write_text(meta)
-    with pytest.raises(CheckpointError):
-        load_params(tmp_path / "other", CONFIG, program.mesh)
 
 
 @pytest.mark.parametrize("name", ["train.param_dtype", "train.moment_dtype", "base.param_dtype"])

@@ -9,19 +9,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from train_toys import TRAIN, Stream, setup
+from micro import setup
+from train_toys import TRAIN, Stream
 
 from medcg_jax.cli import main
 from medcg_jax.config import MODELS, ConfigError, ModelConfig, replace
 from medcg_jax.config_checks import profile_steps
 from medcg_jax.families import flops
-from medcg_jax.train.loader_watch import FROM_STEPS, LOADER_BOUND_FRAC, WORSE_BY_FRAC, LoaderWatch
-from medcg_jax.train.log import METRICS, read_metrics
-from medcg_jax.train.loop import Cell, fit
-from medcg_jax.train.optim import control_from
-from medcg_jax.train.profile import StepTrace
-from medcg_jax.train.utilisation import peak_flops, step_flops
-from medcg_jax.train.wandb_log import FILE, WandbTarget
+from medcg_jax.train.goodput import FROM_STEPS, LOADER_BOUND_FRAC, WORSE_BY_FRAC, LoaderWatch
+from medcg_jax.train.log import METRICS, WANDB_FILE, StepTrace, WandbTarget, read_metrics
+from medcg_jax.train.loop import RunSpec, fit
+from medcg_jax.train.optim import hparams_from
+from medcg_jax.train.setup import peak_flops, step_flops
 
 CONFIG = Path(__file__).parents[2] / "configs" / "phantom.py"
 RUN = [
@@ -35,8 +34,8 @@ def toy():
     return setup()
 
 
-def cell(path: Path, steps: int, **fields) -> Cell:
-    return Cell("run", control_from(replace(TRAIN, steps=steps), 1), Stream, metrics=path / "m.jsonl", **fields)
+def cell(path: Path, steps: int, **fields) -> RunSpec:
+    return RunSpec("run", hparams_from(replace(TRAIN, steps=steps), 1), Stream, metrics=path / "m.jsonl", **fields)
 
 
 # ------------------------------------------------------------------ traces
@@ -55,7 +54,7 @@ def traced_steps(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize(("first", "last", "expected"), [(3, 5, [3, 4, 5]), (6, 6, [6]), (9, 12, None)])
 def test_a_trace_holds_its_steps_alone(toy, tmp_path, first, last, expected):
-    fit(*toy, [cell(tmp_path, 8)], trace=StepTrace(tmp_path / "profile", first, last), progress=lambda *_: None)
+    fit(*toy, cell(tmp_path, 8), trace=StepTrace(tmp_path / "profile", first, last), progress=lambda *_: None)
     if expected is None:
         assert not (tmp_path / "profile").exists()
     else:
@@ -68,10 +67,10 @@ def test_a_trace_ends_with_a_run_that_fails(toy, tmp_path):
             raise OSError("the disk is away")
         return rows
 
-    made = Cell("run", control_from(replace(TRAIN, steps=8), 1), lambda p: Stream(p, change=broken))
+    made = RunSpec("run", hparams_from(replace(TRAIN, steps=8), 1), lambda p: Stream(p, change=broken))
     with pytest.raises(OSError, match="away"):
-        fit(*toy, [made], trace=StepTrace(tmp_path / "a", 3, 8), progress=lambda *_: None)
-    fit(*toy, [cell(tmp_path, 2)], trace=StepTrace(tmp_path / "b", 1, 2), progress=lambda *_: None)
+        fit(*toy, made, trace=StepTrace(tmp_path / "a", 3, 8), progress=lambda *_: None)
+    fit(*toy, cell(tmp_path, 2), trace=StepTrace(tmp_path / "b", 1, 2), progress=lambda *_: None)
     assert traced_steps(tmp_path / "b") == [1, 2]
 
 
@@ -134,14 +133,14 @@ def test_a_run_that_goes_on_logs_each_step_once_under_one_id(toy, tmp_path, monk
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     target = WandbTarget("project", "run", tmp_path, {})
     for steps in (3, 6):  # without checkpoints the second starts anew
-        fit(*toy, [cell(tmp_path, steps, wandb=target)], log_every_steps=1, progress=lambda *_: None)
+        fit(*toy, cell(tmp_path, steps, wandb=target), log_every_steps=1, progress=lambda *_: None)
     assert [step for step, _ in wandb.logged] == [1, 2, 3, 4, 5, 6]
-    assert wandb.calls[0]["id"] == wandb.calls[2]["id"] == json.loads((tmp_path / FILE).read_text())["id"]
+    assert wandb.calls[0]["id"] == wandb.calls[2]["id"] == json.loads((tmp_path / WANDB_FILE).read_text())["id"]
 
 
 def test_wandb_is_imported_only_where_it_is_asked_for(toy, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
-    fit(*toy, [cell(tmp_path, 1)], progress=lambda *_: None)
+    fit(*toy, cell(tmp_path, 1), progress=lambda *_: None)
     program = "import sys, medcg_jax.train.run; sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=120, check=False).returncode == 0
 
@@ -180,11 +179,11 @@ class Rows:
 @pytest.mark.parametrize("name", [name for name in MODELS if name.endswith("tiny")])
 def test_every_family_knows_what_a_step_needs(name):
     from medcg_jax.data.tokenizer import load_tokenizer
-    from medcg_jax.families.formats import SMALL_TOKENIZERS
+    from medcg_jax.families import registry
     from medcg_jax.train.setup import model_config
 
     trainable = ("lora",) if name == "minigpt_v2_tiny" else ("decoder",)
-    config = model_config(ModelConfig(name=name), load_tokenizer("", SMALL_TOKENIZERS[MODELS[name]]))
+    config = model_config(ModelConfig(name=name), load_tokenizer("", registry.of_model(name).tokenizer))
     rows = [flops.forward(config, length=length, num_logits=5) for length in (90, 90, 110, 120)]
     expected = 8 / 4 * sum(flops.training(row, trainable=trainable) for row in rows)
     made = step_flops(Rows(5), config, trainable=trainable, batch_size=8)
@@ -202,10 +201,10 @@ def test_masks_have_no_formula_and_a_cpu_no_peak(toy):
 
 def test_one_warning_and_another_when_it_gets_worse():
     watch = LoaderWatch()
-    assert watch.look(0.9, 1.0, FROM_STEPS - 1) is None  # reading starts cold
+    assert watch.warning(0.9, 1.0, FROM_STEPS - 1) is None  # reading starts cold
     watch = LoaderWatch()
-    assert watch.look(0.9 * LOADER_BOUND_FRAC * 10, 10.0, 20) is None
-    said = [watch.look(3.0, 10.0, 10) for _ in range(8)]
+    assert watch.warning(0.9 * LOADER_BOUND_FRAC * 10, 10.0, 20) is None
+    said = [watch.warning(3.0, 10.0, 10) for _ in range(8)]
     shares = [(0.9 * LOADER_BOUND_FRAC * 10 + 3.0 * n) / (10.0 + 10.0 * n) for n in range(1, 9)]
     assert said[0] and f"{shares[0]:.0%} of the last 30 steps" in said[0] and "medcg data prepare" in said[0]
     worse = [bool(line) for line in said]

@@ -8,8 +8,8 @@ import tokenizers
 from medcg_jax.config import ConfigError, ModelConfig
 from medcg_jax.data.tokenizer import SMALL, load_tokenizer
 from medcg_jax.families import build
+from medcg_jax.train.sanity import check_token_ids, check_tokens
 from medcg_jax.train.setup import model_config, run_tokenizer
-from medcg_jax.train.token_ids import check_token_ids, check_tokens
 
 SMALL_CHATML = SMALL.with_stem("chatml")
 

@@ -1,13 +1,16 @@
 """A model small enough to compile in seconds, batches of random tokens, and streams of them, for tests of training."""
 
+import functools
+
 import jax
 import numpy as np
+import pytest
 
 from medcg_jax.config import MeshConfig, TrainConfig
 from medcg_jax.families import build
-from medcg_jax.families.llava import llava15_tiny
+from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.mesh import make_mesh
-from medcg_jax.train.optim import make_optimizer, stack_controls
+from medcg_jax.train.optim import make_optimizer, stack_hparams
 from medcg_jax.train.step import make_step
 
 IMAGE_ID, VOCAB = 39, 40
@@ -38,6 +41,12 @@ def batch(seed: int, rows: int = ROWS) -> dict[str, np.ndarray]:
     }
 
 
+def others_long(names) -> list:
+    """Parameters of a test: the first name in every run, the others where long tests are run."""
+    first, *others = names
+    return [first, *(pytest.param(name, marks=pytest.mark.long) for name in others)]
+
+
 class Stream:
     """Endless batches: number n is `batch(seed + n)`, of the records "n/0", "n/1", ..."""
 
@@ -54,27 +63,30 @@ class Stream:
         self.closed = True
 
 
-def setup(mesh_config: MeshConfig | None = None, *, num_cells=1, train=TRAIN, trainable=TRAINABLE, **fields):
-    """(program, trainable, frozen) on one device, or on a mesh of all eight."""
+@functools.cache
+def setup(
+    mesh_config: MeshConfig | None = None, *, config=CONFIG, num_cells=1, train=TRAIN, trainable=TRAINABLE, **fields
+):
+    """(program, trainable, frozen) on one device, or on a mesh of all eight; made once for all tests of a process."""
     devices = jax.devices()[:1] if mesh_config is None else None
     mesh = make_mesh(mesh_config or MeshConfig(), devices)
-    graphdef, params = build.create(CONFIG, mesh, seed=0)
-    places = build.split_trainable(build.shardings(CONFIG, mesh), trainable)
+    graphdef, params = build.create(config, mesh, seed=0)
+    places = build.split_trainable(build.shardings(config, mesh), trainable)
     program = make_step(mesh, graphdef, *places, make_optimizer(train), num_cells=num_cells, **fields)
     return program, *build.split_trainable(params, trainable)
 
 
-def run(program, trainable, frozen, controls, steps: int, *, seeds=None, state=None):
+def run(program, trainable, frozen, all_hparams, steps: int, *, seeds=None, state=None):
     """(state, metrics of every step as numpy) after so many steps; cell i has the batches of seeds[i]."""
     many = program.num_cells > 1
-    seeds = seeds or [100 * i for i in range(len(controls))]
-    control = program.put_control(stack_controls(controls) if many else controls[0])
+    seeds = seeds or [100 * i for i in range(len(all_hparams))]
+    hparams = program.put_hparams(stack_hparams(all_hparams) if many else all_hparams[0])
     state = program.start(trainable) if state is None else state
     metrics = []
     for step in range(steps):
         rows = [batch(seed + step) for seed in seeds]
         whole = {key: np.stack([b[key] for b in rows]) for key in rows[0]} if many else rows[0]
-        state, found = program(state, frozen, control, jax.device_put(whole, program.batch_sharding))
+        state, found = program(state, frozen, hparams, jax.device_put(whole, program.batch_sharding))
         metrics.append(jax.device_get(found))
     return state, {key: np.stack([m[key] for m in metrics]) for key in metrics[0]}
 

@@ -1,6 +1,7 @@
 """Checkpoints in and out: released PyTorch directories, and our own (Orbax parameters beside `model.json`).
 
-`load_checkpoint` takes either; `convert` makes one from the other, one tensor in memory at a time.
+`open_checkpoint` takes either; `load_checkpoint` brings one onto a mesh, of which each host reads what its devices hold;
+`convert` makes one from the other, one tensor in memory at a time.
 """
 
 import dataclasses
@@ -16,13 +17,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from medcg_jax.families import build
+from medcg_jax.families import build, registry
 from medcg_jax.families.build import Config
-from medcg_jax.families.weights import adapters, companions, engine, peft_files
-from medcg_jax.families.weights.families import FAMILIES, family_of, is_original, module_of, module_of_release
-from medcg_jax.families.weights.fields import quoted
-from medcg_jax.families.weights.files import Tensors, WeightsError, read_json, write_safetensors, written_whole
-from medcg_jax.families.weights.limits import dataclass_of
+from medcg_jax.families.weights import engine, peft
+from medcg_jax.families.weights.families import family_of, module_of, module_of_release
+from medcg_jax.families.weights.fields import dataclass_of, quoted
+from medcg_jax.families.weights.files import WeightsError, copy_companions, read_json, write_safetensors, written_whole
+from medcg_jax.families.weights.llava import is_original
+from medcg_jax.families.weights.tables import Index
 from medcg_jax.nn.base import Base
 from medcg_jax.nn.quant import is_quantized
 
@@ -35,93 +37,164 @@ RUN_FIELDS = (
     "max_boxes",
     "intermediate_from", "mask_text_only_rows_attention", "base.dtype", "base.trained",
 )  # fmt: skip
-# What `model.json` states beside the architecture, where the directory holds no more than what was trained.
-OWN_FIELDS = ("trained_on", "parts")
 NO_PARTS: Mapping[str, Path] = {}
 NO_IDS: Mapping[str, int] = {}
 
 
-def convert(
-    src: Path, dst: Path, *, to: str = "orbax", parts: Mapping[str, Path] = NO_PARTS, ids: Mapping[str, int] = NO_IDS
-) -> dict:
-    """{"out", "to", "parameters", "tensors", "dtype"} after writing `dst` from `src`; prints one line.
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A directory with parameters, of which no more is read than what it is.
 
-    src: a released directory, a converted one, or peft's adapters, whose model `parts` names as `base`. to: "orbax"; "hf" for the released layout, adapters merged into the
-      weights (of the checkpoint that the run started from, not what was made of them in 4 or 8 bits); "peft" for the
-      adapters, and a projector that was trained with them, as peft's.
-    parts: files or directories of a release that lie elsewhere, by the names that `weights.families` explains.
-    ids: of tokens, by field of the config, where the tokenizer beside `src` has others than its config states.
-    Weights keep the dtype they have in `src`. `dst` appears when all of it is written, with the tokenizer, chat templates
-    and processor's files that lie in `src` (or in the checkpoint that it was trained on).
-
-    Raises:
-      WeightsError: `src` is no checkpoint this port knows, or `dst` exists and is not empty.
+    stated: its config.json, or its model.json where `is_ours`.
+    parts: files or directories that lie elsewhere, by the names that `weights.families` explains.
+    trained_on, trained: of a directory that holds no more than what a run trained: the checkpoint that the rest is, and
+      the names of these parts.
+    below: the released model that peft's adapters in `src` belong to.
     """
-    if to not in ("orbax", "hf", "peft"):
-        raise WeightsError(f"to={to!r}; accepted: orbax, hf, peft")
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise WeightsError(f"{dst} exists and is not empty; a new or empty directory is accepted")
-    config = dataclasses.replace(read_config(src, parts=parts), **ids)
-    own = kept_parts(src)
-    below = _base_of_adapters(src, parts)
-    if to == "peft":
-        params = _own_leaves(src, config, own[1]) if own else open_leaves(src, config, parts=parts)
-        others = sorted(set(own[1] if own else ()) - set(adapters.PEFT_PARTS))
-        if others:
-            raise WeightsError(f"{src} holds {', '.join(others)}, too; to={to!r} takes adapters and a projector")
-    else:
-        params = open_leaves(src, config, parts=parts)
-    with written_whole(dst) as part:
-        base = _base_of(src, own[0], parts) if own and to == "hf" else None
-        companions.copy([directory for directory in (src, base, below) if directory], part)
-        if to == "peft":
-            num_tensors = adapters.export_peft(params, config, part, base=own[0] if own else "")
-        else:
-            plain, without = adapters.without(params, config)
-            num_tensors = len(engine.slots(module_of(config).table(without), plain))
-            if to == "hf":
-                export(params, config, part)
-            else:
-                save_params(part, params, dataclasses.replace(config, base=Base()))
-    dtype, number = ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})), build.num_params(params)
-    print(f"{src} -> {dst}: {num_tensors} tensors, {number:,} parameters, {dtype}")
-    return {"out": str(dst), "to": to, "parameters": number, "tensors": num_tensors, "dtype": dtype}
+
+    src: Path
+    config: Config
+    stated: dict
+    parts: Mapping[str, Path]
+    is_ours: bool = False
+    trained_on: str = ""
+    trained: tuple[str, ...] = ()
+    below: "Checkpoint | None" = None
+
+    def base(self) -> "Checkpoint":
+        """What a run was trained on, of which `self` holds the trained parts alone.
+
+        Raises:
+          WeightsError: it is not there, or is of another architecture.
+        """
+        src = Path(self.parts.get("base") or self.trained_on)
+        if not src.is_dir():
+            raise WeightsError(
+                f"{self.src} holds what a run trained alone, and {src}, which it was trained on, is not there; its "
+                "place is accepted as --base=DIR of `medcg convert` and as model.checkpoint of a run"
+            )
+        base = open_checkpoint(src)
+        check_same(dataclasses.replace(base.config, lora=None), dataclasses.replace(self.config, lora=None), src)
+        return base
+
+    def leaves(self) -> dict:
+        """All parameters as `engine.Leaf`s, none of which is read yet; a quantised base's as its files have them.
+
+        Raises:
+          WeightsError: tensors missing, unused or misshapen, or files that cannot be read.
+        """
+        if self.trained:
+            return {**self.base().leaves(), **self.trained_leaves()}
+        if self.is_ours:
+            return self._stored(_abstract(self.config))
+        family = module_of(self.config)
+        release = self.below or self
+        tensors, names = family.open_release(release.src, release.stated, self.parts)
+        if self.below:
+            tensors, names = peft.with_adapters(tensors, names, self.src, family.canonical, whole=True)
+        return engine.lazy(family.table(self.config), _abstract(self.config), tensors, names, str(self.src))
+
+    def trained_leaves(self) -> dict:
+        """The parts that a run trained, as `engine.Leaf`s."""
+        abstract = _abstract(self.config)
+        unknown = sorted(set(self.trained) - set(abstract))
+        if unknown:
+            file, names = self.src / MODEL_FILE, list(self.trained)
+            raise WeightsError(f"{file}: parts={quoted(names)}; of {', '.join(abstract)} are accepted")
+        return self._stored({name: abstract[name] for name in self.trained})
+
+    def _stored(self, abstract: dict) -> dict:
+        from medcg_jax.families.weights.orbax_leaves import restore
+
+        directory = self.src / PARAMS_DIR
+        try:
+            stored = restore(directory, abstract)
+        # Orbax raises whatever a damaged directory leads to.
+        except Exception as error:
+            raise WeightsError(f"{directory} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        if any(jax.tree.leaves(jax.tree.map(lambda leaf, like: leaf.shape != like.shape, stored, abstract))):
+            raise WeightsError(f"{directory} holds other shapes than {self.src / MODEL_FILE} states")
+        stacks = _stacks(self.config)
+        return jax.tree_util.tree_map_with_path(partial(_finite, directory, stacks), stored)
 
 
-def read_config(src: Path, *, parts: Mapping[str, Path] = NO_PARTS) -> Config:
-    """The architecture of the checkpoint in `src`, released or converted.
+def _abstract(config: Config) -> dict:
+    """Shapes and dtypes of all parameters, as files hold them: nothing is quantised."""
+    return nnx.to_pure_dict(build.abstract(dataclasses.replace(config, base=Base()))[1])
+
+
+def _stacks(config: Config) -> set[tuple[str, ...]]:
+    """Paths of the parameters whose leading axis counts layers."""
+    axes = build.axis_names(dataclasses.replace(config, base=Base()))
+    named = jax.tree_util.tree_flatten_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))[0]
+    return {tuple(key.key for key in path) for path, names in named if names[:1] == ("layer",)}
+
+
+def _finite(directory: Path, stacks: set, path, leaf: engine.Leaf) -> engine.Leaf:
+    """The `Leaf`, whose numbers are checked as they are read."""
+    keys = tuple(key.key for key in path)
+    name = f"{directory}: {'.'.join(keys)}"
+
+    def read(layer: int | None, index: Index) -> np.ndarray:
+        try:
+            value = leaf.read(layer, index)
+        except ValueError as error:  # TensorStore's, for a damaged file
+            raise WeightsError(f"{name} cannot be read: {str(error)[:200]}") from error
+        engine.check_finite(value, name if layer is None else f"{name}, layer {layer}")
+        return value
+
+    return engine.Leaf(leaf.shape, leaf.dtype, read, stacked=keys in stacks)
+
+
+def open_checkpoint(src: Path, parts: Mapping[str, Path] = NO_PARTS) -> Checkpoint:
+    """The checkpoint in `src`, released or converted.
 
     Raises:
       WeightsError: there is no checkpoint, or it is not one that this port computes.
     """
-    if below := _base_of_adapters(src, parts):
-        config = read_config(below, parts=parts)
-        if (src / "config.json").is_file():
-            _check_same(_released_config(src, parts), config, src)
-        return config
-    file = src / (MODEL_FILE if (src / MODEL_FILE).is_file() else "config.json")
-    if not file.is_file():
+    if (src / MODEL_FILE).is_file():
+        return _open_ours(src, parts)
+    file = src / "config.json"
+    stated = read_json(file) if file.is_file() else None
+    # LLaVA's own directories of adapters are another form, which its map reads.
+    if peft.are_adapters(src) and not (stated and is_original(stated)):
+        below = _open_below(src, parts)
+        if stated is not None:
+            check_same(_open_release(src, stated, parts).config, below.config, src)
+        return Checkpoint(src, below.config, stated or {}, parts, below=below)
+    if stated is None:
         raise WeightsError(
             f"{src} holds no checkpoint (neither config.json nor {MODEL_FILE}); accepted: a directory with "
             "llava-hf/llava-1.5-7b-hf, llava-hf/llava-1.5-13b-hf or liuhaotian/llava-v1.5-7b from the Hugging Face hub "
             f"(`hf download llava-hf/llava-1.5-7b-hf --local-dir {src}`), or what `medcg convert` wrote"
         )
-    return _stored_config(src) if file.name == MODEL_FILE else _released_config(src, parts)
+    return _open_release(src, stated, parts)
 
 
-def _stored_config(src: Path) -> Config:
+def _open_release(src: Path, stated: dict, parts: Mapping[str, Path]) -> Checkpoint:
     try:
-        about = _about(src)
-        return _config_from_dict({key: value for key, value in about.items() if key not in OWN_FIELDS})
-    except (ValueError, ArithmeticError) as error:  # of a field, or of fields that do not go together
-        raise _named(error, src / MODEL_FILE) from error
-
-
-def _released_config(src: Path, parts: Mapping[str, Path]) -> Config:
-    try:
-        return module_of_release(src).read_release(src, parts)
+        return Checkpoint(src, module_of_release(stated).read_release(src, stated, parts), stated, parts)
     except (ValueError, ArithmeticError) as error:  # of a field, or of fields that do not go together
         raise _named(error, src / "config.json") from error
+
+
+def _open_ours(src: Path, parts: Mapping[str, Path]) -> Checkpoint:
+    file = src / MODEL_FILE
+    stated = read_json(file)
+    fields = dict(stated)
+    family, trained_on, trained = (fields.pop(key, None) for key in ("family", "trained_on", "parts"))
+    if not isinstance(family, str) or family not in registry.FAMILIES:
+        raise WeightsError(f"{file}: family={quoted(family)}; accepted: {', '.join(registry.FAMILIES)}")
+    if (trained_on, trained) != (None, None):
+        if not isinstance(trained_on, str) or not trained_on or "\0" in trained_on:
+            raise WeightsError(f"{file}: trained_on={quoted(trained_on)}; the path of a checkpoint is accepted")
+        if not isinstance(trained, list) or not trained or not all(isinstance(name, str) for name in trained):
+            raise WeightsError(f"{file}: parts={quoted(trained)}; a list of names of a model's parts is accepted")
+    try:
+        config = dataclass_of(registry.family(family).config_type, fields, MODEL_FILE)
+    except (ValueError, ArithmeticError) as error:
+        raise _named(error, file) from error
+    return Checkpoint(src, config, stated, parts, True, trained_on or "", tuple(trained or ()))
 
 
 def _named(error: Exception, file: Path) -> WeightsError:
@@ -129,21 +202,15 @@ def _named(error: Exception, file: Path) -> WeightsError:
     return WeightsError(text if str(file.parent) in text else f"{file}: {text}")
 
 
-def _base_of_adapters(src: Path, parts: Mapping[str, Path]) -> Path | None:
-    """The released model that peft's adapters in `src` belong to; None: `src` holds no such adapters.
-
-    LLaVA's own directories of adapters are another form (`weights.llava_base`).
+def _open_below(src: Path, parts: Mapping[str, Path]) -> Checkpoint:
+    """The released model that peft's adapters in `src` belong to.
 
     Raises:
       WeightsError: no base is given, or one that is no whole model.
     """
-    if (src / MODEL_FILE).is_file() or not peft_files.are_adapters(src):
-        return None
-    if (src / "config.json").is_file() and is_original(read_json(src / "config.json")):
-        return None
     base = parts.get("base")
     if base is None:
-        named = read_json(src / peft_files.ADAPTER_JSON).get("base_model_name_or_path")
+        named = read_json(src / peft.ADAPTER_JSON).get("base_model_name_or_path")
         raise WeightsError(
             f"{src} holds peft's adapters alone; pass --base=DIR with the model that they were trained on"
             + (f", {str(named)[:200]}" if named else "")
@@ -153,21 +220,34 @@ def _base_of_adapters(src: Path, parts: Mapping[str, Path]) -> Path | None:
             f"--base={base} has no config.json; the released model that {src} was trained on is accepted"
         )
     stated = read_json(base / "config.json")
-    if is_original(stated) or stated.get("model_type") == "llama":
+    if is_original(stated) or stated.get("model_type") == "llama" or peft.are_adapters(base):
         raise WeightsError(
             f"{src} holds adapters without the config.json and non_lora_trainables.bin that LLaVA's training writes "
             f"at its end, and {base} is no whole model in transformers' layout, to which peft's adapters belong"
         )
-    return base
+    return _open_release(base, stated, parts)
 
 
-def _open_release(src: Path, config: Config, parts: Mapping[str, Path]) -> tuple[Tensors, dict[str, str]]:
-    """(tensors, canonical name -> name in them) of a released directory, or of one with peft's adapters in it."""
-    family = module_of(config)
-    below = _base_of_adapters(src, parts)
-    if below is None:
-        return family.open_release(src, parts)
-    return peft_files.with_adapters(*family.open_release(below, parts), src, family.canonical, whole=True)
+def read_config(src: Path, *, parts: Mapping[str, Path] = NO_PARTS) -> Config:
+    """The architecture of the checkpoint in `src`; raises as `open_checkpoint`."""
+    return open_checkpoint(src, parts).config
+
+
+def kept_parts(src: Path) -> tuple[str, tuple[str, ...]] | None:
+    """(what a run started from, the parts that it trained) of a directory that holds these parts alone; else None."""
+    if not (src / MODEL_FILE).is_file():
+        return None
+    checkpoint = open_checkpoint(src)
+    return (checkpoint.trained_on, checkpoint.trained) if checkpoint.trained else None
+
+
+def saved_leaves(src: Path) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """Path -> shape and dtype of every array that `save_params` wrote as it was, in the order of the tree."""
+    checkpoint = open_checkpoint(src)
+    abstract = build.abstract(checkpoint.config)[1].raw_mapping
+    names = checkpoint.trained or tuple(abstract)
+    saved = engine.by_path({name: abstract[name] for name in names})
+    return {path: leaf for path, leaf in saved.items() if not is_quantized(leaf)}
 
 
 def load_checkpoint(
@@ -185,132 +265,95 @@ def load_checkpoint(
     made of `seed`. A directory of what was trained alone is laid over what it was trained on, which `model.json` states
     (or `parts` as `base`).
     A checkpoint with more vocabulary rows than `config` (llava-hf pads 32000 to 32064) loses the rest of them.
-    Beside the device arrays no more than one tensor is on the host.
+    A host reads the slices that its devices hold, and has no more than one layer of one tensor beside them.
 
     Raises:
       WeightsError: no checkpoint, another architecture, or tensors missing, unused or misshapen.
     """
-    found = read_config(src, parts=parts)
-    if found.lora is None and config.lora is not None:
-        bare = dataclasses.replace(config, lora=None)
-        _, params = load_checkpoint(src, bare, mesh, parts=parts, param_dtype=param_dtype)
+    checkpoint = open_checkpoint(src, parts)
+    lacks_adapters = checkpoint.config.lora is None and config.lora is not None
+    loaded = dataclasses.replace(config, lora=None) if lacks_adapters else config
+    check_same(checkpoint.config, loaded, src)
+    _, abstract = build.abstract(loaded, param_dtype=param_dtype)
+    shardings = build.shardings(loaded, mesh)
+    if checkpoint.is_ours and not checkpoint.trained and config.base.dtype == "float32":
+        params = _restored(checkpoint, abstract, shardings, mesh, param_dtype)
+    else:
+        params = engine.place(checkpoint.leaves(), abstract, shardings)
+    if lacks_adapters:
         lora = build.create_adapters(config, mesh, seed=seed, param_dtype=param_dtype)
-        return build.abstract(config)[0], build.join(params, nnx.State({"lora": lora}))
-    _check_same(found, config, src)
-    graphdef, abstract = build.abstract(config, param_dtype=param_dtype)
-    places = build.shardings(config, mesh)
-    if own := kept_parts(src):
-        base = _base_of(src, own[0], parts)
-        _, params = load_checkpoint(base, config, mesh, param_dtype=param_dtype)
-        leaves, shapes, wanted = _own_leaves(src, config, own[1]), abstract.raw_mapping, places.raw_mapping
-        trained = {name: engine.place(leaves[name], shapes[name], wanted[name]) for name in own[1]}
-        return graphdef, nnx.State({**params.raw_mapping, **trained})
-    if (src / MODEL_FILE).is_file():
-        if config.base.dtype != "float32":
-            return graphdef, engine.place(open_leaves(src, found), abstract, places)
-        return _restore(src, dataclasses.replace(found, base=Base()), config, mesh, param_dtype)
-    tensors, names = _open_release(src, config, parts)
-    table, num_rows = module_of(config).table(config), found.text.vocab_size
-    return graphdef, engine.load(table, abstract, places, tensors, names, str(src), num_rows=num_rows)
+        params = build.join(params, nnx.State({"lora": lora}))
+    return build.abstract(config, param_dtype=param_dtype)[0], params
 
 
-def kept_parts(src: Path) -> tuple[str, tuple[str, ...]] | None:
-    """(what a run started from, the parts that it trained) of a directory that holds these parts alone; else None."""
-    about = _about(src) if (src / MODEL_FILE).is_file() else {}
-    return (about["trained_on"], tuple(about["parts"])) if "parts" in about else None
+def _restored(checkpoint: Checkpoint, abstract, shardings, mesh: Mesh, param_dtype):
+    """Params as Orbax restores them, all at once: faster than `Leaf`s where there is nothing to change on the way."""
+    import orbax.checkpoint as ocp
+
+    stored = dataclasses.replace(checkpoint.config, base=Base())
+    target = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        build.abstract(stored, param_dtype=param_dtype)[1],
+        build.shardings(stored, mesh),
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore((checkpoint.src / PARAMS_DIR).absolute(), nnx.to_pure_dict(target))
+
+    def trim(value, leaf, where):
+        if value.shape == leaf.shape:
+            return value
+        return jax.jit(lambda x: x[tuple(map(slice, leaf.shape))], out_shardings=where)(value)
+
+    values = jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(restored))
+    return jax.tree.map(trim, values, abstract, shardings)
 
 
-def _about(src: Path) -> dict:
-    """What `model.json` states.
-
-    Raises:
-      WeightsError: it is no such file, or names parts that no model has.
-    """
-    about, file = read_json(src / MODEL_FILE), src / MODEL_FILE
-    if not any(key in about for key in OWN_FIELDS):
-        return about
-    parts, known = about.get("parts"), FAMILIES.get(str(about.get("family")))
-    if not isinstance(about.get("trained_on"), str) or not about["trained_on"] or "\0" in about["trained_on"]:
-        raise WeightsError(
-            f"{file}: trained_on={quoted(about.get('trained_on'))}; the path of a checkpoint is accepted"
-        )
-    if not isinstance(parts, list) or not parts or not all(isinstance(name, str) for name in parts) or known is None:
-        raise WeightsError(f"{file}: parts={quoted(parts)}; a list of names of a model's parts is accepted")
-    return about
+def open_leaves(src: Path, *, parts: Mapping[str, Path] = NO_PARTS) -> dict:
+    """The parameters of the checkpoint in `src` as `engine.Leaf`s; raises as `Checkpoint.leaves`."""
+    return open_checkpoint(src, parts).leaves()
 
 
-def saved_leaves(src: Path) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-    """Path -> shape and dtype of every array that `save_params` wrote as it was, in the order of the tree."""
-    own, abstract = kept_parts(src), build.abstract(read_config(src))[1].raw_mapping
-    found = engine.by_path({name: abstract[name] for name in own[1]} if own else abstract)
-    return {path: leaf for path, leaf in found.items() if not is_quantized(leaf)}
+def convert(
+    src: Path, dst: Path, *, to: str = "orbax", parts: Mapping[str, Path] = NO_PARTS, ids: Mapping[str, int] = NO_IDS
+) -> dict:
+    """{"out", "to", "parameters", "tensors", "dtype"} after writing `dst` from `src`; prints one line.
 
-
-def _base_of(src: Path, stated: str, parts: Mapping[str, Path]) -> Path:
-    base = Path(parts.get("base") or stated)
-    if not base.is_dir():
-        raise WeightsError(
-            f"{src} holds what a run trained alone, and {base}, which it was trained on, is not there; its place is "
-            "accepted as --base=DIR of `medcg convert` and as model.checkpoint of a run"
-        )
-    return base
-
-
-def open_leaves(src: Path, config: Config, *, parts: Mapping[str, Path] = NO_PARTS) -> dict:
-    """The parameters of the checkpoint in `src`, whose architecture `config` is, as `engine.Leaf`s: none is read yet.
+    src: a released directory, a converted one, or peft's adapters, whose model `parts` names as `base`.
+    to: "orbax"; "hf" for the released layout, adapters merged into the weights (of the checkpoint that the run started
+      from, not what was made of them in 4 or 8 bits); "peft" for the adapters, and a projector that was trained with
+      them, as peft's.
+    parts: files or directories of a release that lie elsewhere, by the names that `weights.families` explains.
+    ids: of tokens, by field of the config, where the tokenizer beside `src` has others than its config states.
+    Weights keep the dtype they have in `src`. `dst` appears when all of it is written, with the tokenizer, chat templates
+    and processor's files that lie in `src` (or in the checkpoint that it was trained on).
 
     Raises:
-      WeightsError: tensors missing, unused or misshapen, or files that cannot be read.
+      WeightsError: `src` is no checkpoint this port knows, or `dst` exists and is not empty.
     """
-    config = dataclasses.replace(config, base=Base())
-    if own := kept_parts(src):
-        base = _base_of(src, own[0], parts)
-        has_lora = read_config(base).lora is not None
-        below = config if has_lora else dataclasses.replace(config, lora=None)
-        return {**open_leaves(base, below), **_own_leaves(src, config, own[1])}
+    if to not in ("orbax", "hf", "peft"):
+        raise WeightsError(f"to={to!r}; accepted: orbax, hf, peft")
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise WeightsError(f"{dst} exists and is not empty; a new or empty directory is accepted")
+    checkpoint = open_checkpoint(src, parts)
+    config, trained = dataclasses.replace(checkpoint.config, **ids), checkpoint.trained
+    if to == "peft" and (others := sorted(set(trained) - set(peft.PEFT_PARTS))):
+        raise WeightsError(f"{src} holds {', '.join(others)}, too; to={to!r} takes adapters and a projector")
+    params = checkpoint.trained_leaves() if to == "peft" and trained else checkpoint.leaves()
+    beside = [src, *([checkpoint.base().src] if trained and to == "hf" else [])]
     family = module_of(config)
-    abstract = nnx.to_pure_dict(build.abstract(config)[1])
-    if not (src / MODEL_FILE).is_file():
-        return engine.lazy(family.table(config), abstract, *_open_release(src, config, parts), str(src))
-    return _stored(src, abstract)
-
-
-def _own_leaves(src: Path, config: Config, parts: tuple[str, ...]) -> dict:
-    """`Leaf`s of these parts, which are all that the directory holds."""
-    abstract = nnx.to_pure_dict(build.abstract(dataclasses.replace(config, base=Base()))[1])
-    unknown = sorted(set(parts) - set(abstract))
-    if unknown:
-        raise WeightsError(f"{src / MODEL_FILE}: parts={quoted(parts)}; of {', '.join(abstract)} are accepted")
-    return _stored(src, {name: abstract[name] for name in parts})
-
-
-def _stored(src: Path, abstract: dict) -> dict:
-    from medcg_jax.families.weights.parts import restore
-
-    try:
-        found = restore(src / PARAMS_DIR, abstract)
-    # Orbax raises whatever a damaged directory leads to.
-    except Exception as error:
-        raise WeightsError(f"{src / PARAMS_DIR} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    wrong = jax.tree.map(lambda leaf, like: leaf.shape != like.shape, found, abstract)
-    if any(jax.tree.leaves(wrong)):
-        raise WeightsError(f"{src / PARAMS_DIR} holds other shapes than {src / MODEL_FILE} states")
-    return jax.tree_util.tree_map_with_path(partial(_finite, src / PARAMS_DIR), found)
-
-
-def _finite(directory: Path, path, leaf: engine.Leaf) -> engine.Leaf:
-    """The `Leaf`, whose numbers are looked at as they are read."""
-    name = f"{directory}: {'.'.join(key.key for key in path)}"
-
-    def read(layer: int | None) -> np.ndarray:
-        try:
-            value = leaf.read(layer)
-        except ValueError as error:  # TensorStore's, for a damaged file
-            raise WeightsError(f"{name} cannot be read: {str(error)[:200]}") from error
-        engine.check_finite(value, name if layer is None else f"{name}, layer {layer}")
-        return value
-
-    return engine.Leaf(leaf.shape, leaf.dtype, read)
+    with written_whole(dst) as new:
+        copy_companions([*beside, *([checkpoint.below.src] if checkpoint.below else [])], new)
+        if to == "peft":
+            num_tensors = peft.export_peft(family, params, config, new, base=checkpoint.trained_on)
+        else:
+            num_tensors = sum(1 if entry.layers is None else len(entry.layers) for entry in family.table(config))
+            if to == "hf":
+                export(params, config, new)
+            else:
+                save_params(new, params, dataclasses.replace(config, base=Base()))
+    dtype, number = ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})), build.num_params(params)
+    print(f"{src} -> {dst}: {num_tensors} tensors, {number:,} parameters, {dtype}")
+    return {"out": str(dst), "to": to, "parameters": number, "tensors": num_tensors, "dtype": dtype}
 
 
 def export(params, config: Config, dst: Path, *, dtype=None) -> None:
@@ -321,20 +364,20 @@ def export(params, config: Config, dst: Path, *, dtype=None) -> None:
     Adapters that the layout does not hold are merged into the weights.
     params: arrays or `engine.Leaf`s. dtype: of all tensors; None: each one's own.
     """
-    params, config = adapters.merged(params, config)
-    params = adapters.whole_leaves(params)
     family = module_of(config)
+    params, config = peft.merged(family, params, config)
+    params = peft.whole_leaves(params)
     table = family.table(config)
     rows = {entry.name for entry in table if entry.rows}
     num_rows = config.text.vocab_size
     last = max(config.image_token_id, config.pad_token_id)
     if rows and last >= num_rows:
         num_rows = -(-(last + 1) // 64) * 64
-    found, stream = engine.store(table, params)
+    stored, stream = engine.store(table, params)
     specs = {}
-    for name, (shape, own) in found.items():
+    for name, (shape, stored_dtype) in stored.items():
         shape = (num_rows, *shape[1:]) if name in rows else shape
-        specs[family.released_name(name)] = shape, np.dtype(own if dtype is None else dtype)
+        specs[family.released_name(name)] = shape, np.dtype(stored_dtype if dtype is None else dtype)
 
     def tensors():
         for name, value in stream:
@@ -361,13 +404,12 @@ def save_params(directory: Path, params, config: Config, *, trained_on: str = ""
 
     trained_on: the checkpoint that the rest of the parameters is, where `params` are no more than what was trained.
     """
-    from medcg_jax.families.weights.parts import save
+    from medcg_jax.families.weights.orbax_leaves import save
 
     directory.mkdir(parents=True, exist_ok=True)
     tree = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
-    tree = adapters.whole_leaves(tree)
-    stacked = {entry.path for entry in module_of(config).table(config) if entry.layers is not None}
-    save(directory / PARAMS_DIR, tree, stacked)
+    tree = peft.whole_leaves(tree)
+    save(directory / PARAMS_DIR, tree, _stacks(config))
     # Last: a directory with this file is whole.
     written = {"family": family_of(config), **dataclasses.asdict(config)}
     if trained_on:
@@ -375,42 +417,20 @@ def save_params(directory: Path, params, config: Config, *, trained_on: str = ""
     (directory / MODEL_FILE).write_text(json.dumps(written, indent=1) + "\n")
 
 
-def _restore(src: Path, found: Config, config: Config, mesh: Mesh, param_dtype):
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        _, abstract = build.abstract(found, param_dtype=param_dtype)
-        target = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            abstract, build.shardings(found, mesh),
-        )  # fmt: skip
-        restored = checkpointer.restore((src / PARAMS_DIR).absolute(), nnx.to_pure_dict(target))
-    graphdef, wanted = build.abstract(config, param_dtype=param_dtype)
-    places = build.shardings(config, mesh)
-
-    def trim(value, leaf, place):
-        if value.shape == leaf.shape:
-            return value
-        index = tuple(slice(size) for size in leaf.shape)
-        return jax.jit(lambda x: x[index], out_shardings=place)(value)
-
-    values = jax.tree.unflatten(jax.tree.structure(wanted), jax.tree.leaves(restored))
-    return graphdef, jax.tree.map(trim, values, wanted, places)
-
-
-def _check_same(found: Config, wanted: Config, src: Path) -> None:
-    if type(found) is not type(wanted):
-        raise WeightsError(f"{src} holds a {family_of(found)}; a {family_of(wanted)} is wanted")
-    different = _differences(dataclasses.asdict(found), dataclasses.asdict(wanted))
+def check_same(stored: Config, asked: Config, src: Path) -> None:
+    """Raises WeightsError where the checkpoint in `src` is of another architecture than the one that is asked for."""
+    if type(stored) is not type(asked):
+        raise WeightsError(f"{src} holds a {family_of(stored)}; a {family_of(asked)} is wanted")
+    different = _differences(dataclasses.asdict(stored), dataclasses.asdict(asked))
     if different:
         raise WeightsError(f"{src} is of another architecture: {', '.join(different)}")
 
 
-def _differences(found: dict, wanted: dict, prefix: str = "") -> list[str]:
+def _differences(stored: dict, asked: dict, prefix: str = "") -> list[str]:
     """The fields of the architecture that are not the same, each with both values."""
     different = []
-    for key, value in found.items():
-        name, ours = prefix + key, wanted[key]
+    for key, value in stored.items():
+        name, ours = prefix + key, asked[key]
         if isinstance(value, dict) and isinstance(ours, dict):
             different += _differences(value, ours, f"{name}.")
         # Rows beyond ours are dropped.
@@ -419,10 +439,3 @@ def _differences(found: dict, wanted: dict, prefix: str = "") -> list[str]:
         elif not (math.isclose(value, ours) if isinstance(value, float) and isinstance(ours, float) else value == ours):
             different.append(f"{name} {value} (wanted {ours})")
     return different
-
-
-def _config_from_dict(found: dict) -> Config:
-    family = found.pop("family", None)
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise WeightsError(f"family={quoted(family)}; accepted: {', '.join(FAMILIES)}")
-    return dataclass_of(FAMILIES[family][0], found, MODEL_FILE)

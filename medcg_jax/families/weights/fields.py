@@ -1,17 +1,86 @@
-"""Fields of a config.json, read and checked; every refusal names the field, its value and what is accepted."""
+"""Fields of a config.json, read and checked; every refusal names the field, its value and what is accepted.
 
+What the numbers of an architecture may be (`LIMITS`, `CHOICES`) holds for a config.json as for our model.json.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
 from typing import Any
 
+from medcg_jax.config import ATTENTION, BASE_DTYPES, DTYPES, MATMUL, REMAT
 from medcg_jax.families.weights.files import WeightsError
-from medcg_jax.families.weights.limits import checked
 from medcg_jax.nn.layers import ACTIVATIONS
 from medcg_jax.nn.rope import Llama3Scaling
-from medcg_jax.untrusted import article_of
+from medcg_jax.untrusted import FileError, article_of, check_number, shown
 
+CONFIG_FILE = "config.json"
 # Kinds of scaling of rotary positions that are computed.
 SCALED = ("linear", "llama3")
 # In the order of `Llama3Scaling`'s fields.
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# Fields that a config.json states for both sides of an image alike, or as one number; fields for which null is the default.
+SIDES, NULLABLE = ("image_size_px", "patch_size_px", "num_frames"), ("num_kv_heads", "head_dim")
+MAX_LAYERS = 1024
+MAX_SIDE_PX = 2**14
+MAX_TOKEN_ID = 2**31 - 1
+# Of a token that is never looked for, -1 is stated at times; an image's place is.
+_LIMITS = (
+    (1, MAX_SIDE_PX, "image_size_px patch_size_px window_size"),
+    (1, 64, "num_frames merge"),
+    (1, MAX_LAYERS, "num_layers num_decoder_layers num_iou_layers"),
+    (0, MAX_LAYERS, "num_global_layers intermediate_layers cross_layers global_layers scan_unroll"),
+    (-MAX_LAYERS, MAX_LAYERS, "feature_layer"),
+    (1, 2**20, "embed_dim mlp_dim decoder_mlp_dim prompt_dim mask_prompt_dim iou_dim"),
+    (1, 2**12, "num_heads num_kv_heads num_decoder_heads mrope_sections num_masks num_mask_prompts patches_per_token"),
+    (1, 2**12, "max_boxes"),
+    (1, 2**14, "head_dim"),
+    (1, 2**24, "vocab_size"),
+    (1, 2**30, "max_positions"),
+    (0, 2**30, "original_positions"),
+    (1, MAX_SIDE_PX**2, "min_pixels max_pixels"),
+    (1e-15, 1.0, "norm_eps out_norm_eps decoder_norm_eps"),
+    (1.0, 1e15, "rope_theta"),
+    (1e-3, 1e6, "factor low high"),
+    (1e-3, 1e3, "mlp_ratio"),
+    (1, 2**16, "rank"),
+    (1e-6, 1e6, "alpha"),
+    (1e-3, 1e4, "image_std"),
+    (-1e4, 1e4, "image_mean"),
+    (0, MAX_TOKEN_ID, "image_token_id"),
+    (-1, MAX_TOKEN_ID, "pad_token_id eos_token_id video_token_id vision_start_token_id vision_end_token_id"),
+    (-1, MAX_TOKEN_ID, "at_token_id box_token_id"),
+)
+# Field of an architecture's dataclass -> (least, most). What no table of weights could have is refused before anything
+# is made of it: with a thousand million layers the list of their names alone fills a host's memory.
+LIMITS: dict[str, tuple[float, float]] = {
+    field: (least, most) for least, most, names in _LIMITS for field in names.split()
+}
+# Field that holds a name -> the names.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "activation": tuple(ACTIVATIONS),
+    "projector_activation": tuple(ACTIVATIONS),
+    "compute_dtype": tuple(DTYPES),
+    "attention": ATTENTION,
+    "remat": REMAT,
+    "matmul": MATMUL,
+    "dtype": BASE_DTYPES,
+    "intermediate_from": ("input", "output"),
+}
+
+
+def keys(text: str) -> dict[str, str]:
+    """Our field -> the name that a config.json has for it, from words `ours=theirs`."""
+    return dict(word.split("=") for word in text.split())
+
+
+# Field of a decoder -> the name that every config.json of transformers has for it.
+TEXT_KEYS = keys(
+    "vocab_size=vocab_size num_layers=num_hidden_layers embed_dim=hidden_size num_heads=num_attention_heads "
+    "num_kv_heads=num_key_value_heads mlp_dim=intermediate_size norm_eps=rms_norm_eps "
+    "max_positions=max_position_embeddings activation=hidden_act"
+)
 
 
 def first(*values):
@@ -19,7 +88,7 @@ def first(*values):
     return next((value for value in values if value is not None), None)
 
 
-def expect(found: dict, prefix: str, *, file: str = "config.json", **accepted) -> None:
+def expect(found: dict, prefix: str, *, file: str = CONFIG_FILE, **accepted) -> None:
     """Raises WeightsError where a field of `found` is neither absent, nor null, nor what is accepted.
 
     accepted: field -> value, or a tuple of values. prefix: of the fields' names in the message ("text_config.").
@@ -55,10 +124,7 @@ def section(found: dict, prefix: str, key: str) -> dict:
     return value
 
 
-def number(
-    found: dict, prefix: str, key: str, default, field: str, *, kind: type = int, null: bool = False,
-    file: str = "config.json",
-):  # fmt: skip
+def number(found: dict, prefix: str, key: str, default, field: str, *, kind: type = int, null=False, file=CONFIG_FILE):
     """The number that a field holds, of the type `kind`.
 
     field: of our dataclass, whose `LIMITS` it must keep. null: whether that stands for `default`.
@@ -87,6 +153,11 @@ def token(found: dict, prefix: str, key: str, default: int | None = None) -> int
     """The id of a token that a field holds; `default` where it is absent or null. Raises WeightsError as `number`."""
     limits = "image_token_id" if key.startswith("image_token") else "pad_token_id"
     return number(found, prefix, key, default, limits, null=True)
+
+
+def image_token(found: dict, default: int) -> int:
+    """The id of an image's token, under either of its names. Raises WeightsError as `number`."""
+    return first(token(found, "", "image_token_id"), token(found, "", "image_token_index"), default)
 
 
 def end_of(found: dict, prefix: str, default: int | None = None, *, last: bool = True) -> int | None:
@@ -223,3 +294,93 @@ def old_rope_fields(scaling: Llama3Scaling) -> dict:
     """The same for `rope_scaling`, which transformers 4 reads: before 4.43 it knows linear scaling alone, as `type`."""
     fields = rope_fields(scaling)
     return fields if scaling.original_positions else {"type": fields["rope_type"], "factor": fields["factor"]}
+
+
+def read_dataclass(
+    keys: Mapping[str, str], defaults, found: dict, prefix: str = "", absent: Mapping[str, Any] | None = None, **values
+):
+    """The dataclass of an architecture, from the fields of a config.json.
+
+    keys: our field -> the name that it has there. defaults: a dataclass of that kind: what an absent field is, unless
+      `absent` says otherwise.
+    values: further fields.
+
+    Raises:
+      WeightsError: a number or a name that the field cannot hold, or fields that do not go together.
+    """
+    kind = type(defaults)
+    hints = typing.get_type_hints(kind)
+    for field, key in keys.items():
+        default = (absent or {}).get(field, getattr(defaults, field))
+        if field in SIDES and key in found:
+            values[field] = size(found, prefix, key, default, field)
+        elif field == "activation":
+            values[field] = activation(found, prefix, key, default)
+        elif hints[field] is bool:
+            values[field] = flag(found, prefix, key, default)
+        elif hints[field] in (int, float):
+            null = field in NULLABLE
+            values[field] = number(found, prefix, key, default, field, kind=hints[field], null=null)
+        else:
+            values[field] = whole_numbers(found, prefix, key, default, field)
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise refused(error, prefix) from error
+
+
+def written(config, keys: Mapping[str, str]) -> dict:
+    """The fields of `keys` under their names in a config.json."""
+    return {
+        key: list(value) if isinstance(value := getattr(config, field), tuple) else value for field, key in keys.items()
+    }
+
+
+def checked(value: Any, name: str, field: str, kind: type = int) -> Any:
+    """A number of the file, where it is one of the type `kind` (int or float) that `field` may hold; as that type.
+
+    name: of the file and its field, for the message. field: of `LIMITS`.
+
+    Raises:
+      WeightsError: it is not.
+    """
+    least, most = LIMITS[field]
+    try:
+        return kind(check_number(value, name, least=least, most=most, whole=kind is int))
+    except FileError as error:
+        raise WeightsError(str(error)) from error
+
+
+def dataclass_of(kind: type, values: dict[str, Any], name: str):
+    """The (nested) dataclass of an architecture whose `asdict` was written as JSON.
+
+    name: of the file, and of the object in it, for the message.
+
+    Raises:
+      WeightsError: a field is unknown, missing, of another type or beyond its limits.
+    """
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise WeightsError(f"{name}: unknown fields of {kind.__name__}: {', '.join(unknown)[:200]}")
+    return kind(**{field: _of_type(hints[field], value, f"{name}: {field}", field) for field, value in values.items()})
+
+
+def _of_type(hint, value: Any, name: str, field: str) -> Any:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and types.NoneType in kinds:
+        return None
+    kind = next(each for each in kinds if each is not types.NoneType)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return dataclass_of(kind, value, name)
+    if typing.get_origin(kind) is tuple and isinstance(value, list) and len(value) <= MAX_LAYERS:
+        inner = typing.get_args(kind)
+        if inner[-1] is Ellipsis or len(inner) == len(value):
+            return tuple(_of_type(inner[0], item, name, field) for item in value)
+    if kind in (int, float):
+        return checked(value, name, field, kind)
+    if kind in (bool, str) and isinstance(value, kind):
+        if kind is str and value not in CHOICES.get(field, (value,)):
+            raise WeightsError(f"{name}={shown(value)}; accepted: {', '.join(map(shown, CHOICES[field]))}")
+        return value
+    raise WeightsError(f"{name}={shown(value)} ({article_of(value)}) is not what this field holds")

@@ -10,8 +10,9 @@ import os
 import pickletools
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -45,6 +46,16 @@ NUM_OLD_PICKLES = 5
 MAX_MESSAGE_CHARS = 2000
 # Of a shard: no file system has longer ones.
 MAX_NAME_BYTES = 255
+# What may lie beside weights and config.json. A tokenizer:
+TOKENIZER = ("tokenizer.json", "tokenizer.model")
+# What a tokenizer's own files say of its tokens.
+OF_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+OTHERS = (
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "generation_config.json",
+    "chat_template.json", "chat_template.jinja",
+)  # fmt: skip
+# A folder of further templates, one a file.
+TEMPLATES = "additional_chat_templates"
 # How a file begins that git-lfs has not fetched.
 LFS_POINTER = b"version https://git-lfs"
 
@@ -61,25 +72,25 @@ class WeightsError(ConfigError):
         super().__init__(line if len(line) <= 2 * half else f"{line[:half]} ... {line[-half:]}")
 
 
+@dataclass(frozen=True)
 class Tensors:
-    """The tensors of a directory: names, shapes, dtypes, and each one's numbers when asked.
+    """The tensors of a directory: names, shapes, dtypes, and numbers when asked.
 
-    `shapes[name]` is a tuple, `dtype(name)` numpy's; `read(name)` gives an array that nothing else holds, so that a
-    tensor's memory is free again when its reader has dropped it.
-    dtype: None: of tensors in memory, which are asked themselves. `origin(name)` says in which file a tensor is.
+    read: (name, index) -> the slices `index` of a tensor, one for each axis, or all of it for an empty index: an array
+      that nothing else holds, so that its memory is free again when its reader has dropped it.
+    origin: gives the file in which a tensor is.
     """
 
-    def __init__(
-        self,
-        shapes: Mapping[str, tuple[int, ...]],
-        read: Callable[[str], np.ndarray],
-        dtype: Callable[[str], np.dtype] | None = None,
-        origin: Callable[[str], str] = lambda name: "memory",
-    ):
-        self.shapes = shapes
-        self.read = read
-        self.dtype = dtype or (lambda name: read(name).dtype)
-        self.origin = origin
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str, tuple[slice, ...]], np.ndarray]
+    dtype: Callable[[str], np.dtype]
+    origin: Callable[[str], str] = lambda name: "memory"
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> "Tensors":
+        """Arrays in memory."""
+        shapes = {name: tuple(value.shape) for name, value in arrays.items()}
+        return cls(shapes, lambda name, index=(): arrays[name][index], lambda name: arrays[name].dtype)
 
 
 def open_tensors(directory: Path) -> Tensors:
@@ -133,11 +144,11 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _whole(parts: list[Tensors]) -> Tensors:
-    owner = {name: part for part in parts for name in part.shapes}
-    if len(owner) != sum(len(part.shapes) for part in parts):
+def _whole(files: list[Tensors]) -> Tensors:
+    owner = {name: file for file in files for name in file.shapes}
+    if len(owner) != sum(len(file.shapes) for file in files):
         raise WeightsError("a tensor name stands in two files of one checkpoint; each may stand in one")
-    return _owned({name: (part, name) for name, part in owner.items()})
+    return joined(*((file, {name: name for name in file.shapes}) for file in files))[0]
 
 
 def joined(*sources: tuple[Tensors, Mapping[str, str]]) -> tuple[Tensors, dict[str, str]]:
@@ -145,17 +156,15 @@ def joined(*sources: tuple[Tensors, Mapping[str, str]]) -> tuple[Tensors, dict[s
 
     sources: each one's tensors, and canonical name -> its own name.
     """
-    owner = {key: (part, name) for part, names in sources for key, name in names.items()}
-    return _owned(owner), {key: key for key in owner}
+    owner = {key: (tensors, name) for tensors, names in sources for key, name in names.items()}
 
+    def ask(method: str, key: str, *index):
+        tensors, name = owner[key]
+        return getattr(tensors, method)(name, *index)
 
-def _owned(owner: dict[str, tuple[Tensors, str]]) -> Tensors:
-    def ask(what: str, key: str):
-        part, name = owner[key]
-        return getattr(part, what)(name)
-
-    shapes = {key: part.shapes[name] for key, (part, name) in owner.items()}
-    return Tensors(shapes, partial(ask, "read"), partial(ask, "dtype"), partial(ask, "origin"))
+    shapes = {key: tensors.shapes[name] for key, (tensors, name) in owner.items()}
+    methods = (partial(ask, method) for method in ("read", "dtype", "origin"))
+    return Tensors(shapes, *methods), {key: key for key in owner}
 
 
 def open_safetensors(path: Path) -> Tensors:
@@ -186,12 +195,12 @@ def open_safetensors(path: Path) -> Tensors:
             raise WeightsError(f"{path}: {name} has dtype {stated[name][1]}; accepted: {', '.join(DTYPES)}")
         return np.dtype(DTYPES[stated[name][1]])
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         dtype(name)
         # Mapped anew for each tensor: pages of a file that stays mapped stay in the process's memory.
         try:
             with safe_open(path, "numpy") as file:
-                return file.get_tensor(name)
+                return file.get_slice(name)[index] if index else file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{path} cannot be read at {name}: {error}") from error
 
@@ -254,10 +263,10 @@ def open_bin(path: Path, entry: str | None = None) -> Tensors:
             raise WeightsError(f"{path}: {name} has dtype {dtypes[name]}; accepted: {', '.join(map(str, NAMES))}")
         return stated
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         dtype(name)
         # Mapped anew for each tensor, and copied: what is dropped at once are the pages of that tensor alone.
-        return np.array(_numpy((held or _state_dict(path, entry, in_parts))[name]))
+        return np.array(_numpy((held or _state_dict(path, entry, in_parts))[name][index]))
 
     return Tensors(shapes, read, dtype, lambda name: str(path))
 
@@ -477,3 +486,46 @@ def _write_shard(path: Path, specs, stream: Iterator[tuple[str, np.ndarray]]) ->
             file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
             # Dropped before the next is made.
             del value
+
+
+# ------------------------------------------------------------------ what lies beside weights and config.json
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in TOKENIZER)
+
+
+def copy_companions(sources: Sequence[Path], dst: Path) -> None:
+    """Copies what is there into the directory `dst`; of two files of one name the first is taken.
+
+    sources: checkpoint directories, and files of tokenizers. A tokenizer comes with its own files, and whole: where one
+      is copied, nothing of a later source's is.
+    """
+    for source in sources:
+        directory = source if source.is_dir() else source.parent
+        if not has_tokenizer(dst):
+            for path in _tokenizer_files(source):
+                _copy(path, dst / (path.name if path.name in OF_TOKENIZER else f"tokenizer{path.suffix}"))
+        # Of a tokenizer that lies elsewhere, its image processor is not the checkpoint's.
+        if source.is_dir():
+            for name in OTHERS:
+                _copy(directory / name, dst / name)
+            for path in sorted((directory / TEMPLATES).glob("*.jinja")):
+                (dst / TEMPLATES).mkdir(exist_ok=True)
+                _copy(path, dst / TEMPLATES / path.name)
+
+
+def _tokenizer_files(source: Path) -> list[Path]:
+    """The files of the tokenizer in a directory, or of one whose file is named."""
+    if source.is_dir():
+        names = [*TOKENIZER, *OF_TOKENIZER] if has_tokenizer(source) else OF_TOKENIZER
+        return [source / name for name in names]
+    # A file among others, as the package's own, is a tokenizer by itself.
+    whole = source.name in TOKENIZER
+    beside = [source.parent / name for name in (*TOKENIZER, *OF_TOKENIZER)] if whole else []
+    return [source, *(path for path in beside if path != source)]
+
+
+def _copy(source: Path, dst: Path) -> None:
+    if source.is_file() and not dst.exists():
+        shutil.copyfile(source, dst)

@@ -1,9 +1,11 @@
 """LLaVA-1.5's table, the spellings of its tensor names, and its config.json read, checked and written.
 
 Layouts: llava-hf (safetensors, four spellings of the names), liuhaotian (`pytorch_model-*.bin`, usually without the
-vision tower, which then comes from openai/clip-vit-large-patch14-336), and its parts (`llava_base`).
+vision tower, which then comes from openai/clip-vit-large-patch14-336), and parts of the model beside the Llama that they
+were trained on: a projector alone (stage 1's `mm_projector.bin`), or adapters with whatever else was trained
+(`adapter_model.bin` and `non_lora_trainables.bin`), which are added to the weights as they are read.
 Source: huggingface/transformers:conversion_mapping.py and models/{llava,clip,llama}/configuration_*.py at 5.23.0;
-haotian-liu/LLaVA:llava/model/builder.py at c121f04.
+haotian-liu/LLaVA:llava/model/builder.py and llava/train/train.py at c121f04.
 """
 
 import re
@@ -14,118 +16,92 @@ import numpy as np
 
 from medcg_jax.families.clip import ClipVisionConfig
 from medcg_jax.families.decoder import DecoderConfig
-from medcg_jax.families.llava import LlavaConfig
-from medcg_jax.families.weights.engine import FLAT, SAME, Entry, canonical_names, conv_patch, linear
-from medcg_jax.families.weights.fields import (
-    activation,
-    end_of,
-    expect,
-    first,
-    flag,
-    number,
-    old_rope_fields,
-    refused,
-    rope,
-    rope_fields,
-    section,
-    size,
-    token,
-)
-from medcg_jax.families.weights.files import Tensors, WeightsError, joined, open_tensors, read_json
-from medcg_jax.families.weights.llava_base import is_part, open_with_base
+from medcg_jax.families.llava.model import LlavaConfig
+from medcg_jax.families.weights import fields, peft, tables
+from medcg_jax.families.weights.engine import canonical_names
+from medcg_jax.families.weights.fields import TEXT_KEYS, expect, first, section
+from medcg_jax.families.weights.files import Tensors, WeightsError, joined, open_bin, open_tensors, read_json
 
 HEAD, TABLE = "lm_head.weight", "language_model.embed_tokens.weight"
-CLIP_REPO = "openai/clip-vit-large-patch14-336"
+CLIP_REPO, BASE_REPO = "openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5"
+PROJECTOR_FILE, OTHERS_FILE = "mm_projector.bin", "non_lora_trainables.bin"
 
 # Buffers that old versions saved: recomputed here, never parameters.
 IGNORED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 # What a whole CLIP holds beside its vision tower.
 CLIP_IGNORED = re.compile(r"^(text_model\.|logit_scale$|visual_projection\.|text_projection\.)")
 
+CLIP_OUTER = (
+    ("embeddings.class_embedding", "class_token", tables.SAME),
+    ("embeddings.position_embedding.weight", "positions", tables.SAME),
+    *tables.norm("pre_layrnorm", "norm"),
+)
 CLIP_LAYER = (
-    ("layer_norm1.weight", "norm1 scale", SAME),
-    ("layer_norm1.bias", "norm1 bias", SAME),
-    ("self_attn.q_proj.weight", "q kernel", linear()),
-    ("self_attn.q_proj.bias", "q bias", FLAT),
-    ("self_attn.k_proj.weight", "k kernel", linear()),
-    ("self_attn.k_proj.bias", "k bias", FLAT),
-    ("self_attn.v_proj.weight", "v kernel", linear()),
-    ("self_attn.v_proj.bias", "v bias", FLAT),
-    ("self_attn.out_proj.weight", "out kernel", linear(inputs=2)),
-    ("self_attn.out_proj.bias", "out bias", FLAT),
-    ("layer_norm2.weight", "norm2 scale", SAME),
-    ("layer_norm2.bias", "norm2 bias", SAME),
-    ("mlp.fc1.weight", "up kernel", linear()),
-    ("mlp.fc1.bias", "up bias", FLAT),
-    ("mlp.fc2.weight", "down kernel", linear()),
-    ("mlp.fc2.bias", "down bias", FLAT),
+    *tables.norm("layer_norm1", "norm1"),
+    *tables.attention("self_attn"),
+    *tables.norm("layer_norm2", "norm2"),
+    *tables.dense("mlp.fc1", "up"),
+    *tables.dense("mlp.fc2", "down"),
 )
-LLAMA_LAYER = (
-    ("input_layernorm.weight", "norm1 scale", SAME),
-    ("self_attn.q_proj.weight", "q kernel", linear()),
-    ("self_attn.k_proj.weight", "k kernel", linear()),
-    ("self_attn.v_proj.weight", "v kernel", linear()),
-    ("self_attn.o_proj.weight", "out kernel", linear(inputs=2)),
-    ("post_attention_layernorm.weight", "norm2 scale", SAME),
-    ("mlp.gate_proj.weight", "gate kernel", linear()),
-    ("mlp.up_proj.weight", "up kernel", linear()),
-    ("mlp.down_proj.weight", "down kernel", linear()),
+CLIP_KEYS = fields.keys(
+    "image_size_px=image_size patch_size_px=patch_size num_layers=num_hidden_layers embed_dim=hidden_size "
+    "num_heads=num_attention_heads mlp_dim=intermediate_size norm_eps=layer_norm_eps activation=hidden_act"
 )
-QKV_BIASES = tuple((f"self_attn.{name}_proj.bias", f"{name} bias", FLAT) for name in "qkv")
-OUT_BIAS = (("self_attn.o_proj.bias", "out bias", FLAT),)
-MLP_BIASES = tuple((f"mlp.{name}_proj.bias", f"{name} bias", FLAT) for name in ("gate", "up", "down"))
+# What transformers takes for the fields that a config.json leaves out.
+CLIP_DEFAULTS = ClipVisionConfig(224, 32, num_layers=12, embed_dim=768, num_heads=12, mlp_dim=3072)
+LLAMA_KEYS = TEXT_KEYS | fields.keys(
+    "head_dim=head_dim qkv_bias=attention_bias mlp_bias=mlp_bias tie_head=tie_word_embeddings"
+)
+LLAMA_DEFAULTS = DecoderConfig(norm_eps=1e-6, max_positions=2048)
 
 
-def llama_layer(text: DecoderConfig) -> tuple:
+def llama_layer(text: DecoderConfig = LLAMA_DEFAULTS, attention_name: str = "self_attn") -> tables.Lines:
     """The lines of one layer of Llama, with the biases that it has."""
-    biases = ((text.qkv_bias, QKV_BIASES), (text.out_bias, OUT_BIAS), (text.mlp_bias, MLP_BIASES))
-    return sum((lines for there, lines in biases if there), LLAMA_LAYER)
+    mlp = (tables.dense(f"mlp.{name}_proj", name, bias=text.mlp_bias) for name in ("gate", "up", "down"))
+    return (
+        *tables.norm("input_layernorm", "norm1", bias=False),
+        *tables.attention(attention_name, out="o_proj", bias=text.qkv_bias, out_bias=text.out_bias),
+        *tables.norm("post_attention_layernorm", "norm2", bias=False),
+        *sum(mlp, ()),
+    )
 
 
-def table(config: LlavaConfig) -> list[Entry]:
+def llama_table(text: DecoderConfig) -> list[tables.Entry]:
+    """The part of a table for a decoder that is a Llama (or Qwen2); a tied head is none."""
+    layers = tables.entries(
+        llama_layer(text), "language_model.layers.{layer}.", "decoder blocks", range(text.num_layers)
+    )
+    table = [
+        tables.Entry(TABLE, ("decoder", "embed", "table"), tables.SAME, rows=True),
+        *layers,
+        *tables.entries(tables.norm("norm", "norm", bias=False), "language_model.", "decoder"),
+    ]
+    return (
+        table
+        if text.tie_head
+        else [*table, tables.Entry(HEAD, ("decoder", "head", "kernel"), tables.linear(), rows=True)]
+    )
+
+
+def table(config: LlavaConfig) -> list[tables.Entry]:
     """Canonical name -> parameter, for every tensor of a LLaVA-1.5 checkpoint; a tied head is none.
 
     config: also another with the same parts (NExT-Chat's).
     """
-    vision, run, every = "vision_tower.", config.vision.num_run_layers, config.vision.num_layers
-    entries = [
-        Entry(vision + "embeddings.class_embedding", ("vision", "class_token"), SAME),
-        Entry(
-            vision + "embeddings.patch_embedding.weight", ("vision", "patch", "kernel"),
-            conv_patch(config.vision.patch_size_px),
-        ),
-        Entry(vision + "embeddings.position_embedding.weight", ("vision", "positions"), SAME),
-        Entry(vision + "pre_layrnorm.weight", ("vision", "norm", "scale"), SAME),
-        Entry(vision + "pre_layrnorm.bias", ("vision", "norm", "bias"), SAME),
-        Entry(vision + "post_layernorm.weight", ("unused", "norm", "scale"), SAME),
-        Entry(vision + "post_layernorm.bias", ("unused", "norm", "bias"), SAME),
-    ]  # fmt: skip
-    clip_layer = vision + "encoder.layers.{layer}."
-    entries += _layers(clip_layer, ("vision", "blocks"), CLIP_LAYER, range(run))
-    if run < every:
-        entries += _layers(clip_layer, ("unused", "blocks"), CLIP_LAYER, range(run, every))
-    for released, ours in (("linear_1", "up"), ("linear_2", "down")):
-        name = f"multi_modal_projector.{released}."
-        entries += [
-            Entry(name + "weight", ("projector", ours, "kernel"), linear()),
-            *(
-                [Entry(name + "bias", ("projector", ours, "bias"), FLAT)]
-                if getattr(config, "projector_bias", True)
-                else []
-            ),
-        ]
-    entries.append(Entry(TABLE, ("decoder", "embed", "table"), SAME, rows=True))
-    entries += _layers(
-        "language_model.layers.{layer}.", ("decoder", "blocks"), llama_layer(config.text), range(config.text.num_layers)
-    )
-    entries.append(Entry("language_model.norm.weight", ("decoder", "norm", "scale"), SAME))
-    if not config.text.tie_head:
-        entries.append(Entry(HEAD, ("decoder", "head", "kernel"), linear(), rows=True))
-    return entries
-
-
-def _layers(prefix: str, path: tuple[str, ...], lines, layers: range) -> list[Entry]:
-    return [Entry(prefix + name, path + tuple(ours.split()), transform, layers) for name, ours, transform in lines]
+    vision, layer = config.vision, "vision_tower.encoder.layers.{layer}."
+    patch = ("embeddings.patch_embedding.weight", "patch kernel", tables.conv_patch(vision.patch_size_px))
+    has_bias = getattr(config, "projector_bias", True)
+    projector = tables.dense("linear_1", "up", bias=has_bias) + tables.dense("linear_2", "down", bias=has_bias)
+    # Layers behind the one whose features are taken are held, so that they can be written again.
+    run, unused = range(vision.num_run_layers), range(vision.num_run_layers, vision.num_layers)
+    return [
+        *tables.entries((patch, *CLIP_OUTER), "vision_tower.", "vision"),
+        *tables.entries(tables.norm("post_layernorm", "norm"), "vision_tower.", "unused"),
+        *tables.entries(CLIP_LAYER, layer, "vision blocks", run),
+        *(tables.entries(CLIP_LAYER, layer, "unused blocks", unused) if unused else ()),
+        *tables.entries(projector, "multi_modal_projector.", "projector"),
+        *llama_table(config.text),
+    ]
 
 
 def canonical(name: str) -> str | None:
@@ -159,23 +135,36 @@ def released_name(name: str) -> str:
     return re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name)
 
 
-def read_release(src: Path, parts: Mapping[str, Path]) -> LlavaConfig:
-    """The architecture that the released directory `src` states; parts: `clip`, CLIP's directory."""
+def is_original(stated: dict) -> bool:
+    """Whether a config.json is in the form of the original LLaVA's code, and not in transformers'.
+
+    It bears the decoder's model_type in some releases.
+    """
+    return stated.get("model_type") != "nextchat" and ("mm_vision_tower" in stated or "mm_projector_type" in stated)
+
+
+def read_release(src: Path, stated: dict, parts: Mapping[str, Path]) -> LlavaConfig:
+    """The architecture that `stated`, the config.json of `src`, states; parts: `clip`, CLIP's directory."""
+    return config_from_json(stated, clip_json(src, parts))
+
+
+def clip_json(src: Path, parts: Mapping[str, Path]) -> dict | None:
+    """The config.json of the CLIP that `parts` names or that lies beside `src`; None: there is none."""
     clip = parts.get("clip") or clip_beside(src)
-    return config_from_json(read_json(src / "config.json"), read_json(clip / "config.json") if clip else None)
+    return read_json(clip / "config.json") if clip else None
 
 
-def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[str, str]]:
+def open_release(src: Path, stated: dict, parts: Mapping[str, Path]) -> tuple[Tensors, dict[str, str]]:
     """(tensors, canonical name -> name in them) of a released directory, with CLIP's tower where it has none.
 
     Raises:
       WeightsError: no weights, no vision tower in `src` and no CLIP, or a part of the model alone and no `base`.
     """
-    if is_part(src):
-        tensors, names = open_with_base(src, parts, canonical, decoder_config)
+    if peft.are_adapters(src) or (src / PROJECTOR_FILE).is_file():
+        tensors, names = _with_base(src, stated, parts)
     else:
         tensors = open_tensors(src)
-        names = without_tied_head(tensors, canonical_names(tensors.shapes, canonical, str(src)), src)
+        names = without_tied_head(tensors, canonical_names(tensors.shapes, canonical, str(src)), src, stated)
     if any(name.startswith("vision_tower.") for name in names):
         return tensors, names
     if not any(name.startswith(("language_model.", "multi_modal_projector.", "lm_head.")) for name in names):
@@ -192,20 +181,60 @@ def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[st
     return joined((tensors, names), (tower, canonical_names(tower.shapes, canonical_clip, str(clip))))
 
 
-def is_tied(found: dict) -> bool:
+def _with_base(src: Path, stated: dict, parts: Mapping[str, Path]) -> tuple[Tensors, dict[str, str]]:
+    """As `open_release`, of a projector or adapters in `src` and the Llama that `parts` names as `base`.
+
+    Raises:
+      WeightsError: no base, one of another architecture, or adapters that do not fit it.
+    """
+    base = parts.get("base")
+    if base is None:
+        raise WeightsError(
+            f"{src} holds a part of LLaVA alone; pass --base=DIR with the Llama that it was trained on, {BASE_REPO} "
+            f"of the Hugging Face hub (`hf download {BASE_REPO} --local-dir DIR`) unless its config.json names another"
+        )
+    configs = (stated, read_json(base / "config.json"))
+    ours, theirs = (decoder_config(section(each, "", "text_config") or each, "") for each in configs)
+    for name in ("num_heads", "num_kv_heads", "head_dim", "rope_theta", "norm_eps"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise WeightsError(
+                f"{base / 'config.json'} states {name}={getattr(theirs, name)}; {getattr(ours, name)}, as in "
+                f"{src / 'config.json'}, is accepted"
+            )
+    llama = open_tensors(base)
+    sources = [(llama, canonical_names(llama.shapes, canonical, str(base)))]
+    has_adapters = peft.are_adapters(src)
+    file = src / (OTHERS_FILE if has_adapters else PROJECTOR_FILE)
+    if not file.is_file():
+        raise WeightsError(
+            f"{src} holds adapters and no {OTHERS_FILE}, which LLaVA's training writes at its end and which has the "
+            "projector that was trained with them; the directory that the training wrote last is accepted"
+        )
+    others = open_bin(file)
+    names = canonical_names(others.shapes, lambda name: canonical(name.removeprefix(peft.PREFIX)), str(file))
+    both = joined(*sources, (others, names))
+    return peft.with_adapters(*both, src, canonical, whole=False) if has_adapters else both
+
+
+def is_tied(stated: dict) -> bool:
     """Whether a config.json ties the head to the embedding: at its top, or (old versions) in its text's part."""
-    text = section(found, "", "text_config")
-    tied = [flag(found, "", "tie_word_embeddings", False), flag(text, "text_config.", "tie_word_embeddings", False)]
+    text = section(stated, "", "text_config")
+    tied = [
+        fields.flag(stated, "", "tie_word_embeddings", False),
+        fields.flag(text, "text_config.", "tie_word_embeddings", False),
+    ]
     return any(tied)
 
 
-def without_tied_head(tensors: Tensors, names: dict[str, str], src: Path) -> dict[str, str]:
+def without_tied_head(tensors: Tensors, names: dict[str, str], src: Path, stated: dict) -> dict[str, str]:
     """`names` without the head where config.json ties it; a copy that the file holds is held against the embedding.
+
+    Every host reads both whole: a copy that differs anywhere is refused by all of them.
 
     Raises:
       WeightsError: a head that is to be tied is another.
     """
-    if not is_tied(read_json(src / "config.json")) or HEAD not in names:
+    if not is_tied(stated) or HEAD not in names:
         return names
     names = dict(names)
     head = names.pop(HEAD)
@@ -220,7 +249,7 @@ def clip_beside(src: Path) -> Path | None:
     return beside if (beside / "config.json").is_file() else None
 
 
-def config_from_json(found: dict, clip: dict | None = None) -> LlavaConfig:
+def config_from_json(stated: dict, clip: dict | None = None) -> LlavaConfig:
     """The architecture that a config.json states, in llava-hf's or liuhaotian's form.
 
     clip: config.json of the CLIP checkpoint, which liuhaotian's form needs.
@@ -229,116 +258,91 @@ def config_from_json(found: dict, clip: dict | None = None) -> LlavaConfig:
     Raises:
       WeightsError: the checkpoint is of another model, or differs from what this port computes; names each difference.
     """
-    if "mm_projector_type" in found or "mm_vision_tower" in found:
-        return _from_original(found, clip)
-    if found.get("model_type") != "llava":
-        raise WeightsError(f"config.json has model_type={found.get('model_type')!r}; 'llava' is accepted")
-    layer, text = found.get("vision_feature_layer", -2), section(found, "", "text_config")
+    if is_original(stated):
+        expect(
+            stated,
+            "",
+            mm_projector_type="mlp2x_gelu",
+            mm_vision_select_feature="patch",
+            mm_use_im_start_end=False,
+            mm_use_im_patch_token=False,
+            mm_patch_merge_type="flat",
+            image_aspect_ratio=("pad", "square"),
+        )
+        # The original repository's sentinel -200 is no token id; llava-hf's choice takes its place.
+        return LlavaConfig(
+            vision=original_vision(stated, clip),
+            text=llama2_config(stated),
+            image_token_id=32000,
+            pad_token_id=fields.token(stated, "", "pad_token_id", 0),
+            eos_token_id=fields.end_of(stated, "", 2),
+        )
+    if stated.get("model_type") != "llava":
+        raise WeightsError(f"config.json has model_type={stated.get('model_type')!r}; 'llava' is accepted")
+    layer, text = stated.get("vision_feature_layer", -2), section(stated, "", "text_config")
     if isinstance(layer, list) and len(layer) != 1:
         raise WeightsError(f"config.json has vision_feature_layer={layer}; one layer is accepted")
-    layer = size(found, "", "vision_feature_layer", -2, "feature_layer")
-    expect(found, "", vision_feature_select_strategy=("default", "full"))
-    strategy = first(found.get("vision_feature_select_strategy"), "default")
+    layer = fields.size(stated, "", "vision_feature_layer", -2, "feature_layer")
+    expect(stated, "", vision_feature_select_strategy=("default", "full"))
+    strategy = first(stated.get("vision_feature_select_strategy"), "default")
+    pad = fields.token(text, "text_config.", "pad_token_id")
     return LlavaConfig(
-        vision=clip_config(section(found, "", "vision_config"), layer, keep_class_token=strategy == "full"),
-        text=decoder_config({**text, "tie_word_embeddings": is_tied(found)}, "text_config."),
-        image_token_id=first(token(found, "", "image_token_id"), token(found, "", "image_token_index"), 32000),
-        pad_token_id=first(token(found, "", "pad_token_id"), token(text, "text_config.", "pad_token_id"), 0),
-        eos_token_id=first(end_of(found, ""), end_of(text, "text_config."), 2),
-        projector_activation=activation(found, "", "projector_hidden_act", "gelu"),
-        projector_bias=flag(found, "", "multimodal_projector_bias", True),
+        vision=clip_config(section(stated, "", "vision_config"), layer, keep_class_token=strategy == "full"),
+        text=decoder_config({**text, "tie_word_embeddings": is_tied(stated)}, "text_config."),
+        image_token_id=fields.image_token(stated, 32000),
+        pad_token_id=first(fields.token(stated, "", "pad_token_id"), pad, 0),
+        eos_token_id=first(fields.end_of(stated, ""), fields.end_of(text, "text_config."), 2),
+        projector_activation=fields.activation(stated, "", "projector_hidden_act", "gelu"),
+        projector_bias=fields.flag(stated, "", "multimodal_projector_bias", True),
     )
 
 
-def _from_original(found: dict, clip: dict | None) -> LlavaConfig:
-    expect(found, "", mm_projector_type="mlp2x_gelu", mm_vision_select_feature="patch",
-           mm_use_im_start_end=False, mm_use_im_patch_token=False, mm_patch_merge_type="flat",
-           image_aspect_ratio=("pad", "square"))  # fmt: skip
-    # The original repository's sentinel -200 is no token id; llava-hf's choice takes its place.
-    return LlavaConfig(
-        vision=original_vision(found, clip),
-        text=llama2_config(found),
-        image_token_id=32000,
-        pad_token_id=token(found, "", "pad_token_id", 0),
-        eos_token_id=end_of(found, "", 2),
-    )
-
-
-def original_vision(found: dict, clip: dict | None) -> ClipVisionConfig:
+def original_vision(stated: dict, clip: dict | None) -> ClipVisionConfig:
     """The vision tower that an original's config.json names; its sizes stand in `clip`, CLIP's own config.json.
 
     Without that it is the one of every release, and must be named so.
     """
-    layer = size(found, "", "mm_vision_select_layer", -2, "feature_layer")
+    layer = fields.size(stated, "", "mm_vision_select_layer", -2, "feature_layer")
     if clip is not None:
         vision = clip_config(section(clip, "", "vision_config") or clip, layer)
     else:
-        name = first(found.get("mm_vision_tower"), CLIP_REPO)
+        name = first(stated.get("mm_vision_tower"), CLIP_REPO)
         if CLIP_REPO.split("/")[1] not in str(name):
             raise WeightsError(
                 f"config.json has mm_vision_tower={str(name)[:100]!r}; {CLIP_REPO!r} is accepted, or --clip=DIR"
             )
         vision = ClipVisionConfig(feature_layer=layer)
-    expect(found, "", mm_hidden_size=vision.embed_dim)
+    expect(stated, "", mm_hidden_size=vision.embed_dim)
     return vision
 
 
-def clip_config(found: dict, feature_layer: int, *, keep_class_token: bool = False) -> ClipVisionConfig:
+def clip_config(stated: dict, feature_layer: int, *, keep_class_token: bool = False) -> ClipVisionConfig:
     """The vision tower that a `vision_config` of CLIP's fields states."""
-    part = "vision_config."
-    expect(found, part, num_channels=3, model_type=("clip_vision_model", "clip"))
-    try:
-        return ClipVisionConfig(
-            image_size_px=size(found, part, "image_size", 224),
-            patch_size_px=size(found, part, "patch_size", 32),
-            num_layers=number(found, part, "num_hidden_layers", 12, "num_layers"),
-            feature_layer=feature_layer,
-            embed_dim=number(found, part, "hidden_size", 768, "embed_dim"),
-            num_heads=number(found, part, "num_attention_heads", 12, "num_heads"),
-            mlp_dim=number(found, part, "intermediate_size", 3072, "mlp_dim"),
-            norm_eps=number(found, part, "layer_norm_eps", 1e-5, "norm_eps", kind=float),
-            activation=activation(found, part, "hidden_act", "quick_gelu"),
-            keep_class_token=keep_class_token,
-        )
-    except ValueError as error:
-        raise refused(error, part) from error
+    prefix = "vision_config."
+    expect(stated, prefix, num_channels=3, model_type=("clip_vision_model", "clip"))
+    return fields.read_dataclass(
+        CLIP_KEYS, CLIP_DEFAULTS, stated, prefix, feature_layer=feature_layer, keep_class_token=keep_class_token
+    )
 
 
-def decoder_config(found: dict, prefix: str) -> DecoderConfig:
+def decoder_config(stated: dict, prefix: str) -> DecoderConfig:
     """The decoder that Llama's config.json, or a `text_config` of its fields, states; prefix: of the fields' names."""
-    expect(found, prefix, model_type=("llama", "llava", "llava_llama"))
-    _, theta, scaling = rope(found, prefix, 10000.0)
-    num_heads = number(found, prefix, "num_attention_heads", 32, "num_heads")
-    width = number(found, prefix, "hidden_size", 4096, "embed_dim")
-    biased = flag(found, prefix, "attention_bias", False)
-    try:
-        return DecoderConfig(
-            vocab_size=number(found, prefix, "vocab_size", 32000, "vocab_size"),
-            num_layers=number(found, prefix, "num_hidden_layers", 32, "num_layers"),
-            embed_dim=width,
-            num_heads=num_heads,
-            num_kv_heads=number(found, prefix, "num_key_value_heads", num_heads, "num_kv_heads", null=True),
-            head_dim=number(found, prefix, "head_dim", width // num_heads, "head_dim", null=True),
-            mlp_dim=number(found, prefix, "intermediate_size", 11008, "mlp_dim"),
-            rope_theta=theta,
-            norm_eps=number(found, prefix, "rms_norm_eps", 1e-6, "norm_eps", kind=float),
-            max_positions=number(found, prefix, "max_position_embeddings", 2048, "max_positions"),
-            qkv_bias=biased,
-            out_bias=biased,
-            mlp_bias=flag(found, prefix, "mlp_bias", False),
-            tie_head=flag(found, prefix, "tie_word_embeddings", False),
-            rope_scaling=scaling,
-            activation=activation(found, prefix, "hidden_act", "silu"),
-        )
-    except ValueError as error:
-        raise refused(error, prefix) from error
+    expect(stated, prefix, model_type=("llama", "llava", "llava_llama"))
+    _, theta, scaling = fields.rope(stated, prefix, 10000.0)
+    num_heads = fields.number(stated, prefix, "num_attention_heads", 32, "num_heads")
+    width = fields.number(stated, prefix, "hidden_size", 4096, "embed_dim")
+    absent = {"num_kv_heads": num_heads, "head_dim": width // num_heads}
+    out_bias = fields.flag(stated, prefix, "attention_bias", False)
+    return fields.read_dataclass(
+        LLAMA_KEYS, LLAMA_DEFAULTS, stated, prefix, absent, rope_theta=theta, rope_scaling=scaling, out_bias=out_bias
+    )
 
 
-def llama2_config(found: dict) -> DecoderConfig:
+def llama2_config(stated: dict) -> DecoderConfig:
     """As `decoder_config`, where only what Llama 2 has is computed, or can be written again."""
-    expect(found, "", hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=False)
-    rope(found, "", 10000.0, scaled=())
-    return decoder_config(found, "")
+    expect(stated, "", hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=False)
+    fields.rope(stated, "", 10000.0, scaled=())
+    return decoder_config(stated, "")
 
 
 def config_to_json(config: LlavaConfig, dtype: str) -> dict:
@@ -358,46 +362,23 @@ def config_to_json(config: LlavaConfig, dtype: str) -> dict:
         "vision_feature_select_strategy": "full" if vision.keep_class_token else "default",
         "tie_word_embeddings": text.tie_head,
         "vision_config": vision_to_json(vision),
-        "text_config": text_to_json(text, dtype),
+        "text_config": text_to_json(text),
     }
 
 
 def vision_to_json(vision: ClipVisionConfig) -> dict:
     """CLIP's fields, as `clip_config` reads them."""
-    return {
-        "model_type": "clip_vision_model",
-        "hidden_act": vision.activation,
-        "hidden_size": vision.embed_dim,
-        "image_size": vision.image_size_px,
-        "intermediate_size": vision.mlp_dim,
-        "layer_norm_eps": vision.norm_eps,
-        "num_attention_heads": vision.num_heads,
-        "num_hidden_layers": vision.num_layers,
-        "patch_size": vision.patch_size_px,
-    }
+    return {"model_type": "clip_vision_model", **fields.written(vision, CLIP_KEYS)}
 
 
-def text_to_json(text: DecoderConfig, dtype: str) -> dict:
+def text_to_json(text: DecoderConfig) -> dict:
     """Llama's fields, as `decoder_config` reads them."""
     # Transformers 4 reads `rope_scaling` alone, transformers 5 either.
-    scaled = {} if text.rope_scaling is None else {"rope_scaling": old_rope_fields(text.rope_scaling)}
+    scaled = {} if text.rope_scaling is None else {"rope_scaling": fields.old_rope_fields(text.rope_scaling)}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_act": text.activation,
-        "attention_bias": text.qkv_bias,
-        "mlp_bias": text.mlp_bias,
-        "hidden_size": text.embed_dim,
-        "intermediate_size": text.mlp_dim,
-        "max_position_embeddings": text.max_positions,
-        "num_attention_heads": text.num_heads,
-        "num_hidden_layers": text.num_layers,
-        "num_key_value_heads": text.num_kv_heads,
-        "head_dim": text.head_dim,
-        "rms_norm_eps": text.norm_eps,
-        "rope_theta": text.rope_theta,
-        "rope_parameters": {**rope_fields(text.rope_scaling), "rope_theta": text.rope_theta},
+        **fields.written(text, LLAMA_KEYS | {"rope_theta": "rope_theta"}),
+        "rope_parameters": {**fields.rope_fields(text.rope_scaling), "rope_theta": text.rope_theta},
         **scaled,
-        "tie_word_embeddings": text.tie_head,
-        "vocab_size": text.vocab_size,
     }

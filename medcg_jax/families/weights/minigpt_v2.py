@@ -14,23 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from medcg_jax.families.decoder import DecoderConfig
-from medcg_jax.families.eva import EvaConfig
-from medcg_jax.families.minigpt_v2 import MiniGPTv2Config
-from medcg_jax.families.weights.engine import (
-    FLAT,
-    SAME,
-    Entry,
-    Transform,
-    canonical_names,
-    conv_patch,
-    fused_qkv,
-    linear,
-)
-from medcg_jax.families.weights.fields import end_of, expect, number, refused, token
-from medcg_jax.families.weights.files import Tensors, WeightsError, joined, open_bin, open_tensors, read_json
-from medcg_jax.families.weights.llava import LLAMA_LAYER, llama2_config
-from medcg_jax.families.weights.positions import resize_positions
+from medcg_jax.families.minigpt_v2.eva import EvaConfig
+from medcg_jax.families.minigpt_v2.model import MiniGPTv2Config
+from medcg_jax.families.weights import fields, tables
+from medcg_jax.families.weights.engine import canonical_names
+from medcg_jax.families.weights.fields import expect
+from medcg_jax.families.weights.files import Tensors, WeightsError, joined, open_bin, open_tensors
+from medcg_jax.families.weights.llava import LLAMA_KEYS, llama2_config, llama_layer
 from medcg_jax.nn.lora import LoraConfig
 
 # Buffers that are saved with the adapters: recomputed here, never parameters.
@@ -43,72 +33,54 @@ EVA_FILE, OWN_FILE = "eva_vit_g.pth", "minigptv2_checkpoint.pth"
 RELEASED = MiniGPTv2Config()
 # Llama's token that opens a sequence.
 BOS = 1
-
-
-def leading_ones(num: int) -> Transform:
-    """PyTorch's tensor with `num` axes of size 1 in front <-> ours without them."""
-    return Transform(
-        load=lambda tensor, shape: tensor.reshape(shape),
-        store=lambda ours: ours.reshape((1,) * num + ours.shape),
-        released_shape=lambda shape: (1,) * num + tuple(shape),
-    )
-
-
+# Of PyTorch's cubic convolution; jax.image has -0.5.
+CUBIC = -0.75
 EVA_LAYER = (
-    ("norm1.weight", "norm1 scale", SAME),
-    ("norm1.bias", "norm1 bias", SAME),
-    ("attn.qkv.weight", "qkv kernel", fused_qkv()),
-    ("attn.q_bias", "q_bias", FLAT),
-    ("attn.v_bias", "v_bias", FLAT),
-    ("attn.proj.weight", "out kernel", linear(inputs=2)),
-    ("attn.proj.bias", "out bias", FLAT),
-    ("norm2.weight", "norm2 scale", SAME),
-    ("norm2.bias", "norm2 bias", SAME),
-    ("mlp.fc1.weight", "up kernel", linear()),
-    ("mlp.fc1.bias", "up bias", FLAT),
-    ("mlp.fc2.weight", "down kernel", linear()),
-    ("mlp.fc2.bias", "down bias", FLAT),
+    *tables.norm("norm1", "norm1"),
+    ("attn.qkv.weight", "qkv kernel", tables.fused_qkv()),
+    ("attn.q_bias", "q_bias", tables.FLAT),
+    ("attn.v_bias", "v_bias", tables.FLAT),
+    *tables.dense("attn.proj", "out", tables.linear(inputs=2)),
+    *tables.norm("norm2", "norm2"),
+    *tables.dense("mlp.fc1", "up"),
+    *tables.dense("mlp.fc2", "down"),
+)
+OUTER = (
+    ("visual_encoder.cls_token", "vision class_token", tables.leading_ones(2)),
+    ("visual_encoder.pos_embed", "vision positions", tables.leading_ones(1)),
+    *tables.norm("ln_vision", "vision norm"),
+    *tables.dense("llama_proj", "projector"),
+    ("llama_model.model.embed_tokens.weight", "decoder embed table", tables.SAME),
+    *tables.norm("llama_model.model.norm", "decoder norm", bias=False),
+    *tables.dense("llama_model.lm_head", "decoder head", bias=False),
 )
 # Product of a layer -> its module.
-MODULES = {ours.split()[0]: name.removesuffix(".weight") for name, ours, _ in LLAMA_LAYER if ours.endswith("kernel")}
-OUTER = (
-    ("visual_encoder.cls_token", "vision class_token", leading_ones(2)),
-    ("visual_encoder.pos_embed", "vision positions", leading_ones(1)),
-    ("visual_encoder.patch_embed.proj.bias", "vision patch bias", FLAT),
-    ("ln_vision.weight", "vision norm scale", SAME),
-    ("ln_vision.bias", "vision norm bias", SAME),
-    ("llama_proj.weight", "projector kernel", linear()),
-    ("llama_proj.bias", "projector bias", FLAT),
+MODULES = {ours.split()[0]: name.removesuffix(".weight") for name, ours, _ in llama_layer() if ours.endswith("kernel")}
+EVA_KEYS = fields.keys(
+    "image_size_px=image_size patch_size_px=patch_size num_layers=vit_depth embed_dim=vit_width num_heads=vit_heads "
+    "mlp_dim=vit_mlp_hidden norm_eps=vit_layer_norm_eps out_norm_eps=ln_vision_eps"
 )
-LLAMA_OUTER = (
-    ("llama_model.model.embed_tokens.weight", "decoder embed table", SAME),
-    ("llama_model.model.norm.weight", "decoder norm scale", SAME),
-    ("llama_model.lm_head.weight", "decoder head kernel", linear()),
-)
+# Of Llama 2, whose activation and biases are no choice.
+LLAMA2_KEYS = {field: key for field, key in LLAMA_KEYS.items() if field not in ("activation", "qkv_bias", "mlp_bias")}
+LLAMA2_KEYS["rope_theta"] = "rope_theta"
+SIZES = ("image_size", "patch_size", "vit_width", "vit_depth", "vit_heads", "vit_mlp_hidden")
+SIZES += ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES += ("lora_r", "lora_alpha")
 
 
-def table(config: MiniGPTv2Config) -> list[Entry]:
+def table(config: MiniGPTv2Config) -> list[tables.Entry]:
     """Canonical name -> parameter, for every tensor of MiniGPT-v2's state dict."""
-    layers, llama_layer = range(config.text.num_layers), "llama_model.model.layers.{layer}."
-    patch = conv_patch(config.vision.patch_size_px)
-    blocks = range(config.vision.num_layers)
+    layers, layer = range(config.text.num_layers), "llama_model.model.layers.{layer}."
+    patch = tables.dense(
+        "visual_encoder.patch_embed.proj", "vision patch", tables.conv_patch(config.vision.patch_size_px)
+    )
+    adapters = sum((tables.lora_halves(MODULES[target], target, target) for target in config.lora.targets), ())
     return [
-        Entry("visual_encoder.patch_embed.proj.weight", ("vision", "patch", "kernel"), patch),
-        *_entries("", (), OUTER + LLAMA_OUTER, None),
-        *_entries("visual_encoder.blocks.{layer}.", ("vision", "blocks"), EVA_LAYER, blocks),
-        *_entries(llama_layer, ("decoder", "blocks"), LLAMA_LAYER, layers),
-        *_entries(llama_layer, ("lora",), _lora_layer(config.lora), layers),
+        *tables.entries(patch + OUTER),
+        *tables.entries(EVA_LAYER, "visual_encoder.blocks.{layer}.", "vision blocks", range(config.vision.num_layers)),
+        *tables.entries(llama_layer(), layer, "decoder blocks", layers),
+        *tables.entries(adapters, layer, "lora", layers),
     ]
-
-
-def _lora_layer(lora: LoraConfig) -> list:
-    made = {"a": lambda ours: linear(inputs=2 if ours == "out" else 1), "b": lambda ours: linear()}
-    pairs = [(ours, half) for ours in lora.targets for half in "ab"]
-    return [(f"{MODULES[ours]}.lora_{h.upper()}.weight", f"{ours} {h}", made[h](ours)) for ours, h in pairs]
-
-
-def _entries(prefix: str, path: tuple[str, ...], lines, layers: range | None) -> list[Entry]:
-    return [Entry(prefix + name, path + tuple(ours.split()), transform, layers) for name, ours, transform in lines]
 
 
 def canonical(name: str) -> str | None:
@@ -142,15 +114,19 @@ def released_name(name: str) -> str:
     return re.sub(r"\.lm_head\.", ".lm_head.0.", name)
 
 
-def read_release(src: Path, parts: Mapping[str, Path]) -> MiniGPTv2Config:
-    """The architecture of the directory `src`: a whole state dict's, or that of the released files."""
-    found = read_json(src / "config.json")
-    if found.get("model_type") == "llama":
-        return dataclasses.replace(RELEASED, text=llama2_config(found))
-    return config_from_json(found)
+def peft_name(name: str) -> str | None:
+    """The name of a weight in the Llama that peft's adapters are put on; None: it is not in there."""
+    return name.removeprefix("llama_model.") if name.startswith("llama_model.") else None
 
 
-def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[str, str]]:
+def read_release(src: Path, stated: dict, parts: Mapping[str, Path]) -> MiniGPTv2Config:
+    """The architecture that `stated`, the config.json of `src`, states: a whole state dict's, or the released Llama's."""
+    if stated.get("model_type") == "llama":
+        return dataclasses.replace(RELEASED, text=llama2_config(stated))
+    return config_from_json(stated)
+
+
+def open_release(src: Path, stated: dict, parts: Mapping[str, Path]) -> tuple[Tensors, dict[str, str]]:
     """(tensors, canonical name -> name in them) of the directory `src`.
 
     parts: where `src` is Llama-2-chat's, the files `eva` (eva_vit_g.pth) and `minigpt` (MiniGPT-v2's .pth); those that
@@ -162,18 +138,17 @@ def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[st
     Raises:
       WeightsError: a file is missing or no file of tensors.
     """
-    if read_json(src / "config.json").get("model_type") != "llama":
-        tensors = open_tensors(src)
-        return tensors, canonical_names(tensors.shapes, canonical, str(src))
-    vision = read_release(src, parts).vision
+    llama = open_tensors(src)
+    if stated.get("model_type") != "llama":
+        return llama, canonical_names(llama.shapes, canonical, str(src))
+    vision = RELEASED.vision
     eva_file, own_file = _part(src, parts, "eva", EVA_FILE), _part(src, parts, "minigpt", OWN_FILE)
-    llama, eva, own = open_tensors(src), _resized(open_bin(eva_file), vision), open_bin(own_file, "model")
-    norm = {"ln_vision.weight": np.ones(vision.embed_dim, np.float32)}
-    norm["ln_vision.bias"] = 0 * norm["ln_vision.weight"]
-    plain = Tensors({name: value.shape for name, value in norm.items()}, norm.__getitem__)
+    eva, own = _resized(open_bin(eva_file), vision), open_bin(own_file, "model")
+    width = vision.embed_dim
+    default = {"ln_vision.weight": np.ones(width, np.float32), "ln_vision.bias": np.zeros(width, np.float32)}
     return joined(
         (llama, canonical_names(llama.shapes, canonical_llama, str(src))),
-        (plain, canonical_names(norm, canonical, "the default norm")),
+        (Tensors.of(default), {name: name for name in default}),
         (eva, canonical_names(eva.shapes, lambda name: canonical_eva(name, vision.num_layers), str(eva_file))),
         (own, canonical_names(own.shapes, canonical, str(own_file))),
     )
@@ -196,86 +171,100 @@ def _resized(eva: Tensors, vision: EvaConfig) -> Tensors:
     shapes = dict(eva.shapes)
     if name in shapes and len(shapes[name]) == 3 and math.isqrt(shapes[name][1] - 1) ** 2 == shapes[name][1] - 1:
         shapes[name] = (1, side * side + 1, shapes[name][2])
+    is_same = shapes == eva.shapes
 
-    def read(wanted: str) -> np.ndarray:
-        value = eva.read(wanted)
-        return resize_positions(value[0], side)[None] if value.shape != shapes[wanted] else value
+    def read(key: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        if key != name or is_same:
+            return eva.read(key, index)
+        # Whole: each new position is made of sixteen old ones.
+        return resize_positions(eva.read(key)[0], side)[None][index]
 
-    def dtype(wanted: str) -> np.dtype:
-        return np.dtype(np.float32) if shapes[wanted] != eva.shapes[wanted] else eva.dtype(wanted)
+    def dtype(key: str) -> np.dtype:
+        return eva.dtype(key) if key != name or is_same else np.dtype(np.float32)
 
     return Tensors(shapes, read, dtype, eva.origin)
 
 
-def config_from_json(found: dict) -> MiniGPTv2Config:
+def resize_positions(positions: np.ndarray, side: int) -> np.ndarray:
+    """float32[1 + side * side, E]: the class token's row as it is, the square grid behind it by bicubic interpolation.
+
+    positions: float[1 + s * s, E]. Equal to `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)`.
+    Source: Vision-CAIR/MiniGPT-4:minigpt4/models/eva_vit.py:interpolate_pos_embed at d94738a.
+    """
+    positions = np.asarray(positions, np.float64)
+    old = round((len(positions) - 1) ** 0.5)
+    grid = positions[1:].reshape(old, old, -1)
+    weights = cubic_weights(old, side)
+    resized = np.einsum("ia,jb,abe->ije", weights, weights, grid, optimize=True)
+    return np.concatenate([positions[:1], resized.reshape(side * side, -1)]).astype(np.float32)
+
+
+def cubic_weights(old: int, new: int) -> np.ndarray:
+    """float64[new, old] how much each old point gives to each new one; pixel centres, the border repeated outwards."""
+    places = (np.arange(new) + 0.5) * old / new - 0.5
+    first = np.floor(places).astype(int)
+    weights = np.zeros((new, old))
+    for tap in range(-1, 3):
+        distance = np.abs(places - (first + tap))
+        near = ((CUBIC + 2) * distance - (CUBIC + 3)) * distance**2 + 1
+        far = CUBIC * (((distance - 5) * distance + 8) * distance - 4)
+        taken = np.clip(first + tap, 0, old - 1)
+        np.add.at(weights, (np.arange(new), taken), np.where(distance <= 1, near, far))
+    return weights
+
+
+def config_from_json(stated: dict) -> MiniGPTv2Config:
     """The architecture that a whole state dict's config.json states.
 
     Raises:
       WeightsError: it is of another model, lacks a size, or differs from what this port computes; names the difference.
     """
-    expect(found, "", model_type="minigpt_v2")
-    sizes = (
-        "image_size", "patch_size", "vit_width", "vit_depth", "vit_heads", "vit_mlp_hidden", "vocab_size",
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "lora_r", "lora_alpha",
-    )  # fmt: skip
-    missing = [name for name in sizes if name not in found]
+    expect(stated, "", model_type="minigpt_v2")
+    missing = [name for name in SIZES if stated.get(name) is None]
     if missing:
         raise WeightsError(f"config.json of MiniGPT-v2 lacks {', '.join(missing)}")
-    targets = {name.partition(".")[2]: ours for ours, name in MODULES.items()}
-    modules = found.get("lora_target_modules", ["q_proj", "v_proj"])
-    if not isinstance(modules, list) or not modules or any(name not in list(targets) for name in modules):
-        accepted = f"['q_proj', 'v_proj'] or others of {', '.join(targets)}"
-        raise WeightsError(f"config.json has lora_target_modules={str(modules)[:100]}; {accepted} are accepted")
-    rank = number(found, "", "lora_r", None, "rank")
-    alpha = number(found, "", "lora_alpha", None, "alpha", kind=float)
-    lora = LoraConfig(rank, alpha, tuple(targets[name] for name in modules))
-    scale = number(found, "", "lora_scale", lora.scale, "alpha", kind=float)
-    if not math.isclose(scale, lora.scale, rel_tol=1e-6):
-        raise WeightsError(f"config.json has lora_scale={scale!r}; {lora.scale!r} is accepted")
+    vision = fields.read_dataclass(EVA_KEYS, RELEASED.vision, stated)
+    # Transformers' own default of the norm's epsilon is another model's.
+    text = llama2_config({"rms_norm_eps": RELEASED.text.norm_eps, **stated, "model_type": "llama"})
+    groups = fields.number(stated, "", "tokens_per_group", RELEASED.patches_per_token, "patches_per_token")
+    lora = _lora(stated)
     try:
-        config = _config(found, lora)
+        config = MiniGPTv2Config(
+            vision=vision,
+            text=text,
+            lora=lora,
+            patches_per_token=groups,
+            image_token_id=fields.token(stated, "", "image_token_id", max(RELEASED.image_token_id, text.vocab_size)),
+            pad_token_id=fields.token(stated, "", "pad_token_id", RELEASED.pad_token_id),
+            eos_token_id=fields.end_of(stated, "", RELEASED.eos_token_id),
+        )
     except ValueError as error:
-        raise refused(error, "") from error
-    expect(found, "", num_image_tokens=config.num_image_tokens)
+        raise fields.refused(error, "") from error
+    expect(stated, "", num_image_tokens=config.num_image_tokens)
     return config
 
 
-def _config(found: dict, lora: LoraConfig) -> MiniGPTv2Config:
-    return MiniGPTv2Config(
-        vision=EvaConfig(
-            image_size_px=number(found, "", "image_size", None, "image_size_px"),
-            patch_size_px=number(found, "", "patch_size", None, "patch_size_px"),
-            num_layers=number(found, "", "vit_depth", None, "num_layers"),
-            embed_dim=number(found, "", "vit_width", None, "embed_dim"),
-            num_heads=number(found, "", "vit_heads", None, "num_heads"),
-            mlp_dim=number(found, "", "vit_mlp_hidden", None, "mlp_dim"),
-            norm_eps=number(found, "", "vit_layer_norm_eps", RELEASED.vision.norm_eps, "norm_eps", kind=float),
-            out_norm_eps=number(found, "", "ln_vision_eps", RELEASED.vision.out_norm_eps, "norm_eps", kind=float),
-        ),
-        # Transformers' own default of this field is another model's.
-        text=(text := llama2_config({"rms_norm_eps": RELEASED.text.norm_eps, **found, "model_type": "llama"})),
-        lora=lora,
-        patches_per_token=number(found, "", "tokens_per_group", RELEASED.patches_per_token, "patches_per_token"),
-        image_token_id=token(found, "", "image_token_id", max(RELEASED.image_token_id, text.vocab_size)),
-        pad_token_id=token(found, "", "pad_token_id", RELEASED.pad_token_id),
-        eos_token_id=end_of(found, "", RELEASED.eos_token_id),
-    )
+def _lora(stated: dict) -> LoraConfig:
+    targets = {name.partition(".")[2]: ours for ours, name in MODULES.items()}
+    modules = stated.get("lora_target_modules", ["q_proj", "v_proj"])
+    if not isinstance(modules, list) or not modules or any(name not in list(targets) for name in modules):
+        accepted = f"['q_proj', 'v_proj'] or others of {', '.join(targets)}"
+        raise WeightsError(f"config.json has lora_target_modules={str(modules)[:100]}; {accepted} are accepted")
+    rank = fields.number(stated, "", "lora_r", None, "rank")
+    alpha = fields.number(stated, "", "lora_alpha", None, "alpha", kind=float)
+    lora = LoraConfig(rank, alpha, tuple(targets[name] for name in modules))
+    scale = fields.number(stated, "", "lora_scale", lora.scale, "alpha", kind=float)
+    if not math.isclose(scale, lora.scale, rel_tol=1e-6):
+        raise WeightsError(f"config.json has lora_scale={scale!r}; {lora.scale!r} is accepted")
+    return lora
 
 
 def config_to_json(config: MiniGPTv2Config, dtype: str) -> dict:
     """config.json beside a whole state dict of this architecture."""
-    vision = config.vision
     return {
         "model_type": "minigpt_v2",
         "torch_dtype": dtype,
-        "image_size": vision.image_size_px,
-        "patch_size": vision.patch_size_px,
-        "vit_width": vision.embed_dim,
-        "vit_depth": vision.num_layers,
-        "vit_heads": vision.num_heads,
-        "vit_mlp_hidden": vision.mlp_dim,
-        "vit_layer_norm_eps": vision.norm_eps,
-        "ln_vision_eps": vision.out_norm_eps,
+        **fields.written(config.vision, EVA_KEYS),
         "tokens_per_group": config.patches_per_token,
         "num_image_tokens": config.num_image_tokens,
         "lora_r": config.lora.rank,
@@ -285,37 +274,5 @@ def config_to_json(config: MiniGPTv2Config, dtype: str) -> dict:
         "image_token_id": config.image_token_id,
         "pad_token_id": config.pad_token_id,
         "eos_token_id": config.eos_token_id,
-        **_text_sizes(config.text),
-    }
-
-
-def llama_json(config: MiniGPTv2Config, dtype: str) -> dict:
-    """config.json of the decoder alone, as transformers' Llama."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "torch_dtype": dtype,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": BOS,
-        "eos_token_id": config.eos_token_id,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.text.rope_theta},
-        **_text_sizes(config.text),
-    }
-
-
-def _text_sizes(text: DecoderConfig) -> dict:
-    return {
-        "hidden_size": text.embed_dim,
-        "intermediate_size": text.mlp_dim,
-        "max_position_embeddings": text.max_positions,
-        "num_attention_heads": text.num_heads,
-        "num_hidden_layers": text.num_layers,
-        "num_key_value_heads": text.num_kv_heads,
-        "head_dim": text.head_dim,
-        "rms_norm_eps": text.norm_eps,
-        "rope_theta": text.rope_theta,
-        "tie_word_embeddings": False,
-        "vocab_size": text.vocab_size,
+        **fields.written(config.text, LLAMA2_KEYS),
     }

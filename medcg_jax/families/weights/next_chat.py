@@ -8,133 +8,115 @@ Source: NExT-ChatV/NExT-Chat:mllm/models/nextchat/*.py, mllm/models/sam/modeling
 import dataclasses
 import re
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
-from medcg_jax.families.next_chat import NextChatConfig
-from medcg_jax.families.sam import SamConfig
-from medcg_jax.families.weights import llava
-from medcg_jax.families.weights.engine import FLAT, SAME, Entry, Transform, canonical_names, conv_patch, linear
-from medcg_jax.families.weights.fields import end_of, expect, section, token
-from medcg_jax.families.weights.files import Tensors, WeightsError, joined, open_bin, read_json
-from medcg_jax.families.weights.limits import dataclass_of
+from medcg_jax.families.next_chat.model import NextChatConfig
+from medcg_jax.families.next_chat.sam import SamConfig
+from medcg_jax.families.weights import llava, tables
+from medcg_jax.families.weights.engine import canonical_names
+from medcg_jax.families.weights.fields import dataclass_of, end_of, expect, section, token
+from medcg_jax.families.weights.files import Tensors, WeightsError, joined, open_bin
 
 SAM_FILE = "sam_vit_h_4b8939.pth"
 SEGMENTS, BOXES_ONLY = "NextChatForSegLM", "NextChatForCausalLM"
-
 # A row of a table, or a table of positions, with an axis of 1 before it.
-ONE_ROW = Transform(
-    load=lambda tensor, shape: tensor.reshape(shape),
-    store=lambda ours: ours[None],
-    released_shape=lambda shape: (1, *shape),
-)
+ONE_ROW = tables.leading_ones(1)
 # PyTorch's transposed conv kernel [in, out, 2, 2] <-> ours [in, 2, 2, out].
-UPSCALE = Transform(
-    load=lambda tensor, shape: tensor.transpose(0, 2, 3, 1),
-    store=lambda ours: ours.transpose(0, 3, 1, 2),
-    released_shape=lambda shape: (shape[0], shape[3], shape[1], shape[2]),
+UPSCALE = tables.Transform(lambda shape: (tuple((shape[i],) for i in (0, 3, 1, 2)), (0, 2, 3, 1)))
+BOXES = (
+    *tables.dense("loc_encoder.0", "encode_up"),
+    *tables.dense("loc_encoder.2", "encode_down"),
+    *tables.dense("loc_decoder.0", "decode_up"),
+    *tables.dense("loc_decoder.2", "decode_down"),
+)
+MASK_PROMPT = tables.dense("seg_prompt_mlp.0", "up") + tables.dense("seg_prompt_mlp.2", "down")
+SAM_LAYER = (
+    *tables.norm("norm1", "norm1"),
+    *tables.dense("attn.qkv", "qkv"),
+    *tables.dense("attn.proj", "out", tables.linear(inputs=2)),
+    ("attn.rel_pos_h", "rows", tables.SAME),
+    ("attn.rel_pos_w", "columns", tables.SAME),
+    *tables.norm("norm2", "norm2"),
+    *tables.dense("mlp.lin1", "up"),
+    *tables.dense("mlp.lin2", "down"),
+)
+DECODER_LAYER = (
+    *tables.attention("self_attn", "tokens"),
+    *tables.norm("norm1", "norm1"),
+    *tables.attention("cross_attn_token_to_image", "to_image"),
+    *tables.norm("norm2", "norm2"),
+    *tables.dense("mlp.lin1", "up"),
+    *tables.dense("mlp.lin2", "down"),
+    *tables.norm("norm3", "norm3"),
+    *tables.norm("norm4", "norm4"),
+    *tables.attention("cross_attn_image_to_token", "to_tokens"),
+)
+DECODER_OUTER = (
+    ("iou_token.weight", "iou_token", ONE_ROW),
+    ("mask_tokens.weight", "mask_tokens", tables.SAME),
+    *tables.attention("transformer.final_attn_token_to_image", "to_image"),
+    *tables.norm("transformer.norm_final_attn", "norm"),
+    *tables.dense("output_upscaling.0", "upscale1", UPSCALE),
+    *tables.norm("output_upscaling.1", "upscale_norm"),
+    *tables.dense("output_upscaling.3", "upscale2", UPSCALE),
 )
 
 
-def table(config: NextChatConfig) -> list[Entry]:
+def table(config: NextChatConfig) -> list[tables.Entry]:
     """Canonical name -> parameter, for every tensor of a NExT-Chat checkpoint."""
-    entries = llava.table(config)
-    for ours, released in (("encode_up", "encoder.0"), ("encode_down", "encoder.2"), ("decode_up", "decoder.0"),
-                           ("decode_down", "decoder.2")):  # fmt: skip
-        entries += _dense(f"loc_{released}", ("boxes", ours))
-    if config.sam is not None:
-        entries += _dense("seg_prompt_mlp.0", ("mask_prompt", "up")) + _dense(
-            "seg_prompt_mlp.2", ("mask_prompt", "down")
-        )
-        entries += sam_table(config.sam)
-    return entries
+    own = llava.table(config) + tables.entries(BOXES, path="boxes")
+    if config.sam is None:
+        return own
+    return own + tables.entries(MASK_PROMPT, path="mask_prompt") + sam_table(config.sam)
 
 
-def sam_table(sam: SamConfig) -> list[Entry]:
+def sam_table(sam: SamConfig) -> list[tables.Entry]:
     """The part of the table for SAM, whose tensors have their names in SAM's own file behind `sam.model.`."""
-    return _sam_encoder(sam) + _sam_prompt(sam) + _mask_decoder(sam)
-
-
-def _dense(name: str, path: tuple[str, ...], *, kernel=None, layers: range | tuple | None = None) -> list[Entry]:
-    kernel = linear() if kernel is None else kernel
+    small = sam.mask_prompt_dim
+    encoder = (
+        ("pos_embed", "positions", ONE_ROW),
+        *tables.dense("patch_embed.proj", "patch", tables.conv_patch(sam.patch_size_px)),
+        *tables.dense("neck.0", "neck1", tables.conv_patch(1, sam.embed_dim), bias=False),
+        *tables.norm("neck.1", "norm1"),
+        *tables.dense("neck.2", "neck2", tables.conv_patch(3, sam.prompt_dim), bias=False),
+        *tables.norm("neck.3", "norm2"),
+    )
+    prompt = (
+        ("pe_layer.positional_encoding_gaussian_matrix", "frequencies", tables.SAME),
+        ("not_a_point_embed.weight", "not_a_point", ONE_ROW),
+        ("no_mask_embed.weight", "no_mask", ONE_ROW),
+        *tables.dense("mask_downscaling.0", "mask1", tables.conv_patch(2, 1)),
+        *tables.norm("mask_downscaling.1", "mask_norm1"),
+        *tables.dense("mask_downscaling.3", "mask2", tables.conv_patch(2, small // 4)),
+        *tables.norm("mask_downscaling.4", "mask_norm2"),
+        *tables.dense("mask_downscaling.6", "mask3", tables.conv_patch(1, small)),
+    )
+    points = (("point_embeddings.{layer}.weight", "points", ONE_ROW),)
+    hyper = sum((tables.dense(f"layers.{i}", f"layer{i}") for i in range(3)), ())
+    iou = sum((tables.dense(f"layers.{i}", f"layer{i}") for i in range(sam.num_iou_layers)), ())
+    name, prompt_name, mask_name = (
+        f"sam.model.{part}." for part in ("image_encoder", "prompt_encoder", "mask_decoder")
+    )
+    stacks = (("windowed", sam.windowed_layers), ("whole", sam.global_layers))
+    blocks = [
+        tables.entries(SAM_LAYER, name + "blocks.{layer}.", f"sam_encoder {kind}", at) for kind, at in stacks if at
+    ]
+    decoder_layers = range(sam.num_decoder_layers)
     return [
-        Entry(f"{name}.weight", (*path, "kernel"), kernel, layers),
-        Entry(f"{name}.bias", (*path, "bias"), FLAT, layers),
+        *tables.entries(encoder, name, "sam_encoder"),
+        *chain(*blocks),
+        *tables.entries(prompt, prompt_name, "sam_prompt"),
+        *tables.entries(points, prompt_name, "sam_prompt", range(4)),
+        *tables.entries(DECODER_OUTER, mask_name, "mask_decoder"),
+        *tables.entries(
+            DECODER_LAYER, mask_name + "transformer.layers.{layer}.", "mask_decoder blocks", decoder_layers
+        ),
+        *tables.entries(
+            hyper, mask_name + "output_hypernetworks_mlps.{layer}.", "mask_decoder mask_mlps", range(sam.num_masks)
+        ),
+        *tables.entries(iou, mask_name + "iou_prediction_head.", "mask_decoder iou_mlp"),
     ]
-
-
-def _norm(name: str, path: tuple[str, ...], layers: range | tuple | None = None) -> list[Entry]:
-    return [
-        Entry(f"{name}.weight", (*path, "scale"), SAME, layers),
-        Entry(f"{name}.bias", (*path, "bias"), SAME, layers),
-    ]
-
-
-def _sam_encoder(sam: SamConfig) -> list[Entry]:
-    name, path = "sam.model.image_encoder.", ("sam_encoder",)
-    entries = [Entry(name + "pos_embed", (*path, "positions"), ONE_ROW)]
-    entries += _dense(name + "patch_embed.proj", (*path, "patch"), kernel=conv_patch(sam.patch_size_px))
-    for stack, layers in (("windowed", sam.windowed_layers), ("whole", sam.global_layers)):
-        if not layers:
-            continue
-        block, ours = name + "blocks.{layer}.", (*path, stack)
-        entries += _norm(block + "norm1", (*ours, "norm1"), layers) + _norm(block + "norm2", (*ours, "norm2"), layers)
-        entries += _dense(block + "attn.qkv", (*ours, "qkv"), layers=layers)
-        entries += _dense(block + "attn.proj", (*ours, "out"), kernel=linear(inputs=2), layers=layers)
-        entries.append(Entry(block + "attn.rel_pos_h", (*ours, "rows"), SAME, layers))
-        entries.append(Entry(block + "attn.rel_pos_w", (*ours, "columns"), SAME, layers))
-        entries += _dense(block + "mlp.lin1", (*ours, "up"), layers=layers)
-        entries += _dense(block + "mlp.lin2", (*ours, "down"), layers=layers)
-    entries.append(Entry(name + "neck.0.weight", (*path, "neck1", "kernel"), conv_patch(1, sam.embed_dim)))
-    entries.append(Entry(name + "neck.2.weight", (*path, "neck2", "kernel"), conv_patch(3, sam.prompt_dim)))
-    return entries + _norm(name + "neck.1", (*path, "norm1")) + _norm(name + "neck.3", (*path, "norm2"))
-
-
-def _sam_prompt(sam: SamConfig) -> list[Entry]:
-    name, path, small = "sam.model.prompt_encoder.", ("sam_prompt",), sam.mask_prompt_dim
-    masks = name + "mask_downscaling."
-    entries = [
-        Entry(name + "pe_layer.positional_encoding_gaussian_matrix", (*path, "frequencies"), SAME),
-        Entry(name + "point_embeddings.{layer}.weight", (*path, "points"), ONE_ROW, range(4)),
-        Entry(name + "not_a_point_embed.weight", (*path, "not_a_point"), ONE_ROW),
-        Entry(name + "no_mask_embed.weight", (*path, "no_mask"), ONE_ROW),
-    ]
-    for i, ours, kernel in ((0, "mask1", conv_patch(2, 1)), (3, "mask2", conv_patch(2, small // 4)),
-                            (6, "mask3", conv_patch(1, small))):  # fmt: skip
-        entries += _dense(f"{masks}{i}", (*path, ours), kernel=kernel)
-    return entries + _norm(masks + "1", (*path, "mask_norm1")) + _norm(masks + "4", (*path, "mask_norm2"))
-
-
-def _mask_decoder(sam: SamConfig) -> list[Entry]:
-    name, path = "sam.model.mask_decoder.", ("mask_decoder",)
-    layers, masks = range(sam.num_decoder_layers), range(sam.num_masks)
-    block, ours = name + "transformer.layers.{layer}.", (*path, "blocks")
-    entries = [
-        Entry(name + "iou_token.weight", (*path, "iou_token"), ONE_ROW),
-        Entry(name + "mask_tokens.weight", (*path, "mask_tokens"), SAME),
-    ]
-    for released, own in (("self_attn", "tokens"), ("cross_attn_token_to_image", "to_image"),
-                          ("cross_attn_image_to_token", "to_tokens")):  # fmt: skip
-        entries += _attention(block + released, (*ours, own), layers)
-    for i in range(1, 5):
-        entries += _norm(f"{block}norm{i}", (*ours, f"norm{i}"), layers)
-    entries += _dense(block + "mlp.lin1", (*ours, "up"), layers=layers)
-    entries += _dense(block + "mlp.lin2", (*ours, "down"), layers=layers)
-    entries += _attention(name + "transformer.final_attn_token_to_image", (*path, "to_image"))
-    entries += _norm(name + "transformer.norm_final_attn", (*path, "norm"))
-    entries += _dense(name + "output_upscaling.0", (*path, "upscale1"), kernel=UPSCALE)
-    entries += _norm(name + "output_upscaling.1", (*path, "upscale_norm"))
-    entries += _dense(name + "output_upscaling.3", (*path, "upscale2"), kernel=UPSCALE)
-    for i in range(3):
-        mlp = name + "output_hypernetworks_mlps.{layer}.layers." + str(i)
-        entries += _dense(mlp, (*path, "mask_mlps", f"layer{i}"), layers=masks)
-    for i in range(sam.num_iou_layers):
-        entries += _dense(f"{name}iou_prediction_head.layers.{i}", (*path, "iou_mlp", f"layer{i}"))
-    return entries
-
-
-def _attention(name: str, path: tuple[str, ...], layers: range | None = None) -> list[Entry]:
-    parts = [_dense(f"{name}.{part}_proj", (*path, part), layers=layers) for part in "qkv"]
-    return sum(parts, _dense(f"{name}.out_proj", (*path, "out"), kernel=linear(inputs=2), layers=layers))
 
 
 def canonical(name: str) -> str | None:
@@ -150,21 +132,23 @@ def released_name(name: str) -> str:
     return re.sub(r"^multi_modal_projector\.linear_2\.", "model.mm_projector.2.", name)
 
 
-def read_release(src: Path, parts: Mapping[str, Path]) -> NextChatConfig:
-    """The architecture that the released directory `src` states; parts: `clip`, CLIP's directory."""
-    clip = parts.get("clip") or llava.clip_beside(src)
-    return config_from_json(read_json(src / "config.json"), read_json(clip / "config.json") if clip else None)
+def peft_name(name: str) -> str | None:
+    """The name of a weight in the Llama that peft's adapters are put on; None: it is not in there."""
+    return released_name(name) if name.startswith("language_model.") else None
 
 
-def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[str, str]]:
+def read_release(src: Path, stated: dict, parts: Mapping[str, Path]) -> NextChatConfig:
+    """The architecture that `stated`, the config.json of `src`, states; parts: `clip`, CLIP's directory."""
+    return config_from_json(stated, llava.clip_json(src, parts))
+
+
+def open_release(src: Path, stated: dict, parts: Mapping[str, Path]) -> tuple[Tensors, dict[str, str]]:
     """(tensors, canonical name -> name in them) of a released directory, with CLIP and SAM where it has none.
-
-    parts: `clip`, CLIP's directory; `sam`, SAM's file; or what lies beside `src` under their released names.
 
     Raises:
       WeightsError: no weights, or no vision tower in `src` and no CLIP, or masks in `src` and no SAM.
     """
-    tensors, names = llava.open_release(src, parts)
+    tensors, names = llava.open_release(src, stated, parts)
     if "seg_prompt_mlp.0.weight" not in names or any(name.startswith("sam.") for name in names):
         return tensors, names
     file = parts.get("sam", src.resolve().parent / SAM_FILE)
@@ -175,7 +159,7 @@ def open_release(src: Path, parts: Mapping[str, Path]) -> tuple[Tensors, dict[st
     return joined((tensors, names), (sam, sam_names))
 
 
-def config_from_json(found: dict, clip: dict | None = None) -> NextChatConfig:
+def config_from_json(stated: dict, clip: dict | None = None) -> NextChatConfig:
     """The architecture that a config.json states.
 
     It names CLIP and SAM without their sizes: those are ViT-L/14 at 336 pixels and ViT-H unless `clip`, CLIP's own
@@ -184,27 +168,27 @@ def config_from_json(found: dict, clip: dict | None = None) -> NextChatConfig:
     Raises:
       WeightsError: the checkpoint is of another model, or differs from what this port computes.
     """
-    expect(found, "", model_type="nextchat", mm_depth=2, use_mm_proj=True, architectures=([SEGMENTS], [BOXES_ONLY]))
-    has_masks = (found.get("architectures") or [SEGMENTS]) == [SEGMENTS]
-    text = llava.llama2_config({key: value for key, value in found.items() if key != "model_type"})
-    sam = dataclass_of(SamConfig, section(found, "", "sam_config"), "config.json, sam_config")
+    expect(stated, "", model_type="nextchat", mm_depth=2, use_mm_proj=True, architectures=([SEGMENTS], [BOXES_ONLY]))
+    has_masks = (stated.get("architectures") or [SEGMENTS]) == [SEGMENTS]
+    text = llava.llama2_config({key: value for key, value in stated.items() if key != "model_type"})
+    sam = dataclass_of(SamConfig, section(stated, "", "sam_config"), "config.json, sam_config")
     # Five rows are added to the vocabulary: patch, start and end of an image, <at>, <boxes>.
     last = text.vocab_size - 1
     return NextChatConfig(
-        vision=llava.original_vision(found, section(found, "", "vision_config") or clip),
+        vision=llava.original_vision(stated, section(stated, "", "vision_config") or clip),
         text=text,
         sam=sam if has_masks else None,
         image_token_id=last - 4,
         at_token_id=last - 1,
         box_token_id=last,
-        pad_token_id=token(found, "", "pad_token_id", 0),
-        eos_token_id=end_of(found, "", 2),
+        pad_token_id=token(stated, "", "pad_token_id", 0),
+        eos_token_id=end_of(stated, "", 2),
     )
 
 
 def config_to_json(config: NextChatConfig, dtype: str) -> dict:
     """The original's config.json for a checkpoint of this architecture, with the sizes of CLIP and SAM beside it."""
-    text = {key: value for key, value in llava.text_to_json(config.text, dtype).items() if key != "rope_parameters"}
+    text = {key: value for key, value in llava.text_to_json(config.text).items() if key != "rope_parameters"}
     return {
         **text,
         "architectures": [BOXES_ONLY if config.sam is None else SEGMENTS],

@@ -1,7 +1,7 @@
 """What a Med-MAT tree has and lacks: of the catalogue's datasets and subsets, and of the rows of tables 1 to 8.
 
     ledger = read_ledger("medmat")
-    print_ledger(ledger)  # study.ledger_text
+    print_ledger(ledger)  # ledger_text
 
 Only the JSON is read, and whether the images exist: no image is opened, so boxes are not held against image sizes
 (`medcg data check` does both). How many records the full release has is not known, so "complete" says nothing of it.
@@ -9,267 +9,370 @@ Only the JSON is read, and whether the images exist: no image is opened, so boxe
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal
+
+import pandas
 
 from medcg_jax.data import catalogue
-from medcg_jax.data.records import SPLITS, DataError, Split
-from medcg_jax.data.release import labels_in
-from medcg_jax.data.schema import ReleaseError, check_id, check_keys, image_path, parse_choice, read_list, record_name
-from medcg_jax.data.schema_detection import DETECTION_KEYS, has_label, shares_of_image
-from medcg_jax.data.splits import rarest_labels, split_group, train_test_split
-from medcg_jax.data.tree_files import SubsetFile, list_files, read_manifest
-from medcg_jax.study.design.ledger_rows import row_states
-from medcg_jax.study.design.ledger_states import NO_FILES, DatasetState, Ledger, State, SubsetState, Tally
+from medcg_jax.data.records import SPLITS, Split
+from medcg_jax.data.schema import ReleaseError, box_labels
+from medcg_jax.data.splits import labels_in, rarest_labels, split_group, train_test_split
+from medcg_jax.data.tree import NO_FILES, SubsetFile, Tree, subset_table
+from medcg_jax.study.design import mat
 
-# "(kind, reason)" of an image path that the reader refuses.
-_Refusal = tuple[str, str]
+TABLES = range(1, 9)
+State = Literal["complete", "partial", "missing"]
 _ORIGINAL = re.compile(r"ori--?(\w+?)-(train|test)\.json")
+_COLUMNS = ("subset", "split", "data_no", "image", "is_absent")
 
 
-class _RecordUse(NamedTuple):
-    data_no: str
-    image: str
-    labels: list[str]
-    group: str
+@dataclass(frozen=True)
+class Tally:
+    """Records that are well formed, by split, and the different images they name: those there and those absent."""
+
+    train: int
+    test: int
+    images: int
+    absent: int
+
+
+@dataclass(frozen=True)
+class SubsetState:
+    """One subset of the catalogue or of the tree.
+
+    Attributes:
+      triplet: (modality, area, task): the tree's manifest's, else the catalogue's; three "" of a subset of neither.
+      state: "complete": every member has records, both splits are there or can be made, no image is absent and no
+        record broken; "missing": not one record; else "partial". Of the tree's own subsets no members are known.
+      reasons: why it is not complete.
+      train, test: well-formed records; where `split_made`, as the reader parts them (9:1 by image and label).
+      images: different images that exist. absent: that are named and do not.
+      broken: records that the reader refuses for anything but an absent image, by kind.
+      members: of the catalogue's, those with records. lacking: those without. others: further data numbers in it.
+      can_train, can_test: whether the reader gives its records of that split.
+    """
+
+    number: str
+    in_catalogue: bool
+    triplet: tuple[str, str, str]
+    state: State
+    reasons: tuple[str, ...]
+    train: int = 0
+    test: int = 0
+    split_made: bool = False
+    images: int = 0
+    absent: int = 0
+    broken: dict[str, int] = field(default_factory=dict)
+    members: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    can_train: bool = False
+    can_test: bool = False
+
+
+@dataclass(frozen=True)
+class DatasetState:
+    """One dataset of the catalogue, or a data number of the tree's own.
+
+    Attributes:
+      state: "complete": records in each subset that the catalogue has it in (in any, where it has it in none), of both
+        splits, no image absent; "missing": no record; else "partial".
+      name, addresses: the catalogue's, slips mended.
+      found_in: the tree's subsets that have records of it.
+    """
+
+    number: str
+    in_catalogue: bool
+    state: State
+    reasons: tuple[str, ...]
+    name: str = ""
+    addresses: tuple[str, ...] = ()
+    found_in: tuple[str, ...] = ()
+    train: int = 0
+    test: int = 0
+    images: int = 0
+    absent: int = 0
+
+
+@dataclass(frozen=True)
+class RowState:
+    """One printed row.
+
+    Attributes:
+      row: as in `mat.paper_rows`; in tables 1 and 2 the number of the subset that it tests.
+      related: what it is trained on, in tables 1 and 2 all 25 of the multi-task model. target: what it is tested on.
+      state: "full": every subset it needs is complete; "part": it can be computed, on less or other data than the
+        paper's; "blocked".
+      blocked_by: subsets without which it cannot be computed. short_of: of the others that it needs, those that are
+        not complete (in tables 1 and 2 also those not there: the model is trained on the rest).
+    """
+
+    table: int
+    row: int
+    related: tuple[str, ...]
+    target: str
+    state: Literal["full", "part", "blocked"]
+    blocked_by: tuple[str, ...]
+    short_of: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What a tree has.
+
+    Attributes:
+      subsets, datasets: the catalogue's by number, then the tree's own. rows: of tables 1 to 8.
+      total: over all subsets. num_broken: broken records.
+      faults: for what the reader refuses the tree as a whole; no row can be computed until they are mended.
+      box_faults: the same, of the detection files: of rows of tables 5 and 6.
+    """
+
+    root: str
+    subsets: tuple[SubsetState, ...]
+    datasets: tuple[DatasetState, ...]
+    rows: tuple[RowState, ...]
+    total: Tally
+    num_broken: int
+    faults: tuple[str, ...]
+    box_faults: tuple[str, ...]
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a file that is there cannot be used; what is not there is no fault of a tree that is being made."""
+        return any(fault != NO_FILES for fault in (*self.faults, *self.box_faults))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The ledger as JSON takes it, with what the paper states of Med-MAT's size."""
+        return {
+            "root": self.root,
+            "opens": not self.faults,
+            "faults": list(self.faults),
+            "box_faults": list(self.box_faults),
+            **asdict(self.total),
+            "broken": self.num_broken,
+            "subsets": [asdict(state) for state in self.subsets],
+            "datasets": [asdict(state) for state in self.datasets],
+            "rows": [asdict(state) for state in self.rows],
+            "catalogue_counts": {name: asdict(count) for name, count in catalogue.counts().items()},
+        }
+
+
+def states_of(states: Iterable[SubsetState | DatasetState]) -> dict[str, int]:
+    """How many are complete, partial and missing."""
+    counted = Counter(state.state for state in states)
+    return {name: counted[name] for name in ("complete", "partial", "missing")}
 
 
 @dataclass
-class _Part:
-    """One subset file: its well-formed records, and what is wrong with the others."""
+class _FileState:
+    """One subset file. records: (data number, image, labels, group, whether the image is absent) of each well-formed
+    record. file_error: of the file as a whole. first_error: of what the reader refuses first; "" where it takes all."""
 
-    uses: list[_RecordUse] = field(default_factory=list)
-    absent: set[str] = field(default_factory=set)
+    records: list[tuple[str, str, list[str], str, bool]] = field(default_factory=list)
     broken: Counter[str] = field(default_factory=Counter)
     file_error: str = ""
     first_error: str = ""
 
-    @property
-    def is_read(self) -> bool:
-        """Whether the reader takes the file."""
-        return not self.first_error
-
 
 def read_ledger(root: str | Path) -> Ledger:
-    """The ledger of a tree; what is broken in it is counted and ends nothing.
+    """The ledger of a tree, which may be empty; what is broken in it is counted and ends nothing.
 
     Raises:
       DataError: the root is no folder.
     """
-    if not str(root) or not Path(root).is_dir():
-        raise DataError(f"{str(root)!r}: no such folder; that of a Med-MAT tree is accepted, also an empty one")
-    root = Path(os.path.realpath(root))
-    files, refused = list_files(root)
-    faults, box_faults = [str(error) for error in refused], []
+    tree = Tree(root)
+    faults, box_faults = [str(error) for error in tree.refused], []
     try:
-        manifest = read_manifest(root)
+        known = tree.triplets
     except ReleaseError as error:
-        manifest = {}
+        known = subset_table()
         faults.append(str(error))
-    by_number: dict[str, dict[Split, SubsetFile]] = {}
-    for file in files:
-        by_number.setdefault(file.number, {})[file.split] = file
-    if not files:
+    if not tree.files:
         faults.append(NO_FILES)
+    by_number: dict[str, dict[Split, SubsetFile]] = {}
+    for file in tree.files:
+        by_number.setdefault(file.number, {})[file.split] = file
     states: dict[str, SubsetState] = {}
-    tallies: dict[str, dict[str, Tally]] = {}
-    refusals: dict[str, _Refusal | None] = {}
-    known = {s.number: (s.modality, s.area, s.task) for s in catalogue.subsets()}
-    known |= {name: (entry["modality"], entry["area"], entry["task"]) for name, entry in manifest.items()}
-    for number, own in by_number.items():
-        parts = {split: _read(file, root, refusals) for split, file in own.items()}
-        states[number], tallies[number] = _subset_state(number, parts, known.get(number, ("", "", "")))
-        found = faults if not next(iter(own.values())).detection else box_faults
+    frames = [pandas.DataFrame(columns=_COLUMNS, dtype=object)]
+    for number, files in by_number.items():
+        parts = {split: _file_state(tree, file) for split, file in files.items()}
+        frames.append(_frame(number, parts))
+        states[number] = _subset_state(number, parts, frames[-1], known.get(number, ("", "", "")))
+        first = next(iter(files.values()))
+        own_faults = box_faults if first.detection else faults
         if number not in known:
             reason = "neither in the tree's manifest.json nor in Med-MAT's table of 53"
-            found.append(f"{next(iter(own.values())).path.name}: subset {number}: {reason}")
+            own_faults.append(f"{first.path.name}: subset {number}: {reason}")
         # With both splits the reader takes counts from the JSON; else it checks every record when it opens the tree.
         errors = [part.file_error if len(parts) == len(SPLITS) else part.first_error for part in parts.values()]
-        found += filter(None, errors)
-    for number in known:
-        if number not in states and number in _catalogue_numbers():
-            states[number] = _missing_subset(number, known[number])
-    total, by_dataset = Tally(), {}
-    for number, own in tallies.items():
-        for data_no, tally in own.items():
-            total.add(tally)
-            by_dataset.setdefault(data_no, {})[number] = tally
+        own_faults += filter(None, errors)
+    for subset in catalogue.subsets().values():
+        if subset.number not in states:
+            reason = "no file" if subset.released else "no file; its questions are not released"
+            states[subset.number] = SubsetState(
+                subset.number, True, known[subset.number], "missing", (reason,), lacking=subset.datasets
+            )
+    records = pandas.concat(frames, ignore_index=True)
     ordered = sorted(states.values(), key=lambda state: (not state.in_catalogue, state.number))
     return Ledger(
-        str(root), tuple(ordered), _dataset_states(by_dataset, _original_files(root)), row_states(states), total,
-        sum(sum(state.broken.values()) for state in ordered), tuple(faults), tuple(box_faults),
+        str(tree.root), tuple(ordered), _dataset_states(records, _original_files(tree.root)), row_states(states),
+        _tally(records), sum(sum(state.broken.values()) for state in ordered), tuple(faults), tuple(box_faults),
     )  # fmt: skip
 
 
-def _catalogue_numbers() -> set[str]:
-    return {subset.number for subset in catalogue.subsets()}
-
-
-def _read(file: SubsetFile, root: Path, refusals: dict[str, _Refusal | None]) -> _Part:
-    """One file's records. refusals: of each image path looked at, or None; filled as it goes."""
-    part, seen = _Part(), set()
+def _file_state(tree: Tree, file: SubsetFile) -> _FileState:
+    part = _FileState()
     try:
-        raws = read_list(file.path)
+        contents = tree.contents(file)
     except ReleaseError as error:
         part.file_error = part.first_error = str(error)
         return part
-    if file.detection and (reason := shares_of_image(raws)):
-        part.file_error = part.first_error = f"{file.path.name}: {reason}"
-    for place, raw in enumerate(raws):
-        name, labels = record_name(raw, place), []
-        try:
-            check_id(raw, seen, file=file.path.name, place=place)
-            if file.detection:
-                check_keys(raw, DETECTION_KEYS, file.path.name, name)
-                labels = sorted({box["label"] for box in raw["boxes"] if has_label(box)})
-            else:
-                where = {"file": file.path.name, "place": place, "subset": file.number, "split": file.split}
-                labels = labels_in(parse_choice(raw, **where))
-            if raw["image"] not in refusals:
-                refusals[raw["image"]] = _refusal(root, raw["image"])
-            if refusal := refusals[raw["image"]]:
-                raise ReleaseError(file.path.name, name, *refusal)
-        except ReleaseError as error:
-            part.first_error = part.first_error or str(error)
-            if error.kind != "missing_file":
-                part.broken[error.kind] += 1
-                continue
-            part.absent.add(raw["image"])
-        group = raw.get("group", "") if isinstance(raw.get("group", ""), str) else ""
-        part.uses.append(_RecordUse(raw["data-no"], raw["image"], labels, group))
+    if contents.box_units:
+        part.file_error = part.first_error = str(contents.box_units)
+    for entry in contents.entries:
+        if entry.error:
+            part.first_error = part.first_error or str(entry.error)
+        is_absent = entry.error is not None and entry.error.kind == "missing_file"
+        if entry.error and not is_absent:
+            part.broken[entry.error.kind] += 1
+            continue
+        record = entry.record
+        labels = sorted(set(box_labels(entry.raw))) if file.detection else labels_in(record)
+        part.records.append((record.data_no, record.image, labels, record.group, is_absent))
     return part
 
 
-def _moved(uses: list[_RecordUse]) -> set[str]:
-    """The images that the reader splits off for the test."""
-    labels = rarest_labels([use.labels for use in uses])
-    groups = [split_group(use.data_no, use.image, use.group) for use in uses]
-    items = [(use.image, label, group) for use, label, group in zip(uses, labels, groups, strict=True)]
-    return {image for (image, _, _), test in zip(items, train_test_split(items), strict=True) if test}
+def _frame(number: str, parts: Mapping[Split, _FileState]) -> pandas.DataFrame:
+    """A row for each well-formed record of a subset, split as the reader does where it has no test file."""
+    rows = [(number, split, data_no, image, absent) for split, part in parts.items()
+            for data_no, image, _, _, absent in part.records]  # fmt: skip
+    frame = pandas.DataFrame(rows, columns=_COLUMNS, dtype=object)
+    if "test" not in parts:
+        records = parts["train"].records
+        labels = rarest_labels([labels for _, _, labels, _, _ in records])
+        items = [
+            (image, label, split_group(data_no, image, group))
+            for (data_no, image, _, group, _), label in zip(records, labels, strict=True)
+        ]
+        frame["split"] = ["test" if is_test else "train" for is_test in train_test_split(items)]
+    return frame
 
 
-def _refusal(root: Path, image: str) -> _Refusal | None:
-    try:
-        image_path(root, image, file="", record="")
-    except ReleaseError as error:
-        return error.kind, error.reason
-    return None
+def _tally(records: pandas.DataFrame) -> Tally:
+    is_absent = records["is_absent"].astype(bool)
+    counts = records["split"].value_counts()
+    images = (int(records["image"][rows].nunique()) for rows in (~is_absent, is_absent))
+    return Tally(*(int(counts.get(split, 0)) for split in SPLITS), *images)
 
 
 def _subset_state(
-    number: str, parts: dict[Split, _Part], triplet: tuple[str, str, str]
-) -> tuple[SubsetState, dict[str, Tally]]:
-    """The state of a subset with files, and its tally by data number."""
-    tallies: dict[str, Tally] = {}
-    split_made = "test" not in parts
-    moved = _moved(parts["train"].uses) if split_made else set()
-    for split, part in parts.items():
-        for data_no, image, *_ in part.uses:
-            tally = tallies.setdefault(data_no, Tally())
-            if split == "test" or image in moved:
-                tally.test += 1
-            else:
-                tally.train += 1
-            (tally.absent if image in part.absent else tally.images).add(image)
-    whole = Tally()
-    for tally in tallies.values():
-        whole.add(tally)
+    number: str, parts: Mapping[Split, _FileState], records: pandas.DataFrame, triplet: tuple[str, str, str]
+) -> SubsetState:
+    """The state of a subset with files. records: as `_frame`."""
+    tally, split_made, data_numbers = _tally(records), "test" not in parts, set(records["data_no"])
     broken = sum((part.broken for part in parts.values()), Counter())
     members = others = lacking = ()
-    in_catalogue = number in _catalogue_numbers()
-    if in_catalogue:
-        own = catalogue.subset(number)
-        printed = catalogue.numbers(own.printed.get("datasets", ""))
-        members = tuple(data_no for data_no in own.datasets if data_no in tallies)
-        lacking = tuple(data_no for data_no in own.datasets if data_no not in tallies)
-        others = tuple(sorted(set(tallies) - {*own.datasets, *printed}, key=_number_order))
-    reasons = _subset_reasons(parts, whole, lacking, broken)
-    state: State = "partial" if reasons else "complete"
-    read = {split: parts["train" if split_made else split].is_read for split in SPLITS if split_made or split in parts}
-    found = SubsetState(
-        number, in_catalogue, triplet, state if whole.train + whole.test else "missing", reasons, whole.train,
-        whole.test, split_made, len(whole.images), len(whole.absent), dict(broken), members, lacking, others,
-        can_train=bool(whole.train) and read.get("train", False), can_test=bool(whole.test) and read["test"],
-    )  # fmt: skip
-    return found, tallies
-
-
-def _subset_reasons(
-    parts: dict[Split, _Part], whole: Tally, lacking: tuple[str, ...], broken: Counter[str]
-) -> tuple[str, ...]:
-    """Why a subset with files is not complete; () where it is."""
+    listed = catalogue.subsets().get(number)
+    if listed:
+        printed = catalogue.numbers(listed.printed.get("datasets", ""))
+        members = tuple(data_no for data_no in listed.datasets if data_no in data_numbers)
+        lacking = tuple(data_no for data_no in listed.datasets if data_no not in data_numbers)
+        others = tuple(sorted(data_numbers - {*listed.datasets, *printed}, key=_number_order))
     reasons = [part.file_error for part in parts.values() if part.file_error]
     if lacking:
         reasons.append(f"no record of {', '.join(lacking)}")
-    if not whole.train:
+    if not tally.train:
         reasons.append("no training record" if "train" in parts else "no training file")
-    if not whole.test:
-        reasons.append("no test record" if "test" in parts else "no test file, and too few images to split off a tenth")
-    if whole.absent:
-        reasons.append(f"{_count(len(whole.absent), 'image')} absent")
+    if not tally.test:
+        reasons.append("no test file, and too few images to split off a tenth" if split_made else "no test record")
+    if tally.absent:
+        reasons.append(f"{_count(tally.absent, 'image')} absent")
     if broken:
         kinds = ", ".join(f"{kind} {count}" for kind, count in broken.most_common())
         reasons.append(f"{_count(broken.total(), 'broken record')} ({kinds})")
-    return tuple(reasons)
+    is_read = {
+        split: not parts["train" if split_made else split].first_error
+        for split in SPLITS
+        if split_made or split in parts
+    }
+    return SubsetState(
+        number, listed is not None, triplet,
+        "missing" if records.empty else "partial" if reasons else "complete", tuple(reasons), tally.train, tally.test,
+        split_made, tally.images, tally.absent, dict(broken), members, lacking, others,
+        can_train=bool(tally.train) and is_read["train"], can_test=bool(tally.test) and is_read["test"],
+    )  # fmt: skip
 
 
-def _missing_subset(number: str, triplet: tuple[str, str, str]) -> SubsetState:
-    own = catalogue.subset(number)
-    reason = "no file" if own.released else "no file; its questions are not released"
-    return SubsetState(number, True, triplet, "missing", (reason,), lacking=own.datasets)
-
-
-def _dataset_states(by_dataset: dict[str, dict[str, Tally]], original: dict[str, str]) -> tuple[DatasetState, ...]:
-    """by_dataset: data number -> subset -> its tally there."""
-    listed = {own.number: own for own in catalogue.datasets()}
-    found = []
-    for number in sorted({*listed, *by_dataset}, key=lambda number: (number not in listed, *_number_order(number))):
-        own, tallies, whole = listed.get(number), by_dataset.get(number, {}), Tally()
-        for tally in tallies.values():
-            whole.add(tally)
-        absent_from = [subset for subset in own.subsets if subset not in tallies] if own else []
+def _dataset_states(records: pandas.DataFrame, original: Mapping[str, str]) -> tuple[DatasetState, ...]:
+    """records: as `_frame`, of every subset. original: as `_original_files`."""
+    listed = catalogue.datasets()
+    by_number = dict(list(records.groupby("data_no")))
+    states = []
+    for number in sorted({*listed, *by_number}, key=lambda number: (number not in listed, *_number_order(number))):
+        dataset, rows = listed.get(number), by_number.get(number, records[:0])
+        tally, found_in = _tally(rows), tuple(sorted(set(rows["subset"])))
+        absent_from = [subset for subset in dataset.subsets if subset not in found_in] if dataset else []
         reasons = [f"no record in subset {subset}" for subset in absent_from]
-        if not tallies:
-            if own and not own.subsets:
+        if not found_in:
+            if dataset and not dataset.subsets:
                 reasons.append("no record; in no subset of the catalogue")
-            elif own and not any(catalogue.subset(subset).released for subset in own.subsets):
+            elif dataset and not any(catalogue.subsets()[subset].released for subset in dataset.subsets):
                 reasons[-1] += ", whose questions are not released"
             if number in original:
                 reasons.append(f"{original[number]} has it, no subset file does")
-        elif not (whole.train and whole.test):
-            reasons.append("only training records" if whole.train else "only test records")
-        if whole.absent:
-            reasons.append(f"{_count(len(whole.absent), 'image')} absent")
-        state: State = "missing" if not tallies else "partial" if reasons else "complete"
-        found.append(
-            DatasetState(
-                number,
-                own is not None,
-                state,
-                tuple(reasons),
-                own.name if own else "",
-                own.addresses if own else (),
-                tuple(sorted(tallies)),
-                whole.train,
-                whole.test,
-                len(whole.images),
-                len(whole.absent),
-            )
+        elif not (tally.train and tally.test):
+            reasons.append("only training records" if tally.train else "only test records")
+        if tally.absent:
+            reasons.append(f"{_count(tally.absent, 'image')} absent")
+        state: State = "missing" if not found_in else "partial" if reasons else "complete"
+        name, addresses = (dataset.name, dataset.addresses) if dataset else ("", ())
+        states.append(
+            DatasetState(number, dataset is not None, state, tuple(reasons), name, addresses, found_in, **asdict(tally))
         )
-    return tuple(found)
+    return tuple(states)
 
 
 def _original_files(root: Path) -> dict[str, str]:
     """Data number -> the first file of it in Original_Medical_Datasets, which the reader does not take."""
-    found: dict[str, str] = {}
+    first: dict[str, str] = {}
     for path in sorted((root / "Original_Medical_Datasets").glob("ori-*.json")):
         if match := _ORIGINAL.fullmatch(path.name):
-            found.setdefault(match[1].lstrip("0"), f"{path.parent.name}/{path.name}")
-    return found
+            first.setdefault(match[1].lstrip("0"), f"{path.parent.name}/{path.name}")
+    return first
+
+
+def row_states(subsets: Mapping[str, SubsetState]) -> tuple[RowState, ...]:
+    """Every row of tables 1 to 8. subsets: by number, all 53 of the catalogue among them."""
+    inside, outside = mat.paper_split()
+    trainable = any(subsets[number].can_train for number in inside)
+    rows = []
+    for target in inside:
+        usable = subsets[target].can_train and subsets[target].can_test
+        rows.append(_row_state(1, int(target), inside, target, () if usable else (target,), subsets))
+    for target in outside:
+        blocked = (() if trainable else inside) + (() if subsets[target].can_test else (target,))
+        rows.append(_row_state(2, int(target), inside, target, blocked, subsets))
+    for table in TABLES[2:]:
+        for row in mat.paper_rows(table):
+            blocked = tuple(number for number in row.related if not subsets[number].can_train)
+            blocked += () if subsets[row.target].can_test else (row.target,)
+            rows.append(_row_state(table, row.row, row.related, row.target, blocked, subsets))
+    return tuple(rows)
+
+
+def _row_state(
+    table: int, row: int, related: tuple[str, ...], target: str, blocked_by: tuple[str, ...],
+    subsets: Mapping[str, SubsetState],
+) -> RowState:  # fmt: skip
+    needed = dict.fromkeys((*related, target))
+    short_of = tuple(n for n in needed if n not in blocked_by and subsets[n].state != "complete")
+    state = "blocked" if blocked_by else "part" if short_of else "full"
+    return RowState(table, row, related, target, state, blocked_by, short_of)
 
 
 def _number_order(number: str) -> tuple[int, str]:

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from medcg_jax.config import BOX_TABLES, ConfigError, RunConfig, replace
+from medcg_jax.config import BOX_TABLES, RunConfig, replace
 from medcg_jax.data.general import num_general
 from medcg_jax.data.records import Source, Subset
 from medcg_jax.data.sources import open_source, require_subsets
@@ -91,8 +91,6 @@ def make_plan(run: RunConfig, source: Source | None = None) -> Plan:
     Raises:
       ConfigError, DataError: as `expand`, or the data cannot be read.
     """
-    if run.data.pack:
-        raise ConfigError("data.pack=1: 0 is accepted in a grid, whose cells share one shape of rows")
     source = source or open_source(seeded(run, run.study.seeds[0]).data)
     targets_of = [name for names in run.study.targets_of.values() for name in names]
     require_subsets(source, [*run.study.targets, *targets_of, *run.study.box_subsets])

@@ -17,8 +17,8 @@ from markupsafe import escape
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
-from medcg_jax.data.phantom_boxes import DETECTION_TRIPLETS
-from medcg_jax.data.phantom_world import TRIPLETS
+from medcg_jax.data.phantom.source import DETECTION_TRIPLETS
+from medcg_jax.data.phantom.world import TRIPLETS
 from medcg_jax.study.design import mat
 from medcg_jax.study.report.escape import TICK_CHARACTERS, file_names, plain, short_label
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name

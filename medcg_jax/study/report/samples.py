@@ -12,8 +12,8 @@ from markupsafe import Markup
 from PIL import Image, ImageDraw
 
 from medcg_jax.data.records import LETTERS, DataError
-from medcg_jax.eval import box_answers
-from medcg_jax.eval.box_answers import BoxAnswer
+from medcg_jax.eval import boxes as box_scores
+from medcg_jax.eval.boxes import BoxAnswer
 from medcg_jax.study.report.load_grid import Grid, arm_name, letter_logprobs
 
 # Whose answers are shown, the first that the grid has: the arm that carries the study's claim.
@@ -204,7 +204,7 @@ def box_card(grid: Grid, seed: int, answer: BoxAnswer) -> Card:
     """Raises KeyError where the source has no such record."""
     records = grid.source(seed).records(answer.subset, "test")
     image = with_boxes(records.image(_number_of(records, answer.id)), answer.truth, answer.predicted or ())
-    num_found = box_answers.summary([answer])["correct"]
+    num_found = box_scores.summary([answer])["correct"]
     answered = f"{num_found} of {len(answer.truth)} found; generated “{answer.generated}”"
     return Card(answer.id, embedded(image), answer.label, answered)
 

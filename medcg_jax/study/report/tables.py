@@ -7,8 +7,8 @@ from dataclasses import replace
 from medcg_jax.config import MODELS
 from medcg_jax.data.leaks import EXACT
 from medcg_jax.data.records import LETTERS
-from medcg_jax.eval import box_answers
-from medcg_jax.eval.box_answers import BoxAnswer
+from medcg_jax.eval import boxes as box_scores
+from medcg_jax.eval.boxes import BoxAnswer
 from medcg_jax.study.design.suite import DETECTION_TABLES, PAIR_TABLES
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name
 from medcg_jax.study.report.table import Table
@@ -291,7 +291,7 @@ def boxes(grid: Grid, part: str) -> Table:
     """Boxes of one part of `detection`: the sum over all subsets, then the subsets."""
     rows = []
     for (target, arm, seeds), answers in grouped_boxes(grid, part).items():
-        scores = box_answers.summary(answers)
+        scores = box_scores.summary(answers)
         shares = {
             key: None if scores[key] is None
             else Score(scores[key], scores[f"{key}_low"], scores[f"{key}_high"], scores["n"], seeds)

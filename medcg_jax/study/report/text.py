@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 
 from medcg_jax.data.leaks import EXACT
-from medcg_jax.data.phantom_world import TUNE_TARGETS
+from medcg_jax.data.phantom.world import TUNE_TARGETS
 from medcg_jax.study.report.escape import plain
 from medcg_jax.study.report.load_grid import Grid, arm_name
 from medcg_jax.study.report.table import points

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from medcg_jax.config import MODELS, TRAINABLE, ModelConfig, RunConfig, TrainConfig, free_fields, marked
-from medcg_jax.data import phantom_pretraining as pretraining
+from medcg_jax.data.phantom import pretraining
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import Turn
 from medcg_jax.families.build import join, shardings, split_trainable
@@ -20,12 +20,10 @@ from medcg_jax.mesh import own_rows
 from medcg_jax.study.design.schedule import seeded
 from medcg_jax.train.checkpoint import load_params, read_meta, save_params
 from medcg_jax.train.goodput import Goodput
-from medcg_jax.train.loop import Cell, fit
-from medcg_jax.train.optim import control_from, make_optimizer
-from medcg_jax.train.run import loop_options
-from medcg_jax.train.setup import Setup, model_config, run_tokenizer, start_params
+from medcg_jax.train.loop import RunSpec, fit, loop_options
+from medcg_jax.train.optim import hparams_from, make_optimizer
+from medcg_jax.train.setup import Setup, model_config, peak_flops, run_tokenizer, start_params, step_flops
 from medcg_jax.train.step import make_step
-from medcg_jax.train.utilisation import peak_flops, step_flops
 
 # What `frame_tokens` is in Vicuna's turns without a system's sentence, which `pretraining.MAX_TEXT_TOKENS` counts in.
 VICUNA_FRAME = 13
@@ -145,19 +143,19 @@ class Bases:
             )  # fmt: skip
 
         saved = self._folder / f"{name}.checkpoints"
-        cell = Cell(
-            f"base.s{seed}", control_from(config, len(encoded)), stream,
+        spec = RunSpec(
+            f"base.s{seed}", hparams_from(config, len(encoded)), stream,
             metrics=self._workdir / "metrics" / f"base.s{seed}.jsonl",
             checkpoints=saved if config.checkpoint_every_steps else None,
             config=made_of(setup.run),
             pixels=setup.pixels,
             flops_per_step=step_flops(encoded, setup.model, trainable=TRAINABLE, batch_size=config.batch_size),
         )  # fmt: skip
-        state, [result] = fit(
-            program, trainable, frozen, [cell], progress=lambda steps, _: report(steps[cell.name]),
+        state, result = fit(
+            program, trainable, frozen, spec, progress=lambda steps, _: report(steps[spec.name]),
             peak_flops=peak_flops(setup.mesh), goodput=goodput, **loop_options(config),
         )  # fmt: skip
-        meta = {"made_of": cell.config, "loss": result.metrics["loss"]}
+        meta = {"made_of": spec.config, "loss": result.metrics["loss"]}
         save_params(self._folder / name, join(state.params, frozen), setup.model, meta)
         if jax.process_index() == 0:
             shutil.rmtree(saved, ignore_errors=True)

@@ -18,9 +18,8 @@ from medcg_jax.data.encoding import MEMORY_LIMIT_BYTES, Encoded, concat_encoded,
 from medcg_jax.data.general import SUBSET as GENERAL
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, Split, concat
-from medcg_jax.data.release import labels_of
-from medcg_jax.data.splits import balanced
-from medcg_jax.eval.run import NonFiniteScores, write_controls
+from medcg_jax.data.splits import balanced, labels_of
+from medcg_jax.eval.predictions import NonFiniteScores, write_controls
 from medcg_jax.eval.subsets import Tester, write_tested
 from medcg_jax.families.build import join, shardings, split_trainable
 from medcg_jax.files import write_whole
@@ -34,11 +33,9 @@ from medcg_jax.train import loop
 from medcg_jax.train.checkpoint import save_params
 from medcg_jax.train.goodput import Goodput
 from medcg_jax.train.log import CompileMonitor
-from medcg_jax.train.optim import control_from, make_optimizer
-from medcg_jax.train.run import loop_options
-from medcg_jax.train.setup import Setup, open_setup, to_keep
+from medcg_jax.train.optim import hparams_from, make_optimizer
+from medcg_jax.train.setup import Setup, open_setup, peak_flops, step_flops, to_keep
 from medcg_jax.train.step import Program, TrainState, make_step
-from medcg_jax.train.utilisation import peak_flops, step_flops
 
 Base = tuple[nnx.GraphDef, nnx.State]
 
@@ -198,7 +195,7 @@ class Trainer:
         trainable, frozen = split_trainable(params, setup.run.model.trainable)
         jobs: dict[str, tuple[Job, float]] = {}
 
-        def next_cell() -> loop.Cell | None:
+        def next_cell() -> loop.RunSpec | None:
             while job := waiting():
                 jobs[job.id] = job, time.perf_counter()
                 if not job.steps:
@@ -210,7 +207,7 @@ class Trainer:
                     end(job, None, error)
             return None
 
-        def ended(result: loop.CellResult, state: TrainState) -> None:
+        def ended(result: loop.RunResult, state: TrainState) -> None:
             job, _ = jobs[result.name]
             end(job, None if result.error else self._whole(setup, state, frozen), result.error)
 
@@ -245,7 +242,7 @@ class Trainer:
 
         loop.fit_queue(
             self._program, trainable, frozen, lambda: given.pop() if given else next_cell(), ended, progress=report,
-            peak_flops=peak_flops(setup.mesh), goodput=self._goodput, **loop_options(config),
+            peak_flops=peak_flops(setup.mesh), goodput=self._goodput, **loop.loop_options(config),
         )  # fmt: skip
 
     def clean(self, job: Job) -> None:
@@ -275,7 +272,9 @@ class Trainer:
             for name in job.targets:
                 asked, controls = self._data.test(name), self._data.controls(name)
                 found[name], again[name] = (
-                    self._tester.again(params, asked, controls) if controls else (self._tester(params, asked), {})
+                    self._tester.with_controls(params, asked, controls)
+                    if controls
+                    else (self._tester(params, asked), {})
                 )
         self._has_tested = True
         if jax.process_index() > 0:
@@ -291,7 +290,7 @@ class Trainer:
             if job.steps and cell.id != job.id:
                 write_whole(metrics / f"{cell.id}.jsonl", (metrics / f"{job.id}.jsonl").read_text())
 
-    def _make_program(self, setup: Setup, graphdef, trainable, frozen, cell: loop.Cell) -> None:
+    def _make_program(self, setup: Setup, graphdef, trainable, frozen, cell: loop.RunSpec) -> None:
         if self._program is not None:
             return
         config = setup.run.train
@@ -303,7 +302,7 @@ class Trainer:
         with self._goodput.within("compile"):
             self._compile(trainable, frozen, cell)
 
-    def _compile(self, trainable, frozen, cell: loop.Cell) -> None:
+    def _compile(self, trainable, frozen, cell: loop.RunSpec) -> None:
         """Where several processes share a grid: one of them compiles the step, the others read it from the cache."""
         if self._run.study.jobs == 1:
             return
@@ -335,7 +334,7 @@ class Trainer:
             tqdm.write(f"{job.id}: {len(out)} of {total} training records left out, which give tests away")
         return out
 
-    def _cell(self, setup: Setup, job: Job, without: frozenset[str]) -> loop.Cell:
+    def _cell(self, setup: Setup, job: Job, without: frozenset[str]) -> loop.RunSpec:
         encoded, config = self._data.training(job.training, without), setup.run.train
 
         def stream(position: int) -> Batches:
@@ -344,8 +343,8 @@ class Trainer:
                 rows=own_rows(setup.mesh, config.batch_size),
             )  # fmt: skip
 
-        return loop.Cell(
-            job.id, control_from(dataclasses.replace(config, steps=job.steps), len(encoded)), stream,
+        return loop.RunSpec(
+            job.id, hparams_from(dataclasses.replace(config, steps=job.steps), len(encoded)), stream,
             metrics=self._workdir / "metrics" / f"{job.id}.jsonl",
             checkpoints=checkpoints_of(self._workdir, job) if config.checkpoint_every_steps else None,
             pixels=setup.pixels,

@@ -1,0 +1,86 @@
+"""MiniGPT-v2: EVA's patch features, four neighbours to a token, through one dense layer into Llama-2-chat with LoRA.
+
+Source: Vision-CAIR/MiniGPT-4:minigpt4/models/minigpt_v2.py and minigpt_base.py at d94738a; arXiv 2310.09478.
+"""
+
+from dataclasses import dataclass
+
+import jax
+
+from medcg_jax.families.common import FamilyConfig, VisionLanguageModel, tiny
+from medcg_jax.families.decoder import DecoderConfig
+from medcg_jax.families.minigpt_v2.eva import EvaConfig, EvaVision
+from medcg_jax.nn.layers import Dense
+from medcg_jax.nn.lora import LoraConfig
+
+
+@dataclass(frozen=True)
+class MiniGPTv2Config(FamilyConfig):
+    """The defaults are MiniGPT-v2 on Llama-2-7b-chat."""
+
+    family = "minigpt_v2"
+
+    vision: EvaConfig = EvaConfig()
+    text: DecoderConfig = DecoderConfig()
+    lora: LoraConfig = LoraConfig()
+    # Patches that make one token: neighbours in a row of the image, strips of 1 x 4.
+    patches_per_token: int = 4
+
+    def __post_init__(self):
+        if self.vision.num_patches % self.patches_per_token:
+            raise ValueError(
+                f"{self.vision.num_patches} patches are no multiple of patches_per_token={self.patches_per_token}"
+            )
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.vision.num_patches // self.patches_per_token
+
+    def image_flops(self, vit):
+        vision, tokens = self.vision, self.vision.num_patches
+        tower = 2.0 * tokens * 3 * vision.patch_size_px**2 * vision.embed_dim
+        tower += vit(vision.num_layers, vision.embed_dim, vision.mlp_dim, tokens + 1)
+        return tower, 2.0 * tokens * vision.embed_dim * self.text.embed_dim
+
+
+def minigpt_v2_7b(**fields) -> MiniGPTv2Config:
+    """MiniGPT-v2: 7,782,021,504 parameters, of which 56,627,200 are trained (`projector`, `lora`).
+
+    Forms with a bias on the keys, always zero, count 54,912 more. `fields` are MiniGPTv2Config's own.
+    """
+    return MiniGPTv2Config(**fields)
+
+
+def minigpt_v2_tiny(
+    vocab_size: int,
+    image_token_id: int,
+    *,
+    patch_size_px: int = 4,
+    lora_rank: int = 8,
+    lora_alpha: float = 16.0,
+    **fields,
+) -> MiniGPTv2Config:
+    """As `common.tiny`."""
+    fields = {"lora": LoraConfig(lora_rank, lora_alpha), "patch_size_px": patch_size_px, **fields}
+    return tiny(MiniGPTv2Config, vocab_size, image_token_id, **fields)
+
+
+class MiniGPTv2(VisionLanguageModel):
+    """`vision` has the norm behind it; `lora`, the adapters, is always there."""
+
+    def make_vision(self, **options) -> EvaVision:
+        return EvaVision(self.config.vision, **options)
+
+    def make_projector(self, **init) -> Dense:
+        grouped = self.config.patches_per_token * self.config.vision.embed_dim
+        shape = (grouped, self.config.text.embed_dim)
+        return Dense("bpe,ed->bpd", shape, ("vision_mlp", "embed"), use_bias=True, **init)
+
+    def project(self, features: jax.Array) -> jax.Array:
+        return self.projector(group(features, self.config.patches_per_token))
+
+
+def group(x: jax.Array, num: int) -> jax.Array:
+    """float[B, P / num, num * E] of x[B, P, E]: so many patches, one behind the other in raster order, side by side."""
+    rows, patches, width = x.shape
+    return x.reshape(rows, patches // num, num * width)

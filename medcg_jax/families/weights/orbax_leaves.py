@@ -1,0 +1,95 @@
+"""Parameters written by Orbax, and opened to be read in parts; a stack of layers is never held whole.
+
+Orbax writes and reads the directory (its layout, names, metadata and commit); only how one leaf gets into its array is
+ours, by Orbax's interface for types of one's own. What is written is a checkpoint of JAX arrays like any other.
+"""
+
+import asyncio
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+import tensorstore
+from orbax.checkpoint import type_handlers
+
+from medcg_jax.families.weights.engine import Leaf
+
+# Small enough that those which are packed at once do not count, large enough for a disk.
+CHUNK_BYTES = 64 << 20
+
+
+class LeafHandler(type_handlers.TypeHandler):
+    """Writes a `Leaf` as Orbax writes a JAX array, and gives a stored array as a `Leaf`."""
+
+    def typestr(self) -> str:
+        return "jax.Array"
+
+    async def metadata(self, infos):
+        raise NotImplementedError("asked of StandardCheckpointer")
+
+    async def serialize(self, values, infos, args=None):
+        stores = await _done(asyncio.gather(*map(_created, values, infos, args)))
+        for leaf, arg, store in zip(values, args, stores, strict=True):
+            # One after the other: a layer is written before the next one is read.
+            for layer in range(leaf.shape[0]) if arg.shard_axes else (None,):
+                await _done(store[... if layer is None else layer].write(leaf.read(layer, ())))
+        return []
+
+    async def deserialize(self, infos, args=None):
+        return [await _opened(info) for info in infos]
+
+
+async def _created(leaf: Leaf, info, arg) -> tensorstore.TensorStore:
+    await info.await_path_creation()
+    spec = type_handlers.get_json_tspec_write(
+        info, use_ocdbt=info.is_ocdbt_checkpoint, global_shape=leaf.shape, local_shape=leaf.shape, dtype=leaf.dtype,
+        process_index=0, arg=arg,
+    )  # fmt: skip
+    return await tensorstore.open(tensorstore.Spec(spec), create=True, open=True, context=info.ts_context)
+
+
+async def _done(operation):
+    try:
+        return await operation
+    except ValueError as error:  # TensorStore's, for a disk that is full as for all else
+        reason = str(error).partition(" [tensorstore_spec")[0]
+        raise OSError(f"cannot be written: {' '.join(reason.split())}") from error
+
+
+async def _opened(info) -> Leaf:
+    spec = type_handlers.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)
+    store = await tensorstore.open(tensorstore.Spec(spec), open=True, context=info.ts_context)
+
+    def read(layer: int | None, index: tuple[slice, ...]):
+        return store[(*(() if layer is None else (layer,)), *index, ...)].read().result()
+
+    return Leaf(store.shape, store.dtype.numpy_dtype, read)
+
+
+def save(directory: Path, tree, stacked: set[tuple[str, ...]]) -> None:
+    """Writes a tree of JAX arrays or `Leaf`s.
+
+    stacked: paths of the leaves whose leading axis counts layers. No piece on disk holds parts of two layers, or more
+      than `CHUNK_BYTES`, so that a layer can be read alone.
+    """
+
+    def cut(path, leaf) -> ocp.SaveArgs:
+        axes = (0,) if tuple(key.key for key in path) in stacked else ()
+        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=axes)
+
+    args = ocp.args.PyTreeSave(tree, save_args=jax.tree_util.tree_map_with_path(cut, tree))
+    with _checkpointer() as checkpointer:
+        checkpointer.save(directory.absolute(), args=args)
+
+
+def restore(directory: Path, like):
+    """What is stored in `directory` as a tree of `Leaf`s in the structure of `like`."""
+    kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=Leaf), like)
+    with _checkpointer() as checkpointer:
+        return checkpointer.restore(directory.absolute(), args=ocp.args.PyTreeRestore(like, restore_args=kinds))
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    kinds = (Leaf, LeafHandler()), (jax.Array, type_handlers.ArrayHandler())
+    registry = type_handlers.create_type_handler_registry(*kinds)
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))

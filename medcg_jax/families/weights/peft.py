@@ -1,0 +1,234 @@
+"""Low-rank adapters as files: read as peft leaves them, merged into the weights that they change, written as peft's.
+
+Functions that take a `family` take the module of its map (`weights.llava`, ...).
+Source: huggingface/peft:src/peft/utils/save_and_load.py and tuners/lora/config.py at 0.21.2; names, old and new.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from os.path import commonprefix
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save
+
+from medcg_jax.families.weights import engine
+from medcg_jax.families.weights.engine import Leaf
+from medcg_jax.families.weights.fields import expect, number, quoted
+from medcg_jax.families.weights.files import Tensors, WeightsError, joined, open_bin, open_safetensors, read_json
+from medcg_jax.families.weights.tables import Entry, entries, lora_halves
+from medcg_jax.nn.quant import is_quantized
+
+ADAPTER_JSON = "adapter_config.json"
+ADAPTER_FILES = {"adapter_model.safetensors": open_safetensors, "adapter_model.bin": open_bin}
+HALF = re.compile(r"\.lora_([AB])(\.default)?\.weight$")
+PREFIX = "base_model.model."
+# How adapters may have begun. Others (pissa, olora, loftq, corda ...) take their start off the base, which is then
+# not the one that is named.
+STARTS = (True, False, "gaussian", "eva")
+# Settings that say how adapters were made or found, and change nothing in what they are.
+NEUTRAL = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_dropout", "megatron_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
+    "qalora_group_size", "r", "revision", "runtime_config", "target_modules", "task_type", "bias",
+}  # fmt: skip
+# Parts of our parameters that a peft directory can hold.
+PEFT_PARTS = ("lora", "projector")
+
+
+def are_adapters(src: Path) -> bool:
+    """Whether the directory holds peft's adapters."""
+    return (src / ADAPTER_JSON).is_file()
+
+
+def with_adapters(
+    tensors: Tensors, names: dict[str, str], src: Path, canonical: Callable[[str], str | None], *, whole: bool
+) -> tuple[Tensors, dict[str, str]]:
+    """(tensors, canonical name -> name in them): those given, with the adapters of `src` in their weights.
+
+    W + alpha / r * B A, summed in float32, in W's own dtype.
+    canonical: the family's. whole: whether modules that were trained whole (`modules_to_save`) take the place of the
+      model's.
+
+    Raises:
+      WeightsError: adapters of a kind that is not computed, or that do not fit the model.
+    """
+    rank, scale = _settings(src, whole)
+    file = next((src / name for name in ADAPTER_FILES if (src / name).exists()), None)
+    if file is None:
+        raise WeightsError(f"{src} holds {ADAPTER_JSON} and no adapters; accepted: {', '.join(ADAPTER_FILES)}")
+    adapters, halves, others = ADAPTER_FILES[file.name](file), {}, {}
+    for name in adapters.shapes:
+        half = HALF.search(name)
+        target = canonical(HALF.sub(".weight", name).removeprefix(PREFIX))
+        if target not in names or not (half or whole):
+            raise WeightsError(f"{file} holds {name}, which belongs to no weight of the model")
+        if half:
+            halves.setdefault(target, {})[half[1]] = name
+        else:
+            others[target] = name
+    if not halves:
+        raise WeightsError(f"{file} holds no adapters; lora_A and lora_B of at least one weight are accepted")
+    tensors, names = joined((tensors, names), (adapters, others))
+    for name, pair in halves.items():
+        shapes = [adapters.shapes[pair[half]] if half in pair else None for half in "BA"]
+        shape = tensors.shapes[name]
+        if len(shape) != 2 or shapes != [(shape[0], rank), (rank, shape[1])]:
+            raise WeightsError(f"{file} has lora_B, lora_A {shapes} for {name} {shape} and r={rank}")
+
+    def read(name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        value = tensors.read(name, index)
+        if name not in halves:
+            return value
+        # The product is taken whole: of a slice it could differ in a number's last bit.
+        b, a = (adapters.read(halves[name][half]).astype(np.float32) for half in "BA")
+        return (value.astype(np.float32) + scale * (b @ a)[index]).astype(value.dtype)
+
+    def origin(name: str) -> str:
+        return f"{tensors.origin(name)} with {file}" if name in halves else tensors.origin(name)
+
+    return Tensors(tensors.shapes, read, tensors.dtype, origin), names
+
+
+def _settings(src: Path, whole: bool) -> tuple[int, float]:
+    """(rank, alpha / rank) of adapters that are computed here."""
+    file = src / ADAPTER_JSON
+    settings = read_json(file)
+    expect(settings, "", file=str(file), peft_type="LORA", bias="none", fan_in_fan_out=False, use_dora=False,
+           use_rslora=False, rank_pattern={}, alpha_pattern={}, init_lora_weights=STARTS)  # fmt: skip
+    if not whole:
+        expect(settings, "", file=str(file), modules_to_save=[])
+    unknown = [key for key, value in settings.items() if key not in NEUTRAL and value]
+    if unknown:
+        key = unknown[0]
+        raise WeightsError(
+            f"{file} has {key}={quoted(settings[key])}; plain LoRA is accepted, in which it is null or false"
+        )
+    missing = [key for key in ("r", "lora_alpha") if key not in settings]
+    if missing:
+        raise WeightsError(f"{file} lacks {', '.join(missing)}")
+    rank = number(settings, "", "r", None, "rank", file=str(file))
+    return rank, number(settings, "", "lora_alpha", None, "alpha", kind=float, file=str(file)) / rank
+
+
+# ------------------------------------------------------------------ merged, and written
+
+
+def has_own(family, config) -> bool:
+    """Whether the family's released layout holds adapters itself."""
+    return any(entry.path[0] == "lora" for entry in family.table(config))
+
+
+def merged(family, params, config):
+    """(params, config) with adapters that the layout does not hold in the weights: W + alpha / rank * A B, summed in float32, in W's dtype.
+
+    params: arrays or `engine.Leaf`s; what changes is a `Leaf`.
+    """
+    if config.lora is None or has_own(family, config):
+        return params, config
+    # A copy of the tree: what the caller holds keeps its weights.
+    tree = jax.tree.map(lambda leaf: leaf, dict(_by_part(params)), is_leaf=is_quantized)
+    for path, adapter in _targets(tree.pop("lora")):
+        layers = tree
+        for key in path[:-1]:
+            layers = layers[key]
+        layers[path[-1]] = _sum(layers[path[-1]], adapter, config.lora.scale)
+    return tree, dataclasses.replace(config, lora=None)
+
+
+def _sum(kernel, adapter, scale: float) -> Leaf:
+    kernel = engine.dequantized(kernel) if is_quantized(kernel) else kernel
+
+    def read(layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
+        if layer is None:
+            return np.stack([read(i, ()) for i in range(kernel.shape[0])])[index]
+        a, b = (np.asarray(adapter[half][layer], np.float32) for half in "ab")
+        total = np.asarray(kernel[layer]).astype(np.float32) + scale * np.tensordot(a, b, 1)
+        return total.astype(kernel.dtype)[index]
+
+    return Leaf(kernel.shape, kernel.dtype, read, stacked=True)
+
+
+def _targets(adapters):
+    """(path of a kernel, its adapter {"a", "b"}) for every stack of the decoder's layers that has one."""
+    # Llama-3.2-Vision's decoder has two kinds of layers.
+    stacks = adapters if "blocks" in adapters else {"blocks": adapters}
+    for stack, by_target in stacks.items():
+        for target, adapter in by_target.items():
+            yield ("decoder", stack, target, "kernel"), adapter
+
+
+def _by_part(params) -> dict:
+    return params.raw_mapping if isinstance(params, nnx.State) else params
+
+
+def peft_entries(family, config, params) -> list[Entry]:
+    """The lines of a table for a peft directory: names of the adapters' halves, as peft has them, and their paths.
+
+    peft's names are those of transformers' model, unless the family's `peft_name` gives others, or None for what is not
+    in the model that peft changes (of MiniGPT-v2 and NExT-Chat it is their Llama).
+    """
+    name_of = getattr(family, "peft_name", lambda name: f"model.{name}")
+    kinds = slice(1, 3) if "blocks" in params["lora"] else slice(2, 3)
+    kernels = {path: " ".join(("lora", *path[kinds])) for path, _ in _targets(params["lora"])}
+    table = []
+    for entry in family.table(config):
+        if entry.path in kernels:
+            path = kernels[entry.path]
+            halves = lora_halves(name_of(entry.name).removesuffix(".weight"), path, path)
+            table += entries(halves, PREFIX, layers=entry.layers)
+        elif entry.path[0] == "projector" and "projector" in params and (name := name_of(entry.name)):
+            table.append(dataclasses.replace(entry, name=PREFIX + name))
+    return table
+
+
+def export_peft(family, params, config, dst: Path, *, base: str = "") -> int:
+    """Writes `adapter_model.safetensors` and `adapter_config.json` into `dst`; returns how many tensors.
+
+    `peft.PeftModel.from_pretrained` loads them onto transformers' model; of MiniGPT-v2 and NExT-Chat onto their Llama,
+    and without the projector, which is not in it. A projector among `params` is written whole, as `modules_to_save`.
+    base: what the adapters were trained on, for the reader.
+
+    Raises:
+      WeightsError: there are no adapters.
+    """
+    if config.lora is None:
+        raise WeightsError("there are no adapters here; parameters of a run with model.lora_rank above 0 are accepted")
+    params = {name: value for name, value in _by_part(params).items() if name in PEFT_PARTS}
+    table = peft_entries(family, config, params)
+    tops = {entry.path[0] for entry in table}
+    specs, stream = engine.store(table, {name: value for name, value in params.items() if name in tops})
+    modules = [name.removeprefix(PREFIX) for name in specs]
+    kernels = [re.sub(r"\.lora_[AB]\.weight$", "", name) for name in modules if ".lora_" in name]
+    prefix = re.escape(re.match(r"(.*\.layers\.)\d+\.", kernels[0])[1])
+    ends = sorted({re.sub(r".*\.layers\.\d+\.", "", name) for name in kernels})
+    others = [name.split(".") for name in modules if ".lora_" not in name]
+    tensors = {name: np.ascontiguousarray(value) for name, value in stream}
+    (dst / next(iter(ADAPTER_FILES))).write_bytes(save(tensors, {"format": "pt"}))
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base or None,
+        "task_type": None,
+        "inference_mode": True,
+        "r": config.lora.rank,
+        "lora_alpha": config.lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "target_modules": rf"{prefix}\d+\.({'|'.join(map(re.escape, ends))})",
+        "modules_to_save": [".".join(commonprefix(others))] if others else None,
+    }
+    (dst / ADAPTER_JSON).write_text(json.dumps(settings, indent=2) + "\n")
+    return len(specs)
+
+
+def whole_leaves(params):
+    """`params` for files: every quantised matrix as a `Leaf` in float32, which quantised again is the same."""
+    return jax.tree.map(lambda x: engine.dequantized(x) if is_quantized(x) else x, params, is_leaf=is_quantized)

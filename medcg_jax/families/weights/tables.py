@@ -1,0 +1,192 @@
+"""The vocabulary of the maps: how a released tensor becomes a parameter, and the lines of a table that say so.
+
+A model's table is a list of `Entry`: a name template, the path of our parameter, and how one becomes the other.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+Shape = tuple[int, ...]
+Index = tuple[slice, ...]
+# A slice of ours that lies in more pieces of the released tensor than this is cut from the whole tensor.
+MAX_PIECES = 64
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How a released tensor becomes ours: its axes are split into factors, which are reordered and merged again.
+
+    layout: our shape -> (the factors of each axis of the released tensor, the order in which ours has all of them).
+    """
+
+    layout: Callable[[Shape], tuple[tuple[Shape, ...], tuple[int, ...]]]
+
+    def released_shape(self, shape: Shape) -> Shape:
+        return tuple(math.prod(factors) for factors in self.layout(shape)[0])
+
+    def store(self, ours: np.ndarray) -> np.ndarray:
+        """The released tensor of our array."""
+        factors, order = self.layout(ours.shape)
+        sizes = [size for axis in factors for size in axis]
+        apart = ours.reshape([sizes[i] for i in order]).transpose(np.argsort(order).astype(int))
+        return apart.reshape(self.released_shape(ours.shape))
+
+    def load(self, read: Callable[[Index], np.ndarray], shape: Shape, index: Index = ()) -> np.ndarray:
+        """`ours[index]`, where `shape` is that of the whole of ours and `read` gives slices of the released tensor."""
+        factors, order = self.layout(shape)
+        sizes = [size for axis in factors for size in axis]
+        spans, local = _factor_spans(sizes, order, shape, index)
+        pieces, num_before = [], 0
+        for axis in factors:
+            pieces.append(_pieces(axis, spans[num_before : num_before + len(axis)]))
+            num_before += len(axis)
+        if math.prod(map(len, pieces)) > MAX_PIECES:
+            whole = self.load(read, shape)
+            return whole[index]
+        value = _gathered(read, pieces, ())
+        lengths = [stop - start for start, stop in spans]
+        merged = value.reshape(lengths).transpose(order).reshape([size for size, _ in local])
+        return merged[tuple(part for _, part in local) + (...,)]
+
+
+def _factor_spans(sizes, order, shape: Shape, index: Index):
+    """(the span of each factor to read, for each of our axes (its length as read, what to take of that)).
+
+    A slice of an axis that several factors make up is a span of the first of them where its ends allow.
+    """
+    spans, local, position = [(0, size) for size in sizes], [], 0
+    for size, (start, stop) in zip(shape, spans_of(index, shape), strict=True):
+        axis, product = [], 1
+        while position < len(order) and (not axis or product < size):
+            axis.append(order[position])
+            product *= sizes[order[position]]
+            position += 1
+        first = next((factor for factor in axis if sizes[factor] > 1), axis[0])
+        inner = size // sizes[first]
+        if start % inner == stop % inner == 0:
+            spans[first] = start // inner, stop // inner
+            local.append((stop - start, slice(None)))
+        else:
+            local.append((size, slice(start, stop)))
+    return spans, local
+
+
+def spans_of(index: Index, shape: Shape) -> list[tuple[int, int]]:
+    """(start, stop) of every axis; those that `index` does not reach are whole."""
+    whole = index + (slice(None),) * (len(shape) - len(index))
+    return [part.indices(size)[:2] for part, size in zip(whole, shape, strict=True)]
+
+
+def _pieces(sizes: Shape, spans) -> list[slice]:
+    """The contiguous slices of an axis that these spans of its factors are."""
+    pieces = [(0, 1)]
+    for size, (start, stop) in zip(sizes, spans, strict=True):
+        if stop - start == size:
+            pieces = [(first * size, last * size) for first, last in pieces]
+        else:
+            pieces = [(i * size + start, i * size + stop) for first, last in pieces for i in range(first, last)]
+    return [slice(*piece) for piece in pieces]
+
+
+def _gathered(read, pieces: list[list[slice]], index: Index) -> np.ndarray:
+    """The array made of all combinations of the pieces of each axis."""
+    if len(index) == len(pieces):
+        return read(index)
+    arrays = [_gathered(read, pieces, (*index, piece)) for piece in pieces[len(index)]]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=len(index))
+
+
+# ------------------------------------------------------------------ the vocabulary of tables
+
+
+def linear(inputs: int = 1) -> Transform:
+    """PyTorch's [out, in] <-> ours [in..., out...] with so many input axes."""
+
+    def layout(shape: Shape):
+        num_out = len(shape) - inputs
+        return (shape[inputs:], shape[:inputs]), (*range(num_out, len(shape)), *range(num_out))
+
+    return Transform(layout)
+
+
+def conv_patch(patch: int, channels: int = 3) -> Transform:
+    """PyTorch's conv kernel [E, C, patch, patch] <-> ours [patch * patch * C, E]."""
+    return Transform(lambda shape: (((shape[1],), (channels,), (patch,), (patch,)), (2, 3, 1, 0)))
+
+
+def fused_qkv() -> Transform:
+    """Rows [3 * N * H, ...] of all queries, then keys, then values <-> ours [..., N, 3 * H], the three of each head."""
+
+    def layout(shape: Shape):
+        *outer, num_heads, width = shape
+        order = (*range(3, 3 + len(outer)), 1, 0, 2)
+        return ((3, num_heads, width // 3), *((size,) for size in outer)), order
+
+    return Transform(layout)
+
+
+def leading_ones(num: int) -> Transform:
+    """PyTorch's tensor with `num` axes of size 1 in front <-> ours without them."""
+    return Transform(lambda shape: (((),) * num + tuple((size,) for size in shape), tuple(range(len(shape)))))
+
+
+SAME = leading_ones(0)
+FLAT = Transform(lambda shape: ((shape,), tuple(range(len(shape)))))
+# PyTorch's embedding [rows, all else] <-> ours with the other axes apart.
+ROWS = Transform(lambda shape: ((shape[:1], shape[1:]), tuple(range(len(shape)))))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a table.
+
+    name: the released (canonical) name; `{layer}` stands for the layer's number.
+    path: keys into params.
+    layers: the released layers that fill our leading axis, in order; None: the parameter is not stacked.
+    rows: axis 0 of the released tensor counts vocabulary rows, of which a checkpoint may have more than we hold.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    transform: Transform
+    layers: range | tuple | None = None
+    rows: bool = False
+
+
+# (released name, our path with spaces between its keys, how one becomes the other)
+Lines = tuple[tuple[str, str, Transform], ...]
+
+
+def dense(name: str, path: str, kernel: Transform | None = None, *, bias: bool = True) -> Lines:
+    """The weight of a product (by default [out, in] <-> [in, out]), and its bias."""
+    weight = ((f"{name}.weight", f"{path} kernel", kernel or linear()),)
+    return weight + (((f"{name}.bias", f"{path} bias", FLAT),) if bias else ())
+
+
+def norm(name: str, path: str, *, bias: bool = True) -> Lines:
+    """The scale of a norm, and its bias."""
+    scale = ((f"{name}.weight", f"{path} scale", SAME),)
+    return scale + (((f"{name}.bias", f"{path} bias", SAME),) if bias else ())
+
+
+def attention(
+    name: str, path: str = "", *, out: str = "out_proj", bias: bool = True, out_bias: bool | None = None
+) -> Lines:
+    """The four products of attention over heads; out_bias: None: as `bias`."""
+    lines = sum((dense(f"{name}.{each}_proj", f"{path} {each}", bias=bias) for each in "qkv"), ())
+    out_bias = bias if out_bias is None else out_bias
+    return lines + dense(f"{name}.{out}", f"{path} out", linear(inputs=2), bias=out_bias)
+
+
+def lora_halves(name: str, path: str, layer_path: str) -> Lines:
+    """The halves of the adapter of a product whose own path is `layer_path`, as peft names them."""
+    first = linear(inputs=2 if layer_path.split()[-1] == "out" else 1)
+    return (f"{name}.lora_A.weight", f"{path} a", first), (f"{name}.lora_B.weight", f"{path} b", linear())
+
+
+def entries(lines: Lines, prefix: str = "", path: str = "", layers: range | tuple | None = None) -> list[Entry]:
+    """Lines of a table with `prefix` before their names and `path` before their paths."""
+    return [Entry(prefix + name, (*path.split(), *ours.split()), kind, layers) for name, ours, kind in lines]

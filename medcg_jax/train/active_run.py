@@ -1,0 +1,241 @@
+"""One run of the training loop: what it is made of, how far it is, and all that it writes."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from medcg_jax.config import RunError, TrainConfig, flat
+from medcg_jax.train.checkpoint import CheckpointError, Checkpoints
+from medcg_jax.train.goodput import Goodput
+from medcg_jax.train.log import MetricsFile, StepTrace, WandbTarget
+from medcg_jax.train.optim import Hparams
+from medcg_jax.train.step import TrainState
+
+
+class NonFiniteLoss(RunError):
+    """A loss or a gradient is not finite; the message is one line for the user.
+
+    Attributes:
+      run: its name.
+      step: updates made, the one with this loss included.
+      records: ids of the records of this process's rows of its batch.
+      checkpoint: the last good one, or None.
+    """
+
+    def __init__(self, run: str, step: int, loss: float, grad_norm: float, records: list[str], checkpoint: Path | None):
+        self.run, self.step, self.records, self.checkpoint = run, step, records, checkpoint
+        last = f"last good checkpoint {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        super().__init__(
+            f"{run}: step {step} has loss {loss:g} and gradient norm {grad_norm:g}; {last}; "
+            f"records of the batch: {', '.join(records)}"
+        )
+
+
+class Stream(Protocol):
+    """Batches from a position on, as `data.pipeline.Batches`: yields (batch, ids of its records)."""
+
+    def __next__(self) -> tuple[dict[str, np.ndarray], list[str]]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What a run is made of.
+
+    hparams: run-time values (`optim.hparams_from`); runs in one program may differ in all of them.
+    open_stream: the run's batches from a position (batches drawn before) on.
+    metrics: file of its metrics; None: none are kept. tensorboard: directory, wandb: where else; None: none.
+    checkpoints: directory; None: nothing is saved, and a run that is stopped starts anew.
+    config: JSON kept in the checkpoints; another one there is an error.
+    flops_per_step: what the model needs for one step (`setup.step_flops`); None: not known.
+    pixels: keys of a batch's images, which the model must be found to see before the first step; (): it is not asked.
+    """
+
+    name: str
+    hparams: Hparams
+    open_stream: Callable[[int], Stream]
+    metrics: Path | None = None
+    tensorboard: Path | None = None
+    wandb: WandbTarget | None = None
+    checkpoints: Path | None = None
+    config: dict = field(default_factory=dict)
+    flops_per_step: float | None = None
+    pixels: tuple[str, ...] = ()
+
+
+@dataclass
+class RunResult:
+    """How a run ended: updates made, its last line of metrics, what stopped it (None: it is complete), and
+    a line for every damaged checkpoint that was set aside."""
+
+    name: str
+    step: int = 0
+    metrics: dict = field(default_factory=dict)
+    error: NonFiniteLoss | None = None
+    skipped_checkpoints: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a loop logs, saves and reports.
+
+    Attributes:
+      checkpoint_every_steps: 0: only at the end.
+      keep_start: False: the parameters that the only run starts from are deleted once it has begun, for their memory.
+      peak_flops: of all devices together; None, or a run whose `flops_per_step` is None: mfu is null. Several runs'
+        mfu is that of the program.
+      progress: called with ({name: updates made} of the runs in their slots, text) at every check, in place of a bar
+        on stderr.
+      label: what the bar calls the run; "": its name.
+      goodput: clock of the run, or of all runs that a process makes.
+      trace: writes a profile of some steps.
+    """
+
+    log_every_steps: int = 10
+    checkpoint_every_steps: int = 0
+    keep_checkpoints: int = 2
+    keep_every_steps: int = 0
+    keep_start: bool = True
+    peak_flops: float | None = None
+    progress: Callable[[dict[str, int], str], None] | None = None
+    label: str = ""
+    goodput: Goodput = field(default_factory=Goodput)
+    trace: StepTrace | None = None
+
+
+def loop_options(train: TrainConfig) -> dict[str, int]:
+    """What of a training's configuration the loop takes (`Options`)."""
+    names = ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "keep_every_steps")
+    return {name: getattr(train, name) for name in names}
+
+
+class ActiveRun:
+    """A run under way. `step` counts the updates handed to the device, `result.step` those whose loss was checked.
+
+    report: takes a line for people.
+    """
+
+    def __init__(self, spec: RunSpec, options: Options, report: Callable[[str], None]):
+        self.spec, self.result = spec, RunResult(spec.name)
+        self.step, self.total = 0, int(spec.hparams["total_steps"])
+        self._options, self._report = options, report
+        self._checkpoints = None
+        if spec.checkpoints:
+            keep, every = options.keep_checkpoints, options.keep_every_steps
+            self._checkpoints = Checkpoints(spec.checkpoints, keep=keep, keep_every_steps=every, report=report)
+        self._saved_step = -1
+        self._losses: list[float] = []  # since the last line of metrics
+        self._stream: Stream | None = None
+        self._file: MetricsFile | None = None
+        self._drawn: tuple[dict[str, np.ndarray], list[str]] | None = None
+
+    @property
+    def active(self) -> bool:
+        return self.result.error is None and self.step < self.total
+
+    @property
+    def over(self) -> bool:
+        """Complete with every loss checked, or diverged."""
+        return self.result.error is not None or self.result.step == self.total
+
+    @property
+    def log_due(self) -> bool:
+        return self.active and self.step % self._options.log_every_steps == 0 or self._at_end
+
+    @property
+    def save_due(self) -> bool:
+        every = self._options.checkpoint_every_steps
+        return self.active and bool(every) and self.step % every == 0 or self._at_end
+
+    @property
+    def _at_end(self) -> bool:
+        """The last update is handed to the device and its loss not checked yet."""
+        return self.result.error is None and self.step == self.total != self.result.step
+
+    def resume(self, abstract: Callable[[], TrainState]) -> TrainState | None:
+        """The state of the newest whole checkpoint, laid out as `abstract` says; None where there is none.
+
+        Raises:
+          CheckpointError: none can be read, or it is another run's.
+        """
+        restored = self._checkpoints.restore(abstract()) if self._checkpoints else None
+        if restored is None:
+            return None
+        state, meta = restored
+        theirs, ours = flat(meta["config"]), flat(json.loads(json.dumps(self.spec.config)))
+        for name in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(name) != ours.get(name):
+                raise CheckpointError(
+                    f"{self._checkpoints.directory} is another run's: {name} is {theirs.get(name)!r} there and "
+                    f"{ours.get(name)!r} here; give another --workdir"
+                )
+        self.step = self.result.step = self._saved_step = meta["position"]
+        self.result.metrics, self._losses = meta["metrics"], meta["losses"]
+        self.result.skipped_checkpoints = self._checkpoints.skipped
+        self._report(f"{self.spec.name}: going on from step {self.step} of {self.total}")
+        return state
+
+    def open(self) -> None:
+        """Opens stream and metrics where the run stands."""
+        spec = self.spec
+        self._stream = spec.open_stream(self.step)
+        if spec.metrics and jax.process_index() == 0:
+            self._file = MetricsFile(spec.metrics, step=self.step, tensorboard=spec.tensorboard, wandb=spec.wandb)
+
+    def draw(self) -> tuple[dict[str, np.ndarray], list[str]]:
+        """The next batch, counted; where the run has ended any batch (the step ignores it) without its records."""
+        if self.active or self._drawn is None:
+            self._drawn = next(self._stream)
+        if not self.active:
+            return self._drawn[0], []
+        self.step += 1
+        return self._drawn
+
+    def check(self, loss: float, grad_norm: float, lr: float, records: list[str]) -> None:
+        """Takes the numbers of the next update; where they are not finite the run ends with the error in its result."""
+        step = self.result.step + 1
+        if not (np.isfinite(loss) and np.isfinite(grad_norm)):
+            last = self._checkpoints.latest() if self._checkpoints else None
+            self.result.error = NonFiniteLoss(self.spec.name, step, loss, grad_norm, records, last)
+            return
+        self.result.step = step
+        self._losses.append(float(loss))
+        if step % self._options.log_every_steps == 0 or step == self.total:
+            mean = sum(self._losses) / len(self._losses)
+            self.result.metrics = {"step": step, "loss": mean, "lr": float(lr), "grad_norm": float(grad_norm)}
+            self._losses = []
+
+    def write(self, rates: dict) -> None:
+        """Writes the line of metrics that `check` has made, if it is new, with the rates of the time since the last."""
+        line = self.result.metrics
+        if "mfu" not in line and line.get("step") == self.result.step:
+            line.update(rates)
+            if self._file is not None:
+                self._file.write(line)
+
+    def save(self, state: Callable[[], TrainState]) -> None:
+        """Saves the run's state, unless it is saved already, not finite, or not to be kept."""
+        result = self.result
+        if self._checkpoints is None or result.error is not None or result.step == self._saved_step:
+            return
+        # Copies: the checkpoint is written while the run goes on.
+        meta = {"position": result.step, "config": self.spec.config}
+        meta |= {"metrics": dict(result.metrics), "losses": list(self._losses)}
+        self._checkpoints.save(result.step, state(), meta)
+        self._saved_step = result.step
+
+    def wait(self) -> None:
+        """Returns when what was saved is written."""
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
+
+    def close(self) -> None:
+        for item in (self._stream, self._file, self._checkpoints):
+            if item is not None:
+                item.close()
