@@ -109,7 +109,7 @@ def examine_all(
     unknown = [path for path in paths if path not in examined]
     examine_one = functools.partial(examine, max_pixels=max_pixels, reading=reading)
     results = over(
-        examine_one, unknown, workers=workers, crashed=lambda path, reason: Examined(reason=reason), min_items=1,
+        examine_one, unknown, workers=workers, crashed=lambda path, reason: Examined(reason=reason),
         max_seconds=MAX_SECONDS, max_bytes=MAX_BYTES, preload=__name__,
     )  # fmt: skip
     if progress and unknown:

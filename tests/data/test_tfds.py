@@ -22,7 +22,7 @@ CONFIG = DataConfig()
 
 
 def prepared(root: Path, out: Path) -> PreparedSource:
-    prepare(root, out, CONFIG, Layout("keep", 0), say=lambda text: None)
+    prepare(root, out, CONFIG, Layout("keep", 0))
     return PreparedSource(out, CONFIG)
 
 
