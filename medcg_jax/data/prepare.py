@@ -115,11 +115,8 @@ def prepare(
     tree.require_files()
     _check_out(out, tree.root)
     _check_settings(out, settings)
-    memory = Memory(out / ".examined.jsonl", tree.root, repr((data.max_pixels, reading)))
-    with memory:
-        inspection = inspect(
-            tree, data.max_pixels, reading, workers=workers, progress=progress, known=memory.known, remember=memory.add
-        )
+    with Memory(out / ".examined.jsonl", tree.root, repr((data.max_pixels, reading))) as memory:
+        inspection = inspect(tree, data.max_pixels, reading, workers=workers, progress=progress, memory=memory)
     if not inspection.report.acceptable(max_bad_frac):
         raise TooManyBad(_refusal(inspection.report, max_bad_frac), inspection.report)
     for notice in inspection.report.notices:
