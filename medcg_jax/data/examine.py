@@ -108,7 +108,7 @@ def examine_all(
     examine_one = functools.partial(examine, max_pixels=max_pixels, reading=reading)
     results = over(
         examine_one, unknown, workers=workers, crashed=lambda path, reason: Examined(reason=reason),
-        max_seconds=MAX_SECONDS, max_bytes=MAX_BYTES, preload=__name__,
+        max_seconds=MAX_SECONDS, max_bytes=MAX_BYTES,
     )  # fmt: skip
     if progress and unknown:
         results = progress(results, len(unknown))

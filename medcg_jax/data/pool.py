@@ -17,6 +17,9 @@ from typing import TypeVar
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
+# The processes are copies of one that has imported what takes long.
+PRELOADED = "medcg_jax.data.prepare"
+
 # `lambda items, total: tqdm(items, total=total)`, or nothing.
 Progress = Callable[[Iterable, int], Iterable]
 
@@ -30,7 +33,6 @@ def over(
     chunk: int = 32,
     max_seconds: int = 0,
     max_bytes: int = 0,
-    preload: str = "",
 ) -> Iterator[Result]:
     """The function's result for each item, in their order.
 
@@ -42,7 +44,6 @@ def over(
       chunk: items that travel together.
       max_seconds: processor time that one item may take; 0: not bounded.
       max_bytes: address space that a process may take beside its own start; more is refused to it; 0: not bounded.
-      preload: a module that takes long to import; the processes are then copies of one that has imported it.
     """
     workers = workers or os.cpu_count() or 1
     if not items or (workers == 1 and not max_seconds):
@@ -50,8 +51,7 @@ def over(
         return
     # Not a fork of this process, which would copy the locks of threads that JAX or Grain may have started.
     context = multiprocessing.get_context("forkserver")
-    if preload:
-        context.set_forkserver_preload([preload])
+    context.set_forkserver_preload([PRELOADED])
     start = partial(_Worker, context, function, max_seconds, max_bytes)
     waiting = deque((first, items[first : first + chunk]) for first in range(0, len(items), chunk))
     results: dict[int, Result] = {}
