@@ -24,19 +24,18 @@ import numpy as np
 import optax
 from flax import nnx
 
-from medcg_jax.families import build
+from medcg_jax.families import build, registry
 from medcg_jax.families.build import Config
 from medcg_jax.families.weights import engine
 from medcg_jax.families.weights.convert import load_checkpoint, read_config
 from medcg_jax.families.weights.families import family_of, module_of
 from medcg_jax.families.weights.files import WeightsError
 from medcg_jax.mesh import make_mesh
-from medcg_jax.parity import llava, mllama, qwen2_vl
 from medcg_jax.parity.rows import TELLING, Row, compared, judged, read_arrays, report
 from medcg_jax.parity.weights import Arrays, fingerprints, params_of, telling, tensors_of, weight_rows
 
 # Family -> the module that describes its reference: inputs, stages, and where HF's model has them.
-FAMILIES: dict[str, ModuleType] = {"llava": llava, "qwen2_vl": qwen2_vl, "mllama": mllama}
+FAMILIES: dict[str, ModuleType] = {family.name: family.reference for family in registry.families() if family.parity}
 NUM_STEPS = 10
 # Of AdamW: with the usual 1e-8 a gradient that is nothing but rounding moves a weight as far as any other does.
 CURVE_EPS = 1e-5
@@ -191,8 +190,8 @@ def _sees_images(reference, inputs) -> bool:
     """Whether the reference's logits of real tokens change with the image."""
     real = np.asarray(inputs["attention_mask"]) != 0
     signed = ({**inputs, "pixel_values": sign * inputs["pixel_values"]} for sign in (1, -1))
-    found, other = (reference.logits(given)[real] for given in signed)
-    return float(np.abs(found - other).max()) > 1e-6 * float(np.abs(found).max())
+    logits, other = (reference.logits(given)[real] for given in signed)
+    return float(np.abs(logits - other).max()) > 1e-6 * float(np.abs(logits).max())
 
 
 def stage_rows(model: nnx.Module, reference: dict[str, np.ndarray], inputs) -> list[Row]:
@@ -203,16 +202,16 @@ def stage_rows(model: nnx.Module, reference: dict[str, np.ndarray], inputs) -> l
     """
     part = part_of(model.config)
     given = part.port_inputs(model.config, inputs)
-    found = part.port_stages(model, given)
+    stages = part.port_stages(model, given)
     real = np.asarray(given["segment_ids"]) != 0
-    rows, lacking = [], [stage for stage in found if stage not in reference]
+    rows, lacking = [], [stage for stage in stages if stage not in reference]
     if lacking:
         raise WeightsError(f"the reference has no stages {', '.join(lacking)}")
-    for stage, ours in found.items():
+    for stage, ours in stages.items():
         keep = ... if stage.startswith(("vision", "projector")) else real
         rows.append(compared(stage, ours[keep], reference[stage][keep]))
     if "loss" in reference:
-        rows.append(compared("loss", loss(found["logits"], inputs["labels"]), reference["loss"]))
+        rows.append(compared("loss", loss(stages["logits"], inputs["labels"]), reference["loss"]))
     return rows
 
 
