@@ -27,10 +27,9 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"axes"},
     "config_checks": {"config"},
     "cli_data": {"config", "data", "study"},
-    "host": set(),
     "cluster": {"config"},
-    "meeting": {"cluster", "config"},
-    "processes": {"cluster", "meeting", "config"},
+    "rendezvous": {"cluster", "config"},
+    "processes": {"cluster", "rendezvous", "config"},
     "witness": set(),
     "platform": set(),
     "config_file": {"files", "config", "config_checks"},
@@ -41,10 +40,10 @@ ALLOWED: dict[str, set[str]] = {
     "agreement": SHARED | {"data", "families"},
     "train": MODELS,
     "eval": MODELS | {"train"},
-    "study": MODELS | {"agreement", "config_file", "host", "train", "eval"},
-    "plan": MODELS | {"bench", "config_file", "host", "train", "eval"},
+    "study": MODELS | {"agreement", "config_file", "platform", "train", "eval"},
+    "plan": MODELS | {"bench", "config_file", "platform", "train", "eval"},
     "parity": MODELS | {"train", "eval"},
-    "bench": MODELS | {"config_file", "host", "train", "eval", "plan", "parity"},
+    "bench": MODELS | {"config_file", "platform", "train", "eval", "plan", "parity"},
 }
 # Within a room: part -> the other parts that it may import.
 PARTS: dict[str, dict[str, set[str]]] = {

@@ -1,7 +1,7 @@
 """The port's evaluation as a benchmark runs it: test records in, predictions out, as `medcg eval` makes them."""
 
 from medcg_jax.data.encoding import Encoded
-from medcg_jax.eval.run import evaluate, make_evaluator
+from medcg_jax.eval.letters import evaluate, make_evaluator
 from medcg_jax.families import build
 from medcg_jax.plan import flops
 from medcg_jax.train.setup import Setup

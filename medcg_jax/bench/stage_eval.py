@@ -52,7 +52,7 @@ def evaluate(ask: Ask, save: Callable) -> None:
     import jax.numpy as jnp
 
     from medcg_jax.bench import steps as bench
-    from medcg_jax.eval.run import make_evaluator
+    from medcg_jax.eval.letters import make_evaluator
     from medcg_jax.families import build
     from medcg_jax.mesh import batch_sharding, make_mesh, put_batch
     from medcg_jax.plan import flops

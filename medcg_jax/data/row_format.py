@@ -1,6 +1,6 @@
 """What `encoding` has to know of a model to make its rows: prompts, images as arrays, tokens of an image.
 
-`families.formats` makes one `Format` for each family.
+Each family makes its own (`rows.row_format` in its folder).
 """
 
 from __future__ import annotations

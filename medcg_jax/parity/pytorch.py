@@ -9,9 +9,9 @@ from types import ModuleType
 
 import numpy as np
 
+from medcg_jax.families import registry
 from medcg_jax.families.build import Config
 from medcg_jax.families.weights.convert import read_config
-from medcg_jax.families.weights.families import FAMILIES
 from medcg_jax.families.weights.files import WeightsError
 
 
@@ -25,7 +25,7 @@ class Reference:
         import torch
 
         self.torch, self._part = torch, part
-        self._canonical = FAMILIES[part.FAMILY][1].canonical
+        self._canonical = registry.family(part.FAMILY).weight_map.canonical
         self.model = model.float().eval()
 
     def tensors(self) -> dict[str, np.ndarray]:

@@ -24,19 +24,18 @@ import numpy as np
 import optax
 from flax import nnx
 
-from medcg_jax.families import build
+from medcg_jax.families import build, registry
 from medcg_jax.families.build import Config
 from medcg_jax.families.weights import engine
 from medcg_jax.families.weights.convert import load_checkpoint, read_config
 from medcg_jax.families.weights.families import family_of, module_of
 from medcg_jax.families.weights.files import WeightsError
 from medcg_jax.mesh import make_mesh
-from medcg_jax.parity import llava, mllama, qwen2_vl
 from medcg_jax.parity.rows import TELLING, Row, compared, judged, read_arrays, report
 from medcg_jax.parity.weights import Arrays, fingerprints, params_of, telling, tensors_of, weight_rows
 
 # Family -> the module that describes its reference: inputs, stages, and where HF's model has them.
-FAMILIES: dict[str, ModuleType] = {"llava": llava, "qwen2_vl": qwen2_vl, "mllama": mllama}
+FAMILIES: dict[str, ModuleType] = {family.name: family.reference for family in registry.families() if family.parity}
 NUM_STEPS = 10
 # Of AdamW: with the usual 1e-8 a gradient that is nothing but rounding moves a weight as far as any other does.
 CURVE_EPS = 1e-5

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from record_sets import CountedImage, choices
+from row_formats import llava
 
 from medcg_jax.data.encoding import Encoded, concat_encoded, encode, encode_eval
 from medcg_jax.data.eval_batches import eval_batches
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, Record, RecordSet, Turn, concat
-from medcg_jax.families.formats import llava
 
 FORMAT = llava(4, 2)
 

@@ -11,7 +11,7 @@ import pytest
 
 from medcg_jax.config import MODELS, ConfigError, replace
 from medcg_jax.config_file import load
-from medcg_jax.eval.box_answers import read_answers, summary
+from medcg_jax.eval.boxes import read_answers, summary
 from medcg_jax.study.run.backbones import model_run
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import t as student
 
-from medcg_jax.eval.intervals import wilson
+from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.stats.mixed import mixed_interval
 
 # Davies and Goldsmith, Statistical Methods in Research and Production (1972): yields of dyestuff, five of each of six

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from medcg_jax.eval.intervals import wilson
+from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.stats.paired import holm, mcnemar, overall_test
 
 # Differences in height of 15 pairs of maize plants, crossed less self-fertilised, in eighths of an inch: Darwin's, in

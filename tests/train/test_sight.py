@@ -12,7 +12,7 @@ from flax import nnx
 
 from medcg_jax.cli import main
 from medcg_jax.data.tokenizer import SMALL
-from medcg_jax.families import build, formats
+from medcg_jax.families import build, registry
 from medcg_jax.families.weights.convert import open_leaves, read_config
 from medcg_jax.train.sanity import BlindModel, check_sees, has_closed_gates, pixel_keys
 
@@ -37,12 +37,12 @@ def trained(tmp_path_factory):
 
 def blind(monkeypatch):
     """The fault: the model looks for an id that no prompt has."""
-    right = formats.token_ids
+    right = registry.Family.token_ids
 
     def wrong(family, tokenizer):
         return right(family, tokenizer) | {"image_token_id": tokenizer.vocab_size + 5}
 
-    monkeypatch.setattr(formats, "token_ids", wrong)
+    monkeypatch.setattr(registry.Family, "token_ids", wrong)
 
 
 def test_training_of_a_model_that_does_not_see_is_refused(tmp_path, capsys, monkeypatch):
@@ -67,6 +67,7 @@ def test_evaluation_of_a_model_that_does_not_see_is_refused(trained, tmp_path, c
     assert not (tmp_path / "predictions").exists()
 
 
+@pytest.mark.long
 def test_a_grid_of_a_model_that_does_not_see_is_refused(tmp_path, capsys, monkeypatch):
     blind(monkeypatch)
     flags = ["--config.base.steps=0", "--config.study.jobs=1"]
@@ -74,6 +75,7 @@ def test_a_grid_of_a_model_that_does_not_see_is_refused(tmp_path, capsys, monkey
     assert status == 2 and "the model does not see images" in line.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_the_look_changes_nothing_of_a_training(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("medcg_jax.train.loop.check_sees", lambda *_: True)
     assert run("train", tmp_path, capsys)[0] == 0

@@ -12,9 +12,9 @@ from medcg_jax.data.phantom.source import DETECTION_TRIPLETS
 from medcg_jax.data.phantom.world import TRIPLETS
 from medcg_jax.data.records import LETTERS, DataError
 from medcg_jax.data.tree import read_manifest, subset_table
-from medcg_jax.eval.box_answers import BoxAnswer, read_answers
-from medcg_jax.eval.generate import parse_answer
-from medcg_jax.eval.prediction_lines import prediction_lines
+from medcg_jax.eval.boxes import BoxAnswer, read_answers
+from medcg_jax.eval.generation import parse_answer
+from medcg_jax.eval.predictions import prediction_lines
 from medcg_jax.study.design import mat
 from medcg_jax.study.report.escape import ELEMENT_CHARACTERS, short_label
 from medcg_jax.study.stats import contamination, grid_files, stats

@@ -19,7 +19,7 @@ from medcg_jax.data.general import SUBSET as GENERAL
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, Split, concat
 from medcg_jax.data.splits import balanced, labels_of
-from medcg_jax.eval.run import NonFiniteScores, write_controls
+from medcg_jax.eval.predictions import NonFiniteScores, write_controls
 from medcg_jax.eval.subsets import Tester, write_tested
 from medcg_jax.families.build import join, shardings, split_trainable
 from medcg_jax.files import write_whole
@@ -272,7 +272,9 @@ class Trainer:
             for name in job.targets:
                 asked, controls = self._data.test(name), self._data.controls(name)
                 found[name], again[name] = (
-                    self._tester.again(params, asked, controls) if controls else (self._tester(params, asked), {})
+                    self._tester.with_controls(params, asked, controls)
+                    if controls
+                    else (self._tester(params, asked), {})
                 )
         self._has_tested = True
         if jax.process_index() > 0:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from medcg_jax.eval.generate import LETTERS, parse_answer
-from medcg_jax.eval.intervals import wilson
-from medcg_jax.eval.prediction_lines import prediction_lines
+from medcg_jax.eval.generation import LETTERS, parse_answer
+from medcg_jax.eval.predictions import prediction_lines, wilson
 from medcg_jax.study.stats.paired import grouped, mcnemar
 from medcg_jax.untrusted import FileError, shown
 

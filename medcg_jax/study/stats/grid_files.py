@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medcg_jax.config import BOX_TABLES, TABLES
-from medcg_jax.eval.intervals import wilson
-from medcg_jax.eval.prediction_lines import prediction_lines
+from medcg_jax.eval.predictions import prediction_lines, wilson
 from medcg_jax.study.stats import results
 from medcg_jax.untrusted import FileError, read_text, shown
 

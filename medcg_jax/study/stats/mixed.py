@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student
 
-from medcg_jax.eval.intervals import wilson
+from medcg_jax.eval.predictions import wilson
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from medcg_jax.config_file import check_recorded
-from medcg_jax.eval.box_answers import read_answers, summary
-from medcg_jax.eval.intervals import wilson
-from medcg_jax.eval.prediction_lines import prediction_lines
+from medcg_jax.eval.boxes import read_answers, summary
+from medcg_jax.eval.predictions import prediction_lines, wilson
 from medcg_jax.files import write_whole
 from medcg_jax.study.design.schedule import Job
 from medcg_jax.study.design.suite import Cell
@@ -24,7 +23,7 @@ from medcg_jax.untrusted import FileError, article_of, check_number, read_json, 
 
 CELLS_HEADER = ("cell", "table", "row", "arm", "seed", "related", "target", "steps", "status", "seconds")
 RESULTS_HEADER = ("cell", "table", "row", "arm", "seed", "target", "n", "correct", "accuracy", "ci_low", "ci_high")
-# Scores of `eval.box_answers.summary`; n are boxes.
+# Scores of `eval.boxes.summary`; n are boxes.
 BOX_COUNTS = ("questions", "n", "correct")
 BOX_SHARES = (
     "accuracy", "accuracy_low", "accuracy_high", "by_chance", "mean_iou", "mean_iou_low", "mean_iou_high",

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medcg_jax.eval.intervals import wilson
-from medcg_jax.eval.prediction_lines import prediction_lines
+from medcg_jax.eval.predictions import prediction_lines, wilson
 from medcg_jax.study.stats.controls import controls_of_answers
 from medcg_jax.study.stats.grid_files import read_results
 from medcg_jax.study.stats.mixed import mixed_interval

@@ -9,8 +9,8 @@ from eval_toys import TOKENIZER, encoded, model_on, records
 from flax import nnx
 
 from medcg_jax.config import ConfigError, MeshConfig
-from medcg_jax.eval.choice import option_logprobs
-from medcg_jax.eval.run import NonFiniteScores, Prediction, evaluate, read_predictions, summary, write_predictions
+from medcg_jax.eval.letters import evaluate, option_logprobs
+from medcg_jax.eval.predictions import NonFiniteScores, Prediction, read_predictions, summary, write_predictions
 
 
 @pytest.fixture(scope="module")

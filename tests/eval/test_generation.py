@@ -9,7 +9,7 @@ import pytest
 from eval_toys import EOS, TOKENIZER, encoded, model_on
 from flax import nnx
 
-from medcg_jax.eval.generate import greedy, parse_answer, prefill
+from medcg_jax.eval.generation import greedy, parse_answer, prefill
 from medcg_jax.nn import blocks
 from medcg_jax.nn.attention import attention
 

@@ -16,12 +16,10 @@ from medcg_jax.data.boxes import corners
 from medcg_jax.data.encoding import Encoded
 from medcg_jax.data.eval_batches import eval_batches, eval_order
 from medcg_jax.data.tokenizer import Tokenizer
-from medcg_jax.eval.box_answers import DICE_DECIMALS, BoxAnswer, rounded
-from medcg_jax.eval.boxes import dice
-from medcg_jax.eval.generate import greedy, prefill
-from medcg_jax.eval.run import MAX_AHEAD
+from medcg_jax.eval.boxes import DICE_DECIMALS, BoxAnswer, dice, rounded
+from medcg_jax.eval.generation import greedy, prefill
+from medcg_jax.eval.letters import run_ahead
 from medcg_jax.mesh import batch_sharding, check_batch, own_rows, put_batch, replicated
-from medcg_jax.train.preempt import stop_if_told
 
 # A pixel belongs to a mask when its logit is above it: NExT-ChatV/NExT-Chat:mllm/demo/demo_util.py:de_transform_mask at
 # 1e6c20f.
@@ -43,13 +41,13 @@ def make_locator(
         model = nnx.merge(graphdef, params)
         logits, cache = prefill(model, batch, max_new_tokens - 1)
         tokens, cache = greedy(model, logits, cache, num_new=max_new_tokens, eos_id=eos_id)
-        found = {"tokens": tokens}
+        answers = {"tokens": tokens}
         if hasattr(model, "generated_boxes"):
-            placed, there = model.generated_boxes(cache)
-            found |= {"boxes": placed, "count": there.sum(axis=1)}
+            boxes, there = model.generated_boxes(cache)
+            answers |= {"boxes": boxes, "count": there.sum(axis=1)}
         if masks:
-            found["masks"] = model.masks(cache["at_hidden"], model.encode_sam_images(batch))[0]
-        return found
+            answers["masks"] = model.masks(cache["at_hidden"], model.encode_sam_images(batch))[0]
+        return answers
 
     jitted = jax.jit(answer, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))
 
@@ -70,31 +68,27 @@ def locate(
       ConfigError: the mesh cannot split the batch.
     """
     check_batch(mesh, batch_size, "eval.batch_size")
-    outputs: list[dict] = []
-    for batch, _ in eval_batches(encoded, batch_size, rows=own_rows(mesh, batch_size)):
-        outputs.append(locator(params, batch))
-        stop_if_told()
-        if len(outputs) > MAX_AHEAD:
-            jax.block_until_ready(outputs[-1 - MAX_AHEAD])
-    found: dict[int, BoxAnswer] = {}
+    batches = eval_batches(encoded, batch_size, rows=own_rows(mesh, batch_size))
+    outputs = run_ahead(lambda item: locator(params, item[0]), batches)
+    answers: dict[int, BoxAnswer] = {}
     order = eval_order(encoded).tolist()
     for start, output in zip(range(0, len(encoded), batch_size), outputs, strict=True):
         arrays = jax.device_get(output)
         for row, index in enumerate(order[start : start + batch_size]):
-            found[index] = _read(encoded, index, tokenizer, {key: array[row] for key, array in arrays.items()})
-    return [found[index] for index in range(len(encoded))]
+            answers[index] = _read(encoded, index, tokenizer, {key: array[row] for key, array in arrays.items()})
+    return [answers[index] for index in range(len(encoded))]
 
 
 def _read(encoded: Encoded, index: int, tokenizer: Tokenizer, row: dict[str, np.ndarray]) -> BoxAnswer:
     record, asked = encoded.records.records[index], encoded.asked[index]
     text = tokenizer.decode(row["tokens"].tolist())
-    placed = row["boxes"][: row["count"]] if "boxes" in row else None
-    predicted = encoded.format.read_boxes(text, placed, record.size_px)
+    boxes = row["boxes"][: row["count"]] if "boxes" in row else None
+    predicted = encoded.format.read_boxes(text, boxes, record.size_px)
     overlap, truth = None, encoded.records.mask(index)
     if "masks" in row and truth is not None:
-        wanted = [place for place, box in enumerate(record.boxes) if box.label == asked.label]
+        of_label = [place for place, box in enumerate(record.boxes) if box.label == asked.label]
         drawn = masks_in_image(row["masks"][: row["count"]], record.size_px)
-        overlap = round(dice(drawn.any(axis=0), truth[wanted].any(axis=0)), DICE_DECIMALS)
+        overlap = round(dice(drawn.any(axis=0), truth[of_label].any(axis=0)), DICE_DECIMALS)
     return BoxAnswer(
         record.id, record.subset, asked.label, rounded(corners(asked.boxes)),
         None if predicted is None else rounded(predicted), text, overlap,
@@ -106,7 +100,7 @@ def masks_in_image(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     height, width = size
     side = max(size)
     top, left = (side - height) // 2, (side - width) // 2
-    pictures = [Image.fromarray(one.astype(np.float32)) for one in logits]
+    pictures = [Image.fromarray(x.astype(np.float32)) for x in logits]
     resized = [np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR)) for picture in pictures]
     square = np.array(resized, np.float32).reshape(-1, side, side)
     return square[:, top : top + height, left : left + width] > MASK_THRESHOLD

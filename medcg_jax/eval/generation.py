@@ -13,8 +13,8 @@ LETTERS = string.ascii_uppercase
 def prefill(model, batch: dict[str, jax.Array], num_new: int):
     """(float32[B, V] logits at `last_position`, the cache with the prompts in it and room for `num_new` tokens).
 
-    batch: tokens, segment_ids int32[B, T] right-padded, the model's images, last_position int32[B]. Prompts may differ in length:
-    generated tokens stand behind the padding in the cache, and behind the prompt in position.
+    batch: tokens, segment_ids int32[B, T] right-padded, the model's images, last_position int32[B]. Prompts may differ
+    in length: generated tokens stand behind the padding in the cache, and behind the prompt in position.
     """
     rows, length = batch["tokens"].shape
     cache = model.init_cache(rows, length + num_new)
@@ -72,9 +72,9 @@ def parse_answer(text: str, options: Sequence[str]) -> str:
     """
     text = text.strip()
     letters = LETTERS[: len(options)]
-    found = re.fullmatch(r"([A-Z])\.?|\(([A-Z])\)", text)
-    if found:
-        letter = found[1] or found[2]
+    match = re.fullmatch(r"([A-Z])\.?|\(([A-Z])\)", text)
+    if match:
+        letter = match[1] or match[2]
         return letter if letter in letters else ""
     for letter, option in zip(letters, options, strict=True):
         if re.fullmatch(rf"{letter}:\s*{re.escape(option.strip())}", text):

@@ -5,13 +5,14 @@ import functools
 import jax
 import numpy as np
 import pytest
+from eval_toys import others_long
 
 from medcg_jax.config import RunConfig, replace
 from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import RecordSet
 from medcg_jax.eval import subsets
-from medcg_jax.eval.box_answers import summary
+from medcg_jax.eval.boxes import summary
 from medcg_jax.families import build
 from medcg_jax.train.loop import RunSpec, fit
 from medcg_jax.train.optim import hparams_from, make_optimizer
@@ -67,7 +68,7 @@ def answers_of(setup, graphdef, params, records):
     return subsets.Tester(setup, graphdef)(params, setup.encode_boxes(records))
 
 
-@pytest.mark.parametrize("name", ["minigpt_v2_tiny", "next_chat_tiny_sam"])
+@pytest.mark.parametrize("name", others_long(["minigpt_v2_tiny", "next_chat_tiny_sam"]))
 def test_what_was_learnt_is_found_and_the_next_image_s_is_not(name):
     setup, graphdef, params, records = learnt(name)
     answers = answers_of(setup, graphdef, params, records)
@@ -80,6 +81,7 @@ def test_what_was_learnt_is_found_and_the_next_image_s_is_not(name):
     assert summary(answers_of(setup, graphdef, params, moved))["accuracy"] < 0.5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["minigpt_v2_tiny", "next_chat_tiny_sam"])
 def test_batch_padding_and_mesh_change_no_answer(name):
     setup, graphdef, params, records = learnt(name)
@@ -93,6 +95,7 @@ def test_batch_padding_and_mesh_change_no_answer(name):
         np.testing.assert_allclose(a.predicted, b.predicted, atol=0.02)
 
 
+@pytest.mark.long
 def test_masks_are_learnt_after_boxes_and_change_nothing_else():
     setup, graphdef, params, records = learnt("next_chat_tiny_sam")
     boxes = answers_of(setup, graphdef, params, records)
