@@ -14,7 +14,10 @@ from medcg_jax.train import goodput
 
 
 def test_processes_write_apart_and_know_what_others_have_done(tmp_path):
-    with results.process_goodput(tmp_path, restarted=False, writes=True) as first, first.step({"job": 3}, compiles=True):
+    with (
+        results.process_goodput(tmp_path, restarted=False, writes=True) as first,
+        first.step({"job": 3}, compiles=True),
+    ):
         pass
     parts = results.goodput_parts(tmp_path)
     assert len(parts) == 1 and parts[0]["seconds"]["restart"] == 0.0

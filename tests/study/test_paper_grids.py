@@ -70,7 +70,12 @@ def test_every_grid_is_the_one_that_was_pinned(name):
 def test_any_change_of_a_row_is_seen():
     cells = plan("table3").cells
     trained = next(i for i, cell in enumerate(cells) if cell.arm == "trained")
-    changes = ({"num_records": (3000, 2999)}, {"related": ("03", "05")}, {"target": ("05",)}, {"row": suite.Row("fixed_area", "04")})
+    changes = (
+        {"num_records": (3000, 2999)},
+        {"related": ("03", "05")},
+        {"target": ("05",)},
+        {"row": suite.Row("fixed_area", "04")},
+    )
     for change in changes:
         changed = (*cells[:trained], dataclasses.replace(cells[trained], **change), *cells[trained + 1 :])
         assert digest(changed) != digest(cells)
