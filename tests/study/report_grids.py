@@ -80,9 +80,7 @@ def make_grid(
         rows.append((*key, "+".join(cell.related), "+".join(cell.target), steps, state, seconds))
         if state == "done":
             scored = write_predictions(workdir, cell, sources[cell.seed], skill(cell), options_text)
-            results += [
-                (*key, t, n, c, f"{c / n:.6f}", *(f"{x:.6f}" for x in wilson(c, n))) for t, n, c in scored
-            ]
+            results += [(*key, t, n, c, f"{c / n:.6f}", *(f"{x:.6f}" for x in wilson(c, n))) for t, n, c in scored]
             write_metrics(workdir, cell, steps)
     write_csv(workdir / "cells.csv", CELLS, rows)
     write_csv(workdir / "results.csv", RESULTS, results)
