@@ -17,8 +17,9 @@ from medcg_jax.data.controls import control_sets
 from medcg_jax.data.records import LETTERS
 from medcg_jax.data.sources import open_source
 from medcg_jax.eval.boxes import BoxAnswer, write_answers
+from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.design import suite
-from medcg_jax.study.stats import contamination, results, stats
+from medcg_jax.study.stats import contamination, results
 from medcg_jax.train import goodput
 
 CELLS = ("cell", "table", "row", "arm", "seed", "related", "target", "steps", "status", "seconds")
@@ -37,7 +38,7 @@ def skill_of(cell: suite.Cell) -> float:
     """How far above chance a cell is: 1 is always right."""
     if cell.arm.startswith("efficiency_"):
         records = int(cell.arm.rsplit("_", 1)[1])
-        start = 0.55 if cell.row.startswith("with_related") else 0.0
+        start = 0.55 if cell.row.part == "with_related" else 0.0
         return start + (0.9 - start) * (1 - math.exp(-records / 60))
     return 0.15 if (cell.table, cell.arm) == ("triples", "trained") else SKILL[cell.arm]
 
@@ -79,9 +80,7 @@ def make_grid(
         rows.append((*key, "+".join(cell.related), "+".join(cell.target), steps, state, seconds))
         if state == "done":
             scored = write_predictions(workdir, cell, sources[cell.seed], skill(cell), options_text)
-            results += [
-                (*key, t, n, c, f"{c / n:.6f}", *(f"{x:.6f}" for x in stats.wilson(c, n))) for t, n, c in scored
-            ]
+            results += [(*key, t, n, c, f"{c / n:.6f}", *(f"{x:.6f}" for x in wilson(c, n))) for t, n, c in scored]
             write_metrics(workdir, cell, steps)
     write_csv(workdir / "cells.csv", CELLS, rows)
     write_csv(workdir / "results.csv", RESULTS, results)
@@ -145,7 +144,7 @@ def score_again(workdir: Path) -> None:
     rows = [list(row.values()) for row in read_csv(workdir / "results.csv")]
     for row in rows:
         n, correct = results.scores(workdir / "predictions" / f"{row[0]}.jsonl")[row[5]]
-        row[6:] = [n, correct, *(f"{x:.6f}" for x in (correct / n, *stats.wilson(correct, n)))]
+        row[6:] = [n, correct, *(f"{x:.6f}" for x in (correct / n, *wilson(correct, n)))]
     write_csv(workdir / "results.csv", RESULTS, rows)
 
 

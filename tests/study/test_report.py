@@ -18,6 +18,7 @@ from medcg_jax.study.report.page import whole_folder, write_report
 from medcg_jax.study.report.plots import gains_by_target, triplets_of
 from medcg_jax.study.report.samples import embedded
 from medcg_jax.study.stats import stats
+from medcg_jax.study.stats.grid_files import read_results
 from medcg_jax.untrusted import FileError
 
 TARGET = FULL_TARGETS[0]
@@ -139,7 +140,7 @@ def test_samples_are_the_records_themselves(full_grid):
 def test_every_tested_subset_has_a_page_with_its_mistakes(full_grid):
     folder = full_grid / "report"
     assert {path.stem for path in (folder / "subsets").glob("*.html")} == {
-        row["target"] for row in stats.read_results(full_grid)
+        row["target"] for row in read_results(full_grid)
     }
     page, grid = (folder / "subsets" / f"{TARGET}.html").read_text(), Grid(full_grid)
     cells = [c for c in grid.done("pairs") if c["arm"] == "trained" and c["seed"] == "0"]
@@ -156,7 +157,7 @@ def test_every_tested_subset_has_a_page_with_its_mistakes(full_grid):
 def test_controls_are_shown_and_a_leak_of_answers_is_marked(full_grid, tmp_path):
     again = {(r["table"], r["arm"]): r for r in read_csv(full_grid / "report" / "tables" / "controls_again.csv")}
     trained = again["pairs", "Trained"]
-    results = [r for r in stats.read_results(full_grid) if (r["table"], r["arm"]) == ("pairs", "trained")]
+    results = [r for r in read_results(full_grid) if (r["table"], r["arm"]) == ("pairs", "trained")]
     plain = sum(r["correct"] for r in results) / sum(r["n"] for r in results)
     assert float(trained["plain"]) == float(trained["circular"]) == pytest.approx(plain)
     assert abs(float(trained["shuffled"]) - float(trained["chance"])) < 0.15

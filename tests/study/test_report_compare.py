@@ -17,9 +17,10 @@ from report_grids import (
 )
 from scipy.stats import chi2
 
+from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.report.compare import gaps, matched, newcombe, two_proportions, verdict, write_comparison
 from medcg_jax.study.report.load_grid import Grid
-from medcg_jax.study.stats import stats
+from medcg_jax.study.stats.grid_files import read_results
 
 TARGET = "mri-brain-state"
 
@@ -82,7 +83,7 @@ def test_a_paired_difference_has_the_interval_of_its_records(pair):
     rows = [line.split(",") for line in text]
     for row in rows:
         if row[0] == changed:
-            row[7:] = [str(right), *(f"{x:.6f}" for x in (right / 24, *stats.wilson(right, 24)))]
+            row[7:] = [str(right), *(f"{x:.6f}" for x in (right / 24, *wilson(right, 24)))]
     (pair[1] / "results.csv").write_text("\n".join(",".join(row) for row in rows) + "\n")
     found = matched(*map(Grid, pair))
     (odd,) = [row for row in found if row.agreement < 1]
@@ -116,7 +117,7 @@ def test_a_grid_agrees_with_itself_and_what_else_lies_in_the_folder_stays(made, 
         pages.append((out / "index.html").read_bytes())
     assert (out / "plots" / "holiday.png").read_text() == "not ours" and pages[0] == pages[1]
     rows = read_csv(out / "tables" / "comparison.csv")
-    assert len(rows) == len(stats.read_results(made))
+    assert len(rows) == len(read_results(made))
     assert {(r["difference"], r["p"], r["agreement"], r["largest"]) for r in rows} == {("0.0", "1.0", "1.0", "0.0000")}
     assert all(float(r["ci_low"]) <= float(r["difference"]) <= float(r["ci_high"]) for r in rows)
     assert all(float(r["a_low"]) <= float(r["a"]) <= float(r["a_high"]) for r in rows)
@@ -134,7 +135,7 @@ def test_grids_that_differ_are_told_apart(made, tmp_path):
         page = write_comparison(made, worse)
     assert page == made / "compare_worse" / "index.html" and "They do not agree." in page.read_text()
     rows = read_csv(page.parent / "tables" / "comparison.csv")
-    assert len(rows) == len(stats.read_results(worse)) and {r["test"] for r in rows} == {"McNemar"}
+    assert len(rows) == len(read_results(worse)) and {r["test"] for r in rows} == {"McNemar"}
     sure = [r for r in rows if float(r["p_holm"]) < 0.05]
     assert sure and all(r["arm"] != "Trained" for r in sure)
     settings = {r["what"]: (r["a"], r["b"]) for r in read_csv(page.parent / "tables" / "settings.csv")}

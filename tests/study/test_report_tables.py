@@ -10,6 +10,7 @@ from collections import defaultdict
 import pytest
 from report_grids import CELLS, RESULTS, change_config, json_lines, quick, read_csv, run_of, write_csv, write_json_lines
 
+from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.design import mat
 from medcg_jax.study.report.escape import latex
 from medcg_jax.study.report.load_grid import Grid
@@ -18,6 +19,7 @@ from medcg_jax.study.report.published import context, published
 from medcg_jax.study.report.table import Table
 from medcg_jax.study.report.tables import Tables, mark
 from medcg_jax.study.stats import stats
+from medcg_jax.study.stats.paired import compare
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def test_accuracies_are_those_of_results_csv(full_grid, tables):
             continue  # shown as means alone
         row = next(r for r in csv.DictReader(tables[name].csv().splitlines()) if r["target"] == target)
         assert float(row[arm]) == pytest.approx(correct / n)
-        assert (float(row[f"{arm}_low"]), float(row[f"{arm}_high"])) == pytest.approx(stats.wilson(correct, n))
+        assert (float(row[f"{arm}_low"]), float(row[f"{arm}_high"])) == pytest.approx(wilson(correct, n))
         assert int(row[f"{arm}_n"]) == n
         seen += 1
     assert seen > 60
@@ -52,7 +54,7 @@ def test_p_values_and_colours_are_those_of_the_pairing(full_grid, tables):
                 right[cell["arm"]][cell["seed"], record["id"]] = record["predicted"] == record["answer"]
     table = tables["pairs_fixed_area"]
     row = next(row for row in table.rows if row["target"] == "mri-brain-state")
-    assert row["p_plus"] == pytest.approx(stats.compare(right["trained"], right["baseline_plus"]).p)
+    assert row["p_plus"] == pytest.approx(compare(right["trained"], right["baseline_plus"]).p)
     for number, row in enumerate(table.rows):
         trained, others = row["trained"].accuracy, [row[arm].accuracy for arm in ("baseline", "baseline_plus")]
         state = "win" if trained > max(others) else "loss" if trained < min(others) else "even"
@@ -137,7 +139,7 @@ def released(workdir, source="release"):
             right, name = arms[arm] - seed, f"{table}.{target}.{arm}.s{seed}"
             key = (name, table, row, arm, seed)
             cells.append((*key, "" if arm == "baseline" else "06+26", target, 10, "done", 1.0))
-            results.append((*key, target, 10, right, right / 10, *stats.wilson(right, 10)))
+            results.append((*key, target, 10, right, right / 10, *wilson(right, 10)))
             lines = [
                 {"id": f"{target}/test/{i}", "subset": target, "options": ["x", "y"], "answer": "A",
                  "predicted": "A" if i < right else "B", "logprobs": [-0.7, -0.7], "generated": None}
@@ -165,7 +167,7 @@ def test_published_rows_stand_beside_ours_with_the_confidence_of_their_reading(t
     assert row["trained"].accuracy == pytest.approx(0.85)
     # The ten records return with the second seed: they count once.
     assert row["trained"].n == 10
-    assert (row["trained"].low, row["trained"].high) == pytest.approx(stats.wilson(8.5, 10))
+    assert (row["trained"].low, row["trained"].high) == pytest.approx(wilson(8.5, 10))
     assert "version 1" in pairs.caption and "llava15_7b" in pairs.caption
     # The paper's own colour, and ours with its test, beside each other.
     assert (pairs.colours[0, "trained_paper"], pairs.colours[0, "trained"]) == ("win", row["mark"]) == ("win", "win")

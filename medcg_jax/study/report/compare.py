@@ -13,14 +13,14 @@ from scipy.stats import norm
 from statsmodels.stats.proportion import confint_proportions_2indep, proportions_ztest
 
 from medcg_jax.config import MODELS, flat, free_fields
+from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name, letter_logprobs
 from medcg_jax.study.report.page import Section, added_files, page_html, whole_folder, write_tables, write_text
 from medcg_jax.study.report.plots import BLUE, INK, ORANGE, Figure, draw, grouped_bars
 from medcg_jax.study.report.table import Table, points
 from medcg_jax.study.report.tables import ALL_SUBSETS, boxes
 from medcg_jax.study.report.text import PARTS, counted
-from medcg_jax.study.stats import stats
-from medcg_jax.study.stats.paired import holm, mixed_interval
+from medcg_jax.study.stats.paired import compare, holm, mixed_interval
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def compared(a: Side, b: Side, ours: Mapping, theirs: Mapping) -> Matched:
     paired = same_records(*answers) and len({a.data(ours["seed"]), b.data(theirs["seed"])} - {None}) < 2
     if paired:
         right = [{name: line["predicted"] == line["answer"] for name, line in one.items()} for one in answers]
-        p = stats.compare(*right).p
+        p = compare(*right).p
         spread = mixed_interval([{name: int(right[1][name]) - int(value) for name, value in right[0].items()}])
         low, high = spread.low, spread.high
         pairs = [(line, answers[1][name]) for name, line in answers[0].items()]
@@ -342,12 +342,12 @@ def model_rows(model: str, grid: Grid) -> list[dict]:
     """A row for each table, part and arm of one model's grid: accuracy over all its test answers, and chance."""
     grouped: dict[tuple[str, str, str], list[dict]] = defaultdict(list)
     for result in grid.results:
-        grouped[result["table"], stats.part_of(result["table"], result["row"]), result["arm"]].append(result)
+        grouped[result["table"], result["part"], result["arm"]].append(result)
     rows = []
     for (table, part, arm), results in grouped.items():
         n, correct = sum(r["n"] for r in results), sum(r["correct"] for r in results)
         seeds = tuple(sorted({r["seed"] for r in results}))
-        pooled = Score(correct / n if n else 0.0, *stats.wilson(correct, n), n, seeds)
+        pooled = Score(correct / n if n else 0.0, *wilson(correct, n), n, seeds)
         chance = mean([grid.chance(result["target"]) for result in results])
         rows.append({"model": model, "table": table, "part": part, "arm": arm, "score": pooled, "chance": chance})
     return rows

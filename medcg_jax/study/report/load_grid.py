@@ -1,11 +1,13 @@
 """What a grid left in its workdir, read for its report, and what can be counted from it without a test."""
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
+
+import numpy as np
+import pandas as pd
 
 from medcg_jax.config import BOX_TABLES, MODELS, TABLES, ConfigError, DataConfig
 from medcg_jax.data.phantom.source import DETECTION_TRIPLETS
@@ -14,11 +16,10 @@ from medcg_jax.data.records import LETTERS, DataError, Source
 from medcg_jax.data.sources import open_source
 from medcg_jax.data.tree import read_manifest, subset_table
 from medcg_jax.eval.boxes import BoxAnswer, read_answers
-from medcg_jax.eval.generation import parse_answer
-from medcg_jax.eval.predictions import prediction_lines
+from medcg_jax.eval.predictions import prediction_lines, wilson
 from medcg_jax.study.design import mat
 from medcg_jax.study.report.escape import ELEMENT_CHARACTERS, short_label
-from medcg_jax.study.stats import contamination, grid_files, stats
+from medcg_jax.study.stats import contamination, grid_files
 from medcg_jax.study.stats.answers import Answers
 from medcg_jax.study.stats.grid_files import ARMS
 from medcg_jax.study.stats.results import read_config_file
@@ -66,20 +67,21 @@ class Letters:
     unparsed: int = 0
     generated_right: int = 0
 
-    def add(self, record: dict) -> None:
-        self.n += 1
-        self.right += record["predicted"] == record["answer"]
-        self.predicted[record["predicted"]] += 1
-        self.answers[record["answer"]] += 1
-        logprobs = letter_logprobs(record)
-        if logprobs:
-            self.mass += sum(math.exp(value) for value in logprobs.values())
-            self.num_mass += 1
-        if record["generated"] is not None:
-            letter = parse_answer(record["generated"], record["options"])
-            self.generated += 1
-            self.unparsed += letter == ""
-            self.generated_right += letter == record["answer"]
+    def add(self, answers: pd.DataFrame) -> None:
+        """Counts these answers (`Answers.frame`) too."""
+        self.n += len(answers)
+        self.right += int(answers["right"].sum())
+        for counts, column in ((self.predicted, "predicted"), (self.answers, "answer")):
+            for letter, count in answers[column].value_counts().items():
+                counts[letter] += int(count)
+        if "A" in answers:
+            recorded = answers.loc[answers["A"].notna(), [letter for letter in LETTERS if letter in answers]]
+            self.mass += float(np.nansum(np.exp(recorded.to_numpy(float))))
+            self.num_mass += len(recorded)
+        asked = answers[answers["read"].notna()]
+        self.generated += len(asked)
+        self.unparsed += int((asked["read"] == "").sum())
+        self.generated_right += int((asked["read"] == asked["answer"]).sum())
 
 
 def letter_logprobs(record: dict) -> dict[str, float]:
@@ -254,10 +256,10 @@ class Grid:
         seeds = tuple(sorted(row["seed"] for row in rows))
         if self.is_phantom:
             n, correct = sum(row["n"] for row in rows), sum(row["correct"] for row in rows)
-            return Score(correct / n if n else 0.0, *stats.wilson(correct, n), n, seeds)
+            return Score(correct / n if n else 0.0, *wilson(correct, n), n, seeds)
         n = max(row["n"] for row in rows)
         accuracy = sum(row["correct"] / row["n"] for row in rows if row["n"]) / len(rows)
-        return Score(accuracy, *stats.wilson(accuracy * n, n), n, seeds)
+        return Score(accuracy, *wilson(accuracy * n, n), n, seeds)
 
     @cached_property
     def letters(self) -> dict[tuple[str, str], Letters]:
@@ -266,12 +268,13 @@ class Grid:
         asked = {row["cell"] for row in self.results}
         for cell in (c for c in self.done() if c["cell"] in asked):
             letters = answered.setdefault((cell["table"], cell["arm"]), Letters())
-            for record in self.predictions(cell["cell"]):
-                letters.add(record)
-                if cell["arm"] == "baseline" or record["subset"] not in self._chance:
-                    share = self._chance.setdefault(record["subset"], [0.0, 0])
-                    share[0] += 1 / max(1, len(record["options"]))
-                    share[1] += 1
+            answers = self.answers.frame(cell["cell"])
+            letters.add(answers)
+            for subset, options in answers.groupby("subset")["options"]:
+                if cell["arm"] == "baseline" or subset not in self._chance:
+                    share = self._chance.setdefault(subset, [0.0, 0])
+                    share[0] += float((1 / options).sum())
+                    share[1] += len(options)
         return answered
 
     def chance(self, target: str) -> float | None:

@@ -24,7 +24,7 @@ from medcg_jax.study.report.escape import TICK_CHARACTERS, file_names, plain, sh
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name
 from medcg_jax.study.report.table import points
 from medcg_jax.study.report.text import PARTS, effect_name, interval, verdict
-from medcg_jax.study.stats import stats
+from medcg_jax.study.stats.paired import Unit, bootstrap_interval, mean_difference
 
 INK, MUTED, GRID = "#22262b", "#6b7280", "#d5d9df"
 # Okabe and Ito's colours, which colour-blind readers tell apart, and greys.
@@ -235,11 +235,11 @@ class Plots:
         def paint(axes):
             for y, arm in enumerate(arms):
                 # An accuracy is a difference against never being right.
-                units = [stats.Unit(r["target"], r["seed"], r["n"], r["correct"], 0) for r in rows if r["arm"] == arm]
-                low, high = stats.bootstrap_interval(units, draws=2000)
-                axes.barh(y, 100 * stats.mean_difference(units), height=0.62, color=COLOURS[arm], alpha=0.85)
+                units = [Unit(r["target"], r["seed"], r["n"], r["correct"], 0) for r in rows if r["arm"] == arm]
+                low, high = bootstrap_interval(units, draws=2000)
+                axes.barh(y, 100 * mean_difference(units), height=0.62, color=COLOURS[arm], alpha=0.85)
                 for target in sorted({unit.target for unit in units}):
-                    value = stats.mean_difference([unit for unit in units if unit.target == target])
+                    value = mean_difference([unit for unit in units if unit.target == target])
                     axes.plot(100 * value, y, "o", color=INK, alpha=0.45, markersize=2.8, markeredgewidth=0)
                 axes.plot([100 * low, 100 * high], [y, y], color=INK, linewidth=1.6)
             _percent(axes)

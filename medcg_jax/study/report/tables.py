@@ -13,7 +13,6 @@ from medcg_jax.study.design.suite import DETECTION_TABLES, PAIR_TABLES
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name
 from medcg_jax.study.report.table import Table
 from medcg_jax.study.report.text import PARTS, effect_name, efficiency_gains, verdict
-from medcg_jax.study.stats import stats
 from medcg_jax.train import goodput
 
 # What an interval shows -> CSS class.
@@ -321,7 +320,7 @@ def grouped_boxes(grid: Grid, part: str) -> dict[tuple[str, str, tuple[int, ...]
     Phantoms are drawn anew with every seed, so the seeds are put together. Images from files return with every seed:
     there each seed stands by itself.
     """
-    cells = [cell for cell in grid.done("detection") if stats.part_of("detection", cell["row"]) == part]
+    cells = [cell for cell in grid.done("detection") if cell["row"] == part]
     together: dict[tuple[str, str, tuple[int, ...]], list[BoxAnswer]] = {}
     by_subset: dict[tuple[str, str, tuple[int, ...]], list[BoxAnswer]] = {}
     for cell in cells:

@@ -11,8 +11,8 @@ from medcg_jax.data.phantom.world import TUNE_TARGETS
 from medcg_jax.study.report.escape import plain
 from medcg_jax.study.report.load_grid import Grid, arm_name
 from medcg_jax.study.report.table import points
-from medcg_jax.study.stats import stats
 from medcg_jax.study.stats.controls import SHUFFLED
+from medcg_jax.study.stats.paired import Unit, bootstrap_interval, compare, mean_difference
 
 ELEMENTS = ("modality", "area", "task")
 PARTS = {
@@ -279,22 +279,20 @@ def never_trained_on(grid: Grid, table: str) -> bool:
 def efficiency_gains(grid: Grid) -> list[dict]:
     """By number of target records: accuracy with all related subsets less that of the target alone, by record."""
     cells = {
-        (r["row"].split("/")[0], r["target"], r["seed"], int(r["arm"].rsplit("_", 1)[1])): r["cell"]
+        (r["part"], r["target"], r["seed"], int(r["arm"].rsplit("_", 1)[1])): r["cell"]
         for r in grid.results
         if r["table"] == "efficiency"
     }
-    units: dict[int, list[stats.Unit]] = {}
+    units: dict[int, list[Unit]] = {}
     for (curve, target, seed, records), cell in cells.items():
         other = cells.get(("target_only", target, seed, records))
         if curve == "with_related" and other:
-            folder = grid.workdir / "predictions"
-            a, b = (stats.correct_by_id(folder / f"{name}.jsonl", target) for name in (cell, other))
-            result = stats.compare(a, b)
-            units.setdefault(records, []).append(stats.Unit(target, seed, result.n, result.only_a, result.only_b))
+            result = compare(*(grid.answers.correct_by_id(name, target) for name in (cell, other)))
+            units.setdefault(records, []).append(Unit(target, seed, result.n, result.only_a, result.only_b))
     gains = []
     for records, group in sorted(units.items()):
-        low, high = stats.bootstrap_interval(group, draws=2000)
-        gains.append({"records": records, "mean": stats.mean_difference(group), "ci_low": low, "ci_high": high})
+        low, high = bootstrap_interval(group, draws=2000)
+        gains.append({"records": records, "mean": mean_difference(group), "ci_low": low, "ci_high": high})
     return gains
 
 
