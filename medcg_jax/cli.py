@@ -267,14 +267,10 @@ def reproduce_grid(args) -> dict:
 
         return dry(run)
     with started(args, run):
-        from medcg_jax.study.run import backbones, grid
+        from medcg_jax.study.run import grid
 
         if run.study.cells_at_once == 0:
             run = with_as_many_cells_as_fit(run)
-        if run.study.models:
-            if processes.count() > 1:
-                raise ConfigError(f"study.models={run.study.models}: () is accepted where processes share one run")
-            return backbones.reproduce_models(run, workdir(args, run))
         return grid.reproduce(run, workdir(args, run))
 
 
@@ -299,29 +295,27 @@ def with_as_many_cells_as_fit(run: RunConfig) -> RunConfig:
 
 
 def report_grid(args) -> dict:
-    from medcg_jax.study.report import backbones as report_backbones
-    from medcg_jax.study.report import compare
-    from medcg_jax.study.report import formats as report_formats
-    from medcg_jax.study.report import page as report
+    from medcg_jax.study.report.compare import models_in, write_comparison, write_models_page
+    from medcg_jax.study.report.page import check_formats, write_report
 
-    formats = report_formats.check_formats(args.format)
+    formats = check_formats(args.format)
     if args.dir.endswith(".json"):
         return report_benchmarks(args)
     if len(args.other) > 1:
         raise ConfigError(f"medcg report {' '.join([args.dir, *args.other])}: one or two grids are accepted")
     if args.other:
-        page = compare.write_comparison(args.dir, args.other[0], args.out)
+        page = write_comparison(args.dir, args.other[0], args.out)
         print(page)
         return {"page": str(page)}
     if args.out:
         raise ConfigError(f"--out={args.out}: accepted with a second DIR alone; a grid's report lies in its workdir")
-    models = report_backbones.models_in(Path(args.dir))
+    models = models_in(Path(args.dir))
     for model in models:
-        report.write_report(Path(args.dir) / model, formats)
+        write_report(Path(args.dir) / model, formats)
     if models:
-        page = report_backbones.write_page(Path(args.dir), models)
+        page = write_models_page(Path(args.dir), models)
     else:
-        page = report.write_report(Path(args.dir), formats)
+        page = write_report(Path(args.dir), formats)
         print((page.parent / "summary.txt").read_text(encoding="utf-8"))
     print(page)
     return {"page": str(page)}
@@ -351,7 +345,8 @@ def plan_run(args) -> dict:
     from medcg_jax.plan import search
     from medcg_jax.plan import text as plan_text
     from medcg_jax.plan import verb as plan
-    from medcg_jax.study.run import backbones, dry
+    from medcg_jax.study.design.schedule import runs_by_model
+    from medcg_jax.study.run import dry
 
     common = {"full_effort": args.full_effort, "memory_bytes": args.memory_gib * (1 << 30)}
     if args.search:
@@ -361,8 +356,7 @@ def plan_run(args) -> dict:
         print(search.table(found))
         return found
     found = {}
-    for model in run.study.models or (run.model.name,):
-        one = backbones.model_run(run, model) if run.study.models else run
+    for model, one in runs_by_model(run).items():
         grid = None if args.alone else dry.grid_totals(one)
         found[model] = plan.plan(one, args.topology, grid=grid, price=args.price, alone=args.alone, **common)
         print(plan_text.text_of(found[model]), flush=True)
