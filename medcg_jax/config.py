@@ -303,11 +303,11 @@ class RunConfig:
 def marked(mark: str, cls: type = RunConfig, prefix: str = "") -> frozenset[str]:
     """The fields of a configuration with this mark in their metadata, as "train.log_every_steps"."""
     names = set()
-    for one in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(one.type):
-            names |= marked(mark, one.type, f"{prefix}{one.name}.")
-        elif one.metadata.get(mark):
-            names.add(prefix + one.name)
+    for setting_ in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(setting_.type):
+            names |= marked(mark, setting_.type, f"{prefix}{setting_.name}.")
+        elif setting_.metadata.get(mark):
+            names.add(prefix + setting_.name)
     return frozenset(names)
 
 
@@ -320,9 +320,9 @@ def replace(config, **changes):
     """A copy of a (nested) dataclass with fields changed; nested fields as `a__b=value`."""
     here, below = {}, {}
     for key, value in changes.items():
-        head, _, rest = key.partition("__")
-        if rest:
-            below.setdefault(head, {})[rest] = value
+        head, _, tail = key.partition("__")
+        if tail:
+            below.setdefault(head, {})[tail] = value
         else:
             here[head] = value
     for head, inner in below.items():
@@ -337,16 +337,16 @@ def trains_masks(model: ModelConfig) -> bool:
 
 def parts_of(family: str, names: tuple[str, ...], *, lora_rank: int = 0) -> tuple[str, ...]:
     """Those of the names that are parts of the family's models, in their order. lora_rank: as `ModelConfig`'s."""
-    own = OWN_PARTS if not lora_rank else {part: has for part, has in OWN_PARTS.items() if part != "lora"}
-    return tuple(name for name in names if own.get(name, family) == family)
+    owners = OWN_PARTS if not lora_rank else {part: has for part, has in OWN_PARTS.items() if part != "lora"}
+    return tuple(name for name in names if owners.get(name, family) == family)
 
 
 def flat(config: dict, prefix: str = "") -> dict:
     """{"a": {"b": 1}} -> {"a.b": 1}, for the sections of a configuration as a dict."""
-    found = {}
+    flattened: dict = {}
     for key, value in config.items():
         if isinstance(value, dict) and key not in ("subset_weights", "targets_of", "epochs_of", "model_flags"):
-            found |= flat(value, f"{prefix}{key}.")
+            flattened |= flat(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value
-    return found
+            flattened[prefix + key] = value
+    return flattened

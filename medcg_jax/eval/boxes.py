@@ -1,70 +1,75 @@
-"""Scores of boxes and masks: IoU, matching, accuracy at IoU 0.5, mean and cumulative IoU, Dice, with intervals.
+"""Questions about boxes: IoU, matching, accuracy at IoU 0.5, mean and cumulative IoU, Dice, with intervals; their file.
 
 Boxes are float[N, 4] of x1, y1, x2, y2 in pixels of the stored image (`data.boxes` maps a model's answer back to it).
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy.stats import bootstrap
 
-from medcg_jax.eval.intervals import wilson
+from medcg_jax.eval.predictions import MAX_ANSWER_BYTES, check_text, field, wilson
+from medcg_jax.files import write_whole
+from medcg_jax.untrusted import FileError, check_number, json_lines
 
 # "Found" is above it, not at it: Vision-CAIR/MiniGPT-4 (226cb38) eval_scripts/eval_ref.py and NExT-ChatV/NExT-Chat
 # (2e2f732) mllm/dataset/single_image_dataset/rec.py:RECComputeMetrics.calculate_metric.
 THRESHOLD = 0.5
-# What MiniGPT-v2's evaluation adds to every width and height: Vision-CAIR/MiniGPT-4 (081fb02)
-# minigpt4/common/eval_utils.py:computeIoU. It makes small boxes overlap more.
-MINIGPT_EXTRA_PX = 1.0
 BOOTSTRAP_DRAWS = 9999
+# Decimals of a pixel, and of a Dice, in the file.
+DECIMALS = 2
+DICE_DECIMALS = 4
+# A corner of a box; an answer of text may name any number, and beyond these no pixel lies.
+FARTHEST_PX = {"least": -1e15, "most": 1e15}
 
 
 @dataclass(frozen=True)
-class Located:
-    """One question about boxes and what was answered; boxes of other labels are other questions.
+class BoxAnswer:
+    """One question about boxes; the fields are the keys of a line of the file.
 
     Attributes:
-      id: of the record. label: what was asked for.
-      truth: float[M, 4], M of 1 or more.
-      predicted: float[K, 4]; None where the answer could not be read (counts as no box).
+      label: what was asked for. truth, predicted: boxes as x1, y1, x2, y2 in pixels of the stored image; predicted is
+        None where the answer could not be read. generated: the text.
+      dice: of the masks asked for, as one, with those answered; None where no masks are drawn or known.
     """
 
     id: str
+    subset: str
     label: str
-    truth: np.ndarray
-    predicted: np.ndarray | None
+    truth: tuple[tuple[float, ...], ...]
+    predicted: tuple[tuple[float, ...], ...] | None
+    generated: str
+    dice: float | None = None
 
 
-def overlap(a: np.ndarray, b: np.ndarray, *, extra_px: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+def overlap(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(float64[N, M], float64[N, M]): areas of the intersection and union of each of a[N, 4] with each of b[M, 4].
 
     A box whose ends are exchanged, or not finite, has no area.
-
-    Args:
-      extra_px: added to widths and heights; 0, or `MINIGPT_EXTRA_PX`.
     """
-    a, b = _grown(a, extra_px), _grown(b, extra_px)
+    a, b = _real_boxes(a), _real_boxes(b)
     low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
     both = np.prod(np.maximum(high - low, 0), -1)
     areas = [np.prod(boxes[:, 2:] - boxes[:, :2], -1) for boxes in (a, b)]
     return both, areas[0][:, None] + areas[1][None] - both
 
 
-def iou(a: np.ndarray, b: np.ndarray, *, extra_px: float = 0.0) -> np.ndarray:
+def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """float64[N, M] in [0, 1]: intersection over union of each of a[N, 4] with each of b[M, 4]; see `overlap`."""
-    both, union = overlap(a, b, extra_px=extra_px)
+    both, union = overlap(a, b)
     return np.divide(both, union, out=np.zeros_like(both), where=union > 0)
 
 
-def match(predicted: np.ndarray, truth: np.ndarray, *, extra_px: float = 0.0) -> list[tuple[int, int]]:
+def match(predicted: np.ndarray, truth: np.ndarray) -> list[tuple[int, int]]:
     """(place in predicted, place in truth) of boxes that belong together, one to one.
 
     Greedy: the two that overlap most come together first (of equals the first in order), and none without overlap.
     """
-    scores = iou(predicted, truth, extra_px=extra_px)
+    scores = iou(predicted, truth)
     pairs: list[tuple[int, int]] = []
     for flat in np.argsort(-scores, axis=None, kind="stable"):
         i, j = np.unravel_index(flat, scores.shape)
@@ -75,7 +80,7 @@ def match(predicted: np.ndarray, truth: np.ndarray, *, extra_px: float = 0.0) ->
     return pairs
 
 
-def summary(found: Sequence[Located], *, extra_px: float = 0.0) -> dict[str, float | int | None]:
+def summary(answers: Sequence[BoxAnswer]) -> dict[str, float | int | None]:
     """Scores over all boxes that are there; one that was not found, or not answered readably, counts as IoU 0.
 
     Keys:
@@ -84,13 +89,22 @@ def summary(found: Sequence[Located], *, extra_px: float = 0.0) -> dict[str, flo
       mean_iou: mean over the n. cumulative_iou: sum of intersections over sum of unions; unmatched boxes of either side
         add their area to the unions.
       unparsed_rate: of the questions, those whose answer could not be read.
+      by_chance: the accuracy of the same answers to other questions, those of the next image of the same subset and
+        label: what knowing a subset's usual places alone is worth. None where no subset has two images.
+      dice: mean over questions that have one; None without.
       accuracy_low, accuracy_high and so on: 95 % intervals. Wilson's for the accuracy where every question has one box,
         else by drawing questions anew.
     """
-    boxes, predicted, hits, ious, both, union = _columns(found, extra_px)
+    boxes, predicted, hits, ious, both, union = _columns(answers)
     n, correct = int(boxes.sum()), int(hits.sum())
+    dices = np.array([a.dice for a in answers if a.dice is not None])
+    intervals = {
+        "accuracy": wilson(correct, n) if (boxes == 1).all() else ratio_interval(hits, boxes),
+        "mean_iou": ratio_interval(ious, boxes),
+        "cumulative_iou": ratio_interval(both, union),
+    }
     scores = {
-        "questions": len(found),
+        "questions": len(answers),
         "n": n,
         "predicted": int(predicted.sum()),
         "correct": correct,
@@ -98,22 +112,25 @@ def summary(found: Sequence[Located], *, extra_px: float = 0.0) -> dict[str, flo
         "precision": float(_ratio(hits, predicted)) if predicted.sum() else None,
         "mean_iou": float(_ratio(ious, boxes)),
         "cumulative_iou": float(_ratio(both, union)),
-        "unparsed_rate": sum(one.predicted is None for one in found) / len(found) if found else 0.0,
-    }
-    intervals = {
-        "accuracy": wilson(correct, n) if (boxes == 1).all() else ratio_interval(hits, boxes),
-        "mean_iou": ratio_interval(ious, boxes),
-        "cumulative_iou": ratio_interval(both, union),
+        "unparsed_rate": sum(a.predicted is None for a in answers) / len(answers) if answers else 0.0,
     }
     for name, (low, high) in intervals.items():
         scores |= {f"{name}_low": low, f"{name}_high": high}
-    return scores
+    low, high = ratio_interval(dices, np.ones(len(dices))) if len(dices) else (None, None)
+    scores |= {"by_chance": _accuracy_by_chance(answers), "dice": float(dices.mean()) if len(dices) else None}
+    return scores | {"dice_low": low, "dice_high": high}
 
 
-def accuracy(found: Sequence[Located], *, extra_px: float = 0.0) -> float:
-    """`summary`'s accuracy alone; 0 without boxes."""
-    boxes, _, hits, *_ = _columns(found, extra_px)
-    return float(_ratio(hits, boxes))
+def _accuracy_by_chance(answers: Sequence[BoxAnswer]) -> float | None:
+    """As `summary`'s by_chance."""
+    shuffled = []
+    for kind in dict.fromkeys((a.subset, a.label) for a in answers):
+        alike = [a for a in answers if (a.subset, a.label) == kind]
+        for answer, question in zip(alike, alike[1:] + alike[:1], strict=True):
+            if answer.id != question.id:
+                shuffled.append(dataclasses.replace(question, predicted=answer.predicted))
+    boxes, _, hits, *_ = _columns(shuffled)
+    return float(_ratio(hits, boxes)) if shuffled else None
 
 
 def ratio_interval(top: np.ndarray, bottom: np.ndarray, level: float = 0.95) -> tuple[float, float]:
@@ -143,37 +160,75 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     return 2 * int((a & b).sum()) / total if total else 1.0
 
 
-def _columns(found: Sequence[Located], extra_px: float) -> np.ndarray:
+def _columns(answers: Sequence[BoxAnswer]) -> np.ndarray:
     """float64[6, N]: `_row` of every question."""
-    return np.array([_row(one, extra_px) for one in found], np.float64).reshape(-1, 6).T
+    return np.array([_row(answer) for answer in answers], np.float64).reshape(-1, 6).T
 
 
-def _row(one: Located, extra_px: float) -> tuple[float, ...]:
+def _row(answer: BoxAnswer) -> tuple[float, ...]:
     """Boxes, predicted boxes, boxes found, sum of IoU, of intersections and of unions of one question."""
-    truth = _boxes(one.truth)
-    predicted = _boxes([] if one.predicted is None else one.predicted)
-    both, union = overlap(predicted, truth, extra_px=extra_px)
-    pairs = match(predicted, truth, extra_px=extra_px)
+    truth, predicted = _as_boxes(answer.truth), _as_boxes(answer.predicted or ())
+    both, union = overlap(predicted, truth)
+    pairs = match(predicted, truth)
     matched = sum(both[i, j] for i, j in pairs)
-    areas = [overlap(boxes, boxes, extra_px=extra_px)[1].diagonal().sum() for boxes in (predicted, truth)]
+    areas = [overlap(boxes, boxes)[1].diagonal().sum() for boxes in (predicted, truth)]
     ious = [both[i, j] / union[i, j] for i, j in pairs]
     return len(truth), len(predicted), sum(v > THRESHOLD for v in ious), sum(ious), matched, sum(areas) - matched
 
 
-def _boxes(boxes) -> np.ndarray:
+def _as_boxes(boxes) -> np.ndarray:
     return np.asarray(boxes, np.float64).reshape(-1, 4)
 
 
-def _grown(boxes: np.ndarray, extra_px: float) -> np.ndarray:
-    """float64[N, 4] with `extra_px` on the right and below; zeros for what is no box."""
-    boxes = _boxes(boxes)
+def _real_boxes(boxes) -> np.ndarray:
+    """float64[N, 4], zeros for what is no box."""
+    boxes = _as_boxes(boxes)
     real = np.isfinite(boxes).all(-1) & (boxes[:, :2] <= boxes[:, 2:]).all(-1)
     # Farther than any image reaches, and near enough for an area that is a number.
-    boxes = np.clip(np.where(real[:, None], boxes, 0), -1e9, 1e9)
-    boxes[real, 2:] += extra_px
-    return boxes
+    return np.clip(np.where(real[:, None], boxes, 0), -1e9, 1e9)
 
 
 def _ratio(top: np.ndarray, bottom: np.ndarray, axis: int = -1) -> np.ndarray:
     total = np.sum(bottom, axis=axis)
     return np.sum(top, axis=axis) / np.where(total > 0, total, 1)
+
+
+def rounded(boxes: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    """Boxes [N, 4] as they stand in the file."""
+    return tuple(tuple(round(float(x), DECIMALS) + 0.0 for x in box) for box in boxes)
+
+
+def write_answers(path: Path, answers: Iterable[BoxAnswer]) -> None:
+    """Writes one JSON line for each answer, in their order; the file appears whole or not at all."""
+    write_whole(path, "".join(json.dumps(dataclasses.asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
+
+
+def read_answers(path: Path) -> list[BoxAnswer]:
+    """What `write_answers` wrote. Raises FileError where a line is none such; file, line and field are named."""
+    answers: list[BoxAnswer] = []
+    asked: dict[tuple[str, str, str], int] = {}
+    for number, line in json_lines(path, max_bytes=MAX_ANSWER_BYTES):
+        name = f"{path}, line {number}"
+        for key in ("id", "subset", "label", "generated"):
+            check_text(line, key, name, empty=key in ("label", "generated"))
+        if line.get("dice") is not None:
+            check_number(line["dice"], f"{name}: dice", least=0, most=1)
+        predicted = line.get("predicted")
+        answers.append(
+            BoxAnswer(
+                line["id"], line["subset"], line["label"], _read_boxes(line, "truth", name, least=1),
+                None if predicted is None else _read_boxes(line, "predicted", name), line["generated"], line.get("dice"),
+            )
+        )  # fmt: skip
+        first = asked.setdefault((line["subset"], line["id"], line["label"]), number)
+        if first != number:
+            raise FileError(f"{name}: the question of line {first} again; each once is accepted")
+    return answers
+
+
+def _read_boxes(line: dict, key: str, name: str, least: int = 0) -> tuple[tuple[float, ...], ...]:
+    value = line.get(key)
+    if not isinstance(value, list) or len(value) < least or not all(isinstance(b, list) and len(b) == 4 for b in value):
+        some = "of at least one box" if least else "of boxes"
+        raise FileError(f"{name}: {field(line, key)}: a list {some}, each of four numbers, is accepted")
+    return tuple(tuple(check_number(x, f"{name}: {key}", **FARTHEST_PX) for x in box) for box in value)

@@ -1,6 +1,7 @@
 """Subsets tested with one set of parameters, choice questions and questions about boxes alike; and `medcg eval`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,11 +13,9 @@ from medcg_jax.config import ConfigError, RunConfig, trains_masks
 from medcg_jax.data.encoding import Encoded
 from medcg_jax.data.eval_batches import eval_batches, rounds
 from medcg_jax.data.sources import subset_names
-from medcg_jax.eval import box_answers, locate, run
-from medcg_jax.eval.again import Asker, evaluate_again, make_asker
-from medcg_jax.eval.box_answers import BoxAnswer
-from medcg_jax.eval.choice import letter_logits
-from medcg_jax.eval.run import Evaluator, Prediction
+from medcg_jax.eval import boxes, grounding, letters, predictions
+from medcg_jax.eval.boxes import BoxAnswer
+from medcg_jax.eval.predictions import Prediction
 from medcg_jax.families.build import shardings
 from medcg_jax.mesh import batch_sharding, check_batch, own_rows, put_batch, replicated
 from medcg_jax.train.checkpoint import load_params
@@ -28,15 +27,35 @@ from medcg_jax.train.setup import Setup, open_setup, start_params
 class Tester:
     """Tests one setup's model on encoded test records of either kind, each of which is compiled when first met.
 
-    sees: whether it is known that the model sees its images; else that is looked at first (`train.sanity`).
+    sees: whether it is known that the model sees its images; else that is checked first (`train.sanity`).
     """
 
     def __init__(self, setup: Setup, graphdef: nnx.GraphDef, *, sees: bool = False):
         self._setup, self._graphdef, self._sees = setup, graphdef, sees
-        self._shardings = shardings(setup.model, setup.mesh)
-        self._evaluator: Evaluator | None = None
-        self._asker: Asker | None = None
-        self._locator: Callable | None = None
+        self._model = setup.mesh, graphdef, shardings(setup.model, setup.mesh)
+
+    @functools.cached_property
+    def _evaluator(self) -> letters.Evaluator:
+        return letters.make_evaluator(*self._model, **self._generation)
+
+    @functools.cached_property
+    def _prefix_evaluator(self) -> letters.PrefixEvaluator:
+        return letters.make_prefix_evaluator(*self._model, **self._generation)
+
+    @functools.cached_property
+    def _locator(self) -> Callable:
+        setup = self._setup
+        return grounding.make_locator(
+            *self._model,
+            eos_id=setup.tokenizer.eos_id,
+            max_new_tokens=setup.run.eval.max_box_tokens,
+            masks=trains_masks(setup.run.model),
+        )
+
+    @property
+    def _generation(self) -> dict:
+        config, eos_id = self._setup.run.eval, self._setup.tokenizer.eos_id
+        return {"eos_id": eos_id, "max_new_tokens": config.max_new_tokens, "generate": config.generate}
 
     def __call__(self, params, encoded: Encoded) -> list[Prediction] | list[BoxAnswer]:
         """An answer for every row. params: of the whole model, on the setup's mesh.
@@ -45,24 +64,15 @@ class Tester:
           BlindModel: the model does not see images.
           NonFiniteScores: the parameters are no use.
         """
-        setup, config = self._setup, self._setup.run.eval
+        setup, size = self._setup, self._setup.run.eval.batch_size
         if encoded.asked:
-            self._look(params, encoded, self._letter_logits)
-            if self._locator is None:
-                self._locator = locate.make_locator(
-                    setup.mesh, self._graphdef, self._shardings, eos_id=setup.tokenizer.eos_id,
-                    max_new_tokens=config.max_box_tokens, masks=trains_masks(setup.run.model),
-                )  # fmt: skip
-            return locate.locate(
-                self._locator, setup.mesh, params, encoded, setup.tokenizer, batch_size=config.batch_size
-            )
-        if self._evaluator is None:
-            self._evaluator = run.make_evaluator(setup.mesh, self._graphdef, self._shardings, **self._answers)
-        self._look(params, encoded, self._evaluator)
-        return run.evaluate(self._evaluator, params, encoded, setup.tokenizer, batch_size=config.batch_size)
+            self._check_sees(params, encoded, self._letter_logits)
+            return grounding.locate(self._locator, setup.mesh, params, encoded, setup.tokenizer, batch_size=size)
+        self._check_sees(params, encoded, self._evaluator)
+        return letters.evaluate(self._evaluator, params, encoded, setup.tokenizer, batch_size=size)
 
-    def again(
-        self, params, encoded: Encoded, again: Mapping[str, Encoded]
+    def with_controls(
+        self, params, encoded: Encoded, controls: Mapping[str, Encoded]
     ) -> tuple[list[Prediction], dict[str, list[Prediction]]]:
         """Predictions of choice questions, and those of the controls in which the same images are asked about again.
 
@@ -73,65 +83,67 @@ class Tester:
           BlindModel, NonFiniteScores: as of a call.
         """
         setup = self._setup
-        if again.keys() == {"shuffled_images"}:
-            plain, other = self(params, encoded), self(params, with_images_of(again["shuffled_images"], encoded))
-            return plain, {"shuffled_images": [dataclasses.replace(one, generated=None) for one in other]}
-        if self._asker is None:
-            self._asker = make_asker(setup.mesh, self._graphdef, self._shardings, **self._answers)
-        self._look(params, encoded, self._asker.score, again)
-        return evaluate_again(
-            self._asker, params, encoded, again, setup.tokenizer, batch_size=setup.run.eval.batch_size,
-            image_token_id=setup.model.image_token_id,
-        )  # fmt: skip
+        if controls.keys() == {"shuffled_images"}:
+            plain, other = self(params, encoded), self(params, with_images_of(controls["shuffled_images"], encoded))
+            return plain, {"shuffled_images": [dataclasses.replace(p, generated=None) for p in other]}
+        evaluator = self._prefix_evaluator
 
-    def _look(self, params, encoded: Encoded, score: Callable, again: Mapping[str, Encoded] | None = None) -> None:
+        def score(params, turn):
+            return evaluator.ask(params, evaluator.prefill(params, turn.before), turn.asked[0])
+
+        self._check_sees(params, encoded, score, controls)
+        return letters.evaluate_controls(
+            evaluator,
+            params,
+            encoded,
+            controls,
+            setup.tokenizer,
+            batch_size=setup.run.eval.batch_size,
+            image_token_id=setup.model.image_token_id,
+        )
+
+    def _check_sees(
+        self, params, encoded: Encoded, score: Callable, controls: Mapping[str, Encoded] | None = None
+    ) -> None:
         """Raises BlindModel where other pixels change nothing of what `score` gives; once for all tests.
 
-        score: (params, the first batch of the test) -> float32[B, K], and what is not looked at.
+        score: (params, the first batch of the test, or with controls the first round) -> (float32[B, K], ...).
         """
         setup, size = self._setup, self._setup.run.eval.batch_size
         if self._sees or not len(encoded) or has_closed_gates(params):
             return
         check_batch(setup.mesh, size, "eval.batch_size")
-        rows, more = own_rows(setup.mesh, size), {}
-        if again is None:
+        rows = own_rows(setup.mesh, size)
+        if controls is None:
             batch, _ = next(eval_batches(encoded, size, rows=rows))
+            scored = lambda batch: score(params, batch)
         else:
             image = setup.model.image_token_id
-            first = next(rounds(encoded, list(again.values()), size, image_token_id=image, rows=rows))
-            batch, more = first.before, {"asked": first.asked[0]}
+            first = next(rounds(encoded, list(controls.values()), size, image_token_id=image, rows=rows))
+            batch, scored = first.before, lambda batch: score(params, dataclasses.replace(first, before=batch))
+        name = f"subset {encoded.records.records[0].subset}"
+        self._sees = check_sees(lambda batch: [jax.device_get(scored(batch)[0])], batch, setup.pixels, name)
 
-        def scored(batch) -> list[np.ndarray]:
-            return [jax.device_get(score(params, batch, **more)[0])]
-
-        self._sees = check_sees(scored, batch, setup.pixels, f"subset {encoded.records.records[0].subset}")
-
-    def _letter_logits(self, params, batch):
+    def _letter_logits(self, params, batch) -> tuple[jax.Array]:
         """(float32[B, V] logits behind each prompt,): of questions that are answered in boxes."""
-        mesh = self._setup.mesh
+        mesh, graphdef, placed = self._model
         jitted = jax.jit(
-            lambda params, batch: letter_logits(nnx.merge(self._graphdef, params), batch),
-            in_shardings=(self._shardings, batch_sharding(mesh)), out_shardings=replicated(mesh),
-        )  # fmt: skip
+            lambda params, batch: letters.letter_logits(nnx.merge(graphdef, params), batch),
+            in_shardings=(placed, batch_sharding(mesh)),
+            out_shardings=replicated(mesh),
+        )
         arrays = {key: value for key, value in batch.items() if key != "row_mask"}
         with jax.set_mesh(mesh):
             return (jitted(params, put_batch(arrays, batch_sharding(mesh))),)
 
-    @property
-    def _answers(self) -> dict:
-        config = self._setup.run.eval
-        return {
-            "eos_id": self._setup.tokenizer.eos_id, "max_new_tokens": config.max_new_tokens, "generate": config.generate
-        }  # fmt: skip
 
-
-def with_images_of(again: Encoded, encoded: Encoded) -> Encoded:
-    """The rows of a control (`data.controls.AskedAgain`) with the images of the set that it asks about, where these are
+def with_images_of(control: Encoded, encoded: Encoded) -> Encoded:
+    """The rows of a control (`data.controls.ControlSet`) with the images of the set that it asks about, where these are
     decoded already; nothing is copied."""
     if encoded.images is None:
-        return again
-    places = np.asarray(again.records.places)
-    return dataclasses.replace(again, images={key: _Taken(array, places) for key, array in encoded.images.items()})
+        return control
+    places = np.asarray(control.records.places)
+    return dataclasses.replace(control, images={key: _Taken(array, places) for key, array in encoded.images.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +162,9 @@ def write_tested(workdir: Path, name: str, answers: Sequence[Prediction | BoxAns
     located = [answer for answer in answers if isinstance(answer, BoxAnswer)]
     chosen = [answer for answer in answers if isinstance(answer, Prediction)]
     if chosen:
-        run.write_predictions(workdir / "predictions" / f"{name}.jsonl", chosen)
+        predictions.write_predictions(workdir / "predictions" / f"{name}.jsonl", chosen)
     if located:
-        box_answers.write_answers(workdir / "boxes" / f"{name}.jsonl", located)
+        boxes.write_answers(workdir / "boxes" / f"{name}.jsonl", located)
 
 
 @sigterm_saves()
@@ -161,7 +173,7 @@ def evaluate_subsets(config: RunConfig, workdir: Path) -> dict:
     prints a line for each.
 
     The parameters are those that `medcg train` left in `workdir`, else the model's checkpoint.
-    Returns {"workdir", "subsets": {name: `run.summary`, or `box_answers.summary` of boxes}}.
+    Returns {"workdir", "subsets": {name: `predictions.summary`, or `boxes.summary`}}.
 
     Raises:
       ConfigError, DataError: as `open_setup`; or there are no parameters, or the model does not see images.
@@ -172,15 +184,15 @@ def evaluate_subsets(config: RunConfig, workdir: Path) -> dict:
     graphdef, params = parameters(setup, trained)
     test = Tester(setup, graphdef)
     names = subset_names(setup.source, config.data)
-    found = {}
+    summaries = {}
     for name in names:
         has_boxes, records = setup.has_boxes(name), setup.source.records(name, "test")
         answers = test(params, setup.encode_boxes(records) if has_boxes else setup.encode_eval(records))
         if jax.process_index() == 0:
             write_tested(workdir, name, answers)
-        found[name] = box_answers.summary(answers) if has_boxes else run.summary(answers)
-        print(box_line(name, found[name]) if has_boxes else line(name, found[name]), flush=True)
-    return {"workdir": str(workdir), "subsets": found}
+        summaries[name] = boxes.summary(answers) if has_boxes else predictions.summary(answers)
+        print((box_line if has_boxes else line)(name, summaries[name]), flush=True)
+    return {"workdir": str(workdir), "subsets": summaries}
 
 
 def parameters(setup: Setup, trained: Path):

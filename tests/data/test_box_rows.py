@@ -144,7 +144,9 @@ def test_masks_that_cannot_be_learnt_are_refused_by_name():
         registry.of(model).row_format(model, with_masks=True)
 
 
-@pytest.mark.parametrize(("family", "fmt"), [("llava", row_format("llava", 32, 16)), ("mllama", row_format("mllama", 32))])
+@pytest.mark.parametrize(
+    ("family", "fmt"), [("llava", row_format("llava", 32, 16)), ("mllama", row_format("mllama", 32))]
+)
 def test_other_models_refuse_boxes(family, fmt):
     with pytest.raises(
         DataError, match=r"^record ct-liver-det/train/1: it has boxes; MiniGPT-v2 and NExT-Chat take them"

@@ -2,13 +2,14 @@
 
 import jax
 import numpy as np
+import pytest
 from row_formats import llava
 
 from medcg_jax.config import DataConfig, MeshConfig
 from medcg_jax.data.encoding import encode_eval
 from medcg_jax.data.records import Record, RecordSet, Turn
 from medcg_jax.data.tokenizer import load_tokenizer
-from medcg_jax.eval.run import make_evaluator
+from medcg_jax.eval.letters import make_evaluator
 from medcg_jax.families import build
 from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.mesh import make_mesh
@@ -20,6 +21,12 @@ CONFIG = llava15_tiny(
     -(-TOKENIZER.vocab_size // 64) * 64, TOKENIZER.image_id, pad_token_id=TOKENIZER.pad_id, eos_token_id=EOS,
     image_size_px=16, embed_dim=16, num_vision_layers=2, vision_mlp_dim=32, num_layers=2, mlp_dim=32, scan_unroll=1,
 )  # fmt: skip
+
+
+def others_long(names) -> list:
+    """Parameters of a test: the first name in every run, the others where long tests are run."""
+    first, *others = names
+    return [first, *(pytest.param(name, marks=pytest.mark.long) for name in others)]
 
 
 def records(count: int = 21) -> RecordSet:

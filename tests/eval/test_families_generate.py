@@ -6,6 +6,7 @@ import family_toys
 import jax
 import numpy as np
 import pytest
+from eval_toys import others_long
 from family_toys import MESHES, SOURCE, TINY
 from flax import nnx
 from hypothesis import given, settings
@@ -13,9 +14,8 @@ from hypothesis import strategies as st
 
 from medcg_jax.config import DataConfig
 from medcg_jax.data.encoding import encode_eval
-from medcg_jax.eval.choice import option_logprobs
-from medcg_jax.eval.generate import greedy, prefill
-from medcg_jax.eval.run import make_evaluator
+from medcg_jax.eval.generation import greedy, prefill
+from medcg_jax.eval.letters import make_evaluator, option_logprobs
 from medcg_jax.families import build
 from medcg_jax.mesh import batch_sharding, put_batch
 
@@ -143,7 +143,7 @@ def test_prompts_and_answers_differ_and_are_no_ties(family):
         assert at[:, :-2].any() and (at[:, :-1] <= box[:, 1:]).all()
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", others_long(MESHES))
 @pytest.mark.parametrize("family", TINY)
 def test_on_every_mesh_tokens_and_letters_are_those_of_no_cache(family, mesh):
     tokens, letters, _ = expected(family)
@@ -162,7 +162,7 @@ def test_on_every_mesh_tokens_and_letters_are_those_of_no_cache(family, mesh):
     assert np.abs(wrong_letters[there] - letters[there]).max() > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", others_long(TINY))
 def test_a_row_alone_is_the_row_in_its_batch(family):
     tokens = expected(family)[0]
     alone = generator(family, 1, rows(family)["tokens"].shape[1])
@@ -203,7 +203,7 @@ def test_padding_on_either_side_and_the_order_of_rows_change_nothing(family):
     check()
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", others_long(TINY))
 def test_padding_taken_for_text_is_seen(family):
     """On either side: the comparison has teeth."""
     tokens = expected(family)[0]

@@ -117,7 +117,11 @@ FAULTS = {
     "gelu in clip": (None, None, (blocks, "quick_gelu", partial(jax.nn.gelu, approximate=False))),
     "interleaved rope": (None, None, (blocks, "rotate", interleaved)),
     "patches by column": (None, None, (clip, "patches", column_major)),
-    "images swapped": (None, None, (common, "merge_images", lambda x, f, m: merge_images(x, jnp.roll(f, 9, axis=1), m))),
+    "images swapped": (
+        None,
+        None,
+        (common, "merge_images", lambda x, f, m: merge_images(x, jnp.roll(f, 9, axis=1), m)),
+    ),
 }
 
 

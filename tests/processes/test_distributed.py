@@ -206,7 +206,7 @@ def test_evaluation_ends_with_an_uneven_last_batch_and_with_fewer_records_than_p
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "eval"))
     from eval_toys import TOKENIZER, encoded, model_on, records
 
-    from medcg_jax.eval.run import evaluate
+    from medcg_jax.eval.letters import evaluate
 
     evaluator, _, params = model_on()
     for size in (7, 1):

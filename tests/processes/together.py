@@ -55,7 +55,7 @@ def scores(count: int) -> list:
     """Predictions for so many records in batches of 4."""
     from eval_toys import TOKENIZER, encoded, model_on, records
 
-    from medcg_jax.eval.run import evaluate
+    from medcg_jax.eval.letters import evaluate
 
     evaluator, _, params = model_on(MeshConfig(1, 2, 2, 1))
     found = evaluate(evaluator, params, encoded(records(count)), TOKENIZER, batch_size=4)

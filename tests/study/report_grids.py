@@ -11,7 +11,7 @@ from random import Random
 from medcg_jax.config import DataConfig, RunConfig, TrainConfig, replace
 from medcg_jax.data.records import LETTERS
 from medcg_jax.data.sources import open_source
-from medcg_jax.eval.box_answers import BoxAnswer, write_answers
+from medcg_jax.eval.boxes import BoxAnswer, write_answers
 from medcg_jax.study.design import suite
 from medcg_jax.study.stats import contamination, results, stats
 from medcg_jax.train import goodput

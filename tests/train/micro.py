@@ -47,12 +47,12 @@ def loss(model: Micro, batch) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.cache
-def setup(mesh_config: MeshConfig | None = None, *, num_cells: int = 1):
+def setup(mesh_config: MeshConfig | None = None, *, train=TRAIN, loss_fn=loss, **fields):
     """(program, trainable, frozen) on one device, or on a mesh of all, as `train_toys.setup`."""
     mesh = make_mesh(mesh_config or MeshConfig(), jax.devices()[:1] if mesh_config is None else None)
     graphdef, state = nnx.split(Micro())
     places = nnx.State({name: NamedSharding(mesh, spec) for name, spec in PLACES.items()})
     params = nnx.State({name: jax.device_put(state[name][...], places[name]) for name in SHAPES})
     split = build.split_trainable(places, TRAINABLE)
-    program = make_step(mesh, graphdef, *split, make_optimizer(TRAIN), num_cells=num_cells, loss_fn=loss)
+    program = make_step(mesh, graphdef, *split, make_optimizer(train), loss_fn=loss_fn, **fields)
     return program, *build.split_trainable(params, TRAINABLE)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from train_toys import CONFIG, TRAIN, batch
+from train_toys import CONFIG, TRAIN, batch, others_long
 from train_toys import run as run_steps
 
 from medcg_jax.config import DataConfig, EvalConfig, LogConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
@@ -68,6 +68,7 @@ def test_eight_devices_train_as_one():
         assert x.sharding.shard_shape(x.shape)[axis] == x.shape[axis] // 2, (name, half)
 
 
+@pytest.mark.long
 def test_two_cells_share_a_quantised_base():
     """In one program, each with adapters of its own: as one after the other."""
     config, mesh = kept("nf4"), make_mesh(devices=jax.devices()[:1])
@@ -111,7 +112,7 @@ def test_only_what_is_not_trained_is_kept_otherwise():
         assert build.num_params(params) == build.num_params(build.abstract(ADAPTED)[1])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "nf4"])
+@pytest.mark.parametrize("dtype", others_long(["nf4", "int8", "bfloat16"]))
 def test_logits_are_nearly_those_of_the_float32_base(dtype):
     """The error is the dtype's: a quarter of it would be seen as well as twice as much."""
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -193,7 +194,7 @@ def test_a_run_keeps_what_it_trained_and_is_tested_and_exported_with_its_base(st
     assert changed == {"q", "down"}
 
 
-@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+@pytest.mark.parametrize("dtype", others_long(["nf4", "int8"]))
 def test_a_checkpoint_is_quantised_as_it_is_read(start, dtype):
     base, run = start
     found = read_config(base)

@@ -3,6 +3,8 @@
 import compare_hosts
 import pytest
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):

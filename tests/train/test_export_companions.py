@@ -9,6 +9,7 @@ import hf_tiny_qwen2_vl
 import numpy as np
 import pytest
 from releases import one
+from train_toys import others_long
 
 from medcg_jax.cli import main
 from medcg_jax.data.tokenizer import load_tokenizer
@@ -76,7 +77,7 @@ def released(family: str, folder: Path):
     return model, tokenizer
 
 
-@pytest.mark.parametrize("family", SPECIAL)
+@pytest.mark.parametrize("family", others_long(SPECIAL))
 def test_transformers_loads_what_was_trained(family, tmp_path, capsys):
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 

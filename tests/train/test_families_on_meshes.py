@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from family_toys import MESHES, TINY, WITH_BOXES
+from train_toys import others_long
 
 from medcg_jax.axes import RULES
 from medcg_jax.config import MeshConfig, RunConfig, TrainConfig, replace
@@ -69,7 +70,7 @@ def alone(family: str):
     return train(family, None)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", others_long(MESHES))
 @pytest.mark.parametrize("family", TINY)
 def test_eight_devices_train_as_one(family, mesh):
     _, losses, norms = alone(family)

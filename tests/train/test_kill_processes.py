@@ -9,19 +9,23 @@ import kill_processes
 import pytest
 
 
-def test_killed_twice(tmp_path):
-    used = kill_processes.kills(tmp_path, 2, signal.SIGKILL, seed=3)
-    assert used["kills"] == 2 and used["equal"] == used["runs"] >= 1
+@pytest.mark.parametrize("number", [1, pytest.param(8, marks=pytest.mark.long)])
+def test_killed(tmp_path, number):
+    used = kill_processes.kills(tmp_path, number, signal.SIGKILL, seed=3)
+    assert used["kills"] == number and used["equal"] == used["runs"] >= 1
 
 
+@pytest.mark.long
 def test_told_to_stop_on_one_of_two_hosts_and_gone_on_with_by_one(tmp_path):
     kill_processes.through(tmp_path, [2, 1], "processes")
 
 
+@pytest.mark.long
 def test_other_devices(tmp_path):
     kill_processes.through(tmp_path, [4, 8], "devices")
 
 
+@pytest.mark.long
 def test_other_bits_are_seen(tmp_path, monkeypatch):
     """The comparison itself: a run on other data is not equal."""
     made = kill_processes.Job.__init__

@@ -39,6 +39,7 @@ def run_of(names: dict[str, str], **changes) -> RunConfig:
     return replace(RunConfig(data=data, train=TrainConfig(steps=3, batch_size=8, log_every_steps=1)), **changes)
 
 
+@pytest.mark.long
 def test_a_run_ends_in_the_same_metrics_and_parameters(sources, tmp_path):
     found = {}
     for name in ("memory", "files", "prepared"):

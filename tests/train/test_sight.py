@@ -67,6 +67,7 @@ def test_evaluation_of_a_model_that_does_not_see_is_refused(trained, tmp_path, c
     assert not (tmp_path / "predictions").exists()
 
 
+@pytest.mark.long
 def test_a_grid_of_a_model_that_does_not_see_is_refused(tmp_path, capsys, monkeypatch):
     blind(monkeypatch)
     flags = ["--config.base.steps=0", "--config.study.jobs=1"]
@@ -74,6 +75,7 @@ def test_a_grid_of_a_model_that_does_not_see_is_refused(tmp_path, capsys, monkey
     assert status == 2 and "the model does not see images" in line.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_the_look_changes_nothing_of_a_training(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("medcg_jax.train.loop.check_sees", lambda *_: True)
     assert run("train", tmp_path, capsys)[0] == 0

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 
 from medcg_jax.config import MeshConfig, TrainConfig
 from medcg_jax.families import build
@@ -38,6 +39,12 @@ def batch(seed: int, rows: int = ROWS) -> dict[str, np.ndarray]:
         "targets": rng.integers(3, IMAGE_ID, (rows, TARGETS)).astype(np.int32),
         "target_weights": (np.arange(TARGETS) < counts[:, None]).astype(np.float32),
     }
+
+
+def others_long(names) -> list:
+    """Parameters of a test: the first name in every run, the others where long tests are run."""
+    first, *others = names
+    return [first, *(pytest.param(name, marks=pytest.mark.long) for name in others)]
 
 
 class Stream:

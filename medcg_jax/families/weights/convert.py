@@ -346,8 +346,7 @@ def convert(
         if to == "peft":
             num_tensors = peft.export_peft(family, params, config, new, base=checkpoint.trained_on)
         else:
-            plain, without = peft.without(family, params, config)
-            num_tensors = len(engine.slots(family.table(without), plain))
+            num_tensors = sum(1 if entry.layers is None else len(entry.layers) for entry in family.table(config))
             if to == "hf":
                 export(params, config, new)
             else:

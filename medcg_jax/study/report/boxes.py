@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageDraw
 
-from medcg_jax.eval import box_answers
-from medcg_jax.eval.box_answers import BoxAnswer
+from medcg_jax.eval import boxes as box_scores
+from medcg_jax.eval.boxes import BoxAnswer
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name
 from medcg_jax.study.report.samples import NOT_SHOWN, SIDE_PX, embedded, open_as_recorded
 from medcg_jax.study.report.tables import Column, Table
@@ -55,7 +55,7 @@ def of_part(grid: Grid, part: str) -> Table:
          Column("dice", "Dice", "score"), Column("seeds", "Seeds")],
     )  # fmt: skip
     for (target, arm, seeds), answers in grouped(grid, part).items():
-        scores = box_answers.summary(answers)
+        scores = box_scores.summary(answers)
         what = grid.describe(target) if target != ALL else ""
         made.add(
             {"target": target, "what": what or None, "arm": arm_name(arm), "questions": scores["questions"],
@@ -89,7 +89,7 @@ def grouped(grid: Grid, part: str) -> dict[tuple[str, str, tuple[int, ...]], lis
 
 
 def score(scores: dict, name: str, seeds: tuple[int, ...]) -> Score | None:
-    """One of `box_answers.summary`'s shares with its interval; None where it has none."""
+    """One of `eval.boxes.summary`'s shares with its interval; None where it has none."""
     if scores[name] is None:
         return None
     return Score(scores[name], scores[f"{name}_low"], scores[f"{name}_high"], scores["n"], seeds)
@@ -121,9 +121,8 @@ def sample(records, answer: BoxAnswer) -> BoxSample:
     """Raises KeyError where the source has no such record."""
     place = {record.id: i for i, record in enumerate(records.records)}[answer.id]
     picture = with_boxes(records.image(place), answer.truth, answer.predicted or ())
-    truth, predicted = np.array(answer.truth, float), np.array(answer.predicted or (), float).reshape(-1, 4)
-    found = box_answers.boxes.summary([box_answers.boxes.Located(answer.id, answer.label, truth, predicted)])
-    return BoxSample(answer.id, answer.label, embedded(picture), answer.generated, len(truth), found["correct"])
+    correct = box_scores.summary([answer])["correct"]
+    return BoxSample(answer.id, answer.label, embedded(picture), answer.generated, len(answer.truth), correct)
 
 
 def with_boxes(image: np.ndarray, truth: Sequence[Sequence[float]], answered: Sequence[Sequence[float]]) -> np.ndarray:

@@ -12,12 +12,13 @@ from medcg_jax.data.phantom.source import DETECTION_TRIPLETS
 from medcg_jax.data.phantom.world import TRIPLETS
 from medcg_jax.data.records import LETTERS, DataError
 from medcg_jax.data.tree import read_manifest, subset_table
-from medcg_jax.eval.box_answers import BoxAnswer, read_answers
-from medcg_jax.eval.generate import parse_answer
-from medcg_jax.eval.prediction_lines import prediction_lines
+from medcg_jax.eval.boxes import BoxAnswer, read_answers
+from medcg_jax.eval.generation import parse_answer
+from medcg_jax.eval.predictions import prediction_lines
 from medcg_jax.study.design import mat
 from medcg_jax.study.report.escape import ELEMENT_CHARACTERS, short_label
 from medcg_jax.study.stats import contamination, grid_files, stats
+from medcg_jax.study.stats.answers import Answers
 from medcg_jax.study.stats.grid_files import ARMS
 from medcg_jax.study.stats.results import read_config_file
 from medcg_jax.train.log import read_metrics
@@ -107,7 +108,8 @@ class Grid:
         count = check_number(self.run.get("cells"), f"{path}: cells", least=1, whole=True)
         self.cells = grid_files.read_cells(self.workdir, count)
         self.results = grid_files.read_results(self.workdir)
-        grid_files.check_results(self.workdir, self.cells, self.results)
+        self.answers = Answers(self.workdir)
+        grid_files.check_results(self.answers, self.cells, self.results)
         self.notes: list[str] = []
         self._chance: dict[str, list[float]] = {}
 
