@@ -155,7 +155,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     """
     a, b = np.asarray(a, bool), np.asarray(b, bool)
     if a.shape != b.shape:
-        raise ValueError(f"masks of {a.shape} and {b.shape}; two of one shape are accepted")
+        raise ValueError(f"masks of {a.shape} and {b.shape}: expected two of one shape")
     total = int(a.sum()) + int(b.sum())
     return 2 * int((a & b).sum()) / total if total else 1.0
 
@@ -213,16 +213,13 @@ def read_answers(path: Path) -> list[BoxAnswer]:
             check_text(line, key, name, empty=key in ("label", "generated"))
         if line.get("dice") is not None:
             check_number(line["dice"], f"{name}: dice", least=0, most=1)
-        predicted = line.get("predicted")
-        answers.append(
-            BoxAnswer(
-                line["id"], line["subset"], line["label"], _read_boxes(line, "truth", name, least=1),
-                None if predicted is None else _read_boxes(line, "predicted", name), line["generated"], line.get("dice"),
-            )
-        )  # fmt: skip
+        truth, predicted = _read_boxes(line, "truth", name, least=1), line.get("predicted")
+        predicted = None if predicted is None else _read_boxes(line, "predicted", name)
+        fields = {key: line.get(key) for key in ("id", "subset", "label", "generated", "dice")}
+        answers.append(BoxAnswer(truth=truth, predicted=predicted, **fields))
         first = asked.setdefault((line["subset"], line["id"], line["label"]), number)
         if first != number:
-            raise FileError(f"{name}: the question of line {first} again; each once is accepted")
+            raise FileError(f"{name}: the question of line {first} again")
     return answers
 
 
@@ -230,5 +227,5 @@ def _read_boxes(line: dict, key: str, name: str, least: int = 0) -> tuple[tuple[
     value = line.get(key)
     if not isinstance(value, list) or len(value) < least or not all(isinstance(b, list) and len(b) == 4 for b in value):
         some = "of at least one box" if least else "of boxes"
-        raise FileError(f"{name}: {field(line, key)}: a list {some}, each of four numbers, is accepted")
+        raise FileError(f"{name}: {field(line, key)}: expected a list {some}, each of four numbers")
     return tuple(tuple(check_number(x, f"{name}: {key}", **FARTHEST_PX) for x in box) for box in value)

@@ -124,7 +124,7 @@ def prediction_lines(path: str | Path) -> Iterator[dict[str, Any]]:
         check_line(checked, name)
         first = asked.setdefault((checked["subset"], checked["id"], checked.get("control", "")), number)
         if first != number:
-            raise FileError(f"{name}: record {shown(line['id'])} stands in line {first} already; each once is accepted")
+            raise FileError(f"{name}: record {shown(line['id'])} stands in line {first} already")
         yield checked
 
 

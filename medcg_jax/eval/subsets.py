@@ -204,7 +204,7 @@ def parameters(setup: Setup, trained: Path):
     if trained.is_dir():
         return load_params(trained, setup.model, setup.mesh, base=setup.run.model.checkpoint)[:2]
     if not setup.run.model.checkpoint:
-        raise ConfigError(f"{trained} is missing and model.checkpoint is empty: a workdir of `medcg train` is accepted")
+        raise ConfigError(f"{trained} is missing and model.checkpoint is empty: give a workdir of `medcg train`")
     return start_params(setup, seed=setup.run.train.seed)
 
 

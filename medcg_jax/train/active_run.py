@@ -170,7 +170,8 @@ class ActiveRun:
         state, meta = restored
         theirs, ours = flat(meta["config"]), flat(json.loads(json.dumps(self.spec.config)))
         for name in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(name) != ours.get(name):
+            # What is off (0, "", False) may be missing: a field that has come or gone since.
+            if (theirs.get(name) or None) != (ours.get(name) or None):
                 raise CheckpointError(
                     f"{self._checkpoints.directory} is another run's: {name} is {theirs.get(name)!r} there and "
                     f"{ours.get(name)!r} here; give another --workdir"

@@ -361,11 +361,11 @@ def check_room(directory: Path, needed: int, what: str) -> None:
     except OSError as error:
         raise ConfigError(
             f"{directory} cannot be written ({error.strerror}), and {amount(needed)} are needed there ({what}); "
-            "another --workdir is accepted"
+            "give another --workdir"
         ) from error
     free, used = free_bytes(directory), used_bytes(directory)
     if free + used < needed:
         raise ConfigError(
             f"{directory}: {amount(needed)} are needed there ({what}), {amount(free)} are free and "
-            f"{amount(used)} used by an earlier start; room, or another --workdir, is accepted"
+            f"{amount(used)} used by an earlier start; make room, or give another --workdir"
         )

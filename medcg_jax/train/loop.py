@@ -1,4 +1,4 @@
-"""The training loop: one run, or a queue of runs that one program trains several at a time, from streams to checkpoints.
+"""The training loop: one run, or a queue of runs that one program trains several at a time.
 
 The host runs ahead of the device: losses stay there and are fetched together every `log_every_steps`. All of them are
 checked then, and before anything is saved, so no checkpoint ever holds numbers that followed a non-finite loss.
@@ -53,7 +53,7 @@ def fit_queue(
     ended: Callable[[RunResult, TrainState], None],
     **options,
 ) -> None:
-    """Trains every run that `next_spec` gives, `program.num_cells` at a time; one that ends leaves its slot to the next.
+    """Trains every run that `next_spec` gives, `program.num_cells` at a time; one that ends leaves its slot to another.
 
     Nothing is compiled again for one that comes later. Each starts from its newest checkpoint, or else from `params`.
 
@@ -107,7 +107,7 @@ class Loop:
         return [run for run in self._slots if run is not None]
 
     def fill_slots(self, next_spec, ended) -> None:
-        """Reports the runs that have ended; gives their slots and empty ones to waiting runs. All losses are checked."""
+        """Reports the runs that have ended; gives their slots and empty ones to waiting runs. No loss is unchecked."""
         changed = False
         for slot in range(len(self._slots)):
             while (run := self._slots[slot]) is None or run.over:

@@ -92,7 +92,7 @@ def num_steps(config: TrainConfig, num_records: int) -> int:
     steps = max(1, math.ceil(round(config.epochs * num_records / config.batch_size, 6)))
     if steps > MOST_STEPS:
         raise ConfigError(
-            f"epochs={config.epochs} over {num_records:,} records are {steps:,} steps; at most {MOST_STEPS:,} are accepted"
+            f"epochs={config.epochs} over {num_records:,} records are {steps:,} steps, more than {MOST_STEPS:,}"
         )
     return steps
 
@@ -132,8 +132,8 @@ def narrow(tree, like, seed: jax.Array, step: jax.Array):
         return tree
     key = jax.random.fold_in(jax.random.key(seed), step)
     rounded = [
-        x if x.dtype == dtype else round_at_random(x, jax.random.fold_in(key, place))
-        for place, (x, dtype) in enumerate(zip(leaves, dtypes, strict=True))
+        x if x.dtype == dtype else round_at_random(x, jax.random.fold_in(key, index))
+        for index, (x, dtype) in enumerate(zip(leaves, dtypes, strict=True))
     ]
     return jax.tree.unflatten(treedef, rounded)
 

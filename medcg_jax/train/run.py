@@ -32,8 +32,8 @@ SECTIONS = ("model", "data", "train")
 def identity(run: RunConfig) -> dict:
     """What a run's checkpoints must agree on, as in JSON."""
     sections, free = {name: dataclasses.asdict(getattr(run, name)) for name in SECTIONS}, free_fields()
-    kept = {name: {k: v for k, v in part.items() if f"{name}.{k}" not in free} for name, part in sections.items()}
-    return json.loads(json.dumps(kept))
+    fixed = {name: {k: v for k, v in fields.items() if f"{name}.{k}" not in free} for name, fields in sections.items()}
+    return json.loads(json.dumps(fixed))
 
 
 def train(run: RunConfig, workdir: Path) -> dict:
@@ -171,19 +171,20 @@ def left_out(run: RunConfig, source: Source, subsets: Sequence[str], general: Re
     near_bits = None if general is None or run.study.near_duplicates == "off" else run.study.near_duplicate_bits
     decoded = None if near_bits is None else {}
     tests = joined(hashed(source.records(name, "test"), decoded) for name in subsets)
-    found: list[tuple[Leak, str]] = []
+    leaks: list[tuple[Leak, str]] = []
     if not is_drawn:
         training = joined(hashed(source.records(name, "train")) for name in subsets)
-        found += [(leak, actions_of(run.study)[leak.kind]) for leak in find_leaks(training, tests)]
+        leaks += [(leak, actions_of(run.study)[leak.kind]) for leak in find_leaks(training, tests)]
     if general is not None:
-        leaks = find_leaks(hashed(general, decoded), tests, near_bits, questions=True)
-        found += [(leak, actions_of_general(run.study)[leak.kind]) for leak in leaks]
-    for leak, action in found:
+        actions = actions_of_general(run.study)
+        near = find_leaks(hashed(general, decoded), tests, near_bits, questions=True)
+        leaks += [(leak, actions[leak.kind]) for leak in near]
+    for leak, action in leaks:
         if action == "refused":
             raise DataError(f"{words(leak)}; {remedy(leak)}")
     for action in ("dropped", "reported"):
         for kind in KINDS:
-            leaks = [leak for leak, own in found if (leak.kind, own) == (kind, action)]
-            if leaks:
-                print(f"{action}: {len(leaks)} training records that give a test away, as {words(leaks[0])}")
-    return frozenset(leak.training for leak, action in found if action == "dropped")
+            alike = [leak for leak, done in leaks if (leak.kind, done) == (kind, action)]
+            if alike:
+                print(f"{action}: {len(alike)} training records that give a test away, as {words(alike[0])}")
+    return frozenset(leak.training for leak, action in leaks if action == "dropped")

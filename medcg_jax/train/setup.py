@@ -1,4 +1,4 @@
-"""What a run needs before its first step: mesh, tokenizer, architecture and data, checked before anything is allocated."""
+"""What a run needs before its first step: mesh, tokenizer, architecture and data, all checked first."""
 
 import dataclasses
 import functools
@@ -69,13 +69,12 @@ class Setup:
     @property
     def companions(self) -> tuple[Path, ...]:
         """Where what an export needs beside parameters lies: the tokenizer's file, the checkpoint's directory."""
-        places = (self.tokenizer.path, self.run.model.checkpoint)
-        return tuple(Path(place) for place in places if place)
+        return tuple(Path(path) for path in (self.tokenizer.path, self.run.model.checkpoint) if path)
 
     @property
     def loss(self) -> Callable:
-        """The loss of a fine-tune (`train_step`'s `loss_fn`): of masks where their parts are trained; else of the text, and
-        of boxes where the model gives them."""
+        """The loss of a fine-tune (`train_step`'s `loss_fn`): of masks where their parts are trained; else of the text,
+        and of boxes where the model gives them."""
         if trains_masks(self.run.model):
             return mask_loss
         return box_loss if isinstance(self.model, NextChatConfig) else token_loss
@@ -137,12 +136,12 @@ def open_setup(
         )
     if isinstance(source, PreparedSource):
         check_layout(source.layout, family, model)
-    made = formats.format_of(family, model, with_masks=trains_masks(run.model))
-    return Setup(run, mesh, tokenizer, model, made, source)
+    row_format = formats.format_of(family, model, with_masks=trains_masks(run.model))
+    return Setup(run, mesh, tokenizer, model, row_format, source)
 
 
 def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:
-    """The tokenizer that `model.tokenizer` names; else the one beside the weights; else, of a tiny model, the package's.
+    """The tokenizer that `model.tokenizer` names; else the one beside the weights; else a tiny model's, from the package.
 
     trained: directory of parameters that were trained from the checkpoint; its tokenizer comes first.
 
@@ -151,14 +150,14 @@ def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:
     """
     if model.tokenizer:
         return load_tokenizer(model.tokenizer)
-    places = [Path(place) for place in (trained, model.checkpoint) if place]
-    if beside := next(filter(has_tokenizer, places), None):
+    paths = [Path(path) for path in (trained, model.checkpoint) if path]
+    if beside := next(filter(has_tokenizer, paths), None):
         return load_tokenizer(beside)
     if model.name in TINY:
         return load_tokenizer("", formats.SMALL_TOKENIZERS[MODELS[model.name]])
-    where = f"{places[-1]} has no tokenizer.model or tokenizer.json" if places else "model.checkpoint is empty, too"
+    where = f"{paths[-1]} has no tokenizer.model or tokenizer.json" if paths else "model.checkpoint is empty, too"
     raise ConfigError(
-        f"model.tokenizer is empty, and {where}; the tokenizer's file or directory is accepted, of the release that "
+        f"model.tokenizer is empty, and {where}; give the tokenizer's file or directory, of the release that "
         f"{model.name} is"
     )
 
@@ -179,7 +178,7 @@ def model_config(model: ModelConfig, tokenizer: Tokenizer) -> Config:
 
 
 def check_weights(run: RunConfig) -> None:
-    """Raises ConfigError when the run starts from released weights that are not there, saying where they are to be had."""
+    """Raises ConfigError where the run starts from released weights that are not there; says where they can be had."""
     path = run.model.checkpoint
     if path and not Path(path).is_dir():
         hint = ""
@@ -192,8 +191,8 @@ def check_weights(run: RunConfig) -> None:
         raise ConfigError(f"model.checkpoint={path}: there are no weights{hint}")
     if not path and run.model.name in RELEASED:
         raise ConfigError(
-            f"model.checkpoint is empty, and {run.model.name} is not trained from nothing: the directory of "
-            f"{RELEASED[run.model.name]} is accepted, as released or converted"
+            f"model.checkpoint is empty, and {run.model.name} is not trained from nothing: give the directory "
+            f"of {RELEASED[run.model.name]}, as released or converted"
         )
 
 
@@ -209,7 +208,7 @@ def start_params(setup: Setup, *, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def to_keep(setup: Setup, trained: nnx.State, frozen: nnx.State, base: str) -> tuple[nnx.State, str]:
-    """(parameters, `trained_on`) of a run for `save_params`: of one with adapters what it trained, and its base beside it.
+    """(parameters, `trained_on`) of a run for `save_params`; of one with adapters, what it trained and its base.
 
     base: the checkpoint that the run started from; "": none is kept, and all is.
     """

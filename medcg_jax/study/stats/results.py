@@ -106,7 +106,7 @@ def process_goodput(workdir: Path, *, again: bool, writes: bool) -> goodput.Good
     """
     folder = state_dir(workdir) / "goodput"
     path = folder / f"{secrets.token_hex(8)}.json" if writes else None
-    return goodput.Goodput(path, others=goodput_parts(workdir), again=again)
+    return goodput.Goodput(path, others=goodput_parts(workdir), restarted=again)
 
 
 def goodput_parts(workdir: Path) -> list[dict]:
