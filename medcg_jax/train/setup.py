@@ -141,7 +141,7 @@ def open_setup(
 
 
 def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:
-    """The tokenizer that `model.tokenizer` names; else the one beside the weights; else a tiny model's, from the package.
+    """The tokenizer that `model.tokenizer` names; else the one beside the weights; else the package's small one.
 
     trained: directory of parameters that were trained from the checkpoint; its tokenizer comes first.
 
