@@ -24,8 +24,8 @@ from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import concat
 from medcg_jax.families.build import shardings, split_trainable
 from medcg_jax.files import write_whole
-from medcg_jax.host import keep_freed_memory
 from medcg_jax.mesh import put_batch
+from medcg_jax.platform import keep_freed_memory
 from medcg_jax.train.optim import hparams_from, make_optimizer, stack_hparams
 from medcg_jax.train.setup import Setup, open_setup, start_params, with_small_tokenizer
 from medcg_jax.train.step import Program, make_step

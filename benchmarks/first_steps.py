@@ -17,7 +17,7 @@ def first_step(kept: Path) -> dict[str, float]:
     from medcg_jax.config_file import from_config_dict
 
     run = from_config_dict(json.loads(kept.read_text()))
-    from medcg_jax.host import keep_freed_memory
+    from medcg_jax.platform import keep_freed_memory
 
     keep_freed_memory()
     from medcg_jax.bench.rows import open_rows, training_batch

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from medcg_jax.data.prepared import PreparedSource
 from medcg_jax.data.records import Source, concat
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.tokenizer import load_tokenizer
-from medcg_jax.families.formats import llava
+from medcg_jax.families.llava.rows import row_format
 from medcg_jax.files import write_whole
 
 SIZE_PX, BATCH_SIZE, WORKERS = 336, 32, num_decoding_threads()
@@ -71,7 +72,13 @@ def compare(root: Path, prepared: Path, *, images: int, rounds: int = 3) -> dict
 def _encoded(source: Source) -> Encoded:
     """Rows of every choice record of the source, whose images are read when drawn."""
     records = concat([source.records(subset.name, "train") for subset in source.subsets])
-    return encode(records, load_tokenizer(""), DATA, llava(SIZE_PX, 4), memory_limit_bytes=0)
+    return encode(
+        records,
+        load_tokenizer(""),
+        DATA,
+        row_format(SimpleNamespace(image_size_px=SIZE_PX, num_image_tokens=4)),
+        memory_limit_bytes=0,
+    )
 
 
 def _order(encoded: Encoded, images: int) -> list[int]:

@@ -53,7 +53,7 @@ def textbook_bytes(
     Raises:
       ValueError: the model is none of LLaVA-1.5's architecture.
     """
-    if not isinstance(config, LlavaConfig):
+    if config.family != "llava":
         raise ValueError(f"{type(config).__name__}: what a step moves is counted for LLaVA-1.5 alone")
     # Quantised matrices travel as what they are made into.
     config = dataclasses.replace(config, base=Base())

@@ -9,30 +9,23 @@ tiny one has those of `phantom.py:study`, three seeds, and phantoms (SOURCE `pha
 needs no data.
 """
 
+import importlib
+
 import backbones_quick
-import llama32_vision_11b
-import llava15_7b
-import llava15_13b
-import minigpt_v2_7b
-import next_chat_7b
 import phantom
-import qwen2_vl_7b
 
-from medcg_jax.config import MODELS, SOURCES, TABLES, ConfigError, RunConfig, replace
+from medcg_jax.config import SOURCES, TABLES, ConfigError, RunConfig, replace
 from medcg_jax.config_file import from_config_dict, to_config_dict
+from medcg_jax.families import registry
 
-RELEASED = {
-    "llava15_7b": llava15_7b, "llava15_13b": llava15_13b, "qwen2_vl_7b": qwen2_vl_7b,
-    "llama32_vision_11b": llama32_vision_11b, "minigpt_v2_7b": minigpt_v2_7b, "next_chat_7b": next_chat_7b,
-}  # fmt: skip
+# Backbone -> the file with its model and recipe.
+RELEASED = {name: importlib.import_module(name) for family in registry.families() for name in family.recipes}
 TINY = backbones_quick.MODELS
-# Families whose models answer with boxes.
-WITH_BOXES = ("minigpt_v2", "next_chat")
 
 
 def get_config(arg: str = "llava15_7b"):
     run = backbone("paper", arg)
-    has_boxes = MODELS[run.model.name] in WITH_BOXES
+    has_boxes = registry.of_model(run.model.name).gives_boxes
     tables = (*TABLES, "detection_pairs") if has_boxes else TABLES
     return to_config_dict(with_figure_targets(replace(run, study__tables=tables)))
 
@@ -55,7 +48,10 @@ def backbone(name: str, arg: str, boxes: bool = False) -> RunConfig:
       ConfigError: no such backbone or source, or one that gives no boxes.
     """
     model, comma, source = arg.partition(",")
-    accepted = [m for m in (*RELEASED, *TINY) if not boxes or m.startswith(WITH_BOXES)]
+    gives_boxes = {
+        name for family in registry.families() if family.gives_boxes for name in (*family.recipes, *family.tiny)
+    }
+    accepted = [name for name in (*RELEASED, *TINY) if not boxes or name in gives_boxes]
     source = source if comma else "phantom" if model in TINY else "release"
     if model not in accepted or source not in SOURCES:
         raise ConfigError(

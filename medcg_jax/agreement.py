@@ -14,11 +14,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from medcg_jax import processes
-from medcg_jax.config import MODELS, ConfigError, RunConfig, flat
+from medcg_jax.config import ConfigError, RunConfig, flat
 from medcg_jax.data.general import open_general
 from medcg_jax.data.sources import open_source
 from medcg_jax.data.tokenizer import load_tokenizer
-from medcg_jax.families.formats import SMALL_TOKENIZERS
+from medcg_jax.families import registry
 
 PACKAGES = ("medcg-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Each process's own: the flag --process_id, and these sections, which the first process alone reads.
@@ -45,7 +45,7 @@ def check_agreement(run: RunConfig, verb: str, workdir: Path, data: Callable[[],
 def facts_of(run: RunConfig, verb: str, workdir: Path, data: dict[str, str]) -> dict:
     """What a process must share with the others of its run, by names for people."""
     settings = {f"config.{key}": value for key, value in flat(dataclasses.asdict(run)).items()}
-    tokenizer = load_tokenizer(run.model.tokenizer, SMALL_TOKENIZERS[MODELS[run.model.name]])
+    tokenizer = load_tokenizer(run.model.tokenizer, registry.of_model(run.model.name).tokenizer)
     return (
         {"verb": verb}
         | {key: value for key, value in settings.items() if key.split(".")[1] not in OWN_SECTIONS}

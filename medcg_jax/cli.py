@@ -19,7 +19,7 @@ from medcg_jax.cli_data import Parser, add, add_data
 from medcg_jax.config import ConfigError, Interrupted, RunConfig, RunError
 from medcg_jax.data.records import DataError
 from medcg_jax.files import user_path, write_whole
-from medcg_jax.host import keep_freed_memory, run_process
+from medcg_jax.platform import keep_freed_memory, run_process
 
 # Files of a release that may lie apart from it.
 RELEASE_PARTS = {

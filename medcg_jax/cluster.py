@@ -83,10 +83,10 @@ def _explicit(how: str, names: tuple[str, ...], values: tuple[str, ...]) -> Clus
 
 def _slurm(environ: Mapping[str, str]) -> Cluster | None:
     """The place in a step that srun started with several tasks."""
-    wanted = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_PROCID")
-    if not all(name in environ for name in wanted):
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_PROCID")
+    if not all(name in environ for name in names):
         return None
-    job, step, count, nodes, index = (environ[name] for name in wanted)
+    job, step, count, nodes, index = (environ[name] for name in names)
     # A batch script has a step of its own, which has no number that srun gave.
     if not all(text.isdecimal() for text in (job, step, count, index)) or int(count) < 2 or int(index) >= int(count):
         return None
@@ -118,6 +118,6 @@ def tasks_of(counts: str, node: int) -> int:
 
 def first_host(nodes: str) -> str:
     """The first of SLURM's short form of host names: "node[001-004,7],big" is node001."""
-    found = re.match(r"([^\[,]*)(?:\[([^\]]*)\])?([^,]*)", nodes)
-    head, numbers, tail = found.groups()
+    match = re.match(r"([^\[,]*)(?:\[([^\]]*)\])?([^,]*)", nodes)
+    head, numbers, tail = match.groups()
     return head + (re.split("[-,]", numbers)[0] if numbers else "") + (tail if numbers else "")

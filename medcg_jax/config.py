@@ -9,6 +9,8 @@ import functools
 import math
 from dataclasses import dataclass, field
 
+from medcg_jax.families import registry
+
 SOURCES = ("phantom", "release", "prepared")
 ATTENTION = ("auto", "plain", "splash", "cudnn")
 MATMUL = ("", "int8", "fp8")
@@ -23,7 +25,7 @@ TRAINABLE = ("vision", "projector", "decoder")
 # Those of masks are trained by themselves, with a loss of their own.
 MASK_PARTS = ("mask_prompt", "mask_decoder", "sam_encoder")
 # Part -> the family that alone has it; "lora" the others have where `model.lora_rank` is above 0.
-OWN_PARTS = {"lora": "minigpt_v2", "boxes": "next_chat"} | dict.fromkeys(MASK_PARTS, "next_chat")
+OWN_PARTS = {part: family.name for family in registry.families() for part in family.parts}
 PARTS = (*TRAINABLE, *OWN_PARTS)
 TABLES = ("pairs", "triples", "ablation", "multi_task", "efficiency")
 # Tables whose related subsets have boxes: for the families that answer with them. The second is tested on boxes too.
@@ -35,26 +37,7 @@ LEAKS = ("refuse", "drop", "report")
 # Numbers of the published tables that "pairs" and "detection_pairs" can repeat.
 PUBLISHED_PAIRS, PUBLISHED_DETECTION = (3, 7, 8), (5, 6)
 # Model -> its family.
-MODELS = {
-    "llava15_tiny": "llava",
-    # For comparisons of speed.
-    "llava15_bench": "llava",
-    "llava15_7b": "llava",
-    "llava15_13b": "llava",
-    "qwen2_vl_tiny": "qwen2_vl",
-    "qwen2_vl_2b": "qwen2_vl",
-    "qwen2_vl_7b": "qwen2_vl",
-    "qwen2_vl_72b": "qwen2_vl",
-    "llama32_vision_tiny": "mllama",
-    "llama32_vision_11b": "mllama",
-    "llama32_vision_90b": "mllama",
-    "minigpt_v2_tiny": "minigpt_v2",
-    "minigpt_v2_7b": "minigpt_v2",
-    "next_chat_tiny": "next_chat",
-    # With a small SAM for masks.
-    "next_chat_tiny_sam": "next_chat",
-    "next_chat_7b_336": "next_chat",
-}
+MODELS = registry.models()
 
 # The longest context of a model here (Llama 3.2), in tokens.
 MOST_TOKENS = 2**17
@@ -320,11 +303,11 @@ class RunConfig:
 def marked(mark: str, cls: type = RunConfig, prefix: str = "") -> frozenset[str]:
     """The fields of a configuration with this mark in their metadata, as "train.log_every_steps"."""
     names = set()
-    for one in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(one.type):
-            names |= marked(mark, one.type, f"{prefix}{one.name}.")
-        elif one.metadata.get(mark):
-            names.add(prefix + one.name)
+    for setting_ in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(setting_.type):
+            names |= marked(mark, setting_.type, f"{prefix}{setting_.name}.")
+        elif setting_.metadata.get(mark):
+            names.add(prefix + setting_.name)
     return frozenset(names)
 
 
@@ -337,9 +320,9 @@ def replace(config, **changes):
     """A copy of a (nested) dataclass with fields changed; nested fields as `a__b=value`."""
     here, below = {}, {}
     for key, value in changes.items():
-        head, _, rest = key.partition("__")
-        if rest:
-            below.setdefault(head, {})[rest] = value
+        head, _, tail = key.partition("__")
+        if tail:
+            below.setdefault(head, {})[tail] = value
         else:
             here[head] = value
     for head, inner in below.items():
@@ -354,16 +337,16 @@ def trains_masks(model: ModelConfig) -> bool:
 
 def parts_of(family: str, names: tuple[str, ...], *, lora_rank: int = 0) -> tuple[str, ...]:
     """Those of the names that are parts of the family's models, in their order. lora_rank: as `ModelConfig`'s."""
-    own = OWN_PARTS if not lora_rank else {part: has for part, has in OWN_PARTS.items() if part != "lora"}
-    return tuple(name for name in names if own.get(name, family) == family)
+    owners = OWN_PARTS if not lora_rank else {part: has for part, has in OWN_PARTS.items() if part != "lora"}
+    return tuple(name for name in names if owners.get(name, family) == family)
 
 
 def flat(config: dict, prefix: str = "") -> dict:
     """{"a": {"b": 1}} -> {"a.b": 1}, for the sections of a configuration as a dict."""
-    found = {}
+    flattened: dict = {}
     for key, value in config.items():
         if isinstance(value, dict) and key not in ("subset_weights", "targets_of", "epochs_of", "model_flags"):
-            found |= flat(value, f"{prefix}{key}.")
+            flattened |= flat(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value
-    return found
+            flattened[prefix + key] = value
+    return flattened

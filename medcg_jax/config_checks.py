@@ -25,15 +25,7 @@ from medcg_jax.config import (
     parts_of,
     trains_masks,
 )
-
-# Fields that one family alone has: why another model is refused them.
-OWN_FIELDS = (
-    ("min_pixels", "qwen2_vl", "has one size of image"),
-    ("max_pixels", "qwen2_vl", "has one size of image"),
-    ("max_boxes", "next_chat", "takes no boxes as arrays"),
-    ("intermediate_from", "mllama", "has no such layers"),
-    ("mask_text_only_rows_attention", "mllama", "has no cross-attention"),
-)
+from medcg_jax.families import registry
 
 
 def check(run: RunConfig) -> None:
@@ -41,10 +33,13 @@ def check(run: RunConfig) -> None:
     for setting, key, value in settings(run):
         check_setting(setting, key, value)
     family = MODELS[run.model.name]
-    for name, owner, why in OWN_FIELDS:
-        value, unset = getattr(run.model, name), getattr(ModelConfig(), name)
-        if value != unset and family != owner:
-            raise ConfigError(f"model.{name}={value!r}: {unset!r} is accepted, {run.model.name} {why}")
+    for other in registry.families():
+        for name in other.options:
+            value, unset = getattr(run.model, name), getattr(ModelConfig(), name)
+            if value != unset and family != other.name:
+                raise ConfigError(
+                    f"model.{name}={value!r}: expected {unset!r} for {run.model.name}, {other.title} alone has this option"
+                )
     if not run.study.models:
         for name in run.model.trainable:
             one_of("model.trainable", name, parts_of(family, PARTS, lora_rank=run.model.lora_rank))

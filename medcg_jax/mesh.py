@@ -28,9 +28,9 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int
         raise ConfigError(f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: only one axis may be -1")
     fixed = math.prod(size for size in sizes if size != -1)
     if num_devices % fixed or (-1 not in sizes and fixed != num_devices):
-        wanted = f"a multiple of {fixed}" if -1 in sizes else f"{fixed}"
+        needed = f"a multiple of {fixed}" if -1 in sizes else f"{fixed}"
         raise ConfigError(
-            f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} needs {wanted} devices; there are {num_devices}"
+            f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} needs {needed} devices; there are {num_devices}"
         )
     return tuple(num_devices // fixed if size == -1 else size for size in sizes)
 
@@ -127,13 +127,13 @@ def own_parts(mesh: Mesh, process_index: int | None = None) -> tuple[int, ...]:
     Where processes share the devices of a part, as with a tensor axis wider than a host, each of them has it; and where
     the mesh's order is not that of processes, as on a TPU's grid of chips, the parts need not follow one another.
     """
-    own = jax.process_index() if process_index is None else process_index
+    process = jax.process_index() if process_index is None else process_index
     axes = [mesh.axis_names.index(axis) for axis in BATCH_AXES]
-    found = set()
+    rows = set()
     for place, device in np.ndenumerate(mesh.devices):
-        if device.process_index == own:
-            found.add(int(np.ravel_multi_index([place[a] for a in axes], [mesh.devices.shape[a] for a in axes])))
-    return tuple(sorted(found))
+        if device.process_index == process:
+            rows.add(int(np.ravel_multi_index([place[a] for a in axes], [mesh.devices.shape[a] for a in axes])))
+    return tuple(sorted(rows))
 
 
 def own_rows(mesh: Mesh, batch_size: int, process_index: int | None = None) -> np.ndarray | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from medcg_jax.cluster import AUTO, Cluster
 from medcg_jax.config import RunError
-from medcg_jax.meeting import meeting
+from medcg_jax.rendezvous import rendezvous
 
 # What a process waits at its start for the others.
 START_S = 300
@@ -44,8 +44,8 @@ class _Processes:
         self.client, self.index, self.count = client, index, count
         self.uses: Counter[str] = Counter()
         self.leaving = threading.Event()
-        self.tell("host", platform.node())
-        self.tell("beat", "0")  # now: one that dies before its watch has begun is missed too
+        self.publish("host", platform.node())
+        self.publish("beat", "0")  # now: one that dies before its watch has begun is missed too
         self.hosts = {index: platform.node()}
         wait(self, "hosts", START_S)
         self.hosts = self.read("host")
@@ -55,13 +55,13 @@ class _Processes:
     def name(self, index: int) -> str:
         return f"process {index} ({self.hosts.get(index, 'host not known yet')})"
 
-    def tell(self, what: str, value: str) -> None:
+    def publish(self, what: str, value: str) -> None:
         self.client.key_value_set(f"{KEYS}/{what}/{self.index}", value, allow_overwrite=True)
 
     def read(self, what: str) -> dict[int, str]:
         """What every process that has set it says, by the process's number."""
-        found = self.client.key_value_dir_get(f"{KEYS}/{what}/")
-        return {int(key.rpartition("/")[2]): value for key, value in found}
+        values = self.client.key_value_dir_get(f"{KEYS}/{what}/")
+        return {int(key.rpartition("/")[2]): value for key, value in values}
 
     def _witness(self, coordinator: str) -> subprocess.Popen | None:
         command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("witness.py"))]
@@ -76,7 +76,7 @@ class _Processes:
         while not self.leaving.wait(BEAT_S):
             beat += 1
             try:
-                self.tell("beat", str(beat))
+                self.publish("beat", str(beat))
                 gone = {i: why for i, why in self.read("gone").items() if i != self.index}
                 if self.index == 0 and not gone:
                     gone = silent(seen, self.read("beat"), time.monotonic())
@@ -86,21 +86,21 @@ class _Processes:
                 continue
             if gone and not self.leaving.is_set():
                 index, why = min(gone.items())
-                _say(f"{self.name(index)} {why}; {self.name(self.index)} ends with it")
+                _log(f"{self.name(index)} {why}; {self.name(self.index)} ends with it")
                 self.end(1)
 
     def gone(self, why: str) -> None:
         """Tells the others that this process ends early."""
         self.leaving.set()
         try:
-            self.tell("gone", why)
+            self.publish("gone", why)
         except Exception:  # nobody is left to be told
             pass
 
     def end(self, status: int) -> None:
         """Ends this process at once; process 0 only when the others have had the time to read the store."""
         try:
-            self.tell("left", str(status))
+            self.publish("left", str(status))
             until = time.monotonic() + (LAST_WORDS_S if self.index == 0 else 0)
             while time.monotonic() < until and len(self.read("left")) < self.count - len(self.silent_ones()):
                 time.sleep(0.1)
@@ -139,7 +139,7 @@ def start(cluster: Cluster, *, timeout_s: float = START_S) -> None:
     """Joins this process to the others of its run; to be called once, before JAX touches a device.
 
     Raises:
-      ConfigError: the processes do not fit together, or process 0 cannot listen (`meeting`); on all of them.
+      ConfigError: the processes do not fit together, or process 0 cannot listen (`rendezvous`); on all of them.
       RunError: some of the others do not come within `timeout_s`.
     """
     global _processes
@@ -150,15 +150,15 @@ def start(cluster: Cluster, *, timeout_s: float = START_S) -> None:
         initialization_timeout=int(timeout_s), heartbeat_timeout_seconds=RUNTIME_TIMEOUT_S,
         shutdown_timeout_seconds=RUNTIME_TIMEOUT_S,
     )  # fmt: skip
-    together = nullcontext()
+    gathering = nullcontext()
     if cluster.coordinator != AUTO:
         options |= dict(
             coordinator_address=cluster.coordinator, num_processes=cluster.num_processes,
             process_id=cluster.process_id, local_device_ids=cluster.local_devices,
             cluster_detection_method="deactivate",
         )  # fmt: skip
-        together = meeting(cluster, timeout_s, _say)
-    with together as address:
+        gathering = rendezvous(cluster, timeout_s, _log)
+    with gathering as address:
         try:
             jax.distributed.initialize(**options, coordinator_bind_address=address)
         except Exception as error:  # of gRPC, of the cluster's own detection: their text is long and names no field
@@ -172,12 +172,12 @@ def start(cluster: Cluster, *, timeout_s: float = START_S) -> None:
     if state.num_processes == 1:
         return
     _processes = _Processes(state.client, state.process_id, state.num_processes, state.coordinator_address)
-    own = _processes.name(_processes.index)
+    name = _processes.name(_processes.index)
     listens = f", which listens at {address}" if address else ""
-    _say(f"{own} of {_processes.count} by {cluster.how}, coordinator {state.coordinator_address}{listens}")
+    _log(f"{name} of {_processes.count} by {cluster.how}, coordinator {state.coordinator_address}{listens}")
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(f"medcg: {line}", file=sys.stderr, flush=True)
 
 
@@ -217,16 +217,16 @@ def wait(processes: _Processes, name: str, timeout_s: float) -> None:
     def missing() -> list[int]:
         return sorted(set(range(processes.count)) - processes.read(key).keys())
 
-    def tell() -> None:
+    def report() -> None:
         pause, began = SAY_AFTER_S, time.monotonic()
         while not over.wait(pause):
             pause, late = SAY_EVERY_S, missing()
             # One line, of the first process that is there.
             if late and processes.index == min(set(range(processes.count)) - set(late)):
                 names = ", ".join(map(processes.name, late))
-                _say(f"{name}: waiting for {names} since {time.monotonic() - began:.0f} s")
+                _log(f"{name}: waiting for {names} since {time.monotonic() - began:.0f} s")
 
-    threading.Thread(target=tell, daemon=True).start()
+    threading.Thread(target=report, daemon=True).start()
     try:
         processes.client.wait_at_barrier(f"{KEYS}/{key}", int(timeout_s * 1000))
     except Exception as error:  # gRPC's, of a time that is over or of a coordinator that has gone
@@ -257,10 +257,10 @@ def gather(name: str, value) -> list:
     if _processes is None:
         return [value]
     what = f"gathered/{name}/{_processes.uses[name]}"
-    _processes.tell(what, json.dumps(value))
+    _processes.publish(what, json.dumps(value))
     wait(_processes, name, BARRIER_S)
-    found = _processes.read(what)
-    return [json.loads(found[index]) for index in range(_processes.count)]
+    values = _processes.read(what)
+    return [json.loads(values[index]) for index in range(_processes.count)]
 
 
 def finish() -> None:

@@ -23,13 +23,13 @@ def answers(address: str) -> bool:
     return True
 
 
-def main(coordinator: str, own: str, host: str, first: str) -> None:
-    if sys.stdin.readline() or own == "0":
+def main(coordinator: str, number: str, host: str, first: str) -> None:
+    if sys.stdin.readline() or number == "0":
         return
     if answers(coordinator):
-        print(f"medcg: process {own} ({host}) was ended from outside or by the runtime", file=sys.stderr)
+        print(f"medcg: process {number} ({host}) was ended from outside or by the runtime", file=sys.stderr)
     else:
-        print(f"medcg: process 0 ({first}) has died, and with it process {own} ({host})", file=sys.stderr)
+        print(f"medcg: process 0 ({first}) has died, and with it process {number} ({host})", file=sys.stderr)
 
 
 if __name__ == "__main__":

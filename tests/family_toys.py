@@ -12,18 +12,12 @@ from medcg_jax.config import DataConfig, MeshConfig, RunConfig
 from medcg_jax.data.encoding import Encoded, concat_encoded
 from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.tokenizer import load_tokenizer
-from medcg_jax.families import build, formats
+from medcg_jax.families import build, registry
 from medcg_jax.mesh import make_mesh
 from medcg_jax.train.setup import Setup
 
-TINY = {
-    "llava": "llava15_tiny",
-    "qwen2_vl": "qwen2_vl_tiny",
-    "mllama": "llama32_vision_tiny",
-    "minigpt_v2": "minigpt_v2_tiny",
-    "next_chat": "next_chat_tiny",
-}
-WITH_BOXES = ("minigpt_v2", "next_chat")
+TINY = {family.name: family.tiny[0] for family in registry.families()}
+WITH_BOXES = tuple(family.name for family in registry.families() if family.gives_boxes)
 SIZES = dict(embed_dim=64, num_heads=8, num_vision_heads=8, num_layers=2, num_vision_layers=2, scan_unroll=1)
 OWN_SIZES = {
     "llava": dict(image_size_px=16, num_kv_heads=8),
@@ -45,12 +39,12 @@ SOURCE = PhantomSource(3, 6, 4)
 @functools.cache
 def setup(family: str, mesh: str | None = None) -> Setup:
     """What a run of the family has before its first step, on a mesh of `MESHES` or on one device."""
-    tokenizer = load_tokenizer("", formats.SMALL_TOKENIZERS[family])
+    tokenizer = load_tokenizer("", registry.family(family).tokenizer)
     model = build.TINY[TINY[family]](
-        -(-tokenizer.vocab_size // 64) * 64, **formats.token_ids(family, tokenizer), **SIZES | OWN_SIZES[family]
+        -(-tokenizer.vocab_size // 64) * 64, **registry.family(family).token_ids(tokenizer), **SIZES | OWN_SIZES[family]
     )
     where = make_mesh(MESHES[mesh]) if mesh else make_mesh(devices=jax.devices()[:1])
-    return Setup(RunConfig(data=DATA), where, tokenizer, model, formats.format_of(family, model), SOURCE)
+    return Setup(RunConfig(data=DATA), where, tokenizer, model, registry.of(model).row_format(model), SOURCE)
 
 
 @functools.cache

@@ -62,7 +62,7 @@ def port(model, *, change=None):
     places = build.shardings(config, make_mesh(devices=one_device()))
     names = engine.canonical_names(found.shapes, qwen2_vl.canonical, "the model in memory")
     if config.text.tie_head:
-        names.pop(qwen2_vl.HEAD, None)
+        names.pop("lm_head.weight", None)
     params = engine.load(qwen2_vl.table(config), abstract, places, found, names, "memory")
     return config, graphdef, params
 

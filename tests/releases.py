@@ -22,7 +22,7 @@ from medcg_jax.families.weights.files import write_safetensors
 from medcg_jax.mesh import make_mesh
 
 # Image tokens within the vocabulary, so that no rows are added; two layers, for speed.
-FEW = dict(num_layers=2, num_vision_layers=2, scan_unroll=1)
+FEW = {"num_layers": 2, "num_vision_layers": 2, "scan_unroll": 1}
 CONFIGS = {
     "llava": llava15_tiny(96, 90, **FEW),
     "qwen2_vl": qwen2_vl_tiny(96, 90, tie_head=True, **FEW),
@@ -64,6 +64,14 @@ def random_params(config, seed: int = 0):
     rng = np.random.default_rng(seed)
     _, abstract = build.abstract(config)
     return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), abstract)
+
+
+def random_release(family: str, folder: Path) -> tuple[Path, nnx.State]:
+    """(released directory in `folder`, its parameters) of one of `CONFIGS`."""
+    config = CONFIGS[family]
+    params = random_params(config)
+    tensors = released(config, tensors_of(config, params))
+    return write(folder / "src", tensors, module_of(config).config_to_json(config, "float32")), params
 
 
 def tensors_of(config, params) -> dict[str, np.ndarray]:

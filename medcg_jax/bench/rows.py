@@ -11,7 +11,6 @@ from medcg_jax.config import ConfigError, RunConfig, replace
 from medcg_jax.data.encoding import Encoded, encode
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, concat
-from medcg_jax.families.llava.model import LlavaConfig
 from medcg_jax.train.setup import Setup, open_setup, with_small_tokenizer
 
 # Records are taken of at most so many subsets: each is read as a whole.
@@ -51,7 +50,7 @@ def open_rows(run: RunConfig) -> Rows:
 def training_batch(rows: Rows) -> dict[str, np.ndarray]:
     """The run's first batch; for a LLaVA without its records, random rows of half to all of `data.max_text_tokens`."""
     run, setup = rows.setup.run, rows.setup
-    if rows.note and isinstance(setup.model, LlavaConfig):
+    if rows.note and setup.model.family == "llava":
         most = run.data.max_text_tokens
         return example_batch(
             setup.model, batch_size=run.train.batch_size, text_tokens=(most // 2, most),

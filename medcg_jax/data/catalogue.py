@@ -22,8 +22,6 @@ from itertools import combinations
 from pathlib import Path
 from types import MappingProxyType
 
-from medcg_jax.data.records import DataError
-
 FOLDER = Path(__file__).parent / "catalogue"
 SUBSETS, DATASETS = "table9_subsets", "table10_11_datasets"
 # What the paper's text says of Med-MAT.
@@ -102,34 +100,6 @@ class Count:
     note: str
 
 
-def dataset(number: str) -> Dataset:
-    """One dataset by its `data-no`.
-
-    Raises:
-      DataError: there is no such number.
-    """
-    return _found(_datasets(), number, "dataset", "1 to 109")
-
-
-def subset(number: str) -> CatalogueSubset:
-    """One subset by its number.
-
-    Raises:
-      DataError: there is no such number.
-    """
-    return _found(_subsets(), number, "subset", "01 to 53")
-
-
-def datasets() -> tuple[Dataset, ...]:
-    """All 109 by number."""
-    return tuple(_datasets().values())
-
-
-def subsets() -> tuple[CatalogueSubset, ...]:
-    """All 53 by number."""
-    return tuple(_subsets().values())
-
-
 @functools.cache
 def slips() -> tuple[Slip, ...]:
     """Every known slip of the printed tables, those without an override included."""
@@ -144,11 +114,11 @@ def printed_rows(name: str) -> list[dict[str, str]]:
 
 def numbers(text: str) -> tuple[str, ...]:
     """Dataset numbers of a printed list: "9, 11-13" -> ("9", "11", "12", "13")."""
-    found: list[str] = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        first, _, last = part.partition("-")
-        found += map(str, range(int(first), int(last or first) + 1))
-    return tuple(found)
+    listed: list[str] = []
+    for item in filter(None, (item.strip() for item in text.split(","))):
+        first, _, last = item.partition("-")
+        listed += map(str, range(int(first), int(last or first) + 1))
+    return tuple(listed)
 
 
 def counts() -> dict[str, Count]:
@@ -178,13 +148,11 @@ def counts() -> dict[str, Count]:
 def related_datasets(number: str) -> dict[str, str]:
     """Other datasets that share images with one, or may -> why, and how sure that is (`lineage.csv`).
 
-    Sure are: "printed" (the tables' names or addresses say it), "inferred" (as generally known), "possible".
-
-    Raises:
-      DataError: there is no such number.
+    Sure are: "printed" (the tables' names or addresses say it), "inferred" (as generally known), "possible". {} of a
+    dataset that is not listed.
     """
-    dataset(number)
-    return {other: "; ".join(whys) for other, whys in sorted(_lineage().get(number, {}).items(), key=_first_order)}
+    related = _lineage().get(number, {})
+    return {other: "; ".join(related[other]) for other in sorted(related, key=_order)}
 
 
 def group_of(data_no: str, image_path: str) -> str:
@@ -194,8 +162,8 @@ def group_of(data_no: str, image_path: str) -> str:
     Example: `group_of("53", "med-mat/Knee/test/3/9120059R.jpg") == "9120059"`.
     """
     pattern = _group_patterns().get(data_no)
-    found = pattern.search(image_path) if pattern else None
-    return found[1] if found else ""
+    match = pattern.search(image_path) if pattern else None
+    return match[1] if match else ""
 
 
 def numbering(data_no: str) -> str:
@@ -207,27 +175,17 @@ def numbering(data_no: str) -> str:
     return _numberings().get(data_no, data_no)
 
 
-def _found(listed: Mapping, number: str, kind: str, accepted: str):
-    if number not in listed:
-        raise DataError(f"{kind} {number!r}: Med-MAT has none of that number; {accepted} is accepted")
-    return listed[number]
-
-
 def _order(name: str) -> tuple[int, str]:
     return (int(name), name) if name.isdigit() else (0, name)
-
-
-def _first_order(item: tuple[str, object]) -> tuple[int, str]:
-    return _order(item[0])
 
 
 def _slips_of(table: str, number: str) -> tuple[Slip, ...]:
     return tuple(slip for slip in slips() if (slip.table, slip.number) == (table, number))
 
 
-def _mended(row: Mapping[str, str], own: Iterable[Slip]) -> dict[str, str]:
+def _mended(row: Mapping[str, str], slips_of_row: Iterable[Slip]) -> dict[str, str]:
     """The row with what its slips put in place of printed values."""
-    changed = {slip.field: slip.override for slip in own if slip.override != "none" and slip.field in row}
+    changed = {slip.field: slip.override for slip in slips_of_row if slip.override != "none" and slip.field in row}
     return {**row, **{name: "" if value == "unknown" else value for name, value in changed.items()}}
 
 
@@ -237,52 +195,54 @@ def _moved(slip: Slip) -> set[str]:
 
 
 @functools.cache
-def _subsets() -> Mapping[str, CatalogueSubset]:
+def subsets() -> Mapping[str, CatalogueSubset]:
+    """All 53 by number."""
     status = {row["subset"]: row for row in printed_rows("subset_status")}
     printed = {row["subset"]: row for row in printed_rows(SUBSETS)}
-    found = {}
+    by_number = {}
     for number, row in (printed | {row["subset"]: row for row in printed_rows("added_subsets")}).items():
-        own = _slips_of(SUBSETS, number)
-        used, as_printed = _mended(row, own), dict(printed.get(number, {}))
+        slips_of_row = _slips_of(SUBSETS, number)
+        used, as_printed = _mended(row, slips_of_row), dict(printed.get(number, {}))
         as_printed.pop("subset", None)
         released = status[number]["questions"] == "released"
-        found[number] = CatalogueSubset(
+        by_number[number] = CatalogueSubset(
             number, used["modality"], used["area"], used["task"], numbers(used["datasets"]), released,
-            status[number]["distribution"], MappingProxyType(as_printed), own,
+            status[number]["distribution"], MappingProxyType(as_printed), slips_of_row,
         )  # fmt: skip
-    return MappingProxyType(found)
+    return MappingProxyType(by_number)
 
 
 @functools.cache
-def _datasets() -> Mapping[str, Dataset]:
+def datasets() -> Mapping[str, Dataset]:
+    """All 109 by number."""
     printed_in: dict[str, list[str]] = {}
     for row in printed_rows(SUBSETS):
         for number in numbers(row["datasets"]):
             printed_in.setdefault(number, []).append(row["subset"])
-    found = {}
+    by_number = {}
     for row in printed_rows(DATASETS):
         number = row.pop("dataset")
-        own = _slips_of(DATASETS, number)
-        used = _mended(row, own)
+        slips_of_row = _slips_of(DATASETS, number)
+        used = _mended(row, slips_of_row)
         moved = tuple(slip for slip in slips() if slip.field == "datasets" and number in _moved(slip))
-        found[number] = Dataset(
+        by_number[number] = Dataset(
             number, used["name"], tuple(filter(None, used["url"].split(", "))), used["description"], used["citation"],
-            tuple(s.number for s in subsets() if number in s.datasets),
-            MappingProxyType(row | {"subsets": ", ".join(printed_in.get(number, ()))}), own + moved,
+            tuple(s.number for s in subsets().values() if number in s.datasets),
+            MappingProxyType(row | {"subsets": ", ".join(printed_in.get(number, ()))}), slips_of_row + moved,
         )  # fmt: skip
-    return MappingProxyType(found)
+    return MappingProxyType(by_number)
 
 
 @functools.cache
 def _lineage() -> dict[str, dict[str, list[str]]]:
-    found: dict[str, dict[str, list[str]]] = {}
+    related: dict[str, dict[str, list[str]]] = {}
     for row in printed_rows("lineage"):
         for pair in combinations(numbers(row["datasets"]), 2):
             if row["hub"] and row["hub"] not in pair:
                 continue
-            for own, other in (pair, pair[::-1]):
-                found.setdefault(own, {}).setdefault(other, []).append(f"{row['why']} ({row['sure']})")
-    return found
+            for number, other in (pair, pair[::-1]):
+                related.setdefault(number, {}).setdefault(other, []).append(f"{row['why']} ({row['sure']})")
+    return related
 
 
 @functools.cache
@@ -293,10 +253,10 @@ def _group_patterns() -> dict[str, re.Pattern[str]]:
 @functools.cache
 def _numberings() -> dict[str, str]:
     patterns = {number: pattern.pattern for number, pattern in _group_patterns().items()}
-    found: dict[str, str] = {}
+    numbering_of: dict[str, str] = {}
     for number in sorted(patterns, key=_order):
         for other, whys in _lineage().get(number, {}).items():
             is_sure = any(not why.endswith("(possible)") for why in whys)
             if is_sure and patterns.get(other) == patterns[number]:
-                found.setdefault(other, found.get(number, number))
-    return {number: first for number, first in found.items() if number != first}
+                numbering_of.setdefault(other, numbering_of.get(number, number))
+    return {number: first for number, first in numbering_of.items() if number != first}

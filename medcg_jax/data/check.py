@@ -114,8 +114,8 @@ class Report:
     def acceptable(self, max_bad_frac: float) -> bool:
         """Whether nothing is wrong but so small a share of the records, or that a file has none. A file that cannot be
         read is not acceptable at any share, since nobody knows how many records it has."""
-        own = all(problem.kind in RECORD_KINDS or problem.kind == "no_records" for problem in self.problems)
-        return own and self.bad_frac <= max_bad_frac
+        is_usable = all(problem.kind in RECORD_KINDS or problem.kind == "no_records" for problem in self.problems)
+        return is_usable and self.bad_frac <= max_bad_frac
 
     def counts(self) -> dict[str, int]:
         """Number of problems of each kind, most frequent first."""
@@ -347,19 +347,13 @@ def near_across_splits(entries: Sequence[Entry], images: Mapping[Path, Examined]
     (train_places, train), (test_places, test) = (
         hash_rows(images[path].hashes for path in paths[split]) for split in SPLITS
     )
-    pairs = []
-    for i, j, bits, form in zip(
-        *(column.tolist() for column in near_pairs_between(train, test, NEAR_BITS)), strict=True
-    ):
+    pairs, columns = [], near_pairs_between(train, test, NEAR_BITS)
+    for i, j, bits, form in zip(*(column.tolist() for column in columns), strict=True):
         train_path, test_path = paths["train"][train_places[i]], paths["test"][test_places[j]]
         if images[train_path].pixels == images[test_path].pixels:
             continue
-        pairs += [
-            Near(
-                own.file.path.name, own.name, own.path.name, other.file.path.name, other.name, other.path.name, bits,
-                FORMS[form],
-            )
-            for own in users["train"][train_path]
-            for other in users["test"][test_path]
-        ]  # fmt: skip
+        for entry in users["train"][train_path]:
+            names = entry.file.path.name, entry.name, entry.path.name
+            for other in users["test"][test_path]:
+                pairs.append(Near(*names, other.file.path.name, other.name, other.path.name, bits, FORMS[form]))
     return tuple(sorted(pairs, key=lambda pair: (pair.bits, pair.test_file, pair.test_record, pair.file, pair.record)))

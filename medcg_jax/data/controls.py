@@ -9,7 +9,7 @@ from medcg_jax.config import CONTROLS
 from medcg_jax.data.records import LETTERS, DataError, Record, RecordSet, Turn
 
 
-class AskedAgain(RecordSet):
+class ControlSet(RecordSet):
     """Questions about the images of another set: question i is asked beside the image of its record `places[i]`."""
 
     def __init__(self, records: Sequence[Record], asked_of: RecordSet, places: Sequence[int]):
@@ -17,7 +17,7 @@ class AskedAgain(RecordSet):
         self.places = tuple(places)
 
 
-def control_sets(records: RecordSet, names: Sequence[str], seed: int) -> dict[str, AskedAgain]:
+def control_sets(records: RecordSet, names: Sequence[str], seed: int) -> dict[str, ControlSet]:
     """Control -> the choice questions asked again; the records keep their ids, and a control without one is left out.
 
     names: of `CONTROLS`.
@@ -30,10 +30,10 @@ def control_sets(records: RecordSet, names: Sequence[str], seed: int) -> dict[st
       DataError: a question does not hold its options as lines "A: ...", so that they cannot be exchanged; or an image
         cannot be read.
     """
-    found = {}
+    sets = {}
     for name in names:
-        found |= _MADE[name](records, Random(f"{name}/{seed}"))
-    return {name: made for name, made in found.items() if len(made)}
+        sets |= _MAKERS[name](records, Random(f"{name}/{seed}"))
+    return {name: asked for name, asked in sets.items() if len(asked)}
 
 
 def with_options(record: Record, options: Sequence[str], right: str) -> Record:
@@ -51,45 +51,45 @@ def _lines(options: Sequence[str]) -> str:
     return "".join(f"\n{letter}: {option}" for letter, option in zip(LETTERS, options, strict=False))
 
 
-def _shuffled(records: RecordSet, random: Random) -> dict[str, AskedAgain]:
+def _shuffled(records: RecordSet, random: Random) -> dict[str, ControlSet]:
     places = [i for i, record in enumerate(records.records) if record.image]
     if len(places) < 2:
         return {}
     order = random.sample(places, len(places))
-    images = {place: records.image_digest(place) for place in order}
-    first = {images[place]: i for i, place in reversed(list(enumerate(order)))}
-    order.sort(key=lambda place: first[images[place]])  # those of one image stand together, else as drawn
+    images = {index: records.image_digest(index) for index in order}
+    first = {images[index]: i for i, index in reversed(list(enumerate(order)))}
+    order.sort(key=lambda index: first[images[index]])  # those of one image stand together, else as drawn
     most = max(Counter(images.values()).values())
     # Moved on by so many places no record gets its own image, unless more than half of all have the same.
     image_of = dict(zip(order, order[most:] + order[:most], strict=True))
-    taken = {place: image_of[place] for place in places if images[image_of[place]] != images[place]}
-    places, taken = list(taken), list(taken.values())
+    image_at = {index: image_of[index] for index in places if images[image_of[index]] != images[index]}
+    places, image_at = list(image_at), list(image_at.values())
     changed = [
-        dataclasses.replace(records.records[place], image=records.records[other].image)
-        for place, other in zip(places, taken, strict=True)
+        dataclasses.replace(records.records[index], image=records.records[other].image)
+        for index, other in zip(places, image_at, strict=True)
     ]
-    return {"shuffled_images": AskedAgain(changed, records, taken)}
+    return {"shuffled_images": ControlSet(changed, records, image_at)}
 
 
-def _shifted(records: RecordSet, _: Random) -> dict[str, AskedAgain]:
-    found = {}
+def _shifted(records: RecordSet, _: Random) -> dict[str, ControlSet]:
+    sets = {}
     for shift in range(1, max((len(record.options) for record in records.records), default=0)):
         places = [i for i, record in enumerate(records.records) if shift < len(record.options)]
         changed = [
             with_options(record, record.options[-shift:] + record.options[:-shift], record.label)
             for record in (records.records[i] for i in places)
         ]
-        found[f"shift_{shift}"] = AskedAgain(changed, records, places)
-    return found
+        sets[f"shift_{shift}"] = ControlSet(changed, records, places)
+    return sets
 
 
-def _two_options(records: RecordSet, random: Random) -> dict[str, AskedAgain]:
+def _two_options(records: RecordSet, random: Random) -> dict[str, ControlSet]:
     places = [i for i, record in enumerate(records.records) if len(record.options) > 2]
     changed = []
     for record in (records.records[i] for i in places):
         other = random.choice([option for option in record.options if option != record.label])
         changed.append(with_options(record, random.sample([record.label, other], 2), record.label))
-    return {"two_options": AskedAgain(changed, records, places)}
+    return {"two_options": ControlSet(changed, records, places)}
 
 
-_MADE = dict(zip(CONTROLS, (_shuffled, _shifted, _two_options), strict=True))
+_MAKERS = dict(zip(CONTROLS, (_shuffled, _shifted, _two_options), strict=True))

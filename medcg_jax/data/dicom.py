@@ -417,18 +417,18 @@ def _check_codestream(frame: bytes, syntax: str, rows: int, columns: int, sample
 
 def _size_jpeg(frame: bytes, accepted: tuple[int, ...]) -> tuple[tuple[int, int, int], int]:
     """((rows, columns, channels), bits) of the first frame marker."""
-    place = 2
-    while frame[:2] == b"\xff\xd8" and place + 10 <= len(frame) and frame[place] == 0xFF:
-        marker = frame[place + 1]
+    offset = 2
+    while frame[:2] == b"\xff\xd8" and offset + 10 <= len(frame) and frame[offset] == 0xFF:
+        marker = frame[offset + 1]
         if marker in accepted:
-            precision, rows, columns, channels = struct.unpack_from(">BHHB", frame, place + 4)
+            precision, rows, columns, channels = struct.unpack_from(">BHHB", frame, offset + 4)
             return (rows, columns, channels), precision
         if marker == 0xFF:
-            place += 1
+            offset += 1
         elif marker in _WITHOUT_LENGTH:
-            place += 2
+            offset += 2
         else:
-            place += 2 + struct.unpack_from(">H", frame, place + 2)[0]
+            offset += 2 + struct.unpack_from(">H", frame, offset + 2)[0]
     raise ImageError("DICOM: pixel data are no JPEG of their transfer syntax")
 
 

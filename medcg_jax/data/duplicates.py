@@ -217,9 +217,12 @@ def groups(images: Sequence[ImageHashes], bits: int = NEAR_BITS) -> list[Group]:
         members.setdefault(component, []).append(place)
     # The first kind whose ties hold a group together.
     return [
-        Group(next(kind for kind, of in zip(KINDS, components) if len(set(of[own])) == 1), tuple(own))
-        for own in members.values()
-        if len(own) > 1
+        Group(
+            next(kind for kind, of in zip(KINDS, components) if len(set(of[places_of_group])) == 1),
+            tuple(places_of_group),
+        )
+        for places_of_group in members.values()
+        if len(places_of_group) > 1
     ]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,8 +14,8 @@ import numpy as np
 from medcg_jax.config import DataConfig
 from medcg_jax.data.boxes import Asked, ask
 from medcg_jax.data.images import copy_into
-from medcg_jax.data.records import MAX_OPTIONS, DataError, Record, RecordSet, concat
-from medcg_jax.data.row_format import Arrays, Format
+from medcg_jax.data.records import MAX_OPTIONS, DataError, Record, RecordSet, Turn, concat
+from medcg_jax.data.row_format import Arrays, Format, Tokens
 from medcg_jax.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -53,19 +54,20 @@ class Encoded:
         batch = {key: array[indices] for key, array in self.arrays.items()}
         length = batch.pop("length")
         batch["segment_ids"] = (np.arange(batch["tokens"].shape[1]) < length[:, None]).astype(np.int32)
-        images = self._decode(indices) if self.images is None else {k: a[indices] for k, a in self.images.items()}
+        if self.images is None:
+            images = _empty_images(self.format, len(indices))
+            for row, index in enumerate(indices.tolist()):
+                _decode(self.records, index, self.format, images, row)
+        else:
+            images = {key: array[indices] for key, array in self.images.items()}
         batch |= {key: array[:, None] for key, array in images.items()}
         if self.masks:
-            rows = [_mask_arrays(self.records, int(index), self.format) for index in indices]
-            batch |= {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+            masks = []
+            for index in indices.tolist():
+                with _named(self.records.records[index]) as record:
+                    masks.append(self.format.mask_layout.arrays(record, self.records.mask(index)))
+            batch |= {key: np.stack([row[key] for row in masks]) for key in masks[0]}
         return batch, [self.records.records[i].id for i in indices]
-
-    def _decode(self, indices: np.ndarray) -> Arrays:
-        out = {key: np.empty((len(indices), *a.shape), a.dtype) for key, a in self.format.blank.items()}
-        for place, index in enumerate(indices):
-            for key, array in _image_arrays(self.records, int(index), self.format).items():
-                copy_into(out[key][place, ...], array)
-        return out
 
 
 def checked_rows(rows: np.ndarray | None, batch_size: int) -> np.ndarray:
@@ -74,10 +76,10 @@ def checked_rows(rows: np.ndarray | None, batch_size: int) -> np.ndarray:
     Raises:
       ValueError: rows that no batch has.
     """
-    found = np.arange(batch_size) if rows is None else np.asarray(rows)
-    if not len(found) or found[0] < 0 or found[-1] >= batch_size or (np.diff(found) <= 0).any():
-        raise ValueError(f"rows={found.tolist()} of batch_size={batch_size}: rising rows of the batch are accepted")
-    return found
+    own_rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if not len(own_rows) or own_rows[0] < 0 or own_rows[-1] >= batch_size or (np.diff(own_rows) <= 0).any():
+        raise ValueError(f"rows={own_rows.tolist()} of batch_size={batch_size}: rising rows of the batch are accepted")
+    return own_rows
 
 
 def encode(
@@ -97,37 +99,31 @@ def encode(
       DataError: a record has too many tokens or targets, none that is supervised, or text or an image that cannot be
         used; the message names it.
     """
-    rows = _empty_rows(len(records), tokenizer, data.max_text_tokens + fmt.max_image_tokens)
+    rows = _empty_rows(len(records), tokenizer, data, fmt)
     positions = np.zeros((len(records), data.max_target_tokens), np.int32)
     targets, weights = np.zeros_like(positions), np.zeros(positions.shape, np.float32)
     boxes: list[Arrays] = []
-
-    def one(index: int, record: Record) -> None:
-        num_image = _image_tokens(records, index, fmt)
-        tokens = fmt.prompts.conversation(
-            tokenizer, fmt.turns(record), system_prompt=data.system_prompt, num_image_tokens=num_image
-        )
-        _put_row(rows, index, tokens.ids, num_image, data)
-        if fmt.box_arrays is not None:
-            boxes.append(fmt.box_arrays(tokenizer, record, tokens))
-        if fmt.mask_layout is not None:
-            fmt.mask_layout.check(record, records.mask(index))
-        supervised = np.flatnonzero(tokens.supervised)
-        count = len(supervised)
-        if not count:
-            raise DataError("no token is supervised")
-        if count > data.max_target_tokens:
-            raise DataError(f"{count} supervised tokens; data.max_target_tokens={data.max_target_tokens}")
-        positions[index, :count] = supervised - 1
-        targets[index, :count] = rows["tokens"][index, supervised]
-        weights[index, :count] = 1
-
-    _each(records, one)
+    for index, record in enumerate(records.records):
+        with _named(record):
+            tokens = _conversation(records, index, tokenizer, data, fmt)
+            _put(rows, index, tokens.ids)
+            if fmt.box_arrays is not None:
+                boxes.append(fmt.box_arrays(tokenizer, record, tokens))
+            if fmt.mask_layout is not None:
+                fmt.mask_layout.check(record, records.mask(index))
+            supervised = np.flatnonzero(tokens.supervised)
+            count = len(supervised)
+            if not count:
+                raise DataError("no token is supervised")
+            if count > data.max_target_tokens:
+                raise DataError(f"{count} supervised tokens; data.max_target_tokens={data.max_target_tokens}")
+            positions[index, :count] = supervised - 1
+            targets[index, :count] = rows["tokens"][index, supervised]
+            weights[index, :count] = 1
     arrays = {**rows, "target_positions": positions, "targets": targets, "target_weights": weights}
     arrays |= {key: np.stack([row[key] for row in boxes]) for key in (boxes[0] if boxes else ())}
-    return Encoded(
-        records, fmt, arrays, _all_images(records, fmt, memory_limit_bytes), masks=fmt.mask_layout is not None
-    )
+    images = _all_images(records, fmt, memory_limit_bytes)
+    return Encoded(records, fmt, arrays, images, masks=fmt.mask_layout is not None)
 
 
 def encode_eval(
@@ -146,25 +142,19 @@ def encode_eval(
     Raises:
       DataError: as `encode`; or a record is no choice question, has too many options, or letters that cannot be scored.
     """
-    rows = _empty_rows(len(records), tokenizer, data.max_text_tokens + fmt.max_image_tokens)
+    rows = _empty_rows(len(records), tokenizer, data, fmt)
     columns = columns or option_columns(records)
     options = np.full((len(records), columns), -1, np.int32)
-
-    def one(index: int, record: Record) -> None:
-        count = len(record.options)
-        if not 2 <= count <= columns:
-            reason = f"{count} options; 2 to {columns} can be scored"
-            raise DataError(f"{reason}: take options out of the question, or the record out of the test")
-        num_image = _image_tokens(records, index, fmt)
-        ids = fmt.prompts.evaluation_prompt(
-            tokenizer, record.turns, system_prompt=data.system_prompt, num_image_tokens=num_image
-        )
-        _put_row(rows, index, ids, num_image, data)
-        options[index, :count] = fmt.prompts.option_ids(
-            tokenizer, record.turns, count, system_prompt=data.system_prompt, has_image=bool(record.image)
-        )
-
-    _each(records, one)
+    for index, record in enumerate(records.records):
+        with _named(record):
+            count = len(record.options)
+            if not 2 <= count <= columns:
+                reason = f"{count} options; 2 to {columns} can be scored"
+                raise DataError(f"{reason}: take options out of the question, or the record out of the test")
+            _put(rows, index, _prompt(records, index, record.turns, tokenizer, data, fmt))
+            options[index, :count] = fmt.prompts.option_ids(
+                tokenizer, record.turns, count, system_prompt=data.system_prompt, has_image=bool(record.image)
+            )
     arrays = {**rows, "last_position": rows["length"] - 1, "option_ids": options}
     return Encoded(records, fmt, arrays, _all_images(records, fmt, memory_limit_bytes))
 
@@ -175,14 +165,7 @@ def option_columns(records: RecordSet) -> int:
     return USUAL_OPTIONS if most <= USUAL_OPTIONS else MAX_OPTIONS
 
 
-def encode_boxes(
-    records: RecordSet,
-    tokenizer: Tokenizer,
-    data: DataConfig,
-    fmt: Format,
-    *,
-    memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
-) -> Encoded:
+def encode_boxes(records: RecordSet, tokenizer: Tokenizer, data: DataConfig, fmt: Format) -> Encoded:
     """Rows that ask for boxes, one for each question about a record's boxes: `tokens` and `last_position` int32[N].
 
     `records` and `asked` of what comes back have one entry a row; records without boxes are asked nothing.
@@ -192,40 +175,27 @@ def encode_boxes(
     """
     if fmt.box_turn is None:
         raise DataError("a model that gives no boxes is asked for some; MiniGPT-v2 and NExT-Chat give them")
-    pairs = [(place, asked) for place, record in enumerate(records.records) for asked in ask(record)]
-    records = records.select(place for place, _ in pairs)
-    rows = _empty_rows(len(records), tokenizer, data.max_text_tokens + fmt.max_image_tokens)
-
-    def one(index: int, record: Record) -> None:
-        num_image = _image_tokens(records, index, fmt)
-        turn = fmt.box_turn(record, pairs[index][1])
-        ids = fmt.prompts.evaluation_prompt(
-            tokenizer, (turn,), system_prompt=data.system_prompt, num_image_tokens=num_image
-        )
-        _put_row(rows, index, ids, num_image, data)
-
-    _each(records, one)
+    pairs = [(index, asked) for index, record in enumerate(records.records) for asked in ask(record)]
+    records = records.select(index for index, _ in pairs)
+    rows = _empty_rows(len(records), tokenizer, data, fmt)
+    for index, (record, (_, asked)) in enumerate(zip(records.records, pairs, strict=True)):
+        with _named(record):
+            _put(rows, index, _prompt(records, index, (fmt.box_turn(record, asked),), tokenizer, data, fmt))
     arrays = {**rows, "last_position": rows["length"] - 1}
-    images = _all_images(records, fmt, memory_limit_bytes)
+    images = _all_images(records, fmt, MEMORY_LIMIT_BYTES)
     return Encoded(records, fmt, arrays, images, asked=tuple(asked for _, asked in pairs))
 
 
 def longest_row(records: RecordSet, tokenizer: Tokenizer, data: DataConfig, fmt: Format) -> int:
     """Tokens of the longest training row that `encode` would make of these records, image included; 0 of none.
 
-    Records that it would refuse are left out: it names them, where they are wanted.
+    Records that it would refuse are left out: it names them, where they are wanted. Images are not decoded, and the
+    tokenizer keeps the ids of texts, so that the rows cost little when they are made.
     """
-    longest, most = 0, data.max_text_tokens + fmt.max_image_tokens
-    for index, record in enumerate(records.records):
-        try:
-            num_image = _image_tokens(records, index, fmt)
-            ids = fmt.prompts.conversation(
-                tokenizer, fmt.turns(record), system_prompt=data.system_prompt, num_image_tokens=num_image
-            ).ids
-            _check_length(len(ids), num_image, most, data)
-        except DataError:
-            continue
-        longest = max(longest, len(ids))
+    longest = 0
+    for index in range(len(records)):
+        with contextlib.suppress(DataError):
+            longest = max(longest, len(_conversation(records, index, tokenizer, data, fmt).ids))
     return longest
 
 
@@ -263,22 +233,36 @@ def concat_encoded(parts: Sequence[Encoded]) -> Encoded:
         return {key: np.concatenate([arrays[key] for arrays in sets]) for key in sets[0]}
 
     images = [part.images for part in parts if part.images is not None]
-    return Encoded(
-        concat([part.records for part in parts]), parts[0].format, joined([part.arrays for part in parts]),
-        joined(images) if len(images) == len(parts) else None, masks=parts[0].masks,
-    )  # fmt: skip
+    records, arrays = concat([part.records for part in parts]), joined([part.arrays for part in parts])
+    all_images = joined(images) if len(images) == len(parts) else None
+    return Encoded(records, parts[0].format, arrays, all_images, masks=parts[0].masks)
 
 
-def _each(records: RecordSet, one: Callable[[int, Record], None]) -> None:
-    for index, record in enumerate(records.records):
-        try:
-            one(index, record)
-        except DataError as error:
-            raise DataError(f"record {record.id}: {error}") from error
+@contextlib.contextmanager
+def _named(record: Record) -> Iterator[Record]:
+    """The record, whose id stands before the message of a DataError."""
+    try:
+        yield record
+    except DataError as error:
+        raise DataError(f"record {record.id}: {error}") from error
 
 
-def _empty_rows(count: int, tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
-    return {"tokens": np.full((count, length), tokenizer.pad_id, np.int32), "length": np.zeros(count, np.int32)}
+def _conversation(records: RecordSet, index: int, tokenizer: Tokenizer, data: DataConfig, fmt: Format) -> Tokens:
+    """A record's training row. Raises DataError where it does not fit."""
+    turns, num_image = fmt.turns(records.records[index]), _image_tokens(records, index, fmt)
+    tokens = fmt.prompts.conversation(tokenizer, turns, system_prompt=data.system_prompt, num_image_tokens=num_image)
+    _check_length(len(tokens.ids), num_image, data, fmt)
+    return tokens
+
+
+def _prompt(
+    records: RecordSet, index: int, turns: tuple[Turn, ...], tokenizer: Tokenizer, data: DataConfig, fmt: Format
+) -> list[int]:
+    """The ids of these turns about a record's image, up to the last answer. Raises DataError where they do not fit."""
+    num_image = _image_tokens(records, index, fmt)
+    ids = fmt.prompts.evaluation_prompt(tokenizer, turns, system_prompt=data.system_prompt, num_image_tokens=num_image)
+    _check_length(len(ids), num_image, data, fmt)
+    return ids
 
 
 def _image_tokens(records: RecordSet, index: int, fmt: Format) -> int:
@@ -288,50 +272,44 @@ def _image_tokens(records: RecordSet, index: int, fmt: Format) -> int:
     return fmt.max_image_tokens if fmt.num_image_tokens is None else fmt.num_image_tokens(*records.image_size(index))
 
 
-def _put_row(rows, index: int, ids: list[int], num_image_tokens: int, data: DataConfig) -> None:
-    _check_length(len(ids), num_image_tokens, rows["tokens"].shape[1], data)
+def _check_length(length: int, num_image_tokens: int, data: DataConfig, fmt: Format) -> None:
+    # A row without an image may use the image's places.
+    room = data.max_text_tokens + (0 if num_image_tokens else fmt.max_image_tokens)
+    if length - num_image_tokens > room:
+        raise DataError(
+            f"{length - num_image_tokens} text tokens where {room} fit (data.max_text_tokens={data.max_text_tokens}); "
+            "nothing is cut"
+        )
+
+
+def _empty_rows(count: int, tokenizer: Tokenizer, data: DataConfig, fmt: Format) -> Arrays:
+    width = data.max_text_tokens + fmt.max_image_tokens
+    return {"tokens": np.full((count, width), tokenizer.pad_id, np.int32), "length": np.zeros(count, np.int32)}
+
+
+def _put(rows: Arrays, index: int, ids: list[int]) -> None:
     rows["tokens"][index, : len(ids)] = ids
     rows["length"][index] = len(ids)
 
 
-def _check_length(length: int, num_image_tokens: int, most: int, data: DataConfig) -> None:
-    # A row without an image may use the image's places.
-    text, room = (length - num_image_tokens, data.max_text_tokens) if num_image_tokens else (length, most)
-    if text > room:
-        raise DataError(
-            f"{text} text tokens where {room} fit (data.max_text_tokens={data.max_text_tokens}); nothing is cut"
-        )
+def _empty_images(fmt: Format, count: int) -> Arrays:
+    return {key: np.zeros((count, *array.shape), array.dtype) for key, array in fmt.blank.items()}
 
 
-def _image_arrays(records: RecordSet, index: int, fmt: Format) -> Arrays:
-    record = records.records[index]
-    if not record.image:
-        return fmt.blank
-    try:
-        return fmt.preprocess(records.image(index))
-    except DataError as error:
-        raise DataError(f"record {record.id}: {error}") from error
-
-
-def _mask_arrays(records: RecordSet, index: int, fmt: Format) -> Arrays:
-    record = records.records[index]
-    try:
-        return fmt.mask_layout.arrays(record, records.mask(index))
-    except DataError as error:
-        raise DataError(f"record {record.id}: {error}") from error
+def _decode(records: RecordSet, index: int, fmt: Format, out: Arrays, row: int) -> None:
+    """Writes the arrays of a record's image into a row of `out`, which is zeros without one."""
+    with _named(records.records[index]) as record:
+        if record.image:
+            for key, array in fmt.preprocess(records.image(index)).items():
+                copy_into(out[key][row, ...], array)
 
 
 def _all_images(records: RecordSet, fmt: Format, limit_bytes: int) -> Arrays | None:
     """[N, ...] per batch key of all records, decoded in threads; None where they need more than the limit."""
     if len(records) * sum(array.nbytes for array in fmt.blank.values()) > limit_bytes:
         return None
-    out = {key: np.zeros((len(records), *array.shape), array.dtype) for key, array in fmt.blank.items()}
-
-    def fill(index: int) -> None:
-        for key, array in _image_arrays(records, index, fmt).items():
-            copy_into(out[key][index, ...], array)
-
+    images = _empty_images(fmt, len(records))
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(fill, range(len(records))):
+        for _ in pool.map(lambda index: _decode(records, index, fmt, images, index), range(len(records))):
             pass
-    return out
+    return images

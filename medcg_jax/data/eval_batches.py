@@ -99,51 +99,56 @@ class Asked:
 
 
 def rounds(
-    encoded: Encoded, again: Sequence[Encoded], batch_size: int, *, image_token_id: int, rows: np.ndarray | None = None
+    encoded: Encoded,
+    controls: Sequence[Encoded],
+    batch_size: int,
+    *,
+    image_token_id: int,
+    rows: np.ndarray | None = None,
 ) -> Iterator[Round]:
-    """Every question of `encoded` and of each set of `again` once, numbered through in this order.
+    """Every question of `encoded` and of each set of `controls` once, numbered through in this order.
 
-    again: of `data.controls.AskedAgain` about the records of `encoded`. rows: this process's, as `Batches`; every
+    controls: of `data.controls.ControlSet` about the records of `encoded`. rows: this process's, as `Batches`; every
     process has as many rounds and batches, of the same shapes.
 
     Images with more questions come first, so that few rows ask nothing.
     """
     mine = checked_rows(rows, batch_size)
-    sets = (encoded, *again)
+    sets = (encoded, *controls)
     arrays = {key: np.concatenate([s.arrays[key] for s in sets]) for key in ("tokens", "length", "option_ids")}
     is_image = arrays["tokens"] == image_token_id
     width = is_image.shape[1]
     ends = np.where(is_image.any(1), width - is_image[:, ::-1].argmax(1), 0).astype(np.int32)
-    places = np.concatenate([np.arange(len(encoded)), *(s.records.places for s in again)]).astype(int)
+    places = np.concatenate([np.arange(len(encoded)), *(s.records.places for s in controls)]).astype(int)
     groups = _groups(arrays, ends, places, len(encoded))
     for start in range(0, len(groups), batch_size):
-        own = groups[start : start + batch_size]
+        in_round = groups[start : start + batch_size]
         # Rows beyond the last image are copies of the first.
-        filled = [*own, *[own[0]] * (batch_size - len(own))]
+        filled = [*in_round, *[in_round[0]] * (batch_size - len(in_round))]
         firsts = np.array([group[0] for group in filled])
         most = max(int(ends[firsts].max()), 1)
         most = most if encoded.format.num_image_tokens is None else batch_length(encoded, most)
         batch, _ = encoded.rows(places[firsts[mine]])
         before = {key: batch[key] for key in encoded.format.blank}
         before |= _cut(arrays["tokens"], firsts[mine], np.zeros_like(mine), ends[firsts[mine]], most)
-        asked = tuple(_asked(encoded, arrays, ends, own, filled, turn, mine) for turn in range(len(own[0])))
+        asked = tuple(_asked(encoded, arrays, ends, in_round, filled, turn, mine) for turn in range(len(in_round[0])))
         yield Round(before, asked)
 
 
 def _groups(arrays: Arrays, ends: np.ndarray, places: np.ndarray, num_free: int) -> list[list[int]]:
     """Questions with the same beginning and image: those of the first set first, then longer ones first."""
-    found: dict[tuple, list[int]] = {}
-    for question, (place, end) in enumerate(zip(places, ends, strict=True)):
-        found.setdefault((int(place), arrays["tokens"][question, :end].tobytes()), []).append(question)
+    groups: dict[tuple, list[int]] = {}
+    for question, (image, end) in enumerate(zip(places, ends, strict=True)):
+        groups.setdefault((int(image), arrays["tokens"][question, :end].tobytes()), []).append(question)
     lengths = arrays["length"] - ends
-    for group in found.values():
+    for group in groups.values():
         group.sort(key=lambda question: (question >= num_free, -lengths[question]))
-    return sorted(found.values(), key=lambda group: (-len(group), -max(lengths[group])))
+    return sorted(groups.values(), key=lambda group: (-len(group), -max(lengths[group])))
 
 
-def _asked(encoded, arrays, ends, own, filled, turn: int, mine: np.ndarray) -> Asked:
-    rows = np.array([row for row, group in enumerate(own) if turn < len(group)])
-    questions = np.array([own[row][turn] for row in rows])
+def _asked(encoded, arrays, ends, groups, filled, turn: int, mine: np.ndarray) -> Asked:
+    rows = np.array([row for row, group in enumerate(groups) if turn < len(group)])
+    questions = np.array([groups[row][turn] for row in rows])
     every = np.array([group[min(turn, len(group) - 1)] for group in filled])
     lengths = arrays["length"] - ends
     length = suffix_length(encoded, int(lengths[every].max()))
@@ -157,5 +162,5 @@ def _cut(tokens: np.ndarray, rows: np.ndarray, starts: np.ndarray, lengths: np.n
     """`tokens`, `segment_ids` int32[B, width]: of each of these rows so many tokens, from its start on."""
     places = np.arange(width)
     real = places < lengths[:, None]
-    found = tokens[rows[:, None], np.minimum(starts[:, None] + places, tokens.shape[1] - 1)]
-    return {"tokens": np.where(real, found, 0).astype(np.int32), "segment_ids": real.astype(np.int32)}
+    taken_tokens = tokens[rows[:, None], np.minimum(starts[:, None] + places, tokens.shape[1] - 1)]
+    return {"tokens": np.where(real, taken_tokens, 0).astype(np.int32), "segment_ids": real.astype(np.int32)}

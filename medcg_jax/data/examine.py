@@ -65,7 +65,7 @@ class Examined:
     @property
     def hashes(self) -> ImageHashes:
         """What it is recognised by."""
-        return ImageHashes(*(bytes.fromhex(own) for own in (self.digest, self.pixels, self.perceptual)))
+        return ImageHashes(*(bytes.fromhex(digest) for digest in (self.digest, self.pixels, self.perceptual)))
 
 
 def examine(path: Path, max_pixels: int, reading: Reading) -> Examined:
@@ -105,20 +105,20 @@ def examine_all(
       known: `Memory.known`; these are not read again.
       remember: `Memory.add`, called with each file whose bytes were read.
     """
-    found = {path: known[path] for path in paths if path in known} if known else {}
-    unknown = [path for path in paths if path not in found]
-    one = functools.partial(examine, max_pixels=max_pixels, reading=reading)
-    looked = over(
-        one, unknown, workers=workers, crashed=lambda path, reason: Examined(reason=reason), min_items=1,
+    examined = {path: known[path] for path in paths if path in known} if known else {}
+    unknown = [path for path in paths if path not in examined]
+    examine_one = functools.partial(examine, max_pixels=max_pixels, reading=reading)
+    results = over(
+        examine_one, unknown, workers=workers, crashed=lambda path, reason: Examined(reason=reason), min_items=1,
         max_seconds=MAX_SECONDS, max_bytes=MAX_BYTES, preload=__name__,
     )  # fmt: skip
     if progress and unknown:
-        looked = progress(looked, len(unknown))
-    for path, own in zip(unknown, looked, strict=True):
-        found[path] = own
-        if remember and own.digest:  # what could not be read at all may be read another time
-            remember(path, own)
-    return {path: found[path] for path in paths}
+        results = progress(results, len(unknown))
+    for path, image in zip(unknown, results, strict=True):
+        examined[path] = image
+        if remember and image.digest:  # what could not be read at all may be read another time
+            remember(path, image)
+    return {path: examined[path] for path in paths}
 
 
 class Memory:
@@ -144,24 +144,24 @@ class Memory:
     def __exit__(self, *_) -> None:
         self._file.close()
 
-    def add(self, path: Path, found: Examined) -> None:
+    def add(self, path: Path, image: Examined) -> None:
         name, stamp = str(path.relative_to(self._root)), _stamp(path)
-        self._file.write(json.dumps([name, self._way, stamp, asdict(found)]) + "\n")
+        self._file.write(json.dumps([name, self._way, stamp, asdict(image)]) + "\n")
 
     def _recalled(self) -> Iterator[tuple[Path, Examined]]:
         if not self._path.exists():
             return
         for line in read_bytes(self._path, MAX_TEXT_BYTES).split(b"\n"):
             try:
-                name, way, stamp, found = parsed(line.decode(), self._path.name, list)
-                own = Examined(**found)
+                name, way, stamp, fields = parsed(line.decode(), self._path.name, list)
+                image = Examined(**fields)
                 path = self._root / name
-                if not own.is_sound:
+                if not image.is_sound:
                     continue
             except (ValueError, TypeError):  # the last line of a run that was killed
                 continue
             if stamp and way == self._way and stamp == _stamp(path):
-                yield path, own
+                yield path, image
 
 
 def _stamp(path: Path) -> list[int]:

@@ -190,8 +190,8 @@ def is_grey(image: np.ndarray) -> bool:
     """Whether the three channels of uint8[h, w, 3] are equal."""
     if image.strides[2] == 0:
         return True
-    for part in (image[::16, ::16], image):  # few pixels tell nearly every colour image
-        if not all(np.array_equal(part[..., 0], part[..., channel]) for channel in (1, 2)):
+    for sample in (image[::16, ::16], image):  # few pixels tell nearly every colour image
+        if not all(np.array_equal(sample[..., 0], sample[..., channel]) for channel in (1, 2)):
             return False
     return True
 
@@ -298,9 +298,9 @@ def _check_tags(content: bytes) -> None:
         return
     start = int.from_bytes(content[wide : 2 * wide], order)
     tags = min(int.from_bytes(content[start : start + narrow], order), 2**16)
-    for place in range(start + narrow, min(len(content), start + narrow + tags * (4 + 2 * wide)), 4 + 2 * wide):
+    for offset in range(start + narrow, min(len(content), start + narrow + tags * (4 + 2 * wide)), 4 + 2 * wide):
         number, kind, values = (
-            int.from_bytes(content[place + a : place + b], order) for a, b in ((0, 2), (2, 4), (4, 4 + wide))
+            int.from_bytes(content[offset + a : offset + b], order) for a, b in ((0, 2), (2, 4), (4, 4 + wide))
         )
         # Of bytes, text and what has no type of numbers Python keeps the bytes.
         if number in _STRIPS and kind not in (1, 2, 6, 7) and values > MAX_STRIPS:
@@ -317,14 +317,14 @@ def _check_plain(content: bytes) -> None:
 
 def _check_scans(content: bytes) -> None:
     """Raises ImageError for a JPEG with so many scans, or markers, that decoding it would take minutes."""
-    scans, place = 0, 2
+    scans, offset = 0, 2
     for _ in range(MAX_MARKERS):
-        marker = _MARKER.search(content, place)
+        marker = _MARKER.search(content, offset)
         if marker is None or marker[0] == b"\xff\xd9":
             return
-        place = marker.end()
+        offset = marker.end()
         if marker[0] not in (b"\xff\x01", b"\xff\xd8"):
-            place += max(2, int.from_bytes(content[place : place + 2], "big"))
+            offset += max(2, int.from_bytes(content[offset : offset + 2], "big"))
         scans += marker[0] == b"\xff\xda"
         if scans > MAX_SCANS:
             raise ImageError(f"a JPEG of more than {MAX_SCANS} scans; at most {MAX_SCANS} are accepted")

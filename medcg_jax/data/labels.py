@@ -97,15 +97,15 @@ def read_labels(path: Path, root: Path, max_pixels: int) -> LabelTable:
     """
     root = Path(os.path.realpath(root))
     columns, lines = _read_csv(path)
-    found: dict[str, list[_Line]] = {}
+    by_image: dict[str, list[_Line]] = {}
     spelled: dict[str, tuple[str, int]] = {}
     for line in lines:
         _check_line(path.name, line, columns, spelled)
-        found.setdefault(line.cells["image"], []).append(line)
-    if not found:
+        by_image.setdefault(line.cells["image"], []).append(line)
+    if not by_image:
         raise ReleaseError(path.name, "", "label", "no line below the header; one or more are accepted")
     files: dict[Path, _Line] = {}
-    for image, (first, *_) in sorted(found.items()):
+    for image, (first, *_) in sorted(by_image.items()):
         with named(path.name, f"line {first.number}"):
             file = image_path(root, image)
         if other := files.get(file):
@@ -113,10 +113,10 @@ def read_labels(path: Path, root: Path, max_pixels: int) -> LabelTable:
             raise first.error(path.name, "image", reason)
         files[file] = first
     images = tuple(
-        _image(path.name, file, found[first.cells["image"]], root, max_pixels) for file, first in files.items()
+        _image(path.name, file, by_image[first.cells["image"]], root, max_pixels) for file, first in files.items()
     )
-    _check_groups(path.name, images, found)
-    if "x1" in columns and (reason := shares_of_image(box.corners for own in images for box in own.boxes)):
+    _check_groups(path.name, images, by_image)
+    if "x1" in columns and (reason := shares_of_image(box.corners for image in images for box in image.boxes)):
         raise ReleaseError(path.name, "", "label", reason)
     return LabelTable(images, has_boxes="x1" in columns or "mask" in columns, in_numbers="x1" in columns)
 
@@ -226,16 +226,16 @@ def _image(file: str, path: Path, lines: list[_Line], root: Path, max_pixels: in
             reason = f"is empty where image {image!r} has other lines; such a line alone is accepted"
             raise line.error(file, "label", reason)
     seen: dict[tuple | Box, int] = {}
-    found: list[Box] = []
+    boxes_here: list[Box] = []
     labels: set[str] = set()
     for line in lines:
         label = line.cells["label"]
         content: tuple | Box = (label, line.cells.get("mask"))
         if label and "x1" in line.cells:
             content = _box(file, line, size)
-            found.append(content)
+            boxes_here.append(content)
         elif label and "mask" in line.cells:
-            found += _boxes_of_mask(file, line, root, size, max_pixels)
+            boxes_here += _boxes_of_mask(file, line, root, size, max_pixels)
         else:
             labels |= {label} - {""}
         if content in seen:
@@ -243,8 +243,8 @@ def _image(file: str, path: Path, lines: list[_Line], root: Path, max_pixels: in
         seen[content] = line.number
     cells = {name: first.cells.get(name, "") for name in OPTIONAL}
     return LabelledImage(
-        image, tuple(sorted(labels | {box.label for box in found})), size, cells["split"], cells["group"],
-        cells["data-no"], tuple(sorted(found, key=lambda box: (box.y1, box.x1, box.y2, box.x2, box.label))),
+        image, tuple(sorted(labels | {box.label for box in boxes_here})), size, cells["split"], cells["group"],
+        cells["data-no"], tuple(sorted(boxes_here, key=lambda box: (box.y1, box.x1, box.y2, box.x2, box.label))),
     )  # fmt: skip
 
 
@@ -280,13 +280,13 @@ def _boxes_of_mask(file: str, line: _Line, root: Path, size: tuple[int, int], ma
     return [Box(line.cells["label"], *corners) for corners in boxes.of_mask(mask).tolist()]
 
 
-def _check_groups(file: str, images: tuple[LabelledImage, ...], found: dict[str, list[_Line]]) -> None:
+def _check_groups(file: str, images: tuple[LabelledImage, ...], by_image: dict[str, list[_Line]]) -> None:
     """Raises ReleaseError where the table's own split has one group, of one dataset, on both sides."""
     sides: dict[tuple[str, str], LabelledImage] = {}
-    for own in images:
-        if not own.split or not own.group:
+    for image in images:
+        if not image.split or not image.group:
             continue
-        other = sides.setdefault((own.data_no, own.group), own)
-        if other.split != own.split:
-            line, there = found[own.image][0], found[other.image][0]
-            raise line.error(file, "group", f"is in {own.split} here and in {other.split} in line {there.number}")
+        other = sides.setdefault((image.data_no, image.group), image)
+        if other.split != image.split:
+            line, there = by_image[image.image][0], by_image[other.image][0]
+            raise line.error(file, "group", f"is in {image.split} here and in {other.split} in line {there.number}")

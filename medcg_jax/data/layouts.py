@@ -79,10 +79,10 @@ def check_layout(layout: Layout, family: str, model) -> None:
     Raises:
       DataError: the images were changed in a way that the model does not change them.
     """
-    own = f"square:{model.image_size_px}" if family == "llava" else ""
-    if layout.kind == "square" and str(layout) != own:
-        wanted = f"{own}, " if own else ""
+    square = f"square:{model.image_size_px}" if family == "llava" else ""
+    if layout.kind == "square" and str(layout) != square:
+        accepted = f"{square}, " if square else ""
         raise DataError(
             f"the prepared images lie as {layout}, which is not what this model makes of images; prepare them with "
-            f"--image={wanted}fit:SIZE or keep"
+            f"--image={accepted}fit:SIZE or keep"
         )

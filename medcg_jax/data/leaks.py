@@ -149,31 +149,31 @@ def find_leaks(training: Hashed, test: Hashed, near_bits: int | None = None, *, 
     questions: whether questions are compared. Those of one medical subset differ by their images alone, so this is for
       records that are not of the study's subsets.
     """
-    found = _same_images(training, test)
-    exact = {leak.training for leak in found}
+    leaks = _same_images(training, test)
+    exact = {leak.training for leak in leaks}
     if questions:
-        found += [leak for leak in _same_questions(training, test) if leak.training not in exact]
-    found += [leak for leak in _same_groups(training, test) if leak.training not in exact]
+        leaks += [leak for leak in _same_questions(training, test) if leak.training not in exact]
+    leaks += [leak for leak in _same_groups(training, test) if leak.training not in exact]
     if near_bits is not None:
         for place, near in nearest_images(training, test, near_bits).items():
             name = training.records[place].id
             if name not in exact:
-                found.append(Leak(name, test.records[near.place].id, "near", near.distance_bits, near.form))
-    return found
+                leaks.append(Leak(name, test.records[near.place].id, "near", near.distance_bits, near.form))
+    return leaks
 
 
 def _same_images(training: Hashed, test: Hashed) -> list[Leak]:
     known = {record.id for record in test.records}
     files, pixels = _first(test, "file"), _first(test, "pixels")
-    found = []
+    leaks = []
     for record, image in zip(training.records, training.images, strict=True):
         if record.id in known:
-            found.append(Leak(record.id, record.id, "same id"))
+            leaks.append(Leak(record.id, record.id, "same id"))
         elif image and image.file in files:
-            found.append(Leak(record.id, files[image.file], "same bytes"))
+            leaks.append(Leak(record.id, files[image.file], "same bytes"))
         elif image and image.pixels in pixels:
-            found.append(Leak(record.id, pixels[image.pixels], "same pixels"))
-    return found
+            leaks.append(Leak(record.id, pixels[image.pixels], "same pixels"))
+    return leaks
 
 
 def _first(side: Hashed, field: str) -> dict[bytes, str]:
@@ -226,13 +226,13 @@ def _plain(text: str) -> str:
 def _same_groups(training: Hashed, test: Hashed) -> list[Leak]:
     """Records of one patient or lesion (`splits.group_key`): "same group" where both records state it, of one data set
     or of one subset; else "likely same group"."""
-    found = []
-    for mine, tests in shared_groups(training.records, test.records).values():
-        for record in mine:
+    leaks = []
+    for records, tests in shared_groups(training.records, test.records).values():
+        for record in records:
             stated = [
                 other.id for other in tests
                 if record.group and other.group and (record.data_no or other.subset == record.subset)
             ]  # fmt: skip
             kind = "same group" if stated else "likely same group"
-            found.append(Leak(record.id, stated[0] if stated else tests[0].id, kind))
-    return found
+            leaks.append(Leak(record.id, stated[0] if stated else tests[0].id, kind))
+    return leaks

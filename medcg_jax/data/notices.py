@@ -53,11 +53,11 @@ def notices_of(entries: Iterable[Entry], sizes: Mapping[Path, Size]) -> list[Not
         files.setdefault(entry.file.path.name, []).append(entry)
     notices: list[Notice | None] = []
     for number, files in by_subset.items():
-        name, entries = f"subset {number}", [entry for own in files.values() for entry in own]
-        for file, own in files.items():
-            notices.append(answers_in_questions(file, [entry.record for entry in own if entry.record.options]))
-        for file, own in files.items():
-            notices.append(box_range(file, [(e.raw, sizes[e.path]) for e in own if e.file.detection]))
+        name, entries = f"subset {number}", [entry for of_file in files.values() for entry in of_file]
+        for file, of_file in files.items():
+            notices.append(answers_in_questions(file, [entry.record for entry in of_file if entry.record.options]))
+        for file, of_file in files.items():
+            notices.append(box_range(file, [(e.raw, sizes[e.path]) for e in of_file if e.file.detection]))
         notices.append(uneven_letters(name, [entry.record for entry in entries if entry.record.options]))
         notices += [labels_alike(name, entries), groups_on_both_sides(entries)]
     return [notice for notice in notices if notice]
@@ -185,7 +185,11 @@ def labels_alike(name: str, entries: Sequence[Entry]) -> Notice | None:
     spellings: dict[str, list[str]] = {}
     for label in labels:
         spellings.setdefault(appearance(label), []).append(label)
-    alike = [(own, sum(sorted(map(labels.get, own))[:-1])) for own in spellings.values() if len(own) > 1]
+    alike = [
+        (alike_labels, sum(sorted(map(labels.get, alike_labels))[:-1]))
+        for alike_labels in spellings.values()
+        if len(alike_labels) > 1
+    ]
     if not alike:
         return None
     first, second = told_apart(*alike[0][0][:2])
@@ -202,12 +206,12 @@ def box_range(file: str, boxes: Sequence[tuple[Any, Size]]) -> Notice | None:
     """
     corners, outside, sides = [], 0, []
     for raw, size in boxes:
-        own = box_corners(raw)
-        corners += own
-        if size and own:
+        box_list = box_corners(raw)
+        corners += box_list
+        if size and box_list:
             height, width = size
             sides.append(min(size))
-            outside += sum(box[2] > width or box[3] > height for box in own)
+            outside += sum(box[2] > width or box[3] > height for box in box_list)
     most = max((max(box) for box in corners), default=0)
     for scale in BOX_SCALES:
         within_all = len(corners) >= MIN_BOXES and min(sides, default=0) > 1.1 * scale

@@ -107,8 +107,8 @@ class _Order:
         return _ENDLESS
 
     def __getitem__(self, position: int) -> int:
-        epoch, place = divmod(position, len(self._indices))
-        return self._permutations(epoch)[place]
+        epoch, index = divmod(position, len(self._indices))
+        return self._permutations(epoch)[index]
 
     @functools.cached_property
     def _permutations(self):

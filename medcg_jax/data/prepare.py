@@ -118,16 +118,16 @@ def prepare(
     _check_settings(out, settings)
     memory = Memory(out / ".examined.jsonl", tree.root, repr((data.max_pixels, reading)))
     with memory:
-        found = inspect(
+        inspection = inspect(
             tree, data.max_pixels, reading, workers=workers, progress=progress, known=memory.known, remember=memory.add
         )
-    if not found.report.acceptable(max_bad_frac):
-        raise TooManyBad(_refusal(found.report, max_bad_frac), found.report)
-    for notice in found.report.notices:
+    if not inspection.report.acceptable(max_bad_frac):
+        raise TooManyBad(_refusal(inspection.report, max_bad_frac), inspection.report)
+    for notice in inspection.report.notices:
         say(f"warning: {notice}")
-    near = {(pair.file, pair.record) for pair in found.report.near}
-    source = ReleaseSource(tree, data, skip=found.report.bad_records | (near if drop_near else set()))
-    parts = dict(_lines(source, found, layout))
+    near = {(pair.file, pair.record) for pair in inspection.report.near}
+    source = ReleaseSource(tree, data, skip=inspection.report.bad_records | (near if drop_near else set()))
+    parts = dict(_lines(source, inspection, layout))
     plan = {"format": FORMAT, "settings": settings, "records": records_digest(parts)}
     if _plan_of(out).get("records", plan["records"]) != plan["records"]:
         raise DataError(f"{out} was prepared from other records or images; remove it, or choose another folder")
@@ -139,19 +139,24 @@ def prepare(
     write_whole(out / ".plan.json", json.dumps(plan, indent=1) + "\n")
     for name, lines in parts.items():
         write_whole(out / "records" / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
-    aside = [asdict(own) for own in (*found.report.problems, *(found.report.near if drop_near else ()))]
-    aside = [json.dumps(own, ensure_ascii=False) for own in aside]
+    aside = [
+        asdict(problem) for problem in (*inspection.report.problems, *(inspection.report.near if drop_near else ()))
+    ]
+    aside = [json.dumps(problem, ensure_ascii=False) for problem in aside]
     write_whole(out / "set_aside.jsonl", "".join(f"{line}\n" for line in aside))
     write = functools.partial(write_shard, root=tree.root, layout=layout, max_pixels=data.max_pixels, reading=reading)
     digests = over(write, shards, crashed=_crashed, workers=workers, chunk=1)
     digests = dict(zip(shards, progress(digests, len(shards)) if progress else digests, strict=True))
     manifest = plan | {
         "prompt_fingerprint": _prompt_fingerprint(parts),
-        "set_aside": {"records": len(found.report.bad_records), "of": found.report.num_records}
-        | {"problems": found.report.counts()},
+        "set_aside": {"records": len(inspection.report.bad_records), "of": inspection.report.num_records}
+        | {"problems": inspection.report.counts()},
         "near": {"training_records": len(near), "kept": not drop_near},
-        "read_as": dict(found.report.read_as),
-        "dim": {"images": len(found.report.dim), "least": [asdict(image) for image in found.report.dim[:MOST_DIM]]},
+        "read_as": dict(inspection.report.read_as),
+        "dim": {
+            "images": len(inspection.report.dim),
+            "least": [asdict(image) for image in inspection.report.dim[:MOST_DIM]],
+        },
         "subsets": [_entry(subset, kind, digests, data) for kind, subset in _subsets(source)],
     }
     write_whole(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
@@ -221,12 +226,12 @@ def _subsets(source: ReleaseSource) -> list[tuple[str, Subset]]:
     return [("choice", s) for s in source.subsets] + [("detection", s) for s in source.detection_subsets]
 
 
-def _lines(source: ReleaseSource, found: Inspection, layout: Layout):
+def _lines(source: ReleaseSource, inspection: Inspection, layout: Layout):
     """(subset-split, its records as lines of JSON), in order."""
     for _, subset in _subsets(source):
         for split in SPLITS:
             records = source.records(subset.name, split).records
-            images = [found.images[source.tree.image(record.image)] for record in records]
+            images = [inspection.images[source.tree.image(record.image)] for record in records]
             lines = [_line(layout.record(r), image, layout) for r, image in zip(records, images, strict=True)]
             if lines:
                 yield f"{subset.name}-{split}", lines
@@ -268,9 +273,9 @@ def _shards(out: Path, name: str, lines: list[str]) -> list[_Shard]:
 
 def _entry(subset: Subset, kind: str, digests: dict[_Shard, str], data: DataConfig) -> dict[str, Any]:
     """A subset as the manifest has it."""
-    own = {split: [s for s in digests if s.part == f"{subset.name}-{split}"] for split in SPLITS}
+    shards = {split: [s for s in digests if s.part == f"{subset.name}-{split}"] for split in SPLITS}
     files = {
-        split: [{"file": s.path.name, "records": len(s.lines), "sha256": digests[s]} for s in own[split]]
+        split: [{"file": s.path.name, "records": len(s.lines), "sha256": digests[s]} for s in shards[split]]
         for split in SPLITS
     }
     return {

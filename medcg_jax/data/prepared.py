@@ -83,9 +83,9 @@ class PreparedSource:
 
     def _digest(self, kind: str) -> str:
         config = self._config
-        own = [entry for entry in self._manifest["subsets"] if entry["kind"] == kind]
+        entries = [entry for entry in self._manifest["subsets"] if entry["kind"] == kind]
         caps = (config.train_records_per_subset, config.test_records_per_subset, config.seed)
-        return hashlib.sha256(json.dumps([caps, self._manifest["settings"], own]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([caps, self._manifest["settings"], entries]).encode()).hexdigest()[:16]
 
     def _of_kind(self, kind: str) -> tuple[Subset, ...]:
         return tuple(
@@ -280,7 +280,7 @@ def _read_line(text: str, where: str, subset: str) -> _Line:
             size_px=_size(line["size_px"]),
         )
         hashes = tuple(bytes.fromhex(line[key]) for key in ("sha256", "pixels", "perceptual"))
-        found = _Line(record, f"{text}\n".encode(), _size(line["shape"]), hashes)
+        result = _Line(record, f"{text}\n".encode(), _size(line["shape"]), hashes)
         texts = [*(getattr(record, key) for key in _TEXTS), *record.options, *(box.label for box in record.boxes)]
         texts += [text for turn in record.turns for text in (turn.question, turn.answer)]
         is_right = all(isinstance(text, str) for text in texts) and record.subset == subset
@@ -294,7 +294,7 @@ def _read_line(text: str, where: str, subset: str) -> _Line:
     if not is_right:
         reason = f"no record as it was written: {untrusted.shown(line)}"
         raise DataError(f"{where}: {reason}; run `medcg data prepare` again")
-    return found
+    return result
 
 
 def _size(pair: Any) -> tuple[int, int]:
@@ -375,6 +375,6 @@ def _unreadable(shards: Iterable[Path], error: Exception) -> str:
     for path in shards:
         try:
             len(ArrayRecordDataSource([str(path)]))
-        except (RuntimeError, ValueError) as own:
-            return f"{path} cannot be read: {' '.join(str(own).split())[:120]}; run `medcg data prepare` again"
+        except (RuntimeError, ValueError) as cause:
+            return f"{path} cannot be read: {' '.join(str(cause).split())[:120]}; run `medcg data prepare` again"
     return f"{path} or a shard before it cannot be read: {' '.join(str(error).split())[:120]}; prepare it again"

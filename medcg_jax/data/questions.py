@@ -128,33 +128,40 @@ def format_labels(
     detection = table.has_boxes and not as_choice
     files = {split: root / FOLDER / _file_name(subset, split, detection) for split in SPLITS}
     _check_free(tree, subset, detection, force)
-    boxes = [(detection_record(own), own.size_px) for own in table.images] if table.in_numbers else []
+    boxes = [(detection_record(labelled), labelled.size_px) for labelled in table.images] if table.in_numbers else []
     odd_boxes = box_range(table_path.name, boxes)
     # Whichever records are made of it, an image is on one side.
     sides = _sides(table, data_no)
-    kept = [own for own in table.images if not as_choice or len(own.labels) == 1]
+    asked_of = [labelled for labelled in table.images if not as_choice or len(labelled.labels) == 1]
     asked = instructions(*triplet)
-    labels = sorted({label for own in kept for label in own.labels})
+    labels = sorted({label for labelled in asked_of for label in labelled.labels})
     if detection and not labels:
         raise DataError(f"{table_path.name}: no image has a finding; one or more are accepted")
     if not detection and len(labels) < 2:
         raise DataError(f"{table_path.name}: the labels {labels}; two or more are accepted for questions")
     records: dict[Split, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    for own in kept:
-        number = own.data_no or data_no
+    for labelled in asked_of:
+        number = labelled.data_no or data_no
         if detection:
-            made = [detection_record(own, number)]
+            raws = [detection_record(labelled, number)]
         else:
-            wrong = [label for label in labels if label not in own.labels]
+            wrong = [label for label in labels if label not in labelled.labels]
             if not wrong:
-                raise DataError(f"{table_path.name}: image {own.image!r} has all labels; one that it lacks is needed")
-            made = [choice_record(own.image, label, wrong, asked, f"{seed}/{subset}", number) for label in own.labels]
-        group = {"group": own.group} if own.group else {}
-        side = records[sides[own.image]]
-        side += [raw | group | {"id": len(side) + place} for place, raw in enumerate(made, 1)]
-    for split, own in records.items():
-        if not own:
-            reason = f"no {split} record of {len(kept)} images; more of them, or both in a column `split`, are accepted"
+                raise DataError(
+                    f"{table_path.name}: image {labelled.image!r} has all labels; one that it lacks is needed"
+                )
+            raws = [
+                choice_record(labelled.image, label, wrong, asked, f"{seed}/{subset}", number)
+                for label in labelled.labels
+            ]
+        group = {"group": labelled.group} if labelled.group else {}
+        side = records[sides[labelled.image]]
+        side += [raw | group | {"id": len(side) + place} for place, raw in enumerate(raws, 1)]
+    for split, labelled in records.items():
+        if not labelled:
+            reason = (
+                f"no {split} record of {len(asked_of)} images; more of them, or both in a column `split`, are accepted"
+            )
             raise DataError(f"{table_path.name}: {reason}")
     # The test file first: a training file by itself would be read as a subset without a split, and be split again.
     texts = {files[split]: _as_json(records[split]) for split in reversed(SPLITS)}
@@ -168,7 +175,7 @@ def format_labels(
         "kind": _kind(detection),
         "labels": labels,
         **{split: len(records[split]) for split in SPLITS},
-        "left_out": len(table.images) - len(kept),
+        "left_out": len(table.images) - len(asked_of),
         "files": [str(files[split]) for split in SPLITS],
         "warnings": [str(odd_boxes)] if odd_boxes else [],
     }
@@ -212,12 +219,12 @@ def _kind(detection: bool) -> str:
 
 def _sides(table: LabelTable, data_no: str) -> dict[str, Split]:
     """Image -> its side: the table's own, or 9:1 by group and by the rarest label of each image."""
-    if any(own.split for own in table.images):
-        return {own.image: own.split for own in table.images}
-    rarest = rarest_labels([own.labels for own in table.images])
+    if any(labelled.split for labelled in table.images):
+        return {labelled.image: labelled.split for labelled in table.images}
+    rarest = rarest_labels([labelled.labels for labelled in table.images])
     items = [
-        (own.image, label, split_group(own.data_no or data_no, own.image, own.group))
-        for own, label in zip(table.images, rarest, strict=True)
+        (labelled.image, label, split_group(labelled.data_no or data_no, labelled.image, labelled.group))
+        for labelled, label in zip(table.images, rarest, strict=True)
     ]
     tested = train_test_split(items)
     return {image: "test" if test else "train" for (image, _, _), test in zip(items, tested, strict=True)}
@@ -226,9 +233,9 @@ def _sides(table: LabelTable, data_no: str) -> dict[str, Split]:
 def _manifest_with(root: Path, entry: dict[str, str]) -> str:
     """The tree's manifest.json with this subset's entry, what else it holds left as it is."""
     whole = manifest_content(root) if (root / MANIFEST).exists() else {"subsets": []}
-    others = [own for own in whole["subsets"] if own["subset"] != entry["subset"]]
-    before = next((own for own in whole["subsets"] if own["subset"] == entry["subset"]), {})
-    whole["subsets"] = sorted([*others, before | entry], key=lambda own: own["subset"])
+    others = [listed for listed in whole["subsets"] if listed["subset"] != entry["subset"]]
+    before = next((listed for listed in whole["subsets"] if listed["subset"] == entry["subset"]), {})
+    whole["subsets"] = sorted([*others, before | entry], key=lambda listed: listed["subset"])
     return _as_json(whole)
 
 

@@ -206,29 +206,36 @@ class TreeImage(NamedTuple):
 
     def size(self) -> tuple[int, int]:
         with self._named():
-            return image_size(self.root / self.path, self.config.max_pixels)
+            return _size_in_header(self._as_it_is(), self.config.max_pixels)
 
     def file_digest(self) -> bytes:
-        path = os.path.realpath(self.root / self.path)
-        try:
-            status = os.stat(path)
-            return _file_digest(path, status.st_size, status.st_mtime_ns)
-        except OSError as error:
-            raise ImageError(f"image {self.path!r}: {error.strerror}") from error
+        with self._named():
+            return _file_digest(self._as_it_is())
 
     def kept_hashes(self) -> None:
         return None
+
+    def _as_it_is(self) -> tuple[str, int, int]:
+        """(path, bytes, time of the last change): what is remembered of a file holds until it changes."""
+        path = os.path.realpath(self.root / self.path)
+        status = os.stat(path)
+        return path, status.st_size, status.st_mtime_ns
 
     @contextmanager
     def _named(self) -> Iterator[None]:
         try:
             yield
-        except ImageError as error:
-            raise ImageError(f"image {self.path!r}: {error}") from error
+        except (ImageError, OSError) as error:
+            raise ImageError(f"image {self.path!r}: {getattr(error, 'strerror', None) or error}") from error
+
+
+# Several records, of several subsets, may have one image.
+@functools.cache
+def _file_digest(file: tuple[str, int, int]) -> bytes:
+    with open(file[0], "rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()
 
 
 @functools.cache
-def _file_digest(path: str, size: int, changed_ns: int) -> bytes:
-    """Several records, of several subsets, may have one image; a file that changes is read again."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+def _size_in_header(file: tuple[str, int, int], max_pixels: int) -> tuple[int, int]:
+    return image_size(file[0], max_pixels)

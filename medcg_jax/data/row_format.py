@@ -1,6 +1,6 @@
 """What `encoding` has to know of a model to make its rows: prompts, images as arrays, tokens of an image.
 
-`families.formats` makes one `Format` for each family.
+Each family makes its own (`rows.row_format` in its folder).
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class MaskLayout:
           DataError: as `check`.
         """
         self.check(record, masks)
-        found = np.zeros((self.max_masks, self.size_px, self.size_px), bool)
+        out = np.zeros((self.max_masks, self.size_px, self.size_px), bool)
         if not record.boxes:
-            return {"at_masks": found}
-        places = {id(box): place for place, box in enumerate(record.boxes)}
-        order = [places[id(box)] for asked in ask(record) for box in asked.boxes]
-        found[: len(masks)] = self.resize(masks[order], self.size_px)
-        return {"at_masks": found}
+            return {"at_masks": out}
+        index_of = {id(box): index for index, box in enumerate(record.boxes)}
+        order = [index_of[id(box)] for asked in ask(record) for box in asked.boxes]
+        out[: len(masks)] = self.resize(masks[order], self.size_px)
+        return {"at_masks": out}
 
     def check(self, record: Record, masks: np.ndarray | None) -> None:
         """Raises DataError where a record with boxes has no masks, or more than fit."""

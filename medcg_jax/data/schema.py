@@ -207,7 +207,7 @@ def box_corners(raw: Any) -> list[list[float]]:
 
 def shares_of_image(corners: Iterable[list[float]]) -> str:
     """Why these corners, of all boxes of a file, cannot be pixels: none is above 1; "" where they can."""
-    largest = [max(own) for own in corners]
+    largest = [max(box) for box in corners]
     if not largest or max(largest) > 1:
         return ""
     reason = f"all corners of {len(largest)} boxes are 0 to 1, so they are shares of the image"

@@ -77,8 +77,8 @@ def train_test_split(items: Sequence[tuple[str, str, str]], test_frac: float = T
 
 def rarest_labels(labels: Sequence[Sequence[str]]) -> list[str]:
     """Of each item's labels the one that the fewest items have, the first of equals; "" of an item without any."""
-    counts = Counter(label for own in labels for label in own)
-    return [min(own, key=lambda label: (counts[label], label), default="") for own in labels]
+    counts = Counter(label for item in labels for label in item)
+    return [min(item, key=lambda label: (counts[label], label), default="") for item in labels]
 
 
 def balanced(labels: Sequence[str], limit: int, seed: int) -> list[int]:
@@ -93,7 +93,7 @@ def balanced(labels: Sequence[str], limit: int, seed: int) -> list[int]:
     chosen: list[int] = []
     for done, (label, count) in enumerate(counts):
         share = min(count, (limit - len(chosen)) // (len(counts) - done))
-        places = [place for place, own in enumerate(labels) if own == label]
+        places = [place for place, other in enumerate(labels) if other == label]
         chosen += generator.permutation(places)[:share].tolist()
     return sorted(chosen)
 
@@ -129,8 +129,8 @@ def split_group(data_no: str, image: str, group: str = "") -> str:
 
     group: what its record says; without it, what its path does by the catalogue.
     """
-    own = group or catalogue.group_of(data_no, image)
-    return f"{data_no}/{own}" if own else ""
+    name = group or catalogue.group_of(data_no, image)
+    return f"{data_no}/{name}" if name else ""
 
 
 def group_key(record: Record) -> str:
@@ -183,12 +183,12 @@ def _nearest(counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """
     chosen = np.zeros(len(counts), bool)
     missing = wanted.copy()
-    for place, own in enumerate(counts):
+    for place, unit in enumerate(counts):
         if not missing.any():
             break
-        if np.abs(missing - own).sum() < np.abs(missing).sum():
+        if np.abs(missing - unit).sum() < np.abs(missing).sum():
             chosen[place] = True
-            missing -= own
+            missing -= unit
     while missing.any() and (move := _better(counts, chosen, missing)):
         for place in move:
             missing += counts[place] if chosen[place] else -counts[place]
@@ -204,8 +204,8 @@ def _better(counts: np.ndarray, chosen: np.ndarray, missing: np.ndarray) -> list
     (out, out_places), (into, into_places) = _kinds(counts, inside), _kinds(counts, outside)
     out, into = np.concatenate([nothing, out]), np.concatenate([nothing, into])
     best, move = np.abs(missing).sum(), []
-    for row, own in enumerate(out):
-        gaps = np.abs(missing + own - into).sum(1)
+    for row, unit in enumerate(out):
+        gaps = np.abs(missing + unit - into).sum(1)
         column = int(gaps.argmin())
         if gaps[column] < best:
             best = gaps[column]

@@ -94,14 +94,14 @@ def write_stats(
     if not _is_free(out):
         raise DataError(f"{out} holds something else; a new folder, or one with an older page, is accepted")
     reading = Reading(data.window, data.deep_grey, data.frame)
-    found = inspect(root, data.max_pixels, reading, workers=workers, progress=progress)
-    source = ReleaseSource(found.tree, data, skip=found.report.bad_records)
+    inspection = inspect(root, data.max_pixels, reading, workers=workers, progress=progress)
+    source = ReleaseSource(inspection.tree, data, skip=inspection.report.bad_records)
     out.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: whatever else lies there is left alone.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         partial = Path(folder) / "page"
         (partial / "sheets").mkdir(parents=True)
-        _write_into(partial, Path(root).name, source, found, data.max_pixels, reading, seed)
+        _write_into(partial, Path(root).name, source, inspection, data.max_pixels, reading, seed)
         shutil.rmtree(out, ignore_errors=True)
         os.replace(partial, out)
     return out / "index.html"
@@ -118,7 +118,13 @@ def _is_free(out: Path) -> bool:
 
 
 def _write_into(
-    partial: Path, name: str, source: ReleaseSource, found: Inspection, max_pixels: int, reading: Reading, seed: int
+    partial: Path,
+    name: str,
+    source: ReleaseSource,
+    inspection: Inspection,
+    max_pixels: int,
+    reading: Reading,
+    seed: int,
 ) -> None:
     """The page's files. name: of the tree."""
     subsets = []
@@ -129,35 +135,35 @@ def _write_into(
             if sheet is not None:
                 sheet.save(partial / "sheets" / f"{subset.name}.jpg", quality=85)
             path = f"sheets/{subset.name}.jpg" if sheet is not None else ""
-            subsets.append(_stats(subset, kind, sets, found, path))
-    pairs = near_sheet(found, max_pixels, reading)
+            subsets.append(_stats(subset, kind, sets, inspection, path))
+    pairs = near_sheet(inspection, max_pixels, reading)
     if pairs is not None:
         pairs.save(partial / "sheets" / "near.jpg", quality=85)
-    shared = shared_images(found)
+    shared = shared_images(inspection)
     content = {
-        "records": found.report.num_records,
-        "images": found.report.num_images,
-        "problems": found.report.counts(),
-        "subsets": [asdict(own) for own in subsets],
-        "shared": [asdict(own) for own in shared],
-        "near": [asdict(own) for own in found.report.near],
-        "notices": [asdict(own) for own in found.report.notices],
+        "records": inspection.report.num_records,
+        "images": inspection.report.num_images,
+        "problems": inspection.report.counts(),
+        "subsets": [asdict(item) for item in subsets],
+        "shared": [asdict(item) for item in shared],
+        "near": [asdict(item) for item in inspection.report.near],
+        "notices": [asdict(item) for item in inspection.report.notices],
     }
     (partial / "stats.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (partial / "index.html").write_text(_page(name, found, subsets, shared), encoding="utf-8")
+    (partial / "index.html").write_text(_page(name, inspection, subsets, shared), encoding="utf-8")
 
 
-def shared_images(found: Inspection) -> list[Shared]:
+def shared_images(inspection: Inspection) -> list[Shared]:
     """Pairs of subsets that have images with the same or nearly the same pixels, those with most first."""
-    sound = [entry for entry in found.entries if not found.images[entry.path].reason]
+    sound = [entry for entry in inspection.entries if not inspection.images[entry.path].reason]
     uses = list({(entry.file.number, entry.path): entry for entry in sound}.values())
     pairs: dict[tuple[str, str], Shared] = {}
-    for group in groups([found.images[use.path].hashes for use in uses]):
+    for group in groups([inspection.images[use.path].hashes for use in uses]):
         by_subset: dict[str, list[Entry]] = {}
         for place in group.members:
             by_subset.setdefault(uses[place].file.number, []).append(uses[place])
         for pair in combinations(sorted(by_subset), 2):
-            first, second = ({found.images[use.path].pixels for use in by_subset[name]} for name in pair)
+            first, second = ({inspection.images[use.path].pixels for use in by_subset[name]} for name in pair)
             same = len(first & second)
             use = by_subset[pair[0]][0]
             old = pairs.get(pair, Shared(pair, 0, 0, f"{use.path.name} ({use.file.path.name}, {use.name})"))
@@ -166,10 +172,10 @@ def shared_images(found: Inspection) -> list[Shared]:
     return sorted(pairs.values(), key=lambda shared: (-shared.same, -shared.near, shared.subsets))
 
 
-def near_sheet(found: Inspection, max_pixels: int, reading: Reading) -> Image.Image | None:
+def near_sheet(inspection: Inspection, max_pixels: int, reading: Reading) -> Image.Image | None:
     """Test images, each with the nearest training image below it, the nearest pairs first; None without any."""
-    path_of = {(entry.file.path.name, entry.name): entry.path for entry in found.entries}
-    nearest = {path_of[near.test_file, near.test_record]: near for near in reversed(found.report.near)}
+    path_of = {(entry.file.path.name, entry.name): entry.path for entry in inspection.entries}
+    nearest = {path_of[near.test_file, near.test_record]: near for near in reversed(inspection.report.near)}
     chosen = sorted(nearest.values(), key=lambda near: near.bits)[: 2 * COLUMNS]
     if not chosen:
         return None
@@ -215,9 +221,9 @@ def _thumb(image: np.ndarray) -> Image.Image:
     return square.resize((THUMB_PX, THUMB_PX), Image.Resampling.LANCZOS)
 
 
-def _stats(subset: Subset, kind: str, sets: dict[str, RecordSet], found: Inspection, sheet: str) -> SubsetStats:
-    entries = [entry for entry in found.entries if entry.file.number == subset.name]
-    images = {entry.path: found.images[entry.path] for entry in entries}
+def _stats(subset: Subset, kind: str, sets: dict[str, RecordSet], inspection: Inspection, sheet: str) -> SubsetStats:
+    entries = [entry for entry in inspection.entries if entry.file.number == subset.name]
+    images = {entry.path: inspection.images[entry.path] for entry in entries}
     good = [image for image in images.values() if not image.reason]
     sizes = Counter(f"{image.width} x {image.height}" for image in good)
     sides = [side for image in good for side in (image.width, image.height)]
@@ -228,7 +234,7 @@ def _stats(subset: Subset, kind: str, sets: dict[str, RecordSet], found: Inspect
     names = sorted(labels["train"] | labels["test"], key=lambda name: (-labels["train"][name], name))
     letters, p = letter_counts(record for split in SPLITS for record in sets[split].records)
     files = {entry.file.path.name for entry in entries}
-    problems = Counter(problem.kind for problem in found.report.problems if problem.file in files)
+    problems = Counter(problem.kind for problem in inspection.report.problems if problem.file in files)
     return SubsetStats(
         name=subset.name, kind=kind, what=f"{subset.modality}, {subset.area}, {subset.task}",
         train=len(sets["train"]), test=len(sets["test"]), images=len(images),
@@ -240,10 +246,10 @@ def _stats(subset: Subset, kind: str, sets: dict[str, RecordSet], found: Inspect
     )  # fmt: skip
 
 
-def _page(name: str, found: Inspection, subsets: list[SubsetStats], shared: list[Shared]) -> str:
+def _page(name: str, inspection: Inspection, subsets: list[SubsetStats], shared: list[Shared]) -> str:
     import jinja2
 
     loader = jinja2.PackageLoader("medcg_jax.data", "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.get_template("stats.html.j2")
-    return page.render(most=MOST_LISTED, name=name, report=found.report, subsets=subsets, shared=shared)
+    return page.render(most=MOST_LISTED, name=name, report=inspection.report, subsets=subsets, shared=shared)

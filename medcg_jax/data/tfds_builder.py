@@ -66,10 +66,12 @@ class MedMat(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[Split, Iterator]:
         source = PreparedSource(dl_manager.manual_dir, DataConfig(train_records_per_subset=2**40))
         subsets = (*source.subsets, *source.detection_subsets)
-        own = self.builder_config.name
-        chosen = [subset for subset in subsets if own in (subset.name, ALL)]
+        name = self.builder_config.name
+        chosen = [subset for subset in subsets if name in (subset.name, ALL)]
         if not chosen:
-            raise DataError(f"config {own!r}; of this folder {', '.join(s.name for s in subsets)} or {ALL} is accepted")
+            raise DataError(
+                f"config {name!r}; of this folder {', '.join(s.name for s in subsets)} or {ALL} is accepted"
+            )
         return {split: self._generate_examples(source, chosen, split) for split in SPLITS}
 
     def _generate_examples(self, source: PreparedSource, subsets, split: Split) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -87,9 +89,11 @@ def build(prepared: str | Path, config: str, data_dir: str | Path) -> MedMat:
     Raises:
       DataError: the folder is not prepared, or has no such subset.
     """
-    known = {own.name for own in MedMat.BUILDER_CONFIGS}
-    own = config if config in known else tfds.core.BuilderConfig(name=config, description="a subset of the user's own")
-    builder = MedMat(config=own, data_dir=data_dir, file_format="array_record")
+    known = {builder_config.name for builder_config in MedMat.BUILDER_CONFIGS}
+    builder_config = (
+        config if config in known else tfds.core.BuilderConfig(name=config, description="a subset of the user's own")
+    )
+    builder = MedMat(config=builder_config, data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare(
         file_format="array_record", download_config=tfds.download.DownloadConfig(manual_dir=prepared)
     )

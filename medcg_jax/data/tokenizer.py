@@ -297,11 +297,11 @@ def _added(parsed: dict[str, Any], inner, path: Path) -> dict[str, tuple[int, bo
                 f"{inner.token_to_id(name)} by the vocabulary; equal ids are accepted"
             )
     with one_line():
-        for number, name, place in added_in_config(path.parent) if path.name == "tokenizer.json" else ():
+        for number, name, where in added_in_config(path.parent) if path.name == "tokenizer.json" else ():
             by_vocab = added[name][0] if name in added else inner.token_to_id(name)
             if by_vocab != number:
                 reason = f"states {number} for {shown(name)}; {path.name} beside it has {by_vocab}"
-                raise DataError(f"tokenizer {place} {reason}")
+                raise DataError(f"tokenizer {where} {reason}")
     return added
 
 
@@ -440,38 +440,38 @@ def _character_map(content: bytes) -> int:
     """Bytes of the model's rules for characters; 0: it has none. A file that is no protocol buffer has none either."""
     return sum(
         len(value)
-        for number, part in _fields(content)
+        for number, field in _fields(content)
         if number == _NORMALIZER
-        for inner, value in _fields(part)
+        for inner, value in _fields(field)
         if inner == _CHARACTER_MAP
     )
 
 
 def _fields(content: bytes) -> Iterator[tuple[int, bytes]]:
     """(number, bytes) of each field of a protocol buffer that has a length; ends where it is damaged."""
-    place, end = 0, len(content)
+    offset, end = 0, len(content)
 
     def varint() -> int:
-        nonlocal place
+        nonlocal offset
         value = shift = 0
-        while place < end and shift < 64:
-            byte = content[place]
-            place, value, shift = place + 1, value | (byte & 127) << shift, shift + 7
+        while offset < end and shift < 64:
+            byte = content[offset]
+            offset, value, shift = offset + 1, value | (byte & 127) << shift, shift + 7
             if byte < 128:
                 return value
-        place = end
+        offset = end
         return 0
 
-    while place < end:
+    while offset < end:
         key = varint()
         kind = key & 7
         if kind == 0:
             varint()
         elif kind in (1, 5):
-            place += 8 if kind == 1 else 4
+            offset += 8 if kind == 1 else 4
         elif kind == 2:
             length = varint()
-            yield key >> 3, content[place : min(place + length, end)]
-            place += length
+            yield key >> 3, content[offset : min(offset + length, end)]
+            offset += length
         else:
             return

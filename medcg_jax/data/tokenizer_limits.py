@@ -94,8 +94,8 @@ def check_structure(tokenizer: dict[str, Any], path: Path) -> None:
                 f"{path}: model.vocab has {shown(piece)}; pieces of at most {MAX_PIECE_CHARS} characters are accepted"
             )
     _check_added(tokenizer.get("added_tokens") or [], path)
-    for part, accepted in (("normalizer", NORMALIZERS), ("pre_tokenizer", PRE_TOKENIZERS), ("decoder", DECODERS)):
-        _check_rules(tokenizer.get(part), part, accepted, path)
+    for section, accepted in (("normalizer", NORMALIZERS), ("pre_tokenizer", PRE_TOKENIZERS), ("decoder", DECODERS)):
+        _check_rules(tokenizer.get(section), section, accepted, path)
 
 
 def _check_added(entries: Any, path: Path) -> None:
@@ -115,7 +115,7 @@ def check_added(content: str, number: Any, name: str) -> None:
     check_number(number, f"{name}[{shown(content)}]", least=0, most=MAX_TOKEN_ID, whole=True)
 
 
-def _check_rules(top: Any, part: str, accepted: tuple[str, ...], path: Path) -> None:
+def _check_rules(top: Any, section: str, accepted: tuple[str, ...], path: Path) -> None:
     """The rules of one part of the file: known ones, that do not let a text grow, whose patterns come to an end."""
     growth, waiting, count = 1.0, [top], 0
     while waiting:
@@ -126,30 +126,30 @@ def _check_rules(top: Any, part: str, accepted: tuple[str, ...], path: Path) -> 
         kind = rule.get("type") if isinstance(rule, dict) else rule
         if kind not in accepted or count > MAX_RULES:
             many = f"more than {MAX_RULES} rules" if count > MAX_RULES else f"type={shown(kind)}"
-            raise FileError(f"{path}: {part} has {many}; accepted: at most {MAX_RULES} of {', '.join(accepted)}")
+            raise FileError(f"{path}: {section} has {many}; accepted: at most {MAX_RULES} of {', '.join(accepted)}")
         if kind == "Sequence":
-            inner = rule.get(INNER[part])
+            inner = rule.get(INNER[section])
             if not isinstance(inner, list):
-                raise FileError(f"{path}: {part}.{INNER[part]} is {article_of(inner)}; a list is accepted")
+                raise FileError(f"{path}: {section}.{INNER[section]} is {article_of(inner)}; a list is accepted")
             waiting += inner
         for field in ("prepend", "prefix", "suffix", "replacement"):
-            _check_affix(rule.get(field), f"{path}: {part}.{field}")
+            _check_affix(rule.get(field), f"{path}: {section}.{field}")
         pattern = rule.get("pattern")
         regex = pattern.get("Regex") if isinstance(pattern, dict) else None
         if isinstance(regex, str):
-            check_pattern(regex, f"{path}: {part}.pattern")
+            check_pattern(regex, f"{path}: {section}.pattern")
         if kind == "Replace":
             content, plain = rule.get("content"), pattern.get("String") if isinstance(pattern, dict) else None
             if not isinstance(content, str) or not (isinstance(regex, str) or isinstance(plain, str) and plain):
                 raise FileError(
-                    f"{path}: {part} has a Replace of {shown(pattern)} by {shown(content)}; texts are accepted"
+                    f"{path}: {section} has a Replace of {shown(pattern)} by {shown(content)}; texts are accepted"
                 )
             # A pattern may match between any two characters.
             growth *= max(1.0, len(content) / len(plain) if plain else len(content) + 1)
             if growth > MAX_GROWTH:
                 raise FileError(
-                    f"{path}: the {part}'s Replace rules make a text {growth:,.0f} times as long; at most {MAX_GROWTH} "
-                    "is accepted"
+                    f"{path}: the {section}'s Replace rules make a text {growth:,.0f} times as long; at most "
+                    f"{MAX_GROWTH} is accepted"
                 )
 
 
@@ -251,15 +251,15 @@ def added_tokens(directory: Path) -> dict[str, int]:
         for content, number in read_config(name).items():
             check_added(content, number, str(name))
             entries.append((content, number, str(name)))
-        entries += [(content, number, place) for number, content, place in added_in_config(directory)]
+        entries += [(content, number, where) for number, content, where in added_in_config(directory)]
         ids, names = {}, {}
-        for content, number, place in entries:
+        for content, number, where in entries:
             if ids.setdefault(content, number) != number:
                 raise FileError(
-                    f"{place}: {shown(content)} has the id {number}, and {ids[content]} elsewhere beside it"
+                    f"{where}: {shown(content)} has the id {number}, and {ids[content]} elsewhere beside it"
                 )
             if names.setdefault(number, content) != content:
-                raise FileError(f"{place}: {number} is the id of {shown(content)} and of {shown(names[number])}")
+                raise FileError(f"{where}: {number} is the id of {shown(content)} and of {shown(names[number])}")
     return ids
 
 
@@ -275,11 +275,11 @@ def added_in_config(directory: Path) -> Iterator[tuple[int, str, str]]:
         raise FileError(f"{path}: added_tokens_decoder is {article_of(entries)}; an object of ids is accepted")
     for key, token in entries.items():
         content = token.get("content") if isinstance(token, dict) else None
-        place = f"{path}: added_tokens_decoder"
+        where = f"{path}: added_tokens_decoder"
         if not isinstance(content, str) or not re.fullmatch(r"[0-9]{1,9}", key):
-            raise FileError(f"{place}[{shown(key)}]={shown(token)}: ids with the content of their tokens are accepted")
-        check_added(content, int(key), place)
-        yield int(key), content, place
+            raise FileError(f"{where}[{shown(key)}]={shown(token)}: ids with the content of their tokens are accepted")
+        check_added(content, int(key), where)
+        yield int(key), content, where
 
 
 def named_tokens(directory: Path) -> dict[str, str]:

@@ -201,7 +201,7 @@ class Tree:
 
     @functools.cached_property
     def manifest(self) -> dict[str, dict[str, Any]]:
-        """What the tree's `manifest.json` says of each subset, by number; {} where there is none. See `read_manifest`."""
+        """As `read_manifest`."""
         return read_manifest(self.root)
 
     @property
@@ -240,7 +240,7 @@ class Tree:
 
 def subset_table() -> dict[str, tuple[str, str, str]]:
     """Med-MAT's own subsets: number -> (modality, area, task)."""
-    return {subset.number: (subset.modality, subset.area, subset.task) for subset in catalogue.subsets()}
+    return {subset.number: (subset.modality, subset.area, subset.task) for subset in catalogue.subsets().values()}
 
 
 def read_text(path: Path) -> str:

@@ -198,7 +198,7 @@ def evaluate_controls(
 ) -> tuple[list[Prediction], dict[str, list[Prediction]]]:
     """(the predictions of `evaluate`, those of each control, which have no free answer).
 
-    controls: name -> the records of `encoded` asked again (`data.controls.AskedAgain`).
+    controls: name -> the records of `encoded` asked again (`data.controls.ControlSet`).
 
     Raises:
       ConfigError, NonFiniteScores: as `evaluate`.

@@ -138,7 +138,7 @@ class Tester:
 
 
 def with_images_of(control: Encoded, encoded: Encoded) -> Encoded:
-    """The rows of a control (`data.controls.AskedAgain`) with the images of the set that it asks about, where these are
+    """The rows of a control (`data.controls.ControlSet`) with the images of the set that it asks about, where these are
     decoded already; nothing is copied."""
     if encoded.images is None:
         return control

@@ -15,57 +15,24 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.axes import spec
-from medcg_jax.families.llava import model as llava
-from medcg_jax.families.minigpt_v2 import model as minigpt_v2
-from medcg_jax.families.mllama import model as mllama
-from medcg_jax.families.next_chat import model as next_chat
-from medcg_jax.families.next_chat.sam import sam_tiny
-from medcg_jax.families.qwen2_vl import model as qwen2_vl
+from medcg_jax.families import registry
+from medcg_jax.families.common import FamilyConfig
 from medcg_jax.nn import matmul
 from medcg_jax.nn.base import Base
 from medcg_jax.nn.layers import Dense
 from medcg_jax.nn.lora import LoraConfig
 from medcg_jax.nn.quant import QUANTIZED, array_type, is_quantized, like, quantize
 
-# A config's type -> the module that it is the architecture of.
-MODULES: dict[type, type[nnx.Module]] = {
-    llava.LlavaConfig: llava.Llava,
-    qwen2_vl.Qwen2VLConfig: qwen2_vl.Qwen2VL,
-    mllama.MllamaConfig: mllama.Mllama,
-    minigpt_v2.MiniGPTv2Config: minigpt_v2.MiniGPTv2,
-    next_chat.NextChatConfig: next_chat.NextChat,
-}
-SIZES = {
-    "llava15_7b": llava.llava15_7b,
-    "llava15_13b": llava.llava15_13b,
-    "qwen2_vl_2b": qwen2_vl.qwen2_vl_2b,
-    "qwen2_vl_7b": qwen2_vl.qwen2_vl_7b,
-    "qwen2_vl_72b": qwen2_vl.qwen2_vl_72b,
-    "llama32_vision_11b": mllama.llama32_vision_11b,
-    "llama32_vision_90b": mllama.llama32_vision_90b,
-    "minigpt_v2_7b": minigpt_v2.minigpt_v2_7b,
-    "next_chat_7b_336": next_chat.next_chat_7b_336,
-}
-# These have no vocabulary of their own.
-TINY = {
-    "llava15_tiny": llava.llava15_tiny,
-    "llava15_bench": llava.llava15_bench,
-    "qwen2_vl_tiny": qwen2_vl.qwen2_vl_tiny,
-    "llama32_vision_tiny": mllama.llama32_vision_tiny,
-    "minigpt_v2_tiny": minigpt_v2.minigpt_v2_tiny,
-    "next_chat_tiny": next_chat.next_chat_tiny,
-    "next_chat_tiny_sam": partial(next_chat.next_chat_tiny, sam=sam_tiny()),
-}
+# Size -> the function that makes its configuration; the tiny ones have no vocabulary of their own.
+SIZES = {name: getattr(one.model, name) for one in registry.families() for name in one.released}
+TINY = {name: getattr(one.model, name) for one in registry.families() for name in one.tiny}
 # Numbers of a stack of matrices, a quarter of a gigabyte in float32, that `create` quantises before it makes another.
 ALONE_NUMBERS = 1 << 26
-Config = (
-    llava.LlavaConfig | qwen2_vl.Qwen2VLConfig | mllama.MllamaConfig | minigpt_v2.MiniGPTv2Config
-    | next_chat.NextChatConfig
-)  # fmt: skip
+Config = FamilyConfig
 
 
 def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> Config:
-    """The architecture that a `run_config.ModelConfig` names, with how it is to run.
+    """The architecture that a `config.ModelConfig` names, with how it runs.
 
     ids: token ids by field of the config (`image_token_id`, `pad_token_id`, ...), from the tokenizer: a tiny model
     needs them, and `vocab_size`; the released sizes have their own and take what is given.
@@ -83,9 +50,9 @@ def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> 
         scan_unroll=model.scan_unroll,
         matmul=model.matmul,
     )
-    # What only some families have; `run_checks.check` refuses it elsewhere.
-    own = ("min_pixels", "max_pixels", "max_boxes", "intermediate_from", "mask_text_only_rows_attention")
-    runs |= {name: value for name in own if (value := getattr(model, name))}
+    if model.name not in TINY and model.name not in SIZES:
+        raise ValueError(f"model.name={model.name!r}; accepted: {', '.join([*TINY, *SIZES])}")
+    runs |= {name: value for name in registry.of_model(model.name).options if (value := getattr(model, name))}
     if model.lora_rank:
         runs["lora"] = LoraConfig(model.lora_rank, model.lora_alpha or 2.0 * model.lora_rank, model.lora_targets)
     if model.base_dtype != "float32":
@@ -94,8 +61,6 @@ def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> 
         if vocab_size is None or "image_token_id" not in ids:
             raise ValueError(f"model.name={model.name!r} has no vocabulary of its own: pass the tokenizer's")
         return TINY[model.name](vocab_size, **ids, **runs)
-    if model.name not in SIZES:
-        raise ValueError(f"model.name={model.name!r}; accepted: {', '.join([*TINY, *SIZES])}")
     config = SIZES[model.name](**ids, **runs)
     if vocab_size is not None:
         config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=vocab_size))
@@ -119,7 +84,7 @@ def abstract(config: Config, *, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, 
 
 
 def kept_as(config: Config, path, variable: nnx.Variable) -> str | None:
-    """The dtype that `config.base` gives the parameter at `path`, of `run_config.BASE_DTYPES`; None: its own."""
+    """The dtype that `config.base` gives the parameter at `path`, of `config.BASE_DTYPES`; None: its own."""
     base = config.base
     if base.dtype == "float32" or path[0].key in base.trained:
         return None
@@ -294,7 +259,7 @@ def join(trainable: nnx.State, frozen: nnx.State) -> nnx.State:
 
 
 def _module(config: Config, rngs: nnx.Rngs, param_dtype) -> nnx.Module:
-    module = MODULES[type(config)](config, rngs=rngs, param_dtype=param_dtype)
+    module = registry.of(config).module_type(config, rngs=rngs, param_dtype=param_dtype)
     # Every matrix of the decoder's layers; its head, whose product needs its digits, calls no Dense.
     for _, layer in nnx.iter_modules(module.decoder):
         if isinstance(layer, Dense):

@@ -65,15 +65,15 @@ class ClipVisionConfig:
 class ClipVision(nnx.Module):
     """The layers that run: pixels to features, float[B, P, E], row by row from the top left; `select` says which."""
 
-    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, unroll: int, remat: str):
-        made = dict(rngs=rngs, dtype=dtype)
+    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32, unroll: int, remat: str):
+        init = dict(rngs=rngs, param_dtype=param_dtype)
         self.config, self.unroll, self.remat = config, unroll, remat
         width, patch = config.embed_dim, config.patch_size_px
-        self.patch = Dense("bpc,ce->bpe", (patch * patch * 3, width), ("patch", "vision_embed"), use_bias=False, **made)
-        self.class_token = param(normal(width**-0.5), (width,), ("vision_embed",), **made)
-        self.positions = param(normal(width**-0.5), (config.num_patches + 1, width), ("pos", "vision_embed"), **made)
-        self.norm = LayerNorm(width, eps=config.norm_eps, **made)
-        self.blocks = _stack(config, config.num_run_layers, **made)
+        self.patch = Dense("bpc,ce->bpe", (patch * patch * 3, width), ("patch", "vision_embed"), use_bias=False, **init)
+        self.class_token = param(normal(width**-0.5), (width,), ("vision_embed",), **init)
+        self.positions = param(normal(width**-0.5), (config.num_patches + 1, width), ("pos", "vision_embed"), **init)
+        self.norm = LayerNorm(width, eps=config.norm_eps, **init)
+        self.blocks = _stack(config, config.num_run_layers, **init)
 
     def embed(self, pixels: jax.Array, dtype) -> jax.Array:
         """float[B, 1 + P, E]: what the first layer gets; class token first."""
@@ -99,15 +99,17 @@ class ClipVision(nnx.Module):
 class ClipUnused(nnx.Module):
     """What a CLIP checkpoint holds behind the feature layer: kept for the round trip, never run or trained."""
 
-    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
         rest = config.num_layers - config.num_run_layers
-        self.blocks = _stack(config, rest, rngs=rngs, dtype=dtype) if rest else None
-        self.norm = LayerNorm(config.embed_dim, eps=config.norm_eps, rngs=rngs, dtype=dtype)
+        self.blocks = _stack(config, rest, rngs=rngs, param_dtype=param_dtype) if rest else None
+        self.norm = LayerNorm(config.embed_dim, eps=config.norm_eps, rngs=rngs, param_dtype=param_dtype)
 
 
-def _stack(config: ClipVisionConfig, num: int, *, rngs, dtype) -> ClipBlock:
+def _stack(config: ClipVisionConfig, num: int, *, rngs, param_dtype) -> ClipBlock:
     shape = config.embed_dim, config.num_heads, config.mlp_dim
-    return ClipBlock(*shape, eps=config.norm_eps, activation=config.activation, rngs=rngs, dtype=dtype, stack=(num,))
+    return ClipBlock(
+        *shape, eps=config.norm_eps, activation=config.activation, rngs=rngs, param_dtype=param_dtype, stack=(num,)
+    )
 
 
 def normalise(pixels: jax.Array, config: ClipVisionConfig) -> jax.Array:

@@ -51,19 +51,19 @@ class DecoderConfig:
 
 
 class Decoder(nnx.Module):
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, unroll: int, remat: str):
-        made = dict(rngs=rngs, dtype=dtype)
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32, unroll: int, remat: str):
+        init = dict(rngs=rngs, param_dtype=param_dtype)
         self.config, self.unroll, self.remat = config, unroll, remat
         width = config.embed_dim
-        self.embed = Embedding(config.vocab_size, width, ("vocab", "embed"), **made)
+        self.embed = Embedding(config.vocab_size, width, ("vocab", "embed"), **init)
         self.blocks = DecoderBlock(
             width, config.num_heads, config.num_kv_heads, config.head_dim, config.mlp_dim,
             eps=config.norm_eps, qkv_bias=config.qkv_bias, out_bias=config.out_bias, mlp_bias=config.mlp_bias,
-            activation=config.activation, stack=(config.num_layers,), **made,
+            activation=config.activation, stack=(config.num_layers,), **init,
         )  # fmt: skip
-        self.norm = RMSNorm(width, eps=config.norm_eps, **made)
+        self.norm = RMSNorm(width, eps=config.norm_eps, **init)
         head = None if config.tie_head else ((width, config.vocab_size), ("embed", "vocab"))
-        self.head = None if head is None else Dense("...d,dv->...v", *head, use_bias=False, **made)
+        self.head = None if head is None else Dense("...d,dv->...v", *head, use_bias=False, **init)
 
     def __call__(
         self, x, *, segment_ids=None, positions=None, angles: Angles | None = None, cache=None, lora=None,

@@ -8,11 +8,7 @@ of parameters of every family's parts. Left out: norms, activations, NExT-Chat's
 import math
 from dataclasses import dataclass, fields
 
-from medcg_jax.families.build import Config
-from medcg_jax.families.minigpt_v2.model import MiniGPTv2Config
-from medcg_jax.families.mllama.model import MllamaConfig
-from medcg_jax.families.mllama.vit import NUM_TILES
-from medcg_jax.families.qwen2_vl.model import Qwen2VLConfig
+from medcg_jax.families.common import FamilyConfig
 from medcg_jax.nn.lora import LoraConfig, target_axes
 
 
@@ -32,26 +28,26 @@ class Flops:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def forward(config: Config, *, length: int, num_images: int = 1, num_logits: int | None = None) -> Flops:
+def forward(config: FamilyConfig, *, length: int, num_images: int = 1, num_logits: int | None = None) -> Flops:
     """FLOPs of a forward pass over one row of `length` tokens, image tokens included.
 
     num_images: images that the tower encodes for the row, each of the most tokens that one can have.
     num_logits: positions whose logits are computed; None: all.
     """
     text, num_logits = config.text, length if num_logits is None else num_logits
-    vision, projector = _image(config)
+    vision, projector = config.image_flops(vit)
     num_layers, width = text.num_layers, text.num_heads * text.head_dim
     decoder = length * num_layers * decoder_products(text)
     attention = 4.0 * num_layers * length**2 * width
-    adapters = 0.0
-    if isinstance(config, MllamaConfig):
+    adapters, crossed = 0.0, _num_cross_layers(text)
+    if crossed:
         # Keys and values of cross-attention are made of the image's tokens, and queries see those.
-        crossed, seen = len(text.cross_layers), num_images * config.vision.num_tokens
+        seen = num_images * config.vision.num_tokens
         decoder += crossed * (seen - length) * 4.0 * text.embed_dim * text.head_dim * text.num_kv_heads
         attention += 4.0 * crossed * length * (seen - length) * width
     if config.lora is not None:
         adapters = length * num_layers * adapter_products(text, config.lora)
-        if isinstance(config, MllamaConfig):
+        if crossed:
             sides = sum(_sides(text, name) for name in config.lora.targets if name in "kv")
             adapters += crossed * (seen - length) * 2.0 * config.lora.rank * sides
     return Flops(
@@ -64,10 +60,10 @@ def forward(config: Config, *, length: int, num_images: int = 1, num_logits: int
     )
 
 
-def generation(config: Config, *, seen: int) -> float:
+def generation(config: FamilyConfig, *, seen: int) -> float:
     """FLOPs of one more token of a row whose cache holds `seen` tokens with it, its logits included."""
     one, text = forward(config, length=1, num_images=0, num_logits=1), config.text
-    crossed = len(text.cross_layers) if isinstance(config, MllamaConfig) else 0
+    crossed = _num_cross_layers(text)
     keys = (text.num_layers - crossed) * seen
     if crossed:
         # Keys and values of the image lie in the cache.
@@ -75,26 +71,9 @@ def generation(config: Config, *, seen: int) -> float:
     return one.total - one.attention + 4.0 * keys * text.num_heads * text.head_dim
 
 
-def _image(config: Config) -> tuple[float, float]:
-    """FLOPs of the tower and of the projector for one image."""
-    vision, out = config.vision, config.text.embed_dim
-    width, patch = vision.embed_dim, 3 * vision.patch_size_px**2
-    if isinstance(config, Qwen2VLConfig):
-        merged = vision.merge**2
-        tokens = config.num_image_tokens * merged
-        tower = 2.0 * tokens * vision.num_frames * patch * width
-        tower += vit(vision.num_layers, width, vision.mlp_dim, tokens)
-        return tower, 2.0 * config.num_image_tokens * merged * width * (merged * width + out)
-    if isinstance(config, MllamaConfig):
-        tower = 2.0 * NUM_TILES * (vision.tokens_per_tile - 1) * patch * width
-        tower += vit(vision.num_layers + vision.num_global_layers, width, vision.mlp_dim, vision.num_tokens)
-        return tower, 2.0 * vision.num_tokens * vision.feature_dim * out
-    tokens = vision.num_patches
-    embedding = 2.0 * tokens * patch * width
-    if isinstance(config, MiniGPTv2Config):
-        return embedding + vit(vision.num_layers, width, vision.mlp_dim, tokens + 1), 2.0 * tokens * width * out
-    tower = embedding + vit(vision.num_run_layers, width, vision.mlp_dim, tokens + 1)
-    return tower, 2.0 * tokens * (width * out + out**2)
+def _num_cross_layers(text) -> int:
+    """Layers of a decoder that look at images by cross-attention, and not at text."""
+    return len(getattr(text, "cross_layers", ()))
 
 
 def vit(num_layers: int, width: int, mlp_width: int, num_tokens: int) -> float:

@@ -27,20 +27,20 @@ class ClipBlock(nnx.Module):
     """Pre-norm encoder block of CLIP: biases everywhere, every token sees every token."""
 
     def __init__(
-        self, embed_dim: int, num_heads: int, mlp_dim: int, *, eps: float, activation: str = "quick_gelu", rngs, dtype,
-        stack: Stack = (),
+        self, embed_dim: int, num_heads: int, mlp_dim: int, *, eps: float, activation: str = "quick_gelu", rngs,
+        param_dtype, stack: Stack = (),
     ):  # fmt: skip
         self.activation = activation
-        made = dict(use_bias=True, rngs=rngs, dtype=dtype, stack=stack)
+        init = dict(use_bias=True, rngs=rngs, param_dtype=param_dtype, stack=stack)
         heads = (embed_dim, num_heads, embed_dim // num_heads), ("vision_embed", "vision_heads", "head_dim")
-        self.norm1 = LayerNorm(embed_dim, eps=eps, rngs=rngs, dtype=dtype, stack=stack)
-        self.q = Dense("btd,dnh->btnh", *heads, **made)
-        self.k = Dense("btd,dnh->btnh", *heads, **made)
-        self.v = Dense("btd,dnh->btnh", *heads, **made)
-        self.out = Dense("btnh,nhd->btd", heads[0][1:] + heads[0][:1], heads[1][1:] + heads[1][:1], **made)
-        self.norm2 = LayerNorm(embed_dim, eps=eps, rngs=rngs, dtype=dtype, stack=stack)
-        self.up = Dense("btd,df->btf", (embed_dim, mlp_dim), ("vision_embed", "vision_mlp"), **made)
-        self.down = Dense("btf,fd->btd", (mlp_dim, embed_dim), ("vision_mlp", "vision_embed"), **made)
+        self.norm1 = LayerNorm(embed_dim, eps=eps, rngs=rngs, param_dtype=param_dtype, stack=stack)
+        self.q = Dense("btd,dnh->btnh", *heads, **init)
+        self.k = Dense("btd,dnh->btnh", *heads, **init)
+        self.v = Dense("btd,dnh->btnh", *heads, **init)
+        self.out = Dense("btnh,nhd->btd", heads[0][1:] + heads[0][:1], heads[1][1:] + heads[1][:1], **init)
+        self.norm2 = LayerNorm(embed_dim, eps=eps, rngs=rngs, param_dtype=param_dtype, stack=stack)
+        self.up = Dense("btd,df->btf", (embed_dim, mlp_dim), ("vision_embed", "vision_mlp"), **init)
+        self.down = Dense("btf,fd->btd", (mlp_dim, embed_dim), ("vision_mlp", "vision_embed"), **init)
 
     def __call__(self, x: jax.Array, *, implementation: str) -> jax.Array:
         y = self.norm1(x)
@@ -59,19 +59,19 @@ class DecoderBlock(nnx.Module):
 
     def __init__(
         self, embed_dim, num_heads, num_kv_heads, head_dim, mlp_dim, *, eps: float, qkv_bias: bool = False,
-        out_bias: bool = False, mlp_bias: bool = False, activation: str = "silu", rngs, dtype, stack: Stack = (),
+        out_bias: bool = False, mlp_bias: bool = False, activation: str = "silu", rngs, param_dtype, stack: Stack = (),
     ):  # fmt: skip
-        made = dict(rngs=rngs, dtype=dtype, stack=stack)
-        biased, mlp = dict(use_bias=qkv_bias, **made), dict(use_bias=mlp_bias, **made)
+        init = dict(rngs=rngs, param_dtype=param_dtype, stack=stack)
+        biased, mlp = dict(use_bias=qkv_bias, **init), dict(use_bias=mlp_bias, **init)
         self.activation = activation
         kv_heads = (embed_dim, num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim")
-        self.norm1 = RMSNorm(embed_dim, eps=eps, rngs=rngs, dtype=dtype, stack=stack)
+        self.norm1 = RMSNorm(embed_dim, eps=eps, rngs=rngs, param_dtype=param_dtype, stack=stack)
         self.q = Dense("btd,dnh->btnh", (embed_dim, num_heads, head_dim), ("embed", "heads", "head_dim"), **biased)
         self.k = Dense("btd,dkh->btkh", *kv_heads, **biased)
         self.v = Dense("btd,dkh->btkh", *kv_heads, **biased)
         self.out = Dense("btnh,nhd->btd", (num_heads, head_dim, embed_dim), ("heads", "head_dim", "embed"),
-                         use_bias=out_bias, **made)  # fmt: skip
-        self.norm2 = RMSNorm(embed_dim, eps=eps, rngs=rngs, dtype=dtype, stack=stack)
+                         use_bias=out_bias, **init)  # fmt: skip
+        self.norm2 = RMSNorm(embed_dim, eps=eps, rngs=rngs, param_dtype=param_dtype, stack=stack)
         self.gate = Dense("btd,df->btf", (embed_dim, mlp_dim), ("embed", "mlp"), **mlp)
         self.up = Dense("btd,df->btf", (embed_dim, mlp_dim), ("embed", "mlp"), **mlp)
         self.down = Dense("btf,fd->btd", (mlp_dim, embed_dim), ("mlp", "embed"), **mlp)

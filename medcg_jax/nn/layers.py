@@ -23,7 +23,7 @@ Stack = tuple[int, ...]
 PRODUCT = "product"
 
 
-def param(init, shape, axes, *, rngs: nnx.Rngs, dtype=jnp.float32, stack: Stack = ()) -> nnx.Param:
+def param(init, shape, axes, *, rngs: nnx.Rngs, param_dtype=jnp.float32, stack: Stack = ()) -> nnx.Param:
     """A parameter of shape `stack + shape`; `axes` names the axes of `shape`.
 
     `init(key, shape, dtype)` makes the value.
@@ -35,7 +35,7 @@ def param(init, shape, axes, *, rngs: nnx.Rngs, dtype=jnp.float32, stack: Stack 
         raise ValueError(f"a parameter of shape {shape} has {len(shape)} axes, but names {axes}")
     names = ("layer",) * len(stack) + tuple(axes)
     spec(*names)
-    return nnx.Param(init(rngs.params(), stack + tuple(shape), dtype), axes=names)
+    return nnx.Param(init(rngs.params(), stack + tuple(shape), param_dtype), axes=names)
 
 
 def normal(stddev: float):
@@ -80,18 +80,18 @@ class Dense(nnx.Module):
     """
 
     def __init__(
-        self, equation: str, shape, axes, *, use_bias: bool, rngs: nnx.Rngs, dtype=jnp.float32, stack: Stack = ()
+        self, equation: str, shape, axes, *, use_bias: bool, rngs: nnx.Rngs, param_dtype=jnp.float32, stack: Stack = ()
     ):
         _, kernel, out = equation.replace("->", ",").split(",")
         fan_in = math.prod(size for letter, size in zip(kernel, shape, strict=True) if letter not in out)
         self.equation = equation
         # Of `matmul.KINDS`: the product in 8 bits; "": in x's dtype.
         self.matmul = ""
-        self.kernel = param(normal(fan_in**-0.5), shape, axes, rngs=rngs, dtype=dtype, stack=stack)
+        self.kernel = param(normal(fan_in**-0.5), shape, axes, rngs=rngs, param_dtype=param_dtype, stack=stack)
         kept = [i for i, letter in enumerate(kernel) if letter in out]
         bias_shape, bias_axes = tuple(shape[i] for i in kept), tuple(axes[i] for i in kept)
-        made = dict(rngs=rngs, dtype=dtype, stack=stack)
-        self.bias = param(_zeros, bias_shape, bias_axes, **made) if use_bias else None
+        init = dict(rngs=rngs, param_dtype=param_dtype, stack=stack)
+        self.bias = param(_zeros, bias_shape, bias_axes, **init) if use_bias else None
 
     def __call__(self, x: jax.Array, adapter: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
         """adapter: gives what is added to the product, in its shape."""
@@ -109,10 +109,10 @@ class Dense(nnx.Module):
 class LayerNorm(nnx.Module):
     """Layer norm over the last axis, in float32; out in x's dtype."""
 
-    def __init__(self, size: int, *, eps: float, rngs: nnx.Rngs, dtype=jnp.float32, stack: Stack = ()):
+    def __init__(self, size: int, *, eps: float, rngs: nnx.Rngs, param_dtype=jnp.float32, stack: Stack = ()):
         self.eps = eps
-        self.scale = param(_ones, (size,), ("norm",), rngs=rngs, dtype=dtype, stack=stack)
-        self.bias = param(_zeros, (size,), ("norm",), rngs=rngs, dtype=dtype, stack=stack)
+        self.scale = param(_ones, (size,), ("norm",), rngs=rngs, param_dtype=param_dtype, stack=stack)
+        self.bias = param(_zeros, (size,), ("norm",), rngs=rngs, param_dtype=param_dtype, stack=stack)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
@@ -125,9 +125,9 @@ class LayerNorm(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis: float32, cast to x's dtype, then times the weight (Llama's order)."""
 
-    def __init__(self, size: int, *, eps: float, rngs: nnx.Rngs, dtype=jnp.float32, stack: Stack = ()):
+    def __init__(self, size: int, *, eps: float, rngs: nnx.Rngs, param_dtype=jnp.float32, stack: Stack = ()):
         self.eps = eps
-        self.scale = param(_ones, (size,), ("norm",), rngs=rngs, dtype=dtype, stack=stack)
+        self.scale = param(_ones, (size,), ("norm",), rngs=rngs, param_dtype=param_dtype, stack=stack)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
@@ -138,8 +138,8 @@ class RMSNorm(nnx.Module):
 class Embedding(nnx.Module):
     """A table of `num` rows; called with int[...], gives dtype[..., D]."""
 
-    def __init__(self, num: int, size: int, axes, *, rngs: nnx.Rngs, dtype=jnp.float32):
-        self.table = param(normal(size**-0.5), (num, size), axes, rngs=rngs, dtype=dtype)
+    def __init__(self, num: int, size: int, axes, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+        self.table = param(normal(size**-0.5), (num, size), axes, rngs=rngs, param_dtype=param_dtype)
 
     def __call__(self, ids: jax.Array, dtype) -> jax.Array:
         """dtype[..., D]; with replicas of the data each device looks its part of the width up, for rows of its replica.

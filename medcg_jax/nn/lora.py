@@ -40,14 +40,14 @@ class LoraConfig:
 class Adapter(nnx.Module):
     """What is added to one product: scale * (x a) b, with `b` zero at first."""
 
-    def __init__(self, inputs, outputs, config: LoraConfig, *, rngs, dtype, stack: Stack = ()):
+    def __init__(self, inputs, outputs, config: LoraConfig, *, rngs, param_dtype, stack: Stack = ()):
         """inputs, outputs: (logical name, size) of each axis of the product."""
-        made = dict(rngs=rngs, dtype=dtype, stack=stack)
+        init = dict(rngs=rngs, param_dtype=param_dtype, stack=stack)
         (in_names, in_sizes), (out_names, out_sizes) = zip(*inputs, strict=True), zip(*outputs, strict=True)
         self.scale, self.num_inputs = config.scale, len(inputs)
         bound = math.prod(in_sizes) ** -0.5  # kaiming_uniform_ with a = sqrt(5)
-        self.a = param(_uniform(bound), (*in_sizes, config.rank), (*in_names, _rank_beside(in_names)), **made)
-        self.b = param(_uniform(0.0), (config.rank, *out_sizes), (_rank_beside(out_names), *out_names), **made)
+        self.a = param(_uniform(bound), (*in_sizes, config.rank), (*in_names, _rank_beside(in_names)), **init)
+        self.b = param(_uniform(0.0), (config.rank, *out_sizes), (_rank_beside(out_names), *out_names), **init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """float[B, T, outputs] for x[B, T, inputs]."""
@@ -58,11 +58,11 @@ class Adapter(nnx.Module):
 class Adapters(nnx.Module):
     """Adapters of so many layers, one for each of `config.targets` under its name: what `DecoderBlock` takes."""
 
-    def __init__(self, text, config: LoraConfig, num_layers: int, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, text, config: LoraConfig, num_layers: int, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
         """text: the decoder's config."""
         for name in config.targets:
             axes = target_axes(text, name)
-            setattr(self, name, Adapter(*axes, config, rngs=rngs, dtype=dtype, stack=(num_layers,)))
+            setattr(self, name, Adapter(*axes, config, rngs=rngs, param_dtype=param_dtype, stack=(num_layers,)))
 
 
 def target_axes(text, target: str) -> tuple:

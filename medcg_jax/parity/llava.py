@@ -13,7 +13,7 @@ import numpy as np
 from medcg_jax.families.llava.model import Llava, LlavaConfig
 from medcg_jax.families.weights.files import WeightsError
 from medcg_jax.nn.rope import count_positions, rope_angles
-from medcg_jax.parity.rows import layers, placed, text_ids
+from medcg_jax.parity.rows import example_text, moved_ids, norm_and_logits, run_layers
 
 FAMILY = "llava"
 HF_CLASS = "LlavaForConditionalGeneration"
@@ -23,10 +23,7 @@ PREFIXES = {"projector": ("multi_modal_projector.",), "decoder": ("language_mode
 
 def runnable(config: LlavaConfig) -> tuple[LlavaConfig, list[str]]:
     """(the config that both sides can run, what was changed in it and why, in words)."""
-    moved = placed({"image_token_id": config.image_token_id}, config.text.vocab_size)
-    notes = [
-        f"{name}={getattr(config, name)} is no row of the embedding: {i} stands for it" for name, i in moved.items()
-    ]
+    moved, notes = moved_ids({"image_token_id": config.image_token_id}, config.text.vocab_size)
     return dataclasses.replace(config, **moved), notes
 
 
@@ -34,18 +31,12 @@ def example(config: LlavaConfig, *, seed: int = 0, num_text: int = 24) -> dict[s
     """Two rows of random input as HF's forward takes it: one image each, the second row padded on the right."""
     rng = np.random.default_rng(seed)
     size, num = config.image_size_px, config.num_image_tokens
-    # Padding's row of the embedding gets no gradient from torch.
-    special = {config.image_token_id, config.pad_token_id}
-    ids = text_ids(rng, (2, num_text + num), config.text.vocab_size, special)
-    ids[:, 4 : 4 + num] = config.image_token_id
-    mask = np.ones_like(ids)
-    mask[1, -num_text // 3 :] = 0
-    pad = config.pad_token_id
-    ids[mask == 0] = pad if 0 <= pad < config.text.vocab_size and pad != config.image_token_id else ids[0, 0]
-    labels = np.where(mask == 1, ids, -100)
-    labels[:, : 4 + num + num_text // 3] = -100
+    text = example_text(
+        rng, num_text=num_text, num_rows=config.text.vocab_size, pad_id=config.pad_token_id,
+        inserted=[(config.image_token_id, slice(4, 4 + num))], special={config.image_token_id},
+    )  # fmt: skip
     pixels = rng.standard_normal((2, 3, size, size), dtype=np.float32)
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "labels": labels}
+    return text | {"pixel_values": pixels}
 
 
 def port_inputs(config: LlavaConfig, inputs: dict[str, np.ndarray]) -> dict:
@@ -86,22 +77,15 @@ def port_stages(model: Llava, given: dict) -> dict[str, np.ndarray]:
     x = jax.jit(lambda model, flat: model.vision.embed(flat, model.dtype))(model, flat)
     found = {"vision.embed": x}
     step = jax.jit(lambda block, x: block(x, implementation=attention))
-    for i, block in enumerate(layers(model.vision.blocks)):
-        x = found[f"vision.layer{i}"] = step(block, x)
+    x = run_layers(found, "vision.layer", model.vision.blocks, step, x)
     found["projector"] = jax.jit(lambda model, x: model.projector(model.vision.select(x)))(model, x)
     features = found["projector"].reshape(pixels.shape[0], -1, config.text.embed_dim)
     x = found["embed"] = jax.jit(lambda model, *given: model.embed(*given))(model, tokens, features)
     text = config.text
     angles = rope_angles(count_positions(segment_ids), text.head_dim, text.rope_theta, text.rope_scaling)
     run = jax.jit(lambda block, x: block(x, angles=angles, segment_ids=segment_ids, implementation=attention)[0])
-    for i, block in enumerate(layers(model.decoder.blocks)):
-        x = found[f"decoder.layer{i}"] = run(block, x)
-
-    def whole(model, given):
-        hidden, _ = model.hidden(**given)
-        return hidden, model.logits(hidden)
-
-    found["decoder.norm"], found["logits"] = jax.jit(whole)(model, given)
+    run_layers(found, "decoder.layer", model.decoder.blocks, run, x)
+    found["decoder.norm"], found["logits"] = norm_and_logits(model, given)
     # Rows without an image carry a zero image here; HF has none there.
     counts = np.asarray((tokens == config.image_token_id).sum(axis=1)) // config.num_image_tokens
     used = (np.arange(pixels.shape[1]) < counts[:, None]).reshape(-1)

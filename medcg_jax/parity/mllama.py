@@ -14,7 +14,7 @@ from medcg_jax.families.mllama.text import EXTRA_ROWS
 from medcg_jax.families.mllama.vit import NUM_TILES
 from medcg_jax.families.weights.files import WeightsError
 from medcg_jax.nn.rope import count_positions, rope_angles
-from medcg_jax.parity.rows import layers, placed, text_ids
+from medcg_jax.parity.rows import example_text, layers, moved_ids, norm_and_logits, run_layers
 
 FAMILY = "mllama"
 HF_CLASS = "MllamaForConditionalGeneration"
@@ -28,10 +28,7 @@ def runnable(config: MllamaConfig) -> tuple[MllamaConfig, list[str]]:
     Layer 0 among the intermediate ones has no layer before it whose output HF could take for its input: outputs are
     compared then, as HF takes them.
     """
-    moved = placed({"image_token_id": config.image_token_id}, config.text.vocab_size + EXTRA_ROWS)
-    notes = [
-        f"{name}={getattr(config, name)} is no row of the embedding: {i} stands for it" for name, i in moved.items()
-    ]
+    moved, notes = moved_ids({"image_token_id": config.image_token_id}, config.text.vocab_size + EXTRA_ROWS)
     if min(config.vision.intermediate_layers, default=1) < 1:
         moved["intermediate_from"] = "output"
         notes.append(
@@ -45,21 +42,14 @@ def example(config: MllamaConfig, *, seed: int = 0, num_text: int = 24) -> dict[
     """Two rows of random input as HF's forward takes it: an image of two tiles and one of three; the second padded."""
     rng = np.random.default_rng(seed)
     size, place, tiles = config.image_size_px, 4, np.array([2, 3])
-    # Padding's row of the embedding gets no gradient from torch.
-    special = {config.image_token_id, config.pad_token_id}
-    ids = text_ids(rng, (2, num_text), config.text.vocab_size, special)
-    ids[:, place] = config.image_token_id
-    mask = np.ones_like(ids)
-    mask[1, -num_text // 3 :] = 0
-    pad = config.pad_token_id
-    ids[mask == 0] = pad if 0 <= pad < config.text.vocab_size and pad != config.image_token_id else ids[0, 0]
-    labels = np.where(mask == 1, ids, -100)
-    labels[:, : num_text // 3] = -100
+    text = example_text(
+        rng, num_text=num_text - 1, num_rows=config.text.vocab_size, pad_id=config.pad_token_id,
+        inserted=[(config.image_token_id, slice(place, place + 1))], special={config.image_token_id},
+    )  # fmt: skip
     present = (np.arange(NUM_TILES) < tiles[:, None]).astype(np.int64)[:, None]
     pixels = rng.standard_normal((2, 1, NUM_TILES, 3, size, size), dtype=np.float32) * present[..., None, None, None]
-    return {
-        "input_ids": ids, "attention_mask": mask, "pixel_values": pixels.astype(np.float32), "labels": labels,
-        "aspect_ratio_ids": tiles[:, None], "aspect_ratio_mask": present,
+    return text | {
+        "pixel_values": pixels.astype(np.float32), "aspect_ratio_ids": tiles[:, None], "aspect_ratio_mask": present,
         "cross_attention_mask": present[:, None] * (np.arange(num_text) >= place)[:, None, None],
     }  # fmt: skip
 
@@ -103,11 +93,9 @@ def port_stages(model: Mllama, given: dict) -> dict[str, np.ndarray]:
     x = jax.jit(lambda vision, *flat: vision.embed(*flat, model.dtype))(vision, *flat)
     found = {"vision.embed": x}
     step = jax.jit(lambda block, x: block(x, allowed))
-    for i, block in enumerate(layers(vision.blocks)):
-        x = found[f"vision.local{i}"] = step(block, x)
+    x = run_layers(found, "vision.local", vision.blocks, step, x)
     x = found["vision.outer"] = jax.jit(lambda vision, x: vision.outer(x, flat[1]))(vision, x)
-    for i, block in enumerate(layers(vision.global_blocks)):
-        x = found[f"vision.global{i}"] = step(block, x)
+    run_layers(found, "vision.global", vision.global_blocks, step, x)
     features = jax.jit(lambda vision: vision(*flat, dtype=model.dtype))(vision)
     found["vision"] = features.reshape(*images["num_tiles"].shape, *features.shape[1:])
     found["projector"] = jax.jit(lambda project, x: project(x))(model.projector, found["vision"])
@@ -115,19 +103,14 @@ def port_stages(model: Mllama, given: dict) -> dict[str, np.ndarray]:
     x = found["embed"] = decoder.embed(tokens, model.dtype)
     angles = rope_angles(count_positions(segment_ids), text.head_dim, text.rope_theta, text.rope_scaling)
     look = model.look(*model.in_view(tokens, segment_ids), images["num_tiles"])
-    at_text = dict(angles=angles, segment_ids=segment_ids, implementation=attention)
+    at_text = {"angles": angles, "segment_ids": segment_ids, "implementation": attention}
     run_self = jax.jit(lambda block, x: block(x, **at_text)[0])
     run_cross = jax.jit(lambda block, x, memory: block(x, block.keys_values(memory), **look))
     own, cross = layers(decoder.blocks), layers(decoder.cross)
     for i in range(text.num_layers):
         is_cross = i in text.cross_layers
         x = found[f"decoder.layer{i}"] = run_cross(next(cross), x, memory) if is_cross else run_self(next(own), x)
-
-    def whole(model, given):
-        hidden, _ = model.hidden(**given)
-        return hidden, model.logits(hidden)
-
-    found["decoder.norm"], found["logits"] = jax.jit(whole)(model, given)
+    found["decoder.norm"], found["logits"] = norm_and_logits(model, given)
     return {name: np.asarray(x) for name, x in found.items()}
 
 

@@ -9,9 +9,9 @@ from types import ModuleType
 
 import numpy as np
 
+from medcg_jax.families import registry
 from medcg_jax.families.build import Config
 from medcg_jax.families.weights.convert import read_config
-from medcg_jax.families.weights.families import FAMILIES
 from medcg_jax.families.weights.files import WeightsError
 
 
@@ -25,7 +25,7 @@ class Reference:
         import torch
 
         self.torch, self._part = torch, part
-        self._canonical = FAMILIES[part.FAMILY][1].canonical
+        self._canonical = registry.family(part.FAMILY).weight_map.canonical
         self.model = model.float().eval()
 
     def tensors(self) -> dict[str, np.ndarray]:
@@ -129,7 +129,7 @@ def open_reference(src: Path, part: ModuleType, config: Config | None = None) ->
             "with recorded numbers by --inputs=FILE.npz"
         ) from error
     load = getattr(transformers, part.HF_CLASS).from_pretrained
-    options = dict(dtype=torch.float32, attn_implementation="eager", local_files_only=True)
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
     try:
         model = load(src, **options)
         part.prepare(model, part.runnable(read_config(src))[0] if config is None else config)

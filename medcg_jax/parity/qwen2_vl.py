@@ -13,7 +13,7 @@ import numpy as np
 from medcg_jax.families.qwen2_vl.model import ImageFeatures, Qwen2VL, Qwen2VLConfig, mrope_angles
 from medcg_jax.families.qwen2_vl.vit import real_patches, vision_angles
 from medcg_jax.families.weights.files import WeightsError
-from medcg_jax.parity.rows import layers, placed, text_ids
+from medcg_jax.parity.rows import example_text, layers, moved_ids, norm_and_logits, run_layers
 
 FAMILY = "qwen2_vl"
 HF_CLASS = "Qwen2VLForConditionalGeneration"
@@ -30,8 +30,7 @@ IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_
 
 def runnable(config: Qwen2VLConfig) -> tuple[Qwen2VLConfig, list[str]]:
     """(the config that both sides can run, what was changed in it and why, in words)."""
-    moved = placed({name: getattr(config, name) for name in IDS}, config.text.vocab_size)
-    notes = [f"{name}={getattr(config, name)} is no row of its own: {i} stands for it" for name, i in moved.items()]
+    moved, notes = moved_ids({name: getattr(config, name) for name in IDS}, config.text.vocab_size)
     return dataclasses.replace(config, **moved), notes
 
 
@@ -45,24 +44,16 @@ def example(config: Qwen2VLConfig, *, seed: int = 0, num_text: int = 24, blocks=
     grid = blocks[0] * vision.merge, blocks[1] * vision.merge
     grids = np.array([[1, *grid], [1, *grid[::-1]]])
     num = grid[0] * grid[1] // vision.merge**2
-    special = {getattr(config, name) for name in IDS}
-    # Padding's row of the embedding gets no gradient from torch.
-    ids = text_ids(rng, (2, num_text + num), config.text.vocab_size, special | {config.pad_token_id})
-    ids[:, 3], ids[:, 4 : 4 + num], ids[:, 4 + num] = (
-        config.vision_start_token_id, config.image_token_id, config.vision_end_token_id
+    start, image, end = config.vision_start_token_id, config.image_token_id, config.vision_end_token_id
+    text = example_text(
+        rng, num_text=num_text - 2, num_rows=config.text.vocab_size, pad_id=config.pad_token_id,
+        inserted=[(start, slice(3, 4)), (image, slice(4, 4 + num)), (end, slice(4 + num, 5 + num))],
+        special={getattr(config, name) for name in IDS},
     )  # fmt: skip
-    mask = np.ones_like(ids)
-    mask[1, -num_text // 3 :] = 0
-    pad = config.pad_token_id
-    ids[mask == 0] = pad if 0 <= pad < config.text.vocab_size and pad not in special else ids[0, 0]
-    labels = np.where(mask == 1, ids, -100)
-    labels[:, : 5 + num + num_text // 3] = -100
     patches = rng.standard_normal((int(grids.prod(axis=1).sum()), 3, 1, vision.patch_size_px**2), dtype=np.float32)
     pixels = np.repeat(patches, vision.num_frames, axis=2).reshape(len(patches), -1)
-    return {
-        "input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "image_grid_thw": grids,
-        "mm_token_type_ids": (ids == config.image_token_id).astype(np.int64), "labels": labels,
-    }  # fmt: skip
+    types = (text["input_ids"] == image).astype(np.int64)
+    return text | {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": types}
 
 
 def port_inputs(config: Qwen2VLConfig, inputs: dict[str, np.ndarray], num_slots: int = 0) -> dict:
@@ -117,14 +108,8 @@ def port_stages(model: Qwen2VL, given: dict) -> dict[str, np.ndarray]:
     x = found["embed"] = jax.jit(lambda model, *args: model.embed(*args))(model, tokens, features, places.slots)
     angles = mrope_angles(places.positions, config)
     run = jax.jit(lambda block, x: block(x, angles=angles, segment_ids=segment_ids, implementation=implementation)[0])
-    for i, block in enumerate(layers(model.decoder.blocks)):
-        x = found[f"decoder.layer{i}"] = run(block, x)
-
-    def whole(model, given):
-        hidden, _ = model.hidden(**given)
-        return hidden, model.logits(hidden)
-
-    found["decoder.norm"], found["logits"] = jax.jit(whole)(model, given)
+    run_layers(found, "decoder.layer", model.decoder.blocks, run, x)
+    found["decoder.norm"], found["logits"] = norm_and_logits(model, given)
     return {name: np.asarray(value) for name, value in found.items()}
 
 

@@ -1,4 +1,4 @@
-"""What every parity check is made of: one comparison, the layers of a stack one by one, and ids of tokens to try."""
+"""What every parity check is made of: comparisons and their report, a stack's layers one by one, example token ids."""
 
 import math
 from collections.abc import Iterable
@@ -16,6 +16,8 @@ TOLERANCE = 1e-4
 # So many times as far as the reference itself moves when every weight is rounded otherwise; and never further than a
 # fault would be small.
 NOISE_FACTOR, MAX_TOLERANCE = 8.0, 1e-2
+# How rows of the run with other weights begin (`weights.telling`).
+TELLING = "telling weights: "
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,53 @@ def exactly(stage: str, ours, theirs) -> Row:
     return Row(stage, float(not np.array_equal(ours, theirs)), 1.0)
 
 
-def named(prefix: str, rows: list[Row]) -> list[Row]:
-    """`rows` with `prefix` before their names."""
-    return [replace(row, stage=prefix + row.stage) for row in rows]
+def report(src: Path, rows: list[Row], notes: list[str]) -> dict:
+    """{"ok", "src", "rows", "notes", "first", "exit_status"} of `rows`, printed as a table.
+
+    first: the first stage that differs, in the order of the computation. exit_status: 1 where a row differs.
+    """
+    width, wrong = max(len(row.stage) for row in rows), [row for row in in_order(rows) if not row.ok]
+    print(f"{'stage':<{width}}  difference      scale")
+    for row in rows:
+        print(f"{row.stage:<{width}}  {row.difference:10.2e} {row.scale:10.3g}  {'ok' if row.ok else 'DIFFERS'}")
+    for note in notes:
+        print(note)
+    tolerance = max(row.tolerance for row in rows)
+    if wrong:
+        tensors = [row.stage.removeprefix("weight ") for row in wrong if row.stage.startswith("weight ")]
+        if tensors:
+            more = f" and {len(tensors) - 16} more" if len(tensors) > 16 else ""
+            print(f"tensors that differ: {', '.join(tensors[:16])}{more}")
+        print(
+            f"NOT equal within {tolerance:g}: {len(wrong)} of {len(rows)} rows differ; the first: {wrong[0].stage}, "
+            f"{wrong[0].difference:.2e} of {wrong[0].scale:.3g}"
+        )
+    else:
+        worst = max(rows, key=lambda row: row.difference / (row.tolerance * max(row.floor, row.scale) or 1.0))
+        print(f"equal within {tolerance:g}; the largest: {worst.stage}, {worst.difference:.2e}")
+    return {
+        "ok": not wrong,
+        "src": str(src),
+        "rows": [{**vars(row), "ok": row.ok} for row in rows],
+        "notes": notes,
+        "first": wrong[0].stage if wrong else None,
+        "exit_status": 1 if wrong else 0,
+    }
+
+
+def in_order(rows: list[Row]) -> list[Row]:
+    """`rows` as the computation goes: outputs, those under other weights, gradients and curve; weights are no stage."""
+
+    def rank(row: Row) -> int:
+        if row.stage.startswith("weight"):
+            return 3
+        stage = row.stage.removeprefix(TELLING)
+        return 2 if stage.startswith(("gradient", "loss before")) else int(stage != row.stage)
+
+    return sorted(rows, key=rank)
+
+
+# ------------------------------------------------------------------ layers and example inputs
 
 
 def layers(blocks: nnx.Module):
@@ -104,6 +150,53 @@ def placed(ids: dict[str, int], num: int) -> dict[str, int]:
             moved[name] = next(free)
         seen.add(i)
     return moved
+
+
+def example_text(
+    rng: np.random.Generator, *, num_text: int, num_rows: int, pad_id: int, inserted: list[tuple[int, slice]],
+    special: set[int],
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """input_ids, attention_mask and labels, int64[2, T], of `num_text` random tokens and the `inserted` ones.
+
+    The second row ends in padding. Labels begin behind the first third of the text that follows what is inserted.
+    num_rows: of the embedding. inserted: (id, place in every row); places are in order.
+    special: ids that no text has; padding's row of the embedding gets no gradient from torch, so `pad_id` is never text.
+    """
+    lengths = [place.stop - place.start for _, place in inserted]
+    ids = text_ids(rng, (2, num_text + sum(lengths)), num_rows, special | {pad_id})
+    for token_id, place in inserted:
+        ids[:, place] = token_id
+    mask = np.ones_like(ids)
+    mask[1, -num_text // 3 :] = 0
+    ids[mask == 0] = pad_id if 0 <= pad_id < num_rows and pad_id not in special else ids[0, 0]
+    labels = np.where(mask == 1, ids, -100)
+    labels[:, : inserted[-1][1].stop + num_text // 3] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def moved_ids(ids: dict[str, int], num: int) -> tuple[dict[str, int], list[str]]:
+    """(`placed`, a note for each of them)."""
+    moved = placed(ids, num)
+    return moved, [
+        f"{name}={ids[name]} is no row of its own in the embedding: {i} is used" for name, i in moved.items()
+    ]
+
+
+def run_layers(found: dict, name: str, blocks, step, x):
+    """The stack's output from `x`; `found` gets every layer's as f"{name}{i}". step: (block, x) -> x, jitted."""
+    for i, block in enumerate(layers(blocks)):
+        x = found[f"{name}{i}"] = step(block, x)
+    return x
+
+
+def norm_and_logits(model: nnx.Module, given: dict) -> tuple[jax.Array, jax.Array]:
+    """(the decoder's normed output, logits) by the model's own path, traced anew in every call."""
+
+    def whole(model, given):
+        hidden, _ = model.hidden(**given)
+        return hidden, model.logits(hidden)
+
+    return jax.jit(whole)(model, given)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

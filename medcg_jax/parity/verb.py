@@ -2,14 +2,18 @@
 
 Compares the weights as loaded, the outputs of every layer, logits, loss, gradients of every trained tensor and a short
 AdamW curve, in float32. A small model's gradients are compared once more with weights that hide nothing
-(`parity_weights.telling`), the same in both. With `inputs` it compares with numbers recorded elsewhere, and PyTorch is
-not needed.
+(`weights.telling`), the same on both sides.
 
 Both sides read `SRC`: tensors of one shape that were exchanged in the file itself are exchanged on both sides, and
-nothing in the directory says so. `against`, the directory that `SRC` was made from, or a record of it, does.
+nothing in the directory says so. Only `against`, the directory that `SRC` was made from, or a record of it shows that.
+
+A record (.npz) holds HF's forward arguments by their names, `logits` [B, T, V], and optionally `labels`, `loss`,
+`stage/NAME` for outputs by stage and `weight/NAME` for fingerprints of tensors (canonical names). Whoever has a
+reference may write the first two; `record=FILE.npz` writes all. `inputs=FILE.npz` compares with it without PyTorch.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -20,83 +24,70 @@ import numpy as np
 import optax
 from flax import nnx
 
-from medcg_jax.families import build
+from medcg_jax.families import build, registry
 from medcg_jax.families.build import Config
 from medcg_jax.families.weights import engine
 from medcg_jax.families.weights.convert import load_checkpoint, read_config
 from medcg_jax.families.weights.families import family_of, module_of
 from medcg_jax.families.weights.files import WeightsError
 from medcg_jax.mesh import make_mesh
-from medcg_jax.parity import golden, golden_next
-from medcg_jax.parity import llava as parity_llava
-from medcg_jax.parity import mllama as parity_mllama
-from medcg_jax.parity import qwen2_vl as parity_qwen2_vl
-from medcg_jax.parity import record as parity_record
-from medcg_jax.parity import weights as parity_weights
-from medcg_jax.parity.rows import Row, compared, judged, named
+from medcg_jax.parity.rows import TELLING, Row, compared, judged, read_arrays, report
+from medcg_jax.parity.weights import Arrays, fingerprints, params_of, telling, tensors_of, weight_rows
 
-# Family -> the module with its inputs and stages.
-FAMILIES: dict[str, ModuleType] = {"llava": parity_llava, "qwen2_vl": parity_qwen2_vl, "mllama": parity_mllama}
-# File that a folder of recorded arrays has -> the function that compares them.
-GOLDEN: dict[str, Callable[[Path], list[Row]]] = {
-    "expected.npz": golden.golden_rows,
-    "expected_base.npz": golden_next.golden_rows,
-}
+# Family -> the module that describes its reference: inputs, stages, and where HF's model has them.
+FAMILIES: dict[str, ModuleType] = {family.name: family.reference for family in registry.families() if family.parity}
 NUM_STEPS = 10
 # Of AdamW: with the usual 1e-8 a gradient that is nothing but rounding moves a weight as far as any other does.
 CURVE_EPS = 1e-5
 # Above so many parameters only the projector is trained: gradients and moments of all would fill a host's memory.
 MAX_TRAINED_PARAMS = 500_000_000
-
-
-# Models of at most so many parameters run again with other weights; above, weights are trained, and tell by themselves.
+# Models of at most so many parameters run again with other weights; larger ones are trained, and hide nothing.
 MAX_SMALL_PARAMS = 50_000_000
-# How rows of the run with other weights begin.
-TELLING = "telling weights: "
+RECORD_NEEDS = ("input_ids", "pixel_values", "logits")
+# Files that only a folder of arrays from original code has (`python -m tests.golden`).
+GOLDEN_FILES = ("expected.npz", "expected_base.npz")
 
 
 def parity(src: Path, *, inputs: Path | None = None, record: Path | None = None, against: Path | None = None) -> dict:
-    """{"ok", "rows", "notes", ...}, printed as a table; `exit_status` 1 where a row is out of tolerance.
+    """`rows.report` of all comparisons, with {"trained", "parameters"}.
 
-    src: a released (HF) directory, or a folder of arrays recorded from original code (`GOLDEN`); with `inputs` or
-      `against` any checkpoint.
-    inputs: .npz as `parity_record` describes it, compared with instead of PyTorch.
-    record: where to write one, with the reference's numbers.
+    src: a released (HF) directory; with `inputs` or `against` any checkpoint.
+    inputs: a record that is compared with instead of PyTorch. record: where to write one, of the reference.
     against: the released directory that the reference reads; None: `src`.
-    Where rows differ, the last line printed names the first stage that does, in the order of the computation.
 
     Raises:
       WeightsError: no checkpoint, arrays missing or of shapes that do not fit, or PyTorch is needed and absent.
     """
     if inputs is not None and (record or against):
         raise WeightsError(f"--inputs={inputs} takes the reference's place; --record and --against need one")
-    for name, rows_of in GOLDEN.items():
-        if (src / name).is_file():
-            if inputs or record or against:
-                raise WeightsError(f"{src} holds recorded arrays; --inputs, --record and --against need a checkpoint")
-            try:
-                return _result(src, rows_of(src), [])
-            except KeyError as error:
-                raise WeightsError(f"{src} lacks an array or a field: {error}") from error
+    if any((src / name).is_file() for name in GOLDEN_FILES):
+        raise WeightsError(f"{src} holds arrays of original code; in a checkout: python -m tests.golden {src}")
     config, notes = _read(src)
-    graphdef, params = _load(src, config)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with jax.default_matmul_precision("highest"):
+        graphdef, params = load_checkpoint(src, config, mesh)
+    trained: tuple[str, ...] = ()
     if inputs is not None:
-        rows = recorded_rows(graphdef, params, parity_record.read(inputs), inputs)
-        trained = ()
+        rows = recorded_rows(graphdef, params, read_record(inputs), inputs)
     else:
         from medcg_jax.parity.pytorch import open_reference
 
         part = part_of(config)
         if against is not None and family_of(_read(against)[0]) != family_of(config):
-            raise WeightsError(f"--against={against} is of another model than {src}; {part.FAMILY} is accepted")
+            raise WeightsError(f"--against={against} is of another model than {src}: expected a {part.FAMILY}")
         reference = open_reference(src if against is None else against, part, config)
         trained = ("projector", "decoder") if build.num_params(params) <= MAX_TRAINED_PARAMS else ("projector",)
         example = part.example(config)
         if record is not None:
-            parity_record.write(record, example, reference.stages(example), reference.tensors())
+            write_record(record, example, reference.stages(example), reference.tensors())
             notes.append(f"the reference's numbers are in {record}")
         rows = compare(graphdef, params, reference, example, trained, notes=notes)
-    return _result(src, rows, notes) | {"trained": list(trained), "parameters": build.num_params(params)}
+    return report(src, rows, notes) | {"trained": list(trained), "parameters": build.num_params(params)}
+
+
+def part_of(config: Config) -> ModuleType:
+    """The module that describes the family's reference."""
+    return FAMILIES[family_of(config)]
 
 
 def _read(src: Path) -> tuple[Config, list[str]]:
@@ -109,29 +100,12 @@ def _read(src: Path) -> tuple[Config, list[str]]:
         raise error if isinstance(error, WeightsError) else WeightsError(f"{src}: {error}") from error
     if family_of(config) not in FAMILIES:
         raise WeightsError(
-            f"{src} holds a {family_of(config)}, of which transformers has no model; accepted: {', '.join(FAMILIES)}, "
-            "or a folder of arrays recorded from the original"
+            f"{src} holds a {family_of(config)}, of which transformers has no model; expected {', '.join(FAMILIES)}"
         )
     return part_of(config).runnable(config)
 
 
-def _result(src: Path, rows: list[Row], notes: list[str]) -> dict:
-    ok = all(row.ok for row in rows)
-    _print(rows, ok, notes)
-    listed = [{**vars(row), "ok": row.ok} for row in rows]
-    first = next((row.stage for row in _in_order(rows) if not row.ok), None)
-    return {"ok": ok, "src": str(src), "rows": listed, "notes": notes, "first": first, "exit_status": 0 if ok else 1}
-
-
-def part_of(config: Config) -> ModuleType:
-    """The module with the family's inputs and stages."""
-    return FAMILIES[family_of(config)]
-
-
-def _load(src: Path, config: Config):
-    mesh = make_mesh(devices=jax.devices()[:1])
-    with jax.default_matmul_precision("highest"):
-        return load_checkpoint(src, config, mesh)
+# ------------------------------------------------------------------ against PyTorch
 
 
 def compare(
@@ -149,8 +123,8 @@ def compare(
     rows = []
     with jax.default_matmul_precision("highest"):
         if small:
-            ours, theirs = parity_weights.tensors_of(config, params), reference.tensors()
-            rows += parity_weights.weight_rows(*map(parity_weights.fingerprints, (ours, theirs)))
+            ours, theirs = tensors_of(config, params), reference.tensors()
+            rows += weight_rows(fingerprints(ours), fingerprints(theirs))
         stages = reference.stages(inputs)
         compared_rows = stage_rows(nnx.merge(graphdef, params), stages, inputs)
         differentiate = value_and_grad(graphdef, inputs)
@@ -192,15 +166,15 @@ def _noise(reference, inputs, prefixes, stages, gradients) -> dict[str, Row]:
 
 
 def _telling_rows(graphdef, params, ours, reference, inputs, trained, differentiate) -> list[Row]:
-    """Rows of loss and gradients under `parity_weights.telling` weights; `reference` keeps them.
+    """Rows of loss and gradients under `telling` weights; `reference` keeps them.
 
     Raises:
       WeightsError: even then the image changes nothing: these inputs say nothing about images.
     """
     config = nnx.merge(graphdef, params).config
     prefixes = sum((part_of(config).PREFIXES[name] for name in trained), ())
-    params = parity_weights.params_of(config, params, {n: parity_weights.telling(n, x) for n, x in ours.items()})
-    reference.put({name: parity_weights.telling(name, x) for name, x in reference.tensors().items()})
+    params = params_of(config, params, {n: telling(n, x) for n, x in ours.items()})
+    reference.put({name: telling(name, x) for name, x in reference.tensors().items()})
     if not _sees_images(reference, inputs):
         raise WeightsError("no logit of the reference depends on the image, whatever the weights: nothing is compared")
     stages = reference.stages(inputs)
@@ -209,7 +183,7 @@ def _telling_rows(graphdef, params, ours, reference, inputs, trained, differenti
     if not all(row.ok for row in rows):
         # Only now: compiling the layers takes as long as everything else.
         rows = stage_rows(nnx.merge(graphdef, params), stages, inputs) + rows[1:]
-    return named(TELLING, rows)
+    return [dataclasses.replace(row, stage=TELLING + row.stage) for row in rows]
 
 
 def _sees_images(reference, inputs) -> bool:
@@ -291,7 +265,7 @@ def step_rows(differentiate, config: Config, params, trained, steps, *, learning
     for i, (theirs, tensors) in enumerate(steps):
         value, grads = differentiate(trainable, frozen)
         rows.append(compared(f"loss before step {i}", value, theirs, floor=1.0))
-        trainable, state = update(parity_weights.params_of(config, trainable, tensors), state, grads)
+        trainable, state = update(params_of(config, trainable, tensors), state, grads)
     return rows
 
 
@@ -307,52 +281,60 @@ def adamw(trainable, *, learning_rate: float, eps: float = 1e-8) -> tuple:
     return optimizer.init(trainable), update
 
 
-def recorded_rows(graphdef, params, found: dict[str, np.ndarray], source: Path) -> list[Row]:
-    """Rows for weights and stages where they are recorded, logits (real tokens only) and, where recorded, the loss."""
-    model, stages = nnx.merge(graphdef, params), parity_record.part_named(found, "stage/")
+# ------------------------------------------------------------------ records
+
+
+def write_record(path: Path, inputs: Arrays, stages: Arrays, tensors: Arrays) -> None:
+    """Writes a record: inputs, stages (`logits` and `loss` among them), fingerprints of `tensors`."""
+    outputs = {name if name in ("logits", "loss") else f"stage/{name}": value for name, value in stages.items()}
+    marks = {f"weight/{name}": value for name, value in fingerprints(tensors).items()}
+    # Beside the file first: one that is cut off by a full disk must not take its place.
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with part.open("wb") as file:
+        np.savez(file, **inputs, **outputs, **marks)
+    os.replace(part, path)
+
+
+def read_record(path: Path) -> Arrays:
+    """The arrays of a record.
+
+    Raises:
+      WeightsError: it is no .npz file of arrays, or lacks one of `RECORD_NEEDS`.
+    """
+    arrays = read_arrays(path)
+    missing = [name for name in RECORD_NEEDS if name not in arrays]
+    if missing:
+        held = ", ".join(sorted(arrays)) or "nothing"
+        raise WeightsError(f"--inputs={path} lacks {', '.join(missing)}; it holds {held}")
+    return arrays
+
+
+def recorded_rows(graphdef, params, record: Arrays, source: Path) -> list[Row]:
+    """Rows for weights and stages where they are recorded, logits (real tokens only) and, where recorded, the loss.
+
+    Raises:
+      WeightsError: logits of other rows or positions are recorded.
+    """
+    model = nnx.merge(graphdef, params)
+    recorded = {
+        prefix: {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
+        for prefix in ("stage/", "weight/")
+    }
+    rows = []
     with jax.default_matmul_precision("highest"):
-        rows = parity_record.weight_rows(model.config, params, found)
-        if stages:
-            plain = {name: found[name] for name in ("logits", "loss") if name in found}
-            return rows + stage_rows(model, {**stages, **plain}, found)
-    given = part_of(model.config).port_inputs(model.config, found)
-    row, logits = parity_record.logits_row(model, given, found["logits"], source)
-    rows.append(row)
-    if "labels" in found and "loss" in found:
-        rows.append(compared("loss", loss(logits, found["labels"]), found["loss"]))
+        if recorded["weight/"]:
+            rows += weight_rows(fingerprints(tensors_of(model.config, params)), recorded["weight/"])
+        if recorded["stage/"]:
+            outputs = {name: record[name] for name in ("logits", "loss") if name in record}
+            return rows + stage_rows(model, recorded["stage/"] | outputs, record)
+        given = part_of(model.config).port_inputs(model.config, record)
+        logits = jax.jit(lambda model, given: model(**given))(model, given)
+    theirs = record["logits"]
+    if theirs.shape[:2] != logits.shape[:2] or theirs.shape[2] > logits.shape[2]:
+        raise WeightsError(f"{source}: logits {theirs.shape} recorded, {logits.shape} computed")
+    # A release may have fewer words than the model's table has rows.
+    real, logits = np.asarray(given["segment_ids"]) != 0, logits[..., : theirs.shape[2]]
+    rows.append(compared("logits", np.asarray(logits)[real], theirs[real]))
+    if "labels" in record and "loss" in record:
+        rows.append(compared("loss", loss(logits, record["labels"]), record["loss"]))
     return rows
-
-
-def _in_order(rows: list[Row]) -> list[Row]:
-    """`rows` as the computation goes: outputs, those under other weights, gradients and curve; weights are no stage."""
-
-    def place(row: Row) -> int:
-        if row.stage.startswith("weight"):
-            return 3
-        stage = row.stage.removeprefix(TELLING)
-        return 2 if stage.startswith(("gradient", "loss before")) else int(stage != row.stage)
-
-    return sorted(rows, key=place)
-
-
-def _print(rows: list[Row], ok: bool, notes: list[str]) -> None:
-    width = max(len(row.stage) for row in rows)
-    print(f"{'stage':<{width}}  difference      scale")
-    for row in rows:
-        print(f"{row.stage:<{width}}  {row.difference:10.2e} {row.scale:10.3g}  {'ok' if row.ok else 'DIFFERS'}")
-    for note in notes:
-        print(note)
-    tolerance = max(row.tolerance for row in rows)
-    if ok:
-        worst = max(rows, key=lambda row: row.difference / (row.tolerance * max(row.floor, row.scale) or 1.0))
-        print(f"equal within {tolerance:g}; the largest: {worst.stage}, {worst.difference:.2e}")
-        return
-    wrong = [row for row in _in_order(rows) if not row.ok]
-    weights = [row.stage.removeprefix("weight ") for row in wrong if row.stage.startswith("weight ")]
-    if weights:
-        print(f"tensors that differ: {', '.join(weights[:16])}{f' and {len(weights) - 16} more' * (len(weights) > 16)}")
-    first = wrong[0]
-    print(
-        f"NOT equal within {tolerance:g}: {len(wrong)} of {len(rows)} rows differ; the first: {first.stage}, "
-        f"{first.difference:.2e} of {first.scale:.3g}"
-    )

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import jax
 
 from medcg_jax.families import build
-from medcg_jax.families.mllama.model import MllamaConfig
-from medcg_jax.families.qwen2_vl.model import Qwen2VLConfig
 from medcg_jax.nn.kernels import LANES
 from medcg_jax.plan import hlo_buffers, hlo_flops, rules
 from medcg_jax.plan.programs import Subject
@@ -80,8 +78,4 @@ def lengths_of(subject: Subject, lengths: Sequence[int], rows: int) -> rules.Len
 
 def _image_lengths(config: build.Config) -> set[int]:
     """Lengths of the rows of a tower's tokens; a table of its positions has them too, and is no width."""
-    if isinstance(config, Qwen2VLConfig):
-        return {config.num_image_tokens * config.vision.merge**2}
-    if isinstance(config, MllamaConfig):
-        return {config.vision.num_tokens, config.vision.tokens_per_tile}
-    return {config.vision.num_patches, config.vision.num_patches + 1}
+    return config.tower_lengths

@@ -16,12 +16,12 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from medcg_jax.config import BOX_TABLES, MODELS, ConfigError, ModelConfig, RunConfig, RunError, replace, trains_masks
+from medcg_jax.config import BOX_TABLES, ConfigError, ModelConfig, RunConfig, RunError, replace, trains_masks
 from medcg_jax.data.encoding import Encoded
 from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.eval.letters import make_evaluator
-from medcg_jax.families import build, formats
+from medcg_jax.families import build, registry
 from medcg_jax.mesh import batch_sharding, check_batch, make_mesh
 from medcg_jax.plan import cells, topology
 from medcg_jax.train.setup import Setup, model_config
@@ -75,7 +75,7 @@ def architecture_of(model: ModelConfig) -> build.Config:
 
 def small_tokenizer(model: ModelConfig) -> Tokenizer:
     """The packaged tokenizer of the model's family, which makes rows of the right shapes."""
-    return load_tokenizer("", formats.SMALL_TOKENIZERS[MODELS[model.name]])
+    return load_tokenizer("", registry.of_model(model.name).tokenizer)
 
 
 def make_subject(run: RunConfig, mesh: Mesh) -> Subject:
@@ -86,9 +86,9 @@ def make_subject(run: RunConfig, mesh: Mesh) -> Subject:
     """
     check_batch(mesh, run.train.batch_size // run.train.accumulation_steps, "train.batch_size per accumulation step")
     check_batch(mesh, run.eval.batch_size, "eval.batch_size")
-    family, model = MODELS[run.model.name], architecture_of(run.model)
+    model = architecture_of(run.model)
     tokenizer = small_tokenizer(run.model)
-    made = formats.format_of(family, model, with_masks=trains_masks(run.model))
+    made = registry.of(model).row_format(model, with_masks=trains_masks(run.model))
     # The small tokenizer knows the phantom's words, and no others.
     run = replace(run, data__system_prompt="")
     setup = Setup(run, mesh, tokenizer, model, made, PhantomSource(0, 8, 8))

@@ -12,7 +12,7 @@ from medcg_jax.config import ConfigError
 from medcg_jax.data.records import DataError
 from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.data.tokenizer_limits import MAX_CONFIG_BYTES, added_in_config
-from medcg_jax.families import formats
+from medcg_jax.families import registry
 from medcg_jax.families.build import Config
 from medcg_jax.families.weights.convert import MODEL_FILE, WeightsError, read_config
 from medcg_jax.families.weights.families import family_of
@@ -41,7 +41,9 @@ def check_tokens(tokenizer: Tokenizer, family: str, model: Config) -> None:
     """
     placed = {"end of a turn": tokenizer.eos_id, "opening": tokenizer.bos_id}
     placed |= {
-        f: i for f, i in formats.token_ids(family, tokenizer).items() if f not in ("image_token_id", "pad_token_id")
+        name: number
+        for name, number in registry.family(family).token_ids(tokenizer).items()
+        if name not in ("image_token_id", "pad_token_id")
     }
     rows, name = model.text.vocab_size, tokenizer.path
     if tokenizer.text_ids > rows:
@@ -58,7 +60,7 @@ def check_token_ids(tokenizer: Tokenizer, family: str, directory: Path) -> None:
     """Raises ConfigError for the first special id that a checkpoint states and the tokenizer has otherwise."""
     if not directory.is_dir():
         return
-    ids = formats.token_ids(family, tokenizer)
+    ids = registry.family(family).token_ids(tokenizer)
     for field, number, name in _stated(directory, family, [*ids, "bos_token_id"]):
         ours = {**ids, "bos_token_id": tokenizer.bos_id}[field.rpartition(".")[2].replace("_index", "_id")]
         accepted = [number] if isinstance(number, int) else number
@@ -90,7 +92,7 @@ def ids_beside(directory: Path) -> dict[str, int]:
         return {}
     try:
         tokenizer = load_tokenizer(directory)
-        ids = formats.token_ids(family, tokenizer)
+        ids = registry.family(family).token_ids(tokenizer)
     except DataError as error:
         print(f"{error}; it is carried as it is")
         return {}

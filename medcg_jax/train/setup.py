@@ -21,24 +21,16 @@ from medcg_jax.data.records import RecordSet, Source
 from medcg_jax.data.row_format import Format
 from medcg_jax.data.sources import open_source, require_subsets
 from medcg_jax.data.tokenizer import SMALL, Tokenizer, load_tokenizer
-from medcg_jax.families import formats
+from medcg_jax.families import registry
 from medcg_jax.families.build import TINY, Config, architecture, create, join, replicated
 from medcg_jax.families.flops import forward, training
-from medcg_jax.families.next_chat.model import NextChatConfig
 from medcg_jax.families.weights.files import has_tokenizer
 from medcg_jax.mesh import check_batch, make_mesh
-from medcg_jax.train.losses import box_loss, mask_loss, token_loss
+from medcg_jax.train.losses import mask_loss
 from medcg_jax.train.sanity import check_token_ids, check_tokens, pixel_keys
 
-RELEASED = {
-    "llava15_7b": "llava-hf/llava-1.5-7b-hf",
-    "llava15_13b": "llava-hf/llava-1.5-13b-hf",
-    "qwen2_vl_2b": "Qwen/Qwen2-VL-2B-Instruct",
-    "qwen2_vl_7b": "Qwen/Qwen2-VL-7B-Instruct",
-    "qwen2_vl_72b": "Qwen/Qwen2-VL-72B-Instruct",
-    "llama32_vision_11b": "meta-llama/Llama-3.2-11B-Vision-Instruct",
-    "llama32_vision_90b": "meta-llama/Llama-3.2-90B-Vision-Instruct",
-}
+# Model -> the repository of its released checkpoint.
+RELEASED = {name: repo for family in registry.families() for name, repo in family.released.items() if repo}
 # Rows of a tiny model's vocabulary come in such multiples, so that a mesh can split them.
 VOCAB_MULTIPLE = 64
 
@@ -73,11 +65,10 @@ class Setup:
 
     @property
     def loss(self) -> Callable:
-        """The loss of a fine-tune (`train_step`'s `loss_fn`): of masks where their parts are trained; else of the text,
-        and of boxes where the model gives them."""
+        """The loss of a fine-tune (`train_step`'s `loss_fn`): of masks where their parts are trained; else the family's."""
         if trains_masks(self.run.model):
             return mask_loss
-        return box_loss if isinstance(self.model, NextChatConfig) else token_loss
+        return registry.of(self.model).loss_fn
 
     def has_boxes(self, subset: str) -> bool:
         """Whether the subset's records have boxes, and not options."""
@@ -136,7 +127,7 @@ def open_setup(
         )
     if isinstance(source, PreparedSource):
         check_layout(source.layout, family, model)
-    row_format = formats.format_of(family, model, with_masks=trains_masks(run.model))
+    row_format = registry.of(model).row_format(model, with_masks=trains_masks(run.model))
     return Setup(run, mesh, tokenizer, model, row_format, source)
 
 
@@ -154,7 +145,7 @@ def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:
     if beside := next(filter(has_tokenizer, paths), None):
         return load_tokenizer(beside)
     if model.name in TINY:
-        return load_tokenizer("", formats.SMALL_TOKENIZERS[MODELS[model.name]])
+        return load_tokenizer("", registry.of_model(model.name).tokenizer)
     where = f"{paths[-1]} has no tokenizer.model or tokenizer.json" if paths else "model.checkpoint is empty, too"
     raise ConfigError(
         f"model.tokenizer is empty, and {where}; give the tokenizer's file or directory, of the release that "
@@ -167,14 +158,14 @@ def with_small_tokenizer(run: RunConfig) -> RunConfig:
     model = run.model
     if model.tokenizer or model.checkpoint and has_tokenizer(Path(model.checkpoint)):
         return run
-    small = SMALL.with_stem(formats.SMALL_TOKENIZERS[MODELS[model.name]])
+    small = SMALL.with_stem(registry.of_model(model.name).tokenizer)
     return dataclasses.replace(run, model=dataclasses.replace(model, tokenizer=str(small)))
 
 
 def model_config(model: ModelConfig, tokenizer: Tokenizer) -> Config:
     """The architecture of a run's model with its tokenizer's ids, and for a tiny one its vocabulary."""
     rows = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if model.name in TINY else None
-    return architecture(model, vocab_size=rows, **formats.token_ids(MODELS[model.name], tokenizer))
+    return architecture(model, vocab_size=rows, **registry.of_model(model.name).token_ids(tokenizer))
 
 
 def check_weights(run: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from row_formats import row_format
 
 from medcg_jax.config import DataConfig, ModelConfig
 from medcg_jax.data.boxes import ask, corners
@@ -9,7 +10,7 @@ from medcg_jax.data.encoding import concat_encoded, encode, encode_boxes, encode
 from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.records import Box, DataError, Record, RecordSet, Turn
 from medcg_jax.data.tokenizer import load_tokenizer
-from medcg_jax.families import formats
+from medcg_jax.families import registry
 from medcg_jax.families.build import architecture
 from medcg_jax.families.minigpt_v2.boxes import parse_boxes
 from medcg_jax.families.next_chat.rows import preprocess_masks
@@ -20,11 +21,11 @@ RECORDS = SOURCE.records("ct-liver-det", "train")
 
 
 def small(family: str):
-    return load_tokenizer("", formats.SMALL_TOKENIZERS[family])
+    return load_tokenizer("", registry.family(family).tokenizer)
 
 
 def test_minigpts_answer_is_the_boxes_as_text():
-    tokenizer, fmt = small("minigpt_v2"), formats.minigpt_v2(32, 16)
+    tokenizer, fmt = small("minigpt_v2"), row_format("minigpt_v2", 32, 16)
     row = encode(RECORDS, tokenizer, DATA, fmt)
     for i, record in enumerate(RECORDS.records):
         targets = row.arrays["targets"][i][row.arrays["target_weights"][i] > 0]
@@ -36,7 +37,7 @@ def test_minigpts_answer_is_the_boxes_as_text():
 
 
 def test_next_chats_boxes_stand_at_their_places():
-    tokenizer, fmt = small("next_chat"), formats.next_chat(32, 16)
+    tokenizer, fmt = small("next_chat"), row_format("next_chat", 32, 16)
     row = encode(RECORDS, tokenizer, DATA, fmt)
     at, box = tokenizer.special("<at>"), tokenizer.special("<boxes>")
     for i, record in enumerate(RECORDS.records):
@@ -52,7 +53,7 @@ def test_next_chats_boxes_stand_at_their_places():
 
 
 def test_rows_with_and_without_boxes_make_one_batch():
-    tokenizer, fmt = small("next_chat"), formats.next_chat(32, 16)
+    tokenizer, fmt = small("next_chat"), row_format("next_chat", 32, 16)
     choice = SOURCE.records("ct-liver-state", "train")
     both = concat_encoded([encode(part, tokenizer, DATA, fmt) for part in (RECORDS, choice)])
     batch, _ = both.rows(np.array([0, len(RECORDS)]))
@@ -77,7 +78,7 @@ def cells() -> RecordSet:
 @pytest.mark.parametrize("family", ["minigpt_v2", "next_chat"])
 def test_every_question_is_a_row_that_ends_where_the_answer_begins(family):
     tokenizer = small(family)
-    fmt = {"minigpt_v2": formats.minigpt_v2, "next_chat": formats.next_chat}[family](32, 16)
+    fmt = row_format(family, 32, 16)
     found = encode_boxes(cells(), tokenizer, DATA, fmt)
     asked = ask(cells().records[0])
     assert found.asked == asked and [r.id for r in found.records.records] == ["63/train/1"] * 2
@@ -100,16 +101,16 @@ def test_every_question_is_a_row_that_ends_where_the_answer_begins(family):
 
 def test_a_model_without_boxes_is_asked_for_none():
     with pytest.raises(DataError, match="a model that gives no boxes is asked for some"):
-        encode_boxes(RECORDS, small("llava"), DATA, formats.llava(32, 16))
+        encode_boxes(RECORDS, small("llava"), DATA, row_format("llava", 32, 16))
 
 
 def with_masks():
     tokenizer = small("next_chat")
     model = architecture(
         ModelConfig("next_chat_tiny_sam", max_boxes=4), vocab_size=tokenizer.vocab_size,
-        **formats.token_ids("next_chat", tokenizer),
+        **registry.family("next_chat").token_ids(tokenizer),
     )  # fmt: skip
-    return tokenizer, formats.format_of("next_chat", model, with_masks=True)
+    return tokenizer, registry.of(model).row_format(model, with_masks=True)
 
 
 def test_masks_stand_in_the_order_of_the_answers_boxes():
@@ -135,15 +136,17 @@ def test_masks_that_cannot_be_learnt_are_refused_by_name():
         encode(RecordSet(records.records, records.images), tokenizer, DATA, fmt)
     many = Record("63/train/3", "63", (), image="c.png", boxes=records.records[0].boxes * 2, size_px=(32, 48))
     six = RecordSet([many], records.images[:1], [np.repeat(records.mask(0), 2, axis=0)])
-    with pytest.raises(DataError, match=r"record 63/train/3: 6 boxes, 6 in answers; at most 4 and 4 fit"):
+    with pytest.raises(DataError, match=r"record 63/train/3: 6 boxes; at most 4 fit"):
         encode(six, tokenizer, DATA, fmt)
     with pytest.raises(DataError, match="without SAM draws no masks"):
-        formats.format_of("next_chat", architecture(
-            ModelConfig("next_chat_tiny"), vocab_size=tokenizer.vocab_size, **formats.token_ids("next_chat", tokenizer)
-        ), with_masks=True)  # fmt: skip
+        ids = registry.family("next_chat").token_ids(tokenizer)
+        model = architecture(ModelConfig("next_chat_tiny"), vocab_size=tokenizer.vocab_size, **ids)
+        registry.of(model).row_format(model, with_masks=True)
 
 
-@pytest.mark.parametrize(("family", "fmt"), [("llava", formats.llava(32, 16)), ("mllama", formats.mllama(32))])
+@pytest.mark.parametrize(
+    ("family", "fmt"), [("llava", row_format("llava", 32, 16)), ("mllama", row_format("mllama", 32))]
+)
 def test_other_models_refuse_boxes(family, fmt):
     with pytest.raises(
         DataError, match=r"^record ct-liver-det/train/1: it has boxes; MiniGPT-v2 and NExT-Chat take them"

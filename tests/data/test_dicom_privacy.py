@@ -40,7 +40,7 @@ def test_no_patient_is_named(syntax, caplog, capfd):
     generator = np.random.default_rng(5)
     refused = 0
     secret = SECRET[:9].encode()
-    for number in range(400):
+    for number in range(160):
         content = bytearray(whole)
         how = number % 4
         if how == 0:
@@ -60,7 +60,7 @@ def test_no_patient_is_named(syntax, caplog, capfd):
         refused += "Error" in said
         assert SECRET[:6] not in said and SECRET_ID not in said, said
         caplog.clear()
-    assert refused > 100
+    assert refused > 40
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,21 @@
 """Rows for training and evaluation: what is refused, by record, and what stands where."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from record_sets import CountedImage, choice
+from row_formats import llava
 
 from medcg_jax.config import DataConfig
 from medcg_jax.data.encoding import concat_encoded, cut_rows, encode, encode_eval, longest_row, row_length
 from medcg_jax.data.images import preprocess
 from medcg_jax.data.records import DataError, Record, RecordSet, Turn, concat
 from medcg_jax.data.tokenizer import load_tokenizer
-from medcg_jax.families.formats import llava
+from medcg_jax.families import registry
 
 FORMAT = llava(4, 2)
 
@@ -144,3 +147,19 @@ def test_rows_end_at_the_longest_record(word_tokenizer, plain_config, words, mul
         np.testing.assert_array_equal(array, long[key][:, :behind])
     with pytest.raises(ValueError, match=f"length={longest - 1}: {longest} to 42 is accepted"):
         cut_rows(whole, longest - 1)
+
+
+def test_rows_of_images_of_any_size_are_made_without_decoding_one(plain_config):
+    """Qwen2-VL's images take as many tokens as they are large: their sizes are read, and no pixel."""
+    decoded: list[int] = []
+    sizes = [(28, 28), (56, 84), (84, 28)]
+    records = RecordSet([choice(i) for i in range(3)], [CountedImage(i, decoded, size) for i, size in enumerate(sizes)])
+    tokenizer = load_tokenizer("", registry.family("qwen2_vl").tokenizer)
+    vision = SimpleNamespace(patch_size_px=14, merge=2)
+    fmt = registry.family("qwen2_vl").row_format(SimpleNamespace(vision=vision, min_pixels=28 * 28, max_pixels=84 * 84))
+    rows = encode(records, tokenizer, plain_config, fmt, memory_limit_bytes=0)
+    assert longest_row(records, tokenizer, plain_config, fmt) == rows.arrays["length"].max() and not decoded
+    counts = (rows.arrays["tokens"] == tokenizer.image_id).sum(axis=1)
+    assert counts.tolist() == [1, 6, 3]
+    batch, _ = rows.rows(np.array([1]))
+    assert decoded == [1] and batch["tokens"].shape[0] == 1

@@ -1,16 +1,20 @@
-"""Every case of medmat-mini/hostile/expected.json is judged as it says."""
+"""Every case of medmat-mini/hostile/expected.json is judged as it says, by itself and in a tree of all of them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from trees import read_file
+from trees import raw_record, read_file
 
+from medcg_jax.cli import main
 from medcg_jax.config import DataConfig
-from medcg_jax.data.check import check_tree
 from medcg_jax.data.images import ImageError, image_size, load_image
+from medcg_jax.data.layouts import Layout
+from medcg_jax.data.prepare import TooManyBad, prepare
+from medcg_jax.data.prepared import PreparedSource
 from medcg_jax.data.schema import RecordError, ReleaseError, parse_detection
 from medcg_jax.data.tree import read_list
 
@@ -114,24 +118,6 @@ def test_detection_records_are_refused(case):
         read_file(path, PACK, detection=True)
 
 
-def test_the_check_names_the_bad_detection_records(tmp_path):
-    if not CASES:
-        pytest.skip("../shared is not on this machine")
-    (tmp_path / "hostile").symlink_to(PACK / "hostile")
-    (tmp_path / "Subset--47-det-train.json").write_bytes((PACK / "hostile" / "det_bad_boxes.json").read_bytes())
-    report = check_tree(tmp_path)
-    # A link out of the tree is refused before any box is looked at.
-    assert report.counts() == {"path": 3} and report.num_detection == 3
-    (tmp_path / "hostile").unlink()
-    (tmp_path / "hostile" / "images").mkdir(parents=True)
-    image = "hostile/images/good_gray.jpg"
-    (tmp_path / image).write_bytes((PACK / image).read_bytes())
-    report = check_tree(tmp_path)
-    found = [(problem.record, problem.kind) for problem in report.problems]
-    assert found == [("record 1", "box"), ("record 2", "box"), ("record 3", "size")]
-    assert (report.num_records, report.num_detection, report.num_boxes) == (3, 3, 2)
-
-
 @pytest.mark.parametrize(
     "text, kind, said",
     [
@@ -164,3 +150,57 @@ def test_values_nested_too_deep_to_write_are_shown_short(tmp_path):
     with pytest.raises(RecordError) as error:
         parse_detection(read_list(path)[0], "1", "train", (1, 1))
     assert len(str(error.value)) < 200
+
+
+@pytest.fixture
+def hostile(shared_dir, tmp_path):
+    """(root, subset file -> its case, case file -> record name) of a tree of all cases."""
+    pack = shared_dir / "data" / "medmat-mini" / "hostile"
+    cases = json.loads((pack / "expected.json").read_text("utf-8"))["cases"]
+    root = tmp_path / "tree"
+    shutil.copytree(pack, root / "hostile")
+    (root / "Aggregated_Subsets").mkdir()
+    files, images = {}, []
+    for number, case in enumerate(cases, start=1):
+        detection = "-det" if case["kind"] == "json-detection" else ""
+        if case["kind"] == "image":
+            images.append((number, case))
+        else:
+            name = f"Subset--{number:02d}{detection}-train.json"
+            shutil.copy(pack / case["file"], root / "Aggregated_Subsets" / name)
+            files[name] = case
+    raws = [raw_record(number, image=f"hostile/{case['file']}") for number, case in images]
+    (root / "Aggregated_Subsets" / "Subset--53-train.json").write_text(json.dumps(raws), "utf-8")
+    return root, files, {f"record {number}": case for number, case in images}
+
+
+def test_each_is_judged_as_expected(hostile, tmp_path, capsys):
+    root, files, images = hostile
+    assert main(["data", "check", str(root), f"--json={tmp_path / 'report.json'}"]) == 2
+    problems = json.loads((tmp_path / "report.json").read_text("utf-8"))["problems"]
+    for name, case in files.items():
+        own = [p for p in problems if p["file"] == name]
+        if case["accept"]:
+            # An empty list is valid, and said.
+            assert [p["kind"] for p in own] == (["no_records"] if case["as"]["records"] == 0 else []), (case, own)
+        else:
+            assert own, case
+    assert len([p for p in problems if files.get(p["file"], {}).get("kind") == "json-detection"]) == 3
+    refused = {p["record"] for p in problems if p["file"] == "Subset--53-train.json"}
+    assert refused == {record for record, case in images.items() if not case["accept"]}
+    assert "bad records: " in capsys.readouterr().out
+
+
+def test_what_is_good_of_it_can_be_prepared(hostile, tmp_path):
+    root, files, images = hostile
+    with pytest.raises(TooManyBad, match="files of the tree cannot be used .*json 1"):
+        prepare(root, tmp_path / "out", DataConfig(), Layout("keep", 0), max_bad_frac=1.0)
+    for name, case in files.items():
+        if case["file"] in ("not_a_list.json", "cut_in_half.json", "not_utf8.json"):
+            (root / "Aggregated_Subsets" / name).unlink()
+    done = prepare(root, tmp_path / "out", DataConfig(), Layout("keep", 0), max_bad_frac=1.0)
+    assert done.manifest["set_aside"]["records"] > 10
+    source = PreparedSource(tmp_path / "out", DataConfig())
+    kept = [records.image(place).shape for split in ("train", "test")
+            for records in [source.records("53", split)] for place in range(len(records))]  # fmt: skip
+    assert len(kept) == sum(case["accept"] for case in images.values()) and (1, 1, 3) in kept and (160, 100, 3) in kept

@@ -11,7 +11,6 @@ from medcg_jax.data import images
 from medcg_jax.data.images import (
     BACKGROUND,
     FILL,
-    MAX_SCANS,
     ImageError,
     image_size,
     load_image,
@@ -19,14 +18,13 @@ from medcg_jax.data.images import (
     preprocess,
     range_used,
     read_image,
-    resize,
-)
+)  # fmt: skip
 from medcg_jax.data.reading import Reading, check_reading, frame_index
 from medcg_jax.data.records import DataError
 from medcg_jax.untrusted import open_regular
 
 MANY = 10_000_000
-SHAPES = [(1, 1), (1, 97), (97, 1), (5, 300), (33, 32), (32, 33), (64, 64), (200, 150), (301, 501), (336, 336)]
+SHAPES = [(1, 1), (1, 97), (5, 300), (33, 32), (64, 64), (200, 150), (301, 501), (336, 336)]
 
 
 def noise(shape, seed=0):
@@ -66,11 +64,6 @@ def test_padding_is_in_the_middle_and_touches_nothing(shape):
     assert (square[around] == FILL).all()
 
 
-def test_resize_of_the_right_size_changes_nothing():
-    image = noise((24, 24), 2)
-    np.testing.assert_array_equal(resize(image, 24), image)
-
-
 def test_sixteen_bits_are_scaled_not_clipped():
     grey = np.array([[0, 257, 32896], [65535, 128, 129]], np.uint16)
     found = load_image(encoded(Image.fromarray(grey)), MANY)
@@ -98,14 +91,6 @@ def test_transparent_parts_show_the_background(mode):
     else:
         content = encoded(layer.convert(mode))
     np.testing.assert_array_equal(load_image(content, MANY), [[[200, 200, 200], BACKGROUND]])
-
-
-def test_an_image_is_turned_as_its_exif_says():
-    upright = noise((6, 4), 3)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    stored = Image.fromarray(np.rot90(upright).copy())
-    np.testing.assert_array_equal(load_image(encoded(stored, exif=exif), MANY), upright)
 
 
 def test_the_first_of_several_frames_is_taken():
@@ -139,24 +124,6 @@ def test_what_is_no_image_is_refused(content):
         load_image(content, MANY)
 
 
-def test_random_damage_gives_an_image_or_a_refusal():
-    generator = np.random.default_rng(7)
-    refused = 0
-    for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"):
-        good = bytearray(encoded(Image.fromarray(noise((16, 16))), kind))
-        for _ in range(40):
-            bad = bytearray(good)
-            for place in generator.integers(0, len(bad), 4):
-                bad[place] = generator.integers(256)
-            try:
-                found = load_image(bytes(bad), MANY)
-            except ImageError:
-                refused += 1
-            else:
-                assert found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == 3
-    assert refused > 20
-
-
 DEEP = np.linspace(1000, 5000, 64 * 64).reshape(64, 64)
 
 
@@ -186,6 +153,8 @@ def test_what_the_range_means():
     with pytest.raises(ImageError, match="from -5 to 1; .*data.deep_grey=percentile or window"):
         load_image(below, MANY)
     assert load_image(below, MANY, Reading(deep_grey="percentile"))[0, :, 0].tolist() == [0, 255]
+    constant = encoded(Image.fromarray(np.full((4, 4), 700, np.uint16)))
+    assert load_image(constant, MANY, Reading(deep_grey="percentile")).max() == 0
 
 
 def test_numbers_that_are_none_are_refused():
@@ -206,11 +175,6 @@ def test_white_is_zero(reading):
     turned = plain.replace(entry + b"\x01", entry + b"\x00")
     found, how = read_image(turned, MANY, reading)
     assert how.endswith(", inverted") and (found == 255 - load_image(plain, MANY, reading)).all()
-
-
-def test_a_constant_deep_grey_is_black():
-    content = encoded(Image.fromarray(np.full((4, 4), 700, np.uint16)))
-    assert load_image(content, MANY, Reading(deep_grey="percentile")).max() == 0
 
 
 @pytest.mark.parametrize("reading, named", [
@@ -246,15 +210,6 @@ def test_inks_come_the_right_way_round():
         assert inks[place] == 0
         ycck = inks[:place] + b"\x02" + inks[place + 1 :]
         assert np.abs(load_image(ycck, MANY).astype(int) - light).max() < 6
-
-
-def test_a_progressive_jpeg_of_many_scans_is_refused():
-    content = encoded(Image.fromarray(noise((64, 64))), "JPEG", progressive=True)
-    assert load_image(content, MANY).shape == (64, 64, 3)
-    last = content[content.rindex(b"\xff\xda") : -2]
-    many = content[:-2] + last * MAX_SCANS + content[-2:]
-    with pytest.raises(ImageError, match="a JPEG of more than 50 scans; at most 50"):
-        load_image(many, MANY)
 
 
 def test_text_of_a_png_is_not_inflated_without_bound(monkeypatch):
@@ -305,7 +260,7 @@ def test_colours_of_sixteen_bits_say_so():
     content = b"\x89PNG\r\n\x1a\n"
     for name, data in ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
         content += len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
-    for content in (content, b"P6 5 4 65535\n" + pixels.tobytes()):
-        found, how = read_image(content, MANY)
+    for deep in (content, b"P6 5 4 65535\n" + pixels.tobytes()):
+        found, how = read_image(deep, MANY)
         assert how == "16-bit colours, range 0 to 65535" and range_used(found, how) == 0
         assert abs(int(found.max()) - 15.5) <= 1

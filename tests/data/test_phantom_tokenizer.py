@@ -8,7 +8,7 @@ from medcg_jax.data.phantom.pretraining import MAX_TARGET_TOKENS, MAX_TEXT_TOKEN
 from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.phantom.world import AREAS, MODALITIES, TASKS
 from medcg_jax.data.tokenizer import SMALL, load_tokenizer
-from medcg_jax.families import prompts
+from medcg_jax.families.llava.rows import PROMPTS as prompts
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from medcg_jax.data import tokenizer_limits
 from medcg_jax.data.records import DataError
 from medcg_jax.data.tokenizer import SMALL, load_tokenizer
-from medcg_jax.families import formats
+from medcg_jax.families import registry
 
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 TEXTS = ("USER: a", "the  option's   letter", " A", "A ", "\nB: Normal\n", "é µ", "", "A chat between")
@@ -40,7 +40,7 @@ def test_an_ordinary_piece_does_not_make_a_llama_tokenizer(tmp_path):
     special = {name: inner.token_to_id(name) for name in CHATML}
     assert (found.bos_id, found.eos_id, found.pad_id) == (None, special["<|im_end|>"], special["<|endoftext|>"])
     assert found.image_id == special["<|image_pad|>"] and found.vocab_size == 256 + 3 + len(CHATML)
-    assert formats.token_ids("qwen2_vl", found)["image_token_id"] == special["<|image_pad|>"]
+    assert registry.family("qwen2_vl").token_ids(found)["image_token_id"] == special["<|image_pad|>"]
     # Spelled in a text they are text.
     assert found.decode(found.encode("</s> and <s>")) == "</s> and <s>"
 

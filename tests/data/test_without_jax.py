@@ -32,7 +32,8 @@ for module in pkgutil.walk_packages(medcg_jax.data.__path__, "medcg_jax.data."):
 
 from medcg_jax.data.check import check_tree
 from medcg_jax.data.encoding import encode, encode_eval
-from medcg_jax.families.formats import llava
+from types import SimpleNamespace
+from medcg_jax.families.llava.rows import row_format
 from medcg_jax.data.eval_batches import eval_batches
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.sources import open_source
@@ -42,7 +43,7 @@ from medcg_jax.config import DataConfig
 root, words = sys.argv[1:]
 config = DataConfig(source="release", root=root, system_prompt="")
 source, tokenizer = open_source(config), load_tokenizer(words)
-fmt = llava(16, 4)
+fmt = row_format(SimpleNamespace(image_size_px=16, num_image_tokens=4))
 rows = encode(source.records("04", "train"), tokenizer, config, fmt)
 batch, ids = next(Batches(rows, batch_size=4, seed=0))
 assert batch["pixels"].shape == (4, 1, 16, 16, 3) and len(ids) == 4, batch["pixels"].shape

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from row_formats import llava
 
 from medcg_jax.config import DataConfig, MeshConfig
 from medcg_jax.data.encoding import encode_eval
@@ -10,7 +11,6 @@ from medcg_jax.data.records import Record, RecordSet, Turn
 from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.eval.letters import make_evaluator
 from medcg_jax.families import build
-from medcg_jax.families.formats import llava
 from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.mesh import make_mesh
 

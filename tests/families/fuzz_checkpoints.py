@@ -1,6 +1,6 @@
 """Broken checkpoints by the thousand, given to the product's own readers: each must be taken rightly or refused.
 
-    python -m tests.weights.fuzz_checkpoints 5000 0 [--kinds=bin,index] [--workers=2]
+    python -m tests.families.fuzz_checkpoints 5000 0 [--kinds=bin,index] [--workers=2]
 
 The harness is that of `tests/data/fuzz_inputs.py`. What hangs, kills its process, raises anything but the product's
 own refusals, takes memory past a bound, or gives numbers that are not finite is a failure; its input is kept, and the

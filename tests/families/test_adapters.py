@@ -182,7 +182,7 @@ def test_faults_are_seen_in_logits_and_in_merged_weights(ours, peft_dir, tmp_pat
 
 def test_what_was_trained_alone_is_laid_over_its_base(ours, reference, tmp_path):
     """As `medcg train` leaves it: both exports, loading, and a base that has moved."""
-    config, graphdef, params = ours
+    config, _, params = ours
     reference.save_pretrained(tmp_path / "base")
     trained, _ = build.split_trainable(params, TRAINED)
     save_params(tmp_path / "params", trained, config, trained_on=str(tmp_path / "base"))

@@ -1,5 +1,7 @@
 """Models from configuration: created on a mesh, split into what trains, the same numbers on 8 simulated devices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,7 +120,7 @@ def test_config_by_name_carries_how_it_runs():
 
 
 def test_computes_in_the_dtype_asked_with_float32_weights_and_logits():
-    model = nnx.eval_shape(lambda: Llava(TINY, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    model = nnx.eval_shape(lambda: Llava(dataclasses.replace(TINY, compute_dtype="bfloat16"), rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
 

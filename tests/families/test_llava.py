@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from medcg_jax.families import clip
+from medcg_jax.families import clip, common
 from medcg_jax.families.llava import model as llava
 from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.families.merge import merge_images
@@ -117,7 +117,11 @@ FAULTS = {
     "gelu in clip": (None, None, (blocks, "quick_gelu", partial(jax.nn.gelu, approximate=False))),
     "interleaved rope": (None, None, (blocks, "rotate", interleaved)),
     "patches by column": (None, None, (clip, "patches", column_major)),
-    "images swapped": (None, None, (llava, "merge_images", lambda x, f, m: merge_images(x, jnp.roll(f, 9, axis=1), m))),
+    "images swapped": (
+        None,
+        None,
+        (common, "merge_images", lambda x, f, m: merge_images(x, jnp.roll(f, 9, axis=1), m)),
+    ),
 }
 
 
@@ -205,7 +209,7 @@ def test_shapes_and_sizes_that_do_not_fit_are_refused():
     config = llava15_tiny(20, 19)
     model = nnx.eval_shape(lambda: llava.Llava(config, rngs=nnx.Rngs(0)))
     tokens = jnp.zeros((2, 20), jnp.int32)
-    with pytest.raises(ValueError, match=r"pixels \(2, 32, 32, 3\): \[batch, images, 32, 32, 3\]"):
+    with pytest.raises(ValueError, match=r"pixels \(2, 32, 32, 3\); expected \[batch, images, 32, 32, 3\]"):
         model.encode_images({"pixels": jnp.zeros((2, 32, 32, 3), jnp.uint8)})
     with pytest.raises(ValueError, match=r"segment_ids \(2, 3\) beside tokens \(2, 20\)"):
         model.hidden(tokens, segment_ids=jnp.zeros((2, 3)))

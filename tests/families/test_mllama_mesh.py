@@ -79,7 +79,7 @@ def test_fewer_key_heads_than_devices_are_replicated(variables, alone):
 
 
 def test_computes_in_the_dtype_asked_with_float32_weights_and_logits():
-    model = nnx.eval_shape(lambda: Mllama(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    model = nnx.eval_shape(lambda: Mllama(dataclasses.replace(CONFIG, compute_dtype="bfloat16"), rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
 

@@ -14,7 +14,7 @@ from medcg_jax.families.weights import engine, next_chat
 from medcg_jax.families.weights.convert import export, load_checkpoint, read_config
 from medcg_jax.families.weights.files import WeightsError, open_safetensors
 from medcg_jax.mesh import make_mesh
-from medcg_jax.parity import golden_next_data
+from tests.golden import next_chat as golden_next
 
 CONFIG = CONFIGS["next_chat"]
 JSON = next_chat.config_to_json(CONFIG, "float32")
@@ -130,7 +130,7 @@ def test_a_projector_of_one_layer_is_refused(tensors, tmp_path):
 def test_every_tensor_of_the_original_is_known(shared_dir):
     folder = shared_dir / "golden" / "next_chat" / "variant_a"
     found = open_safetensors(folder / "weights.safetensors")
-    config = golden_next_data.read_config(folder)
+    config = golden_next.read_config(folder)
     slots = engine.slots(next_chat.table(config), build.abstract(config)[1])
     theirs = {next_chat.canonical(name): shape for name, shape in found.shapes.items()}
     theirs.pop(None, None)

@@ -3,13 +3,14 @@
 Needs the folder `shared` (tokenizers, and ids of the original code); without it the tests are skipped.
 """
 
+import importlib
 import json
 
 import pytest
 
 from medcg_jax.data.records import DataError, Turn
 from medcg_jax.data.tokenizer import load_tokenizer
-from medcg_jax.families import formats, prompts, prompts_chatml, prompts_llama3, prompts_minigpt, prompts_next_chat
+from medcg_jax.families import registry
 
 IMAGE = -200
 # Directory -> (bos, eos, pad, image, number of ids).
@@ -21,14 +22,14 @@ IDS = {
     "llama32_vision": (128000, 128009, 128004, 128256, 128257),
     "qwen2_vl_json_alone": (None, 151645, 151643, 151655, 151657),
 }
-# Directory, prompts, system's sentence, reference, whether it says what is supervised, rows, of which refused.
+# Directory of the tokenizer, system's sentence, reference, whether it says what is supervised, rows, of which refused.
 FAMILIES = {
-    "llava": ("llava_hf", prompts, "vicuna", "ref_llava_437", True, 72, 0),
-    "minigpt_v2": ("llama2_chat", prompts_minigpt, "", "ref_minigpt", True, 72, 0),
-    "mllama": ("llama32_vision", prompts_llama3, "", "ref_llama3", False, 72, 0),
-    "mllama of Meta": ("llama32_vision", prompts_llama3, "", "ref_meta", False, 72, 0),
-    "qwen2_vl": ("qwen2_vl_json_alone", prompts_chatml, "qwen2", "ref_qwen", False, 72, 2),
-    "next_chat": ("next_chat", prompts_next_chat, "vicuna", "ref_next", False, 80, 0),
+    "llava": ("llava_hf", "vicuna", "ref_llava_437", True, 72, 0),
+    "minigpt_v2": ("llama2_chat", "", "ref_minigpt", True, 72, 0),
+    "mllama": ("llama32_vision", "", "ref_llama3", False, 72, 0),
+    "mllama of Meta": ("llama32_vision", "", "ref_meta", False, 72, 0),
+    "qwen2_vl": ("qwen2_vl_json_alone", "qwen2", "ref_qwen", False, 72, 2),
+    "next_chat": ("next_chat", "vicuna", "ref_next", False, 80, 0),
 }
 # Rows that the original masks wrongly: questions that spell "ASSISTANT: ".
 MASKED_WRONGLY = {"llava": {50, 51, 52, 53}}
@@ -55,7 +56,7 @@ def test_special_ids_of_released_tokenizers(tokenizers, name):
 def test_an_ordinary_piece_spelled_like_a_special_token_is_text(tokenizers):
     qwen = tokenizers["qwen2_vl_json_alone"]
     assert qwen.decode(qwen.encode("<s> ends in </s>")) == "<s> ends in </s>"
-    assert formats.token_ids("qwen2_vl", qwen)["image_token_id"] == 151655
+    assert registry.family("qwen2_vl").token_ids(qwen)["image_token_id"] == 151655
 
 
 def conversations(folder, file="cases.json"):
@@ -65,7 +66,8 @@ def conversations(folder, file="cases.json"):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ids_are_the_originals(folder, tokenizers, family):
-    name, module, system, file, has_labels, rows, refused = FAMILIES[family]
+    name, system, file, has_labels, rows, refused = FAMILIES[family]
+    prompts = importlib.import_module(f"medcg_jax.families.{family.split()[0]}.rows").PROMPTS
     tokenizer = tokenizers[name]
     references = json.loads((folder / "golden" / "prompts" / f"{file}.json").read_text())
     talks = conversations(folder) + (conversations(folder, "cases_next.json") if family == "next_chat" else [])
@@ -74,8 +76,8 @@ def test_ids_are_the_originals(folder, tokenizers, family):
     wrong, not_encoded, rest = [], 0, dict(system_prompt=system)
     for number, ((turns, has_image), expected) in enumerate(zip(talks, references, strict=True)):
         try:
-            found = module.conversation(tokenizer, turns, num_image_tokens=int(has_image), **rest)
-            asked = module.evaluation_prompt(tokenizer, turns, num_image_tokens=int(has_image), **rest)
+            found = prompts.conversation(tokenizer, turns, num_image_tokens=int(has_image), **rest)
+            asked = prompts.evaluation_prompt(tokenizer, turns, num_image_tokens=int(has_image), **rest)
         except DataError:
             not_encoded += 1
             continue

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from medcg_jax.families import build
+from medcg_jax.families import build, registry
 from medcg_jax.nn.layers import LayerNorm, RMSNorm
 from medcg_jax.parity.rows import layers
 
@@ -35,7 +35,7 @@ EPSILONS = {
 
 def epsilons(config) -> dict[str, float]:
     """Dotted name of every norm -> its epsilon."""
-    model = nnx.eval_shape(lambda: build.MODULES[type(config)](config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: registry.of(config).module_type(config, rngs=nnx.Rngs(0)))
     return {
         ".".join(map(str, path)): module.eps
         for path, module in nnx.iter_modules(model)
@@ -74,7 +74,7 @@ def test_new_gates_are_not_inert(mllama):
     config, rows = mllama
     mesh = family_toys.setup("mllama").mesh
     graphdef, _ = build.abstract(config)
-    new = jax.jit(lambda: nnx.state(build.MODULES[type(config)](config, rngs=nnx.Rngs(0))))
+    new = jax.jit(lambda: nnx.state(registry.of(config).module_type(config, rngs=nnx.Rngs(0))))
     params = family_toys.compiled(mesh, new)()
     params = jax.tree.map(lambda v: v[...], params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

@@ -1,5 +1,6 @@
 """A host reads the slices of a release that its devices hold, and gets the numbers that the whole tensors have."""
 
+import functools
 import json
 import math
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from releases import CONFIGS, random_params, released, same, tensors_of, write
+from releases import CONFIGS, random_release, same
 
 from medcg_jax.config import MeshConfig
 from medcg_jax.families import build
@@ -50,20 +51,14 @@ def test_a_slice_of_ours_is_that_of_the_whole_and_no_more_is_read(name):
             index, num_read = (*[slice(None)] * axis, slice(start, stop)), 0
             got = transform.load(read, shape, index)
             np.testing.assert_array_equal(got, ours[index])
-            across = name in ("fused", "fused bias", "patches") and shape[axis] in (6, 12)
+            across = name in ("fused", "fused bias", "patches") and size in (6, 12)
             assert num_read == (ours.size if across else got.size) or name == "patches"
 
 
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory):
-    """Family -> (released directory, parameters)."""
-    made = {}
-    for name, config in CONFIGS.items():
-        params = random_params(config)
-        src = tmp_path_factory.mktemp(name) / "src"
-        tensors = released(config, tensors_of(config, params))
-        made[name] = write(src, tensors, module_of(config).config_to_json(config, "float32")), params
-    return made
+    """A function: family -> (released directory, parameters)."""
+    return functools.cache(lambda family: random_release(family, tmp_path_factory.mktemp(family)))
 
 
 def on_one_device(params):
@@ -72,12 +67,12 @@ def on_one_device(params):
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_on_eight_devices_the_numbers_are_those_of_the_release(family, releases):
-    src, params = releases[family]
+    src, params = releases(family)
     same(on_one_device(load_checkpoint(src, CONFIGS[family], make_mesh(FSDP))[1]), params)
 
 
 def test_of_heads_that_devices_share_too_and_of_what_was_converted(releases, tmp_path):
-    (src, params), config, mesh = releases["minigpt_v2"], CONFIGS["minigpt_v2"], make_mesh(MIXED)
+    (src, params), config, mesh = releases("minigpt_v2"), CONFIGS["minigpt_v2"], make_mesh(MIXED)
     same(on_one_device(load_checkpoint(src, config, mesh)[1]), params)
     # As a start with a base of another dtype takes it.
     convert(src, tmp_path / "orbax")
@@ -86,7 +81,7 @@ def test_of_heads_that_devices_share_too_and_of_what_was_converted(releases, tmp
 
 
 def bytes_read(src, config, monkeypatch, num_devices: int) -> tuple[int, int, dict[str, int]]:
-    """(bytes that a host with the first devices of eight reads, bytes of the slices that they hold, bytes by tensor)."""
+    """(bytes that a host with the first of eight devices reads, bytes of the slices that they hold, bytes by tensor)."""
     mesh = make_mesh(FSDP)
     abstract, shardings = build.abstract(config)[1], build.shardings(config, mesh)
     family = module_of(config)
@@ -119,9 +114,9 @@ def bytes_read(src, config, monkeypatch, num_devices: int) -> tuple[int, int, di
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_host_with_two_of_eight_devices_reads_a_quarter_and_what_is_replicated(family, releases, monkeypatch):
-    src, config = releases[family][0], CONFIGS[family]
+    src, config = releases(family)[0], CONFIGS[family]
     whole, _, by_tensor = bytes_read(src, config, monkeypatch, 8)
-    assert whole == sum(x.nbytes for x in jax.tree.leaves(releases[family][1]))
+    assert whole == sum(x.nbytes for x in jax.tree.leaves(releases(family)[1]))
     quarter, held, of_host = bytes_read(src, config, monkeypatch, 2)
     # Each tensor is read in a quarter or, where all devices hold it (norms, biases, gates, positions), whole.
     replicated = sum(size for name, size in by_tensor.items() if of_host[name] == size)

@@ -125,7 +125,7 @@ def test_a_cut_off_shard_stops_a_conversion_before_it_begins(released, tmp_path)
     src.mkdir()
     for file in released.iterdir():
         (src / file.name).write_bytes(file.read_bytes())
-    last = sorted(src.glob("*.safetensors"))[-1]
+    last = max(src.glob("*.safetensors"))
     os.truncate(last, last.stat().st_size - 1)
     with pytest.raises(WeightsError, match=f"{last.name} is cut off, damaged or no safetensors file: "):
         convert(src, tmp_path / "dst")
@@ -182,7 +182,7 @@ def child(program: str, *args) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("to", ["orbax", "hf"])
+@pytest.mark.parametrize("to", ["orbax", pytest.param("hf", marks=pytest.mark.long)])
 def test_a_killed_conversion_leaves_nothing_that_looks_like_a_checkpoint(to, released, tmp_path):
     dst = tmp_path / "dst"
     done = child(KILLED, released, dst, to)
@@ -199,7 +199,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_like_a_checkpoint(to, rel
     assert open_leaves(dst)["decoder"]["embed"]["table"].shape == (96, 256)
 
 
-@pytest.mark.parametrize("to", ["orbax", "hf"])
+@pytest.mark.parametrize("to", [pytest.param("orbax", marks=pytest.mark.long), "hf"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(to, released, tmp_path):
     done = child(FULL, released, tmp_path / "dst", to)
     assert done.returncode == 1, done.stderr[-2000:]  # no wrong use: the same may work later
@@ -221,6 +221,7 @@ def test_parameters_that_cannot_be_read_are_named(released, tmp_path):
     assert cli.main(["convert", str(tmp_path / "orbax"), str(tmp_path / "dst"), "--to=hf"]) == 2
 
 
+@pytest.mark.long
 def test_the_measurement_measures_and_compares(tmp_path, monkeypatch):
     """At this size a process' libraries alone are above the limit: it can fail."""
     result = convert_memory.measure(tmp_path / "here", CONFIG, 5_000_000)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from releases import CONFIGS, one, random_params, released, replaced, same, same_as, tensors_of, write
+from releases import CONFIGS, one, random_release, released, replaced, same, same_as, tensors_of, write
 
 import medcg_jax
 from medcg_jax.config import MeshConfig
@@ -35,19 +36,13 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory):
-    """Family -> (released directory, parameters)."""
-    made = {}
-    for name, config in CONFIGS.items():
-        params = random_params(config)
-        folder = tmp_path_factory.mktemp(name)
-        tensors = released(config, tensors_of(config, params))
-        made[name] = write(folder / "src", tensors, module_of(config).config_to_json(config, "float32")), params
-    return made
+    """A function: family -> (released directory, parameters)."""
+    return functools.cache(lambda family: random_release(family, tmp_path_factory.mktemp(family)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_there_and_back(family, releases, tmp_path):
-    src, params = releases[family]
+    src, params = releases(family)
     config = CONFIGS[family]
     same_as(params, src)
     there = convert(src, tmp_path / "orbax")
@@ -66,8 +61,8 @@ def test_there_and_back(family, releases, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensors_of_another_model_are_refused_with_their_file(family, releases, tmp_path):
     """The config.json of one family beside the tensors of the next one."""
-    src = releases[family][0]
-    other = releases[FAMILIES[(FAMILIES.index(family) + 1) % len(FAMILIES)]][0]
+    src = releases(family)[0]
+    other = releases(FAMILIES[(FAMILIES.index(family) + 1) % len(FAMILIES)])[0]
     tmp_path.joinpath("config.json").write_text((src / "config.json").read_text())
     tmp_path.joinpath("model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
     # LLaVA's and NExT-Chat's want a vision tower before anything else.
@@ -82,7 +77,7 @@ def test_tensors_of_another_model_are_refused_with_their_file(family, releases, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_of_another_family_or_size_is_refused_with_its_name(family, releases):
-    src = releases[family][0]
+    src = releases(family)[0]
     for wanted in FAMILIES:
         if wanted != family:
             with pytest.raises(WeightsError, match=rf"{src} holds a {family}; a {wanted} is wanted"):
@@ -174,7 +169,7 @@ FAULTS = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_missing_unused_and_misshapen_tensors_and_names_held_twice_stop_the_load(family, releases, tmp_path):
     config, module = CONFIGS[family], module_of(CONFIGS[family])
-    tensors = tensors_of(config, releases[family][1])
+    tensors = tensors_of(config, releases(family)[1])
     missing, misshapen = FAULTS[family]
     layer = next(name for name in tensors if "layers.1." in name)
     unused, shape = layer.replace("layers.1.", "layers.9."), tensors[misshapen].shape

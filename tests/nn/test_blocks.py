@@ -12,7 +12,7 @@ from medcg_jax.nn.blocks import ClipBlock, run_stack
 
 @pytest.fixture(scope="module")
 def stack():
-    return ClipBlock(12, 2, 20, eps=1e-5, rngs=nnx.Rngs(0), dtype=jnp.float32, stack=(3,))
+    return ClipBlock(12, 2, 20, eps=1e-5, rngs=nnx.Rngs(0), param_dtype=jnp.float32, stack=(3,))
 
 
 def loss(block_stack, x, **how):

@@ -25,7 +25,7 @@ from medcg_jax.config import (
     TrainConfig,
     replace,
 )
-from medcg_jax.families.formats import SMALL_TOKENIZERS
+from medcg_jax.families import registry
 from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.mesh import make_mesh
 from medcg_jax.plan import hlo, programs, search
@@ -194,7 +194,7 @@ def test_rows_of_every_family_are_the_data_rooms_own(family):
     assert batch["targets"].shape == (16, 2) and batch["pixels"].shape[:2] == (16, 1)
     tests = programs.batch_of(programs.eval_rows(subject.setup), 8)
     assert tests["tokens"].shape == (8, length) and tests["option_ids"].shape == (8, 4)
-    assert SMALL_TOKENIZERS[family] and set(batch) >= {*tests} - {"option_ids", "last_position"}
+    assert registry.family(family).tokenizer and set(batch) >= {*tests} - {"option_ids", "last_position"}
 
 
 def test_rows_with_boxes_are_as_long_as_the_grids():

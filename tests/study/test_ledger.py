@@ -46,7 +46,7 @@ def test_an_empty_folder_lacks_everything(tmp_path):
     assert dataset_of(ledger, "109").reasons == ("no record in subset 53, whose questions are not released",)
     assert dataset_of(ledger, "43").reasons == ("no record; in no subset of the catalogue",)
     text = "\n".join(ledger_lines(ledger))
-    assert all(address in text for own in catalogue.datasets() for address in own.addresses)
+    assert all(address in text for own in catalogue.datasets().values() for address in own.addresses)
     assert "REFUSES" not in text and " 46  name not known" in text
 
 

@@ -179,11 +179,11 @@ class Rows:
 @pytest.mark.parametrize("name", [name for name in MODELS if name.endswith("tiny")])
 def test_every_family_knows_what_a_step_needs(name):
     from medcg_jax.data.tokenizer import load_tokenizer
-    from medcg_jax.families.formats import SMALL_TOKENIZERS
+    from medcg_jax.families import registry
     from medcg_jax.train.setup import model_config
 
     trainable = ("lora",) if name == "minigpt_v2_tiny" else ("decoder",)
-    config = model_config(ModelConfig(name=name), load_tokenizer("", SMALL_TOKENIZERS[MODELS[name]]))
+    config = model_config(ModelConfig(name=name), load_tokenizer("", registry.of_model(name).tokenizer))
     rows = [flops.forward(config, length=length, num_logits=5) for length in (90, 90, 110, 120)]
     expected = 8 / 4 * sum(flops.training(row, trainable=trainable) for row in rows)
     made = step_flops(Rows(5), config, trainable=trainable, batch_size=8)

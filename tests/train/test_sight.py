@@ -12,7 +12,7 @@ from flax import nnx
 
 from medcg_jax.cli import main
 from medcg_jax.data.tokenizer import SMALL
-from medcg_jax.families import build, formats
+from medcg_jax.families import build, registry
 from medcg_jax.families.weights.convert import open_leaves
 from medcg_jax.train.sanity import BlindModel, check_sees, has_closed_gates, pixel_keys
 
@@ -37,12 +37,12 @@ def trained(tmp_path_factory):
 
 def blind(monkeypatch):
     """The fault: the model looks for an id that no prompt has."""
-    right = formats.token_ids
+    right = registry.Family.token_ids
 
     def wrong(family, tokenizer):
         return right(family, tokenizer) | {"image_token_id": tokenizer.vocab_size + 5}
 
-    monkeypatch.setattr(formats, "token_ids", wrong)
+    monkeypatch.setattr(registry.Family, "token_ids", wrong)
 
 
 def test_training_of_a_model_that_does_not_see_is_refused(tmp_path, capsys, monkeypatch):

@@ -81,13 +81,13 @@ def draw_scene(draws: Draws, *, modality, area, count, shape, size, test: bool) 
     amplitude = 0.85 + 0.3 * (amplitude_bin + draws.uniform(num_objects)) / NUM_BINS
     order, choice = draws.order(NUM_SITES), draws.integer(2)
     site = order[:, :num_objects].copy()
-    for place, name in enumerate(AREAS):
-        rows = np.flatnonzero(np.asarray(area) == place)
-        own = LANDMARKS[name][2]
+    for index, name in enumerate(AREAS):
+        rows = np.flatnonzero(np.asarray(area) == index)
+        sites = LANDMARKS[name][2]
         free = order[rows]
-        free = free[~np.isin(free, own)].reshape(len(rows), NUM_SITES - len(own))
+        free = free[~np.isin(free, sites)].reshape(len(rows), NUM_SITES - len(sites))
         site[rows, :MAX_LESIONS] = free[:, :MAX_LESIONS]
-        site[rows, MAX_LESIONS] = np.asarray(own)[choice[rows]]
+        site[rows, MAX_LESIONS] = np.asarray(sites)[choice[rows]]
     arrays = (np.asarray(a) for a in (modality, area, count, shape, size))
     return Scene(*arrays, pose.astype(np.float32), site, placement, amplitude_bin, amplitude.astype(np.float32))
 
@@ -99,12 +99,12 @@ def render(scene: Scene, draws: Draws) -> np.ndarray:
     groups = scene.modality * len(AREAS) + scene.area
     for group in np.unique(groups):
         rows = np.flatnonzero(groups == group)
-        part = draws.take(rows, _GROUP_SLOT)
+        group_draws = draws.take(rows, _GROUP_SLOT)
         if scene.area[rows[0]] < 0:
-            out[rows] = _neutral(part, objects[rows], scene.pose[rows])
+            out[rows] = _neutral(group_draws, objects[rows], scene.pose[rows])
             continue
-        grey = _area(AREAS[scene.area[rows[0]]], part, scene.pose[rows]) + objects[rows]
-        out[rows] = _modality(MODALITIES[scene.modality[rows[0]]], part, np.clip(grey, 0, 1))
+        grey = _area(AREAS[scene.area[rows[0]]], group_draws, scene.pose[rows]) + objects[rows]
+        out[rows] = _modality(MODALITIES[scene.modality[rows[0]]], group_draws, np.clip(grey, 0, 1))
     return (np.clip(out, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
@@ -164,8 +164,8 @@ def _objects(scene: Scene) -> np.ndarray:
     rows = np.flatnonzero((scene.area < 0) & (scene.pose < DISTRACTOR_FRAC))
     bits = scene.placement[rows, 0] + 4 * scene.amplitude_bin[rows, 0]
     put(rows, MAX_LESIONS, bits % len(SHAPES), bits // len(SHAPES) % len(SIZES), _LANDMARK)
-    for place, name in enumerate(AREAS):
-        rows = np.flatnonzero(scene.area == place)
+    for index, name in enumerate(AREAS):
+        rows = np.flatnonzero(scene.area == index)
         shape, size, _ = LANDMARKS[name]
         put(rows, MAX_LESIONS, SHAPES.index(shape), SIZES.index(size), _LANDMARK)
     return canvas.transpose(0, 1, 3, 2, 4).reshape(len(canvas), SIDE_PX, SIDE_PX)

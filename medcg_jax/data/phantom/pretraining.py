@@ -111,10 +111,10 @@ class _Writer:
 
     def exercises(self, i: int) -> tuple[Turn, ...]:
         turns = []
-        for words, more, place in zip(self.word[i], self.more_words[i], self.place[i], strict=True):
+        for words, more, position in zip(self.word[i], self.more_words[i], self.place[i], strict=True):
             places = words % len(self.words) if more else words[:2] % NUM_OWN_WORDS
             options = tuple(dict.fromkeys(self.words[k] for k in places))
-            right = options[int(place * len(options))]
+            right = options[int(position * len(options))]
             turns.append(choice_turn(READ.format(word=right), options, right))
         return tuple(turns)
 
@@ -148,8 +148,8 @@ class _Writer:
             return Turn(DESCRIBE, f"{MODALITIES[scene.modality[i]]} {AREAS[scene.area[i]]}")
         return Turn(DESCRIBE, caption(scene.shape[i], scene.size[i], scene.site[i, : scene.count[i]]))
 
-    def _some(self, i: int, options: tuple[str, ...], right: str, number: int, place: float):
+    def _some(self, i: int, options: tuple[str, ...], right: str, number: int, position: float):
         """tuple[str, ...]: `number` of the options in a random order, the right one among them."""
         others = [options[k] for k in self.order[i] if k < len(options) and options[k] != right][: number - 1]
-        others.insert(int(place * number), right)
+        others.insert(int(position * number), right)
         return tuple(others)

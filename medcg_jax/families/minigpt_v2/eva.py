@@ -47,19 +47,19 @@ class EvaConfig:
 class EvaBlock(nnx.Module):
     """Pre-norm encoder block; the keys have no bias, every token sees every token."""
 
-    def __init__(self, config: EvaConfig, *, rngs, dtype, stack: Stack = ()):
-        made = dict(rngs=rngs, dtype=dtype, stack=stack)
+    def __init__(self, config: EvaConfig, *, rngs, param_dtype, stack: Stack = ()):
+        init = dict(rngs=rngs, param_dtype=param_dtype, stack=stack)
         width, heads, head_dim = config.embed_dim, config.num_heads, config.embed_dim // config.num_heads
         names = ("vision_embed", "vision_heads", "head_dim")
-        self.norm1 = LayerNorm(width, eps=config.norm_eps, **made)
+        self.norm1 = LayerNorm(width, eps=config.norm_eps, **init)
         # Query, key and value of a head stand behind each other in its last axis.
-        self.qkv = Dense("btd,dnh->btnh", (width, heads, 3 * head_dim), names, use_bias=False, **made)
-        self.q_bias = param(normal(0.0), (heads, head_dim), names[1:], **made)
-        self.v_bias = param(normal(0.0), (heads, head_dim), names[1:], **made)
-        self.out = Dense("btnh,nhd->btd", (heads, head_dim, width), names[1:] + names[:1], use_bias=True, **made)
-        self.norm2 = LayerNorm(width, eps=config.norm_eps, **made)
-        self.up = Dense("btd,df->btf", (width, config.mlp_dim), ("vision_embed", "vision_mlp"), use_bias=True, **made)
-        self.down = Dense("btf,fd->btd", (config.mlp_dim, width), ("vision_mlp", "vision_embed"), use_bias=True, **made)
+        self.qkv = Dense("btd,dnh->btnh", (width, heads, 3 * head_dim), names, use_bias=False, **init)
+        self.q_bias = param(normal(0.0), (heads, head_dim), names[1:], **init)
+        self.v_bias = param(normal(0.0), (heads, head_dim), names[1:], **init)
+        self.out = Dense("btnh,nhd->btd", (heads, head_dim, width), names[1:] + names[:1], use_bias=True, **init)
+        self.norm2 = LayerNorm(width, eps=config.norm_eps, **init)
+        self.up = Dense("btd,df->btf", (width, config.mlp_dim), ("vision_embed", "vision_mlp"), use_bias=True, **init)
+        self.down = Dense("btf,fd->btd", (config.mlp_dim, width), ("vision_mlp", "vision_embed"), use_bias=True, **init)
 
     def __call__(self, x: jax.Array, *, implementation: str) -> jax.Array:
         qkv = constrain(self.qkv(self.norm1(x)), "act_batch", "act_len", "act_heads", None)
@@ -73,15 +73,15 @@ class EvaBlock(nnx.Module):
 class EvaVision(nnx.Module):
     """Pixels to patch features, float[B, P, E], row by row from the top left; the class token is dropped at the end."""
 
-    def __init__(self, config: EvaConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, unroll: int, remat: str):
-        made = dict(rngs=rngs, dtype=dtype)
+    def __init__(self, config: EvaConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32, unroll: int, remat: str):
+        init = dict(rngs=rngs, param_dtype=param_dtype)
         self.config, self.unroll, self.remat = config, unroll, remat
         width, patch = config.embed_dim, config.patch_size_px
-        self.patch = Dense("bpc,ce->bpe", (patch * patch * 3, width), ("patch", "vision_embed"), use_bias=True, **made)
-        self.class_token = param(normal(width**-0.5), (width,), ("vision_embed",), **made)
-        self.positions = param(normal(width**-0.5), (config.num_patches + 1, width), ("pos", "vision_embed"), **made)
-        self.blocks = EvaBlock(config, stack=(config.num_layers,), **made)
-        self.norm = LayerNorm(width, eps=config.out_norm_eps, **made)
+        self.patch = Dense("bpc,ce->bpe", (patch * patch * 3, width), ("patch", "vision_embed"), use_bias=True, **init)
+        self.class_token = param(normal(width**-0.5), (width,), ("vision_embed",), **init)
+        self.positions = param(normal(width**-0.5), (config.num_patches + 1, width), ("pos", "vision_embed"), **init)
+        self.blocks = EvaBlock(config, stack=(config.num_layers,), **init)
+        self.norm = LayerNorm(width, eps=config.out_norm_eps, **init)
 
     def embed(self, pixels: jax.Array, dtype) -> jax.Array:
         """float[B, 1 + P, E]: what the first block gets; class token first."""

@@ -9,21 +9,21 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from medcg_jax.families.common import FamilyConfig, VisionLanguageModel, check_shapes, tiny
 from medcg_jax.families.mllama.text import EXTRA_ROWS, MllamaAdapters, MllamaDecoder, MllamaTextConfig, images_in_view
 from medcg_jax.families.mllama.vit import NUM_TILES, MllamaVision, MllamaVisionConfig
 from medcg_jax.nn.attention import take_positions
-from medcg_jax.nn.base import Base
 from medcg_jax.nn.context import constrain
 from medcg_jax.nn.layers import Dense
-from medcg_jax.nn.lora import LoraConfig
-from medcg_jax.nn.rope import Llama3Scaling, count_positions, rope_angles
+from medcg_jax.nn.rope import count_positions, rope_angles
 
 
 @dataclass(frozen=True)
-class MllamaConfig:
-    """Architecture, special tokens, and how it runs; the defaults are Llama-3.2-11B-Vision."""
+class MllamaConfig(FamilyConfig):
+    """The defaults are Llama-3.2-11B-Vision; `image_size_px` is the side of a tile."""
+
+    family = "mllama"
 
     vision: MllamaVisionConfig = MllamaVisionConfig()
     text: MllamaTextConfig = MllamaTextConfig()
@@ -36,25 +36,20 @@ class MllamaConfig:
     # What a token that comes before every image (or has none) gets from cross-attention. False, as transformers: the
     # mean over all tiles of the row, absent ones included, by its scores. True, as Meta: nothing.
     mask_text_only_rows_attention: bool = False
-    compute_dtype: str = "float32"
-    # As `ModelConfig`'s fields of these names.
-    attention: str = "auto"
-    remat: str = "none"
-    scan_unroll: int = 0
-    matmul: str = ""
-    # Adapters on the decoder's products; None: none.
-    lora: LoraConfig | None = None
-    base: Base = Base()
 
     @property
     def num_image_tokens(self) -> int:
-        """Of the text, for an image of any size."""
         return 1
 
     @property
-    def image_size_px(self) -> int:
-        """Side of a tile."""
-        return self.vision.image_size_px
+    def tower_lengths(self) -> set[int]:
+        return {self.vision.num_tokens, self.vision.tokens_per_tile}
+
+    def image_flops(self, vit):
+        vision, width = self.vision, self.vision.embed_dim
+        tower = 2.0 * NUM_TILES * (vision.tokens_per_tile - 1) * 3 * vision.patch_size_px**2 * width
+        tower += vit(vision.num_layers + vision.num_global_layers, width, vision.mlp_dim, vision.num_tokens)
+        return tower, 2.0 * vision.num_tokens * vision.feature_dim * self.text.embed_dim
 
 
 def llama32_vision_11b(**fields) -> MllamaConfig:
@@ -73,58 +68,36 @@ def llama32_vision_tiny(
     vocab_size: int,
     image_token_id: int,
     *,
-    pad_token_id: int = 0,
-    eos_token_id: int = 2,
-    image_size_px: int = 32,
-    patch_size_px: int = 8,
-    embed_dim: int = 64,
-    num_vision_layers: int = 2,
     num_global_layers: int = 1,
     intermediate_layers: tuple[int, ...] = (1,),
-    num_vision_heads: int = 2,
-    vision_mlp_dim: int = 192,
-    num_layers: int = 4,
     cross_layers: tuple[int, ...] = (1, 3),
-    num_heads: int = 4,
-    num_kv_heads: int = 2,
-    mlp_dim: int = 128,
-    rope_theta: float = 20.0,
-    rope_scaling: Llama3Scaling | None = None,
+    rope_scaling=None,
     **fields,
 ) -> MllamaConfig:
-    """The same architecture for the phantom world: thousands of steps on a CPU. `fields` are MllamaConfig's own.
-
-    vocab_size: as the tokenizer counts, the image's row included.
-    """
-    vision = MllamaVisionConfig(
-        image_size_px=image_size_px, patch_size_px=patch_size_px, num_layers=num_vision_layers,
-        num_global_layers=num_global_layers, intermediate_layers=intermediate_layers, embed_dim=embed_dim,
-        num_heads=num_vision_heads, mlp_dim=vision_mlp_dim,
-    )  # fmt: skip
-    text = MllamaTextConfig(
-        vocab_size=vocab_size, num_layers=num_layers, cross_layers=cross_layers, embed_dim=embed_dim,
-        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=embed_dim // num_heads, mlp_dim=mlp_dim,
-        rope_theta=rope_theta, rope_scaling=rope_scaling, max_positions=512,
-    )  # fmt: skip
-    ids = dict(image_token_id=image_token_id, pad_token_id=pad_token_id, eos_token_id=eos_token_id)
-    return MllamaConfig(vision, text, **ids, **fields)
+    """As `common.tiny`. vocab_size: as the tokenizer counts, the image's row included."""  # fmt: skip
+    fields = {
+        "num_vision_layers": 2, "num_kv_heads": 2,
+        "vision": {"num_global_layers": num_global_layers, "intermediate_layers": intermediate_layers},
+        "text": {"cross_layers": cross_layers, "rope_scaling": rope_scaling}, **fields,
+    }  # fmt: skip
+    return tiny(MllamaConfig, vocab_size, image_token_id, **fields)
 
 
-class Mllama(nnx.Module):
-    """Submodules: `vision`, `projector`, `decoder`."""
-
+class Mllama(VisionLanguageModel):
     image_keys = ("pixels", "aspect_ratio_ids", "num_tiles")
 
-    def __init__(self, config: MllamaConfig, *, rngs: nnx.Rngs, dtype=None, param_dtype=jnp.float32):
-        made = dict(rngs=rngs, dtype=param_dtype)
-        runs = dict(unroll=config.scan_unroll, remat=config.remat)
-        self.config = config
-        self.dtype = jnp.dtype(config.compute_dtype if dtype is None else dtype)
-        self.vision = MllamaVision(config.vision, intermediate_from=config.intermediate_from, **made, **runs)
-        shape = (config.vision.feature_dim, config.text.embed_dim)
-        self.projector = Dense("...e,ed->...d", shape, ("vision_mlp", "embed"), use_bias=True, **made)
-        self.decoder = MllamaDecoder(config.text, **made, **runs)
-        self.lora = MllamaAdapters(config.text, config.lora, **made) if config.lora else None
+    def make_vision(self, **options) -> MllamaVision:
+        return MllamaVision(self.config.vision, intermediate_from=self.config.intermediate_from, **options)
+
+    def make_projector(self, **init) -> Dense:
+        shape = (self.config.vision.feature_dim, self.config.text.embed_dim)
+        return Dense("...e,ed->...d", shape, ("vision_mlp", "embed"), use_bias=True, **init)
+
+    def make_decoder(self, **options) -> MllamaDecoder:
+        return MllamaDecoder(self.config.text, **options)
+
+    def make_adapters(self, **init) -> MllamaAdapters:
+        return MllamaAdapters(self.config.text, self.config.lora, **init)
 
     def encode_images(self, images: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """{"features": float[B, I, tiles * tokens, D], "num_tiles": int[B, I]} of each row's images.
@@ -167,9 +140,7 @@ class Mllama(nnx.Module):
         Raises:
           ValueError: shapes that do not fit each other.
         """
-        for name, ids in (("tokens", tokens), ("segment_ids", segment_ids), ("positions", positions)):
-            if ids is not None and ids.shape != tokens.shape or tokens.ndim != 2:
-                raise ValueError(f"{name} {ids.shape} beside tokens {tokens.shape}: [batch, length] is accepted")
+        check_shapes(tokens, segment_ids=segment_ids, positions=positions)
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
         if positions is None:
@@ -227,10 +198,6 @@ class Mllama(nnx.Module):
         allowed = jnp.repeat(tiles | ~sees[..., None], self.config.vision.tokens_per_tile, axis=-1)
         return {"allowed": allowed, "sees": sees, "mask_attention": self.config.mask_text_only_rows_attention}
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """float32[..., V] for hidden[..., D]."""
-        return self.decoder.logits(hidden)
-
     def init_cache(self, batch: int, length: int, dtype=None) -> dict[str, jax.Array | int]:
         """An empty cache with `length` slots a row; the call that brings images adds their keys and values to it."""
         text, dtype = self.config.text, self.dtype if dtype is None else dtype
@@ -240,7 +207,3 @@ class Mllama(nnx.Module):
             "segment_ids": jnp.zeros((batch, length), jnp.int32), "index": 0,
             "first_image": jnp.zeros(batch, jnp.int32), "next_image": jnp.zeros(batch, jnp.int32),
         }  # fmt: skip
-
-    def __call__(self, tokens, images=None, **rest) -> jax.Array:
-        """float32[B, T, V]: logits at every position; arguments as in `hidden`."""
-        return self.logits(self.hidden(tokens, images, **rest)[0])

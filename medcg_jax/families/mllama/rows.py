@@ -1,13 +1,58 @@
-"""Images for Llama-3.2-Vision: fitted into the best rectangle of at most four tiles, and cut into these.
+"""Rows of Llama-3.2-Vision: Llama 3's turns; images fitted into the best rectangle of at most four tiles, and cut.
 
-Equal bit for bit to transformers' `MllamaImageProcessorPil` before it normalises (bilinear, by PIL on uint8).
-Source: huggingface/transformers:models/mllama/image_processing_pil_mllama.py at 5.23.0.
+Images are equal bit for bit to transformers' `MllamaImageProcessorPil` before it normalises (bilinear, by PIL on
+uint8).
+Source: huggingface/transformers:models/mllama/image_processing_pil_mllama.py at 5.23.0;
+meta-llama/llama-models:llama3/chat_format.py at a9c89c4.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from PIL import Image
+
+from medcg_jax.data.records import DataError
+from medcg_jax.data.row_format import Format
+from medcg_jax.families.prompts import IMAGE, Prompts, Text
+
+TURN_END = "<|eot_id|>"
+
+
+class Llama3(Prompts):
+    """Llama 3's turns, in one line:
+
+        <|begin_of_text|><|start_header_id|>user<|end_header_id|>\\n\\n<|image|>{question}<|eot_id|>
+        <|start_header_id|>assistant<|end_header_id|>\\n\\n{answer}<|eot_id|>...
+
+    Role, line breaks and the stripped text are each tokenised apart, as Meta's own code does; Llama 3's tokenizer gives
+    the same ids for the whole text. An image is one token.
+    """
+
+    image, end, between = "<|image|>", TURN_END, None
+
+    def pieces(self, turn, *, first, system_prompt, has_image, training):
+        if system_prompt == "vicuna":
+            raise DataError("system_prompt='vicuna' is LLaVA-1.5's sentence; expected the text itself, or '' for none")
+        pieces = ["<|begin_of_text|>"] if first else []
+        if system_prompt and first:
+            pieces += [*header("system"), Text(system_prompt.strip()), TURN_END]
+        pieces += [*header("user"), *([IMAGE] if has_image else []), Text(turn.question.strip()), TURN_END]
+        return pieces + header("assistant")
+
+
+def header(role: str) -> list[Text | str]:
+    return ["<|start_header_id|>", Text(role), "<|end_header_id|>", Text("\n\n")]
+
+
+PROMPTS = Llama3()
+
+
+def row_format(config) -> Format:
+    """The format of a model's rows; of its `MllamaConfig`, `image_size_px` is read."""
+    return Format(PROMPTS, partial(preprocess, tile_px=config.image_size_px), 1)
+
 
 NUM_TILES = 4
 # (rows, columns) of tiles; aspect_ratio_ids count them from 1.

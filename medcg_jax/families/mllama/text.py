@@ -74,12 +74,12 @@ class MllamaTextConfig:
 class CrossBlock(nnx.Module):
     """Text looks at the tiles: no positions, RMS norms on every query and key head, tanh gates on both branches."""
 
-    def __init__(self, config: MllamaTextConfig, *, rngs, dtype, stack: Stack = ()):
+    def __init__(self, config: MllamaTextConfig, *, rngs, param_dtype, stack: Stack = ()):
         self.activation = config.activation
         width, head_dim, mlp_dim = config.embed_dim, config.head_dim, config.mlp_dim
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        made = dict(rngs=rngs, dtype=dtype, stack=stack)
-        plain, eps = dict(use_bias=False, **made), dict(eps=config.norm_eps, **made)
+        init = dict(rngs=rngs, param_dtype=param_dtype, stack=stack)
+        plain, eps = dict(use_bias=False, **init), dict(eps=config.norm_eps, **init)
         self.norm1 = RMSNorm(width, **eps)
         self.q = Dense("btd,dnh->btnh", (width, heads, head_dim), ("embed", "heads", "head_dim"), **plain)
         self.k = Dense("bmd,dkh->bmkh", (width, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), **plain)
@@ -90,7 +90,7 @@ class CrossBlock(nnx.Module):
         self.gate = Dense("btd,df->btf", (width, mlp_dim), ("embed", "mlp"), **plain)
         self.up = Dense("btd,df->btf", (width, mlp_dim), ("embed", "mlp"), **plain)
         self.down = Dense("btf,fd->btd", (mlp_dim, width), ("mlp", "embed"), **plain)
-        self.attention_gate, self.mlp_gate = gate(**made), gate(**made)
+        self.attention_gate, self.mlp_gate = gate(**init), gate(**init)
 
     def keys_values(self, memory: jax.Array, lora=None) -> tuple[jax.Array, jax.Array]:
         """k, v: float[B, M, K, H] of the images' tokens, float[B, M, D]. lora: as in `DecoderBlock`."""
@@ -115,26 +115,26 @@ class CrossBlock(nnx.Module):
 class MllamaAdapters(nnx.Module):
     """`blocks` and `cross`: adapters of the decoder's layers of either kind."""
 
-    def __init__(self, text: MllamaTextConfig, config: LoraConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
-        self.blocks = Adapters(text, config, len(text.self_layers), rngs=rngs, dtype=dtype)
-        self.cross = Adapters(text, config, len(text.cross_layers), rngs=rngs, dtype=dtype)
+    def __init__(self, text: MllamaTextConfig, config: LoraConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+        self.blocks = Adapters(text, config, len(text.self_layers), rngs=rngs, param_dtype=param_dtype)
+        self.cross = Adapters(text, config, len(text.cross_layers), rngs=rngs, param_dtype=param_dtype)
 
 
 class MllamaDecoder(nnx.Module):
     """`blocks` holds the self-attention layers in their order, `cross` the others; embedding, final norm, head."""
 
-    def __init__(self, config: MllamaTextConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, unroll: int, remat: str):
-        made = dict(rngs=rngs, dtype=dtype)
+    def __init__(self, config: MllamaTextConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32, unroll: int, remat: str):
+        init = dict(rngs=rngs, param_dtype=param_dtype)
         self.config, self.unroll, self.remat = config, unroll, remat
         width = config.embed_dim
-        self.embed = Embedding(config.vocab_size + EXTRA_ROWS, width, ("vocab", "embed"), **made)
+        self.embed = Embedding(config.vocab_size + EXTRA_ROWS, width, ("vocab", "embed"), **init)
         self.blocks = DecoderBlock(
             width, config.num_heads, config.num_kv_heads, config.head_dim, config.mlp_dim,
-            eps=config.norm_eps, activation=config.activation, stack=(len(config.self_layers),), **made,
+            eps=config.norm_eps, activation=config.activation, stack=(len(config.self_layers),), **init,
         )  # fmt: skip
-        self.cross = CrossBlock(config, stack=(len(config.cross_layers),), **made)
-        self.norm = RMSNorm(width, eps=config.norm_eps, **made)
-        self.head = Dense("...d,dv->...v", (width, config.vocab_size), ("embed", "vocab"), use_bias=False, **made)
+        self.cross = CrossBlock(config, stack=(len(config.cross_layers),), **init)
+        self.norm = RMSNorm(width, eps=config.norm_eps, **init)
+        self.head = Dense("...d,dv->...v", (width, config.vocab_size), ("embed", "vocab"), use_bias=False, **init)
 
     def __call__(self, x, *, angles, segment_ids, cache, look, memory, attention: str, lora=None):
         """(float[B, T, D] after the final norm, what is to be kept: None, or (self k and v, cross k and v or None)).
@@ -163,13 +163,13 @@ class MllamaDecoder(nnx.Module):
 
         def body(cross, x, own):
             params, slots, seen, own_lora, cross_lora = own
-            kept, made = [], None
+            kept, cross_pair = [], None
             added = None if lora is None else nnx.merge(cross_graph, cross_lora)
             for i in range(config.group_size):
                 if i == place:
                     if memory is not None:
-                        made = cross.keys_values(memory, added) if seen is None else None
-                        x = cross(x, made or seen, lora=added, **look)
+                        cross_pair = cross.keys_values(memory, added) if seen is None else None
+                        x = cross(x, cross_pair or seen, lora=added, **look)
                     continue
                 j = len(kept)
                 part = lambda tree, j=j: jax.tree.map(lambda w: w[j], tree)
@@ -180,7 +180,7 @@ class MllamaDecoder(nnx.Module):
                     x, angles=angles, segment_ids=segment_ids, cache=slot, lora=adapters, implementation=attention
                 )
                 kept.append(pair)
-            return x, None if slots is None else (jax.tree.map(lambda *parts: jnp.stack(parts), *kept), made)
+            return x, None if slots is None else (jax.tree.map(lambda *parts: jnp.stack(parts), *kept), cross_pair)
 
         # What is kept for the backward pass, or run again in it, is a group.
         per_group = (params, slots, known, own_lora, cross_lora)
@@ -194,7 +194,7 @@ class MllamaDecoder(nnx.Module):
         shared = {} if cache is None else {name: cache[name] for name in ("segment_ids", "index")}
         policy = REMAT_POLICIES[self.remat]
         run = (lambda step: step) if self.remat == "none" else partial(jax.checkpoint, policy=policy)
-        kept, made, own, cross = [], [], 0, 0
+        kept, cross_pairs, own, cross = [], [], 0, 0
         for layer in range(self.config.num_layers):
             if layer not in self.config.cross_layers:
                 slot = None if cache is None else {"k": cache["k"][own], "v": cache["v"][own], **shared}
@@ -212,11 +212,13 @@ class MllamaDecoder(nnx.Module):
                 pair = jax.tree.map(lambda w, i=cross: w[i], memory) if known else block.keys_values(memory, adapters)
                 step = partial(block, keys_values=pair, lora=adapters, **look)
                 x = run(step)(x)
-                made += [] if known else [pair]
+                cross_pairs += [] if known else [pair]
             cross += 1
         if cache is None:
             return self.norm(x), None
-        stacked = [jax.tree.map(lambda *parts: jnp.stack(parts), *pairs) if pairs else None for pairs in (kept, made)]
+        stacked = [
+            jax.tree.map(lambda *parts: jnp.stack(parts), *pairs) if pairs else None for pairs in (kept, cross_pairs)
+        ]
         return self.norm(x), tuple(stacked)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

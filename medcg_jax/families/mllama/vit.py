@@ -77,21 +77,21 @@ class MllamaVisionConfig:
 class VisionBlock(nnx.Module):
     """Pre-norm encoder block: no biases in attention; where `gated`, tanh gates on both branches."""
 
-    def __init__(self, config: MllamaVisionConfig, *, gated: bool, rngs, dtype, stack: Stack = ()):
+    def __init__(self, config: MllamaVisionConfig, *, gated: bool, rngs, param_dtype, stack: Stack = ()):
         self.activation = config.activation
         width, heads, mlp_dim = config.embed_dim, config.num_heads, config.mlp_dim
-        made = dict(rngs=rngs, dtype=dtype, stack=stack)
+        init = dict(rngs=rngs, param_dtype=param_dtype, stack=stack)
         shape, axes = (width, heads, width // heads), ("vision_embed", "vision_heads", "head_dim")
-        self.norm1 = LayerNorm(width, eps=config.norm_eps, **made)
-        self.q = Dense("btd,dnh->btnh", shape, axes, use_bias=False, **made)
-        self.k = Dense("btd,dnh->btnh", shape, axes, use_bias=False, **made)
-        self.v = Dense("btd,dnh->btnh", shape, axes, use_bias=False, **made)
-        self.out = Dense("btnh,nhd->btd", shape[1:] + shape[:1], axes[1:] + axes[:1], use_bias=False, **made)
-        self.norm2 = LayerNorm(width, eps=config.norm_eps, **made)
-        self.up = Dense("btd,df->btf", (width, mlp_dim), ("vision_embed", "vision_mlp"), use_bias=True, **made)
-        self.down = Dense("btf,fd->btd", (mlp_dim, width), ("vision_mlp", "vision_embed"), use_bias=True, **made)
-        self.attention_gate = gate(**made) if gated else None
-        self.mlp_gate = gate(**made) if gated else None
+        self.norm1 = LayerNorm(width, eps=config.norm_eps, **init)
+        self.q = Dense("btd,dnh->btnh", shape, axes, use_bias=False, **init)
+        self.k = Dense("btd,dnh->btnh", shape, axes, use_bias=False, **init)
+        self.v = Dense("btd,dnh->btnh", shape, axes, use_bias=False, **init)
+        self.out = Dense("btnh,nhd->btd", shape[1:] + shape[:1], axes[1:] + axes[:1], use_bias=False, **init)
+        self.norm2 = LayerNorm(width, eps=config.norm_eps, **init)
+        self.up = Dense("btd,df->btf", (width, mlp_dim), ("vision_embed", "vision_mlp"), use_bias=True, **init)
+        self.down = Dense("btf,fd->btd", (mlp_dim, width), ("vision_mlp", "vision_embed"), use_bias=True, **init)
+        self.attention_gate = gate(**init) if gated else None
+        self.mlp_gate = gate(**init) if gated else None
 
     def __call__(self, x: jax.Array, allowed: jax.Array) -> jax.Array:
         """allowed: bool[B, T, T]."""
@@ -108,29 +108,29 @@ class MllamaVision(nnx.Module):
     """Tiles to features, float[n, NUM_TILES, tokens, E * (1 + intermediate layers)]; class token first in each tile."""
 
     def __init__(
-        self, config: MllamaVisionConfig, *, intermediate_from: str, rngs: nnx.Rngs, dtype=jnp.float32, unroll: int,
-        remat: str,
+        self, config: MllamaVisionConfig, *, intermediate_from: str, rngs: nnx.Rngs, param_dtype=jnp.float32,
+        unroll: int, remat: str,
     ):  # fmt: skip
         if intermediate_from not in INTERMEDIATE_FROM:
             raise ValueError(f"intermediate_from={intermediate_from!r}; accepted: {', '.join(INTERMEDIATE_FROM)}")
-        made = dict(rngs=rngs, dtype=dtype)
+        init = dict(rngs=rngs, param_dtype=param_dtype)
         self.config, self.intermediate_from, self.unroll, self.remat = config, intermediate_from, unroll, remat
         width, patch, tokens = config.embed_dim, config.patch_size_px, config.tokens_per_tile
         small = normal(width**-0.5)
-        self.patch = Dense("bpc,ce->bpe", (patch * patch * 3, width), ("patch", "vision_embed"), use_bias=False, **made)
-        self.class_token = param(small, (width,), ("vision_embed",), **made)
-        self.positions = param(small, (tokens, width), ("pos", "vision_embed"), **made)
+        self.patch = Dense("bpc,ce->bpe", (patch * patch * 3, width), ("patch", "vision_embed"), use_bias=False, **init)
+        self.class_token = param(small, (width,), ("vision_embed",), **init)
+        self.positions = param(small, (tokens, width), ("pos", "vision_embed"), **init)
         # 73.8 million numbers, of which an image looks up a ninth.
         shape, axes = (1 + NUM_GRIDS, NUM_TILES, tokens, width), ("pos", "pos", "pos", "table_embed")
-        self.tile_positions = param(small, shape, axes, **made)
-        self.position_gate = gate(**made)
+        self.tile_positions = param(small, shape, axes, **init)
+        self.position_gate = gate(**init)
         shape, axes = (1 + NUM_GRIDS, NUM_TILES, width), ("pos", "pos", "vision_embed")
-        self.pre_tile, self.pre_tile_gate = param(small, shape, axes, **made), gate(**made)
-        self.post_tile, self.post_tile_gate = param(small, shape, axes, **made), gate(**made)
-        self.norm_pre = LayerNorm(width, eps=OUTER_NORM_EPS, **made)
-        self.norm_post = LayerNorm(width, eps=OUTER_NORM_EPS, **made)
-        self.blocks = VisionBlock(config, gated=False, stack=(config.num_layers,), **made)
-        self.global_blocks = VisionBlock(config, gated=True, stack=(config.num_global_layers,), **made)
+        self.pre_tile, self.pre_tile_gate = param(small, shape, axes, **init), gate(**init)
+        self.post_tile, self.post_tile_gate = param(small, shape, axes, **init), gate(**init)
+        self.norm_pre = LayerNorm(width, eps=OUTER_NORM_EPS, **init)
+        self.norm_post = LayerNorm(width, eps=OUTER_NORM_EPS, **init)
+        self.blocks = VisionBlock(config, gated=False, stack=(config.num_layers,), **init)
+        self.global_blocks = VisionBlock(config, gated=True, stack=(config.num_global_layers,), **init)
 
     def __call__(self, pixels: jax.Array, aspect_ratio_ids: jax.Array, num_tiles: jax.Array, *, dtype) -> jax.Array:
         """Features of n images.
@@ -197,9 +197,11 @@ class MllamaVision(nnx.Module):
         return dict(unroll=self.unroll, remat=self.remat)
 
 
-def gate(*, rngs: nnx.Rngs, dtype, stack: Stack = ()) -> nnx.Param:
+def gate(*, rngs: nnx.Rngs, param_dtype, stack: Stack = ()) -> nnx.Param:
     """A scalar whose tanh scales a branch; half open at the start, so that random weights use their images."""
-    return param(lambda key, shape, dtype: jnp.full(shape, 0.5, dtype), (), (), rngs=rngs, dtype=dtype, stack=stack)
+    return param(
+        lambda key, shape, dtype: jnp.full(shape, 0.5, dtype), (), (), rngs=rngs, param_dtype=param_dtype, stack=stack
+    )
 
 
 def gated(x: jax.Array, by: nnx.Param | None) -> jax.Array:

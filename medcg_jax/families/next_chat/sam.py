@@ -51,7 +51,7 @@ class SamConfig:
             raise ValueError(f"sam embed_dim={self.embed_dim} is no multiple of num_heads={self.num_heads}")
         if self.prompt_dim % (2 * self.num_decoder_heads) or self.prompt_dim % 8:
             raise ValueError(
-                f"prompt_dim={self.prompt_dim} is no multiple of 8 and of twice num_decoder_heads={self.num_decoder_heads}"
+                f"prompt_dim={self.prompt_dim}: no multiple of 8 and of 2 * num_decoder_heads={self.num_decoder_heads}"
             )
         if sorted(set(self.global_layers)) != list(self.global_layers) or not all(
             0 <= layer < self.num_layers for layer in self.global_layers
@@ -85,14 +85,14 @@ class Conv(nnx.Module):
     """
 
     def __init__(
-        self, size: int, inputs: int, outputs: int, *, use_bias: bool, stride: int = 1, axis: str = "vision_embed", rngs,
-        dtype,
+        self, size: int, inputs: int, outputs: int, *, use_bias: bool, stride: int = 1, axis: str = "vision_embed",
+        rngs, param_dtype,
     ):  # fmt: skip
         self.size, self.stride = size, stride
         shape = (size * size * inputs, outputs)
-        self.kernel = param(normal(shape[0] ** -0.5), shape, ("patch", axis), rngs=rngs, dtype=dtype)
+        self.kernel = param(normal(shape[0] ** -0.5), shape, ("patch", axis), rngs=rngs, param_dtype=param_dtype)
         bias = lambda key, shape, dtype: jnp.zeros(shape, dtype)  # noqa: E731
-        self.bias = param(bias, (outputs,), (axis,), rngs=rngs, dtype=dtype) if use_bias else None
+        self.bias = param(bias, (outputs,), (axis,), rngs=rngs, param_dtype=param_dtype) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Zeros around x where the stride is 1, so that its size stays; none otherwise."""
@@ -110,24 +110,24 @@ class SamBlock(nnx.Module):
     size: side of what attends, in patches: the window, or the whole grid.
     """
 
-    def __init__(self, config: SamConfig, size: int, *, rngs, dtype, stack: Stack = ()):
-        made = dict(rngs=rngs, dtype=dtype, stack=stack)
+    def __init__(self, config: SamConfig, size: int, *, rngs, param_dtype, stack: Stack = ()):
+        init = dict(rngs=rngs, param_dtype=param_dtype, stack=stack)
         width, heads = config.embed_dim, config.num_heads
         head_dim = width // heads
         self.size = size
-        self.norm1 = LayerNorm(width, eps=config.norm_eps, **made)
+        self.norm1 = LayerNorm(width, eps=config.norm_eps, **init)
         self.qkv = Dense(
             "bhwd,dcnk->bhwcnk", (width, 3, heads, head_dim), ("vision_embed", "norm", "vision_heads", "head_dim"),
-            use_bias=True, **made,
+            use_bias=True, **init,
         )  # fmt: skip
-        self.rows = param(normal(head_dim**-0.5), (2 * size - 1, head_dim), ("pos", "head_dim"), **made)
-        self.columns = param(normal(head_dim**-0.5), (2 * size - 1, head_dim), ("pos", "head_dim"), **made)
+        self.rows = param(normal(head_dim**-0.5), (2 * size - 1, head_dim), ("pos", "head_dim"), **init)
+        self.columns = param(normal(head_dim**-0.5), (2 * size - 1, head_dim), ("pos", "head_dim"), **init)
         out = (heads, head_dim, width), ("vision_heads", "head_dim", "vision_embed")
-        self.out = Dense("bhwnk,nkd->bhwd", *out, use_bias=True, **made)
-        self.norm2 = LayerNorm(width, eps=config.norm_eps, **made)
+        self.out = Dense("bhwnk,nkd->bhwd", *out, use_bias=True, **init)
+        self.norm2 = LayerNorm(width, eps=config.norm_eps, **init)
         mlp = config.mlp_dim
-        self.up = Dense("bhwd,df->bhwf", (width, mlp), ("vision_embed", "vision_mlp"), use_bias=True, **made)
-        self.down = Dense("bhwf,fd->bhwd", (mlp, width), ("vision_mlp", "vision_embed"), use_bias=True, **made)
+        self.up = Dense("bhwd,df->bhwf", (width, mlp), ("vision_embed", "vision_mlp"), use_bias=True, **init)
+        self.down = Dense("bhwf,fd->bhwd", (mlp, width), ("vision_mlp", "vision_embed"), use_bias=True, **init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: float[B, g, g, E]; a grid that is not whole windows is filled with zeros behind the norm, which attend."""
@@ -143,20 +143,20 @@ class SamBlock(nnx.Module):
 class SamEncoder(nnx.Module):
     """Pixels to features, float[B, g, g, C]. Windowed and global layers are two stacks, run in the layers' order."""
 
-    def __init__(self, config: SamConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, unroll: int, remat: str):
-        made = dict(rngs=rngs, dtype=dtype)
+    def __init__(self, config: SamConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32, unroll: int, remat: str):
+        init = dict(rngs=rngs, param_dtype=param_dtype)
         self.config, self.unroll, self.remat = config, unroll, remat
         width, grid, out = config.embed_dim, config.grid_size, config.prompt_dim
         size, num = config.patch_size_px, len(config.global_layers)
-        self.patch = Conv(size, 3, width, use_bias=True, stride=size, **made)
-        self.positions = param(normal(width**-0.5), (grid, grid, width), ("pos", "pos", "vision_embed"), **made)
+        self.patch = Conv(size, 3, width, use_bias=True, stride=size, **init)
+        self.positions = param(normal(width**-0.5), (grid, grid, width), ("pos", "pos", "vision_embed"), **init)
         rest = config.num_layers - num
-        self.windowed = SamBlock(config, config.window_size, stack=(rest,), **made) if rest else None
-        self.whole = SamBlock(config, grid, stack=(num,), **made) if num else None
-        self.neck1 = Conv(1, width, out, use_bias=False, **made)
-        self.norm1 = LayerNorm(out, eps=config.norm_eps, **made)
-        self.neck2 = Conv(3, out, out, use_bias=False, **made)
-        self.norm2 = LayerNorm(out, eps=config.norm_eps, **made)
+        self.windowed = SamBlock(config, config.window_size, stack=(rest,), **init) if rest else None
+        self.whole = SamBlock(config, grid, stack=(num,), **init) if num else None
+        self.neck1 = Conv(1, width, out, use_bias=False, **init)
+        self.norm1 = LayerNorm(out, eps=config.norm_eps, **init)
+        self.neck2 = Conv(3, out, out, use_bias=False, **init)
+        self.norm2 = LayerNorm(out, eps=config.norm_eps, **init)
 
     def embed(self, pixels: jax.Array, extent: jax.Array | None, dtype) -> jax.Array:
         """float[B, g, g, E]: what the first layer gets. Arguments as in a call."""
@@ -196,21 +196,21 @@ class SamEncoder(nnx.Module):
 class SamPrompt(nnx.Module):
     """Boxes as two corner tokens, and the code of a position; what points and masks need is held and never run."""
 
-    def __init__(self, config: SamConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
-        made = dict(rngs=rngs, dtype=dtype)
+    def __init__(self, config: SamConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+        init = dict(rngs=rngs, param_dtype=param_dtype)
         width, small = config.prompt_dim, config.mask_prompt_dim
         self.config = config
         # A buffer of the original: random, and never trained.
-        self.frequencies = param(normal(1.0), (2, width // 2), ("pos", "norm"), **made)
+        self.frequencies = param(normal(1.0), (2, width // 2), ("pos", "norm"), **init)
         # Added to points outside and inside of the object, and to a box's corners.
-        self.points = param(normal(1.0), (4, width), ("pos", "norm"), **made)
-        self.not_a_point = param(normal(1.0), (width,), ("norm",), **made)
-        self.no_mask = param(normal(1.0), (width,), ("norm",), **made)
-        self.mask1 = Conv(2, 1, small // 4, use_bias=True, stride=2, axis="norm", **made)
-        self.mask_norm1 = LayerNorm(small // 4, eps=config.norm_eps, **made)
-        self.mask2 = Conv(2, small // 4, small, use_bias=True, stride=2, axis="norm", **made)
-        self.mask_norm2 = LayerNorm(small, eps=config.norm_eps, **made)
-        self.mask3 = Conv(1, small, width, use_bias=True, **made)
+        self.points = param(normal(1.0), (4, width), ("pos", "norm"), **init)
+        self.not_a_point = param(normal(1.0), (width,), ("norm",), **init)
+        self.no_mask = param(normal(1.0), (width,), ("norm",), **init)
+        self.mask1 = Conv(2, 1, small // 4, use_bias=True, stride=2, axis="norm", **init)
+        self.mask_norm1 = LayerNorm(small // 4, eps=config.norm_eps, **init)
+        self.mask2 = Conv(2, small // 4, small, use_bias=True, stride=2, axis="norm", **init)
+        self.mask_norm2 = LayerNorm(small, eps=config.norm_eps, **init)
+        self.mask3 = Conv(1, small, width, use_bias=True, **init)
 
     def corners(self, boxes: jax.Array) -> jax.Array:
         """float32[..., 2, C] tokens of the upper left and lower right corner of boxes[..., 4] in 0 to 1."""

@@ -18,15 +18,15 @@ DOWNSAMPLE = 2
 class CrossAttention(nnx.Module):
     """Multi-head attention of queries to keys, at `inner` of the model's width."""
 
-    def __init__(self, width: int, inner: int, num_heads: int, *, rngs, dtype, stack: Stack = ()):
-        made = dict(use_bias=True, rngs=rngs, dtype=dtype, stack=stack)
+    def __init__(self, width: int, inner: int, num_heads: int, *, rngs, param_dtype, stack: Stack = ()):
+        init = dict(use_bias=True, rngs=rngs, param_dtype=param_dtype, stack=stack)
         head_dim = inner // num_heads
         heads = (width, num_heads, head_dim), ("vision_embed", "vision_heads", "head_dim")
-        self.q = Dense("btd,dnh->btnh", *heads, **made)
-        self.k = Dense("btd,dnh->btnh", *heads, **made)
-        self.v = Dense("btd,dnh->btnh", *heads, **made)
+        self.q = Dense("btd,dnh->btnh", *heads, **init)
+        self.k = Dense("btd,dnh->btnh", *heads, **init)
+        self.v = Dense("btd,dnh->btnh", *heads, **init)
         out = (num_heads, head_dim, width), ("vision_heads", "head_dim", "vision_embed")
-        self.out = Dense("btnh,nhd->btd", *out, **made)
+        self.out = Dense("btnh,nhd->btd", *out, **init)
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         # Queries and keys are of two lengths, which the kernels do not take.
@@ -36,16 +36,16 @@ class CrossAttention(nnx.Module):
 class TwoWayBlock(nnx.Module):
     """Post-norm: tokens to tokens, tokens to image, MLP of the tokens, image to tokens."""
 
-    def __init__(self, config: SamConfig, *, rngs, dtype, stack: Stack = ()):
-        made = dict(rngs=rngs, dtype=dtype, stack=stack)
+    def __init__(self, config: SamConfig, *, rngs, param_dtype, stack: Stack = ()):
+        init = dict(rngs=rngs, param_dtype=param_dtype, stack=stack)
         width, heads, mlp = config.prompt_dim, config.num_decoder_heads, config.decoder_mlp_dim
-        self.tokens = CrossAttention(width, width, heads, **made)
-        self.to_image = CrossAttention(width, width // DOWNSAMPLE, heads, **made)
-        self.up = Dense("btd,df->btf", (width, mlp), ("vision_embed", "vision_mlp"), use_bias=True, **made)
-        self.down = Dense("btf,fd->btd", (mlp, width), ("vision_mlp", "vision_embed"), use_bias=True, **made)
-        self.to_tokens = CrossAttention(width, width // DOWNSAMPLE, heads, **made)
+        self.tokens = CrossAttention(width, width, heads, **init)
+        self.to_image = CrossAttention(width, width // DOWNSAMPLE, heads, **init)
+        self.up = Dense("btd,df->btf", (width, mlp), ("vision_embed", "vision_mlp"), use_bias=True, **init)
+        self.down = Dense("btf,fd->btd", (mlp, width), ("vision_mlp", "vision_embed"), use_bias=True, **init)
+        self.to_tokens = CrossAttention(width, width // DOWNSAMPLE, heads, **init)
         for i in range(1, 5):
-            setattr(self, f"norm{i}", LayerNorm(width, eps=config.decoder_norm_eps, **made))
+            setattr(self, f"norm{i}", LayerNorm(width, eps=config.decoder_norm_eps, **init))
 
     def __call__(self, x, image, token_code, image_code, *, first: bool):
         """(tokens, image) after the block. The first block adds no codes in its first attention, and no residual."""
@@ -62,13 +62,13 @@ class TwoWayBlock(nnx.Module):
 class Mlp(nnx.Module):
     """Dense layers `layer0`, `layer1`, ... with ReLU between them; widths: of the input and of every layer."""
 
-    def __init__(self, widths: tuple[int, ...], *, rngs, dtype, stack: Stack = ()):
+    def __init__(self, widths: tuple[int, ...], *, rngs, param_dtype, stack: Stack = ()):
         self.num = len(widths) - 1
         for i, shape in enumerate(zip(widths, widths[1:], strict=False)):
             # The last is as small as there are masks.
             axes = ("vision_embed", "norm" if i == self.num - 1 else "vision_mlp")
-            made = dict(use_bias=True, rngs=rngs, dtype=dtype, stack=stack)
-            setattr(self, f"layer{i}", Dense("...d,df->...f", shape, axes, **made))
+            init = dict(use_bias=True, rngs=rngs, param_dtype=param_dtype, stack=stack)
+            setattr(self, f"layer{i}", Dense("...d,df->...f", shape, axes, **init))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for i in range(self.num):
@@ -79,11 +79,11 @@ class Mlp(nnx.Module):
 class Upscale(nnx.Module):
     """Every place becomes 2 x 2: float[B, h, w, Cin] to float[B, 2 h, 2 w, Cout]."""
 
-    def __init__(self, inputs: int, outputs: int, *, rngs, dtype):
+    def __init__(self, inputs: int, outputs: int, *, rngs, param_dtype):
         axes = ("vision_embed", "patch", "patch", "norm")
-        self.kernel = param(normal(inputs**-0.5), (inputs, 2, 2, outputs), axes, rngs=rngs, dtype=dtype)
+        self.kernel = param(normal(inputs**-0.5), (inputs, 2, 2, outputs), axes, rngs=rngs, param_dtype=param_dtype)
         zeros = lambda key, shape, dtype: jnp.zeros(shape, dtype)  # noqa: E731
-        self.bias = param(zeros, (outputs,), ("norm",), rngs=rngs, dtype=dtype)
+        self.bias = param(zeros, (outputs,), ("norm",), rngs=rngs, param_dtype=param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, _ = x.shape
@@ -94,21 +94,21 @@ class Upscale(nnx.Module):
 class MaskDecoder(nnx.Module):
     """Holds the parameters of all masks; computes the first."""
 
-    def __init__(self, config: SamConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
-        made = dict(rngs=rngs, dtype=dtype)
+    def __init__(self, config: SamConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+        init = dict(rngs=rngs, param_dtype=param_dtype)
         self.config = config
         width, heads, masks = config.prompt_dim, config.num_decoder_heads, config.num_masks
-        self.iou_token = param(normal(1.0), (width,), ("norm",), **made)
-        self.mask_tokens = param(normal(1.0), (masks, width), ("pos", "norm"), **made)
-        self.blocks = TwoWayBlock(config, stack=(config.num_decoder_layers,), **made)
-        self.to_image = CrossAttention(width, width // DOWNSAMPLE, heads, **made)
+        self.iou_token = param(normal(1.0), (width,), ("norm",), **init)
+        self.mask_tokens = param(normal(1.0), (masks, width), ("pos", "norm"), **init)
+        self.blocks = TwoWayBlock(config, stack=(config.num_decoder_layers,), **init)
+        self.to_image = CrossAttention(width, width // DOWNSAMPLE, heads, **init)
         # Both of a fixed epsilon, whatever the blocks' norms have.
-        self.norm = LayerNorm(width, eps=1e-5, **made)
-        self.upscale1 = Upscale(width, width // 4, **made)
-        self.upscale_norm = LayerNorm(width // 4, eps=1e-6, **made)
-        self.upscale2 = Upscale(width // 4, width // 8, **made)
-        self.mask_mlps = Mlp((width, width, width, width // 8), stack=(masks,), **made)
-        self.iou_mlp = Mlp((width, *[config.iou_dim] * (config.num_iou_layers - 1), masks), **made)
+        self.norm = LayerNorm(width, eps=1e-5, **init)
+        self.upscale1 = Upscale(width, width // 4, **init)
+        self.upscale_norm = LayerNorm(width // 4, eps=1e-6, **init)
+        self.upscale2 = Upscale(width // 4, width // 8, **init)
+        self.mask_mlps = Mlp((width, width, width, width // 8), stack=(masks,), **init)
+        self.iou_mlp = Mlp((width, *[config.iou_dim] * (config.num_iou_layers - 1), masks), **init)
 
     def __call__(self, image: jax.Array, image_code: jax.Array, prompts: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(float32[B, 4 g, 4 g] logits of the mask, float32[B] its expected IoU).

@@ -13,12 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from medcg_jax.families import decoder as decoder_lib
-from medcg_jax.families.decoder import Decoder, DecoderConfig
+from medcg_jax.families.common import FamilyConfig, VisionLanguageModel, tiny
+from medcg_jax.families.decoder import DecoderConfig
 from medcg_jax.families.qwen2_vl.vit import Qwen2Vit, Qwen2VitConfig
-from medcg_jax.nn.base import Base
 from medcg_jax.nn.layers import Dense, LayerNorm, gelu
-from medcg_jax.nn.lora import Adapters, LoraConfig
 from medcg_jax.nn.rope import Angles, frequencies
 
 QWEN2_7B = DecoderConfig(
@@ -28,8 +26,10 @@ QWEN2_7B = DecoderConfig(
 
 
 @dataclass(frozen=True)
-class Qwen2VLConfig:
-    """Architecture, special tokens, sizes of images, and how it runs; the defaults are Qwen2-VL-7B."""
+class Qwen2VLConfig(FamilyConfig):
+    """The defaults are Qwen2-VL-7B."""
+
+    family = "qwen2_vl"
 
     vision: Qwen2VitConfig = Qwen2VitConfig()
     text: DecoderConfig = QWEN2_7B
@@ -45,15 +45,6 @@ class Qwen2VLConfig:
     # this is the default of its image processor, 1,280 tokens.
     min_pixels: int = 3136
     max_pixels: int = 1_003_520
-    compute_dtype: str = "float32"
-    # As `ModelConfig`'s fields of these names.
-    attention: str = "auto"
-    remat: str = "none"
-    scan_unroll: int = 0
-    matmul: str = ""
-    # Adapters on the decoder's products; None: none.
-    lora: LoraConfig | None = None
-    base: Base = Base()
 
     def __post_init__(self):
         if len(self.mrope_sections) != 3 or 2 * sum(self.mrope_sections) != self.text.head_dim:
@@ -63,13 +54,23 @@ class Qwen2VLConfig:
         side = self.vision.merge * self.vision.patch_size_px
         if not side * side <= self.min_pixels <= self.max_pixels:
             raise ValueError(
-                f"min_pixels={self.min_pixels}, max_pixels={self.max_pixels}: {side * side} or more, ascending, is accepted"
+                f"min_pixels={self.min_pixels}, max_pixels={self.max_pixels}; expected {side * side} or more, ascending"
             )
 
     @property
     def num_image_tokens(self) -> int:
-        """The most tokens that one image has."""
         return self.max_pixels // (self.vision.merge * self.vision.patch_size_px) ** 2
+
+    @property
+    def tower_lengths(self) -> set[int]:
+        return {self.num_image_tokens * self.vision.merge**2}
+
+    def image_flops(self, vit):
+        vision, out, merged = self.vision, self.text.embed_dim, self.vision.merge**2
+        patches, width = self.num_image_tokens * merged, vision.embed_dim
+        tower = 2.0 * patches * vision.num_frames * vision.patch_dim * width
+        tower += vit(vision.num_layers, width, vision.mlp_dim, patches)
+        return tower, 2.0 * patches * width * (merged * width + out)
 
 
 def qwen2_vl_2b(**fields) -> Qwen2VLConfig:
@@ -96,53 +97,27 @@ def qwen2_vl_72b(**fields) -> Qwen2VLConfig:
 
 
 def qwen2_vl_tiny(
-    vocab_size: int,
-    image_token_id: int,
-    *,
-    pad_token_id: int = 0,
-    eos_token_id: int = 2,
-    patch_size_px: int = 4,
-    embed_dim: int = 64,
-    num_vision_layers: int = 3,
-    num_vision_heads: int = 2,
-    vision_mlp_dim: int = 192,
-    num_layers: int = 4,
-    num_heads: int = 4,
-    num_kv_heads: int = 2,
-    mlp_dim: int = 128,
-    rope_theta: float = 20.0,
-    mrope_sections: tuple[int, int, int] = (2, 3, 3),
-    tie_head: bool = False,
-    min_pixels: int = 256,
-    max_pixels: int = 1024,
-    **fields,
+    vocab_size: int, image_token_id: int, *, tie_head: bool = False, num_kv_heads: int = 2, **fields
 ) -> Qwen2VLConfig:
-    """The same architecture for images of 32 x 32 pixels, 16 tokens each. `fields` are Qwen2VLConfig's own."""
-    vision = Qwen2VitConfig(
-        patch_size_px=patch_size_px, num_layers=num_vision_layers, embed_dim=embed_dim, num_heads=num_vision_heads,
-        mlp_dim=vision_mlp_dim, rope_theta=100.0,
-    )  # fmt: skip
-    text = DecoderConfig(
-        vocab_size=vocab_size, num_layers=num_layers, embed_dim=embed_dim, num_heads=num_heads,
-        num_kv_heads=num_kv_heads, head_dim=embed_dim // num_heads, mlp_dim=mlp_dim, rope_theta=rope_theta,
-        norm_eps=1e-6, max_positions=512, qkv_bias=True, tie_head=tie_head,
-    )  # fmt: skip
-    ids = dict(image_token_id=image_token_id, pad_token_id=pad_token_id, eos_token_id=eos_token_id)
-    sizes = dict(mrope_sections=mrope_sections, min_pixels=min_pixels, max_pixels=max_pixels)
-    return Qwen2VLConfig(vision, text, **ids, **sizes, **fields)
+    """As `common.tiny`, for images of 32 x 32 pixels, 16 tokens each."""
+    fields = {
+        "image_size_px": None, "patch_size_px": 4, "mrope_sections": (2, 3, 3), "min_pixels": 256, "max_pixels": 1024,
+        "vision": {"rope_theta": 100.0}, "text": {"tie_head": tie_head}, "num_kv_heads": num_kv_heads, **fields,
+    }  # fmt: skip
+    return tiny(Qwen2VLConfig, vocab_size, image_token_id, **fields)
 
 
 class Merger(nnx.Module):
     """Blocks of neighbouring patches to one token each: norm of every patch, then dense, exact GELU, dense."""
 
-    def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
         width, out = config.vision.embed_dim, config.text.embed_dim
         self.block = config.vision.merge**2
         inner = self.block * width
-        made = dict(use_bias=True, rngs=rngs, dtype=dtype)
-        self.norm = LayerNorm(width, eps=config.vision.norm_eps, rngs=rngs, dtype=dtype)
-        self.up = Dense("bpe,ef->bpf", (inner, inner), ("vision_embed", "mlp"), **made)
-        self.down = Dense("bpf,fd->bpd", (inner, out), ("mlp", "embed"), **made)
+        init = dict(use_bias=True, rngs=rngs, param_dtype=param_dtype)
+        self.norm = LayerNorm(width, eps=config.vision.norm_eps, rngs=rngs, param_dtype=param_dtype)
+        self.up = Dense("bpe,ef->bpf", (inner, inner), ("vision_embed", "mlp"), **init)
+        self.down = Dense("bpf,fd->bpd", (inner, out), ("mlp", "embed"), **init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """float[B, P, D] for x[B, N, E], P = N / patches of a block."""
@@ -164,27 +139,22 @@ class Layout(NamedTuple):
     slots: jax.Array
 
 
-class Qwen2VL(nnx.Module):
-    """Submodules: `vision`, `projector` (the merger), `decoder`."""
+class Qwen2VL(VisionLanguageModel):
+    """The projector is the merger."""
 
-    # Keys of a batch that `encode_images` takes.
     image_keys = ("pixels", "grids")
 
-    def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs, dtype=None, param_dtype=jnp.float32):
-        made = dict(rngs=rngs, dtype=param_dtype)
-        runs = dict(unroll=config.scan_unroll, remat=config.remat)
-        self.config = config
-        self.dtype = jnp.dtype(config.compute_dtype if dtype is None else dtype)
-        self.vision = Qwen2Vit(config.vision, **made, **runs)
-        self.projector = Merger(config, **made)
-        self.decoder = Decoder(config.text, **made, **runs)
-        self.lora = Adapters(config.text, config.lora, config.text.num_layers, **made) if config.lora else None
+    def make_vision(self, **options) -> Qwen2Vit:
+        return Qwen2Vit(self.config.vision, **options)
+
+    def make_projector(self, **init) -> Merger:
+        return Merger(self.config, **init)
 
     def encode_images(self, images: dict[str, jax.Array]) -> ImageFeatures:
         """The features of each row's images, and how many of each image's slots are real.
 
         images: `pixels`, uint8[B, I, N, C] patches of C = `vision.patch_dim` numbers, or float[B, I, N, C] already
-          normalised; an image's own come first, in the order of `qwen2_vit.patch_places`. `grids`, int32[B, I, 2], rows
+          normalised; an image's own come first, in the order of `vit.patch_places`. `grids`, int32[B, I, 2], rows
           and columns of patches; 0, 0 where a row has fewer images.
 
         Raises:
@@ -194,7 +164,7 @@ class Qwen2VL(nnx.Module):
         block = vision.merge**2
         if pixels.ndim != 4 or pixels.shape[3] != vision.patch_dim or pixels.shape[2] % block:
             raise ValueError(
-                f"pixels {pixels.shape}: [batch, images, patches, {vision.patch_dim}] is accepted, patches a multiple of {block}"
+                f"pixels {pixels.shape}; expected [batch, images, patches, {vision.patch_dim}], patches a multiple of {block}"
             )
         if grids.shape != (*pixels.shape[:2], 2):
             raise ValueError(f"grids {grids.shape} beside pixels {pixels.shape}: [batch, images, 2] is accepted")
@@ -226,11 +196,9 @@ class Qwen2VL(nnx.Module):
         places = self.layout(tokens, segment_ids, features)
         if positions is None:
             positions = places.positions + (0 if cache is None else cache["next_position"][:, None, None])
-        out, held = self.decoder(
-            self.embed(tokens, features, places.slots), segment_ids=segment_ids,
-            angles=mrope_angles(positions, self.config), cache=cache, at=at, lora=self.lora,
-            attention=self.config.attention,
-        )  # fmt: skip
+        x = self.embed(tokens, features, places.slots)
+        angles = mrope_angles(positions, self.config)
+        out, held = self.decode(x, segment_ids=segment_ids, angles=angles, cache=cache, at=at)
         if cache is not None:
             last = jnp.where(segment_ids[..., None] != 0, positions, -1).max(axis=(1, 2))
             held["next_position"] = jnp.maximum(cache["next_position"], last + 1)
@@ -254,18 +222,9 @@ class Qwen2VL(nnx.Module):
         gathered = jnp.take_along_axis(features.features, slots[..., None], axis=1)
         return jnp.where((tokens == self.config.image_token_id)[..., None], gathered.astype(x.dtype), x)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """float32[..., V] for hidden[..., D]."""
-        return self.decoder.logits(hidden)
-
     def init_cache(self, batch: int, length: int, dtype=None) -> dict[str, jax.Array]:
-        """`models.decoder.init_cache`'s, and `next_position` int32[B]: where the row's next token stands."""
-        cache = decoder_lib.init_cache(self.config.text, batch, length, self.dtype if dtype is None else dtype)
-        return {**cache, "next_position": jnp.zeros(batch, jnp.int32)}
-
-    def __call__(self, tokens, images=None, **rest) -> jax.Array:
-        """float32[B, T, V]: logits at every position; arguments as in `hidden`."""
-        return self.logits(self.hidden(tokens, images, **rest)[0])
+        """`decoder.init_cache`'s, and `next_position` int32[B]: where the row's next token stands."""
+        return super().init_cache(batch, length, dtype) | {"next_position": jnp.zeros(batch, jnp.int32)}
 
 
 def mrope_angles(positions: jax.Array, config: Qwen2VLConfig) -> Angles:

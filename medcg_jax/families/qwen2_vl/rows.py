@@ -1,19 +1,64 @@
-"""Images of any size as Qwen2-VL takes them: resized to whole blocks of patches, and cut into rows of patches.
+"""Rows of Qwen2-VL: ChatML's turns; images of any size, resized to whole blocks of patches and cut into patches.
 
-Equal bit for bit to transformers' `Qwen2VLImageProcessorPil` before it normalises; its second frame, a copy of the
-first, is made on the device.
-Source: huggingface/transformers:models/qwen2_vl/image_processing_pil_qwen2_vl.py at 5.23.0.
+Images are equal bit for bit to transformers' `Qwen2VLImageProcessorPil` before it normalises; its second frame, a copy
+of the first, is made on the device.
+Source: huggingface/transformers:models/qwen2_vl/image_processing_pil_qwen2_vl.py at 5.23.0; the chat template of
+Qwen/Qwen2-VL-7B-Instruct.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from PIL import Image
 
 from medcg_jax.data.images import ImageError
+from medcg_jax.data.records import DataError
+from medcg_jax.data.row_format import Format
+from medcg_jax.families.prompts import IMAGE, Prompts, Text
+
+QWEN2 = "You are a helpful assistant."
+START, END = "<|im_start|>", "<|im_end|>"
+
+
+class ChatML(Prompts):
+    """ChatML, written without line breaks but those spelled out:
+
+        <|im_start|>system\\n{system}<|im_end|>\\n
+        <|im_start|>user\\n<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\\n
+        <|im_start|>assistant\\n{answer}<|im_end|>\\n
+
+    An answer follows `assistant\\n` without a space; its letters have other ids than after one.
+    """
+
+    image, end, closing, between = "<|image_pad|>", END, "\n", ""
+
+    def pieces(self, turn, *, first, system_prompt, has_image, training):
+        if system_prompt == "vicuna":
+            raise DataError("data.system_prompt='vicuna' is LLaVA-1.5's; expected 'qwen2', a sentence, or ''")
+        system = QWEN2 if system_prompt == "qwen2" else system_prompt
+        pieces = [START, Text(f"system\n{system}"), END, Text("\n")] if system and first else []
+        if has_image:
+            pieces += [START, Text("user\n"), "<|vision_start|>", IMAGE, "<|vision_end|>", Text(turn.question)]
+        else:
+            pieces += [START, Text(f"user\n{turn.question}")]
+        return [*pieces, END, Text("\n"), START, Text("assistant\n")]
+
+
+PROMPTS = ChatML()
+
+
+def row_format(config) -> Format:
+    """The format of a model's rows. config: its `Qwen2VLConfig`."""
+    vision = config.vision
+    sizes = ImageSizes(vision.patch_size_px, vision.merge, config.min_pixels, config.max_pixels)
+    return Format(
+        PROMPTS, partial(preprocess, sizes=sizes), sizes.max_image_tokens, partial(num_image_tokens, sizes=sizes)
+    )
+
 
 # Longer sides than so many times the shorter are refused.
 MAX_RATIO = 200
@@ -72,9 +117,9 @@ def num_image_tokens(height: int, width: int, sizes: ImageSizes) -> int:
 
 
 def preprocess(image: np.ndarray, sizes: ImageSizes) -> dict[str, np.ndarray]:
-    """`pixels` uint8[num_slots, 3 * patch * patch], the image's patches and then zeros; `grids` int32[2], their rows and columns.
+    """`pixels` uint8[num_slots, 3 * patch * patch], the image's patches and then zeros; `grids` int32[2].
 
-    image: uint8[h, w, 3]. A patch's numbers are in the order channel, row, column; patches stand block by block.
+    image: uint8[h, w, 3]. `grids` holds the patches' rows and columns. A patch's numbers are in the order channel, row, column; patches stand block by block.
 
     Raises:
       ImageError: as `smart_resize`.

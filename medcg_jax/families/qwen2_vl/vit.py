@@ -56,19 +56,19 @@ class Qwen2VitConfig:
 class VitBlock(nnx.Module):
     """Pre-norm encoder block: biases everywhere, rotary positions, patches see those of their own image."""
 
-    def __init__(self, config: Qwen2VitConfig, *, rngs, dtype, stack: Stack = ()):
+    def __init__(self, config: Qwen2VitConfig, *, rngs, param_dtype, stack: Stack = ()):
         self.activation = config.activation
-        made = dict(use_bias=True, rngs=rngs, dtype=dtype, stack=stack)
-        normed = dict(eps=config.norm_eps, rngs=rngs, dtype=dtype, stack=stack)
+        init = dict(use_bias=True, rngs=rngs, param_dtype=param_dtype, stack=stack)
+        normed = dict(eps=config.norm_eps, rngs=rngs, param_dtype=param_dtype, stack=stack)
         width, heads, head_dim = config.embed_dim, config.num_heads, config.embed_dim // config.num_heads
         names = ("vision_embed", "vision_heads", "head_dim")
         self.norm1 = LayerNorm(width, **normed)
         # Query, key and value of a head stand behind each other in its last axis.
-        self.qkv = Dense("btd,dnh->btnh", (width, heads, 3 * head_dim), names, **made)
-        self.out = Dense("btnh,nhd->btd", (heads, head_dim, width), names[1:] + names[:1], **made)
+        self.qkv = Dense("btd,dnh->btnh", (width, heads, 3 * head_dim), names, **init)
+        self.out = Dense("btnh,nhd->btd", (heads, head_dim, width), names[1:] + names[:1], **init)
         self.norm2 = LayerNorm(width, **normed)
-        self.up = Dense("btd,df->btf", (width, config.mlp_dim), ("vision_embed", "vision_mlp"), **made)
-        self.down = Dense("btf,fd->btd", (config.mlp_dim, width), ("vision_mlp", "vision_embed"), **made)
+        self.up = Dense("btd,df->btf", (width, config.mlp_dim), ("vision_embed", "vision_mlp"), **init)
+        self.down = Dense("btf,fd->btd", (config.mlp_dim, width), ("vision_mlp", "vision_embed"), **init)
 
     def __call__(self, x: jax.Array, *, angles: Angles, segment_ids: jax.Array, implementation: str) -> jax.Array:
         qkv = constrain(self.qkv(self.norm1(x)), "act_batch", "act_len", "act_heads", None)
@@ -83,12 +83,12 @@ class VitBlock(nnx.Module):
 class Qwen2Vit(nnx.Module):
     """One image a row: patches to features, float[B, N, E], in the patches' order."""
 
-    def __init__(self, config: Qwen2VitConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, unroll: int, remat: str):
-        made = dict(rngs=rngs, dtype=dtype)
+    def __init__(self, config: Qwen2VitConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32, unroll: int, remat: str):
+        init = dict(rngs=rngs, param_dtype=param_dtype)
         self.config, self.unroll, self.remat = config, unroll, remat
         shape = (config.num_frames * config.patch_dim, config.embed_dim)
-        self.patch = Dense("bpc,ce->bpe", shape, ("patch", "vision_embed"), use_bias=False, **made)
-        self.blocks = VitBlock(config, stack=(config.num_layers,), **made)
+        self.patch = Dense("bpc,ce->bpe", shape, ("patch", "vision_embed"), use_bias=False, **init)
+        self.blocks = VitBlock(config, stack=(config.num_layers,), **init)
 
     def embed(self, pixels: jax.Array, dtype) -> jax.Array:
         """float[B, N, E]: what the first layer gets."""

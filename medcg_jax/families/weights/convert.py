@@ -17,10 +17,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from medcg_jax.families import build
+from medcg_jax.families import build, registry
 from medcg_jax.families.build import Config
 from medcg_jax.families.weights import engine, peft
-from medcg_jax.families.weights.families import FAMILIES, family_of, module_of, module_of_release
+from medcg_jax.families.weights.families import family_of, module_of, module_of_release
 from medcg_jax.families.weights.fields import dataclass_of, quoted
 from medcg_jax.families.weights.files import WeightsError, copy_companions, read_json, write_safetensors, written_whole
 from medcg_jax.families.weights.llava import is_original
@@ -125,7 +125,9 @@ def _abstract(config: Config) -> dict:
 
 def _stacks(config: Config) -> set[tuple[str, ...]]:
     """Paths of the parameters whose leading axis counts layers."""
-    return {entry.path for entry in module_of(config).table(config) if entry.layers is not None}
+    axes = build.axis_names(dataclasses.replace(config, base=Base()))
+    named = jax.tree_util.tree_flatten_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))[0]
+    return {tuple(key.key for key in path) for path, names in named if names[:1] == ("layer",)}
 
 
 def _finite(directory: Path, stacks: set, path, leaf: engine.Leaf) -> engine.Leaf:
@@ -181,15 +183,15 @@ def _open_ours(src: Path, parts: Mapping[str, Path]) -> Checkpoint:
     stated = read_json(file)
     fields = dict(stated)
     family, trained_on, trained = (fields.pop(key, None) for key in ("family", "trained_on", "parts"))
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise WeightsError(f"{file}: family={quoted(family)}; accepted: {', '.join(FAMILIES)}")
+    if not isinstance(family, str) or family not in registry.FAMILIES:
+        raise WeightsError(f"{file}: family={quoted(family)}; accepted: {', '.join(registry.FAMILIES)}")
     if (trained_on, trained) != (None, None):
         if not isinstance(trained_on, str) or not trained_on or "\0" in trained_on:
             raise WeightsError(f"{file}: trained_on={quoted(trained_on)}; the path of a checkpoint is accepted")
         if not isinstance(trained, list) or not trained or not all(isinstance(name, str) for name in trained):
             raise WeightsError(f"{file}: parts={quoted(trained)}; a list of names of a model's parts is accepted")
     try:
-        config = dataclass_of(FAMILIES[family][0], fields, MODEL_FILE)
+        config = dataclass_of(registry.family(family).config_type, fields, MODEL_FILE)
     except (ValueError, ArithmeticError) as error:
         raise _named(error, file) from error
     return Checkpoint(src, config, stated, parts, True, trained_on or "", tuple(trained or ()))
@@ -344,8 +346,7 @@ def convert(
         if to == "peft":
             num_tensors = peft.export_peft(family, params, config, new, base=checkpoint.trained_on)
         else:
-            plain, without = peft.without(family, params, config)
-            num_tensors = len(engine.slots(family.table(without), plain))
+            num_tensors = sum(1 if entry.layers is None else len(entry.layers) for entry in family.table(config))
             if to == "hf":
                 export(params, config, new)
             else:

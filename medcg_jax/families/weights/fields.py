@@ -297,7 +297,7 @@ def old_rope_fields(scaling: Llama3Scaling) -> dict:
 
 
 def read_dataclass(
-    keys: Mapping[str, str], defaults, found: dict, prefix: str = "", absent: Mapping[str, Any] = {}, **values
+    keys: Mapping[str, str], defaults, found: dict, prefix: str = "", absent: Mapping[str, Any] | None = None, **values
 ):
     """The dataclass of an architecture, from the fields of a config.json.
 
@@ -311,7 +311,7 @@ def read_dataclass(
     kind = type(defaults)
     hints = typing.get_type_hints(kind)
     for field, key in keys.items():
-        default = absent.get(field, getattr(defaults, field))
+        default = (absent or {}).get(field, getattr(defaults, field))
         if field in SIDES and key in found:
             values[field] = size(found, prefix, key, default, field)
         elif field == "activation":

@@ -55,7 +55,7 @@ LLAMA_KEYS = TEXT_KEYS | fields.keys(
 LLAMA_DEFAULTS = DecoderConfig(norm_eps=1e-6, max_positions=2048)
 
 
-def llama_layer(text: DecoderConfig = DecoderConfig(), attention_name: str = "self_attn") -> tables.Lines:
+def llama_layer(text: DecoderConfig = LLAMA_DEFAULTS, attention_name: str = "self_attn") -> tables.Lines:
     """The lines of one layer of Llama, with the biases that it has."""
     mlp = (tables.dense(f"mlp.{name}_proj", name, bias=text.mlp_bias) for name in ("gate", "up", "down"))
     return (
@@ -320,8 +320,9 @@ def clip_config(stated: dict, feature_layer: int, *, keep_class_token: bool = Fa
     """The vision tower that a `vision_config` of CLIP's fields states."""
     prefix = "vision_config."
     expect(stated, prefix, num_channels=3, model_type=("clip_vision_model", "clip"))
-    given = dict(feature_layer=feature_layer, keep_class_token=keep_class_token)
-    return fields.read_dataclass(CLIP_KEYS, CLIP_DEFAULTS, stated, prefix, **given)
+    return fields.read_dataclass(
+        CLIP_KEYS, CLIP_DEFAULTS, stated, prefix, feature_layer=feature_layer, keep_class_token=keep_class_token
+    )
 
 
 def decoder_config(stated: dict, prefix: str) -> DecoderConfig:
@@ -331,8 +332,10 @@ def decoder_config(stated: dict, prefix: str) -> DecoderConfig:
     num_heads = fields.number(stated, prefix, "num_attention_heads", 32, "num_heads")
     width = fields.number(stated, prefix, "hidden_size", 4096, "embed_dim")
     absent = {"num_kv_heads": num_heads, "head_dim": width // num_heads}
-    given = dict(rope_theta=theta, rope_scaling=scaling, out_bias=fields.flag(stated, prefix, "attention_bias", False))
-    return fields.read_dataclass(LLAMA_KEYS, LLAMA_DEFAULTS, stated, prefix, absent, **given)
+    out_bias = fields.flag(stated, prefix, "attention_bias", False)
+    return fields.read_dataclass(
+        LLAMA_KEYS, LLAMA_DEFAULTS, stated, prefix, absent, rope_theta=theta, rope_scaling=scaling, out_bias=out_bias
+    )
 
 
 def llama2_config(stated: dict) -> DecoderConfig:

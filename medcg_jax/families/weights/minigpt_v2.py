@@ -60,10 +60,12 @@ EVA_KEYS = fields.keys(
     "image_size_px=image_size patch_size_px=patch_size num_layers=vit_depth embed_dim=vit_width num_heads=vit_heads "
     "mlp_dim=vit_mlp_hidden norm_eps=vit_layer_norm_eps out_norm_eps=ln_vision_eps"
 )
-SIZES = (
-    "image_size patch_size vit_width vit_depth vit_heads vit_mlp_hidden vocab_size hidden_size intermediate_size "
-    "num_hidden_layers num_attention_heads lora_r lora_alpha"
-).split()
+# Of Llama 2, whose activation and biases are no choice.
+LLAMA2_KEYS = {field: key for field, key in LLAMA_KEYS.items() if field not in ("activation", "qkv_bias", "mlp_bias")}
+LLAMA2_KEYS["rope_theta"] = "rope_theta"
+SIZES = ("image_size", "patch_size", "vit_width", "vit_depth", "vit_heads", "vit_mlp_hidden")
+SIZES += ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES += ("lora_r", "lora_alpha")
 
 
 def table(config: MiniGPTv2Config) -> list[tables.Entry]:
@@ -218,7 +220,7 @@ def config_from_json(stated: dict) -> MiniGPTv2Config:
       WeightsError: it is of another model, lacks a size, or differs from what this port computes; names the difference.
     """
     expect(stated, "", model_type="minigpt_v2")
-    missing = [name for name in SIZES if name not in stated]
+    missing = [name for name in SIZES if stated.get(name) is None]
     if missing:
         raise WeightsError(f"config.json of MiniGPT-v2 lacks {', '.join(missing)}")
     vision = fields.read_dataclass(EVA_KEYS, RELEASED.vision, stated)
@@ -272,5 +274,5 @@ def config_to_json(config: MiniGPTv2Config, dtype: str) -> dict:
         "image_token_id": config.image_token_id,
         "pad_token_id": config.pad_token_id,
         "eos_token_id": config.eos_token_id,
-        **fields.written(config.text, LLAMA_KEYS | {"rope_theta": "rope_theta"}),
+        **fields.written(config.text, LLAMA2_KEYS),
     }

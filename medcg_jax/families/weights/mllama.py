@@ -161,8 +161,10 @@ def _text(stated: dict) -> MllamaTextConfig:
     layers = (3, 8, 13, 18, 23, 28, 33, 38)
     # transformers asks of each layer whether it is among them.
     cross = sorted(set(fields.whole_numbers(stated, prefix, "cross_attention_layers", layers, "cross_layers")))
-    given = dict(cross_layers=tuple(cross), head_dim=width // num_heads, rope_theta=theta, rope_scaling=scaling)
-    return fields.read_dataclass(TEXT_KEYS, TEXT_DEFAULTS, stated, prefix, **given)
+    given = {"cross_layers": tuple(cross), "head_dim": width // num_heads}
+    return fields.read_dataclass(
+        TEXT_KEYS, TEXT_DEFAULTS, stated, prefix, rope_theta=theta, rope_scaling=scaling, **given
+    )
 
 
 def config_to_json(config: MllamaConfig, dtype: str) -> dict:
@@ -184,7 +186,7 @@ def config_to_json(config: MllamaConfig, dtype: str) -> dict:
         },
         "text_config": {
             "model_type": "mllama_text_model",
-            **fields.written(text, TEXT_KEYS | {"cross_layers": "cross_attention_layers"}),
+            **fields.written(text, TEXT_KEYS | {"cross_layers": "cross_attention_layers", "rope_theta": "rope_theta"}),
             "rope_scaling": scaled,
             "rope_parameters": {**scaled, "rope_theta": text.rope_theta},
             "tie_word_embeddings": False,

@@ -8,6 +8,7 @@ Source: NExT-ChatV/NExT-Chat:mllm/models/nextchat/*.py, mllm/models/sam/modeling
 import dataclasses
 import re
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
 from medcg_jax.families.next_chat.model import NextChatConfig
@@ -104,7 +105,7 @@ def sam_table(sam: SamConfig) -> list[tables.Entry]:
     decoder_layers = range(sam.num_decoder_layers)
     return [
         *tables.entries(encoder, name, "sam_encoder"),
-        *sum(blocks, []),
+        *chain(*blocks),
         *tables.entries(prompt, prompt_name, "sam_prompt"),
         *tables.entries(points, prompt_name, "sam_prompt", range(4)),
         *tables.entries(DECODER_OUTER, mask_name, "mask_decoder"),

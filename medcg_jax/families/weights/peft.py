@@ -124,16 +124,8 @@ def has_own(family, config) -> bool:
     return any(entry.path[0] == "lora" for entry in family.table(config))
 
 
-def without(family, params, config):
-    """(params, config) without the adapters that the family's released layout does not hold."""
-    if config.lora is None or has_own(family, config):
-        return params, config
-    others = {name: value for name, value in _by_part(params).items() if name != "lora"}
-    return others, dataclasses.replace(config, lora=None)
-
-
 def merged(family, params, config):
-    """(params, config) with such adapters in the weights: W + alpha / rank * A B, summed in float32, in W's dtype.
+    """(params, config) with adapters that the layout does not hold in the weights: W + alpha / rank * A B, summed in float32, in W's dtype.
 
     params: arrays or `engine.Leaf`s; what changes is a `Leaf`.
     """

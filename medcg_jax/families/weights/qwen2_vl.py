@@ -37,6 +37,13 @@ VISION_KEYS = fields.keys(
     "embed_dim=embed_dim num_heads=num_heads activation=hidden_act"
 )
 VISION_DEFAULTS = Qwen2VitConfig()
+# Tokens that stand at the top of a config.json in every version.
+TOKENS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
 
 
 def conv3d_patch(config: Qwen2VitConfig) -> tables.Transform:
@@ -113,10 +120,10 @@ def config_from_json(stated: dict) -> Qwen2VLConfig:
     expect({"hidden_size": 3584, **vision}, "vision_config.", hidden_size=width)
     expect(text, prefix, head_dim=width // num_heads)
     absent = {"num_kv_heads": num_heads if "num_key_value_heads" in text else 8}
-    given = dict(
-        head_dim=width // num_heads, rope_theta=theta, rope_scaling=scaling, qkv_bias=True, tie_head=is_tied(stated)
+    given = {"head_dim": width // num_heads, "qkv_bias": True, "tie_head": is_tied(stated)}
+    decoder = fields.read_dataclass(
+        TEXT_KEYS, TEXT_DEFAULTS, text, prefix, absent, rope_theta=theta, rope_scaling=scaling, **given
     )
-    decoder = fields.read_dataclass(TEXT_KEYS, TEXT_DEFAULTS, text, prefix, absent, **given)
     tower = _vision(vision)
     side = tower.patch_size_px * tower.merge
     sections = fields.whole_numbers(rope, f"{prefix}rope_scaling.", "mrope_section", (16, 24, 24), "mrope_sections")
@@ -125,10 +132,7 @@ def config_from_json(stated: dict) -> Qwen2VLConfig:
             vision=tower,
             text=decoder,
             mrope_sections=sections,
-            image_token_id=fields.token(stated, "", "image_token_id", 151655),
-            video_token_id=fields.token(stated, "", "video_token_id", 151656),
-            vision_start_token_id=fields.token(stated, "", "vision_start_token_id", 151652),
-            vision_end_token_id=fields.token(stated, "", "vision_end_token_id", 151653),
+            **{name: fields.token(stated, "", name, default) for name, default in TOKENS.items()},
             pad_token_id=fields.token(text, prefix, "pad_token_id", 151643),
             eos_token_id=fields.end_of(text, prefix, 151645, last=False),
             # Not in there: the class's sizes, or as many tokens as a larger block makes of them.
@@ -147,7 +151,7 @@ def _vision(stated: dict) -> Qwen2VitConfig:
     width = fields.number(stated, prefix, "embed_dim", 1280, "embed_dim")
     ratio = fields.number(stated, prefix, "mlp_ratio", 4.0, "mlp_ratio", kind=float)
     theta = fields.number(rope, f"{prefix}rope_parameters.", "rope_theta", 10000.0, "rope_theta", kind=float)
-    given = dict(mlp_dim=int(width * ratio), rope_theta=theta)
+    given = {"mlp_dim": int(width * ratio), "rope_theta": theta}
     vision = fields.read_dataclass(VISION_KEYS, VISION_DEFAULTS, stated, prefix, **given)
     # A second name of `patch_size` in the releases.
     expect(stated, prefix, spatial_patch_size=vision.patch_size_px)
@@ -159,19 +163,11 @@ def config_to_json(config: Qwen2VLConfig, dtype: str) -> dict:
     vision, text = config.vision, config.text
     # Without a scaling the releases' spelling, which every version of transformers reads.
     scaling = {"type": "mrope"} if text.rope_scaling is None else fields.rope_fields(text.rope_scaling)
-    tokens = (
-        "image_token_id",
-        "video_token_id",
-        "vision_start_token_id",
-        "vision_end_token_id",
-        "pad_token_id",
-        "eos_token_id",
-    )
     return {
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "model_type": "qwen2_vl",
         "torch_dtype": dtype,
-        **{name: getattr(config, name) for name in tokens},
+        **{name: getattr(config, name) for name in (*TOKENS, "pad_token_id", "eos_token_id")},
         **fields.written(text, TEXT_KEYS),
         "rope_theta": text.rope_theta,
         "rope_scaling": {**scaling, "mrope_section": list(config.mrope_sections)},

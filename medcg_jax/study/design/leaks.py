@@ -63,14 +63,6 @@ def _is_published(cell: Cell, name: str, target: str) -> bool:
     return row is not None and cell.arm == "trained" and name in row.related and target == row.target
 
 
-def related_datasets(number: str) -> Mapping[str, str]:
-    """Datasets (`data-no`) that share images with one, or may -> why; {} of one that the catalogue does not list."""
-    try:
-        return catalogue.related_datasets(number)
-    except DataError:  # a dataset of the user's own
-        return {}
-
-
 class LeakGuard:
     """Looks for leaks in the cells of one source, each image hashed once however many cells and subsets have it.
 
@@ -83,15 +75,20 @@ class LeakGuard:
 
     drawn: the images are drawn for the run, as phantoms are. None is a copy of another then (no two of 32 subsets of
     the phantom world are within 20 bits): neither near ones nor related datasets are looked for.
-    related: as `related_datasets`.
+    related: as `catalogue.related_datasets`.
     general: the supply of general records that every training has some of; None: there is none. Their questions are
     held against those of the tests too, and near images are looked for among them whatever the source.
     """
 
     def __init__(
-        self, source: Source, study: StudyConfig = StudyConfig(), *, drawn: bool = False,
-        related: Callable[[str], Mapping[str, str]] = related_datasets, general: RecordSet | None = None,
-    ):  # fmt: skip
+        self,
+        source: Source,
+        study: StudyConfig = StudyConfig(),
+        *,
+        drawn: bool = False,
+        related: Callable[[str], Mapping[str, str]] = catalogue.related_datasets,
+        general: RecordSet | None = None,
+    ):
         self._source, self._related, self._drawn, self._general = source, related, drawn, general
         self._near_bits = study.near_duplicate_bits if study.near_duplicates != "off" else None
         self._actions, self._actions_of_general = actions_of(study), actions_of_general(study)
@@ -129,7 +126,7 @@ class LeakGuard:
         return [
             Finding(cell.id, leak, action)
             for leak, action in sorted(
-                leaks, key=lambda one: (order.index(one[0].kind), one[0].training, one[0].test, one[1])
+                leaks, key=lambda item: (order.index(item[0].kind), item[0].training, item[0].test, item[1])
             )
         ]
 
@@ -151,17 +148,17 @@ class LeakGuard:
             self._hashed_general = hashed(self._general, self._decoded if decode else None)
         if target not in self._found_in_general:
             training, test = self._hashed_general, self._hashed_of(target, "test", decode)
-            found = find_leaks(training, test, self._near_bits, questions=True)
-            self._found_in_general[target] = found + self._lineage(GENERAL, training, target, test)
+            leaks = find_leaks(training, test, self._near_bits, questions=True)
+            self._found_in_general[target] = leaks + self._lineage(GENERAL, training, target, test)
         return self._found_in_general[target]
 
     def _lineage(self, name: str, training: Hashed, target: str, test: Hashed) -> list[Leak]:
         """The datasets that two subsets have in common, or that are related; named in place of records."""
-        found = []
+        leaks = []
         for number in sorted(training.data_numbers):
             for other in sorted({number, *self._related(number)} & test.data_numbers):
-                found.append(Leak(f"{name} data-no {number}", f"{target} data-no {other}", "lineage"))
-        return found
+                leaks.append(Leak(f"{name} data-no {number}", f"{target} data-no {other}", "lineage"))
+        return leaks
 
     def _hashed_of(self, subset: str, split: Split, decode: bool) -> Hashed:
         if (subset, split, decode) not in self._hashed:
@@ -170,22 +167,26 @@ class LeakGuard:
         return self._hashed[subset, split, decode]
 
 
-def refuse(found: Sequence[Finding]) -> None:
+def refuse(findings: Sequence[Finding]) -> None:
     """Raises DataError when one of the findings is refused; it names the first one's cell and both its records."""
-    for one in found:
-        if one.action == "refused":
-            raise DataError(f"{one.cell}: {words(one.leak)}; {remedy(one.leak)}")
+    for finding in findings:
+        if finding.action == "refused":
+            raise DataError(f"{finding.cell}: {words(finding.leak)}; {remedy(finding.leak)}")
 
 
-def dropped(found: Sequence[Finding]) -> frozenset[str]:
+def dropped(findings: Sequence[Finding]) -> frozenset[str]:
     """The training records that are left out."""
-    return frozenset(one.leak.training for one in found if one.action == "dropped")
+    return frozenset(finding.leak.training for finding in findings if finding.action == "dropped")
 
 
-def among(found: Sequence[Finding], taken: Mapping[str, frozenset[str]]) -> list[Finding]:
+def among(findings: Sequence[Finding], taken: Mapping[str, frozenset[str]]) -> list[Finding]:
     """Those of records that a training takes, those that are refused, and those of whole datasets.
 
     taken: subset -> ids of the records taken of it.
     """
     every = frozenset().union(*taken.values())
-    return [one for one in found if one.leak.training in every or one.action == "refused" or one.leak.kind == "lineage"]
+    return [
+        finding
+        for finding in findings
+        if finding.leak.training in every or finding.action == "refused" or finding.leak.kind == "lineage"
+    ]

@@ -211,7 +211,7 @@ def read_ledger(root: str | Path) -> Ledger:
         # With both splits the reader takes counts from the JSON; else it checks every record when it opens the tree.
         errors = [part.file_error if len(parts) == len(SPLITS) else part.first_error for part in parts.values()]
         own_faults += filter(None, errors)
-    for subset in catalogue.subsets():
+    for subset in catalogue.subsets().values():
         if subset.number not in states:
             reason = "no file" if subset.released else "no file; its questions are not released"
             states[subset.number] = SubsetState(
@@ -277,7 +277,7 @@ def _subset_state(
     tally, split_made, data_numbers = _tally(records), "test" not in parts, set(records["data_no"])
     broken = sum((part.broken for part in parts.values()), Counter())
     members = others = lacking = ()
-    listed = {subset.number: subset for subset in catalogue.subsets()}.get(number)
+    listed = catalogue.subsets().get(number)
     if listed:
         printed = catalogue.numbers(listed.printed.get("datasets", ""))
         members = tuple(data_no for data_no in listed.datasets if data_no in data_numbers)
@@ -310,18 +310,18 @@ def _subset_state(
 
 def _dataset_states(records: pandas.DataFrame, original: Mapping[str, str]) -> tuple[DatasetState, ...]:
     """records: as `_frame`, of every subset. original: as `_original_files`."""
-    listed = {dataset.number: dataset for dataset in catalogue.datasets()}
+    listed = catalogue.datasets()
     by_number = dict(list(records.groupby("data_no")))
     states = []
     for number in sorted({*listed, *by_number}, key=lambda number: (number not in listed, *_number_order(number))):
-        dataset, own = listed.get(number), by_number.get(number, records[:0])
-        tally, found_in = _tally(own), tuple(sorted(set(own["subset"])))
+        dataset, rows = listed.get(number), by_number.get(number, records[:0])
+        tally, found_in = _tally(rows), tuple(sorted(set(rows["subset"])))
         absent_from = [subset for subset in dataset.subsets if subset not in found_in] if dataset else []
         reasons = [f"no record in subset {subset}" for subset in absent_from]
         if not found_in:
             if dataset and not dataset.subsets:
                 reasons.append("no record; in no subset of the catalogue")
-            elif dataset and not any(catalogue.subset(subset).released for subset in dataset.subsets):
+            elif dataset and not any(catalogue.subsets()[subset].released for subset in dataset.subsets):
                 reasons[-1] += ", whose questions are not released"
             if number in original:
                 reasons.append(f"{original[number]} has it, no subset file does")

@@ -63,9 +63,9 @@ def _summary(ledger: Ledger) -> list[str]:
     lines = [f"{'':10}{'complete':>9}{'partial':>9}{'missing':>9}{'of':>5}"]
     for name, states in (("subsets", ledger.subsets), ("datasets", ledger.datasets)):
         listed = [state for state in states if state.in_catalogue]
-        counted, own = states_of(listed), len(states) - len(listed)
+        counted, num_own = states_of(listed), len(states) - len(listed)
         line = f"{name:10}" + "".join(f"{number:>9}" for number in counted.values()) + f"{len(listed):>5}"
-        notes = [f"{own} more are the tree's own"] if own else []
+        notes = [f"{num_own} more are the tree's own"] if num_own else []
         if name == "subsets":
             closed = sum("not released" in state.reasons[0] for state in listed if state.state == "missing")
             notes = [f"{closed} missing not released"] * bool(closed) + notes
@@ -79,15 +79,15 @@ def _summary(ledger: Ledger) -> list[str]:
 def _row_lines(rows: Sequence[RowState]) -> list[str]:
     lines = [f"{'Rows of the paper':<36}{'full':>6}{'part':>6}{'blocked':>9}{'of':>5}"]
     for table in TABLES:
-        own = [row for row in rows if row.table == table]
-        by_state = {state: [row for row in own if row.state == state] for state in ("full", "part", "blocked")}
+        of_table = [row for row in rows if row.table == table]
+        by_state = {state: [row for row in of_table if row.state == state] for state in ("full", "part", "blocked")}
         full, part, blocked = by_state.values()
         digits = 2 if table < 3 else 1
         name = f"table {table}  {TABLE_NAMES[table]}"
-        lines.append(f"{name:<36}{len(full):>6}{len(part):>6}{len(blocked):>9}{len(own):>5}")
-        for state, found in (("full", full), ("part", part)):
-            if found:
-                lines += _wrap(f"{state}: {_ranges((row.row for row in found), digits)}", 11, first=" " * 9)
+        lines.append(f"{name:<36}{len(full):>6}{len(part):>6}{len(blocked):>9}{len(of_table):>5}")
+        for state, listed in (("full", full), ("part", part)):
+            if listed:
+                lines += _wrap(f"{state}: {_ranges((row.row for row in listed), digits)}", 11, first=" " * 9)
         if blocked:
             by_subset: dict[str, list[int]] = {}
             for row in blocked:
@@ -96,7 +96,7 @@ def _row_lines(rows: Sequence[RowState]) -> list[str]:
             if table < 3:
                 text = f"blocked by {_ranges(map(int, by_subset), digits)}"
             else:
-                listed = [f"{number} ({_ranges(found)})" for number, found in sorted(by_subset.items())]
+                listed = [f"{number} ({_ranges(listed)})" for number, listed in sorted(by_subset.items())]
                 text = f"blocked by {', '.join(listed)}"
             lines += _wrap(text, 11, first=" " * 9)
     return [*lines, *_wrap(ROWS_LEGEND)]
@@ -118,7 +118,7 @@ def _subset_lines(state: SubsetState) -> list[str]:
 def _dataset_lines(states: Sequence[DatasetState]) -> list[str]:
     listed = [state for state in states if state.in_catalogue]
     here = [state for state in listed if state.state != "missing"]
-    own = [state for state in states if not state.in_catalogue]
+    others = [state for state in states if not state.in_catalogue]
     gone = [state for state in listed if state.state == "missing"]
     lines = []
     if here:
@@ -128,8 +128,8 @@ def _dataset_lines(states: Sequence[DatasetState]) -> list[str]:
         where = f"{_short(state.name or 'name not known', 30)}; {', '.join(state.found_in)}"
         lines.append(f"{name:<12}{_counts(state)} {_short(where, WIDTH - 45)}")
         lines += _wrap("; ".join(state.reasons), 4) if state.reasons else []
-    if own:
-        text = ", ".join(f"{state.number} ({state.train + state.test:,})" for state in own)
+    if others:
+        text = ", ".join(f"{state.number} ({state.train + state.test:,})" for state in others)
         lines += ["", *_wrap(f"Data numbers of the tree's own, with their records: {text}")]
     if gone:
         lines += ["", "Missing datasets, and where they are to be had"]

@@ -139,13 +139,15 @@ def paper_csv(name: str) -> list[dict[str, str]]:
 @cache
 def paper_subsets() -> dict[str, Subset]:
     """The 53 subsets of Med-MAT by number: table 9, and the one that the release adds."""
-    return {s.number: Subset(s.number, s.modality, s.area, s.task) for s in catalogue.subsets()}
+    return {s.number: Subset(s.number, s.modality, s.area, s.task) for s in catalogue.subsets().values()}
 
 
 @cache
 def paper_split() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Subset numbers in distribution (table 1) and out of distribution (table 2)."""
-    return tuple(tuple(s.number for s in catalogue.subsets() if s.distribution == own) for own in ("in", "out"))
+    return tuple(
+        tuple(s.number for s in catalogue.subsets().values() if s.distribution == own) for own in ("in", "out")
+    )
 
 
 def has_boxes(subset: Subset) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from medcg_jax import config as run_config
 from medcg_jax.config import BOX_TABLES, MODELS, ConfigError, RunConfig, StudyConfig
 from medcg_jax.data.records import Subset
+from medcg_jax.families import registry
 from medcg_jax.study.design import combos, mat
 
 # Arms that may be trained on what they are tested on (other records of it): the references of tables 1 and 2, and the
@@ -16,8 +17,10 @@ from medcg_jax.study.design import combos, mat
 SEES_TARGET = ("single_task", "multi_task", "efficiency")
 # Family -> the published table whose rows its pairs repeat, LLaVA's where it has none of its own; and its detection
 # pairs, whose two tables have the same eight.
-PAIR_TABLES = {"llava": 3, "qwen2_vl": 7, "mllama": 8}
-DETECTION_TABLES = {"next_chat": 5, "minigpt_v2": 6}
+PAIR_TABLES, DETECTION_TABLES = (
+    {family.name: family.tables[kind][0] for family in registry.families() if kind in family.tables}
+    for kind in ("pairs", "detection_pairs")
+)
 # Published row's direction -> ours.
 DIRECTIONS = {
     "fixed modality": "fixed_modality",

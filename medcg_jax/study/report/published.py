@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from medcg_jax.config import MODELS
+from medcg_jax.families import registry
 from medcg_jax.study.design import mat, suite
 from medcg_jax.study.report.load_grid import Grid
 from medcg_jax.study.report.tables import Column, Table, Tables, answers_per_arm, seeds_text
@@ -12,14 +13,7 @@ from medcg_jax.study.stats.power import paper_power
 PRINTED = {"baseline": "Baseline", "single_task": "Single-task Training", "multi_task": "Multi-task Training"}
 MODEL = "LLaVA-1.5-7B"
 # Published table of combinations -> its file and the model that it is of.
-FILES = {
-    3: ("table3_classification_pairs", MODEL),
-    4: ("table4_three_datasets", MODEL),
-    5: ("table5_nextchat_detection", "NExT-Chat"),
-    6: ("table6_minigptv2_detection", "MiniGPT-v2"),
-    7: ("table7_qwen2_vl", "Qwen2-VL"),
-    8: ("table8_llama32_vision", "Llama-3.2-Vision"),
-}
+FILES = {number: (file, family.title) for family in registry.families() for number, file in family.tables.values()}
 
 
 def published(grid: Grid, summary: dict) -> list[Table]:

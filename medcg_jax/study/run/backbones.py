@@ -126,7 +126,7 @@ def _join(runs: dict[str, RunConfig], workdir: Path, parent: int) -> None:
 
 def _begin(log: Path, parent: int) -> None:
     """Sends this process's output to its log, and ends it with its parent."""
-    from medcg_jax.host import keep_freed_memory
+    from medcg_jax.platform import keep_freed_memory
     from medcg_jax.study.run.worker import end_with
 
     end_with(parent)

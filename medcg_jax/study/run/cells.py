@@ -272,7 +272,9 @@ class Trainer:
             for name in job.targets:
                 asked, controls = self._data.test(name), self._data.controls(name)
                 found[name], again[name] = (
-                    self._tester.with_controls(params, asked, controls) if controls else (self._tester(params, asked), {})
+                    self._tester.with_controls(params, asked, controls)
+                    if controls
+                    else (self._tester(params, asked), {})
                 )
         self._has_tested = True
         if jax.process_index() > 0:

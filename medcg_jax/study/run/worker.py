@@ -17,7 +17,7 @@ import jax
 from medcg_jax.config import ConfigError, Interrupted, RunConfig, RunError
 from medcg_jax.config_file import from_config_dict
 from medcg_jax.data.records import DataError
-from medcg_jax.host import keep_freed_memory, run_process
+from medcg_jax.platform import keep_freed_memory, run_process
 from medcg_jax.processes import broadcast
 from medcg_jax.study.design.schedule import Job, Plan, make_plan
 from medcg_jax.study.run import claims

@@ -8,7 +8,7 @@ import time
 import pytest
 from in_processes import free_port
 
-from medcg_jax import agreement, cli, meeting, processes
+from medcg_jax import agreement, cli, processes, rendezvous
 from medcg_jax.cluster import Cluster
 from medcg_jax.config import ConfigError, RunConfig, RunError, replace
 
@@ -19,7 +19,9 @@ def meet(*places: tuple[int, int], port: int = 0, timeout_s: float = 10.0) -> tu
 
     def start(place: int, index: int, count: int):
         try:
-            with meeting.meeting(Cluster("the test", coordinator, count, index), timeout_s, said.append) as address:
+            with rendezvous.rendezvous(
+                Cluster("the test", coordinator, count, index), timeout_s, said.append
+            ) as address:
                 ends[place] = address
         except (ConfigError, RunError) as error:
             ends[place] = error
@@ -49,7 +51,7 @@ def test_all_come_in_any_order_and_the_port_is_free_again():
     ],
 )
 def test_processes_that_do_not_fit_all_end_with_the_same_line(places, said, monkeypatch):
-    monkeypatch.setattr(meeting, "LATE_S", 1.0)
+    monkeypatch.setattr(rendezvous, "LATE_S", 1.0)
     ends, _ = meet(*places)
     assert all(isinstance(end, ConfigError) for end in ends)
     [line] = set(map(str, ends))
@@ -57,7 +59,7 @@ def test_processes_that_do_not_fit_all_end_with_the_same_line(places, said, monk
 
 
 def test_one_that_is_missing_is_named_on_all(monkeypatch):
-    monkeypatch.setattr(meeting, "SAY_AFTER_S", 0.2)
+    monkeypatch.setattr(rendezvous, "SAY_AFTER_S", 0.2)
     ends, said = meet((0, 3), (2, 3), timeout_s=2.0)
     assert [type(end) for end in ends] == [RunError, RunError]
     assert all("process 1 did not come within 2 s" in str(end) for end in ends)
@@ -78,7 +80,7 @@ def test_a_port_that_another_has_is_refused(monkeypatch):
         assert isinstance(end, ConfigError)
         assert f"process 0 cannot listen at 127.0.0.1, port {port}" in str(end)
         # As a run that has begun does: it answers, and waits for nobody.
-        monkeypatch.setattr(meeting, "OTHERS_S", 0.5)
+        monkeypatch.setattr(rendezvous, "OTHERS_S", 0.5)
 
         def answer():
             while True:
@@ -97,7 +99,7 @@ def test_a_port_that_another_has_is_refused(monkeypatch):
 def test_strangers_at_the_port_are_passed_over():
     port, ends = free_port(), []
     run = threading.Thread(target=lambda: ends.append(meet((0, 2), (1, 2), port=port)[0]))
-    with meeting.listen(f"127.0.0.1:{port}")[0] as listener:
+    with rendezvous.listen(f"127.0.0.1:{port}")[0] as listener:
         texts = [
             b"GET / HTTP/1.1\n",
             b"{}\n",
@@ -108,13 +110,13 @@ def test_strangers_at_the_port_are_passed_over():
         ]
         strangers = [socket.create_connection(("127.0.0.1", port)) for _ in texts]
         cluster = Cluster("the test", f"127.0.0.1:{port}", 2, 0)
-        waits = threading.Thread(target=lambda: meeting._host(listener, cluster, 10.0, print))
+        waits = threading.Thread(target=lambda: rendezvous._host(listener, cluster, 10.0, print))
         waits.start()
         for stranger, text in zip(strangers, texts, strict=True):
             stranger.sendall(text)
         time.sleep(0.3)
         assert waits.is_alive()
-        meeting._join(Cluster("the test", f"127.0.0.1:{port}", 2, 1), 10.0, print)
+        rendezvous._join(Cluster("the test", f"127.0.0.1:{port}", 2, 1), 10.0, print)
         waits.join(10)
         assert not waits.is_alive()
         for stranger in strangers:
@@ -137,12 +139,12 @@ def test_strangers_at_the_port_are_passed_over():
 def test_process_0_listens_at_the_address_that_is_given_alone(monkeypatch, host, addresses, listens):
     port = free_port()
     kind = socket.AF_INET
-    monkeypatch.setattr(meeting, "_resolved", lambda address: [(kind, 1, 6, "", (ip, port)) for ip in addresses])
+    monkeypatch.setattr(rendezvous, "_resolved", lambda address: [(kind, 1, 6, "", (ip, port)) for ip in addresses])
     if listens is None:
         with pytest.raises(ConfigError, match="is no address of"):
-            meeting.listen(f"{host}:{port}")
+            rendezvous.listen(f"{host}:{port}")
         return
-    listener, address = meeting.listen(f"{host}:{port}")
+    listener, address = rendezvous.listen(f"{host}:{port}")
     with listener:
         assert address in (f"{listens}:{port}", f"0.0.0.0:{port}" if listens == "[::]" else "")
 
@@ -153,16 +155,16 @@ def test_a_name_that_gets_its_address_late_is_waited_for(monkeypatch):
     def lookup(address):
         looks.append(address)
         if len(looks) < 3:
-            raise meeting._NotHereError("node0 has no address here")
+            raise rendezvous._NotHereError("node0 has no address here")
         return [(socket.AF_INET, 1, 6, "", ("127.0.0.1", port))]
 
-    monkeypatch.setattr(meeting, "_resolved", lookup)
-    monkeypatch.setattr(meeting, "POLL_S", 0.01)
-    meeting._listen_soon(f"node0:{port}", 5.0)[0].close()
+    monkeypatch.setattr(rendezvous, "_resolved", lookup)
+    monkeypatch.setattr(rendezvous, "POLL_S", 0.01)
+    rendezvous._listen_soon(f"node0:{port}", 5.0)[0].close()
     assert len(looks) == 3
     looks.clear()
     with pytest.raises(ConfigError, match="no address"):
-        meeting._listen_soon(f"node0:{port}", 0.0)
+        rendezvous._listen_soon(f"node0:{port}", 0.0)
 
 
 # ------------------------------------------------------------------ what they share

@@ -104,7 +104,7 @@ def port_stages(model: MiniGPTv2, tokens: jax.Array, segment_ids: jax.Array, pix
     x = found["inputs_embeds"] = model.embed(tokens, features)
     angles = rope_angles(count_positions(segment_ids), config.text.head_dim, config.text.rope_theta)
     for i, (block, adapters) in enumerate(zip(layers(model.decoder.blocks), layers(model.lora), strict=True)):
-        rest = dict(angles=angles, segment_ids=segment_ids, lora=adapters, implementation=implementation)
+        rest = {"angles": angles, "segment_ids": segment_ids, "lora": adapters, "implementation": implementation}
         x = found[f"llm_layer_{i}"] = block(x, **rest)[0]
     found["llm_final_norm"], _ = model.hidden(tokens, {"pixels": pixels}, segment_ids=segment_ids)
     found["logits"] = model.logits(found["llm_final_norm"])
@@ -149,8 +149,8 @@ def port_order(found: dict) -> list[str]:
         "inputs",
         "llm_layer",
     )
-    place = lambda name: next((i for i, start in enumerate(first) if name.startswith(start)), len(first))  # noqa: E731
-    number = lambda name: int(name.rsplit("_", 1)[1]) if name[-1].isdigit() else 0  # noqa: E731
+    place = lambda name: next((i for i, start in enumerate(first) if name.startswith(start)), len(first))
+    number = lambda name: int(name.rsplit("_", 1)[1]) if name[-1].isdigit() else 0
     return sorted(found, key=lambda name: (place(name), number(name), name == "logits"))
 
 

@@ -13,10 +13,10 @@ from flax import nnx
 from medcg_jax.families import build
 from medcg_jax.families.weights import engine, minigpt_v2, next_chat
 from medcg_jax.families.weights.files import open_safetensors, write_safetensors
-from medcg_jax.parity import golden, golden_next, golden_next_data, golden_next_losses
 from medcg_jax.parity.rows import Row
+from tests.golden import minigpt_v2 as golden_minigpt
+from tests.golden import next_chat as golden_next
 
-MODULES = (golden, golden_next_data)
 # The index that stands for an array's first number: no token, so that no row of generated ones seems to end.
 FIRST = 10_000
 
@@ -57,9 +57,9 @@ def recorded(rows_of, files: dict, monkeypatch, *, num_pixels: int = 0, fixed=No
         assert found[stage][0].shape == found[stage][1].shape, stage
         return Row(stage, 0.0, 1.0)
 
-    for module in MODULES:
+    for module in (golden_minigpt, golden_next):
         monkeypatch.setattr(module, "compared", take)
-    monkeypatch.setattr(golden, "exactly", take)
+    monkeypatch.setattr(golden_minigpt, "exactly", take)
     rows_of()
     monkeypatch.undo()
     for path, arrays in held.items():
@@ -108,7 +108,7 @@ def minigpt(folder, monkeypatch, seed: int = 0):
     shapes = weights(folder, minigpt_v2.table(config), config, minigpt_v2.released_name, seed)
     write_json(folder / "config.json", MINIGPT)
     rng = np.random.default_rng(seed)
-    ids = lambda num: rng.integers(10, 97, num).tolist()  # noqa: E731
+    ids = lambda num: rng.integers(10, 97, num).tolist()
     train = [
         {"before_image": [5, 7], "after_image": [8, *ids(3), 6], "answer_used": [*ids(2), 2]},
         {"before_image": [5, 7], "after_image": [8, *ids(4), 6], "answer_used": ids(6)},
@@ -129,10 +129,10 @@ def minigpt(folder, monkeypatch, seed: int = 0):
         "gen_inputs_embeds": (2, 37, 40),
         "gen_attention_mask": (2, 37), "gen_margin": (2, 5), "pos_embed_interpolated": (1, 101, 52),
     }  # fmt: skip
-    trained = lambda name: "lora_" in name or name.startswith("llama_proj")  # noqa: E731
+    trained = lambda name: "lora_" in name or name.startswith("llama_proj")
     grads = {f"grad/{n}" if trained(n) else f"norm/{n}": s if trained(n) else () for n, s in shapes.items()}
     files = {folder / "expected.npz": expected, folder / "grads.npz": grads}
-    recorded(lambda: golden.golden_rows(folder), files, monkeypatch)
+    recorded(lambda: golden_minigpt.golden_rows(folder), files, monkeypatch)
     return folder
 
 
@@ -171,11 +171,11 @@ def next_chat_folder(folder, monkeypatch, *, sam_px: int = 256, seed: int = 0):
     found = {**NEXT, "sam": {**SAM, "patch_size": sam_px // 16}, "sam_image_size": sam_px}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", found)
-    config = golden_next_data.read_config(folder)
+    config = golden_next.read_config(folder)
     shapes = weights(folder, next_chat.table(config), config, next_chat.released_name, seed)
     rng, inputs = np.random.default_rng(seed), {}
-    box = lambda num: np.sort(rng.random((num, 2, 2)), axis=1).reshape(num, 4).astype(np.float32)  # noqa: E731
-    picture = lambda num: rng.standard_normal((num, 3, 40, 40)).astype(np.float32)  # noqa: E731
+    box = lambda num: np.sort(rng.random((num, 2, 2)), axis=1).reshape(num, 4).astype(np.float32)
+    picture = lambda num: rng.standard_normal((num, 3, 40, 40)).astype(np.float32)
     # Of every row: boxes in the question, boxes in the answer.
     plans = {"": ((1, 1), (1, 2), (0, 0)), "seg_": ((1, 1), (0, 1))}
     plans |= {"mock_valid_": ((0, 1),), "mock_invalid_": ((0, 1),)}
@@ -196,12 +196,12 @@ def next_chat_folder(folder, monkeypatch, *, sam_px: int = 256, seed: int = 0):
     np.savez(folder / "inputs.npz", **inputs)
     say_at(folder, inputs)
     base, mask, generate = next_shapes(sam_px)
-    stages = golden_next_losses.STAGES
+    stages = golden_next.STAGES
     names = {part: {name for name in shapes if stage_of(name) in stages[part]} for part in stages}
     own = names["mask"]
     clip = {name for name in shapes if name.startswith("model.vision_tower")}
     rest = set(shapes) - own - clip - {n for n in shapes if "positional_encoding" in n}
-    whole = lambda prefix, names: {f"{prefix}/{n}": shapes[n] for n in names}  # noqa: E731
+    whole = lambda prefix, names: {f"{prefix}/{n}": shapes[n] for n in names}
     grads = {}
     for prefix in ("mock_valid/original", "mock_invalid/original", "clean"):
         grads |= whole(prefix, names["base"])
@@ -213,18 +213,18 @@ def next_chat_folder(folder, monkeypatch, *, sam_px: int = 256, seed: int = 0):
         folder / "expected_generate.npz": generate, folder / "grads_base.npz": grads, folder / "grads_mask.npz": masks,
     }  # fmt: skip
     fixed = {folder / "expected_base.npz": {"rec/input_ids": row_of(43, 1, 1, 3)[0][None]}}
-    rows_of = lambda: golden_next.golden_rows(folder)  # noqa: E731
+    rows_of = lambda: golden_next.golden_rows(folder)
     recorded(rows_of, files, monkeypatch, num_pixels=sam_px**2, fixed=fixed)
     return folder
 
 
 def say_at(folder, inputs) -> None:
     """Makes `<at>` what the model says first, and again behind the box: two boxes for one image."""
-    _, graphdef, params = golden_next_data.load(folder)
+    _, graphdef, params = golden_next.load(folder)
     model = nnx.merge(graphdef, params)
     cache, states = model.init_cache(1, 60), []
     pixels = inputs["gen_images"].transpose(0, 2, 3, 1)[:, None]
-    prompt = dict(images={"pixels": pixels}, boxes=inputs["gen_loc_inputs"][None])
+    prompt = {"images": {"pixels": pixels}, "boxes": inputs["gen_loc_inputs"][None]}
     for tokens, rest in ((inputs["gen_input_ids"], prompt), ([[AT]], {}), ([[BOX]], {})):
         hidden, cache = model.hidden(jnp.asarray(tokens, jnp.int32), cache=cache, **rest)
         states.append(np.asarray(hidden[0, -1], np.float64))

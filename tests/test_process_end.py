@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from medcg_jax import host
+from medcg_jax import platform as medcg_platform
 
 # Prints the page faults of a typical run of a program with 32 MB of scratch. Typical: now and then the heap still grows.
 PROGRAM = """
 import resource, statistics, sys
-from medcg_jax.host import keep_freed_memory
+from medcg_jax.platform import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 import jax, jax.numpy as jnp
@@ -42,14 +42,14 @@ def test_scratch_is_mapped_once():
 
 def test_a_machine_that_may_have_an_accelerator_is_left_alone(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    monkeypatch.setattr(host, "find_spec", lambda name: name == "libtpu" or None)
-    assert not host.keep_freed_memory()
+    monkeypatch.setattr(medcg_platform, "find_spec", lambda name: name == "libtpu" or None)
+    assert not medcg_platform.keep_freed_memory()
 
 
 def test_a_process_ends_with_its_status_and_before_python_takes_itself_down():
     program = """
 import atexit, sys
-from medcg_jax.host import run_process
+from medcg_jax.platform import run_process
 
 class Late:
     def __del__(self):

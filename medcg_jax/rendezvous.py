@@ -35,22 +35,22 @@ BIND_NAME = "JAX_COORDINATOR_BIND_ADDRESS"
 
 
 @contextmanager
-def meeting(cluster: Cluster, timeout_s: float, say: Callable[[str], None]) -> Iterator[str | None]:
+def rendezvous(cluster: Cluster, timeout_s: float, log: Callable[[str], None]) -> Iterator[str | None]:
     """Returns when all processes of `cluster` are there; its block is where JAX takes over the port.
 
-    Gives the address at which process 0's service is to listen, None on the others. say: takes lines about waiting.
+    Gives the address at which process 0's service is to listen, None on the others. log: takes lines about waiting.
 
     Raises:
       ConfigError: the port is taken or no port of this host's, or the processes do not fit together; on all of them.
       RunError: some do not come within `timeout_s`; the message names them.
     """
     if cluster.process_id:
-        _join(cluster, timeout_s, say)
+        _join(cluster, timeout_s, log)
         yield None
         return
     listener, address = _listen_soon(cluster.coordinator, min(NAME_S, timeout_s))
     with listener:
-        _host(listener, cluster, timeout_s, say)
+        _host(listener, cluster, timeout_s, log)
         try:
             # It listens no more and still holds the port: no other program gets it before JAX has it.
             listener.shutdown(socket.SHUT_RD)
@@ -85,9 +85,9 @@ def listen(coordinator: str) -> tuple[socket.socket, str]:
     Raises:
       ConfigError: the port is taken, or HOST is not this host.
     """
-    wanted = os.environ.get(BIND_NAME, "") or coordinator
-    host, port = _split(wanted)
-    infos = sorted(_resolved(wanted), key=lambda info: info[0] != socket.AF_INET)
+    address = os.environ.get(BIND_NAME, "") or coordinator
+    host, port = _split(address)
+    infos = sorted(_resolved(address), key=lambda info: info[0] != socket.AF_INET)
     addresses = list(dict.fromkeys((info[0], info[4][0]) for info in infos))
     if not _is_literal(host):
         outside = [(kind, ip) for kind, ip in addresses if not ipaddress.ip_address(ip.partition("%")[0]).is_loopback]
@@ -142,11 +142,11 @@ def _resolved(address: str) -> list[tuple]:
         raise _NotHereError(f"coordinator {address}: {host} has no address here ({error})") from error
 
 
-def _host(listener: socket.socket, cluster: Cluster, timeout_s: float, say: Callable[[str], None]) -> None:
+def _host(listener: socket.socket, cluster: Cluster, timeout_s: float, log: Callable[[str], None]) -> None:
     """Process 0: waits for one process of every other number."""
-    own, count = platform.node(), cluster.num_processes
-    until, telling = time.monotonic() + timeout_s, _Telling(say)
-    texts: dict[socket.socket, bytes] = {}  # what each connection has said so far
+    here, count = platform.node(), cluster.num_processes
+    until, wait_log = time.monotonic() + timeout_s, _WaitLog(log)
+    texts: dict[socket.socket, bytes] = {}  # what each connection has message so far
     there: dict[socket.socket, tuple[int, str]] = {}  # number and host of those that wait
     heard: set[socket.socket] = set()
     selector = selectors.DefaultSelector()
@@ -163,15 +163,15 @@ def _host(listener: socket.socket, cluster: Cluster, timeout_s: float, say: Call
                 pass
 
     try:
-        refusal, told, most = "", set(), count
-        while len(there) < count - 1 if not refusal else told < set(range(1, most)):
+        refusal, informed, most = "", set(), count
+        while len(there) < count - 1 if not refusal else informed < set(range(1, most)):
             if time.monotonic() > until and refusal:
                 break
             if time.monotonic() > until:
-                why = f"{missing()} did not come within {timeout_s:.0f} s to {cluster.coordinator}, where process 0 is ({own})"
+                why = f"{missing()} did not come within {timeout_s:.0f} s to {cluster.coordinator}, where process 0 is ({here})"
                 answer_all({"late": why})
                 raise RunError(why)
-            telling.waiting(lambda: f"{missing()} at {cluster.coordinator}")
+            wait_log.check(lambda: f"{missing()} at {cluster.coordinator}")
             for ready in [key.fileobj for key, _ in selector.select(POLL_S)]:
                 if ready is listener:
                     connection = listener.accept()[0]
@@ -184,29 +184,29 @@ def _host(listener: socket.socket, cluster: Cluster, timeout_s: float, say: Call
                 except OSError:
                     got = b""
                 texts[ready] += got
-                hello = _hello(texts[ready])
-                if not got or hello is None and (b"\n" in texts[ready] or len(texts[ready]) > MAX_LINE_BYTES):
+                greeting = _greeting(texts[ready])
+                if not got or greeting is None and (b"\n" in texts[ready] or len(texts[ready]) > MAX_LINE_BYTES):
                     del texts[ready]  # it has ended, or is none of ours
                     there.pop(ready, None)
                     selector.unregister(ready)
                     ready.close()
-                elif hello is not None and ready not in heard:
+                elif greeting is not None and ready not in heard:
                     heard.add(ready)
-                    number, their_count, host = hello
+                    number, their_count, host = greeting
                     why = ""
                     twice = [known for at, known in there.values() if at == number]
                     if their_count != count:
-                        why = f"num_processes={their_count} on process {number} ({host}), {count} on process 0 ({own}): one "
+                        why = f"num_processes={their_count} on process {number} ({host}), {count} on process 0 ({here}): one "
                         why += "number of processes is accepted, the same on all"
                     elif twice or number == 0:
-                        why = f"process {number} is there twice, on {(twice or [own])[0]} and on {host}: each needs a number "
+                        why = f"process {number} is there twice, on {(twice or [here])[0]} and on {host}: each needs a number "
                         why += f"of its own, 0 to {count - 1}"
                     there[ready] = number, host
                     if why and not refusal:
                         refusal, until = why, time.monotonic() + LATE_S
                     if refusal:
                         answer_all({"refused": refusal})
-                        told, most = told | {at for at, _ in there.values()}, max(most, their_count)
+                        informed, most = informed | {at for at, _ in there.values()}, max(most, their_count)
                         there.clear()
         if refusal:
             raise ConfigError(refusal)
@@ -217,33 +217,33 @@ def _host(listener: socket.socket, cluster: Cluster, timeout_s: float, say: Call
             connection.close()
 
 
-def _hello(text: bytes) -> tuple[int, int, str] | None:
+def _greeting(text: bytes) -> tuple[int, int, str] | None:
     """(number, number of processes, host) of a whole line; None of anything else."""
     line, end, _ = text.partition(b"\n")
-    said = _object(line) if end else {}
-    values = said.get("process"), said.get("count"), said.get("host")
+    message = _object(line) if end else {}
+    values = message.get("process"), message.get("count"), message.get("host")
     return values if [type(value) for value in values] == [int, int, str] and values[0] >= 0 else None
 
 
 def _object(line: bytes) -> dict:
     try:
-        said = json.loads(line)
+        message = json.loads(line)
     except (ValueError, RecursionError):
         return {}
-    return said if isinstance(said, dict) else {}
+    return message if isinstance(message, dict) else {}
 
 
-def _join(cluster: Cluster, timeout_s: float, say: Callable[[str], None]) -> None:
+def _join(cluster: Cluster, timeout_s: float, log: Callable[[str], None]) -> None:
     """Every other process: tells process 0 who it is, and waits until all are there, as long as that does."""
     until = time.monotonic() + timeout_s
-    hello = {"process": cluster.process_id, "count": cluster.num_processes, "host": platform.node()}
-    telling, others_since, reason = _Telling(say), None, "nobody answers"
+    greeting = {"process": cluster.process_id, "count": cluster.num_processes, "host": platform.node()}
+    wait_log, others_since, reason = _WaitLog(log), None, "nobody answers"
     while (left := until - time.monotonic()) > 0:
-        telling.waiting(lambda: f"process 0 at {cluster.coordinator}")
+        wait_log.check(lambda: f"process 0 at {cluster.coordinator}")
         try:
             with socket.create_connection(_split(cluster.coordinator), min(CONNECT_S, left)) as connection:
-                connection.sendall(json.dumps(hello).encode() + b"\n")
-                line = _answer(connection, time.monotonic() + timeout_s + CONNECT_S, telling, cluster)
+                connection.sendall(json.dumps(greeting).encode() + b"\n")
+                line = _answer(connection, time.monotonic() + timeout_s + CONNECT_S, wait_log, cluster)
         except (OSError, UnicodeError) as error:
             reason, line = getattr(error, "strerror", None) or str(error), b""
         answer = _object(line)
@@ -267,11 +267,11 @@ def _join(cluster: Cluster, timeout_s: float, say: Callable[[str], None]) -> Non
     )
 
 
-def _answer(connection: socket.socket, until: float, telling: "_Telling", cluster: Cluster) -> bytes:
+def _answer(connection: socket.socket, until: float, wait_log: "_WaitLog", cluster: Cluster) -> bytes:
     """The first line, or what there is of it when the other side ends; b"" where it says nothing until `until`."""
     text = b""
     while time.monotonic() < until and b"\n" not in text and len(text) <= MAX_LINE_BYTES:
-        telling.waiting(lambda: f"the other processes at {cluster.coordinator}")
+        wait_log.check(lambda: f"the other processes at {cluster.coordinator}")
         if not select.select([connection], [], [], POLL_S)[0]:
             continue
         got = connection.recv(MAX_LINE_BYTES)
@@ -283,18 +283,18 @@ def _answer(connection: socket.socket, until: float, telling: "_Telling", cluste
     return text
 
 
-class _Telling:
+class _WaitLog:
     """Says for whom this process waits: after 10 s, then every 30 s."""
 
-    def __init__(self, say: Callable[[str], None]):
-        self._say, self._began = say, time.monotonic()
+    def __init__(self, log: Callable[[str], None]):
+        self._log, self._began = log, time.monotonic()
         self._next = self._began + SAY_AFTER_S
 
-    def waiting(self, whom: Callable[[], str]) -> None:
+    def check(self, whom: Callable[[], str]) -> None:
         now = time.monotonic()
         if now > self._next:
             self._next = now + SAY_EVERY_S
-            self._say(f"the start: waiting for {whom()} since {now - self._began:.0f} s")
+            self._log(f"the start: waiting for {whom()} since {now - self._began:.0f} s")
 
 
 def _numbers(numbers: set[int], most: int = 8) -> str:

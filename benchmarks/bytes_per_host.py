@@ -1,0 +1,70 @@
+"""What each host of a pod reads of a release: `python benchmarks/bytes_per_host.py [SIZE ...]`; prints a line a size.
+
+Nothing is read or allocated: the slices that the first host's devices hold are asked of an empty file. Beside the bytes
+stand the pages of 4 KiB that they lie in: a slice of columns touches a part of every row, and what a file system fetches
+ahead is not counted.
+"""
+
+import math
+import os
+import sys
+
+# One device a host: what several devices of a host hold lies side by side.
+HOSTS = 4
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={HOSTS}"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from medcg_jax.config import MeshConfig
+from medcg_jax.families import build
+from medcg_jax.families.weights import engine
+from medcg_jax.families.weights.families import module_of
+from medcg_jax.families.weights.tables import spans_of
+from medcg_jax.mesh import make_mesh
+
+SIZES = ("llava15_7b", "qwen2_vl_7b", "llama32_vision_11b", "minigpt_v2_7b", "next_chat_7b_336")
+# Releases are in sixteen bits.
+ITEM, PAGE = 2, 4096
+
+
+def pages_of(index, shape) -> int:
+    """Pages that a slice of a matrix lies in, where the tensor begins at one."""
+    (first, last), *others = spans_of(index, shape)
+    row, inner = math.prod(shape[1:]) * ITEM, math.prod(shape[2:]) * ITEM
+    start, stop = (edge * inner for edge in others[0]) if others else (0, ITEM)
+    if stop - start == row or not others:
+        return (last * (row or ITEM) - 1) // PAGE - first * (row or ITEM) // PAGE + 1
+    begins = np.arange(first, last) * row + start
+    ends = begins + (stop - start) - 1
+    return int(np.sum(ends // PAGE - begins // PAGE + 1) - np.sum(begins[1:] // PAGE == ends[:-1] // PAGE))
+
+
+def measure(size: str) -> tuple[int, int, int]:
+    """(bytes of a release, bytes that the first host reads of it, bytes of the pages that these lie in)."""
+    config, mesh = build.SIZES[size](), make_mesh(MeshConfig(data=1, fsdp=HOSTS))
+    shardings, count = engine.by_path(build.shardings(config, mesh)), np.zeros(3, np.int64)
+    for slot in engine.slots(module_of(config).table(config), build.abstract(config)[1]).values():
+        sharding, released = shardings[slot.entry.path], slot.released_shape
+        if slot.layer is not None:
+            sharding = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
+
+        def read(index, released=released):
+            shape = [stop - start for start, stop in spans_of(index, released)]
+            count[1:] += math.prod(shape) * ITEM, pages_of(index, released) * PAGE
+            return np.empty(shape, np.int8)
+
+        count[0] += math.prod(released) * ITEM
+        slot.entry.transform.load(read, slot.shape, sharding.devices_indices_map(slot.shape)[jax.devices()[0]])
+    return tuple(count.tolist())
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or SIZES:
+        of_all, of_host, in_pages = measure(name)
+        print(
+            f"{name}: {of_all / 1e9:.2f} GB; a host of {HOSTS} reads {of_host / 1e9:.2f} GB ({of_host / of_all:.3f}), "
+            f"in pages {in_pages / 1e9:.2f} GB"
+        )

@@ -1,0 +1,206 @@
+"""What families share: fields of their configurations, tiny sizes, and the body of the models.
+
+A body is a tower, a projector and a decoder; image features take the places of image tokens (LLaVA-1.5, MiniGPT-v2,
+NExT-Chat). Qwen2-VL and Llama-3.2-Vision, whose decoders see images otherwise, have their own `hidden`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from medcg_jax.families import decoder
+from medcg_jax.families.clip import ClipVision, ClipVisionConfig
+from medcg_jax.families.decoder import Decoder, DecoderConfig
+from medcg_jax.families.merge import merge_images
+from medcg_jax.nn.base import Base
+from medcg_jax.nn.lora import Adapters, LoraConfig
+
+
+@dataclass(frozen=True)
+class FamilyConfig:
+    """Architecture, special tokens, and how a model runs. A family's own class gives its defaults and adds fields."""
+
+    # Name in `registry.FAMILIES`.
+    family: ClassVar[str]
+
+    vision: Any = ClipVisionConfig()
+    text: Any = DecoderConfig()
+    # May lie outside the vocabulary (32000 rows are 0..31999): its row is never read.
+    image_token_id: int = 32000
+    pad_token_id: int = 0
+    eos_token_id: int = 2
+    # As `ModelConfig`'s fields of these names.
+    compute_dtype: str = "float32"
+    attention: str = "auto"
+    remat: str = "none"
+    scan_unroll: int = 0
+    matmul: str = ""
+    # Adapters on the decoder's products; None: none.
+    lora: LoraConfig | None = None
+    base: Base = Base()
+
+    @property
+    def num_image_tokens(self) -> int:
+        """The most tokens of the text that one image takes."""
+        return self.vision.num_patches
+
+    @property
+    def image_size_px(self) -> int:
+        return self.vision.image_size_px
+
+    @property
+    def tower_lengths(self) -> set[int]:
+        """Lengths of rows of tokens in the tower."""
+        return {self.vision.num_patches, self.vision.num_patches + 1}
+
+    def image_flops(self, vit: Callable[[int, int, int, int], float]) -> tuple[float, float]:
+        """FLOPs of the tower and of the projector for one image. vit: `flops.vit`."""
+        vision, tokens, out = self.vision, self.vision.num_patches, self.text.embed_dim
+        tower = 2.0 * tokens * 3 * vision.patch_size_px**2 * vision.embed_dim
+        tower += vit(vision.num_run_layers, vision.embed_dim, vision.mlp_dim, tokens + 1)
+        return tower, 2.0 * tokens * (vision.embed_dim * out + out**2)
+
+
+def tiny(
+    config: type[FamilyConfig],
+    vocab_size: int,
+    image_token_id: int,
+    *,
+    pad_token_id: int = 0,
+    eos_token_id: int = 2,
+    image_size_px: int | None = 32,
+    patch_size_px: int = 8,
+    embed_dim: int = 64,
+    num_vision_layers: int = 3,
+    num_vision_heads: int = 2,
+    vision_mlp_dim: int = 192,
+    num_layers: int = 4,
+    num_heads: int = 4,
+    num_kv_heads: int = 4,
+    mlp_dim: int = 128,
+    rope_theta: float = 20.0,
+    vision: dict | None = None,
+    text: dict | None = None,
+    **fields,
+):
+    """A family's architecture for the phantom world: thousands of steps on a CPU.
+
+    image_size_px: None for a tower without a size of its own. vision, text: further fields of the tower's and the
+    decoder's configuration. fields: the configuration's own.
+    """
+    whole = config()
+    size = {} if image_size_px is None else {"image_size_px": image_size_px}
+    vision = dataclasses.replace(
+        whole.vision, patch_size_px=patch_size_px, num_layers=num_vision_layers, embed_dim=embed_dim,
+        num_heads=num_vision_heads, mlp_dim=vision_mlp_dim, **size, **(vision or {}),
+    )  # fmt: skip
+    text = dataclasses.replace(
+        whole.text, vocab_size=vocab_size, num_layers=num_layers, embed_dim=embed_dim, num_heads=num_heads,
+        num_kv_heads=num_kv_heads, head_dim=embed_dim // num_heads, mlp_dim=mlp_dim, rope_theta=rope_theta,
+        max_positions=512, **(text or {}),
+    )  # fmt: skip
+    ids = {"image_token_id": image_token_id, "pad_token_id": pad_token_id, "eos_token_id": eos_token_id}
+    return dataclasses.replace(whole, vision=vision, text=text, **ids, **fields)
+
+
+class VisionLanguageModel(nnx.Module):
+    """Submodules: `vision`, `projector`, `decoder`, and `lora`, adapters on the decoder (None without `config.lora`).
+
+    A family overrides what makes its submodules. The order in which they are made decides what a seed draws for them.
+    """
+
+    # Keys of a batch that `encode_images` takes.
+    image_keys = ("pixels",)
+
+    def __init__(self, config: FamilyConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+        params = {"rngs": rngs, "param_dtype": param_dtype}
+        runs = {"unroll": config.scan_unroll, "remat": config.remat}
+        self.config = config
+        self.dtype = jnp.dtype(config.compute_dtype)
+        self.vision = self.make_vision(**params, **runs)
+        self.projector = self.make_projector(**params)
+        self.decoder = self.make_decoder(**params, **runs)
+        self.lora = self.make_adapters(**params) if config.lora else None
+
+    def make_vision(self, **options) -> nnx.Module:
+        return ClipVision(self.config.vision, **options)
+
+    def make_projector(self, **params) -> nnx.Module:
+        raise NotImplementedError
+
+    def make_decoder(self, **options) -> nnx.Module:
+        return Decoder(self.config.text, **options)
+
+    def make_adapters(self, **params) -> nnx.Module:
+        return Adapters(self.config.text, self.config.lora, self.config.text.num_layers, **params)
+
+    def encode_images(self, images: dict[str, jax.Array]) -> jax.Array:
+        """float[B, I * P, D] features of each row's images, one image behind the other.
+
+        images: `pixels`, uint8[B, I, h, w, 3], or float[B, I, h, w, 3] already normalised.
+
+        Raises:
+          ValueError: another rank, or images that are not `image_size_px` square with three channels.
+        """
+        size, pixels = self.config.image_size_px, images["pixels"]
+        if pixels.ndim != 5 or pixels.shape[2:] != (size, size, 3):
+            raise ValueError(f"pixels {pixels.shape}; expected [batch, images, {size}, {size}, 3]")
+        rows, num = pixels.shape[:2]
+        flat = pixels.reshape(rows * num, size, size, 3)
+        features = self.project(self.vision(flat, dtype=self.dtype, attention=self.config.attention))
+        return features.reshape(rows, num * self.config.num_image_tokens, -1)
+
+    def project(self, features: jax.Array) -> jax.Array:
+        """float[B, P, D]: the tower's features as the decoder takes them."""
+        return self.projector(features)
+
+    def hidden(
+        self, tokens, images=None, *, segment_ids=None, positions=None, cache=None, image_features=None, at=None
+    ) -> tuple[jax.Array, dict | None]:
+        """(float[B, T, D] after the final norm, the cache with these tokens in it or None).
+
+        tokens: int[B, T], every image as `num_image_tokens` copies of `image_token_id`.
+        images: as in `encode_images`; or image_features: what it gave; neither: the rows hold no image token.
+        segment_ids, positions, cache, at: as in `Decoder`; at: float[B, L, D] comes back.
+
+        Raises:
+          ValueError: shapes that do not fit each other.
+        """
+        check_shapes(tokens, segment_ids=segment_ids, positions=positions)
+        x = self.embed(tokens, self.encode_images(images) if images is not None else image_features)
+        return self.decode(x, segment_ids=segment_ids, positions=positions, cache=cache, at=at)
+
+    def decode(self, x: jax.Array, **options) -> tuple[jax.Array, dict | None]:
+        """The decoder with the model's adapters over embedded tokens; options: as `Decoder`'s."""
+        return self.decoder(x, attention=self.config.attention, lora=self.lora, **options)
+
+    def embed(self, tokens: jax.Array, image_features: jax.Array | None = None) -> jax.Array:
+        """float[B, T, D]: what the decoder's first layer gets, image features in place of image tokens."""
+        is_image = tokens == self.config.image_token_id
+        # Image and padding ids may lie outside the table; what they look up is replaced, or never attended.
+        ids = jnp.where(is_image, 0, jnp.minimum(tokens, self.config.text.vocab_size - 1))
+        x = self.decoder.embed(ids, self.dtype)
+        return x if image_features is None else merge_images(x, image_features, is_image)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32[..., V] for hidden[..., D]."""
+        return self.decoder.logits(hidden)
+
+    def init_cache(self, batch: int, length: int, dtype=None) -> dict[str, jax.Array]:
+        return decoder.init_cache(self.config.text, batch, length, self.dtype if dtype is None else dtype)
+
+    def __call__(self, tokens, images=None, **options) -> jax.Array:
+        """float32[B, T, V]: logits at every position; arguments as in `hidden`."""
+        return self.logits(self.hidden(tokens, images, **options)[0])
+
+
+def check_shapes(tokens: jax.Array, **arrays: jax.Array | None) -> None:
+    """Raises ValueError where `tokens` is not [batch, length], or one of the other arrays has another shape."""
+    for name, array in {"tokens": tokens, **arrays}.items():
+        if array is not None and array.shape != tokens.shape or tokens.ndim != 2:
+            raise ValueError(f"{name} {array.shape} beside tokens {tokens.shape}; expected [batch, length]")
