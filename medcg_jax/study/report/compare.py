@@ -16,8 +16,7 @@ from medcg_jax.study.report.plots import BLUE, INK, ORANGE, draw
 from medcg_jax.study.report.tables import MARKS, Column, Table
 from medcg_jax.study.report.text import counted, points
 from medcg_jax.study.stats import stats
-from medcg_jax.study.stats.mixed import mixed_interval
-from medcg_jax.study.stats.paired import holm
+from medcg_jax.study.stats.paired import holm, mixed_interval
 
 
 @dataclass(frozen=True)

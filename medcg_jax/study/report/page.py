@@ -32,7 +32,7 @@ from medcg_jax.study.report.samples import letters_table, samples
 from medcg_jax.study.report.subsets import SubsetPage
 from medcg_jax.study.report.tables import MARKS, Table, Tables, shown
 from medcg_jax.study.stats import stats
-from medcg_jax.study.stats.choices import choices
+from medcg_jax.study.stats.results import choices
 from medcg_jax.untrusted import FileError
 
 # What a report consists of; other files in its folder are its reader's own.
@@ -116,7 +116,7 @@ def write_text(path: Path, text: str) -> None:
 def _write(grid: Grid, folder: Path, formats: Sequence[str]) -> None:
     for name in ("plots", "tables"):
         (folder / name).mkdir()
-    summary = stats.summarise(grid.workdir)
+    summary = stats.summarise(grid.workdir, grid.results, grid.answers)
     tables = {table.name: table for table in Tables(grid, summary).all()}
     own = [contamination.table(grid), lists.comparisons(summary), lists.cells(grid)]
     own += [letters_table(grid), *controls.controls(summary), *published(grid, summary)]

@@ -7,7 +7,7 @@ from medcg_jax.families import registry
 from medcg_jax.study.design import mat, suite
 from medcg_jax.study.report.load_grid import Grid
 from medcg_jax.study.report.tables import Column, Table, Tables, answers_per_arm, seeds_text
-from medcg_jax.study.stats.power import paper_power
+from medcg_jax.study.stats.paired import paper_power
 
 # Arm -> what tables 1 and 2 of the paper call it.
 PRINTED = {"baseline": "Baseline", "single_task": "Single-task Training", "multi_task": "Multi-task Training"}
@@ -52,7 +52,7 @@ def combination(tables: Tables, table: str, number: int) -> Table:
          Column("evidence", "Why", "long")],
     )  # fmt: skip
     for (row, target), scores in grid.scores(table).items():
-        place = suite.paper_row(row)
+        place = suite.Row.parse(table, row).published
         if place is None or place[0] != number or place[1] not in printed:
             continue
         paper, reading = printed[place[1]], read[place[1]]
