@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from medcg_jax.files import write_whole
 from medcg_jax.untrusted import FileError, check_number, read_json, shown
@@ -47,7 +48,7 @@ class _Step:
     began_s: float
     fresh: float
     at: Mapping[str, int]
-    ready: object
+    ready: Any
     running_s: float
     done_s: float | None = None
 
@@ -172,7 +173,8 @@ class Goodput:
             self._add(kind, end - began)
         free_s = self._free_s
         for step in steps:
-            if step.running_s == step.done_s and step.began_s > free_s:
+            # One that began while the devices were free took no longer than until it was seen done.
+            if step.done_s is not None and step.began_s > free_s:
                 self._quickest_s = min(self._quickest_s, step.done_s - step.began_s)
             free_s = step.done_s or now
         ends = [end for _, _, end in spans]

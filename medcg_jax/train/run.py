@@ -116,7 +116,9 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
     return counts | result.metrics | {"skipped_checkpoints": result.skipped_checkpoints}
 
 
-def step_program(setup: Setup, graphdef: nnx.GraphDef, train: TrainConfig, parts: Sequence[str], **options) -> Program:
+def step_program(
+    setup: Setup, graphdef: nnx.GraphDef, train: TrainConfig, parts: tuple[str, ...], **options
+) -> Program:
     """The step that trains these parts of the setup's model. options: others of `make_step`."""
     return make_step(
         setup.mesh,
@@ -134,7 +136,7 @@ def run_spec(
     setup: Setup,
     encoded: Encoded,
     train: TrainConfig,
-    parts: Sequence[str],
+    parts: tuple[str, ...],
     *,
     weights: Mapping[str, float] | None = None,
     **fields,
@@ -145,11 +147,10 @@ def run_spec(
     """
 
     def stream(position: int) -> Batches:
-        rows = own_rows(setup.mesh, train.batch_size)
-        order = {"batch_size": train.batch_size, "seed": train.seed, "weights": weights}
-        return Batches(encoded, position=position, rows=rows, **order)
+        rows, size = own_rows(setup.mesh, train.batch_size), train.batch_size
+        return Batches(encoded, batch_size=size, seed=train.seed, weights=weights, position=position, rows=rows)
 
-    flops = step_flops(encoded, setup.model, trainable=tuple(parts), batch_size=train.batch_size)
+    flops = step_flops(encoded, setup.model, trainable=parts, batch_size=train.batch_size)
     hparams = hparams_from(train, len(encoded))
     return RunSpec(name, hparams, stream, pixels=setup.pixels, flops_per_step=flops, **fields)
 
@@ -193,7 +194,7 @@ def left_out(run: RunConfig, source: Source, subsets: Sequence[str], general: Re
     if is_drawn and general is None:
         return frozenset()
     near_bits = None if general is None or run.study.near_duplicates == "off" else run.study.near_duplicate_bits
-    decoded = None if near_bits is None else {}
+    decoded: dict | None = None if near_bits is None else {}
     tests = joined(hashed(source.records(name, "test"), decoded) for name in subsets)
     leaks: list[tuple[Leak, str]] = []
     if not is_drawn:

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -65,7 +66,7 @@ class Setup:
 
     @property
     def loss(self) -> Callable:
-        """The loss of a fine-tune (`train_step`'s `loss_fn`): of masks where their parts are trained; else the family's."""
+        """The loss of a fine-tune (`loss_fn`): of masks where these parts are trained, or its family's."""
         if trains_masks(self.run.model):
             return mask_loss
         return registry.of(self.model).loss_fn
@@ -74,11 +75,11 @@ class Setup:
         """Whether the subset's records have boxes, and not options."""
         return subset not in {s.name for s in self.source.subsets}
 
-    def encode(self, records: RecordSet, **lengths: int) -> Encoded:
+    def encode(self, records: RecordSet, **lengths: Any) -> Encoded:
         """Training rows. lengths: `max_text_tokens`, `max_target_tokens`, in place of the configuration's."""
         return encode(records, self.tokenizer, dataclasses.replace(self.run.data, **lengths), self.format)
 
-    def row_length(self, sets: Sequence[RecordSet], **lengths: int) -> int:
+    def row_length(self, sets: Sequence[RecordSet], **lengths: Any) -> int:
         """Tokens of training rows where these are all the records (`data.row_multiple`). lengths: as `encode`."""
         data = dataclasses.replace(self.run.data, **lengths)
         longest = (longest_row(records, self.tokenizer, data, self.format) for records in sets)
@@ -118,7 +119,7 @@ def open_setup(
     require_subsets(source, (*run.data.subsets, *run.data.subset_weights))
     model = model_config(run.model, tokenizer)
     check_tokens(tokenizer, family, model)
-    for directory in filter(None, (trained, run.model.checkpoint)):
+    for directory in [path for path in (trained, run.model.checkpoint) if path]:
         check_token_ids(tokenizer, family, Path(directory))
     whole = replicated(model, mesh)
     if whole:

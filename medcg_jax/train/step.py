@@ -8,6 +8,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,10 +127,10 @@ class Program:
     mesh: Mesh
     num_cells: int
     graphdef: nnx.GraphDef
-    jitted: Callable
-    jitted_start: Callable
-    jitted_start_run: Callable
-    jitted_put: Callable
+    jitted: Any
+    jitted_start: Any
+    jitted_start_run: Any
+    jitted_put: Any
     state_shardings: TrainState
     run_shardings: TrainState
     frozen_shardings: nnx.State
@@ -171,7 +172,7 @@ class Program:
         devices = self.mesh.devices[group : group + 1]
         mesh = Mesh(devices, self.mesh.axis_names, axis_types=self.mesh.axis_types) if groups > 1 else self.mesh
 
-        def on_group(x: jax.Array) -> jax.Array:
+        def on_group(x):
             """The shards on the group's devices as an array of its slots; nothing is copied."""
             shards = [shard.data for shard in x.addressable_shards if shard.device in set(devices.flat)]
             shape, sharding = (per_group, *x.shape[1:]), NamedSharding(mesh, x.sharding.spec)
@@ -255,7 +256,7 @@ def make_step(
         raise ValueError(f"{num_cells} cells over mesh.cell={groups}: expected a multiple of {groups}")
     specs = jax.tree.map(lambda s: s.spec, param_shardings)
     options = {"accumulation_steps": accumulation_steps, "compute_dtype": compute_dtype, "param_specs": specs}
-    step = partial(train_step, graphdef=graphdef, optimizer=optimizer, loss_fn=loss_fn, **options)
+    step: Callable = partial(train_step, graphdef=graphdef, optimizer=optimizer, loss_fn=loss_fn, **options)
     many = num_cells > 1
 
     def placed(spec=()):
@@ -290,8 +291,8 @@ def make_step(
     jitted_put = jax.jit(
         put, in_shardings=(state_shardings, run_shardings, None), out_shardings=state_shardings, donate_argnums=0
     )
-    programs = (jitted, jitted_start, jitted_start_run, jitted_put)
-    shardings = (state_shardings, run_shardings, frozen_shardings, batch, placed())
+    programs: tuple[Any, ...] = (jitted, jitted_start, jitted_start_run, jitted_put)
+    shardings: tuple[Any, ...] = (state_shardings, run_shardings, frozen_shardings, batch, placed())
     return Program(mesh, num_cells, graphdef, *programs, *shardings)
 
 

@@ -283,10 +283,8 @@ class Trainer:
         encoded = self._data.training(job.training, self._data.leaking(job, self._workdir))
         config = dataclasses.replace(setup.run.train, steps=job.steps)
         metrics = self._workdir / "metrics" / f"{job.id}.jsonl"
-        parts, checkpoints = (
-            setup.run.model.trainable,
-            self._checkpoints(job) if config.checkpoint_every_steps else None,
-        )
+        checkpoints = self._checkpoints(job) if config.checkpoint_every_steps else None
+        parts = setup.run.model.trainable
         return run_spec(job.id, setup, encoded, config, parts, metrics=metrics, checkpoints=checkpoints)
 
     def _make_program(self, setup: Setup, graphdef, trainable, frozen, spec: loop.RunSpec) -> None:
