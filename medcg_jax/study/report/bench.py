@@ -63,13 +63,13 @@ def write_plots(files: list[Path], out: Path | None = None) -> list[Path]:
         ),
     )
     folder, written = out or files[0].parent, []
-    with added_files(folder) as part:
+    with added_files(folder) as draft:
         for name, words, values, x_label in plots:
             rows = {row: text for row, text in words.items() if any(row in bars for bars in values.values())}
             if rows:
                 paint = partial(_paint, rows=rows, values=values, x_label=x_label, line_at_1=name == "bench_ratios")
                 height_in = 1.3 + len(rows) * (0.16 + 0.2 * len(results))
-                draw(part, name, titles[name], "", height_in, paint, width_in=7.0)
+                draw(draft, name, titles[name], "", height_in, paint, width_in=7.0)
                 written += [folder / f"{name}.png", folder / f"{name}.svg"]
     if not written:
         raise ConfigError(
