@@ -46,8 +46,29 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }  # fmt: skip
 _WORD = re.compile(r"[A-Za-z]+")
 # Endings and beginnings that words outside the list share; whole words are always preferred.
-_PARTS = tuple(
-    "ing ed es er ly ion tion al ic ity ment ness ous oma itis ology graphy graph scopy emia path osis".split()
+_PARTS = (
+    "ing",
+    "ed",
+    "es",
+    "er",
+    "ly",
+    "ion",
+    "tion",
+    "al",
+    "ic",
+    "ity",
+    "ment",
+    "ness",
+    "ous",
+    "oma",
+    "itis",
+    "ology",
+    "graphy",
+    "graph",
+    "scopy",
+    "emia",
+    "path",
+    "osis",
 )
 
 

@@ -1,4 +1,4 @@
-"""What each host of a pod reads of a release: `python benchmarks/bytes_per_host.py [SIZE ...]`; prints a line a size.
+"""What each host of a pod reads of a release: `python -m benchmarks.bytes_per_host [SIZE ...]`; prints a line a size.
 
 Nothing is read or allocated: the slices that the first host's devices hold are asked of an empty file. Beside the bytes
 stand the pages of 4 KiB that they lie in: a slice of columns touches a part of every row, and what a file system fetches

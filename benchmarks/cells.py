@@ -8,22 +8,19 @@ where cells at once are slower.
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from medcg_jax.bench.steps import about_here
+from benchmarks.records import write_record
 from medcg_jax.config import ConfigError, RunConfig
 from medcg_jax.config_file import load
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import concat
 from medcg_jax.families.build import shardings, split_trainable
-from medcg_jax.files import write_whole
 from medcg_jax.mesh import put_batch
 from medcg_jax.platform import keep_freed_memory
 from medcg_jax.train.optim import hparams_from, make_optimizer, stack_hparams
@@ -123,10 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:10}: {seconds} s for {found['num_steps']} steps of all")
     ratios = f"{found['ratio']:.2f} times as long as one by one ({found['ratio_cpu']:.2f} times the CPU time)"
     print(f"{args.cells} cells at once take {ratios}")
-    if args.json:
-        here = about_here()
-        about = {"date": here["date"], "versions": here["versions"]}
-        write_whole(Path(args.json), json.dumps(about | found, indent=1) + "\n")
+    write_record(args.json, found)
     return 0
 
 

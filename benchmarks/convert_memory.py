@@ -95,7 +95,7 @@ def write_random(directory: Path, config: LlavaConfig, shard_bytes: int) -> None
 def watched(command: list[str]) -> dict:
     """The command's peaks {"VmHWM", "RssAnon"} in bytes, and its "seconds"."""
     began, peaks = time.monotonic(), {"VmHWM": 0, "RssAnon": 0}
-    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(command, text=True, **pipes)
     try:
         while process.poll() is None:

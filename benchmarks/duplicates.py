@@ -11,7 +11,6 @@ and saved as JPEG (7 of 10), PNG (2) or BMP (1). A tenth of them are another's c
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import resource
@@ -26,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from medcg_jax.bench.steps import about_here
+from benchmarks.records import write_record
 from medcg_jax.config import DataConfig
 from medcg_jax.data.duplicates import (
     NEAR_BITS,
@@ -40,7 +39,6 @@ from medcg_jax.data.duplicates import (
 from medcg_jax.data.images import load_image
 from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.tree import Tree
-from medcg_jax.files import write_whole
 
 MILLION = 1_000_000
 RELEASE = 111_000
@@ -65,8 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         found = measure(Path(folder), args.images, args.root, args.longest_side, args.workers, args.hashes)
     show(found)
-    if args.json:
-        write_whole(args.json, json.dumps(found, indent=1) + "\n")
+    write_record(args.json, found)
     return 0
 
 
@@ -90,7 +87,7 @@ def measure(folder: Path, number: int, root: str, longest_side: int, workers: in
     made = turned(hash_rows(prints)[1], hashes)
     tests = int(hashes * TEST_SHARE)
     _, searched = timed(partial(near_pairs_between, made[tests:], made[:tests], NEAR_BITS))
-    return about_here() | {
+    return {
         "made_from": root or "phantoms", "sources": len(pictures), "workers": workers, "cores": os.cpu_count(),
         "bytes_per_image": sum(os.path.getsize(file) for file in files) / number,
         "pixels_per_image": float(np.mean([np.prod(Image.open(file).size) for file in files[:1000]])),

@@ -8,7 +8,6 @@ the order of the images is the same. Ours build whole rows, tokens included; PyT
 """
 
 import argparse
-import json
 import resource
 import statistics
 import tempfile
@@ -19,7 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from medcg_jax.bench.steps import about_here
+from benchmarks.records import write_record
 from medcg_jax.config import DataConfig
 from medcg_jax.data.encoding import Encoded, encode
 from medcg_jax.data.images import FILL
@@ -31,7 +30,6 @@ from medcg_jax.data.records import Source, concat
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.families.llava.rows import row_format
-from medcg_jax.files import write_whole
 
 SIZE_PX, BATCH_SIZE, WORKERS = 336, 32, num_decoding_threads()
 DATA = DataConfig(max_text_tokens=400)
@@ -66,7 +64,7 @@ def compare(root: Path, prepared: Path, *, images: int, rounds: int = 3) -> dict
         for name, pairs in taken.items()
     }
     figures = {"loaders": found, "ratio_to_torch": ratios}
-    return about_here() | {"images": count, "rounds": rounds, "workers": WORKERS} | figures
+    return {"images": count, "rounds": rounds, "workers": WORKERS} | figures
 
 
 def _encoded(source: Source) -> Encoded:
@@ -165,8 +163,7 @@ def main() -> None:
             f"{name:18} {row['images_per_s']:8.0f} images/s {row['mb_per_s']:7.0f} MB/s "
             f"{row['cpu_s_per_1000']:6.2f} CPU s per 1,000   {found['ratio_to_torch'][name]:.2f} x torch"
         )
-    if args.json:
-        write_whole(args.json, json.dumps(found, indent=1) + "\n")
+    write_record(args.json, found)
 
 
 if __name__ == "__main__":

@@ -3,24 +3,37 @@
     python -m benchmarks.meshes [--json=FILE] [--config=FILE.py] [TOPOLOGY ...]
 
 Every row is the product's own step, compiled by fast flags for a machine that need not be there; it holds if its peak
-fits the device's memory and the bytes that it moves are within a tenth of the textbook's (`textbook`). Nothing is
-executed: how fast a step is, this does not say.
+fits the device's memory and the bytes that it moves are within a tenth of the textbook's. Nothing is executed: how fast
+a step is, this does not say.
+
+The textbook: sharded data parallelism (FSDP) gathers each weight in the compute dtype where it is used and reduces each
+gradient once; tensor parallelism sums activations behind every matrix that is split by rows; replicas of the data sum
+gradients. Sources: arXiv 1910.02054, section 7 (ZeRO: two gathers and a reduction of the parameters), arXiv 1909.08053,
+section 3 (two sums of activations a layer, forward and backward each).
 """
 
 import argparse
-import json
+import dataclasses
+import math
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from benchmarks import textbook
-from medcg_jax.bench import steps as bench
+from benchmarks.cells_compiled import GB, compiled_step
+from benchmarks.records import write_record
 from medcg_jax.config import ConfigError, MeshConfig, RunConfig, replace
 from medcg_jax.config_file import load
-from medcg_jax.files import write_whole
-from medcg_jax.plan import cells, topology
+from medcg_jax.families import build
+from medcg_jax.families.llava.model import LlavaConfig
+from medcg_jax.mesh import make_mesh
+from medcg_jax.nn.base import Base
+from medcg_jax.plan import topology
+from medcg_jax.plan.programs import MARGIN, Shapes, batch_of, effort, plan_run, train_rows
 
 CONFIG = "configs/llava15_7b.py"
 # How far the bytes moved may be from the textbook's.
@@ -71,8 +84,8 @@ MESHES = {
 def check_row(run: RunConfig, where: str, row: Row) -> dict:
     """What the row's step needs per device and moves, the textbook's bytes, and whether it holds.
 
-    `ratio` is bytes moved by the textbook's (None where neither moves any), `fits` whether the peak leaves
-    `cells.MARGIN` of the memory free, `holds` whether both are as they should be.
+    `ratio` is bytes moved by the textbook's (None where neither moves any), `fits` whether the peak leaves `MARGIN` of
+    the memory free, `holds` whether both are as they should be.
 
     Raises:
       ConfigError: the topology cannot be compiled for here.
@@ -80,22 +93,122 @@ def check_row(run: RunConfig, where: str, row: Row) -> dict:
     """
     run = replace(run, mesh=row.mesh, train__batch_size=row.batch_size)
     devices = topology.get_devices(where)
-    found = cells.compiled_cells(run, devices, num_cells=1, num_groups=1)
-    config = bench.architecture(run.model)
-    mesh = jax.sharding.AbstractMesh(tuple(found["mesh"].values()), tuple(found["mesh"]))
-    expected = textbook.textbook_bytes(
-        config, mesh, cells.example_batch(run, config, mesh), trainable=run.model.trainable,
-        accumulation_steps=run.train.accumulation_steps,
+    planned = plan_run(run, make_mesh(run.mesh, devices))
+    figures = compiled_step(planned)
+    expected = textbook_bytes(
+        planned.setup.model, planned.mesh, batch_of(train_rows(planned.setup), row.batch_size),
+        trainable=run.model.trainable, accumulation_steps=run.train.accumulation_steps,
     )  # fmt: skip
-    moved, usual = map(textbook.moved_bytes, (found["collective_bytes"], expected))
+    moved, usual = moved_bytes(figures["collective_bytes"]), moved_bytes(expected)
     limit = topology.memory_bytes(devices[0])
     ratio = moved / usual if usual else None
-    fits = found["peak_bytes"] <= limit * (1 - cells.MARGIN)
-    return found | {
+    fits = figures["peak_bytes"] <= limit * (1 - MARGIN)
+    return figures | {
         "topology": where, "reason": row.reason, "memory_bytes": limit, "textbook_bytes": expected,
         "ratio": ratio, "fits": fits,
         "holds": fits and (moved == 0 if ratio is None else abs(ratio - 1) <= TOLERANCE),
     }  # fmt: skip
+
+
+# ------------------------------------------------------------------ the textbook
+
+
+def textbook_bytes(
+    config: build.Config, mesh: Mesh, batch: Shapes, *, trainable: tuple[str, ...], accumulation_steps: int = 1
+) -> dict[str, int]:
+    """Payload in bytes per device and step of one cell, by kind of collective, as `hlo.bytes_by_kind` counts a program.
+
+    With b bytes a number of the compute dtype, and of each weight n numbers on a device once fsdp is gathered (all of
+    them, divided by tensor where that splits it):
+
+    all-gather: b n of every weight that fsdp splits, once; of a stack that gradients pass through, once more, since
+      the backward pass gathers a layer's weights anew (with rematerialisation its recomputation and its gradient
+      share that gather; without, the forward pass does not keep them either). Embedding tables are not gathered.
+    reduce-scatter: b n of every trainable weight that fsdp splits; a table's gradient arises on its part.
+    all-reduce: over `data`, b n / fsdp of every trainable weight, or b n over data x fsdp where fsdp does not split
+      it; over `tensor`, the activations: with a the bytes of a decoder layer's input on one device, 2 a a layer
+      forward and 2 a backward, and 1 a where the layer is rematerialised (of its attention; nobody asks for the sum
+      behind its MLP again); 2 of the tower's a layer, forward; 1 of the projector's output; 1 of the looked up rows.
+    all-to-all: over `fsdp`, looked up rows exchanged for parts of the width, a forward and, where the table trains,
+      a backward.
+
+    Everything is once for each micro-batch. Logits, norms' statistics and the batch's own arrays are left out: less
+    than 1 % of a 7B model.
+
+    batch: shapes of the global batch of one cell, as `programs.batch_of`. trainable: `ModelConfig.trainable`.
+
+    Raises:
+      ValueError: the model is none of LLaVA-1.5's architecture.
+    """
+    if config.family != "llava":
+        raise ValueError(f"{type(config).__name__}: what a step moves is counted for LLaVA-1.5 alone")
+    # Quantised matrices travel as what they are made into.
+    config = dataclasses.replace(config, base=Base())
+    _, params = build.abstract(config)
+    specs = jax.tree.map(lambda sharding: sharding.spec, build.shardings(config, mesh))
+    width = jnp.dtype(config.compute_dtype).itemsize
+    found: Counter[str] = Counter()
+    for name in params:
+        if name == "unused":
+            continue
+        flat = jax.tree_util.tree_flatten_with_path(params[name])[0]
+        for (path, weight), spec in zip(flat, jax.tree.leaves(specs[name]), strict=True):
+            names = [key.key for key in path]
+            found.update(
+                _of_weight(
+                    weight, spec, mesh, width=width, trains=name in trainable, table=names[-1] == "table",
+                    gathers=2 if "blocks" in names and (name in trainable or name == "decoder") else 1,
+                )
+            )  # fmt: skip
+    num_images = batch["pixels"].shape[1]
+    rows, length = batch["tokens"].shape
+    local_rows = rows / (mesh.shape["data"] * mesh.shape["fsdp"] * accumulation_steps)
+    found.update(_of_activations(config, mesh, local_rows * width, length, num_images, "decoder" in trainable))
+    return {kind: round(size * accumulation_steps) for kind, size in found.items() if size}
+
+
+def moved_bytes(by_kind: Mapping[str, float]) -> float:
+    """Bytes that a device sends for these payloads, but for a factor (n - 1) / n of the n devices that exchange them.
+
+    A sum that all keep is sent twice, as a sum of which each keeps a part and a gather; every other kind once.
+    """
+    return sum(size * (2 if kind == "all-reduce" else 1) for kind, size in by_kind.items())
+
+
+def _of_weight(weight, spec, mesh: Mesh, *, width: int, trains: bool, table: bool, gathers: int) -> dict[str, float]:
+    axes = {axis for part in spec if part for axis in ([part] if isinstance(part, str) else part)}
+    data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+    whole = width * math.prod(weight.shape) / (tensor if "tensor" in axes else 1)
+    split = "fsdp" in axes and fsdp > 1
+    found = {}
+    if split and not table:
+        found["all-gather"] = gathers * whole
+        found["reduce-scatter"] = whole * trains
+    if split and data > 1:
+        found["all-reduce"] = whole / fsdp * trains
+    elif not split and data * fsdp > 1:
+        found["all-reduce"] = whole * trains
+    return found
+
+
+def _of_activations(
+    config: LlavaConfig, mesh: Mesh, row_bytes: float, length: int, num_images: int, table_trains: bool
+) -> dict[str, float]:
+    """row_bytes: of one number in each row of a device."""
+    vision, text = config.vision, config.text
+    embedded = row_bytes * length * text.embed_dim
+    found = {}
+    if mesh.shape["fsdp"] > 1:
+        found["all-to-all"] = embedded * (2 if table_trains else 1)
+    if mesh.shape["tensor"] > 1:
+        sums = text.num_layers * (5 if config.remat == "full" else 4) + 1
+        tower = row_bytes * num_images * (vision.num_patches + 1) * vision.embed_dim * 2 * vision.num_run_layers
+        projected = row_bytes * num_images * vision.num_features * text.embed_dim
+        found["all-reduce"] = sums * embedded + tower + projected
+    return found
+
+
+# ------------------------------------------------------------------ the command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,21 +216,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("topologies", nargs="*", metavar="TOPOLOGY", help=f"default: all of {', '.join(MESHES)}")
     parser.add_argument("--config", default=CONFIG, metavar="FILE.py", help=f"default: {CONFIG}")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", default="", metavar="FILE")
     args = parser.parse_args(argv)
-    wanted = args.topologies or list(MESHES)
-    unknown = [name for name in wanted if name not in MESHES]
+    unknown = [name for name in args.topologies if name not in MESHES]
     if unknown:
-        print(f"{unknown[0]}: no mesh is recommended for it; one of {', '.join(MESHES)} is accepted", file=sys.stderr)
+        print(f"{unknown[0]}: no mesh is recommended for it; expected one of {', '.join(MESHES)}", file=sys.stderr)
         return 2
-    cells.use_fast_flags()
     rows = []
     try:
-        run, about = load(args.config, {}), cells.about_compiling() | {"config": args.config, "flags": "O0"}
-        for where in wanted:
-            rows.append(_row(run, where))
-            if args.json:  # after each: all of them take most of an hour
-                write_whole(Path(args.json), json.dumps(about | {"rows": rows}, indent=1) + "\n")
+        run = load(args.config, {})
+        with effort(full=False):
+            for where in args.topologies or MESHES:
+                rows.append(_row(run, where))
+                # After each: all of them take most of an hour.
+                write_record(args.json, {"config": args.config, "flags": "O0", "rows": rows})
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -148,7 +260,7 @@ def print_row(row: dict) -> None:
         flush=True,
     )
     for name in ("collective_bytes", "textbook_bytes"):
-        sizes = (f"{kind} {size / cells.GB:.3f} GB" for kind, size in row[name].items() if size)
+        sizes = (f"{kind} {size / GB:.3f} GB" for kind, size in row[name].items() if size)
         print(f"  {name:17}{', '.join(sizes)}", flush=True)
 
 

@@ -18,6 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.records import overrides, write_record
+from medcg_jax.config import ConfigError
+
 # A part of a start: what it is called, wall and CPU seconds.
 Part = tuple[str, float, float]
 LIMIT_S = 1800
@@ -37,7 +40,7 @@ class Clock:
         self.parts.append((name, time.monotonic() - wall, time.process_time() - cpu))
 
 
-def start(config: str, overrides: dict[str, str], num_devices: int, num_records: int, began: float) -> dict:
+def start(config: str, changes: dict[str, str], num_devices: int, num_records: int, began: float) -> dict:
     """A start of this process: {"parts", "compiled", "from_cache"}; `medcg train` does the same in the same order.
 
     num_records: training records of each of the phantom's subsets.
@@ -61,14 +64,14 @@ def start(config: str, overrides: dict[str, str], num_devices: int, num_records:
 
         importlib.import_module("medcg_jax.train.run")  # what the verb imports
     with clock.part("configuration"):
-        run = replace(load(config, overrides), mesh=MeshConfig(data=1, fsdp=num_devices))
+        run = replace(load(config, changes), mesh=MeshConfig(data=1, fsdp=num_devices))
         keep_programs()
     with clock.part("devices"):
         monitor = CompileMonitor()
         mesh = make_mesh(run.mesh, jax.devices())
     with clock.part("tokenizer and model"):
-        subject = plan_programs.make_subject(run, mesh)
-        setup, trainable = subject.setup, subject.trainable
+        planned = plan_programs.plan_run(run, mesh)
+        setup, trainable = planned.setup, planned.trainable
     with clock.part("records to rows"):
         source = PhantomSource(0, num_records, 1)
         encoded = setup.encode(concat([source.records(subset.name, "train") for subset in source.subsets]))
@@ -76,14 +79,14 @@ def start(config: str, overrides: dict[str, str], num_devices: int, num_records:
         size = run.train.batch_size
         batches = Batches(encoded, batch_size=size, seed=0, rows=own_rows(mesh, size))
         batch, _ = next(iter(batches))
-    program = subject.program
+    program = planned.program
     with clock.part("state: lowered"), jax.set_mesh(mesh):
         split = build.split_trainable(build.shardings(setup.model, mesh), run.model.trainable)
         lowered = program.jitted_start.lower(with_shardings(trainable, split[0]))
     with clock.part("state: compiled"):
         lowered.compile()
     wall, cpu = time.monotonic(), time.process_time()
-    _, _, lower_s, compile_s = program.compile(trainable, subject.frozen, batch)
+    _, _, lower_s, compile_s = program.compile(trainable, planned.frozen, batch)
     cpu, wall = time.process_time() - cpu, time.monotonic() - wall
     clock.parts.append(("step: lowered", lower_s, cpu * lower_s / wall))
     clock.parts.append(("step: compiled", compile_s, cpu * compile_s / wall))
@@ -118,22 +121,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="simulated ones of the CPU, all fsdp")
     parser.add_argument("--records", type=int, default=100, metavar="N", help="of each of the phantom's subsets")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", default="", metavar="FILE")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args(argv)
-    for flag in rest:
-        if not flag.startswith("--config.") or "=" not in flag:
-            parser.error(f"{flag}: --config.KEY=VALUE is accepted")
+    try:
+        changes = overrides(rest)
+    except ConfigError as error:
+        parser.error(str(error))
     if args.child:
-        overrides = dict(flag.removeprefix("--config.").split("=", 1) for flag in rest)
-        print(json.dumps(start(args.config, overrides, args.devices, args.records, float(os.environ["MEDCG_BEGAN"]))))
+        print(json.dumps(start(args.config, changes, args.devices, args.records, float(os.environ["MEDCG_BEGAN"]))))
         return 0
     with tempfile.TemporaryDirectory() as cache:
         cold, warm = (measure(args, rest, cache) for _ in range(2))
         warm["cache_bytes"] = sum(file.stat().st_size for file in Path(cache).rglob("*") if file.is_file())
     print_starts(cold, warm)
-    if args.json:
-        Path(args.json).write_text(json.dumps({"cold": cold, "warm": warm}, indent=1) + "\n", encoding="utf-8")
+    write_record(args.json, {"cold": cold, "warm": warm})
     return int(warm["compiled"] > 0)
 
 

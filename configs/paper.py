@@ -71,10 +71,10 @@ def released(model: str, source: str) -> RunConfig:
 
 
 def tiny(model: str, source: str) -> RunConfig:
-    from medcg_jax.study.run.backbones import model_run
+    from medcg_jax.study.design.schedule import runs_by_model
 
     study = from_config_dict(phantom.get_config("study"))
-    run = model_run(study, model)
+    run = runs_by_model(replace(study, study__models=(model,)))[model]
     own = dict(targets=phantom.REPORT_TARGETS, targets_of={}, epochs_of={}, arms=(), seeds=study.study.seeds, jobs=2)
     run = replace(run, **{f"study__{key}": value for key, value in own.items()})
     if source == "release":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A measured record of this machine: bash launch/bench_gpu.sh [OUT.json] [flags of medcg_jax.bench.gpu]
+# `medcg bench` of configs/bench_gpu.py on this machine: bash launch/bench_gpu.sh [OUT.json] [flags of medcg_jax.bench]
 # Under 10 minutes, no network. Takes `python3` with jax, flax and optax as they are here (PYTHON=... names another).
 # LLaVA-1.5-7B with random weights: training, adapters, evaluation, transformers beside them, a trace, and checks.
 set -euo pipefail
@@ -14,4 +14,4 @@ python="${PYTHON:-python3}"
     echo "bench_gpu.sh: $python must be Python 3.11 or later with jax, flax and optax; PYTHON=... names another" >&2
     exit 1
 }
-exec "$python" -m medcg_jax.bench.gpu --json="$out" "$@" </dev/null
+exec "$python" -m medcg_jax.bench --json="$out" "$@" </dev/null

@@ -139,7 +139,9 @@ def parser() -> Parser:
             verb.add_argument("--dry", action="store_true", help="list every cell with its size and stop")
             verb.add_argument("--jobs", type=int, default=0, metavar="N", help="processes that share the grid's cells")
         if name == "bench":
-            text = "train, eval, generate, loader, convert, startup: those of them that are measured (default: all)"
+            text = (
+                "of train, eval, generate, loader, convert, startup (default: these), and those of configs/bench_gpu.py"
+            )
             verb.add_argument("--stages", default="", metavar="A,B", help=text)
             text = "HF transformers on the same records in the same run (LLaVA alone; extra `parity`)"
             verb.add_argument("--against", choices=("torch",), default="", help=text)
@@ -265,14 +267,10 @@ def reproduce_grid(args) -> dict:
 
         return dry(run)
     with started(args, run):
-        from medcg_jax.study.run import backbones, grid
+        from medcg_jax.study.run import grid
 
         if run.study.cells_at_once == 0:
             run = with_as_many_cells_as_fit(run)
-        if run.study.models:
-            if processes.count() > 1:
-                raise ConfigError(f"study.models={run.study.models}: () is accepted where processes share one run")
-            return backbones.reproduce_models(run, workdir(args, run))
         return grid.reproduce(run, workdir(args, run))
 
 
@@ -286,14 +284,14 @@ def with_as_many_cells_as_fit(run: RunConfig) -> RunConfig:
 
     if run.study.models:
         raise ConfigError("study.cells_at_once=0: a number is accepted where study.models has several models")
-    from medcg_jax.plan.cells import print_fit
-    from medcg_jax.plan.programs import fitting_run
+    from medcg_jax.plan.programs import fitting_run, print_fitting
 
-    fit = fitting_run(run, "local", num_groups=max(1, run.mesh.cell))
-    print_fit({"topology": "local", "num_groups": max(1, run.mesh.cell), **vars(fit)})
-    if not fit.num_cells:
+    num_groups = max(1, run.mesh.cell)
+    fitting = fitting_run(run, "local", num_groups=num_groups)
+    print_fitting(fitting, "local", num_groups)
+    if not fitting.num_cells:
         raise RuntimeError("RESOURCE_EXHAUSTED: not one cell fits the devices here")
-    return replace(run, study__cells_at_once=fit.num_cells)
+    return replace(run, study__cells_at_once=fitting.num_cells)
 
 
 def report_grid(args) -> dict:
@@ -337,9 +335,9 @@ def report_benchmarks(args) -> dict:
 def bench_here(args) -> dict:
     run = resolved(args)
     print(xla_flags.apply(run.deterministic), flush=True)
-    from medcg_jax.bench.run import STAGES, bench
+    from medcg_jax.bench.run import DEFAULT, bench
 
-    return bench(run, stages=args.stages.split(",") if args.stages else STAGES, against=args.against)
+    return bench(run, stages=args.stages.split(",") if args.stages else DEFAULT, against=args.against)
 
 
 def plan_run(args) -> dict:
@@ -347,9 +345,10 @@ def plan_run(args) -> dict:
     from medcg_jax.plan import search
     from medcg_jax.plan import text as plan_text
     from medcg_jax.plan import verb as plan
-    from medcg_jax.study.run import backbones, dry
+    from medcg_jax.study.design.schedule import runs_by_model
+    from medcg_jax.study.run import dry
 
-    common = dict(full_effort=args.full_effort, memory_bytes=args.memory_gib * (1 << 30))
+    common = {"full_effort": args.full_effort, "memory_bytes": args.memory_gib * (1 << 30)}
     if args.search:
         if args.alone:
             raise ConfigError("--alone with --search: one of them is accepted; a search is for a grid's trainings")
@@ -357,8 +356,7 @@ def plan_run(args) -> dict:
         print(search.table(found))
         return found
     found = {}
-    for model in run.study.models or (run.model.name,):
-        one = backbones.model_run(run, model) if run.study.models else run
+    for model, one in runs_by_model(run).items():
         grid = None if args.alone else dry.grid_totals(one)
         found[model] = plan.plan(one, args.topology, grid=grid, price=args.price, alone=args.alone, **common)
         print(plan_text.text_of(found[model]), flush=True)

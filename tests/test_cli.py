@@ -132,14 +132,14 @@ AS_FIT = ("reproduce", "--config=configs/phantom.py:tiny", "--config.study.cells
 
 
 def test_as_many_cells_as_fit(monkeypatch, capsys, tmp_path):
-    from medcg_jax.plan import cells, programs
+    from medcg_jax.plan import programs
     from medcg_jax.study.run import grid
 
     seen = []
     monkeypatch.setattr(grid, "reproduce", lambda run, workdir: seen.append(run.study.cells_at_once) or {})
     args = [*AS_FIT, f"--workdir={tmp_path}/w"]
     for fitting, status in ((6, 0), (0, 3)):
-        found = cells.Fit(fitting, {2: 1e9, 6: 3e9}, 4e9)
+        found = programs.FittingCells(fitting, {2: 1e9, 6: 3e9}, 4e9)
         monkeypatch.setattr(programs, "fitting_run", lambda run, where, num_groups, found=found: found)
         assert main(args) == status
     assert seen == [6] and "6 cells fit local in 1 groups" in capsys.readouterr().out

@@ -85,32 +85,53 @@ def times(spent: Sequence[Spent], num_samples: int) -> dict:
     }
 
 
-def matrix_rate(dtype: str, *, sizes: Sequence[int] = (), repeats: int = 5) -> dict:
-    """FLOP/s that one device reaches in a product of two square matrices: the best of `sizes` and repeats.
+def matrix_rate(dtype: str, *, sizes: Sequence[int | tuple[int, int, int]] = (), repeats: int = 5) -> dict:
+    """FLOP/s that one device reaches in a product of two matrices: the best of `sizes` and repeats.
 
     {"flops_per_s", "flops_per_cpu_s", "size", "dtype", "by_size"}; the second is by this process's CPU time, and the
     best of its own; `size` is the first one's. Products follow one another without the host in between, in JAX's
     default precision, which a run has too.
-    sizes: () takes `MATRIX_SIZES` of the platform.
+    sizes: of square matrices, or (rows, width, columns); () takes `MATRIX_SIZES` of the platform.
     """
     platform = "cpu" if jax.default_backend() == "cpu" else "accelerator"
-    found, product = {}, jax.jit(jnp.matmul)
+    by_size, product = {}, jax.jit(jnp.matmul)
     for size in sizes or MATRIX_SIZES[platform]:
+        rows, width, columns = size if isinstance(size, tuple) else (size,) * 3
         # Random numbers: a GPU draws less power for equal ones, and then runs faster than it does in a model.
-        x = (jax.random.normal(jax.random.key(0), (size, size)) * size**-0.5).astype(dtype)
+        keys = jax.random.split(jax.random.key(0))
+        left = (jax.random.normal(keys[0], (rows, width)) * width**-0.5).astype(dtype)
+        right = jax.random.normal(keys[1], (width, columns)).astype(dtype)
 
-        def run(count, x=x):
-            y = x
+        def run(count, left=left, right=right):
             for _ in range(count):
-                y = product(y, x)
-            y.block_until_ready()
+                out = product(left, right)
+            out.block_until_ready()
 
         # Many in a row on an accelerator, which hides the host; on a CPU one is long enough.
         spent = turns({"product": run}, repeats, 0 if platform == "cpu" else 50)["product"]
-        work = 2.0 * size**3
-        rates = max(work / s.wall_s for s in spent), max(work / max(s.cpu_s, 1e-9) for s in spent)
-        found[size] = dict(zip(("flops_per_s", "flops_per_cpu_s"), rates, strict=True))
-    best = max(found, key=lambda size: found[size]["flops_per_s"])
-    by_cpu = max(row["flops_per_cpu_s"] for row in found.values())
-    rows = {str(size): row for size, row in found.items()}
-    return {**found[best], "flops_per_cpu_s": by_cpu, "size": best, "dtype": dtype, "by_size": rows}
+        work = 2.0 * rows * width * columns
+        name = "x".join(map(str, size)) if isinstance(size, tuple) else str(size)
+        by_size[name] = {
+            "flops_per_s": max(work / s.wall_s for s in spent),
+            "flops_per_cpu_s": max(work / max(s.cpu_s, 1e-9) for s in spent),
+        }
+    best = max(by_size, key=lambda name: by_size[name]["flops_per_s"])
+    by_cpu = max(row["flops_per_cpu_s"] for row in by_size.values())
+    return {**by_size[best], "flops_per_cpu_s": by_cpu, "size": best, "dtype": dtype, "by_size": by_size}
+
+
+def memory_rate(count: int) -> float:
+    """Bytes/s that are read and written together by an addition to `count` float32 numbers, the best of five."""
+    x, add = jnp.ones((count,), jnp.float32), jax.jit(lambda x: x + 1)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            out = add(x)
+        out.block_until_ready()
+
+    return 8.0 * count / min(spent.wall_s for spent in turns({"add": run}, 5, 20)["add"])
+
+
+def seconds_of(runner: Callable[[int], object], repeats: int) -> list[float]:
+    """Wall seconds of a step of one runner, `repeats` values, each of about a second (`turns`)."""
+    return [spent.wall_s for spent in turns({"": runner}, repeats)[""]]

@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 
+from medcg_jax.bench.steps import HF_BATCH
 from medcg_jax.config import ConfigError, ModelConfig, TrainConfig
 from medcg_jax.families.flops import forward, training, vit
 from medcg_jax.families.llava.model import LlavaConfig
@@ -30,8 +31,6 @@ except ImportError as error:
 
 # Name of a part here -> HF's module.
 PARTS = {"vision": "vision_tower", "projector": "multi_modal_projector", "decoder": "language_model"}
-# Rows of a batch when HF answers.
-EVAL_BATCH = 8
 
 
 def attentions() -> tuple[str, ...]:
@@ -51,7 +50,7 @@ class Reference:
         self, config: LlavaConfig, batch: dict[str, np.ndarray], train: TrainConfig, model: ModelConfig,
         *, attention: str = "sdpa",
     ):  # fmt: skip
-        self.device = place()
+        self.device = here()
         self.dtype = getattr(torch, model.compute_dtype)
         self.model = new_model(config, torch.float32, attention)
         for name, module in PARTS.items():
@@ -92,7 +91,7 @@ class Reference:
         began = time.perf_counter()
         for _ in range(steps):
             self._step(call)
-        finish(self.device)
+        finish()
         return time.perf_counter() - began
 
     def _step(self, call: Callable) -> None:
@@ -108,7 +107,7 @@ class Reference:
 
 
 class Answers:
-    """HF's model asked the test rows of `batches` (`encode_eval`'s keys), `EVAL_BATCH` at a time; a step is all rows.
+    """HF's model asked test rows (`encode_eval`'s keys), `HF_BATCH` at a time; a step is all rows.
 
     `forward(steps)`: log-probabilities of the letters, float32[N, K] kept in `logprobs`, of the last real position of
     `model(**inputs).logits`. `generate(steps)`: greedy, `num_new` tokens of every row and no early stop, `generated`
@@ -116,19 +115,17 @@ class Answers:
     """
 
     def __init__(
-        self, config: LlavaConfig, batches: list[dict[str, np.ndarray]], model: ModelConfig, *, num_new: int,
-        attention: str = "sdpa",
+        self, config: LlavaConfig, rows: dict[str, np.ndarray], model: ModelConfig, *, num_new: int
     ):  # fmt: skip
-        self.device, self.num_new = place(), num_new
+        self.device, self.num_new = here(), num_new
         dtype = getattr(torch, model.compute_dtype)
-        self.model = new_model(config, dtype, attention).eval()
+        self.model = new_model(config, dtype, "sdpa").eval()
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.pad_token_id = config.pad_token_id
-        rows = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
         self.num_rows = len(rows["tokens"])
         self.chunks = []
-        for start in range(0, self.num_rows, EVAL_BATCH):
-            chunk = {key: value[start : start + EVAL_BATCH] for key, value in rows.items()}
+        for start in range(0, self.num_rows, HF_BATCH):
+            chunk = {key: value[start : start + HF_BATCH] for key, value in rows.items()}
             right, left = (answer_inputs(config, chunk, side, dtype, self.device) for side in ("right", "left"))
             options = torch.from_numpy(chunk["option_ids"]).long().to(self.device)
             last = torch.from_numpy(chunk["last_position"]).long().to(self.device)
@@ -137,47 +134,47 @@ class Answers:
     @torch.inference_mode()
     def forward(self, steps: int) -> None:
         for _ in range(steps):
-            found = []
+            logprobs = []
             for inputs, _, last, options in self.chunks:
                 logits = self.model(**inputs).logits
-                own = logits[torch.arange(len(last), device=self.device), last].float()
-                found.append(torch.log_softmax(own, -1).gather(1, options.clamp(min=0)))
-            self.logprobs = torch.cat(found).cpu().numpy()
+                at_end = logits[torch.arange(len(last), device=self.device), last].float()
+                logprobs.append(torch.log_softmax(at_end, -1).gather(1, options.clamp(min=0)))
+            self.logprobs = torch.cat(logprobs).cpu().numpy()
 
     @torch.inference_mode()
     def generate(self, steps: int) -> None:
         for _ in range(steps):
-            made = []
+            generated = []
             for _, inputs, _, _ in self.chunks:
                 tokens = self.model.generate(**inputs, max_new_tokens=self.num_new, do_sample=False)
-                made.append(tokens[:, inputs["input_ids"].shape[1] :])
-            self.generated = torch.cat(made).cpu().numpy()
+                generated.append(tokens[:, inputs["input_ids"].shape[1] :])
+            self.generated = torch.cat(generated).cpu().numpy()
 
 
-def place() -> "torch.device":
+def here() -> "torch.device":
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def finish(device) -> None:
-    if device.type == "cuda":
+def finish() -> None:
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def reset_memory() -> None:
+    """Gives back what no model holds any more, and forgets the peak so far."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def new_model(config: LlavaConfig, dtype, attention: str):
     """HF's model of this architecture with random weights, on the device."""
     torch.manual_seed(0)
     described = transformers.LlavaConfig.from_dict(config_to_json(config, "float32"))
-    with place():
+    with here():
         return transformers.AutoModelForImageTextToText.from_config(
             described, dtype=dtype, attn_implementation=attention
         )
-
-
-def free() -> None:
-    """Gives back what no model holds any more: compiled programs, and memory of the GPU."""
-    torch.compiler.reset()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def peak_bytes() -> int | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medcg_jax.bench.steps import example_batch
+from medcg_jax.bench.steps import HF_BATCH, example_batch
 from medcg_jax.config import ConfigError, RunConfig, replace
 from medcg_jax.data.encoding import Encoded, encode
 from medcg_jax.data.pipeline import Batches
@@ -41,7 +41,7 @@ def open_rows(run: RunConfig) -> Rows:
         if run.data.source == "phantom":
             raise
         why = str(error)
-    data = dict(data__source="phantom", data__root="", data__subsets=(), data__subset_weights={})
+    data = {"data__source": "phantom", "data__root": "", "data__subsets": (), "data__subset_weights": {}}
     run = replace(with_small_tokenizer(run), **data, data__general_records="", data__imagewikiqa_share=0.0)
     setup = open_setup(run, has_weights=True)
     return Rows(setup, f"phantoms stand in for the run's records, which cannot be opened ({why})")
@@ -63,9 +63,9 @@ def training_batch(rows: Rows) -> dict[str, np.ndarray]:
     return batch
 
 
-def question_rows(rows: Rows, multiple: int) -> Encoded:
-    """Test questions with letters: `QUESTIONS` or more, which fill both `eval.batch_size` and batches of `multiple`."""
-    both = math.lcm(rows.setup.run.eval.batch_size, multiple)
+def question_rows(rows: Rows) -> Encoded:
+    """Test questions with letters: `QUESTIONS` or more, which fill both `eval.batch_size` and HF's batches."""
+    both = math.lcm(rows.setup.run.eval.batch_size, HF_BATCH)
     count = -(-QUESTIONS // both) * both
     return rows.setup.encode_eval(some_records(rows.setup, "test", count, letters=True))
 
@@ -90,7 +90,7 @@ def some_records(setup: Setup, split: str, count: int, *, letters: bool = False)
     names = names[:: -(-len(names) // NUM_SUBSETS)]
     each = -(-count // len(names))
     sets = [setup.source.records(name, split) for name in names]
-    found = concat([part.select(range(min(each, len(part)))) for part in sets])
-    if not len(found):
+    records = concat([part.select(range(min(each, len(part)))) for part in sets])
+    if not len(records):
         raise DataError(f"subsets {', '.join(names)} have no {split} records")
-    return found.select(i % len(found) for i in range(count))
+    return records.select(i % len(records) for i in range(count))

@@ -1,256 +1,335 @@
-"""`medcg bench`: what a run's stages cost here, and the training and evaluation of the PyTorch reference beside them.
+"""`medcg bench`: stages, each in a process of its own, merged into one result. No stage can lose another's figures.
 
-Weights are random, records the run's own. Both sides take turns (a second of one, a second of the other, again and
-again) in one process, so that what else runs on the machine slows both; what is compared are ratios of such pairs.
+    medcg bench --config=configs/bench_tiny.py --against=torch
+    python -m medcg_jax.bench --json=FILE     # configs/bench_gpu.py; needs no ml-collections (`__main__`)
+
+What a stage has found stands in its file before the next thing starts, and in the result within a second. Where two
+sides are compared they take turns in one process, so that what else runs on the machine slows both; what is compared
+are ratios of such pairs. This process never holds a device.
 """
 
-import gc
+import importlib
+import json
+import math
 import os
-import resource
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-import jax
-import numpy as np
-
-from medcg_jax.bench import host as bench_host
-from medcg_jax.bench import text as bench_text
-from medcg_jax.bench.clock import Spent, matrix_rate, now, ratio, times, turns
-from medcg_jax.bench.evaluation import Evaluation, needed_flops
-from medcg_jax.bench.rows import Rows, loader_rows, open_rows, question_rows, training_batch
-from medcg_jax.bench.steps import Port, about_here, describe, memory, rates, step_flops
 from medcg_jax.config import MODELS, ConfigError, RunConfig, RunError
-from medcg_jax.families import build
+from medcg_jax.data.records import DataError
+from medcg_jax.files import write_whole
 
-STAGES = ("train", "eval", "generate", "loader", "convert", "startup")
-STARTUP_LIMIT_S = 900.0
-# Rows of a batch when HF answers, as `bench_torch.EVAL_BATCH`, which cannot be imported without PyTorch.
-EVAL_MULTIPLE = 8
+ROOT = Path(__file__).resolve().parents[2]
+REFUSALS = {error.__name__: error for error in (ConfigError, DataError, RunError)}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """function: "module.name" in this package, called as `function(ask, save)`: `save(key=value)` as soon as a value is
+    known. limit_s: of `python -m medcg_jax.bench`. whole_device: it needs more than the three quarters of a GPU's memory
+    that JAX takes by default; else it takes what it uses, and leaves the rest to PyTorch. no_device: it must not take one.
+    """
+
+    function: str
+    about: str
+    limit_s: float = 120.0
+    whole_device: bool = False
+    no_device: bool = False
+
+
+STAGES = {
+    "train": Stage("stages.train", "the run's training step"),
+    "answers": Stage("stages.answers", "option letters of test questions, and generation"),
+    "loader": Stage("stages.loader", "batches drained from the loader"),
+    "convert": Stage("stages.convert", "conversion of weights, both ways"),
+    "startup": Stage("stages.startup", "from the start of a process to its first step", 900.0, no_device=True),
+    "machine": Stage("checks.machine", "versions, memory, the rate of bfloat16 matrix products and of memory", 60.0),
+    "train_bf16": Stage(
+        "cases.train", "full fine-tuning, parameters and moments in bfloat16", 170.0, whole_device=True
+    ),
+    "torch": Stage("cases.torch", "the same by Hugging Face transformers: training steps, forward, generate", 110.0),
+    "letters": Stage("cases.letters", "option letters by their likelihood, and generation", 60.0, whole_device=True),
+    "trace": Stage("cases.trace", "a trace of the fastest step, and where its time goes", 50.0, whole_device=True),
+    "train_fp32": Stage("cases.train", "full fine-tuning with float32 weights and moments", 110.0, whole_device=True),
+    "lora": Stage("cases.train", "adapters of rank 128 on a base in bfloat16, int8 and nf4", 80.0, whole_device=True),
+    "attention": Stage("checks.attention", "the attention this platform gets, against plain attention", 50.0),
+    "numerics": Stage("checks.numerics", "the tiny model on this device and on the CPU", 80.0),
+    "torch_fp32": Stage("cases.torch", "transformers with float32 weights and autocast", 80.0),
+    "parity": Stage("checks.parity", "two tiny models on this device, against PyTorch", 200.0),
+}
+# One process measures both, since they are compared with one another.
+ANSWERS = ("eval", "generate")
+# What `medcg bench` measures where no stages are named.
+DEFAULT = ("train", *ANSWERS, "loader", "convert", "startup")
+KNOWN = (*DEFAULT, *(name for name in STAGES if name not in ("answers", *DEFAULT)))
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a stage is asked.
+
+    stages: all that were asked for, by the user's names. against: "torch" measures the reference beside the port.
+    repeats, steps: of `clock.turns`. matrix_sizes: of `clock.matrix_rate`. batches: in place of the sizes of `cases`.
+    stage: its own name. limit_s: seconds that it has, from `began` on. scratch: a folder that all stages share. so_far: the result until now.
+    """
+
+    run: RunConfig
+    stages: tuple[str, ...] = DEFAULT
+    against: str = ""
+    repeats: int = 5
+    steps: int = 0
+    matrix_sizes: tuple = ()
+    batches: tuple[int, ...] = ()
+    stage: str = ""
+    limit_s: float = math.inf
+    scratch: Path = Path(".")
+    so_far: dict = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
+
+    def left_s(self) -> float:
+        return self.limit_s - (time.monotonic() - self.began)
+
+    def matrix_rate(self) -> float | None:
+        """FLOP/s of the best bfloat16 product that was measured on this machine in this bench."""
+        return self.so_far.get("machine", {}).get("matmul", {}).get("flops_per_s")
 
 
 def bench(
     run: RunConfig,
     *,
-    stages: Sequence[str] = STAGES,
+    stages: Sequence[str] = DEFAULT,
     against: str = "",
-    repeats: int = 5,
-    steps_per_repeat: int = 0,
-    matrix_sizes: Sequence[int] = (),
-    clock: Callable[[], Spent] = now,
+    out: Path | None = None,
+    time_s: float = math.inf,
+    scale: float = math.inf,
+    earlier: dict | None = None,
+    **options,
 ) -> dict:
-    """What `medcg bench` prints and writes: about the machine, one section for each stage, and `ratios`.
+    """What `medcg bench` prints and writes: about the machine, a section for each stage, `ratios` and `conclusions`.
 
-    A ratio is the port's samples per CPU-second over the reference's on a CPU, and per second elsewhere (`ratio`):
+    A ratio is the port's samples per CPU-second over the reference's on a CPU, and per second elsewhere (`clock.ratio`):
     "train_vs_eager" and "train_vs_compile"; "eval_vs_generate" and "eval_vs_forward" of letters; with the stage
     "generate" also "generate_vs_generate". One that could not be measured is missing, and `notes` says why.
 
-    stages: of `STAGES`. against: "torch" adds the reference to training, evaluation and generation.
-    steps_per_repeat: of every runner; 0 takes as many as last about a second.
-    matrix_sizes: as `matrix_rate`'s sizes. clock: what time and CPU time are read from.
+    stages: of `KNOWN`, in the order to run them in. against: as of `Ask`, as are the `options`.
+    out: a file that always has the result so far; a stage that fails is then no error, but stands in it.
+    time_s: seconds for all stages. scale: of the stages' own limits. earlier: a result whose other stages are kept.
 
     Raises:
       ConfigError: an unknown stage, another model than LLaVA against torch, a batch that does not fit the mesh, or the
         reference's packages are not installed.
-      DataError: as `open_rows`.
-      RunError: the stage startup failed, or both sides do not do the same work.
+      DataError: the run's records cannot be read.
+      RunError: a stage failed, or both sides do not do the same work.
+      RuntimeError: a stage does not fit in the device's memory.
     """
-    check(run, stages, against)
-    found: dict = {"stages": [stage for stage in STAGES if stage in stages], "notes": []}
-    if "startup" in stages:
-        # First: until now this process holds no device.
-        found["startup"] = bench_host.startup(run, STARTUP_LIMIT_S)
-    if against:
-        # Else JAX takes most of a GPU's memory at once.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        from medcg_jax.bench import pytorch  # says what is missing, before anything is measured
+    from medcg_jax.bench import text
 
-        found["attention"] = pytorch.attentions()
-    rows = open_rows(run)
-    model, setup = run.model, rows.setup
-    found |= about_here() | {
-        "name": run.name, "model": model.name, "mesh": dict(setup.mesh.shape), "compute_dtype": model.compute_dtype,
-        "trainable": list(model.trainable), "remat": model.remat,
-        "accumulation_steps": run.train.accumulation_steps, "against": against, "ratios": {},
+    check(run, stages, against)
+    result = dict(earlier or {})
+    result |= {
+        "name": run.name, "model": run.model.name, "compute_dtype": run.model.compute_dtype,
+        "trainable": list(run.model.trainable), "remat": run.model.remat,
+        "accumulation_steps": run.train.accumulation_steps, "against": against,
     }  # fmt: skip
-    if rows.note:
-        found["notes"].append(rows.note)
-    by = "cpu" if jax.default_backend() == "cpu" else "wall"
-    measure = Measure(repeats, steps_per_repeat, clock, by)
-    sections: dict[str, Callable[[], dict]] = {
-        "train": lambda: training(rows, against, measure, matrix_rate(model.compute_dtype, sizes=matrix_sizes)),
-        "answers": lambda: answers(rows, stages, against, measure),
-        "loader": lambda: {"loader": bench_host.loader(setup, loader_rows(setup), repeats)},
-        "convert": lambda: {"convert": bench_host.conversion(setup, min(repeats, 3))},
-    }
-    for name, section in sections.items():
-        if name in stages or (name == "answers" and {"eval", "generate"} & set(stages)):
-            made = section()
-            found["ratios"] |= made.pop("ratios", {})
-            found["notes"] += made.pop("notes", [])
-            found |= made
-            gc.collect()  # weights of a stage are not the next one's burden
-            if against:
-                pytorch.free()
-    found["memory"] = {
-        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "device_peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
-    }
-    bench_text.show(found)
-    return found
+    for key, empty in (("stages", {}), ("ratios", {}), ("notes", []), ("memory", {})):
+        result.setdefault(key, empty)
+    ends = time.monotonic() + time_s
+    # What ends this process ends its stage too: at the next poll, since an exception inside of Popen.wait may leave its
+    # lock taken for ever.
+    signals: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            for name in dict.fromkeys("answers" if stage in ANSWERS else stage for stage in stages):
+                limit = min(STAGES[name].limit_s * scale, ends - time.monotonic())
+                ask = Ask(run, tuple(stages), against, limit_s=limit, scratch=Path(scratch), so_far=result, **options)
+                result = run_and_merge(name, ask, result, out, signals)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    result["conclusions"] = text.conclusions(result)
+    if out:
+        write_json(out, result)
+    text.show(result)
+    return result
 
 
 def check(run: RunConfig, stages: Sequence[str], against: str) -> None:
     """Raises ConfigError where `bench` is asked for what it has not."""
-    unknown = [stage for stage in stages if stage not in STAGES]
+    unknown = [stage for stage in stages if stage not in KNOWN]
     if unknown or not stages:
-        raise ConfigError(f"stages={','.join(unknown)}: {', '.join(STAGES)} are accepted")
+        raise ConfigError(f"stages={','.join(unknown)}: expected some of {', '.join(KNOWN)}")
     if against not in ("", "torch"):
-        raise ConfigError(f"against={against!r}: 'torch' is accepted, or nothing")
-    if against and MODELS[run.model.name] != "llava":
+        raise ConfigError(f"against={against!r}: expected 'torch', or nothing")
+    asked = [f"--against={against}"] if against else [name for name in stages if name not in (*DEFAULT, "machine")]
+    if asked and MODELS[run.model.name] != "llava":
         known = ", ".join(name for name, family in MODELS.items() if family == "llava")
-        raise ConfigError(f"--against=torch with model.name={run.model.name}: LLaVA alone is accepted ({known})")
-    if against and not {"train", "eval", "generate"} & set(stages):
+        raise ConfigError(f"{', '.join(asked)} with model.name={run.model.name}: expected a LLaVA ({known})")
+    if against and not {"train", *ANSWERS} & set(stages):
         raise ConfigError(f"--against=torch with stages={','.join(stages)}: train, eval or generate is needed too")
 
 
-class Measure:
-    """How runners are measured: `turns` with these settings, and ratios by `by` ("cpu" or "wall")."""
+def run_and_merge(name: str, ask: Ask, result: dict, out: Path | None, signals: list[int]) -> dict:
+    """`result` with the stage's section, written to `out` meanwhile.
 
-    def __init__(self, repeats: int, steps: int, clock: Callable[[], Spent], by: str):
-        self.repeats, self.steps, self.clock, self.by = repeats, steps, clock, by
+    Raises:
+      what `bench` raises where the stage fails and `out` is None; SystemExit where this process was told to stop.
+    """
+    print(f"== {name}: {STAGES[name].about}", flush=True)
+    file, merged = ask.scratch / f"{name}.json", result
 
-    def turns(self, runners: dict[str, Callable[[int], object]]) -> dict[str, list[Spent]]:
-        return turns(runners, self.repeats, self.steps, clock=self.clock)
+    def keep(status: str, seconds: float) -> None:
+        nonlocal merged
+        merged = merge(result, name, {"status": status, "seconds": round(seconds, 1)}, read_json(file))
+        if out:
+            write_json(out, merged)
 
-    def ratios(self, spent: dict[str, list[Spent]], pairs: dict[str, tuple[str, str]]) -> dict:
-        """{name: ratio of (ours, theirs)} of the pairs that were both measured."""
-        return {
-            name: ratio(spent[ours], spent[theirs], by=self.by)
-            for name, (ours, theirs) in pairs.items()
-            if ours in spent and theirs in spent
-        }
+    def poll(seconds: float) -> None:
+        if file.exists():
+            keep("running", seconds)
+        if signals:
+            sys.exit(128 + signals[0])
+
+    status, seconds = "no time left", 0.0
+    if ask.limit_s >= 5:
+        keep("running", 0.0)
+        status, seconds = run_stage(name, ask, file, poll)
+    keep(status, seconds)
+    stage = merged["stages"][name]
+    if out:
+        print("\n".join(f"   {text}" for text in (stage.get("error"), f"{stage['status']} after {seconds:.0f} s") if text),
+              flush=True)  # fmt: skip
+    elif stage["status"] not in ("done", "skipped"):
+        raise failure(name, stage)
+    return merged
 
 
-TRAIN_PAIRS = {
-    "train_vs_eager": ("port", "torch eager"),
-    "train_vs_compile": ("port", "torch compile"),
-    "train_vs_flash": ("port", "torch eager flash"),
-}
-ANSWER_PAIRS = {
-    "eval_vs_generate": ("port letters", "torch generate"),
-    "eval_vs_forward": ("port letters", "torch forward"),
-    "generate_vs_generate": ("port generate", "torch generate"),
-}
+def failure(name: str, stage: dict) -> Exception:
+    """The error that a stage ended with, as this process raises it."""
+    kind, _, message = stage.get("error", "").partition(": ")
+    if kind in REFUSALS:
+        return REFUSALS[kind](message)
+    if out_of_memory(message):
+        return RuntimeError(message)
+    return RunError(f"stage {name}: {stage.get('error') or stage['status']}")
 
 
-def training(rows: Rows, against: str, measure: Measure, matrix: dict) -> dict:
-    """{"train", "matrix", "ratios", "notes"}: the training step, alone and beside the reference's."""
-    setup, run, notes = rows.setup, rows.setup.run, []
-    batch = training_batch(rows)
-    port = Port(setup.model, setup.mesh, run.train, run.model, loss_fn=setup.loss)
-    runners: dict[str, Callable[[int], object]] = {"port": port.seconds}
-    executed = None
-    if against:
-        from medcg_jax.bench import pytorch
+def merge(result: dict, name: str, status: dict, values: dict) -> dict:
+    """`result` with what a stage saved: its section, and what stands beside sections (ratios, notes, about, memory)."""
+    section = dict(values)
+    kept = {key: section.pop(key) for key in ("status", "error", "why") if key in section}
+    about, memory = section.pop("about", {}), section.pop("memory", {})
+    ratios, notes = section.pop("ratios", {}), section.pop("notes", [])
+    most = {key: max(filter(None, (result["memory"].get(key), value)), default=None) for key, value in memory.items()}
+    return result | about | {
+        "stages": result["stages"] | {name: status | kept},
+        "ratios": result["ratios"] | ratios,
+        "notes": list(dict.fromkeys([*result["notes"], *notes])),
+        "memory": result["memory"] | most,
+    } | ({name: section} if section else {})  # fmt: skip
 
-        reference = pytorch.Reference(setup.model, batch, run.train, run.model)
-        check_alike(work_of(port, batch), reference.work())
-    compiled = port.compile(batch)
-    if against:
-        length = reference.inputs["input_ids"].shape[1]
-        executed = pytorch.executed(setup.model, len(batch["tokens"]), length, run.model.trainable)
-        runners["torch eager"] = reference.seconds
+
+# ------------------------------------------------------------------ a stage's process
+
+
+def run_stage(
+    name: str, ask: Ask, file: Path, poll: Callable[[float], object] = lambda seconds: None, env: dict | None = None
+) -> tuple[str, float]:
+    """(status, seconds) of a stage in a process group of its own, which is ended when its time is over.
+
+    file: where it saves. poll: called every second with the seconds since it began. env: more variables.
+    """
+    began = time.monotonic()
+    asked = file.with_suffix(".pickle")
+    asked.write_bytes(pickle.dumps(replace(ask, began=began)))
+    command = [sys.executable, "-m", "medcg_jax.bench", f"--stage={name}", f"--ask={asked}", f"--json={file}"]
+    process = subprocess.Popen(
+        command, env=environment(name, ask) | (env or {}), stdin=subprocess.DEVNULL, start_new_session=True
+    )
+    status = f"stopped at its limit of {ask.limit_s:.0f} s"
+    try:
+        while (seconds := time.monotonic() - began) < ask.limit_s:
+            try:
+                code = process.wait(timeout=min(1.0, ask.limit_s - seconds))
+                status = "done" if code == 0 else f"failed with exit status {code}"
+                break
+            except subprocess.TimeoutExpired:
+                poll(time.monotonic() - began)
+    finally:
+        # The group, even where the stage has ended: what it started must not keep the device's memory.
         try:
-            reference.compiled_seconds(1)
-            runners["torch compile"] = reference.compiled_seconds
-        except Exception as error:  # torch's own classes: no compiler, an operator it does not know
-            notes.append(f"torch.compile failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-        if "flash_attention_2" in pytorch.attentions():
-            flash = pytorch.Reference(setup.model, batch, run.train, run.model, attention="flash_attention_2")
-            runners["torch eager flash"] = flash.seconds
-    spent = measure.turns(runners)
-    needed = step_flops(setup.model, batch, run.model.trainable)
-    found = {name: figures(taken, batch, needed, matrix) for name, taken in spent.items()}
-    section = {"batch": describe(batch), "flops": needed, "compile": compiled, "runners": found}
-    if executed:
-        section["torch_length"] = length
-        for name in found:
-            if name != "port":
-                found[name]["executed_flops"] = executed
-                found[name]["peak_bytes"] = pytorch.peak_bytes()
-    found["port"] |= {"peak_bytes": memory(port.compiled.program)["peak_bytes"], "loss": port.loss}
-    if not rows.note:
-        steps = max(2, min(50, round(2.0 / found["port"]["step_s"]["median"])))
-        section["data_wait"] = bench_host.data_wait(port, setup, loader_rows(setup)["decoded when drawn"], steps)
-    return {"train": section, "matrix": matrix, "ratios": measure.ratios(spent, TRAIN_PAIRS), "notes": notes}
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+    return status, time.monotonic() - began
 
 
-def figures(taken: list[Spent], batch: dict, needed: dict | None, matrix: dict) -> dict:
-    """`times` and `rates` of a step; and its MFU against the matrix product measured in this run, by wall time
-    ("mfu_matrix", both conventions) and by CPU time ("mfu_matrix_cpu", which other processes do not lower)."""
-    row = times(taken, len(batch["tokens"])) | rates([one.wall_s for one in taken], batch, needed)
-    if needed is None:
-        return row
-    # Devices that a CPU simulates share its cores.
-    devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
-    wall, cpu = row["step_s"]["median"], row["cpu_s"]["median"]
-    return row | {
-        "mfu_matrix": needed["full"] / wall / (devices * matrix["flops_per_s"]),
-        "mfu_matrix_causal": needed["causal"] / wall / (devices * matrix["flops_per_s"]),
-        "mfu_matrix_cpu": needed["full"] / max(cpu, 1e-9) / matrix["flops_per_cpu_s"],
-    }
+def environment(name: str, ask: Ask) -> dict[str, str]:
+    """Environment variables of a stage's process; those that the user has set stay as they are."""
+    wanted = {"TF_CPP_MIN_LOG_LEVEL": "2"}
+    stage = STAGES.get(name)
+    if stage and stage.whole_device:
+        # A program that one stage has compiled is loaded by the next.
+        wanted |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "JAX_COMPILATION_CACHE_DIR": str(ask.scratch / "compiled")}
+    else:
+        wanted["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return wanted | os.environ | {"PYTHONPATH": path}
 
 
-def work_of(port: Port, batch: dict) -> dict[str, int]:
-    """As `bench_torch.Reference.work`, of the port."""
+def run_here(name: str, ask: Ask, file: Path) -> int:
+    """Runs a stage in this process; what it finds is in `file`, its error too. Returns the exit status."""
+    saved: dict = {}
+
+    def save(**values) -> None:
+        saved.update(values)
+        write_json(file, saved)
+
+    stage = STAGES.get(name, Stage(f"stages.{name}", ""))
+    try:
+        module, function = stage.function.split(".")
+        getattr(importlib.import_module(f"medcg_jax.bench.{module}"), function)(replace(ask, stage=name), save)
+    except Exception as error:
+        if type(error).__name__ not in REFUSALS:
+            traceback.print_exc()
+        save(error=f"{type(error).__name__}: {short(error)}")
+        return 1
+    finally:
+        if not stage.no_device:
+            save(memory=most_memory())
+    return 0
+
+
+def most_memory() -> dict:
+    import resource
+
+    import jax
+
     return {
-        "rows": len(batch["tokens"]),
-        "tokens": int((batch["segment_ids"] != 0).sum()),
-        "targets": int(batch["target_weights"].sum()),
-        "trained": build.num_params(port.abstract[0]),
+        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "device_peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
     }
 
 
-def check_alike(port: dict[str, int], reference: dict[str, int]) -> None:
-    """Raises RunError where the sides do not have the same rows, tokens, supervised tokens and trained parameters."""
-    different = [f"{name} {port[name]} against {reference[name]}" for name in port if port[name] != reference[name]]
-    if different:
-        raise RunError(f"port and reference do not do the same work: {', '.join(different)}")
+def out_of_memory(error: BaseException | str) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
 
 
-def answers(rows: Rows, stages: Sequence[str], against: str, measure: Measure) -> dict:
-    """{"answers", "ratios"}: letters of test questions without generation, generation, and the reference's of both."""
-    setup, run = rows.setup, rows.setup.run
-    encoded, num_new = question_rows(rows, EVAL_MULTIPLE), run.eval.max_new_tokens
-    with jax.set_mesh(setup.mesh):
-        graphdef, params = build.create(setup.model, setup.mesh, seed=0)
-    runners: dict[str, Callable[[int], object]] = {}
-    needed = {}
-    if "eval" in stages:
-        runners["port letters"] = Evaluation(setup, graphdef, params, encoded, num_new=0).run
-        needed["port letters"] = needed_flops(setup, encoded, num_new=0)
-    if "generate" in stages:
-        runners["port generate"] = Evaluation(setup, graphdef, params, encoded, num_new=num_new).run
-        needed["port generate"] = needed_flops(setup, encoded, num_new=num_new)
-    asked = None
-    if against:
-        from medcg_jax.bench import pytorch
+def short(error: BaseException | str, characters: int = 400) -> str:
+    return " ".join(str(error).split())[:characters]
 
-        questions = encoded.rows(np.arange(len(encoded)))[0]
-        asked = pytorch.Answers(setup.model, [questions], run.model, num_new=num_new)
-        check_alike({"rows": len(encoded)}, {"rows": asked.num_rows})
-        if "eval" in stages:
-            runners["torch forward"] = asked.forward
-        runners["torch generate"] = asked.generate
-    spent = measure.turns(runners)
-    found = {name: times(taken, len(encoded)) for name, taken in spent.items()}
-    for name, flops in needed.items():
-        found[name] |= {"flops": flops, "tflops_per_s": flops / found[name]["step_s"]["median"] / 1e12}
-    section = {
-        "rows": len(encoded), "length": encoded.arrays["tokens"].shape[1],
-        "real_tokens": int(encoded.arrays["length"].sum()), "batch_size": run.eval.batch_size,
-        "max_new_tokens": num_new, "runners": found,
-    }  # fmt: skip
-    if asked:
-        section["torch_batch_size"] = pytorch.EVAL_BATCH
-        section["torch_generated_tokens"] = asked.generated.shape[1]
-    return {"answers": section, "ratios": measure.ratios(spent, ANSWER_PAIRS)}
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_json(path: Path, value: dict) -> None:
+    write_whole(path, json.dumps(value, indent=1) + "\n")

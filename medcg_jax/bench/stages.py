@@ -1,232 +1,350 @@
-"""The stages of `bench_gpu`: what each is given, how it writes down what it finds, and the first of them, the machine.
+"""The stages of `medcg bench` on a run's own records: step, answers, loader, conversion, start-up.
 
-A stage is `stage(ask, save)`: it calls `save(name=value)` for everything as soon as it is known.
+A stage is `stage(ask, save)`, in a process of its own (`run`). Weights are random.
 """
 
-import importlib
-import math
-import os
-import statistics
-import subprocess
+import dataclasses
+import io
+import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
-from medcg_jax.bench.gpu import write_json
+import jax
+import numpy as np
 
-# Stage -> its function, by module of this package.
-WHERE = {
-    "machine": "stages.machine",
-    "train": "stage_train.train",
-    "train_fp32": "stage_train.train_fp32",
-    "lora": "stage_train.lora",
-    "trace": "stage_best.trace",
-    "flags": "stage_best.flags",
-    "eval": "stage_eval.evaluate",
-    "torch": "stage_torch.torch",
-    "torch_fp32": "stage_torch.torch_fp32",
-    "attention": "stage_checks.attention",
-    "numerics": "stage_checks.numerics",
-    "parity": "stage_checks.parity",
+from medcg_jax.bench.clock import Spent, matrix_rate, now, ratio, spread, times, turns
+from medcg_jax.bench.rows import Rows, loader_rows, open_rows, question_rows, training_batch
+from medcg_jax.bench.run import STAGES, Ask, read_json, run_stage
+from medcg_jax.bench.steps import HF_BATCH, Port, describe, peak_bytes, rates, step_flops
+from medcg_jax.config import MODELS, MeshConfig, RunError, replace
+from medcg_jax.data.encoding import Encoded
+from medcg_jax.data.pipeline import Batches
+from medcg_jax.eval.letters import evaluate, make_evaluator
+from medcg_jax.families import build, flops
+from medcg_jax.mesh import make_mesh, own_rows, put_batch
+from medcg_jax.plan.topology import about_here
+from medcg_jax.train.setup import Setup, model_config
+
+# A model that is converted has at most so many bytes; of a larger one the family's tiny model stands in.
+CONVERTED_BYTES = 2 << 30
+# No token is the end, so that random weights generate as long as they are asked to.
+NO_END = -1
+TRAIN_PAIRS = {
+    "train_vs_eager": ("port", "torch eager"),
+    "train_vs_compile": ("port", "torch compile"),
+    "train_vs_flash": ("port", "torch eager flash"),
 }
-# Those whose arrays would not fit the three quarters of the memory that JAX takes by default.
-WHOLE_DEVICE = ("train", "train_fp32", "lora", "trace", "flags", "eval")
-MEMORY_FRACTION = "0.95"
+ANSWER_PAIRS = {
+    "eval_vs_generate": ("port letters", "torch generate"),
+    "eval_vs_forward": ("port letters", "torch forward"),
+    "generate_vs_generate": ("port generate", "torch generate"),
+}
 
 
-@dataclass(frozen=True)
-class Ask:
-    """What a stage is asked.
-
-    batches: batch sizes of the stage's first case, in place of its cases. limit_s: seconds that it has, from now.
-    scratch: folder that the stages of one run share. so_far: what earlier stages found, by stage.
-    """
-
-    model: str
-    batches: tuple[int, ...] = ()
-    limit_s: float = math.inf
-    scratch: Path = Path(".")
-    so_far: dict = field(default_factory=dict)
-    began: float = field(default_factory=time.monotonic)
-
-    def left_s(self) -> float:
-        return self.limit_s - (time.monotonic() - self.began)
-
-    def matrix_rate(self) -> float | None:
-        """FLOP/s of the best product that was measured on this machine in this run."""
-        return self.so_far.get("machine", {}).get("matmul", {}).get("flops_per_s")
+# ------------------------------------------------------------------ the training step
 
 
-def run(name: str, out: Path, ask: Ask) -> int:
-    """Runs one stage; what it finds is in `out`, its error too. Returns the exit status."""
-    found: dict = {}
+class Measure:
+    """How runners are measured: `turns` with these settings, and ratios by `by` ("cpu" or "wall")."""
 
-    def save(**values) -> None:
-        found.update(values)
-        write_json(out, found)
+    def __init__(self, repeats: int = 5, steps: int = 0, clock: Callable[[], Spent] = now):
+        self.repeats, self.steps, self.clock = repeats, steps, clock
+        self.by = "cpu" if jax.default_backend() == "cpu" else "wall"
 
-    prepare(name, ask)
-    try:
-        module, function = WHERE[name].split(".")
-        getattr(importlib.import_module(f"medcg_jax.bench.{module}"), function)(ask, save)
-    except Exception as error:  # whatever it is, it belongs into the record
-        traceback.print_exc()
-        save(error=f"{type(error).__name__}: {short(error)}")
-        return 1
-    return 0
+    def turns(self, runners: dict[str, Callable[[int], object]]) -> dict[str, list[Spent]]:
+        return turns(runners, self.repeats, self.steps, clock=self.clock)
 
-
-def prepare(name: str, ask: Ask) -> None:
-    """Sets what JAX and XLA read when they start, where the user has not."""
-    if name in WHOLE_DEVICE:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
-    else:
-        # Takes what it uses, and leaves the rest to PyTorch and to the processes that it starts.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    # A program that one stage has compiled is loaded by the next.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ask.scratch / "compiled"))
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    def ratios(self, spent: dict[str, list[Spent]], pairs: dict[str, tuple[str, str]]) -> dict:
+        """{name: ratio of (ours, theirs)} of the pairs that were both measured."""
+        return {
+            name: ratio(spent[ours], spent[theirs], by=self.by)
+            for name, (ours, theirs) in pairs.items()
+            if ours in spent and theirs in spent
+        }
 
 
-def timed(function: Callable) -> float:
-    """Seconds that a call took."""
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
-
-
-def short(error: BaseException | str, characters: int = 400) -> str:
-    return " ".join(str(error).split())[:characters]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
-
-
-def in_turn(ask: Ask, cases: Iterable, one: Callable, *, larger: Callable, save: Callable) -> list[dict]:
-    """A row for every case: what `one(case, row)` adds to it as it goes, or why there is none. Each is saved at once.
-
-    A case is left out where less time is left than the longest so far took, and where one that needs less memory did
-    not fit: larger(case, other) says that `other` needs no less than `case`. Any other error is a row's own.
-    """
-    rows, too_large, longest = [], [], 0.0
-    for case in cases:
-        row = {"case": case.name}
-        rows.append(row)
-        if ask.left_s() < longest * 1.2 + 3:
-            row["left_out"] = "no time left"
-        elif any(larger(small, case) for small in too_large):
-            row["left_out"] = "a smaller one did not fit"
-        else:
-            began = time.monotonic()
-            try:
-                one(case, row)
-            except Exception as error:
-                if out_of_memory(error):
-                    row["does_not_fit"] = short(error, 300)
-                else:
-                    traceback.print_exc()
-                    row["error"] = f"{type(error).__name__}: {short(error)}"
-            if "does_not_fit" in row:
-                too_large.append(case)
-            longest = max(longest, time.monotonic() - began)
-        why = next((f"{key.replace('_', ' ')}: {row[key]}"[:160] for key in
-                    ("does_not_fit", "left_out", "error") if key in row), "")  # fmt: skip
-        if why:
-            print(f"   {case.name}: {why}", flush=True)
-        save(rows=rows)
+def opened(ask: Ask, save: Callable) -> Rows:
+    """The rows that the stage works on; saves what they are and where."""
+    rows = open_rows(ask.run)
+    save(about=about_here() | {"mesh": dict(rows.setup.mesh.shape)}, notes=[rows.note] if rows.note else [])
     return rows
 
 
-def check_rows(rows: Sequence[dict]) -> None:
-    """Raises RuntimeError where a row has an error, or where none of them was measured."""
-    wrong = [f"{row['case']}: {row['error']}" for row in rows if "error" in row]
-    if wrong:
-        raise RuntimeError("; ".join(wrong))
-    if rows and all({"does_not_fit", "left_out"} & set(row) for row in rows):
-        raise RuntimeError(f"nothing of {', '.join(row['case'] for row in rows)} could be run")
+def train(ask: Ask, save: Callable) -> None:
+    """Saves the training step's figures, alone and beside the reference's (`training`)."""
+    if ask.against:
+        from medcg_jax.bench import pytorch
+
+        save(about={"attention": pytorch.attentions()})  # says what is missing, before anything is measured
+    rows = opened(ask, save)
+    matrix = matrix_rate(ask.run.model.compute_dtype, sizes=ask.matrix_sizes)
+    result = training(rows, ask.against, Measure(ask.repeats, ask.steps), matrix)
+    notes = ([rows.note] if rows.note else []) + result.pop("notes")
+    save(**result, notes=notes, matrix=matrix)
 
 
-# ------------------------------------------------------------------ the machine
+def training(rows: Rows, against: str, measure: Measure, matrix: dict) -> dict:
+    """{"batch", "flops", "compile", "runners", "data_wait", "ratios", "notes"} of the training step."""
+    setup, run, notes = rows.setup, rows.setup.run, []
+    batch = training_batch(rows)
+    port = Port(setup.model, setup.mesh, run.train, run.model, loss_fn=setup.loss)
+    runners: dict[str, Callable[[int], object]] = {"port": port.seconds}
+    if against:
+        from medcg_jax.bench import pytorch
 
-# Rows, width, and out: squares, and a decoder's largest product at 32 rows of 704 tokens.
-PRODUCTS = ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 16384, 16384), (22528, 4096, 11008))
-TINY_PRODUCTS = ((128, 128, 128), (256, 256, 256))
-
-
-def machine(ask: Ask, save: Callable) -> None:
-    """Saves date, versions, devices, memory, and the best rates of bfloat16 products and of memory measured here."""
-    import jax
-
-    from medcg_jax.bench.steps import about_here
-    from medcg_jax.chips import peak_of
-
-    device = jax.devices()[0]
-    stats, about, peak = device.memory_stats() or {}, about_here(), peak_of(device.device_kind)
-    save(platform=jax.default_backend(), memory_limit_bytes=stats.get("bytes_limit"), driver=driver(), **about)
-    print(f"   {about['num_devices']} x {about['device']}, {about['versions']}", flush=True)
-    tiny = ask.model == "llava15_tiny"
-    found = matmul(TINY_PRODUCTS if tiny else PRODUCTS, save)
-    published = peak and peak.bf16_flops_per_s
-    of_peak = f", {found['flops_per_s'] / published:.1%} of the published {published / 1e12:.0f}" if published else ""
-    print(f"   products in bfloat16: {found['flops_per_s'] / 1e12:.1f} TFLOP/s{of_peak}", flush=True)
-    rate = memory_rate(2**20 if tiny else 2**30)
-    save(memory_bytes_per_s=rate, published_flops_per_s=published,
-         published_memory_bytes_per_s=peak and peak.memory_bytes_per_s)  # fmt: skip
-    print(f"   memory, read and written: {rate / 1e12:.2f} TB/s", flush=True)
-
-
-def matmul(shapes: Sequence[tuple[int, int, int]], save: Callable) -> dict:
-    """{"flops_per_s" of the best, "shapes": {"MxKxN": FLOP/s}} of bfloat16 products, saved after each.
-
-    Of random numbers: a GPU draws less power for constants, and is faster with them than a model ever is.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    found: dict = {"flops_per_s": 0.0, "shapes": {}}
-    product = jax.jit(lambda a, b: a @ b)
-    for m, k, n in shapes:
-        a, b = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate(((m, k), (k, n))))
-        work = 2.0 * m * k * n
-        seconds = best_seconds(lambda a=a, b=b: product(a, b), at_least_s=0.3)
-        found["shapes"][f"{m}x{k}x{n}"] = work / seconds
-        found["flops_per_s"] = max(found["flops_per_s"], work / seconds)
-        save(matmul=found)
-    return found
+        reference = pytorch.Reference(setup.model, batch, run.train, run.model)
+        check_alike(work_of(port, batch), reference.work())
+    section = {"batch": describe(batch), "compile": port.compile(batch)}
+    if against:
+        runners["torch eager"] = reference.seconds
+        try:
+            reference.compiled_seconds(1)
+            runners["torch compile"] = reference.compiled_seconds
+        except Exception as error:
+            notes.append(f"torch.compile failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        if "flash_attention_2" in pytorch.attentions():
+            flash = pytorch.Reference(setup.model, batch, run.train, run.model, attention="flash_attention_2")
+            runners["torch eager flash"] = flash.seconds
+    spent = measure.turns(runners)
+    needed = step_flops(setup.model, batch, run.model.trainable)
+    figures = {name: step_figures(taken, batch, needed, matrix) for name, taken in spent.items()}
+    if against:
+        length = section["torch_length"] = reference.inputs["input_ids"].shape[1]
+        executed = pytorch.executed(setup.model, len(batch["tokens"]), length, run.model.trainable)
+        for name, row in figures.items():
+            if name != "port":
+                row |= {"executed_flops": executed, "peak_bytes": pytorch.peak_bytes()}
+    figures["port"] |= {"peak_bytes": peak_bytes(), "loss": port.loss}
+    if not rows.note:
+        steps = max(2, min(50, round(2.0 / figures["port"]["step_s"]["median"])))
+        section["data_wait"] = data_wait(port, setup, loader_rows(setup)["decoded when drawn"], steps)
+    ratios = measure.ratios(spent, TRAIN_PAIRS)
+    return section | {"flops": needed, "runners": figures, "ratios": ratios, "notes": notes}
 
 
-def memory_rate(count: int) -> float:
-    """Bytes/s that are read and written together by an addition to `count` float32 numbers."""
-    import jax
-    import jax.numpy as jnp
-
-    x = jnp.ones((count,), jnp.float32)
-    add = jax.jit(lambda x: x + 1)
-    return 8.0 * count / best_seconds(lambda: add(x), at_least_s=0.2)
-
-
-def best_seconds(call: Callable, *, at_least_s: float, repeats: int = 5) -> float:
-    """Seconds of one call, of the best of `repeats` rows of calls which the host does not wait between."""
-    import jax
-
-    def row(count: int) -> float:
-        began = time.perf_counter()
-        for _ in range(count):
-            out = call()
-        jax.block_until_ready(out)
-        return time.perf_counter() - began
-
-    row(1)
-    count = max(1, math.ceil(at_least_s / repeats / max(statistics.median(row(1) for _ in range(3)), 1e-6)))
-    return min(row(count) for _ in range(repeats)) / count
+def step_figures(taken: list[Spent], batch: dict, needed: dict | None, matrix: dict) -> dict:
+    """`times` and `rates` of a step; and its MFU against the matrix product measured in this process, by wall time
+    ("mfu_matrix", both conventions) and by CPU time ("mfu_matrix_cpu", which other processes do not lower)."""
+    row = times(taken, len(batch["tokens"])) | rates([one.wall_s for one in taken], batch, needed)
+    if needed is None:
+        return row
+    # Devices that a CPU simulates share its cores.
+    devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
+    wall, cpu = row["step_s"]["median"], row["cpu_s"]["median"]
+    return row | {
+        "mfu_matrix": needed["full"] / wall / (devices * matrix["flops_per_s"]),
+        "mfu_matrix_causal": needed["causal"] / wall / (devices * matrix["flops_per_s"]),
+        "mfu_matrix_cpu": needed["full"] / max(cpu, 1e-9) / matrix["flops_per_cpu_s"],
+    }
 
 
-def driver() -> str | None:
+def work_of(port: Port, batch: dict) -> dict[str, int]:
+    """As `pytorch.Reference.work`, of the port."""
+    return {
+        "rows": len(batch["tokens"]),
+        "tokens": int((batch["segment_ids"] != 0).sum()),
+        "targets": int(batch["target_weights"].sum()),
+        "trained": build.num_params(port.abstract[0]),
+    }
+
+
+def check_alike(port: dict[str, int], reference: dict[str, int]) -> None:
+    """Raises RunError where the sides do not have the same rows, tokens, supervised tokens and trained parameters."""
+    different = [f"{name} {port[name]} against {reference[name]}" for name in port if port[name] != reference[name]]
+    if different:
+        raise RunError(f"port and reference do not do the same work: {', '.join(different)}")
+
+
+def data_wait(port: Port, setup: Setup, encoded: Encoded, steps: int) -> dict:
+    """{"share", "step_s"} of training fed by the loader: share (0-1) of the wall time spent waiting for a batch, and
+    seconds of a step with its batch drawn and put on the devices. `port` is compiled for such batches."""
+    stream, waited, state = stream_of(setup, encoded), 0.0, port.state
     try:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return None
+        next(stream)  # the threads are running
+        began = time.perf_counter()
+        with jax.set_mesh(port.mesh):
+            for _ in range(steps):
+                asked = time.perf_counter()
+                batch, _ = next(stream)
+                waited += time.perf_counter() - asked
+                on_device = put_batch(batch, port.program.batch_sharding)
+                state, _ = port.compiled.call(state, port.frozen, port.hparams, on_device)
+            port.state = jax.block_until_ready(state)
+        seconds = time.perf_counter() - began
+    finally:
+        stream.close()
+    return {"share": waited / seconds, "step_s": seconds / steps, "steps": steps}
+
+
+def stream_of(setup: Setup, encoded: Encoded) -> Batches:
+    size = setup.run.train.batch_size
+    return Batches(encoded, batch_size=size, seed=0, rows=own_rows(setup.mesh, size))
+
+
+# ------------------------------------------------------------------ answers
+
+
+def answers(ask: Ask, save: Callable) -> None:
+    """Saves letters of test questions without generation, generation, and the reference's of both, as `medcg eval`
+    makes them: records in, predictions out."""
+    rows = opened(ask, save)
+    setup, run, num_new = rows.setup, ask.run, ask.run.eval.max_new_tokens
+    encoded, measure = question_rows(rows), Measure(ask.repeats, ask.steps)
+    with jax.set_mesh(setup.mesh):
+        graphdef, params = build.create(setup.model, setup.mesh, seed=0)
+    runners: dict[str, Callable[[int], object]] = {}
+    needed = {}
+    for stage, name, number in (("eval", "port letters", 0), ("generate", "port generate", num_new)):
+        if stage in ask.stages:
+            runners[name] = evaluation(setup, graphdef, params, encoded, num_new=number)
+            needed[name] = needed_flops(setup, encoded, num_new=number)
+    section = {
+        "rows": len(encoded), "length": encoded.arrays["tokens"].shape[1],
+        "real_tokens": int(encoded.arrays["length"].sum()), "batch_size": run.eval.batch_size,
+        "max_new_tokens": num_new,
+    }  # fmt: skip
+    if ask.against:
+        from medcg_jax.bench import pytorch
+
+        reference = pytorch.Answers(setup.model, encoded.rows(np.arange(len(encoded)))[0], run.model, num_new=num_new)
+        check_alike({"rows": len(encoded)}, {"rows": reference.num_rows})
+        if "eval" in ask.stages:
+            runners["torch forward"] = reference.forward
+        runners["torch generate"] = reference.generate
+        section |= {"torch_batch_size": HF_BATCH, "torch_generated_tokens": num_new}
+    spent = measure.turns(runners)
+    figures = {name: times(taken, len(encoded)) for name, taken in spent.items()}
+    for name, number in needed.items():
+        figures[name] |= {"flops": number, "tflops_per_s": number / figures[name]["step_s"]["median"] / 1e12}
+    save(**section, runners=figures, ratios=measure.ratios(spent, ANSWER_PAIRS))
+
+
+def evaluation(setup: Setup, graphdef, params, encoded: Encoded, *, num_new: int) -> Callable[[int], None]:
+    """Answers all rows of `encoded` (`encode_eval`'s) so many times, with `num_new` generated tokens of each."""
+    evaluator = make_evaluator(
+        setup.mesh, graphdef, build.shardings(setup.model, setup.mesh), eos_id=NO_END, max_new_tokens=num_new,
+        generate=num_new > 0,
+    )  # fmt: skip
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            evaluate(evaluator, params, encoded, setup.tokenizer, batch_size=setup.run.eval.batch_size)
+
+    return run
+
+
+def needed_flops(setup: Setup, encoded: Encoded, *, num_new: int) -> float:
+    """FLOPs that the model needs for all rows at their real lengths: a forward pass with one position's logits, and
+    `num_new` - 1 further tokens."""
+    return sum(
+        flops.evaluation(setup.model, num_rows=1, length=int(length), num_new=num_new)
+        for length in encoded.arrays["length"]
+    )
+
+
+# ------------------------------------------------------------------ what is no computation on a device
+
+
+def loader(ask: Ask, save: Callable) -> None:
+    """Saves batches a second of each set of rows drained as fast as they come, one process's: {name: `times`, ...}."""
+    setup = opened(ask, save).setup
+    size, num_bytes = setup.run.train.batch_size, {}
+    streams = {name: stream_of(setup, encoded) for name, encoded in loader_rows(setup).items()}
+
+    def drain(name: str) -> Callable[[int], None]:
+        def run(steps: int) -> None:
+            for _ in range(steps):
+                batch, _ = next(streams[name])
+            num_bytes[name] = sum(array.nbytes for array in batch.values())
+
+        return run
+
+    try:
+        spent = turns({name: drain(name) for name in streams}, ask.repeats, ask.steps)
+    finally:
+        for stream in streams.values():
+            stream.close()
+    for name, taken in spent.items():
+        row = times(taken, size)
+        rate = 1 / row["step_s"]["median"]
+        save(**{name: {**row, "batches_per_s": rate, "bytes_per_s": num_bytes[name] * rate}})
+
+
+def convert(ask: Ask, save: Callable) -> None:
+    """Saves bytes a second of `medcg convert` in both directions, of random float32 weights in a temporary directory.
+
+    {"model", "bytes", "to_orbax", "to_hf"}: the directions' spreads of bytes/s. The model is the run's where it has at
+    most `CONVERTED_BYTES`, else its family's tiny one.
+    """
+    from medcg_jax.families.weights.convert import convert as convert_files
+    from medcg_jax.families.weights.convert import export
+
+    setup = opened(ask, save).setup
+    name, config = setup.run.model.name, setup.model
+    if 4 * build.num_params(build.abstract(config)[1]) > CONVERTED_BYTES:
+        name = next(tiny for tiny in build.TINY if MODELS[tiny] == MODELS[name])
+        config = model_config(
+            replace(setup.run.model, name=name, trainable=("projector", "decoder")), setup.tokenizer
+        )  # fmt: skip
+    _, params = build.create(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]), seed=0)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    speeds: dict[str, list[float]] = {"to_orbax": [], "to_hf": []}
+    with tempfile.TemporaryDirectory() as folder:
+        src = Path(folder) / "hf"
+        export(params, config, src)
+        for i in range(min(ask.repeats, 3)):
+            orbax, back = Path(folder) / f"orbax{i}", Path(folder) / f"back{i}"
+            for way, args in (("to_orbax", (src, orbax)), ("to_hf", (orbax, back))):
+                began = now()
+                with redirect_stdout(io.StringIO()):
+                    convert_files(*args, to=way.removeprefix("to_"))
+                speeds[way].append(size / now().since(began).wall_s)
+    save(model=name, bytes=size, **{way: spread(values) for way, values in speeds.items()})
+
+
+def startup(ask: Ask, save: Callable) -> None:
+    """Saves seconds from the start of a process to the end of its first training step: {"cold", "warm"}, by phase.
+
+    Each is a process of its own on random weights and the run's data: the first has an empty compilation cache, the
+    second what the first left there. A phase's number is when it ended (`first_step`); "cpu_s" is all that the process
+    used. This process takes no device, which one process alone can hold on some machines.
+
+    Raises:
+      RunError: a process failed or took too long.
+    """
+    limited = dataclasses.replace(ask, limit_s=min(ask.limit_s, STAGES["startup"].limit_s))
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(ask.scratch / "startup"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    for name in ("cold", "warm"):
+        file = ask.scratch / f"first_step_{name}.json"
+        before, began = now(), time.time()
+        status, _ = run_stage("first_step", limited, file, env=cache)
+        saved = read_json(file)
+        if status != "done":
+            raise RunError(f"stage startup: no first step: {status}: {saved.get('error', 'no message')}")
+        marks = {phase: at - began for phase, at in saved["marks"].items()}
+        save(about=saved["about"], **{name: {**marks, "cpu_s": now().since(before).children_cpu_s}})
+
+
+def first_step(ask: Ask, save: Callable) -> None:
+    """Saves the Unix time at which each phase ended: "imports", "data" (rows encoded), "compiled", "first_step".
+
+    It does what `medcg train` does until then, but for the workdir.
+    """
+    from medcg_jax.platform import keep_freed_memory
+
+    keep_freed_memory()
+    marks = {"imports": time.time()}
+    rows = open_rows(ask.run)
+    batch = training_batch(rows)
+    marks["data"] = time.time()
+    port = Port(rows.setup.model, rows.setup.mesh, ask.run.train, ask.run.model, loss_fn=rows.setup.loss)
+    port.compile(batch)
+    marks["compiled"] = time.time()
+    port.seconds(1)
+    save(marks=marks | {"first_step": time.time()}, about=about_here())

@@ -3,36 +3,31 @@
 How fast a step is does not depend on the values of weights and batches. Needs neither data nor a tokenizer.
 """
 
-import datetime
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from medcg_jax.bench.clock import spread, turns
+from medcg_jax.bench.clock import spread
 from medcg_jax.config import MASK_PARTS, ModelConfig, TrainConfig
-from medcg_jax.families import build
+from medcg_jax.families import build, flops
 from medcg_jax.families.build import Config
 from medcg_jax.families.llava.model import LlavaConfig
 from medcg_jax.mesh import put_batch
-from medcg_jax.plan import flops
+from medcg_jax.plan.hlo import attention_in
 from medcg_jax.train.losses import token_loss
 from medcg_jax.train.optim import hparams_from, make_optimizer
 from medcg_jax.train.step import Program, make_step
 
-PACKAGES = (
-    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers", "grain", "array_record",
-    "pillow",
-)  # fmt: skip
 # The tiny model's vocabulary, where no tokenizer is read: its size matters to the speed of the head alone.
 TINY_VOCABULARY = 512
+# Rows of a batch when HF answers.
+HF_BATCH = 8
 
 
 def architecture(model: ModelConfig) -> LlavaConfig:
@@ -104,19 +99,16 @@ class Port:
         """
         _, compiled, lower_s, compile_s = self.program.compile(*self.abstract, batch, options)
         if self.state is None:
-            self._allocate()
+            with jax.set_mesh(self.mesh):
+                _, params = build.create(self.config, self.mesh, seed=0)
+            trainable, self.frozen = self.split(params)
+            del params
+            self.state = self.program.start(trainable)
         # A program compiled ahead refuses arrays of 4 bits ("layouts disagree", jax 0.10); the jitted step takes them.
         call = self.program if self.config.base.dtype == "nf4" else compiled
         self.compiled = Compiled(call, compiled, put_batch(batch, self.program.batch_sharding))
-        found = {"lower_s": lower_s, "compile_s": compile_s, "attention": attention_in(compiled.as_text())}
-        return found | memory(compiled)
-
-    def _allocate(self) -> None:
-        with jax.set_mesh(self.mesh):
-            _, params = build.create(self.config, self.mesh, seed=0)
-        trainable, self.frozen = self.split(params)
-        del params
-        self.state = self.program.start(trainable)
+        about = {"lower_s": lower_s, "compile_s": compile_s, "attention": attention_in(compiled.as_text())}
+        return about | memory(compiled)
 
     def seconds(self, steps: int) -> float:
         """Seconds that `steps` steps took, the last one finished."""
@@ -127,14 +119,6 @@ class Port:
             jax.block_until_ready((self.state, metrics))
         self.loss = float(metrics["loss"])
         return time.perf_counter() - began
-
-
-def take_turns(runners: dict[str, Callable[[int], float]], repeats: int, steps: int = 0) -> dict[str, list[float]]:
-    """Seconds per step of each runner, `repeats` values; they run one after another in every repeat (`turns`).
-
-    steps: of a repeat; 0 chooses for each runner what lasts about a second (at most 50).
-    """
-    return {name: [one.wall_s for one in spent] for name, spent in turns(runners, repeats, steps).items()}
 
 
 def step_flops(config: Config, batch: dict[str, np.ndarray], trainable: tuple[str, ...]) -> dict | None:
@@ -157,59 +141,32 @@ def rates(seconds: list[float], batch: dict[str, np.ndarray], needed: dict | Non
     needed: `step_flops`' answer; None leaves what follows of it out.
     """
     median = statistics.median(seconds)
-    device = jax.devices()[0]
-    found = {
+    figures = {
         "step_s": spread(seconds),
         "samples_per_s": len(batch["tokens"]) / median,
         "tokens_per_s": int((batch["segment_ids"] != 0).sum()) / median,
     }
     if needed is None:
-        return found
-    used = flops.utilisation(needed, median, device.device_kind, jax.device_count())
-    return {**found, "tflops_per_s": needed["full"] / median / 1e12, **used}
+        return figures
+    used = flops.utilisation(needed, median, jax.devices()[0].device_kind, jax.device_count())
+    return {**figures, "tflops_per_s": needed["full"] / median / 1e12, **used}
 
 
-def attention_in(text: str) -> str:
-    """Which attention a program's text holds, by what it calls: "cudnn", "splash", or "plain" where neither."""
-    return "cudnn" if "__cudnn$fmha" in text else "splash" if "tpu_custom_call" in text else "plain"
-
-
-def memory(compiled) -> dict:
+def memory(compiled: jax.stages.Compiled) -> dict:
     """Bytes on each device: what the program needs by its own account, and the most that was in use so far."""
-    analysis = compiled.memory_analysis()
-    needed = None
+    analysis, needed = compiled.memory_analysis(), None
     if analysis is not None:
-        made = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        needed = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + made
-    return {"program_bytes": needed, "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")}
+        new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        needed = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + new
+    return {"program_bytes": needed, "peak_bytes": peak_bytes()}
+
+
+def peak_bytes() -> int | None:
+    """The most that this process had in use on the device so far."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def describe(batch: dict[str, np.ndarray]) -> dict:
     rows, length = batch["tokens"].shape
     real = int((batch["segment_ids"] != 0).sum())
     return {"size": rows, "length": length, "real_tokens": real, "targets_per_row": batch["targets"].shape[1]}
-
-
-def about_here() -> dict:
-    """Date, versions and devices of this process, for a record of what was measured."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            pass
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions,
-        "device": jax.devices()[0].device_kind,
-        "num_devices": jax.device_count(),
-    }
-
-
-def line(rate: dict) -> str:
-    """One line for people of what `rates` gave."""
-    text = (f"{rate['step_s']['median'] * 1e3:9.1f} ms a step  {rate['samples_per_s']:9.1f} samples/s"
-            f"  {rate['tokens_per_s']:10.0f} tokens/s")  # fmt: skip
-    if rate.get("mfu") is not None:
-        text += f"  MFU {rate['mfu']:.1%} (causal {rate['mfu_causal']:.1%}, HFU {rate['hfu']:.1%})"
-    return text

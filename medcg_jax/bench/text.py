@@ -1,4 +1,4 @@
-"""What `medcg bench` prints: a table for each stage, the ratios, and what each side of a comparison does."""
+"""What `medcg bench` prints: a table for each stage, ratios, what each side of a comparison does, and conclusions."""
 
 # What a runner does, as the table says it.
 DOES = {
@@ -21,36 +21,40 @@ DIFFERENCES = (
 )
 
 
-def show(found: dict) -> None:
-    """Prints the result of `bench_run.bench`."""
-    print(text_of(found), flush=True)
+def show(result: dict) -> None:
+    """Prints the result of `run.bench`."""
+    print(text_of(result), flush=True)
 
 
-def text_of(found: dict) -> str:
-    versions = found["versions"]
+def text_of(result: dict) -> str:
+    versions = result.get("versions", {})
     packages = ", ".join(f"{name} {versions[name]}" for name in ("jax", "torch", "transformers") if name in versions)
-    lines = [f"{found['model']} ({found['name']}) on {found['num_devices']} x {found['device']}, mesh "
-             f"{'x'.join(str(n) for n in found['mesh'].values())}, {found['compute_dtype']}; {packages}"]  # fmt: skip
+    mesh = f", mesh {'x'.join(str(n) for n in result['mesh'].values())}" if "mesh" in result else ""
+    where = f"{result['num_devices']} x {result['device']}{mesh}" if "device" in result else "no device"
+    lines = [f"{result['model']} ({result['name']}) on {where}, {result['compute_dtype']}; {packages}"]
     for name, section in (("train", _train), ("answers", _answers), ("loader", _loader), ("convert", _convert),
                           ("startup", _startup)):  # fmt: skip
-        if name in found:
-            lines += ["", *section(found)]
-    if found["ratios"]:
-        lines += ["", *_ratios(found), *(f"  {text}" for text in DIFFERENCES)]
-    memory = found["memory"]
-    device = f", device {_bytes(memory['device_peak_bytes'])}" if memory["device_peak_bytes"] else ""
-    lines += ["", f"most memory in use: host {_bytes(memory['host_peak_bytes'])}{device}"]
-    return "\n".join([*lines, *(f"note: {note}" for note in found["notes"])])
+        if name in result:
+            lines += ["", *section(result)]
+    if result["ratios"]:
+        lines += ["", *_ratios(result), *(f"  {text}" for text in DIFFERENCES)]
+    if result["conclusions"]["lines"]:
+        lines += ["", "== what it comes to", *(f"   {line}" for line in result["conclusions"]["lines"])]
+    memory = result["memory"]
+    if memory.get("host_peak_bytes"):
+        device = f", device {_bytes(memory['device_peak_bytes'])}" if memory.get("device_peak_bytes") else ""
+        lines += ["", f"most memory in use by one stage: host {_bytes(memory['host_peak_bytes'])}{device}"]
+    return "\n".join([*lines, *(f"note: {note}" for note in result["notes"])])
 
 
-def _train(found: dict) -> list[str]:
-    train, matrix = found["train"], found["matrix"]
+def _train(result: dict) -> list[str]:
+    train, matrix = result["train"], result["train"]["matrix"]
     batch, compiled, needed = train["batch"], train["compile"], train["flops"]
     lines = [f"training step: batch {batch['size']} x {batch['length']} tokens ({batch['real_tokens']} real), "
-             f"{batch['targets_per_row']} places for targets a row; trains {', '.join(found['trainable'])}"
+             f"{batch['targets_per_row']} places for targets a row; trains {', '.join(result['trainable'])}"
              + (f"; HF's rows have {train['torch_length']}" if "torch_length" in train else ""),
-             f"  lowered in {compiled['lower_s']:.1f} s, compiled in {compiled['compile_s']:.1f} s; attention "
-             f"{compiled['attention']}; program {_bytes(compiled['program_bytes'])}"]  # fmt: skip
+             (f"  lowered in {compiled['lower_s']:.1f} s, compiled in {compiled['compile_s']:.1f} s; attention "
+             f"{compiled['attention']}; program {_bytes(compiled['program_bytes'])}")]  # fmt: skip
     if needed:
         lines.append(f"  model FLOPs: {needed['full']:.4g} attention as the full square, {needed['causal']:.4g} "
                      f"causal; executed {needed['executed']:.4g}")  # fmt: skip
@@ -65,7 +69,7 @@ def _train(found: dict) -> list[str]:
         text = (f"  {name}: MFU of that product {row['mfu_matrix']:.1%} (causal {row['mfu_matrix_causal']:.1%}, by CPU "
                 f"time {row['mfu_matrix_cpu']:.1%})")  # fmt: skip
         if row["mfu"] is None:
-            text += f"; no peak is published for {found['device']}"
+            text += f"; no peak is published for {result['device']}"
         else:
             text += f"; of the stated peak {row['mfu']:.1%} (causal {row['mfu_causal']:.1%}, HFU {row['hfu']:.1%})"
         if "executed_flops" in row:
@@ -78,10 +82,10 @@ def _train(found: dict) -> list[str]:
     return lines + _does(train["runners"])
 
 
-def _answers(found: dict) -> list[str]:
-    answers = found["answers"]
-    lines = [f"answers to {answers['rows']} questions of {answers['length']} tokens ({answers['real_tokens']} real), "
-             f"here in batches of {answers['batch_size']}, {answers['max_new_tokens']} new tokens"]  # fmt: skip
+def _answers(result: dict) -> list[str]:
+    answers = result["answers"]
+    lines = [(f"answers to {answers['rows']} questions of {answers['length']} tokens ({answers['real_tokens']} real), "
+             f"here in batches of {answers['batch_size']}, {answers['max_new_tokens']} new tokens")]  # fmt: skip
     if "torch_batch_size" in answers:
         lines[0] += (f"; HF in batches of {answers['torch_batch_size']}, padded to the longest of each, "
                      f"{answers['torch_generated_tokens']} new tokens of every row")  # fmt: skip
@@ -105,16 +109,16 @@ def _does(runners: dict) -> list[str]:
     return [f"  {name}: {DOES[name]}" for name in runners]
 
 
-def _loader(found: dict) -> list[str]:
+def _loader(result: dict) -> list[str]:
     return ["loader, drained:"] + [
         f"  {name:18}{row['batches_per_s']:9.1f} batches/s{row['samples_per_s']:10.0f} rows/s"
         f"{row['bytes_per_s'] / 1e6:9.1f} MB/s{row['cpu_s']['median'] * 1e3:9.2f} CPU ms a batch"
-        for name, row in found["loader"].items()
+        for name, row in result["loader"].items()
     ]
 
 
-def _convert(found: dict) -> list[str]:
-    made = found["convert"]
+def _convert(result: dict) -> list[str]:
+    made = result["convert"]
     lines = [f"conversion of {made['model']}, {_bytes(made['bytes'])} of float32:"]
     for way, name in (("to_orbax", "HF to Orbax"), ("to_hf", "Orbax to HF")):
         middle, least, most = (made[way][key] / 1e6 for key in ("median", "min", "max"))
@@ -122,17 +126,17 @@ def _convert(found: dict) -> list[str]:
     return lines
 
 
-def _startup(found: dict) -> list[str]:
+def _startup(result: dict) -> list[str]:
     lines = ["start of a process to the end of its first step, seconds:"]
-    for name, row in found["startup"].items():
+    for name, row in result["startup"].items():
         phases = ", ".join(f"{phase} {at:.1f}" for phase, at in row.items() if phase not in ("first_step", "cpu_s"))
         lines.append(f"  {name:6}{row['first_step']:7.1f} ({phases}); CPU {row['cpu_s']:.1f}")
     return lines
 
 
-def _ratios(found: dict) -> list[str]:
+def _ratios(result: dict) -> list[str]:
     lines = ["port over reference in samples, above 1 the port is faster:"]
-    for name, ratio in found["ratios"].items():
+    for name, ratio in result["ratios"].items():
         main, other = ("CPU-second", "wall") if ratio["by"] == "cpu" else ("second", "cpu")
         beside = ratio[other]
         lines.append(
@@ -147,3 +151,94 @@ def _bytes(number: int | None) -> str:
     if number is None:
         return "of unknown size"
     return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+# ------------------------------------------------------------------ conclusions of the stages in `cases`
+
+# Stages whose training steps are compared by their samples/s.
+OUR_STAGES, THEIR_STAGES = ("train_bf16", "train_fp32"), ("torch", "torch_fp32")
+
+
+def conclusions(result: dict) -> dict:
+    """{"ratios", "lines"} of what the stages of `cases` found; a ratio without both of its sides is not there.
+
+    ratios: ours over theirs in samples/s, above 1 is faster. train_best: the fastest step of each, state in bfloat16;
+      train_fp32_best: the same with float32 weights; train_same_batch: at the largest batch that both ran without
+      rematerialisation in bfloat16; letters_vs_generate, letters_vs_forward: both of batch 8;
+      letters_best_vs_generate: ours at its own best batch.
+    """
+    lines, ratios = machine_lines(result), {}
+    theirs = [row for name in THEIR_STAGES for row in measured(result, name)]
+    their_steps = [row for row in theirs if row["what"] in ("torch train", "torch compiled")]
+    for dtype, name in (("bfloat16", "train_best"), ("float32", "train_fp32_best")):
+        ours = fastest(row for stage in OUR_STAGES for row in measured(result, stage) if row["param_dtype"] == dtype)
+        if ours:
+            lines.append(f"full fine-tuning, state in {dtype}: {ours['case']}: {rate_text(ours)}")
+        other = fastest(row for row in their_steps if row["param_dtype"] == dtype)
+        if other:
+            lines.append(f"transformers: {other['case']}: {other['samples_per_s']:.2f} samples/s")
+        if ours and other:
+            ratios[name] = ours["samples_per_s"] / other["samples_per_s"]
+    same = [
+        (row, other)
+        for row in measured(result, "train_bf16")
+        for other in their_steps
+        if row["remat"] == other["remat"] == "none" and row["batch_size"] == other["batch_size"]
+        and row["param_dtype"] == other["param_dtype"] and other["what"] == "torch train"
+    ]  # fmt: skip
+    if same:
+        ours, other = max(same, key=lambda pair: pair[0]["batch_size"])
+        ratios["train_same_batch"] = ours["samples_per_s"] / other["samples_per_s"]
+    letters = [row for row in measured(result, "letters") if not row["num_new"]]
+    best = fastest(letters)
+    if best:
+        lines.append(f"{best['case']}: {best['samples_per_s']:.1f} samples/s")
+    for what in ("generate", "forward"):
+        other = fastest(row for row in theirs if row["what"] == f"torch {what}")
+        alike = fastest(row for row in letters if other and row["batch_size"] == other["batch_size"])
+        if other and alike:
+            ratios[f"letters_vs_{what}"] = alike["samples_per_s"] / other["samples_per_s"]
+        if other and best:
+            ratios[f"letters_best_vs_{what}"] = best["samples_per_s"] / other["samples_per_s"]
+    adapters = fastest(measured(result, "lora"))
+    if adapters:
+        lines.append(f"{adapters['case']}: {rate_text(adapters)}")
+    lines += [f"{name}: {value:.2f}" for name, value in ratios.items()]
+    lines += memory_lines(result) + result.get("trace", {}).get("limits", [])
+    lines += [f"{name}: {stage['status']}" for name, stage in result["stages"].items() if stage["status"] != "done"]
+    return {"ratios": ratios, "lines": lines}
+
+
+def measured(result: dict, stage: str) -> list[dict]:
+    return [row for row in result.get(stage, {}).get("rows", []) if row.get("samples_per_s")]
+
+
+def fastest(rows) -> dict | None:
+    return max(rows, key=lambda row: row["samples_per_s"], default=None)
+
+
+def rate_text(row: dict) -> str:
+    text = f"{row['samples_per_s']:.2f} samples/s"
+    if row.get("mfu_of_measured") is not None:
+        text += (f", model FLOPs {row['mfu_of_measured']:.1%} of the measured matrix rate "
+                 f"({row['mfu_causal_of_measured']:.1%} with causal attention counted half)")  # fmt: skip
+    return text + (f", MFU {row['mfu']:.1%} of the published peak" if row.get("mfu") is not None else "")
+
+
+def machine_lines(result: dict) -> list[str]:
+    machine = result.get("machine", {})
+    rate, memory = machine.get("matmul", {}).get("flops_per_s"), machine.get("memory_bytes_per_s")
+    lines = [f"bfloat16 products: {rate / 1e12:.1f} TFLOP/s measured"] if rate else []
+    return lines + ([f"memory: {memory / 1e12:.2f} TB/s measured"] if memory else [])
+
+
+def memory_lines(result: dict) -> list[str]:
+    """The plan's peak beside the device's own, of the rows whose step set a new peak of their process."""
+    lines = []
+    for name in (*OUR_STAGES, "lora"):
+        for row in measured(result, name):
+            plan, peak = row.get("plan_peak_bytes"), row.get("peak_bytes")
+            if plan and peak and peak > (row.get("peak_bytes_before") or 0):
+                gib = f"{plan / 2**30:.1f} GiB, the device's {peak / 2**30:.1f}"
+                lines.append(f"peak by the plan: {gib} ({plan / peak:.3f} of it): {row['case']}")
+    return lines

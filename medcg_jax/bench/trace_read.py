@@ -7,6 +7,7 @@ or one .xplane.pb. Needs jax and neither TensorBoard nor xprof.
 """
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -76,10 +77,10 @@ def trace_files(path: Path) -> list[Path]:
     """The files of the newest trace at or below `path`, one for each host."""
     if path.exists() and not path.is_dir():
         return [path]
-    found = sorted(path.rglob("*.xplane.pb"), key=lambda file: (file.stat().st_mtime, str(file)))
-    if not found:
+    files = sorted(path.rglob("*.xplane.pb"), key=lambda file: (file.stat().st_mtime, str(file)))
+    if not files:
         raise DataError(f"{path}: no *.xplane.pb at or below it; medcg train --profile_steps=FIRST:LAST leaves one")
-    return sorted(file for file in found if file.parent == found[-1].parent)
+    return sorted(file for file in files if file.parent == files[-1].parent)
 
 
 def load(file: Path) -> ProfileData:
@@ -93,7 +94,7 @@ def load(file: Path) -> ProfileData:
 
 def device_planes(data: ProfileData) -> list[tuple[str, list[Op]]]:
     """(name, operations) of every device; of a CPU's threads together where the trace has no other device."""
-    found = []
+    planes = []
     for plane in data.planes:
         if plane.name.startswith("/device:"):
             lines = list(plane.lines)
@@ -102,9 +103,9 @@ def device_planes(data: ProfileData) -> list[tuple[str, list[Op]]]:
                 line for line in lines if line.name.startswith("Stream")
             ]
             ops = [op for line in own for op in operations(line, any_event=True)]
-            found += [(plane.name, ops)] if ops else []
-    if found:
-        return found
+            planes += [(plane.name, ops)] if ops else []
+    if planes:
+        return planes
     hosts = [plane for plane in data.planes if plane.name == "/host:CPU"]
     ops = [op for plane in hosts for line in plane.lines for op in operations(line, any_event=False)]
     return [("/host:CPU", ops)] if ops else []
@@ -112,7 +113,7 @@ def device_planes(data: ProfileData) -> list[tuple[str, list[Op]]]:
 
 def operations(line, *, any_event: bool) -> list[Op]:
     """A line's operations. any_event: whether it has nothing else; else those that say which HLO they are of."""
-    found = []
+    ops = []
     for event in line.events:
         stats = {key: value for key, value in event.stats if key in ("hlo_op", "hlo_category")}
         if event.duration_ns <= 0 or not (any_event or "hlo_op" in stats):
@@ -122,8 +123,8 @@ def operations(line, *, any_event: bool) -> list[Op]:
             continue
         name = event.name if not op or op == event.name else f"{event.name[:NAME_CHARACTERS]} [{op}]"
         kind = kind_of(f"{category} {event.name} {op}")
-        found.append(Op(name, kind, line.name, event.start_ns, event.start_ns + event.duration_ns))
-    return found
+        ops.append(Op(name, kind, line.name, event.start_ns, event.start_ns + event.duration_ns))
+    return ops
 
 
 def kind_of(text: str) -> str:
@@ -143,7 +144,7 @@ def summary(devices: list[list[Op]], *, device: str, steps: int) -> dict:
         covered = union(ops)
         span += end - begin
         busy += sum(after - before for before, after in covered)
-        gap += max((b[0] - a[1] for a, b in zip(covered, covered[1:], strict=False)), default=0.0)
+        gap += max((b[0] - a[1] for a, b in itertools.pairwise(covered)), default=0.0)
         for op, own in own_times(ops):
             kinds[op.kind] += own
             count_and_time = named[op.name, op.kind]
@@ -174,18 +175,18 @@ def summary(devices: list[list[Op]], *, device: str, steps: int) -> dict:
 
 def union(ops: Iterable[Op]) -> list[tuple[float, float]]:
     """Rising, disjoint (begin, end) in which at least one operation runs."""
-    found: list[tuple[float, float]] = []
+    intervals: list[tuple[float, float]] = []
     for begin, end in sorted((op.start_ns, op.end_ns) for op in ops):
-        if found and begin <= found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], end))
+        if intervals and begin <= intervals[-1][1]:
+            intervals[-1] = (intervals[-1][0], max(intervals[-1][1], end))
         else:
-            found.append((begin, end))
-    return found
+            intervals.append((begin, end))
+    return intervals
 
 
 def own_times(ops: Iterable[Op]) -> list[tuple[Op, float]]:
     """(operation, nanoseconds of its own): what one encloses on the same line counts once."""
-    found: list[list] = []
+    entries: list[list] = []
     open_: dict[str, list[list]] = defaultdict(list)
     for op in sorted(ops, key=lambda op: (op.start_ns, -op.end_ns)):
         outer = open_[op.line]
@@ -195,25 +196,27 @@ def own_times(ops: Iterable[Op]) -> list[tuple[Op, float]]:
         if outer:
             outer[-1][1] -= min(op.end_ns, outer[-1][0].end_ns) - op.start_ns
         outer.append(entry)
-        found.append(entry)
-    return [(op, max(own, 0.0)) for op, own in found]
+        entries.append(entry)
+    return [(op, max(own, 0.0)) for op, own in entries]
 
 
 # ------------------------------------------------------------------ text
 
 
-def text_of(found: dict) -> list[str]:
+def text_of(trace: dict) -> list[str]:
     """Lines for people of what `read` gave."""
-    each = f", {found['span_s'] / found['steps'] * 1e3:.1f} ms a step" if found["steps"] else ""
+    each = f", {trace['span_s'] / trace['steps'] * 1e3:.1f} ms a step" if trace["steps"] else ""
     lines = [
-        f"{found['num_devices']} x {found['device']}: {found['span_s'] * 1e3:.1f} ms from the first operation to the "
-        f"last{each}; idle {found['idle_s'] * 1e3:.1f} ms, at most {found['longest_gap_s'] * 1e3:.2f} ms at once",
+        (
+            f"{trace['num_devices']} x {trace['device']}: {trace['span_s'] * 1e3:.1f} ms from the first operation to the "
+            f"last{each}; idle {trace['idle_s'] * 1e3:.1f} ms, at most {trace['longest_gap_s'] * 1e3:.2f} ms at once"
+        ),
         f"{'kind':<18}{'ms':>10}{'share':>8}",
     ]
-    for kind, one in sorted(found["kinds"].items(), key=lambda item: -item[1]["seconds"]):
+    for kind, one in sorted(trace["kinds"].items(), key=lambda item: -item[1]["seconds"]):
         lines.append(f"{kind:<18}{one['seconds'] * 1e3:10.2f}{one['share']:8.1%}")
     lines.append(f"{'ms':>10}{'share':>8}{'runs':>7}  the longest operations, with all their runs")
-    for one in found["longest"]:
+    for one in trace["longest"]:
         lines.append(f"{one['seconds'] * 1e3:10.2f}{one['share']:8.1%}{one['count']:7d}  {one['name']} ({one['kind']})")
     return lines
 
@@ -228,13 +231,13 @@ def main(argv: list[str] | None = None) -> int:
     # jaxlib's own, of its classes, with Python 3.12.
     warnings.filterwarnings("ignore", message="builtin type .* has no __module__", category=DeprecationWarning)
     try:
-        found = read(args.trace, steps=args.steps)
+        trace = read(args.trace, steps=args.steps)
     except DataError as error:
         print(f"trace_read: {error}", file=sys.stderr)
         return 2
-    print("\n".join(text_of(found)))
+    print("\n".join(text_of(trace)))
     if args.json:
-        write_whole(args.json, json.dumps(found, indent=1) + "\n")
+        write_whole(args.json, json.dumps(trace, indent=1) + "\n")
     return 0
 
 

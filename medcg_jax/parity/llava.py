@@ -51,7 +51,7 @@ def port_inputs(config: LlavaConfig, inputs: dict[str, np.ndarray]) -> dict:
     if ids.ndim != 2 or mask.shape != ids.shape or images.ndim != 4 or images.shape[1:] != (3, size, size):
         raise WeightsError(
             f"input_ids {ids.shape}, attention_mask {mask.shape}, pixel_values {images.shape}: "
-            f"[B, T], [B, T], [images, 3, {size}, {size}] is accepted"
+            f"expected [B, T], [B, T], [images, 3, {size}, {size}]"
         )
     placeholders = (ids == config.image_token_id).sum(axis=1)
     counts = placeholders // num
@@ -62,8 +62,8 @@ def port_inputs(config: LlavaConfig, inputs: dict[str, np.ndarray]) -> dict:
     for row, count in enumerate(counts):
         for i in range(count):
             pixels[row, i] = next(taken)
-    found = {"tokens": ids.astype(np.int32), "segment_ids": mask.astype(np.int32), "images": {"pixels": pixels}}
-    return jax.tree.map(jnp.asarray, found)
+    arrays = {"tokens": ids.astype(np.int32), "segment_ids": mask.astype(np.int32), "images": {"pixels": pixels}}
+    return jax.tree.map(jnp.asarray, arrays)
 
 
 def port_stages(model: Llava, given: dict) -> dict[str, np.ndarray]:
@@ -75,22 +75,22 @@ def port_stages(model: Llava, given: dict) -> dict[str, np.ndarray]:
     tokens, segment_ids, pixels = given["tokens"], given["segment_ids"], given["images"]["pixels"]
     flat = pixels.reshape(-1, *pixels.shape[2:])
     x = jax.jit(lambda model, flat: model.vision.embed(flat, model.dtype))(model, flat)
-    found = {"vision.embed": x}
+    stages = {"vision.embed": x}
     step = jax.jit(lambda block, x: block(x, implementation=attention))
-    x = run_layers(found, "vision.layer", model.vision.blocks, step, x)
-    found["projector"] = jax.jit(lambda model, x: model.projector(model.vision.select(x)))(model, x)
-    features = found["projector"].reshape(pixels.shape[0], -1, config.text.embed_dim)
-    x = found["embed"] = jax.jit(lambda model, *given: model.embed(*given))(model, tokens, features)
+    x = run_layers(stages, "vision.layer", model.vision.blocks, step, x)
+    stages["projector"] = jax.jit(lambda model, x: model.projector(model.vision.select(x)))(model, x)
+    features = stages["projector"].reshape(pixels.shape[0], -1, config.text.embed_dim)
+    x = stages["embed"] = jax.jit(lambda model, *given: model.embed(*given))(model, tokens, features)
     text = config.text
     angles = rope_angles(count_positions(segment_ids), text.head_dim, text.rope_theta, text.rope_scaling)
     run = jax.jit(lambda block, x: block(x, angles=angles, segment_ids=segment_ids, implementation=attention)[0])
-    run_layers(found, "decoder.layer", model.decoder.blocks, run, x)
-    found["decoder.norm"], found["logits"] = norm_and_logits(model, given)
+    run_layers(stages, "decoder.layer", model.decoder.blocks, run, x)
+    stages["decoder.norm"], stages["logits"] = norm_and_logits(model, given)
     # Rows without an image carry a zero image here; HF has none there.
     counts = np.asarray((tokens == config.image_token_id).sum(axis=1)) // config.num_image_tokens
     used = (np.arange(pixels.shape[1]) < counts[:, None]).reshape(-1)
     seen = ("vision", "projector")
-    return {name: np.asarray(x)[used] if name.startswith(seen) else np.asarray(x) for name, x in found.items()}
+    return {name: np.asarray(x)[used] if name.startswith(seen) else np.asarray(x) for name, x in stages.items()}
 
 
 def taps(model) -> list[tuple]:

@@ -70,7 +70,7 @@ def port_inputs(config: MllamaConfig, inputs: dict[str, np.ndarray]) -> dict:
     if ids.ndim != 2 or mask.shape != ids.shape or ratios.ndim != 2 or pixels.shape != expected:
         raise WeightsError(
             f"input_ids {ids.shape}, attention_mask {mask.shape}, aspect_ratio_ids {ratios.shape}, pixel_values "
-            f"{pixels.shape}: [B, T], [B, T], [B, images], [B, images, {NUM_TILES}, 3, {size}, {size}] is accepted"
+            f"{pixels.shape}: expected [B, T], [B, T], [B, images], [B, images, {NUM_TILES}, 3, {size}, {size}]"
         )
     images = {
         "pixels": pixels.transpose(0, 1, 2, 4, 5, 3), "aspect_ratio_ids": ratios.astype(np.int32),
@@ -91,16 +91,16 @@ def port_stages(model: Mllama, given: dict) -> dict[str, np.ndarray]:
     flat = [images[name].reshape(-1, *images[name].shape[2:]) for name in model.image_keys]
     allowed = vision.allowed(flat[2])
     x = jax.jit(lambda vision, *flat: vision.embed(*flat, model.dtype))(vision, *flat)
-    found = {"vision.embed": x}
+    stages = {"vision.embed": x}
     step = jax.jit(lambda block, x: block(x, allowed))
-    x = run_layers(found, "vision.local", vision.blocks, step, x)
-    x = found["vision.outer"] = jax.jit(lambda vision, x: vision.outer(x, flat[1]))(vision, x)
-    run_layers(found, "vision.global", vision.global_blocks, step, x)
+    x = run_layers(stages, "vision.local", vision.blocks, step, x)
+    x = stages["vision.outer"] = jax.jit(lambda vision, x: vision.outer(x, flat[1]))(vision, x)
+    run_layers(stages, "vision.global", vision.global_blocks, step, x)
     features = jax.jit(lambda vision: vision(*flat, dtype=model.dtype))(vision)
-    found["vision"] = features.reshape(*images["num_tiles"].shape, *features.shape[1:])
-    found["projector"] = jax.jit(lambda project, x: project(x))(model.projector, found["vision"])
-    memory = found["projector"].reshape(len(tokens), -1, text.embed_dim)
-    x = found["embed"] = decoder.embed(tokens, model.dtype)
+    stages["vision"] = features.reshape(*images["num_tiles"].shape, *features.shape[1:])
+    stages["projector"] = jax.jit(lambda project, x: project(x))(model.projector, stages["vision"])
+    memory = stages["projector"].reshape(len(tokens), -1, text.embed_dim)
+    x = stages["embed"] = decoder.embed(tokens, model.dtype)
     angles = rope_angles(count_positions(segment_ids), text.head_dim, text.rope_theta, text.rope_scaling)
     look = model.look(*model.in_view(tokens, segment_ids), images["num_tiles"])
     at_text = {"angles": angles, "segment_ids": segment_ids, "implementation": attention}
@@ -109,9 +109,9 @@ def port_stages(model: Mllama, given: dict) -> dict[str, np.ndarray]:
     own, cross = layers(decoder.blocks), layers(decoder.cross)
     for i in range(text.num_layers):
         is_cross = i in text.cross_layers
-        x = found[f"decoder.layer{i}"] = run_cross(next(cross), x, memory) if is_cross else run_self(next(own), x)
-    found["decoder.norm"], found["logits"] = norm_and_logits(model, given)
-    return {name: np.asarray(x) for name, x in found.items()}
+        x = stages[f"decoder.layer{i}"] = run_cross(next(cross), x, memory) if is_cross else run_self(next(own), x)
+    stages["decoder.norm"], stages["logits"] = norm_and_logits(model, given)
+    return {name: np.asarray(x) for name, x in stages.items()}
 
 
 def taps(model) -> list[tuple]:

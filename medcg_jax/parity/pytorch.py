@@ -48,12 +48,12 @@ class Reference:
 
     def stages(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by stage, named as the port's (`parity.port_stages`); inputs: HF's forward arguments."""
-        found, handles = {}, []
+        stages, handles = {}, []
 
         def tap(name, module, *, of_input):
             def hook(_, args, kwargs, out):
                 value = (args[0] if args else kwargs["hidden_states"]) if of_input else out
-                found[name] = (value[0] if isinstance(value, tuple) else value).detach().numpy().copy()
+                stages[name] = (value[0] if isinstance(value, tuple) else value).detach().numpy().copy()
 
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
@@ -65,10 +65,10 @@ class Reference:
         finally:
             for handle in handles:
                 handle.remove()
-        found["logits"] = out.logits.numpy()
+        stages["logits"] = out.logits.numpy()
         if out.loss is not None:
-            found["loss"] = out.loss.numpy()
-        return found
+            stages["loss"] = out.loss.numpy()
+        return stages
 
     def gradients(self, inputs: dict[str, np.ndarray], prefixes: tuple[str, ...]) -> dict[str, np.ndarray]:
         """Gradient of the loss by canonical name, for parameters whose canonical name starts with one of `prefixes`."""

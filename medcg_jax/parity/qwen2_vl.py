@@ -68,7 +68,7 @@ def port_inputs(config: Qwen2VLConfig, inputs: dict[str, np.ndarray], num_slots:
     vision, merged = config.vision, config.vision.merge**2
     apart = np.asarray(inputs["pixel_values"], np.float32).reshape(-1, 3, vision.num_frames, vision.patch_size_px**2)
     if (grids[:, 0] != 1).any() or not (apart == apart[:, :, :1]).all():
-        raise WeightsError("pixel_values hold frames that differ; still images are accepted")
+        raise WeightsError("pixel_values hold frames that differ; expected still images")
     sizes = grids.prod(axis=1)
     ends, wanted = np.cumsum(sizes // merged), np.cumsum((ids == config.image_token_id).sum(axis=1))
     if len(apart) != sizes.sum() or not set(wanted.tolist()) <= {0, *ends.tolist()} or wanted[-1] != ends[-1]:
@@ -84,8 +84,8 @@ def port_inputs(config: Qwen2VLConfig, inputs: dict[str, np.ndarray], num_slots:
         placed[row, slot] = grid[1:]
     mask = np.asarray(inputs.get("attention_mask", np.ones_like(ids)))
     images = {"pixels": pixels, "grids": placed}
-    found = {"tokens": ids.astype(np.int32), "segment_ids": mask.astype(np.int32), "images": images}
-    return jax.tree.map(jnp.asarray, found)
+    arrays = {"tokens": ids.astype(np.int32), "segment_ids": mask.astype(np.int32), "images": images}
+    return jax.tree.map(jnp.asarray, arrays)
 
 
 def port_stages(model: Qwen2VL, given: dict) -> dict[str, np.ndarray]:
@@ -96,21 +96,21 @@ def port_stages(model: Qwen2VL, given: dict) -> dict[str, np.ndarray]:
     angles, ids = vision_angles(grids, pixels.shape[1], config.vision), real_patches(grids, pixels.shape[1])
     real = np.asarray(ids) != 0
     x = jax.jit(lambda model, pixels: model.vision.embed(pixels, model.dtype))(model, pixels)
-    found = {"vision.embed": np.asarray(x)[real]}
+    stages = {"vision.embed": np.asarray(x)[real]}
     step = jax.jit(lambda block, x: block(x, angles=angles, segment_ids=ids, implementation=implementation))
     for i, block in enumerate(layers(model.vision.blocks)):
         x = step(block, x)
-        found[f"vision.layer{i}"] = np.asarray(x)[real]
+        stages[f"vision.layer{i}"] = np.asarray(x)[real]
     x = jax.jit(lambda model, x: model.projector(x))(model, x)
-    found["projector"] = np.asarray(x)[real[:, :: config.vision.merge**2]]
+    stages["projector"] = np.asarray(x)[real[:, :: config.vision.merge**2]]
     features = ImageFeatures(x.reshape(len(tokens), -1, x.shape[-1]), images["grids"] // config.vision.merge)
     places = model.layout(tokens, segment_ids, features)
-    x = found["embed"] = jax.jit(lambda model, *args: model.embed(*args))(model, tokens, features, places.slots)
+    x = stages["embed"] = jax.jit(lambda model, *args: model.embed(*args))(model, tokens, features, places.slots)
     angles = mrope_angles(places.positions, config)
     run = jax.jit(lambda block, x: block(x, angles=angles, segment_ids=segment_ids, implementation=implementation)[0])
-    run_layers(found, "decoder.layer", model.decoder.blocks, run, x)
-    found["decoder.norm"], found["logits"] = norm_and_logits(model, given)
-    return {name: np.asarray(value) for name, value in found.items()}
+    run_layers(stages, "decoder.layer", model.decoder.blocks, run, x)
+    stages["decoder.norm"], stages["logits"] = norm_and_logits(model, given)
+    return {name: np.asarray(value) for name, value in stages.items()}
 
 
 def taps(model) -> list[tuple]:

@@ -182,10 +182,10 @@ def moved_ids(ids: dict[str, int], num: int) -> tuple[dict[str, int], list[str]]
     ]
 
 
-def run_layers(found: dict, name: str, blocks, step, x):
-    """The stack's output from `x`; `found` gets every layer's as f"{name}{i}". step: (block, x) -> x, jitted."""
+def run_layers(stages: dict, name: str, blocks, step, x):
+    """The stack's output from `x`; `stages` gets every layer's as f"{name}{i}". step: (block, x) -> x, jitted."""
     for i, block in enumerate(layers(blocks)):
-        x = found[f"{name}{i}"] = step(block, x)
+        x = stages[f"{name}{i}"] = step(block, x)
     return x
 
 

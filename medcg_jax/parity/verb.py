@@ -190,8 +190,8 @@ def _sees_images(reference, inputs) -> bool:
     """Whether the reference's logits of real tokens change with the image."""
     real = np.asarray(inputs["attention_mask"]) != 0
     signed = ({**inputs, "pixel_values": sign * inputs["pixel_values"]} for sign in (1, -1))
-    found, other = (reference.logits(given)[real] for given in signed)
-    return float(np.abs(found - other).max()) > 1e-6 * float(np.abs(found).max())
+    logits, other = (reference.logits(given)[real] for given in signed)
+    return float(np.abs(logits - other).max()) > 1e-6 * float(np.abs(logits).max())
 
 
 def stage_rows(model: nnx.Module, reference: dict[str, np.ndarray], inputs) -> list[Row]:
@@ -202,16 +202,16 @@ def stage_rows(model: nnx.Module, reference: dict[str, np.ndarray], inputs) -> l
     """
     part = part_of(model.config)
     given = part.port_inputs(model.config, inputs)
-    found = part.port_stages(model, given)
+    stages = part.port_stages(model, given)
     real = np.asarray(given["segment_ids"]) != 0
-    rows, lacking = [], [stage for stage in found if stage not in reference]
+    rows, lacking = [], [stage for stage in stages if stage not in reference]
     if lacking:
         raise WeightsError(f"the reference has no stages {', '.join(lacking)}")
-    for stage, ours in found.items():
+    for stage, ours in stages.items():
         keep = ... if stage.startswith(("vision", "projector")) else real
         rows.append(compared(stage, ours[keep], reference[stage][keep]))
     if "loss" in reference:
-        rows.append(compared("loss", loss(found["logits"], inputs["labels"]), reference["loss"]))
+        rows.append(compared("loss", loss(stages["logits"], inputs["labels"]), reference["loss"]))
     return rows
 
 

@@ -3,15 +3,16 @@
 A program that mixes cells gives the right numbers; only its text shows it. What the text does not say plainly is an
 error here, never a guess: a collective that is not read would pass as one that leaves no cell.
 
-    found = collectives(compiled.as_text())
-    assert not crossing(found, num_devices=8, num_groups=2)
+    ran = collectives(compiled.as_text())
+    assert not crossing(ran, num_devices=8, num_groups=2)
 """
 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,9 +69,113 @@ class Instruction:
     opcode: str
     rest: str  # operands and attributes
 
+    @property
+    def operation(self) -> str:
+        """The operation that it was made from, as jax names it; "" where it has none."""
+        named = re.search(r'op_name="([^"]*)"', self.rest)
+        return named[1] if named else ""
+
+    def attribute(self, name: str) -> str:
+        """The computation or word that it names so: its `body`, its `condition`."""
+        return re.search(rf"\b{name}=%?([\w.-]+)", self.rest)[1]
+
+    def called(self) -> list[str]:
+        """The computations that it runs; of a loop none."""
+        branches = BRANCHES.search(self.rest)
+        listed = [name.strip().lstrip("%") for name in branches[1].split(",")] if branches else []
+        # What a kernel's own configuration says is no call.
+        return CALLED.findall(self.rest.partition(", metadata=")[0].partition(", backend_config=")[0]) + listed
+
+
+class Scope(NamedTuple):
+    """Where an instruction stands: its computation, the loops around it, the entry or loop body that executes it, and
+    the fusion that it is in, or ""."""
+
+    computation: str
+    loops: tuple[Instruction, ...] = ()
+    body: str = ""
+    fusion: str = ""
+
+
+class Program:
+    """The text of a compiled program (`jax.stages.Compiled.as_text`), taken apart.
+
+    Raises:
+      ValueError: the text has no entry computation.
+    """
+
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        self.header, current, entry = text.partition("\n")[0], None, None
+        for line in text.splitlines():
+            if ENDED.match(line):
+                current = None
+            elif current is None:
+                header = re.match(r"(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{$", line)
+                if header:
+                    current = self.computations.setdefault(header[2], [])
+                    entry = header[2] if header[1] else entry
+            elif assigned := ASSIGNED.match(line):
+                instruction = _instruction(assigned[1], assigned[2])
+                if instruction is not None:
+                    current.append(instruction)
+        if entry is None:
+            raise ValueError(f"no ENTRY computation in a text of {len(text)} characters: no compiled program")
+        self.entry: str = entry
+
+    def executed(self, visit: Callable[[Instruction, Scope], list | None], scope: Scope | None = None) -> Iterator[Any]:
+        """The items that `visit` lists for each instruction that is executed, through loops, fusions and all branches.
+
+        Where `visit` returns None, what the instruction calls is visited.
+        """
+        scope = scope or Scope(self.entry, body=self.entry)
+        for one in self.computations[scope.computation]:
+            items = visit(one, scope)
+            if items is not None:
+                yield from items
+            elif one.opcode == "while":
+                for part in ("body", "condition"):  # a condition may exchange data too: whether every row has ended
+                    inner = Scope(one.attribute(part), (*scope.loops, one), f"{scope.body}/{one.name}")
+                    yield from self.executed(visit, inner)
+            elif not one.opcode.endswith(("-done", "-update")):
+                for name in one.called():
+                    fusion = name if one.opcode == "fusion" else scope.fusion
+                    yield from self.executed(visit, scope._replace(computation=name, fusion=fusion))
+
+    def trips(self, scope: Scope, open_trips: int | None) -> int:
+        """How often an instruction there is executed in one call; open_trips: as of `collectives`.
+
+        Raises:
+          ValueError: a loop says how often it runs in a way that is not known.
+        """
+        return math.prod(self._trips(loop, open_trips) for loop in scope.loops)
+
+    def _trips(self, loop: Instruction, open_trips: int | None) -> int:
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+        if known:
+            return int(known[1])
+        # TPU programs leave it to the condition: a counter from 0 below the one constant in it.
+        constants, compared = set(), set()
+        for one in self._below(loop.attribute("condition")):
+            if one.opcode == "constant" and re.match(r"[su]\d+\[\]", one.shape):
+                constants.add(one.rest.partition(")")[0])
+            elif one.opcode == "compare":
+                compared.add(re.search(r"direction=(\w+)", one.rest)[1])
+        if compared != {"LT"} and open_trips is not None:
+            return open_trips
+        if len(constants) != 1 or compared != {"LT"}:
+            raise ValueError(f"unknown trips of the loop {loop.name}: constants {constants}, compared {compared}")
+        return int(constants.pop())
+
+    def _below(self, name: str) -> Iterator[Instruction]:
+        for one in self.computations[name]:
+            yield one
+            for called in one.called():
+                yield from self._below(called)
+
 
 def collectives(text: str, *, open_trips: int | None = None) -> list[Collective]:
-    """Every collective that the program executes, in the order of its text; text: of `jax.stages.Compiled.as_text`.
+    """Every collective that the program executes, in the order of its text.
 
     A conditional counts with all its branches. An asynchronous collective counts once.
     open_trips: how often a loop counts whose end the program does not know, as that of generation; None: an error.
@@ -79,19 +184,54 @@ def collectives(text: str, *, open_trips: int | None = None) -> list[Collective]
       ValueError: groups, shapes or the trips of a loop around a collective are written in a way that is not known, or
         nothing that is a program is found.
     """
-    computations, entry = read_program(text)
-    if "replica_count=" in text.partition("\n")[0]:
-        raise ValueError("a program of several replicas; one with partitions alone is accepted")
-    partitions = re.search(r"\bnum_partitions=(\d+)", text.partition("\n")[0])
-    walk = _Walk(computations, int(partitions[1]) if partitions else 1, open_trips)
-    found = list(walk.executed(entry, trips=1))
-    for name, instructions in computations.items():
-        if name not in walk.reached and any(map(_kind, instructions)):
+    program = Program(text)
+    if "replica_count=" in program.header:
+        raise ValueError("a program of several replicas; expected one with partitions alone")
+    partitions = re.search(r"\bnum_partitions=(\d+)", program.header)
+    num_devices = int(partitions[1]) if partitions else 1
+    reached: set[str] = set()
+    copies: set[tuple[str, str, str]] = set()
+
+    def visit(one: Instruction, scope: Scope) -> list[Collective] | None:
+        reached.add(scope.computation)
+        kind = _kind(one)
+        if kind is None:
+            return None
+        channel = re.search(r"\bchannel_id=(\d+)", one.rest)
+        if channel is None:
+            raise ValueError(f"{one.name} has no channel: its groups are not of partitions")
+        if scope.fusion:
+            # TPU splits an asynchronous collective into several fusions, each with a copy of it. The shape counts too:
+            # all that libtpu's combiner made have channel 1. Its layout does not: a copy may lie in another memory, as
+            # "S(1)" in it says.
+            copy = scope.body, channel[1], re.sub(r"\{[^}]*\}", "", one.shape)
+            if copy in copies:
+                return []
+            copies.add(copy)
+        trips = program.trips(scope, open_trips)
+        if one.opcode == "send":
+            # Its partners are named by slice and not by number: all are taken, so that `crossing` never misses it.
+            everyone = (tuple(range(num_devices)),)
+            return [Collective(one.name, kind, everyone, num_bytes(parts_of(one.shape)[0]), trips)]
+        groups = groups_of(one.rest, num_devices)
+        payload = _payload(one, kind, len(groups[0]) if groups else 1)
+        if kind == "all-reduce" and scope.fusion.startswith(FUSED_REDUCE_SCATTER):
+            kind = "reduce-scatter"
+        return [Collective(one.name, kind, tuple(map(tuple, groups)), payload, trips)]
+
+    executed = list(program.executed(visit))
+    for name, instructions in program.computations.items():
+        if name not in reached and any(map(_kind, instructions)):
             raise ValueError(f"the computation {name} has collectives and is called in a way that is not known")
-    return found
+    return executed
 
 
-def crossing(found: Iterable[Collective], *, num_devices: int, num_groups: int) -> list[Collective]:
+def attention_in(text: str) -> str:
+    """Which attention a program's text holds, by what it calls: "cudnn", "splash", or "plain" where neither."""
+    return "cudnn" if "__cudnn$fmha" in text else "splash" if "tpu_custom_call" in text else "plain"
+
+
+def crossing(collectives: Iterable[Collective], *, num_devices: int, num_groups: int) -> list[Collective]:
     """Those collectives that join devices of different groups.
 
     Group i is devices [i n, (i + 1) n) with n = num_devices / num_groups: so lie the cells of a mesh whose outermost
@@ -101,53 +241,28 @@ def crossing(found: Iterable[Collective], *, num_devices: int, num_groups: int) 
       ValueError: there is no collective at all, so that nothing is shown; one names a device that there is not; or the
         groups do not divide the devices.
     """
-    found = list(found)
-    if not found:
+    collectives = list(collectives)
+    if not collectives:
         raise ValueError("no collective at all was found: that none leaves a cell is not shown")
     if num_devices % num_groups:
-        raise ValueError(f"{num_devices} devices in {num_groups} groups: a divisor is accepted")
+        raise ValueError(f"{num_devices} devices in {num_groups} groups: expected a divisor")
     size = num_devices // num_groups
-    for one in found:
+    for one in collectives:
         if any(device >= num_devices for group in one.groups for device in group):
             raise ValueError(f"{one.name} joins devices {one.groups}; there are {num_devices}")
-    return [one for one in found if any(len({device // size for device in group}) > 1 for group in one.groups)]
+    return [one for one in collectives if any(len({device // size for device in group}) > 1 for group in one.groups)]
 
 
-def bytes_by_kind(found: Iterable[Collective]) -> dict[str, int]:
+def bytes_by_kind(collectives: Iterable[Collective]) -> dict[str, int]:
     """Executed payload in bytes per device and call of the program, by kind; the largest first."""
     sums: dict[str, int] = defaultdict(int)
-    for one in found:
+    for one in collectives:
         # Groups of one device exchange nothing.
         sums[one.kind] += one.total_bytes if any(len(set(group)) > 1 for group in one.groups) else 0
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
 # ------------------------------------------------------------------ the program's text
-
-
-def read_program(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """({computation: its instructions}, the name of the entry).
-
-    Raises:
-      ValueError: there is no entry.
-    """
-    found: dict[str, list[Instruction]] = {}
-    current, entry = None, None
-    for line in text.splitlines():
-        if ENDED.match(line):
-            current = None
-        elif current is None:
-            header = re.match(r"(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{$", line)
-            if header:
-                current = found.setdefault(header[2], [])
-                entry = header[2] if header[1] else entry
-        elif assigned := ASSIGNED.match(line):
-            instruction = _instruction(assigned[1], assigned[2])
-            if instruction is not None:
-                current.append(instruction)
-    if entry is None:
-        raise ValueError(f"no ENTRY computation in a text of {len(text)} characters: no compiled program")
-    return found, entry
 
 
 def _instruction(name: str, text: str) -> Instruction | None:
@@ -211,102 +326,6 @@ def num_bytes(shape: str) -> int:
         bits = BITS[array[1]] if width is True else int(width[1])
         total += math.prod(map(int, filter(None, array[2].split(",")))) * bits // 8
     return total
-
-
-class _Walk:
-    """Follows a program from its entry through loops, branches and fusions."""
-
-    def __init__(self, computations: dict[str, list[Instruction]], num_devices: int, open_trips: int | None):
-        self.computations, self.num_devices, self.open_trips = computations, num_devices, open_trips
-        self.reached: set[str] = set()
-        # (loop body, channel, shape) of the collectives that stand in fusions.
-        self._seen: set[tuple[str, str, str]] = set()
-
-    def executed(self, name: str, trips: int, scope: str = "", fused: str = "") -> Iterator[Collective]:
-        """scope: the entry or body of a loop that executes this computation. fused: the fusion that it is, or ""."""
-        scope = scope or name
-        self.reached.add(name)
-        for one in self.computations[name]:
-            kind = _kind(one)
-            if kind is not None:
-                yield from self._collective(one, kind, trips, scope, fused)
-            elif one.opcode == "while":
-                # How often is asked only where something inside needs it. A condition may exchange data too: whether
-                # every row has ended.
-                parts = (attribute(one, name) for name in ("body", "condition"))
-                inside = [c for part in parts for c in self.executed(part, 1, scope=f"{scope}/{one.name}")]
-                if inside:
-                    count = trips * trips_of(self.computations, one, self.open_trips)
-                    yield from (Collective(c.name, c.kind, c.groups, c.payload_bytes, c.trips * count) for c in inside)
-            elif not one.opcode.endswith(("-done", "-update")):
-                for called in called_by(one):
-                    yield from self.executed(called, trips, scope, called if one.opcode == "fusion" else fused)
-
-    def _collective(self, one: Instruction, kind: str, trips: int, scope: str, fused: str) -> Iterator[Collective]:
-        channel = re.search(r"\bchannel_id=(\d+)", one.rest)
-        if channel is None:
-            raise ValueError(f"{one.name} has no channel: its groups are not of partitions")
-        if fused:
-            # TPU splits an asynchronous collective into several fusions, each with a copy of it. The shape counts too:
-            # all that libtpu's combiner made have channel 1.
-            # Its layout does not: a copy may lie in another memory, as "S(1)" in it says.
-            copy = scope, channel[1], re.sub(r"\{[^}]*\}", "", one.shape)
-            if copy in self._seen:
-                return
-            self._seen.add(copy)
-        if one.opcode == "send":
-            # Its partners are named by slice and not by number: all are taken, so that `crossing` never misses it.
-            everyone = (tuple(range(self.num_devices)),)
-            yield Collective(one.name, kind, everyone, num_bytes(parts_of(one.shape)[0]), trips)
-            return
-        groups = groups_of(one.rest, self.num_devices)
-        size = _payload(one, kind, len(groups[0]) if groups else 1)
-        if kind == "all-reduce" and fused.startswith(FUSED_REDUCE_SCATTER):
-            kind = "reduce-scatter"
-        yield Collective(one.name, kind, tuple(map(tuple, groups)), size, trips)
-
-
-def trips_of(computations: dict[str, list[Instruction]], loop: Instruction, open_trips: int | None) -> int:
-    """How often a loop runs; open_trips: as of `collectives`.
-
-    Raises:
-      ValueError: it says so in a way that is not known.
-    """
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
-    if known:
-        return int(known[1])
-    # TPU programs leave it to the condition: a counter from 0 below the one constant in it.
-    constants, compared = set(), set()
-    for one in _below(computations, attribute(loop, "condition")):
-        if one.opcode == "constant" and re.match(r"[su]\d+\[\]", one.shape):
-            constants.add(one.rest.partition(")")[0])
-        elif one.opcode == "compare":
-            compared.add(re.search(r"direction=(\w+)", one.rest)[1])
-    if compared != {"LT"} and open_trips is not None:
-        return open_trips
-    if len(constants) != 1 or compared != {"LT"}:
-        raise ValueError(f"unknown trips of the loop {loop.name}: constants {constants}, compared {compared}")
-    return int(constants.pop())
-
-
-def _below(computations: dict[str, list[Instruction]], name: str) -> Iterator[Instruction]:
-    for one in computations[name]:
-        yield one
-        for called in called_by(one):
-            yield from _below(computations, called)
-
-
-def attribute(one: Instruction, name: str) -> str:
-    """The computation or word that an instruction names so: its `body`, its `condition`."""
-    return re.search(rf"\b{name}=%?([\w.-]+)", one.rest)[1]
-
-
-def called_by(one: Instruction) -> list[str]:
-    """The computations that an instruction runs, of a loop none."""
-    branches = BRANCHES.search(one.rest)
-    listed = [name.strip().lstrip("%") for name in branches[1].split(",")] if branches else []
-    # What a kernel's own configuration says is no call.
-    return CALLED.findall(one.rest.partition(", metadata=")[0].partition(", backend_config=")[0]) + listed
 
 
 def _payload(one: Instruction, kind: str, group_size: int) -> int:

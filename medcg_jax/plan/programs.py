@@ -1,14 +1,17 @@
-"""The product's own programs for a machine that need not be there: the training step and the tests, of any family.
+"""A run's own programs, compiled for a machine that need not be there: the training step and the tests, of any family.
 
 Rows are of the shapes that the data room makes: one record of the phantom world goes through the format of the run's
 model, at the lengths of the run's data. Shapes alone are used; neither weights nor data need be there.
 """
 
 import contextlib
+import math
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import numpy as np
@@ -23,16 +26,20 @@ from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.eval.letters import make_evaluator
 from medcg_jax.families import build, registry
 from medcg_jax.mesh import batch_sharding, check_batch, make_mesh
-from medcg_jax.plan import cells, topology
+from medcg_jax.plan import topology
+from medcg_jax.train.losses import token_loss
+from medcg_jax.train.optim import make_optimizer
 from medcg_jax.train.setup import Setup, model_config
-from medcg_jax.train.step import Program, with_shardings
+from medcg_jax.train.step import Program, make_step, with_shardings
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
+# What allocators, collectives and other programs take beside a step, as a part of a device's memory.
+MARGIN = 0.1
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A run on a mesh, and what its programs are compiled of.
+class PlannedRun:
+    """A run on a mesh, and what its programs are compiled from.
 
     alone: a run of `medcg train` and `medcg eval`, which keep nothing beside their programs. A grid keeps what a
       training starts from, and tests while the state of its trainings is there.
@@ -74,11 +81,11 @@ def architecture_of(model: ModelConfig) -> build.Config:
 
 
 def small_tokenizer(model: ModelConfig) -> Tokenizer:
-    """The packaged tokenizer of the model's family, which makes rows of the right shapes."""
+    """The packaged tokenizer of the model's family, which gives rows of the right shapes."""
     return load_tokenizer("", registry.of_model(model.name).tokenizer)
 
 
-def make_subject(run: RunConfig, mesh: Mesh) -> Subject:
+def plan_run(run: RunConfig, mesh: Mesh, *, alone: bool = False) -> PlannedRun:
     """The run as `study` and `train` make it, without weights and data.
 
     Raises:
@@ -87,17 +94,32 @@ def make_subject(run: RunConfig, mesh: Mesh) -> Subject:
     check_batch(mesh, run.train.batch_size // run.train.accumulation_steps, "train.batch_size per accumulation step")
     check_batch(mesh, run.eval.batch_size, "eval.batch_size")
     model = architecture_of(run.model)
-    tokenizer = small_tokenizer(run.model)
-    made = registry.of(model).row_format(model, with_masks=trains_masks(run.model))
+    row_format = registry.of(model).row_format(model, with_masks=trains_masks(run.model))
     # The small tokenizer knows the phantom's words, and no others.
     run = replace(run, data__system_prompt="")
-    setup = Setup(run, mesh, tokenizer, model, made, PhantomSource(0, 8, 8))
+    setup = Setup(run, mesh, small_tokenizer(run.model), model, row_format, PhantomSource(0, 8, 8))
     num_cells = run.study.cells_at_once or mesh.shape["cell"]
     try:
-        parts = cells.make_program(run, model, mesh, num_cells=num_cells, loss_fn=setup.loss)
+        program, trainable, frozen = make_program(run, model, mesh, num_cells=num_cells, loss_fn=setup.loss)
     except ValueError as error:
         raise ConfigError(f"mesh {dict(mesh.shape)}: {error}") from error
-    return Subject(setup, num_cells, *parts)
+    return PlannedRun(setup, num_cells, program, trainable, frozen, alone)
+
+
+def make_program(
+    run: RunConfig, config: build.Config, mesh: Mesh, *, num_cells: int, loss_fn: Callable = token_loss
+) -> tuple[Program, nnx.State, nnx.State]:
+    """(the run's training step for `num_cells` cells on `mesh`, abstract trainable and frozen parameters of one run).
+
+    config: the architecture. loss_fn: as `train.setup.Setup.loss`.
+    """
+    graphdef, params = build.abstract(config)
+    split = partial(build.split_trainable, names=run.model.trainable)
+    program = make_step(
+        mesh, graphdef, *split(build.shardings(config, mesh)), make_optimizer(run.train), num_cells=num_cells,
+        loss_fn=loss_fn, accumulation_steps=run.train.accumulation_steps, compute_dtype=run.model.compute_dtype,
+    )  # fmt: skip
+    return program, *split(params)
 
 
 def hears_compiler() -> bool:
@@ -138,82 +160,76 @@ def batch_of(rows: Encoded, batch_size: int) -> Shapes:
 
 
 @dataclass(frozen=True)
-class Made:
-    """A program: compiled, or why the compiler refused it for want of memory; and what the compiler wrote meanwhile.
+class Compiled:
+    """A compiled program, or why the compiler refused it for want of memory; and what the compiler wrote meanwhile.
 
-    options: what it was compiled with, of `topology.compiler_options`.
+    options: what it was compiled with, of `topology.compiler_options`. seconds, cpu_s: that compiling took.
     """
 
-    compiled: jax.stages.Compiled | None
+    program: jax.stages.Compiled | None
     options: dict
     refusal: str
     output: str
     seconds: float
     cpu_s: float
 
+    def text(self) -> str:
+        """The optimised program's text.
 
-def compile_training(subject: Subject, batch_size: int) -> Made:
+        Raises:
+          JaxRuntimeError, ValueError: the compiler cannot write it.
+        """
+        with captured_stderr([]):  # where it fails libtpu writes a trace of its own stack
+            return topology.text_of(self.program, self.options)
+
+
+def compile_training(planned: PlannedRun, batch_size: int) -> Compiled:
     """The training step at this batch size.
 
     Raises:
       RunError: it cannot be compiled, for another reason than memory.
     """
-    batch = batch_of(train_rows(subject.setup), batch_size)
-    options = topology.compiler_options(subject.mesh.devices.flat[0])
+    batch = batch_of(train_rows(planned.setup), batch_size)
+    options = topology.compiler_options(planned.mesh.devices.flat[0])
+    return compiled(
+        "the training step", options,
+        lambda: planned.program.compile(planned.trainable, planned.frozen, batch, options)[1],
+    )  # fmt: skip
 
-    def build_it() -> jax.stages.Compiled:
-        return subject.program.compile(subject.trainable, subject.frozen, batch, options)[1]
 
-    return _made("the training step", options, build_it)
-
-
-def compile_tests(subject: Subject) -> Made:
+def compile_tests(planned: PlannedRun) -> Compiled:
     """The program that answers a batch of choice questions.
 
     Raises:
       RunError: as `compile_training`.
     """
-    setup, config = subject.setup, subject.run.eval
+    setup, config, mesh = planned.setup, planned.run.eval, planned.mesh
     evaluator = make_evaluator(
-        subject.mesh, subject.program.graphdef, build.shardings(setup.model, subject.mesh),
-        eos_id=setup.model.eos_token_id, max_new_tokens=config.max_new_tokens, generate=config.generate,
+        mesh, planned.program.graphdef, build.shardings(setup.model, mesh), eos_id=setup.model.eos_token_id,
+        max_new_tokens=config.max_new_tokens, generate=config.generate,
     )  # fmt: skip
-    placed = batch_sharding(subject.mesh)
-    shapes = batch_of(eval_rows(setup), config.batch_size)
-    batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed) for key, x in shapes.items()}
-    options = topology.compiler_options(subject.mesh.devices.flat[0])
-
-    def build_it() -> jax.stages.Compiled:
-        with jax.set_mesh(subject.mesh):
-            return evaluator.jitted.lower(subject.params(), batch).compile(options)
-
-    return _made("the program of tests", options, build_it)
-
-
-def fitting_run(run: RunConfig, where: str, *, num_groups: int, most: int = 64) -> cells.Fit:
-    """`cells.fitting_cells` of a run's own training step on a topology (or "local"), with that device's memory.
-
-    Raises:
-      ConfigError: the mesh does not fit the devices or the batch, or the memory of the devices is not known.
-    """
-    mesh = make_mesh(replace(run, mesh__cell=num_groups).mesh, topology.get_devices(where))
-    limit = topology.memory_bytes(mesh.devices.flat[0])
+    shapes, sharding = batch_of(eval_rows(setup), config.batch_size), batch_sharding(mesh)
+    batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for key, x in shapes.items()}
     options = topology.compiler_options(mesh.devices.flat[0])
 
-    def compile_cells(num_cells: int) -> jax.stages.Compiled:
-        subject = make_subject(replace(run, study__cells_at_once=num_cells), mesh)
-        batch = batch_of(train_rows(subject.setup), run.train.batch_size)
-        return subject.program.compile(subject.trainable, subject.frozen, batch, options)[1]
+    def build_it() -> jax.stages.Compiled:
+        with jax.set_mesh(mesh):
+            return evaluator.jitted.lower(planned.params(), batch).compile(options)
 
-    return cells.fitting_cells(compile_cells, num_groups=num_groups, limit_bytes=limit, most=most)
+    return compiled("the program of tests", options, build_it)
 
 
-def _made(what: str, options: dict, build_it: Callable[[], jax.stages.Compiled]) -> Made:
+def compiled(what: str, options: dict, build_it: Callable[[], jax.stages.Compiled]) -> Compiled:
+    """What `build_it` compiles, with its seconds.
+
+    Raises:
+      RunError: it cannot be compiled, for another reason than memory; named `what`.
+    """
     before, output = os.times(), []
-    compiled, refusal = None, ""
+    program, refusal = None, ""
     with captured_stderr(output):
         try:
-            compiled = build_it()
+            program = build_it()
         except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
             refusal = " ".join(str(error).split())
             if "RESOURCE_EXHAUSTED" not in refusal:
@@ -221,7 +237,7 @@ def _made(what: str, options: dict, build_it: Callable[[], jax.stages.Compiled])
                 raise RunError(f"{what} cannot be compiled: {type(error).__name__}: {refusal[:300]}") from error
     after = os.times()
     cpu = after.user + after.system - before.user - before.system
-    return Made(compiled, options, refusal, output[0], after.elapsed - before.elapsed, cpu)
+    return Compiled(program, options, refusal, output[0], after.elapsed - before.elapsed, cpu)
 
 
 @contextlib.contextmanager
@@ -253,11 +269,12 @@ def captured_stderr(output: list[str]) -> Iterator[None]:
 def effort(full: bool) -> Iterator[None]:
     """The compiler's effort meanwhile: full as in a real run, or as little as it can. Nothing comes from a cache of
     compiled programs: of those the compiler says nothing, and their seconds are not its own."""
-    wanted = {"jax_enable_compilation_cache": False}
-    wanted |= {} if full else cells.fast_flags()
-    before = {name: getattr(jax.config, name) for name in wanted}
+    fast = {} if full else {"jax_optimization_level": "O0", "jax_exec_time_optimization_effort": -1.0}
+    settings = {"jax_enable_compilation_cache": False} | fast
+    # jax 0.11 has the first of the two alone.
+    before = {name: getattr(jax.config, name) for name in settings if hasattr(jax.config, name)}
     try:
-        for name, value in wanted.items():
+        for name, value in {name: settings[name] for name in before}.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
         yield
@@ -265,3 +282,108 @@ def effort(full: bool) -> Iterator[None]:
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+# ------------------------------------------------------------------ as many cells as fit
+
+
+@dataclass(frozen=True)
+class FittingCells:
+    """How many cells fit at once: 0 where not one does in every group.
+
+    peaks: cells -> peak bytes of a device, of every program that was compiled; inf: the compiler said it does not fit.
+    usable_bytes: of a device, less the margin.
+    """
+
+    num_cells: int
+    peaks: dict[int, float]
+    usable_bytes: float
+
+
+def fitting_cells(
+    compile_cells: Callable[[int], jax.stages.Compiled],
+    *,
+    num_groups: int,
+    limit_bytes: float,
+    margin: float = MARGIN,
+    most: int = 64,
+) -> FittingCells:
+    """The largest number of cells, a multiple of `num_groups` and at most `most`, whose program fits a device's memory.
+
+    What fits is what the compiler says: the peak that its plan of buffers has at any moment, arguments included. It
+    grows by the same bytes for each further cell of a group, so two programs foretell the third, which is compiled to
+    confirm it; where it does not, the search goes on between what fitted and what did not.
+
+    compile_cells: the program of so many cells, compiled (allocates nothing).
+    num_groups: of devices, each with its own cells: the size of the mesh's axis `cell`.
+    limit_bytes: memory of one device (`topology.memory_bytes`). margin: part of it that is left free.
+
+    Raises:
+      ValueError: `most` is below `num_groups`, or the compiler gives no peak.
+    """
+    if most < num_groups:
+        raise ValueError(f"most={most}: expected at least one cell in each of {num_groups} groups")
+    usable, peaks = limit_bytes * (1 - margin), {}
+
+    def fits(local: int) -> bool:
+        if local * num_groups not in peaks:
+            peaks[local * num_groups] = _peak(compile_cells, local * num_groups)
+        return peaks[local * num_groups] <= usable
+
+    # `good` cells in a group fit, `bad` do not; none is known to fit at first, and more than `most` are not asked for.
+    good, bad = 0, most // num_groups + 1
+    guess = 1
+    while good + 1 < bad:
+        good, bad = (guess, bad) if fits(guess) else (good, guess)
+        foretold = _foretold(peaks, num_groups, usable, good)
+        # A number that was refuted foretells nothing more: halfway then.
+        guess = (good + bad) // 2 if foretold >= bad <= most // num_groups else min(max(foretold, good + 1), bad - 1)
+    return FittingCells(good * num_groups, dict(sorted(peaks.items())), usable)
+
+
+def _foretold(peaks: dict[int, float], num_groups: int, usable: float, good: int) -> int:
+    """Cells in a group that would fill the memory, by the two largest programs with a known peak."""
+    known = sorted((cells // num_groups, peak) for cells, peak in peaks.items() if peak < math.inf)[-2:]
+    if len(known) < 2:
+        return good + 1
+    (fewer, low), (more, high) = known
+    each = (high - low) / (more - fewer)
+    return more + math.floor((usable - high) / each) if each > 0 else sys.maxsize
+
+
+def _peak(compile_cells: Callable[[int], jax.stages.Compiled], num_cells: int) -> float:
+    try:
+        analysis = compile_cells(num_cells).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return math.inf
+        raise
+    peak = getattr(analysis, "peak_memory_in_bytes", 0)
+    if not peak:
+        raise ValueError(f"the compiler gives no peak memory for {num_cells} cells")
+    return peak
+
+
+def fitting_run(run: RunConfig, where: str, *, num_groups: int, most: int = 64) -> FittingCells:
+    """`fitting_cells` of a run's own training step on a topology (or "local"), with that device's memory.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices or the batch, or the memory of the devices is not known.
+    """
+    mesh = make_mesh(replace(run, mesh__cell=num_groups).mesh, topology.get_devices(where))
+    limit = topology.memory_bytes(mesh.devices.flat[0])
+    options = topology.compiler_options(mesh.devices.flat[0])
+
+    def compile_cells(num_cells: int) -> jax.stages.Compiled:
+        planned = plan_run(replace(run, study__cells_at_once=num_cells), mesh)
+        batch = batch_of(train_rows(planned.setup), run.train.batch_size)
+        return planned.program.compile(planned.trainable, planned.frozen, batch, options)[1]
+
+    return fitting_cells(compile_cells, num_groups=num_groups, limit_bytes=limit, most=most)
+
+
+def print_fitting(cells: FittingCells, where: str, num_groups: int) -> None:
+    for number, peak in cells.peaks.items():
+        print(f"  {number:4} cells: peak {peak / topology.GIB:.3f} GiB a device")
+    usable = cells.usable_bytes / topology.GIB
+    print(f"{cells.num_cells} cells fit {where} in {num_groups} groups ({usable:.2f} GiB usable a device)")

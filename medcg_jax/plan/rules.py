@@ -1,16 +1,18 @@
-"""Known traps of a program that is compiled for a mesh, each a rule with a name that looks at what was compiled.
-
-A rule gives its findings, and none where all is well: `full-all-reduce`, `large-collective-in-loop`, `donation-lost`,
+"""Known traps of a program that is compiled for a mesh: rules with names, each of which returns its findings: `full-all-reduce`, `large-collective-in-loop`, `donation-lost`,
 `involuntary-rematerialization`, `gather-over-network`, `extra-flops`, `square-attention-buffer`, `logits-everywhere`.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
+from medcg_jax.nn.kernels import LANES
 from medcg_jax.plan.hlo import Collective
-from medcg_jax.plan.hlo_buffers import Buffer
+from medcg_jax.plan.hlo_products import Buffer, buffers, products
+from medcg_jax.plan.programs import PlannedRun
 
 # Below it a collective is not worth a word. The study of compiled steps that the rules come of took the same.
 LARGE_BYTES = 100e6
@@ -19,13 +21,15 @@ DONATED = 0.99
 INVOLUNTARY = "Involuntary full rematerialization"
 GATHERS = ("all-gather", "reduce-scatter")
 SUMS = ("all-reduce", "reduce-scatter")
+# Those of `check_products`.
+PRODUCT_RULES = ("extra-flops", "square-attention-buffer", "logits-everywhere")
 # Executed products by those that the model needs, at most: without rematerialisation, and with any.
 EXTRA, EXTRA_REMAT = 1.02, 1.34
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a rule found: its name, one sentence, the bytes per device and step that it is about, and instructions."""
+    """A rule's name, one sentence, the bytes per device and step that it is about, and the instructions."""
 
     rule: str
     text: str
@@ -50,12 +54,12 @@ class Layout:
 
     def joined(self, one: Collective) -> set[str]:
         """The axes over which a collective exchanges data."""
-        found: set[str] = set()
+        axes: set[str] = set()
         for group in one.groups:
-            places = np.array(np.unravel_index(list(group), tuple(self.axes.values())))
-            differs = (places != places[:, :1]).any(axis=1)
-            found |= {name for name, yes in zip(self.axes, differs, strict=True) if yes}
-        return found
+            coordinates = np.array(np.unravel_index(list(group), tuple(self.axes.values())))
+            differs = (coordinates != coordinates[:, :1]).any(axis=1)
+            axes |= {name for name, yes in zip(self.axes, differs, strict=True) if yes}
+        return axes
 
 
 def full_all_reduce(collectives: Iterable[Collective], layout: Layout) -> list[Finding]:
@@ -82,18 +86,18 @@ def large_collective_in_loop(collectives: Iterable[Collective], layout: Layout) 
     It asks for the parameters of one layer gathered over fsdp and their gradients scattered, for gradients summed over
     `data`, and for activations exchanged over `tensor`.
     """
-    found = [
+    unasked = [
         one for one in collectives if one.trips > 1 and one.payload_bytes > LARGE_BYTES and not _asked_for(one, layout)
     ]
-    if not found:
+    if not unasked:
         return []
-    found.sort(key=lambda one: -one.total_bytes)
-    worst = found[0]
+    unasked.sort(key=lambda one: -one.total_bytes)
+    worst = unasked[0]
     text = (
-        f"{len(found)} collectives of over {LARGE_BYTES / 1e6:.0f} MB in loops that the sharding does not ask for; the "
+        f"{len(unasked)} collectives of over {LARGE_BYTES / 1e6:.0f} MB in loops that the sharding does not ask for; the "
         f"largest is {worst.kind} {worst.name}, {worst.payload_bytes / 1e6:,.0f} MB, {worst.trips} times"
     )
-    return [Finding("large-collective-in-loop", text, sum(one.total_bytes for one in found), _names(found))]
+    return [Finding("large-collective-in-loop", text, sum(one.total_bytes for one in unasked), _names(unasked))]
 
 
 def _asked_for(one: Collective, layout: Layout) -> bool:
@@ -131,16 +135,60 @@ def gather_over_network(collectives: Iterable[Collective], crosses: Callable[[Co
 
     crosses: whether a collective joins devices of different slices or hosts.
     """
-    found = [one for one in collectives if one.kind not in SUMS and crosses(one)]
-    total = sum(one.total_bytes for one in found)
+    exchanged = [one for one in collectives if one.kind not in SUMS and crosses(one)]
+    total = sum(one.total_bytes for one in exchanged)
     if total <= LARGE_BYTES:
         return []
-    found.sort(key=lambda one: -one.total_bytes)
+    exchanged.sort(key=lambda one: -one.total_bytes)
     text = f"{total / 1e9:.2f} GB that are no sums of gradients are exchanged between slices or hosts"
-    return [Finding("gather-over-network", text, total, _names(found))]
+    return [Finding("gather-over-network", text, total, _names(exchanged))]
 
 
 # ------------------------------------------------------------------ products, and arrays that should not be there
+
+
+@dataclass(frozen=True)
+class ProductCheck:
+    """What a program computes and writes beside what its model needs.
+
+    about: FLOPs of the compiled matrix products on all devices (`flops`), by kind (`kinds`), as ratios to the model's
+      with full and with causal attention (`by_full`, `by_causal`), and what is not among them (`not_counted`).
+    """
+
+    about: dict
+    findings: list[Finding]
+    not_looked_for: list[str]
+
+    @property
+    def flops(self) -> float | None:
+        """FLOPs of the matrix products on all devices; None: not all of them are counted."""
+        return None if self.about["not_counted"] else self.about["flops"]
+
+
+def check_products(
+    text: str, needed: dict, lengths: "Lengths", *, num_devices: int, remat: str, open_trips: int | None = None
+) -> ProductCheck:
+    """The products and arrays of a program.
+
+    text: of the compiled program; empty: it could not be read. needed: as `flops.step`; "causal" may be missing.
+    remat: what the program may compute again. open_trips: as of `hlo_products.products`.
+    """
+    if not text:
+        return ProductCheck({"not_counted": "no text of the program"}, [], list(PRODUCT_RULES))
+    unclear = lengths.unclear()
+    written = buffers(text)
+    findings = square_attention_buffer(written, lengths) + logits_everywhere(written, lengths)
+    try:
+        read = products(text, open_trips=open_trips)
+    except ValueError as error:
+        return ProductCheck({"not_counted": str(error)[:300]}, findings, ["extra-flops", *unclear])
+    flops, kinds = read.flops * num_devices, {}
+    for product in read.counted:
+        kinds[product.kind] = kinds.get(product.kind, 0) + product.total * num_devices
+    about = {"flops": flops, "kinds": kinds, "not_counted": ", ".join(read.unread)}
+    about |= {f"by_{name}": flops / needed[name] for name in ("full", "causal") if name in needed}
+    findings = extra_flops(flops, needed["full"], remat) + findings
+    return ProductCheck(about, findings, ["extra-flops"] * bool(read.unread) + unclear)
 
 
 def extra_flops(executed: float, needed: float, remat: str) -> list[Finding]:
@@ -182,8 +230,8 @@ class Lengths:
 
     def unclear(self) -> list[str]:
         """Rules that cannot tell positions from widths here, and so would miss what they look for."""
-        found = ["square-attention-buffer"] if self.attended & self.widths else []
-        return found + (["logits-everywhere"] if self.everywhere & (self.widths | self.vocabulary) else [])
+        rules = ["square-attention-buffer"] if self.attended & self.widths else []
+        return rules + (["logits-everywhere"] if self.everywhere & (self.widths | self.vocabulary) else [])
 
 
 def square_attention_buffer(written: Iterable[Buffer], lengths: Lengths) -> list[Finding]:
@@ -204,15 +252,34 @@ def logits_everywhere(written: Iterable[Buffer], lengths: Lengths) -> list[Findi
     return _arrays("logits-everywhere", text, [b for b in written if is_one(b)])
 
 
-def _arrays(rule: str, text: str, found: list[Buffer], most: int = 5) -> list[Finding]:
-    if not found:
+def _arrays(rule: str, text: str, largest: list[Buffer], most: int = 5) -> list[Finding]:
+    if not largest:
         return []
-    found.sort(key=lambda one: -one.num_bytes)
-    worst = found[0]
-    text = text.format(len(found), worst.name, worst.num_bytes / 1e6)
-    names = tuple(f"{one.name}: {list(one.dims)} of {one.where}" for one in found[:most])
+    largest.sort(key=lambda one: -one.num_bytes)
+    worst = largest[0]
+    text = text.format(len(largest), worst.name, worst.num_bytes / 1e6)
+    names = tuple(f"{one.name}: {list(one.dims)} of {one.where}" for one in largest[:most])
     return [Finding(rule, text, worst.num_bytes, names)]
 
 
-def _names(found: list[Collective], most: int = 5) -> tuple[str, ...]:
-    return tuple(f"{one.name}: {one.trips} x {one.payload_bytes:,} bytes" for one in found[:most])
+def _names(largest: list[Collective], most: int = 5) -> tuple[str, ...]:
+    return tuple(f"{one.name}: {one.trips} x {one.payload_bytes:,} bytes" for one in largest[:most])
+
+
+def lengths_of(planned: PlannedRun, lengths: Sequence[int], rows: int) -> Lengths:
+    """What the rules know of the axes of a planned run's program.
+
+    lengths: of a row's tokens and of the cache that they attend. rows: of the batches of all cells of one group.
+    """
+    mesh, config = planned.mesh, planned.setup.model
+    each = math.ceil(rows / (mesh.shape["data"] * mesh.shape["fsdp"]))
+    attended = {*lengths, *config.tower_lengths}
+    # Kernels pad to whole lanes, cuDNN to an even length, cuBLAS is given eights.
+    attended |= {-(-length // unit) * unit for length in attended for unit in (2, 8, LANES)}
+    params = jax.tree.leaves(planned.params())
+    widths = {n for x in params for shape in (x.shape, x.sharding.shard_shape(x.shape)) for n in shape}
+    tensor, fsdp, vocabulary = mesh.shape["tensor"], mesh.shape["fsdp"], config.text.vocab_size
+    split = {vocabulary // parts for parts in (1, tensor, fsdp, tensor * fsdp) if vocabulary % parts == 0}
+    return Lengths(
+        frozenset(attended), lengths[0], each, frozenset(split), frozenset(widths - config.tower_lengths - split)
+    )

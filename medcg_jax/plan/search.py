@@ -12,11 +12,11 @@ import jax
 
 from medcg_jax.chips import Peak, peak_of
 from medcg_jax.config import REMAT, ConfigError, RunConfig, replace
-from medcg_jax.families import build
+from medcg_jax.families import build, flops
 from medcg_jax.mesh import make_mesh
-from medcg_jax.plan import cells, flops, topology
+from medcg_jax.plan import topology
 from medcg_jax.plan import verb as plan
-from medcg_jax.plan.programs import Subject, architecture_of, compile_training, effort, make_subject
+from medcg_jax.plan.programs import MARGIN, PlannedRun, architecture_of, compile_training, effort, plan_run
 from medcg_jax.plan.text import BOUND, wrapped
 
 # The run's batch, and larger ones: they change the recipe, and are told so.
@@ -43,7 +43,7 @@ def search(
     most_compiles: int = 12,
     full_effort: bool = False,
     memory_bytes: float = 0.0,
-    margin: float = cells.MARGIN,
+    margin: float = MARGIN,
 ) -> dict:
     """{"ranked": what fits, the fastest bound for each chip first, "refused": what was compiled and does not fit, ...};
     {"exit_status": 3} is among it where nothing fits.
@@ -59,15 +59,15 @@ def search(
     if peak is None:
         raise ConfigError(f"topology={where}: no peaks of {devices[0].device_kind} are known, by which to rank")
     if most_compiles < 1:
-        raise ConfigError(f"--compiles={most_compiles}: at least 1 is accepted")
+        raise ConfigError(f"--compiles={most_compiles}: expected at least 1")
     usable = (memory_bytes or topology.memory_bytes(devices[0])) * (1 - margin)
-    found = list(candidates(run, len(devices), peak))
-    if not found:
+    possible = list(candidates(run, len(devices), peak))
+    if not possible:
         raise ConfigError(
             f"topology={where}: no mesh of {len(devices)} devices divides a batch of {run.train.batch_size} rows or "
-            f"{BATCHES[-1]} times as many; a multiple of another train.batch_size is accepted"
+            f"{BATCHES[-1]} times as many; choose another train.batch_size"
         )
-    likely = sorted((one for one in found if one.least_bytes <= usable), key=lambda one: one.seconds_per_sample)
+    likely = sorted((one for one in possible if one.least_bytes <= usable), key=lambda one: one.seconds_per_sample)
     rows: list[dict] = []
     num_undivided = 0
     with effort(full_effort):
@@ -75,15 +75,17 @@ def search(
             if len(rows) == most_compiles:
                 break
             try:
-                subject = make_subject(one.run, make_mesh(one.run.mesh, devices))
+                planned = plan_run(one.run, make_mesh(one.run.mesh, devices))
             except ConfigError:  # a size of the model that the mesh does not divide
                 num_undivided += 1
                 continue
-            rows.append(compiled(one, subject, usable, peak))
+            rows.append(compiled(one, planned, usable, peak))
             print(f"  {len(rows)} of at most {most_compiles}: {_name(rows[-1])}", flush=True)
     ranked = sorted((row for row in rows if row["fits"]), key=lambda row: -row["samples_per_s_per_chip_in_turn"])
+    here = topology.about_here()
     result = {
-        **cells.about_compiling(),
+        "date": here["date"],
+        "versions": here["versions"],
         "topology": where,
         "device": devices[0].device_kind,
         "num_devices": len(devices),
@@ -91,8 +93,8 @@ def search(
         "batch_size": run.train.batch_size,
         "full_effort": full_effort,
         "usable_bytes": usable,
-        "num_candidates": len(found),
-        "num_too_large": len(found) - len(likely),
+        "num_candidates": len(possible),
+        "num_too_large": len(possible) - len(likely),
         "num_undivided": num_undivided,
         "ranked": ranked,
         "refused": [row for row in rows if not row["fits"]],
@@ -103,7 +105,7 @@ def search(
 def candidates(run: RunConfig, num_devices: int, peak: Peak) -> Iterator[Candidate]:
     """Every mesh of so many devices, remat policy and batch size that divide each other and the model's heads."""
     if num_devices % max(1, run.mesh.cell):
-        raise ConfigError(f"mesh.cell={run.mesh.cell}: a divisor of {num_devices} devices is accepted")
+        raise ConfigError(f"mesh.cell={run.mesh.cell}: expected a divisor of {num_devices} devices")
     each = num_devices // max(1, run.mesh.cell)
     model = architecture_of(run.model)
     heads, params = model.text.num_heads, build.abstract(model)[1]
@@ -161,7 +163,7 @@ def estimate(run: RunConfig, peak: Peak, trainable: int, frozen: int, frozen_byt
     return Candidate(run, (5 * 4 * trainable + frozen_bytes) / split + activations, seconds)
 
 
-def compiled(one: Candidate, subject: Subject, usable: float, peak: Peak) -> dict:
+def compiled(one: Candidate, planned: PlannedRun, usable: float, peak: Peak) -> dict:
     """A candidate's row of the table, from its compiled step."""
     run = one.run
     row = {
@@ -172,15 +174,15 @@ def compiled(one: Candidate, subject: Subject, usable: float, peak: Peak) -> dic
         "estimated_bytes": one.least_bytes,
         "estimated_s": one.seconds,
     }
-    found = plan.training(subject, compile_training(subject, run.train.batch_size), usable, peak)
+    step = plan.training(planned, compile_training(planned, run.train.batch_size), usable, peak)
     kept = ("fits", "refused", "peak_bytes", "held_bytes", "collectives", "findings", "bound", "mfu", "compile_cpu_s")
-    row |= {key: found[key] for key in kept if key in found}
-    if "samples_per_s" not in found:
+    row |= {key: step[key] for key in kept if key in step}
+    if "samples_per_s" not in step:
         return row
-    chips = math.ceil(subject.mesh.size / peak.devices_per_chip)
+    chips = math.ceil(planned.mesh.size / peak.devices_per_chip)
     return row | {
-        "samples_per_s_per_chip": found["samples_per_s"] / chips,
-        "samples_per_s_per_chip_in_turn": found["samples_per_s_in_turn"] / chips,
+        "samples_per_s_per_chip": step["samples_per_s"] / chips,
+        "samples_per_s_per_chip_in_turn": step["samples_per_s_in_turn"] / chips,
     }
 
 
@@ -194,17 +196,21 @@ def _name(row: dict) -> str:
     return f"mesh {mesh}, remat {row['remat']}, batch {row['batch_size']}: {verdict}"
 
 
-def table(found: dict) -> str:
+def table(result: dict) -> str:
     """What `search` found, for people."""
     lines = [
-        f"{found['model']} on {found['topology']}: {found['num_devices']} x {found['device']}; "
-        f"{found['num_candidates']} ways, {found['num_too_large']} surely too large, "
-        f"{len(found['ranked']) + len(found['refused'])} compiled",
+        (
+            f"{result['model']} on {result['topology']}: {result['num_devices']} x {result['device']}; "
+            f"{result['num_candidates']} ways, {result['num_too_large']} surely too large, "
+            f"{len(result['ranked']) + len(result['refused'])} compiled"
+        ),
         "",
-        f"{'data x fsdp x tensor':>21}{'remat':>7}{'batch':>7}{'GiB of':>9}{found['usable_bytes'] / topology.GIB:6.1f}"
-        f"{'samples/s a chip: at most':>27}{'in turn':>9}{'MFU':>7}{'traps':>7}",
+        (
+            f"{'data x fsdp x tensor':>21}{'remat':>7}{'batch':>7}{'GiB of':>9}{result['usable_bytes'] / topology.GIB:6.1f}"
+            f"{'samples/s a chip: at most':>27}{'in turn':>9}{'MFU':>7}{'traps':>7}"
+        ),
     ]
-    for row in found["ranked"]:
+    for row in result["ranked"]:
         mesh = " x ".join(str(size) for size in row["mesh"].values())
         mfu = f"{row['mfu']:.1%}" if row["mfu"] is not None else ""
         needed = (row["peak_bytes"] + row["held_bytes"]) / topology.GIB
@@ -212,15 +218,15 @@ def table(found: dict) -> str:
             f"{mesh:>21}{row['remat']:>7}{row['batch_size']:>7}{needed:>15.2f}{row['samples_per_s_per_chip']:>27.2f}"
             f"{row['samples_per_s_per_chip_in_turn']:>9.2f}{mfu:>7}{len(row['findings']):>7}"
         )
-    if not found["ranked"]:
+    if not result["ranked"]:
         lines.append("nothing that was compiled fits")
     else:
-        best = found["ranked"][0]
+        best = result["ranked"][0]
         flags = {f"mesh.{axis}": size for axis, size in best["mesh"].items()}
         flags |= {"model.remat": best["remat"], "train.batch_size": best["batch_size"]}
         flags |= {"eval.batch_size": best["eval_batch_size"]}
         lines += ["", "the first: " + " ".join(f"--config.{key}={value}" for key, value in flags.items())]
-        if best["batch_size"] != found["batch_size"]:
-            lines.append(f"its batch is not the run's {found['batch_size']}: another recipe, with other scores")
+        if best["batch_size"] != result["batch_size"]:
+            lines.append(f"its batch is not the run's {result['batch_size']}: another recipe, with other scores")
     lines.append(BOUND)
     return "\n".join(line for text in lines for line in wrapped(text))

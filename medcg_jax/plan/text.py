@@ -3,8 +3,7 @@
 import textwrap
 from collections.abc import Iterator
 
-from medcg_jax.plan.cells import COMPILERS
-from medcg_jax.plan.topology import GIB
+from medcg_jax.plan.topology import COMPILERS, GIB
 
 WIDTH = 110
 GB = 1e9

@@ -1,13 +1,17 @@
-"""Devices to compile for that are not there, by name, and how much memory a device has.
+"""Devices to compile for that are not there, by name; how much memory a device has; and what is installed here.
 
 `v5p:4x4x4` and other slices of TPUs need the package libtpu (`pip install medcg-jax[tpu]`), `h100:8` the CUDA plugin
 (`pip install medcg-jax[cuda]`); neither needs the hardware. `v5e:4x4*2` is two slices joined by the data-center
 network, `h100:8x8` 8 hosts with 8 GPUs each. A TPU7x chip (and a v4 chip) is two devices.
 """
 
+import datetime
 import functools
 import importlib.util
+import platform
 import tempfile
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +19,94 @@ import jax
 from jax.experimental import topologies
 
 from medcg_jax.config import ConfigError
-from medcg_jax.plan.gpu_targets import GPU_TARGETS
 
 GIB = 1 << 30
 TPU_KINDS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
-ACCEPTED = (
-    f"local, {'|'.join(TPU_KINDS)}:4x4 (chips; v4, v5p, tpu7x: 4x4x4), v5e:4x4*2 (slices), "
-    f"or {'|'.join(GPU_TARGETS)}:8 or :8x8 (hosts x GPUs) is accepted"
+COMPILERS = ("libtpu", "jax-cuda12-pjrt", "jax-cuda13-pjrt", "nvidia-cudnn-cu12")
+PACKAGES = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers", "grain", "array_record",
+    "pillow",
+)  # fmt: skip
+# Without windowed einsum, which writes a gather as a loop of permutes, in which bytes cannot be told apart.
+TPU_COUNTABLE = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 100_000_000}
+# Triton's tiles are found by timing them on a device.
+GPU_WITHOUT_DEVICE = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+
+
+@dataclass(frozen=True)
+class GpuTarget:
+    """What XLA asks about a GPU that is not there, where kinds differ.
+
+    Multiprocessors, clocks, bytes of memory and of second-level cache are the devices' own account as openxla/xla has
+    it under xla/backends/gpu/target_config/specs, and agree with NVIDIA's datasheets; limits of threads, registers and
+    shared memory are CUDA's of the compute capability (CUDA C++ Programming Guide).
+    shared_memory_*: bytes of a multiprocessor, and what one block may ask for of it.
+    """
+
+    device_kind: str
+    compute_capability: tuple[int, int]
+    num_multiprocessors: int
+    fpus_per_multiprocessor: int
+    clock_ghz: float
+    memory_bytes: int
+    memory_bytes_per_s: int
+    l2_cache_bytes: int
+    shared_memory_bytes: int
+    shared_memory_block_bytes: int
+
+    def text(self) -> str:
+        """The kind in XLA's format `GpuTargetConfigProto` (openxla/xla:xla/stream_executor/device_description.proto).
+
+        cuDNN is the version that JAX 0.10's extras `cuda12` and `cuda13` ask for. Without a version of CUDA, XLA makes
+        16-bit products of those in fp8.
+        """
+        major, minor = self.compute_capability
+        return f"""
+platform_name: "CUDA"
+device_description_str: "{self.device_kind}"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 12 minor: 9 }}
+gpu_device_info {{
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  core_count: {self.num_multiprocessors}
+  fpus_per_core: {self.fpus_per_multiprocessor}
+  clock_rate_ghz: {self.clock_ghz}
+  device_memory_size: {self.memory_bytes}
+  memory_bandwidth: {self.memory_bytes_per_s}
+  l2_cache_size: {self.l2_cache_bytes}
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {self.shared_memory_block_bytes}
+  shared_memory_per_core: {self.shared_memory_bytes}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}}
+"""
+
+
+# By the name that a topology begins with.
+GPU_TARGETS = {
+    "a100": GpuTarget(
+        "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 1.41, 85_100_068_864, 2_039_040_000_000, 41_943_040, 167_936, 166_912
+    ),
+    "h100": GpuTarget(
+        "NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 1.98, 84_942_979_072, 3_352_320_000_000, 52_428_800, 233_472, 232_448
+    ),
+    "h200": GpuTarget(
+        "NVIDIA H200", (9, 0), 132, 128, 1.98, 151_397_597_184, 4_800_000_000_000, 52_428_800, 233_472, 232_448
+    ),
+    "b200": GpuTarget(
+        "NVIDIA B200", (10, 0), 148, 128, 1.965, 191_514_411_008, 7_672_320_000_000, 132_644_864, 233_472, 232_448
+    ),
+}
+EXPECTED = (
+    f"expected local, {'|'.join(TPU_KINDS)}:4x4 (chips; v4, v5p, tpu7x: 4x4x4), v5e:4x4*2 (slices), "
+    f"or {'|'.join(GPU_TARGETS)}:8 or :8x8 (hosts x GPUs)"
 )
 # Bytes of one device that programs may use, by what `jax.Device.device_kind` begins with; the longest match counts.
 # TPU: what libtpu 0.0.52 says that is available when it refuses a program that is too large.
@@ -32,10 +117,6 @@ MEMORY_BYTES = {
     "TPU v6 lite": 31.24 * GIB,
     "TPU7x": 94.74 * GIB,
 } | {target.device_kind: float(target.memory_bytes) for target in GPU_TARGETS.values()}
-# Without windowed einsum, which writes a gather as a loop of permutes, in which bytes cannot be told apart.
-TPU_COUNTABLE = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 100_000_000}
-# Triton's tiles are found by timing them on a device.
-GPU_WITHOUT_DEVICE = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
 
 class Topology(NamedTuple):
@@ -56,7 +137,8 @@ def get_devices(topology: str) -> list[jax.Device]:
         return jax.devices()
     kind, sizes, num_slices = parse(topology)
     gpu = kind in GPU_TARGETS
-    if not (_has_cuda() if gpu else importlib.util.find_spec("libtpu")):
+    packages = ("jax_cuda12_plugin", "jax_cuda13_plugin") if gpu else ("libtpu",)
+    if not any(map(importlib.util.find_spec, packages)):
         extra = "cuda" if gpu else "tpu"
         raise ConfigError(
             f"topology={topology}: no compiler for it is installed; pip install 'medcg-jax[{extra}]' brings it"
@@ -64,20 +146,17 @@ def get_devices(topology: str) -> list[jax.Device]:
     try:
         if gpu:
             hosts, gpus = (1, *sizes)[-2:]
-            found = topologies.get_topology_desc(
+            described = topologies.get_topology_desc(
                 kind, platform="cuda", topology=f"1x{hosts}x{gpus}", target_config=GPU_TARGETS[kind].text()
             )
         else:
             slices = {"num_slices": num_slices} if num_slices > 1 else {}
-            found = topologies.get_topology_desc(f"{kind}:{_written(sizes)}", platform="tpu", **slices)
+            name = f"{kind}:{'x'.join(map(str, sizes))}"
+            described = topologies.get_topology_desc(name, platform="tpu", **slices)
     except Exception as error:  # the plugins raise classes of their own
         text = " ".join(str(error).split())[:300]
         raise ConfigError(f"topology={topology}: {type(error).__name__}: {text}") from error
-    return list(found.devices)
-
-
-def _has_cuda() -> bool:
-    return any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13))
+    return list(described.devices)
 
 
 def parse(topology: str) -> Topology:
@@ -92,50 +171,8 @@ def parse(topology: str) -> Topology:
     gpu = kind in GPU_TARGETS
     bad = not all(number.isascii() and number.isdecimal() and int(number) for number in numbers)
     if bad or kind not in (*TPU_KINDS, *GPU_TARGETS) or gpu and (star or len(numbers) > 2):
-        raise ConfigError(f"topology={topology}: {ACCEPTED}")
+        raise ConfigError(f"topology={topology}: {EXPECTED}")
     return Topology(kind, tuple(map(int, shape.split("x"))), int(slices) if star else 1)
-
-
-def part(topology: str, num_parts: int) -> str:
-    """One of `num_parts` equal parts: fewer slices or GPU hosts while that halves, then half of the longest side.
-
-    "v5e:4x4*2", 4 -> "v5e:2x4"; "v5p:4x4x4", 4 -> "v5p:4x2x2", of equal sides the last; "h100:8x8", 16 -> "h100:1x4"
-
-    Raises:
-      ConfigError: that does not come out even.
-    """
-    kind, sizes, num_slices = parse(topology)
-    sides, left = list(sizes), num_parts
-    while left > 1:
-        longest = max(range(len(sides)), key=lambda i: (sides[i], i))
-        if kind in GPU_TARGETS and sides[0] > 1:
-            longest = 0
-        if left % 2 or (num_slices if num_slices > 1 else sides[longest]) % 2:
-            raise ConfigError(f"topology={topology} in {num_parts} parts: powers of 2 that divide it are accepted")
-        if num_slices > 1:
-            num_slices //= 2
-        else:
-            sides[longest] //= 2
-        left //= 2
-    return f"{kind}:{_written(sides)}" + (f"*{num_slices}" if num_slices > 1 else "")
-
-
-def _written(sizes) -> str:
-    return "x".join(map(str, sizes))
-
-
-def get_part(topology: str, num_parts: int) -> list[jax.Device]:
-    """Devices of `part`, as a machine of its own; of "local" the first of this process's.
-
-    Raises:
-      ConfigError: as `get_devices` and `part`.
-    """
-    if topology != "local":
-        return get_devices(part(topology, num_parts))
-    devices = jax.devices()
-    if len(devices) % num_parts:
-        raise ConfigError(f"{len(devices)} local devices in {num_parts} parts: a divisor is accepted")
-    return devices[: len(devices) // num_parts]
 
 
 def compiler_options(device: jax.Device) -> dict:
@@ -169,10 +206,10 @@ def text_of(compiled: jax.stages.Compiled, options: dict) -> str:
     folder = options.get("xla_dump_to")
     if folder is None:
         return compiled.as_text()
-    found = list(Path(folder).glob("*.after_optimizations.txt"))
-    if len(found) != 1:
-        raise ValueError(f"{folder}: {len(found)} texts of optimised programs; one is accepted")
-    return found[0].read_text()
+    texts = list(Path(folder).glob("*.after_optimizations.txt"))
+    if len(texts) != 1:
+        raise ValueError(f"{folder}: {len(texts)} texts of optimised programs; expected one")
+    return texts[0].read_text()
 
 
 def memory_bytes(device: jax.Device) -> float:
@@ -188,3 +225,19 @@ def memory_bytes(device: jax.Device) -> float:
     if not limit and not known:
         raise ConfigError(f"the memory of {device.device_kind} is not known; known: {', '.join(MEMORY_BYTES)}")
     return limit or MEMORY_BYTES[max(known, key=len)]
+
+
+def about_here() -> dict:
+    """Date, versions (the compilers' included) and devices of this process, for a record of what was measured."""
+    versions = {"python": platform.python_version()}
+    for package in (*PACKAGES, *COMPILERS):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            pass
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+        "device": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+    }

@@ -1,12 +1,14 @@
 """Published peaks by the names that devices give themselves, and the FLOPs that are divided by them."""
 
+import dataclasses
+
 import pytest
 
 from medcg_jax.chips import PEAKS, peak_of
+from medcg_jax.families import flops
 from medcg_jax.families.flops import forward, generation
-from medcg_jax.families.llava.model import llava15_7b
+from medcg_jax.families.llava.model import llava15_7b, llava15_tiny
 from medcg_jax.families.mllama.model import llama32_vision_11b
-from medcg_jax.plan import flops
 
 
 @pytest.mark.parametrize(
@@ -67,3 +69,27 @@ def test_a_batch_of_tests():
     assert flops.evaluation(config, num_rows=3, length=768, num_new=1) == 3 * prompt
     more = flops.evaluation(config, num_rows=3, length=768, num_new=4) - 3 * prompt
     assert more == pytest.approx(3 * 3 * 2 * 6.6e9, rel=0.1)  # 2 x parameters for a token
+
+
+TINY = llava15_tiny(vocab_size=128, image_token_id=127, num_kv_heads=1, num_heads=2)
+
+
+def test_a_step_counts_every_convention():
+    config = dataclasses.replace(TINY, remat="full")
+    trainable = ("projector", "decoder")
+    made = flops.step(config, [40] * 4, padded_length=40, num_images=1, num_logits=8, trainable=trainable)
+    one = forward(config, length=40, num_logits=8)
+    assert made["full"] == 4 * (one.vision + 3 * (one.total - one.vision))
+    assert made["full"] - made["causal"] == pytest.approx(4 * 1.5 * one.attention)
+    assert made["executed"] - made["full"] == pytest.approx(4 * (one.decoder + one.attention))
+    padded = flops.step(config, [40, 20], padded_length=40, num_images=1, num_logits=8, trainable=trainable)
+    short = forward(config, length=20, num_logits=8)
+    assert padded["full"] == made["full"] / 4 + short.vision + 3 * (short.total - short.vision)
+    assert padded["executed"] == made["executed"] / 2
+
+
+def test_utilisation():
+    made = {"full": 989.5e12, "causal": 494.75e12, "executed": 1979e12}
+    assert flops.utilisation(made, 2.0, "NVIDIA H200", 1) == {"mfu": 0.5, "mfu_causal": 0.25, "hfu": 1.0}
+    assert flops.utilisation(made, 2.0, "NVIDIA H200", 2)["mfu"] == 0.25
+    assert flops.utilisation(made, 2.0, "cpu", 1) == {"mfu": None, "mfu_causal": None, "hfu": None}

@@ -108,7 +108,10 @@ def minigpt(folder, monkeypatch, seed: int = 0):
     shapes = weights(folder, minigpt_v2.table(config), config, minigpt_v2.released_name, seed)
     write_json(folder / "config.json", MINIGPT)
     rng = np.random.default_rng(seed)
-    ids = lambda num: rng.integers(10, 97, num).tolist()
+
+    def ids(num):
+        return rng.integers(10, 97, num).tolist()
+
     train = [
         {"before_image": [5, 7], "after_image": [8, *ids(3), 6], "answer_used": [*ids(2), 2]},
         {"before_image": [5, 7], "after_image": [8, *ids(4), 6], "answer_used": ids(6)},
@@ -129,7 +132,10 @@ def minigpt(folder, monkeypatch, seed: int = 0):
         "gen_inputs_embeds": (2, 37, 40),
         "gen_attention_mask": (2, 37), "gen_margin": (2, 5), "pos_embed_interpolated": (1, 101, 52),
     }  # fmt: skip
-    trained = lambda name: "lora_" in name or name.startswith("llama_proj")
+
+    def trained(name):
+        return "lora_" in name or name.startswith("llama_proj")
+
     grads = {f"grad/{n}" if trained(n) else f"norm/{n}": s if trained(n) else () for n, s in shapes.items()}
     files = {folder / "expected.npz": expected, folder / "grads.npz": grads}
     recorded(lambda: golden_minigpt.golden_rows(folder), files, monkeypatch)
@@ -174,8 +180,13 @@ def next_chat_folder(folder, monkeypatch, *, sam_px: int = 256, seed: int = 0):
     config = golden_next.read_config(folder)
     shapes = weights(folder, next_chat.table(config), config, next_chat.released_name, seed)
     rng, inputs = np.random.default_rng(seed), {}
-    box = lambda num: np.sort(rng.random((num, 2, 2)), axis=1).reshape(num, 4).astype(np.float32)
-    picture = lambda num: rng.standard_normal((num, 3, 40, 40)).astype(np.float32)
+
+    def box(num):
+        return np.sort(rng.random((num, 2, 2)), axis=1).reshape(num, 4).astype(np.float32)
+
+    def picture(num):
+        return rng.standard_normal((num, 3, 40, 40)).astype(np.float32)
+
     # Of every row: boxes in the question, boxes in the answer.
     plans = {"": ((1, 1), (1, 2), (0, 0)), "seg_": ((1, 1), (0, 1))}
     plans |= {"mock_valid_": ((0, 1),), "mock_invalid_": ((0, 1),)}
@@ -201,7 +212,10 @@ def next_chat_folder(folder, monkeypatch, *, sam_px: int = 256, seed: int = 0):
     own = names["mask"]
     clip = {name for name in shapes if name.startswith("model.vision_tower")}
     rest = set(shapes) - own - clip - {n for n in shapes if "positional_encoding" in n}
-    whole = lambda prefix, names: {f"{prefix}/{n}": shapes[n] for n in names}
+
+    def whole(prefix, names):
+        return {f"{prefix}/{n}": shapes[n] for n in names}
+
     grads = {}
     for prefix in ("mock_valid/original", "mock_invalid/original", "clean"):
         grads |= whole(prefix, names["base"])
@@ -213,7 +227,10 @@ def next_chat_folder(folder, monkeypatch, *, sam_px: int = 256, seed: int = 0):
         folder / "expected_generate.npz": generate, folder / "grads_base.npz": grads, folder / "grads_mask.npz": masks,
     }  # fmt: skip
     fixed = {folder / "expected_base.npz": {"rec/input_ids": row_of(43, 1, 1, 3)[0][None]}}
-    rows_of = lambda: golden_next.golden_rows(folder)
+
+    def rows_of():
+        return golden_next.golden_rows(folder)
+
     recorded(rows_of, files, monkeypatch, num_pixels=sam_px**2, fixed=fixed)
     return folder
 

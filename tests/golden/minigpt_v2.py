@@ -149,8 +149,13 @@ def port_order(found: dict) -> list[str]:
         "inputs",
         "llm_layer",
     )
-    place = lambda name: next((i for i, start in enumerate(first) if name.startswith(start)), len(first))
-    number = lambda name: int(name.rsplit("_", 1)[1]) if name[-1].isdigit() else 0
+
+    def place(name):
+        return next((i for i, start in enumerate(first) if name.startswith(start)), len(first))
+
+    def number(name):
+        return int(name.rsplit("_", 1)[1]) if name[-1].isdigit() else 0
+
     return sorted(found, key=lambda name: (place(name), number(name), name == "logits"))
 
 

@@ -33,7 +33,12 @@ def sooner():
     parity_lib.NUM_STEPS = kept
 
 
-@pytest.mark.parametrize(("family", "seed"), [("llava", 1), ("qwen2_vl", 2), ("mllama", 13)])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    ("family", "seed"), [("llava", 1), pytest.param("qwen2_vl", 2, marks=LONG), pytest.param("mllama", 13, marks=LONG)]
+)
 def test_a_drawn_config(family, seed, tmp_path):
     what = hf_draws.save(family, seed, tmp_path)
     result = parity(tmp_path)
@@ -125,7 +130,10 @@ def changed(src, out, tensors):
 def exchanged(tensors, one, other):
     """Tensors with those of two layers in each other's place."""
     swap = {one: other, other: one}
-    place = lambda name: next((name.replace(a, b) for a, b in swap.items() if a in name), name)
+
+    def place(name):
+        return next((name.replace(a, b) for a, b in swap.items() if a in name), name)
+
     return {name: tensors[place(name)] for name in tensors}
 
 

@@ -26,6 +26,7 @@ sys.exit(meshes.main(sys.argv[2:]))
 """
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(
         not (find_spec("libtpu") or (BESIDE / "libtpu").is_dir()), reason="needs libtpu, to compile for a TPU"
     ),

@@ -1,5 +1,6 @@
 """Cells compiled for devices that need not be there: parts of topologies, what is measured, and how many cells fit."""
 
+import functools
 import json
 import math
 import re
@@ -8,25 +9,24 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from medcg_jax.bench import steps as bench
+from benchmarks import cells_compiled
 from medcg_jax.config import ConfigError, DataConfig, EvalConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
 from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.mesh import make_mesh
-from medcg_jax.plan import cells, programs, topology
+from medcg_jax.plan import programs, topology
 
-MAKE_PROGRAM = cells.make_program
+MAKE_PROGRAM = programs.make_program
 
 RUN = RunConfig(
     mesh=MeshConfig(data=1, fsdp=-1),
     model=ModelConfig(name="llava15_tiny"),
-    data=DataConfig(max_text_tokens=16, max_target_tokens=2),
+    data=DataConfig(max_text_tokens=28, max_target_tokens=2),
     train=TrainConfig(batch_size=8),
 )
 SMALL = llava15_tiny(
     40, 39, image_size_px=16, embed_dim=16, num_vision_layers=2, vision_mlp_dim=32, num_layers=2, mlp_dim=32,
     scan_unroll=1,
 )  # fmt: skip
-MESH = MeshConfig(cell=2, data=1, fsdp=4)
 
 
 # ------------------------------------------------------------------ topologies
@@ -44,7 +44,7 @@ def test_a_part_of_a_topology(whole, num, expected):
     def num_chips(name):
         return math.prod(topology.parse(name).sizes) * topology.parse(name).num_slices
 
-    assert topology.part(whole, num) == expected
+    assert cells_compiled.part(whole, num) == expected
     assert num_chips(whole) == num * num_chips(expected)
 
 
@@ -53,7 +53,7 @@ def test_a_part_of_a_topology(whole, num, expected):
 )
 def test_parts_that_do_not_come_out_even_are_refused(name, num):
     with pytest.raises(ConfigError, match=re.escape(f"topology={name}")):
-        topology.part(name, num)
+        cells_compiled.part(name, num)
 
 
 @pytest.mark.parametrize(
@@ -98,19 +98,18 @@ def test_memory_is_known_by_the_longest_name():
 # ------------------------------------------------------------------ what is measured
 
 
-@pytest.fixture(scope="module")
-def program():
-    """cells -> the compiled program of a model small enough to compile in seconds."""
-    mesh = make_mesh(MESH)
-    batch = cells.example_batch(RUN, SMALL, mesh)
-    return lambda num_cells: cells.compile_step(RUN, SMALL, mesh, batch, num_cells=num_cells)[0]
+@pytest.fixture
+def small(monkeypatch):
+    """Plans are of a model small enough to compile in seconds."""
+    monkeypatch.setattr(programs, "architecture_of", lambda model: SMALL)
 
 
-def test_cells_need_what_one_needs_on_its_part(monkeypatch):
-    monkeypatch.setattr(bench, "architecture", lambda model: SMALL)
-    both = cells.against_one(RUN, "local", num_cells=2, num_groups=2)
+@pytest.mark.long
+def test_cells_need_what_one_needs_on_its_part(small):
+    both = cells_compiled.against_one(RUN, "local", num_cells=2, num_groups=2)
     assert both["cells"]["mesh"] == {"cell": 2, "data": 1, "fsdp": 4, "tensor": 1}
     assert both["alone"]["mesh"] == {"cell": 1, "data": 1, "fsdp": 4, "tensor": 1}
+    assert both["cells"]["batch"] == {"size": 8, "length": 32}
     assert abs(both["ratio"]["peak_bytes"] - 1) < 0.02
     assert abs(both["ratio"]["collective_bytes_sum"] - 1) < 0.03
     assert both["cells"]["num_collectives"] > 10 and not both["cells"]["crossing"]
@@ -120,16 +119,15 @@ def test_cells_need_what_one_needs_on_its_part(monkeypatch):
 
 
 def fit(compile_cells, limit_bytes, **rest):
-    return cells.fitting_cells(compile_cells, num_groups=2, limit_bytes=limit_bytes, margin=0.0, **rest)
+    return programs.fitting_cells(compile_cells, num_groups=2, limit_bytes=limit_bytes, margin=0.0, **rest)
 
 
-def test_the_largest_number_that_fits_is_found(program):
-    kept = {}
-
+@pytest.mark.long
+def test_the_largest_number_that_fits_is_found(small):
+    @functools.cache
     def compile_cells(num_cells):
-        if num_cells not in kept:
-            kept[num_cells] = program(num_cells)
-        return kept[num_cells]
+        planned = cells_compiled.planned_cells(RUN, jax.devices(), num_cells, 2)
+        return programs.compile_training(planned, RUN.train.batch_size).program
 
     two, four = (compile_cells(n).memory_analysis().peak_memory_in_bytes for n in (2, 4))
     each = four - two
@@ -139,7 +137,7 @@ def test_the_largest_number_that_fits_is_found(program):
     assert found.peaks[10] <= found.usable_bytes
     assert compile_cells(12).memory_analysis().peak_memory_in_bytes > found.usable_bytes
     # The same room with a third of it left free holds fewer.
-    freed = cells.fitting_cells(compile_cells, num_groups=2, limit_bytes=two + 4.5 * each, margin=1 / 3)
+    freed = programs.fitting_cells(compile_cells, num_groups=2, limit_bytes=two + 4.5 * each, margin=1 / 3)
     assert freed.num_cells < 10
 
 
@@ -174,9 +172,15 @@ def test_searching_finds_what_trying_all_finds(peaks, limit):
 
 @pytest.mark.parametrize(
     ("name", "loss"),
-    [("llava15_tiny", "token_loss"), ("qwen2_vl_tiny", "token_loss"), ("llama32_vision_tiny", "token_loss"),
-     ("minigpt_v2_tiny", "token_loss"), ("next_chat_tiny", "box_loss")],
-)  # fmt: skip
+    [
+        ("llava15_tiny", "token_loss"),
+        ("next_chat_tiny", "box_loss"),
+        *(
+            pytest.param(name, "token_loss", marks=pytest.mark.long)
+            for name in ("qwen2_vl_tiny", "llama32_vision_tiny", "minigpt_v2_tiny")
+        ),
+    ],
+)
 def test_as_many_of_every_family_fit_as_its_own_step_says(monkeypatch, name, loss):
     """The search itself, of the step that the family's grid runs: its rows, its parameters and its loss."""
     losses = []
@@ -185,7 +189,7 @@ def test_as_many_of_every_family_fit_as_its_own_step_says(monkeypatch, name, los
         losses.append(loss_fn.__name__)
         return MAKE_PROGRAM(*args, loss_fn=loss_fn, **rest)
 
-    monkeypatch.setattr(cells, "make_program", make_program)
+    monkeypatch.setattr(programs, "make_program", make_program)
     monkeypatch.setattr(topology, "memory_bytes", lambda device: 1e12)
     monkeypatch.setattr(topology, "get_devices", lambda where: jax.devices()[:1])  # quicker to compile for
     run = RunConfig(
@@ -196,8 +200,8 @@ def test_as_many_of_every_family_fit_as_its_own_step_says(monkeypatch, name, los
         found = programs.fitting_run(run, "local", num_groups=1, most=1)
     assert losses == [loss] and found.num_cells == 1
     # More than what is trained and its two moments.
-    subject = programs.make_subject(run, make_mesh(run.mesh, jax.devices()[:1]))
-    assert 3 * sum(x.size * 4 for x in jax.tree.leaves(subject.trainable)) < found.peaks[1] < 1e12
+    planned = programs.plan_run(run, make_mesh(run.mesh, jax.devices()[:1]))
+    assert 3 * sum(x.size * 4 for x in jax.tree.leaves(planned.trainable)) < found.peaks[1] < 1e12
 
 
 def test_what_is_no_question_of_memory_is_an_error():
@@ -223,14 +227,13 @@ def test_the_command_prints_and_adds_to_its_file(tmp_path, capsys, monkeypatch):
     }  # fmt: skip
     ratio = {"peak_bytes": 1.0, "collective_bytes_sum": 1.0}
     found = {"cells": row, "alone": row, "ratio": ratio}
-    monkeypatch.setattr(cells, "against_one", lambda *args, **rest: found)
-    monkeypatch.setattr(jax.config, "update", lambda *args: None)
+    monkeypatch.setattr(cells_compiled, "against_one", lambda *args, **rest: found)
     file = tmp_path / "out.json"
     flags = ["--config=configs/phantom.py", "--topology=h100:8", "--cells=2", f"--json={file}"]
-    assert cells.main([*flags, "--config.train.batch_size=8"]) == 0
+    assert cells_compiled.main([*flags, "--config.train.batch_size=8"]) == 0
     found["cells"] = row | {"crossing": ["all-gather x"]}
-    assert cells.main(flags) == 1
+    assert cells_compiled.main(flags) == 1
     assert [len(r["cells"]["crossing"]) for r in json.loads(file.read_text())] == [0, 1]
     assert "cells / alone: peak 1.0000" in capsys.readouterr().out
-    assert cells.main([*flags, "--train.batch_size=8"]) == 2
+    assert cells_compiled.main([*flags, "--train.batch_size=8"]) == 2
     assert "--config.KEY=VALUE" in capsys.readouterr().err

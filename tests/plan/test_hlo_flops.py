@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medcg_jax.plan.hlo_flops import products
+from medcg_jax.plan.hlo_products import products
 
 LAYERS, ROWS, LENGTH, WIDTH = 5, 2, 24, 16
 X = jax.ShapeDtypeStruct((ROWS, LENGTH, WIDTH), jnp.float32)
@@ -155,7 +155,7 @@ def test_cublas(target):
         '{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"]}}}'
     )
     lines = parameters("bf16[4,24,32]{2,1,0}", "bf16[4,32,48]{2,1,0}")
-    (found,) = products(program(*lines, call("g", "(bf16[4,24,48]{2,1,0}, s8[1024]{0})", 2, target, config))).found
+    (found,) = products(program(*lines, call("g", "(bf16[4,24,48]{2,1,0}, s8[1024]{0})", 2, target, config))).counted
     assert (found.kind, found.total, found.where) == ("gemm", 2 * 4 * 24 * 48 * 32, "jit(f)/dot_general")
     with pytest.raises(ValueError, match="unknown product"):
         products(program(*lines, call("g", "(bf16[4,24,48]{2,1,0}, s8[1024]{0})", 2, target)))
@@ -175,7 +175,7 @@ def test_cudnn_attention(target, mask, count):
         f'"dimensions": ["4", "32", "768", "768"]}}, "mask_type": "{mask}"}}}}'
     )
     line = call("a", "(bf16[4,32,768,128]{3,1,2,0}, u8[0]{0})", 3, f"__cudnn$fmhaSoftmax{target}", config)
-    (found,) = products(program(*lines, line)).found
+    (found,) = products(program(*lines, line)).counted
     assert (found.kind, found.flops) == ("cudnn", count * 2 * 4 * 32 * 768 * 768 * 128)
     with pytest.raises(ValueError, match="unknown attention"):
         products(program(*lines, line.replace("mask_type", "masks")))
@@ -199,7 +199,7 @@ def splash(phase: str, *, causal: bool, rows: str = "", segmented: bool = True) 
 @pytest.mark.parametrize("segmented", [True, False])
 def test_splash_attention(phase, count, segmented):
     square = count * 2 * 16 * 768 * 768 * 128
-    (found,) = products(splash(phase, causal=False, segmented=segmented)).found
+    (found,) = products(splash(phase, causal=False, segmented=segmented)).counted
     assert (found.kind, found.flops) == ("splash", square)
     # Six of nine blocks touch the diagonal or lie below it.
     assert products(splash(phase, causal=True, segmented=segmented)).flops == square * 6 // 9
@@ -216,4 +216,4 @@ def test_kernels_that_are_not_known_are_named():
     known = call("a", "u32[8]{0}", 0, "AllocateBuffer")
     unknown = [call("fancy_kernel.3", "bf16[8,8]{1,0}", 1, "tpu_custom_call"), call("b", "f32[8]{0}", 1, "my$matmul")]
     found = products(program(*lines, known, *unknown))
-    assert found.unread == ("tpu_custom_call (fancy_kernel)", "my$matmul") and not found.found
+    assert found.unread == ("tpu_custom_call (fancy_kernel)", "my$matmul") and not found.counted

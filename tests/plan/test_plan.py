@@ -57,11 +57,11 @@ def compiled_once():
     kept = {}
 
     def once(build_it):
-        def made(subject, *rest):
-            run = subject.run
+        def made(planned_run, *rest):
+            run = planned_run.run
             key = repr((build_it.__name__, run.model, run.data, run.mesh, run.eval, rest))
             if key not in kept:
-                kept[key] = build_it(subject, *rest)
+                kept[key] = build_it(planned_run, *rest)
             return kept[key]
 
         return made
@@ -128,19 +128,20 @@ def test_the_bound_and_the_grid(as_v5e):
 
 
 def test_generation_counts_as_often_as_it_is_said_to_run():
-    subject = plan.make_subject(RUN, make_mesh(RUN.mesh, jax.devices()))
-    text = plan.compile_tests(subject).compiled.as_text()
+    planned_run = programs.plan_run(RUN, make_mesh(RUN.mesh, jax.devices()))
+    text = plan.compile_tests(planned_run).program.as_text()
     sums = [sum(c.total_bytes for c in hlo.collectives(text, open_trips=trips)) for trips in (1, 2, 3)]
     assert sums[0] < sums[1] and sums[2] - sums[1] == sums[1] - sums[0]
     with pytest.raises(ValueError, match="unknown trips"):
         hlo.collectives(text)
 
 
+@pytest.mark.long
 def test_the_largest_batch_that_fits():
     peaks = {}
     for rows in (8, 16):
-        subject = plan.make_subject(RUN, make_mesh(RUN.mesh, jax.devices()))
-        memory = plan.compile_training(subject, rows).compiled.memory_analysis()
+        planned_run = programs.plan_run(RUN, make_mesh(RUN.mesh, jax.devices()))
+        memory = plan.compile_training(planned_run, rows).program.memory_analysis()
         peaks[rows] = memory.peak_memory_in_bytes
     held = plan.plan(RUN, "local", memory_bytes=GIB)["train"]["held_bytes"]
     between = (sum(peaks.values()) / 2 + held) / 0.9
@@ -163,9 +164,9 @@ def test_a_step_that_keeps_its_old_state_is_found(monkeypatch):
         monkeypatch.setattr(jax, "jit", jit)
         return program
 
-    monkeypatch.setattr(programs.cells, "make_step", without_donation)
-    subject = plan.make_subject(RUN, make_mesh(RUN.mesh, jax.devices()))
-    found = plan.training(subject, programs.compile_training(subject, 8), GIB, None)
+    monkeypatch.setattr(programs, "make_step", without_donation)
+    planned_run = programs.plan_run(RUN, make_mesh(RUN.mesh, jax.devices()))
+    found = plan.training(planned_run, programs.compile_training(planned_run, 8), GIB, None)
     [lost] = [finding for finding in found["findings"] if finding["rule"] == "donation-lost"]
     assert lost["num_bytes"] == pytest.approx(found["state_bytes"])
     assert "donation-lost: 0.00 GB of the state's" in plan_text.text_of(page_of(found))
@@ -187,34 +188,34 @@ def page_of(train):
 @pytest.mark.parametrize("family", TINY)
 def test_rows_of_every_family_are_the_data_rooms_own(family):
     run = replace(RUN, model__name=TINY[family])
-    subject = plan.make_subject(run, make_mesh(run.mesh, jax.devices()))
-    batch = programs.batch_of(programs.train_rows(subject.setup), 16)
-    length = subject.setup.model.num_image_tokens + 30
+    planned_run = programs.plan_run(run, make_mesh(run.mesh, jax.devices()))
+    batch = programs.batch_of(programs.train_rows(planned_run.setup), 16)
+    length = planned_run.setup.model.num_image_tokens + 30
     assert batch["tokens"].shape == (16, length) == batch["segment_ids"].shape
     assert batch["targets"].shape == (16, 2) and batch["pixels"].shape[:2] == (16, 1)
-    tests = programs.batch_of(programs.eval_rows(subject.setup), 8)
+    tests = programs.batch_of(programs.eval_rows(planned_run.setup), 8)
     assert tests["tokens"].shape == (8, length) and tests["option_ids"].shape == (8, 4)
     assert registry.family(family).tokenizer and set(batch) >= {*tests} - {"option_ids", "last_position"}
 
 
 def test_rows_with_boxes_are_as_long_as_the_grids():
     run = replace(RUN, model__name="minigpt_v2_tiny", study__tables=("detection_pairs",), data__max_box_text_tokens=70)
-    subject = plan.make_subject(run, make_mesh(run.mesh, jax.devices()))
-    batch = programs.batch_of(programs.train_rows(subject.setup), 8)
-    assert batch["tokens"].shape[1] == subject.setup.model.num_image_tokens + 70
+    planned_run = programs.plan_run(run, make_mesh(run.mesh, jax.devices()))
+    batch = programs.batch_of(programs.train_rows(planned_run.setup), 8)
+    assert batch["tokens"].shape[1] == planned_run.setup.model.num_image_tokens + 70
 
 
 def test_a_released_size_keeps_its_vocabulary():
     run = replace(RUN, model__name="llava15_7b", model__compute_dtype="bfloat16")
-    subject = plan.make_subject(run, make_mesh(run.mesh, jax.devices()))
-    assert subject.setup.model.text.vocab_size == 32000
-    state = plan.device_bytes(subject.state())
-    numbers = plan.build.num_params(subject.trainable)
+    planned_run = programs.plan_run(run, make_mesh(run.mesh, jax.devices()))
+    assert planned_run.setup.model.text.vocab_size == 32000
+    state = plan.device_bytes(planned_run.state())
+    numbers = plan.build.num_params(planned_run.trainable)
     assert numbers > 6.7e9 and state == pytest.approx(12 * numbers / 4, rel=1e-3)
-    layout = plan.layout_of(subject)
+    layout = plan.layout_of(planned_run)
     assert layout.layer_bytes == pytest.approx(2 * 202_383_360, rel=0.01)  # one block of Llama-7B
     assert 1e6 < layout.whole_bytes < 1e7  # norms and biases
-    assert plan.gathered_bytes(subject) == pytest.approx(2 * plan.build.num_params(subject.params()))
+    assert plan.gathered_bytes(planned_run) == pytest.approx(2 * plan.build.num_params(planned_run.params()))
 
 
 # ------------------------------------------------------------------ wrong use
@@ -242,7 +243,7 @@ def test_what_cannot_be_compiled_is_told():
         raise NotImplementedError("Unsupported sequence length Q 193, KV 193.")
 
     with pytest.raises(RunError, match="the training step cannot be compiled: NotImplementedError: Unsupported"):
-        programs._made("the training step", {}, fails)
+        programs.compiled("the training step", {}, fails)
 
 
 def test_numbers_of_a_refusal():
@@ -254,7 +255,7 @@ def test_numbers_of_a_refusal():
     def refuses():
         raise jax.errors.JaxRuntimeError(text)
 
-    made = programs._made("x", {}, refuses)
+    made = programs.compiled("x", {}, refuses)
     found = plan.needs(made, 1.0, 15e9)
     assert not found["fits"] and found["peak_bytes"] == pytest.approx(26.32 * GIB) and "26.32G" in found["refused"]
 
@@ -289,6 +290,7 @@ def test_candidates_divide_everything():
     assert by["full"].seconds > by["dots"].seconds > by["none"].seconds
 
 
+@pytest.mark.long
 def test_search_ranks_what_fits(as_v5e, monkeypatch, capsys):
     monkeypatch.setattr(search, "BATCHES", (1,))
     found = search.search(RUN, "local", memory_bytes=GIB, most_compiles=2)

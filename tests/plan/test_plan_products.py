@@ -5,15 +5,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medcg_jax.config import DataConfig, EvalConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig, replace
 from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.mesh import make_mesh
-from medcg_jax.plan import cells, products, programs, rules
+from medcg_jax.plan import programs, rules
 from medcg_jax.plan import verb as plan
-from medcg_jax.plan.hlo_buffers import Buffer, buffers
+from medcg_jax.plan.hlo_products import Buffer, buffers
 from medcg_jax.train.losses import negative_log_likelihood, token_loss
 
 # Lengths that no width shares: rows of 46 tokens, 96 words, 10 patches of the image with their class.
@@ -27,20 +27,21 @@ RUN = RunConfig(
     eval=EvalConfig(batch_size=4, max_new_tokens=3),
 )  # fmt: skip
 LENGTH = 46
+FEW = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def subject_of(monkeypatch, loss_fn=token_loss, remat="none"):
+def planned_of(monkeypatch, loss_fn=token_loss, remat="none"):
     """The small run on two devices; loss_fn: in place of the text's."""
     run = replace(RUN, model__remat=remat)
     monkeypatch.setattr(programs, "architecture_of", lambda model: dataclasses.replace(SMALL, remat=remat))
-    subject = plan.make_subject(run, make_mesh(run.mesh, jax.devices()[:2]))
-    program = cells.make_program(run, subject.setup.model, subject.mesh, num_cells=1, loss_fn=loss_fn)[0]
-    return dataclasses.replace(subject, program=program)
+    planned = programs.plan_run(run, make_mesh(run.mesh, jax.devices()[:2]))
+    program = programs.make_program(run, planned.setup.model, planned.mesh, num_cells=1, loss_fn=loss_fn)[0]
+    return dataclasses.replace(planned, program=program)
 
 
 def trained(monkeypatch, **rest) -> dict:
-    subject = subject_of(monkeypatch, **rest)
-    found = plan.training(subject, programs.compile_training(subject, 4), 1 << 30, None)
+    planned = planned_of(monkeypatch, **rest)
+    found = plan.training(planned, programs.compile_training(planned, 4), 1 << 30, None)
     assert found["row_tokens"] == LENGTH and found["products"]["not_counted"] == ""
     return found
 
@@ -49,7 +50,7 @@ def rules_of(found: dict) -> set[str]:
     return {finding["rule"] for finding in found["findings"]}
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.long)])
 def test_a_sound_step_executes_what_the_model_needs(monkeypatch, remat):
     found = trained(monkeypatch, remat=remat)
     ratio = found["products"]["by_full"]
@@ -60,15 +61,15 @@ def test_a_sound_step_executes_what_the_model_needs(monkeypatch, remat):
 
 
 def test_tests_execute_what_the_model_needs(monkeypatch):
-    subject = subject_of(monkeypatch)
-    made = programs.compile_tests(subject)
-    found = plan.testing(subject, made, 1 << 30, None)
+    planned = planned_of(monkeypatch)
+    made = programs.compile_tests(planned)
+    found = plan.testing(planned, made, 1 << 30, None)
     assert found["products"]["by_full"] == pytest.approx(1.0, abs=0.02)
     assert rules_of(found) == {"square-attention-buffer"}
     # The planted fault: a program for twice the words is no program for these.
     half = dict(found["flops"], full=found["flops"]["full"] / 2)
-    lengths = products.lengths_of(subject, [LENGTH, LENGTH + 2], 4)
-    seen = products.look(made.compiled.as_text(), half, lengths, num_devices=2, remat="full", open_trips=2)
+    lengths = rules.lengths_of(planned, [LENGTH, LENGTH + 2], 4)
+    seen = rules.check_products(made.program.as_text(), half, lengths, num_devices=2, remat="full", open_trips=2)
     assert "extra-flops" in {finding.rule for finding in seen.findings}
 
 
@@ -89,6 +90,7 @@ def test_a_head_at_all_positions_is_found(monkeypatch):
     assert "extra-flops" in rules_of(found)
 
 
+@pytest.mark.long
 def test_a_forward_pass_too_many_is_found(monkeypatch):
     def twice(model, batch):
         total, weight = token_loss(model, batch)
@@ -100,9 +102,9 @@ def test_a_forward_pass_too_many_is_found(monkeypatch):
 
 
 def test_a_program_that_cannot_be_read_is_no_sound_one(monkeypatch):
-    lengths = products.lengths_of(subject_of(monkeypatch), [LENGTH], 4)
-    for text, missing in (("", set(products.RULES)), (UNKNOWN_CALL, {"extra-flops"})):
-        seen = products.look(text, {"full": 1.0}, lengths, num_devices=2, remat="none")
+    lengths = rules.lengths_of(planned_of(monkeypatch), [LENGTH], 4)
+    for text, missing in (("", set(rules.PRODUCT_RULES)), (UNKNOWN_CALL, {"extra-flops"})):
+        seen = rules.check_products(text, {"full": 1.0}, lengths, num_devices=2, remat="none")
         assert missing <= set(seen.not_looked_for) and seen.about["not_counted"]
 
 
@@ -117,6 +119,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 # ------------------------------------------------------------------ arrays
 
 
+@FEW
 @given(st.permutations([46, 768, 2, 3]), st.sampled_from([46, 48, 771]), st.sampled_from([17, 4096]))
 def test_squares_are_found_wherever_their_axes_lie(order, other, width):
     lengths = rules.Lengths(frozenset({46, 48, 768, 771}), 768, 4, frozenset({32000}), frozenset({17, 4096}))
@@ -127,6 +130,7 @@ def test_squares_are_found_wherever_their_axes_lie(order, other, width):
         assert not rules.square_attention_buffer([Buffer("x", harmless, 1, "")], lengths)
 
 
+@FEW
 @given(st.sampled_from([32000, 16000]), st.integers(1, 4), st.booleans(), st.permutations([0, 1, 2]))
 def test_logits_are_found_with_rows_joined_or_not(words, rows, shifted, order):
     lengths = rules.Lengths(frozenset({768}), 768, 4, frozenset({32000, 16000}), frozenset({4096, 11008}))
@@ -141,7 +145,7 @@ def test_logits_are_found_with_rows_joined_or_not(words, rows, shifted, order):
 
 def test_what_cannot_be_told_apart_is_said():
     def unclear(**rest):
-        known = dict(attended=frozenset({768}), vocabulary=frozenset({32000}), widths=frozenset())
+        known = {"attended": frozenset({768}), "vocabulary": frozenset({32000}), "widths": frozenset()}
         return rules.Lengths(**known | rest, positions=768, rows=4).unclear()
 
     assert unclear() == []

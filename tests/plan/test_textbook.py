@@ -1,21 +1,18 @@
 """The textbook's bytes, against counts by hand, against a compiled program, and against meshes that waste bytes."""
 
-import dataclasses
-
 import jax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
 
-from benchmarks import meshes, textbook
+from benchmarks import meshes
 from medcg_jax.axes import MESH_AXES
-from medcg_jax.bench import steps as bench
-from medcg_jax.config import MeshConfig
+from medcg_jax.config import MeshConfig, RunConfig, replace
 from medcg_jax.families import build
 from medcg_jax.families.llava.model import llava15_7b, llava15_tiny
 from medcg_jax.families.qwen2_vl.model import qwen2_vl_2b
-from medcg_jax.mesh import make_mesh
+from medcg_jax.plan import programs
 
 BOTH = ("projector", "decoder")
 SEVEN_B = llava15_7b(compute_dtype="bfloat16", remat="full")
@@ -38,7 +35,7 @@ def mesh_of(data: int, fsdp: int, tensor: int) -> AbstractMesh:
 
 
 def book(data, fsdp, tensor, *, rows=32, config=SEVEN_B, trainable=BOTH, **rest) -> dict:
-    return textbook.textbook_bytes(config, mesh_of(data, fsdp, tensor), batch(rows), trainable=trainable, **rest)
+    return meshes.textbook_bytes(config, mesh_of(data, fsdp, tensor), batch(rows), trainable=trainable, **rest)
 
 
 def test_fsdp_gathers_twice_what_it_reduces():
@@ -83,11 +80,11 @@ def test_more_tensor_never_gathers_more(data, fsdp, tensor):
 
 def test_models_that_are_not_counted_are_refused():
     with pytest.raises(ValueError, match="Qwen2VLConfig"):
-        textbook.textbook_bytes(qwen2_vl_2b(), mesh_of(1, 8, 1), batch(8), trainable=("decoder",))
+        meshes.textbook_bytes(qwen2_vl_2b(), mesh_of(1, 8, 1), batch(8), trainable=("decoder",))
 
 
 def test_moving_counts_a_sum_that_all_keep_twice():
-    assert textbook.moved_bytes({"all-gather": 3, "all-reduce": 5, "reduce-scatter": 7, "all-to-all": 11}) == 31
+    assert meshes.moved_bytes({"all-gather": 3, "all-reduce": 5, "reduce-scatter": 7, "all-to-all": 11}) == 31
 
 
 # ------------------------------------------------------------------ the recommended meshes
@@ -105,24 +102,20 @@ def test_a_recommended_mesh_divides_the_model_and_its_batch(where):
 
 def test_a_row_holds_by_its_memory_and_by_its_bytes(monkeypatch):
     config = llava15_tiny(40, 39, image_size_px=16, embed_dim=16, num_vision_layers=2, vision_mlp_dim=32, num_layers=2)
-    usual = textbook.textbook_bytes(
-        config, mesh_of(1, 8, 1), bench.example_batch(config, batch_size=8, text_tokens=(4, 8), num_targets=2),
-        trainable=BOTH,
-    )  # fmt: skip
-    run = meshes.RunConfig(data=dataclasses.replace(meshes.RunConfig().data, max_text_tokens=8, max_target_tokens=2))
-    run = meshes.replace(run, model__trainable=BOTH)
-    monkeypatch.setattr(bench, "architecture", lambda model: config)
+    run = replace(RunConfig(), data__max_text_tokens=28, data__max_target_tokens=2, model__trainable=BOTH)
+    run = replace(run, model__name="llava15_tiny", train__batch_size=8, eval__batch_size=8)
+    monkeypatch.setattr(programs, "architecture_of", lambda model: config)
     monkeypatch.setattr(meshes.topology, "memory_bytes", lambda device: 100)
     row = meshes.Row(MeshConfig(data=1, fsdp=8), "", batch_size=8)
 
-    def holds(by_kind, peak=80):
-        found = {"mesh": dict(make_mesh(row.mesh).shape), "collective_bytes": by_kind, "peak_bytes": peak}
-        monkeypatch.setattr(meshes.cells, "compiled_cells", lambda *_, **__: found)
-        return meshes.check_row(run, "local", row)["holds"]
+    def checked(by_kind, peak=80):
+        monkeypatch.setattr(meshes, "compiled_step", lambda _: {"collective_bytes": by_kind, "peak_bytes": peak})
+        return meshes.check_row(run, "local", row)
 
-    assert holds(usual)
-    assert not holds(usual, peak=95)
+    usual = checked({})["textbook_bytes"]
+    assert checked(usual)["holds"]
+    assert not checked(usual, peak=95)["holds"]
     # Whole gradients summed on every device, in place of each device's part: the same payload, sent twice.
     summed = usual | {"all-reduce": usual["all-reduce"] + usual["reduce-scatter"], "reduce-scatter": 0}
-    assert not holds(summed)
-    assert not holds(usual | {"all-gather": usual["all-gather"] * 0.7})
+    assert not checked(summed)["holds"]
+    assert not checked(usual | {"all-gather": usual["all-gather"] * 0.7})["holds"]

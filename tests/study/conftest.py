@@ -5,6 +5,14 @@ import pytest
 from medcg_jax.data.phantom.source import PhantomSource, write_release
 
 
+@pytest.fixture
+def no_base(monkeypatch):
+    """Jobs that nothing is trained for: they start from no parameters."""
+    from flax import nnx
+
+    monkeypatch.setattr("medcg_jax.study.run.bases.load_base", lambda path, setup: (None, nnx.State({})))
+
+
 @pytest.fixture(scope="session")
 def clean_tree(tmp_path_factory):
     root = tmp_path_factory.mktemp("clean") / "tree"
@@ -22,6 +30,16 @@ def full_grid(tmp_path_factory):
     workdir = make_full_grid(tmp_path_factory.mktemp("full") / "w")
     write_report(workdir, ("md", "tex"))
     return workdir
+
+
+@pytest.fixture(scope="session")
+def full_summary(full_grid):
+    """(its files as the report reads them, its statistics)."""
+    from medcg_jax.study.report.load_grid import Grid
+    from medcg_jax.study.stats import stats
+
+    grid = Grid(full_grid)
+    return grid, stats.summarise(full_grid, grid.results, grid.answers)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,11 +37,14 @@ TIMEOUT_S = 300
 FROM_S, TO_S = 3.0, 12.0
 
 
-def start(workdir: Path, log: Path, **more: str) -> subprocess.Popen:
-    """One `medcg reproduce` on the workdir, with one thread, whose output is added to the log."""
+def start(workdir: Path, log: Path, settings: Mapping[str, str] = ONE_THREAD, **more: str) -> subprocess.Popen:
+    """One `medcg reproduce` on the workdir, with one thread, whose output is added to the log.
+
+    settings: environment variables. more: flags of the grid beside `CONFIG`.
+    """
     flags = [f"--config.{key}={value}" for key, value in (CONFIG | more).items()]
     command = [sys.executable, "-m", "medcg_jax.cli", "reproduce", "--config=configs/phantom.py:tiny"]
-    environment = os.environ | ONE_THREAD | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | settings | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     with open(log, "ab") as out:
         return subprocess.Popen(
             [*command, *flags, f"--workdir={workdir}"], cwd=ROOT, env=environment, stdout=out, stderr=out

@@ -37,7 +37,7 @@ def skill_of(cell: suite.Cell) -> float:
     """How far above chance a cell is: 1 is always right."""
     if cell.arm.startswith("efficiency_"):
         records = int(cell.arm.rsplit("_", 1)[1])
-        start = 0.55 if cell.row.startswith("with_related") else 0.0
+        start = 0.55 if cell.row.part == "with_related" else 0.0
         return start + (0.9 - start) * (1 - math.exp(-records / 60))
     return 0.15 if (cell.table, cell.arm) == ("triples", "trained") else SKILL[cell.arm]
 

@@ -4,16 +4,30 @@ import json
 import math
 import random
 
+import pandas as pd
 import pytest
 
-from medcg_jax.study.stats.controls import Answer, controls_of_answers, controls_of_arm, prior_corrected
+from medcg_jax.study.stats import controls
+from medcg_jax.study.stats.answers import Answers
 
 LETTERS = "ABCD"
 
 
 def answer(i, right, predicted, options=2, *, cell="c", control="", read=None, logprobs=None):
     logprobs = logprobs or [-0.5 if letter == predicted else -2.0 for letter in LETTERS[:options]]
-    return Answer(cell, control, (None, "x", i), right, predicted, options, tuple(logprobs), read)
+    record = {"cell": cell, "control": control, "seed": 0, "subset": "x", "id": str(i)}
+    answered = {"options": options, "answer": right, "predicted": predicted, "right": right == predicted, "read": read}
+    return record | answered | dict(zip(LETTERS, logprobs, strict=False))
+
+
+def controls_of_arm(answers):
+    return controls.controls_of_arm(
+        pd.DataFrame(answers).astype({"read": object}).replace({"read": {float("nan"): None}})
+    )
+
+
+def controls_of_answers(folder, results, fresh):
+    return controls.controls_of_answers(Answers(folder), results, fresh)
 
 
 def test_letters_and_numbers_of_options():
@@ -53,7 +67,7 @@ def test_the_prior_is_of_questions_with_as_many_options():
     two = [answer(i, "A", "A", logprobs=[math.log(0.6), math.log(0.4)]) for i in range(3)]
     four = [answer(i, "B", "A", 4, logprobs=[math.log(x) for x in (0.7, 0.1, 0.1, 0.1)]) for i in range(3, 6)]
     odd = answer(9, "B", "A", 4, logprobs=[math.log(x) for x in (0.6, 0.2, 0.1, 0.1)])
-    assert prior_corrected([*two, *four, odd]) == [True] * 3 + [False] * 3 + [True]
+    assert controls.prior_corrected(pd.DataFrame([*two, *four, odd])) == [True] * 3 + [False] * 3 + [True]
 
 
 def test_likelihood_against_generation():
@@ -68,7 +82,7 @@ def test_likelihood_against_generation():
         "p": pytest.approx(2 * (1 + 6) / 2**6),
     }  # fmt: skip
     # The same records in another cell: each still counts once.
-    twice = [*answers, *(answer(a.record[2], a.answer, a.predicted, cell="d", read=a.read) for a in answers)]
+    twice = [*answers, *(a | {"cell": "d"} for a in answers)]
     assert controls_of_arm(twice)["generation"]["p"] == found["p"]
 
 

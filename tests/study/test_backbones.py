@@ -1,4 +1,4 @@
-"""One grid with several models, in a process of its own for each: what it leaves, its page, and models it refuses."""
+"""One grid with several models: what it leaves, its page, and models it refuses."""
 
 import csv
 import os
@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from medcg_jax.cli import main
 from medcg_jax.config import MODELS, ConfigError, replace
 from medcg_jax.config_file import load
 from medcg_jax.eval.boxes import read_answers, summary
-from medcg_jax.study.run.backbones import model_run
+from medcg_jax.study.design.schedule import make_plan, runs_by_model
+from medcg_jax.study.run.grid import reproduce
 
 ROOT = Path(__file__).parents[2]
 QUICK = str(ROOT / "configs" / "backbones_quick.py")
@@ -26,27 +28,24 @@ TINY = {
 MODELS_RUN = ("llava15_tiny", "next_chat_tiny")
 
 
-def medcg(*args: str) -> subprocess.CompletedProcess:
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-m", "medcg_jax.cli", *args], env=environment, capture_output=True, text=True, timeout=400
-    )
-
-
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("models") / "grid"
-    args = ["reproduce", f"--config={QUICK}", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in TINY.items())]
-    return workdir, args, medcg(*args)
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    command = [sys.executable, "-m", "medcg_jax.cli", "reproduce", f"--config={QUICK}", f"--workdir={workdir}"]
+    done = subprocess.run(
+        [*command, *(f"--config.{k}={v}" for k, v in TINY.items())],
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return workdir, done.stdout
 
 
 def test_every_model_leaves_a_grid_and_the_page_has_all(grid):
-    workdir, _, done = grid
-    assert done.returncode == 0, done.stderr
+    workdir, out = grid
     for model in MODELS_RUN:
         assert (workdir / model / "results.csv").is_file() and (workdir / model / "report" / "index.html").is_file()
-        assert "report:" in (workdir / "logs" / f"{model}.log").read_text()
+        assert f"-- {model}\n" in out and f"report: {workdir / model / 'report' / 'index.html'}" in out
     with open(workdir / "report" / "tables" / "models.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     both = [(part, arm) for part in ("in_distribution", "out_of_distribution") for arm in ("baseline", "multi_task")]
@@ -70,7 +69,7 @@ def test_every_model_leaves_a_grid_and_the_page_has_all(grid):
 
 
 def test_boxes_are_scored_apart_from_letters_and_shown(grid):
-    workdir, _, _ = grid
+    workdir, _ = grid
     own = workdir / "next_chat_tiny"
     assert not (workdir / "llava15_tiny" / "boxes.csv").exists()
     with open(own / "boxes.csv", newline="") as file:
@@ -99,51 +98,56 @@ def test_boxes_are_scored_apart_from_letters_and_shown(grid):
     ]  # fmt: skip
 
 
-def test_the_page_comes_again_from_the_files_alone(grid):
-    workdir, _, _ = grid
-    files = [path for path in workdir.rglob("report/**/*") if path.suffix in (".html", ".csv", ".svg")]
+def test_the_page_comes_again_from_the_files_alone_and_a_second_start_trains_nothing(grid, capfd):
+    workdir, _ = grid
+    tables = [path for model in MODELS_RUN for path in (workdir / model).glob("*.csv")]
+    files = [path for path in workdir.rglob("report/**/*") if path.suffix in (".html", ".csv", ".svg")] + tables
     before = {path: path.read_bytes() for path in files}
-    assert medcg("report", str(workdir)).returncode == 0
+    assert main(["report", str(workdir)]) == 0
     assert {path: path.read_bytes() for path in before} == before and len(before) > 20
+    capfd.readouterr()
+    assert reproduce(load(QUICK, TINY), workdir)["exit_status"] == 0
+    assert ", 0 to do; " in capfd.readouterr().out
+    assert {path: path.read_bytes() for path in tables} == {path: before[path] for path in tables}
 
 
-def test_a_second_start_trains_nothing(grid):
-    workdir, args, _ = grid
-    before = {name: (workdir / "next_chat_tiny" / name).read_bytes() for name in ("results.csv", "boxes.csv")}
-    assert medcg(*args).returncode == 0
-    assert "0 to do" in (workdir / "logs" / "next_chat_tiny.log").read_text()
-    assert {name: (workdir / "next_chat_tiny" / name).read_bytes() for name in before} == before
+def test_every_cell_and_job_has_its_model():
+    run = load(QUICK, TINY)
+    plan = make_plan(run)
+    assert {cell.model for cell in plan.cells} == set(MODELS_RUN) == set(plan.runs)
+    assert all(cell.model == job.model for job in plan.jobs for cell in job.cells)
+    for model, own in plan.runs.items():
+        assert plan.of(model) == make_plan(own) and own.study.models == ()
 
 
 def test_a_models_run_is_the_grids_with_its_name():
     run = load(QUICK)
-    for model in run.study.models:
-        one = model_run(run, model)
-        assert (one.model.name, one.study.models, one.study.jobs) == (model, (), 1)
+    for model, own in runs_by_model(run).items():
+        assert (own.model.name, own.study.models, own.study.jobs) == (model, (), 1)
         # Rows may be of another length; the recipe is the same for all.
-        assert (one.train, one.data.source) == (run.train, run.data.source)
-        assert replace(one.base, steps=run.base.steps) == run.base
+        assert (own.train, own.data.source) == (run.train, run.data.source)
+        assert replace(own.base, steps=run.base.steps) == run.base
         takes_boxes = MODELS[model] in ("minigpt_v2", "next_chat")
-        assert one.study.tables == (run.study.tables if takes_boxes else ("multi_task",))
-        assert ("boxes" in one.model.trainable) == (MODELS[model] == "next_chat")
+        assert own.study.tables == (run.study.tables if takes_boxes else ("multi_task",))
+        assert ("boxes" in own.model.trainable) == (MODELS[model] == "next_chat")
     assert len({MODELS[model] for model in run.study.models}) == len(run.study.models)
 
 
 def test_what_is_set_for_one_model_is_set_for_it_alone():
     flags = {"study.model_flags": "{'llava15_tiny': ('data.max_text_tokens=31', 'train.learning_rate=2e-3')}"}
     run = load(QUICK, flags)
-    one, other = model_run(run, "llava15_tiny"), model_run(run, "qwen2_vl_tiny")
+    runs = runs_by_model(run)
+    one, other = runs["llava15_tiny"], runs["qwen2_vl_tiny"]
     assert (one.data.max_text_tokens, one.train.learning_rate) == (31, 2e-3)
     assert (other.data, other.train) == (run.data, run.train)
-    for wrong, message in (
-        ({"llava16": ()}, "study.model_flags='llava16': one of llava15_tiny"),
-        ({"llava15_tiny": ("data.max_text_toens=3",)}, "did you mean config.data.max_text_tokens"),
-        ({"llava15_tiny": ("data.max_text_tokens",)}, "config.data.max_text_tokens=: an int is accepted"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            model_run(load(QUICK, {"study.model_flags": repr(wrong)}), "llava15_tiny")
 
 
-def test_an_unknown_model_is_refused():
-    with pytest.raises(ConfigError, match="study.models='llava2': one of .*qwen2_vl_tiny"):
-        load(QUICK, {"study.models": "('llava2',)"})
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("models", ("llava2",), "study.models='llava2': .*one of .*qwen2_vl_tiny"),
+    ("model_flags", {"llava16": ()}, "study.model_flags='llava16': .*one of llava15_tiny"),
+    ("model_flags", {"llava15_tiny": ("data.max_text_toens=3",)}, "did you mean config.data.max_text_tokens"),
+    ("model_flags", {"llava15_tiny": ("data.max_text_tokens",)}, "config.data.max_text_tokens=: .*an int"),
+])  # fmt: skip
+def test_models_and_flags_that_cannot_be_used_are_refused(field, value, message):
+    with pytest.raises(ConfigError, match=message):
+        runs_by_model(load(QUICK, {f"study.{field}": repr(value)}))

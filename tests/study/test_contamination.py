@@ -20,16 +20,19 @@ from medcg_jax.data.records import DataError
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.study.design import leaks
 from medcg_jax.study.design.schedule import Plan, jobs_of
-from medcg_jax.study.design.suite import Cell
+from medcg_jax.study.design.suite import Cell, Row
 from medcg_jax.study.report.page import write_report
+from medcg_jax.study.run.grid import reproduce
+from medcg_jax.study.run.jobs import SeedData, Trainer
 from medcg_jax.study.stats import contamination
 from medcg_jax.train.goodput import Goodput
+from medcg_jax.train.setup import open_setup
 
 TARGET, OTHER, THIRD = "ct-liver-stage", "ct-liver-state", "ct-brain-stage"
 
 
 def cell(target=TARGET, arm="trained", related=(OTHER,), count=4) -> Cell:
-    return Cell(f"pairs.{target}.{arm}.s0", "pairs", f"fixed_area/{target}", arm, 0, related,
+    return Cell(f"pairs.{target}.{arm}.s0", "pairs", Row("fixed_area", target), arm, 0, related,
                 (count,) * len(related), (target,))  # fmt: skip
 
 
@@ -55,7 +58,7 @@ def tree(clean_tree, tmp_path):
 
 def look(tree: Path, one: Cell, **study) -> list[tuple]:
     source = ReleaseSource(tree, DataConfig())
-    found = leaks.LeakGuard(source, StudyConfig(**study), related=lambda number: {}).look(one)
+    found = leaks.LeakGuard(source, StudyConfig(**study), related=lambda number: {}).findings(one)
     return [(f.leak.kind, f.leak.training, f.leak.test, f.action) for f in found if f.leak.kind != "lineage"]
 
 
@@ -65,7 +68,7 @@ NEAR = ("near", f"{OTHER}/train/778", f"{TARGET}/test/2")
 
 def test_a_copy_saved_anew_is_found_and_refused(tree):
     assert look(tree, cell()) == [(*SAME, "refused"), (*NEAR, "reported")]
-    found = leaks.LeakGuard(ReleaseSource(tree, DataConfig())).look(cell())
+    found = leaks.LeakGuard(ReleaseSource(tree, DataConfig())).findings(cell())
     with pytest.raises(DataError, match=f"{OTHER}/train/777 has the pixels of test record {TARGET}/test/3; "):
         leaks.refuse(found)
     assert 0 < found[1].leak.distance_bits <= NEAR_BITS == StudyConfig().near_duplicate_bits
@@ -88,14 +91,14 @@ def test_every_action_of_either_kind(tree, action):
 def test_a_near_image_is_refused_with_its_distance(tree):
     guard = leaks.LeakGuard(ReleaseSource(tree, DataConfig()), StudyConfig(leaks="drop", near_duplicates="refuse"))
     with pytest.raises(DataError, match=f"778 has an image nearly that of test record {TARGET}/test/2 .[0-9]+ of 256"):
-        leaks.refuse(guard.look(cell()))
+        leaks.refuse(guard.findings(cell()))
 
 
 def test_nothing_is_decoded_where_near_images_are_not_looked_for(tree, monkeypatch):
     monkeypatch.setattr(data_leaks, "image_hashes", lambda *of: pytest.fail("decoded"))
     look(tree, cell(), near_duplicates="off")
     phantoms = PhantomSource(5, 4, 4)
-    assert leaks.LeakGuard(phantoms, StudyConfig(near_duplicates="refuse"), drawn=True).look(cell()) == []
+    assert leaks.LeakGuard(phantoms, StudyConfig(near_duplicates="refuse"), drawn=True).findings(cell()) == []
 
 
 def test_each_image_is_decoded_once(tree, monkeypatch):
@@ -105,7 +108,7 @@ def test_each_image_is_decoded_once(tree, monkeypatch):
     )
     guard = leaks.LeakGuard(ReleaseSource(tree, DataConfig()))
     for one in (cell(), cell(THIRD), cell(), cell(related=(OTHER, "ct-brain-state"))):
-        guard.look(one)
+        guard.findings(one)
     assert len(decoded) == len(set(decoded)) == 4 + 3 + 4 + 4 + 4 - 1  # 779 has the bytes of a test image
 
 
@@ -124,11 +127,11 @@ def test_related_datasets_are_listed(clean_tree, tmp_path):
         path.write_text(json.dumps([raw | {"data-no": number} for raw in json.loads(path.read_text())]))
     related = {"53": {"60": "60 holds images of 53"}}
     guard = leaks.LeakGuard(ReleaseSource(root, DataConfig()), related=lambda number: related.get(number, {}))
-    assert [(f.leak, f.action) for f in guard.look(cell())] == [
+    assert [(f.leak, f.action) for f in guard.findings(cell())] == [
         (Leak(f"{OTHER} data-no 53", f"{TARGET} data-no 60", "lineage"), "reported")
     ]
-    assert [f.leak.test for f in guard.look(cell(THIRD))] == [f"{THIRD} data-no 53"]
-    assert guard.look(cell("ct-brain-state")) == []
+    assert [f.leak.test for f in guard.findings(cell(THIRD))] == [f"{THIRD} data-no 53"]
+    assert guard.findings(cell("ct-brain-state")) == []
 
 
 # --- in a grid
@@ -136,36 +139,25 @@ def test_related_datasets_are_listed(clean_tree, tmp_path):
 
 def in_grid(tree: Path, workdir: Path, cells, monkeypatch, **study):
     """({job: status}, {job: ids that it is trained on}) of the cells, as a grid starts them; nothing is trained."""
-    from medcg_jax.study.run.cells import Data, Trainer
-    from medcg_jax.train.setup import start_params
-
     run = replace(
         RunConfig(), data__source="release", data__root=str(tree), data__system_prompt="", train__batch_size=8,
         **{f"study__{name}": value for name, value in study.items()},
     )  # fmt: skip
-    trained, ended = {}, {}
-    trainer = Trainer(run, workdir, Goodput())
-    setup = trainer.setup(0)
-    original = Data.training
+    jobs = jobs_of(cells, run)
+    waiting, trained, ended, original = list(jobs), {}, {}, SeedData.training
 
     def training(self, parts, without=frozenset()):
         encoded = original(self, parts, without)
-        trained[job_now[0]] = [record.id for record in encoded.records.records]
+        job = next(job for job in jobs if job.id not in ended)
+        trained[job.id] = [record.id for record in encoded.records.records]
         raise DataError("enough")
 
-    monkeypatch.setattr(Data, "training", training)
-    job_now = [""]
-    jobs = jobs_of(cells, run)
-    waiting = list(jobs)
-
-    def next_job():
-        if not waiting:
-            return None
-        job_now[0] = waiting[0].id
-        return waiting.pop(0)
-
-    finish = lambda job, outcome: ended.update({job.id: outcome["status"]})
-    trainer.run(next_job, start_params(setup, seed=0), finish, base_path="")
+    with monkeypatch.context() as patch:
+        patch.setattr(SeedData, "training", training)
+        Trainer(run, workdir, Goodput()).run(
+            None, 0, lambda: waiting.pop(0) if waiting else None,
+            lambda job, outcome: ended.update({job.id: outcome["status"]}),
+        )  # fmt: skip
     contamination.join(workdir, Plan(tuple(cells), tuple(jobs)))
     return ended, trained
 
@@ -174,7 +166,7 @@ def ids(*numbers) -> list[str]:
     return [f"{OTHER}/train/{number}" for number in numbers]
 
 
-def test_what_leaks_is_left_out_of_the_training_and_of_no_other(tree, tmp_path, monkeypatch):
+def test_what_leaks_is_left_out_of_the_training_and_of_no_other(tree, tmp_path, monkeypatch, no_base):
     related = (OTHER, "ct-brain-state")
     cells = [cell(count=7), cell("mri-liver-stage", related=related, count=7)]
     study = {"leaks": "drop", "near_duplicates": "drop"}
@@ -193,7 +185,7 @@ def test_what_leaks_is_left_out_of_the_training_and_of_no_other(tree, tmp_path, 
     assert (tmp_path / "again" / "contamination.csv").read_text() == text
 
 
-def test_cells_of_one_training_lose_what_leaks_into_any_of_their_targets(tree, tmp_path, monkeypatch):
+def test_cells_of_one_training_lose_what_leaks_into_any_of_their_targets(tree, tmp_path, monkeypatch, no_base):
     cells = [cell(count=7), cell(THIRD, count=7)]
     ended, trained = in_grid(tree, tmp_path / "w", cells, monkeypatch, leaks="drop", near_duplicates="report")
     assert trained == {cells[0].id: ids(1, 2, 3, 4, 778)} and list(ended) == [cells[0].id]
@@ -204,11 +196,8 @@ def test_cells_of_one_training_lose_what_leaks_into_any_of_their_targets(tree, t
 
 
 def test_a_training_without_a_record_left_fails(tree, tmp_path):
-    from medcg_jax.study.run.cells import Data
-    from medcg_jax.train.setup import open_setup
-
     run = replace(RunConfig(), data__source="release", data__root=str(tree), data__system_prompt="")
-    data = Data(open_setup(run))
+    data = SeedData(open_setup(run))
     every = data.taken([(OTHER, 3)])[OTHER]
     assert len(every) == 3 and len(data.training([(OTHER, 3)])) == 3
     assert len(data.training([(OTHER, 3)], frozenset(sorted(every)[:1]))) == 2
@@ -219,7 +208,7 @@ def test_a_training_without_a_record_left_fails(tree, tmp_path):
 
 
 def test_what_a_cell_does_not_take_is_not_listed_but_still_refused(tree):
-    found = leaks.LeakGuard(ReleaseSource(tree, DataConfig()), StudyConfig(near_duplicates="drop")).look(cell())
+    found = leaks.LeakGuard(ReleaseSource(tree, DataConfig()), StudyConfig(near_duplicates="drop")).findings(cell())
     taken = {OTHER: frozenset(ids(1, 2))}
     assert [one.action for one in leaks.among(found, taken) if one.leak.kind != "lineage"] == ["refused"]
     taken = {OTHER: frozenset(ids(1, 778))}
@@ -282,11 +271,9 @@ def test_prints_of_files_are_those_of_pixels(tree):
     assert np.array_equal(hash_rows(own.images)[0], np.arange(len(held)))
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.long
 def test_a_grid_that_is_started_again_ends_in_the_same_bytes(tree, tmp_path):
     """From the tree to the page: what leaks is left out, listed and shown, also when a job is done twice."""
-    from medcg_jax.study.run.grid import reproduce
-
     run = replace(
         RunConfig(), data__source="release", data__root=str(tree), data__system_prompt="", data__max_text_tokens=96,
         base__epochs=0.0, train__epochs=1.0, train__batch_size=8, eval__batch_size=8, eval__generate=False,

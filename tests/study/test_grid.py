@@ -1,6 +1,7 @@
 """A tiny grid end to end in processes of its own: killed and started again, in two processes, with cells that fail."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -10,10 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import kill_grid
 import pytest
 
 from medcg_jax.config import CONTROLS, ConfigError, DataConfig, EvalConfig, RunConfig, StudyConfig, TrainConfig, replace
 from medcg_jax.study.design.schedule import make_plan
+from medcg_jax.study.run import claims
 from medcg_jax.study.run.grid import reproduce
 
 RUN = RunConfig(
@@ -45,14 +48,15 @@ sys.exit(result["exit_status"])
 
 
 def start(run: RunConfig, workdir: Path, num_devices: int = 1) -> subprocess.Popen:
-    from dataclasses import asdict
-
     # One device: as on a user's machine, and the same with one process or two.
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={num_devices}")
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
     with open(workdir.with_suffix(".log"), "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-c", MAIN, json.dumps(asdict(run)), str(workdir)], env=environment, stdout=log, stderr=log
+            [sys.executable, "-c", MAIN, json.dumps(dataclasses.asdict(run)), str(workdir)],
+            env=environment,
+            stdout=log,
+            stderr=log,
         )
 
 
@@ -71,19 +75,16 @@ def finish(run: RunConfig, workdir: Path, num_devices: int = 1) -> tuple[int, st
 
 def kill_when(process: subprocess.Popen, happened) -> None:
     """SIGKILL as soon as `happened()`; fails where the process ends first."""
+    wait_for(process, happened)
+    kill_grid.kill(process)
+
+
+def wait_for(process: subprocess.Popen, happened) -> None:
     end = time.monotonic() + TIMEOUT_S
     while not happened():
-        assert process.poll() is None, "the grid ended before it was killed"
+        assert process.poll() is None, "the grid ended before that"
         assert time.monotonic() < end
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def outcome(workdir: Path) -> dict[str, bytes]:
-    """results.csv and every file of predictions/ and controls/."""
-    files = [workdir / "results.csv", *sorted([*workdir.glob("predictions/*"), *workdir.glob("controls/*")])]
-    return {str(path.relative_to(workdir)): path.read_bytes() for path in files}
 
 
 def losses_and_answers(workdir: Path) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
@@ -143,6 +144,7 @@ def test_what_a_grid_leaves(finished):
     assert len(set(counts[1:])) == 1, counts
 
 
+@pytest.mark.long
 def test_killed_anywhere_and_started_again_ends_in_the_same_bytes(finished, tmp_path):
     reference, _ = finished
     workdir = tmp_path / "killed"
@@ -151,10 +153,10 @@ def test_killed_anywhere_and_started_again_ends_in_the_same_bytes(finished, tmp_
     kill_when(start(RUN, workdir), lambda: lines(metrics / "base.s0.jsonl") >= 3)
     kill_when(start(RUN, workdir), lambda: (workdir / "state" / "checkpoints" / jobs[0].id / "2").exists())
     kill_when(start(RUN, workdir), lambda: (workdir / "state" / "done" / f"{jobs[1].id}.json").exists())
-    assert outcome(workdir) != outcome(reference)
+    assert kill_grid.scores(workdir) != kill_grid.scores(reference)
     status, out = finish(RUN, workdir)
     assert status == 0, out
-    assert outcome(workdir) == outcome(reference)
+    assert kill_grid.scores(workdir) == kill_grid.scores(reference)
     log = workdir.with_suffix(".log").read_text()
     assert f"{jobs[0].id}: going on from step" in log  # from its checkpoint, not anew
     assert f"{jobs[1].id}: " not in out  # what was done stays done
@@ -164,12 +166,12 @@ def test_killed_anywhere_and_started_again_ends_in_the_same_bytes(finished, tmp_
 
 def test_a_second_start_does_nothing(finished, capfd):
     reference, _ = finished
-    before = outcome(reference)
+    before = kill_grid.scores(reference)
     result = reproduce(RUN, reference)
     out = capfd.readouterr().out
     assert (result["exit_status"], result["failed"], result["unfinished"]) == (0, {}, [])
     assert ", 0 to do" in out and "compiled" not in out
-    assert outcome(reference) == before
+    assert kill_grid.scores(reference) == before
 
 
 def test_another_configuration_is_refused(finished):
@@ -178,6 +180,7 @@ def test_another_configuration_is_refused(finished):
         reproduce(replace(RUN, train__learning_rate=2e-3), reference)
 
 
+@pytest.mark.long
 def test_two_processes_with_one_killed_and_the_base_reused(finished, tmp_path):
     reference, _ = finished
     workdir = tmp_path / "two"
@@ -185,10 +188,7 @@ def test_two_processes_with_one_killed_and_the_base_reused(finished, tmp_path):
     shutil.copytree(reference.parent / "bases", tmp_path / "bases")
     process = start(run, workdir)
     done = workdir / "state" / "done"
-    end = time.monotonic() + TIMEOUT_S
-    while not (done.exists() and any(done.iterdir())):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.01)
+    wait_for(process, lambda: done.exists() and any(done.iterdir()))
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 2
     os.kill(int(children[0]), signal.SIGKILL)
@@ -208,6 +208,7 @@ def test_two_processes_with_one_killed_and_the_base_reused(finished, tmp_path):
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
 
 
+@pytest.mark.long
 def test_a_cell_that_diverges_fails_alone(finished, tmp_path):
     reference, _ = finished
     workdir = tmp_path / "diverged"
@@ -229,6 +230,7 @@ def test_a_cell_that_diverges_fails_alone(finished, tmp_path):
     assert status == 1 and ", 0 to do" in out  # it would fail again: it is not tried again
 
 
+@pytest.mark.long
 def test_eight_devices_and_four_cells_at_a_time_are_one_device_and_one_cell(finished, tmp_path):
     bases = str(finished[0].parent / "bases")
     # Tests asked again are left out: they are answered by the same program.
@@ -249,3 +251,58 @@ def test_eight_devices_and_four_cells_at_a_time_are_one_device_and_one_cell(fini
         for cell, expected in losses.items():
             assert their_losses[cell] == pytest.approx(expected, abs=1e-5), (name, cell)
     assert len({tuple(x) for x in losses.values()}) > 3  # cells that differ
+
+
+# ------------------------------------------------------------------ told to stop, and faults of the disk
+
+SMALL = kill_grid.CONFIG | {
+    "study.targets": "('ct-liver-stage',)", "study.tables": "('pairs',)", "eval.controls": "()",
+    "study.arms": "('trained',)", "study.seeds": "(0,)", "eval.generate": "False", "base.steps": "4",
+    "train.steps": "20", "train.checkpoint_every_steps": "1000",
+}  # fmt: skip
+
+
+@pytest.mark.long
+def test_after_sigterm_it_is_saved_given_back_and_gone_on_with(tmp_path):
+    workdir, log = tmp_path / "grid", tmp_path / "log"
+    more = SMALL | {"study.jobs": "2", "study.base_dir": str(tmp_path / "bases")}
+    # One device, compiled as quickly as in other tests.
+    quick = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
+    process = kill_grid.start(workdir, log, quick, **more)
+    try:
+        # A cell is being trained when its losses come in.
+        wait_for(process, lambda: any(p.stat().st_size for p in workdir.glob("metrics/pairs*.jsonl")))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT_S) == 75, log.read_text()[-2000:]
+        assert log.read_text().splitlines()[-1].startswith("medcg: ") and "told to stop" in log.read_text()
+        folder = workdir / "state" / "claims"
+        held = {name: claims._last(folder, name)[1]["pid"] for name in claims.num_holders(folder)}
+        assert held and not any(held.values()), held  # 0: given back, where a process that died leaves its number
+        saved = [p for p in (workdir / "state" / "checkpoints").glob("*/*") if p.name.isdigit()]
+        assert saved  # by the signal alone: the next one was due after a thousand steps
+        process = kill_grid.start(workdir, log, quick, **more)
+        assert process.wait(TIMEOUT_S) == 0, log.read_text()[-2000:]
+        text = log.read_text() + "".join(p.read_text() for p in Path(workdir).glob("logs/*"))
+        assert "going on from step" in text
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.long
+def test_faults_of_the_disk_change_nothing(tmp_path, capfd):
+    small = {"study.targets": "('ct-liver-stage',)", "study.tables": "('pairs',)"}
+    used = kill_grid.run(tmp_path, kills=2, seed=1, ways=kill_grid.WAYS[2:], **small)
+    if not used:
+        pytest.skip("no file system can be mounted here: a full disk and a read-only workdir were not tried")
+    assert used == {"full disk": 1, "read-only": 1}
+    out = capfd.readouterr().out
+    assert out.count("the same") >= 1 and "status 0" not in out
+
+
+def test_a_job_trained_twice_is_seen(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("a.b.s0: 12 steps, 1.0 s; compiled 0 programs\nc.s0: 12 steps, 1.0 s; x\n")
+    assert kill_grid.trained_twice(log) == []
+    log.write_text(log.read_text() + "a.b.s0: 12 steps, 2.0 s; compiled 0 programs\n")
+    assert kill_grid.trained_twice(log) == ["a.b.s0"]

@@ -14,7 +14,10 @@ from medcg_jax.train import goodput
 
 
 def test_processes_write_apart_and_know_what_others_have_done(tmp_path):
-    with results.process_goodput(tmp_path, again=False, writes=True) as first, first.step({"job": 3}, compiles=True):
+    with (
+        results.process_goodput(tmp_path, restarted=False, writes=True) as first,
+        first.step({"job": 3}, compiles=True),
+    ):
         pass
     parts = results.goodput_parts(tmp_path)
     assert len(parts) == 1 and parts[0]["seconds"]["restart"] == 0.0
@@ -22,10 +25,10 @@ def test_processes_write_apart_and_know_what_others_have_done(tmp_path):
     known = json.loads(file.read_text())
     known["starts"][0]["reached"] = {"job": 3}
     file.write_text(json.dumps(known))
-    with results.process_goodput(tmp_path, again=True, writes=True) as second:
+    with results.process_goodput(tmp_path, restarted=True, writes=True) as second:
         assert [second._fresh({"job": step}) for step in (3, 4)] == [0.0, 1.0]
         assert second.summary()["num_starts"] == 1  # what stands in another file is not counted here again
-    with results.process_goodput(tmp_path, again=True, writes=False):
+    with results.process_goodput(tmp_path, restarted=True, writes=False):
         pass  # not the first process of several: it shares the first one's time
     parts = results.goodput_parts(tmp_path)
     assert len(parts) == 2 and sorted(part["seconds"]["restart"] > 0 for part in parts) == [False, True]

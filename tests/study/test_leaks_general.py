@@ -15,8 +15,8 @@ from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.records import DataError
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.study.design.leaks import Finding, LeakGuard, among, dropped, refuse
-from medcg_jax.study.design.suite import Cell
-from medcg_jax.study.run.cells import Data
+from medcg_jax.study.design.suite import Cell, Row
+from medcg_jax.study.run.jobs import SeedData
 from medcg_jax.train.run import left_out
 from medcg_jax.train.setup import open_setup
 
@@ -30,7 +30,7 @@ CLEAN = {
 
 
 def cell(related=(OTHER,), target=TARGET, arm="trained") -> Cell:
-    return Cell("pairs.x.s0", "pairs", "fixed_area/x", arm, 0, related, (4,) * len(related), (target,))
+    return Cell("pairs.x.s0", "pairs", Row("fixed_area", "x"), arm, 0, related, (4,) * len(related), (target,))
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def source_of(kind: str, tree: Path):
 
 def look(guard: LeakGuard, one: Cell) -> list[Finding]:
     """What is found but for data sets: all phantoms are of one."""
-    return [found for found in guard.look(one) if found.leak.kind != "lineage"]
+    return [found for found in guard.findings(one) if found.leak.kind != "lineage"]
 
 
 def guard_of(kind: str, tree: Path, general: Path, **study) -> LeakGuard:
@@ -108,7 +108,7 @@ def test_a_training_goes_without_them(clean_tree, general):
         RunConfig(), data__source="release", data__root=str(clean_tree), data__system_prompt="",
         data__imagewikiqa_share=0.99, data__general_records=str(general), data__max_text_tokens=96,
     )  # fmt: skip
-    data = Data(open_setup(run))
+    data = SeedData(open_setup(run))
     parts = [(OTHER, 4)]
     drawn = [record.id for record in data.general(parts).records]
     assert sorted(drawn) == [f"general/train/{i}" for i in (1, 2, 3, 9)]
@@ -134,7 +134,7 @@ def with_patients(tree: Path, folder: Path, training: str, test: str, *, name=OT
 @pytest.mark.parametrize("name", [OTHER, TARGET])
 def test_a_patient_in_training_and_test_is_refused(clean_tree, tmp_path, name):
     root = with_patients(clean_tree, tmp_path, "p7", "p7", name=name)
-    arm, row = ("efficiency_4", "target_only/x") if name == TARGET else ("trained", "fixed_area/x")
+    arm, row = ("efficiency_4", Row("target_only", "x")) if name == TARGET else ("trained", Row("fixed_area", "x"))
     planted = Cell("c", "efficiency", row, arm, 0, (name,), (4,), (TARGET,))
     found = look(LeakGuard(ReleaseSource(root, DataConfig()), related=lambda number: {}), planted)
     assert found[0].leak == Leak(f"{name}/train/1", f"{TARGET}/test/1", "same group")

@@ -150,10 +150,10 @@ def test_rows_are_those_that_the_grid_expands_to(there):
     for table in range(3, 9):
         world = suite.World(choice, (), True, boxes if table in (5, 6) else (), table, table)
         kind = {4: suite.triples, 5: suite.detection_pairs, 6: suite.detection_pairs}.get(table, suite.pairs)
-        expanded |= {suite.paper_row(cell.row) for cell in kind(world, 0)}
+        expanded |= {cell.row.published for cell in kind(world, 0)}
     for cell in suite.multi_task(suite.World(choice, (), True), 0):
         if cell.arm == "multi_task":
-            expanded |= {(1 if cell.row == "in_distribution" else 2, int(name)) for name in cell.target}
+            expanded |= {(1 if cell.row.part == "in_distribution" else 2, int(name)) for name in cell.target}
     assert possible == expanded
 
 

@@ -181,7 +181,7 @@ def test_a_report_never_writes_outside_its_folder(tmp_path):
     workdir = make_grid(tmp_path / "w", run_of(study__targets=("mri-brain-state",), data__test_records_per_subset=6))
     for path in workdir.glob("*.csv"):
         path.write_text(path.read_text().replace("/mri-brain-state,", "/../../../../x,"))
-    before = {path for path in tmp_path.rglob("*")}
+    before = set(tmp_path.rglob("*"))
     with quick():
         page = write_report(workdir)
     after = {path for path in tmp_path.rglob("*") if workdir / "report" not in (path, *path.parents)}

@@ -1,143 +1,14 @@
-"""Intervals and tests against textbook values and brute force, and `summarise` on a hand-made grid."""
+"""`summarise` on grids made by hand."""
 
 import csv
 import dataclasses
 import json
-import math
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.stats import ttest_1samp
 
 from medcg_jax.config import RunConfig, replace
-from medcg_jax.study.stats import paired, stats
-from medcg_jax.study.stats.power import detectable
-
-
-def test_wilson():
-    """Newcombe, Statistics in Medicine 17 (1998), table I, method 3."""
-    printed = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)]
-    for correct, n, *interval in printed:
-        assert stats.wilson(correct, n) == pytest.approx(tuple(interval), abs=5e-5)
-    assert stats.wilson(0, 0) == (0.0, 1.0)
-    assert stats.wilson(50, 100, level=0.8)[0] > stats.wilson(50, 100)[0]
-
-
-@settings(deadline=None)
-@given(st.integers(1, 3000), st.data())
-def test_wilson_is_the_formula(n, data):
-    p, z2 = data.draw(st.integers(0, n)) / n, 1.959963984540054**2
-    middle, half = p + z2 / (2 * n), (z2 * (p * (1 - p) + z2 / (4 * n)) / n) ** 0.5
-    wanted = (max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n)))
-    assert stats.wilson(round(p * n), n) == pytest.approx(wanted, abs=1e-12)
-
-
-@settings(deadline=None)
-@given(st.integers(0, 12), st.integers(0, 12))
-def test_mcnemar_is_the_exact_sign_test(b, c):
-    n = b + c
-    tail = sum(math.comb(n, k) for k in range(n + 1) if math.comb(n, k) <= math.comb(n, b)) / 2**n
-    assert paired.mcnemar(b, c) == pytest.approx(tail)
-
-
-def test_mcnemar():
-    """Fay, help of `mcnemar.exact` in R's exact2x2: 9 and 2 discordant pairs."""
-    assert paired.mcnemar(9, 2) == paired.mcnemar(2, 9) == pytest.approx(0.06543, abs=5e-6)
-    assert paired.mcnemar(0, 0) == 1.0
-
-
-def test_holm():
-    """The example of the article "Holm-Bonferroni method" in Wikipedia, where .01 and .005 are rejected at .05."""
-    assert paired.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert paired.holm([]) == []
-    bonferroni = [4 * p for p in (0.01, 0.04, 0.03, 0.005)]
-    assert paired.holm([0.01, 0.04, 0.03, 0.005]) != pytest.approx(bonferroni)
-
-
-def test_overall_test():
-    """Darwin's 15 pairs of maize in eighths of an inch: Fisher, The Design of Experiments, section 21: 1,726 of 32,768
-    patterns of signs lie as far out."""
-    differences = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
-    found = paired.overall_test(differences)
-    assert found.p == 1726 / 2**15
-    assert found.p_smallest == 2 / 2**15 and found.test == "exact sign flips of 15 targets"
-    # Fisher's t test of the same gives .0497: the control that this is another test.
-    assert ttest_1samp(differences, 0).pvalue == pytest.approx(0.0497, abs=5e-5)
-
-
-@pytest.mark.parametrize("targets", [1, 2, 5, 8])
-def test_the_smallest_p_is_reached_and_only_by_one_sign(targets):
-    means = np.linspace(0.2, 0.4, targets)
-    found = paired.overall_test(means)
-    assert found.p == found.p_smallest == min(1, 2 / 2**targets)
-    if targets > 1:
-        assert paired.overall_test(means * [-1, *[1] * (targets - 1)]).p > found.p
-
-
-def test_many_targets_are_drawn():
-    found = paired.overall_test(np.linspace(0.2, 0.4, 25))
-    assert found.p == found.p_smallest == 2 / (paired.SIGN_FLIPS + 1)
-    assert found.test == "65536 drawn sign flips of 25 targets"
-    alike = np.random.default_rng(0).standard_normal(25)
-    assert paired.overall_test(alike - alike.mean()).p > 0.95
-
-
-def test_compare():
-    a = dict(zip("abcdef", [True, True, True, True, False, False], strict=True))
-    b = dict(zip("abcdef", [True, False, False, False, True, False], strict=True))
-    c = stats.compare(a, b)
-    assert (c.n, c.only_a, c.only_b, c.difference) == (6, 3, 1, pytest.approx(1 / 3))
-    assert c.p == pytest.approx(10 / 16)
-    with pytest.raises(ValueError, match="not asked the same records"):
-        stats.compare(a, {"a": True})
-
-
-def units(effect, targets=8, seeds=3, n=300, spread=0.0, rng=None):
-    rng = rng or np.random.default_rng(1)
-    made = []
-    for t in range(targets):
-        centre = effect + spread * rng.standard_normal()
-        for s in range(seeds):
-            up = int(np.clip(n * (0.3 + centre / 2), 0, n / 2))
-            down = int(np.clip(n * (0.3 - centre / 2), 0, n / 2))
-            made.append(stats.Unit(f"t{t}", s, n, rng.binomial(n, up / n), rng.binomial(n, down / n)))
-    return made
-
-
-def test_bootstrap_interval_holds_the_mean_and_widens():
-    narrow, wide = units(0.2), units(0.2, spread=0.2)
-    for made in (narrow, wide):
-        low, high = stats.bootstrap_interval(made)
-        assert low < stats.mean_difference(made) < high
-        assert stats.bootstrap_interval(made) == (low, high)  # the same draws each time
-    width = [high - low for low, high in (stats.bootstrap_interval(m) for m in (narrow, wide))]
-    assert width[1] > 2 * width[0]
-
-
-def test_bootstrap_interval_covers():
-    rng = np.random.default_rng(0)
-    inside = 0
-    for _ in range(60):
-        low, high = stats.bootstrap_interval(units(0.1, targets=10, spread=0.1, rng=rng), draws=400)
-        inside += low <= 0.1 <= high
-    assert inside >= 50
-
-
-def test_one_target_and_seed_has_the_records_interval():
-    low, high = stats.bootstrap_interval([stats.Unit("t", 0, 200, 60, 20)])
-    assert low == pytest.approx(0.2 - 1.96 * math.sqrt((80 - 40**2 / 200) / 200**2), abs=0.02)
-    assert high < 0.32
-
-
-def test_mean_difference_weighs_targets_alike():
-    rows = [("a", 0, 10, 5, 0), ("a", 0, 10, 5, 0), ("a", 1, 10, 1, 0), ("b", 0, 10, 0, 1)]
-    made = [stats.Unit(*row) for row in rows]
-    assert stats.mean_difference(made) == pytest.approx(((0.5 + 0.1) / 2 - 0.1) / 2)
-
-
-# ------------------------------------------------------------------ a grid by hand
+from medcg_jax.study.stats import stats
+from medcg_jax.study.stats.paired import detectable
 
 
 def write_grid(folder, answers, source="phantom"):
@@ -159,7 +30,9 @@ def write_grid(folder, answers, source="phantom"):
         rows.append([f"c{i}", table, row, arm, seed, target, n, correct, correct / n, low, high])
     with open(folder / "results.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow("cell,table,row,arm,seed,target,n,correct,accuracy,ci_low,ci_high".split(","))
+        writer.writerow(
+            ["cell", "table", "row", "arm", "seed", "target", "n", "correct", "accuracy", "ci_low", "ci_high"]
+        )
         writer.writerows(rows)
     return folder
 

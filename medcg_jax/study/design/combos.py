@@ -1,11 +1,10 @@
 """Which subsets a target may be trained on: related, unrelated, without one element, pairs, triples, controls.
 
-Pure functions of a target and the subsets there are. What they give never holds the target, nor another subset of the
+Pure functions of a target and the subsets there are. Their results never hold the target, nor another subset of the
 target's whole triplet: the combination stays unseen.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 from random import Random
 
@@ -49,9 +48,7 @@ def is_composable(target: Subset, subsets: Sequence[Subset]) -> bool:
 
 
 def without(target: Subset, subsets: Sequence[Subset], element: str) -> tuple[Subset, ...]:
-    """All related subsets but those which share `element` with the target (figure 4's "w/o")."""
-    if element not in ELEMENTS:
-        raise ValueError(f"element={element!r}; one of {', '.join(ELEMENTS)} is accepted")
+    """All related subsets but those which share `element` (of `ELEMENTS`) with the target (figure 4's "w/o")."""
     return tuple(s for s in related(target, subsets) if element not in shared(s, target))
 
 
@@ -60,14 +57,8 @@ def combinations(target: Subset, subsets: Sequence[Subset], direction: str) -> t
 
     fixed_modality, target (M, A, T) -> ((M, A, .), (M, ., T)), ...
     """
-    pattern = PATTERNS[direction]
-    return tuple(product(*([s for s in usable(target, subsets) if shared(s, target) == part] for part in pattern)))
-
-
-def pairs(target: Subset, subsets: Sequence[Subset]) -> dict[str, tuple[tuple[Subset, ...], ...]]:
-    """Direction -> every pair of it; directions without one are left out."""
-    found = {direction: combinations(target, subsets, direction) for direction in PAIR_DIRECTIONS}
-    return {direction: sets for direction, sets in found.items() if sets}
+    candidates = usable(target, subsets)
+    return tuple(product(*([s for s in candidates if shared(s, target) == part] for part in PATTERNS[direction])))
 
 
 def detection_pairs(
@@ -75,13 +66,8 @@ def detection_pairs(
 ) -> tuple[tuple[Subset, ...], ...]:
     """Every pair of a direction with one member of `subsets` (choice questions) and one of `boxes`."""
     with_boxes = {s.name for s in boxes}
-    found = combinations(target, (*subsets, *boxes), direction)
-    return tuple(pair for pair in found if sum(s.name in with_boxes for s in pair) == 1)
-
-
-def triples(target: Subset, subsets: Sequence[Subset]) -> tuple[tuple[Subset, ...], ...]:
-    """Every three subsets of which each shares one element with the target, another one each."""
-    return combinations(target, subsets, "one_each")
+    pairs = combinations(target, (*subsets, *boxes), direction)
+    return tuple(pair for pair in pairs if sum(s.name in with_boxes for s in pair) == 1)
 
 
 def same_task(target: Subset, subsets: Sequence[Subset]) -> tuple[Subset, ...]:
@@ -98,16 +84,10 @@ def random_removal(target: Subset, subsets: Sequence[Subset], seed: int) -> tupl
     return tuple(s for i, s in enumerate(everything) if i not in out)
 
 
-@dataclass(frozen=True)
-class Draw:
-    """Subsets and how many training records of each."""
-
-    subsets: tuple[Subset, ...]
-    num_records: tuple[int, ...]
-
-
-def baseline_plus(target: Subset, subsets: Sequence[Subset], num_subsets: int, num_records: int, seed: int) -> Draw:
-    """Random unrelated subsets with `num_records` training records in all, or all there are.
+def baseline_plus(
+    target: Subset, subsets: Sequence[Subset], num_subsets: int, num_records: int, seed: int
+) -> tuple[tuple[Subset, ...], tuple[int, ...]]:
+    """(random unrelated subsets, records of each): `num_records` training records in all, or all there are.
 
     They come from `num_subsets` of them, from more where these are too small. The draw depends on (target, size, seed),
     so that the rows of one target share it, as equal values in the printed table suggest. What the paper leaves open
@@ -119,7 +99,7 @@ def baseline_plus(target: Subset, subsets: Sequence[Subset], num_subsets: int, n
     while count < len(pool) and sum(s.num_train for s in pool[:count]) < num_records:
         count += 1
     chosen = sorted(pool[:count], key=lambda s: s.name)
-    return Draw(tuple(chosen), spread(num_records, [s.num_train for s in chosen]))
+    return tuple(chosen), spread(num_records, [s.num_train for s in chosen])
 
 
 def spread(total: int, capacities: Sequence[int]) -> tuple[int, ...]:
@@ -129,8 +109,8 @@ def spread(total: int, capacities: Sequence[int]) -> tuple[int, ...]:
     """
     given = [0] * len(capacities)
     order = sorted(range(len(capacities)), key=lambda i: (capacities[i], i))
-    for place, i in enumerate(order):
-        given[i] = min(capacities[i], (total - sum(given)) // (len(order) - place))
+    for rank, i in enumerate(order):
+        given[i] = min(capacities[i], (total - sum(given)) // (len(order) - rank))
     return tuple(given)
 
 

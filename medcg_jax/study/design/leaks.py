@@ -1,8 +1,8 @@
 """The guard against leaks: no cell is trained on what it is tested on, neither a subset nor an image nor a patient.
 
-Tables are expanded so that this holds; the guard holds it against faults of the expansion, hand-made cells, general
+Tables are expanded so that this holds. The guard holds it against faults of the expansion, hand-made cells, general
 records, and trees in which a test image lies in training under another name, id or subset, saved anew, or nearly the
-same, or in which images of one patient lie on both sides. `data.leaks` finds, this says what is done.
+same, or in which images of one patient lie on both sides. `data.leaks` finds leaks, this module says what is done.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from medcg_jax.data.general import SUBSET as GENERAL
 from medcg_jax.data.leaks import KINDS, Hashed, Leak, actions_of, actions_of_general, find_leaks, hashed, remedy, words
 from medcg_jax.data.records import DataError, RecordSet, Source, Split, Subset
 from medcg_jax.study.design import mat
-from medcg_jax.study.design.suite import Cell, paper_row
+from medcg_jax.study.design.suite import Cell
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def check_cell(cell: Cell, subsets: Mapping[str, Subset]) -> None:
 
     A cell that may not see its targets (`Cell.sees_target`) is trained neither on one nor on another subset of a
     target's whole triplet. The paper's own rows and its split of tables 1 and 2 have some of the latter (28 and 30 both
-    count as X-ray, Lung, Diseases by `mat.TASKS`), and are let through as they are printed.
+    count as X-ray, Lung, Diseases), and are let through as they are printed.
 
     subsets: by name, those of the cell.
 
@@ -55,116 +55,102 @@ def check_cell(cell: Cell, subsets: Mapping[str, Subset]) -> None:
 
 def _is_published(cell: Cell, name: str, target: str) -> bool:
     """Whether the paper itself trains on subset `name` for this target in the cell's row."""
-    if cell.row.startswith("out_of_distribution"):
+    if cell.row.part == "out_of_distribution":
         inside, outside = mat.paper_split()
         return name in inside and target in outside
-    table, number = paper_row(cell.row) or (0, 0)
-    row = next((row for row in mat.paper_rows(table) if row.row == number), None)
-    return row is not None and cell.arm == "trained" and name in row.related and target == row.target
+    if cell.row.published is None or cell.arm != "trained":
+        return False
+    table, number = cell.row.published
+    return any(r.row == number and name in r.related and target == r.target for r in mat.paper_rows(table))
 
 
 class LeakGuard:
-    """Looks for leaks in the cells of one source, each image hashed once however many cells and subsets have it.
+    """Finds leaks in the cells of one source; each image is hashed once however many cells and subsets have it.
 
         guard = LeakGuard(setup.source, run.study)
         for cell in job.cells:
-            refuse(guard.look(cell))
+            refuse(guard.findings(cell))
 
     All records of a training subset are looked at, also where a cell takes a part of them. Cells that may see their
     target are trained on its training records, never on a test image or a patient of its tests.
 
     drawn: the images are drawn for the run, as phantoms are. None is a copy of another then (no two of 32 subsets of
-    the phantom world are within 20 bits): neither near ones nor related datasets are looked for.
+      the phantom world are within 20 bits): neither near ones nor related datasets are looked for.
     related: as `catalogue.related_datasets`.
     general: the supply of general records that every training has some of; None: there is none. Their questions are
-    held against those of the tests too, and near images are looked for among them whatever the source.
+      held against those of the tests too, and near images are looked for among them whatever the source.
     """
 
     def __init__(
         self,
         source: Source,
-        study: StudyConfig = StudyConfig(),
+        study: StudyConfig | None = None,
         *,
         drawn: bool = False,
         related: Callable[[str], Mapping[str, str]] = catalogue.related_datasets,
         general: RecordSet | None = None,
     ):
+        study = study or StudyConfig()
         self._source, self._related, self._drawn, self._general = source, related, drawn, general
         self._near_bits = study.near_duplicate_bits if study.near_duplicates != "off" else None
         self._actions, self._actions_of_general = actions_of(study), actions_of_general(study)
         self._subsets = {subset.name: subset for subset in source.subsets}
         self._decoded: dict[bytes, ImageHashes] = {}
-        self._hashed: dict[tuple[str, Split, bool], Hashed] = {}
-        self._hashed_general: Hashed | None = None
-        self._found: dict[tuple[str, str], list[Leak]] = {}
-        self._found_in_general: dict[str, list[Leak]] = {}
+        self._hashed: dict[tuple[str | None, Split, bool], Hashed] = {}
+        self._leaks: dict[tuple[str | None, str], list[Leak]] = {}
 
-    def look(self, cell: Cell) -> list[Finding]:
+    def findings(self, cell: Cell) -> list[Finding]:
         """What a cell's trainings give away of its tests; by kind, training and test record.
 
         Raises:
           ConfigError: it is trained on a subset that it may not see; the message names the cell and the subset.
           DataError: the data cannot be read.
         """
-        names = {*cell.related, *cell.target}
-        if not names <= set(self._subsets):  # detection files are looked at where a cell has some, and only there
+        if not {*cell.related, *cell.target} <= set(self._subsets):
+            # Detection files are looked at where a cell has some, and only there.
             self._subsets |= {subset.name: subset for subset in self._source.detection_subsets}
         check_cell(cell, self._subsets)
-        leaks = {
-            (leak, self._actions[leak.kind])
-            for name in cell.related
-            for target in cell.target
-            for leak in self._leaks(name, target)
-        }
+        sides = [(name, self._actions) for name in cell.related]
         if self._general is not None and cell.related:
-            leaks |= {
-                (leak, self._actions_of_general[leak.kind])
-                for target in cell.target
-                for leak in self._leaks_of_general(target)
-            }
-        order = list(KINDS)
-        return [
-            Finding(cell.id, leak, action)
-            for leak, action in sorted(
-                leaks, key=lambda item: (order.index(item[0].kind), item[0].training, item[0].test, item[1])
-            )
-        ]
+            sides.append((None, self._actions_of_general))
+        leaks = {
+            (leak, actions[leak.kind])
+            for name, actions in sides
+            for target in cell.target
+            for leak in self._leaks_between(name, target)
+        }
+        kinds = list(KINDS)
 
-    def _leaks(self, name: str, target: str) -> list[Leak]:
-        if (name, target) not in self._found:
-            near_bits = None if self._drawn else self._near_bits
-            training, test = (
-                self._hashed_of(subset, split, decode=near_bits is not None)
-                for subset, split in ((name, "train"), (target, "test"))
-            )
-            self._found[name, target] = find_leaks(training, test, near_bits)
-            if name != target and not self._drawn:
-                self._found[name, target] += self._lineage(name, training, target, test)
-        return self._found[name, target]
+        def order(item: tuple[Leak, str]) -> tuple:
+            leak, action = item
+            return kinds.index(leak.kind), leak.training, leak.test, action
 
-    def _leaks_of_general(self, target: str) -> list[Leak]:
-        decode = self._near_bits is not None
-        if self._hashed_general is None:
-            self._hashed_general = hashed(self._general, self._decoded if decode else None)
-        if target not in self._found_in_general:
-            training, test = self._hashed_general, self._hashed_of(target, "test", decode)
-            leaks = find_leaks(training, test, self._near_bits, questions=True)
-            self._found_in_general[target] = leaks + self._lineage(GENERAL, training, target, test)
-        return self._found_in_general[target]
+        return [Finding(cell.id, leak, action) for leak, action in sorted(leaks, key=order)]
 
-    def _lineage(self, name: str, training: Hashed, target: str, test: Hashed) -> list[Leak]:
-        """The datasets that two subsets have in common, or that are related; named in place of records."""
-        leaks = []
-        for number in sorted(training.data_numbers):
-            for other in sorted({number, *self._related(number)} & test.data_numbers):
-                leaks.append(Leak(f"{name} data-no {number}", f"{target} data-no {other}", "lineage"))
-        return leaks
+    def _leaks_between(self, name: str | None, target: str) -> list[Leak]:
+        """What the training records of a subset (None: the general records) give away of a target's tests."""
+        if (name, target) not in self._leaks:
+            is_general = name is None
+            bits = self._near_bits if is_general or not self._drawn else None
+            training = self._hashed_of(name, "train", decode=bits is not None)
+            test = self._hashed_of(target, "test", decode=bits is not None)
+            leaks = find_leaks(training, test, bits, questions=is_general)
+            if is_general or name != target and not self._drawn:
+                # The datasets that both sides have in common, or that are related; named in place of records.
+                leaks += [
+                    Leak(f"{name or GENERAL} data-no {number}", f"{target} data-no {other}", "lineage")
+                    for number in sorted(training.data_numbers)
+                    for other in sorted({number, *self._related(number)} & test.data_numbers)
+                ]
+            self._leaks[name, target] = leaks
+        return self._leaks[name, target]
 
-    def _hashed_of(self, subset: str, split: Split, decode: bool) -> Hashed:
-        if (subset, split, decode) not in self._hashed:
-            records = self._source.records(subset, split)
-            self._hashed[subset, split, decode] = hashed(records, self._decoded if decode else None)
-        return self._hashed[subset, split, decode]
+    def _hashed_of(self, name: str | None, split: Split, *, decode: bool) -> Hashed:
+        key = name, split, decode
+        if key not in self._hashed:
+            records = self._general if name is None else self._source.records(name, split)
+            self._hashed[key] = hashed(records, self._decoded if decode else None)
+        return self._hashed[key]
 
 
 def refuse(findings: Sequence[Finding]) -> None:
@@ -185,8 +171,4 @@ def among(findings: Sequence[Finding], taken: Mapping[str, frozenset[str]]) -> l
     taken: subset -> ids of the records taken of it.
     """
     every = frozenset().union(*taken.values())
-    return [
-        finding
-        for finding in findings
-        if finding.leak.training in every or finding.action == "refused" or finding.leak.kind == "lineage"
-    ]
+    return [f for f in findings if f.leak.training in every or f.action == "refused" or f.leak.kind == "lineage"]

@@ -5,25 +5,25 @@ that a grid which is stopped and started again, by however many processes, ends 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from medcg_jax.config import BOX_TABLES, RunConfig, replace
+from medcg_jax.config import BOX_TABLES, MODELS, RunConfig, parts_of, replace
+from medcg_jax.config_file import with_flags
 from medcg_jax.data.general import num_general
 from medcg_jax.data.records import Source, Subset
 from medcg_jax.data.sources import open_source, require_subsets
-from medcg_jax.study.design.suite import Cell, expand
+from medcg_jax.study.design.suite import DETECTION_TABLES, Cell, expand
 from medcg_jax.train.optim import num_steps
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training (none where `steps` is 0: the base itself) and the cells that it serves.
+    """One training (none where `steps` is 0: the base itself) and the cells that it serves, all of one model and seed.
 
     Attributes:
-      id: that of its first cell.
+      id: that of its first cell; unique among a model's jobs.
       training: (subset, number of its training records), by name.
-      targets: every subset that one of the cells is tested on, by name.
     """
 
     id: str
@@ -33,43 +33,64 @@ class Job:
     cells: tuple[Cell, ...]
 
     @property
+    def model(self) -> str:
+        return self.cells[0].model
+
+    @property
     def has_boxes(self) -> bool:
         """Whether a table of boxes wants it: its rows may be longer than others, so it shares no program with them."""
         return self.cells[0].table in BOX_TABLES
 
     @property
     def targets(self) -> tuple[str, ...]:
+        """Every subset that one of the cells is tested on, by name."""
         return tuple(sorted({name for cell in self.cells for name in cell.target}))
-
-
-def jobs_of(cells: Sequence[Cell], run: RunConfig) -> list[Job]:
-    """The distinct trainings of the cells, in the order to take them.
-
-    Seeds in their order (a seed's base is needed by all its cells); within one what is not trained first, then the
-    longest, so that processes end together.
-    """
-    serves: dict[tuple, list[Cell]] = {}
-    for cell in cells:
-        (seed, training), recipe = cell.training_key, run.train
-        if cell.table in run.study.epochs_of:
-            recipe = dataclasses.replace(recipe, epochs=run.study.epochs_of[cell.table])
-        records = sum(count for _, count in training)
-        records += num_general(records, run.data.imagewikiqa_share)
-        steps = num_steps(recipe, records) if training else 0
-        serves.setdefault((seed, training, steps), []).append(cell)
-    jobs = []
-    for (seed, training, steps), group in serves.items():
-        jobs.append(Job(group[0].id, seed, training, steps, tuple(group)))
-    seeds = list(dict.fromkeys(job.seed for job in jobs))
-    return sorted(jobs, key=lambda job: (seeds.index(job.seed), job.steps > 0, -job.steps, job.id))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A grid laid out: its cells, and the trainings they share in the order to take them."""
+    """A grid laid out: its cells, and the trainings they share in the order to take them.
+
+    Attributes:
+      runs: model -> its configuration, whose `study.models` is empty.
+    """
 
     cells: tuple[Cell, ...]
     jobs: tuple[Job, ...]
+    runs: Mapping[str, RunConfig] = dataclasses.field(default_factory=dict)
+
+    def of(self, model: str) -> "Plan":
+        """The part of one of the grid's models."""
+        cells, jobs = (tuple(x for x in items if x.model == model) for items in (self.cells, self.jobs))
+        return Plan(cells, jobs, {model: self.runs[model]})
+
+
+def runs_by_model(run: RunConfig) -> dict[str, RunConfig]:
+    """Model -> its own run; the run itself where `study.models` is empty.
+
+    A model's run leaves out tables that train on boxes where the model gives none, and parts that it does not have.
+
+    Raises:
+      ConfigError: what `study.model_flags` sets for a model cannot be used.
+    """
+    if not run.study.models:
+        return {run.model.name: run}
+    runs = {}
+    for model in run.study.models:
+        family = MODELS[model]
+        own = replace(
+            run,
+            name=f"{run.name}_{model}",
+            model__name=model,
+            model__trainable=parts_of(family, run.model.trainable, lora_rank=run.model.lora_rank),
+            study__tables=tuple(t for t in run.study.tables if t not in BOX_TABLES or family in DETECTION_TABLES),
+            study__models=(),
+            study__model_flags={},
+            study__jobs=1,
+        )
+        flags = run.study.model_flags.get(model, ())
+        runs[model] = with_flags(own, {key: value for key, _, value in (flag.partition("=") for flag in flags)})
+    return runs
 
 
 def seeded(run: RunConfig, seed: int) -> RunConfig:
@@ -79,23 +100,53 @@ def seeded(run: RunConfig, seed: int) -> RunConfig:
     )
 
 
-def capped(subsets: Sequence[Subset], run: RunConfig) -> tuple[Subset, ...]:
-    """Subsets with the numbers of records that a grid uses of them."""
-    most = run.data.train_records_per_subset
-    return tuple(dataclasses.replace(s, num_train=min(s.num_train, most)) for s in subsets)
-
-
 def make_plan(run: RunConfig, source: Source | None = None) -> Plan:
     """The grid of a configuration; of its subsets alone `source` need know, in place of the configuration's data.
 
     Raises:
-      ConfigError, DataError: as `expand`, or the data cannot be read.
+      ConfigError, DataError: as `runs_by_model` and `expand`, or the data cannot be read.
     """
-    source = source or open_source(seeded(run, run.study.seeds[0]).data)
-    targets_of = [name for names in run.study.targets_of.values() for name in names]
-    require_subsets(source, [*run.study.targets, *targets_of, *run.study.box_subsets])
+    return plan_of(runs_by_model(run), source)
+
+
+def plan_of(runs: Mapping[str, RunConfig], source: Source | None = None) -> Plan:
+    """The grid of these models, each with its own configuration; see `make_plan`."""
+    cells, jobs = [], []
+    for run in runs.values():
+        own = _cells_of(run, source)
+        cells += own
+        jobs += jobs_of(own, run)
+    return Plan(tuple(cells), tuple(jobs), dict(runs))
+
+
+def _cells_of(run: RunConfig, source: Source | None) -> list[Cell]:
+    study, most = run.study, run.data.train_records_per_subset
+    source = source or open_source(seeded(run, study.seeds[0]).data)
+    targets_of = [name for names in study.targets_of.values() for name in names]
+    require_subsets(source, [*study.targets, *targets_of, *study.box_subsets])
+
+    def capped(subsets: Sequence[Subset]) -> list[Subset]:
+        return [dataclasses.replace(s, num_train=min(s.num_train, most)) for s in subsets]
+
     # Detection files are looked at where a table wants them, and only there.
-    boxes = capped(source.detection_subsets, run) if set(run.study.tables) & set(BOX_TABLES) else ()
-    boxes = tuple(subset for subset in boxes if not run.study.box_subsets or subset.name in run.study.box_subsets)
-    cells = expand(run, capped(source.subsets, run), boxes)
-    return Plan(tuple(cells), tuple(jobs_of(cells, run)))
+    boxes = capped(source.detection_subsets) if set(study.tables) & set(BOX_TABLES) else []
+    boxes = [subset for subset in boxes if not study.box_subsets or subset.name in study.box_subsets]
+    return expand(run, capped(source.subsets), boxes)
+
+
+def jobs_of(cells: Sequence[Cell], run: RunConfig) -> list[Job]:
+    """The distinct trainings of one model's cells, in the order to take them.
+
+    Seeds in their order (a seed's base is needed by all its cells); within one what is not trained first, then the
+    longest, so that processes end together.
+    """
+    serves: dict[tuple, list[Cell]] = {}
+    for cell in cells:
+        recipe = dataclasses.replace(run.train, epochs=run.study.epochs_of.get(cell.table, run.train.epochs))
+        records = sum(count for _, count in cell.training)
+        records += num_general(records, run.data.imagewikiqa_share)
+        steps = num_steps(recipe, records) if cell.training else 0
+        serves.setdefault((cell.seed, cell.training, steps), []).append(cell)
+    jobs = [Job(group[0].id, *key, tuple(group)) for key, group in serves.items()]
+    seeds = list(dict.fromkeys(job.seed for job in jobs))
+    return sorted(jobs, key=lambda job: (seeds.index(job.seed), job.steps > 0, -job.steps, job.id))

@@ -3,11 +3,21 @@
 `expand` is a pure function of the study's configuration and the subsets there are; its order is the order of cells.csv.
 """
 
+import dataclasses
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from medcg_jax import config as run_config
-from medcg_jax.config import BOX_TABLES, MODELS, ConfigError, RunConfig, StudyConfig
+from medcg_jax.config import (
+    BOX_TABLES,
+    MODELS,
+    PUBLISHED_DETECTION,
+    PUBLISHED_PAIRS,
+    ConfigError,
+    RunConfig,
+    StudyConfig,
+)
 from medcg_jax.data.records import Subset
 from medcg_jax.families import registry
 from medcg_jax.study.design import combos, mat
@@ -32,28 +42,56 @@ DIRECTIONS = {
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One fine-tune with its evaluation, as one row of a table wants it.
+class Row:
+    """A row of a table; `str` gives it as cells.csv and results.csv have it, such as "fixed_area/03/t3r14".
 
     Attributes:
-      id: stable, and a safe file name: `pairs.fixed_area.ct-lung-grade.trained.s0`.
-      row: `DIRECTION/TARGET` (and `/t3r14` where it is a published row) in pairs and triples, `TARGET` in ablation,
-        `in_distribution` or `out_of_distribution` in multi_task (there `out_of_distribution/SUBSET` where one subset
-        alone is trained on), `with_related/TARGET` or `target_only/TARGET` in efficiency.
+      part: the direction in pairs and triples, "in_distribution" or "out_of_distribution" in multi_task and detection,
+        the curve in efficiency; "" in ablation.
+      subset: the target; in multi_task the one subset that is trained on; "" where the row is of many.
+      published: (table, row) of the published row that it repeats.
+    """
+
+    part: str
+    subset: str = ""
+    published: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        number = "t{}r{}".format(*self.published) if self.published else ""
+        return "/".join(filter(None, (self.part, self.subset, number)))
+
+    @classmethod
+    def parse(cls, table: str, text: str) -> "Row":
+        """The row that `str` gave as `text`."""
+        if table == "ablation":
+            return cls("", text)
+        part, _, subset = text.partition("/")
+        match = re.fullmatch(r"(.+)/t(\d{1,9})r(\d{1,9})", subset, re.ASCII)
+        return cls(part, match[1], (int(match[2]), int(match[3]))) if match else cls(part, subset)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fine-tune of one model with its evaluation, as one row of a table wants it.
+
+    Attributes:
+      id: stable, and a safe file name: `pairs.fixed_area.ct-lung-grade.trained.s0`; unique among a model's cells.
       related: the subsets it is trained on; none: the base itself.
       num_records: training records of each of them.
       target: the subsets it is tested on.
+      model: the model's name, of `config.MODELS`.
     """
 
     id: str
     table: str
-    row: str
+    row: Row
     arm: str
     seed: int
     related: tuple[str, ...]
     num_records: tuple[int, ...]
     target: tuple[str, ...]
     notes: str = ""
+    model: str = ""
 
     def __post_init__(self):
         if len(self.related) != len(self.num_records):
@@ -64,26 +102,16 @@ class Cell:
     @property
     def sees_target(self) -> bool:
         """Whether it may be trained on other records of what it is tested on."""
-        return self.arm.startswith(SEES_TARGET) and not self.row.startswith("out_of_distribution")
+        return self.arm.startswith(SEES_TARGET) and self.row.part != "out_of_distribution"
 
     @property
-    def training_key(self) -> tuple:
-        """What decides the trained weights: cells with equal keys are trained once."""
-        used = sorted((name, count) for name, count in zip(self.related, self.num_records, strict=True) if count)
-        return (self.seed, tuple(used))
+    def training(self) -> tuple[tuple[str, int], ...]:
+        """(subset, number of its training records), by name. Of one seed and model, equal trainings are done once."""
+        return tuple(sorted((name, n) for name, n in zip(self.related, self.num_records, strict=True) if n))
 
     @property
     def total_records(self) -> int:
         return sum(self.num_records)
-
-
-def paper_row(row: str) -> tuple[int, int] | None:
-    """(table, row) of the published row that a row repeats: "fixed_area/03/t3r14" -> (3, 14)."""
-    last = row.rsplit("/", 1)[-1]
-    if not last.startswith("t") or "r" not in last:
-        return None
-    table, _, number = last[1:].partition("r")
-    return (int(table), int(number)) if table.isdigit() and number.isdigit() else None
 
 
 @dataclass(frozen=True)
@@ -91,8 +119,9 @@ class World:
     """What tables are expanded over.
 
     Attributes:
-      subsets: those of choice questions. targets: the names asked for; none: all of them. released: whether they are
-        Med-MAT's.
+      subsets: those of choice questions.
+      targets: the names asked for; none: all of them.
+      released: whether they are Med-MAT's.
       boxes: detection subsets; `detection` alone is tested on some.
       pair_table, detection_table: the published ones whose rows pairs and detection pairs repeat.
       study: what it says of Baseline+ and of the efficiency curve.
@@ -120,134 +149,118 @@ def expand(run: RunConfig, subsets: Sequence[Subset], boxes: Sequence[Subset] = 
     """Every cell of the tables that `run.study` asks for, table by table, row by row, seed by seed.
 
     Args:
-      subsets: those of choice questions. boxes: detection subsets, for `detection_pairs`.
+      subsets: those of choice questions.
+      boxes: detection subsets, for `BOX_TABLES`.
 
     Raises:
       ConfigError: a target is no subset, or a table has no cell for these subsets.
     """
-    cells = []
-    family, published = MODELS[run.model.name], run.study.published_table
-    pair_table = published if published in run_config.PUBLISHED_PAIRS else PAIR_TABLES.get(family, 3)
-    detection_table = published if published in run_config.PUBLISHED_DETECTION else DETECTION_TABLES.get(family, 5)
+    cells: list[Cell] = []
     for table in run.study.tables:
-        if table in BOX_TABLES and family not in DETECTION_TABLES:
-            raise ConfigError(
-                f"study.tables={table!r}: {run.model.name} gives no boxes; {', '.join(DETECTION_TABLES)} do"
-            )
-        targets = run.study.targets_of.get(table, run.study.targets)
-        world = World(
-            tuple(subsets), targets, run.data.source == "release", tuple(boxes) if table in BOX_TABLES else (),
-            pair_table, detection_table, run.study,
-        )  # fmt: skip
-        for name in targets:
-            if name not in {s.name for s in subsets}:
-                raise ConfigError(f"study.targets={name!r}: one of {', '.join(s.name for s in subsets)} is accepted")
-        found = [cell for seed in run.study.seeds for cell in _TABLES[table](world, seed)]
-        arms, parts = {cell.arm for cell in found}, {cell.row.split("/")[0] for cell in found}
-        if run.study.arms:
-            found = [cell for cell in found if cell.arm in run.study.arms]
-        if run.study.parts:
-            found = [cell for cell in found if cell.row.split("/")[0] in run.study.parts]
-        if not found:
-            raise ConfigError(
-                f"study.tables={table!r}: no target has the related subsets it needs (targets: "
-                f"{', '.join(world.targets) or 'all'}; subsets: {', '.join(s.name for s in (*subsets, *world.boxes))}; "
-                f"arms there: {', '.join(sorted(arms)) or 'none'}; parts: {', '.join(sorted(parts)) or 'none'})"
-            )
-        rows = {row: place for place, row in enumerate(dict.fromkeys(cell.row for cell in found))}
-        cells += sorted(found, key=lambda cell: rows[cell.row])  # stable: a row's seeds and arms stay in order
-    _check_ids(cells)
-    return cells
+        cells += _cells_of(table, run, tuple(subsets), tuple(boxes) if table in BOX_TABLES else ())
+    for cell_id, count in Counter(cell.id for cell in cells).most_common(1):
+        if count > 1:
+            raise ValueError(f"two cells have the id {cell_id}")
+    return [dataclasses.replace(cell, model=run.model.name) for cell in cells]
 
 
-def _check_ids(cells: Sequence[Cell]) -> None:
-    seen = set()
-    for cell in cells:
-        if cell.id in seen:
-            raise ValueError(f"two cells have the id {cell.id}")
-        seen.add(cell.id)
+def _cells_of(table: str, run: RunConfig, subsets: tuple[Subset, ...], boxes: tuple[Subset, ...]) -> list[Cell]:
+    family, published, study = MODELS[run.model.name], run.study.published_table, run.study
+    if table in BOX_TABLES and family not in DETECTION_TABLES:
+        raise ConfigError(f"study.tables={table!r}: {run.model.name} gives no boxes; {', '.join(DETECTION_TABLES)} do")
+    targets = study.targets_of.get(table, study.targets)
+    pair_table = published if published in PUBLISHED_PAIRS else PAIR_TABLES.get(family, 3)
+    detection_table = published if published in PUBLISHED_DETECTION else DETECTION_TABLES.get(family, 5)
+    world = World(subsets, targets, run.data.source == "release", boxes, pair_table, detection_table, study)
+    names = [s.name for s in subsets]
+    for name in targets:
+        if name not in names:
+            raise ConfigError(f"study.targets={name!r}: expected one of {', '.join(names)}")
+    cells = [cell for seed in study.seeds for cell in _TABLES[table](world, seed)]
+    arms, parts = {cell.arm for cell in cells}, {cell.row.part or cell.row.subset for cell in cells}
+    cells = [cell for cell in cells if not study.arms or cell.arm in study.arms]
+    cells = [cell for cell in cells if not study.parts or (cell.row.part or cell.row.subset) in study.parts]
+    if not cells:
+        raise ConfigError(
+            f"study.tables={table!r}: no target has the related subsets it needs (targets: "
+            f"{', '.join(targets) or 'all'}; subsets: {', '.join(s.name for s in (*subsets, *boxes))}; "
+            f"arms there: {', '.join(sorted(arms)) or 'none'}; parts: {', '.join(sorted(parts)) or 'none'})"
+        )
+    order = {row: i for i, row in enumerate(dict.fromkeys(cell.row for cell in cells))}
+    return sorted(cells, key=lambda cell: order[cell.row])  # stable: a row's seeds and arms stay in order
 
 
-def _cell(table: str, row: str, arm: str, seed: int, training: Sequence[Subset], target, counts=None, notes="") -> Cell:
-    """A cell with its id; every training record of its subsets unless `counts` says fewer."""
-    counts = tuple(s.num_train for s in training) if counts is None else tuple(counts)
-    kept = [(s.name, count) for s, count in zip(training, counts, strict=True) if count]
-    names, counts = zip(*kept, strict=True) if kept else ((), ())
-    target = tuple(t.name for t in target)
-    return Cell(_id(table, row, arm, seed), table, row, arm, seed, tuple(names), tuple(counts), target, notes)
+def _cell(
+    table: str,
+    row: Row,
+    arm: str,
+    seed: int,
+    training: Sequence[Subset],
+    targets: Sequence[Subset],
+    counts: Sequence[int] | None = None,
+    notes: str = "",
+    id_row: Row | None = None,
+) -> Cell:
+    """A cell with its id, which is made of `id_row` where that is not its row.
 
-
-def _id(table: str, row: str, arm: str, seed: int) -> str:
-    text = ".".join((table, *row.split("/"), arm, f"s{seed}"))
-    return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in text)
-
-
-def _three_arms(table, row, seed, world: World, training, target: Subset, notes) -> Iterator[Cell]:
-    """Baseline, Baseline+ and Trained of one row."""
-    yield _cell(table, row, "baseline", seed, (), (target,), notes=notes)
-    records, subsets = world.study.baseline_plus_records, world.study.baseline_plus_subsets
-    wanted = sum(s.num_train for s in training) if records == "related" else int(records)
-    count = {"related": len(training), "all": len(world.subsets)}.get(subsets) or int(subsets)
-    plus = combos.baseline_plus(target, world.subsets, count, wanted, seed)
-    if plus.subsets:
-        got = sum(plus.num_records)
-        short = f"only {got} unrelated records for {wanted}" if got < wanted else ""
-        note = "; ".join(n for n in (notes, short) if n)
-        yield _cell(table, row, "baseline_plus", seed, plus.subsets, (target,), plus.num_records, note)
-    yield _cell(table, row, "trained", seed, training, (target,), notes=notes)
-
-
-def _two_arms(table, row, seed, world: World, training, target: Subset, notes) -> Iterator[Cell]:
-    """Baseline and Trained of one row."""
-    yield _cell(table, row, "baseline", seed, (), (target,), notes=notes)
-    yield _cell(table, row, "trained", seed, training, (target,), notes=notes)
-
-
-def _published(world: World, table: int) -> list[mat.PaperRow]:
-    """Printed rows whose subsets are all there and whose target is asked for."""
-    rows = mat.paper_rows(table) if world.released else ()
-    wanted = {s.name for s in world.asked()}
-    return [row for row in rows if world.has(*row.related, row.target) and row.target in wanted]
-
-
-def _derived_targets(world: World, published: Sequence[mat.PaperRow]) -> tuple[Subset, ...]:
-    """Targets whose rows are made by rule.
-
-    In a phantom world all; in a released tree those that the paper's rows do not test, and of the paper's own subsets
-    only those asked for by name (else a full tree would get more than its table).
+    counts: records of each training subset; None: all of them.
     """
-    tested = {row.target for row in published}
-    left = tuple(s for s in world.asked() if s.name not in tested)
-    if world.released and not world.targets:
-        left = tuple(s for s in left if s.name not in mat.paper_subsets())
-    return left
+    counts = [s.num_train for s in training] if counts is None else counts
+    used = [(s.name, count) for s, count in zip(training, counts, strict=True) if count]
+    text = ".".join((table, *str(id_row or row).split("/"), arm, f"s{seed}"))
+    cell_id = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in text)
+    names, counts = tuple(name for name, _ in used), tuple(count for _, count in used)
+    return Cell(cell_id, table, row, arm, seed, names, counts, tuple(t.name for t in targets), notes)
+
+
+def _arms(table: str, row: Row, seed: int, world: World, training, target: Subset, notes: str) -> Iterator[Cell]:
+    """Baseline, Baseline+ (the detection pairs have none) and Trained of one row."""
+    yield _cell(table, row, "baseline", seed, (), (target,), notes=notes)
+    if table not in BOX_TABLES:
+        records, subsets = world.study.baseline_plus_records, world.study.baseline_plus_subsets
+        wanted = sum(s.num_train for s in training) if records == "related" else int(records)
+        count = {"related": len(training), "all": len(world.subsets)}.get(subsets) or int(subsets)
+        plus, counts = combos.baseline_plus(target, world.subsets, count, wanted, seed)
+        if plus:
+            short = f"only {sum(counts)} unrelated records for {wanted}" if sum(counts) < wanted else ""
+            both = "; ".join(filter(None, (notes, short)))
+            yield _cell(table, row, "baseline_plus", seed, plus, (target,), counts, both)
+    yield _cell(table, row, "trained", seed, training, (target,), notes=notes)
 
 
 def _combination_rows(
-    world: World, seed: int, name: str, table: int, directions: Sequence[str], sets_of, arms=_three_arms
+    world: World, seed: int, name: str, table: int, directions: Sequence[str], sets_of
 ) -> Iterator[Cell]:
     """The arms of a published table's rows, and of one set in each direction of other targets.
 
+    In a phantom world all rows are made by rule; in a released tree those of targets that the paper's rows do not test,
+    and of the paper's own subsets only those asked for by name (else a full tree would get more than its table).
+
     sets_of: (target, direction) -> the sets there are.
     """
-    published = _published(world, table)
+    asked = {s.name for s in world.asked()}
+    rows = mat.paper_rows(table) if world.released else ()
+    published = [row for row in rows if world.has(*row.related, row.target) and row.target in asked]
     for row in published:
-        training = tuple(world[n] for n in row.related)
-        text = f"{DIRECTIONS[row.direction]}/{row.target}/t{table}r{row.row}"
+        ours = Row(DIRECTIONS[row.direction], row.target, (table, row.row))
         notes = f"arXiv v1 table {table} row {row.row}, reading: {row.confidence} confidence"
-        yield from arms(name, text, seed, world, training, world[row.target], notes)
-    for target in _derived_targets(world, published):
-        for direction in directions:
+        yield from _arms(name, ours, seed, world, [world[n] for n in row.related], world[row.target], notes)
+    tested = {row.target for row in published}
+    if world.released and not world.targets:
+        tested |= set(mat.paper_subsets())
+    for target in world.asked():
+        for direction in directions if target.name not in tested else ():
             sets = sets_of(target, direction)
             if sets:
                 training = combos.choose(sets, direction, target, seed)
                 notes = f"1 of {len(sets)} sets, drawn by the seed"
-                yield from arms(name, f"{direction}/{target.name}", seed, world, training, target, notes)
+                yield from _arms(name, Row(direction, target.name), seed, world, training, target, notes)
 
 
 def pairs(world: World, seed: int) -> Iterator[Cell]:
     """Table 3 (7, 8 of other models): two subsets which share elements with the target in one of four directions."""
-    yield from _combination_rows(world, seed, "pairs", world.pair_table, combos.PAIR_DIRECTIONS, _choice_sets(world))
+    sets_of = _choice_sets(world)
+    yield from _combination_rows(world, seed, "pairs", world.pair_table, combos.PAIR_DIRECTIONS, sets_of)
 
 
 def triples(world: World, seed: int) -> Iterator[Cell]:
@@ -262,7 +275,11 @@ def detection_pairs(world: World, seed: int) -> Iterator[Cell]:
         return combos.detection_pairs(target, world.subsets, world.boxes, direction)
 
     number = world.detection_table
-    yield from _combination_rows(world, seed, "detection_pairs", number, combos.PAIR_DIRECTIONS, sets_of, _two_arms)
+    yield from _combination_rows(world, seed, "detection_pairs", number, combos.PAIR_DIRECTIONS, sets_of)
+
+
+def _choice_sets(world: World):
+    return lambda target, direction: combos.combinations(target, world.subsets, direction)
 
 
 def detection(world: World, seed: int) -> Iterator[Cell]:
@@ -273,19 +290,15 @@ def detection(world: World, seed: int) -> Iterator[Cell]:
     wanted = {(t.modality, t.area) for t in world.asked()} if world.targets else None
     held: tuple[Subset, ...] = ()
     for subset in world.boxes:
-        rest = [s for s in world.boxes if s not in (*held, subset)]
-        enough = all(combos.is_composable(s, rest) for s in (*held, subset))
+        others = [s for s in world.boxes if s not in (*held, subset)]
+        enough = all(combos.is_composable(s, others) for s in (*held, subset))
         if enough and ((subset.modality, subset.area) in wanted if wanted is not None else not held):
             held += (subset,)
     inside = tuple(s for s in world.boxes if s not in held)
-    for row, targets in (("in_distribution", inside), ("out_of_distribution", held)):
+    for part, targets in (("in_distribution", inside), ("out_of_distribution", held)):
         if inside and targets:
-            yield _cell("detection", row, "baseline", seed, (), targets)
-            yield _cell("detection", row, "multi_task", seed, inside, targets)
-
-
-def _choice_sets(world: World):
-    return lambda target, direction: combos.combinations(target, world.subsets, direction)
+            yield _cell("detection", Row(part), "baseline", seed, (), targets)
+            yield _cell("detection", Row(part), "multi_task", seed, inside, targets)
 
 
 def ablation(world: World, seed: int) -> Iterator[Cell]:
@@ -301,10 +314,11 @@ def ablation(world: World, seed: int) -> Iterator[Cell]:
             "same_task": combos.same_task(target, world.subsets),
             "all_data": combos.usable(target, world.subsets),
         }
-        yield _cell("ablation", target.name, "baseline", seed, (), (target,))
+        row = Row("", target.name)
+        yield _cell("ablation", row, "baseline", seed, (), (target,))
         for arm, training in sets.items():
             if training:  # no unrelated subset, or none left: the arm is not defined for this target
-                yield _cell("ablation", target.name, arm, seed, training, (target,))
+                yield _cell("ablation", row, arm, seed, training, (target,))
 
 
 def split(world: World) -> tuple[tuple[Subset, ...], tuple[Subset, ...]]:
@@ -322,9 +336,9 @@ def split(world: World) -> tuple[tuple[Subset, ...], tuple[Subset, ...]]:
         free = [s for s in world.subsets if s.name not in (*published_in, *published_out)]
         for subset in free[::3][: round(len(free) * 12 / 37)]:
             tried = held | {subset.name}
-            rest = [s for s in world.subsets if s.name not in tried]
+            others = [s for s in world.subsets if s.name not in tried]
             # Those held before must not lose an element by it either.
-            if all(combos.is_composable(world[name], rest) for name in tried - set(published_out)):
+            if all(combos.is_composable(world[name], others) for name in tried - set(published_out)):
                 held = tried
     outside = tuple(s for s in world.subsets if s.name in held)
     unseen = [t for t in outside if t.name not in published_out]
@@ -338,22 +352,18 @@ def multi_task(world: World, seed: int) -> Iterator[Cell]:
     The paper prints no single-task scores out of distribution; here each of those models is tested there too.
     """
     inside, outside = split(world)
-    for row, targets in (("in_distribution", inside), ("out_of_distribution", outside)):
+    for part, targets in (("in_distribution", inside), ("out_of_distribution", outside)):
         if not inside or not targets:
             continue
-        yield _cell("multi_task", row, "baseline", seed, (), targets)
-        yield _cell("multi_task", row, "multi_task", seed, inside, targets)
+        whole = Row(part)
+        yield _cell("multi_task", whole, "baseline", seed, (), targets)
+        yield _cell("multi_task", whole, "multi_task", seed, inside, targets)
         for subset in inside:
-            name = f"{row}/{subset.name}"
-            if row == "in_distribution":
-                cell = _cell("multi_task", row, "single_task", seed, (subset,), (subset,))
-                yield _renamed(cell, _id("multi_task", name, "single_task", seed))
+            row = Row(part, subset.name)
+            if part == "in_distribution":  # one row of the table: each model is tested on its own subset
+                yield _cell("multi_task", whole, "single_task", seed, (subset,), (subset,), id_row=row)
             else:
-                yield _cell("multi_task", name, "single_task", seed, (subset,), outside)
-
-
-def _renamed(cell: Cell, cell_id: str) -> Cell:
-    return Cell(**{**vars(cell), "id": cell_id})
+                yield _cell("multi_task", row, "single_task", seed, (subset,), outside)
 
 
 def efficiency(world: World, seed: int) -> Iterator[Cell]:
@@ -369,7 +379,7 @@ def efficiency(world: World, seed: int) -> Iterator[Cell]:
             fewer = [count for count in world.study.efficiency_records if count < target.num_train]
             for count in (*fewer, target.num_train):
                 counts = (*(s.num_train for s in others), count)
-                row, arm = f"{curve}/{target.name}", f"efficiency_{count}"
+                row, arm = Row(curve, target.name), f"efficiency_{count}"
                 yield _cell("efficiency", row, arm, seed, (*others, target), (target,), counts)
 
 

@@ -20,8 +20,7 @@ from medcg_jax.study.report.table import Table, points
 from medcg_jax.study.report.tables import ALL_SUBSETS, boxes
 from medcg_jax.study.report.text import PARTS, counted
 from medcg_jax.study.stats import stats
-from medcg_jax.study.stats.mixed import mixed_interval
-from medcg_jax.study.stats.paired import holm
+from medcg_jax.study.stats.paired import holm, mixed_interval
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from medcg_jax.eval.predictions import prediction_lines
 from medcg_jax.study.design import mat
 from medcg_jax.study.report.escape import ELEMENT_CHARACTERS, short_label
 from medcg_jax.study.stats import contamination, grid_files, stats
+from medcg_jax.study.stats.answers import Answers
 from medcg_jax.study.stats.grid_files import ARMS
 from medcg_jax.study.stats.results import read_config_file
 from medcg_jax.train.log import read_metrics
@@ -113,7 +114,8 @@ class Grid:
         count = check_number(self.run.get("cells"), f"{path}: cells", least=1, whole=True)
         self.cells = grid_files.read_cells(self.workdir, count)
         self.results = grid_files.read_results(self.workdir)
-        grid_files.check_results(self.workdir, self.cells, self.results)
+        self.answers = Answers(self.workdir)
+        grid_files.check_results(self.answers, self.cells, self.results)
         self.notes: list[str] = []
         self.predictions = lru_cache(NUM_KEPT_CELLS)(
             lambda cell: list(prediction_lines(self.workdir / "predictions" / f"{cell}.jsonl"))

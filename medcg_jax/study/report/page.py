@@ -29,7 +29,7 @@ from medcg_jax.study.report.table import MARKS, Table, text_of
 from medcg_jax.study.report.tables import Tables, confusion, subset_scores
 from medcg_jax.study.report.text import Answer, counted, letter_habits, limits, missing, summary_text, table_names
 from medcg_jax.study.stats import stats
-from medcg_jax.study.stats.choices import choices
+from medcg_jax.study.stats.results import choices
 from medcg_jax.untrusted import FileError
 
 # What a report consists of; other files in its folder are its reader's own.
@@ -252,7 +252,7 @@ def write_tables(folder: Path, tables: Iterable[Table]) -> None:
 
 def _write(grid: Grid, folder: Path, formats: Sequence[str]) -> None:
     (folder / "plots").mkdir()
-    summary = stats.summarise(grid.workdir)
+    summary = stats.summarise(grid.workdir, grid.results, grid.answers)
     maker = Tables(grid, summary)
     tables = {table.name: table for table in (*maker.all(), *published(maker))}
     write_tables(folder, tables.values())

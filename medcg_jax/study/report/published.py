@@ -8,7 +8,7 @@ from medcg_jax.study.design import mat, suite
 from medcg_jax.study.report.load_grid import arm_name
 from medcg_jax.study.report.table import Table
 from medcg_jax.study.report.tables import Tables
-from medcg_jax.study.stats.power import paper_power
+from medcg_jax.study.stats.paired import paper_power
 
 # Arm -> what tables 1 and 2 of the paper call it.
 PRINTED = {"baseline": "Baseline", "single_task": "Single-task Training", "multi_task": "Multi-task Training"}
@@ -58,7 +58,7 @@ def combination(tables: Tables, table: str, number: int) -> Table:
     readings = {row.row: row for row in mat.paper_rows(number)}
     arms, rows = ("baseline", "baseline_plus", "trained"), []
     for (row, target), scores in tables.grid.scores(table).items():
-        paper_table, paper_row = suite.paper_row(row) or (0, 0)
+        paper_table, paper_row = suite.Row.parse(table, row).published or (0, 0)
         if paper_table == number and paper_row in printed:
             reading = readings[paper_row]
             values = tables.compared(table, row, target, scores, "trained", ("baseline_plus", "baseline"))

@@ -287,9 +287,7 @@ def efficiency_gains(grid: Grid) -> list[dict]:
     for (curve, target, seed, records), cell in cells.items():
         other = cells.get(("target_only", target, seed, records))
         if curve == "with_related" and other:
-            folder = grid.workdir / "predictions"
-            a, b = (stats.correct_by_id(folder / f"{name}.jsonl", target) for name in (cell, other))
-            result = stats.compare(a, b)
+            result = stats.compare(*(grid.answers.correct_by_id(name, target) for name in (cell, other)))
             units.setdefault(records, []).append(stats.Unit(target, seed, result.n, result.only_a, result.only_b))
     gains = []
     for records, group in sorted(units.items()):

@@ -10,13 +10,12 @@ of this host's name) is judged by the times at which it touches its claim.
 
 import json
 import os
-import re
 import socket
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -103,7 +102,7 @@ class Claim:
         """Gives the work up, for anyone to claim again: the claim stays, marked as that of nobody."""
         self._done.set()
         self._thread.join()
-        _write(self.path, {"pid": 0, "start": ""} | _world())
+        write_whole(self.path, json.dumps({"pid": 0, "start": ""} | _world()))
 
 
 def take(folder: Path, name: str) -> Claim | None:
@@ -135,7 +134,7 @@ def wait(folder: Path, name: str, done: Callable[[], bool], poll_s: float = 0.5)
                 claim.release()
                 return None
             return claim
-        waiting.look(folder, [name])
+        waiting.report((folder, name))
         time.sleep(poll_s)
     return None
 
@@ -147,16 +146,15 @@ class Waiting:
         self._began = time.monotonic()
         self._next = self._began + SAY_AFTER_S
 
-    def look(self, folder: Path, names: Iterable[str]) -> None:
-        """To be called as long as this process waits for one of `names`."""
+    def report(self, *wanted: tuple[Path, str]) -> None:
+        """To be called as long as this process waits for one of these (folder of claims, name)."""
         now = time.monotonic()
         if now < self._next:
             return
-        claimed = num_holders(folder)
-        held = next((words for name in names if name in claimed and (words := described(folder, name))), "")
-        self._next = now + (SAY_EVERY_S if held else SAY_AFTER_S)
-        if held:
-            print(f"waiting since {now - self._began:.0f} s: {held}", file=sys.stderr, flush=True)
+        holder = next(filter(None, (described(folder, name) for folder, name in wanted)), "")
+        self._next = now + (SAY_EVERY_S if holder else SAY_AFTER_S)
+        if holder:
+            print(f"waiting since {now - self._began:.0f} s: {holder}", file=sys.stderr, flush=True)
 
 
 def described(folder: Path, name: str) -> str:
@@ -184,22 +182,21 @@ def lock(folder: Path, name: str, poll_s: float = 0.1) -> Iterator[None]:
 
 def num_holders(folder: Path) -> Counter:
     """Name -> how many processes have held the work so far, from one look at the folder."""
-    found = Counter()
+    holders = Counter()
     for file in os.listdir(folder):
         name, _, number = file.rpartition(".")
         if number.isdecimal() and not file.startswith("."):
-            found[name] = max(found[name], int(number) + 1)
-    return found
+            holders[name] = max(holders[name], int(number) + 1)
+    return holders
 
 
 def _last(folder: Path, name: str) -> tuple[int, dict | None, float]:
     """(highest number, or -1; its holder; seconds since it was touched)."""
-    own = re.compile(re.escape(name) + r"\.(\d+)$")
-    numbers = [int(m[1]) for m in map(own.match, os.listdir(folder)) if m]
-    if not numbers:
+    number = num_holders(folder)[name] - 1
+    if number < 0:
         return -1, None, 0.0
-    path = folder / f"{name}.{max(numbers)}"
-    return max(numbers), _read(path), _age(path)
+    path = folder / f"{name}.{number}"
+    return number, _read(path), _age(path)
 
 
 def _age(path: Path) -> float:
@@ -230,7 +227,3 @@ def _read(path: Path) -> dict | None:
     except FileError:
         return None
     return holder if all(isinstance(holder.get(key), str) for key in ("host", "start")) else None
-
-
-def _write(path: Path, holder: dict) -> None:
-    write_whole(path, json.dumps(holder))

@@ -13,7 +13,7 @@ from medcg_jax.config import BOX_TABLES, RunConfig
 from medcg_jax.data.records import Source, Subset
 from medcg_jax.data.sources import open_source
 from medcg_jax.study.design import mat
-from medcg_jax.study.design.schedule import Job, Plan, make_plan, seeded
+from medcg_jax.study.design.schedule import Job, Plan, make_plan, runs_by_model, seeded
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ def costs(run: RunConfig, jobs: Sequence[Job], boxes: Sequence[Subset] = ()) -> 
         return length, flops.training(row, trainable=run.model.trainable)
 
     rows = {with_boxes: of_row(with_boxes) for with_boxes in (False, True)}
-    found = {}
+    spent = {}
     for job in jobs:
         samples = job.steps * run.train.batch_size
-        length, needed = rows[bool(names & {name for name, _ in job.training})]
-        found[job.id] = Cost(samples, samples * length, samples * needed)
-    return found
+        length, flops_of_row = rows[bool(names & {name for name, _ in job.training})]
+        spent[job.id] = Cost(samples, samples * length, samples * flops_of_row)
+    return spent
 
 
 def architecture_of(run: RunConfig):
@@ -112,13 +112,11 @@ def dry(run: RunConfig) -> dict:
       ConfigError, DataError: as `schedule.make_plan`.
     """
     if run.study.models:
-        from medcg_jax.study.run.backbones import model_run
-
-        found = {}
-        for model in run.study.models:
+        listings = {}
+        for model, own_run in runs_by_model(run).items():
             print(f"-- {model}")
-            found[model] = dry(model_run(run, model))
-        return found
+            listings[model] = dry(own_run)
+        return listings
     source = subsets_source(run)
     plan = make_plan(run, source)
     spent = costs(run, plan.jobs, source.detection_subsets if set(run.study.tables) & set(BOX_TABLES) else ())
@@ -132,7 +130,8 @@ def dry(run: RunConfig) -> dict:
         size += f"; trained as {job.id}" if job.steps and job.id != cell.id else ""
         notes = f" [{cell.notes}]" if cell.notes else ""
         print(f"{cell.id}: {training} -> {', '.join(cell.target)}; {size}{notes}")
-        listed.append(dataclasses.asdict(cell) | {"steps": job.steps, "trained_as": job.id} | spent[job.id].as_dict())
+        more = {"row": str(cell.row), "steps": job.steps, "trained_as": job.id} | spent[job.id].as_dict()
+        listed.append(dataclasses.asdict(cell) | more)
     return {"cells": listed, "nominal": isinstance(source, NominalSource)} | totals(run, plan, spent)
 
 
@@ -164,7 +163,7 @@ def totals(run: RunConfig, plan: Plan, spent: dict[str, Cost]) -> dict:
     cells = sum(len(job.cells) for job in trained)
     # As printed: tables 1 and 2 have a row for each subset tested on, whatever a cell tests at once.
     rows = {
-        (cell.table, cell.row.split("/")[0] if cell.table == "multi_task" else cell.row, target)
+        (cell.table, cell.row.part if cell.table == "multi_task" else cell.row, target)
         for cell in plan.cells
         for target in cell.target
     }

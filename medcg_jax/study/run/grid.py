@@ -1,8 +1,10 @@
 """`medcg reproduce`: a whole grid from one call; called again, it goes on where it stopped.
 
 The work is done by `worker.Worker`: in this process with `study.jobs` 1, else in as many processes that share the
-workdir through claims. This process expands the grid, starts the workers, shows how far they are, and
-writes the tables.
+workdir through claims. This process expands the grid, starts the workers, shows how far they are, and writes the tables.
+
+A grid of several models (`study.models`) has a folder for each, WORKDIR/MODEL, with all that a grid leaves, and a page
+of all of them in WORKDIR/report.
 """
 
 import dataclasses
@@ -12,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from medcg_jax.agreement import data_fingerprint, versions
 from medcg_jax.config import BOX_TABLES, ConfigError, Interrupted, RunConfig, flat, free_fields
 from medcg_jax.data.general import open_general
 from medcg_jax.files import write_whole
-from medcg_jax.study.design.schedule import Job, Plan, make_plan, seeded
+from medcg_jax.study.design.schedule import Plan, make_plan, seeded
 from medcg_jax.study.run import claims
 from medcg_jax.study.run.progress import Progress
 from medcg_jax.study.stats import contamination, results
@@ -45,7 +47,8 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
 
     Returns {"workdir", "cells", "failed": {cell: why}, "unfinished": [cell], "page", "goodput", "exit_status"}: 1 where
     a cell failed or is unfinished, else 0; "goodput" (None where no process left its part) is that of all processes
-    together, and stands in `goodput.json`.
+    together, and stands in `goodput.json`. For `study.models`: {"workdir", "models": {model: the same}, "page",
+    "exit_status"}.
 
     Raises:
       ConfigError: the workdir holds a grid of another configuration, or the configuration cannot be used.
@@ -53,36 +56,64 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
     """
     workdir = Path(workdir)
     plan = make_plan(run)
-    check_start(run)
-    if processes.count() > 1 and run.study.jobs > 1:
-        raise ConfigError(
-            f"study.jobs={run.study.jobs}: 1 is accepted where {processes.count()} processes share one run"
-        )
+    folders = {model: workdir / model if run.study.models else workdir for model in plan.runs}
+    for own_run in plan.runs.values():
+        check_start(own_run)
+    if processes.count() > 1:
+        if run.study.models:
+            raise ConfigError(f"study.models={run.study.models}: expected () where processes share one run")
+        if run.study.jobs > 1:
+            raise ConfigError(
+                f"study.jobs={run.study.jobs}: expected 1 where {processes.count()} processes share one run"
+            )
     if not processes.is_first():
-        return follow(run, workdir, plan)
-    write_config(run, workdir, plan)
-    tables = results.Tables(workdir, plan.cells, plan.jobs)
-    done = results.done_jobs(workdir)
-    waiting = [job for job in plan.jobs if job.id not in done]
-    print(f"{len(plan.cells)} cells in {len(plan.jobs)} jobs, {len(waiting)} to do; workdir {workdir}", flush=True)
-    processes.broadcast(BEGUN, lambda: bool(waiting))
-    bases, again = missing_bases(run, workdir, waiting), bool(results.goodput_parts(workdir))
-    with sigterm_saves(), Progress(workdir, plan, bases, on_change=tables.write):
-        if waiting:
-            work(run, workdir, plan, bool(bases), again)
-    outcomes = results.all_outcomes(workdir, plan.jobs)
-    tables.write(outcomes)
-    contamination.join(workdir, plan)
-    return processes.broadcast(REPORTED, lambda: summary(workdir, plan, outcomes))
+        return follow(folders, plan)
+    for model, folder in folders.items():
+        write_config(plan.runs[model], folder, plan.of(model))
+    tables = {
+        model: results.Tables(folders[model], own.cells, own.jobs) for model in folders for own in [plan.of(model)]
+    }
+    done = {model: results.done_jobs(folder) for model, folder in folders.items()}
+    left = [job for job in plan.jobs if job.id not in done[job.model]]
+    print(f"{len(plan.cells)} cells in {len(plan.jobs)} jobs, {len(left)} to do; workdir {workdir}", flush=True)
+    processes.broadcast(BEGUN, lambda: bool(left))
+    bases = missing_bases(plan, folders, {(job.model, job.seed) for job in left})
+    restarted = any(results.goodput_parts(folder) for folder in folders.values())
+    with sigterm_saves(), Progress(folders, plan, bases, lambda model, outcomes: tables[model].write(outcomes)):
+        if left:
+            work(run, workdir, folders, plan, bool(bases), restarted)
+    summaries = {}
+    for model, folder in folders.items():
+        own = plan.of(model)
+        outcomes = results.all_outcomes(folder, own.jobs)
+        tables[model].write(outcomes)
+        contamination.join(folder, own)
+        if run.study.models:
+            print(f"-- {model}")
+        summaries[model] = summary(folder, own, outcomes)
+    result = of_models(workdir, summaries) if run.study.models else summaries.popitem()[1]
+    return processes.broadcast(REPORTED, lambda: result)
 
 
-def follow(run: RunConfig, workdir: Path, plan: Plan) -> dict:
+def of_models(workdir: Path, summaries: Mapping[str, dict]) -> dict:
+    """The result of a grid of several models; writes the page of all."""
+    from medcg_jax.study.report.compare import models_in, write_models_page
+
+    page = None
+    if any(own["page"] for own in summaries.values()):
+        page = str(write_models_page(workdir, models_in(workdir)))
+        print(f"report: {page}", flush=True)
+    status = max(own["exit_status"] for own in summaries.values())
+    return {"workdir": str(workdir), "models": dict(summaries), "page": page, "exit_status": status}
+
+
+def follow(folders: Mapping[str, Path], plan: Plan) -> dict:
     """`reproduce` on the other processes of one run: they do their part of the work, and the first writes."""
     with sigterm_saves():
         if processes.broadcast(BEGUN):
             from medcg_jax.study.run.worker import Worker
 
-            Worker(run, workdir, plan, again=False).run()
+            Worker(folders, plan).run()
         return processes.broadcast(REPORTED)
 
 
@@ -93,33 +124,37 @@ def check_start(run: RunConfig) -> None:
     check_weights(run)
     for name in ("wandb", "profile_steps"):
         if value := getattr(run.log, name):
-            raise ConfigError(f"log.{name}={value!r}: '' is accepted by `medcg reproduce`; `medcg train` takes others")
+            raise ConfigError(f"log.{name}={value!r}: expected '' in `medcg reproduce`; `medcg train` takes others")
     if not run.study.cells_at_once:
         raise ConfigError("study.cells_at_once=0: `medcg reproduce` alone accepts it, and finds how many cells fit")
 
 
-def missing_bases(run: RunConfig, workdir: Path, jobs: Sequence[Job]) -> dict[int, int]:
-    """Seed -> steps of the bases that the jobs need and that are not there."""
-    from medcg_jax.study.run.bases import Bases
+def missing_bases(plan: Plan, folders: Mapping[str, Path], keys: set[tuple[str, int]]) -> dict[tuple[str, int], int]:
+    """(model, seed) of `keys` -> steps of its base, where that is still to be trained."""
+    from medcg_jax.study.run.bases import base_path, is_ready
 
-    bases = Bases(run, workdir)
-    seeds = dict.fromkeys(job.seed for job in jobs)
-    return {seed: run.base.steps for seed in seeds if not bases.ready(seed)}
+    return {
+        (model, seed): plan.runs[model].base.steps
+        for model, seed in sorted(keys)
+        if not is_ready(base_path(plan.runs[model], folders[model], seed))
+    }
 
 
-def work(run: RunConfig, workdir: Path, plan: Plan, needs_bases: bool, again: bool) -> None:
-    """Does what is left, here or in `study.jobs` processes. again: the grid was started before."""
-    words = ("again",) if again else ()
+def work(
+    run: RunConfig, workdir: Path, folders: Mapping[str, Path], plan: Plan, needs_bases: bool, restarted: bool
+) -> None:
+    """Does what is left, here or in `study.jobs` processes. restarted: the grid was started before."""
     if run.study.jobs == 1:
         from medcg_jax.study.run.worker import Worker
 
-        Worker(run, workdir, plan, again=again).run()
+        Worker(folders, plan, restarted=restarted).run()
         return
-    if needs_bases and len(run.study.seeds) < run.study.jobs:
+    arguments = [*map(str, folders.values()), *(["--restarted"] if restarted else [])]
+    if needs_bases and len(plan.runs) * len(run.study.seeds) < run.study.jobs:
         # Most processes would wait for the bases: one with all cores makes them sooner.
-        with workers(workdir, 1, "bases", *words, one_thread=False) as started:
+        with workers(workdir, 1, *arguments, "--bases_only", one_thread=False) as started:
             watch(started)
-    with workers(workdir, run.study.jobs, *words) as started:
+    with workers(workdir, run.study.jobs, *arguments) as started:
         watch(started)
 
 
@@ -161,7 +196,7 @@ class Process:
 
 @contextmanager
 def workers(workdir: Path, count: int, *arguments: str, one_thread: bool = True) -> Iterator[list[Process]]:
-    """So many worker processes on the workdir; all have ended when the block is left, however it is."""
+    """So many worker processes with these arguments; all have ended when the block is left, however it is."""
     environment = dict(os.environ)
     if one_thread:
         for name, value in ONE_THREAD.items():
@@ -171,12 +206,12 @@ def workers(workdir: Path, count: int, *arguments: str, one_thread: bool = True)
     # Processes on one accelerator share its memory.
     environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / count:.2f}")
     logs = workdir / "logs"
-    logs.mkdir(exist_ok=True)
+    logs.mkdir(parents=True, exist_ok=True)
     started: list[Process] = []
     try:
         for index in range(count):
             log = logs / f"worker-{index}.log"
-            command = [sys.executable, "-m", "medcg_jax.study.run.worker", str(workdir), str(os.getpid()), *arguments]
+            command = [sys.executable, "-m", "medcg_jax.study.run.worker", str(os.getpid()), *arguments]
             with open(log, "ab") as out:
                 popen = subprocess.Popen(
                     command, env=environment, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
@@ -218,8 +253,15 @@ def summary(workdir: Path, plan: Plan, outcomes: dict[str, dict]) -> dict:
         print_effects(workdir)
         page = str(write_page(workdir))
         print(f"report: {page}", flush=True)
-    return {"workdir": str(workdir), "cells": len(plan.cells), "failed": failed, "unfinished": unfinished,
-            "page": page, "goodput": spent, "exit_status": 1 if failed or unfinished else 0}  # fmt: skip
+    return {
+        "workdir": str(workdir),
+        "cells": len(plan.cells),
+        "failed": failed,
+        "unfinished": unfinished,
+        "page": page,
+        "goodput": spent,
+        "exit_status": 1 if failed or unfinished else 0,
+    }
 
 
 def write_page(workdir: Path) -> Path:
@@ -235,13 +277,13 @@ def write_page(workdir: Path) -> Path:
 
 def print_effects(workdir: Path) -> None:
     """Prints the mean accuracy of every arm, and each difference between two with its interval; the page has the rest."""
-    found = summarise(workdir)
+    summarised = summarise(workdir)
     print(f"\n{'table':30} {'arm':15} accuracy      n")
-    for arm in found["accuracy"]:
+    for arm in summarised["accuracy"]:
         if not arm["part"] or arm["table"] in PRINTED_BY_PART:
             print(f"{name_of(arm):30} {arm['arm']:15} {arm['accuracy']:8.3f} {arm['n']:6}")
     print(f"\n{'table':30} {'difference':31}   mean  95 % interval     rows above")
-    for effect in found["effects"]:
+    for effect in summarised["effects"]:
         if not effect["part"] or effect["table"] in PRINTED_BY_PART:
             pair = f"{effect['arm']} - {effect['against']}"
             interval = f"[{effect['ci_low']:+.3f}, {effect['ci_high']:+.3f}]"
@@ -297,8 +339,10 @@ def check_same(old: dict, new: dict, workdir: Path) -> None:
                 "give another --workdir, or the value that it has"
             )
     if old["data"] != new["data"]:
-        raise ConfigError(f"{workdir} holds a grid of other data (fingerprint {old['data']}, now {new['data']}): "
-                          "give another --workdir")  # fmt: skip
+        raise ConfigError(
+            f"{workdir} holds a grid of other data (fingerprint {old['data']}, now {new['data']}): "
+            "give another --workdir"
+        )
     moved = [f"{k} {v} -> {new['versions'].get(k)}" for k, v in old["versions"].items() if new["versions"].get(k) != v]
     if moved:
         print(f"going on with other versions, so last digits may differ: {', '.join(moved)}", file=sys.stderr)

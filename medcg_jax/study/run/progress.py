@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Self
 
 from tqdm import tqdm
 
@@ -51,24 +52,35 @@ class Reporter:
 class Progress:
     """Shows the grid's progress from a thread while the block runs.
 
-    bases: seeds whose base is still to be trained, and its steps.
-    on_change: called with every outcome so far whenever a job is done.
+    folders: model -> the workdir of its part of the grid.
+    bases: (model, seed) whose base is still to be trained -> its steps.
+    on_change: called with a model and its outcomes so far (job id -> outcome) whenever one of its jobs is done.
     """
 
-    def __init__(self, workdir: Path, plan: Plan, bases: Mapping[int, int], on_change: Callable[[dict], None]):
-        self._workdir, self._plan, self._on_change = workdir, plan, on_change
-        self._bases = {base_name(seed): steps for seed, steps in bases.items()}
-        self._total = sum(self._bases.values()) + sum(map(job_units, plan.jobs))
+    def __init__(
+        self,
+        folders: Mapping[str, Path],
+        plan: Plan,
+        bases: Mapping[tuple[str, int], int],
+        on_change: Callable[[str, dict], None],
+    ):
+        self._folders, self._plan, self._bases, self._on_change = folders, plan, bases, on_change
+        self._total = sum(bases.values()) + sum(map(job_units, plan.jobs))
         self._stop = threading.Event()
-        self._outcomes: dict[str, dict] = {}
+        self._outcomes: dict[str, dict[str, dict]] = {model: {} for model in folders}
 
-    def __enter__(self) -> "Progress":
-        self._began, self._first = time.monotonic(), self._units()
-        self._said = self._began
+    def __enter__(self) -> Self:
+        self._began, (self._first, _) = time.monotonic(), self._read()
+        self._shown_at = self._began
         self._bar = tqdm(
-            total=self._total, initial=self._first, unit="step", disable=not sys.stderr.isatty(), smoothing=0.05,
-            dynamic_ncols=True, desc=self._words(),
-        )  # fmt: skip
+            total=self._total,
+            initial=self._first,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            smoothing=0.05,
+            dynamic_ncols=True,
+            desc=self._cells_done(),
+        )
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
@@ -76,60 +88,63 @@ class Progress:
     def __exit__(self, *_) -> None:
         self._stop.set()
         self._thread.join()
-        self._look(last=True)
+        self._show(last=True)
         self._bar.close()
 
     def _watch(self) -> None:
         while not self._stop.wait(POLL_S):
             try:
-                self._look()
+                self._show()
             except (OSError, FileError) as error:  # a full disk, say: the work itself will fail where it must
                 print(f"progress: {error}", file=sys.stderr, flush=True)
                 return
 
-    def _look(self, last: bool = False) -> None:
-        before = len(self._outcomes)
-        units = self._units()
-        if len(self._outcomes) != before:
-            self._on_change(self._outcomes)
+    def _show(self, last: bool = False) -> None:
+        units, changed = self._read()
+        for model in changed:
+            self._on_change(model, self._outcomes[model])
         if not self._bar.disable:
-            self._bar.set_description(self._words(), refresh=False)
+            self._bar.set_description(self._cells_done(), refresh=False)
             self._bar.n = min(units, self._total)
             self._bar.refresh()
-        elif last or len(self._outcomes) != before or time.monotonic() - self._said > LINE_EVERY_S:
-            self._said = time.monotonic()
+        elif last or changed or time.monotonic() - self._shown_at > LINE_EVERY_S:
+            self._shown_at = time.monotonic()
             print(self._line(units), file=sys.stderr, flush=True)
 
-    def _units(self) -> int:
-        """Units behind us; also collects the outcomes of jobs done since the last look."""
-        for name in results.done_jobs(self._workdir) - self._outcomes.keys():
-            self._outcomes[name] = results.outcome_of(self._workdir, name)
-        units = sum(min(self._partial(name), most) for name, most in self._bases.items())
-        started = set(os.listdir(results.state_dir(self._workdir) / "progress"))
+    def _read(self) -> tuple[int, list[str]]:
+        """(units behind us, models of which a job is done since the last call)."""
+        changed = []
+        for model, folder in self._folders.items():
+            outcomes = self._outcomes[model]
+            new = results.done_jobs(folder) - outcomes.keys()
+            outcomes |= {name: results.outcome_of(folder, name) for name in new}
+            changed += [model] if new else []
+        units = sum(min(self._partial(model, base_name(seed)), n) for (model, seed), n in self._bases.items())
+        started = {m: set(os.listdir(results.state_dir(f) / "progress")) for m, f in self._folders.items()}
         for job in self._plan.jobs:
-            if job.id in self._outcomes:
+            if job.id in self._outcomes[job.model]:
                 units += job_units(job)
-            elif job.id in started:
-                units += self._partial(job.id)
-        return units
+            elif job.id in started[job.model]:
+                units += self._partial(job.model, job.id)
+        return units, changed
 
-    def _partial(self, name: str) -> int:
+    def _partial(self, model: str, name: str) -> int:
         try:
-            text = read_text(results.state_dir(self._workdir) / "progress" / name, MAX_PROGRESS_BYTES)
+            text = read_text(results.state_dir(self._folders[model]) / "progress" / name, MAX_PROGRESS_BYTES)
         except FileError:
             return 0  # the bar alone is moved by it
         return int(text) if text.isascii() and text.isdigit() else 0
 
-    def _words(self) -> str:
-        cells = sum(len(job.cells) for job in self._plan.jobs if job.id in self._outcomes)
-        failed = sum(map(results.is_failure, self._outcomes.values()))
+    def _cells_done(self) -> str:
+        cells = sum(len(job.cells) for job in self._plan.jobs if job.id in self._outcomes[job.model])
+        failed = sum(results.is_failure(o) for outcomes in self._outcomes.values() for o in outcomes.values())
         return f"{cells}/{len(self._plan.cells)} cells" + (f", {failed} failed" if failed else "")
 
     def _line(self, units: int) -> str:
         gone = time.monotonic() - self._began
         here = units - self._first
         left = f"about {_clock(gone * (self._total - units) / here)} left" if here else "time left unknown"
-        return f"{self._words()}, {100 * units / self._total:.0f} % of the work, {_clock(gone)} gone, {left}"
+        return f"{self._cells_done()}, {100 * units / self._total:.0f} % of the work, {_clock(gone)} gone, {left}"
 
 
 def _clock(seconds: float) -> str:

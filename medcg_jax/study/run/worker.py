@@ -1,15 +1,17 @@
 """One process's part in a grid: claims bases and jobs, trains and tests them, says when they are done.
 
-Started as `python -m medcg_jax.study.run.worker WORKDIR PARENT [bases] [again]` where a grid has several processes;
-ends with its parent.
-Where `jax.distributed` spans several processes, all work on one job together; the first one decides and writes.
+Started as `python -m medcg_jax.study.run.worker PARENT FOLDER...` (a folder for each of the grid's models) where a grid
+has several processes; ends with its parent. Where `jax.distributed` spans several processes, all work on one job
+together; the first one decides and writes.
 """
 
+import argparse
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -19,10 +21,10 @@ from medcg_jax.config_file import from_config_dict
 from medcg_jax.data.records import DataError
 from medcg_jax.platform import keep_freed_memory, run_process
 from medcg_jax.processes import broadcast
-from medcg_jax.study.design.schedule import Job, Plan, make_plan
+from medcg_jax.study.design.schedule import Job, Plan, plan_of
 from medcg_jax.study.run import claims
-from medcg_jax.study.run.bases import Bases
-from medcg_jax.study.run.cells import Trainer
+from medcg_jax.study.run.bases import base_path, is_ready, train_base
+from medcg_jax.study.run.jobs import Trainer
 from medcg_jax.study.run.progress import Reporter, base_name
 from medcg_jax.study.stats import results
 from medcg_jax.train.log import keep_programs
@@ -36,126 +38,161 @@ NOTHING, BASE, JOB = range(3)
 class Worker:
     """Works on a grid until all of it is done, waiting for what others hold: they may die over it.
 
-    again: whether the grid was started before (its time's "restart").
+    It stays with one model as long as there is work on it, since another one's programs are compiled anew.
+
+    folders: model -> the workdir of its part of the grid.
+    restarted: whether the grid was started before (its time's "restart").
     """
 
-    def __init__(self, run: RunConfig, workdir: Path, plan: Plan, *, again: bool):
+    def __init__(self, folders: Mapping[str, Path], plan: Plan, *, restarted: bool = False):
         keep_programs()
-        self._workdir, self._plan = workdir, plan
-        self._seeds = list(dict.fromkeys(job.seed for job in plan.jobs))
-        self._claims = results.state_dir(workdir) / "claims"
-        self._goodput = results.process_goodput(workdir, again=again, writes=jax.process_index() == 0)
-        self._trainer = Trainer(run, workdir, self._goodput, plan.jobs)
-        self._bases = Bases(run, workdir)
-        self._held: dict[str, claims.Claim] = {}
+        self._folders, self._plan, self._restarted = folders, plan, restarted
+        keys = dict.fromkeys((job.model, job.seed) for job in plan.jobs)
+        self._bases = {(model, seed): base_path(plan.runs[model], folders[model], seed) for model, seed in keys}
+        for path in filter(None, self._bases.values()):
+            _claims_of(path).mkdir(parents=True, exist_ok=True)
+        self._model, self._open_model = "", ExitStack()
+        self._held: dict[Path, claims.Claim] = {}
 
     def run(self, bases_only: bool = False) -> None:
         """Returns when the grid is done, or, with `bases_only`, when every base is there."""
-        with self._goodput:
-            self._work(bases_only)
+        with self._open_model:
+            if len(self._folders) == 1:
+                self._open(next(iter(self._folders)))  # the time that it waits for others is part of the grid's
+            while True:
+                kind, index = broadcast("the next work", lambda: self._choose(bases_only))
+                if kind == NOTHING:
+                    return
+                try:
+                    if kind == BASE:
+                        self._make_base(*list(self._bases)[index])
+                    else:
+                        self._work_from(self._plan.jobs[index])
+                finally:
+                    for path in list(self._held):
+                        self._held.pop(path).release()
 
-    def _work(self, bases_only: bool) -> None:
-        while True:
-            kind, index = agree(lambda: self._choose(bases_only))
-            if kind == NOTHING:
-                return
-            try:
-                if kind == BASE:
-                    self._make_base(self._seeds[index])
-                else:
-                    self._work_from(self._plan.jobs[index])
-            finally:
-                for name in list(self._held):
-                    self._held.pop(name).release()
+    def _open(self, model: str) -> None:
+        """Makes `_trainer` and `_goodput` those of a model; what the last one had compiled is forgotten."""
+        if model == self._model:
+            return
+        if self._model:
+            self._open_model.close()
+            del self._trainer
+            jax.clear_caches()
+        run, folder = self._plan.runs[model], self._folders[model]
+        goodput = results.process_goodput(folder, restarted=self._restarted, writes=jax.process_index() == 0)
+        self._model, self._goodput = model, self._open_model.enter_context(goodput)
+        self._trainer = Trainer(run, folder, self._goodput, self._plan.of(model).jobs)
 
     def _choose(self, bases_only: bool) -> tuple[int, int]:
-        """What this process holds from now on: (BASE, place of its seed) or (JOB, its place); or nothing is left."""
+        """What this process holds from now on: (BASE, its index) or (JOB, its index); or NOTHING is left."""
         waiting = claims.Waiting()
         while True:
-            finished = results.done_jobs(self._workdir)
-            left = [job for job in self._plan.jobs if job.id not in finished]
-            seeds = dict.fromkeys(job.seed for job in left)
-            ready = {seed for seed in seeds if self._bases.ready(seed)}
-            if not seeds or bases_only and ready == set(seeds):
+            done = {model: results.done_jobs(folder) for model, folder in self._folders.items()}
+            jobs = [job for job in self._plan.jobs if job.id not in done[job.model]]
+            keys = dict.fromkeys((job.model, job.seed) for job in jobs)
+            missing = {key: self._bases[key] for key in keys if not is_ready(self._bases[key])}
+            if not jobs or bases_only and not missing:
                 return NOTHING, 0
-            if not bases_only:
-                place = self._claim_one([job for job in left if job.seed in ready])
-                if place is not None:
-                    return JOB, place
-            for seed in seeds:
-                name, done = self._bases.fingerprint(seed), lambda seed=seed: self._bases.ready(seed)
-                if seed not in ready and self._take(self._bases.claims, name, done):
-                    return BASE, self._seeds.index(seed)
-            waiting.look(self._claims, (job.id for job in left))
-            waiting.look(self._bases.claims, (self._bases.fingerprint(seed) for seed in seeds if seed not in ready))
+            for model in self._in_order(dict.fromkeys(model for model, _ in keys)):
+                ready = [job for job in jobs if job.model == model and (model, job.seed) not in missing]
+                index = None if bases_only else self._claim_job(ready)
+                if index is not None:
+                    return JOB, index
+                for key, path in missing.items():
+                    if key[0] == model and self._take(_claims_of(path), path.name, lambda path=path: is_ready(path)):
+                        return BASE, list(self._bases).index(key)
+            waiting.report(
+                *((_claims_in(self._folders[job.model]), job.id) for job in jobs),
+                *((_claims_of(path), path.name) for path in missing.values()),
+            )
             time.sleep(POLL_S)
 
-    def _claim_one(self, jobs: Sequence[Job]) -> int | None:
-        """The place in the plan of the first of these that this process holds now; None where others hold them all."""
+    def _in_order(self, models: Iterable[str]) -> list[str]:
+        """The model at hand, then those that no other process works on, then the others."""
+
+        def is_worked_on(model: str) -> bool:
+            folder = _claims_in(self._folders[model])
+            bases = [path for (name, _), path in self._bases.items() if name == model and path]
+            claimed = [(folder, name) for name in claims.num_holders(folder)]
+            return any(claims.described(*claim) for claim in (*claimed, *((_claims_of(b), b.name) for b in bases)))
+
+        models = list(models)
+        if len(models) == 1:
+            return models
+        return sorted(models, key=lambda model: (model != self._model, model != self._model and is_worked_on(model)))
+
+    def _claim_job(self, jobs: Sequence[Job]) -> int | None:
+        """The index in the plan of the first of one model's jobs that this process holds now; None: others hold all."""
+        if not jobs:
+            return None
+        folder = self._folders[jobs[0].model]
         # What other processes have died over comes last.
-        holders = claims.num_holders(self._claims)
+        holders = claims.num_holders(_claims_in(folder))
         for job in sorted(jobs, key=lambda job: holders[job.id]):
-            if self._take(self._claims, job.id, lambda job=job: job.id in results.done_jobs(self._workdir)):
+            if self._take(_claims_in(folder), job.id, lambda job=job: job.id in results.done_jobs(folder)):
                 return self._plan.jobs.index(job)
         return None
 
     def _take(self, folder: Path, name: str, done: Callable[[], bool]) -> bool:
         """Whether this process now holds the work; not where another does, or has just finished it."""
-        claim = None if name in self._held else claims.take(folder, name)
+        claim = None if folder / name in self._held else claims.take(folder, name)
         if claim and done():
             claim.release()
             return False
         if claim:
-            self._held[name] = claim
+            self._held[folder / name] = claim
         return claim is not None
 
-    def _make_base(self, seed: int) -> None:
-        setup, report = self._trainer.setup(seed), Reporter(self._workdir, base_name(seed))
+    def _make_base(self, model: str, seed: int) -> None:
+        self._open(model)
+        folder, name = self._folders[model], base_name(seed)
+        setup, report = self._trainer.setup(seed), Reporter(folder, name)
+        metrics = folder / "metrics" / f"{name}.jsonl"
         try:
-            self._bases.train(setup, seed, report, self._goodput)
+            base = self._bases[model, seed]
+            train_base(base, setup, name=name, metrics=metrics, report=report, goodput=self._goodput)
             report(setup.run.base.steps, now=True)
         except NonFiniteLoss as error:  # the same at every try: none of the seed's cells can be had
             for job in self._plan.jobs:
-                if job.seed == seed and jax.process_index() == 0:
-                    results.mark_done(self._workdir, job.id, {"status": f"failed: {error}", "seconds": 0.0})
+                if (job.model, job.seed) == (model, seed) and jax.process_index() == 0:
+                    results.mark_done(folder, job.id, {"status": f"failed: {error}", "seconds": 0.0})
 
     def _work_from(self, first: Job) -> None:
-        """Trains and tests a job, and every other of its seed and kind that is free while there is a slot for it."""
-        base = self._bases.load(self._trainer.setup(first.seed), first.seed)
-        given = [first]
+        """Trains and tests a job, and every other of its model, seed and kind that is free while there is a slot."""
+        self._open(first.model)
+        folder, jobs = self._folders[first.model], [first]
 
-        def waiting() -> Job | None:
-            if given:
-                return given.pop()
-            _, place = agree(self._another_like(first))
-            return self._plan.jobs[place] if place >= 0 else None
+        def claim_another() -> tuple[int, int]:
+            done = results.done_jobs(folder)
+            kind = (first.model, first.seed, first.has_boxes)
+            alike = [job for job in self._plan.jobs if job.steps and (job.model, job.seed, job.has_boxes) == kind]
+            index = self._claim_job([job for job in alike if job.id not in done])
+            return (NOTHING, -1) if index is None else (JOB, index)
+
+        def next_job() -> Job | None:
+            if jobs:
+                return jobs.pop()
+            kind, index = broadcast("the next work", claim_another)
+            return self._plan.jobs[index] if kind == JOB else None
 
         def finish(job: Job, outcome: dict) -> None:
             if jax.process_index() == 0:
-                results.mark_done(self._workdir, job.id, outcome)
+                results.mark_done(folder, job.id, outcome)
                 self._trainer.clean(job)
-            if job.id in self._held:
-                self._held.pop(job.id).release()
+            if claim := self._held.pop(_claims_in(folder) / job.id, None):
+                claim.release()
 
-        self._trainer.run(waiting, base, finish, self._bases.path(first.seed))
-
-    def _another_like(self, first: Job) -> Callable[[], tuple[int, int]]:
-        def choose() -> tuple[int, int]:
-            done = results.done_jobs(self._workdir)
-            like = [
-                job for job in self._plan.jobs
-                if job.id not in done and job.steps and (job.seed, job.has_boxes) == (first.seed, first.has_boxes)
-            ]  # fmt: skip
-            place = self._claim_one(like)
-            return (NOTHING, -1) if place is None else (JOB, place)
-
-        return choose
+        self._trainer.run(self._bases[first.model, first.seed], first.seed, next_job, finish)
 
 
-def agree(choose: Callable[[], tuple[int, int]]) -> tuple[int, int]:
-    """What the first process chooses, on all processes of one `jax.distributed` job."""
-    kind, index = broadcast("the next work", choose)
-    return kind, index
+def _claims_in(workdir: Path) -> Path:
+    return results.state_dir(workdir) / "claims"
+
+
+def _claims_of(base: Path) -> Path:
+    return base.with_name("claims")
 
 
 def end_with(parent: int) -> None:
@@ -174,14 +211,21 @@ def read_config(workdir: Path) -> RunConfig:
     return from_config_dict(results.read_config_file(workdir)["config"])
 
 
-def main(argv: list[str]) -> int:
-    workdir, parent, bases_only = Path(argv[0]), int(argv[1]), "bases" in argv[2:]
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("parent", type=int)
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--bases_only", action="store_true")
+    parser.add_argument("--restarted", action="store_true")
+    args = parser.parse_args(argv)
     keep_freed_memory()
-    end_with(parent)
+    end_with(args.parent)
     try:
-        run = read_config(workdir)
+        runs = {folder: read_config(folder) for folder in args.folders}
+        folders = {run.model.name: folder for folder, run in runs.items()}
+        plan = plan_of({run.model.name: run for run in runs.values()})
         with sigterm_saves():
-            Worker(run, workdir, make_plan(run), again="again" in argv[2:]).run(bases_only)
+            Worker(folders, plan, restarted=args.restarted).run(args.bases_only)
     except (ConfigError, DataError) as error:
         print(error, flush=True)
         return 2

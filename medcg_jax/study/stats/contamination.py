@@ -1,4 +1,4 @@
-"""What a grid's trainings give away of its tests, as `contamination.csv`: one line for each finding of `leaks`.
+"""What a grid's trainings give away of its tests, as `contamination.csv`: a line for each finding of `design.leaks`.
 
 Each job writes its own part, before it is trained; at the end the parts are joined in the order of the cells. They
 depend on the data and the configuration alone: the same bytes however often, and by how many processes, a grid was
@@ -24,10 +24,11 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def write_part(workdir: Path, job: str, found: Sequence[Finding]) -> None:
-    """Writes what was found in a job's cells; nothing where that is nothing."""
+def write_part(workdir: Path, job: str, findings: Sequence[Finding]) -> None:
+    """Writes the findings in a job's cells; no file where there are none."""
     rows = [
-        (f.cell, f.leak.kind, f.leak.training, f.leak.test, f.leak.distance_bits, f.action, f.leak.form) for f in found
+        (f.cell, f.leak.kind, f.leak.training, f.leak.test, f.leak.distance_bits, f.action, f.leak.form)
+        for f in findings
     ]
     if rows:
         write_whole(_part(workdir, job), to_csv(HEADER, rows))

@@ -8,49 +8,26 @@ right option and one other).
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from medcg_jax.eval.generation import LETTERS, parse_answer
-from medcg_jax.eval.predictions import prediction_lines, wilson
-from medcg_jax.study.stats.paired import grouped, mcnemar
+from medcg_jax.eval.generation import LETTERS
+from medcg_jax.eval.predictions import wilson
+from medcg_jax.study.stats.answers import PLAIN, Answers
+from medcg_jax.study.stats.paired import mcnemar
 from medcg_jax.untrusted import FileError, shown
 
-PLAIN = ""
 SHUFFLED, TWO, SHIFT = "shuffled_images", "two_options", "shift_"
+# What is the same wherever the same record is asked. "seed" is a column that `controls_of_answers` adds: one value for
+# all seeds where the test records are the same at every seed.
+RECORD = ["seed", "subset", "id"]
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One answer of one cell.
-
-    Attributes:
-      cell, control: where it is from; control `PLAIN` for the predictions.
-      record: the same wherever the same record is asked: (seed or None, subset, id).
-      options: number K of the offered letters. logprobs: float[K] nats of them; None where they were not recorded.
-      read: the letter of the free answer, "" where it gives none; None where none was asked for.
-    """
-
-    cell: str
-    control: str
-    record: tuple
-    answer: str
-    predicted: str
-    options: int
-    logprobs: tuple[float, ...] | None
-    read: str | None
-
-    @property
-    def right(self) -> bool:
-        return self.predicted == self.answer
-
-
-def controls_of_answers(workdir: Path, results: Sequence[Mapping], fresh: bool) -> list[dict]:
+def controls_of_answers(answers: Answers, results: Sequence[Mapping], fresh: bool) -> list[dict]:
     """The controls of each table and arm, in the order of results.csv; the efficiency curves are left out.
 
-    results: rows of results.csv (`stats.read_results`). fresh: each seed has test records of its own.
+    results: rows of results.csv (`grid_files.read_results`). fresh: each seed has test records of its own.
 
     [
       {"table": "pairs", "part": "", "arm": "trained", "n": 7200, "records": 2400,  # answers, and records behind them
@@ -81,53 +58,59 @@ def controls_of_answers(workdir: Path, results: Sequence[Mapping], fresh: bool) 
         if row["table"] != "efficiency":
             _, targets = cells[row["table"], row["arm"]].setdefault(row["cell"], (row["seed"], set()))
             targets.add(row["target"])
-    found = []
-    again: dict[tuple[int, str], tuple[str, frozenset]] = {}
-    for (table, arm), own in cells.items():
-        answers = []
-        for cell, (seed, targets) in own.items():
-            of_cell = _cell_answers(workdir, cell, seed if fresh else None, targets)
+    entries = []
+    first_asked: dict[tuple[int, str], tuple[str, set]] = {}
+    for (table, arm), of_arm in cells.items():
+        frames = []
+        for cell, (seed, targets) in of_arm.items():
+            frame = _cell_answers(answers, cell, targets)
             for target in targets:
-                asked = frozenset((a.control, a.record[2]) for a in of_cell if a.control and a.record[1] == target)
-                other, theirs = again.setdefault((seed, target), (cell, asked))
+                again = frame[(frame["control"] != PLAIN) & (frame["subset"] == target)]
+                asked = set(zip(again["control"], again["id"], strict=True))
+                other, theirs = first_asked.setdefault((seed, target), (cell, asked))
                 if asked != theirs:
                     odd = "{}, {}".format(*min(asked ^ theirs))
                     raise FileError(
-                        f"{workdir / 'controls' / cell}.jsonl: of {shown(target)} other questions are asked again than in "
-                        f"{other}.jsonl, as {shown(odd)[1:-1]}; the same in all are accepted"
+                        f"{answers.path(cell, 'controls')}: of {shown(target)} other questions are asked again than in "
+                        f"{other}.jsonl, as {shown(odd)[1:-1]}; expected the same in all"
                     )
-            answers += of_cell
-        found.append({"table": table, "part": "", "arm": arm} | controls_of_arm(answers))
-    return found
+            frames.append(frame.assign(cell=cell, seed=seed if fresh else 0))
+        entries.append({"table": table, "part": "", "arm": arm} | controls_of_arm(pd.concat(frames, ignore_index=True)))
+    return entries
 
 
-def controls_of_arm(answers: Sequence[Answer]) -> dict:
-    """The entry of `controls_of_answers` of one arm, without its table and name."""
-    by_control = grouped(answers, lambda a: a.control)
-    plain = by_control.pop(PLAIN)
-    letters = grouped(plain, lambda a: a.predicted)
-    most = max(letters, key=lambda letter: len(letters[letter]))
+def controls_of_arm(answers: pd.DataFrame) -> dict:
+    """The entry of `controls_of_answers` of one arm, without its table and name.
+
+    answers: columns as of `Answers`, with "cell" and "seed".
+    """
+    plain = answers[answers["control"] == PLAIN]
+    shuffled = answers[answers["control"] == SHUFFLED]
+    letters = plain["predicted"].value_counts().sort_index() / len(plain)
+    most = letters.idxmax()
     return {
         "n": len(plain),
-        "records": len({a.record for a in plain}),
-        "accuracy": _accuracy(plain),
-        "letters": {letter: len(own) / len(plain) for letter, own in letters.items()},
+        "records": _num_records(plain),
+        "accuracy": _mean(plain["right"]),
+        "letters": letters.to_dict(),
         "most_frequent": most,
-        "most_frequent_accuracy": _mean(a.answer == most for a in plain),
-        "prior_corrected_accuracy": _mean(prior_corrected(plain)) if all(a.logprobs for a in plain) else None,
+        "most_frequent_accuracy": _mean(plain["answer"] == most),
+        "prior_corrected_accuracy": _mean(prior_corrected(plain))
+        if "A" in plain and plain["A"].notna().all()
+        else None,
         "by_options": [
-            {"options": count, "n": len(own), "accuracy": _accuracy(own), "chance": 1 / count}
-            for count, own in grouped(plain, lambda a: a.options).items()
+            {"options": int(count), "n": len(group), "accuracy": _mean(group["right"]), "chance": 1 / int(count)}
+            for count, group in plain.groupby("options")
         ],
-        "generation": _generation([a for a in plain if a.read is not None]),
-        "circular": _circular(plain, {c: own for c, own in by_control.items() if c.startswith(SHIFT)}),
-        "two_options": _two_options(plain, by_control.get(TWO, [])),
-        "shuffled_images": _shuffled(by_control.get(SHUFFLED, [])),
-        "not_shuffled": sorted({a.record[1] for a in plain} - {a.record[1] for a in by_control.get(SHUFFLED, [])}),
+        "generation": _generation(plain[plain["read"].notna()]),
+        "circular": _circular(plain, answers[answers["control"].str.startswith(SHIFT)]),
+        "two_options": _two_options(plain, answers[answers["control"] == TWO]),
+        "shuffled_images": _shuffled(shuffled),
+        "not_shuffled": sorted({*plain["subset"]} - {*shuffled["subset"]}),
     }
 
 
-def prior_corrected(answers: Sequence[Answer]) -> list[bool]:
+def prior_corrected(answers: pd.DataFrame) -> list[bool]:
     """Whether each answer would be right with the arm's liking for letters taken out; not in the answers' order.
 
     The probabilities of the offered letters, made to sum to 1, are divided by their means over the answers with as many
@@ -135,118 +118,105 @@ def prior_corrected(answers: Sequence[Answer]) -> list[bool]:
     any keeps its answers.
     """
     right = []
-    for own in grouped(answers, lambda a: a.options).values():
-        logprobs = np.array([a.logprobs for a in own])
+    for count, group in answers.groupby("options"):
+        logprobs = group[list(LETTERS[:count])].to_numpy(float)
         shares = np.exp(logprobs - logprobs.max(1, keepdims=True))
         shares /= shares.sum(1, keepdims=True)
         means = shares.mean(0)
         # A letter that no answer gives any probability wins nowhere.
         corrected = np.divide(shares, means, out=np.zeros_like(shares), where=means > 0).argmax(1)
-        right += [LETTERS[place] == a.answer for place, a in zip(corrected, own, strict=True)]
+        right += [LETTERS[i] == answer for i, answer in zip(corrected, group["answer"], strict=True)]
     return right
 
 
-def _generation(asked: Sequence[Answer]) -> dict | None:
-    if not asked:
+def _generation(asked: pd.DataFrame) -> dict | None:
+    if asked.empty:
         return None
-    lead: dict[tuple, int] = defaultdict(int)
-    for a in asked:
-        lead[a.record] += int(a.right) - int(a.read == a.answer)
-    only_likelihood, only_generated = sum(v > 0 for v in lead.values()), sum(v < 0 for v in lead.values())
+    read_right = asked["read"] == asked["answer"]
+    lead = (asked["right"].astype(int) - read_right).groupby([asked[key] for key in RECORD]).sum()
+    only_likelihood, only_generated = int((lead > 0).sum()), int((lead < 0).sum())
     return {
-        "n": len(asked), "likelihood": _accuracy(asked), "generated": _mean(a.read == a.answer for a in asked),
-        "agreement": _mean(a.read == a.predicted for a in asked),
-        "only_likelihood": only_likelihood, "only_generated": only_generated,
+        "n": len(asked),
+        "likelihood": _mean(asked["right"]),
+        "generated": _mean(read_right),
+        "agreement": _mean(asked["read"] == asked["predicted"]),
+        "only_likelihood": only_likelihood,
+        "only_generated": only_generated,
         "p": mcnemar(only_likelihood, only_generated),
-    }  # fmt: skip
+    }
 
 
-def _circular(plain: Sequence[Answer], shifts: Mapping[str, Sequence[Answer]]) -> dict | None:
-    if not shifts:
+def _circular(plain: pd.DataFrame, shifts: pd.DataFrame) -> dict | None:
+    if shifts.empty:
         return None
-    all_right = {(a.cell, a.record): a.right for own in shifts.values() for a in own}
-    for own in shifts.values():
-        for a in own:
-            all_right[a.cell, a.record] &= a.right
-    asked = _same_records(plain, all_right)
+    at_every_shift = shifts.groupby(["cell", *RECORD])["right"].all().rename("at_every_shift").reset_index()
+    asked = plain.merge(at_every_shift)
+    by_shift = shifts.groupby(shifts["control"].str.removeprefix(SHIFT).astype(int))["right"]
     return {
-        "n": len(asked), "plain": _accuracy(asked),
-        "accuracy": _mean(a.right and all_right[a.cell, a.record] for a in asked),
-        "by_shift": {
-            str(n): _accuracy(own) for n, own in sorted((int(c.removeprefix(SHIFT)), own) for c, own in shifts.items())
-        },
-    }  # fmt: skip
+        "n": len(asked),
+        "plain": _mean(asked["right"]),
+        "accuracy": _mean(asked["right"] & asked["at_every_shift"]),
+        "by_shift": {str(n): _mean(right) for n, right in by_shift},
+    }
 
 
-def _two_options(plain: Sequence[Answer], two: Sequence[Answer]) -> dict | None:
-    if not two:
+def _two_options(plain: pd.DataFrame, two: pd.DataFrame) -> dict | None:
+    if two.empty:
         return None
-    asked = _same_records(plain, {(a.cell, a.record) for a in two})
-    return {"n": len(two), "plain": _accuracy(asked), "accuracy": _accuracy(two)}
+    asked = plain.merge(two[["cell", *RECORD]])
+    return {"n": len(two), "plain": _mean(asked["right"]), "accuracy": _mean(two["right"])}
 
 
-def _shuffled(answers: Sequence[Answer]) -> dict | None:
-    if not answers:
+def _shuffled(answers: pd.DataFrame) -> dict | None:
+    if answers.empty:
         return None
-    accuracy, chance = _accuracy(answers), _mean(1 / a.options for a in answers)
-    records = len({a.record for a in answers})
+    accuracy, chance, records = _mean(answers["right"]), _mean(1 / answers["options"]), _num_records(answers)
     low, high = wilson(accuracy * records, records)
     return {
-        "n": len(answers), "accuracy": accuracy, "ci_low": low, "ci_high": high, "chance": chance,
+        "n": len(answers),
+        "accuracy": accuracy,
+        "ci_low": low,
+        "ci_high": high,
+        "chance": chance,
         "at_chance": low <= chance <= high,
-    }  # fmt: skip
+    }
 
 
-def _same_records(plain: Sequence[Answer], keys) -> list[Answer]:
-    return [a for a in plain if (a.cell, a.record) in keys]
-
-
-def _accuracy(answers: Iterable[Answer]) -> float:
-    return _mean(a.right for a in answers)
+def _num_records(answers: pd.DataFrame) -> int:
+    return len(answers[RECORD].drop_duplicates())
 
 
 def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
+    return float(np.mean(np.asarray(values)))
 
 
-def _cell_answers(workdir: Path, cell: str, seed: int | None, targets: set[str]) -> list[Answer]:
+def _cell_answers(answers: Answers, cell: str, targets: set[str]) -> pd.DataFrame:
     """What one cell answered on its targets, as asked and in its controls."""
-    plain = list(_read(workdir / "predictions" / f"{cell}.jsonl", cell, seed, targets))
-    path = workdir / "controls" / f"{cell}.jsonl"
+    plain = answers.frame(cell)
+    plain = plain[plain["subset"].isin(targets)]
+    path = answers.path(cell, "controls")
     if not path.exists():
         return plain
-    controls = list(_read(path, cell, seed, targets))
-    options = {a.record: a.options for a in plain}
-    asked: dict[tuple, list[str]] = defaultdict(list)
-    for a in controls:
-        place = _place(path, a.record)
-        if a.record not in options:
-            raise FileError(f"{place}: not among the predictions of the cell")
-        known = {SHUFFLED, TWO, *_shifts(options[a.record])}
-        if a.control not in known or a.control in asked[a.record]:
-            raise FileError(f"{place}: control '{shown(a.control)[1:-1]}'; each of {', '.join(sorted(known))} once")
-        asked[a.record].append(a.control)
-    for record, names in asked.items():
-        missing = set(_shifts(options[record])) - set(names)
-        if missing and any(name.startswith(SHIFT) for name in names):
-            raise FileError(f"{_place(path, record)}: no {min(missing)}; all shifts or none")
-    return plain + controls
-
-
-def _place(path: Path, record: tuple) -> str:
-    return f"{path}, record {shown(record[2])[1:-1]} of {shown(record[1])[1:-1]}"
+    controls = answers.frame(cell, "controls")
+    controls = controls[controls["subset"].isin(targets)]
+    options = dict(zip(zip(plain["subset"], plain["id"], strict=True), plain["options"], strict=True))
+    asked: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for control, *record in zip(controls["control"], controls["subset"], controls["id"], strict=True):
+        subset, name = record
+        where = f"{path}, record {shown(name)[1:-1]} of {shown(subset)[1:-1]}"
+        if (subset, name) not in options:
+            raise FileError(f"{where}: not among the predictions of the cell")
+        known = {SHUFFLED, TWO, *_shifts(options[subset, name])}
+        if control not in known:
+            raise FileError(f"{where}: control '{shown(control)[1:-1]}'; each of {', '.join(sorted(known))} once")
+        asked[subset, name].add(control)
+    for (subset, name), controls_of_record in asked.items():
+        missing = set(_shifts(options[subset, name])) - controls_of_record
+        if missing and any(control.startswith(SHIFT) for control in controls_of_record):
+            where = f"{path}, record {shown(name)[1:-1]} of {shown(subset)[1:-1]}"
+            raise FileError(f"{where}: no {min(missing)}; all shifts or none")
+    return pd.concat([plain, controls], ignore_index=True)
 
 
 def _shifts(options: int) -> list[str]:
     return [f"{SHIFT}{n}" for n in range(1, options)]
-
-
-def _read(path: Path, cell: str, seed: int | None, targets: set[str]) -> Iterable[Answer]:
-    for line in prediction_lines(path):
-        if line["subset"] in targets:
-            text = line["generated"]
-            yield Answer(
-                cell, line.get("control", PLAIN), (seed, line["subset"], line["id"]), line["answer"],
-                line["predicted"], len(line["options"]), line["logprobs"] and tuple(line["logprobs"]),
-                None if text is None else parse_answer(text, line["options"]),
-            )  # fmt: skip

@@ -5,7 +5,6 @@
 """
 
 import csv
-import hashlib
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from medcg_jax.config import BOX_TABLES, TABLES
-from medcg_jax.eval.predictions import prediction_lines, wilson
+from medcg_jax.eval.predictions import wilson
+from medcg_jax.study.design.suite import Row
 from medcg_jax.study.stats import results
+from medcg_jax.study.stats.answers import Answers
 from medcg_jax.untrusted import FileError, read_text, shown
 
 # A table of the grid: 10,000 cells of 50 subsets each take some 5 MB.
@@ -55,7 +56,7 @@ def read_rows(
 ) -> list[dict[str, Any]]:
     """The rows of a CSV file with a header; other columns than these are left out.
 
-    columns: name -> a function of the text, which gives the value; its ValueError says what is accepted.
+    columns: name -> a function of the text, which gives the value; its ValueError says what is expected.
     optional: those of the columns that a file may lack; their text is "" there.
 
     Raises:
@@ -75,10 +76,10 @@ def read_rows(
                 header = cells
                 missing = [c for c in columns if header.count(c) != 1 and (c in header or c not in optional)]
                 if missing:
-                    raise FileError(f"{name}: a column {missing[0]!r} is accepted once; there is {shown(header)}")
+                    raise FileError(f"{name}: expected a column {missing[0]!r} once; there is {shown(header)}")
             elif cells:
                 if len(cells) != len(header):
-                    raise FileError(f"{name}: {len(cells)} columns; {len(header)} are accepted")
+                    raise FileError(f"{name}: {len(cells)} columns; expected {len(header)}")
                 values = dict(zip(header, cells, strict=True))
                 rows.append({key: _value(values.get(key, ""), kind, f"{name}: {key}") for key, kind in columns.items()})
     except csv.Error as error:
@@ -90,7 +91,7 @@ def _value(text: str, kind: Callable[[str], Any], name: str) -> Any:
     try:
         return kind(text)
     except ValueError as error:
-        raise FileError(f"{name}={shown(text)}: {error} is accepted") from None
+        raise FileError(f"{name}={shown(text)}: expected {error}") from None
 
 
 def text(value: str) -> str:
@@ -162,73 +163,74 @@ def read_cells(workdir: Path, count: int) -> list[dict[str, str]]:
       FileError: as `read_rows`; another number of cells, one twice, or one whose row, arm and table do not fit.
     """
     path = Path(workdir) / "cells.csv"
-    cells = read_rows(path, CELLS)
-    known: set[str] = set()
-    for cell in cells:
-        _check_row(cell, path)
-        if cell["cell"] in known:
-            raise FileError(f"{path}: cell {cell['cell']} stands there twice; {WRITE_AGAIN}")
-        known.add(cell["cell"])
+    cells = _keyed_rows(path, CELLS, ("cell",))
     if len(cells) != count:
         raise FileError(f"{path}: {len(cells):,} cells; config.json says {count:,}: {WRITE_AGAIN}")
     return cells
 
 
 def read_results(workdir: str | Path) -> list[dict[str, Any]]:
-    """The rows of results.csv with numbers as numbers.
+    """The rows of results.csv with numbers as numbers; of each row's text its "part" and "published" too (`suite.Row`).
 
     Raises:
       FileError: as `read_rows`; a row twice, more right answers than answers, or shares that these do not give.
     """
     path = Path(workdir) / "results.csv"
-    rows = read_rows(path, RESULTS)
-    known: set[tuple[str, str]] = set()
+    rows = _keyed_rows(path, RESULTS, ("cell", "target"))
     for row in rows:
-        _check_row(row, path)
         name = f"{path}, cell {row['cell']}"
-        if (row["cell"], row["target"]) in known:
-            raise FileError(f"{name}: target {shown(row['target'])} stands there twice; {WRITE_AGAIN}")
-        known.add((row["cell"], row["target"]))
         if row["correct"] > row["n"]:
-            raise FileError(f"{name}: correct={row['correct']} of n={row['n']}; at most n is accepted")
-        wanted = (row["correct"] / row["n"], *wilson(row["correct"], row["n"]))
-        for key, value in zip(("accuracy", "ci_low", "ci_high"), wanted, strict=True):
+            raise FileError(f"{name}: correct={row['correct']} of n={row['n']}; expected at most n")
+        shares = (row["correct"] / row["n"], *wilson(row["correct"], row["n"]))
+        for key, value in zip(("accuracy", "ci_low", "ci_high"), shares, strict=True):
             if abs(row[key] - value) > ROUNDING:
                 raise FileError(
                     f"{name}: {key}={row[key]:g}; correct={row['correct']} of n={row['n']} give {value:.6f}: "
                     f"{WRITE_AGAIN}"
                 )
+        parsed = Row.parse(row["table"], row["row"])
+        row |= {"part": parsed.part, "published": parsed.published}
     return rows
 
 
-def _check_row(row: Mapping[str, Any], path: Path) -> None:
-    name, parts = f"{path}, cell {row['cell']}", PARTS_OF.get(row["table"])
-    if parts and row["row"].split("/")[0] not in parts:
-        accepted = f"of {row['table']} what begins with {' or '.join(parts)} is accepted"
-        raise FileError(f"{name}: row={shown(row['row'])}: {accepted}")
-    if (row["table"] == "efficiency") != row["arm"].startswith("efficiency_"):
-        raise FileError(f"{name}: arm={row['arm']}: table {row['table']} has no such arm")
+def _keyed_rows(path: Path, columns: Mapping[str, Callable], key: Sequence[str]) -> list[dict[str, Any]]:
+    """`read_rows` of a table of cells, each of whose rows has a key of its own, and fits its table."""
+    rows, known = read_rows(path, columns), set()
+    for row in rows:
+        name, values = f"{path}, cell {row['cell']}", tuple(row[column] for column in key)
+        parts = PARTS_OF.get(row["table"])
+        if parts and Row.parse(row["table"], row["row"]).part not in parts:
+            expected = f"in {row['table']} a row begins with {' or '.join(parts)}"
+            raise FileError(f"{name}: row={shown(row['row'])}: {expected}")
+        if (row["table"] == "efficiency") != row["arm"].startswith("efficiency_"):
+            raise FileError(f"{name}: arm={row['arm']}: table {row['table']} has no such arm")
+        if values in known:
+            which = ", ".join(f"{column} {shown(row[column])}" for column in key[1:])
+            raise FileError(f"{name}: {which + ' ' if which else ''}stands there twice; {WRITE_AGAIN}")
+        known.add(values)
+    return rows
 
 
-def check_results(workdir: Path, cells: Sequence[Mapping], rows: Sequence[Mapping]) -> None:
+def check_results(answers: Answers, cells: Sequence[Mapping], rows: Sequence[Mapping]) -> None:
     """Holds results.csv and boxes.csv against cells.csv, `predictions/` and `boxes/`.
 
     Raises:
       FileError: a row is of no finished cell, a finished cell's row is missing, a number is another than the answers
         give, or two cells of one target and seed were asked other records.
     """
+    workdir = answers.workdir
     by_cell: dict[str, dict[str, Mapping]] = {}
     known = {cell["cell"]: cell for cell in cells}
     for row in rows:
         _check_cell(workdir / "results.csv", row, known)
         by_cell.setdefault(row["cell"], {})[row["target"]] = row
     boxes = check_boxes(workdir, known)
-    asked: dict[tuple[str, str], tuple[bytes, Path]] = {}
+    first_asked: dict[tuple[str, str], tuple[set[str], Path]] = {}
     for cell in cells:
         if cell["status"] != "done":
             continue
-        own, targets = by_cell.get(cell["cell"], {}), cell["target"].split("+")
-        missing = set(targets) - own.keys() - boxes.get(cell["cell"], set())
+        own = by_cell.get(cell["cell"], {})
+        missing = set(cell["target"].split("+")) - own.keys() - boxes.get(cell["cell"], set())
         if missing:
             file = "boxes.csv" if cell["table"] == "detection" else "results.csv"
             raise FileError(
@@ -236,7 +238,7 @@ def check_results(workdir: Path, cells: Sequence[Mapping], rows: Sequence[Mappin
                 f"cells.csv calls done: {WRITE_AGAIN}"
             )
         if own:
-            _check_answers(workdir, cell, own, asked)
+            _check_answers(answers, cell, own, first_asked)
 
 
 def _check_cell(path: Path, row: Mapping, known: Mapping[str, Mapping]) -> None:
@@ -251,31 +253,28 @@ def _check_cell(path: Path, row: Mapping, known: Mapping[str, Mapping]) -> None:
         raise FileError(f"{name}: target={shown(row['target'])}; cells.csv has {shown(cell['target'])}: {WRITE_AGAIN}")
 
 
-def _check_answers(workdir: Path, cell: Mapping, own: Mapping[str, Mapping], asked: dict) -> None:
-    path = workdir / "predictions" / f"{cell['cell']}.jsonl"
-    counts = {target: [0, 0] for target in own}
-    ids: dict[str, list[str]] = {target: [] for target in own}
-    for line in prediction_lines(path):
-        if line["subset"] not in counts:
-            raise FileError(f"{path}: record {shown(line['id'])} is of {shown(line['subset'])}; results.csv has none")
-        counts[line["subset"]][0] += 1
-        counts[line["subset"]][1] += line["predicted"] == line["answer"]
-        ids[line["subset"]].append(line["id"])
-    for target, row in own.items():
-        n, correct = counts[target]
+def _check_answers(answers: Answers, cell: Mapping, rows: Mapping[str, Mapping], first_asked: dict) -> None:
+    """rows: target -> the cell's row of results.csv. first_asked: (target, seed) -> (ids, file of the first cell)."""
+    path, frame = answers.path(cell["cell"]), answers.frame(cell["cell"])
+    strange = frame[~frame["subset"].isin(list(rows))]
+    if len(strange):
+        name, subset = strange.iloc[0][["id", "subset"]]
+        raise FileError(f"{path}: record {shown(name)} is of {shown(subset)}; results.csv has none")
+    for target, row in rows.items():
+        own = frame[frame["subset"] == target]
+        n, correct = len(own), int(own["right"].sum())
         if (row["n"], row["correct"]) != (n, correct):
             raise FileError(
-                f"{workdir / 'results.csv'}, target {shown(target)}: correct={row['correct']} of n={row['n']}; {path} "
-                f"has {correct} of {n}: put back the one that was edited or cut (`medcg reproduce` writes results.csv)"
+                f"{answers.workdir / 'results.csv'}, target {shown(target)}: correct={row['correct']} of n={row['n']}; "
+                f"{path} has {correct} of {n}: put back the one that was edited or cut (`medcg reproduce` writes "
+                "results.csv)"
             )
-        digest = hashlib.sha256("\0".join(sorted(ids[target])).encode("utf-8", "surrogatepass")).digest()
-        first, other = asked.setdefault((target, cell["seed"]), (digest, path))
-        if first != digest:
-            theirs = {line["id"] for line in prediction_lines(other) if line["subset"] == target}
-            odd = min(theirs ^ set(ids[target]))
+        ids = set(own["id"])
+        theirs, other = first_asked.setdefault((target, cell["seed"]), (ids, path))
+        if theirs != ids:
             raise FileError(
-                f"{path}: other records of {shown(target)} than in {other.name} of the same seed, as {shown(odd)}; the "
-                "same in all are accepted"
+                f"{path}: other records of {shown(target)} than in {other.name} of the same seed, as "
+                f"{shown(min(theirs ^ ids))}; expected the same in all"
             )
 
 
@@ -289,24 +288,25 @@ def check_boxes(workdir: Path, known: Mapping[str, Mapping]) -> dict[str, set[st
     if not path.exists():
         return {}
     shares = dict.fromkeys(results.BOX_SHARES, lambda value: value and checked(_share, value))
-    rows = read_rows(path, KEY | {"seed": _seed, "target": text} | dict.fromkeys(results.BOX_COUNTS, whole) | shares)
+    columns = KEY | {"seed": _seed, "target": text} | dict.fromkeys(results.BOX_COUNTS, whole) | shares
+    names = (*results.BOX_COUNTS, *results.BOX_SHARES)
     targets: dict[str, set[str]] = {}
     scores: dict[str, dict[str, tuple]] = {}
-    for row in rows:
+    for row in read_rows(path, columns):
         _check_cell(path, row, known)
         cell, target = row["cell"], row["target"]
         if target in targets.setdefault(cell, set()):
             raise FileError(f"{path}, cell {cell}: target {shown(target)} stands there twice; {WRITE_AGAIN}")
         targets[cell].add(target)
+        file = workdir / "boxes" / f"{cell}.jsonl"
         if cell not in scores:
-            scores[cell] = results.box_scores(workdir / "boxes" / f"{cell}.jsonl")
-        wanted = scores[cell].get(target)
-        names = (*results.BOX_COUNTS, *results.BOX_SHARES)
-        for key, value in zip(names, wanted or [None] * len(names), strict=True):
+            scores[cell] = results.box_scores(file)
+        computed = scores[cell].get(target)
+        for key, value in zip(names, computed or [None] * len(names), strict=True):
             if not _same(row[key], value):
                 raise FileError(
-                    f"{path}, target {shown(target)}: {key}={str(row[key])[:20]}; {workdir / 'boxes' / cell}.jsonl gives "
-                    f"{'no answer' if wanted is None else value}: put back the one that was edited or cut "
+                    f"{path}, target {shown(target)}: {key}={str(row[key])[:20]}; {file} gives "
+                    f"{'no answer' if computed is None else value}: put back the one that was edited or cut "
                     "(`medcg reproduce` writes boxes.csv)"
                 )
     return targets

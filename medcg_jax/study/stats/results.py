@@ -10,8 +10,11 @@ import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
+from medcg_jax.config import MODELS
 from medcg_jax.config_file import check_recorded
 from medcg_jax.eval.boxes import read_answers, summary
 from medcg_jax.eval.predictions import prediction_lines, wilson
@@ -48,16 +51,37 @@ def read_config_file(workdir: str | Path) -> dict:
     path = Path(workdir) / "config.json"
     recorded = read_json(path, max_bytes=MAX_JSON_BYTES)
     if "config" not in recorded:
-        raise FileError(f'{path}: "config" is missing: the config.json of a grid\'s workdir is accepted')
+        raise FileError(f'{path}: "config" is missing: expected the config.json of a grid\'s workdir')
     for key in ("config", "versions", "data"):
         if not isinstance(recorded.setdefault(key, {}), dict):
-            raise FileError(f'{path}: "{key}" holds {article_of(recorded[key])}; an object is accepted')
+            raise FileError(f'{path}: "{key}" holds {article_of(recorded[key])}; expected an object')
     for key in ("versions", "data"):
         for name, value in recorded[key].items():
             if not isinstance(value, str):
-                raise FileError(f"{path}: {key}.{shown(name)[1:-1]} holds {article_of(value)}; text is accepted")
+                raise FileError(f"{path}: {key}.{shown(name)[1:-1]} holds {article_of(value)}; expected text")
     check_recorded(recorded["config"], path)
     return recorded
+
+
+def choices(config: Mapping[str, Any]) -> list[tuple[str, Any, bool, str]]:
+    """What was chosen where the paper is silent or known at second hand: (field, value, whether it is the one chosen
+    for full-size configs, reason) of each choice in `choices.json`, in one order.
+
+    "The digest" in the reasons is a third party's summary of the paper's published version (ACL 2025), which gives some
+    settings that the pages of arXiv 2412.20070, as far as they were read, do not.
+
+    config: the sections of a run as nested dicts, as `config` in config.json; an earlier version's may lack a field.
+    Where a family has a choice of its own, it replaces the general one.
+    """
+    family, rows = MODELS[config["model"]["name"]], {}
+    listed = json.loads(resources.files("medcg_jax.study.stats").joinpath("choices.json").read_text(encoding="utf-8"))
+    for choice in listed:
+        section, _, name = choice["field"].partition(".")
+        if choice["family"] in ("", family) and name in config.get(section, {}):
+            value = config[section][name]
+            is_chosen = json.loads(json.dumps(value)) == choice["value"]
+            rows[choice["field"]] = (choice["field"], value, is_chosen, choice["why"])
+    return list(rows.values())
 
 
 def state_dir(workdir: Path) -> Path:
@@ -87,7 +111,7 @@ def outcome_of(workdir: Path, job: str) -> dict:
     outcome = read_json(path, max_bytes=MAX_JSON_BYTES)
     if not isinstance(outcome.get("status"), str):
         raise FileError(
-            f"{path}: status={shown(outcome.get('status'))}: text is accepted; without the file {job} runs again"
+            f"{path}: status={shown(outcome.get('status'))}: expected text; without the file {job} runs again"
         )
     check_number(outcome.get("seconds"), f"{path}: seconds", least=0)
     return outcome
@@ -99,14 +123,14 @@ def all_outcomes(workdir: Path, jobs: Sequence[Job]) -> dict[str, dict]:
     return {job.id: outcome_of(workdir, job.id) for job in jobs if job.id in done}
 
 
-def process_goodput(workdir: Path, *, again: bool, writes: bool) -> goodput.Goodput:
+def process_goodput(workdir: Path, *, restarted: bool, writes: bool) -> goodput.Goodput:
     """The clock of one process of a grid, with a file of its own in `state/goodput`.
 
-    again: the grid was started before. writes: whether this process writes the file.
+    restarted: the grid was started before. writes: whether this process writes the file.
     """
     folder = state_dir(workdir) / "goodput"
     path = folder / f"{secrets.token_hex(8)}.json" if writes else None
-    return goodput.Goodput(path, others=goodput_parts(workdir), again=again)
+    return goodput.Goodput(path, others=goodput_parts(workdir), again=restarted)
 
 
 def goodput_parts(workdir: Path) -> list[dict]:
@@ -125,70 +149,64 @@ class Tables:
     def __init__(self, workdir: Path, cells: Sequence[Cell], jobs: Sequence[Job]):
         self.workdir, self.cells = workdir, cells
         self._job = {cell.id: job for job in jobs for cell in job.cells}
-        self._scores: dict[str, dict[str, tuple[int, int]]] = {}
-        self._boxes: dict[str, dict[str, tuple]] = {}
+        self._scores: dict[str, tuple[dict, dict]] = {}
 
     def write(self, outcomes: Mapping[str, Mapping]) -> None:
+        """outcomes: job id -> what `mark_done` said, of the jobs that are finished."""
         cells, results, boxes = [], [], []
         for cell in self.cells:
             job = self._job[cell.id]
             outcome = outcomes.get(job.id, {"status": "waiting", "seconds": 0.0})
-            cells.append((*_key(cell), "+".join(cell.related), "+".join(cell.target), job.steps, outcome["status"],
-                          f"{outcome['seconds']:.1f}"))  # fmt: skip
+            key = (cell.id, cell.table, str(cell.row), cell.arm, cell.seed)
+            status = (outcome["status"], f"{outcome['seconds']:.1f}")
+            cells.append((*key, "+".join(cell.related), "+".join(cell.target), job.steps, *status))
             if outcome["status"] == "done":
-                located = self._located(cell)
-                boxes += [(*_key(cell), target, *located[target]) for target in cell.target if target in located]
-                chosen = [target for target in cell.target if target not in located]
-                results += [(*_key(cell), target, *self._scored(cell, target)) for target in chosen]
+                letters, located = self._scores_of(cell)
+                for target in cell.target:
+                    if target in located:
+                        boxes.append((*key, target, *located[target]))
+                    elif target in letters:
+                        n, correct = letters[target]
+                        shares = (correct / n, *wilson(correct, n))
+                        results.append((*key, target, n, correct, *(f"{share:.6f}" for share in shares)))
+                    else:
+                        path = self.workdir / "predictions" / f"{cell.id}.jsonl"
+                        raise FileError(f"{path}: no answer of {target}, which the cell was tested on")
         write_whole(self.workdir / "cells.csv", to_csv(CELLS_HEADER, cells))
         write_whole(self.workdir / "results.csv", to_csv(RESULTS_HEADER, results))
         if boxes:
             write_whole(self.workdir / "boxes.csv", to_csv(BOXES_HEADER, boxes))
 
-    def _located(self, cell: Cell) -> dict[str, tuple]:
-        """Target -> the columns of its line in boxes.csv."""
-        if cell.id not in self._boxes:
-            self._boxes[cell.id] = box_scores(self.workdir / "boxes" / f"{cell.id}.jsonl")
-        return self._boxes[cell.id]
-
-    def _scored(self, cell: Cell, target: str) -> tuple:
+    def _scores_of(self, cell: Cell) -> tuple[dict, dict]:
+        """(`scores`, `box_scores`) of what a cell answered."""
         if cell.id not in self._scores:
-            self._scores[cell.id] = scores(self.workdir / "predictions" / f"{cell.id}.jsonl")
-        if target not in self._scores[cell.id]:
+            located = box_scores(self.workdir / "boxes" / f"{cell.id}.jsonl")
             path = self.workdir / "predictions" / f"{cell.id}.jsonl"
-            raise FileError(f"{path}: no answer of {target}, which the cell was tested on")
-        n, correct = self._scores[cell.id][target]
-        low, high = wilson(correct, n)
-        return n, correct, f"{correct / n:.6f}", f"{low:.6f}", f"{high:.6f}"
-
-
-def _key(cell: Cell) -> tuple:
-    return cell.id, cell.table, cell.row, cell.arm, cell.seed
+            self._scores[cell.id] = scores(path) if set(cell.target) - located.keys() else {}, located
+        return self._scores[cell.id]
 
 
 def scores(path: Path) -> dict[str, tuple[int, int]]:
     """Subset -> (records, right answers) of one predictions file."""
-    found: dict[str, tuple[int, int]] = {}
+    counts: dict[str, tuple[int, int]] = {}
     for line in prediction_lines(path):
-        n, correct = found.get(line["subset"], (0, 0))
-        found[line["subset"]] = (n + 1, correct + (line["predicted"] == line["answer"]))
-    return found
+        n, correct = counts.get(line["subset"], (0, 0))
+        counts[line["subset"]] = (n + 1, correct + (line["predicted"] == line["answer"]))
+    return counts
 
 
 def box_scores(path: Path) -> dict[str, tuple]:
     """Subset -> its scores in the order of `BOX_COUNTS` and `BOX_SHARES`, of one file of boxes; {} without it."""
     answers = read_answers(path) if path.exists() else []
-    found = {}
+    rows = {}
     for subset in dict.fromkeys(answer.subset for answer in answers):
-        scores = summary([answer for answer in answers if answer.subset == subset])
-        shares = ["" if scores[name] is None else f"{scores[name]:.6f}" for name in BOX_SHARES]
-        found[subset] = (*(scores[name] for name in BOX_COUNTS), *shares)
-    return found
+        values = summary([answer for answer in answers if answer.subset == subset])
+        shares = ["" if values[name] is None else f"{values[name]:.6f}" for name in BOX_SHARES]
+        rows[subset] = (*(values[name] for name in BOX_COUNTS), *shares)
+    return rows
 
 
 def to_csv(header: Sequence[str], rows: Sequence[Sequence]) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
     return text.getvalue()

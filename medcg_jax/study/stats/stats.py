@@ -1,43 +1,54 @@
 """What a grid's answers show, computed from what it leaves in its workdir: `results.csv`, `predictions/`, `controls/`,
 `config.json`.
 
-The statistics themselves are in `paired`, `mixed`, `power` and `controls`.
+The statistics themselves are in `paired` and `controls`.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from medcg_jax.eval.predictions import prediction_lines, wilson
+from medcg_jax.eval.predictions import wilson
+from medcg_jax.study.design.mat import ELEMENTS
+from medcg_jax.study.design.suite import Row
+from medcg_jax.study.stats.answers import Answers
 from medcg_jax.study.stats.controls import controls_of_answers
 from medcg_jax.study.stats.grid_files import read_results
-from medcg_jax.study.stats.mixed import mixed_interval
 from medcg_jax.study.stats.paired import (
     Comparison,
     Unit,
     bootstrap_interval,
     compare,
+    detectable,
     grouped,
     holm,
     mcnemar,
     mean_difference,
+    mixed_interval,
     overall_test,
     target_means,
 )
-from medcg_jax.study.stats.power import detectable
 from medcg_jax.study.stats.results import read_config_file
 from medcg_jax.untrusted import FileError, shown
 
 __all__ = [
-    "EFFECTS", "Comparison", "Unit", "bootstrap_interval", "compare", "correct_by_id", "mean_difference", "part_of",
-    "read_results", "summarise", "wilson",
-]  # fmt: skip
+    "EFFECTS",
+    "Comparison",
+    "Unit",
+    "bootstrap_interval",
+    "compare",
+    "correct_by_id",
+    "mean_difference",
+    "part_of",
+    "read_results",
+    "summarise",
+    "wilson",
+]
 
-# name, table, arm, against: what `summarise` compares, in the order of the report.
+# (table, arm, against): what `summarise` compares, in the order of the report.
 EFFECTS = (
     ("pairs", "trained", "baseline_plus"),
     ("pairs", "trained", "baseline"),
@@ -62,8 +73,10 @@ EFFECTS = (
 )
 
 
-def summarise(workdir: str | Path) -> dict:
-    """The headline effects of a grid, from `results.csv`, `predictions/` and `config.json` alone.
+def summarise(workdir: str | Path, results: Sequence[Mapping] | None = None, answers: Answers | None = None) -> dict:
+    """The headline effects of a grid, from `results.csv`, `predictions/`, `controls/` and `config.json` alone.
+
+    results, answers: where these files were read already: the rows of results.csv (`read_results`), and the answers.
 
     All accuracies and differences are fractions; intervals are 95 %. A part without finished cells is left out.
 
@@ -110,18 +123,19 @@ def summarise(workdir: str | Path) -> dict:
     and seeds are crossed there, and records nested in seeds where each seed has its own.
     """
     workdir = Path(workdir)
-    results = read_results(workdir)
-    read = _cached_reader(workdir)
-    fresh = _fresh_per_seed(workdir)
+    results = read_results(workdir) if results is None else results
+    answers = answers or Answers(workdir)
+    # Phantoms are drawn by the seed.
+    fresh = read_config_file(workdir)["config"]["data"]["source"] == "phantom"
     rows, effects = [], []
     for table, arm, against in EFFECTS:
-        found, units = _compared(results, read, table, arm, against, fresh)
-        for row, p in zip(found, holm([row["p"] for row in found]), strict=True):
+        own, units = _compared(results, answers, table, arm, against, fresh)
+        for row, p in zip(own, holm([row["p"] for row in own]), strict=True):
             row["p_holm"] = p
-        rows += found
-        parts = sorted({row["part"] for row in found})
-        whole = [_effect(table, "", arm, against, found, units)] if parts else []
-        single = [_effect(table, part, arm, against, found, units) for part in parts if part]
+        rows += own
+        parts = sorted({row["part"] for row in own})
+        whole = [_effect(table, "", arm, against, own, units)] if parts else []
+        single = [_effect(table, part, arm, against, own, units) for part in parts if part]
         for effect, p in zip(single, holm([effect["p_overall"] for effect in single]), strict=True):
             effect["p_overall_holm"] = p
         effects += [effect | {"p_overall_holm": effect["p_overall"]} for effect in whole] + single
@@ -131,63 +145,40 @@ def summarise(workdir: str | Path) -> dict:
         "rows": rows,
         "curves": _curves(results),
         "controls": _controls(effects),
-        "controls_of_answers": controls_of_answers(workdir, results, fresh),
+        "controls_of_answers": controls_of_answers(answers, results, fresh),
     }
 
 
 def correct_by_id(path: Path, subset: str) -> dict[str, bool]:
     """Record id -> whether the likeliest letter was the answer, of one subset in a predictions file."""
-    return _correct(path).get(subset, {})
-
-
-def _correct(path: Path) -> dict[str, dict[str, bool]]:
-    """Subset -> what `correct_by_id` gives."""
-    found: dict[str, dict[str, bool]] = defaultdict(dict)
-    for line in prediction_lines(path):
-        found[line["subset"]][line["id"]] = line["predicted"] == line["answer"]
-    return found
+    return Answers(path.parent.parent).correct_by_id(path.stem, subset)
 
 
 def part_of(table: str, row: str) -> str:
     """The part of a table that a row belongs to: see `summarise`."""
-    return "" if table == "ablation" else row.split("/")[0]
+    return Row.parse(table, row).part
 
 
-def _fresh_per_seed(workdir: Path) -> bool:
-    """Whether each seed has test records of its own (phantoms are drawn by the seed)."""
-    return read_config_file(workdir)["config"]["data"]["source"] == "phantom"
-
-
-def _cached_reader(workdir: Path) -> Callable[[str, str], dict[str, bool]]:
-    kept: dict[str, dict[str, dict[str, bool]]] = {}
-
-    def read(cell: str, subset: str) -> dict[str, bool]:
-        if cell not in kept:
-            kept[cell] = _correct(workdir / "predictions" / f"{cell}.jsonl")
-        return kept[cell].get(subset, {})
-
-    return read
-
-
-def _compared(results, read, table, arm, against, fresh) -> tuple[list[dict], dict[str, list[Unit]]]:
+def _compared(results, answers: Answers, table, arm, against, fresh) -> tuple[list[dict], dict[str, list[Unit]]]:
     """Rows where both arms are finished, and part -> units."""
-    cells = {(r["arm"], r["row"], r["target"], r["seed"]): r["cell"] for r in results if r["table"] == table}
+    cells = {(r["arm"], r["row"], r["target"], r["seed"]): r for r in results if r["table"] == table}
     keys = grouped([k[1:] for k in cells if k[0] == arm and (against, *k[1:]) in cells], lambda k: k[:2])
     rows, units = [], defaultdict(list)
     for (row, target), group in keys.items():
-        part, seeds = part_of(table, row), sorted(seed for _, _, seed in group)
+        seeds = sorted(seed for _, _, seed in group)
+        part = cells[arm, row, target, seeds[0]]["part"]
         pairs = []
         for seed in seeds:
-            a = read(cells[arm, row, target, seed], target)
-            b = read(cells[against, row, target, seed], target)
+            names = [cells[side, row, target, seed]["cell"] for side in (arm, against)]
+            a, b = (answers.correct_by_id(name, target) for name in names)
             if a.keys() != b.keys():
                 raise FileError(
-                    f"predictions/{cells[arm, row, target, seed]}.jsonl and {cells[against, row, target, seed]}.jsonl: "
+                    f"predictions/{names[0]}.jsonl and {names[1]}.jsonl: "
                     f"{len(a.keys() ^ b.keys())} records of {shown(target)} are in one of them alone"
                 )
-            one = compare(a, b)
+            comparison = compare(a, b)
             pairs.append((a, b))
-            units[part].append(Unit(target, seed, one.n, one.only_a, one.only_b))
+            units[part].append(Unit(target, seed, comparison.n, comparison.only_a, comparison.only_b))
         pooled = _pooled(pairs, fresh)
         rows.append(
             {"table": table, "part": part, "row": row, "target": target, "arm": arm, "against": against, "seeds": seeds}
@@ -219,69 +210,90 @@ def _spread(pairs: Sequence[tuple[dict, dict]], fresh: bool) -> dict[str, float 
         {(seed if fresh else None, key): int(right) - int(b[key]) for key, right in a.items()}
         for seed, (a, b) in enumerate(pairs)
     ]
-    found = mixed_interval(differences)
-    return {"ci_low": found.low, "ci_high": found.high, "sd_seeds": found.sd_seeds, "sd_records": found.sd_records}
+    mixed = mixed_interval(differences)
+    return {"ci_low": mixed.low, "ci_high": mixed.high, "sd_seeds": mixed.sd_seeds, "sd_records": mixed.sd_records}
 
 
 def _effect(table: str, part: str, arm: str, against: str, rows: Sequence[dict], units: Mapping) -> dict:
     own = [row for row in rows if part in ("", row["part"])]
-    mine = [u for name, group in units.items() if part in ("", name) for u in group]
-    low, high = bootstrap_interval(mine)
-    by_target = target_means(mine)
+    own_units = [u for name, group in units.items() if part in ("", name) for u in group]
+    low, high = bootstrap_interval(own_units)
+    by_target = target_means(own_units)
     overall = overall_test(list(by_target.values()))
     sure = [row for row in own if row["p_holm"] < 0.05]
     return {
-        "table": table, "part": part, "arm": arm, "against": against,
-        "mean": mean_difference(mine), "ci_low": low, "ci_high": high,
-        "targets": len({u.target for u in mine}), "seeds": len({u.seed for u in mine}), "rows": len(own),
-        "wins": sum(row["difference"] > 0 for row in own), "losses": sum(row["difference"] < 0 for row in own),
+        "table": table,
+        "part": part,
+        "arm": arm,
+        "against": against,
+        "mean": mean_difference(own_units),
+        "ci_low": low,
+        "ci_high": high,
+        **_sizes(own_units),
+        "rows": len(own),
+        "wins": sum(row["difference"] > 0 for row in own),
+        "losses": sum(row["difference"] < 0 for row in own),
         "significant": sum(row["difference"] > 0 for row in sure),
         "significant_losses": sum(row["difference"] < 0 for row in sure),
         "by_target": by_target,
-        "by_seed": {str(seed): mean_difference(group) for seed, group in grouped(mine, lambda u: u.seed).items()},
-        "p_overall": overall.p, "p_smallest": overall.p_smallest, "test": overall.test,
-    }  # fmt: skip
+        "by_seed": {str(seed): mean_difference(group) for seed, group in grouped(own_units, lambda u: u.seed).items()},
+        "p_overall": overall.p,
+        "p_smallest": overall.p_smallest,
+        "test": overall.test,
+    }
+
+
+def _sizes(units: Sequence[Unit]) -> dict[str, int]:
+    return {"targets": len({u.target for u in units}), "seeds": len({u.seed for u in units})}
+
+
+def _units(rows: Sequence[dict]) -> list[Unit]:
+    """An accuracy is a difference against never being right."""
+    return [Unit(r["target"], r["seed"], r["n"], r["correct"], 0) for r in rows]
 
 
 def _accuracies(results: Sequence[dict]) -> list[dict]:
     groups: dict[tuple[str, str, str], list[dict]] = defaultdict(list)
     for row in results:
-        part = part_of(row["table"], row["row"])
-        for name in dict.fromkeys(("", part)):
-            groups[row["table"], name, row["arm"]].append(row)
+        for part in dict.fromkeys(("", row["part"])):
+            groups[row["table"], part, row["arm"]].append(row)
     return [
-        {"table": table, "part": part, "arm": arm, "accuracy": float(np.mean([r["accuracy"] for r in rows])),
-         "targets": len({r["target"] for r in rows}), "seeds": len({r["seed"] for r in rows}),
-         "n": sum(r["n"] for r in rows)}
+        {
+            "table": table,
+            "part": part,
+            "arm": arm,
+            "accuracy": float(np.mean([r["accuracy"] for r in rows])),
+            **_sizes(_units(rows)),
+            "n": sum(r["n"] for r in rows),
+        }
         for (table, part, arm), rows in groups.items()
         if table != "efficiency"
-    ]  # fmt: skip
+    ]
 
 
 def _curves(results: Sequence[dict]) -> list[dict]:
-    groups: dict[tuple[str, int], list[dict]] = defaultdict(list)
-    for row in results:
-        if row["table"] == "efficiency":
-            groups[part_of("efficiency", row["row"]), int(row["arm"].rsplit("_", 1)[1])].append(row)
+    rows = [(row["part"], int(row["arm"].rsplit("_", 1)[1]), row) for row in results if row["table"] == "efficiency"]
     curves = []
-    for (curve, records), rows in sorted(groups.items()):
-        # An accuracy is a difference against never being right.
-        units = [Unit(r["target"], r["seed"], r["n"], r["correct"], 0) for r in rows]
+    for (curve, records), group in grouped(rows, lambda item: item[:2]).items():
+        units = _units([row for _, _, row in group])
         low, high = bootstrap_interval(units, draws=2000)
         curves.append(
-            {"curve": curve, "records": records, "accuracy": mean_difference(units), "ci_low": low, "ci_high": high,
-             "targets": len({r["target"] for r in rows}), "seeds": len({r["seed"] for r in rows}),
-             "n": sum(r["n"] for r in rows)}
-        )  # fmt: skip
+            {
+                "curve": curve,
+                "records": records,
+                "accuracy": mean_difference(units),
+                "ci_low": low,
+                "ci_high": high,
+                **_sizes(units),
+                "n": sum(u.n for u in units),
+            }
+        )
     return curves
 
 
 def _controls(effects: Sequence[dict]) -> dict[str, dict]:
-    find = partial(_find, effects)
-    found = {f"wo_{x}": find("random_removal", f"wo_{x}") for x in ("modality", "area", "task")}
-    found["same_task"] = find("all_related", "same_task")
-    return {name: effect for name, effect in found.items() if effect}
-
-
-def _find(effects: Sequence[dict], arm: str, against: str) -> dict | None:
-    return next((e for e in effects if (e["table"], e["arm"], e["against"]) == ("ablation", arm, against)), None)
+    """What an element does beyond less data, and beyond its task alone."""
+    pairs = {f"wo_{element}": ("random_removal", f"wo_{element}") for element in ELEMENTS}
+    pairs["same_task"] = ("all_related", "same_task")
+    of_ablation = {(e["arm"], e["against"]): e for e in effects if e["table"] == "ablation"}
+    return {name: of_ablation[pair] for name, pair in pairs.items() if pair in of_ablation}

@@ -1,4 +1,4 @@
-"""The matrix products of a compiled program: the FLOPs of each, and how often it is executed.
+"""What a compiled program computes and writes: its matrix products with their FLOPs, and the arrays outside fusions.
 
 XLA's own count takes the body of a loop once and leaves fused attention out. Here products are read from the program's
 text, with the trips of the loops that they stand in: `dot`, `convolution` (a TPU's form of a dot), cuBLAS's calls, and
@@ -8,10 +8,10 @@ be something else is named, so that what is not counted is said.
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
-from medcg_jax.plan.hlo import Instruction, attribute, called_by, closing, parts_of, read_program, trips_of
+from medcg_jax.plan.hlo import Instruction, Program, Scope, closing, num_bytes, parts_of
 
 GEMMS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8", "__onednn$matmul")
 FMHA = "__cudnn$fmhaSoftmax"
@@ -28,6 +28,17 @@ OTHERS = re.compile(
     r"ResizeVirtual|AsyncCollective\w+|ConsumeFakeFusionParam|\w*MoveTo\w+|annotate_device_placement|__cub\$\w+|"
     r"xla\.gpu\.\w+|BarrierStart|BarrierDone|AllReduce\w*|SliceId|PadToStatic|SliceToDynamic|LayoutConstraint"
 )
+
+# What writes nothing of its own: it names other arrays, or comes from outside.
+NAMES = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "opt-barrier", "domain"}
+# What moves numbers that another instruction made. Without a name of the model's it is the partitioner's own: pieces of
+# a gradient laid beside one another may have any length.
+MOVES = re.compile(r"concatenate|copy|slice|pad|transpose|reshape|all-gather|all-to-all|collective-permute")
+# Computations that run for each number, not as a program of arrays.
+ELEMENTWISE = {
+    "fusion", "reduce", "reduce-window", "scatter", "select-and-scatter", "sort", "map", "all-reduce", "reduce-scatter",
+    "all-reduce-start",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,15 +62,15 @@ class Product:
 
 @dataclass(frozen=True)
 class Products:
-    """found: in the order of the text. unread: targets of custom calls that may have products and are not counted."""
+    """counted: in the order of the text. unread: targets of custom calls that may have products and are not counted."""
 
-    found: tuple[Product, ...]
+    counted: tuple[Product, ...]
     unread: tuple[str, ...]
 
     @property
     def flops(self) -> int:
         """Executed by one device in one call of the program."""
-        return sum(one.total for one in self.found)
+        return sum(one.total for one in self.counted)
 
 
 def products(text: str, *, open_trips: int | None = None) -> Products:
@@ -71,31 +82,19 @@ def products(text: str, *, open_trips: int | None = None) -> Products:
     Raises:
       ValueError: no program; a product, or the trips of a loop around one, written in a way that is not known.
     """
-    computations, entry = read_program(text)
+    program = Program(text)
     unread: dict[str, None] = {}
-    return Products(tuple(_executed(computations, entry, open_trips, unread)), tuple(unread))
+    shapes = {
+        name: {one.name: one.shape for one in instructions} for name, instructions in program.computations.items()
+    }
 
+    def visit(one: Instruction, scope: Scope) -> list[Product] | None:
+        if one.opcode not in ("dot", "convolution", "custom-call"):
+            return None
+        product = _product(one, shapes[scope.computation], unread)
+        return product and [Product(one.name, *product, program.trips(scope, open_trips), one.operation)]
 
-def _executed(computations, name: str, open_trips: int | None, unread: dict) -> Iterator[Product]:
-    shapes = {one.name: one.shape for one in computations[name]}
-    for one in computations[name]:
-        if one.opcode in ("dot", "convolution", "custom-call"):
-            found = _product(one, shapes, unread)
-            if found:
-                kind, flops = found
-                where = re.search(r'op_name="([^"]*)"', one.rest)
-                yield Product(one.name, kind, flops, 1, where[1] if where else "")
-                continue
-        if one.opcode == "while":
-            # How often is asked only where something inside needs it.
-            called = (attribute(one, "body"), attribute(one, "condition"))
-            inside = [p for part in called for p in _executed(computations, part, open_trips, unread)]
-            if inside:
-                count = trips_of(computations, one, open_trips)
-                yield from (replace(p, trips=p.trips * count) for p in inside)
-        elif not one.opcode.endswith(("-done", "-update")):
-            for called in called_by(one):
-                yield from _executed(computations, called, open_trips, unread)
+    return Products(tuple(program.executed(visit)), tuple(unread))
 
 
 # ------------------------------------------------------------------ one product
@@ -118,7 +117,7 @@ def _product(one: Instruction, shapes: dict[str, str], unread: dict) -> tuple[st
         return "cudnn", FMHA_PRODUCTS[target.removeprefix(FMHA)] * _cudnn_pairs(one, given[0])
     if target == MOSAIC and (splash := re.match(r"splash_m[hq]a_(fwd|dkv|dq)(_segmented)?_", one.name)):
         return "splash", SPLASH_PRODUCTS[splash[1]] * _splash_pairs(given, bool(splash[2]))
-    if not OTHERS.fullmatch(target) and not called_by(one):
+    if not OTHERS.fullmatch(target) and not one.called():
         unread.setdefault(f"{target} ({one.name.partition('.')[0]})" if target == MOSAIC else target or one.name)
     return None
 
@@ -199,3 +198,51 @@ def _splash_pairs(given: list[tuple[int, ...]], segmented: bool) -> int:
     # Segments of queries and of keys; and, of a causal mask, positions.
     along = sum(one[-2:] in ((length, LANES), (SUBLANES, length)) and len(one) in (2, len(rows) + 2) for one in given)
     return pairs * (blocks + 1) // (2 * blocks) if along > 2 * segmented else pairs
+
+
+# ------------------------------------------------------------------ arrays
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One array on one device: its instruction, lengths of its axes, bytes, and the operation it was made from."""
+
+    name: str
+    dims: tuple[int, ...]
+    num_bytes: int
+    where: str
+
+
+def buffers(text: str) -> list[Buffer]:
+    """The arrays that a program writes on one device, an upper bound on what is there at any moment: arrays of a
+    program share their place one after another. text: as of `products`.
+
+    Raises:
+      ValueError: no program.
+    """
+    program = Program(text)
+    seen, waiting, written = set(), [program.entry], []
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for one in program.computations[name]:
+            if one.opcode == "while":
+                waiting += [one.attribute("body"), one.attribute("condition")]
+            elif one.opcode not in ELEMENTWISE:
+                waiting += one.called()
+            moved = MOVES.match(one.opcode) and "op_name=" not in one.rest
+            if one.opcode not in NAMES and not one.opcode.endswith("-done") and not moved:
+                written += _arrays(one)
+    return written
+
+
+def _arrays(one: Instruction) -> Iterator[Buffer]:
+    waiting = [re.sub(r"/\*.*?\*/", "", one.shape)]
+    while waiting:
+        shape = waiting.pop()
+        if shape.startswith("("):
+            waiting += parts_of(shape)
+        elif re.match(r"[a-z]\w*\[\d", shape):
+            yield Buffer(one.name, dims(shape), num_bytes(shape), one.operation)

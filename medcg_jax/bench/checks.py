@@ -1,25 +1,71 @@
-"""Checks of `bench_gpu`: the attention kernel, this device against the CPU, and both against PyTorch."""
+"""Stages about the machine itself, which need nothing but jax, flax and optax: its rates, its attention, its numbers.
+
+A stage is `stage(ask, save)`, in a process of its own (`run`).
+"""
 
 import contextlib
 import importlib.util
 import io
-import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from medcg_jax.bench.gpu import ROOT
-from medcg_jax.bench.stage_train import FULL
-from medcg_jax.bench.stages import Ask, timed
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from medcg_jax.bench.clock import matrix_rate, memory_rate, seconds_of
+from medcg_jax.bench.run import Ask
+from medcg_jax.bench.steps import Port, architecture, example_batch
+from medcg_jax.chips import peak_of
 from medcg_jax.config import ModelConfig, TrainConfig
+from medcg_jax.families import build
+from medcg_jax.families.llava.model import llava15_tiny
+from medcg_jax.mesh import make_mesh, put_batch
+from medcg_jax.nn.attention import attention as attend
+from medcg_jax.plan.hlo import attention_in
+from medcg_jax.plan.topology import about_here
+from medcg_jax.train.optim import hparams_from
 
 # What the tiny model's numbers on a device may differ from the CPU's, relative to the largest: measured between two
 # CPUs' orders of summation 1e-6; bfloat16 has 8 bits, and ten steps.
 NEAR, NEAR_16_BITS = 1e-4, 5e-2
 NUM_STEPS = 10
+# Rows, width, and columns: squares, and a decoder's largest product at 32 rows of 704 tokens.
+PRODUCTS = ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 16384, 16384), (22528, 4096, 11008))
+TINY_PRODUCTS = ((128, 128, 128), (256, 256, 256))
+
+
+def lacks_torch(save: Callable) -> bool:
+    """Whether PyTorch or transformers is missing, which is saved."""
+    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    if missing:
+        save(status="skipped", why=f"not installed: {', '.join(missing)}")
+    return bool(missing)
+
+
+def machine(ask: Ask, save: Callable) -> None:
+    """Saves date, versions, devices, memory, and the best rates of bfloat16 products and of memory measured here."""
+    device, tiny = jax.devices()[0], ask.run.model.name in build.TINY
+    peak = peak_of(device.device_kind)
+    save(
+        about=about_here(), platform=jax.default_backend(), driver=driver(),
+        memory_limit_bytes=(device.memory_stats() or {}).get("bytes_limit"),
+        published_flops_per_s=peak and peak.bf16_flops_per_s,
+        published_memory_bytes_per_s=peak and peak.memory_bytes_per_s,
+    )  # fmt: skip
+    save(matmul=matrix_rate("bfloat16", sizes=ask.matrix_sizes or (TINY_PRODUCTS if tiny else PRODUCTS)))
+    save(memory_bytes_per_s=memory_rate(2**20 if tiny else 2**30))
+
+
+def driver() -> str | None:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
 
 
 def attention(ask: Ask, save: Callable) -> None:
@@ -28,15 +74,9 @@ def attention(ask: Ask, save: Callable) -> None:
     Reference: plain attention in float32 on the same bfloat16 numbers. Errors are the largest, over real positions,
     relative to the largest number of the reference; plain in bfloat16 beside it measures what is inevitable.
     """
-    import jax
-    import jax.numpy as jnp
-
-    from medcg_jax.bench.steps import architecture, attention_in
-    from medcg_jax.mesh import make_mesh
-    from medcg_jax.nn.attention import attention as attend
-
-    text = architecture(ModelConfig(name=ask.model, compute_dtype="bfloat16")).text
-    rows, length = 4, 704 if ask.model != "llava15_tiny" else 64
+    name = ask.run.model.name
+    text = architecture(ModelConfig(name=name, compute_dtype="bfloat16")).text
+    rows, length = 4, 64 if name in build.TINY else 704
     shape = (rows, length, text.num_heads, text.head_dim)
     mesh = make_mesh(devices=jax.devices()[:1])
     keys = jax.random.split(jax.random.key(0), 4)
@@ -58,21 +98,25 @@ def attention(ask: Ask, save: Callable) -> None:
             args = jax.device_put([x.astype(dtype) for x in (q, k, v)], jax.devices()[0])
             compiled = jax.jit(run).lower(*args).compile()
             values = jax.block_until_ready(compiled(*args))
-            seconds = statistics.median(timed(lambda: jax.block_until_ready(compiled(*args))) for _ in range(10))
+
+            def steps(count):
+                jax.block_until_ready([compiled(*args) for _ in range(count)])
+
+            seconds = statistics.median(seconds_of(steps, 5))
         values = {name: jnp.asarray(x, jnp.float32) for name, x in values.items()}
         return values, {"uses": attention_in(compiled.as_text()), "forward_and_backward_s": seconds}
 
     with jax.default_matmul_precision("highest"):
         reference, _ = both("plain", jnp.float32)
-    results = {}
+    results: dict = {}
     for implementation in ("auto", "plain"):
-        values, found = both(implementation, jnp.bfloat16)
+        values, facts = both(implementation, jnp.bfloat16)
         errors = {
             name: float(jnp.abs(values[name] - right).max() / jnp.abs(right).max()) for name, right in reference.items()
         }
-        results[implementation] = {**found, "relative_error": errors}
-        print(f"   {implementation} ({found['uses']}): largest error {max(errors.values()):.2e} of the largest number, "
-              f"{found['forward_and_backward_s'] * 1e3:.2f} ms", flush=True)  # fmt: skip
+        results[implementation] = {**facts, "relative_error": errors}
+        print(f"   {implementation} ({facts['uses']}): largest error {max(errors.values()):.2e} of the largest number, "
+              f"{facts['forward_and_backward_s'] * 1e3:.2f} ms", flush=True)  # fmt: skip
         save(shape=list(shape), dtype="bfloat16", results=results)
 
 
@@ -82,8 +126,6 @@ def numerics(ask: Ask, save: Callable) -> None:
     In float32 with full products, in float32 as JAX has it by default (TensorFloat-32 on some GPUs: shown, not judged),
     and in bfloat16. The reference is the CPU in float32; a device's bfloat16 is judged beside the CPU's own.
     """
-    import jax
-
     here, cpu = jax.devices()[0], jax.devices("cpu")[0]
     reference = ten_steps(cpu, "float32", "highest")
     ways = {
@@ -94,9 +136,9 @@ def numerics(ask: Ask, save: Callable) -> None:
     }
     rows, wrong = {}, []
     for name, (device, dtype, precision, near) in ways.items():
-        found = ten_steps(device, dtype, precision)
-        differences = {key: farthest(found[key], reference[key]) for key in reference}
-        rows[name] = {"device": device.device_kind, "accepted": near, **differences}
+        values = ten_steps(device, dtype, precision)
+        differences = {key: farthest(values[key], reference[key]) for key in reference}
+        rows[name] = {"device": device.device_kind, "tolerance": near, **differences}
         worst = max(differences, key=differences.get)
         print(f"   {name} on {device.device_kind}: at most {differences[worst]:.1e} of the largest ({worst})",
               flush=True)  # fmt: skip
@@ -111,21 +153,13 @@ def numerics(ask: Ask, save: Callable) -> None:
 def ten_steps(device, dtype: str, precision: str | None) -> dict[str, list]:
     """Losses and gradient norms of `NUM_STEPS` steps of the tiny model on a device, and the decoder's weights after
     them; its first weights and its batch are the same on every device."""
-    import jax
-    import numpy as np
-
-    from medcg_jax.bench import steps as bench
-    from medcg_jax.families import build
-    from medcg_jax.mesh import make_mesh, put_batch
-    from medcg_jax.train.optim import hparams_from
-
-    model = ModelConfig(compute_dtype=dtype, trainable=FULL, scan_unroll=1)
-    config = bench.architecture(model)
+    model = ModelConfig(compute_dtype=dtype, trainable=("projector", "decoder"), scan_unroll=1)
+    config = architecture(model)
     first = build.create(config, make_mesh(devices=jax.devices("cpu")[:1]), seed=0)[1]
-    batch = bench.example_batch(config, batch_size=4, text_tokens=(12, 24), num_targets=4)
+    batch = example_batch(config, batch_size=4, text_tokens=(12, 24), num_targets=4)
     with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
         train = TrainConfig(steps=NUM_STEPS, learning_rate=1e-3, warmup_frac=0.0)
-        port = bench.Port(config, make_mesh(devices=[device]), train, model)
+        port = Port(config, make_mesh(devices=[device]), train, model)
         hparams = port.program.put_hparams(hparams_from(train, num_records=0))
         trainable, frozen = port.split(jax.device_put(first, build.shardings(config, port.mesh)))
         state, batch = port.program.start(trainable), put_batch(batch, port.program.batch_sharding)
@@ -138,21 +172,17 @@ def ten_steps(device, dtype: str, precision: str | None) -> dict[str, list]:
     return {"losses": losses, "grad_norms": norms, "weights": weights}
 
 
-def farthest(found, reference) -> float:
+def farthest(values, reference) -> float:
     """The largest difference, relative to the reference's largest number."""
-    import numpy as np
-
-    return float(np.abs(np.asarray(found) - np.asarray(reference)).max() / np.abs(np.asarray(reference)).max())
+    return float(np.abs(np.asarray(values) - np.asarray(reference)).max() / np.abs(np.asarray(reference)).max())
 
 
 def parity(ask: Ask, save: Callable) -> None:
     """Saves how far JAX on this device is from PyTorch on the CPU: stages, logits, loss, gradients, ten steps.
 
-    Two tiny random models, one of them with grouped-query attention; then the tests of parity, where pytest is there.
+    Two tiny random models, one of them with grouped-query attention.
     """
-    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
-    if missing:
-        save(status="skipped", why=f"not installed: {', '.join(missing)}")
+    if lacks_torch(save):
         return
     from medcg_jax.parity.verb import parity as compare
 
@@ -172,9 +202,6 @@ def parity(ask: Ask, save: Callable) -> None:
         save(models=models)
     if wrong:
         raise RuntimeError(f"out of tolerance: {', '.join(wrong)}")
-    tests = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*parity*.py"))]
-    if tests and importlib.util.find_spec("pytest"):
-        run_pytest(save, tests)
 
 
 def write_tiny_reference(directory: Path, num_kv_heads: int) -> None:
@@ -182,7 +209,6 @@ def write_tiny_reference(directory: Path, num_kv_heads: int) -> None:
     import torch
     import transformers
 
-    from medcg_jax.families.llava.model import llava15_tiny
     from medcg_jax.families.weights.llava import config_to_json
 
     config = llava15_tiny(vocab_size=128, image_token_id=127, num_kv_heads=num_kv_heads)
@@ -194,20 +220,3 @@ def write_tiny_reference(directory: Path, num_kv_heads: int) -> None:
         for weight in reference.parameters():
             weight.mul_(5 if weight.ndim > 1 else 1)
     reference.save_pretrained(directory)
-
-
-def run_pytest(save, tests: list[str]) -> None:
-    import jax
-
-    # Without this the tests' own settings would choose the CPU.
-    platforms = "cuda,cpu" if jax.default_backend() == "gpu" else "cpu"
-    env = os.environ | {"JAX_PLATFORMS": platforms, "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(
-        command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-    tail = done.stdout.strip().splitlines()[-25:] or done.stderr.strip().splitlines()[-5:]
-    print("\n".join(f"   {text}" for text in tail), flush=True)
-    save(tests={"files": tests, "exit_status": done.returncode, "output": tail})
-    if done.returncode:
-        raise RuntimeError(f"parity tests: pytest ended with {done.returncode}: {tail[-1] if tail else 'no output'}")

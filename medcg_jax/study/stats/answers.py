@@ -1,0 +1,72 @@
+"""The answers of a grid's cells as columns: each file of `predictions/` and `controls/` is read once."""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from medcg_jax.data.records import LETTERS
+from medcg_jax.eval.generation import parse_answer
+from medcg_jax.eval.predictions import prediction_lines
+
+# Control of an answer to a question that is asked plainly.
+PLAIN = ""
+
+
+class Answers:
+    """What the cells of one workdir answered, kept as one frame for each file.
+
+    Columns of a frame, in the order of the file:
+      control: `PLAIN`, or how the question was asked again (`controls`). subset, id: of the record.
+      options: number of offered letters. answer, predicted: letters. right: whether they are the same.
+      read: the letter of the free answer, "" where it gives none; None where none was asked for.
+      A, B, ...: log-probability of each letter in nats; NaN where it was not offered or not recorded.
+    """
+
+    def __init__(self, workdir: str | Path):
+        self.workdir = Path(workdir)
+        self._frames: dict[Path, pd.DataFrame] = {}
+
+    def path(self, cell: str, folder: str = "predictions") -> Path:
+        return self.workdir / folder / f"{cell}.jsonl"
+
+    def frame(self, cell: str, folder: str = "predictions") -> pd.DataFrame:
+        """The answers of one cell, as asked plainly or (folder "controls") again.
+
+        Raises:
+          FileError: the file cannot be read, or a line is no prediction.
+        """
+        path = self.path(cell, folder)
+        if path not in self._frames:
+            self._frames[path] = _read(path)
+        return self._frames[path]
+
+    def correct_by_id(self, cell: str, subset: str) -> dict[str, bool]:
+        """Record id -> whether the likeliest letter was the answer, of one subset that a cell was tested on."""
+        frame = self.frame(cell)
+        frame = frame[frame["subset"] == subset]
+        return dict(zip(frame["id"], frame["right"].tolist(), strict=True))
+
+
+def _read(path: Path) -> pd.DataFrame:
+    names = ("control", "subset", "id", "options", "answer", "predicted", "right", "read")
+    columns: dict[str, list] = {name: [] for name in names}
+    logprobs: list[dict[str, float]] = []
+    for line in prediction_lines(path):
+        generated = line["generated"]
+        values = (
+            sys.intern(line.get("control", PLAIN)),
+            sys.intern(line["subset"]),
+            sys.intern(line["id"]),
+            len(line["options"]),
+            line["answer"],
+            line["predicted"],
+            line["predicted"] == line["answer"],
+            None if generated is None else parse_answer(generated, line["options"]),
+        )
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
+        logprobs.append(dict(zip(LETTERS, line["logprobs"] or (), strict=False)))
+    frame = pd.DataFrame(columns, dtype=object).astype({"options": int, "right": bool})
+    letters = list(LETTERS[: max(map(len, logprobs), default=0)])
+    return frame.join(pd.DataFrame(logprobs, index=frame.index, columns=letters, dtype=float))
