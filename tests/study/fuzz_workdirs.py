@@ -18,11 +18,11 @@ from random import Random
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "data")]
 
-from fuzz_mutations import JSON_CLASSES, mutated  # noqa: E402 - lies in another folder of tests
-from report_grids import quick, run, small_grid  # noqa: E402
+from fuzz_mutations import JSON_CLASSES, mutated
+from report_grids import quick, run, small_grid
 
-from medcg_jax.study.report import escape  # noqa: E402
-from medcg_jax.study.stats import grid_files  # noqa: E402
+from medcg_jax.study.report import escape
+from medcg_jax.study.stats import grid_files
 
 MAX_SECONDS = 30.0
 
