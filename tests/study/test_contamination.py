@@ -166,7 +166,7 @@ def ids(*numbers) -> list[str]:
     return [f"{OTHER}/train/{number}" for number in numbers]
 
 
-def test_what_leaks_is_left_out_of_the_training_and_of_no_other(tree, tmp_path, monkeypatch, no_base):
+def test_what_leaks_is_left_out_of_the_training_and_of_no_other(tree, tmp_path, monkeypatch):
     related = (OTHER, "ct-brain-state")
     cells = [cell(count=7), cell("mri-liver-stage", related=related, count=7)]
     study = {"leaks": "drop", "near_duplicates": "drop"}
@@ -185,7 +185,7 @@ def test_what_leaks_is_left_out_of_the_training_and_of_no_other(tree, tmp_path, 
     assert (tmp_path / "again" / "contamination.csv").read_text() == text
 
 
-def test_cells_of_one_training_lose_what_leaks_into_any_of_their_targets(tree, tmp_path, monkeypatch, no_base):
+def test_cells_of_one_training_lose_what_leaks_into_any_of_their_targets(tree, tmp_path, monkeypatch):
     cells = [cell(count=7), cell(THIRD, count=7)]
     ended, trained = in_grid(tree, tmp_path / "w", cells, monkeypatch, leaks="drop", near_duplicates="report")
     assert trained == {cells[0].id: ids(1, 2, 3, 4, 778)} and list(ended) == [cells[0].id]

@@ -27,7 +27,7 @@ def tiny(**changes):
     return replace(load(f"{CONFIGS / 'phantom.py'}:tiny", {}), eval__batch_size=8, **changes)
 
 
-def mixed(share: float, path="", **changes):
+def with_general(share: float, path="", **changes):
     return tiny(data__imagewikiqa_share=share, data__general_records=str(path), **changes)
 
 
@@ -110,7 +110,7 @@ def test_general_records_count(tmp_path):
     path = general_file(tmp_path, 99, question)
     lengths = []
     for share in (0.0, 0.5):
-        run = mixed(share, path, data__row_multiple=1, data__max_text_tokens=80)
+        run = with_general(share, path, data__row_multiple=1, data__max_text_tokens=80)
         jobs = [job for job in make_plan(run).jobs if job.training]
         data = SeedData(open_setup(run, has_weights=True), jobs)
         lengths.append((widths(data, jobs[:1])[0], longest(data, jobs[0])))
@@ -126,7 +126,7 @@ def ids_of(run) -> list[str]:
 
 
 def test_a_cell_is_trained_on_its_share_of_them(path):
-    plain, mixed = (SeedData(open_setup(mixed(share, path), has_weights=True)) for share in (0.0, 0.25))
+    plain, mixed = (SeedData(open_setup(with_general(share, path), has_weights=True)) for share in (0.0, 0.25))
     own, both = plain.training(PARTS), mixed.training(PARTS)
     assert (len(own), len(both)) == (24, 30)
     ids = [record.id for record in both.records.records]
@@ -136,20 +136,20 @@ def test_a_cell_is_trained_on_its_share_of_them(path):
     for key, array in own.arrays.items():
         np.testing.assert_array_equal(array, both.arrays[key][:24])
     assert (both.arrays["target_weights"][24:].sum(1) > 0).all()
-    assert ids == ids_of(mixed(0.25, path))
+    assert ids == ids_of(with_general(0.25, path))
     test, same = (data.test("ct-brain-state") for data in (plain, mixed))
     assert test.records.records == same.records.records
 
 
 def test_large_sets_are_mixed_too(path, monkeypatch):
     monkeypatch.setattr("medcg_jax.study.run.jobs.MEMORY_LIMIT_BYTES", 1)
-    ids = ids_of(mixed(0.25, path))
+    ids = ids_of(with_general(0.25, path))
     assert len(ids) == 30 and sum(name.startswith("general/") for name in ids) == 6
 
 
 def test_steps_count_them(path):
     changes = {"train__epochs": 4.0, "train__steps": 0, "train__batch_size": 8}
-    plans = [make_plan(mixed(share, path, **changes)) for share in (0.0, 0.5)]
+    plans = [make_plan(with_general(share, path, **changes)) for share in (0.0, 0.5)]
     for before, after in zip(*(sorted(plan.jobs, key=lambda job: job.id) for plan in plans), strict=True):
         records = sum(count for _, count in before.training)
         assert (before.id, before.training) == (after.id, after.training)
@@ -157,8 +157,8 @@ def test_steps_count_them(path):
 
 
 def test_a_grid_knows_of_them_and_of_too_few_before_it_trains(path, tmp_path):
-    run = mixed(0.25, path)
-    prints = {data_fingerprint(run), data_fingerprint(mixed(0.0))}
+    run = with_general(0.25, path)
+    prints = {data_fingerprint(run), data_fingerprint(with_general(0.0))}
     path.write_text(general_text(31))
     assert len({*prints, data_fingerprint(run)}) == 3
     path.write_text(general_text(1))

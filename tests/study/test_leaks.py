@@ -177,7 +177,7 @@ def test_an_image_that_is_gone_is_named(tree):
         LeakGuard(source).findings(cell())
 
 
-def test_a_grid_fails_the_leaking_cell_alone_and_names_both_records(tree, tmp_path, no_base):
+def test_a_grid_fails_the_leaking_cell_alone_and_names_both_records(tree, tmp_path):
     """The guard as the grid calls it, before anything is compiled or trained."""
     from medcg_jax.study.design.schedule import jobs_of
     from medcg_jax.study.run.jobs import Trainer

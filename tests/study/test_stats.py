@@ -7,6 +7,7 @@ import json
 import pytest
 
 from medcg_jax.config import RunConfig, replace
+from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.stats import stats
 from medcg_jax.study.stats.paired import detectable
 
@@ -26,7 +27,7 @@ def write_grid(folder, answers, source="phantom"):
                 }  # fmt: skip
                 file.write(json.dumps(line) + "\n")
         n, correct = len(marks), marks.count("1")
-        low, high = stats.wilson(correct, n)
+        low, high = wilson(correct, n)
         rows.append([f"c{i}", table, row, arm, seed, target, n, correct, correct / n, low, high])
     with open(folder / "results.csv", "w", newline="") as file:
         writer = csv.writer(file)
@@ -69,7 +70,7 @@ def test_summarise(tmp_path):
     assert row["detectable"] == detectable(80, 60 / 80)
     same = next(r for r in found["rows"] if (r["row"], r["against"]) == ("fixed_area/y", "baseline_plus"))
     assert same["detectable"] is None and (same["sd_seeds"], same["sd_records"]) == (0.0, 0.0)
-    assert (same["ci_low"], same["ci_high"]) == (-stats.wilson(0, 80)[1], stats.wilson(0, 80)[1])
+    assert (same["ci_low"], same["ci_high"]) == (-wilson(0, 80)[1], wilson(0, 80)[1])
     assert next(r for r in found["rows"] if r["table"] == "ablation")["sd_seeds"] is None
     letters = {(c["table"], c["arm"]): c["letters"] for c in found["controls_of_answers"]}
     assert letters["pairs", "trained"] == {"A": 0.75, "B": 0.25} and ("efficiency", "efficiency_0") not in letters

@@ -121,8 +121,8 @@ def train_base(
     graphdef, params = start_params(setup, seed=config.seed)
     trainable, frozen = split_trainable(params, TRAINABLE)
     saved = path.with_name(f"{path.name}.checkpoints")
-    recipe = made_of(setup.run)
-    spec = run_spec(name, setup, encoded, config, TRAINABLE, metrics=metrics, checkpoints=saved, config=recipe)
+    parts = made_of(setup.run)
+    spec = run_spec(name, setup, encoded, config, TRAINABLE, metrics=metrics, checkpoints=saved, config=parts)
     state, result = fit(
         step_program(setup, graphdef, config, TRAINABLE),
         trainable,
@@ -133,28 +133,28 @@ def train_base(
         goodput=goodput,
         **loop_options(config),
     )
-    meta = {"made_of": recipe, "loss": result.metrics["loss"]}
+    meta = {"made_of": parts, "loss": result.metrics["loss"]}
     save_params(path, join(state.params, frozen), setup.model, meta)
     if jax.process_index() == 0:
         shutil.rmtree(saved, ignore_errors=True)
 
 
-def step_program(setup: Setup, graphdef: nnx.GraphDef, config: TrainConfig, parts: Sequence[str], **options) -> Program:
+def step_program(setup: Setup, graphdef: nnx.GraphDef, recipe: TrainConfig, parts: Sequence[str], **options) -> Program:
     """The step that trains these parts of the setup's model. options: others of `make_step`."""
     where = split_trainable(shardings(setup.model, setup.mesh), parts)
     return make_step(
         setup.mesh,
         graphdef,
         *where,
-        make_optimizer(config),
-        accumulation_steps=config.accumulation_steps,
+        make_optimizer(recipe),
+        accumulation_steps=recipe.accumulation_steps,
         compute_dtype=setup.run.model.compute_dtype,
         **options,
     )
 
 
 def run_spec(
-    name: str, setup: Setup, encoded: Encoded, config: TrainConfig, parts: Sequence[str], *, checkpoints: Path, **files
+    name: str, setup: Setup, encoded: Encoded, recipe: TrainConfig, parts: Sequence[str], *, checkpoints: Path, **files
 ) -> RunSpec:
     """A training on these rows as the loop takes it. checkpoints: where they go, if there are any.
 
@@ -162,15 +162,15 @@ def run_spec(
     """
 
     def stream(position: int) -> Batches:
-        rows = own_rows(setup.mesh, config.batch_size)
-        return Batches(encoded, batch_size=config.batch_size, seed=config.seed, position=position, rows=rows)
+        rows = own_rows(setup.mesh, recipe.batch_size)
+        return Batches(encoded, batch_size=recipe.batch_size, seed=recipe.seed, position=position, rows=rows)
 
     return RunSpec(
         name,
-        hparams_from(config, len(encoded)),
+        hparams_from(recipe, len(encoded)),
         stream,
         pixels=setup.pixels,
-        checkpoints=checkpoints if config.checkpoint_every_steps else None,
-        flops_per_step=step_flops(encoded, setup.model, trainable=parts, batch_size=config.batch_size),
+        checkpoints=checkpoints if recipe.checkpoint_every_steps else None,
+        flops_per_step=step_flops(encoded, setup.model, trainable=parts, batch_size=recipe.batch_size),
         **files,
     )

@@ -212,13 +212,16 @@ class Trainer:
         finish: called with each job and its outcome, for `results.mark_done`.
         """
         setup = self.setup(seed)
-        self._base = self._base or bases.load_base(base, setup)
-        graphdef, params = self._base
-        trainable, frozen = split_trainable(params, setup.run.model.trainable)
         started: dict[str, tuple[Job, float]] = {}
+
+        def start_of() -> tuple:
+            """(graphdef, params) of the base, read when a job first needs them and kept for the seed."""
+            self._base = self._base or bases.load_base(base, setup)
+            return self._base
 
         def next_spec() -> loop.RunSpec | None:
             while job := next_job():
+                params = None if job.steps else start_of()[1]  # before the job's seconds begin
                 started[job.id] = job, time.perf_counter()
                 if not job.steps:
                     end(job, params)
@@ -236,7 +239,7 @@ class Trainer:
             try:
                 if error is None:
                     with self._goodput.within("evaluation"):
-                        self._test(job, graphdef, trained)
+                        self._test(job, start_of()[0], trained)
                     if self._run.study.keep_weights and job.steps:
                         self._keep_weights(job, trained, str(base) if base else self._run.model.checkpoint)
             except (NonFiniteScores, DataError) as failure:
@@ -250,6 +253,8 @@ class Trainer:
         first = next_spec()
         if first is None:
             return
+        graphdef, params = start_of()
+        trainable, frozen = split_trainable(params, setup.run.model.trainable)
         if self._program is None:
             self._make_program(setup, graphdef, trainable, frozen, first)
         specs = [first]

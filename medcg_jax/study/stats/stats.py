@@ -11,9 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.design.mat import ELEMENTS
-from medcg_jax.study.design.suite import Row
 from medcg_jax.study.stats.answers import Answers
 from medcg_jax.study.stats.controls import controls_of_answers
 from medcg_jax.study.stats.grid_files import read_results
@@ -33,20 +31,6 @@ from medcg_jax.study.stats.paired import (
 )
 from medcg_jax.study.stats.results import read_config_file
 from medcg_jax.untrusted import FileError, shown
-
-__all__ = [
-    "EFFECTS",
-    "Comparison",
-    "Unit",
-    "bootstrap_interval",
-    "compare",
-    "correct_by_id",
-    "mean_difference",
-    "part_of",
-    "read_results",
-    "summarise",
-    "wilson",
-]
 
 # (table, arm, against): what `summarise` compares, in the order of the report.
 EFFECTS = (
@@ -147,16 +131,6 @@ def summarise(workdir: str | Path, results: Sequence[Mapping] | None = None, ans
         "controls": _controls(effects),
         "controls_of_answers": controls_of_answers(answers, results, fresh),
     }
-
-
-def correct_by_id(path: Path, subset: str) -> dict[str, bool]:
-    """Record id -> whether the likeliest letter was the answer, of one subset in a predictions file."""
-    return Answers(path.parent.parent).correct_by_id(path.stem, subset)
-
-
-def part_of(table: str, row: str) -> str:
-    """The part of a table that a row belongs to: see `summarise`."""
-    return Row.parse(table, row).part
 
 
 def _compared(results, answers: Answers, table, arm, against, fresh) -> tuple[list[dict], dict[str, list[Unit]]]:
