@@ -87,7 +87,7 @@ def folders(tmp_path_factory):
     pytest.importorskip("torch")
     root, out = (tmp_path_factory.mktemp("loader") / name for name in ("tree", "prepared"))
     write_subset(root, "Subset--04-train", [raw_record(i, label=("Benign", "Normal")[i % 2]) for i in range(90)])
-    prepare(root, out, loader.DATA, Layout("square", loader.SIZE_PX), say=lambda text: None)
+    prepare(root, out, loader.DATA, Layout("square", loader.SIZE_PX))
     return root, out
 
 

@@ -23,8 +23,8 @@ def sources(tmp_path_factory) -> dict[str, dict[str, str]]:
     folder = tmp_path_factory.mktemp("phantoms")
     write_release(PhantomSource(0, 12, 4), folder / "tree")
     assert check_tree(folder / "tree").ok
-    prepare(folder / "tree", folder / "keep", DataConfig(), Layout("keep", 0), report=lambda text: None)
-    prepare(folder / "tree", folder / "square", DataConfig(), Layout("square", 64), report=lambda text: None)
+    prepare(folder / "tree", folder / "keep", DataConfig(), Layout("keep", 0))
+    prepare(folder / "tree", folder / "square", DataConfig(), Layout("square", 64))
     return {
         "memory": {"source": "phantom"},
         "files": {"source": "release", "root": str(folder / "tree")},
