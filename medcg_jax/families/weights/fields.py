@@ -361,6 +361,8 @@ def dataclass_of(kind: type, values: dict[str, Any], name: str):
       WeightsError: a field is unknown, missing, of another type or beyond its limits.
     """
     hints = typing.get_type_hints(kind)
+    # A tower or a decoder that is declared as `Any` is of the kind that is its default.
+    hints |= {field.name: type(field.default) for field in dataclasses.fields(kind) if hints[field.name] is Any}
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise WeightsError(f"{name}: unknown fields of {kind.__name__}: {', '.join(unknown)[:200]}")
