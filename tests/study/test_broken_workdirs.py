@@ -165,9 +165,9 @@ def row_of(workdir: Path, cell: str) -> list[str]:
     ("correct", "share", "words"),
     [
         ("6", "1.000000", "correct=6 of n=6; "),  # the predictions say another number
-        ("60", "1.000000", "correct=60 of n=6; at most n is accepted"),
+        ("60", "1.000000", "correct=60 of n=6; expected at most n"),
         (None, "1.000000", "accuracy=1; correct="),
-        (None, "nan", 'accuracy="nan": a number of 0 to 1 is accepted'),
+        (None, "nan", 'accuracy="nan": expected a number of 0 to 1'),
     ],
 )
 def test_results_that_the_predictions_do_not_give_are_refused(clean, tmp_path, correct, share, words):
@@ -189,7 +189,7 @@ def test_results_that_the_predictions_do_not_give_are_refused(clean, tmp_path, c
         ("cells.csv", lambda lines: [*lines, lines[1]], "stands there twice"),
         ("cells.csv", lambda lines: [x.replace("triples.one_each", "../../x") for x in lines], "a cell's id"),
         ("cells.csv", lambda lines: [x.replace(",done,", ",perhaps,") for x in lines], "done, waiting or failed"),
-        ("cells.csv", lambda lines: [lines[0], lines[1] + ",1", *lines[2:]], "line 2: 11 columns; 10 are accepted"),
+        ("cells.csv", lambda lines: [lines[0], lines[1] + ",1", *lines[2:]], "line 2: 11 columns; expected 10"),
         ("results.csv", lambda lines: lines[:-1], "no row of cell"),
         ("results.csv", lambda lines: [*lines, lines[1]], "stands there twice"),
         ("results.csv", lambda lines: [x.replace(",trained,", ",baseline,") for x in lines], 'arm="baseline"; cells'),
