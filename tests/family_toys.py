@@ -7,6 +7,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 
 from medcg_jax.config import DataConfig, MeshConfig, RunConfig
 from medcg_jax.data.encoding import Encoded, concat_encoded
@@ -107,3 +108,8 @@ def compiled(mesh, jitted, *args):
     """The program of a jitted function for these arguments on a mesh."""
     with jax.set_mesh(mesh):
         return jitted.lower(*args).compile()
+
+
+def every_other_long(names) -> list:
+    """The parameters of a test, of which every second one runs with the long tests alone."""
+    return [pytest.param(name, marks=pytest.mark.long) if i % 2 else name for i, name in enumerate(names)]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_toys import every_other_long
 from flax import nnx
 
 from medcg_jax.families import clip, common
@@ -125,7 +126,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", every_other_long(FAULTS))
 def test_faults_are_seen(fault, ported, reference, stages, monkeypatch):
     change, edit, patch = FAULTS[fault]
     config, graphdef, params = ported

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_toys import every_other_long
 from flax import nnx
 
 from medcg_jax.families.qwen2_vl import model as qwen2_vl
@@ -147,7 +148,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", every_other_long(FAULTS))
 def test_faults_are_seen(fault, ported, reference, stages, monkeypatch):
     change, edit, patch = FAULTS[fault]
     config, graphdef, params = ported
