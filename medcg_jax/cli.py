@@ -295,29 +295,27 @@ def with_as_many_cells_as_fit(run: RunConfig) -> RunConfig:
 
 
 def report_grid(args) -> dict:
-    from medcg_jax.study.report import backbones as report_backbones
-    from medcg_jax.study.report import compare
-    from medcg_jax.study.report import formats as report_formats
-    from medcg_jax.study.report import page as report
+    from medcg_jax.study.report.compare import models_in, write_comparison, write_models_page
+    from medcg_jax.study.report.page import check_formats, write_report
 
-    formats = report_formats.check_formats(args.format)
+    formats = check_formats(args.format)
     if args.dir.endswith(".json"):
         return report_benchmarks(args)
     if len(args.other) > 1:
         raise ConfigError(f"medcg report {' '.join([args.dir, *args.other])}: one or two grids are accepted")
     if args.other:
-        page = compare.write_comparison(args.dir, args.other[0], args.out)
+        page = write_comparison(args.dir, args.other[0], args.out)
         print(page)
         return {"page": str(page)}
     if args.out:
         raise ConfigError(f"--out={args.out}: accepted with a second DIR alone; a grid's report lies in its workdir")
-    models = report_backbones.models_in(Path(args.dir))
+    models = models_in(Path(args.dir))
     for model in models:
-        report.write_report(Path(args.dir) / model, formats)
+        write_report(Path(args.dir) / model, formats)
     if models:
-        page = report_backbones.write_page(Path(args.dir), models)
+        page = write_models_page(Path(args.dir), models)
     else:
-        page = report.write_report(Path(args.dir), formats)
+        page = write_report(Path(args.dir), formats)
         print((page.parent / "summary.txt").read_text(encoding="utf-8"))
     print(page)
     return {"page": str(page)}

@@ -176,7 +176,7 @@ def test_a_path_starts_in_the_home_folder_and_nowhere_else(monkeypatch, tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))
     paths = ("model.checkpoint", "model.tokenizer", "data.root", "data.general_records", "study.base_dir")
     assert marked("path") == set(paths)
-    run = load(FILE, {key: "~/x/~y" for key in paths})
+    run = load(FILE, dict.fromkeys(paths, "~/x/~y"))
     assert {functools.reduce(getattr, key.split("."), run) for key in paths} == {f"{tmp_path}/x/~y"}
     for key in paths:
         with pytest.raises(ConfigError, match=f"config.{key}=~nosuch/x: no home folder is known for ~nosuch"):

@@ -164,9 +164,9 @@ def claim_future(folder: Path) -> str:
 def same_hostname_containers(folder: Path) -> str:
     """Two containers of one host name that share a folder: a claim of the one is no dead process to the other."""
     program = (
-        "import sys, time, pathlib; sys.path.insert(0, {root!r}); from medcg_jax.study.run import claims; "
-        "folder = pathlib.Path({folder!r}); claim = claims.take(folder, 'job'); print(bool(claim), flush=True); time.sleep(30 * bool(claim))"
-    ).format(root=str(CHECKOUT), folder=str(folder))
+        f"import sys, time, pathlib; sys.path.insert(0, {str(CHECKOUT)!r}); from medcg_jax.study.run import claims; "
+        f"folder = pathlib.Path({str(folder)!r}); claim = claims.take(folder, 'job'); print(bool(claim), flush=True); time.sleep(30 * bool(claim))"
+    )
     container = ("unshare", "--pid", "--fork", "--mount-proc")
     if subprocess.run([*container, "true"], capture_output=True, check=False).returncode:
         return "not run: no namespaces here"

@@ -141,7 +141,7 @@ def test_nothing_reserved_for_test_is_trained_on():
 
 def test_pose_and_cells_move_the_pixels():
     """The reserved parameters are visible ones: the same scene with another pose or placement is another image."""
-    draws = lambda: Draws("one", np.arange(4))  # noqa: E731
+    draws = lambda: Draws("one", np.arange(4))
     area = np.arange(4)
     scene = draw_scene(
         draws(), modality=np.zeros(4, int), area=area, count=np.ones(4, int), shape=area % 2, size=area % 2, test=False

@@ -27,7 +27,7 @@ def barriers(own: int) -> dict:
         except RunError as error:
             found["missed"] = str(error)
     processes.barrier("the other side", timeout_s=60)
-    found["heard"] = [processes.broadcast("a number", lambda: [7, place]) for place in range(3)]
+    found["heard"] = [processes.broadcast("a number", lambda place=place: [7, place]) for place in range(3)]
     return found
 
 

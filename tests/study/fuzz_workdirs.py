@@ -7,8 +7,6 @@ is not one line or names no file of the workdir, an answer that takes too long, 
 hold, and scores that are other ones than the grid's and are taken. The same seed gives the same inputs.
 """
 
-import contextlib
-import io
 import shutil
 import sys
 import tempfile
@@ -17,43 +15,16 @@ import traceback
 from collections import Counter
 from pathlib import Path
 from random import Random
-from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "data")]
 
-from fuzz_mutations import JSON_CLASSES, mutated  # noqa: E402 - lies in another folder of tests
-from report_grids import small_grid  # noqa: E402
+from fuzz_mutations import JSON_CLASSES, mutated
+from report_grids import quick, run, small_grid
 
-from medcg_jax import cli  # noqa: E402
 from medcg_jax.study.report import escape
-from medcg_jax.study.report.plots import Figure  # noqa: E402
-from medcg_jax.study.stats import grid_files  # noqa: E402
+from medcg_jax.study.stats import grid_files
 
 MAX_SECONDS = 30.0
-
-
-def undrawn(folder, name, title, caption, height_in, paint, width_in=1.0) -> Figure:
-    """`report_plots.draw` without matplotlib, which takes most of a report's time."""
-    return Figure(name, title, caption, "<svg></svg>", 1)
-
-
-@contextlib.contextmanager
-def quick():
-    """Reports without drawings, and without the published tables' power, which no file of a workdir decides."""
-    modules = ("report_plots", "report_figures", "report_compare", "report_backbones")
-    with contextlib.ExitStack() as stack:
-        for name in modules:
-            stack.enter_context(mock.patch(f"medcg_jax.study.{name}.draw", undrawn))
-        stack.enter_context(mock.patch("medcg_jax.study.report.page.power", lambda: ""))
-        stack.enter_context(mock.patch("gc.collect"))  # by statsmodels: most of the rest
-        yield
-
-
-def run(*argv: str) -> tuple[int, str]:
-    """(status, standard error) of the command."""
-    err = io.StringIO()
-    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-        return cli.main(list(argv)), err.getvalue()
 
 
 def touched(path: Path, content: bytes, random: Random) -> bytes:
@@ -81,7 +52,7 @@ def fault(workdir: Path, known: list[dict]) -> str:
     began = time.monotonic()
     try:
         status, said = run("report", str(workdir), "--format=md,tex")
-    except Exception:  # noqa: BLE001 - any is a finding
+    except Exception:
         return traceback.format_exc()
     seconds = time.monotonic() - began
     if seconds > MAX_SECONDS:

@@ -1,14 +1,19 @@
 """Made-up grids for the tests of the report: the files a grid leaves, with effects as large as asked for."""
 
+import contextlib
 import csv
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
+from unittest import mock
 
-from medcg_jax.config import DataConfig, RunConfig, TrainConfig, replace
+from medcg_jax import cli
+from medcg_jax.config import CONTROLS, TABLES, DataConfig, RunConfig, TrainConfig, replace
+from medcg_jax.data.controls import control_sets
 from medcg_jax.data.records import LETTERS
 from medcg_jax.data.sources import open_source
 from medcg_jax.eval.boxes import BoxAnswer, write_answers
@@ -18,6 +23,8 @@ from medcg_jax.train import goodput
 
 CELLS = ("cell", "table", "row", "arm", "seed", "related", "target", "steps", "status", "seconds")
 RESULTS = ("cell", "table", "row", "arm", "seed", "target", "n", "correct", "accuracy", "ci_low", "ci_high")
+FULL_TARGETS = ("mri-brain-state", "endoscopy-lung-grade")
+SIZES = {"data__train_records_per_subset": 20, "data__test_records_per_subset": 24}
 # Arm -> probability of a right answer beyond chance.
 SKILL = {
     "baseline": 0.0, "baseline_plus": -0.03, "trained": 0.6, "all_related": 0.65, "all_unrelated": -0.02,
@@ -110,10 +117,32 @@ def write_predictions(workdir, cell: suite.Cell, source, skill: float, options_t
     return scored
 
 
+def write_controls(workdir: Path, seed: int, blind: bool = True) -> None:
+    """Controls of every cell: right where the plain answer was; with another image A, or (not blind) still right."""
+    sizes = {key.removeprefix("data__"): value for key, value in SIZES.items()}
+    source = open_source(DataConfig(seed=seed, **sizes))
+    for path in sorted((workdir / "predictions").glob(f"*.s{seed}.jsonl")):
+        plain = {(line["subset"], line["id"]): line for line in json_lines(path)}
+        lines = []
+        for subset in dict.fromkeys(subset for subset, _ in plain):
+            for name, asked in control_sets(source.records(subset, "test"), CONTROLS, 0).items():
+                for record in asked.records:
+                    line = plain[subset, record.id]
+                    other = next(letter for letter in LETTERS if letter != record.answer)
+                    predicted = record.answer if line["predicted"] == line["answer"] else other
+                    if name == "shuffled_images" and blind:
+                        predicted = "A"
+                    lines.append(
+                        {"id": record.id, "subset": subset, "options": record.options, "answer": record.answer,
+                         "predicted": predicted, "logprobs": [-1.0] * len(record.options), "generated": None,
+                         "control": name}
+                    )  # fmt: skip
+        write_json_lines(workdir / "controls" / path.name, lines)
+
+
 def score_again(workdir: Path) -> None:
     """Writes results.csv anew from predictions that a test has changed."""
-    with open(workdir / "results.csv", newline="", encoding="utf-8") as file:
-        _, *rows = csv.reader(file)
+    rows = [list(row.values()) for row in read_csv(workdir / "results.csv")]
     for row in rows:
         n, correct = results.scores(workdir / "predictions" / f"{row[0]}.jsonl")[row[5]]
         row[6:] = [n, correct, *(f"{x:.6f}" for x in (correct / n, *stats.wilson(correct, n)))]
@@ -129,7 +158,15 @@ def write_metrics(workdir, cell: suite.Cell, steps: int) -> None:
          "grad_norm": 1.0, "samples_per_s": 800.0, "tokens_per_s": 4e4, "mfu": None, "data_wait": 0.01}
         for step in (*range(0, steps, 10), steps)
     ]  # fmt: skip
-    (workdir / "metrics" / f"{cell.id}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_json_lines(workdir / "metrics" / f"{cell.id}.jsonl", lines)
+
+
+def make_full_grid(workdir: Path) -> Path:
+    """A grid of all tables with two targets and seeds, whose tests were asked again."""
+    make_grid(workdir, run_of(study__tables=TABLES, study__targets=FULL_TARGETS, study__seeds=(0, 1), **SIZES))
+    for seed in (0, 1):
+        write_controls(workdir, seed)
+    return workdir
 
 
 def small_grid(workdir: Path) -> Path:
@@ -141,9 +178,8 @@ def small_grid(workdir: Path) -> Path:
     make_grid(workdir, replace(run, study__tables=("triples",)))
     cells = [line.split(",") for line in (workdir / "cells.csv").read_text().splitlines()]
     for path in sorted((workdir / "predictions").glob("*.jsonl")):
-        lines = [json.loads(line) | {"control": "shuffled_images"} for line in path.read_text().splitlines()]
-        (workdir / "controls").mkdir(exist_ok=True)
-        (workdir / "controls" / path.name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        lines = [line | {"control": "shuffled_images"} for line in json_lines(path)]
+        write_json_lines(workdir / "controls" / path.name, lines)
     boxes, subset = [], "ct-brain-det"
     for arm, related in (("baseline", ""), ("multi_task", subset)):
         cell = f"detection.in_distribution.{arm}.s0"
@@ -169,8 +205,57 @@ def small_grid(workdir: Path) -> Path:
     return workdir
 
 
+def read_csv(path: Path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_json_lines(path: Path, lines: Sequence[dict]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def change_config(workdir: Path, data_fields: dict | None = None, **entries) -> None:
+    """Changes entries of a grid's config.json. data_fields: of the configuration's section `data`."""
+    config = json.loads((workdir / "config.json").read_text()) | entries
+    config["config"]["data"] |= data_fields or {}
+    (workdir / "config.json").write_text(json.dumps(config))
+
+
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
+
+
+@contextlib.contextmanager
+def quick():
+    """Reports without drawings (most of their time), and without what no file of a workdir decides."""
+    from medcg_jax.study.report.plots import Figure
+
+    def undrawn(folder, name, title, caption, height_in, paint, width_in=1.0):
+        return Figure(name, title, caption, "<svg></svg>", 1)
+
+    with contextlib.ExitStack() as stack:
+        for name in ("plots", "compare"):
+            stack.enter_context(mock.patch(f"medcg_jax.study.report.{name}.draw", undrawn))
+        stack.enter_context(mock.patch("medcg_jax.study.report.page.power", lambda: ""))
+        stack.enter_context(mock.patch("gc.collect"))  # by statsmodels: most of the rest
+        yield
+
+
+def run(*argv: str) -> tuple[int, str]:
+    """(status, standard error) of the command."""
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        return cli.main(list(argv)), err.getvalue()
+
+
+def quick_report(workdir: Path, *flags: str) -> tuple[int, str]:
+    with quick():
+        return run("report", str(workdir), *flags)

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from fuzz_workdirs import fuzz, quick, run
-from report_grids import run_of, small_grid
+from fuzz_workdirs import fuzz
+from report_grids import json_lines, quick, quick_report, run, run_of, write_json_lines
 
 from medcg_jax.config import ConfigError, replace
 from medcg_jax.study.design.schedule import make_plan
@@ -67,9 +67,15 @@ DAMAGES = {
 }
 
 
-@pytest.fixture(scope="module")
-def clean(tmp_path_factory):
-    return small_grid(tmp_path_factory.mktemp("clean") / "w")
+DEFAULT_DAMAGES = ("half", "fifo", "no UTF-8", "list")
+BY_DAMAGE = pytest.mark.parametrize(
+    "damage", [name if name in DEFAULT_DAMAGES else pytest.param(name, marks=pytest.mark.long) for name in DAMAGES]
+)
+
+
+@pytest.fixture
+def clean(clean_grid):
+    return clean_grid
 
 
 def damaged(clean: Path, workdir: Path, file: str, damage: str) -> Path:
@@ -85,22 +91,19 @@ def is_one_line(said: str, path: Path) -> bool:
 
 def test_the_grid_as_it_is_has_a_report(clean, tmp_path):
     shutil.copytree(clean, tmp_path / "w")
-    with quick():
-        status, said = run("report", str(tmp_path / "w"), "--format=md,tex,csv")
-    assert (status, said) == (0, "")
+    assert quick_report(tmp_path / "w", "--format=md,tex,csv") == (0, "")
     page = (tmp_path / "w" / "report" / "index.html").read_text()
     for word in ("lesion", "Contamination", "productive", "Another image"):
         assert word in page
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@BY_DAMAGE
 def test_a_broken_file_is_named_in_one_line(clean, tmp_path, damage):
     for number, file in enumerate(FILES):
         workdir = tmp_path / str(number)
         path = damaged(clean, workdir, file, damage)
         began = time.monotonic()
-        with quick():
-            status, said = run("report", str(workdir))
+        status, said = quick_report(workdir)
         assert time.monotonic() - began < 30, file
         if file.startswith(LEFT_OUT) and status == 0:
             assert str(path) in said and said.count("\n") == 1, (file, said)
@@ -110,7 +113,7 @@ def test_a_broken_file_is_named_in_one_line(clean, tmp_path, damage):
         assert not [p for p in workdir.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@BY_DAMAGE
 def test_two_grids_and_a_folder_of_models_name_it_too(clean, tmp_path, damage):
     folder = tmp_path / "models"
     for model in ("llava15_tiny", "qwen2_vl_tiny"):
@@ -175,8 +178,7 @@ def test_results_that_the_predictions_do_not_give_are_refused(clean, tmp_path, c
     if correct == "6":
         changed[9:] = ["0.609666", "1.000000"]  # Wilson's of 6 of 6
     edited(tmp_path / "w" / "results.csv", ",".join(row), ",".join(changed))
-    with quick():
-        status, said = run("report", str(tmp_path / "w"))
+    status, said = quick_report(tmp_path / "w")
     assert status == 2 and words in said and is_one_line(said, tmp_path / "w" / "results.csv"), said
 
 
@@ -200,8 +202,7 @@ def test_tables_that_do_not_fit_the_grid_are_refused(clean, tmp_path, file, chan
     shutil.copytree(clean, tmp_path / "w")
     path = tmp_path / "w" / file
     path.write_text("\n".join(change(path.read_text().splitlines())) + "\n")
-    with quick():
-        status, said = run("report", str(tmp_path / "w"))
+    status, said = quick_report(tmp_path / "w")
     assert status == 2 and words in said and is_one_line(said, path), said
 
 
@@ -251,8 +252,7 @@ def test_a_hostile_value_is_refused_by_its_file_line_and_field(clean, tmp_path, 
         change = {"id": json.loads(lines[0])["id"]}
     lines[-1] = json.dumps(json.loads(lines[-1]) | change)
     path.write_text("\n".join(lines) + "\n")
-    with quick():
-        status, said = run("report", str(tmp_path / "w"))
+    status, said = quick_report(tmp_path / "w")
     if change.get("control") == "two_options":
         path = tmp_path / "w" / "controls"  # whichever of the two that differ is read last
     assert status == 2 and words in said and is_one_line(said, path), said
@@ -264,8 +264,7 @@ def test_a_training_whose_log_ends_early_is_left_out_of_the_losses(clean, tmp_pa
     shutil.copytree(clean, tmp_path / "w")
     path = tmp_path / "w" / "metrics" / f"{TRAINED}.jsonl"
     path.write_text(path.read_text().splitlines()[0] + "\n")
-    with quick():
-        status, said = run("report", str(tmp_path / "w"))
+    status, said = quick_report(tmp_path / "w")
     assert status == 0 and said.startswith(f"{path} ends at step 0 of ") and said.count("\n") == 1
     assert "left out of the losses" in (tmp_path / "w" / "report" / "index.html").read_text()
 
@@ -273,8 +272,7 @@ def test_a_training_whose_log_ends_early_is_left_out_of_the_losses(clean, tmp_pa
 def test_probabilities_that_were_not_recorded_are_no_numbers(clean, tmp_path):
     shutil.copytree(clean, tmp_path / "w")
     for path in [*(tmp_path / "w").glob("predictions/*"), *(tmp_path / "w").glob("controls/*")]:
-        lines = [json.loads(line) | {"logprobs": None} for line in path.read_text().splitlines()]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_json_lines(path, [line | {"logprobs": None} for line in json_lines(path)])
     with quick():
         assert run("report", str(tmp_path / "w")) == (0, "")
         assert run("report", str(clean), str(tmp_path / "w"), f"--out={tmp_path / 'out'}") == (0, "")
@@ -283,6 +281,6 @@ def test_probabilities_that_were_not_recorded_are_no_numbers(clean, tmp_path):
 
 
 def test_some_broken_files_of_each_kind_are_refused_or_taken_rightly(tmp_path):
-    seen, failures = fuzz(40, 20241220, tmp_path)
+    seen, failures = fuzz(25, 20241220, tmp_path)
     assert not failures
-    assert sum(number for (_, how), number in seen.items() if how == "refused") > 20
+    assert sum(number for (_, how), number in seen.items() if how == "refused") > 10

@@ -6,8 +6,8 @@ import pytest
 from report_grids import make_grid, run_of
 
 from medcg_jax.config import ConfigError, RunConfig, replace
-from medcg_jax.study.report import goodput as report_goodput
 from medcg_jax.study.report.load_grid import Grid
+from medcg_jax.study.report.tables import time_spent
 from medcg_jax.study.run.grid import check_start
 from medcg_jax.study.stats import results
 from medcg_jax.train import goodput
@@ -37,10 +37,10 @@ def test_processes_write_apart_and_know_what_others_have_done(tmp_path):
 
 def test_the_report_has_each_kind_where_a_grid_has_written_it(tmp_path):
     workdir = make_grid(tmp_path / "grid", run_of(study__targets=("mri-brain-state",)))
-    assert not report_goodput.table(Grid(workdir)).rows
+    assert not time_spent(Grid(workdir)).rows
     seconds = dict(zip(goodput.KINDS, (60, 20, 10, 5, 3, 2, 0), strict=True))
     goodput.write(workdir / goodput.FILE, [{"seconds": seconds, "reached": {}}] * 2)
-    rows = report_goodput.table(Grid(workdir)).rows
+    rows = time_spent(Grid(workdir)).rows
     assert [(row["kind"], row["seconds"], row["share"]) for row in rows] == [
         (kind, 2 * s, pytest.approx(s / 100)) for kind, s in seconds.items()
     ]

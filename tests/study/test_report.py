@@ -1,26 +1,32 @@
-"""The page of a grid: whole, self-contained, escaped, the same for the same files, honest about what is missing."""
+"""The page of a grid: whole, self-contained, the same for the same files, honest about what is missing."""
 
 import base64
 import io
-import json
 import re
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
-from report_grids import make_grid, run_of
+from report_grids import FULL_TARGETS, SIZES, change_config, make_grid, quick, read_csv, run, run_of, write_controls
 
-from medcg_jax.config import TABLES, DataConfig
 from medcg_jax.data.sources import open_source
-from medcg_jax.study.report.page import write_report
+from medcg_jax.study.report.load_grid import Grid
+from medcg_jax.study.report.page import whole_folder, write_report
+from medcg_jax.study.report.plots import gains_by_target, triplets_of
+from medcg_jax.study.report.samples import embedded
+from medcg_jax.study.stats import stats
+from medcg_jax.untrusted import FileError
 
-TARGETS = ("mri-brain-state", "endoscopy-lung-grade")
+TARGET = FULL_TARGETS[0]
 
 
 class Page(HTMLParser):
     """What a page loads, its ids, links and texts; and whether its tags are closed in order."""
 
-    EMPTY = {"meta", "img", "br", "link", "input", "hr"}
+    EMPTY = ("meta", "img", "br", "link", "input", "hr")
 
     def __init__(self, text: str):
         super().__init__()
@@ -59,23 +65,17 @@ class Page(HTMLParser):
         return " ".join("".join(self.words).split())
 
 
-@pytest.fixture(scope="module")
-def full(tmp_path_factory):
-    """A grid of all tables, two targets, two seeds, and its page."""
-    run = run_of(study__tables=TABLES, study__targets=TARGETS, study__seeds=(0, 1))
-    workdir = make_grid(tmp_path_factory.mktemp("full") / "w", run)
-    return workdir, write_report(workdir)
+def quick_page(workdir: Path) -> Page:
+    with quick():
+        return Page(write_report(workdir).read_text())
 
 
-def test_the_page_loads_nothing_from_elsewhere(full):
-    workdir, path = full
-    text = path.read_text()
-    page = Page(text)
-    assert path == workdir / "report" / "index.html"
+def test_the_page_loads_nothing_from_elsewhere(full_grid):
+    path = full_grid / "report" / "index.html"
+    page = Page(path.read_text())
     assert page.loads and all(load.startswith(("data:image/png;base64,", "#")) for load in page.loads)
-    assert not page.scripts
-    assert not re.findall(r"@import|url\((?!#)", text)
-    assert not page.broken and not page.open
+    assert not page.scripts and not page.broken and not page.open
+    assert not re.findall(r"@import|url\((?!#)", path.read_text())
     local = {link for link in page.links if not link.startswith("#")}
     assert local and all((path.parent / link).is_file() for link in local)
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
@@ -83,49 +83,51 @@ def test_the_page_loads_nothing_from_elsewhere(full):
     assert len(named) == len(set(named))
 
 
-def test_every_part_is_there(full):
-    page = Page(full[1].read_text())
-    wanted = {"asked", "answer", "pairs", "triples", "ablation", "multi-task", "efficiency", "samples", "letters",
-              "training", "published", "limits", "made"}  # fmt: skip
-    assert wanted <= set(page.ids)
-    order = ["asked", "answer", "pairs", "samples", "letters", "published", "limits", "made"]
+def test_every_section_and_plot_is_there(full_grid):
+    folder = full_grid / "report"
+    page = Page((folder / "index.html").read_text())
+    order = ["asked", "answer", "pairs", "triples", "ablation", "multi-task", "efficiency", "map", "samples", "subsets",
+             "letters", "training", "published", "limits", "made", "choices"]  # fmt: skip
     assert [name for name in page.ids if name in order] == order
     assert "phantoms, not patients" in page.text
     assert "version 1" in page.text and "not set beside these" in page.text
-    for name in ("effects", "pairs_fixed_area", "triples_one_each", "ablation", "efficiency", "letters", "loss_pairs",
-                 "multi_task_in_distribution"):  # fmt: skip
-        png = full[1].parent / "plots" / f"{name}.png"
-        assert Image.open(png).size[0] > 300
-        assert png.with_suffix(".svg").read_text().startswith("<?xml")
+    for name in ("effects", "pairs_fixed_area", "triples_one_each", "ablation", "figure4", "efficiency", "letters",
+                 f"efficiency_{TARGET}", "loss_pairs", "multi_task_in_distribution", "map"):  # fmt: skip
+        assert Image.open(folder / "plots" / f"{name}.png").size[0] > 300
+        assert (folder / "plots" / f"{name}.svg").read_text().startswith("<?xml")
+    table = (folder / "index.html").read_text().partition('id="table-pairs-fixed-area"')[2].partition("</table>")[0]
+    assert table.count('<th scope="row"') == len(FULL_TARGETS)
+    assert all(f'<a href="subsets/{name}.html">{name}</a>' in table for name in FULL_TARGETS)
 
 
-def test_the_same_files_give_the_same_bytes(tmp_path):
-    workdir = make_grid(tmp_path / "w", run_of(study__targets=TARGETS[:1]))
-    write_report(workdir)
-    folder = workdir / "report"
+def test_the_same_files_give_the_same_bytes_wherever_they_lie(clean_grid, tmp_path):
+    def contents(workdir):
+        folder = workdir / "report"
+        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
-    def contents():
-        return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    copies = tmp_path / "a", tmp_path / "elsewhere" / "b"
+    for copy in copies:
+        shutil.copytree(clean_grid, copy)
+        write_report(copy, ("md", "tex"))
+        (copy / "report" / "tables" / "left_over.csv").write_text("of an earlier page")
+    write_report(copies[0], ("md", "tex"))
+    ours, theirs = map(contents, copies)
+    assert theirs.pop("tables/left_over.csv") and ours == theirs
+    assert {"index.html", "summary.txt", "report.md", "report.tex", f"subsets/{TARGET}.html"} <= ours.keys()
+    assert not [name for name, data in ours.items() if str(tmp_path).encode() in data]
 
-    before = contents()
-    (folder / "tables" / "left_over.csv").write_text("of an earlier page")
-    write_report(workdir)
-    assert contents() == before
 
-
-def test_samples_are_the_records_themselves(full):
-    workdir, path = full
-    text = path.read_text()
+def test_samples_are_the_records_themselves(full_grid):
+    text = (full_grid / "report" / "index.html").read_text()
     cards = re.findall(r'<article class="sample">.*?</article>', text, flags=re.DOTALL)
     assert len(cards) >= 8
-    source = open_source(DataConfig(train_records_per_subset=100, test_records_per_subset=24, seed=0))
+    source = open_source(run_of(**SIZES).data)
     for card in cards:
         record_id = re.search(r'<p class="id">(.*?)</p>', card)[1]
         records = source.records(record_id.split("/")[0], "test")
-        place = [record.id for record in records.records].index(record_id)
-        record = records.records[place]
+        number = [record.id for record in records.records].index(record_id)
+        record, image = records.records[number], Image.fromarray(records.image(number))
         shown = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", card)[1])))
-        image = Image.fromarray(records.image(place))
         assert shown.size == (160, 160)
         assert shown.resize(image.size, Image.Resampling.NEAREST).tobytes() == image.tobytes()
         assert f"right is <b>{record.answer}</b>" in card
@@ -134,40 +136,76 @@ def test_samples_are_the_records_themselves(full):
         assert (answered == record.answer) == (text.index(card) < text.index("Answered wrongly"))
 
 
+def test_every_tested_subset_has_a_page_with_its_mistakes(full_grid):
+    folder = full_grid / "report"
+    assert {path.stem for path in (folder / "subsets").glob("*.html")} == {
+        row["target"] for row in stats.read_results(full_grid)
+    }
+    page, grid = (folder / "subsets" / f"{TARGET}.html").read_text(), Grid(full_grid)
+    cells = [c for c in grid.done("pairs") if c["arm"] == "trained" and c["seed"] == "0"]
+    answers = [r for c in cells for r in grid.predictions(c["cell"]) if r["subset"] == TARGET]
+    wrong = [r for r in answers if r["predicted"] != r["answer"]]
+    assert f"{len(wrong)} of {len(answers)} answers of Trained" in page
+    shown = re.findall(r'<p class="id">(.*?)</p>', page)
+    assert len(shown) == min(12, len({r["id"] for r in wrong})) and set(shown) <= {r["id"] for r in wrong}
+    assert page.count("data:image/png;base64,") == len(shown) and "../index.html" in page
+    sure = [int(x) for x in re.findall(r'class="picked[^>]*><b>.</b>[^<]*<span class="num">(\d+) %', page)]
+    assert sure == sorted(sure, reverse=True)
+
+
+def test_controls_are_shown_and_a_leak_of_answers_is_marked(full_grid, tmp_path):
+    again = {(r["table"], r["arm"]): r for r in read_csv(full_grid / "report" / "tables" / "controls_again.csv")}
+    trained = again["pairs", "Trained"]
+    results = [r for r in stats.read_results(full_grid) if (r["table"], r["arm"]) == ("pairs", "trained")]
+    plain = sum(r["correct"] for r in results) / sum(r["n"] for r in results)
+    assert float(trained["plain"]) == float(trained["circular"]) == pytest.approx(plain)
+    assert abs(float(trained["shuffled"]) - float(trained["chance"])) < 0.15
+    letters = {(r["table"], r["arm"]): r for r in read_csv(full_grid / "report" / "tables" / "controls.csv")}
+    letters = letters["pairs", "Trained"]
+    assert float(letters["accuracy"]) == pytest.approx(plain) and 0.9 < float(letters["agreement"]) < 1
+    sighted = make_grid(tmp_path / "w", run_of(study__targets=(TARGET,), **SIZES))
+    write_controls(sighted, 0, blind=False)
+    with quick():
+        write_report(sighted)
+    for workdir, is_marked in ((sighted, True), (full_grid, False)):
+        page = (workdir / "report" / "index.html").read_text()
+        table = page.partition('id="table-controls-again"')[2].partition("</table>")[0]
+        assert ('class="score loss"' in table) == is_marked
+
+
+def test_the_map_has_the_mean_gain_of_every_target(full_grid):
+    summary, grid = stats.summarise(full_grid), Grid(full_grid)
+    gains, against = gains_by_target(summary)
+    tested = {row["target"] for row in grid.results}
+    assert against == ("Trained", "Baseline+") and set(gains) == set(FULL_TARGETS) < tested
+    rows = [r for r in summary["rows"] if (r["table"], r["arm"], r["against"]) == ("pairs", "trained", "baseline_plus")]
+    differences = [r["difference"] for r in rows if r["target"] == TARGET]
+    assert gains[TARGET] == pytest.approx(sum(differences) / len(differences))
+    svg = (full_grid / "report" / "plots" / "map.svg").read_text()
+    assert all(f"+{100 * gain:.1f}" in svg for gain in gains.values())
+    # Multi-task tests subsets which pairs do not.
+    assert "no target of this comparison" in (full_grid / "report" / "index.html").read_text()
+    assert {"ct-brain-det", "ct-brain-state"} <= triplets_of(grid).keys()
+
+
+def test_markdown_and_latex_hold_every_table(full_grid):
+    texts = {name: (full_grid / "report" / name).read_text() for name in ("report.md", "report.tex", "summary.txt")}
+    names = [path.stem for path in (full_grid / "report" / "tables").glob("*.csv")]
+    markdown, document = texts["report.md"], texts["report.tex"]
+    assert markdown.count("\n## ") == document.count(r"\section*{") == len(names)
+    for name in ("begin", "end"):
+        assert document.count(rf"\{name}{{longtable}}") == len(names) and rf"\{name}{{document}}" in document
+    assert all(line.count(" | ") > 1 for line in re.findall(r"^\|.*\|$", markdown, re.MULTILINE)[:50])
+    summary = texts["summary.txt"]
+    assert " ".join(summary.split()[:20]) in " ".join(re.sub(r"\\(.)", r"\1", markdown).split())
+    assert max(map(len, summary.splitlines())) <= 100 and "phantoms, not patients" in summary
+
+
 def test_data_that_changed_are_not_shown(tmp_path):
-    run = run_of(study__targets=TARGETS[:1])
-    workdir = make_grid(tmp_path / "w", run)
-    config = json.loads((workdir / "config.json").read_text())
-    config["data"]["0"] = "another"
-    (workdir / "config.json").write_text(json.dumps(config))
-    page = Page(write_report(workdir).read_text())
-    assert "the data have changed since the grid (fingerprint another then" in page.text
-    assert "img" not in page.tags
-
-
-HOSTILE = '<script>alert(1)</script><img src="http://evil.example/x.png">&"\'{{ 7*7 }}'
-
-
-def test_strings_from_the_data_are_escaped(tmp_path):
-    run = run_of(name=HOSTILE, study__targets=TARGETS[:1])
-    workdir = make_grid(
-        tmp_path / "w", run, options_text=lambda text: text + HOSTILE,
-        status=lambda cell: f"failed: {HOSTILE}" if "fixed_area" in cell.id and cell.arm == "trained" else "done",
-    )  # fmt: skip
-    # A target's name goes through every table and figure.
-    for path in workdir.rglob("*"):
-        if path.suffix in (".csv", ".jsonl"):
-            text = path.read_text()
-            name = HOSTILE.replace('"', "")
-            path.write_text(
-                text.replace("mri-brain-state,", f"{name},").replace(
-                    '"subset": "mri-brain-state"', f'"subset": "{name}"'
-                )
-            )
-    page = Page(write_report(workdir).read_text())
-    assert not page.scripts and not page.broken
-    assert all(load.startswith(("data:image/png;base64,", "#")) for load in page.loads)
-    assert "<script>alert(1)</script>" in page.text and "{{ 7*7 }}" in page.text  # as words
+    workdir = make_grid(tmp_path / "w", run_of(study__targets=(TARGET,), **SIZES))
+    change_config(workdir, data={"0": "another"})
+    page = quick_page(workdir)
+    assert "the data have changed since the grid (fingerprint another then" in page.text and "img" not in page.tags
 
 
 def test_a_partial_grid_says_what_is_missing(tmp_path):
@@ -176,9 +214,8 @@ def test_a_partial_grid_says_what_is_missing(tmp_path):
             return "waiting"
         return "failed: non-finite loss at step 7" if cell.arm == "trained" and cell.seed == 0 else "done"
 
-    run = run_of(study__tables=("pairs", "ablation"), study__targets=TARGETS[:1], study__seeds=(0, 1))
-    workdir = make_grid(tmp_path / "w", run, status=status)
-    page = Page(write_report(workdir).read_text())
+    run = run_of(study__tables=("pairs", "ablation"), study__targets=(TARGET,), study__seeds=(0, 1), **SIZES)
+    page = quick_page(make_grid(tmp_path / "w", run, status=status))
     assert "4 cells of 42 failed" in page.text
     assert "22 cells of 42 had not been run" in page.text
     assert "Asked for, and without a finished cell: ablation." in page.text
@@ -190,11 +227,88 @@ def test_a_partial_grid_says_what_is_missing(tmp_path):
 
 
 def test_a_grid_without_a_finished_cell_still_has_a_page(tmp_path):
-    workdir = make_grid(tmp_path / "w", run_of(study__targets=TARGETS[:1]), status=lambda cell: "waiting")
-    page = Page(write_report(workdir).read_text())
+    page = quick_page(make_grid(tmp_path / "w", run_of(study__targets=(TARGET,)), status=lambda cell: "waiting"))
     assert "No answer yet" in page.text and "had not been run" in page.text
 
 
-def test_a_folder_that_is_no_grid_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="has no config.json: the workdir of a grid is accepted"):
-        write_report(tmp_path)
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--format=md,pdf"], "--format=pdf: expected one or more of md,tex,csv"),
+        (["--out=x"], "--out=x: "),
+        (["other", "third"], "one or two grids"),
+        (["nowhere"], "nowhere has no config.json: expected the workdir of a grid"),
+    ],
+)
+def test_wrong_flags_and_folders_are_refused(clean_grid, flags, words):
+    status, said = run("report", str(clean_grid), *flags)
+    assert status == 2 and words in said and said.count("\n") == 1
+    assert not (clean_grid / "report").exists()
+
+
+def test_a_folder_takes_the_place_of_another_at_the_end(tmp_path):
+    folder = tmp_path / "report"
+    (folder / "plots").mkdir(parents=True)
+    for name in ("index.html", "plots/old", "mine"):
+        (folder / name).write_text("")
+    before = names_in(tmp_path)
+    with pytest.raises(OSError, match="disk"), whole_folder(folder) as part:
+        (part / "new").write_text("")
+        raise OSError("disk")
+    assert names_in(tmp_path) == before
+    with whole_folder(folder) as part:
+        (part / "index.html").write_text("new")
+        assert names_in(folder) == ["index.html", "mine", "plots", "plots/old"]
+    # What a reader has laid beside the page moves along.
+    assert names_in(tmp_path) == ["report", "report/index.html", "report/mine"]
+    assert (folder / "index.html").read_text() == "new"
+
+
+def test_a_report_that_fails_at_its_very_end_leaves_the_one_before(tmp_path, monkeypatch):
+    folder = tmp_path / "report"
+    folder.mkdir()
+    (folder / "index.html").write_text("old")
+    renamed = Path.rename
+
+    def no_second(path, target):
+        if Path(target) == folder and (path / "new").exists():
+            raise OSError("the machine is away")
+        return renamed(path, target)
+
+    monkeypatch.setattr(Path, "rename", no_second)
+    with pytest.raises(OSError, match="away"), whole_folder(folder) as part:
+        (part / "new").write_text("")
+    assert (folder / "index.html").read_text() == "old"
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_is_no_report_is_not_replaced(tmp_path, kind):
+    folder, other = tmp_path / "report", tmp_path / "other"
+    other.mkdir()
+    (other / "index.html").write_text("mine")
+    if kind == "folder":
+        folder.mkdir()
+        (folder / "thesis.tex").write_text("mine")
+    elif kind == "file":
+        folder.write_text("mine")
+    else:
+        folder.symlink_to(other)
+    before = names_in(tmp_path)
+    with pytest.raises(FileError, match="holds no report"), whole_folder(folder):
+        pytest.fail("the block was entered")
+    assert names_in(tmp_path) == before
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_large_images_are_small_in_the_page():
+    smooth = np.linspace(0, 255, 900 * 700 * 3).astype(np.uint8).reshape(900, 700, 3)
+    address = embedded(smooth)
+    kind, _, data = address.partition(";base64,")
+    picture = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert kind == "data:image/jpeg" and max(picture.size) == 320 and len(address) < 60_000
+    noise = np.random.default_rng(0).integers(0, 255, (900, 700, 3)).astype(np.uint8)
+    assert len(embedded(noise)) < 60_000  # the worst that there is
+    assert embedded(noise[:64, :64]).startswith("data:image/png;")  # a small one keeps every pixel

@@ -60,8 +60,3 @@ def test_other_files_are_refused(content, flags, message, tmp_path, capfd):
     assert main(["report", str(path), *flags]) == 2
     error = capfd.readouterr().err
     assert message in error and error.count("\n") == 1
-
-
-def test_one_or_two_grids_are_accepted(tmp_path, capfd):
-    assert main(["report", str(tmp_path), str(tmp_path), str(tmp_path)]) == 2
-    assert "one or two grids are accepted" in capfd.readouterr().err

@@ -1,59 +1,67 @@
 """Two grids compared: what is paired and what is not, intervals, files with gaps, folders with other things in them."""
 
-import csv
-import json
-from pathlib import Path
+import shutil
 
 import pytest
-from report_grids import make_grid, run_of
+from report_grids import (
+    SIZES,
+    SKILL,
+    change_config,
+    json_lines,
+    make_grid,
+    quick,
+    read_csv,
+    run,
+    run_of,
+    write_json_lines,
+)
+from scipy.stats import chi2
 
-from medcg_jax.study.report.compare import gaps, matched, newcombe, verdict, write_comparison
+from medcg_jax.study.report.compare import gaps, matched, newcombe, two_proportions, verdict, write_comparison
 from medcg_jax.study.report.load_grid import Grid
 from medcg_jax.study.stats import stats
 
 TARGET = "mri-brain-state"
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    run = run_of(study__targets=(TARGET,), **SIZES)
+    return make_grid(tmp_path_factory.mktemp("grids") / "a", run)
+
+
 @pytest.fixture
-def pair(tmp_path):
+def pair(made, tmp_path):
     """Two grids of the same cells and records."""
-    run = run_of(study__targets=(TARGET,), data__test_records_per_subset=24, data__train_records_per_subset=20)
-    return [make_grid(tmp_path / name, run) for name in ("a", "b")]
+    shutil.copytree(made, tmp_path / "b")
+    return [made, tmp_path / "b"]
 
 
-def lines_of(workdir: Path):
+def lines_of(workdir):
     """Each predictions file with its lines, to change and write back."""
-    for path in sorted((workdir / "predictions").glob("*.jsonl")):
-        yield path, [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write(path: Path, lines: list[dict]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [(path, json_lines(path)) for path in sorted((workdir / "predictions").glob("*.jsonl"))]
 
 
 def test_equal_questions_about_other_images_are_not_paired(pair):
     assert all(row.paired and row.agreement == 1.0 for row in matched(*map(Grid, pair)))
-    config = json.loads((pair[1] / "config.json").read_text())
-    config["data"]["0"] = "another"
-    (pair[1] / "config.json").write_text(json.dumps(config))
+    change_config(pair[1], data={"0": "another"})
     rows = matched(*map(Grid, pair))
     assert rows and not any(row.paired for row in rows) and {row.agreement for row in rows} == {None}
     assert "the records are others, so nothing is paired there" in verdict(rows, *map(Grid, pair))
-    config["data"] = {}  # nothing is known of the data: the questions decide
-    (pair[1] / "config.json").write_text(json.dumps(config))
+    change_config(pair[1], data={})  # nothing is known of the data: the questions decide
     assert all(row.paired for row in matched(*map(Grid, pair)))
 
 
 def test_one_moved_option_ends_the_pairing(pair):
-    path, lines = next(lines_of(pair[1]))
+    path, lines = lines_of(pair[1])[0]
     lines[3]["options"].reverse()
-    write(path, lines)
+    write_json_lines(path, lines)
     assert [row.paired for row in matched(*map(Grid, pair))].count(False) == 1
 
 
 def test_predictions_without_probabilities_are_compared_by_their_letters(pair):
     for path, lines in lines_of(pair[1]):
-        write(path, [{**line, "logprobs": None} for line in lines])
+        write_json_lines(path, [{**line, "logprobs": None} for line in lines])
     rows = matched(*map(Grid, pair))
     assert {row.largest for row in rows} == {None} and all(row.paired for row in rows)
     assert "nats" not in verdict(rows, *map(Grid, pair))
@@ -68,7 +76,7 @@ def test_a_paired_difference_has_the_interval_of_its_records(pair):
             for line in lines[:12]:
                 other = "AB".replace(line["answer"], "")
                 line["predicted"] = other if line["predicted"] == line["answer"] else line["answer"]
-            write(path, lines)
+            write_json_lines(path, lines)
             right = sum(line["predicted"] == line["answer"] for line in lines)
     text = (pair[1] / "results.csv").read_text().splitlines()
     rows = [line.split(",") for line in text]
@@ -91,21 +99,56 @@ def test_newcombe_is_the_papers():
     assert newcombe(0, 0, 1, 2) == (-1.0, 1.0)
 
 
-def test_what_else_lies_in_the_folder_stays(pair, tmp_path):
+def test_two_proportions_is_the_textbooks():
+    # Agresti, An Introduction to Categorical Data Analysis (2nd ed., 2007), 2.2: 189 of 11,034 and 104 of 11,037 heart
+    # attacks with placebo and aspirin; chi squared 25.0 without continuity correction.
+    assert two_proportions(189, 11034, 104, 11037) == pytest.approx(chi2.sf(25.01, 1), rel=0.02)
+    assert two_proportions(5, 5, 7, 7) == 1.0 and two_proportions(0, 0, 1, 3) == 1.0
+
+
+def test_a_grid_agrees_with_itself_and_what_else_lies_in_the_folder_stays(made, tmp_path):
     out = tmp_path / "mine"
     (out / "plots").mkdir(parents=True)
     (out / "plots" / "holiday.png").write_text("not ours")
-    page = write_comparison(*pair, out)
-    assert (out / "plots" / "holiday.png").read_text() == "not ours" and page == out / "index.html"
-    before = page.read_bytes()
-    assert write_comparison(*pair, out).read_bytes() == before
-    with open(out / "tables" / "comparison.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    pages = []
+    for _ in range(2):
+        assert run("report", str(made), str(made), f"--out={out}") == (0, "")
+        pages.append((out / "index.html").read_bytes())
+    assert (out / "plots" / "holiday.png").read_text() == "not ours" and pages[0] == pages[1]
+    rows = read_csv(out / "tables" / "comparison.csv")
+    assert len(rows) == len(stats.read_results(made))
+    assert {(r["difference"], r["p"], r["agreement"], r["largest"]) for r in rows} == {("0.0", "1.0", "1.0", "0.0000")}
     assert all(float(r["ci_low"]) <= float(r["difference"]) <= float(r["ci_high"]) for r in rows)
     assert all(float(r["a_low"]) <= float(r["a"]) <= float(r["a_high"]) for r in rows)
+    page = pages[0].decode()
+    assert "0 differ significantly" in page and "100.0 % were answered with the same letter" in page
+    assert "<svg" in page and read_csv(out / "tables" / "settings.csv") == []
 
 
-def test_grids_without_a_cell_in_common_say_so(pair, tmp_path):
-    other = make_grid(tmp_path / "c", run_of(study__targets=("oct-eye-stage",), data__train_records_per_subset=20))
-    page = write_comparison(pair[0], other, tmp_path / "none").read_text()
+def test_grids_that_differ_are_told_apart(made, tmp_path):
+    worse = make_grid(
+        tmp_path / "worse", run_of(study__targets=(TARGET,), train__learning_rate=2e-3, **SIZES),
+        skill=lambda cell: 1 - SKILL[cell.arm],
+    )  # fmt: skip
+    with quick():
+        page = write_comparison(made, worse)
+    assert page == made / "compare_worse" / "index.html" and "They do not agree." in page.read_text()
+    rows = read_csv(page.parent / "tables" / "comparison.csv")
+    assert len(rows) == len(stats.read_results(worse)) and {r["test"] for r in rows} == {"McNemar"}
+    sure = [r for r in rows if float(r["p_holm"]) < 0.05]
+    assert sure and all(r["arm"] != "Trained" for r in sure)
+    settings = {r["what"]: (r["a"], r["b"]) for r in read_csv(page.parent / "tables" / "settings.csv")}
+    assert settings["train.learning_rate"] == ("0.001", "0.002")
+    shutil.rmtree(page.parent)
+
+
+def test_other_seeds_are_matched_by_their_order(made, tmp_path):
+    other = make_grid(tmp_path / "other", run_of(study__targets=(TARGET,), study__seeds=(7,), **SIZES))
+    rows = matched(Grid(made), Grid(other))
+    assert rows and {(row.seed, row.paired, row.agreement) for row in rows} == {(0, False, None)}
+
+
+def test_grids_without_a_cell_in_common_say_so(made, tmp_path):
+    other = make_grid(tmp_path / "c", run_of(study__targets=("oct-eye-stage",), **SIZES))
+    page = write_comparison(made, other, tmp_path / "none").read_text()
     assert "The two grids have no cell in common: nothing can be compared." in page and "<svg" not in page

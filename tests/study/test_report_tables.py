@@ -1,4 +1,4 @@
-"""The report's tables against the files they are made of; CSV and LaTeX; published rows."""
+"""The report's tables against the files they are made of; CSV, LaTeX and Markdown; published rows."""
 
 import csv
 import dataclasses
@@ -8,39 +8,26 @@ import shutil
 from collections import defaultdict
 
 import pytest
-from report_grids import CELLS, RESULTS, make_grid, run_of, write_csv
+from report_grids import CELLS, RESULTS, change_config, json_lines, quick, read_csv, run_of, write_csv, write_json_lines
 
-from medcg_jax.config import TABLES
 from medcg_jax.study.design import mat
 from medcg_jax.study.report.escape import latex
 from medcg_jax.study.report.load_grid import Grid
 from medcg_jax.study.report.page import write_report
 from medcg_jax.study.report.published import context, published
-from medcg_jax.study.report.samples import letters_table
-from medcg_jax.study.report.tables import Column, Table, Tables
+from medcg_jax.study.report.table import Table
+from medcg_jax.study.report.tables import Tables, mark
 from medcg_jax.study.stats import stats
-
-TARGETS = ("mri-brain-state", "endoscopy-lung-grade")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    run = run_of(study__tables=TABLES, study__targets=TARGETS, study__seeds=(0, 1))
-    workdir = make_grid(tmp_path_factory.mktemp("tables") / "w", run)
-    grid = Grid(workdir)
-    return workdir, {table.name: table for table in Tables(grid, stats.summarise(workdir)).all()} | {
-        "answers": letters_table(grid)
-    }
+def tables(full_grid):
+    return {table.name: table for table in Tables(Grid(full_grid), stats.summarise(full_grid)).all()}
 
 
-def read(text: str) -> list[dict]:
-    return list(csv.DictReader(text.splitlines()))
-
-
-def test_accuracies_are_those_of_results_csv(made):
-    workdir, tables = made
+def test_accuracies_are_those_of_results_csv(full_grid, tables):
     sums = defaultdict(lambda: [0, 0])
-    for row in read((workdir / "results.csv").read_text()):
+    for row in read_csv(full_grid / "results.csv"):
         part = row["row"] if row["table"] == "multi_task" else row["row"].split("/")[0]
         name = "ablation" if row["table"] == "ablation" else f"{row['table']}_{part}"
         sums[name, row["target"], row["arm"]][0] += int(row["correct"])
@@ -49,7 +36,7 @@ def test_accuracies_are_those_of_results_csv(made):
     for (name, target, arm), (correct, n) in sums.items():
         if name.startswith(("efficiency", "multi_task_out_of_distribution/")):
             continue  # shown as means alone
-        row = next(r for r in read(tables[name].csv()) if r["target"] == target)
+        row = next(r for r in csv.DictReader(tables[name].csv().splitlines()) if r["target"] == target)
         assert float(row[arm]) == pytest.approx(correct / n)
         assert (float(row[f"{arm}_low"]), float(row[f"{arm}_high"])) == pytest.approx(stats.wilson(correct, n))
         assert int(row[f"{arm}_n"]) == n
@@ -57,26 +44,23 @@ def test_accuracies_are_those_of_results_csv(made):
     assert seen > 60
 
 
-def test_p_values_and_colours_are_those_of_the_pairing(made):
-    workdir, tables = made
+def test_p_values_and_colours_are_those_of_the_pairing(full_grid, tables):
     right = defaultdict(dict)
-    for cell in read((workdir / "cells.csv").read_text()):
+    for cell in read_csv(full_grid / "cells.csv"):
         if cell["row"] == "fixed_area/mri-brain-state":
-            for line in (workdir / "predictions" / f"{cell['cell']}.jsonl").read_text().splitlines():
-                record = json.loads(line)
+            for record in json_lines(full_grid / "predictions" / f"{cell['cell']}.jsonl"):
                 right[cell["arm"]][cell["seed"], record["id"]] = record["predicted"] == record["answer"]
-    one = stats.compare(right["trained"], right["baseline_plus"])
     table = tables["pairs_fixed_area"]
     row = next(row for row in table.rows if row["target"] == "mri-brain-state")
-    assert row["p_plus"] == pytest.approx(one.p)
-    for place, row in enumerate(table.rows):
+    assert row["p_plus"] == pytest.approx(stats.compare(right["trained"], right["baseline_plus"]).p)
+    for number, row in enumerate(table.rows):
         trained, others = row["trained"].accuracy, [row[arm].accuracy for arm in ("baseline", "baseline_plus")]
         state = "win" if trained > max(others) else "loss" if trained < min(others) else "even"
-        assert table.colours[place, "trained"].removesuffix("-sure") == state == row["mark"].removesuffix("-sure")
+        assert table.colours[number, "trained"].removesuffix("-sure") == state == row["mark"].removesuffix("-sure")
 
 
 @pytest.mark.parametrize(
-    ("found", "mark"),
+    ("results", "expected"),
     [
         ([(0.1, 0.01), (0.2, 0.01)], "win-sure"),
         ([(0.1, 0.01), (0.2, 0.3)], "win"),
@@ -87,24 +71,18 @@ def test_p_values_and_colours_are_those_of_the_pairing(made):
         ([], None),
     ],
 )
-def test_marks(made, found, mark):
-    tables = Tables(Grid(made[0]), {"rows": []})
-    assert tables.mark([{"difference": d, "p_holm": p} for d, p in found] + [None]) == mark
+def test_marks(results, expected):
+    assert mark([{"difference": d, "p_holm": p} for d, p in results] + [None]) == expected
 
 
-def test_chance_is_of_the_options(made):
-    chance = {row["target"]: row["chance"] for row in made[1]["ablation"].rows}
+def test_chance_is_of_the_options(tables):
+    chance = {row["target"]: row["chance"] for row in tables["ablation"].rows}
     assert chance == pytest.approx({"mri-brain-state": 0.5, "endoscopy-lung-grade": 0.25})
 
 
-def test_how_letters_were_used(made):
-    workdir, tables = made
-    lines = [
-        json.loads(line)
-        for cell in read((workdir / "cells.csv").read_text())
-        if (cell["table"], cell["arm"]) == ("pairs", "trained")
-        for line in (workdir / "predictions" / f"{cell['cell']}.jsonl").read_text().splitlines()
-    ]
+def test_how_letters_were_used(full_grid, tables):
+    cells = [c for c in read_csv(full_grid / "cells.csv") if (c["table"], c["arm"]) == ("pairs", "trained")]
+    lines = [line for c in cells for line in json_lines(full_grid / "predictions" / f"{c['cell']}.jsonl")]
     row = next(r for r in tables["answers"].rows if (r["table"], r["arm"]) == ("pairs", "Trained"))
     assert row["n"] == len(lines)
     assert row["letter_A"] == pytest.approx(sum(line["predicted"] == "A" for line in lines) / len(lines))
@@ -115,8 +93,8 @@ def test_how_letters_were_used(made):
     assert row["generated"] < row["accuracy"]
 
 
-def test_every_table_is_csv_and_latex(made):
-    for table in made[1].values():
+def test_every_table_is_csv_and_latex(tables):
+    for table in tables.values():
         rows = list(csv.reader(table.csv().splitlines()))
         assert len(rows) == len(table.rows) + 1 and len({len(row) for row in rows}) == 1
         text = table.latex()
@@ -130,14 +108,16 @@ def test_every_table_is_csv_and_latex(made):
         assert text.isascii(), {c for c in text if not c.isascii()}
 
 
-def test_latex_escapes():
-    table = Table("t", "t", "50 % & more", [Column("a", "x_1"), Column("b", "#")])
-    table.add({"a": r"\input{x}", "b": "a\nb"})
+def test_cells_in_every_form():
+    hostile = {"a": r"\input{x}", "b": "a\nb | c", "n": 1234}
+    table = Table("t", "t", "50 % & more", [hostile], {"a": "x_1", "b": "#"})
     text = table.latex()
-    assert (
-        r"\textbackslash{}input\{x\}" in text and r"50 \% \& more" in text and r"x\_1 & \#" in text and "a; b" in text
-    )
+    assert all(part in text for part in (r"\textbackslash{}input\{x\}", r"50 \% \& more", r"x\_1 & \#", "a; b"))
     assert latex("−3 < 4") == r"$-$3 \textless{} 4"
+    lines = table.markdown().splitlines()
+    assert lines == [r"| x\_1 | \# | n |", "| --- | --- | --: |", r"| \\input{x} | a; b \| c | 1,234 |"]
+    empty = Table("t", "t", "c", [])
+    assert (empty.csv(), empty.columns) == ("\n", []) and "tabular" not in empty.latex()
 
 
 def released(workdir, source="release"):
@@ -145,27 +125,25 @@ def released(workdir, source="release"):
     run = run_of(
         data__source=source, model__name="llava15_7b", study__seeds=(0, 1), study__tables=("pairs", "multi_task")
     )
-    (workdir / "predictions").mkdir(parents=True)
-    cells, results = [], []
     rows = [
         ("pairs", "fixed_task/32/t3r20", "32", {"baseline": 5, "baseline_plus": 4, "trained": 9}),
         ("pairs", "fixed_task/64", "64", {"baseline": 5, "baseline_plus": 4, "trained": 9}),
         ("multi_task", "in_distribution", "02", {"baseline": 3, "single_task": 5, "multi_task": 9}),
     ]
+    workdir.mkdir()
+    cells, results = [], []
     for table, row, target, arms in rows:
-        for arm, correct in arms.items():
-            for seed in (0, 1):
-                right = correct - seed
-                name = f"{table}.{target}.{arm}.s{seed}"
-                key = (name, table, row, arm, seed)
-                cells.append((*key, "" if arm == "baseline" else "06+26", target, 10, "done", 1.0))
-                results.append((*key, target, 10, right, right / 10, *stats.wilson(right, 10)))
-                lines = [
-                    {"id": f"{target}/test/{i}", "subset": target, "options": ["x", "y"], "answer": "A",
-                     "predicted": "A" if i < right else "B", "logprobs": [-0.7, -0.7], "generated": None}
-                    for i in range(10)
-                ]  # fmt: skip
-                (workdir / "predictions" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+        for arm, seed in ((arm, seed) for arm in arms for seed in (0, 1)):
+            right, name = arms[arm] - seed, f"{table}.{target}.{arm}.s{seed}"
+            key = (name, table, row, arm, seed)
+            cells.append((*key, "" if arm == "baseline" else "06+26", target, 10, "done", 1.0))
+            results.append((*key, target, 10, right, right / 10, *stats.wilson(right, 10)))
+            lines = [
+                {"id": f"{target}/test/{i}", "subset": target, "options": ["x", "y"], "answer": "A",
+                 "predicted": "A" if i < right else "B", "logprobs": [-0.7, -0.7], "generated": None}
+                for i in range(10)
+            ]  # fmt: skip
+            write_json_lines(workdir / "predictions" / f"{name}.jsonl", lines)
     config = {"config": dataclasses.asdict(run), "versions": {}, "data": {}, "cells": len(cells)}
     (workdir / "config.json").write_text(json.dumps(config))
     write_csv(workdir / "cells.csv", CELLS, cells)
@@ -175,12 +153,13 @@ def released(workdir, source="release"):
 
 def test_published_rows_stand_beside_ours_with_the_confidence_of_their_reading(tmp_path):
     workdir = released(tmp_path / "w")
-    pairs, in_distribution = published(Grid(workdir), stats.summarise(workdir))
+    tables = Tables(Grid(workdir), stats.summarise(workdir))
+    pairs, in_distribution = published(tables)
     (row,) = pairs.rows  # 64 is no subset of the paper
     reading = mat.paper_rows(3)[19]
-    assert (row["paper_row"], row["target"], row["confidence"]) == (20, "32", reading.confidence) and row[
-        "confidence"
-    ] == "medium"
+    assert (
+        (row["paper_row"], row["target"], row["confidence"]) == (20, "32", reading.confidence) == (20, "32", "medium")
+    )
     assert "flag it" in row["evidence"]
     assert (row["baseline_paper"], row["baseline_plus_paper"], row["trained_paper"]) == ("25", "51", "74")
     assert row["trained"].accuracy == pytest.approx(0.85)
@@ -192,37 +171,23 @@ def test_published_rows_stand_beside_ours_with_the_confidence_of_their_reading(t
     assert (pairs.colours[0, "trained_paper"], pairs.colours[0, "trained"]) == ("win", row["mark"]) == ("win", "win")
     assert row["p_plus"] == pytest.approx(2 * 0.5**6) and row["cost"] == 2
     assert in_distribution.rows[0]["multi_task_paper"] == "96" and in_distribution.rows[0]["mark"] == "win"
-    text = write_report(workdir).read_text()
+    # Numbered subsets are described, where the paper has them.
+    assert tables.grid.describe("32") == "X-ray, Brain, State" and tables.grid.describe("64") == ""
+    assert [row["what"] for row in tables.combination("pairs")[0].rows] == ["X-ray, Brain, State", None]
+    with quick():
+        text = write_report(workdir).read_text()
     assert "not patients" not in text and "in patients" not in text and "version 1 (December 2024)" in text
     assert "The images cannot be shown" in text
 
 
-def test_phantoms_never_stand_beside_published_numbers(tmp_path):
+def test_phantoms_never_stand_beside_published_numbers(full_grid, tmp_path):
     workdir = released(tmp_path / "w", source="phantom")
-    assert published(Grid(workdir), stats.summarise(workdir)) == []
-    printed = [
-        [float(row[arm]) for arm in ("baseline", "baseline_plus", "trained")]
-        for row in mat.paper_csv("table3_classification_pairs")
-    ]
-    both = sum(trained > max(base, plus) for base, plus, trained in printed)
-    assert f"in {both} of {len(printed)} rows, in 10 of them by 3 points or less" in context() and len(printed) == 42
-
-
-def test_numbered_subsets_are_described(tmp_path):
-    grid = Grid(released(tmp_path / "w"))
-    assert grid.describe("32") == "X-ray, Brain, State" and grid.describe("64") == ""
-    assert not grid.of_phantoms
-    table = Tables(grid, stats.summarise(grid.workdir)).combination("pairs")[0]
-    assert [row["what"] for row in table.rows] == ["X-ray, Brain, State", None]
-
-
-def test_phantoms_read_from_files_are_still_phantoms(made, tmp_path):
-    workdir, _ = made
-    config = json.loads((workdir / "config.json").read_text())
-    config["config"]["data"] |= {"source": "release", "root": str(tmp_path)}
-    for name in ("cells.csv", "results.csv"):
-        (tmp_path / name).write_text((workdir / name).read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    shutil.copytree(workdir / "predictions", tmp_path / "predictions")
-    grid = Grid(tmp_path)
-    assert grid.of_phantoms and not grid.is_phantom and published(grid, {}) == []
+    assert published(Tables(Grid(workdir), stats.summarise(workdir))) == []
+    rows = mat.paper_csv("table3_classification_pairs")
+    both = sum(float(r["trained"]) > max(float(r["baseline"]), float(r["baseline_plus"])) for r in rows)
+    assert f"in {both} of {len(rows)} rows, in 10 of them by 3 points or less" in context() and len(rows) == 42
+    # Phantoms that are read from files are still phantoms.
+    shutil.copytree(full_grid, tmp_path / "files", ignore=shutil.ignore_patterns("report"))
+    change_config(tmp_path / "files", {"source": "release", "root": str(tmp_path)})
+    grid = Grid(tmp_path / "files")
+    assert grid.of_phantoms and not grid.is_phantom and published(Tables(grid, {"rows": []})) == []

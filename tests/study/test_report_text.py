@@ -5,9 +5,9 @@ import re
 import pytest
 from report_grids import make_grid, run_of, score_again, skill_of
 
-from medcg_jax.study.report.limits import below_chance, letter_habits, limits
 from medcg_jax.study.report.load_grid import Grid
-from medcg_jax.study.report.text import Answer, points, short_name, verdict
+from medcg_jax.study.report.table import points
+from medcg_jax.study.report.text import Answer, below_chance, letter_habits, limits, short_name, verdict
 from medcg_jax.study.stats import stats
 
 TARGETS = ("mri-brain-state", "ct-liver-stage", "xray-breast-state", "endoscopy-lung-grade")

@@ -73,7 +73,7 @@ def ours(config: TrainConfig):
     for step, grad in enumerate(grads):
         updates, state = optimizer.update(grad, state, params)
         rate = learning_rate(jnp.int32(step), hparams)
-        params = optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates))
+        params = optax.apply_updates(params, jax.tree.map(lambda u, rate=rate: -rate * u, updates))
     return params
 
 

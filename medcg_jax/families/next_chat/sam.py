@@ -91,7 +91,7 @@ class Conv(nnx.Module):
         self.size, self.stride = size, stride
         shape = (size * size * inputs, outputs)
         self.kernel = param(normal(shape[0] ** -0.5), shape, ("patch", axis), rngs=rngs, param_dtype=param_dtype)
-        bias = lambda key, shape, dtype: jnp.zeros(shape, dtype)  # noqa: E731
+        bias = lambda key, shape, dtype: jnp.zeros(shape, dtype)
         self.bias = param(bias, (outputs,), (axis,), rngs=rngs, param_dtype=param_dtype) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -82,7 +82,7 @@ class Upscale(nnx.Module):
     def __init__(self, inputs: int, outputs: int, *, rngs, param_dtype):
         axes = ("vision_embed", "patch", "patch", "norm")
         self.kernel = param(normal(inputs**-0.5), (inputs, 2, 2, outputs), axes, rngs=rngs, param_dtype=param_dtype)
-        zeros = lambda key, shape, dtype: jnp.zeros(shape, dtype)  # noqa: E731
+        zeros = lambda key, shape, dtype: jnp.zeros(shape, dtype)
         self.bias = param(zeros, (outputs,), ("norm",), rngs=rngs, param_dtype=param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Plots of what `medcg bench` measured, of one or several of its JSON files: ratios to the reference, and samples/s."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from medcg_jax.untrusted import FileError, check_number, read_json, shown
 
 # A result has some 20 kB.
 MAX_RESULT_BYTES = 2**24
-COLOURS = (BLUE, ORANGE, GREEN, SKY, RED, PINK, PURPLE, GREY)
+BAR_COLOURS = (BLUE, ORANGE, GREEN, SKY, RED, PINK, PURPLE, GREY)
 # Ratio -> what it compares.
 RATIOS = {
     "train_vs_eager": "training step / HF eager",
@@ -26,6 +27,9 @@ RUNNERS = (
     "port", "torch eager", "torch compile", "torch eager flash", "port letters", "port generate", "torch forward",
     "torch generate",
 )  # fmt: skip
+UNITS = {"cpu": "CPU-second", "wall": "second"}
+# Of the results, by label: name of a bar -> its middle, least and most.
+Bars = dict[str, dict[str, tuple[float, float, float]]]
 
 
 def write_plots(files: list[Path], out: Path | None = None) -> list[Path]:
@@ -36,31 +40,52 @@ def write_plots(files: list[Path], out: Path | None = None) -> list[Path]:
     Raises:
       ConfigError: a file that is no result of `medcg bench`, or files with neither ratios nor a training step.
     """
-    results = {label: result for label, result in _labelled([(path, read(path)) for path in files])}
-    folder = out or files[0].parent
+    results = labelled(files)
+    ratios = {
+        label: {name: (row["median"], row["min"], row["max"]) for name, row in result["ratios"].items()}
+        for label, result in results.items()
+    }
+    ratios_by = {row["by"] for result in results.values() for row in result["ratios"].values()}
+    rates_by = {"cpu" if timed(result) == "cpu_s" else "wall" for result in results.values()}
+    titles = {
+        "bench_ratios": "Samples per second, this port over HF transformers",
+        "bench_throughput": "Samples per second",
+    }
+    ratio_axis = f"above 1 the port is faster; per {_unit(ratios_by)}, median with least and most of the pairs"
+    rate_axis = f"samples per {_unit(rates_by)}, by the median step, with the slowest and the fastest"
+    plots = (
+        ("bench_ratios", RATIOS, ratios, ratio_axis),
+        (
+            "bench_throughput",
+            dict(zip(RUNNERS, RUNNERS, strict=True)),
+            {k: rates(r) for k, r in results.items()},
+            rate_axis,
+        ),
+    )
+    folder, written = out or files[0].parent, []
     with added_files(folder) as part:
-        names = _draw(part, results)
-    if not names:
+        for name, words, values, x_label in plots:
+            rows = {row: text for row, text in words.items() if any(row in bars for bars in values.values())}
+            if rows:
+                paint = partial(_paint, rows=rows, values=values, x_label=x_label, line_at_1=name == "bench_ratios")
+                height_in = 1.3 + len(rows) * (0.16 + 0.2 * len(results))
+                draw(part, name, titles[name], "", height_in, paint, width_in=7.0)
+                written += [folder / f"{name}.png", folder / f"{name}.svg"]
+    if not written:
         raise ConfigError(
-            f"{', '.join(map(str, files))}: nothing to plot; results with the stage train, eval or generate are "
-            "accepted"
+            f"{', '.join(map(str, files))}: nothing to plot; expected results with the stage train, eval or generate"
         )
-    return [folder / name for name in names]
-
-
-def _draw(folder: Path, results: dict[str, dict]) -> list[str]:
-    """Names of the files drawn."""
-    written: list[str] = []
-    names = [name for name in RATIOS if any(name in result["ratios"] for result in results.values())]
-    if names:
-        title = "Samples per second, this port over HF transformers"
-        written += _save(folder, "bench_ratios", title, _height(names, results),
-                         lambda axes: _ratios(axes, names, results))  # fmt: skip
-    runners = [name for name in RUNNERS if any(name in rates(result) for result in results.values())]
-    if runners:
-        written += _save(folder, "bench_throughput", "Samples per second", _height(runners, results),
-                         lambda axes: _throughput(axes, runners, results))  # fmt: skip
     return written
+
+
+def labelled(files: list[Path]) -> dict[str, dict]:
+    """Short name -> result: the model with its batch, and the file's name where that is not enough."""
+    results = [read(path) for path in files]
+    labels = [f"{r['model']}, batch {r['train']['batch']['size']}" if "train" in r else r["model"] for r in results]
+    return {
+        label if labels.count(label) == 1 else f"{label} ({path.stem}, {number})": result
+        for number, (label, path, result) in enumerate(zip(labels, files, results, strict=True), start=1)
+    }
 
 
 def read(path: Path) -> dict:
@@ -74,117 +99,81 @@ def read(path: Path) -> dict:
         raise FileError(f"{path} is no result of `medcg bench`, which has ratios, stages and model")
     for key in ("model", "device"):
         if not isinstance(result.get(key), str):
-            raise FileError(f"{path}: {key}={shown(result.get(key))}: text is accepted")
-    for name, ratio in _section(result, "ratios", path).items():
-        _check_spread(ratio, f"{path}: ratios.{one_line(name)[:40]}")
-        if ratio.get("by") not in ("cpu", "wall"):
-            by = shown(ratio.get("by"))
-            raise FileError(f"{path}: ratios.{one_line(name)[:40]}: by={by}: cpu or wall is accepted")
-    for section in ("train", "answers"):
-        if section in result:
-            _check_runners(_section(result, section, path), _timed(result), f"{path}: {section}")
+            raise FileError(f"{path}: {key}={shown(result.get(key))}: expected text")
+    for name, ratio in _object(result, "ratios", path).items():
+        where = f"{path}: ratios.{one_line(name)[:40]}"
+        _check_spread(ratio, where)
+        if ratio.get("by") not in UNITS:
+            raise FileError(f"{where}: by={shown(ratio.get('by'))}: expected 'cpu' or 'wall'")
+    for section in {"train", "answers"} & result.keys():
+        name = f"{path}: {section}"
+        for runner, row in _object(_object(result, section, path), "runners", name).items():
+            where = f"{name}.runners.{one_line(runner)[:40]}"
+            if not isinstance(row, dict):
+                raise FileError(f"{where}={shown(row)}: expected an object")
+            check_number(row.get("num_samples"), f"{where}.num_samples", least=1, most=1e12)
+            _check_spread(row.get(timed(result)), f"{where}.{timed(result)}")
     if "train" in result:
-        size = _section(result["train"], "batch", f"{path}: train").get("size")
+        size = _object(result["train"], "batch", f"{path}: train").get("size")
         check_number(size, f"{path}: train.batch.size", least=1, whole=True)
     return result
 
 
-def _section(value: dict, key: str, name: str | Path) -> dict:
+def _object(value: dict, key: str, name: str | Path) -> dict:
     if not isinstance(value.get(key), dict):
-        raise FileError(f"{name}: {key}={shown(value.get(key))}: an object is accepted")
+        raise FileError(f"{name}: {key}={shown(value.get(key))}: expected an object")
     return value[key]
-
-
-def _check_runners(section: dict, timed: str, name: str) -> None:
-    for runner, row in _section(section, "runners", name).items():
-        where = f"{name}.runners.{one_line(runner)[:40]}"
-        if not isinstance(row, dict):
-            raise FileError(f"{where}={shown(row)}: an object is accepted")
-        check_number(row.get("num_samples"), f"{where}.num_samples", least=1, most=1e12)
-        _check_spread(row.get(timed), f"{where}.{timed}")
 
 
 def _check_spread(value: object, name: str) -> None:
     if not isinstance(value, dict):
-        raise FileError(f"{name}={shown(value)}: an object with median, min and max is accepted")
+        raise FileError(f"{name}={shown(value)}: expected an object with median, min and max")
     for key in ("median", "min", "max"):
         check_number(value.get(key), f"{name}.{key}", least=1e-12, most=1e12)
     if not value["min"] <= value["median"] <= value["max"]:
         raise FileError(f"{name}: median={value['median']:g} is not between {value['min']:g} and {value['max']:g}")
 
 
-def _timed(result: dict) -> str:
+def timed(result: dict) -> str:
     """The time that rates are by: a CPU's own seconds, elsewhere those that pass."""
     return "cpu_s" if result["device"].lower().startswith("cpu") else "step_s"
 
 
 def rates(result: dict) -> dict[str, tuple[float, float, float]]:
     """Samples per CPU-second on a CPU, per second elsewhere, of each runner: (by the median, least, most)."""
-    found = {}
-    for section in ("train", "answers"):
-        for name, row in result.get(section, {}).get("runners", {}).items():
-            step = row[_timed(result)]
-            found[name] = tuple(row["num_samples"] / step[key] for key in ("median", "max", "min"))
-    return found
-
-
-def _labelled(results: list[tuple[Path, dict]]) -> list[tuple[str, dict]]:
-    """A short name for each: the model with its batch, and the file's where that is not enough."""
-    labels = [f"{r['model']}, batch {r['train']['batch']['size']}" if "train" in r else r["model"] for _, r in results]
-    return [
-        (label if labels.count(label) == 1 else f"{label} ({path.stem}, {place + 1})", result)
-        for place, (label, (path, result)) in enumerate(zip(labels, results, strict=True))
-    ]
-
-
-def _height(names: list[str], results: dict) -> float:
-    return 1.3 + len(names) * (0.16 + 0.2 * len(results))
-
-
-def _save(folder: Path, name: str, title: str, height_in: float, paint) -> list[str]:
-    draw(folder, name, title, "", height_in, paint, width_in=7.0)
-    return [f"{name}.png", f"{name}.svg"]
-
-
-def _bars(axes, names: list[str], results: dict, values: dict[str, dict[str, tuple[float, float, float]]]) -> None:
-    """Horizontal bars of (middle, least, most) for each name, one beside the other for the results."""
-    height = 0.8 / len(results)
-    for place, label in enumerate(results):
-        rows = [(i, values[label][name]) for i, name in enumerate(names) if name in values[label]]
-        at = np.array([i for i, _ in rows]) + (place - (len(results) - 1) / 2) * height
-        middle, least, most = np.array([row for _, row in rows]).reshape(-1, 3).T
-        axes.barh(at, middle, 0.85 * height, color=COLOURS[place % len(COLOURS)], label=short_label(label))
-        within = [middle - least, most - middle]
-        axes.errorbar(middle, at, xerr=within, fmt="none", ecolor=INK, elinewidth=0.8, capsize=2)
-        for y, x, end in zip(at, middle, most, strict=True):
-            at_end = dict(xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-            behind = dict(facecolor="#ffffff", edgecolor="none", pad=0.5)
-            axes.annotate(f"{x:.3g}", (end, y), **at_end, bbox=behind)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.margins(x=0.12)
-    axes.grid(visible=False, axis="y")
-    if len(results) > 1:
-        axes.figure.legend(loc="outside lower center", ncols=2)
-
-
-def _ratios(axes, names: list[str], results: dict) -> None:
-    values = {
-        label: {name: tuple(row[key] for key in ("median", "min", "max")) for name, row in result["ratios"].items()}
-        for label, result in results.items()
+    return {
+        name: tuple(row["num_samples"] / row[timed(result)][key] for key in ("median", "max", "min"))
+        for section in ("train", "answers")
+        for name, row in result.get(section, {}).get("runners", {}).items()
     }
-    _bars(axes, names, results, values)
-    axes.axvline(1.0, color=INK, linewidth=1)
-    axes.set_yticks(range(len(names)), [RATIOS[name] for name in names])
-    by = {row["by"] for result in results.values() for row in result["ratios"].values()}
-    axes.set_xlabel(f"above 1 the port is faster; per {_unit(by)}, median with least and most of the pairs")
-
-
-def _throughput(axes, names: list[str], results: dict) -> None:
-    _bars(axes, names, results, {label: rates(result) for label, result in results.items()})
-    axes.set_yticks(range(len(names)), names)
-    by = {"cpu" if result["device"].lower().startswith("cpu") else "wall" for result in results.values()}
-    axes.set_xlabel(f"samples per {_unit(by)}, by the median step, with the slowest and the fastest")
 
 
 def _unit(by: set[str]) -> str:
-    return {frozenset({"cpu"}): "CPU-second", frozenset({"wall"}): "second"}.get(frozenset(by), "CPU-second or second")
+    return UNITS[min(by)] if len(by) == 1 else "CPU-second or second"
+
+
+def _paint(axes, rows: dict[str, str], values: Bars, x_label: str, line_at_1: bool) -> None:
+    """Horizontal bars, one beside the other for the results. rows: name of a bar -> its words."""
+    height = 0.8 / len(values)
+    for number, (label, bars) in enumerate(values.items()):
+        present = [(i, bars[name]) for i, name in enumerate(rows) if name in bars]
+        at = np.array([i for i, _ in present]) + (number - (len(values) - 1) / 2) * height
+        middle, least, most = np.array([bar for _, bar in present]).reshape(-1, 3).T
+        colour = BAR_COLOURS[number % len(BAR_COLOURS)]
+        axes.barh(at, middle, 0.85 * height, color=colour, label=short_label(label))
+        spread = [middle - least, most - middle]
+        axes.errorbar(middle, at, xerr=spread, fmt="none", ecolor=INK, elinewidth=0.8, capsize=2)
+        for y, x, end in zip(at, middle, most, strict=True):
+            box = {"facecolor": "#ffffff", "edgecolor": "none", "pad": 0.5}
+            axes.annotate(
+                f"{x:.3g}", (end, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, bbox=box
+            )
+    if line_at_1:
+        axes.axvline(1.0, color=INK, linewidth=1)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(rows)), list(rows.values()))
+    axes.set_xlabel(x_label)
+    axes.margins(x=0.12)
+    axes.grid(visible=False, axis="y")
+    if len(values) > 1:
+        axes.figure.legend(loc="outside lower center", ncols=2)

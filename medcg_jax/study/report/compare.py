@@ -1,20 +1,24 @@
-"""`medcg report A B`: two grids side by side, row by row: other seeds, machines, or another implementation."""
+"""Pages of several grids: `medcg report A B` compares two row by row (other seeds, machines, or another
+implementation), `medcg report DIR` of a folder of grids shows their models side by side."""
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas
+from markupsafe import Markup
 from scipy.stats import norm
 from statsmodels.stats.proportion import confint_proportions_2indep, proportions_ztest
 
-from medcg_jax.config import flat, free_fields
+from medcg_jax.config import MODELS, flat, free_fields
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name, letter_logprobs
-from medcg_jax.study.report.page import added_files, page_template, write_text
-from medcg_jax.study.report.plots import BLUE, INK, ORANGE, draw
-from medcg_jax.study.report.tables import MARKS, Column, Table
-from medcg_jax.study.report.text import counted, points
+from medcg_jax.study.report.page import Section, added_files, page_html, whole_folder, write_tables, write_text
+from medcg_jax.study.report.plots import BLUE, INK, ORANGE, Figure, draw, grouped_bars
+from medcg_jax.study.report.table import Table, points
+from medcg_jax.study.report.tables import ALL_SUBSETS, boxes
+from medcg_jax.study.report.text import PARTS, counted
 from medcg_jax.study.stats import stats
 from medcg_jax.study.stats.paired import holm, mixed_interval
 
@@ -82,18 +86,22 @@ def write_comparison(a: str | Path, b: str | Path, out: str | Path = "") -> Path
     name = re.sub(r"[^A-Za-z0-9._-]", "_", grids[1].workdir.absolute().name)
     folder = Path(out) if out else grids[0].workdir / f"compare_{name}"
     rows = matched(*grids)
-    tables = [table_of(rows), differing(*grids)]
+    settings, comparison = differing(*grids), table_of(rows)
     # What else lies in the folder is the reader's own.
     with added_files(folder) as part:
-        for name in ("plots", "tables"):
-            (part / name).mkdir()
-        for table in tables:
-            write_text(part / "tables" / f"{table.name}.csv", table.csv())
-            write_text(part / "tables" / f"{table.name}.tex", table.latex())
-        text = page_template("compare.html.j2", marks=MARKS).render(
-            a=grids[0], b=grids[1], said=verdict(rows, *grids), tables=[t for t in tables if t.rows],
-            figures=[scatter(part / "plots", rows)] if rows else [],
-        )  # fmt: skip
+        (part / "plots").mkdir()
+        write_tables(part, [comparison, settings])
+        figures = [scatter(part / "plots", rows)] if rows else []
+        words = verdict(rows, *grids)
+        sections = [Section(id="verdict", title="What the comparison shows", answer=[words], figures=figures)]
+        sections += [Section(id=t.name, title=t.title, tables=[t]) for t in (settings, comparison) if t.rows]
+        sub = " ".join(
+            f"{side}: “{grid.config['name']}”, {grid.config['model']['name']}, {len(grid.results)} results."
+            for side, grid in zip("AB", grids, strict=True)
+        )
+        title = f"{grids[0].config['name']} and {grids[1].config['name']}"
+        tables = [settings, comparison]
+        text = page_html("Two grids side by side", sub, sections, title=title, tables=tables)
         write_text(part / "index.html", text)
     return folder / "index.html"
 
@@ -167,56 +175,47 @@ def two_proportions(correct_a: int, n_a: int, correct_b: int, n_b: int) -> float
 
 
 def table_of(rows: list[Matched]) -> Table:
-    made = Table(
-        "comparison", "Row by row",
+    values = [
+        {"table": row.table.replace("_", "-"), "row": row.row, "arm": arm_name(row.arm), "target": row.target}
+        | {"seed": row.seed, "a": row.a, "b": row.b, "n_a": row.a.n, "n_b": row.b.n}
+        | {"difference": row.difference, "ci": (row.low, row.high)}
+        | {"test": "McNemar" if row.paired else "two proportions", "p": row.p, "p_holm": p}
+        | {"agreement": row.agreement, "largest": None if row.largest is None else f"{row.largest:.4f}"}
+        | {"colours": {"difference": ("win-sure" if row.difference > 0 else "loss-sure") if p < 0.05 else ""}}
+        for row, p in zip(rows, holm([row.p for row in rows]), strict=True)
+    ]
+    caption = (
         "Accuracies in % of both grids (A, B) with Wilson intervals, their difference in points with a 95 % interval, "
         "and p, adjusted by Holm over all rows: exact McNemar where both were asked the same records (the interval is "
         "that of the paired differences), else a z test of two proportions (Newcombe's interval). Of the same records "
         "also the share answered alike, and the largest difference of a log-probability, in nats. Green: B is "
-        "significantly above; orange: below.",
-        [Column("table", "Table"), Column("row", "Row"), Column("arm", "Arm"), Column("target", "Target"),
-         Column("seed", "Seed", "count"), Column("a", "A", "score"), Column("b", "B", "score"),
-         Column("n_a", "n of A", "count"), Column("n_b", "n of B", "count"),
-         Column("difference", "B − A", "points"), Column("ci", "95\u00a0% interval", "interval"),
-         Column("test", "Test"), Column("p", "p", "p"),
-         Column("p_holm", "p, Holm", "p"), Column("agreement", "Answered alike", "share"),
-         Column("largest", "Largest difference, nats")],
-    )  # fmt: skip
-    for row, p in zip(rows, holm([row.p for row in rows]), strict=True):
-        colour = ("win-sure" if row.difference > 0 else "loss-sure") if p < 0.05 else ""
-        made.add(
-            vars(row) | {
-                "table": row.table.replace("_", "-"), "arm": arm_name(row.arm), "p_holm": p, "ci": (row.low, row.high),
-                "n_a": row.a.n, "n_b": row.b.n, "difference": row.difference,
-                "test": "McNemar" if row.paired else "two proportions",
-                "largest": None if row.largest is None else f"{row.largest:.4f}",
-            },
-            difference=colour,
-        )  # fmt: skip
-    return made
+        "significantly above; orange: below."
+    )
+    titles = {"n_a": "n of A", "n_b": "n of B", "difference": "B − A", "agreement": "Answered alike"}
+    titles["largest"] = "Largest difference, nats"
+    return Table("comparison", "Row by row", caption, values, titles)
 
 
 def differing(a: Grid, b: Grid) -> Table:
     """Settings (but those that change no result), versions and data that are not the same."""
-    free = free_fields()
-    made = Table(
-        "settings", "What differs between the two", "Settings, versions and fingerprints of the data that differ.",
-        [Column("what", "What"), Column("a", "A", "long"), Column("b", "B", "long")],
-    )  # fmt: skip
-    parts = [
+    settings = [
         flat(grid.config)
         | {f"version of {name}": version for name, version in grid.run.get("versions", {}).items()}
         | {f"data of seed {seed}": digest for seed, digest in grid.run.get("data", {}).items()}
         for grid in (a, b)
     ]
-    for name in sorted(parts[0].keys() | parts[1].keys()):
-        values = [part.get(name) for part in parts]
-        if values[0] != values[1] and name not in free:
-            made.add({"what": name, "a": _text(values[0]), "b": _text(values[1])})
-    return made
+    names = sorted((settings[0].keys() | settings[1].keys()) - free_fields())
+    pairs = {name: [side.get(name) for side in settings] for name in names}
+    rows = [
+        {"what": name, "a": _text(values[0]), "b": _text(values[1])}
+        for name, values in pairs.items()
+        if values[0] != values[1]
+    ]
+    caption = "Settings, versions and fingerprints of the data that differ."
+    return Table("settings", "What differs between the two", caption, rows, {"what": "What"})
 
 
-def _text(value) -> str:
+def _text(value: object) -> str:
     return "(none)" if value is None else "(empty)" if value in ("", [], {}) else str(value)
 
 
@@ -270,3 +269,124 @@ def scatter(folder: Path, rows: list[Matched]):
 
     caption = "Each point is a result that both grids have; on the dashed line they are equal."
     return draw(folder, "scatter", "B over A", caption, 4.6, paint, 4.4)
+
+
+def models_in(workdir: Path) -> list[str]:
+    """The models whose grids lie in `workdir`, in the order of `MODELS`; [] where it is one grid's own."""
+    if (workdir / "config.json").is_file():
+        return []
+    return [model for model in MODELS if (workdir / model / "report" / "index.html").is_file()]
+
+
+def write_models_page(workdir: Path, models: Sequence[str]) -> Path:
+    """Writes `report/index.html` in `workdir`, with its tables and plots beside it; returns the page's path.
+
+    models: folders of `workdir` with a grid each.
+
+    Raises:
+      FileNotFoundError: one is not the workdir of a grid.
+      FileError: a file of one is broken.
+    """
+    grids = {model: Grid(workdir / model) for model in models}
+    with whole_folder(workdir / "report") as folder:
+        _write_models(folder, grids)
+    return workdir / "report" / "index.html"
+
+
+def _write_models(folder: Path, grids: Mapping[str, Grid]) -> None:
+    (folder / "plots").mkdir()
+    rows = [row for model, grid in grids.items() for row in model_rows(model, grid)]
+    tables, sections = [], []
+    for group in dict.fromkeys((row["table"], row["part"]) for row in rows):
+        mine = [row for row in rows if (row["table"], row["part"]) == group]
+        name, title = "_".join(word for word in group if word), group[0].replace("_", "-").capitalize()
+        title += f": {PARTS.get(group[1], group[1])}" if group[1] else ""
+        caption = (
+            "Accuracy by the likelihood of the option letters, over all test answers of the rows, with 95 % Wilson "
+            "intervals, in %."
+        )
+        values = [
+            {"model": row["model"], "arm": arm_name(row["arm"]), "n": row["score"].n, "accuracy": row["score"]}
+            | {"chance": row["chance"], "seeds": ", ".join(map(str, row["score"].seeds))}
+            for row in mine
+        ]
+        table, figure = Table(f"models_{name}", title, caption, values), model_bars(folder / "plots", name, title, mine)
+        sections.append(Section(id=name.replace("_", "-"), title=title, figures=[figure], tables=[table]))
+        tables.append(table)
+    for part in ("in_distribution", "out_of_distribution"):
+        table = joined({model: boxes(grid, part) for model, grid in grids.items()})
+        if table.rows:
+            sections.append(Section(id=table.name.replace("_", "-"), title=table.title, tables=[table]))
+            tables.append(table)
+    write_tables(folder, tables)
+    write_text(folder / "tables" / "models.csv", models_csv(rows))
+    first = next(iter(grids.values()))
+    links = [Markup('<a href="../{0}/report/index.html">{0}</a>').format(model) for model in grids]
+    links.append(Markup('All accuracies in one file: <a href="tables/models.csv">models.csv</a>'))
+    sections.append(Section(id="models", title="Each model's own page", items=links))
+    sections.append(Section(id="made", title="How it was made", facts=list(first.run["versions"].items())))
+    world = "phantoms" if first.of_phantoms else "images from files"
+    note = (
+        "Phantoms are drawings. What they show is whether each model can be trained and tested by the same code; they "
+        "say nothing about patients, and nothing about the released models, of which only the architecture is here."
+    )
+    text = page_html(
+        "The same cells, model by model", f"{counted(len(grids), 'model')} on {world}: {', '.join(grids)}", sections,
+        title="Compositional generalization: models side by side", tables=tables,
+        notes=[note] if first.of_phantoms else [],
+    )  # fmt: skip
+    write_text(folder / "index.html", text)
+
+
+def model_rows(model: str, grid: Grid) -> list[dict]:
+    """A row for each table, part and arm of one model's grid: accuracy over all its test answers, and chance."""
+    grouped: dict[tuple[str, str, str], list[dict]] = defaultdict(list)
+    for result in grid.results:
+        grouped[result["table"], stats.part_of(result["table"], result["row"]), result["arm"]].append(result)
+    rows = []
+    for (table, part, arm), results in grouped.items():
+        n, correct = sum(r["n"] for r in results), sum(r["correct"] for r in results)
+        seeds = tuple(sorted({r["seed"] for r in results}))
+        pooled = Score(correct / n if n else 0.0, *stats.wilson(correct, n), n, seeds)
+        chance = mean([grid.chance(result["target"]) for result in results])
+        rows.append({"model": model, "table": table, "part": part, "arm": arm, "score": pooled, "chance": chance})
+    return rows
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def models_csv(rows: Sequence[dict]) -> str:
+    values = [
+        [*(row[key] for key in ("model", "table", "part", "arm")), s.n, s.accuracy, s.low, s.high, row["chance"]]
+        for row in rows
+        for s in [row["score"]]
+    ]
+    header = ["model", "table", "part", "arm", "n", "accuracy", "ci_low", "ci_high", "chance"]
+    return pandas.DataFrame(values, columns=header).to_csv(index=False, lineterminator="\n", float_format="%.6f")
+
+
+def model_bars(folder: Path, name: str, title: str, rows: Sequence[dict]) -> Figure:
+    """Accuracy of every arm and model, with Wilson intervals and chance."""
+    models = dict.fromkeys(row["model"] for row in rows)
+    groups = [
+        (model, {row["arm"]: row["score"] for row in own}, mean([row["chance"] for row in own]))
+        for model, own in ((model, [row for row in rows if row["model"] == model]) for model in models)
+    ]
+    paint, height_in = grouped_bars(groups, list(dict.fromkeys(row["arm"] for row in rows)))
+    caption = "Accuracy by model with 95 % Wilson intervals over all test answers; the dashed line is chance."
+    return draw(folder, name, title, caption, height_in, paint)
+
+
+def joined(tables: Mapping[str, Table]) -> Table:
+    """One table of the sums over all subsets (`ALL_SUBSETS`) of each model's, with a column for the model."""
+    first = next(iter(tables.values()))
+    rows = [
+        {"model": model} | {key: value for key, value in row.items() if key not in ("target", "what")}
+        for model, table in tables.items()
+        for row in table.rows
+        if row["target"] == ALL_SUBSETS
+    ]
+    return Table(first.name, first.title, first.caption, rows, {c.key: c.title for c in first.columns})

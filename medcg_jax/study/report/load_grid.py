@@ -2,15 +2,16 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
-from medcg_jax.config import BOX_TABLES, MODELS, TABLES, ConfigError
+from medcg_jax.config import BOX_TABLES, MODELS, TABLES, ConfigError, DataConfig
 from medcg_jax.data.phantom.source import DETECTION_TRIPLETS
 from medcg_jax.data.phantom.world import TRIPLETS
-from medcg_jax.data.records import LETTERS, DataError
+from medcg_jax.data.records import LETTERS, DataError, Source
+from medcg_jax.data.sources import open_source
 from medcg_jax.data.tree import read_manifest, subset_table
 from medcg_jax.eval.boxes import BoxAnswer, read_answers
 from medcg_jax.eval.generation import parse_answer
@@ -23,6 +24,10 @@ from medcg_jax.study.stats.grid_files import ARMS
 from medcg_jax.study.stats.results import read_config_file
 from medcg_jax.train.log import read_metrics
 from medcg_jax.untrusted import FileError, check_number, shown
+
+# Cells whose predictions stay in memory, since pages of subsets and cards read the same few again and again. One with
+# the answers to 53 subsets of released data takes some 50 MB.
+NUM_KEPT_CELLS = 8
 
 
 def arm_name(arm: str) -> str:
@@ -87,6 +92,7 @@ class Grid:
 
     Attributes:
       run: config.json. config: its configuration. cells, results: rows of cells.csv and results.csv.
+      predictions: cell -> its predictions, a function (FileError: a line is none; file and line are named).
       notes: what was left out, with the file's name; a report says it.
 
     Raises:
@@ -98,20 +104,25 @@ class Grid:
         self.workdir = Path(workdir)
         for name in ("config.json", "cells.csv", "results.csv"):
             if not (self.workdir / name).exists():
-                raise FileNotFoundError(f"{self.workdir} has no {name}: the workdir of a grid is accepted")
+                raise FileNotFoundError(f"{self.workdir} has no {name}: expected the workdir of a grid")
         self.run = read_config_file(self.workdir)
         path = self.workdir / "config.json"
         self.config: dict = self.run["config"]
         if self.config["model"]["name"] not in MODELS:
             name = shown(self.config["model"]["name"])
-            raise FileError(f"{path}: config.model.name={name}: one of {', '.join(MODELS)} is accepted")
+            raise FileError(f"{path}: config.model.name={name}: expected one of {', '.join(MODELS)}")
         count = check_number(self.run.get("cells"), f"{path}: cells", least=1, whole=True)
         self.cells = grid_files.read_cells(self.workdir, count)
         self.results = grid_files.read_results(self.workdir)
         self.answers = Answers(self.workdir)
         grid_files.check_results(self.answers, self.cells, self.results)
         self.notes: list[str] = []
-        self._chance: dict[str, list[float]] = {}
+        self.predictions = lru_cache(NUM_KEPT_CELLS)(
+            lambda cell: list(prediction_lines(self.workdir / "predictions" / f"{cell}.jsonl"))
+        )
+        self._chance: dict[str, list[float]] = {}  # target -> sum of 1 / options, number of answers
+        self._sources: dict[int, Source] = {}
+        self._scores: dict[str, dict[tuple[str, str], dict[str, Score]]] = {}
 
     @property
     def is_phantom(self) -> bool:
@@ -123,6 +134,26 @@ class Grid:
         names = {name for cell in self.done() for name in cell["target"].split("+")}
         known = {triplet.name for triplet in (*TRIPLETS, *DETECTION_TRIPLETS)}
         return self.is_phantom or (bool(names) and names <= known)
+
+    def source(self, seed: int | None = None) -> Source:
+        """The source that the cells of one seed (default: the first) were tested on.
+
+        Raises:
+          DataError: it is not there, or is not what the grid recorded.
+        """
+        seed = self.seeds[0] if seed is None else seed
+        if seed not in self._sources:
+            fields = {key: tuple(v) if isinstance(v, list) else v for key, v in self.config["data"].items()}
+            # A seed of the study draws the data too.
+            source = open_source(DataConfig(**fields | {"seed": fields.get("seed", 0) + seed}))
+            recorded = self.run.get("data", {}).get(str(seed))
+            # Behind the choice records' fingerprint stands that of the boxes, where a table trains on them.
+            if recorded and source.fingerprint() != recorded.partition(" ")[0]:
+                raise DataError(
+                    f"the data have changed since the grid (fingerprint {recorded} then, {source.fingerprint()} now)"
+                )
+            self._sources[seed] = source
+        return self._sources[seed]
 
     def describe(self, subset: str) -> str:
         """Such as "MRI, Brain, State", of a numbered subset; "" where its name says it, or nothing is known of it."""
@@ -139,8 +170,8 @@ class Grid:
             listed = read_manifest(Path(self.config["data"]["root"]))
         except (DataError, ConfigError):
             listed = {}
-        own = {name: (entry["modality"], entry["area"], entry["task"]) for name, entry in listed.items()}
-        return subset_table() | own
+        keys = ("modality", "area", "task")
+        return subset_table() | {name: tuple(entry[key] for key in keys) for name, entry in listed.items()}
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
@@ -149,21 +180,21 @@ class Grid:
     @cached_property
     def tables(self) -> tuple[str, ...]:
         """Tables with a finished cell, in the study's order."""
-        found = {cell["table"] for cell in self.done()}
-        return tuple(name for name in (*TABLES, *BOX_TABLES) if name in found)
+        finished = {cell["table"] for cell in self.done()}
+        return tuple(name for name in (*TABLES, *BOX_TABLES) if name in finished)
 
     def done(self, table: str = "") -> list[dict]:
         return [c for c in self.cells if c["status"] == "done" and table in ("", c["table"])]
+
+    def cells_of(self, table: str, row: str, arm: str) -> list[dict]:
+        """The finished cells of one arm of a row, one per seed."""
+        return [c for c in self.done(table) if (c["row"], c["arm"]) == (row, arm)]
 
     def failed(self) -> list[dict]:
         return [c for c in self.cells if c["status"].startswith("failed")]
 
     def waiting(self) -> list[dict]:
-        return [c for c in self.cells if c["status"] != "done" and not c["status"].startswith("failed")]
-
-    def predictions(self, cell: str) -> Iterator[dict]:
-        """Raises FileError: a line is no prediction; it names the file and the line."""
-        return prediction_lines(self.workdir / "predictions" / f"{cell}.jsonl")
+        return [c for c in self.cells if c["status"] == "waiting"]
 
     def boxes(self, cell: str) -> list[BoxAnswer]:
         """A cell's answers about boxes; [] where it was asked for none."""
@@ -177,7 +208,7 @@ class Grid:
         for line in lines:
             if line["cell"] not in known:
                 path = self.workdir / contamination.FILE
-                raise FileError(f"{path}: cell={line['cell']}: those of cells.csv are accepted")
+                raise FileError(f"{path}: cell={line['cell']}: expected one of cells.csv")
         return lines
 
     def metrics(self, cell: dict) -> list[dict]:
@@ -204,11 +235,15 @@ class Grid:
 
     def scores(self, table: str) -> dict[tuple[str, str], dict[str, Score]]:
         """(row, target) -> arm -> score over the finished seeds, in the order of results.csv."""
-        grouped: dict[tuple[str, str], dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
-        for result in self.results:
-            if result["table"] == table:
-                grouped[result["row"], result["target"]][result["arm"]].append(result)
-        return {key: {arm: self.score(rows) for arm, rows in arms.items()} for key, arms in grouped.items()}
+        if table not in self._scores:
+            grouped: dict[tuple[str, str], dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+            for result in self.results:
+                if result["table"] == table:
+                    grouped[result["row"], result["target"]][result["arm"]].append(result)
+            self._scores[table] = {
+                key: {arm: self.score(rows) for arm, rows in arms.items()} for key, arms in grouped.items()
+            }
+        return self._scores[table]
 
     def score(self, rows: Sequence[dict]) -> Score:
         """One arm's seeds as one accuracy.
@@ -227,17 +262,17 @@ class Grid:
     @cached_property
     def letters(self) -> dict[tuple[str, str], Letters]:
         """(table, arm) -> what it answered, over all finished cells; also finds every target's chance."""
-        found: dict[tuple[str, str], Letters] = {}
+        answered: dict[tuple[str, str], Letters] = {}
         asked = {row["cell"] for row in self.results}
         for cell in (c for c in self.done() if c["cell"] in asked):
-            letters = found.setdefault((cell["table"], cell["arm"]), Letters())
+            letters = answered.setdefault((cell["table"], cell["arm"]), Letters())
             for record in self.predictions(cell["cell"]):
                 letters.add(record)
                 if cell["arm"] == "baseline" or record["subset"] not in self._chance:
                     share = self._chance.setdefault(record["subset"], [0.0, 0])
                     share[0] += 1 / max(1, len(record["options"]))
                     share[1] += 1
-        return found
+        return answered
 
     def chance(self, target: str) -> float | None:
         """The accuracy of answering at random, from the options offered; None for an unknown target."""

@@ -1,42 +1,171 @@
 """`medcg report`: the page, plots and tables of a grid, from the files in its workdir alone.
 
 Everything on the page comes from these files (and, for sample images, from the data that config.json names): the same
-files give the same page. Its parts: `report_files` reads, `stats` tests, `report_text` and `report_limits` say,
-`report_tables`, `report_plots`, `report_samples` and `report_published` show.
+files give the same page. `load_grid` reads, `stats` tests, `text` finds the words, `tables`, `published`, `plots` and
+`samples` show; `page` puts them into sections. `compare` writes the pages of several grids with the same sections.
 """
 
 import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 import jinja2
 from markupsafe import Markup
 
-from medcg_jax.config import BOX_TABLES, TABLES
-from medcg_jax.data.records import LETTERS
-from medcg_jax.study.report import boxes, contamination, controls, goodput, lists
-from medcg_jax.study.report import figures as report_figures
-from medcg_jax.study.report import formats as report_formats
-from medcg_jax.study.report import limits as report_limits
-from medcg_jax.study.report import subsets as report_subsets
-from medcg_jax.study.report import text as report_text
-from medcg_jax.study.report.escape import plain
+from medcg_jax.config import ConfigError, flat
+from medcg_jax.study.report.escape import file_names, latex, markdown, plain
 from medcg_jax.study.report.load_grid import Grid
 from medcg_jax.study.report.plots import Figure, Plots
 from medcg_jax.study.report.published import context, power, published
-from medcg_jax.study.report.samples import letters_table, samples
-from medcg_jax.study.report.subsets import SubsetPage
-from medcg_jax.study.report.tables import MARKS, Table, Tables, shown
+from medcg_jax.study.report.samples import Card, Cards, box_samples, mistakes, samples
+from medcg_jax.study.report.table import MARKS, Table, text_of
+from medcg_jax.study.report.tables import Tables, confusion, subset_scores
+from medcg_jax.study.report.text import Answer, counted, letter_habits, limits, missing, summary_text, table_names
 from medcg_jax.study.stats import stats
 from medcg_jax.study.stats.results import choices
 from medcg_jax.untrusted import FileError
 
 # What a report consists of; other files in its folder are its reader's own.
 WRITTEN = ("index.html", "summary.txt", "report.md", "report.tex", "plots", "tables", "subsets")
+FORMATS = ("md", "tex", "csv")
+ASKED = Markup(
+    "A medical image has a <b>modality</b>, an anatomical <b>area</b> and a <b>task</b> that is asked of it. Does a "
+    "multimodal language model answer about a combination of the three that it was never trained on, once it has met "
+    "each element in other combinations? This repeats the study of arXiv 2412.20070 (Med-MAT): models are fine-tuned "
+    "on subsets which share elements with a <i>target</i> combination, and tested on the target, whose images none of "
+    "them has seen. <b>Baseline</b> is the model before fine-tuning, <b>Baseline+</b> is fine-tuned on subsets that "
+    "share nothing with the target, <b>Trained</b> on related ones."
+)
+# Table of the study -> title of its section.
+STUDY = {
+    "pairs": "Pairs: two related subsets",
+    "triples": "Triples: three subsets, one shared element each",
+    "detection_pairs": "Detection pairs: a subset with boxes, and one of questions",
+    "ablation": "Ablation: what each element is worth",
+    "multi_task": "Multi-task against single-task",
+    "efficiency": "Data efficiency",
+    "detection": "Detection: boxes asked for",
+}
+# Table of the study -> what a reader must know of it.
+INTROS = {
+    "pairs": "Each target is a combination that the model was not trained on. Its two training subsets share two "
+    "elements with it each, and between them all three; the direction says which element both have. In the "
+    "modality-area pair one shares these two and the other the task alone.",
+    "triples": "The strict form: modality, area and task each come from another subset.",
+    "detection_pairs": "As pairs, but one of the two training subsets has boxes in place of options: its images are of "
+    "the same kind, what is asked of them is where something lies. Only answers to choice questions are tested.",
+    "ablation": "All subsets that share an element with the target, less those that share a given one.",
+    "multi_task": "One model of all in-distribution subsets against one model per subset, with the same records of "
+    "each; and the same model on combinations that were held out.",
+    "efficiency": "How many records of the target itself the related subsets are worth.",
+    "detection": "One model of all subsets with boxes but those held out, asked where the lesions of test images are: "
+    "of the subsets it was trained on, and of combinations of a modality and an area that were held out.",
+}
+CARDS = (
+    "The bar marks the right option, the shade the one answered, and the number is its probability among those "
+    "offered. Records were drawn by a hash of their names, so many right and so many wrong; how often each occurs is "
+    "in the tables."
+)
+SUBSETS = (
+    "A page for each subset that was tested: its scores in every table, what is taken for what, and the most confident "
+    "mistakes with their images. The share beside a name is the accuracy of the answers looked at there: those of the "
+    "arm that its page names, at the first seed."
+)
+LETTERS = (
+    "Accuracy is by likelihood: the offered letter that the model finds likeliest. A model that favours a letter, or "
+    "that puts little probability on letters at all, has not understood the question; both would show here."
+)
+PUBLISHED = (
+    "Printed accuracies are those of arXiv 2412.20070, version 1 (December 2024); version 2 moves some of them. They "
+    "are printed without test sizes, and were got with another model, other splits or other settings wherever those "
+    "are not stated: agreement or difference of single rows says little."
+)
+MADE = Markup(
+    "By <code>medcg reproduce</code> with the configuration below; <code>medcg report DIR</code> writes this page "
+    "again from the grid's files alone."
+)
+ORIGINS = Markup(
+    "All numbers come from the grid's own folder: what each cell was trained and tested on, its steps and seconds from "
+    "<code>cells.csv</code>; counts of right answers and Wilson intervals from <code>results.csv</code>; every paired "
+    "comparison, letter, free answer and label from <code>predictions/</code>; the tests asked again from "
+    "<code>controls/</code>; boxes from <code>boxes/</code>; losses from <code>metrics/</code>; images in training and "
+    "tests from <code>contamination.csv</code>; where the time went from <code>goodput.json</code>; settings, versions "
+    "and fingerprints from <code>config.json</code>. Images are read from the data that <code>config.json</code> "
+    "names, if their fingerprint is still the one recorded. Printed numbers are those of the paper's tables, kept with "
+    "the code."
+)
+# Tables that the page folds away at its end.
+FOLDED = ("contamination", "comparisons", "cells", "goodput")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A section of a page; what it has is shown in the order of its fields.
+
+    Attributes:
+      id: of its link. answer: a first sentence and others below it, in a frame.
+      paragraphs, notes, items: texts, notes in a frame; HTML where they are `Markup`.
+      facts: (name, text). cards: (heading, CSS class, cards). folded: tables that open on a click.
+      narrow: figures and items stand in narrow columns.
+    """
+
+    id: str
+    title: str
+    answer: Sequence[str] = ()
+    paragraphs: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    facts: Sequence[tuple[str, str]] = ()
+    figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
+    cards: Sequence[tuple[str, str, Sequence[Card]]] = ()
+    items: Sequence[str] = ()
+    folded: Sequence[Table] = ()
+    narrow: bool = False
+
+
+def page_html(
+    heading: str, sub: str, sections: Iterable[Section], *, title: str = "", notes: Sequence[str] = (),
+    tables: Iterable[Table] = (), links: Mapping[str, str] = MappingProxyType({}),
+) -> str:  # fmt: skip
+    """A page; it loads nothing, and all text is escaped. Sections without anything are left out.
+
+    title: of the window (default: the heading). tables: those with files in `tables/`. links: target -> page of it.
+    """
+    names = [field.name for field in fields(Section) if field.name not in ("id", "title", "narrow")]
+    shown = [section for section in sections if any(getattr(section, name) for name in names)]
+    return page_template().render(
+        heading=heading, sub=sub, title=title or heading, notes=notes, sections=shown, marks=MARKS,
+        files={table.name for table in tables}, links=links, text_of=text_of,
+    )  # fmt: skip
+
+
+@cache
+def page_template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("medcg_jax.study.report"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("page.html.j2")
+
+
+def check_formats(text: str) -> tuple[str, ...]:
+    """ "md,tex" -> ("md", "tex").
+
+    Raises:
+      ConfigError: another format.
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in FORMATS:
+            raise ConfigError(f"--format={name}: expected one or more of {','.join(FORMATS)}; the page is always there")
+    return names
 
 
 def write_report(workdir: str | Path, formats: Sequence[str] = ()) -> Path:
@@ -109,160 +238,196 @@ def added_files(folder: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file of a report, without characters that no such file may hold (`report_escape.plain`)."""
+    """Writes a file of a report, without characters that no such file may hold (`escape.plain`)."""
     path.write_text(plain(text), encoding="utf-8", newline="")
 
 
-def _write(grid: Grid, folder: Path, formats: Sequence[str]) -> None:
-    for name in ("plots", "tables"):
-        (folder / name).mkdir()
-    summary = stats.summarise(grid.workdir, grid.results, grid.answers)
-    tables = {table.name: table for table in Tables(grid, summary).all()}
-    own = [contamination.table(grid), lists.comparisons(summary), lists.cells(grid)]
-    own += [letters_table(grid), *controls.controls(summary), *published(grid, summary)]
-    own.append(goodput.table(grid))
-    extra = [table for table in (*own, *boxes.tables(grid)) if table.rows]
-    tables |= {table.name: table for table in extra}
-    for table in tables.values():
+def write_tables(folder: Path, tables: Iterable[Table]) -> None:
+    """`tables/NAME.csv` and `.tex` of each."""
+    (folder / "tables").mkdir(exist_ok=True)
+    for table in tables:
         write_text(folder / "tables" / f"{table.name}.csv", table.csv())
         write_text(folder / "tables" / f"{table.name}.tex", table.latex())
-    plots = Plots(grid, summary, folder / "plots")
-    answer, said = report_text.Answer(grid, summary), limits(grid, summary)
-    texts = {"summary.txt": report_formats.summary_text(grid, answer, said)}
+
+
+def _write(grid: Grid, folder: Path, formats: Sequence[str]) -> None:
+    (folder / "plots").mkdir()
+    summary = stats.summarise(grid.workdir, grid.results, grid.answers)
+    maker = Tables(grid, summary)
+    tables = {table.name: table for table in (*maker.all(), *published(maker))}
+    write_tables(folder, tables.values())
+    answer, against = Answer(grid, summary), limits(grid, summary)
+    text = summary_text(grid, answer, against)
+    texts = {"summary.txt": text}
     if "md" in formats:
-        texts["report.md"] = report_formats.markdown(grid, answer, said, tables.values())
+        texts["report.md"] = markdown_report(grid.config["name"], text, tables.values())
     if "tex" in formats:
-        texts["report.tex"] = report_formats.document(grid, answer, said, tables.values())
-    subsets = report_subsets.pages(grid)
-    if subsets:
-        (folder / "subsets").mkdir()
-    for one in subsets:
-        text = page_template("subset.html.j2", marks=MARKS).render(page=one, grid=grid)
-        write_text(folder / "subsets" / one.file, text)
-    texts["index.html"] = render(grid, summary, tables, plots, subsets)
+        texts["report.tex"] = latex_report(grid.config["name"], text, tables.values())
+    files = file_names(dict.fromkeys(row["target"] for row in grid.results))
+    links = {name: f"{file}.html" for name, file in files.items()}
+    items = [_write_subset(grid, folder / "subsets", name, file) for name, file in links.items()]
+    plots = Plots(grid, summary, folder / "plots")
+    sections = [
+        Section(id="asked", title="What was asked", paragraphs=[ASKED]),
+        *_result_sections(grid, answer, tables, plots),
+        *_answer_sections(grid, tables, plots, items),
+        Section(id="limits", title="Limits of what was shown", items=against),
+        *_made_sections(grid, tables),
+    ]
+    sub = (
+        f"Compositional generalization, grid “{grid.config['name']}”: {counted(len(grid.done()), 'cell')}, "
+        f"{table_names(grid.tables) or 'no table'}, {grid.config['model']['name']}, "
+        f"{'phantoms' if grid.of_phantoms else 'images from files'}, {counted(len(grid.seeds), 'seed')}"
+    )
+    texts["index.html"] = page_html(
+        "Can the model read a combination it has never seen?", sub, sections, tables=tables.values(), links=links,
+        title=f"Compositional generalization: {grid.config['name']}", notes=missing(grid),
+    )  # fmt: skip
     for name, text in texts.items():
         write_text(folder / name, text)
 
 
-def render(grid: Grid, summary: dict, tables: dict[str, Table], plots: Plots, subsets: Sequence[SubsetPage]) -> str:
-    """The page's HTML; draws its figures."""
-    answer = report_text.Answer(grid, summary)
-    losses = plots.losses()  # what is left out of them is among what is missing
-    return page_template("report.html.j2", marks=MARKS).render(
-        grid=grid,
-        answer=answer,
-        sections=[part for part in sections(grid, tables, plots) if part["tables"] or part["figures"]],
-        headline=plots.headline(),
-        effects=tables.get("effects"),
-        directions=tables.get("effects_by_direction"),
-        missing=report_limits.missing(grid),
-        limits=limits(grid, summary),
-        map=report_figures.triplet_map(plots),
-        samples=samples(grid),
-        subsets=subsets,
-        pages={one.name: one.file for one in subsets},
-        boxes=boxes.samples(grid),
-        letters=plots.letters(),
-        habits=report_limits.letter_habits(grid),
-        letters_table=tables.get("answers"),
-        controls=[tables[name] for name in ("controls", "controls_again") if name in tables],
-        losses=losses,
-        published=[table for name, table in tables.items() if name.startswith("published_")],
-        context=context() if grid.of_phantoms else "",
-        power=power(),
-        contamination=tables.get("contamination"),
-        comparisons=tables.get("comparisons"),
-        cells=tables.get("cells"),
-        goodput=tables.get("goodput"),
-        settings=settings(grid.config),
-        choices=choices(grid.config),
-        seconds=seconds(grid.cells),
-        letter_names=LETTERS,
-        names=lambda items: report_text.listed([name.replace("_", "-") for name in items]),
-        counted=report_text.counted,
+def _write_subset(grid: Grid, folder: Path, target: str, file: str) -> str:
+    """Writes the page of one subset; returns the line that names it."""
+    cards, answers = mistakes(grid, target)
+    words = (
+        f"{cards.num_wrong} of {cards.num_answers} answers of {cards.arm} are wrong. Shown are those with the highest "
+        "probability of the wrong letter among the letters offered, each record once, at most twelve."
+        if cards.arm
+        else "No arm that is trained for another subset was tested on this one."
     )
+    labels, scores = confusion(answers), subset_scores(grid, target)
+    sections = [
+        Section(id="mistakes", title="Mistakes to look at", paragraphs=[words], cards=[("", "wrong", cards.wrong)],
+                notes=[cards.absent] if cards.absent else []),
+        Section(id="confusion", title=f"{labels.title} ({cards.arm})", tables=[labels] if answers else []),
+        Section(id="scores", title=scores.title, tables=[scores]),
+    ]  # fmt: skip
+    what, name = grid.describe(target), grid.config["name"]
+    sub = Markup('<a href="../index.html">Grid “{}”</a>, {}').format(name, grid.config["model"]["name"])
+    heading = f"{target}: {what}" if what else target
+    folder.mkdir(exist_ok=True)
+    write_text(folder / file, page_html(heading, sub, sections, title=f"{target}: {name}"))
+    right = cards.num_answers and f": {100 - 100 * cards.num_wrong / cards.num_answers:.1f} %"
+    return Markup('<a href="subsets/{}">{}</a>{}{}').format(file, target, what and f" {what}", right or "")
 
 
-def limits(grid: Grid, summary: dict) -> list[str]:
-    own = [*contamination.limits(grid), *controls.limits(grid, summary)]
-    return [*own, *report_limits.limits(grid, summary)]
-
-
-def page_template(name: str, **values) -> jinja2.Template:
-    """A page of `templates/`, which escapes what it is given and refuses what it is not. values: for its macros."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("medcg_jax.study.report"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"shown": shown, "svg": lambda figure: Markup(figure.svg)}  # noqa: S704 - drawn by us
-    return environment.get_template(name, globals=values)
-
-
-def sections(grid: Grid, tables: dict[str, Table], plots: Plots) -> list[dict]:
-    """The parts of the page that hold results: one per table of the study."""
-
-    def part(name: str, title: str, intro: str, figures: Sequence[Figure]) -> dict:
+def _result_sections(grid: Grid, answer: Answer, tables: dict[str, Table], plots: Plots) -> list[Section]:
+    """The answer, and a section for each table of the study that has results."""
+    figures = {
+        "pairs": plots.bars("pairs"), "triples": plots.bars("triples"), "multi_task": plots.multi_task(),
+        "detection_pairs": plots.bars("detection_pairs"), "ablation": [*plots.ablation(), *plots.figure4()],
+        "efficiency": plots.efficiency(),
+    }  # fmt: skip
+    results = []
+    for name, title in STUDY.items():
         # "detection" has parts of its own, and is how "detection_pairs" begins.
-        others = [other for other in (*TABLES, *BOX_TABLES) if other.startswith(f"{name}_")]
-        own = [
-            table for key, table in tables.items()
-            if (key == name or key.startswith(f"{name}_")) and not key.startswith(tuple(others))
-        ]  # fmt: skip
-        return {"id": name.replace("_", "-"), "title": title, "intro": intro, "tables": own, "figures": figures}
+        others = tuple(other for other in STUDY if other.startswith(f"{name}_"))
+        mine = [
+            t for key, t in tables.items() if f"{key}_".startswith(f"{name}_") and not key.startswith(others or "-")
+        ]
+        boxes = box_samples(grid) if name == "detection" and mine else Cards()
+        if mine or figures.get(name):
+            heading = "Images with both boxes (green: those asked for; orange: those answered)"
+            results.append(
+                Section(id=name.replace("_", "-"), title=title, paragraphs=[INTROS[name]], tables=mine,
+                        figures=figures.get(name, ()), notes=[boxes.absent] if boxes.absent else [],
+                        cards=[(heading, "", boxes.right)])
+            )  # fmt: skip
+    key = Markup('<span class="key">In the tables below: {}</span>').format(
+        Markup(" ").join(Markup('<span class="{}">{}</span>{}').format(css, *words) for css, words in MARKS.items())
+    )
+    lead = [Markup("<b>{}</b>").format(answer.opening)]
+    lead += [Markup("<b>{}:</b> {}.").format(words, names) for words, names in answer.totals()]
+    first = Section(
+        id="answer", title="The answer", answer=[Markup(" ").join(lead), *answer.sentences()],
+        paragraphs=[Markup('The same in plain text: <a href="summary.txt">summary.txt</a>'), *([key] if results else [])],
+        figures=plots.headline(), tables=[tables[name] for name in ("effects",) if name in tables],
+        folded=[tables[name] for name in ("effects_by_direction",) if name in tables],
+    )  # fmt: skip
+    return [first, *results]
 
+
+def _answer_sections(grid: Grid, tables: dict[str, Table], plots: Plots, items: Sequence[str]) -> list[Section]:
+    """The map, single answers, subsets, letters, losses, and the published numbers."""
+    cards = samples(grid)
+    groups = [("Answered rightly", "right", cards.right), ("Answered wrongly", "wrong", cards.wrong)]
+    asked = {"notes": [cards.absent]} if cards.absent else {"cards": groups}
+    if cards.arm:
+        asked["paragraphs"] = [f"Test records with the answers of {cards.arm}. {CARDS}"]
+    letters = [tables[name] for name in ("answers", "controls", "controls_again") if name in tables]
+    printed = [table for name, table in tables.items() if name.startswith("published_")]
+    beside = PUBLISHED if printed else "No row of this grid is a row of the paper's tables: nothing is set beside them."
     return [
-        part("pairs", "Pairs: two related subsets",
-             "Each target is a combination that the model was not trained on. Its two training subsets share two "
-             "elements with it each, and between them all three; the direction says which element both have. In the "
-             "modality-area pair one shares these two and the other the task alone.",
-             plots.bars("pairs")),
-        part("triples", "Triples: three subsets, one shared element each",
-             "The strict form: modality, area and task each come from another subset.", plots.bars("triples")),
-        part("detection_pairs", "Detection pairs: a subset with boxes, and one of questions",
-             "As pairs, but one of the two training subsets has boxes in place of options: its images are of the same "
-             "kind, what is asked of them is where something lies. Only answers to choice questions are tested.",
-             plots.bars("detection_pairs")),
-        part("ablation", "Ablation: what each element is worth",
-             "All subsets that share an element with the target, less those that share a given one.",
-             [*plots.ablation(), *report_figures.figure4(plots)]),
-        part("multi_task", "Multi-task against single-task",
-             "One model of all in-distribution subsets against one model per subset, with the same records of each; "
-             "and the same model on combinations that were held out.", plots.multi_task()),
-        part("efficiency", "Data efficiency",
-             "How many records of the target itself the related subsets are worth.",
-             [*plots.efficiency(), *report_figures.curves_by_target(plots)]),
-        part("detection", "Detection: boxes asked for",
-             "One model of all subsets with boxes but those held out, asked where the lesions of test images are: of "
-             "the subsets it was trained on, and of combinations of a modality and an area that were held out.", ()),
+        Section(id="map", title="Map of triplets", figures=plots.triplet_map()),
+        Section(id="samples", title="Questions and answers", **asked),
+        Section(id="subsets", title="Subset by subset", paragraphs=[SUBSETS] if items else [], items=items, narrow=True),
+        Section(id="letters", title="How the letters were used", paragraphs=[LETTERS], notes=letter_habits(grid),
+                figures=plots.letters(), tables=letters),
+        Section(id="training", title="Training", figures=plots.losses(), narrow=True),
+        Section(id="published", title="The published numbers", tables=printed,
+                paragraphs=[power(), context() if grid.of_phantoms else beside]),
     ]  # fmt: skip
 
 
-def settings(config: dict, prefix: str = "") -> list[tuple[str, str]]:
-    """("train.batch_size", "32"), ... of the whole configuration, in its order."""
-    found = []
-    for key, value in config.items():
-        if isinstance(value, dict):
-            found += settings(value, f"{prefix}{key}.") or [(prefix + key, "(empty)")]
-        elif isinstance(value, list):
-            found.append((prefix + key, ", ".join(map(str, value)) or "(empty)"))
-        else:
-            found.append((prefix + key, '""' if value == "" else str(value)))
-    return found
-
-
-def seconds(cells: Sequence[dict]) -> dict | None:
-    """Median, least, most and sum of the seconds of trained cells; None where none were recorded."""
-    # Cells of one row of training (same subsets, seed and seconds) share it; the sum counts each once.
+def _made_sections(grid: Grid, tables: dict[str, Table]) -> list[Section]:
+    """Versions and settings, cells that failed, choices, and the tables that the page folds away."""
+    facts = [
+        ("versions", ", ".join(f"{name} {version}" for name, version in grid.run.get("versions", {}).items())),
+        ("data fingerprint", ", ".join(f"seed {seed}: {digest}" for seed, digest in grid.run.get("data", {}).items())),
+        ("cells", f"{len(grid.done())} done, {len(grid.failed())} failed, {len(grid.waiting())} not run"),
+    ]
+    # Cells of one training (same subsets, seed and seconds) share it; the sum counts each once.
     spent = {
-        (c["related"], c["seed"], c["steps"], c["seconds"]): float(c["seconds"] or 0) for c in cells if c["related"]
+        (c["related"], c["seed"], c["steps"], c["seconds"]): float(c["seconds"] or 0)
+        for c in grid.cells
+        if c["related"]
     }
-    found = sorted(value for value in spent.values() if value > 0)
-    if not found:
-        return None
-    return {
-        "trainings": len(found),
-        "median": found[len(found) // 2],
-        "least": found[0],
-        "most": found[-1],
-        "sum": sum(found),
-    }
+    seconds = sorted(value for value in spent.values() if value > 0)
+    if seconds:
+        words = f"median {seconds[len(seconds) // 2]:.1f}, {seconds[0]:.1f} to {seconds[-1]:.1f}; {len(seconds)} "
+        words += f"trainings, {sum(seconds):.0f} s in all, testing included, without the base"
+        facts.append(("seconds per training", words))
+    failed = [Markup("<code>{}</code>: {}").format(cell["cell"], cell["status"]) for cell in grid.failed()]
+    rows = [
+        {"field": field, "here": setting_text(value), "same": "yes" if same else "no", "why": why}
+        for field, value, same, why in choices(grid.config)
+    ]
+    chosen = Table("choices", "What was chosen where the paper is silent", "", rows, {"same": "As chosen"})
+    rows = [{"field": field, "value": setting_text(value)} for field, value in flat(grid.config).items()]
+    folded = [Table("configuration", "Configuration", "", rows), *(tables[name] for name in FOLDED if name in tables)]
+    return [
+        Section(id="made", title="How it was made", paragraphs=[MADE, ORIGINS], facts=facts),
+        Section(id="failed", title="Cells that failed", items=failed),
+        Section(id="choices", title=chosen.title, tables=[chosen], folded=folded),
+    ]
+
+
+def setting_text(value: object) -> str:
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(str, value))
+    return "(none)" if value is None else "(empty)" if value in ("", {}) else str(value)
+
+
+def markdown_report(name: str, summary: str, tables: Iterable[Table]) -> str:
+    """One Markdown file: the summary, then every table."""
+    parts = [f"# {markdown(name)}"]
+    for paragraph in summary.rstrip().split("\n\n"):
+        sign = "- " if paragraph.startswith("- ") else ""
+        parts.append(sign + markdown(paragraph.removeprefix(sign)))
+    for table in tables:
+        parts += [f"## {markdown(table.title)}", table.markdown(), markdown(table.caption)]
+    return "\n\n".join(parts) + "\n"
+
+
+def latex_report(name: str, summary: str, tables: Iterable[Table]) -> str:
+    """A whole LaTeX document: the summary, then every table, wide ones made to fit the page."""
+    lines = [
+        r"\documentclass[a4paper,10pt]{article}", r"\usepackage[T1]{fontenc}",
+        r"\usepackage{booktabs,amssymb,longtable}", r"\usepackage[margin=20mm,landscape]{geometry}",
+        rf"\title{{{latex(name)}}}", r"\date{}", r"\begin{document}", r"\maketitle",
+        *(latex(part) + "\n" for part in summary.split("\n\n")),
+    ]  # fmt: skip
+    for table in tables:
+        lines += ["", rf"\section*{{{latex(table.title)}}}", latex(table.caption), "", table.latex(long=True)]
+    return "\n".join([*lines, r"\end{document}", ""])

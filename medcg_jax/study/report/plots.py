@@ -1,4 +1,4 @@
-"""The figures of a grid's report: drawn once, saved as PNG and SVG, and given as SVG that takes the page's colours."""
+"""Figures of reports: drawn once, saved as PNG and SVG, and given as SVG that takes the page's colours; a grid's own."""
 
 import io
 import re
@@ -6,6 +6,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -14,10 +15,15 @@ matplotlib.use("Agg")
 import numpy as np
 from markupsafe import escape
 from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
 
-from medcg_jax.study.report.escape import TICK_CHARACTERS, plain, short_label
-from medcg_jax.study.report.load_grid import Grid, arm_name
-from medcg_jax.study.report.text import PARTS, effect_name, interval, points, verdict
+from medcg_jax.data.phantom.source import DETECTION_TRIPLETS
+from medcg_jax.data.phantom.world import TRIPLETS
+from medcg_jax.study.design import mat
+from medcg_jax.study.report.escape import TICK_CHARACTERS, file_names, plain, short_label
+from medcg_jax.study.report.load_grid import Grid, Score, arm_name
+from medcg_jax.study.report.table import points
+from medcg_jax.study.report.text import PARTS, effect_name, interval, verdict
 from medcg_jax.study.stats import stats
 
 INK, MUTED, GRID = "#22262b", "#6b7280", "#d5d9df"
@@ -45,6 +51,31 @@ STYLE = {
     "text.parse_math": False,
 }  # fmt: skip
 WIDTH_IN = 5.2
+# Comparisons that the headline figure leaves to the table below it.
+MINOR_EFFECTS = (
+    ("pairs", "baseline_plus", "baseline"), ("ablation", "all_related", "baseline"),
+    ("ablation", "all_related", "all_data"),
+)  # fmt: skip
+# Part of multi-task -> the comparison that the headline figure has of it.
+MULTI_TASK_EFFECTS = {
+    "in_distribution": ("multi_task", "single_task"),
+    "out_of_distribution": ("multi_task", "baseline"),
+}
+# Arms of an ablation from the most data to the least.
+ABLATION_ORDER = (
+    "all_data", "all_related", "random_removal", "wo_modality", "wo_area", "wo_task", "same_task", "all_unrelated",
+    "baseline",
+)  # fmt: skip
+# Figure 4's arms in the paper's order, the base before them.
+FIGURE_4 = ("baseline", "all_related", "all_unrelated", "wo_modality", "wo_area", "wo_task", "all_data")
+# Whose gain the map shows, the first that the grid has: (table, arm, against).
+GAINS = (
+    ("pairs", "trained", "baseline_plus"), ("pairs", "trained", "baseline"), ("triples", "trained", "baseline_plus"),
+    ("triples", "trained", "baseline"), ("detection_pairs", "trained", "baseline"),
+    ("ablation", "all_related", "baseline"), ("multi_task", "multi_task", "baseline"),
+)  # fmt: skip
+CURVES = ("with_related", "target_only")
+LOSS_POINTS = 60
 
 
 @dataclass(frozen=True)
@@ -109,14 +140,19 @@ def _font(match: re.Match) -> str:
 
 
 class Plots:
-    """Draws the figures of one grid into a folder."""
+    """Draws the figures of one grid into a folder; a method gives [] where the grid has nothing for its figure."""
 
     def __init__(self, grid: Grid, summary: dict, folder: Path):
         self.grid, self.summary, self.folder = grid, summary, folder
 
+    def draw(
+        self, name: str, title: str, caption: str, height_in: float, paint: Callable, width_in: float = WIDTH_IN
+    ) -> Figure:
+        return draw(self.folder, name, title, caption, height_in, paint, width_in)
+
     def headline(self) -> list[Figure]:
         """Every main difference with its interval, targets as dots."""
-        effects = [e for e in self.summary["effects"] if self.is_main(e)]
+        effects = [effect for effect in self.summary["effects"] if is_main(effect)]
         if not effects:
             return []
 
@@ -124,21 +160,18 @@ class Plots:
             for y, effect in enumerate(reversed(effects)):
                 state = verdict(effect)
                 colour = {"up": BLUE, "down": RED, "open": GREY}[state]
-                each = [100 * value for value in effect["by_target"].values()]
-                axes.plot(each, [y] * len(each), "o", color=colour, alpha=0.28, markersize=3.2, markeredgewidth=0)
+                targets = [100 * value for value in effect["by_target"].values()]
+                axes.plot(targets, [y] * len(targets), "o", color=colour, alpha=0.28, markersize=3.2, markeredgewidth=0)
                 low, mean, high = (100 * effect[key] for key in ("ci_low", "mean", "ci_high"))
                 axes.plot([low, high], [y, y], color=colour, linewidth=2.2, solid_capstyle="butt")
                 fill = "#ffffff" if state == "open" else colour
-                axes.plot(
-                    mean, y, "o", markersize=6.5, markerfacecolor=fill, markeredgecolor=colour, markeredgewidth=1.6
-                )
-                at = axes.get_yaxis_transform()
-                clear = {"facecolor": "#ffffff", "edgecolor": "none", "pad": 1.2}  # keeps lines out of the words
-                axes.text(0, y + 0.28, effect_name(effect), transform=at, fontsize=8.5, va="bottom", bbox=clear)
+                axes.plot(mean, y, "o", markersize=6.5, color=colour, markerfacecolor=fill, markeredgewidth=1.6)
+                # The box keeps lines out of the words.
+                box = {"facecolor": "#ffffff", "edgecolor": "none", "pad": 1.2}
+                words = {"transform": axes.get_yaxis_transform(), "fontsize": 8.5, "va": "bottom", "bbox": box}
+                axes.text(0, y + 0.28, effect_name(effect), **words)
                 number = f"{points(effect['mean'], True)}  [{interval(effect).replace(' to ', ', ')}]"
-                axes.text(
-                    1, y + 0.28, number, transform=at, fontsize=8.5, va="bottom", ha="right", color=MUTED, bbox=clear
-                )
+                axes.text(1, y + 0.28, number, ha="right", color=MUTED, **words)
             axes.axvline(0, color=INK, linewidth=1)
             left, right = axes.get_xlim()
             axes.set_xlim(min(left, -5), max(right, 5))
@@ -152,104 +185,65 @@ class Plots:
             "test records; faint dots: single targets). A hollow point means that the interval includes 0: no "
             "difference is shown."
         )
-        return [draw(self.folder, "effects", "Differences in accuracy", caption, 0.6 + 0.4 * len(effects), paint)]
-
-    @staticmethod
-    def is_main(effect: dict) -> bool:
-        """Whether the headline figure has it; all are in the table below it."""
-        if effect["table"] == "multi_task":
-            wanted = {
-                "in_distribution": ("multi_task", "single_task"),
-                "out_of_distribution": ("multi_task", "baseline"),
-            }
-            return wanted.get(effect["part"]) == (effect["arm"], effect["against"])
-        left_out = (("pairs", "baseline_plus", "baseline"), ("ablation", "all_related", "baseline"),
-                    ("ablation", "all_related", "all_data"))  # fmt: skip
-        return effect["part"] == "" and (effect["table"], effect["arm"], effect["against"]) not in left_out
+        return [self.draw("effects", "Differences in accuracy", caption, 0.6 + 0.4 * len(effects), paint)]
 
     def bars(self, table: str) -> list[Figure]:
         """Arms by target, one figure per direction."""
-        parts: dict[str, list] = defaultdict(list)
-        for (row, target), arms in self.grid.scores(table).items():
-            parts[row.split("/")[0]].append((row, target, arms))
+        title = table.replace("_", " ").capitalize()
         figures = []
-        for part, rows in parts.items():
-            arms = [arm for arm in ("baseline", "baseline_plus", "trained") if any(arm in row[2] for row in rows)]
-            name, title = f"{table}_{part}", table.replace("_", " ").capitalize()
-            caption = (
-                f"{title}, {PARTS.get(part, part)}: accuracy by target with 95 % Wilson intervals; the dashed line is "
-                "chance."
-            )
-            height = 0.75 + len(rows) * (0.2 + 0.13 * len(arms))
-
-            def paint(axes, rows=rows, arms=arms):
-                self.grouped(axes, rows, arms)
-
-            figures.append(draw(self.folder, name, PARTS.get(part, part).capitalize(), caption, height, paint, 4.7))
+        for part in dict.fromkeys(row.split("/")[0] for row, _ in self.grid.scores(table)):
+            words = PARTS.get(part, part)
+            caption = f"{title}, {words}: accuracy by target with 95 % Wilson intervals; the dashed line is chance."
+            groups = self._by_target(table, part)
+            paint, height = grouped_bars(groups, ("baseline", "baseline_plus", "trained"))
+            figures.append(self.draw(f"{table}_{part}", words.capitalize(), caption, height, paint, 4.7))
         return figures
 
-    def grouped(self, axes, rows: Sequence[tuple], arms: Sequence[str]) -> None:
-        """Horizontal bars of several arms for each row, first row on top."""
-        thick, step = 0.13, 0.2 + 0.13 * len(arms)
-        targets = [target for _, target, _ in rows]
-        for place, (row, target, scores) in enumerate(rows):
-            top = -place * step
-            label = target if targets.count(target) == 1 else f"{target} ({row.rsplit('/', 1)[-1]})"
-            label = f"{label}  {self.grid.describe(target)}".strip()
-            axes.text(0.4, top + 0.015, short_label(label), fontsize=8.5, va="bottom")
-            for k, arm in enumerate(arms):
-                if arm not in scores:
-                    continue
-                y = top - thick * (k + 0.5)
-                self.bar(axes, y, scores[arm], COLOURS[arm], thick * 0.86, arm_name(arm) if place == 0 else None)
-            chance = self.grid.chance(target)
-            if chance is not None:
-                axes.plot([100 * chance] * 2, [top - thick * len(arms), top], "--", color=INK, linewidth=1)
-        for arm in arms:  # an arm that the first row lacks
-            if arm not in rows[0][2]:
-                axes.barh(0, 0, color=COLOURS[arm], label=arm_name(arm))
-        axes.set_ylim(-len(rows) * step + 0.05, 0.2)
-        self.percent(axes)
-        axes.figure.legend(loc="outside lower left", ncols=3, handlelength=1, columnspacing=1.2)
+    def figure4(self) -> list[Figure]:
+        """A group of bars for each target, as the paper draws it."""
+        groups = self._by_target("ablation")
+        if len({arm for _, scores, _ in groups for arm in scores} & {*FIGURE_4}) < 2:
+            return []
+        caption = (
+            "The paper's figure 4: accuracy on each target by what a model was trained on, the target itself always "
+            "left out; 95 % Wilson intervals, dashed: chance."
+        )
+        paint, height = grouped_bars(groups, FIGURE_4)
+        return [self.draw("figure4", "By target", caption, height, paint)]
 
-    @staticmethod
-    def bar(axes, y: float, score, colour: str, thick: float, label: str | None) -> None:
-        axes.barh(y, 100 * score.accuracy, height=thick, color=colour, label=label)
-        axes.plot([100 * score.low, 100 * score.high], [y, y], color=INK, linewidth=1)
-
-    @staticmethod
-    def percent(axes) -> None:
-        axes.set_xlim(0, 100)
-        axes.set_yticks([])
-        axes.grid(False, axis="y")
-        axes.spines["left"].set_color(MUTED)
-        axes.set_xlabel("accuracy, %")
+    def _by_target(self, table: str, part: str = "") -> list[tuple[str, dict[str, Score], float | None]]:
+        """(name, arm -> score, chance) of each row of a table, or of one direction of it."""
+        scores = {key: s for key, s in self.grid.scores(table).items() if part in ("", key[0].split("/")[0])}
+        targets = [target for _, target in scores]
+        names = {
+            (row, target): target if targets.count(target) == 1 else f"{target} ({row.rsplit('/', 1)[-1]})"
+            for row, target in scores
+        }
+        return [
+            (f"{names[row, target]}  {self.grid.describe(target)}".strip(), own, self.grid.chance(target))
+            for (row, target), own in scores.items()
+        ]
 
     def ablation(self) -> list[Figure]:
         """The mean of each arm over targets, each target as a dot."""
-        rows = [r for r in self.grid.results if r["table"] == "ablation"]
-        arms = [arm for arm in COLOURS if any(r["arm"] == arm for r in rows)]
+        rows = [row for row in self.grid.results if row["table"] == "ablation"]
+        arms = [arm for arm in ABLATION_ORDER[::-1] if any(row["arm"] == arm for row in rows)]
         if not arms:
             return []
-        order = ("all_data", "all_related", "random_removal", "wo_modality", "wo_area", "wo_task", "same_task",
-                 "all_unrelated", "baseline")  # fmt: skip
-        arms = [arm for arm in order if arm in arms]
-        chances = [c for c in (self.grid.chance(t) for t in {r["target"] for r in rows}) if c is not None]
+        chances = [c for c in (self.grid.chance(t) for t in {row["target"] for row in rows}) if c is not None]
 
         def paint(axes):
-            for y, arm in enumerate(reversed(arms)):
-                own = [r for r in rows if r["arm"] == arm]
+            for y, arm in enumerate(arms):
                 # An accuracy is a difference against never being right.
-                units = [stats.Unit(r["target"], r["seed"], r["n"], r["correct"], 0) for r in own]
+                units = [stats.Unit(r["target"], r["seed"], r["n"], r["correct"], 0) for r in rows if r["arm"] == arm]
                 low, high = stats.bootstrap_interval(units, draws=2000)
-                mean = stats.mean_difference(units)
-                axes.barh(y, 100 * mean, height=0.62, color=COLOURS[arm], alpha=0.85)
-                for target in sorted({u.target for u in units}):
-                    value = stats.mean_difference([u for u in units if u.target == target])
+                axes.barh(y, 100 * stats.mean_difference(units), height=0.62, color=COLOURS[arm], alpha=0.85)
+                for target in sorted({unit.target for unit in units}):
+                    value = stats.mean_difference([unit for unit in units if unit.target == target])
                     axes.plot(100 * value, y, "o", color=INK, alpha=0.45, markersize=2.8, markeredgewidth=0)
                 axes.plot([100 * low, 100 * high], [y, y], color=INK, linewidth=1.6)
-            self.percent(axes)
-            axes.set_yticks(range(len(arms)), [arm_name(arm) for arm in reversed(arms)], color=INK)
+            _percent(axes)
+            axes.set_yticks(range(len(arms)), [arm_name(arm) for arm in arms], color=INK)
             if chances:
                 axes.axvline(100 * float(np.mean(chances)), color=INK, linestyle="--", linewidth=1)
 
@@ -258,66 +252,67 @@ class Plots:
             "single targets; dashed: mean chance). Random removal takes away as many related subsets as leaving out an "
             "element does on average."
         )
-        return [draw(self.folder, "ablation", "Ablation", caption, 0.7 + 0.3 * len(arms), paint)]
+        return [self.draw("ablation", "Ablation", caption, 0.7 + 0.3 * len(arms), paint)]
 
     def multi_task(self) -> list[Figure]:
         """Subsets as lines, arms as points; one figure in and one out of distribution."""
         figures = []
         for part in ("in_distribution", "out_of_distribution"):
-            rows = [(t, s) for (row, t), s in self.grid.scores("multi_task").items() if row == part]
-            arms = [arm for arm in ("baseline", "single_task", "multi_task") if any(arm in s for _, s in rows)]
-            if not rows:
-                continue
-
-            def paint(axes, rows=rows, arms=arms):
-                for y, (target, scores) in enumerate(reversed(rows)):
-                    chance = self.grid.chance(target)
-                    if chance is not None:
-                        axes.plot([100 * chance] * 2, [y - 0.36, y + 0.36], color=INK, linewidth=1, linestyle=":")
-                    for k, arm in enumerate(arms):
-                        if arm in scores:
-                            s, at = scores[arm], y + 0.2 - 0.2 * k
-                            axes.plot([100 * s.low, 100 * s.high], [at, at], color=COLOURS[arm], linewidth=1.4)
-                            label = arm_name(arm) if y == 0 else None
-                            axes.plot(100 * s.accuracy, at, "o", color=COLOURS[arm], markersize=4.5, label=label)
-                self.percent(axes)
-                axes.set_yticks(range(len(rows)), [short_label(t, TICK_CHARACTERS) for t, _ in reversed(rows)],
-                                color=INK, fontsize=8)  # fmt: skip
-                axes.set_ylim(-0.6, len(rows) - 0.4)
-                axes.grid(True, axis="y")
-                axes.figure.legend(loc="outside lower left", ncols=3, handlelength=1, columnspacing=1.2)
-
-            words = PARTS[part]
-            caption = f"One model of all subsets, {words}: accuracy by subset, 95 % Wilson intervals; dotted: chance."
-            height = 0.85 + 0.27 * len(rows)
-            figures.append(draw(self.folder, f"multi_task_{part}", words.capitalize(), caption, height, paint))
+            scores = {target: s for (row, target), s in self.grid.scores("multi_task").items() if row == part}
+            if scores:
+                caption = (
+                    f"One model of all subsets, {PARTS[part]}: accuracy by subset, 95 % Wilson intervals; dotted: "
+                    "chance."
+                )
+                paint, height = partial(self._points, scores=scores), 0.85 + 0.27 * len(scores)
+                figures.append(self.draw(f"multi_task_{part}", PARTS[part].capitalize(), caption, height, paint))
         return figures
 
+    def _points(self, axes, scores: dict[str, dict[str, Score]]) -> None:
+        arms = [arm for arm in ("baseline", "single_task", "multi_task") if any(arm in s for s in scores.values())]
+        targets = list(scores)[::-1]
+        for y, target in enumerate(targets):
+            chance = self.grid.chance(target)
+            if chance is not None:
+                axes.plot([100 * chance] * 2, [y - 0.36, y + 0.36], color=INK, linewidth=1, linestyle=":")
+            for i, arm in enumerate(arms):
+                score, at = scores[target].get(arm), y + 0.2 - 0.2 * i
+                if score:
+                    label = arm_name(arm) if y == 0 else None
+                    axes.plot([100 * score.low, 100 * score.high], [at, at], color=COLOURS[arm], linewidth=1.4)
+                    axes.plot(100 * score.accuracy, at, "o", color=COLOURS[arm], markersize=4.5, label=label)
+        _percent(axes)
+        names = [short_label(target, TICK_CHARACTERS) for target in targets]
+        axes.set_yticks(range(len(targets)), names, color=INK, fontsize=8)
+        axes.set_ylim(-0.6, len(targets) - 0.4)
+        axes.grid(True, axis="y")
+        _legend(axes, 3)
+
     def efficiency(self) -> list[Figure]:
-        curves: dict[str, list[dict]] = defaultdict(list)
+        """Both curves over all targets, and those of every target where there are several."""
+        curves: dict[str, dict[int, Score]] = defaultdict(dict)
         for point in self.summary["curves"]:
-            curves[point["curve"]].append(point)
+            score = Score(point["accuracy"], point["ci_low"], point["ci_high"], point["n"], ())
+            curves[point["curve"]][point["records"]] = score
         if not curves:
             return []
-        counts = sorted({point["records"] for found in curves.values() for point in found})
-
-        def paint(axes):
-            for curve in ("with_related", "target_only"):
-                found = curves.get(curve, [])
-                x = [counts.index(point["records"]) for point in found]
-                low, mean, high = ([100 * p[key] for p in found] for key in ("ci_low", "accuracy", "ci_high"))
-                axes.fill_between(x, low, high, color=COLOURS[curve], alpha=0.16, linewidth=0)
-                axes.plot(x, mean, "o-", color=COLOURS[curve], linewidth=1.8, markersize=4.5, label=PARTS[curve])
-            axes.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
-            axes.set_xlabel("training records of the target (steps are not to scale)")
-            axes.set_ylabel("accuracy, %")
-            axes.figure.legend(loc="outside lower left", ncols=2, handlelength=1.5)
-
         caption = (
             "Accuracy over the number of the target's own training records: mean over targets and seeds, with 95 % "
-            "bootstrap intervals as bands."
+            "bootstrap intervals as bands. Steps between the numbers of records are not to scale."
         )
-        return [draw(self.folder, "efficiency", "Data efficiency", caption, 3.1, paint)]
+        paint = partial(_curves, curves=curves)
+        figures = [self.draw("efficiency", "Data efficiency", caption, 3.1, paint)]
+        by_target: dict[str, dict[str, dict[int, Score]]] = defaultdict(lambda: defaultdict(dict))
+        for (row, target), scores in self.grid.scores("efficiency").items():
+            for arm, score in scores.items():
+                by_target[target][row.split("/")[0]][int(arm.rsplit("_", 1)[1])] = score
+        files = file_names(by_target)
+        for target, curves in by_target.items() if len(by_target) > 1 else ():
+            title = self.grid.describe(target) or target
+            caption = f"{title}: accuracy with 95 % Wilson intervals; dashed: chance."
+            paint = partial(_curves, curves=curves, chance=self.grid.chance(target))
+            figures.append(self.draw(f"efficiency_{files[target]}", title, caption, 2.6, paint, 3.4))
+        return figures
 
     def losses(self) -> list[Figure]:
         """Training loss over the share of a run that is done, one small figure per table."""
@@ -329,54 +324,189 @@ class Plots:
                 if len(logged) > 1:
                     steps, losses = np.array(logged, float).T
                     arm = cell["row"].split("/")[0] if table == "efficiency" else cell["arm"]
-                    runs[arm].append(np.interp(np.linspace(0, 1, 60), steps / max(1.0, steps[-1]), losses))
+                    share = steps / max(1.0, steps[-1])
+                    runs[arm].append(np.interp(np.linspace(0, 1, LOSS_POINTS), share, losses))
             if runs:
-                figures.append(self.loss(table, runs))
+                words, num_runs = table.replace("_", "-").capitalize(), sum(map(len, runs.values()))
+                caption = f"{words}: training loss, median and 10 to 90 % range over {num_runs} runs."
+                height = 2.4 + 0.09 * len(runs)
+                figures.append(self.draw(f"loss_{table}", words, caption, height, partial(_losses, runs=runs), 3.4))
         return figures
-
-    def loss(self, table: str, runs: dict[str, list[np.ndarray]]) -> Figure:
-        def paint(axes):
-            x = np.linspace(0, 100, 60)
-            for arm in (arm for arm in COLOURS if arm in runs):
-                low, middle, high = np.quantile(np.stack(runs[arm]), [0.1, 0.5, 0.9], axis=0)
-                label = PARTS.get(arm) or arm_name(arm)
-                axes.fill_between(x, low, high, color=COLOURS[arm], alpha=0.12, linewidth=0)
-                axes.plot(x, middle, color=COLOURS[arm], linewidth=1.4, label=label)
-            axes.set_ylim(bottom=0)
-            axes.set_xlabel("training done, %")
-            axes.set_ylabel("loss")
-            axes.figure.legend(loc="outside lower left", ncols=2, handlelength=1.2, fontsize=7.5, columnspacing=1)
-
-        words = table.replace("_", "-")
-        number = sum(len(found) for found in runs.values())
-        caption = f"{words.capitalize()}: training loss, median and 10 to 90 % range over {number} runs."
-        return draw(self.folder, f"loss_{table}", words.capitalize(), caption, 2.4 + 0.09 * len(runs), paint, 3.4)
 
     def letters(self) -> list[Figure]:
         """How often each letter was answered, by arm, beside how often it was right."""
-        table = next((name for name in self.grid.tables if name != "efficiency"), None)
-        found = {arm: letters for (name, arm), letters in self.grid.letters.items() if name == table and letters.n}
-        arms = [arm for arm in COLOURS if arm in found]
+        table = next((name for name in self.grid.tables if name != "efficiency"), "")
+        answered = {arm: letters for (name, arm), letters in self.grid.letters.items() if name == table and letters.n}
+        arms = [arm for arm in COLOURS if arm in answered]
         if not arms:
             return []
-        letters = sorted({letter for arm in arms for letter in (*found[arm].predicted, *found[arm].answers)})
+        names = sorted({name for value in answered.values() for name in (*value.predicted, *value.answers)})
 
         def paint(axes):
             thick = 0.8 / len(arms)
-            for k, arm in enumerate(arms):
-                share = [100 * found[arm].predicted.get(letter, 0) / found[arm].n for letter in letters]
-                at = np.arange(len(letters)) - 0.4 + thick * (k + 0.5)
-                axes.bar(at, share, width=thick * 0.9, color=COLOURS[arm], label=arm_name(arm))
-            answers = found[arms[0]]
-            for i, letter in enumerate(letters):
-                right = 100 * answers.answers.get(letter, 0) / answers.n
+            for i, arm in enumerate(arms):
+                shares = [100 * answered[arm].predicted.get(name, 0) / answered[arm].n for name in names]
+                at = np.arange(len(names)) - 0.4 + thick * (i + 0.5)
+                axes.bar(at, shares, width=thick * 0.9, color=COLOURS[arm], label=arm_name(arm))
+            first = answered[arms[0]]
+            for i, name in enumerate(names):
+                right = 100 * first.answers.get(name, 0) / first.n
                 label = "right answers" if i == 0 else None
                 axes.plot([i - 0.42, i + 0.42], [right, right], color=INK, linewidth=1.6, label=label)
-            axes.set_xticks(range(len(letters)), letters, color=INK)
+            axes.set_xticks(range(len(names)), names, color=INK)
             axes.grid(False, axis="x")
             axes.set_ylabel("share of answers, %")
-            axes.figure.legend(loc="outside lower left", ncols=4, handlelength=1, columnspacing=1.2, fontsize=8)
+            _legend(axes, 4)
 
-        words = (table or "").replace("_", "-")
+        words = table.replace("_", "-")
         caption = f"Letters answered in {words}, by arm; the black line is how often the letter is the right answer."
-        return [draw(self.folder, "letters", "Letters answered", caption, 2.7, paint)]
+        return [self.draw("letters", "Letters answered", caption, 2.7, paint)]
+
+    def triplet_map(self) -> list[Figure]:
+        """Modality by area and task: what was trained on, what was tested, and what Trained gained there."""
+        triplets = triplets_of(self.grid)
+        gains, against = gains_by_target(self.summary)
+        trained = {name for cell in self.grid.done() for name in cell["related"].split("+") if name}
+        known = {name: triplets[name] for name in (*gains, *sorted(trained)) if name in triplets}
+        if not known or not gains:
+            return []
+        modalities = sorted({modality for modality, _, _ in known.values()})[::-1]
+        columns = sorted({(task, area) for _, area, task in known.values()})
+        most = max(0.01, *(abs(value) for value in gains.values()))
+        names_of: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+        for name, triplet in known.items():
+            names_of[triplet].append(name)
+
+        def paint(axes):
+            for (modality, area, task), names in names_of.items():
+                x, y = columns.index((task, area)), modalities.index(modality)
+                tested = [gains[name] for name in names if name in gains]
+                if tested:
+                    gain = float(np.mean(tested))
+                    style = {"facecolor": BLUE if gain >= 0 else ORANGE, "alpha": 0.12 + 0.6 * abs(gain) / most}
+                    axes.text(x + 0.5, y + 0.5, points(gain, True), ha="center", va="center", fontsize=7)
+                else:
+                    style = {"fill": False, "hatch": "////", "edgecolor": MUTED}
+                axes.add_patch(Rectangle((x, y), 1, 1, linewidth=0, **style))
+            tasks = [task for task, _ in columns]
+            for task in dict.fromkeys(tasks):
+                x = tasks.index(task)
+                axes.axvline(x, color=INK, linewidth=1 if x else 0)
+                name = short_label(task, TICK_CHARACTERS)
+                axes.text(x + 0.05, len(modalities) + 0.08, name, fontsize=8, va="bottom")
+            axes.set_xlim(0, len(columns))
+            axes.set_ylim(0, len(modalities))
+            areas = [short_label(area, TICK_CHARACTERS) for _, area in columns]
+            axes.set_xticks(np.arange(len(columns)) + 0.5, areas, rotation=90, fontsize=7)
+            names = [short_label(name, TICK_CHARACTERS) for name in modalities]
+            axes.set_yticks(np.arange(len(modalities)) + 0.5, names, fontsize=8)
+            axes.grid(False)
+
+        caption = (
+            f"Modality by area, tasks side by side. Numbers: points of accuracy that {against[0]} gained over "
+            f"{against[1]} on a target, averaged over its rows and seeds (blue: above 0, orange: below). Hatched: "
+            "trained on in some cell, and no target of this comparison. Blank: neither."
+        )
+        width, height = max(5.2, 1.4 + 0.42 * len(columns)), 1.5 + 0.3 * len(modalities)
+        return [self.draw("map", "What was trained on, and what was gained", caption, height, paint, width)]
+
+
+def is_main(effect: dict) -> bool:
+    """Whether the headline figure has an effect; all are in the table below it."""
+    if effect["table"] == "multi_task":
+        return MULTI_TASK_EFFECTS.get(effect["part"]) == (effect["arm"], effect["against"])
+    return effect["part"] == "" and (effect["table"], effect["arm"], effect["against"]) not in MINOR_EFFECTS
+
+
+def triplets_of(grid: Grid) -> dict[str, tuple[str, str, str]]:
+    """Subset -> (modality, area, Task element)."""
+    if grid.of_phantoms:
+        return {t.name: (t.modality, t.area, t.task) for t in (*TRIPLETS, *DETECTION_TRIPLETS)}
+    triplets = grid.triplets.items()
+    return {name: (modality, area, mat.task_elements(task)[0]) for name, (modality, area, task) in triplets}
+
+
+def gains_by_target(summary: dict) -> tuple[dict[str, float], tuple[str, str]]:
+    """(target -> mean gain, (arm, against) for people) of the first comparison of `GAINS` that the grid has."""
+    for table, arm, against in GAINS:
+        gains: dict[str, list[float]] = defaultdict(list)
+        for row in summary["rows"]:
+            if (row["table"], row["arm"], row["against"]) == (table, arm, against):
+                gains[row["target"]].append(row["difference"])
+        if gains:
+            return {t: float(np.mean(values)) for t, values in gains.items()}, (arm_name(arm), arm_name(against))
+    return {}, ("", "")
+
+
+def grouped_bars(
+    groups: Sequence[tuple[str, dict[str, Score], float | None]], arms: Sequence[str]
+) -> tuple[Callable, float]:
+    """(paint, height in inches) of horizontal bars of several arms for each (name, arm -> score, chance).
+
+    arms: in the order of their bars; those that no group has are left out.
+    """
+    arms = [arm for arm in arms if any(arm in scores for _, scores, _ in groups)]
+    thick, step = 0.13, 0.2 + 0.13 * len(arms)
+
+    def paint(axes):
+        for number, (name, scores, chance) in enumerate(groups):
+            top = -number * step
+            axes.text(0.4, top + 0.015, short_label(name), fontsize=8.5, va="bottom")
+            for i, arm in enumerate(arms):
+                y, score = top - thick * (i + 0.5), scores.get(arm)
+                # An arm that the first group lacks is in the legend all the same.
+                label = arm_name(arm) if number == 0 else None
+                axes.barh(y, 100 * score.accuracy if score else 0, thick * 0.86, color=COLOURS[arm], label=label)
+                if score:
+                    axes.plot([100 * score.low, 100 * score.high], [y, y], color=INK, linewidth=1)
+            if chance is not None:
+                axes.plot([100 * chance] * 2, [top - thick * len(arms), top], "--", color=INK, linewidth=1)
+        axes.set_ylim(-len(groups) * step + 0.05, 0.2)
+        _percent(axes)
+        _legend(axes, 3)
+
+    return paint, 0.8 + len(groups) * step
+
+
+def _curves(axes, curves: dict[str, dict[int, Score]], chance: float | None = None) -> None:
+    """Accuracy over records (curve -> records -> score), on an axis with equal steps between the numbers of records."""
+    counts = sorted({count for scores in curves.values() for count in scores})
+    for curve in (curve for curve in CURVES if curve in curves):
+        scores = dict(sorted(curves[curve].items()))
+        x = [counts.index(count) for count in scores]
+        low, mean, high = ([100 * getattr(s, key) for s in scores.values()] for key in ("low", "accuracy", "high"))
+        _band(axes, x, low, mean, high, COLOURS[curve], marker="o", markersize=4, label=PARTS[curve])
+    if chance is not None:
+        axes.axhline(100 * chance, color=INK, linestyle="--", linewidth=0.9)
+    axes.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
+    axes.set_xlabel("training records of the target")
+    axes.set_ylabel("accuracy, %")
+    _legend(axes, 2)
+
+
+def _losses(axes, runs: dict[str, list[np.ndarray]]) -> None:
+    for arm in (arm for arm in COLOURS if arm in runs):
+        low, middle, high = np.quantile(np.stack(runs[arm]), [0.1, 0.5, 0.9], axis=0)
+        label = PARTS.get(arm) or arm_name(arm)
+        _band(axes, np.linspace(0, 100, LOSS_POINTS), low, middle, high, COLOURS[arm], label=label)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("training done, %")
+    axes.set_ylabel("loss")
+    _legend(axes, 2)
+
+
+def _band(axes, x, low, middle, high, colour: str, **line) -> None:
+    axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
+    axes.plot(x, middle, color=colour, linewidth=1.6, **line)
+
+
+def _percent(axes) -> None:
+    axes.set_xlim(0, 100)
+    axes.set_yticks([])
+    axes.grid(False, axis="y")
+    axes.spines["left"].set_color(MUTED)
+    axes.set_xlabel("accuracy, %")
+
+
+def _legend(axes, num_columns: int) -> None:
+    axes.figure.legend(loc="outside lower left", ncols=num_columns, handlelength=1.2, columnspacing=1.2, fontsize=8)

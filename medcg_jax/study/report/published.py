@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from medcg_jax.config import MODELS
 from medcg_jax.families import registry
 from medcg_jax.study.design import mat, suite
-from medcg_jax.study.report.load_grid import Grid
-from medcg_jax.study.report.tables import Column, Table, Tables, answers_per_arm, seeds_text
+from medcg_jax.study.report.load_grid import arm_name
+from medcg_jax.study.report.table import Table
+from medcg_jax.study.report.tables import Tables
 from medcg_jax.study.stats.paired import paper_power
 
 # Arm -> what tables 1 and 2 of the paper call it.
@@ -16,103 +17,93 @@ MODEL = "LLaVA-1.5-7B"
 FILES = {number: (file, family.title) for family in registry.families() for number, file in family.tables.values()}
 
 
-def published(grid: Grid, summary: dict) -> list[Table]:
+def published(tables: Tables) -> list[Table]:
     """Rows of the paper that the grid repeats on released data; [] for phantoms."""
-    if grid.of_phantoms:
+    if tables.grid.of_phantoms:
         return []
-    family = MODELS.get(grid.config["model"]["name"], "")
+    family = MODELS.get(tables.grid.config["model"]["name"], "")
     numbers = {"pairs": suite.PAIR_TABLES.get(family, 3), "triples": 4}
     if family in suite.DETECTION_TABLES:
         numbers["detection_pairs"] = suite.DETECTION_TABLES[family]
-    tables = Tables(grid, summary)
-    made = [*(combination(tables, table, number) for table, number in numbers.items()), *per_subset(tables)]
+    made = [combination(tables, table, number) for table, number in numbers.items()]
+    made += [per_subset(tables, part) for part in ("in_distribution", "out_of_distribution")]
     return [table for table in made if table.rows]
+
+
+def beside(values: dict, paper: dict, arms: Sequence[str]) -> dict:
+    """Each arm's printed accuracy and the grid's own (of `Tables.compared`); the last arm with the colours of both."""
+    columns = {}
+    for arm in arms:
+        columns |= {f"{arm}_paper": paper.get(arm), arm: values[arm]}
+    others = [float(paper[arm]) for arm in arms[:-1] if paper.get(arm)]
+    colours = {arms[-1]: values["mark"]}
+    if paper.get(arms[-1]) and others:
+        # The paper's green ("win") is above all others of the row, its red ("loss") is not.
+        colours[f"{arms[-1]}_paper"] = "win" if float(paper[arms[-1]]) > max(others) else "loss"
+    return columns | {"mark": values["mark"], "colours": colours}
+
+
+def titles_of(arms: Sequence[str]) -> dict[str, str]:
+    titles = {"n": "n here"}
+    for arm in arms:
+        titles |= {f"{arm}_paper": f"{arm_name(arm)}, paper", arm: f"{arm_name(arm)}, here"}
+        titles[f"p_{arm}"] = f"p vs {arm_name(arm)}"
+    return titles
 
 
 def combination(tables: Tables, table: str, number: int) -> Table:
     """A published table in its layout: green where Trained is above both baselines, else orange (red there)."""
-    grid = tables.grid
     file, model = FILES[number]
     printed = {int(row["row"]): row for row in mat.paper_csv(file)}
-    read = {row.row: row for row in mat.paper_rows(number)}
-    arms = ("baseline", "baseline_plus", "trained")
+    readings = {row.row: row for row in mat.paper_rows(number)}
+    arms, rows = ("baseline", "baseline_plus", "trained"), []
+    for (row, target), scores in tables.grid.scores(table).items():
+        paper_table, paper_row = suite.Row.parse(table, row).published or (0, 0)
+        if paper_table == number and paper_row in printed:
+            reading = readings[paper_row]
+            values = tables.compared(table, row, target, scores, "trained", ("baseline_plus", "baseline"))
+            rows.append(
+                {"paper_row": paper_row, "related": " + ".join(reading.related), "target": target}
+                | beside(values, printed[paper_row], arms)
+                | {key: values[key] for key in ("p_plus", "p_base", "n", "seeds", "cost")}
+                | {"confidence": reading.confidence, "evidence": reading.evidence or None}
+            )
     name = table.replace("_", " ").capitalize()
-    made = Table(
-        f"published_{table}", f"{name} beside table {number}",
-        f"{name} beside table {number} of arXiv 2412.20070, version 1: printed accuracies ({model}) and "
-        f"this grid's ({grid.config['model']['name']}), in %. Subset numbers are inferred from the printed baselines; "
-        "the confidence is that of the reading.",
-        [Column("paper_row", "Row", "count"), Column("related", "Related"), Column("target", "Target"),
-         *(Column(f"{arm}{side}", f"{word}{text}", kind)
-           for arm, word in zip(arms, ("Baseline", "Baseline+", "Trained"), strict=True)
-           for side, text, kind in (("_paper", ", paper", "text"), ("", ", here", "score"))),
-         Column("mark", "", "mark"), Column("p_plus", "p vs Baseline+", "p"), Column("p_base", "p vs Baseline", "p"),
-         Column("n", "n here", "count"), Column("seeds", "Seeds"), Column("cost", "Seconds", "count"),
-         Column("confidence", "Reading"),
-         Column("evidence", "Why", "long")],
-    )  # fmt: skip
-    for (row, target), scores in grid.scores(table).items():
-        place = suite.Row.parse(table, row).published
-        if place is None or place[0] != number or place[1] not in printed:
-            continue
-        paper, reading = printed[place[1]], read[place[1]]
-        values = {"paper_row": place[1], "related": " + ".join(reading.related), "target": target,
-                  "n": answers_per_arm(scores), "seeds": seeds_text(scores), "confidence": reading.confidence,
-                  "evidence": reading.evidence or None}  # fmt: skip
-        for arm in arms:
-            values |= {f"{arm}_paper": paper.get(arm), arm: scores.get(arm)}
-        plus, base = (tables.paired(table, row, target, "trained", arm) for arm in ("baseline_plus", "baseline"))
-        mark = tables.mark([plus, base])
-        values |= {"mark": mark, "p_plus": plus and plus["p"], "p_base": base and base["p"],
-                   "cost": tables.cost(table, row, "trained")}  # fmt: skip
-        made.add(values, trained_paper=printed_mark(paper, "trained", ("baseline", "baseline_plus")), trained=mark)
-    return made
+    caption = (
+        f"{name} beside table {number} of arXiv 2412.20070, version 1: printed accuracies ({model}) and this grid's "
+        f"({tables.grid.config['model']['name']}), in %. Subset numbers are inferred from the printed baselines; the "
+        "confidence is that of the reading."
+    )
+    titles = {"paper_row": "Row", "related": "Related", "confidence": "Reading", "evidence": "Why"}
+    return Table(f"published_{table}", f"{name} beside table {number}", caption, rows, titles_of(arms) | titles)
 
 
-def printed_mark(row: dict, arm: str, others: Sequence[str]) -> str:
-    """How the paper colours an accuracy: green ("win") above all others of its row, red ("loss") else; "" unprinted."""
-    values = [float(row[name]) for name in others if row.get(name)]
-    return "" if not row.get(arm) or not values else "win" if float(row[arm]) > max(values) else "loss"
-
-
-def per_subset(tables: Tables) -> list[Table]:
-    """Tables 1 and 2: subsets are printed by number there, so nothing is inferred."""
-    grid, made = tables.grid, []
-    for part, number, file in (
-        ("in_distribution", 1, "table1_in_distribution"),
-        ("out_of_distribution", 2, "table2_out_of_distribution"),
-    ):
-        printed = {(row["subset"], row["model"]): row["accuracy"] for row in mat.paper_csv(file)}
-        arms = [arm for arm, word in PRINTED.items() if any(model == word for _, model in printed)]
-        table = Table(
-            f"published_{part}", f"Multi-task beside table {number}",
-            f"Subsets beside table {number} of arXiv 2412.20070, version 1: printed accuracies ({MODEL}) and this "
-            f"grid's ({grid.config['model']['name']}), in %. The table prints subset numbers: nothing is inferred.",
-            [Column("target", "Subset"),
-             *(Column(f"{arm}{side}", f"{PRINTED[arm].removesuffix(' Training')}{text}", kind)
-               for arm in arms for side, text, kind in (("_paper", ", paper", "text"), ("", ", here", "score"))),
-             Column("mark", "", "mark"),
-             *(Column(f"p_{arm}", f"p vs {PRINTED[arm].removesuffix(' Training')}", "p") for arm in arms[:-1]),
-             Column("n", "n here", "count"), Column("seeds", "Seeds")],
-        )  # fmt: skip
-        for (row, target), scores in grid.scores("multi_task").items():
-            if row == part and (target, "Baseline") in printed:
-                values = {"target": target, "n": answers_per_arm(scores), "seeds": seeds_text(scores)}
-                for arm in arms:
-                    values |= {f"{arm}_paper": printed.get((target, PRINTED[arm])), arm: scores.get(arm)}
-                found = {arm: tables.paired("multi_task", row, target, "multi_task", arm) for arm in arms[:-1]}
-                mark = tables.mark(list(found.values()))
-                values |= {"mark": mark} | {f"p_{arm}": one and one["p"] for arm, one in found.items()}
-                paper = {arm: printed.get((target, PRINTED[arm])) for arm in arms}
-                table.add(values, multi_task_paper=printed_mark(paper, "multi_task", arms[:-1]), multi_task=mark)
-        made.append(table)
-    return made
+def per_subset(tables: Tables, part: str) -> Table:
+    """Table 1 or 2: subsets are printed by number there, so nothing is inferred."""
+    number = 1 if part == "in_distribution" else 2
+    printed = {(row["subset"], row["model"]): row["accuracy"] for row in mat.paper_csv(f"table{number}_{part}")}
+    arms = [arm for arm, word in PRINTED.items() if any(model == word for _, model in printed)]
+    rows = []
+    for (row, target), scores in tables.grid.scores("multi_task").items():
+        if row == part and (target, "Baseline") in printed:
+            values = tables.compared("multi_task", row, target, scores, "multi_task", arms[-2::-1])
+            paper = {arm: printed.get((target, PRINTED[arm])) for arm in arms}
+            rows.append(
+                {"target": target}
+                | beside(values, paper, arms)
+                | {key: values[key] for key in (*(f"p_{arm}" for arm in arms[:-1]), "n", "seeds")}
+            )
+    caption = (
+        f"Subsets beside table {number} of arXiv 2412.20070, version 1: printed accuracies ({MODEL}) and this grid's "
+        f"({tables.grid.config['model']['name']}), in %. The table prints subset numbers: nothing is inferred."
+    )
+    titles = titles_of(arms) | {"target": "Subset"}
+    return Table(f"published_{part}", f"Multi-task beside table {number}", caption, rows, titles)
 
 
 def power() -> str:
     """How many of table 3's printed wins so many test records could show, in words."""
-    found = {against: paper_power(against=against) for against in ("baseline_plus", "baseline")}
-    plus, base = found["baseline_plus"], found["baseline"]
+    plus, base = paper_power(against="baseline_plus"), paper_power(against="baseline")
     sizes = ", ".join(f"{n:,} ({below} of {plus['wins']})" for n, below in plus["below"].items())
     return (
         f"Of the {plus['wins']} printed wins of Trained over Baseline+ in table 3, some are smaller than what a target "
@@ -124,14 +115,12 @@ def power() -> str:
 
 def context() -> str:
     """What the paper prints, in words, for a page whose own numbers must not stand beside it."""
-    rows = [
-        {arm: float(row[arm]) for arm in ("baseline", "baseline_plus", "trained")}
-        for row in mat.paper_csv("table3_classification_pairs")
-    ]
-    both = [row for row in rows if row["trained"] > max(row["baseline"], row["baseline_plus"])]
-    small = [r for r in both if r["trained"] - max(r["baseline"], r["baseline_plus"]) <= 3]
+    arms = ("trained", "baseline", "baseline_plus")
+    rows = [[float(row[arm]) for arm in arms] for row in mat.paper_csv("table3_classification_pairs")]
+    gains = [trained - max(others) for trained, *others in rows if trained > max(others)]
     return (
         f"Table 3 of the paper (arXiv 2412.20070, version 1; {MODEL} on real medical images) prints Trained above both "
-        f"baselines in {len(both)} of {len(rows)} rows, in {len(small)} of them by 3 points or less, with no test "
-        "sizes, intervals or seeds. Its numbers are not set beside these, since phantoms are not patients."
+        f"baselines in {len(gains)} of {len(rows)} rows, in {sum(gain <= 3 for gain in gains)} of them by 3 points or "
+        "less, with no test sizes, intervals or seeds. Its numbers are not set beside these, since phantoms are not "
+        "patients."
     )

@@ -1,20 +1,20 @@
-"""Test images with question, options and answers, and how the arms used the letters."""
+"""Cards of test images: what was asked, what was answered and what is right; the most confident mistakes of a subset."""
 
 import base64
 import hashlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from markupsafe import Markup
+from PIL import Image, ImageDraw
 
-from medcg_jax.config import DataConfig
-from medcg_jax.data.records import LETTERS, DataError, Source
-from medcg_jax.data.sources import open_source
-from medcg_jax.study.report.load_grid import Grid, Letters, arm_name, letter_logprobs
-from medcg_jax.study.report.tables import Column, Table
+from medcg_jax.data.records import LETTERS, DataError
+from medcg_jax.eval import boxes as box_scores
+from medcg_jax.eval.boxes import BoxAnswer
+from medcg_jax.study.report.load_grid import Grid, arm_name, letter_logprobs
 
 # Whose answers are shown, the first that the grid has: the arm that carries the study's claim.
 SHOWN = (
@@ -23,11 +23,15 @@ SHOWN = (
 )  # fmt: skip
 # Arms of the same row whose answers stand beside it.
 BESIDE = ("baseline", "baseline_plus")
-NUM_EACH = 6
+NUM_EACH, NUM_BOXES = 6, 8
+# Mistakes on a subset's page. Their images take at most some 300 kB of it, and so the pages of 53 subsets 16 MB.
+NUM_MISTAKES = 12
 # Why images of a grid's data cannot be shown: they are gone, are others, or config.json says what is no source.
 NOT_SHOWN = (DataError, OSError, KeyError, TypeError, ValueError, OverflowError)
-# Small images are enlarged by whole factors to about this size; larger ones are made this small.
+# Small images are enlarged by whole factors to about this size; larger ones are reduced to twice of it.
 SIDE_PX = 160
+# Colours of the page: the boxes asked for, those answered.
+TRUTH, ANSWER = "#009e73", "#d55e00"
 
 
 @dataclass(frozen=True)
@@ -38,90 +42,50 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Sample:
+class Card:
     """One test record as it was asked, and what was answered.
 
     Attributes:
-      image: the address of an embedded PNG or JPEG.
-      others: (arm for people, its letter).
+      image: the address of an embedded PNG or JPEG. answered: the answers in words.
+      answer, predicted: letters; "" where boxes were asked for.
     """
 
     record: str
-    subset: str
     image: str
     question: str
-    options: tuple[Option, ...]
-    answer: str
-    predicted: str
-    generated: str | None
-    others: tuple[tuple[str, str], ...]
-
-    @property
-    def is_right(self) -> bool:
-        return self.predicted == self.answer
+    answered: str
+    options: tuple[Option, ...] = ()
+    answer: str = ""
+    predicted: str = ""
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Samples of one arm; `absent` says why there are none."""
+class Cards:
+    """Cards of one arm's answers; `absent` says why there are none.
+
+    Attributes:
+      arm: with its table and seed. num_answers, num_wrong: of all its answers that were looked at.
+    """
 
     arm: str = ""
-    table: str = ""
-    right: tuple[Sample, ...] = ()
-    wrong: tuple[Sample, ...] = ()
+    right: tuple[Card, ...] = ()
+    wrong: tuple[Card, ...] = ()
     absent: str = ""
+    num_answers: int = 0
+    num_wrong: int = 0
 
 
-def samples(grid: Grid) -> Samples:
+def samples(grid: Grid) -> Cards:
     """Right and wrong answers of the first arm of `SHOWN`, at the grid's first seed, one per target first."""
     if not grid.seeds:
-        return Samples(absent="No cell is finished, so there is nothing to show.")
-    seed, found = grid.seeds[0], None
-    for table, arm in SHOWN:
-        cells = [c for c in grid.done(table) if c["arm"] == arm and int(c["seed"]) == seed]
-        if cells:
-            found = (table, arm, cells)
-            break
-    if found is None:
-        return Samples(absent=f"No finished cell of seed {seed} has an arm that is shown here.")
-    table, arm, cells = found
-    try:
-        source = open_as_recorded(grid, seed)
-    except NOT_SHOWN as error:
-        return Samples(arm, table, absent=f"The images cannot be shown: {error}")
-    right, wrong = chosen(grid, cells)
-    try:
-        made = [tuple(sample(grid, source, table, cell, r) for cell, r in part) for part in (right, wrong)]
-    except NOT_SHOWN as error:
-        return Samples(arm, table, absent=f"The images cannot be shown: {error}")
-    return Samples(arm_name(arm), table.replace("_", "-"), *made)
-
-
-def open_as_recorded(grid: Grid, seed: int) -> Source:
-    """The source that the cells of one seed were tested on.
-
-    Raises:
-      DataError: it is not there, or is not what the grid recorded.
-    """
-    fields = {key: tuple(v) if isinstance(v, list) else v for key, v in grid.config["data"].items()}
-    # A seed of the study draws the data too.
-    source = open_source(DataConfig(**fields | {"seed": fields.get("seed", 0) + seed}))
-    recorded = grid.run.get("data", {}).get(str(seed))
-    # Behind the choice records' fingerprint stands that of the boxes, where a table trains on them.
-    if recorded and source.fingerprint() != recorded.partition(" ")[0]:
-        raise DataError(
-            f"the data have changed since the grid (fingerprint {recorded} then, {source.fingerprint()} now)"
-        )
-    return source
-
-
-def chosen(grid: Grid, cells: Sequence[dict]) -> tuple[list, list]:
-    """(right, wrong): (cell, prediction) in an order drawn from a hash of the record ids, targets in turn."""
+        return Cards(absent="No cell is finished, so there is nothing to show.")
+    cells = shown_cells(grid)
+    if not cells:
+        return Cards(absent=f"No finished cell of seed {grid.seeds[0]} has an arm that is shown here.")
     queues: dict[tuple[str, bool], list] = {}
-    for cell in cells:
-        for record in grid.predictions(cell["cell"]):
-            queues.setdefault((record["subset"], record["predicted"] == record["answer"]), []).append((cell, record))
-    parts = []
+    for cell, record in _answers(grid, cells):
+        queues.setdefault((record["subset"], record["predicted"] == record["answer"]), []).append((cell, record))
+    chosen: dict[bool, list] = {}
     for is_right in (True, False):
         # Round by round: every target's first record, then every target's second.
         ranked = []
@@ -129,49 +93,146 @@ def chosen(grid: Grid, cells: Sequence[dict]) -> tuple[list, list]:
             if kind is is_right:
                 # A record may be tested in several rows; once is enough.
                 unique = {record["id"]: (cell, record) for cell, record in sorted(queue, key=_drawn)}
-                ranked += [(place, subset, item) for place, item in enumerate(unique.values())]
-        parts.append([item for _, _, item in sorted(ranked, key=lambda entry: entry[:2])[:NUM_EACH]])
-    return parts[0], parts[1]
+                ranked += [(place, subset, answer) for place, answer in enumerate(unique.values())]
+        chosen[is_right] = [answer for _, _, answer in sorted(ranked, key=lambda entry: entry[:2])[:NUM_EACH]]
+    cards, absent = _cards(lambda: [letter_card(grid, *answer) for answer in chosen[True] + chosen[False]])
+    right, wrong = (tuple(c for c in cards if (c.predicted == c.answer) is kind) for kind in (True, False))
+    return Cards(_arm_words(grid, cells), right, wrong, absent)
 
 
-def _drawn(item: tuple[dict, dict]) -> tuple[str, str]:
-    cell, record = item
+def mistakes(grid: Grid, target: str) -> tuple[Cards, list[dict]]:
+    """The most confident mistakes about a subset, of the arm that `samples` would show; and all its answers."""
+    cells = shown_cells(grid, target)
+    answers = [(cell, record) for cell, record in _answers(grid, cells) if record["subset"] == target]
+    wrong = sorted(
+        ((cell, record) for cell, record in answers if record["predicted"] != record["answer"]),
+        key=lambda answer: (-confidence(answer[1]), answer[1]["id"], answer[0]["cell"]),
+    )
+    # A record may be tested in several rows; its most confident mistake is enough.
+    unique: dict[str, tuple[dict, dict]] = {}
+    for cell, record in wrong:
+        unique.setdefault(record["id"], (cell, record))
+    chosen = list(unique.values())[:NUM_MISTAKES]
+    cards, absent = _cards(lambda: [letter_card(grid, *answer) for answer in chosen])
+    arm = _arm_words(grid, cells) if cells else ""
+    return Cards(arm, (), cards, absent, len(answers), len(wrong)), [record for _, record in answers]
+
+
+def box_samples(grid: Grid) -> Cards:
+    """Images of the trained arm's first cell out of distribution (else in), drawn by a hash of their names."""
+    cells = [cell for cell in grid.done("detection") if cell["related"]]
+    if not cells:
+        return Cards()
+    cell = max(cells, key=lambda cell: (cell["row"].startswith("out"), -int(cell["seed"])))
+    answers = sorted(grid.boxes(cell["cell"]), key=lambda a: hashlib.sha256(f"{a.id}/{a.label}".encode()).digest())
+    cards, absent = _cards(lambda: [box_card(grid, int(cell["seed"]), answer) for answer in answers[:NUM_BOXES]])
+    return Cards(right=cards, absent=absent)
+
+
+def _cards(make: Callable[[], Iterable[Card]]) -> tuple[tuple[Card, ...], str]:
+    """(cards, ""), or ((), why there are none)."""
+    try:
+        return tuple(make()), ""
+    except NOT_SHOWN as error:
+        return (), f"The images cannot be shown: {error}"
+
+
+def shown_cells(grid: Grid, target: str = "") -> list[dict]:
+    """The cells of the first arm of `SHOWN` that the grid has at its first seed, tested on a target."""
+    for table, arm in SHOWN:
+        cells = [c for c in grid.done(table) if c["arm"] == arm and int(c["seed"]) == grid.seeds[0]]
+        cells = [cell for cell in cells if not target or target in cell["target"].split("+")]
+        if cells:
+            return cells
+    return []
+
+
+def _arm_words(grid: Grid, cells: Sequence[dict]) -> str:
+    return f"{arm_name(cells[0]['arm'])} ({cells[0]['table'].replace('_', '-')}, seed {grid.seeds[0]})"
+
+
+def _answers(grid: Grid, cells: Sequence[dict]) -> list[tuple[dict, dict]]:
+    """(cell, prediction) of all predictions of the cells."""
+    return [(cell, record) for cell in cells for record in grid.predictions(cell["cell"])]
+
+
+def _drawn(answer: tuple[dict, dict]) -> tuple[str, str]:
+    """A key that puts answers into an order drawn from a hash of their records' ids."""
+    cell, record = answer
     return hashlib.sha256(record["id"].encode()).hexdigest(), cell["cell"]
 
 
-def sample(grid: Grid, source: Source, table: str, cell: dict, prediction: dict) -> Sample:
-    """Raises KeyError when the source has no such record."""
-    records = source.records(prediction["subset"], "test")
-    places = {record.id: place for place, record in enumerate(records.records)}
-    if prediction["id"] not in places:
-        raise KeyError(f"record {prediction['id']} is not in the source")
-    place = places[prediction["id"]]
-    question = records.records[place].turns[-1].question.partition("\n")[0]
-    return Sample(
-        prediction["id"], prediction["subset"], embedded(records.image(place)), question, options(prediction),
-        str(prediction["answer"]), str(prediction["predicted"]),
-        None if prediction.get("generated") is None else str(prediction["generated"]),
-        tuple(beside(grid, table, cell, prediction["id"])),
-    )  # fmt: skip
+def probabilities(prediction: dict) -> dict[str, float]:
+    """Letter -> its probability among those offered; {} where the file has none."""
+    weights = {letter: math.exp(value) for letter, value in letter_logprobs(prediction).items()}
+    total = sum(weights.values())
+    return {letter: weight / total for letter, weight in weights.items()} if total else {}
 
 
-def options(prediction: dict) -> tuple[Option, ...]:
-    logprobs = letter_logprobs(prediction)
-    total = sum(math.exp(value) for value in logprobs.values())
-    return tuple(
-        Option(letter, str(text), math.exp(logprobs[letter]) / total if letter in logprobs and total else None)
+def confidence(prediction: dict) -> float:
+    return probabilities(prediction).get(prediction["predicted"], 0.0)
+
+
+def letter_card(grid: Grid, cell: dict, prediction: dict) -> Card:
+    """Raises KeyError where the source has no such record."""
+    records = grid.source().records(prediction["subset"], "test")
+    number = _number_of(records, prediction["id"])
+    # The other arms' answers to the same record.
+    beside = [
+        (arm_name(arm), str(line["predicted"]))
+        for arm in BESIDE
+        for other in grid.cells_of(cell["table"], cell["row"], arm)
+        if other["seed"] == cell["seed"]
+        for line in grid.predictions(other["cell"])
+        if line["id"] == prediction["id"]
+    ]
+    answer, predicted = str(prediction["answer"]), str(prediction["predicted"])
+    answered = Markup("answered <b>{}</b>, right is <b>{}</b>").format(predicted, answer)
+    answered += "".join(f"; {arm}: {letter}" for arm, letter in beside)
+    if prediction.get("generated") is not None:
+        answered += f"; generated “{prediction['generated']}”"
+    shares = probabilities(prediction)
+    options = tuple(
+        Option(letter, str(text), shares.get(letter))
         for letter, text in zip(LETTERS, prediction["options"], strict=False)
     )
+    question = records.records[number].turns[-1].question.partition("\n")[0]
+    return Card(prediction["id"], embedded(records.image(number)), question, answered, options, answer, predicted)
 
 
-def beside(grid: Grid, table: str, cell: dict, record: str):
-    """(arm, its letter) of the other arms on the same record."""
-    for arm in BESIDE:
-        for other in grid.done(table):
-            if (other["row"], other["arm"], other["seed"]) == (cell["row"], arm, cell["seed"]):
-                for line in grid.predictions(other["cell"]):
-                    if line["id"] == record:
-                        yield arm_name(arm), str(line["predicted"])
+def box_card(grid: Grid, seed: int, answer: BoxAnswer) -> Card:
+    """Raises KeyError where the source has no such record."""
+    records = grid.source(seed).records(answer.subset, "test")
+    image = with_boxes(records.image(_number_of(records, answer.id)), answer.truth, answer.predicted or ())
+    num_found = box_scores.summary([answer])["correct"]
+    answered = f"{num_found} of {len(answer.truth)} found; generated “{answer.generated}”"
+    return Card(answer.id, embedded(image), answer.label, answered)
+
+
+def _number_of(records, record_id: str) -> int:
+    for number, record in enumerate(records.records):
+        if record.id == record_id:
+            return number
+    raise KeyError(f"record {record_id} is not in the source")
+
+
+def with_boxes(image: np.ndarray, truth: Sequence[Sequence[float]], answered: Sequence[Sequence[float]]) -> np.ndarray:
+    """uint8[h, w, 3] of the image in the size that a page shows, with the boxes' outlines: drawn on a large image, they
+    would be gone when it is reduced."""
+    picture, longest = Image.fromarray(image), max(image.shape[:2])
+    small = longest <= 2 * SIDE_PX
+    factor = max(1, SIDE_PX // longest) if small else 2 * SIDE_PX / longest
+    size = [max(1, round(side * factor)) for side in picture.size]
+    picture = picture.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+    pencil = ImageDraw.Draw(picture)
+    for boxes, colour in ((truth, TRUTH), (answered, ANSWER)):
+        for box in boxes:
+            # Regressed corners may be out of order, and a box thinner than its outline.
+            x0, y0, x1, y1 = (min(max(x * factor, -3.0), max(picture.size) + 3.0) for x in box)
+            left, top = min(x0, x1), min(y0, y1)
+            corners = (left, top, max(left, max(x0, x1) - 1), max(top, max(y0, y1) - 1))
+            pencil.rectangle(corners, outline=colour, width=2)
+    return np.asarray(picture)
 
 
 def embedded(image: np.ndarray) -> str:
@@ -179,49 +240,13 @@ def embedded(image: np.ndarray) -> str:
 
     Real images take 5 to 25 kB so (80 of medmat-mini: half of them below 12), pixels of noise 50 to 100.
     """
-    picture, text = Image.fromarray(image), io.BytesIO()
-    if max(picture.size) <= SIDE_PX:
+    picture, data = Image.fromarray(image), io.BytesIO()
+    kind = "png" if max(picture.size) <= SIDE_PX else "jpeg"
+    if kind == "png":
         factor = max(1, SIDE_PX // max(picture.size))
         picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-        picture.save(text, format="PNG", optimize=True)
-        kind = "png"
+        picture.save(data, format="PNG", optimize=True)
     else:
         picture.thumbnail((SIDE_PX * 2, SIDE_PX * 2))
-        picture.convert("RGB").save(text, format="JPEG", quality=82, optimize=True)
-        kind = "jpeg"
-    return f"data:image/{kind};base64," + base64.b64encode(text.getvalue()).decode()
-
-
-def letters_table(grid: Grid) -> Table:
-    """How each arm of each table used the letters, and what it said when asked freely."""
-    found = {key: value for key, value in grid.letters.items() if value.n}
-    names = sorted({letter for value in found.values() for letter in (*value.predicted, *value.answers)})
-    made = Table(
-        "answers", "How the letters were used",
-        "Per arm: the share of answers that are each letter (right answers in the first row of a table), the "
-        "probability that the model puts on the offered letters before anything is ruled out, accuracy by likelihood "
-        "of the offered letters (the study's measure), and, for greedily generated answers, how many are no offered "
-        "letter and the accuracy when those count as wrong. All in %.",
-        [Column("table", "Table"), Column("arm", "Arm"), Column("n", "Answers", "count"),
-         *(Column(f"letter_{name}", name, "share") for name in names), Column("mass", "Mass on letters", "share"),
-         Column("accuracy", "Accuracy", "share"), Column("unparsed", "Unparsed", "share"),
-         Column("generated", "Accuracy, generated", "share")],
-    )  # fmt: skip
-    for (table, arm), value in found.items():
-        words = table.replace("_", "-")
-        if not any(row["table"] == words for row in made.rows):
-            shares = {f"letter_{name}": value.answers.get(name, 0) / value.n for name in names}
-            made.add({"table": words, "arm": "(right answers)", "n": value.n, **shares})
-        made.add({"table": words, "arm": arm_name(arm), **letter_row(value, names)})
-    return made
-
-
-def letter_row(value: Letters, names: Sequence[str]) -> dict:
-    return {
-        "n": value.n,
-        **{f"letter_{name}": value.predicted.get(name, 0) / value.n for name in names},
-        "mass": value.mass / value.num_mass if value.num_mass else None,
-        "accuracy": value.right / value.n,
-        "unparsed": value.unparsed / value.generated if value.generated else None,
-        "generated": value.generated_right / value.generated if value.generated else None,
-    }
+        picture.convert("RGB").save(data, format="JPEG", quality=82, optimize=True)
+    return f"data:image/{kind};base64," + base64.b64encode(data.getvalue()).decode()

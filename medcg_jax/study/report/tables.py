@@ -1,359 +1,497 @@
-"""The tables of a grid's report: each as rows of values, for the page, as CSV and as LaTeX (booktabs)."""
+"""The tables of a grid's report, from its files and `stats.summarise`."""
 
-import csv
-import io
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 from medcg_jax.config import MODELS
+from medcg_jax.data.leaks import EXACT
+from medcg_jax.data.records import LETTERS
+from medcg_jax.eval import boxes as box_scores
+from medcg_jax.eval.boxes import BoxAnswer
 from medcg_jax.study.design.suite import DETECTION_TABLES, PAIR_TABLES
-from medcg_jax.study.report.escape import csv_cell, latex
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name
-from medcg_jax.study.report.text import PARTS, effect_name, efficiency_gains, p_text, points, verdict
+from medcg_jax.study.report.table import Table
+from medcg_jax.study.report.text import PARTS, effect_name, efficiency_gains, verdict
+from medcg_jax.study.stats import stats
+from medcg_jax.train import goodput
 
-# How a row's result is marked: CSS class -> sign, words.
-MARKS = {
-    "win-sure": ("▲", "above, and significantly (exact McNemar, Holm-adjusted p < 0.05)"),
-    "win": ("△", "above, not significantly"),
-    "even": ("◇", "above one and not above the other"),
-    "loss": ("▽", "below, not significantly"),
-    "loss-sure": ("▼", "below, and significantly"),
-}
+# What an interval shows -> CSS class.
+COLOURS = {"up": "win-sure", "down": "loss-sure", "open": ""}
+ABLATION_ARMS = (
+    "baseline", "all_related", "all_unrelated", "wo_modality", "wo_area", "wo_task", "random_removal", "same_task",
+    "all_data",
+)  # fmt: skip
 BOTH_SOURCES = (
     "The p is of these records alone; the interval of the difference counts the spread of seeds too, so that of a "
     "significant row may include 0. Seconds are of all seeds' trainings."
 )
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column.
-
-    Attributes:
-      kind: "text", "long" (text that may break), "score" (a Score), "share" (a fraction shown
-        in %), "points" (a difference), "interval" (two fractions), "count", "p" or "mark" (a key of MARKS).
-    """
-
-    key: str
-    title: str
-    kind: str = "text"
-
-
-@dataclass
-class Table:
-    """Rows of values by column key; None where there is no value.
-
-    Attributes:
-      name: of its files, `tables/NAME.csv` and `.tex`.
-      colours: (row number, column key) -> CSS class.
-      wide: whether the page folds it away.
-    """
-
-    name: str
-    title: str
-    caption: str
-    columns: list[Column]
-    rows: list[dict] = field(default_factory=list)
-    colours: dict[tuple[int, str], str] = field(default_factory=dict)
-    wide: bool = False
-
-    def add(self, row: dict, **colours: str) -> None:
-        self.colours.update({(len(self.rows), key): name for key, name in colours.items() if name})
-        self.rows.append(row)
-
-    def used(self) -> list[Column]:
-        """Columns that hold a value in some row."""
-        return [c for c in self.columns if any(row.get(c.key) is not None for row in self.rows)]
-
-    def csv(self) -> str:
-        """Numbers as fractions, unrounded; a score as four columns (KEY, KEY_low, KEY_high, KEY_n)."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        columns = self.used()
-        rows = [[name for column in columns for name in csv_names(column)]]
-        rows += [[value for c in columns for value in csv_values(c, row.get(c.key))] for row in self.rows]
-        writer.writerows([csv_cell(value) for value in row] for row in rows)
-        return text.getvalue()
-
-    def latex(self) -> str:
-        """A booktabs table; needs the packages booktabs and amssymb."""
-        columns = self.used()
-        kinds = "".join("l" if c.kind in ("text", "long", "mark") else "r" for c in columns)
-        lines = [
-            "% needs \\usepackage{booktabs,amssymb}",
-            "\\begin{table}", "\\centering", f"\\caption{{{latex(self.caption)}}}", f"\\label{{tab:{self.name}}}",
-            f"\\begin{{tabular}}{{{kinds}}}", "\\toprule",
-            " & ".join(latex(c.title) for c in columns) + r" \\", "\\midrule",
-            *(" & ".join(latex(shown(c, row.get(c.key))) for c in columns) + r" \\" for row in self.rows),
-            "\\bottomrule", "\\end{tabular}", "\\end{table}", "",
-        ]  # fmt: skip
-        return "\n".join(lines)
-
-
-def csv_names(column: Column) -> list[str]:
-    if column.kind == "score":
-        return [column.key, f"{column.key}_low", f"{column.key}_high", f"{column.key}_n"]
-    return [f"{column.key}_low", f"{column.key}_high"] if column.kind == "interval" else [column.key]
-
-
-def csv_values(column: Column, value) -> list:
-    if column.kind == "score":
-        return [value.accuracy, value.low, value.high, value.n] if value else [""] * 4
-    if column.kind == "interval":
-        return list(value) if value else ["", ""]
-    return ["" if value is None else value]
-
-
-def shown(column: Column, value) -> str:
-    """A value as text: accuracies in %, differences in points; "–" where there is none."""
-    if value is None:
-        return "–"
-    if column.kind == "score":
-        return f"{100 * value.accuracy:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
-    if column.kind == "interval":
-        return f"{points(value[0])} to {points(value[1])}"
-    formats = {
-        "share": lambda v: f"{100 * v:.1f}",
-        "points": lambda v: points(v, True),
-        "count": lambda v: v if isinstance(v, str) else f"{v:,}",
-        "p": p_text,
-        "mark": lambda v: MARKS[v][0],
-        "text": str,
-        "long": str,
-    }
-    return formats[column.kind](value)
+# The row of a table of boxes that sums over its subsets.
+ALL_SUBSETS = "all subsets"
+# Findings that a row of the table of contamination names.
+NUM_FINDINGS = 3
+# Kind of time -> what it is.
+TIME_WORDS = {
+    "productive": "steps that counted",
+    "compile": "the first step of each program",
+    "input": "devices standing still for data",
+    "checkpoint": "the loop held up by saving",
+    "restart": "start-up after the first, restoring, steps made again",
+    "evaluation": "tests",
+    "other": "the first start-up, encoding data, waiting for other processes, and the rest",
+}
 
 
 class Tables:
-    """Makes the tables of one grid from its files and `stats.summarise`."""
+    """Makes the tables of one grid that need its statistics."""
 
     def __init__(self, grid: Grid, summary: dict):
         self.grid, self.summary = grid, summary
         self._rows = {(r["table"], r["row"], r["target"], r["arm"], r["against"]): r for r in summary["rows"]}
 
     def all(self) -> list[Table]:
-        made = [
-            *self.effects(), *self.combination("pairs"), *self.combination("triples"),
-            *self.combination("detection_pairs"), self.ablation(),
-            *self.multi_task(), self.efficiency(),
-        ]  # fmt: skip
-        return [table for table in made if table.rows]
+        """Every table but those with published numbers; none is empty."""
+        grid, tables = self.grid, list(self.effects())
+        for name in ("pairs", "triples", "detection_pairs"):
+            tables += self.combination(name)
+        tables += [self.ablation(), self.multi_task("in_distribution"), self.multi_task("out_of_distribution")]
+        tables += [self.efficiency(), contamination(grid), self.comparisons(), cells(grid), letters(grid)]
+        tables += [self.controls(), self.asked_again(), time_spent(grid)]
+        tables += [boxes(grid, part) for part in ("in_distribution", "out_of_distribution")]
+        return [table for table in tables if table.rows]
 
     def paired(self, table: str, row: str, target: str, arm: str, against: str) -> dict | None:
         return self._rows.get((table, row, target, arm, against))
 
-    def mark(self, found: Sequence[dict | None]) -> str | None:
-        """The mark of one arm against several: surely above (below) all, above (below) all, or neither."""
-        found = [row for row in found if row]
-        if not found:
-            return None
-        sure = all(row["p_holm"] < 0.05 for row in found)
-        if all(row["difference"] > 0 for row in found):
-            return "win-sure" if sure else "win"
-        if all(row["difference"] < 0 for row in found):
-            return "loss-sure" if sure else "loss"
-        return "even"
-
-    def effects(self) -> list[Table]:
-        """The whole tables' effects, and, folded away, those of their directions."""
+    def effects(self) -> tuple[Table, Table]:
+        """The effects of whole tables, and those of their directions."""
         caption = (
-            "Mean differences between arms, in points of accuracy, with 95 % bootstrap intervals over targets, seeds "
-            "and test records; rows above and below, and how many of these significantly (exact McNemar test per row, "
-            "Holm-adjusted over a table's rows). Overall: a sign-flip test of the targets' means, its p by direction "
-            "adjusted by Holm over a table's directions, and the least it can be with so few targets. Green: the "
-            "interval is above 0; orange: below."
+            "Mean differences between arms, in points, with 95 % bootstrap intervals over targets, seeds and records; "
+            "rows above and below, and how many significantly (exact McNemar per row, Holm-adjusted over a table). "
+            "Overall: a sign-flip test of the targets' means, by direction adjusted by Holm over a table's directions, "
+            "and the least p that so few targets allow. Green: the interval is above 0; orange: below."
         )
-        columns = [
-            Column("name", "Difference", "long"), Column("mean", "Points", "points"),
-            Column("ci", "95\u00a0% interval", "interval"),
-            Column("rows", "Rows", "count"), Column("wins", "Up", "count"), Column("significant", "signif.", "count"),
-            Column("losses", "Down", "count"), Column("significant_losses", "signif.", "count"),
-            Column("p_overall", "Overall p", "p"), Column("p_overall_holm", "p, Holm", "p"),
-            Column("p_smallest", "Least p", "p"),
-            Column("targets", "Targets", "count"), Column("seeds", "Seeds", "count"),
-            *(Column(f"seed_{seed}", f"Seed {seed}", "points") for seed in self.grid.seeds),
-        ]  # fmt: skip
-        # Holm's family are a table's directions: a table as a whole stands alone.
-        whole = Table("effects", "Differences", caption, [c for c in columns if c.key != "p_overall_holm"])
-        parts = Table("effects_by_direction", "Differences by direction", caption, columns, wide=True)
+        titles = {
+            "name": "Difference", "mean": "Points", "wins": "Up", "significant": "signif.", "losses": "Down",
+            "significant_losses": "signif.", "p_overall": "Overall p", "p_overall_holm": "p, Holm",
+            "p_smallest": "Least p",
+        }  # fmt: skip
+        whole, directions = [], []
         for effect in self.summary["effects"]:
-            # In and out of distribution answer different questions; triples have one direction.
-            table = whole if (effect["part"] == "") != (effect["table"] == "multi_task") else parts
-            if table is parts and effect["table"] != "pairs":
-                continue
-            colour = {"up": "win-sure", "down": "loss-sure", "open": ""}[verdict(effect)]
-            values = {"name": effect_name(effect), "ci": (effect["ci_low"], effect["ci_high"])}
-            values |= {f"seed_{seed}": value for seed, value in effect["by_seed"].items()}
-            table.add({c.key: effect.get(c.key) for c in columns} | values, mean=colour)
-        return [whole, parts]
+            row = {"name": effect_name(effect), "mean": effect["mean"], "ci": (effect["ci_low"], effect["ci_high"])}
+            keys = ("rows", "wins", "significant", "losses", "significant_losses", "p_overall", "p_overall_holm",
+                    "p_smallest", "targets", "seeds")  # fmt: skip
+            row |= {key: effect[key] for key in keys}
+            row |= {f"seed_{seed}": effect["by_seed"].get(str(seed)) for seed in self.grid.seeds}
+            row["colours"] = {"mean": COLOURS[verdict(effect)]}
+            # In and out of distribution answer different questions.
+            if (effect["part"] == "") != (effect["table"] == "multi_task"):
+                # Holm's family are a table's directions: a table as a whole stands alone.
+                whole.append(row | {"p_overall_holm": None})
+            elif effect["table"] == "pairs":  # triples have one direction
+                directions.append(row)
+        return (
+            Table("effects", "Differences", caption, whole, titles),
+            Table("effects_by_direction", "Differences by direction", caption, directions, titles),
+        )
+
+    def compared(
+        self, table: str, row: str, target: str, scores: dict[str, Score], arm: str, others: Sequence[str]
+    ) -> dict:
+        """The values of one row: an arm beside others, the difference over the first of these."""
+        results = [self.paired(table, row, target, arm, other) for other in others]
+        first = results[0] or {}
+        row_mark = mark(results)
+        singles = self.mean_of_singles(row, target) if table == "multi_task" else None
+        names = {} if table == "multi_task" else {"baseline_plus": "p_plus", "baseline": "p_base"}
+        return (
+            {"target": target, "what": self.grid.describe(target) or None, "chance": self.grid.chance(target)}
+            | {name: scores.get(name) for name in (*reversed(others), arm)}
+            | {"mark": row_mark, "singles": singles, "n": answers_per_arm(scores)}
+            | {"difference": first.get("difference"), "ci": (first["ci_low"], first["ci_high"]) if first else None}
+            | {names.get(o, f"p_{o}"): r and r["p"] for o, r in zip(others, results, strict=True)}
+            | {"seeds": seeds_text(scores), "cost": self.seconds(table, row, arm)}
+            | {"colours": {arm: row_mark, "mark": row_mark}}
+        )
 
     def combination(self, table: str) -> list[Table]:
         """One table per direction of `pairs`, `triples` or `detection_pairs`."""
-        made: dict[str, Table] = {}
         family = MODELS.get(self.grid.config["model"]["name"], "")
-        numbers = {"pairs": PAIR_TABLES.get(family, 3), "triples": 4}
-        number, above = numbers.get(table), "both baselines, solid where both differences are"
+        number = {"pairs": PAIR_TABLES.get(family, 3), "triples": 4}.get(table, DETECTION_TABLES.get(family, 5))
+        name, others = table.replace("_", " ").capitalize(), ("baseline_plus", "baseline")
+        above = "both baselines, solid where both differences are"
         if table == "detection_pairs":
-            number, above = DETECTION_TABLES.get(family, 5), "Baseline, solid where the difference is"
-        name = table.replace("_", " ").capitalize()
-        over = "Baseline" if table == "detection_pairs" else "Baseline+"
-        for (row, target), arms in self.grid.scores(table).items():
-            part = row.split("/")[0]
-            if part not in made:
-                made[part] = Table(
-                    f"{table}_{part}", f"{name}: {PARTS.get(part, part)}",
-                    f"{name} with {PARTS.get(part, part)} (the paper's table {number}). Accuracy in % "
-                    "[95 % Wilson interval] over n test answers; exact McNemar p, paired by record. Green: Trained is "
-                    f"above {above} significant after Holm's adjustment; orange (red in the paper): below. "
-                    f"{BOTH_SOURCES}",
-                    [Column("target", "Target"), Column("what", "Combination"),
-                     Column("chance", "Chance", "share"), Column("baseline", "Baseline", "score"),
-                     Column("baseline_plus", "Baseline+", "score"),
-                     Column("trained", "Trained", "score"), Column("mark", "", "mark"), Column("n", "n", "count"),
-                     Column("difference", f"Points over {over}", "points"),
-                     Column("ci", "95\u00a0% interval", "interval"),
-                     Column("p_plus", "p vs Baseline+", "p"), Column("p_base", "p vs Baseline", "p"),
-                     Column("seeds", "Seeds"), Column("cost", "Seconds", "count"),
-                     Column("related", "Trained on", "long")],
-                )  # fmt: skip
-            plus = self.paired(table, row, target, "trained", "baseline_plus")
-            base = self.paired(table, row, target, "trained", "baseline")
-            mark, first = self.mark([plus, base]), (base if over == "Baseline" else plus) or {}
-            ci = (first["ci_low"], first["ci_high"]) if "ci_low" in first else None
-            made[part].add(
-                {"related": self.related(table, row, "trained"), "target": target,
-                 "what": self.grid.describe(target) or None, "chance": self.grid.chance(target),
-                 "baseline": arms.get("baseline"), "baseline_plus": arms.get("baseline_plus"),
-                 "trained": arms.get("trained"), "mark": mark, "n": answers_per_arm(arms),
-                 "difference": first.get("difference"), "ci": ci, "cost": self.cost(table, row, "trained"),
-                 "p_plus": plus and plus["p"], "p_base": base and base["p"], "seeds": seeds_text(arms)},
-                trained=mark, mark=mark,
-            )  # fmt: skip
-        return list(made.values())
+            others, above = ("baseline",), "Baseline, solid where the difference is"
+        parts: dict[str, list[dict]] = {}
+        for (row, target), scores in self.grid.scores(table).items():
+            values = self.compared(table, row, target, scores, "trained", others)
+            values["related"] = self.trained_on(table, row, "trained")
+            parts.setdefault(row.split("/")[0], []).append(values)
+        titles = {"difference": f"Points over {arm_name(others[0])}"}
+        return [
+            Table(
+                f"{table}_{part}", f"{name}: {PARTS.get(part, part)}",
+                f"{name} with {PARTS.get(part, part)} (the paper's table {number}). Accuracy in % "
+                "[95 % Wilson interval] over n test answers; exact McNemar p, paired by record. Green: Trained is "
+                f"above {above} significant after Holm's adjustment; orange (red in the paper): below. {BOTH_SOURCES}",
+                rows, titles,
+            )
+            for part, rows in parts.items()
+        ]  # fmt: skip
 
-    def cost(self, table: str, row: str, arm: str) -> int | None:
-        """Seconds that the trainings behind a row's arm took, over its seeds; None where none were recorded."""
-        cells = [c for c in self.grid.done(table) if (c["row"], c["arm"]) == (row, arm)]
-        return round(sum(float(c["seconds"] or 0) for c in cells)) or None
-
-    def related(self, table: str, row: str, arm: str) -> str:
-        """What an arm was trained on; how many draws where the seeds differ, which the list of cells has."""
-        found = [c for c in self.grid.done(table) if c["row"] == row and c["arm"] == arm]
-        sets = dict.fromkeys(c["related"].replace("+", " + ") for c in found)
-        if len(sets) <= 1:
-            return next(iter(sets), "–")
-        return f"{len(sets)} draws, in the list of cells"
-
-    def ablation(self) -> Table:
-        arms = ("baseline", "all_related", "all_unrelated", "wo_modality", "wo_area", "wo_task", "random_removal",
-                "same_task", "all_data")  # fmt: skip
-        made = Table(
-            "ablation", "Ablation",
-            "What each element is worth (the paper's figure 4) and two controls: a random removal of as many related "
-            "subsets, and the subsets that share the task alone. Accuracy in % [95 % Wilson interval]. "
-            "Orange: significantly below all related (exact McNemar, Holm-adjusted); green: significantly above.",
-            [Column("target", "Target"), Column("what", "Combination"), Column("chance", "Chance", "share"),
-             *(Column(arm, arm_name(arm), "score") for arm in arms), Column("n", "n", "count"),
-             Column("seeds", "Seeds")],
-        )  # fmt: skip
-        for (row, target), scores in self.grid.scores("ablation").items():
-            colours = {}
-            for arm in arms:
-                mark = self.mark([self.paired("ablation", row, target, "all_related", arm)])
-                colours[arm] = {"win-sure": "loss-sure", "loss-sure": "win-sure"}.get(mark or "", "")
-            chance = self.grid.chance(target)
-            what = self.grid.describe(target) or None
-            values = {
-                "target": target,
-                "what": what,
-                "chance": chance,
-                "n": answers_per_arm(scores),
-                "seeds": seeds_text(scores),
-            }
-            made.add(values | {arm: scores.get(arm) for arm in arms}, **colours)
-        return made
-
-    def multi_task(self) -> list[Table]:
-        """In distribution (the paper's table 1) and out of distribution (table 2)."""
-        made = {}
-        for part, number, arms in (
-            ("in_distribution", 1, ("baseline", "single_task")),
-            ("out_of_distribution", 2, ("baseline",)),
-        ):
-            made[part] = Table(
-                f"multi_task_{part}", f"Multi-task: {PARTS[part]}",
-                f"One model of all subsets, {PARTS[part]} (the paper's table {number}). Accuracy in % [95 % Wilson "
-                "interval]; exact McNemar p. Green: Multi-task is above all others of the row, solid where "
-                f"significantly; orange: below all. {BOTH_SOURCES}",
-                [Column("target", "Subset"), Column("what", "Combination"), Column("chance", "Chance", "share"),
-                 *(Column(arm, arm_name(arm), "score") for arm in (*arms, "multi_task")), Column("mark", "", "mark"),
-                 Column("singles", "Single-task, mean of all", "share"),
-                 Column("n", "n", "count"), Column("difference", f"Points over {arm_name(arms[-1])}", "points"),
-                 Column("ci", "95\u00a0% interval", "interval"),
-                 *(Column(f"p_{arm}", f"p vs {arm_name(arm)}", "p") for arm in reversed(arms)),
-                 Column("seeds", "Seeds"), Column("cost", "Seconds", "count")],
-            )  # fmt: skip
-            for (row, target), scores in self.grid.scores("multi_task").items():
-                if row != part:
-                    continue
-                found = {arm: self.paired("multi_task", row, target, "multi_task", arm) for arm in arms}
-                mark = self.mark(list(found.values()))
-                values = {"target": target, "what": self.grid.describe(target) or None,
-                          "chance": self.grid.chance(target), "mark": mark, "n": answers_per_arm(scores),
-                          "seeds": seeds_text(scores)}  # fmt: skip
-                values |= {arm: scores.get(arm) for arm in (*arms, "multi_task")}
-                values["singles"] = self.mean_of_singles(part, target)
-                first = found[arms[-1]]
-                if first:
-                    values |= {"difference": first["difference"], "ci": (first["ci_low"], first["ci_high"])}
-                values["cost"] = self.cost("multi_task", row, "multi_task")
-                values |= {f"p_{arm}": row and row["p"] for arm, row in found.items()}
-                made[part].add(values, multi_task=mark, mark=mark)
-        return list(made.values())
+    def multi_task(self, part: str) -> Table:
+        """In distribution (the paper's table 1) or out of distribution (table 2)."""
+        others = ("single_task", "baseline") if part == "in_distribution" else ("baseline",)
+        rows = [
+            self.compared("multi_task", row, target, scores, "multi_task", others)
+            for (row, target), scores in self.grid.scores("multi_task").items()
+            if row == part
+        ]
+        titles = {f"p_{other}": f"p vs {arm_name(other)}" for other in others}
+        titles |= {"target": "Subset", "singles": "Single-task, mean of all"}
+        titles |= {"difference": f"Points over {arm_name(others[0])}"}
+        caption = (
+            f"One model of all subsets, {PARTS[part]} (the paper's table {1 if len(others) == 2 else 2}). Accuracy in "
+            "% [95 % Wilson interval]; exact McNemar p. Green: Multi-task is above all others of the row, solid where "
+            f"significantly; orange: below all. {BOTH_SOURCES}"
+        )
+        return Table(f"multi_task_{part}", f"Multi-task: {PARTS[part]}", caption, rows, titles)
 
     def mean_of_singles(self, part: str, target: str) -> float | None:
         """Mean accuracy on a target of the models of one other subset each; None where they were not asked."""
-        found = [
+        accuracies = [
             scores["single_task"].accuracy
             for (row, tested), scores in self.grid.scores("multi_task").items()
             if row.startswith(f"{part}/") and tested == target and "single_task" in scores
         ]
-        return sum(found) / len(found) if found else None
+        return sum(accuracies) / len(accuracies) if accuracies else None
+
+    def seconds(self, table: str, row: str, arm: str) -> int | None:
+        """Seconds that the trainings behind a row's arm took, over its seeds; None where none were recorded."""
+        return round(sum(float(cell["seconds"] or 0) for cell in self.grid.cells_of(table, row, arm))) or None
+
+    def trained_on(self, table: str, row: str, arm: str) -> str:
+        """What an arm was trained on; how many draws where the seeds differ, which the list of cells has."""
+        names = {cell["related"].replace("+", " + "): None for cell in self.grid.cells_of(table, row, arm)}
+        return next(iter(names), "–") if len(names) < 2 else f"{len(names)} draws, in the list of cells"
+
+    def ablation(self) -> Table:
+        opposite, rows = {"win-sure": "loss-sure", "loss-sure": "win-sure"}, []
+        for (row, target), scores in self.grid.scores("ablation").items():
+            marks = {arm: mark([self.paired("ablation", row, target, "all_related", arm)]) for arm in ABLATION_ARMS}
+            rows.append(
+                {"target": target, "what": self.grid.describe(target) or None, "chance": self.grid.chance(target)}
+                | {arm: scores.get(arm) for arm in ABLATION_ARMS}
+                | {"n": answers_per_arm(scores), "seeds": seeds_text(scores)}
+                | {"colours": {arm: opposite.get(name or "") for arm, name in marks.items()}}
+            )
+        caption = (
+            "What each element is worth (the paper's figure 4) and two controls: a random removal of as many related "
+            "subsets, and the subsets that share the task alone. Accuracy in % [95 % Wilson interval]. "
+            "Orange: significantly below all related (exact McNemar, Holm-adjusted); green: significantly above."
+        )
+        return Table("ablation", "Ablation", caption, rows)
 
     def efficiency(self) -> Table:
-        made = Table(
-            "efficiency", "Data efficiency",
+        gains = {gain["records"]: gain for gain in efficiency_gains(self.grid)}
+        rows: dict[int, dict] = {}
+        for curve in sorted(self.summary["curves"], key=lambda curve: curve["records"]):
+            records, gain = curve["records"], gains.get(curve["records"])
+            row = rows.setdefault(records, {"records": records, "with_related": None, "target_only": None})
+            row[curve["curve"]] = Score(curve["accuracy"], curve["ci_low"], curve["ci_high"], curve["n"], ())
+            row |= {"mean": gain and gain["mean"], "ci": (gain["ci_low"], gain["ci_high"]) if gain else None}
+            row |= {"targets": curve["targets"], "seeds": curve["seeds"]}
+            row["colours"] = {"mean": COLOURS[verdict(gain)] if gain else ""}
+        caption = (
             "Accuracy over the number of the target's own training records, with all related subsets and without them; "
             "mean over targets and seeds in %, 95 % bootstrap intervals. The difference is paired by record, in "
-            "points. Green: its interval is above 0; orange: below.",
-            [Column("records", "Target records", "count"), Column("with_related", "With all related", "score"),
-             Column("target_only", "Target alone", "score"), Column("mean", "Difference", "points"),
-             Column("ci", "95\u00a0% interval", "interval"), Column("targets", "Targets", "count"),
-             Column("seeds", "Seeds", "count")],
-        )  # fmt: skip
-        gains = {g["records"]: g for g in efficiency_gains(self.grid)}
-        rows: dict[int, dict] = {}
-        for curve in self.summary["curves"]:
-            row = rows.setdefault(curve["records"], {"records": curve["records"]})
-            row[curve["curve"]] = Score(curve["accuracy"], curve["ci_low"], curve["ci_high"], curve["n"], ())
-            row |= {"targets": curve["targets"], "seeds": curve["seeds"]}
-        for records in sorted(rows):
-            gain = gains.get(records)
-            colour = {"up": "win-sure", "down": "loss-sure", "open": ""}[verdict(gain)] if gain else ""
-            more = {"mean": gain["mean"], "ci": (gain["ci_low"], gain["ci_high"])} if gain else {}
-            made.add(rows[records] | more, mean=colour)
-        return made
+            "points. Green: its interval is above 0; orange: below."
+        )
+        titles = {"records": "Target records", "with_related": "With all related", "target_only": "Target alone"}
+        return Table("efficiency", "Data efficiency", caption, rows.values(), titles | {"mean": "Difference"})
+
+    def comparisons(self) -> Table:
+        keys = ("n", "accuracy_a", "accuracy_b", "difference", "only_a", "only_b", "p", "p_holm", "ci", "sd_seeds",
+                "sd_records", "detectable")  # fmt: skip
+        rows = [
+            {"table": row["table"], "row": row["row"], "target": row["target"], "arm": arm_name(row["arm"])}
+            | {"against": arm_name(row["against"])}
+            | {key: row.get(key) for key in keys}
+            | {"ci": (row["ci_low"], row["ci_high"]), "seeds": ", ".join(map(str, row["seeds"]))}
+            for row in self.summary["rows"]
+        ]
+        caption = (
+            "Two arms on the same test records, in %: who alone was right how often, the exact McNemar p and the same "
+            "adjusted by Holm over its table and comparison; the interval of the difference over records and seeds, "
+            "and their standard deviations; the smallest true difference that so many records show four times in five."
+        )
+        titles = {"accuracy_a": "Arm", "accuracy_b": "Against", "difference": "Points", "only_a": "Only arm",
+                  "only_b": "Only against", "sd_seeds": "SD of seeds", "sd_records": "SD of records"}  # fmt: skip
+        return Table("comparisons", "Every paired comparison", caption, rows, titles)
+
+    def controls(self) -> Table:
+        """What letters alone give, and generation beside likelihood."""
+        arms = self.summary["controls_of_answers"]
+        counts = sorted({part["options"] for arm in arms for part in arm["by_options"]})
+        rows = []
+        for arm in arms:
+            by_options = {part["options"]: part["accuracy"] for part in arm["by_options"]}
+            keys = ("n", "accuracy", "most_frequent_accuracy", "prior_corrected_accuracy")
+            rows.append(
+                _named(arm)
+                | {key: arm[key] for key in keys}
+                | {f"options_{count}": by_options.get(count) for count in counts}
+                | {key: (arm["generation"] or {}).get(key) for key in ("likelihood", "generated", "agreement", "p")}
+            )
+        caption = (
+            "Per arm, in %: the accuracy; what answering its most frequent letter always would give; the accuracy "
+            "after the letters' probabilities are divided by their mean (a liking for letters taken out); by number of "
+            "options, beside chance; and accuracy by likelihood and by free generation on the same records, how often "
+            "the two agree, and the exact McNemar p."
+        )
+        titles = {
+            "n": "Answers", "most_frequent_accuracy": "Most frequent letter", "likelihood": "By likelihood",
+            "prior_corrected_accuracy": "Liking for letters taken out", "agreement": "Agree",
+        }  # fmt: skip
+        titles |= {f"options_{count}": f"{count} options (chance {100 / count:.0f})" for count in counts}
+        return Table("controls", "What letters and options alone give", caption, rows, titles)
+
+    def asked_again(self) -> Table:
+        """The tests asked again in another way."""
+        arms = [arm for arm in self.summary["controls_of_answers"] if arm["circular"] or arm["shuffled_images"]]
+        shifts = sorted({shift for arm in arms for shift in (arm["circular"] or {"by_shift": ()})["by_shift"]}, key=int)
+        rows = []
+        for arm in arms:
+            circular, two, other = arm["circular"] or {}, arm["two_options"] or {}, arm["shuffled_images"]
+            row = _named(arm) | {"plain": circular.get("plain")}
+            row |= {f"shift_{shift}": circular.get("by_shift", {}).get(shift) for shift in shifts}
+            row |= {"circular": circular.get("accuracy"), "two_plain": two.get("plain"), "two": two.get("accuracy")}
+            row |= {"shuffled": None, "chance": None, "n": arm["n"]}
+            if other:
+                row["shuffled"] = Score(other["accuracy"], other["ci_low"], other["ci_high"], other["n"], ())
+                row["chance"] = other["chance"]
+                row["colours"] = {"shuffled": "loss" if other["ci_low"] > other["chance"] else "win"}
+            rows.append(row)
+        caption = (
+            "Per arm, accuracy in %: with the options moved on by one, two and three places, and right in every place "
+            "(circular); of questions with more than two options, as asked and with two of them; and with another "
+            "record's image, which must fall to chance [95 % Wilson interval]. Orange: above chance, so something but "
+            "the image gives answers away; green: not. No record keeps its own image, so a model that reads images "
+            "well comes out a little below chance."
+        )
+        titles = {
+            "plain": "As asked", "circular": "In every place", "two_plain": "More than two options",
+            "two": "Two of them", "shuffled": "Another image", "n": "Answers",
+        }  # fmt: skip
+        titles |= {f"shift_{shift}": f"Moved by {shift}" for shift in shifts}
+        return Table("controls_again", "The same tests asked again", caption, rows, titles)
 
 
-def answers_per_arm(arms: dict[str, Score]) -> int | str:
+def boxes(grid: Grid, part: str) -> Table:
+    """Boxes of one part of `detection`: the sum over all subsets, then the subsets."""
+    rows = []
+    for (target, arm, seeds), answers in grouped_boxes(grid, part).items():
+        scores = box_scores.summary(answers)
+        shares = {
+            key: None if scores[key] is None
+            else Score(scores[key], scores[f"{key}_low"], scores[f"{key}_high"], scores["n"], seeds)
+            for key in ("accuracy", "mean_iou", "cumulative_iou", "dice")
+        }  # fmt: skip
+        rows.append(
+            {"target": target, "what": (target != ALL_SUBSETS and grid.describe(target)) or None, "arm": arm_name(arm)}
+            | {"questions": scores["questions"], "n": scores["n"], "found": shares["accuracy"]}
+            | {"by_chance": scores["by_chance"], "mean_iou": shares["mean_iou"]}
+            | {"cumulative_iou": shares["cumulative_iou"], "unparsed_rate": scores["unparsed_rate"]}
+            | {"dice": shares["dice"], "seeds": ", ".join(map(str, seeds))}
+        )
+    caption = (
+        "Boxes of the test images, asked for label by label, in %. Found: matched one to one with an answer at an IoU "
+        "above 0.5, with a 95 % interval (images drawn anew; Wilson's where every question has one box). Other image: "
+        "the same answers against another image's boxes, what the usual places alone are worth. IoU: mean over boxes, "
+        "and sum of intersections over sum of unions. Unread: answers without a box. Dice: of the masks."
+    )
+    titles = {"target": "Subset", "n": "Boxes", "by_chance": "Other image", "mean_iou": "Mean IoU",
+              "cumulative_iou": "Cumulative IoU", "unparsed_rate": "Unread"}  # fmt: skip
+    return Table(f"detection_{part}", f"Detection: {PARTS[part]}", caption, rows, titles)
+
+
+def grouped_boxes(grid: Grid, part: str) -> dict[tuple[str, str, tuple[int, ...]], list[BoxAnswer]]:
+    """(subset, arm, seeds) -> answers; `ALL_SUBSETS` first.
+
+    Phantoms are drawn anew with every seed, so the seeds are put together. Images from files return with every seed:
+    there each seed stands by itself.
+    """
+    cells = [cell for cell in grid.done("detection") if stats.part_of("detection", cell["row"]) == part]
+    together: dict[tuple[str, str, tuple[int, ...]], list[BoxAnswer]] = {}
+    by_subset: dict[tuple[str, str, tuple[int, ...]], list[BoxAnswer]] = {}
+    for cell in cells:
+        seeds = (int(cell["seed"]),)
+        if grid.is_phantom:
+            seeds = tuple(sorted(int(other["seed"]) for other in cells if other["arm"] == cell["arm"]))
+        for answer in grid.boxes(cell["cell"]):
+            # The same record of another seed is another image.
+            answer = replace(answer, id=f"{cell['seed']}/{answer.id}")
+            together.setdefault((ALL_SUBSETS, cell["arm"], seeds), []).append(answer)
+            by_subset.setdefault((answer.subset, cell["arm"], seeds), []).append(answer)
+    return together | dict(sorted(by_subset.items(), key=lambda item: item[0][0]))
+
+
+def contamination(grid: Grid) -> Table:
+    """One row per cell with a finding in contamination.csv, which older grids lack."""
+    findings: dict[str, list[dict]] = {}
+    for line in grid.contamination:
+        findings.setdefault(line["cell"], []).append(line)
+    rows = []
+    for cell, lines in findings.items():
+        kinds, actions = [line["kind"] for line in lines], [line["action"] for line in lines]
+        rows.append(
+            {"cell": cell, "exact": sum(kinds.count(kind) for kind in EXACT), "near": kinds.count("near")}
+            | {"changed": sum(bool(line.get("form")) for line in lines), "group": kinds.count("same group")}
+            | {"likely_group": kinds.count("likely same group"), "question": kinds.count("same question")}
+            | {"dropped": actions.count("dropped"), "refused": actions.count("refused")}
+            | {"lineage": kinds.count("lineage"), "first": "; ".join(map(_finding, lines[:NUM_FINDINGS]))}
+        )
+    caption = (
+        "Cells with training records that give a test away: its image (the same bytes or pixels, or nearly by "
+        "perceptual hashes: saved again, resized, but also adjacent slices of one patient; “changed” were mirrored, "
+        "turned or inverted beside that), its patient or lesion (as stated, or likely by file names), or its question. "
+        "Each training record counts once in each column for each subset tested on. Lineage: pairs of source datasets, "
+        "one on each side, that are the same or related. All of them are in contamination.csv."
+    )
+    titles = {
+        "exact": "The same image", "near": "Nearly", "changed": "of these changed", "group": "The same patient",
+        "likely_group": "Likely so", "question": "The same question", "dropped": "Left out",
+        "first": "The first of them",
+    }  # fmt: skip
+    return Table("contamination", "Contamination", caption, rows, titles)
+
+
+def cells(grid: Grid) -> Table:
+    rows = [
+        {"cell": cell["cell"], "related": cell["related"].replace("+", " + ") or "nothing"}
+        | {"target": cell["target"].replace("+", " + "), "steps": int(cell["steps"])}
+        | {"seconds": cell["seconds"], "status": cell["status"]}
+        for cell in grid.cells
+    ]
+    caption = (
+        "Each fine-tune with its evaluation: what it was trained on, optimizer steps, status, and seconds of the "
+        "training it shares with others of the same subsets and seed."
+    )
+    return Table("cells", "Every cell", caption, rows, {"target": "Tested on"})
+
+
+def letters(grid: Grid) -> Table:
+    """How each arm of each table used the letters, and what it said when asked freely."""
+    answered = {key: value for key, value in grid.letters.items() if value.n}
+    names = sorted({letter for value in answered.values() for letter in (*value.predicted, *value.answers)})
+    rows: list[dict] = []
+    for (table, arm), value in answered.items():
+        table = table.replace("_", "-")
+        if not any(row["table"] == table for row in rows):
+            right = {f"letter_{name}": value.answers.get(name, 0) / value.n for name in names}
+            rows.append({"table": table, "arm": "(right answers)", "n": value.n} | right)
+        shares = {f"letter_{name}": value.predicted.get(name, 0) / value.n for name in names}
+        rows.append(
+            {"table": table, "arm": arm_name(arm), "n": value.n}
+            | shares
+            | {"mass": value.mass / value.num_mass if value.num_mass else None, "accuracy": value.right / value.n}
+            | {"unparsed": value.unparsed / value.generated if value.generated else None}
+            | {"generated": value.generated_right / value.generated if value.generated else None}
+        )
+    caption = (
+        "Per arm, in %: the share of each letter (right answers in a table's first row), the probability on the offered "
+        "letters before anything is ruled out, accuracy by likelihood of the offered letters (the study's measure), and, "
+        "for greedily generated answers, how many are no offered letter and the accuracy when those count as wrong."
+    )
+    titles = {f"letter_{name}": name for name in names} | {"n": "Answers", "mass": "Mass on letters"}
+    return Table("answers", "How the letters were used", caption, rows, titles | {"generated": "Accuracy, generated"})
+
+
+def time_spent(grid: Grid) -> Table:
+    """One row per kind of time in goodput.json, which older grids lack."""
+    starts = goodput.read_starts(grid.workdir / goodput.FILE)
+    spent = goodput.summarise(starts) if starts else None
+    rows = [
+        {"kind": kind, "what": TIME_WORDS[kind], "seconds": round(spent["seconds"][kind])}
+        | {"share": spent["shares"][kind]}
+        for kind in (goodput.KINDS if spent else ())
+    ]
+    caption = "Seconds of all processes together, over all starts, bases included; and each kind's share of them in %."
+    return Table("goodput", "Where the time went", caption, rows, {"what": "What it is"})
+
+
+def subset_scores(grid: Grid, target: str) -> Table:
+    """The scores of one subset, of every row and arm."""
+    rows = []
+    for table in grid.tables:
+        for (row, tested), scores in grid.scores(table).items():
+            for arm, score in scores.items() if tested == target else ():
+                names = {_subset_names(cell["related"]): None for cell in grid.cells_of(table, row, arm)}
+                rows.append(
+                    {"table": table.replace("_", "-"), "row": row, "arm": arm_name(arm), "score": score, "n": score.n}
+                    | {"seeds": seeds_text({arm: score})}
+                    | {"related": next(iter(names)) if len(names) == 1 else f"{len(names)} draws"}
+                )
+    caption = "Accuracy in % with 95 % Wilson intervals, of every row and arm."
+    return Table(f"subset_{target}", "Scores", caption, rows, {"score": "Accuracy"})
+
+
+def confusion(answers: Sequence[dict], most_labels: int = 12) -> Table:
+    """Right label by answered label, counts. most_labels: of more, the most frequent."""
+    counts: Counter = Counter()
+    for record in answers:
+        text = dict(zip(LETTERS, record["options"], strict=False))
+        counts[str(text.get(record["answer"])), str(text.get(record["predicted"]))] += 1
+    frequent = Counter(label for pair in counts for label in set(pair)).most_common(most_labels)
+    labels = sorted(label for label, _ in frequent)
+    rows = [
+        {"right": right}
+        | {f"as_{label}": counts[right, label] for label in labels}
+        | {"colours": {f"as_{right}": "win"}}
+        for right in labels
+    ]
+    caption = "Right label (rows) by answered label (columns); numbers of answers."
+    titles = {"right": "Right label"} | {f"as_{label}": label for label in labels}
+    return Table("confusion", "What is taken for what", caption, rows, titles)
+
+
+def mark(results: Sequence[dict | None]) -> str | None:
+    """The mark of one arm against several: surely above (below) all, above (below) all, or neither."""
+    results = [row for row in results if row]
+    if not results:
+        return None
+    sure = "-sure" if all(row["p_holm"] < 0.05 for row in results) else ""
+    if all(row["difference"] > 0 for row in results):
+        return "win" + sure
+    return "loss" + sure if all(row["difference"] < 0 for row in results) else "even"
+
+
+def answers_per_arm(scores: dict[str, Score]) -> int | str:
     """The test answers per arm; "24–48" where arms differ, since seeds of some are missing."""
-    least, top = min(score.n for score in arms.values()), max(score.n for score in arms.values())
-    return top if least == top else f"{least:,}–{top:,}"
+    least, most = min(score.n for score in scores.values()), max(score.n for score in scores.values())
+    return most if least == most else f"{least:,}–{most:,}"
 
 
-def seeds_text(arms: dict[str, Score]) -> str:
+def seeds_text(scores: dict[str, Score]) -> str:
     """Such as "0, 1, 2"; where an arm has others, they are added by name."""
-    common = max((score.seeds for score in arms.values()), key=len)
+    common = max((score.seeds for score in scores.values()), key=len)
     text = ", ".join(map(str, common))
-    odd = [f"{arm_name(arm)}: {', '.join(map(str, s.seeds))}" for arm, s in arms.items() if s.seeds != common]
+    odd = [f"{arm_name(arm)}: {', '.join(map(str, s.seeds))}" for arm, s in scores.items() if s.seeds != common]
     return f"{text} ({'; '.join(odd)})" if odd else text
+
+
+def _named(controls: dict) -> dict:
+    return {"table": controls["table"].replace("_", "-"), "arm": arm_name(controls["arm"])}
+
+
+def _finding(line: dict) -> str:
+    apart = ""
+    if line["kind"] == "near":
+        form = f", {line['form']}" if line.get("form") else ""
+        apart = f"{form} ({line['distance_bits']} bits)"
+    return f"{line['training']} and {line['test']}: {line['kind']}{apart}"
+
+
+def _subset_names(related: str) -> str:
+    names = related.split("+") if related else []
+    return f"{len(names)} subsets" if len(names) > 3 else " + ".join(names) or "nothing"

@@ -1,12 +1,18 @@
-"""The answer of a grid in words, made from its numbers.
+"""A grid in words: its answer, made from its numbers, and what must be said against it.
 
 Every statement is made from an effect and its interval: an interval that includes 0 is said to show nothing.
 """
 
+import textwrap
 from collections.abc import Sequence
 
+from medcg_jax.data.leaks import EXACT
+from medcg_jax.data.phantom.world import TUNE_TARGETS
+from medcg_jax.study.report.escape import plain
 from medcg_jax.study.report.load_grid import Grid, arm_name
+from medcg_jax.study.report.table import points
 from medcg_jax.study.stats import stats
+from medcg_jax.study.stats.controls import SHUFFLED
 
 ELEMENTS = ("modality", "area", "task")
 PARTS = {
@@ -21,6 +27,38 @@ PARTS = {
     "target_only": "target alone",
 }
 
+# (table, arm, against, part) of the comparison that answers the question: the first that the grid has.
+HEADLINES = (
+    ("pairs", "trained", "baseline_plus"), ("pairs", "trained", "baseline"), ("triples", "trained", "baseline_plus"),
+    ("triples", "trained", "baseline"), ("detection_pairs", "trained", "baseline"),
+    ("ablation", "all_related", "all_unrelated"), ("ablation", "all_related", "baseline"),
+    ("multi_task", "multi_task", "baseline", "out_of_distribution"),
+)  # fmt: skip
+# (table, arm, against) -> what the comparison asks, in few words.
+SHORT_NAMES = {
+    ("pairs", "trained", "baseline_plus"): "pairs over unrelated data",
+    ("pairs", "trained", "baseline"): "pairs over no training",
+    ("triples", "trained", "baseline_plus"): "triples over unrelated data",
+    ("triples", "trained", "baseline"): "triples over no training",
+    ("detection_pairs", "trained", "baseline"): "pairs with boxes over no training",
+    ("ablation", "all_related", "all_unrelated"): "related over unrelated subsets",
+    ("ablation", "all_related", "baseline"): "related subsets over no training",
+    ("ablation", "all_related", "wo_modality"): "a loss without the modality",
+    ("ablation", "all_related", "wo_area"): "a loss without the area",
+    ("ablation", "all_related", "wo_task"): "a loss without the task",
+    ("ablation", "all_related", "same_task"): "more than the same task alone",
+    ("multi_task", "multi_task", "baseline"): "multi-task over no training out of distribution",
+    ("multi_task", "multi_task", "single_task"): "multi-task over single-task",
+}
+# Kinds of leaks that are counted together -> what a reader must know of cells that were trained so.
+LEAKS: dict[tuple[str, ...], str] = {
+    (*EXACT, "near"): "on images that are in their test set, or nearly so",
+    ("same question",): "on questions of their test set, among the general records",
+    ("same group",): "on patients or lesions that are in their test set",
+    ("likely same group",): "on patients or lesions that are, as their names say, in their test set too",
+}
+SUMMARY_CHARACTERS = 100
+
 
 def verdict(effect: dict) -> str:
     """Either "up" or "down", where the 95 % interval is clear of 0, else "open": not shown."""
@@ -29,19 +67,8 @@ def verdict(effect: dict) -> str:
     return "down" if effect["ci_high"] < 0 else "open"
 
 
-def points(value: float, sign: bool = False) -> str:
-    """A fraction in points with one decimal: .361 -> "36.1", with sign "+36.1"."""
-    text = f"{abs(100 * value):.1f}"
-    minus = value < 0 and text != "0.0"
-    return ("−" if minus else "+" if sign else "") + text
-
-
 def interval(effect: dict) -> str:
     return f"{points(effect['ci_low'])} to {points(effect['ci_high'])}"
-
-
-def p_text(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
@@ -53,6 +80,10 @@ def listed(items: Sequence[str]) -> str:
     return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
 
 
+def table_names(names: Sequence[str]) -> str:
+    return listed([name.replace("_", "-") for name in names])
+
+
 def effect_name(effect: dict) -> str:
     """Such as "Trained − Baseline+ (pairs)" and "Multi-task − Baseline (multi-task, out of distribution)"."""
     where = effect["table"].replace("_", "-")
@@ -62,24 +93,7 @@ def effect_name(effect: dict) -> str:
 
 
 def short_name(effect: dict) -> str:
-    """What a comparison asks, in few words."""
-    key = (effect["table"], effect["arm"], effect["against"])
-    names = {
-        ("pairs", "trained", "baseline_plus"): "pairs over unrelated data",
-        ("pairs", "trained", "baseline"): "pairs over no training",
-        ("triples", "trained", "baseline_plus"): "triples over unrelated data",
-        ("triples", "trained", "baseline"): "triples over no training",
-        ("detection_pairs", "trained", "baseline"): "pairs with boxes over no training",
-        ("ablation", "all_related", "all_unrelated"): "related over unrelated subsets",
-        ("ablation", "all_related", "baseline"): "related subsets over no training",
-        ("ablation", "all_related", "wo_modality"): "a loss without the modality",
-        ("ablation", "all_related", "wo_area"): "a loss without the area",
-        ("ablation", "all_related", "wo_task"): "a loss without the task",
-        ("ablation", "all_related", "same_task"): "more than the same task alone",
-        ("multi_task", "multi_task", "baseline"): "multi-task over no training out of distribution",
-        ("multi_task", "multi_task", "single_task"): "multi-task over single-task",
-    }
-    return names.get(key) or effect_name(effect)
+    return SHORT_NAMES.get((effect["table"], effect["arm"], effect["against"])) or effect_name(effect)
 
 
 class Answer:
@@ -91,27 +105,17 @@ class Answer:
 
     def __init__(self, grid: Grid, summary: dict):
         self.grid, self.summary = grid, summary
-        self.main = (
-            self.find("pairs", "trained", "baseline_plus")
-            or self.find("pairs", "trained", "baseline")
-            or self.find("triples", "trained", "baseline_plus")
-            or self.find("triples", "trained", "baseline")
-            or self.find("detection_pairs", "trained", "baseline")
-            or self.find("ablation", "all_related", "all_unrelated")
-            or self.find("ablation", "all_related", "baseline")
-            or self.find("multi_task", "multi_task", "baseline", "out_of_distribution")
-        )
+        self.main = next((effect for key in HEADLINES if (effect := self.find(*key))), None)
 
     def find(self, table: str, arm: str, against: str, part: str = "") -> dict | None:
         key = (table, part, arm, against)
-        return next(
-            (e for e in self.summary["effects"] if (e["table"], e["part"], e["arm"], e["against"]) == key), None
-        )
+        effects = self.summary["effects"]
+        return next((e for e in effects if (e["table"], e["part"], e["arm"], e["against"]) == key), None)
 
     @property
     def checks(self) -> list[dict]:
         """The comparisons that a plain "yes" needs beside the headline, as far as the grid has them."""
-        wanted = (
+        effects = (
             self.find("pairs", "trained", "baseline"),
             self.find("triples", "trained", "baseline_plus") or self.find("triples", "trained", "baseline"),
             self.find("ablation", "all_related", "all_unrelated"),
@@ -120,7 +124,7 @@ class Answer:
             self.find("multi_task", "multi_task", "single_task", "in_distribution"),
             self.find("multi_task", "multi_task", "baseline", "out_of_distribution"),
         )
-        return [e for e in wanted if e and e is not self.main]
+        return [e for e in effects if e and e is not self.main]
 
     @property
     def lead(self) -> str:
@@ -146,25 +150,32 @@ class Answer:
 
     def sentences(self) -> list[str]:
         """The numbers, sentence by sentence; they follow the opening and `totals` in one paragraph."""
-        parts = [
-            *self.combination("pairs", "two subsets which between them hold all three elements of the target"),
+        hold_all = "which between them hold all three elements of the target"
+        related, same_records = "all related subsets together", "one model per subset, with the same records of each"
+        caution = (
+            "The images are phantoms, not patients: nothing here speaks of medical images."
+            if self.grid.of_phantoms
+            else f"This is how {self.grid.config['model']['name']} answers these test records; no clinical claim follows."
+        )
+        return [
+            *self.combination("pairs", f"two subsets {hold_all}"),
             *self.combination("triples", "three subsets with one element of the target each"),
-            *self.combination(
-                "detection_pairs",
-                "a subset with boxes and one of choice questions which between them hold all three elements of the "
-                "target",
-            ),
-            *self.ablation(),
-            *self.multi_task(),
+            *self.combination("detection_pairs", f"a subset with boxes and one of choice questions {hold_all}"),
+            *self.says(related, "all unrelated ones", "ablation", "all_related", "all_unrelated"),
+            *self.elements(),
+            *self.says(related, "training on subsets that share the task alone", "ablation", "all_related", "same_task"),
+            *self.says("one model of all subsets", same_records, "multi_task", "multi_task", "single_task",
+                       "in_distribution"),
+            *self.says("the same model, on combinations held out from it,", "no training", "multi_task", "multi_task",
+                       "baseline", "out_of_distribution"),
             *self.efficiency(),
-            self.caution(),
-        ]
-        return [part for part in parts if part]
+            caution,
+        ]  # fmt: skip
 
-    def caution(self) -> str:
-        if self.grid.of_phantoms:
-            return "The images are phantoms, not patients: nothing here speaks of medical images."
-        return f"This is how {self.grid.config['model']['name']} answers these test records; no clinical claim follows."
+    def says(self, what: str, over: str, *comparison: str) -> list[str]:
+        """The statement of a comparison (see `find`) as a sentence; [] where the grid lacks it."""
+        effect = self.find(*comparison)
+        return [sentence(self.statement(effect, what, over))] if effect else []
 
     def statement(self, effect: dict, what: str, over: str) -> str:
         """One effect as a sentence without its stop; its interval decides the verb."""
@@ -215,44 +226,24 @@ class Answer:
             and effect["part"] in ("", row["part"])
         )
 
-    def ablation(self) -> list[str]:
-        said = []
-        whole = self.find("ablation", "all_related", "all_unrelated")
-        if whole:
-            said.append(sentence(self.statement(whole, "all related subsets together", "all unrelated ones")))
-        controls = self.summary["controls"]
-        effects = {e: self.find("ablation", "all_related", f"wo_{e}") for e in ELEMENTS}
-        costs = [f"{element} {self.loss(effect)}" for element, effect in effects.items() if effect]
-        if costs:
-            random = self.find("ablation", "all_related", "random_removal")
-            beside = f"; leaving out as many at random costs {self.loss(random)}" if random else ""
-            said.append(
-                f"Leaving out the related subsets that share an element costs, in points: {listed(costs)}{beside}."
-            )
-        beyond = [f"{e} {self.loss(controls[f'wo_{e}'])}" for e in ELEMENTS if f"wo_{e}" in controls]
-        if beyond:
-            said.append(f"Beyond the random removal: {listed(beyond)}.")
-        same = controls.get("same_task")
-        if same:
-            over = "training on subsets that share the task alone"
-            said.append(sentence(self.statement(same, "all related subsets together", over)))
-        return said
+    def elements(self) -> list[str]:
+        """What leaving out the subsets that share an element costs."""
+        costs, beyond = (
+            [
+                f"{element} {self.loss(effect)}"
+                for element in ELEMENTS
+                if (effect := self.find("ablation", arm, f"wo_{element}"))
+            ]
+            for arm in ("all_related", "random_removal")
+        )
+        random = self.find("ablation", "all_related", "random_removal")
+        beside = f"; leaving out as many at random costs {self.loss(random)}" if random else ""
+        said = f"Leaving out the related subsets that share an element costs, in points: {listed(costs)}{beside}."
+        return [said] * bool(costs) + [f"Beyond the random removal: {listed(beyond)}."] * bool(beyond)
 
     def loss(self, effect: dict) -> str:
         state = {"up": "", "open": ", not shown", "down": ", a gain"}[verdict(effect)]
         return f"{points(effect['mean'])} ({interval(effect)}{state})"
-
-    def multi_task(self) -> list[str]:
-        said = []
-        inside = self.find("multi_task", "multi_task", "single_task", "in_distribution")
-        if inside:
-            what, over = "one model of all subsets", "one model per subset, with the same records of each"
-            said.append(sentence(self.statement(inside, what, over)))
-        outside = self.find("multi_task", "multi_task", "baseline", "out_of_distribution")
-        if outside:
-            what, over = "the same model, on combinations held out from it,", "no training"
-            said.append(sentence(self.statement(outside, what, over)))
-        return said
 
     def efficiency(self) -> list[str]:
         gains = [g for g in efficiency_gains(self.grid) if g["records"] > 0]
@@ -267,13 +258,12 @@ class Answer:
 
     def totals(self) -> list[tuple[str, str]]:
         """("Shown", names), ("Not shown", names), ("The other way", names) of the headline and its checks."""
-        every = [e for e in (self.main, *self.checks) if e]
-        said = []
-        for words, state in (("Shown", "up"), ("Not shown", "open"), ("The other way", "down")):
-            names = [short_name(e) for e in every if verdict(e) == state]
-            if names:
-                said.append((words, "; ".join(names)))
-        return said
+        effects = [effect for effect in (self.main, *self.checks) if effect]
+        names = {
+            words: "; ".join(short_name(effect) for effect in effects if verdict(effect) == state)
+            for words, state in (("Shown", "up"), ("Not shown", "open"), ("The other way", "down"))
+        }
+        return [(words, text) for words, text in names.items() if text]
 
 
 def sentence(text: str) -> str:
@@ -287,8 +277,7 @@ def never_trained_on(grid: Grid, table: str) -> bool:
 
 
 def efficiency_gains(grid: Grid) -> list[dict]:
-    """By number of target records: accuracy with all related subsets less that of the target alone, paired by "
-    "record."""
+    """By number of target records: accuracy with all related subsets less that of the target alone, by record."""
     cells = {
         (r["row"].split("/")[0], r["target"], r["seed"], int(r["arm"].rsplit("_", 1)[1])): r["cell"]
         for r in grid.results
@@ -300,10 +289,126 @@ def efficiency_gains(grid: Grid) -> list[dict]:
         if curve == "with_related" and other:
             folder = grid.workdir / "predictions"
             a, b = (stats.correct_by_id(folder / f"{name}.jsonl", target) for name in (cell, other))
-            one = stats.compare(a, b)
-            units.setdefault(records, []).append(stats.Unit(target, seed, one.n, one.only_a, one.only_b))
+            result = stats.compare(a, b)
+            units.setdefault(records, []).append(stats.Unit(target, seed, result.n, result.only_a, result.only_b))
     gains = []
-    for records, found in sorted(units.items()):
-        low, high = stats.bootstrap_interval(found, draws=2000)
-        gains.append({"records": records, "mean": stats.mean_difference(found), "ci_low": low, "ci_high": high})
+    for records, group in sorted(units.items()):
+        low, high = stats.bootstrap_interval(group, draws=2000)
+        gains.append({"records": records, "mean": stats.mean_difference(group), "ci_low": low, "ci_high": high})
     return gains
+
+
+def summary_text(grid: Grid, answer: Answer, limits: Sequence[str]) -> str:
+    """Plain text: what was run, what it shows with numbers and intervals, and what it does not."""
+    head = (
+        f"{grid.config['name']}: {counted(len(grid.done()), 'cell')} of {len(grid.cells):,}, "
+        f"{table_names(grid.tables) or 'no table'}; {grid.config['model']['name']}, "
+        f"{'phantoms' if grid.of_phantoms else 'images from files'}, "
+        f"{counted(len(grid.seeds), 'seed')} ({', '.join(map(str, grid.seeds)) or 'none'})."
+    )
+    totals = [f"{words}: {names}." for words, names in answer.totals()]
+    paragraphs = [head, " ".join([answer.opening, *totals, *answer.sentences()]), *(f"- {limit}" for limit in limits)]
+    return "".join(
+        textwrap.fill(plain(text), SUMMARY_CHARACTERS, subsequent_indent="  " if text[0] == "-" else "") + "\n\n"
+        for text in paragraphs
+    ).removesuffix("\n")
+
+
+def missing(grid: Grid) -> list[str]:
+    """What a reader must know is not on the page."""
+    failed, waiting, num_cells = len(grid.failed()), len(grid.waiting()), f"{len(grid.cells):,}"
+    absent = [name for name in grid.config["study"]["tables"] if name not in grid.tables]
+    said = {
+        f"{counted(failed, 'cell')} of {num_cells} failed; they are listed below.": failed,
+        f"{counted(waiting, 'cell')} of {num_cells} had not been run when this page was written; rows and comparisons "
+        "are of the finished ones alone.": waiting,
+        **dict.fromkeys(grid.notes, True),
+        f"Asked for, and without a finished cell: {table_names(absent)}.": absent,
+    }
+    return [text for text, holds in said.items() if holds]
+
+
+def letter_habits(grid: Grid) -> list[str]:
+    """Arms that answer one letter almost always, or whose free answers are often none: what both mean."""
+    said = []
+    for table in grid.tables:
+        answered = {arm: value for (name, arm), value in grid.letters.items() if name == table and value.n}
+        stuck = [
+            arm_name(arm)
+            for arm, value in answered.items()
+            if max(value.predicted.values()) > 0.9 * value.n > max(value.answers.values())
+        ]
+        loose = [arm_name(arm) for arm, value in answered.items() if value.unparsed > 0.2 * value.generated]
+        words = table.replace("_", "-")
+        if stuck:
+            said.append(
+                f"One letter makes up more than 90 % of all answers of {listed(stuck)} ({words}), and not of the right "
+                "ones: such an accuracy says little of the images."
+            )
+        if loose:
+            said.append(
+                f"More than a fifth of the generated answers of {listed(loose)} ({words}) are no offered letter."
+            )
+    return said
+
+
+def below_chance(grid: Grid) -> list[str]:
+    """Untrained and unrelated arms that are worse than guessing, which flatters what is compared with them."""
+    said = []
+    for table in grid.tables:
+        for arm in ("baseline", "baseline_plus", "all_unrelated"):
+            scores = [(target, arms[arm]) for (_, target), arms in grid.scores(table).items() if arm in arms]
+            low = sum(score.high < (grid.chance(target) or 0) for target, score in scores)
+            if low:
+                said.append(
+                    f"{low} of {len(scores)} accuracies of {arm_name(arm)} ({table.replace('_', '-')}) lie below "
+                    "chance with their whole interval: part of what is gained over them is coming back to chance."
+                )
+    return said
+
+
+def limits(grid: Grid, summary: dict) -> list[str]:
+    """What the grid does not show, each with its reason."""
+    targets, model = sorted({row["target"] for row in summary["rows"]}), grid.config["model"]["name"]
+    arms, num_seeds = {row["arm"] for row in grid.results}, len(grid.seeds)
+    reported = [line for line in grid.contamination if line["action"] == "reported"]
+    leaky = {words: len({line["cell"] for line in reported if line["kind"] in kinds}) for kinds, words in LEAKS.items()}
+    not_shuffled = sorted({name for arm in summary["controls_of_answers"] for name in arm["not_shuffled"]})
+    tuned = [name for name in targets if name in TUNE_TARGETS]
+    phantoms = grid.of_phantoms
+    # Text -> whether it holds.
+    said = {
+        f"{counted(number, 'cell')} of {len(grid.cells):,} were trained {words}, which flatters them: see the table of "
+        "contamination.": number
+        for words, number in leaky.items()
+    }
+    said |= {
+        f"The tests of {listed(not_shuffled)} were not asked beside other images, since their records have none or all "
+        "the same: whether questions alone give their answers away is not known.":
+            not_shuffled and SHUFFLED in grid.config["eval"].get("controls", ()),
+        "Phantoms are drawn by formulas. Their modalities, areas and tasks are named after medical ones and share "
+        "nothing else with them; an effect here is no evidence of one in patients.": phantoms,
+        "The base was taught to name the modality and the area of phantoms of every pair of the two, so those words, "
+        "and how the images look, are known to it before any fine-tune. No task word, label or test image was.":
+            phantoms and grid.config.get("base", {}).get("steps"),
+        f"The recipe was chosen on some of these targets ({listed(tuned)}): on them it may look too good.":
+            phantoms and tuned,
+        f"A model of this size ({model}), pre-trained on phantoms alone, is far too weak for a medical claim: what the "
+        "grid shows is that the whole path works on these images, and how wide the intervals are.":
+            not phantoms and model.endswith("_tiny"),
+        "Test records read from files return with every seed, so seeds measure the training's own spread and add no "
+        "test records; a source image may occur in more than one dataset of a collection.": not grid.is_phantom,
+        "One seed: the spread over draws of the data, the base and the training is not measured.": num_seeds == 1,
+        f"With {counted(num_seeds, 'seed')} and {counted(len(targets), 'target')} a bootstrap interval over them is "
+        "rough, and likely too narrow.": targets and (num_seeds < 5 or len(targets) < 10),
+        "Baseline+ trains on subsets that share no element with the target, so it never meets the words of the "
+        "target's task. Part of any gain over it is learning these words; the control “same task only” has them.":
+            "baseline_plus" in arms,
+        "Every arm trains for equal epochs, so an arm with fewer subsets also has fewer steps. The random removal "
+        "measures that part; it removes as many subsets as the three removals do on average, not as each does.":
+            any(arm.startswith("wo_") for arm in arms),
+        **dict.fromkeys([*below_chance(grid), *letter_habits(grid)], True),
+        "The published description does not say how Baseline+ was drawn, how large the subsets were, or most training "
+        "settings; what stands in for them here is this project's choice, and is listed with the configuration.": True,
+    }  # fmt: skip
+    return [text for text, holds in said.items() if holds]

@@ -97,11 +97,11 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
 
 def of_models(workdir: Path, summaries: Mapping[str, dict]) -> dict:
     """The result of a grid of several models; writes the page of all."""
-    from medcg_jax.study.report.backbones import models_in, write_page
+    from medcg_jax.study.report.compare import models_in, write_models_page
 
     page = None
     if any(own["page"] for own in summaries.values()):
-        page = str(write_page(workdir, models_in(workdir)))
+        page = str(write_models_page(workdir, models_in(workdir)))
         print(f"report: {page}", flush=True)
     status = max(own["exit_status"] for own in summaries.values())
     return {"workdir": str(workdir), "models": dict(summaries), "page": page, "exit_status": status}
