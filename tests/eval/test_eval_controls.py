@@ -49,7 +49,10 @@ def ask(prefixed, family: str, *, mesh: str | None = None, again=None, batch_siz
     found = family_toys.setup(family)
     encoded, own = asked(family)
     return evaluate_controls(
-        prefixed, family_toys.placed(family, mesh) if params is None else params, encoded, own if again is None else again,
+        prefixed,
+        family_toys.placed(family, mesh) if params is None else params,
+        encoded,
+        own if again is None else again,
         found.tokenizer, batch_size=batch_size, image_token_id=found.model.image_token_id,
     )  # fmt: skip
 
