@@ -395,6 +395,6 @@ def test_a_tree_with_broken_boxes_still_has_its_other_tables(tmp_path):
 
 def test_a_model_without_boxes_is_refused():
     with pytest.raises(
-        ConfigError, match="study.tables='detection_pairs': qwen2_vl_tiny gives no boxes; next_chat, min"
+        ConfigError, match="study.tables='detection_pairs': qwen2_vl_tiny gives no boxes; minigpt_v2, next_chat do"
     ):
         suite.expand(boxed(model="qwen2_vl_tiny", targets=("ct-lung-state",)), SMALL, BOXES)
