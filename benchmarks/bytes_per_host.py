@@ -6,13 +6,7 @@ ahead is not counted.
 """
 
 import math
-import os
 import sys
-
-# One device a host: what several devices of a host hold lies side by side.
-HOSTS = 4
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={HOSTS}"
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import numpy as np
@@ -25,6 +19,8 @@ from medcg_jax.families.weights.families import module_of
 from medcg_jax.families.weights.tables import spans_of
 from medcg_jax.mesh import make_mesh
 
+# One device a host: what several devices of a host hold lies side by side.
+HOSTS = 4
 SIZES = ("llava15_7b", "qwen2_vl_7b", "llama32_vision_11b", "minigpt_v2_7b", "next_chat_7b_336")
 # Releases are in sixteen bits.
 ITEM, PAGE = 2, 4096
@@ -62,6 +58,8 @@ def measure(size: str) -> tuple[int, int, int]:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", HOSTS)
     for name in sys.argv[1:] or SIZES:
         of_all, of_host, in_pages = measure(name)
         print(

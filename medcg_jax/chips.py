@@ -75,3 +75,13 @@ def peak_bf16(device_kind: str) -> float | None:
     """Dense bf16 FLOP/s of a device by its `device_kind`; None where the table has none (a CPU, say)."""
     peak = peak_of(device_kind)
     return peak and peak.bf16_flops_per_s
+
+
+def utilisation(flops: dict, seconds: float, device_kind: str, num_devices: int) -> dict:
+    """{"mfu", "mfu_causal", "hfu"}, shares (0-1) of the bf16 peak, of the FLOPs of a step in `seconds`.
+
+    flops: as `families.flops.step`. None in place of each share where the device's peak is not known.
+    """
+    peak = peak_bf16(device_kind)
+    names = {"mfu": "full", "mfu_causal": "causal", "hfu": "executed"}
+    return {name: peak and flops[key] / seconds / (peak * num_devices) for name, key in names.items()}

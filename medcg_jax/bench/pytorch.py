@@ -114,9 +114,7 @@ class Answers:
     int[N, num_new] kept. Inputs are on the device before.
     """
 
-    def __init__(
-        self, config: LlavaConfig, rows: dict[str, np.ndarray], model: ModelConfig, *, num_new: int
-    ):  # fmt: skip
+    def __init__(self, config: LlavaConfig, rows: dict[str, np.ndarray], model: ModelConfig, *, num_new: int):
         self.device, self.num_new = here(), num_new
         dtype = getattr(torch, model.compute_dtype)
         self.model = new_model(config, dtype, "sdpa").eval()

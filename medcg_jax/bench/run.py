@@ -35,7 +35,7 @@ REFUSALS = {error.__name__: error for error in (ConfigError, DataError, RunError
 class Stage:
     """function: "module.name" in this package, called as `function(ask, save)`: `save(key=value)` as soon as a value is
     known. limit_s: of `python -m medcg_jax.bench`. whole_device: it needs more than the three quarters of a GPU's memory
-    that JAX takes by default; else it takes what it uses, and leaves the rest to PyTorch. no_device: it must not take one.
+    that JAX takes by default. no_device: it must not take one.
     """
 
     function: str
@@ -274,15 +274,17 @@ def run_stage(
 
 def environment(name: str, ask: Ask) -> dict[str, str]:
     """Environment variables of a stage's process; those that the user has set stay as they are."""
-    wanted = {"TF_CPP_MIN_LOG_LEVEL": "2"}
-    stage = STAGES.get(name)
+    defaults, stage = {"TF_CPP_MIN_LOG_LEVEL": "2"}, STAGES.get(name)
     if stage and stage.whole_device:
         # A program that one stage has compiled is loaded by the next.
-        wanted |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "JAX_COMPILATION_CACHE_DIR": str(ask.scratch / "compiled")}
-    else:
-        wanted["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        defaults |= {
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
+            "JAX_COMPILATION_CACHE_DIR": str(ask.scratch / "compiled"),
+        }
+    elif ask.against or stage and not stage.function.startswith("stages."):
+        defaults["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return wanted | os.environ | {"PYTHONPATH": path}
+    return defaults | os.environ | {"PYTHONPATH": path}
 
 
 def run_here(name: str, ask: Ask, file: Path) -> int:

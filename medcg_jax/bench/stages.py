@@ -285,9 +285,7 @@ def convert(ask: Ask, save: Callable) -> None:
     name, config = setup.run.model.name, setup.model
     if 4 * build.num_params(build.abstract(config)[1]) > CONVERTED_BYTES:
         name = next(tiny for tiny in build.TINY if MODELS[tiny] == MODELS[name])
-        config = model_config(
-            replace(setup.run.model, name=name, trainable=("projector", "decoder")), setup.tokenizer
-        )  # fmt: skip
+        config = model_config(replace(setup.run.model, name=name, trainable=("projector", "decoder")), setup.tokenizer)
     _, params = build.create(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]), seed=0)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     speeds: dict[str, list[float]] = {"to_orbax": [], "to_hf": []}

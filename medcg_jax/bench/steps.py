@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from medcg_jax.bench.clock import spread
+from medcg_jax.chips import utilisation
 from medcg_jax.config import MASK_PARTS, ModelConfig, TrainConfig
 from medcg_jax.families import build, flops
 from medcg_jax.families.build import Config
@@ -148,7 +149,7 @@ def rates(seconds: list[float], batch: dict[str, np.ndarray], needed: dict | Non
     }
     if needed is None:
         return figures
-    used = flops.utilisation(needed, median, jax.devices()[0].device_kind, jax.device_count())
+    used = utilisation(needed, median, jax.devices()[0].device_kind, jax.device_count())
     return {**figures, "tflops_per_s": needed["full"] / median / 1e12, **used}
 
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from medcg_jax.config import DataConfig
 from medcg_jax.data.duplicates import FORMS, NEAR_BITS, hash_rows, near_pairs_between
-from medcg_jax.data.examine import Examined, examine_all
+from medcg_jax.data.examine import Examined, Memory, examine_all
 from medcg_jax.data.notices import Notice, names_alike, notices_of
 from medcg_jax.data.pool import Progress
 from medcg_jax.data.reading import Reading, check_reading
@@ -163,8 +163,7 @@ def inspect(
     *,
     workers: int = 0,
     progress: Progress | None = None,
-    known: Mapping[Path, Examined] | None = None,
-    remember: Callable[[Path, Examined], None] | None = None,
+    memory: Memory | None = None,
 ) -> Inspection:
     """Every problem of the tree's subset files, of the images they name, and between train and test.
 
@@ -176,7 +175,7 @@ def inspect(
     Args:
       workers: processes that decode; 0: one per core.
       progress: wraps the images' iterator and takes their number: `lambda images, total: tqdm(images, total=total)`.
-      known, remember: as `examine.examine_all` takes them.
+      memory: as `examine.examine_all` takes it.
 
     Raises:
       DataError: the root is no folder or holds no subset file; or `reading` has no such choice.
@@ -211,7 +210,7 @@ def inspect(
         problems += [_problem(entry.error) for entry in contents.entries if entry.error]
         problems += [_problem(contents.box_units)] if contents.box_units else []
     paths = sorted({entry.path for entry in entries})
-    images = examine_all(paths, max_pixels, reading, workers=workers, progress=progress, known=known, remember=remember)
+    images = examine_all(paths, max_pixels, reading, workers=workers, progress=progress, memory=memory)
     problems += _image_problems(entries, images)
     problems += _shared_between_splits(entries, images)
     order = {file.path.name: place for place, file in enumerate(tree.files)}

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -94,30 +94,28 @@ def examine_all(
     *,
     workers: int = 0,
     progress: Progress | None = None,
-    known: Mapping[Path, Examined] | None = None,
-    remember: Callable[[Path, Examined], None] | None = None,
+    memory: Memory | None = None,
 ) -> dict[Path, Examined]:
     """Every file of `paths`, by path.
 
     Args:
       workers: processes; 0: one per core.
       progress: wraps the iterator over files that are read and takes their number.
-      known: `Memory.known`; these are not read again.
-      remember: `Memory.add`, called with each file whose bytes were read.
+      memory: files that it knows are not read again; it is told of each file whose bytes were read.
     """
-    examined = {path: known[path] for path in paths if path in known} if known else {}
+    examined = {path: memory.known[path] for path in paths if path in memory.known} if memory else {}
     unknown = [path for path in paths if path not in examined]
     examine_one = functools.partial(examine, max_pixels=max_pixels, reading=reading)
     results = over(
-        examine_one, unknown, workers=workers, crashed=lambda path, reason: Examined(reason=reason), min_items=1,
-        max_seconds=MAX_SECONDS, max_bytes=MAX_BYTES, preload=__name__,
+        examine_one, unknown, workers=workers, crashed=lambda path, reason: Examined(reason=reason),
+        max_seconds=MAX_SECONDS, max_bytes=MAX_BYTES,
     )  # fmt: skip
     if progress and unknown:
         results = progress(results, len(unknown))
     for path, image in zip(unknown, results, strict=True):
         examined[path] = image
-        if remember and image.digest:  # what could not be read at all may be read another time
-            remember(path, image)
+        if memory and image.digest:  # what could not be read at all may be read another time
+            memory.add(path, image)
     return {path: examined[path] for path in paths}
 
 
@@ -125,7 +123,7 @@ class Memory:
     """What was found out about the files of a tree, kept in a file, one line each, as it is found.
 
         with Memory(out / ".examined.jsonl", root, repr((max_pixels, reading))) as memory:
-            examine_all(paths, max_pixels, reading, known=memory.known, remember=memory.add)
+            examine_all(paths, max_pixels, reading, memory=memory)
 
     A file that has another size or time of change is not known, nor is one that was read in another way, or hashed.
 

@@ -96,8 +96,8 @@ def _stream(encoded: Encoded, seed: int, weights: Mapping[str, float]) -> grain.
 class _Order:
     """The endless order of some record indices: one permutation after another, each drawn from (seed, name, epoch).
 
-    A Grain source with random access. Grain's own shuffle walks its cycle until it falls inside the set: 0.2 ms per
-    element of a set of 100, 0.01 ms at 3,000; a permutation by numpy takes 0.02 to 0.05 ms per epoch of either.
+    A Grain source with random access. Grain's own shuffle (0.2.18) walks its cycle until it falls inside the set: 280
+    us an element of a set of 100, 17 of 3,000, 9 of 111,000, where this takes 0.3; and it gives another order.
     """
 
     def __init__(self, indices: np.ndarray, seed: int, name: str):

@@ -17,8 +17,8 @@ from typing import TypeVar
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
-# Fewer items are done here, where nothing else is asked for.
-MIN_ITEMS = 2
+# The processes are copies of one that has imported what takes long.
+PRELOADED = "medcg_jax.data.prepare"
 
 # `lambda items, total: tqdm(items, total=total)`, or nothing.
 Progress = Callable[[Iterable, int], Iterable]
@@ -31,10 +31,8 @@ def over(
     crashed: Callable[[Item, str], Result],
     workers: int = 0,
     chunk: int = 32,
-    min_items: int = MIN_ITEMS,
     max_seconds: int = 0,
     max_bytes: int = 0,
-    preload: str = "",
 ) -> Iterator[Result]:
     """The function's result for each item, in their order.
 
@@ -42,21 +40,18 @@ def over(
       function: of a module's top level; what it raises ends the iteration.
       crashed: the result for an item whose process died of it, and why it did, such as "took longer than 10 s of
         processor time"; all others keep theirs.
-      workers: processes; 0: one per core.
+      workers: processes; 0: one per core. With 1 and no `max_seconds` all is done in this process, without any bound.
       chunk: items that travel together.
-      min_items: fewer of them are done in this process, without any bound.
       max_seconds: processor time that one item may take; 0: not bounded.
       max_bytes: address space that a process may take beside its own start; more is refused to it; 0: not bounded.
-      preload: a module that takes long to import; the processes are then copies of one that has imported it.
     """
     workers = workers or os.cpu_count() or 1
-    if len(items) < min_items or (workers == 1 and not max_seconds):
+    if not items or (workers == 1 and not max_seconds):
         yield from map(function, items)
         return
     # Not a fork of this process, which would copy the locks of threads that JAX or Grain may have started.
     context = multiprocessing.get_context("forkserver")
-    if preload:
-        context.set_forkserver_preload([preload])
+    context.set_forkserver_preload([PRELOADED])
     start = partial(_Worker, context, function, max_seconds, max_bytes)
     waiting = deque((first, items[first : first + chunk]) for first in range(0, len(items), chunk))
     results: dict[int, Result] = {}

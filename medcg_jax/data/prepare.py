@@ -19,7 +19,6 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,16 +92,16 @@ def prepare(
     drop_near: bool = False,
     workers: int = 0,
     progress: Progress | None = None,
-    say: Callable[[str], None] = print,
 ) -> Prepared:
     """Writes the tree's records into `out`, or what of them is not there yet; the bytes do not depend on `workers`.
+
+    Prints a line for everything that `check` warns of, and where nothing is left to do.
 
     Args:
       data: which records of the tree (caps, seed) and how pixels are read; its `source` and `root` are not looked at.
       max_bad_frac: share of the records that may be set aside, in 0..1; more of them end the run before it writes.
       drop_near: leave out the training records whose image is nearly a test record's.
       progress: as `check.inspect` takes it; used for the images and then for the shards.
-      say: is told in a line what `check` warns of, and where nothing is left to do.
 
     Raises:
       DataError: no tree; or `out` holds something else, a link, or a preparation with other settings or records.
@@ -116,15 +115,12 @@ def prepare(
     tree.require_files()
     _check_out(out, tree.root)
     _check_settings(out, settings)
-    memory = Memory(out / ".examined.jsonl", tree.root, repr((data.max_pixels, reading)))
-    with memory:
-        inspection = inspect(
-            tree, data.max_pixels, reading, workers=workers, progress=progress, known=memory.known, remember=memory.add
-        )
+    with Memory(out / ".examined.jsonl", tree.root, repr((data.max_pixels, reading))) as memory:
+        inspection = inspect(tree, data.max_pixels, reading, workers=workers, progress=progress, memory=memory)
     if not inspection.report.acceptable(max_bad_frac):
         raise TooManyBad(_refusal(inspection.report, max_bad_frac), inspection.report)
     for notice in inspection.report.notices:
-        say(f"warning: {notice}")
+        print(f"warning: {notice}")
     near = {(pair.file, pair.record) for pair in inspection.report.near}
     source = ReleaseSource(tree, data, skip=inspection.report.bad_records | (near if drop_near else set()))
     parts = dict(_lines(source, inspection, layout))
@@ -134,7 +130,7 @@ def prepare(
     shards = [shard for name, lines in parts.items() for shard in _shards(out, name, lines)]
     missing = sum(not shard.path.exists() for shard in shards)
     if not missing and (done := _finished(out, plan)):
-        say(f"{out}: prepared before, nothing to do")
+        print(f"{out}: prepared before, nothing to do")
         return Prepared(done, 0, time.monotonic() - started)
     write_whole(out / ".plan.json", json.dumps(plan, indent=1) + "\n")
     for name, lines in parts.items():

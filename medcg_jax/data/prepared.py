@@ -46,8 +46,8 @@ class PreparedSource:
     are then its own; ArrayRecord itself checks each record's bytes. `verify` compares the digests of whole shards.
 
     Raises:
-      DataError: `root` holds no finished preparation. Of a subset whose records or shards are missing, or others than the
-        manifest says: when it is asked for. Of a damaged or exchanged record: when its image is.
+      DataError: `root` holds no finished preparation. Of a subset whose records or shards are missing, or others than
+        the manifest says: when it is asked for. Of a damaged or exchanged record: when its image is.
     """
 
     def __init__(self, root: str | Path, config: DataConfig):

@@ -22,9 +22,15 @@ MAX_ID = 2**63 - 1
 MAX_NAME_CHARS = 200
 
 CHOICE_KEYS: dict[str, type] = {
-    "id": int, "caption": str, "image": str, "Question": str, "Answer": str, "Question-choice": str,
-    "Answer-choice": str, "data-no": str,
-}  # fmt: skip
+    "id": int,
+    "caption": str,
+    "image": str,
+    "Question": str,
+    "Answer": str,
+    "Question-choice": str,
+    "Answer-choice": str,
+    "data-no": str,
+}
 DETECTION_KEYS: dict[str, type] = {"id": int, "image": str, "width": int, "height": int, "boxes": list, "data-no": str}
 # What a record of either kind may have beside its keys; further ones are ignored.
 OPTIONAL_KEYS: dict[str, type] = {"group": str}
@@ -112,9 +118,15 @@ def parse_choice(raw: Any, subset: str, split: str) -> Record:
         first, second = told_apart(label, raw["Answer"])
         raise RecordError("answer", f"Answer-choice {letter} names {first}, but Answer is {second}")
     return Record(
-        f"{subset}/{split}/{raw['id']}", subset, (Turn(question, letter),), options, letter, raw["image"],
-        raw["data-no"], group=raw.get("group", ""),
-    )  # fmt: skip
+        f"{subset}/{split}/{raw['id']}",
+        subset,
+        (Turn(question, letter),),
+        options,
+        letter,
+        raw["image"],
+        raw["data-no"],
+        group=raw.get("group", ""),
+    )
 
 
 def parse_options(question: str) -> tuple[str, ...]:
@@ -156,9 +168,15 @@ def parse_detection(raw: Any, subset: str, split: str, size: tuple[int, int]) ->
         raise RecordError(kind, reason)
     boxes = tuple(Box(box["label"], *map(float, box["bbox"])) for box in raw["boxes"])
     return Record(
-        f"{subset}/{split}/{raw['id']}", subset, (), image=raw["image"], data_no=raw["data-no"], boxes=boxes,
-        size_px=size, group=raw.get("group", ""),
-    )  # fmt: skip
+        f"{subset}/{split}/{raw['id']}",
+        subset,
+        (),
+        image=raw["image"],
+        data_no=raw["data-no"],
+        boxes=boxes,
+        size_px=size,
+        group=raw.get("group", ""),
+    )
 
 
 def detection_problems(raw: dict[str, Any], size: tuple[int, int]) -> list[tuple[str, str]]:

@@ -83,7 +83,6 @@ def write_stats(
     *,
     workers: int = 0,
     progress: Progress | None = None,
-    seed: int = 0,
 ) -> Path:
     """Writes the page and returns its path; `out` appears whole, and replaces an older page alone.
 
@@ -101,7 +100,7 @@ def write_stats(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         partial = Path(folder) / "page"
         (partial / "sheets").mkdir(parents=True)
-        _write_into(partial, Path(root).name, source, inspection, data.max_pixels, reading, seed)
+        _write_into(partial, Path(root).name, source, inspection, data.max_pixels, reading)
         shutil.rmtree(out, ignore_errors=True)
         os.replace(partial, out)
     return out / "index.html"
@@ -118,20 +117,14 @@ def _is_free(out: Path) -> bool:
 
 
 def _write_into(
-    partial: Path,
-    name: str,
-    source: ReleaseSource,
-    inspection: Inspection,
-    max_pixels: int,
-    reading: Reading,
-    seed: int,
+    partial: Path, name: str, source: ReleaseSource, inspection: Inspection, max_pixels: int, reading: Reading
 ) -> None:
     """The page's files. name: of the tree."""
     subsets = []
     for kind, group in (("choice", source.subsets), ("detection", source.detection_subsets)):
         for subset in group:
             sets = {split: source.records(subset.name, split) for split in SPLITS}
-            sheet = contact_sheet([sets[split] for split in SPLITS], np.random.default_rng(seed))
+            sheet = contact_sheet([sets[split] for split in SPLITS], np.random.default_rng(0))
             if sheet is not None:
                 sheet.save(partial / "sheets" / f"{subset.name}.jpg", quality=85)
             path = f"sheets/{subset.name}.jpg" if sheet is not None else ""

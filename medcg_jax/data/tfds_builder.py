@@ -4,8 +4,8 @@
     train = build(prepared, "04", data_dir).as_data_source("train")     # random access; feeds grain.MapDataset.source
     record, image = record_of(train[0])
 
-One configuration per subset, and `all`. Files are ArrayRecord, in the order of the prepared records. Images are bytes of
-PNG: TFDS's own `Image` feature imports TensorFlow when it writes.
+One configuration per subset, and `all`. Files are ArrayRecord, in the order of the prepared records. Images are bytes
+of PNG: TFDS's own `Image` feature imports TensorFlow when it writes.
 """
 
 from __future__ import annotations

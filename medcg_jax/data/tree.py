@@ -135,9 +135,13 @@ class Contents:
             if file.detection:
                 check_keys(raw, DETECTION_KEYS)
                 record = Record(
-                    f"{file.number}/{file.split}/{number}", file.number, (), image=raw["image"],
-                    data_no=raw["data-no"], group=raw.get("group", ""),
-                )  # fmt: skip
+                    f"{file.number}/{file.split}/{number}",
+                    file.number,
+                    (),
+                    image=raw["image"],
+                    data_no=raw["data-no"],
+                    group=raw.get("group", ""),
+                )
             else:
                 record = parse_choice(raw, file.number, file.split)
             return Entry(file, name, raw, record, self._image(record.image))

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import bootstrap
@@ -24,7 +25,7 @@ BOOTSTRAP_DRAWS = 9999
 DECIMALS = 2
 DICE_DECIMALS = 4
 # A corner of a box; an answer of text may name any number, and beyond these no pixel lies.
-FARTHEST_PX = {"least": -1e15, "most": 1e15}
+FARTHEST_PX = 1e15
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,9 @@ def summary(answers: Sequence[BoxAnswer]) -> dict[str, float | int | None]:
     }
     for name, (low, high) in intervals.items():
         scores |= {f"{name}_low": low, f"{name}_high": high}
-    low, high = ratio_interval(dices, np.ones(len(dices))) if len(dices) else (None, None)
+    dice_low, dice_high = ratio_interval(dices, np.ones(len(dices))) if len(dices) else (None, None)
     scores |= {"by_chance": _accuracy_by_chance(answers), "dice": float(dices.mean()) if len(dices) else None}
-    return scores | {"dice_low": low, "dice_high": high}
+    return scores | {"dice_low": dice_low, "dice_high": dice_high}
 
 
 def _accuracy_by_chance(answers: Sequence[BoxAnswer]) -> float | None:
@@ -147,7 +148,7 @@ def ratio_interval(top: np.ndarray, bottom: np.ndarray, level: float = 0.95) -> 
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
-def dice(a: np.ndarray, b: np.ndarray) -> float:
+def dice(a: np.typing.ArrayLike, b: np.typing.ArrayLike) -> float:
     """Twice the common pixels over all pixels of two masks bool[h, w], in [0, 1]; 1 where both are empty.
 
     Raises:
@@ -155,7 +156,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     """
     a, b = np.asarray(a, bool), np.asarray(b, bool)
     if a.shape != b.shape:
-        raise ValueError(f"masks of {a.shape} and {b.shape}; two of one shape are accepted")
+        raise ValueError(f"masks of {a.shape} and {b.shape}: expected two of one shape")
     total = int(a.sum()) + int(b.sum())
     return 2 * int((a & b).sum()) / total if total else 1.0
 
@@ -213,22 +214,22 @@ def read_answers(path: Path) -> list[BoxAnswer]:
             check_text(line, key, name, empty=key in ("label", "generated"))
         if line.get("dice") is not None:
             check_number(line["dice"], f"{name}: dice", least=0, most=1)
-        predicted = line.get("predicted")
-        answers.append(
-            BoxAnswer(
-                line["id"], line["subset"], line["label"], _read_boxes(line, "truth", name, least=1),
-                None if predicted is None else _read_boxes(line, "predicted", name), line["generated"], line.get("dice"),
-            )
-        )  # fmt: skip
+        truth, predicted = _read_boxes(line, "truth", name, least=1), line.get("predicted")
+        predicted = None if predicted is None else _read_boxes(line, "predicted", name)
+        fields: dict[str, Any] = {key: line.get(key) for key in ("id", "subset", "label", "generated", "dice")}
+        answers.append(BoxAnswer(truth=truth, predicted=predicted, **fields))
         first = asked.setdefault((line["subset"], line["id"], line["label"]), number)
         if first != number:
-            raise FileError(f"{name}: the question of line {first} again; each once is accepted")
+            raise FileError(f"{name}: the question of line {first} again")
     return answers
 
 
 def _read_boxes(line: dict, key: str, name: str, least: int = 0) -> tuple[tuple[float, ...], ...]:
     value = line.get(key)
-    if not isinstance(value, list) or len(value) < least or not all(isinstance(b, list) and len(b) == 4 for b in value):
+    boxes = [box for box in value if isinstance(box, list) and len(box) == 4] if isinstance(value, list) else []
+    if boxes != value or len(boxes) < least:
         some = "of at least one box" if least else "of boxes"
-        raise FileError(f"{name}: {field(line, key)}: a list {some}, each of four numbers, is accepted")
-    return tuple(tuple(check_number(x, f"{name}: {key}", **FARTHEST_PX) for x in box) for box in value)
+        raise FileError(f"{name}: {field(line, key)}: expected a list {some}, each of four numbers")
+    return tuple(
+        tuple(check_number(x, f"{name}: {key}", least=-FARTHEST_PX, most=FARTHEST_PX) for x in box) for box in boxes
+    )

@@ -51,7 +51,7 @@ def greedy(model, logits: jax.Array, cache, *, num_new: int, eos_id: int) -> tup
         index, tokens, _ = carry
         return (index < num_new) & (tokens[:, index - 1] != eos_id).any()
 
-    def one(carry):
+    def next_token(carry):
         index, tokens, cache = carry
         last = jax.lax.dynamic_slice_in_dim(tokens, index - 1, 1, axis=1)
         hidden, cache = model.hidden(last, cache=cache)
@@ -61,7 +61,7 @@ def greedy(model, logits: jax.Array, cache, *, num_new: int, eos_id: int) -> tup
         best = jnp.where(last[:, 0] == eos_id, eos_id, best)
         return index + 1, jax.lax.dynamic_update_slice_in_dim(tokens, best[:, None], index, axis=1), cache
 
-    return jax.lax.while_loop(going_on, one, (jnp.int32(1), tokens, cache))[1:]
+    return jax.lax.while_loop(going_on, next_token, (jnp.int32(1), tokens, cache))[1:]
 
 
 def parse_answer(text: str, options: Sequence[str]) -> str:

@@ -83,6 +83,7 @@ def _read(encoded: Encoded, index: int, tokenizer: Tokenizer, row: dict[str, np.
     record, asked = encoded.records.records[index], encoded.asked[index]
     text = tokenizer.decode(row["tokens"].tolist())
     boxes = row["boxes"][: row["count"]] if "boxes" in row else None
+    assert encoded.format.read_boxes is not None, "a format without boxes"
     predicted = encoded.format.read_boxes(text, boxes, record.size_px)
     overlap, truth = None, encoded.records.mask(index)
     if "masks" in row and truth is not None:

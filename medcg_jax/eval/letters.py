@@ -69,7 +69,7 @@ class Evaluator:
     """
 
     mesh: Mesh
-    jitted: object
+    jitted: Callable
     num_new: int
 
     def __call__(self, params, batch: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:

@@ -97,17 +97,6 @@ def _line(prediction: Prediction, **more: str) -> str:
     return text.replace('"logprobs": null', f'"logprobs": [{", ".join(shown)}]', 1)
 
 
-def read_predictions(path: Path) -> list[Prediction]:
-    """What `write_predictions` wrote. Raises FileError as `prediction_lines`, or without log-probabilities."""
-    predictions = []
-    for line in prediction_lines(path):
-        if line["logprobs"] is None:
-            raise FileError(f"{path}: record {line['id']} has no log-probabilities")
-        values = {name.name: line[name.name] for name in dataclasses.fields(Prediction)}
-        predictions.append(Prediction(**values | {key: tuple(values[key]) for key in ("options", "logprobs")}))
-    return predictions
-
-
 def prediction_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     """The lines of a predictions file (or of one of controls, which has "control" too), in order.
 
@@ -124,7 +113,7 @@ def prediction_lines(path: str | Path) -> Iterator[dict[str, Any]]:
         check_line(checked, name)
         first = asked.setdefault((checked["subset"], checked["id"], checked.get("control", "")), number)
         if first != number:
-            raise FileError(f"{name}: record {shown(line['id'])} stands in line {first} already; each once is accepted")
+            raise FileError(f"{name}: record {shown(line['id'])} stands in line {first} already")
         yield checked
 
 

@@ -57,8 +57,8 @@ class Tester:
         config, eos_id = self._setup.run.eval, self._setup.tokenizer.eos_id
         return {"eos_id": eos_id, "max_new_tokens": config.max_new_tokens, "generate": config.generate}
 
-    def __call__(self, params, encoded: Encoded) -> list[Prediction] | list[BoxAnswer]:
-        """An answer for every row. params: of the whole model, on the setup's mesh.
+    def __call__(self, params, encoded: Encoded) -> list:
+        """An answer for every row, a `Prediction` or a `BoxAnswer`. params: of the whole model, on the setup's mesh.
 
         Raises:
           BlindModel: the model does not see images.
@@ -115,14 +115,18 @@ class Tester:
         check_batch(setup.mesh, size, "eval.batch_size")
         rows = own_rows(setup.mesh, size)
         if controls is None:
-            batch, _ = next(eval_batches(encoded, size, rows=rows))
-            scored = lambda batch: score(params, batch)
+            first, (batch, _) = None, next(eval_batches(encoded, size, rows=rows))
         else:
             image = setup.model.image_token_id
             first = next(rounds(encoded, list(controls.values()), size, image_token_id=image, rows=rows))
-            batch, scored = first.before, lambda batch: score(params, dataclasses.replace(first, before=batch))
+            batch = first.before
+
+        def scored(batch) -> list[np.ndarray]:
+            given = batch if first is None else dataclasses.replace(first, before=batch)
+            return [jax.device_get(score(params, given)[0])]
+
         name = f"subset {encoded.records.records[0].subset}"
-        self._sees = check_sees(lambda batch: [jax.device_get(scored(batch)[0])], batch, setup.pixels, name)
+        self._sees = check_sees(scored, batch, setup.pixels, name)
 
     def _letter_logits(self, params, batch) -> tuple[jax.Array]:
         """(float32[B, V] logits behind each prompt,): of questions that are answered in boxes."""
@@ -142,8 +146,9 @@ def with_images_of(control: Encoded, encoded: Encoded) -> Encoded:
     decoded already; nothing is copied."""
     if encoded.images is None:
         return control
-    places = np.asarray(control.records.places)
-    return dataclasses.replace(control, images={key: _Taken(array, places) for key, array in encoded.images.items()})
+    places = np.asarray(control.records.places)  # type: ignore[attr-defined]
+    images: dict = {key: _Taken(array, places) for key, array in encoded.images.items()}
+    return dataclasses.replace(control, images=images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +209,7 @@ def parameters(setup: Setup, trained: Path):
     if trained.is_dir():
         return load_params(trained, setup.model, setup.mesh, base=setup.run.model.checkpoint)[:2]
     if not setup.run.model.checkpoint:
-        raise ConfigError(f"{trained} is missing and model.checkpoint is empty: a workdir of `medcg train` is accepted")
+        raise ConfigError(f"{trained} is missing and model.checkpoint is empty: give a workdir of `medcg train`")
     return start_params(setup, seed=setup.run.train.seed)
 
 

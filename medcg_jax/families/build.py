@@ -74,13 +74,13 @@ def abstract(config: Config, *, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, 
     """
     graphdef, state = _abstract_variables(config, param_dtype)
 
-    def one(path, variable):
+    def leaf_of(path, variable):
         shape, dtype = variable.get_value(), kept_as(config, path, variable)
         if dtype in QUANTIZED:
             return like(shape.shape, dtype)
         return shape if dtype is None else jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype))
 
-    return graphdef, jax.tree_util.tree_map_with_path(one, state, is_leaf=_is_variable)
+    return graphdef, jax.tree_util.tree_map_with_path(leaf_of, state, is_leaf=_is_variable)
 
 
 def kept_as(config: Config, path, variable: nnx.Variable) -> str | None:
@@ -94,23 +94,13 @@ def kept_as(config: Config, path, variable: nnx.Variable) -> str | None:
 
 def axis_names(config: Config) -> nnx.State:
     """The logical names of every parameter's axes, as a tuple for each leaf of `params`."""
-    return _of_axes(config, lambda v: v.get_metadata("axes"))
-
-
-def partition_specs(config: Config) -> nnx.State:
-    """The PartitionSpec of every parameter, by its logical names."""
-    return _of_axes(config, lambda v: spec(*v.get_metadata("axes")))
-
-
-def _of_axes(config: Config, of: Callable[[nnx.Variable], object]) -> nnx.State:
-    """What `of` gives for every parameter, in params' tree."""
     _, state = _abstract_variables(config, jnp.float32)
 
-    def one(path, variable):
-        found, dtype = of(variable), kept_as(config, path, variable)
-        return array_type()(found, found, None, dtype) if dtype in QUANTIZED else found
+    def names_of(path, variable):
+        names, dtype = variable.get_metadata("axes"), kept_as(config, path, variable)
+        return array_type()(names, names, None, dtype) if dtype in QUANTIZED else names
 
-    return jax.tree_util.tree_map_with_path(one, state, is_leaf=_is_variable)
+    return jax.tree_util.tree_map_with_path(names_of, state, is_leaf=_is_variable)
 
 
 def shardings(config: Config, mesh: Mesh) -> nnx.State:
@@ -125,17 +115,17 @@ def shardings(config: Config, mesh: Mesh) -> nnx.State:
     """
     _, state = _abstract_variables(config, jnp.float32)
 
-    def one(path, variable):
-        shape, parts = variable.get_value().shape, _parts(variable, mesh)
+    def sharding_of(path, variable):
+        shape, parts = variable.get_value().shape, _spec_on(variable, mesh)
         _check_divides(jax.tree_util.keystr(path), shape, parts, mesh)
-        place, dtype = NamedSharding(mesh, parts), kept_as(config, path, variable)
+        sharding, dtype = NamedSharding(mesh, parts), kept_as(config, path, variable)
         if dtype not in QUANTIZED:
-            return place
+            return sharding
         scales = like(shape, dtype).scale.shape
         split = [axes if _divides(size, axes, mesh) else None for size, axes in zip(scales, parts, strict=True)]
-        return array_type()(place, NamedSharding(mesh, PartitionSpec(*split)), None, dtype)
+        return array_type()(sharding, NamedSharding(mesh, PartitionSpec(*split)), None, dtype)
 
-    return jax.tree_util.tree_map_with_path(one, state, is_leaf=_is_variable)
+    return jax.tree_util.tree_map_with_path(sharding_of, state, is_leaf=_is_variable)
 
 
 def replicated(config: Config, mesh: Mesh) -> list[str]:
@@ -145,11 +135,11 @@ def replicated(config: Config, mesh: Mesh) -> list[str]:
     return [
         ".".join(key.key for key in path)
         for path, variable in leaves
-        if "tensor" in _flat(spec(*variable.get_metadata("axes"))) and "tensor" not in _flat(_parts(variable, mesh))
+        if "tensor" in _flat(spec(*variable.get_metadata("axes"))) and "tensor" not in _flat(_spec_on(variable, mesh))
     ]
 
 
-def _parts(variable: nnx.Variable, mesh: Mesh) -> PartitionSpec:
+def _spec_on(variable: nnx.Variable, mesh: Mesh) -> PartitionSpec:
     """The spec of a parameter on this mesh, whose sizes say which of its axes can be split."""
     names, shape = variable.get_metadata("axes"), variable.get_value().shape
     undivided = {
@@ -158,7 +148,7 @@ def _parts(variable: nnx.Variable, mesh: Mesh) -> PartitionSpec:
         or name == "rank_parts" and size % mesh.shape["fsdp"]
     }  # fmt: skip
 
-    def one(name: str, size: int) -> str | None:
+    def name_on(name: str, size: int) -> str | None:
         if name in undivided:
             return None
         fits = size % (mesh.shape["fsdp"] * mesh.shape["tensor"]) == 0
@@ -166,7 +156,7 @@ def _parts(variable: nnx.Variable, mesh: Mesh) -> PartitionSpec:
             return name if fits else "vision_embed"
         return "table_embed" if name == "embed" and "vocab" in undivided and fits else name
 
-    return spec(*map(one, names, shape))
+    return spec(*map(name_on, names, shape))
 
 
 def _flat(parts: PartitionSpec) -> set[str]:
@@ -181,29 +171,29 @@ def create(config: Config, mesh: Mesh, *, seed: int, param_dtype=jnp.float32) ->
     graphdef, _ = _abstract_variables(config, param_dtype)
     structure = jax.tree.structure(shardings(config, mesh), is_leaf=is_quantized)
     leaves = [None] * structure.num_leaves
-    for places, init in _initializers(config, mesh, param_dtype):
-        for place, leaf in zip(places, jax.block_until_ready(init(seed)), strict=True):
-            leaves[place] = leaf
+    for positions, init in _initializers(config, mesh, param_dtype):
+        for position, leaf in zip(positions, jax.block_until_ready(init(seed)), strict=True):
+            leaves[position] = leaf
     return graphdef, jax.tree.unflatten(structure, leaves)
 
 
 @lru_cache(maxsize=16)
 def _initializers(config: Config, mesh: Mesh, param_dtype) -> list[tuple[list[int], Callable]]:
-    """(places of parameters in the tree, their program, of a seed): of most together, of large ones alone."""
-    wanted = jax.tree.leaves(shardings(config, mesh), is_leaf=is_quantized)
+    """(positions of leaves in the tree, their program, of a seed): most leaves together, large ones alone."""
+    targets = jax.tree.leaves(shardings(config, mesh), is_leaf=is_quantized)
     shapes = jax.tree.leaves(abstract(config)[1], is_leaf=is_quantized)
     large = [i for i, x in enumerate(shapes) if is_quantized(x) and math.prod(x.shape) >= ALONE_NUMBERS]
-    groups = [[i for i in range(len(wanted)) if i not in large], *([i] for i in large)]
+    groups = [[i for i in range(len(targets)) if i not in large], *([i] for i in large)]
 
-    def init(seed, places):
-        made = nnx.state(_module(config, nnx.Rngs(jax.random.key(seed)), param_dtype))
-        leaves = jax.tree_util.tree_flatten_with_path(made, is_leaf=_is_variable)[0]
-        return [_kept(config, *leaves[i]) for i in places]
+    def init(seed, positions):
+        state = nnx.state(_module(config, nnx.Rngs(jax.random.key(seed)), param_dtype))
+        leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_variable)[0]
+        return [_kept(config, *leaves[i]) for i in positions]
 
     # A program of hundreds of small random draws, run once: on CPUs LLVM would optimise it for longer than it runs.
     quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-    made = partial(jax.jit, compiler_options=quick)
-    return [(g, made(partial(init, places=g), out_shardings=[wanted[i] for i in g])) for g in groups]
+    jit = partial(jax.jit, compiler_options=quick)
+    return [(g, jit(partial(init, positions=g), out_shardings=[targets[i] for i in g])) for g in groups]
 
 
 def create_adapters(config: Config, mesh: Mesh, *, seed: int, param_dtype=jnp.float32) -> dict:

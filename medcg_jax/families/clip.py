@@ -77,10 +77,13 @@ class ClipVision(nnx.Module):
 
     def embed(self, pixels: jax.Array, dtype) -> jax.Array:
         """float[B, 1 + P, E]: what the first layer gets; class token first."""
+        return constrain(self.norm(self.tokens(pixels, dtype)), "act_batch", "act_len", "act_embed")
+
+    def tokens(self, pixels: jax.Array, dtype) -> jax.Array:
+        """float[B, 1 + P, E]: class token and patches, with their positions."""
         x = self.patch(patches(normalise(pixels, self.config), self.config.patch_size_px).astype(dtype))
         first = jnp.broadcast_to(self.class_token[...].astype(dtype), (x.shape[0], 1, x.shape[2]))
-        x = jnp.concatenate([first, x], axis=1) + self.positions[...].astype(dtype)
-        return constrain(self.norm(x), "act_batch", "act_len", "act_embed")
+        return jnp.concatenate([first, x], axis=1) + self.positions[...].astype(dtype)
 
     def __call__(self, pixels: jax.Array, *, dtype, attention: str) -> jax.Array:
         """pixels: uint8[B, h, w, 3], or float[B, h, w, 3] already normalised."""

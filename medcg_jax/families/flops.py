@@ -8,7 +8,6 @@ of parameters of every family's parts. Left out: norms, activations, NExT-Chat's
 import math
 from dataclasses import dataclass, fields
 
-from medcg_jax.chips import peak_bf16
 from medcg_jax.families.common import FamilyConfig
 from medcg_jax.nn.lora import LoraConfig, target_axes
 
@@ -126,7 +125,7 @@ def training(one: Flops, *, trainable: tuple[str, ...], causal: bool = False, re
     return total
 
 
-# ------------------------------------------------------------------ a step, a batch of tests, and utilisation
+# ------------------------------------------------------------------ a step, and a batch of tests
 
 
 def step(config: FamilyConfig, lengths, *, padded_length: int, num_images: int, num_logits: int, trainable) -> dict:
@@ -151,10 +150,3 @@ def evaluation(config: FamilyConfig, *, num_rows: int, length: int, num_new: int
     """FLOPs of one batch of tests: prompts of `length` tokens, then `num_new` tokens of every row, one at a time."""
     prompt = forward(config, length=length, num_logits=1).total
     return num_rows * (prompt + sum(generation(config, seen=length + i) for i in range(1, num_new)))
-
-
-def utilisation(flops: dict, seconds: float, device_kind: str, num_devices: int) -> dict:
-    """{"mfu", "mfu_causal", "hfu"} in 0-1 of the bf16 peak for `step`'s FLOPs in `seconds`; None without a peak."""
-    peak = peak_bf16(device_kind)
-    names = {"mfu": "full", "mfu_causal": "causal", "hfu": "executed"}
-    return {name: peak and flops[key] / seconds / (peak * num_devices) for name, key in names.items()}

@@ -42,12 +42,8 @@ def normal(stddev: float):
     return lambda key, shape, dtype: stddev * jax.random.normal(key, shape, dtype)
 
 
-def _ones(key, shape, dtype):
-    return jnp.ones(shape, dtype)
-
-
-def _zeros(key, shape, dtype):
-    return jnp.zeros(shape, dtype)
+def constant(value: float):
+    return lambda key, shape, dtype: jnp.full(shape, value, dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -91,7 +87,7 @@ class Dense(nnx.Module):
         kept = [i for i, letter in enumerate(kernel) if letter in out]
         bias_shape, bias_axes = tuple(shape[i] for i in kept), tuple(axes[i] for i in kept)
         init = dict(rngs=rngs, param_dtype=param_dtype, stack=stack)
-        self.bias = param(_zeros, bias_shape, bias_axes, **init) if use_bias else None
+        self.bias = param(constant(0.0), bias_shape, bias_axes, **init) if use_bias else None
 
     def __call__(self, x: jax.Array, adapter: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
         """adapter: gives what is added to the product, in its shape."""
@@ -111,8 +107,8 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, size: int, *, eps: float, rngs: nnx.Rngs, param_dtype=jnp.float32, stack: Stack = ()):
         self.eps = eps
-        self.scale = param(_ones, (size,), ("norm",), rngs=rngs, param_dtype=param_dtype, stack=stack)
-        self.bias = param(_zeros, (size,), ("norm",), rngs=rngs, param_dtype=param_dtype, stack=stack)
+        self.scale = param(constant(1.0), (size,), ("norm",), rngs=rngs, param_dtype=param_dtype, stack=stack)
+        self.bias = param(constant(0.0), (size,), ("norm",), rngs=rngs, param_dtype=param_dtype, stack=stack)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
@@ -127,7 +123,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, size: int, *, eps: float, rngs: nnx.Rngs, param_dtype=jnp.float32, stack: Stack = ()):
         self.eps = eps
-        self.scale = param(_ones, (size,), ("norm",), rngs=rngs, param_dtype=param_dtype, stack=stack)
+        self.scale = param(constant(1.0), (size,), ("norm",), rngs=rngs, param_dtype=param_dtype, stack=stack)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)

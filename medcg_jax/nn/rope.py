@@ -63,13 +63,8 @@ def rotate(x: jax.Array, angles: Angles) -> jax.Array:
 
 
 def count_positions(segment_ids: jax.Array) -> jax.Array:
-    """int32[B, T]: how many real tokens (segment_ids != 0) of its segment stand before each token; 0 on left padding.
+    """int32[B, T]: how many real tokens (segment_ids != 0) of the row stand before each token; 0 on left padding.
 
-    segment_ids: int[B, T], rising from segment to segment, 0 on padding, which may lie in a segment; padding behind a
-    token has its position.
+    Padding behind a token has that token's position.
     """
-    real = segment_ids != 0
-    counted = jnp.maximum(jnp.cumsum(real, axis=-1, dtype=jnp.int32) - 1, 0)
-    before = jnp.pad(jax.lax.cummax(segment_ids, axis=1), ((0, 0), (1, 0)))[:, :-1]
-    # Positions only rise, so the newest beginning is the largest.
-    return counted - jax.lax.cummax(jnp.where(segment_ids > before, counted, 0), axis=1)
+    return jnp.maximum(jnp.cumsum(segment_ids != 0, axis=-1, dtype=jnp.int32) - 1, 0)

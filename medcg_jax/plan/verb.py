@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import Mesh
 
-from medcg_jax.chips import Peak, peak_of
+from medcg_jax.chips import Peak, peak_of, utilisation
 from medcg_jax.config import RunConfig, replace
 from medcg_jax.families import build, flops
 from medcg_jax.mesh import islands, make_mesh
@@ -154,7 +154,7 @@ def training(planned: PlannedRun, compiled: Compiled, usable: float, peak: Peak 
         gathered=mesh.shape["fsdp"] > 1,
     )  # fmt: skip
     bound = bound_of(peak, mesh, text, needed["executed"], crossing_hbm)
-    used = flops.utilisation(needed, bound.overlapped_s, mesh.devices.flat[0].device_kind, mesh.size)
+    used = utilisation(needed, bound.overlapped_s, mesh.devices.flat[0].device_kind, mesh.size)
     return result | {"bound": dataclasses.asdict(bound), **rates(bound, rows, length), **used}
 
 
@@ -171,9 +171,7 @@ def testing(planned: PlannedRun, compiled: Compiled, usable: float, peak: Peak |
         return result | {"findings": []}
     lengths = rules.lengths_of(planned, [length, length + num_new - 1], rows)
     # Generation stops when all rows have ended; what it takes at most is counted.
-    text = read_text(
-        compiled, needed, lengths, num_devices=mesh.size, remat="none", open_trips=max(num_new - 1, 1)
-    )  # fmt: skip
+    text = read_text(compiled, needed, lengths, num_devices=mesh.size, remat="none", open_trips=max(num_new - 1, 1))
     result |= text.result | {
         "findings": [dataclasses.asdict(finding) for finding in text.products.findings],
         "not_looked_for": text.products.not_looked_for,
@@ -238,9 +236,7 @@ def read_text(
             kind = by_kind.setdefault(one.kind, {"count": 0, "bytes": 0})
             kind["count"] += one.trips
             kind["bytes"] += one.total_bytes
-    products = rules.check_products(
-        text, needed, lengths, num_devices=num_devices, remat=remat, open_trips=open_trips
-    )  # fmt: skip
+    products = rules.check_products(text, needed, lengths, num_devices=num_devices, remat=remat, open_trips=open_trips)
     result = {
         "collectives": None if executed is None else dict(sorted(by_kind.items(), key=lambda item: -item[1]["bytes"])),
         "not_counted": " ".join(why.split())[:300],

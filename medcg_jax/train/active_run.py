@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -131,7 +131,7 @@ class ActiveRun:
             self._checkpoints = Checkpoints(spec.checkpoints, keep=keep, keep_every_steps=every, report=report)
         self._saved_step = -1
         self._losses: list[float] = []  # since the last line of metrics
-        self._stream: Stream | None = None
+        self._stream: Any = None  # a `Stream`, once the run is open
         self._file: MetricsFile | None = None
         self._drawn: tuple[dict[str, np.ndarray], list[str]] | None = None
 
@@ -164,13 +164,13 @@ class ActiveRun:
         Raises:
           CheckpointError: none can be read, or it is another run's.
         """
-        restored = self._checkpoints.restore(abstract()) if self._checkpoints else None
-        if restored is None:
+        if self._checkpoints is None or (restored := self._checkpoints.restore(abstract())) is None:
             return None
         state, meta = restored
         theirs, ours = flat(meta["config"]), flat(json.loads(json.dumps(self.spec.config)))
         for name in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(name) != ours.get(name):
+            # What is off (0, "", False) may be missing: a field that has come or gone since.
+            if (theirs.get(name) or None) != (ours.get(name) or None):
                 raise CheckpointError(
                     f"{self._checkpoints.directory} is another run's: {name} is {theirs.get(name)!r} there and "
                     f"{ours.get(name)!r} here; give another --workdir"

@@ -17,14 +17,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from medcg_jax.config import ConfigError, RunError
-from medcg_jax.families.build import num_bytes
-from medcg_jax.families.llava.model import LlavaConfig
+from medcg_jax.families.build import Config, num_bytes
 from medcg_jax.files import write_whole
 from medcg_jax.processes import barrier, broadcast, gather
 from medcg_jax.train import checksums
@@ -66,7 +66,7 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._writing: threading.Thread | None = None
         self._error: Exception | None = None
-        self._saving: tuple[int, int, Path] | None = None  # step, bytes and directory of what is being written
+        self._saving: tuple[int, float, Path] | None = None  # step, bytes and directory of what is being written
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             for path in self.directory.glob(f"*{PART}"):
@@ -100,7 +100,7 @@ class Checkpoints:
         self._writing = threading.Thread(target=self._finish, args=(step, part), name="checkpoint", daemon=True)
         self._writing.start()
 
-    def restore(self, abstract_state) -> tuple[object, dict] | None:
+    def restore(self, abstract_state) -> tuple[Any, dict] | None:
         """(state, meta) of the newest checkpoint that is whole; None where there is none at all.
 
         abstract_state: `jax.ShapeDtypeStruct`s with the shardings wanted, of any mesh and any number of processes.
@@ -185,6 +185,7 @@ class Checkpoints:
                 shutil.rmtree(gone)
 
     def _save_error(self, error: Exception) -> SaveError:
+        assert self._saving is not None
         step, needed, part = self._saving
         if jax.process_index() == 0:
             shutil.rmtree(part, ignore_errors=True)
@@ -214,7 +215,7 @@ class Checkpoints:
 
 
 def save_params(
-    directory: Path, params, config: LlavaConfig, meta: dict | None = None, *, trained_on: str = "",
+    directory: Path, params, config: Config, meta: dict | None = None, *, trained_on: str = "",
     beside: Sequence[Path] = (),
 ) -> None:  # fmt: skip
     """Writes parameters in the layout of a converted checkpoint (`model.checkpoint` takes it), whole or not at all.
@@ -246,7 +247,7 @@ def save_params(
     barrier(f"{directory} is written")
 
 
-def load_params(directory: Path, config: LlavaConfig, mesh: Mesh, *, base: str = "", seed: int = 0):
+def load_params(directory: Path, config: Config, mesh: Mesh, *, base: str = "", seed: int = 0):
     """(graphdef, params, meta) of what `save_params` wrote, on `mesh`.
 
     base: where to look for what it was trained on, if that is no longer where it was. seed: of adapters that are not
@@ -345,7 +346,7 @@ def used_bytes(directory: Path) -> int:
     return total
 
 
-def check_room(directory: Path, needed: int, what: str) -> None:
+def check_room(directory: Path, needed: float, what: str) -> None:
     """Makes `directory`; what lies in it already counts as room, since it makes way for what is written.
 
     needed: bytes. what: the fields that decide how many.
@@ -361,11 +362,11 @@ def check_room(directory: Path, needed: int, what: str) -> None:
     except OSError as error:
         raise ConfigError(
             f"{directory} cannot be written ({error.strerror}), and {amount(needed)} are needed there ({what}); "
-            "another --workdir is accepted"
+            "give another --workdir"
         ) from error
     free, used = free_bytes(directory), used_bytes(directory)
     if free + used < needed:
         raise ConfigError(
             f"{directory}: {amount(needed)} are needed there ({what}), {amount(free)} are free and "
-            f"{amount(used)} used by an earlier start; room, or another --workdir, is accepted"
+            f"{amount(used)} used by an earlier start; make room, or give another --workdir"
         )

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from medcg_jax.files import write_whole
 from medcg_jax.untrusted import FileError, check_number, read_json, shown
@@ -40,14 +41,14 @@ FROM_STEPS = 10
 class _Step:
     """A step on the devices, handed over at `began_s`.
 
-    fresh: share of its runs that make this step for the first time. at: run -> its step. ready: an array of its results.
+    fresh: share of its runs that make this step for the first time. at: run -> its step. ready: an array of results.
     running_s: when it was last seen at work. done_s: when it was first seen done, None until then.
     """
 
     began_s: float
     fresh: float
     at: Mapping[str, int]
-    ready: object
+    ready: Any
     running_s: float
     done_s: float | None = None
 
@@ -58,7 +59,7 @@ class Goodput:
     path: file that this start's part and earlier ones' are written to; None: nothing is written.
     earlier: parts of earlier starts of the same run (`read_starts`), which stay in `path`.
     others: parts that have files of their own: what they reached is not new either.
-    again: whether start-up is "restart"; None: where there are earlier parts.
+    restarted: whether start-up is "restart"; None: where there are earlier parts.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Goodput:
         *,
         earlier: Sequence[dict] = (),
         others: Sequence[dict] = (),
-        again: bool | None = None,
+        restarted: bool | None = None,
         write_every_s: float = WRITE_EVERY_S,
     ):
         self._path, self._earlier, self._write_every_s = path, list(earlier), write_every_s
@@ -79,7 +80,7 @@ class Goodput:
         self._seconds = dict.fromkeys(KINDS, 0.0)
         self._at_last_lap = dict(self._seconds)
         # A kind, or of a step the share of it that is productive.
-        self._kind: str | float = "restart" if (bool(earlier) if again is None else again) else "other"
+        self._kind: str | float = "restart" if (bool(earlier) if restarted is None else restarted) else "other"
         self._starting = True
         self._since_s = time.perf_counter()
         self._written_s: float | None = None  # None: nothing is written before there is a step, or bad input would be
@@ -172,7 +173,8 @@ class Goodput:
             self._add(kind, end - began)
         free_s = self._free_s
         for step in steps:
-            if step.running_s == step.done_s and step.began_s > free_s:
+            # One that began while the devices were free took no longer than until it was seen done.
+            if step.done_s is not None and step.began_s > free_s:
                 self._quickest_s = min(self._quickest_s, step.done_s - step.began_s)
             free_s = step.done_s or now
         ends = [end for _, _, end in spans]
@@ -246,7 +248,7 @@ def read_starts(path: Path) -> list[dict]:
             if not isinstance(start, dict) or not all(
                 isinstance(start.get(key), dict) for key in ("seconds", "reached")
             ):
-                raise FileError(f'{name}: an object with "seconds" and "reached" is accepted')
+                raise FileError(f'{name}: expected an object with "seconds" and "reached"')
             for kind, seconds in start["seconds"].items():
                 check_number(seconds, f"{name}.seconds: {shown(kind)}", least=0, most=1e12)
             for run, step in start["reached"].items():

@@ -240,11 +240,11 @@ class CompileMonitor:
         if event == "/jax/compilation_cache/cache_hits":
             self.from_cache += 1
 
-    def _on_duration(self, event: str, seconds: float, **_) -> None:
+    def _on_duration(self, event: str, duration_secs: float, **_) -> None:
         # One for every program, from the cache or not.
         if event == "/jax/core/compile/backend_compile_duration":
             self._requests += 1
-            self.seconds += seconds
+            self.seconds += duration_secs
 
 
 def keep_programs() -> None:
@@ -252,7 +252,7 @@ def keep_programs() -> None:
 
     Without a home folder (a container with a user of its own) they are not kept, which is said.
     """
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     try:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -1,12 +1,14 @@
-"""The training loop: one run, or a queue of runs that one program trains several at a time, from streams to checkpoints.
+"""The training loop: one run, or a queue of runs that one program trains several at a time.
 
 The host runs ahead of the device: losses stay there and are fetched together every `log_every_steps`. All of them are
 checked then, and before anything is saved, so no checkpoint ever holds numbers that followed a non-finite loss.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +19,7 @@ from medcg_jax.train import preempt
 from medcg_jax.train.active_run import ActiveRun, NonFiniteLoss, Options, RunResult, RunSpec, loop_options
 from medcg_jax.train.goodput import LoaderWatch
 from medcg_jax.train.log import Progress
-from medcg_jax.train.optim import stack_hparams
+from medcg_jax.train.optim import Hparams, stack_hparams
 from medcg_jax.train.sanity import check_sees
 from medcg_jax.train.step import Program, TrainState
 
@@ -53,7 +55,7 @@ def fit_queue(
     ended: Callable[[RunResult, TrainState], None],
     **options,
 ) -> None:
-    """Trains every run that `next_spec` gives, `program.num_cells` at a time; one that ends leaves its slot to the next.
+    """Trains every run that `next_spec` gives, `program.num_cells` at a time; one that ends leaves its slot to another.
 
     Nothing is compiled again for one that comes later. Each starts from its newest checkpoint, or else from `params`.
 
@@ -91,13 +93,13 @@ class Loop:
             cells = program.mesh.shape["cell"]
             raise ValueError(f"mesh.cell={cells}: several processes share a run, so set it to 1")
         self._program, self._params, self._frozen, self._options = program, params, frozen, options
-        self._state: TrainState | None = None
-        self._hparams: dict[str, jax.Array] = {}
+        self._state: Any = None  # a `TrainState`, once a run has started
+        self._hparams: Hparams = {}
         self._slots: list[ActiveRun | None] = [None] * program.num_cells
         self._many = program.num_cells > 1
         # Of steps whose metrics are still on the device: those, and the records of this process's rows in each slot.
         self._pending: list[tuple[dict[str, jax.Array], list[list[str]]]] = []
-        self._checked_at: float | None = None
+        self._checked_at = 0.0  # 0: the step is not compiled yet
         self._loader = LoaderWatch()
         self._sees_images = False
         self._bar: Progress | None = None
@@ -107,7 +109,7 @@ class Loop:
         return [run for run in self._slots if run is not None]
 
     def fill_slots(self, next_spec, ended) -> None:
-        """Reports the runs that have ended; gives their slots and empty ones to waiting runs. All losses are checked."""
+        """Reports the runs that have ended; gives their slots and empty ones to waiting runs. No loss is unchecked."""
         changed = False
         for slot in range(len(self._slots)):
             while (run := self._slots[slot]) is None or run.over:
@@ -155,7 +157,7 @@ class Loop:
             batches, records = zip(*(run.draw() if run else (None, []) for run in self._slots), strict=True)
             batch = self._stacked(batches) if self._many else batches[0]
             on_device = put_batch(batch, self._program.batch_sharding)
-        first = self._checked_at is None
+        first = not self._checked_at
         if not self._sees_images:
             with clock.within("compile"):
                 self._check_sees_images(batch)
@@ -184,8 +186,8 @@ class Loop:
         # No run has steps left, so that the state stays as it is, bit for bit.
         hparams = {**self._hparams, **self._program.put_hparams({"total_steps": steps})}
 
-        def score(batch: dict[str, np.ndarray]) -> list[np.ndarray]:
-            on_device = put_batch(batch, self._program.batch_sharding)
+        def score(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+            on_device = put_batch(dict(batch), self._program.batch_sharding)
             self._state, metrics = self._program(self._state, self._frozen, hparams, on_device)
             return jax.device_get([metrics["loss"], metrics["grad_norm"]])
 
@@ -219,7 +221,7 @@ class Loop:
         with self._options.goodput.within("checkpoint"):
             for slot, run in enumerate(self._slots):
                 if run:
-                    run.save(lambda slot=slot: self._program.take(self._state, slot))
+                    run.save(partial(self._program.take, self._state, slot))
 
     def _check(self) -> None:
         """Fetches what is pending, checks every loss, writes a line of metrics where one is due."""
@@ -229,7 +231,8 @@ class Loop:
         seconds = time.perf_counter() - self._checked_at
         waited_s = self._options.goodput.lap()["input"]
         failed_before = [run for run in self.runs if run.result.error]
-        rates, flops = {}, 0.0
+        rates: list[tuple[ActiveRun, dict[str, float]]] = []
+        flops = 0.0
         peak = self._options.peak_flops if all(run.spec.flops_per_step for run in self.runs) else None
         for slot, run in enumerate(self._slots):
             if run is None:
@@ -241,14 +244,14 @@ class Loop:
                     run.check(m["loss"], m["grad_norm"], m["lr"], records[slot])
                     steps, samples, tokens = steps + 1, samples + int(m["samples"]), tokens + int(m["tokens"])
             flops += steps * (run.spec.flops_per_step or 0.0)
-            rates[slot] = {"samples_per_s": samples / seconds, "tokens_per_s": tokens / seconds}
+            rates.append((run, {"samples_per_s": samples / seconds, "tokens_per_s": tokens / seconds}))
         mfu = flops / peak / seconds if peak else None
-        for slot, rate in rates.items():
-            self._slots[slot].write({**rate, "mfu": mfu, "data_wait": min(1.0, waited_s / seconds)})
+        for run, rate in rates:
+            run.write({**rate, "mfu": mfu, "data_wait": min(1.0, waited_s / seconds)})
         self._checked_at = time.perf_counter()
         if line := self._loader.warning(waited_s, seconds, len(pending)):
             self._print(line)
-        self._show_progress(sum(rate["samples_per_s"] for rate in rates.values()))
+        self._show_progress(sum(rate["samples_per_s"] for _, rate in rates))
         errors = [run.result.error for run in self.runs if run.result.error and run not in failed_before]
         for error in errors if len(self.runs) > 1 else ():
             self._print(str(error))
@@ -271,7 +274,7 @@ class Loop:
         """The runs' hyper-parameters on the devices; 0 steps where a run has failed or a slot has none."""
         if not self.runs:
             return
-        stopped = self.runs[0].spec.hparams | {"total_steps": np.int32(0)}
+        stopped = {**self.runs[0].spec.hparams, "total_steps": np.int32(0)}
         values = [run.spec.hparams if run and not run.result.error else stopped for run in self._slots]
         self._hparams = self._program.put_hparams(stack_hparams(values) if self._many else values[0])
 

@@ -1,8 +1,8 @@
 """Training losses, as sums that add up over any split of a batch: text, and NExT-Chat's boxes and masks.
 
 Text is cross-entropy at the supervised positions only. NExT-Chat adds boxes in its first two stages and masks in the
-third; weights mark the real boxes. The original appends a mock row to every batch instead, and hides it with a weight of
-1e-10 on whatever comes last: `original_loss_quirks` computes that, for parity with its numbers.
+third; weights mark the real boxes. The original appends a mock row to every batch instead, and hides it with a weight
+of 1e-10 on whatever comes last: `original_loss_quirks` computes that, for parity with its numbers.
 Source: NExT-ChatV/NExT-Chat:mllm/models/nextchat/nextchat_base.py:forward, mllm/models/sam/sam_loss.py at 1e6c20f;
 generalised IoU as arXiv 1902.09630.
 """

@@ -6,8 +6,8 @@ get_cosine_schedule_with_warmup (5.23.0), whose first warm-up step has the rate 
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import optax
 
 from medcg_jax.config import MOST_STEPS, ConfigError, TrainConfig
 
-Hparams = dict[str, jax.Array | np.ndarray]
+Hparams = Mapping[str, Any]  # arrays, or numpy scalars before they are on the devices
 # Last names of the parameters that weight decay leaves alone: biases, and the scales of norms.
 NOT_DECAYED = ("bias", "scale")
 
@@ -92,7 +92,7 @@ def num_steps(config: TrainConfig, num_records: int) -> int:
     steps = max(1, math.ceil(round(config.epochs * num_records / config.batch_size, 6)))
     if steps > MOST_STEPS:
         raise ConfigError(
-            f"epochs={config.epochs} over {num_records:,} records are {steps:,} steps; at most {MOST_STEPS:,} are accepted"
+            f"epochs={config.epochs} over {num_records:,} records are {steps:,} steps, more than {MOST_STEPS:,}"
         )
     return steps
 
@@ -109,7 +109,7 @@ def hparams_from(config: TrainConfig, num_records: int) -> Hparams:
     }
 
 
-def stack_hparams(cells: list[Hparams]) -> Hparams:
+def stack_hparams(cells: Sequence[Hparams]) -> Hparams:
     """The hyper-parameters of several cells, each value with a leading cell axis."""
     return {key: np.stack([hparams[key] for hparams in cells]) for key in cells[0]}
 
@@ -119,7 +119,7 @@ def widen(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
-def narrow(tree, like, seed: jax.Array, step: jax.Array):
+def narrow(tree, like, seed: jax.typing.ArrayLike, step: jax.Array):
     """`tree` in the dtypes of `like`; what loses digits is rounded by noise of (seed, step, place in the tree) alone.
 
     So the same update gives the same bits on every mesh, after every resumption, and in every slot of several cells.
@@ -132,8 +132,8 @@ def narrow(tree, like, seed: jax.Array, step: jax.Array):
         return tree
     key = jax.random.fold_in(jax.random.key(seed), step)
     rounded = [
-        x if x.dtype == dtype else round_at_random(x, jax.random.fold_in(key, place))
-        for place, (x, dtype) in enumerate(zip(leaves, dtypes, strict=True))
+        x if x.dtype == dtype else round_at_random(x, jax.random.fold_in(key, index))
+        for index, (x, dtype) in enumerate(zip(leaves, dtypes, strict=True))
     ]
     return jax.tree.unflatten(treedef, rounded)
 

@@ -2,14 +2,15 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+from flax import nnx
 
-from medcg_jax.config import ConfigError, RunConfig, free_fields
+from medcg_jax.config import ConfigError, RunConfig, TrainConfig, free_fields
 from medcg_jax.config_checks import profile_steps
-from medcg_jax.data.encoding import cut_rows, row_length
+from medcg_jax.data.encoding import Encoded, cut_rows, row_length
 from medcg_jax.data.leaks import KINDS, Leak, actions_of, actions_of_general, find_leaks, hashed, joined, remedy, words
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, Source, concat
@@ -20,10 +21,10 @@ from medcg_jax.nn.base import Base
 from medcg_jax.train import checkpoint, goodput
 from medcg_jax.train.log import StepTrace, WandbTarget, load_wandb
 from medcg_jax.train.loop import RunSpec, fit, loop_options
-from medcg_jax.train.optim import hparams_from, make_optimizer
+from medcg_jax.train.optim import hparams_from, make_optimizer, num_steps
 from medcg_jax.train.preempt import sigterm_saves
 from medcg_jax.train.setup import Setup, open_setup, peak_flops, start_params, step_flops, to_keep
-from medcg_jax.train.step import init_state, make_step
+from medcg_jax.train.step import Program, init_state, make_step
 
 # Sections that, without their free fields, make a run what it is: with others it is not gone on with.
 SECTIONS = ("model", "data", "train")
@@ -32,8 +33,8 @@ SECTIONS = ("model", "data", "train")
 def identity(run: RunConfig) -> dict:
     """What a run's checkpoints must agree on, as in JSON."""
     sections, free = {name: dataclasses.asdict(getattr(run, name)) for name in SECTIONS}, free_fields()
-    kept = {name: {k: v for k, v in part.items() if f"{name}.{k}" not in free} for name, part in sections.items()}
-    return json.loads(json.dumps(kept))
+    fixed = {name: {k: v for k, v in fields.items() if f"{name}.{k}" not in free} for name, fields in sections.items()}
+    return json.loads(json.dumps(fixed))
 
 
 def train(run: RunConfig, workdir: Path) -> dict:
@@ -76,39 +77,24 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
         raise ConfigError(f"data.subsets={','.join(names)}: these have no training records")
     longest = int(encoded.arrays["length"].max())
     encoded = cut_rows(encoded, row_length(longest, run.data, setup.format))
-    hparams = hparams_from(run.train, len(encoded))
-    trace = _trace(run, workdir, int(hparams["total_steps"]))
+    trace = _trace(run, workdir, num_steps(run.train, len(encoded)))
     check_disk(setup, workdir)
     graphdef, params = start_params(setup, seed=run.train.seed)
     trainable, frozen = split_trainable(params, run.model.trainable)
-    program = make_step(
-        setup.mesh,
-        graphdef,
-        *split_trainable(shardings(setup.model, setup.mesh), run.model.trainable),
-        make_optimizer(run.train),
-        loss_fn=setup.loss,
-        accumulation_steps=run.train.accumulation_steps,
-        compute_dtype=run.model.compute_dtype,
-    )
-    spec = RunSpec(
+    program = step_program(setup, graphdef, run.train, run.model.trainable, loss_fn=setup.loss)
+    spec = run_spec(
         "train",
-        hparams,
-        lambda position: Batches(
-            encoded,
-            batch_size=run.train.batch_size,
-            seed=run.train.seed,
-            weights=run.data.subset_weights,
-            position=position,
-            rows=own_rows(setup.mesh, run.train.batch_size),
-        ),
+        setup,
+        encoded,
+        run.train,
+        run.model.trainable,
+        weights=run.data.subset_weights,
         metrics=workdir / "metrics" / "train.jsonl",
         tensorboard=workdir / "tensorboard" if run.log.tensorboard else None,
         wandb=WandbTarget(run.log.wandb, run.name, workdir, dataclasses.asdict(run)) if run.log.wandb else None,
         checkpoints=workdir / "checkpoints",
-        pixels=setup.pixels,
         # Named where there are some alone, so that other runs are gone on with as before.
         config=identity(run) | ({"left_out": sorted(out)} if out else {}),
-        flops_per_step=step_flops(encoded, setup.model, trainable=run.model.trainable, batch_size=run.train.batch_size),
     )
     state, result = fit(
         program,
@@ -128,6 +114,45 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
     print(f"{result.step} steps on {len(encoded)} records of {len(names)} subsets; parameters in {workdir / 'params'}")
     counts = {"workdir": str(workdir), "steps": result.step, "records": len(encoded)}
     return counts | result.metrics | {"skipped_checkpoints": result.skipped_checkpoints}
+
+
+def step_program(
+    setup: Setup, graphdef: nnx.GraphDef, train: TrainConfig, parts: tuple[str, ...], **options
+) -> Program:
+    """The step that trains these parts of the setup's model. options: others of `make_step`."""
+    return make_step(
+        setup.mesh,
+        graphdef,
+        *split_trainable(shardings(setup.model, setup.mesh), parts),
+        make_optimizer(train),
+        accumulation_steps=train.accumulation_steps,
+        compute_dtype=setup.run.model.compute_dtype,
+        **options,
+    )
+
+
+def run_spec(
+    name: str,
+    setup: Setup,
+    encoded: Encoded,
+    train: TrainConfig,
+    parts: tuple[str, ...],
+    *,
+    weights: Mapping[str, float] | None = None,
+    **fields,
+) -> RunSpec:
+    """A training of these parts on these rows, as the loop takes it.
+
+    weights: subset -> how often its records are drawn (`data.pipeline.Batches`). fields: others of `RunSpec`.
+    """
+
+    def stream(position: int) -> Batches:
+        rows, size = own_rows(setup.mesh, train.batch_size), train.batch_size
+        return Batches(encoded, batch_size=size, seed=train.seed, weights=weights, position=position, rows=rows)
+
+    flops = step_flops(encoded, setup.model, trainable=parts, batch_size=train.batch_size)
+    hparams = hparams_from(train, len(encoded))
+    return RunSpec(name, hparams, stream, pixels=setup.pixels, flops_per_step=flops, **fields)
 
 
 def _trace(run: RunConfig, workdir: Path, num_steps: int) -> StepTrace | None:
@@ -169,21 +194,22 @@ def left_out(run: RunConfig, source: Source, subsets: Sequence[str], general: Re
     if is_drawn and general is None:
         return frozenset()
     near_bits = None if general is None or run.study.near_duplicates == "off" else run.study.near_duplicate_bits
-    decoded = None if near_bits is None else {}
+    decoded: dict | None = None if near_bits is None else {}
     tests = joined(hashed(source.records(name, "test"), decoded) for name in subsets)
-    found: list[tuple[Leak, str]] = []
+    leaks: list[tuple[Leak, str]] = []
     if not is_drawn:
         training = joined(hashed(source.records(name, "train")) for name in subsets)
-        found += [(leak, actions_of(run.study)[leak.kind]) for leak in find_leaks(training, tests)]
+        leaks += [(leak, actions_of(run.study)[leak.kind]) for leak in find_leaks(training, tests)]
     if general is not None:
-        leaks = find_leaks(hashed(general, decoded), tests, near_bits, questions=True)
-        found += [(leak, actions_of_general(run.study)[leak.kind]) for leak in leaks]
-    for leak, action in found:
+        actions = actions_of_general(run.study)
+        near = find_leaks(hashed(general, decoded), tests, near_bits, questions=True)
+        leaks += [(leak, actions[leak.kind]) for leak in near]
+    for leak, action in leaks:
         if action == "refused":
             raise DataError(f"{words(leak)}; {remedy(leak)}")
     for action in ("dropped", "reported"):
         for kind in KINDS:
-            leaks = [leak for leak, own in found if (leak.kind, own) == (kind, action)]
-            if leaks:
-                print(f"{action}: {len(leaks)} training records that give a test away, as {words(leaks[0])}")
-    return frozenset(leak.training for leak, action in found if action == "dropped")
+            alike = [leak for leak, done in leaks if (leak.kind, done) == (kind, action)]
+            if alike:
+                print(f"{action}: {len(alike)} training records that give a test away, as {words(alike[0])}")
+    return frozenset(leak.training for leak, action in leaks if action == "dropped")

@@ -1,5 +1,5 @@
-"""Whether a tokenizer is the model's, and whether the model sees its images. Nothing else would show either fault: nothing
-fails, losses fall, and the model answers from the text alone.
+"""Whether a tokenizer is the model's, and whether the model sees its images. Nothing else would show either fault:
+nothing fails, losses fall, and the model answers from the text alone.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -48,14 +48,12 @@ def check_tokens(tokenizer: Tokenizer, family: str, model: Config) -> None:
     rows, name = model.text.vocab_size, tokenizer.path
     if tokenizer.text_ids > rows:
         raise ConfigError(
-            f"tokenizer {name}: ids of text up to {tokenizer.text_ids - 1:,}, and the model has {rows:,} rows; the "
-            "tokenizer of the model's own release is accepted"
+            f"tokenizer {name}: ids of text up to {tokenizer.text_ids - 1:,}, and the model has {rows:,} rows; give "
+            "the tokenizer of the model's own release"
         )
     for field, number in placed.items():
         if number is not None and number >= rows:
-            raise ConfigError(
-                f"tokenizer {name}: {field} {number:,}, and the model has {rows:,} rows; less is accepted"
-            )
+            raise ConfigError(f"tokenizer {name}: {field} {number:,}, and the model has only {rows:,} rows")
 
 
 def check_token_ids(tokenizer: Tokenizer, family: str, directory: Path) -> None:
@@ -108,8 +106,8 @@ def ids_beside(directory: Path) -> dict[str, int]:
 
 def _message(name, field: str, number, tokenizer: Tokenizer, ours: int) -> str:
     return (
-        f"{name}: {field} is {number}, and {ours} in the tokenizer {tokenizer.path}; the tokenizer that the checkpoint "
-        "was trained with is accepted (model.tokenizer)"
+        f"{name}: {field} is {number}, and {ours} in the tokenizer {tokenizer.path}; give the "
+        "tokenizer that the checkpoint was trained with (model.tokenizer)"
     )
 
 
@@ -123,21 +121,21 @@ def _stated(directory: Path, family: str, fields: Iterable[str]) -> list[tuple[s
         return []
     path = directory / (MODEL_FILE if (directory / MODEL_FILE).is_file() else "config.json")
     config = read_json(path, max_bytes=MAX_CONFIG_BYTES)
-    found: list[tuple[str, int | list[int], str]] = []
-    for prefix, part in (("", config), ("text_config.", config.get("text_config"))):
-        for field in fields if isinstance(part, dict) else ():
+    stated: list[tuple[str, int | list[int], str]] = []
+    for prefix, section in (("", config), ("text_config.", config.get("text_config"))):
+        for field in fields if isinstance(section, dict) else ():
             for name in ALSO.get(field, (field,)):
-                number = _number(part.get(name), f"{path}: {prefix}{name}")
+                number = _number(section.get(name), f"{path}: {prefix}{name}")
                 if number is not None:
-                    found.append((prefix + name, number, str(path)))
+                    stated.append((prefix + name, number, str(path)))
     if family == "next_chat" and path.name != MODEL_FILE:
         # Its config.json states them by its number of rows.
         try:
             model = read_config(directory)
         except WeightsError as error:
             raise FileError(str(error)) from error
-        found += [(f, getattr(model, f), str(path)) for f in ("image_token_id", "at_token_id", "box_token_id")]
-    return found
+        stated += [(f, getattr(model, f), str(path)) for f in ("image_token_id", "at_token_id", "box_token_id")]
+    return stated
 
 
 def _number(value: Any, name: str) -> int | list[int] | None:
@@ -146,7 +144,7 @@ def _number(value: Any, name: str) -> int | list[int] | None:
     if value is None or value == []:
         return None
     if not all(type(number) is int for number in numbers):
-        raise FileError(f"{name}={shown(value)}: a whole number or null is accepted")
+        raise FileError(f"{name}={shown(value)}: expected a whole number or null")
     return None if min(numbers) < 0 else value
 
 
@@ -175,8 +173,8 @@ def check_sees(score: Callable[[Batch], list[np.ndarray]], batch: Batch, keys: t
         if not (near | (seen == other)).all():
             return True
     raise BlindModel(
-        f"{what}: the model does not see images (other pixels change none of its numbers); model.tokenizer with the "
-        "checkpoint's own image token, and weights whose vision tower and projector are trained, are accepted"
+        f"{what}: the model does not see images (other pixels change none of its numbers); give a model.tokenizer with "
+        "the checkpoint's own image token, and weights whose vision tower and projector are trained"
     )
 
 

@@ -1,10 +1,11 @@
-"""What a run needs before its first step: mesh, tokenizer, architecture and data, checked before anything is allocated."""
+"""What a run needs before its first step: mesh, tokenizer, architecture and data, all checked first."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -61,12 +62,11 @@ class Setup:
     @property
     def companions(self) -> tuple[Path, ...]:
         """Where what an export needs beside parameters lies: the tokenizer's file, the checkpoint's directory."""
-        places = (self.tokenizer.path, self.run.model.checkpoint)
-        return tuple(Path(place) for place in places if place)
+        return tuple(Path(path) for path in (self.tokenizer.path, self.run.model.checkpoint) if path)
 
     @property
     def loss(self) -> Callable:
-        """The loss of a fine-tune (`train_step`'s `loss_fn`): of masks where their parts are trained; else the family's."""
+        """The loss of a fine-tune (`loss_fn`): of masks where these parts are trained, or its family's."""
         if trains_masks(self.run.model):
             return mask_loss
         return registry.of(self.model).loss_fn
@@ -75,11 +75,11 @@ class Setup:
         """Whether the subset's records have boxes, and not options."""
         return subset not in {s.name for s in self.source.subsets}
 
-    def encode(self, records: RecordSet, **lengths: int) -> Encoded:
+    def encode(self, records: RecordSet, **lengths: Any) -> Encoded:
         """Training rows. lengths: `max_text_tokens`, `max_target_tokens`, in place of the configuration's."""
         return encode(records, self.tokenizer, dataclasses.replace(self.run.data, **lengths), self.format)
 
-    def row_length(self, sets: Sequence[RecordSet], **lengths: int) -> int:
+    def row_length(self, sets: Sequence[RecordSet], **lengths: Any) -> int:
         """Tokens of training rows where these are all the records (`data.row_multiple`). lengths: as `encode`."""
         data = dataclasses.replace(self.run.data, **lengths)
         longest = (longest_row(records, self.tokenizer, data, self.format) for records in sets)
@@ -119,7 +119,7 @@ def open_setup(
     require_subsets(source, (*run.data.subsets, *run.data.subset_weights))
     model = model_config(run.model, tokenizer)
     check_tokens(tokenizer, family, model)
-    for directory in filter(None, (trained, run.model.checkpoint)):
+    for directory in [path for path in (trained, run.model.checkpoint) if path]:
         check_token_ids(tokenizer, family, Path(directory))
     whole = replicated(model, mesh)
     if whole:
@@ -128,12 +128,12 @@ def open_setup(
         )
     if isinstance(source, PreparedSource):
         check_layout(source.layout, family, model)
-    made = registry.of(model).row_format(model, with_masks=trains_masks(run.model))
-    return Setup(run, mesh, tokenizer, model, made, source)
+    row_format = registry.of(model).row_format(model, with_masks=trains_masks(run.model))
+    return Setup(run, mesh, tokenizer, model, row_format, source)
 
 
 def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:
-    """The tokenizer that `model.tokenizer` names; else the one beside the weights; else, of a tiny model, the package's.
+    """The tokenizer that `model.tokenizer` names; else the one beside the weights; else the package's small one.
 
     trained: directory of parameters that were trained from the checkpoint; its tokenizer comes first.
 
@@ -142,14 +142,14 @@ def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:
     """
     if model.tokenizer:
         return load_tokenizer(model.tokenizer)
-    places = [Path(place) for place in (trained, model.checkpoint) if place]
-    if beside := next(filter(has_tokenizer, places), None):
+    paths = [Path(path) for path in (trained, model.checkpoint) if path]
+    if beside := next(filter(has_tokenizer, paths), None):
         return load_tokenizer(beside)
     if model.name in TINY:
         return load_tokenizer("", registry.of_model(model.name).tokenizer)
-    where = f"{places[-1]} has no tokenizer.model or tokenizer.json" if places else "model.checkpoint is empty, too"
+    where = f"{paths[-1]} has no tokenizer.model or tokenizer.json" if paths else "model.checkpoint is empty, too"
     raise ConfigError(
-        f"model.tokenizer is empty, and {where}; the tokenizer's file or directory is accepted, of the release that "
+        f"model.tokenizer is empty, and {where}; give the tokenizer's file or directory, of the release that "
         f"{model.name} is"
     )
 
@@ -170,7 +170,7 @@ def model_config(model: ModelConfig, tokenizer: Tokenizer) -> Config:
 
 
 def check_weights(run: RunConfig) -> None:
-    """Raises ConfigError when the run starts from released weights that are not there, saying where they are to be had."""
+    """Raises ConfigError where the run starts from released weights that are not there; says where they can be had."""
     path = run.model.checkpoint
     if path and not Path(path).is_dir():
         hint = ""
@@ -183,8 +183,8 @@ def check_weights(run: RunConfig) -> None:
         raise ConfigError(f"model.checkpoint={path}: there are no weights{hint}")
     if not path and run.model.name in RELEASED:
         raise ConfigError(
-            f"model.checkpoint is empty, and {run.model.name} is not trained from nothing: the directory of "
-            f"{RELEASED[run.model.name]} is accepted, as released or converted"
+            f"model.checkpoint is empty, and {run.model.name} is not trained from nothing: give the directory "
+            f"of {RELEASED[run.model.name]}, as released or converted"
         )
 
 
@@ -200,7 +200,7 @@ def start_params(setup: Setup, *, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def to_keep(setup: Setup, trained: nnx.State, frozen: nnx.State, base: str) -> tuple[nnx.State, str]:
-    """(parameters, `trained_on`) of a run for `save_params`: of one with adapters what it trained, and its base beside it.
+    """(parameters, `trained_on`) of a run for `save_params`; of one with adapters, what it trained and its base.
 
     base: the checkpoint that the run started from; "": none is kept, and all is.
     """

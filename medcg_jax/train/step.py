@@ -8,6 +8,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +55,8 @@ def train_step(
     """(the state after one update, metrics); a run whose `step` has reached `total_steps` keeps its state bit for bit.
 
     metrics: float32[] `loss` (mean over the supervised tokens), `grad_norm` (before clipping), `lr`; int32[] `step`
-      (updates made, this one included), `tokens` (real ones in the batch), `samples` (rows, or segments of packed
-      ones); bool[] `active`.
+      (updates made, this one included), `tokens` and `samples` (in the batch, without padding); bool[]
+      `active`.
     loss_fn: (model, batch) -> (sum, weight), as `losses.token_loss`.
     accumulation_steps: number of microbatches; sums are weighted by tokens, so it changes no result.
     param_specs: PartitionSpec of each trainable parameter, laid on its gradient; None: no constraint.
@@ -77,8 +78,8 @@ def train_step(
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates))
     active = state.step < hparams["total_steps"]
-    kept = narrow((params, opt_state), (state.params, state.opt_state), hparams["seed"], state.step)
-    new = TrainState(state.step + 1, *kept)
+    narrowed = narrow((params, opt_state), (state.params, state.opt_state), hparams["seed"], state.step)
+    new = TrainState(state.step + 1, *narrowed)
     state = jax.tree.map(lambda after, before: jnp.where(active, after, before), new, state)
     metrics = {
         "loss": total / jnp.maximum(weight, 1.0),
@@ -126,10 +127,10 @@ class Program:
     mesh: Mesh
     num_cells: int
     graphdef: nnx.GraphDef
-    jitted: Callable
-    jitted_start: Callable
-    jitted_start_run: Callable
-    jitted_put: Callable
+    jitted: Any
+    jitted_start: Any
+    jitted_start_run: Any
+    jitted_put: Any
     state_shardings: TrainState
     run_shardings: TrainState
     frozen_shardings: nnx.State
@@ -171,7 +172,7 @@ class Program:
         devices = self.mesh.devices[group : group + 1]
         mesh = Mesh(devices, self.mesh.axis_names, axis_types=self.mesh.axis_types) if groups > 1 else self.mesh
 
-        def on_group(x: jax.Array) -> jax.Array:
+        def on_group(x):
             """The shards on the group's devices as an array of its slots; nothing is copied."""
             shards = [shard.data for shard in x.addressable_shards if shard.device in set(devices.flat)]
             shape, sharding = (per_group, *x.shape[1:]), NamedSharding(mesh, x.sharding.spec)
@@ -253,15 +254,9 @@ def make_step(
     groups = mesh.shape["cell"]
     if num_cells % groups:
         raise ValueError(f"{num_cells} cells over mesh.cell={groups}: expected a multiple of {groups}")
-    step = partial(
-        train_step,
-        graphdef=graphdef,
-        optimizer=optimizer,
-        loss_fn=loss_fn,
-        accumulation_steps=accumulation_steps,
-        compute_dtype=compute_dtype,
-        param_specs=jax.tree.map(lambda s: s.spec, param_shardings),
-    )
+    specs = jax.tree.map(lambda s: s.spec, param_shardings)
+    options = {"accumulation_steps": accumulation_steps, "compute_dtype": compute_dtype, "param_specs": specs}
+    step: Callable = partial(train_step, graphdef=graphdef, optimizer=optimizer, loss_fn=loss_fn, **options)
     many = num_cells > 1
 
     def placed(spec=()):
@@ -285,27 +280,20 @@ def make_step(
         here = jnp.arange(num_cells) == slot
         return jax.tree.map(lambda x, new: jnp.where(here.reshape(-1, *[1] * new.ndim), new, x), state, run_state)
 
-    return Program(
-        mesh,
-        num_cells,
-        graphdef,
-        jitted=jax.jit(
-            cells if many else step,
-            in_shardings=(state_shardings, frozen_shardings, placed(), batch),
-            out_shardings=(state_shardings, placed()),
-            donate_argnums=0,
-        ),
-        jitted_start=jax.jit(start, out_shardings=state_shardings),
-        jitted_start_run=jax.jit(partial(init_state, optimizer=optimizer), out_shardings=run_shardings),
-        jitted_put=jax.jit(
-            put, in_shardings=(state_shardings, run_shardings, None), out_shardings=state_shardings, donate_argnums=0
-        ),
-        state_shardings=state_shardings,
-        run_shardings=run_shardings,
-        frozen_shardings=frozen_shardings,
-        batch_sharding=batch,
-        hparams_sharding=placed(),
+    jitted = jax.jit(
+        cells if many else step,
+        in_shardings=(state_shardings, frozen_shardings, placed(), batch),
+        out_shardings=(state_shardings, placed()),
+        donate_argnums=0,
     )
+    jitted_start = jax.jit(start, out_shardings=state_shardings)
+    jitted_start_run = jax.jit(partial(init_state, optimizer=optimizer), out_shardings=run_shardings)
+    jitted_put = jax.jit(
+        put, in_shardings=(state_shardings, run_shardings, None), out_shardings=state_shardings, donate_argnums=0
+    )
+    programs: tuple[Any, ...] = (jitted, jitted_start, jitted_start_run, jitted_put)
+    shardings: tuple[Any, ...] = (state_shardings, run_shardings, frozen_shardings, batch, placed())
+    return Program(mesh, num_cells, graphdef, *programs, *shardings)
 
 
 def _replicate_tables(frozen):

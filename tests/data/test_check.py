@@ -349,7 +349,7 @@ def test_a_tree_of_boxes_alone_is_one(boxes_alone, tmp_path):
     ledger = read_ledger(boxes_alone)
     state = next(state for state in ledger.subsets if state.number == "47")
     assert not ledger.faults and (state.train, state.test) == (54, 6)
-    done = prepare(boxes_alone, tmp_path / "out", CONFIG, say=lambda text: None, workers=1)
+    done = prepare(boxes_alone, tmp_path / "out", CONFIG, workers=1)
     assert [(own["kind"], own["train"], own["test"]) for own in done.manifest["subsets"]] == [("detection", 54, 6)]
     assert "47" in write_stats(boxes_alone, tmp_path / "page", workers=1).read_text("utf-8")
 

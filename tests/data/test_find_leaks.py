@@ -121,7 +121,7 @@ def test_a_prepared_image_is_known_by_its_files_pixels(tmp_path, monkeypatch):
     # Other bytes, and another image that is prepared alike.
     Image.open(tree / "test-0.png").save(others / "train-1.png", compress_level=0)
     Image.open(tree / "test-1.png").resize((24, 16), 0).save(others / "train-2.png")
-    prepare(tree, tmp_path / "out", DataConfig(), Layout("square", 12), say=lambda text: None)
+    prepare(tree, tmp_path / "out", DataConfig(), Layout("square", 12))
     held = PreparedSource(tmp_path / "out", DataConfig()).records("04", "test")
     training = hashed(ReleaseSource(others, DataConfig()).records("04", "train"), {})
     wanted = [Leak("04/train/1", "04/test/0", "same pixels")]

@@ -60,15 +60,17 @@ def faulty(kind, content, random, pack, scratch):
     return {}[kind] if kind == "tiff" else True
 
 
-def reads_nothing(pack, scratch):
-    """A process that reads nothing before its first input."""
+def finds_the_files(pack, scratch):
+    """A process that has the files to start from before its first input."""
+    for kind in KINDS:
+        seeds(kind, pack)
 
 
 @pytest.mark.timeout(300)
 def test_planted_faults_are_found_and_their_inputs_kept(pack, tmp_path, monkeypatch):
-    monkeypatch.setattr(fuzz_inputs, "MAX_SECONDS", 2.0)
-    result = fuzz(pack, len(KINDS), SEED, 1, tmp_path, faulty, Subject(warm=reads_nothing))
-    assert len(result.failures) == len(FAULTS)
+    monkeypatch.setattr(fuzz_inputs, "MAX_SECONDS", 3.0)
+    result = fuzz(pack, len(KINDS), SEED, 1, tmp_path, faulty, Subject(warm=finds_the_files))
+    assert len(result.failures) == len(FAULTS), result.failures
     for kind, said in FAULTS.items():
         index = KINDS.index(kind)
         [failure] = [line for line in result.failures if f"input {index}," in line]

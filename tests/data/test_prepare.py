@@ -18,7 +18,6 @@ from trees import raw_record, write_image, write_subset, write_tree_with_boxes
 from medcg_jax.config import DataConfig
 from medcg_jax.data import examine
 from medcg_jax.data import prepare as prepare_module
-from medcg_jax.data.images import preprocess
 from medcg_jax.data.layouts import Layout
 from medcg_jax.data.pool import over
 from medcg_jax.data.prepare import TooManyBad, prepare
@@ -27,10 +26,6 @@ from medcg_jax.data.records import SPLITS, DataError
 from medcg_jax.data.release import ReleaseSource
 
 KEEP, CONFIG = Layout("keep", 0), DataConfig()
-
-
-def quiet(*args, **kwargs):
-    return prepare(*args, say=lambda text: None, **kwargs)
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -60,24 +55,16 @@ def assert_same_records(prepared: PreparedSource, source, layout: Layout):
 
 @pytest.mark.parametrize("layout", [KEEP, Layout("square", 16), Layout("fit", 6), Layout("fit", 100)], ids=str)
 def test_prepared_records_are_the_trees_own(tree, tmp_path, layout):
-    quiet(tree, tmp_path / "out", CONFIG, layout)
+    prepare(tree, tmp_path / "out", CONFIG, layout)
     source = PreparedSource(tmp_path / "out", CONFIG)
     assert source.layout == layout
     assert_same_records(source, ReleaseSource(tree, CONFIG), layout)
 
 
-def test_a_square_is_what_llava_makes_of_the_image(tree, tmp_path):
-    quiet(tree, tmp_path / "out", CONFIG, Layout("square", 336))
-    sources = PreparedSource(tmp_path / "out", CONFIG), ReleaseSource(tree, CONFIG)
-    ours, theirs = (source.records("04", "train") for source in sources)
-    for place in range(len(theirs)):
-        np.testing.assert_array_equal(ours.image(place), preprocess(theirs.image(place), 336))
-
-
 @pytest.mark.long
 def test_the_pack_survives_preparation(shared_dir, tmp_path):
     root = shared_dir / "data" / "medmat-mini"
-    done = quiet(root, tmp_path / "out", CONFIG, Layout("fit", 64))
+    done = prepare(root, tmp_path / "out", CONFIG, Layout("fit", 64))
     assert (done.manifest["set_aside"]["records"], len(done.manifest["subsets"])) == (0, 23)
     prepared, source = PreparedSource(tmp_path / "out", CONFIG), ReleaseSource(root, CONFIG)
     for subset in (*source.subsets, *source.detection_subsets):
@@ -87,16 +74,16 @@ def test_the_pack_survives_preparation(shared_dir, tmp_path):
             np.testing.assert_array_equal(ours.image(0), prepared.layout.apply(theirs.image(0)))
 
 
-def test_the_number_of_workers_changes_no_byte_and_a_second_run_does_nothing(tree, tmp_path, monkeypatch):
+def test_the_number_of_workers_changes_no_byte_and_a_second_run_does_nothing(tree, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare_module, "RECORDS_PER_SHARD", 3)
-    quiet(tree, tmp_path / "one", CONFIG, KEEP, workers=1)
-    first = quiet(tree, tmp_path / "two", CONFIG, KEEP, workers=2)
+    prepare(tree, tmp_path / "one", CONFIG, KEEP, workers=1)
+    first = prepare(tree, tmp_path / "two", CONFIG, KEEP, workers=2)
     assert first.shards_written == 7
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").rglob("*")}
-    said = []
-    again = prepare(tree, tmp_path / "two", CONFIG, KEEP, say=said.append)
-    assert again.shards_written == 0 and "nothing to do" in said[0] and again.manifest == first.manifest
+    capsys.readouterr()
+    again = prepare(tree, tmp_path / "two", CONFIG, KEEP)
+    assert again.shards_written == 0 and "nothing to do" in capsys.readouterr().out and again.manifest == first.manifest
     changed = [path.name for path, time in times.items() if path.stat().st_mtime_ns != time]
     assert not [name for name in changed if not name.startswith(".") and name != "two"], changed
 
@@ -104,14 +91,14 @@ def test_the_number_of_workers_changes_no_byte_and_a_second_run_does_nothing(tre
 def test_images_are_examined_once(tree, tmp_path, monkeypatch):
     (tree / "med-mat/a b/4 [1]%.png").write_bytes(b"text")
     with pytest.raises(TooManyBad):
-        quiet(tree, tmp_path / "out", CONFIG, KEEP)
+        prepare(tree, tmp_path / "out", CONFIG, KEEP)
     read = []
     monkeypatch.setattr(examine, "over", lambda one, items, **how: read.extend(items) or over(one, items, **how))
-    quiet(tree, tmp_path / "out", CONFIG, KEEP, max_bad_frac=0.2)
+    prepare(tree, tmp_path / "out", CONFIG, KEEP, max_bad_frac=0.2)
     assert not read
     write_image(tree, "med-mat/a b/4 [1]%.png", seed=9)
     with pytest.raises(DataError, match="prepared from other records"):
-        quiet(tree, tmp_path / "out", CONFIG, KEEP)
+        prepare(tree, tmp_path / "out", CONFIG, KEEP)
     assert len(read) == 1
 
 
@@ -122,8 +109,8 @@ def test_what_could_not_be_read_is_read_again(tree, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(TooManyBad, match="image 1"):
         patch.setattr(examine, "over", fails)
-        quiet(tree, tmp_path / "out", CONFIG, KEEP)
-    assert quiet(tree, tmp_path / "out", CONFIG, KEEP).manifest["set_aside"]["records"] == 0
+        prepare(tree, tmp_path / "out", CONFIG, KEEP)
+    assert prepare(tree, tmp_path / "out", CONFIG, KEEP).manifest["set_aside"]["records"] == 0
 
 
 def test_an_image_that_is_exchanged_after_it_was_examined_is_refused(tree, tmp_path, monkeypatch):
@@ -136,7 +123,7 @@ def test_an_image_that_is_exchanged_after_it_was_examined_is_refused(tree, tmp_p
 
     monkeypatch.setattr(prepare_module, "inspect", exchange)
     with pytest.raises(DataError, match="record 04/train/5: image .* has changed since it was examined"):
-        quiet(tree, tmp_path / "out", CONFIG, KEEP, workers=1)
+        prepare(tree, tmp_path / "out", CONFIG, KEEP, workers=1)
 
 
 def test_subsets_whose_names_begin_alike_are_kept_apart(tree, tmp_path):
@@ -146,15 +133,15 @@ def test_subsets_whose_names_begin_alike_are_kept_apart(tree, tmp_path):
     entry = {"modality": "CT", "area": "Lung", "task": "State"}
     listed = {"subsets": [{"subset": name, **entry} for name in ("own", "own-train-b")]}
     (tree / "manifest.json").write_text(json.dumps(listed), "utf-8")
-    quiet(tree, tmp_path / "out", CONFIG, KEEP)
+    prepare(tree, tmp_path / "out", CONFIG, KEEP)
     assert_same_records(PreparedSource(tmp_path / "out", CONFIG), ReleaseSource(tree, CONFIG), KEEP)
 
 
 def test_near_images_are_left_out_where_that_is_asked(tree, tmp_path):
     with Image.open(shared_pixels(tree)) as image:
         image.convert("L").convert("RGB").save(tree / "med-mat/a b/1003 [1]%.png")
-    kept = quiet(tree, tmp_path / "kept", CONFIG, KEEP).manifest
-    dropped = quiet(tree, tmp_path / "dropped", CONFIG, KEEP, drop_near=True).manifest
+    kept = prepare(tree, tmp_path / "kept", CONFIG, KEEP).manifest
+    dropped = prepare(tree, tmp_path / "dropped", CONFIG, KEEP, drop_near=True).manifest
     assert kept["near"] == {"training_records": 1, "kept": True}
     assert dropped["near"] == {"training_records": 1, "kept": False}
     ids = {name: [r.id for r in PreparedSource(tmp_path / name, CONFIG).records("04", "train").records]
@@ -175,18 +162,18 @@ def shared_pixels(tree: Path) -> Path:
 
 def test_a_missing_shard_alone_is_written_again(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "RECORDS_PER_SHARD", 3)
-    quiet(tree, tmp_path / "out", CONFIG, KEEP)
+    prepare(tree, tmp_path / "out", CONFIG, KEEP)
     whole = contents(tmp_path / "out")
     (tmp_path / "out/records/04-train-00001-of-00004.arrayrecord").unlink()
     (tmp_path / "out/records/.04-test-00000-of-00002.arrayrecord.0123456789ab").write_text("half")
     with pytest.raises(DataError, match="04-train-00001-of-00004.arrayrecord is missing; run `medcg data"):
         PreparedSource(tmp_path / "out", CONFIG).records("04", "train")
-    assert quiet(tree, tmp_path / "out", CONFIG, KEEP).shards_written == 1
+    assert prepare(tree, tmp_path / "out", CONFIG, KEEP).shards_written == 1
     assert contents(tmp_path / "out") == whole
 
 
 def test_a_changed_shard_is_seen(tree, tmp_path):
-    quiet(tree, tmp_path / "out", CONFIG, KEEP)
+    prepare(tree, tmp_path / "out", CONFIG, KEEP)
     assert verify(tmp_path / "out") == []
     path = tmp_path / "out/records/04-test-00000-of-00001.arrayrecord"
     content = bytearray(path.read_bytes())
@@ -202,9 +189,9 @@ def test_bad_records_end_the_run_unless_so_many_are_accepted(tree, tmp_path):
     (tree / "med-mat/eight/5.png").write_bytes(b"text")
     out = tmp_path / "out"
     with pytest.raises(TooManyBad, match="2 of 29 records are bad .*letter 1.*--max_bad_frac=0.0690 would") as error:
-        quiet(tree, out, CONFIG, KEEP)
+        prepare(tree, out, CONFIG, KEEP)
     assert error.value.report.counts() == {"letter": 1, "image": 1} and not (out / "manifest.json").exists()
-    done = quiet(tree, out, CONFIG, KEEP, max_bad_frac=0.1)
+    done = prepare(tree, out, CONFIG, KEEP, max_bad_frac=0.1)
     assert done.manifest["set_aside"] == {"records": 2, "of": 29, "problems": {"letter": 1, "image": 1}}
     aside = [json.loads(line) for line in (out / "set_aside.jsonl").read_text("utf-8").splitlines()]
     assert [(line["record"], line["kind"]) for line in aside] == [("record 3", "letter"), ("record 5", "image")]
@@ -216,39 +203,39 @@ def test_bad_records_end_the_run_unless_so_many_are_accepted(tree, tmp_path):
 def test_a_file_that_cannot_be_read_is_not_accepted_at_any_share(tree, tmp_path):
     (tree / "Aggregated_Subsets/Subset--09-train.json").write_text("[{", "utf-8")
     with pytest.raises(TooManyBad, match="cannot be used .json 1."):
-        quiet(tree, tmp_path / "out", CONFIG, KEEP, max_bad_frac=1.0)
+        prepare(tree, tmp_path / "out", CONFIG, KEEP, max_bad_frac=1.0)
 
 
 def test_caps_hold_and_are_settings(tree, tmp_path):
     out, config = tmp_path / "out", dataclasses.replace(CONFIG, train_records_per_subset=6, test_records_per_subset=2)
-    quiet(tree, out, config, KEEP)
+    prepare(tree, out, config, KEEP)
     assert_same_records(PreparedSource(out, CONFIG), ReleaseSource(tree, config), KEEP)
     less = dataclasses.replace(CONFIG, train_records_per_subset=4)
     assert len(PreparedSource(out, less).records("04", "train")) == 4
     assert PreparedSource(out, less).subsets[0].num_train == 4
     assert PreparedSource(out, less).fingerprint() != PreparedSource(out, CONFIG).fingerprint()
     with pytest.raises(DataError, match="train_records_per_subset=6, not 3000; test_records.*choose another folder"):
-        quiet(tree, out, CONFIG, KEEP)
+        prepare(tree, out, CONFIG, KEEP)
 
 
 def test_a_changed_tree_is_refused_and_a_foreign_folder_left_alone(tree, tmp_path):
-    quiet(tree, tmp_path / "out", CONFIG, KEEP)
+    prepare(tree, tmp_path / "out", CONFIG, KEEP)
     write_image(tree, "med-mat/a b/2 [1]%.png", seed=77)
     with pytest.raises(DataError, match="prepared from other records or images"):
-        quiet(tree, tmp_path / "out", CONFIG, KEEP)
+        prepare(tree, tmp_path / "out", CONFIG, KEEP)
     with pytest.raises(DataError, match="holds something else"):
-        quiet(tree, tree / "med-mat", CONFIG, KEEP)
+        prepare(tree, tree / "med-mat", CONFIG, KEEP)
     with pytest.raises(DataError, match="the tree itself"):
-        quiet(tree, tree, CONFIG, KEEP)
+        prepare(tree, tree, CONFIG, KEEP)
     assert not (tree / "records").exists()
 
 
 def test_wrong_use_leaves_nothing(tree, tmp_path):
     for changes, message in (({"window": "lungs"}, "data.window='lungs'"), ({"frame": "-3"}, "data.frame='-3'")):
         with pytest.raises(DataError, match=message):
-            quiet(tree, tmp_path / "out", dataclasses.replace(CONFIG, **changes), KEEP)
+            prepare(tree, tmp_path / "out", dataclasses.replace(CONFIG, **changes), KEEP)
     with pytest.raises(DataError, match="is no Med-MAT tree"):
-        quiet(tree / "med-mat", tmp_path / "out", CONFIG, KEEP)
+        prepare(tree / "med-mat", tmp_path / "out", CONFIG, KEEP)
     assert not (tmp_path / "out").exists()
 
 
@@ -263,20 +250,20 @@ def test_a_full_disk_loses_nothing(tree, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(array_record_module, "ArrayRecordWriter", Full)
         with pytest.raises(OSError, match="04-train-.* cannot be written: write.. failed: No space left on device$"):
-            quiet(tree, tmp_path / "out", CONFIG, KEEP, workers=1)
+            prepare(tree, tmp_path / "out", CONFIG, KEEP, workers=1)
     assert not list((tmp_path / "out" / "records").glob("*.arrayrecord"))
-    assert quiet(tree, tmp_path / "out", CONFIG, KEEP, workers=1).shards_written == 3
-    quiet(tree, tmp_path / "whole", CONFIG, KEEP)
+    assert prepare(tree, tmp_path / "out", CONFIG, KEEP, workers=1).shards_written == 3
+    prepare(tree, tmp_path / "whole", CONFIG, KEEP)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_subsets_that_do_not_reach_the_cap_are_out_of_distribution(tree, tmp_path):
-    done = quiet(tree, tmp_path / "out", dataclasses.replace(CONFIG, train_records_per_subset=6), KEEP)
+    done = prepare(tree, tmp_path / "out", dataclasses.replace(CONFIG, train_records_per_subset=6), KEEP)
     assert {own["subset"]: own["out_of_distribution"] for own in done.manifest["subsets"]} == {"04": False, "47": True}
 
 
 def test_an_unfinished_folder_is_no_source(tree, tmp_path):
-    quiet(tree, tmp_path / "out", CONFIG, KEEP)
+    prepare(tree, tmp_path / "out", CONFIG, KEEP)
     (tmp_path / "out/manifest.json").unlink()
     with pytest.raises(DataError, match="not finished; run `medcg data prepare` again"):
         PreparedSource(tmp_path / "out", CONFIG)
@@ -336,7 +323,7 @@ def test_dicom_and_deep_greys_are_read_as_asked_and_say_so(shared_dir, tmp_path)
     found = {}
     for window in ("", "lung"):
         data, out = dataclasses.replace(CONFIG, window=window), tmp_path / f"out{window}"
-        quiet(root, out, data, KEEP)
+        prepare(root, out, data, KEEP)
         lines = [json.loads(line) for line in (out / "records/04-train.jsonl").read_text("utf-8").splitlines()]
         found[window] = {line["image"].rpartition("/")[2]: line["read_as"] for line in lines}
         assert_same_records(PreparedSource(out, data), ReleaseSource(root, data), KEEP)

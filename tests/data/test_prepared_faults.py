@@ -115,6 +115,7 @@ def test_an_edited_list_of_records_is_refused(out, old, new, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda m: m.update(format="medcg prepared 1"), 'format="medcg prepared 1", where .* again, into a new folder'),
         (lambda m: m.pop("subsets"), "subsets=null is no list of objects"),
         (lambda m: m.pop("settings"), "settings=null has no text `image`"),
         (lambda m: m["subsets"].append(3), "is no list of objects"),
@@ -139,6 +140,13 @@ def test_a_manifest_that_prepare_did_not_write_is_one_line(out, change, message,
         PreparedSource(out, CONFIG)
     assert main(["data", "check", str(out)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_folder_of_another_version_is_not_gone_on_with(written, out):
+    plan = json.loads((out / ".plan.json").read_text())
+    (out / ".plan.json").write_text(json.dumps(plan | {"format": "medcg prepared 1"}))
+    with pytest.raises(DataError, match="was prepared by another version of medcg; choose another folder, or remove"):
+        prepare(written[0], out, CONFIG, KEEP, workers=1)
 
 
 def test_a_nested_manifest_is_one_line(out, capsys):

@@ -70,9 +70,7 @@ def test_an_item_that_takes_too_long_is_ended_and_the_others_are_done(workers):
 
 
 def test_one_item_too_is_bounded():
-    assert list(over(hanging, [5], crashed=said, min_items=1, max_seconds=1)) == [
-        "took longer than 1 s of processor time"
-    ]
+    assert list(over(hanging, [5], crashed=said, max_seconds=1)) == ["took longer than 1 s of processor time"]
 
 
 def test_memory_beyond_the_bound_is_refused():
@@ -80,7 +78,7 @@ def test_memory_beyond_the_bound_is_refused():
 
 
 def test_what_waits_takes_no_processor_time():
-    assert list(over(time.sleep, [1.2], crashed=said, min_items=1, max_seconds=1)) == [None]
+    assert list(over(time.sleep, [1.2], crashed=said, max_seconds=1)) == [None]
 
 
 def test_an_error_ends_the_iteration():

@@ -6,10 +6,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from trees import raw_box_record, raw_record, read_file, write_image, write_subset, write_tree
+from trees import raw_box_record, raw_record, read_file, write_image, write_subset, write_tree, write_tree_with_boxes
 
 from medcg_jax.config import DataConfig
-from medcg_jax.data.check import check_tree, print_report
+from medcg_jax.data import tree
+from medcg_jax.data.check import check_tree, inspect, print_report
 from medcg_jax.data.images import ImageError
 from medcg_jax.data.records import Box, DataError
 from medcg_jax.data.release import ReleaseSource
@@ -140,6 +141,17 @@ def test_fingerprint_follows_records_images_and_caps(tmp_path):
     prints.append(release(tmp_path).fingerprint())
     prints.append(release(tmp_path, window="lung").fingerprint())
     assert prints[0] == prints[1] and len(set(prints)) == 6
+
+
+def test_a_file_is_read_once_whoever_asks(tmp_path, monkeypatch):
+    root, read = write_tree_with_boxes(tmp_path, train=12, test=4, boxes=12), []
+    parsed = tree._parsed_list
+    monkeypatch.setattr(tree, "_parsed_list", lambda content, path: read.append(path.name) or parsed(content, path))
+    found = inspect(root, workers=1)
+    source = ReleaseSource(found.tree, DataConfig(source="release"), skip=found.report.bad_records)
+    source.fingerprint(), source.detection_fingerprint()
+    sizes = [len(source.records(number, split)) for number in ("04", "47") for split in ("train", "test")]
+    assert sizes == [12, 4, 11, 1] and sorted(read) == sorted(file.path.name for file in found.tree.files)
 
 
 def test_what_is_no_tree_is_one_line(tmp_path):

@@ -22,7 +22,7 @@ CONFIG = DataConfig()
 
 
 def prepared(root: Path, out: Path) -> PreparedSource:
-    prepare(root, out, CONFIG, Layout("keep", 0), say=lambda text: None)
+    prepare(root, out, CONFIG, Layout("keep", 0))
     return PreparedSource(out, CONFIG)
 
 
@@ -64,6 +64,7 @@ def test_the_records_are_the_prepared_ones(tmp_path):
         tfds_builder.build(tmp_path / "out", "05", tmp_path / "tfds")
 
 
+@pytest.mark.long
 def test_phantoms_go_through_too(tmp_path):
     write_release(PhantomSource(0, 3, 2), tmp_path / "tree")
     source = prepared(tmp_path / "tree", tmp_path / "out")

@@ -154,7 +154,7 @@ def test_the_plain_test_is_asked_as_without_a_control_and_then_beside_other_imag
     # Row by row what decoding each image anew gives, and nothing is decoded.
     rows = np.array([4, 1, 1, 5])
     wanted, ids = again["shuffled_images"].rows(rows)
-    monkeypatch.setattr("medcg_jax.data.encoding._image_arrays", lambda *of: 1 / 0)
+    monkeypatch.setattr("medcg_jax.data.encoding._decode", lambda *of: 1 / 0)
     found, same_ids = tester.asked[1].rows(rows)
     assert ids == same_ids and found.keys() == wanted.keys()
     for key in wanted:

@@ -185,7 +185,7 @@ def shifted(family: str, order, left, fill: int) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", others_long(TINY))
 def test_padding_on_either_side_and_the_order_of_rows_change_nothing(family):
     tokens, config = expected(family)[0], family_toys.setup(family).model
     generate = generator(family, 8, rows(family)["tokens"].shape[1] + ROOM)

@@ -1,5 +1,6 @@
 """Predictions: from the logits at each prompt's end, the same on any mesh and in any batch; their file and summary."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 
 from medcg_jax.config import ConfigError, MeshConfig
 from medcg_jax.eval.letters import evaluate, option_logprobs
-from medcg_jax.eval.predictions import NonFiniteScores, Prediction, read_predictions, summary, write_predictions
+from medcg_jax.eval.predictions import NonFiniteScores, Prediction, prediction_lines, summary, write_predictions
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_the_file_is_the_same_bytes_and_appears_whole(tmp_path):
         write_predictions(path, breaks())
     assert path.read_text(encoding="utf-8") == expected and len(list(path.parent.iterdir())) == 1
     write_predictions(path, PREDICTIONS)
-    assert read_predictions(path) == PREDICTIONS
+    assert list(prediction_lines(path)) == [json.loads(json.dumps(dataclasses.asdict(p))) for p in PREDICTIONS]
     # The last one's text ends in a character that some readers take for the end of a line.
     assert [list(json.loads(line)) for line in path.read_text().split("\n")[:-1]] == [
         ["id", "subset", "options", "answer", "predicted", "logprobs", "generated"]

@@ -167,7 +167,7 @@ def turned(config, params):
     return config, nnx.State({**params.raw_mapping, "lora": lora | {"k": k | {"b": k["b"][:, ::-1]}}})
 
 
-@pytest.mark.parametrize("fault", [scaled, exchanged, unused, turned])
+@pytest.mark.parametrize("fault", [scaled, pytest.param(exchanged, marks=pytest.mark.long), unused, turned])
 def test_faults_are_seen_in_logits_and_in_merged_weights(ours, peft_dir, tmp_path, fault):
     from transformers import LlavaForConditionalGeneration
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import family_toys
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from flax import nnx
 
 from medcg_jax.config import MeshConfig, ModelConfig
 from medcg_jax.families import build
-from medcg_jax.families.llava.model import Llava, llava15_tiny
+from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.mesh import make_mesh
 
 TINY = llava15_tiny(80, 79, num_vision_heads=2, num_heads=4, num_kv_heads=2, scan_unroll=1)
@@ -119,18 +120,22 @@ def test_config_by_name_carries_how_it_runs():
         build.architecture(ModelConfig("llava2"))
 
 
-def test_computes_in_the_dtype_asked_with_float32_weights_and_logits():
-    model = nnx.eval_shape(lambda: Llava(dataclasses.replace(TINY, compute_dtype="bfloat16"), rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(model)
-    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
+@pytest.mark.parametrize("family", family_toys.TINY)
+def test_computes_in_the_dtype_asked_with_float32_weights_and_logits(family):
+    config = dataclasses.replace(family_toys.setup(family).model, compute_dtype="bfloat16")
+    graphdef, params = build.abstract(config)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    rows, _ = family_toys.training_rows(family).rows(np.arange(2))
 
-    def run(state, given):
-        model = nnx.merge(graphdef, state)
-        hidden, _ = model.hidden(given["tokens"], {"pixels": given["pixels"]}, segment_ids=given["segment_ids"])
-        return hidden, model.logits(hidden)
+    def run(params, rows):
+        model = nnx.merge(graphdef, params)
+        images = {key: rows[key] for key in model.image_keys}
+        cache = model.init_cache(*rows["tokens"].shape)
+        hidden, cache = model.hidden(rows["tokens"], images, segment_ids=rows["segment_ids"], cache=cache)
+        return hidden, model.logits(hidden), cache["k"]
 
-    hidden, logits = jax.eval_shape(run, state, batch(2))
-    assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
+    hidden, logits, keys = jax.eval_shape(run, params, rows)
+    assert (hidden.dtype, logits.dtype, keys.dtype) == (jnp.bfloat16, jnp.float32, jnp.bfloat16)
 
 
 def test_fewer_key_heads_than_the_tensor_axis_are_replicated_and_named():

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from medcg_jax.axes import RULES
+from medcg_jax.axes import RULES, spec
 from medcg_jax.config import MeshConfig, ModelConfig
 from medcg_jax.families import build
 from medcg_jax.mesh import make_mesh
@@ -117,10 +117,9 @@ def table(config) -> list[tuple[str, tuple, tuple, tuple]]:
     """(dotted name, shape, names of the axes, spec) of each parameter."""
     leaves = jax.tree_util.tree_flatten_with_path(build.abstract(config)[1])[0]
     names = jax.tree.leaves(build.axis_names(config), is_leaf=lambda x: isinstance(x, tuple))
-    specs = jax.tree.leaves(build.partition_specs(config))
     return [
-        (".".join(key.key for key in path), leaf.shape, axes, tuple(spec))
-        for (path, leaf), axes, spec in zip(leaves, names, specs, strict=True)
+        (".".join(key.key for key in path), leaf.shape, axes, tuple(spec(*axes)))
+        for (path, leaf), axes in zip(leaves, names, strict=True)
     ]
 
 
@@ -154,11 +153,11 @@ def test_names_stand_in_the_order_of_the_shape(size):
     assert sizes_of_axes(rows) == AXIS_SIZES[size]
     # Planted, in one kernel after the other that has two such axes: they change places.
     planted = 0
-    for i, (name, shape, axes, spec) in enumerate(rows):
+    for i, (name, shape, axes, where) in enumerate(rows):
         for one, other in NEIGHBOURS:
             if name.startswith(("decoder", "vision")) and {one, other} <= set(axes):
                 swapped = tuple({one: other, other: one}.get(axis, axis) for axis in axes)
-                wrong = [*rows[:i], (name, shape, swapped, spec), *rows[i + 1 :]]
+                wrong = [*rows[:i], (name, shape, swapped, where), *rows[i + 1 :]]
                 assert sizes_of_axes(wrong) != AXIS_SIZES[size]
                 planted += 1
     assert planted >= 8

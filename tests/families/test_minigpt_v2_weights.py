@@ -1,4 +1,4 @@
-"""MiniGPT-v2's weights: three released files as one, the whole state dict both ways, a merged Llama, strictness."""
+"""MiniGPT-v2's weights: three released files as one, later spellings, what the original names, positions resized."""
 
 import dataclasses
 from pathlib import Path
@@ -7,15 +7,14 @@ import hf_tiny_minigpt as tiny
 import jax
 import numpy as np
 import pytest
-from releases import one, same, write
+from flax import nnx
+from releases import same, same_as, write
 
-from medcg_jax.config import MeshConfig
 from medcg_jax.families import build
 from medcg_jax.families.weights import engine, llava, minigpt_v2
-from medcg_jax.families.weights.convert import export, load_checkpoint, read_config
-from medcg_jax.families.weights.files import WeightsError, open_bin, open_safetensors, open_tensors, read_json
+from medcg_jax.families.weights.convert import open_leaves, read_config
+from medcg_jax.families.weights.files import WeightsError, open_bin, open_safetensors, read_json
 from medcg_jax.families.weights.minigpt_v2 import cubic_weights, resize_positions
-from medcg_jax.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -65,40 +64,48 @@ def released(tensors, tmp_path, monkeypatch):
     return directory, save
 
 
+def pure(params) -> dict:
+    return jax.tree.map(np.asarray, nnx.to_pure_dict(params))
+
+
+def leaves_of(directory) -> dict:
+    return jax.tree.map(np.asarray, open_leaves(directory))
+
+
 def test_three_released_files_are_one_model(released, params, tmp_path):
     directory, save = released
     with pytest.raises(WeightsError, match="holds Llama alone, and .*eva_vit_g.pth and .* is no file"):
-        load_checkpoint(directory, tiny.CONFIG, one())
+        open_leaves(directory)
     # Beside Llama's directory, in it, and named.
     save(where=tmp_path)
     assert read_config(directory) == dataclasses.replace(minigpt_v2.RELEASED, text=tiny.CONFIG.text)
-    same(load_checkpoint(directory, tiny.CONFIG, one())[1], params)
+    same_as(params, directory)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for name in (minigpt_v2.EVA_FILE, minigpt_v2.OWN_FILE):
         (tmp_path / name).rename(elsewhere / name)
     parts = {"eva": elsewhere / minigpt_v2.EVA_FILE, "minigpt": elsewhere / minigpt_v2.OWN_FILE}
-    same(load_checkpoint(directory, tiny.CONFIG, one(), parts=parts)[1], params)
+    same_as(params, directory, **parts)
 
 
 def test_the_norm_behind_the_tower_is_plain_where_no_file_has_it(released, params):
     directory, save = released
     save(own_changes={"ln_vision.weight": None, "ln_vision.bias": None})
-    _, loaded = load_checkpoint(directory, tiny.CONFIG, one())
+    loaded = leaves_of(directory)
     assert np.asarray(loaded["vision"]["norm"]["scale"]).tolist() == [1.0] * 36
     assert np.asarray(loaded["vision"]["norm"]["bias"]).tolist() == [0.0] * 36
-    same(loaded["lora"], params["lora"])
+    same(loaded["lora"], pure(params)["lora"])
 
 
 def test_positions_of_a_smaller_image_are_resized(released, params):
     directory, save = released
     small = np.random.default_rng(0).standard_normal((1, 17, 36)).astype(np.float32)
     save(eva_changes={"pos_embed": small})
-    _, loaded = load_checkpoint(directory, tiny.CONFIG, one())
+    loaded = leaves_of(directory)
     np.testing.assert_array_equal(loaded["vision"]["positions"], resize_positions(small[0], 6))
 
 
-def test_later_spellings_and_what_was_trained_besides_are_read(released, tensors):
+def test_later_spellings_and_what_was_trained_besides_are_read(released, tensors, params):
     directory, save = released
     later = {}
     for name in ("q_proj.lora_A", "v_proj.lora_B"):
@@ -107,8 +114,8 @@ def test_later_spellings_and_what_was_trained_besides_are_read(released, tensors
     trained = 2 * tensors["llama_model.model.layers.0.self_attn.q_proj.weight"]
     name = "llama_model.base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
     save(own_changes={**later, name: trained})
-    _, loaded = load_checkpoint(directory, tiny.CONFIG, one())
-    same(loaded["lora"], tiny.port(tensors)[1]["lora"])
+    loaded = leaves_of(directory)
+    same(loaded["lora"], pure(params)["lora"])
     np.testing.assert_array_equal(loaded["decoder"]["blocks"]["q"]["kernel"][0], trained.T.reshape(40, 4, 12))
 
 
@@ -127,7 +134,7 @@ def test_missing_unused_and_misshapen_tensors_stop_the_load(eva, own, message, r
     directory, save = released
     save(eva, own)
     with pytest.raises(WeightsError, match=message):
-        load_checkpoint(directory, tiny.CONFIG, one())
+        open_leaves(directory)
 
 
 def test_the_entry_of_a_file_is_found_or_named(tmp_path):
@@ -141,22 +148,6 @@ def test_the_entry_of_a_file_is_found_or_named(tmp_path):
     # As versions before 1.6 wrote it: no archive.
     torch.save({"a": torch.full((2,), 3.0)}, path, _use_new_zipfile_serialization=False)
     assert open_bin(path).read("a").tolist() == [3.0, 3.0]
-
-
-def test_exported_it_is_the_state_dict_and_loads_again(params, tensors, tmp_path):
-    export(params, tiny.CONFIG, tmp_path)
-    found = open_tensors(tmp_path)
-    assert {minigpt_v2.canonical(name): shape for name, shape in found.shapes.items()} == {
-        name: value.shape for name, value in tensors.items()
-    }
-    for name in found.shapes:
-        np.testing.assert_array_equal(found.read(name), tensors[minigpt_v2.canonical(name)])
-    config = read_config(tmp_path)
-    assert dataclasses.replace(config, scan_unroll=1) == tiny.CONFIG
-    mesh = make_mesh(MeshConfig(data=4, fsdp=2, tensor=1))
-    _, loaded = load_checkpoint(tmp_path, tiny.CONFIG, mesh)
-    same(jax.device_put(loaded, jax.devices()[0]), params)
-    assert loaded["lora"]["q"]["a"].addressable_shards[0].data.shape == (3, 20, 3)
 
 
 def test_golden_names_and_files(shared_dir):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from medcg_jax.chips import PEAKS, peak_of
+from medcg_jax.chips import PEAKS, peak_of, utilisation
 from medcg_jax.families import flops
 from medcg_jax.families.flops import forward, generation
 from medcg_jax.families.llava.model import llava15_7b, llava15_tiny
@@ -90,6 +90,6 @@ def test_a_step_counts_every_convention():
 
 def test_utilisation():
     made = {"full": 989.5e12, "causal": 494.75e12, "executed": 1979e12}
-    assert flops.utilisation(made, 2.0, "NVIDIA H200", 1) == {"mfu": 0.5, "mfu_causal": 0.25, "hfu": 1.0}
-    assert flops.utilisation(made, 2.0, "NVIDIA H200", 2)["mfu"] == 0.25
-    assert flops.utilisation(made, 2.0, "cpu", 1) == {"mfu": None, "mfu_causal": None, "hfu": None}
+    assert utilisation(made, 2.0, "NVIDIA H200", 1) == {"mfu": 0.5, "mfu_causal": 0.25, "hfu": 1.0}
+    assert utilisation(made, 2.0, "NVIDIA H200", 2)["mfu"] == 0.25
+    assert utilisation(made, 2.0, "cpu", 1) == {"mfu": None, "mfu_causal": None, "hfu": None}

@@ -13,6 +13,8 @@ from medcg_jax.families.next_chat import sam_decoder
 from medcg_jax.families.next_chat.sam import SamConfig, SamEncoder, SamPrompt
 from medcg_jax.families.next_chat.sam_decoder import MaskDecoder
 from medcg_jax.families.weights import engine, next_chat
+from medcg_jax.families.weights.files import Tensors
+from medcg_jax.mesh import make_mesh
 
 TOLERANCE = 1e-5
 # A grid of 7 in windows of 3.
@@ -112,20 +114,11 @@ def params(reference):
     }
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Sam(CONFIG, nnx.Rngs(0))))
     abstract = jax.tree.map(lambda v: v.get_value(), abstract, is_leaf=lambda v: isinstance(v, nnx.Variable))
-    slots = engine.slots(next_chat.sam_table(CONFIG), abstract)
-    engine.check(slots, {name: value.shape for name, value in found.items()}, "transformers")
-    leaves = {
-        path: np.zeros(leaf.shape, np.float32) for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]
-    }
-    keys = {tuple(key.key for key in path): path for path in leaves}
-    for name, slot in slots.items():
-        value = slot.entry.transform.load(found[name], slot.shape)
-        leaf = leaves[keys[slot.entry.path]]
-        if slot.layer is None:
-            leaf[...] = value
-        else:
-            leaf[slot.layer] = value
-    return graphdef, jax.tree.unflatten(jax.tree.structure(abstract), list(leaves.values()))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    shardings = jax.tree.map(lambda _: jax.NamedSharding(mesh, jax.P()), abstract)
+    names = {name: name for name in found}
+    table = next_chat.sam_table(CONFIG)
+    return graphdef, engine.load(table, abstract, shardings, Tensors.of(found), names, "transformers")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def same_indices(config):
     return dataclasses.replace(config, intermediate_from="output")
 
 
-# (map, transformers' tiny model, its class, what a port of it takes besides, our inputs from theirs)
+# (map, tiny model of transformers, its module, our inputs from theirs)
 KINDS = {
     "llava": (llava, hf_tiny.reference, hf_tiny, parity_llava.port_inputs),
     "qwen2_vl": (qwen2_vl, hf_tiny_qwen2_vl.reference, hf_tiny_qwen2_vl, parity_qwen2_vl.port_inputs),
@@ -39,7 +39,10 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.long) if name == "qwen2_vl" else name for name in KINDS],
+)
 def kind(request):
     """(map, tiny model of transformers, (config, graphdef, params) of it here, its inputs, our inputs from theirs)."""
     family, reference, tiny, port_inputs = KINDS[request.param]

@@ -39,11 +39,6 @@ def test_positions_count_real_tokens_only():
     assert count_positions(segments)[1].tolist() == [0, 0, 0, 1, 2]
 
 
-def test_positions_restart_with_each_packed_segment():
-    segments = jnp.array([[1, 1, 2, 2, 2, 0], [0, 1, 1, 2, 0, 0]])
-    assert count_positions(segments).tolist() == [[0, 1, 0, 1, 2, 2], [0, 0, 1, 0, 0, 0]]
-
-
 def test_angles_from_the_table_are_those_of_the_positions():
     positions = jnp.array([[0, 5, 700], [3, 3, 1]])
     for scaling in (None, Llama3Scaling(original_positions=64)):

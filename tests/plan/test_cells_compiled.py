@@ -1,7 +1,6 @@
 """Cells compiled for devices that need not be there: parts of topologies, what is measured, and how many cells fit."""
 
 import functools
-import json
 import math
 import re
 from types import SimpleNamespace
@@ -214,26 +213,3 @@ def test_what_is_no_question_of_memory_is_an_error():
         fit(compiled_of(lambda n: 0), 100)
     with pytest.raises(ValueError, match="most=1"):
         fit(compiled_of(lambda n: n), 100, most=1)
-
-
-# ------------------------------------------------------------------ the command
-
-
-def test_the_command_prints_and_adds_to_its_file(tmp_path, capsys, monkeypatch):
-    both = {"peak_bytes": 1, "argument_bytes": 1, "temp_bytes": 1, "collective_bytes": {"all-gather": 10}}
-    row = both | {
-        "collective_bytes_sum": 10, "num_collectives": 1, "crossing": [], "attention": "plain", "mesh": {},
-        "num_cells": 2, "batch": {"size": 8, "length": 32}, "device": "cpu",
-    }  # fmt: skip
-    ratio = {"peak_bytes": 1.0, "collective_bytes_sum": 1.0}
-    found = {"cells": row, "alone": row, "ratio": ratio}
-    monkeypatch.setattr(cells_compiled, "against_one", lambda *args, **rest: found)
-    file = tmp_path / "out.json"
-    flags = ["--config=configs/phantom.py", "--topology=h100:8", "--cells=2", f"--json={file}"]
-    assert cells_compiled.main([*flags, "--config.train.batch_size=8"]) == 0
-    found["cells"] = row | {"crossing": ["all-gather x"]}
-    assert cells_compiled.main(flags) == 1
-    assert [len(r["cells"]["crossing"]) for r in json.loads(file.read_text())] == [0, 1]
-    assert "cells / alone: peak 1.0000" in capsys.readouterr().out
-    assert cells_compiled.main([*flags, "--train.batch_size=8"]) == 2
-    assert "--config.KEY=VALUE" in capsys.readouterr().err

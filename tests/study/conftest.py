@@ -25,6 +25,16 @@ def full_grid(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def full_summary(full_grid):
+    """(its files as the report reads them, its statistics)."""
+    from medcg_jax.study.report.load_grid import Grid
+    from medcg_jax.study.stats import stats
+
+    grid = Grid(full_grid)
+    return grid, stats.summarise(full_grid, grid.results, grid.answers)
+
+
+@pytest.fixture(scope="session")
 def clean_grid(tmp_path_factory):
     """A finished grid of five cells with a file of each kind that a workdir may hold; for copies."""
     from report_grids import small_grid

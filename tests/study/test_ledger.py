@@ -135,7 +135,7 @@ def test_rows_of_a_tree(tmp_path):
 
 
 @given(there=st.sets(st.sampled_from([f"{i:02d}" for i in range(1, 54)])))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_rows_are_those_that_the_grid_expands_to(there):
     paper = mat.paper_subsets()
     states = {
@@ -248,7 +248,7 @@ JUNK = st.recursive(SCALARS, lambda part: st.lists(part, max_size=3) | st.dictio
 
 
 @given(junk=JUNK)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_json_ends_it(junk, tmp_path):
     for name in ("Subset--04-train", "Subset--38-det-test"):
         path = tmp_path / "Aggregated_Subsets" / f"{name}.json"

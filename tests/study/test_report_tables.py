@@ -23,8 +23,8 @@ from medcg_jax.study.stats.paired import compare
 
 
 @pytest.fixture(scope="module")
-def tables(full_grid):
-    return {table.name: table for table in Tables(Grid(full_grid), stats.summarise(full_grid)).all()}
+def tables(full_summary):
+    return {table.name: table for table in Tables(*full_summary).all()}
 
 
 def test_accuracies_are_those_of_results_csv(full_grid, tables):
@@ -182,14 +182,14 @@ def test_published_rows_stand_beside_ours_with_the_confidence_of_their_reading(t
     assert "The images cannot be shown" in text
 
 
-def test_phantoms_never_stand_beside_published_numbers(full_grid, tmp_path):
+def test_phantoms_never_stand_beside_published_numbers(clean_grid, tmp_path):
     workdir = released(tmp_path / "w", source="phantom")
     assert published(Tables(Grid(workdir), stats.summarise(workdir))) == []
     rows = mat.paper_csv("table3_classification_pairs")
     both = sum(float(r["trained"]) > max(float(r["baseline"]), float(r["baseline_plus"])) for r in rows)
     assert f"in {both} of {len(rows)} rows, in 10 of them by 3 points or less" in context() and len(rows) == 42
     # Phantoms that are read from files are still phantoms.
-    shutil.copytree(full_grid, tmp_path / "files", ignore=shutil.ignore_patterns("report"))
+    shutil.copytree(clean_grid, tmp_path / "files")
     change_config(tmp_path / "files", {"source": "release", "root": str(tmp_path)})
     grid = Grid(tmp_path / "files")
     assert grid.of_phantoms and not grid.is_phantom and published(Tables(grid, {"rows": []})) == []

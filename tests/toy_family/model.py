@@ -1,14 +1,18 @@
 from dataclasses import dataclass
 
+from medcg_jax.families.clip import ClipVisionConfig
 from medcg_jax.families.common import FamilyConfig, VisionLanguageModel, tiny
+from medcg_jax.families.decoder import DecoderConfig
 from medcg_jax.nn.layers import Dense
 
 
 @dataclass(frozen=True)
 class ToyConfig(FamilyConfig):
-    """CLIP's tower and Llama's decoder, as `FamilyConfig` has them."""
-
     family = "toy"
+
+    # The types say how a checkpoint's configuration is read again.
+    vision: ClipVisionConfig = ClipVisionConfig()
+    text: DecoderConfig = DecoderConfig()
 
 
 def toy_tiny(vocab_size: int, image_token_id: int, **fields) -> ToyConfig:

@@ -67,7 +67,7 @@ def main(workdir: Path, steps: int, index: int, count: int, port: int) -> int:
             metrics=workdir / "metrics.jsonl", checkpoints=workdir / "checkpoints", config={"steps": steps},
         )  # fmt: skip
         state, result = fit(
-            program, trainable, frozen, [cell], log_every_steps=3, checkpoint_every_steps=1, keep_every_steps=10
+            program, trainable, frozen, cell, log_every_steps=3, checkpoint_every_steps=1, keep_every_steps=10
         )
     unseen = put_batch(own_rows(batch(UNSEEN)), program.batch_sharding)
     with jax.set_mesh(program.mesh):

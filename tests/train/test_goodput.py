@@ -169,8 +169,9 @@ def test_a_slow_loader_is_input_and_is_warned_of(toy, tmp_path, capfd):
     assert planted["seconds"]["input"] - usual["seconds"]["input"] > 0.8 * 0.1 * STEPS
     assert max(planted["seconds"], key=planted["seconds"].get) == "input"
     assert read_metrics(tmp_path / "b" / "m.jsonl")[-1]["data_wait"] > 0.5
-    [said] = [x for x in capfd.readouterr().err.splitlines() if "waited for data" in x]
-    assert "medcg data prepare" in said
+    said = [x for x in capfd.readouterr().err.splitlines() if "waited for data" in x]
+    # Another line where it gets worse, as it may on a busy machine.
+    assert 1 <= len(said) <= 2 and all("medcg data prepare" in x for x in said)
 
 
 def test_a_slow_save_is_checkpoint(toy, tmp_path, monkeypatch):

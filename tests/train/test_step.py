@@ -1,4 +1,4 @@
-"""The step: accumulation, mesh, compilation and neighbours in one program change nothing; a run that is over stays as it is."""
+"""The step: accumulation, mesh and neighbours in one program change nothing; a run that is over stays as it is."""
 
 import dataclasses
 

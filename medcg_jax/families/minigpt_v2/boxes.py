@@ -24,11 +24,8 @@ _BOX = re.compile(r"\{" + 4 * _NUMBER + r"\}")
 _PHRASE = re.compile(r"^<p>[^<>]*</p>")
 
 
-def format_boxes(boxes: np.ndarray | Sequence[Sequence[float]], size: tuple[int, int], *, phrase: str = "") -> str:
+def format_boxes(boxes: np.ndarray | Sequence[Sequence[float]], size: tuple[int, int]) -> str:
     """The text of boxes[N, 4], x1, y1, x2, y2 in pixels, in an image of size (height, width).
-
-    Args:
-      phrase: what they are boxes of; grounding and detection answers put it in front, as `<p>phrase</p> `.
 
     Raises:
       DataError: there are none, or one lies outside the image, has exchanged ends or numbers that are not finite.
@@ -45,8 +42,7 @@ def format_boxes(boxes: np.ndarray | Sequence[Sequence[float]], size: tuple[int,
             raise DataError(f"box {box} in an image of {width} x {height}; {accepted} is accepted")
     # In this order, as the original: 29 / 100 * 100 is less than 29, and floors to 28 there too.
     binned = (boxes / (width, height, width, height) * BINS).astype(int).tolist()
-    text = DELIMITER.join("{" + "".join(f"<{value}>" for value in box) + "}" for box in binned)
-    return f"<p>{phrase}</p> {text}" if phrase else text
+    return DELIMITER.join("{" + "".join(f"<{value}>" for value in box) + "}" for box in binned)
 
 
 def parse_bins(text: str) -> np.ndarray | None:

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from medcg_jax.families.clip import normalise, patches
+from medcg_jax.families.clip import ClipVision
 from medcg_jax.nn.attention import attention
-from medcg_jax.nn.blocks import run_stack
 from medcg_jax.nn.context import constrain
 from medcg_jax.nn.layers import Dense, LayerNorm, Stack, gelu, normal, param
 
@@ -70,7 +69,7 @@ class EvaBlock(nnx.Module):
         return constrain(x + self.down(hidden), "act_batch", "act_len", "act_embed")
 
 
-class EvaVision(nnx.Module):
+class EvaVision(ClipVision):
     """Pixels to patch features, float[B, P, E], row by row from the top left; the class token is dropped at the end."""
 
     def __init__(self, config: EvaConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32, unroll: int, remat: str):
@@ -85,16 +84,7 @@ class EvaVision(nnx.Module):
 
     def embed(self, pixels: jax.Array, dtype) -> jax.Array:
         """float[B, 1 + P, E]: what the first block gets; class token first."""
-        x = self.patch(patches(normalise(pixels, self.config), self.config.patch_size_px).astype(dtype))
-        first = jnp.broadcast_to(self.class_token[...].astype(dtype), (x.shape[0], 1, x.shape[2]))
-        x = jnp.concatenate([first, x], axis=1) + self.positions[...].astype(dtype)
-        return constrain(x, "act_batch", "act_len", "act_embed")
+        return constrain(self.tokens(pixels, dtype), "act_batch", "act_len", "act_embed")
 
-    def __call__(self, pixels: jax.Array, *, dtype, attention: str) -> jax.Array:
-        """pixels: uint8[B, h, w, 3], or float[B, h, w, 3] already normalised."""
-
-        def body(block, x, _):
-            return block(x, implementation=attention), None
-
-        x, _ = run_stack(self.blocks, body, self.embed(pixels, dtype), unroll=self.unroll, remat=self.remat)
+    def select(self, x: jax.Array) -> jax.Array:
         return self.norm(x)[:, 1:]

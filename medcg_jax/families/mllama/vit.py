@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from medcg_jax.families.clip import normalise
+from medcg_jax.families.clip import normalise, patches
 from medcg_jax.nn.attention import masked_attention
 from medcg_jax.nn.blocks import run_stack
 from medcg_jax.nn.context import constrain
-from medcg_jax.nn.layers import ACTIVATIONS, Dense, LayerNorm, Stack, gelu, normal, param
+from medcg_jax.nn.layers import ACTIVATIONS, Dense, LayerNorm, Stack, constant, gelu, normal, param
 
 NUM_TILES = 4
 # Ways to lay at most four tiles in a rectangle; aspect_ratio_ids count them from 1, and 0 is no image.
@@ -152,8 +152,8 @@ class MllamaVision(nnx.Module):
         count, tokens = pixels.shape[0], self.config.tokens_per_tile
         present = jnp.arange(NUM_TILES) < num_tiles[:, None]
         pixels = jnp.where(present[:, :, None, None, None], normalise(pixels, self.config), 0)
-        patches = _patches(pixels, self.config.patch_size_px).astype(dtype)
-        x = self._by_tile(self.patch(patches.reshape(count, -1, patches.shape[-1])))
+        tiles = patches(pixels.reshape(-1, *pixels.shape[2:]), self.config.patch_size_px).astype(dtype)
+        x = self._by_tile(self.patch(tiles.reshape(count, -1, tiles.shape[-1])))
         x = x + gated(self.pre_tile[...][aspect_ratio_ids].astype(dtype)[:, :, None], self.pre_tile_gate)
         first = jnp.broadcast_to(self.class_token[...].astype(dtype), (count, NUM_TILES, 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=2)
@@ -199,9 +199,7 @@ class MllamaVision(nnx.Module):
 
 def gate(*, rngs: nnx.Rngs, param_dtype, stack: Stack = ()) -> nnx.Param:
     """A scalar whose tanh scales a branch; half open at the start, so that random weights use their images."""
-    return param(
-        lambda key, shape, dtype: jnp.full(shape, 0.5, dtype), (), (), rngs=rngs, param_dtype=param_dtype, stack=stack
-    )
+    return param(constant(0.5), (), (), rngs=rngs, param_dtype=param_dtype, stack=stack)
 
 
 def gated(x: jax.Array, by: nnx.Param | None) -> jax.Array:
@@ -217,11 +215,3 @@ def attention_by_tile(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Arr
 
     one = jax.checkpoint(lambda tile: masked_attention(tile[0], k, v, tile[1]))
     return jnp.moveaxis(jax.lax.map(one, (tiles(q), tiles(allowed))), 0, 1).reshape(q.shape)
-
-
-def _patches(pixels: jax.Array, size: int) -> jax.Array:
-    """float[n, tiles, P, size * size * 3]: the pixels of each whole patch in the order row, column, channel."""
-    count, tiles, height, width, channels = pixels.shape
-    height, width = height - height % size, width - width % size
-    x = pixels[:, :, :height, :width].reshape(count, tiles, height // size, size, width // size, size, channels)
-    return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(count, tiles, -1, size * size * channels)

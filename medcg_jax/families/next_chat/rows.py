@@ -113,7 +113,7 @@ def record_box_arrays(tokenizer: Tokenizer, record: Record, tokens: Tokens, *, m
 
 
 def box_arrays(tokenizer: Tokenizer, tokens: Tokens, boxes: np.ndarray, *, max_boxes: int) -> Arrays:
-    """What a row of `train.losses.box_terms` has of boxes: those of the whole text, and those in answers with their `<at>`.
+    """A row's arrays for `train.losses.box_terms`: boxes of the whole text, and those in answers with their `<at>`.
 
     `boxes` float32[max_boxes, 4], `box_weights` float32[max_boxes]; of answers `at_positions` int32[max_boxes],
     `at_boxes` float32[max_boxes, 4], `at_weights` float32[max_boxes]. Weights are 0 where a place is unused.

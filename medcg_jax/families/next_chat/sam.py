@@ -12,7 +12,7 @@ from flax import nnx
 
 from medcg_jax.nn.blocks import run_stack
 from medcg_jax.nn.context import constrain
-from medcg_jax.nn.layers import Dense, LayerNorm, Stack, gelu, normal, param
+from medcg_jax.nn.layers import Dense, LayerNorm, Stack, constant, gelu, normal, param
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,7 @@ class Conv(nnx.Module):
         self.size, self.stride = size, stride
         shape = (size * size * inputs, outputs)
         self.kernel = param(normal(shape[0] ** -0.5), shape, ("patch", axis), rngs=rngs, param_dtype=param_dtype)
-        bias = lambda key, shape, dtype: jnp.zeros(shape, dtype)
-        self.bias = param(bias, (outputs,), (axis,), rngs=rngs, param_dtype=param_dtype) if use_bias else None
+        self.bias = param(constant(0.0), (outputs,), (axis,), rngs=rngs, param_dtype=param_dtype) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Zeros around x where the stride is 1, so that its size stays; none otherwise."""

@@ -9,7 +9,7 @@ from flax import nnx
 
 from medcg_jax.families.next_chat.sam import SamConfig
 from medcg_jax.nn.attention import attention
-from medcg_jax.nn.layers import Dense, LayerNorm, Stack, gelu, normal, param
+from medcg_jax.nn.layers import Dense, LayerNorm, Stack, constant, gelu, normal, param
 
 # Attention between tokens and image runs at a part of the width.
 DOWNSAMPLE = 2
@@ -82,8 +82,7 @@ class Upscale(nnx.Module):
     def __init__(self, inputs: int, outputs: int, *, rngs, param_dtype):
         axes = ("vision_embed", "patch", "patch", "norm")
         self.kernel = param(normal(inputs**-0.5), (inputs, 2, 2, outputs), axes, rngs=rngs, param_dtype=param_dtype)
-        zeros = lambda key, shape, dtype: jnp.zeros(shape, dtype)
-        self.bias = param(zeros, (outputs,), ("norm",), rngs=rngs, param_dtype=param_dtype)
+        self.bias = param(constant(0.0), (outputs,), ("norm",), rngs=rngs, param_dtype=param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, _ = x.shape

@@ -164,7 +164,8 @@ class Qwen2VL(VisionLanguageModel):
         block = vision.merge**2
         if pixels.ndim != 4 or pixels.shape[3] != vision.patch_dim or pixels.shape[2] % block:
             raise ValueError(
-                f"pixels {pixels.shape}; expected [batch, images, patches, {vision.patch_dim}], patches a multiple of {block}"
+                f"pixels {pixels.shape}; expected [batch, images, patches, {vision.patch_dim}], "
+                f"patches a multiple of {block}"
             )
         if grids.shape != (*pixels.shape[:2], 2):
             raise ValueError(f"grids {grids.shape} beside pixels {pixels.shape}: [batch, images, 2] is accepted")

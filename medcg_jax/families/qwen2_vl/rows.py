@@ -119,7 +119,8 @@ def num_image_tokens(height: int, width: int, sizes: ImageSizes) -> int:
 def preprocess(image: np.ndarray, sizes: ImageSizes) -> dict[str, np.ndarray]:
     """`pixels` uint8[num_slots, 3 * patch * patch], the image's patches and then zeros; `grids` int32[2].
 
-    image: uint8[h, w, 3]. `grids` holds the patches' rows and columns. A patch's numbers are in the order channel, row, column; patches stand block by block.
+    image: uint8[h, w, 3]. `grids` holds rows and columns of patches. A patch's numbers are in the order channel, row,
+    column; patches stand block by block.
 
     Raises:
       ImageError: as `smart_resize`.

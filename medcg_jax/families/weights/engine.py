@@ -4,9 +4,11 @@ A model's table (`weights.tables`) says where each tensor goes. Parameters go fr
 more than one layer of them at a time.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +60,7 @@ def slots(table: list[Entry], params) -> dict[str, Slot]:
     return by_name
 
 
-def by_path(params) -> dict[tuple[str, ...], object]:
+def by_path(params) -> dict[tuple[str, ...], Any]:
     """Path -> leaf of a tree of arrays, shapes, shardings or `Leaf`s; a quantised matrix is one leaf."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     return {tuple(key.key for key in path): leaf for path, leaf in leaves}
@@ -156,7 +158,7 @@ class Leaf:
 def lazy(table: list[Entry], abstract, tensors: Tensors, names: dict[str, str], source: str):
     """A tree of `Leaf`s as `abstract`, each with the dtype of its tensors (the wider one, where they differ).
 
-    names,
+    names: canonical name -> name in `tensors`.
 
     Raises:
       WeightsError: tensors missing, unused or misshapen; when a layer is read, a number that is not finite.
@@ -185,8 +187,7 @@ def lazy(table: list[Entry], abstract, tensors: Tensors, names: dict[str, str], 
 
 
 def _read(slot: Slot, tensors: Tensors, name: str, index: Index) -> np.ndarray:
-    """A slice of a released tensor as the slice of a parameter that it is. The slices are explicit: rows beyond ours
-    stay in the file."""
+    """The slice `index` of what a released tensor is with us; vocabulary rows beyond ours are not read."""
 
     def read(released: Index) -> np.ndarray:
         value = tensors.read(name, released)
@@ -248,16 +249,34 @@ def place(leaves, abstract, shardings):
 
 
 def _put(leaf: Leaf, layer: int | None, shape: Shape, dtype, sharding) -> jax.Array:
-    """A leaf or a layer of one, in its sharding: equal slices of several devices are read once."""
-    slices: dict[tuple, np.ndarray] = {}
+    """A leaf or a layer of one, in its sharding. Slices that lie side by side are read as one, equal ones once."""
+    slices = _local_slices(sharding, tuple(shape))
+    hull = tuple((min(start for start, _ in axis), max(stop for _, stop in axis)) for axis in zip(*slices, strict=True))
+    blocks = {hull} if _size(hull) == sum(map(_size, slices)) else slices
+    arrays = {
+        spans: leaf.read(layer, tuple(slice(*span) for span in spans)).astype(dtype, copy=False) for spans in blocks
+    }
 
-    def read(index: Index) -> np.ndarray:
-        spans = tuple(spans_of(index, shape))
-        if spans not in slices:
-            slices[spans] = leaf.read(layer, tuple(slice(*span) for span in spans)).astype(dtype, copy=False)
-        return slices[spans]
+    def cut(index: Any) -> np.ndarray:
+        spans = spans_of(index, shape)
+        for block, array in arrays.items():
+            inside = zip(block, spans, strict=True)
+            if all(first <= start and stop <= last for (first, last), (start, stop) in inside):
+                return array[
+                    tuple(slice(start - first, stop - first) for (first, _), (start, stop) in zip(block, spans))
+                ]
+        raise AssertionError(f"{spans} is no slice of this host")
 
-    return jax.make_array_from_callback(tuple(shape), sharding, read)
+    return jax.make_array_from_callback(tuple(shape), sharding, cut)
+
+
+def _local_slices(sharding, shape: Shape) -> set[tuple[tuple[int, int], ...]]:
+    """The slices that this host's devices hold, each as (start, stop) of every axis."""
+    return {tuple(spans_of(index, shape)) for index in sharding.addressable_devices_indices_map(shape).values()}
+
+
+def _size(spans: tuple[tuple[int, int], ...]) -> int:
+    return math.prod(stop - start for start, stop in spans)
 
 
 def _with_layer(stack, target, sharding, leaf: Leaf, layer: int):

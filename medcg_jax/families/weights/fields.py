@@ -149,18 +149,18 @@ def flag(found: dict, prefix: str, key: str, default: bool) -> bool:
     return value
 
 
-def token(found: dict, prefix: str, key: str, default: int | None = None) -> int | None:
+def token(found: dict, prefix: str, key: str, default: int | None = None) -> Any:
     """The id of a token that a field holds; `default` where it is absent or null. Raises WeightsError as `number`."""
     limits = "image_token_id" if key.startswith("image_token") else "pad_token_id"
     return number(found, prefix, key, default, limits, null=True)
 
 
-def image_token(found: dict, default: int) -> int:
+def image_token(found: dict, default: int) -> Any:
     """The id of an image's token, under either of its names. Raises WeightsError as `number`."""
     return first(token(found, "", "image_token_id"), token(found, "", "image_token_index"), default)
 
 
-def end_of(found: dict, prefix: str, default: int | None = None, *, last: bool = True) -> int | None:
+def end_of(found: dict, prefix: str, default: int | None = None, *, last: bool = True) -> Any:
     """`eos_token_id`; of several the last, which is that of a turn, or the first. Raises WeightsError as `number`."""
     value = found.get("eos_token_id")
     if isinstance(value, list) and value:
@@ -170,7 +170,7 @@ def end_of(found: dict, prefix: str, default: int | None = None, *, last: bool =
     return token(found, prefix, "eos_token_id", default)
 
 
-def whole_numbers(found: dict, prefix: str, key: str, default: tuple[int, ...], field: str) -> tuple[int, ...]:
+def whole_numbers(found: dict, prefix: str, key: str, default: tuple[int, ...], field: str) -> Any:
     """The list of whole numbers that a field holds; `default` where it is absent or null.
 
     Raises:
@@ -188,7 +188,8 @@ def activation(found: dict, prefix: str, key: str, default: str) -> str:
     Raises:
       WeightsError: it is none of `ACTIVATIONS`.
     """
-    expect(found, prefix, **{key: tuple(ACTIVATIONS)})
+    accepted: dict[str, Any] = {key: tuple(ACTIVATIONS)}
+    expect(found, prefix, **accepted)
     return first(found.get(key), default)
 
 
@@ -230,7 +231,7 @@ def rope(
     places = {key: section(found, prefix, key) for key in ("rope_parameters", "rope_scaling")}
     stated = {key: _rope_of(values, f"{prefix}{key}.", plain, scaled) for key, values in places.items() if values}
     expect(found, prefix, partial_rotary_factor=1.0)
-    scalings, bases = list(stated.values()), {}
+    scalings, bases = list(stated.values()), dict[str, float]()
     for place, values in ((prefix, found), *((f"{prefix}{key}.", values) for key, values in places.items())):
         base = number(values, place, "rope_theta", None, "rope_theta", kind=float, null=True)
         bases |= {} if base is None else {f"{place}rope_theta": base}
@@ -366,12 +367,12 @@ def dataclass_of(kind: type, values: dict[str, Any], name: str):
     return kind(**{field: _of_type(hints[field], value, f"{name}: {field}", field) for field, value in values.items()})
 
 
-def _of_type(hint, value: Any, name: str, field: str) -> Any:
+def _of_type(hint: Any, value: Any, name: str, field: str) -> Any:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and types.NoneType in kinds:
         return None
-    kind = next(each for each in kinds if each is not types.NoneType)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+    kind: Any = next(each for each in kinds if each is not types.NoneType)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return dataclass_of(kind, value, name)
     if typing.get_origin(kind) is tuple and isinstance(value, list) and len(value) <= MAX_LAYERS:
         inner = typing.get_args(kind)

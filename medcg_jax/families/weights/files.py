@@ -76,21 +76,24 @@ class WeightsError(ConfigError):
 class Tensors:
     """The tensors of a directory: names, shapes, dtypes, and numbers when asked.
 
-    read: (name, index) -> the slices `index` of a tensor, one for each axis, or all of it for an empty index: an array
+    read: (name, index=()) -> the slices `index` of a tensor, one for each axis, or all of it without: an array
       that nothing else holds, so that its memory is free again when its reader has dropped it.
     origin: gives the file in which a tensor is.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str, tuple[slice, ...]], np.ndarray]
+    read: Callable[..., np.ndarray]
     dtype: Callable[[str], np.dtype]
     origin: Callable[[str], str] = lambda name: "memory"
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> "Tensors":
         """Arrays in memory."""
-        shapes = {name: tuple(value.shape) for name, value in arrays.items()}
-        return cls(shapes, lambda name, index=(): arrays[name][index], lambda name: arrays[name].dtype)
+
+        def read(name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+            return arrays[name][index]
+
+        return cls({name: tuple(x.shape) for name, x in arrays.items()}, read, lambda name: arrays[name].dtype)
 
 
 def open_tensors(directory: Path) -> Tensors:
@@ -255,11 +258,8 @@ def open_bin(path: Path, entry: str | None = None) -> Tensors:
     del tensors
 
     def dtype(name: str) -> np.dtype:
-        try:
-            stated = np.dtype(dtypes[name])
-        except TypeError:
-            stated = None
-        if stated not in NAMES:
+        stated = {str(known): known for known in NAMES}.get(dtypes[name])
+        if stated is None:
             raise WeightsError(f"{path}: {name} has dtype {dtypes[name]}; accepted: {', '.join(map(str, NAMES))}")
         return stated
 
@@ -470,7 +470,8 @@ def _cut(specs, max_file_bytes: int) -> list[dict]:
 
 
 def _write_shard(path: Path, specs, stream: Iterator[tuple[str, np.ndarray]]) -> None:
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, spec in specs.items():
         end = offset + _num_bytes(spec)
         header[name] = {"dtype": NAMES[np.dtype(spec[1])], "shape": list(spec[0]), "data_offsets": [offset, end]}
@@ -483,7 +484,7 @@ def _write_shard(path: Path, specs, stream: Iterator[tuple[str, np.ndarray]]) ->
             given, value = next(stream)
             if given != name or value.shape != tuple(shape) or value.dtype != np.dtype(dtype):
                 raise WeightsError(f"writing {name} {shape} {dtype}, but got {given} {value.shape} {value.dtype}")
-            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
             # Dropped before the next is made.
             del value
 

@@ -83,10 +83,10 @@ def llama_table(text: DecoderConfig) -> list[tables.Entry]:
     )
 
 
-def table(config: LlavaConfig) -> list[tables.Entry]:
+def table(config) -> list[tables.Entry]:
     """Canonical name -> parameter, for every tensor of a LLaVA-1.5 checkpoint; a tied head is none.
 
-    config: also another with the same parts (NExT-Chat's).
+    config: LLaVA's or NExT-Chat's, which has the same parts.
     """
     vision, layer = config.vision, "vision_tower.encoder.layers.{layer}."
     patch = ("embeddings.patch_embedding.weight", "patch kernel", tables.conv_patch(vision.patch_size_px))

@@ -63,7 +63,7 @@ EVA_KEYS = fields.keys(
 # Of Llama 2, whose activation and biases are no choice.
 LLAMA2_KEYS = {field: key for field, key in LLAMA_KEYS.items() if field not in ("activation", "qkv_bias", "mlp_bias")}
 LLAMA2_KEYS["rope_theta"] = "rope_theta"
-SIZES = ("image_size", "patch_size", "vit_width", "vit_depth", "vit_heads", "vit_mlp_hidden")
+SIZES: tuple[str, ...] = ("image_size", "patch_size", "vit_width", "vit_depth", "vit_heads", "vit_mlp_hidden")
 SIZES += ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SIZES += ("lora_r", "lora_alpha")
 
@@ -177,7 +177,7 @@ def _resized(eva: Tensors, vision: EvaConfig) -> Tensors:
         if key != name or is_same:
             return eva.read(key, index)
         # Whole: each new position is made of sixteen old ones.
-        return resize_positions(eva.read(key)[0], side)[None][index]
+        return resize_positions(eva.read(key, ())[0], side)[None][index]
 
     def dtype(key: str) -> np.dtype:
         return eva.dtype(key) if key != name or is_same else np.dtype(np.float32)

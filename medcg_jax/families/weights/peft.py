@@ -62,7 +62,9 @@ def with_adapters(
     file = next((src / name for name in ADAPTER_FILES if (src / name).exists()), None)
     if file is None:
         raise WeightsError(f"{src} holds {ADAPTER_JSON} and no adapters; accepted: {', '.join(ADAPTER_FILES)}")
-    adapters, halves, others = ADAPTER_FILES[file.name](file), {}, {}
+    adapters = ADAPTER_FILES[file.name](file)
+    halves: dict[str, dict[str, str]] = {}
+    others: dict[str, str] = {}
     for name in adapters.shapes:
         half = HALF.search(name)
         target = canonical(HALF.sub(".weight", name).removeprefix(PREFIX))
@@ -205,8 +207,9 @@ def export_peft(family, params, config, dst: Path, *, base: str = "") -> int:
     specs, stream = engine.store(table, {name: value for name, value in params.items() if name in tops})
     modules = [name.removeprefix(PREFIX) for name in specs]
     kernels = [re.sub(r"\.lora_[AB]\.weight$", "", name) for name in modules if ".lora_" in name]
-    prefix = re.escape(re.match(r"(.*\.layers\.)\d+\.", kernels[0])[1])
-    ends = sorted({re.sub(r".*\.layers\.\d+\.", "", name) for name in kernels})
+    # Before and behind the number of a layer.
+    split = [re.split(r"(?<=\.layers\.)\d+\.", name) for name in kernels]
+    prefix, ends = re.escape(split[0][0]), sorted({end for _, end in split})
     others = [name.split(".") for name in modules if ".lora_" not in name]
     tensors = {name: np.ascontiguousarray(value) for name, value in stream}
     (dst / next(iter(ADAPTER_FILES))).write_bytes(save(tensors, {"format": "pt"}))

@@ -47,29 +47,22 @@ def write_plots(files: list[Path], out: Path | None = None) -> list[Path]:
     }
     ratios_by = {row["by"] for result in results.values() for row in result["ratios"].values()}
     rates_by = {"cpu" if timed(result) == "cpu_s" else "wall" for result in results.values()}
-    titles = {
-        "bench_ratios": "Samples per second, this port over HF transformers",
-        "bench_throughput": "Samples per second",
-    }
     ratio_axis = f"above 1 the port is faster; per {_unit(ratios_by)}, median with least and most of the pairs"
     rate_axis = f"samples per {_unit(rates_by)}, by the median step, with the slowest and the fastest"
+    by_runner = {label: rates(result) for label, result in results.items()}
+    runners = {name: name for name in RUNNERS}
     plots = (
-        ("bench_ratios", RATIOS, ratios, ratio_axis),
-        (
-            "bench_throughput",
-            dict(zip(RUNNERS, RUNNERS, strict=True)),
-            {k: rates(r) for k, r in results.items()},
-            rate_axis,
-        ),
+        ("bench_ratios", "Samples per second, this port over HF transformers", RATIOS, ratios, ratio_axis),
+        ("bench_throughput", "Samples per second", runners, by_runner, rate_axis),
     )
     folder, written = out or files[0].parent, []
-    with added_files(folder) as part:
-        for name, words, values, x_label in plots:
+    with added_files(folder) as draft:
+        for name, title, words, values, x_label in plots:
             rows = {row: text for row, text in words.items() if any(row in bars for bars in values.values())}
             if rows:
                 paint = partial(_paint, rows=rows, values=values, x_label=x_label, line_at_1=name == "bench_ratios")
                 height_in = 1.3 + len(rows) * (0.16 + 0.2 * len(results))
-                draw(part, name, titles[name], "", height_in, paint, width_in=7.0)
+                draw(draft, name, title, "", height_in, paint, width_in=7.0)
                 written += [folder / f"{name}.png", folder / f"{name}.svg"]
     if not written:
         raise ConfigError(
@@ -105,7 +98,7 @@ def read(path: Path) -> dict:
         _check_spread(ratio, where)
         if ratio.get("by") not in UNITS:
             raise FileError(f"{where}: by={shown(ratio.get('by'))}: expected 'cpu' or 'wall'")
-    for section in {"train", "answers"} & result.keys():
+    for section in [name for name in ("train", "answers") if name in result]:
         name = f"{path}: {section}"
         for runner, row in _object(_object(result, section, path), "runners", name).items():
             where = f"{name}.runners.{one_line(runner)[:40]}"

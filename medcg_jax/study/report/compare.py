@@ -63,10 +63,10 @@ class Side:
     def answers(self, result: Mapping) -> dict[str, dict]:
         """Record id -> line of the predictions, of one row of results.csv."""
         if result["cell"] != self._cell:
-            found = defaultdict(dict)
+            by_subset = defaultdict(dict)
             for line in self.grid.predictions(result["cell"]):
-                found[line["subset"]][line["id"]] = line
-            self._cell, self._answers = result["cell"], found
+                by_subset[line["subset"]][line["id"]] = line
+            self._cell, self._answers = result["cell"], by_subset
         return self._answers.get(result["target"], {})
 
     def data(self, seed: int) -> str | None:
@@ -88,10 +88,10 @@ def write_comparison(a: str | Path, b: str | Path, out: str | Path = "") -> Path
     rows = matched(*grids)
     settings, comparison = differing(*grids), table_of(rows)
     # What else lies in the folder is the reader's own.
-    with added_files(folder) as part:
-        (part / "plots").mkdir()
-        write_tables(part, [comparison, settings])
-        figures = [scatter(part / "plots", rows)] if rows else []
+    with added_files(folder) as draft:
+        (draft / "plots").mkdir()
+        write_tables(draft, [comparison, settings])
+        figures = [scatter(draft / "plots", rows)] if rows else []
         words = verdict(rows, *grids)
         sections = [Section(id="verdict", title="What the comparison shows", answer=[words], figures=figures)]
         sections += [Section(id=t.name, title=t.title, tables=[t]) for t in (settings, comparison) if t.rows]
@@ -102,7 +102,7 @@ def write_comparison(a: str | Path, b: str | Path, out: str | Path = "") -> Path
         title = f"{grids[0].config['name']} and {grids[1].config['name']}"
         tables = [settings, comparison]
         text = page_html("Two grids side by side", sub, sections, title=title, tables=tables)
-        write_text(part / "index.html", text)
+        write_text(draft / "index.html", text)
     return folder / "index.html"
 
 
@@ -223,28 +223,29 @@ def verdict(rows: list[Matched], a: Grid, b: Grid) -> str:
     """The comparison in words."""
     if not rows:
         return "The two grids have no cell in common: nothing can be compared."
-    adjusted = holm([row.p for row in rows])
-    sure = [row for row, p in zip(rows, adjusted, strict=True) if p < 0.05]
-    mean = sum(row.difference for row in rows) / len(rows)
-    said = f"Of {counted(len(rows), 'result')} that both have, {len(sure)} differ significantly after Holm's "
-    said += f"adjustment; on average B is {points(mean, True)} points from A. "
+    num_sure = sum(p < 0.05 for p in holm([row.p for row in rows]))
+    mean_difference = points(sum(row.difference for row in rows) / len(rows), True)
+    sentences = [
+        f"Of {counted(len(rows), 'result')} that both have, {num_sure} differ significantly after Holm's adjustment; on "
+        f"average B is {mean_difference} points from A."
+    ]
     same = [row for row in rows if row.agreement is not None]
     if same:
         answers = sum(row.a.n for row in same)
         share = points(sum(row.agreement * row.a.n for row in same) / answers)
-        said += f"Where the same records were asked, {share} % were answered with the same letter ({answers:,} answers)"
-        found = [row.largest for row in same if row.largest is not None]
-        said += f"; no log-probability differs by more than {max(found):.2g} nats. " if found else ". "
+        largest = max((row.largest for row in same if row.largest is not None), default=None)
+        nats = "" if largest is None else f"; no log-probability differs by more than {largest:.2g} nats"
+        sentences.append(
+            f"Where the same records were asked, {share} % were answered with the same letter ({answers:,} answers){nats}."
+        )
     if len(same) < len(rows):
-        said += f"In {counted(len(rows) - len(same), 'result')} the records are others, so nothing is paired there. "
-    if sure:
-        said += "They do not agree. "
-    else:
-        said += "They agree within the noise of their records. "
-    only = [len(grid.results) - len(rows) for grid in (a, b)]
-    if any(only):
-        said += f"Not compared, for lack of a counterpart: {only[0]} of A, {only[1]} of B."
-    return said.strip()
+        others = counted(len(rows) - len(same), "result")
+        sentences.append(f"In {others} the records are others, so nothing is paired there.")
+    sentences.append("They do not agree." if num_sure else "They agree within the noise of their records.")
+    alone = [len(grid.results) - len(rows) for grid in (a, b)]
+    if any(alone):
+        sentences.append(f"Not compared, for lack of a counterpart: {alone[0]} of A, {alone[1]} of B.")
+    return " ".join(sentences)
 
 
 def scatter(folder: Path, rows: list[Matched]):
@@ -254,10 +255,10 @@ def scatter(folder: Path, rows: list[Matched]):
     def paint(axes):
         axes.plot([0, 100], [0, 100], color=INK, linewidth=0.9, linestyle="--")
         for sure, colour, label in ((False, BLUE, "no significant difference"), (True, ORANGE, "significant")):
-            own = [row for row, p in zip(rows, adjusted, strict=True) if (p < 0.05) == sure]
-            if own:
+            group = [row for row, p in zip(rows, adjusted, strict=True) if (p < 0.05) == sure]
+            if group:
                 axes.plot(
-                    [100 * r.a.accuracy for r in own], [100 * r.b.accuracy for r in own], "s" if sure else "o",
+                    [100 * r.a.accuracy for r in group], [100 * r.b.accuracy for r in group], "s" if sure else "o",
                     color=colour, alpha=0.55, markersize=4, markeredgewidth=0, label=label,
                 )  # fmt: skip
         axes.set_xlim(0, 100)

@@ -198,14 +198,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     if os.path.lexists(folder) and (folder.is_symlink() or not (folder / "index.html").is_file()):
         raise FileError(f"{folder}: is there and holds no report (index.html); move it away, a report is written there")
-    part, before = (folder.with_name(f".{folder.name}.{secrets.token_hex(6)}") for _ in range(2))
-    part.mkdir()
+    draft, before = (folder.with_name(f".{folder.name}.{secrets.token_hex(6)}") for _ in range(2))
+    draft.mkdir()
     try:
-        yield part
+        yield draft
         if folder.exists():
             folder.rename(before)
         try:
-            part.rename(folder)
+            draft.rename(folder)
         except OSError:
             if before.exists():
                 before.rename(folder)
@@ -214,7 +214,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             if entry.name not in WRITTEN:
                 entry.rename(folder / entry.name)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(before, ignore_errors=True)
 
 
@@ -225,16 +225,16 @@ def added_files(folder: Path) -> Iterator[Path]:
     What else lies in `folder` stays; it is there only when all is written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}")
-    part.mkdir()
+    draft = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}")
+    draft.mkdir()
     try:
-        yield part
-        for path in sorted((p for p in part.rglob("*") if p.is_file()), key=lambda p: (p.name == "index.html", p)):
-            place = folder / path.relative_to(part)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(place)
+        yield draft
+        for path in sorted((p for p in draft.rglob("*") if p.is_file()), key=lambda p: (p.name == "index.html", p)):
+            target = folder / path.relative_to(draft)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -300,7 +300,8 @@ def _write_subset(grid: Grid, folder: Path, target: str, file: str) -> str:
     sections = [
         Section(id="mistakes", title="Mistakes to look at", paragraphs=[words], cards=[("", "wrong", cards.wrong)],
                 notes=[cards.absent] if cards.absent else []),
-        Section(id="confusion", title=f"{labels.title} ({cards.arm})", tables=[labels] if answers else []),
+        Section(id="confusion", title=labels.title, tables=[labels] if answers else [],
+                paragraphs=[f"Answers of {cards.arm}."] if answers else []),
         Section(id="scores", title=scores.title, tables=[scores]),
     ]  # fmt: skip
     what, name = grid.describe(target), grid.config["name"]

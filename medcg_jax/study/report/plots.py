@@ -220,8 +220,8 @@ class Plots:
             for row, target in scores
         }
         return [
-            (f"{names[row, target]}  {self.grid.describe(target)}".strip(), own, self.grid.chance(target))
-            for (row, target), own in scores.items()
+            (f"{names[row, target]}  {self.grid.describe(target)}".strip(), by_arm, self.grid.chance(target))
+            for (row, target), by_arm in scores.items()
         ]
 
     def ablation(self) -> list[Figure]:

@@ -25,9 +25,9 @@ def published(tables: Tables) -> list[Table]:
     numbers = {"pairs": suite.PAIR_TABLES.get(family, 3), "triples": 4}
     if family in suite.DETECTION_TABLES:
         numbers["detection_pairs"] = suite.DETECTION_TABLES[family]
-    made = [combination(tables, table, number) for table, number in numbers.items()]
-    made += [per_subset(tables, part) for part in ("in_distribution", "out_of_distribution")]
-    return [table for table in made if table.rows]
+    beside_paper = [combination(tables, table, number) for table, number in numbers.items()]
+    beside_paper += [per_subset(tables, part) for part in ("in_distribution", "out_of_distribution")]
+    return [table for table in beside_paper if table.rows]
 
 
 def beside(values: dict, paper: dict, arms: Sequence[str]) -> dict:

@@ -207,15 +207,15 @@ class Answer:
                 f"Over {counted(first['targets'], 'target')}{unseen}, {counted(first['seeds'], 'seed')} and "
                 f"{self.answers(first):,} test answers per arm, "
             )
-        said = where + self.statement(first, f"training on {what}", over)
+        text = where + self.statement(first, f"training on {what}", over)
         if plus and base:
             tail = {
                 "up": f"against no training the gain is {points(base['mean'])} ({interval(base)})",
                 "down": f"against no training it is a loss of {points(-base['mean'])} ({interval(base)})",
                 "open": f"against no training no change is shown ({points(base['mean'], True)}, {interval(base)})",
             }
-            said += f"; {tail[verdict(base)]}"
-        return [sentence(said)]
+            text += f"; {tail[verdict(base)]}"
+        return [sentence(text)]
 
     def answers(self, effect: dict) -> int:
         """How many test answers each arm of an effect has."""
@@ -316,19 +316,19 @@ def missing(grid: Grid) -> list[str]:
     """What a reader must know is not on the page."""
     failed, waiting, num_cells = len(grid.failed()), len(grid.waiting()), f"{len(grid.cells):,}"
     absent = [name for name in grid.config["study"]["tables"] if name not in grid.tables]
-    said = {
+    texts = {
         f"{counted(failed, 'cell')} of {num_cells} failed; they are listed below.": failed,
         f"{counted(waiting, 'cell')} of {num_cells} had not been run when this page was written; rows and comparisons "
         "are of the finished ones alone.": waiting,
         **dict.fromkeys(grid.notes, True),
         f"Asked for, and without a finished cell: {table_names(absent)}.": absent,
     }
-    return [text for text, holds in said.items() if holds]
+    return [text for text, holds in texts.items() if holds]
 
 
 def letter_habits(grid: Grid) -> list[str]:
     """Arms that answer one letter almost always, or whose free answers are often none: what both mean."""
-    said = []
+    texts = []
     for table in grid.tables:
         answered = {arm: value for (name, arm), value in grid.letters.items() if name == table and value.n}
         stuck = [
@@ -339,30 +339,30 @@ def letter_habits(grid: Grid) -> list[str]:
         loose = [arm_name(arm) for arm, value in answered.items() if value.unparsed > 0.2 * value.generated]
         words = table.replace("_", "-")
         if stuck:
-            said.append(
+            texts.append(
                 f"One letter makes up more than 90 % of all answers of {listed(stuck)} ({words}), and not of the right "
                 "ones: such an accuracy says little of the images."
             )
         if loose:
-            said.append(
+            texts.append(
                 f"More than a fifth of the generated answers of {listed(loose)} ({words}) are no offered letter."
             )
-    return said
+    return texts
 
 
 def below_chance(grid: Grid) -> list[str]:
     """Untrained and unrelated arms that are worse than guessing, which flatters what is compared with them."""
-    said = []
+    texts = []
     for table in grid.tables:
         for arm in ("baseline", "baseline_plus", "all_unrelated"):
             scores = [(target, arms[arm]) for (_, target), arms in grid.scores(table).items() if arm in arms]
             low = sum(score.high < (grid.chance(target) or 0) for target, score in scores)
             if low:
-                said.append(
+                texts.append(
                     f"{low} of {len(scores)} accuracies of {arm_name(arm)} ({table.replace('_', '-')}) lie below "
                     "chance with their whole interval: part of what is gained over them is coming back to chance."
                 )
-    return said
+    return texts
 
 
 def limits(grid: Grid, summary: dict) -> list[str]:
@@ -375,12 +375,12 @@ def limits(grid: Grid, summary: dict) -> list[str]:
     tuned = [name for name in targets if name in TUNE_TARGETS]
     phantoms = grid.of_phantoms
     # Text -> whether it holds.
-    said = {
+    texts = {
         f"{counted(number, 'cell')} of {len(grid.cells):,} were trained {words}, which flatters them: see the table of "
         "contamination.": number
         for words, number in leaky.items()
     }
-    said |= {
+    texts |= {
         f"The tests of {listed(not_shuffled)} were not asked beside other images, since their records have none or all "
         "the same: whether questions alone give their answers away is not known.":
             not_shuffled and SHUFFLED in grid.config["eval"].get("controls", ()),
@@ -409,4 +409,4 @@ def limits(grid: Grid, summary: dict) -> list[str]:
         "The published description does not say how Baseline+ was drawn, how large the subsets were, or most training "
         "settings; what stands in for them here is this project's choice, and is listed with the configuration.": True,
     }  # fmt: skip
-    return [text for text, holds in said.items() if holds]
+    return [text for text, holds in texts.items() if holds]

@@ -8,26 +8,22 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from flax import nnx
 
 from medcg_jax.config import MODELS, TRAINABLE, ModelConfig, RunConfig, TrainConfig, free_fields, marked
-from medcg_jax.data.encoding import Encoded
 from medcg_jax.data.phantom import pretraining
-from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import Turn
-from medcg_jax.families.build import join, shardings, split_trainable
-from medcg_jax.mesh import own_rows
+from medcg_jax.families.build import join, split_trainable
 from medcg_jax.study.design.schedule import seeded
 from medcg_jax.train.checkpoint import load_params, read_meta, save_params
 from medcg_jax.train.goodput import Goodput
-from medcg_jax.train.loop import RunSpec, fit, loop_options
-from medcg_jax.train.optim import hparams_from, make_optimizer
-from medcg_jax.train.setup import Setup, model_config, peak_flops, run_tokenizer, start_params, step_flops
-from medcg_jax.train.step import Program, make_step
+from medcg_jax.train.loop import fit, loop_options
+from medcg_jax.train.run import run_spec, step_program
+from medcg_jax.train.setup import Setup, model_config, peak_flops, run_tokenizer, start_params
 
 # What `frame_tokens` is in Vicuna's turns without a system's sentence, which `pretraining.MAX_TEXT_TOKENS` counts in.
 VICUNA_FRAME = 13
@@ -121,8 +117,9 @@ def train_base(
     graphdef, params = start_params(setup, seed=config.seed)
     trainable, frozen = split_trainable(params, TRAINABLE)
     saved = path.with_name(f"{path.name}.checkpoints")
-    parts = made_of(setup.run)
-    spec = run_spec(name, setup, encoded, config, TRAINABLE, metrics=metrics, checkpoints=saved, config=parts)
+    recipe = made_of(setup.run)
+    checkpoints = saved if config.checkpoint_every_steps else None
+    spec = run_spec(name, setup, encoded, config, TRAINABLE, metrics=metrics, checkpoints=checkpoints, config=recipe)
     state, result = fit(
         step_program(setup, graphdef, config, TRAINABLE),
         trainable,
@@ -133,44 +130,7 @@ def train_base(
         goodput=goodput,
         **loop_options(config),
     )
-    meta = {"made_of": parts, "loss": result.metrics["loss"]}
+    meta = {"made_of": recipe, "loss": result.metrics["loss"]}
     save_params(path, join(state.params, frozen), setup.model, meta)
     if jax.process_index() == 0:
         shutil.rmtree(saved, ignore_errors=True)
-
-
-def step_program(setup: Setup, graphdef: nnx.GraphDef, recipe: TrainConfig, parts: Sequence[str], **options) -> Program:
-    """The step that trains these parts of the setup's model. options: others of `make_step`."""
-    where = split_trainable(shardings(setup.model, setup.mesh), parts)
-    return make_step(
-        setup.mesh,
-        graphdef,
-        *where,
-        make_optimizer(recipe),
-        accumulation_steps=recipe.accumulation_steps,
-        compute_dtype=setup.run.model.compute_dtype,
-        **options,
-    )
-
-
-def run_spec(
-    name: str, setup: Setup, encoded: Encoded, recipe: TrainConfig, parts: Sequence[str], *, checkpoints: Path, **files
-) -> RunSpec:
-    """A training on these rows as the loop takes it. checkpoints: where they go, if there are any.
-
-    files: others of `RunSpec`'s fields.
-    """
-
-    def stream(position: int) -> Batches:
-        rows = own_rows(setup.mesh, recipe.batch_size)
-        return Batches(encoded, batch_size=recipe.batch_size, seed=recipe.seed, position=position, rows=rows)
-
-    return RunSpec(
-        name,
-        hparams_from(recipe, len(encoded)),
-        stream,
-        pixels=setup.pixels,
-        checkpoints=checkpoints if recipe.checkpoint_every_steps else None,
-        flops_per_step=step_flops(encoded, setup.model, trainable=parts, batch_size=recipe.batch_size),
-        **files,
-    )

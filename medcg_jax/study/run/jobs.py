@@ -30,6 +30,7 @@ from medcg_jax.train import loop
 from medcg_jax.train.checkpoint import save_params
 from medcg_jax.train.goodput import Goodput
 from medcg_jax.train.log import CompileMonitor
+from medcg_jax.train.run import run_spec, step_program
 from medcg_jax.train.setup import Setup, open_setup, peak_flops, to_keep
 from medcg_jax.train.step import Program, TrainState
 
@@ -287,14 +288,13 @@ class Trainer:
         encoded = self._data.training(job.training, self._data.leaking(job, self._workdir))
         config = dataclasses.replace(setup.run.train, steps=job.steps)
         metrics = self._workdir / "metrics" / f"{job.id}.jsonl"
-        parts, checkpoints = setup.run.model.trainable, self._checkpoints(job)
-        return bases.run_spec(job.id, setup, encoded, config, parts, metrics=metrics, checkpoints=checkpoints)
+        checkpoints = self._checkpoints(job) if config.checkpoint_every_steps else None
+        parts = setup.run.model.trainable
+        return run_spec(job.id, setup, encoded, config, parts, metrics=metrics, checkpoints=checkpoints)
 
     def _make_program(self, setup: Setup, graphdef, trainable, frozen, spec: loop.RunSpec) -> None:
         parts, num_cells = setup.run.model.trainable, self._run.study.cells_at_once
-        self._program = bases.step_program(
-            setup, graphdef, setup.run.train, parts, num_cells=num_cells, loss_fn=setup.loss
-        )
+        self._program = step_program(setup, graphdef, setup.run.train, parts, num_cells=num_cells, loss_fn=setup.loss)
         # Where several processes share a grid, one of them compiles the step, and the others read it from the cache.
         if self._run.study.jobs > 1:
             stream = spec.open_stream(0)

@@ -130,7 +130,7 @@ def process_goodput(workdir: Path, *, restarted: bool, writes: bool) -> goodput.
     """
     folder = state_dir(workdir) / "goodput"
     path = folder / f"{secrets.token_hex(8)}.json" if writes else None
-    return goodput.Goodput(path, others=goodput_parts(workdir), again=restarted)
+    return goodput.Goodput(path, others=goodput_parts(workdir), restarted=restarted)
 
 
 def goodput_parts(workdir: Path) -> list[dict]:
