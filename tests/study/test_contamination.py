@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from report_grids import make_grid, run_of
+from report_grids import make_grid, quick, run_of
 
 from medcg_jax.config import ConfigError, DataConfig, RunConfig, StudyConfig, replace
 from medcg_jax.config_checks import check
@@ -233,34 +233,39 @@ def test_other_values_are_refused(field, value, message):
 
 
 def test_the_report_has_a_table_where_something_was_found_and_none_elsewhere(tmp_path):
-    workdir = make_grid(tmp_path / "w", run_of(study__targets=(TARGET,)))
-    page = write_report(workdir)
-    before = page.read_text()
-    assert "Contamination" not in before and not (page.parent / "tables" / "contamination.csv").exists()
-    name = next(workdir.glob("predictions/*trained*")).stem
-    findings = [
-        leaks.Finding(name, Leak("a/train/1", "b/test/2", "same pixels"), "dropped"),
-        leaks.Finding(name, Leak("a/train/<3>", "b/test/4", "near", 6), "reported"),
-        leaks.Finding(name, Leak("a/train/5", "b/test/5", "near", 2, "mirrored"), "reported"),
-        leaks.Finding(name, Leak("a data-no 1", "b data-no 2", "lineage"), "reported"),
-        leaks.Finding(name, Leak("a/train/6", "b/test/6", "same group"), "reported"),
-        leaks.Finding(name, Leak("a/train/7", "b/test/6", "likely same group"), "reported"),
-        leaks.Finding(name, Leak("general/train/8", "b/test/6", "same question"), "refused"),
-    ]
-    contamination.write_part(workdir, "job", findings)
-    (workdir / "contamination.csv").write_text((workdir / "contamination" / "job.csv").read_text())
-    text = write_report(workdir).read_text()
-    assert "a/train/&lt;3&gt; and b/test/4: near (6 bits); a/train/5 and b/test/5: near, mirrored (2 bits)" in text
-    assert "1 cell of" in text
-    for words in ("on images that are in", "on patients or lesions that are in", "as their names say, in their test"):
-        assert words in text
-    assert "on questions of their test set" not in text  # refused, and so not trained on
-    (row,) = csv.DictReader((page.parent / "tables" / "contamination.csv").read_text().splitlines())
-    columns = ("exact", "near", "changed", "group", "likely_group", "question", "dropped", "refused", "lineage")
-    assert row["cell"] == name and [row[key] for key in columns] == list("121111111")
-    # A file without a finding says nothing on the page.
-    (workdir / "contamination.csv").write_text(",".join(contamination.HEADER) + "\n")
-    assert write_report(workdir).read_text() == before
+    with quick():
+        workdir = make_grid(tmp_path / "w", run_of(study__targets=(TARGET,)))
+        page = write_report(workdir)
+        before = page.read_text()
+        assert "Contamination" not in before and not (page.parent / "tables" / "contamination.csv").exists()
+        name = next(workdir.glob("predictions/*trained*")).stem
+        findings = [
+            leaks.Finding(name, Leak("a/train/1", "b/test/2", "same pixels"), "dropped"),
+            leaks.Finding(name, Leak("a/train/<3>", "b/test/4", "near", 6), "reported"),
+            leaks.Finding(name, Leak("a/train/5", "b/test/5", "near", 2, "mirrored"), "reported"),
+            leaks.Finding(name, Leak("a data-no 1", "b data-no 2", "lineage"), "reported"),
+            leaks.Finding(name, Leak("a/train/6", "b/test/6", "same group"), "reported"),
+            leaks.Finding(name, Leak("a/train/7", "b/test/6", "likely same group"), "reported"),
+            leaks.Finding(name, Leak("general/train/8", "b/test/6", "same question"), "refused"),
+        ]
+        contamination.write_part(workdir, "job", findings)
+        (workdir / "contamination.csv").write_text((workdir / "contamination" / "job.csv").read_text())
+        text = write_report(workdir).read_text()
+        assert "a/train/&lt;3&gt; and b/test/4: near (6 bits); a/train/5 and b/test/5: near, mirrored (2 bits)" in text
+        assert "1 cell of" in text
+        for words in (
+            "on images that are in",
+            "on patients or lesions that are in",
+            "as their names say, in their test",
+        ):
+            assert words in text
+        assert "on questions of their test set" not in text  # refused, and so not trained on
+        (row,) = csv.DictReader((page.parent / "tables" / "contamination.csv").read_text().splitlines())
+        columns = ("exact", "near", "changed", "group", "likely_group", "question", "dropped", "refused", "lineage")
+        assert row["cell"] == name and [row[key] for key in columns] == list("121111111")
+        # A file without a finding says nothing on the page.
+        (workdir / "contamination.csv").write_text(",".join(contamination.HEADER) + "\n")
+        assert write_report(workdir).read_text() == before
 
 
 def test_prints_of_files_are_those_of_pixels(tree):
