@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -170,7 +169,10 @@ def test_data_works_without_jax():
 
 
 def test_models_and_the_step_import_on_a_bare_gpu_machine():
-    missing = ("grain", "ml_collections", "tensorflow_datasets", "PIL", "tensorboardX", "tqdm")
+    missing = (
+        "grain", "ml_collections", "tensorflow_datasets", "PIL", "tensorboardX", "tqdm", "transformers", "tokenizers",
+        "sentencepiece",
+    )  # fmt: skip
     done = run_without(missing, MODEL_PROGRAM)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -178,9 +180,3 @@ def test_models_and_the_step_import_on_a_bare_gpu_machine():
 def test_a_blocked_package_is_missed():
     done = run_without(("jax",), "import medcg_jax.mesh")
     assert done.returncode != 0 and "jax is blocked" in done.stderr
-
-
-def test_every_room_is_packaged():
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    rooms = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
-    assert listed == rooms | {"medcg_jax.configs"}

@@ -8,8 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,7 +65,7 @@ class Format:
     """How the rows of one model are made of records.
 
     Attributes:
-      prompts: a module with `conversation`, `evaluation_prompt`, `option_ids` and `template`, as `data.prompts` has.
+      prompts: an object (`families.prompts`) with `conversation`, `evaluation_prompt`, `option_ids` and `template`, as `data.prompts` has.
       preprocess: uint8[h, w, 3] -> the arrays of one image by batch key, always of the same shapes and dtypes.
       max_image_tokens: the most tokens that an image takes, which every row reserves.
       num_image_tokens: tokens of an image of (height, width) pixels; None: all have the most.
@@ -77,7 +76,7 @@ class Format:
       mask_layout: how masks lie in the model's square; None: a row has none.
     """
 
-    prompts: ModuleType
+    prompts: Any
     preprocess: Callable[[np.ndarray], Arrays]
     max_image_tokens: int
     num_image_tokens: Callable[[int, int], int] | None = None

@@ -22,7 +22,9 @@ def wheel(tmp_path_factory) -> Path:
     if tracked.returncode:
         pytest.skip("not a git checkout")
     for name in filter(None, tracked.stdout.decode().split("\0")):
-        if (ROOT / name).is_file() and name.startswith(("medcg_jax/", "configs/", "pyproject", "README", "LICENSE")):
+        if (ROOT / name).is_file() and name.startswith(
+            ("medcg_jax/", "configs/", "pyproject", "setup", "README", "LICENSE")
+        ):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]

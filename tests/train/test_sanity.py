@@ -102,7 +102,7 @@ def test_every_family_has_pixels_that_it_sees(family):
     jitted = jax.jit(lambda params, batch: _last_logits(nnx.merge(graphdef, params), batch))
 
     def score(batch):
-        return [np.asarray(jitted(params, {k: v for k, v in batch.items()}))]
+        return [np.asarray(jitted(params, dict(batch)))]
 
     assert check_sees(score, batch, keys, "run")
     assert not check_sees(score, {**batch, "pixels": np.zeros_like(batch["pixels"])}, keys, "run")
