@@ -64,7 +64,7 @@ class ClipVisionConfig:
 
 
 class ClipVision(nnx.Module):
-    """The layers that run: pixels to the features that `select` passes on, float[B, P, E], row by row from the top left."""
+    """The layers that run: pixels to the features of `select`, float[B, P, E], row by row from the top left."""
 
     # Of these types here; a subclass has its own.
     config: Any
@@ -81,7 +81,7 @@ class ClipVision(nnx.Module):
         self.blocks = _stack(config, config.num_run_layers, **init)
 
     def embed(self, pixels: jax.Array, dtype) -> jax.Array:
-        """float[B, 1 + P, E]: what the first layer gets; class token first."""
+        """float[B, 1 + P, E]: the input of the first layer; class token first."""
         return constrain(self.norm(self.tokens(pixels, dtype)), "act_batch", "act_len", "act_embed")
 
     def tokens(self, pixels: jax.Array, dtype) -> jax.Array:

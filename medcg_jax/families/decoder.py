@@ -33,7 +33,7 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     # Positions the released model was trained on; nothing is allocated by it.
     max_positions: int = 4096
-    # Biases on q, k and v alone (Qwen2).
+    # Biases only on q, k and v (Qwen2).
     qkv_bias: bool = False
     # The embedding is the head too.
     tie_head: bool = False

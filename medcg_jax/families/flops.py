@@ -14,7 +14,7 @@ from medcg_jax.nn.lora import LoraConfig, target_axes
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of the parts of one forward pass; attention scores and sums stand apart from the other products."""
+    """FLOPs of the parts of one forward pass; attention scores and sums are separate from the other products."""
 
     vision: float = 0.0
     projector: float = 0.0
@@ -66,7 +66,7 @@ def generation(config: FamilyConfig, *, seen: int) -> float:
     crossed = _num_cross_layers(text)
     keys = (text.num_layers - crossed) * seen
     if crossed:
-        # Keys and values of the image lie in the cache.
+        # Keys and values of the image are in the cache.
         keys += crossed * config.vision.num_tokens
     return token.total - token.attention + 4.0 * keys * text.num_heads * text.head_dim
 

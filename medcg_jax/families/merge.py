@@ -9,8 +9,8 @@ def merge_images(embedded: jax.Array, features: jax.Array, is_image: jax.Array) 
 
     embedded: float[B, T, D] the tokens' embeddings.
     features: float[B, P, D] the row's image features, one image after the other.
-    is_image: bool[B, T], with up to P True a row; beyond P the last feature repeats (`medcg_jax.data` refuses such rows,
-      compiled code cannot).
+    is_image: bool[B, T], with up to P True a row; beyond P the last feature repeats (`medcg_jax.data` refuses such
+      rows, compiled code cannot).
 
     Example, P = 2: is_image 0 1 1 0 gives  e0 f0 f1 e3.
     """

@@ -26,8 +26,8 @@ class Text(NamedTuple):
     start: bool = True
 
 
-# A piece is a `Text`, the name of a special token, `BOS` (the begin token), or `IMAGE` (the image's token, once for each
-# of its features).
+# A piece is a `Text`, the name of a special token, `BOS` (the begin token), or `IMAGE` (the image's token, once for
+# each of its features).
 BOS, IMAGE = "bos", "image"
 Piece = Text | str
 

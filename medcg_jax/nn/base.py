@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Base:
-    """dtype: of parameters outside the submodules `trained`, one of `config.BASE_DTYPES`; "float32" leaves all as they are.
+    """dtype: of parameters outside the submodules `trained`, one of `config.BASE_DTYPES`; "float32": unchanged.
 
     "int8" and "nf4" apply to the matrices of stacked blocks (`nn.quant`); norms, biases and tables are then bfloat16.
     """

@@ -88,7 +88,7 @@ class Dense(nnx.Module):
         self.bias = param(constant(0.0), bias_shape, bias_axes, **init) if use_bias else None
 
     def __call__(self, x: jax.Array, adapter: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
-        """adapter: gives what is added to the product, in its shape."""
+        """adapter: its output is added to the product."""
         kernel = self.kernel.get_value()
         if quant.is_quantized(kernel):
             y = quant.product(self.equation, x, kernel)

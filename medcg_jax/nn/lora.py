@@ -57,7 +57,7 @@ class Adapter(nnx.Module):
 
 
 class Adapters(nnx.Module):
-    """Adapters of `num_layers` layers, one for each of `config.targets` under its name, as `DecoderBlock` takes them."""
+    """Adapters of `num_layers` layers, one for each of `config.targets` under its name, for `DecoderBlock`."""
 
     def __init__(self, text, config: LoraConfig, num_layers: int, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
         """text: the decoder's config."""

@@ -114,11 +114,7 @@ def port_stages(model: MiniGPTv2, tokens: jax.Array, segment_ids: jax.Array, pix
 
 
 def stage_rows(
-    model: MiniGPTv2,
-    pixels: jax.Array,
-    pieces: list[dict],
-    expected: dict[str, np.ndarray],
-    bos_id: int = BOS,
+    model: MiniGPTv2, pixels: jax.Array, pieces: list[dict], expected: dict[str, np.ndarray], bos_id: int = BOS
 ) -> list[Row]:
     """Rows for every stage (of the decoder's the real tokens), the mask, the labels and both losses."""
     given = training_rows(model.config, pieces, bos_id)

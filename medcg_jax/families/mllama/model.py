@@ -31,8 +31,8 @@ class MllamaConfig(FamilyConfig):
     image_token_id: int = 128256
     pad_token_id: int = 128004
     eos_token_id: int = 128009
-    # Whether features are the "input" of `vision.intermediate_layers`, as in Meta's model, which trained the weights, or
-    # the "output", as in transformers 4.57 to 5.23.
+    # Whether features are the "input" of `vision.intermediate_layers`, as in Meta's model (the one trained), or the
+    # "output", as in transformers 4.57 to 5.23.
     intermediate_from: str = "input"
     # The cross-attention output of tokens before the first image. False, as transformers: the mean over all tiles of
     # the row, absent ones included, weighted by scores. True, as Meta: zero.

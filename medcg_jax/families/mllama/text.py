@@ -56,7 +56,7 @@ class MllamaTextConfig:
         inner = self.cross_layers
         if not inner or list(inner) != sorted(set(inner)) or not set(inner) < set(range(self.num_layers)):
             raise ValueError(
-                f"cross_layers={inner} of num_layers={self.num_layers}; expected rising layers from 0, one or more and not all"
+                f"cross_layers={inner} of num_layers={self.num_layers}; expected rising layers from 0, not none or all"
             )
 
     @property
@@ -98,7 +98,7 @@ class CrossBlock(nnx.Module):
         return self.k_norm(k), v
 
     def __call__(self, x, keys_values, *, allowed, sees, mask_attention: bool, lora=None) -> jax.Array:
-        """allowed: bool[B, T, M]. sees: bool[B, T] which tokens see an image; mask_attention: the others get 0 from it."""
+        """allowed: bool[B, T, M]. sees: bool[B, T] which tokens see an image; mask_attention: others get 0 from it."""
         run = partial(adapted, self, lora)
         k, v = (array.astype(x.dtype) for array in keys_values)
         q = self.q_norm(constrain(run("q", self.norm1(x)), "act_batch", "act_len", "act_heads", None))

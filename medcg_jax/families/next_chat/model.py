@@ -96,7 +96,7 @@ class MaskPrompt(nnx.Module):
 
 
 class NextChat(VisionLanguageModel):
-    """The common submodules, `boxes`, `unused`, and with SAM `mask_prompt`, `sam_encoder`, `sam_prompt`, `mask_decoder`.
+    """Common submodules, `boxes`, `unused`; with SAM also `mask_prompt`, `sam_encoder`, `sam_prompt`, `mask_decoder`.
 
     A cache has more than the decoder's: `after_at` bool[B] (the row's last token was `<at>`), `box` float32[B, 4] (the
     box decoded there), `num_boxes` int32[B] and `at_hidden` [B, max_boxes, D] of all `<at>` that ended a call.

@@ -177,8 +177,8 @@ class SamEncoder(nnx.Module):
         return self.norm2(self.neck2(self.norm1(self.neck1(x))))
 
     def __call__(self, pixels: jax.Array, extent: jax.Array | None = None, *, dtype) -> jax.Array:
-        """pixels: uint8[B, s, s, 3] with extent int[B, 2], the height and width of the image in the middle, around which
-        normalised pixels are 0; or float[B, s, s, 3], already normalised.
+        """pixels: uint8[B, s, s, 3] with extent int[B, 2], the height and width of the image in the middle,
+        around which normalised pixels are 0; or float[B, s, s, 3], already normalised.
 
         Raises:
           ValueError: images that are not `image_size_px` square with three channels, or bytes without `extent`.

@@ -49,7 +49,7 @@ class Qwen2VLConfig(FamilyConfig):
     def __post_init__(self):
         if len(self.mrope_sections) != 3 or 2 * sum(self.mrope_sections) != self.text.head_dim:
             raise ValueError(
-                f"mrope_sections={self.mrope_sections}; expected three that sum to half of head_dim={self.text.head_dim}"
+                f"mrope_sections={self.mrope_sections}; expected three of sum head_dim / 2 = {self.text.head_dim // 2}"
             )
         side = self.vision.merge * self.vision.patch_size_px
         if not side * side <= self.min_pixels <= self.max_pixels:

@@ -117,10 +117,10 @@ def num_image_tokens(height: int, width: int, sizes: ImageSizes) -> int:
 
 
 def preprocess(image: np.ndarray, sizes: ImageSizes) -> dict[str, np.ndarray]:
-    """`pixels` uint8[num_slots, 3 * patch * patch], the image's patches and then zeros; `grids` int32[2], their rows and
-    columns.
+    """`pixels` uint8[num_slots, 3 * patch * patch], the image's patches and then zeros; `grids` int32[2].
 
-    image: uint8[h, w, 3]. Patches are in the order of blocks; the numbers of a patch in the order channel, row, column.
+    image: uint8[h, w, 3]. `grids`: rows and columns of patches. Patches are in the order of blocks; the
+    numbers of a patch are in the order channel, row, column.
 
     Raises:
       ImageError: as `smart_resize`.

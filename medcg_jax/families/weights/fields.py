@@ -96,9 +96,8 @@ def expect(stated: dict, prefix: str, *, file: str = CONFIG_FILE, **accepted) ->
     for key, value in accepted.items():
         values = value if isinstance(value, tuple) else (value,)
         if stated.get(key) is not None and stated[key] not in values:
-            raise WeightsError(
-                f"{file} has {prefix}{key}={quoted(stated[key])}; {' or '.join(map(repr, values))} is accepted"
-            )
+            expected = " or ".join(map(repr, values))
+            raise WeightsError(f"{file} has {prefix}{key}={quoted(stated[key])}; expected {expected}")
 
 
 def quoted(value: Any, limit: int = 100) -> str:

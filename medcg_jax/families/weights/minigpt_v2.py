@@ -82,7 +82,7 @@ def table(config: MiniGPTv2Config) -> list[tables.Entry]:
 
 
 def canonical(name: str) -> str | None:
-    """The table's spelling of a tensor name of MiniGPT-v2's state dict; None for what is ignored.
+    """The table's spelling of a tensor name of MiniGPT-v2's state dict; None if it is ignored.
 
     Examples: "llama_model.base_model.model.lm_head.0.weight" (peft 0.2.0) is "llama_model.lm_head.weight";
     "...q_proj.lora_A.default.weight" and "...q_proj.base_layer.weight" (later) lose the word in the middle.
@@ -118,7 +118,7 @@ def peft_name(name: str) -> str | None:
 
 
 def read_release(src: Path, stated: dict, parts: Mapping[str, Path]) -> MiniGPTv2Config:
-    """The architecture that `stated`, the config.json of `src`, states: a whole state dict's, or the released Llama's."""
+    """The architecture of `stated`, the config.json of `src`: a whole state dict's, or the released Llama's."""
     if stated.get("model_type") == "llama":
         return dataclasses.replace(RELEASED, text=llama2_config(stated))
     return config_from_json(stated)
@@ -160,7 +160,7 @@ def _release_file(src: Path, parts: Mapping[str, Path], key: str, name: str) -> 
             return path
     raise WeightsError(
         f"{src} holds Llama alone, and {' and '.join(map(str, candidates))} is no file; MiniGPT-v2's release is "
-        f"Llama-2-7b-chat in HF's layout, {EVA_FILE} and the released .pth ({MINIGPT_FILE}): put them there, or name them"
+        f"Llama-2-7b-chat in HF's layout, {EVA_FILE} and the .pth ({MINIGPT_FILE}): put them there, or name them"
     )
 
 

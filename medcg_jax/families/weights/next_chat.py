@@ -120,7 +120,7 @@ def sam_table(sam: SamConfig) -> list[tables.Entry]:
 
 
 def canonical(name: str) -> str | None:
-    """The table's spelling of a tensor name; None for what is ignored. Names that LLaVA has are as there."""
+    """The table's spelling of a tensor name; None if it is ignored. LLaVA's names are as there."""
     return llava.canonical(name)
 
 
