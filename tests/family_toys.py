@@ -18,7 +18,7 @@ from medcg_jax.mesh import make_mesh
 from medcg_jax.train.setup import Setup
 
 TINY = {family.name: family.tiny[0] for family in registry.families()}
-WITH_BOXES = tuple(family.name for family in registry.families() if family.gives_boxes)
+WITH_BOXES = tuple(family.name for family in registry.families() if "detection_pairs" in family.tables)
 SIZES = dict(embed_dim=64, num_heads=8, num_vision_heads=8, num_layers=2, num_vision_layers=2, scan_unroll=1)
 OWN_SIZES = {
     "llava": dict(image_size_px=16, num_kv_heads=8),

@@ -1,6 +1,6 @@
-"""Models from configuration: abstract, created straight into shardings, split into what trains and what does not.
+"""Models from configuration: abstract, created straight into shardings, split into trainable and frozen.
 
-Parameters travel as an `nnx.State` of plain arrays (`params`), apart from the `graphdef` that turns them into a model:
+Parameters are an `nnx.State` of plain arrays (`params`), apart from the `graphdef` that turns them into a model:
 `nnx.merge(graphdef, params)`.
 """
 
@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,22 +25,22 @@ from medcg_jax.nn.lora import LoraConfig
 from medcg_jax.nn.quant import QUANTIZED, array_type, is_quantized, like, quantize
 
 # Size -> the function that makes its configuration; the tiny ones have no vocabulary of their own.
-SIZES = {name: getattr(one.model, name) for one in registry.families() for name in one.released}
-TINY = {name: getattr(one.model, name) for one in registry.families() for name in one.tiny}
-# Numbers of a stack of matrices, a quarter of a gigabyte in float32, that `create` quantises before it makes another.
+SIZES = {name: getattr(family.model, name) for family in registry.families() for name in family.released}
+TINY = {name: getattr(family.model, name) for family in registry.families() for name in family.tiny}
+# `create` quantises a stack of at least so many numbers (256 MiB in float32) before it makes the next.
 ALONE_NUMBERS = 1 << 26
 Config = FamilyConfig
 
 
 def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> Config:
-    """The architecture that a `config.ModelConfig` names, with how it runs.
+    """The architecture and run options that a `config.ModelConfig` names.
 
-    ids: token ids by field of the config (`image_token_id`, `pad_token_id`, ...), from the tokenizer: a tiny model
-    needs them, and `vocab_size`; the released sizes have their own and take what is given.
+    ids: token ids of the tokenizer by field of the config (`image_token_id`, `pad_token_id`, ...). A tiny model needs
+    them and `vocab_size`; for released sizes they replace the defaults.
 
     Raises:
       ValueError: the name is unknown, or a tiny model got no vocabulary.
-      ConfigError: what `model.matmul` needs is not installed.
+      ConfigError: a package that `model.matmul` needs is not installed.
     """
     matmul.require(model.matmul)
     ids = {name: value for name, value in ids.items() if value is not None}
@@ -70,12 +71,12 @@ def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> 
 def abstract(config: Config, *, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
     """(graphdef, params) with a `jax.ShapeDtypeStruct` for each array; allocates nothing.
 
-    What `config.base` says to quantise is a `QArray` of them.
+    A matrix that `config.base` quantises is a `QArray` of them.
     """
     graphdef, state = _abstract_variables(config, param_dtype)
 
     def leaf_of(path, variable):
-        shape, dtype = variable.get_value(), kept_as(config, path, variable)
+        shape, dtype = variable.get_value(), stored_dtype(config, path, variable)
         if dtype in QUANTIZED:
             return like(shape.shape, dtype)
         return shape if dtype is None else jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype))
@@ -83,8 +84,8 @@ def abstract(config: Config, *, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, 
     return graphdef, jax.tree_util.tree_map_with_path(leaf_of, state, is_leaf=_is_variable)
 
 
-def kept_as(config: Config, path, variable: nnx.Variable) -> str | None:
-    """The dtype that `config.base` gives the parameter at `path`, of `config.BASE_DTYPES`; None: its own."""
+def stored_dtype(config: Config, path, variable: nnx.Variable) -> str | None:
+    """The dtype that `config.base` gives the parameter at `path`, one of `config.BASE_DTYPES`; None: its own."""
     base = config.base
     if base.dtype == "float32" or path[0].key in base.trained:
         return None
@@ -97,7 +98,7 @@ def axis_names(config: Config) -> nnx.State:
     _, state = _abstract_variables(config, jnp.float32)
 
     def names_of(path, variable):
-        names, dtype = variable.get_metadata("axes"), kept_as(config, path, variable)
+        names, dtype = variable.get_metadata("axes"), stored_dtype(config, path, variable)
         return array_type()(names, names, None, dtype) if dtype in QUANTIZED else names
 
     return jax.tree_util.tree_map_with_path(names_of, state, is_leaf=_is_variable)
@@ -106,19 +107,19 @@ def axis_names(config: Config) -> nnx.State:
 def shardings(config: Config, mesh: Mesh) -> nnx.State:
     """The NamedSharding of every parameter on `mesh`, in params' tree.
 
-    Key and value heads that the tensor axis does not divide are held whole by every device. A vocabulary that it does
-    not divide is not split; the width of its table is, over fsdp and tensor, where they divide it (`replicated`).
-    Scales of a quantised matrix lie as it does, but along an axis of which the mesh does not divide their number.
+    Key and value heads that the tensor axis does not divide are replicated. A vocabulary that it does not divide is not
+    split; the width of its table is split over fsdp and tensor instead, if they divide it. The scales of a quantised
+    matrix are split like the matrix, except along an axis that the mesh does not divide.
 
     Raises:
-      ValueError: another axis of a parameter cannot be divided over the mesh axes that its name is split over.
+      ValueError: the mesh does not divide another axis of a parameter.
     """
     _, state = _abstract_variables(config, jnp.float32)
 
     def sharding_of(path, variable):
         shape, parts = variable.get_value().shape, _spec_on(variable, mesh)
         _check_divides(jax.tree_util.keystr(path), shape, parts, mesh)
-        sharding, dtype = NamedSharding(mesh, parts), kept_as(config, path, variable)
+        sharding, dtype = NamedSharding(mesh, parts), stored_dtype(config, path, variable)
         if dtype not in QUANTIZED:
             return sharding
         scales = like(shape, dtype).scale.shape
@@ -129,7 +130,7 @@ def shardings(config: Config, mesh: Mesh) -> nnx.State:
 
 
 def replicated(config: Config, mesh: Mesh) -> list[str]:
-    """Parameters that the tensor axis was to split and does not divide: each device holds them whole."""
+    """Parameters that every device holds whole, because the tensor axis does not divide them."""
     _, state = _abstract_variables(config, jnp.float32)
     leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_variable)[0]
     return [
@@ -140,7 +141,7 @@ def replicated(config: Config, mesh: Mesh) -> list[str]:
 
 
 def _spec_on(variable: nnx.Variable, mesh: Mesh) -> PartitionSpec:
-    """The spec of a parameter on this mesh, whose sizes say which of its axes can be split."""
+    """The spec of a parameter on `mesh`, without the axes that the mesh does not divide."""
     names, shape = variable.get_metadata("axes"), variable.get_value().shape
     undivided = {
         name for name, size in zip(names, shape, strict=True)
@@ -166,11 +167,11 @@ def _flat(parts: PartitionSpec) -> set[str]:
 def create(config: Config, mesh: Mesh, *, seed: int, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
     """(graphdef, params) with random weights, made directly in their shardings on `mesh`.
 
-    Large stacks of matrices that are quantised are made one after the other: one of them is there in float32 at a time.
+    Large stacks to be quantised are made one after the other, so that only one exists in float32 at a time.
     """
     graphdef, _ = _abstract_variables(config, param_dtype)
-    structure = jax.tree.structure(shardings(config, mesh), is_leaf=is_quantized)
-    leaves = [None] * structure.num_leaves
+    structure: Any = jax.tree.structure(shardings(config, mesh), is_leaf=is_quantized)
+    leaves: list = [None] * structure.num_leaves
     for positions, init in _initializers(config, mesh, param_dtype):
         for position, leaf in zip(positions, jax.block_until_ready(init(seed)), strict=True):
             leaves[position] = leaf
@@ -179,7 +180,7 @@ def create(config: Config, mesh: Mesh, *, seed: int, param_dtype=jnp.float32) ->
 
 @lru_cache(maxsize=16)
 def _initializers(config: Config, mesh: Mesh, param_dtype) -> list[tuple[list[int], Callable]]:
-    """(positions of leaves in the tree, their program, of a seed): most leaves together, large ones alone."""
+    """(positions of leaves in the tree, the program that makes them from a seed); each large leaf is alone."""
     targets = jax.tree.leaves(shardings(config, mesh), is_leaf=is_quantized)
     shapes = jax.tree.leaves(abstract(config)[1], is_leaf=is_quantized)
     large = [i for i, x in enumerate(shapes) if is_quantized(x) and math.prod(x.shape) >= ALONE_NUMBERS]
@@ -188,16 +189,16 @@ def _initializers(config: Config, mesh: Mesh, param_dtype) -> list[tuple[list[in
     def init(seed, positions):
         state = nnx.state(_module(config, nnx.Rngs(jax.random.key(seed)), param_dtype))
         leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_variable)[0]
-        return [_kept(config, *leaves[i]) for i in positions]
+        return [_stored(config, *leaves[i]) for i in positions]
 
-    # A program of hundreds of small random draws, run once: on CPUs LLVM would optimise it for longer than it runs.
+    # Hundreds of small random draws, run once: on a CPU, LLVM would optimise them for longer than they run.
     quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
     jit = partial(jax.jit, compiler_options=quick)
     return [(g, jit(partial(init, positions=g), out_shardings=[targets[i] for i in g])) for g in groups]
 
 
 def create_adapters(config: Config, mesh: Mesh, *, seed: int, param_dtype=jnp.float32) -> dict:
-    """What `create` gives as the part "lora": a dict."""
+    """The submodule "lora" of the params that `create` makes, as a dict."""
     return _adapter_initializer(config, mesh, param_dtype)(seed)
 
 
@@ -209,21 +210,21 @@ def _adapter_initializer(config: Config, mesh: Mesh, param_dtype):
     return jax.jit(init, out_shardings=shardings(config, mesh).raw_mapping["lora"])
 
 
-def _kept(config: Config, path, variable: nnx.Variable):
-    """The parameter's value as `config.base` says that it is kept."""
-    value, dtype = variable.get_value(), kept_as(config, path, variable)
+def _stored(config: Config, path, variable: nnx.Variable):
+    """The parameter's value in the dtype that `config.base` gives it."""
+    value, dtype = variable.get_value(), stored_dtype(config, path, variable)
     if dtype is None:
         return value
     return quantize(value, dtype) if dtype in QUANTIZED else value.astype(dtype)
 
 
 def num_params(params) -> int:
-    """How many numbers `params` hold, arrays or abstract; a quantised matrix's scales are none."""
+    """How many numbers `params` (arrays or abstract) hold, without the scales of quantised matrices."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantized))
 
 
 def num_bytes(params) -> float:
-    """Bytes that `params` take on devices, arrays or abstract: numbers of 4 bits lie two in a byte."""
+    """Bytes that `params` (arrays or abstract) take on devices; two 4-bit numbers share a byte."""
     leaves = jax.tree.leaves(params)
     return sum(math.prod(x.shape) * (0.5 if x.dtype == jnp.uint4 else x.dtype.itemsize) for x in leaves)
 
@@ -232,15 +233,15 @@ def split_trainable(params: nnx.State, names: tuple[str, ...]) -> tuple[nnx.Stat
     """(trainable, frozen): the submodules named in `names`, and the others.
 
     Raises:
-      ValueError: `names` is empty, or one is no submodule of the model.
+      ValueError: `names` is empty or has a name that is no submodule.
     """
     unknown = sorted(set(names) - set(params))
     if unknown or not names:
         raise ValueError(f"trainable={tuple(names)}; accepted: one or more of {', '.join(sorted(params))}")
-    # The raw mapping: `items` would wrap each part in a State of its own, and `join` would give another tree.
-    parts = params.raw_mapping
-    trainable = {name: part for name, part in parts.items() if name in names}
-    return nnx.State(trainable), nnx.State({name: part for name, part in parts.items() if name not in names})
+    # The raw mapping: `items` would wrap each submodule in a State, and `join` would give another tree.
+    trees = params.raw_mapping
+    trainable = {name: tree for name, tree in trees.items() if name in names}
+    return nnx.State(trainable), nnx.State({name: tree for name, tree in trees.items() if name not in names})
 
 
 def join(trainable: nnx.State, frozen: nnx.State) -> nnx.State:
@@ -250,7 +251,7 @@ def join(trainable: nnx.State, frozen: nnx.State) -> nnx.State:
 
 def _module(config: Config, rngs: nnx.Rngs, param_dtype) -> nnx.Module:
     module = registry.of(config).module_type(config, rngs=rngs, param_dtype=param_dtype)
-    # Every matrix of the decoder's layers; its head, whose product needs its digits, calls no Dense.
+    # Every matrix of the decoder's layers. The head, whose product needs full precision, does not call its Dense.
     for _, layer in nnx.iter_modules(module.decoder):
         if isinstance(layer, Dense):
             layer.matmul = config.matmul

@@ -1,12 +1,13 @@
 """CLIP's vision tower as LLaVA uses it: the patch tokens of an inner layer, without the class token.
 
-The layers after the feature layer, and the norm after the last one, belong to the checkpoint and to nothing that is
-computed. `ClipUnused` holds them, so that a round trip to the released layout loses no tensor; they are never run.
+The checkpoint also has the layers after the feature layer, and the norm after the last one, which are never run.
+`ClipUnused` holds them, so that a round trip to the released layout loses no tensor.
 Source: huggingface/transformers:models/clip/modeling_clip.py at 5.23.0; feature layer as haotian-liu/LLaVA:
 llava/model/multimodal_encoder/clip_encoder.py at c121f04.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,12 +40,12 @@ class ClipVisionConfig:
 
     def __post_init__(self):
         if self.image_size_px < self.patch_size_px:
-            raise ValueError(f"image_size_px={self.image_size_px}: {self.patch_size_px} (a patch) or more is accepted")
+            raise ValueError(f"image_size_px={self.image_size_px}; expected {self.patch_size_px} (a patch) or more")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"vision embed_dim={self.embed_dim} is no multiple of num_heads={self.num_heads}")
         if not 1 <= self.num_run_layers <= self.num_layers:
             raise ValueError(
-                f"feature_layer={self.feature_layer}: one that runs 1 to {self.num_layers} layers is accepted"
+                f"feature_layer={self.feature_layer}; expected one that runs 1 to {self.num_layers} layers"
             )
 
     @property
@@ -53,7 +54,7 @@ class ClipVisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """What is left of the image to the right and below, less than a patch, belongs to none."""
+        """Pixels on the right and below that do not fill a patch are dropped."""
         return (self.image_size_px // self.patch_size_px) ** 2
 
     @property
@@ -63,7 +64,11 @@ class ClipVisionConfig:
 
 
 class ClipVision(nnx.Module):
-    """The layers that run: pixels to features, float[B, P, E], row by row from the top left; `select` says which."""
+    """The layers that run: pixels to the features of `select`, float[B, P, E], row by row from the top left."""
+
+    # Of these types here; a subclass has its own.
+    config: Any
+    blocks: Any
 
     def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32, unroll: int, remat: str):
         init = dict(rngs=rngs, param_dtype=param_dtype)
@@ -76,7 +81,7 @@ class ClipVision(nnx.Module):
         self.blocks = _stack(config, config.num_run_layers, **init)
 
     def embed(self, pixels: jax.Array, dtype) -> jax.Array:
-        """float[B, 1 + P, E]: what the first layer gets; class token first."""
+        """float[B, 1 + P, E]: the input of the first layer; class token first."""
         return constrain(self.norm(self.tokens(pixels, dtype)), "act_batch", "act_len", "act_embed")
 
     def tokens(self, pixels: jax.Array, dtype) -> jax.Array:
@@ -95,16 +100,16 @@ class ClipVision(nnx.Module):
         return self.select(x)
 
     def select(self, x: jax.Array) -> jax.Array:
-        """float[B, P, E]: the tokens that go on, of all that the last layer gives."""
+        """float[B, P, E]: the tokens of the last layer's output that go on to the decoder."""
         return x if self.config.keep_class_token else x[:, 1:]
 
 
 class ClipUnused(nnx.Module):
-    """What a CLIP checkpoint holds behind the feature layer: kept for the round trip, never run or trained."""
+    """The layers of a CLIP checkpoint after the feature layer: never run or trained."""
 
     def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
-        rest = config.num_layers - config.num_run_layers
-        self.blocks = _stack(config, rest, rngs=rngs, param_dtype=param_dtype) if rest else None
+        num = config.num_layers - config.num_run_layers
+        self.blocks = _stack(config, num, rngs=rngs, param_dtype=param_dtype) if num else None
         self.norm = LayerNorm(config.embed_dim, eps=config.norm_eps, rngs=rngs, param_dtype=param_dtype)
 
 
@@ -115,8 +120,8 @@ def _stack(config: ClipVisionConfig, num: int, *, rngs, param_dtype) -> ClipBloc
     )
 
 
-def normalise(pixels: jax.Array, config: ClipVisionConfig) -> jax.Array:
-    """float32 pixels, (x / 255 - mean) / std per channel where `pixels` is uint8; float pixels as they are."""
+def normalise(pixels: jax.Array, config) -> jax.Array:
+    """float32 pixels: uint8 as (x / 255 - mean) / std per channel, float as they are. config: a tower's."""
     if pixels.dtype != jnp.uint8:
         return pixels
     mean, std = jnp.asarray(config.image_mean), jnp.asarray(config.image_std)

@@ -1,7 +1,7 @@
 """What families share: fields of their configurations, tiny sizes, and the body of the models.
 
-A body is a tower, a projector and a decoder; image features take the places of image tokens (LLaVA-1.5, MiniGPT-v2,
-NExT-Chat). Qwen2-VL and Llama-3.2-Vision, whose decoders see images otherwise, have their own `hidden`.
+A body is a tower, a projector and a decoder; image features replace image tokens (LLaVA-1.5, MiniGPT-v2, NExT-Chat).
+Qwen2-VL and Llama-3.2-Vision feed images to their decoders differently, and have their own `hidden`.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class FamilyConfig:
 
     vision: Any = ClipVisionConfig()
     text: Any = DecoderConfig()
-    # May lie outside the vocabulary (32000 rows are 0..31999): its row is never read.
+    # May lie outside the vocabulary, because its row of the embedding is never read.
     image_token_id: int = 32000
     pad_token_id: int = 0
     eos_token_id: int = 2
@@ -46,7 +46,7 @@ class FamilyConfig:
 
     @property
     def num_image_tokens(self) -> int:
-        """The most tokens of the text that one image takes."""
+        """The largest number of text tokens that one image takes."""
         return self.vision.num_patches
 
     @property
@@ -55,7 +55,7 @@ class FamilyConfig:
 
     @property
     def tower_lengths(self) -> set[int]:
-        """Lengths of rows of tokens in the tower."""
+        """Lengths of the token sequences in the tower."""
         return {self.vision.num_patches, self.vision.num_patches + 1}
 
     def image_flops(self, vit: Callable[[int, int, int, int], float]) -> tuple[float, float]:
@@ -88,10 +88,10 @@ def tiny(
     text: dict | None = None,
     **fields,
 ):
-    """A family's architecture for the phantom world: thousands of steps on a CPU.
+    """A family's architecture in small, for thousands of steps on a CPU.
 
-    image_size_px: None for a tower without a size of its own. vision, text: further fields of the tower's and the
-    decoder's configuration. fields: the configuration's own.
+    image_size_px: None for a tower without this field. vision, text: further fields of the tower's and the decoder's
+    configuration. fields: further fields of the configuration itself.
     """
     whole = config()
     size = {} if image_size_px is None else {"image_size_px": image_size_px}
@@ -104,18 +104,18 @@ def tiny(
         num_kv_heads=num_kv_heads, head_dim=embed_dim // num_heads, mlp_dim=mlp_dim, rope_theta=rope_theta,
         max_positions=512, **(text or {}),
     )  # fmt: skip
-    ids = {"image_token_id": image_token_id, "pad_token_id": pad_token_id, "eos_token_id": eos_token_id}
-    return dataclasses.replace(whole, vision=vision, text=text, **ids, **fields)
+    fields |= {"image_token_id": image_token_id, "pad_token_id": pad_token_id, "eos_token_id": eos_token_id}
+    return dataclasses.replace(whole, vision=vision, text=text, **fields)
 
 
 class VisionLanguageModel(nnx.Module):
     """Submodules: `vision`, `projector`, `decoder`, and `lora`, adapters on the decoder (None without `config.lora`).
 
-    A family overrides what makes its submodules. The order in which they are made decides what a seed draws for them.
+    A family overrides the `make_` methods. The order in which submodules are made decides what a seed draws for each.
     """
 
     # Keys of a batch that `encode_images` takes.
-    image_keys = ("pixels",)
+    image_keys: tuple[str, ...] = ("pixels",)
 
     def __init__(self, config: FamilyConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
         params = {"rngs": rngs, "param_dtype": param_dtype}
@@ -125,27 +125,27 @@ class VisionLanguageModel(nnx.Module):
         self.vision = self.make_vision(**params, **runs)
         self.projector = self.make_projector(**params)
         self.decoder = self.make_decoder(**params, **runs)
-        self.lora = self.make_adapters(**params) if config.lora else None
+        self.lora = self.make_adapters(config.lora, **params) if config.lora else None
 
-    def make_vision(self, **options) -> nnx.Module:
+    def make_vision(self, **options) -> Any:
         return ClipVision(self.config.vision, **options)
 
-    def make_projector(self, **params) -> nnx.Module:
+    def make_projector(self, **params) -> Any:
         raise NotImplementedError
 
-    def make_decoder(self, **options) -> nnx.Module:
+    def make_decoder(self, **options) -> Any:
         return Decoder(self.config.text, **options)
 
-    def make_adapters(self, **params) -> nnx.Module:
-        return Adapters(self.config.text, self.config.lora, self.config.text.num_layers, **params)
+    def make_adapters(self, lora: LoraConfig, **params) -> nnx.Module:
+        return Adapters(self.config.text, lora, self.config.text.num_layers, **params)
 
-    def encode_images(self, images: dict[str, jax.Array]) -> jax.Array:
-        """float[B, I * P, D] features of each row's images, one image behind the other.
+    def encode_images(self, images: dict[str, jax.Array]) -> Any:
+        """float[B, I * P, D] features of each row's images, one image after the other.
 
         images: `pixels`, uint8[B, I, h, w, 3], or float[B, I, h, w, 3] already normalised.
 
         Raises:
-          ValueError: another rank, or images that are not `image_size_px` square with three channels.
+          ValueError: images that are not `image_size_px` square with three channels.
         """
         size, pixels = self.config.image_size_px, images["pixels"]
         if pixels.ndim != 5 or pixels.shape[2:] != (size, size, 3):
@@ -165,7 +165,7 @@ class VisionLanguageModel(nnx.Module):
         """(float[B, T, D] after the final norm, the cache with these tokens in it or None).
 
         tokens: int[B, T], every image as `num_image_tokens` copies of `image_token_id`.
-        images: as in `encode_images`; or image_features: what it gave; neither: the rows hold no image token.
+        images: as in `encode_images`; or image_features: its result. Neither: the rows hold no image token.
         segment_ids, positions, cache, at: as in `Decoder`; at: float[B, L, D] comes back.
 
         Raises:
@@ -175,14 +175,14 @@ class VisionLanguageModel(nnx.Module):
         x = self.embed(tokens, self.encode_images(images) if images is not None else image_features)
         return self.decode(x, segment_ids=segment_ids, positions=positions, cache=cache, at=at)
 
-    def decode(self, x: jax.Array, **options) -> tuple[jax.Array, dict | None]:
+    def decode(self, x: jax.Array, **options) -> tuple[jax.Array, Any]:
         """The decoder with the model's adapters over embedded tokens; options: as `Decoder`'s."""
         return self.decoder(x, attention=self.config.attention, lora=self.lora, **options)
 
-    def embed(self, tokens: jax.Array, image_features: jax.Array | None = None) -> jax.Array:
-        """float[B, T, D]: what the decoder's first layer gets, image features in place of image tokens."""
+    def embed(self, tokens: jax.Array, image_features=None) -> jax.Array:
+        """float[B, T, D]: the input of the decoder's first layer, with image features in place of image tokens."""
         is_image = tokens == self.config.image_token_id
-        # Image and padding ids may lie outside the table; what they look up is replaced, or never attended.
+        # Image and padding ids may lie outside the table; their rows are replaced, or never attended to.
         ids = jnp.where(is_image, 0, jnp.minimum(tokens, self.config.text.vocab_size - 1))
         x = self.decoder.embed(ids, self.dtype)
         return x if image_features is None else merge_images(x, image_features, is_image)
@@ -191,7 +191,7 @@ class VisionLanguageModel(nnx.Module):
         """float32[..., V] for hidden[..., D]."""
         return self.decoder.logits(hidden)
 
-    def init_cache(self, batch: int, length: int, dtype=None) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, length: int, dtype=None) -> dict[str, Any]:
         return decoder.init_cache(self.config.text, batch, length, self.dtype if dtype is None else dtype)
 
     def __call__(self, tokens, images=None, **options) -> jax.Array:
@@ -200,7 +200,7 @@ class VisionLanguageModel(nnx.Module):
 
 
 def check_shapes(tokens: jax.Array, **arrays: jax.Array | None) -> None:
-    """Raises ValueError where `tokens` is not [batch, length], or one of the other arrays has another shape."""
-    for name, array in {"tokens": tokens, **arrays}.items():
-        if array is not None and array.shape != tokens.shape or tokens.ndim != 2:
+    """Raises ValueError if `tokens` is not [batch, length], or another array has another shape."""
+    for name, array in [("tokens", tokens), *arrays.items()]:
+        if array is not None and (array.shape != tokens.shape or tokens.ndim != 2):
             raise ValueError(f"{name} {array.shape} beside tokens {tokens.shape}; expected [batch, length]")

@@ -5,6 +5,7 @@ Source: huggingface/transformers:models/llama/modeling_llama.py at 5.23.0.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     # Positions the released model was trained on; nothing is allocated by it.
     max_positions: int = 4096
-    # Biases on q, k and v alone (Qwen2).
+    # Biases only on q, k and v (Qwen2).
     qkv_bias: bool = False
     # The embedding is the head too.
     tie_head: bool = False
@@ -71,54 +72,53 @@ class Decoder(nnx.Module):
     ):  # fmt: skip
         """(hidden float[B, T, D] after the final norm, the cache with these tokens in it or None).
 
-        at: int[B, L]; hidden comes back as [B, L, D], at these positions. Of the last layer no more is computed, where
-          layers are unrolled and there is no cache; None: at all positions.
-
         x: float[B, T, D] embedded tokens.
+        at: int[B, L]; hidden comes back as [B, L, D], at these positions; None: at all. The last layer computes no
+          others, if layers are unrolled and there is no cache.
         segment_ids: int[B, T], 0 on padding; None: all real.
         positions: int[B, T]; None: counted over the real tokens of each segment (and of the cache).
         angles: rotary angles in place of those of `positions`.
-        lora: what `DecoderBlock` takes, with a leading layer axis on its parameters.
-        cache: what `init_cache` gave, or an earlier call; its slots must suffice for T more tokens.
+        lora: as in `DecoderBlock`, with a leading layer axis on its parameters.
+        cache: from `init_cache` or an earlier call, with room for T more tokens.
         """
         if segment_ids is None and (cache is not None or (positions is None and angles is None)):
             segment_ids = jnp.ones(x.shape[:2], jnp.int32)
-        turning = self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
+        rope = self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
         if angles is None and positions is None:
             positions, most = count_positions(segment_ids), x.shape[1]
             if cache is not None:
                 positions += (cache["segment_ids"] != 0).sum(axis=-1, keepdims=True)
                 most = cache["segment_ids"].shape[1]
-            angles = counted_angles(positions, most, *turning)
+            angles = counted_angles(positions, most, *rope)
         elif angles is None:
-            angles = rope_angles(positions, *turning)
+            angles = rope_angles(positions, *rope)
         x = constrain(x, "act_batch", "act_len", "act_embed")
-        lora_graph, lora_layers = (None, None) if lora is None else nnx.split(lora)
-        shared, kept_layers = {}, None
+        lora_graph: Any = None
+        lora_layers = keys_values = None
+        if lora is not None:
+            lora_graph, lora_layers = nnx.split(lora)
         if cache is not None:
-            slots = jax.lax.dynamic_update_slice(
-                cache["segment_ids"], segment_ids.astype(jnp.int32), (0, cache["index"])
-            )
-            shared, kept_layers = {"segment_ids": slots, "index": cache["index"]}, (cache["k"], cache["v"])
+            ids = jax.lax.dynamic_update_slice(cache["segment_ids"], segment_ids.astype(jnp.int32), (0, cache["index"]))
+            shared, keys_values = {"segment_ids": ids, "index": cache["index"]}, (cache["k"], cache["v"])
 
         def body(block, x, per_layer, at=None):
-            own, adapter = per_layer
-            own = None if own is None else {"k": own[0], "v": own[1], **shared}
-            adapter = None if adapter is None else nnx.merge(lora_graph, adapter)
-            rest = dict(angles=angles, segment_ids=segment_ids, lora=adapter, at=at, implementation=attention)
-            x, kept = block(x, cache=own, **rest)
-            return x, None if own is None else kept
+            keys_values, adapter = per_layer
+            slots = None if cache is None else {"k": keys_values[0], "v": keys_values[1], **shared}
+            adapter = None if lora is None else nnx.merge(lora_graph, adapter)
+            options = dict(angles=angles, segment_ids=segment_ids, lora=adapter, at=at, implementation=attention)
+            x, keys_values = block(x, cache=slots, **options)
+            return x, None if cache is None else keys_values
 
         num_tokens = x.shape[1]
         unrolled = layers_at_once(self.config.num_layers, self.unroll) == self.config.num_layers
         last = partial(body, at=at) if at is not None and cache is None and unrolled else None
-        x, kept = run_stack(
-            self.blocks, body, x, (kept_layers, lora_layers), unroll=self.unroll, remat=self.remat, last=last
+        x, keys_values = run_stack(
+            self.blocks, body, x, (keys_values, lora_layers), unroll=self.unroll, remat=self.remat, last=last
         )
         if at is not None and last is None:
             x = take_positions(x, at)
         if cache is not None:
-            cache = {"k": kept[0], "v": kept[1], "segment_ids": slots, "index": cache["index"] + num_tokens}
+            cache = {"k": keys_values[0], "v": keys_values[1], "segment_ids": ids, "index": cache["index"] + num_tokens}
         return self.norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -127,13 +127,13 @@ class Decoder(nnx.Module):
         return jnp.einsum("...d,dv->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def init_cache(config: DecoderConfig, batch: int, length: int, dtype) -> dict[str, jax.Array]:
+def init_cache(config: DecoderConfig, batch: int, length: int, dtype) -> dict[str, Any]:
     """An empty cache with `length` slots a row: k, v [layers, B, length, K, H], segment_ids, index of the next slot."""
     shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
     return {
         "k": jnp.zeros(shape, dtype),
         "v": jnp.zeros(shape, dtype),
         "segment_ids": jnp.zeros((batch, length), jnp.int32),
-        # No array: that the cache is empty is known while tracing (`nn.blocks.is_empty`).
+        # Not an array, so that tracing knows that the cache is empty (`nn.blocks.is_empty`).
         "index": 0,
     }

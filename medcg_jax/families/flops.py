@@ -1,6 +1,6 @@
 """Analytic FLOPs of every family: a multiply-add counts 2, an embedding lookup 0.
 
-XLA's own count is of no use here: it counts the body of a scan once, and a fused attention kernel not at all.
+XLA's own count does not serve: it counts the body of a scan once, and a fused attention kernel not at all.
 The formulas agree with PyTorch's FlopCounterMode on CLIP and Llama (tests/families/test_flops.py), and with the numbers
 of parameters of every family's parts. Left out: norms, activations, NExT-Chat's heads for boxes (under 0.1 %) and SAM.
 """
@@ -14,7 +14,7 @@ from medcg_jax.nn.lora import LoraConfig, target_axes
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of the parts of one forward pass; attention scores and sums stand apart from the other products."""
+    """FLOPs of the parts of one forward pass; attention scores and sums are separate from the other products."""
 
     vision: float = 0.0
     projector: float = 0.0
@@ -41,7 +41,7 @@ def forward(config: FamilyConfig, *, length: int, num_images: int = 1, num_logit
     attention = 4.0 * num_layers * length**2 * width
     adapters, crossed = 0.0, _num_cross_layers(text)
     if crossed:
-        # Keys and values of cross-attention are made of the image's tokens, and queries see those.
+        # The keys and values of cross-attention are the image's tokens.
         seen = num_images * config.vision.num_tokens
         decoder += crossed * (seen - length) * 4.0 * text.embed_dim * text.head_dim * text.num_kv_heads
         attention += 4.0 * crossed * length * (seen - length) * width
@@ -61,18 +61,18 @@ def forward(config: FamilyConfig, *, length: int, num_images: int = 1, num_logit
 
 
 def generation(config: FamilyConfig, *, seen: int) -> float:
-    """FLOPs of one more token of a row whose cache holds `seen` tokens with it, its logits included."""
-    one, text = forward(config, length=1, num_images=0, num_logits=1), config.text
+    """FLOPs of one more token, logits included, of a row whose cache then holds `seen` tokens."""
+    token, text = forward(config, length=1, num_images=0, num_logits=1), config.text
     crossed = _num_cross_layers(text)
     keys = (text.num_layers - crossed) * seen
     if crossed:
-        # Keys and values of the image lie in the cache.
+        # Keys and values of the image are in the cache.
         keys += crossed * config.vision.num_tokens
-    return one.total - one.attention + 4.0 * keys * text.num_heads * text.head_dim
+    return token.total - token.attention + 4.0 * keys * text.num_heads * text.head_dim
 
 
 def _num_cross_layers(text) -> int:
-    """Layers of a decoder that look at images by cross-attention, and not at text."""
+    """Cross-attention layers of a decoder, which attend to images and not to text."""
     return len(getattr(text, "cross_layers", ()))
 
 
@@ -93,27 +93,27 @@ def adapter_products(text, lora: LoraConfig) -> float:
 
 
 def _sides(text, target: str) -> int:
-    """Numbers that go into a product of a decoder block and come out of it, for one token."""
+    """Inputs plus outputs of a product of a decoder block, for one token."""
     return sum(math.prod(size for _, size in axes) for axes in target_axes(text, target))
 
 
-def training(one: Flops, *, trainable: tuple[str, ...], causal: bool = False, remat: str = "none") -> float:
-    """FLOPs of forward and backward, from those of the forward pass.
+def training(row: Flops, *, trainable: tuple[str, ...], causal: bool = False, remat: str = "none") -> float:
+    """FLOPs of forward and backward, from those of a row's forward pass.
 
-    A part that trains counts three times, a frozen one that gradients pass through twice (but attention's scores and
-    sums three times: both sides of each product have a gradient), a frozen one below every trained part once.
-    causal: the decoder's attention counts half, as a kernel that skips masked blocks executes it; else the full square.
-    remat: as `ModelConfig.remat`, to count what is executed; "none" counts what the model needs.
-      "full" runs every block with a backward pass once more; "dots" only its attention.
+    A trained part counts three times, a frozen part that gradients pass through twice (its attention scores and sums
+    three times, because both sides of each product have a gradient), a frozen part below every trained part once.
+    causal: the decoder's attention counts half, as in a kernel that skips masked blocks; else the full square.
+    remat: as `ModelConfig.remat`, to count what is executed: "full" runs every block with a backward pass once more,
+      "dots" only its attention; "none" counts what the model needs.
     """
-    attention = one.attention / 2 if causal else one.attention
-    total, reached = 0.0, False  # reached: a part below trains, so gradients pass through
-    for name, flops in (("vision", one.vision), ("projector", one.projector)):
+    attention = row.attention / 2 if causal else row.attention
+    total, reached = 0.0, False  # reached: a part below trains, so gradients pass through this one
+    for name, flops in (("vision", row.vision), ("projector", row.projector)):
         trains = name in trainable
         total += flops * (3 if trains else 2 if reached else 1)
         reached = reached or trains
     reached = reached or "lora" in trainable
-    for name, flops in (("decoder", one.decoder + attention + one.head), ("lora", one.adapters)):
+    for name, flops in (("decoder", row.decoder + attention + row.head), ("lora", row.adapters)):
         total += flops * (3 if name in trainable else 2 if reached else 1)
     if reached and "decoder" not in trainable:
         total += attention
@@ -121,7 +121,7 @@ def training(one: Flops, *, trainable: tuple[str, ...], causal: bool = False, re
     if remat != "none" and reached:
         total += attention
     if remat == "full" and reached:
-        total += one.decoder + (one.vision if "vision" in trainable else 0.0)
+        total += row.decoder + (row.vision if "vision" in trainable else 0.0)
     return total
 
 
@@ -132,13 +132,13 @@ def step(config: FamilyConfig, lengths, *, padded_length: int, num_images: int, 
     """FLOPs of one training step by each convention: {"full", "causal", "executed"}.
 
     full: what the model needs for the real tokens, attention as the full square (arXiv 2204.02311, appendix B).
-    causal: the same with attention halved. executed: rows at their padded length, and what rematerialisation computes
-      again; the utilisation that comes of it is HFU and no MFU.
+    causal: the same with attention halved. executed: rows at their padded length, rematerialisation included; a
+      utilisation made of it is HFU, not MFU.
     lengths: real tokens of each row. num_logits: positions of a row at which the head runs.
     """
-    rest = {"num_images": num_images, "num_logits": num_logits}
-    rows = [forward(config, length=int(length), **rest) for length in lengths]
-    padded = forward(config, length=padded_length, **rest)
+    counts = {"num_images": num_images, "num_logits": num_logits}
+    rows = [forward(config, length=int(length), **counts) for length in lengths]
+    padded = forward(config, length=padded_length, **counts)
     return {
         "full": sum(training(row, trainable=trainable) for row in rows),
         "causal": sum(training(row, trainable=trainable, causal=True) for row in rows),

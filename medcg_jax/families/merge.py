@@ -1,4 +1,4 @@
-"""Image features put where the prompt holds image tokens, with static shapes and within each row."""
+"""Image features in place of image tokens, row by row and with static shapes."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,9 @@ def merge_images(embedded: jax.Array, features: jax.Array, is_image: jax.Array) 
     """float[B, T, D]: `embedded`, where the n-th True of each row of `is_image` has the row's n-th feature.
 
     embedded: float[B, T, D] the tokens' embeddings.
-    features: float[B, P, D] the row's image features, all its images one behind the other: of packed rows those of the
-      segments that have one, in their order.
-    is_image: bool[B, T]. A row may hold fewer than P; one with more repeats the last feature (the data room
-      refuses such rows, here nothing can be raised).
+    features: float[B, P, D] the row's image features, one image after the other.
+    is_image: bool[B, T], with up to P True a row; beyond P the last feature repeats (`medcg_jax.data` refuses such
+      rows, compiled code cannot).
 
     Example, P = 2: is_image 0 1 1 0 gives  e0 f0 f1 e3.
     """

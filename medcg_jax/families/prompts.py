@@ -1,14 +1,13 @@
-"""Conversations as token ids, with the supervised ones marked: one machine, and Vicuna's turns.
+"""Conversations as token ids with marks for the supervised ones; Vicuna's turns.
 
-A family describes what stands before an answer as pieces: special tokens, the image, and texts that are tokenised
-apart. The machine tokenises them, adds the answers, and says what is supervised: every answer and the token that ends
-it. No text is tokenised twice to find the labels.
+A family describes the prompt before an answer as pieces: special tokens, the image, and texts that are tokenised
+separately. `Prompts` tokenises them, adds the answers, and marks every answer and its end token as supervised.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from medcg_jax.data.records import LETTERS, DataError, Turn
 from medcg_jax.data.row_format import Tokens
@@ -21,50 +20,51 @@ VICUNA = (
 
 
 class Text(NamedTuple):
-    """Text that is tokenised by itself. start: whether it opens a chunk, as in `Tokenizer.encode`."""
+    """Text that is tokenised separately. start: whether it opens a chunk, as in `Tokenizer.encode`."""
 
     text: str
     start: bool = True
 
 
-# A piece is a `Text`, the name of a special token, or one of these two: the beginning of a sequence, and the image's
-# token as many times as the image has features.
+# A piece is a `Text`, the name of a special token, `BOS` (the begin token), or `IMAGE` (the image's token, once for
+# each of its features).
 BOS, IMAGE = "bos", "image"
 Piece = Text | str
 
 
 class Prompts:
-    """How one family writes conversations; a family's own class says what `pieces` are."""
+    """How a family writes conversations; each family has a subclass with its `pieces`."""
 
-    # Special token that stands for an image's features; "": the tokenizer's.
+    # Special token for an image's features; "": the tokenizer's.
     image = ""
     # Special token that ends an answer; "": the tokenizer's.
     end = ""
     # Text behind that token, before the next turn.
     closing = ""
-    # The answer is tokenised together with the last piece, with this between them; None: by itself, stripped.
+    # The text between the last piece and the answer, which are tokenised together; None: the answer is stripped and
+    # tokenised separately.
     between: str | None = " "
     # Special token that is never supervised.
     unsupervised = ""
 
     def pieces(self, turn: Turn, *, first: bool, system_prompt: str, has_image: bool, training: bool) -> list[Piece]:
-        """What stands before the answer of a turn, from the end of the turn before; the last piece is a `Text`.
+        """The pieces between the end of the previous turn and the answer of this one; the last is a `Text`.
 
-        first: whether it is the first turn, which has the system's sentence and the image.
+        first: whether this is the first turn, with the system prompt and the image.
 
         Raises:
-          DataError: the family cannot have this system prompt.
+          DataError: the family does not support this system prompt.
         """
         raise NotImplementedError
 
     def conversation(
         self, tokenizer: Tokenizer, turns: Sequence[Turn], *, system_prompt: str, num_image_tokens: int = 0
     ) -> Tokens:
-        """Ids and marks of a whole conversation. num_image_tokens: how often the image's token stands; 0: no image.
+        """Ids and marks of a whole conversation. num_image_tokens: repeats of the image's token; 0: no image.
 
         Raises:
-          DataError: no turns, an empty answer (it would leave nothing to learn), text that cannot be tokenised, a
-            system prompt that the family cannot have, or a tokenizer of another family.
+          DataError: no turns, an empty answer, text that cannot be tokenised, a system prompt that the family does not
+            support, or a tokenizer of another family.
         """
         if not turns:
             raise DataError("a conversation has no turns, so no token is supervised")
@@ -89,7 +89,7 @@ class Prompts:
     def evaluation_prompt(
         self, tokenizer: Tokenizer, turns: Sequence[Turn], *, system_prompt: str, num_image_tokens: int = 0
     ) -> list[int]:
-        """Ids up to the place of the last turn's answer, which is not used; no space behind them.
+        """Ids up to where the last turn's answer would begin, without a space at the end.
 
         Raises:
           DataError: as `conversation`.
@@ -97,7 +97,7 @@ class Prompts:
         if not turns:
             raise DataError("a conversation has no turns, so there is nothing to ask")
         *earlier, last = turns
-        options = {"system_prompt": system_prompt, "num_image_tokens": num_image_tokens}
+        options: Any = {"system_prompt": system_prompt, "num_image_tokens": num_image_tokens}
         ids = self.conversation(tokenizer, earlier, **options).ids if earlier else []
         has_image = num_image_tokens > 0 and not earlier
         pieces = self.pieces(last, first=not earlier, system_prompt=system_prompt, has_image=has_image, training=False)
@@ -106,7 +106,7 @@ class Prompts:
     def option_ids(
         self, tokenizer: Tokenizer, turns: Sequence[Turn], num_options: int, *, system_prompt: str, has_image: bool
     ) -> list[int]:
-        """The token id of each option's letter as the answer right behind the evaluation prompt.
+        """The token id of each option's letter, as the answer directly behind the evaluation prompt.
 
         Raises:
           DataError: a letter would change the prompt's tokens, is not one token, or shares its id with another.
@@ -125,10 +125,11 @@ class Prompts:
             raise DataError(f"options {', '.join(letters)} share a token: ids {ids}")
         return ids
 
-    def answer(self, tokenizer: Tokenizer, last: Text, answer: str) -> list[int]:
-        """The ids that an answer adds to its prompt, whose last piece is `last`; without the token that ends it."""
+    def answer(self, tokenizer: Tokenizer, last: Piece, answer: str) -> list[int]:
+        """The ids that an answer adds behind a prompt with the last piece `last`, without the token that ends it."""
         if self.between is None:
             return tokenizer.encode(answer.strip())
+        assert isinstance(last, Text)
         prompt = self.encode_text(tokenizer, last)
         whole = self.encode_text(tokenizer, Text(f"{last.text}{self.between}{answer}", last.start))
         if whole[: len(prompt)] != prompt:
@@ -157,9 +158,9 @@ class Vicuna(Prompts):
 
         <system> USER: <image>\\n{question} ASSISTANT: {answer}</s>USER: {question} ASSISTANT: {answer}</s>
 
-    After </s> the next `USER` has no space before it, as in a slow Llama tokenizer with `legacy: false`.
+    There is no space between </s> and the next `USER`, as in a slow Llama tokenizer with `legacy: false`.
     Source: haotian-liu/LLaVA (c121f04) llava/conversation.py:conv_vicuna_v1, llava/mm_utils.py:tokenizer_image_token,
-    llava/train/train.py:preprocess_v1 (whose labels these are: answers with their </s>).
+    llava/train/train.py:preprocess_v1 (the labels: answers with their </s>).
     """
 
     def pieces(self, turn, *, first, system_prompt, has_image, training):
@@ -168,10 +169,10 @@ class Vicuna(Prompts):
         opening = self.opening(system_prompt)
         if not has_image:
             return [BOS, Text(f"{opening}{turn.question} ASSISTANT:")]
-        # The original strips the turn that the image is moved to the front of.
+        # The original strips the turn in which it moves the image to the front.
         return [BOS, Text(opening), IMAGE, Text(f"\n{turn.question.strip()} ASSISTANT:")]
 
     def opening(self, system_prompt: str) -> str:
-        """What stands before the image. system_prompt: "vicuna" is LLaVA-1.5's sentence; anything else, itself."""
+        """The text before the image. system_prompt: "vicuna" for LLaVA-1.5's sentence, or a text."""
         system = VICUNA if system_prompt == "vicuna" else system_prompt
         return f"{system} USER: " if system else "USER: "

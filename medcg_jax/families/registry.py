@@ -1,7 +1,7 @@
 """The families of models, one line each: a name, and the package whose `FAMILY` describes it.
 
-Importing this module imports nothing heavy (no JAX, no PIL): a `Family` holds names and small values, and imports the
-modules that it names when they are asked for. docs/families.md shows how to add a family.
+Importing this module imports nothing heavy (no JAX, no PIL): a `Family` holds names and small values, and imports a
+module that it names on first use. docs/families.md shows how to add a family.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Family:
-    """What the rest of the code has to know of a family.
+    """What the rest of the code needs to know about a family.
 
     Its package has a module `model`, with the architecture, and a module `rows`, whose `row_format(config)` makes the
     `data.row_format.Format` of a model.
 
     Attributes:
       package: the package's import name.
-      config, module: names in `model`: of the configuration's dataclass (whose `family` is the family's name), and of
-        the `nnx.Module` that is made from it.
+      config, module: names in `model` of the configuration's dataclass (whose `family` is the family's name) and of
+        the `nnx.Module` made from it.
       released: size -> repository on the Hugging Face hub, "" where it is not there in this form.
       tiny: sizes without a vocabulary of their own. Sizes are functions in `model` that return a configuration.
       tokenizer: the packaged tokenizer of the tiny sizes.
@@ -94,15 +94,11 @@ class Family:
         module, _, name = self.loss.partition(":")
         return getattr(importlib.import_module(module), name)
 
-    @property
-    def gives_boxes(self) -> bool:
-        return "detection_pairs" in self.tables
-
     def token_ids(self, tokenizer) -> dict[str, int]:
-        """The ids that a configuration has of its tokenizer, by field.
+        """The token ids that a configuration takes from its tokenizer, by field.
 
         Raises:
-          DataError: the tokenizer lacks one: it is of another family.
+          DataError: the tokenizer lacks one, so it is of another family.
         """
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("image", "pad", "eos")}
         return ids | {name: tokenizer.special(token) for name, token in self.tokens.items()}
@@ -110,10 +106,10 @@ class Family:
     def row_format(self, config, *, with_masks: bool = False):
         """The `data.row_format.Format` of a model's rows. config: an instance of `config_type`.
 
-        with_masks: rows have masks, and images as the part that draws masks takes them.
+        with_masks: rows have masks too, and images as the mask decoder's encoder takes them.
 
         Raises:
-          DataError: masks of a model that draws none.
+          DataError: `with_masks` for a model that draws none.
         """
         rows = importlib.import_module(f"{self.package}.rows")
         if not with_masks:
@@ -135,8 +131,8 @@ def families() -> tuple[Family, ...]:
 
 
 def of_model(name: str) -> Family:
-    """The family that has this size ("llava15_7b")."""
-    return next(one for one in families() if name in one.sizes)
+    """The family that has the size `name` ("llava15_7b")."""
+    return next(entry for entry in families() if name in entry.sizes)
 
 
 def of(config: Any) -> Family:
@@ -146,9 +142,4 @@ def of(config: Any) -> Family:
 
 def models() -> dict[str, str]:
     """Every size -> the name of its family."""
-    return {size: one.name for one in families() for size in one.sizes}
-
-
-def is_tiny(name: str) -> bool:
-    """Whether a size has no vocabulary of its own."""
-    return any(name in one.tiny for one in families())
+    return {size: entry.name for entry in families() for size in entry.sizes}

@@ -1,7 +1,7 @@
 """Scaled dot-product attention: one function, three implementations with the same numbers.
 
-`plain` is einsum and softmax, and holds everything: any offset, left padding, packed segments. `splash` (TPU) and
-`cudnn` (GPU) live in `medcg_jax.nn.kernels` and run under `shard_map` over the mesh in context.
+`plain` (einsum and softmax) takes every mask: any offset, left padding, packed segments. `splash` (TPU) and `cudnn`
+(GPU) live in `medcg_jax.nn.kernels` and run under `shard_map` over the mesh in context.
 """
 
 import jax
@@ -11,7 +11,7 @@ from medcg_jax.nn import kernels
 from medcg_jax.nn.context import platform
 
 IMPLEMENTATIONS = ("auto", "plain", "splash", "cudnn")
-# Finite, so that a row that may attend nothing (padding) is a plain mean and its gradient no NaN.
+# Finite: a row that attends to nothing (padding) is then a plain mean, and its gradient is not NaN.
 MASKED = -1e30
 
 
@@ -26,31 +26,30 @@ def attention(
     q_offset: jax.Array | int | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Weighted sums of `v`, float[B, T, N, H] in q's dtype; rows of padding hold nothing meaningful.
+    """Weighted sums of `v`, float[B, T, N, H] in q's dtype; rows of padding are meaningless.
 
     q: float[B, T, N, H]. k, v: float[B, S, K, H]; N is a multiple of K, head n reads head n // (N / K).
     causal: query i sees keys 0 .. i + q_offset.
     segment_ids: int[B, T], 0 on padding; a query sees the keys of its own segment. None: all real, one segment.
     kv_segment_ids: int[B, S]; None: `segment_ids`.
     q_offset: index among the keys of the first query, as when decoding into a cache; None: 0, and T == S.
-    implementation: "plain", "splash", "cudnn", or "auto": by the platform compiled for (TPU splash, GPU in
-      16 bits cudnn, else plain; plain whenever q_offset is given). cudnn reads segment_ids as lengths: ones, then
-      zeros, so right-padded rows that are not packed.
+    implementation: "plain", "splash", "cudnn", or "auto": splash on a TPU, cudnn on a GPU in 16 bits, else plain, and
+      plain whenever q_offset is given. cudnn reads segment_ids as lengths: they must be ones, then zeros.
 
     Raises:
-      ValueError: an unknown implementation, heads that do not divide, or a kernel asked for what it cannot do.
+      ValueError: an unknown implementation, heads that do not divide, or a case that the kernel does not support.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention={implementation!r}; accepted: {', '.join(IMPLEMENTATIONS)}")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key heads")
-    own_keys = q_offset is None and kv_segment_ids is None
+    without_cache = q_offset is None and kv_segment_ids is None
     if implementation == "auto":
-        implementation = _choose(platform(), q.dtype) if own_keys else "plain"
+        implementation = _choose(platform(), q.dtype) if without_cache else "plain"
     if implementation == "plain":
         return _plain(q, k, v, causal, segment_ids, kv_segment_ids, q_offset)
-    if not own_keys or q.shape[1] != k.shape[1]:
-        raise ValueError(f"attention={implementation!r} cannot decode into a cache; accepted there: plain, auto")
+    if not without_cache or q.shape[1] != k.shape[1]:
+        raise ValueError(f"attention={implementation!r} cannot decode into a cache; expected plain or auto")
     kernel = kernels.splash if implementation == "splash" else kernels.cudnn
     return kernels.sharded(kernel, q, k, v, segment_ids, causal=causal)
 
@@ -68,15 +67,15 @@ def _plain(q, k, v, causal, segment_ids, kv_segment_ids, q_offset) -> jax.Array:
 
 
 def attention_at(q: jax.Array, k: jax.Array, v: jax.Array, *, at: jax.Array, segment_ids: jax.Array | None):
-    """As causal `attention` by a few queries of each row: float[B, L, N, H].
+    """Causal `attention` for a few queries of each row: float[B, L, N, H].
 
     q: float[B, L, N, H], of the tokens at positions `at` int[B, L]. k, v: float[B, T, K, H]. segment_ids: int[B, T].
     """
     keys = jnp.arange(k.shape[1])
     allowed = keys <= at[..., None]
     if segment_ids is not None:
-        own = jnp.take_along_axis(segment_ids, at, axis=1)
-        allowed &= (own[..., None] == segment_ids[:, None]) & (segment_ids != 0)[:, None]
+        query_ids = jnp.take_along_axis(segment_ids, at, axis=1)
+        allowed &= (query_ids[..., None] == segment_ids[:, None]) & (segment_ids != 0)[:, None]
     return masked_attention(q, k, v, allowed)
 
 
@@ -88,14 +87,14 @@ def take_positions(x: jax.Array, at: jax.Array) -> jax.Array:
 def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None) -> jax.Array:
     """As `attention`, by einsum and softmax, for any mask: bool[B or 1, T, S] which query sees which key; None: all."""
     num_kv_heads, head_dim = k.shape[2:]
-    # Heads before positions: the products and their gradients then need no array of all pairs laid out anew, which on a
-    # CPU is two fifths of the time of forward and backward.
+    # Heads before positions: no array of all pairs is then transposed, which on a CPU would take two fifths of the time
+    # of forward and backward.
     q = q.reshape(*q.shape[:2], num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
     if allowed is not None:
         scores = jnp.where(allowed[:, None, None], scores, MASKED)
-    # Divided after the product with the values: fewer passes over all pairs, forward and backward (10 % of a CPU step).
+    # Dividing after the product with the values saves passes over all pairs (10 % of a CPU step).
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     out = jnp.einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     out = (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)

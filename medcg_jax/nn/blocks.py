@@ -79,9 +79,8 @@ class DecoderBlock(nnx.Module):
     def __call__(self, x, *, angles: Angles, segment_ids, cache=None, lora=None, at=None, implementation: str):
         """(x after the block, the layer's keys and values in the cache).
 
-        at: int[B, L]; x comes back as [B, L, D], at these positions alone, and no more of it is computed. None: at all.
-
-        lora: None, or `Adapters` of one layer: what is added to the products.
+        at: int[B, L]: only these positions are computed, and x comes back as [B, L, D]. None: all positions.
+        lora: `Adapters` of one layer, which are added to the products, or None.
         cache: None, or a dict of one layer's `k`, `v` [B, S, K, H], the `segment_ids` int[B, S] of all its slots
           (those of x included) and `index`, the slot of x's first token.
         """
@@ -92,7 +91,7 @@ class DecoderBlock(nnx.Module):
         q, k, v = (constrain(z, "act_batch", "act_len", "act_heads", None) for z in (q, k, v))
         k = rotate(k, angles)
         if at is not None:
-            x, angles = take_positions(x, at), tuple(take_positions(turn, at) for turn in angles)
+            x, angles = take_positions(x, at), (take_positions(angles[0], at), take_positions(angles[1], at))
         q = rotate(q, angles)
         if at is not None:
             y = attention_at(q, k, v, at=at, segment_ids=segment_ids)
@@ -115,19 +114,21 @@ class DecoderBlock(nnx.Module):
 
 
 def is_empty(cache: dict) -> bool:
-    """Whether the cache is known to be empty while tracing: tokens then see themselves alone, and fused attention can
-    be used. One that a program is given as its argument is not known to be."""
+    """Whether the cache is known to be empty while tracing, so that fused attention can be used.
+
+    A cache that is an argument of the traced program is never known to be empty.
+    """
     return isinstance(cache["index"], int) and cache["index"] == 0
 
 
 def run_stack(blocks: nnx.Module, body, x: jax.Array, per_layer=None, *, unroll: int, remat: str, last=None):
-    """(x after every layer of `blocks`, what `body` gave per layer, stacked): one `lax.scan`.
+    """(x after all layers of `blocks`, the stacked outputs of `body`), by one `lax.scan`.
 
     body(block, x, slice of per_layer) -> (x, out): one layer; `block` has no layer axis.
     unroll: layers per iteration, see `layers_at_once`.
     remat: a name in `REMAT_POLICIES`: what the backward pass keeps of a layer.
-    last: as `body`, in its place for the last layer, whose `out` is dropped: for stacks that are unrolled. In a rolled
-      one the other layers' weights and gradients would be copied to leave it out.
+    last: replaces `body` for the last layer, whose `out` is dropped. For unrolled stacks only: a rolled one would copy
+      the weights and gradients of the other layers.
 
     Raises:
       ValueError: an unknown remat name.
@@ -141,8 +142,8 @@ def run_stack(blocks: nnx.Module, body, x: jax.Array, per_layer=None, *, unroll:
 
     def layer_of(body):
         def layer(x, scanned):
-            layer_params, own = scanned
-            return body(nnx.merge(graphdef, layer_params), x, own)
+            layer_params, layer_input = scanned
+            return body(nnx.merge(graphdef, layer_params), x, layer_input)
 
         return layer if remat == "none" else jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
 
@@ -155,5 +156,5 @@ def run_stack(blocks: nnx.Module, body, x: jax.Array, per_layer=None, *, unroll:
 
 
 def layers_at_once(num_layers: int, unroll: int) -> int:
-    """Layers that an iteration over a stack runs; unroll: a `scan_unroll`, 0: all on CPU, 1 elsewhere."""
+    """Layers in one iteration of a scan over a stack. unroll: `ModelConfig.scan_unroll`; 0: all on CPU, 1 elsewhere."""
     return min(unroll or (num_layers if platform() == "cpu" else 1), num_layers)

@@ -1,8 +1,7 @@
-"""What the surrounding mesh says: the platform that is compiled for, and constraints on activations.
+"""The platform to compile for, and sharding constraints on activations, both from the mesh in context.
 
-The mesh is the one in context (`jax.set_mesh`); without one nothing is constrained, and the platform is the
-default backend's. So the same model traces for the machine at hand, for 8 simulated devices, and for a pod that
-is not there.
+That is the mesh of `jax.set_mesh`; without one nothing is constrained, and the platform is the default backend's. So
+the same model traces for this machine, for 8 simulated devices, and for a pod that is not there.
 """
 
 import jax

@@ -1,10 +1,11 @@
 """Fused attention kernels, and how they run on a mesh: splash (Pallas, TPU) and cuDNN's flash attention (GPU).
 
-Both take q[B, T, N, H], k and v [B, T, K, H] and segment ids int[B, T] (None: one segment, no padding). Their
-outputs on rows of padding differ from `plain`'s and are never used.
+Both take q[B, T, N, H], k and v [B, T, K, H] and segment ids int[B, T] (None: one segment, no padding). On rows of
+padding their outputs differ from `plain`'s; nothing uses them.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,25 +61,25 @@ def _blocks(length: int):
     from jax.experimental.pallas.ops.tpu import splash_attention as sa
 
     block = next(size for size in BLOCKS if length % size == 0)
-    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute",
-             "block_q_dq", "block_kv_dq")  # fmt: skip
-    return sa.BlockSizes(**dict.fromkeys(names, block))
+    names = "q kv kv_compute q_dkv kv_dkv kv_dkv_compute q_dq kv_dq".split()
+    sizes: Any = {f"block_{name}": block for name in names}
+    return sa.BlockSizes(**sizes)
 
 
 def cudnn(q, k, v, segment_ids, *, causal: bool) -> jax.Array:
     """cuDNN's flash attention; segment ids must be ones and then zeros, and are read as lengths.
 
-    Lengths, not a mask: under vmap (several cells in one program) cuDNN's mask has no batching rule.
+    Lengths and not a mask, because cuDNN's mask has no batching rule for vmap (several cells in one program).
 
     Raises:
-      ValueError: the numbers are not of 16 bits.
+      ValueError: q is not bfloat16 or float16.
     """
     if jnp.dtype(q.dtype).itemsize != 2:
-        raise ValueError(f"attention='cudnn' takes bfloat16 or float16, not {q.dtype}; accepted here: plain, auto")
+        raise ValueError(f"attention='cudnn' takes bfloat16 or float16, not {q.dtype}; expected plain or auto")
     length = q.shape[1]
     lengths = None if segment_ids is None else (segment_ids != 0).sum(axis=-1, dtype=jnp.int32)
     if length % 2 and lengths is not None:
-        # Its backward pass takes even lengths alone; rows without padding are of towers, which are frozen.
+        # The backward pass takes only even lengths; rows without padding come from towers, which are frozen.
         q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
     out = jax.nn.dot_product_attention(
         q, k, v, is_causal=causal, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"

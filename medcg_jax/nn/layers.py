@@ -1,4 +1,4 @@
-"""Parameters with logical axis names, and the layers made of them: dense by einsum, norms, embedding, activations.
+"""Parameters with logical axis names, and layers made of them: dense by einsum, norms, embedding, activations.
 
 A parameter is an `nnx.Param` whose metadata `axes` names its axes (`medcg_jax.axes.RULES`); nothing here needs a
 mesh. `stack` adds a leading `layer` axis, so that one module holds all layers of a stack (`nn.blocks.run_stack`).
@@ -24,12 +24,10 @@ PRODUCT = "product"
 
 
 def param(init, shape, axes, *, rngs: nnx.Rngs, param_dtype=jnp.float32, stack: Stack = ()) -> nnx.Param:
-    """A parameter of shape `stack + shape`; `axes` names the axes of `shape`.
-
-    `init(key, shape, dtype)` makes the value.
+    """A parameter of shape `stack + shape` with the value `init(key, shape, dtype)`; `axes` names the axes of `shape`.
 
     Raises:
-      ValueError: as many names as axes are not given, or a name is unknown.
+      ValueError: a number of names other than the number of axes, or an unknown name.
     """
     if len(axes) != len(shape):
         raise ValueError(f"a parameter of shape {shape} has {len(shape)} axes, but names {axes}")
@@ -50,8 +48,8 @@ def constant(value: float):
 def product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`jnp.einsum(equation, x, kernel)`, where `equation` sums over axes that both have.
 
-    The gradient of the kernel is asked for in its own layout. JAX's rule gives its transpose, for which a CPU lays
-    the larger of two operands out anew; several kernels of one x then share the one of x.
+    The gradient of the kernel is computed in the kernel's layout. JAX's rule computes its transpose, for which a CPU
+    transposes the larger of two operands; this way several kernels of one x share one transposed x.
     """
     return jnp.einsum(equation, x, kernel)
 
@@ -60,8 +58,8 @@ def _product_forward(equation, x, kernel):
     return jnp.einsum(equation, x, kernel), (x, kernel)
 
 
-def _product_backward(equation, kept, grad):
-    x, kernel = kept
+def _product_backward(equation, residuals, grad):
+    x, kernel = residuals
     first, second, out = equation.replace("->", ",").split(",")
     return (jnp.einsum(f"{out},{second}->{first}", grad, kernel), jnp.einsum(f"{first},{out}->{second}", x, grad))
 
@@ -84,13 +82,13 @@ class Dense(nnx.Module):
         # Of `matmul.KINDS`: the product in 8 bits; "": in x's dtype.
         self.matmul = ""
         self.kernel = param(normal(fan_in**-0.5), shape, axes, rngs=rngs, param_dtype=param_dtype, stack=stack)
-        kept = [i for i, letter in enumerate(kernel) if letter in out]
-        bias_shape, bias_axes = tuple(shape[i] for i in kept), tuple(axes[i] for i in kept)
+        outputs = [i for i, letter in enumerate(kernel) if letter in out]
+        bias_shape, bias_axes = tuple(shape[i] for i in outputs), tuple(axes[i] for i in outputs)
         init = dict(rngs=rngs, param_dtype=param_dtype, stack=stack)
         self.bias = param(constant(0.0), bias_shape, bias_axes, **init) if use_bias else None
 
     def __call__(self, x: jax.Array, adapter: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
-        """adapter: gives what is added to the product, in its shape."""
+        """adapter: its output is added to the product."""
         kernel = self.kernel.get_value()
         if quant.is_quantized(kernel):
             y = quant.product(self.equation, x, kernel)
@@ -98,7 +96,7 @@ class Dense(nnx.Module):
             einsum = partial(matmul.einsum, self.matmul) if self.matmul else product
             y = einsum(self.equation, x, kernel.astype(x.dtype))
         y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
-        # What "dots" of `nn.blocks.REMAT_POLICIES` keeps: the sum, and not each of two products that are as large.
+        # "dots" of `nn.blocks.REMAT_POLICIES` keeps this sum and not the two products, each as large.
         return checkpoint_name(y if adapter is None else y + adapter(x), PRODUCT)
 
 
@@ -138,11 +136,11 @@ class Embedding(nnx.Module):
         self.table = param(normal(size**-0.5), (num, size), axes, rngs=rngs, param_dtype=param_dtype)
 
     def __call__(self, ids: jax.Array, dtype) -> jax.Array:
-        """dtype[..., D]; with replicas of the data each device looks its part of the width up, for rows of its replica.
+        """dtype[..., D]. With data replicas, a device looks up its slice of the width for the rows of its replica.
 
-        Then parts are exchanged for rows. Said here, because XLA otherwise looks all rows of the batch up on every
-        device and gathers all their gradients (of LLaVA-1.5-7B at batch 32 on 256 devices a tenth of all bytes moved);
-        without replicas it finds the exchange itself, and with several cells a better one.
+        The slices are then exchanged for rows. Without these constraints XLA looks up all rows of the batch on every
+        device and gathers all their gradients (a tenth of all bytes moved, for LLaVA-1.5-7B at batch 32 on 256
+        devices). Without replicas XLA finds the exchange itself.
         """
         x = self.table[...][ids].astype(dtype)
         mesh = current_mesh()

@@ -1,6 +1,6 @@
-"""Low-rank adapters (LoRA) on the products of a decoder's layers, kept apart from the weights that they change.
+"""Low-rank adapters (LoRA) on the products of a decoder's layers, held apart from the weights that they change.
 
-peft's dropout before them, which acts in training alone, is left out.
+peft's dropout before them, which acts only in training, is left out.
 Source: huggingface/peft:src/peft/tuners/lora/layer.py at 0.21; arXiv 2106.09685.
 """
 
@@ -13,6 +13,8 @@ from flax import nnx
 
 from medcg_jax.nn.layers import Stack, param
 
+# (logical name, size) of each axis.
+Axes = tuple[tuple[str, int], ...]
 # The products of a decoder's block that can have an adapter.
 TARGETS = ("q", "k", "v", "out", "gate", "up", "down")
 
@@ -28,8 +30,8 @@ class LoraConfig:
     def __post_init__(self):
         if self.rank < 1 or not self.targets or not set(self.targets) <= set(TARGETS):
             raise ValueError(
-                f"lora rank={self.rank}, targets={self.targets}: a rank of at least 1 and one or more of "
-                f"{', '.join(TARGETS)} are accepted"
+                f"lora rank={self.rank}, targets={self.targets}; expected a rank of at least 1 and one or more of "
+                f"{', '.join(TARGETS)}"
             )
 
     @property
@@ -38,10 +40,9 @@ class LoraConfig:
 
 
 class Adapter(nnx.Module):
-    """What is added to one product: scale * (x a) b, with `b` zero at first."""
+    """The term added to one product: scale * (x a) b, where `b` starts at zero."""
 
-    def __init__(self, inputs, outputs, config: LoraConfig, *, rngs, param_dtype, stack: Stack = ()):
-        """inputs, outputs: (logical name, size) of each axis of the product."""
+    def __init__(self, inputs: Axes, outputs: Axes, config: LoraConfig, *, rngs, param_dtype, stack: Stack = ()):
         init = dict(rngs=rngs, param_dtype=param_dtype, stack=stack)
         (in_names, in_sizes), (out_names, out_sizes) = zip(*inputs, strict=True), zip(*outputs, strict=True)
         self.scale, self.num_inputs = config.scale, len(inputs)
@@ -56,7 +57,7 @@ class Adapter(nnx.Module):
 
 
 class Adapters(nnx.Module):
-    """Adapters of so many layers, one for each of `config.targets` under its name: what `DecoderBlock` takes."""
+    """Adapters of `num_layers` layers, one for each of `config.targets` under its name, for `DecoderBlock`."""
 
     def __init__(self, text, config: LoraConfig, num_layers: int, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
         """text: the decoder's config."""
@@ -65,8 +66,8 @@ class Adapters(nnx.Module):
             setattr(self, name, Adapter(*axes, config, rngs=rngs, param_dtype=param_dtype, stack=(num_layers,)))
 
 
-def target_axes(text, target: str) -> tuple:
-    """(input axes, output axes) of a product of a decoder's block, each axis as (logical name, size)."""
+def target_axes(text, target: str) -> tuple[Axes, Axes]:
+    """(input axes, output axes) of a product of a decoder's block."""
     embed, mlp = (("embed", text.embed_dim),), (("mlp", text.mlp_dim),)
     heads = (("heads", text.num_heads), ("head_dim", text.head_dim))
     kv_heads = (("kv_heads", text.num_kv_heads), ("head_dim", text.head_dim))
@@ -82,7 +83,7 @@ def adapted(block: nnx.Module, lora: nnx.Module | None, name: str, x: jax.Array)
 
 
 def _rank_beside(names: tuple[str, ...]) -> str:
-    """The rank's logical name in a half with these other axes: each half is split over fsdp once."""
+    """The logical name of the rank axis in a half with these other axes, so that fsdp splits each half once."""
     return "rank" if "embed" in names else "rank_parts"
 
 

@@ -1,7 +1,7 @@
-"""Matrices kept in 8 or 4 bits with a scale for every block of them, and products with them.
+"""Matrices stored in 8 or 4 bits with a scale for every block, and products with them.
 
-They are qwix's `QArray`s: `qvalue` int8 or uint4 (numbers of `NF4`), `scale` bfloat16, one for each block of up to
-`BLOCK` numbers along one axis. A matrix that is dequantised and quantised again is the same one.
+They are qwix's `QArray`s: `qvalue` int8 or uint4 (indices into `NF4`), `scale` bfloat16, one for each block of up to
+`BLOCK` numbers along one axis. Dequantising and quantising again gives the same matrix.
 Source: google/qwix 0.1.8 (the array); arXiv 2305.14314, appendix E (NF4).
 """
 
@@ -19,12 +19,12 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-# What a block's largest number is divided by, and becomes.
+# The value that the largest number of a block is scaled to.
 LARGEST = {"int8": 127.0, "nf4": 1.0}
 
 
 def array_type():
-    """qwix's `QArray`. Imported where it is needed: without quantised matrices nothing asks for the package."""
+    """qwix's `QArray`, imported late: only quantised matrices need the package."""
     from qwix import QArray
 
     return QArray
@@ -38,8 +38,8 @@ def is_quantized(x) -> bool:
 def blocks_of(shape: tuple[int, ...]) -> tuple[int, int]:
     """(the axis that blocks lie along, numbers in a block) of a matrix with no layer axis.
 
-    The first axis that gives whole blocks of `BLOCK` in a multiple of 4, so that a mesh can split them; else the one
-    that gives the largest blocks.
+    The first axis with a multiple of 4 whole blocks of `BLOCK`, so that a mesh can split them; else the axis with the
+    largest blocks.
     """
     sizes = [math.gcd(BLOCK, size) for size in shape]
     whole = [i for i, size in enumerate(shape) if size % (4 * BLOCK) == 0]
@@ -64,19 +64,19 @@ def quantize(w: jax.Array, dtype: str, *, lead: int = 1):
     """`w`, float[...], in `dtype`: "int8" or "nf4"; its first `lead` axes count layers."""
     axis, size = blocks_of(w.shape[lead:])
     w = w.astype(jnp.float32)
-    apart = _apart(w, axis + lead, size)
-    scale = jnp.abs(apart).max(axis=axis + lead + 1, keepdims=True) / LARGEST[dtype]
-    # Rounded before it divides: what is kept is what was used. A block of zeros has the scale 1.
+    blocks = _split_blocks(w, axis + lead, size)
+    scale = jnp.abs(blocks).max(axis=axis + lead + 1, keepdims=True) / LARGEST[dtype]
+    # Rounded before the division, so that the stored scale is the one that was used. A block of zeros has the scale 1.
     scale = scale.astype(jnp.bfloat16)
     scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)
-    x = apart / scale.astype(jnp.float32)
+    x = blocks / scale.astype(jnp.float32)
     if dtype == "int8":
-        found = jnp.clip(jnp.round(x), -127, 127).astype(jnp.int8)
+        qvalue = jnp.clip(jnp.round(x), -127, 127).astype(jnp.int8)
     else:
-        # The nearest number: how many of the 15 middles between neighbours it lies beyond.
+        # The index of the nearest number is how many of the 15 midpoints between neighbours lie below.
         middles = [(a + b) / 2 for a, b in zip(NF4[:-1], NF4[1:], strict=True)]
-        found = sum((x > middle).astype(jnp.int8) for middle in middles).astype(jnp.uint4)
-    return array_type()(found.reshape(w.shape), scale.reshape(scale_shape(w.shape, lead=lead)), None, dtype)
+        qvalue = sum(((x > middle).astype(jnp.int8) for middle in middles), jnp.int8(0)).astype(jnp.uint4)
+    return array_type()(qvalue.reshape(w.shape), scale.reshape(scale_shape(w.shape, lead=lead)), None, dtype)
 
 
 def dequantize(q, dtype) -> jax.Array:
@@ -87,12 +87,12 @@ def dequantize(q, dtype) -> jax.Array:
     if axis is None:
         return (values * scale).astype(dtype)
     num = q.scale.shape[axis]
-    apart = _apart(values, axis, q.qvalue.shape[axis] // num) * jnp.expand_dims(scale, axis + 1)
-    return apart.reshape(values.shape).astype(dtype)
+    blocks = _split_blocks(values, axis, q.qvalue.shape[axis] // num) * jnp.expand_dims(scale, axis + 1)
+    return blocks.reshape(values.shape).astype(dtype)
 
 
 def product(equation: str, x: jax.Array, q) -> jax.Array:
-    """`einsum(equation, x, matrix)`. The matrix is made anew for the backward pass, and never kept for it."""
+    """`einsum(equation, x, matrix)`; the backward pass dequantises the matrix again instead of keeping it."""
 
     def run(x, q):
         return jnp.einsum(equation, x, dequantize(q, x.dtype))
@@ -101,17 +101,17 @@ def product(equation: str, x: jax.Array, q) -> jax.Array:
 
 
 def cast(w: jax.Array, dtype) -> jax.Array:
-    """A parameter in the dtype that is computed in; the numbers of a quantised matrix stay as they are."""
+    """A parameter in the compute dtype; the numbers of a quantised matrix stay as they are."""
     return w.astype(dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w
 
 
-def _apart(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """x with `axis` as two, blocks and the numbers in one."""
+def _split_blocks(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """x with `axis` split in two: blocks, and the numbers of a block."""
     return x.reshape(*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
 
 
 def _nf4_values(numbers: jax.Array) -> jax.Array:
-    """float32 values of `NF4`, chosen bit by bit: looked up one by one they would take a TPU far longer."""
+    """float32 values of `NF4`, chosen bit by bit, which on a TPU is far faster than a table lookup."""
     numbers = numbers.astype(jnp.int32)
     values: list = list(NF4)
     for bit in range(4):

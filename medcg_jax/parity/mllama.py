@@ -102,10 +102,10 @@ def port_stages(model: Mllama, given: dict) -> dict[str, np.ndarray]:
     memory = stages["projector"].reshape(len(tokens), -1, text.embed_dim)
     x = stages["embed"] = decoder.embed(tokens, model.dtype)
     angles = rope_angles(count_positions(segment_ids), text.head_dim, text.rope_theta, text.rope_scaling)
-    look = model.look(*model.in_view(tokens, segment_ids), images["num_tiles"])
+    visibility = model.visibility(*model.in_view(tokens, segment_ids), images["num_tiles"])
     at_text = {"angles": angles, "segment_ids": segment_ids, "implementation": attention}
     run_self = jax.jit(lambda block, x: block(x, **at_text)[0])
-    run_cross = jax.jit(lambda block, x, memory: block(x, block.keys_values(memory), **look))
+    run_cross = jax.jit(lambda block, x, memory: block(x, block.keys_values(memory), **visibility))
     own, cross = layers(decoder.blocks), layers(decoder.cross)
     for i in range(text.num_layers):
         is_cross = i in text.cross_layers

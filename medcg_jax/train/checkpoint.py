@@ -266,7 +266,7 @@ def load_params(directory: Path, config: Config, mesh: Mesh, *, base: str = "", 
     if why is not None:
         raise CheckpointError(f"{directory}: parameters are damaged ({why}); delete the directory to make it anew")
     try:
-        trained_on = convert.kept_parts(Path(directory))
+        trained_on = convert.trained_parts(Path(directory))
         parts = {"base": Path(base)} if base and trained_on and not Path(trained_on[0]).is_dir() else {}
         graphdef, params = convert.load_checkpoint(Path(directory), config, mesh, parts=parts, seed=seed)
     except convert.WeightsError:

@@ -196,7 +196,7 @@ def test_what_was_trained_alone_is_laid_over_its_base(ours, reference, tmp_path)
     assert settings["base_model_name_or_path"] == str(tmp_path / "base") and settings["r"] == 4
     assert difference(logits(*ours), opened(tmp_path / "peft")) < TOLERANCE
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(WeightsError, match="was trained on, is not there; its place is accepted as --base=DIR"):
+    with pytest.raises(WeightsError, match="was trained on, does not exist; pass --base=DIR"):
         open_leaves(tmp_path / "params")
     leaves = open_leaves(tmp_path / "params", parts={"base": tmp_path / "moved"})
     assert np.array_equal(np.asarray(leaves["lora"]["q"]["a"]), np.asarray(params["lora"]["q"]["a"]))

@@ -54,7 +54,7 @@ def released(tensors, tmp_path, monkeypatch):
     directory = write(tmp_path / "Llama-2-7b-chat-hf", llama, llava.text_to_json(tiny.CONFIG.text))
 
     def save(eva_changes: dict | None = None, own_changes: dict | None = None, *, where: Path = directory) -> None:
-        files = ((minigpt_v2.EVA_FILE, eva, eva_changes, False), (minigpt_v2.OWN_FILE, own, own_changes, True))
+        files = ((minigpt_v2.EVA_FILE, eva, eva_changes, False), (minigpt_v2.MINIGPT_FILE, own, own_changes, True))
         for name, found, changes, is_nested in files:
             found = {key: x for key, x in (found | (changes or {})).items() if x is not None}
             state = {key: torch.from_numpy(x.copy()) for key, x in found.items()}
@@ -82,9 +82,9 @@ def test_three_released_files_are_one_model(released, params, tmp_path):
     same_as(params, directory)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    for name in (minigpt_v2.EVA_FILE, minigpt_v2.OWN_FILE):
+    for name in (minigpt_v2.EVA_FILE, minigpt_v2.MINIGPT_FILE):
         (tmp_path / name).rename(elsewhere / name)
-    parts = {"eva": elsewhere / minigpt_v2.EVA_FILE, "minigpt": elsewhere / minigpt_v2.OWN_FILE}
+    parts = {"eva": elsewhere / minigpt_v2.EVA_FILE, "minigpt": elsewhere / minigpt_v2.MINIGPT_FILE}
     same_as(params, directory, **parts)
 
 

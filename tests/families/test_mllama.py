@@ -133,7 +133,7 @@ def test_the_example_of_parity_with_the_files_own_indices(reference):
     assert worst(found, tiny.reference_stages(other, inputs)["logits"][real]) < TOLERANCE
     with pytest.raises(WeightsError, match="lack aspect_ratio_mask"):
         parity_mllama.port_inputs(config, {name: x for name, x in inputs.items() if name != "aspect_ratio_mask"})
-    with pytest.raises(WeightsError, match=r"pixel_values \(2, 1, 3, .*: \[B, T\]"):
+    with pytest.raises(WeightsError, match=r"pixel_values \(2, 1, 3, .*: expected \[B, T\]"):
         parity_mllama.port_inputs(config, {**inputs, "pixel_values": inputs["pixel_values"][:, :, :3]})
 
 
@@ -375,7 +375,7 @@ def test_shapes_and_sizes_that_do_not_fit_are_refused():
         model.encode_images(images)
     with pytest.raises(ValueError, match=r"segment_ids \(2, 3\) beside tokens \(2, 20\)"):
         model.hidden(jnp.zeros((2, 20), jnp.int32), segment_ids=jnp.zeros((2, 3)))
-    with pytest.raises(ValueError, match=r"intermediate_layers=\(5, 2\): rising layers of 0 to 31"):
+    with pytest.raises(ValueError, match=r"intermediate_layers=\(5, 2\); expected rising layers of 0 to 31"):
         MllamaVisionConfig(intermediate_layers=(5, 2))
     with pytest.raises(ValueError, match="num_heads=4 is no multiple of num_kv_heads=3"):
         llama32_vision_tiny(24, 23, num_kv_heads=3)

@@ -56,9 +56,9 @@ def test_what_does_not_fit_is_refused():
             shapes.encode_images({"pixels": bad, "grids": jnp.zeros((2, 1, 2), jnp.int32)})
     with pytest.raises(ValueError, match=r"grids \(2, 2\) beside pixels"):
         shapes.encode_images({"pixels": pixels, "grids": jnp.zeros((2, 2), jnp.int32)})
-    with pytest.raises(ValueError, match=r"positions \(2, 20\) beside tokens \(2, 20\): \(2, 20, 3\) is accepted"):
+    with pytest.raises(ValueError, match=r"positions \(2, 20\) beside tokens \(2, 20\); expected \(2, 20, 3\)"):
         shapes.hidden(tokens, positions=tokens)
-    with pytest.raises(ValueError, match=r"mrope_sections=\(2, 3, 4\): three that sum to half of head_dim=16"):
+    with pytest.raises(ValueError, match=r"mrope_sections=\(2, 3, 4\); expected three of sum head_dim / 2 = 8"):
         qwen2_vl_tiny(20, 19, mrope_sections=(2, 3, 4))
     with pytest.raises(ValueError, match="min_pixels=2000, max_pixels=1024: 64 or more, ascending"):
         qwen2_vl_tiny(20, 19, min_pixels=2000)

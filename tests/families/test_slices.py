@@ -75,7 +75,7 @@ def test_of_heads_that_devices_share_too_and_of_what_was_converted(releases, tmp
     same(on_one_device(load_checkpoint(src, config, mesh)[1]), params)
     # As a start with a base of another dtype takes it.
     convert(src, tmp_path / "orbax")
-    placed = engine.place(open_leaves(tmp_path / "orbax"), build.abstract(config)[1], build.shardings(config, mesh))
+    placed = engine.put(open_leaves(tmp_path / "orbax"), build.abstract(config)[1], build.shardings(config, mesh))
     same(on_one_device(placed), params)
 
 

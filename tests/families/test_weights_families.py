@@ -82,16 +82,18 @@ def test_a_checkpoint_of_another_family_or_size_is_refused_with_its_name(family,
     src = releases(family)[0]
     for wanted in FAMILIES:
         if wanted != family:
-            with pytest.raises(WeightsError, match=rf"{src} holds a {family}; a {wanted} is wanted"):
+            with pytest.raises(WeightsError, match=rf"{src} holds a {family}; expected a {wanted}"):
                 load_checkpoint(src, CONFIGS[wanted], one())
     config = CONFIGS[family]
     cases = {"norm_eps": 0.25, "rope_theta": 3.0, "num_heads": 2 * config.text.num_heads}
     for field, value in cases.items():
-        message = rf"{src} is of another architecture: .*text.{field} {getattr(config.text, field)} \(wanted {value}\)"
+        message = (
+            rf"{src} is of another architecture: .*text.{field} {getattr(config.text, field)} \(expected {value}\)"
+        )
         with pytest.raises(WeightsError, match=message):
             load_checkpoint(src, replaced(config, "text", **{field: value}), one())
     field, value = ("patch_size_px", 2) if family == "qwen2_vl" else ("image_size_px", 64)
-    with pytest.raises(WeightsError, match=rf"vision.{field} .* \(wanted {value}\)"):
+    with pytest.raises(WeightsError, match=rf"vision.{field} .* \(expected {value}\)"):
         load_checkpoint(src, replaced(config, "vision", **{field: value}), one())
 
 
@@ -338,16 +340,16 @@ UNFIT = {
         ("model_type", "llava_next", "model_type='llava_next'; accepted: llava"),
         ("vision_config.image_size", 13, "image_size_px=13"),
         ("vision_config.image_size", [336, 224], "the same for all sides"),
-        ("vision_feature_layer", -30, "feature_layer=-30: one that runs 1 to 24 layers"),
+        ("vision_feature_layer", -30, "feature_layer=-30; expected one that runs 1 to 24 layers"),
         ("text_config.num_key_value_heads", 5, "num_kv_heads=5"),
     ],
     "qwen2_vl": [
         ("model_type", "qwen2_5_vl", "model_type='qwen2_5_vl'; accepted: llava"),
         ("num_key_value_heads", 5, "num_kv_heads=5"),
         ("rope_scaling.mrope_section", [16, 16, 24],
-        "mrope_sections=(16, 16, 24): three that sum to half of head_dim=128"),
+        "mrope_sections=(16, 16, 24); expected three of sum head_dim / 2 = 64"),
         ("layer_types", ["full_attention", "sliding_attention"],
-        "layer_types=['full_attention', 'sliding_attention']; attention to all that came before is accepted"),
+        "layer_types=['full_attention', 'sliding_attention']; expected attention to all that came before"),
     ],
     "mllama": [
         ("model_type", "mllama2", "model_type='mllama2'; accepted: llava"),
@@ -366,7 +368,9 @@ UNFIT = {
         ("vision_config.image_size", 13, "image_size_px=13"),
     ],
 }  # fmt: skip
-CASES = [(family, f, v, f"config.json has {f}={v!r}; {a}") for family, cases in REFUSED.items() for f, v, a in cases]
+CASES = [
+    (family, f, v, f"config.json has {f}={v!r}; expected {a}") for family, cases in REFUSED.items() for f, v, a in cases
+]
 CASES += [(family, *case) for family, cases in UNFIT.items() for case in cases]
 
 

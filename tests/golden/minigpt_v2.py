@@ -28,6 +28,8 @@ TOLERANCE = 2e-5
 # What the original trains; of the other gradients the folder has norms alone.
 TRAINED = ("projector", "lora")
 IGNORED_LABEL = -100
+# Llama's token that opens a sequence.
+BOS = 1
 
 
 def golden_rows(folder: Path) -> list[Row]:
@@ -39,7 +41,7 @@ def golden_rows(folder: Path) -> list[Row]:
       WeightsError: files are missing, or arrays do not fit the config.
     """
     config, graphdef, params = load(folder)
-    bos = read_json(folder / "config.json").get("bos_token_id", minigpt_v2.BOS)
+    bos = read_json(folder / "config.json").get("bos_token_id", BOS)
     pieces = read_json(folder / "inputs.json")
     inputs, expected, grads = (read_arrays(folder / f"{name}.npz") for name in ("inputs", "expected", "grads"))
     model = nnx.merge(graphdef, params)
@@ -68,7 +70,7 @@ def load(folder: Path) -> tuple[MiniGPTv2Config, nnx.GraphDef, nnx.State]:
     return config, graphdef, engine.load(minigpt_v2.table(config), abstract, places, tensors, names, str(folder))
 
 
-def training_rows(config: MiniGPTv2Config, pieces: list[dict], bos_id: int = minigpt_v2.BOS) -> dict[str, np.ndarray]:
+def training_rows(config: MiniGPTv2Config, pieces: list[dict], bos_id: int = BOS) -> dict[str, np.ndarray]:
     """tokens, segment_ids and labels, int32[B, T] each: [BOS][before][image][after][answer], padded on the right.
 
     The original pads prompts and answers each to their longest, so no row need be as long as T.
@@ -112,11 +114,7 @@ def port_stages(model: MiniGPTv2, tokens: jax.Array, segment_ids: jax.Array, pix
 
 
 def stage_rows(
-    model: MiniGPTv2,
-    pixels: jax.Array,
-    pieces: list[dict],
-    expected: dict[str, np.ndarray],
-    bos_id: int = minigpt_v2.BOS,
+    model: MiniGPTv2, pixels: jax.Array, pieces: list[dict], expected: dict[str, np.ndarray], bos_id: int = BOS
 ) -> list[Row]:
     """Rows for every stage (of the decoder's the real tokens), the mask, the labels and both losses."""
     given = training_rows(model.config, pieces, bos_id)
@@ -166,7 +164,7 @@ def token_losses(logits: jax.Array, labels: np.ndarray) -> tuple[jax.Array, np.n
 
 
 def gradient_rows(
-    config, graphdef, params, pixels, pieces: list[dict], reference: dict[str, np.ndarray], bos_id: int = minigpt_v2.BOS
+    config, graphdef, params, pixels, pieces: list[dict], reference: dict[str, np.ndarray], bos_id: int = BOS
 ) -> list[Row]:
     """A row per tensor: trained ones relative to their gradient's largest value, the norms of others' to themselves."""
     given = training_rows(config, pieces, bos_id)

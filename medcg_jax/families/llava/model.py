@@ -79,7 +79,9 @@ class Projector(nnx.Module):
 
 
 class Llava(VisionLanguageModel):
-    """Beside the common submodules `unused`: tensors of the checkpoint that nothing computes."""
+    """The common submodules, and `unused`: tensors of the checkpoint that no computation uses."""
+
+    config: LlavaConfig
 
     def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
         super().__init__(config, rngs=rngs, param_dtype=param_dtype)

@@ -11,7 +11,7 @@ FAMILY = Family(
     released={"minigpt_v2_7b": ""},
     tokenizer="minigpt_v2",
     weights="medcg_jax.families.weights.minigpt_v2",
-    # Llama alone is a part of the release.
+    # "llama": the part of the release with the language model.
     model_types=("minigpt_v2", "llama"),
     # Other families have adapters where `model.lora_rank` is above 0.
     parts=("lora",),

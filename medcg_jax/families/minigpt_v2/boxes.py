@@ -28,45 +28,45 @@ def format_boxes(boxes: np.ndarray | Sequence[Sequence[float]], size: tuple[int,
     """The text of boxes[N, 4], x1, y1, x2, y2 in pixels, in an image of size (height, width).
 
     Raises:
-      DataError: there are none, or one lies outside the image, has exchanged ends or numbers that are not finite.
+      DataError: no boxes, or a box outside the image, with swapped ends, or with numbers that are not finite.
     """
     boxes = np.asarray(boxes, np.float64)
     if boxes.ndim != 2 or boxes.shape[1] != 4 or not len(boxes):
-        raise DataError(f"boxes of shape {boxes.shape} cannot be written; [N, 4] with N of 1 or more is accepted")
+        raise DataError(f"boxes of shape {boxes.shape} cannot be written; expected [N, 4] with N of 1 or more")
     height, width = size
     for box in boxes.tolist():
         x1, y1, x2, y2 = box
-        # NaN fails both.
+        # NaN fails both comparisons.
         if not (0 <= x1 <= x2 <= width and 0 <= y1 <= y2 <= height):
-            accepted = "0 <= x1 <= x2 <= width, 0 <= y1 <= y2 <= height"
-            raise DataError(f"box {box} in an image of {width} x {height}; {accepted} is accepted")
-    # In this order, as the original: 29 / 100 * 100 is less than 29, and floors to 28 there too.
+            expected = "0 <= x1 <= x2 <= width, 0 <= y1 <= y2 <= height"
+            raise DataError(f"box {box} in an image of {width} x {height}; expected {expected}")
+    # The original's order of operations: 29 / 100 * 100 is less than 29, and floors to 28 in both.
     binned = (boxes / (width, height, width, height) * BINS).astype(int).tolist()
     return DELIMITER.join("{" + "".join(f"<{value}>" for value in box) + "}" for box in binned)
 
 
 def parse_bins(text: str) -> np.ndarray | None:
-    """int64[N, 4] hundredths of the boxes that the text consists of; None where it is anything else.
+    """int64[N, 4] boxes in hundredths, if the text consists of boxes and nothing else; otherwise None.
 
-    Spaces do not count, nor does one `<p>phrase</p>` in front. Numbers are 0 to 100 without leading zeros, and no box
-    has exchanged ends: nothing is repaired or guessed.
+    Spaces and one `<p>phrase</p>` in front are ignored. Numbers must be 0 to 100 without leading zeros, and no box may
+    have swapped ends: nothing is repaired or guessed.
     """
-    found = []
-    for part in _PHRASE.sub("", re.sub(r"\s", "", text)).split(DELIMITER):
-        matched = _BOX.fullmatch(part)
+    boxes = []
+    for box_text in _PHRASE.sub("", re.sub(r"\s", "", text)).split(DELIMITER):
+        matched = _BOX.fullmatch(box_text)
         if matched is None:
             return None
         x1, y1, x2, y2 = box = [int(value) for value in matched.groups()]
         if x1 > x2 or y1 > y2:
             return None
-        found.append(box)
-    return np.array(found, np.int64)
+        boxes.append(box)
+    return np.array(boxes, np.int64)
 
 
 def parse_boxes(text: str, size: tuple[int, int]) -> np.ndarray | None:
-    """float64[N, 4] boxes in pixels of an image of size (height, width); None where `parse_bins` reads none.
+    """float64[N, 4] boxes in pixels of an image of size (height, width); None if `parse_bins` gives None.
 
-    A box that was written comes back less than a hundredth of the image further left and up.
+    Writing and reading a box moves it left and up by less than a hundredth of the image.
     """
-    found = parse_bins(text)
-    return None if found is None else found / BINS * np.array((size[1], size[0], size[1], size[0]))
+    bins = parse_bins(text)
+    return None if bins is None else bins / BINS * np.array((size[1], size[0], size[1], size[0]))

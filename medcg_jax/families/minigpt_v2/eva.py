@@ -1,4 +1,4 @@
-"""EVA-CLIP's ViT-g with BLIP-2's norm behind it, as MiniGPT-v2 uses them: pixels to normed patch features.
+"""EVA-CLIP's ViT-g and BLIP-2's norm behind it, as in MiniGPT-v2: pixels to normed patch features.
 
 Pre-norm blocks with the exact GELU, biases on everything but the keys, absolute positions, no norm before the blocks.
 Source: Vision-CAIR/MiniGPT-4:minigpt4/models/eva_vit.py and base_model.py:LayerNorm at d94738a.
@@ -27,7 +27,7 @@ class EvaConfig:
     num_heads: int = 16
     mlp_dim: int = 6144
     norm_eps: float = 1e-6
-    # Of the norm behind the blocks, which is not the tower's own.
+    # Of BLIP-2's norm behind the blocks.
     out_norm_eps: float = 1e-5
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
@@ -51,7 +51,7 @@ class EvaBlock(nnx.Module):
         width, heads, head_dim = config.embed_dim, config.num_heads, config.embed_dim // config.num_heads
         names = ("vision_embed", "vision_heads", "head_dim")
         self.norm1 = LayerNorm(width, eps=config.norm_eps, **init)
-        # Query, key and value of a head stand behind each other in its last axis.
+        # The last axis holds the query, the key and the value of a head.
         self.qkv = Dense("btd,dnh->btnh", (width, heads, 3 * head_dim), names, use_bias=False, **init)
         self.q_bias = param(normal(0.0), (heads, head_dim), names[1:], **init)
         self.v_bias = param(normal(0.0), (heads, head_dim), names[1:], **init)
@@ -83,7 +83,7 @@ class EvaVision(ClipVision):
         self.norm = LayerNorm(width, eps=config.out_norm_eps, **init)
 
     def embed(self, pixels: jax.Array, dtype) -> jax.Array:
-        """float[B, 1 + P, E]: what the first block gets; class token first."""
+        """float[B, 1 + P, E]: the input of the first block; class token first."""
         return constrain(self.tokens(pixels, dtype), "act_batch", "act_len", "act_embed")
 
     def select(self, x: jax.Array) -> jax.Array:

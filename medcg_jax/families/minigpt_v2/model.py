@@ -23,7 +23,7 @@ class MiniGPTv2Config(FamilyConfig):
     vision: EvaConfig = EvaConfig()
     text: DecoderConfig = DecoderConfig()
     lora: LoraConfig = LoraConfig()
-    # Patches that make one token: neighbours in a row of the image, strips of 1 x 4.
+    # Neighbouring patches of an image row (strips of 1 x 4) that make one token.
     patches_per_token: int = 4
 
     def __post_init__(self):
@@ -46,7 +46,7 @@ class MiniGPTv2Config(FamilyConfig):
 def minigpt_v2_7b(**fields) -> MiniGPTv2Config:
     """MiniGPT-v2: 7,782,021,504 parameters, of which 56,627,200 are trained (`projector`, `lora`).
 
-    Forms with a bias on the keys, always zero, count 54,912 more. `fields` are MiniGPTv2Config's own.
+    Layouts that store the keys' bias, always zero, count 54,912 more. fields: of MiniGPTv2Config.
     """
     return MiniGPTv2Config(**fields)
 
@@ -66,7 +66,9 @@ def minigpt_v2_tiny(
 
 
 class MiniGPTv2(VisionLanguageModel):
-    """`vision` has the norm behind it; `lora`, the adapters, is always there."""
+    """`vision` includes the norm behind the tower; `lora` is always present."""
+
+    config: MiniGPTv2Config
 
     def make_vision(self, **options) -> EvaVision:
         return EvaVision(self.config.vision, **options)
@@ -81,6 +83,6 @@ class MiniGPTv2(VisionLanguageModel):
 
 
 def group(x: jax.Array, num: int) -> jax.Array:
-    """float[B, P / num, num * E] of x[B, P, E]: so many patches, one behind the other in raster order, side by side."""
+    """float[B, P / num, num * E] of x[B, P, E]: every `num` patches in raster order, concatenated."""
     rows, patches, width = x.shape
     return x.reshape(rows, patches // num, num * width)

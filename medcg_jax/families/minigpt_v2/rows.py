@@ -1,6 +1,6 @@
-"""Rows of MiniGPT-v2: Llama 2's instructions; images squashed to a square, all with as many tokens; boxes as text.
+"""Rows of MiniGPT-v2: Llama 2's instructions; images squashed to a square; boxes as text.
 
-Nothing of an image is cut off and nothing added, so boxes scale with it.
+Images are neither cropped nor padded, so boxes scale with them.
 Source: Vision-CAIR/MiniGPT-4 (d94738a) minigpt4/models/minigpt_base.py:prompt_wrap, preparing_embedding,
 get_context_emb; conversation/conversation.py:CONV_VISION_minigptv2; datasets/datasets/multitask_conversation.py (later
 turns); processors/blip_processors.py:Blip2ImageTrainProcessor, whose resize is PIL's bicubic filter on uint8, the same
@@ -31,14 +31,14 @@ class Instructions(Prompts):
         <s>[INST] <Img><ImageHere></Img> [vqa] {question}  [/INST]{answer}</s>            training: two spaces
         <s><s>[INST] <Img><ImageHere></Img> [vqa] {question} [/INST]                      evaluation: one, and two <s>
 
-    What stands before the image, behind it, and the answer are tokenised apart, each as a text of its own: a
-    SentencePiece model puts a space before each. `[vqa]` and its like are plain text.
+    The texts before and behind the image and the answer are tokenised separately: a SentencePiece model puts a space
+    before each. Tags such as `[vqa]` are plain text.
     """
 
     between = None
 
     def __init__(self, task: str = "vqa"):
-        """task: of `TASKS`, what a question that opens with no tag is tagged with; "": nothing."""
+        """task: one of `TASKS`, the tag for questions that begin with none; "": no tag."""
         self.task = task
 
     def pieces(self, turn, *, first, system_prompt, has_image, training):
@@ -47,7 +47,7 @@ class Instructions(Prompts):
         question = turn.question.strip()
         if self.task and not _TAGGED.match(question):
             question = f"[{self.task}] {question}"
-        # The original's rows of text alone have one space in training too.
+        # In the original, rows without an image have one space in training too.
         space = "  " if training and (has_image or not first) else " "
         if has_image:
             return [BOS, Text("[INST] <Img>"), IMAGE, Text(f"</Img> {question}{space}[/INST]")]
@@ -56,7 +56,7 @@ class Instructions(Prompts):
     def evaluation_prompt(self, tokenizer, turns, *, system_prompt, num_image_tokens=0):
         """As `Prompts`, with a second <s> in front.
 
-        The original's evaluation spells <s> out and lets its tokenizer add one; the released figures were made so.
+        The original's evaluation writes <s> and its tokenizer adds another; the released figures were made so.
         """
         options = {"system_prompt": system_prompt, "num_image_tokens": num_image_tokens}
         return self._encode(tokenizer, [BOS], 0) + super().evaluation_prompt(tokenizer, turns, **options)
@@ -66,7 +66,7 @@ PROMPTS = Instructions()
 
 
 def row_format(config) -> Format:
-    """The format of a model's rows; of its `MiniGPTv2Config`, `image_size_px` and `num_image_tokens` are read."""
+    """The format of a model's rows. config: its `MiniGPTv2Config`."""
     return Format(
         PROMPTS, partial(preprocess, size_px=config.image_size_px), config.num_image_tokens, box_turn=box_turn,
         read_boxes=read_boxes,

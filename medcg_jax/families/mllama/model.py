@@ -1,4 +1,4 @@
-"""Llama-3.2-Vision (Mllama): an image encoder over tiles, a projector, and a decoder that looks at the tiles.
+"""Llama-3.2-Vision (Mllama): an image encoder over tiles, a projector, and a decoder with cross-attention to tiles.
 
 An image is one token of text. A token sees the tiles of the images in the last unbroken run of image tokens up to it.
 Source: huggingface/transformers:models/mllama/modeling_mllama.py and processing_mllama.py at 5.23.0;
@@ -6,6 +6,7 @@ meta-llama/llama-models:llama3/multimodal/model.py at a9c89c4.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +31,11 @@ class MllamaConfig(FamilyConfig):
     image_token_id: int = 128256
     pad_token_id: int = 128004
     eos_token_id: int = 128009
-    # Which side of `vision.intermediate_layers` the features take: Meta's model, whose weights these are, takes the
-    # "input"; transformers 4.57 to 5.23 take the "output".
+    # Whether features are the "input" of `vision.intermediate_layers`, as in Meta's model (the one trained), or the
+    # "output", as in transformers 4.57 to 5.23.
     intermediate_from: str = "input"
-    # What a token that comes before every image (or has none) gets from cross-attention. False, as transformers: the
-    # mean over all tiles of the row, absent ones included, by its scores. True, as Meta: nothing.
+    # The cross-attention output of tokens before the first image. False, as transformers: the mean over all tiles of
+    # the row, absent ones included, weighted by scores. True, as Meta: zero.
     mask_text_only_rows_attention: bool = False
 
     @property
@@ -84,6 +85,7 @@ def llama32_vision_tiny(
 
 
 class Mllama(VisionLanguageModel):
+    config: MllamaConfig
     image_keys = ("pixels", "aspect_ratio_ids", "num_tiles")
 
     def make_vision(self, **options) -> MllamaVision:
@@ -96,28 +98,26 @@ class Mllama(VisionLanguageModel):
     def make_decoder(self, **options) -> MllamaDecoder:
         return MllamaDecoder(self.config.text, **options)
 
-    def make_adapters(self, **init) -> MllamaAdapters:
-        return MllamaAdapters(self.config.text, self.config.lora, **init)
+    def make_adapters(self, lora, **init) -> MllamaAdapters:
+        return MllamaAdapters(self.config.text, lora, **init)
 
     def encode_images(self, images: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """{"features": float[B, I, tiles * tokens, D], "num_tiles": int[B, I]} of each row's images.
 
-        images: pixels uint8[B, I, 4, h, w, 3] (or float, already normalised) of each image's tiles, those that are
-          absent behind the others; aspect_ratio_ids int[B, I] the grid from 1, num_tiles int[B, I] how many tiles
-          there are. Both 0: there is no image, and no image token of the row stands for it.
+        images: pixels uint8[B, I, 4, h, w, 3] (or float, already normalised) of each image's tiles, absent ones last;
+          aspect_ratio_ids int[B, I], the grid from 1; num_tiles int[B, I], the number of tiles. Both 0: there is no
+          image, and the row has no image token for it.
 
         Raises:
           ValueError: shapes that do not fit the model or each other.
         """
         pixels, size = images["pixels"], self.config.image_size_px
         if pixels.ndim != 6 or pixels.shape[2:] != (NUM_TILES, size, size, 3):
-            raise ValueError(f"pixels {pixels.shape}: [batch, images, {NUM_TILES}, {size}, {size}, 3] is accepted")
+            raise ValueError(f"pixels {pixels.shape}; expected [batch, images, {NUM_TILES}, {size}, {size}, 3]")
         rows, count = pixels.shape[:2]
         for name in ("aspect_ratio_ids", "num_tiles"):
             if images[name].shape != (rows, count):
-                raise ValueError(
-                    f"{name} {images[name].shape} beside pixels {pixels.shape}: [batch, images] is accepted"
-                )
+                raise ValueError(f"{name} {images[name].shape} beside pixels {pixels.shape}; expected [batch, images]")
         flat = (images[name].reshape(rows * count, *images[name].shape[2:]) for name in self.image_keys)
         features = self.projector(self.vision(*flat, dtype=self.dtype))
         shape = (rows, count, self.config.vision.num_tokens, features.shape[-1])
@@ -129,13 +129,13 @@ class Mllama(VisionLanguageModel):
         """(float[B, T, D] after the final norm, the cache with these tokens and their images in it or None).
 
         tokens: int[B, T], every image as one `image_token_id`.
-        images: as in `encode_images`; or image_features: what it gave; neither: those in the cache, or none, and then
-          the cross-attention layers are left out.
+        images: as in `encode_images`; or image_features: its result. Neither: the images of the cache; without those
+          the cross-attention layers are skipped.
         segment_ids: int[B, T], 0 on padding; None: all real. positions: int[B, T]; None: counted over the real tokens
           of the row (and of the cache).
-        at: int[B, L]; hidden comes back at these positions alone, float[B, L, D]; None: at all.
-        cache: what `init_cache` gave, or an earlier call; its slots must suffice for T more tokens. Images come with
-          the call that has their tokens, once; image tokens of two calls do not stand for one run of them.
+        at: int[B, L]; hidden comes back at these positions only, float[B, L, D]; None: at all.
+        cache: from `init_cache` or an earlier call, with room for T more tokens. Images are passed once, in the call
+          with their tokens; a run of image tokens must not be split between calls.
 
         Raises:
           ValueError: shapes that do not fit each other.
@@ -161,16 +161,16 @@ class Mllama(VisionLanguageModel):
         first, following = self.in_view(tokens, segment_ids, cache)
         # Image and padding ids may lie outside the table.
         x = self.decoder.embed(jnp.clip(tokens, 0, text.vocab_size + EXTRA_ROWS - 1), self.dtype)
-        x, kept = self.decoder(
+        x, states = self.decoder(
             constrain(x, "act_batch", "act_len", "act_embed"),
             angles=rope_angles(positions, text.head_dim, text.rope_theta, text.rope_scaling),
             segment_ids=segment_ids, cache=slots, memory=memory, attention=self.config.attention, lora=self.lora,
-            look=None if memory is None else self.look(first, following, num_tiles),
+            visibility=None if memory is None else self.visibility(first, following, num_tiles),
         )  # fmt: skip
         x = x if at is None else take_positions(x, at)
         if cache is None:
             return x, None
-        (k, v), cross = kept
+        (k, v), cross = states
         cache = {
             **cache, "k": k, "v": v, "segment_ids": ids, "index": cache["index"] + tokens.shape[1],
             "first_image": first[:, -1], "next_image": following[:, -1],
@@ -184,8 +184,8 @@ class Mllama(VisionLanguageModel):
         is_image = (tokens == self.config.image_token_id) & (segment_ids != 0)
         return images_in_view(is_image, None if cache is None else (cache["first_image"], cache["next_image"]))
 
-    def look(self, first, following, num_tiles) -> dict:
-        """What the cross-attention layers are told about who sees what: keyword arguments of `CrossBlock`.
+    def visibility(self, first, following, num_tiles) -> dict:
+        """Keyword arguments of `CrossBlock`: which tokens see which tiles.
 
         first, following: int[B, T] of `images_in_view`. num_tiles: int[B, I].
         """
@@ -198,8 +198,8 @@ class Mllama(VisionLanguageModel):
         allowed = jnp.repeat(tiles | ~sees[..., None], self.config.vision.tokens_per_tile, axis=-1)
         return {"allowed": allowed, "sees": sees, "mask_attention": self.config.mask_text_only_rows_attention}
 
-    def init_cache(self, batch: int, length: int, dtype=None) -> dict[str, jax.Array | int]:
-        """An empty cache with `length` slots a row; the call that brings images adds their keys and values to it."""
+    def init_cache(self, batch: int, length: int, dtype=None) -> dict[str, Any]:
+        """An empty cache with `length` slots a row; a call with images adds their keys and values to it."""
         text, dtype = self.config.text, self.dtype if dtype is None else dtype
         shape = (len(text.self_layers), batch, length, text.num_kv_heads, text.head_dim)
         return {

@@ -15,7 +15,7 @@ from PIL import Image
 
 from medcg_jax.data.records import DataError
 from medcg_jax.data.row_format import Format
-from medcg_jax.families.prompts import IMAGE, Prompts, Text
+from medcg_jax.families.prompts import IMAGE, Piece, Prompts, Text
 
 TURN_END = "<|eot_id|>"
 
@@ -26,8 +26,8 @@ class Llama3(Prompts):
         <|begin_of_text|><|start_header_id|>user<|end_header_id|>\\n\\n<|image|>{question}<|eot_id|>
         <|start_header_id|>assistant<|end_header_id|>\\n\\n{answer}<|eot_id|>...
 
-    Role, line breaks and the stripped text are each tokenised apart, as Meta's own code does; Llama 3's tokenizer gives
-    the same ids for the whole text. An image is one token.
+    Role, line breaks and the stripped text are tokenised separately, as in Meta's code; Llama 3's tokenizer gives the
+    same ids for the whole text. An image is one token.
     """
 
     image, end, between = "<|image|>", TURN_END, None
@@ -35,14 +35,14 @@ class Llama3(Prompts):
     def pieces(self, turn, *, first, system_prompt, has_image, training):
         if system_prompt == "vicuna":
             raise DataError("system_prompt='vicuna' is LLaVA-1.5's sentence; expected the text itself, or '' for none")
-        pieces = ["<|begin_of_text|>"] if first else []
+        pieces: list[Piece] = ["<|begin_of_text|>"] if first else []
         if system_prompt and first:
             pieces += [*header("system"), Text(system_prompt.strip()), TURN_END]
         pieces += [*header("user"), *([IMAGE] if has_image else []), Text(turn.question.strip()), TURN_END]
         return pieces + header("assistant")
 
 
-def header(role: str) -> list[Text | str]:
+def header(role: str) -> list[Piece]:
     return ["<|start_header_id|>", Text(role), "<|end_header_id|>", Text("\n\n")]
 
 
@@ -50,7 +50,7 @@ PROMPTS = Llama3()
 
 
 def row_format(config) -> Format:
-    """The format of a model's rows; of its `MllamaConfig`, `image_size_px` is read."""
+    """The format of a model's rows. config: its `MllamaConfig`."""
     return Format(PROMPTS, partial(preprocess, tile_px=config.image_size_px), 1)
 
 
@@ -62,10 +62,10 @@ GRIDS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
 def preprocess(image: np.ndarray, tile_px: int) -> dict[str, np.ndarray]:
     """The arrays of one image, uint8[h, w, 3] of any shape.
 
-    pixels: uint8[NUM_TILES, tile_px, tile_px, 3] tiles row by row; black below and right of the image, and so is every
-      tile that it does not have.
-    aspect_ratio_ids: int32[] number of the grid, from 1. num_tiles: int32[] tiles that the image has. Zeros in all
-      three are no image.
+    pixels: uint8[NUM_TILES, tile_px, tile_px, 3] tiles row by row; black below and right of the image, and in tiles
+      that the image does not have.
+    aspect_ratio_ids: int32[] number of the grid, from 1. num_tiles: int32[] tiles of the image. Zeros in all three mean
+      no image.
     """
     height, width = image.shape[:2]
     rows, columns = grid = choose_grid(height, width, tile_px)
@@ -82,9 +82,9 @@ def preprocess(image: np.ndarray, tile_px: int) -> dict[str, np.ndarray]:
 
 
 def choose_grid(height: int, width: int, tile_px: int) -> tuple[int, int]:
-    """The grid whose canvas enlarges the image least; if none holds it, the one that shrinks it least.
+    """The grid that enlarges the image least; if all shrink it, the one that shrinks it least.
 
-    Of several that scale alike the one of the fewest tiles, and of those the first in `GRIDS`.
+    Among equal scales the grid with the fewest tiles, then the first in `GRIDS`.
     """
     scales = [min(rows * tile_px / height, columns * tile_px / width) for rows, columns in GRIDS]
     enlarging = [scale for scale in scales if scale >= 1]
@@ -93,7 +93,7 @@ def choose_grid(height: int, width: int, tile_px: int) -> tuple[int, int]:
 
 
 def fitted_size(height: int, width: int, grid: tuple[int, int], tile_px: int) -> tuple[int, int]:
-    """(height, width) of the image in the canvas: as large as it was, but no less than a tile and no more than fits."""
+    """(height, width) of the image in the canvas: its own size, but at least a tile and at most what fits."""
     most_high, most_wide = (min(max(side, tile_px), count * tile_px) for side, count in zip((height, width), grid))
     scale_high, scale_wide = most_high / height, most_wide / width
     if scale_wide < scale_high:

@@ -1,13 +1,14 @@
 """Llama-3.2-Vision's decoder: Llama's blocks, and among them gated cross-attention to the tokens of the images.
 
-In every release the layers come in equal groups, each with one cross-attention layer inside it; one `lax.scan` runs
-over the groups. Where they do not, the layers run one by one.
+In every release the layers form equal groups with one cross-attention layer each, and one `lax.scan` runs over the
+groups. Otherwise the layers run one by one.
 Source: huggingface/transformers:models/mllama/modeling_mllama.py and processing_mllama.py at 5.23.0;
 meta-llama/llama-models:llama3/multimodal/model.py at a9c89c4.
 """
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from medcg_jax.nn.lora import Adapters, LoraConfig, adapted
 from medcg_jax.nn.quant import cast
 from medcg_jax.nn.rope import Llama3Scaling
 
-# Rows of the embedding beyond the vocabulary; the image token's is the first. The head has none of them.
+# Rows of the embedding beyond the vocabulary, the image token's first. The head does not have them.
 EXTRA_ROWS = 8
 
 
@@ -55,15 +56,14 @@ class MllamaTextConfig:
         inner = self.cross_layers
         if not inner or list(inner) != sorted(set(inner)) or not set(inner) < set(range(self.num_layers)):
             raise ValueError(
-                f"cross_layers={inner} of num_layers={self.num_layers}: rising layers from 0, at least one, and "
-                "not all, are accepted"
+                f"cross_layers={inner} of num_layers={self.num_layers}; expected rising layers from 0, not none or all"
             )
 
     @property
     def group_size(self) -> int:
-        """Layers of the group that repeats, its one cross-attention layer included; 0: the groups are not equal."""
-        size, rest = divmod(self.num_layers, len(self.cross_layers))
-        equal = not rest and self.cross_layers == tuple(range(self.cross_layers[0], self.num_layers, size))
+        """Layers in a group, its one cross-attention layer included; 0: the groups are not equal."""
+        size, remainder = divmod(self.num_layers, len(self.cross_layers))
+        equal = not remainder and self.cross_layers == tuple(range(self.cross_layers[0], self.num_layers, size))
         return size if equal and size > 1 else 0
 
     @property
@@ -72,7 +72,7 @@ class MllamaTextConfig:
 
 
 class CrossBlock(nnx.Module):
-    """Text looks at the tiles: no positions, RMS norms on every query and key head, tanh gates on both branches."""
+    """Cross-attention of text to tiles: no positions, RMS norms on query and key heads, tanh gates on both branches."""
 
     def __init__(self, config: MllamaTextConfig, *, rngs, param_dtype, stack: Stack = ()):
         self.activation = config.activation
@@ -93,14 +93,14 @@ class CrossBlock(nnx.Module):
         self.attention_gate, self.mlp_gate = gate(**init), gate(**init)
 
     def keys_values(self, memory: jax.Array, lora=None) -> tuple[jax.Array, jax.Array]:
-        """k, v: float[B, M, K, H] of the images' tokens, float[B, M, D]. lora: as in `DecoderBlock`."""
+        """k, v: float[B, M, K, H] of the images' tokens float[B, M, D]. lora: as in `DecoderBlock`."""
         k, v = (constrain(adapted(self, lora, f, memory), "act_batch", "act_len", "act_heads", None) for f in "kv")
         return self.k_norm(k), v
 
     def __call__(self, x, keys_values, *, allowed, sees, mask_attention: bool, lora=None) -> jax.Array:
-        """allowed: bool[B, T, M]. sees: bool[B, T] whether a token has an image; mask_attention: as the config's."""
+        """allowed: bool[B, T, M]. sees: bool[B, T] which tokens see an image; mask_attention: others get 0 from it."""
         run = partial(adapted, self, lora)
-        k, v = (part.astype(x.dtype) for part in keys_values)
+        k, v = (array.astype(x.dtype) for array in keys_values)
         q = self.q_norm(constrain(run("q", self.norm1(x)), "act_batch", "act_len", "act_heads", None))
         y = run("out", masked_attention(q, k, v, allowed))
         y = jnp.where(sees[..., None], y, 0) if mask_attention else y
@@ -113,7 +113,7 @@ class CrossBlock(nnx.Module):
 
 
 class MllamaAdapters(nnx.Module):
-    """`blocks` and `cross`: adapters of the decoder's layers of either kind."""
+    """`blocks` and `cross`: adapters of the self-attention and of the cross-attention layers."""
 
     def __init__(self, text: MllamaTextConfig, config: LoraConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
         self.blocks = Adapters(text, config, len(text.self_layers), rngs=rngs, param_dtype=param_dtype)
@@ -121,7 +121,7 @@ class MllamaAdapters(nnx.Module):
 
 
 class MllamaDecoder(nnx.Module):
-    """`blocks` holds the self-attention layers in their order, `cross` the others; embedding, final norm, head."""
+    """Embedding, layers (self-attention in `blocks`, cross-attention in `cross`), final norm, head."""
 
     def __init__(self, config: MllamaTextConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32, unroll: int, remat: str):
         init = dict(rngs=rngs, param_dtype=param_dtype)
@@ -136,88 +136,90 @@ class MllamaDecoder(nnx.Module):
         self.norm = RMSNorm(width, eps=config.norm_eps, **init)
         self.head = Dense("...d,dv->...v", (width, config.vocab_size), ("embed", "vocab"), use_bias=False, **init)
 
-    def __call__(self, x, *, angles, segment_ids, cache, look, memory, attention: str, lora=None):
-        """(float[B, T, D] after the final norm, what is to be kept: None, or (self k and v, cross k and v or None)).
+    def __call__(self, x, *, angles, segment_ids, cache, visibility, memory, attention: str, lora=None):
+        """(float[B, T, D] after the final norm, the new cache: (self k and v, cross k and v or None), or None).
 
         cache: None, or {"k", "v", "segment_ids", "index"} as `DecoderBlock` takes it, for all self-attention layers.
-        look: keyword arguments of `CrossBlock`. memory: the images' tokens float[B, M, D], or the cross k and v of all
-          layers that an earlier call gave, which then are not given again; None: no images, and the cross-attention
-          layers are left out.
+        visibility: keyword arguments of `CrossBlock`. memory: the images' tokens float[B, M, D], or the cross k and v
+          of all layers from an earlier call, which are then not returned again; None: no images, and the
+          cross-attention layers are skipped.
         lora: None, or `MllamaAdapters`.
         """
         config = self.config
         if not config.group_size:
-            return self._one_by_one(x, angles, segment_ids, cache, look, memory, attention, lora)
-        groups, place = len(config.cross_layers), config.cross_layers[0]
+            return self._one_by_one(x, angles, segment_ids, cache, visibility, memory, attention, lora)
+        groups, cross_index = len(config.cross_layers), config.cross_layers[0]
         graphdef, params = nnx.split(self.blocks)
         grouped = lambda tree: jax.tree.map(lambda w: w.reshape(groups, -1, *w.shape[1:]), tree)
         # Cast before the scan, as `run_stack` does.
         params = grouped(jax.tree.map(partial(cast, dtype=x.dtype), params))
-        (lora_graph, own_lora), (cross_graph, cross_lora) = (None, None), (None, None)
+        lora_graph: Any = None
+        cross_graph: Any = None
+        self_lora = cross_lora = None
         if lora is not None:
-            (lora_graph, own_lora), (cross_graph, cross_lora) = nnx.split(lora.blocks), nnx.split(lora.cross)
-            own_lora = grouped(own_lora)
+            (lora_graph, self_lora), (cross_graph, cross_lora) = nnx.split(lora.blocks), nnx.split(lora.cross)
+            self_lora = grouped(self_lora)
         slots = None if cache is None else grouped((cache["k"], cache["v"]))
         shared = {} if cache is None else {name: cache[name] for name in ("segment_ids", "index")}
         known = memory if isinstance(memory, tuple) else None
 
-        def body(cross, x, own):
-            params, slots, seen, own_lora, cross_lora = own
-            kept, cross_pair = [], None
-            added = None if lora is None else nnx.merge(cross_graph, cross_lora)
+        def body(cross, x, group):
+            params, slots, cached_pair, self_lora, cross_lora = group
+            pairs, cross_pair = list[tuple[jax.Array, jax.Array]](), None
+            cross_adapters = None if lora is None else nnx.merge(cross_graph, cross_lora)
             for i in range(config.group_size):
-                if i == place:
+                if i == cross_index:
                     if memory is not None:
-                        cross_pair = cross.keys_values(memory, added) if seen is None else None
-                        x = cross(x, cross_pair or seen, lora=added, **look)
+                        cross_pair = cross.keys_values(memory, cross_adapters) if cached_pair is None else None
+                        x = cross(x, cross_pair or cached_pair, lora=cross_adapters, **visibility)
                     continue
-                j = len(kept)
-                part = lambda tree, j=j: jax.tree.map(lambda w: w[j], tree)
-                block = nnx.merge(graphdef, part(params))
-                adapters = None if lora is None else nnx.merge(lora_graph, part(own_lora))
+                j = len(pairs)
+                layer = lambda tree, j=j: jax.tree.map(lambda w: w[j], tree)
+                block = nnx.merge(graphdef, layer(params))
+                adapters = None if lora is None else nnx.merge(lora_graph, layer(self_lora))
                 slot = None if slots is None else {"k": slots[0][j], "v": slots[1][j], **shared}
                 x, pair = block(
                     x, angles=angles, segment_ids=segment_ids, cache=slot, lora=adapters, implementation=attention
                 )
-                kept.append(pair)
-            return x, None if slots is None else (jax.tree.map(lambda *parts: jnp.stack(parts), *kept), cross_pair)
+                pairs.append(pair)
+            return x, None if slots is None else (jax.tree.map(lambda *layers: jnp.stack(layers), *pairs), cross_pair)
 
-        # What is kept for the backward pass, or run again in it, is a group.
-        per_group = (params, slots, known, own_lora, cross_lora)
-        x, kept = run_stack(self.cross, body, x, per_group, unroll=self.unroll, remat=self.remat)
-        if kept is not None:
-            kept = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), kept[0]), kept[1]
-        return self.norm(x), kept
+        # Rematerialisation works on whole groups.
+        per_group = (params, slots, known, self_lora, cross_lora)
+        x, states = run_stack(self.cross, body, x, per_group, unroll=self.unroll, remat=self.remat)
+        if states is not None:
+            states = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), states[0]), states[1]
+        return self.norm(x), states
 
-    def _one_by_one(self, x, angles, segment_ids, cache, look, memory, attention, lora):
-        """As a call, for cross-attention layers at any places: every layer is a program of its own in the loop."""
+    def _one_by_one(self, x, angles, segment_ids, cache, visibility, memory, attention, lora):
+        """As `__call__`, for cross-attention layers that do not form equal groups; nothing is scanned."""
         shared = {} if cache is None else {name: cache[name] for name in ("segment_ids", "index")}
         policy = REMAT_POLICIES[self.remat]
         run = (lambda step: step) if self.remat == "none" else partial(jax.checkpoint, policy=policy)
-        kept, cross_pairs, own, cross = [], [], 0, 0
+        pairs, cross_pairs, index, cross = [], [], 0, 0
         for layer in range(self.config.num_layers):
             if layer not in self.config.cross_layers:
-                slot = None if cache is None else {"k": cache["k"][own], "v": cache["v"][own], **shared}
-                step = partial(layer_of(self.blocks, own, x.dtype), angles=angles, segment_ids=segment_ids)
-                adapters = None if lora is None else layer_of(lora.blocks, own, x.dtype)
+                slot = None if cache is None else {"k": cache["k"][index], "v": cache["v"][index], **shared}
+                step = partial(layer_of(self.blocks, index, x.dtype), angles=angles, segment_ids=segment_ids)
+                adapters = None if lora is None else layer_of(lora.blocks, index, x.dtype)
                 step = partial(step, implementation=attention, cache=slot, lora=adapters)
                 x, pair = run(step)(x)
-                kept.append(pair)
-                own += 1
+                pairs.append(pair)
+                index += 1
                 continue
-            block = layer_of(self.cross, cross, x.dtype)
+            block: Any = layer_of(self.cross, cross, x.dtype)
             adapters = None if lora is None else layer_of(lora.cross, cross, x.dtype)
             if memory is not None:
                 known = isinstance(memory, tuple)
                 pair = jax.tree.map(lambda w, i=cross: w[i], memory) if known else block.keys_values(memory, adapters)
-                step = partial(block, keys_values=pair, lora=adapters, **look)
+                step = partial(block, keys_values=pair, lora=adapters, **visibility)
                 x = run(step)(x)
                 cross_pairs += [] if known else [pair]
             cross += 1
         if cache is None:
             return self.norm(x), None
         stacked = [
-            jax.tree.map(lambda *parts: jnp.stack(parts), *pairs) if pairs else None for pairs in (kept, cross_pairs)
+            jax.tree.map(lambda *layers: jnp.stack(layers), *kind) if kind else None for kind in (pairs, cross_pairs)
         ]
         return self.norm(x), tuple(stacked)
 
@@ -236,7 +238,7 @@ def layer_of(blocks: nnx.Module, index: int, dtype) -> nnx.Module:
 def images_in_view(is_image: jax.Array, before=None) -> tuple[jax.Array, jax.Array]:
     """(first, following), int32[B, T] each: a token sees the row's images first .. following - 1.
 
-    is_image: bool[B, T]. before: both of the last token of what the cache holds, int32[B] each; None: nothing.
+    is_image: bool[B, T]. before: the result, int32[B] each, for the last token in the cache; None: no cache.
 
     Example: is_image  0 1 0 1 1 0 0  gives first  0 0 0 1 1 1 1  and following  0 1 1 2 3 3 3.
     """

@@ -1,9 +1,9 @@
 """Llama-3.2-Vision's image encoder: every image as four tiles, local and then gated global layers over all of them.
 
-Tiles that an image does not have are there all the same, as zeros. Each tile's tokens are padded to a multiple of
-eight. The mask is the outer product of what is padding: padding sees no padding, while real tokens see everything.
+Tiles that an image does not have are zeros. Each tile's tokens are padded to a multiple of eight. Padding does not see
+padding; all other pairs of tokens see each other.
 Source: huggingface/transformers:models/mllama/modeling_mllama.py at 5.23.0; meta-llama/llama-models:
-llama3/multimodal/model.py and encoder_utils.py at a9c89c4, for which inner layers are handed on.
+llama3/multimodal/model.py and encoder_utils.py at a9c89c4 (which inner layers are features).
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from medcg_jax.nn.context import constrain
 from medcg_jax.nn.layers import ACTIVATIONS, Dense, LayerNorm, Stack, constant, gelu, normal, param
 
 NUM_TILES = 4
-# Ways to lay at most four tiles in a rectangle; aspect_ratio_ids count them from 1, and 0 is no image.
+# Rectangles of at most four tiles; aspect_ratio_ids count them from 1, and 0 means no image.
 NUM_GRIDS = 8
 # Rows of tokens are padded to a multiple of this.
 MULTIPLE = 8
-# Of the norms around the stack; those inside have `norm_eps`.
+# Of the norms before and after the local blocks; the blocks have `norm_eps`.
 OUTER_NORM_EPS = 1e-5
 INTERMEDIATE_FROM = ("input", "output")
-# Images of more tokens attend tile by tile: all scores of a full-size image at once are 2.6 GB in each layer.
+# Images with more tokens attend tile by tile: all scores of a full-size image at once take 2.6 GB in each layer.
 TOKENS_AT_ONCE = 2048
 
 
@@ -52,12 +52,12 @@ class MllamaVisionConfig:
 
     def __post_init__(self):
         if self.image_size_px < self.patch_size_px:
-            raise ValueError(f"image_size_px={self.image_size_px}: {self.patch_size_px} (a patch) or more is accepted")
+            raise ValueError(f"image_size_px={self.image_size_px}; expected {self.patch_size_px} (a patch) or more")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"vision embed_dim={self.embed_dim} is no multiple of num_heads={self.num_heads}")
         inner = self.intermediate_layers
         if list(inner) != sorted(set(inner)) or not set(inner) <= set(range(self.num_layers)):
-            raise ValueError(f"intermediate_layers={inner}: rising layers of 0 to {self.num_layers - 1} are accepted")
+            raise ValueError(f"intermediate_layers={inner}; expected rising layers of 0 to {self.num_layers - 1}")
 
     @property
     def tokens_per_tile(self) -> int:
@@ -124,9 +124,9 @@ class MllamaVision(nnx.Module):
         shape, axes = (1 + NUM_GRIDS, NUM_TILES, tokens, width), ("pos", "pos", "pos", "table_embed")
         self.tile_positions = param(small, shape, axes, **init)
         self.position_gate = gate(**init)
-        shape, axes = (1 + NUM_GRIDS, NUM_TILES, width), ("pos", "pos", "vision_embed")
-        self.pre_tile, self.pre_tile_gate = param(small, shape, axes, **init), gate(**init)
-        self.post_tile, self.post_tile_gate = param(small, shape, axes, **init), gate(**init)
+        tile = (1 + NUM_GRIDS, NUM_TILES, width), ("pos", "pos", "vision_embed")
+        self.pre_tile, self.pre_tile_gate = param(small, *tile, **init), gate(**init)
+        self.post_tile, self.post_tile_gate = param(small, *tile, **init), gate(**init)
         self.norm_pre = LayerNorm(width, eps=OUTER_NORM_EPS, **init)
         self.norm_post = LayerNorm(width, eps=OUTER_NORM_EPS, **init)
         self.blocks = VisionBlock(config, gated=False, stack=(config.num_layers,), **init)
@@ -140,15 +140,15 @@ class MllamaVision(nnx.Module):
         """
         x = self.embed(pixels, aspect_ratio_ids, num_tiles, dtype)
         allowed = self.allowed(num_tiles)
-        x, inner = self.local(x, allowed)
+        x, features = self.local(x, allowed)
         x = self.outer(x, aspect_ratio_ids)
         x, _ = run_stack(self.global_blocks, lambda block, x, _: (block(x, allowed), None), x, **self._runs())
         # The inner layers' channels lie side by side: channel 0 of each, channel 1 of each, ...
-        inner = jnp.stack(inner, axis=-1).reshape(*x.shape[:2], -1) if inner else x[..., :0]
+        inner = jnp.stack(features, axis=-1).reshape(*x.shape[:2], -1) if features else x[..., :0]
         return self._by_tile(jnp.concatenate([x, inner], axis=-1))[:, :, : self.config.tokens_per_tile]
 
     def embed(self, pixels, aspect_ratio_ids, num_tiles, dtype) -> jax.Array:
-        """float[n, T, E]: what the first local layer gets; all tiles one behind the other, padding included."""
+        """float[n, T, E]: the input of the first local layer; one tile after the other, padding included."""
         count, tokens = pixels.shape[0], self.config.tokens_per_tile
         present = jnp.arange(NUM_TILES) < num_tiles[:, None]
         pixels = jnp.where(present[:, :, None, None, None], normalise(pixels, self.config), 0)
@@ -164,7 +164,7 @@ class MllamaVision(nnx.Module):
         return constrain(x.reshape(count, -1, x.shape[-1]), "act_batch", "act_len", "act_embed")
 
     def allowed(self, num_tiles: jax.Array) -> jax.Array:
-        """bool[n, T, T]: all but padding to padding. An image that is not there counts as one tile."""
+        """bool[n, T, T]: True except from padding to padding. An absent image counts as one tile."""
         tokens = self.config.tokens_per_tile
         tiles = jnp.arange(NUM_TILES) < jnp.maximum(num_tiles, 1)[:, None]
         real = tiles[:, :, None] & (jnp.arange(tokens + -tokens % MULTIPLE) < tokens)
@@ -178,17 +178,17 @@ class MllamaVision(nnx.Module):
         inner, start = [], 0
         for end in [i + after for i in self.config.intermediate_layers] + [self.config.num_layers]:
             if end > start:
-                part = nnx.merge(graphdef, jax.tree.map(lambda w, start=start, end=end: w[start:end], params))
-                x, _ = run_stack(part, lambda block, x, _: (block(x, allowed), None), x, **self._runs())
+                blocks = nnx.merge(graphdef, jax.tree.map(lambda w, start=start, end=end: w[start:end], params))
+                x, _ = run_stack(blocks, lambda block, x, _: (block(x, allowed), None), x, **self._runs())
             inner.append(x)
             start = end
         return x, inner[:-1]
 
     def outer(self, x: jax.Array, aspect_ratio_ids: jax.Array) -> jax.Array:
-        """What the first global layer gets: normed, with each tile's place added."""
+        """The input of the first global layer: normed, plus each tile's position."""
         tiles = self._by_tile(self.norm_post(x))
-        places = self.post_tile[...][aspect_ratio_ids].astype(x.dtype)[:, :, None]
-        return (tiles + gated(places, self.post_tile_gate)).reshape(x.shape)
+        positions = self.post_tile[...][aspect_ratio_ids].astype(x.dtype)[:, :, None]
+        return (tiles + gated(positions, self.post_tile_gate)).reshape(x.shape)
 
     def _by_tile(self, x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0], NUM_TILES, -1, x.shape[-1])
@@ -198,20 +198,20 @@ class MllamaVision(nnx.Module):
 
 
 def gate(*, rngs: nnx.Rngs, param_dtype, stack: Stack = ()) -> nnx.Param:
-    """A scalar whose tanh scales a branch; half open at the start, so that random weights use their images."""
+    """A scalar whose tanh scales a branch; it starts at 0.5, so that a model with random weights uses its images."""
     return param(constant(0.5), (), (), rngs=rngs, param_dtype=param_dtype, stack=stack)
 
 
 def gated(x: jax.Array, by: nnx.Param | None) -> jax.Array:
-    """x times the gate's tanh; x itself where there is no gate."""
+    """x times the gate's tanh; x itself without a gate."""
     return x if by is None else x * jnp.tanh(by[...]).astype(x.dtype)
 
 
 def attention_by_tile(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array) -> jax.Array:
-    """`masked_attention` for the queries of one tile after the other; only one tile's scores are there at a time."""
+    """`masked_attention` for one tile's queries at a time, to hold only one tile's scores in memory."""
 
     def tiles(x):
         return jnp.moveaxis(x.reshape(x.shape[0], NUM_TILES, -1, *x.shape[2:]), 1, 0)
 
-    one = jax.checkpoint(lambda tile: masked_attention(tile[0], k, v, tile[1]))
-    return jnp.moveaxis(jax.lax.map(one, (tiles(q), tiles(allowed))), 0, 1).reshape(q.shape)
+    attend = jax.checkpoint(lambda tile: masked_attention(tile[0], k, v, tile[1]))
+    return jnp.moveaxis(jax.lax.map(attend, (tiles(q), tiles(allowed))), 0, 1).reshape(q.shape)

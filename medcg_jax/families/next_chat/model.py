@@ -1,11 +1,12 @@
-"""NExT-Chat: LLaVA's parts, boxes as embeddings in and out of the decoder, and SAM's masks prompted by it.
+"""NExT-Chat: LLaVA's parts, boxes as embeddings in and out of the decoder, and masks by SAM, prompted by the decoder.
 
 `<boxes>` in the text is embedded by an MLP of its coordinates; the hidden state at `<at>` is decoded to coordinates by
-another. Masks come from SAM, prompted with that box and with four tokens made of the same hidden state.
+another. SAM draws a mask, prompted with that box and with four tokens made of the same hidden state.
 Source: NExT-ChatV/NExT-Chat:mllm/models/nextchat/nextchat_base.py, nextchat_seg.py at 1e6c20f; arXiv 2311.04498.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,9 @@ class NextChatConfig(FamilyConfig):
 
     vision: ClipVisionConfig = ClipVisionConfig()
     text: DecoderConfig = DecoderConfig(vocab_size=32005)
-    # None: a model of the first two stages, which gives boxes and no masks.
+    # None: a model of the first two training stages, with boxes and without masks.
     sam: SamConfig | None = SamConfig()
-    # Tokens that prompt SAM for one mask, made of one hidden state.
+    # Tokens made of one hidden state that prompt SAM for one mask.
     num_mask_prompts: int = 4
     at_token_id: int = 32003
     box_token_id: int = 32004
@@ -41,7 +42,7 @@ class NextChatConfig(FamilyConfig):
 
     @property
     def force_next(self) -> dict[int, int]:
-        """Token -> the one that must follow it in generation."""
+        """Token -> the token that must follow it in generation."""
         return {self.at_token_id: self.box_token_id}
 
 
@@ -60,9 +61,9 @@ def next_chat_tiny_sam(vocab_size: int, image_token_id: int, **fields) -> NextCh
 
 
 class Boxes(nnx.Module):
-    """Boxes to embeddings and hidden states to boxes, each by dense, ReLU, dense; nothing keeps a box in 0 to 1.
+    """Boxes to embeddings and hidden states to boxes, each by dense, ReLU, dense; boxes are not clipped to 0..1.
 
-    Computed in float32 whatever the model's dtype: 8 bits of a coordinate would be a few pixels.
+    Computed in float32 whatever the model's dtype: in bfloat16 a coordinate would be off by a few pixels.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
@@ -78,7 +79,7 @@ class Boxes(nnx.Module):
         return self.encode_down(jax.nn.relu(self.encode_up(boxes.astype(jnp.float32))))
 
     def decode(self, hidden: jax.Array) -> jax.Array:
-        """float32[..., 4] boxes for hidden[..., D] at `<at>`; left may be beyond right."""
+        """float32[..., 4] boxes for hidden[..., D] at `<at>`; left may exceed right."""
         return self.decode_down(jax.nn.relu(self.decode_up(hidden.astype(jnp.float32))))
 
 
@@ -95,12 +96,13 @@ class MaskPrompt(nnx.Module):
 
 
 class NextChat(VisionLanguageModel):
-    """Beside the common submodules `boxes`, `unused`, and with SAM `mask_prompt`, `sam_encoder`, `sam_prompt`,
-    `mask_decoder`.
+    """Common submodules, `boxes`, `unused`; with SAM also `mask_prompt`, `sam_encoder`, `sam_prompt`, `mask_decoder`.
 
-    A cache holds besides the decoder's: `after_at` bool[B] (the row's last token was `<at>`), `box` float32[B, 4]
-    (what was decoded there), `num_boxes` int32[B] and `at_hidden` [B, max_boxes, D] of all `<at>` that ended a call.
+    A cache has more than the decoder's: `after_at` bool[B] (the row's last token was `<at>`), `box` float32[B, 4] (the
+    box decoded there), `num_boxes` int32[B] and `at_hidden` [B, max_boxes, D] of all `<at>` that ended a call.
     """
+
+    config: NextChatConfig
 
     def __init__(self, config: NextChatConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
         super().__init__(config, rngs=rngs, param_dtype=param_dtype)
@@ -131,8 +133,8 @@ class NextChat(VisionLanguageModel):
     ) -> tuple[jax.Array, dict | None]:
         """As `VisionLanguageModel.hidden`.
 
-        boxes: float[B, N, 4] of each row's `<boxes>` in reading order; rows with fewer are filled with anything. None:
-          `<boxes>` keeps its own embedding, but right after an `<at>` in the cache it is the box decoded there.
+        boxes: float[B, N, 4] of each row's `<boxes>` in reading order, with any padding. None: `<boxes>` keeps its own
+          embedding, except right after an `<at>` in the cache, where it is the box decoded there.
         """  # fmt: skip
         check_shapes(tokens, segment_ids=segment_ids, positions=positions)
         if boxes is not None and (boxes.ndim != 3 or boxes.shape[::2] != (tokens.shape[0], 4)):
@@ -149,7 +151,7 @@ class NextChat(VisionLanguageModel):
         return hidden if at is None else take_positions(hidden, at), new_cache
 
     def embed(self, tokens, image_features=None, boxes=None) -> jax.Array:
-        """float[B, T, D]: what the decoder's first layer gets, images and boxes in place of their tokens."""
+        """float[B, T, D]: the input of the decoder's first layer, with images and boxes in place of their tokens."""
         x = super().embed(tokens, image_features)
         return x if boxes is None else merge_images(x, self.boxes.encode(boxes), tokens == self.config.box_token_id)
 
@@ -179,7 +181,7 @@ class NextChat(VisionLanguageModel):
         masks, iou = self.mask_decoder(image, self.sam_prompt.grid(), prompts)
         return masks.reshape(rows, num, *masks.shape[1:]), iou.reshape(rows, num)
 
-    def init_cache(self, batch: int, length: int, dtype=None) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, length: int, dtype=None) -> dict[str, Any]:
         return super().init_cache(batch, length, dtype) | {
             "after_at": jnp.zeros((batch,), bool),
             "box": jnp.zeros((batch, 4), jnp.float32),
@@ -188,12 +190,11 @@ class NextChat(VisionLanguageModel):
         }
 
     def generated_boxes(self, cache) -> tuple[jax.Array, jax.Array]:
-        """(float32[B, max_boxes, 4], bool[B, max_boxes] which are there): boxes of a cache in the order generated."""
-        there = jnp.arange(self.config.max_boxes) < cache["num_boxes"][:, None]
-        return self.boxes.decode(cache["at_hidden"]), there
+        """(float32[B, max_boxes, 4] boxes of a cache in the order generated, bool[B, max_boxes] which are valid)."""
+        return self.boxes.decode(cache["at_hidden"]), jnp.arange(self.config.max_boxes) < cache["num_boxes"][:, None]
 
     def _read_boxes(self, tokens, hidden, segment_ids, cache) -> dict[str, jax.Array]:
-        """The cache's own entries after this call, by each row's last real token."""
+        """The cache's entries for boxes after this call, from each row's last real token."""
         real = jnp.ones_like(tokens, bool) if segment_ids is None else segment_ids != 0
         last = jnp.where(real, jnp.arange(tokens.shape[1]), 0).max(axis=1, keepdims=True)
         after_at = jnp.take_along_axis(tokens, last, axis=1)[:, 0] == self.config.at_token_id

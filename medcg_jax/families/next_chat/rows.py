@@ -1,6 +1,6 @@
 """Rows of NExT-Chat: Vicuna's turns; a white square for CLIP, a zero-padded one for SAM; boxes as arrays.
 
-Both squares have the image in the middle, so one box fits both: it is written as shares of the square.
+Both squares have the image in the middle, so one box, in fractions of the square, fits both.
 Source: NExT-ChatV/NExT-Chat (1e6c20f) mllm/dataset/process_function/chat_process_function.py,
 box_process_function.py:BoxFormatProcess, models/nextchat/nextchat_base.py:generate_rec (text);
 mllm/dataset/utils/transform.py:expand2square, box_xyxy_expand2square, norm_box_xyxy; mllm/models/sam/transforms.py:
@@ -34,9 +34,9 @@ class BoxVicuna(Vicuna):
 
         <system> USER: <im_start><im_patch>...<im_end> Where is it? ASSISTANT: Answer: <at> <boxes> .</s>
 
-    `<boxes>` is never supervised. Text is cut at the added tokens and each piece tokenised apart: spaces beside an
-    added token are dropped, and pieces but the first are cut into words as after a space, without it
-    (`Tokenizer.encode_behind_added`), as a slow Llama tokenizer with `legacy: false` has it in transformers 4.31 (later
+    `<boxes>` is never supervised. Text is split at the added tokens, and each piece is tokenised separately: spaces
+    beside an added token are dropped, and pieces after the first are tokenised as if after a space
+    (`Tokenizer.encode_behind_added`), like a slow Llama tokenizer with `legacy: false` in transformers 4.31 (later
     versions differ).
     """
 
@@ -50,7 +50,7 @@ class BoxVicuna(Vicuna):
         return [BOS, opening, "<im_start>", IMAGE, "<im_end>", Text(f"{turn.question.strip()} ASSISTANT:", start=False)]
 
     def answer(self, tokenizer, last, answer):
-        """As `Prompts`; </s> swallows the spaces before it."""
+        """As `Prompts`; </s> removes the spaces before it."""
         return super().answer(tokenizer, last, answer.rstrip())
 
     def encode_text(self, tokenizer, piece):
@@ -72,9 +72,9 @@ PROMPTS = BoxVicuna()
 
 
 def row_format(config, *, with_masks: bool = False) -> Format:
-    """The format of a model's rows. config: its `NextChatConfig`, of which sizes are read.
+    """The format of a model's rows. config: its `NextChatConfig`.
 
-    with_masks: rows have masks, and images as SAM takes them beside CLIP's.
+    with_masks: rows have masks too, and images for SAM beside those for CLIP.
     """
     layout = MaskLayout(config.sam.image_size_px, config.max_boxes, preprocess_masks) if with_masks else None
 
@@ -97,7 +97,7 @@ def box_answer(num_boxes: int) -> str:
 
 
 def box_turn(record: Record, asked: Asked) -> Turn:
-    """Question and answer with places for the boxes."""
+    """Question and answer with tokens for the boxes."""
     return Turn(asked.question, box_answer(len(asked.boxes)))
 
 
@@ -113,10 +113,10 @@ def record_box_arrays(tokenizer: Tokenizer, record: Record, tokens: Tokens, *, m
 
 
 def box_arrays(tokenizer: Tokenizer, tokens: Tokens, boxes: np.ndarray, *, max_boxes: int) -> Arrays:
-    """A row's arrays for `train.losses.box_terms`: boxes of the whole text, and those in answers with their `<at>`.
+    """A row's arrays for `train.losses.box_terms`: all boxes of the text, and those in answers with their `<at>`.
 
     `boxes` float32[max_boxes, 4], `box_weights` float32[max_boxes]; of answers `at_positions` int32[max_boxes],
-    `at_boxes` float32[max_boxes, 4], `at_weights` float32[max_boxes]. Weights are 0 where a place is unused.
+    `at_boxes` float32[max_boxes, 4], `at_weights` float32[max_boxes]. Weights are 0 on padding.
 
     Args:
       boxes: [N, 4] in 0 to 1 of the padded square, one for each `<boxes>` of the text, in reading order.
@@ -131,7 +131,7 @@ def box_arrays(tokenizer: Tokenizer, tokens: Tokens, boxes: np.ndarray, *, max_b
         raise DataError(f"{len(boxes)} boxes for {len(positions)} {BOX} in the text")
     if len(boxes) > max_boxes:
         raise DataError(f"{len(boxes)} boxes; at most {max_boxes} fit (model.max_boxes)")
-    # An `<at>` stands right before its `<boxes>`.
+    # An `<at>` is right before its `<boxes>`.
     answered = [n for n, p in enumerate(positions) if tokens.ids[p - 1] == at and tokens.supervised[p - 1]]
     arrays = {
         "boxes": boxes, "box_weights": np.ones(len(boxes), np.float32),
@@ -153,7 +153,7 @@ def preprocess(image: np.ndarray, size_px: int) -> dict[str, np.ndarray]:
 
 
 def to_square(boxes: np.ndarray, size: Size) -> np.ndarray:
-    """float64[N, 4] in 0 to 1 of the padded square, cut at its edges.
+    """float64[N, 4] in 0 to 1 of the padded square, clipped to it.
 
     boxes: [N, 4] of x1, y1, x2, y2 in pixels of an image of size (height, width).
     """
@@ -170,7 +170,7 @@ def from_square(boxes: np.ndarray, size: Size) -> np.ndarray:
 def preprocess_sam(image: np.ndarray, size_px: int) -> dict[str, np.ndarray]:
     """`sam_pixels` uint8[size_px, size_px, 3] and `sam_extent` int32[2], height and width of the image in its middle.
 
-    What surrounds the image is to be 0 after normalisation, which no byte is before it.
+    The surroundings must be 0 after normalisation, which no byte value gives; hence `sam_extent`.
     """
     resized = _resize_longest(image, size_px)
     return {"sam_pixels": _centred(resized, size_px), "sam_extent": np.array(resized.shape[:2], np.int32)}
@@ -183,7 +183,7 @@ def preprocess_masks(masks: np.ndarray, size_px: int) -> np.ndarray:
 
 
 def _shift(size: Size) -> tuple[np.ndarray, int]:
-    """(x, y, x, y that a box moves by in the square, the square's side), in whole pixels as `pad_to_square`."""
+    """(the shift (x, y, x, y) of a box in the square, the square's side), in whole pixels as `pad_to_square`."""
     height, width = size
     side = max(size)
     return np.tile(((side - width) // 2, (side - height) // 2), 2), side
@@ -192,7 +192,7 @@ def _shift(size: Size) -> tuple[np.ndarray, int]:
 def _resize_longest(image: np.ndarray, size_px: int) -> np.ndarray:
     """uint8[h', w', ...], the longer side `size_px`."""
     scale = size_px / max(image.shape[:2])
-    # A side of less than half a pixel would be none.
+    # At least one pixel.
     height, width = (max(1, int(side * scale + 0.5)) for side in image.shape[:2])
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 

@@ -5,6 +5,7 @@ Source: NExT-ChatV/NExT-Chat:mllm/models/sam/modeling_sam.py at 1e6c20f; arXiv 2
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ class SamConfig:
     num_decoder_heads: int = 8
     decoder_mlp_dim: int = 2048
     decoder_norm_eps: float = 1e-5
-    # The first is the one for prompts that are not ambiguous, and the only one computed.
+    # Only the first, for prompts that are not ambiguous, is computed.
     num_masks: int = 4
     iou_dim: int = 256
     num_iou_layers: int = 3
@@ -56,9 +57,7 @@ class SamConfig:
         if sorted(set(self.global_layers)) != list(self.global_layers) or not all(
             0 <= layer < self.num_layers for layer in self.global_layers
         ):
-            raise ValueError(
-                f"global_layers={self.global_layers}: ascending numbers below {self.num_layers} are accepted"
-            )
+            raise ValueError(f"global_layers={self.global_layers}; expected ascending numbers below {self.num_layers}")
 
     @property
     def grid_size(self) -> int:
@@ -71,7 +70,7 @@ class SamConfig:
 
 def sam_tiny(**fields) -> SamConfig:
     """The same architecture in small: 64 pixels, an 8 x 8 grid, windows that do not divide it."""
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
         image_size_px=64, patch_size_px=8, num_layers=3, embed_dim=32, num_heads=2, mlp_dim=128, window_size=3,
         global_layers=(1,), prompt_dim=32, num_decoder_heads=4, decoder_mlp_dim=64, iou_dim=32,
     )  # fmt: skip
@@ -149,8 +148,8 @@ class SamEncoder(nnx.Module):
         size, num = config.patch_size_px, len(config.global_layers)
         self.patch = Conv(size, 3, width, use_bias=True, stride=size, **init)
         self.positions = param(normal(width**-0.5), (grid, grid, width), ("pos", "pos", "vision_embed"), **init)
-        rest = config.num_layers - num
-        self.windowed = SamBlock(config, config.window_size, stack=(rest,), **init) if rest else None
+        num_windowed = config.num_layers - num
+        self.windowed = SamBlock(config, config.window_size, stack=(num_windowed,), **init) if num_windowed else None
         self.whole = SamBlock(config, grid, stack=(num,), **init) if num else None
         self.neck1 = Conv(1, width, out, use_bias=False, **init)
         self.norm1 = LayerNorm(out, eps=config.norm_eps, **init)
@@ -158,15 +157,15 @@ class SamEncoder(nnx.Module):
         self.norm2 = LayerNorm(out, eps=config.norm_eps, **init)
 
     def embed(self, pixels: jax.Array, extent: jax.Array | None, dtype) -> jax.Array:
-        """float[B, g, g, E]: what the first layer gets. Arguments as in a call."""
+        """float[B, g, g, E]: the input of the first layer. Arguments as in `__call__`."""
         size = self.config.image_size_px
         if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
-            raise ValueError(f"sam_pixels {pixels.shape}: [batch, {size}, {size}, 3] is accepted")
+            raise ValueError(f"sam_pixels {pixels.shape}; expected [batch, {size}, {size}, 3]")
         x = self.patch(normalise(pixels, extent, self.config).astype(dtype))
         return constrain(x + self.positions[...].astype(dtype), "act_batch", None, None, "act_embed")
 
     def runs(self):
-        """(the stack, its layers from and to) of neighbouring layers of one kind, in the order in which they run."""
+        """(stack, first layer, end) of each run of consecutive layers of one kind, in order."""
         done = {True: 0, False: 0}
         kinds = (layer in self.config.global_layers for layer in range(self.config.num_layers))
         for whole, group in itertools.groupby(kinds):
@@ -178,8 +177,8 @@ class SamEncoder(nnx.Module):
         return self.norm2(self.neck2(self.norm1(self.neck1(x))))
 
     def __call__(self, pixels: jax.Array, extent: jax.Array | None = None, *, dtype) -> jax.Array:
-        """pixels: uint8[B, s, s, 3] with extent int[B, 2], height and width of the image in its middle, outside of
-        which all is 0 after normalisation; or float[B, s, s, 3], already normalised.
+        """pixels: uint8[B, s, s, 3] with extent int[B, 2], the height and width of the image in the middle,
+        around which normalised pixels are 0; or float[B, s, s, 3], already normalised.
 
         Raises:
           ValueError: images that are not `image_size_px` square with three channels, or bytes without `extent`.
@@ -187,13 +186,13 @@ class SamEncoder(nnx.Module):
         x = self.embed(pixels, extent, dtype)
         for blocks, start, stop in self.runs():
             graphdef, params = nnx.split(blocks)
-            part = nnx.merge(graphdef, jax.tree.map(lambda w, a=start, b=stop: w[a:b], params))
-            x, _ = run_stack(part, lambda block, x, _: (block(x), None), x, unroll=self.unroll, remat=self.remat)
+            layers = nnx.merge(graphdef, jax.tree.map(lambda w, a=start, b=stop: w[a:b], params))
+            x, _ = run_stack(layers, lambda block, x, _: (block(x), None), x, unroll=self.unroll, remat=self.remat)
         return self.neck(x)
 
 
 class SamPrompt(nnx.Module):
-    """Boxes as two corner tokens, and the code of a position; what points and masks need is held and never run."""
+    """Encodes boxes as two corner tokens, and positions; parameters for prompts by points and masks are never used."""
 
     def __init__(self, config: SamConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
         init = dict(rngs=rngs, param_dtype=param_dtype)
@@ -213,7 +212,7 @@ class SamPrompt(nnx.Module):
 
     def corners(self, boxes: jax.Array) -> jax.Array:
         """float32[..., 2, C] tokens of the upper left and lower right corner of boxes[..., 4] in 0 to 1."""
-        # Half a pixel, to the middle of the one that a corner names.
+        # Shifted by half a pixel, to the middle of the corner's pixel.
         points = boxes.astype(jnp.float32).reshape(*boxes.shape[:-1], 2, 2) + 0.5 / self.config.image_size_px
         return self._code(points) + self.points[...][2:].astype(jnp.float32)
 
@@ -234,16 +233,16 @@ def normalise(pixels: jax.Array, extent: jax.Array | None, config: SamConfig) ->
     if pixels.dtype != jnp.uint8:
         return pixels
     if extent is None:
-        raise ValueError("sam_pixels are bytes without sam_extent; normalised floats are accepted without it")
+        raise ValueError("sam_pixels are bytes without sam_extent; expected sam_extent, or normalised floats")
     x = (pixels.astype(jnp.float32) - jnp.asarray(config.image_mean)) / jnp.asarray(config.image_std)
     start = (config.image_size_px - extent) // 2
-    place = jnp.arange(config.image_size_px)
-    inside = (place >= start[..., None]) & (place < (start + extent)[..., None])
+    position = jnp.arange(config.image_size_px)
+    inside = (position >= start[..., None]) & (position < (start + extent)[..., None])
     return jnp.where((inside[:, 0, :, None] & inside[:, 1, None, :])[..., None], x, 0.0)
 
 
 def _windows(x: jax.Array, size: int) -> jax.Array:
-    """float[B * windows, size, size, E] of x[B, g, g, E], row by row; zeros where windows go beyond the grid."""
+    """float[B * windows, size, size, E] of x[B, g, g, E], row by row; zeros where windows exceed the grid."""
     batch, grid, _, width = x.shape
     num = -(-grid // size)
     x = jnp.pad(x, ((0, 0), (0, num * size - grid), (0, num * size - grid), (0, 0)))
@@ -252,7 +251,7 @@ def _windows(x: jax.Array, size: int) -> jax.Array:
 
 
 def _grid(windows: jax.Array, grid: int) -> jax.Array:
-    """float[B, g, g, E]: what `_windows` took apart."""
+    """float[B, g, g, E]: the inverse of `_windows`."""
     size, width = windows.shape[1], windows.shape[3]
     num = -(-grid // size)
     x = windows.reshape(-1, num, num, size, size, width).transpose(0, 1, 3, 2, 4, 5)
@@ -260,7 +259,7 @@ def _grid(windows: jax.Array, grid: int) -> jax.Array:
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """float[B, s, s, N, H]: attention of every place to every place.
+    """float[B, s, s, N, H]: attention between all positions.
 
     q, k, v: float[B, s, s, N, H]. rows, columns: float[2 s - 1, H], by distance from -(s - 1): their products with the
     query, unscaled, are added to its scores.

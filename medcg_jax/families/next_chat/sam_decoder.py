@@ -11,7 +11,7 @@ from medcg_jax.families.next_chat.sam import SamConfig
 from medcg_jax.nn.attention import attention
 from medcg_jax.nn.layers import Dense, LayerNorm, Stack, constant, gelu, normal, param
 
-# Attention between tokens and image runs at a part of the width.
+# The width divided by this is the inner width of attention between tokens and image.
 DOWNSAMPLE = 2
 
 
@@ -29,7 +29,7 @@ class CrossAttention(nnx.Module):
         self.out = Dense("btnh,nhd->btd", *out, **init)
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        # Queries and keys are of two lengths, which the kernels do not take.
+        # The kernels do not take queries and keys of different lengths.
         return self.out(attention(self.q(q), self.k(k), self.v(v), causal=False, implementation="plain"))
 
 
@@ -44,8 +44,8 @@ class TwoWayBlock(nnx.Module):
         self.up = Dense("btd,df->btf", (width, mlp), ("vision_embed", "vision_mlp"), use_bias=True, **init)
         self.down = Dense("btf,fd->btd", (mlp, width), ("vision_mlp", "vision_embed"), use_bias=True, **init)
         self.to_tokens = CrossAttention(width, width // DOWNSAMPLE, heads, **init)
-        for i in range(1, 5):
-            setattr(self, f"norm{i}", LayerNorm(width, eps=config.decoder_norm_eps, **init))
+        norms = (LayerNorm(width, eps=config.decoder_norm_eps, **init) for _ in range(4))
+        self.norm1, self.norm2, self.norm3, self.norm4 = norms
 
     def __call__(self, x, image, token_code, image_code, *, first: bool):
         """(tokens, image) after the block. The first block adds no codes in its first attention, and no residual."""
@@ -65,7 +65,7 @@ class Mlp(nnx.Module):
     def __init__(self, widths: tuple[int, ...], *, rngs, param_dtype, stack: Stack = ()):
         self.num = len(widths) - 1
         for i, shape in enumerate(zip(widths, widths[1:], strict=False)):
-            # The last is as small as there are masks.
+            # The last layer may be as narrow as the number of masks.
             axes = ("vision_embed", "norm" if i == self.num - 1 else "vision_mlp")
             init = dict(use_bias=True, rngs=rngs, param_dtype=param_dtype, stack=stack)
             setattr(self, f"layer{i}", Dense("...d,df->...f", shape, axes, **init))
@@ -77,7 +77,7 @@ class Mlp(nnx.Module):
 
 
 class Upscale(nnx.Module):
-    """Every place becomes 2 x 2: float[B, h, w, Cin] to float[B, 2 h, 2 w, Cout]."""
+    """Every position becomes 2 x 2: float[B, h, w, Cin] to float[B, 2 h, 2 w, Cout]."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs, param_dtype):
         axes = ("vision_embed", "patch", "patch", "norm")
@@ -91,7 +91,7 @@ class Upscale(nnx.Module):
 
 
 class MaskDecoder(nnx.Module):
-    """Holds the parameters of all masks; computes the first."""
+    """Has the parameters of all masks; computes the first mask only."""
 
     def __init__(self, config: SamConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
         init = dict(rngs=rngs, param_dtype=param_dtype)
@@ -101,7 +101,7 @@ class MaskDecoder(nnx.Module):
         self.mask_tokens = param(normal(1.0), (masks, width), ("pos", "norm"), **init)
         self.blocks = TwoWayBlock(config, stack=(config.num_decoder_layers,), **init)
         self.to_image = CrossAttention(width, width // DOWNSAMPLE, heads, **init)
-        # Both of a fixed epsilon, whatever the blocks' norms have.
+        # Both norms have a fixed epsilon, whatever that of the blocks.
         self.norm = LayerNorm(width, eps=1e-5, **init)
         self.upscale1 = Upscale(width, width // 4, **init)
         self.upscale_norm = LayerNorm(width // 4, eps=1e-6, **init)
@@ -116,9 +116,9 @@ class MaskDecoder(nnx.Module):
         prompts: float[B, P, C] tokens.
         """
         batch, grid, _, width = image.shape
-        own = jnp.concatenate([self.iou_token[...][None], self.mask_tokens[...]]).astype(image.dtype)
-        own = jnp.broadcast_to(own, (batch, *own.shape))
-        code = jnp.concatenate([own, prompts.astype(image.dtype)], axis=1)
+        outputs = jnp.concatenate([self.iou_token[...][None], self.mask_tokens[...]]).astype(image.dtype)
+        outputs = jnp.broadcast_to(outputs, (batch, *outputs.shape))
+        code = jnp.concatenate([outputs, prompts.astype(image.dtype)], axis=1)
         x, image_code = code, image_code.astype(image.dtype).reshape(1, grid * grid, width)
         image = image.reshape(batch, grid * grid, width)
         for layer in range(self.config.num_decoder_layers):

@@ -1,12 +1,12 @@
 """Qwen2-VL: patches of images of any size through a merger into a Qwen2 decoder with positions in three dimensions.
 
-Text advances all three positions (time, row, column) by one. An image stands at one time; its tokens' rows and columns
-count on from there, and what follows goes on behind the longer side of its grid.
+A text token advances all three positions (time, row, column) by one. All tokens of an image have one time, and their
+rows and columns count on from it. The text behind an image continues after the longer side of its grid.
 Source: huggingface/transformers:models/qwen2_vl/modeling_qwen2_vl.py at 5.23.0; arXiv 2409.12191.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class Qwen2VLConfig(FamilyConfig):
 
     vision: Qwen2VitConfig = Qwen2VitConfig()
     text: DecoderConfig = QWEN2_7B
-    # Frequencies of half a head that turn by time, row and column, one section behind the other.
+    # Numbers of a head's frequencies, in order, for time, row and column.
     mrope_sections: tuple[int, int, int] = (16, 24, 24)
     image_token_id: int = 151655
     video_token_id: int = 151656
@@ -41,15 +41,15 @@ class Qwen2VLConfig(FamilyConfig):
     vision_end_token_id: int = 151653
     pad_token_id: int = 151643
     eos_token_id: int = 151645
-    # Images are resized to so many pixels at least and at most. The release allows 12,845,056, 16,384 tokens an image;
-    # this is the default of its image processor, 1,280 tokens.
+    # Bounds on the pixels of a resized image. The release allows 12,845,056 (16,384 tokens an image); this is the
+    # default of its image processor, 1,280 tokens.
     min_pixels: int = 3136
     max_pixels: int = 1_003_520
 
     def __post_init__(self):
         if len(self.mrope_sections) != 3 or 2 * sum(self.mrope_sections) != self.text.head_dim:
             raise ValueError(
-                f"mrope_sections={self.mrope_sections}: three that sum to half of head_dim={self.text.head_dim}"
+                f"mrope_sections={self.mrope_sections}; expected three of sum head_dim / 2 = {self.text.head_dim // 2}"
             )
         side = self.vision.merge * self.vision.patch_size_px
         if not side * side <= self.min_pixels <= self.max_pixels:
@@ -140,8 +140,7 @@ class Layout(NamedTuple):
 
 
 class Qwen2VL(VisionLanguageModel):
-    """The projector is the merger."""
-
+    config: Qwen2VLConfig
     image_keys = ("pixels", "grids")
 
     def make_vision(self, **options) -> Qwen2Vit:
@@ -154,8 +153,8 @@ class Qwen2VL(VisionLanguageModel):
         """The features of each row's images, and how many of each image's slots are real.
 
         images: `pixels`, uint8[B, I, N, C] patches of C = `vision.patch_dim` numbers, or float[B, I, N, C] already
-          normalised; an image's own come first, in the order of `vit.patch_places`. `grids`, int32[B, I, 2], rows
-          and columns of patches; 0, 0 where a row has fewer images.
+          normalised, padding last, in the order of `vit.patch_places`. `grids`, int32[B, I, 2], rows and columns of
+          patches; 0, 0 where a row has fewer images.
 
         Raises:
           ValueError: shapes that do not fit each other, or a number of slots that does not divide into blocks.
@@ -168,7 +167,7 @@ class Qwen2VL(VisionLanguageModel):
                 f"patches a multiple of {block}"
             )
         if grids.shape != (*pixels.shape[:2], 2):
-            raise ValueError(f"grids {grids.shape} beside pixels {pixels.shape}: [batch, images, 2] is accepted")
+            raise ValueError(f"grids {grids.shape} beside pixels {pixels.shape}; expected [batch, images, 2]")
         rows, num = pixels.shape[:2]
         flat = pixels.reshape(rows * num, *pixels.shape[2:]), grids.reshape(rows * num, 2)
         features = self.projector(self.vision(*flat, dtype=self.dtype, attention=self.config.attention))
@@ -180,7 +179,7 @@ class Qwen2VL(VisionLanguageModel):
         """(float[B, T, D] after the final norm, the cache with these tokens in it or None).
 
         tokens: int[B, T], every image as one `image_token_id` per merged token, images not touching each other.
-        images: as in `encode_images`; or image_features: what it gave; neither: the rows hold no image token.
+        images: as in `encode_images`; or image_features: its result. Neither: the rows hold no image token.
         segment_ids, cache, at: as in `Decoder`; at: float[B, L, D] comes back.
         positions: int[B, T, 3] time, row, column; None: by `layout`, behind what the cache holds.
 
@@ -190,53 +189,53 @@ class Qwen2VL(VisionLanguageModel):
         expected = dict(segment_ids=tokens.shape, positions=(*tokens.shape, 3))
         for name, ids in (("segment_ids", segment_ids), ("positions", positions)):
             if ids is not None and ids.shape != expected[name] or tokens.ndim != 2:
-                found = None if ids is None else ids.shape
-                raise ValueError(f"{name} {found} beside tokens {tokens.shape}: {expected[name]} is accepted")
+                shape = None if ids is None else ids.shape
+                raise ValueError(f"{name} {shape} beside tokens {tokens.shape}; expected {expected[name]}")
         segment_ids = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
         features = self.encode_images(images) if images is not None else image_features
-        places = self.layout(tokens, segment_ids, features)
+        layout = self.layout(tokens, segment_ids, features)
         if positions is None:
-            positions = places.positions + (0 if cache is None else cache["next_position"][:, None, None])
-        x = self.embed(tokens, features, places.slots)
+            positions = layout.positions + (0 if cache is None else cache["next_position"][:, None, None])
+        x = self.embed(tokens, features, layout.slots)
         angles = mrope_angles(positions, self.config)
-        out, held = self.decode(x, segment_ids=segment_ids, angles=angles, cache=cache, at=at)
+        out, new_cache = self.decode(x, segment_ids=segment_ids, angles=angles, cache=cache, at=at)
         if cache is not None:
             last = jnp.where(segment_ids[..., None] != 0, positions, -1).max(axis=(1, 2))
-            held["next_position"] = jnp.maximum(cache["next_position"], last + 1)
-        return out, held
+            new_cache["next_position"] = jnp.maximum(cache["next_position"], last + 1)
+        return out, new_cache
 
     def layout(self, tokens: jax.Array, segment_ids: jax.Array, features: ImageFeatures | None) -> Layout:
-        """Where the tokens stand, counted from the row's first real one; padding stands at 0."""
+        """The positions of the tokens, counted from the row's first real token; padding is at 0."""
         real = segment_ids != 0
         if features is None:
-            # What a model generates is text, whatever its id.
+            # Generated tokens are text, whatever their ids.
             return _layout(jnp.zeros_like(real), real, jnp.zeros((len(tokens), 1, 2), jnp.int32), 1)
         num_slots = features.features.shape[1] // features.grids.shape[1]
         return _layout(real & (tokens == self.config.image_token_id), real, features.grids, num_slots)
 
-    def embed(self, tokens: jax.Array, features: ImageFeatures | None, slots: jax.Array) -> jax.Array:
-        """float[B, T, D]: what the decoder's first layer gets, image features in place of image tokens."""
-        # Padding ids may lie outside the table; what they look up is never attended.
+    def embed(self, tokens: jax.Array, image_features: ImageFeatures | None = None, slots=None) -> jax.Array:
+        """As `VisionLanguageModel.embed`. slots: as in `Layout`; unused without image features."""
+        # Padding ids may lie outside the table; their rows are never attended to.
         x = self.decoder.embed(jnp.minimum(tokens, self.config.text.vocab_size - 1), self.dtype)
-        if features is None:
+        if image_features is None:
             return x
-        gathered = jnp.take_along_axis(features.features, slots[..., None], axis=1)
+        gathered = jnp.take_along_axis(image_features.features, slots[..., None], axis=1)
         return jnp.where((tokens == self.config.image_token_id)[..., None], gathered.astype(x.dtype), x)
 
-    def init_cache(self, batch: int, length: int, dtype=None) -> dict[str, jax.Array]:
-        """`decoder.init_cache`'s, and `next_position` int32[B]: where the row's next token stands."""
+    def init_cache(self, batch: int, length: int, dtype=None) -> dict[str, Any]:
+        """That of `decoder.init_cache`, and `next_position` int32[B]: the position of the row's next token."""
         return super().init_cache(batch, length, dtype) | {"next_position": jnp.zeros(batch, jnp.int32)}
 
 
 def mrope_angles(positions: jax.Array, config: Qwen2VLConfig) -> Angles:
-    """Cosines and sines, each float32[B, T, 1, H/2]: every section of the frequencies turns by its own position.
+    """Cosines and sines, each float32[B, T, 1, H/2]: every section of the frequencies with its own position.
 
     positions: int[B, T, 3] time, row, column.
     """
     axis = np.repeat(np.arange(3), config.mrope_sections)
     text = config.text
-    turns = positions[..., axis].astype(jnp.float32) * frequencies(text.head_dim, text.rope_theta, text.rope_scaling)
-    return jnp.cos(turns)[:, :, None], jnp.sin(turns)[:, :, None]
+    angles = positions[..., axis].astype(jnp.float32) * frequencies(text.head_dim, text.rope_theta, text.rope_scaling)
+    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
 
 
 def _layout(is_image: jax.Array, real: jax.Array, grids: jax.Array, num_slots: int) -> Layout:

@@ -25,7 +25,7 @@ START, END = "<|im_start|>", "<|im_end|>"
 
 
 class ChatML(Prompts):
-    """ChatML, written without line breaks but those spelled out:
+    """ChatML; every line break is written as \\n:
 
         <|im_start|>system\\n{system}<|im_end|>\\n
         <|im_start|>user\\n<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\\n
@@ -60,13 +60,13 @@ def row_format(config) -> Format:
     )
 
 
-# Longer sides than so many times the shorter are refused.
+# Images with a larger ratio of the longer to the shorter side are refused.
 MAX_RATIO = 200
 
 
 @dataclass(frozen=True)
 class ImageSizes:
-    """How large images may be, in pixels after resizing, and what they are cut into; sides in pixels and patches."""
+    """The size of patches and of blocks (`merge` x `merge` patches), and of images after resizing, in pixels."""
 
     patch_size_px: int = 14
     merge: int = 2
@@ -79,7 +79,7 @@ class ImageSizes:
 
     @property
     def num_slots(self) -> int:
-        """Patches that every image has room for."""
+        """Patches in an image's array, padding included."""
         return self.max_image_tokens * self.merge**2
 
 
@@ -93,9 +93,9 @@ def smart_resize(height: int, width: int, sizes: ImageSizes) -> tuple[int, int]:
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_RATIO:
         raise ImageError(
-            f"{width} x {height} pixels: one side is {ratio:.0f} times the other; at most {MAX_RATIO} is accepted"
+            f"{width} x {height} pixels: one side is {ratio:.0f} times the other; expected at most {MAX_RATIO}"
         )
-    # Halves go to the even neighbour, here and in the original.
+    # Rounds halves to even, like the original.
     rows, columns = round(height / side), round(width / side)
     if rows * columns * side * side > sizes.max_pixels:
         shrink = math.sqrt(height * width / sizes.max_pixels)
@@ -105,13 +105,13 @@ def smart_resize(height: int, width: int, sizes: ImageSizes) -> tuple[int, int]:
         rows, columns = (math.ceil(x * grow / side) for x in (height, width))
     if rows * columns > sizes.max_image_tokens:
         raise ImageError(
-            f"{width} x {height} pixels become {columns} x {rows} tokens; at most {sizes.max_image_tokens} are accepted"
+            f"{width} x {height} pixels become {columns} x {rows} tokens; expected at most {sizes.max_image_tokens}"
         )
     return rows * side, columns * side
 
 
 def num_image_tokens(height: int, width: int, sizes: ImageSizes) -> int:
-    """How many tokens an image of so many pixels takes; raises as `smart_resize`."""
+    """The number of tokens of an image of this size in pixels; raises as `smart_resize`."""
     height, width = smart_resize(height, width, sizes)
     return height * width // (sizes.patch_size_px * sizes.merge) ** 2
 
@@ -119,19 +119,19 @@ def num_image_tokens(height: int, width: int, sizes: ImageSizes) -> int:
 def preprocess(image: np.ndarray, sizes: ImageSizes) -> dict[str, np.ndarray]:
     """`pixels` uint8[num_slots, 3 * patch * patch], the image's patches and then zeros; `grids` int32[2].
 
-    image: uint8[h, w, 3]. `grids` holds rows and columns of patches. A patch's numbers are in the order channel, row,
-    column; patches stand block by block.
+    image: uint8[h, w, 3]. `grids`: rows and columns of patches. Patches are in the order of blocks; the
+    numbers of a patch are in the order channel, row, column.
 
     Raises:
       ImageError: as `smart_resize`.
     """
-    height, width = smart_resize(*image.shape[:2], sizes)
+    height, width = smart_resize(image.shape[0], image.shape[1], sizes)
     if image.shape[:2] != (height, width):
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
     patch, merge = sizes.patch_size_px, sizes.merge
     rows, columns = height // patch, width // patch
-    apart = image.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
-    patches = apart.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, -1)
+    blocks = image.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
+    patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, -1)
     pixels = np.zeros((sizes.num_slots, patches.shape[1]), np.uint8)
     pixels[: len(patches)] = patches
     return {"pixels": pixels, "grids": np.array([rows, columns], np.int32)}

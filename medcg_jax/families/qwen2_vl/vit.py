@@ -1,8 +1,8 @@
 """Qwen2-VL's vision tower: images of any grid of patches, each padded to the slots of its batch, attention per image.
 
-Patches stand block by block: the 2 x 2 patches that become one token are neighbours in the sequence, blocks run row by
-row. Rotary positions are two-dimensional: the first half of a head's frequencies turns by the patch's row, the other by
-its column. There is no class token, and no table of positions.
+Patches are ordered by blocks: the 2 x 2 patches that become one token are neighbours in the sequence, and blocks run
+row by row. Rotary positions are two-dimensional: the first half of a head's frequencies for the patch's row, the other
+for its column. There is no class token, and no table of positions.
 Source: huggingface/transformers:models/qwen2_vl/modeling_qwen2_vl.py:Qwen2VisionTransformerPretrainedModel and
 vision_utils.py:get_vision_position_ids at 5.23.0; arXiv 2409.12191.
 """
@@ -25,7 +25,7 @@ class Qwen2VitConfig:
     """The defaults are those of every released size."""
 
     patch_size_px: int = 14
-    # Frames that one patch spans; an image stands in all of them.
+    # Frames of a patch; an image is repeated in all of them.
     num_frames: int = 2
     # Patches per side of the block that becomes one token.
     merge: int = 2
@@ -43,8 +43,8 @@ class Qwen2VitConfig:
     def __post_init__(self):
         if self.embed_dim % (4 * self.num_heads):
             raise ValueError(
-                f"vision embed_dim={self.embed_dim}: a multiple of 4 * num_heads={4 * self.num_heads} is accepted, "
-                "rotary positions turn pairs by rows and by columns"
+                f"vision embed_dim={self.embed_dim}; expected a multiple of 4 * num_heads={4 * self.num_heads}, "
+                "because rotary positions turn pairs by rows and by columns"
             )
 
     @property
@@ -63,7 +63,7 @@ class VitBlock(nnx.Module):
         width, heads, head_dim = config.embed_dim, config.num_heads, config.embed_dim // config.num_heads
         names = ("vision_embed", "vision_heads", "head_dim")
         self.norm1 = LayerNorm(width, **normed)
-        # Query, key and value of a head stand behind each other in its last axis.
+        # The last axis holds the query, the key and the value of a head.
         self.qkv = Dense("btd,dnh->btnh", (width, heads, 3 * head_dim), names, **init)
         self.out = Dense("btnh,nhd->btd", (heads, head_dim, width), names[1:] + names[:1], **init)
         self.norm2 = LayerNorm(width, **normed)
@@ -91,13 +91,13 @@ class Qwen2Vit(nnx.Module):
         self.blocks = VitBlock(config, stack=(config.num_layers,), **init)
 
     def embed(self, pixels: jax.Array, dtype) -> jax.Array:
-        """float[B, N, E]: what the first layer gets."""
+        """float[B, N, E]: the input of the first layer."""
         x = self.patch(_frames(_normalise(pixels, self.config), self.config).astype(dtype))
         return constrain(x, "act_batch", "act_len", "act_embed")
 
     def __call__(self, pixels: jax.Array, grids: jax.Array, *, dtype, attention: str) -> jax.Array:
         """pixels: uint8[B, N, C], C = `patch_dim`, or float[B, N, C] already normalised; grids as in `patch_places`."""
-        # An image that is not there sees one patch, so that no kernel divides by nothing.
+        # An absent image attends to one patch, so that no kernel divides by zero.
         segment_ids = real_patches(grids, pixels.shape[1]).at[:, 0].set(1)
         angles = vision_angles(grids, pixels.shape[1], self.config)
 
@@ -109,12 +109,12 @@ class Qwen2Vit(nnx.Module):
 
 
 def real_patches(grids: jax.Array, num: int) -> jax.Array:
-    """int32[B, num] segment ids: 1 on an image's own patches, which come first, 0 on the padding behind them."""
+    """int32[B, num] segment ids: 1 on an image's patches, 0 on the padding behind them."""
     return (jnp.arange(num) < grids.prod(axis=-1)[:, None]).astype(jnp.int32)
 
 
 def patch_places(grids: jax.Array, num: int, merge: int) -> jax.Array:
-    """int32[B, num, 2] row and column of each patch in its image; on padding they mean nothing.
+    """int32[B, num, 2] row and column of each patch in its image; meaningless on padding.
 
     grids: int32[B, 2] rows and columns of patches, multiples of `merge`; 0, 0 where there is no image.
 
@@ -126,11 +126,11 @@ def patch_places(grids: jax.Array, num: int, merge: int) -> jax.Array:
 
 
 def vision_angles(grids: jax.Array, num: int, config: Qwen2VitConfig) -> Angles:
-    """Cosines and sines, each float32[B, num, 1, H/2]: a quarter of H turns by the row, a quarter by the column."""
+    """Cosines and sines, each float32[B, num, 1, H/2]: H/4 frequencies for the row, H/4 for the column."""
     places = patch_places(grids, num, config.merge).astype(jnp.float32)
-    turns = places[..., None] * frequencies(config.embed_dim // config.num_heads // 2, config.rope_theta)
-    turns = turns.reshape(*turns.shape[:2], 1, -1)
-    return jnp.cos(turns), jnp.sin(turns)
+    angles = places[..., None] * frequencies(config.embed_dim // config.num_heads // 2, config.rope_theta)
+    angles = angles.reshape(*angles.shape[:2], 1, -1)
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def _normalise(pixels: jax.Array, config: Qwen2VitConfig) -> jax.Array:
@@ -142,6 +142,6 @@ def _normalise(pixels: jax.Array, config: Qwen2VitConfig) -> jax.Array:
 
 
 def _frames(patches: jax.Array, config: Qwen2VitConfig) -> jax.Array:
-    """[B, N, 3 * frames * size * size] of [B, N, 3 * size * size]: each channel of the one frame repeated for all."""
+    """[B, N, 3 * frames * size * size] of [B, N, 3 * size * size]: each channel repeated for every frame."""
     x = patches.reshape(*patches.shape[:2], 3, 1, -1)
     return jnp.repeat(x, config.num_frames, axis=3).reshape(*patches.shape[:2], -1)

@@ -1,6 +1,6 @@
 """Checkpoints in and out: released PyTorch directories, and our own (Orbax parameters beside `model.json`).
 
-`open_checkpoint` takes either; `load_checkpoint` brings one onto a mesh, of which each host reads what its devices hold;
+`open_checkpoint` takes either; `load_checkpoint` puts one on a mesh, and each host reads only what its devices hold;
 `convert` makes one from the other, one tensor in memory at a time.
 """
 
@@ -27,11 +27,10 @@ from medcg_jax.families.weights.files import WeightsError, copy_companions, read
 from medcg_jax.families.weights.llava import is_original
 from medcg_jax.families.weights.tables import Index
 from medcg_jax.nn.base import Base
-from medcg_jax.nn.quant import is_quantized
 
 MODEL_FILE = "model.json"
 PARAMS_DIR = "params"
-# Fields of a config that say how a model runs, or name tokens: no part of the architecture.
+# Fields of a config that do not belong to the architecture: run options and token ids.
 RUN_FIELDS = (
     "compute_dtype", "matmul", "attention", "remat", "scan_unroll", "image_token_id", "pad_token_id", "eos_token_id",
     "text.max_positions", "min_pixels", "max_pixels", "video_token_id", "vision_start_token_id", "vision_end_token_id",
@@ -44,13 +43,13 @@ NO_IDS: Mapping[str, int] = {}
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A directory with parameters, of which no more is read than what it is.
+    """A directory with parameters, which are not read yet.
 
-    stated: its config.json, or its model.json where `is_ours`.
-    parts: files or directories that lie elsewhere, by the names that `weights.families` explains.
-    trained_on, trained: of a directory that holds no more than what a run trained: the checkpoint that the rest is, and
-      the names of these parts.
-    below: the released model that peft's adapters in `src` belong to.
+    stated: its config.json, or its model.json if `is_ours`.
+    parts: files or directories outside `src`, by the names in `weights.families`.
+    trained_on, trained: if `src` holds only the parts that a run trained, the checkpoint of the others and the names of
+      the trained parts.
+    below: the released model of peft's adapters in `src`.
     """
 
     src: Path
@@ -63,23 +62,23 @@ class Checkpoint:
     below: "Checkpoint | None" = None
 
     def base(self) -> "Checkpoint":
-        """What a run was trained on, of which `self` holds the trained parts alone.
+        """The checkpoint `trained_on`.
 
         Raises:
-          WeightsError: it is not there, or is of another architecture.
+          WeightsError: it does not exist, or is of another architecture.
         """
         src = Path(self.parts.get("base") or self.trained_on)
         if not src.is_dir():
             raise WeightsError(
-                f"{self.src} holds what a run trained alone, and {src}, which it was trained on, is not there; its "
-                "place is accepted as --base=DIR of `medcg convert` and as model.checkpoint of a run"
+                f"{self.src} holds only what a run trained, and {src}, which it was trained on, does not exist; pass "
+                "--base=DIR to `medcg convert`, or set a run's model.checkpoint"
             )
         base = open_checkpoint(src)
         check_same(dataclasses.replace(base.config, lora=None), dataclasses.replace(self.config, lora=None), src)
         return base
 
     def leaves(self) -> dict:
-        """All parameters as `engine.Leaf`s, none of which is read yet; a quantised base's as its files have them.
+        """All parameters as `engine.Leaf`s, not quantised.
 
         Raises:
           WeightsError: tensors missing, unused or misshapen, or files that cannot be read.
@@ -101,7 +100,7 @@ class Checkpoint:
         unknown = sorted(set(self.trained) - set(abstract))
         if unknown:
             file, names = self.src / MODEL_FILE, list(self.trained)
-            raise WeightsError(f"{file}: parts={quoted(names)}; of {', '.join(abstract)} are accepted")
+            raise WeightsError(f"{file}: parts={quoted(names)}; expected some of {', '.join(abstract)}")
         return self._stored({name: abstract[name] for name in self.trained})
 
     def _stored(self, abstract: dict) -> dict:
@@ -120,7 +119,7 @@ class Checkpoint:
 
 
 def _abstract(config: Config) -> dict:
-    """Shapes and dtypes of all parameters, as files hold them: nothing is quantised."""
+    """Shapes and dtypes of all parameters as in files, where nothing is quantised."""
     return nnx.to_pure_dict(build.abstract(dataclasses.replace(config, base=Base()))[1])
 
 
@@ -132,7 +131,7 @@ def _stacks(config: Config) -> set[tuple[str, ...]]:
 
 
 def _finite(directory: Path, stacks: set, path, leaf: engine.Leaf) -> engine.Leaf:
-    """The `Leaf`, whose numbers are checked as they are read."""
+    """The `Leaf` with a check of its numbers on reading."""
     keys = tuple(key.key for key in path)
     name = f"{directory}: {'.'.join(keys)}"
 
@@ -157,7 +156,7 @@ def open_checkpoint(src: Path, parts: Mapping[str, Path] = NO_PARTS) -> Checkpoi
         return _open_ours(src, parts)
     file = src / "config.json"
     stated = read_json(file) if file.is_file() else None
-    # LLaVA's own directories of adapters are another form, which its map reads.
+    # LLaVA's map reads the adapter directories of the original LLaVA code.
     if peft.are_adapters(src) and not (stated and is_original(stated)):
         below = _open_below(src, parts)
         if stated is not None:
@@ -188,9 +187,9 @@ def _open_ours(src: Path, parts: Mapping[str, Path]) -> Checkpoint:
         raise WeightsError(f"{file}: family={quoted(family)}; accepted: {', '.join(registry.FAMILIES)}")
     if (trained_on, trained) != (None, None):
         if not isinstance(trained_on, str) or not trained_on or "\0" in trained_on:
-            raise WeightsError(f"{file}: trained_on={quoted(trained_on)}; the path of a checkpoint is accepted")
+            raise WeightsError(f"{file}: trained_on={quoted(trained_on)}; expected the path of a checkpoint")
         if not isinstance(trained, list) or not trained or not all(isinstance(name, str) for name in trained):
-            raise WeightsError(f"{file}: parts={quoted(trained)}; a list of names of a model's parts is accepted")
+            raise WeightsError(f"{file}: parts={quoted(trained)}; expected a list of names of a model's parts")
     try:
         config = dataclass_of(registry.family(family).config_type, fields, MODEL_FILE)
     except (ValueError, ArithmeticError) as error:
@@ -204,10 +203,10 @@ def _named(error: Exception, file: Path) -> WeightsError:
 
 
 def _open_below(src: Path, parts: Mapping[str, Path]) -> Checkpoint:
-    """The released model that peft's adapters in `src` belong to.
+    """The released model of peft's adapters in `src`.
 
     Raises:
-      WeightsError: no base is given, or one that is no whole model.
+      WeightsError: no base, or a base that is no whole model.
     """
     base = parts.get("base")
     if base is None:
@@ -217,9 +216,7 @@ def _open_below(src: Path, parts: Mapping[str, Path]) -> Checkpoint:
             + (f", {str(named)[:200]}" if named else "")
         )
     if not (base / "config.json").is_file():
-        raise WeightsError(
-            f"--base={base} has no config.json; the released model that {src} was trained on is accepted"
-        )
+        raise WeightsError(f"--base={base} has no config.json; expected the released model that {src} was trained on")
     stated = read_json(base / "config.json")
     if is_original(stated) or stated.get("model_type") == "llama" or peft.are_adapters(base):
         raise WeightsError(
@@ -234,21 +231,12 @@ def read_config(src: Path, *, parts: Mapping[str, Path] = NO_PARTS) -> Config:
     return open_checkpoint(src, parts).config
 
 
-def kept_parts(src: Path) -> tuple[str, tuple[str, ...]] | None:
-    """(what a run started from, the parts that it trained) of a directory that holds these parts alone; else None."""
+def trained_parts(src: Path) -> tuple[str, tuple[str, ...]] | None:
+    """(the start checkpoint, the trained parts) of a directory with only a run's trained parts; else None."""
     if not (src / MODEL_FILE).is_file():
         return None
     checkpoint = open_checkpoint(src)
     return (checkpoint.trained_on, checkpoint.trained) if checkpoint.trained else None
-
-
-def saved_leaves(src: Path) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-    """Path -> shape and dtype of every array that `save_params` wrote as it was, in the order of the tree."""
-    checkpoint = open_checkpoint(src)
-    abstract = build.abstract(checkpoint.config)[1].raw_mapping
-    names = checkpoint.trained or tuple(abstract)
-    saved = engine.by_path({name: abstract[name] for name in names})
-    return {path: leaf for path, leaf in saved.items() if not is_quantized(leaf)}
 
 
 def load_checkpoint(
@@ -256,11 +244,10 @@ def load_checkpoint(
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """(graphdef, params) of the checkpoint in `src` on `mesh`, for the architecture and settings of `config`.
 
-    What `config.base` says to quantise is so a layer at a time, on the devices. Adapters that the checkpoint lacks are
-    made of `seed`. A directory of what was trained alone is laid over what it was trained on, which `model.json` states
-    (or `parts` as `base`).
-    A checkpoint with more vocabulary rows than `config` (llava-hf pads 32000 to 32064) loses the rest of them.
-    A host reads the slices that its devices hold, and has no more than one layer of one tensor beside them.
+    `config.base` quantises on the devices, one layer at a time. Adapters that the checkpoint lacks are initialised from
+    `seed`. Trained parts replace those of the checkpoint that they were trained on (in model.json, or `parts["base"]`).
+    Vocabulary rows beyond those of `config` are dropped (llava-hf pads 32000 to 32064).
+    A host reads only the slices that its devices hold, and has at most one layer of one tensor beside them.
 
     Raises:
       WeightsError: no checkpoint, another architecture, or tensors missing, unused or misshapen.
@@ -274,7 +261,7 @@ def load_checkpoint(
     if checkpoint.is_ours and not checkpoint.trained and config.base.dtype == "float32":
         params = _restored(checkpoint, abstract, shardings, mesh, param_dtype)
     else:
-        params = engine.place(checkpoint.leaves(), abstract, shardings)
+        params = engine.put(checkpoint.leaves(), abstract, shardings)
     if lacks_adapters:
         lora = build.create_adapters(config, mesh, seed=seed, param_dtype=param_dtype)
         params = build.join(params, nnx.State({"lora": lora}))
@@ -282,7 +269,7 @@ def load_checkpoint(
 
 
 def _restored(checkpoint: Checkpoint, abstract, shardings, mesh: Mesh, param_dtype):
-    """Params as Orbax restores them, all at once: faster than `Leaf`s where there is nothing to change on the way."""
+    """Params as Orbax restores them, all at once, which is faster than by `Leaf`s."""
     import orbax.checkpoint as ocp
 
     stored = dataclasses.replace(checkpoint.config, base=Base())
@@ -314,13 +301,12 @@ def convert(
     """{"out", "to", "parameters", "tensors", "dtype"} after writing `dst` from `src`; prints one line.
 
     src: a released directory, a converted one, or peft's adapters, whose model `parts` names as `base`.
-    to: "orbax"; "hf" for the released layout, adapters merged into the weights (of the checkpoint that the run started
-      from, not what was made of them in 4 or 8 bits); "peft" for the adapters, and a projector that was trained with
-      them, as peft's.
-    parts: files or directories of a release that lie elsewhere, by the names that `weights.families` explains.
-    ids: of tokens, by field of the config, where the tokenizer beside `src` has others than its config states.
-    Weights keep the dtype they have in `src`. `dst` appears when all of it is written, with the tokenizer, chat templates
-    and processor's files that lie in `src` (or in the checkpoint that it was trained on).
+    to: "orbax"; "hf" for the released layout, adapters merged into the weights (those of the start checkpoint, never
+      quantised); "peft" for the adapters, and a projector that was trained with them, as peft's.
+    parts: files or directories outside `src`, by the names in `weights.families`.
+    ids: token ids by field of the config, to replace those of the config in `src`.
+    Weights keep their dtype. `dst` appears when it is complete, with the tokenizer, chat templates and processor files
+    of `src` (or of the checkpoint that it was trained on).
 
     Raises:
       WeightsError: `src` is no checkpoint this port knows, or `dst` exists and is not empty.
@@ -328,7 +314,7 @@ def convert(
     if to not in ("orbax", "hf", "peft"):
         raise WeightsError(f"to={to!r}; accepted: orbax, hf, peft")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise WeightsError(f"{dst} exists and is not empty; a new or empty directory is accepted")
+        raise WeightsError(f"{dst} exists and is not empty; expected a new or empty directory")
     checkpoint = open_checkpoint(src, parts)
     config, trained = dataclasses.replace(checkpoint.config, **ids), checkpoint.trained
     if to == "peft" and (others := sorted(set(trained) - set(peft.PEFT_PARTS))):
@@ -354,10 +340,10 @@ def convert(
 def export(params, config: Config, dst: Path, *, dtype=None) -> None:
     """Writes the family's released layout into `dst`: safetensors and config.json, one tensor on the host at a time.
 
-    Where the image token (or the padding) lies outside LLaVA's vocabulary, its tables get rows up to the next multiple
-    of 64: the mean of the others, so that no added row ever has the largest logit.
-    Adapters that the layout does not hold are merged into the weights.
-    params: arrays or `engine.Leaf`s. dtype: of all tensors; None: each one's own.
+    If the image or the padding token is outside LLaVA's vocabulary, its tables get rows up to the next multiple of 64:
+    the mean of the others, so that no added row ever has the largest logit.
+    Adapters that the layout does not have are merged into the weights.
+    params: arrays or `engine.Leaf`s. dtype: of all tensors; None: their own.
     """
     family = module_of(config)
     params, config = peft.merged(family, params, config)
@@ -387,7 +373,7 @@ def export(params, config: Config, dst: Path, *, dtype=None) -> None:
     dst.mkdir(parents=True, exist_ok=True)
     write_safetensors(dst, specs, tensors())
     text: Any = dataclasses.replace(config.text, vocab_size=num_rows)
-    # Readers that take their dtype from here lose nothing with the widest one.
+    # The widest dtype, so that readers that take it from config.json lose nothing.
     widest = reduce(jnp.promote_types, {dtype for _, dtype in specs.values()})
     released = family.config_to_json(dataclasses.replace(config, text=text), widest.name)
     # Last: a directory with this file is whole.
@@ -397,7 +383,7 @@ def export(params, config: Config, dst: Path, *, dtype=None) -> None:
 def save_params(directory: Path, params, config: Config, *, trained_on: str = "") -> None:
     """Writes `params` (arrays or `engine.Leaf`s) with Orbax, and `config` beside them, into `directory`.
 
-    trained_on: the checkpoint that the rest of the parameters is, where `params` are no more than what was trained.
+    trained_on: the checkpoint with the other parameters, if `params` are only those that were trained.
     """
     from medcg_jax.families.weights.orbax_leaves import save
 
@@ -413,24 +399,24 @@ def save_params(directory: Path, params, config: Config, *, trained_on: str = ""
 
 
 def check_same(stored: Config, asked: Config, src: Path) -> None:
-    """Raises WeightsError where the checkpoint in `src` is of another architecture than the one that is asked for."""
+    """Raises WeightsError if the checkpoint in `src` is of another architecture than `asked`."""
     if type(stored) is not type(asked):
-        raise WeightsError(f"{src} holds a {family_of(stored)}; a {family_of(asked)} is wanted")
+        raise WeightsError(f"{src} holds a {family_of(stored)}; expected a {family_of(asked)}")
     different = _differences(dataclasses.asdict(stored), dataclasses.asdict(asked))
     if different:
         raise WeightsError(f"{src} is of another architecture: {', '.join(different)}")
 
 
 def _differences(stored: dict, asked: dict, prefix: str = "") -> list[str]:
-    """The fields of the architecture that are not the same, each with both values."""
+    """The fields of the architecture that differ, each with both values."""
     different = []
     for key, value in stored.items():
         name, ours = prefix + key, asked[key]
         if isinstance(value, dict) and isinstance(ours, dict):
             different += _differences(value, ours, f"{name}.")
-        # Rows beyond ours are dropped.
+        # Vocabulary rows beyond ours are dropped on loading.
         elif name in RUN_FIELDS or (name == "text.vocab_size" and value >= ours):
             continue
         elif not (math.isclose(value, ours) if isinstance(value, float) and isinstance(ours, float) else value == ours):
-            different.append(f"{name} {value} (wanted {ours})")
+            different.append(f"{name} {value} (expected {ours})")
     return different

@@ -1,7 +1,7 @@
-"""Names and shapes of a released checkpoint turned into parameters and back, by a table; strict both ways.
+"""Released tensors to parameters and back, by a model's table (`weights.tables`); strict both ways.
 
-A model's table (`weights.tables`) says where each tensor goes. Parameters go from files to devices, or to other files, as `Leaf`s: a host reads the slices that its devices hold, and no
-more than one layer of them at a time.
+Parameters go from files to devices, or to other files, as `Leaf`s: a host reads only the slices that its devices hold,
+one layer at a time.
 """
 
 import math
@@ -19,9 +19,9 @@ from medcg_jax.families.weights.files import Tensors, WeightsError
 from medcg_jax.families.weights.tables import Entry, Index, Shape, spans_of
 from medcg_jax.nn.quant import dequantize, is_quantized, quantize
 
-# What wrappers (torch.compile, DDP, peft) put before every name of a state dict.
+# Prefixes of torch.compile, and of the wrappers DDP and peft, in a state dict.
 COMPILED, WRAPPERS = "_orig_mod.", ("module.", "base_model.model.")
-# Numbers checked at once for being finite: the mask is small beside a tensor.
+# Numbers checked at once for being finite, so that the mask stays small.
 NUM_CHECKED = 2**18
 
 
@@ -67,9 +67,9 @@ def by_path(params) -> dict[tuple[str, ...], Any]:
 
 
 def canonical_names(names, canonical: Callable[[str], str | None], source: str) -> dict[str, str]:
-    """Canonical name -> the file's own; names for which `canonical` gives None are dropped.
+    """Canonical name -> the file's name; names for which `canonical` gives None are dropped.
 
-    What torch.compile puts into names is taken off, and what another wrapper puts before all of them.
+    Prefixes of torch.compile are removed, and wrappers' prefixes that all names have.
 
     Raises:
       WeightsError: two tensors have one canonical name.
@@ -87,7 +87,7 @@ def canonical_names(names, canonical: Callable[[str], str | None], source: str) 
 
 
 def _wrapper(names) -> str:
-    """What stands before all names, of any number of `WRAPPERS` one behind the other."""
+    """The prefix of all names, made of any number of `WRAPPERS`."""
     prefix, bare = "", [name.replace(COMPILED, "") for name in names]
     while bare and (wrapper := next((w for w in WRAPPERS if all(name.startswith(w) for name in bare)), "")):
         prefix, bare = prefix + wrapper, [name.removeprefix(wrapper) for name in bare]
@@ -97,9 +97,9 @@ def _wrapper(names) -> str:
 def check(
     by_name: dict[str, Slot], shapes: dict[str, Shape], source: str, origin: Callable[[str], str] | None = None
 ) -> None:
-    """Raises WeightsError, with all three lists, on missing, unused and misshapen tensors (canonical names).
+    """Raises WeightsError if tensors are missing, unused or misshapen, with all three lists (canonical names).
 
-    origin: gives the file in which a tensor is, for the message.
+    origin: name -> the tensor's file, for the message.
     """
     missing = [name for name in by_name if name not in shapes]
     unused = [name for name in shapes if name not in by_name]
@@ -123,25 +123,25 @@ def _listed(word: str, names: list[str], most: int = 8) -> str:
 
 
 def check_finite(value: np.ndarray, name: str) -> None:
-    """Raises WeightsError where a number is NaN or infinite; name: of the tensor and its file."""
+    """Raises WeightsError if a number is NaN or infinite. name: of the tensor and its file."""
     flat = value.reshape(-1)
     starts = range(0, flat.size, NUM_CHECKED)
     wrong = sum(int((~np.isfinite(flat[start : start + NUM_CHECKED])).sum()) for start in starts)
     if wrong:
         raise WeightsError(
-            f"{name} holds NaN or infinity ({wrong:,} of {flat.size:,} numbers); finite numbers are accepted: take a "
+            f"{name} holds NaN or infinity ({wrong:,} of {flat.size:,} numbers); take a "
             "checkpoint from before the training diverged, or fetch the file again"
         )
 
 
-# ------------------------------------------------------------------ parameters that are not held
+# ------------------------------------------------------------------ parameters that are not read yet
 
 
 class Leaf:
-    """A parameter that is not held: `leaf[i]` reads layer i of a stack, `np.asarray(leaf)` all of it.
+    """A parameter that is not read yet: `leaf[i]` reads layer i of a stack, `np.asarray(leaf)` all of it.
 
-    read: (layer, index) -> `whole[layer][index]`, or `whole[index]` for the layer None; index: slices, of as many
-      leading axes as it has.
+    read: (layer, index) -> `whole[layer][index]`, or `whole[index]` for the layer None; index: slices of the leading
+      axes.
     stacked: whether the leading axis counts layers.
     """
 
@@ -156,7 +156,7 @@ class Leaf:
 
 
 def lazy(table: list[Entry], abstract, tensors: Tensors, names: dict[str, str], source: str):
-    """A tree of `Leaf`s as `abstract`, each with the dtype of its tensors (the wider one, where they differ).
+    """A tree of `Leaf`s with the structure of `abstract`, each in the widest dtype of its tensors.
 
     names: canonical name -> name in `tensors`.
 
@@ -187,7 +187,7 @@ def lazy(table: list[Entry], abstract, tensors: Tensors, names: dict[str, str], 
 
 
 def _read(slot: Slot, tensors: Tensors, name: str, index: Index) -> np.ndarray:
-    """The slice `index` of what a released tensor is with us; vocabulary rows beyond ours are not read."""
+    """The slice `index` of our array of a released tensor; vocabulary rows beyond ours are not read."""
 
     def read(released: Index) -> np.ndarray:
         value = tensors.read(name, released)
@@ -198,7 +198,7 @@ def _read(slot: Slot, tensors: Tensors, name: str, index: Index) -> np.ndarray:
 
 
 def dequantized(q) -> Leaf:
-    """A quantised stack as a `Leaf` in float32, for files: all of it must be on devices of this process."""
+    """A quantised stack as a `Leaf` in float32, for files; all of it must be on devices of this process."""
 
     def read(layer: int | None, index: Index) -> np.ndarray:
         stored = q if layer is None else jax.tree.map(lambda w: w[layer], q)
@@ -223,15 +223,14 @@ def load(table: list[Entry], abstract, shardings, tensors: Tensors, names: dict[
     Raises:
       WeightsError: tensors missing, unused or misshapen, before anything is read; a number that is not finite.
     """
-    return place(lazy(table, abstract, tensors, names, source), abstract, shardings)
+    return put(lazy(table, abstract, tensors, names, source), abstract, shardings)
 
 
-def place(leaves, abstract, shardings):
-    """Arrays in `shardings`, with the dtypes of `abstract`, from a tree of `Leaf`s; of each what this host's devices hold.
+def put(leaves, abstract, shardings):
+    """Arrays in `shardings`, with the dtypes of `abstract`, from a tree of `Leaf`s.
 
-    A number that is not finite is seen by the hosts that read it.
-    What is to be quantised is so on the devices: one layer of one matrix is there in float32 at a time.
-    Vocabulary rows beyond those of `abstract` are not read.
+    A host reads only what its devices hold, so only the hosts that read a number notice that it is not finite.
+    Matrices are quantised on the devices, one layer at a time. Vocabulary rows beyond `abstract` are not read.
     """
     by_leaf, by_sharding, arrays = by_path(leaves), by_path(shardings), []
     for path, target in by_path(abstract).items():
@@ -240,7 +239,7 @@ def place(leaves, abstract, shardings):
             array = jax.tree.map(lambda like, where: _zeros(like.shape, like.dtype, where), target, sharding)
             for layer in range(target.shape[0]):
                 array = _with_layer(array, target, sharding, leaf, layer)
-                # Waited for: slices that are under way to a device are held by the host.
+                # Wait, because the host holds slices until they are on a device.
                 jax.block_until_ready(array)
         else:
             array = jax.block_until_ready(_put(leaf, None, target.shape, target.dtype, sharding))
@@ -249,7 +248,7 @@ def place(leaves, abstract, shardings):
 
 
 def _put(leaf: Leaf, layer: int | None, shape: Shape, dtype, sharding) -> jax.Array:
-    """A leaf or a layer of one, in its sharding. Slices that lie side by side are read as one, equal ones once."""
+    """A leaf or a layer of one, in its sharding. Adjacent slices are read as one, equal slices once."""
     slices = _local_slices(sharding, tuple(shape))
     hull = tuple((min(start for start, _ in axis), max(stop for _, stop in axis)) for axis in zip(*slices, strict=True))
     blocks = {hull} if _size(hull) == sum(map(_size, slices)) else slices
@@ -271,7 +270,7 @@ def _put(leaf: Leaf, layer: int | None, shape: Shape, dtype, sharding) -> jax.Ar
 
 
 def _local_slices(sharding, shape: Shape) -> set[tuple[tuple[int, int], ...]]:
-    """The slices that this host's devices hold, each as (start, stop) of every axis."""
+    """The slices on this host's devices, each as (start, stop) of every axis."""
     return {tuple(spans_of(index, shape)) for index in sharding.addressable_devices_indices_map(shape).values()}
 
 
@@ -280,7 +279,7 @@ def _size(spans: tuple[tuple[int, int], ...]) -> int:
 
 
 def _with_layer(stack, target, sharding, leaf: Leaf, layer: int):
-    """`stack` (donated) with layer `layer` of `leaf` in it: an array and its sharding, or those of a `QArray`."""
+    """`stack` (donated; an array or a `QArray`) with layer `layer` of `leaf` written into it."""
     inner = jax.tree.map(lambda where: NamedSharding(where.mesh, PartitionSpec(*where.spec[1:])), sharding)
     if is_quantized(target):
         matrix = _put(leaf, layer, target.shape[1:], np.float32, inner.qvalue)
@@ -295,7 +294,7 @@ def _zeros(shape, dtype, sharding) -> jax.Array:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
 
 
-# A sharding of each part of a `QArray` cannot be hashed; matrices of one shape share theirs.
+# Shardings of matrices with one shape are equal, so their programs are shared; a `QArray` of shardings has no hash.
 @lru_cache(maxsize=256)
 def _quantizer(qvalue, scale, dtype: str):
     def run(w):
@@ -307,12 +306,12 @@ def _quantizer(qvalue, scale, dtype: str):
 
 @lru_cache(maxsize=256)
 def _set_layer(sharding):
-    # Donated: the stack is filled in place, so that it is never held twice.
+    # Donated, so that the stack is filled in place and never held twice.
     return jax.jit(lambda stack, value, i: stack.at[i].set(value), donate_argnums=0, out_shardings=sharding)
 
 
 def store(table: list[Entry], params) -> tuple[dict[str, tuple[Shape, np.dtype]], Iterator[tuple[str, np.ndarray]]]:
-    """(released name -> (shape, dtype), an iterator over (name, array) in that order), one tensor at a time.
+    """(released name -> (shape, dtype), an iterator over (name, array) in that order).
 
     params: arrays or `Leaf`s.
     """

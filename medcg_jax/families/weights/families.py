@@ -1,9 +1,8 @@
-"""Which map belongs to which model: one module for each family, all with the same functions.
+"""The weight map of each family: a module, all with the same functions.
 
-A module has `table(config)`, `read_release(src, stated, parts)`, `open_release(src, stated, parts)`, `canonical(name)`,
-`released_name(name)` and `config_to_json(config, dtype)`; `stated` is the config.json of `src`, and `parts` are files or
-directories of a release that lie elsewhere, by name: `clip`, `base`, `eva`, `minigpt`, `sam` (`medcg convert --help` says
-what they are).
+These are `table(config)`, `read_release(src, stated, parts)`, `open_release(src, stated, parts)`, `canonical(name)`,
+`released_name(name)` and `config_to_json(config, dtype)`; `stated` is the config.json of `src`, and `parts` are files
+or directories of a release outside `src`, by name: `clip`, `base`, `eva`, `minigpt`, `sam` (`medcg convert --help`).
 """
 
 from types import ModuleType
@@ -28,7 +27,7 @@ def module_of_release(stated: dict) -> ModuleType:
     """The map for the release whose config.json is `stated`.
 
     Raises:
-      WeightsError: it is of a model that is not ported.
+      WeightsError: the model is not ported.
     """
     families = {kind: family for family in registry.families() for kind in family.model_types}
     kind = "llava" if llava.is_original(stated) else stated.get("model_type")

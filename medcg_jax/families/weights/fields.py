@@ -1,6 +1,6 @@
-"""Fields of a config.json, read and checked; every refusal names the field, its value and what is accepted.
+"""Fields of a config.json, read and checked; every error names the field, its value and what is expected.
 
-What the numbers of an architecture may be (`LIMITS`, `CHOICES`) holds for a config.json as for our model.json.
+The limits of an architecture's numbers and names (`LIMITS`, `CHOICES`) apply to our model.json too.
 """
 
 import dataclasses
@@ -16,16 +16,16 @@ from medcg_jax.nn.rope import Llama3Scaling
 from medcg_jax.untrusted import FileError, article_of, check_number, shown
 
 CONFIG_FILE = "config.json"
-# Kinds of scaling of rotary positions that are computed.
+# Kinds of scaling of rotary positions that this port computes.
 SCALED = ("linear", "llama3")
 # In the order of `Llama3Scaling`'s fields.
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-# Fields that a config.json states for both sides of an image alike, or as one number; fields for which null is the default.
+# Fields that may be one number, or one for each side if they are equal; fields for which null means the default.
 SIDES, NULLABLE = ("image_size_px", "patch_size_px", "num_frames"), ("num_kv_heads", "head_dim")
 MAX_LAYERS = 1024
 MAX_SIDE_PX = 2**14
 MAX_TOKEN_ID = 2**31 - 1
-# Of a token that is never looked for, -1 is stated at times; an image's place is.
+# -1 stands for a missing token, which an image's token may not be.
 _LIMITS = (
     (1, MAX_SIDE_PX, "image_size_px patch_size_px window_size"),
     (1, 64, "num_frames merge"),
@@ -52,8 +52,8 @@ _LIMITS = (
     (-1, MAX_TOKEN_ID, "pad_token_id eos_token_id video_token_id vision_start_token_id vision_end_token_id"),
     (-1, MAX_TOKEN_ID, "at_token_id box_token_id"),
 )
-# Field of an architecture's dataclass -> (least, most). What no table of weights could have is refused before anything
-# is made of it: with a thousand million layers the list of their names alone fills a host's memory.
+# Field of an architecture's dataclass -> (least, most). Checked first: with a thousand million layers the list of their
+# names alone would fill a host's memory.
 LIMITS: dict[str, tuple[float, float]] = {
     field: (least, most) for least, most, names in _LIMITS for field in names.split()
 }
@@ -71,11 +71,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def keys(text: str) -> dict[str, str]:
-    """Our field -> the name that a config.json has for it, from words `ours=theirs`."""
+    """Our field -> its name in a config.json, from words `ours=theirs`."""
     return dict(word.split("=") for word in text.split())
 
 
-# Field of a decoder -> the name that every config.json of transformers has for it.
+# Field of a decoder -> its name in every config.json of transformers.
 TEXT_KEYS = keys(
     "vocab_size=vocab_size num_layers=num_hidden_layers embed_dim=hidden_size num_heads=num_attention_heads "
     "num_kv_heads=num_key_value_heads mlp_dim=intermediate_size norm_eps=rms_norm_eps "
@@ -84,21 +84,20 @@ TEXT_KEYS = keys(
 
 
 def first(*values):
-    """The first value that is not None; None where all are."""
+    """The first value that is not None; None if all are."""
     return next((value for value in values if value is not None), None)
 
 
-def expect(found: dict, prefix: str, *, file: str = CONFIG_FILE, **accepted) -> None:
-    """Raises WeightsError where a field of `found` is neither absent, nor null, nor what is accepted.
+def expect(stated: dict, prefix: str, *, file: str = CONFIG_FILE, **accepted) -> None:
+    """Raises WeightsError if a field of `stated` is present, not null, and not an accepted value.
 
-    accepted: field -> value, or a tuple of values. prefix: of the fields' names in the message ("text_config.").
+    accepted: field -> value, or a tuple of values. prefix: before the fields' names in the message ("text_config.").
     """
     for key, value in accepted.items():
         values = value if isinstance(value, tuple) else (value,)
-        if found.get(key) is not None and found[key] not in values:
-            raise WeightsError(
-                f"{file} has {prefix}{key}={quoted(found[key])}; {' or '.join(map(repr, values))} is accepted"
-            )
+        if stated.get(key) is not None and stated[key] not in values:
+            expected = " or ".join(map(repr, values))
+            raise WeightsError(f"{file} has {prefix}{key}={quoted(stated[key])}; expected {expected}")
 
 
 def quoted(value: Any, limit: int = 100) -> str:
@@ -110,147 +109,142 @@ def quoted(value: Any, limit: int = 100) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def section(found: dict, prefix: str, key: str) -> dict:
-    """The object that a field holds; an empty one where it is absent or null.
+def section(stated: dict, prefix: str, key: str) -> dict:
+    """The object in a field; an empty one if it is absent or null.
 
     Raises:
-      WeightsError: it holds something else.
+      WeightsError: the field is not an object.
     """
-    value = first(found.get(key), {})
+    value = first(stated.get(key), {})
     if not isinstance(value, dict):
-        raise WeightsError(
-            f"config.json has {prefix}{key}={quoted(value)} ({article_of(value)}); an object is accepted"
-        )
+        raise WeightsError(f"config.json has {prefix}{key}={quoted(value)} ({article_of(value)}); expected an object")
     return value
 
 
-def number(found: dict, prefix: str, key: str, default, field: str, *, kind: type = int, null=False, file=CONFIG_FILE):
-    """The number that a field holds, of the type `kind`.
+def number(stated: dict, prefix: str, key: str, default, field: str, *, kind: type = int, null=False, file=CONFIG_FILE):
+    """The number in a field, of the type `kind`; `default` if it is absent, or null and `null`.
 
-    field: of our dataclass, whose `LIMITS` it must keep. null: whether that stands for `default`.
+    field: of our dataclass, which has `LIMITS`.
 
     Raises:
-      WeightsError: it is no such number.
+      WeightsError: it is no such number, or outside its limits.
     """
-    if key not in found or (null and found[key] is None):
+    if key not in stated or (null and stated[key] is None):
         return default
-    return checked(found[key], f"{file} has {prefix}{key}", field, kind)
+    return checked(stated[key], f"{file} has {prefix}{key}", field, kind)
 
 
-def flag(found: dict, prefix: str, key: str, default: bool) -> bool:
-    """Whether a field is true; `default` where it is absent or null.
+def flag(stated: dict, prefix: str, key: str, default: bool) -> bool:
+    """Whether a field is true; `default` if it is absent or null.
 
     Raises:
       WeightsError: it is neither true nor false.
     """
-    value = first(found.get(key), default)
+    value = first(stated.get(key), default)
     if not isinstance(value, bool):
-        raise WeightsError(f"config.json has {prefix}{key}={quoted(value)}; true or false is accepted")
+        raise WeightsError(f"config.json has {prefix}{key}={quoted(value)}; expected true or false")
     return value
 
 
-def token(found: dict, prefix: str, key: str, default: int | None = None) -> Any:
-    """The id of a token that a field holds; `default` where it is absent or null. Raises WeightsError as `number`."""
+def token(stated: dict, prefix: str, key: str, default: int | None = None) -> Any:
+    """The token id in a field; `default` if it is absent or null. Raises WeightsError as `number`."""
     limits = "image_token_id" if key.startswith("image_token") else "pad_token_id"
-    return number(found, prefix, key, default, limits, null=True)
+    return number(stated, prefix, key, default, limits, null=True)
 
 
-def image_token(found: dict, default: int) -> Any:
-    """The id of an image's token, under either of its names. Raises WeightsError as `number`."""
-    return first(token(found, "", "image_token_id"), token(found, "", "image_token_index"), default)
+def image_token(stated: dict, default: int) -> Any:
+    """The id of the image token, under either of its names. Raises WeightsError as `number`."""
+    return first(token(stated, "", "image_token_id"), token(stated, "", "image_token_index"), default)
 
 
-def end_of(found: dict, prefix: str, default: int | None = None, *, last: bool = True) -> Any:
-    """`eos_token_id`; of several the last, which is that of a turn, or the first. Raises WeightsError as `number`."""
-    value = found.get("eos_token_id")
+def end_of(stated: dict, prefix: str, default: int | None = None, *, last: bool = True) -> Any:
+    """`eos_token_id`; of several the last (the end of a turn) or the first. Raises WeightsError as `number`."""
+    value = stated.get("eos_token_id")
     if isinstance(value, list) and value:
         for each in value:
             checked(each, f"config.json has {prefix}eos_token_id", "eos_token_id")
         return value[-1 if last else 0]
-    return token(found, prefix, "eos_token_id", default)
+    return token(stated, prefix, "eos_token_id", default)
 
 
-def whole_numbers(found: dict, prefix: str, key: str, default: tuple[int, ...], field: str) -> Any:
-    """The list of whole numbers that a field holds; `default` where it is absent or null.
+def whole_numbers(stated: dict, prefix: str, key: str, default: tuple[int, ...], field: str) -> Any:
+    """The list of whole numbers in a field; `default` if it is absent or null.
 
     Raises:
-      WeightsError: it is no list of such numbers within the `LIMITS` of `field`.
+      WeightsError: it is no list of whole numbers within the `LIMITS` of `field`.
     """
-    value = first(found.get(key), default)
+    value = first(stated.get(key), default)
     if not isinstance(value, list | tuple):
-        raise WeightsError(f"config.json has {prefix}{key}={quoted(value)}; a list of whole numbers is accepted")
+        raise WeightsError(f"config.json has {prefix}{key}={quoted(value)}; expected a list of whole numbers")
     return tuple(checked(each, f"config.json has {prefix}{key}", field) for each in value)
 
 
-def activation(found: dict, prefix: str, key: str, default: str) -> str:
-    """The activation that a field names.
+def activation(stated: dict, prefix: str, key: str, default: str) -> str:
+    """The name of the activation in a field.
 
     Raises:
       WeightsError: it is none of `ACTIVATIONS`.
     """
     accepted: dict[str, Any] = {key: tuple(ACTIVATIONS)}
-    expect(found, prefix, **accepted)
-    return first(found.get(key), default)
+    expect(stated, prefix, **accepted)
+    return first(stated.get(key), default)
 
 
-def size(found: dict, prefix: str, key: str, default: int, field: str = "patch_size_px") -> int:
-    """The number that a field holds, by itself or for each side alike; null where the default is meant.
+def size(stated: dict, prefix: str, key: str, default: int, field: str = "patch_size_px") -> int:
+    """The number in a field, or in a list of equal ones, one for each side; `default` if it is absent or null.
 
     Raises:
-      WeightsError: it differs between the sides, or is no whole number within the `LIMITS` of `field`.
+      WeightsError: the sides differ, or are no whole numbers within the `LIMITS` of `field`.
     """
-    value = first(found.get(key), default)
+    value = first(stated.get(key), default)
     sides = value if isinstance(value, list | tuple) and value else [value]
     if any(side != sides[0] for side in sides):
-        raise WeightsError(
-            f"config.json has {prefix}{key}={value!r}; a whole number, the same for all sides, is accepted"
-        )
+        raise WeightsError(f"config.json has {prefix}{key}={value!r}; expected a whole number, the same for all sides")
     return checked(sides[0], f"config.json has {prefix}{key}", field)
 
 
 def refused(error: ValueError, prefix: str) -> WeightsError:
-    """The refusal of an architecture by the model, as one of the file that states it."""
+    """A ValueError of an architecture's dataclass as a WeightsError that names the file."""
     if isinstance(error, WeightsError):
         return error
     return WeightsError(f"config.json, {prefix.rstrip('.') or 'top'}: {error}")
 
 
 def rope(
-    found: dict, prefix: str, theta: float, *, plain=("default",), scaled=SCALED
+    stated: dict, prefix: str, theta: float, *, plain=("default",), scaled=SCALED
 ) -> tuple[dict, float, Llama3Scaling | None]:
-    """(fields of rotary positions, their base, how they are scaled) of a text model's fields, in any version's spelling.
+    """(fields of rotary positions, their base, their scaling) from a text model's fields, in any version's spelling.
 
-    theta: the base where no field states it. plain, scaled: names of kinds that are accepted, without and with a
-      scaling.
+    theta: the default base. plain, scaled: names of the accepted kinds without and with a scaling.
 
     Raises:
-      WeightsError: they are of another kind, turn a part of each head alone, a number of the scaling is missing, or
-        two places state different ones: versions of transformers do not take the same.
+      WeightsError: another kind, rotation of a part of each head, a missing number, or contradicting fields, of which
+        versions of transformers take different ones.
     """
-    # In their new place (transformers 5), or their old one.
-    places = {key: section(found, prefix, key) for key in ("rope_parameters", "rope_scaling")}
-    stated = {key: _rope_of(values, f"{prefix}{key}.", plain, scaled) for key, values in places.items() if values}
-    expect(found, prefix, partial_rotary_factor=1.0)
-    scalings, bases = list(stated.values()), dict[str, float]()
-    for place, values in ((prefix, found), *((f"{prefix}{key}.", values) for key, values in places.items())):
-        base = number(values, place, "rope_theta", None, "rope_theta", kind=float, null=True)
-        bases |= {} if base is None else {f"{place}rope_theta": base}
-    sections = [values["mrope_section"] for values in places.values() if values.get("mrope_section") is not None]
+    # The new field (transformers 5) and the old one.
+    objects = {key: section(stated, prefix, key) for key in ("rope_parameters", "rope_scaling")}
+    scalings = [_rope_of(values, f"{prefix}{key}.", plain, scaled) for key, values in objects.items() if values]
+    expect(stated, prefix, partial_rotary_factor=1.0)
+    bases: dict[str, float] = {}
+    for path, values in ((prefix, stated), *((f"{prefix}{key}.", values) for key, values in objects.items())):
+        base = number(values, path, "rope_theta", None, "rope_theta", kind=float, null=True)
+        bases |= {} if base is None else {f"{path}rope_theta": base}
+    sections = [values["mrope_section"] for values in objects.values() if values.get("mrope_section") is not None]
     if any(each != scalings[0] for each in scalings) or any(each != sections[0] for each in sections):
         raise WeightsError(
-            f"config.json has {prefix}rope_parameters={quoted(places['rope_parameters'])} and "
-            f"{prefix}rope_scaling={quoted(places['rope_scaling'])}: versions of transformers take the one or the "
-            "other; the same in both, or one of them, is accepted"
+            f"config.json has {prefix}rope_parameters={quoted(objects['rope_parameters'])} and "
+            f"{prefix}rope_scaling={quoted(objects['rope_scaling'])}: versions of transformers take the one or the "
+            "other; expected the same in both, or only one"
         )
     if len(set(bases.values())) > 1:
         both = " and ".join(f"{name}={value:g}" for name, value in bases.items())
-        raise WeightsError(f"config.json has {both}: the same number in all places is accepted")
-    fields = {**places["rope_scaling"], **places["rope_parameters"]}
+        raise WeightsError(f"config.json has {both}; expected the same number in all places")
+    fields = {**objects["rope_scaling"], **objects["rope_parameters"]}
     return fields, next(iter(bases.values()), theta), next(iter(scalings), None)
 
 
 def _rope_of(values: dict, prefix: str, plain, scaled) -> Llama3Scaling | None:
-    """The scaling that one object of rotary fields states."""
+    """The scaling in one object of rotary fields."""
     expect(values, prefix, rope_type=(*plain, *scaled), type=(*plain, *scaled), partial_rotary_factor=1.0)
     kinds = {"default" if values[key] in plain else values[key] for key in ("rope_type", "type") if values.get(key)}
     if len(kinds) > 1:
@@ -271,12 +265,12 @@ def _rope_of(values: dict, prefix: str, plain, scaled) -> Llama3Scaling | None:
         for name, limit, kind_of in zip(names, limits, types, strict=False)
     ]
     if kind == "linear":
-        # Every wavelength is above a length of 0, so that all are stretched alike.
+        # Every wavelength is above a length of 0, so all are stretched.
         return Llama3Scaling(numbers[0], original_positions=0)
     if not numbers[1] < numbers[2] or not numbers[3]:
         raise WeightsError(
             f"config.json has {prefix}low_freq_factor={numbers[1]:g}, high_freq_factor={numbers[2]:g}, "
-            f"original_max_position_embeddings={numbers[3]}; rising factors and a length above 0 are accepted"
+            f"original_max_position_embeddings={numbers[3]}; expected rising factors and a length above 0"
         )
     return Llama3Scaling(*numbers)
 
@@ -292,38 +286,37 @@ def rope_fields(scaling: Llama3Scaling | None) -> dict:
 
 
 def old_rope_fields(scaling: Llama3Scaling) -> dict:
-    """The same for `rope_scaling`, which transformers 4 reads: before 4.43 it knows linear scaling alone, as `type`."""
+    """`rope_scaling` for transformers 4, which before 4.43 knows only linear scaling, as `type`."""
     fields = rope_fields(scaling)
     return fields if scaling.original_positions else {"type": fields["rope_type"], "factor": fields["factor"]}
 
 
 def read_dataclass(
-    keys: Mapping[str, str], defaults, found: dict, prefix: str = "", absent: Mapping[str, Any] | None = None, **values
+    keys: Mapping[str, str], defaults, stated: dict, prefix: str = "", absent: Mapping[str, Any] | None = None, **values
 ):
     """The dataclass of an architecture, from the fields of a config.json.
 
-    keys: our field -> the name that it has there. defaults: a dataclass of that kind: what an absent field is, unless
-      `absent` says otherwise.
-    values: further fields.
+    keys: our field -> its name there. defaults: a dataclass of that kind with the values of absent fields; `absent`
+      overrides some. values: further fields.
 
     Raises:
-      WeightsError: a number or a name that the field cannot hold, or fields that do not go together.
+      WeightsError: an invalid number or name, or fields that contradict each other.
     """
     kind = type(defaults)
     hints = typing.get_type_hints(kind)
     for field, key in keys.items():
         default = (absent or {}).get(field, getattr(defaults, field))
-        if field in SIDES and key in found:
-            values[field] = size(found, prefix, key, default, field)
+        if field in SIDES and key in stated:
+            values[field] = size(stated, prefix, key, default, field)
         elif field == "activation":
-            values[field] = activation(found, prefix, key, default)
+            values[field] = activation(stated, prefix, key, default)
         elif hints[field] is bool:
-            values[field] = flag(found, prefix, key, default)
+            values[field] = flag(stated, prefix, key, default)
         elif hints[field] in (int, float):
             null = field in NULLABLE
-            values[field] = number(found, prefix, key, default, field, kind=hints[field], null=null)
+            values[field] = number(stated, prefix, key, default, field, kind=hints[field], null=null)
         else:
-            values[field] = whole_numbers(found, prefix, key, default, field)
+            values[field] = whole_numbers(stated, prefix, key, default, field)
     try:
         return kind(**values)
     except ValueError as error:
@@ -338,12 +331,12 @@ def written(config, keys: Mapping[str, str]) -> dict:
 
 
 def checked(value: Any, name: str, field: str, kind: type = int) -> Any:
-    """A number of the file, where it is one of the type `kind` (int or float) that `field` may hold; as that type.
+    """A number of the file as the type `kind` (int or float), within the `LIMITS` of `field`.
 
-    name: of the file and its field, for the message. field: of `LIMITS`.
+    name: of the file and its field, for the message.
 
     Raises:
-      WeightsError: it is not.
+      WeightsError: it is no such number.
     """
     least, most = LIMITS[field]
     try:
@@ -353,7 +346,7 @@ def checked(value: Any, name: str, field: str, kind: type = int) -> Any:
 
 
 def dataclass_of(kind: type, values: dict[str, Any], name: str):
-    """The (nested) dataclass of an architecture whose `asdict` was written as JSON.
+    """The (nested) dataclass of an architecture from the JSON of its `asdict`.
 
     name: of the file, and of the object in it, for the message.
 
@@ -361,7 +354,7 @@ def dataclass_of(kind: type, values: dict[str, Any], name: str):
       WeightsError: a field is unknown, missing, of another type or beyond its limits.
     """
     hints = typing.get_type_hints(kind)
-    # A tower or a decoder that is declared as `Any` is of the kind that is its default.
+    # A tower or a decoder declared as `Any` has the type of its default.
     hints |= {field.name: type(field.default) for field in dataclasses.fields(kind) if hints[field.name] is Any}
     unknown = sorted(set(values) - set(hints))
     if unknown:

@@ -17,7 +17,7 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 
-# Imported for numpy's sake: with it safetensors gives bfloat16 as an array.
+# With it, safetensors reads bfloat16 as a numpy array.
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -27,28 +27,28 @@ from medcg_jax.config import ConfigError
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-# As transformers cuts: a new file when the next tensor would take this one past so many bytes.
+# As in transformers: a new file when the next tensor would take this one past so many bytes.
 MAX_FILE_BYTES = 5_000_000_000
-# Limits for files from outside. One file of tensors:
+# Limits for untrusted files. One file of tensors:
 MAX_TENSOR_FILE_BYTES = 2**42
 # The header of a safetensors file; a thousand tensors take some 120 kB.
 MAX_HEADER_BYTES = 2**24
 # A config.json, an index of shards or an adapter_config.json; the index of a thousand tensors has some 100 kB.
 MAX_JSON_BYTES = 2**23
-# The pickle in a PyTorch file, and its operations, of which a tensor takes some 40. A mark that is never closed is an
-# operation of one byte, and holds some hundred bytes of memory.
+# The pickle in a PyTorch file, and its operations: a tensor takes some 40. A mark that is never closed takes one byte,
+# and some hundred bytes of memory.
 MAX_PICKLE_BYTES, MAX_PICKLE_STEPS = 2**24, 500_000
-# What a pickle may name beside PyTorch's own and `collections`; PyTorch takes some more, of which `bytearray` makes
+# The globals of a pickle outside torch and `collections`. PyTorch allows more, among them `bytearray`, which allocates
 # as many bytes as the file says.
 PLAIN_GLOBALS = {"builtins set", "__builtin__ set", "_codecs encode"}
-# Pickles that a PyTorch file of a version before 1.6 begins with.
+# Pickles at the start of a PyTorch file of a version before 1.6.
 NUM_OLD_PICKLES = 5
 MAX_MESSAGE_CHARS = 2000
-# Of a shard: no file system has longer ones.
+# Of a shard's name; no file system allows longer ones.
 MAX_NAME_BYTES = 255
-# What may lie beside weights and config.json. A tokenizer:
+# Files that may be beside weights and config.json. A tokenizer:
 TOKENIZER = ("tokenizer.json", "tokenizer.model")
-# What a tokenizer's own files say of its tokens.
+# A tokenizer's other files.
 OF_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 OTHERS = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "generation_config.json",
@@ -56,14 +56,14 @@ OTHERS = (
 )  # fmt: skip
 # A folder of further templates, one a file.
 TEMPLATES = "additional_chat_templates"
-# How a file begins that git-lfs has not fetched.
+# The first bytes of a file that git-lfs has not fetched.
 LFS_POINTER = b"version https://git-lfs"
 
 
 class WeightsError(ConfigError):
-    """A checkpoint cannot be used; the message says what is wrong with it and what would be accepted.
+    """A checkpoint cannot be used; the message says what is wrong and what is expected.
 
-    It is one line of printable characters of a bounded length, whatever names a file holds.
+    The message is one line of printable characters of bounded length, whatever names a file holds.
     """
 
     def __init__(self, message: str):
@@ -74,11 +74,11 @@ class WeightsError(ConfigError):
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors of a directory: names, shapes, dtypes, and numbers when asked.
+    """The tensors of a directory: names, shapes, dtypes, and functions to read them.
 
-    read: (name, index=()) -> the slices `index` of a tensor, one for each axis, or all of it without: an array
-      that nothing else holds, so that its memory is free again when its reader has dropped it.
-    origin: gives the file in which a tensor is.
+    read: (name, index=()) -> the tensor, or the slices `index` of it, one for each axis. Nothing else holds the array,
+      so that its memory is freed when the caller drops it.
+    origin: name -> the tensor's file.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -112,7 +112,7 @@ def open_tensors(directory: Path) -> Tensors:
             if len(missing) < len(shards):
                 raise WeightsError(
                     f"{directory} holds {stem} and shards that {index.name} names: two checkpoints, of which "
-                    f"transformers reads {stem} alone; one of them is accepted, move the other away"
+                    f"transformers reads {stem} only; move one of them away"
                 )
             return _whole([opener(single)])
         if missing:
@@ -131,19 +131,16 @@ def open_tensors(directory: Path) -> Tensors:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Name of a tensor -> name of the file that holds it, of an index of shards."""
+    """Name of a tensor -> name of its file, from an index of shards."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise WeightsError(f"{index} is no index of shards: an object `weight_map` of tensors and files is accepted")
+        raise WeightsError(f"{index} is no index of shards; expected an object `weight_map` of tensors and files")
+    names = set(weight_map.values())
     if any(
-        Path(name).name != name
-        or name in ("", "..")
-        or "\\" in name
-        or "\0" in name
-        or len(name.encode()) > MAX_NAME_BYTES
-        for name in weight_map.values()
+        Path(name).name != name or name in ("", "..") or {*"\\\0"} & {*name} or len(name.encode()) > MAX_NAME_BYTES
+        for name in names
     ):
-        raise WeightsError(f"{index} names files outside its directory; plain file names are accepted")
+        raise WeightsError(f"{index} names files outside its directory; expected plain file names")
     return weight_map
 
 
@@ -155,9 +152,9 @@ def _whole(files: list[Tensors]) -> Tensors:
 
 
 def joined(*sources: tuple[Tensors, Mapping[str, str]]) -> tuple[Tensors, dict[str, str]]:
-    """(tensors, canonical name -> name in them) of several sources as one; of two equal names the later one counts.
+    """(tensors, canonical name -> name in them) of several sources as one; a later source overrides an earlier one.
 
-    sources: each one's tensors, and canonical name -> its own name.
+    sources: (tensors, canonical name -> name in them) of each.
     """
     owner = {key: (tensors, name) for tensors, names in sources for key, name in names.items()}
 
@@ -171,11 +168,11 @@ def joined(*sources: tuple[Tensors, Mapping[str, str]]) -> tuple[Tensors, dict[s
 
 
 def open_safetensors(path: Path) -> Tensors:
-    """The tensors of one safetensors file, read when asked.
+    """The tensors of one safetensors file, not read yet.
 
     Raises:
-      WeightsError: the file is missing, cut off or damaged: the library's own check of the header, which demands that
-        the tensors cover the file once, without holes.
+      WeightsError: the file is missing, cut off or damaged. The library checks that the tensors cover the file once,
+        without holes.
     """
     header = _header(path)
     try:
@@ -186,21 +183,21 @@ def open_safetensors(path: Path) -> Tensors:
         raise WeightsError(
             f"{path} is cut off, damaged or no safetensors file: {str(error)[:200]}{_hint(header)}"
         ) from error
-    # The library takes the last of two entries of one name.
+    # Parsed again, because the library takes the last of two entries of one name.
     try:
         untrusted.parsed(untrusted.decoded(header[8:], path), f"{path}, header")
     except untrusted.FileError as error:
         raise WeightsError(str(error)) from error
 
     def dtype(name: str) -> np.dtype:
-        # Asked when a tensor is used: a file may hold buffers of whole numbers that nobody needs.
+        # Checked on use, because a file may hold buffers of whole numbers that are never read.
         if stated[name][1] not in DTYPES:
             raise WeightsError(f"{path}: {name} has dtype {stated[name][1]}; accepted: {', '.join(DTYPES)}")
         return np.dtype(DTYPES[stated[name][1]])
 
     def read(name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         dtype(name)
-        # Mapped anew for each tensor: pages of a file that stays mapped stay in the process's memory.
+        # Opened again for each tensor: pages of a file that stays mapped stay in the process's memory.
         try:
             with safe_open(path, "numpy") as file:
                 return file.get_slice(name)[index] if index else file.get_tensor(name)
@@ -230,12 +227,12 @@ def _header(path: Path) -> bytes:
 
 
 def _hint(start: bytes) -> str:
-    """What to do about a file that begins so, where that is known."""
+    """Advice about a file with these first bytes, if there is any."""
     return "; it is a pointer of git-lfs: `git lfs pull` fetches the file" if start.startswith(LFS_POINTER) else ""
 
 
 def open_bin(path: Path, entry: str | None = None) -> Tensors:
-    """The tensors of one PyTorch file, or of the dict that it holds as `entry`; nothing in it is executed.
+    """The tensors of one PyTorch file, or of its dict `entry`; nothing in it is executed.
 
     A file of a version before 1.6 cannot be read in parts, and is held whole.
 
@@ -265,17 +262,17 @@ def open_bin(path: Path, entry: str | None = None) -> Tensors:
 
     def read(name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         dtype(name)
-        # Mapped anew for each tensor, and copied: what is dropped at once are the pages of that tensor alone.
+        # Mapped again for each tensor, and copied, so that its pages are freed at once.
         return np.array(_numpy((held or _state_dict(path, entry, in_parts))[name][index]))
 
     return Tensors(shapes, read, dtype, lambda name: str(path))
 
 
 def _check_bin(path: Path) -> set[int] | None:
-    """Sizes in bytes of the records of numbers in a PyTorch file; None: it is of a version before 1.6.
+    """Sizes in bytes of the records in a PyTorch file; None: it is of a version before 1.6.
 
     Raises:
-      WeightsError: a record is compressed, or a pickle is larger than the limits or names what is no tensor.
+      WeightsError: a record is compressed, or a pickle exceeds the limits or names other objects than tensors.
     """
     try:
         with untrusted.open_regular(path, MAX_TENSOR_FILE_BYTES) as file:
@@ -294,11 +291,11 @@ def _check_bin(path: Path) -> set[int] | None:
                 compressed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
                 if compressed:
                     raise WeightsError(
-                        f"{path}: {compressed[0]} is compressed, as by a tool that has packed the file again; PyTorch's "
-                        "own form, whose records are stored as they are, is accepted"
+                        f"{path}: {compressed[0]} is compressed, as by a tool that has packed the file again; expected "
+                        "PyTorch's own form, whose records are not compressed"
                     )
                 if len({record.filename for record in records}) < len(records):
-                    raise WeightsError(f"{path} holds two records of one name; PyTorch's own form is accepted")
+                    raise WeightsError(f"{path} holds two records of one name; expected PyTorch's own form")
                 for record in records:
                     if record.filename.endswith("data.pkl"):
                         if record.file_size > MAX_PICKLE_BYTES:
@@ -307,7 +304,7 @@ def _check_bin(path: Path) -> set[int] | None:
                 return {record.file_size for record in records}
     except (untrusted.FileError, OSError) as error:
         raise WeightsError(str(error)) from error
-    # A damaged directory of the archive raises whatever its numbers lead to.
+    # A damaged archive can raise any of these.
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, RuntimeError) as error:
         if isinstance(error, WeightsError):
             raise
@@ -315,7 +312,7 @@ def _check_bin(path: Path) -> set[int] | None:
 
 
 def _check_pickles(name: str, content: bytes, count: int) -> None:
-    """Looks at the operations of the first `count` pickles in `content`; none is carried out."""
+    """Checks the operations of the first `count` pickles in `content` without executing any."""
     stream, steps = BytesIO(content), 0
     try:
         for _ in range(count):
@@ -328,7 +325,7 @@ def _check_pickles(name: str, content: bytes, count: int) -> None:
                     if module.partition(".")[0] not in ("torch", "collections") and argument not in PLAIN_GLOBALS:
                         raise WeightsError(
                             f"{name} names {str(argument).replace(' ', '.')}, which is no tensor and no plain value; "
-                            "nothing of it was run, and files of tensors and plain values alone are accepted"
+                            "nothing of it was run; expected only tensors and plain values"
                         )
     except ValueError as error:
         if isinstance(error, WeightsError):
@@ -342,7 +339,7 @@ def _state_dict(path: Path, entry: str | None, in_parts: bool) -> dict:
 
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=in_parts)
-    # Its reader raises whatever a damaged file leads to; its messages advise to run the code in the file.
+    # PyTorch raises anything for a damaged file, and its messages advise to run the code in the file.
     except Exception as error:
         raise WeightsError(f"{path} is damaged or no PyTorch file of tensors and plain values") from error
     if entry is not None:
@@ -353,31 +350,27 @@ def _state_dict(path: Path, entry: str | None, in_parts: bool) -> dict:
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()
     ):
-        raise WeightsError(f"{path} holds other things than tensors by name; a state dict is accepted")
+        raise WeightsError(f"{path} holds other things than tensors by name; expected a state dict")
     return tensors
 
 
 def _check_tensor(name: str, tensor, record_bytes: set[int] | None) -> None:
-    """Raises WeightsError where a tensor does not hold all its numbers, one by one.
+    """Raises WeightsError if a tensor does not store each of its numbers.
 
-    record_bytes: sizes of the records in its file; None: they were read one by one.
+    record_bytes: as `_check_bin` gives them.
     """
     import torch
 
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
         kind = "quantised" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
-        raise WeightsError(f"{name} is a {kind} tensor; plain (strided) tensors are accepted")
+        raise WeightsError(f"{name} is a {kind} tensor; expected plain (strided) tensors")
     if tensor.device.type != "cpu":
-        raise WeightsError(
-            f"{name} has no numbers (device {tensor.device.type}); tensors with their numbers are accepted"
-        )
+        raise WeightsError(f"{name} has no numbers (device {tensor.device.type}); expected tensors with their numbers")
     num_bytes = tensor.untyped_storage().nbytes()
     if record_bytes is not None and num_bytes and num_bytes not in record_bytes:
         raise WeightsError(f"{name} states {num_bytes:,} bytes, and no record of its file has so many; it is damaged")
     if tensor.numel() * tensor.element_size() > num_bytes:
-        raise WeightsError(
-            f"{name} repeats the {num_bytes:,} bytes that it holds; tensors with all their numbers are accepted"
-        )
+        raise WeightsError(f"{name} repeats the {num_bytes:,} bytes that it holds; expected tensors with all numbers")
 
 
 def _numpy(tensor) -> np.ndarray:
@@ -410,23 +403,23 @@ def _hint_of(path: Path) -> str:
 
 @contextmanager
 def written_whole(directory: Path):
-    """A new directory beside `directory`, which takes its place when the block ends; gone where the block fails.
+    """A new directory that becomes `directory` when the block ends, or is removed if the block fails.
 
-    What a killed process leaves bears another name, and makes way for the next one. `directory` may be there and empty.
+    Until then it has another name; one that a killed process left is removed. `directory` may exist and be empty.
     """
     directory = directory.absolute()
-    part = directory.with_name(f".{directory.name}.part")
-    if part.is_symlink() or (part.exists() and not part.is_dir()):
+    partial_dir = directory.with_name(f".{directory.name}.part")
+    if partial_dir.is_symlink() or (partial_dir.exists() and not partial_dir.is_dir()):
         raise WeightsError(
-            f"{part} is in the way of {directory}: no folder that a killed conversion left; move it away"
+            f"{partial_dir} is in the way of {directory}: no folder that a killed conversion left; move it away"
         )
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    shutil.rmtree(partial_dir, ignore_errors=True)
+    partial_dir.mkdir(parents=True)
     try:
-        yield part
-        os.replace(part, directory)
+        yield partial_dir
+        os.replace(partial_dir, directory)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(partial_dir, ignore_errors=True)
 
 
 def write_safetensors(
@@ -485,11 +478,11 @@ def _write_shard(path: Path, specs, stream: Iterator[tuple[str, np.ndarray]]) ->
             if given != name or value.shape != tuple(shape) or value.dtype != np.dtype(dtype):
                 raise WeightsError(f"writing {name} {shape} {dtype}, but got {given} {value.shape} {value.dtype}")
             file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-            # Dropped before the next is made.
+            # Dropped before the next one is made.
             del value
 
 
-# ------------------------------------------------------------------ what lies beside weights and config.json
+# ------------------------------------------------------------------ files beside weights and config.json
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -497,17 +490,16 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def copy_companions(sources: Sequence[Path], dst: Path) -> None:
-    """Copies what is there into the directory `dst`; of two files of one name the first is taken.
+    """Copies tokenizers, chat templates and processor files into `dst`; of two files of one name the first is taken.
 
-    sources: checkpoint directories, and files of tokenizers. A tokenizer comes with its own files, and whole: where one
-      is copied, nothing of a later source's is.
+    sources: checkpoint directories, and files of tokenizers. All files of a tokenizer come from one source.
     """
     for source in sources:
         directory = source if source.is_dir() else source.parent
         if not has_tokenizer(dst):
             for path in _tokenizer_files(source):
                 _copy(path, dst / (path.name if path.name in OF_TOKENIZER else f"tokenizer{path.suffix}"))
-        # Of a tokenizer that lies elsewhere, its image processor is not the checkpoint's.
+        # The image processor beside a separate tokenizer is not the checkpoint's.
         if source.is_dir():
             for name in OTHERS:
                 _copy(directory / name, dst / name)
@@ -517,11 +509,11 @@ def copy_companions(sources: Sequence[Path], dst: Path) -> None:
 
 
 def _tokenizer_files(source: Path) -> list[Path]:
-    """The files of the tokenizer in a directory, or of one whose file is named."""
+    """The files of the tokenizer in a directory, or of the tokenizer file `source`."""
     if source.is_dir():
         names = [*TOKENIZER, *OF_TOKENIZER] if has_tokenizer(source) else OF_TOKENIZER
         return [source / name for name in names]
-    # A file among others, as the package's own, is a tokenizer by itself.
+    # A file with another name, as the package's own, is a whole tokenizer.
     whole = source.name in TOKENIZER
     beside = [source.parent / name for name in (*TOKENIZER, *OF_TOKENIZER)] if whole else []
     return [source, *(path for path in beside if path != source)]

@@ -1,9 +1,9 @@
 """LLaVA-1.5's table, the spellings of its tensor names, and its config.json read, checked and written.
 
 Layouts: llava-hf (safetensors, four spellings of the names), liuhaotian (`pytorch_model-*.bin`, usually without the
-vision tower, which then comes from openai/clip-vit-large-patch14-336), and parts of the model beside the Llama that they
-were trained on: a projector alone (stage 1's `mm_projector.bin`), or adapters with whatever else was trained
-(`adapter_model.bin` and `non_lora_trainables.bin`), which are added to the weights as they are read.
+vision tower, which then comes from openai/clip-vit-large-patch14-336), and trained parts that need their Llama: a
+projector (stage 1's `mm_projector.bin`), or adapters with other trained parts (`adapter_model.bin` and
+`non_lora_trainables.bin`), which are added to the weights on reading.
 Source: huggingface/transformers:conversion_mapping.py and models/{llava,clip,llama}/configuration_*.py at 5.23.0;
 haotian-liu/LLaVA:llava/model/builder.py and llava/train/train.py at c121f04.
 """
@@ -28,7 +28,7 @@ PROJECTOR_FILE, OTHERS_FILE = "mm_projector.bin", "non_lora_trainables.bin"
 
 # Buffers that old versions saved: recomputed here, never parameters.
 IGNORED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
-# What a whole CLIP holds beside its vision tower.
+# Tensors of a whole CLIP outside its vision tower.
 CLIP_IGNORED = re.compile(r"^(text_model\.|logit_scale$|visual_projection\.|text_projection\.)")
 
 CLIP_OUTER = (
@@ -47,7 +47,7 @@ CLIP_KEYS = fields.keys(
     "image_size_px=image_size patch_size_px=patch_size num_layers=num_hidden_layers embed_dim=hidden_size "
     "num_heads=num_attention_heads mlp_dim=intermediate_size norm_eps=layer_norm_eps activation=hidden_act"
 )
-# What transformers takes for the fields that a config.json leaves out.
+# transformers' defaults for fields that a config.json leaves out.
 CLIP_DEFAULTS = ClipVisionConfig(224, 32, num_layers=12, embed_dim=768, num_heads=12, mlp_dim=3072)
 LLAMA_KEYS = TEXT_KEYS | fields.keys(
     "head_dim=head_dim qkv_bias=attention_bias mlp_bias=mlp_bias tie_head=tie_word_embeddings"
@@ -76,11 +76,8 @@ def llama_table(text: DecoderConfig) -> list[tables.Entry]:
         *layers,
         *tables.entries(tables.norm("norm", "norm", bias=False), "language_model.", "decoder"),
     ]
-    return (
-        table
-        if text.tie_head
-        else [*table, tables.Entry(HEAD, ("decoder", "head", "kernel"), tables.linear(), rows=True)]
-    )
+    head = tables.Entry(HEAD, ("decoder", "head", "kernel"), tables.linear(), rows=True)
+    return table if text.tie_head else [*table, head]
 
 
 def table(config) -> list[tables.Entry]:
@@ -92,7 +89,7 @@ def table(config) -> list[tables.Entry]:
     patch = ("embeddings.patch_embedding.weight", "patch kernel", tables.conv_patch(vision.patch_size_px))
     has_bias = getattr(config, "projector_bias", True)
     projector = tables.dense("linear_1", "up", bias=has_bias) + tables.dense("linear_2", "down", bias=has_bias)
-    # Layers behind the one whose features are taken are held, so that they can be written again.
+    # Layers after the feature layer are kept, so that they can be written again.
     run, unused = range(vision.num_run_layers), range(vision.num_run_layers, vision.num_layers)
     return [
         *tables.entries((patch, *CLIP_OUTER), "vision_tower.", "vision"),
@@ -105,7 +102,7 @@ def table(config) -> list[tables.Entry]:
 
 
 def canonical(name: str) -> str | None:
-    """The table's spelling of a tensor name of any LLaVA-1.5 layout; None for what is ignored.
+    """The table's spelling of a tensor name of any LLaVA-1.5 layout; None if it is ignored.
 
     Examples: "language_model.model.norm.weight" (llava-hf), "model.language_model.norm.weight" (transformers 5) and
     "model.norm.weight" (liuhaotian) are "language_model.norm.weight".
@@ -136,9 +133,9 @@ def released_name(name: str) -> str:
 
 
 def is_original(stated: dict) -> bool:
-    """Whether a config.json is in the form of the original LLaVA's code, and not in transformers'.
+    """Whether a config.json is in the form of the original LLaVA code, not of transformers.
 
-    It bears the decoder's model_type in some releases.
+    Some releases have the decoder's model_type.
     """
     return stated.get("model_type") != "nextchat" and ("mm_vision_tower" in stated or "mm_projector_type" in stated)
 
@@ -149,7 +146,7 @@ def read_release(src: Path, stated: dict, parts: Mapping[str, Path]) -> LlavaCon
 
 
 def clip_json(src: Path, parts: Mapping[str, Path]) -> dict | None:
-    """The config.json of the CLIP that `parts` names or that lies beside `src`; None: there is none."""
+    """The config.json of the CLIP in `parts` or beside `src`; None: there is none."""
     clip = parts.get("clip") or clip_beside(src)
     return read_json(clip / "config.json") if clip else None
 
@@ -158,7 +155,7 @@ def open_release(src: Path, stated: dict, parts: Mapping[str, Path]) -> tuple[Te
     """(tensors, canonical name -> name in them) of a released directory, with CLIP's tower where it has none.
 
     Raises:
-      WeightsError: no weights, no vision tower in `src` and no CLIP, or a part of the model alone and no `base`.
+      WeightsError: no weights, no vision tower in `src` and no CLIP, or only a part of the model and no `base`.
     """
     if peft.are_adapters(src) or (src / PROJECTOR_FILE).is_file():
         tensors, names = _with_base(src, stated, parts)
@@ -182,7 +179,7 @@ def open_release(src: Path, stated: dict, parts: Mapping[str, Path]) -> tuple[Te
 
 
 def _with_base(src: Path, stated: dict, parts: Mapping[str, Path]) -> tuple[Tensors, dict[str, str]]:
-    """As `open_release`, of a projector or adapters in `src` and the Llama that `parts` names as `base`.
+    """As `open_release`, for a projector or adapters in `src` and the Llama `parts["base"]`.
 
     Raises:
       WeightsError: no base, one of another architecture, or adapters that do not fit it.
@@ -198,41 +195,36 @@ def _with_base(src: Path, stated: dict, parts: Mapping[str, Path]) -> tuple[Tens
     for name in ("num_heads", "num_kv_heads", "head_dim", "rope_theta", "norm_eps"):
         if getattr(ours, name) != getattr(theirs, name):
             raise WeightsError(
-                f"{base / 'config.json'} states {name}={getattr(theirs, name)}; {getattr(ours, name)}, as in "
-                f"{src / 'config.json'}, is accepted"
+                f"{base / 'config.json'} states {name}={getattr(theirs, name)}; expected {getattr(ours, name)}, as in "
+                f"{src / 'config.json'}"
             )
     llama = open_tensors(base)
-    sources = [(llama, canonical_names(llama.shapes, canonical, str(base)))]
     has_adapters = peft.are_adapters(src)
     file = src / (OTHERS_FILE if has_adapters else PROJECTOR_FILE)
     if not file.is_file():
         raise WeightsError(
             f"{src} holds adapters and no {OTHERS_FILE}, which LLaVA's training writes at its end and which has the "
-            "projector that was trained with them; the directory that the training wrote last is accepted"
+            "projector that was trained with them; expected the directory that the training wrote last"
         )
     others = open_bin(file)
     names = canonical_names(others.shapes, lambda name: canonical(name.removeprefix(peft.PREFIX)), str(file))
-    both = joined(*sources, (others, names))
+    both = joined((llama, canonical_names(llama.shapes, canonical, str(base))), (others, names))
     return peft.with_adapters(*both, src, canonical, whole=False) if has_adapters else both
 
 
 def is_tied(stated: dict) -> bool:
-    """Whether a config.json ties the head to the embedding: at its top, or (old versions) in its text's part."""
-    text = section(stated, "", "text_config")
-    tied = [
-        fields.flag(stated, "", "tie_word_embeddings", False),
-        fields.flag(text, "text_config.", "tie_word_embeddings", False),
-    ]
-    return any(tied)
+    """Whether a config.json ties the head to the embedding: at its top, or (old versions) in `text_config`."""
+    text = fields.flag(section(stated, "", "text_config"), "text_config.", "tie_word_embeddings", False)
+    return fields.flag(stated, "", "tie_word_embeddings", False) or text
 
 
 def without_tied_head(tensors: Tensors, names: dict[str, str], src: Path, stated: dict) -> dict[str, str]:
-    """`names` without the head where config.json ties it; a copy that the file holds is held against the embedding.
+    """`names` without the head if config.json ties it; a copy in the file must equal the embedding.
 
-    Every host reads both whole: a copy that differs anywhere is refused by all of them.
+    Every host reads both whole, so that all of them refuse a copy that differs.
 
     Raises:
-      WeightsError: a head that is to be tied is another.
+      WeightsError: the head is stated to be tied, and differs from the embedding.
     """
     if not is_tied(stated) or HEAD not in names:
         return names
@@ -244,7 +236,7 @@ def without_tied_head(tensors: Tensors, names: dict[str, str], src: Path, stated
 
 
 def clip_beside(src: Path) -> Path | None:
-    """CLIP's directory where it lies beside `src` under its released name; None: it does not."""
+    """CLIP's directory beside `src` under its released name; None: there is none."""
     beside = src.resolve().parent / CLIP_REPO.split("/")[1]
     return beside if (beside / "config.json").is_file() else None
 
@@ -269,7 +261,7 @@ def config_from_json(stated: dict, clip: dict | None = None) -> LlavaConfig:
             mm_patch_merge_type="flat",
             image_aspect_ratio=("pad", "square"),
         )
-        # The original repository's sentinel -200 is no token id; llava-hf's choice takes its place.
+        # The original repository uses -200, which is no token id; this is llava-hf's.
         return LlavaConfig(
             vision=original_vision(stated, clip),
             text=llama2_config(stated),
@@ -278,10 +270,10 @@ def config_from_json(stated: dict, clip: dict | None = None) -> LlavaConfig:
             eos_token_id=fields.end_of(stated, "", 2),
         )
     if stated.get("model_type") != "llava":
-        raise WeightsError(f"config.json has model_type={stated.get('model_type')!r}; 'llava' is accepted")
+        raise WeightsError(f"config.json has model_type={stated.get('model_type')!r}; expected 'llava'")
     layer, text = stated.get("vision_feature_layer", -2), section(stated, "", "text_config")
     if isinstance(layer, list) and len(layer) != 1:
-        raise WeightsError(f"config.json has vision_feature_layer={layer}; one layer is accepted")
+        raise WeightsError(f"config.json has vision_feature_layer={layer}; expected one layer")
     layer = fields.size(stated, "", "vision_feature_layer", -2, "feature_layer")
     expect(stated, "", vision_feature_select_strategy=("default", "full"))
     strategy = first(stated.get("vision_feature_select_strategy"), "default")
@@ -298,9 +290,9 @@ def config_from_json(stated: dict, clip: dict | None = None) -> LlavaConfig:
 
 
 def original_vision(stated: dict, clip: dict | None) -> ClipVisionConfig:
-    """The vision tower that an original's config.json names; its sizes stand in `clip`, CLIP's own config.json.
+    """The vision tower that an original config.json names, with the sizes in `clip`, CLIP's config.json.
 
-    Without that it is the one of every release, and must be named so.
+    Without `clip` it must be the tower of every release.
     """
     layer = fields.size(stated, "", "mm_vision_select_layer", -2, "feature_layer")
     if clip is not None:
@@ -309,7 +301,7 @@ def original_vision(stated: dict, clip: dict | None) -> ClipVisionConfig:
         name = first(stated.get("mm_vision_tower"), CLIP_REPO)
         if CLIP_REPO.split("/")[1] not in str(name):
             raise WeightsError(
-                f"config.json has mm_vision_tower={str(name)[:100]!r}; {CLIP_REPO!r} is accepted, or --clip=DIR"
+                f"config.json has mm_vision_tower={str(name)[:100]!r}; expected {CLIP_REPO!r}, or pass --clip=DIR"
             )
         vision = ClipVisionConfig(feature_layer=layer)
     expect(stated, "", mm_hidden_size=vision.embed_dim)
@@ -339,7 +331,7 @@ def decoder_config(stated: dict, prefix: str) -> DecoderConfig:
 
 
 def llama2_config(stated: dict) -> DecoderConfig:
-    """As `decoder_config`, where only what Llama 2 has is computed, or can be written again."""
+    """As `decoder_config`, for layouts that can only state a Llama 2."""
     expect(stated, "", hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=False)
     fields.rope(stated, "", 10000.0, scaled=())
     return decoder_config(stated, "")
@@ -373,7 +365,7 @@ def vision_to_json(vision: ClipVisionConfig) -> dict:
 
 def text_to_json(text: DecoderConfig) -> dict:
     """Llama's fields, as `decoder_config` reads them."""
-    # Transformers 4 reads `rope_scaling` alone, transformers 5 either.
+    # Transformers 4 reads only `rope_scaling`, transformers 5 either.
     scaled = {} if text.rope_scaling is None else {"rope_scaling": fields.old_rope_fields(text.rope_scaling)}
     return {
         "architectures": ["LlamaForCausalLM"],

@@ -25,14 +25,12 @@ from medcg_jax.nn.lora import LoraConfig
 
 # Buffers that are saved with the adapters: recomputed here, never parameters.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
-# What eva_vit_g.pth holds beside the tower.
+# Other tensors of eva_vit_g.pth than the tower's.
 EVA_IGNORED = re.compile(r"^(head|norm|fc_norm)\.|^mask_token$|\.relative_position_index$")
-# Names of the release's files, looked for beside Llama's when `parts` does not say where they are.
-EVA_FILE, OWN_FILE = "eva_vit_g.pth", "minigptv2_checkpoint.pth"
-# What no file of the release states.
+# Files of the release, searched for in and beside Llama's directory unless `parts` names them.
+EVA_FILE, MINIGPT_FILE = "eva_vit_g.pth", "minigptv2_checkpoint.pth"
+# The values that no file of the release states.
 RELEASED = MiniGPTv2Config()
-# Llama's token that opens a sequence.
-BOS = 1
 # Of PyTorch's cubic convolution; jax.image has -0.5.
 CUBIC = -0.75
 EVA_LAYER = (
@@ -60,7 +58,7 @@ EVA_KEYS = fields.keys(
     "image_size_px=image_size patch_size_px=patch_size num_layers=vit_depth embed_dim=vit_width num_heads=vit_heads "
     "mlp_dim=vit_mlp_hidden norm_eps=vit_layer_norm_eps out_norm_eps=ln_vision_eps"
 )
-# Of Llama 2, whose activation and biases are no choice.
+# Without the fields that are fixed in Llama 2.
 LLAMA2_KEYS = {field: key for field, key in LLAMA_KEYS.items() if field not in ("activation", "qkv_bias", "mlp_bias")}
 LLAMA2_KEYS["rope_theta"] = "rope_theta"
 SIZES: tuple[str, ...] = ("image_size", "patch_size", "vit_width", "vit_depth", "vit_heads", "vit_mlp_hidden")
@@ -84,7 +82,7 @@ def table(config: MiniGPTv2Config) -> list[tables.Entry]:
 
 
 def canonical(name: str) -> str | None:
-    """The table's spelling of a tensor name of MiniGPT-v2's state dict; None for what is ignored.
+    """The table's spelling of a tensor name of MiniGPT-v2's state dict; None if it is ignored.
 
     Examples: "llama_model.base_model.model.lm_head.0.weight" (peft 0.2.0) is "llama_model.lm_head.weight";
     "...q_proj.lora_A.default.weight" and "...q_proj.base_layer.weight" (later) lose the word in the middle.
@@ -120,7 +118,7 @@ def peft_name(name: str) -> str | None:
 
 
 def read_release(src: Path, stated: dict, parts: Mapping[str, Path]) -> MiniGPTv2Config:
-    """The architecture that `stated`, the config.json of `src`, states: a whole state dict's, or the released Llama's."""
+    """The architecture of `stated`, the config.json of `src`: a whole state dict's, or the released Llama's."""
     if stated.get("model_type") == "llama":
         return dataclasses.replace(RELEASED, text=llama2_config(stated))
     return config_from_json(stated)
@@ -129,11 +127,11 @@ def read_release(src: Path, stated: dict, parts: Mapping[str, Path]) -> MiniGPTv
 def open_release(src: Path, stated: dict, parts: Mapping[str, Path]) -> tuple[Tensors, dict[str, str]]:
     """(tensors, canonical name -> name in them) of the directory `src`.
 
-    parts: where `src` is Llama-2-chat's, the files `eva` (eva_vit_g.pth) and `minigpt` (MiniGPT-v2's .pth); those that
-      are not given are looked for in `src` and beside it.
+    parts: if `src` is Llama-2-chat's, the files `eva` (eva_vit_g.pth) and `minigpt` (MiniGPT-v2's .pth); by default
+      they are searched for in `src` and beside it.
 
-    Positions of another grid are resized; the norm behind the tower is ones and zeros where no file has it; what
-    MiniGPT-v2's own file holds goes before the others.
+    Positions of another grid are resized. The norm behind the tower is ones and zeros if no file has it. Tensors of
+    MiniGPT-v2's .pth override the others.
 
     Raises:
       WeightsError: a file is missing or no file of tensors.
@@ -142,26 +140,27 @@ def open_release(src: Path, stated: dict, parts: Mapping[str, Path]) -> tuple[Te
     if stated.get("model_type") != "llama":
         return llama, canonical_names(llama.shapes, canonical, str(src))
     vision = RELEASED.vision
-    eva_file, own_file = _part(src, parts, "eva", EVA_FILE), _part(src, parts, "minigpt", OWN_FILE)
-    eva, own = _resized(open_bin(eva_file), vision), open_bin(own_file, "model")
+    eva_file = _release_file(src, parts, "eva", EVA_FILE)
+    minigpt_file = _release_file(src, parts, "minigpt", MINIGPT_FILE)
+    eva, minigpt = _resized(open_bin(eva_file), vision), open_bin(minigpt_file, "model")
     width = vision.embed_dim
     default = {"ln_vision.weight": np.ones(width, np.float32), "ln_vision.bias": np.zeros(width, np.float32)}
     return joined(
         (llama, canonical_names(llama.shapes, canonical_llama, str(src))),
         (Tensors.of(default), {name: name for name in default}),
         (eva, canonical_names(eva.shapes, lambda name: canonical_eva(name, vision.num_layers), str(eva_file))),
-        (own, canonical_names(own.shapes, canonical, str(own_file))),
+        (minigpt, canonical_names(minigpt.shapes, canonical, str(minigpt_file))),
     )
 
 
-def _part(src: Path, parts: Mapping[str, Path], part: str, name: str) -> Path:
-    places = [parts[part]] if part in parts else [src / name, src.resolve().parent / name]
-    for place in places:
-        if place.is_file():
-            return place
+def _release_file(src: Path, parts: Mapping[str, Path], key: str, name: str) -> Path:
+    candidates = [parts[key]] if key in parts else [src / name, src.resolve().parent / name]
+    for path in candidates:
+        if path.is_file():
+            return path
     raise WeightsError(
-        f"{src} holds Llama alone, and {' and '.join(map(str, places))} is no file; MiniGPT-v2's release is "
-        f"Llama-2-7b-chat in HF's layout, {EVA_FILE} and the released .pth ({OWN_FILE}): put them there, or name them"
+        f"{src} holds Llama alone, and {' and '.join(map(str, candidates))} is no file; MiniGPT-v2's release is "
+        f"Llama-2-7b-chat in HF's layout, {EVA_FILE} and the .pth ({MINIGPT_FILE}): put them there, or name them"
     )
 
 
@@ -176,7 +175,7 @@ def _resized(eva: Tensors, vision: EvaConfig) -> Tensors:
     def read(key: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         if key != name or is_same:
             return eva.read(key, index)
-        # Whole: each new position is made of sixteen old ones.
+        # Read whole: each new position depends on sixteen old ones.
         return resize_positions(eva.read(key, ())[0], side)[None][index]
 
     def dtype(key: str) -> np.dtype:
@@ -200,16 +199,16 @@ def resize_positions(positions: np.ndarray, side: int) -> np.ndarray:
 
 
 def cubic_weights(old: int, new: int) -> np.ndarray:
-    """float64[new, old] how much each old point gives to each new one; pixel centres, the border repeated outwards."""
-    places = (np.arange(new) + 0.5) * old / new - 0.5
-    first = np.floor(places).astype(int)
+    """float64[new, old] the weight of each old point in each new one; pixel centres, the border repeated outwards."""
+    centres = (np.arange(new) + 0.5) * old / new - 0.5
+    first = np.floor(centres).astype(int)
     weights = np.zeros((new, old))
     for tap in range(-1, 3):
-        distance = np.abs(places - (first + tap))
+        distance = np.abs(centres - (first + tap))
         near = ((CUBIC + 2) * distance - (CUBIC + 3)) * distance**2 + 1
         far = CUBIC * (((distance - 5) * distance + 8) * distance - 4)
-        taken = np.clip(first + tap, 0, old - 1)
-        np.add.at(weights, (np.arange(new), taken), np.where(distance <= 1, near, far))
+        index = np.clip(first + tap, 0, old - 1)
+        np.add.at(weights, (np.arange(new), index), np.where(distance <= 1, near, far))
     return weights
 
 
@@ -248,14 +247,14 @@ def _lora(stated: dict) -> LoraConfig:
     targets = {name.partition(".")[2]: ours for ours, name in MODULES.items()}
     modules = stated.get("lora_target_modules", ["q_proj", "v_proj"])
     if not isinstance(modules, list) or not modules or any(name not in list(targets) for name in modules):
-        accepted = f"['q_proj', 'v_proj'] or others of {', '.join(targets)}"
-        raise WeightsError(f"config.json has lora_target_modules={str(modules)[:100]}; {accepted} are accepted")
+        expected = f"['q_proj', 'v_proj'] or others of {', '.join(targets)}"
+        raise WeightsError(f"config.json has lora_target_modules={str(modules)[:100]}; expected {expected}")
     rank = fields.number(stated, "", "lora_r", None, "rank")
     alpha = fields.number(stated, "", "lora_alpha", None, "alpha", kind=float)
     lora = LoraConfig(rank, alpha, tuple(targets[name] for name in modules))
     scale = fields.number(stated, "", "lora_scale", lora.scale, "alpha", kind=float)
     if not math.isclose(scale, lora.scale, rel_tol=1e-6):
-        raise WeightsError(f"config.json has lora_scale={scale!r}; {lora.scale!r} is accepted")
+        raise WeightsError(f"config.json has lora_scale={scale!r}; expected {lora.scale!r}")
     return lora
 
 

@@ -48,9 +48,9 @@ VISION_OUTER = (
     *tables.norm("layernorm_post", "norm_post"),
 )
 VISION_KEYS = fields.keys(
-    "image_size_px=image_size patch_size_px=patch_size num_layers=num_hidden_layers num_global_layers=num_global_layers "
-    "intermediate_layers=intermediate_layers_indices embed_dim=hidden_size num_heads=attention_heads "
-    "mlp_dim=intermediate_size norm_eps=norm_eps activation=hidden_act"
+    "image_size_px=image_size patch_size_px=patch_size num_layers=num_hidden_layers "
+    "num_global_layers=num_global_layers intermediate_layers=intermediate_layers_indices embed_dim=hidden_size "
+    "num_heads=attention_heads mlp_dim=intermediate_size norm_eps=norm_eps activation=hidden_act"
 )
 VISION_DEFAULTS = MllamaVisionConfig(image_size_px=448)
 TEXT_DEFAULTS = MllamaTextConfig()
@@ -81,7 +81,7 @@ def table(config: MllamaConfig) -> list[tables.Entry]:
 
 
 def canonical(name: str) -> str | None:
-    """The table's spelling of a tensor name of any layout; None for what is ignored.
+    """The table's spelling of a tensor name of any layout; None if it is ignored.
 
     Examples: "language_model.model.norm.weight" (released) and "model.language_model.norm.weight" (transformers 5) are
     "language_model.norm.weight".
@@ -117,8 +117,8 @@ def config_from_json(stated: dict) -> MllamaConfig:
       WeightsError: the checkpoint is of another model, or differs from what this port computes; names the difference.
     """
     if stated.get("model_type") != "mllama":
-        raise WeightsError(f"config.json has model_type={stated.get('model_type')!r}; 'mllama' is accepted")
-    # Whether the head is tied makes no difference: transformers 5 does not tie it, and files hold it.
+        raise WeightsError(f"config.json has model_type={stated.get('model_type')!r}; expected 'mllama'")
+    # Whether the head is tied does not matter: transformers 5 does not tie it, and files hold it.
     text = section(stated, "", "text_config")
     return MllamaConfig(
         vision=_vision(section(stated, "", "vision_config")),
@@ -146,7 +146,7 @@ def _vision(stated: dict) -> MllamaVisionConfig:
         # Transformers 5 stacks their outputs in the order of the list, older ones in that of the layers.
         raise WeightsError(
             f"config.json has {prefix}intermediate_layers_indices={list(intermediate)}: versions of transformers stack "
-            "them in different orders; rising numbers are accepted"
+            "them in different orders; expected rising numbers"
         )
     expect({"vision_output_dim": 7680, **stated}, prefix, vision_output_dim=config.feature_dim)
     return config

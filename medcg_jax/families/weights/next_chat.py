@@ -20,7 +20,7 @@ from medcg_jax.families.weights.files import Tensors, WeightsError, joined, open
 
 SAM_FILE = "sam_vit_h_4b8939.pth"
 SEGMENTS, BOXES_ONLY = "NextChatForSegLM", "NextChatForCausalLM"
-# A row of a table, or a table of positions, with an axis of 1 before it.
+# A row of a table, or a table of positions, with a leading axis of size 1.
 ONE_ROW = tables.leading_ones(1)
 # PyTorch's transposed conv kernel [in, out, 2, 2] <-> ours [in, 2, 2, out].
 UPSCALE = tables.Transform(lambda shape: (tuple((shape[i],) for i in (0, 3, 1, 2)), (0, 2, 3, 1)))
@@ -65,14 +65,14 @@ DECODER_OUTER = (
 
 def table(config: NextChatConfig) -> list[tables.Entry]:
     """Canonical name -> parameter, for every tensor of a NExT-Chat checkpoint."""
-    own = llava.table(config) + tables.entries(BOXES, path="boxes")
+    entries = llava.table(config) + tables.entries(BOXES, path="boxes")
     if config.sam is None:
-        return own
-    return own + tables.entries(MASK_PROMPT, path="mask_prompt") + sam_table(config.sam)
+        return entries
+    return entries + tables.entries(MASK_PROMPT, path="mask_prompt") + sam_table(config.sam)
 
 
 def sam_table(sam: SamConfig) -> list[tables.Entry]:
-    """The part of the table for SAM, whose tensors have their names in SAM's own file behind `sam.model.`."""
+    """The entries for SAM: `sam.model.` and the tensor's name in SAM's own file."""
     small = sam.mask_prompt_dim
     encoder = (
         ("pos_embed", "positions", ONE_ROW),
@@ -96,7 +96,7 @@ def sam_table(sam: SamConfig) -> list[tables.Entry]:
     hyper = sum((tables.dense(f"layers.{i}", f"layer{i}") for i in range(3)), ())
     iou = sum((tables.dense(f"layers.{i}", f"layer{i}") for i in range(sam.num_iou_layers)), ())
     name, prompt_name, mask_name = (
-        f"sam.model.{part}." for part in ("image_encoder", "prompt_encoder", "mask_decoder")
+        f"sam.model.{module}." for module in ("image_encoder", "prompt_encoder", "mask_decoder")
     )
     stacks = (("windowed", sam.windowed_layers), ("whole", sam.global_layers))
     blocks = [
@@ -120,7 +120,7 @@ def sam_table(sam: SamConfig) -> list[tables.Entry]:
 
 
 def canonical(name: str) -> str | None:
-    """The table's spelling of a tensor name; None for what is ignored. Names that LLaVA has are as there."""
+    """The table's spelling of a tensor name; None if it is ignored. LLaVA's names are as there."""
     return llava.canonical(name)
 
 
@@ -162,8 +162,8 @@ def open_release(src: Path, stated: dict, parts: Mapping[str, Path]) -> tuple[Te
 def config_from_json(stated: dict, clip: dict | None = None) -> NextChatConfig:
     """The architecture that a config.json states.
 
-    It names CLIP and SAM without their sizes: those are ViT-L/14 at 336 pixels and ViT-H unless `clip`, CLIP's own
-    config.json, or the keys `vision_config` and `sam_config` of `config_to_json` say otherwise.
+    It names CLIP and SAM without their sizes. The defaults are ViT-L/14 at 336 pixels and ViT-H; `clip`, CLIP's
+    config.json, or the keys `vision_config` and `sam_config` of `config_to_json` override them.
 
     Raises:
       WeightsError: the checkpoint is of another model, or differs from what this port computes.
@@ -172,7 +172,7 @@ def config_from_json(stated: dict, clip: dict | None = None) -> NextChatConfig:
     has_masks = (stated.get("architectures") or [SEGMENTS]) == [SEGMENTS]
     text = llava.llama2_config({key: value for key, value in stated.items() if key != "model_type"})
     sam = dataclass_of(SamConfig, section(stated, "", "sam_config"), "config.json, sam_config")
-    # Five rows are added to the vocabulary: patch, start and end of an image, <at>, <boxes>.
+    # The last five rows of the vocabulary: patch, start and end of an image, <at>, <boxes>.
     last = text.vocab_size - 1
     return NextChatConfig(
         vision=llava.original_vision(stated, section(stated, "", "vision_config") or clip),

@@ -1,7 +1,7 @@
 """Parameters written by Orbax, and opened to be read in parts; a stack of layers is never held whole.
 
-Orbax writes and reads the directory (its layout, names, metadata and commit); only how one leaf gets into its array is
-ours, by Orbax's interface for types of one's own. What is written is a checkpoint of JAX arrays like any other.
+Orbax writes and reads the directory (its layout, names, metadata and commit). A type handler of ours writes and reads
+the leaves. The result is an ordinary checkpoint of JAX arrays.
 """
 
 import asyncio
@@ -14,12 +14,12 @@ from orbax.checkpoint import type_handlers
 
 from medcg_jax.families.weights.engine import Leaf
 
-# Small enough that those which are packed at once do not count, large enough for a disk.
+# Small enough for memory while several are compressed at once, large enough for a disk.
 CHUNK_BYTES = 64 << 20
 
 
 class LeafHandler(type_handlers.TypeHandler):
-    """Writes a `Leaf` as Orbax writes a JAX array, and gives a stored array as a `Leaf`."""
+    """Writes a `Leaf` as Orbax writes a JAX array, and reads a stored array as a `Leaf`."""
 
     def typestr(self) -> str:
         return "jax.Array"
@@ -30,7 +30,7 @@ class LeafHandler(type_handlers.TypeHandler):
     async def serialize(self, values, infos, args=None):
         stores = await _done(asyncio.gather(*map(_created, values, infos, args)))
         for leaf, arg, store in zip(values, args, stores, strict=True):
-            # One after the other: a layer is written before the next one is read.
+            # Each layer is written before the next one is read.
             for layer in range(leaf.shape[0]) if arg.shard_axes else (None,):
                 await _done(store[... if layer is None else layer].write(leaf.read(layer, ())))
         return []
@@ -51,7 +51,7 @@ async def _created(leaf: Leaf, info, arg) -> tensorstore.TensorStore:
 async def _done(operation):
     try:
         return await operation
-    except ValueError as error:  # TensorStore's, for a disk that is full as for all else
+    except ValueError as error:  # TensorStore's for any failure, such as a full disk
         reason = str(error).partition(" [tensorstore_spec")[0]
         raise OSError(f"cannot be written: {' '.join(reason.split())}") from error
 
@@ -69,8 +69,8 @@ async def _opened(info) -> Leaf:
 def save(directory: Path, tree, stacked: set[tuple[str, ...]]) -> None:
     """Writes a tree of JAX arrays or `Leaf`s.
 
-    stacked: paths of the leaves whose leading axis counts layers. No piece on disk holds parts of two layers, or more
-      than `CHUNK_BYTES`, so that a layer can be read alone.
+    stacked: paths of the leaves whose leading axis counts layers. A chunk on disk has at most `CHUNK_BYTES` and belongs
+      to one layer, so that a layer can be read by itself.
     """
 
     def cut(path, leaf) -> ocp.SaveArgs:

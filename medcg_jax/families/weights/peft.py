@@ -1,4 +1,4 @@
-"""Low-rank adapters as files: read as peft leaves them, merged into the weights that they change, written as peft's.
+"""Low-rank adapters as files: peft's read, merged into weights, and written.
 
 Functions that take a `family` take the module of its map (`weights.llava`, ...).
 Source: huggingface/peft:src/peft/utils/save_and_load.py and tuners/lora/config.py at 0.21.2; names, old and new.
@@ -27,10 +27,10 @@ ADAPTER_JSON = "adapter_config.json"
 ADAPTER_FILES = {"adapter_model.safetensors": open_safetensors, "adapter_model.bin": open_bin}
 HALF = re.compile(r"\.lora_([AB])(\.default)?\.weight$")
 PREFIX = "base_model.model."
-# How adapters may have begun. Others (pissa, olora, loftq, corda ...) take their start off the base, which is then
-# not the one that is named.
+# Accepted initialisations. Others (pissa, olora, loftq, corda ...) subtract the start from the base, which is then not
+# the named one.
 STARTS = (True, False, "gaussian", "eva")
-# Settings that say how adapters were made or found, and change nothing in what they are.
+# Settings that do not change the values of adapters.
 NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
@@ -49,14 +49,13 @@ def are_adapters(src: Path) -> bool:
 def with_adapters(
     tensors: Tensors, names: dict[str, str], src: Path, canonical: Callable[[str], str | None], *, whole: bool
 ) -> tuple[Tensors, dict[str, str]]:
-    """(tensors, canonical name -> name in them): those given, with the adapters of `src` in their weights.
+    """(tensors, canonical name -> name in them), with the adapters of `src` added to the weights.
 
     W + alpha / r * B A, summed in float32, in W's own dtype.
-    canonical: the family's. whole: whether modules that were trained whole (`modules_to_save`) take the place of the
-      model's.
+    canonical: the family's. whole: modules that were trained whole (`modules_to_save`) replace the model's.
 
     Raises:
-      WeightsError: adapters of a kind that is not computed, or that do not fit the model.
+      WeightsError: adapters of a kind that is not supported, or that do not fit the model.
     """
     rank, scale = _settings(src, whole)
     file = next((src / name for name in ADAPTER_FILES if (src / name).exists()), None)
@@ -75,7 +74,7 @@ def with_adapters(
         else:
             others[target] = name
     if not halves:
-        raise WeightsError(f"{file} holds no adapters; lora_A and lora_B of at least one weight are accepted")
+        raise WeightsError(f"{file} holds no adapters; expected lora_A and lora_B of at least one weight")
     tensors, names = joined((tensors, names), (adapters, others))
     for name, pair in halves.items():
         shapes = [adapters.shapes[pair[half]] if half in pair else None for half in "BA"]
@@ -87,7 +86,7 @@ def with_adapters(
         value = tensors.read(name, index)
         if name not in halves:
             return value
-        # The product is taken whole: of a slice it could differ in a number's last bit.
+        # The whole product: that of a slice could differ in a number's last bit.
         b, a = (adapters.read(halves[name][half]).astype(np.float32) for half in "BA")
         return (value.astype(np.float32) + scale * (b @ a)[index]).astype(value.dtype)
 
@@ -98,7 +97,7 @@ def with_adapters(
 
 
 def _settings(src: Path, whole: bool) -> tuple[int, float]:
-    """(rank, alpha / rank) of adapters that are computed here."""
+    """(rank, alpha / rank) of the adapters in `src`, which must be of a supported kind."""
     file = src / ADAPTER_JSON
     settings = read_json(file)
     expect(settings, "", file=str(file), peft_type="LORA", bias="none", fan_in_fan_out=False, use_dora=False,
@@ -108,9 +107,7 @@ def _settings(src: Path, whole: bool) -> tuple[int, float]:
     unknown = [key for key, value in settings.items() if key not in NEUTRAL and value]
     if unknown:
         key = unknown[0]
-        raise WeightsError(
-            f"{file} has {key}={quoted(settings[key])}; plain LoRA is accepted, in which it is null or false"
-        )
+        raise WeightsError(f"{file} has {key}={quoted(settings[key])}; expected null or false, as in plain LoRA")
     missing = [key for key in ("r", "lora_alpha") if key not in settings]
     if missing:
         raise WeightsError(f"{file} lacks {', '.join(missing)}")
@@ -121,19 +118,14 @@ def _settings(src: Path, whole: bool) -> tuple[int, float]:
 # ------------------------------------------------------------------ merged, and written
 
 
-def has_own(family, config) -> bool:
-    """Whether the family's released layout holds adapters itself."""
-    return any(entry.path[0] == "lora" for entry in family.table(config))
-
-
 def merged(family, params, config):
-    """(params, config) with adapters that the layout does not hold in the weights: W + alpha / rank * A B, summed in float32, in W's dtype.
+    """(params, config) with adapters merged into the weights, unless the family's released layout has adapters.
 
-    params: arrays or `engine.Leaf`s; what changes is a `Leaf`.
+    W + alpha / rank * A B, summed in float32, in W's dtype. params: arrays or `engine.Leaf`s; merged ones are `Leaf`s.
     """
-    if config.lora is None or has_own(family, config):
+    if config.lora is None or any(entry.path[0] == "lora" for entry in family.table(config)):
         return params, config
-    # A copy of the tree: what the caller holds keeps its weights.
+    # A copy, so that the caller's tree keeps its weights.
     tree = jax.tree.map(lambda leaf: leaf, dict(_by_part(params)), is_leaf=is_quantized)
     for path, adapter in _targets(tree.pop("lora")):
         layers = tree
@@ -157,7 +149,7 @@ def _sum(kernel, adapter, scale: float) -> Leaf:
 
 
 def _targets(adapters):
-    """(path of a kernel, its adapter {"a", "b"}) for every stack of the decoder's layers that has one."""
+    """(path of a kernel, its adapter {"a", "b"}) for every stack with an adapter."""
     # Llama-3.2-Vision's decoder has two kinds of layers.
     stacks = adapters if "blocks" in adapters else {"blocks": adapters}
     for stack, by_target in stacks.items():
@@ -170,10 +162,10 @@ def _by_part(params) -> dict:
 
 
 def peft_entries(family, config, params) -> list[Entry]:
-    """The lines of a table for a peft directory: names of the adapters' halves, as peft has them, and their paths.
+    """The table of a peft directory: peft's names of the adapters' halves, and their paths.
 
-    peft's names are those of transformers' model, unless the family's `peft_name` gives others, or None for what is not
-    in the model that peft changes (of MiniGPT-v2 and NExT-Chat it is their Llama).
+    The names are those of transformers' model, unless the family's `peft_name` gives others, or None for a weight that
+    is not in the model that peft changes (for MiniGPT-v2 and NExT-Chat that is their Llama).
     """
     name_of = getattr(family, "peft_name", lambda name: f"model.{name}")
     kinds = slice(1, 3) if "blocks" in params["lora"] else slice(2, 3)
@@ -192,22 +184,22 @@ def peft_entries(family, config, params) -> list[Entry]:
 def export_peft(family, params, config, dst: Path, *, base: str = "") -> int:
     """Writes `adapter_model.safetensors` and `adapter_config.json` into `dst`; returns how many tensors.
 
-    `peft.PeftModel.from_pretrained` loads them onto transformers' model; of MiniGPT-v2 and NExT-Chat onto their Llama,
-    and without the projector, which is not in it. A projector among `params` is written whole, as `modules_to_save`.
-    base: what the adapters were trained on, for the reader.
+    `peft.PeftModel.from_pretrained` loads them onto transformers' model, for MiniGPT-v2 and NExT-Chat onto their Llama
+    (without the projector). A projector among `params` is written whole, as `modules_to_save`.
+    base: the checkpoint that the adapters were trained on, for the reader.
 
     Raises:
       WeightsError: there are no adapters.
     """
     if config.lora is None:
-        raise WeightsError("there are no adapters here; parameters of a run with model.lora_rank above 0 are accepted")
+        raise WeightsError("there are no adapters here; expected parameters of a run with model.lora_rank above 0")
     params = {name: value for name, value in _by_part(params).items() if name in PEFT_PARTS}
     table = peft_entries(family, config, params)
     tops = {entry.path[0] for entry in table}
     specs, stream = engine.store(table, {name: value for name, value in params.items() if name in tops})
     modules = [name.removeprefix(PREFIX) for name in specs]
     kernels = [re.sub(r"\.lora_[AB]\.weight$", "", name) for name in modules if ".lora_" in name]
-    # Before and behind the number of a layer.
+    # The parts before and after the number of a layer.
     split = [re.split(r"(?<=\.layers\.)\d+\.", name) for name in kernels]
     prefix, ends = re.escape(split[0][0]), sorted({end for _, end in split})
     others = [name.split(".") for name in modules if ".lora_" not in name]
@@ -233,5 +225,5 @@ def export_peft(family, params, config, dst: Path, *, base: str = "") -> int:
 
 
 def whole_leaves(params):
-    """`params` for files: every quantised matrix as a `Leaf` in float32, which quantised again is the same."""
+    """`params` for files: every quantised matrix as a `Leaf` in float32; quantising it again gives the same matrix."""
     return jax.tree.map(lambda x: engine.dequantized(x) if is_quantized(x) else x, params, is_leaf=is_quantized)

@@ -37,7 +37,7 @@ VISION_KEYS = fields.keys(
     "embed_dim=embed_dim num_heads=num_heads activation=hidden_act"
 )
 VISION_DEFAULTS = Qwen2VitConfig()
-# Tokens that stand at the top of a config.json in every version.
+# Tokens at the top of a config.json in every version.
 TOKENS = {
     "image_token_id": 151655,
     "video_token_id": 151656,
@@ -63,7 +63,7 @@ def table(config: Qwen2VLConfig) -> list[tables.Entry]:
 
 
 def canonical(name: str) -> str | None:
-    """The table's spelling of a tensor name of any Qwen2-VL layout; None for what is ignored.
+    """The table's spelling of a tensor name of any Qwen2-VL layout; None if it is ignored.
 
     Examples: "model.norm.weight" (released) and "model.language_model.norm.weight" (transformers 5) are
     "language_model.norm.weight"; "model.visual.merger.ln_q.bias" is "visual.merger.ln_q.bias".
@@ -85,25 +85,25 @@ def read_release(src: Path, stated: dict, parts: Mapping[str, Path]) -> Qwen2VLC
 
 
 def open_release(src: Path, stated: dict, parts: Mapping[str, Path]) -> tuple[Tensors, dict[str, str]]:
-    """(tensors, canonical name -> name) of a released directory; a copy of a tied head is held against the embedding.
+    """(tensors, canonical name -> name) of a released directory; a copy of a tied head must equal the embedding.
 
     Raises:
-      WeightsError: no weights, two tensors of one name, or a head that is to be tied and is another.
+      WeightsError: no weights, two tensors of one name, or a copy of a tied head that differs from the embedding.
     """
     tensors = open_tensors(src)
     return tensors, without_tied_head(tensors, canonical_names(tensors.shapes, canonical, str(src)), src, stated)
 
 
 def config_from_json(stated: dict) -> Qwen2VLConfig:
-    """The architecture that a config.json states, with the text model's keys beside the others (released) or apart.
+    """The architecture that a config.json states, with the text model's keys at the top (released) or in `text_config`.
 
-    Keys that a released config.json leaves out have transformers' defaults. How large images may be is not in there.
+    Keys that a released config.json leaves out have transformers' defaults. It does not state limits of image sizes.
 
     Raises:
       WeightsError: the checkpoint is of another model, or differs from what this port computes; names each difference.
     """
     if stated.get("model_type") != "qwen2_vl":
-        raise WeightsError(f"config.json has model_type={stated.get('model_type')!r}; 'qwen2_vl' is accepted")
+        raise WeightsError(f"config.json has model_type={stated.get('model_type')!r}; expected 'qwen2_vl'")
     text, vision = section(stated, "", "text_config") or stated, section(stated, "", "vision_config")
     prefix = "" if text is stated else "text_config."
     kinds = text.get("layer_types") or ()
@@ -111,7 +111,7 @@ def config_from_json(stated: dict) -> Qwen2VLConfig:
     if windows or (fields.flag(text, prefix, "use_sliding_window", False) and "layer_types" not in text):
         field = "layer_types" if windows else "use_sliding_window"
         raise WeightsError(
-            f"config.json has {prefix}{field}={str(text[field])[:100]}; attention to all that came before is accepted"
+            f"config.json has {prefix}{field}={str(text[field])[:100]}; expected attention to all that came before"
         )
     expect(text, prefix, attention_dropout=0.0, model_type=("qwen2_vl", "qwen2_vl_text"))
     rope, theta, scaling = fields.rope(text, prefix, 1e6, plain=("default", "mrope"))
@@ -135,7 +135,7 @@ def config_from_json(stated: dict) -> Qwen2VLConfig:
             **{name: fields.token(stated, "", name, default) for name, default in TOKENS.items()},
             pad_token_id=fields.token(text, prefix, "pad_token_id", 151643),
             eos_token_id=fields.end_of(text, prefix, 151645, last=False),
-            # Not in there: the class's sizes, or as many tokens as a larger block makes of them.
+            # Not in config.json: the defaults, or one block if that is larger.
             min_pixels=max(Qwen2VLConfig.min_pixels, side**2),
             max_pixels=max(Qwen2VLConfig.max_pixels, side**2),
         )
@@ -161,7 +161,7 @@ def _vision(stated: dict) -> Qwen2VitConfig:
 def config_to_json(config: Qwen2VLConfig, dtype: str) -> dict:
     """The released config.json for a checkpoint of this architecture."""
     vision, text = config.vision, config.text
-    # Without a scaling the releases' spelling, which every version of transformers reads.
+    # Without a scaling as in the releases, which every version of transformers reads.
     scaling = {"type": "mrope"} if text.rope_scaling is None else fields.rope_fields(text.rope_scaling)
     return {
         "architectures": ["Qwen2VLForConditionalGeneration"],

@@ -1,6 +1,6 @@
-"""The vocabulary of the maps: how a released tensor becomes a parameter, and the lines of a table that say so.
+"""Transforms between released tensors and parameters, and the entries of a family's table.
 
-A model's table is a list of `Entry`: a name template, the path of our parameter, and how one becomes the other.
+A model's table is a list of `Entry`: a name template, the path of our parameter, and the transform between them.
 """
 
 import math
@@ -11,16 +11,16 @@ import numpy as np
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
-# A slice of ours that lies in more pieces of the released tensor than this is cut from the whole tensor: of the five
-# families one, Llama-3.2-Vision's positions of tiles.
+# A slice in more pieces of the released tensor than this is cut from the whole tensor; among the five families only of
+# Llama-3.2-Vision's positions of tiles.
 MAX_PIECES = 64
 
 
 @dataclass(frozen=True)
 class Transform:
-    """How a released tensor becomes ours: its axes are split into factors, which are reordered and merged again.
+    """A released tensor becomes ours by splitting its axes into factors, reordering them, and merging them.
 
-    layout: our shape -> (the factors of each axis of the released tensor, the order in which ours has all of them).
+    layout: our shape -> (the factors of each axis of the released tensor, the order of all factors in ours).
       PyTorch's [N * H, E] as our [E, N, H] is ((N, H), (E,)) and (2, 0, 1): ours has the third factor first.
     """
 
@@ -30,17 +30,17 @@ class Transform:
         return tuple(math.prod(factors) for factors in self.layout(shape)[0])
 
     def store(self, ours: np.ndarray) -> np.ndarray:
-        """The released tensor of our array."""
+        """Our array as the released tensor."""
         factors, order = self.layout(ours.shape)
         sizes = [size for axis in factors for size in axis]
-        apart = ours.reshape([sizes[i] for i in order]).transpose(np.argsort(order).astype(int))
-        return apart.reshape(self.released_shape(ours.shape))
+        split = ours.reshape([sizes[i] for i in order]).transpose(np.argsort(order).astype(int))
+        return split.reshape(self.released_shape(ours.shape))
 
     def load(self, read: Callable[[Index], np.ndarray], shape: Shape, index: Index = ()) -> np.ndarray:
-        """`ours[index]`, where `shape` is that of the whole of ours and `read` gives slices of the released tensor.
+        """`ours[index]`, where `shape` is the shape of ours and `read` gives slices of the released tensor.
 
-        No more is read than `index` needs, unless the ends of a slice lie within a factor of a merged axis, or what it
-        needs lies in more than `MAX_PIECES` pieces: then that axis, or the tensor, is read whole and cut.
+        Only what `index` needs is read, with two exceptions: an axis is read whole if a slice ends within a factor of
+        it, and the tensor if the slice is in more than `MAX_PIECES` pieces.
         """
         factors, order = self.layout(shape)
         sizes = [size for axis in factors for size in axis]
@@ -50,18 +50,17 @@ class Transform:
             pieces.append(_pieces(axis, spans[num_before : num_before + len(axis)]))
             num_before += len(axis)
         if math.prod(map(len, pieces)) > MAX_PIECES:
-            whole = self.load(read, shape)
-            return whole[index]
+            return self.load(read, shape)[index]
         value = _gathered(read, pieces, ())
         lengths = [stop - start for start, stop in spans]
         merged = value.reshape(lengths).transpose(order).reshape([size for size, _ in local])
-        return merged[tuple(part for _, part in local) + (...,)]
+        return merged[tuple(axis_slice for _, axis_slice in local) + (...,)]
 
 
 def _factor_spans(sizes, order, shape: Shape, index: Index):
-    """(start and stop of each factor to read, for each of our axes (its length as read, what to take of that)).
+    """(start and stop to read of each factor, (length read, slice of it to take) of each of our axes).
 
-    Where several factors make up an axis, a slice of it is a span of the first, if its ends are multiples of the others.
+    A slice of an axis of several factors is a span of the first factor, if its ends are multiples of the others.
     """
     spans, local, position = [(0, size) for size in sizes], [], 0
     for size, (start, stop) in zip(shape, spans_of(index, shape), strict=True):
@@ -81,13 +80,13 @@ def _factor_spans(sizes, order, shape: Shape, index: Index):
 
 
 def spans_of(index: Index, shape: Shape) -> list[tuple[int, int]]:
-    """(start, stop) of every axis; those that `index` does not reach are whole."""
+    """(start, stop) of every axis; axes beyond `index` are whole."""
     whole = index + (slice(None),) * (len(shape) - len(index))
-    return [part.indices(size)[:2] for part, size in zip(whole, shape, strict=True)]
+    return [axis_slice.indices(size)[:2] for axis_slice, size in zip(whole, shape, strict=True)]
 
 
 def _pieces(sizes: Shape, spans) -> list[slice]:
-    """The slices of a released axis in which its factors have these spans.
+    """The slices of a released axis that correspond to these spans of its factors.
 
     Example: heads 1 to 2 of the queries, keys and values of a fused axis are three slices.
     """
@@ -101,7 +100,7 @@ def _pieces(sizes: Shape, spans) -> list[slice]:
 
 
 def _gathered(read, pieces: list[list[slice]], index: Index) -> np.ndarray:
-    """The array made of all combinations of the pieces of each axis."""
+    """The array of all combinations of the pieces of each axis."""
     if len(index) == len(pieces):
         return read(index)
     arrays = [_gathered(read, pieces, (*index, piece)) for piece in pieces[len(index)]]
@@ -112,7 +111,7 @@ def _gathered(read, pieces: list[list[slice]], index: Index) -> np.ndarray:
 
 
 def linear(inputs: int = 1) -> Transform:
-    """PyTorch's [out, in] <-> ours [in..., out...] with so many input axes."""
+    """PyTorch's [out, in] <-> ours [in..., out...]; inputs: how many input axes."""
 
     def layout(shape: Shape):
         num_out = len(shape) - inputs
@@ -127,7 +126,7 @@ def conv_patch(patch: int, channels: int = 3) -> Transform:
 
 
 def fused_qkv() -> Transform:
-    """Rows [3 * N * H, ...] of all queries, then keys, then values <-> ours [..., N, 3 * H], the three of each head."""
+    """Rows [3 * N * H, ...] of queries, then keys, then values <-> ours [..., N, 3 * H], all three head by head."""
 
     def layout(shape: Shape):
         *outer, num_heads, width = shape
@@ -144,7 +143,7 @@ def leading_ones(num: int) -> Transform:
 
 SAME = leading_ones(0)
 FLAT = Transform(lambda shape: ((shape,), tuple(range(len(shape)))))
-# PyTorch's embedding [rows, all else] <-> ours with the other axes apart.
+# PyTorch's embedding [rows, product of the other axes] <-> ours [rows, other axes...].
 ROWS = Transform(lambda shape: ((shape[:1], shape[1:]), tuple(range(len(shape)))))
 
 
@@ -155,7 +154,7 @@ class Entry:
     name: the released (canonical) name; `{layer}` stands for the layer's number.
     path: keys into params.
     layers: the released layers that fill our leading axis, in order; None: the parameter is not stacked.
-    rows: axis 0 of the released tensor counts vocabulary rows, of which a checkpoint may have more than we hold.
+    rows: axis 0 of the released tensor counts vocabulary rows; a checkpoint may have more than the model.
     """
 
     name: str
@@ -165,7 +164,7 @@ class Entry:
     rows: bool = False
 
 
-# (released name, our path with spaces between its keys, how one becomes the other)
+# (released name, our path with spaces between its keys, transform)
 Lines = tuple[tuple[str, str, Transform], ...]
 
 
@@ -191,7 +190,7 @@ def attention(
 
 
 def lora_halves(name: str, path: str, layer_path: str) -> Lines:
-    """The halves of the adapter of a product whose own path is `layer_path`, as peft names them."""
+    """The halves of the adapter of the product at `layer_path`, as peft names them."""
     first = linear(inputs=2 if layer_path.split()[-1] == "out" else 1)
     return (f"{name}.lora_A.weight", f"{path} a", first), (f"{name}.lora_B.weight", f"{path} b", linear())
 
