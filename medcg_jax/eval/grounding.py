@@ -19,7 +19,7 @@ from medcg_jax.data.tokenizer import Tokenizer
 from medcg_jax.eval.boxes import DICE_DECIMALS, BoxAnswer, dice, rounded
 from medcg_jax.eval.generation import greedy, prefill
 from medcg_jax.eval.letters import run_ahead
-from medcg_jax.mesh import batch_sharding, check_batch, own_rows, put_batch, replicated
+from medcg_jax.mesh import batch_sharding, check_batch, local_rows, put_batch, replicated
 
 # A pixel belongs to a mask if its logit is above this: NExT-ChatV/NExT-Chat:mllm/demo/demo_util.py:de_transform_mask at
 # 1e6c20f.
@@ -68,7 +68,7 @@ def locate(
       ConfigError: the mesh cannot split the batch.
     """
     check_batch(mesh, batch_size, "eval.batch_size")
-    batches = eval_batches(encoded, batch_size, rows=own_rows(mesh, batch_size))
+    batches = eval_batches(encoded, batch_size, rows=local_rows(mesh, batch_size))
     outputs = run_ahead(lambda item: locator(params, item[0]), batches)
     answers: dict[int, BoxAnswer] = {}
     order = eval_order(encoded).tolist()

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from medcg_jax.eval.generation import greedy, prefill, with_room
 from medcg_jax.eval.predictions import Prediction, predictions_of
-from medcg_jax.mesh import batch_sharding, check_batch, own_rows, put_batch, replicated
+from medcg_jax.mesh import batch_sharding, check_batch, local_rows, put_batch, replicated
 from medcg_jax.train.preempt import stop_if_told
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def evaluate(
     from medcg_jax.data.eval_batches import eval_batches, eval_order
 
     check_batch(evaluator.mesh, batch_size, "eval.batch_size")
-    batches = eval_batches(encoded, batch_size, rows=own_rows(evaluator.mesh, batch_size))
+    batches = eval_batches(encoded, batch_size, rows=local_rows(evaluator.mesh, batch_size))
     outputs = run_ahead(lambda item: evaluator(params, item[0]), batches)
     if not outputs:
         return []
@@ -207,7 +207,7 @@ def evaluate_controls(
     from medcg_jax.data.eval_batches import rounds
 
     check_batch(evaluator.mesh, batch_size, "eval.batch_size")
-    sets, rows, questions = [encoded, *controls.values()], own_rows(evaluator.mesh, batch_size), []
+    sets, rows, questions = [encoded, *controls.values()], local_rows(evaluator.mesh, batch_size), []
 
     def prompts():
         for turn in rounds(encoded, sets[1:], batch_size, image_token_id=image_token_id, rows=rows):

@@ -17,7 +17,7 @@ from medcg_jax.eval import boxes, grounding, letters, predictions
 from medcg_jax.eval.boxes import BoxAnswer
 from medcg_jax.eval.predictions import Prediction
 from medcg_jax.families.build import shardings
-from medcg_jax.mesh import batch_sharding, check_batch, own_rows, put_batch, replicated
+from medcg_jax.mesh import batch_sharding, check_batch, local_rows, put_batch, replicated
 from medcg_jax.train.checkpoint import load_params
 from medcg_jax.train.preempt import sigterm_saves
 from medcg_jax.train.sanity import check_sees, has_closed_gates
@@ -113,7 +113,7 @@ class Tester:
         if self._sees or not len(encoded) or has_closed_gates(params):
             return
         check_batch(setup.mesh, size, "eval.batch_size")
-        rows = own_rows(setup.mesh, size)
+        rows = local_rows(setup.mesh, size)
         if controls is None:
             first, (batch, _) = None, next(eval_batches(encoded, size, rows=rows))
         else:
@@ -173,8 +173,8 @@ def write_tested(workdir: Path, name: str, answers: Sequence[Prediction | BoxAns
 
 @sigterm_saves()
 def evaluate_subsets(config: RunConfig, workdir: Path) -> dict:
-    """Tests on `data.subsets` (empty: all with choice questions); for each it writes `write_tested`'s files to `workdir`
-    and prints a line.
+    """Tests on `data.subsets` (empty: all with choice questions); writes each one's files to `workdir`
+    (`write_tested`) and prints a line for it.
 
     The parameters are those that `medcg train` wrote to `workdir`, else the model's checkpoint.
     Returns {"workdir", "subsets": {name: `predictions.summary`, or `boxes.summary`}}.

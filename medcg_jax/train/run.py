@@ -16,7 +16,7 @@ from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, Source, concat
 from medcg_jax.data.sources import subset_names
 from medcg_jax.families.build import abstract, num_bytes, shardings, split_trainable
-from medcg_jax.mesh import own_rows
+from medcg_jax.mesh import local_rows
 from medcg_jax.nn.base import Base
 from medcg_jax.train import checkpoint, goodput
 from medcg_jax.train.log import StepTrace, WandbTarget, load_wandb
@@ -147,7 +147,7 @@ def run_spec(
     """
 
     def stream(position: int) -> Batches:
-        rows, size = own_rows(setup.mesh, train.batch_size), train.batch_size
+        rows, size = local_rows(setup.mesh, train.batch_size), train.batch_size
         return Batches(encoded, batch_size=size, seed=train.seed, weights=weights, position=position, rows=rows)
 
     flops = step_flops(encoded, setup.model, trainable=parts, batch_size=train.batch_size)

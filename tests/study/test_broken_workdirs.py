@@ -219,7 +219,7 @@ BOXES = "boxes/detection.in_distribution.multi_task.s0.jsonl"
     [
         (PREDICTIONS, {"options": 5}, "options=5: expected a list of 1 to 26 texts"),
         (PREDICTIONS, {"options": None}, "options=null"),
-        (PREDICTIONS, {"logprobs": ["x", "y"]}, 'logprobs="x": a finite number of at most 0.01 is accepted'),
+        (PREDICTIONS, {"logprobs": ["x", "y"]}, 'logprobs="x": expected a finite number of at most 0.01'),
         (PREDICTIONS, {"logprobs": [1e308, -1]}, "logprobs=1e+308"),
         (PREDICTIONS, {"logprobs": [-1]}, "logprobs: 1 values; expected a number for each of the 2 options"),
         (PREDICTIONS, {"logprobs": [None, -1]}, "logprobs=null"),
