@@ -93,7 +93,7 @@ def test_a_port_that_another_has_is_refused(monkeypatch):
 
         threading.Thread(target=answer, daemon=True).start()
         [end], _ = meet((1, 2), port=port)
-        assert isinstance(end, ConfigError) and "a run that has all its processes" in str(end)
+        assert isinstance(end, ConfigError) and "a complete run" in str(end)
 
 
 def test_strangers_at_the_port_are_passed_over():
