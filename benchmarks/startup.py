@@ -57,7 +57,7 @@ def start(config: str, changes: dict[str, str], num_devices: int, num_records: i
         from medcg_jax.data.pipeline import Batches
         from medcg_jax.data.records import concat
         from medcg_jax.families import build
-        from medcg_jax.mesh import make_mesh, own_rows
+        from medcg_jax.mesh import local_rows, make_mesh
         from medcg_jax.plan import programs as plan_programs
         from medcg_jax.train.log import CompileMonitor, keep_programs
         from medcg_jax.train.step import with_shardings
@@ -77,7 +77,7 @@ def start(config: str, changes: dict[str, str], num_devices: int, num_records: i
         encoded = setup.encode(concat([source.records(subset.name, "train") for subset in source.subsets]))
     with clock.part("first batch"):
         size = run.train.batch_size
-        batches = Batches(encoded, batch_size=size, seed=0, rows=own_rows(mesh, size))
+        batches = Batches(encoded, batch_size=size, seed=0, rows=local_rows(mesh, size))
         batch, _ = next(iter(batches))
     program = planned.program
     with clock.part("state: lowered"), jax.set_mesh(mesh):

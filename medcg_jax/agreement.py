@@ -1,7 +1,6 @@
-"""What the processes of one run must share is compared at its start: configuration, data, code and packages.
+"""Compares, at the start of a run of several processes, what they must share: configuration, data, code, packages.
 
-Each process would otherwise go on with its own: half of a batch is of other records then, or two programs wait for
-each other.
+If processes differed, half of a batch could have other records, or two programs could wait for each other forever.
 """
 
 import dataclasses
@@ -21,17 +20,17 @@ from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.families import registry
 
 PACKAGES = ("medcg-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-# Each process's own: the flag --process_id, and these sections, which the first process alone reads.
-OWN_SECTIONS = ("log",)
+# Sections of the configuration that may differ, since only the first process uses them.
+UNSHARED_SECTIONS = ("log",)
 
 
 def check_agreement(run: RunConfig, verb: str, workdir: Path, data: Callable[[], dict[str, str]]) -> None:
-    """Compares what the processes of this run were started with; without other processes does nothing.
+    """Compares what the processes of this run were started with; does nothing for a single process.
 
-    verb: what is run. workdir: where; all see it under one path. data: gives a fingerprint by seed, or of what it is.
+    workdir: all processes see it under the same path. data: gives fingerprints of the data by name.
 
     Raises:
-      ConfigError: on every process, where one has another value than the first; the message names the field, both
+      ConfigError: on every process, if a process has another value than the first; the message names the field, both
         values and the process.
     """
     if processes.count() == 1:
@@ -43,12 +42,12 @@ def check_agreement(run: RunConfig, verb: str, workdir: Path, data: Callable[[],
 
 
 def facts_of(run: RunConfig, verb: str, workdir: Path, data: dict[str, str]) -> dict:
-    """What a process must share with the others of its run, by names for people."""
+    """What a process must share with the others of its run, by readable names."""
     settings = {f"config.{key}": value for key, value in flat(dataclasses.asdict(run)).items()}
     tokenizer = load_tokenizer(run.model.tokenizer, registry.of_model(run.model.name).tokenizer)
     return (
         {"verb": verb}
-        | {key: value for key, value in settings.items() if key.split(".")[1] not in OWN_SECTIONS}
+        | {key: value for key, value in settings.items() if key.split(".")[1] not in UNSHARED_SECTIONS}
         | {"--workdir": str(workdir.absolute())}
         | {f"version of {name}": number for name, number in versions().items()}
         | {"code of medcg_jax": code_digest(), "tokenizer": tokenizer.fingerprint}
@@ -57,17 +56,17 @@ def facts_of(run: RunConfig, verb: str, workdir: Path, data: dict[str, str]) -> 
 
 
 def check_same(first: str, theirs: dict, name: str, facts: dict) -> None:
-    """Raises ConfigError for the first fact that two processes, `first` and `name`, do not share."""
+    """Raises ConfigError for the first fact that the processes `first` and `name` do not share."""
     for key in [*theirs, *(key for key in facts if key not in theirs)]:
         if theirs.get(key) != facts.get(key):
             raise ConfigError(
-                f"{key} is {json.dumps(facts.get(key))} on {name} and {json.dumps(theirs.get(key))} on {first}: the same "
-                "is accepted on all processes of a run; --process_id and config.log.* alone may differ"
+                f"{key} is {json.dumps(facts.get(key))} on {name} and {json.dumps(theirs.get(key))} on {first}: "
+                "expected the same on all processes of a run, except for --process_id and config.log.*"
             )
 
 
 def data_fingerprint(run: RunConfig, *, with_boxes: bool = False) -> str:
-    """Of the choice records, of the boxes where asked for, and of the general records if any."""
+    """A fingerprint of the choice records, with `with_boxes` of the boxes, and of the general records if any."""
     source = open_source(run.data)
     digests = [source.fingerprint()]
     if with_boxes:
@@ -79,7 +78,7 @@ def data_fingerprint(run: RunConfig, *, with_boxes: bool = False) -> str:
 
 @functools.cache
 def code_digest() -> str:
-    """A digest of the package's source files: its version is the same while it is worked on."""
+    """A digest of the package's source files, which may change without a new version."""
     root, digest = Path(__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
@@ -87,7 +86,7 @@ def code_digest() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions that numbers depend on; a package that is not installed is "none"."""
+    """Versions of Python and the packages that results depend on; "none" for one that is not installed."""
 
     def installed(name: str) -> str:
         try:

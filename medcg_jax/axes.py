@@ -1,6 +1,6 @@
 """Axis names: the logical axes of parameters and activations, the mesh axes, and the one table between them.
 
-The two vocabularies share no word: JAX accepts a mesh axis where a logical name was meant and says nothing.
+Logical and mesh names differ in every word, since JAX would silently accept a mesh axis for a logical one.
 """
 
 from jax.sharding import PartitionSpec
@@ -21,14 +21,14 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "patch": None,
     "pos": None,
     "rank": None,
-    # The rank of an adapter's half whose other axes fsdp does not split.
+    # The rank in those halves of adapters whose other axis is not split by fsdp.
     "rank_parts": "fsdp",
     "vision_embed": "fsdp",
     "vision_mlp": "tensor",
     "vision_heads": "tensor",
-    # Width of a table whose rows no axis splits: what is looked up there is small, so every device may hold a part.
+    # Width of an embedding table whose rows are not split; lookups are small enough for every device to hold a slice.
     "table_embed": ("fsdp", "tensor"),
-    # What an embedding table whose width is split gives, before its parts are exchanged for rows.
+    # What a lookup in such a table gives, before slices of the width are exchanged for rows.
     "lookup_batch": "data",
     "lookup_embed": "fsdp",
     "act_batch": BATCH_AXES,
@@ -47,7 +47,7 @@ def spec(*names: str | None) -> PartitionSpec:
     Raises:
       ValueError: a name is not in `RULES`, or two axes of one array would be split over the same mesh axis.
     """
-    parts: list[str | tuple[str, ...] | None] = []
+    mesh_axes: list[str | tuple[str, ...] | None] = []
     used: set[str] = set()
     for name in names:
         if name is not None and name not in RULES:
@@ -57,5 +57,5 @@ def spec(*names: str | None) -> PartitionSpec:
         if flat & used:
             raise ValueError(f"axes {names} would split over mesh axis {sorted(flat & used)} twice")
         used |= flat
-        parts.append(axes)
-    return PartitionSpec(*parts)
+        mesh_axes.append(axes)
+    return PartitionSpec(*mesh_axes)

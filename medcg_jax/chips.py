@@ -1,7 +1,7 @@
-"""Published peaks of one device: FLOP/s in bf16, bytes/s of its memory, of its links and of its part of the network.
+"""Published peaks of one device: FLOP/s in bf16, and bytes/s of its memory, its links and its share of the network.
 
-Vendors' numbers, which no program reaches: what follows from them is a bound and no measurement. Bandwidths count one
-direction; where a page gives both directions together, half of it stands here.
+These are vendors' numbers, which no program reaches: bounds, not measurements. Bandwidths are of one direction; where a
+page states both directions together, this is half of it.
 """
 
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ GBIT = 1e9 / 8
 
 @dataclass(frozen=True)
 class Peak:
-    """Of one `jax.Device`; None: not published for this form of the device.
+    """Peaks of one `jax.Device`; None: not published for this variant of the device.
 
     bf16_flops_per_s: dense. memory_bytes_per_s: of HBM.
-    link_bytes_per_s: of all its links to devices of the same slice (ICI) or host (NVLink) together, one direction.
-    network_bytes_per_s: of its part of the network between slices (DCN) or hosts (NICs), one direction.
-    devices_per_chip: what is rented and paid is a chip.
+    link_bytes_per_s: of all links to devices of the same slice (ICI) or host (NVLink) together, one direction.
+    network_bytes_per_s: of its share of the network between slices (DCN) or hosts (NICs), one direction.
     source: the pages that the numbers are from.
+    devices_per_chip: prices are per chip.
     """
 
     bf16_flops_per_s: float
@@ -32,14 +32,14 @@ TPU_DOCS = "Google Cloud documentation, docs.cloud.google.com/tpu/docs"
 # 819 GB/s and 400 GB/s both ways on the page of v5e; 6.4 Tbit/s for a pod of 256 chips.
 V5E = Peak(197e12, 819e9, 200e9, 6.4e12 / 8 / 256, f"{TPU_DOCS}/v5e")
 V5P = Peak(459e12, 2765e9, 600e9, 50 * GBIT, f"{TPU_DOCS}/v5p")
-# The network is on the page of TPU7x, which compares them.
+# The network's number is in the comparison on the page of TPU7x.
 V6E = Peak(918e12, 1638e9, 400e9, 100 * GBIT, f"{TPU_DOCS}/v6e and /tpu7x")
-# A chip is two devices; each has half.
+# A chip is two devices; each has half of its numbers.
 TPU7X = Peak(2307e12 / 2, 7380e9 / 2, 600e9 / 2, 100 * GBIT / 2, f"{TPU_DOCS}/tpu7x", devices_per_chip=2)
 H100 = Peak(989.5e12, 3.35e12, 450e9, 400 * GBIT, "NVIDIA H100 datasheet, SXM; DGX H100 datasheet, a NIC for each GPU")
 H200 = Peak(989.5e12, 4.8e12, 450e9, 400 * GBIT, "NVIDIA H200 datasheet, SXM; DGX H200 datasheet, a NIC for each GPU")
 
-# By what `jax.Device.device_kind` begins with; the longest match counts.
+# By prefix of `jax.Device.device_kind`; the longest match counts.
 PEAKS = {
     "TPU v5 lite": V5E,
     "TPU v5e": V5E,
@@ -66,21 +66,21 @@ PEAKS = {
 
 
 def peak_of(device_kind: str) -> Peak | None:
-    """The peaks of a device by its `device_kind`; None where the table has none (a CPU, say)."""
+    """The peaks of a device by its `device_kind`; None if `PEAKS` lacks it (a CPU)."""
     known = [name for name in PEAKS if device_kind.startswith(name)]
     return PEAKS[max(known, key=len)] if known else None
 
 
 def peak_bf16(device_kind: str) -> float | None:
-    """Dense bf16 FLOP/s of a device by its `device_kind`; None where the table has none (a CPU, say)."""
+    """Dense bf16 FLOP/s of a device by its `device_kind`; None if `PEAKS` lacks it (a CPU)."""
     peak = peak_of(device_kind)
     return peak and peak.bf16_flops_per_s
 
 
 def utilisation(flops: dict, seconds: float, device_kind: str, num_devices: int) -> dict:
-    """{"mfu", "mfu_causal", "hfu"}, shares (0-1) of the bf16 peak, of the FLOPs of a step in `seconds`.
+    """{"mfu", "mfu_causal", "hfu"}: shares (0-1) of the bf16 peak that a step in `seconds` reaches, or None.
 
-    flops: as `families.flops.step`. None in place of each share where the device's peak is not known.
+    flops: of the step, as `families.flops.step`.
     """
     peak = peak_bf16(device_kind)
     names = {"mfu": "full", "mfu_causal": "causal", "hfu": "executed"}

@@ -1,7 +1,7 @@
-"""`medcg VERB`: flags in, one function of the package called, its result printed for people and as JSON.
+"""`medcg VERB`: reads flags, calls one function of the package, prints its result and writes it as JSON.
 
-Exit status: 0 done and right, 2 wrong use or bad input, 3 does not fit, 75 (EX_TEMPFAIL) told to stop
-and saved, so that the same command goes on, 1 anything else.
+Exit status: 0 success, 2 wrong use or bad input, 3 does not fit in memory, 75 (EX_TEMPFAIL) told to stop and saved, so
+that the same command continues, 1 anything else.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from medcg_jax.data.records import DataError
 from medcg_jax.files import user_path, write_whole
 from medcg_jax.platform import keep_freed_memory, run_process
 
-# Files of a release that may lie apart from it.
+# Files of a release that may be elsewhere than SRC.
 RELEASE_PARTS = {
     "clip": "CLIP ViT-L/14-336, where SRC holds no vision tower",
     "base": "what SRC's projector or adapters were trained on, where SRC holds them alone (LLaVA's parts: the Llama)",
@@ -31,26 +31,26 @@ RELEASE_PARTS = {
 }
 # Verbs whose run several processes may share.
 SEVERAL_PROCESSES = ("train", "eval", "reproduce")
-# What a path that was given wrongly raises.
+# Errors of a wrong path.
 WRONG_PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit status. Of several processes of one run those that fail end here."""
+    """Runs one verb and returns the exit status. With several processes, one that fails ends here."""
     keep_freed_memory()
     try:
         args = parse(sys.argv[1:] if argv is None else list(argv))
         result = args.run(args)
         status = result.pop("exit_status", 0)
         if args.json and processes.is_first():
-            write_json(Path(args.json), result)
+            write_whole(args.json, json.dumps(result, indent=1) + "\n")
         processes.finish()
         return status
     except (ConfigError, DataError, *WRONG_PATHS) as error:
         return failed(2, str(error))
-    except OSError as error:  # a full disk, a network file system that is away: the same command may work later
+    except OSError as error:  # a full disk or a lost network file system: the same command may work later
         return failed(1, str(error))
-    except Interrupted as error:  # at the same step of every process
+    except Interrupted as error:  # raised at the same step on every process
         print(f"medcg: {error}; run the same command again to go on", file=sys.stderr)
         processes.finish()
         return os.EX_TEMPFAIL
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def failed(status: int, why: str) -> int:
-    """Prints the line that says why, with the process's name where there are several, which all end then."""
+    """Prints why the verb failed. With several processes the line names this one, and then all of them end."""
     processes.await_verdict(why)
     name = processes.whoami()
     print(f"medcg: {name}: {why}" if name else f"medcg: {why}", file=sys.stderr, flush=True)
@@ -82,23 +82,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Raises:
       ConfigError: an unknown verb or flag, a flag without its value, or a path in a home folder that is not there.
     """
-    args, rest = parser().parse_known_args(argv)
-    for name, value in vars(args).items():  # every one that begins with ~ is a path
+    args, unread = parser().parse_known_args(argv)
+    for name, value in vars(args).items():  # every text that begins with ~ is a path
         if isinstance(value, str):
             setattr(args, name, user_path(value, name))
         elif isinstance(value, list):
-            setattr(args, name, [user_path(one, name) for one in value])
+            setattr(args, name, [user_path(text, name) for text in value])
     args.overrides = {}
-    while rest:
-        flag = rest.pop(0)
+    while unread:
+        flag = unread.pop(0)
         if not flag.startswith("--config.") or not hasattr(args, "config"):
             verb = f"medcg {args.verb} {args.kind}" if args.verb == "data" else f"medcg {args.verb}"
             raise ConfigError(f"{flag} is not known to `{verb}`; see `{verb} --help`")
         key, equals, value = flag.removeprefix("--config.").partition("=")
         if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise ConfigError(f"{flag} has no value; --config.{key}=VALUE is accepted")
-            value = rest.pop(0)
+            if not unread or unread[0].startswith("--"):
+                raise ConfigError(f"{flag} has no value; expected --config.{key}=VALUE")
+            value = unread.pop(0)
         args.overrides[key] = value
     return args
 
@@ -108,23 +108,23 @@ def parser() -> Parser:
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     add_data(verbs)
-    convert = add(verbs, "convert", convert_weights, "released PyTorch checkpoint to Orbax, and back")
+    convert = add(verbs, "convert", run_convert, "released PyTorch checkpoint to Orbax, and back")
     convert.add_argument("src", metavar="SRC")
     convert.add_argument("dst", metavar="DST")
     convert.add_argument("--to", choices=("orbax", "hf", "peft"), default="orbax")
-    for part, what in RELEASE_PARTS.items():
-        convert.add_argument(f"--{part}", default="", metavar="PATH", help=what)
-    parity = add(verbs, "parity", parity_check, "the same input through this port and the PyTorch reference")
+    for flag, text in RELEASE_PARTS.items():
+        convert.add_argument(f"--{flag}", default="", metavar="PATH", help=text)
+    parity = add(verbs, "parity", run_parity, "the same input through this port and the PyTorch reference")
     parity.add_argument("src", metavar="SRC", help="a released (HF) model directory")
     parity.add_argument("--inputs", default="", metavar="FILE.npz", help="numbers recorded elsewhere; needs no PyTorch")
     parity.add_argument("--record", default="", metavar="FILE.npz", help="write the reference's numbers, for --inputs")
     parity.add_argument("--against", default="", metavar="DIR", help="the released directory that SRC was made from")
 
     for name, run, text in (
-        ("train", train_one, "one fine-tune"),
-        ("eval", eval_one, "scores and predictions of a checkpoint on subsets"),
-        ("reproduce", reproduce_grid, "a whole grid: base, cells, evaluation, report; run again, it goes on"),
-        ("bench", bench_here, "throughput here, of this port and of the reference, in one run"),
+        ("train", run_train, "one fine-tune"),
+        ("eval", run_eval, "scores and predictions of a checkpoint on subsets"),
+        ("reproduce", run_reproduce, "a whole grid: base, cells, evaluation, report; run again, it goes on"),
+        ("bench", run_bench, "throughput here, of this port and of the reference, in one run"),
     ):
         verb = add(verbs, name, run, text)
         verb.epilog = "--config.a.b=VALUE sets one field of the config."
@@ -146,7 +146,7 @@ def parser() -> Parser:
             text = "HF transformers on the same records in the same run (LLaVA alone; extra `parity`)"
             verb.add_argument("--against", choices=("torch",), default="", help=text)
     add_plan(verbs)
-    report = add(verbs, "report", report_grid, "the page, tables and plots of a grid; plots of what `bench` measured")
+    report = add(verbs, "report", run_report, "the page, tables and plots of a grid; plots of what `bench` measured")
     report.add_argument("dir", metavar="DIR", help="workdir of a grid, or a JSON file of `medcg bench`")
     report.add_argument("other", metavar="OTHER", nargs="*", help="another grid's, to compare with; more such files")
     report.add_argument("--format", default="", metavar="md,tex,csv", help="forms beside the page")
@@ -155,7 +155,7 @@ def parser() -> Parser:
 
 
 def add_processes(verb: Parser) -> None:
-    """Adds the flags by which a process learns of the others of its run, where its environment does not say."""
+    """Adds the flags that tell a process about the others of its run, if its environment does not."""
     flags = verb.add_argument_group("one run of several processes, each started with the same command")
     flags.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0; auto: JAX asks a TPU VM")
     flags.add_argument("--num_processes", default="", metavar="N", help="1: alone, whatever the environment says")
@@ -163,15 +163,17 @@ def add_processes(verb: Parser) -> None:
 
 
 def add_plan(verbs) -> None:
-    plan = add(verbs, "plan", plan_run, "what a run needs on a machine that is not there: bytes, FLOPs, least time")
+    plan = add(verbs, "plan", run_plan, "what a run needs on a machine that is not there: bytes, FLOPs, least time")
     plan.epilog = "--config.a.b=VALUE sets one field of the config. Exit status 3: it does not fit."
     plan.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
     plan.add_argument("--topology", required=True, metavar="NAME", help="v5e:4x4, v5p:4x4x4, v6e:8x8, h100:8, local")
     plan.add_argument("--search", action="store_true", help="try meshes, remat policies and batch sizes, and rank them")
     plan.add_argument("--compiles", type=int, default=12, metavar="N", help="programs that --search compiles at most")
-    plan.add_argument("--full_effort", action="store_true", help="compile as a real run does: slower, and its memory")
+    plan.add_argument(
+        "--full_effort", action="store_true", help="compile as a real run does: slower, with exact memory"
+    )
     plan.add_argument("--price", type=float, default=0.0, metavar="USD", help="of a chip-hour, for the grid's cost")
-    text = "of `medcg train` and `medcg eval` alone; a grid keeps more beside its programs, which is counted else"
+    text = "plan `medcg train` and `medcg eval` alone, without the memory that a grid needs beside its programs"
     plan.add_argument("--alone", action="store_true", help=text)
     plan.add_argument("--memory_gib", type=float, default=0.0, metavar="GIB", help="of a device, if not the known one")
 
@@ -189,25 +191,25 @@ def resolved(args: argparse.Namespace) -> RunConfig:
 
 @contextmanager
 def started(args: argparse.Namespace, run: RunConfig) -> Iterator[None]:
-    """Sets XLA's flags and joins this process to the others of its run, if any; the first of them alone prints.
+    """Sets XLA's flags and joins the other processes of the run, if any; only the first process prints.
 
     Raises:
-      ConfigError: flags or environment variables about processes that cannot be used, or processes that do not agree.
+      ConfigError: flags or environment variables about processes cannot be used, or the processes do not agree.
       RunError: the others do not come.
     """
     flags = {name: getattr(args, name) for name in ("coordinator", "num_processes", "process_id")}
-    place = cluster.detect(os.environ, **flags)
-    said = xla_flags.apply(run.deterministic, whole_device=args.verb != "reproduce" or run.study.jobs == 1)
-    if place:
+    joined = cluster.detect(os.environ, **flags)
+    flags_line = xla_flags.apply(run.deterministic, whole_device=args.verb != "reproduce" or run.study.jobs == 1)
+    if joined:
         from medcg_jax.agreement import check_agreement
 
-        processes.start(place)
+        processes.start(joined)
         check_agreement(run, args.verb, workdir(args, run), lambda: fingerprints(args, run))
     from medcg_jax.train.log import keep_programs
 
     keep_programs()
     if processes.is_first():
-        print(said, flush=True)
+        print(flags_line, flush=True)
         yield
     else:
         with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
@@ -215,7 +217,7 @@ def started(args: argparse.Namespace, run: RunConfig) -> Iterator[None]:
 
 
 def fingerprints(args: argparse.Namespace, run: RunConfig) -> dict[str, str]:
-    """Of the data that the verb reads, by name."""
+    """Fingerprints of the data that the verb reads, by name."""
     if args.verb == "reproduce" and not run.study.models:
         from medcg_jax.study.run import grid
 
@@ -229,7 +231,7 @@ def workdir(args: argparse.Namespace, run: RunConfig) -> Path:
     return Path(args.workdir or Path("runs") / run.name)
 
 
-def convert_weights(args) -> dict:
+def run_convert(args) -> dict:
     from medcg_jax.families.weights.convert import convert
     from medcg_jax.train.sanity import ids_beside
 
@@ -237,14 +239,14 @@ def convert_weights(args) -> dict:
     return convert(Path(args.src), Path(args.dst), to=args.to, parts=parts, ids=ids_beside(Path(args.src)))
 
 
-def parity_check(args) -> dict:
+def run_parity(args) -> dict:
     from medcg_jax.parity.verb import parity
 
     files = {name: Path(getattr(args, name)) for name in ("inputs", "record", "against") if getattr(args, name)}
     return parity(Path(args.src), **files)
 
 
-def train_one(args) -> dict:
+def run_train(args) -> dict:
     run = resolved(args)
     with started(args, run):
         from medcg_jax.train.run import train
@@ -252,7 +254,7 @@ def train_one(args) -> dict:
         return train(run, workdir(args, run))
 
 
-def eval_one(args) -> dict:
+def run_eval(args) -> dict:
     run = resolved(args)
     with started(args, run):
         from medcg_jax.eval.subsets import evaluate_subsets
@@ -260,7 +262,7 @@ def eval_one(args) -> dict:
         return evaluate_subsets(run, workdir(args, run))
 
 
-def reproduce_grid(args) -> dict:
+def run_reproduce(args) -> dict:
     run = resolved(args)
     if args.dry:
         from medcg_jax.study.run.dry import dry
@@ -275,15 +277,15 @@ def reproduce_grid(args) -> dict:
 
 
 def with_as_many_cells_as_fit(run: RunConfig) -> RunConfig:
-    """The run with `study.cells_at_once` from the memory of the devices here.
+    """The run with `study.cells_at_once` set from the memory of the devices here.
 
     Raises:
-      RuntimeError: not one cell fits.
+      RuntimeError: no cell fits.
     """
     from medcg_jax.config import replace
 
     if run.study.models:
-        raise ConfigError("study.cells_at_once=0: a number is accepted where study.models has several models")
+        raise ConfigError("study.cells_at_once=0: expected at least 1 where study.models has several models")
     from medcg_jax.plan.programs import fitting_run, print_fitting
 
     num_groups = max(1, run.mesh.cell)
@@ -294,7 +296,7 @@ def with_as_many_cells_as_fit(run: RunConfig) -> RunConfig:
     return replace(run, study__cells_at_once=fitting.num_cells)
 
 
-def report_grid(args) -> dict:
+def run_report(args) -> dict:
     from medcg_jax.study.report.compare import models_in, write_comparison, write_models_page
     from medcg_jax.study.report.page import check_formats, write_report
 
@@ -302,13 +304,13 @@ def report_grid(args) -> dict:
     if args.dir.endswith(".json"):
         return report_benchmarks(args)
     if len(args.other) > 1:
-        raise ConfigError(f"medcg report {' '.join([args.dir, *args.other])}: one or two grids are accepted")
+        raise ConfigError(f"medcg report {' '.join([args.dir, *args.other])}: expected one or two grids")
     if args.other:
         page = write_comparison(args.dir, args.other[0], args.out)
         print(page)
         return {"page": str(page)}
     if args.out:
-        raise ConfigError(f"--out={args.out}: accepted with a second DIR alone; a grid's report lies in its workdir")
+        raise ConfigError(f"--out={args.out}: expected with a second DIR only; a grid's report is in its workdir")
     models = models_in(Path(args.dir))
     for model in models:
         write_report(Path(args.dir) / model, formats)
@@ -325,14 +327,14 @@ def report_benchmarks(args) -> dict:
     from medcg_jax.study.report.bench import write_plots
 
     if args.format:
-        raise ConfigError(f"--format={args.format}: accepted with a grid alone; a benchmark's plots are png and svg")
+        raise ConfigError(f"--format={args.format}: expected with a grid only; a benchmark's plots are png and svg")
     written = write_plots([Path(name) for name in (args.dir, *args.other)], Path(args.out) if args.out else None)
     for path in written:
         print(path)
     return {"plots": [str(path) for path in written]}
 
 
-def bench_here(args) -> dict:
+def run_bench(args) -> dict:
     run = resolved(args)
     print(xla_flags.apply(run.deterministic), flush=True)
     from medcg_jax.bench.run import DEFAULT, bench
@@ -340,7 +342,7 @@ def bench_here(args) -> dict:
     return bench(run, stages=args.stages.split(",") if args.stages else DEFAULT, against=args.against)
 
 
-def plan_run(args) -> dict:
+def run_plan(args) -> dict:
     run = resolved(args)
     from medcg_jax.plan import search
     from medcg_jax.plan import text as plan_text
@@ -351,22 +353,18 @@ def plan_run(args) -> dict:
     common = {"full_effort": args.full_effort, "memory_bytes": args.memory_gib * (1 << 30)}
     if args.search:
         if args.alone:
-            raise ConfigError("--alone with --search: one of them is accepted; a search is for a grid's trainings")
-        found = search.search(run, args.topology, most_compiles=args.compiles, **common)
-        print(search.table(found))
-        return found
-    found = {}
-    for model, one in runs_by_model(run).items():
-        grid = None if args.alone else dry.grid_totals(one)
-        found[model] = plan.plan(one, args.topology, grid=grid, price=args.price, alone=args.alone, **common)
-        print(plan_text.text_of(found[model]), flush=True)
-    if len(found) == 1:
-        return found.popitem()[1]
-    return {"models": found, "exit_status": max(one.get("exit_status", 0) for one in found.values())}
-
-
-def write_json(path: Path, result: dict) -> None:
-    write_whole(path, json.dumps(result, indent=1) + "\n")
+            raise ConfigError("--alone with --search: expected one of them; a search is for a grid's trainings")
+        ranking = search.search(run, args.topology, most_compiles=args.compiles, **common)
+        print(search.table(ranking))
+        return ranking
+    plans = {}
+    for model, model_run in runs_by_model(run).items():
+        grid = None if args.alone else dry.grid_totals(model_run)
+        plans[model] = plan.plan(model_run, args.topology, grid=grid, price=args.price, alone=args.alone, **common)
+        print(plan_text.text_of(plans[model]), flush=True)
+    if len(plans) == 1:
+        return plans.popitem()[1]
+    return {"models": plans, "exit_status": max(result.get("exit_status", 0) for result in plans.values())}
 
 
 def run() -> None:

@@ -1,4 +1,4 @@
-"""`medcg data WHAT`: flags in, one function of the data room called; and the parser that every verb has."""
+"""`medcg data WHAT`: reads flags and calls one function of the data room; and the parser of all verbs."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ from medcg_jax.config import ConfigError, DataConfig
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that refuses in one line."""
+    """An argument parser whose errors are one line."""
 
     def error(self, message: str):
         raise ConfigError(f"{message}; see `{self.prog} --help`")
@@ -21,7 +21,7 @@ def add(verbs, name: str, run, text: str) -> Parser:
 
 
 def add_data(verbs) -> None:
-    """Adds the verb `data` with everything that it does."""
+    """Adds the verb `data` with its subcommands."""
     data = verbs.add_parser("data", help="write the phantom world, check a Med-MAT tree, list what it has")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="WHAT")
     phantom = add(kinds, "phantom", data_phantom, "write the phantom world in the release's layout")
@@ -43,7 +43,7 @@ def add_data(verbs) -> None:
     )  # fmt: skip
     prepare.add_argument("--train_records", type=int, default=3000, metavar="N", help="at most, of a subset")
     prepare.add_argument("--test_records", type=int, default=0, metavar="N", help="at most; 0: all")
-    prepare.add_argument("--seed", type=int, default=0, help="of what the caps leave")
+    prepare.add_argument("--seed", type=int, default=0, help="of the choice of records under these limits")
     prepare.add_argument(
         "--near", choices=("keep", "drop"), default="keep", help="training records that nearly have a test's image"
     )
@@ -71,7 +71,7 @@ def add_data(verbs) -> None:
 
 def add_reading(verb: Parser) -> None:
     verb.add_argument(
-        "--max_bad_frac", type=fraction, default=0.0, metavar="FRAC", help="share of bad records that is accepted (0)"
+        "--max_bad_frac", type=fraction, default=0.0, metavar="FRAC", help="greatest share of bad records (0)"
     )
     for name, what in (
         ("window", "of DICOM and deep greys: a preset (lung, brain, ...) or CENTER/WIDTH; default: the file's own"),
@@ -85,7 +85,7 @@ def add_reading(verb: Parser) -> None:
 def fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: 0 to 1 is accepted")
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 to 1")
     return value
 
 
@@ -107,9 +107,9 @@ def data_check(args) -> dict:
     from medcg_jax.data.reading import Reading
 
     if prepared.is_prepared(args.root):
-        wrong = prepared.verify(args.root)
-        print("\n".join(wrong) or f"{args.root}: every record and every shard has the bytes that were written")
-        return {"ok": not wrong, "shards": wrong, "exit_status": 2 if wrong else 0}
+        faults = prepared.verify(args.root)
+        print("\n".join(faults) or f"{args.root}: every record and every shard has the bytes that were written")
+        return {"ok": not faults, "shards": faults, "exit_status": 2 if faults else 0}
     reading = Reading(args.window, args.deep_grey, args.frame)
     report = check_tree(args.root, args.max_pixels, reading, progress=progress)
     print_report(report)
@@ -127,43 +127,43 @@ def data_prepare(args) -> dict:
     )  # fmt: skip
     layout, options = parse_layout(args.image), {"max_bad_frac": args.max_bad_frac, "drop_near": args.near == "drop"}
     try:
-        done = prepare(args.root, args.out, data, layout, workers=args.workers, progress=progress, **options)
+        prepared = prepare(args.root, args.out, data, layout, workers=args.workers, progress=progress, **options)
     except TooManyBad as error:
         print_report(error.report)
         raise
-    numbers = {split: sum(entry[split] for entry in done.manifest["subsets"]) for split in ("train", "test")}
-    aside, subsets = done.manifest["set_aside"], len(done.manifest["subsets"])
+    manifest = prepared.manifest
+    numbers = {split: sum(entry[split] for entry in manifest["subsets"]) for split in ("train", "test")}
+    aside, subsets = manifest["set_aside"], len(manifest["subsets"])
     print(f"{args.out}: {subsets} subsets, {numbers['train']} training and {numbers['test']} test records")
-    near = done.manifest["near"]
+    near = manifest["near"]
     if near["training_records"]:
-        what = "kept (--near=drop leaves them out)" if near["kept"] else "left out"
-        print(f"{near['training_records']} training records nearly have a test record's image: {what}")
-    # A folder of an older version has neither.
-    dim, read_as = done.manifest.get("dim", {"images": 0}), done.manifest.get("read_as", {})
+        action = "kept (--near=drop leaves them out)" if near["kept"] else "left out"
+        print(f"{near['training_records']} training records nearly have a test record's image: {action}")
+    # A folder of an older version has neither of these.
+    dim, read_as = manifest.get("dim", {"images": 0}), manifest.get("read_as", {})
     if read_as:
         print(f"read as: {', '.join(f'{count} {way}' for way, count in read_as.items())}")
     if dim["images"]:
         print(dim_warning(dim["images"], Dim(**dim["least"][0])))
-    print(
-        f"{aside['records']} of {aside['of']} set aside; {done.shards_written} shards written in {done.seconds:.1f} s"
-    )
-    done = {"set_aside": aside, "shards_written": done.shards_written, "read_as": read_as, "dim": dim}
-    return {"out": args.out, **numbers, **done}
+    shards = prepared.shards_written
+    print(f"{aside['records']} of {aside['of']} set aside; {shards} shards written in {prepared.seconds:.1f} s")
+    counts = {**numbers, "set_aside": aside, "shards_written": shards}
+    return {"out": args.out, **counts, "read_as": read_as, "dim": dim}
 
 
 def data_format(args) -> dict:
     from medcg_jax.data.questions import format_labels
 
     triplet = (args.modality, args.area, args.task) if args.modality or args.area or args.task else None
-    done = format_labels(
+    written = format_labels(
         args.labels, args.root, args.subset, seed=args.seed, data_no=args.data_no, triplet=triplet,
         as_choice=args.form == "choice", force=args.force,
     )  # fmt: skip
-    print(f"{', '.join(done['files'])}: {done['train']} training and {done['test']} test records")
-    for warning in done["warnings"]:
+    print(f"{', '.join(written['files'])}: {written['train']} training and {written['test']} test records")
+    for warning in written["warnings"]:
         print(f"warning: {warning}")
-    print(f"{len(done['labels'])} labels: {', '.join(done['labels'])}; {done['left_out']} images left out")
-    return done
+    print(f"{len(written['labels'])} labels: {', '.join(written['labels'])}; {written['left_out']} images left out")
+    return written
 
 
 def progress(items, total: int):

@@ -1,4 +1,4 @@
-"""Where this process stands among the processes of one run, read from flags or from what started it."""
+"""This process's number among the processes of one run, from flags or from the environment."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from medcg_jax.config import ConfigError
 
 FLAGS = ("--coordinator", "--num_processes", "--process_id")
-# The first of them is JAX's own; the others are named alike.
+# The first is JAX's own; the others follow its pattern.
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # Value of --coordinator with which JAX asks the TPU VM's metadata server for all three.
 AUTO = "auto"
@@ -17,11 +17,11 @@ FIRST_PORT, NUM_PORTS = 61440, 4096
 
 @dataclass(frozen=True)
 class Cluster:
-    """One process's place in a run of several.
+    """A run of several processes, as seen by one of them.
 
-    how: what said so, for people.
-    coordinator: HOST:PORT of process 0; `AUTO`: JAX finds this and the two numbers itself, which are None then.
-    local_devices: the accelerators of its host that are this process's; None: all.
+    how: where this was read from, for messages.
+    coordinator: HOST:PORT of process 0; `AUTO`: JAX finds it and the two numbers itself, which are None then.
+    local_devices: the accelerators of the host that this process uses; None: all.
     """
 
     how: str
@@ -34,14 +34,14 @@ class Cluster:
 def detect(
     environ: Mapping[str, str], *, coordinator: str = "", num_processes: str = "", process_id: str = ""
 ) -> Cluster | None:
-    """This process's place; None where it is a run of its own.
+    """The run of several processes that this process belongs to; None if it is a run by itself.
 
-    Flags come first, then `NAMES` (on GKE the number is the pod's completion index), then a SLURM step of several
-    tasks, then a TPU slice of several hosts. A task of a SLURM array and a pod of an indexed Job are runs of their own
-    unless more is said; `--num_processes=1` says that a process is one, whatever the environment.
+    Precedence: flags, `NAMES` (on GKE the number is the pod's completion index), a SLURM step of several tasks, a TPU
+    slice of several hosts. By default a task of a SLURM array and a pod of an indexed Job are runs by themselves;
+    `--num_processes=1` makes any process a run by itself.
 
     Raises:
-      ConfigError: flags or variables of which some are missing or no use; the message names them.
+      ConfigError: some of the flags or variables are missing or unusable; the message names them.
     """
     given = (coordinator, num_processes, process_id)
     if given == ("", "1", ""):
@@ -68,26 +68,26 @@ def _explicit(how: str, names: tuple[str, ...], values: tuple[str, ...]) -> Clus
     missing = [name for name, value in zip(names, values, strict=True) if not value]
     if missing:
         has = [f"{name}={value}" for name, value in zip(names, values, strict=True) if value]
-        raise ConfigError(f"{', '.join(has)} without {' and '.join(missing)}: all three are accepted, or none")
+        raise ConfigError(f"{', '.join(has)} without {' and '.join(missing)}: expected all three, or none")
     coordinator, count, index = values
     if not re.fullmatch(r"[^\s:]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}", coordinator):
-        raise ConfigError(f"{names[0]}={coordinator}: HOST:PORT is accepted, as node1:9876")
+        raise ConfigError(f"{names[0]}={coordinator}: expected HOST:PORT, as node1:9876")
     if not 0 < int(coordinator.rpartition(":")[2]) < 2**16:
-        raise ConfigError(f"{names[0]}={coordinator}: a port from 1 to 65535 is accepted")
+        raise ConfigError(f"{names[0]}={coordinator}: expected a port from 1 to 65535")
     if not re.fullmatch("[0-9]{1,6}", count) or int(count) < 1:
-        raise ConfigError(f"{names[1]}={count}: a number of processes from 1 is accepted")
+        raise ConfigError(f"{names[1]}={count}: expected a number of processes from 1")
     if not re.fullmatch("[0-9]{1,6}", index) or int(index) >= int(count):
-        raise ConfigError(f"{names[2]}={index}: 0 to {int(count) - 1} is accepted with {names[1]}={count}")
+        raise ConfigError(f"{names[2]}={index}: expected 0 to {int(count) - 1} with {names[1]}={count}")
     return Cluster(how, coordinator, int(count), int(index)) if int(count) > 1 else None
 
 
 def _slurm(environ: Mapping[str, str]) -> Cluster | None:
-    """The place in a step that srun started with several tasks."""
+    """The run of a step that srun started with several tasks; None for any other process."""
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_PROCID")
     if not all(name in environ for name in names):
         return None
     job, step, count, nodes, index = (environ[name] for name in names)
-    # A batch script has a step of its own, which has no number that srun gave.
+    # A batch script is a step too, but not one that srun started.
     if not all(text.isdecimal() for text in (job, step, count, index)) or int(count) < 2 or int(index) >= int(count):
         return None
     port = environ.get("JAX_COORDINATOR_PORT") or FIRST_PORT + (int(job) + int(step)) % NUM_PORTS
@@ -96,10 +96,10 @@ def _slurm(environ: Mapping[str, str]) -> Cluster | None:
 
 
 def _slurm_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    """A task's own GPU where all tasks of a node see as many GPUs as there are tasks; None: what it sees is its own.
+    """The GPU of this task, if each task of the node sees as many GPUs as there are tasks; None: all that it sees.
 
-    JAX by itself gives every SLURM task one GPU, the one of its number, and so leaves seven of a node's eight idle
-    where it has one task: jax/_src/clusters/cluster.py:auto_detect_unset_distributed_params of jax 0.10.2.
+    JAX's default is one GPU for each SLURM task, which leaves seven of a node's eight idle if there is one task:
+    jax/_src/clusters/cluster.py:auto_detect_unset_distributed_params of jax 0.10.2.
     """
     tasks = tasks_of(environ.get("SLURM_STEP_TASKS_PER_NODE", "1"), int(environ.get("SLURM_NODEID", "0")))
     visible = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
@@ -108,8 +108,8 @@ def _slurm_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
 
 def tasks_of(counts: str, node: int) -> int:
     """The tasks on a node of a step, from SLURM's short form: "4(x2),1" is 4, 4 and 1 tasks on nodes 0, 1 and 2."""
-    for part in counts.split(","):
-        count, _, times = part.partition("(x")
+    for group in counts.split(","):
+        count, _, times = group.partition("(x")
         node -= int(times.rstrip(")") or 1)
         if node < 0:
             return int(count)
@@ -117,7 +117,7 @@ def tasks_of(counts: str, node: int) -> int:
 
 
 def first_host(nodes: str) -> str:
-    """The first of SLURM's short form of host names: "node[001-004,7],big" is node001."""
+    """The first host in SLURM's short form: node001 in "node[001-004,7],big"."""
     match = re.match(r"([^\[,]*)(?:\[([^\]]*)\])?([^,]*)", nodes)
     head, numbers, tail = match.groups()
     return head + (re.split("[-,]", numbers)[0] if numbers else "") + (tail if numbers else "")

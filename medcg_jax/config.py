@@ -1,7 +1,7 @@
-"""The configuration of a run: frozen dataclasses that hold every default; `config_checks` holds values against one another.
+"""The configuration of a run: frozen dataclasses with every default, checked by `config_checks`.
 
 A config file (`configs/*.py`) builds a `RunConfig`; `config_file` reads one and applies `--config.a.b=value`.
-A default that stands in for something the paper does not state says so beside it.
+A comment beside a default says so if the paper does not state the value.
 """
 
 import dataclasses
@@ -16,37 +16,37 @@ ATTENTION = ("auto", "plain", "splash", "cudnn")
 MATMUL = ("", "int8", "fp8")
 REMAT = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16")
-# How parameters that are not trained can be kept.
+# Dtypes in which parameters that are not trained can be stored.
 BASE_DTYPES = (*DTYPES, "int8", "nf4")
 # Products of a decoder's layer that can have a low-rank adapter.
 LORA_TARGETS = ("q", "k", "v", "out", "gate", "up", "down")
-# What a base trains, which every model has; and what else a fine-tune may train, by the models that have it.
+# Parts that every model has, and that a base trains.
 TRAINABLE = ("vision", "projector", "decoder")
-# Those of masks are trained by themselves, with a loss of their own.
+# Parts for masks, which are trained alone, with their own loss.
 MASK_PARTS = ("mask_prompt", "mask_decoder", "sam_encoder")
-# Part -> the family that alone has it; "lora" the others have where `model.lora_rank` is above 0.
-OWN_PARTS = {part: family.name for family in registry.families() for part in family.parts}
-PARTS = (*TRAINABLE, *OWN_PARTS)
+# Part -> the only family that has it. Other families have "lora" if `model.lora_rank` is above 0.
+FAMILY_PARTS = {part: family.name for family in registry.families() for part in family.parts}
+PARTS = (*TRAINABLE, *FAMILY_PARTS)
 TABLES = ("pairs", "triples", "ablation", "multi_task", "efficiency")
-# Tables whose related subsets have boxes: for the families that answer with them. The second is tested on boxes too.
+# Tables whose related subsets have boxes, for families that answer with boxes. The second also tests on boxes.
 BOX_TABLES = ("detection_pairs", "detection")
-# Ways in which test questions are asked again: `data.controls`.
+# Controls, which ask test questions again in changed form: `data.controls`.
 CONTROLS = ("shuffled_images", "circular", "two_options")
-# What a grid does about leaks.
+# Actions of a grid on leaks.
 LEAKS = ("refuse", "drop", "report")
-# Numbers of the published tables that "pairs" and "detection_pairs" can repeat.
+# Published tables that "pairs" and "detection_pairs" can repeat.
 PUBLISHED_PAIRS, PUBLISHED_DETECTION = (3, 7, 8), (5, 6)
 # Model -> its family.
 MODELS = registry.models()
 
-# The longest context of a model here (Llama 3.2), in tokens.
+# The longest context of all models (Llama 3.2), in tokens.
 MOST_TOKENS = 2**17
-# Steps are counted in int32 on devices, and so are pixels of an image.
+# Devices count steps, and pixels of an image, in int32.
 MOST_STEPS = 2**31 - 1
 MOST_RECORDS = 10**7
 MOST_BATCH = 2**20
 MOST_DEVICES = 2**20
-# Two of them are added up, and the sum is a seed for JAX and numpy.
+# The sum of two seeds is itself a seed for JAX and numpy.
 MOST_SEED = 2**30
 # Below the largest float32.
 MOST_FLOAT = 1e30
@@ -59,25 +59,25 @@ class ConfigError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run ended for a reason that its user must know; the message is one line."""
+    """A run failed for a reason that its user must know; the message is one line."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was told to stop and has saved what it could; the same command goes on with it.
+    """A run was told to stop and has saved what it could; the same command continues it.
 
-    No `Exception`, as it may be raised anywhere: code that reads a file again, or another one, must not swallow it.
+    Not an `Exception`: it may be raised anywhere, and handlers that retry or fall back must not swallow it.
     """
 
 
 def setting(default, *, least=None, most=None, choices=(), once=False, free=False, later=False, path=False):
-    """A field of a configuration with what it may hold; a dict's or tuple's bounds and choices are those of its entries.
+    """A field of a configuration with its limits; for a dict or tuple they apply to each entry.
 
-    least, most: of a number, of each number in a tuple, of each value of a dict.
-    choices: of a text, of each text in a tuple, of each key of a dict.
-    once: no entry may stand in it twice.
-    free: changes no result but in last digits: where, how fast and how visibly a run goes (`free_fields`).
-    later: came after the first bases: left out of a base's fingerprint where it has its default.
-    path: a path, "" where there is none; `config_file` puts the home folder in place of ~.
+    least, most: bounds of a number, of each number in a tuple, of each value of a dict.
+    choices: allowed texts, also for each text in a tuple or each key of a dict.
+    once: no entry may occur twice.
+    free: changes results in the last digits at most: where, how fast and how visibly a run is executed (`free_fields`).
+    later: added after the first bases were made; at its default it is left out of a base's fingerprint.
+    path: a path; "": none. `config_file` replaces ~ by the home folder.
     """
     metadata = dict(least=least, most=most, choices=choices, once=once, free=free, later=later, path=path)
     if default == {}:
@@ -87,9 +87,10 @@ def setting(default, *, least=None, most=None, choices=(), once=False, free=Fals
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each mesh axis has; -1 on one axis takes what is left.
+    """Devices along each mesh axis; -1 on one axis takes all remaining devices.
 
-    Of several TPU slices or GPU hosts, fsdp x tensor must divide one; cell and data go across them (`mesh.make_mesh`).
+    With several TPU slices or GPU hosts, fsdp x tensor must divide the devices of one; cell and data may cross them
+    (`mesh.make_mesh`).
     """
 
     cell: int = setting(1, least=-1, most=MOST_DEVICES, free=True)
@@ -101,56 +102,57 @@ class MeshConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = setting("llava15_tiny", choices=tuple(MODELS))
-    # Checkpoint of the base: a converted (Orbax) or released (HF) directory; "" means random weights.
+    # Checkpoint of the base: a converted (Orbax) or released (HF) directory; "": random weights.
     checkpoint: str = setting("", path=True)
-    # Tokenizer directory, tokenizer.json or tokenizer.model; "" takes the one beside the checkpoint's weights, and for a
-    # tiny model without one the small one kept in the package.
+    # Tokenizer directory, tokenizer.json or tokenizer.model; "": the one beside the checkpoint's weights, and for a
+    # tiny model without one the package's small tokenizer.
     tokenizer: str = setting("", path=True)
     compute_dtype: str = setting("float32", choices=DTYPES)
-    # Products of the decoder's weights in 8 bits, by qwix: of `MATMUL` (`nn.matmul`); "": in `compute_dtype`.
+    # Dtype of products with the decoder's weights, of `MATMUL` (`nn.matmul`, by qwix); "": `compute_dtype`.
     matmul: str = setting("", choices=MATMUL)
     attention: str = setting("auto", choices=ATTENTION, free=True)
     remat: str = setting("none", choices=REMAT, free=True)
-    # Llama-3.2-Vision: whether inner layers of its tower give their "input", as Meta's model takes it, or their "output",
-    # as transformers 4.57 to 5.23 do; "": Meta's. And whether tokens before every image are kept from it, as in Meta's.
+    # Llama-3.2-Vision: what inner layers of its tower contribute, their "input" as in Meta's model, or their "output"
+    # as in transformers 4.57 to 5.23; "": Meta's. And whether tokens before every image do not attend to it, as in
+    # Meta's.
     intermediate_from: str = setting("", choices=("", "input", "output"))
     mask_text_only_rows_attention: bool = False
-    # Layers per iteration of the scan over blocks; 0: all on CPU (12 to 25 % faster there), 1 elsewhere.
+    # Layers per iteration of the scan over blocks; 0: all on a CPU (12 to 25 % faster there), 1 elsewhere.
     scan_unroll: int = setting(0, least=0, most=1000, free=True)
-    # Qwen2-VL resizes images to so many pixels at least and at most; 0: the size's own.
+    # Qwen2-VL resizes images to at least and at most so many pixels; 0: the values of the model's size.
     min_pixels: int = setting(0, least=0, most=MOST_STEPS)
     max_pixels: int = setting(0, least=0, most=MOST_STEPS)
-    # NExT-Chat: boxes that a row or an answer has room for; 0: the size's own. More than any record has need memory.
+    # NExT-Chat: greatest number of boxes in a row or an answer; 0: the value of the model's size. Room takes memory.
     max_boxes: int = setting(0, least=0, most=10**4)
     # LLaVA-1.5's second stage: the vision tower stays frozen.
     trainable: tuple[str, ...] = setting(("projector", "decoder"), choices=PARTS, once=True)
-    # Adapters on the decoder's products (LoRA): a part "lora" that can be trained in the decoder's place. 0: none, but
-    # MiniGPT-v2 has its own.
+    # Rank of adapters on the decoder's products (LoRA), a part "lora" that can be trained instead of the decoder. 0: no
+    # adapters, except those that belong to MiniGPT-v2.
     lora_rank: int = setting(0, least=0, most=10**5, later=True)
-    # Their product is scaled by alpha / rank. 0: twice the rank, as in LLaVA-1.5's own recipe (256 of 128).
+    # The adapters' product is scaled by alpha / rank. 0: twice the rank, as in LLaVA-1.5's recipe (256 for 128).
     lora_alpha: float = setting(0.0, least=0, most=MOST_FLOAT, later=True)
     # Of `LORA_TARGETS`; LLaVA-1.5's recipe has all.
     lora_targets: tuple[str, ...] = setting(LORA_TARGETS, choices=LORA_TARGETS, later=True)
-    # How parameters that are not trained are kept, of `BASE_DTYPES`. int8 and nf4 are for the matrices of blocks;
-    # norms, biases and tables are bfloat16 then.
+    # Dtype of parameters that are not trained. int8 and nf4 apply to the matrices of blocks; norms, biases and tables
+    # are bfloat16 then.
     base_dtype: str = setting("float32", choices=BASE_DTYPES, later=True)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     source: str = setting("phantom", choices=SOURCES)
-    # Folder of a Med-MAT tree ("release"), or what `medcg data prepare` wrote ("prepared").
+    # Folder of a Med-MAT tree ("release"), or one that `medcg data prepare` wrote ("prepared").
     root: str = setting("", path=True)
     seed: int = setting(0, least=0, most=MOST_SEED)
-    # Text tokens a training row may have, beside the image's; a longer record is an error, never cut.
+    # Text tokens of a training row at most, without the image's; a longer record is an error, and never cut.
     max_text_tokens: int = setting(48, least=1, most=MOST_TOKENS)
-    # Supervised tokens a row may have: the head runs at these positions only.
+    # Supervised tokens of a row at most: the head runs at these positions only.
     max_target_tokens: int = setting(8, least=1, most=MOST_TOKENS)
-    # The same of rows in a grid's trainings that have boxes; 0: as above. Boxes as text make rows several times as long.
+    # The same for a grid's trainings with boxes; 0: as above. Boxes as text make rows several times as long.
     max_box_text_tokens: int = setting(0, least=0, most=MOST_TOKENS)
     max_box_target_tokens: int = setting(0, least=0, most=MOST_TOKENS)
-    # Training rows end at the longest record's length, rounded up to a multiple of this (image included; never above
-    # what `max_text_tokens` allows); 0: all rows have that. A grid's rows end at the longest of all its trainings.
+    # Training rows have the length of the longest record, with its image, rounded up to a multiple of this; never more
+    # than `max_text_tokens` allows. 0: always that maximum. A grid's rows have the longest length of all its trainings.
     row_multiple: int = setting(0, least=0, most=MOST_TOKENS)
     # "At most 3,000 label-balanced training records per subset" (digest of the published version).
     train_records_per_subset: int = setting(3000, least=1, most=MOST_RECORDS)
@@ -158,19 +160,19 @@ class DataConfig:
     test_records_per_subset: int = setting(0, least=0, most=MOST_RECORDS)
     # Subsets that `train` trains on and `eval` tests on; empty: all. A grid chooses its own.
     subsets: tuple[str, ...] = setting((), once=True)
-    # Sentence before the first user turn; "vicuna" takes LLaVA-1.5's.
+    # Sentence before the first user turn; "vicuna": LLaVA-1.5's.
     system_prompt: str = "vicuna"
-    # General records (ImageWikiQA's in the study) for each record of a fine-tune, 0 to below 1; never in a test. They
-    # are not in the release: `general_records` is a JSON list of four-option records with the release's keys, whose
-    # images are relative to its folder ("": none).
+    # General records (ImageWikiQA's in the study) for each record of a fine-tune, 0 to below 1; never in a test. The
+    # release lacks them: `general_records` is a JSON list of four-option records with the release's keys; paths of
+    # images are relative to its folder. "": none.
     imagewikiqa_share: float = setting(0.0, least=0, most=BELOW_1)
     general_records: str = setting("", path=True)
     # Subset -> weight of its records in a batch; empty: every record once an epoch.
     subset_weights: dict[str, float] = setting({}, least=ABOVE_0, most=MOST_FLOAT)
-    # What an image, and the square it is padded to, may have; a larger one is refused from its header.
+    # Pixels of an image, and of the square that it is padded to, at most; the header is enough to refuse a larger one.
     max_pixels: int = setting(50_000_000, least=1, most=MOST_STEPS)
-    # How DICOM and images of more than 8 bits become 8 bits (`data.reading.Reading`): a window's preset or CENTER/WIDTH
-    # ("": the file's own), what is done with greys of 16 bits without one, and which frame of several is taken.
+    # How DICOM and other images of more than 8 bits become 8 bits (`data.reading.Reading`): a window (preset or
+    # CENTER/WIDTH; "": the file's), the mapping of 16-bit greys without a window, and which frame of several is used.
     window: str = ""
     deep_grey: str = "range"
     frame: str = "middle"
@@ -180,7 +182,7 @@ class DataConfig:
 class TrainConfig:
     # 5 epochs, batch 32 and 5e-6 are known from a digest of the published version; the rest is LLaVA-1.5's recipe.
     epochs: float = setting(5.0, least=0, most=10**6)
-    # 0: from epochs.
+    # 0: as many as `epochs` need.
     steps: int = setting(0, least=0, most=MOST_STEPS)
     batch_size: int = setting(32, least=1, most=MOST_BATCH)
     accumulation_steps: int = setting(1, least=1, most=MOST_BATCH)
@@ -193,15 +195,15 @@ class TrainConfig:
     eps: float = setting(1e-8, least=ABOVE_0, most=MOST_FLOAT)
     # 0: no clipping.
     clip_norm: float = setting(1.0, least=0, most=MOST_FLOAT)
-    # In which trained parameters and AdamW's moments are kept between updates. Updates are made in float32, and rounded
-    # at random to bfloat16, deterministically by seed and step (`train.optim.narrow`).
+    # Dtypes in which trained parameters and AdamW's moments are stored between updates. Updates are computed in
+    # float32, and rounded to bfloat16 with noise that seed and step determine (`train.optim.narrow`).
     param_dtype: str = setting("float32", choices=DTYPES)
     moment_dtype: str = setting("float32", choices=DTYPES)
     seed: int = setting(0, least=0, most=MOST_SEED)
     log_every_steps: int = setting(10, least=1, most=MOST_STEPS, free=True)
     # 0: only at the end.
     checkpoint_every_steps: int = setting(0, least=0, most=MOST_STEPS, free=True)
-    # The newest so many checkpoints are kept, and those of every so many steps beside them (0: none).
+    # Number of newest checkpoints to keep; those of every `keep_every_steps` steps are also kept (0: none).
     keep_checkpoints: int = setting(2, least=1, most=MOST_STEPS, free=True)
     keep_every_steps: int = setting(0, least=0, most=MOST_STEPS, free=True)
 
@@ -209,14 +211,14 @@ class TrainConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     batch_size: int = setting(64, least=1, most=MOST_BATCH)
-    # Second column: greedy generation and strict parsing of the answer.
+    # Whether free answers are also generated, greedily, and strictly parsed.
     generate: bool = True
     max_new_tokens: int = setting(4, least=1, most=MOST_TOKENS)
-    # How a grid asks every test question again, of `CONTROLS`, "circular" up to thrice; (): not at all. By itself
-    # "shuffled_images" takes as long as the test, and leaves `predictions/` as they are without it. Of several the text
-    # behind the image is read anew each time. Controls are scored by the letters alone.
+    # Controls of every test question in a grid, of `CONTROLS`; "circular" asks up to three times; (): none. Alone,
+    # "shuffled_images" takes as long as the test, and does not change `predictions/`. With several controls the text
+    # after the image is computed again for each. Controls are scored by the letters only.
     controls: tuple[str, ...] = setting(("shuffled_images",), choices=CONTROLS)
-    # Most tokens of an answer with boxes: MiniGPT-v2 writes up to 17 for each, NExT-Chat 2.
+    # Tokens of an answer with boxes at most: MiniGPT-v2 writes up to 17 for each box, NExT-Chat 2.
     max_box_tokens: int = setting(128, least=1, most=MOST_TOKENS)
 
 
@@ -227,51 +229,51 @@ class StudyConfig:
     targets: tuple[str, ...] = setting((), once=True)
     # Detection subsets to train and test on; empty: all.
     box_subsets: tuple[str, ...] = setting((), once=True)
-    # Arms to run; empty: all of the tables'.
+    # Arms to run; empty: all arms of the tables.
     arms: tuple[str, ...] = setting((), once=True)
-    # Parts of the tables to run, what their rows' names start with ("out_of_distribution", "fixed_area"); empty: all.
+    # Parts of the tables to run: prefixes of their rows' names ("out_of_distribution", "fixed_area"); empty: all.
     parts: tuple[str, ...] = setting((), once=True)
-    # Published table whose rows are repeated: 3, 7 or 8 by "pairs", 5 or 6 by "detection_pairs"; 0: the model's own.
+    # Published table to repeat: 3, 7 or 8 with "pairs", 5 or 6 with "detection_pairs"; 0: the model's own.
     published_table: int = 0
-    # Baseline+: training records in all, and subsets that they come from: "related" (as many as Trained has), a number,
-    # or "all" subsets.
+    # Baseline+: number of training records, and of subsets that they come from: "related" (as many as Trained has), a
+    # number, or "all" subsets.
     baseline_plus_records: str = "related"
     baseline_plus_subsets: str = "related"
-    # Training records of the target on the efficiency curve, up to all that the subset has, which always come last.
+    # Numbers of the target's training records on the efficiency curve, which always ends with all of its records.
     efficiency_records: tuple[int, ...] = setting((0, 10, 30, 100, 300, 1000, 3000), least=0, most=MOST_RECORDS)
-    # Table -> its own targets, in place of `targets`: a row of "ablation" costs as much as ten of "pairs".
+    # Table -> its targets, instead of `targets`: a row of "ablation" costs as much as ten of "pairs".
     targets_of: dict[str, tuple[str, ...]] = setting({}, choices=(*TABLES, *BOX_TABLES), once=True)
-    # Table -> its own epochs, in place of `train.epochs`: boxes are learnt more slowly than letters.
+    # Table -> its epochs, instead of `train.epochs`: boxes are learnt more slowly than letters.
     epochs_of: dict[str, float] = setting({}, least=0, most=10**6, choices=(*TABLES, *BOX_TABLES))
-    # Models that the grid is run with, each in a folder of its name, and all on one page; empty: `model.name` alone.
+    # Models of the grid, each in a folder of its name, and all on one page; empty: only `model.name`.
     models: tuple[str, ...] = setting((), choices=tuple(MODELS), once=True)
-    # Model of `models` -> what is set for it alone, as flags without "--config.": "data.max_text_tokens=106".
+    # Model of `models` -> fields that are set for it only, as flags without "--config.": "data.max_text_tokens=106".
     model_flags: dict[str, tuple[str, ...]] = setting({}, choices=tuple(MODELS))
-    # One seed draws the data, the base and the fine-tunes alike.
+    # Each seed is used for data, base and fine-tunes.
     seeds: tuple[int, ...] = setting((0,), least=0, most=MOST_SEED, once=True)
     jobs: int = setting(1, least=1, most=10**4, free=True)
-    # Cells trained at once in one program; 0: as many as fit the memory of the devices (`plan`).
+    # Cells trained at once in one program; 0: as many as fit in the memory of the devices (`plan`).
     cells_at_once: int = setting(1, least=0, most=10**4, free=True)
-    # Where bases are kept between grids, by the fingerprint of what made them; "": in `bases` beside the workdir.
+    # Folder that keeps bases for other grids, by fingerprint; "": `bases` beside the workdir.
     base_dir: str = setting("", free=True, path=True)
-    # Keep each cell's trained parameters (else only its scores).
+    # Whether each cell's trained parameters are kept, and not only its scores.
     keep_weights: bool = False
-    # What is done about a training record whose image or patient (`Record.group`) is in a target's test set, and about
-    # a general record that has a test's image or question, of `LEAKS`: the cell fails, is trained without it, or
-    # the record is listed alone. The same image: of the same bytes or, where near duplicates are looked for, pixels.
-    # Patients that file names alone tell are listed, and left out with "drop". `medcg train` does the same for tests of
-    # its own subsets.
+    # Action on leaks: training records whose image or patient (`Record.group`) is in a target's test set, and general
+    # records with a test's image or question. The cell fails ("refuse"), is trained without the record ("drop"), or
+    # only lists it ("report"). The same image has the same bytes or, with a search for near duplicates, pixels.
+    # Patients that are only known from file names are never refused. `medcg train` does the same for tests of its own
+    # subsets.
     leaks: str = setting("refuse", choices=LEAKS)
-    # The same of an image that is nearly one of the test set; "off": not looked for, no image is decoded for it. A
-    # general record whose image is nearly a test's is treated by `leaks`.
+    # Action on training records with a near duplicate of a test image; "off": no search, which would decode images.
+    # For general records with one, `leaks` applies.
     near_duplicates: str = setting("report", choices=("off", *LEAKS))
-    # Bits of 256 in which perceptual hashes of near images differ at most: measured in `data.duplicates`.
+    # Differing bits of 256 at most between perceptual hashes of near duplicates: measured in `data.duplicates`.
     near_duplicate_bits: int = setting(20, least=0, most=40)
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What `medcg train` shows beside its JSON lines; none of it changes a result. A grid keeps metrics of its own."""
+    """What `medcg train` logs beside its JSON lines; changes no result. A grid has its own metrics."""
 
     # Scalars for TensorBoard in WORKDIR/tensorboard.
     tensorboard: bool = setting(True, free=True)
@@ -284,14 +286,13 @@ class LogConfig:
 @dataclass(frozen=True)
 class RunConfig:
     name: str = setting("run", free=True)
-    # GPUs: the same bytes whenever the same run is made again, as on other platforms anyway. The price is XLA's
-    # autotuning (`platform`): programs that live from it are slower, and one without deterministic kernels does not
-    # compile.
+    # On GPUs: repeating a run gives the same bytes, as on other platforms anyway. This disables XLA's autotuning
+    # (`platform`), which makes some programs slower; a program without deterministic kernels does not compile.
     deterministic: bool = True
     mesh: MeshConfig = MeshConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = field(default_factory=DataConfig)
-    # Pre-training of the base, on phantoms; steps 0: none (the base is `model.checkpoint`).
+    # Pre-training of the base on phantoms; steps=0: none (the base is `model.checkpoint`).
     base: TrainConfig = TrainConfig(learning_rate=1.5e-3)
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
@@ -301,7 +302,7 @@ class RunConfig:
 
 @functools.cache
 def marked(mark: str, cls: type = RunConfig, prefix: str = "") -> frozenset[str]:
-    """The fields of a configuration with this mark in their metadata, as "train.log_every_steps"."""
+    """The fields of a configuration with this mark (of `setting`), as "train.log_every_steps"."""
     names = set()
     for setting_ in dataclasses.fields(cls):
         if dataclasses.is_dataclass(setting_.type):
@@ -312,37 +313,37 @@ def marked(mark: str, cls: type = RunConfig, prefix: str = "") -> frozenset[str]
 
 
 def free_fields() -> frozenset[str]:
-    """The fields with which a run or a grid may go on where they had other values: they change no result."""
+    """The fields that change no result: a run or grid may continue with other values of them."""
     return marked("free")
 
 
 def replace(config, **changes):
     """A copy of a (nested) dataclass with fields changed; nested fields as `a__b=value`."""
-    here, below = {}, {}
+    changed, nested = {}, {}
     for key, value in changes.items():
         head, _, tail = key.partition("__")
         if tail:
-            below.setdefault(head, {})[tail] = value
+            nested.setdefault(head, {})[tail] = value
         else:
-            here[head] = value
-    for head, inner in below.items():
-        here[head] = replace(getattr(config, head), **inner)
-    return dataclasses.replace(config, **here)
+            changed[head] = value
+    for head, inner in nested.items():
+        changed[head] = replace(getattr(config, head), **inner)
+    return dataclasses.replace(config, **changed)
 
 
 def trains_masks(model: ModelConfig) -> bool:
-    """Whether a fine-tune is of the parts that draw masks, and so has their data, loss and scores."""
+    """Whether a fine-tune trains mask parts, and so needs their data, loss and scores."""
     return bool(set(model.trainable) & set(MASK_PARTS))
 
 
 def parts_of(family: str, names: tuple[str, ...], *, lora_rank: int = 0) -> tuple[str, ...]:
-    """Those of the names that are parts of the family's models, in their order. lora_rank: as `ModelConfig`'s."""
-    owners = OWN_PARTS if not lora_rank else {part: has for part, has in OWN_PARTS.items() if part != "lora"}
+    """Those names that are parts of the family's models, in their order. lora_rank: as `ModelConfig`'s."""
+    owners = {part: owner for part, owner in FAMILY_PARTS.items() if part != "lora" or not lora_rank}
     return tuple(name for name in names if owners.get(name, family) == family)
 
 
 def flat(config: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}, for the sections of a configuration as a dict."""
+    """{"a": {"b": 1}} -> {"a.b": 1} for a configuration as a dict; fields that are dicts stay whole."""
     flattened: dict = {}
     for key, value in config.items():
         if isinstance(value, dict) and key not in ("subset_weights", "targets_of", "epochs_of", "model_flags"):

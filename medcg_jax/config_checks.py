@@ -1,4 +1,4 @@
-"""Checks on a run's configuration: each field against its own bounds and choices, then fields against one another."""
+"""Checks of a run's configuration: each field against its bounds and choices, then combinations of fields."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ from medcg_jax.families import registry
 
 
 def check(run: RunConfig) -> None:
-    """Raises ConfigError for the first value of `run` that no run could use."""
+    """Raises ConfigError for the first value of `run` that cannot be used."""
     for setting, key, value in settings(run):
         check_setting(setting, key, value)
     family = MODELS[run.model.name]
@@ -37,9 +37,7 @@ def check(run: RunConfig) -> None:
         for name in other.options:
             value, unset = getattr(run.model, name), getattr(ModelConfig(), name)
             if value != unset and family != other.name:
-                raise ConfigError(
-                    f"model.{name}={value!r}: expected {unset!r} for {run.model.name}, {other.title} alone has this option"
-                )
+                raise ConfigError(f"model.{name}={value!r}: expected {unset!r}, only {other.title} has this option")
     if not run.study.models:
         for name in run.model.trainable:
             one_of("model.trainable", name, parts_of(family, PARTS, lora_rank=run.model.lora_rank))
@@ -51,9 +49,14 @@ def check(run: RunConfig) -> None:
     check_general(run)
     check_published(run.study)
     if not run.study.seeds:
-        raise ConfigError("study.seeds is empty: one seed or more is accepted")
+        raise ConfigError("study.seeds is empty: expected one seed or more")
     for section in ("base", "train"):
-        check_training(section, getattr(run, section))
+        train: TrainConfig = getattr(run, section)
+        if train.batch_size % train.accumulation_steps:
+            raise ConfigError(
+                f"{section}.accumulation_steps={train.accumulation_steps}: expected a divisor of "
+                f"{section}.batch_size={train.batch_size}"
+            )
     if run.log.profile_steps:
         profile_steps(run.log.profile_steps, run.train.steps)
 
@@ -69,7 +72,7 @@ def settings(config, prefix: str = "") -> Iterator[tuple[Field, str, Any]]:
 
 
 def check_setting(setting: Field, key: str, value: Any) -> None:
-    """Raises ConfigError where a value is outside what its field allows (`config.setting`)."""
+    """Raises ConfigError if a value is outside the limits of its field (`config.setting`)."""
     limits = setting.metadata
     names = tuple(value) if isinstance(value, dict | tuple) else (value,)
     if limits.get("choices"):
@@ -83,29 +86,29 @@ def check_setting(setting: Field, key: str, value: Any) -> None:
             for number in entry if isinstance(entry, tuple) else (entry,):
                 within(name, number, limits["least"], limits["most"])
         if limits.get("once"):
-            twice = [item for place, item in enumerate(entry) if item in entry[:place]]
-            if twice:
-                raise ConfigError(f"{name} has {twice[0]!r} twice: each is accepted once")
+            repeated = [item for index, item in enumerate(entry) if item in entry[:index]]
+            if repeated:
+                raise ConfigError(f"{name} has {repeated[0]!r} twice: expected each once")
 
 
 def check_adapters(model: ModelConfig) -> None:
     if not model.lora_targets or len(set(model.lora_targets)) < len(model.lora_targets):
-        accepted = ", ".join(LORA_TARGETS)
-        raise ConfigError(f"model.lora_targets={model.lora_targets}: one or more of {accepted} are accepted, once each")
+        choices = ", ".join(LORA_TARGETS)
+        raise ConfigError(f"model.lora_targets={model.lora_targets}: expected one or more of {choices}, once each")
     if model.matmul and model.base_dtype not in DTYPES:
         raise ConfigError(
-            f'model.matmul={model.matmul!r} with model.base_dtype={model.base_dtype!r}: "" is accepted, the products of '
-            "a quantised base are taken in model.compute_dtype"
+            f'model.matmul={model.matmul!r} with model.base_dtype={model.base_dtype!r}: expected "", the products of '
+            "a quantised base are computed in model.compute_dtype"
         )
     if model.lora_rank and "lora" not in model.trainable:
         raise ConfigError(
             f"model.lora_rank={model.lora_rank} with model.trainable={model.trainable}: adapters are trained by "
-            '"lora" there; 0 is accepted without it'
+            'the part "lora"; expected 0 without it'
         )
     if model.lora_rank and "decoder" in model.trainable:
         raise ConfigError(
-            f'model.trainable={model.trainable} with model.lora_rank={model.lora_rank}: "decoder" or "lora" is '
-            "accepted, the one in the other's place"
+            f"model.trainable={model.trainable} with model.lora_rank={model.lora_rank}: expected either "
+            '"decoder" or "lora"'
         )
 
 
@@ -113,58 +116,50 @@ def check_general(run: RunConfig) -> None:
     share = run.data.imagewikiqa_share
     if share and not run.data.general_records:
         raise ConfigError(
-            f"data.general_records='': the path of a JSON list of four-option records is accepted with "
+            f"data.general_records='': expected the path of a JSON list of four-option records with "
             f"data.imagewikiqa_share={share}, ImageWikiQA is not in the release"
         )
     if share and (run.data.subset_weights or trains_masks(run.model)):
         why = "data.subset_weights" if run.data.subset_weights else "a training of masks"
-        raise ConfigError(f"data.imagewikiqa_share={share}: 0.0 alone is accepted with {why}")
+        raise ConfigError(f"data.imagewikiqa_share={share}: expected 0.0 with {why}")
 
 
 def check_published(study: StudyConfig) -> None:
     tables = (0, *PUBLISHED_PAIRS, *PUBLISHED_DETECTION)
     if study.published_table not in tables:
-        accepted = ", ".join(map(str, tables))
-        raise ConfigError(f"study.published_table={study.published_table}: one of {accepted} is accepted")
+        choices = ", ".join(map(str, tables))
+        raise ConfigError(f"study.published_table={study.published_table}: expected one of {choices}")
     for name, words in (("baseline_plus_records", ("related",)), ("baseline_plus_subsets", ("related", "all"))):
         value = getattr(study, name)
         is_number = value.isascii() and value.isdigit() and len(value) <= 9 and 1 <= int(value) <= MOST_RECORDS
         if value not in words and not is_number:
             raise ConfigError(
-                f"study.{name}={value[:20]!r}: {', '.join(words)} or a number of at least 1 and at most {MOST_RECORDS:,} "
-                "is accepted"
+                f"study.{name}={value[:20]!r}: expected {', '.join(words)} or a number of at least 1 and at most "
+                f"{MOST_RECORDS:,}"
             )
     counts = study.efficiency_records
     if not counts or counts[0] < 0 or list(counts) != sorted(set(counts)):
-        raise ConfigError(f"study.efficiency_records={counts}: rising numbers of at least 0 are accepted")
-
-
-def check_training(part: str, train: TrainConfig) -> None:
-    if train.batch_size % train.accumulation_steps:
-        raise ConfigError(
-            f"{part}.accumulation_steps={train.accumulation_steps} does not divide "
-            f"{part}.batch_size={train.batch_size}; a divisor of it is accepted"
-        )
+        raise ConfigError(f"study.efficiency_records={counts}: expected rising numbers of at least 0")
 
 
 def profile_steps(text: str, num_steps: int) -> tuple[int, int]:
     """(first, last) of `log.profile_steps`, numbered from 1, both included. num_steps: of the run; 0: not known yet.
 
     Raises:
-      ConfigError: it is no range, or no range of the run's steps.
+      ConfigError: it is not a range, or not within the run's steps.
     """
     first, colon, last = text.partition(":")
-    numbers = [int(part) for part in (first, last) if part.isascii() and part.isdigit() and len(part) <= 10]
+    numbers = [int(text) for text in (first, last) if text.isascii() and text.isdigit() and len(text) <= 10]
     most = num_steps or math.inf
     if not colon or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1] <= most:
         of = f", of the run's {num_steps} steps" if num_steps else ""
-        raise ConfigError(f"log.profile_steps={text!r}: FIRST:LAST with 1 <= FIRST <= LAST is accepted{of}")
+        raise ConfigError(f"log.profile_steps={text!r}: expected FIRST:LAST with 1 <= FIRST <= LAST{of}")
     return numbers[0], numbers[1]
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{name}={value!r}: one of {', '.join(choices)} is accepted")
+        raise ConfigError(f"{name}={value!r}: expected one of {', '.join(choices)}")
 
 
 def within(name: str, value: float, least: float, most: float) -> None:
@@ -179,4 +174,4 @@ def within(name: str, value: float, least: float, most: float) -> None:
     else:
         low = "above 0" if least == ABOVE_0 else f"of at least {least}"
         words = f"a finite number {low} and at most {most:,}"
-    raise ConfigError(f"{name}={value}: {words} is accepted")
+    raise ConfigError(f"{name}={value}: expected {words}")

@@ -1,4 +1,4 @@
-"""Config files: an ml_collections ConfigDict built by `get_config`, overridden from the command line, checked into a RunConfig.
+"""Config files: `get_config` builds an ml_collections ConfigDict; with flags applied it becomes a checked RunConfig.
 
 run = load("configs/phantom.py:quick", {"train.learning_rate": "1e-3"})
 """
@@ -26,7 +26,7 @@ def to_config_dict(run: RunConfig) -> ConfigDict:
 
 
 def from_config_dict(config: Mapping, cls: type = RunConfig, path: str = "") -> RunConfig:
-    """The frozen dataclass that a ConfigDict describes; every field must be there and of its type.
+    """The frozen dataclass with the values of a ConfigDict, which must have every field with the right type.
 
     Raises:
       ConfigError: a key is unknown or missing, or a value has another type; the message names the key.
@@ -42,59 +42,58 @@ def from_config_dict(config: Mapping, cls: type = RunConfig, path: str = "") -> 
         value = config[key]
         if dataclasses.is_dataclass(kind):
             if not isinstance(value, Mapping | ConfigDict):
-                raise ConfigError(f"config.{path}{key}={value!r}: a section with keys is accepted")
+                raise ConfigError(f"config.{path}{key}={value!r}: expected a section with keys")
             values[key] = from_config_dict(value, kind, f"{path}{key}.")
         else:
             values[key] = checked(value, kind, path + key)
     return cls(**values)
 
 
-# What every grid has recorded of its configuration; other fields came later.
+# Fields that every grid has recorded; other fields were added later.
 ALWAYS_RECORDED = ("name", "model.name", "data.source", "data.root", "study.tables")
 
 
 def check_recorded(config: Mapping, file: str | Path) -> None:
-    """Raises ConfigError where a recorded configuration lacks one of `ALWAYS_RECORDED`, or a field has another type.
+    """Raises ConfigError if a recorded configuration lacks one of `ALWAYS_RECORDED`, or a field has another type.
 
-    config: as `dataclasses.asdict` of a `RunConfig` in JSON. Fields that are not known here pass: another version may
-    have had them. file: where it is recorded, for the message.
+    config: JSON of a `RunConfig`. Unknown fields pass, since another version may have had them. file: its file, for the
+      message.
     """
     for key in ALWAYS_RECORDED:
         section, _, name = key.rpartition(".")
-        place = config.get(section, {}) if section else config
-        if isinstance(place, Mapping) and name not in place:
-            raise ConfigError(f"{file}: config.{key} is missing: the config.json of a grid's workdir is accepted")
-    for section, cls in (("", RunConfig), *_sections()):
-        place = config.get(section, {}) if section else config
-        if not isinstance(place, Mapping):
-            raise ConfigError(f"{file}: config.{section}={short(place)}: an object is accepted")
+        values = config.get(section, {}) if section else config
+        if isinstance(values, Mapping) and name not in values:
+            raise ConfigError(f"{file}: config.{key} is missing: expected the config.json of a grid's workdir")
+    sections = [
+        (name, kind) for name, kind in typing.get_type_hints(RunConfig).items() if dataclasses.is_dataclass(kind)
+    ]
+    for section, cls in (("", RunConfig), *sections):
+        values = config.get(section, {}) if section else config
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{file}: config.{section}={short(values)}: expected an object")
         for name, kind in typing.get_type_hints(cls).items():
-            if name in place and not dataclasses.is_dataclass(kind):
+            if name in values and not dataclasses.is_dataclass(kind):
                 try:
-                    checked(place[name], kind, f"{section}.{name}" if section else name)
+                    checked(values[name], kind, f"{section}.{name}" if section else name)
                 except ConfigError as error:
                     raise ConfigError(f"{file}: {error}") from None
-
-
-def _sections() -> list[tuple[str, type]]:
-    return [(name, kind) for name, kind in typing.get_type_hints(RunConfig).items() if dataclasses.is_dataclass(kind)]
 
 
 def load(file: str, overrides: Mapping[str, str] | None = None) -> RunConfig:
     """The checked RunConfig of a config file, `PATH.py` or `PATH.py:arg`, with overrides `{"a.b": "value"}` applied.
 
     Raises:
-      ConfigError: the file is missing or broken, or a key, type or value cannot be used; one line.
+      ConfigError: the file is missing or broken, or a key, type or value cannot be used.
     """
     path, _, arg = file.partition(":")
     return with_flags(from_config_dict(run_file(path, arg)), overrides or {})
 
 
 def with_flags(run: RunConfig, flags: Mapping[str, str]) -> RunConfig:
-    """`run` with the fields changed that `{"a.b": "value"}` names, checked.
+    """`run` with the flags `{"a.b": "value"}` applied, checked.
 
     Raises:
-      ConfigError: a key, type or value cannot be used; one line.
+      ConfigError: a key, type or value cannot be used.
     """
     config = ConfigDict(dataclasses.asdict(run))
     for key, text in flags.items():
@@ -105,7 +104,7 @@ def with_flags(run: RunConfig, flags: Mapping[str, str]) -> RunConfig:
 
 
 def with_homes(run: RunConfig) -> RunConfig:
-    """`run` with the home folder in place of ~ in every path. Raises ConfigError where there is none."""
+    """`run` with ~ in every path replaced by the home folder. Raises ConfigError if there is none."""
     changes = {}
     for key in marked("path"):
         section, _, name = key.partition(".")
@@ -115,9 +114,9 @@ def with_homes(run: RunConfig) -> RunConfig:
 
 
 def run_file(path: str, arg: str) -> ConfigDict:
-    """What `get_config(arg)` of the file returns (`get_config()` where there is no arg).
+    """What `get_config(arg)` of the file returns (`get_config()` if `arg` is empty).
 
-    `configs/NAME.py` is the installed package's own where the working directory has none.
+    `configs/NAME.py` is the installed package's file if the working directory has none.
     """
     packaged = Path(__file__).parent / path
     if not Path(path).is_file() and packaged.is_file():
@@ -126,7 +125,7 @@ def run_file(path: str, arg: str) -> ConfigDict:
         raise ConfigError(f"--config={path}: there is no such file; configs/ in the project has some to start from")
     spec = importlib.util.spec_from_file_location("medcg_config_file", path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"--config={path}: a Python file ending in .py is accepted")
+        raise ConfigError(f"--config={path}: expected a Python file ending in .py")
     module = importlib.util.module_from_spec(spec)
     folder = Path(path).resolve().parent
     before = set(sys.modules)
@@ -138,20 +137,19 @@ def run_file(path: str, arg: str) -> ConfigDict:
         config = module.get_config(arg) if arg else module.get_config()
     except ConfigError:
         raise
-    except Exception as error:  # whatever the user's file raises is the user's to see, in one line
-        raise ConfigError(
-            f"--config={path}{':' + arg if arg else ''}: {type(error).__name__}: {one_line(error)}"
-        ) from error
+    except Exception as error:  # anything that the user's file raises
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"--config={path}{':' + arg if arg else ''}: {why}") from error
     finally:
         sys.path.remove(str(folder))
         forget(folder, set(sys.modules) - before)
     if not isinstance(config, ConfigDict):
-        raise ConfigError(f"--config={path}: get_config returned {type(config).__name__}; a ConfigDict is accepted")
+        raise ConfigError(f"--config={path}: get_config returned {type(config).__name__}; expected a ConfigDict")
     return config
 
 
 def forget(folder: Path, names: set[str]) -> None:
-    """Takes those of the modules that lie in `folder` out of `sys.modules`: another folder may have files of these names."""
+    """Removes modules in `folder` from `sys.modules`, since another folder may have files of the same names."""
     tops = set()
     for name in {name.partition(".")[0] for name in names} & names - {"medcg_jax"}:
         file = Path(getattr(sys.modules[name], "__file__", None) or ".").resolve()
@@ -163,23 +161,23 @@ def forget(folder: Path, names: set[str]) -> None:
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
-    """Sets `config.KEY` from the text of a flag, read as the type that the field has."""
+    """Sets `config.KEY` from the text of a flag, parsed as the field's type."""
     kind: type = RunConfig
-    place, seen = config, ""
+    section, seen = config, ""
     *parents, last = key.split(".")
     for name in parents:
         hints = field_types(kind, seen)
         if name not in hints:
             raise unknown_key(seen + name, hints, seen)
-        kind, place, seen = hints[name], place[name], f"{seen}{name}."
+        kind, section, seen = hints[name], section[name], f"{seen}{name}."
     hints = field_types(kind, seen)
     if last not in hints:
         raise unknown_key(key, hints, seen)
     if dataclasses.is_dataclass(hints[last]):
         raise ConfigError(f"config.{key} is a section; its keys are {', '.join(typing.get_type_hints(hints[last]))}")
     value = parse(text, hints[last], key)
-    with place.ignore_type():  # a tuple may change its length and a float be given as 1
-        place[last] = value
+    with section.ignore_type():  # a tuple may change its length, and a float may be given as 1
+        section[last] = value
 
 
 def field_types(kind: type, path: str) -> dict[str, type]:
@@ -189,23 +187,23 @@ def field_types(kind: type, path: str) -> dict[str, type]:
 
 
 def parse(text: str, kind: type, key: str):
-    """The value that `text` stands for: as it is for str, comma-separated for tuples, a Python literal otherwise."""
+    """The value of a flag's text: itself for str, comma-separated entries for tuples, else a Python literal."""
     if kind is str:
         return text
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple and not text.strip().startswith(("(", "[")):
-        return tuple(parse(part.strip(), args[0], key) for part in text.split(",") if part.strip())
+        return tuple(parse(item.strip(), args[0], key) for item in text.split(",") if item.strip())
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # the last two: nested too deep
-        raise ConfigError(f"config.{key}={text[:200]}: {accepts(kind)} is accepted") from None
+        raise ConfigError(f"config.{key}={text[:200]}: expected {accepts(kind)}") from None
     return checked(value, kind, key)
 
 
 def checked(value, kind: type, key: str):
-    """`value` as its field's type (ints pass as floats, lists as tuples), or ConfigError."""
+    """`value` in its field's type (an int becomes a float, a list a tuple). Raises ConfigError for other types."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple and isinstance(value, tuple | list):
         return tuple(checked(item, args[0], key) for item in value)
@@ -215,7 +213,7 @@ def checked(value, kind: type, key: str):
         return float(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"config.{key}={short(value)}: {accepts(kind)} is accepted")
+    raise ConfigError(f"config.{key}={short(value)}: expected {accepts(kind)}")
 
 
 def short(value, limit: int = 200) -> str:
@@ -239,7 +237,3 @@ def unknown_key(key: str, known: Mapping[str, type], path: str) -> ConfigError:
     close = difflib.get_close_matches(key.rsplit(".", 1)[-1], known, n=1)
     hint = f"did you mean config.{path}{close[0]}?" if close else f"known here: {', '.join(known)}"
     return ConfigError(f"config.{key} is unknown; {hint}")
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Paths as users give them, and text files that appear whole or not at all."""
+"""Paths from users, and text files that appear whole or not at all."""
 
 import os
 import secrets
@@ -9,46 +9,38 @@ from medcg_jax.config import ConfigError
 
 
 def user_path(text: str, name: str) -> str:
-    """A path that a user gave, with the home folder in place of a leading ~ or ~USER: shells leave it behind "=".
+    """A user's path with a leading ~ or ~USER replaced by the home folder; shells do not replace it after "=".
 
     name: of the flag or field, for the message.
 
     Raises:
-      ConfigError: there is no such user, or no home folder.
+      ConfigError: the user does not exist or has no home folder.
     """
     if not text.startswith("~"):
         return text
     path = os.path.expanduser(text)
     if path.startswith("~"):
-        raise ConfigError(f"{name}={text}: no home folder is known for {text.partition('/')[0]}; ./{text} is accepted "
-                          "for a file of that name")  # fmt: skip
+        user = text.partition("/")[0]
+        raise ConfigError(f"{name}={text}: no home folder is known for {user}; for a file of that name give ./{text}")
     return path
 
 
 def write_whole(path: str | Path, text: str) -> None:
-    """Writes `text` (UTF-8, line ends as they are) into `path` and its missing folders; until then an older file stays."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Processes of several hosts, which may have the same number, write the same file.
-    part = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    try:
-        part.write_text(text, encoding="utf-8", newline="")
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)  # what a full disk has cut off
-        raise
+    """Writes `text` (UTF-8, line ends unchanged) to `path`, and creates its folders; an older file stays until then."""
+    write_together({Path(path): text})
 
 
 def write_together(texts: Mapping[Path, str]) -> None:
-    """Writes several files as `write_whole` does one: none appears before all are written; then in order."""
-    parts: dict[Path, Path] = {}
+    """Writes several files like `write_whole`: when all are complete, they appear in order."""
+    unfinished: dict[Path, Path] = {}
     try:
         for path, text in texts.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            parts[path] = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-            parts[path].write_text(text, encoding="utf-8", newline="")
-        for path, part in parts.items():
-            os.replace(part, path)
+            # A random name: processes on several hosts, with equal process numbers, may write the same file.
+            unfinished[path] = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+            unfinished[path].write_text(text, encoding="utf-8", newline="")
+        for path, temporary in unfinished.items():
+            os.replace(temporary, path)
     finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+        for temporary in unfinished.values():
+            temporary.unlink(missing_ok=True)

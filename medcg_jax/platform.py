@@ -1,7 +1,7 @@
-"""What a process sets before JAX starts (XLA's flags, the allocator of its host), and how it ends.
+"""What a process sets before JAX starts (XLA's flags, the host's allocator), and how it ends.
 
-XLA's flags stand here, all of them, by platform: name, value, why, and where that is from. None is set for TPUs: their
-programs are deterministic as they are, and no flag has been measured there to do better than libtpu's own values.
+All XLA flags are here, by platform: name, value, reason, source. TPUs have none: their programs are deterministic
+anyway, and no flag was measured there to be better than libtpu's default.
 """
 
 import atexit
@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of XLA_FLAGS. deterministic: set only where `RunConfig.deterministic` is."""
+    """A flag of XLA_FLAGS. deterministic: set only with `RunConfig.deterministic`."""
 
     name: str
     value: str
@@ -46,8 +46,8 @@ FLAGS = (
 )  # fmt: skip
 
 
-# JAX takes three quarters of a GPU's memory at its start and no more, unless told: docs.jax.dev, "GPU memory allocation".
-# As much as `scale.cells.MARGIN` leaves to programs when a run is planned.
+# JAX's default is three quarters of a GPU's memory: docs.jax.dev, "GPU memory allocation". This is the share that
+# `plan.programs.MARGIN` leaves to programs.
 MEMORY_FRACTION = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.90")
 
 
@@ -62,7 +62,7 @@ def platform(environ: Mapping[str, str]) -> str:
 
 
 def added(environ: Mapping[str, str], deterministic: bool) -> list[Flag]:
-    """The flags that a run adds: its platform's, without those that the user has set, to whatever value."""
+    """The flags that a run adds: those of its platform, except flags that the user has set."""
     set_by_user = {word.lstrip("-").partition("=")[0] for word in environ.get("XLA_FLAGS", "").split()}
     here = platform(environ)
     return [
@@ -72,9 +72,9 @@ def added(environ: Mapping[str, str], deterministic: bool) -> list[Flag]:
 
 
 def apply(deterministic: bool, *, whole_device: bool = True) -> str:
-    """Puts the run's flags in XLA_FLAGS, which XLA reads once, at the first program; returns a line for the log.
+    """Adds the run's flags to XLA_FLAGS, which XLA reads once, at the first program; returns a line for the log.
 
-    whole_device: whether no other process takes memory of this one's GPUs: then `MEMORY_FRACTION` of it is this one's.
+    whole_device: no other process uses this one's GPUs, so that it may take `MEMORY_FRACTION` of their memory.
     """
     flags = [f"--{flag.name}={flag.value}" for flag in added(os.environ, deterministic)]
     before = os.environ.get("XLA_FLAGS", "")
@@ -92,12 +92,12 @@ MMAP_MAX, TRIM_THRESHOLD, ARENA_MAX = -4, -1, -8  # parameters of mallopt, <mall
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to keep what XLA frees; returns whether that was done. To be called before JAX has threads.
+    """Makes glibc keep memory that XLA frees; returns whether that worked. Call before JAX has threads.
 
-    XLA's scratch on a CPU is otherwise mapped and zeroed anew at every step: of the tiny model's 87 ms of CPU time a step,
-    33 ms went there. One arena for all threads is what makes it hold, since a thread's own arena cannot grow past 64 MB
-    and maps what is larger; so threads that have an arena already gain nothing.
-    Left alone where an accelerator may be used (many threads decode images there), and without glibc.
+    Otherwise XLA's scratch memory on a CPU is mapped and zeroed anew at every step: 33 ms of the tiny model's 87 ms of
+    CPU time. All threads must share one arena, since a thread's own arena cannot grow past 64 MB and maps anything
+    larger; threads that already have an arena gain nothing.
+    Does nothing without glibc, or if an accelerator may be used: there many threads decode images.
     """
     if os.environ.get("JAX_PLATFORMS", "") != "cpu" and (find_spec("jax_plugins") or find_spec("libtpu")):
         return False
@@ -106,31 +106,31 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     options = ((MMAP_MAX, 0), (TRIM_THRESHOLD, 2**31 - 1), (ARENA_MAX, 1))
-    accepted = [mallopt(option, value) for option, value in options]
-    return all(accepted)
+    succeeded = [mallopt(option, value) for option, value in options]
+    return all(succeeded)
 
 
 def run_process(main: Callable[[], int]) -> None:
-    """The whole life of a process: `main`, whose result is its exit status, and an end that nothing can spoil.
+    """Runs `main` and exits with its result as the status, without errors of the interpreter's shutdown.
 
-    When Python takes itself down, it ends threads of libraries (JAX, Orbax, Grain) where they next want its lock. Where
-    C++ has called them that is an abort, "FATAL: exception not rethrown", after all was done well. So the process ends
-    before that, when threads that are to be waited for have ended and what libraries do at an exit is done.
+    At its shutdown Python ends threads of libraries (JAX, Orbax, Grain) when they next take the interpreter's lock. For
+    a thread of C++ that is an abort, "FATAL: exception not rethrown", although the run succeeded. So the process ends
+    before that, after the non-daemon threads and the libraries' exit handlers.
     """
-    status = 1  # of an error that `main` lets through, whose traceback Python prints
+    status = 1  # if `main` raises, in which case Python prints the traceback
 
     def end() -> None:
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except (OSError, ValueError):  # whoever read it has gone
+            except (OSError, ValueError):  # its reader has closed it
                 pass
         os._exit(status)
 
-    atexit.register(end)  # the first that is registered is called last
+    atexit.register(end)  # registered first, so called last
     try:
         status = main()
-    except SystemExit as error:  # of argparse's --help
+    except SystemExit as error:  # from argparse's --help
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
         raise
     sys.exit(status)

@@ -1,8 +1,8 @@
-"""The processes of one run: started together, waited for by name, and ended together when one of them dies.
+"""The processes of one run: they start together, name those that they wait for, and all end when one of them dies.
 
-What they tell one another goes through the key-value store of JAX's coordination service, in process 0: no device takes
-part, so a process may wait for another as long as that needs. JAX has no public name for the store; Orbax takes it from
-the same place (orbax/checkpoint/_src/multihost/multihost.py:_get_jax_distributed_client).
+They communicate through the key-value store of JAX's coordination service, which is in process 0. No device is
+involved, so that a process can wait for another without a time limit. JAX has no public name for the store; Orbax takes
+it from the same place (orbax/checkpoint/_src/multihost/multihost.py:_get_jax_distributed_client).
 """
 
 import json
@@ -21,31 +21,30 @@ from medcg_jax.cluster import AUTO, Cluster
 from medcg_jax.config import RunError
 from medcg_jax.rendezvous import rendezvous
 
-# What a process waits at its start for the others.
+# How long a process waits for the others at its start.
 START_S = 300
-# A sign of life every so often; a process without one for so long is dead. Together with the time that the others need
-# to hear of it less than a minute.
+# A heartbeat every `BEAT_S`; a process without one for `DEAD_AFTER_S` is dead. The others know that within a minute.
 BEAT_S, DEAD_AFTER_S = 2.0, 30.0
-# JAX's own check ends a process without naming any: it comes only where ours is dead too.
+# JAX's own check names no process; it acts later, so only when this module's check is dead too.
 RUNTIME_TIMEOUT_S = 50
-# How long process 0, in which the store is, stays so that others can read why it ends.
+# How long process 0, which has the store, waits before it ends, so that others can read why.
 LAST_WORDS_S = 10.0
 BARRIER_S = 1800.0
-SAY_AFTER_S, SAY_EVERY_S = 10.0, 30.0
+REPORT_AFTER_S, REPORT_EVERY_S = 10.0, 30.0
 KEYS = "medcg"
-# Words of errors with which collectives and gRPC say that a peer has gone, and not which: gloo's are ValueErrors.
+# Words in errors of collectives and gRPC about a lost peer, which do not name it; gloo's are ValueErrors.
 LOST = ("Gloo", "UNAVAILABLE", "Connection closed", "Connection reset", "NCCL")
 
 
 class _Processes:
-    """This process among the others. hosts: every process's host name, by its number."""
+    """This process and its connection to the others. hosts: process number -> host name."""
 
     def __init__(self, client, index: int, count: int, coordinator: str):
         self.client, self.index, self.count = client, index, count
         self.uses: Counter[str] = Counter()
         self.leaving = threading.Event()
         self.publish("host", platform.node())
-        self.publish("beat", "0")  # now: one that dies before its watch has begun is missed too
+        self.publish("beat", "0")  # now, so that a process that dies before its watch begins is noticed
         self.hosts = {index: platform.node()}
         wait(self, "hosts", START_S)
         self.hosts = self.read("host")
@@ -59,18 +58,18 @@ class _Processes:
         self.client.key_value_set(f"{KEYS}/{what}/{self.index}", value, allow_overwrite=True)
 
     def read(self, what: str) -> dict[int, str]:
-        """What every process that has set it says, by the process's number."""
+        """{process number: the value that it published}."""
         values = self.client.key_value_dir_get(f"{KEYS}/{what}/")
         return {int(key.rpartition("/")[2]): value for key, value in values}
 
     def _witness(self, coordinator: str) -> subprocess.Popen | None:
         command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("witness.py"))]
         arguments = [coordinator, str(self.index), self.hosts[self.index], self.hosts[0]]
-        # Away from the terminal's Ctrl-C: it ends when its pipe is closed.
+        # In its own session, so that Ctrl-C does not end it; it ends when its pipe is closed.
         return subprocess.Popen([*command, *arguments], stdin=subprocess.PIPE, text=True, start_new_session=True)
 
     def _watch(self) -> None:
-        """Beats, and ends this process when another has died; process 0 looks for the others' beats."""
+        """Sends heartbeats, and ends this process when another has died; process 0 checks all heartbeats."""
         seen: dict[int, tuple[str, float]] = {}
         beat = 0
         while not self.leaving.wait(BEAT_S):
@@ -82,7 +81,7 @@ class _Processes:
                     gone = silent(seen, self.read("beat"), time.monotonic())
                     for index, why in gone.items():
                         self.client.key_value_set(f"{KEYS}/gone/{index}", why, allow_overwrite=True)
-            except Exception:  # the coordinator has gone, and the runtime is about to end this process
+            except Exception:  # the coordinator is gone, and the runtime is about to end this process
                 continue
             if gone and not self.leaving.is_set():
                 index, why = min(gone.items())
@@ -94,15 +93,15 @@ class _Processes:
         self.leaving.set()
         try:
             self.publish("gone", why)
-        except Exception:  # nobody is left to be told
+        except Exception:  # no other process is left
             pass
 
     def end(self, status: int) -> None:
-        """Ends this process at once; process 0 only when the others have had the time to read the store."""
+        """Ends this process at once; process 0 only after the others had time to read the store."""
         try:
             self.publish("left", str(status))
             until = time.monotonic() + (LAST_WORDS_S if self.index == 0 else 0)
-            while time.monotonic() < until and len(self.read("left")) < self.count - len(self.silent_ones()):
+            while time.monotonic() < until and len(self.read("left")) < self.count - self.num_died():
                 time.sleep(0.1)
         except Exception:
             pass
@@ -111,8 +110,8 @@ class _Processes:
         sys.stderr.flush()
         os._exit(status)
 
-    def silent_ones(self) -> set[int]:
-        return {i for i, why in self.read("gone").items() if why == DIED}
+    def num_died(self) -> int:
+        return list(self.read("gone").values()).count(DIED)
 
     def release_witness(self) -> None:
         try:
@@ -128,7 +127,7 @@ _processes: _Processes | None = None
 
 
 def silent(seen: dict[int, tuple[str, float]], beats: dict[int, str], now_s: float) -> dict[int, str]:
-    """The processes whose beat has not changed for `DEAD_AFTER_S`, as {number: `DIED`}; `seen` keeps what was read."""
+    """{number: `DIED`} of processes whose beat has not changed for `DEAD_AFTER_S`. seen: the state between calls."""
     for index, beat in beats.items():
         if seen.get(index, ("", 0.0))[0] != beat:
             seen[index] = beat, now_s
@@ -136,7 +135,7 @@ def silent(seen: dict[int, tuple[str, float]], beats: dict[int, str], now_s: flo
 
 
 def start(cluster: Cluster, *, timeout_s: float = START_S) -> None:
-    """Joins this process to the others of its run; to be called once, before JAX touches a device.
+    """Joins this process to the others of its run. Call once, before JAX uses a device.
 
     Raises:
       ConfigError: the processes do not fit together, or process 0 cannot listen (`rendezvous`); on all of them.
@@ -161,7 +160,7 @@ def start(cluster: Cluster, *, timeout_s: float = START_S) -> None:
     with gathering as address:
         try:
             jax.distributed.initialize(**options, coordinator_bind_address=address)
-        except Exception as error:  # of gRPC, of the cluster's own detection: their text is long and names no field
+        except Exception as error:  # gRPC's, or of JAX's cluster detection: a long text without a field's name
             reason = " ".join(str(error).split())[:200]
             raise RunError(
                 f"the processes of this run did not come together within {timeout_s:.0f} s: coordinator "
@@ -182,27 +181,27 @@ def _log(line: str) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process writes and prints what all of them know; always where there is one."""
+    """Whether this process writes and prints for all of them; True for a single process."""
     return _processes is None or _processes.index == 0
 
 
 def count() -> int:
-    """Processes of this run."""
+    """Number of processes of this run."""
     return 1 if _processes is None else _processes.count
 
 
 def whoami() -> str:
-    """ "process 1 (node7)"; "" where there is one process."""
+    """ "process 1 (node7)"; "" for a single process."""
     return "" if _processes is None else _processes.name(_processes.index)
 
 
 def barrier(name: str, timeout_s: float = BARRIER_S) -> None:
     """Returns when all processes have called it with this name as often as this one.
 
-    Says on stderr for whom it waits, after 10 s and then every 30 s.
+    Prints to stderr for which processes it waits, after 10 s and then every 30 s.
 
     Raises:
-      RunError: some have not come after `timeout_s`; the message names them.
+      RunError: some have not called it within `timeout_s`; the message names them.
     """
     if _processes is not None:
         wait(_processes, name, timeout_s)
@@ -218,10 +217,10 @@ def wait(processes: _Processes, name: str, timeout_s: float) -> None:
         return sorted(set(range(processes.count)) - processes.read(key).keys())
 
     def report() -> None:
-        pause, began = SAY_AFTER_S, time.monotonic()
+        pause, began = REPORT_AFTER_S, time.monotonic()
         while not over.wait(pause):
-            pause, late = SAY_EVERY_S, missing()
-            # One line, of the first process that is there.
+            pause, late = REPORT_EVERY_S, missing()
+            # Only the first waiting process prints.
             if late and processes.index == min(set(range(processes.count)) - set(late)):
                 names = ", ".join(map(processes.name, late))
                 _log(f"{name}: waiting for {names} since {time.monotonic() - began:.0f} s")
@@ -229,7 +228,7 @@ def wait(processes: _Processes, name: str, timeout_s: float) -> None:
     threading.Thread(target=report, daemon=True).start()
     try:
         processes.client.wait_at_barrier(f"{KEYS}/{key}", int(timeout_s * 1000))
-    except Exception as error:  # gRPC's, of a time that is over or of a coordinator that has gone
+    except Exception as error:  # gRPC's: the time is over, or the coordinator is gone
         late = ", ".join(map(processes.name, missing()))
         raise RunError(f"{name}: {late or 'the coordinator'} did not come within {timeout_s:.0f} s") from error
     finally:
@@ -237,7 +236,7 @@ def wait(processes: _Processes, name: str, timeout_s: float) -> None:
 
 
 def broadcast(name: str, choose: Callable[[], object] | None = None):
-    """What `choose()` gives on the first process (JSON), on all; only that one calls it, and needs it."""
+    """On all processes, the result (JSON) of `choose()` on the first; the others do not call it, and may pass None."""
     if _processes is None:
         return choose()
     _processes.uses[name] += 1
@@ -247,13 +246,13 @@ def broadcast(name: str, choose: Callable[[], object] | None = None):
     while True:
         try:
             return json.loads(_processes.client.blocking_key_value_get(key, 60_000))
-        except Exception as error:  # as long as the first one needs; the watch ends this process if that dies
+        except Exception as error:  # retried without limit; if the first process dies, the watch ends this one
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
 
 
 def gather(name: str, value) -> list:
-    """What every process says (JSON), in the order of their numbers, on all of them."""
+    """On all processes, the values (JSON) of all processes, in the order of their numbers."""
     if _processes is None:
         return [value]
     what = f"gathered/{name}/{_processes.uses[name]}"
@@ -264,7 +263,7 @@ def gather(name: str, value) -> list:
 
 
 def finish() -> None:
-    """Waits for the others at the end of a run that went well, and parts from them; without processes does nothing."""
+    """Waits for the others at the end of a successful run, and disconnects; does nothing for a single process."""
     global _processes
     if _processes is None:
         return
@@ -278,16 +277,16 @@ def finish() -> None:
 
 
 def fail(status: int, why: str) -> None:
-    """Ends this process with `status`, and the others with its name and `why`; without processes does nothing."""
+    """Ends this process with `status`, and the others with its name and `why`; does nothing for a single process."""
     if _processes is not None:
         _processes.gone(f"ended with status {status}: {why}")
         _processes.end(status)
 
 
 def await_verdict(why: str) -> None:
-    """Where an error's text is of a lost connection: waits until the watch has found who is dead and ends this process.
+    """For an error about a lost connection: waits for the watch to find the dead process and to end this one.
 
-    Returns at once for other errors, and where nobody turns out to be dead.
+    Returns at once for other errors, and after the wait if no process is dead.
     """
     if _processes is not None and any(word in why for word in LOST):
         time.sleep(DEAD_AFTER_S + LAST_WORDS_S)

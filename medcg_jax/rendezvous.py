@@ -1,9 +1,9 @@
-"""The processes of one run meet before JAX starts: each tells process 0 its place, which looks whether they fit together.
+"""Before JAX starts, each process of a run tells process 0 its number, and process 0 checks that they fit together.
 
-JAX's own service aborts a process whose number is there twice or whose time is over, lets one in that names another
-number of processes, and has a segmentation fault where its port is taken (coordination_service.cc and client.h:80 of
-jaxlib 0.10.2). So each process first connects to the coordinator's port, where process 0 listens until all are there;
-then the port is JAX's. One line of JSON goes each way. What else comes to the port is passed over.
+JAX's own service aborts a process with a duplicate number or after a timeout, accepts one that names another number of
+processes, and segfaults if its port is taken (coordination_service.cc and client.h:80 of jaxlib 0.10.2). So each
+process first connects to the coordinator's port, where process 0 listens until all have come; then JAX takes over the
+port. One line of JSON goes each way. Other connections are ignored.
 """
 
 import errno
@@ -22,26 +22,26 @@ from medcg_jax.cluster import Cluster
 from medcg_jax.config import ConfigError, RunError
 
 POLL_S, CONNECT_S = 0.5, 5.0
-# Something else that answers at the port may be the end of an earlier run; for so long it is asked again.
+# Something else that answers at the port may be the end of an earlier run, so retries go on for this long.
 OTHERS_S = 30.0
-# A name that has no address of this host yet (a pod's, which has just been started) is looked up again for so long.
+# How long a name is looked up again if it has no address of this host yet (a pod that has just started).
 NAME_S = 60.0
-# Process 0 tells those that come so much after a refusal of it too.
+# How long process 0 stays after a refusal, to tell it to processes that come later.
 LATE_S = 10.0
-SAY_AFTER_S, SAY_EVERY_S = 10.0, 30.0
+REPORT_AFTER_S, REPORT_EVERY_S = 10.0, 30.0
 MAX_LINE_BYTES = 4096
-# Where process 0 listens, if that is no address of the coordinator's own (behind address translation); JAX's name.
+# JAX's variable for the address where process 0 listens, if the coordinator's is not one of its own (behind NAT).
 BIND_NAME = "JAX_COORDINATOR_BIND_ADDRESS"
 
 
 @contextmanager
 def rendezvous(cluster: Cluster, timeout_s: float, log: Callable[[str], None]) -> Iterator[str | None]:
-    """Returns when all processes of `cluster` are there; its block is where JAX takes over the port.
+    """Enters its block when all processes of `cluster` have come; in the block JAX takes over the port.
 
-    Gives the address at which process 0's service is to listen, None on the others. log: takes lines about waiting.
+    Yields the address at which process 0's service listens, None on the others. log: prints lines about waiting.
 
     Raises:
-      ConfigError: the port is taken or no port of this host's, or the processes do not fit together; on all of them.
+      ConfigError: the address is taken or not of this host, or the processes do not fit together; on all of them.
       RunError: some do not come within `timeout_s`; the message names them.
     """
     if cluster.process_id:
@@ -52,7 +52,7 @@ def rendezvous(cluster: Cluster, timeout_s: float, log: Callable[[str], None]) -
     with listener:
         _host(listener, cluster, timeout_s, log)
         try:
-            # It listens no more and still holds the port: no other program gets it before JAX has it.
+            # The socket no longer listens but holds the port, so that no other program takes it before JAX.
             listener.shutdown(socket.SHUT_RD)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as gRPC's own socket
         except (OSError, AttributeError):
@@ -61,11 +61,11 @@ def rendezvous(cluster: Cluster, timeout_s: float, log: Callable[[str], None]) -
 
 
 class _NotHereError(ConfigError):
-    """The coordinator's address is none of this host."""
+    """The coordinator's address is not of this host."""
 
 
 def _listen_soon(coordinator: str, timeout_s: float) -> tuple[socket.socket, str]:
-    """`listen`; where a name is no address of this host yet, again until `timeout_s` have passed."""
+    """`listen`, repeated for up to `timeout_s` while a name has no address of this host yet."""
     until = time.monotonic() + timeout_s
     while True:
         try:
@@ -77,10 +77,10 @@ def _listen_soon(coordinator: str, timeout_s: float) -> tuple[socket.socket, str
 
 
 def listen(coordinator: str) -> tuple[socket.socket, str]:
-    """(A socket that listens for HOST:PORT, its address as JAX takes it), at the one address that HOST stands for.
+    """(a socket that listens at HOST:PORT, its address in JAX's form).
 
-    A name that means this host to itself alone (127.0.1.1 in its /etc/hosts) says nothing of where others find it: all
-    addresses then.
+    If this host resolves its own name to a loopback address (127.0.1.1 in /etc/hosts), others may use any of its
+    addresses, so the socket listens at all of them.
 
     Raises:
       ConfigError: the port is taken, or HOST is not this host.
@@ -106,14 +106,14 @@ def listen(coordinator: str) -> tuple[socket.socket, str]:
                 listener.close()
             if error.errno in (errno.EADDRINUSE, errno.EACCES):
                 raise ConfigError(
-                    f"coordinator {coordinator}: process 0 cannot listen at {ip}, port {port} ({error.strerror}): another "
-                    "program or another process 0 has it; a free port is accepted, the same on all processes"
+                    f"coordinator {coordinator}: process 0 cannot listen at {ip}, port {port} ({error.strerror}): "
+                    "another program or another process 0 has it; expected a free port, the same on all processes"
                 ) from error
-            continue  # no address of this host
+            continue  # not an address of this host
         return listener, f"[{ip}]:{port}" if kind == socket.AF_INET6 else f"{ip}:{port}"
     raise _NotHereError(
         f"coordinator {coordinator}: {', '.join(ip for _, ip in addresses)} is no address of {platform.node()}, where "
-        f"process 0 is: the host of process 0 is accepted; {BIND_NAME} says where to listen behind address translation"
+        f"process 0 is: expected the host of process 0; {BIND_NAME} says where to listen behind address translation"
     )
 
 
@@ -130,7 +130,7 @@ def _is_literal(host: str) -> bool:
 def _split(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ConfigError(f"{BIND_NAME}={address}: HOST:PORT is accepted")
+        raise ConfigError(f"{BIND_NAME}={address}: expected HOST:PORT")
     return host.strip("[]"), int(port)
 
 
@@ -146,29 +146,30 @@ def _host(listener: socket.socket, cluster: Cluster, timeout_s: float, log: Call
     """Process 0: waits for one process of every other number."""
     here, count = platform.node(), cluster.num_processes
     until, wait_log = time.monotonic() + timeout_s, _WaitLog(log)
-    texts: dict[socket.socket, bytes] = {}  # what each connection has message so far
-    there: dict[socket.socket, tuple[int, str]] = {}  # number and host of those that wait
-    heard: set[socket.socket] = set()
+    texts: dict[socket.socket, bytes] = {}  # bytes of each connection so far
+    waiting: dict[socket.socket, tuple[int, str]] = {}  # number and host of each process that waits for an answer
+    greeted: set[socket.socket] = set()
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ)
 
     def missing() -> str:
-        return _numbers(set(range(1, count)) - {number for number, _ in there.values()})
+        return _numbers(set(range(1, count)) - {number for number, _ in waiting.values()})
 
     def answer_all(answer: dict) -> None:
-        for connection in there:
+        for connection in waiting:
             try:
                 connection.sendall(json.dumps(answer).encode() + b"\n")
-            except OSError:  # it has gone; JAX will miss it
+            except OSError:  # its process is gone, which JAX will notice
                 pass
 
     try:
         refusal, informed, most = "", set(), count
-        while len(there) < count - 1 if not refusal else informed < set(range(1, most)):
+        while len(waiting) < count - 1 if not refusal else informed < set(range(1, most)):
             if time.monotonic() > until and refusal:
                 break
             if time.monotonic() > until:
-                why = f"{missing()} did not come within {timeout_s:.0f} s to {cluster.coordinator}, where process 0 is ({here})"
+                late = f"{missing()} did not come within {timeout_s:.0f} s"
+                why = f"{late} to {cluster.coordinator}, where process 0 is ({here})"
                 answer_all({"late": why})
                 raise RunError(why)
             wait_log.check(lambda: f"{missing()} at {cluster.coordinator}")
@@ -180,34 +181,37 @@ def _host(listener: socket.socket, cluster: Cluster, timeout_s: float, log: Call
                     texts[connection] = b""
                     continue
                 try:
-                    got = ready.recv(MAX_LINE_BYTES)
+                    received = ready.recv(MAX_LINE_BYTES)
                 except OSError:
-                    got = b""
-                texts[ready] += got
+                    received = b""
+                texts[ready] += received
                 greeting = _greeting(texts[ready])
-                if not got or greeting is None and (b"\n" in texts[ready] or len(texts[ready]) > MAX_LINE_BYTES):
-                    del texts[ready]  # it has ended, or is none of ours
-                    there.pop(ready, None)
+                is_other = greeting is None and (b"\n" in texts[ready] or len(texts[ready]) > MAX_LINE_BYTES)
+                if not received or is_other:
+                    del texts[ready]
+                    waiting.pop(ready, None)
                     selector.unregister(ready)
                     ready.close()
-                elif greeting is not None and ready not in heard:
-                    heard.add(ready)
+                elif greeting is not None and ready not in greeted:
+                    greeted.add(ready)
                     number, their_count, host = greeting
                     why = ""
-                    twice = [known for at, known in there.values() if at == number]
+                    same = [known for at, known in waiting.values() if at == number]
                     if their_count != count:
-                        why = f"num_processes={their_count} on process {number} ({host}), {count} on process 0 ({here}): one "
-                        why += "number of processes is accepted, the same on all"
-                    elif twice or number == 0:
-                        why = f"process {number} is there twice, on {(twice or [here])[0]} and on {host}: each needs a number "
-                        why += f"of its own, 0 to {count - 1}"
-                    there[ready] = number, host
+                        why = (
+                            f"num_processes={their_count} on process {number} ({host}), {count} on process 0 ({here}): "
+                        )
+                        why += "expected the same number on all"
+                    elif same or number == 0:
+                        why = f"process {number} is there twice, on {(same or [here])[0]} and on {host}: expected "
+                        why += f"different numbers, 0 to {count - 1}"
+                    waiting[ready] = number, host
                     if why and not refusal:
                         refusal, until = why, time.monotonic() + LATE_S
                     if refusal:
                         answer_all({"refused": refusal})
-                        informed, most = informed | {at for at, _ in there.values()}, max(most, their_count)
-                        there.clear()
+                        informed, most = informed | {at for at, _ in waiting.values()}, max(most, their_count)
+                        waiting.clear()
         if refusal:
             raise ConfigError(refusal)
         answer_all({"welcome": True})
@@ -218,7 +222,7 @@ def _host(listener: socket.socket, cluster: Cluster, timeout_s: float, log: Call
 
 
 def _greeting(text: bytes) -> tuple[int, int, str] | None:
-    """(number, number of processes, host) of a whole line; None of anything else."""
+    """(number, number of processes, host) from a complete line; None for anything else."""
     line, end, _ = text.partition(b"\n")
     message = _object(line) if end else {}
     values = message.get("process"), message.get("count"), message.get("host")
@@ -234,7 +238,7 @@ def _object(line: bytes) -> dict:
 
 
 def _join(cluster: Cluster, timeout_s: float, log: Callable[[str], None]) -> None:
-    """Every other process: tells process 0 who it is, and waits until all are there, as long as that does."""
+    """Every other process: sends process 0 its number and host, and waits for the answer."""
     until = time.monotonic() + timeout_s
     greeting = {"process": cluster.process_id, "count": cluster.num_processes, "host": platform.node()}
     wait_log, others_since, reason = _WaitLog(log), None, "nobody answers"
@@ -258,7 +262,7 @@ def _join(cluster: Cluster, timeout_s: float, log: Callable[[str], None]) -> Non
             if time.monotonic() - others_since > OTHERS_S:
                 raise ConfigError(
                     f"coordinator {cluster.coordinator}: what answers there is no run that waits for process "
-                    f"{cluster.process_id} of {cluster.num_processes}: another program, or a run that has all its processes"
+                    f"{cluster.process_id} of {cluster.num_processes}, but another program or a complete run"
                 )
         time.sleep(POLL_S)
     raise RunError(
@@ -268,32 +272,32 @@ def _join(cluster: Cluster, timeout_s: float, log: Callable[[str], None]) -> Non
 
 
 def _answer(connection: socket.socket, until: float, wait_log: "_WaitLog", cluster: Cluster) -> bytes:
-    """The first line, or what there is of it when the other side ends; b"" where it says nothing until `until`."""
+    """The first line, or its beginning if the other side ends; b"" if nothing comes until `until`."""
     text = b""
     while time.monotonic() < until and b"\n" not in text and len(text) <= MAX_LINE_BYTES:
         wait_log.check(lambda: f"the other processes at {cluster.coordinator}")
         if not select.select([connection], [], [], POLL_S)[0]:
             continue
-        got = connection.recv(MAX_LINE_BYTES)
-        if not got:
+        received = connection.recv(MAX_LINE_BYTES)
+        if not received:
             break
-        text += got
+        text += received
         if not text.startswith(b"{"):
             break
     return text
 
 
 class _WaitLog:
-    """Says for whom this process waits: after 10 s, then every 30 s."""
+    """Logs for which processes this one waits: after 10 s, then every 30 s."""
 
     def __init__(self, log: Callable[[str], None]):
         self._log, self._began = log, time.monotonic()
-        self._next = self._began + SAY_AFTER_S
+        self._next = self._began + REPORT_AFTER_S
 
     def check(self, whom: Callable[[], str]) -> None:
         now = time.monotonic()
         if now > self._next:
-            self._next = now + SAY_EVERY_S
+            self._next = now + REPORT_EVERY_S
             self._log(f"the start: waiting for {whom()} since {now - self._began:.0f} s")
 
 

@@ -1,7 +1,7 @@
-"""Files that come from outside, read within limits: regular files of a bounded size, text that is UTF-8, JSON that is whole.
+"""Reads files from outside within limits: regular files of a bounded size, UTF-8 text, valid JSON.
 
-Every reader of a file that a user, a download or another program has left goes through here. Each limit is a constant
-with a name; a caller with a reason passes another one.
+All files from users, downloads or other programs are read through this module. Each limit is a named constant; callers
+may pass another one.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from medcg_jax.config import ConfigError
 
-# A file of JSON or text, whole. The release's largest subset file has some 40 MB.
+# A whole file of JSON or text. The release's largest subset file has some 40 MB.
 MAX_TEXT_BYTES = 2**30
 # One line of a file of JSON lines.
 MAX_LINE_BYTES = 2**24
@@ -25,17 +25,17 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class FileError(ConfigError):
-    """A file cannot be used; the message is one line that names the file, what is wrong with it, and what to do."""
+    """A file cannot be used; the message is one line with the file, the fault, and what to do."""
 
 
 def open_regular(path: str | Path, max_bytes: int) -> BinaryIO:
-    """The file opened for reading, after its kind and its size were looked at; a FIFO or a device is never waited for.
+    """The file opened for reading, after a check of its kind and size; never waits for a FIFO or a device.
 
     Raises:
-      FileError: it is missing, no regular file, cannot be opened, or has more than `max_bytes`.
+      FileError: it is missing, not a regular file, cannot be opened, or has more than `max_bytes`.
     """
     try:
-        # Without O_NONBLOCK the opening of a FIFO waits for a writer.
+        # Without O_NONBLOCK, opening a FIFO waits for a writer.
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except (OSError, ValueError) as error:
         raise FileError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
@@ -49,16 +49,16 @@ def open_regular(path: str | Path, max_bytes: int) -> BinaryIO:
 
 
 def kind_of(mode: int) -> str:
-    """What a file that is no regular one is, in a word: "a folder", "a FIFO", "a device", "a socket"."""
+    """The kind of a file that is not regular: "a folder", "a FIFO", "a device" or "a socket"."""
     kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
     return next((word for is_kind, word in kinds if is_kind(mode)), "a device")
 
 
 def read_bytes(path: str | Path, max_bytes: int) -> bytes:
-    """The whole file. Raises FileError as `open_regular`, and where it cannot be read."""
+    """The whole file. Raises FileError as `open_regular`, or if it cannot be read."""
     try:
         with open_regular(path, max_bytes) as file:
-            # In pieces: a buffer of as many bytes as are allowed would be made for a file of a few.
+            # In pieces: `read(max_bytes)` would allocate that much even for a small file.
             pieces, length = [], 0
             while length <= max_bytes and (piece := file.read(PIECE_BYTES)):
                 pieces.append(piece)
@@ -66,7 +66,7 @@ def read_bytes(path: str | Path, max_bytes: int) -> bytes:
             content = b"".join(pieces)
     except OSError as error:
         raise FileError(f"{path}: {error.strerror or error}") from error
-    if len(content) > max_bytes:  # it has grown meanwhile
+    if len(content) > max_bytes:  # it has grown since its size was checked
         raise FileError(f"{path}: more than {max_bytes:,} bytes; at most so many are read")
     return content
 
@@ -74,16 +74,16 @@ def read_bytes(path: str | Path, max_bytes: int) -> bytes:
 def read_text(path: str | Path, max_bytes: int = MAX_TEXT_BYTES, encoding: str = "utf-8") -> str:
     """The whole file as text.
 
-    encoding: "utf-8-sig" takes a byte-order mark off.
+    encoding: "utf-8-sig" removes a byte-order mark.
 
     Raises:
-      FileError: as `read_bytes`, or the bytes are not UTF-8; the message names the first of them by its place from 0.
+      FileError: as `read_bytes`, or the bytes are not UTF-8; the message has the offset of the first such byte.
     """
     return decoded(read_bytes(path, max_bytes), path, encoding)
 
 
 def decoded(content: bytes, name: str | Path, encoding: str = "utf-8") -> str:
-    """Bytes of the file `name` as text. Raises FileError where they are not UTF-8."""
+    """Bytes of the file `name` as text. Raises FileError if they are not UTF-8."""
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
@@ -94,14 +94,14 @@ def read_json(path: str | Path, kind: type = dict, *, max_bytes: int = MAX_TEXT_
     """The JSON value in a file, of the type `kind` (dict or list).
 
     Raises:
-      FileError: as `read_text`; no JSON, a number that JSON does not have (NaN, Infinity), a key twice in one object,
-        half a surrogate pair, which can be written to no file, nested too deep, or of another type.
+      FileError: as `read_text`; or it is not JSON, has NaN or Infinity, an object has a key twice, text has half a
+        surrogate pair (which no file can store), it is nested too deep, or it has another type.
     """
     return parsed(read_text(path, max_bytes, encoding), path, kind)
 
 
 def parsed(text: str, name: str | Path, kind: type = dict) -> Any:
-    """The JSON value in a text, as `read_json`. name: of the file (and line), for the message."""
+    """The JSON value of a text, as `read_json`. name: of the file (and line), for the message."""
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
         if _SURROGATE.search(text):
@@ -114,12 +114,12 @@ def parsed(text: str, name: str | Path, kind: type = dict) -> Any:
         what = "empty" if not text.strip() else f"no JSON: {' '.join(str(error).split())[:120]}"
         raise FileError(f"{name}: {what}") from error
     if not isinstance(value, kind):
-        raise FileError(f"{name}: holds {article_of(value)}; {article_of(kind())} is accepted")
+        raise FileError(f"{name}: holds {article_of(value)}; expected {article_of(kind())}")
     return value
 
 
 def json_lines(path: str | Path, *, max_bytes: int = MAX_TEXT_BYTES) -> Iterator[tuple[int, dict]]:
-    """(number of the line, from 1; its object) of a file of JSON lines; empty lines are passed over.
+    """(number of the line, from 1; its object) for each line of a file of JSON lines; skips empty lines.
 
     Raises:
       FileError: as `read_json`, with the number of the line.
@@ -132,24 +132,24 @@ def json_lines(path: str | Path, *, max_bytes: int = MAX_TEXT_BYTES) -> Iterator
 def check_number(
     value: Any, name: str, *, least: float = -math.inf, most: float = math.inf, whole: bool = False
 ) -> int | float:
-    """The number itself, where it is a finite one of `least` to `most`, and a whole one where `whole`.
+    """`value`, if it is a finite number from `least` to `most`, and an int if `whole`.
 
-    name: file and field, for the message. True and False are no numbers, nor is text that spells one.
+    name: file and field, for the message.
 
     Raises:
-      FileError: it is not.
+      FileError: it is not; True, False and text are not numbers.
     """
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not _is_finite(value) or not least <= value <= most:
         noun = "a whole number" if whole else "a finite number"
         low = f" of at least {least:,}" if least > -math.inf else ""
         high = f"{' and' if low else ' of'} at most {most:,}" if most < math.inf else ""
-        raise FileError(f"{name}={shown(value)}: {noun}{low}{high} is accepted")
+        raise FileError(f"{name}={shown(value)}: expected {noun}{low}{high}")
     return value
 
 
 def shown(value: Any, limit: int = 60) -> str:
-    """A value as JSON for a message, at most `limit` characters; "..." for what cannot be written so."""
+    """A value as JSON for a message, at most `limit` characters; "..." if it cannot be JSON."""
     try:
         text = json.dumps(value)
     except (RecursionError, TypeError, ValueError):
@@ -158,7 +158,7 @@ def shown(value: Any, limit: int = 60) -> str:
 
 
 def article_of(value: Any) -> str:
-    """The JSON type of a value with its article: "an object", "a list", "text", "a number", "null"."""
+    """The JSON type of a value, with its article: "an object", "a list", "text", "a number", "null"."""
     if value is None:
         return "null"
     words = ((dict, "an object"), (list, "a list"), (str, "text"), (bool, "true or false"), ((int, float), "a number"))
@@ -168,7 +168,7 @@ def article_of(value: Any) -> str:
 def _is_finite(value: int | float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number beyond the floats
+    except OverflowError:  # an int beyond the range of floats
         return True
 
 

@@ -1,10 +1,10 @@
-"""Says whose death ended a process that could not say so itself; a small process beside each one of a run of several.
+"""Reports which process died when JAX aborts this one; a small process beside each process of a run.
 
     python witness.py COORDINATOR OWN_NUMBER OWN_HOST FIRST_HOST < PIPE
 
-JAX's runtime aborts a process at once when the coordinator, process 0, has gone: nothing of Python runs any more
+JAX's runtime aborts a process at once when the coordinator, process 0, is gone: no Python code runs any more
 (coordination_service_agent.cc, client.h:80 of jaxlib 0.10.2), and the runtime names no host. The process holds the
-other end of the pipe, and writes a line to it before it ends by itself.
+other end of the pipe, and writes a line to it before it ends normally.
 """
 
 import socket
@@ -14,7 +14,7 @@ CONNECT_S = 5.0
 
 
 def answers(address: str) -> bool:
-    """Whether anybody listens at HOST:PORT."""
+    """Whether a program listens at HOST:PORT."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()

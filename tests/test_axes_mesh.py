@@ -114,7 +114,7 @@ def test_gpus_at_hand_are_joined_by_slice_whatever_their_processes(monkeypatch):
 
 
 def test_hosts_of_several_sizes_are_named():
-    with pytest.raises(ConfigError, match="4 in 0, 2 in 1; as many in each"):
+    with pytest.raises(ConfigError, match="4 in 0, 2 in 1; expected as many in each"):
         make_mesh(MeshConfig(), [*gpus(1, 4), *gpus(2, 4)[4:6]])
 
 

@@ -80,7 +80,7 @@ def test_a_mirrored_test_image_in_training_is_named(tree, tmp_path, capsys):
     ("flag", "message"),
     [
         ("--image=round:3", "image='round:3'; square:SIZE, fit:SIZE (pixels, from 1) or keep is accepted"),
-        ("--max_bad_frac=7", "7: 0 to 1 is accepted"),
+        ("--max_bad_frac=7", "7: expected 0 to 1"),
         ("--window=moon", "data.window='moon'; "),
         ("--near=maybe", "invalid choice: 'maybe'"),
         ("--imag=keep", "--imag=keep is not known to `medcg data prepare`; see `medcg data prepare --help`"),

@@ -51,7 +51,7 @@ def test_size_is_looked_at_before_anything_is_read(tmp_path):
         (b'{"a": 1', "no JSON"),
         (b'{"a": NaN}', "NaN is no JSON number"),
         (b'{"a": 1, "a": 2}', 'the key "a" stands twice'),
-        (b"[1]", "holds a list; an object is accepted"),
+        (b"[1]", "holds a list; expected an object"),
         (b"[" * 200_000, "nested too deep"),
         ('{"a": 1}'.encode("utf-16"), "not UTF-8 (byte 0)"),
         (b"\xef\xbb\xbf{}", "no JSON"),

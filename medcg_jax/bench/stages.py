@@ -23,7 +23,7 @@ from medcg_jax.data.encoding import Encoded
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.eval.letters import evaluate, make_evaluator
 from medcg_jax.families import build, flops
-from medcg_jax.mesh import make_mesh, own_rows, put_batch
+from medcg_jax.mesh import local_rows, make_mesh, put_batch
 from medcg_jax.plan.topology import about_here
 from medcg_jax.train.setup import Setup, model_config
 
@@ -180,7 +180,7 @@ def data_wait(port: Port, setup: Setup, encoded: Encoded, steps: int) -> dict:
 
 def stream_of(setup: Setup, encoded: Encoded) -> Batches:
     size = setup.run.train.batch_size
-    return Batches(encoded, batch_size=size, seed=0, rows=own_rows(setup.mesh, size))
+    return Batches(encoded, batch_size=size, seed=0, rows=local_rows(setup.mesh, size))
 
 
 # ------------------------------------------------------------------ answers

@@ -32,7 +32,7 @@ class Batches:
       weights: subset -> weight of its records in a batch (any positive scale; exact over long runs). None or empty:
         every record once an epoch.
       position: global batches drawn before.
-      rows: which rows of the global batch this process builds, rising (`mesh.own_rows`); None: all.
+      rows: which rows of the global batch this process builds, rising (`mesh.local_rows`); None: all.
       prefetch: batches built ahead in threads; 0 builds them when asked.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Questions about boxes: IoU, matching, accuracy at IoU 0.5, mean and cumulative IoU, Dice, with intervals; their file.
+"""Questions about boxes: IoU, matching, accuracy at IoU 0.5, mean and cumulative IoU, Dice, intervals; the answer file.
 
 Boxes are float[N, 4] of x1, y1, x2, y2 in pixels of the stored image (`data.boxes` maps a model's answer back to it).
 """
@@ -17,25 +17,25 @@ from medcg_jax.eval.predictions import MAX_ANSWER_BYTES, check_text, field, wils
 from medcg_jax.files import write_whole
 from medcg_jax.untrusted import FileError, check_number, json_lines
 
-# "Found" is above it, not at it: Vision-CAIR/MiniGPT-4 (226cb38) eval_scripts/eval_ref.py and NExT-ChatV/NExT-Chat
-# (2e2f732) mllm/dataset/single_image_dataset/rec.py:RECComputeMetrics.calculate_metric.
+# A box is found if its IoU is above this, not equal to it: Vision-CAIR/MiniGPT-4 (226cb38) eval_scripts/eval_ref.py
+# and NExT-ChatV/NExT-Chat (2e2f732) mllm/dataset/single_image_dataset/rec.py:RECComputeMetrics.calculate_metric.
 THRESHOLD = 0.5
 BOOTSTRAP_DRAWS = 9999
-# Decimals of a pixel, and of a Dice, in the file.
+# Decimals in the file, of pixels and of Dice.
 DECIMALS = 2
 DICE_DECIMALS = 4
-# A corner of a box; an answer of text may name any number, and beyond these no pixel lies.
+# Largest coordinate of a corner: an answer of text may name any number.
 FARTHEST_PX = 1e15
 
 
 @dataclass(frozen=True)
 class BoxAnswer:
-    """One question about boxes; the fields are the keys of a line of the file.
+    """One question about boxes and its answer; the fields are the keys of a line of the file.
 
     Attributes:
       label: what was asked for. truth, predicted: boxes as x1, y1, x2, y2 in pixels of the stored image; predicted is
-        None where the answer could not be read. generated: the text.
-      dice: of the masks asked for, as one, with those answered; None where no masks are drawn or known.
+        None if the answer could not be read. generated: the text.
+      dice: between the union of the true masks and the union of the answered ones; None without masks.
     """
 
     id: str
@@ -50,7 +50,7 @@ class BoxAnswer:
 def overlap(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(float64[N, M], float64[N, M]): areas of the intersection and union of each of a[N, 4] with each of b[M, 4].
 
-    A box whose ends are exchanged, or not finite, has no area.
+    A box with corners out of order, or not finite, has the area 0.
     """
     a, b = _real_boxes(a), _real_boxes(b)
     low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
@@ -66,9 +66,9 @@ def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def match(predicted: np.ndarray, truth: np.ndarray) -> list[tuple[int, int]]:
-    """(place in predicted, place in truth) of boxes that belong together, one to one.
+    """(index in predicted, index in truth) of each matched pair; every box is in at most one pair.
 
-    Greedy: the two that overlap most come together first (of equals the first in order), and none without overlap.
+    Greedy: the pair with the largest IoU comes first (of equals the first in order); boxes without overlap never match.
     """
     scores = iou(predicted, truth)
     pairs: list[tuple[int, int]] = []
@@ -82,19 +82,20 @@ def match(predicted: np.ndarray, truth: np.ndarray) -> list[tuple[int, int]]:
 
 
 def summary(answers: Sequence[BoxAnswer]) -> dict[str, float | int | None]:
-    """Scores over all boxes that are there; one that was not found, or not answered readably, counts as IoU 0.
+    """Scores over all true boxes; a box without a match, or with an unreadable answer, counts as IoU 0.
 
     Keys:
-      questions, n: questions, and boxes in their truth. predicted: boxes in the answers.
-      correct, accuracy: of the n, those matched with IoU above 0.5. precision: of the predicted ones; None without any.
+      questions, n: numbers of questions, and of boxes in their truth. predicted: number of boxes in the answers.
+      correct, accuracy: number and share of the n with a match of IoU above 0.5. precision: correct over predicted;
+        None without predicted boxes.
       mean_iou: mean over the n. cumulative_iou: sum of intersections over sum of unions; unmatched boxes of either side
         add their area to the unions.
-      unparsed_rate: of the questions, those whose answer could not be read.
-      by_chance: the accuracy of the same answers to other questions, those of the next image of the same subset and
-        label: what knowing a subset's usual places alone is worth. None where no subset has two images.
-      dice: mean over questions that have one; None without.
-      accuracy_low, accuracy_high and so on: 95 % intervals. Wilson's for the accuracy where every question has one box,
-        else by drawing questions anew.
+      unparsed_rate: share of the questions whose answer could not be read.
+      by_chance: accuracy if each answer is scored on the next image of the same subset and label: what the usual places
+        of a subset's boxes are worth alone. None if no subset has two images.
+      dice: mean over the questions with a Dice; None without any.
+      accuracy_low, accuracy_high and so on: 95 % intervals. Wilson's for the accuracy if every question has one box,
+        else by resampling questions.
     """
     boxes, predicted, hits, ious, both, union = _columns(answers)
     n, correct = int(boxes.sum()), int(hits.sum())
@@ -123,7 +124,6 @@ def summary(answers: Sequence[BoxAnswer]) -> dict[str, float | int | None]:
 
 
 def _accuracy_by_chance(answers: Sequence[BoxAnswer]) -> float | None:
-    """As `summary`'s by_chance."""
     shuffled = []
     for kind in dict.fromkeys((a.subset, a.label) for a in answers):
         alike = [a for a in answers if (a.subset, a.label) == kind]
@@ -135,9 +135,9 @@ def _accuracy_by_chance(answers: Sequence[BoxAnswer]) -> float | None:
 
 
 def ratio_interval(top: np.ndarray, bottom: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """A percentile interval of sum(top) / sum(bottom), both float[N], over questions drawn anew.
+    """Bootstrap percentile interval of sum(top) / sum(bottom), both float[N]; (0, 1) for fewer than two questions.
 
-    (0, 1) for fewer than two questions. The boxes of one question stay together: they are of one image.
+    Whole questions are resampled, since the boxes of a question are on one image.
     """
     if len(top) < 2 or not np.sum(bottom):
         return 0.0, 1.0
@@ -149,7 +149,7 @@ def ratio_interval(top: np.ndarray, bottom: np.ndarray, level: float = 0.95) -> 
 
 
 def dice(a: np.typing.ArrayLike, b: np.typing.ArrayLike) -> float:
-    """Twice the common pixels over all pixels of two masks bool[h, w], in [0, 1]; 1 where both are empty.
+    """Twice the common pixels over all pixels of two masks bool[h, w], in [0, 1]; 1 if both are empty.
 
     Raises:
       ValueError: the masks differ in shape.
@@ -167,7 +167,7 @@ def _columns(answers: Sequence[BoxAnswer]) -> np.ndarray:
 
 
 def _row(answer: BoxAnswer) -> tuple[float, ...]:
-    """Boxes, predicted boxes, boxes found, sum of IoU, of intersections and of unions of one question."""
+    """Numbers of true, predicted and found boxes, and sums of IoU, intersections and unions, of one question."""
     truth, predicted = _as_boxes(answer.truth), _as_boxes(answer.predicted or ())
     both, union = overlap(predicted, truth)
     pairs = match(predicted, truth)
@@ -182,10 +182,10 @@ def _as_boxes(boxes) -> np.ndarray:
 
 
 def _real_boxes(boxes) -> np.ndarray:
-    """float64[N, 4], zeros for what is no box."""
+    """float64[N, 4], with zeros for boxes that are not finite or have corners out of order."""
     boxes = _as_boxes(boxes)
     real = np.isfinite(boxes).all(-1) & (boxes[:, :2] <= boxes[:, 2:]).all(-1)
-    # Farther than any image reaches, and near enough for an area that is a number.
+    # Larger than any image, and small enough for a finite area.
     return np.clip(np.where(real[:, None], boxes, 0), -1e9, 1e9)
 
 
@@ -195,7 +195,7 @@ def _ratio(top: np.ndarray, bottom: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def rounded(boxes: np.ndarray) -> tuple[tuple[float, ...], ...]:
-    """Boxes [N, 4] as they stand in the file."""
+    """Boxes [N, 4] with the decimals of the file."""
     return tuple(tuple(round(float(x), DECIMALS) + 0.0 for x in box) for box in boxes)
 
 
@@ -205,7 +205,7 @@ def write_answers(path: Path, answers: Iterable[BoxAnswer]) -> None:
 
 
 def read_answers(path: Path) -> list[BoxAnswer]:
-    """What `write_answers` wrote. Raises FileError where a line is none such; file, line and field are named."""
+    """What `write_answers` wrote. Raises FileError for any other line, with the file, line and field."""
     answers: list[BoxAnswer] = []
     asked: dict[tuple[str, str, str], int] = {}
     for number, line in json_lines(path, max_bytes=MAX_ANSWER_BYTES):

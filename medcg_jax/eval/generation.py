@@ -1,4 +1,4 @@
-"""Greedy generation with a KV cache and static shapes, and the strict reading of what was generated."""
+"""Greedy generation with a KV cache and static shapes, and strict parsing of the generated answer."""
 
 import re
 import string
@@ -14,7 +14,7 @@ def prefill(model, batch: dict[str, jax.Array], num_new: int):
     """(float32[B, V] logits at `last_position`, the cache with the prompts in it and room for `num_new` tokens).
 
     batch: tokens, segment_ids int32[B, T] right-padded, the model's images, last_position int32[B]. Prompts may differ
-    in length: generated tokens stand behind the padding in the cache, and behind the prompt in position.
+    in length: in the cache generated tokens follow the padding, while their positions follow the prompt.
     """
     rows, length = batch["tokens"].shape
     cache = model.init_cache(rows, length + num_new)
@@ -26,7 +26,7 @@ def prefill(model, batch: dict[str, jax.Array], num_new: int):
 
 
 def with_room(cache, num: int):
-    """A model's cache with `num` more empty slots a row."""
+    """A model's cache with `num` more empty slots in each row."""
     slots = {"k": 2, "v": 2, "segment_ids": 1}
 
     def wider(array, axis: int):
@@ -36,12 +36,10 @@ def with_room(cache, num: int):
 
 
 def greedy(model, logits: jax.Array, cache, *, num_new: int, eos_id: int) -> tuple[jax.Array, dict]:
-    """(int32[B, num_new] the likeliest tokens, one after another, from `prefill`'s logits and cache; the cache after
-    all but the last of them).
+    """(int32[B, num_new] greedily decoded tokens, from `prefill`'s logits and cache; the cache, with all but the last).
 
-    After eos_id a row has eos_id only. A config's `force_next` (token -> token) says what must follow what.
-
-    Stops when every row has ended.
+    After its first eos_id a row has only eos_id; decoding stops when every row has one. The config's `force_next`
+    (token -> token) forces the successor of a token.
     """
     forced = getattr(model.config, "force_next", {})
     first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -65,10 +63,10 @@ def greedy(model, logits: jax.Array, cache, *, num_new: int, eos_id: int) -> tup
 
 
 def parse_answer(text: str, options: Sequence[str]) -> str:
-    """The letter that a generated text gives, or "" where it gives none: nothing is guessed.
+    """The letter that a generated text names, or "" if it names none; nothing is guessed.
 
-    Accepted, beside spaces around: "B", "B.", "(B)", "B: text" with the option's own text, and the option's text
-    exactly, if no other option has it.
+    Accepted, with any spaces around: "B", "B.", "(B)", "B: text" with that option's text, and an option's exact text,
+    if no other option has the same.
     """
     text = text.strip()
     letters = LETTERS[: len(options)]

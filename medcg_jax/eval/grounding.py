@@ -1,7 +1,7 @@
-"""Boxes and masks that a model answers with, generated and read.
+"""Answers with boxes and masks: generation and parsing.
 
-An answer is greedily generated text. MiniGPT-v2's boxes are in the text; NExT-Chat's are decoded from the hidden state
-at each `<at>` it generates, and so are its masks, where its mask parts are what was trained.
+An answer is greedily generated text. MiniGPT-v2's boxes are in the text. NExT-Chat's boxes are decoded from the hidden
+state at each generated `<at>`, and so are its masks, if its mask parts were trained.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ from medcg_jax.data.tokenizer import Tokenizer
 from medcg_jax.eval.boxes import DICE_DECIMALS, BoxAnswer, dice, rounded
 from medcg_jax.eval.generation import greedy, prefill
 from medcg_jax.eval.letters import run_ahead
-from medcg_jax.mesh import batch_sharding, check_batch, own_rows, put_batch, replicated
+from medcg_jax.mesh import batch_sharding, check_batch, local_rows, put_batch, replicated
 
-# A pixel belongs to a mask when its logit is above it: NExT-ChatV/NExT-Chat:mllm/demo/demo_util.py:de_transform_mask at
+# A pixel belongs to a mask if its logit is above this: NExT-ChatV/NExT-Chat:mllm/demo/demo_util.py:de_transform_mask at
 # 1e6c20f.
 MASK_THRESHOLD = 0.0
 
@@ -29,11 +29,11 @@ MASK_THRESHOLD = 0.0
 def make_locator(
     mesh: Mesh, graphdef: nnx.GraphDef, shardings, *, eos_id: int, max_new_tokens: int, masks: bool = False
 ) -> Callable:
-    """The compiled (params, batch) -> arrays of a model's answers about boxes, for every set of its parameters.
+    """The compiled function (params, batch) -> arrays that answers questions about boxes.
 
-    The arrays, by name: `tokens` int32[B, max_new_tokens]; of a model whose cache keeps boxes also `boxes`
-    float32[B, N, 4] in its own coordinates, and `count` int32[B] of them; with `masks` their logits, `masks`
-    float32[B, N, s, s] at a quarter of SAM's size.
+    Its arrays by name: `tokens` int32[B, max_new_tokens]; for a model whose cache keeps boxes also `boxes`
+    float32[B, N, 4] in the model's coordinates, and their number `count` int32[B]; with `masks` also mask logits
+    `masks` float32[B, N, s, s] at a quarter of SAM's size.
     shardings: NamedSharding of each parameter.
     """
 
@@ -43,8 +43,8 @@ def make_locator(
         tokens, cache = greedy(model, logits, cache, num_new=max_new_tokens, eos_id=eos_id)
         answers = {"tokens": tokens}
         if hasattr(model, "generated_boxes"):
-            boxes, there = model.generated_boxes(cache)
-            answers |= {"boxes": boxes, "count": there.sum(axis=1)}
+            boxes, is_box = model.generated_boxes(cache)
+            answers |= {"boxes": boxes, "count": is_box.sum(axis=1)}
         if masks:
             answers["masks"] = model.masks(cache["at_hidden"], model.encode_sam_images(batch))[0]
         return answers
@@ -62,13 +62,13 @@ def make_locator(
 def locate(
     locator: Callable, mesh: Mesh, params, encoded: Encoded, tokenizer: Tokenizer, *, batch_size: int
 ) -> list[BoxAnswer]:
-    """An answer for every row of `data.encoding.encode_boxes`, in its order; see `evaluate`.
+    """An answer for every row of `data.encoding.encode_boxes`, in its order. batch_size: rows over all devices.
 
     Raises:
       ConfigError: the mesh cannot split the batch.
     """
     check_batch(mesh, batch_size, "eval.batch_size")
-    batches = eval_batches(encoded, batch_size, rows=own_rows(mesh, batch_size))
+    batches = eval_batches(encoded, batch_size, rows=local_rows(mesh, batch_size))
     outputs = run_ahead(lambda item: locator(params, item[0]), batches)
     answers: dict[int, BoxAnswer] = {}
     order = eval_order(encoded).tolist()
@@ -87,7 +87,7 @@ def _read(encoded: Encoded, index: int, tokenizer: Tokenizer, row: dict[str, np.
     predicted = encoded.format.read_boxes(text, boxes, record.size_px)
     overlap, truth = None, encoded.records.mask(index)
     if "masks" in row and truth is not None:
-        of_label = [place for place, box in enumerate(record.boxes) if box.label == asked.label]
+        of_label = [i for i, box in enumerate(record.boxes) if box.label == asked.label]
         drawn = masks_in_image(row["masks"][: row["count"]], record.size_px)
         overlap = round(dice(drawn.any(axis=0), truth[of_label].any(axis=0)), DICE_DECIMALS)
     return BoxAnswer(
@@ -97,7 +97,7 @@ def _read(encoded: Encoded, index: int, tokenizer: Tokenizer, row: dict[str, np.
 
 
 def masks_in_image(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """bool[N, h, w] masks in an image of size (height, width), from logits float32[N, s, s] over its padded square."""
+    """bool[N, h, w] masks of an image of size (height, width), from logits float32[N, s, s] of its padded square."""
     height, width = size
     side = max(size)
     top, left = (side - height) // 2, (side - width) // 2

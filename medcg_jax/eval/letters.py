@@ -1,7 +1,7 @@
-"""Choice questions answered by the likelihood of the options' letters, beside free answers that are generated.
+"""Choice questions, answered by the likelihood of the options' letters, and by generated free answers.
 
-Questions about the same images (controls) go on from one cache: the keys and values of a row up to the end of its image
-are computed once. Their letters alone are scored; a free answer is of the question itself.
+Several questions about one image (a test and its controls) share a cache: keys and values of a row up to the end of its
+image are computed once. Controls are only scored by letters; free answers are generated for the test itself.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from medcg_jax.eval.generation import greedy, prefill, with_room
 from medcg_jax.eval.predictions import Prediction, predictions_of
-from medcg_jax.mesh import batch_sharding, check_batch, own_rows, put_batch, replicated
+from medcg_jax.mesh import batch_sharding, check_batch, local_rows, put_batch, replicated
 from medcg_jax.train.preempt import stop_if_told
 
 if TYPE_CHECKING:
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from medcg_jax.data.eval_batches import Asked
     from medcg_jax.data.tokenizer import Tokenizer
 
-# Batches handed to the device before the host waits for one of them.
+# Batches dispatched before the host waits for the oldest.
 MAX_AHEAD = 4
 
 
 def option_logprobs(logits: jax.Array, option_ids: jax.Array) -> jax.Array:
-    """float32[B, K] nats: log-probability of each option's letter over the full vocabulary; -inf where there is none.
+    """float32[B, K] nats: log-probability of each option's letter over the full vocabulary; -inf at pads.
 
     logits: float[B, V] at the last prompt position. option_ids: int32[B, K] token ids of the letters, -1 pads.
     """
@@ -51,7 +51,7 @@ def letter_logits(model, batch: dict[str, jax.Array]) -> jax.Array:
 
 
 def run_ahead(program: Callable, batches: Iterable) -> list:
-    """`program` of every batch, still on the devices, a few of them ahead of the device; stops where told to."""
+    """The outputs of `program` for all batches, still on the devices. Raises Interrupted if told to stop."""
     outputs = []
     for batch in batches:
         outputs.append(program(batch))
@@ -63,9 +63,9 @@ def run_ahead(program: Callable, batches: Iterable) -> list:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The evaluation of one model on a mesh, compiled once and used for every set of parameters.
+    """The evaluation of one model on a mesh, compiled once for every set of parameters.
 
-    `num_new` tokens are generated; 0: none.
+    num_new: tokens to generate; 0: none.
     """
 
     mesh: Mesh
@@ -85,7 +85,7 @@ class Evaluator:
 def make_evaluator(
     mesh: Mesh, graphdef: nnx.GraphDef, shardings, *, eos_id: int, max_new_tokens: int, generate: bool = True
 ) -> Evaluator:
-    """The evaluator of a model. shardings: NamedSharding of each of its parameters."""
+    """The evaluator of a model. shardings: NamedSharding of each parameter."""
     num_new = max_new_tokens if generate else 0
 
     def evaluate_batch(params, batch):
@@ -106,9 +106,9 @@ def evaluate(
 ) -> list[Prediction]:
     """A prediction for every record, in the order of `encoded` (`data.encoding.encode_eval`'s).
 
-    params: of the whole model, on the evaluator's mesh. batch_size: rows of a batch over all devices; records of about
-    one length share a batch, and the last one is filled up. Its size changes the rounding of scores alone: of 384
-    phantoms' records 5 had another fourth decimal, none another letter.
+    params: of the whole model, on the evaluator's mesh. batch_size: rows over all devices; records of similar length
+    share a batch, and the last batch is padded. The batch size changes only the rounding of scores: of 384 phantom
+    records, 5 had another fourth decimal and none another letter.
 
     Raises:
       ConfigError: the mesh cannot split the batch.
@@ -117,22 +117,23 @@ def evaluate(
     from medcg_jax.data.eval_batches import eval_batches, eval_order
 
     check_batch(evaluator.mesh, batch_size, "eval.batch_size")
-    batches = eval_batches(encoded, batch_size, rows=own_rows(evaluator.mesh, batch_size))
+    batches = eval_batches(encoded, batch_size, rows=local_rows(evaluator.mesh, batch_size))
     outputs = run_ahead(lambda item: evaluator(params, item[0]), batches)
     if not outputs:
         return []
     logprobs, tokens = (np.concatenate(arrays) for arrays in zip(*jax.device_get(outputs), strict=True))
-    # Back from the order of the batches.
+    # From the order of the batches back to that of the records.
     order = np.argsort(eval_order(encoded))
     return predictions_of(encoded, logprobs[order], tokens[order] if evaluator.num_new else None, tokenizer)
 
 
 @dataclass(frozen=True)
 class PrefixEvaluator:
-    """The programs that ask one model several questions about an image, which is read once.
+    """The programs that ask a model several questions about an image, which is processed once.
 
-    prefill: (params, rows up to the end of their images) -> cache. score, score_and_generate: (params, cache, what
-    follows) -> (float32[B, K] log-probabilities of the letters, int32[B, N] generated tokens); N is 0, or `num_new`.
+    prefill: (params, rows up to the end of their images) -> cache. score, score_and_generate: (params, cache, rows
+    after their images) -> (float32[B, K] log-probabilities of the letters, int32[B, N] generated tokens); N is 0 or
+    `num_new`.
     """
 
     mesh: Mesh
@@ -142,7 +143,7 @@ class PrefixEvaluator:
     num_new: int
 
     def ask(self, params, cache, asked: "Asked"):
-        """The scores of one of the questions about the images in `cache`."""
+        """The outputs of `score` or `score_and_generate` for one question about each image in `cache`."""
         with jax.set_mesh(self.mesh):
             return (self.score_and_generate if asked.free else self.score)(params, cache, asked.batch)
 
@@ -150,15 +151,15 @@ class PrefixEvaluator:
 def make_prefix_evaluator(
     mesh: Mesh, graphdef: nnx.GraphDef, shardings, *, eos_id: int, max_new_tokens: int, generate: bool = True
 ) -> PrefixEvaluator:
-    """The prefix evaluator of a model; arguments as of `make_evaluator`."""
+    """The prefix evaluator of a model; arguments as `make_evaluator`."""
     num_new = max_new_tokens if generate else 0
-    placed = batch_sharding(mesh)
+    rows_sharding = batch_sharding(mesh)
 
     def prefill_images(params, before):
         model = nnx.merge(graphdef, params)
         cache = model.init_cache(*before["tokens"].shape)
         images = {key: before[key] for key in model.image_keys}
-        # Of what is computed only the cache is kept.
+        # Only the cache is used, so the hidden state of one position is enough.
         at = np.zeros((len(before["tokens"]), 1), np.int32)
         return model.hidden(before["tokens"], images, segment_ids=before["segment_ids"], cache=cache, at=at)[1]
 
@@ -176,14 +177,14 @@ def make_prefix_evaluator(
 
     def scoring(num_new: int) -> Callable:
         jitted = jax.jit(score, static_argnames="num_new", out_shardings=replicated(mesh))
-        return lambda params, cache, batch: jitted(params, cache, put_batch(batch, placed), num_new=num_new)
+        return lambda params, cache, batch: jitted(params, cache, put_batch(batch, rows_sharding), num_new=num_new)
 
-    def started(params, before):
+    def put_and_prefill(params, before):
         with jax.set_mesh(mesh):
-            return jitted_prefill(params, put_batch(before, placed))
+            return jitted_prefill(params, put_batch(before, rows_sharding))
 
-    jitted_prefill, letters = jax.jit(prefill_images, in_shardings=(shardings, placed)), scoring(0)
-    return PrefixEvaluator(mesh, started, letters, scoring(num_new) if num_new else letters, num_new)
+    jitted_prefill, letters = jax.jit(prefill_images, in_shardings=(shardings, rows_sharding)), scoring(0)
+    return PrefixEvaluator(mesh, put_and_prefill, letters, scoring(num_new) if num_new else letters, num_new)
 
 
 def evaluate_controls(
@@ -196,9 +197,9 @@ def evaluate_controls(
     batch_size: int,
     image_token_id: int,
 ) -> tuple[list[Prediction], dict[str, list[Prediction]]]:
-    """(the predictions of `evaluate`, those of each control, which have no free answer).
+    """(predictions as by `evaluate`, {control: its predictions, without free answers}).
 
-    controls: name -> the records of `encoded` asked again (`data.controls.ControlSet`).
+    controls: name -> the records of `encoded` with changed questions (`data.controls.ControlSet`).
 
     Raises:
       ConfigError, NonFiniteScores: as `evaluate`.
@@ -206,7 +207,7 @@ def evaluate_controls(
     from medcg_jax.data.eval_batches import rounds
 
     check_batch(evaluator.mesh, batch_size, "eval.batch_size")
-    sets, rows, questions = [encoded, *controls.values()], own_rows(evaluator.mesh, batch_size), []
+    sets, rows, questions = [encoded, *controls.values()], local_rows(evaluator.mesh, batch_size), []
 
     def prompts():
         for turn in rounds(encoded, sets[1:], batch_size, image_token_id=image_token_id, rows=rows):

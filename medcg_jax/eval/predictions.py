@@ -1,4 +1,4 @@
-"""Predictions: one record's outcome, the file of them, what is read from it, and their summary."""
+"""Predictions of choice questions: their file, its checks, and their summary."""
 
 import dataclasses
 import functools
@@ -22,27 +22,27 @@ if TYPE_CHECKING:
     from medcg_jax.data.encoding import Encoded
     from medcg_jax.data.tokenizer import Tokenizer
 
-# Decimals of a log-probability in the file: differences between meshes lie below.
+# Decimals of a log-probability in the file; meshes differ by less.
 DECIMALS = 4
 # A file of answers: 100,000 records with long options take some 60 MB.
 MAX_ANSWER_BYTES = 2**27
-# A log-probability of 1 may come out of float32 a little above 0.
+# In float32 the logarithm of a probability near 1 may be a little above 0.
 MOST_LOGPROB = 0.01
 
 
 class NonFiniteScores(ValueError):
-    """Log-probabilities are not numbers; the message names the record."""
+    """Log-probabilities are not finite; the message names the record."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One record's outcome; the fields are the keys of a line of the predictions file.
+    """A model's answer to one record; the fields are the keys of a line of the predictions file.
 
     Attributes:
       options: the texts, in letter order. answer: the right letter.
       predicted: the offered letter with the largest log-probability (the first of equals).
       logprobs: of each offered letter in nats, over the full vocabulary.
-      generated: text of the free answer; None where none was asked for.
+      generated: text of the free answer; None without one.
     """
 
     id: str
@@ -83,7 +83,7 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
 
 
 def write_controls(path: Path, controls: Mapping[str, Iterable[Prediction]]) -> None:
-    """The same of questions asked again, with the control's name as a further key, "control"."""
+    """Writes controls like predictions, with the control's name under a further key, "control"."""
     lines = (_line(p, control=name) + "\n" for name, predictions in controls.items() for p in predictions)
     write_whole(path, "".join(lines))
 
@@ -91,20 +91,20 @@ def write_controls(path: Path, controls: Mapping[str, Iterable[Prediction]]) -> 
 def _line(prediction: Prediction, **more: str) -> str:
     fields = dataclasses.asdict(prediction) | more
     shown = [f"{x:.{DECIMALS}f}" for x in prediction.logprobs]
-    # Numbers with all their decimals, whatever they are, so that equal predictions are equal bytes.
+    # Numbers with a fixed number of decimals, so that equal predictions are equal bytes.
     fields["logprobs"] = None
     text = json.dumps(fields, ensure_ascii=False)
     return text.replace('"logprobs": null', f'"logprobs": [{", ".join(shown)}]', 1)
 
 
 def prediction_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The lines of a predictions file (or of one of controls, which has "control" too), in order.
+    """The lines of a predictions file, or of a controls file, whose lines also have "control"; in order.
 
-    Of each: "id", "subset" text; "options" texts; "answer", "predicted" one of the offered letters; "logprobs" a finite
-    number for each option, or None; "generated" text or None. No question stands twice.
+    Each has "id", "subset" text; "options" texts; "answer", "predicted" one of the offered letters; "logprobs" a finite
+    number for each option, or None; "generated" text or None. No question occurs twice.
 
     Raises:
-      FileError: the file cannot be read, or a line is not so; file, line and field are named.
+      FileError: the file cannot be read, or a line is not of this form; the message names file, line and field.
     """
     asked: dict[tuple[str, str, str], int] = {}
     for number, line in json_lines(path, max_bytes=MAX_ANSWER_BYTES):
@@ -118,22 +118,22 @@ def prediction_lines(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def check_line(line: dict, name: str) -> None:
-    """Raises FileError where a line is no prediction. name: of the file and line."""
+    """Raises FileError if a line is no prediction. name: of the file and line."""
     for key in ("id", "subset", *(["control"] if "control" in line else ())):
         check_text(line, key, name)
     options = line.get("options")
     most = len(string.ascii_uppercase)
     if not isinstance(options, list) or not 0 < len(options) <= most or not all(isinstance(o, str) for o in options):
-        raise FileError(f"{name}: {field(line, 'options')}: a list of 1 to {most} texts is accepted")
+        raise FileError(f"{name}: {field(line, 'options')}: expected a list of 1 to {most} texts")
     letters = string.ascii_uppercase[: len(options)]
     for key in ("answer", "predicted"):
         if not isinstance(line.get(key), str) or len(line[key]) != 1 or line[key] not in letters:
-            raise FileError(f"{name}: {field(line, key)}: one of {', '.join(letters)} is accepted")
+            raise FileError(f"{name}: {field(line, key)}: expected one of {', '.join(letters)}")
     logprobs = line["logprobs"]
     if logprobs is not None:
         if not isinstance(logprobs, list) or len(logprobs) != len(options):
             count = f"{len(logprobs)} values" if isinstance(logprobs, list) else article_of(logprobs)
-            raise FileError(f"{name}: logprobs: {count}; a number for each of the {len(options)} options is accepted")
+            raise FileError(f"{name}: logprobs: {count}; expected a number for each of the {len(options)} options")
         for value in logprobs:
             check_number(value, f"{name}: logprobs", most=MOST_LOGPROB)
     if line["generated"] is not None:
@@ -141,9 +141,9 @@ def check_line(line: dict, name: str) -> None:
 
 
 def check_text(line: dict, key: str, name: str, *, empty: bool = False) -> None:
-    """Raises FileError where a field of a line is no text, or empty where `empty` is false."""
+    """Raises FileError if a field of a line is no text, or is empty although `empty` is false."""
     if not isinstance(line.get(key), str) or not (line[key] or empty):
-        raise FileError(f"{name}: {field(line, key)}: text is accepted")
+        raise FileError(f"{name}: {field(line, key)}: expected text")
 
 
 def field(line: dict, key: str) -> str:
@@ -152,12 +152,12 @@ def field(line: dict, key: str) -> str:
 
 
 def summary(predictions: Sequence[Prediction]) -> dict:
-    """How predictions turned out; shares are 0-1, and None where nothing was asked.
+    """Scores of predictions; shares are 0-1, and None without predictions.
 
     n, correct, accuracy, ci_low, ci_high: by the letters' likelihoods, with Wilson's 95 % interval.
-    letters, answers: how often each letter was predicted, and was right.
-    letter_mass: mean probability of the offered letters together; near 0 the prompt or the ids are wrong.
-    generated_accuracy, unparsed_rate: of the free answers; an unparsed one is no right one.
+    letters, answers: how often each letter was predicted, and was the right one.
+    letter_mass: mean of the offered letters' total probability; near 0 if the prompt or the token ids are wrong.
+    generated_accuracy, unparsed_rate: of the free answers; an answer that cannot be parsed counts as wrong.
     """
     n = len(predictions)
     correct = sum(p.predicted == p.answer for p in predictions)
@@ -177,8 +177,8 @@ def summary(predictions: Sequence[Prediction]) -> dict:
     }
 
 
-# A report asks for the same few counts thousands of times.
+# Cached, as a report needs the same few counts thousands of times.
 @functools.lru_cache(1 << 14)
 def wilson(correct: float, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of an accuracy, as fractions; (0, 1) where n is 0."""
+    """Wilson's interval of an accuracy, as fractions; (0, 1) if n is 0."""
     return proportion_confint(correct, n, alpha=1 - level, method="wilson") if n else (0.0, 1.0)

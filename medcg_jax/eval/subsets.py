@@ -1,4 +1,4 @@
-"""Subsets tested with one set of parameters, choice questions and questions about boxes alike; and `medcg eval`."""
+"""Tests of subsets, with choice questions or questions about boxes; and `medcg eval`."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from medcg_jax.eval import boxes, grounding, letters, predictions
 from medcg_jax.eval.boxes import BoxAnswer
 from medcg_jax.eval.predictions import Prediction
 from medcg_jax.families.build import shardings
-from medcg_jax.mesh import batch_sharding, check_batch, own_rows, put_batch, replicated
+from medcg_jax.mesh import batch_sharding, check_batch, local_rows, put_batch, replicated
 from medcg_jax.train.checkpoint import load_params
 from medcg_jax.train.preempt import sigterm_saves
 from medcg_jax.train.sanity import check_sees, has_closed_gates
@@ -25,9 +25,9 @@ from medcg_jax.train.setup import Setup, open_setup, start_params
 
 
 class Tester:
-    """Tests one setup's model on encoded test records of either kind, each of which is compiled when first met.
+    """Tests a setup's model on choice questions or questions about boxes; compiles for each kind at its first use.
 
-    sees: whether it is known that the model sees its images; else that is checked first (`train.sanity`).
+    sees: the model is known to see its images; if not, that is checked first (`train.sanity`).
     """
 
     def __init__(self, setup: Setup, graphdef: nnx.GraphDef, *, sees: bool = False):
@@ -58,11 +58,11 @@ class Tester:
         return {"eos_id": eos_id, "max_new_tokens": config.max_new_tokens, "generate": config.generate}
 
     def __call__(self, params, encoded: Encoded) -> list:
-        """An answer for every row, a `Prediction` or a `BoxAnswer`. params: of the whole model, on the setup's mesh.
+        """A `Prediction` or a `BoxAnswer` for every row. params: of the whole model, on the setup's mesh.
 
         Raises:
           BlindModel: the model does not see images.
-          NonFiniteScores: the parameters are no use.
+          NonFiniteScores: the parameters give scores that are not finite.
         """
         setup, size = self._setup, self._setup.run.eval.batch_size
         if encoded.asked:
@@ -74,13 +74,13 @@ class Tester:
     def with_controls(
         self, params, encoded: Encoded, controls: Mapping[str, Encoded]
     ) -> tuple[list[Prediction], dict[str, list[Prediction]]]:
-        """Predictions of choice questions, and those of the controls in which the same images are asked about again.
+        """(predictions, {control: predictions}) of choice questions; controls ask about the same images again.
 
-        Where each image is asked about once more alone ("shuffled_images"), the program of the plain test asks: it need
-        not be compiled anew, and the plain predictions are the bytes that they are without a control.
+        "shuffled_images" alone uses the program of the plain test, so that nothing more is compiled and the plain
+        predictions have the same bytes as without a control.
 
         Raises:
-          BlindModel, NonFiniteScores: as of a call.
+          BlindModel, NonFiniteScores: as `__call__`.
         """
         setup = self._setup
         if controls.keys() == {"shuffled_images"}:
@@ -105,15 +105,15 @@ class Tester:
     def _check_sees(
         self, params, encoded: Encoded, score: Callable, controls: Mapping[str, Encoded] | None = None
     ) -> None:
-        """Raises BlindModel where other pixels change nothing of what `score` gives; once for all tests.
+        """Raises BlindModel if other pixels change no score; checked once for all tests.
 
-        score: (params, the first batch of the test, or with controls the first round) -> (float32[B, K], ...).
+        score: (params, first batch of the test, or with controls the first round) -> (float32[B, K], ...).
         """
         setup, size = self._setup, self._setup.run.eval.batch_size
         if self._sees or not len(encoded) or has_closed_gates(params):
             return
         check_batch(setup.mesh, size, "eval.batch_size")
-        rows = own_rows(setup.mesh, size)
+        rows = local_rows(setup.mesh, size)
         if controls is None:
             first, (batch, _) = None, next(eval_batches(encoded, size, rows=rows))
         else:
@@ -129,11 +129,11 @@ class Tester:
         self._sees = check_sees(scored, batch, setup.pixels, name)
 
     def _letter_logits(self, params, batch) -> tuple[jax.Array]:
-        """(float32[B, V] logits behind each prompt,): of questions that are answered in boxes."""
-        mesh, graphdef, placed = self._model
+        """(float32[B, V] logits at each prompt's end,), for questions about boxes."""
+        mesh, graphdef, param_shardings = self._model
         jitted = jax.jit(
             lambda params, batch: letters.letter_logits(nnx.merge(graphdef, params), batch),
-            in_shardings=(placed, batch_sharding(mesh)),
+            in_shardings=(param_shardings, batch_sharding(mesh)),
             out_shardings=replicated(mesh),
         )
         arrays = {key: value for key, value in batch.items() if key != "row_mask"}
@@ -142,28 +142,27 @@ class Tester:
 
 
 def with_images_of(control: Encoded, encoded: Encoded) -> Encoded:
-    """The rows of a control (`data.controls.ControlSet`) with the images of the set that it asks about, where these are
-    decoded already; nothing is copied."""
+    """A control (`data.controls.ControlSet`) with the decoded images of `encoded`, if any; nothing is copied."""
     if encoded.images is None:
         return control
-    places = np.asarray(control.records.places)  # type: ignore[attr-defined]
-    images: dict = {key: _Taken(array, places) for key, array in encoded.images.items()}
+    indices = np.asarray(control.records.places)  # type: ignore[attr-defined]
+    images: dict = {key: _RowsOf(array, indices) for key, array in encoded.images.items()}
     return dataclasses.replace(control, images=images)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Taken:
-    """`array[places]`, of which the rows that are asked for alone are copied."""
+class _RowsOf:
+    """`array[indices]`, computed only for the rows that are read."""
 
     array: np.ndarray
-    places: np.ndarray
+    indices: np.ndarray
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        return self.array[self.places[rows]]
+        return self.array[self.indices[rows]]
 
 
 def write_tested(workdir: Path, name: str, answers: Sequence[Prediction | BoxAnswer]) -> None:
-    """Writes `predictions/NAME.jsonl` of choice questions, `boxes/NAME.jsonl` of questions about boxes."""
+    """Writes `predictions/NAME.jsonl` for choice questions, `boxes/NAME.jsonl` for questions about boxes."""
     located = [answer for answer in answers if isinstance(answer, BoxAnswer)]
     chosen = [answer for answer in answers if isinstance(answer, Prediction)]
     if chosen:
@@ -174,15 +173,15 @@ def write_tested(workdir: Path, name: str, answers: Sequence[Prediction | BoxAns
 
 @sigterm_saves()
 def evaluate_subsets(config: RunConfig, workdir: Path) -> dict:
-    """Tests on `data.subsets` (empty: all of choice questions) and leaves `write_tested`'s files of each in `workdir`;
-    prints a line for each.
+    """Tests on `data.subsets` (empty: all with choice questions); writes each one's files to `workdir`
+    (`write_tested`) and prints a line for it.
 
-    The parameters are those that `medcg train` left in `workdir`, else the model's checkpoint.
+    The parameters are those that `medcg train` wrote to `workdir`, else the model's checkpoint.
     Returns {"workdir", "subsets": {name: `predictions.summary`, or `boxes.summary`}}.
 
     Raises:
       ConfigError, DataError: as `open_setup`; or there are no parameters, or the model does not see images.
-      Interrupted: the process was told to stop; files of the subsets tested so far are there.
+      Interrupted: the process was told to stop; the files of the subsets tested so far are written.
     """
     trained = workdir / "params"
     setup = open_setup(config, trained=trained if trained.is_dir() else None)
@@ -201,10 +200,10 @@ def evaluate_subsets(config: RunConfig, workdir: Path) -> dict:
 
 
 def parameters(setup: Setup, trained: Path):
-    """(graphdef, params) of `trained` where it exists, else of the model's checkpoint.
+    """(graphdef, params) from `trained` if it exists, else from the model's checkpoint.
 
     Raises:
-      ConfigError: neither is there.
+      ConfigError: neither exists.
     """
     if trained.is_dir():
         return load_params(trained, setup.model, setup.mesh, base=setup.run.model.checkpoint)[:2]

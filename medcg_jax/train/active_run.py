@@ -1,4 +1,4 @@
-"""One run of the training loop: what it is made of, how far it is, and all that it writes."""
+"""One run of the training loop: its parts, its progress, and all that it writes."""
 
 import json
 from collections.abc import Callable
@@ -22,9 +22,9 @@ class NonFiniteLoss(RunError):
 
     Attributes:
       run: its name.
-      step: updates made, the one with this loss included.
-      records: ids of the records of this process's rows of its batch.
-      checkpoint: the last good one, or None.
+      step: updates made, including the one with this loss.
+      records: ids of the records in this process's rows of the batch.
+      checkpoint: the last good checkpoint, or None.
     """
 
     def __init__(self, run: str, step: int, loss: float, grad_norm: float, records: list[str], checkpoint: Path | None):
@@ -37,7 +37,7 @@ class NonFiniteLoss(RunError):
 
 
 class Stream(Protocol):
-    """Batches from a position on, as `data.pipeline.Batches`: yields (batch, ids of its records)."""
+    """Batches from a position on, as from `data.pipeline.Batches`: yields (batch, ids of its records)."""
 
     def __next__(self) -> tuple[dict[str, np.ndarray], list[str]]: ...
 
@@ -48,13 +48,13 @@ class Stream(Protocol):
 class RunSpec:
     """What a run is made of.
 
-    hparams: run-time values (`optim.hparams_from`); runs in one program may differ in all of them.
-    open_stream: the run's batches from a position (batches drawn before) on.
-    metrics: file of its metrics; None: none are kept. tensorboard: directory, wandb: where else; None: none.
-    checkpoints: directory; None: nothing is saved, and a run that is stopped starts anew.
-    config: JSON kept in the checkpoints; another one there is an error.
-    flops_per_step: what the model needs for one step (`setup.step_flops`); None: not known.
-    pixels: keys of a batch's images, which the model must be found to see before the first step; (): it is not asked.
+    hparams: run-time values (`optim.hparams_from`); runs of one program may differ in all of them.
+    open_stream: takes the number of batches drawn before; gives the run's batches from there on.
+    metrics: file for its metrics; None: they are not kept. tensorboard: directory, wandb: target; None: not used.
+    checkpoints: directory; None: nothing is saved, and a stopped run starts over.
+    config: JSON that is kept in the checkpoints; a checkpoint with another one is an error.
+    flops_per_step: FLOPs that the model needs for one step (`setup.step_flops`); None: not known.
+    pixels: keys of a batch's images; the loop first checks that the model sees them. (): no check.
     """
 
     name: str
@@ -71,8 +71,8 @@ class RunSpec:
 
 @dataclass
 class RunResult:
-    """How a run ended: updates made, its last line of metrics, what stopped it (None: it is complete), and
-    a line for every damaged checkpoint that was set aside."""
+    """How a run ended: updates made, its last line of metrics, the error that stopped it (None: it is complete), and
+    a line for each damaged checkpoint that was set aside."""
 
     name: str
     step: int = 0
@@ -87,14 +87,14 @@ class Options:
 
     Attributes:
       checkpoint_every_steps: 0: only at the end.
-      keep_start: False: the parameters that the only run starts from are deleted once it has begun, for their memory.
-      peak_flops: of all devices together; None, or a run whose `flops_per_step` is None: mfu is null. Several runs'
-        mfu is that of the program.
-      progress: called with ({name: updates made} of the runs in their slots, text) at every check, in place of a bar
+      keep_start: False: once the only run has begun, the parameters that it started from are deleted to free memory.
+      peak_flops: of all devices together. Where it, or a run's `flops_per_step`, is None, mfu is null. With several
+        runs, mfu is that of the program.
+      progress: called at every check with ({name: updates made} of the runs in their slots, text); replaces the bar
         on stderr.
-      label: what the bar calls the run; "": its name.
-      goodput: clock of the run, or of all runs that a process makes.
-      trace: writes a profile of some steps.
+      label: the run's name in the bar; "": its own name.
+      goodput: clock of the run, or of all runs of this process.
+      trace: profiles some steps.
     """
 
     log_every_steps: int = 10
@@ -110,7 +110,7 @@ class Options:
 
 
 def loop_options(train: TrainConfig) -> dict[str, int]:
-    """What of a training's configuration the loop takes (`Options`)."""
+    """The fields of a training's configuration that are `Options` of the loop."""
     names = ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "keep_every_steps")
     return {name: getattr(train, name) for name in names}
 
@@ -118,7 +118,7 @@ def loop_options(train: TrainConfig) -> dict[str, int]:
 class ActiveRun:
     """A run under way. `step` counts the updates handed to the device, `result.step` those whose loss was checked.
 
-    report: takes a line for people.
+    report: prints a line for people.
     """
 
     def __init__(self, spec: RunSpec, options: Options, report: Callable[[str], None]):
@@ -155,21 +155,21 @@ class ActiveRun:
 
     @property
     def _at_end(self) -> bool:
-        """The last update is handed to the device and its loss not checked yet."""
+        """The last update was handed to the device, and its loss is not checked yet."""
         return self.result.error is None and self.step == self.total != self.result.step
 
     def resume(self, abstract: Callable[[], TrainState]) -> TrainState | None:
-        """The state of the newest whole checkpoint, laid out as `abstract` says; None where there is none.
+        """The state in the newest whole checkpoint, with the shardings of `abstract()`; None without a checkpoint.
 
         Raises:
-          CheckpointError: none can be read, or it is another run's.
+          CheckpointError: no checkpoint can be read, or it belongs to another run.
         """
         if self._checkpoints is None or (restored := self._checkpoints.restore(abstract())) is None:
             return None
         state, meta = restored
         theirs, ours = flat(meta["config"]), flat(json.loads(json.dumps(self.spec.config)))
         for name in sorted(theirs.keys() | ours.keys()):
-            # What is off (0, "", False) may be missing: a field that has come or gone since.
+            # A value that is off (0, "", False) equals a missing one: fields come and go between versions.
             if (theirs.get(name) or None) != (ours.get(name) or None):
                 raise CheckpointError(
                     f"{self._checkpoints.directory} is another run's: {name} is {theirs.get(name)!r} there and "
@@ -182,14 +182,15 @@ class ActiveRun:
         return state
 
     def open(self) -> None:
-        """Opens stream and metrics where the run stands."""
+        """Opens the stream and the metrics file at the run's step."""
         spec = self.spec
         self._stream = spec.open_stream(self.step)
         if spec.metrics and jax.process_index() == 0:
             self._file = MetricsFile(spec.metrics, step=self.step, tensorboard=spec.tensorboard, wandb=spec.wandb)
 
     def draw(self) -> tuple[dict[str, np.ndarray], list[str]]:
-        """The next batch, counted; where the run has ended any batch (the step ignores it) without its records."""
+        """(next batch, its records), counted as a step. A run that has ended gives any batch (the step ignores it) and
+        no records."""
         if self.active or self._drawn is None:
             self._drawn = next(self._stream)
         if not self.active:
@@ -198,7 +199,7 @@ class ActiveRun:
         return self._drawn
 
     def check(self, loss: float, grad_norm: float, lr: float, records: list[str]) -> None:
-        """Takes the numbers of the next update; where they are not finite the run ends with the error in its result."""
+        """Records the numbers of the next update; if they are not finite, the run ends with an error."""
         step = self.result.step + 1
         if not (np.isfinite(loss) and np.isfinite(grad_norm)):
             last = self._checkpoints.latest() if self._checkpoints else None
@@ -212,7 +213,7 @@ class ActiveRun:
             self._losses = []
 
     def write(self, rates: dict) -> None:
-        """Writes the line of metrics that `check` has made, if it is new, with the rates of the time since the last."""
+        """Writes the line of metrics that `check` made, if it is new, with the rates since the line before."""
         line = self.result.metrics
         if "mfu" not in line and line.get("step") == self.result.step:
             line.update(rates)
@@ -220,18 +221,18 @@ class ActiveRun:
                 self._file.write(line)
 
     def save(self, state: Callable[[], TrainState]) -> None:
-        """Saves the run's state, unless it is saved already, not finite, or not to be kept."""
+        """Saves the run's state, unless it is saved already, the run has failed, or no checkpoints are kept."""
         result = self.result
         if self._checkpoints is None or result.error is not None or result.step == self._saved_step:
             return
-        # Copies: the checkpoint is written while the run goes on.
+        # Copies, because the run continues while the checkpoint is written.
         meta = {"position": result.step, "config": self.spec.config}
         meta |= {"metrics": dict(result.metrics), "losses": list(self._losses)}
         self._checkpoints.save(result.step, state(), meta)
         self._saved_step = result.step
 
     def wait(self) -> None:
-        """Returns when what was saved is written."""
+        """Returns when every saved checkpoint is on disk."""
         if self._checkpoints is not None:
             self._checkpoints.wait()
 

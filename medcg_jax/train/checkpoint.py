@@ -1,11 +1,11 @@
-"""Checkpoints of a run's state with its position in the data (Orbax, asynchronous, some kept), and of parameters
-alone; room on disk.
+"""Checkpoints of a run's state and its position in the data (Orbax, asynchronous), checkpoints of parameters alone,
+and the disk space that they need.
 
-A checkpoint is written in `STEP-NUMBER.part`: the arrays by Orbax, then `meta.json`, then the digests of all files
-(`checksums`), each process those of its share. Only then it is renamed to `STEP`, and only then older ones are removed.
-So whatever is called `STEP` was whole once, and a file of it that is missing, or differs in a bit, is damage: it is
-named, the checkpoint is set aside before anything of it is loaded, and the one before it taken. What a kill has left of
-a `.part` is removed at the next start.
+A checkpoint is written to the folder `STEP-NUMBER.part`: arrays by Orbax and `meta.json`, then the digests of all files
+(`checksums`; each process digests its share). The folder is then renamed to `STEP`, and older checkpoints are removed.
+So every folder called `STEP` was once complete, and a missing or changed file in it is damage. A damaged checkpoint is
+reported and set aside before anything is loaded from it, and the one before it is used. A `.part` folder that a killed
+process left behind is removed at the next start.
 """
 
 import itertools
@@ -31,16 +31,16 @@ from medcg_jax.train import checksums
 
 META_FILE = "meta.json"
 PART = ".part"
-# What a process waits for the digests of the others, which read as much as it does itself.
+# How long a process waits for the digests of the others, each of which reads as much as it does itself.
 SHARES_WAIT_S = 1800.0
 POLL_S = 0.02
 UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
-# Saves of this process, of all runs: where one failed, threads of Orbax may go on writing to its directory.
+# Numbers all saves of this process: after a failed save, threads of Orbax may still write to its directory.
 _saves = itertools.count()
 
 
 class CheckpointError(ConfigError):
-    """No checkpoint of those that are there can be read; the message is one line for the user."""
+    """There are checkpoints, and none can be read; the message is one line for the user."""
 
 
 class SaveError(RunError):
@@ -48,13 +48,13 @@ class SaveError(RunError):
 
 
 class Checkpoints:
-    """The checkpoints of one run (or of one cell of several) in `directory`, which all processes see.
+    """The checkpoints of one run (or one cell) in `directory`, which all processes see.
 
     The newest `keep` are kept, and every one whose step is a multiple of `keep_every_steps` (0: none).
-    report: takes the line about a checkpoint that is damaged.
+    report: prints the line about a damaged checkpoint.
 
     Attributes:
-      skipped: a line for every checkpoint that was found damaged and set aside.
+      skipped: a line for each damaged checkpoint that was set aside.
     """
 
     def __init__(
@@ -74,49 +74,49 @@ class Checkpoints:
         barrier(f"{self.directory} is clean")
 
     def save(self, step: int, state, meta: dict) -> None:
-        """Writes `state` (a tree of arrays) and `meta` (JSON) for `step`; the files are written while the run goes on.
+        """Writes `state` (a tree of arrays) and `meta` (JSON) for `step`, in the background.
 
-        A checkpoint appears whole or not at all. One of the same step is already there: nothing is written.
+        A checkpoint appears whole or not at all. If there is one of this step already, nothing is written.
 
         Raises:
-          SaveError: the one before could not be written (a full disk). The run ends over it: what it would do from now
-            on could not be kept, and the last good checkpoint is still there.
+          SaveError: this or the previous checkpoint could not be written (a full disk). The run ends then, because its
+            further steps could not be kept; the last good checkpoint is still there.
         """
         self.wait()
         if step in self.steps():
             return
         plain = _plain(state)
         # Processes of one run save together, so all give it the same name.
-        part = self.directory / f"{step}-{next(_saves)}{PART}"
-        self._saving = step, num_bytes(plain), part
+        folder = self.directory / f"{step}-{next(_saves)}{PART}"
+        self._saving = step, num_bytes(plain), folder
         try:
             if jax.process_index() == 0:
-                part.mkdir()
-                write_whole(part / META_FILE, json.dumps({**meta, "step": step}, indent=1) + "\n")
-            self._orbax.save(part / "state", args=ocp.args.StandardSave(plain))
+                folder.mkdir()
+                write_whole(folder / META_FILE, json.dumps({**meta, "step": step}, indent=1) + "\n")
+            self._orbax.save(folder / "state", args=ocp.args.StandardSave(plain))
         except Exception as error:  # Orbax and TensorStore raise many kinds for a disk
             raise self._save_error(error) from error
-        # A daemon: a process that is told to end at once does not wait for a
-        self._writing = threading.Thread(target=self._finish, args=(step, part), name="checkpoint", daemon=True)
+        # A daemon, so that a process that is told to end at once does not wait for it.
+        self._writing = threading.Thread(target=self._finish, args=(step, folder), name="checkpoint", daemon=True)
         self._writing.start()
 
     def restore(self, abstract_state) -> tuple[Any, dict] | None:
-        """(state, meta) of the newest checkpoint that is whole; None where there is none at all.
+        """(state, meta) of the newest whole checkpoint; None if there are no checkpoints.
 
-        abstract_state: `jax.ShapeDtypeStruct`s with the shardings wanted, of any mesh and any number of processes.
+        abstract_state: `jax.ShapeDtypeStruct`s with the target shardings, of any mesh and any number of processes.
 
         Raises:
           CheckpointError: there are checkpoints, and none can be read.
         """
         self.wait()
-        failed = []
+        failed: list[tuple[int, str]] = []
         for step in reversed(broadcast(f"checkpoints in {self.directory}", self.steps)):
             path = self.directory / str(step)
             why = _first_fault(path)
             if why is None:
                 try:
                     state, meta = self._read(path, step, abstract_state)
-                except Exception as error:  # the same on all processes: they have read the same bytes
+                except Exception as error:  # raised on all processes, which read the same bytes
                     why = _one_line(error)
             if why is not None:
                 failed.append((step, why))
@@ -135,17 +135,17 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints that are there, rising; one that is being written is not."""
+        """The steps of the complete checkpoints, rising."""
         return sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit() and path.is_dir())
 
     def latest(self) -> Path | None:
-        """The newest checkpoint, its files written."""
+        """The directory of the newest checkpoint, once its files are written; None without one."""
         self.wait()
         steps = self.steps()
         return self.directory / str(steps[-1]) if steps else None
 
     def wait(self) -> None:
-        """Returns when everything is written; raises SaveError where that could not be done."""
+        """Returns when everything is written. Raises SaveError if that failed."""
         if self._writing is not None:
             self._writing.join()
             self._writing = None
@@ -159,36 +159,38 @@ class Checkpoints:
         finally:
             self._orbax.close()
 
-    def _finish(self, step: int, part: Path) -> None:
-        """On a thread of its own: digests, the new name, and the end of older checkpoints."""
+    def _finish(self, step: int, folder: Path) -> None:
+        """Runs on a thread: waits for the arrays, writes digests, renames the folder, removes older checkpoints."""
         try:
             self._orbax.wait_until_finished()
             count, whole = jax.process_count(), self.directory / str(step)
-            checksums.write_share(part, jax.process_index(), count)
+            checksums.write_share(folder, jax.process_index(), count)
             if jax.process_index() == 0:
-                _wait_for(lambda: checksums.shares_are_there(part, count), f"digests of {count} processes in {part}")
-                _to_disk(part)
-                os.replace(part, whole)
+                _wait_for(
+                    lambda: checksums.shares_are_there(folder, count), f"digests of {count} processes in {folder}"
+                )
+                _to_disk(folder)
+                os.replace(folder, whole)
                 _to_disk(self.directory)
                 self._remove_old()
             else:
                 _wait_for(whole.is_dir, f"{whole}, from the first process")
-        except Exception as error:  # told by `wait`, on the main thread
+        except Exception as error:  # raised by `wait`, on the main thread
             self._error = error
 
     def _remove_old(self) -> None:
         for step in self.steps()[: -self._keep]:
             if not (self._keep_every and step % self._keep_every == 0):
-                # Renamed first: what a kill leaves of it is no checkpoint.
+                # Renamed first: if a kill interrupts the removal, what is left is not taken for a checkpoint.
                 gone = self.directory / f"{step}-old{PART}"
                 os.replace(self.directory / str(step), gone)
                 shutil.rmtree(gone)
 
     def _save_error(self, error: Exception) -> SaveError:
         assert self._saving is not None
-        step, needed, part = self._saving
+        step, needed, folder = self._saving
         if jax.process_index() == 0:
-            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
         good = self.steps()
         last = f"the last good one is of step {good[-1]}" if good else "there is no other"
         free = free_bytes(self.directory)
@@ -205,7 +207,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(abstract_state), jax.tree.leaves(leaves)), meta
 
     def _set_aside(self, step: int) -> Path:
-        """Moves a damaged checkpoint out of the way: its step will be saved again, and no file is deleted."""
+        """Moves a damaged checkpoint away without deleting a file; its step will be saved again."""
         aside = self.directory.with_name(f"{self.directory.name}-damaged-{step}")
         if jax.process_index() == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -218,40 +220,40 @@ def save_params(
     directory: Path, params, config: Config, meta: dict | None = None, *, trained_on: str = "",
     beside: Sequence[Path] = (),
 ) -> None:  # fmt: skip
-    """Writes parameters in the layout of a converted checkpoint (`model.checkpoint` takes it), whole or not at all.
+    """Writes parameters in the layout of a converted checkpoint (for `model.checkpoint`), whole or not at all.
 
-    meta: JSON that `load_params` gives back: what made them, and its fingerprint.
-    trained_on: the checkpoint that holds the rest, where `params` are no more than the parts that were trained.
-    beside: the tokenizer's file and the checkpoint that the run started from: what an export needs of them is copied.
-    A directory that is there already is replaced.
+    An existing directory is replaced.
+    meta: JSON that `load_params` returns: the configuration that made them, and its fingerprint.
+    trained_on: if `params` are only the trained parts, the checkpoint with the other parameters.
+    beside: the tokenizer's file and the checkpoint that the run started from; what an export needs of them is copied.
     """
     from medcg_jax.families.weights import convert
     from medcg_jax.families.weights.files import copy_companions
 
     directory = Path(directory).absolute()
-    part = directory.with_name(f".{directory.name}.part")
+    folder = directory.with_name(f".{directory.name}.part")
     if jax.process_index() == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    barrier(f"{part} is empty")
-    convert.save_params(part, params, config, trained_on=trained_on)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    barrier(f"{folder} is empty")
+    convert.save_params(folder, params, config, trained_on=trained_on)
     if jax.process_index() == 0:
-        copy_companions(beside, part)
-        (part / META_FILE).write_text(json.dumps(meta or {}, indent=1) + "\n")
-    barrier(f"{part} has its files")
-    checksums.write_share(part, jax.process_index(), jax.process_count())
-    barrier(f"{part} has its digests")
+        copy_companions(beside, folder)
+        (folder / META_FILE).write_text(json.dumps(meta or {}, indent=1) + "\n")
+    barrier(f"{folder} has its files")
+    checksums.write_share(folder, jax.process_index(), jax.process_count())
+    barrier(f"{folder} has its digests")
     if jax.process_index() == 0:
         shutil.rmtree(directory, ignore_errors=True)
-        os.replace(part, directory)
+        os.replace(folder, directory)
     barrier(f"{directory} is written")
 
 
 def load_params(directory: Path, config: Config, mesh: Mesh, *, base: str = "", seed: int = 0):
-    """(graphdef, params, meta) of what `save_params` wrote, on `mesh`.
+    """(graphdef, params, meta) as `save_params` wrote them, on `mesh`.
 
-    base: where to look for what it was trained on, if that is no longer where it was. seed: of adapters that are not
-      there.
+    base: the checkpoint that they were trained on, in case it has moved. seed: initialises adapters that the directory
+      does not have.
 
     Raises:
       CheckpointError: files are missing or damaged.
@@ -271,7 +273,7 @@ def load_params(directory: Path, config: Config, mesh: Mesh, *, base: str = "", 
         graphdef, params = convert.load_checkpoint(Path(directory), config, mesh, parts=parts, seed=seed)
     except convert.WeightsError:
         raise
-    except Exception as error:  # as in Checkpoints.restore
+    except Exception as error:  # Orbax and TensorStore raise many kinds
         raise CheckpointError(
             f"{directory}: parameters cannot be read ({_one_line(error)}); delete the directory to make it anew"
         ) from error
@@ -279,7 +281,7 @@ def load_params(directory: Path, config: Config, mesh: Mesh, *, base: str = "", 
 
 
 def read_meta(directory: Path) -> dict | None:
-    """The meta of parameters that `save_params` wrote; None where there is none that can be read."""
+    """The `meta` that `save_params` wrote; None if it cannot be read."""
     try:
         meta = json.loads((Path(directory) / META_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -288,15 +290,15 @@ def read_meta(directory: Path) -> dict | None:
 
 
 def _first_fault(directory: Path) -> str | None:
-    """`checksums.first_fault`, each process of its share of the bytes; the same on all."""
+    """`checksums.first_fault`, with the same result on all processes; each reads its share of the bytes."""
     fault = checksums.first_fault(directory, jax.process_index(), jax.process_count())
     return next(filter(None, gather(f"digests of {directory}", fault)), None)
 
 
 def _plain(tree) -> dict:
-    """The tree's leaves by their path: what is on disk does not hang on classes of optax or flax."""
+    """The tree's leaves by their path, so that the files do not depend on classes of optax or flax."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    # Numbered, so that they come back in this order.
+    # Numbered, so that Orbax returns them in this order.
     return {f"{i:04d}{jax.tree_util.keystr(path)}": leaf for i, (path, leaf) in enumerate(leaves)}
 
 
@@ -305,17 +307,17 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:160]}"
 
 
-def _wait_for(there: Callable[[], bool], what: str) -> None:
-    """Looks until it is there: other processes show what they have done by their files."""
+def _wait_for(exists: Callable[[], bool], what: str) -> None:
+    """Returns when files that other processes write exist. Raises TimeoutError after `SHARES_WAIT_S`."""
     deadline = time.monotonic() + SHARES_WAIT_S
-    while not there():
+    while not exists():
         if time.monotonic() > deadline:
             raise TimeoutError(f"not seen in {SHARES_WAIT_S:.0f} s: {what}")
         time.sleep(POLL_S)
 
 
 def _to_disk(directory: Path) -> None:
-    """Hands the names in a directory to the disk, so that a machine that fails keeps them."""
+    """Flushes the file names in a directory to the disk, so that they survive a power failure."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -330,13 +332,13 @@ def amount(count: float) -> str:
 
 
 def free_bytes(directory: Path) -> int:
-    """Bytes that can be written where `directory` is, or will be."""
+    """Free bytes on the disk of `directory`, which need not exist yet."""
     directory = directory.absolute()
     return shutil.disk_usage(next(path for path in (directory, *directory.parents) if path.exists())).free
 
 
 def used_bytes(directory: Path) -> int:
-    """Bytes of all files below a directory; 0 where there is none."""
+    """Bytes of all files below a directory; 0 if it does not exist."""
     total = 0
     for path in directory.rglob("*"):
         try:
@@ -347,16 +349,16 @@ def used_bytes(directory: Path) -> int:
 
 
 def check_room(directory: Path, needed: float, what: str) -> None:
-    """Makes `directory`; what lies in it already counts as room, since it makes way for what is written.
+    """Creates `directory` and checks that its disk has room. Files in it count as room: they will be replaced.
 
-    needed: bytes. what: the fields that decide how many.
+    needed: bytes. what: for the message, what needs them and the fields that decide how many.
 
     Raises:
-      ConfigError: nothing can be written there, or it has less room than is needed; the message names both amounts.
+      ConfigError: the directory cannot be written, or has too little room; the message names both amounts.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        # Tried, not asked for: root may write where the mode says no, and not on a read-only disk.
+        # A write is tried, since the mode says too little: root may write anyway, and nobody on a read-only disk.
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(b"0")
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Digests of the files of a checkpoint: no bit of it changes, and no file comes or goes, without being seen.
+"""Digests of a checkpoint's files: every changed bit, and every missing or additional file, is noticed.
 
-They lie in the checkpoint's directory as `checksums.INDEX-of-COUNT.json`: each of COUNT processes digests its share of
-the files, so that no process reads all of a large checkpoint, and none waits for another's numbers.
+The digests are in the checkpoint's directory, as `checksums.INDEX-of-COUNT.json`. Each of COUNT processes digests its
+share of the files, so that no process reads all of a large checkpoint.
 """
 
 import hashlib
@@ -16,21 +16,21 @@ SHARE_NAME = re.compile(r"checksums\.[0-9]{1,6}-of-([0-9]{1,6})\.json")
 
 
 def write_share(directory: Path, index: int, count: int) -> None:
-    """Writes the digests of every COUNTth file of `directory` from number `index` on; all files must be there."""
+    """Writes the digests of every COUNTth file of `directory`, from file `index` on; all files must be complete."""
     names = _files(directory)[index::count]
     files = {name: _digest(directory / name) for name in names}
     write_whole(directory / share_name(index, count), _text(index, count, files))
 
 
 def shares_are_there(directory: Path, count: int) -> bool:
-    """Whether every one of `count` processes has written its digests."""
+    """Whether all `count` processes have written their digests."""
     return all((directory / share_name(index, count)).is_file() for index in range(count))
 
 
 def first_fault(directory: Path, index: int = 0, count: int = 1) -> str | None:
-    """What is wrong with the files of `directory`, in a few words with a file's name; None: nothing is.
+    """The first fault of the files in `directory`, in a few words with the file's name; None: no fault.
 
-    Their names and sizes are all looked at, the bytes of every COUNTth from number `index` on alone.
+    Names and sizes of all files are checked, and the bytes of every COUNTth file from file `index` on.
     """
     try:
         expected, names = _read_shares(directory), _files(directory)
@@ -61,26 +61,26 @@ def share_name(index: int, count: int) -> str:
 
 
 def _read_shares(directory: Path) -> dict[str, list]:
-    """File -> [bytes, digest] of all shares.
+    """File -> [bytes, digest], from all shares.
 
     Raises:
-      _BadShare: one is missing, broken, or of another number of processes.
+      _BadShare: a share is missing, broken, or of another number of processes.
     """
-    there = {path.name for path in directory.iterdir() if _is_share(path.name)}
-    counts = [int(name[1]) for name in map(SHARE_NAME.fullmatch, there) if name]
+    present = {path.name for path in directory.iterdir() if _is_share(path.name)}
+    counts = [int(name[1]) for name in map(SHARE_NAME.fullmatch, present) if name]
     count = max(counts, default=1)
     names = [share_name(index, count) for index in range(count)]
     for name in names:
-        if name not in there:
+        if name not in present:
             raise _BadShare(f"{name} is missing")
-    for name in sorted(there - set(names)):
+    for name in sorted(present - set(names)):
         raise _BadShare(f"{name} is no file of it")
     shares: dict[str, list] = {}
     for index, name in enumerate(names):
         try:
             text = (directory / name).read_text(encoding="utf-8")
             files = json.loads(text)["files"]
-            # Exactly as it was written, digest and all: there is no second way to write the same.
+            # The same text must come out again, with its own digest: each share can be written in one way only.
             whole = text == _text(index, count, files)
         except (ValueError, TypeError, KeyError, AttributeError):
             whole = False
@@ -97,14 +97,14 @@ def _text(index: int, count: int, files: dict[str, list]) -> str:
 
 
 def _digest(path: Path) -> list:
-    """[bytes, SHA-256] of a file: on one core as quick as most disks (1.3 GiB/s), and of it two files never agree."""
+    """[bytes, SHA-256] of a file; one core digests 1.3 GiB/s, as fast as most disks."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return [file.tell(), digest]
 
 
 def _files(directory: Path) -> list[str]:
-    """Every file below `directory` but the digests, those being written included."""
+    """Every file below `directory`, without the digests and their temporary files."""
     names = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
     return sorted(name for name in names if not _is_share(name))
 

@@ -1,15 +1,15 @@
-"""How the wall time of a run was spent, over all its starts: goodput, and what the rest went to.
+"""How the wall time of a run was spent, over all its starts: goodput, and the kinds of lost time.
 
-At every instant a run is in one of `KINDS`. While the devices work on a step, that is "productive", whatever the host
-does meanwhile: a loader or a checkpoint costs only what the devices stand still for. Steps that an earlier start had
-made already (they came after the last checkpoint) are "restart", as are start-up and restoring of every start but the
-first. Time between two starts is nobody's: a queue is not a run.
+At every instant a run is in one of `KINDS`. The time in which the devices work on a step is "productive", whatever the
+host does meanwhile: a loader or a checkpoint costs only the time in which the devices are idle. Steps that an earlier
+start had already made (after its last checkpoint) are "restart", and so are start-up and restoring of every start but
+the first. Time between two starts does not count.
 
-Whether a step is still at work is looked at whenever the host turns to something else. A step that ended between two
-looks took as long as the quickest step of the run, within the time between them.
+Whether a step is still running is checked each time the host changes to another activity. A step that ended between
+two checks is taken to have lasted as long as the quickest step of the run, within the time between the checks.
 
-A start writes its part from its first step on. Of one that is killed, what came after its last write is lost: at most
-`WRITE_EVERY_S` and what one step, compilation, save or restoring takes.
+A start writes its times from its first step on. If it is killed, the times after its last write are lost: at most
+`WRITE_EVERY_S` and the duration of one step, compilation, save or restoring.
 """
 
 import bisect
@@ -30,19 +30,20 @@ KINDS = ("productive", "compile", "input", "checkpoint", "restart", "evaluation"
 WRITE_EVERY_S = 5.0
 FILE = "goodput.json"
 MAX_GOODPUT_BYTES = 2**26
-# A run is told from which share of the time the devices wait for the loader, and by how much more from when on again.
+# Share of the time that the devices wait for the loader at which the run is warned, and the increase at which it is
+# warned again.
 LOADER_BOUND_FRAC = 0.1
 WORSE_BY_FRAC = 0.1
-# Steps before that: reading starts cold.
+# Steps before the first warning: the first reads are slow.
 FROM_STEPS = 10
 
 
 @dataclass
 class _Step:
-    """A step on the devices, handed over at `began_s`.
+    """A step on the devices, dispatched at `began_s`.
 
     fresh: share of its runs that make this step for the first time. at: run -> its step. ready: an array of results.
-    running_s: when it was last seen at work. done_s: when it was first seen done, None until then.
+    running_s: when the step was last seen running. done_s: when it was first seen done; None until then.
     """
 
     began_s: float
@@ -54,12 +55,12 @@ class _Step:
 
 
 class Goodput:
-    """The clock of one start. Its methods are for one thread.
+    """The clock of one start. Not thread-safe.
 
-    path: file that this start's part and earlier ones' are written to; None: nothing is written.
-    earlier: parts of earlier starts of the same run (`read_starts`), which stay in `path`.
-    others: parts that have files of their own: what they reached is not new either.
-    restarted: whether start-up is "restart"; None: where there are earlier parts.
+    path: file for the times of this start and of the earlier ones; None: nothing is written.
+    earlier: times of earlier starts of the same run (`read_starts`), which stay in `path`.
+    others: times of starts with files of their own; the steps that these reached are not new either.
+    restarted: whether start-up counts as "restart"; None: if there are earlier starts.
     """
 
     def __init__(
@@ -79,28 +80,28 @@ class Goodput:
         self._reached: dict[str, int] = {}
         self._seconds = dict.fromkeys(KINDS, 0.0)
         self._at_last_lap = dict(self._seconds)
-        # A kind, or of a step the share of it that is productive.
+        # A kind; for a step, the share of it that is productive.
         self._kind: str | float = "restart" if (bool(earlier) if restarted is None else restarted) else "other"
         self._starting = True
         self._since_s = time.perf_counter()
-        self._written_s: float | None = None  # None: nothing is written before there is a step, or bad input would be
+        self._written_s: float | None = None  # until the first step: a failed start-up writes nothing
         self._spans: list[tuple[str | float, float, float]] = []
         self._steps: list[_Step] = []
         self._quickest_s = math.inf
-        self._free_s = self._since_s  # since when the devices are free of all steps before `_steps`
+        self._free_s = self._since_s  # when the devices had finished all steps before `_steps`
 
     def __enter__(self) -> "Goodput":
         return self
 
     def __exit__(self, error, *_) -> None:
-        """Ends the start's part and writes it, unless the start failed before its first step."""
+        """Writes the start's times, unless the start failed before its first step."""
         self._settle()
         if error is None or self._written_s is not None:
             self._write()
 
     @contextmanager
     def within(self, kind: str | float) -> Iterator[None]:
-        """The block's time is of this kind, but for blocks inside it and for what devices do meanwhile."""
+        """The block's time is of this kind, except for blocks inside it and for steps that run meanwhile."""
         outer = self._switch(kind)
         try:
             yield
@@ -109,7 +110,7 @@ class Goodput:
 
     @contextmanager
     def step(self, at: Mapping[str, int], *, compiles: bool = False) -> Iterator[None]:
-        """The block hands a step to the devices: the step number `at[run]` of each run that makes one."""
+        """The block dispatches a step: step number `at[run]` of each run that takes part."""
         if self._starting:
             self._starting = False
             self._switch("other")
@@ -120,13 +121,13 @@ class Goodput:
             yield
 
     def handed(self, at: Mapping[str, int], ready) -> None:
-        """The step is on its way; `ready` is an array of its results."""
+        """The step is dispatched; `ready` is an array of its results."""
         now = time.perf_counter()
         self._steps.append(_Step(now, self._fresh(at), dict(at), ready, running_s=now))
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """The block waits for a step, which ends with it."""
+        """The block waits for a step, and ends with it."""
         self._switch(self._kind)
         steps = [step for step in self._steps if step.done_s is None]
         yield
@@ -143,15 +144,15 @@ class Goodput:
         return lap
 
     def summary(self) -> dict:
-        """`summarise` of all starts, this one up to now."""
+        """`summarise` of all starts, up to now."""
         self._settle()
-        return summarise([*self._earlier, self._part()])
+        return summarise([*self._earlier, self._times()])
 
     def _fresh(self, at: Mapping[str, int]) -> float:
         return sum(step > self._reached_before.get(run, 0) for run, step in at.items()) / len(at) if at else 1.0
 
     def _switch(self, kind: str | float) -> str | float:
-        """Ends the kind that it was and returns it; looks which steps are still at work."""
+        """Ends the current kind and returns it; checks which steps are still running."""
         now = time.perf_counter()
         self._spans.append((self._kind, self._since_s, now))
         before, self._kind, self._since_s = self._kind, kind, now
@@ -165,7 +166,7 @@ class Goodput:
         return before
 
     def _settle(self) -> None:
-        """Adds up what has passed; a step still on the devices counts up to now, what is left of it later."""
+        """Adds up the time so far. A step that is still running counts up to now; the rest of it is added later."""
         self._switch(self._kind)
         now, spans, steps = self._since_s, self._spans, self._steps
         self._spans, self._steps = [], []
@@ -173,7 +174,7 @@ class Goodput:
             self._add(kind, end - began)
         free_s = self._free_s
         for step in steps:
-            # One that began while the devices were free took no longer than until it was seen done.
+            # For a step that began on free devices, the time until it was seen done is an upper bound.
             if step.done_s is not None and step.began_s > free_s:
                 self._quickest_s = min(self._quickest_s, step.done_s - step.began_s)
             free_s = step.done_s or now
@@ -202,24 +203,24 @@ class Goodput:
             self._seconds["productive"] += kind * seconds
             self._seconds["restart"] += (1 - kind) * seconds
 
-    def _part(self) -> dict:
+    def _times(self) -> dict:
         return {"seconds": {kind: round(s, 6) for kind, s in self._seconds.items()}, "reached": dict(self._reached)}
 
     def _write(self) -> None:
         self._written_s = time.perf_counter()
         if self._path is not None:
-            write(self._path, [*self._earlier, self._part()])
+            write(self._path, [*self._earlier, self._times()])
 
 
 class LoaderWatch:
-    """Whether training waits for its data: one line when it does, another only when it gets worse."""
+    """Detects that training waits for its data: one warning, and another only when the wait grows."""
 
     def __init__(self):
         self._waited_s = self._seconds = 0.0
         self._steps, self._reported_frac = 0, 0.0
 
     def warning(self, waited_s: float, seconds: float, steps: int) -> str | None:
-        """The line after so many more steps in so many seconds, `waited_s` of them for data; None: nothing new."""
+        """The warning after `steps` more steps in `seconds`, `waited_s` of them for data; None: no new warning."""
         self._waited_s, self._seconds = self._waited_s + waited_s, self._seconds + seconds
         self._steps += steps
         if self._steps < FROM_STEPS or not self._seconds:
@@ -235,9 +236,9 @@ class LoaderWatch:
 
 
 def read_starts(path: Path) -> list[dict]:
-    """The parts of a run's starts, {"seconds": {kind: s}, "reached": {run: step}}.
+    """The times of a run's starts, each {"seconds": {kind: s}, "reached": {run: step}}.
 
-    [] where there is no such file, and where it cannot be read, which is said: times alone are lost with it.
+    [] if there is no such file. If it cannot be read, also [], with a line on stderr: only times are lost.
     """
     if not path.exists():
         return []
@@ -260,7 +261,7 @@ def read_starts(path: Path) -> list[dict]:
 
 
 def write(path: Path, starts: Sequence[dict]) -> dict:
-    """Writes the parts of all starts with their sum, whole or not at all; returns the sum, as `summarise`."""
+    """Writes the times of all starts and their summary, whole or not at all; returns the summary (`summarise`)."""
     summary = summarise(starts)
     write_whole(path, json.dumps(summary | {"starts": list(starts)}, indent=1) + "\n")
     return summary

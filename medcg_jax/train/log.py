@@ -1,4 +1,4 @@
-"""What a run says: progress, metrics (JSON lines, TensorBoard, Weights & Biases), traces, and what was compiled."""
+"""What a run reports: progress, metrics (JSON lines, TensorBoard, Weights & Biases), traces, compiled programs."""
 
 import importlib
 import json
@@ -16,7 +16,7 @@ from medcg_jax.files import write_whole
 from medcg_jax.untrusted import FileError, check_number, read_text
 
 METRICS = ("step", "loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "mfu", "data_wait")
-# Without a terminal: at most one line in so many seconds.
+# Without a terminal, progress is at most one line in so many seconds.
 PLAIN_LINE_EVERY_S = 10.0
 # A metrics file: 500,000 lines.
 MAX_METRICS_BYTES = 2**27
@@ -25,7 +25,7 @@ WANDB_FILE = "wandb.json"
 
 @dataclass(frozen=True)
 class WandbTarget:
-    """Where a run's metrics go. `workdir` keeps the run's id, so that a restarted run goes on with the same one."""
+    """Where a run's metrics go. The run's id is kept in `workdir`, so that a restarted run continues the same one."""
 
     project: str
     name: str
@@ -34,10 +34,10 @@ class WandbTarget:
 
 
 def load_wandb():
-    """The package.
+    """The package `wandb`.
 
     Raises:
-      ConfigError: it is not installed, or lacks a package of its own.
+      ConfigError: it is not installed, or one of its dependencies is missing.
     """
     try:
         return importlib.import_module("wandb")
@@ -49,7 +49,7 @@ def load_wandb():
 
 
 class WandbLog:
-    """One run there. WANDB_MODE=offline, which is wandb's own, keeps everything below the workdir for `wandb sync`."""
+    """One run in Weights & Biases. With wandb's own WANDB_MODE=offline all stays in the workdir, for `wandb sync`."""
 
     def __init__(self, target: WandbTarget):
         wandb, self._path = load_wandb(), target.workdir / WANDB_FILE
@@ -65,7 +65,7 @@ class WandbLog:
         )  # fmt: skip
 
     def write(self, metrics: dict) -> None:
-        """Logs what is known of a step, once: what a restarted run does again is there already."""
+        """Logs a step's metrics, unless they are logged already: a restarted run repeats steps."""
         step = metrics["step"]
         if step <= self._step:
             return
@@ -81,10 +81,10 @@ class WandbLog:
 
 
 class MetricsFile:
-    """One cell's metrics as JSON lines, each step once, and the same in TensorBoard and Weights & Biases where asked.
+    """One run's metrics as JSON lines, each step once, and optionally in TensorBoard and Weights & Biases.
 
-    Opened at `step` (updates made so far): lines of later steps, and a last line cut off by a kill, are dropped, since
-    the run writes them again.
+    step: updates made so far. Lines of later steps, and a last line that a kill cut off, are dropped: the run writes
+      them again.
     """
 
     def __init__(self, path: Path, *, step: int = 0, tensorboard: Path | None = None, wandb: WandbTarget | None = None):
@@ -111,16 +111,16 @@ class MetricsFile:
             self._wandb.write({key: metrics[key] for key in METRICS})
 
     def close(self) -> None:
-        for thing in (self._file, self._board, self._wandb):
-            if thing is not None:
-                thing.close()
+        for output in (self._file, self._board, self._wandb):
+            if output is not None:
+                output.close()
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics file, without a last one that a kill cut off; [] where there is no file.
+    """The lines of a metrics file, without a last line that a kill cut off; [] if there is no file.
 
     Raises:
-      FileError: a line is no object with a step, or its loss is no finite number; the message names it.
+      FileError: a line is not an object with a step, or its loss is not a finite number; the message names the line.
     """
     if not path.exists():
         return []
@@ -147,9 +147,9 @@ def _rounded(value):
 
 
 class Progress:
-    """A progress bar on a terminal, a plain line now and then elsewhere, the last step always.
+    """A progress bar on a terminal; elsewhere a plain line now and then, and one at the last step.
 
-    total: steps. done: those made before. label: what runs, as "base" or "pairs-03".
+    total: steps. done: steps made before. label: what runs, for example "base" or "pairs-03".
     """
 
     def __init__(self, total: int, *, done: int = 0, label: str = "", stream=None):
@@ -163,7 +163,7 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, desc=label, file=self._stream, unit="step", leave=False)
 
     def update(self, done: int, text: str) -> None:
-        """`done` steps are made; `text` says how they went."""
+        """Shows that `done` steps are made, with `text` beside it."""
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done - self._done)
@@ -173,7 +173,7 @@ class Progress:
         self._done = done
 
     def print(self, line: str) -> None:
-        """One line of its own, above the bar where there is one."""
+        """Prints a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.write(line, file=self._stream)
         else:
@@ -187,8 +187,8 @@ class Progress:
 class StepTrace:
     """Traces the steps `first` to `last` (numbered as in the metrics, both included) below `directory`.
 
-    What a run has done before is waited for first, so that the trace holds these steps alone. Of a run that goes on
-    inside the range only the steps left are traced.
+    The trace begins when the steps before it are done, so that it has only these steps. A run that is resumed inside
+    the range traces its remaining steps.
     """
 
     def __init__(self, directory: Path, first: int, last: int):
@@ -196,14 +196,14 @@ class StepTrace:
         self._tracing = False
 
     def before(self, step: int, running) -> None:
-        """To be called before `step` draws its data. running: arrays that the steps before it will have made."""
+        """Call before `step` draws its data. running: results of the steps before it, to wait for."""
         if not self._tracing and self._first <= step <= self._last:
             jax.block_until_ready(running)
             jax.profiler.start_trace(self._directory)
             self._tracing = True
 
     def after(self, step: int, running) -> None:
-        """To be called when `step` is handed to the devices. running: arrays that it will have made."""
+        """Call after `step` is dispatched. running: its results, to wait for."""
         if self._tracing and step >= self._last:
             jax.block_until_ready(running)
             self.close()
@@ -215,12 +215,12 @@ class StepTrace:
 
 
 class CompileMonitor:
-    """Counts the programs compiled in this process since the monitor was made, and those taken from the cache.
+    """Counts the programs that this process has compiled, or taken from the cache, since the monitor was created.
 
     Attributes:
       compiled: programs that XLA compiled.
-      from_cache: programs read from the persistent compilation cache instead.
-      seconds: spent on both.
+      from_cache: programs read from the persistent compilation cache.
+      seconds: time spent on both.
     """
 
     def __init__(self):
@@ -241,16 +241,16 @@ class CompileMonitor:
             self.from_cache += 1
 
     def _on_duration(self, event: str, duration_secs: float, **_) -> None:
-        # One for every program, from the cache or not.
+        # JAX sends this event for programs from the cache too.
         if event == "/jax/core/compile/backend_compile_duration":
             self._requests += 1
             self.seconds += duration_secs
 
 
 def keep_programs() -> None:
-    """Keeps compiled programs for later starts and other runs, where JAX_COMPILATION_CACHE_DIR says or in ~/.cache.
+    """Keeps compiled programs for later starts and other runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache.
 
-    Without a home folder (a container with a user of its own) they are not kept, which is said.
+    Without a home folder (as in some containers) they are not kept, and a line on stderr says so.
     """
     if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
@@ -267,7 +267,7 @@ def keep_programs() -> None:
 
 
 def enable_cache(directory: Path) -> None:
-    """Keeps every compiled program, however small, in `directory`, and takes from there what is there already."""
+    """Keeps every compiled program, however small, in `directory`, and reuses those that are in it."""
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,7 +1,7 @@
 """The training loop: one run, or a queue of runs that one program trains several at a time.
 
-The host runs ahead of the device: losses stay there and are fetched together every `log_every_steps`. All of them are
-checked then, and before anything is saved, so no checkpoint ever holds numbers that followed a non-finite loss.
+The host runs ahead of the device: losses stay on the device and are fetched together every `log_every_steps`. They are
+checked then, and before anything is saved, so that no checkpoint is of a step after a non-finite loss.
 """
 
 import time
@@ -30,7 +30,7 @@ MAX_AHEAD = 8
 
 
 def fit(program: Program, params, frozen, spec: RunSpec, **options) -> tuple[TrainState, RunResult]:
-    """(the state after the last step, how the run ended), resumed from a checkpoint where there is one.
+    """(the state after the last step, how the run ended); resumed from a checkpoint if there is one.
 
     Arguments and errors as `fit_queue`.
 
@@ -55,19 +55,19 @@ def fit_queue(
     ended: Callable[[RunResult, TrainState], None],
     **options,
 ) -> None:
-    """Trains every run that `next_spec` gives, `program.num_cells` at a time; one that ends leaves its slot to another.
+    """Trains every run that `next_spec` gives, `program.num_cells` at a time; when a run ends, the next takes its slot.
 
-    Nothing is compiled again for one that comes later. Each starts from its newest checkpoint, or else from `params`.
+    A later run compiles nothing. Each run starts from its newest checkpoint, or else from `params`.
 
-    params, frozen: the trainable parameters that every run starts from, and those that the runs share.
-    next_spec: the next run, or None where there is none now; it is asked again when a slot is or becomes free.
-    ended: called with a run's result, which holds the error of one that diverged, and its own state (on the devices
-      that held it) before the slot is given away.
+    params, frozen: the trainable parameters that every run starts from, and the frozen ones that all runs share.
+    next_spec: gives the next run, or None if there is none now; called again whenever a slot is free.
+    ended: called with a run's result (with the error of a run that diverged) and its state, on the devices that held
+      it, before another run takes the slot.
     options: see `Options`.
 
     Raises:
       BlindModel: the model does not see the images of its first batches.
-      Interrupted: the process was told to stop (`preempt`); what can be saved is.
+      Interrupted: the process was told to stop (`preempt`), and all runs are saved.
       CheckpointError: there are checkpoints, and none can be read.
       SaveError: a checkpoint could not be written.
     """
@@ -86,7 +86,7 @@ def fit_queue(
 
 
 class Loop:
-    """The state of a program's slots on the devices; each slot has a run or None."""
+    """The runs in a program's slots, and their state on the devices; an empty slot has None."""
 
     def __init__(self, program: Program, params, frozen, options: Options):
         if jax.process_count() > 1 and program.mesh.shape["cell"] > 1:
@@ -97,7 +97,7 @@ class Loop:
         self._hparams: Hparams = {}
         self._slots: list[ActiveRun | None] = [None] * program.num_cells
         self._many = program.num_cells > 1
-        # Of steps whose metrics are still on the device: those, and the records of this process's rows in each slot.
+        # (metrics on the device, records of this process's rows in each slot) of each step that is not checked yet.
         self._pending: list[tuple[dict[str, jax.Array], list[list[str]]]] = []
         self._checked_at = 0.0  # 0: the step is not compiled yet
         self._loader = LoaderWatch()
@@ -109,13 +109,13 @@ class Loop:
         return [run for run in self._slots if run is not None]
 
     def fill_slots(self, next_spec, ended) -> None:
-        """Reports the runs that have ended; gives their slots and empty ones to waiting runs. No loss is unchecked."""
+        """Reports the runs that have ended, and gives free slots to waiting runs. Call when all losses are checked."""
         changed = False
         for slot in range(len(self._slots)):
             while (run := self._slots[slot]) is None or run.over:
                 if run is not None:
                     with self._options.goodput.within("checkpoint"):
-                        run.close()  # first: whoever hears of the end may remove the checkpoints
+                        run.close()  # before `ended`, which may remove the checkpoints
                     ended(run.result, self._program.take(self._state, slot))
                     self._slots[slot], changed = None, True
                     if not self._many:
@@ -127,12 +127,12 @@ class Loop:
                 changed = True
         if changed:
             self._put_hparams()
-            # Rates are of training alone.
+            # Rates do not count this time.
             self._checked_at = self._checked_at and time.perf_counter()
             self._options.goodput.lap()
 
     def _start(self, slot: int, spec: RunSpec) -> None:
-        """Puts a run into a slot, from its newest checkpoint or the start."""
+        """Puts a run into a slot, at its newest checkpoint or its start."""
         program = self._program
         run = self._slots[slot] = ActiveRun(spec, self._options, self._print)
         with self._options.goodput.within("restart"):
@@ -148,7 +148,7 @@ class Loop:
             jax.tree.map(lambda x: x.delete(), self._params)
 
     def step(self) -> None:
-        """Draws a batch for every run and hands one step to the device."""
+        """Draws a batch for every run and dispatches one step."""
         clock, trace = self._options.goodput, self._options.trace
         if trace is not None:
             trace.before(self._furthest() + 1, [metrics for metrics, _ in self._pending[-1:]])
@@ -166,7 +166,7 @@ class Loop:
         clock.handed(at, metrics["loss"])
         self._pending.append((metrics, list(records)))
         if first:
-            # The first call has compiled the step; rates are of what comes after.
+            # The first call compiled the step; rates begin after it.
             self._checked_at = time.perf_counter()
             clock.lap()
         if trace is not None:
@@ -176,14 +176,14 @@ class Loop:
                 jax.block_until_ready(self._pending[-1 - MAX_AHEAD][0]["loss"])
 
     def _check_sees_images(self, batch: dict[str, np.ndarray]) -> None:
-        """Asks the step's own program, without an update, what it makes of other pixels.
+        """Runs the step's own program on other pixels, without an update.
 
         Raises:
-          BlindModel: the same.
+          BlindModel: the loss and the gradient norm are the same.
         """
         run = self.runs[0]
         steps = np.zeros(self._hparams["total_steps"].shape, np.int32)
-        # No run has steps left, so that the state stays as it is, bit for bit.
+        # With 0 steps in all no run is active, so that the state stays the same, bit for bit.
         hparams = {**self._hparams, **self._program.put_hparams({"total_steps": steps})}
 
         def score(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -195,7 +195,7 @@ class Loop:
         self._sees_images = not keys or check_sees(score, batch, keys, name)
 
     def check_and_save(self) -> bool:
-        """Checks losses and saves where a run is due to; whether it did."""
+        """Checks losses, and saves, if a run is due; returns whether losses were checked."""
         save = any(run.save_due for run in self.runs)
         if not save and not any(run.log_due for run in self.runs):
             return False
@@ -205,7 +205,7 @@ class Loop:
         return True
 
     def stop_if_told(self) -> None:
-        """Saves every run and raises Interrupted where the process is told to stop."""
+        """If the process is told to stop: saves every run and raises Interrupted."""
         if not preempt.told_to_stop():
             return
         if self._pending:
@@ -224,7 +224,7 @@ class Loop:
                     run.save(partial(self._program.take, self._state, slot))
 
     def _check(self) -> None:
-        """Fetches what is pending, checks every loss, writes a line of metrics where one is due."""
+        """Fetches and checks all pending losses, and writes the lines of metrics that are due."""
         pending, self._pending = self._pending, []
         with self._options.goodput.waiting():
             fetched = jax.device_get([metrics for metrics, _ in pending])
@@ -259,7 +259,7 @@ class Loop:
             self._put_hparams()
 
     def close(self) -> None:
-        # The last checkpoint may still be being written; one that fails leaves nothing else open.
+        # Closing waits for the last checkpoint; if that fails, the other items are closed too.
         with self._options.goodput.within("checkpoint"), ExitStack() as stack:
             for item in (self._options.trace, self._bar, *self.runs):
                 if item is not None:
@@ -271,7 +271,7 @@ class Loop:
         return {key: np.stack([(some if batch is None else batch)[key] for batch in batches]) for key in some}
 
     def _put_hparams(self) -> None:
-        """The runs' hyper-parameters on the devices; 0 steps where a run has failed or a slot has none."""
+        """Puts the runs' hyper-parameters on the devices; 0 steps for a failed run or an empty slot."""
         if not self.runs:
             return
         stopped = {**self.runs[0].spec.hparams, "total_steps": np.int32(0)}
@@ -279,7 +279,7 @@ class Loop:
         self._hparams = self._program.put_hparams(stack_hparams(values) if self._many else values[0])
 
     def _furthest(self) -> int:
-        """The step of the run that is furthest; of a lone run, its step."""
+        """The greatest step of all runs."""
         return max(run.step for run in self.runs)
 
     def _show_progress(self, samples_per_s: float) -> None:

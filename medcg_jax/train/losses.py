@@ -1,8 +1,8 @@
 """Training losses, as sums that add up over any split of a batch: text, and NExT-Chat's boxes and masks.
 
-Text is cross-entropy at the supervised positions only. NExT-Chat adds boxes in its first two stages and masks in the
-third; weights mark the real boxes. The original appends a mock row to every batch instead, and hides it with a weight
-of 1e-10 on whatever comes last: `original_loss_quirks` computes that, for parity with its numbers.
+Text has cross-entropy at the supervised positions only. NExT-Chat adds losses of boxes in its first two stages and of
+masks in the third; weights mark the real boxes. The original instead appends a mock row to every batch, and gives the
+last value of each mean a weight of 1e-10: `original_loss_quirks` computes that, for parity with its numbers.
 Source: NExT-ChatV/NExT-Chat:mllm/models/nextchat/nextchat_base.py:forward, mllm/models/sam/sam_loss.py at 1e6c20f;
 generalised IoU as arXiv 1902.09630.
 """
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 # Weights of the terms in the loss.
 TERMS = {"ce": 1.0, "l1": 2.0, "giou": 0.2, "cycle1": 1.0, "cycle2": 1.0}
 FOCAL_WEIGHT, FOCAL_ALPHA, FOCAL_GAMMA, DICE_SMOOTH = 20.0, 0.8, 2.0, 1.0
-# Logits from here on count as the mask where its IoU is measured.
+# For the IoU of a predicted mask, pixels with at least this logit are in the mask.
 MASK_LOGIT = 0.5
 MOCK_WEIGHT = 1e-10
 
@@ -21,12 +21,12 @@ MOCK_WEIGHT = 1e-10
 def token_loss(model, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """(sum of the targets' negative log-likelihoods in nats, sum of their weights), both float32[].
 
-    The loss of a batch is the quotient of the two; over parts of a batch, of the two sums. The head runs at
-    `target_positions` alone: L positions a row instead of T.
+    The loss of a batch is their quotient; over microbatches, each is summed first. The head runs only at
+    `target_positions`: L positions a row instead of T.
 
     model: has `image_keys`, `hidden(tokens, images, segment_ids=...)` and `logits(hidden)`, as `families.llava.Llava`.
     batch: tokens and segment_ids int32[B, T], the model's images, target_positions and targets int32[B, L],
-      target_weights float32[B, L] (0 where unused, so a row that only fills a batch has zeros).
+      target_weights float32[B, L] (0 where unused, and in rows that only fill the batch).
     """
     images = {key: batch[key] for key in model.image_keys}
     at_targets, _ = model.hidden(
@@ -34,7 +34,7 @@ def token_loss(model, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array
     )
     nll = negative_log_likelihood(model.logits(at_targets), batch["targets"])
     weights = batch["target_weights"].astype(jnp.float32)
-    # A row without weight must not count even where its numbers overflow: 0 * inf is no 0.
+    # `where`, because a value without weight may overflow, and 0 * inf is not 0.
     return jnp.where(weights > 0, nll * weights, 0.0).sum(), weights.sum()
 
 
@@ -45,7 +45,7 @@ def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """
     logits = logits.astype(jnp.float32)
     logits -= jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-    # A masked sum and no gather: with the vocabulary split over devices each adds its own part.
+    # A masked sum, not a gather: with the vocabulary split over devices, each device adds its own share.
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     target_logit = jnp.where(is_target, logits, 0.0).sum(axis=-1)
     return jnp.log(jnp.exp(logits).sum(axis=-1)) - target_logit
@@ -54,8 +54,8 @@ def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def box_loss(model, batch: dict[str, jax.Array], *, original_loss_quirks: bool = False):
     """(loss times weight, number of supervised tokens), both float32[]: the weighted sum of `box_terms`.
 
-    The quotient is the loss of a batch. Its terms are means over different things, so over the parts of an accumulated
-    batch it is the mean of theirs, weighted by tokens: exact for the text, near for the boxes.
+    Their quotient is the loss of a batch. The terms are means over different counts; over microbatches the loss is the
+    mean weighted by tokens, which is exact for text and approximate for boxes.
     batch: as `box_terms`.
     """
     terms = box_terms(model, batch, original_loss_quirks=original_loss_quirks)
@@ -64,18 +64,18 @@ def box_loss(model, batch: dict[str, jax.Array], *, original_loss_quirks: bool =
 
 
 def box_terms(model, batch: dict[str, jax.Array], *, original_loss_quirks: bool = False) -> dict[str, jax.Array]:
-    """float32[] mean of each term, unweighted: those of `TERMS`; 0 where a batch has nothing to average.
+    """float32[] unweighted mean of each term in `TERMS`; 0 where a batch has nothing to average.
 
-    ce: negative log-likelihood of the supervised tokens. l1, giou: of the boxes decoded at `<at>` to the true ones,
-    per coordinate and per box (boxes with a corner out of order have no giou). cycle1: squared difference of these
-    boxes, encoded again, to the hidden states. cycle2: absolute difference of the given boxes, encoded and decoded.
+    ce: negative log-likelihood of the supervised tokens. l1, giou: between the boxes decoded at `<at>` and the true
+    boxes, per coordinate and per box (boxes with corners out of order have no giou). cycle1: squared difference between
+    the hidden states and the decoded boxes, encoded again. cycle2: absolute difference between the given boxes and
+    themselves, encoded and decoded.
 
     model: as `families.next_chat.NextChat`.
-    batch: as `losses.token_loss`, and of every row `boxes` float32[B, N, 4] in reading order with `box_weights` [B, N]
-      (0 where unused), `at_positions` int32[B, M] of the `<at>` in answers with `at_boxes` float32[B, M, 4] and
-      `at_weights` [B, M].
-    original_loss_quirks: the last row is the mock: no text of it counts, and the last box of each mean has a weight of
-      1e-10, which in giou may be a real one (without any, the original divides by 0; here it is 0).
+    batch: as `token_loss`, and `boxes` float32[B, N, 4] in reading order with `box_weights` [B, N] (0 where unused),
+      `at_positions` int32[B, M] of the `<at>` in answers with `at_boxes` float32[B, M, 4] and `at_weights` [B, M].
+    original_loss_quirks: the last row is the mock: its text does not count, and the last box of each mean has a weight
+      of 1e-10. In giou that may be a real box (without any box the original divides by 0; here giou is 0).
     """
     images = {key: batch[key] for key in model.image_keys}
     num_targets = batch["targets"].shape[1]
@@ -107,7 +107,7 @@ def generalized_iou(boxes: jax.Array, others: jax.Array, valid: jax.Array) -> ja
 
     A box is left, top, right, bottom; others have an area.
     """
-    # Where it does not count, the gradient must be 0 and no NaN.
+    # Where a box does not count, its gradient must be 0, not NaN.
     unit = jnp.array([0.0, 0.0, 1.0, 1.0])
     boxes, others = (jnp.where(valid[..., None], x, unit) for x in (boxes, others))
     inner = _area(jnp.maximum(boxes[..., :2], others[..., :2]), jnp.minimum(boxes[..., 2:], others[..., 2:]))
@@ -117,18 +117,15 @@ def generalized_iou(boxes: jax.Array, others: jax.Array, valid: jax.Array) -> ja
 
 
 def mask_loss(model, batch: dict[str, jax.Array], *, original_loss_quirks: bool = False):
-    """(loss, 1), both float32[]; the weight is 0 without a mask. The loss of stage 3, as `mask_terms` has it.
-
-    As the original: 20 focal + dice, summed over the masks of a batch, plus the mean of iou.
-    """
+    """(loss of stage 3, 1), both float32[]; (loss, 0) for a batch without a mask. batch: as `mask_terms`."""
     focal, dice, iou, weights = mask_terms(model, batch, original_loss_quirks=original_loss_quirks)
     return mask_total(focal, dice, iou, weights), (weights.sum() > 0).astype(jnp.float32)
 
 
 def mask_total(focal: jax.Array, dice: jax.Array, iou: jax.Array, weights: jax.Array) -> jax.Array:
-    """float32[]: the loss of what `mask_terms` gives."""
-    each = FOCAL_WEIGHT * focal + dice
-    return jnp.where(weights > 0, weights * each, 0.0).sum() + _mean(iou, weights)
+    """float32[] loss as in the original: 20 focal + dice, summed over the masks of a batch, plus the mean of iou."""
+    per_mask = FOCAL_WEIGHT * focal + dice
+    return jnp.where(weights > 0, weights * per_mask, 0.0).sum() + _mean(iou, weights)
 
 
 def mask_terms(model, batch: dict[str, jax.Array], *, original_loss_quirks: bool = False):
@@ -136,7 +133,7 @@ def mask_terms(model, batch: dict[str, jax.Array], *, original_loss_quirks: bool
 
     batch: `tokens`, `segment_ids`, the model's images and those of `NextChat.encode_sam_images`; `boxes`,
       `at_positions` and `at_weights` as in `box_terms`; `at_masks` bool or float[B, M, s, s], s SAM's image size.
-    original_loss_quirks: focal's alpha and dice's smoothing are the number of masks.
+    original_loss_quirks: the number of masks replaces focal's alpha and dice's smoothing.
     """
     images = {key: batch[key] for key in model.image_keys}
     at_hidden, _ = model.hidden(
@@ -147,7 +144,7 @@ def mask_terms(model, batch: dict[str, jax.Array], *, original_loss_quirks: bool
     logits = jax.image.resize(masks, target.shape, "bilinear")
     num = weights.sum()
     alpha, smooth = (jnp.where(original_loss_quirks, num, usual) for usual in (FOCAL_ALPHA, DICE_SMOOTH))
-    # The focal factor is of the mean over pixels, not of each pixel.
+    # As in the original, the focal factor is computed from the mean over pixels, not for each pixel.
     bce = (jax.nn.softplus(logits) - logits * target).mean(axis=(-2, -1))
     focal = alpha * (1 - jnp.exp(-bce)) ** FOCAL_GAMMA * bce
     drawn, pixels = jax.nn.sigmoid(logits), (-2, -1)
@@ -157,7 +154,7 @@ def mask_terms(model, batch: dict[str, jax.Array], *, original_loss_quirks: bool
 
 
 def mask_iou(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """float32[...] of logits and 0/1 target[..., s, s]: intersection over union where logits are at least 0.5."""
+    """float32[...] intersection over union of the pixels with logits[..., s, s] of at least 0.5 and a 0/1 target."""
     drawn = (logits >= MASK_LOGIT).astype(jnp.float32)
     inner = (drawn * target).sum(axis=(-2, -1))
     return inner / (drawn.sum(axis=(-2, -1)) + target.sum(axis=(-2, -1)) - inner + 1e-7)
@@ -169,12 +166,12 @@ def _area(low: jax.Array, high: jax.Array) -> jax.Array:
 
 def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     total = weights.sum()
-    # A row without weight must not count even where its numbers overflow: 0 * inf is no 0.
+    # `where`, because a value without weight may overflow, and 0 * inf is not 0.
     return jnp.where(weights > 0, values * weights, 0.0).sum() / jnp.where(total > 0, total, 1.0)
 
 
 def _mock_last(weights: jax.Array) -> jax.Array:
-    """`weights` with the last one that is not 0, in reading order, at 1e-10."""
+    """`weights` with their last value that is not 0, in reading order, set to 1e-10."""
     flat = weights.reshape(-1)
     last = jnp.where(flat > 0, jnp.arange(flat.size), -1).max()
     return jnp.where(jnp.arange(flat.size) == last, MOCK_WEIGHT, flat).reshape(weights.shape)

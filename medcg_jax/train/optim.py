@@ -1,8 +1,8 @@
 """AdamW without a learning rate inside, and the learning rate as a function of run-time values.
 
-Number of steps, warm-up, learning rate and seed are arrays (`hparams`), so that cells which differ in them share one
-compiled step. The schedule and the steps of an epoch are the reference's: huggingface/transformers:optimization.py:
-get_cosine_schedule_with_warmup (5.23.0), whose first warm-up step has the rate 0.
+Number of steps, warm-up, learning rate and seed are arrays (`hparams`), so that cells with different values share one
+compiled step. The schedule and the steps of an epoch are those of the reference, whose first warm-up step has the rate
+0: huggingface/transformers:optimization.py:get_cosine_schedule_with_warmup (5.23.0).
 """
 
 import math
@@ -16,15 +16,15 @@ import optax
 
 from medcg_jax.config import MOST_STEPS, ConfigError, TrainConfig
 
-Hparams = Mapping[str, Any]  # arrays, or numpy scalars before they are on the devices
-# Last names of the parameters that weight decay leaves alone: biases, and the scales of norms.
+Hparams = Mapping[str, Any]  # arrays on the devices, or numpy scalars before
+# Last names of the parameters without weight decay: biases, and the scales of norms.
 NOT_DECAYED = ("bias", "scale")
 
 
 class Optimizer(NamedTuple):
-    """An `optax.GradientTransformation` whose state `init` makes in the dtype that it is kept in.
+    """An `optax.GradientTransformation` whose `init` returns the state in the dtype that it is stored in.
 
-    `update` takes float32 and gives it. param_dtype: in which trainable parameters are kept between updates.
+    `update` takes and returns float32. param_dtype: in which trainable parameters are stored between updates.
     """
 
     init: Callable
@@ -35,8 +35,7 @@ class Optimizer(NamedTuple):
 def make_optimizer(config: TrainConfig) -> Optimizer:
     """AdamW's direction of ascent, to be scaled by minus the learning rate: clip, Adam, decoupled weight decay.
 
-    Its state and its program depend on clip_norm, b1, b2, eps, weight_decay, param_dtype and moment_dtype; on nothing
-    else of `config`.
+    Of `config`, state and program depend on clip_norm, b1, b2, eps, weight_decay, param_dtype and moment_dtype only.
     """
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
@@ -45,7 +44,7 @@ def make_optimizer(config: TrainConfig) -> Optimizer:
     chain = optax.chain(*parts)
 
     def init(params):
-        # Made of float32, as `update` gives them back; all but the count of updates are moments.
+        # From float32 parameters, as `update` has them. All arrays but the count of updates are moments.
         state = chain.init(widen(params))
         return jax.tree.map(lambda x: x.astype(config.moment_dtype) if x.dtype == jnp.float32 else x, state)
 
@@ -53,19 +52,19 @@ def make_optimizer(config: TrainConfig) -> Optimizer:
 
 
 def decay_mask(params):
-    """True for each parameter that is decayed, by its name: layers are stacked, so a norm's scale has two axes."""
+    """True for each parameter with weight decay. By name, as layers are stacked and a norm's scale has two axes."""
     return jax.tree_util.tree_map_with_path(lambda path, _: last_name(path) not in NOT_DECAYED, params)
 
 
 def last_name(path) -> str:
-    """The name of a leaf in its own module: "bias" for decoder.head.bias."""
+    """The last name of a leaf's path: "bias" for decoder.head.bias."""
     return str(getattr(path[-1], "key", getattr(path[-1], "name", path[-1])))
 
 
 def learning_rate(step: jax.Array, hparams: Hparams) -> jax.Array:
-    """float32[] learning rate of the update number `step` (from 0): linear warm-up from 0, then half a cosine.
+    """float32[] learning rate of update number `step` (from 0): linear warm-up from 0, then half a cosine.
 
-    hparams: learning_rate (the peak), end_frac (what is left of it at the end, 0-1), warmup_steps, total_steps.
+    hparams: learning_rate (the peak), end_frac (the last rate over the peak, 0-1), warmup_steps, total_steps.
     """
     step = jnp.asarray(step, jnp.float32)
     warmup = jnp.asarray(hparams["warmup_steps"], jnp.float32)
@@ -88,7 +87,7 @@ def num_steps(config: TrainConfig, num_records: int) -> int:
         return config.steps
     if config.epochs <= 0 or num_records <= 0:
         raise ConfigError(f"epochs={config.epochs} over {num_records} records with steps=0: there is nothing to train")
-    # Rounded first, so that 0.1 of 3,200 records is 10 batches of 32 and no 11.
+    # Rounded first, so that 0.1 of 3,200 records is 10 batches of 32, not 11.
     steps = max(1, math.ceil(round(config.epochs * num_records / config.batch_size, 6)))
     if steps > MOST_STEPS:
         raise ConfigError(
@@ -98,7 +97,7 @@ def num_steps(config: TrainConfig, num_records: int) -> int:
 
 
 def hparams_from(config: TrainConfig, num_records: int) -> Hparams:
-    """numpy scalars learning_rate, end_frac, warmup_steps, total_steps, seed: run-time values over so many records."""
+    """A training's run-time values as numpy scalars: learning_rate, end_frac, warmup_steps, total_steps, seed."""
     total = num_steps(config, num_records)
     return {
         "learning_rate": np.float32(config.learning_rate),
@@ -120,9 +119,9 @@ def widen(tree):
 
 
 def narrow(tree, like, seed: jax.typing.ArrayLike, step: jax.Array):
-    """`tree` in the dtypes of `like`; what loses digits is rounded by noise of (seed, step, place in the tree) alone.
+    """`tree` in the dtypes of `like`; a leaf that loses digits is rounded with noise of (seed, step, leaf index).
 
-    So the same update gives the same bits on every mesh, after every resumption, and in every slot of several cells.
+    So the same update gives the same bits on every mesh, after every resumption, and in every slot of a program.
 
     seed: uint32[] of the run. step: int32[].
     """
@@ -139,12 +138,13 @@ def narrow(tree, like, seed: jax.typing.ArrayLike, step: jax.Array):
 
 
 def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
-    """bfloat16[...] whose mean over keys is x, float32[...]; a number that bfloat16 holds stays as it is.
+    """bfloat16[...] whose mean over keys is x, float32[...]; a number that bfloat16 can hold stays the same.
 
-    A bfloat16 is the upper half of a float32: what is added to the lower half carries as often as that half is large.
+    A bfloat16 is the upper half of a float32. Noise added to the lower half carries into the upper one with a
+    probability in proportion to the lower half.
     """
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     upper = (jax.lax.bitcast_convert_type(x, jnp.uint32) + noise) >> 16
     rounded = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
-    # The carry of a NaN may end anywhere.
+    # A carry could turn a NaN into a number.
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))

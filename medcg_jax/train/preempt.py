@@ -1,9 +1,9 @@
-"""SIGTERM, by which schedulers take a machine back: what runs is saved at a step that all processes agree on.
+"""SIGTERM, with which schedulers take a machine back: runs are saved at a step that all processes agree on.
 
-Signals belong to a process, and so does the state of this module. Between steps (`at_steps`) a SIGTERM is only noted,
-and the loop, which asks `told_to_stop` after each step, saves and raises `Interrupted`; anywhere else `Interrupted` is
-raised at once. With several processes jax's own handler notes the signal, and `reached_preemption_sync_point` gives the
-same answer at the same step to all of them, whichever got it.
+Signals belong to a process, and so does the state of this module. Inside `at_steps` a SIGTERM is only noted: the loop
+calls `told_to_stop` after each step, saves, and raises `Interrupted`. Elsewhere `Interrupted` is raised at once.
+With several processes jax's own handler notes the signal, whichever process got it, and
+`reached_preemption_sync_point` tells all of them at the same step.
 """
 
 import itertools
@@ -18,20 +18,20 @@ import jax
 
 from medcg_jax.config import Interrupted
 
-# One order to stop often comes twice: from the scheduler to every process, and from a parent that hands it on.
+# One order to stop often comes twice: from the scheduler to every process, and from a parent that forwards it.
 SAME_SIGNAL_S = 2.0
 
 _told_at: float | None = None
 _at_steps = False
-# Of all steps that this process ever makes: the processes of a job agree on one of these numbers.
+# Numbers all steps of this process: the processes of a job agree on the number at which they stop.
 _steps = itertools.count(1)
 
 
 @contextmanager
 def sigterm_saves() -> Iterator[None]:
-    """Within it SIGTERM saves what runs and ends in `Interrupted`; a second one, or Ctrl-C then, ends at once."""
+    """Within it a SIGTERM saves the runs and raises `Interrupted`; a second SIGTERM, or Ctrl-C, ends the process."""
     if threading.current_thread() is not threading.main_thread() or jax.distributed.is_initialized():
-        yield  # jax has a handler of its own there
+        yield  # jax has its own handler with several processes
         return
     global _told_at
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -49,7 +49,7 @@ def at_steps() -> Iterator[None]:
     """Within it a SIGTERM waits for `told_to_stop`.
 
     Raises:
-      Interrupted: there was one before.
+      Interrupted: a SIGTERM came before.
     """
     global _at_steps
     if _told_at is not None:
@@ -62,7 +62,7 @@ def at_steps() -> Iterator[None]:
 
 
 def told_to_stop() -> bool:
-    """Whether to save and stop now; to be asked after every step, with the same answer on all processes of a job."""
+    """Whether to save and stop now. Call after every step; the answer is the same on all processes of a job."""
     step = next(_steps)
     if jax.process_count() == 1:
         return _told_at is not None
@@ -75,7 +75,7 @@ def told_to_stop() -> bool:
 
 
 def stop_if_told() -> None:
-    """Raises Interrupted where `told_to_stop`: between the batches of a test, of which nothing is kept."""
+    """Raises Interrupted if the process is told to stop; for tests, which have nothing to save."""
     if told_to_stop():
         raise Interrupted("told to stop")
 

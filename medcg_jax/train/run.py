@@ -1,4 +1,4 @@
-"""`medcg train`: one fine-tune on chosen subsets, with its metrics, checkpoints and final parameters in a workdir."""
+"""`medcg train`: one fine-tune on chosen subsets; metrics, checkpoints and final parameters go to a workdir."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, Source, concat
 from medcg_jax.data.sources import subset_names
 from medcg_jax.families.build import abstract, num_bytes, shardings, split_trainable
-from medcg_jax.mesh import own_rows
+from medcg_jax.mesh import local_rows
 from medcg_jax.nn.base import Base
 from medcg_jax.train import checkpoint, goodput
 from medcg_jax.train.log import StepTrace, WandbTarget, load_wandb
@@ -26,26 +26,26 @@ from medcg_jax.train.preempt import sigterm_saves
 from medcg_jax.train.setup import Setup, open_setup, peak_flops, start_params, step_flops, to_keep
 from medcg_jax.train.step import Program, init_state, make_step
 
-# Sections that, without their free fields, make a run what it is: with others it is not gone on with.
+# Sections that a resumed run must share with its checkpoints, except for their free fields.
 SECTIONS = ("model", "data", "train")
 
 
 def identity(run: RunConfig) -> dict:
-    """What a run's checkpoints must agree on, as in JSON."""
+    """The configuration that a run shares with its checkpoints, as JSON values."""
     sections, free = {name: dataclasses.asdict(getattr(run, name)) for name in SECTIONS}, free_fields()
     fixed = {name: {k: v for k, v in fields.items() if f"{name}.{k}" not in free} for name, fields in sections.items()}
     return json.loads(json.dumps(fixed))
 
 
 def train(run: RunConfig, workdir: Path) -> dict:
-    """Trains on `data.subsets` (empty: all) and leaves `metrics/train.jsonl`, `checkpoints/`, `params/` in `workdir`.
+    """Trains on `data.subsets` (empty: all) and writes `metrics/train.jsonl`, `checkpoints/`, `params/` to `workdir`.
 
-    Run again it goes on from its newest checkpoint, and returns at once when it is done. `goodput.json` says how the
-    time of all its starts was spent, and the result has the same as "goodput".
+    A second call continues from the newest checkpoint, and returns at once if the run is complete. `goodput.json`, and
+    "goodput" in the result, say how the time of all starts was spent.
 
     Raises:
-      ConfigError, DataError: as `open_setup`; there is nothing to train on, or a record gives a test away
-        (`left_out`); or no room for what is left in `workdir`.
+      ConfigError, DataError: as `open_setup`; there is nothing to train on; a record leaks a test (`left_out`); or the
+        disk of `workdir` has too little room.
       NonFiniteLoss: the run diverged.
       Interrupted, CheckpointError, SaveError: as `fit`.
     """
@@ -93,7 +93,7 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
         tensorboard=workdir / "tensorboard" if run.log.tensorboard else None,
         wandb=WandbTarget(run.log.wandb, run.name, workdir, dataclasses.asdict(run)) if run.log.wandb else None,
         checkpoints=workdir / "checkpoints",
-        # Named where there are some alone, so that other runs are gone on with as before.
+        # Absent if no record is left out, so that checkpoints of versions without the field still match.
         config=identity(run) | ({"left_out": sorted(out)} if out else {}),
     )
     state, result = fit(
@@ -119,7 +119,7 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
 def step_program(
     setup: Setup, graphdef: nnx.GraphDef, train: TrainConfig, parts: tuple[str, ...], **options
 ) -> Program:
-    """The step that trains these parts of the setup's model. options: others of `make_step`."""
+    """The program that trains these parts of the setup's model. options: further ones for `make_step`."""
     return make_step(
         setup.mesh,
         graphdef,
@@ -141,13 +141,13 @@ def run_spec(
     weights: Mapping[str, float] | None = None,
     **fields,
 ) -> RunSpec:
-    """A training of these parts on these rows, as the loop takes it.
+    """The loop's description of a training of these parts on these rows.
 
-    weights: subset -> how often its records are drawn (`data.pipeline.Batches`). fields: others of `RunSpec`.
+    weights: subset -> how often its records are drawn (`data.pipeline.Batches`). fields: further ones of `RunSpec`.
     """
 
     def stream(position: int) -> Batches:
-        rows, size = own_rows(setup.mesh, train.batch_size), train.batch_size
+        rows, size = local_rows(setup.mesh, train.batch_size), train.batch_size
         return Batches(encoded, batch_size=size, seed=train.seed, weights=weights, position=position, rows=rows)
 
     flops = step_flops(encoded, setup.model, trainable=parts, batch_size=train.batch_size)
@@ -156,7 +156,7 @@ def run_spec(
 
 
 def _trace(run: RunConfig, workdir: Path, num_steps: int) -> StepTrace | None:
-    """The trace that `log.profile_steps` asks for, of process 0; None: none."""
+    """The trace of `log.profile_steps`, on process 0; None without one."""
     if not run.log.profile_steps:
         return None
     first, last = profile_steps(run.log.profile_steps, num_steps)
@@ -164,9 +164,9 @@ def _trace(run: RunConfig, workdir: Path, num_steps: int) -> StepTrace | None:
 
 
 def check_disk(setup: Setup, workdir: Path) -> None:
-    """Raises ConfigError where `workdir` cannot be written, or has no room for checkpoints and the final parameters."""
+    """Raises ConfigError if `workdir` cannot be written, or has no room for checkpoints and the final parameters."""
     run = setup.run
-    # On disk nothing is quantised.
+    # Files on disk are never quantised.
     _, params = abstract(dataclasses.replace(setup.model, base=Base()))
     trainable, frozen = split_trainable(params, run.model.trainable)
     saved, _ = to_keep(setup, trainable, frozen, run.model.checkpoint)
@@ -179,11 +179,11 @@ def check_disk(setup: Setup, workdir: Path) -> None:
 
 
 def left_out(run: RunConfig, source: Source, subsets: Sequence[str], general: RecordSet | None) -> frozenset[str]:
-    """Ids of the training records that a run leaves out; what is reported or left out is told in a line for each kind.
+    """Ids of the training records that a run leaves out, since they leak a test; prints a line for each kind of leak.
 
-    Its tests are those of all these subsets, which `medcg eval` asks with the same flags. Training records of the
-    subsets are compared by id, by their files' bytes and by patient, and none is decoded for it; near images are looked
-    for among the general records alone, whose questions are compared too. Subsets of phantoms have nothing in common.
+    The tests are those of all these subsets: `medcg eval` with the same flags uses them. Training records of the
+    subsets are compared with the tests by id, by the bytes of their files and by patient, without decoding an image.
+    General records are also compared by question, and by near images. Phantom subsets share nothing.
 
     general: the general records that the run is trained on.
 

@@ -1,5 +1,5 @@
-"""Whether a tokenizer is the model's, and whether the model sees its images. Nothing else would show either fault:
-nothing fails, losses fall, and the model answers from the text alone.
+"""Checks that the tokenizer belongs to the model, and that the model sees its images. Neither fault would show
+otherwise: nothing fails, losses fall, and the model answers from the text alone.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -20,11 +20,11 @@ from medcg_jax.families.weights.files import has_tokenizer
 from medcg_jax.processes import gather
 from medcg_jax.untrusted import FileError, read_json, shown
 
-# Tokens that end a text or a turn: a checkpoint may state another of them than the one that ends a turn in its prompts.
+# Tokens that end a text or a turn. The one that a checkpoint states may differ from the one in its prompts.
 ENDS = ("</s>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>")
 # Other names of fields in a released config.json.
 ALSO = {"image_token_id": ("image_token_id", "image_token_index")}
-# What other pixels change at least, of a number's size: far more than rounding, far less than any image.
+# Least relative change of a number by other pixels: far more than rounding, far less than any image causes.
 LEAST_CHANGE = 1e-6
 
 Batch = Mapping[str, np.ndarray]
@@ -35,9 +35,9 @@ class BlindModel(ConfigError):
 
 
 def check_tokens(tokenizer: Tokenizer, family: str, model: Config) -> None:
-    """Raises ConfigError where ids that stand in prompts, as text or beside it, have no row of the model's table.
+    """Raises ConfigError if the model's embedding table has no row for a token that prompts may contain.
 
-    The image's is replaced, and padding never attended.
+    Two tokens need no row: the image token is replaced, and padding is never attended to.
     """
     placed = {"end of a turn": tokenizer.eos_id, "opening": tokenizer.bos_id}
     placed |= {
@@ -57,7 +57,7 @@ def check_tokens(tokenizer: Tokenizer, family: str, model: Config) -> None:
 
 
 def check_token_ids(tokenizer: Tokenizer, family: str, directory: Path) -> None:
-    """Raises ConfigError for the first special id that a checkpoint states and the tokenizer has otherwise."""
+    """Raises ConfigError for the first special token whose id in the checkpoint is not the tokenizer's."""
     if not directory.is_dir():
         return
     ids = registry.family(family).token_ids(tokenizer)
@@ -69,21 +69,21 @@ def check_token_ids(tokenizer: Tokenizer, family: str, directory: Path) -> None:
         if ours is not None and ours not in accepted:
             raise ConfigError(_message(name, field, number, tokenizer, ours))
     try:
-        for number, content, place in added_in_config(directory):
+        for number, content, source in added_in_config(directory):
             ours = tokenizer.known(content)
             if ours is not None and ours != number:
-                raise ConfigError(_message(place, shown(content), number, tokenizer, ours))
+                raise ConfigError(_message(source, shown(content), number, tokenizer, ours))
     except DataError as error:
         raise ConfigError(str(error)) from error
 
 
 def ids_beside(directory: Path) -> dict[str, int]:
-    """Fields of the architecture -> ids of the tokenizer that lies in a checkpoint's directory, where it states none.
+    """{field of the architecture: id in the tokenizer of a checkpoint's directory}, for ids that its config lacks.
 
-    A tokenizer that cannot be read is told in a line, and says nothing.
+    If the tokenizer cannot be read, a line says so, and the result is empty.
 
     Raises:
-      ConfigError: the image's id is stated, and is another.
+      ConfigError: the config states the image token's id, and the tokenizer has another one.
     """
     if not has_tokenizer(directory):
         return {}
@@ -116,7 +116,7 @@ def _has_config(directory: Path) -> bool:
 
 
 def _stated(directory: Path, family: str, fields: Iterable[str]) -> list[tuple[str, int | list[int], str]]:
-    """(field, id or ids, file) of what a checkpoint's config states of these; a part's field as "text_config.x"."""
+    """(field, id or ids, file) of those fields that a checkpoint's config states; a nested one as "text_config.x"."""
     if not _has_config(directory):
         return []
     path = directory / (MODEL_FILE if (directory / MODEL_FILE).is_file() else "config.json")
@@ -129,7 +129,7 @@ def _stated(directory: Path, family: str, fields: Iterable[str]) -> list[tuple[s
                 if number is not None:
                     stated.append((prefix + name, number, str(path)))
     if family == "next_chat" and path.name != MODEL_FILE:
-        # Its config.json states them by its number of rows.
+        # A released config.json gives these ids only through its number of rows.
         try:
             model = read_config(directory)
         except WeightsError as error:
@@ -139,7 +139,7 @@ def _stated(directory: Path, family: str, fields: Iterable[str]) -> list[tuple[s
 
 
 def _number(value: Any, name: str) -> int | list[int] | None:
-    """An id, or several; None where none is stated (null, or a negative number, as old files say it)."""
+    """An id, or several; None if there is none (null, [], or in old files a negative number)."""
     numbers = value if isinstance(value, list) else [value]
     if value is None or value == []:
         return None
@@ -149,25 +149,25 @@ def _number(value: Any, name: str) -> int | list[int] | None:
 
 
 def pixel_keys(blank: Batch) -> tuple[str, ...]:
-    """The keys of a format's images (`Format.blank`) whose pixels the language model is to see; SAM's are none."""
+    """Keys of a format's images (`Format.blank`) that the language model sees; SAM's images are not among them."""
     return tuple(key for key, x in blank.items() if x.dtype == np.uint8 and not key.startswith("sam_"))
 
 
 def check_sees(score: Callable[[Batch], list[np.ndarray]], batch: Batch, keys: tuple[str, ...], what: str) -> bool:
-    """Whether the batch has an image at all, on any process; it is then known that the model sees them.
+    """True if the model sees the images of the batch; False if the batch has no image on any process.
 
-    score: the numbers that the model makes of a batch, the same on every process; called with other pixels, too.
-    keys: of the pixels, uint8. what: names the run or its subset in the message.
+    score: gives the model's numbers for a batch, the same on every process; also called with the negative images.
+    keys: of the pixels, uint8. what: the run or its subset, for the message.
 
     Raises:
-      BlindModel: images are there, and with the negative of each the numbers are the same.
+      BlindModel: the batch has images, and the numbers of their negatives are the same.
     """
     if not any(gather("whether a batch has images", any(bool(batch[key].any()) for key in keys))):
         return False
     negative = {**batch, **{key: 255 - batch[key] for key in keys}}
     for seen, other in zip(score(batch), score(negative), strict=True):
         finite = np.isfinite(seen) & np.isfinite(other)
-        # What is not finite is another fault, which is told elsewhere.
+        # Numbers that are not finite are another fault, reported elsewhere.
         with np.errstate(invalid="ignore"):
             near = np.abs(np.where(finite, seen - other, np.inf)) <= LEAST_CHANGE * np.maximum(np.abs(seen), 1e-3)
         if not (near | (seen == other)).all():
@@ -179,6 +179,6 @@ def check_sees(score: Callable[[Batch], list[np.ndarray]], batch: Batch, keys: t
 
 
 def has_closed_gates(params) -> bool:
-    """Whether the decoder's cross-attention adds nothing yet, as in a Llama-3.2-Vision of random weights."""
+    """Whether the decoder's cross-attention still adds nothing, as in a Llama-3.2-Vision with random weights."""
     cross = params["decoder"].get("cross") if "decoder" in params else None
     return cross is not None and "attention_gate" in cross and not np.any(np.asarray(cross["attention_gate"]))

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: mesh, tokenizer, architecture and data, all checked first."""
+"""What a run needs before its first step: mesh, tokenizer, architecture and data, all checked."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ from medcg_jax.train.sanity import check_token_ids, check_tokens, pixel_keys
 
 # Model -> the repository of its released checkpoint.
 RELEASED = {name: repo for family in registry.families() for name, repo in family.released.items() if repo}
-# Rows of a tiny model's vocabulary come in such multiples, so that a mesh can split them.
+# A tiny model's vocabulary is a multiple of this, so that a mesh can split it.
 VOCAB_MULTIPLE = 64
 
 
@@ -47,7 +47,7 @@ class Setup:
 
     @functools.cached_property
     def general(self) -> GeneralRecords | None:
-        """What every fine-tune has beside its own records; None: nothing. Read when first asked for, so by no test.
+        """The general records that every fine-tune mixes in; None without any. Read at first use: a test reads none.
 
         Raises:
           DataError: it cannot be read.
@@ -56,31 +56,31 @@ class Setup:
 
     @property
     def pixels(self) -> tuple[str, ...]:
-        """Keys of a batch's images that the language model is to see."""
+        """Keys of a batch's images that the language model sees."""
         return pixel_keys(self.format.blank)
 
     @property
     def companions(self) -> tuple[Path, ...]:
-        """Where what an export needs beside parameters lies: the tokenizer's file, the checkpoint's directory."""
+        """Paths of what an export needs beside the parameters: the tokenizer's file, the checkpoint's directory."""
         return tuple(Path(path) for path in (self.tokenizer.path, self.run.model.checkpoint) if path)
 
     @property
     def loss(self) -> Callable:
-        """The loss of a fine-tune (`loss_fn`): of masks where these parts are trained, or its family's."""
+        """The loss of a fine-tune (`loss_fn`): `mask_loss` if mask parts are trained, else the family's."""
         if trains_masks(self.run.model):
             return mask_loss
         return registry.of(self.model).loss_fn
 
     def has_boxes(self, subset: str) -> bool:
-        """Whether the subset's records have boxes, and not options."""
+        """Whether the subset's records have boxes instead of options."""
         return subset not in {s.name for s in self.source.subsets}
 
     def encode(self, records: RecordSet, **lengths: Any) -> Encoded:
-        """Training rows. lengths: `max_text_tokens`, `max_target_tokens`, in place of the configuration's."""
+        """Training rows. lengths: `max_text_tokens`, `max_target_tokens`, to replace the configuration's."""
         return encode(records, self.tokenizer, dataclasses.replace(self.run.data, **lengths), self.format)
 
     def row_length(self, sets: Sequence[RecordSet], **lengths: Any) -> int:
-        """Tokens of training rows where these are all the records (`data.row_multiple`). lengths: as `encode`."""
+        """Tokens of a training row, if these are all the records (`data.row_multiple`). lengths: as `encode`."""
         data = dataclasses.replace(self.run.data, **lengths)
         longest = (longest_row(records, self.tokenizer, data, self.format) for records in sets)
         return row_length(max(longest, default=data.max_text_tokens + self.format.max_image_tokens), data, self.format)
@@ -98,12 +98,12 @@ def open_setup(
 ) -> Setup:
     """The setup of a run on `devices` (default: all); puts nothing on them.
 
-    has_weights: whether the run has parameters of its own, and needs no checkpoint to start from. trained: their
-      directory, which has their tokenizer, too.
+    has_weights: the run already has parameters, and needs no checkpoint to start from. trained: the directory of such
+      parameters and of their tokenizer.
 
     Raises:
-      ConfigError: weights, tokenizer or data are not there, the tokenizer is another model's, the mesh does not fit the
-        devices or the batch, or a subset does not exist.
+      ConfigError: weights, tokenizer or data are missing, the tokenizer belongs to another model, the mesh does not fit
+        the devices or the batch, or a subset does not exist.
       DataError: the data cannot be read.
     """
     if not has_weights and trained is None:
@@ -135,10 +135,11 @@ def open_setup(
 def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:
     """The tokenizer that `model.tokenizer` names; else the one beside the weights; else the package's small one.
 
-    trained: directory of parameters that were trained from the checkpoint; its tokenizer comes first.
+    trained: directory of parameters that were trained from the checkpoint; its tokenizer takes precedence.
 
     Raises:
-      ConfigError: a released size has none. DataError: it cannot be used.
+      ConfigError: a model of released size has no tokenizer.
+      DataError: the tokenizer cannot be used.
     """
     if model.tokenizer:
         return load_tokenizer(model.tokenizer)
@@ -155,7 +156,7 @@ def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:
 
 
 def with_small_tokenizer(run: RunConfig) -> RunConfig:
-    """The run with the package's tokenizer named where it has none: for random weights, whose speed is measured."""
+    """The run, with the package's small tokenizer if it has none: for random weights whose speed is measured."""
     model = run.model
     if model.tokenizer or model.checkpoint and has_tokenizer(Path(model.checkpoint)):
         return run
@@ -164,13 +165,13 @@ def with_small_tokenizer(run: RunConfig) -> RunConfig:
 
 
 def model_config(model: ModelConfig, tokenizer: Tokenizer) -> Config:
-    """The architecture of a run's model with its tokenizer's ids, and for a tiny one its vocabulary."""
+    """The architecture of a run's model with its tokenizer's ids, and if it is tiny, with its vocabulary."""
     rows = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if model.name in TINY else None
     return architecture(model, vocab_size=rows, **registry.of_model(model.name).token_ids(tokenizer))
 
 
 def check_weights(run: RunConfig) -> None:
-    """Raises ConfigError where the run starts from released weights that are not there; says where they can be had."""
+    """Raises ConfigError if the weights that the run starts from are missing; the message says where to get them."""
     path = run.model.checkpoint
     if path and not Path(path).is_dir():
         hint = ""
@@ -189,7 +190,7 @@ def check_weights(run: RunConfig) -> None:
 
 
 def start_params(setup: Setup, *, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
-    """(graphdef, params) that a run starts from: its checkpoint's, or random ones where it names none."""
+    """(graphdef, params) that a run starts from: those of its checkpoint, or random ones if it names none."""
     path = setup.run.model.checkpoint
     with jax.set_mesh(setup.mesh):
         if not path:
@@ -200,9 +201,9 @@ def start_params(setup: Setup, *, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def to_keep(setup: Setup, trained: nnx.State, frozen: nnx.State, base: str) -> tuple[nnx.State, str]:
-    """(parameters, `trained_on`) of a run for `save_params`; of one with adapters, what it trained and its base.
+    """(parameters, `trained_on`) for `save_params`: all parameters, or with adapters the trained ones and their base.
 
-    base: the checkpoint that the run started from; "": none is kept, and all is.
+    base: the checkpoint that the run started from; "": there is none, so all parameters are saved.
     """
     if setup.run.model.lora_rank and base:
         return trained, base
@@ -210,10 +211,10 @@ def to_keep(setup: Setup, trained: nnx.State, frozen: nnx.State, base: str) -> t
 
 
 def step_flops(encoded: Encoded, config: Config, *, trainable: tuple[str, ...], batch_size: int) -> float | None:
-    """FLOPs that the model needs for a step of `batch_size` rows, on average over the records; None: no formula.
+    """FLOPs that the model needs for a step of `batch_size` rows, on average over the records.
 
-    Real tokens alone, attention as the full square, nothing computed again (arXiv 2204.02311, appendix B). Trainings of
-    masks have no formula: SAM is not in `families.flops`.
+    Counts real tokens only, attention as the full square, and no rematerialisation (arXiv 2204.02311, appendix B).
+    None for trainings of masks: `families.flops` has no formula for SAM.
     """
     if set(trainable) & set(MASK_PARTS):
         return None
@@ -228,6 +229,6 @@ def step_flops(encoded: Encoded, config: Config, *, trainable: tuple[str, ...], 
 
 
 def peak_flops(mesh: Mesh) -> float | None:
-    """Dense bf16 FLOP/s of all devices of the mesh together; None where the table has none of them (a CPU, say)."""
+    """Dense bf16 FLOP/s of all devices of the mesh together; None if `chips` does not list them (a CPU)."""
     peak = peak_bf16(mesh.devices.flat[0].device_kind)
     return peak and peak * mesh.devices.size

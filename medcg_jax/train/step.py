@@ -1,4 +1,4 @@
-"""The training step of one run, and the program that runs it on a mesh for one run or for several cells at once.
+"""The training step of one run, and the program that executes it on a mesh, for one run or for several cells at once.
 
 `train_step` knows nothing of cells: `make_step` maps it over a leading cell axis of state, hparams and batch, while the
 frozen parameters are shared. Steps and learning rate are run-time values, so a grid compiles one program.
@@ -29,7 +29,7 @@ Batch = dict[str, jax.Array]
 @partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "opt_state"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes. Of several cells: every array has a leading cell axis.
+    """What a step changes. With several cells, every array has a leading cell axis.
 
     step: int32[] updates made. params: the trainable parameters, in the optimizer's `param_dtype`. opt_state: optax's.
     """
@@ -55,11 +55,10 @@ def train_step(
     """(the state after one update, metrics); a run whose `step` has reached `total_steps` keeps its state bit for bit.
 
     metrics: float32[] `loss` (mean over the supervised tokens), `grad_norm` (before clipping), `lr`; int32[] `step`
-      (updates made, this one included), `tokens` and `samples` (in the batch, without padding); bool[]
-      `active`.
+      (updates made, including this one), `tokens` and `samples` (in the batch, without padding); bool[] `active`.
     loss_fn: (model, batch) -> (sum, weight), as `losses.token_loss`.
-    accumulation_steps: number of microbatches; sums are weighted by tokens, so it changes no result.
-    param_specs: PartitionSpec of each trainable parameter, laid on its gradient; None: no constraint.
+    accumulation_steps: number of microbatches; sums are weighted by tokens, so the result does not depend on it.
+    param_specs: PartitionSpec of each trainable parameter, which constrains its gradient; None: no constraint.
     """
 
     def sums(params, microbatch):
@@ -67,10 +66,10 @@ def train_step(
         return loss_fn(nnx.merge(graphdef, cast(params), cast(frozen)), microbatch)
 
     grad_fn = jax.value_and_grad(sums, has_aux=True)
-    # Updates are made in float32, whatever the state is kept in.
+    # Updates are computed in float32, whatever dtype the state is stored in.
     params, opt_state = widen((state.params, state.opt_state))
     (total, weight), grads = _accumulate(grad_fn, params, batch, accumulation_steps)
-    # A batch without a supervised token is refused by the data room; here it must not divide by 0.
+    # Encoding refuses records without a supervised token; a batch of padding must not divide by 0.
     grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), grads)
     if param_specs is not None:
         grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, param_specs)
@@ -120,8 +119,8 @@ def _accumulate(grad_fn, params, batch: Batch, num_microbatches: int):
 class Program:
     """A step on a mesh. Call: `state, metrics = program(state, frozen, hparams, batch)`; `state` is donated.
 
-    With `num_cells` 1 there is no cell axis; with more, state, hparams, batch and metrics have a leading axis so long,
-    whose places are slots for runs.
+    With `num_cells` 1 there is no cell axis. With more, state, hparams, batch and metrics have a leading axis of that
+    length; its indices are the slots of runs.
     """
 
     mesh: Mesh
@@ -142,7 +141,7 @@ class Program:
             return self.jitted(state, frozen, hparams, batch)
 
     def start(self, params) -> TrainState:
-        """A fresh state, for every slot from these trainable parameters of one run (copied: the state is donated)."""
+        """A fresh state: in every slot a copy of these trainable parameters of one run (a copy, as it is donated)."""
         with jax.set_mesh(self.mesh):
             return self.jitted_start(params)
 
@@ -152,7 +151,7 @@ class Program:
             return self.jitted_start_run(params)
 
     def put(self, state: TrainState, slot: int, run_state: TrainState) -> TrainState:
-        """`state` (donated) with a slot given to a run in the state `run_state`, laid out as `abstract_run`."""
+        """`state` (donated) with `run_state`, sharded as `abstract_run`, in a slot."""
         if self.num_cells == 1:
             return run_state
         with jax.set_mesh(self.mesh):
@@ -183,15 +182,15 @@ class Program:
         return jax.device_put(_take(local, np.int32(slot % per_group)), shardings)
 
     def put_hparams(self, hparams: Hparams) -> dict[str, jax.Array]:
-        """Hyper-parameters on the mesh (once a run, not once a step)."""
+        """Hyper-parameters on the mesh."""
         return jax.device_put(hparams, self.hparams_sharding)
 
     def abstract_state(self, params) -> TrainState:
-        """The state's shapes, dtypes and shardings, from the (abstract) trainable parameters of one run."""
+        """The state's shapes, dtypes and shardings, for these (abstract) trainable parameters of one run."""
         return with_shardings(jax.eval_shape(self.jitted_start, params), self.state_shardings)
 
     def abstract_run(self, params) -> TrainState:
-        """The same of one run's state, replicated over the cell axis."""
+        """The same for one run's state, which is replicated over the cell axis."""
         return with_shardings(jax.eval_shape(self.jitted_start_run, params), self.run_shardings)
 
     def compile(
@@ -226,8 +225,8 @@ def _take(tree, index):
 
 
 def init_state(params, *, optimizer: Optimizer) -> TrainState:
-    """The state before the first step of one run; its weights are the optimizer's `param_dtype`."""
-    # Copies: a caller's arrays must outlive the donation of the state.
+    """The state before the first step of one run; its parameters have the optimizer's `param_dtype`."""
+    # Copies, since the state is donated and the caller keeps its arrays.
     params = jax.tree.map(lambda w: jnp.array(w, optimizer.param_dtype, copy=True), params)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
@@ -297,8 +296,8 @@ def make_step(
 
 
 def _replicate_tables(frozen):
-    """`frozen` with its embedding tables whole on every device: the lookup of all cells in one shared table that is
-    split would be resharded across cells."""
+    """`frozen` with whole embedding tables on every device: with a split table, XLA would reshard the lookups of all
+    cells across cells."""
     return jax.tree_util.tree_map_with_path(
         lambda path, w: jax.lax.with_sharding_constraint(w, PartitionSpec()) if last_name(path) == "table" else w,
         frozen,
@@ -306,9 +305,9 @@ def _replicate_tables(frozen):
 
 
 def _state_shardings(optimizer, param_shardings, placed) -> TrainState:
-    """NamedSharding of each array of a state: moments lie as their parameters, counts are replicated.
+    """NamedSharding of each array of a state: moments are sharded like their parameters, counts are replicated.
 
-    placed: PartitionSpec of one run's array (default: none) -> NamedSharding of the state's.
+    placed: PartitionSpec of one run's array (default: replicated) -> NamedSharding of the state's array.
     """
     params = jax.tree.map(lambda s: placed(s.spec), param_shardings)
     scalars = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), param_shardings)
@@ -323,5 +322,5 @@ def _state_shardings(optimizer, param_shardings, placed) -> TrainState:
 
 
 def with_shardings(shapes, shardings):
-    """`jax.ShapeDtypeStruct`s of a tree with these shardings: what to compile for, or to restore onto."""
+    """A tree of `jax.ShapeDtypeStruct`s with these shardings, to compile for or to restore onto."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -408,18 +408,18 @@ def test_every_number_of_a_config_is_of_its_type_and_within_its_limits(family, t
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("text_config.hidden_size", 0, "text_config.hidden_size=0: a whole number of at least 1"),
-        ("text_config.hidden_size", 40.0, "text_config.hidden_size=40.0: a whole number"),
+        ("text_config.hidden_size", 0, "text_config.hidden_size=0: expected a whole number of at least 1"),
+        ("text_config.hidden_size", 40.0, "text_config.hidden_size=40.0: expected a whole number"),
         (
             "text_config.num_hidden_layers",
             10**9,
-            "num_hidden_layers=1000000000: a whole number of at least 1 and at most 1,024",
+            "num_hidden_layers=1000000000: expected a whole number of at least 1 and at most 1,024",
         ),
         ("text_config.num_hidden_layers", None, "text_config.num_hidden_layers=null"),
         ("text_config.num_attention_heads", 0, "num_attention_heads=0"),
         ("text_config.num_key_value_heads", "two", 'num_key_value_heads="two"'),
-        ("text_config.rms_norm_eps", "1e-5", 'rms_norm_eps="1e-5": a finite number'),
-        ("text_config.rms_norm_eps", 0, "rms_norm_eps=0: a finite number"),
+        ("text_config.rms_norm_eps", "1e-5", 'rms_norm_eps="1e-5": expected a finite number'),
+        ("text_config.rms_norm_eps", 0, "rms_norm_eps=0: expected a finite number"),
         ("text_config.rope_theta", 0, "rope_theta=0"),
         ("text_config.rope_parameters", "default", "rope_parameters='default' (text); expected an object"),
         ("text_config.rope_parameters", [1], "rope_parameters=[1] (a list)"),

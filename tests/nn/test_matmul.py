@@ -220,7 +220,7 @@ def dots(jaxpr):
 
 
 def test_values_and_what_is_missing(monkeypatch):
-    with pytest.raises(ConfigError, match="model.matmul='int4': one of .*int8, fp8 is accepted"):
+    with pytest.raises(ConfigError, match="model.matmul='int4': expected one of .*int8, fp8"):
         check(replace(RunConfig(), model__matmul="int4"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="model.matmul='fp8' needs qwix, which is not installed: `pip install"):

@@ -17,12 +17,12 @@ def work(args) -> dict:
     import jax
     import numpy as np
 
-    from medcg_jax.mesh import batch_sharding, make_mesh, own_rows, put_batch
+    from medcg_jax.mesh import batch_sharding, local_rows, make_mesh, put_batch
 
     mesh = make_mesh()
     total = jax.jit(lambda x: x.sum())
     for step in range(10**9):
-        batch = {"x": np.full((jax.device_count(), 4), step)[own_rows(mesh, jax.device_count())]}
+        batch = {"x": np.full((jax.device_count(), 4), step)[local_rows(mesh, jax.device_count())]}
         assert total(put_batch(batch, batch_sharding(mesh))["x"]).item() == 4 * step * jax.device_count()
         if step == 20 and index == victim:
             if way == "raises":

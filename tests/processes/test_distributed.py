@@ -54,14 +54,14 @@ def test_some_of_the_flags_are_refused_with_the_missing_ones(given_flags):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        (("node1", "2", "0"), "--coordinator=node1: HOST:PORT"),
-        (("node1:0", "2", "0"), "--coordinator=node1:0: a port"),
-        (("node1:70000", "2", "0"), "--coordinator=node1:70000: a port"),
+        (("node1", "2", "0"), "--coordinator=node1: expected HOST:PORT"),
+        (("node1:0", "2", "0"), "--coordinator=node1:0: expected a port"),
+        (("node1:70000", "2", "0"), "--coordinator=node1:70000: expected a port"),
         (("node1:9", "none", "0"), "--num_processes=none"),
         (("node1:9", "0", "0"), "--num_processes=0"),
-        (("node1:9", "2", "2"), "--process_id=2: 0 to 1"),
-        (("node1:9", "2", "-1"), "--process_id=-1: 0 to 1"),
-        (("auto", "2", "0"), "--coordinator=auto: HOST:PORT"),
+        (("node1:9", "2", "2"), "--process_id=2: expected 0 to 1"),
+        (("node1:9", "2", "-1"), "--process_id=-1: expected 0 to 1"),
+        (("auto", "2", "0"), "--coordinator=auto: expected HOST:PORT"),
     ],
 )
 def test_flags_that_are_no_use_are_named(values, said):

@@ -59,7 +59,7 @@ def test_processes_that_do_not_fit_all_end_with_the_same_line(places, said, monk
 
 
 def test_one_that_is_missing_is_named_on_all(monkeypatch):
-    monkeypatch.setattr(rendezvous, "SAY_AFTER_S", 0.2)
+    monkeypatch.setattr(rendezvous, "REPORT_AFTER_S", 0.2)
     ends, said = meet((0, 3), (2, 3), timeout_s=2.0)
     assert [type(end) for end in ends] == [RunError, RunError]
     assert all("process 1 did not come within 2 s" in str(end) for end in ends)
@@ -93,7 +93,7 @@ def test_a_port_that_another_has_is_refused(monkeypatch):
 
         threading.Thread(target=answer, daemon=True).start()
         [end], _ = meet((1, 2), port=port)
-        assert isinstance(end, ConfigError) and "a run that has all its processes" in str(end)
+        assert isinstance(end, ConfigError) and "a complete run" in str(end)
 
 
 def test_strangers_at_the_port_are_passed_over():

@@ -16,7 +16,7 @@ from medcg_jax.config import MeshConfig, RunError
 
 def barriers(own: int) -> dict:
     """Process 1 comes late to one barrier, and not at all to another."""
-    processes.SAY_AFTER_S = 0.5
+    processes.REPORT_AFTER_S = 0.5
     if own == 1:
         time.sleep(2.0)
     processes.barrier("a meeting")
@@ -35,7 +35,7 @@ def rows() -> dict:
     """For meshes of all kinds: whether every device has the rows of the global batch that the sharding gives it."""
     import jax
 
-    from medcg_jax.mesh import batch_sharding, make_mesh, own_parts, own_rows, put_batch
+    from medcg_jax.mesh import batch_sharding, local_rows, local_shards, make_mesh, put_batch
 
     whole, found = np.arange(8 * 3).reshape(8, 3), {}
     devices = jax.devices()
@@ -43,11 +43,11 @@ def rows() -> dict:
     for shape in ((4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1), (1, 1, 4)):
         for order, placed in orders.items():
             mesh = make_mesh(MeshConfig(1, *shape), placed)
-            own = own_rows(mesh, 8)
+            own = local_rows(mesh, 8)
             made = put_batch({"x": whole[own]}, batch_sharding(mesh))["x"]
             right = all((np.asarray(s.data) == whole[s.index]).all() for s in made.addressable_shards)
             name = f"{shape} {order}"
-            found[name] = {"right": right and made.shape == whole.shape, "parts": own_parts(mesh)}
+            found[name] = {"right": right and made.shape == whole.shape, "parts": local_shards(mesh)}
     return found
 
 

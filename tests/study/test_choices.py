@@ -55,19 +55,22 @@ def test_what_differs_is_seen_whether_read_from_a_file_or_not():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data__imagewikiqa_share": 0.1}, "data.general_records='': the path of a JSON list of four-option records"),
-        ({"data__imagewikiqa_share": 1.0}, "data.imagewikiqa_share=1.0: 0 to below 1 is accepted"),
-        ({"data__imagewikiqa_share": -0.1}, "data.imagewikiqa_share=-0.1: 0 to below 1 is accepted"),
-        ({"data__imagewikiqa_share": float("nan")}, "data.imagewikiqa_share=nan: 0 to below 1 is accepted"),
+        (
+            {"data__imagewikiqa_share": 0.1},
+            "data.general_records='': expected the path of a JSON list of four-option records",
+        ),
+        ({"data__imagewikiqa_share": 1.0}, "data.imagewikiqa_share=1.0: expected 0 to below 1"),
+        ({"data__imagewikiqa_share": -0.1}, "data.imagewikiqa_share=-0.1: expected 0 to below 1"),
+        ({"data__imagewikiqa_share": float("nan")}, "data.imagewikiqa_share=nan: expected 0 to below 1"),
         (
             {"data__imagewikiqa_share": 0.1, "data__general_records": "a", "data__subset_weights": {"04": 1.0}},
-            "0.0 alone is accepted with data.subset_weights",
+            "expected 0.0 with data.subset_weights",
         ),
-        ({"study__baseline_plus_records": "some"}, "study.baseline_plus_records='some': related or a number"),
+        ({"study__baseline_plus_records": "some"}, "study.baseline_plus_records='some': expected related or a number"),
         ({"study__baseline_plus_records": "0"}, "study.baseline_plus_records='0'"),
-        ({"study__baseline_plus_subsets": "-1"}, "study.baseline_plus_subsets='-1': related, all or a number"),
-        ({"study__published_table": 4}, "study.published_table=4: one of 0, 3, 7, 8, 5, 6"),
-        ({"study__efficiency_records": (10, 3)}, "study.efficiency_records=.10, 3.: rising numbers"),
+        ({"study__baseline_plus_subsets": "-1"}, "study.baseline_plus_subsets='-1': expected related, all or a number"),
+        ({"study__published_table": 4}, "study.published_table=4: expected one of 0, 3, 7, 8, 5, 6"),
+        ({"study__efficiency_records": (10, 3)}, "study.efficiency_records=.10, 3.: expected rising numbers"),
         ({"study__efficiency_records": ()}, "rising numbers"),
     ],
 )

@@ -218,10 +218,10 @@ def test_what_a_cell_does_not_take_is_not_listed_but_still_refused(tree):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("leaks", "off", "study.leaks='off': one of refuse, drop, report"),
-        ("near_duplicates", "yes", "study.near_duplicates='yes': one of off, refuse, drop, report"),
-        ("near_duplicate_bits", 41, "study.near_duplicate_bits=41: 0 to 40"),
-        ("near_duplicate_bits", -1, "study.near_duplicate_bits=-1: 0 to 40"),
+        ("leaks", "off", "study.leaks='off': expected one of refuse, drop, report"),
+        ("near_duplicates", "yes", "study.near_duplicates='yes': expected one of off, refuse, drop, report"),
+        ("near_duplicate_bits", 41, "study.near_duplicate_bits=41: expected 0 to 40"),
+        ("near_duplicate_bits", -1, "study.near_duplicate_bits=-1: expected 0 to 40"),
     ],
 )
 def test_other_values_are_refused(field, value, message):

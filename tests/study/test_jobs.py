@@ -179,7 +179,7 @@ def test_medcg_train_mixes_them_and_refuses_in_one_line(path, tmp_path, capfd):
     for wrong, message in (
         ([], "data.general_records=''"),
         ([f"{given}x"], "data.general_records: general.jsonx: No such file"),
-        ([given, "--config.data.imagewikiqa_share=2"], "data.imagewikiqa_share=2.0: 0 to below 1"),
+        ([given, "--config.data.imagewikiqa_share=2"], "data.imagewikiqa_share=2.0: expected 0 to below 1"),
     ):
         capfd.readouterr()
         assert main([*argv, *wrong, f"--workdir={tmp_path / 'other'}"]) == 2
@@ -195,14 +195,17 @@ ADAPTED = replace(RunConfig(), model__lora_rank=4, model__trainable=("projector"
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (dict(model__base_dtype="int4"), "model.base_dtype='int4': one of float32, bfloat16, int8, nf4 is accepted"),
-        (dict(model__lora_rank=-1), "model.lora_rank=-1: a finite number of at least 0"),
-        (dict(model__lora_targets=("q", "head")), "model.lora_targets='head': one of q, k, v, out, gate, up, down"),
-        (dict(model__lora_targets=()), "one or more of q, k, v, out, gate, up, down are accepted"),
+        (dict(model__base_dtype="int4"), "model.base_dtype='int4': expected one of float32, bfloat16, int8, nf4"),
+        (dict(model__lora_rank=-1), "model.lora_rank=-1: expected a finite number of at least 0"),
+        (
+            dict(model__lora_targets=("q", "head")),
+            "model.lora_targets='head': expected one of q, k, v, out, gate, up, down",
+        ),
+        (dict(model__lora_targets=()), "expected one or more of q, k, v, out, gate, up, down"),
         (dict(model__lora_targets=("q", "q")), "once each"),
-        (dict(model__trainable=("projector",)), 'adapters are trained by "lora" there; 0 is accepted without it'),
-        (dict(model__trainable=("decoder", "lora")), '"decoder" or "lora" is accepted'),
-        (dict(model__lora_rank=0), "model.trainable='lora': one of vision, projector, decoder is accepted"),
+        (dict(model__trainable=("projector",)), 'adapters are trained by the part "lora"; expected 0 without it'),
+        (dict(model__trainable=("decoder", "lora")), 'either "decoder" or "lora"'),
+        (dict(model__lora_rank=0), "model.trainable='lora': expected one of vision, projector, decoder"),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_one_line(changes, says):

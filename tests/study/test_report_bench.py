@@ -49,9 +49,9 @@ def test_rates_are_by_cpu_time_on_a_cpu_alone():
     ("content", "flags", "message"),
     [
         ("{", [], "no JSON: "),
-        ("[]", [], "holds a list; an object is accepted"),
+        ("[]", [], "holds a list; expected an object"),
         ('{"ratios": {}, "stages": ["loader"], "model": "llava15_tiny", "device": "cpu"}', [], "nothing to plot"),
-        ("{}", ["--format=md"], "accepted with a grid alone"),
+        ("{}", ["--format=md"], "expected with a grid only"),
     ],
 )
 def test_other_files_are_refused(content, flags, message, tmp_path, capfd):

@@ -268,7 +268,7 @@ def test_detection_subsets_are_in_no_other_table_and_no_target():
     with pytest.raises(ConfigError, match="study.tables='detection_pairs': no target has the related subsets"):
         suite.expand(boxed(), SMALL)
     check(boxed())
-    with pytest.raises(ConfigError, match="study.tables='boxes': one of pairs, .*detection_pairs"):
+    with pytest.raises(ConfigError, match="study.tables='boxes': expected one of pairs, .*detection_pairs"):
         check(boxed(tables=("boxes",)))
 
 

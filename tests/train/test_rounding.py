@@ -214,6 +214,6 @@ def test_parameters_on_disk_are_bfloat16_and_come_back_as_the_float32_that_they_
 @pytest.mark.parametrize("name", ["train.param_dtype", "train.moment_dtype", "base.param_dtype"])
 def test_another_dtype_is_refused(name):
     section, _, field = name.partition(".")
-    with pytest.raises(ConfigError, match=f"{name}='float16': one of float32, bfloat16 is accepted"):
+    with pytest.raises(ConfigError, match=f"{name}='float16': expected one of float32, bfloat16"):
         check(replace(RunConfig(), **{f"{section}__{field}": "float16"}))
     assert getattr(load("configs/phantom.py", {name: "bfloat16"}), section).__getattribute__(field) == "bfloat16"
