@@ -126,9 +126,9 @@ class SeedData:
         taken, general = self.taken(job.training), self.general(job.training)
         if general:
             taken |= {GENERAL: taken.get(GENERAL, frozenset()) | {record.id for record in general.records}}
-        findings = leaks.among(findings, taken)
+        findings = leaks.relevant(findings, taken)
         if jax.process_index() == 0:
-            contamination.write_part(workdir, job.id, findings)
+            contamination.write_findings(workdir, job.id, findings)
         leaks.refuse(findings)
         out = leaks.dropped(findings)
         if out:
