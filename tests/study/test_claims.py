@@ -107,7 +107,7 @@ def test_a_time_in_the_future_tells_nothing(tmp_path, monkeypatch):
 
 
 def test_who_waits_says_for_whom(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(claims, "SAY_AFTER_S", 0.05)
+    monkeypatch.setattr(claims, "REPORT_AFTER_S", 0.05)
     (tmp_path / "work.0").write_text(json.dumps({"host": "node7", "pid": 12, "start": "1"}))
     began = time.monotonic()
     assert claims.wait(tmp_path, "work", lambda: time.monotonic() > began + 0.3, poll_s=0.02) is None

@@ -210,9 +210,9 @@ def test_a_training_without_a_record_left_fails(tree, tmp_path):
 def test_what_a_cell_does_not_take_is_not_listed_but_still_refused(tree):
     found = leaks.LeakGuard(ReleaseSource(tree, DataConfig()), StudyConfig(near_duplicates="drop")).findings(cell())
     taken = {OTHER: frozenset(ids(1, 2))}
-    assert [one.action for one in leaks.among(found, taken) if one.leak.kind != "lineage"] == ["refused"]
+    assert [one.action for one in leaks.relevant(found, taken) if one.leak.kind != "lineage"] == ["refused"]
     taken = {OTHER: frozenset(ids(1, 778))}
-    assert leaks.dropped(leaks.among(found, taken)) == set(ids(778))
+    assert leaks.dropped(leaks.relevant(found, taken)) == set(ids(778))
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_the_report_has_a_table_where_something_was_found_and_none_elsewhere(tmp
             leaks.Finding(name, Leak("a/train/7", "b/test/6", "likely same group"), "reported"),
             leaks.Finding(name, Leak("general/train/8", "b/test/6", "same question"), "refused"),
         ]
-        contamination.write_part(workdir, "job", findings)
+        contamination.write_findings(workdir, "job", findings)
         (workdir / "contamination.csv").write_text((workdir / "contamination" / "job.csv").read_text())
         text = write_report(workdir).read_text()
         assert "a/train/&lt;3&gt; and b/test/4: near (6 bits); a/train/5 and b/test/5: near, mirrored (2 bits)" in text

@@ -13,7 +13,7 @@ from medcg_jax.config_checks import check
 from medcg_jax.config_file import load
 from medcg_jax.data.records import DataError, RecordSet
 from medcg_jax.study.design.schedule import make_plan, seeded
-from medcg_jax.study.run.bases import base_model, base_path, made_of
+from medcg_jax.study.run.bases import base_model, base_path, base_recipe
 from medcg_jax.study.run.grid import data_fingerprint, write_config
 from medcg_jax.study.run.jobs import SeedData
 from medcg_jax.train.setup import open_setup
@@ -218,14 +218,14 @@ def test_what_cannot_be_used_is_refused_in_one_line(changes, says):
 def test_a_base_is_the_same_whatever_is_trained_from_it(tmp_path):
     plain = replace(RunConfig(), base__steps=3)
     other = replace(ADAPTED, model__base_dtype="nf4")
-    assert made_of(seeded(other, 0)) == made_of(seeded(plain, 0))
+    assert base_recipe(seeded(other, 0)) == base_recipe(seeded(plain, 0))
     # As before there were adapters.
-    assert not {"lora_rank", "lora_alpha", "lora_targets", "base_dtype"} & set(made_of(plain)["model"])
+    assert not {"lora_rank", "lora_alpha", "lora_targets", "base_dtype"} & set(base_recipe(plain)["model"])
     assert base_path(other, tmp_path / "a", 0) == base_path(plain, tmp_path / "b", 0)
     assert base_model(other.model) == dataclasses.replace(plain.model, trainable=("projector", "lora"))
     # MiniGPT-v2's adapters are in its base.
     own = replace(other, model__name="minigpt_v2_tiny")
-    assert made_of(own)["model"]["lora_rank"] == 4 and base_model(own.model).base_dtype == "float32"
+    assert base_recipe(own)["model"]["lora_rank"] == 4 and base_model(own.model).base_dtype == "float32"
     assert base_path(replace(RunConfig(), base__steps=0), tmp_path / "b", 0) is None
 
 

@@ -14,7 +14,7 @@ from medcg_jax.data.leaks import Leak
 from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.records import DataError
 from medcg_jax.data.release import ReleaseSource
-from medcg_jax.study.design.leaks import Finding, LeakGuard, among, dropped, refuse
+from medcg_jax.study.design.leaks import Finding, LeakGuard, dropped, refuse, relevant
 from medcg_jax.study.design.suite import Cell, Row
 from medcg_jax.study.run.jobs import SeedData
 from medcg_jax.train.run import left_out
@@ -98,7 +98,7 @@ def test_what_the_study_says_is_done(clean_tree, general, leaks, action):
     assert [f.action for f in found] == [action] * 3
     refuse(found)
     # Those that a training has not drawn are not listed.
-    assert [f.leak.training for f in among(found, {"": frozenset(["general/train/1"])})] == ["general/train/1"]
+    assert [f.leak.training for f in relevant(found, {"": frozenset(["general/train/1"])})] == ["general/train/1"]
     wanted = {f"general/train/{i}" for i in (1, 2, 3)}
     assert dropped(found) == (wanted if leaks == "drop" else set())
 

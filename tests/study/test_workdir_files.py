@@ -14,7 +14,7 @@ from report_grids import run_of
 from medcg_jax.config import ConfigError, free_fields, replace
 from medcg_jax.config_file import load
 from medcg_jax.study.run import grid
-from medcg_jax.study.run.bases import made_of
+from medcg_jax.study.run.bases import base_recipe
 from medcg_jax.study.run.worker import read_config
 from medcg_jax.study.stats import results
 from medcg_jax.train import goodput
@@ -126,7 +126,7 @@ def test_a_grid_goes_on_with_other_values_of_what_changes_no_result(tmp_path):
     changed = replace(run, **{key.replace(".", "__"): value for key, value in others.items()})
     old = recorded()
     grid.check_same(old, old | {"config": json.loads(json.dumps(dataclasses.asdict(changed)))}, tmp_path)
-    assert identity(changed) == identity(run) and made_of(changed) == made_of(run)
+    assert identity(changed) == identity(run) and base_recipe(changed) == base_recipe(run)
     for key, value in (("model__compute_dtype", "bfloat16"), ("train__learning_rate", 1.0), ("data__seed", 3)):
         other = replace(run, **{key: value})
         with pytest.raises(ConfigError, match=key.replace("__", ".")):
@@ -136,5 +136,5 @@ def test_a_grid_goes_on_with_other_values_of_what_changes_no_result(tmp_path):
 
 def test_bases_that_are_there_keep_their_names():
     """Of everything in the fingerprint but the digests of modules and the tokenizer, which move when these do."""
-    parts = made_of(load(str(CONFIGS / "phantom.py") + ":tiny")) | {"data": "", "tokenizer": ""}
+    parts = base_recipe(load(str(CONFIGS / "phantom.py") + ":tiny")) | {"data": "", "tokenizer": ""}
     assert hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16] == "03f910e3489f247b"

@@ -1,7 +1,7 @@
 """Which subsets a target may be trained on: related, unrelated, without one element, pairs, triples, controls.
 
-Pure functions of a target and the subsets there are. Their results never hold the target, nor another subset of the
-target's whole triplet: the combination stays unseen.
+Pure functions of a target and the available subsets. No result holds the target or a subset with the same triplet, so
+the combination stays unseen.
 """
 
 from collections.abc import Sequence
@@ -23,22 +23,22 @@ PAIR_DIRECTIONS = ("fixed_modality", "fixed_area", "fixed_task", "modality_area"
 
 
 def usable(target: Subset, subsets: Sequence[Subset]) -> tuple[Subset, ...]:
-    """All that may be trained on when `target` is the test: every subset that does not share its whole triplet."""
+    """What may be trained on when `target` is the test: every subset that does not share its whole triplet."""
     return tuple(s for s in subsets if s.name != target.name and len(shared(s, target)) < len(ELEMENTS))
 
 
 def related(target: Subset, subsets: Sequence[Subset]) -> tuple[Subset, ...]:
-    """Subsets which share at least one element with the target."""
+    """Subsets that share at least one element with the target."""
     return tuple(s for s in usable(target, subsets) if shared(s, target))
 
 
 def unrelated(target: Subset, subsets: Sequence[Subset]) -> tuple[Subset, ...]:
-    """Subsets which share no element with the target."""
+    """Subsets that share no element with the target."""
     return tuple(s for s in usable(target, subsets) if not shared(s, target))
 
 
 def supplied(target: Subset, training: Sequence[Subset]) -> frozenset[str]:
-    """The elements of the target that the training subsets have between them."""
+    """The elements of the target that the training subsets cover together."""
     return frozenset().union(*(shared(s, target) for s in training))
 
 
@@ -48,17 +48,18 @@ def is_composable(target: Subset, subsets: Sequence[Subset]) -> bool:
 
 
 def without(target: Subset, subsets: Sequence[Subset], element: str) -> tuple[Subset, ...]:
-    """All related subsets but those which share `element` (of `ELEMENTS`) with the target (figure 4's "w/o")."""
+    """The related subsets that do not share `element` (of `ELEMENTS`) with the target (figure 4's "w/o")."""
     return tuple(s for s in related(target, subsets) if element not in shared(s, target))
 
 
 def combinations(target: Subset, subsets: Sequence[Subset], direction: str) -> tuple[tuple[Subset, ...], ...]:
-    """Every set of a direction of `PATTERNS`, members in the pattern's order.
+    """Every training set of one direction of `PATTERNS`, members in the pattern's order.
 
     fixed_modality, target (M, A, T) -> ((M, A, .), (M, ., T)), ...
     """
     candidates = usable(target, subsets)
-    return tuple(product(*([s for s in candidates if shared(s, target) == part] for part in PATTERNS[direction])))
+    pattern = PATTERNS[direction]
+    return tuple(product(*([s for s in candidates if shared(s, target) == elements] for elements in pattern)))
 
 
 def detection_pairs(
@@ -71,27 +72,27 @@ def detection_pairs(
 
 
 def same_task(target: Subset, subsets: Sequence[Subset]) -> tuple[Subset, ...]:
-    """Control: subsets which share the target's Task and neither its modality nor its area."""
+    """Control: subsets that share the target's Task but neither its modality nor its area."""
     return tuple(s for s in usable(target, subsets) if shared(s, target) == {"task"})
 
 
 def random_removal(target: Subset, subsets: Sequence[Subset], seed: int) -> tuple[Subset, ...]:
-    """Control: all related subsets but as many drawn at random as `without` removes on average over the elements."""
-    everything = related(target, subsets)
-    removed = [len(everything) - len(without(target, subsets, element)) for element in ELEMENTS]
-    count = round(sum(removed) / len(removed))
-    out = set(_random("random_removal", target, seed).sample(range(len(everything)), count))
-    return tuple(s for i, s in enumerate(everything) if i not in out)
+    """Control: the related subsets less a random draw of as many as `without` removes on average over the elements."""
+    candidates = related(target, subsets)
+    counts = [len(candidates) - len(without(target, subsets, element)) for element in ELEMENTS]
+    count = round(sum(counts) / len(counts))
+    removed = set(_random("random_removal", target, seed).sample(range(len(candidates)), count))
+    return tuple(s for i, s in enumerate(candidates) if i not in removed)
 
 
 def baseline_plus(
     target: Subset, subsets: Sequence[Subset], num_subsets: int, num_records: int, seed: int
 ) -> tuple[tuple[Subset, ...], tuple[int, ...]]:
-    """(random unrelated subsets, records of each): `num_records` training records in all, or all there are.
+    """(random unrelated subsets, records of each): `num_records` training records in all, or as many as there are.
 
-    They come from `num_subsets` of them, from more where these are too small. The draw depends on (target, size, seed),
-    so that the rows of one target share it, as equal values in the printed table suggest. What the paper leaves open
-    about it: `choices`.
+    `num_subsets` subsets are drawn, and more where these hold too few records. The draw depends on (target, size, seed)
+    alone: rows of one target share it, as equal values in the printed table suggest. `stats.results.choices` lists what
+    the paper leaves open.
     """
     pool = sorted(unrelated(target, subsets), key=lambda s: s.name)
     _random("baseline_plus", target, seed).shuffle(pool)
@@ -103,15 +104,15 @@ def baseline_plus(
 
 
 def spread(total: int, capacities: Sequence[int]) -> tuple[int, ...]:
-    """`total` parted as evenly as the capacities allow, or the capacities where they hold less.
+    """`total` divided as evenly as the capacities allow; the capacities where their sum is less.
 
     spread(10, [2, 9, 9]) -> (2, 4, 4)
     """
-    given = [0] * len(capacities)
+    shares = [0] * len(capacities)
     order = sorted(range(len(capacities)), key=lambda i: (capacities[i], i))
     for rank, i in enumerate(order):
-        given[i] = min(capacities[i], (total - sum(given)) // (len(order) - rank))
-    return tuple(given)
+        shares[i] = min(capacities[i], (total - sum(shares)) // (len(order) - rank))
+    return tuple(shares)
 
 
 def choose(sets: Sequence[tuple[Subset, ...]], purpose: str, target: Subset, seed: int) -> tuple[Subset, ...]:

@@ -1,8 +1,8 @@
 """The guard against leaks: no cell is trained on what it is tested on, neither a subset nor an image nor a patient.
 
-Tables are expanded so that this holds. The guard holds it against faults of the expansion, hand-made cells, general
-records, and trees in which a test image lies in training under another name, id or subset, saved anew, or nearly the
-same, or in which images of one patient lie on both sides. `data.leaks` finds leaks, this module says what is done.
+The expansion of tables already avoids this. The guard catches faults of the expansion, hand-made cells, general
+records, and trees where a training image is a test image (under another name, id or subset, saved again, or nearly the
+same) or of a test patient. `data.leaks` finds the leaks; this module decides what happens to them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ from medcg_jax.study.design.suite import Cell
 
 @dataclass(frozen=True)
 class Finding:
-    """A leak in a cell, and what is done about it: one of `data.leaks.ACTIONS`' values."""
+    """A leak in a cell, and the action against it: one of `data.leaks.ACTIONS`' values."""
 
     cell: str
     leak: Leak
@@ -28,16 +28,16 @@ class Finding:
 
 
 def check_cell(cell: Cell, subsets: Mapping[str, Subset]) -> None:
-    """Holds a cell's training subsets against its targets.
+    """Checks a cell's training subsets against its targets.
 
-    A cell that may not see its targets (`Cell.sees_target`) is trained neither on one nor on another subset of a
-    target's whole triplet. The paper's own rows and its split of tables 1 and 2 have some of the latter (28 and 30 both
-    count as X-ray, Lung, Diseases), and are let through as they are printed.
+    A cell that may not see its targets (`Cell.sees_target`) may train on no target and on no subset with a target's
+    whole triplet. The paper's printed rows and its split of tables 1 and 2 have some of the latter (28 and 30 both
+    count as X-ray, Lung, Diseases); these pass.
 
-    subsets: by name, those of the cell.
+    subsets: name -> subset, of at least the cell's.
 
     Raises:
-      ConfigError: it is; the message names the cell and the subset.
+      ConfigError: the cell trains on one; the message names the cell and the subset.
     """
     if cell.sees_target:
         return
@@ -45,8 +45,8 @@ def check_cell(cell: Cell, subsets: Mapping[str, Subset]) -> None:
         for target in cell.target:
             if name == target:
                 raise ConfigError(f"{cell.id}: its training set holds subset {name}, which it is tested on")
-            whole = len(mat.shared(subsets[name], subsets[target])) == len(mat.ELEMENTS)
-            if whole and not _is_published(cell, name, target):
+            same_triplet = len(mat.shared(subsets[name], subsets[target])) == len(mat.ELEMENTS)
+            if same_triplet and not _is_published(cell, name, target):
                 raise ConfigError(
                     f"{cell.id}: its training set holds subset {name}, which has modality, area and task of subset "
                     f"{target}, which it is tested on"
@@ -71,14 +71,14 @@ class LeakGuard:
         for cell in job.cells:
             refuse(guard.findings(cell))
 
-    All records of a training subset are looked at, also where a cell takes a part of them. Cells that may see their
-    target are trained on its training records, never on a test image or a patient of its tests.
+    All records of a training subset are compared, even where a cell takes only some of them. Cells that may see their
+    target train on its training records, never on a test image or a test patient.
 
-    drawn: the images are drawn for the run, as phantoms are. None is a copy of another then (no two of 32 subsets of
-      the phantom world are within 20 bits): neither near ones nor related datasets are looked for.
+    drawn: the images are drawn for the run, as phantoms are. No image is then a copy of another (no two of 32 subsets
+      of the phantom world are within 20 bits), so near images and related datasets are not searched for.
     related: as `catalogue.related_datasets`.
-    general: the supply of general records that every training has some of; None: there is none. Their questions are
-      held against those of the tests too, and near images are looked for among them whatever the source.
+    general: the supply of general records in every training; None: there is none. Their questions are compared with
+      the test questions too, and near images are searched for among them whatever the source.
     """
 
     def __init__(
@@ -100,17 +100,17 @@ class LeakGuard:
         self._leaks: dict[tuple[str | None, str], list[Leak]] = {}
 
     def findings(self, cell: Cell) -> list[Finding]:
-        """What a cell's trainings give away of its tests; by kind, training and test record.
+        """The leaks from a cell's training records to its tests, sorted by kind, training and test record.
 
         Raises:
-          ConfigError: it is trained on a subset that it may not see; the message names the cell and the subset.
+          ConfigError: the cell trains on a subset that it may not see; the message names the cell and the subset.
           DataError: the data cannot be read.
         """
         if not {*cell.related, *cell.target} <= set(self._subsets):
-            # Detection files are looked at where a cell has some, and only there.
+            # Detection files are read only where a cell uses them.
             self._subsets |= {subset.name: subset for subset in self._source.detection_subsets}
         check_cell(cell, self._subsets)
-        sides = [(name, self._actions) for name in cell.related]
+        sides: list[tuple[str | None, dict[str, str]]] = [(name, self._actions) for name in cell.related]
         if self._general is not None and cell.related:
             sides.append((None, self._actions_of_general))
         leaks = {
@@ -128,7 +128,7 @@ class LeakGuard:
         return [Finding(cell.id, leak, action) for leak, action in sorted(leaks, key=order)]
 
     def _leaks_between(self, name: str | None, target: str) -> list[Leak]:
-        """What the training records of a subset (None: the general records) give away of a target's tests."""
+        """The leaks from the training records of a subset (None: the general records) to a target's tests."""
         if (name, target) not in self._leaks:
             is_general = name is None
             bits = self._near_bits if is_general or not self._drawn else None
@@ -136,7 +136,7 @@ class LeakGuard:
             test = self._hashed_of(target, "test", decode=bits is not None)
             leaks = find_leaks(training, test, bits, questions=is_general)
             if is_general or name != target and not self._drawn:
-                # The datasets that both sides have in common, or that are related; named in place of records.
+                # Equal or related datasets on the two sides, named in place of records.
                 leaks += [
                     Leak(f"{name or GENERAL} data-no {number}", f"{target} data-no {other}", "lineage")
                     for number in sorted(training.data_numbers)
@@ -149,26 +149,27 @@ class LeakGuard:
         key = name, split, decode
         if key not in self._hashed:
             records = self._general if name is None else self._source.records(name, split)
+            assert records is not None  # None as a name stands for general records that exist
             self._hashed[key] = hashed(records, self._decoded if decode else None)
         return self._hashed[key]
 
 
 def refuse(findings: Sequence[Finding]) -> None:
-    """Raises DataError when one of the findings is refused; it names the first one's cell and both its records."""
+    """Raises DataError for the first refused finding; the message names its cell and both records."""
     for finding in findings:
         if finding.action == "refused":
             raise DataError(f"{finding.cell}: {words(finding.leak)}; {remedy(finding.leak)}")
 
 
 def dropped(findings: Sequence[Finding]) -> frozenset[str]:
-    """The training records that are left out."""
+    """Ids of the training records to leave out."""
     return frozenset(finding.leak.training for finding in findings if finding.action == "dropped")
 
 
-def among(findings: Sequence[Finding], taken: Mapping[str, frozenset[str]]) -> list[Finding]:
-    """Those of records that a training takes, those that are refused, and those of whole datasets.
+def relevant(findings: Sequence[Finding], taken: Mapping[str, frozenset[str]]) -> list[Finding]:
+    """The findings on records that a training takes, those that are refused, and those on whole datasets.
 
-    taken: subset -> ids of the records taken of it.
+    taken: subset -> ids of its records in the training.
     """
-    every = frozenset().union(*taken.values())
-    return [f for f in findings if f.leak.training in every or f.action == "refused" or f.leak.kind == "lineage"]
+    ids = frozenset().union(*taken.values())
+    return [f for f in findings if f.leak.training in ids or f.action == "refused" or f.leak.kind == "lineage"]

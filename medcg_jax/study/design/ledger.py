@@ -3,8 +3,8 @@
     ledger = read_ledger("medmat")
     print_ledger(ledger)  # ledger_text
 
-Only the JSON is read, and whether the images exist: no image is opened, so boxes are not held against image sizes
-(`medcg data check` does both). How many records the full release has is not known, so "complete" says nothing of it.
+Only the JSON is read, and whether images exist is checked. No image is opened, so boxes are not compared with image
+sizes (`medcg data check` does both). The full release's number of records is unknown: "complete" makes no claim on it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _COLUMNS = ("subset", "split", "data_no", "image", "is_absent")
 
 @dataclass(frozen=True)
 class Tally:
-    """Records that are well formed, by split, and the different images they name: those there and those absent."""
+    """Well-formed records by split, and the distinct images they name: those that exist and those absent."""
 
     train: int
     test: int
@@ -46,14 +46,14 @@ class SubsetState:
     """One subset of the catalogue or of the tree.
 
     Attributes:
-      triplet: (modality, area, task): the tree's manifest's, else the catalogue's; three "" of a subset of neither.
-      state: "complete": every member has records, both splits are there or can be made, no image is absent and no
-        record broken; "missing": not one record; else "partial". Of the tree's own subsets no members are known.
+      triplet: (modality, area, task) of the tree's manifest, else of the catalogue; three "" where neither has it.
+      state: "complete": every member has records, both splits exist or can be made, no image is absent and no record
+        broken; "missing": no record; else "partial". Members of the tree's own subsets are not known.
       reasons: why it is not complete.
-      train, test: well-formed records; where `split_made`, as the reader parts them (9:1 by image and label).
-      images: different images that exist. absent: that are named and do not.
-      broken: records that the reader refuses for anything but an absent image, by kind.
-      members: of the catalogue's, those with records. lacking: those without. others: further data numbers in it.
+      train, test: well-formed records; where `split_made`, after the reader's split (9:1 by image and label).
+      images: distinct images that exist. absent: distinct images that are named and do not exist.
+      broken: kind -> records that the reader refuses, but for an absent image.
+      members, lacking: the catalogue's datasets with and without records. others: further data numbers in it.
       can_train, can_test: whether the reader gives its records of that split.
     """
 
@@ -80,9 +80,9 @@ class DatasetState:
     """One dataset of the catalogue, or a data number of the tree's own.
 
     Attributes:
-      state: "complete": records in each subset that the catalogue has it in (in any, where it has it in none), of both
-        splits, no image absent; "missing": no record; else "partial".
-      name, addresses: the catalogue's, slips mended.
+      state: "complete": records of both splits, in each subset that the catalogue lists for it (in any, where it lists
+        none), and no image absent; "missing": no record; else "partial".
+      name, addresses: the catalogue's, corrected.
       found_in: the tree's subsets that have records of it.
     """
 
@@ -104,12 +104,12 @@ class RowState:
     """One printed row.
 
     Attributes:
-      row: as in `mat.paper_rows`; in tables 1 and 2 the number of the subset that it tests.
-      related: what it is trained on, in tables 1 and 2 all 25 of the multi-task model. target: what it is tested on.
+      row: as in `mat.paper_rows`; in tables 1 and 2 the number of the tested subset.
+      related: training subsets; in tables 1 and 2 all 25 of the multi-task model. target: the test subset.
       state: "full": every subset it needs is complete; "part": it can be computed, on less or other data than the
         paper's; "blocked".
-      blocked_by: subsets without which it cannot be computed. short_of: of the others that it needs, those that are
-        not complete (in tables 1 and 2 also those not there: the model is trained on the rest).
+      blocked_by: the needed subsets without which it cannot be computed. short_of: the other needed subsets that are
+        incomplete (in tables 1 and 2 also missing ones: the model trains without them).
     """
 
     table: int
@@ -128,8 +128,8 @@ class Ledger:
     Attributes:
       subsets, datasets: the catalogue's by number, then the tree's own. rows: of tables 1 to 8.
       total: over all subsets. num_broken: broken records.
-      faults: for what the reader refuses the tree as a whole; no row can be computed until they are mended.
-      box_faults: the same, of the detection files: of rows of tables 5 and 6.
+      faults: why the reader refuses the whole tree; no row can be computed until they are mended.
+      box_faults: the same for the detection files and the rows of tables 5 and 6.
     """
 
     root: str
@@ -143,11 +143,11 @@ class Ledger:
 
     @property
     def is_broken(self) -> bool:
-        """Whether a file that is there cannot be used; what is not there is no fault of a tree that is being made."""
+        """Whether an existing file cannot be used; a missing file is no fault, since a tree may still be growing."""
         return any(fault != NO_FILES for fault in (*self.faults, *self.box_faults))
 
     def as_dict(self) -> dict[str, Any]:
-        """The ledger as JSON takes it, with what the paper states of Med-MAT's size."""
+        """The ledger for JSON, with the sizes of Med-MAT that the paper states."""
         return {
             "root": self.root,
             "opens": not self.faults,
@@ -170,8 +170,13 @@ def states_of(states: Iterable[SubsetState | DatasetState]) -> dict[str, int]:
 
 @dataclass
 class _FileState:
-    """One subset file. records: (data number, image, labels, group, whether the image is absent) of each well-formed
-    record. file_error: of the file as a whole. first_error: of what the reader refuses first; "" where it takes all."""
+    """One subset file.
+
+    Attributes:
+      records: (data number, image, labels, group, whether the image is absent) of each well-formed record.
+      broken: kind -> broken records.
+      file_error: the error of the file as a whole. first_error: the reader's first error. "" where there is none.
+    """
 
     records: list[tuple[str, str, list[str], str, bool]] = field(default_factory=list)
     broken: Counter[str] = field(default_factory=Counter)
@@ -180,17 +185,17 @@ class _FileState:
 
 
 def read_ledger(root: str | Path) -> Ledger:
-    """The ledger of a tree, which may be empty; what is broken in it is counted and ends nothing.
+    """The ledger of a tree, which may be empty. Broken records and files are counted; they raise nothing.
 
     Raises:
       DataError: the root is no folder.
     """
     tree = Tree(root)
-    faults, box_faults = [str(error) for error in tree.refused], []
+    faults, box_faults = [str(error) for error in tree.refused], list[str]()
     try:
-        known = tree.triplets
+        triplets = tree.triplets
     except ReleaseError as error:
-        known = subset_table()
+        triplets = subset_table()
         faults.append(str(error))
     if not tree.files:
         faults.append(NO_FILES)
@@ -200,22 +205,23 @@ def read_ledger(root: str | Path) -> Ledger:
     states: dict[str, SubsetState] = {}
     frames = [pandas.DataFrame(columns=_COLUMNS, dtype=object)]
     for number, files in by_number.items():
-        parts = {split: _file_state(tree, file) for split, file in files.items()}
-        frames.append(_frame(number, parts))
-        states[number] = _subset_state(number, parts, frames[-1], known.get(number, ("", "", "")))
+        by_split = {split: _file_state(tree, file) for split, file in files.items()}
+        frames.append(_frame(number, by_split))
+        states[number] = _subset_state(number, by_split, frames[-1], triplets.get(number, ("", "", "")))
         first = next(iter(files.values()))
-        own_faults = box_faults if first.detection else faults
-        if number not in known:
+        subset_faults = box_faults if first.detection else faults
+        if number not in triplets:
             reason = "neither in the tree's manifest.json nor in Med-MAT's table of 53"
-            own_faults.append(f"{first.path.name}: subset {number}: {reason}")
+            subset_faults.append(f"{first.path.name}: subset {number}: {reason}")
         # With both splits the reader takes counts from the JSON; else it checks every record when it opens the tree.
-        errors = [part.file_error if len(parts) == len(SPLITS) else part.first_error for part in parts.values()]
-        own_faults += filter(None, errors)
+        has_both = len(by_split) == len(SPLITS)
+        errors = [state.file_error if has_both else state.first_error for state in by_split.values()]
+        subset_faults += [error for error in errors if error]
     for subset in catalogue.subsets().values():
         if subset.number not in states:
             reason = "no file" if subset.released else "no file; its questions are not released"
             states[subset.number] = SubsetState(
-                subset.number, True, known[subset.number], "missing", (reason,), lacking=subset.datasets
+                subset.number, True, triplets[subset.number], "missing", (reason,), lacking=subset.datasets
             )
     records = pandas.concat(frames, ignore_index=True)
     ordered = sorted(states.values(), key=lambda state: (not state.in_catalogue, state.number))
@@ -226,34 +232,38 @@ def read_ledger(root: str | Path) -> Ledger:
 
 
 def _file_state(tree: Tree, file: SubsetFile) -> _FileState:
-    part = _FileState()
+    state = _FileState()
     try:
         contents = tree.contents(file)
     except ReleaseError as error:
-        part.file_error = part.first_error = str(error)
-        return part
+        state.file_error = state.first_error = str(error)
+        return state
     if contents.box_units:
-        part.file_error = part.first_error = str(contents.box_units)
+        state.file_error = state.first_error = str(contents.box_units)
     for entry in contents.entries:
         if entry.error:
-            part.first_error = part.first_error or str(entry.error)
+            state.first_error = state.first_error or str(entry.error)
         is_absent = entry.error is not None and entry.error.kind == "missing_file"
         if entry.error and not is_absent:
-            part.broken[entry.error.kind] += 1
+            state.broken[entry.error.kind] += 1
             continue
         record = entry.record
+        assert record is not None
         labels = sorted(set(box_labels(entry.raw))) if file.detection else labels_in(record)
-        part.records.append((record.data_no, record.image, labels, record.group, is_absent))
-    return part
+        state.records.append((record.data_no, record.image, labels, record.group, is_absent))
+    return state
 
 
-def _frame(number: str, parts: Mapping[Split, _FileState]) -> pandas.DataFrame:
+def _frame(number: str, files: Mapping[Split, _FileState]) -> pandas.DataFrame:
     """A row for each well-formed record of a subset, split as the reader does where it has no test file."""
-    rows = [(number, split, data_no, image, absent) for split, part in parts.items()
-            for data_no, image, _, _, absent in part.records]  # fmt: skip
+    rows = [
+        (number, split, data_no, image, absent)
+        for split, file in files.items()
+        for data_no, image, _, _, absent in file.records
+    ]
     frame = pandas.DataFrame(rows, columns=_COLUMNS, dtype=object)
-    if "test" not in parts:
-        records = parts["train"].records
+    if "test" not in files:
+        records = files["train"].records
         labels = rarest_labels([labels for _, _, labels, _, _ in records])
         items = [
             (image, label, split_group(data_no, image, group))
@@ -271,23 +281,24 @@ def _tally(records: pandas.DataFrame) -> Tally:
 
 
 def _subset_state(
-    number: str, parts: Mapping[Split, _FileState], records: pandas.DataFrame, triplet: tuple[str, str, str]
+    number: str, files: Mapping[Split, _FileState], records: pandas.DataFrame, triplet: tuple[str, str, str]
 ) -> SubsetState:
     """The state of a subset with files. records: as `_frame`."""
-    tally, split_made, data_numbers = _tally(records), "test" not in parts, set(records["data_no"])
-    broken = sum((part.broken for part in parts.values()), Counter())
-    members = others = lacking = ()
+    tally, split_made, data_numbers = _tally(records), "test" not in files, set(records["data_no"])
+    broken = sum((file.broken for file in files.values()), Counter())
     listed = catalogue.subsets().get(number)
+    datasets = listed.datasets if listed else ()
+    members = tuple(data_no for data_no in datasets if data_no in data_numbers)
+    lacking = tuple(data_no for data_no in datasets if data_no not in data_numbers)
+    others: tuple[str, ...] = ()
     if listed:
         printed = catalogue.numbers(listed.printed.get("datasets", ""))
-        members = tuple(data_no for data_no in listed.datasets if data_no in data_numbers)
-        lacking = tuple(data_no for data_no in listed.datasets if data_no not in data_numbers)
-        others = tuple(sorted(data_numbers - {*listed.datasets, *printed}, key=_number_order))
-    reasons = [part.file_error for part in parts.values() if part.file_error]
+        others = tuple(sorted(data_numbers - {*datasets, *printed}, key=_number_order))
+    reasons = [file.file_error for file in files.values() if file.file_error]
     if lacking:
         reasons.append(f"no record of {', '.join(lacking)}")
     if not tally.train:
-        reasons.append("no training record" if "train" in parts else "no training file")
+        reasons.append("no training record" if "train" in files else "no training file")
     if not tally.test:
         reasons.append("no test file, and too few images to split off a tenth" if split_made else "no test record")
     if tally.absent:
@@ -296,9 +307,9 @@ def _subset_state(
         kinds = ", ".join(f"{kind} {count}" for kind, count in broken.most_common())
         reasons.append(f"{_count(broken.total(), 'broken record')} ({kinds})")
     is_read = {
-        split: not parts["train" if split_made else split].first_error
+        split: not files["train" if split_made else split].first_error
         for split in SPLITS
-        if split_made or split in parts
+        if split_made or split in files
     }
     return SubsetState(
         number, listed is not None, triplet,
@@ -338,7 +349,7 @@ def _dataset_states(records: pandas.DataFrame, original: Mapping[str, str]) -> t
 
 
 def _original_files(root: Path) -> dict[str, str]:
-    """Data number -> the first file of it in Original_Medical_Datasets, which the reader does not take."""
+    """Data number -> its first file in Original_Medical_Datasets, which the reader does not use."""
     first: dict[str, str] = {}
     for path in sorted((root / "Original_Medical_Datasets").glob("ori-*.json")):
         if match := _ORIGINAL.fullmatch(path.name):
@@ -371,7 +382,7 @@ def _row_state(
 ) -> RowState:  # fmt: skip
     needed = dict.fromkeys((*related, target))
     short_of = tuple(n for n in needed if n not in blocked_by and subsets[n].state != "complete")
-    state = "blocked" if blocked_by else "part" if short_of else "full"
+    state: Literal["full", "part", "blocked"] = "blocked" if blocked_by else "part" if short_of else "full"
     return RowState(table, row, related, target, state, blocked_by, short_of)
 
 

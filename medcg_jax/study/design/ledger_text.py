@@ -1,4 +1,4 @@
-"""A ledger for people: a summary, then rows, subsets and datasets, at most 100 columns wide but for long addresses."""
+"""A ledger as text: a summary, then rows, subsets and datasets, in lines of at most 100 columns but for addresses."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def _summary(ledger: Ledger) -> list[str]:
     lines = [f"{'':10}{'complete':>9}{'partial':>9}{'missing':>9}{'of':>5}"]
     for name, states in (("subsets", ledger.subsets), ("datasets", ledger.datasets)):
         listed = [state for state in states if state.in_catalogue]
-        counted, num_own = states_of(listed), len(states) - len(listed)
-        line = f"{name:10}" + "".join(f"{number:>9}" for number in counted.values()) + f"{len(listed):>5}"
-        notes = [f"{num_own} more are the tree's own"] if num_own else []
+        counts, num_unlisted = states_of(listed), len(states) - len(listed)
+        line = f"{name:10}" + "".join(f"{number:>9}" for number in counts.values()) + f"{len(listed):>5}"
+        notes = [f"{num_unlisted} more are the tree's own"] if num_unlisted else []
         if name == "subsets":
             closed = sum("not released" in state.reasons[0] for state in listed if state.state == "missing")
             notes = [f"{closed} missing not released"] * bool(closed) + notes
@@ -96,8 +96,8 @@ def _row_lines(rows: Sequence[RowState]) -> list[str]:
             if table < 3:
                 text = f"blocked by {_ranges(map(int, by_subset), digits)}"
             else:
-                listed = [f"{number} ({_ranges(listed)})" for number, listed in sorted(by_subset.items())]
-                text = f"blocked by {', '.join(listed)}"
+                subsets = [f"{number} ({_ranges(numbers)})" for number, numbers in sorted(by_subset.items())]
+                text = f"blocked by {', '.join(subsets)}"
             lines += _wrap(text, 11, first=" " * 9)
     return [*lines, *_wrap(ROWS_LEGEND)]
 

@@ -29,9 +29,9 @@ def _task_elements() -> dict[str, tuple[str, ...]]:
 def task_elements(task: str) -> tuple[str, ...]:
     """The Task element(s) that a task's name counts as, the main one first.
 
-    The paper's rows name tasks coarsely ("Cancer", "State"), table 9 finely, and its rows use some subsets under two
-    names: two subsets share the Task where any element agrees. `paper/task_elements.csv` lists the names and gives a
-    reason for each. A name that it does not list is its own element (the phantoms' tasks, for example).
+    The paper's rows name tasks coarsely ("Cancer", "State"), table 9 finely, and the rows use some subsets under two
+    names. So two subsets share the Task where any element agrees. `paper/task_elements.csv` gives the elements of each
+    name with the reason; a name not listed there (a phantom's task, for example) is its own element.
     """
     return _task_elements().get(task, (task,))
 
@@ -56,13 +56,13 @@ def paper_subsets() -> dict[str, Subset]:
 @cache
 def paper_split() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Subset numbers in distribution (table 1) and out of distribution (table 2)."""
-    return tuple(
-        tuple(s.number for s in catalogue.subsets().values() if s.distribution == side) for side in ("in", "out")
-    )
+    subsets = catalogue.subsets().values()
+    inside = tuple(s.number for s in subsets if s.distribution == "in")
+    return inside, tuple(s.number for s in subsets if s.distribution == "out")
 
 
 def has_boxes(subset: Subset) -> bool:
-    """Whether a subset of the paper's is one of boxes or masks, and has no choice questions (38 to 53)."""
+    """Whether a subset of the paper has boxes or masks in place of choice questions (38 to 53)."""
     return any(word in subset.task.replace("/", " ").split() for word in ("Det", "Seg"))
 
 
@@ -98,7 +98,7 @@ def paper_rows(table: int) -> tuple[PaperRow, ...]:
 
 
 def reached_targets(num_directions: int = 2) -> tuple[str, ...]:
-    """The targets that table 3 reaches in so many directions or more, by number."""
+    """Numbers of the targets that table 3 reaches in at least `num_directions` directions."""
     directions: dict[str, set[str]] = {}
     for row in paper_rows(3):
         directions.setdefault(row.target, set()).add(row.direction)

@@ -1,7 +1,7 @@
 """Cells as work: what is trained once for several cells, and in which order.
 
-A training depends on the cells and the configuration alone, never on what is done already or is trained beside it, so
-that a grid which is stopped and started again, by however many processes, ends in the same bytes.
+A training depends on the cells and the configuration alone, never on finished or concurrent work. So a grid that is
+stopped and restarted, with any number of processes, ends in the same bytes.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from medcg_jax.train.optim import num_steps
 
 @dataclass(frozen=True)
 class Job:
-    """One training (none where `steps` is 0: the base itself) and the cells that it serves, all of one model and seed.
+    """One training (`steps` 0: none, the base itself) and the cells that it serves, all of one model and seed.
 
     Attributes:
-      id: that of its first cell; unique among a model's jobs.
+      id: the first cell's id; unique among a model's jobs.
       training: (subset, number of its training records), by name.
     """
 
@@ -38,18 +38,18 @@ class Job:
 
     @property
     def has_boxes(self) -> bool:
-        """Whether a table of boxes wants it: its rows may be longer than others, so it shares no program with them."""
+        """Whether its table trains on boxes: such rows may be longer, so they share no program with others."""
         return self.cells[0].table in BOX_TABLES
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Every subset that one of the cells is tested on, by name."""
+        """Names of all subsets that its cells are tested on, sorted."""
         return tuple(sorted({name for cell in self.cells for name in cell.target}))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A grid laid out: its cells, and the trainings they share in the order to take them.
+    """A grid's cells, and the trainings they share in the order of work.
 
     Attributes:
       runs: model -> its configuration, whose `study.models` is empty.
@@ -60,25 +60,25 @@ class Plan:
     runs: Mapping[str, RunConfig] = dataclasses.field(default_factory=dict)
 
     def of(self, model: str) -> "Plan":
-        """The part of one of the grid's models."""
-        cells, jobs = (tuple(x for x in items if x.model == model) for items in (self.cells, self.jobs))
-        return Plan(cells, jobs, {model: self.runs[model]})
+        """The plan of one of the grid's models."""
+        cells = tuple(cell for cell in self.cells if cell.model == model)
+        return Plan(cells, tuple(job for job in self.jobs if job.model == model), {model: self.runs[model]})
 
 
 def runs_by_model(run: RunConfig) -> dict[str, RunConfig]:
-    """Model -> its own run; the run itself where `study.models` is empty.
+    """Model -> its run; the run itself where `study.models` is empty.
 
-    A model's run leaves out tables that train on boxes where the model gives none, and parts that it does not have.
+    A model that gives no boxes has no tables that train on boxes; trainable parts that a model lacks are left out.
 
     Raises:
-      ConfigError: what `study.model_flags` sets for a model cannot be used.
+      ConfigError: `study.model_flags` sets a value that cannot be used.
     """
     if not run.study.models:
         return {run.model.name: run}
     runs = {}
     for model in run.study.models:
         family = MODELS[model]
-        own = replace(
+        model_run = replace(
             run,
             name=f"{run.name}_{model}",
             model__name=model,
@@ -89,19 +89,20 @@ def runs_by_model(run: RunConfig) -> dict[str, RunConfig]:
             study__jobs=1,
         )
         flags = run.study.model_flags.get(model, ())
-        runs[model] = with_flags(own, {key: value for key, _, value in (flag.partition("=") for flag in flags)})
+        values = {key: value for key, _, value in (flag.partition("=") for flag in flags)}
+        runs[model] = with_flags(model_run, values)
     return runs
 
 
 def seeded(run: RunConfig, seed: int) -> RunConfig:
-    """The run of one of the study's seeds, which draws the data, the base and the fine-tunes alike."""
+    """The run with one of the study's seeds added to the seeds of its data, base and fine-tunes."""
     return replace(
         run, data__seed=run.data.seed + seed, base__seed=run.base.seed + seed, train__seed=run.train.seed + seed
     )
 
 
 def make_plan(run: RunConfig, source: Source | None = None) -> Plan:
-    """The grid of a configuration; of its subsets alone `source` need know, in place of the configuration's data.
+    """The grid of a configuration. source: in place of the configuration's data; only its subsets are read.
 
     Raises:
       ConfigError, DataError: as `runs_by_model` and `expand`, or the data cannot be read.
@@ -110,12 +111,12 @@ def make_plan(run: RunConfig, source: Source | None = None) -> Plan:
 
 
 def plan_of(runs: Mapping[str, RunConfig], source: Source | None = None) -> Plan:
-    """The grid of these models, each with its own configuration; see `make_plan`."""
+    """As `make_plan`, of models with a configuration each."""
     cells, jobs = [], []
     for run in runs.values():
-        own = _cells_of(run, source)
-        cells += own
-        jobs += jobs_of(own, run)
+        model_cells = _cells_of(run, source)
+        cells += model_cells
+        jobs += jobs_of(model_cells, run)
     return Plan(tuple(cells), tuple(jobs), dict(runs))
 
 
@@ -128,25 +129,25 @@ def _cells_of(run: RunConfig, source: Source | None) -> list[Cell]:
     def capped(subsets: Sequence[Subset]) -> list[Subset]:
         return [dataclasses.replace(s, num_train=min(s.num_train, most)) for s in subsets]
 
-    # Detection files are looked at where a table wants them, and only there.
+    # Detection files are read only where a table uses them.
     boxes = capped(source.detection_subsets) if set(study.tables) & set(BOX_TABLES) else []
     boxes = [subset for subset in boxes if not study.box_subsets or subset.name in study.box_subsets]
     return expand(run, capped(source.subsets), boxes)
 
 
 def jobs_of(cells: Sequence[Cell], run: RunConfig) -> list[Job]:
-    """The distinct trainings of one model's cells, in the order to take them.
+    """The distinct trainings of one model's cells, in the order of work.
 
-    Seeds in their order (a seed's base is needed by all its cells); within one what is not trained first, then the
+    Seeds keep their order, since all cells of a seed need its base. Within a seed untrained jobs come first, then the
     longest, so that processes end together.
     """
-    serves: dict[tuple, list[Cell]] = {}
+    groups: dict[tuple[int, tuple[tuple[str, int], ...], int], list[Cell]] = {}
     for cell in cells:
         recipe = dataclasses.replace(run.train, epochs=run.study.epochs_of.get(cell.table, run.train.epochs))
         records = sum(count for _, count in cell.training)
         records += num_general(records, run.data.imagewikiqa_share)
         steps = num_steps(recipe, records) if cell.training else 0
-        serves.setdefault((cell.seed, cell.training, steps), []).append(cell)
-    jobs = [Job(group[0].id, *key, tuple(group)) for key, group in serves.items()]
+        groups.setdefault((cell.seed, cell.training, steps), []).append(cell)
+    jobs = [Job(group[0].id, *key, tuple(group)) for key, group in groups.items()]
     seeds = list(dict.fromkeys(job.seed for job in jobs))
     return sorted(jobs, key=lambda job: (seeds.index(job.seed), job.steps > 0, -job.steps, job.id))

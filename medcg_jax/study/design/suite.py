@@ -1,6 +1,6 @@
-"""Tables of the study as lists of cells: what each is trained on, how much of it, and what it is tested on.
+"""Tables of the study as lists of cells: what each trains on, how many records of it, and what it is tested on.
 
-`expand` is a pure function of the study's configuration and the subsets there are; its order is the order of cells.csv.
+`expand` is a pure function of the study's configuration and the available subsets; cells.csv has its order.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from medcg_jax.data.records import Subset
 from medcg_jax.families import registry
 from medcg_jax.study.design import combos, mat
 
-# Arms that may be trained on what they are tested on (other records of it): the references of tables 1 and 2, and the
+# Arms that may train on (other records of) what they are tested on: the references of tables 1 and 2, and the
 # efficiency curve.
 SEES_TARGET = ("single_task", "multi_task", "efficiency")
-# Family -> the published table whose rows its pairs repeat, LLaVA's where it has none of its own; and its detection
-# pairs, whose two tables have the same eight.
+# Family -> the published table whose rows its pairs repeat; a family without one repeats LLaVA's. The same for its
+# detection pairs, whose two tables have the same eight rows.
 PAIR_TABLES, DETECTION_TABLES = (
     {family.name: family.tables[kind][0] for family in registry.families() if kind in family.tables}
     for kind in ("pairs", "detection_pairs")
@@ -43,12 +43,12 @@ DIRECTIONS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table; `str` gives it as cells.csv and results.csv have it, such as "fixed_area/03/t3r14".
+    """A row of a table; `str` gives the text in cells.csv and results.csv, such as "fixed_area/03/t3r14".
 
     Attributes:
       part: the direction in pairs and triples, "in_distribution" or "out_of_distribution" in multi_task and detection,
         the curve in efficiency; "" in ablation.
-      subset: the target; in multi_task the one subset that is trained on; "" where the row is of many.
+      subset: the target; in multi_task the only training subset; "" where the row has many.
       published: (table, row) of the published row that it repeats.
     """
 
@@ -62,7 +62,7 @@ class Row:
 
     @classmethod
     def parse(cls, table: str, text: str) -> "Row":
-        """The row that `str` gave as `text`."""
+        """The inverse of `str`."""
         if table == "ablation":
             return cls("", text)
         part, _, subset = text.partition("/")
@@ -72,13 +72,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Cell:
-    """One fine-tune of one model with its evaluation, as one row of a table wants it.
+    """One fine-tune of one model and its evaluation, for one row of a table.
 
     Attributes:
       id: stable, and a safe file name: `pairs.fixed_area.ct-lung-grade.trained.s0`; unique among a model's cells.
-      related: the subsets it is trained on; none: the base itself.
+      related: its training subsets; none: the base itself.
       num_records: training records of each of them.
-      target: the subsets it is tested on.
+      target: its test subsets.
       model: the model's name, of `config.MODELS`.
     """
 
@@ -101,12 +101,12 @@ class Cell:
 
     @property
     def sees_target(self) -> bool:
-        """Whether it may be trained on other records of what it is tested on."""
+        """Whether it may train on other records of its test subsets."""
         return self.arm.startswith(SEES_TARGET) and self.row.part != "out_of_distribution"
 
     @property
     def training(self) -> tuple[tuple[str, int], ...]:
-        """(subset, number of its training records), by name. Of one seed and model, equal trainings are done once."""
+        """(subset, number of its training records), by name. Cells of one seed and model with equal ones train once."""
         return tuple(sorted((name, n) for name, n in zip(self.related, self.num_records, strict=True) if n))
 
     @property
@@ -116,15 +116,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class World:
-    """What tables are expanded over.
+    """The subsets and options that tables are expanded from.
 
     Attributes:
       subsets: those of choice questions.
-      targets: the names asked for; none: all of them.
-      released: whether they are Med-MAT's.
-      boxes: detection subsets; `detection` alone is tested on some.
-      pair_table, detection_table: the published ones whose rows pairs and detection pairs repeat.
-      study: what it says of Baseline+ and of the efficiency curve.
+      targets: names of the requested targets; none: all subsets.
+      released: whether the subsets are Med-MAT's.
+      boxes: detection subsets; only `detection` is tested on them.
+      pair_table, detection_table: the published tables whose rows pairs and detection pairs repeat.
+      study: the settings of Baseline+ and of the efficiency curve.
     """
 
     subsets: tuple[Subset, ...]
@@ -138,7 +138,7 @@ class World:
     def __getitem__(self, name: str) -> Subset:
         return next(s for s in (*self.subsets, *self.boxes) if s.name == name)
 
-    def asked(self) -> tuple[Subset, ...]:
+    def target_subsets(self) -> tuple[Subset, ...]:
         return tuple(self[name] for name in self.targets) if self.targets else self.subsets
 
     def has(self, *names: str) -> bool:
@@ -146,7 +146,7 @@ class World:
 
 
 def expand(run: RunConfig, subsets: Sequence[Subset], boxes: Sequence[Subset] = ()) -> list[Cell]:
-    """Every cell of the tables that `run.study` asks for, table by table, row by row, seed by seed.
+    """Every cell of the tables in `run.study`, table by table, row by row, seed by seed.
 
     Args:
       subsets: those of choice questions.
@@ -201,9 +201,9 @@ def _cell(
     notes: str = "",
     id_row: Row | None = None,
 ) -> Cell:
-    """A cell with its id, which is made of `id_row` where that is not its row.
+    """A cell with its id.
 
-    counts: records of each training subset; None: all of them.
+    counts: records of each training subset; None: all. id_row: the row in the id, where it is not `row`.
     """
     counts = [s.num_train for s in training] if counts is None else counts
     used = [(s.name, count) for s, count in zip(training, counts, strict=True) if count]
@@ -213,44 +213,47 @@ def _cell(
     return Cell(cell_id, table, row, arm, seed, names, counts, tuple(t.name for t in targets), notes)
 
 
-def _arms(table: str, row: Row, seed: int, world: World, training, target: Subset, notes: str) -> Iterator[Cell]:
-    """Baseline, Baseline+ (the detection pairs have none) and Trained of one row."""
+def _arms(
+    table: str, row: Row, seed: int, world: World, training: Sequence[Subset], target: Subset, notes: str
+) -> Iterator[Cell]:
+    """Baseline, Baseline+ (not in detection pairs) and Trained of one row."""
     yield _cell(table, row, "baseline", seed, (), (target,), notes=notes)
     if table not in BOX_TABLES:
         records, subsets = world.study.baseline_plus_records, world.study.baseline_plus_subsets
-        wanted = sum(s.num_train for s in training) if records == "related" else int(records)
-        count = {"related": len(training), "all": len(world.subsets)}.get(subsets) or int(subsets)
-        plus, counts = combos.baseline_plus(target, world.subsets, count, wanted, seed)
-        if plus:
-            short = f"only {sum(counts)} unrelated records for {wanted}" if sum(counts) < wanted else ""
-            both = "; ".join(filter(None, (notes, short)))
-            yield _cell(table, row, "baseline_plus", seed, plus, (target,), counts, both)
+        num_records = sum(s.num_train for s in training) if records == "related" else int(records)
+        num_subsets = {"related": len(training), "all": len(world.subsets)}.get(subsets) or int(subsets)
+        unrelated, counts = combos.baseline_plus(target, world.subsets, num_subsets, num_records, seed)
+        if unrelated:
+            shortage = f"only {sum(counts)} unrelated records for {num_records}" if sum(counts) < num_records else ""
+            all_notes = "; ".join(filter(None, (notes, shortage)))
+            yield _cell(table, row, "baseline_plus", seed, unrelated, (target,), counts, all_notes)
     yield _cell(table, row, "trained", seed, training, (target,), notes=notes)
 
 
 def _combination_rows(
-    world: World, seed: int, name: str, table: int, directions: Sequence[str], sets_of
+    world: World, seed: int, name: str, table: int, directions: Sequence[str] = combos.PAIR_DIRECTIONS
 ) -> Iterator[Cell]:
     """The arms of a published table's rows, and of one set in each direction of other targets.
 
-    In a phantom world all rows are made by rule; in a released tree those of targets that the paper's rows do not test,
-    and of the paper's own subsets only those asked for by name (else a full tree would get more than its table).
-
-    sets_of: (target, direction) -> the sets there are.
+    In a phantom world all rows follow the rule. In a released tree only targets that the paper's rows do not test get
+    such rows, and the paper's own subsets only where requested by name: else a full tree would exceed its table.
     """
-    asked = {s.name for s in world.asked()}
+    requested = {s.name for s in world.target_subsets()}
     rows = mat.paper_rows(table) if world.released else ()
-    published = [row for row in rows if world.has(*row.related, row.target) and row.target in asked]
+    published = [row for row in rows if world.has(*row.related, row.target) and row.target in requested]
     for row in published:
-        ours = Row(DIRECTIONS[row.direction], row.target, (table, row.row))
+        cell_row = Row(DIRECTIONS[row.direction], row.target, (table, row.row))
         notes = f"arXiv v1 table {table} row {row.row}, reading: {row.confidence} confidence"
-        yield from _arms(name, ours, seed, world, [world[n] for n in row.related], world[row.target], notes)
+        yield from _arms(name, cell_row, seed, world, [world[n] for n in row.related], world[row.target], notes)
     tested = {row.target for row in published}
     if world.released and not world.targets:
         tested |= set(mat.paper_subsets())
-    for target in world.asked():
+    for target in world.target_subsets():
         for direction in directions if target.name not in tested else ():
-            sets = sets_of(target, direction)
+            if name == "detection_pairs":
+                sets = combos.detection_pairs(target, world.subsets, world.boxes, direction)
+            else:
+                sets = combos.combinations(target, world.subsets, direction)
             if sets:
                 training = combos.choose(sets, direction, target, seed)
                 notes = f"1 of {len(sets)} sets, drawn by the seed"
@@ -258,52 +261,43 @@ def _combination_rows(
 
 
 def pairs(world: World, seed: int) -> Iterator[Cell]:
-    """Table 3 (7, 8 of other models): two subsets which share elements with the target in one of four directions."""
-    sets_of = _choice_sets(world)
-    yield from _combination_rows(world, seed, "pairs", world.pair_table, combos.PAIR_DIRECTIONS, sets_of)
+    """Table 3 (7, 8 of other models): two subsets that share elements with the target in one of four directions."""
+    return _combination_rows(world, seed, "pairs", world.pair_table)
 
 
 def triples(world: World, seed: int) -> Iterator[Cell]:
     """Table 4: three subsets, one element each."""
-    yield from _combination_rows(world, seed, "triples", 4, ("one_each",), _choice_sets(world))
+    return _combination_rows(world, seed, "triples", 4, ("one_each",))
 
 
 def detection_pairs(world: World, seed: int) -> Iterator[Cell]:
-    """Tables 5 and 6: pairs as in table 3 of a detection subset and one of choice questions; they have no Baseline+."""
-
-    def sets_of(target: Subset, direction: str):
-        return combos.detection_pairs(target, world.subsets, world.boxes, direction)
-
-    number = world.detection_table
-    yield from _combination_rows(world, seed, "detection_pairs", number, combos.PAIR_DIRECTIONS, sets_of)
-
-
-def _choice_sets(world: World):
-    return lambda target, direction: combos.combinations(target, world.subsets, direction)
+    """Tables 5 and 6: pairs as in table 3 of a detection subset and a choice-question subset; without Baseline+."""
+    return _combination_rows(world, seed, "detection_pairs", world.detection_table)
 
 
 def detection(world: World, seed: int) -> Iterator[Cell]:
-    """Boxes of lesions: one model of all detection subsets but those held out, tested on both; the paper has none such.
+    """Boxes of lesions: one model of all detection subsets but those held out, tested on both; not in the paper.
 
-    Held out are those of the modality and area of a target asked for, else the first whose elements are left elsewhere.
+    Held out are the subsets with a requested target's modality and area; without targets, the first subset whose
+    elements other subsets still cover.
     """
-    wanted = {(t.modality, t.area) for t in world.asked()} if world.targets else None
-    held: tuple[Subset, ...] = ()
+    requested = {(t.modality, t.area) for t in world.target_subsets()} if world.targets else None
+    held_out: tuple[Subset, ...] = ()
     for subset in world.boxes:
-        others = [s for s in world.boxes if s not in (*held, subset)]
-        enough = all(combos.is_composable(s, others) for s in (*held, subset))
-        if enough and ((subset.modality, subset.area) in wanted if wanted is not None else not held):
-            held += (subset,)
-    inside = tuple(s for s in world.boxes if s not in held)
-    for part, targets in (("in_distribution", inside), ("out_of_distribution", held)):
+        others = [s for s in world.boxes if s not in (*held_out, subset)]
+        is_covered = all(combos.is_composable(s, others) for s in (*held_out, subset))
+        if is_covered and (not held_out if requested is None else (subset.modality, subset.area) in requested):
+            held_out += (subset,)
+    inside = tuple(s for s in world.boxes if s not in held_out)
+    for part, targets in (("in_distribution", inside), ("out_of_distribution", held_out)):
         if inside and targets:
             yield _cell("detection", Row(part), "baseline", seed, (), targets)
             yield _cell("detection", Row(part), "multi_task", seed, inside, targets)
 
 
 def ablation(world: World, seed: int) -> Iterator[Cell]:
-    """Figure 4: all related, all unrelated, without an element, all data; and the two controls."""
-    for target in world.asked():
+    """Figure 4: all related, all unrelated, without an element, all data; and two controls."""
+    for target in world.target_subsets():
         if not combos.is_composable(target, world.subsets):
             continue
         sets = {
@@ -317,65 +311,65 @@ def ablation(world: World, seed: int) -> Iterator[Cell]:
         row = Row("", target.name)
         yield _cell("ablation", row, "baseline", seed, (), (target,))
         for arm, training in sets.items():
-            if training:  # no unrelated subset, or none left: the arm is not defined for this target
+            if training:  # an arm without subsets is not defined for this target
                 yield _cell("ablation", row, arm, seed, training, (target,))
 
 
 def split(world: World) -> tuple[tuple[Subset, ...], tuple[Subset, ...]]:
     """(in distribution, out of distribution) of the multi-task table.
 
-    Out of distribution are the targets asked for; else the paper's own 12 of a released tree (tables 1 and 2); else,
-    and for subsets that are not the paper's, as large a share (12 of 37), all their elements left in distribution.
-    A subset of the whole triplet of one held out is in neither (but in the paper's own split, which has such).
+    Out of distribution are the requested targets. Without targets they are the paper's 12 of a released tree (tables 1
+    and 2), and of all other subsets an equal share (12 of 37) whose elements in-distribution subsets still cover.
+    A subset with the same triplet as a held-out one is in neither, except in the paper's own split.
     """
     published_in, published_out = mat.paper_split() if world.released and not world.targets else ((), ())
     if world.targets:
-        held = set(world.targets)
+        held_out = set(world.targets)
     else:
-        held = {s.name for s in world.subsets if s.name in published_out}
+        held_out = {s.name for s in world.subsets if s.name in published_out}
         free = [s for s in world.subsets if s.name not in (*published_in, *published_out)]
         for subset in free[::3][: round(len(free) * 12 / 37)]:
-            tried = held | {subset.name}
-            others = [s for s in world.subsets if s.name not in tried]
-            # Those held before must not lose an element by it either.
-            if all(combos.is_composable(world[name], others) for name in tried - set(published_out)):
-                held = tried
-    outside = tuple(s for s in world.subsets if s.name in held)
+            larger = held_out | {subset.name}
+            others = [s for s in world.subsets if s.name not in larger]
+            # The subsets held out before must not lose an element either.
+            if all(combos.is_composable(world[name], others) for name in larger - set(published_out)):
+                held_out = larger
+    outside = tuple(s for s in world.subsets if s.name in held_out)
     unseen = [t for t in outside if t.name not in published_out]
-    inside = [s for s in world.subsets if s.name not in held]
+    inside = [s for s in world.subsets if s.name not in held_out]
     return tuple(s for s in inside if all(len(mat.shared(s, t)) < 3 for t in unseen)), outside
 
 
 def multi_task(world: World, seed: int) -> Iterator[Cell]:
-    """Tables 1 and 2: one model of all in-distribution subsets, and one model each of the same records.
+    """Tables 1 and 2: one model of all in-distribution subsets, and one model for each of them.
 
-    The paper prints no single-task scores out of distribution; here each of those models is tested there too.
+    The paper prints no single-task scores out of distribution; here each single-task model is tested there too.
     """
     inside, outside = split(world)
     for part, targets in (("in_distribution", inside), ("out_of_distribution", outside)):
         if not inside or not targets:
             continue
-        whole = Row(part)
-        yield _cell("multi_task", whole, "baseline", seed, (), targets)
-        yield _cell("multi_task", whole, "multi_task", seed, inside, targets)
+        all_subsets = Row(part)
+        yield _cell("multi_task", all_subsets, "baseline", seed, (), targets)
+        yield _cell("multi_task", all_subsets, "multi_task", seed, inside, targets)
         for subset in inside:
             row = Row(part, subset.name)
             if part == "in_distribution":  # one row of the table: each model is tested on its own subset
-                yield _cell("multi_task", whole, "single_task", seed, (subset,), (subset,), id_row=row)
+                yield _cell("multi_task", all_subsets, "single_task", seed, (subset,), (subset,), id_row=row)
             else:
                 yield _cell("multi_task", row, "single_task", seed, (subset,), outside)
 
 
 def efficiency(world: World, seed: int) -> Iterator[Cell]:
-    """Accuracy over N training records of the target itself, with all its related subsets and without them.
+    """Accuracy by number of the target's own training records, with all its related subsets and without them.
 
-    The one table whose target is trained on; its test records never are.
+    The only table that trains on its target, though never on test records.
     """
-    for target in world.asked():
+    for target in world.target_subsets():
         if not combos.is_composable(target, world.subsets):
             continue
-        helpers = combos.related(target, world.subsets)
-        for curve, others in (("with_related", helpers), ("target_only", ())):
+        related = combos.related(target, world.subsets)
+        for curve, others in (("with_related", related), ("target_only", ())):
             fewer = [count for count in world.study.efficiency_records if count < target.num_train]
             for count in (*fewer, target.num_train):
                 counts = (*(s.num_train for s in others), count)

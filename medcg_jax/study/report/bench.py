@@ -1,4 +1,4 @@
-"""Plots of what `medcg bench` measured, of one or several of its JSON files: ratios to the reference, and samples/s."""
+"""Plots of one or several results of `medcg bench`: ratios to the reference, and samples/s."""
 
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from medcg_jax.study.report.page import added_files
 from medcg_jax.study.report.plots import BLUE, GREEN, GREY, INK, ORANGE, PINK, PURPLE, RED, SKY, draw
 from medcg_jax.untrusted import FileError, check_number, read_json, shown
 
-# A result has some 20 kB.
+# A result file has some 20 kB.
 MAX_RESULT_BYTES = 2**24
 BAR_COLOURS = (BLUE, ORANGE, GREEN, SKY, RED, PINK, PURPLE, GREY)
 # Ratio -> what it compares.
@@ -28,7 +28,7 @@ RUNNERS = (
     "torch generate",
 )  # fmt: skip
 UNITS = {"cpu": "CPU-second", "wall": "second"}
-# Of the results, by label: name of a bar -> its middle, least and most.
+# Label of a result -> name of a bar -> (middle, minimum, maximum).
 Bars = dict[str, dict[str, tuple[float, float, float]]]
 
 
@@ -38,7 +38,7 @@ def write_plots(files: list[Path], out: Path | None = None) -> list[Path]:
     Returns the files written; the plot of ratios is left out where no file has any.
 
     Raises:
-      ConfigError: a file that is no result of `medcg bench`, or files with neither ratios nor a training step.
+      ConfigError: a file is no result of `medcg bench`, or no file has ratios or a training step.
     """
     results = labelled(files)
     ratios = {
@@ -72,7 +72,7 @@ def write_plots(files: list[Path], out: Path | None = None) -> list[Path]:
 
 
 def labelled(files: list[Path]) -> dict[str, dict]:
-    """Short name -> result: the model with its batch, and the file's name where that is not enough."""
+    """Label -> result. A label is the model and its batch, with the file's name where it would occur twice."""
     results = [read(path) for path in files]
     labels = [f"{r['model']}, batch {r['train']['batch']['size']}" if "train" in r else r["model"] for r in results]
     return {
@@ -82,7 +82,7 @@ def labelled(files: list[Path]) -> dict[str, dict]:
 
 
 def read(path: Path) -> dict:
-    """A result of `medcg bench`: its ratios, and of each runner the numbers that `rates` takes, are numbers.
+    """A result of `medcg bench`, with checked ratios and checked numbers for `rates`.
 
     Raises:
       FileError: the file holds something else.
@@ -128,12 +128,12 @@ def _check_spread(value: object, name: str) -> None:
 
 
 def timed(result: dict) -> str:
-    """The time that rates are by: a CPU's own seconds, elsewhere those that pass."""
+    """The key of the time behind rates: CPU-seconds on a CPU, else seconds."""
     return "cpu_s" if result["device"].lower().startswith("cpu") else "step_s"
 
 
 def rates(result: dict) -> dict[str, tuple[float, float, float]]:
-    """Samples per CPU-second on a CPU, per second elsewhere, of each runner: (by the median, least, most)."""
+    """Runner -> samples per CPU-second on a CPU, else per second: (of the median, minimum, maximum)."""
     return {
         name: tuple(row["num_samples"] / row[timed(result)][key] for key in ("median", "max", "min"))
         for section in ("train", "answers")
@@ -146,17 +146,17 @@ def _unit(by: set[str]) -> str:
 
 
 def _paint(axes, rows: dict[str, str], values: Bars, x_label: str, line_at_1: bool) -> None:
-    """Horizontal bars, one beside the other for the results. rows: name of a bar -> its words."""
+    """Horizontal bars, grouped by row with a bar for each result. rows: name of a bar -> its label."""
     height = 0.8 / len(values)
     for number, (label, bars) in enumerate(values.items()):
         present = [(i, bars[name]) for i, name in enumerate(rows) if name in bars]
-        at = np.array([i for i, _ in present]) + (number - (len(values) - 1) / 2) * height
+        y_of_bars = np.array([i for i, _ in present]) + (number - (len(values) - 1) / 2) * height
         middle, least, most = np.array([bar for _, bar in present]).reshape(-1, 3).T
         colour = BAR_COLOURS[number % len(BAR_COLOURS)]
-        axes.barh(at, middle, 0.85 * height, color=colour, label=short_label(label))
+        axes.barh(y_of_bars, middle, 0.85 * height, color=colour, label=short_label(label))
         spread = [middle - least, most - middle]
-        axes.errorbar(middle, at, xerr=spread, fmt="none", ecolor=INK, elinewidth=0.8, capsize=2)
-        for y, x, end in zip(at, middle, most, strict=True):
+        axes.errorbar(middle, y_of_bars, xerr=spread, fmt="none", ecolor=INK, elinewidth=0.8, capsize=2)
+        for y, x, end in zip(y_of_bars, middle, most, strict=True):
             box = {"facecolor": "#ffffff", "edgecolor": "none", "pad": 0.5}
             axes.annotate(
                 f"{x:.3g}", (end, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, bbox=box

@@ -28,10 +28,10 @@ class Matched:
     """One cell and target that both grids have.
 
     Attributes:
-      difference, low, high: B less A, and its 95 % interval. p: exact McNemar where both were asked the same records
-        ("paired"), a test of two proportions else.
-      agreement, largest: of the same records, the share with the same predicted letter, and the largest difference of
-        a log-probability in nats; None of others.
+      difference, low, high: B minus A, and its 95 % interval. paired: whether both were asked the same records.
+      p: exact McNemar where paired, else a test of two proportions.
+      agreement, largest: where paired, the share of equal predicted letters, and the largest difference of a
+        log-probability in nats; else None.
     """
 
     table: str
@@ -54,25 +54,26 @@ class Matched:
 
 
 class Side:
-    """One of the two grids, and the answers of the cell that was read last: a cell may be tested on many subsets."""
+    """One of the two grids. It keeps the answers of the last cell, since a cell may have many test subsets."""
 
     def __init__(self, grid: Grid):
         self.grid = grid
-        self._cell, self._answers = "", {}
+        self._cell = ""
+        self._answers: dict[str, dict[str, dict]] = {}
 
     def answers(self, result: Mapping) -> dict[str, dict]:
-        """Record id -> line of the predictions, of one row of results.csv."""
+        """Record id -> prediction, for one row of results.csv."""
         if result["cell"] != self._cell:
-            by_subset = defaultdict(dict)
+            by_subset: dict[str, dict[str, dict]] = defaultdict(dict)
             for line in self.grid.predictions(result["cell"]):
                 by_subset[line["subset"]][line["id"]] = line
             self._cell, self._answers = result["cell"], by_subset
         return self._answers.get(result["target"], {})
 
     def data(self, seed: int) -> str | None:
-        """Fingerprint of what a seed was tested on; None where it was not recorded."""
+        """Fingerprint of a seed's data without boxes; None where it was not recorded."""
         digest = self.grid.run.get("data", {}).get(str(seed))
-        return digest and digest.partition(" ")[0]  # behind it stands that of the boxes
+        return digest and digest.partition(" ")[0]  # the fingerprint of the boxes follows
 
 
 def write_comparison(a: str | Path, b: str | Path, out: str | Path = "") -> Path:
@@ -80,14 +81,14 @@ def write_comparison(a: str | Path, b: str | Path, out: str | Path = "") -> Path
 
     Raises:
       FileNotFoundError: a folder is not the workdir of a grid.
-      FileError: a file of theirs is broken.
+      FileError: a file of a grid is broken.
     """
     grids = Grid(a), Grid(b)
     name = re.sub(r"[^A-Za-z0-9._-]", "_", grids[1].workdir.absolute().name)
     folder = Path(out) if out else grids[0].workdir / f"compare_{name}"
     rows = matched(*grids)
     settings, comparison = differing(*grids), table_of(rows)
-    # What else lies in the folder is the reader's own.
+    # Other files in the folder stay.
     with added_files(folder) as draft:
         (draft / "plots").mkdir()
         write_tables(draft, [comparison, settings])
@@ -100,33 +101,32 @@ def write_comparison(a: str | Path, b: str | Path, out: str | Path = "") -> Path
             for side, grid in zip("AB", grids, strict=True)
         )
         title = f"{grids[0].config['name']} and {grids[1].config['name']}"
-        tables = [settings, comparison]
-        text = page_html("Two grids side by side", sub, sections, title=title, tables=tables)
+        text = page_html("Two grids side by side", sub, sections, title=title, tables=[settings, comparison])
         write_text(draft / "index.html", text)
     return folder / "index.html"
 
 
 def matched(a: Grid, b: Grid) -> list[Matched]:
-    """What both grids have, in A's order: same table, row, arm, target and seed. Where they share no seed at all the
-    first seed of one is matched with the first of the other, and so on."""
+    """The results of both grids with equal table, row, arm, target and seed, in A's order. Where the grids share no seed,
+    the first seed of one is matched with the first of the other, and so on."""
     seeds_a, seeds_b = (sorted({r["seed"] for r in grid.results}) for grid in (a, b))
     common = set(seeds_a) & set(seeds_b)
-    as_a = dict(zip(seeds_b, seeds_b if common else seeds_a, strict=False))
-    theirs = {key(r, as_a.get(r["seed"])): r for r in b.results}
+    seed_in_a = dict(zip(seeds_b, seeds_b if common else seeds_a, strict=False))
+    results_b = {key(r, seed_in_a.get(r["seed"])): r for r in b.results}
     sides = Side(a), Side(b)
-    return [compared(*sides, ours, other) for ours in a.results if (other := theirs.get(key(ours, ours["seed"])))]
+    return [compared(*sides, r, other) for r in a.results if (other := results_b.get(key(r, r["seed"])))]
 
 
 def key(result: Mapping, seed: int | None) -> tuple:
     return result["table"], result["row"], result["arm"], result["target"], seed
 
 
-def compared(a: Side, b: Side, ours: Mapping, theirs: Mapping) -> Matched:
-    answers = a.answers(ours), b.answers(theirs)
+def compared(a: Side, b: Side, result_a: Mapping, result_b: Mapping) -> Matched:
+    answers = a.answers(result_a), b.answers(result_b)
     agreement = largest = None
-    paired = same_records(*answers) and len({a.data(ours["seed"]), b.data(theirs["seed"])} - {None}) < 2
+    paired = same_records(*answers) and len({a.data(result_a["seed"]), b.data(result_b["seed"])} - {None}) < 2
     if paired:
-        right = [{name: line["predicted"] == line["answer"] for name, line in one.items()} for one in answers]
+        right = [{name: line["predicted"] == line["answer"] for name, line in side.items()} for side in answers]
         p = compare(*right).p
         spread = mixed_interval([{name: int(right[1][name]) - int(value) for name, value in right[0].items()}])
         low, high = spread.low, spread.high
@@ -134,10 +134,10 @@ def compared(a: Side, b: Side, ours: Mapping, theirs: Mapping) -> Matched:
         agreement = sum(x["predicted"] == y["predicted"] for x, y in pairs) / len(pairs)
         largest = max((gap for x, y in pairs for gap in gaps(x, y)), default=None)
     else:
-        p = two_proportions(ours["correct"], ours["n"], theirs["correct"], theirs["n"])
-        low, high = newcombe(theirs["correct"], theirs["n"], ours["correct"], ours["n"])
-    fields = {name: ours[name] for name in ("table", "row", "arm", "target", "seed")}
-    return Matched(**fields, a=score(ours), b=score(theirs), low=low, high=high, paired=paired, p=p,
+        p = two_proportions(result_a["correct"], result_a["n"], result_b["correct"], result_b["n"])
+        low, high = newcombe(result_b["correct"], result_b["n"], result_a["correct"], result_a["n"])
+    fields = {name: result_a[name] for name in ("table", "row", "arm", "target", "seed")}
+    return Matched(**fields, a=score(result_a), b=score(result_b), low=low, high=high, paired=paired, p=p,
                    agreement=agreement, largest=largest)  # fmt: skip
 
 
@@ -149,7 +149,7 @@ def same_records(a: Mapping[str, dict], b: Mapping[str, dict]) -> bool:
 
 
 def gaps(x: Mapping, y: Mapping) -> list[float]:
-    """Differences of the log-probabilities that both predictions have; none where one was not recorded."""
+    """Absolute differences of the letters' log-probabilities; none for a letter that one prediction lacks."""
     a, b = letter_logprobs(x), letter_logprobs(y)
     return [0.0 if a[letter] == b[letter] else abs(a[letter] - b[letter]) for letter in a if letter in b]
 
@@ -159,7 +159,7 @@ def score(result: Mapping) -> Score:
 
 
 def newcombe(correct_b: int, n_b: int, correct_a: int, n_a: int) -> tuple[float, float]:
-    """Newcombe's 95 % interval of b less a, two proportions of other records; (-1, 1) without records."""
+    """Newcombe's 95 % interval of b minus a, two proportions of different records; (-1, 1) without records."""
     if not n_a or not n_b:
         return -1.0, 1.0
     low, high = confint_proportions_2indep(correct_b, n_b, correct_a, n_a, compare="diff", method="newcomb")
@@ -167,7 +167,7 @@ def newcombe(correct_b: int, n_b: int, correct_a: int, n_a: int) -> tuple[float,
 
 
 def two_proportions(correct_a: int, n_a: int, correct_b: int, n_b: int) -> float:
-    """Two-sided p of the pooled z test of two proportions; 1 where both are all right or all wrong, or n is 0."""
+    """Two-sided p of the pooled z test of two proportions; 1 where all answers are right or all wrong, or n is 0."""
     if not n_a or not n_b or correct_a + correct_b in (0, n_a + n_b):
         return 1.0
     z = proportions_ztest([correct_a, correct_b], [n_a, n_b])[0]
@@ -197,7 +197,7 @@ def table_of(rows: list[Matched]) -> Table:
 
 
 def differing(a: Grid, b: Grid) -> Table:
-    """Settings (but those that change no result), versions and data that are not the same."""
+    """Settings (but those that change no result), versions and data that differ."""
     settings = [
         flat(grid.config)
         | {f"version of {name}": version for name, version in grid.run.get("versions", {}).items()}
@@ -229,7 +229,7 @@ def verdict(rows: list[Matched], a: Grid, b: Grid) -> str:
         f"Of {counted(len(rows), 'result')} that both have, {num_sure} differ significantly after Holm's adjustment; on "
         f"average B is {mean_difference} points from A."
     ]
-    same = [row for row in rows if row.agreement is not None]
+    same = [row for row in rows if row.paired]
     if same:
         answers = sum(row.a.n for row in same)
         share = points(sum(row.agreement * row.a.n for row in same) / answers)
@@ -242,14 +242,14 @@ def verdict(rows: list[Matched], a: Grid, b: Grid) -> str:
         others = counted(len(rows) - len(same), "result")
         sentences.append(f"In {others} the records are others, so nothing is paired there.")
     sentences.append("They do not agree." if num_sure else "They agree within the noise of their records.")
-    alone = [len(grid.results) - len(rows) for grid in (a, b)]
-    if any(alone):
-        sentences.append(f"Not compared, for lack of a counterpart: {alone[0]} of A, {alone[1]} of B.")
+    unmatched = [len(grid.results) - len(rows) for grid in (a, b)]
+    if any(unmatched):
+        sentences.append(f"Not compared, for lack of a counterpart: {unmatched[0]} of A, {unmatched[1]} of B.")
     return " ".join(sentences)
 
 
-def scatter(folder: Path, rows: list[Matched]):
-    """Every result of B over that of A, with the diagonal."""
+def scatter(folder: Path, rows: list[Matched]) -> Figure:
+    """B's accuracies over A's, with the diagonal."""
     adjusted = holm([row.p for row in rows])
 
     def paint(axes):
@@ -273,7 +273,7 @@ def scatter(folder: Path, rows: list[Matched]):
 
 
 def models_in(workdir: Path) -> list[str]:
-    """The models whose grids lie in `workdir`, in the order of `MODELS`; [] where it is one grid's own."""
+    """The models with a grid in `workdir`, in the order of `MODELS`; [] where `workdir` itself is a grid's."""
     if (workdir / "config.json").is_file():
         return []
     return [model for model in MODELS if (workdir / model / "report" / "index.html").is_file()]
@@ -282,11 +282,11 @@ def models_in(workdir: Path) -> list[str]:
 def write_models_page(workdir: Path, models: Sequence[str]) -> Path:
     """Writes `report/index.html` in `workdir`, with its tables and plots beside it; returns the page's path.
 
-    models: folders of `workdir` with a grid each.
+    models: names of folders in `workdir`, each with a grid.
 
     Raises:
-      FileNotFoundError: one is not the workdir of a grid.
-      FileError: a file of one is broken.
+      FileNotFoundError: a folder is not the workdir of a grid.
+      FileError: a file of a grid is broken.
     """
     grids = {model: Grid(workdir / model) for model in models}
     with whole_folder(workdir / "report") as folder:
@@ -299,7 +299,7 @@ def _write_models(folder: Path, grids: Mapping[str, Grid]) -> None:
     rows = [row for model, grid in grids.items() for row in model_rows(model, grid)]
     tables, sections = [], []
     for group in dict.fromkeys((row["table"], row["part"]) for row in rows):
-        mine = [row for row in rows if (row["table"], row["part"]) == group]
+        group_rows = [row for row in rows if (row["table"], row["part"]) == group]
         name, title = "_".join(word for word in group if word), group[0].replace("_", "-").capitalize()
         title += f": {PARTS.get(group[1], group[1])}" if group[1] else ""
         caption = (
@@ -309,9 +309,10 @@ def _write_models(folder: Path, grids: Mapping[str, Grid]) -> None:
         values = [
             {"model": row["model"], "arm": arm_name(row["arm"]), "n": row["score"].n, "accuracy": row["score"]}
             | {"chance": row["chance"], "seeds": ", ".join(map(str, row["score"].seeds))}
-            for row in mine
+            for row in group_rows
         ]
-        table, figure = Table(f"models_{name}", title, caption, values), model_bars(folder / "plots", name, title, mine)
+        table = Table(f"models_{name}", title, caption, values)
+        figure = model_bars(folder / "plots", name, title, group_rows)
         sections.append(Section(id=name.replace("_", "-"), title=title, figures=[figure], tables=[table]))
         tables.append(table)
     for part in ("in_distribution", "out_of_distribution"):
@@ -373,8 +374,8 @@ def model_bars(folder: Path, name: str, title: str, rows: Sequence[dict]) -> Fig
     """Accuracy of every arm and model, with Wilson intervals and chance."""
     models = dict.fromkeys(row["model"] for row in rows)
     groups = [
-        (model, {row["arm"]: row["score"] for row in own}, mean([row["chance"] for row in own]))
-        for model, own in ((model, [row for row in rows if row["model"] == model]) for model in models)
+        (model, {row["arm"]: row["score"] for row in of_model}, mean([row["chance"] for row in of_model]))
+        for model, of_model in ((model, [row for row in rows if row["model"] == model]) for model in models)
     ]
     paint, height_in = grouped_bars(groups, list(dict.fromkeys(row["arm"] for row in rows)))
     caption = "Accuracy by model with 95 % Wilson intervals over all test answers; the dashed line is chance."
@@ -382,7 +383,7 @@ def model_bars(folder: Path, name: str, title: str, rows: Sequence[dict]) -> Fig
 
 
 def joined(tables: Mapping[str, Table]) -> Table:
-    """One table of the sums over all subsets (`ALL_SUBSETS`) of each model's, with a column for the model."""
+    """The rows of the models' tables that sum over all subsets (`ALL_SUBSETS`), with a column for the model."""
     first = next(iter(tables.values()))
     rows = [
         {"model": model} | {key: value for key, value in row.items() if key not in ("target", "what")}

@@ -1,4 +1,4 @@
-"""What a grid left in its workdir, read for its report, and what can be counted from it without a test."""
+"""Reads a grid's workdir for its report, and counts scores and letters."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ from medcg_jax.study.stats.results import read_config_file
 from medcg_jax.train.log import read_metrics
 from medcg_jax.untrusted import FileError, check_number, shown
 
-# Cells whose predictions stay in memory, since pages of subsets and cards read the same few again and again. One with
-# the answers to 53 subsets of released data takes some 50 MB.
+# Cells whose predictions stay in memory, since subset pages and cards read the same few cells repeatedly. A cell with
+# answers to 53 subsets of released data takes some 50 MB.
 NUM_KEPT_CELLS = 8
 
 
 def arm_name(arm: str) -> str:
-    """An arm for people; "efficiency_30" -> "30 target records"."""
+    """The name of an arm on the page; "efficiency_30" -> "30 target records"."""
     if arm.startswith("efficiency_"):
         return f"{arm.removeprefix('efficiency_')} target records"
     return ARMS.get(arm, arm)
@@ -55,7 +55,7 @@ class Score:
 
 @dataclass
 class Letters:
-    """What one arm of a table answered: letter counts, probability mass on the offered letters, free answers."""
+    """Counts of one arm's answers in a table: letters, probability mass on the offered letters, generated answers."""
 
     n: int = 0
     right: int = 0
@@ -68,7 +68,7 @@ class Letters:
     generated_right: int = 0
 
     def add(self, answers: pd.DataFrame) -> None:
-        """Counts these answers (`Answers.frame`) too."""
+        """Adds answers (a frame of `Answers`) to the counts."""
         self.n += len(answers)
         self.right += int(answers["right"].sum())
         for counts, column in ((self.predicted, "predicted"), (self.answers, "answer")):
@@ -78,10 +78,10 @@ class Letters:
             recorded = answers.loc[answers["A"].notna(), [letter for letter in LETTERS if letter in answers]]
             self.mass += float(np.nansum(np.exp(recorded.to_numpy(float))))
             self.num_mass += len(recorded)
-        asked = answers[answers["read"].notna()]
-        self.generated += len(asked)
-        self.unparsed += int((asked["read"] == "").sum())
-        self.generated_right += int((asked["read"] == asked["answer"]).sum())
+        generated = answers[answers["read"].notna()]
+        self.generated += len(generated)
+        self.unparsed += int((generated["read"] == "").sum())
+        self.generated_right += int((generated["read"] == generated["answer"]).sum())
 
 
 def letter_logprobs(record: dict) -> dict[str, float]:
@@ -90,16 +90,16 @@ def letter_logprobs(record: dict) -> dict[str, float]:
 
 
 class Grid:
-    """The files of one grid, which agree with each other.
+    """The files of one grid, after a check that they agree.
 
     Attributes:
       run: config.json. config: its configuration. cells, results: rows of cells.csv and results.csv.
-      predictions: cell -> its predictions, a function (FileError: a line is none; file and line are named).
-      notes: what was left out, with the file's name; a report says it.
+      predictions: a function, cell -> its predictions. It raises FileError for an invalid line, with file and line.
+      notes: files that were left out, and why, for the report.
 
     Raises:
-      FileNotFoundError: the folder lacks a file that every grid has; one line.
-      FileError: one of them is broken, or says something else than the others.
+      FileNotFoundError: the folder lacks a file that every grid has.
+      FileError: a file is broken, or contradicts another.
     """
 
     def __init__(self, workdir: str | Path):
@@ -138,10 +138,10 @@ class Grid:
         return self.is_phantom or (bool(names) and names <= known)
 
     def source(self, seed: int | None = None) -> Source:
-        """The source that the cells of one seed (default: the first) were tested on.
+        """The data source of one seed (default: the first).
 
         Raises:
-          DataError: it is not there, or is not what the grid recorded.
+          DataError: it does not exist, or differs from the recorded fingerprint.
         """
         seed = self.seeds[0] if seed is None else seed
         if seed not in self._sources:
@@ -149,7 +149,7 @@ class Grid:
             # A seed of the study draws the data too.
             source = open_source(DataConfig(**fields | {"seed": fields.get("seed", 0) + seed}))
             recorded = self.run.get("data", {}).get(str(seed))
-            # Behind the choice records' fingerprint stands that of the boxes, where a table trains on them.
+            # The fingerprint of the boxes follows that of the choice records, where a table trains on boxes.
             if recorded and source.fingerprint() != recorded.partition(" ")[0]:
                 raise DataError(
                     f"the data have changed since the grid (fingerprint {recorded} then, {source.fingerprint()} now)"
@@ -158,7 +158,7 @@ class Grid:
         return self._sources[seed]
 
     def describe(self, subset: str) -> str:
-        """Such as "MRI, Brain, State", of a numbered subset; "" where its name says it, or nothing is known of it."""
+        """Such as "MRI, Brain, State", for a numbered subset; "" where its name says it, or it is unknown."""
         modality, area, task = self.triplets.get(subset, ("", "", ""))
         elements = (modality, area, mat.task_elements(task)[0]) if modality else ()
         return ", ".join(short_label(element, ELEMENT_CHARACTERS) for element in elements)
@@ -199,13 +199,13 @@ class Grid:
         return [c for c in self.cells if c["status"] == "waiting"]
 
     def boxes(self, cell: str) -> list[BoxAnswer]:
-        """A cell's answers about boxes; [] where it was asked for none."""
+        """A cell's answers about boxes; [] where it has none."""
         path = self.workdir / "boxes" / f"{cell}.jsonl"
         return read_answers(path) if path.exists() else []
 
     @cached_property
     def contamination(self) -> list[dict[str, str]]:
-        """The lines of contamination.csv. Raises FileError: one is broken, or of no cell of the grid."""
+        """The rows of contamination.csv. Raises FileError: a row is broken, or of no cell of the grid."""
         lines, known = contamination.read(self.workdir), {cell["cell"] for cell in self.cells}
         for line in lines:
             if line["cell"] not in known:
@@ -214,10 +214,10 @@ class Grid:
         return lines
 
     def metrics(self, cell: dict) -> list[dict]:
-        """What a cell's training logged; [] where it left nothing, or a file that ends before the training did.
+        """The log of a cell's training; [] where there is none, or it ends before the training did.
 
-        A training that serves several cells logs under the first one's name; cells of one training agree in what they
-        were trained on, seed, steps and seconds.
+        A training that serves several cells logs under the first one's name; its cells have equal training subsets,
+        seed, steps and seconds.
         """
         path = self.workdir / "metrics" / f"{cell['cell']}.jsonl"
         if not path.exists() and cell["related"]:
@@ -250,8 +250,8 @@ class Grid:
     def score(self, rows: Sequence[dict]) -> Score:
         """One arm's seeds as one accuracy.
 
-        Phantoms are drawn anew with every seed, so n counts them all. Released test records return with every seed:
-        the accuracy is then the mean over seeds, and n and the interval are those of the records.
+        Each seed draws other phantoms, so n counts them all. All seeds have the same released test records: the
+        accuracy is then the mean over seeds, and n and the interval are of the records.
         """
         seeds = tuple(sorted(row["seed"] for row in rows))
         if self.is_phantom:
@@ -263,11 +263,11 @@ class Grid:
 
     @cached_property
     def letters(self) -> dict[tuple[str, str], Letters]:
-        """(table, arm) -> what it answered, over all finished cells; also finds every target's chance."""
-        answered: dict[tuple[str, str], Letters] = {}
-        asked = {row["cell"] for row in self.results}
-        for cell in (c for c in self.done() if c["cell"] in asked):
-            letters = answered.setdefault((cell["table"], cell["arm"]), Letters())
+        """(table, arm) -> counts of its answers, over all finished cells; also computes every target's chance."""
+        counts: dict[tuple[str, str], Letters] = {}
+        with_letters = {row["cell"] for row in self.results}
+        for cell in (c for c in self.done() if c["cell"] in with_letters):
+            letters = counts.setdefault((cell["table"], cell["arm"]), Letters())
             answers = self.answers.frame(cell["cell"])
             letters.add(answers)
             for subset, options in answers.groupby("subset")["options"]:
@@ -275,7 +275,7 @@ class Grid:
                     share = self._chance.setdefault(subset, [0.0, 0])
                     share[0] += float((1 / options).sum())
                     share[1] += len(options)
-        return answered
+        return counts
 
     def chance(self, target: str) -> float | None:
         """The accuracy of answering at random, from the options offered; None for an unknown target."""

@@ -1,8 +1,8 @@
 """`medcg report`: the page, plots and tables of a grid, from the files in its workdir alone.
 
-Everything on the page comes from these files (and, for sample images, from the data that config.json names): the same
-files give the same page. `load_grid` reads, `stats` tests, `text` finds the words, `tables`, `published`, `plots` and
-`samples` show; `page` puts them into sections. `compare` writes the pages of several grids with the same sections.
+The same files (and, for sample images, the data that config.json names) give the same page. `load_grid` reads, `stats`
+tests, `text` writes the sentences, `tables`, `published`, `plots` and `samples` make what is shown; `page` arranges it
+in sections. `compare` writes the pages of several grids.
 """
 
 import os
@@ -32,7 +32,7 @@ from medcg_jax.study.stats import stats
 from medcg_jax.study.stats.results import choices
 from medcg_jax.untrusted import FileError
 
-# What a report consists of; other files in its folder are its reader's own.
+# A report's files; others in its folder are not touched.
 WRITTEN = ("index.html", "summary.txt", "report.md", "report.tex", "plots", "tables", "subsets")
 FORMATS = ("md", "tex", "csv")
 ASKED = Markup(
@@ -53,7 +53,7 @@ STUDY = {
     "efficiency": "Data efficiency",
     "detection": "Detection: boxes asked for",
 }
-# Table of the study -> what a reader must know of it.
+# Table of the study -> introduction of its section.
 INTROS = {
     "pairs": "Each target is a combination that the model was not trained on. Its two training subsets share two "
     "elements with it each, and between them all three; the direction says which element both have. In the "
@@ -101,16 +101,16 @@ ORIGINS = Markup(
     "names, if their fingerprint is still the one recorded. Printed numbers are those of the paper's tables, kept with "
     "the code."
 )
-# Tables that the page folds away at its end.
+# Tables that are folded at the end of the page.
 FOLDED = ("contamination", "comparisons", "cells", "goodput")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A section of a page; what it has is shown in the order of its fields.
+    """A section of a page; its contents are shown in the order of the fields.
 
     Attributes:
-      id: of its link. answer: a first sentence and others below it, in a frame.
+      id: of its link. answer: a first sentence and others below, in a frame.
       paragraphs, notes, items: texts, notes in a frame; HTML where they are `Markup`.
       facts: (name, text). cards: (heading, CSS class, cards). folded: tables that open on a click.
       narrow: figures and items stand in narrow columns.
@@ -134,9 +134,9 @@ def page_html(
     heading: str, sub: str, sections: Iterable[Section], *, title: str = "", notes: Sequence[str] = (),
     tables: Iterable[Table] = (), links: Mapping[str, str] = MappingProxyType({}),
 ) -> str:  # fmt: skip
-    """A page; it loads nothing, and all text is escaped. Sections without anything are left out.
+    """A page that loads nothing, with all text escaped. Empty sections are left out.
 
-    title: of the window (default: the heading). tables: those with files in `tables/`. links: target -> page of it.
+    title: of the window (default: the heading). tables: those with files in `tables/`. links: target -> its page.
     """
     names = [field.name for field in fields(Section) if field.name not in ("id", "title", "narrow")]
     shown = [section for section in sections if any(getattr(section, name) for name in names)]
@@ -159,7 +159,7 @@ def check_formats(text: str) -> tuple[str, ...]:
     """ "md,tex" -> ("md", "tex").
 
     Raises:
-      ConfigError: another format.
+      ConfigError: a format is unknown.
     """
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
@@ -171,13 +171,13 @@ def check_formats(text: str) -> tuple[str, ...]:
 def write_report(workdir: str | Path, formats: Sequence[str] = ()) -> Path:
     """Writes `report/index.html`, with `plots/`, `tables/`, `subsets/` and `summary.txt` beside it; returns its path.
 
-    Nothing of an earlier report is left, and an earlier one stays until this one is whole.
+    An earlier report stays until this one is complete, and is then replaced as a whole.
 
-    formats: "md" and "tex" for `report.md` and `report.tex` too; "csv" (and LaTeX) of each table are always there.
+    formats: "md" and "tex" add `report.md` and `report.tex`; CSV and LaTeX of each table are always written.
 
     Raises:
       FileNotFoundError: the folder is not the workdir of a grid.
-      FileError: a file of the grid is broken, or they do not agree; the report before stays as it is.
+      FileError: a file of the grid is broken or contradicts another; an earlier report stays.
     """
     grid = Grid(workdir)
     with whole_folder(grid.workdir / "report") as folder:
@@ -189,12 +189,12 @@ def write_report(workdir: str | Path, formats: Sequence[str] = ()) -> Path:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to write into, which takes the place of `folder` at the end of the block, unless it fails.
+    """An empty folder to write into; it replaces `folder` at the end of the block, unless the block fails.
 
-    Of an earlier report what others have laid beside its page and folders moves along.
+    Files that do not belong to an earlier report in `folder` are moved into the new one.
 
     Raises:
-      FileError: `folder` is there and is no report.
+      FileError: `folder` exists and is no report.
     """
     if os.path.lexists(folder) and (folder.is_symlink() or not (folder / "index.html").is_file()):
         raise FileError(f"{folder}: is there and holds no report (index.html); move it away, a report is written there")
@@ -220,9 +220,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def added_files(folder: Path) -> Iterator[Path]:
-    """An empty folder to write into; at the end its files go to the same places in `folder`, the page last.
+    """An empty folder to write into; at the end of the block its files move into `folder`, the page last.
 
-    What else lies in `folder` stays; it is there only when all is written.
+    Other files in `folder` stay.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}")
@@ -238,7 +238,7 @@ def added_files(folder: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file of a report, without characters that no such file may hold (`escape.plain`)."""
+    """Writes a file of a report, without forbidden characters (`escape.plain`)."""
     path.write_text(plain(text), encoding="utf-8", newline="")
 
 
@@ -288,7 +288,7 @@ def _write(grid: Grid, folder: Path, formats: Sequence[str]) -> None:
 
 
 def _write_subset(grid: Grid, folder: Path, target: str, file: str) -> str:
-    """Writes the page of one subset; returns the line that names it."""
+    """Writes the page of one subset; returns its line in the list of subsets."""
     cards, answers = mistakes(grid, target)
     words = (
         f"{cards.num_wrong} of {cards.num_answers} answers of {cards.arm} are wrong. Shown are those with the highest "
@@ -314,7 +314,7 @@ def _write_subset(grid: Grid, folder: Path, target: str, file: str) -> str:
 
 
 def _result_sections(grid: Grid, answer: Answer, tables: dict[str, Table], plots: Plots) -> list[Section]:
-    """The answer, and a section for each table of the study that has results."""
+    """The answer, and a section for each table of the study with results."""
     figures = {
         "pairs": plots.bars("pairs"), "triples": plots.bars("triples"), "multi_task": plots.multi_task(),
         "detection_pairs": plots.bars("detection_pairs"), "ablation": [*plots.ablation(), *plots.figure4()],
@@ -322,16 +322,16 @@ def _result_sections(grid: Grid, answer: Answer, tables: dict[str, Table], plots
     }  # fmt: skip
     results = []
     for name, title in STUDY.items():
-        # "detection" has parts of its own, and is how "detection_pairs" begins.
+        # "detection_pairs" begins with "detection".
         others = tuple(other for other in STUDY if other.startswith(f"{name}_"))
-        mine = [
+        shown = [
             t for key, t in tables.items() if f"{key}_".startswith(f"{name}_") and not key.startswith(others or "-")
         ]
-        boxes = box_samples(grid) if name == "detection" and mine else Cards()
-        if mine or figures.get(name):
+        boxes = box_samples(grid) if name == "detection" and shown else Cards()
+        if shown or figures.get(name):
             heading = "Images with both boxes (green: those asked for; orange: those answered)"
             results.append(
-                Section(id=name.replace("_", "-"), title=title, paragraphs=[INTROS[name]], tables=mine,
+                Section(id=name.replace("_", "-"), title=title, paragraphs=[INTROS[name]], tables=shown,
                         figures=figures.get(name, ()), notes=[boxes.absent] if boxes.absent else [],
                         cards=[(heading, "", boxes.right)])
             )  # fmt: skip
@@ -372,13 +372,13 @@ def _answer_sections(grid: Grid, tables: dict[str, Table], plots: Plots, items: 
 
 
 def _made_sections(grid: Grid, tables: dict[str, Table]) -> list[Section]:
-    """Versions and settings, cells that failed, choices, and the tables that the page folds away."""
+    """Versions and settings, failed cells, choices, and the folded tables."""
     facts = [
         ("versions", ", ".join(f"{name} {version}" for name, version in grid.run.get("versions", {}).items())),
         ("data fingerprint", ", ".join(f"seed {seed}: {digest}" for seed, digest in grid.run.get("data", {}).items())),
         ("cells", f"{len(grid.done())} done, {len(grid.failed())} failed, {len(grid.waiting())} not run"),
     ]
-    # Cells of one training (same subsets, seed and seconds) share it; the sum counts each once.
+    # The sum counts each training once: its cells have the same subsets, seed, steps and seconds.
     spent = {
         (c["related"], c["seed"], c["steps"], c["seconds"]): float(c["seconds"] or 0)
         for c in grid.cells
@@ -422,12 +422,12 @@ def markdown_report(name: str, summary: str, tables: Iterable[Table]) -> str:
 
 
 def latex_report(name: str, summary: str, tables: Iterable[Table]) -> str:
-    """A whole LaTeX document: the summary, then every table, wide ones made to fit the page."""
+    """A LaTeX document: the summary, then every table, as long tables."""
     lines = [
         r"\documentclass[a4paper,10pt]{article}", r"\usepackage[T1]{fontenc}",
         r"\usepackage{booktabs,amssymb,longtable}", r"\usepackage[margin=20mm,landscape]{geometry}",
         rf"\title{{{latex(name)}}}", r"\date{}", r"\begin{document}", r"\maketitle",
-        *(latex(part) + "\n" for part in summary.split("\n\n")),
+        *(latex(paragraph) + "\n" for paragraph in summary.split("\n\n")),
     ]  # fmt: skip
     for table in tables:
         lines += ["", rf"\section*{{{latex(table.title)}}}", latex(table.caption), "", table.latex(long=True)]

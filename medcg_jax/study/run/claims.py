@@ -1,11 +1,11 @@
-"""Claims on work that several processes share through a folder: who does what, and whether that process still lives.
+"""Claims on work that several processes share through a folder: which process does it, and whether that still runs.
 
-Claims of one piece of work are numbered files, `NAME.0`, `NAME.1`, ...; the highest holds. A file is created with
-O_EXCL, so that one process gets each number, and the next number may be taken only when the holder is dead. Nothing is
-ever deleted, so no process can remove a claim that another has just taken over.
+The claims on one piece of work are numbered files, `NAME.0`, `NAME.1`, ...; the highest number holds the work. O_EXCL
+gives each number to one process, and the next number may be taken only when the holder is dead. Nothing is ever
+deleted, so no process can remove a claim that another has just taken over.
 
-A holder of the same boot and process namespace is looked up among the processes; any other (another host, a container
-of this host's name) is judged by the times at which it touches its claim.
+A holder of this boot and process namespace is looked up by its process number. Any other holder (on another host, or
+in a container with this host's name) is judged by when it last touched its claim.
 """
 
 import json
@@ -23,30 +23,30 @@ from medcg_jax.files import write_whole
 from medcg_jax.untrusted import FileError, check_number, read_json
 
 HEARTBEAT_S = 10.0
-# A holder that is judged by its heartbeat, and has not touched its claim for so long, is taken for dead.
+# A holder that is judged by its heartbeat counts as dead after so long without one.
 STALE_S = 180.0
-# Who waits for another's claim says so after so long, and then every so often.
-SAY_AFTER_S, SAY_EVERY_S = 10.0, 60.0
+# A process that waits for a claim reports it after the first time, then every so often.
+REPORT_AFTER_S, REPORT_EVERY_S = 10.0, 60.0
 MAX_CLAIM_BYTES = 4096
 
 
 def process_start(pid: int) -> str:
-    """When a process started, in the system's own unit; "" where there is none, or no way to know."""
+    """When a process started, in the system's own unit; "" where it does not exist, or the system does not tell."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return ""
     state, *fields = stat.rsplit(")", 1)[1].split()
-    return "" if state in ("Z", "X") else fields[18]  # field 22; a process that waits to be reaped is dead
+    return "" if state in ("Z", "X") else fields[18]  # field 22; a zombie is dead
 
 
 def identity() -> dict:
-    """What a claim says of its holder."""
+    """A claim's contents: its holder."""
     return {"pid": os.getpid(), "start": process_start(os.getpid())} | _world()
 
 
 def _world() -> dict:
-    """Where a process number means the same process: host, boot and process namespace; "" where the system has none."""
+    """The scope of a process number: host, boot and process namespace; "" where the system has none."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -61,7 +61,7 @@ def _world() -> dict:
 def is_alive(holder: dict | None, age_s: float) -> bool:
     """Whether the process of a claim still runs.
 
-    holder: what the claim says; None where it cannot be read (yet).
+    holder: the claim's contents; None where they cannot be read (yet).
     age_s: seconds since the claim was last touched.
     """
     if holder is not None and not holder["pid"]:
@@ -81,11 +81,11 @@ def is_alive(holder: dict | None, age_s: float) -> bool:
 
 
 class Claim:
-    """A piece of work that this process holds; touched every few seconds until `release`."""
+    """A piece of work that this process holds. Its file is touched every few seconds until `release`."""
 
     def __init__(self, path: Path, number: int):
         self.path = path
-        # How many holders before this one died over the work.
+        # Number of earlier holders.
         self.number = number
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -96,17 +96,17 @@ class Claim:
             try:
                 os.utime(self.path)
             except OSError:
-                pass  # the folder is gone or unreachable; the work itself will say so
+                pass  # the folder is gone or unreachable: the work itself will fail
 
     def release(self) -> None:
-        """Gives the work up, for anyone to claim again: the claim stays, marked as that of nobody."""
+        """Frees the work for any process: the claim's file stays, without a holder."""
         self._done.set()
         self._thread.join()
         write_whole(self.path, json.dumps({"pid": 0, "start": ""} | _world()))
 
 
 def take(folder: Path, name: str) -> Claim | None:
-    """The work's claim, or None when a living process holds it (or was quicker)."""
+    """A claim on the work; None when a living process holds it, or was quicker."""
     number, holder, age_s = _last(folder, name)
     if number >= 0 and is_alive(holder, age_s):
         return None
@@ -119,18 +119,18 @@ def take(folder: Path, name: str) -> Claim | None:
         with os.fdopen(file, "w") as opened:
             json.dump(identity(), opened)
     except OSError:
-        path.unlink()  # on a full disk: a claim that says nothing would be waited for
+        path.unlink()  # a full disk: others would wait for an empty claim
         raise
     return Claim(path, number + 1)
 
 
 def wait(folder: Path, name: str, done: Callable[[], bool], poll_s: float = 0.5) -> Claim | None:
-    """The work's claim as soon as nobody else has it, or None as soon as `done()`."""
+    """A claim on the work as soon as it is free, or None as soon as `done()`."""
     waiting = Waiting()
     while not done():
         claim = take(folder, name)
         if claim:
-            if done():  # the holder before finished between the two looks
+            if done():  # the last holder finished in between
                 claim.release()
                 return None
             return claim
@@ -140,33 +140,33 @@ def wait(folder: Path, name: str, done: Callable[[], bool], poll_s: float = 0.5)
 
 
 class Waiting:
-    """Says for whom this process has been waiting: after 10 s, then every minute."""
+    """Reports which holder this process waits for: after 10 s, then every minute."""
 
     def __init__(self):
         self._began = time.monotonic()
-        self._next = self._began + SAY_AFTER_S
+        self._next = self._began + REPORT_AFTER_S
 
-    def report(self, *wanted: tuple[Path, str]) -> None:
-        """To be called as long as this process waits for one of these (folder of claims, name)."""
+    def report(self, *claims: tuple[Path, str]) -> None:
+        """To be called repeatedly while waiting for one of these claims: (folder, name)."""
         now = time.monotonic()
         if now < self._next:
             return
-        holder = next(filter(None, (described(folder, name) for folder, name in wanted)), "")
-        self._next = now + (SAY_EVERY_S if holder else SAY_AFTER_S)
+        holder = next(filter(None, (described(folder, name) for folder, name in claims)), "")
+        self._next = now + (REPORT_EVERY_S if holder else REPORT_AFTER_S)
         if holder:
             print(f"waiting since {now - self._began:.0f} s: {holder}", file=sys.stderr, flush=True)
 
 
 def described(folder: Path, name: str) -> str:
-    """Who holds the work, for people; "" where nobody does."""
+    """The work's holder in words; "" where the work is free."""
     number, holder, age_s = _last(folder, name)
     if number < 0 or not is_alive(holder, age_s):
         return ""
     if holder is None:
-        who = f"a claim that cannot be read ({folder / f'{name}.{number}'})"
+        words = f"a claim that cannot be read ({folder / f'{name}.{number}'})"
     else:
-        who = f"process {holder['pid']} on {holder['host']}"
-    return f"{name} is held by {who}, last touched {age_s:.0f} s ago; without a sign of life for {STALE_S:.0f} s it is free"
+        words = f"process {holder['pid']} on {holder['host']}"
+    return f"{name} is held by {words}, last touched {age_s:.0f} s ago; without a sign of life for {STALE_S:.0f} s it is free"
 
 
 @contextmanager
@@ -174,6 +174,7 @@ def lock(folder: Path, name: str, poll_s: float = 0.1) -> Iterator[None]:
     """Holds `name` for the block, waiting for its turn."""
     folder.mkdir(parents=True, exist_ok=True)
     claim = wait(folder, name, lambda: False, poll_s)
+    assert claim is not None  # its work is never done
     try:
         yield
     finally:
@@ -181,8 +182,8 @@ def lock(folder: Path, name: str, poll_s: float = 0.1) -> Iterator[None]:
 
 
 def num_holders(folder: Path) -> Counter:
-    """Name -> how many processes have held the work so far, from one look at the folder."""
-    holders = Counter()
+    """Name -> number of processes that have held the work so far, from one listing of the folder."""
+    holders: Counter[str] = Counter()
     for file in os.listdir(folder):
         name, _, number = file.rpartition(".")
         if number.isdecimal() and not file.startswith("."):
@@ -200,8 +201,8 @@ def _last(folder: Path, name: str) -> tuple[int, dict | None, float]:
 
 
 def _age(path: Path) -> float:
-    """Seconds since the file was touched. Where its time lies in the future (of a clock that is ahead), nothing can be
-    told from it: seconds since this process first saw that time."""
+    """Seconds since the file was touched. Where another host's clock is ahead, its time lies in the future: seconds
+    since this process first saw that time."""
     try:
         touched = path.stat().st_mtime
     except FileNotFoundError:
@@ -215,12 +216,12 @@ def _age(path: Path) -> float:
     return now - _ahead[path][1]
 
 
-# Claim -> its time in the future, and when it was first seen.
+# Claim -> (its time in the future, when this process first saw it).
 _ahead: dict[Path, tuple[float, float]] = {}
 
 
 def _read(path: Path) -> dict | None:
-    """What a claim says of its holder; None where that is not what a claim says."""
+    """A claim's contents, as `identity`; None where the file holds something else."""
     try:
         holder = read_json(path, max_bytes=MAX_CLAIM_BYTES)
         check_number(holder.get("pid"), "pid", least=0, most=2**31 - 1, whole=True)

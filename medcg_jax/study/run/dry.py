@@ -1,6 +1,6 @@
-"""`medcg reproduce --dry`: every cell of a grid with its data, steps and cost, before anything runs.
+"""`medcg reproduce --dry`: every cell of a grid with its data, steps and cost; nothing runs.
 
-Needs neither weights nor data: where there is no Med-MAT tree, the paper's subsets stand in with nominal sizes.
+It needs neither weights nor data: without a Med-MAT tree it takes the paper's subsets with nominal sizes.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from medcg_jax.study.design.schedule import Job, Plan, make_plan, runs_by_model,
 
 @dataclass(frozen=True)
 class NominalSource:
-    """The subsets of a source that is not there: their names and a number of records, and no records."""
+    """A source without records: subsets with names and numbers of records only."""
 
     subsets: tuple[Subset, ...]
     detection_subsets: tuple[Subset, ...]
@@ -32,7 +32,7 @@ def nominal_source(num_train: int) -> NominalSource:
 
 
 def subsets_source(run: RunConfig) -> Source | NominalSource:
-    """The run's data; where its tree does not exist, `nominal_source`, with a line that says so."""
+    """The run's data; where its tree does not exist, `nominal_source`, and a printed line."""
     data = seeded(run, run.study.seeds[0]).data
     if data.source != "release" or (data.root and Path(data.root).exists()):
         return open_source(data)
@@ -44,7 +44,7 @@ def subsets_source(run: RunConfig) -> Source | NominalSource:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of training: samples seen, tokens of their rows at padded length, FLOPs of forward and backward."""
+    """The cost of training: samples, tokens of their padded rows, FLOPs of forward and backward."""
 
     samples: int = 0
     tokens: int = 0
@@ -65,10 +65,10 @@ def _short(number: float) -> str:
 
 
 def costs(run: RunConfig, jobs: Sequence[Job], boxes: Sequence[Subset] = ()) -> dict[str, Cost]:
-    """Job id -> what its training costs; nothing for the base itself.
+    """Job id -> the cost of its training; zero for the base itself.
 
-    What the model needs at padded rows (`models.flops`): attention over the full square, nothing computed again.
-    boxes: the detection subsets; rows of trainings with them have a length of their own.
+    FLOPs are of padded rows (`families.flops`): attention over the full square, without rematerialization.
+    boxes: the detection subsets; trainings with them have another row length.
     """
     from medcg_jax.families import flops
 
@@ -82,16 +82,16 @@ def costs(run: RunConfig, jobs: Sequence[Job], boxes: Sequence[Subset] = ()) -> 
         return length, flops.training(row, trainable=run.model.trainable)
 
     rows = {with_boxes: of_row(with_boxes) for with_boxes in (False, True)}
-    spent = {}
+    cost_of = {}
     for job in jobs:
         samples = job.steps * run.train.batch_size
         length, flops_of_row = rows[bool(names & {name for name, _ in job.training})]
-        spent[job.id] = Cost(samples, samples * length, samples * flops_of_row)
-    return spent
+        cost_of[job.id] = Cost(samples, samples * length, samples * flops_of_row)
+    return cost_of
 
 
 def architecture_of(run: RunConfig):
-    """The architecture of the run's model; of a tiny one with its small tokenizer's vocabulary."""
+    """The architecture of the run's model; a tiny model has its tokenizer's vocabulary size."""
     from medcg_jax.families.build import TINY, architecture
 
     if run.model.name not in TINY:
@@ -104,8 +104,8 @@ def architecture_of(run: RunConfig):
 def dry(run: RunConfig) -> dict:
     """Prints every cell with its training subsets, sizes, steps and cost, and totals; trains nothing.
 
-    Returns {"cells": [cell, as `suite.Cell` with "steps", "trained_as" and its cost], "trainings", "saved" (trained
-    cells that need none of their own), "steps", "bases", "nominal" (whether sizes are), "samples", "tokens", "pflop"};
+    Returns {"cells": [fields of `suite.Cell`, "steps", "trained_as" and its cost], "trainings", "saved" (trained cells
+    that share another cell's training), "steps", "bases", "nominal" (whether sizes are), "samples", "tokens", "pflop"};
     for `study.models` {model: the same}.
 
     Raises:
@@ -113,33 +113,33 @@ def dry(run: RunConfig) -> dict:
     """
     if run.study.models:
         listings = {}
-        for model, own_run in runs_by_model(run).items():
+        for model, model_run in runs_by_model(run).items():
             print(f"-- {model}")
-            listings[model] = dry(own_run)
+            listings[model] = dry(model_run)
         return listings
     source = subsets_source(run)
     plan = make_plan(run, source)
     spent = costs(run, plan.jobs, source.detection_subsets if set(run.study.tables) & set(BOX_TABLES) else ())
-    serving = {cell.id: job for job in plan.jobs for cell in job.cells}
-    listed = []
+    job_of = {cell.id: job for job in plan.jobs for cell in job.cells}
+    entries = []
     for cell in plan.cells:
-        job = serving[cell.id]
+        job = job_of[cell.id]
         training = ", ".join(f"{n} ({c})" for n, c in zip(cell.related, cell.num_records, strict=True)) or "nothing"
         size = f"{cell.total_records} records, {job.steps} steps"
         size += f", {spent[job.id]}" if job.steps else ""
         size += f"; trained as {job.id}" if job.steps and job.id != cell.id else ""
         notes = f" [{cell.notes}]" if cell.notes else ""
         print(f"{cell.id}: {training} -> {', '.join(cell.target)}; {size}{notes}")
-        more = {"row": str(cell.row), "steps": job.steps, "trained_as": job.id} | spent[job.id].as_dict()
-        listed.append(dataclasses.asdict(cell) | more)
-    return {"cells": listed, "nominal": isinstance(source, NominalSource)} | totals(run, plan, spent)
+        derived = {"row": str(cell.row), "steps": job.steps, "trained_as": job.id} | spent[job.id].as_dict()
+        entries.append(dataclasses.asdict(cell) | derived)
+    return {"cells": entries, "nominal": isinstance(source, NominalSource)} | totals(run, plan, spent)
 
 
 def grid_totals(run: RunConfig) -> dict:
-    """What the whole grid of one model computes: {"steps", "samples", "test_rows"}.
+    """The work of one model's whole grid: {"steps", "samples", "test_rows"}.
 
-    Steps and samples are of its trainings, bases included; rows of its tests, controls included, and 0 where no test
-    size is known.
+    Steps and samples are of all trainings, bases included; rows are of all tests, controls included, and 0 where no
+    test size is known.
 
     Raises:
       ConfigError, DataError: as `schedule.make_plan`.
@@ -158,10 +158,10 @@ def grid_totals(run: RunConfig) -> dict:
 
 
 def totals(run: RunConfig, plan: Plan, spent: dict[str, Cost]) -> dict:
-    """Prints the grid's numbers; the same as a dict."""
+    """Prints the grid's numbers, and returns them."""
     trained = [job for job in plan.jobs if job.steps]
     cells = sum(len(job.cells) for job in trained)
-    # As printed: tables 1 and 2 have a row for each subset tested on, whatever a cell tests at once.
+    # As in the paper: tables 1 and 2 have a row for each test subset, though a cell tests many at once.
     rows = {
         (cell.table, cell.row.part if cell.table == "multi_task" else cell.row, target)
         for cell in plan.cells

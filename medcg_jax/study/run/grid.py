@@ -1,10 +1,10 @@
 """`medcg reproduce`: a whole grid from one call; called again, it goes on where it stopped.
 
-The work is done by `worker.Worker`: in this process with `study.jobs` 1, else in as many processes that share the
-workdir through claims. This process expands the grid, starts the workers, shows how far they are, and writes the tables.
+`worker.Worker` does the work: in this process with `study.jobs` 1, else in that many processes, which share the workdir
+through claims. This process expands the grid, starts the workers, shows their progress, and writes the tables.
 
-A grid of several models (`study.models`) has a folder for each, WORKDIR/MODEL, with all that a grid leaves, and a page
-of all of them in WORKDIR/report.
+A grid of several models (`study.models`) has a folder WORKDIR/MODEL for each, like that of a grid of one model, and a
+page of all models in WORKDIR/report.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ from medcg_jax.study.stats.stats import summarise
 from medcg_jax.train import goodput
 from medcg_jax.train.preempt import sigterm_saves
 
-# XLA on a CPU with one thread, for processes that share the cores of one machine; accelerators are not touched by it.
+# XLA with one CPU thread, for processes that share the cores of one machine; no effect on accelerators.
 ONE_THREAD = {"NPROC": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
 # Time to save what is under way; schedulers give 30 s and more after a SIGTERM.
 STOP_WAIT_S = 60.0
-# What the first of several processes tells the others: whether there is work, and in the end the result.
+# Names of the first process's broadcasts: whether there is work, and in the end the result.
 BEGUN, REPORTED = "the grid's work", "the grid's result"
-# Tables whose parts are other questions: the terminal shows them apart.
+# Tables whose parts answer different questions: printed part by part.
 PRINTED_BY_PART = ("multi_task", "efficiency")
 
 
@@ -46,19 +46,19 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
     """Trains and scores every cell of the grid that is not done yet, then writes the report.
 
     Returns {"workdir", "cells", "failed": {cell: why}, "unfinished": [cell], "page", "goodput", "exit_status"}: 1 where
-    a cell failed or is unfinished, else 0; "goodput" (None where no process left its part) is that of all processes
-    together, and stands in `goodput.json`. For `study.models`: {"workdir", "models": {model: the same}, "page",
+    a cell failed or is unfinished, else 0; "goodput" (None where no process wrote its times) is of all processes
+    together, as in `goodput.json`. For `study.models`: {"workdir", "models": {model: the same}, "page",
     "exit_status"}.
 
     Raises:
       ConfigError: the workdir holds a grid of another configuration, or the configuration cannot be used.
-      Interrupted: the process was told to stop; what was under way is saved, its claims are released.
+      Interrupted: the process was asked to stop; unfinished work is saved, its claims are released.
     """
     workdir = Path(workdir)
     plan = make_plan(run)
     folders = {model: workdir / model if run.study.models else workdir for model in plan.runs}
-    for own_run in plan.runs.values():
-        check_start(own_run)
+    for model_run in plan.runs.values():
+        check_start(model_run)
     if processes.count() > 1:
         if run.study.models:
             raise ConfigError(f"study.models={run.study.models}: expected () where processes share one run")
@@ -68,11 +68,10 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
             )
     if not processes.is_first():
         return follow(folders, plan)
+    plans = {model: plan.of(model) for model in folders}
     for model, folder in folders.items():
-        write_config(plan.runs[model], folder, plan.of(model))
-    tables = {
-        model: results.Tables(folders[model], own.cells, own.jobs) for model in folders for own in [plan.of(model)]
-    }
+        write_config(plan.runs[model], folder, plans[model])
+    tables = {m: results.Tables(folders[m], model_plan.cells, model_plan.jobs) for m, model_plan in plans.items()}
     done = {model: results.done_jobs(folder) for model, folder in folders.items()}
     left = [job for job in plan.jobs if job.id not in done[job.model]]
     print(f"{len(plan.cells)} cells in {len(plan.jobs)} jobs, {len(left)} to do; workdir {workdir}", flush=True)
@@ -84,31 +83,30 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
             work(run, workdir, folders, plan, bool(bases), restarted)
     summaries = {}
     for model, folder in folders.items():
-        own = plan.of(model)
-        outcomes = results.all_outcomes(folder, own.jobs)
+        outcomes = results.all_outcomes(folder, plans[model].jobs)
         tables[model].write(outcomes)
-        contamination.join(folder, own)
+        contamination.join(folder, plans[model])
         if run.study.models:
             print(f"-- {model}")
-        summaries[model] = summary(folder, own, outcomes)
-    result = of_models(workdir, summaries) if run.study.models else summaries.popitem()[1]
+        summaries[model] = summary(folder, plans[model], outcomes)
+    result = models_summary(workdir, summaries) if run.study.models else summaries.popitem()[1]
     return processes.broadcast(REPORTED, lambda: result)
 
 
-def of_models(workdir: Path, summaries: Mapping[str, dict]) -> dict:
-    """The result of a grid of several models; writes the page of all."""
+def models_summary(workdir: Path, summaries: Mapping[str, dict]) -> dict:
+    """The result of a grid of several models; writes their common page."""
     from medcg_jax.study.report.compare import models_in, write_models_page
 
     page = None
-    if any(own["page"] for own in summaries.values()):
+    if any(model["page"] for model in summaries.values()):
         page = str(write_models_page(workdir, models_in(workdir)))
         print(f"report: {page}", flush=True)
-    status = max(own["exit_status"] for own in summaries.values())
+    status = max(model["exit_status"] for model in summaries.values())
     return {"workdir": str(workdir), "models": dict(summaries), "page": page, "exit_status": status}
 
 
 def follow(folders: Mapping[str, Path], plan: Plan) -> dict:
-    """`reproduce` on the other processes of one run: they do their part of the work, and the first writes."""
+    """`reproduce` on all but the first process of one run: they share the work, and write nothing."""
     with sigterm_saves():
         if processes.broadcast(BEGUN):
             from medcg_jax.study.run.worker import Worker
@@ -118,7 +116,7 @@ def follow(folders: Mapping[str, Path], plan: Plan) -> dict:
 
 
 def check_start(run: RunConfig) -> None:
-    """Raises ConfigError, before anything is allocated, when weights are missing or a grid has no use for a value."""
+    """Raises ConfigError, before anything is allocated, when weights are missing or a grid cannot use a value."""
     from medcg_jax.train.setup import check_weights
 
     check_weights(run)
@@ -130,7 +128,7 @@ def check_start(run: RunConfig) -> None:
 
 
 def missing_bases(plan: Plan, folders: Mapping[str, Path], keys: set[tuple[str, int]]) -> dict[tuple[str, int], int]:
-    """(model, seed) of `keys` -> steps of its base, where that is still to be trained."""
+    """(model, seed) of `keys` -> steps of its base, where the base is not trained yet."""
     from medcg_jax.study.run.bases import base_path, is_ready
 
     return {
@@ -143,7 +141,7 @@ def missing_bases(plan: Plan, folders: Mapping[str, Path], keys: set[tuple[str, 
 def work(
     run: RunConfig, workdir: Path, folders: Mapping[str, Path], plan: Plan, needs_bases: bool, restarted: bool
 ) -> None:
-    """Does what is left, here or in `study.jobs` processes. restarted: the grid was started before."""
+    """Does the remaining work, here or in `study.jobs` processes. restarted: whether the grid was started before."""
     if run.study.jobs == 1:
         from medcg_jax.study.run.worker import Worker
 
@@ -151,7 +149,7 @@ def work(
         return
     arguments = [*map(str, folders.values()), *(["--restarted"] if restarted else [])]
     if needs_bases and len(plan.runs) * len(run.study.seeds) < run.study.jobs:
-        # Most processes would wait for the bases: one with all cores makes them sooner.
+        # Most processes would wait for the bases: one process with all cores is faster.
         with workers(workdir, 1, *arguments, "--bases_only", one_thread=False) as started:
             watch(started)
     with workers(workdir, run.study.jobs, *arguments) as started:
@@ -159,13 +157,13 @@ def work(
 
 
 def watch(started: "Sequence[Process]") -> None:
-    """Waits for the workers; says so when one dies, and stops all when one refuses the configuration.
+    """Waits for the workers; prints a line when one dies.
 
     Raises:
-      ConfigError: what a worker refused.
-      Interrupted: one was told to stop; the others have ended too.
+      ConfigError: a worker refused the configuration.
+      Interrupted: a worker was asked to stop; all have ended.
     """
-    running, told = list(started), []
+    running, stopped = list(started), []
     while running:
         time.sleep(0.2)
         for worker in [w for w in running if w.popen.poll() is not None]:
@@ -174,13 +172,13 @@ def watch(started: "Sequence[Process]") -> None:
             if status == 2:
                 raise ConfigError(worker.last_line())
             if status == os.EX_TEMPFAIL:
-                told.append(worker)
+                stopped.append(worker)
             elif status:
                 died = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
                 line = f"worker {worker.index} {died}; {len(running)} go on; see {worker.log}"
                 print(line, file=sys.stderr, flush=True)
-    if told:
-        raise Interrupted(f"worker {told[0].index} was told to stop: {told[0].last_line()}")
+    if stopped:
+        raise Interrupted(f"worker {stopped[0].index} was told to stop: {stopped[0].last_line()}")
 
 
 @dataclass(frozen=True)
@@ -196,14 +194,14 @@ class Process:
 
 @contextmanager
 def workers(workdir: Path, count: int, *arguments: str, one_thread: bool = True) -> Iterator[list[Process]]:
-    """So many worker processes with these arguments; all have ended when the block is left, however it is."""
+    """`count` worker processes with these arguments; leaving the block, also by an error, ends them all."""
     environment = dict(os.environ)
     if one_thread:
         for name, value in ONE_THREAD.items():
             before = environment.get(name, "") if name == "XLA_FLAGS" else ""
             environment[name] = f"{before} {value}".strip()
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    # Processes on one accelerator share its memory.
+    # Processes share the memory of one accelerator.
     environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / count:.2f}")
     logs = workdir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -232,7 +230,7 @@ def workers(workdir: Path, count: int, *arguments: str, one_thread: bool = True)
 
 
 def summary(workdir: Path, plan: Plan, outcomes: dict[str, dict]) -> dict:
-    """Prints what failed or is missing, writes the report; see `reproduce`."""
+    """Prints failed and unfinished cells, writes the report; returns one model's result of `reproduce`."""
     failed, unfinished = {}, []
     for job in plan.jobs:
         outcome = outcomes.get(job.id)
@@ -245,10 +243,10 @@ def summary(workdir: Path, plan: Plan, outcomes: dict[str, dict]) -> dict:
         print(f"{cell}: {why}", file=sys.stderr)
     if unfinished:
         print(f"{len(unfinished)} cells are unfinished, as {unfinished[0]}; run the same again", file=sys.stderr)
-    page, spent, parts = None, None, results.goodput_parts(workdir)
-    if parts:
-        spent = goodput.write(workdir / goodput.FILE, parts)
-        print(goodput.line(spent))
+    page, times = None, None
+    if starts := results.goodput_parts(workdir):
+        times = goodput.write(workdir / goodput.FILE, starts)
+        print(goodput.line(times))
     if len(failed) + len(unfinished) < len(plan.cells):
         print_effects(workdir)
         page = str(write_page(workdir))
@@ -259,24 +257,24 @@ def summary(workdir: Path, plan: Plan, outcomes: dict[str, dict]) -> dict:
         "failed": failed,
         "unfinished": unfinished,
         "page": page,
-        "goodput": spent,
+        "goodput": times,
         "exit_status": 1 if failed or unfinished else 0,
     }
 
 
 def write_page(workdir: Path) -> Path:
-    """Writes the report and returns its page; of processes that end together one does it for all."""
+    """Writes the report and returns its page; of processes that end together only one writes."""
     from medcg_jax.study.report.page import write_report
 
-    asked, page = time.time(), workdir / "report" / "index.html"
+    began, page = time.time(), workdir / "report" / "index.html"
     with claims.lock(results.state_dir(workdir) / "claims", "report"):
-        if page.is_file() and page.stat().st_mtime > asked:
+        if page.is_file() and page.stat().st_mtime > began:
             return page
         return write_report(workdir)
 
 
 def print_effects(workdir: Path) -> None:
-    """Prints the mean accuracy of every arm, and each difference between two with its interval; the page has the rest."""
+    """Prints the mean accuracy of every arm, and the differences between arms with their intervals."""
     summarised = summarise(workdir)
     print(f"\n{'table':30} {'arm':15} accuracy      n")
     for arm in summarised["accuracy"]:
@@ -300,10 +298,10 @@ def name_of(line: dict) -> str:
 
 
 def write_config(run: RunConfig, workdir: Path, plan: Plan) -> None:
-    """Writes config.json; where there is one already, checks that it is of the same grid.
+    """Writes config.json; an existing one must be of the same grid.
 
     Raises:
-      ConfigError: it is not, or cannot be read; the message names the first field that differs.
+      ConfigError: it is of another grid, or cannot be read; the message names the first field that differs.
       DataError: the general records cannot be read, or are too few for the largest training.
     """
     if general := open_general(run.data):  # before anything is trained
@@ -324,13 +322,13 @@ def write_config(run: RunConfig, workdir: Path, plan: Plan) -> None:
 
 
 def data_fingerprints(run: RunConfig) -> dict[str, str]:
-    """Seed -> fingerprint of its data: of boxes too where a table trains on them."""
+    """Seed -> fingerprint of its data, boxes included where a table trains on them."""
     with_boxes = bool(set(run.study.tables) & set(BOX_TABLES))
     return {str(seed): data_fingerprint(seeded(run, seed), with_boxes=with_boxes) for seed in run.study.seeds}
 
 
 def check_same(old: dict, new: dict, workdir: Path) -> None:
-    """Raises ConfigError when two config.json are of different grids; prints a line when versions moved."""
+    """Raises ConfigError when two config.json are of different grids; prints a line when versions differ."""
     before, now, free = flat(old["config"]), flat(new["config"]), free_fields()
     for field in sorted(before.keys() | now.keys()):
         if field not in free and before.get(field) != now.get(field):
@@ -343,6 +341,8 @@ def check_same(old: dict, new: dict, workdir: Path) -> None:
             f"{workdir} holds a grid of other data (fingerprint {old['data']}, now {new['data']}): "
             "give another --workdir"
         )
-    moved = [f"{k} {v} -> {new['versions'].get(k)}" for k, v in old["versions"].items() if new["versions"].get(k) != v]
-    if moved:
-        print(f"going on with other versions, so last digits may differ: {', '.join(moved)}", file=sys.stderr)
+    changed = [
+        f"{k} {v} -> {new['versions'].get(k)}" for k, v in old["versions"].items() if new["versions"].get(k) != v
+    ]
+    if changed:
+        print(f"going on with other versions, so last digits may differ: {', '.join(changed)}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""How far a grid is: one bar on a terminal, plain lines elsewhere, from files that every worker writes.
+"""A grid's progress: a bar on a terminal, plain lines elsewhere, from files that every worker writes.
 
-The unit is one optimizer step of one run; evaluation and the bases are counted in it. A worker writes how many units of
-a job are behind it to `state/progress/JOB`, so that processes and hosts are shown alike.
+The unit is one optimizer step of one run; evaluation and bases are counted in it too. A worker writes the number of
+finished units of a job to `state/progress/JOB`; so progress of other processes and hosts is shown too.
 """
 
 import os
@@ -22,9 +22,9 @@ from medcg_jax.untrusted import FileError, read_text
 
 POLL_S = 0.5
 LINE_EVERY_S = 20.0
-# Units that testing one subset counts for: a guess that only the bar is moved by.
+# Units for the test of one subset: a guess, which only moves the bar.
 EVAL_UNITS = 2
-# A file of progress holds one number.
+# A progress file holds one number.
 MAX_PROGRESS_BYTES = 18
 
 
@@ -37,7 +37,7 @@ def base_name(seed: int) -> str:
 
 
 class Reporter:
-    """Writes how far one piece of work is, at most twice a second; of several processes of one run the first writes."""
+    """Writes the progress of one job or base, at most twice a second; only the first process of a run writes."""
 
     def __init__(self, workdir: Path, name: str):
         self._path = results.state_dir(workdir) / "progress" / name
@@ -52,8 +52,8 @@ class Reporter:
 class Progress:
     """Shows the grid's progress from a thread while the block runs.
 
-    folders: model -> the workdir of its part of the grid.
-    bases: (model, seed) whose base is still to be trained -> its steps.
+    folders: model -> its workdir.
+    bases: (model, seed) of each base that is not trained yet -> its steps.
     on_change: called with a model and its outcomes so far (job id -> outcome) whenever one of its jobs is done.
     """
 
@@ -95,7 +95,7 @@ class Progress:
         while not self._stop.wait(POLL_S):
             try:
                 self._show()
-            except (OSError, FileError) as error:  # a full disk, say: the work itself will fail where it must
+            except (OSError, FileError) as error:  # a full disk, say: the work itself will fail
                 print(f"progress: {error}", file=sys.stderr, flush=True)
                 return
 
@@ -112,7 +112,7 @@ class Progress:
             print(self._line(units), file=sys.stderr, flush=True)
 
     def _read(self) -> tuple[int, list[str]]:
-        """(units behind us, models of which a job is done since the last call)."""
+        """(finished units, models with a job finished since the last call)."""
         changed = []
         for model, folder in self._folders.items():
             outcomes = self._outcomes[model]
@@ -132,7 +132,7 @@ class Progress:
         try:
             text = read_text(results.state_dir(self._folders[model]) / "progress" / name, MAX_PROGRESS_BYTES)
         except FileError:
-            return 0  # the bar alone is moved by it
+            return 0  # it only moves the bar
         return int(text) if text.isascii() and text.isdigit() else 0
 
     def _cells_done(self) -> str:
@@ -141,10 +141,9 @@ class Progress:
         return f"{cells}/{len(self._plan.cells)} cells" + (f", {failed} failed" if failed else "")
 
     def _line(self, units: int) -> str:
-        gone = time.monotonic() - self._began
-        here = units - self._first
-        left = f"about {_clock(gone * (self._total - units) / here)} left" if here else "time left unknown"
-        return f"{self._cells_done()}, {100 * units / self._total:.0f} % of the work, {_clock(gone)} gone, {left}"
+        seconds, done = time.monotonic() - self._began, units - self._first
+        left = f"about {_clock(seconds * (self._total - units) / done)} left" if done else "time left unknown"
+        return f"{self._cells_done()}, {100 * units / self._total:.0f} % of the work, {_clock(seconds)} gone, {left}"
 
 
 def _clock(seconds: float) -> str:

@@ -1,7 +1,7 @@
-"""One process's part in a grid: claims bases and jobs, trains and tests them, says when they are done.
+"""One process of a grid: claims bases and jobs, trains and tests them, marks them as done.
 
-Started as `python -m medcg_jax.study.run.worker PARENT FOLDER...` (a folder for each of the grid's models) where a grid
-has several processes; ends with its parent. Where `jax.distributed` spans several processes, all work on one job
+A grid with several processes starts each as `python -m medcg_jax.study.run.worker PARENT FOLDER...` (a folder for each
+of the grid's models); it ends with its parent. Where `jax.distributed` spans several processes, all work on one job
 together; the first one decides and writes.
 """
 
@@ -36,12 +36,12 @@ NOTHING, BASE, JOB = range(3)
 
 
 class Worker:
-    """Works on a grid until all of it is done, waiting for what others hold: they may die over it.
+    """Works on a grid until all of it is done; it also waits for claimed work, since the holder may die.
 
-    It stays with one model as long as there is work on it, since another one's programs are compiled anew.
+    It stays with one model as long as that has work, since each model's programs must be compiled.
 
-    folders: model -> the workdir of its part of the grid.
-    restarted: whether the grid was started before (its time's "restart").
+    folders: model -> its workdir.
+    restarted: whether the grid was started before (goodput's "restart").
     """
 
     def __init__(self, folders: Mapping[str, Path], plan: Plan, *, restarted: bool = False):
@@ -55,10 +55,10 @@ class Worker:
         self._held: dict[Path, claims.Claim] = {}
 
     def run(self, bases_only: bool = False) -> None:
-        """Returns when the grid is done, or, with `bases_only`, when every base is there."""
+        """Returns when the grid is done, or, with `bases_only`, when every base exists."""
         with self._open_model:
             if len(self._folders) == 1:
-                self._open(next(iter(self._folders)))  # the time that it waits for others is part of the grid's
+                self._open(next(iter(self._folders)))  # so that waiting for others counts in its goodput
             while True:
                 kind, index = broadcast("the next work", lambda: self._choose(bases_only))
                 if kind == NOTHING:
@@ -73,7 +73,7 @@ class Worker:
                         self._held.pop(path).release()
 
     def _open(self, model: str) -> None:
-        """Makes `_trainer` and `_goodput` those of a model; what the last one had compiled is forgotten."""
+        """Sets `_trainer` and `_goodput` for a model; forgets the programs of the last one."""
         if model == self._model:
             return
         if self._model:
@@ -86,7 +86,7 @@ class Worker:
         self._trainer = Trainer(run, folder, self._goodput, self._plan.of(model).jobs)
 
     def _choose(self, bases_only: bool) -> tuple[int, int]:
-        """What this process holds from now on: (BASE, its index) or (JOB, its index); or NOTHING is left."""
+        """The work that this process now holds: (BASE, index) or (JOB, index); (NOTHING, 0) when the grid is done."""
         waiting = claims.Waiting()
         while True:
             done = {model: results.done_jobs(folder) for model, folder in self._folders.items()}
@@ -110,7 +110,7 @@ class Worker:
             time.sleep(POLL_S)
 
     def _in_order(self, models: Iterable[str]) -> list[str]:
-        """The model at hand, then those that no other process works on, then the others."""
+        """The current model, then those that no other process works on, then the others."""
 
         def is_worked_on(model: str) -> bool:
             folder = _claims_in(self._folders[model])
@@ -124,11 +124,11 @@ class Worker:
         return sorted(models, key=lambda model: (model != self._model, model != self._model and is_worked_on(model)))
 
     def _claim_job(self, jobs: Sequence[Job]) -> int | None:
-        """The index in the plan of the first of one model's jobs that this process holds now; None: others hold all."""
+        """Claims the first free one of one model's jobs: its index in the plan; None: others hold all."""
         if not jobs:
             return None
         folder = self._folders[jobs[0].model]
-        # What other processes have died over comes last.
+        # Jobs on which other processes have died come last.
         holders = claims.num_holders(_claims_in(folder))
         for job in sorted(jobs, key=lambda job: holders[job.id]):
             if self._take(_claims_in(folder), job.id, lambda job=job: job.id in results.done_jobs(folder)):
@@ -136,7 +136,7 @@ class Worker:
         return None
 
     def _take(self, folder: Path, name: str, done: Callable[[], bool]) -> bool:
-        """Whether this process now holds the work; not where another does, or has just finished it."""
+        """Claims the work; False where another process holds it, or has just finished it."""
         claim = None if folder / name in self._held else claims.take(folder, name)
         if claim and done():
             claim.release()
@@ -154,13 +154,13 @@ class Worker:
             base = self._bases[model, seed]
             train_base(base, setup, name=name, metrics=metrics, report=report, goodput=self._goodput)
             report(setup.run.base.steps, now=True)
-        except NonFiniteLoss as error:  # the same at every try: none of the seed's cells can be had
+        except NonFiniteLoss as error:  # no retry would help: all cells of the seed fail
             for job in self._plan.jobs:
                 if (job.model, job.seed) == (model, seed) and jax.process_index() == 0:
                     results.mark_done(folder, job.id, {"status": f"failed: {error}", "seconds": 0.0})
 
     def _work_from(self, first: Job) -> None:
-        """Trains and tests a job, and every other of its model, seed and kind that is free while there is a slot."""
+        """Trains and tests a job, and in free slots other unclaimed jobs of its model, seed and kind."""
         self._open(first.model)
         folder, jobs = self._folders[first.model], [first]
 
@@ -196,7 +196,7 @@ def _claims_of(base: Path) -> Path:
 
 
 def end_with(parent: int) -> None:
-    """Ends this process soon after its parent has gone, however that ended."""
+    """Ends this process soon after its parent has ended, however that happened."""
 
     def watch():
         while os.getppid() == parent:
@@ -207,7 +207,7 @@ def end_with(parent: int) -> None:
 
 
 def read_config(workdir: Path) -> RunConfig:
-    """The configuration that a workdir's grid was started with. Raises ConfigError: it cannot be read."""
+    """The configuration of a workdir's grid. Raises ConfigError: it cannot be read."""
     return from_config_dict(results.read_config_file(workdir)["config"])
 
 

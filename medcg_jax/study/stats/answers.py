@@ -1,4 +1,4 @@
-"""The answers of a grid's cells as columns: each file of `predictions/` and `controls/` is read once."""
+"""The answers of a grid's cells as columns. Each file of `predictions/` and `controls/` is read once."""
 
 import sys
 from pathlib import Path
@@ -9,17 +9,17 @@ from medcg_jax.data.records import LETTERS
 from medcg_jax.eval.generation import parse_answer
 from medcg_jax.eval.predictions import prediction_lines
 
-# Control of an answer to a question that is asked plainly.
+# The control of an answer to an unchanged question.
 PLAIN = ""
 
 
 class Answers:
-    """What the cells of one workdir answered, kept as one frame for each file.
+    """The answers of a workdir's cells, kept as a frame for each file.
 
     Columns of a frame, in the order of the file:
-      control: `PLAIN`, or how the question was asked again (`controls`). subset, id: of the record.
-      options: number of offered letters. answer, predicted: letters. right: whether they are the same.
-      read: the letter of the free answer, "" where it gives none; None where none was asked for.
+      control: `PLAIN`, or how the question was changed (`controls`). subset, id: of the record.
+      options: number of offered letters. answer, predicted: letters. right: whether they are equal.
+      read: the letter in the generated answer, "" where it has none; None where nothing was generated.
       A, B, ...: log-probability of each letter in nats; NaN where it was not offered or not recorded.
     """
 
@@ -31,7 +31,7 @@ class Answers:
         return self.workdir / folder / f"{cell}.jsonl"
 
     def frame(self, cell: str, folder: str = "predictions") -> pd.DataFrame:
-        """The answers of one cell, as asked plainly or (folder "controls") again.
+        """One cell's answers to unchanged questions, or (folder "controls") to changed ones.
 
         Raises:
           FileError: the file cannot be read, or a line is no prediction.
@@ -42,7 +42,7 @@ class Answers:
         return self._frames[path]
 
     def correct_by_id(self, cell: str, subset: str) -> dict[str, bool]:
-        """Record id -> whether the likeliest letter was the answer, of one subset that a cell was tested on."""
+        """Record id -> whether the likeliest letter was the answer, for one test subset of a cell."""
         frame = self.frame(cell)
         frame = frame[frame["subset"] == subset]
         return dict(zip(frame["id"], frame["right"].tolist(), strict=True))

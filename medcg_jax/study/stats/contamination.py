@@ -1,9 +1,9 @@
-"""What a grid's trainings give away of its tests, as `contamination.csv`: a line for each finding of `design.leaks`.
+"""`contamination.csv` of a grid: a line for each finding of `design.leaks`, where a training gives a test away.
 
-Each job writes its own part, before it is trained; at the end the parts are joined in the order of the cells. They
-depend on the data and the configuration alone: the same bytes however often, and by how many processes, a grid was
-started. Where cells share a training, a record that is dropped for one cell's target is dropped for all of them, and
-the steps of a training stay those of all its records.
+Each job writes its findings to a file before it trains; at the end these files are joined in the order of the cells.
+They depend on the data and the configuration alone, so restarts and the number of processes do not change a byte.
+Where cells share a training, a record that is dropped for one cell's target is dropped for all of them. A training
+keeps the number of steps that all its records would need.
 """
 
 from collections.abc import Sequence
@@ -24,31 +24,33 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def write_part(workdir: Path, job: str, findings: Sequence[Finding]) -> None:
-    """Writes the findings in a job's cells; no file where there are none."""
+def write_findings(workdir: Path, job: str, findings: Sequence[Finding]) -> None:
+    """Writes the findings on a job's cells; no file where there are none."""
     rows = [
         (f.cell, f.leak.kind, f.leak.training, f.leak.test, f.leak.distance_bits, f.action, f.leak.form)
         for f in findings
     ]
     if rows:
-        write_whole(_part(workdir, job), to_csv(HEADER, rows))
+        write_whole(_job_file(workdir, job), to_csv(HEADER, rows))
 
 
 def join(workdir: Path, plan: Plan) -> None:
-    """Writes contamination.csv of the parts there are; a header alone says that nothing was found."""
+    """Joins the jobs' files as contamination.csv; without findings it is a header alone."""
     rows: dict[str, list[Sequence[str]]] = {}
     for job in plan.jobs:
-        if _part(workdir, job.id).exists():
-            for row in read_rows(_part(workdir, job.id), COLUMNS, optional=("form",)):
-                rows.setdefault(row["cell"], []).append(tuple(row.values()))
+        for row in _read(_job_file(workdir, job.id)):
+            rows.setdefault(row["cell"], []).append(tuple(row.values()))
     write_whole(workdir / FILE, to_csv(HEADER, [row for cell in plan.cells for row in rows.get(cell.id, ())]))
 
 
 def read(workdir: Path) -> list[dict[str, str]]:
-    """The lines of contamination.csv by column; [] of a grid that has none. Raises FileError where it holds others."""
-    path = workdir / FILE
+    """The rows of contamination.csv; [] where a grid has none. Raises FileError: the file holds something else."""
+    return _read(workdir / FILE)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
     return read_rows(path, COLUMNS, optional=("form",)) if path.exists() else []
 
 
-def _part(workdir: Path, job: str) -> Path:
+def _job_file(workdir: Path, job: str) -> Path:
     return workdir / "contamination" / f"{job}.csv"

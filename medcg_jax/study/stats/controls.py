@@ -1,9 +1,9 @@
-"""Controls of a grid's answers: letters, numbers of options, generation, and the tests asked again in another way.
+"""Controls of a grid's answers: letters, numbers of options, generation, and answers to changed questions.
 
-From `predictions/` and, where the grid left them, `controls/`. A line of `controls/CELL.jsonl` has the fields of a line
-of predictions, with the id of the record as it was asked plainly, and "control": "shuffled_images" (another record's
-image), "shift_N" (the options moved on by N places, N from 1 to one less than there are options) or "two_options" (the
-right option and one other).
+Computed from `predictions/` and, where the grid has it, `controls/`. A line of `controls/CELL.jsonl` has the fields of
+a prediction, the id of the unchanged record, and "control": "shuffled_images" (another record's image), "shift_N" (the
+options moved on by N places, N from 1 to one less than there are options) or "two_options" (the right option and one
+other).
 """
 
 from collections import defaultdict
@@ -19,15 +19,15 @@ from medcg_jax.study.stats.paired import mcnemar
 from medcg_jax.untrusted import FileError, shown
 
 SHUFFLED, TWO, SHIFT = "shuffled_images", "two_options", "shift_"
-# What is the same wherever the same record is asked. "seed" is a column that `controls_of_answers` adds: one value for
-# all seeds where the test records are the same at every seed.
+# Columns that identify a record. `controls_of_answers` adds "seed": one value for all seeds where the test records are
+# the same at every seed.
 RECORD = ["seed", "subset", "id"]
 
 
 def controls_of_answers(answers: Answers, results: Sequence[Mapping], fresh: bool) -> list[dict]:
     """The controls of each table and arm, in the order of results.csv; the efficiency curves are left out.
 
-    results: rows of results.csv (`grid_files.read_results`). fresh: each seed has test records of its own.
+    results: rows of results.csv (`grid_files.read_results`). fresh: each seed has other test records.
 
     [
       {"table": "pairs", "part": "", "arm": "trained", "n": 7200, "records": 2400,  # answers, and records behind them
@@ -46,12 +46,13 @@ def controls_of_answers(answers: Answers, results: Sequence[Mapping], fresh: boo
        "not_shuffled": []},                       # subsets without such answers: none, or one image in their tests
     ]
 
-    Accuracies are fractions of answers. A record that several rows or seeds ask counts once in tests and intervals: in
-    McNemar's with its majority, in Wilson's with its share, for its answers are not independent. The four before the
-    last are None where the grid left no such answers. "n" is of answers, "chance" the mean of 1 / options.
+    Accuracies are fractions of answers. Answers to one record in several rows or seeds are not independent, so the
+    record counts once: in McNemar's test by its majority, in Wilson's interval by its share. "generation" to
+    "shuffled_images" are None where the grid has no such answers. "n" counts answers, "chance" is the mean of
+    1 / options.
 
     Raises:
-      FileError: a file of controls that does not fit the predictions beside it; it names the file and the record.
+      FileError: a file of controls does not fit the predictions beside it; the message names the file and the record.
     """
     cells: dict[tuple[str, str], dict[str, tuple[int, set[str]]]] = defaultdict(dict)
     for row in results:
@@ -59,20 +60,20 @@ def controls_of_answers(answers: Answers, results: Sequence[Mapping], fresh: boo
             _, targets = cells[row["table"], row["arm"]].setdefault(row["cell"], (row["seed"], set()))
             targets.add(row["target"])
     entries = []
-    first_asked: dict[tuple[int, str], tuple[str, set]] = {}
-    for (table, arm), of_arm in cells.items():
+    first_questions: dict[tuple[int, str], tuple[str, set]] = {}
+    for (table, arm), arm_cells in cells.items():
         frames = []
-        for cell, (seed, targets) in of_arm.items():
+        for cell, (seed, targets) in arm_cells.items():
             frame = _cell_answers(answers, cell, targets)
             for target in targets:
-                again = frame[(frame["control"] != PLAIN) & (frame["subset"] == target)]
-                asked = set(zip(again["control"], again["id"], strict=True))
-                other, theirs = first_asked.setdefault((seed, target), (cell, asked))
-                if asked != theirs:
-                    odd = "{}, {}".format(*min(asked ^ theirs))
+                changed = frame[(frame["control"] != PLAIN) & (frame["subset"] == target)]
+                questions = set(zip(changed["control"], changed["id"], strict=True))
+                first_cell, expected = first_questions.setdefault((seed, target), (cell, questions))
+                if questions != expected:
+                    example = "{}, {}".format(*min(questions ^ expected))
                     raise FileError(
                         f"{answers.path(cell, 'controls')}: of {shown(target)} other questions are asked again than in "
-                        f"{other}.jsonl, as {shown(odd)[1:-1]}; expected the same in all"
+                        f"{first_cell}.jsonl, as {shown(example)[1:-1]}; expected the same in all"
                     )
             frames.append(frame.assign(cell=cell, seed=seed if fresh else 0))
         entries.append({"table": table, "part": "", "arm": arm} | controls_of_arm(pd.concat(frames, ignore_index=True)))
@@ -80,21 +81,21 @@ def controls_of_answers(answers: Answers, results: Sequence[Mapping], fresh: boo
 
 
 def controls_of_arm(answers: pd.DataFrame) -> dict:
-    """The entry of `controls_of_answers` of one arm, without its table and name.
+    """One arm's entry of `controls_of_answers`, without its table and name.
 
-    answers: columns as of `Answers`, with "cell" and "seed".
+    answers: the columns of `Answers`, "cell" and "seed".
     """
     plain = answers[answers["control"] == PLAIN]
     shuffled = answers[answers["control"] == SHUFFLED]
     letters = plain["predicted"].value_counts().sort_index() / len(plain)
-    most = letters.idxmax()
+    most_frequent = letters.idxmax()
     return {
         "n": len(plain),
         "records": _num_records(plain),
         "accuracy": _mean(plain["right"]),
         "letters": letters.to_dict(),
-        "most_frequent": most,
-        "most_frequent_accuracy": _mean(plain["answer"] == most),
+        "most_frequent": most_frequent,
+        "most_frequent_accuracy": _mean(plain["answer"] == most_frequent),
         "prior_corrected_accuracy": _mean(prior_corrected(plain))
         if "A" in plain and plain["A"].notna().all()
         else None,
@@ -111,11 +112,11 @@ def controls_of_arm(answers: pd.DataFrame) -> dict:
 
 
 def prior_corrected(answers: pd.DataFrame) -> list[bool]:
-    """Whether each answer would be right with the arm's liking for letters taken out; not in the answers' order.
+    """Whether each answer would be right without the arm's bias for letters; not in the order of `answers`.
 
-    The probabilities of the offered letters, made to sum to 1, are divided by their means over the answers with as many
-    options; the largest quotient is the answer. Where all letters are right equally often, a model without a liking for
-    any keeps its answers.
+    The probabilities of the offered letters, normalized to sum to 1, are divided by their means over the answers with
+    as many options; the letter with the largest quotient is the new answer. Where all letters are right equally often,
+    an unbiased model keeps its answers.
     """
     right = []
     for count, group in answers.groupby("options"):
@@ -123,7 +124,7 @@ def prior_corrected(answers: pd.DataFrame) -> list[bool]:
         shares = np.exp(logprobs - logprobs.max(1, keepdims=True))
         shares /= shares.sum(1, keepdims=True)
         means = shares.mean(0)
-        # A letter that no answer gives any probability wins nowhere.
+        # A letter with probability 0 in all answers never wins.
         corrected = np.divide(shares, means, out=np.zeros_like(shares), where=means > 0).argmax(1)
         right += [LETTERS[i] == answer for i, answer in zip(corrected, group["answer"], strict=True)]
     return right
@@ -191,7 +192,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _cell_answers(answers: Answers, cell: str, targets: set[str]) -> pd.DataFrame:
-    """What one cell answered on its targets, as asked and in its controls."""
+    """One cell's answers on its targets, to unchanged and changed questions."""
     plain = answers.frame(cell)
     plain = plain[plain["subset"].isin(targets)]
     path = answers.path(cell, "controls")
@@ -200,19 +201,18 @@ def _cell_answers(answers: Answers, cell: str, targets: set[str]) -> pd.DataFram
     controls = answers.frame(cell, "controls")
     controls = controls[controls["subset"].isin(targets)]
     options = dict(zip(zip(plain["subset"], plain["id"], strict=True), plain["options"], strict=True))
-    asked: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for control, *record in zip(controls["control"], controls["subset"], controls["id"], strict=True):
-        subset, name = record
+    controls_of: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for control, subset, name in zip(controls["control"], controls["subset"], controls["id"], strict=True):
         where = f"{path}, record {shown(name)[1:-1]} of {shown(subset)[1:-1]}"
         if (subset, name) not in options:
             raise FileError(f"{where}: not among the predictions of the cell")
         known = {SHUFFLED, TWO, *_shifts(options[subset, name])}
         if control not in known:
             raise FileError(f"{where}: control '{shown(control)[1:-1]}'; each of {', '.join(sorted(known))} once")
-        asked[subset, name].add(control)
-    for (subset, name), controls_of_record in asked.items():
-        missing = set(_shifts(options[subset, name])) - controls_of_record
-        if missing and any(control.startswith(SHIFT) for control in controls_of_record):
+        controls_of[subset, name].add(control)
+    for (subset, name), names in controls_of.items():
+        missing = set(_shifts(options[subset, name])) - names
+        if missing and any(control.startswith(SHIFT) for control in names):
             where = f"{path}, record {shown(name)[1:-1]} of {shown(subset)[1:-1]}"
             raise FileError(f"{where}: no {min(missing)}; all shifts or none")
     return pd.concat([plain, controls], ignore_index=True)

@@ -1,7 +1,7 @@
-"""The tables that a grid leaves, read: columns and types are checked, and what they say is held against the answers.
+"""Reads the tables of a grid: checks columns and types, and compares the numbers with the answers.
 
-`cells.csv` must have as many cells as config.json says; `results.csv` and `boxes.csv` must be what `predictions/` and
-`boxes/` give. What was edited, or cut, is refused by its file and line: `medcg reproduce` writes these files again.
+`cells.csv` must have the number of cells in config.json; `results.csv` and `boxes.csv` must follow from `predictions/`
+and `boxes/`. An error names the file and line that were edited or cut; `medcg reproduce` writes these files again.
 """
 
 import csv
@@ -21,7 +21,7 @@ from medcg_jax.untrusted import FileError, read_text, shown
 
 # A table of the grid: 10,000 cells of 50 subsets each take some 5 MB.
 MAX_CSV_BYTES = 2**26
-# Arm -> how it is called on the page.
+# Arm -> its name on the page.
 ARMS = {
     "baseline": "Baseline",
     "baseline_plus": "Baseline+",
@@ -37,7 +37,7 @@ ARMS = {
     "same_task": "Same task only",
     "all_data": "All data",
 }
-# Table -> what the names of its rows begin with; of an ablation's, with the target.
+# Table -> the first parts of its rows' names; an ablation's begin with the target.
 PARTS_OF = {
     "pairs": ("fixed_modality", "fixed_area", "fixed_task", "modality_area"),
     "triples": ("one_each",),
@@ -54,14 +54,14 @@ WRITE_AGAIN = "`medcg reproduce` with the grid's own configuration and workdir w
 def read_rows(
     path: str | Path, columns: Mapping[str, Callable[[str], Any]], *, optional: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """The rows of a CSV file with a header; other columns than these are left out.
+    """The rows of a CSV file with a header; columns beside these are ignored.
 
-    columns: name -> a function of the text, which gives the value; its ValueError says what is expected.
-    optional: those of the columns that a file may lack; their text is "" there.
+    columns: name -> a function from text to value; its ValueError says what is expected.
+    optional: columns that a file may lack; their text is then "".
 
     Raises:
-      FileError: the file cannot be read or is cut, a column is missing, a row is too short or long, or a value is none;
-        file and line are named.
+      FileError: the file cannot be read or is cut, a column is missing, a row is too short or too long, or a value is
+        invalid; the message names file and line.
     """
     text = read_text(path, MAX_CSV_BYTES)
     if not text.endswith("\n"):
@@ -113,7 +113,7 @@ def whole(value: str, *, least: int = 0) -> int:
 
 
 def cell_id(value: str) -> str:
-    # It is the name of files: no folder may come in by it.
+    # It becomes part of file names, so it may hold no folder.
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,239}", value):
         raise ValueError("a cell's id (letters, digits, '.', '_' and '-')")
     return value
@@ -138,7 +138,7 @@ def status(value: str) -> str:
 
 
 def checked(kind: Callable[[str], Any], value: str) -> str:
-    """The text itself, where it can be read as `kind`."""
+    """The text itself, after a check that `kind` can read it."""
     kind(value)
     return value
 
@@ -157,10 +157,10 @@ RESULTS = KEY | {
 
 
 def read_cells(workdir: Path, count: int) -> list[dict[str, str]]:
-    """The rows of cells.csv, all texts. count: cells that config.json says there are.
+    """The rows of cells.csv as text. count: the number of cells in config.json.
 
     Raises:
-      FileError: as `read_rows`; another number of cells, one twice, or one whose row, arm and table do not fit.
+      FileError: as `read_rows`; another number of cells, a cell twice, or a row, arm and table that do not fit.
     """
     path = Path(workdir) / "cells.csv"
     cells = _keyed_rows(path, CELLS, ("cell",))
@@ -170,10 +170,10 @@ def read_cells(workdir: Path, count: int) -> list[dict[str, str]]:
 
 
 def read_results(workdir: str | Path) -> list[dict[str, Any]]:
-    """The rows of results.csv with numbers as numbers; of each row's text its "part" and "published" too (`suite.Row`).
+    """The rows of results.csv, with "part" and "published" parsed from each row's text (`suite.Row`).
 
     Raises:
-      FileError: as `read_rows`; a row twice, more right answers than answers, or shares that these do not give.
+      FileError: as `read_rows`; a row twice, more right answers than answers, or shares that do not follow from them.
     """
     path = Path(workdir) / "results.csv"
     rows = _keyed_rows(path, RESULTS, ("cell", "target"))
@@ -194,8 +194,8 @@ def read_results(workdir: str | Path) -> list[dict[str, Any]]:
 
 
 def _keyed_rows(path: Path, columns: Mapping[str, Callable], key: Sequence[str]) -> list[dict[str, Any]]:
-    """`read_rows` of a table of cells, each of whose rows has a key of its own, and fits its table."""
-    rows, known = read_rows(path, columns), set()
+    """`read_rows` of a table of cells; checks that no key occurs twice and that rows and arms fit their tables."""
+    rows, seen = read_rows(path, columns), set()
     for row in rows:
         name, values = f"{path}, cell {row['cell']}", tuple(row[column] for column in key)
         parts = PARTS_OF.get(row["table"])
@@ -204,19 +204,19 @@ def _keyed_rows(path: Path, columns: Mapping[str, Callable], key: Sequence[str])
             raise FileError(f"{name}: row={shown(row['row'])}: {expected}")
         if (row["table"] == "efficiency") != row["arm"].startswith("efficiency_"):
             raise FileError(f"{name}: arm={row['arm']}: table {row['table']} has no such arm")
-        if values in known:
-            which = ", ".join(f"{column} {shown(row[column])}" for column in key[1:])
-            raise FileError(f"{name}: {which + ' ' if which else ''}stands there twice; {WRITE_AGAIN}")
-        known.add(values)
+        if values in seen:
+            others = "".join(f"{column} {shown(row[column])} " for column in key[1:])
+            raise FileError(f"{name}: {others}stands there twice; {WRITE_AGAIN}")
+        seen.add(values)
     return rows
 
 
 def check_results(answers: Answers, cells: Sequence[Mapping], rows: Sequence[Mapping]) -> None:
-    """Holds results.csv and boxes.csv against cells.csv, `predictions/` and `boxes/`.
+    """Compares results.csv and boxes.csv with cells.csv, `predictions/` and `boxes/`.
 
     Raises:
-      FileError: a row is of no finished cell, a finished cell's row is missing, a number is another than the answers
-        give, or two cells of one target and seed were asked other records.
+      FileError: a row belongs to no finished cell, a finished cell's row is missing, a number does not follow from the
+        answers, or two cells of one target and seed were asked different records.
     """
     workdir = answers.workdir
     by_cell: dict[str, dict[str, Mapping]] = {}
@@ -229,16 +229,16 @@ def check_results(answers: Answers, cells: Sequence[Mapping], rows: Sequence[Map
     for cell in cells:
         if cell["status"] != "done":
             continue
-        own = by_cell.get(cell["cell"], {})
-        missing = set(cell["target"].split("+")) - own.keys() - boxes.get(cell["cell"], set())
+        cell_rows = by_cell.get(cell["cell"], {})
+        missing = set(cell["target"].split("+")) - cell_rows.keys() - boxes.get(cell["cell"], set())
         if missing:
             file = "boxes.csv" if cell["table"] == "detection" else "results.csv"
             raise FileError(
                 f"{workdir / file}: no row of cell {cell['cell']} and target {shown(min(missing))}, which "
                 f"cells.csv calls done: {WRITE_AGAIN}"
             )
-        if own:
-            _check_answers(answers, cell, own, first_asked)
+        if cell_rows:
+            _check_answers(answers, cell, cell_rows, first_asked)
 
 
 def _check_cell(path: Path, row: Mapping, known: Mapping[str, Mapping]) -> None:
@@ -256,30 +256,30 @@ def _check_cell(path: Path, row: Mapping, known: Mapping[str, Mapping]) -> None:
 def _check_answers(answers: Answers, cell: Mapping, rows: Mapping[str, Mapping], first_asked: dict) -> None:
     """rows: target -> the cell's row of results.csv. first_asked: (target, seed) -> (ids, file of the first cell)."""
     path, frame = answers.path(cell["cell"]), answers.frame(cell["cell"])
-    strange = frame[~frame["subset"].isin(list(rows))]
-    if len(strange):
-        name, subset = strange.iloc[0][["id", "subset"]]
+    unexpected = frame[~frame["subset"].isin(list(rows))]
+    if len(unexpected):
+        name, subset = unexpected.iloc[0][["id", "subset"]]
         raise FileError(f"{path}: record {shown(name)} is of {shown(subset)}; results.csv has none")
     for target, row in rows.items():
-        own = frame[frame["subset"] == target]
-        n, correct = len(own), int(own["right"].sum())
+        of_target = frame[frame["subset"] == target]
+        n, correct = len(of_target), int(of_target["right"].sum())
         if (row["n"], row["correct"]) != (n, correct):
             raise FileError(
                 f"{answers.workdir / 'results.csv'}, target {shown(target)}: correct={row['correct']} of n={row['n']}; "
                 f"{path} has {correct} of {n}: put back the one that was edited or cut (`medcg reproduce` writes "
                 "results.csv)"
             )
-        ids = set(own["id"])
-        theirs, other = first_asked.setdefault((target, cell["seed"]), (ids, path))
-        if theirs != ids:
+        ids = set(of_target["id"])
+        expected, first_path = first_asked.setdefault((target, cell["seed"]), (ids, path))
+        if expected != ids:
             raise FileError(
-                f"{path}: other records of {shown(target)} than in {other.name} of the same seed, as "
-                f"{shown(min(theirs ^ ids))}; expected the same in all"
+                f"{path}: other records of {shown(target)} than in {first_path.name} of the same seed, as "
+                f"{shown(min(expected ^ ids))}; expected the same in all"
             )
 
 
 def check_boxes(workdir: Path, known: Mapping[str, Mapping]) -> dict[str, set[str]]:
-    """Cell -> targets of boxes.csv, after each row was held against `boxes/`; {} of a grid that asks for no boxes.
+    """Cell -> its targets in boxes.csv; compares each row with `boxes/`. {} for a grid without boxes.
 
     Raises:
       FileError: as `check_results`.

@@ -1,7 +1,7 @@
-"""The files a grid leaves: which jobs are done, cells.csv, results.csv and, where boxes were asked for, boxes.csv.
+"""The files of a grid: finished jobs, cells.csv, results.csv and, where boxes were asked for, boxes.csv.
 
-`results.csv` and `predictions/` hold no times, are written whole or not at all, and in the order of the cells, so that
-a grid that was stopped and started again ends in the same bytes.
+`results.csv` and `predictions/` hold no times, are written whole or not at all, and follow the order of the cells. So a
+grid that was stopped and restarted ends in the same bytes.
 """
 
 import csv
@@ -40,13 +40,13 @@ MAX_JSON_BYTES = 2**24
 
 
 def read_config_file(workdir: str | Path) -> dict:
-    """What `config.json` of a grid's workdir holds.
+    """The contents of a grid's `config.json`.
 
     Returns {"config": the run's sections as nested dicts, "versions": {package: version}, "data": {seed: fingerprint},
-    ...}. A file of an earlier version may lack fields of "config"; what is there has its field's type.
+    ...}. A file of an earlier version may lack fields of "config"; each value there has its field's type.
 
     Raises:
-      FileError: it is missing or not what a grid writes; one line that names the file and the field.
+      FileError: it is missing or not what a grid writes; the message names the file and the field.
     """
     path = Path(workdir) / "config.json"
     recorded = read_json(path, max_bytes=MAX_JSON_BYTES)
@@ -64,14 +64,14 @@ def read_config_file(workdir: str | Path) -> dict:
 
 
 def choices(config: Mapping[str, Any]) -> list[tuple[str, Any, bool, str]]:
-    """What was chosen where the paper is silent or known at second hand: (field, value, whether it is the one chosen
-    for full-size configs, reason) of each choice in `choices.json`, in one order.
+    """The project's choices where the paper is silent or known at second hand, in the order of `choices.json`: (field,
+    value, whether full-size configs have this value, reason).
 
-    "The digest" in the reasons is a third party's summary of the paper's published version (ACL 2025), which gives some
+    "The digest" in the reasons is a third party's summary of the paper's published version (ACL 2025). It gives some
     settings that the pages of arXiv 2412.20070, as far as they were read, do not.
 
-    config: the sections of a run as nested dicts, as `config` in config.json; an earlier version's may lack a field.
-    Where a family has a choice of its own, it replaces the general one.
+    config: as `config` in config.json; that of an earlier version may lack a field. A family's choice replaces the
+    general one.
     """
     family, rows = MODELS[config["model"]["name"]], {}
     listed = json.loads(resources.files("medcg_jax.study.stats").joinpath("choices.json").read_text(encoding="utf-8"))
@@ -85,24 +85,24 @@ def choices(config: Mapping[str, Any]) -> list[tuple[str, Any, bool, str]]:
 
 
 def state_dir(workdir: Path) -> Path:
-    """Where a grid keeps claims, what is done, and checkpoints of what is not."""
+    """The folder of a grid's claims, outcomes of finished jobs, and checkpoints of unfinished ones."""
     return workdir / "state"
 
 
 def mark_done(workdir: Path, job: str, outcome: Mapping) -> None:
-    """Says that a job is finished. outcome: {"status": "done" or "failed: why", "seconds": float}."""
+    """Marks a job as finished. outcome: {"status": "done" or "failed: why", "seconds": float}."""
     write_whole(state_dir(workdir) / "done" / f"{job}.json", json.dumps(dict(outcome)) + "\n")
 
 
 def done_jobs(workdir: Path) -> set[str]:
-    """The ids of the jobs that are finished, from one look at a folder that processes share."""
+    """The ids of the finished jobs, from one listing of a folder that processes share."""
     folder = state_dir(workdir) / "done"
     names = os.listdir(folder) if folder.is_dir() else ()
     return {name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")}
 
 
 def outcome_of(workdir: Path, job: str) -> dict:
-    """What `mark_done` said of a finished job.
+    """The outcome that `mark_done` wrote for a job.
 
     Raises:
       FileError: the file is not what `mark_done` writes.
@@ -118,7 +118,7 @@ def outcome_of(workdir: Path, job: str) -> dict:
 
 
 def all_outcomes(workdir: Path, jobs: Sequence[Job]) -> dict[str, dict]:
-    """Job id -> outcome, of every job that is finished."""
+    """Job id -> outcome, of the finished jobs."""
     done = done_jobs(workdir)
     return {job.id: outcome_of(workdir, job.id) for job in jobs if job.id in done}
 
@@ -126,7 +126,7 @@ def all_outcomes(workdir: Path, jobs: Sequence[Job]) -> dict[str, dict]:
 def process_goodput(workdir: Path, *, restarted: bool, writes: bool) -> goodput.Goodput:
     """The clock of one process of a grid, with a file of its own in `state/goodput`.
 
-    restarted: the grid was started before. writes: whether this process writes the file.
+    restarted: whether the grid was started before. writes: whether this process writes the file.
     """
     folder = state_dir(workdir) / "goodput"
     path = folder / f"{secrets.token_hex(8)}.json" if writes else None
@@ -134,9 +134,9 @@ def process_goodput(workdir: Path, *, restarted: bool, writes: bool) -> goodput.
 
 
 def goodput_parts(workdir: Path) -> list[dict]:
-    """What every process of the grid has written of its time, those of earlier starts among them."""
+    """The times written by all processes of the grid, earlier starts included."""
     files = sorted((state_dir(workdir) / "goodput").glob("*.json"))
-    return [part for file in files for part in goodput.read_starts(file)]
+    return [start for file in files for start in goodput.read_starts(file)]
 
 
 def is_failure(outcome: Mapping | None) -> bool:
@@ -144,7 +144,7 @@ def is_failure(outcome: Mapping | None) -> bool:
 
 
 class Tables:
-    """Writes cells.csv, results.csv and boxes.csv of the cells done so far; remembers the scores it has read."""
+    """Writes cells.csv, results.csv and boxes.csv of the finished cells; keeps the scores that it has read."""
 
     def __init__(self, workdir: Path, cells: Sequence[Cell], jobs: Sequence[Job]):
         self.workdir, self.cells = workdir, cells
@@ -152,7 +152,7 @@ class Tables:
         self._scores: dict[str, tuple[dict, dict]] = {}
 
     def write(self, outcomes: Mapping[str, Mapping]) -> None:
-        """outcomes: job id -> what `mark_done` said, of the jobs that are finished."""
+        """outcomes: as `all_outcomes`."""
         cells, results, boxes = [], [], []
         for cell in self.cells:
             job = self._job[cell.id]
@@ -178,7 +178,7 @@ class Tables:
             write_whole(self.workdir / "boxes.csv", to_csv(BOXES_HEADER, boxes))
 
     def _scores_of(self, cell: Cell) -> tuple[dict, dict]:
-        """(`scores`, `box_scores`) of what a cell answered."""
+        """(`scores`, `box_scores`) of a cell's answers."""
         if cell.id not in self._scores:
             located = box_scores(self.workdir / "boxes" / f"{cell.id}.jsonl")
             path = self.workdir / "predictions" / f"{cell.id}.jsonl"
@@ -196,7 +196,7 @@ def scores(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def box_scores(path: Path) -> dict[str, tuple]:
-    """Subset -> its scores in the order of `BOX_COUNTS` and `BOX_SHARES`, of one file of boxes; {} without it."""
+    """Subset -> its scores in the order of `BOX_COUNTS` and `BOX_SHARES`, of one file of boxes; {} without a file."""
     answers = read_answers(path) if path.exists() else []
     rows = {}
     for subset in dict.fromkeys(answer.subset for answer in answers):

@@ -1,5 +1,4 @@
-"""What a grid's answers show, computed from what it leaves in its workdir: `results.csv`, `predictions/`, `controls/`,
-`config.json`.
+"""The effects that a grid shows, computed from its `results.csv`, `predictions/`, `controls/` and `config.json`.
 
 The statistics themselves are in `paired` and `controls`.
 """
@@ -32,7 +31,7 @@ from medcg_jax.study.stats.paired import (
 from medcg_jax.study.stats.results import read_config_file
 from medcg_jax.untrusted import FileError, shown
 
-# (table, arm, against): what `summarise` compares, in the order of the report.
+# (table, arm, against): the comparisons of `summarise`, in the order of the report.
 EFFECTS = (
     ("pairs", "trained", "baseline_plus"),
     ("pairs", "trained", "baseline"),
@@ -58,9 +57,9 @@ EFFECTS = (
 
 
 def summarise(workdir: str | Path, results: Sequence[Mapping] | None = None, answers: Answers | None = None) -> dict:
-    """The headline effects of a grid, from `results.csv`, `predictions/`, `controls/` and `config.json` alone.
+    """The headline effects of a grid.
 
-    results, answers: where these files were read already: the rows of results.csv (`read_results`), and the answers.
+    results, answers: the rows of results.csv (`read_results`) and the answers, where they were read already.
 
     All accuracies and differences are fractions; intervals are 95 %. A part without finished cells is left out.
 
@@ -88,7 +87,7 @@ def summarise(workdir: str | Path, results: Sequence[Mapping] | None = None, ans
          "ci_low": .31, "ci_high": .43,   # `mixed_interval`: over records and seeds; over records alone with one seed
          "sd_seeds": .02, "sd_records": .6,   # the two sources of variation; sd_seeds None with one seed
          "detectable": .045},             # smallest true difference that n shows with 80 % power, given this row's
-                                          # share of discordant answers; None where there is none (`power.detectable`)
+                                          # share of discordant answers; None where there is none (`paired.detectable`)
       ],
       "curves": [                         # efficiency: accuracy over target records, averaged over targets and seeds
         {"curve": "with_related", "records": 30, "accuracy": .7, "ci_low": .6, "ci_high": .8, "targets": 4, "seeds": 3,
@@ -100,11 +99,11 @@ def summarise(workdir: str | Path, results: Sequence[Mapping] | None = None, ans
                                           # `controls.controls_of_answers`
     }
 
-    `part` is what a row's name starts with: the direction in `pairs` ("fixed_modality", "fixed_area", "fixed_task",
+    "part" is the first part of a row's name: the direction in `pairs` ("fixed_modality", "fixed_area", "fixed_task",
     "modality_area"), "in_distribution" or "out_of_distribution" in `multi_task`, the curve in `efficiency`, else "".
-    Records are paired by id within a seed. Where the test records are the same for every seed (released data), a record
-    counts once: it is a win for an arm when that arm was right on it at more seeds; in "ci_low" and "ci_high" records
-    and seeds are crossed there, and records nested in seeds where each seed has its own.
+    Records are paired by id within a seed. Where all seeds have the same test records (released data), a record counts
+    once: as a win for the arm that was right on it at more seeds; "ci_low" and "ci_high" are then of records crossed
+    with seeds, else of records nested in seeds.
     """
     workdir = Path(workdir)
     results = read_results(workdir) if results is None else results
@@ -113,16 +112,16 @@ def summarise(workdir: str | Path, results: Sequence[Mapping] | None = None, ans
     fresh = read_config_file(workdir)["config"]["data"]["source"] == "phantom"
     rows, effects = [], []
     for table, arm, against in EFFECTS:
-        own, units = _compared(results, answers, table, arm, against, fresh)
-        for row, p in zip(own, holm([row["p"] for row in own]), strict=True):
+        compared, units = _compared(results, answers, table, arm, against, fresh)
+        for row, p in zip(compared, holm([row["p"] for row in compared]), strict=True):
             row["p_holm"] = p
-        rows += own
-        parts = sorted({row["part"] for row in own})
-        whole = [_effect(table, "", arm, against, own, units)] if parts else []
-        single = [_effect(table, part, arm, against, own, units) for part in parts if part]
-        for effect, p in zip(single, holm([effect["p_overall"] for effect in single]), strict=True):
+        rows += compared
+        parts = sorted({row["part"] for row in compared})
+        overall = [_effect(table, "", arm, against, compared, units)] if parts else []
+        by_part = [_effect(table, part, arm, against, compared, units) for part in parts if part]
+        for effect, p in zip(by_part, holm([effect["p_overall"] for effect in by_part]), strict=True):
             effect["p_overall_holm"] = p
-        effects += [effect | {"p_overall_holm": effect["p_overall"]} for effect in whole] + single
+        effects += [effect | {"p_overall_holm": effect["p_overall"]} for effect in overall] + by_part
     return {
         "accuracy": _accuracies(results),
         "effects": effects,
@@ -133,8 +132,10 @@ def summarise(workdir: str | Path, results: Sequence[Mapping] | None = None, ans
     }
 
 
-def _compared(results, answers: Answers, table, arm, against, fresh) -> tuple[list[dict], dict[str, list[Unit]]]:
-    """Rows where both arms are finished, and part -> units."""
+def _compared(
+    results: Sequence[Mapping], answers: Answers, table: str, arm: str, against: str, fresh: bool
+) -> tuple[list[dict], dict[str, list[Unit]]]:
+    """(rows where both arms are finished, part -> their units)."""
     cells = {(r["arm"], r["row"], r["target"], r["seed"]): r for r in results if r["table"] == table}
     keys = grouped([k[1:] for k in cells if k[0] == arm and (against, *k[1:]) in cells], lambda k: k[:2])
     rows, units = [], defaultdict(list)
@@ -165,7 +166,7 @@ def _compared(results, answers: Answers, table, arm, against, fresh) -> tuple[li
 
 
 def _pooled(pairs: Sequence[tuple[dict, dict]], fresh: bool) -> Comparison:
-    """One row over its seeds; where records return with every seed, each counts once, by its majority."""
+    """One row over its seeds; a record that all seeds share counts once, by its majority."""
     if fresh or len(pairs) == 1:
         joined = [{f"{i}/{key}": v for i, pair in enumerate(pairs) for key, v in pair[side].items()} for side in (0, 1)]
         return compare(*joined)
@@ -189,28 +190,29 @@ def _spread(pairs: Sequence[tuple[dict, dict]], fresh: bool) -> dict[str, float 
 
 
 def _effect(table: str, part: str, arm: str, against: str, rows: Sequence[dict], units: Mapping) -> dict:
-    own = [row for row in rows if part in ("", row["part"])]
-    own_units = [u for name, group in units.items() if part in ("", name) for u in group]
-    low, high = bootstrap_interval(own_units)
-    by_target = target_means(own_units)
+    """rows, units: as `_compared` gives them; those of `part` are used ("": all)."""
+    rows = [row for row in rows if part in ("", row["part"])]
+    group = [u for name, units_of_part in units.items() if part in ("", name) for u in units_of_part]
+    low, high = bootstrap_interval(group)
+    by_target = target_means(group)
     overall = overall_test(list(by_target.values()))
-    sure = [row for row in own if row["p_holm"] < 0.05]
+    significant = [row for row in rows if row["p_holm"] < 0.05]
     return {
         "table": table,
         "part": part,
         "arm": arm,
         "against": against,
-        "mean": mean_difference(own_units),
+        "mean": mean_difference(group),
         "ci_low": low,
         "ci_high": high,
-        **_sizes(own_units),
-        "rows": len(own),
-        "wins": sum(row["difference"] > 0 for row in own),
-        "losses": sum(row["difference"] < 0 for row in own),
-        "significant": sum(row["difference"] > 0 for row in sure),
-        "significant_losses": sum(row["difference"] < 0 for row in sure),
+        **_sizes(group),
+        "rows": len(rows),
+        "wins": sum(row["difference"] > 0 for row in rows),
+        "losses": sum(row["difference"] < 0 for row in rows),
+        "significant": sum(row["difference"] > 0 for row in significant),
+        "significant_losses": sum(row["difference"] < 0 for row in significant),
         "by_target": by_target,
-        "by_seed": {str(seed): mean_difference(group) for seed, group in grouped(own_units, lambda u: u.seed).items()},
+        "by_seed": {str(seed): mean_difference(of_seed) for seed, of_seed in grouped(group, lambda u: u.seed).items()},
         "p_overall": overall.p,
         "p_smallest": overall.p_smallest,
         "test": overall.test,
@@ -222,7 +224,7 @@ def _sizes(units: Sequence[Unit]) -> dict[str, int]:
 
 
 def _units(rows: Sequence[dict]) -> list[Unit]:
-    """An accuracy is a difference against never being right."""
+    """Accuracies as differences to an arm that is never right."""
     return [Unit(r["target"], r["seed"], r["n"], r["correct"], 0) for r in rows]
 
 
