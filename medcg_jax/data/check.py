@@ -43,7 +43,7 @@ class Problem:
     reason: str
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (self.file, self.record, self.reason) if part)
+        return ": ".join(text for text in (self.file, self.record, self.reason) if text)
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def inspect(
     images = examine_all(paths, max_pixels, reading, workers=workers, progress=progress, memory=memory)
     problems += _image_problems(entries, images)
     problems += _shared_between_splits(entries, images)
-    order = {file.path.name: place for place, file in enumerate(tree.files)}
+    order = {file.path.name: position for position, file in enumerate(tree.files)}
     problems.sort(key=lambda problem: order.get(problem.file, -1))
     misses = [near for near in near_misses(tree.root, tree.files) if not near.is_wanted]
     notices = [Notice(ascii(near.name)[1:-1], "file_name", 1, 1, near.reason) for near in misses]

@@ -52,21 +52,21 @@ def _lines(options: Sequence[str]) -> str:
 
 
 def _shuffled(records: RecordSet, random: Random) -> dict[str, ControlSet]:
-    places = [i for i, record in enumerate(records.records) if record.image]
-    if len(places) < 2:
+    indices = [i for i, record in enumerate(records.records) if record.image]
+    if len(indices) < 2:
         return {}
-    order = random.sample(places, len(places))
+    order = random.sample(indices, len(indices))
     images = {index: records.image_digest(index) for index in order}
     first = {images[index]: i for i, index in reversed(list(enumerate(order)))}
     order.sort(key=lambda index: first[images[index]])  # those of one image stand together, else as drawn
     most = max(Counter(images.values()).values())
     # Moved on by so many places no record gets its own image, unless more than half of all have the same.
     image_of = dict(zip(order, order[most:] + order[:most], strict=True))
-    image_at = {index: image_of[index] for index in places if images[image_of[index]] != images[index]}
-    places, image_at = list(image_at), list(image_at.values())
+    image_at = {index: image_of[index] for index in indices if images[image_of[index]] != images[index]}
+    indices, image_at = list(image_at), list(image_at.values())
     changed = [
         dataclasses.replace(records.records[index], image=records.records[other].image)
-        for index, other in zip(places, image_at, strict=True)
+        for index, other in zip(indices, image_at, strict=True)
     ]
     return {"shuffled_images": ControlSet(changed, records, image_at)}
 
@@ -74,22 +74,22 @@ def _shuffled(records: RecordSet, random: Random) -> dict[str, ControlSet]:
 def _shifted(records: RecordSet, _: Random) -> dict[str, ControlSet]:
     sets = {}
     for shift in range(1, max((len(record.options) for record in records.records), default=0)):
-        places = [i for i, record in enumerate(records.records) if shift < len(record.options)]
+        indices = [i for i, record in enumerate(records.records) if shift < len(record.options)]
         changed = [
             with_options(record, record.options[-shift:] + record.options[:-shift], record.label)
-            for record in (records.records[i] for i in places)
+            for record in (records.records[i] for i in indices)
         ]
-        sets[f"shift_{shift}"] = ControlSet(changed, records, places)
+        sets[f"shift_{shift}"] = ControlSet(changed, records, indices)
     return sets
 
 
 def _two_options(records: RecordSet, random: Random) -> dict[str, ControlSet]:
-    places = [i for i, record in enumerate(records.records) if len(record.options) > 2]
+    indices = [i for i, record in enumerate(records.records) if len(record.options) > 2]
     changed = []
-    for record in (records.records[i] for i in places):
+    for record in (records.records[i] for i in indices):
         other = random.choice([option for option in record.options if option != record.label])
         changed.append(with_options(record, random.sample([record.label, other], 2), record.label))
-    return {"two_options": ControlSet(changed, records, places)}
+    return {"two_options": ControlSet(changed, records, indices)}
 
 
 _MAKERS = dict(zip(CONTROLS, (_shuffled, _shifted, _two_options), strict=True))

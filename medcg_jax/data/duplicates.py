@@ -105,7 +105,7 @@ def perceptual_hash(image: np.ndarray) -> bytes:
 
 def hash_rows(images: Iterable[ImageHashes]) -> tuple[np.ndarray, np.ndarray]:
     """(int64[M], uint8[M, 32]): the places of those that have a perceptual hash, and these."""
-    hashes = {place: image.perceptual for place, image in enumerate(images) if image.perceptual}
+    hashes = {index: image.perceptual for index, image in enumerate(images) if image.perceptual}
     rows = np.frombuffer(b"".join(hashes.values()), np.uint8).reshape(-1, HASH_BYTES)
     return np.fromiter(hashes, np.int64, len(hashes)), rows
 
@@ -204,32 +204,29 @@ class Group:
 
 def groups(images: Sequence[ImageHashes], bits: int = NEAR_BITS) -> list[Group]:
     """Every group of two images or more, by first member: the connected components of equal and near images."""
-    places, hashes = hash_rows(images)
+    indices, hashes = hash_rows(images)
     # One image of each hash is held against the others: copies are tied to it.
     distinct, first, owner = np.unique(hashes.view(f"V{HASH_BYTES}")[:, 0], return_index=True, return_inverse=True)
     near = first[near_pairs(hashes[first], bits)] if len(distinct) else np.zeros((0, 2), np.int64)
-    same_hash = np.stack([first[owner], np.arange(len(places))], axis=1)
+    same_hash = np.stack([first[owner], np.arange(len(indices))], axis=1)
     ties = [_ties(image.file for image in images), _ties(image.pixels for image in images)]
-    ties.append(places[np.concatenate([near, same_hash])])
+    ties.append(indices[np.concatenate([near, same_hash])])
     components = [_components(len(images), ties[: kind + 1]) for kind in range(len(KINDS))]
     members: dict[int, list[int]] = {}
-    for place, component in enumerate(components[-1]):
-        members.setdefault(component, []).append(place)
+    for index, component in enumerate(components[-1]):
+        members.setdefault(component, []).append(index)
     # The first kind whose ties hold a group together.
     return [
-        Group(
-            next(kind for kind, of in zip(KINDS, components) if len(set(of[places_of_group])) == 1),
-            tuple(places_of_group),
-        )
-        for places_of_group in members.values()
-        if len(places_of_group) > 1
+        Group(next(kind for kind, of in zip(KINDS, components) if len(set(of[indices])) == 1), tuple(indices))
+        for indices in members.values()
+        if len(indices) > 1
     ]
 
 
 def _ties(digests: Iterable[bytes]) -> np.ndarray:
     """int64[M, 2]: each place with the first of its digest; an empty digest ties nothing."""
     first: dict[bytes, int] = {}
-    ties = [(first.setdefault(digest, place), place) for place, digest in enumerate(digests) if digest]
+    ties = [(first.setdefault(digest, index), index) for index, digest in enumerate(digests) if digest]
     return np.array(ties, np.int64).reshape(-1, 2)
 
 

@@ -217,25 +217,28 @@ def cut_rows(encoded: Encoded, length: int) -> Encoded:
     return dataclasses.replace(encoded, arrays={**encoded.arrays, "tokens": tokens[:, :length]})
 
 
-def concat_encoded(parts: Sequence[Encoded]) -> Encoded:
+def concat_encoded(row_sets: Sequence[Encoded]) -> Encoded:
     """One set of rows from several that were encoded alike; decodes nothing again.
 
     Raises:
       ValueError: no parts, or rows of different shapes.
     """
-    if not parts:
+    if not row_sets:
         raise ValueError("there are no encoded records to join")
-    shapes = {tuple((key, a.shape[1:]) for key, a in sorted({**p.arrays, **p.format.blank}.items())) for p in parts}
+    shapes = {tuple((key, a.shape[1:]) for key, a in sorted({**p.arrays, **p.format.blank}.items())) for p in row_sets}
     if len(shapes) > 1:
         raise ValueError(f"encoded records of {len(shapes)} shapes cannot be joined: {sorted(map(str, shapes))}")
 
     def joined(sets: list[Arrays]) -> Arrays:
         return {key: np.concatenate([arrays[key] for arrays in sets]) for key in sets[0]}
 
-    images = [part.images for part in parts if part.images is not None]
-    records, arrays = concat([part.records for part in parts]), joined([part.arrays for part in parts])
-    all_images = joined(images) if len(images) == len(parts) else None
-    return Encoded(records, parts[0].format, arrays, all_images, masks=parts[0].masks)
+    images = [row_set.images for row_set in row_sets if row_set.images is not None]
+    records, arrays = (
+        concat([row_set.records for row_set in row_sets]),
+        joined([row_set.arrays for row_set in row_sets]),
+    )
+    all_images = joined(images) if len(images) == len(row_sets) else None
+    return Encoded(records, row_sets[0].format, arrays, all_images, masks=row_sets[0].masks)
 
 
 @contextlib.contextmanager

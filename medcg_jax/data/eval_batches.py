@@ -64,11 +64,11 @@ def eval_batches(
     A batch is as long as its longest row asks for (`batch_length`). The last batch is filled with copies of its first
     row, whose `row_mask` is 0; so every process has as many batches, of the same shapes. rows: as `Batches`.
     """
-    mine, order = checked_rows(rows, batch_size), eval_order(encoded)
+    own_rows, order = checked_rows(rows, batch_size), eval_order(encoded)
     for start in range(0, len(encoded), batch_size):
-        places = start + mine
-        real = places < len(encoded)
-        batch, ids = encoded.rows(order[np.where(real, places, start)])
+        positions = start + own_rows
+        real = positions < len(encoded)
+        batch, ids = encoded.rows(order[np.where(real, positions, start)])
         length = batch_length(encoded, int(encoded.arrays["length"][order[start : start + batch_size]].max()))
         batch |= {key: batch[key][:, :length] for key in ("tokens", "segment_ids")}
         batch["row_mask"] = real.astype(np.float32)
@@ -113,14 +113,14 @@ def rounds(
 
     Images with more questions come first, so that few rows ask nothing.
     """
-    mine = checked_rows(rows, batch_size)
+    own_rows = checked_rows(rows, batch_size)
     sets = (encoded, *controls)
     arrays = {key: np.concatenate([s.arrays[key] for s in sets]) for key in ("tokens", "length", "option_ids")}
     is_image = arrays["tokens"] == image_token_id
     width = is_image.shape[1]
     ends = np.where(is_image.any(1), width - is_image[:, ::-1].argmax(1), 0).astype(np.int32)
-    places = np.concatenate([np.arange(len(encoded)), *(s.records.places for s in controls)]).astype(int)
-    groups = _groups(arrays, ends, places, len(encoded))
+    image_indices = np.concatenate([np.arange(len(encoded)), *(s.records.places for s in controls)]).astype(int)
+    groups = _groups(arrays, ends, image_indices, len(encoded))
     for start in range(0, len(groups), batch_size):
         in_round = groups[start : start + batch_size]
         # Rows beyond the last image are copies of the first.
@@ -128,17 +128,19 @@ def rounds(
         firsts = np.array([group[0] for group in filled])
         most = max(int(ends[firsts].max()), 1)
         most = most if encoded.format.num_image_tokens is None else batch_length(encoded, most)
-        batch, _ = encoded.rows(places[firsts[mine]])
+        batch, _ = encoded.rows(image_indices[firsts[own_rows]])
         before = {key: batch[key] for key in encoded.format.blank}
-        before |= _cut(arrays["tokens"], firsts[mine], np.zeros_like(mine), ends[firsts[mine]], most)
-        asked = tuple(_asked(encoded, arrays, ends, in_round, filled, turn, mine) for turn in range(len(in_round[0])))
+        before |= _cut(arrays["tokens"], firsts[own_rows], np.zeros_like(own_rows), ends[firsts[own_rows]], most)
+        asked = tuple(
+            _asked(encoded, arrays, ends, in_round, filled, turn, own_rows) for turn in range(len(in_round[0]))
+        )
         yield Round(before, asked)
 
 
-def _groups(arrays: Arrays, ends: np.ndarray, places: np.ndarray, num_free: int) -> list[list[int]]:
+def _groups(arrays: Arrays, ends: np.ndarray, image_indices: np.ndarray, num_free: int) -> list[list[int]]:
     """Questions with the same beginning and image: those of the first set first, then longer ones first."""
     groups: dict[tuple, list[int]] = {}
-    for question, (image, end) in enumerate(zip(places, ends, strict=True)):
+    for question, (image, end) in enumerate(zip(image_indices, ends, strict=True)):
         groups.setdefault((int(image), arrays["tokens"][question, :end].tobytes()), []).append(question)
     lengths = arrays["length"] - ends
     for group in groups.values():
@@ -146,13 +148,13 @@ def _groups(arrays: Arrays, ends: np.ndarray, places: np.ndarray, num_free: int)
     return sorted(groups.values(), key=lambda group: (-len(group), -max(lengths[group])))
 
 
-def _asked(encoded, arrays, ends, groups, filled, turn: int, mine: np.ndarray) -> Asked:
+def _asked(encoded, arrays, ends, groups, filled, turn: int, own_rows: np.ndarray) -> Asked:
     rows = np.array([row for row, group in enumerate(groups) if turn < len(group)])
     questions = np.array([groups[row][turn] for row in rows])
     every = np.array([group[min(turn, len(group) - 1)] for group in filled])
     lengths = arrays["length"] - ends
     length = suffix_length(encoded, int(lengths[every].max()))
-    taken = every[mine]
+    taken = every[own_rows]
     batch = _cut(arrays["tokens"], taken, ends[taken], lengths[taken], length)
     batch |= {"last_position": lengths[taken] - 1, "option_ids": arrays["option_ids"][taken]}
     return Asked(batch, questions, rows, bool((questions < len(encoded)).any()))
@@ -160,7 +162,7 @@ def _asked(encoded, arrays, ends, groups, filled, turn: int, mine: np.ndarray) -
 
 def _cut(tokens: np.ndarray, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: int) -> Arrays:
     """`tokens`, `segment_ids` int32[B, width]: of each of these rows so many tokens, from its start on."""
-    places = np.arange(width)
-    real = places < lengths[:, None]
-    taken_tokens = tokens[rows[:, None], np.minimum(starts[:, None] + places, tokens.shape[1] - 1)]
+    columns = np.arange(width)
+    real = columns < lengths[:, None]
+    taken_tokens = tokens[rows[:, None], np.minimum(starts[:, None] + columns, tokens.shape[1] - 1)]
     return {"tokens": np.where(real, taken_tokens, 0).astype(np.int32), "segment_ids": real.astype(np.int32)}

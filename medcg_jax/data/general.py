@@ -55,11 +55,11 @@ class GeneralRecords:
 
     def require(self, num_records: int) -> None:
         """Raises DataError where there are fewer than a training of so many records wants; none is taken twice."""
-        wanted = num_general(num_records, self._config.imagewikiqa_share)
-        if wanted > len(self):
+        needed = num_general(num_records, self._config.imagewikiqa_share)
+        if needed > len(self):
             raise DataError(
                 f"data.general_records={self._config.general_records!r} has {len(self)} records; "
-                f"data.imagewikiqa_share={self._config.imagewikiqa_share} of {num_records} wants {wanted}"
+                f"data.imagewikiqa_share={self._config.imagewikiqa_share} of {num_records} wants {needed}"
             )
 
     def draw(self, training: tuple[tuple[str, int], ...]) -> RecordSet:
@@ -80,9 +80,9 @@ class GeneralRecords:
     def fingerprint(self) -> str:
         """A digest of the file, and of its images' bytes."""
         digest = hashlib.sha256(self._path.read_bytes())
-        for place, record in enumerate(self.records.records):
+        for index, record in enumerate(self.records.records):
             if record.image:
-                digest.update(self.records.image_digest(place))
+                digest.update(self.records.image_digest(index))
         return digest.hexdigest()[:16]
 
 

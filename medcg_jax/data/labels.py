@@ -182,13 +182,13 @@ def _check_columns(file: str, columns: tuple[str, ...]) -> None:
 
 def _check_line(file: str, line: _Line, columns: tuple[str, ...], spelled: dict[str, tuple[str, int]]) -> None:
     """Checks one line by itself, and its label's spelling against those of other lines."""
-    label, place = line.cells["label"], [name for name in (*CORNERS, "mask") if name in columns]
-    filled = [name for name in place if line.cells[name].strip()]
-    if not label and not place:
+    label, region_columns = line.cells["label"], [name for name in (*CORNERS, "mask") if name in columns]
+    filled = [name for name in region_columns if line.cells[name].strip()]
+    if not label and not region_columns:
         raise line.error(file, "label", "is empty; a label is accepted")
     if not label and filled:
         raise line.error(file, "label", f"is empty where {filled[0]} is not; a label is accepted, or neither")
-    if label and (empty := [name for name in place if name not in filled]):
+    if label and (empty := [name for name in region_columns if name not in filled]):
         raise line.error(file, empty[0], f"is empty where the label is {label!r}; a value is accepted, or neither")
     if not label.isprintable():
         raise line.error(file, "label", "has signs that cannot be printed; one line of text is accepted")

@@ -104,7 +104,7 @@ class NearImage(NamedTuple):
 
     distance_bits: int
     form: str
-    place: int
+    test_index: int
 
 
 def hashed(records: RecordSet, decoded: dict[bytes, ImageHashes] | None = None) -> Hashed:
@@ -117,27 +117,27 @@ def hashed(records: RecordSet, decoded: dict[bytes, ImageHashes] | None = None) 
       DataError: an image cannot be read or decoded.
     """
 
-    places = [place for place, record in enumerate(records.records) if record.image]
-    kept = {place: records.kept_hashes(place) for place in places}
+    indices = [index for index, record in enumerate(records.records) if record.image]
+    stored = {index: records.kept_hashes(index) for index in indices}
     with ThreadPoolExecutor() as pool:
-        digests = dict(zip(places, pool.map(records.image_digest, places), strict=True))
+        digests = dict(zip(indices, pool.map(records.image_digest, indices), strict=True))
         known = {} if decoded is None else decoded
         if decoded is not None:
-            new = {digests[p]: p for p in places if kept[p] is None and digests[p] not in decoded}
-            hashes = pool.map(lambda place: image_hashes(records.image(place), digests[place]), new.values())
+            new = {digests[p]: p for p in indices if stored[p] is None and digests[p] not in decoded}
+            hashes = pool.map(lambda index: image_hashes(records.image(index), digests[index]), new.values())
             decoded |= dict(zip(new, hashes, strict=True))
     images: list[ImageHashes | None] = [None] * len(records)
-    for place, digest in digests.items():
-        images[place] = ImageHashes(digest, *kept[place]) if kept[place] else known.get(digest, ImageHashes(digest))
+    for index, digest in digests.items():
+        images[index] = ImageHashes(digest, *stored[index]) if stored[index] else known.get(digest, ImageHashes(digest))
     return Hashed(records.records, tuple(images))
 
 
-def joined(parts: Iterable[Hashed]) -> Hashed:
+def joined(sets: Iterable[Hashed]) -> Hashed:
     """Several sets as one."""
-    parts = list(parts)
+    sets = list(sets)
     return Hashed(
-        tuple(record for part in parts for record in part.records),
-        tuple(image for part in parts for image in part.images),
+        tuple(record for item in sets for record in item.records),
+        tuple(image for item in sets for image in item.images),
     )
 
 
@@ -155,10 +155,10 @@ def find_leaks(training: Hashed, test: Hashed, near_bits: int | None = None, *, 
         leaks += [leak for leak in _same_questions(training, test) if leak.training not in exact]
     leaks += [leak for leak in _same_groups(training, test) if leak.training not in exact]
     if near_bits is not None:
-        for place, near in nearest_images(training, test, near_bits).items():
-            name = training.records[place].id
+        for index, near in nearest_images(training, test, near_bits).items():
+            name = training.records[index].id
             if name not in exact:
-                leaks.append(Leak(name, test.records[near.place].id, "near", near.distance_bits, near.form))
+                leaks.append(Leak(name, test.records[near.test_index].id, "near", near.distance_bits, near.form))
     return leaks
 
 
@@ -187,13 +187,13 @@ def _first(side: Hashed, field: str) -> dict[bytes, str]:
 
 def nearest_images(training: Hashed, test: Hashed, bits: int) -> dict[int, NearImage]:
     """Place in training -> the nearest test image within `bits`. The one call of the search for near images."""
-    (places, a), (others, b) = (
+    (indices, a), (others, b) = (
         hash_rows(image or ImageHashes(b"") for image in side.images) for side in (training, test)
     )
     nearest: dict[int, NearImage] = {}
     for i, j, apart, form in zip(*(column.tolist() for column in near_pairs_between(a, b, bits)), strict=True):
-        place, near = int(places[i]), NearImage(apart, FORMS[form], int(others[j]))
-        nearest[place] = min(nearest.get(place, near), near)
+        index, near = int(indices[i]), NearImage(apart, FORMS[form], int(others[j]))
+        nearest[index] = min(nearest.get(index, near), near)
     return nearest
 
 

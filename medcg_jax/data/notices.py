@@ -69,12 +69,12 @@ def names_alike(triplets: Mapping[str, tuple[str, ...]]) -> list[Notice]:
     triplets: (modality, area, task) by subset: those of the manifest, and Med-MAT's where that says nothing.
     """
     notices = []
-    for place, what in enumerate(("modality", "area", "task")):
+    for column, what in enumerate(("modality", "area", "task")):
         first: dict[str, tuple[str, str]] = {}
         for number, triplet in triplets.items():
-            other, text = first.setdefault(appearance(triplet[place]), (number, triplet[place]))
-            if text != triplet[place]:
-                here, there = told_apart(triplet[place], text)
+            other, text = first.setdefault(appearance(triplet[column]), (number, triplet[column]))
+            if text != triplet[column]:
+                here, there = told_apart(triplet[column], text)
                 reason = f"its {what} {here} looks like {there} of subset {other}, and is another one"
                 notices.append(Notice(f"subset {number}", "names_alike", 1, 1, reason))
     return notices
@@ -90,7 +90,7 @@ def letter_counts(records: Iterable[Record], *, from_end: bool = False) -> tuple
     for record in records:
         number = len(record.options)
         if number:
-            names = [str(place) for place in reversed(range(number))] if from_end else list(LETTERS[:number])
+            names = [str(position) for position in reversed(range(number))] if from_end else list(LETTERS[:number])
             counts[names[LETTERS.index(record.answer)]] += 1
             expected.update(dict.fromkeys(names, 1 / number))
     if not counts:

@@ -56,11 +56,11 @@ def over(
     waiting = deque((first, items[first : first + chunk]) for first in range(0, len(items), chunk))
     results: dict[int, Result] = {}
     pool = [start() for _ in range(min(workers, len(waiting)))]
-    place = 0
+    next_index = 0
     try:
         for worker in pool:
             worker.give(*waiting.popleft())
-        while place < len(items):
+        while next_index < len(items):
             ready = wait([worker.pipe for worker in pool])
             for worker in [worker for worker in pool if worker.pipe in ready]:
                 try:
@@ -85,9 +85,9 @@ def over(
                     else:
                         worker.end(0)
                         pool.remove(worker)
-            while place in results:
-                yield results.pop(place)
-                place += 1
+            while next_index in results:
+                yield results.pop(next_index)
+                next_index += 1
     finally:
         for worker in pool:
             worker.end(0)

@@ -77,7 +77,7 @@ class Prepared:
 class _Shard:
     """A shard to be written: the subset and split it is part of ("04-train"), and its records as lines of JSON."""
 
-    part: str
+    subset_split: str
     path: Path
     lines: tuple[str, ...]
 
@@ -123,17 +123,17 @@ def prepare(
         print(f"warning: {notice}")
     near = {(pair.file, pair.record) for pair in inspection.report.near}
     source = ReleaseSource(tree, data, skip=inspection.report.bad_records | (near if drop_near else set()))
-    parts = dict(_lines(source, inspection, layout))
-    plan = {"format": FORMAT, "settings": settings, "records": records_digest(parts)}
+    lines_by_split = dict(_lines(source, inspection, layout))
+    plan = {"format": FORMAT, "settings": settings, "records": records_digest(lines_by_split)}
     if _plan_of(out).get("records", plan["records"]) != plan["records"]:
         raise DataError(f"{out} was prepared from other records or images; remove it, or choose another folder")
-    shards = [shard for name, lines in parts.items() for shard in _shards(out, name, lines)]
+    shards = [shard for name, lines in lines_by_split.items() for shard in _shards(out, name, lines)]
     missing = sum(not shard.path.exists() for shard in shards)
     if not missing and (done := _finished(out, plan)):
         print(f"{out}: prepared before, nothing to do")
         return Prepared(done, 0, time.monotonic() - started)
     write_whole(out / ".plan.json", json.dumps(plan, indent=1) + "\n")
-    for name, lines in parts.items():
+    for name, lines in lines_by_split.items():
         write_whole(out / "records" / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
     aside = [
         asdict(problem) for problem in (*inspection.report.problems, *(inspection.report.near if drop_near else ()))
@@ -144,7 +144,7 @@ def prepare(
     digests = over(write, shards, crashed=_crashed, workers=workers, chunk=1)
     digests = dict(zip(shards, progress(digests, len(shards)) if progress else digests, strict=True))
     manifest = plan | {
-        "prompt_fingerprint": _prompt_fingerprint(parts),
+        "prompt_fingerprint": _prompt_fingerprint(lines_by_split),
         "set_aside": {"records": len(inspection.report.bad_records), "of": inspection.report.num_records}
         | {"problems": inspection.report.counts()},
         "near": {"training_records": len(near), "kept": not drop_near},
@@ -172,28 +172,28 @@ def write_shard(shard: _Shard, root: Path, layout: Layout, max_pixels: int, read
 
     if shard.path.exists() and _holds(shard):
         return _file_digest(shard.path)
-    part = shard.path.with_name(f".{shard.path.name}.{secrets.token_hex(6)}")
+    partial = shard.path.with_name(f".{shard.path.name}.{secrets.token_hex(6)}")
     try:
         try:
-            writer = ArrayRecordWriter(str(part), WRITER_OPTIONS)
+            writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
             for line in shard.lines:
                 writer.write(f"{line}\n".encode() + _pixels(json.loads(line), root, layout, max_pixels, reading))
             writer.close()
         except RuntimeError as error:  # its word for a disk that is full or away
             raise OSError(f"{shard.path} cannot be written: {str(error).partition(';')[0]}") from error
-        with open(part, "rb") as file:
+        with open(partial, "rb") as file:
             os.fsync(file.fileno())
-        digest = _file_digest(part)
-        os.replace(part, shard.path)
+        digest = _file_digest(partial)
+        os.replace(partial, shard.path)
         return digest
     except BaseException:
-        part.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 
-def shard_name(part: str, place: int, number: int) -> str:
+def shard_name(subset_split: str, index: int, number: int) -> str:
     """The file name of shard `place` of `number`. part: "04-train"."""
-    return f"{part}-{place:05d}-of-{number:05d}.arrayrecord"
+    return f"{subset_split}-{index:05d}-of-{number:05d}.arrayrecord"
 
 
 def _holds(shard: _Shard) -> bool:
@@ -260,16 +260,16 @@ def _shards(out: Path, name: str, lines: list[str]) -> list[_Shard]:
     return [
         _Shard(
             name,
-            out / "records" / shard_name(name, place, len(starts)),
+            out / "records" / shard_name(name, index, len(starts)),
             tuple(lines[start : start + RECORDS_PER_SHARD]),
         )
-        for place, start in enumerate(starts)
+        for index, start in enumerate(starts)
     ]
 
 
 def _entry(subset: Subset, kind: str, digests: dict[_Shard, str], data: DataConfig) -> dict[str, Any]:
     """A subset as the manifest has it."""
-    shards = {split: [s for s in digests if s.part == f"{subset.name}-{split}"] for split in SPLITS}
+    shards = {split: [s for s in digests if s.subset_split == f"{subset.name}-{split}"] for split in SPLITS}
     files = {
         split: [{"file": s.path.name, "records": len(s.lines), "sha256": digests[s]} for s in shards[split]]
         for split in SPLITS
@@ -366,18 +366,18 @@ def _crashed(shard: _Shard, reason: str):
     raise DataError(f"{shard.path.name}: the process that wrote it died (memory?); run the command again")
 
 
-def records_digest(parts: dict[str, list[str]]) -> str:
+def records_digest(lines_by_split: dict[str, list[str]]) -> str:
     """A digest of all records. parts: "04-train" -> their lines, in the manifest's order."""
     digest = hashlib.sha256()
-    for name, lines in parts.items():
+    for name, lines in lines_by_split.items():
         digest.update("\n".join([name, *lines, ""]).encode())
     return digest.hexdigest()
 
 
-def _prompt_fingerprint(parts: dict[str, list[str]]) -> str:
+def _prompt_fingerprint(lines_by_split: dict[str, list[str]]) -> str:
     """A digest of all that is asked and answered: two preparations that have the same one ask the same."""
     digest = hashlib.sha256()
-    for lines in parts.values():
+    for lines in lines_by_split.values():
         for line in lines:
             record = json.loads(line)
             digest.update(json.dumps([record["turns"], record["options"], record["boxes"]]).encode())

@@ -68,10 +68,10 @@ class PreparedSource:
         texts = _lines(path, self._entries[subset][split])
         lines = [_read_line(text, f"{path}, line {number}", subset) for number, text in enumerate(texts, 1)]
         records = [line.record for line in lines]
-        places = capped(records, self._config, subset, split)
+        positions = capped(records, self._config, subset, split)
         shards = _Shards(self._shards(subset, split))
-        images = [_ShardImage(shards, lines[place], place) for place in places]
-        return RecordSet([records[place] for place in places], images)
+        images = [_ShardImage(shards, lines[position], position) for position in positions]
+        return RecordSet([records[position] for position in positions], images)
 
     def fingerprint(self) -> str:
         """A digest of the records of choice questions, of the pixels they are prepared with, and of the caps."""
@@ -161,18 +161,18 @@ def _manifest_fault(manifest: dict[str, Any]) -> str:
     return ""
 
 
-def _shards_fault(shards: Any, part: str, number: int) -> str:
+def _shards_fault(shards: Any, subset_split: str, number: int) -> str:
     """What is wrong with the list of shards of `part` ("04-train"), which have `number` records; "" if nothing is."""
     if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
-        return f"shards of {part}: {untrusted.shown(shards)} is no list of objects"
-    for place, shard in enumerate(shards):
-        name = shard_name(part, place, len(shards))
+        return f"shards of {subset_split}: {untrusted.shown(shards)} is no list of objects"
+    for position, shard in enumerate(shards):
+        name = shard_name(subset_split, position, len(shards))
         if shard.get("file") != name:
             return f"shard {untrusted.shown(shard.get('file'))} stands where {name} belongs"
         if type(shard.get("records")) is not int or not isinstance(shard.get("sha256"), str):
             return f"shard {name} has no whole number `records`, or no text `sha256`"
     listed = sum(shard["records"] for shard in shards)
-    return "" if listed == number >= 0 else f"{part} has {untrusted.shown(number)} records, its shards {listed}"
+    return "" if listed == number >= 0 else f"{subset_split} has {untrusted.shown(number)} records, its shards {listed}"
 
 
 def verify(root: str | Path) -> list[str]:
@@ -183,19 +183,23 @@ def verify(root: str | Path) -> list[str]:
     """
     root, wrong = Path(root), []
     manifest = read_manifest(root)
-    parts = {f"{entry['subset']}-{split}": entry[split] for entry in manifest["subsets"] for split in SPLITS}
+    counts = {f"{entry['subset']}-{split}": entry[split] for entry in manifest["subsets"] for split in SPLITS}
     lines: dict[str, list[str]] = {}
     try:
-        lines = {part: _lines(root / "records" / f"{part}.jsonl", n) for part, n in parts.items() if n}
+        lines = {
+            subset_split: _lines(root / "records" / f"{subset_split}.jsonl", n)
+            for subset_split, n in counts.items()
+            if n
+        }
         if records_digest(lines) != manifest.get("records"):
             wrong.append("records/*.jsonl: not the records that were written; run `medcg data prepare` again")
     except DataError as error:
         wrong.append(str(error))
     for entry in manifest["subsets"]:
         for split in SPLITS:
-            rest = iter(lines.get(f"{entry['subset']}-{split}", ()))
+            remaining = iter(lines.get(f"{entry['subset']}-{split}", ()))
             for shard in entry["shards"][split]:
-                fault = _fault_of(root / "records", shard, list(islice(rest, shard["records"])), entry["subset"])
+                fault = _fault_of(root / "records", shard, list(islice(remaining, shard["records"])), entry["subset"])
                 wrong += [f"{shard['file']}: {fault}"] if fault else []
     return wrong
 
@@ -236,15 +240,15 @@ def pixels(content: bytes, shape: Sequence[int]) -> np.ndarray:
     return grey_view(flat.reshape(height, width))
 
 
-def _lines(path: Path, wanted: int) -> list[str]:
-    if not wanted:
+def _lines(path: Path, expected: int) -> list[str]:
+    if not expected:
         return []
     try:
         lines = [line for line in untrusted.read_text(path).split("\n") if line]
     except FileError as error:
         raise DataError(f"{error}; run `medcg data prepare` again") from error
-    if len(lines) != wanted:
-        raise DataError(f"{path} has {len(lines)} records, the manifest {wanted}; prepare it again")
+    if len(lines) != expected:
+        raise DataError(f"{path} has {len(lines)} records, the manifest {expected}; prepare it again")
     return lines
 
 
@@ -309,14 +313,14 @@ class _ShardImage(NamedTuple):
 
     shards: _Shards
     line: _Line
-    place: int
+    position: int
 
     def pixels(self) -> np.ndarray:
-        content = self.shards.read(self.place)
+        content = self.shards.read(self.position)
         # Shards that were exchanged, or are of another preparation, hold other records.
         if not content.startswith(self.line.head):
             reason = f"not {self.line.record.id[:200]}, which the list of records has there"
-            raise self.shards.damaged(self.place, reason)
+            raise self.shards.damaged(self.position, reason)
         return pixels(content, self.line.shape)
 
     def size(self) -> tuple[int, int]:
@@ -339,19 +343,19 @@ class _Shards:
     def __init__(self, sizes: dict[Path, int]):
         self._sizes = sizes
 
-    def read(self, place: int) -> bytes:
+    def read(self, position: int) -> bytes:
         """One record. Raises DataError where it is damaged, or a shard cannot be read."""
         source = self._source
         try:
-            return source[place]
+            return source[position]
         except (RuntimeError, ValueError, IndexError) as error:
-            raise self.damaged(place, " ".join(str(error).split())[:120]) from error
+            raise self.damaged(position, " ".join(str(error).split())[:120]) from error
 
-    def damaged(self, place: int, reason: str) -> DataError:
+    def damaged(self, position: int, reason: str) -> DataError:
         """What is to be raised for one record."""
         ends = list(accumulate(self._sizes.values()))
-        shard = list(self._sizes)[bisect_right(ends, place)]
-        return DataError(f"{shard}: record {place + 1} of {ends[-1]}: {reason}; run `medcg data prepare` again")
+        shard = list(self._sizes)[bisect_right(ends, position)]
+        return DataError(f"{shard}: record {position + 1} of {ends[-1]}: {reason}; run `medcg data prepare` again")
 
     @functools.cached_property
     def _source(self):

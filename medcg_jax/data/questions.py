@@ -41,8 +41,8 @@ def instructions(modality: str, area: str, task: str) -> tuple[str, ...]:
     words = _words()
     name = words["modalities"].get(modality, f"{modality} image")
     kind, subject = words["tasks"].get(task, ("type", _inside(_DONE.sub("", task))))
-    place = words["areas"].get(area, _inside(area))
-    return tuple(text.format(modality=name, area=place, subject=subject) for text in words["kinds"][kind])
+    area_name = words["areas"].get(area, _inside(area))
+    return tuple(text.format(modality=name, area=area_name, subject=subject) for text in words["kinds"][kind])
 
 
 def choice_record(
@@ -60,7 +60,7 @@ def choice_record(
     """
     generator = np.random.default_rng(_seed(f"{key}\n{image}\n{label}"))
     question = asked[generator.integers(len(asked))]
-    options = [others[place] for place in generator.permutation(len(others))[: MAX_OPTIONS - 1]]
+    options = [others[index] for index in generator.permutation(len(others))[: MAX_OPTIONS - 1]]
     right = int(generator.integers(len(options) + 1))
     options.insert(right, label)
     lines = [question, *(f"{letter}: {option}" for letter, option in zip(LETTERS, options)), CLOSING]
@@ -156,7 +156,7 @@ def format_labels(
             ]
         group = {"group": labelled.group} if labelled.group else {}
         side = records[sides[labelled.image]]
-        side += [raw | group | {"id": len(side) + place} for place, raw in enumerate(raws, 1)]
+        side += [raw | group | {"id": len(side) + offset} for offset, raw in enumerate(raws, 1)]
     for split, labelled in records.items():
         if not labelled:
             reason = (

@@ -70,7 +70,7 @@ def parse_window(text: str) -> tuple[float, float]:
       DataError: no two finite numbers, or a width below 1.
     """
     try:
-        center, width = (float(part) for part in text.split("/"))
+        center, width = (float(number) for number in text.split("/"))
     except ValueError:
         center = width = math.nan
     if not (math.isfinite(center) and math.isfinite(width) and width >= 1):

@@ -177,10 +177,10 @@ class RecordSet:
 
 def concat(sets: Sequence[RecordSet]) -> RecordSet:
     """One set of all records, in the order of the sets; decodes and copies no image."""
-    records = [record for part in sets for record in part.records]
-    has_masks = any(part.masks is not None for part in sets)
-    masks = [part.mask(i) for part in sets for i in range(len(part))] if has_masks else None
-    return RecordSet(records, [image for part in sets for image in part.images], masks)
+    records = [record for record_set in sets for record in record_set.records]
+    has_masks = any(record_set.masks is not None for record_set in sets)
+    masks = [record_set.mask(i) for record_set in sets for i in range(len(record_set))] if has_masks else None
+    return RecordSet(records, [image for record_set in sets for image in record_set.images], masks)
 
 
 class Source(Protocol):

@@ -68,7 +68,7 @@ class ReleaseSource:
         if subset not in {number for number, _ in self._files}:
             raise DataError(f"subset {subset!r} is no subset of {self.tree.root}")
         records = self._all_records(subset, split)
-        records = [records[place] for place in capped(records, self._config, subset, split)]
+        records = [records[index] for index in capped(records, self._config, subset, split)]
         return RecordSet(records, [TreeImage(self.tree.root, record.image, self._config) for record in records])
 
     def fingerprint(self) -> str:

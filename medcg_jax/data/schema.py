@@ -84,10 +84,10 @@ def named(file: str, record: str) -> Iterator[None]:
         raise ReleaseError(file, record, error.kind, error.reason) from error
 
 
-def record_name(raw: Any, place: int) -> str:
+def record_name(raw: Any, index: int) -> str:
     """What messages call a record: its id where it has one, else its place, from 1."""
     number = raw.get("id") if isinstance(raw, dict) else None
-    return f"record {shown(number)}" if type(number) is int else f"record in place {place + 1}"
+    return f"record {shown(number)}" if type(number) is int else f"record in place {index + 1}"
 
 
 def parse_choice(raw: Any, subset: str, split: str) -> Record:

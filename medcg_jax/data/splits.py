@@ -49,7 +49,7 @@ def train_test_split(items: Sequence[tuple[str, str, str]], test_frac: float = T
     Args:
       items: (image, label, group); group: its patient or lesion, "" where that is not known.
     """
-    images = {image: place for place, image in enumerate(dict.fromkeys(image for image, _, _ in items))}
+    images = {image: node for node, image in enumerate(dict.fromkeys(image for image, _, _ in items))}
     label_of: dict[str, str] = {}
     groups: dict[str, int] = {}
     for image, label, group in items:
@@ -60,18 +60,18 @@ def train_test_split(items: Sequence[tuple[str, str, str]], test_frac: float = T
     units: dict[int, _Unit] = {}
     for group, node in groups.items():
         units.setdefault(unit_of[node], _Unit()).names.add(group)
-    for image, place in images.items():
+    for image, node in images.items():
         # A unit with a group is called by it: by its images, one with many would come early, and so be tested on.
-        unit = units.setdefault(unit_of[place], _Unit({image}))
+        unit = units.setdefault(unit_of[node], _Unit({image}))
         unit.counts[label_of[image]] += 1
-    labels = {label: place for place, label in enumerate(sorted(set(label_of.values())))}
+    labels = {label: column for column, label in enumerate(sorted(set(label_of.values())))}
     ordered = sorted(units, key=lambda node: units[node].digest())
     counts = np.zeros((len(ordered), len(labels)), np.int64)
     for row, node in enumerate(ordered):
         for label, number in units[node].counts.items():
             counts[row, labels[label]] = number
-    wanted = np.array([round(number * test_frac) for number in counts.sum(0).tolist()], np.int64)
-    tested = dict(zip(ordered, _nearest(counts, wanted).tolist(), strict=True))
+    target = np.array([round(number * test_frac) for number in counts.sum(0).tolist()], np.int64)
+    tested = dict(zip(ordered, _nearest(counts, target).tolist(), strict=True))
     return [tested[unit_of[images[image]]] for image, _, _ in items]
 
 
@@ -93,8 +93,8 @@ def balanced(labels: Sequence[str], limit: int, seed: int) -> list[int]:
     chosen: list[int] = []
     for done, (label, count) in enumerate(counts):
         share = min(count, (limit - len(chosen)) // (len(counts) - done))
-        places = [place for place, other in enumerate(labels) if other == label]
-        chosen += generator.permutation(places)[:share].tolist()
+        indices = [index for index, other in enumerate(labels) if other == label]
+        chosen += generator.permutation(indices)[:share].tolist()
     return sorted(chosen)
 
 
@@ -175,24 +175,24 @@ def _joined(items: Sequence[tuple[str, str, str]], images: dict[str, int], group
     return connected_components(graph, directed=False)[1].tolist() if size else []
 
 
-def _nearest(counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def _nearest(counts: np.ndarray, target: np.ndarray) -> np.ndarray:
     """bool[U]: units, taken in their order, whose counts add up to nearly `wanted`.
 
     Args:
       counts: int[U, L] images of each label in each unit. wanted: int[L].
     """
     chosen = np.zeros(len(counts), bool)
-    missing = wanted.copy()
-    for place, unit in enumerate(counts):
+    missing = target.copy()
+    for row, unit in enumerate(counts):
         if not missing.any():
             break
         if np.abs(missing - unit).sum() < np.abs(missing).sum():
-            chosen[place] = True
+            chosen[row] = True
             missing -= unit
     while missing.any() and (move := _better(counts, chosen, missing)):
-        for place in move:
-            missing += counts[place] if chosen[place] else -counts[place]
-            chosen[place] = not chosen[place]
+        for row in move:
+            missing += counts[row] if chosen[row] else -counts[row]
+            chosen[row] = not chosen[row]
     return chosen
 
 
@@ -201,7 +201,7 @@ def _better(counts: np.ndarray, chosen: np.ndarray, missing: np.ndarray) -> list
     nothing = np.zeros((1, counts.shape[1]), np.int64)
     inside, outside = np.flatnonzero(chosen), np.flatnonzero(~chosen)
     # Units of equal counts are as good as each other: the first of each kind is looked at.
-    (out, out_places), (into, into_places) = _kinds(counts, inside), _kinds(counts, outside)
+    (out, out_rows), (into, into_rows) = _kinds(counts, inside), _kinds(counts, outside)
     out, into = np.concatenate([nothing, out]), np.concatenate([nothing, into])
     best, move = np.abs(missing).sum(), []
     for row, unit in enumerate(out):
@@ -209,12 +209,12 @@ def _better(counts: np.ndarray, chosen: np.ndarray, missing: np.ndarray) -> list
         column = int(gaps.argmin())
         if gaps[column] < best:
             best = gaps[column]
-            move = [int(out_places[row - 1])] * (row > 0) + [int(into_places[column - 1])] * (column > 0)
+            move = [int(out_rows[row - 1])] * (row > 0) + [int(into_rows[column - 1])] * (column > 0)
     return move
 
 
-def _kinds(counts: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _kinds(counts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(int[K, L], int[K]): the different counts of the units at these places, and the first unit that has each."""
-    _, first = np.unique(counts[places], axis=0, return_index=True)
-    first = places[np.sort(first)[:_MAX_KINDS]]
+    _, first = np.unique(counts[rows], axis=0, return_index=True)
+    first = rows[np.sort(first)[:_MAX_KINDS]]
     return counts[first], first

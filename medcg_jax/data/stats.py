@@ -153,8 +153,8 @@ def shared_images(inspection: Inspection) -> list[Shared]:
     pairs: dict[tuple[str, str], Shared] = {}
     for group in groups([inspection.images[use.path].hashes for use in uses]):
         by_subset: dict[str, list[Entry]] = {}
-        for place in group.members:
-            by_subset.setdefault(uses[place].file.number, []).append(uses[place])
+        for member in group.members:
+            by_subset.setdefault(uses[member].file.number, []).append(uses[member])
         for pair in combinations(sorted(by_subset), 2):
             first, second = ({inspection.images[use.path].pixels for use in by_subset[name]} for name in pair)
             same = len(first & second)
@@ -185,22 +185,22 @@ def near_sheet(inspection: Inspection, max_pixels: int, reading: Reading) -> Ima
 
 def contact_sheet(sets: Sequence[RecordSet], generator: np.random.Generator) -> Image.Image | None:
     """Images of each of the most frequent labels, a row a label; None without any image."""
-    places: dict[str, list[tuple[RecordSet, int]]] = {}
+    images_of: dict[str, list[tuple[RecordSet, int]]] = {}
     for records in sets:
-        for place, record in enumerate(records.records):
+        for record_index, record in enumerate(records.records):
             if record.image:
-                places.setdefault(labels_of(record) or "no box", []).append((records, place))
-    if not places:
+                images_of.setdefault(labels_of(record) or "no box", []).append((records, record_index))
+    if not images_of:
         return None
-    labels = sorted(places, key=lambda label: (-len(places[label]), label))[:MOST_LABELS]
+    labels = sorted(images_of, key=lambda label: (-len(images_of[label]), label))[:MOST_LABELS]
     block = _CAPTION_PX + THUMB_PX + _GAP_PX
     sheet, draw, font = _blank_sheet(len(labels) * block, 13)
     for row, label in enumerate(labels):
-        draw.text((0, row * block + 2), f"{label} ({len(places[label])})", fill="black", font=font)
-        chosen = generator.permutation(len(places[label]))[:COLUMNS]
+        draw.text((0, row * block + 2), f"{label} ({len(images_of[label])})", fill="black", font=font)
+        chosen = generator.permutation(len(images_of[label]))[:COLUMNS]
         for column, index in enumerate(sorted(chosen.tolist())):
-            records, place = places[label][index]
-            sheet.paste(_thumb(records.image(place)), (column * (THUMB_PX + _GAP_PX), row * block + _CAPTION_PX))
+            records, record_index = images_of[label][index]
+            sheet.paste(_thumb(records.image(record_index)), (column * (THUMB_PX + _GAP_PX), row * block + _CAPTION_PX))
     return sheet
 
 

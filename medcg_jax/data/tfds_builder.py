@@ -78,8 +78,8 @@ class MedMat(tfds.core.GeneratorBasedBuilder):
         number = 0
         for subset in subsets:
             records = source.records(subset.name, split)
-            for place, record in enumerate(records.records):
-                yield number, _example(record, subset, records.image(place) if record.image else None)
+            for index, record in enumerate(records.records):
+                yield number, _example(record, subset, records.image(index) if record.image else None)
                 number += 1
 
 

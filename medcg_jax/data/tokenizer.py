@@ -120,10 +120,10 @@ class Tokenizer:
         """
         if self._bare is None or not text or text.startswith(" "):
             return self.encode(text, start=False)
-        first, *rest = self.encode(text)
+        first, *others = self.encode(text)
         if not self.decode([first]).strip():  # the space alone
-            return rest
-        return [self._bare(first), *rest]
+            return others
+        return [self._bare(first), *others]
 
     def special(self, name: str) -> int:
         """The id of a special token by its name, such as "<|start_header_id|>".

@@ -101,7 +101,7 @@ class Contents:
     def entries(self) -> tuple[Entry, ...]:
         """Every record, in the file's order."""
         seen: set[int] = set()
-        return tuple(self._entry(place, raw, seen) for place, raw in enumerate(self.raws))
+        return tuple(self._entry(index, raw, seen) for index, raw in enumerate(self.raws))
 
     @functools.cached_property
     def box_units(self) -> ReleaseError | None:
@@ -123,9 +123,9 @@ class Contents:
                     raise entry.error
                 yield entry
 
-    def _entry(self, place: int, raw: Any, seen: set[int]) -> Entry:
+    def _entry(self, index: int, raw: Any, seen: set[int]) -> Entry:
         """seen: the ids of the records before this one."""
-        file, name, record = self.file, record_name(raw, place), None
+        file, name, record = self.file, record_name(raw, index), None
         try:
             number = raw.get("id") if isinstance(raw, dict) else None
             if type(number) is int:
@@ -366,8 +366,8 @@ def read_manifest(root: Path) -> dict[str, dict[str, Any]]:
         return {}
     named: dict[str, dict[str, Any]] = {}
     spelled: dict[tuple[str, str], str] = {}
-    for place, entry in enumerate(manifest_content(root)["subsets"], 1):
-        where = f"subset {entry['subset']}" if _is_name(entry.get("subset")) else f"subset in place {place}"
+    for position, entry in enumerate(manifest_content(root)["subsets"], 1):
+        where = f"subset {entry['subset']}" if _is_name(entry.get("subset")) else f"subset in place {position}"
         for key in ("subset", *ELEMENTS):
             if not isinstance(entry.get(key), str) or not entry[key]:
                 what = "modality, area and task must be text" if key in ELEMENTS else "subset must be text"
