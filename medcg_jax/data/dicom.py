@@ -212,7 +212,7 @@ def _read_header(file: BinaryIO, max_pixels: int) -> _Header:
     if syntax not in PLUGINS:
         # A UID's name is DICOM's own only where DICOM has it; others may be anything.
         name = f"transfer syntax {syntax.name} is not read" if syntax.is_transfer_syntax else "no known transfer syntax"
-        raise ImageError(f"DICOM: {name}; {', '.join(uid.UID(syntax).name for syntax in PLUGINS)} are accepted")
+        raise ImageError(f"DICOM: {name}; expected {', '.join(uid.UID(syntax).name for syntax in PLUGINS)}")
     if syntax.is_deflated:
         file = _inflated(file)
     start = file.tell()
@@ -269,7 +269,7 @@ def _number(dataset: Dataset, keyword: str, default: int | None = None) -> int:
         return default
     if not isinstance(value, int):
         what = "missing" if value in (None, "") else "several values" if isinstance(value, MultiValue) else "no number"
-        raise ImageError(f"DICOM: {named(keyword)} is {what}; a whole number is accepted")
+        raise ImageError(f"DICOM: {named(keyword)} is {what}; expected a whole number")
     return int(value)
 
 
@@ -283,7 +283,7 @@ def _check_layout(header: _Header) -> None:
         raise ImageError(f"DICOM: {header.photometric} colours, which are JPEG 2000's alone, in {header.syntax.name}")
     stored, allocated = header.bits_stored, header.bits_allocated
     if allocated not in ((1, 8, 16) if header.samples == 1 else (8, 16)) or not 1 <= stored <= allocated:
-        reason = "1, 8 or 16 bits (8 or 16 of colours), of which 1 or more are stored, are accepted"
+        reason = "expected 1, 8 or 16 bits (8 or 16 of colours), of which 1 or more are stored"
         tags = f"{named('BitsAllocated')}, {named('BitsStored')}"
         raise ImageError(f"DICOM: {allocated} bits allocated, {stored} stored ({tags}); {reason}")
     if _number(header.dataset, "HighBit", stored - 1) != stored - 1 and not header.syntax.is_encapsulated:
@@ -409,9 +409,9 @@ def _check_codestream(frame: bytes, syntax: str, rows: int, columns: int, sample
     if lossless and not frame.rstrip(b"\0").endswith(b"\xff\xd9"):
         raise ImageError("DICOM: a JPEG without its end")
     if lossless and not 2 <= precision <= 16:
-        raise ImageError(f"DICOM: lossless JPEG of {precision} bits; 2 to 16 are accepted")
+        raise ImageError(f"DICOM: lossless JPEG of {precision} bits; expected 2 to 16")
     if syntax in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit) and precision != 8:
-        raise ImageError(f"DICOM: JPEG of {precision} bits; 8 are accepted")
+        raise ImageError(f"DICOM: JPEG of {precision} bits; expected 8")
     return (precision + 7) // 8 * 8 if lossless or syntax in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit) else 0
 
 

@@ -27,7 +27,7 @@ KEYWORDS = (
     "PerFrameFunctionalGroupsSequence".split(),
     *(f"{color}PaletteColorLookupTable{part}" for color in COLORS for part in ("Descriptor", "Data")),
 )
-_TYPES = {"DS": "numbers (a decimal point is accepted, no comma)", "IS": "a whole number", "US": "a whole number"}
+_TYPES = {"DS": "numbers (with a decimal point, no comma)", "IS": "a whole number", "US": "a whole number"}
 FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 
 

@@ -78,7 +78,7 @@ def checked_rows(rows: np.ndarray | None, batch_size: int) -> np.ndarray:
     """
     own_rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     if not len(own_rows) or own_rows[0] < 0 or own_rows[-1] >= batch_size or (np.diff(own_rows) <= 0).any():
-        raise ValueError(f"rows={own_rows.tolist()} of batch_size={batch_size}: rising rows of the batch are accepted")
+        raise ValueError(f"rows={own_rows.tolist()} of batch_size={batch_size}: expected rising rows of the batch")
     return own_rows
 
 
@@ -213,7 +213,7 @@ def cut_rows(encoded: Encoded, length: int) -> Encoded:
     """
     tokens, longest = encoded.arrays["tokens"], encoded.arrays["length"].max(initial=0)
     if not longest <= length <= tokens.shape[1]:
-        raise ValueError(f"length={length}: {longest} to {tokens.shape[1]} is accepted of these rows")
+        raise ValueError(f"length={length}: expected {longest} to {tokens.shape[1]} of these rows")
     return dataclasses.replace(encoded, arrays={**encoded.arrays, "tokens": tokens[:, :length]})
 
 

@@ -91,7 +91,7 @@ def _checked(contents: Contents) -> list[Record]:
     for entry in contents.entries:
         number = len(entry.record.options) if entry.record else NUM_OPTIONS
         if number != NUM_OPTIONS:
-            reason = f"{number} options; {NUM_OPTIONS} are accepted of a general record"
+            reason = f"{number} options; expected {NUM_OPTIONS} of a general record"
             raise ReleaseError(contents.file.path.name, entry.name, "options", reason)
         if entry.error and (entry.record is None or entry.record.image):
             raise entry.error

@@ -112,7 +112,7 @@ def read_image(
     except MemoryError as error:
         raise ImageError("cannot be decoded: it takes more memory than there is") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{error}; at most {max_pixels} pixels are accepted") from error
+        raise ImageError(f"{error}; expected at most {max_pixels} pixels") from error
     except UnidentifiedImageError as error:
         raise ImageError(_UNKNOWN) from error
     except Exception as error:  # decoders raise nearly anything for broken data
@@ -290,7 +290,7 @@ def _open_plain(file: BinaryIO, max_pixels: int) -> Image.Image:
 def _check_tags(content: bytes) -> None:
     """Raises ImageError for tags, of a TIFF or of EXIF, that would take gigabytes, or minutes, in Python."""
     if _WIDE_EXIF.search(content):
-        raise ImageError("EXIF in the form of a BigTIFF, which holds any number of tags; that of a TIFF is accepted")
+        raise ImageError("EXIF in the form of a BigTIFF, which holds any number of tags; expected that of a TIFF")
     order = {b"II": "little", b"MM": "big"}.get(content[:2])
     # Bytes of an offset, and of the number of tags; a tag has a number, a type, a number of values and their place.
     wide, narrow = {42: (4, 2), 43: (8, 8)}.get(int.from_bytes(content[2:4], order), (0, 0)) if order else (0, 0)
@@ -327,8 +327,8 @@ def _check_scans(content: bytes) -> None:
             offset += max(2, int.from_bytes(content[offset : offset + 2], "big"))
         scans += marker[0] == b"\xff\xda"
         if scans > MAX_SCANS:
-            raise ImageError(f"a JPEG of more than {MAX_SCANS} scans; at most {MAX_SCANS} are accepted")
-    raise ImageError(f"a JPEG of more than {MAX_MARKERS:,} markers; at most {MAX_MARKERS:,} are accepted")
+            raise ImageError(f"a JPEG of more than {MAX_SCANS} scans; expected at most {MAX_SCANS}")
+    raise ImageError(f"a JPEG of more than {MAX_MARKERS:,} markers; expected at most {MAX_MARKERS:,}")
 
 
 def _is_deep_colour(image: Image.Image) -> bool:
@@ -393,6 +393,6 @@ def _whole_range(grey: np.ndarray, full: int) -> np.ndarray:
     """uint8[h, w] of greys, 0 to `full` onto 0..255, rounded."""
     low, high = int(grey.min()), int(grey.max())
     if low < 0 or high > full:
-        accepted = f"0 to {full} is accepted, or data.deep_grey=percentile or window"
+        accepted = f"expected 0 to {full}, or data.deep_grey=percentile or window"
         raise ImageError(f"grey values from {low} to {high}; {accepted}")
     return by_rows(grey, lambda rows: (rows.astype(np.uint32) * 255 + full // 2) // full)

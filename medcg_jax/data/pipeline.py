@@ -88,7 +88,7 @@ def _stream(encoded: Encoded, seed: int, weights: Mapping[str, float]) -> grain.
         )
     wrong = {name: weight for name, weight in weights.items() if not 0 < weight < float("inf")}
     if wrong:
-        raise DataError(f"data.subset_weights has {wrong}; positive numbers are accepted")
+        raise DataError(f"data.subset_weights has {wrong}; expected positive numbers")
     parts = [grain.MapDataset.source(_Order(np.flatnonzero(subsets == name), seed, name)) for name in present]
     return grain.MapDataset.mix(parts, weights=[weights[name] for name in present])
 

@@ -119,12 +119,12 @@ def format_labels(
     """
     table_path, root = Path(table_path), Path(root)
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; the one that the paths of the table start in is accepted")
+        raise DataError(f"{root}: no such folder; expected the one that the paths of the table start in")
     tree, is_named = Tree(root), triplet is not None
     triplet = _triplet(tree, subset, triplet)
     table = read_labels(table_path, root, max_pixels)
     if as_choice and not table.has_boxes:
-        raise DataError(f"{table_path.name}: --as=choice is accepted of boxes and masks; classes are questions anyway")
+        raise DataError(f"{table_path.name}: --as=choice is for boxes and masks; classes are questions anyway")
     detection = table.has_boxes and not as_choice
     files = {split: root / FOLDER / _file_name(subset, split, detection) for split in SPLITS}
     _check_free(tree, subset, detection, force)
@@ -136,9 +136,9 @@ def format_labels(
     asked = instructions(*triplet)
     labels = sorted({label for labelled in asked_of for label in labelled.labels})
     if detection and not labels:
-        raise DataError(f"{table_path.name}: no image has a finding; one or more are accepted")
+        raise DataError(f"{table_path.name}: no image has a finding; expected one or more")
     if not detection and len(labels) < 2:
-        raise DataError(f"{table_path.name}: the labels {labels}; two or more are accepted for questions")
+        raise DataError(f"{table_path.name}: the labels {labels}; expected two or more for questions")
     records: dict[Split, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for labelled in asked_of:
         number = labelled.data_no or data_no
@@ -159,9 +159,7 @@ def format_labels(
         side += [raw | group | {"id": len(side) + offset} for offset, raw in enumerate(raws, 1)]
     for split, labelled in records.items():
         if not labelled:
-            reason = (
-                f"no {split} record of {len(asked_of)} images; more of them, or both in a column `split`, are accepted"
-            )
+            reason = f"no {split} record of {len(asked_of)} images; expected more, or both splits in a column `split`"
             raise DataError(f"{table_path.name}: {reason}")
     # The test file first: a training file by itself would be read as a subset without a split, and be split again.
     texts = {files[split]: _as_json(records[split]) for split in reversed(SPLITS)}
@@ -184,16 +182,16 @@ def format_labels(
 def _triplet(tree: Tree, subset: str, given: tuple[str, str, str] | None) -> tuple[str, str, str]:
     """(modality, area, task) of a subset: as given, as the tree has it, or Med-MAT's."""
     if not _NAME.fullmatch(subset) or subset.endswith("-det"):
-        raise DataError(f"subset {subset!r}: letters, digits and hyphens, not ending in -det, are accepted")
+        raise DataError(f"subset {subset!r}: expected letters, digits and hyphens, not ending in -det")
     listed = tree.triplets
     if given:
         for name, text in zip(("modality", "area", "task"), given, strict=True):
             if not text or text != text.strip() or not text.isprintable():
-                raise DataError(f"{name} {text!r} of subset {subset}: one line of text is accepted, of all three")
+                raise DataError(f"{name} {text!r} of subset {subset}: expected one line of text in all three")
         return given
     if subset not in listed:
         reason = "is neither in the tree's manifest.json nor in Med-MAT's table of 53"
-        raise DataError(f"subset {subset!r} {reason}; with modality, area and task it is accepted")
+        raise DataError(f"subset {subset!r} {reason}; give its modality, area and task")
     return listed[subset]
 
 
@@ -206,9 +204,9 @@ def _check_free(tree: Tree, subset: str, detection: bool, force: bool) -> None:
             continue
         name = file.path.relative_to(tree.root)
         if file.detection != detection:
-            raise DataError(f"{name}: subset {subset} has {_kind(file.detection)} files; another is accepted")
+            raise DataError(f"{name}: subset {subset} has {_kind(file.detection)} files; choose another subset")
         if file.path.parent == tree.root:
-            raise DataError(f"{name}: subset {subset} lies at the tree's root; without that file it is accepted")
+            raise DataError(f"{name}: subset {subset} lies at the tree's root; move that file away")
         if not force:
             raise DataError(f"{name} exists; --force replaces it")
 

@@ -55,7 +55,7 @@ def check_reading(reading: Reading) -> None:
     if reading.window not in ("", *PRESETS_HU):
         parse_window(reading.window)
     if reading.deep_grey not in DEEP_GREYS:
-        raise DataError(f"data.deep_grey={reading.deep_grey!r}; {', '.join(DEEP_GREYS)} are accepted")
+        raise DataError(f"data.deep_grey={reading.deep_grey!r}; expected {', '.join(DEEP_GREYS)}")
     if reading.deep_grey == "window" and (not reading.window or reading.window in PRESETS_HU):
         reason = "data.deep_grey=window needs CENTER/WIDTH in stored values, such as 2048/4096"
         raise DataError(f"data.window={reading.window!r}: {reason}")
@@ -75,7 +75,7 @@ def parse_window(text: str) -> tuple[float, float]:
         center = width = math.nan
     if not (math.isfinite(center) and math.isfinite(width) and width >= 1):
         accepted = f"{', '.join(PRESETS_HU)}, or CENTER/WIDTH with a width of 1 or more, such as -600/1500"
-        raise DataError(f"data.window={text!r}; {accepted}, are accepted")
+        raise DataError(f"data.window={text!r}; expected {accepted}")
     return center, width
 
 
@@ -130,13 +130,13 @@ def check_size(size: tuple[int, int], max_pixels: int) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"{width} x {height} pixels")
     if width * height > max_pixels:
-        raise ImageError(f"{width} x {height} pixels; at most {max_pixels} are accepted")
+        raise ImageError(f"{width} x {height} pixels; expected at most {max_pixels}")
     side = max(width, height)
     if side * side > max_pixels:
-        raise ImageError(f"{width} x {height} pixels pad to {side} x {side}; at most {max_pixels} are accepted")
+        raise ImageError(f"{width} x {height} pixels pad to {side} x {side}; expected at most {max_pixels}")
 
 
 def _frame_number(frame: str) -> int:
     if not (frame.isascii() and frame.isdigit() and len(frame) < 10):
-        raise DataError(f"data.frame={frame!r}; {', '.join(FRAMES)}, or a number from 0, are accepted")
+        raise DataError(f"data.frame={frame!r}; expected {', '.join(FRAMES)}, or a number from 0")
     return int(frame)

@@ -64,7 +64,7 @@ class ReleaseSource:
     def records(self, subset: str, split: Split) -> RecordSet:
         """The subset's records, every one checked; images are decoded when asked for. See `records.Source`."""
         if split not in SPLITS:
-            raise DataError(f"split {split!r}; {' or '.join(SPLITS)} is accepted")
+            raise DataError(f"split {split!r}; expected {' or '.join(SPLITS)}")
         if subset not in {number for number, _ in self._files}:
             raise DataError(f"subset {subset!r} is no subset of {self.tree.root}")
         records = self._all_records(subset, split)

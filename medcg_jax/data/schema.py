@@ -100,14 +100,14 @@ def parse_choice(raw: Any, subset: str, split: str) -> Record:
     question, letter = raw["Question-choice"], raw["Answer-choice"]
     options = parse_options(question)
     if len(options) < 2 or len(set(options)) < len(options) or not all(options):
-        reason = f"has the options {str(list(options))[:200]}; two or more different ones, `A: ...`, are accepted"
+        reason = f"has the options {str(list(options))[:200]}; expected two or more different ones, `A: ...`"
         raise RecordError("options", f"Question-choice {reason}")
     if len(options) > MAX_OPTIONS:
         reason = f"Question-choice has {len(options)} options; at most {MAX_OPTIONS} can be scored"
         raise RecordError("options", reason)
     if alike := first_alike(options):
         first, second = told_apart(*alike)
-        raise RecordError("options", f"the options {first} and {second} look alike; one is accepted")
+        raise RecordError("options", f"the options {first} and {second} look alike; expected one")
     if reason := text_fault(question):
         raise RecordError("text", f"Question-choice {reason}")
     letters = LETTERS[: len(options)]
@@ -155,7 +155,7 @@ def without_options(question: str) -> str:
 
 
 def parse_detection(raw: Any, subset: str, split: str, size: tuple[int, int]) -> Record:
-    """The record with boxes that one JSON object describes; no box at all is accepted.
+    """The record with boxes that one JSON object describes; its list of boxes may be empty.
 
     Args:
       size: (height, width) of its image in pixels, upright.
@@ -198,12 +198,12 @@ def detection_problems(raw: dict[str, Any], size: tuple[int, int]) -> list[tuple
 def _box_fault(box: Any, width: int, height: int) -> str:
     label = box.get("label") if isinstance(box, dict) else None
     if not isinstance(label, str) or not label or label != label.strip() or not label.isprintable():
-        return f"box {shown(box)} has no label; one line of text is accepted"
+        return f"box {shown(box)} has no label; expected one line of text"
     if reason := text_fault(label):
         return f"label {quoted(label)} {reason}"
     corners = box.get("bbox")
     if not _are_corners(corners):
-        return f"bbox {shown(corners)}; four numbers x1, y1, x2, y2 are accepted"
+        return f"bbox {shown(corners)}; expected four numbers x1, y1, x2, y2"
     x1, y1, x2, y2 = corners
     # Written so that a NaN fails.
     if not (x1 < x2 and y1 < y2):
@@ -229,7 +229,7 @@ def shares_of_image(corners: Iterable[list[float]]) -> str:
     if not largest or max(largest) > 1:
         return ""
     reason = f"all corners of {len(largest)} boxes are 0 to 1, so they are shares of the image"
-    return f"{reason}; pixels of the upright image are accepted"
+    return f"{reason}; expected pixels of the upright image"
 
 
 def _boxes(raw: Any) -> list[dict[str, Any]]:
@@ -246,20 +246,20 @@ def check_keys(raw: Any, keys: Mapping[str, type]) -> None:
     """Raises RecordError of kind `type`, `key` or `text` when the object lacks a key, a value is of another type, or
     the name of its dataset or group cannot be printed."""
     if not isinstance(raw, dict):
-        raise RecordError("type", f"a {type(raw).__name__}; an object is accepted")
+        raise RecordError("type", f"a {type(raw).__name__}; expected an object")
     if missing := [key for key in keys if key not in raw]:
         raise RecordError("key", f"the key {missing[0]} is missing")
     optional = {key: kind for key, kind in OPTIONAL_KEYS.items() if key in raw}
     for key, kind in {**keys, **optional}.items():
         if type(raw[key]) is not kind:
-            reason = f"{key} is {shown(raw[key])}, a {type(raw[key]).__name__}; {kind.__name__} is accepted"
+            reason = f"{key} is {shown(raw[key])}, a {type(raw[key]).__name__}; expected {kind.__name__}"
             raise RecordError("type", reason)
     if not -MAX_ID <= raw["id"] <= MAX_ID:
-        raise RecordError("type", f"id is {shown(raw['id'])}; a whole number of 64 bits is accepted")
+        raise RecordError("type", f"id is {shown(raw['id'])}; expected a whole number of 64 bits")
     for key in ("data-no", *optional):
         if not raw[key].isprintable() or len(raw[key]) > MAX_NAME_CHARS:
             reason = f"{key} {quoted(raw[key])} has {len(raw[key]):,} signs, or some that cannot be printed"
-            raise RecordError("text", f"{reason}; one line of text of at most {MAX_NAME_CHARS} signs is accepted")
+            raise RecordError("text", f"{reason}; expected one line of text of at most {MAX_NAME_CHARS} signs")
 
 
 def image_path(root: Path, relative: str) -> Path:
@@ -276,11 +276,11 @@ def image_path(root: Path, relative: str) -> Path:
         return RecordError(kind, f"image {quoted(relative, 200)} {reason}")
 
     if not relative.strip() or "\0" in relative:
-        raise refused("path", "is no path; one below the tree's root is accepted")
+        raise refused("path", "is no path; expected one below the tree's root")
     if PurePosixPath(relative).is_absolute() or PureWindowsPath(relative).anchor:
-        raise refused("path", "is absolute; one below the tree's root is accepted")
+        raise refused("path", "is absolute; expected one below the tree's root")
     if ".." in PurePosixPath(relative).parts or ".." in PureWindowsPath(relative).parts:
-        raise refused("path", "climbs out of its folder; one below the tree's root, without `..`, is accepted")
+        raise refused("path", "climbs out of its folder; expected one below the tree's root, without `..`")
     try:
         path = Path(os.path.realpath(root / relative, strict=True))
     except OSError as error:
@@ -331,4 +331,4 @@ def text_fault(text: str) -> str:
     if mark := _MARKS.search(text):
         return f"spells {mark[0]!r}, which prompts put themselves, by the model; take it out"
     sign = next((sign for sign in text if unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\t\n\r"), "")
-    return f"has the control character {ascii(sign)}; plain text is accepted" if sign else ""
+    return f"has the control character {ascii(sign)}; expected plain text" if sign else ""

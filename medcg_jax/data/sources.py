@@ -29,7 +29,7 @@ def open_source(config: DataConfig) -> Source:
         from medcg_jax.data.prepared import PreparedSource
 
         return PreparedSource(config.root, config)
-    raise DataError(f"data.source={config.source!r}; {' or '.join(SOURCES)} is accepted")
+    raise DataError(f"data.source={config.source!r}; expected {' or '.join(SOURCES)}")
 
 
 def subset_names(source: Source, config: DataConfig) -> tuple[str, ...]:

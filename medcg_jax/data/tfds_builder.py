@@ -69,9 +69,7 @@ class MedMat(tfds.core.GeneratorBasedBuilder):
         name = self.builder_config.name
         chosen = [subset for subset in subsets if name in (subset.name, ALL)]
         if not chosen:
-            raise DataError(
-                f"config {name!r}; of this folder {', '.join(s.name for s in subsets)} or {ALL} is accepted"
-            )
+            raise DataError(f"config {name!r}; expected {', '.join(s.name for s in subsets)} or {ALL} of this folder")
         return {split: self._generate_examples(source, chosen, split) for split in SPLITS}
 
     def _generate_examples(self, source: PreparedSource, subsets, split: Split) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,25 +144,6 @@ class Tokenizer:
         special = self._forbidden
         return self._decode([int(i) for i in ids if int(i) not in special and 0 <= int(i) < self.vocab_size])
 
-    def letter_ids(self, prefix: str, letters: Sequence[str], start: bool = True, *, between: str = " ") -> list[int]:
-        """The id that each letter has as the continuation of `prefix` after `between`.
-
-        Raises:
-          DataError: a letter changes the prefix's own tokens, is not one token, or two letters share one.
-        """
-        before = self.encode(prefix, start)
-        ids = []
-        for letter in letters:
-            after = self.encode(f"{prefix}{between}{letter}", start)
-            if after[: len(before)] != before:
-                raise DataError(f"option {letter!r} changes the tokens of the prompt that ends in {prefix[-20:]!r}")
-            if len(after) != len(before) + 1:
-                raise DataError(f"option {letter!r} is {len(after) - len(before)} tokens; one is needed to score it")
-            ids.append(after[-1])
-        if len(set(ids)) != len(ids):
-            raise DataError(f"options {', '.join(letters)} share a token: ids {ids}")
-        return ids
-
 
 def load_tokenizer(path: str | Path = "", small: str = SMALL.stem) -> Tokenizer:
     """The tokenizer of a `.json` or `.model` file or of a directory with one; "" takes the package's own named `small`.
@@ -175,7 +156,7 @@ def load_tokenizer(path: str | Path = "", small: str = SMALL.stem) -> Tokenizer:
     path = Path(path) if path else SMALL.with_stem(small)
     if not path.is_dir():
         if not path.exists():
-            reason = "no such file; a tokenizer.json, tokenizer.model or directory is accepted"
+            reason = "no such file; expected a tokenizer.json, tokenizer.model or directory"
             raise DataError(f"tokenizer {path}: {reason}")
         return _load(path)
     files = tokenizer_files(path)
@@ -294,7 +275,7 @@ def _added(parsed: dict[str, Any], inner, path: Path) -> dict[str, tuple[int, bo
         if inner.token_to_id(name) != number:
             raise DataError(
                 f"tokenizer {path}: added_tokens states {number} for {shown(name)}, which is "
-                f"{inner.token_to_id(name)} by the vocabulary; equal ids are accepted"
+                f"{inner.token_to_id(name)} by the vocabulary; expected equal ids"
             )
     with one_line():
         for number, name, where in added_in_config(path.parent) if path.name == "tokenizer.json" else ():
@@ -311,9 +292,7 @@ def _family(added, special: dict[str, int], named: dict[str, str], path: Path) -
     ends.sort(key=lambda family: (not added[family[1]][1], family[1] != named.get("eos_token")))
     if not ends:
         names = " or ".join(family[1] for family in FAMILIES)
-        raise DataError(
-            f"tokenizer {path}: the token that ends a turn is missing; {names} is accepted, as a special one"
-        )
+        raise DataError(f"tokenizer {path}: the token that ends a turn is missing; expected {names}, as a special one")
     return ends[0]
 
 
@@ -377,11 +356,11 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
     if _TIKTOKEN.match(content):
         raise DataError(
             f"tokenizer {path}: it is in tiktoken's form, as in the folder original of Llama 3's release; the "
-            "tokenizer.json of the same release is accepted"
+            "tokenizer.json of the same release is read"
         )
     if rules := _character_map(content):
         raise DataError(
-            f"tokenizer {path}: rules for characters of {rules:,} bytes; a model without, as Llama's, is accepted"
+            f"tokenizer {path}: rules for characters of {rules:,} bytes; expected a model without, as Llama's"
         )
     with library_errors(f"tokenizer {path}: no SentencePiece model"):
         model = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -390,7 +369,7 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
         opening = model.encode("\n")
     bos, eos, unk = model.bos_id(), model.eos_id(), model.unk_id()
     if eos < 0:
-        raise DataError(f"tokenizer {path}: the token that ends a turn is missing; a model with </s> is accepted")
+        raise DataError(f"tokenizer {path}: the token that ends a turn is missing; expected a model with </s>")
     added = added_tokens(path.parent)
     for name, number in added.items():
         if number < size and model.id_to_piece(number) != name:

@@ -49,7 +49,7 @@ def read_tokenizer_json(path: Path) -> tuple[dict[str, Any], bytes]:
     """(what a tokenizer.json holds, its bytes), after its structure was looked at.
 
     Raises:
-      DataError: it cannot be read, or could do harm; one line with the file, the rule, and what is accepted.
+      DataError: it cannot be read, or could do harm. The message is one line: file, rule, what is expected.
     """
     with one_line():
         content = read_bytes(path, MAX_TOKENIZER_BYTES)
@@ -68,19 +68,17 @@ def check_structure(tokenizer: dict[str, Any], path: Path) -> None:
     """Raises FileError for the first thing in a tokenizer.json that could do harm or is no tokenizer."""
     model = tokenizer.get("model")
     if not isinstance(model, dict):
-        raise FileError(f"{path}: model is {article_of(model)}; an object is accepted")
+        raise FileError(f"{path}: model is {article_of(model)}; expected an object")
     kind = model.get("type", "BPE")
     if kind not in MODELS:
         raise FileError(f"{path}: model.type={shown(kind)}; accepted: {', '.join(MODELS)}")
     if model.get("dropout"):
-        raise FileError(
-            f"{path}: model.dropout={shown(model['dropout'])}: ids would be drawn at random; null is accepted"
-        )
+        raise FileError(f"{path}: model.dropout={shown(model['dropout'])}: ids would be drawn at random; expected null")
     for field in ("continuing_subword_prefix", "end_of_word_suffix"):
         _check_affix(model.get(field), f"{path}: model.{field}")
     vocab = model.get("vocab")
     if not isinstance(vocab, dict | list) or not vocab:
-        raise FileError(f"{path}: model.vocab is {article_of(vocab)}; the pieces with their ids are accepted")
+        raise FileError(f"{path}: model.vocab is {article_of(vocab)}; expected the pieces with their ids")
     if isinstance(vocab, list):
         pieces = [entry[0] if isinstance(entry, list) and entry else None for entry in vocab]
     else:
@@ -91,7 +89,7 @@ def check_structure(tokenizer: dict[str, Any], path: Path) -> None:
     for piece in pieces:
         if not isinstance(piece, str) or len(piece) > MAX_PIECE_CHARS:
             raise FileError(
-                f"{path}: model.vocab has {shown(piece)}; pieces of at most {MAX_PIECE_CHARS} characters are accepted"
+                f"{path}: model.vocab has {shown(piece)}; expected pieces of at most {MAX_PIECE_CHARS} characters"
             )
     _check_added(tokenizer.get("added_tokens") or [], path)
     for section, accepted in (("normalizer", NORMALIZERS), ("pre_tokenizer", PRE_TOKENIZERS), ("decoder", DECODERS)):
@@ -101,17 +99,17 @@ def check_structure(tokenizer: dict[str, Any], path: Path) -> None:
 def _check_added(entries: Any, path: Path) -> None:
     if not isinstance(entries, list) or len(entries) > MAX_ADDED_TOKENS:
         many = f"{len(entries):,} entries" if isinstance(entries, list) else article_of(entries)
-        raise FileError(f"{path}: added_tokens has {many}; a list of at most {MAX_ADDED_TOKENS:,} is accepted")
+        raise FileError(f"{path}: added_tokens has {many}; expected a list of at most {MAX_ADDED_TOKENS:,}")
     for token in entries:
         if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-            raise FileError(f"{path}: added_tokens has {shown(token)}; objects with content and id are accepted")
+            raise FileError(f"{path}: added_tokens has {shown(token)}; expected objects with content and id")
         check_added(token["content"], token.get("id"), f"{path}: added_tokens")
 
 
 def check_added(content: str, number: Any, name: str) -> None:
     """Raises FileError where an added token has no text, too long a one, or no id."""
     if not 0 < len(content) <= MAX_PIECE_CHARS:
-        raise FileError(f"{name}: token {shown(content)}; 1 to {MAX_PIECE_CHARS} characters are accepted")
+        raise FileError(f"{name}: token {shown(content)}; expected 1 to {MAX_PIECE_CHARS} characters")
     check_number(number, f"{name}[{shown(content)}]", least=0, most=MAX_TOKEN_ID, whole=True)
 
 
@@ -130,7 +128,7 @@ def _check_rules(top: Any, section: str, accepted: tuple[str, ...], path: Path) 
         if kind == "Sequence":
             inner = rule.get(INNER[section])
             if not isinstance(inner, list):
-                raise FileError(f"{path}: {section}.{INNER[section]} is {article_of(inner)}; a list is accepted")
+                raise FileError(f"{path}: {section}.{INNER[section]} is {article_of(inner)}; expected a list")
             waiting += inner
         for field in ("prepend", "prefix", "suffix", "replacement"):
             _check_affix(rule.get(field), f"{path}: {section}.{field}")
@@ -142,20 +140,20 @@ def _check_rules(top: Any, section: str, accepted: tuple[str, ...], path: Path) 
             content, plain = rule.get("content"), pattern.get("String") if isinstance(pattern, dict) else None
             if not isinstance(content, str) or not (isinstance(regex, str) or isinstance(plain, str) and plain):
                 raise FileError(
-                    f"{path}: {section} has a Replace of {shown(pattern)} by {shown(content)}; texts are accepted"
+                    f"{path}: {section} has a Replace of {shown(pattern)} by {shown(content)}; expected texts"
                 )
             # A pattern may match between any two characters.
             growth *= max(1.0, len(content) / len(plain) if plain else len(content) + 1)
             if growth > MAX_GROWTH:
                 raise FileError(
                     f"{path}: the {section}'s Replace rules make a text {growth:,.0f} times as long; at most "
-                    f"{MAX_GROWTH} is accepted"
+                    f"{MAX_GROWTH} is allowed"
                 )
 
 
 def _check_affix(value: Any, name: str) -> None:
     if value is not None and (not isinstance(value, str) or len(value) > MAX_AFFIX_CHARS):
-        raise FileError(f"{name}={shown(value)}: text of at most {MAX_AFFIX_CHARS} characters is accepted")
+        raise FileError(f"{name}={shown(value)}: expected text of at most {MAX_AFFIX_CHARS} characters")
 
 
 # A character of a pattern or what stands for some: an escape, a class, a quantifier, a bracket, a bar.
@@ -272,12 +270,12 @@ def added_in_config(directory: Path) -> Iterator[tuple[int, str, str]]:
     path = directory / "tokenizer_config.json"
     entries = read_config(path).get("added_tokens_decoder") or {}
     if not isinstance(entries, dict) or len(entries) > MAX_ADDED_TOKENS:
-        raise FileError(f"{path}: added_tokens_decoder is {article_of(entries)}; an object of ids is accepted")
+        raise FileError(f"{path}: added_tokens_decoder is {article_of(entries)}; expected an object of ids")
     for key, token in entries.items():
         content = token.get("content") if isinstance(token, dict) else None
         where = f"{path}: added_tokens_decoder"
         if not isinstance(content, str) or not re.fullmatch(r"[0-9]{1,9}", key):
-            raise FileError(f"{where}[{shown(key)}]={shown(token)}: ids with the content of their tokens are accepted")
+            raise FileError(f"{where}[{shown(key)}]={shown(token)}: expected ids with the content of their tokens")
         check_added(content, int(key), where)
         yield int(key), content, where
 
@@ -306,7 +304,7 @@ def named_tokens(directory: Path) -> dict[str, str]:
                 if value is None:
                     continue
                 if not isinstance(value, str):
-                    raise FileError(f"{directory / file}: {role} is {article_of(value)}; text or null is accepted")
+                    raise FileError(f"{directory / file}: {role} is {article_of(value)}; expected text or null")
                 names.setdefault(role, value)
     return names
 

@@ -168,7 +168,7 @@ class Tree:
     def __init__(self, root: str | Path, field: str = ""):
         self._name = f"{field}{str(root)!r}"
         if not str(root) or not Path(root).is_dir():
-            raise DataError(f"{self._name}: no such folder; that of a Med-MAT tree is accepted")
+            raise DataError(f"{self._name}: no such folder; expected that of a Med-MAT tree")
         self.root = Path(os.path.realpath(root))
         self.files, self.refused = self._list_files()
         self._contents: dict[SubsetFile, Contents | ReleaseError] = {}
@@ -252,11 +252,6 @@ def read_text(path: Path) -> str:
     return _decoded(_read_bytes(path), path)
 
 
-def read_list(path: Path) -> list[Any]:
-    """The records of a file as they stand in its JSON. Raises ReleaseError as `Contents`."""
-    return _parsed_list(_read_bytes(path), path)
-
-
 def _read_bytes(path: Path) -> bytes:
     with _refused(path, "unreadable"):
         return untrusted.read_bytes(path, MAX_FILE_BYTES)
@@ -275,7 +270,7 @@ def _parsed_list(content: bytes, path: Path) -> list[Any]:
     with _refused(path, "json"):
         raws = untrusted.parsed(text, path, object)
     if not isinstance(raws, list):
-        raise ReleaseError(path.name, "", "not_a_list", f"a {type(raws).__name__}; a list of records is accepted")
+        raise ReleaseError(path.name, "", "not_a_list", f"a {type(raws).__name__}; expected a list of records")
     return raws
 
 
@@ -305,7 +300,7 @@ class NearMiss:
     @property
     def reason(self) -> str:
         """What is wrong with its name."""
-        return f"is not read under this name; {self.accepted} is accepted"
+        return f"is not read under this name; expected {self.accepted}"
 
     @property
     def error(self) -> ReleaseError:
@@ -373,15 +368,15 @@ def read_manifest(root: Path) -> dict[str, dict[str, Any]]:
                 what = "modality, area and task must be text" if key in ELEMENTS else "subset must be text"
                 raise _manifest_error(where, f"{what}; {key} is {shown(entry.get(key))}")
             if not _is_name(entry[key]):
-                accepted = f"one line of at most {MAX_NAME_CHARS} signs, without white space around it, is accepted"
+                accepted = f"expected one line of at most {MAX_NAME_CHARS} signs, without white space around it"
                 raise _manifest_error(where, f"{key} {quoted(entry[key])}; {accepted}")
         if entry["subset"] in named:
-            raise _manifest_error(where, "stands twice; one entry is accepted")
+            raise _manifest_error(where, "stands twice; expected one entry")
         for key in ELEMENTS:
             other = spelled.setdefault((key, appearance(entry[key])), entry[key])
             if entry[key] != other:
                 first, second = told_apart(entry[key], other)
-                reason = f"{key} {first} looks like {second} elsewhere; one spelling is accepted"
+                reason = f"{key} {first} looks like {second} elsewhere; expected one spelling"
                 raise _manifest_error(where, reason)
         named[entry["subset"]] = entry
     return named
@@ -400,7 +395,7 @@ def manifest_content(root: Path) -> dict[str, Any]:
         raise _manifest_error("", f"{missing}: {str(error).removeprefix(f'{path}: ')}") from error
     entries = content.get("subsets")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise _manifest_error("", f"{missing}: {shown(entries)}; a list of objects is accepted")
+        raise _manifest_error("", f"{missing}: {shown(entries)}; expected a list of objects")
     return content
 
 
