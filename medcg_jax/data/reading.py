@@ -1,4 +1,4 @@
-"""How pixels that are no plain 8-bit image become uint8: windows of DICOM files, deep greys, which frame is taken."""
+"""How other than plain 8-bit images become uint8: windows of DICOM files, deep greys, the choice of a frame."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from medcg_jax.data.records import DataError
 
-# (center, width) in HU. Source: Radiopaedia, "Windowing (CT)"; of its ranges the middle.
+# (center, width) in HU. Source: Radiopaedia, "Windowing (CT)"; the middle of each range.
 PRESETS_HU: dict[str, tuple[float, float]] = {
     "abdomen": (50, 400),
     "bone": (400, 1800),
@@ -31,12 +31,12 @@ _ROWS_AT_ONCE = 64
 
 
 class ImageError(DataError):
-    """An image cannot be decoded or must not be; the message says why, its caller knows whose it is."""
+    """An image cannot or must not be decoded; callers add which image it is."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The choices of a run, `data.window`, `data.deep_grey` and `data.frame`; one of them applies to each file.
+    """A run's choices `data.window`, `data.deep_grey` and `data.frame`.
 
     Attributes:
       window: "" (the file's own), a preset's name, or "CENTER/WIDTH" in the file's units after rescaling (HU for CT).
@@ -51,7 +51,7 @@ class Reading:
 
 
 def check_reading(reading: Reading) -> None:
-    """Raises DataError when one of the choices is none, or `deep_grey` asks for a window that is not in numbers."""
+    """Raises DataError if a choice is unknown, or `deep_grey` needs a window in numbers and has none."""
     if reading.window not in ("", *PRESETS_HU):
         parse_window(reading.window)
     if reading.deep_grey not in DEEP_GREYS:
@@ -80,10 +80,10 @@ def parse_window(text: str) -> tuple[float, float]:
 
 
 def frame_index(frame: str, num_frames: int) -> int:
-    """Place (from 0) of the frame that `data.frame` means; of an even number the middle is the later one.
+    """Index of the frame that `data.frame` means; of an even number of frames the later middle one.
 
     Raises:
-      ImageError: the file has no such frame. DataError: `frame` is no choice.
+      ImageError: the file has no such frame. DataError: `frame` is unknown.
     """
     if frame in FRAMES:
         return {"first": 0, "middle": num_frames // 2, "last": num_frames - 1}[frame]
@@ -117,7 +117,7 @@ def stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def by_rows(image: np.ndarray, to_uint8: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """uint8[h, w] of an image [h, w], some rows at a time: what is computed in 64 bits never has the whole's size."""
+    """uint8[h, w] of an image [h, w], some rows at a time, so that 64-bit intermediate values need little memory."""
     out = np.empty(image.shape, np.uint8)
     for start in range(0, len(image), _ROWS_AT_ONCE):
         out[start : start + _ROWS_AT_ONCE] = to_uint8(image[start : start + _ROWS_AT_ONCE])
@@ -125,7 +125,7 @@ def by_rows(image: np.ndarray, to_uint8: Callable[[np.ndarray], np.ndarray]) -> 
 
 
 def check_size(size: tuple[int, int], max_pixels: int) -> None:
-    """Raises ImageError when an image of (width, height), or the square that it is padded to, has too many pixels."""
+    """Raises ImageError if an image of (width, height), or its square after padding, has too many pixels."""
     width, height = size
     if width < 1 or height < 1:
         raise ImageError(f"{width} x {height} pixels")
