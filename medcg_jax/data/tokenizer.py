@@ -1,8 +1,8 @@
 """Text to token ids and back, from a `tokenizer.json`, a SentencePiece model, or a directory with either.
 
-Pieces of text are encoded without special tokens: `prompts` puts those itself. What tools do to the spaces beside
-special tokens differs by version, so the rule is stated here: SentencePiece models of the Llama family put a space
-before text that opens a chunk (`start=True`), and none before text that goes on after a special token.
+Text is encoded without special tokens: `families.prompts` adds those. Tools and their versions differ in the spaces
+beside special tokens; the rule here is that SentencePiece models of the Llama family put a space before text that opens
+a chunk (`start=True`), and none before text that follows a special token.
 """
 
 from __future__ import annotations
@@ -31,22 +31,21 @@ from medcg_jax.untrusted import read_bytes, shown
 SMALL = Path(__file__).parent / "tokenizer" / "tokenizer.json"
 SPACE = "▁"
 IMAGE = "<image>"
-# Tokens that open a sequence, end a turn, fill rows, and stand for an image: by family, in the order in which a file is
-# tried for the second.
+# Tokens that open a sequence, end a turn, fill rows, and stand for an image, by family. Files are tried in this order for
+# the token that ends a turn.
 FAMILIES = (
     ("<s>", "</s>", "<pad>", IMAGE),
     ("<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>", "<|image|>"),
     ("", "<|im_end|>", "<|endoftext|>", "<|image_pad|>"),
 )
-# Added tokens of these names are special, whatever the file says: NExT-Chat's are listed as ordinary ones.
+# Added tokens of these names are special even if the file lists them as ordinary, as it does NExT-Chat's.
 KNOWN = {*(name for family in FAMILIES for name in family if name), "<unk>"}
 KNOWN |= {"<im_patch>", "<im_start>", "<im_end>", "<at>", "<boxes>"}
 # A line of tiktoken's form: a piece's bytes in base 64, and its rank.
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\n")
-# The rules by which a SentencePiece model rewrites characters before all else: Llama's has none. Fields of the protocol
-# buffer.
+# Fields of the protocol buffer with a SentencePiece model's rules for rewriting characters; Llama's has no rules.
 _NORMALIZER, _CHARACTER_MAP = 3, 2
-# Distinct texts whose ids are kept: questions repeat across records and epochs.
+# Distinct texts in the cache of ids: questions repeat across records and epochs.
 _CACHED_TEXTS = 1 << 16
 
 
@@ -54,14 +53,14 @@ class Tokenizer:
     """Encodes and decodes text; knows the ids of the special tokens.
 
     Attributes:
-      bos_id: opens a sequence; None where the family has none.
+      bos_id: opens a sequence; None if the family has no such token.
       eos_id: closes an assistant's turn.
       pad_id: fills rows; never attended.
-      image_id: stands where image features go. A SentencePiece model without such a token gets the first free id.
+      image_id: placeholder of image features; the first free id if a SentencePiece model has no such token.
       vocab_size: number of ids, the image's included.
-      text_ids: 1 more than the largest id that text and the end of a turn can have.
+      text_ids: 1 more than the largest id of text and of the end of a turn.
       fingerprint: digest of the file.
-      path: of the file; None: there is none.
+      path: of the file, or None.
     """
 
     def __init__(
@@ -94,8 +93,7 @@ class Tokenizer:
         """Ids of the text, without special tokens.
 
         Args:
-          start: whether the text opens a chunk (SentencePiece then puts a space before it) or goes on after a
-            special token.
+          start: whether the text opens a chunk (SentencePiece then puts a space before it) or follows a special token.
 
         Raises:
           DataError: the text spells a special token, or has parts that the vocabulary cannot express.
@@ -111,9 +109,9 @@ class Tokenizer:
     def encode_behind_added(self, text: str) -> list[int]:
         """Ids of a text right behind an added token, as the slow Llama tokenizer of transformers 4.31 gives them.
 
-        It encodes the text as one that opens a chunk and takes the space off the first piece, so that words are cut as
-        after a space. A piece that the vocabulary lacks is then the unknown token, of which such models have seen many:
-        of "▁Pick" there is no "Pick". A tokenizer of another kind gives the ids without a space (`start=False`).
+        That tokenizer encodes the text as if it opened a chunk and strips the space from the first piece. If the vocabulary
+        lacks the stripped piece ("▁Pick" but no "Pick"), the id is the unknown token, which such models saw in training.
+        Tokenizers of another kind give the ids without a space (`start=False`).
 
         Raises:
           DataError: as `encode`.
@@ -136,7 +134,7 @@ class Tokenizer:
         return self._special[name]
 
     def known(self, name: str) -> int | None:
-        """The id of a special token by its name; None: there is none."""
+        """The id of a special token by its name, or None."""
         return self._special.get(name)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -148,10 +146,10 @@ class Tokenizer:
 def load_tokenizer(path: str | Path = "", small: str = SMALL.stem) -> Tokenizer:
     """The tokenizer of a `.json` or `.model` file or of a directory with one; "" takes the package's own named `small`.
 
-    A directory's `tokenizer.model` is preferred, for it says the same to every library, where it can be read.
+    A directory's `tokenizer.model` is preferred if it can be read, since every library reads it alike.
 
     Raises:
-      DataError: no such file, none that can be read, or a special token is missing.
+      DataError: the file does not exist or cannot be read, or a special token is missing.
     """
     path = Path(path) if path else SMALL.with_stem(small)
     if not path.is_dir():
@@ -183,11 +181,11 @@ def _load(path: Path) -> Tokenizer:
 def _from_json(path: Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json.
 
-    Which ids are special is said by its added tokens alone: an ordinary piece may be spelled like one. The files beside
-    it may name another token for an image, or for padding.
+    Only added tokens are special: an ordinary piece may be spelled like a special one. The files beside tokenizer.json
+    may name another token for images or padding.
 
     Raises:
-      DataError: it cannot be read, could do harm, or lacks a token that every family has.
+      DataError: the file cannot be read, could do harm, or lacks a token that every family has.
     """
     import tokenizers
 
@@ -224,10 +222,10 @@ def _from_json(path: Path) -> Tokenizer:
 
     def encode(text: str, start: bool) -> list[int]:
         if is_llama:
-            # As SentencePiece does it, whatever the version that wrote the file says of spaces.
+            # As SentencePiece does it; the files' own rules for spaces differ by version.
             text = text.replace(" ", SPACE)
             return plain(SPACE + text if start and text else text)
-        # After a special token the file's own normaliser says what becomes of the space: let it see one.
+        # The file's normaliser decides about the space after a special token, so it must see one.
         return plain(text) if start else plain(family[1] + text)[1:]
 
     def decode(ids: list[int]) -> str:
@@ -256,7 +254,7 @@ def _from_json(path: Path) -> Tokenizer:
 
 
 def _image_id(special: dict[str, int], named: dict[str, str], of_family: int | None, free: int) -> int:
-    """The id that stands for an image: of the token that the files name, the family's, another family's; or `free`."""
+    """The id of the image token: that which the files name, else the family's, else another family's, else `free`."""
     if named.get("image_token") in special:
         return special[named["image_token"]]
     if of_family is not None:
@@ -288,7 +286,7 @@ def _added(parsed: dict[str, Any], inner, path: Path) -> dict[str, tuple[int, bo
 
 def _family(added, special: dict[str, int], named: dict[str, str], path: Path) -> tuple[str, str, str, str]:
     ends = [family for family in FAMILIES if family[1] in special]
-    # One that the file itself calls special, then one that tokenizer_config.json names, then the first.
+    # First one that the file itself calls special, then one that tokenizer_config.json names.
     ends.sort(key=lambda family: (not added[family[1]][1], family[1] != named.get("eos_token")))
     if not ends:
         names = " or ".join(family[1] for family in FAMILIES)
@@ -297,7 +295,7 @@ def _family(added, special: dict[str, int], named: dict[str, str], path: Path) -
 
 
 def _unknown(parsed: dict[str, Any], inner) -> int | None:
-    """The id that the model itself gives to what it does not know; None: it knows everything."""
+    """The model's id for unknown text; None: nothing is unknown."""
     model = parsed["model"]
     if model.get("type") == "Unigram":
         return model.get("unk_id")
@@ -306,7 +304,7 @@ def _unknown(parsed: dict[str, Any], inner) -> int | None:
 
 
 def _is_llama(parsed: dict[str, Any]) -> bool:
-    """Whether the pieces are Llama's kind: BPE with bytes, and a mark in place of each space."""
+    """Whether the model is of Llama's kind: BPE with byte pieces, and a mark in place of each space."""
     model, rules = (
         parsed["model"],
         json.dumps([parsed.get("normalizer"), parsed.get("pre_tokenizer")], ensure_ascii=False),
@@ -324,9 +322,9 @@ def _is_blank(entry: str | list[str]) -> bool:
 
 
 def _blanks_come_first(parsed: dict[str, Any]) -> bool:
-    """Whether it is Llama's own vocabulary with its merges in the order of the ids, as transformers 5 writes them.
+    """Whether it is Llama's own vocabulary with merges in the order of the ids, as transformers 5 writes them.
 
-    In the SentencePiece model runs of blanks have the first ids and the lowest scores: they are merged last.
+    In the SentencePiece model, runs of blanks have the first ids but the lowest scores: they are merged last.
     """
     vocab, merges = parsed["model"]["vocab"], parsed["model"].get("merges") or []
     if not isinstance(vocab, dict):
@@ -344,7 +342,7 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
     """The tokenizer of a SentencePiece model of the Llama family.
 
     Raises:
-      DataError: it cannot be read, is in another form, or the files beside it contradict it.
+      DataError: the file cannot be read, has another form, or contradicts the files beside it.
     """
     try:
         import sentencepiece
@@ -365,7 +363,7 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
     with library_errors(f"tokenizer {path}: no SentencePiece model"):
         model = sentencepiece.SentencePieceProcessor(model_proto=content)
         size = model.get_piece_size()
-        # Nothing joins a line break, so the text behind one is encoded without the space that opens a chunk.
+        # No piece spans a line break, so text after one is encoded without the space that opens a chunk.
         opening = model.encode("\n")
     bos, eos, unk = model.bos_id(), model.eos_id(), model.unk_id()
     if eos < 0:
@@ -381,7 +379,7 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
     named, vocab_size = named_tokens(path.parent), max(size, *(number + 1 for number in added.values()), 0)
     image = _image_id(special, named, added.get(IMAGE), vocab_size)
     pad = special.get(named.get("pad_token", ""), special.get("<pad>", unk))
-    # What other libraries take for one token where a text spells it.
+    # Spellings that other libraries would encode as one special token.
     spelled = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
 
     def encode(text: str, start: bool) -> list[int]:
@@ -416,7 +414,7 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
 
 
 def _character_map(content: bytes) -> int:
-    """Bytes of the model's rules for characters; 0: it has none. A file that is no protocol buffer has none either."""
+    """Bytes of the model's rules for characters; 0 without rules, or if the file is no protocol buffer."""
     return sum(
         len(value)
         for number, field in _fields(content)
@@ -427,7 +425,7 @@ def _character_map(content: bytes) -> int:
 
 
 def _fields(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """(number, bytes) of each field of a protocol buffer that has a length; ends where it is damaged."""
+    """(number, bytes) of each length-delimited field of a protocol buffer; stops at damage."""
     offset, end = 0, len(content)
 
     def varint() -> int:

@@ -105,7 +105,7 @@ CLASSES, BOXES, MASKS = "image,label", "image,label,x1,y1,x2,y2", "image,label,m
         ),
         ("image,label,grop\nx/b.png,M,1", "line 1: column 'grop' is not known"),
         ("image,label,label\n", "line 1: a column occurs twice"),
-        ("image,label,x1,y1\n", "line 1: columns image, label, x1, y1: mask or all of x1, y1, x2, y2"),
+        ("image,label,x1,y1\n", "line 1: columns image, label, x1, y1: expected mask or all of x1, y1, x2, y2"),
         ("image,label,mask,x1,y1,x2,y2\n", "mask or all of"),
         (CLASSES, "labels.csv: no line below the header"),
         (f"{CLASSES}\nx/b.png", "line 2: 1 cells; expected 2: image, label"),
