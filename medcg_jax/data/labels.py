@@ -1,11 +1,11 @@
-"""Raw label tables of a dataset: CSV files of classes, boxes or masks, checked line by line, as one entry an image.
+"""Reads raw label tables of a dataset: CSV files of classes, boxes or masks, checked line by line; one entry an image.
 
     image,label                    classes; an image with several has a line for each
     image,label,x1,y1,x2,y2        a line for each box, in pixels of the upright image, corners between pixels
     image,label,mask               a line for each mask: a PNG whose pixels that are not black are the lesion
 
-Further columns: `split` (train or test), `group` (patient or lesion), `data-no`. Of boxes and masks, a line without
-label and box is an image without a finding.
+Optional columns: `split` (train or test), `group` (patient or lesion), `data-no`. In a table of boxes or masks, a line
+without label and box or mask is an image without a finding.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ MAX_LABEL_CHARS = 500
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """All that a table says of one image.
+    """A table's entry of one image.
 
     Attributes:
       image: path below the root.
-      labels: its classes, or those of its boxes, each once, sorted; () for an image without a finding.
+      labels: its classes, or the labels of its boxes, each once, sorted; () for an image without a finding.
       size_px: (height, width), upright.
-      split: "" where the table has none. group: patient or lesion, "" where not known. data_no: "" where it has none.
-      boxes: of boxes and masks, by place in the image.
+      split, group (patient or lesion), data_no: "" if the table does not say.
+      boxes: of boxes and masks, sorted by position in the image.
     """
 
     image: str
@@ -66,9 +66,9 @@ class LabelledImage:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """A table's images, by path, so that the order of its lines does not matter; and whether it has boxes or masks.
+    """A table's images, sorted by path, and whether it has boxes or masks.
 
-    in_numbers: whether its boxes are written as corners.
+    in_numbers: whether boxes are given by corners, not masks.
     """
 
     images: tuple[LabelledImage, ...]
@@ -87,13 +87,13 @@ class _Line:
 
 
 def read_labels(path: Path, root: Path, max_pixels: int) -> LabelTable:
-    """The table at `path`, whose images and masks lie below `root`; of images the headers alone are read.
+    """The table at `path`, whose images and masks lie below `root`; only the headers of images are read.
 
     Args:
-      max_pixels: of an image, of the square it is padded to, and of a mask.
+      max_pixels: limit of an image, of its padded square, and of a mask.
 
     Raises:
-      ReleaseError: at the first thing that is wrong, with file, line, column, value and what is accepted.
+      ReleaseError: for the first fault, with file, line, column, value and what was expected.
     """
     root = Path(os.path.realpath(root))
     columns, lines = _read_csv(path)
@@ -125,7 +125,7 @@ def lesion_mask(path: Path, max_pixels: int) -> np.ndarray:
     """bool[h, w]: the pixels of a PNG that are not black, whatever its depth, palette or transparency.
 
     Raises:
-      ImageError: no PNG, broken, or too large.
+      ImageError: the file is no PNG, broken, or too large.
     """
     try:
         with Image.open(path, formats=MASK_FORMATS) as image:
@@ -141,7 +141,7 @@ def lesion_mask(path: Path, max_pixels: int) -> np.ndarray:
 
 
 def _read_csv(path: Path) -> tuple[tuple[str, ...], list[_Line]]:
-    """(columns, lines); cells but paths without white space around them."""
+    """(columns, lines); cells are stripped of white space, except paths."""
     rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         columns = tuple(cell.strip() for cell in next(rows, []))
@@ -166,7 +166,7 @@ def _check_columns(file: str, columns: tuple[str, ...]) -> None:
     accepted = f"image, label, then nothing, mask or {', '.join(CORNERS)}, and any of {', '.join(OPTIONAL)}"
     of_boxes = [name for name in CORNERS if name in columns]
     wrong = [name for name in columns if name not in ("image", "label", "mask", *CORNERS, *OPTIONAL)]
-    # A column that is passed over, such as a misspelt `group`, would silently change the split.
+    # Ignoring an unknown column, such as a misspelt `group`, could silently change the split.
     if wrong:
         reason = f"column {quoted(wrong[0])} is not known; expected {accepted}, with commas between them"
     elif len(set(columns)) < len(columns):
@@ -181,7 +181,7 @@ def _check_columns(file: str, columns: tuple[str, ...]) -> None:
 
 
 def _check_line(file: str, line: _Line, columns: tuple[str, ...], spelled: dict[str, tuple[str, int]]) -> None:
-    """Checks one line by itself, and its label's spelling against those of other lines."""
+    """Checks one line, and its label's spelling against other lines'."""
     label, region_columns = line.cells["label"], [name for name in (*CORNERS, "mask") if name in columns]
     filled = [name for name in region_columns if line.cells[name].strip()]
     if not label and not region_columns:
@@ -267,7 +267,7 @@ def _box(file: str, line: _Line, size: tuple[int, int]) -> Box:
 
 
 def _boxes_of_mask(file: str, line: _Line, root: Path, size: tuple[int, int], max_pixels: int) -> list[Box]:
-    """The tight box of each connected part; none of a mask that is black."""
+    """The tight box of each connected part of a mask; none if it is black."""
     with named(file, f"line {line.number}, mask"):
         path = image_path(root, line.cells["mask"])
     try:
@@ -281,7 +281,7 @@ def _boxes_of_mask(file: str, line: _Line, root: Path, size: tuple[int, int], ma
 
 
 def _check_groups(file: str, images: tuple[LabelledImage, ...], by_image: dict[str, list[_Line]]) -> None:
-    """Raises ReleaseError where the table's own split has one group, of one dataset, on both sides."""
+    """Raises ReleaseError if the table's split has a group of a dataset on both sides."""
     sides: dict[tuple[str, str], LabelledImage] = {}
     for image in images:
         if not image.split or not image.group:

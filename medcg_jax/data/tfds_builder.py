@@ -1,4 +1,4 @@
-"""TensorFlow Datasets' `med_mat`: the records that `medcg data prepare` wrote, for users of TFDS. Needs no TensorFlow.
+"""TensorFlow Datasets' `med_mat`: the records of a prepared folder for users of TFDS. Needs no TensorFlow.
 
     from medcg_jax.data.tfds_builder import build
     train = build(prepared, "04", data_dir).as_data_source("train")     # random access; feeds grain.MapDataset.source
@@ -82,10 +82,10 @@ class MedMat(tfds.core.GeneratorBasedBuilder):
 
 
 def build(prepared: str | Path, config: str, data_dir: str | Path) -> MedMat:
-    """The builder of one subset, or of "all", its files below `data_dir`; they are written where they are not there.
+    """The builder of one subset, or of "all"; writes its files below `data_dir` if they do not exist.
 
     Raises:
-      DataError: the folder is not prepared, or has no such subset.
+      DataError: the folder is not prepared, or lacks the subset.
     """
     known = {builder_config.name for builder_config in MedMat.BUILDER_CONFIGS}
     builder_config = (
