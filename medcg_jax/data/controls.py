@@ -29,7 +29,7 @@ def control_sets(records: RecordSet, names: Sequence[str], seed: int) -> dict[st
     Raises:
       DataError: a question does not hold its options as lines "A: ...", or an image cannot be read.
     """
-    sets = {}
+    sets: dict[str, ControlSet] = {}
     for name in names:
         sets |= _MAKERS[name](records, Random(f"{name}/{seed}"))
     return {name: asked for name, asked in sets.items() if len(asked)}
@@ -62,12 +62,11 @@ def _shuffled(records: RecordSet, random: Random) -> dict[str, ControlSet]:
     # Rotated by `most`, no record gets its own image, unless more than half of all have the same.
     image_of = dict(zip(order, order[most:] + order[:most], strict=True))
     image_at = {index: image_of[index] for index in indices if images[image_of[index]] != images[index]}
-    indices, image_at = list(image_at), list(image_at.values())
     changed = [
         dataclasses.replace(records.records[index], image=records.records[other].image)
-        for index, other in zip(indices, image_at, strict=True)
+        for index, other in image_at.items()
     ]
-    return {"shuffled_images": ControlSet(changed, records, image_at)}
+    return {"shuffled_images": ControlSet(changed, records, list(image_at.values()))}
 
 
 def _shifted(records: RecordSet, _: Random) -> dict[str, ControlSet]:

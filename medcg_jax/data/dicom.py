@@ -85,8 +85,8 @@ _LAYOUT = (
     "SamplesPerPixel PhotometricInterpretation PlanarConfiguration NumberOfFrames Rows Columns BitsAllocated "
     "BitsStored HighBit PixelRepresentation ExtendedOffsetTable ExtendedOffsetTableLengths".split()
 )
-_TAGS = [tag_for_keyword(keyword) for keyword in (*_LAYOUT, *KEYWORDS)]
-_TRANSFER_SYNTAX = tag_for_keyword("TransferSyntaxUID")
+_TAGS: list[Any] = [tag_for_keyword(keyword) for keyword in (*_LAYOUT, *KEYWORDS)]
+_TRANSFER_SYNTAX: Any = tag_for_keyword("TransferSyntaxUID")
 _PIXEL_DATA = tag_for_keyword("PixelData")
 # Float Pixel Data, Double Float Pixel Data.
 _FLOAT_PIXELS = (0x7FE00008, 0x7FE00009)

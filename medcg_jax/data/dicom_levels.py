@@ -11,7 +11,7 @@ Source: DICOM PS3.3, C.7.6.3.1.5 (palette), C.7.6.16.2 (functional groups), C.11
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from pydicom.datadict import dictionary_VR, tag_for_keyword
@@ -100,7 +100,7 @@ def value_of(dataset: Dataset, keyword: str) -> Any:
 
 def named(keyword: str) -> str:
     """A keyword with its number, "Rows (0028,0010)"."""
-    tag = tag_for_keyword(keyword)
+    tag = cast(int, tag_for_keyword(keyword))
     return f"{keyword} ({tag >> 16:04X},{tag & 0xFFFF:04X})"
 
 

@@ -61,11 +61,11 @@ class Encoded:
         else:
             images = {key: array[indices] for key, array in self.images.items()}
         batch |= {key: array[:, None] for key, array in images.items()}
-        if self.masks:
+        if self.masks and (layout := self.format.mask_layout):
             masks = []
             for index in indices.tolist():
                 with _named(self.records.records[index]) as record:
-                    masks.append(self.format.mask_layout.arrays(record, self.records.mask(index)))
+                    masks.append(layout.arrays(record, self.records.mask(index)))
             batch |= {key: np.stack([row[key] for row in masks]) for key in masks[0]}
         return batch, [self.records.records[i].id for i in indices]
 

@@ -116,7 +116,8 @@ def rounds(
     is_image = arrays["tokens"] == image_token_id
     width = is_image.shape[1]
     ends = np.where(is_image.any(1), width - is_image[:, ::-1].argmax(1), 0).astype(np.int32)
-    image_indices = np.concatenate([np.arange(len(encoded)), *(s.records.places for s in controls)]).astype(int)
+    of_controls = [s.records.places for s in controls]  # type: ignore[attr-defined]  # `ControlSet`s
+    image_indices = np.concatenate([np.arange(len(encoded)), *of_controls]).astype(int)
     groups = _groups(arrays, ends, image_indices, len(encoded))
     for start in range(0, len(groups), batch_size):
         in_round = groups[start : start + batch_size]

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -106,7 +106,7 @@ def examine_all(
     examined = {path: memory.known[path] for path in paths if path in memory.known} if memory else {}
     unknown = [path for path in paths if path not in examined]
     examine_one = functools.partial(examine, max_pixels=max_pixels, reading=reading)
-    results = over(
+    results: Iterable[Examined] = over(
         examine_one, unknown, workers=workers, crashed=lambda path, reason: Examined(reason=reason),
         max_seconds=MAX_SECONDS, max_bytes=MAX_BYTES,
     )  # fmt: skip

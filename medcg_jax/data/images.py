@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal, cast
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
@@ -96,7 +96,7 @@ def read_image(
     try:
         with opened(source) as file:
             if is_dicom(file):
-                return read_dicom(BoundedFile(file, MAX_DICOM_READS, "DICOM elements"), max_pixels, reading)
+                return read_dicom(_bounded(file), max_pixels, reading)
             with _open_plain(file, max_pixels) as image:
                 deep = _is_deep_colour(image)
                 image.load()
@@ -128,7 +128,7 @@ def image_size(source: str | Path | bytes | BinaryIO, max_pixels: int) -> tuple[
     try:
         with opened(source) as file:
             if is_dicom(file):
-                return dicom_size(BoundedFile(file, MAX_DICOM_READS, "DICOM elements"), max_pixels)
+                return dicom_size(_bounded(file), max_pixels)
             with _open_plain(file, max_pixels) as image:
                 # Only for TIFF Pillow gives the size after turning upright.
                 tags = getattr(image, "tag_v2", None)
@@ -234,6 +234,10 @@ class BoundedFile:
         return self._file.read(size)
 
 
+def _bounded(file: BinaryIO) -> BinaryIO:
+    return cast(BinaryIO, BoundedFile(file, MAX_DICOM_READS, "DICOM elements"))
+
+
 @contextmanager
 def opened(source: str | Path | bytes | BinaryIO) -> Iterator[BinaryIO]:
     """The bytes of an image as a file at its start; an open `source` stays open.
@@ -274,7 +278,7 @@ def _open_plain(file: BinaryIO, max_pixels: int) -> Image.Image:
         raise ImageError(f"more than {max_bytes:,} bytes; at most so many are read (of DICOM files more)")
     _check_tags(content)
     _check_plain(content)
-    image = Image.open(BoundedFile(io.BytesIO(content)), formats=FORMATS)
+    image = Image.open(cast(BinaryIO, BoundedFile(io.BytesIO(content))), formats=FORMATS)
     check_size(image.size, max_pixels)
     if image.format in ("JPEG", "MPO"):
         _check_scans(content)
@@ -285,9 +289,11 @@ def _check_tags(content: bytes) -> None:
     """Raises ImageError for tags of a TIFF or of EXIF that would take gigabytes or minutes in Python."""
     if _WIDE_EXIF.search(content):
         raise ImageError("EXIF in the form of a BigTIFF, which holds any number of tags; expected that of a TIFF")
-    order = {b"II": "little", b"MM": "big"}.get(content[:2])
+    if content[:2] not in (b"II", b"MM"):
+        return
+    order: Literal["little", "big"] = "little" if content[:2] == b"II" else "big"
     # Bytes of an offset, and of the number of tags. A tag has a number, a type, a number of values and their offset.
-    wide, narrow = {42: (4, 2), 43: (8, 8)}.get(int.from_bytes(content[2:4], order), (0, 0)) if order else (0, 0)
+    wide, narrow = {42: (4, 2), 43: (8, 8)}.get(int.from_bytes(content[2:4], order), (0, 0))
     if not wide:
         return
     start = int.from_bytes(content[wide : 2 * wide], order)

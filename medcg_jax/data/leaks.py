@@ -127,7 +127,9 @@ def hashed(records: RecordSet, decoded: dict[bytes, ImageHashes] | None = None) 
             decoded |= dict(zip(new, hashes, strict=True))
     images: list[ImageHashes | None] = [None] * len(records)
     for index, digest in digests.items():
-        images[index] = ImageHashes(digest, *stored[index]) if stored[index] else known.get(digest, ImageHashes(digest))
+        images[index] = (
+            ImageHashes(digest, *pair) if (pair := stored[index]) else known.get(digest, ImageHashes(digest))
+        )
     return Hashed(records.records, tuple(images))
 
 

@@ -107,9 +107,9 @@ def uneven_letters(name: str, records: Sequence[Record]) -> Notice | None:
         return None
     for from_end in (False, True):
         counts, p = letter_counts(records, from_end=from_end)
-        if p >= MAX_P:
+        if p is None or p >= MAX_P:
             continue
-        best = max(counts, key=counts.get)
+        best = max(counts, key=lambda letter: counts[letter])
         listed = ", ".join(f"{letter} {count}" for letter, count in counts.items())
         what = f"the letter {best}"
         if from_end:
@@ -186,7 +186,7 @@ def labels_alike(name: str, entries: Sequence[Entry]) -> Notice | None:
     for label in labels:
         spellings.setdefault(appearance(label), []).append(label)
     alike = [
-        (alike_labels, sum(sorted(map(labels.get, alike_labels))[:-1]))
+        (alike_labels, sum(sorted(labels[label] for label in alike_labels)[:-1]))
         for alike_labels in spellings.values()
         if len(alike_labels) > 1
     ]

@@ -15,7 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # The fork server imports this module once, so that workers start quickly.
 PRELOADED = "medcg_jax.data.prepare"
@@ -106,7 +107,8 @@ class _Worker:
         finally:
             sys.modules["__main__"] = script
         theirs.close()
-        self.first, self.left = 0, []
+        self.first = 0
+        self.left: Sequence = ()
         try:
             self.pipe.recv()
         except (EOFError, ConnectionError) as error:

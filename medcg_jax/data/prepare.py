@@ -19,6 +19,7 @@ import re
 import secrets
 import stat
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -135,14 +136,12 @@ def prepare(
     write_whole(out / ".plan.json", json.dumps(plan, indent=1) + "\n")
     for name, lines in lines_by_split.items():
         write_whole(out / "records" / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
-    aside = [
-        asdict(problem) for problem in (*inspection.report.problems, *(inspection.report.near if drop_near else ()))
-    ]
-    aside = [json.dumps(problem, ensure_ascii=False) for problem in aside]
+    left_out: list[Any] = [*inspection.report.problems, *(inspection.report.near if drop_near else ())]
+    aside = [json.dumps(asdict(problem), ensure_ascii=False) for problem in left_out]
     write_whole(out / "set_aside.jsonl", "".join(f"{line}\n" for line in aside))
     write = functools.partial(write_shard, root=tree.root, layout=layout, max_pixels=data.max_pixels, reading=reading)
-    digests = over(write, shards, crashed=_crashed, workers=workers, chunk=1)
-    digests = dict(zip(shards, progress(digests, len(shards)) if progress else digests, strict=True))
+    results: Iterable[str] = over(write, shards, crashed=_crashed, workers=workers, chunk=1)
+    digests = dict(zip(shards, progress(results, len(shards)) if progress else results, strict=True))
     manifest = plan | {
         "prompt_fingerprint": _prompt_fingerprint(lines_by_split),
         "set_aside": {"records": len(inspection.report.bad_records), "of": inspection.report.num_records}
@@ -246,7 +245,7 @@ def _line(record: Record, image: Examined, layout: Layout) -> str:
         "answer": record.answer,
         "boxes": [[box.label, *box.corners] for box in record.boxes],
         "size_px": record.size_px,
-        "shape": layout.size_after(image.size),
+        "shape": layout.size_after((image.height, image.width)),
         "sha256": image.digest,
         "pixels": image.pixels,
         "perceptual": image.perceptual,

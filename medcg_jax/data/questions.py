@@ -59,7 +59,7 @@ def choice_record(
     Example: `choice_record("a.png", "Benign", ["Normal"], ["Which?"], "0/04")` may ask "Which?\\nA: Normal\\nB: ..."
     """
     generator = np.random.default_rng(_seed(f"{key}\n{image}\n{label}"))
-    question = asked[generator.integers(len(asked))]
+    question = asked[int(generator.integers(len(asked)))]
     options = [others[index] for index in generator.permutation(len(others))[: MAX_OPTIONS - 1]]
     right = int(generator.integers(len(options) + 1))
     options.insert(right, label)
@@ -157,8 +157,8 @@ def format_labels(
         group = {"group": labelled.group} if labelled.group else {}
         side = records[sides[labelled.image]]
         side += [raw | group | {"id": len(side) + offset} for offset, raw in enumerate(raws, 1)]
-    for split, labelled in records.items():
-        if not labelled:
+    for split in SPLITS:
+        if not records[split]:
             reason = f"no {split} record of {len(asked_of)} images; expected more, or both splits in a column `split`"
             raise DataError(f"{table_path.name}: {reason}")
     # The test file first: a training file alone would be read as a subset without a split, and be split again.
@@ -225,14 +225,14 @@ def _sides(table: LabelTable, data_no: str) -> dict[str, Split]:
         for labelled, label in zip(table.images, rarest, strict=True)
     ]
     tested = train_test_split(items)
-    return {image: "test" if test else "train" for (image, _, _), test in zip(items, tested, strict=True)}
+    return {image: SPLITS[is_test] for (image, _, _), is_test in zip(items, tested, strict=True)}
 
 
 def _manifest_with(root: Path, entry: dict[str, str]) -> str:
     """The text of the tree's manifest.json with this subset's entry added or updated."""
     whole = manifest_content(root) if (root / MANIFEST).exists() else {"subsets": []}
     others = [listed for listed in whole["subsets"] if listed["subset"] != entry["subset"]]
-    before = next((listed for listed in whole["subsets"] if listed["subset"] == entry["subset"]), {})
+    before: dict[str, str] = next((listed for listed in whole["subsets"] if listed["subset"] == entry["subset"]), {})
     whole["subsets"] = sorted([*others, before | entry], key=lambda listed: listed["subset"])
     return _as_json(whole)
 

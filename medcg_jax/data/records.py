@@ -191,7 +191,9 @@ class Source(Protocol):
     """
 
     subsets: tuple[Subset, ...]
-    detection_subsets: tuple[Subset, ...]
+
+    @property
+    def detection_subsets(self) -> tuple[Subset, ...]: ...
 
     def records(self, subset: str, split: Split) -> RecordSet:
         """The checked records of one subset and split; every call gives the same.

@@ -101,16 +101,14 @@ class ReleaseSource:
                 reason = f"subset {number} is neither in the tree's manifest.json nor in Med-MAT's table of 53"
                 raise ReleaseError(first.name, "", "unknown_subset", reason)
             labels, sizes = self._labels_and_sizes(number)
-            counts = {
-                f"num_{split}": min(sizes[split], limit_of(self._config, split) or sizes[split]) for split in SPLITS
-            }
-            subsets.append(Subset(number, *triplets[number], labels=tuple(sorted(labels)), **counts))
+            train, test = (min(sizes[split], limit_of(self._config, split) or sizes[split]) for split in SPLITS)
+            subsets.append(Subset(number, *triplets[number], tuple(sorted(labels)), train, test))
         return tuple(subsets)
 
     def _labels_and_sizes(self, number: str) -> tuple[set[str], dict[Split, int]]:
         """From the JSON alone if both splits have a file: records are checked when they are used."""
-        files = {split: self._files.get((number, split)) for split in SPLITS}
-        if not self._skip and all(files.values()):
+        files = {split: self._files[number, split] for split in SPLITS if (number, split) in self._files}
+        if not self._skip and len(files) == len(SPLITS):
             raws = {split: self.tree.contents(file).raws for split, file in files.items()}
             listed = [raw for split in SPLITS for raw in raws[split] if isinstance(raw, dict)]
             if files["train"].detection:
@@ -183,7 +181,7 @@ def split_records(records: list[Record]) -> dict[Split, list[Record]]:
 
 def _image_bytes(root: Path, raw: Any) -> str:
     """`path bytes` of a record's image; `path -` for a missing one, which is refused when its subset is read."""
-    relative = raw.get("image") if isinstance(raw, dict) else None
+    relative: Any = raw.get("image") if isinstance(raw, dict) else None
     try:
         return f"{relative} {os.stat(root / relative).st_size}"
     except (OSError, TypeError, ValueError):

@@ -45,7 +45,7 @@ class MaskLayout:
         """
         self.check(record, masks)
         out = np.zeros((self.max_masks, self.size_px, self.size_px), bool)
-        if not record.boxes:
+        if not record.boxes or masks is None:
             return {"at_masks": out}
         index_of = {id(box): index for index, box in enumerate(record.boxes)}
         order = [index_of[id(box)] for asked in ask(record) for box in asked.boxes]
@@ -54,9 +54,11 @@ class MaskLayout:
 
     def check(self, record: Record, masks: np.ndarray | None) -> None:
         """Raises DataError if a record with boxes has no masks, or more than fit."""
-        if record.boxes and masks is None:
+        if not record.boxes:
+            return
+        if masks is None:
             raise DataError("it has boxes and no masks, and masks are what is trained")
-        if record.boxes and len(masks) > self.max_masks:
+        if len(masks) > self.max_masks:
             raise DataError(f"{len(masks)} masks; at most {self.max_masks} fit (model.max_boxes)")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -222,7 +222,7 @@ def box_corners(raw: Any) -> list[list[float]]:
     return [box["bbox"] for box in _boxes(raw) if _are_corners(box.get("bbox"))]
 
 
-def shares_of_image(corners: Iterable[list[float]]) -> str:
+def shares_of_image(corners: Iterable[Sequence[float]]) -> str:
     """Why the corners of all boxes of a file cannot be pixels (none is above 1); "" if they can."""
     largest = [max(box) for box in corners]
     if not largest or max(largest) > 1:

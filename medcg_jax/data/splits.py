@@ -9,7 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -144,7 +144,7 @@ def group_key(record: Record) -> str:
 
 
 def shared_groups(
-    training: Iterable[Item], test: Iterable[Item], key: Callable[[Item], str] = group_key
+    training: Iterable[Item], test: Iterable[Item], key: Callable[[Any], str] = group_key
 ) -> dict[str, tuple[list[Item], list[Item]]]:
     """Key of each patient or lesion on both sides -> (training items, test items), most test items first.
 

@@ -25,7 +25,7 @@ from medcg_jax.data.images import load_image, pad_to_square
 from medcg_jax.data.notices import letter_counts
 from medcg_jax.data.pool import Progress
 from medcg_jax.data.reading import Reading
-from medcg_jax.data.records import SPLITS, DataError, RecordSet, Subset
+from medcg_jax.data.records import SPLITS, DataError, RecordSet, Split, Subset
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.splits import labels_of
 from medcg_jax.data.tree import Entry
@@ -213,7 +213,7 @@ def _thumb(image: np.ndarray) -> Image.Image:
     return square.resize((THUMB_PX, THUMB_PX), Image.Resampling.LANCZOS)
 
 
-def _stats(subset: Subset, kind: str, sets: dict[str, RecordSet], inspection: Inspection, sheet: str) -> SubsetStats:
+def _stats(subset: Subset, kind: str, sets: dict[Split, RecordSet], inspection: Inspection, sheet: str) -> SubsetStats:
     entries = [entry for entry in inspection.entries if entry.file.number == subset.name]
     images = {entry.path: inspection.images[entry.path] for entry in entries}
     good = [image for image in images.values() if not image.reason]

@@ -206,7 +206,8 @@ def _from_json(path: Path) -> Tokenizer:
     special = {name: number for name, (number, is_special) in added.items() if is_special or name in KNOWN}
     named = named_tokens(path.parent)
     family = _family(added, special, named, path)
-    bos, eos, pad, image = (special.get(name) for name in family)
+    bos, _, pad, image = (special.get(name) for name in family)
+    eos = special[family[1]]
     unk = special.get("<unk>", _unknown(parsed, inner))
     pad = special.get(named.get("pad_token", ""), unk if pad is None else pad)
     if pad is None:

@@ -189,7 +189,7 @@ def _fault_of(pattern: str) -> str:
     # For each open group: repeats in its current alternative, the most in any alternative, whether it has alternatives.
     groups: list[list[int]] = [[0, 0, 0]]
     closed = [0, 0, 0]
-    after = ""
+    after: str | None = ""
     for atom in _ATOMS.finditer(pattern):
         kind, text = atom.lastgroup, atom.group()
         if kind == "back":
@@ -250,7 +250,8 @@ def added_tokens(directory: Path) -> dict[str, int]:
             check_added(content, number, str(name))
             entries.append((content, number, str(name)))
         entries += [(content, number, where) for number, content, where in added_in_config(directory)]
-        ids, names = {}, {}
+        ids: dict[str, int] = {}
+        names: dict[int, str] = {}
         for content, number, where in entries:
             if ids.setdefault(content, number) != number:
                 raise FileError(

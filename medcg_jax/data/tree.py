@@ -14,7 +14,7 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from medcg_jax import untrusted
 from medcg_jax.data import catalogue
@@ -228,7 +228,7 @@ class Tree:
             match = _FILE.fullmatch(path.name)
             if not match:
                 continue
-            file = SubsetFile(path, match[1], match[3], bool(match[2]))
+            file = SubsetFile(path, match[1], cast(Split, match[3]), bool(match[2]))
             key, other, reason = (file.number, file.split), first.setdefault(file.number, file), ""
             if other.detection != file.detection:
                 reason = f"the number of {other.path.relative_to(self.root)}; a subset has options or boxes, not both"
