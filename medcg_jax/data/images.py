@@ -333,7 +333,7 @@ def _check_scans(content: bytes) -> None:
 
 def _is_deep_colour(image: Image.Image) -> bool:
     """Whether colours, or greys with transparency, have more than 8 bits a channel, of which Pillow keeps 8."""
-    args = image.tile[0].args if image.tile else ""
+    args = image.tile[0].args if image.tile else ""  # type: ignore[attr-defined]  # an ImageFile
     of_ppm = image.format == "PPM" and isinstance(args, tuple) and isinstance(args[-1], int) and args[-1] > 255
     return not image.mode.startswith(("I", "F")) and (of_ppm or ";16" in str(args))
 
@@ -343,18 +343,11 @@ def _one_line(error: Exception) -> str:
 
 
 def _to_array(image: Image.Image) -> np.ndarray:
-    if image.mode == "L" and "transparency" not in image.info:
-        return grey_view(np.asarray(image))
-    return np.asarray(_to_rgb(image))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
+    if image.mode in ("L", "RGB") and "transparency" not in image.info:
+        return grey_view(np.asarray(image)) if image.mode == "L" else np.asarray(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image.convert("RGBA"))
+    return np.asarray(image.convert("RGB"))
 
 
 def _deep_grey(grey: np.ndarray, image: Image.Image, reading: Reading) -> tuple[np.ndarray, str]:

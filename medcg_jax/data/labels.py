@@ -137,7 +137,7 @@ def lesion_mask(path: Path, max_pixels: int) -> np.ndarray:
         raise
     except Exception as error:  # decoders raise nearly anything for broken data
         raise ImageError(f"is no mask: {error}; expected a PNG") from error
-    return pixels.any(-1) if pixels.ndim == 3 else pixels != 0
+    return np.asarray(pixels.any(-1) if pixels.ndim == 3 else pixels != 0)
 
 
 def _read_csv(path: Path) -> tuple[tuple[str, ...], list[_Line]]:

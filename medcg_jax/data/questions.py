@@ -126,7 +126,7 @@ def format_labels(
     if as_choice and not table.has_boxes:
         raise DataError(f"{table_path.name}: --as=choice is for boxes and masks; classes are questions anyway")
     detection = table.has_boxes and not as_choice
-    files = {split: root / FOLDER / _file_name(subset, split, detection) for split in SPLITS}
+    files = {split: root / FOLDER / f"Subset--{subset}{'-det' * detection}-{split}.json" for split in SPLITS}
     _check_free(tree, subset, detection, force)
     boxes = [(detection_record(labelled), labelled.size_px) for labelled in table.images] if table.in_numbers else []
     odd_boxes = box_range(table_path.name, boxes)
@@ -239,10 +239,6 @@ def _manifest_with(root: Path, entry: dict[str, str]) -> str:
 
 def _as_json(content: Any) -> str:
     return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-
-
-def _file_name(subset: str, split: Split, detection: bool) -> str:
-    return f"Subset--{subset}{'-det' * detection}-{split}.json"
 
 
 def _inside(name: str) -> str:
