@@ -70,8 +70,9 @@ def palette_levels(domain: np.ndarray, dataset: Dataset) -> np.ndarray:
       ImageError: there is no plain palette, or its tables have other lengths than declared.
     """
     name = "PaletteColorLookupTable"
-    tables = [_lookup(dataset, domain, f"{color}{name}Descriptor", f"{color}{name}Data") for color in COLORS]
-    if any(table is None for table in tables):
+    lookups = (_lookup(dataset, domain, f"{color}{name}Descriptor", f"{color}{name}Data") for color in COLORS)
+    tables = [table for table in lookups if table is not None]
+    if len(tables) < len(COLORS):
         # A few bytes of a segmented palette can expand to gigabytes.
         raise ImageError("DICOM: no palette of plain tables; segmented ones are not read")
     palette = np.stack(tables, axis=1)
