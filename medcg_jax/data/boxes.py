@@ -1,7 +1,7 @@
-"""Boxes of resized images, boxes of masks, and what is asked of a record with boxes.
+"""Boxes of resized images, boxes of masks, and the questions of a record with boxes.
 
 Boxes are float[..., 4] of x1, y1, x2, y2 in pixels, corners between pixels; sizes are (height, width). There is one
-question for each label of a record, the same for every model; how a model answers is its own.
+question for each label of a record, the same for every model; the form of the answer depends on the model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from medcg_jax.data.records import Box, Record
 
 Size = tuple[int, int]
 
-# None says how many there are: that is part of the answer.
+# No phrasing says how many boxes there are: that is part of the answer.
 PHRASINGS = (
     "Where is the {label}?",
     "Where in this image is the {label}?",
@@ -31,7 +31,7 @@ def resized(boxes: np.ndarray, size: Size, to: Size, *, squared: bool = False) -
     """float64[N, 4]: boxes of an image of `size` as boxes of the image resized to `to`, cut at its edges.
 
     Args:
-      squared: whether the image is laid in the middle of a square of its longer side first (`images.pad_to_square`).
+      squared: whether the image is first padded to a square of its longer side (`images.pad_to_square`).
     """
     height, width = size
     side = max(size)
@@ -48,7 +48,7 @@ def corners(boxes: Iterable[Box]) -> np.ndarray:
 
 def of_mask(mask: np.ndarray) -> np.ndarray:
     """float64[N, 4]: the tight box of each connected part (diagonal neighbours count) of bool[h, w], from the top."""
-    from scipy import ndimage  # of masks alone: a run without them starts sooner
+    from scipy import ndimage  # a run without masks starts faster without it
 
     parts, _ = ndimage.label(mask, structure=np.ones((3, 3)))
     boxes = [(x.start, y.start, x.stop, y.stop) for y, x in ndimage.find_objects(parts)]
@@ -56,7 +56,7 @@ def of_mask(mask: np.ndarray) -> np.ndarray:
 
 
 class Asked(NamedTuple):
-    """One question, the label it names as the boxes have it, and the boxes of that label in the record's order."""
+    """One question, its label as the boxes have it, and the boxes of that label in the record's order."""
 
     question: str
     label: str
@@ -64,10 +64,10 @@ class Asked(NamedTuple):
 
 
 def ask(record: Record) -> tuple[Asked, ...]:
-    """The questions of a record, one for each label of its boxes; () where it has none.
+    """The questions of a record, one for each label of its boxes; () without boxes.
 
-    Order and phrasing depend on the record's id and the labels alone: whatever order the boxes have, each label of a
-    subset comes first in some records, as it does where it is asked alone.
+    Order and phrasing depend only on the record's id and the labels, not on the order of the boxes. So each label of a
+    subset comes first in some records, as it does when it is asked alone.
 
     Example: boxes of "Left lung" and "Right lung" -> ("Locate the right lung.", ...), ("Where is the left lung?", ...).
     """

@@ -1,14 +1,14 @@
-"""Med-MAT's list: 109 source datasets and 53 subsets, slips of the printed tables mended, and what belongs together.
+"""Med-MAT's catalogue: 109 source datasets and 53 subsets, with slips of the printed tables mended, and their relations.
 
 As printed in arXiv 2412.20070 v1 (read from a third party's page of it): `catalogue/table9_subsets.csv` and
-`catalogue/table10_11_datasets.csv`. Beside them, written for this package:
+`catalogue/table10_11_datasets.csv`. Written for this package:
 
-- `added_subsets.csv`: 53, which the release's README lists. `subset_status.csv`: whether a subset's questions are
+- `added_subsets.csv`: subset 53, which the release's README lists. `subset_status.csv`: whether a subset's questions are
   released (that README), and its distribution (tables 1 and 2).
-- `slips.csv`: what is printed wrongly and what is used instead; "none": the printed value stands, "unknown": nothing is
-  known in its place.
-- `lineage.csv`: datasets that share or hold each other's images. `groups.csv`: image names that tell the patient.
-  What is called generally known in these two was not looked up.
+- `slips.csv`: wrongly printed values and their replacements; "none": the printed value is kept, "unknown": the right
+  value is not known.
+- `lineage.csv`: datasets that share images or contain each other. `groups.csv`: patterns of image names that show the
+  patient. Entries of these two that are called generally known were not looked up.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from types import MappingProxyType
 
 FOLDER = Path(__file__).parent / "catalogue"
 SUBSETS, DATASETS = "table9_subsets", "table10_11_datasets"
-# What the paper's text says of Med-MAT.
+# Numbers in the paper's text.
 STATED = {"datasets": 106, "subsets": 53, "modalities": 11, "areas": 14, "tasks": 13}
 
 
 @dataclass(frozen=True)
 class Slip:
-    """A field of a printed table that is wrong or doubtful, what is used for it, and why.
+    """A wrong or doubtful field of a printed table, the value used instead, and why.
 
     Attributes:
       table: file name of the table. number: of the subset, dataset or row.
-      override: the value used; "none": the printed one; "unknown": none is known, and the typed answer is empty.
+      override: the value used; "none": the printed one; "unknown": none is known, and the field is empty.
     """
 
     table: str
@@ -51,9 +51,9 @@ class Dataset:
 
     Attributes:
       number: "1" to "109", as `data-no` in records.
-      name, description, citation: "" where the printed one is another dataset's and the right one is not known.
-      addresses: where it is to be had; () likewise.
-      subsets: those that it is in.
+      name, description, citation: "" if the printed one is another dataset's and the right one is not known.
+      addresses: of its web pages; () likewise.
+      subsets: numbers of the subsets that contain it.
       printed: `name`, `url`, `description`, `citation` and `subsets` ("18, 22") as printed.
     """
 
@@ -92,7 +92,7 @@ class CatalogueSubset:
 
 @dataclass(frozen=True)
 class Count:
-    """How many of something the paper states, how many its printed tables have, which, and what that leaves open."""
+    """A number stated in the paper, the number in its printed tables, the names there, and a note on the difference."""
 
     stated: int
     printed: int
@@ -107,7 +107,7 @@ def slips() -> tuple[Slip, ...]:
 
 
 def printed_rows(name: str) -> list[dict[str, str]]:
-    """The rows of one file of the catalogue as they stand in it."""
+    """The rows of one file of the catalogue."""
     with (FOLDER / f"{name}.csv").open(encoding="utf-8", newline="") as lines:
         return list(csv.DictReader(lines))
 
@@ -122,7 +122,7 @@ def numbers(text: str) -> tuple[str, ...]:
 
 
 def counts() -> dict[str, Count]:
-    """What the paper states of Med-MAT's size beside what its tables list, by `STATED`'s keys."""
+    """Med-MAT's size as stated in the paper and as listed in its tables, by `STATED`'s keys."""
     rows = printed_rows(SUBSETS)
     listed = {
         "datasets": {number for row in rows for number in numbers(row["datasets"])},
@@ -146,18 +146,18 @@ def counts() -> dict[str, Count]:
 
 
 def related_datasets(number: str) -> dict[str, str]:
-    """Other datasets that share images with one, or may -> why, and how sure that is (`lineage.csv`).
+    """Other datasets that share images with this one, or may -> why, and how sure that is (`lineage.csv`).
 
-    Sure are: "printed" (the tables' names or addresses say it), "inferred" (as generally known), "possible". {} of a
-    dataset that is not listed.
+    How sure: "printed" (by the tables' names or addresses), "inferred" (generally known), "possible". {} for a dataset
+    that is not listed.
     """
     related = _lineage().get(number, {})
     return {other: "; ".join(related[other]) for other in sorted(related, key=_order)}
 
 
 def group_of(data_no: str, image_path: str) -> str:
-    """What the image's name tells of patient, lesion, slide or case: two images of one dataset with the same text
-    belong together. "" where the name tells nothing, or the dataset's naming is not known (`groups.csv`).
+    """The patient, lesion, slide or case in an image's name, equal for images of one dataset that belong together; "" if
+    the name shows none, or the dataset's naming is not known (`groups.csv`).
 
     Example: `group_of("53", "med-mat/Knee/test/3/9120059R.jpg") == "9120059"`.
     """
@@ -167,8 +167,8 @@ def group_of(data_no: str, image_path: str) -> str:
 
 
 def numbering(data_no: str) -> str:
-    """The data set that stands for all which number their patients as this one does: the first of those that share
-    images, as is printed or generally known, and whose image names follow one pattern; else the data set itself.
+    """The first of the data sets that number their patients as this one does: they surely share images, and their image
+    names follow one pattern. Else the data set itself.
 
     Example: `numbering("80") == "61"`, for 61 is a sample of 80 and keeps its names.
     """
@@ -184,13 +184,13 @@ def _slips_of(table: str, number: str) -> tuple[Slip, ...]:
 
 
 def _mended(row: Mapping[str, str], slips_of_row: Iterable[Slip]) -> dict[str, str]:
-    """The row with what its slips put in place of printed values."""
+    """The row with its slips' values in place of printed ones."""
     changed = {slip.field: slip.override for slip in slips_of_row if slip.override != "none" and slip.field in row}
     return {**row, **{name: "" if value == "unknown" else value for name, value in changed.items()}}
 
 
 def _moved(slip: Slip) -> set[str]:
-    """The datasets that a slip of a subset's list takes out of it or puts into it."""
+    """The datasets that a slip removes from a subset's list or adds to it."""
     return set() if slip.override == "none" else set(numbers(slip.printed)) ^ set(numbers(slip.override))
 
 

@@ -1,6 +1,6 @@
 """What is wrong with a Med-MAT tree, record by record: `medcg data check ROOT`.
 
-Nothing found ends the run: each record and each image is judged by itself.
+No problem ends the run: each record and each image is judged by itself.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from medcg_jax.data.records import SPLITS, Split
 from medcg_jax.data.schema import ReleaseError, detection_problems
 from medcg_jax.data.tree import Entry, Tree, near_misses, subset_table
 
-# 14 bits in words of 16 take a quarter of their range, 12 a sixteenth.
+# 14 bits in 16-bit words use a quarter of the range, 12 bits a sixteenth.
 MIN_RANGE_USED = 0.3
 _FRAME = re.compile(r", frame \d+ of \d+")
 _WINDOW = re.compile(r"window -?[\d.e+-]+/[\d.e+-]+")
-# Kinds of problems that are a record's own: without it the rest of its file can be used.
+# Kinds of problems of a single record: the other records of its file can still be used.
 RECORD_KINDS = frozenset(
     ("type", "key", "text", "options", "letter", "answer", "duplicate_id", "path", "missing_file", "image", "size")
     + ("box", "duplicate_across_splits")
@@ -35,7 +35,7 @@ RECORD_KINDS = frozenset(
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong; `record` is "" where it is the file's as a whole."""
+    """One thing that is wrong; `record` is "" where it concerns the whole file."""
 
     file: str
     record: str
@@ -43,16 +43,16 @@ class Problem:
     reason: str
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (self.file, self.record, self.reason) if part)
+        return ": ".join(text for text in (self.file, self.record, self.reason) if text)
 
 
 @dataclass(frozen=True)
 class Near:
     """A training record whose image is nearly that of a test record: `bits` of 256 of their perceptual hashes differ.
 
-    `form`, of `duplicates.FORMS`, says what of the test's image it is, such as "mirrored"; "" for the image as it is.
+    `form`, of `duplicates.FORMS`, says how the test's image was changed, such as "mirrored"; "" if it was not.
 
-    No fault of either record, and so no problem: frames of one patient may be meant, or may give a test away.
+    Neither record is at fault, so this is no `Problem`: frames of one patient may be intended, or may give a test away.
     """
 
     file: str
@@ -67,9 +67,9 @@ class Near:
 
 @dataclass(frozen=True)
 class Dim:
-    """An image whose greys take so little of the range that became black to white that it is nearly one flat grey.
+    """An image whose greys use so little of the range mapped to black..white that it is nearly one flat grey.
 
-    No fault of a record: which range is meant nobody but the user knows. share: in 0..1. image: below the root.
+    This is no `Problem`: only the user knows which range is meant. share: in 0..1. image: path below the root.
     """
 
     image: str
@@ -79,11 +79,11 @@ class Dim:
 
 @dataclass(frozen=True)
 class Report:
-    """What was looked at, and every problem in the order of files and records.
+    """What was checked, and every problem in the order of files and records.
 
-    `num_detection` of the records are in detection files; `num_boxes` are in those whose keys and path are right.
-    `read_as`: ways in which images became 8 bits, without the numbers of windows and frames, and how many did so, most
-    frequent first; ordinary ones are not among them.
+    `num_detection` of the records are in detection files; `num_boxes` counts the boxes of those with right keys and path.
+    `read_as`: (way in which images became 8 bits, without numbers of windows and frames; number of such images), most
+    frequent first; ordinary 8-bit images are not counted.
     """
 
     num_files: int
@@ -112,8 +112,8 @@ class Report:
         return len(self.bad_records) / self.num_records if self.num_records else 0.0
 
     def acceptable(self, max_bad_frac: float) -> bool:
-        """Whether nothing is wrong but so small a share of the records, or that a file has none. A file that cannot be
-        read is not acceptable at any share, since nobody knows how many records it has."""
+        """Whether at most this share of the records is bad. Files without records are acceptable; a file that cannot be
+        read never is, since nobody knows how many records it has."""
         is_usable = all(problem.kind in RECORD_KINDS or problem.kind == "no_records" for problem in self.problems)
         return is_usable and self.bad_frac <= max_bad_frac
 
@@ -142,8 +142,7 @@ class Report:
 
 
 class Inspection(NamedTuple):
-    """A tree's report with what it rests on: the tree, every record whose own JSON and image path are right, and every
-    image file."""
+    """A report, its tree, every record whose JSON and image path are right (`entries`), and every image file."""
 
     report: Report
     tree: Tree
@@ -152,7 +151,7 @@ class Inspection(NamedTuple):
 
 
 def check_tree(root: str | Path, *args, **kwargs) -> Report:
-    """The report of `inspect`, which takes the same."""
+    """The report of `inspect`, with the same arguments."""
     return inspect(root, *args, **kwargs).report
 
 
@@ -170,7 +169,7 @@ def inspect(
     Kinds: those of the reader (`unreadable`, `encoding`, `json`, `not_a_list`, `type`, `key`, `options`, `letter`,
     `text`, `answer`, `duplicate_id`, `path`, `missing_file`, `box_units`, `duplicate_file`, `file_name`, `manifest`),
     and `unknown_subset`, `image`, `size`, `box`, `no_records`, `duplicate_across_splits` (the same bytes or the same
-    pixels in train and in test, whatever the names). What is no fault of a record by itself is a notice (`notices`).
+    pixels in train and in test, whatever the names). What is no fault of a single record is a notice (`notices`).
 
     Args:
       workers: processes that decode; 0: one per core.
@@ -178,7 +177,7 @@ def inspect(
       memory: as `examine.examine_all` takes it.
 
     Raises:
-      DataError: the root is no folder or holds no subset file; or `reading` has no such choice.
+      DataError: the root is no folder or holds no subset file; or `reading` has an unknown choice.
     """
     check_reading(reading)
     tree = root if isinstance(root, Tree) else Tree(root)
@@ -213,7 +212,7 @@ def inspect(
     images = examine_all(paths, max_pixels, reading, workers=workers, progress=progress, memory=memory)
     problems += _image_problems(entries, images)
     problems += _shared_between_splits(entries, images)
-    order = {file.path.name: place for place, file in enumerate(tree.files)}
+    order = {file.path.name: position for position, file in enumerate(tree.files)}
     problems.sort(key=lambda problem: order.get(problem.file, -1))
     misses = [near for near in near_misses(tree.root, tree.files) if not near.is_wanted]
     notices = [Notice(ascii(near.name)[1:-1], "file_name", 1, 1, near.reason) for near in misses]
@@ -228,7 +227,7 @@ def inspect(
 
 
 def dim_images(root: Path, images: Mapping[Path, Examined]) -> tuple[Dim, ...]:
-    """Images that take less than `MIN_RANGE_USED` of the range that they were read by, the least first."""
+    """Images that use less than `MIN_RANGE_USED` of the range they were read with, the least first."""
     dim = [
         Dim(str(path.relative_to(root)), round(image.range_used, 3), image.read_as)
         for path, image in images.items()
@@ -244,7 +243,7 @@ def ways_of_reading(images: Mapping[Path, Examined]) -> tuple[tuple[str, int], .
 
 
 def print_report(report: Report, *, limit: int = 20) -> None:
-    """Prints what was looked at, a table of what is wrong by kind, and the first `limit` of each kind."""
+    """Prints what was checked, a table of problems by kind, and the first `limit` of each kind."""
     print(f"{report.num_files} subset files, {report.num_records} records, {report.num_images} images")
     if report.num_detection:
         print(f"of these {report.num_detection} detection records, {report.num_boxes} boxes")
@@ -286,7 +285,7 @@ def print_report(report: Report, *, limit: int = 20) -> None:
 
 
 def dim_warning(number: int, least: Dim) -> str:
-    """What is said where so many images are nearly one grey as they are read. least: that of the least range."""
+    """The warning about `number` images that are nearly one grey. least: the one that uses the smallest range."""
     advice = "--deep_grey=percentile takes greys from the least to the greatest of each image"
     if "colours" in least.read_as:
         advice = "bring their values to the whole range first"
@@ -313,7 +312,7 @@ def _image_problems(entries: list[Entry], images: dict[Path, Examined]) -> list[
 
 
 def _shared_between_splits(entries: list[Entry], images: dict[Path, Examined]) -> list[Problem]:
-    """One problem per test record whose image a training record has, in any subset: its bytes, or its pixels."""
+    """One problem per test record whose image (bytes or pixels) a training record of any subset has too."""
     by_bytes: dict[str, Entry] = {}
     by_pixels: dict[str, Entry] = {}
     for entry in entries:
@@ -335,9 +334,9 @@ def _shared_between_splits(entries: list[Entry], images: dict[Path, Examined]) -
 
 
 def near_across_splits(entries: Sequence[Entry], images: Mapping[Path, Examined]) -> tuple[Near, ...]:
-    """Every training record with a test record of nearly its image, of any subset, and not the same one; by distance.
+    """Pairs of a training and a test record, of any subsets, whose images are near but not equal; by distance.
 
-    Mirrored, turned and inverted images are found too (`duplicates.FORMS`).
+    Mirrored, turned and inverted images count as near (`duplicates.FORMS`).
     """
     users: dict[Split, dict[Path, list[Entry]]] = {split: {} for split in SPLITS}
     for entry in entries:

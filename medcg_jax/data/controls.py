@@ -1,4 +1,4 @@
-"""Test questions asked again, to tell what an answer rests on: options moved, only two of them, another image."""
+"""Controls: test questions asked again with options moved, with two options, or beside another image."""
 
 import dataclasses
 from collections import Counter
@@ -10,7 +10,7 @@ from medcg_jax.data.records import LETTERS, DataError, Record, RecordSet, Turn
 
 
 class ControlSet(RecordSet):
-    """Questions about the images of another set: question i is asked beside the image of its record `places[i]`."""
+    """Questions about images of another set: question i has the image of that set's record `places[i]`."""
 
     def __init__(self, records: Sequence[Record], asked_of: RecordSet, places: Sequence[int]):
         super().__init__(records, asked_of.select(places).images)
@@ -18,19 +18,18 @@ class ControlSet(RecordSet):
 
 
 def control_sets(records: RecordSet, names: Sequence[str], seed: int) -> dict[str, ControlSet]:
-    """Control -> the choice questions asked again; the records keep their ids, and a control without one is left out.
+    """Control -> its choice questions, with the records' ids; controls without questions are left out.
 
     names: of `CONTROLS`.
-      "shuffled_images": each question beside another image of the set: its answer cannot be seen. Records without an
-        image, and those for which there is no other one, are not asked.
-      "circular": "shift_1", "shift_2", ..., the options moved on by so many places, as far as a question has options.
-      "two_options": the right option and one of the others, in a drawn order, of questions that have more.
+      "shuffled_images": each question beside another image of the set, which does not show the answer. Records without
+        an image, or for which there is no other image, are left out.
+      "circular": "shift_1", "shift_2", ...: the options rotated by so many letters, for questions with more options.
+      "two_options": the right option and a drawn wrong one, in drawn order, for questions with more options.
 
     Raises:
-      DataError: a question does not hold its options as lines "A: ...", so that they cannot be exchanged; or an image
-        cannot be read.
+      DataError: a question does not hold its options as lines "A: ...", or an image cannot be read.
     """
-    sets = {}
+    sets: dict[str, ControlSet] = {}
     for name in names:
         sets |= _MAKERS[name](records, Random(f"{name}/{seed}"))
     return {name: asked for name, asked in sets.items() if len(asked)}
@@ -52,44 +51,43 @@ def _lines(options: Sequence[str]) -> str:
 
 
 def _shuffled(records: RecordSet, random: Random) -> dict[str, ControlSet]:
-    places = [i for i, record in enumerate(records.records) if record.image]
-    if len(places) < 2:
+    indices = [i for i, record in enumerate(records.records) if record.image]
+    if len(indices) < 2:
         return {}
-    order = random.sample(places, len(places))
+    order = random.sample(indices, len(indices))
     images = {index: records.image_digest(index) for index in order}
     first = {images[index]: i for i, index in reversed(list(enumerate(order)))}
-    order.sort(key=lambda index: first[images[index]])  # those of one image stand together, else as drawn
+    order.sort(key=lambda index: first[images[index]])  # records of one image next to each other, else as drawn
     most = max(Counter(images.values()).values())
-    # Moved on by so many places no record gets its own image, unless more than half of all have the same.
+    # Rotated by `most`, no record gets its own image, unless more than half of all have the same.
     image_of = dict(zip(order, order[most:] + order[:most], strict=True))
-    image_at = {index: image_of[index] for index in places if images[image_of[index]] != images[index]}
-    places, image_at = list(image_at), list(image_at.values())
+    image_at = {index: image_of[index] for index in indices if images[image_of[index]] != images[index]}
     changed = [
         dataclasses.replace(records.records[index], image=records.records[other].image)
-        for index, other in zip(places, image_at, strict=True)
+        for index, other in image_at.items()
     ]
-    return {"shuffled_images": ControlSet(changed, records, image_at)}
+    return {"shuffled_images": ControlSet(changed, records, list(image_at.values()))}
 
 
 def _shifted(records: RecordSet, _: Random) -> dict[str, ControlSet]:
     sets = {}
     for shift in range(1, max((len(record.options) for record in records.records), default=0)):
-        places = [i for i, record in enumerate(records.records) if shift < len(record.options)]
+        indices = [i for i, record in enumerate(records.records) if shift < len(record.options)]
         changed = [
             with_options(record, record.options[-shift:] + record.options[:-shift], record.label)
-            for record in (records.records[i] for i in places)
+            for record in (records.records[i] for i in indices)
         ]
-        sets[f"shift_{shift}"] = ControlSet(changed, records, places)
+        sets[f"shift_{shift}"] = ControlSet(changed, records, indices)
     return sets
 
 
 def _two_options(records: RecordSet, random: Random) -> dict[str, ControlSet]:
-    places = [i for i, record in enumerate(records.records) if len(record.options) > 2]
+    indices = [i for i, record in enumerate(records.records) if len(record.options) > 2]
     changed = []
-    for record in (records.records[i] for i in places):
+    for record in (records.records[i] for i in indices):
         other = random.choice([option for option in record.options if option != record.label])
         changed.append(with_options(record, random.sample([record.label, other], 2), record.label))
-    return {"two_options": ControlSet(changed, records, places)}
+    return {"two_options": ControlSet(changed, records, indices)}
 
 
 _MAKERS = dict(zip(CONTROLS, (_shuffled, _shifted, _two_options), strict=True))

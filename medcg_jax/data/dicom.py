@@ -1,12 +1,12 @@
-"""One frame of a DICOM file as uint8 RGB, decoded by pydicom from a file that is not trusted.
+"""One frame of a DICOM file as uint8 RGB, decoded by pydicom from an untrusted file.
 
-Compressed pixels are checked before a decoder sees them, since decoders allocate what a codestream declares, whatever
-the DICOM header says: whole fragments, and codestreams of the size declared. Lossless JPEG is decoded by GDCM in a
-process of its own (`decode_lossless`), for broken data can abort the process that they are decoded in.
+Decoders allocate what a codestream declares, whatever the DICOM header says. So compressed pixels are checked first:
+fragments must be whole, and codestreams must have the declared size. GDCM decodes lossless JPEG in a separate process
+(`decode_lossless`), since broken data can abort it.
 
-Only the tags that say how pixels are stored and shown are read, none that names a patient. pydicom's warnings, log
-lines and errors may quote values of a file, so none of them is passed on: what can be said is said in words of our own.
-Overlays, ICC profiles and the aspect ratio of pixels are left alone.
+Only tags about the storage and display of pixels are read, none that names a patient. pydicom's warnings, log lines and
+errors may quote values of a file, so they are never passed on; messages here are written anew. Overlays, ICC profiles
+and the aspect ratio of pixels are ignored.
 
 Source of the codestreams' markers: ITU-T T.81, B.1.1.3 (JPEG), T.87, C.1.1 (JPEG-LS), T.800, A.5.1 (JPEG 2000).
 """
@@ -40,7 +40,7 @@ from pydicom.tag import BaseTag
 from medcg_jax.data.dicom_levels import KEYWORDS, grey_levels, named, palette_levels, value_of
 from medcg_jax.data.reading import ImageError, Reading, by_rows, check_reading, check_size, frame_index
 
-# Transfer syntax -> pydicom's plugin, "" for plain pixels; named, so that nothing depends on what else is installed.
+# Transfer syntax -> pydicom's plugin, "" for plain pixels; fixed here, so that it does not depend on what is installed.
 PLUGINS: dict[str, str] = {
     uid.ImplicitVRLittleEndian: "",
     uid.ExplicitVRLittleEndian: "",
@@ -59,16 +59,16 @@ PLUGINS: dict[str, str] = {
 GREYS = ("MONOCHROME1", "MONOCHROME2")
 COLORS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
 MAX_INFLATED_BYTES = 2**26
-# Of one element that is read; groups of 2,000 frames have some 1 MB, of which empty items are the slowest.
+# Of one element that is read; functional groups of 2,000 frames have some 1 MB. Empty items are the slowest to parse.
 MAX_VALUE_BYTES = 2**23
 _JPEG2000_COLORS = ("YBR_RCT", "YBR_ICT")
-# A file of nothing but empty fragments takes minutes to count.
+# Without a limit, counting a file full of empty fragments takes minutes.
 MAX_FRAGMENTS = 100_000
 MAX_FRAGMENT_BYTES = 2**28
 
 _ITEM = 0xFFFEE000
 _END = 0xFFFEE0DD
-# Frame markers that a file of each transfer syntax may have. Progressive JPEG (C2) is none of them.
+# Frame markers allowed for each transfer syntax. Progressive JPEG (C2) is not among them.
 _FRAME_MARKERS: dict[str, tuple[int, ...]] = {
     uid.JPEGBaseline8Bit: (0xC0,),
     uid.JPEGExtended12Bit: (0xC0, 0xC1),
@@ -85,22 +85,22 @@ _LAYOUT = (
     "SamplesPerPixel PhotometricInterpretation PlanarConfiguration NumberOfFrames Rows Columns BitsAllocated "
     "BitsStored HighBit PixelRepresentation ExtendedOffsetTable ExtendedOffsetTableLengths".split()
 )
-_TAGS = [tag_for_keyword(keyword) for keyword in (*_LAYOUT, *KEYWORDS)]
-_TRANSFER_SYNTAX = tag_for_keyword("TransferSyntaxUID")
+_TAGS: list[Any] = [tag_for_keyword(keyword) for keyword in (*_LAYOUT, *KEYWORDS)]
+_TRANSFER_SYNTAX: Any = tag_for_keyword("TransferSyntaxUID")
 _PIXEL_DATA = tag_for_keyword("PixelData")
 # Float Pixel Data, Double Float Pixel Data.
 _FLOAT_PIXELS = (0x7FE00008, 0x7FE00009)
 _UNDEFINED = 0xFFFFFFFF
-# pydicom's settings and Python's warning filters are the process's: one file at a time is read while they are changed.
+# pydicom's settings and Python's warning filters are process-wide, so only one thread reads a file while they are changed.
 _LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
 class _Header:
-    """What a file says of its pixels, checked.
+    """The checked description of a file's pixels.
 
     Attributes:
-      file: the data set, inflated if it was deflated, whose pixels begin at byte `start` and have `length` bytes.
+      file: the data set, inflated if it was deflated; its pixels begin at byte `start` and have `length` bytes.
     """
 
     dataset: Dataset
@@ -122,8 +122,8 @@ class _Header:
 def is_dicom(file: BinaryIO) -> bool:
     """Whether a file opened at its start has DICOM's mark, or begins with DICOM's file header without the preamble.
 
-    The mark rules whatever stands before it: files that are also TIFF have it. A data set without any header is none,
-    since nothing tells it from other bytes for sure.
+    The mark decides, whatever the preamble holds: some files are also TIFF. A data set without any header does not count,
+    since it cannot be told from other bytes.
     """
     start = file.read(132)
     file.seek(0)
@@ -133,15 +133,15 @@ def is_dicom(file: BinaryIO) -> bool:
 def read_dicom(file: BinaryIO, max_pixels: int, reading: Reading) -> tuple[np.ndarray, str]:
     """uint8[h, w, 3] of one frame, and how it was made, such as "DICOM window 40/400 of the file, frame 3 of 12".
 
-    Greys go through the file's modality LUT or rescale, then through `reading.window`. A preset is in HU and holds for
-    CT with a rescale; other files, and all where none is named, are shown by their own VOI LUT or first window. Without
-    those, unsigned greys of up to 8 bits without a rescale stay as they are, others are stretched between percentiles.
+    Greys go through the file's modality LUT or rescale, then through `reading.window`. A preset is in HU and applies to
+    CT with a rescale; other files, or all files without a window, use their own VOI LUT or first window. Without those,
+    unsigned greys of up to 8 bits without a rescale stay unchanged, and others are stretched between percentiles.
 
     Args:
-      max_pixels: held against the header before pixels are read; of several frames one alone is decoded.
+      max_pixels: limit checked in the header before pixels are read; only one frame is decoded.
 
     Raises:
-      ImageError: broken, cut short, too large, or stored in a way that is not read. DataError: `reading` has no such
+      ImageError: broken, cut short, too large, or stored in a way that is not read. DataError: `reading` has an unknown
         choice.
     """
     check_reading(reading)
@@ -161,7 +161,7 @@ def read_dicom(file: BinaryIO, max_pixels: int, reading: Reading) -> tuple[np.nd
             raise
         except Exception as error:
             failure = type(error).__name__
-    # Outside of the handler: an error raised there would carry pydicom's with it.
+    # Raised outside of the handler, where it would carry pydicom's error as its context.
     raise ImageError(f"DICOM: cannot be decoded ({failure} at its {step})")
 
 
@@ -191,7 +191,7 @@ def _layout_of(header: _Header) -> str:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keeps pydicom from warning and logging, and from complaining of values, until it ends."""
+    """Silences pydicom's warnings, logs and value checks within the block."""
     logger = logging.getLogger("pydicom")
     with _LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -210,9 +210,9 @@ def _read_header(file: BinaryIO, max_pixels: int) -> _Header:
     meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != 2, specific_tags=[_TRANSFER_SYNTAX])
     syntax = uid.UID(str(meta.get("TransferSyntaxUID", "")))
     if syntax not in PLUGINS:
-        # A UID's name is DICOM's own only where DICOM has it; others may be anything.
+        # Only a registered UID has a name; an unknown UID may be any text.
         name = f"transfer syntax {syntax.name} is not read" if syntax.is_transfer_syntax else "no known transfer syntax"
-        raise ImageError(f"DICOM: {name}; {', '.join(uid.UID(syntax).name for syntax in PLUGINS)} are accepted")
+        raise ImageError(f"DICOM: {name}; expected {', '.join(uid.UID(syntax).name for syntax in PLUGINS)}")
     if syntax.is_deflated:
         file = _inflated(file)
     start = file.tell()
@@ -247,7 +247,7 @@ def _read_header(file: BinaryIO, max_pixels: int) -> _Header:
         bits_allocated=_number(dataset, "BitsAllocated"),
         bits_stored=_number(dataset, "BitsStored"),
         signed=_number(dataset, "PixelRepresentation", 0) == 1,
-        # Some writers put 0 where there is one frame: what does not fit is refused by its length.
+        # Some writers put 0 for one frame; a wrong number is refused by the length of the pixels.
         num_frames=_number(dataset, "NumberOfFrames", 1) or 1,
     )
     check_size((header.columns, header.rows), max_pixels)
@@ -269,7 +269,7 @@ def _number(dataset: Dataset, keyword: str, default: int | None = None) -> int:
         return default
     if not isinstance(value, int):
         what = "missing" if value in (None, "") else "several values" if isinstance(value, MultiValue) else "no number"
-        raise ImageError(f"DICOM: {named(keyword)} is {what}; a whole number is accepted")
+        raise ImageError(f"DICOM: {named(keyword)} is {what}; expected a whole number")
     return int(value)
 
 
@@ -283,7 +283,7 @@ def _check_layout(header: _Header) -> None:
         raise ImageError(f"DICOM: {header.photometric} colours, which are JPEG 2000's alone, in {header.syntax.name}")
     stored, allocated = header.bits_stored, header.bits_allocated
     if allocated not in ((1, 8, 16) if header.samples == 1 else (8, 16)) or not 1 <= stored <= allocated:
-        reason = "1, 8 or 16 bits (8 or 16 of colours), of which 1 or more are stored, are accepted"
+        reason = "expected 1, 8 or 16 bits (8 or 16 of colours), of which 1 or more are stored"
         tags = f"{named('BitsAllocated')}, {named('BitsStored')}"
         raise ImageError(f"DICOM: {allocated} bits allocated, {stored} stored ({tags}); {reason}")
     if _number(header.dataset, "HighBit", stored - 1) != stored - 1 and not header.syntax.is_encapsulated:
@@ -296,19 +296,19 @@ def _check_layout(header: _Header) -> None:
 
 
 def _planar(header: _Header) -> int:
-    """How native samples lie; decoders of compressed ones give them pixel by pixel, whatever the header says (PS3.5,
-    8.2), and those that do not say so."""
+    """PlanarConfiguration of native samples; decoders of compressed ones give samples pixel by pixel whatever the header
+    says (PS3.5, 8.2)."""
     return 0 if header.syntax.is_encapsulated else _number(header.dataset, "PlanarConfiguration", 0)
 
 
 def _checked_length(header: _Header, size: int) -> _Header:
-    """The header, whose pixels are as many as it declares; its colours are YBR_FULL where they are no YBR_FULL_422.
+    """The header, with YBR_FULL instead of YBR_FULL_422 if the pixels are not subsampled.
 
     Args:
       size: bytes of the file.
 
     Raises:
-      ImageError: pixels are fewer or more than declared, plain or in fragments.
+      ImageError: there are fewer or more pixels than declared, plain or in fragments.
     """
     if header.syntax.is_encapsulated:
         if header.length != _UNDEFINED:
@@ -347,7 +347,7 @@ def _decode(header: _Header, frame: int) -> np.ndarray:
         content = get_frame(header.file, frame, number_of_frames=header.num_frames, extended_offsets=offsets)
         bits = _check_codestream(content, header.syntax, header.rows, header.columns, header.samples)
         if bits:
-            # Its decoder gives words of the codestream's size, whatever the header's.
+            # The decoder gives words of the codestream's size, not the header's.
             options |= {"bits_allocated": bits, "bits_stored": min(header.bits_stored, bits)}
         source, frame, options["number_of_frames"] = encapsulate([content]), 0, 1
     if PLUGINS[header.syntax] == "gdcm":
@@ -361,7 +361,7 @@ def _decode(header: _Header, frame: int) -> np.ndarray:
 
 
 def _check_fragments(file: BinaryIO, syntax: str, num_frames: int) -> None:
-    """Raises ImageError unless whole fragments, of no more frames than declared, and the mark of their end follow."""
+    """Raises ImageError unless whole fragments of at most `num_frames` frames and an end mark follow."""
     started = 0
     for number in range(MAX_FRAGMENTS):
         head = file.read(8)
@@ -380,21 +380,21 @@ def _check_fragments(file: BinaryIO, syntax: str, num_frames: int) -> None:
             raise ImageError(f"DICOM: a fragment of {length:,} bytes; at most {MAX_FRAGMENT_BYTES:,} are read")
         start = file.tell()
         if number:  # the first is the table of offsets
-            # Of RLE a fragment is a frame; other codestreams begin with their mark.
+            # In RLE a fragment is a frame; other codestreams begin with a mark.
             started += syntax == uid.RLELossless or file.read(4).startswith((b"\xff\xd8\xff", b"\xff\x4f\xff\x51"))
-        # Past the end of a file that is cut short nothing more is read.
+        # Beyond the end of a truncated file the next read is empty.
         file.seek(start + length)
     raise ImageError(f"DICOM: more than {MAX_FRAGMENTS} fragments of pixel data")
 
 
 def _check_codestream(frame: bytes, syntax: str, rows: int, columns: int, samples: int) -> int:
-    """Bits of the words that a frame of JPEG or lossless JPEG decodes to; 0 of other codestreams, whose decoder says.
+    """Bits of the words that a frame of JPEG or lossless JPEG decodes to; 0 for other codestreams.
 
     Args:
       frame: one frame, its fragments joined.
 
     Raises:
-      ImageError: the frame is no codestream of its transfer syntax, or declares another image than its file.
+      ImageError: the frame is no codestream of its transfer syntax, or declares another size than the header.
     """
     if syntax == uid.RLELossless:
         return 0
@@ -404,14 +404,14 @@ def _check_codestream(frame: bytes, syntax: str, rows: int, columns: int, sample
         size, precision = _size_jpeg(frame, _FRAME_MARKERS[syntax])
     if size != (rows, columns, samples):
         raise ImageError("DICOM: the compressed image has another size or number of channels than the header declares")
-    # The decoder of lossless JPEG fills what is missing with grey.
+    # The decoder of lossless JPEG fills missing data with grey.
     lossless = syntax in (uid.JPEGLossless, uid.JPEGLosslessSV1)
     if lossless and not frame.rstrip(b"\0").endswith(b"\xff\xd9"):
         raise ImageError("DICOM: a JPEG without its end")
     if lossless and not 2 <= precision <= 16:
-        raise ImageError(f"DICOM: lossless JPEG of {precision} bits; 2 to 16 are accepted")
+        raise ImageError(f"DICOM: lossless JPEG of {precision} bits; expected 2 to 16")
     if syntax in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit) and precision != 8:
-        raise ImageError(f"DICOM: JPEG of {precision} bits; 8 are accepted")
+        raise ImageError(f"DICOM: JPEG of {precision} bits; expected 8")
     return (precision + 7) // 8 * 8 if lossless or syntax in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit) else 0
 
 
@@ -433,7 +433,7 @@ def _size_jpeg(frame: bytes, accepted: tuple[int, ...]) -> tuple[tuple[int, int,
 
 
 def _size_jpeg2000(frame: bytes) -> tuple[tuple[int, int, int], int]:
-    """The same of a JPEG 2000 codestream; one inside a JP2 file, which DICOM does not allow, is refused."""
+    """The same for a JPEG 2000 codestream; JP2 files, which DICOM does not allow, are refused."""
     if len(frame) < 43 or frame[:4] != b"\xff\x4f\xff\x51":
         raise ImageError("DICOM: pixel data are no JPEG 2000 codestream")
     right, bottom, left, top = struct.unpack_from(">4L", frame, 8)
@@ -442,15 +442,15 @@ def _size_jpeg2000(frame: bytes) -> tuple[tuple[int, int, int], int]:
 
 
 def decode_lossless(frame: bytes, options: dict[str, Any]) -> np.ndarray:
-    """[h, w] stored values or [h, w, 3] RGB of one codestream; costs the start of a process, about half a second.
+    """[h, w] stored values or [h, w, 3] RGB of one codestream; starts a process, which takes about half a second.
 
     Args:
-      options: what pydicom's decoder takes, as JSON takes it, and `transfer_syntax`.
+      options: arguments of pydicom's decoder as JSON values, and `transfer_syntax`.
 
     Raises:
       ImageError: GDCM refuses the data, ends its process, or takes longer than `MAX_SECONDS`.
     """
-    # What this process has on its path, the other one finds at the same places.
+    # The child process uses this process's path.
     command = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _decode_stdin; _decode_stdin()"
     try:
         done = subprocess.run(
@@ -470,7 +470,7 @@ def decode_lossless(frame: bytes, options: dict[str, Any]) -> np.ndarray:
 
 
 def _decode_stdin() -> None:
-    """Decodes the codestream on standard input by the options in the first argument; raw pixels on standard output."""
+    """The child process: codestream on standard input, options as first argument, raw pixels on standard output."""
     options = json.loads(sys.argv[1])
     decoder = get_decoder(uid.UID(options.pop("transfer_syntax")))
     source = encapsulate([sys.stdin.buffer.read()])

@@ -1,9 +1,9 @@
 """From a DICOM file's stored values to 8 bits: modality LUT or rescale, VOI LUT or window, palettes.
 
-All is worked out for the table of all values that may be stored, never for the pixels. Look-up tables are read here and
-not by pydicom 3.0 (`pixels.processing`). Of tables that scanners write it takes a first value of the wrong sign as it
-stands and wraps the places of an 8-bit table with more than 256 entries, so that pixels come out wrong and nothing says
-so; modality LUTs of 12 bits, tables with one entry more than declared, and an empty first item are errors there.
+Levels are computed for the table of all values that may be stored, never for the pixels. Look-up tables are read here
+and not by pydicom 3.0 (`pixels.processing`), which gets tables of real scanners wrong: it takes a first value of the
+wrong sign literally and wraps the indices of an 8-bit table with more than 256 entries, both without an error; and it
+refuses modality LUTs of 12 bits, tables with one entry more than declared, and an empty first item.
 
 Source: DICOM PS3.3, C.7.6.3.1.5 (palette), C.7.6.16.2 (functional groups), C.11.1 (modality LUT), C.11.2 (VOI LUT).
 """
@@ -11,7 +11,7 @@ Source: DICOM PS3.3, C.7.6.3.1.5 (palette), C.7.6.16.2 (functional groups), C.11
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from pydicom.datadict import dictionary_VR, tag_for_keyword
@@ -27,7 +27,7 @@ KEYWORDS = (
     "PerFrameFunctionalGroupsSequence".split(),
     *(f"{color}PaletteColorLookupTable{part}" for color in COLORS for part in ("Descriptor", "Data")),
 )
-_TYPES = {"DS": "numbers (a decimal point is accepted, no comma)", "IS": "a whole number", "US": "a whole number"}
+_TYPES = {"DS": "numbers (with a decimal point, no comma)", "IS": "a whole number", "US": "a whole number"}
 FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 
 
@@ -38,7 +38,7 @@ def grey_levels(
 
     Args:
       domain: every value that may be stored, rising by 1. pixels: the frame's stored values, for percentiles.
-      frame: its place, from 0, for what the file says of each frame.
+      frame: index of the frame, for values that the file has per frame.
     """
     values, rescaled, in_hu = _modality(domain, dataset, frame)
     if reading.window and reading.window not in PRESETS_HU:
@@ -67,11 +67,12 @@ def palette_levels(domain: np.ndarray, dataset: Dataset) -> np.ndarray:
     """uint8[n, 3] RGB for each value of `domain`.
 
     Raises:
-      ImageError: no plain palette, or its tables have other lengths than declared.
+      ImageError: there is no plain palette, or its tables have other lengths than declared.
     """
     name = "PaletteColorLookupTable"
-    tables = [_lookup(dataset, domain, f"{color}{name}Descriptor", f"{color}{name}Data") for color in COLORS]
-    if any(table is None for table in tables):
+    lookups = (_lookup(dataset, domain, f"{color}{name}Descriptor", f"{color}{name}Data") for color in COLORS)
+    tables = [table for table in lookups if table is not None]
+    if len(tables) < len(COLORS):
         # A few bytes of a segmented palette can expand to gigabytes.
         raise ImageError("DICOM: no palette of plain tables; segmented ones are not read")
     palette = np.stack(tables, axis=1)
@@ -80,17 +81,17 @@ def palette_levels(domain: np.ndarray, dataset: Dataset) -> np.ndarray:
 
 
 def value_of(dataset: Dataset, keyword: str) -> Any:
-    """A value, or None where there is none.
+    """The value of a keyword, or None.
 
     Raises:
-      ImageError: its bytes are none of its type; the message names the tag and no byte of it.
+      ImageError: the value does not have its type; the message names the tag and quotes nothing.
     """
     try:
         value = dataset.get(keyword)
-        # What cannot be read as a number is left as text.
+        # pydicom leaves unreadable numbers as text.
         as_text = any(item and isinstance(item, str) for item in _several(value))
         readable = dictionary_VR(keyword) not in _TYPES or not as_text
-    except Exception:  # pydicom's message quotes the value, so that its error is not passed on
+    except Exception:  # pydicom's message quotes the value, so its error is not passed on
         readable = False
     if not readable:
         kind = _TYPES.get(dictionary_VR(keyword), "a value of its type")
@@ -100,14 +101,14 @@ def value_of(dataset: Dataset, keyword: str) -> Any:
 
 def named(keyword: str) -> str:
     """A keyword with its number, "Rows (0028,0010)"."""
-    tag = tag_for_keyword(keyword)
+    tag = cast(int, tag_for_keyword(keyword))
     return f"{keyword} ({tag >> 16:04X},{tag & 0xFFFF:04X})"
 
 
 def _lookup(item: Dataset, values: np.ndarray, descriptor: str, data: str) -> np.ndarray | None:
-    """int64: the entry of a table for each of the values; None where the item has no table.
+    """int64: a table's entry for each of the values; None if the item has no table.
 
-    Values before the first that is mapped take the first entry, those behind the last the last.
+    Values below the table's first take its first entry, values above its last the last entry.
 
     Raises:
       ImageError: the table has another number of entries than its descriptor says.
@@ -117,7 +118,7 @@ def _lookup(item: Dataset, values: np.ndarray, descriptor: str, data: str) -> np
         return None
     if not isinstance(described, MultiValue | list) or len(described) != 3:
         raise ImageError(f"DICOM: {named(descriptor)} has not three values")
-    # Whether the first two have a sign is left to the pixels', and often written otherwise.
+    # The sign of the first two values should follow the pixels' sign; files often get it wrong.
     number, first = int(described[0]) % 65536 or 65536, int(described[1])
     if first > 32767 and values.min() < 0:
         first -= 65536
@@ -135,7 +136,7 @@ def _lookup(item: Dataset, values: np.ndarray, descriptor: str, data: str) -> np
 
 
 def _modality(domain: np.ndarray, dataset: Dataset, frame: int) -> tuple[np.ndarray, bool, bool]:
-    """The values that stored ones stand for, whether they differ in kind from those stored, and whether they are HU."""
+    """(values that the stored ones stand for, whether a LUT or rescale was applied, whether they are HU)."""
     for item in dataset.get("ModalityLUTSequence") or ():
         values = _lookup(item, domain, "LUTDescriptor", "LUTData")
         if values is not None:
@@ -149,7 +150,7 @@ def _modality(domain: np.ndarray, dataset: Dataset, frame: int) -> tuple[np.ndar
 
 
 def _file_window(dataset: Dataset, frame: int) -> tuple[tuple[float, float, str] | None, str]:
-    """(center, width, function) of the file's first window that can be used, or None; and why none can be read."""
+    """((center, width, function) of the file's first usable window or None, why the window cannot be read)."""
     item = _item(dataset, frame, "FrameVOILUTSequence")
     try:
         centers, widths = (value_of(item, keyword) for keyword in ("WindowCenter", "WindowWidth"))
@@ -166,9 +167,9 @@ def _file_window(dataset: Dataset, frame: int) -> tuple[tuple[float, float, str]
 
 
 def _voi_lut(values: np.ndarray, dataset: Dataset) -> tuple[np.ndarray, str] | None:
-    """uint8 of the values through the first VOI LUT that has a table, its whole range onto 0..255, and what was done.
+    """uint8 of the values through the first VOI LUT with a table, its whole range mapped to 0..255, and what was done.
 
-    Its range is that of the bits which its largest entry has: descriptors are known to say 16 of entries of 12.
+    The range has the bits of the largest entry: some descriptors declare 16 bits for entries of 12.
     """
     for item in dataset.get("VOILUTSequence") or ():
         shown = _lookup(item, values, "LUTDescriptor", "LUTData")
@@ -181,8 +182,8 @@ def _voi_lut(values: np.ndarray, dataset: Dataset) -> tuple[np.ndarray, str] | N
 
 
 def _percentiles(domain: np.ndarray, pixels: np.ndarray, values: np.ndarray, dataset: Dataset) -> tuple[float, float]:
-    """The frame's percentiles in units of `values`, pixels of the padding's value, or of its range, left out."""
-    # Whether padding has a sign is often written otherwise than of the pixels: it has the same bits.
+    """The frame's percentiles in units of `values`, without pixels of the padding's value or range."""
+    # Files often give padding the wrong sign; its bits are right.
     padding = [
         (value - domain[0]) % len(domain) + domain[0]
         for value in (value_of(dataset, keyword) for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"))
@@ -197,7 +198,7 @@ def _percentiles(domain: np.ndarray, pixels: np.ndarray, values: np.ndarray, dat
 
 
 def _item(dataset: Dataset, frame: int, sequence: str) -> Dataset:
-    """Where a frame's values of one kind stand: its own functional group, the one of all frames, or the data set."""
+    """The data set with a frame's values of one kind: its functional group, the shared group, or the file's data set."""
     groups = dataset.get("PerFrameFunctionalGroupsSequence") or ()
     for group in (*groups[frame : frame + 1], *(dataset.get("SharedFunctionalGroupsSequence") or ())[:1]):
         if group.get(sequence):
@@ -210,7 +211,7 @@ def _several(value: Any) -> list:
 
 
 def _first(value: Any) -> float | None:
-    """A number, or the first of several; None for none that is finite."""
+    """A number, or the first of several; None if it is missing or not finite."""
     if isinstance(value, MultiValue):
         value = value[0] if value else None
     if value is None or value == "":

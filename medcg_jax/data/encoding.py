@@ -1,4 +1,4 @@
-"""Records as arrays: token rows of one length, supervised positions, and images as the model takes them."""
+"""Encodes records as arrays: token rows of one length, supervised positions, and the model's image arrays."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from medcg_jax.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
 
-# Images kept decoded; a larger set is decoded again whenever a row is drawn.
+# Limit of decoded images kept in memory; images of a larger set are decoded whenever a row is drawn.
 MEMORY_LIMIT_BYTES = 2 << 30
-# Columns of letters where no question has more options: two shapes of programs in all, and this is the usual one.
+# Columns of letters unless a question has more options, so that programs have only two shapes.
 USUAL_OPTIONS = 4
 
 
@@ -31,12 +31,12 @@ class Encoded:
     """Checked rows, ready to batch.
 
     Attributes:
-      records: where the rows come from, in order.
-      format: how they were made.
-      arrays: [N, ...] per batch key, and `length` int32[N]; what `encode` or `encode_eval` says.
-      images: [N, ...] per batch key of the format's; None where images are decoded when drawn.
-      masks: whether rows have the masks of their boxes, laid out when drawn.
-      asked: the question about boxes that each row asks; () for other rows.
+      records: the record of each row.
+      format: of the model.
+      arrays: [N, ...] per batch key, and `length` int32[N]; see `encode` and `encode_eval`.
+      images: [N, ...] per image key of the format; None: images are decoded when drawn.
+      masks: whether rows have masks of their boxes, which are laid out when drawn.
+      asked: each row's question about boxes; () for other rows.
     """
 
     records: RecordSet
@@ -61,24 +61,24 @@ class Encoded:
         else:
             images = {key: array[indices] for key, array in self.images.items()}
         batch |= {key: array[:, None] for key, array in images.items()}
-        if self.masks:
+        if self.masks and (layout := self.format.mask_layout):
             masks = []
             for index in indices.tolist():
                 with _named(self.records.records[index]) as record:
-                    masks.append(self.format.mask_layout.arrays(record, self.records.mask(index)))
+                    masks.append(layout.arrays(record, self.records.mask(index)))
             batch |= {key: np.stack([row[key] for row in masks]) for key in masks[0]}
         return batch, [self.records.records[i].id for i in indices]
 
 
 def checked_rows(rows: np.ndarray | None, batch_size: int) -> np.ndarray:
-    """`rows`, where None stands for all of the batch.
+    """`rows` as an array; None means all rows of the batch.
 
     Raises:
-      ValueError: rows that no batch has.
+      ValueError: `rows` are not rising rows of the batch.
     """
     own_rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     if not len(own_rows) or own_rows[0] < 0 or own_rows[-1] >= batch_size or (np.diff(own_rows) <= 0).any():
-        raise ValueError(f"rows={own_rows.tolist()} of batch_size={batch_size}: rising rows of the batch are accepted")
+        raise ValueError(f"rows={own_rows.tolist()} of batch_size={batch_size}: expected rising rows of the batch")
     return own_rows
 
 
@@ -92,12 +92,12 @@ def encode(
 ) -> Encoded:
     """Rows for training: the batch keys `tokens`, `target_positions`, `targets`, `target_weights`, the format's boxes.
 
-    T = `data.max_text_tokens` + `fmt.max_image_tokens`, L = `data.max_target_tokens`; the position p of a target is the
-    one whose logits predict token p + 1.
+    `tokens` are [N, `data.max_text_tokens` + `fmt.max_image_tokens`], targets [N, `data.max_target_tokens`]. The logits
+    at target position p predict token p + 1.
 
     Raises:
-      DataError: a record has too many tokens or targets, none that is supervised, or text or an image that cannot be
-        used; the message names it.
+      DataError: a record has too many tokens or targets, no supervised token, or unusable text or image; the message
+        names the record.
     """
     rows = _empty_rows(len(records), tokenizer, data, fmt)
     positions = np.zeros((len(records), data.max_target_tokens), np.int32)
@@ -135,12 +135,12 @@ def encode_eval(
     columns: int = 0,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
 ) -> Encoded:
-    """Rows for evaluation: `tokens` end in `ASSISTANT:`, `last_position` int32[N], `option_ids` int32[N, K].
+    """Rows for evaluation: `tokens` up to `ASSISTANT:`, `last_position` int32[N], `option_ids` int32[N, K].
 
-    K = `columns`, or `option_columns` of these records; -1 stands where a record has fewer.
+    K = `columns`, or `option_columns` of these records; -1 fills the row of a record with fewer options.
 
     Raises:
-      DataError: as `encode`; or a record is no choice question, has too many options, or letters that cannot be scored.
+      DataError: as `encode`; or a record is no choice question, or has too many options or letters that cannot be scored.
     """
     rows = _empty_rows(len(records), tokenizer, data, fmt)
     columns = columns or option_columns(records)
@@ -160,18 +160,18 @@ def encode_eval(
 
 
 def option_columns(records: RecordSet) -> int:
-    """Columns of letters that these records' options need: `USUAL_OPTIONS`, or `MAX_OPTIONS` where one has more."""
+    """Columns of letters for these records: `USUAL_OPTIONS`, or `MAX_OPTIONS` if a record has more options."""
     most = max((len(record.options) for record in records.records), default=0)
     return USUAL_OPTIONS if most <= USUAL_OPTIONS else MAX_OPTIONS
 
 
 def encode_boxes(records: RecordSet, tokenizer: Tokenizer, data: DataConfig, fmt: Format) -> Encoded:
-    """Rows that ask for boxes, one for each question about a record's boxes: `tokens` and `last_position` int32[N].
+    """A row for each question about a record's boxes: `tokens` and `last_position` int32[N].
 
-    `records` and `asked` of what comes back have one entry a row; records without boxes are asked nothing.
+    `records` and `asked` of the result have one entry a row; records without boxes have no row.
 
     Raises:
-      DataError: a record has too many tokens, or the model is asked of no boxes.
+      DataError: a record has too many tokens, or the model does not answer with boxes.
     """
     if fmt.box_turn is None:
         raise DataError("a model that gives no boxes is asked for some; MiniGPT-v2 and NExT-Chat give them")
@@ -187,10 +187,10 @@ def encode_boxes(records: RecordSet, tokenizer: Tokenizer, data: DataConfig, fmt
 
 
 def longest_row(records: RecordSet, tokenizer: Tokenizer, data: DataConfig, fmt: Format) -> int:
-    """Tokens of the longest training row that `encode` would make of these records, image included; 0 of none.
+    """Tokens, with the image's, of the longest training row that `encode` would make of these records; 0 without records.
 
-    Records that it would refuse are left out: it names them, where they are wanted. Images are not decoded, and the
-    tokenizer keeps the ids of texts, so that the rows cost little when they are made.
+    Records that `encode` would refuse are ignored. Images are not decoded, and the tokenizer caches the ids of texts, so
+    a later `encode` is cheap.
     """
     longest = 0
     for index in range(len(records)):
@@ -200,47 +200,50 @@ def longest_row(records: RecordSet, tokenizer: Tokenizer, data: DataConfig, fmt:
 
 
 def row_length(longest: int, data: DataConfig, fmt: Format) -> int:
-    """Tokens of training rows, padding included, of which the longest has `longest` (`data.row_multiple`)."""
+    """Length of padded training rows whose longest has `longest` tokens (`data.row_multiple`)."""
     most = data.max_text_tokens + fmt.max_image_tokens
     return min(most, -(-longest // data.row_multiple) * data.row_multiple) if data.row_multiple else most
 
 
 def cut_rows(encoded: Encoded, length: int) -> Encoded:
-    """The same rows without the padding behind `length` tokens.
+    """The same rows cut to `length` tokens.
 
     Raises:
-      ValueError: a row is longer, or was shorter before.
+      ValueError: a row has more tokens than `length`, or the rows are shorter.
     """
     tokens, longest = encoded.arrays["tokens"], encoded.arrays["length"].max(initial=0)
     if not longest <= length <= tokens.shape[1]:
-        raise ValueError(f"length={length}: {longest} to {tokens.shape[1]} is accepted of these rows")
+        raise ValueError(f"length={length}: expected {longest} to {tokens.shape[1]} of these rows")
     return dataclasses.replace(encoded, arrays={**encoded.arrays, "tokens": tokens[:, :length]})
 
 
-def concat_encoded(parts: Sequence[Encoded]) -> Encoded:
-    """One set of rows from several that were encoded alike; decodes nothing again.
+def concat_encoded(row_sets: Sequence[Encoded]) -> Encoded:
+    """Joins sets of rows that were encoded alike; decodes nothing again.
 
     Raises:
-      ValueError: no parts, or rows of different shapes.
+      ValueError: there are no sets, or their rows have different shapes.
     """
-    if not parts:
+    if not row_sets:
         raise ValueError("there are no encoded records to join")
-    shapes = {tuple((key, a.shape[1:]) for key, a in sorted({**p.arrays, **p.format.blank}.items())) for p in parts}
+    shapes = {tuple((key, a.shape[1:]) for key, a in sorted({**p.arrays, **p.format.blank}.items())) for p in row_sets}
     if len(shapes) > 1:
         raise ValueError(f"encoded records of {len(shapes)} shapes cannot be joined: {sorted(map(str, shapes))}")
 
     def joined(sets: list[Arrays]) -> Arrays:
         return {key: np.concatenate([arrays[key] for arrays in sets]) for key in sets[0]}
 
-    images = [part.images for part in parts if part.images is not None]
-    records, arrays = concat([part.records for part in parts]), joined([part.arrays for part in parts])
-    all_images = joined(images) if len(images) == len(parts) else None
-    return Encoded(records, parts[0].format, arrays, all_images, masks=parts[0].masks)
+    images = [row_set.images for row_set in row_sets if row_set.images is not None]
+    records, arrays = (
+        concat([row_set.records for row_set in row_sets]),
+        joined([row_set.arrays for row_set in row_sets]),
+    )
+    all_images = joined(images) if len(images) == len(row_sets) else None
+    return Encoded(records, row_sets[0].format, arrays, all_images, masks=row_sets[0].masks)
 
 
 @contextlib.contextmanager
 def _named(record: Record) -> Iterator[Record]:
-    """The record, whose id stands before the message of a DataError."""
+    """Yields the record; puts its id before the message of a DataError of the block."""
     try:
         yield record
     except DataError as error:
@@ -248,7 +251,7 @@ def _named(record: Record) -> Iterator[Record]:
 
 
 def _conversation(records: RecordSet, index: int, tokenizer: Tokenizer, data: DataConfig, fmt: Format) -> Tokens:
-    """A record's training row. Raises DataError where it does not fit."""
+    """A record's training row. Raises DataError if it does not fit."""
     turns, num_image = fmt.turns(records.records[index]), _image_tokens(records, index, fmt)
     tokens = fmt.prompts.conversation(tokenizer, turns, system_prompt=data.system_prompt, num_image_tokens=num_image)
     _check_length(len(tokens.ids), num_image, data, fmt)
@@ -258,7 +261,7 @@ def _conversation(records: RecordSet, index: int, tokenizer: Tokenizer, data: Da
 def _prompt(
     records: RecordSet, index: int, turns: tuple[Turn, ...], tokenizer: Tokenizer, data: DataConfig, fmt: Format
 ) -> list[int]:
-    """The ids of these turns about a record's image, up to the last answer. Raises DataError where they do not fit."""
+    """The ids of these turns about a record's image, up to the last answer. Raises DataError if they do not fit."""
     num_image = _image_tokens(records, index, fmt)
     ids = fmt.prompts.evaluation_prompt(tokenizer, turns, system_prompt=data.system_prompt, num_image_tokens=num_image)
     _check_length(len(ids), num_image, data, fmt)
@@ -266,14 +269,14 @@ def _prompt(
 
 
 def _image_tokens(records: RecordSet, index: int, fmt: Format) -> int:
-    """How many tokens the record's image takes; 0 without one."""
+    """Tokens of the record's image; 0 without one."""
     if not records.records[index].image:
         return 0
     return fmt.max_image_tokens if fmt.num_image_tokens is None else fmt.num_image_tokens(*records.image_size(index))
 
 
 def _check_length(length: int, num_image_tokens: int, data: DataConfig, fmt: Format) -> None:
-    # A row without an image may use the image's places.
+    # A row without an image may use the image's tokens for text.
     room = data.max_text_tokens + (0 if num_image_tokens else fmt.max_image_tokens)
     if length - num_image_tokens > room:
         raise DataError(
@@ -297,7 +300,7 @@ def _empty_images(fmt: Format, count: int) -> Arrays:
 
 
 def _decode(records: RecordSet, index: int, fmt: Format, out: Arrays, row: int) -> None:
-    """Writes the arrays of a record's image into a row of `out`, which is zeros without one."""
+    """Writes the arrays of a record's image into a row of `out`, which stays zeros without an image."""
     with _named(records.records[index]) as record:
         if record.image:
             for key, array in fmt.preprocess(records.image(index)).items():
@@ -305,7 +308,7 @@ def _decode(records: RecordSet, index: int, fmt: Format, out: Arrays, row: int) 
 
 
 def _all_images(records: RecordSet, fmt: Format, limit_bytes: int) -> Arrays | None:
-    """[N, ...] per batch key of all records, decoded in threads; None where they need more than the limit."""
+    """[N, ...] per image key of all records, decoded in threads; None if they need more than the limit."""
     if len(records) * sum(array.nbytes for array in fmt.blank.values()) > limit_bytes:
         return None
     images = _empty_images(fmt, len(records))

@@ -1,8 +1,8 @@
 """Batches of evaluation: each record once, or many questions about the same images in rounds, in few static lengths.
 
-A round has a batch of images. Each row's beginning, up to the end of its image, is one batch; then the first question
-of every row is one, then the second, and so on: a question stands in the row of its image, so that on no mesh anything
-of an image is moved. Nothing here needs Grain, which a bare machine may lack.
+A round has a batch of images. Its first batch holds each row's tokens up to the end of the image; the next ones hold the
+first question of every row, then the second, and so on. A question is in the row of its image, so that no mesh moves
+image features. Nothing here needs Grain, which a bare machine may lack.
 """
 
 from __future__ import annotations
@@ -15,39 +15,37 @@ import numpy as np
 from medcg_jax.data.encoding import Batch, Encoded, checked_rows
 from medcg_jax.data.row_format import Arrays
 
-# Programs of one kind that the lengths of rows may ask for, at most: few are compiled, and short prompts stay short.
+# The most lengths of rows, and so of programs compiled, for one kind of batch; short prompts still get short rows.
 MOST = 4
-# Rows come in multiples of so many tokens, or of a multiple of the last.
+# Lengths of rows are multiples of one of these, or of a multiple of the last.
 STEPS = (16, 32, 64)
 
 
 def batch_length(encoded: Encoded, longest: int) -> int:
-    """The length of a batch whose longest row has so many tokens: one of `MOST`, up to the length of all rows.
+    """The length of a batch whose longest row has `longest` tokens: one of `MOST` lengths.
 
     Example, 576 image and at most 192 text tokens: 768, 704, 640 or 576.
     """
-    # Rows differ by their text, and where images take as many tokens as they are large by these too.
+    # Rows differ by their text, and by their image if its tokens depend on its size.
     most, fmt = encoded.arrays["tokens"].shape[1], encoded.format
     step = _step(most if fmt.num_image_tokens is not None else most - fmt.max_image_tokens)
     return min(most, _up(max(longest, most - (MOST - 1) * step), step))
 
 
 def suffix_length(encoded: Encoded, longest: int) -> int:
-    """The same of the part of each row that follows its image; only rows without an image may ask for more lengths."""
+    """The same for the tokens behind each row's image; only rows without an image may need further lengths."""
     text = encoded.arrays["tokens"].shape[1] - encoded.format.max_image_tokens
     return _up(max(longest, 1), _step(text))
 
 
 def eval_order(encoded: Encoded) -> np.ndarray:
-    """int[N] the rows in the order in which evaluation takes them: by the length they need, the longest first, else as
-    they stand. No other order gives shorter batches, and none gives fewer.
-    """
+    """int[N]: the rows in the order of evaluation, by the length they need, longest first; no order gives shorter batches."""
     needed = [batch_length(encoded, int(length)) for length in encoded.arrays["length"]]
     return np.argsort(-np.asarray(needed, np.int32), kind="stable")
 
 
 def _step(differing: int) -> int:
-    """The smallest step of which `MOST` are no fewer than the tokens by which rows may differ."""
+    """The smallest step of which `MOST` cover the tokens by which rows may differ."""
     return next((step for step in STEPS if MOST * step >= differing), STEPS[-1] * -(-differing // (MOST * STEPS[-1])))
 
 
@@ -58,17 +56,16 @@ def _up(number: int, step: int) -> int:
 def eval_batches(
     encoded: Encoded, batch_size: int, *, rows: np.ndarray | None = None
 ) -> Iterator[tuple[Batch, list[str]]]:
-    """Each record once, in the order of `eval_order`: `(batch, ids)` with this process's rows, `ids` only of rows that
-    hold a record.
+    """Each record once, in the order of `eval_order`: `(batch, ids)` with this process's rows; padding rows have no id.
 
-    A batch is as long as its longest row asks for (`batch_length`). The last batch is filled with copies of its first
-    row, whose `row_mask` is 0; so every process has as many batches, of the same shapes. rows: as `Batches`.
+    Its longest row gives a batch its length (`batch_length`). The last batch is padded with copies of its first row,
+    whose `row_mask` is 0, so every process has as many batches, of the same shapes. rows: as `Batches`.
     """
-    mine, order = checked_rows(rows, batch_size), eval_order(encoded)
+    own_rows, order = checked_rows(rows, batch_size), eval_order(encoded)
     for start in range(0, len(encoded), batch_size):
-        places = start + mine
-        real = places < len(encoded)
-        batch, ids = encoded.rows(order[np.where(real, places, start)])
+        positions = start + own_rows
+        real = positions < len(encoded)
+        batch, ids = encoded.rows(order[np.where(real, positions, start)])
         length = batch_length(encoded, int(encoded.arrays["length"][order[start : start + batch_size]].max()))
         batch |= {key: batch[key][:, :length] for key in ("tokens", "segment_ids")}
         batch["row_mask"] = real.astype(np.float32)
@@ -87,9 +84,9 @@ class Round:
 class Asked:
     """One question of each row.
 
-    batch: `tokens`, `segment_ids` int32[B, S] of what follows the image, `last_position` in them, `option_ids`.
-    questions: int[R] the questions' numbers, rows[i]: the row of the global batch that asks the i-th; others ask
-      nothing that counts. free: whether one of them is of the first set.
+    batch: `tokens`, `segment_ids` int32[B, S] of the tokens behind the image, `last_position` in them, `option_ids`.
+    questions: int[R] numbers of the questions. rows: int[R] rows of the global batch that ask them; other rows are
+      padding. free: whether a question is of the first set.
     """
 
     batch: Arrays
@@ -106,39 +103,42 @@ def rounds(
     image_token_id: int,
     rows: np.ndarray | None = None,
 ) -> Iterator[Round]:
-    """Every question of `encoded` and of each set of `controls` once, numbered through in this order.
+    """Every question of `encoded` and then of each set of `controls` once, numbered in this order.
 
-    controls: of `data.controls.ControlSet` about the records of `encoded`. rows: this process's, as `Batches`; every
-    process has as many rounds and batches, of the same shapes.
+    controls: encoded `data.controls.ControlSet`s about the records of `encoded`. rows: of this process, as `Batches`;
+    every process has as many rounds and batches, of the same shapes.
 
-    Images with more questions come first, so that few rows ask nothing.
+    Images with more questions come first, so that few rows are padding.
     """
-    mine = checked_rows(rows, batch_size)
+    own_rows = checked_rows(rows, batch_size)
     sets = (encoded, *controls)
     arrays = {key: np.concatenate([s.arrays[key] for s in sets]) for key in ("tokens", "length", "option_ids")}
     is_image = arrays["tokens"] == image_token_id
     width = is_image.shape[1]
     ends = np.where(is_image.any(1), width - is_image[:, ::-1].argmax(1), 0).astype(np.int32)
-    places = np.concatenate([np.arange(len(encoded)), *(s.records.places for s in controls)]).astype(int)
-    groups = _groups(arrays, ends, places, len(encoded))
+    of_controls = [s.records.places for s in controls]  # type: ignore[attr-defined]  # `ControlSet`s
+    image_indices = np.concatenate([np.arange(len(encoded)), *of_controls]).astype(int)
+    groups = _groups(arrays, ends, image_indices, len(encoded))
     for start in range(0, len(groups), batch_size):
         in_round = groups[start : start + batch_size]
-        # Rows beyond the last image are copies of the first.
+        # Padding rows are copies of the round's first row.
         filled = [*in_round, *[in_round[0]] * (batch_size - len(in_round))]
         firsts = np.array([group[0] for group in filled])
         most = max(int(ends[firsts].max()), 1)
         most = most if encoded.format.num_image_tokens is None else batch_length(encoded, most)
-        batch, _ = encoded.rows(places[firsts[mine]])
+        batch, _ = encoded.rows(image_indices[firsts[own_rows]])
         before = {key: batch[key] for key in encoded.format.blank}
-        before |= _cut(arrays["tokens"], firsts[mine], np.zeros_like(mine), ends[firsts[mine]], most)
-        asked = tuple(_asked(encoded, arrays, ends, in_round, filled, turn, mine) for turn in range(len(in_round[0])))
+        before |= _cut(arrays["tokens"], firsts[own_rows], np.zeros_like(own_rows), ends[firsts[own_rows]], most)
+        asked = tuple(
+            _asked(encoded, arrays, ends, in_round, filled, turn, own_rows) for turn in range(len(in_round[0]))
+        )
         yield Round(before, asked)
 
 
-def _groups(arrays: Arrays, ends: np.ndarray, places: np.ndarray, num_free: int) -> list[list[int]]:
-    """Questions with the same beginning and image: those of the first set first, then longer ones first."""
+def _groups(arrays: Arrays, ends: np.ndarray, image_indices: np.ndarray, num_free: int) -> list[list[int]]:
+    """Groups of questions with the same image and prefix; in a group the first set's come first, then longer ones."""
     groups: dict[tuple, list[int]] = {}
-    for question, (image, end) in enumerate(zip(places, ends, strict=True)):
+    for question, (image, end) in enumerate(zip(image_indices, ends, strict=True)):
         groups.setdefault((int(image), arrays["tokens"][question, :end].tobytes()), []).append(question)
     lengths = arrays["length"] - ends
     for group in groups.values():
@@ -146,21 +146,21 @@ def _groups(arrays: Arrays, ends: np.ndarray, places: np.ndarray, num_free: int)
     return sorted(groups.values(), key=lambda group: (-len(group), -max(lengths[group])))
 
 
-def _asked(encoded, arrays, ends, groups, filled, turn: int, mine: np.ndarray) -> Asked:
+def _asked(encoded, arrays, ends, groups, filled, turn: int, own_rows: np.ndarray) -> Asked:
     rows = np.array([row for row, group in enumerate(groups) if turn < len(group)])
     questions = np.array([groups[row][turn] for row in rows])
     every = np.array([group[min(turn, len(group) - 1)] for group in filled])
     lengths = arrays["length"] - ends
     length = suffix_length(encoded, int(lengths[every].max()))
-    taken = every[mine]
+    taken = every[own_rows]
     batch = _cut(arrays["tokens"], taken, ends[taken], lengths[taken], length)
     batch |= {"last_position": lengths[taken] - 1, "option_ids": arrays["option_ids"][taken]}
     return Asked(batch, questions, rows, bool((questions < len(encoded)).any()))
 
 
 def _cut(tokens: np.ndarray, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: int) -> Arrays:
-    """`tokens`, `segment_ids` int32[B, width]: of each of these rows so many tokens, from its start on."""
-    places = np.arange(width)
-    real = places < lengths[:, None]
-    taken_tokens = tokens[rows[:, None], np.minimum(starts[:, None] + places, tokens.shape[1] - 1)]
+    """`tokens`, `segment_ids` int32[B, width]: of each row `lengths` tokens from `starts` on."""
+    columns = np.arange(width)
+    real = columns < lengths[:, None]
+    taken_tokens = tokens[rows[:, None], np.minimum(starts[:, None] + columns, tokens.shape[1] - 1)]
     return {"tokens": np.where(real, taken_tokens, 0).astype(np.int32), "segment_ids": real.astype(np.int32)}

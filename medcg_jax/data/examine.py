@@ -1,4 +1,4 @@
-"""What each image file of a tree turns out to be: read once, in all cores, and remembered between runs."""
+"""Examines every image file of a tree: once, on all cores, with results kept between runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 # Processor time and address space that the examination of one image may take; one of 2**24 pixels takes 2 s.
 MAX_SECONDS = 10
 MAX_BYTES = 2**32
-# Another number where files are decoded or hashed in another way: what is remembered then is not that.
+# Increase it when files are decoded or hashed in another way: older results then do not count.
 READER = 2
 
 
@@ -31,13 +31,13 @@ class Examined:
     """One image file.
 
     Attributes:
-      height, width: in pixels, upright; 0 where it cannot be decoded.
-      reason: why it is refused; "" where it is not.
-      digest: sha256 of the file's bytes, in hex; "" where they cannot be read.
-      pixels: sha256 of the shape and the decoded RGB pixels: the same picture in another file.
-      perceptual: `duplicates.perceptual_hash` in hex; "" of an image that is nearly uniform.
-      read_as: what was chosen to make 8 bits of it (a window, a frame); "" for an ordinary image.
-      range_used: as `images.range_used` has it.
+      height, width: in pixels, upright; 0 if it cannot be decoded.
+      reason: why it is refused; "" if it is not.
+      digest: sha256 of the file's bytes, in hex; "" if they cannot be read.
+      pixels: sha256 of the shape and the decoded RGB pixels, in hex.
+      perceptual: `duplicates.perceptual_hash` in hex; "" for a nearly uniform image.
+      read_as: how it became 8 bits (a window, a frame); "" for an ordinary image.
+      range_used: as `images.range_used`.
     """
 
     height: int = 0
@@ -51,12 +51,12 @@ class Examined:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """(height, width); None where it is refused."""
+        """(height, width); None for a refused image."""
         return None if self.reason else (self.height, self.width)
 
     @property
     def is_sound(self) -> bool:
-        """Whether all fields are of their types, as they need not be in a file."""
+        """Whether all fields have their types; fields read from a file may not."""
         texts = (self.reason, self.digest, self.pixels, self.perceptual, self.read_as)
         if not all(isinstance(text, str) for text in texts) or {type(self.height), type(self.width)} != {int}:
             return False
@@ -64,12 +64,12 @@ class Examined:
 
     @property
     def hashes(self) -> ImageHashes:
-        """What it is recognised by."""
+        """The digests as bytes."""
         return ImageHashes(*(bytes.fromhex(digest) for digest in (self.digest, self.pixels, self.perceptual)))
 
 
 def examine(path: Path, max_pixels: int, reading: Reading) -> Examined:
-    """One image file, decoded."""
+    """Decodes one image file and hashes it."""
     digest = ""
     try:
         with opened(path) as file:
@@ -100,13 +100,13 @@ def examine_all(
 
     Args:
       workers: processes; 0: one per core.
-      progress: wraps the iterator over files that are read and takes their number.
-      memory: files that it knows are not read again; it is told of each file whose bytes were read.
+      progress: wraps the iterator over the files to read and takes their number.
+      memory: files in it are not read again; each file whose bytes were read is added.
     """
     examined = {path: memory.known[path] for path in paths if path in memory.known} if memory else {}
     unknown = [path for path in paths if path not in examined]
     examine_one = functools.partial(examine, max_pixels=max_pixels, reading=reading)
-    results = over(
+    results: Iterable[Examined] = over(
         examine_one, unknown, workers=workers, crashed=lambda path, reason: Examined(reason=reason),
         max_seconds=MAX_SECONDS, max_bytes=MAX_BYTES,
     )  # fmt: skip
@@ -114,21 +114,21 @@ def examine_all(
         results = progress(results, len(unknown))
     for path, image in zip(unknown, results, strict=True):
         examined[path] = image
-        if memory and image.digest:  # what could not be read at all may be read another time
+        if memory and image.digest:  # an unreadable file may be readable in the next run
             memory.add(path, image)
     return {path: examined[path] for path in paths}
 
 
 class Memory:
-    """What was found out about the files of a tree, kept in a file, one line each, as it is found.
+    """Results of `examine` for the files of a tree, appended to a file, one line each.
 
         with Memory(out / ".examined.jsonl", root, repr((max_pixels, reading))) as memory:
             examine_all(paths, max_pixels, reading, memory=memory)
 
-    A file that has another size or time of change is not known, nor is one that was read in another way, or hashed.
+    A line counts only if the file's size and time of change, `way` and `READER` are the same as then.
 
     Attributes:
-      known: path -> what was found, of files that have not changed since.
+      known: path -> result, for files that have not changed since.
     """
 
     def __init__(self, path: Path, root: Path, way: str):

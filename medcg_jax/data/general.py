@@ -1,7 +1,7 @@
 """General records: questions of four options that are not medical, such as ImageWikiQA's, mixed into every training.
 
-The study integrated some against the bias of varying numbers of options (page prose about arXiv 2412.20070, figure 3).
-They are not in the release, so a file of them is the user's.
+The study mixed them in against the bias of varying numbers of options (page prose about arXiv 2412.20070, figure 3).
+They are not in the release, so the user provides the file.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ NUM_OPTIONS = 4
 
 
 def num_general(num_records: int, share: float) -> int:
-    """How many general records a training of `num_records` has beside them: `share` for each of them, rounded."""
+    """The number of general records added to a training of `num_records`: `share` times as many, rounded."""
     return round(share * num_records)
 
 
 class GeneralRecords:
-    """The records of `data.general_records`, every one checked, as a supply for trainings.
+    """The checked records of `data.general_records`, from which each training draws some.
 
-    The file is a JSON list with the release's eight keys; `image` is relative to the file's folder, or "" where a
-    question has none. Images are decoded when asked for.
+    The file is a JSON list with the release's eight keys; `image` is relative to the file's folder, or "" for a question
+    without one. Images are decoded on demand.
 
     Attributes:
       records: all of them, in the file's order.
 
     Raises:
-      DataError: the file cannot be read, or a record has not four options, or is broken.
+      DataError: the file cannot be read, or a record is broken or has not four options.
     """
 
     def __init__(self, config: DataConfig):
@@ -54,19 +54,19 @@ class GeneralRecords:
         return len(self.records)
 
     def require(self, num_records: int) -> None:
-        """Raises DataError where there are fewer than a training of so many records wants; none is taken twice."""
-        wanted = num_general(num_records, self._config.imagewikiqa_share)
-        if wanted > len(self):
+        """Raises DataError if there are too few for a training of so many records; none is used twice."""
+        needed = num_general(num_records, self._config.imagewikiqa_share)
+        if needed > len(self):
             raise DataError(
                 f"data.general_records={self._config.general_records!r} has {len(self)} records; "
-                f"data.imagewikiqa_share={self._config.imagewikiqa_share} of {num_records} wants {wanted}"
+                f"data.imagewikiqa_share={self._config.imagewikiqa_share} of {num_records} wants {needed}"
             )
 
     def draw(self, training: tuple[tuple[str, int], ...]) -> RecordSet:
-        """The general records of one training, drawn by it and `data.seed`, none twice.
+        """The general records of one training, drawn without repetition, seeded by `training` and `data.seed`.
 
         Args:
-          training: (subset, number of its records), by name.
+          training: (subset, number of its records), sorted by name.
 
         Raises:
           DataError: as `require`.
@@ -80,9 +80,9 @@ class GeneralRecords:
     def fingerprint(self) -> str:
         """A digest of the file, and of its images' bytes."""
         digest = hashlib.sha256(self._path.read_bytes())
-        for place, record in enumerate(self.records.records):
+        for index, record in enumerate(self.records.records):
             if record.image:
-                digest.update(self.records.image_digest(place))
+                digest.update(self.records.image_digest(index))
         return digest.hexdigest()[:16]
 
 
@@ -91,7 +91,7 @@ def _checked(contents: Contents) -> list[Record]:
     for entry in contents.entries:
         number = len(entry.record.options) if entry.record else NUM_OPTIONS
         if number != NUM_OPTIONS:
-            reason = f"{number} options; {NUM_OPTIONS} are accepted of a general record"
+            reason = f"{number} options; expected {NUM_OPTIONS} of a general record"
             raise ReleaseError(contents.file.path.name, entry.name, "options", reason)
         if entry.error and (entry.record is None or entry.record.image):
             raise entry.error
@@ -100,5 +100,5 @@ def _checked(contents: Contents) -> list[Record]:
 
 
 def open_general(config: DataConfig) -> GeneralRecords | None:
-    """What a run mixes into its trainings; None where `data.imagewikiqa_share` is 0."""
+    """The general records of a run; None if `data.imagewikiqa_share` is 0."""
     return GeneralRecords(config) if config.imagewikiqa_share else None

@@ -1,7 +1,7 @@
-"""Images as uint8 RGB: decoded from files that are not trusted, padded to a square and resized as LLaVA-1.5 does.
+"""Images as uint8 RGB: decoded from untrusted files, padded to a square and resized as LLaVA-1.5 does.
 
-Files are regular ones of a bounded size, read in a bounded number of steps. DICOM files are read by `dicom`; greys of
-more than 8 bits become 8 bits as a run's `Reading` says.
+Only regular files of a bounded size are read, in a bounded number of reads. `dicom` reads DICOM files; a run's `Reading`
+says how greys of more than 8 bits become 8 bits.
 
 Source of the square and the resize: haotian-liu/LLaVA (c121f04) llava/mm_utils.py:expand2square and CLIP's image
 processor (bicubic, by PIL on uint8); equal bit for bit to transformers' `LlavaImageProcessorPil(do_pad=True)`.
@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal, cast
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
@@ -36,29 +36,29 @@ from medcg_jax.untrusted import FileError, open_regular
 
 # int(mean * 255) of CLIP's channel means.
 FILL = (122, 116, 104)
-# What shows through where an image is transparent.
+# Shown through transparent pixels.
 BACKGROUND = (0, 0, 0)
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 _UNKNOWN = f"not an image of a known format (DICOM, {', '.join(FORMATS)})"
-# Of JPEG, PNG and the like the whole file is read. At least the first are, and more where more pixels are accepted.
+# Files other than DICOM are read whole, up to the larger of these two limits.
 MAX_IMAGE_BYTES = 2**27
 MAX_BYTES_PER_PIXEL = 8
-# A file of DICOM may hold hundreds of frames, of which one is read.
+# A DICOM file may hold hundreds of frames, of which one is read.
 MAX_DICOM_BYTES = 2**31
 # Parsers of headers read a few bytes at a time: a chunk of a PNG in four reads, a marker of a JPEG in three, a tag of a
 # TIFF in two, a block of a GIF in two, a header of a PPM byte by byte, an element of DICOM in two. Pixels come in
 # blocks: a PNG of 2**24 pixels of 16 bits in chunks of 8 KiB takes 50,000 reads.
 MAX_READS = 300_000
-# Groups of 2,000 frames have some 100,000 elements.
+# Functional groups of 2,000 frames have some 100,000 elements.
 MAX_DICOM_READS = 300_000
-# Of JPEG. Encoders write about ten; each further one costs a pass over all pixels, and may be a few bytes long.
+# JPEG: encoders write about ten scans; each costs a pass over all pixels and may be only a few bytes long.
 MAX_SCANS = 50
-# Of a JPEG from its first scan on; restarts, of which there may be one a block, are not counted.
+# Of a JPEG; restart markers, of which there may be one a block, are not counted.
 MAX_MARKERS = 10_000
-# Of a TIFF: a row each makes 65,535 at most.
+# Of a TIFF: with a row in each there are at most 65,535.
 MAX_STRIPS = 2**20
 MAX_TEXT_BYTES = 2**20
-# Of a PPM in plain text, whose numbers and comments Pillow reads in Python.
+# Of a plain-text PPM, which Pillow parses in Python.
 MAX_PLAIN_BYTES = 2**25
 MAX_COMMENTS = 1000
 # TIFF's PhotometricInterpretation of greys whose greatest value is black, and SampleFormat of unsigned integers.
@@ -72,7 +72,7 @@ _DEEP = "16-bit colours, range 0 to 65535"
 
 
 def load_image(source: str | Path | bytes | BinaryIO, max_pixels: int, reading: Reading = Reading()) -> np.ndarray:
-    """uint8[h, w, 3] RGB, upright, decoded by content whatever the name; of greys a view. See `read_image`."""
+    """uint8[h, w, 3] RGB, upright, decoded by content, not name; a view for greys. See `read_image`."""
     return read_image(source, max_pixels, reading)[0]
 
 
@@ -81,28 +81,27 @@ def read_image(
 ) -> tuple[np.ndarray, str]:
     """uint8[h, w, 3] RGB, upright, decoded by content, and how it became 8 bits: "" for an ordinary 8-bit image.
 
-    Of formats other than DICOM the first frame of several is taken; transparency is laid over `BACKGROUND`. Examples of
-    the text: "DICOM window lung -600/1500, frame 3 of 12" (counted from 1), "16-bit greys, percentiles 0.5 to 99.5".
+    Formats other than DICOM give their first frame; transparent pixels show `BACKGROUND`. Examples of the text: "DICOM
+    window lung -600/1500, frame 3 of 12" (counted from 1), "16-bit greys, percentiles 0.5 to 99.5".
 
     Args:
-      max_pixels: what the image, and the square that it is padded to, may have; held against the header before
-        anything is decoded.
-      reading: what is done with DICOM and with greys of more than 8 bits.
+      max_pixels: limit of the image and of its padded square, checked in the header before anything is decoded.
+      reading: how DICOM and greys of more than 8 bits are read.
 
     Raises:
       ImageError: no image, truncated, too large, or of a format or depth that is not read.
-      DataError: `reading` holds a choice that there is not.
+      DataError: `reading` has an unknown choice.
     """
     _bound_pillow()
     try:
         with opened(source) as file:
             if is_dicom(file):
-                return read_dicom(BoundedFile(file, MAX_DICOM_READS, "DICOM elements"), max_pixels, reading)
+                return read_dicom(_bounded(file), max_pixels, reading)
             with _open_plain(file, max_pixels) as image:
                 deep = _is_deep_colour(image)
                 image.load()
                 upright = ImageOps.exif_transpose(image)
-                # What is read of the tags is read before: the turned copy has none.
+                # Tags are read from `image`: the turned copy has none.
                 if image.mode == "F" or image.mode.startswith("I"):
                     grey, choice = _deep_grey(np.asarray(upright), image, reading)
                     return grey_view(grey), choice
@@ -112,7 +111,7 @@ def read_image(
     except MemoryError as error:
         raise ImageError("cannot be decoded: it takes more memory than there is") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{error}; at most {max_pixels} pixels are accepted") from error
+        raise ImageError(f"{error}; expected at most {max_pixels} pixels") from error
     except UnidentifiedImageError as error:
         raise ImageError(_UNKNOWN) from error
     except Exception as error:  # decoders raise nearly anything for broken data
@@ -129,9 +128,9 @@ def image_size(source: str | Path | bytes | BinaryIO, max_pixels: int) -> tuple[
     try:
         with opened(source) as file:
             if is_dicom(file):
-                return dicom_size(BoundedFile(file, MAX_DICOM_READS, "DICOM elements"), max_pixels)
+                return dicom_size(_bounded(file), max_pixels)
             with _open_plain(file, max_pixels) as image:
-                # Pillow gives the size of TIFF alone as it is when turned upright.
+                # Only for TIFF Pillow gives the size after turning upright.
                 tags = getattr(image, "tag_v2", None)
                 width, height = image.size
                 if tags is not None:
@@ -150,9 +149,9 @@ def image_size(source: str | Path | bytes | BinaryIO, max_pixels: int) -> tuple[
 
 
 def range_used(image: np.ndarray, read_as: str) -> float | None:
-    """Share in 0..1 of black to white that an image takes whose greys, or colours, of a whole range became 8 bits.
+    """Share in 0..1 of black to white that an image uses, if a whole range of deep greys or colours became its 8 bits.
 
-    12 bits in words of 16 use a sixteenth of the range. None for an image that was read in another way.
+    12 bits in 16-bit words use a sixteenth of the range. None for an image that was read in another way.
 
     Args:
       image, read_as: as `read_image` gives them.
@@ -163,7 +162,7 @@ def range_used(image: np.ndarray, read_as: str) -> float | None:
 
 
 def pad_to_square(image: np.ndarray, fill: tuple[int, int, int] = FILL) -> np.ndarray:
-    """uint8[s, s, 3], s the longer side: the image in the middle (odd remainders below and right), `fill` around it."""
+    """uint8[s, s, 3], s the longer side: the image centred (odd remainders below and right), `fill` around it."""
     height, width = image.shape[:2]
     if height == width:
         return image
@@ -197,22 +196,17 @@ def is_grey(image: np.ndarray) -> bool:
 
 
 def grey_view(grey: np.ndarray) -> np.ndarray:
-    """uint8[h, w, 3] of uint8[h, w], without a copy; not to be written to."""
+    """uint8[h, w, 3] of uint8[h, w]: a read-only view."""
     return np.broadcast_to(grey[..., None], (*grey.shape, 3))
 
 
 def preprocess(image: np.ndarray, size_px: int) -> np.ndarray:
-    """uint8[size_px, size_px, 3]: the image padded to a square and resized; the same in training and evaluation.
-
-    Of greys a view, as `grey_view`."""
+    """uint8[size_px, size_px, 3]: the image padded to a square and resized; greys may be a `grey_view`."""
     return resize(pad_to_square(image), size_px)
 
 
 def copy_into(to: np.ndarray, array: np.ndarray) -> None:
-    """Copies an array into another of its shape; greys that are a view (`grey_view`) channel by channel.
-
-    numpy takes four times as long for three equal bytes at a time.
-    """
+    """Copies an array into another of its shape. A `grey_view` is copied channel by channel, which is four times faster."""
     if array.ndim and array.strides[-1] == 0:
         for channel in range(array.shape[-1]):
             to[..., channel] = array[..., 0]
@@ -221,10 +215,10 @@ def copy_into(to: np.ndarray, array: np.ndarray) -> None:
 
 
 class BoundedFile:
-    """A binary file of which a parser may read so many times; more is refused.
+    """A binary file with a limited number of reads.
 
     Args:
-      reads: how many reads it may take. what: what takes so many, for the message.
+      reads: the limit. what: what takes many reads, for the message.
     """
 
     def __init__(self, file: BinaryIO, reads: int = MAX_READS, what: str = ""):
@@ -233,19 +227,23 @@ class BoundedFile:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int = -1) -> bytes:
-        """As a file's. Raises ImageError beyond the bound."""
+        """As a file's `read`. Raises ImageError beyond the limit."""
         self._left -= 1
         if self._left < 0:
             raise ImageError(f"in more than {self._reads:,} pieces ({self._what}); at most so many are read")
         return self._file.read(size)
 
 
+def _bounded(file: BinaryIO) -> BinaryIO:
+    return cast(BinaryIO, BoundedFile(file, MAX_DICOM_READS, "DICOM elements"))
+
+
 @contextmanager
 def opened(source: str | Path | bytes | BinaryIO) -> Iterator[BinaryIO]:
-    """The bytes of an image, from their start; a file that is handed in stays open.
+    """The bytes of an image as a file at its start; an open `source` stays open.
 
     Raises:
-      ImageError: no regular file, missing, or of more than `MAX_DICOM_BYTES`.
+      ImageError: the file is missing, no regular file, or has more than `MAX_DICOM_BYTES`.
     """
     if isinstance(source, bytes):
         yield io.BytesIO(source)
@@ -263,9 +261,9 @@ def opened(source: str | Path | bytes | BinaryIO) -> Iterator[BinaryIO]:
 
 
 def _bound_pillow() -> None:
-    """Sets what Pillow keeps as switches of the whole process, which libraries do turn: nothing is filled or unbounded.
+    """Sets Pillow's process-wide switches, which other libraries may change.
 
-    Filling the rest of a truncated file with grey is one of them. Compressed text of a PNG is inflated up to its limit.
+    Truncated files are not filled with grey, and compressed text of a PNG is inflated only up to a limit.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     PngImagePlugin.MAX_TEXT_CHUNK = MAX_TEXT_BYTES
@@ -273,14 +271,14 @@ def _bound_pillow() -> None:
 
 
 def _open_plain(file: BinaryIO, max_pixels: int) -> Image.Image:
-    """An image of `FORMATS` whose header was read, and is within the bounds."""
+    """Opens an image of `FORMATS` and checks its header against the limits."""
     max_bytes = max(MAX_IMAGE_BYTES, MAX_BYTES_PER_PIXEL * max_pixels)
     content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise ImageError(f"more than {max_bytes:,} bytes; at most so many are read (of DICOM files more)")
     _check_tags(content)
     _check_plain(content)
-    image = Image.open(BoundedFile(io.BytesIO(content)), formats=FORMATS)
+    image = Image.open(cast(BinaryIO, BoundedFile(io.BytesIO(content))), formats=FORMATS)
     check_size(image.size, max_pixels)
     if image.format in ("JPEG", "MPO"):
         _check_scans(content)
@@ -288,12 +286,14 @@ def _open_plain(file: BinaryIO, max_pixels: int) -> Image.Image:
 
 
 def _check_tags(content: bytes) -> None:
-    """Raises ImageError for tags, of a TIFF or of EXIF, that would take gigabytes, or minutes, in Python."""
+    """Raises ImageError for tags of a TIFF or of EXIF that would take gigabytes or minutes in Python."""
     if _WIDE_EXIF.search(content):
-        raise ImageError("EXIF in the form of a BigTIFF, which holds any number of tags; that of a TIFF is accepted")
-    order = {b"II": "little", b"MM": "big"}.get(content[:2])
-    # Bytes of an offset, and of the number of tags; a tag has a number, a type, a number of values and their place.
-    wide, narrow = {42: (4, 2), 43: (8, 8)}.get(int.from_bytes(content[2:4], order), (0, 0)) if order else (0, 0)
+        raise ImageError("EXIF in the form of a BigTIFF, which holds any number of tags; expected that of a TIFF")
+    if content[:2] not in (b"II", b"MM"):
+        return
+    order: Literal["little", "big"] = "little" if content[:2] == b"II" else "big"
+    # Bytes of an offset, and of the number of tags. A tag has a number, a type, a number of values and their offset.
+    wide, narrow = {42: (4, 2), 43: (8, 8)}.get(int.from_bytes(content[2:4], order), (0, 0))
     if not wide:
         return
     start = int.from_bytes(content[wide : 2 * wide], order)
@@ -302,13 +302,13 @@ def _check_tags(content: bytes) -> None:
         number, kind, values = (
             int.from_bytes(content[offset + a : offset + b], order) for a, b in ((0, 2), (2, 4), (4, 4 + wide))
         )
-        # Of bytes, text and what has no type of numbers Python keeps the bytes.
+        # Pillow keeps values of other than number types as bytes.
         if number in _STRIPS and kind not in (1, 2, 6, 7) and values > MAX_STRIPS:
             raise ImageError(f"a TIFF of {values:,} strips or tiles; at most {MAX_STRIPS:,} are read")
 
 
 def _check_plain(content: bytes) -> None:
-    """Raises ImageError for a PPM in plain text that is long, or has many comments."""
+    """Raises ImageError for a plain-text PPM that is long or has many comments."""
     comments = content.count(b"#") if content[:2] in (b"P1", b"P2", b"P3") else -1
     if comments > MAX_COMMENTS or (comments >= 0 and len(content) > MAX_PLAIN_BYTES):
         accepted = f"{MAX_PLAIN_BYTES:,} bytes and {MAX_COMMENTS:,} comments at most are read; P4 to P6 may be longer"
@@ -316,7 +316,7 @@ def _check_plain(content: bytes) -> None:
 
 
 def _check_scans(content: bytes) -> None:
-    """Raises ImageError for a JPEG with so many scans, or markers, that decoding it would take minutes."""
+    """Raises ImageError for a JPEG with so many scans or markers that decoding would take minutes."""
     scans, offset = 0, 2
     for _ in range(MAX_MARKERS):
         marker = _MARKER.search(content, offset)
@@ -327,13 +327,13 @@ def _check_scans(content: bytes) -> None:
             offset += max(2, int.from_bytes(content[offset : offset + 2], "big"))
         scans += marker[0] == b"\xff\xda"
         if scans > MAX_SCANS:
-            raise ImageError(f"a JPEG of more than {MAX_SCANS} scans; at most {MAX_SCANS} are accepted")
-    raise ImageError(f"a JPEG of more than {MAX_MARKERS:,} markers; at most {MAX_MARKERS:,} are accepted")
+            raise ImageError(f"a JPEG of more than {MAX_SCANS} scans; expected at most {MAX_SCANS}")
+    raise ImageError(f"a JPEG of more than {MAX_MARKERS:,} markers; expected at most {MAX_MARKERS:,}")
 
 
 def _is_deep_colour(image: Image.Image) -> bool:
-    """Whether the file has more than 8 bits a channel of colours, or of greys with transparency: Pillow keeps 8."""
-    args = image.tile[0].args if image.tile else ""
+    """Whether colours, or greys with transparency, have more than 8 bits a channel, of which Pillow keeps 8."""
+    args = image.tile[0].args if image.tile else ""  # type: ignore[attr-defined]  # an ImageFile
     of_ppm = image.format == "PPM" and isinstance(args, tuple) and isinstance(args[-1], int) and args[-1] > 255
     return not image.mode.startswith(("I", "F")) and (of_ppm or ";16" in str(args))
 
@@ -343,31 +343,24 @@ def _one_line(error: Exception) -> str:
 
 
 def _to_array(image: Image.Image) -> np.ndarray:
-    if image.mode == "L" and "transparency" not in image.info:
-        return grey_view(np.asarray(image))
-    return np.asarray(_to_rgb(image))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
+    if image.mode in ("L", "RGB") and "transparency" not in image.info:
+        return grey_view(np.asarray(image)) if image.mode == "L" else np.asarray(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image.convert("RGBA"))
+    return np.asarray(image.convert("RGB"))
 
 
 def _deep_grey(grey: np.ndarray, image: Image.Image, reading: Reading) -> tuple[np.ndarray, str]:
     """uint8[h, w] of greys of more than 8 bits, and what was done.
 
     Args:
-      grey: integers or floating-point numbers [h, w], upright. image: what they were read from, for its tags.
+      grey: integers or floating-point numbers [h, w], upright. image: its source, for the tags.
     """
     check_reading(reading)
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (32 if image.mode == "F" else 16,))[0]
     if image.mode == "I" and bits == 32 and tags.get(TiffImagePlugin.SAMPLEFORMAT, (_UNSIGNED,))[0] == _UNSIGNED:
-        # Pillow has no mode for them and keeps the same bits as signed integers.
+        # Pillow has no unsigned 32-bit mode and keeps the bits as signed integers.
         grey = np.ascontiguousarray(grey).view(np.uint32)
     if reading.deep_grey == "range":
         if image.mode == "F":
@@ -390,9 +383,9 @@ def _deep_grey(grey: np.ndarray, image: Image.Image, reading: Reading) -> tuple[
 
 
 def _whole_range(grey: np.ndarray, full: int) -> np.ndarray:
-    """uint8[h, w] of greys, 0 to `full` onto 0..255, rounded."""
+    """uint8[h, w] of greys: 0..`full` mapped to 0..255, rounded."""
     low, high = int(grey.min()), int(grey.max())
     if low < 0 or high > full:
-        accepted = f"0 to {full} is accepted, or data.deep_grey=percentile or window"
+        accepted = f"expected 0 to {full}, or data.deep_grey=percentile or window"
         raise ImageError(f"grey values from {low} to {high}; {accepted}")
     return by_rows(grey, lambda rows: (rows.astype(np.uint32) * 255 + full // 2) // full)

@@ -1,11 +1,11 @@
-"""Raw label tables of a dataset: CSV files of classes, boxes or masks, checked line by line, as one entry an image.
+"""Reads raw label tables of a dataset: CSV files of classes, boxes or masks, checked line by line; one entry an image.
 
     image,label                    classes; an image with several has a line for each
     image,label,x1,y1,x2,y2        a line for each box, in pixels of the upright image, corners between pixels
     image,label,mask               a line for each mask: a PNG whose pixels that are not black are the lesion
 
-Further columns: `split` (train or test), `group` (patient or lesion), `data-no`. Of boxes and masks, a line without
-label and box is an image without a finding.
+Optional columns: `split` (train or test), `group` (patient or lesion), `data-no`. In a table of boxes or masks, a line
+without label and box or mask is an image without a finding.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ MAX_LABEL_CHARS = 500
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """All that a table says of one image.
+    """A table's entry of one image.
 
     Attributes:
       image: path below the root.
-      labels: its classes, or those of its boxes, each once, sorted; () for an image without a finding.
+      labels: its classes, or the labels of its boxes, each once, sorted; () for an image without a finding.
       size_px: (height, width), upright.
-      split: "" where the table has none. group: patient or lesion, "" where not known. data_no: "" where it has none.
-      boxes: of boxes and masks, by place in the image.
+      split, group (patient or lesion), data_no: "" if the table does not say.
+      boxes: of boxes and masks, sorted by position in the image.
     """
 
     image: str
@@ -66,9 +66,9 @@ class LabelledImage:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """A table's images, by path, so that the order of its lines does not matter; and whether it has boxes or masks.
+    """A table's images, sorted by path, and whether it has boxes or masks.
 
-    in_numbers: whether its boxes are written as corners.
+    in_numbers: whether boxes are given by corners, not masks.
     """
 
     images: tuple[LabelledImage, ...]
@@ -87,13 +87,13 @@ class _Line:
 
 
 def read_labels(path: Path, root: Path, max_pixels: int) -> LabelTable:
-    """The table at `path`, whose images and masks lie below `root`; of images the headers alone are read.
+    """The table at `path`, whose images and masks lie below `root`; only the headers of images are read.
 
     Args:
-      max_pixels: of an image, of the square it is padded to, and of a mask.
+      max_pixels: limit of an image, of its padded square, and of a mask.
 
     Raises:
-      ReleaseError: at the first thing that is wrong, with file, line, column, value and what is accepted.
+      ReleaseError: for the first fault, with file, line, column, value and what was expected.
     """
     root = Path(os.path.realpath(root))
     columns, lines = _read_csv(path)
@@ -103,13 +103,13 @@ def read_labels(path: Path, root: Path, max_pixels: int) -> LabelTable:
         _check_line(path.name, line, columns, spelled)
         by_image.setdefault(line.cells["image"], []).append(line)
     if not by_image:
-        raise ReleaseError(path.name, "", "label", "no line below the header; one or more are accepted")
+        raise ReleaseError(path.name, "", "label", "no line below the header; expected one or more")
     files: dict[Path, _Line] = {}
     for image, (first, *_) in sorted(by_image.items()):
         with named(path.name, f"line {first.number}"):
             file = image_path(root, image)
         if other := files.get(file):
-            reason = f"is the file that line {other.number} calls {other.cells['image']!r}; one name is accepted"
+            reason = f"is the file that line {other.number} calls {other.cells['image']!r}; expected one name"
             raise first.error(path.name, "image", reason)
         files[file] = first
     images = tuple(
@@ -125,23 +125,23 @@ def lesion_mask(path: Path, max_pixels: int) -> np.ndarray:
     """bool[h, w]: the pixels of a PNG that are not black, whatever its depth, palette or transparency.
 
     Raises:
-      ImageError: no PNG, broken, or too large.
+      ImageError: the file is no PNG, broken, or too large.
     """
     try:
         with Image.open(path, formats=MASK_FORMATS) as image:
             if image.width * image.height > max_pixels:
-                raise ImageError(f"{image.width} x {image.height} pixels; at most {max_pixels} are accepted")
+                raise ImageError(f"{image.width} x {image.height} pixels; expected at most {max_pixels}")
             # A palette's black need not be its first colour.
             pixels = np.asarray(image.convert("RGB") if image.mode in ("P", "PA", "LA", "RGBA") else image)
     except ImageError:
         raise
     except Exception as error:  # decoders raise nearly anything for broken data
-        raise ImageError(f"is no mask: {error}; a PNG is accepted") from error
-    return pixels.any(-1) if pixels.ndim == 3 else pixels != 0
+        raise ImageError(f"is no mask: {error}; expected a PNG") from error
+    return np.asarray(pixels.any(-1) if pixels.ndim == 3 else pixels != 0)
 
 
 def _read_csv(path: Path) -> tuple[tuple[str, ...], list[_Line]]:
-    """(columns, lines); cells but paths without white space around them."""
+    """(columns, lines); cells are stripped of white space, except paths."""
     rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         columns = tuple(cell.strip() for cell in next(rows, []))
@@ -156,7 +156,7 @@ def _lines(file: str, rows, columns: tuple[str, ...]) -> Iterator[_Line]:
         if not row:  # an empty line
             continue
         if len(row) != len(columns):
-            reason = f"{len(row)} cells; {len(columns)} are accepted: {', '.join(columns)}"
+            reason = f"{len(row)} cells; expected {len(columns)}: {', '.join(columns)}"
             raise ReleaseError(file, f"line {rows.line_num}", "label", reason)
         cells = {name: cell if name in ("image", "mask") else cell.strip() for name, cell in zip(columns, row)}
         yield _Line(rows.line_num, cells)
@@ -166,46 +166,46 @@ def _check_columns(file: str, columns: tuple[str, ...]) -> None:
     accepted = f"image, label, then nothing, mask or {', '.join(CORNERS)}, and any of {', '.join(OPTIONAL)}"
     of_boxes = [name for name in CORNERS if name in columns]
     wrong = [name for name in columns if name not in ("image", "label", "mask", *CORNERS, *OPTIONAL)]
-    # A column that is passed over, such as a misspelt `group`, would silently change the split.
+    # Ignoring an unknown column, such as a misspelt `group`, could silently change the split.
     if wrong:
-        reason = f"column {quoted(wrong[0])} is not known; {accepted} are accepted, with commas between them"
+        reason = f"column {quoted(wrong[0])} is not known; expected {accepted}, with commas between them"
     elif len(set(columns)) < len(columns):
         reason = f"a column occurs twice in {', '.join(columns[:20])}"
     elif missing := [name for name in ("image", "label") if name not in columns]:
-        reason = f"column {missing[0]!r} is missing; {accepted} are accepted"
+        reason = f"column {missing[0]!r} is missing; expected {accepted}"
     elif of_boxes and (len(of_boxes) < 4 or "mask" in columns):
-        reason = f"columns {', '.join(columns)}: mask or all of {', '.join(CORNERS)} are accepted"
+        reason = f"columns {', '.join(columns)}: expected mask or all of {', '.join(CORNERS)}"
     else:
         return
     raise ReleaseError(file, "line 1", "label", reason)
 
 
 def _check_line(file: str, line: _Line, columns: tuple[str, ...], spelled: dict[str, tuple[str, int]]) -> None:
-    """Checks one line by itself, and its label's spelling against those of other lines."""
-    label, place = line.cells["label"], [name for name in (*CORNERS, "mask") if name in columns]
-    filled = [name for name in place if line.cells[name].strip()]
-    if not label and not place:
-        raise line.error(file, "label", "is empty; a label is accepted")
+    """Checks one line, and its label's spelling against other lines'."""
+    label, region_columns = line.cells["label"], [name for name in (*CORNERS, "mask") if name in columns]
+    filled = [name for name in region_columns if line.cells[name].strip()]
+    if not label and not region_columns:
+        raise line.error(file, "label", "is empty; expected a label")
     if not label and filled:
-        raise line.error(file, "label", f"is empty where {filled[0]} is not; a label is accepted, or neither")
-    if label and (empty := [name for name in place if name not in filled]):
-        raise line.error(file, empty[0], f"is empty where the label is {label!r}; a value is accepted, or neither")
+        raise line.error(file, "label", f"is empty where {filled[0]} is not; expected both or neither")
+    if label and (empty := [name for name in region_columns if name not in filled]):
+        raise line.error(file, empty[0], f"is empty where the label is {label!r}; expected both or neither")
     if not label.isprintable():
-        raise line.error(file, "label", "has signs that cannot be printed; one line of text is accepted")
+        raise line.error(file, "label", "has signs that cannot be printed; expected one line of text")
     if len(label) > MAX_LABEL_CHARS:
-        raise line.error(file, "label", f"has {len(label):,} signs; at most {MAX_LABEL_CHARS} are accepted")
+        raise line.error(file, "label", f"has {len(label):,} signs; expected at most {MAX_LABEL_CHARS}")
     if reason := text_fault(label):
         raise line.error(file, "label", reason)
     other, number = spelled.setdefault(appearance(label), (label, line.number))
     if other != label:
         here, there = told_apart(label, other)
-        reason = f"label {here} is spelled {there} in line {number}; one spelling is accepted"
+        reason = f"label {here} is spelled {there} in line {number}; expected one spelling"
         raise ReleaseError(file, f"line {line.number}", "label", reason)
     if line.cells.get("split", "train") not in SPLITS:
         raise line.error(file, "split", f"is none of {', '.join(SPLITS)}")
     for name in ("group", "data-no"):
         if not line.cells.get(name, "").isprintable():
-            raise line.error(file, name, "has signs that cannot be printed; one line of text is accepted")
+            raise line.error(file, name, "has signs that cannot be printed; expected one line of text")
         if len(line.cells.get(name, "")) > MAX_NAME_CHARS:
             raise line.error(file, name, f"has more than {MAX_NAME_CHARS} signs")
 
@@ -221,9 +221,9 @@ def _image(file: str, path: Path, lines: list[_Line], root: Path, max_pixels: in
         for name in OPTIONAL:
             if line.cells.get(name) != first.cells.get(name):
                 reason = f"of image {image!r}, which has {first.cells[name]!r} in line {first.number}"
-                raise line.error(file, name, f"{reason}; one value is accepted")
+                raise line.error(file, name, f"{reason}; expected one value")
         if not line.cells["label"] and len(lines) > 1:
-            reason = f"is empty where image {image!r} has other lines; such a line alone is accepted"
+            reason = f"is empty where image {image!r} has other lines; expected it to be the only line"
             raise line.error(file, "label", reason)
     seen: dict[tuple | Box, int] = {}
     boxes_here: list[Box] = []
@@ -239,7 +239,7 @@ def _image(file: str, path: Path, lines: list[_Line], root: Path, max_pixels: in
         else:
             labels |= {label} - {""}
         if content in seen:
-            raise line.error(file, "image", f"has all of this in line {seen[content]}; each is accepted once")
+            raise line.error(file, "image", f"has all of this in line {seen[content]}; expected once")
         seen[content] = line.number
     cells = {name: first.cells.get(name, "") for name in OPTIONAL}
     return LabelledImage(
@@ -255,10 +255,10 @@ def _box(file: str, line: _Line, size: tuple[int, int]) -> Box:
         try:
             corners.append(float(line.cells[name].replace("_", "?")))  # "1_0" is a number to Python alone
         except ValueError as error:
-            raise line.error(file, name, "is no number; one in pixels is accepted") from error
+            raise line.error(file, name, "is no number; expected one in pixels") from error
         # Written so that a NaN fails.
         if not 0 <= corners[-1] <= most:
-            reason = f"is not inside the image of {width} x {height} pixels; 0 to {most} is accepted"
+            reason = f"is not inside the image of {width} x {height} pixels; expected 0 to {most}"
             raise line.error(file, name, reason)
     for low, high in ((0, 2), (1, 3)):
         if not corners[low] < corners[high]:
@@ -267,7 +267,7 @@ def _box(file: str, line: _Line, size: tuple[int, int]) -> Box:
 
 
 def _boxes_of_mask(file: str, line: _Line, root: Path, size: tuple[int, int], max_pixels: int) -> list[Box]:
-    """The tight box of each connected part; none of a mask that is black."""
+    """The tight box of each connected part of a mask; none if it is black."""
     with named(file, f"line {line.number}, mask"):
         path = image_path(root, line.cells["mask"])
     try:
@@ -275,13 +275,13 @@ def _boxes_of_mask(file: str, line: _Line, root: Path, size: tuple[int, int], ma
     except ImageError as error:
         raise line.error(file, "mask", str(error)) from error
     if mask.shape != size:
-        reason = f"has {mask.shape[1]} x {mask.shape[0]} pixels; {size[1]} x {size[0]}, as its image, are accepted"
+        reason = f"has {mask.shape[1]} x {mask.shape[0]} pixels; expected {size[1]} x {size[0]}, as its image"
         raise line.error(file, "mask", reason)
     return [Box(line.cells["label"], *corners) for corners in boxes.of_mask(mask).tolist()]
 
 
 def _check_groups(file: str, images: tuple[LabelledImage, ...], by_image: dict[str, list[_Line]]) -> None:
-    """Raises ReleaseError where the table's own split has one group, of one dataset, on both sides."""
+    """Raises ReleaseError if the table's split has a group of a dataset on both sides."""
     sides: dict[tuple[str, str], LabelledImage] = {}
     for image in images:
         if not image.split or not image.group:

@@ -1,4 +1,4 @@
-"""How prepared images lie: as a model's square, shrunk to fit a limit, or as they are; and what that does to boxes."""
+"""Layouts of prepared images (a model's square, shrunk to a limit, or unchanged) and what a layout does to boxes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ KINDS = ("square", "fit", "keep")
 
 @dataclass(frozen=True)
 class Layout:
-    """What is done to every image once, and never again.
+    """What `medcg data prepare` does to every image.
 
     Attributes:
       kind: "square", LLaVA-1.5's own preprocessing (padded to a square with CLIP's mean colour, then resized); "fit",
-        shrunk so that its longer side has `size_px`, smaller ones left alone; "keep", left alone.
-      size_px: side of the square, or the most that the longer side may have; 0 with "keep".
+        larger images shrunk to a longer side of `size_px`; "keep", unchanged.
+      size_px: side of the square, or limit of the longer side; 0 with "keep".
     """
 
     kind: str = "square"
@@ -40,7 +40,7 @@ class Layout:
         return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
     def size_after(self, size: boxes.Size) -> boxes.Size:
-        """(height, width) in pixels of an image of `size` when it is laid out."""
+        """(height, width) in pixels that `apply` makes of an image of `size`."""
         if self.kind == "square":
             return self.size_px, self.size_px
         longer = max(size)
@@ -50,7 +50,7 @@ class Layout:
         return height, width
 
     def record(self, record: Record) -> Record:
-        """A detection record with its boxes and size as of the image laid out; another as it is."""
+        """The record with boxes and size moved to the laid-out image; a record without boxes is unchanged."""
         if record.size_px == (0, 0):
             return record
         after = self.size_after(record.size_px)
@@ -60,24 +60,24 @@ class Layout:
 
 
 def parse_layout(text: str) -> Layout:
-    """The layout that is written "square:336", "fit:1024" or "keep".
+    """The layout of "square:336", "fit:1024" or "keep".
 
     Raises:
-      DataError: it is written otherwise.
+      DataError: the text has another form.
     """
     kind, _, size = text.partition(":")
     if kind == "keep" and not size:
         return Layout("keep", 0)
     if kind not in KINDS[:2] or not (size.isascii() and size.isdigit()) or not 1 <= int(size) <= 100_000:
-        raise DataError(f"image={text!r}; square:SIZE, fit:SIZE (pixels, from 1) or keep is accepted")
+        raise DataError(f"image={text!r}; expected square:SIZE, fit:SIZE (pixels, from 1) or keep")
     return Layout(kind, int(size))
 
 
 def check_layout(layout: Layout, family: str, model) -> None:
-    """Holds the layout of prepared images against the model that takes them (its configuration).
+    """Checks that prepared images suit a model. model: its configuration.
 
     Raises:
-      DataError: the images were changed in a way that the model does not change them.
+      DataError: the images are squares that are not this model's own.
     """
     square = f"square:{model.image_size_px}" if family == "llava" else ""
     if layout.kind == "square" and str(layout) != square:

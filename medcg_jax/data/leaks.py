@@ -1,7 +1,7 @@
 """Leaks: training records that give a test record away, by id, image, question, or the patient that both show.
 
-Each is told from the records and their images alone. A grid looks for them in its cells (`study.leaks`), `medcg train`
-in what it is trained on (`train.run.left_out`); what is done about them is `study.leaks`' and `study.near_duplicates`'.
+Leaks are found from records and images alone: by a grid in its cells (`study.design.leaks`), by `medcg train` in its
+training records (`train.run`). The settings `study.leaks` and `study.near_duplicates` decide what is done about them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from medcg_jax.data.general import SUBSET
 from medcg_jax.data.records import Record, RecordSet
 from medcg_jax.data.splits import shared_groups
 
-# What a record gives away by -> how a message says it, from the surest.
+# Kind of leak -> its words in a message, surest kind first.
 KINDS = {
     "same id": "the same id as",
     "same bytes": "the same image as",
@@ -26,13 +26,13 @@ KINDS = {
     "same question": "the question and the options of",
     "same group": "the patient or lesion (`group`) of",
     "near": "an image nearly that of",
-    # File names say so (`catalogue.group_of`), or two subsets without a `data-no` name a group alike.
+    # By file names (`catalogue.group_of`), or by equal groups of two subsets without a `data-no`.
     "likely same group": "likely the patient or lesion of",
     "lineage": "a dataset in common with, or related to that of,",
 }
-# `study.leaks` -> what is said to be done.
+# `study.leaks` -> the word for what is done.
 ACTIONS = {"refuse": "refused", "drop": "dropped", "report": "reported"}
-# With one of these nothing else needs to be said of a record.
+# A record with one of these needs no further leak.
 EXACT = ("same id", "same bytes", "same pixels")
 
 
@@ -41,8 +41,8 @@ class Leak:
     """A training record that gives a test record away.
 
     Attributes:
-      kind: of `KINDS`. distance_bits: of the images' hashes, where near.
-      form: of `duplicates.FORMS`: what of the test's image a near one is, such as "mirrored"; "": as it is.
+      kind: of `KINDS`. distance_bits: between the images' hashes, if near.
+      form: of `duplicates.FORMS`: how a near image differs from the test's, such as "mirrored"; "": not changed.
     """
 
     training: str
@@ -61,7 +61,7 @@ def words(leak: Leak) -> str:
 
 
 def remedy(leak: Leak) -> str:
-    """What a user can do about a leak that is refused."""
+    """Advice about a refused leak."""
     if leak.training.startswith(f"{SUBSET}/"):
         return "take it out of data.general_records, or train without it by study.leaks=drop"
     field = "near_duplicates" if leak.kind == "near" else "leaks"
@@ -70,26 +70,26 @@ def remedy(leak: Leak) -> str:
 
 
 def actions_of(study: StudyConfig) -> dict[str, str]:
-    """Kind of leak -> what is done about it where a training subset has it.
+    """Kind of leak -> what is done about it in the records of a training subset.
 
-    A group that is only likely the same is never refused: of the released subsets nobody has said that their tests are
-    of other patients, and none could be tested on.
+    A group that is only likely the same is never refused: nothing says that the tests of the released subsets are of
+    other patients, so none of these subsets could be tested on.
     """
     act = ACTIONS[study.leaks]
     actions = dict.fromkeys(("same bytes", "same pixels", "same question", "same group"), act)
     actions["likely same group"] = "dropped" if act == "dropped" else "reported"
-    # A fault of the expansion, and what no record is to blame for.
+    # The same id is a fault of the grid's expansion; for a common lineage no record is to blame.
     return actions | {"same id": "refused", "near": ACTIONS.get(study.near_duplicates, ""), "lineage": "reported"}
 
 
 def actions_of_general(study: StudyConfig) -> dict[str, str]:
-    """The same of general records, which are no medical images: one that is nearly a test image is a copy of it."""
+    """The same for general records: these are no medical images, so one near a test image is a copy of it."""
     return actions_of(study) | {"near": ACTIONS[study.leaks]}
 
 
 @dataclass(frozen=True)
 class Hashed:
-    """Records and what their images are recognised by, in one order. images: None for a record without an image."""
+    """Records and the hashes of their images, in one order. images: None for a record without an image."""
 
     records: tuple[Record, ...]
     images: tuple[ImageHashes | None, ...]
@@ -100,54 +100,55 @@ class Hashed:
 
 
 class NearImage(NamedTuple):
-    """The nearest test image of a training image: how far, how it was changed, and its place among the test records."""
+    """The nearest test image of a training image: distance, change, and index among the test records."""
 
     distance_bits: int
     form: str
-    place: int
+    test_index: int
 
 
 def hashed(records: RecordSet, decoded: dict[bytes, ImageHashes] | None = None) -> Hashed:
-    """A set with the hashes of its images: those that `medcg data prepare` kept, else of the files, each read once.
+    """A set with the hashes of its images: those that `medcg data prepare` stored, else of the files, each read once.
 
-    decoded: hashes of images by their digest, which is added to; images without kept hashes that are not in it are
-    decoded. None: no image is decoded for it, and those without kept hashes are recognised by their bytes alone.
+    decoded: digest -> hashes. Images that have no stored hashes and are not in it are decoded and added to it. None:
+      nothing is decoded, and images without stored hashes have the hash of their bytes alone.
 
     Raises:
       DataError: an image cannot be read or decoded.
     """
-
-    places = [place for place, record in enumerate(records.records) if record.image]
-    kept = {place: records.kept_hashes(place) for place in places}
+    indices = [index for index, record in enumerate(records.records) if record.image]
+    stored = {index: records.kept_hashes(index) for index in indices}
     with ThreadPoolExecutor() as pool:
-        digests = dict(zip(places, pool.map(records.image_digest, places), strict=True))
+        digests = dict(zip(indices, pool.map(records.image_digest, indices), strict=True))
         known = {} if decoded is None else decoded
         if decoded is not None:
-            new = {digests[p]: p for p in places if kept[p] is None and digests[p] not in decoded}
-            hashes = pool.map(lambda place: image_hashes(records.image(place), digests[place]), new.values())
+            new = {digests[p]: p for p in indices if stored[p] is None and digests[p] not in decoded}
+            hashes = pool.map(lambda index: image_hashes(records.image(index), digests[index]), new.values())
             decoded |= dict(zip(new, hashes, strict=True))
     images: list[ImageHashes | None] = [None] * len(records)
-    for place, digest in digests.items():
-        images[place] = ImageHashes(digest, *kept[place]) if kept[place] else known.get(digest, ImageHashes(digest))
+    for index, digest in digests.items():
+        images[index] = (
+            ImageHashes(digest, *pair) if (pair := stored[index]) else known.get(digest, ImageHashes(digest))
+        )
     return Hashed(records.records, tuple(images))
 
 
-def joined(parts: Iterable[Hashed]) -> Hashed:
+def joined(sets: Iterable[Hashed]) -> Hashed:
     """Several sets as one."""
-    parts = list(parts)
+    sets = list(sets)
     return Hashed(
-        tuple(record for part in parts for record in part.records),
-        tuple(image for part in parts for image in part.images),
+        tuple(record for item in sets for record in item.records),
+        tuple(image for item in sets for image in item.images),
     )
 
 
 def find_leaks(training: Hashed, test: Hashed, near_bits: int | None = None, *, questions: bool = False) -> list[Leak]:
-    """What the training records give away of the test records: each by its image, its question and its group at most
-    once, by what is surest, and by its nearest test image; and once alone where it has the very image.
+    """The leaks of the training records: each record has one leak if its id or image is a test record's, else at most
+    one by question, one by group, and one by its nearest test image.
 
-    near_bits: bits of 256 in which the hashes of near images differ at most; None: these are not looked for.
-    questions: whether questions are compared. Those of one medical subset differ by their images alone, so this is for
-      records that are not of the study's subsets.
+    near_bits: bits of 256 in which the hashes of near images differ at most; None: near images are not looked for.
+    questions: whether to compare questions. Questions of a medical subset differ by image alone, so this is for records
+      outside of the study's subsets.
     """
     leaks = _same_images(training, test)
     exact = {leak.training for leak in leaks}
@@ -155,10 +156,10 @@ def find_leaks(training: Hashed, test: Hashed, near_bits: int | None = None, *, 
         leaks += [leak for leak in _same_questions(training, test) if leak.training not in exact]
     leaks += [leak for leak in _same_groups(training, test) if leak.training not in exact]
     if near_bits is not None:
-        for place, near in nearest_images(training, test, near_bits).items():
-            name = training.records[place].id
+        for index, near in nearest_images(training, test, near_bits).items():
+            name = training.records[index].id
             if name not in exact:
-                leaks.append(Leak(name, test.records[near.place].id, "near", near.distance_bits, near.form))
+                leaks.append(Leak(name, test.records[near.test_index].id, "near", near.distance_bits, near.form))
     return leaks
 
 
@@ -186,14 +187,14 @@ def _first(side: Hashed, field: str) -> dict[bytes, str]:
 
 
 def nearest_images(training: Hashed, test: Hashed, bits: int) -> dict[int, NearImage]:
-    """Place in training -> the nearest test image within `bits`. The one call of the search for near images."""
-    (places, a), (others, b) = (
+    """Index in training -> the nearest test image within `bits`."""
+    (indices, a), (others, b) = (
         hash_rows(image or ImageHashes(b"") for image in side.images) for side in (training, test)
     )
     nearest: dict[int, NearImage] = {}
     for i, j, apart, form in zip(*(column.tolist() for column in near_pairs_between(a, b, bits)), strict=True):
-        place, near = int(places[i]), NearImage(apart, FORMS[form], int(others[j]))
-        nearest[place] = min(nearest.get(place, near), near)
+        index, near = int(indices[i]), NearImage(apart, FORMS[form], int(others[j]))
+        nearest[index] = min(nearest.get(index, near), near)
     return nearest
 
 
@@ -210,7 +211,7 @@ def _same_questions(training: Hashed, test: Hashed) -> list[Leak]:
 
 
 def _question(record: Record) -> tuple[str, frozenset[str]]:
-    """(What stands before the options, the options), whatever their order, case and white space."""
+    """(text before the options, the options), independent of order, case and white space."""
     stem = []
     for line in record.turns[0].question.splitlines():
         if line.lstrip().startswith("A:"):
@@ -224,8 +225,8 @@ def _plain(text: str) -> str:
 
 
 def _same_groups(training: Hashed, test: Hashed) -> list[Leak]:
-    """Records of one patient or lesion (`splits.group_key`): "same group" where both records state it, of one data set
-    or of one subset; else "likely same group"."""
+    """Records of one patient or lesion (`splits.group_key`): "same group" if both records state it and are of one
+    data set or one subset, else "likely same group"."""
     leaks = []
     for records, tests in shared_groups(training.records, test.records).values():
         for record in records:

@@ -1,6 +1,6 @@
-"""What `medcg data check` warns of and refuses nothing for: hints that give answers away, patients on both sides.
+"""Warnings of `medcg data check` that refuse nothing: hints that give answers away, patients on both sides.
 
-No image is looked into: what is burnt into the pixels is not seen.
+Text burnt into an image's pixels is not detected.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from medcg_jax.data.schema import appearance, box_corners, box_labels, quoted, t
 from medcg_jax.data.splits import shared_groups, split_group
 from medcg_jax.data.tree import Entry
 
-# (height, width) in pixels of an image; None where it is refused.
+# (height, width) in pixels of an image; None for a refused image.
 Size = tuple[int, int] | None
 
-# Below this p letters or answers are called uneven: of 53 balanced subsets one in two hundred trees has one by chance.
+# Below this p letters or answers are called uneven. Of 200 trees of 53 balanced subsets one has such a subset by chance.
 MAX_P = 1e-4
-# Fewer questions are not tested, fewer boxes not judged by their range.
+# Subsets with fewer questions, files with fewer boxes, are not tested.
 MIN_QUESTIONS = MIN_BOXES = 20
-# Conventions of corners that are no pixels, beside shares of 1 (`schema.shares_of_image`).
+# Scales of corners that are no pixels, beside 0..1 (`schema.shares_of_image`).
 BOX_SCALES = (100, 1000)
 MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
 class Notice:
-    """Something of a file, or of a subset ("subset 03"), to be known of: `count` of `of` records or boxes."""
+    """A warning about a file, or a subset ("subset 03"): it concerns `count` of `of` records or boxes."""
 
     file: str
     kind: str
@@ -46,7 +46,7 @@ class Notice:
 
 
 def notices_of(entries: Iterable[Entry], sizes: Mapping[Path, Size]) -> list[Notice]:
-    """Everything of these records, whose keys and paths are right, by subset. sizes: of each image."""
+    """All notices about these records, by subset; keys and paths are already checked. sizes: of each image."""
     by_subset: dict[str, dict[str, list[Entry]]] = {}
     for entry in entries:
         files = by_subset.setdefault(entry.file.number, {})
@@ -64,33 +64,33 @@ def notices_of(entries: Iterable[Entry], sizes: Mapping[Path, Size]) -> list[Not
 
 
 def names_alike(triplets: Mapping[str, tuple[str, ...]]) -> list[Notice]:
-    """Modalities, areas or tasks of two subsets that look alike and are not the same: such subsets share no element.
+    """Modalities, areas or tasks of two subsets that look alike but differ, so that the subsets share no element.
 
-    triplets: (modality, area, task) by subset: those of the manifest, and Med-MAT's where that says nothing.
+    triplets: (modality, area, task) by subset, of the manifest, else of Med-MAT.
     """
     notices = []
-    for place, what in enumerate(("modality", "area", "task")):
+    for column, what in enumerate(("modality", "area", "task")):
         first: dict[str, tuple[str, str]] = {}
         for number, triplet in triplets.items():
-            other, text = first.setdefault(appearance(triplet[place]), (number, triplet[place]))
-            if text != triplet[place]:
-                here, there = told_apart(triplet[place], text)
+            other, text = first.setdefault(appearance(triplet[column]), (number, triplet[column]))
+            if text != triplet[column]:
+                here, there = told_apart(triplet[column], text)
                 reason = f"its {what} {here} looks like {there} of subset {other}, and is another one"
                 notices.append(Notice(f"subset {number}", "names_alike", 1, 1, reason))
     return notices
 
 
 def letter_counts(records: Iterable[Record], *, from_end: bool = False) -> tuple[dict[str, int], float | None]:
-    """How often each letter is right, and the p of a chi-square test against letters drawn uniformly; or ({}, None).
+    """How often each letter is right, and p of a chi-square test against uniform letters; ({}, None) without questions.
 
-    from_end: places from the last option in place of letters, "0" the last one.
+    from_end: counts positions from the last option ("0") instead of letters.
     """
     counts: Counter[str] = Counter()
     expected: Counter[str] = Counter()
     for record in records:
         number = len(record.options)
         if number:
-            names = [str(place) for place in reversed(range(number))] if from_end else list(LETTERS[:number])
+            names = [str(position) for position in reversed(range(number))] if from_end else list(LETTERS[:number])
             counts[names[LETTERS.index(record.answer)]] += 1
             expected.update(dict.fromkeys(names, 1 / number))
     if not counts:
@@ -102,14 +102,14 @@ def letter_counts(records: Iterable[Record], *, from_end: bool = False) -> tuple
 
 
 def uneven_letters(name: str, records: Sequence[Record]) -> Notice | None:
-    """Right letters, or places from the end, that are not balanced (`MAX_P`, `MIN_QUESTIONS`)."""
+    """Right letters, or positions from the end, that are not balanced (`MAX_P`, `MIN_QUESTIONS`)."""
     if len(records) < MIN_QUESTIONS:
         return None
     for from_end in (False, True):
         counts, p = letter_counts(records, from_end=from_end)
-        if p >= MAX_P:
+        if p is None or p >= MAX_P:
             continue
-        best = max(counts, key=counts.get)
+        best = max(counts, key=lambda letter: counts[letter])
         listed = ", ".join(f"{letter} {count}" for letter, count in counts.items())
         what = f"the letter {best}"
         if from_end:
@@ -124,7 +124,7 @@ def uneven_letters(name: str, records: Sequence[Record]) -> Notice | None:
 
 
 def answers_in_questions(file: str, records: Sequence[Record]) -> Notice | None:
-    """Questions that hold the text of their right option and of no other, where that is more than chance."""
+    """Questions that contain the text of their right option and of no other, more often than by chance."""
     right, wrong, chance = [], 0, []
     for record in records:
         named = _named(record)
@@ -146,7 +146,7 @@ def answers_in_questions(file: str, records: Sequence[Record]) -> Notice | None:
 
 
 def _named(record: Record) -> set[str]:
-    """The options whose text stands in the question beside the lines of options; of one within another the longer."""
+    """The options whose text occurs in the question outside the option lines; of nested texts the longer one."""
     stem, named = appearance(without_options(record.turns[0].question)), set()
     for option in sorted(record.options, key=lambda option: -len(appearance(option))):
         text = appearance(option)
@@ -158,7 +158,7 @@ def _named(record: Record) -> set[str]:
 
 
 def groups_on_both_sides(entries: Sequence[Entry]) -> Notice | None:
-    """Patients or lesions that are trained on and tested on in one subset."""
+    """Patients or lesions in both training and test of one subset."""
     groups: dict[str, list[str]] = {"train": [], "test": []}
     for entry in entries:
         record = entry.record
@@ -178,7 +178,7 @@ def groups_on_both_sides(entries: Sequence[Entry]) -> Notice | None:
 
 
 def labels_alike(name: str, entries: Sequence[Entry]) -> Notice | None:
-    """Labels of one subset that look alike and are not the same text."""
+    """Labels of one subset that look alike but are different texts."""
     labels: Counter[str] = Counter()
     for entry in entries:
         labels.update([entry.record.label] if entry.record.options else box_labels(entry.raw))
@@ -186,7 +186,7 @@ def labels_alike(name: str, entries: Sequence[Entry]) -> Notice | None:
     for label in labels:
         spellings.setdefault(appearance(label), []).append(label)
     alike = [
-        (alike_labels, sum(sorted(map(labels.get, alike_labels))[:-1]))
+        (alike_labels, sum(sorted(labels[label] for label in alike_labels)[:-1]))
         for alike_labels in spellings.values()
         if len(alike_labels) > 1
     ]
@@ -202,7 +202,7 @@ def labels_alike(name: str, entries: Sequence[Entry]) -> Notice | None:
 def box_range(file: str, boxes: Sequence[tuple[Any, Size]]) -> Notice | None:
     """Corners that fit a scale of 100 or 1,000 better than the images' pixels.
 
-    boxes: the raw detection records, each with its image's size.
+    boxes: (raw detection record, its image's size).
     """
     corners, outside, sides = [], 0, []
     for raw, size in boxes:

@@ -1,8 +1,8 @@
 """Encoded records and the batches drawn from them by Grain.
 
 The order of the data depends on (seed, epoch, global index) alone: Grain mixes and batches record *indices*, the same
-on every process, and each process then builds its own rows. One number, the batches drawn so far, is the whole state;
-it means the same on any number of processes.
+on every process, and each process then builds its own rows. The only state is the number of batches drawn so far, which
+means the same on any number of processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from medcg_jax.data.encoding import Batch, Encoded, checked_rows
 from medcg_jax.data.records import DataError
 
-# Records that an order gives before it ends: more than any run draws, and small enough for sums of lengths.
+# Length of an order: more than any run draws, and small enough for sums of lengths.
 _ENDLESS = 1 << 48
 
 
@@ -26,7 +26,7 @@ class Batches:
     """An endless iterator of `(batch, ids)`: this process's rows of each global batch, and their records' ids.
 
     Args:
-      encoded: what to draw from.
+      encoded: the rows to draw from.
       batch_size: records of the global batch.
       seed: of the order.
       weights: subset -> weight of its records in a batch (any positive scale; exact over long runs). None or empty:
@@ -40,7 +40,7 @@ class Batches:
 
     Raises:
       DataError: no records, or weights that do not fit the subsets.
-      ValueError: rows that no batch has.
+      ValueError: `rows` are not rising rows of a batch.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Batches:
         return drawn
 
     def close(self) -> None:
-        """Ends the threads that build ahead; nothing can be drawn afterwards."""
+        """Ends the prefetching threads; nothing can be drawn afterwards."""
         self._iterator.close()
 
 
@@ -88,7 +88,7 @@ def _stream(encoded: Encoded, seed: int, weights: Mapping[str, float]) -> grain.
         )
     wrong = {name: weight for name, weight in weights.items() if not 0 < weight < float("inf")}
     if wrong:
-        raise DataError(f"data.subset_weights has {wrong}; positive numbers are accepted")
+        raise DataError(f"data.subset_weights has {wrong}; expected positive numbers")
     parts = [grain.MapDataset.source(_Order(np.flatnonzero(subsets == name), seed, name)) for name in present]
     return grain.MapDataset.mix(parts, weights=[weights[name] for name in present])
 
@@ -96,8 +96,8 @@ def _stream(encoded: Encoded, seed: int, weights: Mapping[str, float]) -> grain.
 class _Order:
     """The endless order of some record indices: one permutation after another, each drawn from (seed, name, epoch).
 
-    A Grain source with random access. Grain's own shuffle (0.2.18) walks its cycle until it falls inside the set: 280
-    us an element of a set of 100, 17 of 3,000, 9 of 111,000, where this takes 0.3; and it gives another order.
+    A Grain source with random access. Grain's own shuffle (0.2.18) walks a cycle until it hits the set, which takes 280
+    us an element for 100 elements, 17 for 3,000 and 9 for 111,000, where this takes 0.3; it also gives another order.
     """
 
     def __init__(self, indices: np.ndarray, seed: int, name: str):
@@ -112,7 +112,7 @@ class _Order:
 
     @functools.cached_property
     def _permutations(self):
-        # Threads that build ahead cross into the next epoch one by one.
+        # Prefetching threads are in two epochs at once at the end of each.
         return functools.lru_cache(4)(self._permuted)
 
     def __getstate__(self):
@@ -127,16 +127,16 @@ class _Order:
 
 
 def num_decoding_threads() -> int:
-    """Threads that build batches of images which are read when drawn."""
+    """Threads that build batches whose images are decoded when drawn."""
     return min(16, os.cpu_count() or 1)
 
 
 def _read_options(encoded: Encoded, prefetch: int | None) -> grain.ReadOptions:
     if encoded.images is not None:
-        # Copies of rows in memory: one thread is ahead of any model.
+        # Rows are copied from memory: one thread is faster than any model.
         threads, prefetch = 1, 2 if prefetch is None else prefetch
     else:
         threads = num_decoding_threads()
-        # Two more than are being built: a thread that is done early goes on with the next.
+        # Two more than threads, so that a thread that finishes early can start the next batch.
         prefetch = threads + 2 if prefetch is None else prefetch
     return grain.ReadOptions(num_threads=threads if prefetch else 0, prefetch_buffer_size=prefetch)

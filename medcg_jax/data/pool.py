@@ -1,4 +1,4 @@
-"""A function over many items in processes of their own, so that all cores work and no decoder ends or holds a run."""
+"""Maps a function over many items in separate processes: all cores work, and no decoder can crash or hang the run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
-# The processes are copies of one that has imported what takes long.
+# The fork server imports this module once, so that workers start quickly.
 PRELOADED = "medcg_jax.data.prepare"
 
 # `lambda items, total: tqdm(items, total=total)`, or nothing.
@@ -37,30 +38,30 @@ def over(
     """The function's result for each item, in their order.
 
     Args:
-      function: of a module's top level; what it raises ends the iteration.
-      crashed: the result for an item whose process died of it, and why it did, such as "took longer than 10 s of
-        processor time"; all others keep theirs.
-      workers: processes; 0: one per core. With 1 and no `max_seconds` all is done in this process, without any bound.
-      chunk: items that travel together.
-      max_seconds: processor time that one item may take; 0: not bounded.
-      max_bytes: address space that a process may take beside its own start; more is refused to it; 0: not bounded.
+      function: of a module's top level; an exception in it ends the iteration.
+      crashed: (item, reason such as "took longer than 10 s of processor time") -> the result for an item that killed its
+        process; other items are not affected.
+      workers: processes; 0: one per core. With 1 and no `max_seconds` everything runs in this process, without bounds.
+      chunk: items sent to a process at once.
+      max_seconds: processor time that one item may take; 0: unbounded.
+      max_bytes: address space that a process may add to what it starts with; 0: unbounded.
     """
     workers = workers or os.cpu_count() or 1
     if not items or (workers == 1 and not max_seconds):
         yield from map(function, items)
         return
-    # Not a fork of this process, which would copy the locks of threads that JAX or Grain may have started.
+    # Not plain fork: it would copy locks held by threads of JAX or Grain.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([PRELOADED])
     start = partial(_Worker, context, function, max_seconds, max_bytes)
     waiting = deque((first, items[first : first + chunk]) for first in range(0, len(items), chunk))
     results: dict[int, Result] = {}
     pool = [start() for _ in range(min(workers, len(waiting)))]
-    place = 0
+    next_index = 0
     try:
         for worker in pool:
             worker.give(*waiting.popleft())
-        while place < len(items):
+        while next_index < len(items):
             ready = wait([worker.pipe for worker in pool])
             for worker in [worker for worker in pool if worker.pipe in ready]:
                 try:
@@ -68,7 +69,7 @@ def over(
                 except (EOFError, ConnectionError):
                     error, result = None, crashed(worker.left[0], worker.end(max_seconds))
                     pool.remove(worker)
-                    # Others of its items are not to blame.
+                    # The rest of its chunk goes to another process.
                     left = worker.first + 1, worker.left[1:]
                     if left[1]:
                         waiting.appendleft(left)
@@ -85,28 +86,29 @@ def over(
                     else:
                         worker.end(0)
                         pool.remove(worker)
-            while place in results:
-                yield results.pop(place)
-                place += 1
+            while next_index in results:
+                yield results.pop(next_index)
+                next_index += 1
     finally:
         for worker in pool:
             worker.end(0)
 
 
 class _Worker:
-    """A process and the items that it is at: `left`, of which the next result is for the first, at place `first`."""
+    """A process and its unfinished items `left`; `first` is the index of the first of these among all items."""
 
     def __init__(self, context, function, max_seconds: int, max_bytes: int):
         self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=_work, args=(theirs, function, max_seconds, max_bytes), daemon=True)
-        # A process would first run the caller's script again, whose functions it does not need.
+        # Without this the process would first run the caller's script again.
         script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
         try:
             self._process.start()
         finally:
             sys.modules["__main__"] = script
         theirs.close()
-        self.first, self.left = 0, []
+        self.first = 0
+        self.left: Sequence = ()
         try:
             self.pipe.recv()
         except (EOFError, ConnectionError) as error:
@@ -116,11 +118,11 @@ class _Worker:
         self.first, self.left = first, items
         try:
             self.pipe.send(items)
-        except ConnectionError:  # it has died since; its end is read
+        except ConnectionError:  # it died; `over` notices when it reads the pipe
             pass
 
     def end(self, max_seconds: int) -> str:
-        """Ends the process and says what it died of, if it has."""
+        """Ends the process and returns why it died, if it had."""
         self.pipe.close()
         if not max_seconds:
             self._process.terminate()
@@ -131,8 +133,8 @@ class _Worker:
 
 
 def _work(pipe: Connection, function: Callable, max_seconds: int, max_bytes: int) -> None:
-    """Sends (error or None, result) for each item of each list that comes, until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with the process that asks
+    """Sends (error or None, result) for each item of each list received, until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends this one
     if max_bytes:
         _bound_memory(max_bytes)
     try:
@@ -140,7 +142,7 @@ def _work(pipe: Connection, function: Callable, max_seconds: int, max_bytes: int
         while True:
             for item in pipe.recv():
                 if max_seconds:
-                    # Beyond it the system ends the process, wherever in a decoder it is.
+                    # The kernel ends the process after that time, wherever in a decoder it is.
                     signal.setitimer(signal.ITIMER_PROF, max_seconds)
                 try:
                     error, result = None, function(item)
@@ -152,7 +154,7 @@ def _work(pipe: Connection, function: Callable, max_seconds: int, max_bytes: int
 
 
 def _bound_memory(max_bytes: int) -> None:
-    """Refuses this process memory beyond so many bytes more than it has now, where the system says what it has."""
+    """Limits this process to `max_bytes` more address space than it has now; does nothing without /proc."""
     try:
         pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
     except OSError:

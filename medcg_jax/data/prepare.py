@@ -1,12 +1,12 @@
 """A Med-MAT tree checked, decoded, laid out and written once as ArrayRecord shards: `medcg data prepare ROOT OUT`.
 
-    OUT/manifest.json                               written last: settings, counts, digests of all else
+    OUT/manifest.json                               written last: settings, counts, digests of all other files
     OUT/records/NN-train.jsonl                      the records of a subset and split, one a line, without pixels
-    OUT/records/NN-train-00000-of-00012.arrayrecord the same with them, `RECORDS_PER_SHARD` in each
+    OUT/records/NN-train-00000-of-00012.arrayrecord the same records with pixels, `RECORDS_PER_SHARD` in each
     OUT/set_aside.jsonl                             the records left out, and why
 
 A shard's record is its line of the .jsonl, a line end, and the pixels: uint8, rows of `shape`, of one channel where all
-three are equal. A shard appears whole under its name, whoever wrote it, so a run that was killed goes on at the next.
+three are equal. A shard is renamed into place when it is whole, so a killed run resumes at the next shard.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import re
 import secrets
 import stat
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,18 +38,18 @@ from medcg_jax.data.tree import Tree
 from medcg_jax.files import write_whole
 from medcg_jax.untrusted import FileError, kind_of, read_json, shown
 
-# Of images that are nearly one grey the manifest names so many.
+# Images that are nearly one grey: the manifest names at most so many.
 MOST_DIM = 20
 # 2: the lines have perceptual hashes.
 FORMAT = "medcg prepared 2"
 OWN_FILES = (".examined.jsonl", ".plan.json", "set_aside.jsonl", "manifest.json")
 RECORDS_PER_SHARD = 256
-# One record a group, so that any one is read alone. Uncompressed: zstd at its fastest halves the size, and reading
-# takes 3.6 times as much CPU (262 against 73 us a record of 336 x 336).
+# One record a group, so that each can be read alone. Uncompressed: the fastest zstd halves the size, but reading then
+# takes 3.6 times the CPU (262 against 73 us for a record of 336 x 336).
 WRITER_OPTIONS = "group_size:1,uncompressed"
-# What a run that was killed leaves of a file of `records` that it was writing.
-_PART = re.compile(r"\.[A-Za-z0-9-]+-(?:train|test)(?:-\d{5}-of-\d{5}\.arrayrecord|\.jsonl)\.[0-9a-f]{12}")
-# Settings that decide what the records are; a folder holds those of one setting.
+# Partial files that a killed run leaves in `records`.
+_PARTIAL = re.compile(r"\.[A-Za-z0-9-]+-(?:train|test)(?:-\d{5}-of-\d{5}\.arrayrecord|\.jsonl)\.[0-9a-f]{12}")
+# Settings that decide what the records are; a folder holds one preparation.
 SETTINGS = ("train_records_per_subset", "test_records_per_subset", "seed", "max_pixels", "window", "deep_grey", "frame")
 
 
@@ -66,7 +67,7 @@ class TooManyBad(DataError):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` did: the manifest, and the seconds and shards of this run alone (0 shards: all was there)."""
+    """The manifest that `prepare` wrote, and the shards (0: all existed) and seconds of this run."""
 
     manifest: dict[str, Any]
     shards_written: int
@@ -75,9 +76,9 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Shard:
-    """A shard to be written: the subset and split it is part of ("04-train"), and its records as lines of JSON."""
+    """A shard to be written: its subset and split ("04-train"), its path, and its records as lines of JSON."""
 
-    part: str
+    subset_split: str
     path: Path
     lines: tuple[str, ...]
 
@@ -93,15 +94,15 @@ def prepare(
     workers: int = 0,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Writes the tree's records into `out`, or what of them is not there yet; the bytes do not depend on `workers`.
+    """Writes those records of the tree that `out` does not hold yet; the bytes do not depend on `workers`.
 
-    Prints a line for everything that `check` warns of, and where nothing is left to do.
+    Prints the warnings of `check`, and a line if nothing is left to do.
 
     Args:
-      data: which records of the tree (caps, seed) and how pixels are read; its `source` and `root` are not looked at.
-      max_bad_frac: share of the records that may be set aside, in 0..1; more of them end the run before it writes.
+      data: which records of the tree (caps, seed) and how pixels are read; its `source` and `root` are ignored.
+      max_bad_frac: share of the records that may be set aside, in 0..1; with more the run ends before it writes.
       drop_near: leave out the training records whose image is nearly a test record's.
-      progress: as `check.inspect` takes it; used for the images and then for the shards.
+      progress: as in `check.inspect`; used for the images and then for the shards.
 
     Raises:
       DataError: no tree; or `out` holds something else, a link, or a preparation with other settings or records.
@@ -123,28 +124,26 @@ def prepare(
         print(f"warning: {notice}")
     near = {(pair.file, pair.record) for pair in inspection.report.near}
     source = ReleaseSource(tree, data, skip=inspection.report.bad_records | (near if drop_near else set()))
-    parts = dict(_lines(source, inspection, layout))
-    plan = {"format": FORMAT, "settings": settings, "records": records_digest(parts)}
+    lines_by_split = dict(_lines(source, inspection, layout))
+    plan = {"format": FORMAT, "settings": settings, "records": records_digest(lines_by_split)}
     if _plan_of(out).get("records", plan["records"]) != plan["records"]:
         raise DataError(f"{out} was prepared from other records or images; remove it, or choose another folder")
-    shards = [shard for name, lines in parts.items() for shard in _shards(out, name, lines)]
+    shards = [shard for name, lines in lines_by_split.items() for shard in _shards(out, name, lines)]
     missing = sum(not shard.path.exists() for shard in shards)
     if not missing and (done := _finished(out, plan)):
         print(f"{out}: prepared before, nothing to do")
         return Prepared(done, 0, time.monotonic() - started)
     write_whole(out / ".plan.json", json.dumps(plan, indent=1) + "\n")
-    for name, lines in parts.items():
+    for name, lines in lines_by_split.items():
         write_whole(out / "records" / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
-    aside = [
-        asdict(problem) for problem in (*inspection.report.problems, *(inspection.report.near if drop_near else ()))
-    ]
-    aside = [json.dumps(problem, ensure_ascii=False) for problem in aside]
+    left_out: list[Any] = [*inspection.report.problems, *(inspection.report.near if drop_near else ())]
+    aside = [json.dumps(asdict(problem), ensure_ascii=False) for problem in left_out]
     write_whole(out / "set_aside.jsonl", "".join(f"{line}\n" for line in aside))
     write = functools.partial(write_shard, root=tree.root, layout=layout, max_pixels=data.max_pixels, reading=reading)
-    digests = over(write, shards, crashed=_crashed, workers=workers, chunk=1)
-    digests = dict(zip(shards, progress(digests, len(shards)) if progress else digests, strict=True))
+    results: Iterable[str] = over(write, shards, crashed=_crashed, workers=workers, chunk=1)
+    digests = dict(zip(shards, progress(results, len(shards)) if progress else results, strict=True))
     manifest = plan | {
-        "prompt_fingerprint": _prompt_fingerprint(parts),
+        "prompt_fingerprint": _prompt_fingerprint(lines_by_split),
         "set_aside": {"records": len(inspection.report.bad_records), "of": inspection.report.num_records}
         | {"problems": inspection.report.counts()},
         "near": {"training_records": len(near), "kept": not drop_near},
@@ -160,44 +159,44 @@ def prepare(
 
 
 def write_shard(shard: _Shard, root: Path, layout: Layout, max_pixels: int, reading: Reading) -> str:
-    """sha256 in hex of the shard's file, which is written, whole or not at all, where it is not there.
+    """Writes a shard, whole or not at all, and returns the sha256 of its file in hex.
 
-    One that is there is taken where its records are these, whoever wrote it, and else written again.
+    An existing file with the same records is kept; another one is replaced.
 
     Raises:
-      DataError: an image is not the one that was examined.
-      OSError: an image cannot be read, or the file not written.
+      DataError: an image has changed since it was examined.
+      OSError: an image cannot be read, or the shard cannot be written.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     if shard.path.exists() and _holds(shard):
         return _file_digest(shard.path)
-    part = shard.path.with_name(f".{shard.path.name}.{secrets.token_hex(6)}")
+    partial = shard.path.with_name(f".{shard.path.name}.{secrets.token_hex(6)}")
     try:
         try:
-            writer = ArrayRecordWriter(str(part), WRITER_OPTIONS)
+            writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
             for line in shard.lines:
                 writer.write(f"{line}\n".encode() + _pixels(json.loads(line), root, layout, max_pixels, reading))
             writer.close()
-        except RuntimeError as error:  # its word for a disk that is full or away
+        except RuntimeError as error:  # the writer's error for a full or missing disk
             raise OSError(f"{shard.path} cannot be written: {str(error).partition(';')[0]}") from error
-        with open(part, "rb") as file:
+        with open(partial, "rb") as file:
             os.fsync(file.fileno())
-        digest = _file_digest(part)
-        os.replace(part, shard.path)
+        digest = _file_digest(partial)
+        os.replace(partial, shard.path)
         return digest
     except BaseException:
-        part.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 
-def shard_name(part: str, place: int, number: int) -> str:
-    """The file name of shard `place` of `number`. part: "04-train"."""
-    return f"{part}-{place:05d}-of-{number:05d}.arrayrecord"
+def shard_name(subset_split: str, index: int, number: int) -> str:
+    """The file name of shard `index` of `number`. subset_split: "04-train"."""
+    return f"{subset_split}-{index:05d}-of-{number:05d}.arrayrecord"
 
 
 def _holds(shard: _Shard) -> bool:
-    """Whether the shard's file is whole and its records are these, as far as their lines say."""
+    """Whether the shard's file is whole and each of its records begins with the expected line."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     try:
@@ -234,7 +233,7 @@ def _lines(source: ReleaseSource, inspection: Inspection, layout: Layout):
 
 
 def _line(record: Record, image: Examined, layout: Layout) -> str:
-    """One record as JSON. `shape`: (height, width) of its pixels in the shard; the hashes are of its image's file."""
+    """One record as JSON. `shape`: (height, width) of its pixels in the shard; the hashes are those of the image file."""
     fields = {
         "id": record.id,
         "subset": record.subset,
@@ -246,7 +245,7 @@ def _line(record: Record, image: Examined, layout: Layout) -> str:
         "answer": record.answer,
         "boxes": [[box.label, *box.corners] for box in record.boxes],
         "size_px": record.size_px,
-        "shape": layout.size_after(image.size),
+        "shape": layout.size_after((image.height, image.width)),
         "sha256": image.digest,
         "pixels": image.pixels,
         "perceptual": image.perceptual,
@@ -260,16 +259,16 @@ def _shards(out: Path, name: str, lines: list[str]) -> list[_Shard]:
     return [
         _Shard(
             name,
-            out / "records" / shard_name(name, place, len(starts)),
+            out / "records" / shard_name(name, index, len(starts)),
             tuple(lines[start : start + RECORDS_PER_SHARD]),
         )
-        for place, start in enumerate(starts)
+        for index, start in enumerate(starts)
     ]
 
 
 def _entry(subset: Subset, kind: str, digests: dict[_Shard, str], data: DataConfig) -> dict[str, Any]:
-    """A subset as the manifest has it."""
-    shards = {split: [s for s in digests if s.part == f"{subset.name}-{split}"] for split in SPLITS}
+    """A subset's entry in the manifest."""
+    shards = {split: [s for s in digests if s.subset_split == f"{subset.name}-{split}"] for split in SPLITS}
     files = {
         split: [{"file": s.path.name, "records": len(s.lines), "sha256": digests[s]} for s in shards[split]]
         for split in SPLITS
@@ -289,11 +288,11 @@ def _entry(subset: Subset, kind: str, digests: dict[_Shard, str], data: DataConf
 
 def _check_out(out: Path, root: Path) -> None:
     if os.path.lexists(out) and not out.is_dir():
-        raise DataError(f"{out} is no folder; one, or a new name, is accepted")
+        raise DataError(f"{out} is no folder; expected one, or a new name")
     if out.resolve() == root.resolve():
-        raise DataError(f"{out}: the tree itself; another folder is accepted")
+        raise DataError(f"{out}: the tree itself; expected another folder")
     if out.is_dir() and any(out.iterdir()) and not (out / ".examined.jsonl").exists():
-        raise DataError(f"{out} holds something else; an empty folder, a new one, or one that was prepared is accepted")
+        raise DataError(f"{out} holds something else; expected an empty folder, a new one, or one that was prepared")
     records = out / "records"
     _check_kind(records, is_folder=True)
     for name in OWN_FILES:
@@ -301,12 +300,12 @@ def _check_out(out: Path, root: Path) -> None:
     records.mkdir(parents=True, exist_ok=True)
     for path in records.iterdir():
         _check_kind(path)
-        if _PART.fullmatch(path.name):
+        if _PARTIAL.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
 def _check_kind(path: Path, is_folder: bool = False) -> None:
-    """Raises DataError where what is there is a link, or no regular file (no folder, where that is wanted)."""
+    """Raises DataError if the path is a link, or no regular file (or no folder, if `is_folder`)."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -314,11 +313,11 @@ def _check_kind(path: Path, is_folder: bool = False) -> None:
     if not (stat.S_ISDIR(mode) if is_folder else stat.S_ISREG(mode)):
         kind = "a link" if stat.S_ISLNK(mode) else "a file" if stat.S_ISREG(mode) else kind_of(mode)
         accepted = "a folder" if is_folder else "a regular file"
-        raise DataError(f"{path} is {kind}, and nothing is written through it; {accepted} is accepted, or none")
+        raise DataError(f"{path} is {kind}, and nothing is written through it; expected {accepted}, or nothing there")
 
 
 def _plan_of(out: Path) -> dict[str, Any]:
-    """What the folder was begun with; {} where it was not."""
+    """The plan that the folder was begun with; {} if there is none."""
     path = out / ".plan.json"
     if not path.exists():
         return {}
@@ -334,7 +333,7 @@ def _plan_of(out: Path) -> dict[str, Any]:
 
 
 def _check_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Raises DataError, before anything is read, where the folder holds a preparation with other settings."""
+    """Raises DataError if the folder holds a preparation with other settings."""
     old = _plan_of(out).get("settings", settings)
     differ = [
         f"{key}={shown(old.get(key))}, not {shown(value)}" for key, value in settings.items() if old.get(key) != value
@@ -346,7 +345,7 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
 def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     try:
         manifest = read_json(out / "manifest.json")
-    except FileError:  # not there, or not whole: it is written again
+    except FileError:  # missing or damaged: written again
         return None
     return manifest if all(manifest.get(key) == value for key, value in plan.items()) else None
 
@@ -366,18 +365,18 @@ def _crashed(shard: _Shard, reason: str):
     raise DataError(f"{shard.path.name}: the process that wrote it died (memory?); run the command again")
 
 
-def records_digest(parts: dict[str, list[str]]) -> str:
-    """A digest of all records. parts: "04-train" -> their lines, in the manifest's order."""
+def records_digest(lines_by_split: dict[str, list[str]]) -> str:
+    """A digest of all records. lines_by_split: "04-train" -> lines, in the manifest's order."""
     digest = hashlib.sha256()
-    for name, lines in parts.items():
+    for name, lines in lines_by_split.items():
         digest.update("\n".join([name, *lines, ""]).encode())
     return digest.hexdigest()
 
 
-def _prompt_fingerprint(parts: dict[str, list[str]]) -> str:
-    """A digest of all that is asked and answered: two preparations that have the same one ask the same."""
+def _prompt_fingerprint(lines_by_split: dict[str, list[str]]) -> str:
+    """A digest of all questions, options, answers and boxes."""
     digest = hashlib.sha256()
-    for lines in parts.values():
+    for lines in lines_by_split.values():
         for line in lines:
             record = json.loads(line)
             digest.update(json.dumps([record["turns"], record["options"], record["boxes"]]).encode())

@@ -1,4 +1,4 @@
-"""Reader of what `prepare` wrote: a `records.Source` whose images are read by number from ArrayRecord shards."""
+"""Reader of a prepared folder: a `records.Source` whose images are read by index from ArrayRecord shards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from medcg_jax.data.splits import capped, limit_of
 from medcg_jax.untrusted import FileError
 
 KINDS = ("choice", "detection")
-# 256 images of the most pixels that are accepted have some 50 GB.
+# 256 images of the largest size allowed have some 50 GB.
 MAX_SHARD_BYTES = 2**37
 MAX_SHARD_OVERHEAD_BYTES = 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")
@@ -36,18 +36,18 @@ _ENTRY = {
 
 
 class PreparedSource:
-    """A prepared folder as a `records.Source`; only the caps of the configuration are applied, to what was prepared.
+    """A prepared folder as a `records.Source`; of the configuration only the caps apply, to the prepared records.
 
     Attributes:
-      subsets, detection_subsets: as `records.Source` has them.
+      subsets, detection_subsets: as in `records.Source`.
       layout: what was done to the images.
 
-    An image is given only where its shard's record begins with the record's line of the .jsonl, whose id and digests
-    are then its own; ArrayRecord itself checks each record's bytes. `verify` compares the digests of whole shards.
+    An image is read only if its shard's record begins with the record's line of the .jsonl, so that id and digests are
+    its own; ArrayRecord itself checks each record's bytes. `verify` compares the digests of whole shards.
 
     Raises:
-      DataError: `root` holds no finished preparation. Of a subset whose records or shards are missing, or others than
-        the manifest says: when it is asked for. Of a damaged or exchanged record: when its image is.
+      DataError: `root` holds no finished preparation. `records` raises where records or shards are missing or differ
+        from the manifest; reading an image raises where its record is damaged or exchanged.
     """
 
     def __init__(self, root: str | Path, config: DataConfig):
@@ -59,26 +59,26 @@ class PreparedSource:
         self.detection_subsets = self._of_kind("detection")
 
     def records(self, subset: str, split: Split) -> RecordSet:
-        """The subset's records in the order of the tree; images are read when asked for. See `records.Source`."""
+        """The subset's records in the order of the tree; images are read on demand. See `records.Source`."""
         if split not in SPLITS:
-            raise DataError(f"split {split!r}; {' or '.join(SPLITS)} is accepted")
+            raise DataError(f"split {split!r}; expected {' or '.join(SPLITS)}")
         if subset not in self._entries:
             raise DataError(f"subset {subset!r} is no subset of {self._root}")
         path = self._root / "records" / f"{subset}-{split}.jsonl"
         texts = _lines(path, self._entries[subset][split])
         lines = [_read_line(text, f"{path}, line {number}", subset) for number, text in enumerate(texts, 1)]
         records = [line.record for line in lines]
-        places = capped(records, self._config, subset, split)
+        positions = capped(records, self._config, subset, split)
         shards = _Shards(self._shards(subset, split))
-        images = [_ShardImage(shards, lines[place], place) for place in places]
-        return RecordSet([records[place] for place in places], images)
+        images = [_ShardImage(shards, lines[position], position) for position in positions]
+        return RecordSet([records[position] for position in positions], images)
 
     def fingerprint(self) -> str:
         """A digest of the records of choice questions, of the pixels they are prepared with, and of the caps."""
         return self._digest("choice")
 
     def detection_fingerprint(self) -> str:
-        """The same of the records with boxes."""
+        """The same for the records with boxes."""
         return self._digest("detection")
 
     def _digest(self, kind: str) -> str:
@@ -101,7 +101,7 @@ class PreparedSource:
         return min(entry[split], limit_of(self._config, split) or entry[split])
 
     def _shards(self, subset: str, split: Split) -> dict[Path, int]:
-        """The shards, and how many records the manifest says that each has."""
+        """Each shard and its number of records by the manifest."""
         listed = self._entries[subset]["shards"][split]
         shards = {self._root / "records" / shard["file"]: shard["records"] for shard in listed}
         for path in shards:
@@ -111,7 +111,7 @@ class PreparedSource:
 
 
 def is_prepared(root: str | Path) -> bool:
-    """Whether a folder holds what `prepare` wrote, finished or not."""
+    """Whether `prepare` wrote into the folder, finished or not."""
     return (Path(root) / ".plan.json").is_file()
 
 
@@ -119,7 +119,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """The manifest of a prepared folder.
 
     Raises:
-      DataError: there is none, or it is not this format's.
+      DataError: there is no manifest, or it has another format.
     """
     path = root / "manifest.json"
     if not os.path.lexists(path):
@@ -138,7 +138,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 
 def _manifest_fault(manifest: dict[str, Any]) -> str:
-    """The first thing in a manifest that `prepare` did not write so; "" where there is none."""
+    """The first thing in a manifest that `prepare` would not have written; "" if there is none."""
     settings, entries = manifest.get("settings"), manifest.get("subsets")
     if not isinstance(settings, dict) or not isinstance(settings.get("image"), str):
         return f"settings={untrusted.shown(settings)} has no text `image`"
@@ -161,47 +161,51 @@ def _manifest_fault(manifest: dict[str, Any]) -> str:
     return ""
 
 
-def _shards_fault(shards: Any, part: str, number: int) -> str:
-    """What is wrong with the list of shards of `part` ("04-train"), which have `number` records; "" if nothing is."""
+def _shards_fault(shards: Any, subset_split: str, number: int) -> str:
+    """What is wrong with the shards of `subset_split` ("04-train"), which has `number` records; "" if nothing is."""
     if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
-        return f"shards of {part}: {untrusted.shown(shards)} is no list of objects"
-    for place, shard in enumerate(shards):
-        name = shard_name(part, place, len(shards))
+        return f"shards of {subset_split}: {untrusted.shown(shards)} is no list of objects"
+    for position, shard in enumerate(shards):
+        name = shard_name(subset_split, position, len(shards))
         if shard.get("file") != name:
             return f"shard {untrusted.shown(shard.get('file'))} stands where {name} belongs"
         if type(shard.get("records")) is not int or not isinstance(shard.get("sha256"), str):
             return f"shard {name} has no whole number `records`, or no text `sha256`"
     listed = sum(shard["records"] for shard in shards)
-    return "" if listed == number >= 0 else f"{part} has {untrusted.shown(number)} records, its shards {listed}"
+    return "" if listed == number >= 0 else f"{subset_split} has {untrusted.shown(number)} records, its shards {listed}"
 
 
 def verify(root: str | Path) -> list[str]:
-    """What is wrong with a prepared folder, a line each: shards and lists of records missing, or not as written.
+    """The faults of a prepared folder, a line each: shards and lists of records that are missing or have changed.
 
     Raises:
       DataError: as `read_manifest`.
     """
     root, wrong = Path(root), []
     manifest = read_manifest(root)
-    parts = {f"{entry['subset']}-{split}": entry[split] for entry in manifest["subsets"] for split in SPLITS}
+    counts = {f"{entry['subset']}-{split}": entry[split] for entry in manifest["subsets"] for split in SPLITS}
     lines: dict[str, list[str]] = {}
     try:
-        lines = {part: _lines(root / "records" / f"{part}.jsonl", n) for part, n in parts.items() if n}
+        lines = {
+            subset_split: _lines(root / "records" / f"{subset_split}.jsonl", n)
+            for subset_split, n in counts.items()
+            if n
+        }
         if records_digest(lines) != manifest.get("records"):
             wrong.append("records/*.jsonl: not the records that were written; run `medcg data prepare` again")
     except DataError as error:
         wrong.append(str(error))
     for entry in manifest["subsets"]:
         for split in SPLITS:
-            rest = iter(lines.get(f"{entry['subset']}-{split}", ()))
+            remaining = iter(lines.get(f"{entry['subset']}-{split}", ()))
             for shard in entry["shards"][split]:
-                fault = _fault_of(root / "records", shard, list(islice(rest, shard["records"])), entry["subset"])
+                fault = _fault_of(root / "records", shard, list(islice(remaining, shard["records"])), entry["subset"])
                 wrong += [f"{shard['file']}: {fault}"] if fault else []
     return wrong
 
 
 def _fault_of(folder: Path, shard: Mapping[str, Any], lines: Sequence[str], subset: str) -> str:
-    """What is wrong with a shard's file; "": nothing. lines: of its records, by which its size is judged."""
+    """What is wrong with a shard's file; "" if nothing is. lines: of its records, which bound its size."""
     try:
         with untrusted.open_regular(folder / shard["file"], _most_bytes(lines, subset)) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -214,18 +218,18 @@ def _most_bytes(lines: Sequence[str], subset: str) -> int:
     """The most bytes that a shard of these records can have."""
     try:
         records = [_read_line(line, "", subset) for line in lines]
-    except DataError:  # told of the list itself
+    except DataError:  # `verify` reports the list itself
         records = []
     size = sum(len(line.head) + 3 * line.shape[0] * line.shape[1] for line in records)
-    # What ArrayRecord adds is far less than as much again.
+    # ArrayRecord's overhead is far below the size of the records.
     return 2 * size + MAX_SHARD_OVERHEAD_BYTES if records else MAX_SHARD_BYTES
 
 
 def pixels(content: bytes, shape: Sequence[int]) -> np.ndarray:
-    """uint8[h, w, 3] of the bytes of a shard's record, a view: it must not be written to.
+    """uint8[h, w, 3] of the bytes of a shard's record: a read-only view.
 
     Raises:
-      DataError: the bytes are not those of an image of (height, width) `shape`.
+      DataError: the bytes are no image of (height, width) `shape`.
     """
     height, width = shape
     flat = np.frombuffer(content, np.uint8, offset=content.index(b"\n") + 1)
@@ -236,23 +240,22 @@ def pixels(content: bytes, shape: Sequence[int]) -> np.ndarray:
     return grey_view(flat.reshape(height, width))
 
 
-def _lines(path: Path, wanted: int) -> list[str]:
-    if not wanted:
+def _lines(path: Path, expected: int) -> list[str]:
+    if not expected:
         return []
     try:
         lines = [line for line in untrusted.read_text(path).split("\n") if line]
     except FileError as error:
         raise DataError(f"{error}; run `medcg data prepare` again") from error
-    if len(lines) != wanted:
-        raise DataError(f"{path} has {len(lines)} records, the manifest {wanted}; prepare it again")
+    if len(lines) != expected:
+        raise DataError(f"{path} has {len(lines)} records, the manifest {expected}; prepare it again")
     return lines
 
 
 class _Line(NamedTuple):
-    """One line of a .jsonl: its record, what the shard's record begins with, and (height, width) of the pixels there.
+    """One line of a .jsonl: its record, the head of the shard's record, and (height, width) of the pixels in the shard.
 
-    hashes: of the file that the image was read from: sha256 of its bytes and of its decoded pixels, and the perceptual
-      hash of these, all before they were laid out.
+    hashes: of the source image before layout: sha256 of the file's bytes, sha256 of the decoded pixels, perceptual hash.
     """
 
     record: Record
@@ -262,10 +265,10 @@ class _Line(NamedTuple):
 
 
 def _read_line(text: str, where: str, subset: str) -> _Line:
-    """One line. where: file and number, for the message.
+    """Parses one line. where: file and line number, for messages.
 
     Raises:
-      DataError: it is not as `prepare` writes one.
+      DataError: the line has another form than `prepare` writes.
     """
     try:
         line = untrusted.parsed(text, where)
@@ -305,18 +308,18 @@ def _size(pair: Any) -> tuple[int, int]:
 
 
 class _ShardImage(NamedTuple):
-    """The image of one line of a .jsonl, `place` records from the start of all shards; a `records.StoredImage`."""
+    """The image of one line of a .jsonl, at index `position` of all shards' records; a `records.StoredImage`."""
 
     shards: _Shards
     line: _Line
-    place: int
+    position: int
 
     def pixels(self) -> np.ndarray:
-        content = self.shards.read(self.place)
-        # Shards that were exchanged, or are of another preparation, hold other records.
+        content = self.shards.read(self.position)
+        # Exchanged shards, or shards of another preparation, hold other records.
         if not content.startswith(self.line.head):
             reason = f"not {self.line.record.id[:200]}, which the list of records has there"
-            raise self.shards.damaged(self.place, reason)
+            raise self.shards.damaged(self.position, reason)
         return pixels(content, self.line.shape)
 
     def size(self) -> tuple[int, int]:
@@ -326,32 +329,32 @@ class _ShardImage(NamedTuple):
         return self.line.hashes[0]
 
     def kept_hashes(self) -> tuple[bytes, bytes]:
-        """Of the pixels before they were laid out."""
+        """Hashes of the pixels before layout."""
         return self.line.hashes[1:]
 
 
 class _Shards:
-    """The shards of one subset and split, opened when the first of their records is read.
+    """The shards of one subset and split, opened when the first record is read.
 
-    sizes: each shard, and how many records it has.
+    sizes: the number of records of each shard.
     """
 
     def __init__(self, sizes: dict[Path, int]):
         self._sizes = sizes
 
-    def read(self, place: int) -> bytes:
-        """One record. Raises DataError where it is damaged, or a shard cannot be read."""
+    def read(self, position: int) -> bytes:
+        """One record's bytes. Raises DataError if it is damaged or a shard cannot be read."""
         source = self._source
         try:
-            return source[place]
+            return source[position]
         except (RuntimeError, ValueError, IndexError) as error:
-            raise self.damaged(place, " ".join(str(error).split())[:120]) from error
+            raise self.damaged(position, " ".join(str(error).split())[:120]) from error
 
-    def damaged(self, place: int, reason: str) -> DataError:
-        """What is to be raised for one record."""
+    def damaged(self, position: int, reason: str) -> DataError:
+        """The error to raise for one record."""
         ends = list(accumulate(self._sizes.values()))
-        shard = list(self._sizes)[bisect_right(ends, place)]
-        return DataError(f"{shard}: record {place + 1} of {ends[-1]}: {reason}; run `medcg data prepare` again")
+        shard = list(self._sizes)[bisect_right(ends, position)]
+        return DataError(f"{shard}: record {position + 1} of {ends[-1]}: {reason}; run `medcg data prepare` again")
 
     @functools.cached_property
     def _source(self):
@@ -369,7 +372,7 @@ class _Shards:
 
 
 def _unreadable(shards: Iterable[Path], error: Exception) -> str:
-    """Which of the shards cannot be opened, and why."""
+    """A message that names the shard that cannot be opened, and why."""
     from grain.sources import ArrayRecordDataSource
 
     for path in shards:

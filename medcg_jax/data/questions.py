@@ -1,7 +1,7 @@
-"""QA formatting: raw labels as the release's records, six instructions a subset, questions of up to four options.
+"""QA formatting: turns raw labels into the release's records, with six instructions a subset and up to four options.
 
 Source of the format: FreedomIntelligence/Med-MAT README.md (six instructions, single choice, up to four options, wrong
-ones at random from the subset's other labels, the closing sentence). The instructions are this package's own.
+options drawn from the subset's other labels, the closing sentence). The instructions were written for this package.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from medcg_jax.files import write_together
 INSTRUCTIONS = Path(__file__).parent / "instructions.json"
 MAX_OPTIONS = 4
 CLOSING = "Answer with the option's letter from the given choices directly."
-# What a file's name has room for (`tree.Tree.files`).
+# Subset names that fit in a file's name (`tree.Tree.files`).
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")
-# Words at the end of a task's name that say what is done, not what is asked for.
+# Words at the end of a task's name that a question leaves out.
 _DONE = re.compile(r"(\s+(classification|identification|evaluation|detection|segmentation|det/seg|det|seg))+$", re.I)
 
 
 def instructions(modality: str, area: str, task: str) -> tuple[str, ...]:
     """The six instructions of a subset, with its modality, area and task written out.
 
-    Those of Med-MAT's tables have words of their own; elsewhere the names given stand in the sentences as they are.
+    Names of Med-MAT's tables have their own wording; other names stand in the sentences as they are.
     """
     words = _words()
     name = words["modalities"].get(modality, f"{modality} image")
     kind, subject = words["tasks"].get(task, ("type", _inside(_DONE.sub("", task))))
-    place = words["areas"].get(area, _inside(area))
-    return tuple(text.format(modality=name, area=place, subject=subject) for text in words["kinds"][kind])
+    area_name = words["areas"].get(area, _inside(area))
+    return tuple(text.format(modality=name, area=area_name, subject=subject) for text in words["kinds"][kind])
 
 
 def choice_record(
@@ -50,8 +50,8 @@ def choice_record(
 ) -> dict[str, Any]:
     """A question about an image with the release's keys, `id` 0.
 
-    Instruction, wrong options and the letter of the right one are drawn from `key` and the image's label alone, each
-    uniformly, so a record stays the same whatever lies beside it.
+    Instruction, wrong options and right letter are each drawn uniformly, seeded by `key`, image and label alone, so a
+    record does not depend on other records.
 
     Args:
       others: the labels that are wrong here. asked: the subset's instructions.
@@ -59,8 +59,8 @@ def choice_record(
     Example: `choice_record("a.png", "Benign", ["Normal"], ["Which?"], "0/04")` may ask "Which?\\nA: Normal\\nB: ..."
     """
     generator = np.random.default_rng(_seed(f"{key}\n{image}\n{label}"))
-    question = asked[generator.integers(len(asked))]
-    options = [others[place] for place in generator.permutation(len(others))[: MAX_OPTIONS - 1]]
+    question = asked[int(generator.integers(len(asked)))]
+    options = [others[index] for index in generator.permutation(len(others))[: MAX_OPTIONS - 1]]
     right = int(generator.integers(len(options) + 1))
     options.insert(right, label)
     lines = [question, *(f"{letter}: {option}" for letter, option in zip(LETTERS, options)), CLOSING]
@@ -77,7 +77,7 @@ def choice_record(
 
 
 def detection_record(labelled: LabelledImage, data_no: str = "") -> dict[str, Any]:
-    """An image with its boxes, none where it has no finding, with the keys of a detection file, `id` 0."""
+    """A record of a detection file, `id` 0; it has no boxes if the image has no finding."""
     height, width = labelled.size_px
     boxes = [
         # Whole pixels as whole numbers, as the files have them.
@@ -101,14 +101,14 @@ def format_labels(
 ) -> dict[str, Any]:
     """Writes a subset's two files below `root/Aggregated_Subsets` from a table of raw labels (`labels.read_labels`).
 
-    Records stand by image path, with ids from 1. The split is the table's; else `splits.train_test_split`. An image
-    with several classes has a question for each, without its other classes among the options.
+    Records are sorted by image path, with ids from 1. The split is the table's, else `splits.train_test_split`. An image
+    with several classes gets a question for each class, without its other classes among the options.
 
     Args:
       seed: of instructions, options and letters; the split does not depend on it.
-      data_no: of lines that name none.
-      triplet: (modality, area, task), written into manifest.json; None: those that it or Med-MAT's table has.
-      as_choice: boxes become questions of the images that have exactly one label.
+      data_no: for lines that name none.
+      triplet: (modality, area, task), written into manifest.json; None: taken from manifest.json or Med-MAT's table.
+      as_choice: makes questions, not boxes, of the images that have exactly one label.
       force: whether files of this subset may be replaced.
 
     Returns {"subset", "kind", "labels", "train", "test", "left_out" (images without a question), "files",
@@ -119,26 +119,26 @@ def format_labels(
     """
     table_path, root = Path(table_path), Path(root)
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; the one that the paths of the table start in is accepted")
+        raise DataError(f"{root}: no such folder; expected the one that the paths of the table start in")
     tree, is_named = Tree(root), triplet is not None
     triplet = _triplet(tree, subset, triplet)
     table = read_labels(table_path, root, max_pixels)
     if as_choice and not table.has_boxes:
-        raise DataError(f"{table_path.name}: --as=choice is accepted of boxes and masks; classes are questions anyway")
+        raise DataError(f"{table_path.name}: --as=choice is for boxes and masks; classes are questions anyway")
     detection = table.has_boxes and not as_choice
-    files = {split: root / FOLDER / _file_name(subset, split, detection) for split in SPLITS}
+    files = {split: root / FOLDER / f"Subset--{subset}{'-det' * detection}-{split}.json" for split in SPLITS}
     _check_free(tree, subset, detection, force)
     boxes = [(detection_record(labelled), labelled.size_px) for labelled in table.images] if table.in_numbers else []
     odd_boxes = box_range(table_path.name, boxes)
-    # Whichever records are made of it, an image is on one side.
+    # All records of an image are on the same side.
     sides = _sides(table, data_no)
     asked_of = [labelled for labelled in table.images if not as_choice or len(labelled.labels) == 1]
     asked = instructions(*triplet)
     labels = sorted({label for labelled in asked_of for label in labelled.labels})
     if detection and not labels:
-        raise DataError(f"{table_path.name}: no image has a finding; one or more are accepted")
+        raise DataError(f"{table_path.name}: no image has a finding; expected one or more")
     if not detection and len(labels) < 2:
-        raise DataError(f"{table_path.name}: the labels {labels}; two or more are accepted for questions")
+        raise DataError(f"{table_path.name}: the labels {labels}; expected two or more for questions")
     records: dict[Split, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for labelled in asked_of:
         number = labelled.data_no or data_no
@@ -156,14 +156,12 @@ def format_labels(
             ]
         group = {"group": labelled.group} if labelled.group else {}
         side = records[sides[labelled.image]]
-        side += [raw | group | {"id": len(side) + place} for place, raw in enumerate(raws, 1)]
-    for split, labelled in records.items():
-        if not labelled:
-            reason = (
-                f"no {split} record of {len(asked_of)} images; more of them, or both in a column `split`, are accepted"
-            )
+        side += [raw | group | {"id": len(side) + offset} for offset, raw in enumerate(raws, 1)]
+    for split in SPLITS:
+        if not records[split]:
+            reason = f"no {split} record of {len(asked_of)} images; expected more, or both splits in a column `split`"
             raise DataError(f"{table_path.name}: {reason}")
-    # The test file first: a training file by itself would be read as a subset without a split, and be split again.
+    # The test file first: a training file alone would be read as a subset without a split, and be split again.
     texts = {files[split]: _as_json(records[split]) for split in reversed(SPLITS)}
     if is_named:
         entry = {"subset": subset, "kind": _kind(detection)}
@@ -182,23 +180,23 @@ def format_labels(
 
 
 def _triplet(tree: Tree, subset: str, given: tuple[str, str, str] | None) -> tuple[str, str, str]:
-    """(modality, area, task) of a subset: as given, as the tree has it, or Med-MAT's."""
+    """(modality, area, task) of a subset: as given, else the tree's, else Med-MAT's."""
     if not _NAME.fullmatch(subset) or subset.endswith("-det"):
-        raise DataError(f"subset {subset!r}: letters, digits and hyphens, not ending in -det, are accepted")
+        raise DataError(f"subset {subset!r}: expected letters, digits and hyphens, not ending in -det")
     listed = tree.triplets
     if given:
         for name, text in zip(("modality", "area", "task"), given, strict=True):
             if not text or text != text.strip() or not text.isprintable():
-                raise DataError(f"{name} {text!r} of subset {subset}: one line of text is accepted, of all three")
+                raise DataError(f"{name} {text!r} of subset {subset}: expected one line of text in all three")
         return given
     if subset not in listed:
         reason = "is neither in the tree's manifest.json nor in Med-MAT's table of 53"
-        raise DataError(f"subset {subset!r} {reason}; with modality, area and task it is accepted")
+        raise DataError(f"subset {subset!r} {reason}; give its modality, area and task")
     return listed[subset]
 
 
 def _check_free(tree: Tree, subset: str, detection: bool, force: bool) -> None:
-    """Raises DataError where a file of the subset is in the way, or a file of the tree is refused."""
+    """Raises DataError if a file of the subset is in the way or a file of the tree is refused."""
     for error in tree.refused:
         raise error
     for file in tree.files:
@@ -206,9 +204,9 @@ def _check_free(tree: Tree, subset: str, detection: bool, force: bool) -> None:
             continue
         name = file.path.relative_to(tree.root)
         if file.detection != detection:
-            raise DataError(f"{name}: subset {subset} has {_kind(file.detection)} files; another is accepted")
+            raise DataError(f"{name}: subset {subset} has {_kind(file.detection)} files; choose another subset")
         if file.path.parent == tree.root:
-            raise DataError(f"{name}: subset {subset} lies at the tree's root; without that file it is accepted")
+            raise DataError(f"{name}: subset {subset} lies at the tree's root; move that file away")
         if not force:
             raise DataError(f"{name} exists; --force replaces it")
 
@@ -218,7 +216,7 @@ def _kind(detection: bool) -> str:
 
 
 def _sides(table: LabelTable, data_no: str) -> dict[str, Split]:
-    """Image -> its side: the table's own, or 9:1 by group and by the rarest label of each image."""
+    """Image -> split: the table's, or 9:1 by group and by the rarest label of each image."""
     if any(labelled.split for labelled in table.images):
         return {labelled.image: labelled.split for labelled in table.images}
     rarest = rarest_labels([labelled.labels for labelled in table.images])
@@ -227,14 +225,14 @@ def _sides(table: LabelTable, data_no: str) -> dict[str, Split]:
         for labelled, label in zip(table.images, rarest, strict=True)
     ]
     tested = train_test_split(items)
-    return {image: "test" if test else "train" for (image, _, _), test in zip(items, tested, strict=True)}
+    return {image: SPLITS[is_test] for (image, _, _), is_test in zip(items, tested, strict=True)}
 
 
 def _manifest_with(root: Path, entry: dict[str, str]) -> str:
-    """The tree's manifest.json with this subset's entry, what else it holds left as it is."""
+    """The text of the tree's manifest.json with this subset's entry added or updated."""
     whole = manifest_content(root) if (root / MANIFEST).exists() else {"subsets": []}
     others = [listed for listed in whole["subsets"] if listed["subset"] != entry["subset"]]
-    before = next((listed for listed in whole["subsets"] if listed["subset"] == entry["subset"]), {})
+    before: dict[str, str] = next((listed for listed in whole["subsets"] if listed["subset"] == entry["subset"]), {})
     whole["subsets"] = sorted([*others, before | entry], key=lambda listed: listed["subset"])
     return _as_json(whole)
 
@@ -243,12 +241,8 @@ def _as_json(content: Any) -> str:
     return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
 
-def _file_name(subset: str, split: Split, detection: bool) -> str:
-    return f"Subset--{subset}{'-det' * detection}-{split}.json"
-
-
 def _inside(name: str) -> str:
-    """A name as it stands inside a sentence: "Whole Body" -> "whole body", "CT Contrast" -> "CT contrast"."""
+    """A name inside a sentence: "Whole Body" -> "whole body", "CT Contrast" -> "CT contrast"."""
     return " ".join(word if word[:2].isupper() else word[:1].lower() + word[1:] for word in name.split(" "))
 
 

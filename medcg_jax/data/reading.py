@@ -1,4 +1,4 @@
-"""How pixels that are no plain 8-bit image become uint8: windows of DICOM files, deep greys, which frame is taken."""
+"""How other than plain 8-bit images become uint8: windows of DICOM files, deep greys, the choice of a frame."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from medcg_jax.data.records import DataError
 
-# (center, width) in HU. Source: Radiopaedia, "Windowing (CT)"; of its ranges the middle.
+# (center, width) in HU. Source: Radiopaedia, "Windowing (CT)"; the middle of each range.
 PRESETS_HU: dict[str, tuple[float, float]] = {
     "abdomen": (50, 400),
     "bone": (400, 1800),
@@ -31,12 +31,12 @@ _ROWS_AT_ONCE = 64
 
 
 class ImageError(DataError):
-    """An image cannot be decoded or must not be; the message says why, its caller knows whose it is."""
+    """An image cannot or must not be decoded; callers add which image it is."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The choices of a run, `data.window`, `data.deep_grey` and `data.frame`; one of them applies to each file.
+    """A run's choices `data.window`, `data.deep_grey` and `data.frame`.
 
     Attributes:
       window: "" (the file's own), a preset's name, or "CENTER/WIDTH" in the file's units after rescaling (HU for CT).
@@ -51,11 +51,11 @@ class Reading:
 
 
 def check_reading(reading: Reading) -> None:
-    """Raises DataError when one of the choices is none, or `deep_grey` asks for a window that is not in numbers."""
+    """Raises DataError if a choice is unknown, or `deep_grey` needs a window in numbers and has none."""
     if reading.window not in ("", *PRESETS_HU):
         parse_window(reading.window)
     if reading.deep_grey not in DEEP_GREYS:
-        raise DataError(f"data.deep_grey={reading.deep_grey!r}; {', '.join(DEEP_GREYS)} are accepted")
+        raise DataError(f"data.deep_grey={reading.deep_grey!r}; expected {', '.join(DEEP_GREYS)}")
     if reading.deep_grey == "window" and (not reading.window or reading.window in PRESETS_HU):
         reason = "data.deep_grey=window needs CENTER/WIDTH in stored values, such as 2048/4096"
         raise DataError(f"data.window={reading.window!r}: {reason}")
@@ -70,20 +70,20 @@ def parse_window(text: str) -> tuple[float, float]:
       DataError: no two finite numbers, or a width below 1.
     """
     try:
-        center, width = (float(part) for part in text.split("/"))
+        center, width = (float(number) for number in text.split("/"))
     except ValueError:
         center = width = math.nan
     if not (math.isfinite(center) and math.isfinite(width) and width >= 1):
         accepted = f"{', '.join(PRESETS_HU)}, or CENTER/WIDTH with a width of 1 or more, such as -600/1500"
-        raise DataError(f"data.window={text!r}; {accepted}, are accepted")
+        raise DataError(f"data.window={text!r}; expected {accepted}")
     return center, width
 
 
 def frame_index(frame: str, num_frames: int) -> int:
-    """Place (from 0) of the frame that `data.frame` means; of an even number the middle is the later one.
+    """Index of the frame that `data.frame` means; of an even number of frames the later middle one.
 
     Raises:
-      ImageError: the file has no such frame. DataError: `frame` is no choice.
+      ImageError: the file has no such frame. DataError: `frame` is unknown.
     """
     if frame in FRAMES:
         return {"first": 0, "middle": num_frames // 2, "last": num_frames - 1}[frame]
@@ -117,7 +117,7 @@ def stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def by_rows(image: np.ndarray, to_uint8: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """uint8[h, w] of an image [h, w], some rows at a time: what is computed in 64 bits never has the whole's size."""
+    """uint8[h, w] of an image [h, w], some rows at a time, so that 64-bit intermediate values need little memory."""
     out = np.empty(image.shape, np.uint8)
     for start in range(0, len(image), _ROWS_AT_ONCE):
         out[start : start + _ROWS_AT_ONCE] = to_uint8(image[start : start + _ROWS_AT_ONCE])
@@ -125,18 +125,18 @@ def by_rows(image: np.ndarray, to_uint8: Callable[[np.ndarray], np.ndarray]) -> 
 
 
 def check_size(size: tuple[int, int], max_pixels: int) -> None:
-    """Raises ImageError when an image of (width, height), or the square that it is padded to, has too many pixels."""
+    """Raises ImageError if an image of (width, height), or its square after padding, has too many pixels."""
     width, height = size
     if width < 1 or height < 1:
         raise ImageError(f"{width} x {height} pixels")
     if width * height > max_pixels:
-        raise ImageError(f"{width} x {height} pixels; at most {max_pixels} are accepted")
+        raise ImageError(f"{width} x {height} pixels; expected at most {max_pixels}")
     side = max(width, height)
     if side * side > max_pixels:
-        raise ImageError(f"{width} x {height} pixels pad to {side} x {side}; at most {max_pixels} are accepted")
+        raise ImageError(f"{width} x {height} pixels pad to {side} x {side}; expected at most {max_pixels}")
 
 
 def _frame_number(frame: str) -> int:
     if not (frame.isascii() and frame.isdigit() and len(frame) < 10):
-        raise DataError(f"data.frame={frame!r}; {', '.join(FRAMES)}, or a number from 0, are accepted")
+        raise DataError(f"data.frame={frame!r}; expected {', '.join(FRAMES)}, or a number from 0")
     return int(frame)

@@ -1,4 +1,4 @@
-"""Records of choice questions and of boxes, sets of them with images loaded on demand, and what a source offers."""
+"""Records of choice questions and of boxes, sets of records with images loaded on demand, and the Source protocol."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 LETTERS = string.ascii_uppercase
-# Options of a question, A to J: as many as the largest question banks have.
+# A to J, as many options as the largest question banks have.
 MAX_OPTIONS = 10
 
 Split = Literal["train", "test"]
@@ -19,12 +19,12 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 class DataError(ValueError):
-    """Data cannot be used; the message is one line that names the file or record and the reason."""
+    """Data that cannot be used; the message is one line that names the file or record and the reason."""
 
 
 @dataclass(frozen=True)
 class Subset:
-    """All records of one modality, anatomical area and task. Counts are those a reader of the source gets."""
+    """All records of one modality, anatomical area and task. Counts are after the source's caps."""
 
     name: str
     modality: str
@@ -76,26 +76,26 @@ class Record:
     id: str
     subset: str
     turns: tuple[Turn, ...]
-    # Texts in letter order; () where the record is no choice question.
+    # Texts in letter order; () for a detection record.
     options: tuple[str, ...] = ()
     answer: str = ""
-    # Path below the source's root, or a key of the source's own; "" where there is no image.
+    # Path below the source's root, or a key that only the source understands; "" without an image.
     image: str = ""
     data_no: str = ""
     boxes: tuple[Box, ...] = ()
-    # (height, width) in pixels of the image that the boxes lie in; (0, 0) where the record is no detection record.
+    # (height, width) in pixels of the image that the boxes lie in; (0, 0) for a choice record.
     size_px: tuple[int, int] = (0, 0)
-    # Patient or lesion that the image shows, which is trained on or tested on, never both; "": not known.
+    # Patient or lesion that the image shows, "" if unknown; a group is never in both training and test.
     group: str = ""
 
     @property
     def label(self) -> str:
-        """The text of the right option; "" where the record is no choice question."""
+        """The text of the right option; "" for a detection record."""
         return self.options[LETTERS.index(self.answer)] if self.options else ""
 
 
 class StoredImage(Protocol):
-    """An image that is decoded when asked for; nothing else that is asked of it decodes it."""
+    """An image that only `pixels` decodes."""
 
     def pixels(self) -> np.ndarray:
         """uint8[h, w, 3]. Raises DataError where it cannot be decoded."""
@@ -107,8 +107,8 @@ class StoredImage(Protocol):
         """sha256 of the bytes of the image's file. Raises DataError."""
 
     def kept_hashes(self) -> tuple[bytes, bytes] | None:
-        """(sha256 of the file's decoded pixels, `duplicates.perceptual_hash` of them), where `medcg data prepare` kept
-        them with the image."""
+        """(sha256 of the file's decoded pixels, their `duplicates.perceptual_hash`) where `medcg data prepare` stored
+        them; else None."""
 
 
 class RecordSet:
@@ -116,9 +116,9 @@ class RecordSet:
 
     Args:
       records: the records.
-      images: uint8[h, w, 3] or a `StoredImage` for each record, or uint8[N, h, w, 3]. That of a record without an image
-        is never looked at.
-      masks: bool[K, h, w] per record, of what lies in each of its K boxes; None for a record, or for all, without.
+      images: uint8[h, w, 3] or a `StoredImage` for each record, or uint8[N, h, w, 3]. The entry of a record without an
+        image is never used.
+      masks: per record bool[K, h, w], a mask for each of its K boxes, or None; None where no record has masks.
     """
 
     def __init__(
@@ -144,12 +144,12 @@ class RecordSet:
         return image if isinstance(image, np.ndarray) else image.pixels()
 
     def image_size(self, index: int) -> tuple[int, int]:
-        """(height, width) in pixels of one record's image, which is not decoded for it."""
+        """(height, width) in pixels of one record's image, without decoding it."""
         image = self.images[index]
         return image.shape[:2] if isinstance(image, np.ndarray) else image.size()
 
     def image_digest(self, index: int) -> bytes:
-        """sha256 of one record's image: of its file's bytes where it lies in a file, else of its pixels.
+        """sha256 of one record's image: of the file's bytes where there is a file, else of the pixels.
 
         Raises:
           DataError: the file cannot be read.
@@ -160,7 +160,7 @@ class RecordSet:
         return hashlib.sha256(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()).digest()
 
     def kept_hashes(self, index: int) -> tuple[bytes, bytes] | None:
-        """As `StoredImage.kept_hashes`; None of an image in memory."""
+        """As `StoredImage.kept_hashes`; None for an image in memory."""
         image = self.images[index]
         return None if isinstance(image, np.ndarray) else image.kept_hashes()
 
@@ -169,7 +169,7 @@ class RecordSet:
         return None if self.masks is None else self.masks[index]
 
     def select(self, indices: Iterable[int]) -> RecordSet:
-        """The records at these places, in the order given; decodes and copies no image."""
+        """The records at these indices, in the order given; decodes and copies no image."""
         indices = [int(i) for i in indices]
         masks = None if self.masks is None else [self.masks[i] for i in indices]
         return RecordSet([self.records[i] for i in indices], [self.images[i] for i in indices], masks)
@@ -177,31 +177,33 @@ class RecordSet:
 
 def concat(sets: Sequence[RecordSet]) -> RecordSet:
     """One set of all records, in the order of the sets; decodes and copies no image."""
-    records = [record for part in sets for record in part.records]
-    has_masks = any(part.masks is not None for part in sets)
-    masks = [part.mask(i) for part in sets for i in range(len(part))] if has_masks else None
-    return RecordSet(records, [image for part in sets for image in part.images], masks)
+    records = [record for record_set in sets for record in record_set.records]
+    has_masks = any(record_set.masks is not None for record_set in sets)
+    masks = [record_set.mask(i) for record_set in sets for i in range(len(record_set))] if has_masks else None
+    return RecordSet(records, [image for record_set in sets for image in record_set.images], masks)
 
 
 class Source(Protocol):
     """Where records come from: the phantom world or a Med-MAT tree.
 
     Attributes:
-      subsets: those of choice questions. detection_subsets: those whose records have boxes instead.
+      subsets: subsets of choice questions. detection_subsets: subsets whose records have boxes instead.
     """
 
     subsets: tuple[Subset, ...]
-    detection_subsets: tuple[Subset, ...]
+
+    @property
+    def detection_subsets(self) -> tuple[Subset, ...]: ...
 
     def records(self, subset: str, split: Split) -> RecordSet:
-        """The records of one subset and split, checked; the same ones at each call.
+        """The checked records of one subset and split; every call gives the same.
 
         Raises:
-          DataError: no such subset, or a record is broken.
+          DataError: the subset does not exist, or a record is broken.
         """
 
     def fingerprint(self) -> str:
         """A digest of everything that the records of choice questions depend on."""
 
     def detection_fingerprint(self) -> str:
-        """The same of the records with boxes."""
+        """The same for the records with boxes."""

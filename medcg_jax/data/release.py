@@ -1,4 +1,4 @@
-"""The records of a Med-MAT tree (`tree`) as a source: split, capped, their images decoded when asked for.
+"""A Med-MAT tree (`tree`) as a source: records split and capped, images decoded on demand.
 
 Modality, area and task come from the tree's `manifest.json` where it has one, else from the catalogue of Med-MAT's 53
 subsets. Detection files (`-det-`) are subsets of their own.
@@ -29,21 +29,21 @@ from medcg_jax.data.tree import Contents, SubsetFile, Tree
 class ReleaseSource:
     """A Med-MAT tree as a `records.Source`.
 
-    A subset without a test file is split 9:1 by patient and label (`splits.train_test_split`), the same way whatever
-    the seed. Records are capped with labels balanced, by the configuration's `train_records_per_subset` and
+    A subset without a test file is split 9:1 by patient and label (`splits.train_test_split`), whatever the seed.
+    Records are capped with labels balanced, by the configuration's `train_records_per_subset` and
     `test_records_per_subset`.
 
     Args:
-      root: the tree's folder, or the tree where it was read before.
-      skip: (file, record) of records that are left out, as `check` names them; the others are then counted exactly.
+      root: the tree's folder, or the `Tree` itself.
+      skip: (file, record) of records to leave out, as `check` names them; the others are then counted exactly.
 
     Attributes:
       tree: the tree. subsets: the choice subsets.
-      detection_subsets: the subsets that have boxes instead of options, looked at when asked for.
+      detection_subsets: the subsets that have boxes instead of options, read on first use.
 
     Raises:
-      DataError: `root` is no Med-MAT tree, a file is no list, or a subset is unknown; or there is no such window, way
-        of reading deep greys, or frame.
+      DataError: `root` is no Med-MAT tree, a file is no list, a subset is unknown, or the configuration's window, deep
+        greys or frame are.
     """
 
     def __init__(self, root: str | Path | Tree, config: DataConfig, skip: Container[tuple[str, str]] = ()):
@@ -62,22 +62,21 @@ class ReleaseSource:
         return self._subsets(detection=True)
 
     def records(self, subset: str, split: Split) -> RecordSet:
-        """The subset's records, every one checked; images are decoded when asked for. See `records.Source`."""
+        """The subset's records, all checked; images are decoded on demand. See `records.Source`."""
         if split not in SPLITS:
-            raise DataError(f"split {split!r}; {' or '.join(SPLITS)} is accepted")
+            raise DataError(f"split {split!r}; expected {' or '.join(SPLITS)}")
         if subset not in {number for number, _ in self._files}:
             raise DataError(f"subset {subset!r} is no subset of {self.tree.root}")
         records = self._all_records(subset, split)
-        records = [records[place] for place in capped(records, self._config, subset, split)]
+        records = [records[index] for index in capped(records, self._config, subset, split)]
         return RecordSet(records, [TreeImage(self.tree.root, record.image, self._config) for record in records])
 
     def fingerprint(self) -> str:
-        """A digest of the choice files, of the names and sizes of their images and how these are read, and of the caps
-        and their seed."""
+        """A digest of the choice files, of their images' names, sizes and way of reading, and of the caps and seed."""
         return self._digest(self.subsets)
 
     def detection_fingerprint(self) -> str:
-        """The same of the detection files."""
+        """The same for the detection files."""
         return self._digest(self.detection_subsets)
 
     def _digest(self, subsets: tuple[Subset, ...]) -> str:
@@ -102,16 +101,14 @@ class ReleaseSource:
                 reason = f"subset {number} is neither in the tree's manifest.json nor in Med-MAT's table of 53"
                 raise ReleaseError(first.name, "", "unknown_subset", reason)
             labels, sizes = self._labels_and_sizes(number)
-            counts = {
-                f"num_{split}": min(sizes[split], limit_of(self._config, split) or sizes[split]) for split in SPLITS
-            }
-            subsets.append(Subset(number, *triplets[number], labels=tuple(sorted(labels)), **counts))
+            train, test = (min(sizes[split], limit_of(self._config, split) or sizes[split]) for split in SPLITS)
+            subsets.append(Subset(number, *triplets[number], tuple(sorted(labels)), train, test))
         return tuple(subsets)
 
     def _labels_and_sizes(self, number: str) -> tuple[set[str], dict[Split, int]]:
-        """Taken from the JSON alone where both splits are given: records are checked when they are used."""
-        files = {split: self._files.get((number, split)) for split in SPLITS}
-        if not self._skip and all(files.values()):
+        """From the JSON alone if both splits have a file: records are checked when they are used."""
+        files = {split: self._files[number, split] for split in SPLITS if (number, split) in self._files}
+        if not self._skip and len(files) == len(SPLITS):
             raws = {split: self.tree.contents(file).raws for split, file in files.items()}
             listed = [raw for split in SPLITS for raw in raws[split] if isinstance(raw, dict)]
             if files["train"].detection:
@@ -139,13 +136,13 @@ class ReleaseSource:
 
 
 def checked_records(contents: Contents, max_pixels: int, skip: Container[tuple[str, str]] = ()) -> list[Record]:
-    """All records of a file; boxes are held against the size in their image's header, and no pixels are decoded.
+    """All records of a file; boxes are checked against the size in their image's header, and no pixels are decoded.
 
-    skip: (file, record) of those that are left out, as `check` names them.
+    skip: (file, record) of records to leave out, as `check` names them.
 
     Raises:
-      ReleaseError: at the first thing that is wrong: kinds of `tree.Entry`, `image` (no size can be read, or it is
-        above `max_pixels`), `size`, `box`, and `box_units` of the file.
+      ReleaseError: for the first fault: kinds of `tree.Entry`, `image` (size unreadable or above `max_pixels`), `size`,
+        `box`, and `box_units` of the file.
     """
     file, records = contents.file, []
     for entry in contents.checked(skip):
@@ -165,10 +162,10 @@ def checked_records(contents: Contents, max_pixels: int, skip: Container[tuple[s
 
 
 def split_records(records: list[Record]) -> dict[Split, list[Record]]:
-    """9:1 by patient or lesion where these are known, by image elsewhere; labels as they are balanced in the whole.
+    """Splits 9:1 by patient or lesion where known, else by image; labels keep their shares.
 
     Args:
-      records: of one subset, with ids as of training.
+      records: of one subset, with training ids.
     """
     labels = rarest_labels([labels_in(record) for record in records])
     groups = [split_group(record.data_no, record.image, record.group) for record in records]
@@ -183,8 +180,8 @@ def split_records(records: list[Record]) -> dict[Split, list[Record]]:
 
 
 def _image_bytes(root: Path, raw: Any) -> str:
-    """`path bytes` of a record's image; `-` for what cannot be found (it is refused when its subset is read)."""
-    relative = raw.get("image") if isinstance(raw, dict) else None
+    """`path bytes` of a record's image; `path -` for a missing one, which is refused when its subset is read."""
+    relative: Any = raw.get("image") if isinstance(raw, dict) else None
     try:
         return f"{relative} {os.stat(root / relative).st_size}"
     except (OSError, TypeError, ValueError):
@@ -216,7 +213,7 @@ class TreeImage(NamedTuple):
         return None
 
     def _as_it_is(self) -> tuple[str, int, int]:
-        """(path, bytes, time of the last change): what is remembered of a file holds until it changes."""
+        """(path, bytes, time of the last change): the cache key of a file."""
         path = os.path.realpath(self.root / self.path)
         status = os.stat(path)
         return path, status.st_size, status.st_mtime_ns

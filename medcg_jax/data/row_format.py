@@ -1,6 +1,6 @@
-"""What `encoding` has to know of a model to make its rows: prompts, images as arrays, tokens of an image.
+"""What `encoding` needs of a model to make rows: prompts, image arrays, tokens of an image.
 
-Each family makes its own (`rows.row_format` in its folder).
+Each family builds its `Format` in `rows.row_format` of its folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class Tokens(NamedTuple):
-    """ids: the tokens; supervised: whether each is an answer's (or the </s> after it), and so is to be predicted."""
+    """ids: the tokens; supervised: whether each is to be predicted (part of an answer, or the </s> after it)."""
 
     ids: list[int]
     supervised: list[bool]
@@ -28,7 +28,7 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskLayout:
-    """The square that a model draws masks in, of `size_px`, with the image in its middle; at most `max_masks` a row.
+    """The square of side `size_px`, image centred, in which a model draws masks; at most `max_masks` a row.
 
     resize: (bool[K, h, w], size_px) -> bool[K, size_px, size_px].
     """
@@ -45,7 +45,7 @@ class MaskLayout:
         """
         self.check(record, masks)
         out = np.zeros((self.max_masks, self.size_px, self.size_px), bool)
-        if not record.boxes:
+        if not record.boxes or masks is None:
             return {"at_masks": out}
         index_of = {id(box): index for index, box in enumerate(record.boxes)}
         order = [index_of[id(box)] for asked in ask(record) for box in asked.boxes]
@@ -53,27 +53,29 @@ class MaskLayout:
         return {"at_masks": out}
 
     def check(self, record: Record, masks: np.ndarray | None) -> None:
-        """Raises DataError where a record with boxes has no masks, or more than fit."""
-        if record.boxes and masks is None:
+        """Raises DataError if a record with boxes has no masks, or more than fit."""
+        if not record.boxes:
+            return
+        if masks is None:
             raise DataError("it has boxes and no masks, and masks are what is trained")
-        if record.boxes and len(masks) > self.max_masks:
+        if len(masks) > self.max_masks:
             raise DataError(f"{len(masks)} masks; at most {self.max_masks} fit (model.max_boxes)")
 
 
 @dataclass(frozen=True)
 class Format:
-    """How the rows of one model are made of records.
+    """How one model's rows are made from records.
 
     Attributes:
-      prompts: an object (`families.prompts`) with `conversation`, `evaluation_prompt`, `option_ids` and `template`, as `data.prompts` has.
+      prompts: a `families.prompts` object with `conversation`, `evaluation_prompt`, `option_ids` and `template`.
       preprocess: uint8[h, w, 3] -> the arrays of one image by batch key, always of the same shapes and dtypes.
-      max_image_tokens: the most tokens that an image takes, which every row reserves.
-      num_image_tokens: tokens of an image of (height, width) pixels; None: all have the most.
-      box_turn: (record, what is asked of its boxes) -> question and answer; None: the model is asked of no boxes.
-      read_boxes: (generated text, boxes read beside it, (height, width) in pixels) -> float64[N, 4] in pixels of the
-        image, or None where the answer gives none that can be read.
-      box_arrays: (tokenizer, record, its tokens) -> the arrays of a training row beside the text's; None: none.
-      mask_layout: how masks lie in the model's square; None: a row has none.
+      max_image_tokens: the most tokens of an image; every row reserves as many.
+      num_image_tokens: (height, width) in pixels -> tokens of that image; None: always `max_image_tokens`.
+      box_turn: (record, question about its boxes) -> question and answer; None: the model does not answer with boxes.
+      read_boxes: (generated text, boxes decoded beside it, (height, width) in pixels) -> float64[N, 4] in pixels of the
+        image, or None if the answer has no readable box.
+      box_arrays: (tokenizer, record, its tokens) -> further arrays of a training row; None: there are none.
+      mask_layout: the layout of masks; None: rows have no masks.
     """
 
     prompts: Any
@@ -86,10 +88,10 @@ class Format:
     mask_layout: MaskLayout | None = None
 
     def turns(self, record: Record) -> tuple[Turn, ...]:
-        """What a record is asked and answers in training: its own turns, or one for each label of its boxes.
+        """The training turns of a record: its own, or one for each label of its boxes.
 
         Raises:
-          DataError: it has boxes, which the model cannot be taught.
+          DataError: the record has boxes, and the model does not answer with boxes.
         """
         if not record.boxes:
             return record.turns

@@ -10,11 +10,11 @@ from medcg_jax.data.records import DataError, Source
 
 
 def open_source(config: DataConfig) -> Source:
-    """The phantom world (`source="phantom"`, drawn from `seed`), the Med-MAT tree at `root` ("release"), or what
-    `medcg data prepare` wrote there ("prepared").
+    """The phantom world (`source="phantom"`, drawn from `seed`), the Med-MAT tree at `root` ("release"), or the
+    prepared folder there ("prepared").
 
     Raises:
-      DataError: an unknown source, or a root that is missing or holds something else.
+      DataError: the source is unknown, or the root is missing or holds something else.
     """
     if config.source == "phantom":
         from medcg_jax.data.phantom.source import PHANTOM_TEST_RECORDS, PhantomSource
@@ -29,14 +29,14 @@ def open_source(config: DataConfig) -> Source:
         from medcg_jax.data.prepared import PreparedSource
 
         return PreparedSource(config.root, config)
-    raise DataError(f"data.source={config.source!r}; {' or '.join(SOURCES)} is accepted")
+    raise DataError(f"data.source={config.source!r}; expected {' or '.join(SOURCES)}")
 
 
 def subset_names(source: Source, config: DataConfig) -> tuple[str, ...]:
-    """The subsets that a run is on: `data.subsets`, or without these all of choice questions.
+    """The subsets of a run: `data.subsets`, by default all subsets of choice questions.
 
     Raises:
-      DataError: none is named, and the source has boxes alone.
+      DataError: no subset is named, and the source has only boxes.
     """
     names = config.subsets or tuple(subset.name for subset in source.subsets)
     if not names:
@@ -50,9 +50,9 @@ def subset_names(source: Source, config: DataConfig) -> tuple[str, ...]:
 
 
 def require_subsets(source: Source, names: Sequence[str]) -> None:
-    """Raises DataError, with close matches, when the source lacks one of the subsets named, of questions or boxes."""
+    """Raises DataError, with close matches, if the source lacks one of the subsets `names`."""
     known = [subset.name for subset in source.subsets]
-    # Detection files are looked at only where a name is of none of the others.
+    # Detection files are read only if a name is of no choice subset.
     if not set(names) <= set(known):
         known += [subset.name for subset in source.detection_subsets]
     for name in names:

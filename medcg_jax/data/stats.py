@@ -1,4 +1,4 @@
-"""A page about a Med-MAT tree for people: what its images look like, and whether its questions are balanced.
+"""A web page about a Med-MAT tree: what its images look like, and whether its questions are balanced.
 
 `medcg data stats ROOT OUT` writes OUT/index.html, a contact sheet for each subset in OUT/sheets, and OUT/stats.json.
 """
@@ -25,28 +25,28 @@ from medcg_jax.data.images import load_image, pad_to_square
 from medcg_jax.data.notices import letter_counts
 from medcg_jax.data.pool import Progress
 from medcg_jax.data.reading import Reading
-from medcg_jax.data.records import SPLITS, DataError, RecordSet, Subset
+from medcg_jax.data.records import SPLITS, DataError, RecordSet, Split, Subset
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.splits import labels_of
 from medcg_jax.data.tree import Entry
 
-# A contact sheet: a row for each of the most frequent labels, so many images in each.
+# A contact sheet has a row of `COLUMNS` images for each of the most frequent labels.
 THUMB_PX, COLUMNS, MOST_LABELS = 112, 8, 8
 _CAPTION_PX, _GAP_PX = 20, 6
-# Sizes and labels that are listed; the rest are counted together.
+# Sizes and labels listed one by one; the page counts the others together.
 MOST_LISTED = 12
 
 
 @dataclass(frozen=True)
 class SubsetStats:
-    """What the page says of one subset.
+    """What the page shows of one subset.
 
     Attributes:
       labels: (label, training records, test records), the most frequent first.
-      letters: option letter -> how often it is right, training and test together. `letters_p`: how likely so uneven a
-        distribution is when every option of every question is as likely (chi-square); None: no choice questions.
+      letters: option letter -> how often it is right, training and test together. letters_p: p of a chi-square test
+        against uniform letters; None: no choice questions.
       sizes: ("width x height", images), the most frequent first. side_px: the shortest and the longest side.
-      duplicates: images whose pixels another of the subset has. across: test records with the image of a training one.
+      duplicates: images whose pixels equal another's of the subset. across: test records with a training record's image.
     """
 
     name: str
@@ -68,7 +68,7 @@ class SubsetStats:
 
 @dataclass(frozen=True)
 class Shared:
-    """Images that two subsets have in common: `same` of equal pixels, `near` of others that are nearly equal."""
+    """Images that two subsets have in common: `same` with equal pixels, `near` with nearly equal ones."""
 
     subsets: tuple[str, str]
     same: int
@@ -84,19 +84,18 @@ def write_stats(
     workers: int = 0,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes the page and returns its path; `out` appears whole, and replaces an older page alone.
+    """Writes the page and returns its path; `out` appears whole, and replaces nothing but an older page.
 
     Raises:
-      DataError: no tree, a file of it cannot be read, or `out` holds something else.
+      DataError: no tree, a file of the tree cannot be read, or `out` holds something else.
     """
     out = Path(out)
     if not _is_free(out):
-        raise DataError(f"{out} holds something else; a new folder, or one with an older page, is accepted")
+        raise DataError(f"{out} holds something else; expected a new folder, or one with an older page")
     reading = Reading(data.window, data.deep_grey, data.frame)
     inspection = inspect(root, data.max_pixels, reading, workers=workers, progress=progress)
     source = ReleaseSource(inspection.tree, data, skip=inspection.report.bad_records)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: whatever else lies there is left alone.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         partial = Path(folder) / "page"
         (partial / "sheets").mkdir(parents=True)
@@ -107,7 +106,7 @@ def write_stats(
 
 
 def _is_free(out: Path) -> bool:
-    """Whether there is nothing, an empty folder, or an older page and nothing beside it."""
+    """Whether `out` is missing, an empty folder, or an older page with nothing beside it."""
     if not os.path.lexists(out):
         return True
     if out.is_symlink() or not out.is_dir():
@@ -119,7 +118,7 @@ def _is_free(out: Path) -> bool:
 def _write_into(
     partial: Path, name: str, source: ReleaseSource, inspection: Inspection, max_pixels: int, reading: Reading
 ) -> None:
-    """The page's files. name: of the tree."""
+    """Writes the page's files. name: of the tree."""
     subsets = []
     for kind, group in (("choice", source.subsets), ("detection", source.detection_subsets)):
         for subset in group:
@@ -147,14 +146,14 @@ def _write_into(
 
 
 def shared_images(inspection: Inspection) -> list[Shared]:
-    """Pairs of subsets that have images with the same or nearly the same pixels, those with most first."""
+    """Pairs of subsets that share images with the same or nearly the same pixels, most shared images first."""
     sound = [entry for entry in inspection.entries if not inspection.images[entry.path].reason]
     uses = list({(entry.file.number, entry.path): entry for entry in sound}.values())
     pairs: dict[tuple[str, str], Shared] = {}
     for group in groups([inspection.images[use.path].hashes for use in uses]):
         by_subset: dict[str, list[Entry]] = {}
-        for place in group.members:
-            by_subset.setdefault(uses[place].file.number, []).append(uses[place])
+        for member in group.members:
+            by_subset.setdefault(uses[member].file.number, []).append(uses[member])
         for pair in combinations(sorted(by_subset), 2):
             first, second = ({inspection.images[use.path].pixels for use in by_subset[name]} for name in pair)
             same = len(first & second)
@@ -166,7 +165,7 @@ def shared_images(inspection: Inspection) -> list[Shared]:
 
 
 def near_sheet(inspection: Inspection, max_pixels: int, reading: Reading) -> Image.Image | None:
-    """Test images, each with the nearest training image below it, the nearest pairs first; None without any."""
+    """Test images, each above its nearest training image, nearest pairs first; None if there are none."""
     path_of = {(entry.file.path.name, entry.name): entry.path for entry in inspection.entries}
     nearest = {path_of[near.test_file, near.test_record]: near for near in reversed(inspection.report.near)}
     chosen = sorted(nearest.values(), key=lambda near: near.bits)[: 2 * COLUMNS]
@@ -184,23 +183,23 @@ def near_sheet(inspection: Inspection, max_pixels: int, reading: Reading) -> Ima
 
 
 def contact_sheet(sets: Sequence[RecordSet], generator: np.random.Generator) -> Image.Image | None:
-    """Images of each of the most frequent labels, a row a label; None without any image."""
-    places: dict[str, list[tuple[RecordSet, int]]] = {}
+    """A row of images for each of the most frequent labels; None without any image."""
+    images_of: dict[str, list[tuple[RecordSet, int]]] = {}
     for records in sets:
-        for place, record in enumerate(records.records):
+        for record_index, record in enumerate(records.records):
             if record.image:
-                places.setdefault(labels_of(record) or "no box", []).append((records, place))
-    if not places:
+                images_of.setdefault(labels_of(record) or "no box", []).append((records, record_index))
+    if not images_of:
         return None
-    labels = sorted(places, key=lambda label: (-len(places[label]), label))[:MOST_LABELS]
+    labels = sorted(images_of, key=lambda label: (-len(images_of[label]), label))[:MOST_LABELS]
     block = _CAPTION_PX + THUMB_PX + _GAP_PX
     sheet, draw, font = _blank_sheet(len(labels) * block, 13)
     for row, label in enumerate(labels):
-        draw.text((0, row * block + 2), f"{label} ({len(places[label])})", fill="black", font=font)
-        chosen = generator.permutation(len(places[label]))[:COLUMNS]
+        draw.text((0, row * block + 2), f"{label} ({len(images_of[label])})", fill="black", font=font)
+        chosen = generator.permutation(len(images_of[label]))[:COLUMNS]
         for column, index in enumerate(sorted(chosen.tolist())):
-            records, place = places[label][index]
-            sheet.paste(_thumb(records.image(place)), (column * (THUMB_PX + _GAP_PX), row * block + _CAPTION_PX))
+            records, record_index = images_of[label][index]
+            sheet.paste(_thumb(records.image(record_index)), (column * (THUMB_PX + _GAP_PX), row * block + _CAPTION_PX))
     return sheet
 
 
@@ -214,7 +213,7 @@ def _thumb(image: np.ndarray) -> Image.Image:
     return square.resize((THUMB_PX, THUMB_PX), Image.Resampling.LANCZOS)
 
 
-def _stats(subset: Subset, kind: str, sets: dict[str, RecordSet], inspection: Inspection, sheet: str) -> SubsetStats:
+def _stats(subset: Subset, kind: str, sets: dict[Split, RecordSet], inspection: Inspection, sheet: str) -> SubsetStats:
     entries = [entry for entry in inspection.entries if entry.file.number == subset.name]
     images = {entry.path: inspection.images[entry.path] for entry in entries}
     good = [image for image in images.values() if not image.reason]

@@ -1,4 +1,4 @@
-"""TensorFlow Datasets' `med_mat`: the records that `medcg data prepare` wrote, for users of TFDS. Needs no TensorFlow.
+"""TensorFlow Datasets' `med_mat`: the records of a prepared folder for users of TFDS. Needs no TensorFlow.
 
     from medcg_jax.data.tfds_builder import build
     train = build(prepared, "04", data_dir).as_data_source("train")     # random access; feeds grain.MapDataset.source
@@ -69,25 +69,23 @@ class MedMat(tfds.core.GeneratorBasedBuilder):
         name = self.builder_config.name
         chosen = [subset for subset in subsets if name in (subset.name, ALL)]
         if not chosen:
-            raise DataError(
-                f"config {name!r}; of this folder {', '.join(s.name for s in subsets)} or {ALL} is accepted"
-            )
+            raise DataError(f"config {name!r}; expected {', '.join(s.name for s in subsets)} or {ALL} of this folder")
         return {split: self._generate_examples(source, chosen, split) for split in SPLITS}
 
     def _generate_examples(self, source: PreparedSource, subsets, split: Split) -> Iterator[tuple[int, dict[str, Any]]]:
         number = 0
         for subset in subsets:
             records = source.records(subset.name, split)
-            for place, record in enumerate(records.records):
-                yield number, _example(record, subset, records.image(place) if record.image else None)
+            for index, record in enumerate(records.records):
+                yield number, _example(record, subset, records.image(index) if record.image else None)
                 number += 1
 
 
 def build(prepared: str | Path, config: str, data_dir: str | Path) -> MedMat:
-    """The builder of one subset, or of "all", its files below `data_dir`; they are written where they are not there.
+    """The builder of one subset, or of "all"; writes its files below `data_dir` if they do not exist.
 
     Raises:
-      DataError: the folder is not prepared, or has no such subset.
+      DataError: the folder is not prepared, or lacks the subset.
     """
     known = {builder_config.name for builder_config in MedMat.BUILDER_CONFIGS}
     builder_config = (

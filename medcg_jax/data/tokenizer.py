@@ -1,8 +1,8 @@
 """Text to token ids and back, from a `tokenizer.json`, a SentencePiece model, or a directory with either.
 
-Pieces of text are encoded without special tokens: `prompts` puts those itself. What tools do to the spaces beside
-special tokens differs by version, so the rule is stated here: SentencePiece models of the Llama family put a space
-before text that opens a chunk (`start=True`), and none before text that goes on after a special token.
+Text is encoded without special tokens: `families.prompts` adds those. Tools and their versions differ in the spaces
+beside special tokens; the rule here is that SentencePiece models of the Llama family put a space before text that opens
+a chunk (`start=True`), and none before text that follows a special token.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +31,21 @@ from medcg_jax.untrusted import read_bytes, shown
 SMALL = Path(__file__).parent / "tokenizer" / "tokenizer.json"
 SPACE = "▁"
 IMAGE = "<image>"
-# Tokens that open a sequence, end a turn, fill rows, and stand for an image: by family, in the order in which a file is
-# tried for the second.
+# Tokens that open a sequence, end a turn, fill rows, and stand for an image, by family. Files are tried in this order for
+# the token that ends a turn.
 FAMILIES = (
     ("<s>", "</s>", "<pad>", IMAGE),
     ("<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>", "<|image|>"),
     ("", "<|im_end|>", "<|endoftext|>", "<|image_pad|>"),
 )
-# Added tokens of these names are special, whatever the file says: NExT-Chat's are listed as ordinary ones.
+# Added tokens of these names are special even if the file lists them as ordinary, as it does NExT-Chat's.
 KNOWN = {*(name for family in FAMILIES for name in family if name), "<unk>"}
 KNOWN |= {"<im_patch>", "<im_start>", "<im_end>", "<at>", "<boxes>"}
 # A line of tiktoken's form: a piece's bytes in base 64, and its rank.
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\n")
-# The rules by which a SentencePiece model rewrites characters before all else: Llama's has none. Fields of the protocol
-# buffer.
+# Fields of the protocol buffer with a SentencePiece model's rules for rewriting characters; Llama's has no rules.
 _NORMALIZER, _CHARACTER_MAP = 3, 2
-# Distinct texts whose ids are kept: questions repeat across records and epochs.
+# Distinct texts in the cache of ids: questions repeat across records and epochs.
 _CACHED_TEXTS = 1 << 16
 
 
@@ -54,14 +53,14 @@ class Tokenizer:
     """Encodes and decodes text; knows the ids of the special tokens.
 
     Attributes:
-      bos_id: opens a sequence; None where the family has none.
+      bos_id: opens a sequence; None if the family has no such token.
       eos_id: closes an assistant's turn.
       pad_id: fills rows; never attended.
-      image_id: stands where image features go. A SentencePiece model without such a token gets the first free id.
+      image_id: placeholder of image features; the first free id if a SentencePiece model has no such token.
       vocab_size: number of ids, the image's included.
-      text_ids: 1 more than the largest id that text and the end of a turn can have.
+      text_ids: 1 more than the largest id of text and of the end of a turn.
       fingerprint: digest of the file.
-      path: of the file; None: there is none.
+      path: of the file, or None.
     """
 
     def __init__(
@@ -94,8 +93,7 @@ class Tokenizer:
         """Ids of the text, without special tokens.
 
         Args:
-          start: whether the text opens a chunk (SentencePiece then puts a space before it) or goes on after a
-            special token.
+          start: whether the text opens a chunk (SentencePiece then puts a space before it) or follows a special token.
 
         Raises:
           DataError: the text spells a special token, or has parts that the vocabulary cannot express.
@@ -111,19 +109,19 @@ class Tokenizer:
     def encode_behind_added(self, text: str) -> list[int]:
         """Ids of a text right behind an added token, as the slow Llama tokenizer of transformers 4.31 gives them.
 
-        It encodes the text as one that opens a chunk and takes the space off the first piece, so that words are cut as
-        after a space. A piece that the vocabulary lacks is then the unknown token, of which such models have seen many:
-        of "▁Pick" there is no "Pick". A tokenizer of another kind gives the ids without a space (`start=False`).
+        That tokenizer encodes the text as if it opened a chunk and strips the space from the first piece. If the vocabulary
+        lacks the stripped piece ("▁Pick" but no "Pick"), the id is the unknown token, which such models saw in training.
+        Tokenizers of another kind give the ids without a space (`start=False`).
 
         Raises:
           DataError: as `encode`.
         """
         if self._bare is None or not text or text.startswith(" "):
             return self.encode(text, start=False)
-        first, *rest = self.encode(text)
+        first, *others = self.encode(text)
         if not self.decode([first]).strip():  # the space alone
-            return rest
-        return [self._bare(first), *rest]
+            return others
+        return [self._bare(first), *others]
 
     def special(self, name: str) -> int:
         """The id of a special token by its name, such as "<|start_header_id|>".
@@ -136,7 +134,7 @@ class Tokenizer:
         return self._special[name]
 
     def known(self, name: str) -> int | None:
-        """The id of a special token by its name; None: there is none."""
+        """The id of a special token by its name, or None."""
         return self._special.get(name)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -144,38 +142,19 @@ class Tokenizer:
         special = self._forbidden
         return self._decode([int(i) for i in ids if int(i) not in special and 0 <= int(i) < self.vocab_size])
 
-    def letter_ids(self, prefix: str, letters: Sequence[str], start: bool = True, *, between: str = " ") -> list[int]:
-        """The id that each letter has as the continuation of `prefix` after `between`.
-
-        Raises:
-          DataError: a letter changes the prefix's own tokens, is not one token, or two letters share one.
-        """
-        before = self.encode(prefix, start)
-        ids = []
-        for letter in letters:
-            after = self.encode(f"{prefix}{between}{letter}", start)
-            if after[: len(before)] != before:
-                raise DataError(f"option {letter!r} changes the tokens of the prompt that ends in {prefix[-20:]!r}")
-            if len(after) != len(before) + 1:
-                raise DataError(f"option {letter!r} is {len(after) - len(before)} tokens; one is needed to score it")
-            ids.append(after[-1])
-        if len(set(ids)) != len(ids):
-            raise DataError(f"options {', '.join(letters)} share a token: ids {ids}")
-        return ids
-
 
 def load_tokenizer(path: str | Path = "", small: str = SMALL.stem) -> Tokenizer:
     """The tokenizer of a `.json` or `.model` file or of a directory with one; "" takes the package's own named `small`.
 
-    A directory's `tokenizer.model` is preferred, for it says the same to every library, where it can be read.
+    A directory's `tokenizer.model` is preferred if it can be read, since every library reads it alike.
 
     Raises:
-      DataError: no such file, none that can be read, or a special token is missing.
+      DataError: the file does not exist or cannot be read, or a special token is missing.
     """
     path = Path(path) if path else SMALL.with_stem(small)
     if not path.is_dir():
         if not path.exists():
-            reason = "no such file; a tokenizer.json, tokenizer.model or directory is accepted"
+            reason = "no such file; expected a tokenizer.json, tokenizer.model or directory"
             raise DataError(f"tokenizer {path}: {reason}")
         return _load(path)
     files = tokenizer_files(path)
@@ -202,11 +181,11 @@ def _load(path: Path) -> Tokenizer:
 def _from_json(path: Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json.
 
-    Which ids are special is said by its added tokens alone: an ordinary piece may be spelled like one. The files beside
-    it may name another token for an image, or for padding.
+    Only added tokens are special: an ordinary piece may be spelled like a special one. The files beside tokenizer.json
+    may name another token for images or padding.
 
     Raises:
-      DataError: it cannot be read, could do harm, or lacks a token that every family has.
+      DataError: the file cannot be read, could do harm, or lacks a token that every family has.
     """
     import tokenizers
 
@@ -227,7 +206,8 @@ def _from_json(path: Path) -> Tokenizer:
     special = {name: number for name, (number, is_special) in added.items() if is_special or name in KNOWN}
     named = named_tokens(path.parent)
     family = _family(added, special, named, path)
-    bos, eos, pad, image = (special.get(name) for name in family)
+    bos, _, pad, image = (special.get(name) for name in family)
+    eos = special[family[1]]
     unk = special.get("<unk>", _unknown(parsed, inner))
     pad = special.get(named.get("pad_token", ""), unk if pad is None else pad)
     if pad is None:
@@ -243,10 +223,10 @@ def _from_json(path: Path) -> Tokenizer:
 
     def encode(text: str, start: bool) -> list[int]:
         if is_llama:
-            # As SentencePiece does it, whatever the version that wrote the file says of spaces.
+            # As SentencePiece does it; the files' own rules for spaces differ by version.
             text = text.replace(" ", SPACE)
             return plain(SPACE + text if start and text else text)
-        # After a special token the file's own normaliser says what becomes of the space: let it see one.
+        # The file's normaliser decides about the space after a special token, so it must see one.
         return plain(text) if start else plain(family[1] + text)[1:]
 
     def decode(ids: list[int]) -> str:
@@ -275,7 +255,7 @@ def _from_json(path: Path) -> Tokenizer:
 
 
 def _image_id(special: dict[str, int], named: dict[str, str], of_family: int | None, free: int) -> int:
-    """The id that stands for an image: of the token that the files name, the family's, another family's; or `free`."""
+    """The id of the image token: that which the files name, else the family's, else another family's, else `free`."""
     if named.get("image_token") in special:
         return special[named["image_token"]]
     if of_family is not None:
@@ -294,7 +274,7 @@ def _added(parsed: dict[str, Any], inner, path: Path) -> dict[str, tuple[int, bo
         if inner.token_to_id(name) != number:
             raise DataError(
                 f"tokenizer {path}: added_tokens states {number} for {shown(name)}, which is "
-                f"{inner.token_to_id(name)} by the vocabulary; equal ids are accepted"
+                f"{inner.token_to_id(name)} by the vocabulary; expected equal ids"
             )
     with one_line():
         for number, name, where in added_in_config(path.parent) if path.name == "tokenizer.json" else ():
@@ -307,18 +287,16 @@ def _added(parsed: dict[str, Any], inner, path: Path) -> dict[str, tuple[int, bo
 
 def _family(added, special: dict[str, int], named: dict[str, str], path: Path) -> tuple[str, str, str, str]:
     ends = [family for family in FAMILIES if family[1] in special]
-    # One that the file itself calls special, then one that tokenizer_config.json names, then the first.
+    # First one that the file itself calls special, then one that tokenizer_config.json names.
     ends.sort(key=lambda family: (not added[family[1]][1], family[1] != named.get("eos_token")))
     if not ends:
         names = " or ".join(family[1] for family in FAMILIES)
-        raise DataError(
-            f"tokenizer {path}: the token that ends a turn is missing; {names} is accepted, as a special one"
-        )
+        raise DataError(f"tokenizer {path}: the token that ends a turn is missing; expected {names}, as a special one")
     return ends[0]
 
 
 def _unknown(parsed: dict[str, Any], inner) -> int | None:
-    """The id that the model itself gives to what it does not know; None: it knows everything."""
+    """The model's id for unknown text; None: nothing is unknown."""
     model = parsed["model"]
     if model.get("type") == "Unigram":
         return model.get("unk_id")
@@ -327,7 +305,7 @@ def _unknown(parsed: dict[str, Any], inner) -> int | None:
 
 
 def _is_llama(parsed: dict[str, Any]) -> bool:
-    """Whether the pieces are Llama's kind: BPE with bytes, and a mark in place of each space."""
+    """Whether the model is of Llama's kind: BPE with byte pieces, and a mark in place of each space."""
     model, rules = (
         parsed["model"],
         json.dumps([parsed.get("normalizer"), parsed.get("pre_tokenizer")], ensure_ascii=False),
@@ -345,9 +323,9 @@ def _is_blank(entry: str | list[str]) -> bool:
 
 
 def _blanks_come_first(parsed: dict[str, Any]) -> bool:
-    """Whether it is Llama's own vocabulary with its merges in the order of the ids, as transformers 5 writes them.
+    """Whether it is Llama's own vocabulary with merges in the order of the ids, as transformers 5 writes them.
 
-    In the SentencePiece model runs of blanks have the first ids and the lowest scores: they are merged last.
+    In the SentencePiece model, runs of blanks have the first ids but the lowest scores: they are merged last.
     """
     vocab, merges = parsed["model"]["vocab"], parsed["model"].get("merges") or []
     if not isinstance(vocab, dict):
@@ -365,7 +343,7 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
     """The tokenizer of a SentencePiece model of the Llama family.
 
     Raises:
-      DataError: it cannot be read, is in another form, or the files beside it contradict it.
+      DataError: the file cannot be read, has another form, or contradicts the files beside it.
     """
     try:
         import sentencepiece
@@ -377,20 +355,20 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
     if _TIKTOKEN.match(content):
         raise DataError(
             f"tokenizer {path}: it is in tiktoken's form, as in the folder original of Llama 3's release; the "
-            "tokenizer.json of the same release is accepted"
+            "tokenizer.json of the same release is read"
         )
     if rules := _character_map(content):
         raise DataError(
-            f"tokenizer {path}: rules for characters of {rules:,} bytes; a model without, as Llama's, is accepted"
+            f"tokenizer {path}: rules for characters of {rules:,} bytes; expected a model without, as Llama's"
         )
     with library_errors(f"tokenizer {path}: no SentencePiece model"):
         model = sentencepiece.SentencePieceProcessor(model_proto=content)
         size = model.get_piece_size()
-        # Nothing joins a line break, so the text behind one is encoded without the space that opens a chunk.
+        # No piece spans a line break, so text after one is encoded without the space that opens a chunk.
         opening = model.encode("\n")
     bos, eos, unk = model.bos_id(), model.eos_id(), model.unk_id()
     if eos < 0:
-        raise DataError(f"tokenizer {path}: the token that ends a turn is missing; a model with </s> is accepted")
+        raise DataError(f"tokenizer {path}: the token that ends a turn is missing; expected a model with </s>")
     added = added_tokens(path.parent)
     for name, number in added.items():
         if number < size and model.id_to_piece(number) != name:
@@ -402,7 +380,7 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
     named, vocab_size = named_tokens(path.parent), max(size, *(number + 1 for number in added.values()), 0)
     image = _image_id(special, named, added.get(IMAGE), vocab_size)
     pad = special.get(named.get("pad_token", ""), special.get("<pad>", unk))
-    # What other libraries take for one token where a text spells it.
+    # Spellings that other libraries would encode as one special token.
     spelled = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
 
     def encode(text: str, start: bool) -> list[int]:
@@ -437,7 +415,7 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
 
 
 def _character_map(content: bytes) -> int:
-    """Bytes of the model's rules for characters; 0: it has none. A file that is no protocol buffer has none either."""
+    """Bytes of the model's rules for characters; 0 without rules, or if the file is no protocol buffer."""
     return sum(
         len(value)
         for number, field in _fields(content)
@@ -448,7 +426,7 @@ def _character_map(content: bytes) -> int:
 
 
 def _fields(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """(number, bytes) of each field of a protocol buffer that has a length; ends where it is damaged."""
+    """(number, bytes) of each length-delimited field of a protocol buffer; stops at damage."""
     offset, end = 0, len(content)
 
     def varint() -> int:

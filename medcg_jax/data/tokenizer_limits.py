@@ -1,5 +1,5 @@
-"""Tokenizer files of others, looked at before a library gets them: what could fill the memory, never end, or stop the
-process from inside a library is refused by its structure. And the small JSON files beside them, read within limits.
+"""Checks of untrusted tokenizer files before a library reads them: structures that could fill the memory, never end, or
+abort the process are refused. Also reads the small JSON files beside them, within limits.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from medcg_jax.untrusted import FileError, article_of, check_number, parsed, rea
 
 # Llama 3's tokenizer.json has 17 MB in its longest form, Qwen2's 11.
 MAX_TOKENIZER_BYTES = 2**25
-# Pieces and merges, by the commas of the file: 1.2 million in Llama 3's longest form.
+# Pieces and merges, counted by the file's commas: 1.2 million in Llama 3's longest form.
 MAX_TOKENIZER_ITEMS = 1_500_000
-# Of tokenizer_config.json and its like: chat templates have some 10 kB, lists of added tokens some 100 kB.
+# tokenizer_config.json and the like: chat templates have some 10 kB, lists of added tokens some 100 kB.
 MAX_CONFIG_BYTES = 2**24
 # The largest vocabulary in use has 262,144 pieces.
 MAX_TOKEN_ID = 2**20 - 1
 MAX_PIECE_CHARS = 1024
 MAX_ADDED_TOKENS = 2**14
-# How many times as long a text may become by a file's rules of replacement.
+# The most by which a file's replacement rules may lengthen a text.
 MAX_GROWTH = 16
-# Text that a rule puts before or behind others.
+# Text that a rule puts before or behind a text.
 MAX_AFFIX_CHARS = 16
 MAX_PATTERN_CHARS = 4096
-# Repeats without an end in one alternative of a pattern: with more, matching takes the third power of a text's length.
+# Unbounded repeats in one alternative of a pattern: with more, matching time grows with the cube of a text's length.
 MAX_REPEATS = 2
 MAX_RULES = 64
 
@@ -41,15 +41,15 @@ PRE_TOKENIZERS = tuple(
 )
 DECODERS = tuple("ByteLevel Metaspace Replace ByteFallback Fuse Strip Sequence WordPiece BPEDecoder".split())
 MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
-# Key of a list of rules in a Sequence -> which part of the file it is of.
+# Section of the file -> key of the list of rules in its Sequence.
 INNER = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
 
 
 def read_tokenizer_json(path: Path) -> tuple[dict[str, Any], bytes]:
-    """(what a tokenizer.json holds, its bytes), after its structure was looked at.
+    """(the JSON of a tokenizer.json, its bytes), after a check of its structure.
 
     Raises:
-      DataError: it cannot be read, or could do harm; one line with the file, the rule, and what is accepted.
+      DataError: it cannot be read, or could do harm. The message is one line: file, rule, what is expected.
     """
     with one_line():
         content = read_bytes(path, MAX_TOKENIZER_BYTES)
@@ -65,22 +65,20 @@ def read_tokenizer_json(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def check_structure(tokenizer: dict[str, Any], path: Path) -> None:
-    """Raises FileError for the first thing in a tokenizer.json that could do harm or is no tokenizer."""
+    """Raises FileError for the first part of a tokenizer.json that could do harm or has another form."""
     model = tokenizer.get("model")
     if not isinstance(model, dict):
-        raise FileError(f"{path}: model is {article_of(model)}; an object is accepted")
+        raise FileError(f"{path}: model is {article_of(model)}; expected an object")
     kind = model.get("type", "BPE")
     if kind not in MODELS:
         raise FileError(f"{path}: model.type={shown(kind)}; accepted: {', '.join(MODELS)}")
     if model.get("dropout"):
-        raise FileError(
-            f"{path}: model.dropout={shown(model['dropout'])}: ids would be drawn at random; null is accepted"
-        )
+        raise FileError(f"{path}: model.dropout={shown(model['dropout'])}: ids would be drawn at random; expected null")
     for field in ("continuing_subword_prefix", "end_of_word_suffix"):
         _check_affix(model.get(field), f"{path}: model.{field}")
     vocab = model.get("vocab")
     if not isinstance(vocab, dict | list) or not vocab:
-        raise FileError(f"{path}: model.vocab is {article_of(vocab)}; the pieces with their ids are accepted")
+        raise FileError(f"{path}: model.vocab is {article_of(vocab)}; expected the pieces with their ids")
     if isinstance(vocab, list):
         pieces = [entry[0] if isinstance(entry, list) and entry else None for entry in vocab]
     else:
@@ -91,7 +89,7 @@ def check_structure(tokenizer: dict[str, Any], path: Path) -> None:
     for piece in pieces:
         if not isinstance(piece, str) or len(piece) > MAX_PIECE_CHARS:
             raise FileError(
-                f"{path}: model.vocab has {shown(piece)}; pieces of at most {MAX_PIECE_CHARS} characters are accepted"
+                f"{path}: model.vocab has {shown(piece)}; expected pieces of at most {MAX_PIECE_CHARS} characters"
             )
     _check_added(tokenizer.get("added_tokens") or [], path)
     for section, accepted in (("normalizer", NORMALIZERS), ("pre_tokenizer", PRE_TOKENIZERS), ("decoder", DECODERS)):
@@ -101,22 +99,22 @@ def check_structure(tokenizer: dict[str, Any], path: Path) -> None:
 def _check_added(entries: Any, path: Path) -> None:
     if not isinstance(entries, list) or len(entries) > MAX_ADDED_TOKENS:
         many = f"{len(entries):,} entries" if isinstance(entries, list) else article_of(entries)
-        raise FileError(f"{path}: added_tokens has {many}; a list of at most {MAX_ADDED_TOKENS:,} is accepted")
+        raise FileError(f"{path}: added_tokens has {many}; expected a list of at most {MAX_ADDED_TOKENS:,}")
     for token in entries:
         if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-            raise FileError(f"{path}: added_tokens has {shown(token)}; objects with content and id are accepted")
+            raise FileError(f"{path}: added_tokens has {shown(token)}; expected objects with content and id")
         check_added(token["content"], token.get("id"), f"{path}: added_tokens")
 
 
 def check_added(content: str, number: Any, name: str) -> None:
-    """Raises FileError where an added token has no text, too long a one, or no id."""
+    """Raises FileError if an added token has no text, too long a text, or no id."""
     if not 0 < len(content) <= MAX_PIECE_CHARS:
-        raise FileError(f"{name}: token {shown(content)}; 1 to {MAX_PIECE_CHARS} characters are accepted")
+        raise FileError(f"{name}: token {shown(content)}; expected 1 to {MAX_PIECE_CHARS} characters")
     check_number(number, f"{name}[{shown(content)}]", least=0, most=MAX_TOKEN_ID, whole=True)
 
 
 def _check_rules(top: Any, section: str, accepted: tuple[str, ...], path: Path) -> None:
-    """The rules of one part of the file: known ones, that do not let a text grow, whose patterns come to an end."""
+    """Raises FileError for rules of a section that are unknown, lengthen texts, or have patterns that match too long."""
     growth, waiting, count = 1.0, [top], 0
     while waiting:
         rule = waiting.pop()
@@ -130,7 +128,7 @@ def _check_rules(top: Any, section: str, accepted: tuple[str, ...], path: Path) 
         if kind == "Sequence":
             inner = rule.get(INNER[section])
             if not isinstance(inner, list):
-                raise FileError(f"{path}: {section}.{INNER[section]} is {article_of(inner)}; a list is accepted")
+                raise FileError(f"{path}: {section}.{INNER[section]} is {article_of(inner)}; expected a list")
             waiting += inner
         for field in ("prepend", "prefix", "suffix", "replacement"):
             _check_affix(rule.get(field), f"{path}: {section}.{field}")
@@ -142,23 +140,23 @@ def _check_rules(top: Any, section: str, accepted: tuple[str, ...], path: Path) 
             content, plain = rule.get("content"), pattern.get("String") if isinstance(pattern, dict) else None
             if not isinstance(content, str) or not (isinstance(regex, str) or isinstance(plain, str) and plain):
                 raise FileError(
-                    f"{path}: {section} has a Replace of {shown(pattern)} by {shown(content)}; texts are accepted"
+                    f"{path}: {section} has a Replace of {shown(pattern)} by {shown(content)}; expected texts"
                 )
             # A pattern may match between any two characters.
             growth *= max(1.0, len(content) / len(plain) if plain else len(content) + 1)
             if growth > MAX_GROWTH:
                 raise FileError(
                     f"{path}: the {section}'s Replace rules make a text {growth:,.0f} times as long; at most "
-                    f"{MAX_GROWTH} is accepted"
+                    f"{MAX_GROWTH} is allowed"
                 )
 
 
 def _check_affix(value: Any, name: str) -> None:
     if value is not None and (not isinstance(value, str) or len(value) > MAX_AFFIX_CHARS):
-        raise FileError(f"{name}={shown(value)}: text of at most {MAX_AFFIX_CHARS} characters is accepted")
+        raise FileError(f"{name}={shown(value)}: expected text of at most {MAX_AFFIX_CHARS} characters")
 
 
-# A character of a pattern or what stands for some: an escape, a class, a quantifier, a bracket, a bar.
+# One element of a pattern: a back reference, escape, class, bracket, bar, quantifier or other character.
 _ATOMS = re.compile(
     r"(?P<back>\\(?:[1-9]|k[<']|g[<']))"
     r"|(?P<escape>\\(?:[pP]\{[^}]*\}|x\{[^}]*\}|.))"
@@ -169,15 +167,15 @@ _ATOMS = re.compile(
     r"|(?P<other>.)",
     re.DOTALL,
 )
-# A repeat of more turns than this is taken as one without an end.
+# A repeat of more turns than this counts as unbounded.
 _FEW_TURNS, _ENDLESS = 8, 1 << 30
 
 
 def check_pattern(pattern: str, name: str) -> None:
-    """Raises FileError for a pattern on which matching could take more than about the square of a text's length.
+    """Raises FileError for a pattern whose matching time could grow faster than the square of a text's length.
 
-    Refused: repeats of what holds a repeat or alternatives, more than `MAX_REPEATS` repeats without an end in one
-    alternative, and references back.
+    Refused: repeats of a group that holds a repeat or alternatives, more than `MAX_REPEATS` unbounded repeats in one
+    alternative, and back references.
     """
     why = _fault_of(pattern) if len(pattern) <= MAX_PATTERN_CHARS else f"it has {len(pattern):,} characters"
     if why:
@@ -188,10 +186,10 @@ def check_pattern(pattern: str, name: str) -> None:
 
 
 def _fault_of(pattern: str) -> str:
-    # Of each open group: repeats in its present alternative, the most in one, whether it has alternatives.
+    # For each open group: repeats in its current alternative, the most in any alternative, whether it has alternatives.
     groups: list[list[int]] = [[0, 0, 0]]
     closed = [0, 0, 0]
-    after = ""
+    after: str | None = ""
     for atom in _ATOMS.finditer(pattern):
         kind, text = atom.lastgroup, atom.group()
         if kind == "back":
@@ -220,7 +218,7 @@ def _fault_of(pattern: str) -> str:
 
 
 def _most_turns(repeat: str) -> int:
-    """How often at most: of "{2,5}" 5, of "?" 1; `_ENDLESS` of "*", "+" and "{2,}"."""
+    """The most turns of a quantifier: 5 for "{2,5}", 1 for "?", `_ENDLESS` for "*", "+" and "{2,}"."""
     if repeat[0] in "*+?":
         return 1 if repeat[0] == "?" else _ENDLESS
     last = repeat.strip("{}?").rpartition(",")[2]
@@ -228,10 +226,10 @@ def _most_turns(repeat: str) -> int:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The object in a small JSON file beside a tokenizer; {} where there is none.
+    """The object in a small JSON file beside a tokenizer; {} without the file.
 
     Raises:
-      DataError: it is there and cannot be read.
+      DataError: the file exists and cannot be read.
     """
     if not path.is_file() and not path.is_fifo():
         return {}
@@ -240,10 +238,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def added_tokens(directory: Path) -> dict[str, int]:
-    """Tokens that added_tokens.json and tokenizer_config.json of a directory add to its SentencePiece model: their ids.
+    """Token -> id, for those that added_tokens.json and tokenizer_config.json add to a directory's SentencePiece model.
 
     Raises:
-      DataError: a file is broken, an id is none, one name has two ids, or one id two names.
+      DataError: a file is broken, an id is no id, one name has two ids, or one id two names.
     """
     entries: list[tuple[str, int, str]] = []
     with one_line():
@@ -252,7 +250,8 @@ def added_tokens(directory: Path) -> dict[str, int]:
             check_added(content, number, str(name))
             entries.append((content, number, str(name)))
         entries += [(content, number, where) for number, content, where in added_in_config(directory)]
-        ids, names = {}, {}
+        ids: dict[str, int] = {}
+        names: dict[int, str] = {}
         for content, number, where in entries:
             if ids.setdefault(content, number) != number:
                 raise FileError(
@@ -267,25 +266,25 @@ def added_in_config(directory: Path) -> Iterator[tuple[int, str, str]]:
     """(id, content, name for messages) of each entry of `added_tokens_decoder` in a directory's tokenizer_config.json.
 
     Raises:
-      FileError: an entry is of another form.
+      FileError: an entry has another form.
     """
     path = directory / "tokenizer_config.json"
     entries = read_config(path).get("added_tokens_decoder") or {}
     if not isinstance(entries, dict) or len(entries) > MAX_ADDED_TOKENS:
-        raise FileError(f"{path}: added_tokens_decoder is {article_of(entries)}; an object of ids is accepted")
+        raise FileError(f"{path}: added_tokens_decoder is {article_of(entries)}; expected an object of ids")
     for key, token in entries.items():
         content = token.get("content") if isinstance(token, dict) else None
         where = f"{path}: added_tokens_decoder"
         if not isinstance(content, str) or not re.fullmatch(r"[0-9]{1,9}", key):
-            raise FileError(f"{where}[{shown(key)}]={shown(token)}: ids with the content of their tokens are accepted")
+            raise FileError(f"{where}[{shown(key)}]={shown(token)}: expected ids with the content of their tokens")
         check_added(content, int(key), where)
         yield int(key), content, where
 
 
 def named_tokens(directory: Path) -> dict[str, str]:
-    """Role -> text of the tokens that tokenizer_config.json has: "bos_token", "eos_token", "pad_token", "image_token".
+    """Role -> token by tokenizer_config.json: "bos_token", "eos_token", "pad_token", "image_token".
 
-    The image's may stand in processor_config.json alone. Roles that are not named, or null, are left out.
+    The image token may stand in processor_config.json alone. Missing and null roles are left out.
 
     Raises:
       DataError: a file is broken, or a name is no text.
@@ -306,14 +305,14 @@ def named_tokens(directory: Path) -> dict[str, str]:
                 if value is None:
                     continue
                 if not isinstance(value, str):
-                    raise FileError(f"{directory / file}: {role} is {article_of(value)}; text or null is accepted")
+                    raise FileError(f"{directory / file}: {role} is {article_of(value)}; expected text or null")
                 names.setdefault(role, value)
     return names
 
 
 @contextmanager
 def one_line():
-    """FileError as DataError, with the word that says of what the file is."""
+    """Turns a FileError of the block into a DataError that begins with `tokenizer`."""
     try:
         yield
     except FileError as error:
@@ -322,7 +321,7 @@ def one_line():
 
 @contextmanager
 def library_errors(what: str):
-    """What a library raises as DataError in one line; also where its Rust has panicked, which is no Exception."""
+    """Turns a library's errors in the block into a one-line DataError; also panics of its Rust, which are no Exception."""
     try:
         yield
     except DataError:
@@ -340,5 +339,5 @@ def _brief(error: BaseException) -> str:
 
 
 def short(text: str) -> str:
-    """A text for a message, cut after 60 characters."""
+    """A text for a message, cut to 60 characters."""
     return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -1,7 +1,7 @@
-"""A Med-MAT tree, read once: its subset files, their records one by one, its manifest, and names nearly right.
+"""A Med-MAT tree, read once: its subset files, their records, its manifest, and misnamed files.
 
-Nothing wrong ends the reading: a record carries what is wrong with it. A caller that takes nothing broken raises the
-first error that it meets (`Contents.checked`).
+Faults do not end the reading: each `Entry` carries its own error. Strict callers raise the first error
+(`Contents.checked`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from medcg_jax import untrusted
 from medcg_jax.data import catalogue
@@ -40,7 +40,7 @@ FOLDER, MANIFEST = "Aggregated_Subsets", "manifest.json"
 NO_FILES = f"no Subset--NN-train.json in it or in its {FOLDER}"
 # A subset file or a table of labels. The release's largest file has some 40 MB.
 MAX_FILE_BYTES = 2**28
-# Values of a file's JSON, counted by its commas and brackets: each takes some 60 bytes of memory.
+# JSON values of a file, counted by commas and brackets: each takes some 60 bytes of memory.
 MAX_VALUES = 2**23
 # A manifest has some hundred bytes for each subset.
 MAX_MANIFEST_BYTES = 2**24
@@ -64,11 +64,11 @@ class Entry:
     """One record of a subset file.
 
     Attributes:
-      name: what messages call it. raw: as it stands in the JSON.
-      record: None where its keys, types or texts are wrong. Of a detection record without boxes and size, which are
-        held against its image (`schema.parse_detection`).
-      path: of its image's file; None where there is none that may be read.
-      error: the first thing that is wrong with it, but for its image's content and its boxes.
+      name: its name in messages. raw: the JSON value.
+      record: None if keys, types or texts are wrong. A detection record has no boxes and size yet, which are checked
+        against its image (`schema.parse_detection`).
+      path: of its image's file; None if there is none that may be read.
+      error: its first fault, apart from faults of the image's content and of boxes.
     """
 
     file: SubsetFile
@@ -80,13 +80,13 @@ class Entry:
 
 
 class Contents:
-    """A subset file, its JSON read at once and strictly, its records when they are asked for.
+    """A subset file: its JSON is read at once and strictly, its records are parsed on demand.
 
     Args:
-      image: the file of an image that a record names, as `schema.image_path` of the tree's root.
+      image: image name of a record -> file, as `schema.image_path` below the tree's root.
 
     Attributes:
-      raws: the records as they stand in the JSON. sha256: of the file's bytes.
+      raws: the JSON values of the records. sha256: of the file's bytes.
 
     Raises:
       ReleaseError: kind `unreadable`, `encoding`, `json` or `not_a_list`.
@@ -101,21 +101,21 @@ class Contents:
     def entries(self) -> tuple[Entry, ...]:
         """Every record, in the file's order."""
         seen: set[int] = set()
-        return tuple(self._entry(place, raw, seen) for place, raw in enumerate(self.raws))
+        return tuple(self._entry(index, raw, seen) for index, raw in enumerate(self.raws))
 
     @functools.cached_property
     def box_units(self) -> ReleaseError | None:
-        """Why the boxes of a detection file cannot be in pixels, if so; kind `box_units` of the file as a whole."""
+        """An error of kind `box_units` if the boxes of a detection file cannot be in pixels."""
         if not self.file.detection:
             return None
         reason = shares_of_image(corners for raw in self.raws for corners in box_corners(raw))
         return ReleaseError(self.file.path.name, "", "box_units", reason) if reason else None
 
     def checked(self, skip: Container[tuple[str, str]] = ()) -> Iterator[Entry]:
-        """Every record that is not among `skip`, (file, name).
+        """Every record that is not in `skip`, of (file, name).
 
         Raises:
-          ReleaseError: at the first of them that something is wrong with.
+          ReleaseError: the first error of one of them.
         """
         for entry in self.entries:
             if (self.file.path.name, entry.name) not in skip:
@@ -123,9 +123,9 @@ class Contents:
                     raise entry.error
                 yield entry
 
-    def _entry(self, place: int, raw: Any, seen: set[int]) -> Entry:
+    def _entry(self, index: int, raw: Any, seen: set[int]) -> Entry:
         """seen: the ids of the records before this one."""
-        file, name, record = self.file, record_name(raw, place), None
+        file, name, record = self.file, record_name(raw, index), None
         try:
             number = raw.get("id") if isinstance(raw, dict) else None
             if type(number) is int:
@@ -150,37 +150,37 @@ class Contents:
 
 
 class Tree:
-    """The folder of a Med-MAT tree; what is in its files is read when it is asked for, and once.
+    """The folder of a Med-MAT tree; its files are read on demand, and once.
 
     Args:
-      field: what messages put before the root, such as "data.root=".
+      field: prefix of the root in messages, such as "data.root=".
 
     Attributes:
-      root: every link followed.
+      root: with every link followed.
       files: the subset files, by number and split.
-      refused: of files that are left out: two claim the same subset and split, one subset has choice and detection
-        files, or a file that no reader takes is nearly called as one that is not there (`near_misses`).
+      refused: errors of files that are left out: two files of the same subset and split, choice and detection files of
+        one subset, or a misnamed file where the right one is missing (`near_misses`).
 
     Raises:
-      DataError: it is no folder.
+      DataError: the root is no folder.
     """
 
     def __init__(self, root: str | Path, field: str = ""):
         self._name = f"{field}{str(root)!r}"
         if not str(root) or not Path(root).is_dir():
-            raise DataError(f"{self._name}: no such folder; that of a Med-MAT tree is accepted")
+            raise DataError(f"{self._name}: no such folder; expected that of a Med-MAT tree")
         self.root = Path(os.path.realpath(root))
         self.files, self.refused = self._list_files()
         self._contents: dict[SubsetFile, Contents | ReleaseError] = {}
         self._images: dict[str, Path | tuple[str, str]] = {}
 
     def require_files(self) -> None:
-        """Raises DataError where there is no subset file, read or refused."""
+        """Raises DataError if there is no subset file, not even a refused one."""
         if not self.files and not self.refused:
             raise DataError(f"{self._name} is no Med-MAT tree: {NO_FILES}")
 
     def contents(self, file: SubsetFile) -> Contents:
-        """What a subset file holds. Raises ReleaseError where it cannot be read."""
+        """The contents of a subset file. Raises ReleaseError if it cannot be read."""
         if file not in self._contents:
             try:
                 self._contents[file] = Contents(file, self.image)
@@ -192,7 +192,7 @@ class Tree:
         return contents
 
     def image(self, relative: str) -> Path:
-        """As `schema.image_path`; several records may have one image, which is looked for once."""
+        """As `schema.image_path`, cached: several records may have one image."""
         if relative not in self._images:
             try:
                 self._images[relative] = image_path(self.root, relative)
@@ -210,7 +210,7 @@ class Tree:
 
     @property
     def triplets(self) -> dict[str, tuple[str, str, str]]:
-        """(modality, area, task) of each subset of Med-MAT's table and of the manifest, which goes first.
+        """(modality, area, task) of each subset of Med-MAT's table and of the manifest, which takes precedence.
 
         Raises:
           ReleaseError: as `read_manifest`.
@@ -228,7 +228,7 @@ class Tree:
             match = _FILE.fullmatch(path.name)
             if not match:
                 continue
-            file = SubsetFile(path, match[1], match[3], bool(match[2]))
+            file = SubsetFile(path, match[1], cast(Split, match[3]), bool(match[2]))
             key, other, reason = (file.number, file.split), first.setdefault(file.number, file), ""
             if other.detection != file.detection:
                 reason = f"the number of {other.path.relative_to(self.root)}; a subset has options or boxes, not both"
@@ -252,11 +252,6 @@ def read_text(path: Path) -> str:
     return _decoded(_read_bytes(path), path)
 
 
-def read_list(path: Path) -> list[Any]:
-    """The records of a file as they stand in its JSON. Raises ReleaseError as `Contents`."""
-    return _parsed_list(_read_bytes(path), path)
-
-
 def _read_bytes(path: Path) -> bytes:
     with _refused(path, "unreadable"):
         return untrusted.read_bytes(path, MAX_FILE_BYTES)
@@ -275,13 +270,13 @@ def _parsed_list(content: bytes, path: Path) -> list[Any]:
     with _refused(path, "json"):
         raws = untrusted.parsed(text, path, object)
     if not isinstance(raws, list):
-        raise ReleaseError(path.name, "", "not_a_list", f"a {type(raws).__name__}; a list of records is accepted")
+        raise ReleaseError(path.name, "", "not_a_list", f"a {type(raws).__name__}; expected a list of records")
     return raws
 
 
 @contextmanager
 def _refused(path: Path, kind: str) -> Iterator[None]:
-    """Raises ReleaseError, with the file's own name, in place of the FileError of what is done inside."""
+    """Turns a FileError of the block into a ReleaseError that names the file without its folder."""
     try:
         yield
     except FileError as error:
@@ -291,11 +286,11 @@ def _refused(path: Path, kind: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A file that is nearly called as a subset file or the manifest, and is not read.
+    """A file that is not read because its name is only nearly that of a subset file or the manifest.
 
     Attributes:
-      name: below the tree's root.
-      is_wanted: whether the file that it may be meant for is not there: then the tree is not what its owner thinks.
+      name: path below the tree's root.
+      is_wanted: whether the file with the right name is missing, so that the tree lacks what its owner expects.
     """
 
     name: str
@@ -305,7 +300,7 @@ class NearMiss:
     @property
     def reason(self) -> str:
         """What is wrong with its name."""
-        return f"is not read under this name; {self.accepted} is accepted"
+        return f"is not read under this name; expected {self.accepted}"
 
     @property
     def error(self) -> ReleaseError:
@@ -313,12 +308,12 @@ class NearMiss:
 
 
 def near_misses(root: Path, files: list[SubsetFile]) -> list[NearMiss]:
-    """Files of the root and its `Aggregated_Subsets`, or of a folder nearly called so; hidden ones are left alone.
+    """Misnamed files in the root, its `Aggregated_Subsets`, or a folder of nearly that name; hidden ones are ignored.
 
-    files: those that are read.
+    files: the subset files that are read.
     """
     detection = {file.number: file.detection for file in files}
-    there = {(file.number, file.split) for file in files}
+    present = {(file.number, file.split) for file in files}
     folders = sorted(path for path in _listed(root) if _letters(path.name) == "aggregatedsubsets")
     misses = []
     for folder in (*folders, root):
@@ -328,11 +323,11 @@ def near_misses(root: Path, files: list[SubsetFile]) -> list[NearMiss]:
             if path.is_dir() or not letters.startswith("subset") or (is_read and _FILE.fullmatch(path.name)):
                 continue
             split = "train" if "train" in letters else "test"
-            # Of subsets whose names begin alike the longest is meant.
+            # If several subset names match, the longest is meant.
             owners = [number for number in detection if re.match(f"subset{_letters(number)}(?![0-9])", letters)]
             number = max(owners, key=len, default="")
             names_split = any(word in letters for word in ("train", "test", "val", "dev"))
-            is_wanted = (number, split) not in there if number else names_split
+            is_wanted = (number, split) not in present if number else names_split
             accepted = f"{FOLDER}/Subset--{number or 'NN'}{'-det' * detection.get(number, False)}-{split}.json"
             misses.append(NearMiss(str(path.relative_to(root)), is_wanted, accepted))
     for path in _listed(root) + _listed(root / FOLDER):
@@ -351,47 +346,47 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _letters(name: str) -> str:
-    """Small letters and digits of a name."""
+    """The letters, in lower case, and digits of a name."""
     return re.sub(r"[^a-z0-9]", "", name.casefold())
 
 
 def read_manifest(root: Path) -> dict[str, dict[str, Any]]:
-    """What the tree's `manifest.json` says of each subset, by number; {} where there is none.
+    """The entry of each subset in the tree's `manifest.json`, by number; {} without the file.
 
     Raises:
-      ReleaseError: kind `manifest`: it cannot be read, or a subset in it stands twice, lacks a name for modality, area
-        or task, or has one that cannot be printed or looks like another one.
+      ReleaseError: kind `manifest`: the file cannot be read, or a subset in it occurs twice, lacks modality, area or
+        task, or has a name that cannot be printed or looks like another one.
     """
     if not os.path.lexists(root / MANIFEST):
         return {}
     named: dict[str, dict[str, Any]] = {}
     spelled: dict[tuple[str, str], str] = {}
-    for place, entry in enumerate(manifest_content(root)["subsets"], 1):
-        where = f"subset {entry['subset']}" if _is_name(entry.get("subset")) else f"subset in place {place}"
+    for position, entry in enumerate(manifest_content(root)["subsets"], 1):
+        where = f"subset {entry['subset']}" if _is_name(entry.get("subset")) else f"subset in place {position}"
         for key in ("subset", *ELEMENTS):
             if not isinstance(entry.get(key), str) or not entry[key]:
                 what = "modality, area and task must be text" if key in ELEMENTS else "subset must be text"
                 raise _manifest_error(where, f"{what}; {key} is {shown(entry.get(key))}")
             if not _is_name(entry[key]):
-                accepted = f"one line of at most {MAX_NAME_CHARS} signs, without white space around it, is accepted"
+                accepted = f"expected one line of at most {MAX_NAME_CHARS} signs, without white space around it"
                 raise _manifest_error(where, f"{key} {quoted(entry[key])}; {accepted}")
         if entry["subset"] in named:
-            raise _manifest_error(where, "stands twice; one entry is accepted")
+            raise _manifest_error(where, "stands twice; expected one entry")
         for key in ELEMENTS:
             other = spelled.setdefault((key, appearance(entry[key])), entry[key])
             if entry[key] != other:
                 first, second = told_apart(entry[key], other)
-                reason = f"{key} {first} looks like {second} elsewhere; one spelling is accepted"
+                reason = f"{key} {first} looks like {second} elsewhere; expected one spelling"
                 raise _manifest_error(where, reason)
         named[entry["subset"]] = entry
     return named
 
 
 def manifest_content(root: Path) -> dict[str, Any]:
-    """The tree's `manifest.json` as it stands, with a list of objects under the key `subsets`.
+    """The JSON of the tree's `manifest.json`, which has a list of objects under the key `subsets`.
 
     Raises:
-      ReleaseError: kind `manifest`: it has none, or cannot be read.
+      ReleaseError: kind `manifest`: it has no such list, or cannot be read.
     """
     path, missing = root / MANIFEST, "no list of subsets under the key `subsets`"
     try:
@@ -400,7 +395,7 @@ def manifest_content(root: Path) -> dict[str, Any]:
         raise _manifest_error("", f"{missing}: {str(error).removeprefix(f'{path}: ')}") from error
     entries = content.get("subsets")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise _manifest_error("", f"{missing}: {shown(entries)}; a list of objects is accepted")
+        raise _manifest_error("", f"{missing}: {shown(entries)}; expected a list of objects")
     return content
 
 

@@ -5,7 +5,7 @@ import os
 import unicodedata
 
 import pytest
-from trees import raw_box_record, raw_record, write_image, write_subset, write_tree, write_tree_with_boxes
+from trees import raw_box_record, raw_record, read_file, write_image, write_subset, write_tree, write_tree_with_boxes
 
 from medcg_jax.cli import main
 from medcg_jax.config import DataConfig
@@ -17,7 +17,7 @@ from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.schema import RecordError, ReleaseError, parse_choice
 from medcg_jax.data.sources import subset_names
 from medcg_jax.data.stats import write_stats
-from medcg_jax.data.tree import Tree, near_misses, read_list, read_manifest
+from medcg_jax.data.tree import Tree, near_misses, read_manifest
 from medcg_jax.study.design.ledger import read_ledger
 
 
@@ -82,7 +82,7 @@ def test_everything_wrong_is_reported_and_nothing_else(tmp_path):
 def test_pixels_are_held_to_the_limit(tmp_path):
     report = check_tree(write_tree(tmp_path, train=1, test=1), max_pixels=100)
     assert report.counts() == {"image": 2}
-    assert "12 x 8 pixels pad to 12 x 12; at most 100" in report.problems[0].reason
+    assert "12 x 8 pixels pad to 12 x 12; expected at most 100" in report.problems[0].reason
 
 
 def test_progress_sees_every_image(tmp_path):
@@ -150,10 +150,10 @@ def test_a_file_beyond_its_limits_is_not_read(tmp_path, monkeypatch):
     path.write_text("[" + "1," * 40 + "1]")
     monkeypatch.setattr(tree, "MAX_VALUES", 40)
     with pytest.raises(ReleaseError, match="a.json: 41 values; at most 40 are read"):
-        read_list(path)
+        read_file(path, tmp_path)
     monkeypatch.setattr(tree, "MAX_FILE_BYTES", 10)
     with pytest.raises(ReleaseError, match="a.json: 83 bytes; at most 10 are read"):
-        read_list(path)
+        read_file(path, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -161,14 +161,17 @@ def test_a_file_beyond_its_limits_is_not_read(tmp_path, monkeypatch):
     [
         (json.dumps({"subsets": [ENTRY]}).encode("utf-16"), "not UTF-8 (byte 0)"),
         (b'{"subsets": [], "subsets": []}', 'the key "subsets" stands twice'),
-        (b'{"subsets": {"04": 1}}', "a list of objects is accepted"),
-        (b'{"subsets": [3]}', "a list of objects is accepted"),
+        (b'{"subsets": {"04": 1}}', "expected a list of objects"),
+        (b'{"subsets": [3]}', "expected a list of objects"),
         (b"[" * 100_000, "nested too deep"),
         (b'{"subsets": [{"subset": "\\ud800"}]}', "half a surrogate pair"),
         (json.dumps({"subsets": [ENTRY, ENTRY]}).encode(), "subset 04: stands twice"),
-        (json.dumps({"subsets": [ENTRY | {"area": "Lung\0"}]}).encode(), r"subset 04: area 'Lung\x00'; one line"),
+        (
+            json.dumps({"subsets": [ENTRY | {"area": "Lung\0"}]}).encode(),
+            r"subset 04: area 'Lung\x00'; expected one line",
+        ),
         (json.dumps({"subsets": [ENTRY | {"task": "x" * 201}]}).encode(), "at most 200 signs"),
-        (json.dumps({"subsets": [ENTRY | {"modality": " CT"}]}).encode(), "modality ' CT'; one line"),
+        (json.dumps({"subsets": [ENTRY | {"modality": " CT"}]}).encode(), "modality ' CT'; expected one line"),
         (json.dumps({"subsets": [{**ENTRY, "subset": 4}]}).encode(), "subset in place 1: subset must be text"),
         (
             json.dumps({"subsets": [ENTRY, ENTRY | {"subset": "05", "modality": "ct"}]}).encode(),
@@ -254,7 +257,7 @@ def test_one_duplicate_file_hides_nothing_else(tmp_path):
     ],
 )
 def test_options_that_look_alike_are_refused_so_that_they_can_be_told_apart(options, label):
-    with pytest.raises(RecordError, match="the options .* look alike; one is accepted") as error:
+    with pytest.raises(RecordError, match="the options .* look alike; expected one") as error:
         parsed(options=options, label=label)
     first, second = str(error.value).partition("the options ")[2].partition(" look")[0].split(" and ")
     assert error.value.kind == "options" and first != second and str(error.value).isascii()

@@ -299,8 +299,8 @@ def broken(**tags):
 @pytest.mark.parametrize(
     "content, said",
     [
-        (broken(Rows=60000, Columns=60000), "60000 x 60000 pixels; at most"),
-        (broken(Rows=1, Columns=60000), "pad to 60000 x 60000; at most"),
+        (broken(Rows=60000, Columns=60000), "60000 x 60000 pixels; expected at most"),
+        (broken(Rows=1, Columns=60000), "pad to 60000 x 60000; expected at most"),
         (broken(Rows=9), "pixel data are shorter than the header declares"),
         (broken(NumberOfFrames=2**31 - 1, Rows=8, Columns=8), "pixel data are shorter"),
         (broken()[:-2], "pixel data are shorter"),

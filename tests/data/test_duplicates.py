@@ -74,7 +74,7 @@ def test_bits_at_the_edge_and_beyond_what_is_accepted():
     assert near_pairs_between(rows[:1], rows[1:], 21).bits.tolist() == [19, 20, 21]
     assert near_pairs(rows[:0], 20).shape == (0, 2) and len(near_pairs_between(rows, rows[:0], 20).a) == 0
     for bits in (-1, MOST_BITS + 1):
-        with pytest.raises(ValueError, match=f"bits={bits}: 0 to 40"):
+        with pytest.raises(ValueError, match=f"bits={bits}: expected 0 to 40"):
             near_pairs(rows, bits)
 
 

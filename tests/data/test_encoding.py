@@ -145,7 +145,7 @@ def test_rows_end_at_the_longest_record(word_tokenizer, plain_config, words, mul
     for key, array in batch.items():
         behind = length if key in ("tokens", "segment_ids") else None
         np.testing.assert_array_equal(array, long[key][:, :behind])
-    with pytest.raises(ValueError, match=f"length={longest - 1}: {longest} to 42 is accepted"):
+    with pytest.raises(ValueError, match=f"length={longest - 1}: expected {longest} to 42"):
         cut_rows(whole, longest - 1)
 
 

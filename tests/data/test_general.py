@@ -88,7 +88,7 @@ def test_fingerprint_follows_records_and_images(tmp_path):
     [
         (None, "data.general_records: g.json: No such file"),
         ("{", "data.general_records: g.json: no JSON"),
-        ([raw_record(1)], "data.general_records: g.json: record 1: 2 options; 4 are accepted"),
+        ([raw_record(1)], "data.general_records: g.json: record 1: 2 options; expected 4"),
         ([general_raws(2)[1] | {"Answer": "none"}], "g.json: record 1: Answer-choice B names 'yes', but Answer"),
         ([general_raws(1)[0] | {"image": "../q.png"}], "g.json: record 0: image '../q.png' climbs out"),
         (general_raws(1) * 2, "g.json: record 0: the id 0 occurs twice"),

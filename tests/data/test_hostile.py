@@ -16,7 +16,7 @@ from medcg_jax.data.layouts import Layout
 from medcg_jax.data.prepare import TooManyBad, prepare
 from medcg_jax.data.prepared import PreparedSource
 from medcg_jax.data.schema import RecordError, ReleaseError, parse_detection
-from medcg_jax.data.tree import read_list
+from medcg_jax.data.tree import Contents, SubsetFile
 
 PACK = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "medmat-mini"
 EXPECTED = PACK / "hostile" / "expected.json"
@@ -38,9 +38,9 @@ REASONS = {
     "record_letter_disagrees.json": "Answer-choice A names 'Abnormal', but Answer is 'Normal'",
     "record_missing_file.json": "cannot be opened",
     "record_empty_image.json": "is no path",
-    "record_wrong_types.json": 'id is "one", a str; int is accepted',
+    "record_wrong_types.json": 'id is "one", a str; expected int',
     "duplicate_ids.json": "the id 1 occurs twice",
-    "not_a_list.json": "a dict; a list",
+    "not_a_list.json": "a dict; expected a list",
     "cut_in_half.json": "no JSON",
     "not_utf8.json": "not UTF-8",
 }
@@ -101,6 +101,10 @@ def test_file_is_refused(case):
     assert message.startswith(case["file"] + ": ")
     if case["file"].startswith("record_"):
         assert message.split(": ")[1].startswith("record ")
+
+
+def read_list(path: Path) -> list:
+    return Contents(SubsetFile(path, "1", "train"), Path).raws
 
 
 @pytest.mark.parametrize("case", cases("json-detection", False))

@@ -99,20 +99,23 @@ CLASSES, BOXES, MASKS = "image,label", "image,label,x1,y1,x2,y2", "image,label,m
     ("text", "message"),
     [
         ("", "labels.csv: line 1: column 'image' is missing"),
-        ("image,lable\nx/b.png,M", "line 1: column 'lable' is not known; image, label, then nothing, mask or x1"),
+        (
+            "image,lable\nx/b.png,M",
+            "line 1: column 'lable' is not known; expected image, label, then nothing, mask or x1",
+        ),
         ("image,label,grop\nx/b.png,M,1", "line 1: column 'grop' is not known"),
         ("image,label,label\n", "line 1: a column occurs twice"),
-        ("image,label,x1,y1\n", "line 1: columns image, label, x1, y1: mask or all of x1, y1, x2, y2"),
+        ("image,label,x1,y1\n", "line 1: columns image, label, x1, y1: expected mask or all of x1, y1, x2, y2"),
         ("image,label,mask,x1,y1,x2,y2\n", "mask or all of"),
         (CLASSES, "labels.csv: no line below the header"),
-        (f"{CLASSES}\nx/b.png", "line 2: 1 cells; 2 are accepted: image, label"),
+        (f"{CLASSES}\nx/b.png", "line 2: 1 cells; expected 2: image, label"),
         (f'{CLASSES}\nx/b.png,"M', "no CSV: unexpected end of data"),
-        (f"{CLASSES}\nx/b.png,M\nx/c.png,", "line 3: label '' is empty; a label is accepted"),
+        (f"{CLASSES}\nx/b.png,M\nx/c.png,", "line 3: label '' is empty; expected a label"),
         (f"{CLASSES}\nx/b.png,a\tb", r"line 2: label 'a\\tb' has signs that cannot be printed"),
         (f'{CLASSES}\nx/b.png,"a\nb"', r"line 3: label 'a\\nb' has signs"),
         (f"{CLASSES}\nx/b.png,mass\nx/c.png,Mass", "line 3: label 'Mass' is spelled 'mass' in line 2"),
-        (f"{CLASSES}\nx/b.png,M\nx/b.png,M", "line 3: image 'x/b.png' has all of this in line 2; each is accepted"),
-        (f"{CLASSES}\nx/b.png,M\nx//b.png,N", "is the file that line 3 calls 'x//b.png'; one name is accepted"),
+        (f"{CLASSES}\nx/b.png,M\nx/b.png,M", "line 3: image 'x/b.png' has all of this in line 2; expected once"),
+        (f"{CLASSES}\nx/b.png,M\nx//b.png,N", "is the file that line 3 calls 'x//b.png'; expected one name"),
         (f"{CLASSES}\nx/none.png,M", "labels.csv: line 2: image 'x/none.png' cannot be opened: No such file"),
         (f"{CLASSES}\n../b.png,M", "line 2: image '../b.png' climbs out"),
         (f"{CLASSES}\nx/text.png,M", "line 2: image 'x/text.png' cannot be used: not an image of a known format"),
@@ -124,21 +127,24 @@ CLASSES, BOXES, MASKS = "image,label", "image,label,x1,y1,x2,y2", "image,label,m
         (f"{BOXES}\nx/b.png,,0,0,2,4", "line 2: label '' is empty where x1 is not"),
         (f"{BOXES}\nx/b.png,M,a,0,2,4", "line 2: x1 'a' is no number"),
         (f"{BOXES}\nx/b.png,M,nan,0,2,4", "line 2: x1 'nan' is not inside the image of 12 x 8 pixels"),
-        (f"{BOXES}\nx/b.png,M,0,0,2,9", "line 2: y2 '9' is not inside the image of 12 x 8 pixels; 0 to 8 is accepted"),
+        (f"{BOXES}\nx/b.png,M,0,0,2,9", "line 2: y2 '9' is not inside the image of 12 x 8 pixels; expected 0 to 8"),
         (f"{BOXES}\nx/b.png,M,2,0,2,4", "line 2: x2 '2' is not above x1 '2'"),
         (f"{BOXES}\nx/b.png,M,0,0,2,4\nx/b.png,M,0,0,2.0,4", "has all of this in line 2"),
         (f"{BOXES}\nx/b.png,M,0,0,2,4\nx/b.png,,,,,", "line 3: label '' is empty where image 'x/b.png' has"),
-        (f"{MASKS}\nx/b.png,M,x/short.png", "line 2: mask 'x/short.png' has 12 x 4 pixels; 12 x 8, as its image"),
+        (
+            f"{MASKS}\nx/b.png,M,x/short.png",
+            "line 2: mask 'x/short.png' has 12 x 4 pixels; expected 12 x 8, as its image",
+        ),
         (f"{MASKS}\nx/b.png,M,x/text.png", "line 2: mask 'x/text.png' is no mask"),
         (
             f"{CLASSES}\nx/b.png,N\u00e4vus\nx/c.png,Na\u0308vus",
             r"line 3: label 'Na.u0308vus' is spelled 'N.xe4vus' in",
         ),
         (f"{CLASSES}\nx/b.png,torn lateral\nx/c.png,torn  lateral", "line 3: label 'torn  lateral' is spelled 'torn l"),
-        (f"{CLASSES}\nx/b.png,1\nx/c.png,1.0", "line 3: label '1.0' is spelled '1' in line 2; one spelling"),
+        (f"{CLASSES}\nx/b.png,1\nx/c.png,1.0", "line 3: label '1.0' is spelled '1' in line 2; expected one spelling"),
         (f"{CLASSES}\nx/b.png,be\u200bnign", r"label 'be.u200bnign' has signs that cannot be printed"),
         (f"{CLASSES}\nx/b.png,<image> cyst", "label '<image> cyst' spells '<image>', which prompts put themselves"),
-        (f"{CLASSES}\nx/b.png,{'x' * 501}", "label 'x+...' has 501 signs; at most 500 are accepted"),
+        (f"{CLASSES}\nx/b.png,{'x' * 501}", "label 'x+...' has 501 signs; expected at most 500"),
         (f"{CLASSES}\nx/b.png,{'x' * 200_000}", "line 2: no CSV: field larger than field limit"),
         (f"{CLASSES}\nx/b.png,M\0", r"line 2: (label 'M.x00' has signs|no CSV: line contains NUL)"),
         (f"{CLASSES},group\nx/b.png,M,{'1' * 300}", "group '1+...' has more than 200 signs"),
@@ -165,7 +171,7 @@ def test_large_or_missing_files(root):
     with pytest.raises(ReleaseError, match="none.csv: No such file"):
         read_labels(root / "none.csv", root, LIMIT)
     (root / "labels.csv").write_text("image,label,mask\nx/b.png,M,x/mask.png")
-    with pytest.raises(ReleaseError, match="12 x 8 pixels pad to 12 x 12; at most 100"):
+    with pytest.raises(ReleaseError, match="12 x 8 pixels pad to 12 x 12; expected at most 100"):
         read_labels(root / "labels.csv", root, 100)
 
 

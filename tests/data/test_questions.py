@@ -197,7 +197,7 @@ def test_boxes_become_detection_records_or_questions(box_table):
     assert one == {"id": one["id"], "image": "y/1.png", "width": 12, "height": 8, "boxes": boxes, "data-no": "97"}
     assert sum(not raw["boxes"] for own in raws.values() for raw in own) == 8
     # As questions: of images with one label, on the side that they have among the boxes.
-    with pytest.raises(DataError, match="Subset--43-det-test.json: subset 43 has detection files; another is"):
+    with pytest.raises(DataError, match="Subset--43-det-test.json: subset 43 has detection files; choose another"):
         format_labels(table, root, "43", as_choice=True, force=True)
     named = ("US", "Chest", "Cancer Classification")
     done = format_labels(table, root, "mine", as_choice=True, triplet=named)
@@ -228,14 +228,14 @@ def test_a_manifest_keeps_what_else_it_holds(box_table):
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
     [
-        ([("x/0 é.png", "Cyst")], {}, r"labels.csv: the labels \['Cyst'\]; two or more are accepted"),
+        ([("x/0 é.png", "Cyst")], {}, r"labels.csv: the labels \['Cyst'\]; expected two or more"),
         ([("x/0 é.png", "Cyst"), ("x/1 é.png", "Stone")], {}, "labels.csv: no test record of 2 images"),
         ([(f"x/{i} é.png", "ab"[i < 50]) for i in range(60)] + [("x/0 é.png", "a")], {}, "'x/0 é.png' has all labels"),
         (None, {"subset": "99"}, "subset '99' is neither in the tree's manifest.json nor"),
-        (None, {"subset": "a/b"}, "subset 'a/b': letters, digits and hyphens"),
-        (None, {"subset": "a-det"}, "subset 'a-det': letters"),
-        (None, {"triplet": ("CT", "", "State")}, "area '' of subset 02: one line of text is accepted, of all three"),
-        (None, {"as_choice": True}, "--as=choice is accepted of boxes and masks"),
+        (None, {"subset": "a/b"}, "subset 'a/b': expected letters, digits and hyphens"),
+        (None, {"subset": "a-det"}, "subset 'a-det': expected letters"),
+        (None, {"triplet": ("CT", "", "State")}, "area '' of subset 02: expected one line of text in all three"),
+        (None, {"as_choice": True}, "--as=choice is for boxes and masks"),
     ],
 )
 def test_what_cannot_be_written_leaves_nothing(classes, rows, changes, message):

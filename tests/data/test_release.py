@@ -126,7 +126,7 @@ def test_patients_stay_together_where_the_records_name_them(tmp_path):
     # Patients of the two datasets with one number are two patients: some are on different sides.
     assert {r.group for r in train} & {r.group for r in test}
     write_subset(tmp_path, "Subset-04-train", [raw | {"group": 3} for raw in raws], folder=".", images=False)
-    with pytest.raises(ReleaseError, match="record 0: group is 3, a int; str is accepted"):
+    with pytest.raises(ReleaseError, match="record 0: group is 3, a int; expected str"):
         release(tmp_path)
 
 
@@ -236,10 +236,10 @@ def test_odd_paths_are_refused(tmp_path, image, reason):
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
-        ("text", "a str; an object"),
-        (raw_record(1) | {"id": True}, "id is true, a bool; int"),
-        (raw_record(1) | {"Answer": None}, "Answer is null, a NoneType; str"),
-        (raw_record(1) | {"Question-choice": "Which?\nA: Benign"}, r"options \['Benign'\]; two or more"),
+        ("text", "a str; expected an object"),
+        (raw_record(1) | {"id": True}, "id is true, a bool; expected int"),
+        (raw_record(1) | {"Answer": None}, "Answer is null, a NoneType; expected str"),
+        (raw_record(1) | {"Question-choice": "Which?\nA: Benign"}, r"options \['Benign'\]; expected two or more"),
         (raw_record(1) | {"Question-choice": "Which?\nA: Benign\nB: Benign"}, "two or more different"),
         (raw_record(1) | {"Question-choice": "Which?"}, r"has the options \[\]"),
         (raw_record(1) | {"Answer-choice": "AB"}, "Answer-choice is 'AB'"),
@@ -307,10 +307,10 @@ def test_boxes(box, reason):
     [
         (raw_box_record(1, width=13), "size", "13 x 8; the image has 12 x 8 pixels"),
         (raw_box_record(1, width=8, height=12), "size", "8 x 12; the image has 12 x 8"),
-        (raw_box_record(1, width="12"), "type", 'width is "12", a str; int is accepted'),
-        (raw_box_record(1, boxes={"label": "x"}), "type", "boxes is .* a dict; list is accepted"),
+        (raw_box_record(1, width="12"), "type", 'width is "12", a str; expected int'),
+        (raw_box_record(1, boxes={"label": "x"}), "type", "boxes is .* a dict; expected list"),
         ({k: v for k, v in raw_box_record(1).items() if k != "boxes"}, "key", "the key boxes is missing"),
-        ([], "type", "a list; an object is accepted"),
+        ([], "type", "a list; expected an object"),
     ],
 )
 def test_broken_records_are_refused(raw, kind, reason):
@@ -453,7 +453,7 @@ def test_unknown_names_get_one_line_with_what_is_close(tmp_path):
 
 
 def test_unknown_source_and_missing_root():
-    with pytest.raises(DataError, match="data.source='tree'; phantom or release or prepared is accepted"):
+    with pytest.raises(DataError, match="data.source='tree'; expected phantom or release or prepared"):
         open_source(DataConfig(source="tree"))
     with pytest.raises(DataError, match="data.root=''"):
         open_source(DataConfig(source="release"))

@@ -60,7 +60,7 @@ def test_the_records_are_the_prepared_ones(tmp_path):
     assert sorted(record.id for record, _ in examples) == sorted(
         record.id for subset in subsets for record in source.records(subset.name, "train").records
     )
-    with pytest.raises(DataError, match="config '05'; of this folder 04, 09, 47 or all is accepted"):
+    with pytest.raises(DataError, match="config '05'; expected 04, 09, 47 or all of this folder"):
         tfds_builder.build(tmp_path / "out", "05", tmp_path / "tfds")
 
 

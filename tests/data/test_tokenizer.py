@@ -55,45 +55,13 @@ def test_special_and_unknown_text_is_refused(word_tokenizer, text):
         word_tokenizer.encode(text)
 
 
-def test_letters_are_one_token_each(word_tokenizer):
-    ids = word_tokenizer.letter_ids("what ?\nASSISTANT:", "ABCD")
-    assert [word_tokenizer.decode([i]) for i in ids] == list("ABCD")
-
-
-def bytes_tokenizer(tmp_path, merges):
-    """Byte-level BPE, whose merges may cross from the prompt into the answer."""
-    vocab = {c: i for i, c in enumerate(["<pad>", "</s>", "Ġ", ":", *"ABCDE"])}
-    for left, right in merges:
-        vocab[left + right] = len(vocab)
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.add_special_tokens(["<pad>", "</s>"])
-    inner.save(str(tmp_path / "tokenizer.json"))
-    return load_tokenizer(tmp_path)
-
-
-def test_a_letter_that_changes_the_prompt_is_refused(tmp_path):
-    tokenizer = bytes_tokenizer(tmp_path, [(":", "Ġ"), (":Ġ", "A")])
-    with pytest.raises(DataError, match="'A' changes the tokens of the prompt"):
-        tokenizer.letter_ids("E:", "A")
-
-
-def test_a_letter_of_two_tokens_is_refused(tmp_path):
-    tokenizer = bytes_tokenizer(tmp_path, [("Ġ", "A")])
-    assert len(tokenizer.letter_ids("E:", "A")) == 1
-    with pytest.raises(DataError, match="'B' is 2 tokens"):
-        tokenizer.letter_ids("E:", "AB")
-    with pytest.raises(DataError, match="share a token"):
-        tokenizer.letter_ids("E:", "AA")
-
-
 def test_missing_and_unfit_files_are_one_line(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         load_tokenizer(tmp_path / "none.json")
     with pytest.raises(DataError, match="neither tokenizer.model nor tokenizer.json"):
         load_tokenizer(tmp_path)
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataError, match="ends a turn is missing; </s> or"):
+    with pytest.raises(DataError, match="ends a turn is missing; expected </s> or"):
         load_tokenizer(tmp_path)
 
 
@@ -376,7 +344,7 @@ def test_a_panic_of_the_library_is_an_error_of_the_file(tmp_path, capfd, monkeyp
         ),
         ("tokenizer_config.json", {"added_tokens_decoder": {"420": "<image>"}}, "ids with the content of their tokens"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"421": {"content": None}}}, "ids with the content"),
-        ("tokenizer_config.json", {"added_tokens_decoder": 7}, "is a number; an object of ids is accepted"),
+        ("tokenizer_config.json", {"added_tokens_decoder": 7}, "is a number; expected an object of ids"),
         ("tokenizer_config.json", {"pad_token": 7}, "pad_token is a number"),
         ("tokenizer_config.json", "{", "no JSON"),
         ("processor_config.json", {"image_token": [1]}, "image_token is a list"),

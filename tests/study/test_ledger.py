@@ -169,7 +169,7 @@ def test_full_rows_need_complete_subsets_alone():
 
 BROKEN = {
     "json": ("Subset--04-train", "{", "no JSON"),
-    "not_a_list": ("Subset--04-train", "{}", "a list of records is accepted"),
+    "not_a_list": ("Subset--04-train", "{}", "expected a list of records"),
     "encoding": ("Subset--04-test", b"\xff\xfe", "not UTF-8"),
     "unknown_subset": ("Subset--77-train", "[]", "subset 77: neither in the tree's"),
     "duplicate_file": ("Subset-04-test", "[]", "the same subset and split"),
