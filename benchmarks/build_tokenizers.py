@@ -46,7 +46,7 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }  # fmt: skip
 _WORD = re.compile(r"[A-Za-z]+")
 # Endings and beginnings that words outside the list share; whole words are always preferred.
-_PARTS = (
+_AFFIXES = (
     "ing",
     "ed",
     "es",
@@ -109,7 +109,7 @@ def _pieces(special: tuple[str, ...], frame: tuple[str, ...]) -> list[tuple[str,
     pieces = [(token, 0.0) for token in special]
     pieces += [(f"▁{word}", -1.0) for word in whole]
     pieces += [("▁", -8.0)]
-    pieces += [(part, -9.0) for part in _PARTS]
+    pieces += [(affix, -9.0) for affix in _AFFIXES]
     pieces += [(letter, -10.0) for letter in string.ascii_letters]
     return pieces + [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
 

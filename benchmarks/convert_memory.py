@@ -71,8 +71,8 @@ def measure(folder: Path, config: LlavaConfig, shard_bytes: int) -> dict:
               f"{result[to]['seconds']:.0f} s")  # fmt: skip
     result["compared"] = compare(src, back)
     result["below_limit"] = all(result[to]["VmHWM"] < limit for to in ("orbax", "hf"))
-    place = "below" if result["below_limit"] else "ABOVE"
-    print(f"{result['compared']} tensors came back bit for bit; {place} the limit")
+    verdict = "below" if result["below_limit"] else "ABOVE"
+    print(f"{result['compared']} tensors came back bit for bit; {verdict} the limit")
     return result
 
 

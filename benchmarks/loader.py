@@ -53,17 +53,17 @@ def compare(root: Path, prepared: Path, *, images: int, rounds: int = 3) -> dict
         for name, load in loaders.items():
             taken[name].append(_time(load(), images // BATCH_SIZE))
     count, size = images // BATCH_SIZE * BATCH_SIZE, SIZE_PX * SIZE_PX * 3
-    found = {}
+    rows = {}
     for name, pairs in taken.items():
         wall, cpu = (statistics.median(values) for values in zip(*pairs, strict=True))
-        found[name] = {
+        rows[name] = {
             "images_per_s": count / wall, "mb_per_s": count * size / wall / 1e6, "cpu_s_per_1000": cpu / count * 1000
         }  # fmt: skip
     ratios = {
-        name: statistics.median(t[0] / own[0] for t, own in zip(taken["torch, raw files"], pairs, strict=True))
+        name: statistics.median(t[0] / ours[0] for t, ours in zip(taken["torch, raw files"], pairs, strict=True))
         for name, pairs in taken.items()
     }
-    figures = {"loaders": found, "ratio_to_torch": ratios}
+    figures = {"loaders": rows, "ratio_to_torch": ratios}
     return {"images": count, "rounds": rounds, "workers": WORKERS} | figures
 
 
@@ -81,10 +81,10 @@ def _encoded(source: Source) -> Encoded:
 
 def _order(encoded: Encoded, images: int) -> list[int]:
     """The indices that `_ours` draws first."""
-    place = {record.id: index for index, record in enumerate(encoded.records.records)}
+    index_of = {record.id: index for index, record in enumerate(encoded.records.records)}
     blind = Encoded(encoded.records, encoded.format, encoded.arrays, {"pixels": np.zeros((len(encoded), 1), np.uint8)})
     batches = Batches(blind, batch_size=BATCH_SIZE, seed=0, prefetch=0)
-    order = [place[name] for _ in range(images // BATCH_SIZE + 1) for name in next(batches)[1]]
+    order = [index_of[name] for _ in range(images // BATCH_SIZE + 1) for name in next(batches)[1]]
     batches.close()
     return order
 
@@ -157,13 +157,13 @@ def main() -> None:
         prepared = args.prepared or Path(folder) / "prepared"
         if not args.prepared:
             prepare(args.root, prepared, DATA, Layout("square", SIZE_PX))
-        found = compare(args.root, prepared, images=args.images)
-    for name, row in found["loaders"].items():
+        figures = compare(args.root, prepared, images=args.images)
+    for name, row in figures["loaders"].items():
         print(
             f"{name:18} {row['images_per_s']:8.0f} images/s {row['mb_per_s']:7.0f} MB/s "
-            f"{row['cpu_s_per_1000']:6.2f} CPU s per 1,000   {found['ratio_to_torch'][name]:.2f} x torch"
+            f"{row['cpu_s_per_1000']:6.2f} CPU s per 1,000   {figures['ratio_to_torch'][name]:.2f} x torch"
         )
-    write_record(args.json, found)
+    write_record(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -147,14 +147,14 @@ def textbook_bytes(
     _, params = build.abstract(config)
     specs = jax.tree.map(lambda sharding: sharding.spec, build.shardings(config, mesh))
     width = jnp.dtype(config.compute_dtype).itemsize
-    found: Counter[str] = Counter()
+    by_kind: Counter[str] = Counter()
     for name in params:
         if name == "unused":
             continue
         flat = jax.tree_util.tree_flatten_with_path(params[name])[0]
         for (path, weight), spec in zip(flat, jax.tree.leaves(specs[name]), strict=True):
             names = [key.key for key in path]
-            found.update(
+            by_kind.update(
                 _of_weight(
                     weight, spec, mesh, width=width, trains=name in trainable, table=names[-1] == "table",
                     gathers=2 if "blocks" in names and (name in trainable or name == "decoder") else 1,
@@ -163,8 +163,8 @@ def textbook_bytes(
     num_images = batch["pixels"].shape[1]
     rows, length = batch["tokens"].shape
     local_rows = rows / (mesh.shape["data"] * mesh.shape["fsdp"] * accumulation_steps)
-    found.update(_of_activations(config, mesh, local_rows * width, length, num_images, "decoder" in trainable))
-    return {kind: round(size * accumulation_steps) for kind, size in found.items() if size}
+    by_kind.update(_of_activations(config, mesh, local_rows * width, length, num_images, "decoder" in trainable))
+    return {kind: round(size * accumulation_steps) for kind, size in by_kind.items() if size}
 
 
 def moved_bytes(by_kind: Mapping[str, float]) -> float:
@@ -176,19 +176,19 @@ def moved_bytes(by_kind: Mapping[str, float]) -> float:
 
 
 def _of_weight(weight, spec, mesh: Mesh, *, width: int, trains: bool, table: bool, gathers: int) -> dict[str, float]:
-    axes = {axis for part in spec if part for axis in ([part] if isinstance(part, str) else part)}
+    axes = {axis for entry in spec if entry for axis in ([entry] if isinstance(entry, str) else entry)}
     data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
     whole = width * math.prod(weight.shape) / (tensor if "tensor" in axes else 1)
     split = "fsdp" in axes and fsdp > 1
-    found = {}
+    by_kind = {}
     if split and not table:
-        found["all-gather"] = gathers * whole
-        found["reduce-scatter"] = whole * trains
+        by_kind["all-gather"] = gathers * whole
+        by_kind["reduce-scatter"] = whole * trains
     if split and data > 1:
-        found["all-reduce"] = whole / fsdp * trains
+        by_kind["all-reduce"] = whole / fsdp * trains
     elif not split and data * fsdp > 1:
-        found["all-reduce"] = whole * trains
-    return found
+        by_kind["all-reduce"] = whole * trains
+    return by_kind
 
 
 def _of_activations(
@@ -197,15 +197,15 @@ def _of_activations(
     """row_bytes: of one number in each row of a device."""
     vision, text = config.vision, config.text
     embedded = row_bytes * length * text.embed_dim
-    found = {}
+    by_kind = {}
     if mesh.shape["fsdp"] > 1:
-        found["all-to-all"] = embedded * (2 if table_trains else 1)
+        by_kind["all-to-all"] = embedded * (2 if table_trains else 1)
     if mesh.shape["tensor"] > 1:
         sums = text.num_layers * (5 if config.remat == "full" else 4) + 1
         tower = row_bytes * num_images * (vision.num_patches + 1) * vision.embed_dim * 2 * vision.num_run_layers
         projected = row_bytes * num_images * vision.num_features * text.embed_dim
-        found["all-reduce"] = sums * embedded + tower + projected
-    return found
+        by_kind["all-reduce"] = sums * embedded + tower + projected
+    return by_kind
 
 
 # ------------------------------------------------------------------ the command

@@ -383,8 +383,8 @@ def trace(ask: Ask, save: Callable) -> None:
 def executed(config: build.Config, batch: dict, trainable: tuple[str, ...]) -> dict[str, float]:
     """FLOPs of one step as it is executed, padding and what is computed again included, by kind of operation."""
     rows, length = batch["tokens"].shape
-    one = flops.forward(config, length=length, num_logits=batch["targets"].shape[1])
-    attended = flops.Flops(attention=one.attention)
+    forward = flops.forward(config, length=length, num_logits=batch["targets"].shape[1])
+    attended = flops.Flops(attention=forward.attention)
     attention = rows * flops.training(attended, trainable=trainable, remat=config.remat)
     whole = step_flops(config, batch, trainable)["executed"]
     return {"matrix products": whole - attention, "attention": attention}
@@ -396,7 +396,7 @@ def limits(trace: dict, flops: dict[str, float], rate: float | None) -> list[str
     trace: `trace_read.read`'s. flops: of a step, `executed`'s. rate: FLOP/s of the best product measured, or None.
     """
     step = trace["span_s"] / trace["steps"]
-    took = {kind: one["seconds"] / trace["steps"] for kind, one in trace["kinds"].items()}
+    took = {kind: times["seconds"] / trace["steps"] for kind, times in trace["kinds"].items()}
     products = took["matrix products"]
     if not rate or not products:
         return []

@@ -225,13 +225,13 @@ def executed(config: LlavaConfig, rows: int, length: int, trainable: tuple[str, 
     leaves out. Equal to `torch.utils.flop_counter` (a test) with attention "eager"; fused kernels compute attention's
     products once more in the backward pass, which is not counted here.
     """
-    one, vision = forward(config, length=length), config.vision
+    per_row, vision = forward(config, length=length), config.vision
     unused = vit(vision.num_layers - vision.num_run_layers, vision.embed_dim, vision.mlp_dim, vision.num_patches + 1)
     if not trainable:
-        return rows * (one.total + unused)
+        return rows * (per_row.total + unused)
     spared = 0.0
     if "vision" in trainable:
         spared = 2.0 * vision.num_patches * 3 * vision.patch_size_px**2 * vision.embed_dim
     elif "projector" in trainable:
         spared = 2.0 * vision.num_patches * vision.embed_dim * config.text.embed_dim
-    return rows * (training(one, trainable=trainable) + unused - spared)
+    return rows * (training(per_row, trainable=trainable) + unused - spared)

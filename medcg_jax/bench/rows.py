@@ -90,7 +90,7 @@ def some_records(setup: Setup, split: str, count: int, *, letters: bool = False)
     names = names[:: -(-len(names) // NUM_SUBSETS)]
     each = -(-count // len(names))
     sets = [setup.source.records(name, split) for name in names]
-    records = concat([part.select(range(min(each, len(part)))) for part in sets])
+    records = concat([subset_records.select(range(min(each, len(subset_records)))) for subset_records in sets])
     if not len(records):
         raise DataError(f"subsets {', '.join(names)} have no {split} records")
     return records.select(i % len(records) for i in range(count))

@@ -224,12 +224,12 @@ def failure(name: str, stage: dict) -> Exception:
 def merge(result: dict, name: str, status: dict, values: dict) -> dict:
     """`result` with what a stage saved: its section, and what stands beside sections (ratios, notes, about, memory)."""
     section = dict(values)
-    kept = {key: section.pop(key) for key in ("status", "error", "why") if key in section}
+    outcome = {key: section.pop(key) for key in ("status", "error", "why") if key in section}
     about, memory = section.pop("about", {}), section.pop("memory", {})
     ratios, notes = section.pop("ratios", {}), section.pop("notes", [])
     most = {key: max(filter(None, (result["memory"].get(key), value)), default=None) for key, value in memory.items()}
     return result | about | {
-        "stages": result["stages"] | {name: status | kept},
+        "stages": result["stages"] | {name: status | outcome},
         "ratios": result["ratios"] | ratios,
         "notes": list(dict.fromkeys([*result["notes"], *notes])),
         "memory": result["memory"] | most,

@@ -127,7 +127,7 @@ def training(rows: Rows, against: str, measure: Measure, matrix: dict) -> dict:
 def step_figures(taken: list[Spent], batch: dict, needed: dict | None, matrix: dict) -> dict:
     """`times` and `rates` of a step; and its MFU against the matrix product measured in this process, by wall time
     ("mfu_matrix", both conventions) and by CPU time ("mfu_matrix_cpu", which other processes do not lower)."""
-    row = times(taken, len(batch["tokens"])) | rates([one.wall_s for one in taken], batch, needed)
+    row = times(taken, len(batch["tokens"])) | rates([step.wall_s for step in taken], batch, needed)
     if needed is None:
         return row
     # Devices that a CPU simulates share its cores.

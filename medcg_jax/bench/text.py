@@ -118,10 +118,10 @@ def _loader(result: dict) -> list[str]:
 
 
 def _convert(result: dict) -> list[str]:
-    made = result["convert"]
-    lines = [f"conversion of {made['model']}, {_bytes(made['bytes'])} of float32:"]
+    figures = result["convert"]
+    lines = [f"conversion of {figures['model']}, {_bytes(figures['bytes'])} of float32:"]
     for way, name in (("to_orbax", "HF to Orbax"), ("to_hf", "Orbax to HF")):
-        middle, least, most = (made[way][key] / 1e6 for key in ("median", "min", "max"))
+        middle, least, most = (figures[way][key] / 1e6 for key in ("median", "min", "max"))
         lines.append(f"  {name:18}{middle:9.1f} MB/s ({least:.1f} to {most:.1f})")
     return lines
 

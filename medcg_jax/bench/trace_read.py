@@ -99,10 +99,10 @@ def device_planes(data: ProfileData) -> list[tuple[str, list[Op]]]:
         if plane.name.startswith("/device:"):
             lines = list(plane.lines)
             # Where a line of operations stands beside streams it says the same again.
-            own = [line for line in lines if line.name == "XLA Ops"] or [
+            op_lines = [line for line in lines if line.name == "XLA Ops"] or [
                 line for line in lines if line.name.startswith("Stream")
             ]
-            ops = [op for line in own for op in operations(line, any_event=True)]
+            ops = [op for line in op_lines for op in operations(line, any_event=True)]
             planes += [(plane.name, ops)] if ops else []
     if planes:
         return planes
@@ -145,11 +145,11 @@ def summary(devices: list[list[Op]], *, device: str, steps: int) -> dict:
         span += end - begin
         busy += sum(after - before for before, after in covered)
         gap += max((b[0] - a[1] for a, b in itertools.pairwise(covered)), default=0.0)
-        for op, own in own_times(ops):
-            kinds[op.kind] += own
+        for op, own_ns in own_times(ops):
+            kinds[op.kind] += own_ns
             count_and_time = named[op.name, op.kind]
             count_and_time[0] += 1
-            count_and_time[1] += own
+            count_and_time[1] += own_ns
 
     def seconds(nanoseconds: float) -> float:
         return nanoseconds / len(devices) / 1e9
@@ -197,7 +197,7 @@ def own_times(ops: Iterable[Op]) -> list[tuple[Op, float]]:
             outer[-1][1] -= min(op.end_ns, outer[-1][0].end_ns) - op.start_ns
         outer.append(entry)
         entries.append(entry)
-    return [(op, max(own, 0.0)) for op, own in entries]
+    return [(op, max(own_ns, 0.0)) for op, own_ns in entries]
 
 
 # ------------------------------------------------------------------ text
@@ -213,11 +213,11 @@ def text_of(trace: dict) -> list[str]:
         ),
         f"{'kind':<18}{'ms':>10}{'share':>8}",
     ]
-    for kind, one in sorted(trace["kinds"].items(), key=lambda item: -item[1]["seconds"]):
-        lines.append(f"{kind:<18}{one['seconds'] * 1e3:10.2f}{one['share']:8.1%}")
+    for kind, row in sorted(trace["kinds"].items(), key=lambda item: -item[1]["seconds"]):
+        lines.append(f"{kind:<18}{row['seconds'] * 1e3:10.2f}{row['share']:8.1%}")
     lines.append(f"{'ms':>10}{'share':>8}{'runs':>7}  the longest operations, with all their runs")
-    for one in trace["longest"]:
-        lines.append(f"{one['seconds'] * 1e3:10.2f}{one['share']:8.1%}{one['count']:7d}  {one['name']} ({one['kind']})")
+    for row in trace["longest"]:
+        lines.append(f"{row['seconds'] * 1e3:10.2f}{row['share']:8.1%}{row['count']:7d}  {row['name']} ({row['kind']})")
     return lines
 
 

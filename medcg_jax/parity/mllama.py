@@ -41,16 +41,16 @@ def runnable(config: MllamaConfig) -> tuple[MllamaConfig, list[str]]:
 def example(config: MllamaConfig, *, seed: int = 0, num_text: int = 24) -> dict[str, np.ndarray]:
     """Two rows of random input as HF's forward takes it: an image of two tiles and one of three; the second padded."""
     rng = np.random.default_rng(seed)
-    size, place, tiles = config.image_size_px, 4, np.array([2, 3])
+    size, start, tiles = config.image_size_px, 4, np.array([2, 3])
     text = example_text(
         rng, num_text=num_text - 1, num_rows=config.text.vocab_size, pad_id=config.pad_token_id,
-        inserted=[(config.image_token_id, slice(place, place + 1))], special={config.image_token_id},
+        inserted=[(config.image_token_id, slice(start, start + 1))], special={config.image_token_id},
     )  # fmt: skip
     present = (np.arange(NUM_TILES) < tiles[:, None]).astype(np.int64)[:, None]
     pixels = rng.standard_normal((2, 1, NUM_TILES, 3, size, size), dtype=np.float32) * present[..., None, None, None]
     return text | {
         "pixel_values": pixels.astype(np.float32), "aspect_ratio_ids": tiles[:, None], "aspect_ratio_mask": present,
-        "cross_attention_mask": present[:, None] * (np.arange(num_text) >= place)[:, None, None],
+        "cross_attention_mask": present[:, None] * (np.arange(num_text) >= start)[:, None, None],
     }  # fmt: skip
 
 
@@ -102,14 +102,14 @@ def port_stages(model: Mllama, given: dict) -> dict[str, np.ndarray]:
     memory = stages["projector"].reshape(len(tokens), -1, text.embed_dim)
     x = stages["embed"] = decoder.embed(tokens, model.dtype)
     angles = rope_angles(count_positions(segment_ids), text.head_dim, text.rope_theta, text.rope_scaling)
-    look = model.look(*model.in_view(tokens, segment_ids), images["num_tiles"])
+    view = model.look(*model.in_view(tokens, segment_ids), images["num_tiles"])
     at_text = {"angles": angles, "segment_ids": segment_ids, "implementation": attention}
     run_self = jax.jit(lambda block, x: block(x, **at_text)[0])
-    run_cross = jax.jit(lambda block, x, memory: block(x, block.keys_values(memory), **look))
-    own, cross = layers(decoder.blocks), layers(decoder.cross)
+    run_cross = jax.jit(lambda block, x, memory: block(x, block.keys_values(memory), **view))
+    blocks, cross = layers(decoder.blocks), layers(decoder.cross)
     for i in range(text.num_layers):
         is_cross = i in text.cross_layers
-        x = stages[f"decoder.layer{i}"] = run_cross(next(cross), x, memory) if is_cross else run_self(next(own), x)
+        x = stages[f"decoder.layer{i}"] = run_cross(next(cross), x, memory) if is_cross else run_self(next(blocks), x)
     stages["decoder.norm"], stages["logits"] = norm_and_logits(model, given)
     return {name: np.asarray(x) for name, x in stages.items()}
 

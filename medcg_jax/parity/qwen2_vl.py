@@ -70,10 +70,10 @@ def port_inputs(config: Qwen2VLConfig, inputs: dict[str, np.ndarray], num_slots:
     if (grids[:, 0] != 1).any() or not (apart == apart[:, :, :1]).all():
         raise WeightsError("pixel_values hold frames that differ; expected still images")
     sizes = grids.prod(axis=1)
-    ends, wanted = np.cumsum(sizes // merged), np.cumsum((ids == config.image_token_id).sum(axis=1))
-    if len(apart) != sizes.sum() or not set(wanted.tolist()) <= {0, *ends.tolist()} or wanted[-1] != ends[-1]:
-        raise WeightsError(f"image_grid_thw {grids.tolist()} fits not {len(apart)} patches, {wanted[-1]} image tokens")
-    row_of = np.searchsorted(wanted, ends)
+    ends, seen = np.cumsum(sizes // merged), np.cumsum((ids == config.image_token_id).sum(axis=1))
+    if len(apart) != sizes.sum() or not set(seen.tolist()) <= {0, *ends.tolist()} or seen[-1] != ends[-1]:
+        raise WeightsError(f"image_grid_thw {grids.tolist()}: got {len(apart)} patches, {seen[-1]} image tokens")
+    row_of = np.searchsorted(seen, ends)
     order = [int((row_of[:i] == row).sum()) for i, row in enumerate(row_of)]
     pixels = np.zeros((len(ids), max(order) + 1, num_slots or sizes.max(), vision.patch_dim), np.float32)
     placed = np.zeros((*pixels.shape[:2], 2), np.int32)

@@ -60,7 +60,7 @@ def judged(rows: list[Row], noise: dict[str, Row]) -> list[Row]:
     noise: stage -> the reference with its weights rounded otherwise, compared with itself.
     """
 
-    def one(row: Row) -> Row:
+    def widened(row: Row) -> Row:
         moved = noise.get(row.stage)
         if row.ok or moved is None or not moved.scale:
             return row
@@ -68,7 +68,7 @@ def judged(rows: list[Row], noise: dict[str, Row]) -> list[Row]:
             row, tolerance=max(row.tolerance, min(MAX_TOLERANCE, NOISE_FACTOR * moved.difference / moved.scale))
         )
 
-    return [one(row) for row in rows]
+    return [widened(row) for row in rows]
 
 
 def exactly(stage: str, ours, theirs) -> Row:
@@ -162,10 +162,10 @@ def example_text(
     num_rows: of the embedding. inserted: (id, place in every row); places are in order.
     special: ids that no text has; padding's row of the embedding gets no gradient from torch, so `pad_id` is never text.
     """
-    lengths = [place.stop - place.start for _, place in inserted]
+    lengths = [span.stop - span.start for _, span in inserted]
     ids = text_ids(rng, (2, num_text + sum(lengths)), num_rows, special | {pad_id})
-    for token_id, place in inserted:
-        ids[:, place] = token_id
+    for token_id, span in inserted:
+        ids[:, span] = token_id
     mask = np.ones_like(ids)
     mask[1, -num_text // 3 :] = 0
     ids[mask == 0] = pad_id if 0 <= pad_id < num_rows and pad_id not in special else ids[0, 0]
@@ -212,10 +212,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise WeightsError(f"{path} is no readable .npz file: {error}") from error
 
 
-def check_arrays(path: Path, held: Iterable[str], wanted: Iterable[str]) -> None:
+def check_arrays(path: Path, stored: Iterable[str], expected: Iterable[str]) -> None:
     """Raises WeightsError where the file `path` lacks an array, or holds one that nothing is compared with."""
-    held, wanted = set(held), set(wanted)
-    if held != wanted:
+    stored, expected = set(stored), set(expected)
+    if stored != expected:
         raise WeightsError(
-            f"{path} lacks {sorted(wanted - held)[:8]}; nothing is compared with {sorted(held - wanted)[:8]}"
+            f"{path} lacks {sorted(expected - stored)[:8]}; nothing is compared with {sorted(stored - expected)[:8]}"
         )

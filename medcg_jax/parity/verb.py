@@ -72,12 +72,12 @@ def parity(src: Path, *, inputs: Path | None = None, record: Path | None = None,
     else:
         from medcg_jax.parity.pytorch import open_reference
 
-        part = part_of(config)
+        family = family_module(config)
         if against is not None and family_of(_read(against)[0]) != family_of(config):
-            raise WeightsError(f"--against={against} is of another model than {src}: expected a {part.FAMILY}")
-        reference = open_reference(src if against is None else against, part, config)
+            raise WeightsError(f"--against={against} is of another model than {src}: expected a {family.FAMILY}")
+        reference = open_reference(src if against is None else against, family, config)
         trained = ("projector", "decoder") if build.num_params(params) <= MAX_TRAINED_PARAMS else ("projector",)
-        example = part.example(config)
+        example = family.example(config)
         if record is not None:
             write_record(record, example, reference.stages(example), reference.tensors())
             notes.append(f"the reference's numbers are in {record}")
@@ -85,7 +85,7 @@ def parity(src: Path, *, inputs: Path | None = None, record: Path | None = None,
     return report(src, rows, notes) | {"trained": list(trained), "parameters": build.num_params(params)}
 
 
-def part_of(config: Config) -> ModuleType:
+def family_module(config: Config) -> ModuleType:
     """The module that describes the family's reference."""
     return FAMILIES[family_of(config)]
 
@@ -102,7 +102,7 @@ def _read(src: Path) -> tuple[Config, list[str]]:
         raise WeightsError(
             f"{src} holds a {family_of(config)}, of which transformers has no model; expected {', '.join(FAMILIES)}"
         )
-    return part_of(config).runnable(config)
+    return family_module(config).runnable(config)
 
 
 # ------------------------------------------------------------------ against PyTorch
@@ -117,7 +117,7 @@ def compare(
     inputs: HF's forward arguments, `labels` among them. notes: gets what a reader has to know beside the rows.
     """
     config, small = nnx.merge(graphdef, params).config, build.num_params(params) <= MAX_SMALL_PARAMS
-    prefixes = sum((part_of(config).PREFIXES[name] for name in trained), ())
+    prefixes = sum((family_module(config).PREFIXES[name] for name in trained), ())
     # Small: ten large steps leave the weights that are compared.
     rate = 1e-4 if build.num_params(params) <= MAX_TRAINED_PARAMS else 1e-5
     rows = []
@@ -156,10 +156,10 @@ def compare(
 
 def _noise(reference, inputs, prefixes, stages, gradients) -> dict[str, Row]:
     """Stage -> the reference with its weights rounded otherwise against itself: how well each number is determined."""
-    kept = reference.tensors()
+    original = reference.tensors()
     reference.put(reference.nudged())
     moved, moved_gradients = reference.stages(inputs), reference.gradients(inputs, prefixes)
-    reference.put(kept)
+    reference.put(original)
     rows = [compared(name, moved[name], value) for name, value in stages.items()]
     rows += [compared(f"gradient {name}", moved_gradients[name], value) for name, value in gradients.items()]
     return {row.stage: row for row in rows}
@@ -172,7 +172,7 @@ def _telling_rows(graphdef, params, ours, reference, inputs, trained, differenti
       WeightsError: even then the image changes nothing: these inputs say nothing about images.
     """
     config = nnx.merge(graphdef, params).config
-    prefixes = sum((part_of(config).PREFIXES[name] for name in trained), ())
+    prefixes = sum((family_module(config).PREFIXES[name] for name in trained), ())
     params = params_of(config, params, {n: telling(n, x) for n, x in ours.items()})
     reference.put({name: telling(name, x) for name, x in reference.tensors().items()})
     if not _sees_images(reference, inputs):
@@ -200,13 +200,13 @@ def stage_rows(model: nnx.Module, reference: dict[str, np.ndarray], inputs) -> l
     Raises:
       WeightsError: `reference` lacks a stage. It may have more: layers that the checkpoint holds and nothing uses.
     """
-    part = part_of(model.config)
-    given = part.port_inputs(model.config, inputs)
-    stages = part.port_stages(model, given)
+    family = family_module(model.config)
+    given = family.port_inputs(model.config, inputs)
+    stages = family.port_stages(model, given)
     real = np.asarray(given["segment_ids"]) != 0
-    rows, lacking = [], [stage for stage in stages if stage not in reference]
-    if lacking:
-        raise WeightsError(f"the reference has no stages {', '.join(lacking)}")
+    rows, missing = [], [stage for stage in stages if stage not in reference]
+    if missing:
+        raise WeightsError(f"the reference has no stages {', '.join(missing)}")
     for stage, ours in stages.items():
         keep = ... if stage.startswith(("vision", "projector")) else real
         rows.append(compared(stage, ours[keep], reference[stage][keep]))
@@ -230,7 +230,7 @@ def value_and_grad(graphdef, inputs: dict[str, np.ndarray]) -> Callable:
     @jax.value_and_grad
     def run(trainable, frozen):
         model = nnx.merge(graphdef, build.join(trainable, frozen))
-        given = part_of(model.config).port_inputs(model.config, inputs)
+        given = family_module(model.config).port_inputs(model.config, inputs)
         return loss(model(**given), inputs["labels"])
 
     return run
@@ -289,10 +289,10 @@ def write_record(path: Path, inputs: Arrays, stages: Arrays, tensors: Arrays) ->
     outputs = {name if name in ("logits", "loss") else f"stage/{name}": value for name, value in stages.items()}
     marks = {f"weight/{name}": value for name, value in fingerprints(tensors).items()}
     # Beside the file first: one that is cut off by a full disk must not take its place.
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("wb") as file:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
         np.savez(file, **inputs, **outputs, **marks)
-    os.replace(part, path)
+    os.replace(temporary, path)
 
 
 def read_record(path: Path) -> Arrays:
@@ -327,7 +327,7 @@ def recorded_rows(graphdef, params, record: Arrays, source: Path) -> list[Row]:
         if recorded["stage/"]:
             outputs = {name: record[name] for name in ("logits", "loss") if name in record}
             return rows + stage_rows(model, recorded["stage/"] | outputs, record)
-        given = part_of(model.config).port_inputs(model.config, record)
+        given = family_module(model.config).port_inputs(model.config, record)
         logits = jax.jit(lambda model, given: model(**given))(model, given)
     theirs = record["logits"]
     if theirs.shape[:2] != logits.shape[:2] or theirs.shape[2] > logits.shape[2]:

@@ -52,21 +52,21 @@ def telling(name: str, value: np.ndarray) -> np.ndarray:
     `value` holds is kept but for its size; where it is the same everywhere, it gets noise that only `name` decides.
     """
     value = np.asarray(value, np.float32)
-    small = SMALL if any(part in name for part in STREAM) else 1 / SMALL if name in LARGE else 1.0
+    small = SMALL if any(piece in name for piece in STREAM) else 1 / SMALL if name in LARGE else 1.0
     last = name.rsplit(".", 1)[-1]
     if value.size == 1 and ("gate" in last):
         return (0.7 + 0.2 * np.tanh(value)).astype(np.float32)
     middle = value.mean() if value.ndim == 1 else np.float32(0)
-    own = value - middle
-    if own.std() < 1e-3 * max(1.0, abs(float(middle))):
-        own = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(value.shape).astype(np.float32)
-    own = own / own.std()
+    centred = value - middle
+    if centred.std() < 1e-3 * max(1.0, abs(float(middle))):
+        centred = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(value.shape).astype(np.float32)
+    centred = centred / centred.std()
     if value.ndim == 1 and "norm" in name or "ln_q" in name:
-        return (small * (0.3 * own + (last == "weight"))).astype(np.float32)
+        return (small * (0.3 * centred + (last == "weight"))).astype(np.float32)
     if last == "bias":
-        return (small * 0.3 * own).astype(np.float32)
+        return (small * 0.3 * centred).astype(np.float32)
     size = 1.0 if "embed" in name and "patch" not in name else 1.3 * value[0].size ** -0.5
-    return ((3 * value[0].size ** -0.5 if name.startswith("lm_head") else small * size) * own).astype(np.float32)
+    return ((3 * value[0].size ** -0.5 if name.startswith("lm_head") else small * size) * centred).astype(np.float32)
 
 
 def fingerprint(value: np.ndarray) -> np.ndarray:

@@ -67,24 +67,24 @@ class Instruction:
     name: str
     shape: str
     opcode: str
-    rest: str  # operands and attributes
+    text: str  # operands and attributes
 
     @property
     def operation(self) -> str:
         """The operation that it was made from, as jax names it; "" where it has none."""
-        named = re.search(r'op_name="([^"]*)"', self.rest)
+        named = re.search(r'op_name="([^"]*)"', self.text)
         return named[1] if named else ""
 
     def attribute(self, name: str) -> str:
         """The computation or word that it names so: its `body`, its `condition`."""
-        return re.search(rf"\b{name}=%?([\w.-]+)", self.rest)[1]
+        return re.search(rf"\b{name}=%?([\w.-]+)", self.text)[1]
 
     def called(self) -> list[str]:
         """The computations that it runs; of a loop none."""
-        branches = BRANCHES.search(self.rest)
+        branches = BRANCHES.search(self.text)
         listed = [name.strip().lstrip("%") for name in branches[1].split(",")] if branches else []
         # What a kernel's own configuration says is no call.
-        return CALLED.findall(self.rest.partition(", metadata=")[0].partition(", backend_config=")[0]) + listed
+        return CALLED.findall(self.text.partition(", metadata=")[0].partition(", backend_config=")[0]) + listed
 
 
 class Scope(NamedTuple):
@@ -129,17 +129,18 @@ class Program:
         Where `visit` returns None, what the instruction calls is visited.
         """
         scope = scope or Scope(self.entry, body=self.entry)
-        for one in self.computations[scope.computation]:
-            items = visit(one, scope)
+        for op in self.computations[scope.computation]:
+            items = visit(op, scope)
             if items is not None:
                 yield from items
-            elif one.opcode == "while":
-                for part in ("body", "condition"):  # a condition may exchange data too: whether every row has ended
-                    inner = Scope(one.attribute(part), (*scope.loops, one), f"{scope.body}/{one.name}")
+            elif op.opcode == "while":
+                # A condition may exchange data too: whether every row has ended.
+                for role in ("body", "condition"):
+                    inner = Scope(op.attribute(role), (*scope.loops, op), f"{scope.body}/{op.name}")
                     yield from self.executed(visit, inner)
-            elif not one.opcode.endswith(("-done", "-update")):
-                for name in one.called():
-                    fusion = name if one.opcode == "fusion" else scope.fusion
+            elif not op.opcode.endswith(("-done", "-update")):
+                for name in op.called():
+                    fusion = name if op.opcode == "fusion" else scope.fusion
                     yield from self.executed(visit, scope._replace(computation=name, fusion=fusion))
 
     def trips(self, scope: Scope, open_trips: int | None) -> int:
@@ -151,16 +152,16 @@ class Program:
         return math.prod(self._trips(loop, open_trips) for loop in scope.loops)
 
     def _trips(self, loop: Instruction, open_trips: int | None) -> int:
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text)
         if known:
             return int(known[1])
         # TPU programs leave it to the condition: a counter from 0 below the one constant in it.
         constants, compared = set(), set()
-        for one in self._below(loop.attribute("condition")):
-            if one.opcode == "constant" and re.match(r"[su]\d+\[\]", one.shape):
-                constants.add(one.rest.partition(")")[0])
-            elif one.opcode == "compare":
-                compared.add(re.search(r"direction=(\w+)", one.rest)[1])
+        for op in self._below(loop.attribute("condition")):
+            if op.opcode == "constant" and re.match(r"[su]\d+\[\]", op.shape):
+                constants.add(op.text.partition(")")[0])
+            elif op.opcode == "compare":
+                compared.add(re.search(r"direction=(\w+)", op.text)[1])
         if compared != {"LT"} and open_trips is not None:
             return open_trips
         if len(constants) != 1 or compared != {"LT"}:
@@ -168,9 +169,9 @@ class Program:
         return int(constants.pop())
 
     def _below(self, name: str) -> Iterator[Instruction]:
-        for one in self.computations[name]:
-            yield one
-            for called in one.called():
+        for op in self.computations[name]:
+            yield op
+            for called in op.called():
                 yield from self._below(called)
 
 
@@ -192,32 +193,32 @@ def collectives(text: str, *, open_trips: int | None = None) -> list[Collective]
     reached: set[str] = set()
     copies: set[tuple[str, str, str]] = set()
 
-    def visit(one: Instruction, scope: Scope) -> list[Collective] | None:
+    def visit(op: Instruction, scope: Scope) -> list[Collective] | None:
         reached.add(scope.computation)
-        kind = _kind(one)
+        kind = _kind(op)
         if kind is None:
             return None
-        channel = re.search(r"\bchannel_id=(\d+)", one.rest)
+        channel = re.search(r"\bchannel_id=(\d+)", op.text)
         if channel is None:
-            raise ValueError(f"{one.name} has no channel: its groups are not of partitions")
+            raise ValueError(f"{op.name} has no channel: its groups are not of partitions")
         if scope.fusion:
             # TPU splits an asynchronous collective into several fusions, each with a copy of it. The shape counts too:
             # all that libtpu's combiner made have channel 1. Its layout does not: a copy may lie in another memory, as
             # "S(1)" in it says.
-            copy = scope.body, channel[1], re.sub(r"\{[^}]*\}", "", one.shape)
+            copy = scope.body, channel[1], re.sub(r"\{[^}]*\}", "", op.shape)
             if copy in copies:
                 return []
             copies.add(copy)
         trips = program.trips(scope, open_trips)
-        if one.opcode == "send":
+        if op.opcode == "send":
             # Its partners are named by slice and not by number: all are taken, so that `crossing` never misses it.
             everyone = (tuple(range(num_devices)),)
-            return [Collective(one.name, kind, everyone, num_bytes(parts_of(one.shape)[0]), trips)]
-        groups = groups_of(one.rest, num_devices)
-        payload = _payload(one, kind, len(groups[0]) if groups else 1)
+            return [Collective(op.name, kind, everyone, num_bytes(elements_of(op.shape)[0]), trips)]
+        groups = groups_of(op.text, num_devices)
+        payload = _payload(op, kind, len(groups[0]) if groups else 1)
         if kind == "all-reduce" and scope.fusion.startswith(FUSED_REDUCE_SCATTER):
             kind = "reduce-scatter"
-        return [Collective(one.name, kind, tuple(map(tuple, groups)), payload, trips)]
+        return [Collective(op.name, kind, tuple(map(tuple, groups)), payload, trips)]
 
     executed = list(program.executed(visit))
     for name, instructions in program.computations.items():
@@ -247,18 +248,18 @@ def crossing(collectives: Iterable[Collective], *, num_devices: int, num_groups:
     if num_devices % num_groups:
         raise ValueError(f"{num_devices} devices in {num_groups} groups: expected a divisor")
     size = num_devices // num_groups
-    for one in collectives:
-        if any(device >= num_devices for group in one.groups for device in group):
-            raise ValueError(f"{one.name} joins devices {one.groups}; there are {num_devices}")
-    return [one for one in collectives if any(len({device // size for device in group}) > 1 for group in one.groups)]
+    for collective in collectives:
+        if any(device >= num_devices for group in collective.groups for device in group):
+            raise ValueError(f"{collective.name} joins devices {collective.groups}; there are {num_devices}")
+    return [c for c in collectives if any(len({device // size for device in group}) > 1 for group in c.groups)]
 
 
 def bytes_by_kind(collectives: Iterable[Collective]) -> dict[str, int]:
     """Executed payload in bytes per device and call of the program, by kind; the largest first."""
     sums: dict[str, int] = defaultdict(int)
-    for one in collectives:
+    for c in collectives:
         # Groups of one device exchange nothing.
-        sums[one.kind] += one.total_bytes if any(len(set(group)) > 1 for group in one.groups) else 0
+        sums[c.kind] += c.total_bytes if any(len(set(group)) > 1 for group in c.groups) else 0
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
@@ -273,39 +274,39 @@ def _instruction(name: str, text: str) -> Instruction | None:
     return Instruction(name, text[:end], called[1], called[2]) if called else None
 
 
-def _kind(one: Instruction) -> str | None:
+def _kind(op: Instruction) -> str | None:
     """Which collective an instruction is, or begins; None: it is none."""
     # Between TPU slices a sum goes by the hosts: what is sent is one device's part, and `recv` gives the sum.
-    if transfer := one.opcode == "send" and SLICES.search(one.rest):
+    if transfer := op.opcode == "send" and SLICES.search(op.text):
         if transfer[1] != "ALL_REDUCE":
-            raise ValueError(f"{one.name}: {transfer[1]} between slices is not known here")
+            raise ValueError(f"{op.name}: {transfer[1]} between slices is not known here")
         return "all-reduce"
-    if one.opcode in ("send", "recv") and "is_host_transfer=true" not in one.rest:
-        raise ValueError(f"{one.name}: {one.opcode} between devices is not known here")
-    return next((kind for kind in KINDS if one.opcode in (kind, f"{kind}-start")), None)
+    if op.opcode in ("send", "recv") and "is_host_transfer=true" not in op.text:
+        raise ValueError(f"{op.name}: {op.opcode} between devices is not known here")
+    return next((kind for kind in KINDS if op.opcode in (kind, f"{kind}-start")), None)
 
 
 def closing(text: str, start: int) -> int:
     """Where the bracket that opens at `start` closes."""
     depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] in "([{") - (text[place] in ")]}")
+    for position in range(start, len(text)):
+        depth += (text[position] in "([{") - (text[position] in ")]}")
         if not depth:
-            return place
+            return position
     raise ValueError(f"brackets do not close: {text[start : start + 100]}")
 
 
-def parts_of(shape: str) -> list[str]:
+def elements_of(shape: str) -> list[str]:
     """The elements of a tuple's shape; of another shape itself."""
     if not shape.startswith("("):
         return [shape]
-    inner, parts, depth, start = shape[1:-1], [], 0, 0
-    for place, letter in enumerate(inner):
+    inner, elements, depth, start = shape[1:-1], [], 0, 0
+    for position, letter in enumerate(inner):
         depth += (letter in "([{") - (letter in ")]}")
         if letter == "," and not depth:
-            parts.append(inner[start:place])
-            start = place + 1
-    return [part.strip() for part in [*parts, inner[start:]]]
+            elements.append(inner[start:position])
+            start = position + 1
+    return [element.strip() for element in [*elements, inner[start:]]]
 
 
 def num_bytes(shape: str) -> int:
@@ -315,26 +316,26 @@ def num_bytes(shape: str) -> int:
       ValueError: the type of its numbers is not known.
     """
     total = 0
-    for part in parts_of(re.sub(r"/\*.*?\*/", "", shape)):
-        if part.startswith("("):
-            total += num_bytes(part)
+    for element in elements_of(re.sub(r"/\*.*?\*/", "", shape)):
+        if element.startswith("("):
+            total += num_bytes(element)
             continue
-        array = re.match(r"([a-z]\w*)\[([\d,]*)\]", part)
+        array = re.match(r"([a-z]\w*)\[([\d,]*)\]", element)
         width = array and (re.match(r"[sufb]f?(\d+)", array[1]) or array[1] in BITS)
         if not width:
-            raise ValueError(f"unknown shape: {part[:100]}")
+            raise ValueError(f"unknown shape: {element[:100]}")
         bits = BITS[array[1]] if width is True else int(width[1])
         total += math.prod(map(int, filter(None, array[2].split(",")))) * bits // 8
     return total
 
 
-def _payload(one: Instruction, kind: str, group_size: int) -> int:
-    if not one.opcode.endswith("-start"):
-        return num_bytes(one.shape) * (group_size if kind == "reduce-scatter" else 1)
+def _payload(op: Instruction, kind: str, group_size: int) -> int:
+    if not op.opcode.endswith("-start"):
+        return num_bytes(op.shape) * (group_size if kind == "reduce-scatter" else 1)
     if kind == "all-reduce":
-        return num_bytes(one.shape)
+        return num_bytes(op.shape)
     # (what goes in, what comes out, and what belongs to neither), each one array or a tuple of them.
-    return max(map(num_bytes, parts_of(one.shape)[:2]))
+    return max(map(num_bytes, elements_of(op.shape)[:2]))
 
 
 # ------------------------------------------------------------------ groups
@@ -363,8 +364,8 @@ def groups_of(attributes: str, num_devices: int) -> list[list[int]]:
         joined = re.findall(r"'(\w+)'", named[3])
         if set(joined) <= set(axes):
             order = _device_order(named[2] or f"[{math.prod(axes.values())}]").reshape(tuple(axes.values()))
-            places = [list(axes).index(name) for name in joined]
-            last = np.moveaxis(order, places, range(-len(places), 0))
+            joined_axes = [list(axes).index(name) for name in joined]
+            last = np.moveaxis(order, joined_axes, range(-len(joined_axes), 0))
             return last.reshape(-1, math.prod(axes[name] for name in joined)).tolist()
     raise ValueError(f"unknown groups: {attributes[:300]}")
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from medcg_jax.plan.hlo import Instruction, Program, Scope, closing, num_bytes, parts_of
+from medcg_jax.plan.hlo import Instruction, Program, Scope, closing, elements_of, num_bytes
 
 GEMMS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8", "__onednn$matmul")
 FMHA = "__cudnn$fmhaSoftmax"
@@ -70,7 +70,7 @@ class Products:
     @property
     def flops(self) -> int:
         """Executed by one device in one call of the program."""
-        return sum(one.total for one in self.counted)
+        return sum(product.total for product in self.counted)
 
 
 def products(text: str, *, open_trips: int | None = None) -> Products:
@@ -84,15 +84,13 @@ def products(text: str, *, open_trips: int | None = None) -> Products:
     """
     program = Program(text)
     unread: dict[str, None] = {}
-    shapes = {
-        name: {one.name: one.shape for one in instructions} for name, instructions in program.computations.items()
-    }
+    shapes = {name: {op.name: op.shape for op in instructions} for name, instructions in program.computations.items()}
 
-    def visit(one: Instruction, scope: Scope) -> list[Product] | None:
-        if one.opcode not in ("dot", "convolution", "custom-call"):
+    def visit(op: Instruction, scope: Scope) -> list[Product] | None:
+        if op.opcode not in ("dot", "convolution", "custom-call"):
             return None
-        product = _product(one, shapes[scope.computation], unread)
-        return product and [Product(one.name, *product, program.trips(scope, open_trips), one.operation)]
+        product = _product(op, shapes[scope.computation], unread)
+        return product and [Product(op.name, *product, program.trips(scope, open_trips), op.operation)]
 
     return Products(tuple(program.executed(visit)), tuple(unread))
 
@@ -100,33 +98,33 @@ def products(text: str, *, open_trips: int | None = None) -> Products:
 # ------------------------------------------------------------------ one product
 
 
-def _product(one: Instruction, shapes: dict[str, str], unread: dict) -> tuple[str, int] | None:
+def _product(op: Instruction, shapes: dict[str, str], unread: dict) -> tuple[str, int] | None:
     """(kind, FLOPs) of an instruction; None: it is no product."""
-    given = [dims(shapes[name]) for name in operands(one) if name in shapes and not shapes[name].startswith("(")]
-    out = dims(parts_of(one.shape)[0])
-    if one.opcode == "dot":
-        return "dot", 2 * prod(out) * _contracted(one, given[0], r"lhs_contracting_dims=\{([\d,]*)\}")
-    if one.opcode == "convolution":
-        return "convolution", _convolution(one, *given[:2], out)
-    target = re.search(r'custom_call_target="([^"]*)"', one.rest)
+    given = [dims(shapes[name]) for name in operands(op) if name in shapes and not shapes[name].startswith("(")]
+    out = dims(elements_of(op.shape)[0])
+    if op.opcode == "dot":
+        return "dot", 2 * prod(out) * _contracted(op, given[0], r"lhs_contracting_dims=\{([\d,]*)\}")
+    if op.opcode == "convolution":
+        return "convolution", _convolution(op, *given[:2], out)
+    target = re.search(r'custom_call_target="([^"]*)"', op.text)
     target = target[1] if target else ""
     if target in GEMMS:
         contracted = r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]'
-        return "gemm", 2 * prod(out) * _contracted(one, given[0], contracted)
+        return "gemm", 2 * prod(out) * _contracted(op, given[0], contracted)
     if target.startswith(FMHA) and target.removeprefix(FMHA) in FMHA_PRODUCTS:
-        return "cudnn", FMHA_PRODUCTS[target.removeprefix(FMHA)] * _cudnn_pairs(one, given[0])
-    if target == MOSAIC and (splash := re.match(r"splash_m[hq]a_(fwd|dkv|dq)(_segmented)?_", one.name)):
+        return "cudnn", FMHA_PRODUCTS[target.removeprefix(FMHA)] * _cudnn_pairs(op, given[0])
+    if target == MOSAIC and (splash := re.match(r"splash_m[hq]a_(fwd|dkv|dq)(_segmented)?_", op.name)):
         return "splash", SPLASH_PRODUCTS[splash[1]] * _splash_pairs(given, bool(splash[2]))
-    if not OTHERS.fullmatch(target) and not one.called():
-        unread.setdefault(f"{target} ({one.name.partition('.')[0]})" if target == MOSAIC else target or one.name)
+    if not OTHERS.fullmatch(target) and not op.called():
+        unread.setdefault(f"{target} ({op.name.partition('.')[0]})" if target == MOSAIC else target or op.name)
     return None
 
 
-def operands(one: Instruction) -> list[str]:
+def operands(op: Instruction) -> list[str]:
     """Names of what an instruction takes."""
-    inner = one.rest[: closing("(" + one.rest, 0) - 1]
+    inner = op.text[: closing("(" + op.text, 0) - 1]
     inner = re.sub(r"/\*.*?\*/", "", inner)
-    return [part.split()[-1].lstrip("%") for part in parts_of(f"({inner})") if part.strip()]
+    return [operand.split()[-1].lstrip("%") for operand in elements_of(f"({inner})") if operand.strip()]
 
 
 def dims(shape: str) -> tuple[int, ...]:
@@ -141,21 +139,21 @@ def dims(shape: str) -> tuple[int, ...]:
     return tuple(map(int, filter(None, array[1].split(","))))
 
 
-def _contracted(one: Instruction, left: tuple[int, ...], pattern: str) -> int:
+def _contracted(op: Instruction, left: tuple[int, ...], pattern: str) -> int:
     """Length of the sum in each number of a product, of whose left side `pattern` finds the summed axes."""
-    axes = re.search(pattern, one.rest)
+    axes = re.search(pattern, op.text)
     if not axes:
-        raise ValueError(f"unknown product: {one.name} = {one.shape} {one.opcode}({one.rest[:200]}")
+        raise ValueError(f"unknown product: {op.name} = {op.shape} {op.opcode}({op.text[:200]}")
     return prod(left[int(axis.strip(' "'))] for axis in axes[1].split(",") if axis)
 
 
-def _convolution(one: Instruction, left: tuple[int, ...], kernel: tuple[int, ...], out: tuple[int, ...]) -> int:
+def _convolution(op: Instruction, left: tuple[int, ...], kernel: tuple[int, ...], out: tuple[int, ...]) -> int:
     """FLOPs of a convolution without products with padding and holes: TPUs write batched products so."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.text)
     if not labels:
-        raise ValueError(f"unknown convolution: {one.name} = {one.shape} {one.opcode}({one.rest[:200]}")
-    window = re.search(r"window=\{([^}]*)\}", one.rest)
-    window = dict(part.split("=") for part in window[1].split()) if window else {}
+        raise ValueError(f"unknown convolution: {op.name} = {op.shape} {op.opcode}({op.text[:200]}")
+    window = re.search(r"window=\{([^}]*)\}", op.text)
+    window = dict(field.split("=") for field in window[1].split()) if window else {}
     # Both kinds of groups are in the shapes: the result's batch and the kernel's features are of one group.
     flops = 2 * out[labels[3].index("b")] * out[labels[3].index("f")] * kernel[labels[2].index("i")]
     places = sorted(label for label in labels[3] if label.isdigit())
@@ -170,33 +168,35 @@ def _convolution(one: Instruction, left: tuple[int, ...], kernel: tuple[int, ...
     return flops
 
 
-def _cudnn_pairs(one: Instruction, query: tuple[int, ...]) -> int:
+def _cudnn_pairs(op: Instruction, query: tuple[int, ...]) -> int:
     """2 x head_dim for each pair of query and key that cuDNN's attention looks at; causal: half of the square."""
-    square = re.search(r'"intermediate_tensor_shape":\s*\{[^}]*?"dimensions":\s*\[([^\]]*)\]', one.rest)
-    mask = re.search(r'"mask_type":\s*"(\w+)"', one.rest)
+    square = re.search(r'"intermediate_tensor_shape":\s*\{[^}]*?"dimensions":\s*\[([^\]]*)\]', op.text)
+    mask = re.search(r'"mask_type":\s*"(\w+)"', op.text)
     if not square or not mask:
-        raise ValueError(f"unknown attention: {one.name} = {one.shape} {one.rest[:200]}")
+        raise ValueError(f"unknown attention: {op.name} = {op.shape} {op.text[:200]}")
     batch, heads, length, keys = (int(number.strip(' "')) for number in square[1].split(","))
     pairs = 2 * batch * heads * length * keys * (prod(query) // (batch * heads * length))
     return pairs // 2 if "CAUSAL" in mask[1] else pairs
 
 
-def _splash_pairs(given: list[tuple[int, ...]], segmented: bool) -> int:
+def _splash_pairs(shapes: list[tuple[int, ...]], segmented: bool) -> int:
     """2 x head_dim for each pair in the blocks that splash attention looks at.
 
     A causal mask is made from positions, which are one array more; blocks above its diagonal are left out.
     """
     # Scalars of the mask, [heads or 1, blocks of queries, blocks of keys], then queries, keys and values, with rows in
     # front where there are several.
-    masks = [one for one in given if len(one) == 3 and one[0] == 1]
-    arrays = [one for one in given if len(one) > 2 and one not in masks]
-    if not masks or len(arrays) < 3 or any(one[:-3] != arrays[0][:-3] for one in arrays[:3]):
-        raise ValueError(f"unknown splash attention of {given}")
+    masks = [shape for shape in shapes if len(shape) == 3 and shape[0] == 1]
+    arrays = [shape for shape in shapes if len(shape) > 2 and shape not in masks]
+    if not masks or len(arrays) < 3 or any(shape[:-3] != arrays[0][:-3] for shape in arrays[:3]):
+        raise ValueError(f"unknown splash attention of {shapes}")
     *rows, num_heads, length, width = arrays[0]
     blocks, keys = masks[0][1], arrays[1][-2]
     pairs = 2 * prod(rows) * num_heads * length * keys * width
     # Segments of queries and of keys; and, of a causal mask, positions.
-    along = sum(one[-2:] in ((length, LANES), (SUBLANES, length)) and len(one) in (2, len(rows) + 2) for one in given)
+    along = sum(
+        shape[-2:] in ((length, LANES), (SUBLANES, length)) and len(shape) in (2, len(rows) + 2) for shape in shapes
+    )
     return pairs * (blocks + 1) // (2 * blocks) if along > 2 * segmented else pairs
 
 
@@ -227,22 +227,22 @@ def buffers(text: str) -> list[Buffer]:
         if name in seen:
             continue
         seen.add(name)
-        for one in program.computations[name]:
-            if one.opcode == "while":
-                waiting += [one.attribute("body"), one.attribute("condition")]
-            elif one.opcode not in ELEMENTWISE:
-                waiting += one.called()
-            moved = MOVES.match(one.opcode) and "op_name=" not in one.rest
-            if one.opcode not in NAMES and not one.opcode.endswith("-done") and not moved:
-                written += _arrays(one)
+        for op in program.computations[name]:
+            if op.opcode == "while":
+                waiting += [op.attribute("body"), op.attribute("condition")]
+            elif op.opcode not in ELEMENTWISE:
+                waiting += op.called()
+            moved = MOVES.match(op.opcode) and "op_name=" not in op.text
+            if op.opcode not in NAMES and not op.opcode.endswith("-done") and not moved:
+                written += _arrays(op)
     return written
 
 
-def _arrays(one: Instruction) -> Iterator[Buffer]:
-    waiting = [re.sub(r"/\*.*?\*/", "", one.shape)]
+def _arrays(op: Instruction) -> Iterator[Buffer]:
+    waiting = [re.sub(r"/\*.*?\*/", "", op.shape)]
     while waiting:
         shape = waiting.pop()
         if shape.startswith("("):
-            waiting += parts_of(shape)
+            waiting += elements_of(shape)
         elif re.match(r"[a-z]\w*\[\d", shape):
-            yield Buffer(one.name, dims(shape), num_bytes(shape), one.operation)
+            yield Buffer(op.name, dims(shape), num_bytes(shape), op.operation)

@@ -246,7 +246,7 @@ def captured_stderr(output: list[str]) -> Iterator[None]:
 
     Where the block raises anything but what is told in one line, it is written to standard error after all.
     """
-    kept = os.dup(2)
+    stderr = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         try:
@@ -254,13 +254,13 @@ def captured_stderr(output: list[str]) -> Iterator[None]:
         except (ConfigError, RunError, jax.errors.JaxRuntimeError):
             raise
         except BaseException:
-            os.dup2(kept, 2)
+            os.dup2(stderr, 2)
             file.seek(0)
             os.write(2, file.read())
             raise
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(stderr, 2)
+            os.close(stderr)
         file.seek(0)
         output.append(file.read().decode(errors="replace"))
 
@@ -335,13 +335,13 @@ def fitting_cells(
     guess = 1
     while good + 1 < bad:
         good, bad = (guess, bad) if fits(guess) else (good, guess)
-        foretold = _foretold(peaks, num_groups, usable, good)
+        predicted = _predicted(peaks, num_groups, usable, good)
         # A number that was refuted foretells nothing more: halfway then.
-        guess = (good + bad) // 2 if foretold >= bad <= most // num_groups else min(max(foretold, good + 1), bad - 1)
+        guess = (good + bad) // 2 if predicted >= bad <= most // num_groups else min(max(predicted, good + 1), bad - 1)
     return FittingCells(good * num_groups, dict(sorted(peaks.items())), usable)
 
 
-def _foretold(peaks: dict[int, float], num_groups: int, usable: float, good: int) -> int:
+def _predicted(peaks: dict[int, float], num_groups: int, usable: float, good: int) -> int:
     """Cells in a group that would fill the memory, by the two largest programs with a known peak."""
     known = sorted((cells // num_groups, peak) for cells, peak in peaks.items() if peak < math.inf)[-2:]
     if len(known) < 2:

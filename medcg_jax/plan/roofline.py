@@ -45,26 +45,26 @@ class Bound:
     unknown: tuple[str, ...] = ()
 
 
-def crosses(one: Collective, where: Sequence[int]) -> bool:
+def crosses(collective: Collective, island_of: Sequence[int]) -> bool:
     """Whether a collective joins devices of different islands; where: `mesh.islands` in the order of the mesh."""
-    return any(len({where[device] for device in group}) > 1 for group in one.groups)
+    return any(len({island_of[device] for device in group}) > 1 for group in collective.groups)
 
 
-def network_bytes(collectives: Iterable[Collective], where: Sequence[int]) -> tuple[float, float]:
+def network_bytes(collectives: Iterable[Collective], island_of: Sequence[int]) -> tuple[float, float]:
     """(bytes that a device sends over links, over its part of the network) in one call of the program.
 
     By rings: over an island's own devices; of a group in several islands all rings cross the network, one for each
     device that it has in an island.
     """
     links, network = 0.0, 0.0
-    for one in collectives:
-        group = max(one.groups, key=len, default=())
+    for collective in collectives:
+        group = max(collective.groups, key=len, default=())
         if len(set(group)) < 2:
             continue
-        sent = RING[one.kind](len(group)) * one.total_bytes
-        if crosses(one, where):
-            homes = [where[device] for device in group]
-            network += sent / max(1, min(homes.count(home) for home in set(homes)))
+        sent = RING[collective.kind](len(group)) * collective.total_bytes
+        if crosses(collective, island_of):
+            group_islands = [island_of[device] for device in group]
+            network += sent / max(1, min(group_islands.count(island) for island in set(group_islands)))
         links += sent
     return links, network
 

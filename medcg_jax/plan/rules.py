@@ -52,10 +52,10 @@ class Layout:
     whole_bytes: float
     layer_bytes: float
 
-    def joined(self, one: Collective) -> set[str]:
+    def joined(self, collective: Collective) -> set[str]:
         """The axes over which a collective exchanges data."""
         axes: set[str] = set()
-        for group in one.groups:
+        for group in collective.groups:
             coordinates = np.array(np.unravel_index(list(group), tuple(self.axes.values())))
             differs = (coordinates != coordinates[:, :1]).any(axis=1)
             axes |= {name for name, yes in zip(self.axes, differs, strict=True) if yes}
@@ -68,16 +68,16 @@ def full_all_reduce(collectives: Iterable[Collective], layout: Layout) -> list[F
     All that an all-reduce over fsdp may carry are the gradients of parameters that are not split, and scalars.
     """
     # Over tensor and fsdp together it is no gradient of a split weight: the tensor axis splits those too.
-    over = [one for one in collectives if one.kind == "all-reduce" and "fsdp" in layout.joined(one)]
-    total = sum(one.total_bytes for one in over)
+    reductions = [c for c in collectives if c.kind == "all-reduce" and "fsdp" in layout.joined(c)]
+    total = sum(c.total_bytes for c in reductions)
     if total - layout.whole_bytes <= LARGE_BYTES:
         return []
-    over.sort(key=lambda one: -one.total_bytes)
+    reductions.sort(key=lambda c: -c.total_bytes)
     text = (
         f"{total / 1e9:.2f} GB are reduced whole over fsdp where a reduce-scatter belongs "
         f"({layout.whole_bytes / 1e9:.2f} GB are of parameters that it does not split)"
     )
-    return [Finding("full-all-reduce", text, total, _names(over))]
+    return [Finding("full-all-reduce", text, total, _names(reductions))]
 
 
 def large_collective_in_loop(collectives: Iterable[Collective], layout: Layout) -> list[Finding]:
@@ -86,28 +86,26 @@ def large_collective_in_loop(collectives: Iterable[Collective], layout: Layout) 
     It asks for the parameters of one layer gathered over fsdp and their gradients scattered, for gradients summed over
     `data`, and for activations exchanged over `tensor`.
     """
-    unasked = [
-        one for one in collectives if one.trips > 1 and one.payload_bytes > LARGE_BYTES and not _asked_for(one, layout)
-    ]
+    unasked = [c for c in collectives if c.trips > 1 and c.payload_bytes > LARGE_BYTES and not _asked_for(c, layout)]
     if not unasked:
         return []
-    unasked.sort(key=lambda one: -one.total_bytes)
+    unasked.sort(key=lambda c: -c.total_bytes)
     worst = unasked[0]
     text = (
         f"{len(unasked)} collectives of over {LARGE_BYTES / 1e6:.0f} MB in loops that the sharding does not ask for; the "
         f"largest is {worst.kind} {worst.name}, {worst.payload_bytes / 1e6:,.0f} MB, {worst.trips} times"
     )
-    return [Finding("large-collective-in-loop", text, sum(one.total_bytes for one in unasked), _names(unasked))]
+    return [Finding("large-collective-in-loop", text, sum(c.total_bytes for c in unasked), _names(unasked))]
 
 
-def _asked_for(one: Collective, layout: Layout) -> bool:
-    axes = layout.joined(one)
+def _asked_for(collective: Collective, layout: Layout) -> bool:
+    axes = layout.joined(collective)
     if axes <= {"tensor"}:
         return True
-    if one.kind in GATHERS:
-        return axes <= {"fsdp"} and one.payload_bytes <= layout.layer_bytes
+    if collective.kind in GATHERS:
+        return axes <= {"fsdp"} and collective.payload_bytes <= layout.layer_bytes
     shard_bytes = layout.layer_bytes / layout.axes["fsdp"]
-    return one.kind == "all-reduce" and axes <= {"data"} and one.payload_bytes <= shard_bytes
+    return collective.kind == "all-reduce" and axes <= {"data"} and collective.payload_bytes <= shard_bytes
 
 
 def donation_lost(alias_bytes: float, state_bytes: float) -> list[Finding]:
@@ -135,11 +133,11 @@ def gather_over_network(collectives: Iterable[Collective], crosses: Callable[[Co
 
     crosses: whether a collective joins devices of different slices or hosts.
     """
-    exchanged = [one for one in collectives if one.kind not in SUMS and crosses(one)]
-    total = sum(one.total_bytes for one in exchanged)
+    exchanged = [c for c in collectives if c.kind not in SUMS and crosses(c)]
+    total = sum(c.total_bytes for c in exchanged)
     if total <= LARGE_BYTES:
         return []
-    exchanged.sort(key=lambda one: -one.total_bytes)
+    exchanged.sort(key=lambda c: -c.total_bytes)
     text = f"{total / 1e9:.2f} GB that are no sums of gradients are exchanged between slices or hosts"
     return [Finding("gather-over-network", text, total, _names(exchanged))]
 
@@ -255,15 +253,15 @@ def logits_everywhere(written: Iterable[Buffer], lengths: Lengths) -> list[Findi
 def _arrays(rule: str, text: str, largest: list[Buffer], most: int = 5) -> list[Finding]:
     if not largest:
         return []
-    largest.sort(key=lambda one: -one.num_bytes)
+    largest.sort(key=lambda buffer: -buffer.num_bytes)
     worst = largest[0]
     text = text.format(len(largest), worst.name, worst.num_bytes / 1e6)
-    names = tuple(f"{one.name}: {list(one.dims)} of {one.where}" for one in largest[:most])
+    names = tuple(f"{buffer.name}: {list(buffer.dims)} of {buffer.where}" for buffer in largest[:most])
     return [Finding(rule, text, worst.num_bytes, names)]
 
 
 def _names(largest: list[Collective], most: int = 5) -> tuple[str, ...]:
-    return tuple(f"{one.name}: {one.trips} x {one.payload_bytes:,} bytes" for one in largest[:most])
+    return tuple(f"{c.name}: {c.trips} x {c.payload_bytes:,} bytes" for c in largest[:most])
 
 
 def lengths_of(planned: PlannedRun, lengths: Sequence[int], rows: int) -> Lengths:
@@ -272,7 +270,7 @@ def lengths_of(planned: PlannedRun, lengths: Sequence[int], rows: int) -> Length
     lengths: of a row's tokens and of the cache that they attend. rows: of the batches of all cells of one group.
     """
     mesh, config = planned.mesh, planned.setup.model
-    each = math.ceil(rows / (mesh.shape["data"] * mesh.shape["fsdp"]))
+    device_rows = math.ceil(rows / (mesh.shape["data"] * mesh.shape["fsdp"]))
     attended = {*lengths, *config.tower_lengths}
     # Kernels pad to whole lanes, cuDNN to an even length, cuBLAS is given eights.
     attended |= {-(-length // unit) * unit for length in attended for unit in (2, 8, LANES)}
@@ -281,5 +279,5 @@ def lengths_of(planned: PlannedRun, lengths: Sequence[int], rows: int) -> Length
     tensor, fsdp, vocabulary = mesh.shape["tensor"], mesh.shape["fsdp"], config.text.vocab_size
     split = {vocabulary // parts for parts in (1, tensor, fsdp, tensor * fsdp) if vocabulary % parts == 0}
     return Lengths(
-        frozenset(attended), lengths[0], each, frozenset(split), frozenset(widths - config.tower_lengths - split)
+        frozenset(attended), lengths[0], device_rows, frozenset(split), frozenset(widths - config.tower_lengths - split)
     )

@@ -67,19 +67,19 @@ def search(
             f"topology={where}: no mesh of {len(devices)} devices divides a batch of {run.train.batch_size} rows or "
             f"{BATCHES[-1]} times as many; choose another train.batch_size"
         )
-    likely = sorted((one for one in possible if one.least_bytes <= usable), key=lambda one: one.seconds_per_sample)
+    likely = sorted((c for c in possible if c.least_bytes <= usable), key=lambda c: c.seconds_per_sample)
     rows: list[dict] = []
     num_undivided = 0
     with effort(full_effort):
-        for one in likely:
+        for candidate in likely:
             if len(rows) == most_compiles:
                 break
             try:
-                planned = plan_run(one.run, make_mesh(one.run.mesh, devices))
+                planned = plan_run(candidate.run, make_mesh(candidate.run.mesh, devices))
             except ConfigError:  # a size of the model that the mesh does not divide
                 num_undivided += 1
                 continue
-            rows.append(compiled(one, planned, usable, peak))
+            rows.append(compiled(candidate, planned, usable, peak))
             print(f"  {len(rows)} of at most {most_compiles}: {_name(rows[-1])}", flush=True)
     ranked = sorted((row for row in rows if row["fits"]), key=lambda row: -row["samples_per_s_per_chip_in_turn"])
     here = topology.about_here()
@@ -106,16 +106,16 @@ def candidates(run: RunConfig, num_devices: int, peak: Peak) -> Iterator[Candida
     """Every mesh of so many devices, remat policy and batch size that divide each other and the model's heads."""
     if num_devices % max(1, run.mesh.cell):
         raise ConfigError(f"mesh.cell={run.mesh.cell}: expected a divisor of {num_devices} devices")
-    each = num_devices // max(1, run.mesh.cell)
+    cell_devices = num_devices // max(1, run.mesh.cell)
     model = architecture_of(run.model)
     heads, params = model.text.num_heads, build.abstract(model)[1]
     trainable, frozen = build.split_trainable(params, run.model.trainable)
     sizes = build.num_params(trainable), build.num_params(frozen), build.num_bytes(frozen)
-    for tensor in _divisors(each):
+    for tensor in _divisors(cell_devices):
         if heads % tensor:
             continue
-        for fsdp in _divisors(each // tensor):
-            data = each // tensor // fsdp
+        for fsdp in _divisors(cell_devices // tensor):
+            data = cell_devices // tensor // fsdp
             for times in BATCHES:
                 batch = run.train.batch_size * times
                 if batch % (data * fsdp * run.train.accumulation_steps):
@@ -123,11 +123,11 @@ def candidates(run: RunConfig, num_devices: int, peak: Peak) -> Iterator[Candida
                 # The size of a test's batch changes no prediction: the least multiple that can be split.
                 tests = math.ceil(run.eval.batch_size / (data * fsdp)) * data * fsdp
                 for remat in REMAT:
-                    tried = replace(
+                    changed = replace(
                         run, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, train__batch_size=batch,
                         eval__batch_size=tests, model__remat=remat,
                     )  # fmt: skip
-                    yield estimate(tried, peak, *sizes)
+                    yield estimate(changed, peak, *sizes)
 
 
 def estimate(run: RunConfig, peak: Peak, trainable: int, frozen: int, frozen_bytes: float) -> Candidate:
@@ -146,10 +146,10 @@ def estimate(run: RunConfig, peak: Peak, trainable: int, frozen: int, frozen_byt
     length = model.num_image_tokens + run.data.max_text_tokens
     rows = run.train.batch_size // run.train.accumulation_steps / (mesh.data * mesh.fsdp)
     inner = text.num_heads * text.head_dim + 2 * text.num_kv_heads * text.head_dim + 2 * text.mlp_dim
-    kept = {"full": 0, "dots": inner / mesh.tensor + 2 * text.embed_dim}
-    kept["none"] = kept["dots"] + inner / mesh.tensor + 2 * text.embed_dim
+    saved = {"full": 0, "dots": inner / mesh.tensor + 2 * text.embed_dim}
+    saved["none"] = saved["dots"] + inner / mesh.tensor + 2 * text.embed_dim
     block = rows * length * width
-    activations = text.num_layers * block * (text.embed_dim + kept[run.model.remat])
+    activations = text.num_layers * block * (text.embed_dim + saved[run.model.remat])
     weights = width * (trainable + frozen) / mesh.tensor
     needed = flops.step(
         model, [length] * run.train.batch_size, padded_length=length, num_images=1,
@@ -163,20 +163,20 @@ def estimate(run: RunConfig, peak: Peak, trainable: int, frozen: int, frozen_byt
     return Candidate(run, (5 * 4 * trainable + frozen_bytes) / split + activations, seconds)
 
 
-def compiled(one: Candidate, planned: PlannedRun, usable: float, peak: Peak) -> dict:
+def compiled(candidate: Candidate, planned: PlannedRun, usable: float, peak: Peak) -> dict:
     """A candidate's row of the table, from its compiled step."""
-    run = one.run
+    run = candidate.run
     row = {
         "mesh": {axis: getattr(run.mesh, axis) for axis in ("data", "fsdp", "tensor")},
         "remat": run.model.remat,
         "batch_size": run.train.batch_size,
         "eval_batch_size": run.eval.batch_size,
-        "estimated_bytes": one.least_bytes,
-        "estimated_s": one.seconds,
+        "estimated_bytes": candidate.least_bytes,
+        "estimated_s": candidate.seconds,
     }
     step = plan.training(planned, compile_training(planned, run.train.batch_size), usable, peak)
-    kept = ("fits", "refused", "peak_bytes", "held_bytes", "collectives", "findings", "bound", "mfu", "compile_cpu_s")
-    row |= {key: step[key] for key in kept if key in step}
+    copied = ("fits", "refused", "peak_bytes", "held_bytes", "collectives", "findings", "bound", "mfu", "compile_cpu_s")
+    row |= {key: step[key] for key in copied if key in step}
     if "samples_per_s" not in step:
         return row
     chips = math.ceil(planned.mesh.size / peak.devices_per_chip)
@@ -187,7 +187,7 @@ def compiled(one: Candidate, planned: PlannedRun, usable: float, peak: Peak) -> 
 
 
 def _divisors(number: int) -> list[int]:
-    return [one for one in range(1, number + 1) if number % one == 0]
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _name(row: dict) -> str:

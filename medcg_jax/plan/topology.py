@@ -165,8 +165,8 @@ def parse(topology: str) -> Topology:
     Raises:
       ConfigError: it is written in another way.
     """
-    kind, _, rest = topology.partition(":")
-    shape, star, slices = rest.partition("*")
+    kind, _, size = topology.partition(":")
+    shape, star, slices = size.partition("*")
     numbers = [*shape.split("x"), *([slices] if star else [])]
     gpu = kind in GPU_TARGETS
     bad = not all(number.isascii() and number.isdecimal() and int(number) for number in numbers)

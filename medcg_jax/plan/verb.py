@@ -133,14 +133,14 @@ def training(planned: PlannedRun, compiled: Compiled, usable: float, peak: Peak 
     findings = rules.donation_lost(result["alias_bytes"], state)
     findings += rules.involuntary_rematerialization(compiled.output)
     missed = [] if hears_compiler() else ["involuntary-rematerialization"]
-    where = islands(list(mesh.devices.flat))
+    island_of = islands(list(mesh.devices.flat))
     if text.collectives is None:
         missed += ["full-all-reduce", "large-collective-in-loop", "gather-over-network"]
     else:
         layout = layout_of(planned)
         findings += rules.full_all_reduce(text.collectives, layout)
         findings += rules.large_collective_in_loop(text.collectives, layout)
-        findings += rules.gather_over_network(text.collectives, lambda one: roofline.crosses(one, where))
+        findings += rules.gather_over_network(text.collectives, lambda c: roofline.crosses(c, island_of))
     result |= text.result | {
         "findings": [dataclasses.asdict(finding) for finding in findings + text.products.findings],
         "not_looked_for": missed + text.products.not_looked_for,
@@ -231,11 +231,11 @@ def read_text(
         executed = hlo.collectives(text, open_trips=open_trips)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         why = str(error) if text else f"the compiler cannot write the program as text: {error}"
-    for one in executed or ():
-        if any(len(set(group)) > 1 for group in one.groups):
-            kind = by_kind.setdefault(one.kind, {"count": 0, "bytes": 0})
-            kind["count"] += one.trips
-            kind["bytes"] += one.total_bytes
+    for collective in executed or ():
+        if any(len(set(group)) > 1 for group in collective.groups):
+            kind = by_kind.setdefault(collective.kind, {"count": 0, "bytes": 0})
+            kind["count"] += collective.trips
+            kind["bytes"] += collective.total_bytes
     products = rules.check_products(text, needed, lengths, num_devices=num_devices, remat=remat, open_trips=open_trips)
     result = {
         "collectives": None if executed is None else dict(sorted(by_kind.items(), key=lambda item: -item[1]["bytes"])),
@@ -248,11 +248,11 @@ def read_text(
 
 def bound_of(peak: Peak, mesh: Mesh, text: TextFacts, executed_flops: float, memory_bytes: float) -> roofline.Bound:
     """The bound of a program; executed_flops: by formula, where those of its text are not known."""
-    where = islands(list(mesh.devices.flat))
+    island_of = islands(list(mesh.devices.flat))
     return roofline.bound(
         peak=peak, num_devices=mesh.size, executed_flops=text.products.flops or executed_flops,
         memory_bytes=memory_bytes,
-        sent_bytes=None if text.collectives is None else roofline.network_bytes(text.collectives, where),
+        sent_bytes=None if text.collectives is None else roofline.network_bytes(text.collectives, island_of),
     )  # fmt: skip
 
 
@@ -282,7 +282,7 @@ def device_bytes(tree) -> float:
 
 def _ungathered(sharding, mesh: Mesh) -> int:
     """Parts in which an array lies on the mesh when it is gathered over fsdp."""
-    axes = {axis for part in sharding.spec if part for axis in ([part] if isinstance(part, str) else part)}
+    axes = {axis for entry in sharding.spec if entry for axis in ([entry] if isinstance(entry, str) else entry)}
     return math.prod(mesh.shape[axis] for axis in axes - {"fsdp"})
 
 
@@ -299,12 +299,12 @@ def layout_of(planned: PlannedRun) -> rules.Layout:
     leaves = jax.tree_util.tree_leaves_with_path(planned.params())
     whole, layers, single = 0.0, {}, 0.0
     for (path, x), axes in zip(leaves, names, strict=True):
-        numbers, part = math.prod(x.shape) / _ungathered(x.sharding, mesh), path[0].key
+        numbers, module = math.prod(x.shape) / _ungathered(x.sharding, mesh), path[0].key
         spec = str(x.sharding.spec)
-        if part in planned.run.model.trainable and "'fsdp'" not in spec:
+        if module in planned.run.model.trainable and "'fsdp'" not in spec:
             whole += 4 * numbers
         if axes and axes[0] == "layer":
-            layers[part, x.shape[0]] = layers.get((part, x.shape[0]), 0.0) + width * numbers / x.shape[0]
+            layers[module, x.shape[0]] = layers.get((module, x.shape[0]), 0.0) + width * numbers / x.shape[0]
         else:
             single = max(single, width * numbers)
     each = planned.cells_each
