@@ -1,9 +1,8 @@
 """What a compiled program computes and writes: its matrix products with their FLOPs, and the arrays outside fusions.
 
-XLA's own count takes the body of a loop once and leaves fused attention out. Here products are read from the program's
-text, with the trips of the loops that they stand in: `dot`, `convolution` (a TPU's form of a dot), cuBLAS's calls, and
-the attention of cuDNN and of splash by their shapes and masks. A custom call that is none of those and is not known to
-be something else is named, so that what is not counted is said.
+XLA's own FLOP count takes a loop's body once and leaves fused attention out. Here products are read from the program's
+text, with the trips of the loops around them: `dot`, `convolution` (a TPU's form of a dot), cuBLAS's calls, and the
+attention of cuDNN and of splash by their shapes and masks. Unknown custom calls are listed as not counted.
 """
 
 import re
@@ -16,11 +15,11 @@ from medcg_jax.plan.hlo import Instruction, Program, Scope, closing, elements_of
 GEMMS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8", "__onednn$matmul")
 FMHA = "__cudnn$fmhaSoftmax"
 MOSAIC = "tpu_custom_call"
-# Products of one pair of query and key, of 2 x head_dim FLOPs each. Backward passes make the scores again: cuDNN once
-# for all three gradients, splash once for the keys' and values' and once for the queries'.
+# Products for each pair of query and key, of 2 x head_dim FLOPs each. Backward passes recompute the scores: cuDNN once
+# for all three gradients, splash once for those of keys and values and once for that of queries.
 FMHA_PRODUCTS = {"": 2, "Backward": 5}
 SPLASH_PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
-# Splash has what it knows of each query or key, a segment or a position, on every lane or sublane.
+# Splash copies the segment or position of each query and key to every lane or sublane.
 LANES, SUBLANES = 128, 8
 # Custom calls without a matrix product.
 OTHERS = re.compile(
@@ -28,13 +27,12 @@ OTHERS = re.compile(
     r"ResizeVirtual|AsyncCollective\w+|ConsumeFakeFusionParam|\w*MoveTo\w+|annotate_device_placement|__cub\$\w+|"
     r"xla\.gpu\.\w+|BarrierStart|BarrierDone|AllReduce\w*|SliceId|PadToStatic|SliceToDynamic|LayoutConstraint"
 )
-
-# What writes nothing of its own: it names other arrays, or comes from outside.
+# Opcodes that write no array: they name other arrays, or arguments.
 NAMES = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "opt-barrier", "domain"}
-# What moves numbers that another instruction made. Without a name of the model's it is the partitioner's own: pieces of
-# a gradient laid beside one another may have any length.
+# Opcodes that move numbers. Without an op_name the partitioner added them: pieces of a gradient laid beside one another
+# may have any length.
 MOVES = re.compile(r"concatenate|copy|slice|pad|transpose|reshape|all-gather|all-to-all|collective-permute")
-# Computations that run for each number, not as a program of arrays.
+# Opcodes whose called computation works on single numbers, not on arrays.
 ELEMENTWISE = {
     "fusion", "reduce", "reduce-window", "scatter", "select-and-scatter", "sort", "map", "all-reduce", "reduce-scatter",
     "all-reduce-start",
@@ -45,8 +43,8 @@ ELEMENTWISE = {
 class Product:
     """One matrix product, or one attention, on one device.
 
-    kind: "dot", "convolution", "gemm", "cudnn" or "splash". flops: of one execution, a multiply-add counts 2.
-    trips: executions in one call of the program. where: the operation that it was made from, as jax names it.
+    kind: "dot", "convolution", "gemm", "cudnn" or "splash". flops: of one execution; a multiply-add counts 2.
+    trips: executions in one call of the program. where: `Instruction.operation`.
     """
 
     name: str
@@ -62,25 +60,24 @@ class Product:
 
 @dataclass(frozen=True)
 class Products:
-    """counted: in the order of the text. unread: targets of custom calls that may have products and are not counted."""
+    """counted: in the order of the text. unread: targets of uncounted custom calls that may have products."""
 
     counted: tuple[Product, ...]
     unread: tuple[str, ...]
 
     @property
     def flops(self) -> int:
-        """Executed by one device in one call of the program."""
+        """FLOPs that one device executes in one call of the program."""
         return sum(product.total for product in self.counted)
 
 
 def products(text: str, *, open_trips: int | None = None) -> Products:
     """The matrix products that one device executes; text: of `jax.stages.Compiled.as_text`.
 
-    A conditional counts with all its branches.
-    open_trips: how often a loop counts whose end the program does not know, as that of generation; None: an error.
+    A conditional counts with all its branches. open_trips: as in `hlo.collectives`.
 
     Raises:
-      ValueError: no program; a product, or the trips of a loop around one, written in a way that is not known.
+      ValueError: the text is no program; or a product, or the trip count of a loop around one, cannot be read.
     """
     program = Program(text)
     unread: dict[str, None] = {}
@@ -99,7 +96,7 @@ def products(text: str, *, open_trips: int | None = None) -> Products:
 
 
 def _product(op: Instruction, shapes: dict[str, str], unread: dict) -> tuple[str, int] | None:
-    """(kind, FLOPs) of an instruction; None: it is no product."""
+    """(kind, FLOPs) of an instruction; None: no product. unread: gets the target of an unknown custom call."""
     given = [dims(shapes[name]) for name in operands(op) if name in shapes and not shapes[name].startswith("(")]
     out = dims(elements_of(op.shape)[0])
     if op.opcode == "dot":
@@ -121,7 +118,7 @@ def _product(op: Instruction, shapes: dict[str, str], unread: dict) -> tuple[str
 
 
 def operands(op: Instruction) -> list[str]:
-    """Names of what an instruction takes."""
+    """Names of an instruction's operands."""
     inner = op.text[: closing("(" + op.text, 0) - 1]
     inner = re.sub(r"/\*.*?\*/", "", inner)
     return [operand.split()[-1].lstrip("%") for operand in elements_of(f"({inner})") if operand.strip()]
@@ -140,7 +137,7 @@ def dims(shape: str) -> tuple[int, ...]:
 
 
 def _contracted(op: Instruction, left: tuple[int, ...], pattern: str) -> int:
-    """Length of the sum in each number of a product, of whose left side `pattern` finds the summed axes."""
+    """Length of the sums in a product; `pattern` finds the summed axes of its left side."""
     axes = re.search(pattern, op.text)
     if not axes:
         raise ValueError(f"unknown product: {op.name} = {op.shape} {op.opcode}({op.text[:200]}")
@@ -148,13 +145,13 @@ def _contracted(op: Instruction, left: tuple[int, ...], pattern: str) -> int:
 
 
 def _convolution(op: Instruction, left: tuple[int, ...], kernel: tuple[int, ...], out: tuple[int, ...]) -> int:
-    """FLOPs of a convolution without products with padding and holes: TPUs write batched products so."""
+    """FLOPs of a convolution, which may be a TPU's batched product; products with padding and holes do not count."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.text)
     if not labels:
         raise ValueError(f"unknown convolution: {op.name} = {op.shape} {op.opcode}({op.text[:200]}")
     window = re.search(r"window=\{([^}]*)\}", op.text)
     window = dict(field.split("=") for field in window[1].split()) if window else {}
-    # Both kinds of groups are in the shapes: the result's batch and the kernel's features are of one group.
+    # Feature and batch groups are in the shapes: the result's batch and the kernel's features are of one group.
     flops = 2 * out[labels[3].index("b")] * out[labels[3].index("f")] * kernel[labels[2].index("i")]
     places = sorted(label for label in labels[3] if label.isdigit())
     for number, label in enumerate(places):
@@ -169,7 +166,7 @@ def _convolution(op: Instruction, left: tuple[int, ...], kernel: tuple[int, ...]
 
 
 def _cudnn_pairs(op: Instruction, query: tuple[int, ...]) -> int:
-    """2 x head_dim for each pair of query and key that cuDNN's attention looks at; causal: half of the square."""
+    """2 x head_dim x the pairs of query and key that cuDNN's attention computes; causal: half of the square."""
     square = re.search(r'"intermediate_tensor_shape":\s*\{[^}]*?"dimensions":\s*\[([^\]]*)\]', op.text)
     mask = re.search(r'"mask_type":\s*"(\w+)"', op.text)
     if not square or not mask:
@@ -180,12 +177,12 @@ def _cudnn_pairs(op: Instruction, query: tuple[int, ...]) -> int:
 
 
 def _splash_pairs(shapes: list[tuple[int, ...]], segmented: bool) -> int:
-    """2 x head_dim for each pair in the blocks that splash attention looks at.
+    """2 x head_dim x the pairs in the blocks that splash attention computes.
 
-    A causal mask is made from positions, which are one array more; blocks above its diagonal are left out.
+    A causal mask comes as positions, which are one more array; blocks above the diagonal are skipped.
     """
-    # Scalars of the mask, [heads or 1, blocks of queries, blocks of keys], then queries, keys and values, with rows in
-    # front where there are several.
+    # The mask's blocks, [heads or 1, blocks of queries, blocks of keys], then queries, keys and values, with a leading
+    # axis of rows where there are several.
     masks = [shape for shape in shapes if len(shape) == 3 and shape[0] == 1]
     arrays = [shape for shape in shapes if len(shape) > 2 and shape not in masks]
     if not masks or len(arrays) < 3 or any(shape[:-3] != arrays[0][:-3] for shape in arrays[:3]):
@@ -193,7 +190,7 @@ def _splash_pairs(shapes: list[tuple[int, ...]], segmented: bool) -> int:
     *rows, num_heads, length, width = arrays[0]
     blocks, keys = masks[0][1], arrays[1][-2]
     pairs = 2 * prod(rows) * num_heads * length * keys * width
-    # Segments of queries and of keys; and, of a causal mask, positions.
+    # Arrays of segments of queries and of keys, and for a causal mask of positions.
     along = sum(
         shape[-2:] in ((length, LANES), (SUBLANES, length)) and len(shape) in (2, len(rows) + 2) for shape in shapes
     )
@@ -205,7 +202,7 @@ def _splash_pairs(shapes: list[tuple[int, ...]], segmented: bool) -> int:
 
 @dataclass(frozen=True)
 class Buffer:
-    """One array on one device: its instruction, lengths of its axes, bytes, and the operation it was made from."""
+    """One array on one device: the name of its instruction, its shape, its bytes, and `Instruction.operation`."""
 
     name: str
     dims: tuple[int, ...]
@@ -214,11 +211,10 @@ class Buffer:
 
 
 def buffers(text: str) -> list[Buffer]:
-    """The arrays that a program writes on one device, an upper bound on what is there at any moment: arrays of a
-    program share their place one after another. text: as of `products`.
+    """Every array that a program writes on one device; later ones reuse the memory of earlier ones.
 
     Raises:
-      ValueError: no program.
+      ValueError: the text is no program.
     """
     program = Program(text)
     seen, waiting, written = set(), [program.entry], []
