@@ -1,7 +1,7 @@
 """`medcg plan --search`: meshes, remat policies and batch sizes for a machine, the likeliest compiled, ranked by speed.
 
-What to compile is chosen by estimates that cost nothing: memory that a step needs at least, and the time of its
-arithmetic and of the textbook's collectives. What is told is of compiled programs alone.
+Cheap estimates choose what to compile: the least memory of a step, and the time of its arithmetic and of the textbook's
+collectives. Results come from compiled programs alone.
 """
 
 import math
@@ -19,13 +19,13 @@ from medcg_jax.plan import verb as plan
 from medcg_jax.plan.programs import MARGIN, PlannedRun, architecture_of, compile_training, effort, plan_run
 from medcg_jax.plan.text import BOUND, wrapped
 
-# The run's batch, and larger ones: they change the recipe, and are told so.
+# Multiples of the run's batch size; a larger batch is another recipe, and `table` says so.
 BATCHES = (1, 2, 4)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A run that may be worth compiling, with estimates of the bytes it needs at least and of its seconds a step."""
+    """A run that may be worth compiling, with estimates of its least bytes on a device and its seconds a step."""
 
     run: RunConfig
     least_bytes: float
@@ -45,14 +45,14 @@ def search(
     memory_bytes: float = 0.0,
     margin: float = MARGIN,
 ) -> dict:
-    """{"ranked": what fits, the fastest bound for each chip first, "refused": what was compiled and does not fit, ...};
-    {"exit_status": 3} is among it where nothing fits.
+    """{"ranked": rows that fit, most samples/s a chip first, "refused": compiled rows that do not fit, ...}, with
+    {"exit_status": 3} where nothing fits.
 
-    most_compiles: programs that are compiled at most. The rest as for `plan.plan`.
+    most_compiles: most programs to compile. Other arguments as in `plan.plan`.
 
     Raises:
-      ConfigError: the topology is not known, its package is not installed, its peaks are not published here, or no mesh
-        over it divides the run.
+      ConfigError: the topology or its peaks are unknown, its package is not installed, or no mesh over it divides the
+        run.
     """
     devices = plan.get_devices(where)
     peak = peak_of(devices[0].device_kind)
@@ -76,7 +76,7 @@ def search(
                 break
             try:
                 planned = plan_run(candidate.run, make_mesh(candidate.run.mesh, devices))
-            except ConfigError:  # a size of the model that the mesh does not divide
+            except ConfigError:  # the mesh does not divide a size of the model
                 num_undivided += 1
                 continue
             rows.append(compiled(candidate, planned, usable, peak))
@@ -103,7 +103,7 @@ def search(
 
 
 def candidates(run: RunConfig, num_devices: int, peak: Peak) -> Iterator[Candidate]:
-    """Every mesh of so many devices, remat policy and batch size that divide each other and the model's heads."""
+    """Every mesh, remat policy and batch size for `num_devices`, where the mesh divides the batch and the heads."""
     if num_devices % max(1, run.mesh.cell):
         raise ConfigError(f"mesh.cell={run.mesh.cell}: expected a divisor of {num_devices} devices")
     cell_devices = num_devices // max(1, run.mesh.cell)
@@ -120,7 +120,7 @@ def candidates(run: RunConfig, num_devices: int, peak: Peak) -> Iterator[Candida
                 batch = run.train.batch_size * times
                 if batch % (data * fsdp * run.train.accumulation_steps):
                     continue
-                # The size of a test's batch changes no prediction: the least multiple that can be split.
+                # The batch size of tests changes no prediction: rounded up to what the mesh can split.
                 tests = math.ceil(run.eval.batch_size / (data * fsdp)) * data * fsdp
                 for remat in REMAT:
                     changed = replace(
@@ -131,13 +131,13 @@ def candidates(run: RunConfig, num_devices: int, peak: Peak) -> Iterator[Candida
 
 
 def estimate(run: RunConfig, peak: Peak, trainable: int, frozen: int, frozen_bytes: float) -> Candidate:
-    """The run with bytes of one device that its step needs at least, and its seconds as by the textbook.
+    """The run with the least bytes of its step on a device, and the textbook's seconds.
 
-    trainable, frozen: numbers of parameters. frozen_bytes: of these as they are kept.
-    Bytes: float32 weights and moments, the weights that a fine-tune starts from, gradients, and what is kept of every
-    decoder block for the backward pass (its input with full remat; with `dots` the results of its products too; without
-    also what lies between). Seconds: FLOPs at the peak, 2 gathers of all weights and 1 reduction over fsdp, a sum of
-    the gradients' shards over data, 4 sums of activations in every block over tensor; one after another.
+    trainable, frozen: numbers of parameters. frozen_bytes: of the frozen ones in their stored dtype.
+    Bytes: float32 weights and moments, the weights that a fine-tune starts from, gradients, and what every decoder block
+    saves for the backward pass (its input with full remat; also the results of its products with `dots`; also what lies
+    between them without remat). Seconds: the sum of FLOPs at the peak, 2 gathers of all weights and 1 reduction over
+    fsdp, a sum of the gradients' shards over data, and 4 sums of activations in every block over tensor.
     """
     model = architecture_of(run.model)
     mesh, text = run.mesh, model.text
@@ -197,7 +197,7 @@ def _name(row: dict) -> str:
 
 
 def table(result: dict) -> str:
-    """What `search` found, for people."""
+    """The result of `search` as text."""
     lines = [
         (
             f"{result['model']} on {result['topology']}: {result['num_devices']} x {result['device']}; "

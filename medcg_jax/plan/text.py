@@ -1,4 +1,4 @@
-"""What `medcg plan` found, as text for people, at most 110 columns wide."""
+"""The result of `medcg plan` as text, at most 110 columns wide."""
 
 import textwrap
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ def text_of(result: dict) -> str:
 
 
 def wrapped(line: str) -> list[str]:
-    """The line, folded to the page."""
+    """The line, wrapped at `WIDTH`."""
     return textwrap.wrap(line, WIDTH, subsequent_indent="    ") or [""]
 
 
@@ -52,7 +52,7 @@ def _lines(result: dict) -> Iterator[str]:
 
 
 def _rows():
-    """(title, part of the result -> what stands in its column)."""
+    """(title, function from a program's section of the result to the cell's text)."""
 
     def gib(key):
         return lambda program: f"{program[key] / GIB:.2f}" if program.get(key) is not None else ""
