@@ -1,4 +1,4 @@
-"""Stages about the machine itself, which need nothing but jax, flax and optax: its rates, its attention, its numbers.
+"""Stages about the machine, which need only jax, flax and optax: its rates, its attention, its numerics.
 
 A stage is `stage(ask, save)`, in a process of its own (`run`).
 """
@@ -29,17 +29,17 @@ from medcg_jax.plan.hlo import attention_in
 from medcg_jax.plan.topology import about_here
 from medcg_jax.train.optim import hparams_from
 
-# What the tiny model's numbers on a device may differ from the CPU's, relative to the largest: measured between two
-# CPUs' orders of summation 1e-6; bfloat16 has 8 bits, and ten steps.
+# Largest difference of the tiny model's numbers on a device from the CPU's, relative to the largest number. Two CPUs'
+# orders of summation differ by 1e-6; bfloat16 has 8 bits, and there are ten steps.
 NEAR, NEAR_16_BITS = 1e-4, 5e-2
 NUM_STEPS = 10
-# Rows, width, and columns: squares, and a decoder's largest product at 32 rows of 704 tokens.
+# (rows, width, columns): squares, and a decoder's largest product at 32 rows of 704 tokens.
 PRODUCTS = ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 16384, 16384), (22528, 4096, 11008))
 TINY_PRODUCTS = ((128, 128, 128), (256, 256, 256))
 
 
 def lacks_torch(save: Callable) -> bool:
-    """Whether PyTorch or transformers is missing, which is saved."""
+    """Whether PyTorch or transformers is missing; if so, saves the status "skipped"."""
     missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if missing:
         save(status="skipped", why=f"not installed: {', '.join(missing)}")
@@ -69,10 +69,10 @@ def driver() -> str | None:
 
 
 def attention(ask: Ask, save: Callable) -> None:
-    """Saves which implementation "auto" takes here, how far it and its gradients are from plain, and both times.
+    """Saves which implementation "auto" chooses here, its errors and those of its gradients, and times; plain beside it.
 
-    Reference: plain attention in float32 on the same bfloat16 numbers. Errors are the largest, over real positions,
-    relative to the largest number of the reference; plain in bfloat16 beside it measures what is inevitable.
+    The reference is plain attention in float32 on the same bfloat16 numbers. Errors are the largest over real positions,
+    relative to the reference's largest number; those of plain attention in bfloat16 show the inevitable rounding.
     """
     name = ask.run.model.name
     text = architecture(ModelConfig(name=name, compute_dtype="bfloat16")).text
@@ -121,10 +121,10 @@ def attention(ask: Ask, save: Callable) -> None:
 
 
 def numerics(ask: Ask, save: Callable) -> None:
-    """Saves how far the tiny model's losses, gradients' norms and trained weights over ten steps are from the CPU's.
+    """Saves how far the tiny model's losses, gradient norms and trained weights in ten steps are from the CPU's.
 
-    In float32 with full products, in float32 as JAX has it by default (TensorFloat-32 on some GPUs: shown, not judged),
-    and in bfloat16. The reference is the CPU in float32; a device's bfloat16 is judged beside the CPU's own.
+    The reference is the CPU in float32. Compared are float32 with full precision, float32 with JAX's default precision
+    (TensorFloat-32 on some GPUs), and bfloat16 here and on the CPU; only the first and the third have a tolerance.
     """
     here, cpu = jax.devices()[0], jax.devices("cpu")[0]
     reference = ten_steps(cpu, "float32", "highest")
@@ -143,7 +143,7 @@ def numerics(ask: Ask, save: Callable) -> None:
         print(f"   {name} on {device.device_kind}: at most {differences[worst]:.1e} of the largest ({worst})",
               flush=True)  # fmt: skip
         save(steps=NUM_STEPS, rows=rows)
-        # A NaN is near nothing.
+        # `not <=`: a NaN is wrong too.
         if near is not None and not max(differences.values()) <= near:
             wrong.append(f"{name}: {worst} {differences[worst]:.1e} above {near:.0e}")
     if wrong:
@@ -152,7 +152,7 @@ def numerics(ask: Ask, save: Callable) -> None:
 
 def ten_steps(device, dtype: str, precision: str | None) -> dict[str, list]:
     """Losses and gradient norms of `NUM_STEPS` steps of the tiny model on a device, and the decoder's weights after
-    them; its first weights and its batch are the same on every device."""
+    them. First weights and batch are the same on every device."""
     model = ModelConfig(compute_dtype=dtype, trainable=("projector", "decoder"), scan_unroll=1)
     config = architecture(model)
     first = build.create(config, make_mesh(devices=jax.devices("cpu")[:1]), seed=0)[1]
