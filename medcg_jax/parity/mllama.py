@@ -23,10 +23,10 @@ PREFIXES = {"projector": ("multi_modal_projector.",), "decoder": ("language_mode
 
 
 def runnable(config: MllamaConfig) -> tuple[MllamaConfig, list[str]]:
-    """(the config that both sides can run, what was changed in it and why, in words).
+    """(a config that both sides can run, notes on what was changed and why).
 
-    Layer 0 among the intermediate ones has no layer before it whose output HF could take for its input: outputs are
-    compared then, as HF takes them.
+    Where layer 0 is an intermediate layer, HF cannot take its input, which is no layer's output: both sides then take
+    outputs, as HF does.
     """
     moved, notes = moved_ids({"image_token_id": config.image_token_id}, config.text.vocab_size + EXTRA_ROWS)
     if min(config.vision.intermediate_layers, default=1) < 1:
@@ -74,7 +74,7 @@ def port_inputs(config: MllamaConfig, inputs: dict[str, np.ndarray]) -> dict:
         )
     images = {
         "pixels": pixels.transpose(0, 1, 2, 4, 5, 3), "aspect_ratio_ids": ratios.astype(np.int32),
-        # HF's mask counts an image that is not there as one tile.
+        # HF's mask counts an absent image as one tile.
         "num_tiles": (np.asarray(inputs["aspect_ratio_mask"]).sum(axis=-1) * (ratios > 0)).astype(np.int32),
     }  # fmt: skip
     given = {"tokens": ids.astype(np.int32), "segment_ids": mask.astype(np.int32), "images": images}
@@ -115,7 +115,7 @@ def port_stages(model: Mllama, given: dict) -> dict[str, np.ndarray]:
 
 
 def taps(model) -> list[tuple]:
-    """(stage, module of HF's model, whether its input is meant and not its output)."""
+    """(stage, module of HF's model, whether the stage is the module's input, not its output)."""
     vision, text = model.model.vision_model, model.model.language_model
     return [
         ("vision.embed", vision.transformer.layers[0], True),
@@ -131,7 +131,7 @@ def taps(model) -> list[tuple]:
 
 
 def prepare(model, config: MllamaConfig) -> None:
-    """Makes HF's model take the inputs of the intermediate layers, as Meta's does, where it takes their outputs."""
+    """Makes HF's model take the inputs of the intermediate layers, as Meta's model does, not their outputs."""
     if config.intermediate_from == "input":
         vision = model.model.vision_model
         vision.intermediate_layers_indices = [i - 1 for i in vision.intermediate_layers_indices]

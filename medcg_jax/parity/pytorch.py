@@ -16,7 +16,7 @@ from medcg_jax.families.weights.files import WeightsError
 
 
 class Reference:
-    """HF's model in float32 with eager attention, taking and giving numpy arrays.
+    """HF's model in float32 with eager attention; takes and returns numpy arrays.
 
     family: the family's module in `verb.FAMILIES`; its `taps` say where the stages are.
     """
@@ -33,7 +33,7 @@ class Reference:
         return {self._canonical(name): p.detach().numpy().copy() for name, p in self.model.named_parameters()}
 
     def put(self, tensors: dict[str, np.ndarray]) -> None:
-        """Sets every parameter to what `tensors` has for its canonical name."""
+        """Sets every parameter from `tensors` (canonical name -> array)."""
         with self.torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(self.torch.from_numpy(tensors[self._canonical(name)]))
@@ -84,7 +84,7 @@ class Reference:
     ) -> Iterator[tuple[float, dict[str, np.ndarray]]]:
         """(loss, trained tensors by canonical name) before each of `num_steps` steps of torch's AdamW.
 
-        Weight decay is 0. The model changes from one to the next; the tensors are copies.
+        Weight decay is 0. The tensors are copies.
         """
         self._train_only(prefixes)
         given = self._inputs(inputs)
@@ -97,7 +97,7 @@ class Reference:
             optimizer.step()
 
     def nudged(self, seed: int = 0) -> dict[str, np.ndarray]:
-        """The parameters by canonical name, each number moved by about its last bit up, down or not at all."""
+        """The parameters by canonical name, each number randomly moved by about its last bit, up, down or not."""
         rng = np.random.default_rng(seed)
         return {
             name: value * (1 + np.float32(2**-23) * rng.integers(-1, 2, value.shape)).astype(np.float32)
