@@ -2,8 +2,8 @@
 
     python -m benchmarks.cells [--config=configs/phantom.py] [--cells=4] [--json=FILE]
 
-Blocks of steps of both alternate, so that what else the machine does falls on both; the ratio is of medians, above 1
-where cells at once are slower.
+Blocks of steps of both alternate, so that other load on the machine slows both. The ratio of medians is above 1 where
+cells at once are slower.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Training:
         self.state, self.num_cells = self.program.start(trainable), num_cells
 
     def run(self, num_steps: int) -> None:
-        """As the loop does it: a batch of each cell, one step."""
+        """As in the training loop: a batch of each cell, then one step."""
         for _ in range(num_steps):
             batches = [next(stream)[0] for stream in self.streams]
             batch = batches[0]

@@ -4,8 +4,8 @@
     python -m benchmarks.cells_compiled --config=configs/minigpt_v2_7b.py --topology=h100:8 --cells=8 --groups=2
     python -m benchmarks.cells_compiled --config=configs/llava15_7b.py --topology=h100:8 --groups=2 --cells=0
 
-Memory, bytes moved, and collectives that leave a cell, of the product's own step at full size. `--cells=0` looks for as
-many as fit. Nothing is executed: how fast a step is, this does not say.
+Prints memory, bytes moved, and collectives that leave a cell, of the product's step at full size. `--cells=0` finds how
+many cells fit. Nothing is executed, so speed is not measured.
 """
 
 import argparse
@@ -29,10 +29,10 @@ GB = 1e9
 
 
 def compiled_step(planned: PlannedRun) -> dict:
-    """What the run's training step needs per device: bytes of memory, and of collectives by kind; how many leave a cell.
+    """The run's training step per device: bytes of memory and of collectives by kind, and collectives that leave a cell.
 
     Raises:
-      ValueError: the program's collectives cannot be read (`hlo`), or it has none though devices are several.
+      ValueError: the program's collectives cannot be read (`hlo`), or it has none on several devices.
     """
     mesh, batch = planned.mesh, batch_of(train_rows(planned.setup), planned.run.train.batch_size)
     options = topology.compiler_options(mesh.devices.flat[0])
@@ -86,7 +86,7 @@ def part_topology(name: str, num_parts: int) -> str:
     "v5e:4x4*2", 4 -> "v5e:2x4"; "v5p:4x4x4", 4 -> "v5p:4x2x2", of equal sides the last; "h100:8x8", 16 -> "h100:1x4"
 
     Raises:
-      ConfigError: that does not come out even.
+      ConfigError: the topology does not divide into `num_parts`.
     """
     kind, sizes, num_slices = topology.parse(name)
     sides, left = list(sizes), num_parts

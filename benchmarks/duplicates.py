@@ -1,13 +1,13 @@
 """How fast duplicates are found: `python -m benchmarks.duplicates [--images=50000] [--root=TREE]`.
 
-Writes images, then times two things apart, at a quarter, a half and all of them: hashing from files (read, decode,
-three digests), in `--workers` processes, and the search for near pairs, in one. Fits how each grows, and says what a
-million images would take: by wall time, which others on the machine lengthen, and by CPU seconds over the workers.
-The search is also timed on as many hashes as the release has images, made of those found by turning over a tenth of
-their bits, a tenth of them held as tests against the others in every form.
+Writes images, then times at a quarter, a half and all of them: hashing from files (read, decode, three digests) in
+`--workers` processes, and the search for near pairs in one process. Fits how each grows, and extrapolates to a million
+images: by wall time, which other load on the machine lengthens, and by CPU seconds over the workers. The search is also
+timed on as many hashes as the release has images: hashes of the images with a tenth of their bits flipped, a tenth of
+them searched as tests among the others.
 
-Each image is one of the tree's (without a tree: a phantom), cut, turned lighter or darker and resized by a seeded draw,
-and saved as JPEG (7 of 10), PNG (2) or BMP (1). A tenth of them are another's copies, saved anew.
+Each image is one of the tree's (without a tree: a phantom), cropped, made lighter or darker and resized by a seeded draw,
+and saved as JPEG (7 of 10), PNG (2) or BMP (1). A tenth of them are copies of another, saved again.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(folder: Path, number: int, root: str, longest_side: int, workers: int, hashes: int) -> dict:
-    """All figures, as JSON takes them; seconds are wall time unless they are named CPU seconds."""
+    """All figures as JSON; seconds are wall time unless named CPU seconds."""
     pictures = tree_images(Path(root)) if root else phantom_files(folder / "phantoms")
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         make = partial(write_image, pictures, folder, longest_side)
@@ -127,7 +127,7 @@ def fit(sizes: Sequence[int], seconds: Sequence[dict], workers: int) -> dict:
 
 
 def timed(function: Callable) -> tuple:
-    """(what it returns, {"wall_s", "cpu_s"}); CPU seconds with those of child processes that have ended."""
+    """(the function's value, {"wall_s", "cpu_s"}); CPU seconds include ended child processes."""
 
     def cpu() -> float:
         spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -144,7 +144,7 @@ def hash_files(files: Iterable[str], workers: int) -> list[ImageHashes]:
 
 
 def turned(hashes: np.ndarray, number: int) -> np.ndarray:
-    """uint8[number, 32]: hashes as alike as real ones, with a tenth of their bits turned over."""
+    """uint8[number, 32] hashes, drawn from `hashes` and with a tenth of their bits flipped."""
     generator = np.random.default_rng(0)
     made_up = hashes[generator.integers(0, len(hashes), number)]
     for start in range(0, number, 1 << 16):
@@ -173,8 +173,8 @@ def phantom_files(folder: Path) -> list[str]:
 
 
 def write_image(pictures: Sequence[str], folder: Path, longest_side: int, index: int) -> str:
-    """Writes the image of this number and returns its file; see the module's head."""
-    # Copies are made of the image before, by the same draws but the format's.
+    """Writes the image number `index` (see the module's docstring) and returns its file."""
+    # A copy repeats the draws of the image before it, except the format's.
     of = index - 1 if index % 10 == 9 else index
     generator = np.random.default_rng((0, of))
     image = Image.fromarray(load_image(pictures[of % len(pictures)], MAX_PIXELS))

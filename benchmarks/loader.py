@@ -2,9 +2,9 @@
 
     python -m benchmarks.loader ROOT [--prepared=DIR] [--images=2000] [--json=FILE]
 
-All three give batches of the same images as uint8[B, 336, 336, 3], padded to a square and resized, with as many
-workers: threads of ours, processes of PyTorch's, whose dataset opens the raw file with PIL. They take turns in one run;
-the order of the images is the same. Ours build whole rows, tokens included; PyTorch's have the images alone.
+All three give batches of the same images in the same order as uint8[B, 336, 336, 3], padded to a square and resized, with
+equally many workers: threads here, processes in PyTorch, whose dataset opens the raw file with PIL. They take turns in
+one run. Rows here include tokens; PyTorch's are images alone.
 """
 
 import argparse
@@ -36,7 +36,7 @@ DATA = DataConfig(max_text_tokens=400)
 
 
 def compare(root: Path, prepared: Path, *, images: int, rounds: int = 3) -> dict:
-    """Images/s, MB/s and CPU seconds per 1,000 images of each loader, medians over the rounds; ratios to PyTorch's."""
+    """Images/s, MB/s and CPU seconds per 1,000 images of each loader, medians over the rounds; and ratios to PyTorch."""
     raw, ready = _encoded(ReleaseSource(root, DATA)), _encoded(PreparedSource(prepared, DATA))
     order = _order(raw, images)
     paths = [str(root / raw.records.records[index].image) for index in order]
@@ -46,7 +46,7 @@ def compare(root: Path, prepared: Path, *, images: int, rounds: int = 3) -> dict
         "medcg, prepared": lambda: _ours(ready),
     }
     first = {name: next(iter(load())) for name, load in loaders.items()}
-    for name, batch in first.items():  # of like with like
+    for name, batch in first.items():
         np.testing.assert_array_equal(batch, first["torch, raw files"], err_msg=name)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in loaders}
     for _ in range(rounds):
@@ -132,7 +132,7 @@ def _torch(paths: list[str]) -> Iterator[np.ndarray]:
 
 
 def _time(batches: Iterator[np.ndarray], count: int) -> tuple[float, float]:
-    """(wall, CPU) seconds of `count` batches, start of the workers included; their processes have ended."""
+    """(wall, CPU) seconds of `count` batches, with the start of the workers and their ended processes."""
     wall, cpu = time.perf_counter(), _cpu()
     for _ in range(count):
         next(batches)

@@ -2,12 +2,12 @@
 
     python -m benchmarks.meshes [--json=FILE] [--config=FILE.py] [TOPOLOGY ...]
 
-Every row is the product's own step, compiled by fast flags for a machine that need not be there; it holds if its peak
-fits the device's memory and the bytes that it moves are within a tenth of the textbook's. Nothing is executed: how fast
-a step is, this does not say.
+Every row is the product's step, compiled with fast flags for a machine that may be absent. A row holds if the peak fits
+the device's memory and the bytes moved are within a tenth of the textbook's. Nothing is executed, so speed is not
+measured.
 
 The textbook: sharded data parallelism (FSDP) gathers each weight in the compute dtype where it is used and reduces each
-gradient once; tensor parallelism sums activations behind every matrix that is split by rows; replicas of the data sum
+gradient once; tensor parallelism sums activations after every matrix that is split by rows; data parallel replicas sum
 gradients. Sources: arXiv 1910.02054, section 7 (ZeRO: two gathers and a reduction of the parameters), arXiv 1909.08053,
 section 3 (two sums of activations a layer, forward and backward each).
 """
@@ -82,10 +82,10 @@ MESHES = {
 
 
 def check_row(run: RunConfig, where: str, row: Row) -> dict:
-    """What the row's step needs per device and moves, the textbook's bytes, and whether it holds.
+    """Memory and bytes moved of the row's step per device, the textbook's bytes, and whether the row holds.
 
-    `ratio` is bytes moved by the textbook's (None where neither moves any), `fits` whether the peak leaves `MARGIN` of
-    the memory free, `holds` whether both are as they should be.
+    `ratio` is bytes moved over the textbook's (None where the textbook moves none), `fits` whether the peak leaves
+    `MARGIN` of the memory free, `holds` whether it fits and the ratio is within `TOLERANCE` of 1.
 
     Raises:
       ConfigError: the topology cannot be compiled for here.

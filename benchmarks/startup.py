@@ -2,9 +2,9 @@
 
     python -m benchmarks.startup --config=configs/llava15_7b.py [--devices=8] [--json=FILE]
 
-Each part is printed with its wall and CPU seconds, of a process that finds the compiled programs in the cache (which a
-first one fills). Shapes are the run's, on simulated CPU devices, with the phantom's records and the small tokenizer in
-place of its own; weights are not read and nothing is executed, so this fits where the model does not.
+Prints wall and CPU seconds of each phase, for a first process with an empty cache of compiled programs and a second one
+with a full cache. Shapes are the run's, on simulated CPU devices, with phantom records and the small tokenizer in place of
+the run's. No weights are read and nothing is executed, so the machine may be too small for the model.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Clock:
 
 
 def start(config: str, changes: dict[str, str], num_devices: int, num_records: int, began: float) -> dict:
-    """A start of this process: {"parts", "compiled", "from_cache"}; `medcg train` does the same in the same order.
+    """Starts up in this process as `medcg train` does, in the same order: {"parts", "compiled", "from_cache"}.
 
     num_records: training records of each of the phantom's subsets.
     """

@@ -1,7 +1,7 @@
-"""Folders of recorded arrays as those of the original MiniGPT-v2 and NExT-Chat, of any sizes, without the originals.
+"""Folders in the form of those of the original MiniGPT-v2 and NExT-Chat, of any sizes, made without the originals.
 
-Their numbers are this port's own: they prove that the reader takes every size, index and count from the folder, and
-that it sees a change in any array; not that the port is right. Shapes are written out, not taken from the port.
+Their numbers are this port's. They prove that the reader takes every size, index and count from the folder and notices a
+change in any array, not that the port is right. Shapes are written out, not taken from the port.
 """
 
 import json
@@ -17,7 +17,7 @@ from medcg_jax.parity.rows import Row
 from tests.golden import minigpt_v2 as golden_minigpt
 from tests.golden import next_chat as golden_next
 
-# The index that stands for an array's first number: no token, so that no row of generated ones seems to end.
+# The index of an array's first number: beyond all token ids, so that no generated row seems to end.
 FIRST = 10_000
 
 
@@ -42,9 +42,9 @@ def weights(folder, table, config, released_name, seed):
 
 
 def recorded(rows_of, files: dict, monkeypatch, *, num_pixels: int = 0, fixed=None) -> None:
-    """Fills `files` (path -> {name: shape}) with what `rows_of` computes, by running it on arrays of their own indices.
+    """Fills `files` (path -> {name: shape}) with what `rows_of` computes, by running it on arrays filled with indices.
 
-    Every comparison is given the recorded numbers that it uses, so an array of indices says where its numbers belong.
+    Every comparison gets the recorded numbers that it uses, so their indices show where the computed numbers belong.
     """
     held = {path: {name: indices(shape) for name, shape in shapes.items()} for path, shapes in files.items()}
     for path, arrays in held.items():
@@ -87,7 +87,7 @@ def indices(shape) -> np.ndarray:
 
 
 def spellings(file: str, name: str):
-    """Names of the rows that an array may have."""
+    """Possible stages of the row of an array."""
     starts = {"expected_mask.npz": "mask/", "grads_mask.npz": "mask/", "expected_generate.npz": "generate/"}
     return (f"gradient {name}", name) if file == "grads.npz" else (starts.get(file, "") + name,)
 
@@ -236,7 +236,7 @@ def next_chat_folder(folder, monkeypatch, *, sam_px: int = 256, seed: int = 0):
 
 
 def generate_at(folder, inputs) -> None:
-    """Makes `<at>` what the model says first, and again behind the box: two boxes for one image."""
+    """Changes the head so that the model generates `<at>` first and again after the box: two boxes for one image."""
     _, graphdef, params = golden_next.load(folder)
     model = nnx.merge(graphdef, params)
     cache, states = model.init_cache(1, 60), []

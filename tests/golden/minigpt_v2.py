@@ -1,4 +1,4 @@
-"""This port against arrays that the original MiniGPT-v2 code gave: a folder with its weights, inputs and outputs.
+"""This port against arrays from the original MiniGPT-v2 code: a folder with weights, inputs and outputs.
 
 The folder holds `weights.safetensors` (the model's state dict), `config.json` (every size), `inputs.json` (token ids
 piece by piece), `inputs.npz`, `expected.npz` (outputs by stage, loss, generation) and `grads.npz`. Float32; no PyTorch
@@ -23,9 +23,9 @@ from medcg_jax.nn.rope import count_positions, rope_angles
 from medcg_jax.parity.rows import Row, check_arrays, compared, exactly, layers, read_arrays
 from medcg_jax.train.losses import negative_log_likelihood
 
-# Above the rounding of float32 in these small models, below every usual mistake in them.
+# Above the float32 rounding of these small models, below the effect of every usual mistake.
 TOLERANCE = 2e-5
-# What the original trains; of the other gradients the folder has norms alone.
+# The submodules that the original trains; of all other gradients the folder has only norms.
 TRAINED = ("projector", "lora")
 IGNORED_LABEL = -100
 
@@ -71,7 +71,7 @@ def load(folder: Path) -> tuple[MiniGPTv2Config, nnx.GraphDef, nnx.State]:
 def training_rows(config: MiniGPTv2Config, pieces: list[dict], bos_id: int = minigpt_v2.BOS) -> dict[str, np.ndarray]:
     """tokens, segment_ids and labels, int32[B, T] each: [BOS][before][image][after][answer], padded on the right.
 
-    The original pads prompts and answers each to their longest, so no row need be as long as T.
+    The original pads prompts and answers separately, so every row may be shorter than T.
     """
     image = [config.image_token_id] * config.num_image_tokens
     asked = [[bos_id, *piece["before_image"], *image, *piece["after_image"]] for piece in pieces]
@@ -140,15 +140,8 @@ def stage_rows(
 def port_order(stages: dict) -> list[str]:
     """Names of stages in the order of the computation; `jit` sorts the keys of a dict."""
     first = (
-        "vit_patch_embed",
-        "vit_embeddings",
-        "vit_block",
-        "ln_vision",
-        "grouped",
-        "image_tokens",
-        "inputs",
-        "llm_layer",
-    )
+        "vit_patch_embed", "vit_embeddings", "vit_block", "ln_vision", "grouped", "image_tokens", "inputs", "llm_layer",
+    )  # fmt: skip
 
     def rank(name):
         return next((i for i, start in enumerate(first) if name.startswith(start)), len(first))

@@ -1,8 +1,8 @@
 """NExT-Chat against arrays recorded from the original code: every stage, loss, gradient, mask and generated token.
 
 The folder holds `weights.safetensors`, `config.json`, `inputs.npz`, `expected_{base,mask,generate}.npz` and
-`grads_{base,mask}.npz`, of a tiny random model of any sizes. Not compared: `rec/input_ids`, which is an input, and
-`beam5/*`, a beam search, which this port does not have.
+`grads_{base,mask}.npz` of a tiny random model of any size. Not compared: `rec/input_ids`, an input, and `beam5/*`, since
+this port has no beam search.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ STAGES = {"base": ("projector", "decoder", "boxes"), "mask": ("mask_prompt", "ma
 Arrays = dict[str, np.ndarray]
 # Of `full_masks_sampled`: the rows and columns of the whole mask that are recorded.
 SAMPLED = slice(5, None, 37), slice(3, None, 41)
-# What there is one of for every `<at>` of an answer.
+# Arrays with one item for every `<at>` of an answer.
 AT = ("hidden_at", "pred_boxes", "cycle1_encoded", "at_positions", "pred_valid")
 NOT_COMPARED = ("rec/input_ids", "beam5/sequences", "beam5/pred_boxes")
 
@@ -73,15 +73,12 @@ def _is_array(stage: str, prefix: str) -> bool:
 
 def base_rows(folder: Path, model) -> list[Row]:
     """Every stage on three rows and a mock one, and the boxes of the evaluation by a fixed answer."""
-    config, inputs, expected = (
-        model.config,
-        read_arrays(folder / "inputs.npz"),
-        read_arrays(folder / "expected_base.npz"),
-    )
+    config, inputs = model.config, read_arrays(folder / "inputs.npz")
+    expected = read_arrays(folder / "expected_base.npz")
     batch = batch_of(config, inputs, "", "mock_valid_")
     stages = {f"mock_valid/{name}": value for name, value in _base_stages(model, batch).items()}
     invalid = batch_of(config, inputs, "", "mock_invalid_")
-    # Of the other mock row only what the losses of boxes need is recorded.
+    # Of the other mock row only the arrays that the box losses need are recorded.
     whole = _whole(model, invalid)
     stages |= {f"mock_invalid/{name}": whole[name] for name in ("logits", *AT[:2], *AT[3:])}
     ids = jnp.asarray(expected["rec/input_ids"], jnp.int32)
@@ -182,7 +179,6 @@ def mask_rows(folder: Path, model) -> list[Row]:
         "fraction_at_or_above_threshold": (full >= losses.MASK_LOGIT).mean(axis=(1, 2, 3)),
     }
     _check_names("expected_mask.npz", expected, stages)
-    # Of the model's own stages not all are recorded for these rows.
     rows = [
         golden_row(f"mask/{name}", ours, expected[name], LONG_SUM_TOLERANCE if name == "full_masks_norm" else TOLERANCE)
         for name, ours in stages.items()
@@ -206,11 +202,8 @@ def _sam_features(model, pixels) -> jax.Array:
 
 def generation_rows(folder: Path, model) -> list[Row]:
     """Greedy decoding into a cache, with `<boxes>` forced behind `<at>`: logits, tokens, boxes and masks."""
-    config, inputs, expected = (
-        model.config,
-        read_arrays(folder / "inputs.npz"),
-        read_arrays(folder / "expected_generate.npz"),
-    )
+    config, inputs = model.config, read_arrays(folder / "inputs.npz")
+    expected = read_arrays(folder / "expected_generate.npz")
     prompt = jnp.asarray(inputs["gen_input_ids"], jnp.int32)
     num = expected["step_logits"].shape[1]
 
@@ -234,7 +227,7 @@ def generation_rows(folder: Path, model) -> list[Row]:
     count = int(there.sum())
     if not count:
         raise WeightsError(f"{folder}: no box is generated; what was recorded has {len(expected['pred_boxes'])}")
-    # Of the first image; both, so that the program is the one that is there.
+    # Both images are encoded, to use the compiled program again; the first is needed.
     features = _sam_features(model, mask_batch(config, inputs)["sam_pixels"])[:1]
     masks, iou = jax.jit(lambda model: model.masks(cache["at_hidden"][:, :count], features))(model)
     top = np.sort(np.stack(logits, axis=1), axis=-1)[..., -2:]
@@ -305,7 +298,7 @@ def mask_loss_rows(folder: Path, graphdef, params) -> list[Row]:
     batch = mask_batch(config, inputs)
     rows = []
     trained, _ = build.split_trainable(params, STAGES["mask"])
-    # CLIP has no gradient in the original: it runs outside of it.
+    # CLIP has no gradient in the original.
     others = tuple(name for name in params if name not in ("vision", "unused"))
     trainable, frozen = build.split_trainable(params, others)
 
@@ -323,7 +316,7 @@ def mask_loss_rows(folder: Path, graphdef, params) -> list[Row]:
             golden_row(f"mask/loss/{kind}/{name}", x, expected[f"loss/{kind}/{name}"]) for name, x in values.items()
         ]
         named = _by_name(config, gradients)
-        # A buffer there, so no gradient was recorded; here none arrives.
+        # The original's positional encoding is a buffer without a gradient; here its gradient must be 0.
         named = {name: g for name, g in named.items() if "positional_encoding" not in name or np.any(g)}
         ours = set(_by_name(config, trained))
         rows += _gradient_rows(f"{kind}/", grads, {name: g for name, g in named.items() if name in ours}, "mask/")
