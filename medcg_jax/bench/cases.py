@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -209,8 +210,11 @@ def train(ask: Ask, save: Callable) -> None:
 class Steps:
     """Training steps of one model; cases with the same state share its arrays."""
 
+    port: Any = None
+    state_of: Case | None = None
+
     def __init__(self, ask: Ask):
-        self.ask, self.port, self.state_of = ask, None, None
+        self.ask = ask
 
     def measure(self, case: Case, row: dict) -> None:
         """Adds to `row` the memory and the speed of the case's step. Raises what compiling and running raise."""

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,7 @@ def attention(ask: Ask, save: Callable) -> None:
 
             seconds = statistics.median(seconds_of(steps, 5))
         values = {name: jnp.asarray(x, jnp.float32) for name, x in values.items()}
-        return values, {"uses": attention_in(compiled.as_text()), "forward_and_backward_s": seconds}
+        return values, {"uses": attention_in(compiled.as_text() or ""), "forward_and_backward_s": seconds}
 
     with jax.default_matmul_precision("highest"):
         reference, _ = both("plain", jnp.float32)
@@ -139,7 +140,7 @@ def numerics(ask: Ask, save: Callable) -> None:
         values = ten_steps(device, dtype, precision)
         differences = {key: farthest(values[key], reference[key]) for key in reference}
         rows[name] = {"device": device.device_kind, "tolerance": near, **differences}
-        worst = max(differences, key=differences.get)
+        worst = max(differences, key=lambda key: differences[key])
         print(f"   {name} on {device.device_kind}: at most {differences[worst]:.1e} of the largest ({worst})",
               flush=True)  # fmt: skip
         save(steps=NUM_STEPS, rows=rows)
@@ -150,7 +151,7 @@ def numerics(ask: Ask, save: Callable) -> None:
         raise RuntimeError("; ".join(wrong))
 
 
-def ten_steps(device, dtype: str, precision: str | None) -> dict[str, list]:
+def ten_steps(device, dtype: str, precision: str | None) -> dict[str, Any]:
     """Losses and gradient norms of `NUM_STEPS` steps of the tiny model on a device, and the decoder's weights after
     them. First weights and batch are the same on every device."""
     model = ModelConfig(compute_dtype=dtype, trainable=("projector", "decoder"), scan_unroll=1)
@@ -162,10 +163,10 @@ def ten_steps(device, dtype: str, precision: str | None) -> dict[str, list]:
         port = Port(config, make_mesh(devices=[device]), train, model)
         hparams = port.program.put_hparams(hparams_from(train, num_records=0))
         trainable, frozen = port.split(jax.device_put(first, build.shardings(config, port.mesh)))
-        state, batch = port.program.start(trainable), put_batch(batch, port.program.batch_sharding)
+        state, on_device = port.program.start(trainable), put_batch(batch, port.program.batch_sharding)
         losses, norms = [], []
         for _ in range(NUM_STEPS):
-            state, metrics = port.program(state, frozen, hparams, batch)
+            state, metrics = port.program(state, frozen, hparams, on_device)
             losses.append(float(metrics["loss"]))
             norms.append(float(metrics["grad_norm"]))
     weights = np.concatenate([np.asarray(leaf, np.float32).ravel() for leaf in jax.tree.leaves(state.params)])

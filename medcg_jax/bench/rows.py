@@ -10,7 +10,7 @@ from medcg_jax.bench.steps import HF_BATCH, example_batch
 from medcg_jax.config import ConfigError, RunConfig, replace
 from medcg_jax.data.encoding import Encoded, encode
 from medcg_jax.data.pipeline import Batches
-from medcg_jax.data.records import DataError, RecordSet, concat
+from medcg_jax.data.records import DataError, RecordSet, Split, concat
 from medcg_jax.train.setup import Setup, open_setup, with_small_tokenizer
 
 # Most subsets to take records from; each is read whole.
@@ -78,7 +78,7 @@ def loader_rows(setup: Setup) -> dict[str, Encoded]:
     return {"decoded before": setup.encode(records), "decoded when drawn": drawn}
 
 
-def some_records(setup: Setup, split: str, count: int, *, letters: bool = False) -> RecordSet:
+def some_records(setup: Setup, split: Split, count: int, *, letters: bool = False) -> RecordSet:
     """`count` records of up to `NUM_SUBSETS` of the run's subsets, repeated where the subsets have fewer.
 
     letters: only subsets of choice questions; the source's where the run has none.

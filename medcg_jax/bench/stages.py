@@ -216,8 +216,8 @@ def answers(ask: Ask, save: Callable) -> None:
         section |= {"torch_batch_size": HF_BATCH, "torch_generated_tokens": num_new}
     spent = measure.turns(runners)
     figures = {name: times(taken, len(encoded)) for name, taken in spent.items()}
-    for name, number in needed.items():
-        figures[name] |= {"flops": number, "tflops_per_s": number / figures[name]["step_s"]["median"] / 1e12}
+    for name, total in needed.items():
+        figures[name] |= {"flops": total, "tflops_per_s": total / figures[name]["step_s"]["median"] / 1e12}
     save(**section, runners=figures, ratios=measure.ratios(spent, ANSWER_PAIRS))
 
 

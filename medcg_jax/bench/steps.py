@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -33,9 +34,8 @@ HF_BATCH = 8
 
 def architecture(model: ModelConfig) -> LlavaConfig:
     """The architecture of `model`; a tiny one with `TINY_VOCABULARY`, about the size of the packaged tokenizer's."""
-    if model.name in build.TINY:
-        return build.architecture(model, vocab_size=TINY_VOCABULARY, image_token_id=TINY_VOCABULARY - 1)
-    return build.architecture(model)
+    tiny = {"vocab_size": TINY_VOCABULARY, "image_token_id": TINY_VOCABULARY - 1} if model.name in build.TINY else {}
+    return cast(LlavaConfig, build.architecture(model, **tiny))
 
 
 def example_batch(
@@ -77,6 +77,9 @@ class Port:
     loss_fn: as of `train.step.make_step`.
     """
 
+    state: Any = None
+    compiled: Any = None
+
     def __init__(
         self, config: Config, mesh: Mesh, train: TrainConfig, model: ModelConfig, *, loss_fn: Callable = token_loss
     ):
@@ -91,7 +94,7 @@ class Port:
         # The end of the learning-rate schedule is never reached.
         hparams = hparams_from(TrainConfig(steps=1_000_000, learning_rate=train.learning_rate), num_records=0)
         self.hparams = self.program.put_hparams(hparams)
-        self.config, self.state, self.compiled = config, None, None
+        self.config = config
 
     def compile(self, batch: dict[str, np.ndarray], options: dict | None = None) -> dict:
         """Compiles the step for this batch, on which `seconds` then runs; returns compile times and bytes.

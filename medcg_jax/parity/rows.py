@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -174,9 +175,9 @@ def example_text(
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def moved_ids(ids: dict[str, int], num: int) -> tuple[dict[str, int], list[str]]:
+def moved_ids(ids: dict[str, int], num: int) -> tuple[dict[str, Any], list[str]]:
     """(`placed`, a note for each new id)."""
-    moved = placed(ids, num)
+    moved: dict[str, Any] = dict(placed(ids, num))
     return moved, [
         f"{name}={ids[name]} is no row of its own in the embedding: {i} is used" for name, i in moved.items()
     ]

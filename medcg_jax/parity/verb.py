@@ -194,7 +194,7 @@ def _sees_images(reference, inputs) -> bool:
     return float(np.abs(logits - other).max()) > 1e-6 * float(np.abs(logits).max())
 
 
-def stage_rows(model: nnx.Module, reference: dict[str, np.ndarray], inputs) -> list[Row]:
+def stage_rows(model, reference: dict[str, np.ndarray], inputs) -> list[Row]:
     """A row per stage and for the loss, in the order of the computation, without padding.
 
     Raises:
@@ -217,9 +217,9 @@ def stage_rows(model: nnx.Module, reference: dict[str, np.ndarray], inputs) -> l
 
 def loss(logits: jax.Array, labels: np.ndarray) -> jax.Array:
     """float32[] mean negative log-likelihood of the labels (-100: none) one position ahead, as HF computes it."""
-    labels = jnp.asarray(labels)[:, 1:]
-    weight = labels != -100
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], jnp.where(weight, labels, 0))
+    targets = jnp.asarray(labels)[:, 1:]
+    weight = targets != -100
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], jnp.where(weight, targets, 0))
     return (nll * weight).sum() / weight.sum()
 
 

@@ -77,7 +77,7 @@ class Instruction:
 
     def attribute(self, name: str) -> str:
         """The value of an attribute: the computation that `body` or `condition` names."""
-        return re.search(rf"\b{name}=%?([\w.-]+)", self.text)[1]
+        return re.findall(rf"\b{name}=%?([\w.-]+)", self.text)[0]
 
     def called(self) -> list[str]:
         """The computations that the instruction calls; a loop's body and condition are not among them."""
@@ -161,7 +161,7 @@ class Program:
             if op.opcode == "constant" and re.match(r"[su]\d+\[\]", op.shape):
                 constants.add(op.text.partition(")")[0])
             elif op.opcode == "compare":
-                compared.add(re.search(r"direction=(\w+)", op.text)[1])
+                compared.update(re.findall(r"direction=(\w+)", op.text)[:1])
         if compared != {"LT"} and open_trips is not None:
             return open_trips
         if len(constants) != 1 or compared != {"LT"}:
@@ -321,11 +321,11 @@ def num_bytes(shape: str) -> int:
             total += num_bytes(element)
             continue
         array = re.match(r"([a-z]\w*)\[([\d,]*)\]", element)
-        width = array and (re.match(r"[sufb]f?(\d+)", array[1]) or array[1] in BITS)
-        if not width:
+        width = re.match(r"[sufb]f?(\d+)", array[1]) if array else None
+        if not array or not (width or array[1] in BITS):
             raise ValueError(f"unknown shape: {element[:100]}")
-        bits = BITS[array[1]] if width is True else int(width[1])
-        total += math.prod(map(int, filter(None, array[2].split(",")))) * bits // 8
+        bits = int(width[1]) if width else BITS[array[1]]
+        total += math.prod(int(size) for size in array[2].split(",") if size) * bits // 8
     return total
 
 

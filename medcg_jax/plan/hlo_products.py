@@ -102,9 +102,9 @@ def _product(op: Instruction, shapes: dict[str, str], unread: dict) -> tuple[str
     if op.opcode == "dot":
         return "dot", 2 * prod(out) * _contracted(op, given[0], r"lhs_contracting_dims=\{([\d,]*)\}")
     if op.opcode == "convolution":
-        return "convolution", _convolution(op, *given[:2], out)
-    target = re.search(r'custom_call_target="([^"]*)"', op.text)
-    target = target[1] if target else ""
+        return "convolution", _convolution(op, given[0], given[1], out)
+    named = re.search(r'custom_call_target="([^"]*)"', op.text)
+    target = named[1] if named else ""
     if target in GEMMS:
         contracted = r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]'
         return "gemm", 2 * prod(out) * _contracted(op, given[0], contracted)
@@ -150,12 +150,12 @@ def _convolution(op: Instruction, left: tuple[int, ...], kernel: tuple[int, ...]
     if not labels:
         raise ValueError(f"unknown convolution: {op.name} = {op.shape} {op.opcode}({op.text[:200]}")
     window = re.search(r"window=\{([^}]*)\}", op.text)
-    window = dict(field.split("=") for field in window[1].split()) if window else {}
+    fields = dict(field.split("=") for field in window[1].split()) if window else {}
     # Feature and batch groups are in the shapes: the result's batch and the kernel's features are of one group.
     flops = 2 * out[labels[3].index("b")] * out[labels[3].index("f")] * kernel[labels[2].index("i")]
     places = sorted(label for label in labels[3] if label.isdigit())
     for number, label in enumerate(places):
-        written = {key: value.split("x")[number] for key, value in window.items()}
+        written = {key: value.split("x")[number] for key, value in fields.items()}
         pad = int(written.get("pad", "0_0").split("_")[0])
         stride, hole, gap = (int(written.get(key, 1)) for key in ("stride", "rhs_dilate", "lhs_dilate"))
         length = (left[labels[1].index(label)] - 1) * gap + 1

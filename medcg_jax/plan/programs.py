@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from medcg_jax.config import BOX_TABLES, ConfigError, ModelConfig, RunConfig, RunError, replace, trains_masks
 from medcg_jax.data.encoding import Encoded
 from medcg_jax.data.phantom.source import PhantomSource
+from medcg_jax.data.records import Split
 from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.eval.letters import make_evaluator
 from medcg_jax.families import build, registry
@@ -146,7 +147,7 @@ def eval_rows(setup: Setup) -> Encoded:
     return setup.encode_eval(_one_record(setup, "test"))
 
 
-def _one_record(setup: Setup, split: str):
+def _one_record(setup: Setup, split: Split):
     return setup.source.records(setup.source.subsets[0].name, split).select([0])
 
 

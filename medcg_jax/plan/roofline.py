@@ -90,9 +90,9 @@ def bound(
         rates = (peak.link_bytes_per_s or 1.0, peak.network_bytes_per_s or 1.0)
         times["network"] = max(sent / rate for sent, rate in zip(sent_bytes, rates))
     known = {name: seconds for name, seconds in times.items() if seconds is not None}
-    limit = max(known, key=known.get)
+    limit = max(known, key=lambda name: known[name])
     return Bound(
-        times["compute"], times["memory"], times["network"], known[limit], sum(known.values()), limit, tuple(unknown)
+        known["compute"], times["memory"], times["network"], known[limit], sum(known.values()), limit, tuple(unknown)
     )
 
 

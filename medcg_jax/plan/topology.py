@@ -205,7 +205,7 @@ def text_of(compiled: jax.stages.Compiled, options: dict) -> str:
     """
     folder = options.get("xla_dump_to")
     if folder is None:
-        return compiled.as_text()
+        return compiled.as_text() or ""
     texts = list(Path(folder).glob("*.after_optimizations.txt"))
     if len(texts) != 1:
         raise ValueError(f"{folder}: {len(texts)} texts of optimised programs; expected one")

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -190,7 +191,7 @@ def needs(compiled: Compiled, held: float, usable: float) -> dict:
     if compiled.program is None:
         sizes = [float(a or b) * UNITS[(c or d).upper()] for a, c, b, d in REFUSED.findall(compiled.refusal)]
         return result | {"fits": False, "refused": compiled.refusal[:400], "peak_bytes": max(sizes, default=None)}
-    memory = compiled.program.memory_analysis()
+    memory: Any = compiled.program.memory_analysis()
     peak = memory.peak_memory_in_bytes
     return result | {
         "fits": bool(peak) and peak + held <= usable,
