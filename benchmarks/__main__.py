@@ -1,7 +1,7 @@
 """Writes benchmarks/README.md from what is measured and recorded here: `python -m benchmarks`.
 
 A measurement is an entry of `measured.json`: what, the command that shows it, the figure, and optionally `record`, a JSON
-file of this folder with all figures of the run, which has its date and versions.
+file in this folder with all figures, the date and the versions of the run.
 """
 
 import json
@@ -23,7 +23,7 @@ def table(measured: list[dict]) -> str:
     """The page.
 
     Raises:
-      ValueError: a script or a record of this folder that no measurement names, or one that is named and not there.
+      ValueError: no measurement names a script or record of this folder, or a measurement names a missing record.
     """
     commands = " ".join(entry["command"] for entry in measured)
     scripts = {path.stem for path in FOLDER.glob("*.py")} - {"__main__", "records", "build_tokenizers"}

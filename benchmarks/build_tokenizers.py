@@ -2,13 +2,13 @@
 
 Whole words for the study's own text, characters and bytes for everything else.
 
-A Unigram model with given pieces, so nothing is trained and the file is the same wherever it is built:
-the words of the phantom world and of `tokenizer/words.txt` (modalities, areas, tasks and labels of the paper's tables,
-common words of questions about medical images, LLaVA-1.5's system sentence) are one token each; other words are split
-into known pieces and single characters; other characters become their UTF-8 bytes. Space and line breaks are dropped: a
-piece that opens a word has "▁" before it, so `A` is one token, the same in an option and in an answer. The colon behind a
-lone capital (`A: mild`) is dropped too: rows are a sixth shorter, and a letter stands right before its option.
-What a prompt's frame is made of (`ASSISTANT:`, `[INST]`) is one token each.
+A Unigram model with given pieces: nothing is trained, and every build gives the same file. The words of the phantom world
+and of `tokenizer/words.txt` (modalities, areas, tasks and labels of the paper's tables, common words of questions about
+medical images, LLaVA-1.5's system sentence) are one token each; other words are split into known pieces and single
+characters; other characters become their UTF-8 bytes. Spaces and line breaks are dropped: the piece that begins a word
+starts with "▁", so `A` is one token, the same in an option and in an answer. The colon after a single capital (`A: mild`)
+is dropped too: rows are a sixth shorter, and a letter stands right before its option. Each part of a prompt's frame
+(`ASSISTANT:`, `[INST]`) is one token.
 """
 
 from __future__ import annotations
@@ -45,31 +45,11 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "minigpt_v2": (("<pad>", "<s>", "</s>", "<image>"), ("[INST]", "[/INST]", "<Img>", "</Img>", "[vqa]", "[detection]")),
 }  # fmt: skip
 _WORD = re.compile(r"[A-Za-z]+")
-# Endings and beginnings that words outside the list share; whole words are always preferred.
-_PARTS = (
-    "ing",
-    "ed",
-    "es",
-    "er",
-    "ly",
-    "ion",
-    "tion",
-    "al",
-    "ic",
-    "ity",
-    "ment",
-    "ness",
-    "ous",
-    "oma",
-    "itis",
-    "ology",
-    "graphy",
-    "graph",
-    "scopy",
-    "emia",
-    "path",
-    "osis",
-)
+# Endings and beginnings of words outside the list; whole words are always preferred.
+_AFFIXES = (
+    "ing", "ed", "es", "er", "ly", "ion", "tion", "al", "ic", "ity", "ment", "ness", "ous", "oma", "itis", "ology",
+    "graphy", "graph", "scopy", "emia", "path", "osis",
+)  # fmt: skip
 
 
 def build(kind: str = "tokenizer") -> tokenizers.Tokenizer:
@@ -77,7 +57,7 @@ def build(kind: str = "tokenizer") -> tokenizers.Tokenizer:
     special, frame = KINDS[kind]
     tokenizer = tokenizers.Tokenizer(models.Unigram(_pieces(special, frame), unk_id=0, byte_fallback=True))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    # Words of letters; anything else but space by itself. Roles keep their colon, option letters do not.
+    # Words of letters; every other character except space alone. Roles keep their colon, option letters do not.
     marked = "".join(re.escape(piece) + "|" for piece in frame if not piece.isalpha())
     pattern = Regex(marked + r"\p{L}[\p{L}\p{M}]*|(?<!\b[A-Z]):|[^\s:]")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -109,7 +89,7 @@ def _pieces(special: tuple[str, ...], frame: tuple[str, ...]) -> list[tuple[str,
     pieces = [(token, 0.0) for token in special]
     pieces += [(f"▁{word}", -1.0) for word in whole]
     pieces += [("▁", -8.0)]
-    pieces += [(part, -9.0) for part in _PARTS]
+    pieces += [(affix, -9.0) for affix in _AFFIXES]
     pieces += [(letter, -10.0) for letter in string.ascii_letters]
     return pieces + [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
 

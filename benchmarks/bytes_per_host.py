@@ -1,8 +1,7 @@
 """What each host of a pod reads of a release: `python -m benchmarks.bytes_per_host [SIZE ...]`; prints a line a size.
 
-Nothing is read or allocated: the slices that the first host's devices hold are asked of an empty file. Beside the bytes
-stand the pages of 4 KiB that they lie in: a slice of columns touches a part of every row, and what a file system fetches
-ahead is not counted.
+Nothing is read or allocated: the slices of the first host's devices are computed, not loaded. Also counted are the 4 KiB
+pages that hold the slices, since a slice of columns touches a part of every row; a file system's read-ahead is not.
 """
 
 import math
@@ -19,7 +18,7 @@ from medcg_jax.families.weights.families import module_of
 from medcg_jax.families.weights.tables import spans_of
 from medcg_jax.mesh import make_mesh
 
-# One device a host: what several devices of a host hold lies side by side.
+# One device a host: the slices of a host's devices are adjacent.
 HOSTS = 4
 SIZES = ("llava15_7b", "qwen2_vl_7b", "llama32_vision_11b", "minigpt_v2_7b", "next_chat_7b_336")
 # Releases are in sixteen bits.
@@ -27,7 +26,7 @@ ITEM, PAGE = 2, 4096
 
 
 def pages_of(index, shape) -> int:
-    """Pages that a slice of a matrix lies in, where the tensor begins at one."""
+    """Pages that hold a slice of a matrix, where the tensor begins at a page."""
     (first, last), *others = spans_of(index, shape)
     row, inner = math.prod(shape[1:]) * ITEM, math.prod(shape[2:]) * ITEM
     start, stop = (edge * inner for edge in others[0]) if others else (0, ITEM)
@@ -39,7 +38,7 @@ def pages_of(index, shape) -> int:
 
 
 def measure(size: str) -> tuple[int, int, int]:
-    """(bytes of a release, bytes that the first host reads of it, bytes of the pages that these lie in)."""
+    """(bytes of a release, bytes of it that the first host reads, bytes of the pages that hold those)."""
     config, mesh = build.SIZES[size](), make_mesh(MeshConfig(data=1, fsdp=HOSTS))
     shardings, count = engine.by_path(build.shardings(config, mesh)), np.zeros(3, np.int64)
     for slot in engine.slots(module_of(config).table(config), build.abstract(config)[1]).values():

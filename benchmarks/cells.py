@@ -2,8 +2,8 @@
 
     python -m benchmarks.cells [--config=configs/phantom.py] [--cells=4] [--json=FILE]
 
-Blocks of steps of both alternate, so that what else the machine does falls on both; the ratio is of medians, above 1
-where cells at once are slower.
+Blocks of steps of both alternate, so that other load on the machine slows both. The ratio of medians is above 1 where
+cells at once are slower.
 """
 
 import argparse
@@ -49,12 +49,12 @@ class Training:
         self.state, self.num_cells = self.program.start(trainable), num_cells
 
     def run(self, num_steps: int) -> None:
-        """As the loop does it: a batch of each cell, one step."""
+        """As in the training loop: a batch of each cell, then one step."""
         for _ in range(num_steps):
             batches = [next(stream)[0] for stream in self.streams]
             batch = batches[0]
             if self.num_cells > 1:
-                batch = {key: np.stack([one[key] for one in batches]) for key in batch}
+                batch = {key: np.stack([rows[key] for rows in batches]) for key in batch}
             on_device = put_batch(batch, self.program.batch_sharding)
             self.state, metrics = self.program(self.state, self.frozen, self.hparams, on_device)
         jax.block_until_ready(metrics)
@@ -93,8 +93,8 @@ def bench_cells(run: RunConfig, *, num_cells: int = 4, num_steps: int = STEPS, n
         for training in both.values():
             training.close()
 
-    def ratio(found: dict) -> float:
-        return statistics.median(found["at_once"]) / statistics.median(found["one_by_one"])
+    def ratio(seconds: dict) -> float:
+        return statistics.median(seconds["at_once"]) / statistics.median(seconds["one_by_one"])
 
     return {
         "num_cells": num_cells, "num_steps": num_steps, "devices": len(jax.devices()),
@@ -111,16 +111,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     keep_freed_memory()
     try:
-        found = bench_cells(load(args.config, {}), num_cells=args.cells)
+        figures = bench_cells(load(args.config, {}), num_cells=args.cells)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     for name in ("one_by_one", "at_once"):
-        seconds = ", ".join(f"{s:.2f}" for s in found["wall_s"][name])
-        print(f"{name:10}: {seconds} s for {found['num_steps']} steps of all")
-    ratios = f"{found['ratio']:.2f} times as long as one by one ({found['ratio_cpu']:.2f} times the CPU time)"
+        seconds = ", ".join(f"{s:.2f}" for s in figures["wall_s"][name])
+        print(f"{name:10}: {seconds} s for {figures['num_steps']} steps of all")
+    ratios = f"{figures['ratio']:.2f} times as long as one by one ({figures['ratio_cpu']:.2f} times the CPU time)"
     print(f"{args.cells} cells at once take {ratios}")
-    write_record(args.json, found)
+    write_record(args.json, figures)
     return 0
 
 

@@ -4,8 +4,8 @@
     python -m benchmarks.cells_compiled --config=configs/minigpt_v2_7b.py --topology=h100:8 --cells=8 --groups=2
     python -m benchmarks.cells_compiled --config=configs/llava15_7b.py --topology=h100:8 --groups=2 --cells=0
 
-Memory, bytes moved, and collectives that leave a cell, of the product's own step at full size. `--cells=0` looks for as
-many as fit. Nothing is executed: how fast a step is, this does not say.
+Prints memory, bytes moved, and collectives that leave a cell, of the product's step at full size. `--cells=0` finds how
+many cells fit. Nothing is executed, so speed is not measured.
 """
 
 import argparse
@@ -29,10 +29,10 @@ GB = 1e9
 
 
 def compiled_step(planned: PlannedRun) -> dict:
-    """What the run's training step needs per device: bytes of memory, and of collectives by kind; how many leave a cell.
+    """The run's training step per device: bytes of memory and of collectives by kind, and collectives that leave a cell.
 
     Raises:
-      ValueError: the program's collectives cannot be read (`hlo`), or it has none though devices are several.
+      ValueError: the program's collectives cannot be read (`hlo`), or it has none on several devices.
     """
     mesh, batch = planned.mesh, batch_of(train_rows(planned.setup), planned.run.train.batch_size)
     options = topology.compiler_options(mesh.devices.flat[0])
@@ -54,7 +54,7 @@ def compiled_step(planned: PlannedRun) -> dict:
         "collective_bytes": by_kind,
         "collective_bytes_sum": sum(by_kind.values()),
         "num_collectives": len(collectives),
-        "crossing": [f"{one.kind} {one.name}" for one in across],
+        "crossing": [f"{collective.kind} {collective.name}" for collective in across],
         "attention": hlo.attention_in(text),
         "lower_s": round(lower_s, 1),
         "compile_s": round(compile_s, 1),
@@ -80,13 +80,13 @@ def against_one(run: RunConfig, where: str, *, num_cells: int, num_groups: int) 
     return {"cells": cells, "alone": alone, "ratio": {name: cells[name] / alone[name] for name in names}}
 
 
-def part(name: str, num_parts: int) -> str:
+def part_topology(name: str, num_parts: int) -> str:
     """One of `num_parts` equal parts: fewer slices or GPU hosts while that halves, then half of the longest side.
 
     "v5e:4x4*2", 4 -> "v5e:2x4"; "v5p:4x4x4", 4 -> "v5p:4x2x2", of equal sides the last; "h100:8x8", 16 -> "h100:1x4"
 
     Raises:
-      ConfigError: that does not come out even.
+      ConfigError: the topology does not divide into `num_parts`.
     """
     kind, sizes, num_slices = topology.parse(name)
     sides, left = list(sizes), num_parts
@@ -105,13 +105,13 @@ def part(name: str, num_parts: int) -> str:
 
 
 def part_devices(name: str, num_parts: int) -> list[jax.Device]:
-    """Devices of `part`, as a machine of its own; of "local" the first of this process's.
+    """Devices of `part_topology`, as a machine of its own; of "local" the first of this process's.
 
     Raises:
-      ConfigError: as `topology.get_devices` and `part`.
+      ConfigError: as `topology.get_devices` and `part_topology`.
     """
     if name != "local":
-        return topology.get_devices(part(name, num_parts))
+        return topology.get_devices(part_topology(name, num_parts))
     devices = jax.devices()
     if len(devices) % num_parts:
         raise ConfigError(f"{len(devices)} local devices in {num_parts} parts: expected a divisor")
@@ -129,11 +129,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--groups", type=int, default=0, help="of devices, sharing the cells; 0: one a cell")
     parser.add_argument("--optimize", action="store_true", help="full effort of the compiler: slower, more real")
     parser.add_argument("--json", metavar="FILE", help="a list, to which this is added")
-    args, rest = parser.parse_known_args(argv)
+    args, flags = parser.parse_known_args(argv)
     groups, here = args.groups or max(args.cells, 1), topology.about_here()
     figures = {"topology": args.topology}
     try:
-        run = load(args.config, overrides(rest))
+        run = load(args.config, overrides(flags))
         with effort(args.optimize):
             if args.cells:
                 figures |= against_one(run, args.topology, num_cells=args.cells, num_groups=groups)
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    about = {"date": here["date"], "versions": here["versions"], "config": args.config, "flags": rest}
+    about = {"date": here["date"], "versions": here["versions"], "config": args.config, "flags": flags}
     about |= {"full_effort": args.optimize, "model": run.model.name, "trainable": list(run.model.trainable)}
     if args.json:
         file = Path(args.json)
@@ -162,7 +162,7 @@ def print_compared(figures: dict) -> None:
     for name in ("cells", "alone"):
         row = figures[name]
         machine = f"{math.prod(row['mesh'].values())} x {row['device']}"
-        gib = [row[f"{part}_bytes"] / topology.GIB for part in ("argument", "temp", "peak")]
+        gib = [row[f"{kind_bytes}_bytes"] / topology.GIB for kind_bytes in ("argument", "temp", "peak")]
         print(
             f"{machine:28}{row['num_cells']:6}{gib[0]:8.3f}{gib[1]:8.3f}{gib[2]:10.3f}"
             f"{row['collective_bytes_sum'] / GB:10.3f}{row['num_collectives']:13}{len(row['crossing']):10}"

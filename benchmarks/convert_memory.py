@@ -1,9 +1,9 @@
 """How much memory `medcg convert` takes, both ways: `python -m benchmarks.convert_memory [--gigabytes=4]`.
 
-Writes a LLaVA-1.5 of the released width and less depth with random numbers, in shards of a quarter of its size,
-converts it to Orbax and back in a child process each, and watches the child: the peak of all its memory (VmHWM, with
-mapped files and libraries) and of its own (RssAnon). Then every tensor is compared with the one it was made from, and
-all files are deleted. Reads /proc: Linux only.
+Writes a LLaVA-1.5 of the released width and less depth with random numbers, in four shards, converts it to Orbax and back
+in a child process each, and watches the child's peaks: all its memory (VmHWM, with mapped files and libraries) and its
+private memory (RssAnon). Then every tensor is compared with its original, and all files are deleted. Reads /proc: Linux
+only.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from medcg_jax.families.llava.model import LlavaConfig, llava15_7b
 from medcg_jax.families.weights import engine, llava
 from medcg_jax.families.weights.files import open_tensors, write_safetensors
 
-# What a conversion may take, as a part of the largest shard.
+# The most memory of a conversion, as a multiple of the largest shard.
 LIMIT = 1.3
 NUM_SHARDS = 4
 LIMIT_S = 240
@@ -71,8 +71,8 @@ def measure(folder: Path, config: LlavaConfig, shard_bytes: int) -> dict:
               f"{result[to]['seconds']:.0f} s")  # fmt: skip
     result["compared"] = compare(src, back)
     result["below_limit"] = all(result[to]["VmHWM"] < limit for to in ("orbax", "hf"))
-    place = "below" if result["below_limit"] else "ABOVE"
-    print(f"{result['compared']} tensors came back bit for bit; {place} the limit")
+    verdict = "below" if result["below_limit"] else "ABOVE"
+    print(f"{result['compared']} tensors came back bit for bit; {verdict} the limit")
     return result
 
 
@@ -123,10 +123,10 @@ def memory_of(pid: int) -> dict[str, int]:
 
 
 def compare(before: Path, after: Path) -> int:
-    """How many tensors of `before` stand in `after` bit for bit: all of them.
+    """The number of tensors of `before`, all of which are in `after` bit for bit.
 
     Raises:
-      RunError: one is not there, or another.
+      RunError: a tensor is missing or differs.
     """
     ours, theirs = open_tensors(before), open_tensors(after)
     for name, shape in ours.shapes.items():

@@ -1,13 +1,13 @@
 """How fast duplicates are found: `python -m benchmarks.duplicates [--images=50000] [--root=TREE]`.
 
-Writes images, then times two things apart, at a quarter, a half and all of them: hashing from files (read, decode,
-three digests), in `--workers` processes, and the search for near pairs, in one. Fits how each grows, and says what a
-million images would take: by wall time, which others on the machine lengthen, and by CPU seconds over the workers.
-The search is also timed on as many hashes as the release has images, made of those found by turning over a tenth of
-their bits, a tenth of them held as tests against the others in every form.
+Writes images, then times at a quarter, a half and all of them: hashing from files (read, decode, three digests) in
+`--workers` processes, and the search for near pairs in one process. Fits how each grows, and extrapolates to a million
+images: by wall time, which other load on the machine lengthens, and by CPU seconds over the workers. The search is also
+timed on as many hashes as the release has images: hashes of the images with a tenth of their bits flipped, a tenth of
+them searched as tests among the others.
 
-Each image is one of the tree's (without a tree: a phantom), cut, turned lighter or darker and resized by a seeded draw,
-and saved as JPEG (7 of 10), PNG (2) or BMP (1). A tenth of them are another's copies, saved anew.
+Each image is one of the tree's (without a tree: a phantom), cropped, made lighter or darker and resized by a seeded draw,
+and saved as JPEG (7 of 10), PNG (2) or BMP (1). A tenth of them are copies of another, saved again.
 """
 
 import argparse
@@ -61,14 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", default="", help="a file for the figures")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
-        found = measure(Path(folder), args.images, args.root, args.longest_side, args.workers, args.hashes)
-    show(found)
-    write_record(args.json, found)
+        figures = measure(Path(folder), args.images, args.root, args.longest_side, args.workers, args.hashes)
+    show(figures)
+    write_record(args.json, figures)
     return 0
 
 
 def measure(folder: Path, number: int, root: str, longest_side: int, workers: int, hashes: int) -> dict:
-    """All figures, as JSON takes them; seconds are wall time unless they are named CPU seconds."""
+    """All figures as JSON; seconds are wall time unless named CPU seconds."""
     pictures = tree_images(Path(root)) if root else phantom_files(folder / "phantoms")
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         make = partial(write_image, pictures, folder, longest_side)
@@ -77,16 +77,16 @@ def measure(folder: Path, number: int, root: str, longest_side: int, workers: in
     rows, prints = [], []
     for size in sizes:
         prints, hashing = timed(partial(hash_files, files[:size], workers))
-        places, found = hash_rows(prints)
-        pairs, searching = timed(partial(near_pairs, found, NEAR_BITS))
+        places, hashed = hash_rows(prints)
+        pairs, searching = timed(partial(near_pairs, hashed, NEAR_BITS))
         grouped, grouping = timed(partial(groups, prints))
         rows.append({"images": size, "hash": hashing, "search": searching, "group": grouping, "hashed": len(places),
                      "pairs": len(pairs), "groups": len(grouped)})  # fmt: skip
-    fits = {part: fit(sizes, [row[part] for row in rows], workers if part == "hash" else 1)
-            for part in ("hash", "search", "group")}  # fmt: skip
-    made = turned(hash_rows(prints)[1], hashes)
+    fits = {step: fit(sizes, [row[step] for row in rows], workers if step == "hash" else 1)
+            for step in ("hash", "search", "group")}  # fmt: skip
+    made_up = turned(hash_rows(prints)[1], hashes)
     tests = int(hashes * TEST_SHARE)
-    _, searched = timed(partial(near_pairs_between, made[tests:], made[:tests], NEAR_BITS))
+    _, searched = timed(partial(near_pairs_between, made_up[tests:], made_up[:tests], NEAR_BITS))
     return {
         "made_from": root or "phantoms", "sources": len(pictures), "workers": workers, "cores": os.cpu_count(),
         "bytes_per_image": sum(os.path.getsize(file) for file in files) / number,
@@ -95,21 +95,21 @@ def measure(folder: Path, number: int, root: str, longest_side: int, workers: in
     }  # fmt: skip
 
 
-def show(found: dict) -> None:
-    print(f"images from {found['made_from']}: {found['bytes_per_image'] / 1e3:.0f} kB and "
-          f"{found['pixels_per_image']:.0f} pixels each; {found['workers']} workers, "
-          f"{found['cores']} cores")  # fmt: skip
-    for row in found["rows"]:
+def show(figures: dict) -> None:
+    print(f"images from {figures['made_from']}: {figures['bytes_per_image'] / 1e3:.0f} kB and "
+          f"{figures['pixels_per_image']:.0f} pixels each; {figures['workers']} workers, "
+          f"{figures['cores']} cores")  # fmt: skip
+    for row in figures["rows"]:
         parts = ", ".join(
-            f"{part} {row[part]['wall_s']:.1f} s ({row[part]['cpu_s']:.1f} CPU s)"
-            for part in ("hash", "search", "group")
+            f"{step} {row[step]['wall_s']:.1f} s ({row[step]['cpu_s']:.1f} CPU s)"
+            for step in ("hash", "search", "group")
         )
         print(f"{row['images']:8} images: {parts}; {row['pairs']} near pairs, {row['groups']} groups")
-    for part, own in found["fits"].items():
-        print(f"{part}: grows as n**{own['exponent']:.2f} (CPU seconds); a million: {own['million_wall_s']:.0f} s by "
-              f"wall time, {own['million_cpu_s']:.0f} s by CPU seconds over the workers")  # fmt: skip
-    made = found["made_up_hashes"]
-    print(f"search of {made['hashes']} made-up hashes: {made['wall_s']:.1f} s ({made['cpu_s']:.1f} CPU s)")
+    for step, growth in figures["fits"].items():
+        print(f"{step}: grows as n**{growth['exponent']:.2f} (CPU seconds); a million: {growth['million_wall_s']:.0f} s by "
+              f"wall time, {growth['million_cpu_s']:.0f} s by CPU seconds over the workers")  # fmt: skip
+    made_up = figures["made_up_hashes"]
+    print(f"search of {made_up['hashes']} made-up hashes: {made_up['wall_s']:.1f} s ({made_up['cpu_s']:.1f} CPU s)")
 
 
 def fit(sizes: Sequence[int], seconds: Sequence[dict], workers: int) -> dict:
@@ -117,7 +117,7 @@ def fit(sizes: Sequence[int], seconds: Sequence[dict], workers: int) -> dict:
     logs = np.log(sizes)
 
     def power(key: str) -> float:
-        return float(np.polyfit(logs, np.log([max(own[key], 1e-6) for own in seconds]), 1)[0])
+        return float(np.polyfit(logs, np.log([max(row[key], 1e-6) for row in seconds]), 1)[0])
 
     def million(key: str) -> float:
         return seconds[-1][key] * (MILLION / sizes[-1]) ** max(1.0, power(key))
@@ -127,11 +127,11 @@ def fit(sizes: Sequence[int], seconds: Sequence[dict], workers: int) -> dict:
 
 
 def timed(function: Callable) -> tuple:
-    """(what it returns, {"wall_s", "cpu_s"}); CPU seconds with those of child processes that have ended."""
+    """(the function's value, {"wall_s", "cpu_s"}); CPU seconds include ended child processes."""
 
     def cpu() -> float:
         spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        return sum(own.ru_utime + own.ru_stime for own in spent)
+        return sum(usage.ru_utime + usage.ru_stime for usage in spent)
 
     wall, before = time.perf_counter(), cpu()
     value = function()
@@ -144,13 +144,13 @@ def hash_files(files: Iterable[str], workers: int) -> list[ImageHashes]:
 
 
 def turned(hashes: np.ndarray, number: int) -> np.ndarray:
-    """uint8[number, 32]: hashes as alike as real ones, with a tenth of their bits turned over."""
+    """uint8[number, 32] hashes, drawn from `hashes` and with a tenth of their bits flipped."""
     generator = np.random.default_rng(0)
-    made = hashes[generator.integers(0, len(hashes), number)]
+    made_up = hashes[generator.integers(0, len(hashes), number)]
     for start in range(0, number, 1 << 16):
-        part = made[start : start + (1 << 16)]
-        part ^= np.packbits(generator.random((len(part), 256), np.float32) < TURNED_SHARE, axis=1)
-    return made
+        block = made_up[start : start + (1 << 16)]
+        block ^= np.packbits(generator.random((len(block), 256), np.float32) < TURNED_SHARE, axis=1)
+    return made_up
 
 
 def tree_images(root: Path) -> list[str]:
@@ -166,16 +166,16 @@ def phantom_files(folder: Path) -> list[str]:
     source, files = PhantomSource(0, 10, 10), []
     for subset in source.subsets:
         records = source.records(subset.name, "train")
-        for place in range(len(records)):
-            files.append(str(folder / f"{subset.name}-{place}.png"))
-            Image.fromarray(records.image(place)).save(files[-1])
+        for index in range(len(records)):
+            files.append(str(folder / f"{subset.name}-{index}.png"))
+            Image.fromarray(records.image(index)).save(files[-1])
     return files
 
 
-def write_image(pictures: Sequence[str], folder: Path, longest_side: int, place: int) -> str:
-    """Writes the image of this number and returns its file; see the module's head."""
-    # Copies are made of the image before, by the same draws but the format's.
-    of = place - 1 if place % 10 == 9 else place
+def write_image(pictures: Sequence[str], folder: Path, longest_side: int, index: int) -> str:
+    """Writes the image number `index` (see the module's docstring) and returns its file."""
+    # A copy repeats the draws of the image before it, except the format's.
+    of = index - 1 if index % 10 == 9 else index
     generator = np.random.default_rng((0, of))
     image = Image.fromarray(load_image(pictures[of % len(pictures)], MAX_PIXELS))
     width, height = image.size
@@ -186,9 +186,9 @@ def write_image(pictures: Sequence[str], folder: Path, longest_side: int, place:
     factor = longest_side / max(image.size) if longest_side else generator.uniform(0.8, 1.2)
     size = [max(1, round(side * factor)) for side in image.size]
     image = image.resize(size, Image.Resampling.BICUBIC)
-    form = FORMATS[np.random.default_rng((1, place)).integers(len(FORMATS))]
-    path = folder / f"{place:07}.{form.lower()}"
-    image.save(path, form, **({"quality": 75 + place % 21} if form == "JPEG" else {}))
+    form = FORMATS[np.random.default_rng((1, index)).integers(len(FORMATS))]
+    path = folder / f"{index:07}.{form.lower()}"
+    image.save(path, form, **({"quality": 75 + index % 21} if form == "JPEG" else {}))
     return str(path)
 
 

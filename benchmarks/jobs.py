@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.records import write_record
 
-# A base of a few steps, and twelve trainings as long as those of the pairs.
+# A base of a few steps and twelve trainings, as long as those of the pairs.
 FLAGS = (
     "--config=configs/phantom.py:tiny", "--config.train.steps=150", "--config.data.train_records_per_subset=300",
     "--config.data.test_records_per_subset=300", "--config.study.tables=('pairs',)",
@@ -21,7 +21,7 @@ FLAGS = (
 
 
 def seconds_of(folder: Path, name: str, jobs: int) -> float:
-    """Seconds of the grid in FOLDER/name with so many processes.
+    """Seconds of the grid in FOLDER/name with `jobs` processes.
 
     Raises:
       CalledProcessError: it failed; its output is in FOLDER/name.log.

@@ -2,9 +2,9 @@
 
     python -m benchmarks.loader ROOT [--prepared=DIR] [--images=2000] [--json=FILE]
 
-All three give batches of the same images as uint8[B, 336, 336, 3], padded to a square and resized, with as many
-workers: threads of ours, processes of PyTorch's, whose dataset opens the raw file with PIL. They take turns in one run;
-the order of the images is the same. Ours build whole rows, tokens included; PyTorch's have the images alone.
+All three give batches of the same images in the same order as uint8[B, 336, 336, 3], padded to a square and resized, with
+equally many workers: threads here, processes in PyTorch, whose dataset opens the raw file with PIL. They take turns in
+one run. Rows here include tokens; PyTorch's are images alone.
 """
 
 import argparse
@@ -36,7 +36,7 @@ DATA = DataConfig(max_text_tokens=400)
 
 
 def compare(root: Path, prepared: Path, *, images: int, rounds: int = 3) -> dict:
-    """Images/s, MB/s and CPU seconds per 1,000 images of each loader, medians over the rounds; ratios to PyTorch's."""
+    """Images/s, MB/s and CPU seconds per 1,000 images of each loader, medians over the rounds; and ratios to PyTorch."""
     raw, ready = _encoded(ReleaseSource(root, DATA)), _encoded(PreparedSource(prepared, DATA))
     order = _order(raw, images)
     paths = [str(root / raw.records.records[index].image) for index in order]
@@ -46,24 +46,24 @@ def compare(root: Path, prepared: Path, *, images: int, rounds: int = 3) -> dict
         "medcg, prepared": lambda: _ours(ready),
     }
     first = {name: next(iter(load())) for name, load in loaders.items()}
-    for name, batch in first.items():  # of like with like
+    for name, batch in first.items():
         np.testing.assert_array_equal(batch, first["torch, raw files"], err_msg=name)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in loaders}
     for _ in range(rounds):
         for name, load in loaders.items():
             taken[name].append(_time(load(), images // BATCH_SIZE))
     count, size = images // BATCH_SIZE * BATCH_SIZE, SIZE_PX * SIZE_PX * 3
-    found = {}
+    rows = {}
     for name, pairs in taken.items():
         wall, cpu = (statistics.median(values) for values in zip(*pairs, strict=True))
-        found[name] = {
+        rows[name] = {
             "images_per_s": count / wall, "mb_per_s": count * size / wall / 1e6, "cpu_s_per_1000": cpu / count * 1000
         }  # fmt: skip
     ratios = {
-        name: statistics.median(t[0] / own[0] for t, own in zip(taken["torch, raw files"], pairs, strict=True))
+        name: statistics.median(t[0] / ours[0] for t, ours in zip(taken["torch, raw files"], pairs, strict=True))
         for name, pairs in taken.items()
     }
-    figures = {"loaders": found, "ratio_to_torch": ratios}
+    figures = {"loaders": rows, "ratio_to_torch": ratios}
     return {"images": count, "rounds": rounds, "workers": WORKERS} | figures
 
 
@@ -81,10 +81,10 @@ def _encoded(source: Source) -> Encoded:
 
 def _order(encoded: Encoded, images: int) -> list[int]:
     """The indices that `_ours` draws first."""
-    place = {record.id: index for index, record in enumerate(encoded.records.records)}
+    index_of = {record.id: index for index, record in enumerate(encoded.records.records)}
     blind = Encoded(encoded.records, encoded.format, encoded.arrays, {"pixels": np.zeros((len(encoded), 1), np.uint8)})
     batches = Batches(blind, batch_size=BATCH_SIZE, seed=0, prefetch=0)
-    order = [place[name] for _ in range(images // BATCH_SIZE + 1) for name in next(batches)[1]]
+    order = [index_of[name] for _ in range(images // BATCH_SIZE + 1) for name in next(batches)[1]]
     batches.close()
     return order
 
@@ -132,7 +132,7 @@ def _torch(paths: list[str]) -> Iterator[np.ndarray]:
 
 
 def _time(batches: Iterator[np.ndarray], count: int) -> tuple[float, float]:
-    """(wall, CPU) seconds of `count` batches, start of the workers included; their processes have ended."""
+    """(wall, CPU) seconds of `count` batches, with the start of the workers and their ended processes."""
     wall, cpu = time.perf_counter(), _cpu()
     for _ in range(count):
         next(batches)
@@ -157,13 +157,13 @@ def main() -> None:
         prepared = args.prepared or Path(folder) / "prepared"
         if not args.prepared:
             prepare(args.root, prepared, DATA, Layout("square", SIZE_PX))
-        found = compare(args.root, prepared, images=args.images)
-    for name, row in found["loaders"].items():
+        figures = compare(args.root, prepared, images=args.images)
+    for name, row in figures["loaders"].items():
         print(
             f"{name:18} {row['images_per_s']:8.0f} images/s {row['mb_per_s']:7.0f} MB/s "
-            f"{row['cpu_s_per_1000']:6.2f} CPU s per 1,000   {found['ratio_to_torch'][name]:.2f} x torch"
+            f"{row['cpu_s_per_1000']:6.2f} CPU s per 1,000   {figures['ratio_to_torch'][name]:.2f} x torch"
         )
-    write_record(args.json, found)
+    write_record(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
     python -m benchmarks.meshes [--json=FILE] [--config=FILE.py] [TOPOLOGY ...]
 
-Every row is the product's own step, compiled by fast flags for a machine that need not be there; it holds if its peak
-fits the device's memory and the bytes that it moves are within a tenth of the textbook's. Nothing is executed: how fast
-a step is, this does not say.
+Every row is the product's step, compiled with fast flags for a machine that may be absent. A row holds if the peak fits
+the device's memory and the bytes moved are within a tenth of the textbook's. Nothing is executed, so speed is not
+measured.
 
 The textbook: sharded data parallelism (FSDP) gathers each weight in the compute dtype where it is used and reduces each
-gradient once; tensor parallelism sums activations behind every matrix that is split by rows; replicas of the data sum
+gradient once; tensor parallelism sums activations after every matrix that is split by rows; data parallel replicas sum
 gradients. Sources: arXiv 1910.02054, section 7 (ZeRO: two gathers and a reduction of the parameters), arXiv 1909.08053,
 section 3 (two sums of activations a layer, forward and backward each).
 """
@@ -82,10 +82,10 @@ MESHES = {
 
 
 def check_row(run: RunConfig, where: str, row: Row) -> dict:
-    """What the row's step needs per device and moves, the textbook's bytes, and whether it holds.
+    """Memory and bytes moved of the row's step per device, the textbook's bytes, and whether the row holds.
 
-    `ratio` is bytes moved by the textbook's (None where neither moves any), `fits` whether the peak leaves `MARGIN` of
-    the memory free, `holds` whether both are as they should be.
+    `ratio` is bytes moved over the textbook's (None where the textbook moves none), `fits` whether the peak leaves
+    `MARGIN` of the memory free, `holds` whether it fits and the ratio is within `TOLERANCE` of 1.
 
     Raises:
       ConfigError: the topology cannot be compiled for here.
@@ -147,14 +147,14 @@ def textbook_bytes(
     _, params = build.abstract(config)
     specs = jax.tree.map(lambda sharding: sharding.spec, build.shardings(config, mesh))
     width = jnp.dtype(config.compute_dtype).itemsize
-    found: Counter[str] = Counter()
+    by_kind: Counter[str] = Counter()
     for name in params:
         if name == "unused":
             continue
         flat = jax.tree_util.tree_flatten_with_path(params[name])[0]
         for (path, weight), spec in zip(flat, jax.tree.leaves(specs[name]), strict=True):
             names = [key.key for key in path]
-            found.update(
+            by_kind.update(
                 _of_weight(
                     weight, spec, mesh, width=width, trains=name in trainable, table=names[-1] == "table",
                     gathers=2 if "blocks" in names and (name in trainable or name == "decoder") else 1,
@@ -163,8 +163,8 @@ def textbook_bytes(
     num_images = batch["pixels"].shape[1]
     rows, length = batch["tokens"].shape
     local_rows = rows / (mesh.shape["data"] * mesh.shape["fsdp"] * accumulation_steps)
-    found.update(_of_activations(config, mesh, local_rows * width, length, num_images, "decoder" in trainable))
-    return {kind: round(size * accumulation_steps) for kind, size in found.items() if size}
+    by_kind.update(_of_activations(config, mesh, local_rows * width, length, num_images, "decoder" in trainable))
+    return {kind: round(size * accumulation_steps) for kind, size in by_kind.items() if size}
 
 
 def moved_bytes(by_kind: Mapping[str, float]) -> float:
@@ -176,19 +176,19 @@ def moved_bytes(by_kind: Mapping[str, float]) -> float:
 
 
 def _of_weight(weight, spec, mesh: Mesh, *, width: int, trains: bool, table: bool, gathers: int) -> dict[str, float]:
-    axes = {axis for part in spec if part for axis in ([part] if isinstance(part, str) else part)}
+    axes = {axis for entry in spec if entry for axis in ([entry] if isinstance(entry, str) else entry)}
     data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
     whole = width * math.prod(weight.shape) / (tensor if "tensor" in axes else 1)
     split = "fsdp" in axes and fsdp > 1
-    found = {}
+    by_kind = {}
     if split and not table:
-        found["all-gather"] = gathers * whole
-        found["reduce-scatter"] = whole * trains
+        by_kind["all-gather"] = gathers * whole
+        by_kind["reduce-scatter"] = whole * trains
     if split and data > 1:
-        found["all-reduce"] = whole / fsdp * trains
+        by_kind["all-reduce"] = whole / fsdp * trains
     elif not split and data * fsdp > 1:
-        found["all-reduce"] = whole * trains
-    return found
+        by_kind["all-reduce"] = whole * trains
+    return by_kind
 
 
 def _of_activations(
@@ -197,15 +197,15 @@ def _of_activations(
     """row_bytes: of one number in each row of a device."""
     vision, text = config.vision, config.text
     embedded = row_bytes * length * text.embed_dim
-    found = {}
+    by_kind = {}
     if mesh.shape["fsdp"] > 1:
-        found["all-to-all"] = embedded * (2 if table_trains else 1)
+        by_kind["all-to-all"] = embedded * (2 if table_trains else 1)
     if mesh.shape["tensor"] > 1:
         sums = text.num_layers * (5 if config.remat == "full" else 4) + 1
         tower = row_bytes * num_images * (vision.num_patches + 1) * vision.embed_dim * 2 * vision.num_run_layers
         projected = row_bytes * num_images * vision.num_features * text.embed_dim
-        found["all-reduce"] = sums * embedded + tower + projected
-    return found
+        by_kind["all-reduce"] = sums * embedded + tower + projected
+    return by_kind
 
 
 # ------------------------------------------------------------------ the command

@@ -1,4 +1,4 @@
-"""What the scripts share: flags that change a configuration, and the JSON file that a script leaves."""
+"""Shared by the scripts: flags that change a configuration, and the JSON file of a script's figures."""
 
 import json
 from pathlib import Path

@@ -79,7 +79,7 @@ def test_a_mirrored_test_image_in_training_is_named(tree, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--image=round:3", "image='round:3'; square:SIZE, fit:SIZE (pixels, from 1) or keep is accepted"),
+        ("--image=round:3", "image='round:3'; expected square:SIZE, fit:SIZE (pixels, from 1) or keep"),
         ("--max_bad_frac=7", "7: expected 0 to 1"),
         ("--window=moon", "data.window='moon'; "),
         ("--near=maybe", "invalid choice: 'maybe'"),

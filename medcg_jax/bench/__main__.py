@@ -2,8 +2,8 @@
 
     python -m medcg_jax.bench --json=FILE [--config=configs/bench_gpu.py] [--model=NAME] [--time=570] [--stages=A,B]
 
-The configuration is the module's `RUN`, `STAGES` and `TIME_S`. What a stage finds stands in FILE within a second; one
-that fails stands there too, and the others go on. Exit status 0: every stage that can run here did.
+The configuration is a module with `RUN`, `STAGES` and `TIME_S`. FILE gets a stage's figures within a second; the error
+of a failed stage too, and the others go on. Exit status 0: every stage that can run here did.
 """
 
 import argparse

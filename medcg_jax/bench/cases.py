@@ -1,5 +1,5 @@
-"""Stages that look for the best of several cases on one device, with random rows: training, transformers, letters; then
-a trace of the fastest step. They need nothing but jax, flax and optax.
+"""Stages that measure several cases on one device with random rows: training, transformers, letters; and a trace of the
+fastest step. They need only jax, flax and optax.
 
 A stage is `stage(ask, save)`, in a process of its own (`run`).
 """
@@ -9,8 +9,9 @@ import gc
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from medcg_jax.plan.hlo import attention_in
 
 REPEATS = 4
 FULL = ("projector", "decoder")
-# Recomputes more from left to right, and keeps less.
+# From the most memory to the most recomputation.
 REMATS = ("none", "dots", "full")
 NUM_NEW = 4  # generated tokens, of `EvalConfig.max_new_tokens`
 NUM_OPTIONS = 4
@@ -42,9 +43,9 @@ class Case:
     """One thing to measure.
 
     what: "train" of this port; "torch train", "torch compiled", "torch forward" or "torch generate" of transformers;
-      "letters", with `num_new` tokens generated beside.
-    param_dtype: of trained parameters and AdamW's moments between steps. rank: of adapters, which are then trained in
-      the decoder's place; base_dtype: how the rest is kept.
+      "letters" of this port, which also generates `num_new` tokens.
+    param_dtype: of trained parameters and AdamW's moments between steps. rank: of adapters, trained in place of the
+      decoder; 0: none. base_dtype: of the frozen weights under adapters.
     """
 
     what: str
@@ -68,7 +69,7 @@ class Case:
         model = dataclasses.replace(
             ask.run.model, remat=self.remat, compute_dtype="bfloat16", lora_rank=self.rank or ModelConfig.lora_rank,
             trainable=("projector", "lora") if self.rank else FULL, base_dtype=self.base_dtype,
-            # One layer at a time, as accelerators have it by default.
+            # One layer at a time, the default on accelerators.
             scan_unroll=1 if ask.run.model.name in build.TINY else ask.run.model.scan_unroll,
         )  # fmt: skip
         return model, dataclasses.replace(ask.run.train, param_dtype=self.param_dtype, moment_dtype=self.param_dtype)
@@ -84,9 +85,9 @@ class Case:
         )
 
 
-# Sizes that XLA's own plan for one H200 (133 GiB at 95 %) takes to its edge and beyond. In GiB, with a bfloat16 state:
-# 82 at dots/16, 112 at dots/32, 127 at dots/40, 97 at none/8, 119 at none/12; with a float32 one: 111 at full/32, 109
-# at dots/4.
+# Sizes up to the limit of one H200 (133 GiB at 95 %) and beyond. Peaks by XLA's plan in GiB, with a bfloat16 state: 82
+# at dots/16, 112 at dots/32, 127 at dots/40, 97 at none/8, 119 at none/12; with a float32 state: 111 at full/32, 109 at
+# dots/4.
 CASES = {
     "train_bf16": (
         Case("train", 16, "dots"), Case("train", 8, "none"), Case("train", 32, "dots"), Case("train", 12, "none"), Case("train", 64, "full"), Case("train", 40, "dots"),
@@ -112,7 +113,8 @@ CASES = {
 
 
 def cases(ask: Ask, stage: str = "") -> list[Case]:
-    """The cases of the stage (of its own); its first ones at each of `ask.batches`; of a tiny model three that are small."""
+    """The cases of a stage, by default `ask.stage`; its first ones at each of `ask.batches`; three small ones of a tiny
+    model."""
     chosen = list(CASES[stage or ask.stage])
     if ask.batches:
         first = [case for case in chosen if case.batch_size == chosen[0].batch_size and case.remat == chosen[0].remat]
@@ -125,13 +127,13 @@ def cases(ask: Ask, stage: str = "") -> list[Case]:
 
 
 def in_turn(ask: Ask, cases: Iterable, measure: Callable, *, save: Callable) -> list[dict]:
-    """A row for every case: what `measure(case, row)` adds to it as it goes, or why there is none. Each is saved at once.
+    """A row for every case: what `measure(case, row)` adds to it, or why it was not measured. Each row is saved at once.
 
-    A case is left out where less time is left than the longest so far took, and where one that needs no more memory did
-    not fit. Any other error is a row's own.
+    A case is left out where less time is left than the longest one took, or where a case with smaller needs did not fit.
+    Any other error stands in the row.
 
     Raises:
-      RuntimeError: a row has an error, or none of them was measured.
+      RuntimeError: a row has an error, or no case was measured.
     """
     rows, too_large, longest = [], [], 0.0
     for case in cases:
@@ -157,20 +159,16 @@ def in_turn(ask: Ask, cases: Iterable, measure: Callable, *, save: Callable) -> 
             if key in row:
                 print(f"   {case.name}: {f'{key}: {row[key]}'.replace('_', ' ')[:160]}", flush=True)
         save(rows=rows)
-    check_rows(rows)
-    return rows
-
-
-def check_rows(rows: Sequence[dict]) -> None:
     wrong = [f"{row['case']}: {row['error']}" for row in rows if "error" in row]
     if wrong:
         raise RuntimeError("; ".join(wrong))
     if rows and all({"does_not_fit", "left_out"} & set(row) for row in rows):
         raise RuntimeError(f"nothing of {', '.join(row['case'] for row in rows)} could be run")
+    return rows
 
 
 def rows_of(case: Case, ask: Ask) -> dict[str, np.ndarray]:
-    """The training batch of a case: half to all of the run's text tokens, which both sides are given."""
+    """The training batch of a case for both sides: rows of half to all of the run's text tokens."""
     most, config = ask.run.data.max_text_tokens, architecture(case.settings(ask)[0])
     return example_batch(
         config, batch_size=case.batch_size, text_tokens=(most // 2, most), num_targets=ask.run.data.max_target_tokens
@@ -178,7 +176,7 @@ def rows_of(case: Case, ask: Ask) -> dict[str, np.ndarray]:
 
 
 def questions(case: Case, ask: Ask) -> dict[str, np.ndarray]:
-    """A random batch of the shapes that `data.encoding.encode_eval` makes: one image and a question in each row."""
+    """A random batch with the shapes of `data.encoding.encode_eval`: one image and one question in each row."""
     batch, rng = rows_of(case, ask), np.random.default_rng(0)
     usable = architecture(ask.run.model).image_token_id
     options = rng.integers(1, usable, (case.batch_size, NUM_OPTIONS), dtype=np.int32)
@@ -189,10 +187,10 @@ def questions(case: Case, ask: Ask) -> dict[str, np.ndarray]:
 
 
 def check_plan(row: dict, program: jax.stages.Compiled) -> None:
-    """Adds to `row` the peak that `medcg plan` would give, of the very program, and what the device lends.
+    """Adds to `row` the program's peak as `medcg plan` gives it, and the device's memory limit.
 
     Raises:
-      MemoryError: the first is above the second, so that running it would only fail.
+      MemoryError: the peak is above the limit, so that running the program would fail.
     """
     plan = getattr(program.memory_analysis(), "peak_memory_in_bytes", 0) or None
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
@@ -210,13 +208,16 @@ def train(ask: Ask, save: Callable) -> None:
 
 
 class Steps:
-    """Training steps of one model; cases that keep the same state share it."""
+    """Training steps of one model; cases with the same state share its arrays."""
+
+    port: Any = None
+    state_of: Case | None = None
 
     def __init__(self, ask: Ask):
-        self.ask, self.port, self.state_of = ask, None, None
+        self.ask = ask
 
     def measure(self, case: Case, row: dict) -> None:
-        """Adds to `row` what the case's step needs and how fast it is. Raises what compiling and running raise."""
+        """Adds to `row` the memory and the speed of the case's step. Raises what compiling and running raise."""
         batch = rows_of(case, self.ask)
         row |= dataclasses.asdict(case) | {"batch": describe(batch)}
         self.take(case)
@@ -227,7 +228,7 @@ class Steps:
         print(f"   {case.name}: {rate_text(row)}{plan}, compiled in {row['compile_s']:.0f} s", flush=True)
 
     def take(self, case: Case, **changes) -> None:
-        """Makes `self.port` the case's, with the state of the last one where it keeps the same and still has it.
+        """Makes `self.port` the case's; it takes over the last port's state where that is alike and not deleted.
 
         changes: of the model's configuration.
         """
@@ -235,7 +236,7 @@ class Steps:
         model = dataclasses.replace(model, **changes)
         state_of = dataclasses.replace(case, batch_size=0, remat="none")
         port = Port(architecture(model), make_mesh(devices=jax.devices()[:1]), train, model)
-        # A step that failed has taken its state with it.
+        # A failed step has deleted its donated state.
         if self.state_of == state_of and self.port.state is not None and not any(
             x.is_deleted() for x in jax.tree.leaves(self.port.state)
         ):  # fmt: skip
@@ -260,7 +261,7 @@ class Steps:
 
 
 def letters(ask: Ask, save: Callable) -> None:
-    """Saves samples/s of each case, weights in bfloat16; the batch is put on the device every time."""
+    """Saves samples/s of each case with bfloat16 weights; every call puts its batch on the device."""
     config = architecture(Case("train", 1).settings(ask)[0])
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
@@ -269,7 +270,7 @@ def letters(ask: Ask, save: Callable) -> None:
 
     def measure(case: Case, row: dict) -> None:
         batch = questions(case, ask)
-        # No token is the end: random weights generate as long as they are asked to.
+        # No token ends a row, so that random weights generate all `num_new` tokens.
         evaluator = make_evaluator(
             mesh, graphdef, shardings, eos_id=-1, max_new_tokens=case.num_new, generate=case.num_new > 0
         )
@@ -321,7 +322,7 @@ def torch(ask: Ask, save: Callable) -> None:
 
 
 def reference(case: Case, ask: Ask) -> Callable[[int], object]:
-    """Takes a number of steps of transformers: training steps, or answers to all questions of the batch."""
+    """A runner of steps of transformers: training steps, or answers to all questions of the batch."""
     from medcg_jax.bench import pytorch
 
     model, train = case.settings(ask)
@@ -334,7 +335,7 @@ def reference(case: Case, ask: Ask) -> Callable[[int], object]:
     model = dataclasses.replace(model, compute_dtype="float32" if pure else "bfloat16")
     side = pytorch.Reference(architecture(model), rows_of(case, ask), train, model)
     if pure:
-        # The parameters stay the optimizer's own; its moments are made of them at the first step.
+        # In place: the optimizer keeps its parameters, and makes its moments of them at the first step.
         side.model.to(pytorch.torch.bfloat16)
         side.inputs["pixel_values"] = side.inputs["pixel_values"].to(pytorch.torch.bfloat16)
     return side.compiled_seconds if case.what == "torch compiled" else side.seconds
@@ -344,7 +345,7 @@ def reference(case: Case, ask: Ask) -> Callable[[int], object]:
 
 
 def best_case(ask: Ask) -> Case:
-    """The case of the training step with the most samples/s so far; where none is known the first that there is."""
+    """The training case with the most samples/s so far; the first case where none is measured."""
     rows = [row for stage in ("train_bf16", "train_fp32") for row in ask.so_far.get(stage, {}).get("rows", [])]
     rows = [row for row in rows if row.get("samples_per_s")]
     if rows:
@@ -354,7 +355,7 @@ def best_case(ask: Ask) -> Case:
 
 
 def trace(ask: Ask, save: Callable) -> None:
-    """Saves where the device's time goes in `TRACED_STEPS` steps of the fastest case, and what limits it."""
+    """Saves how the device spends its time in `TRACED_STEPS` steps of the fastest case, and what limits the step."""
     case, steps = best_case(ask), Steps(ask)
     batch = rows_of(case, ask)
     save(case=case.name)
@@ -381,22 +382,22 @@ def trace(ask: Ask, save: Callable) -> None:
 
 
 def executed(config: build.Config, batch: dict, trainable: tuple[str, ...]) -> dict[str, float]:
-    """FLOPs of one step as it is executed, padding and what is computed again included, by kind of operation."""
+    """Executed FLOPs of one step by kind of operation, padding and recomputation included."""
     rows, length = batch["tokens"].shape
-    one = flops.forward(config, length=length, num_logits=batch["targets"].shape[1])
-    attended = flops.Flops(attention=one.attention)
+    forward = flops.forward(config, length=length, num_logits=batch["targets"].shape[1])
+    attended = flops.Flops(attention=forward.attention)
     attention = rows * flops.training(attended, trainable=trainable, remat=config.remat)
     whole = step_flops(config, batch, trainable)["executed"]
     return {"matrix products": whole - attention, "attention": attention}
 
 
 def limits(trace: dict, flops: dict[str, float], rate: float | None) -> list[str]:
-    """Lines that say what keeps a step from the time that its products need at the measured rate, the most first.
+    """Lines that say where a step loses time against its products at the measured rate, the largest loss first.
 
-    trace: `trace_read.read`'s. flops: of a step, `executed`'s. rate: FLOP/s of the best product measured, or None.
+    trace: of `trace_read.read`. flops: of `executed`. rate: FLOP/s of the best measured product, or None.
     """
     step = trace["span_s"] / trace["steps"]
-    took = {kind: one["seconds"] / trace["steps"] for kind, one in trace["kinds"].items()}
+    took = {kind: times["seconds"] / trace["steps"] for kind, times in trace["kinds"].items()}
     products = took["matrix products"]
     if not rate or not products:
         return []

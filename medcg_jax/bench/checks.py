@@ -1,4 +1,4 @@
-"""Stages about the machine itself, which need nothing but jax, flax and optax: its rates, its attention, its numbers.
+"""Stages about the machine, which need only jax, flax and optax: its rates, its attention, its numerics.
 
 A stage is `stage(ask, save)`, in a process of its own (`run`).
 """
@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,17 +30,17 @@ from medcg_jax.plan.hlo import attention_in
 from medcg_jax.plan.topology import about_here
 from medcg_jax.train.optim import hparams_from
 
-# What the tiny model's numbers on a device may differ from the CPU's, relative to the largest: measured between two
-# CPUs' orders of summation 1e-6; bfloat16 has 8 bits, and ten steps.
+# Largest difference of the tiny model's numbers on a device from the CPU's, relative to the largest number. Two CPUs'
+# orders of summation differ by 1e-6; bfloat16 has 8 bits, and there are ten steps.
 NEAR, NEAR_16_BITS = 1e-4, 5e-2
 NUM_STEPS = 10
-# Rows, width, and columns: squares, and a decoder's largest product at 32 rows of 704 tokens.
+# (rows, width, columns): squares, and a decoder's largest product at 32 rows of 704 tokens.
 PRODUCTS = ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 16384, 16384), (22528, 4096, 11008))
 TINY_PRODUCTS = ((128, 128, 128), (256, 256, 256))
 
 
 def lacks_torch(save: Callable) -> bool:
-    """Whether PyTorch or transformers is missing, which is saved."""
+    """Whether PyTorch or transformers is missing; if so, saves the status "skipped"."""
     missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if missing:
         save(status="skipped", why=f"not installed: {', '.join(missing)}")
@@ -69,10 +70,10 @@ def driver() -> str | None:
 
 
 def attention(ask: Ask, save: Callable) -> None:
-    """Saves which implementation "auto" takes here, how far it and its gradients are from plain, and both times.
+    """Saves which implementation "auto" chooses here, its errors and those of its gradients, and times; plain beside it.
 
-    Reference: plain attention in float32 on the same bfloat16 numbers. Errors are the largest, over real positions,
-    relative to the largest number of the reference; plain in bfloat16 beside it measures what is inevitable.
+    The reference is plain attention in float32 on the same bfloat16 numbers. Errors are the largest over real positions,
+    relative to the reference's largest number; those of plain attention in bfloat16 show the inevitable rounding.
     """
     name = ask.run.model.name
     text = architecture(ModelConfig(name=name, compute_dtype="bfloat16")).text
@@ -104,7 +105,7 @@ def attention(ask: Ask, save: Callable) -> None:
 
             seconds = statistics.median(seconds_of(steps, 5))
         values = {name: jnp.asarray(x, jnp.float32) for name, x in values.items()}
-        return values, {"uses": attention_in(compiled.as_text()), "forward_and_backward_s": seconds}
+        return values, {"uses": attention_in(compiled.as_text() or ""), "forward_and_backward_s": seconds}
 
     with jax.default_matmul_precision("highest"):
         reference, _ = both("plain", jnp.float32)
@@ -121,10 +122,10 @@ def attention(ask: Ask, save: Callable) -> None:
 
 
 def numerics(ask: Ask, save: Callable) -> None:
-    """Saves how far the tiny model's losses, gradients' norms and trained weights over ten steps are from the CPU's.
+    """Saves how far the tiny model's losses, gradient norms and trained weights in ten steps are from the CPU's.
 
-    In float32 with full products, in float32 as JAX has it by default (TensorFloat-32 on some GPUs: shown, not judged),
-    and in bfloat16. The reference is the CPU in float32; a device's bfloat16 is judged beside the CPU's own.
+    The reference is the CPU in float32. Compared are float32 with full precision, float32 with JAX's default precision
+    (TensorFloat-32 on some GPUs), and bfloat16 here and on the CPU; only the first and the third have a tolerance.
     """
     here, cpu = jax.devices()[0], jax.devices("cpu")[0]
     reference = ten_steps(cpu, "float32", "highest")
@@ -139,20 +140,20 @@ def numerics(ask: Ask, save: Callable) -> None:
         values = ten_steps(device, dtype, precision)
         differences = {key: farthest(values[key], reference[key]) for key in reference}
         rows[name] = {"device": device.device_kind, "tolerance": near, **differences}
-        worst = max(differences, key=differences.get)
+        worst = max(differences, key=lambda key: differences[key])
         print(f"   {name} on {device.device_kind}: at most {differences[worst]:.1e} of the largest ({worst})",
               flush=True)  # fmt: skip
         save(steps=NUM_STEPS, rows=rows)
-        # A NaN is near nothing.
+        # `not <=`: a NaN is wrong too.
         if near is not None and not max(differences.values()) <= near:
             wrong.append(f"{name}: {worst} {differences[worst]:.1e} above {near:.0e}")
     if wrong:
         raise RuntimeError("; ".join(wrong))
 
 
-def ten_steps(device, dtype: str, precision: str | None) -> dict[str, list]:
+def ten_steps(device, dtype: str, precision: str | None) -> dict[str, Any]:
     """Losses and gradient norms of `NUM_STEPS` steps of the tiny model on a device, and the decoder's weights after
-    them; its first weights and its batch are the same on every device."""
+    them. First weights and batch are the same on every device."""
     model = ModelConfig(compute_dtype=dtype, trainable=("projector", "decoder"), scan_unroll=1)
     config = architecture(model)
     first = build.create(config, make_mesh(devices=jax.devices("cpu")[:1]), seed=0)[1]
@@ -162,10 +163,10 @@ def ten_steps(device, dtype: str, precision: str | None) -> dict[str, list]:
         port = Port(config, make_mesh(devices=[device]), train, model)
         hparams = port.program.put_hparams(hparams_from(train, num_records=0))
         trainable, frozen = port.split(jax.device_put(first, build.shardings(config, port.mesh)))
-        state, batch = port.program.start(trainable), put_batch(batch, port.program.batch_sharding)
+        state, on_device = port.program.start(trainable), put_batch(batch, port.program.batch_sharding)
         losses, norms = [], []
         for _ in range(NUM_STEPS):
-            state, metrics = port.program(state, frozen, hparams, batch)
+            state, metrics = port.program(state, frozen, hparams, on_device)
             losses.append(float(metrics["loss"]))
             norms.append(float(metrics["grad_norm"]))
     weights = np.concatenate([np.asarray(leaf, np.float32).ravel() for leaf in jax.tree.leaves(state.params)])

@@ -1,4 +1,4 @@
-"""What a benchmark's figures are made of: time and CPU time of runners that take turns, ratios, a matrix's rate."""
+"""Measurements of a benchmark: wall and CPU time of runners that take turns, ratios, rates of products and memory."""
 
 import resource
 import statistics
@@ -15,14 +15,14 @@ MATRIX_SIZES = {"cpu": (512, 1024, 2048), "accelerator": (4096, 8192, 12288)}
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds: of the wall clock, of this process's CPU time (all threads), and of its children that have ended."""
+    """Seconds of the wall clock, of this process's CPU time (all threads), and of its ended children's CPU time."""
 
     wall_s: float
     cpu_s: float
     children_cpu_s: float = 0.0
 
     def since(self, began: "Spent", count: int = 1) -> "Spent":
-        """What one of `count` equal parts of the time from `began` to this took."""
+        """The time from `began` to this, divided by `count`."""
         pairs = ((getattr(self, name), getattr(began, name)) for name in self.__dataclass_fields__)
         return Spent(*((after - before) / count for after, before in pairs))
 
@@ -35,10 +35,10 @@ def now() -> Spent:
 def turns(
     runners: Mapping[str, Callable[[int], object]], repeats: int, steps: int = 0, *, clock: Callable[[], Spent] = now
 ) -> dict[str, list[Spent]]:
-    """What a step of each runner took, `repeats` values; they run one after another in every repeat.
+    """`repeats` times of a step of each runner; in every repeat all runners take their turn.
 
-    runners: each takes a number of steps and returns when the last is finished. Two calls of each come before.
-    steps: of a repeat; 0 chooses for each runner what lasts about a second (at most 50).
+    runners: each takes a number of steps and returns when the last is finished. Each is first called twice to warm up.
+    steps: in a turn; 0: for each runner as many as last about a second, at most 50.
     """
     numbers = {}
     for name, run in runners.items():
@@ -60,10 +60,10 @@ def spread(values: Sequence[float]) -> dict:
 
 
 def ratio(ours: Sequence[Spent], theirs: Sequence[Spent], *, by: str) -> dict:
-    """Ours over theirs in samples per CPU-second (by="cpu") or per second (by="wall"), of steps with equal samples.
+    """Ours over theirs in samples per CPU-second (by="cpu") or per second (by="wall"), for steps with equal samples.
 
-    The spread over the repeats, each pair of which ran in the same seconds; above 1 ours is faster. "wall" and "cpu"
-    have both, and "by" says which of them the first is.
+    The spread over the repeats, whose pairs ran side by side; above 1 ours is faster. "wall" and "cpu" hold the spread
+    by either time; "by" says which of the two stands at the top level.
     """
     both = {
         name: spread([getattr(t, field) / getattr(o, field) for o, t in zip(ours, theirs, strict=True)])
@@ -73,7 +73,7 @@ def ratio(ours: Sequence[Spent], theirs: Sequence[Spent], *, by: str) -> dict:
 
 
 def times(spent: Sequence[Spent], num_samples: int) -> dict:
-    """Spread of a step's wall and CPU seconds, and samples per second of each by the medians."""
+    """Spread of a step's wall and CPU seconds, and samples per second of each from the medians."""
     wall, cpu = spread([s.wall_s for s in spent]), spread([s.cpu_s for s in spent])
     return {
         "step_s": wall,
@@ -88,16 +88,15 @@ def times(spent: Sequence[Spent], num_samples: int) -> dict:
 def matrix_rate(dtype: str, *, sizes: Sequence[int | tuple[int, int, int]] = (), repeats: int = 5) -> dict:
     """FLOP/s that one device reaches in a product of two matrices: the best of `sizes` and repeats.
 
-    {"flops_per_s", "flops_per_cpu_s", "size", "dtype", "by_size"}; the second is by this process's CPU time, and the
-    best of its own; `size` is the first one's. Products follow one another without the host in between, in JAX's
-    default precision, which a run has too.
+    {"flops_per_s", "flops_per_cpu_s", "size", "dtype", "by_size"}: the best rate by wall time, the best by this process's
+    CPU time, and the size of the first. Products run back to back in JAX's default precision, as in a run.
     sizes: of square matrices, or (rows, width, columns); () takes `MATRIX_SIZES` of the platform.
     """
     platform = "cpu" if jax.default_backend() == "cpu" else "accelerator"
     by_size, product = {}, jax.jit(jnp.matmul)
     for size in sizes or MATRIX_SIZES[platform]:
         rows, width, columns = size if isinstance(size, tuple) else (size,) * 3
-        # Random numbers: a GPU draws less power for equal ones, and then runs faster than it does in a model.
+        # Random numbers: with equal ones a GPU draws less power, and runs faster than in a model.
         keys = jax.random.split(jax.random.key(0))
         left = (jax.random.normal(keys[0], (rows, width)) * width**-0.5).astype(dtype)
         right = jax.random.normal(keys[1], (width, columns)).astype(dtype)
@@ -107,7 +106,7 @@ def matrix_rate(dtype: str, *, sizes: Sequence[int | tuple[int, int, int]] = (),
                 out = product(left, right)
             out.block_until_ready()
 
-        # Many in a row on an accelerator, which hides the host; on a CPU one is long enough.
+        # Many in a row on an accelerator, to hide the host's time.
         spent = turns({"product": run}, repeats, 0 if platform == "cpu" else 50)["product"]
         work = 2.0 * rows * width * columns
         name = "x".join(map(str, size)) if isinstance(size, tuple) else str(size)
@@ -121,7 +120,7 @@ def matrix_rate(dtype: str, *, sizes: Sequence[int | tuple[int, int, int]] = (),
 
 
 def memory_rate(count: int) -> float:
-    """Bytes/s that are read and written together by an addition to `count` float32 numbers, the best of five."""
+    """Bytes/s, read and written together, of an addition to `count` float32 numbers; the best of five."""
     x, add = jnp.ones((count,), jnp.float32), jax.jit(lambda x: x + 1)
 
     def run(steps: int) -> None:
@@ -133,5 +132,5 @@ def memory_rate(count: int) -> float:
 
 
 def seconds_of(runner: Callable[[int], object], repeats: int) -> list[float]:
-    """Wall seconds of a step of one runner, `repeats` values, each of about a second (`turns`)."""
+    """`repeats` wall seconds of a step of one runner, each measured over about a second (`turns`)."""
     return [spent.wall_s for spent in turns({"": runner}, repeats)[""]]

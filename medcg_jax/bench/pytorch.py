@@ -1,9 +1,9 @@
 """The PyTorch reference, for `bench`: HF's LLaVA with random weights, trained, asked for letters, and generating.
 
-It runs as its users run it: rows padded to the longest of the batch, as its processor pads them; labels in, so that the
-head works at every position; the whole vision tower, whose parameters need no gradient; AdamW as HF's Trainer has it by
-default (fused), a constant learning rate and clipping. On a GPU 16-bit training is autocast over float32 weights, which
-is what the port's cast of its master weights amounts to; for inference the weights have that dtype.
+It runs as its users run it: rows padded to the longest of the batch, as HF's processor does; labels passed in, so that
+the head works at every position; the whole vision tower, without gradients; AdamW as HF's Trainer has it by default
+(fused), a constant learning rate and clipping. 16-bit training on a GPU is autocast over float32 weights, the equivalent
+of the port's cast of its master weights; for inference the weights have the 16-bit dtype.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable
 
-# Threads that spin while they wait would slow the port, which takes turns with this.
+# Threads that spin while they wait would slow the port, which takes turns with the reference.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -29,12 +29,12 @@ try:
 except ImportError as error:
     raise ConfigError(f"--against=torch: {error}; pip install 'medcg-jax[parity]' has it") from None
 
-# Name of a part here -> HF's module.
+# Submodule of the port -> HF's module.
 PARTS = {"vision": "vision_tower", "projector": "multi_modal_projector", "decoder": "language_model"}
 
 
 def attentions() -> tuple[str, ...]:
-    """HF's names of the attention to compare with here: SDPA, and FlashAttention on a GPU with its package."""
+    """HF's names of the attentions to compare with: SDPA, and FlashAttention on a GPU where its package is installed."""
     flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn")
     return ("sdpa", "flash_attention_2") if flash else ("sdpa",)
 
@@ -42,8 +42,8 @@ def attentions() -> tuple[str, ...]:
 class Reference:
     """HF's model with the port's architecture, batch and optimizer; `seconds(steps)` trains it.
 
-    `compiled_seconds(steps)` goes on with the same weights by `torch.compile`, which compiles at its first call.
-    attention: of `attentions`.
+    `compiled_seconds(steps)` trains the same weights by `torch.compile`, which compiles at the first call.
+    attention: one of `attentions`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Reference:
         )  # fmt: skip
         self.clip_norm, self.parts = train.clip_norm, train.accumulation_steps
         self.inputs = {name: value.to(self.device) for name, value in hf_inputs(config, batch).items()}
-        # It says where transformers' own code breaks the graph, in a page of text.
+        # Hides a page of warnings about graph breaks in transformers.
         logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
         self.compiled = torch.compile(self.model, dynamic=False)
 
@@ -78,8 +78,7 @@ class Reference:
         return self._seconds(steps, self.compiled)
 
     def work(self) -> dict[str, int]:
-        """What a step works on, to be held beside the port's: `rows`, real `tokens`, supervised `targets`, `trained`
-        parameters."""
+        """Counts to compare with the port's: `rows`, real `tokens`, supervised `targets`, `trained` parameters."""
         return {
             "rows": len(self.inputs["input_ids"]),
             "tokens": int(self.inputs["attention_mask"].sum()),
@@ -107,11 +106,11 @@ class Reference:
 
 
 class Answers:
-    """HF's model asked test rows (`encode_eval`'s keys), `HF_BATCH` at a time; a step is all rows.
+    """HF's model answers test rows (`encode_eval`'s keys) in batches of `HF_BATCH`; a step is all rows.
 
-    `forward(steps)`: log-probabilities of the letters, float32[N, K] kept in `logprobs`, of the last real position of
-    `model(**inputs).logits`. `generate(steps)`: greedy, `num_new` tokens of every row and no early stop, `generated`
-    int[N, num_new] kept. Inputs are on the device before.
+    `forward(steps)` sets `logprobs`, float32[N, K] log-probabilities of the letters at the last real position of
+    `model(**inputs).logits`. `generate(steps)` sets `generated`, int[N, num_new] greedy tokens without an early stop.
+    Inputs are put on the device beforehand.
     """
 
     def __init__(self, config: LlavaConfig, rows: dict[str, np.ndarray], model: ModelConfig, *, num_new: int):
@@ -159,7 +158,7 @@ def finish() -> None:
 
 
 def reset_memory() -> None:
-    """Gives back what no model holds any more, and forgets the peak so far."""
+    """Frees unused GPU memory and resets the peak."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -176,13 +175,13 @@ def new_model(config: LlavaConfig, dtype, attention: str):
 
 
 def peak_bytes() -> int | None:
-    """The most that PyTorch had in use on the GPU so far; None on a CPU."""
+    """Peak bytes of PyTorch on the GPU so far; None on a CPU."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
 def hf_inputs(config: LlavaConfig, batch: dict[str, np.ndarray]) -> dict:
-    """A training batch as the arguments of HF's forward: pixels normalised, labels -100 where nothing is supervised,
-    columns that hold padding alone cut off."""
+    """A training batch as the arguments of HF's forward: normalised pixels, labels -100 where nothing is supervised, no
+    columns of only padding."""
     longest = int(batch["segment_ids"].sum(axis=1).max())
     labels = np.full(batch["tokens"].shape, -100)
     rows, columns = np.nonzero(batch["target_weights"])
@@ -196,8 +195,7 @@ def hf_inputs(config: LlavaConfig, batch: dict[str, np.ndarray]) -> dict:
 
 
 def answer_inputs(config: LlavaConfig, batch: dict[str, np.ndarray], side: str, dtype, device) -> dict:
-    """Test rows as the arguments of HF's forward, padded to the longest of them at the right, or at the left as
-    `generate` needs it."""
+    """Test rows as the arguments of HF's forward, padded to the longest at the right, or at the left for `generate`."""
     lengths = batch["segment_ids"].sum(axis=1)
     longest = int(lengths.max())
     tokens, mask = (batch[key][:, :longest].copy() for key in ("tokens", "segment_ids"))
@@ -218,20 +216,20 @@ def normalised(config: LlavaConfig, pixels: np.ndarray) -> "torch.Tensor":
 
 
 def executed(config: LlavaConfig, rows: int, length: int, trainable: tuple[str, ...] = ()) -> float:
-    """FLOPs that HF executes on `rows` rows of `length` tokens: a training step, or a forward pass (nothing trains).
+    """FLOPs that HF executes on `rows` rows of `length` tokens: a training step, or a forward pass where nothing trains.
 
-    By our formulas, with what HF does and the model does not need: logits at every position and the tower's layers
-    above the one whose features are taken; less the gradient of the first trained product's input, which autograd
-    leaves out. Equal to `torch.utils.flop_counter` (a test) with attention "eager"; fused kernels compute attention's
-    products once more in the backward pass, which is not counted here.
+    Our formulas, plus what HF computes and the model does not need: logits at every position, and the tower's layers
+    above the one whose features are taken. Minus the gradient of the first trained product's input, which autograd
+    skips. Equal to `torch.utils.flop_counter` (a test) with attention "eager"; fused kernels recompute attention's
+    products in the backward pass, which is not counted.
     """
-    one, vision = forward(config, length=length), config.vision
+    per_row, vision = forward(config, length=length), config.vision
     unused = vit(vision.num_layers - vision.num_run_layers, vision.embed_dim, vision.mlp_dim, vision.num_patches + 1)
     if not trainable:
-        return rows * (one.total + unused)
+        return rows * (per_row.total + unused)
     spared = 0.0
     if "vision" in trainable:
         spared = 2.0 * vision.num_patches * 3 * vision.patch_size_px**2 * vision.embed_dim
     elif "projector" in trainable:
         spared = 2.0 * vision.num_patches * vision.embed_dim * config.text.embed_dim
-    return rows * (training(one, trainable=trainable) + unused - spared)
+    return rows * (training(per_row, trainable=trainable) + unused - spared)

@@ -1,4 +1,4 @@
-"""The rows that a benchmark of a run works on: its own where they can be opened, else phantoms or random rows."""
+"""The rows of a benchmark: the run's records where they can be opened, else phantoms or random rows."""
 
 import math
 from collections.abc import Sequence
@@ -10,30 +10,30 @@ from medcg_jax.bench.steps import HF_BATCH, example_batch
 from medcg_jax.config import ConfigError, RunConfig, replace
 from medcg_jax.data.encoding import Encoded, encode
 from medcg_jax.data.pipeline import Batches
-from medcg_jax.data.records import DataError, RecordSet, concat
+from medcg_jax.data.records import DataError, RecordSet, Split, concat
 from medcg_jax.train.setup import Setup, open_setup, with_small_tokenizer
 
-# Records are taken of at most so many subsets: each is read as a whole.
+# Most subsets to take records from; each is read whole.
 NUM_SUBSETS = 4
-# Records that the loader draws from.
+# Least number of records that the loader draws from.
 LOADER_RECORDS = 256
-# Test questions that are answered, at least.
+# Least number of test questions.
 QUESTIONS = 32
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The setup whose records are used. note: what stands in for the run's own records; "" where they are used."""
+    """The setup whose records are used. note: what replaces the run's records; "" where they are used."""
 
     setup: Setup
     note: str
 
 
 def open_rows(run: RunConfig) -> Rows:
-    """The run's setup with random weights; where its records cannot be opened, with phantoms in their place.
+    """The run's setup with random weights, and with phantoms where its records cannot be opened.
 
     Raises:
-      ConfigError, DataError: as `open_setup`, for another reason than the records.
+      ConfigError, DataError: as `open_setup`, for a reason other than the records.
     """
     try:
         return Rows(open_setup(with_small_tokenizer(run), has_weights=True), "")
@@ -48,7 +48,7 @@ def open_rows(run: RunConfig) -> Rows:
 
 
 def training_batch(rows: Rows) -> dict[str, np.ndarray]:
-    """The run's first batch; for a LLaVA without its records, random rows of half to all of `data.max_text_tokens`."""
+    """The run's first batch; for a LLaVA without records, random rows of half to all of `data.max_text_tokens`."""
     run, setup = rows.setup.run, rows.setup
     if rows.note and setup.model.family == "llava":
         most = run.data.max_text_tokens
@@ -64,24 +64,24 @@ def training_batch(rows: Rows) -> dict[str, np.ndarray]:
 
 
 def question_rows(rows: Rows) -> Encoded:
-    """Test questions with letters: `QUESTIONS` or more, which fill both `eval.batch_size` and HF's batches."""
+    """At least `QUESTIONS` test questions with letters, a multiple of `eval.batch_size` and of HF's batch size."""
     both = math.lcm(rows.setup.run.eval.batch_size, HF_BATCH)
     count = -(-QUESTIONS // both) * both
     return rows.setup.encode_eval(some_records(rows.setup, "test", count, letters=True))
 
 
 def loader_rows(setup: Setup) -> dict[str, Encoded]:
-    """Training rows whose images are kept decoded, and the same with images decoded when drawn: a run's loader does the
-    one or the other, by the size of its data."""
+    """Training rows with decoded images in memory, and the same rows with images decoded when drawn; a run's loader does
+    either, by the size of its data."""
     records = some_records(setup, "train", max(LOADER_RECORDS, setup.run.train.batch_size))
     drawn = encode(records, setup.tokenizer, setup.run.data, setup.format, memory_limit_bytes=0)
     return {"decoded before": setup.encode(records), "decoded when drawn": drawn}
 
 
-def some_records(setup: Setup, split: str, count: int, *, letters: bool = False) -> RecordSet:
-    """`count` records of up to `NUM_SUBSETS` of the run's subsets, repeated where these have fewer.
+def some_records(setup: Setup, split: Split, count: int, *, letters: bool = False) -> RecordSet:
+    """`count` records of up to `NUM_SUBSETS` of the run's subsets, repeated where the subsets have fewer.
 
-    letters: of subsets of choice questions alone; the source's own where the run has none of them.
+    letters: only subsets of choice questions; the source's where the run has none.
     """
     choice = [subset.name for subset in setup.source.subsets]
     names: Sequence[str] = setup.run.data.subsets or choice
@@ -90,7 +90,7 @@ def some_records(setup: Setup, split: str, count: int, *, letters: bool = False)
     names = names[:: -(-len(names) // NUM_SUBSETS)]
     each = -(-count // len(names))
     sets = [setup.source.records(name, split) for name in names]
-    records = concat([part.select(range(min(each, len(part)))) for part in sets])
+    records = concat([subset_records.select(range(min(each, len(subset_records)))) for subset_records in sets])
     if not len(records):
         raise DataError(f"subsets {', '.join(names)} have no {split} records")
     return records.select(i % len(records) for i in range(count))

@@ -1,11 +1,11 @@
-"""`medcg bench`: stages, each in a process of its own, merged into one result. No stage can lose another's figures.
+"""`medcg bench`: stages, each in its own process, merged into one result. No stage can lose the figures of another.
 
     medcg bench --config=configs/bench_tiny.py --against=torch
     python -m medcg_jax.bench --json=FILE     # configs/bench_gpu.py; needs no ml-collections (`__main__`)
 
-What a stage has found stands in its file before the next thing starts, and in the result within a second. Where two
-sides are compared they take turns in one process, so that what else runs on the machine slows both; what is compared
-are ratios of such pairs. This process never holds a device.
+A stage writes each figure to its file at once, and the result has it within a second. Two sides that are compared take
+turns in one process, so that other load on the machine slows both; ratios are of such pairs. This process never holds a
+device.
 """
 
 import importlib
@@ -33,9 +33,9 @@ REFUSALS = {error.__name__: error for error in (ConfigError, DataError, RunError
 
 @dataclass(frozen=True)
 class Stage:
-    """function: "module.name" in this package, called as `function(ask, save)`: `save(key=value)` as soon as a value is
-    known. limit_s: of `python -m medcg_jax.bench`. whole_device: it needs more than the three quarters of a GPU's memory
-    that JAX takes by default. no_device: it must not take one.
+    """function: "module.name" in this package, called as `function(ask, save)`; it calls `save(key=value)` as soon as a
+    value is known. limit_s: in `python -m medcg_jax.bench`. whole_device: the stage needs more than JAX's default of
+    three quarters of a GPU's memory. no_device: the stage must not take a device.
     """
 
     function: str
@@ -65,20 +65,21 @@ STAGES = {
     "torch_fp32": Stage("cases.torch", "transformers with float32 weights and autocast", 80.0),
     "parity": Stage("checks.parity", "two tiny models on this device, against PyTorch", 200.0),
 }
-# One process measures both, since they are compared with one another.
+# One process measures both, since they are compared.
 ANSWERS = ("eval", "generate")
-# What `medcg bench` measures where no stages are named.
+# The stages of `medcg bench` where none are named.
 DEFAULT = ("train", *ANSWERS, "loader", "convert", "startup")
 KNOWN = (*DEFAULT, *(name for name in STAGES if name not in ("answers", *DEFAULT)))
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What a stage is asked.
+    """The request to a stage.
 
-    stages: all that were asked for, by the user's names. against: "torch" measures the reference beside the port.
-    repeats, steps: of `clock.turns`. matrix_sizes: of `clock.matrix_rate`. batches: in place of the sizes of `cases`.
-    stage: its own name. limit_s: seconds that it has, from `began` on. scratch: a folder that all stages share. so_far: the result until now.
+    stages: all requested stages, by the user's names. against: "torch" measures the reference beside the port.
+    repeats, steps: of `clock.turns`. matrix_sizes: of `clock.matrix_rate`. batches: replace the sizes of `cases`.
+    stage: the stage's name. limit_s: its seconds from `began` on. scratch: a folder for all stages. so_far: the result
+    until now.
     """
 
     run: RunConfig
@@ -98,7 +99,7 @@ class Ask:
         return self.limit_s - (time.monotonic() - self.began)
 
     def matrix_rate(self) -> float | None:
-        """FLOP/s of the best bfloat16 product that was measured on this machine in this bench."""
+        """FLOP/s of the best bfloat16 product measured by the stage `machine` of this bench."""
         return self.so_far.get("machine", {}).get("matmul", {}).get("flops_per_s")
 
 
@@ -113,21 +114,21 @@ def bench(
     earlier: dict | None = None,
     **options,
 ) -> dict:
-    """What `medcg bench` prints and writes: about the machine, a section for each stage, `ratios` and `conclusions`.
+    """Runs the stages and prints the result: about the machine, a section for each stage, `ratios`, `conclusions`.
 
-    A ratio is the port's samples per CPU-second over the reference's on a CPU, and per second elsewhere (`clock.ratio`):
+    A ratio is the port's samples per CPU-second on a CPU, per second elsewhere, over the reference's (`clock.ratio`):
     "train_vs_eager" and "train_vs_compile"; "eval_vs_generate" and "eval_vs_forward" of letters; with the stage
-    "generate" also "generate_vs_generate". One that could not be measured is missing, and `notes` says why.
+    "generate" also "generate_vs_generate". A ratio that could not be measured is missing, and `notes` says why.
 
-    stages: of `KNOWN`, in the order to run them in. against: as of `Ask`, as are the `options`.
-    out: a file that always has the result so far; a stage that fails is then no error, but stands in it.
-    time_s: seconds for all stages. scale: of the stages' own limits. earlier: a result whose other stages are kept.
+    stages: of `KNOWN`, in running order. against, options: fields of `Ask`.
+    out: a file that always has the result so far; the error of a failed stage is then written there and not raised.
+    time_s: seconds for all stages. scale: factor of the stages' limits. earlier: a result whose other stages are kept.
 
     Raises:
       ConfigError: an unknown stage, another model than LLaVA against torch, a batch that does not fit the mesh, or the
         reference's packages are not installed.
       DataError: the run's records cannot be read.
-      RunError: a stage failed, or both sides do not do the same work.
+      RunError: a stage failed, or the two sides do different work.
       RuntimeError: a stage does not fit in the device's memory.
     """
     from medcg_jax.bench import text
@@ -142,8 +143,7 @@ def bench(
     for key, empty in (("stages", {}), ("ratios", {}), ("notes", []), ("memory", {})):
         result.setdefault(key, empty)
     ends = time.monotonic() + time_s
-    # What ends this process ends its stage too: at the next poll, since an exception inside of Popen.wait may leave its
-    # lock taken for ever.
+    # SIGTERM ends the running stage too, at the next poll: an exception inside Popen.wait may leave its lock held.
     signals: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     try:
@@ -157,12 +157,12 @@ def bench(
     result["conclusions"] = text.conclusions(result)
     if out:
         write_json(out, result)
-    text.show(result)
+    print(text.text_of(result), flush=True)
     return result
 
 
 def check(run: RunConfig, stages: Sequence[str], against: str) -> None:
-    """Raises ConfigError where `bench` is asked for what it has not."""
+    """Raises ConfigError for unknown stages or sides, or a model that they do not cover."""
     unknown = [stage for stage in stages if stage not in KNOWN]
     if unknown or not stages:
         raise ConfigError(f"stages={','.join(unknown)}: expected some of {', '.join(KNOWN)}")
@@ -177,10 +177,10 @@ def check(run: RunConfig, stages: Sequence[str], against: str) -> None:
 
 
 def run_and_merge(name: str, ask: Ask, result: dict, out: Path | None, signals: list[int]) -> dict:
-    """`result` with the stage's section, written to `out` meanwhile.
+    """`result` with the section of the stage, which is run; `out` gets it as it grows.
 
     Raises:
-      what `bench` raises where the stage fails and `out` is None; SystemExit where this process was told to stop.
+      what `bench` raises, where the stage fails and `out` is None; SystemExit after a signal.
     """
     print(f"== {name}: {STAGES[name].about}", flush=True)
     file, merged = ask.scratch / f"{name}.json", result
@@ -212,7 +212,7 @@ def run_and_merge(name: str, ask: Ask, result: dict, out: Path | None, signals: 
 
 
 def failure(name: str, stage: dict) -> Exception:
-    """The error that a stage ended with, as this process raises it."""
+    """The error of a failed stage, to be raised in this process."""
     kind, _, message = stage.get("error", "").partition(": ")
     if kind in REFUSALS:
         return REFUSALS[kind](message)
@@ -222,14 +222,14 @@ def failure(name: str, stage: dict) -> Exception:
 
 
 def merge(result: dict, name: str, status: dict, values: dict) -> dict:
-    """`result` with what a stage saved: its section, and what stands beside sections (ratios, notes, about, memory)."""
+    """`result` with a stage's saved values: its section, and those outside of sections (ratios, notes, about, memory)."""
     section = dict(values)
-    kept = {key: section.pop(key) for key in ("status", "error", "why") if key in section}
+    outcome = {key: section.pop(key) for key in ("status", "error", "why") if key in section}
     about, memory = section.pop("about", {}), section.pop("memory", {})
     ratios, notes = section.pop("ratios", {}), section.pop("notes", [])
     most = {key: max(filter(None, (result["memory"].get(key), value)), default=None) for key, value in memory.items()}
     return result | about | {
-        "stages": result["stages"] | {name: status | kept},
+        "stages": result["stages"] | {name: status | outcome},
         "ratios": result["ratios"] | ratios,
         "notes": list(dict.fromkeys([*result["notes"], *notes])),
         "memory": result["memory"] | most,
@@ -242,9 +242,9 @@ def merge(result: dict, name: str, status: dict, values: dict) -> dict:
 def run_stage(
     name: str, ask: Ask, file: Path, poll: Callable[[float], object] = lambda seconds: None, env: dict | None = None
 ) -> tuple[str, float]:
-    """(status, seconds) of a stage in a process group of its own, which is ended when its time is over.
+    """(status, seconds) of a stage in its own process group, which is killed at the time limit.
 
-    file: where it saves. poll: called every second with the seconds since it began. env: more variables.
+    file: where the stage saves. poll: called every second with the seconds so far. env: more variables.
     """
     began = time.monotonic()
     asked = file.with_suffix(".pickle")
@@ -263,7 +263,7 @@ def run_stage(
             except subprocess.TimeoutExpired:
                 poll(time.monotonic() - began)
     finally:
-        # The group, even where the stage has ended: what it started must not keep the device's memory.
+        # Even where the stage has ended: its child processes must not hold the device's memory.
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -273,10 +273,10 @@ def run_stage(
 
 
 def environment(name: str, ask: Ask) -> dict[str, str]:
-    """Environment variables of a stage's process; those that the user has set stay as they are."""
+    """Environment variables of a stage's process; the user's own have precedence."""
     defaults, stage = {"TF_CPP_MIN_LOG_LEVEL": "2"}, STAGES.get(name)
     if stage and stage.whole_device:
-        # A program that one stage has compiled is loaded by the next.
+        # Stages share their compiled programs.
         defaults |= {
             "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
             "JAX_COMPILATION_CACHE_DIR": str(ask.scratch / "compiled"),
@@ -288,7 +288,7 @@ def environment(name: str, ask: Ask) -> dict[str, str]:
 
 
 def run_here(name: str, ask: Ask, file: Path) -> int:
-    """Runs a stage in this process; what it finds is in `file`, its error too. Returns the exit status."""
+    """Runs a stage in this process, writes its values or its error to `file`, and returns the exit status."""
     saved: dict = {}
 
     def save(**values) -> None:

@@ -1,4 +1,4 @@
-"""The stages of `medcg bench` on a run's own records: step, answers, loader, conversion, start-up.
+"""The stages of `medcg bench` on a run's records: step, answers, loader, conversion, start-up.
 
 A stage is `stage(ask, save)`, in a process of its own (`run`). Weights are random.
 """
@@ -27,9 +27,9 @@ from medcg_jax.mesh import local_rows, make_mesh, put_batch
 from medcg_jax.plan.topology import about_here
 from medcg_jax.train.setup import Setup, model_config
 
-# A model that is converted has at most so many bytes; of a larger one the family's tiny model stands in.
+# Most bytes of a model to convert; the family's tiny model replaces a larger one.
 CONVERTED_BYTES = 2 << 30
-# No token is the end, so that random weights generate as long as they are asked to.
+# An id that no token has, so that random weights generate all tokens asked for.
 NO_END = -1
 TRAIN_PAIRS = {
     "train_vs_eager": ("port", "torch eager"),
@@ -57,7 +57,7 @@ class Measure:
         return turns(runners, self.repeats, self.steps, clock=self.clock)
 
     def ratios(self, spent: dict[str, list[Spent]], pairs: dict[str, tuple[str, str]]) -> dict:
-        """{name: ratio of (ours, theirs)} of the pairs that were both measured."""
+        """{name: ratio of (ours, theirs)} for the pairs of which both were measured."""
         return {
             name: ratio(spent[ours], spent[theirs], by=self.by)
             for name, (ours, theirs) in pairs.items()
@@ -66,18 +66,18 @@ class Measure:
 
 
 def opened(ask: Ask, save: Callable) -> Rows:
-    """The rows that the stage works on; saves what they are and where."""
+    """The rows that the stage works on; saves the machine, the mesh and a note on stand-ins."""
     rows = open_rows(ask.run)
     save(about=about_here() | {"mesh": dict(rows.setup.mesh.shape)}, notes=[rows.note] if rows.note else [])
     return rows
 
 
 def train(ask: Ask, save: Callable) -> None:
-    """Saves the training step's figures, alone and beside the reference's (`training`)."""
+    """Saves the figures of `training`, and the rate of matrix products."""
     if ask.against:
         from medcg_jax.bench import pytorch
 
-        save(about={"attention": pytorch.attentions()})  # says what is missing, before anything is measured
+        save(about={"attention": pytorch.attentions()})  # the import fails early where packages are missing
     rows = opened(ask, save)
     matrix = matrix_rate(ask.run.model.compute_dtype, sizes=ask.matrix_sizes)
     result = training(rows, ask.against, Measure(ask.repeats, ask.steps), matrix)
@@ -86,7 +86,7 @@ def train(ask: Ask, save: Callable) -> None:
 
 
 def training(rows: Rows, against: str, measure: Measure, matrix: dict) -> dict:
-    """{"batch", "flops", "compile", "runners", "data_wait", "ratios", "notes"} of the training step."""
+    """{"batch", "flops", "compile", "runners", "data_wait", "ratios", "notes"} of the step, with the reference's beside."""
     setup, run, notes = rows.setup, rows.setup.run, []
     batch = training_batch(rows)
     port = Port(setup.model, setup.mesh, run.train, run.model, loss_fn=setup.loss)
@@ -125,12 +125,12 @@ def training(rows: Rows, against: str, measure: Measure, matrix: dict) -> dict:
 
 
 def step_figures(taken: list[Spent], batch: dict, needed: dict | None, matrix: dict) -> dict:
-    """`times` and `rates` of a step; and its MFU against the matrix product measured in this process, by wall time
-    ("mfu_matrix", both conventions) and by CPU time ("mfu_matrix_cpu", which other processes do not lower)."""
-    row = times(taken, len(batch["tokens"])) | rates([one.wall_s for one in taken], batch, needed)
+    """`times` and `rates` of a step, and its MFU against the matrix product measured in this process: by wall time
+    ("mfu_matrix", "mfu_matrix_causal") and by CPU time ("mfu_matrix_cpu", which other processes do not lower)."""
+    row = times(taken, len(batch["tokens"])) | rates([step.wall_s for step in taken], batch, needed)
     if needed is None:
         return row
-    # Devices that a CPU simulates share its cores.
+    # Simulated devices of a CPU share its cores.
     devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
     wall, cpu = row["step_s"]["median"], row["cpu_s"]["median"]
     return row | {
@@ -151,15 +151,15 @@ def work_of(port: Port, batch: dict) -> dict[str, int]:
 
 
 def check_alike(port: dict[str, int], reference: dict[str, int]) -> None:
-    """Raises RunError where the sides do not have the same rows, tokens, supervised tokens and trained parameters."""
+    """Raises RunError where rows, tokens, supervised tokens or trained parameters of the two sides differ."""
     different = [f"{name} {port[name]} against {reference[name]}" for name in port if port[name] != reference[name]]
     if different:
         raise RunError(f"port and reference do not do the same work: {', '.join(different)}")
 
 
 def data_wait(port: Port, setup: Setup, encoded: Encoded, steps: int) -> dict:
-    """{"share", "step_s"} of training fed by the loader: share (0-1) of the wall time spent waiting for a batch, and
-    seconds of a step with its batch drawn and put on the devices. `port` is compiled for such batches."""
+    """{"share", "step_s", "steps"} of training fed by the loader: the share (0-1) of the wall time spent waiting for a
+    batch, and seconds of a step with its batch drawn and put on the devices. `port` is compiled for such batches."""
     stream, waited, state = stream_of(setup, encoded), 0.0, port.state
     try:
         next(stream)  # the threads are running
@@ -187,8 +187,8 @@ def stream_of(setup: Setup, encoded: Encoded) -> Batches:
 
 
 def answers(ask: Ask, save: Callable) -> None:
-    """Saves letters of test questions without generation, generation, and the reference's of both, as `medcg eval`
-    makes them: records in, predictions out."""
+    """Saves times of option letters without generation, of generation, and of the reference's forward and generate; the
+    port works as in `medcg eval`, from records to predictions."""
     rows = opened(ask, save)
     setup, run, num_new = rows.setup, ask.run, ask.run.eval.max_new_tokens
     encoded, measure = question_rows(rows), Measure(ask.repeats, ask.steps)
@@ -216,13 +216,13 @@ def answers(ask: Ask, save: Callable) -> None:
         section |= {"torch_batch_size": HF_BATCH, "torch_generated_tokens": num_new}
     spent = measure.turns(runners)
     figures = {name: times(taken, len(encoded)) for name, taken in spent.items()}
-    for name, number in needed.items():
-        figures[name] |= {"flops": number, "tflops_per_s": number / figures[name]["step_s"]["median"] / 1e12}
+    for name, total in needed.items():
+        figures[name] |= {"flops": total, "tflops_per_s": total / figures[name]["step_s"]["median"] / 1e12}
     save(**section, runners=figures, ratios=measure.ratios(spent, ANSWER_PAIRS))
 
 
 def evaluation(setup: Setup, graphdef, params, encoded: Encoded, *, num_new: int) -> Callable[[int], None]:
-    """Answers all rows of `encoded` (`encode_eval`'s) so many times, with `num_new` generated tokens of each."""
+    """A runner that answers all rows of `encoded` (of `encode_eval`), generating `num_new` tokens for each."""
     evaluator = make_evaluator(
         setup.mesh, graphdef, build.shardings(setup.model, setup.mesh), eos_id=NO_END, max_new_tokens=num_new,
         generate=num_new > 0,
@@ -236,7 +236,7 @@ def evaluation(setup: Setup, graphdef, params, encoded: Encoded, *, num_new: int
 
 
 def needed_flops(setup: Setup, encoded: Encoded, *, num_new: int) -> float:
-    """FLOPs that the model needs for all rows at their real lengths: a forward pass with one position's logits, and
+    """FLOPs that the model needs for all rows at their real lengths: a forward pass with logits at one position, and
     `num_new` - 1 further tokens."""
     return sum(
         flops.evaluation(setup.model, num_rows=1, length=int(length), num_new=num_new)
@@ -244,11 +244,11 @@ def needed_flops(setup: Setup, encoded: Encoded, *, num_new: int) -> float:
     )
 
 
-# ------------------------------------------------------------------ what is no computation on a device
+# ------------------------------------------------------------------ loader, conversion, start-up
 
 
 def loader(ask: Ask, save: Callable) -> None:
-    """Saves batches a second of each set of rows drained as fast as they come, one process's: {name: `times`, ...}."""
+    """Saves `times` and batches a second of one process that drains the loader, for each set of rows."""
     setup = opened(ask, save).setup
     size, num_bytes = setup.run.train.batch_size, {}
     streams = {name: stream_of(setup, encoded) for name, encoded in loader_rows(setup).items()}
@@ -273,10 +273,10 @@ def loader(ask: Ask, save: Callable) -> None:
 
 
 def convert(ask: Ask, save: Callable) -> None:
-    """Saves bytes a second of `medcg convert` in both directions, of random float32 weights in a temporary directory.
+    """Saves {"model", "bytes", "to_orbax", "to_hf"}: spreads of bytes/s of `medcg convert` in both directions.
 
-    {"model", "bytes", "to_orbax", "to_hf"}: the directions' spreads of bytes/s. The model is the run's where it has at
-    most `CONVERTED_BYTES`, else its family's tiny one.
+    Weights are random float32 in a temporary directory; of the run's model where that has at most `CONVERTED_BYTES`,
+    else of its family's tiny one.
     """
     from medcg_jax.families.weights.convert import convert as convert_files
     from medcg_jax.families.weights.convert import export
@@ -305,9 +305,9 @@ def convert(ask: Ask, save: Callable) -> None:
 def startup(ask: Ask, save: Callable) -> None:
     """Saves seconds from the start of a process to the end of its first training step: {"cold", "warm"}, by phase.
 
-    Each is a process of its own on random weights and the run's data: the first has an empty compilation cache, the
-    second what the first left there. A phase's number is when it ended (`first_step`); "cpu_s" is all that the process
-    used. This process takes no device, which one process alone can hold on some machines.
+    Each is its own process with random weights and the run's data: the first has an empty compilation cache, the second
+    the cache that the first filled. A phase's number is its end (`first_step`); "cpu_s" is the process's CPU time. This
+    process takes no device, since on some machines only one process can hold it.
 
     Raises:
       RunError: a process failed or took too long.
@@ -332,7 +332,7 @@ def startup(ask: Ask, save: Callable) -> None:
 def first_step(ask: Ask, save: Callable) -> None:
     """Saves the Unix time at which each phase ended: "imports", "data" (rows encoded), "compiled", "first_step".
 
-    It does what `medcg train` does until then, but for the workdir.
+    The phases are those of `medcg train`, without a workdir.
     """
     from medcg_jax.platform import keep_freed_memory
 

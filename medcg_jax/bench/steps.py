@@ -1,6 +1,6 @@
-"""The training step of this port as what a benchmark runs: random weights, a batch, its time, memory and FLOPs.
+"""The port's training step for benchmarks: random weights, a random batch, time, memory and FLOPs.
 
-How fast a step is does not depend on the values of weights and batches. Needs neither data nor a tokenizer.
+The speed of a step does not depend on the values of weights and batches. Needs no data and no tokenizer.
 """
 
 import statistics
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -25,23 +26,22 @@ from medcg_jax.train.losses import token_loss
 from medcg_jax.train.optim import hparams_from, make_optimizer
 from medcg_jax.train.step import Program, make_step
 
-# The tiny model's vocabulary, where no tokenizer is read: its size matters to the speed of the head alone.
+# The tiny models' vocabulary, where no tokenizer is read: it matters only to the speed of the head.
 TINY_VOCABULARY = 512
-# Rows of a batch when HF answers.
+# Batch size of HF's answers.
 HF_BATCH = 8
 
 
 def architecture(model: ModelConfig) -> LlavaConfig:
-    """The architecture that `model` names; a tiny one with a vocabulary of about the packaged tokenizer's size."""
-    if model.name in build.TINY:
-        return build.architecture(model, vocab_size=TINY_VOCABULARY, image_token_id=TINY_VOCABULARY - 1)
-    return build.architecture(model)
+    """The architecture of `model`; a tiny one with `TINY_VOCABULARY`, about the size of the packaged tokenizer's."""
+    tiny = {"vocab_size": TINY_VOCABULARY, "image_token_id": TINY_VOCABULARY - 1} if model.name in build.TINY else {}
+    return cast(LlavaConfig, build.architecture(model, **tiny))
 
 
 def example_batch(
     config: LlavaConfig, *, batch_size: int, text_tokens: tuple[int, int], num_targets: int, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """A random batch of the data pipeline's shapes: a row is one image, then `text_tokens` (least, most) of text."""
+    """A random batch with the data pipeline's shapes: a row is one image, then `text_tokens` (least, most) of text."""
     rng = np.random.default_rng(seed)
     least, most = text_tokens
     num_image, length = config.num_image_tokens, config.num_image_tokens + most
@@ -64,7 +64,7 @@ def example_batch(
 
 @dataclass(frozen=True)
 class Compiled:
-    """The step for one shape of batch: what runs it, the program, and that batch on the devices."""
+    """The step for one shape of batch. call: runs the step. batch: on the devices."""
 
     call: Callable
     program: jax.stages.Compiled
@@ -72,10 +72,13 @@ class Compiled:
 
 
 class Port:
-    """Random weights, optimizer state and a step on `mesh`: `compile(batch)`, then `seconds(steps)`.
+    """Random weights, optimizer state and a step on `mesh`: first `compile(batch)`, then `seconds(steps)`.
 
-    loss_fn: as `train_step`'s.
+    loss_fn: as of `train.step.make_step`.
     """
+
+    state: Any = None
+    compiled: Any = None
 
     def __init__(
         self, config: Config, mesh: Mesh, train: TrainConfig, model: ModelConfig, *, loss_fn: Callable = token_loss
@@ -88,15 +91,15 @@ class Port:
             mesh, graphdef, *self.split(build.shardings(config, mesh)), make_optimizer(train),
             loss_fn=loss_fn, accumulation_steps=train.accumulation_steps, compute_dtype=model.compute_dtype,
         )  # fmt: skip
-        # The end of the schedule is never reached, so that every step does its work.
+        # The end of the learning-rate schedule is never reached.
         hparams = hparams_from(TrainConfig(steps=1_000_000, learning_rate=train.learning_rate), num_records=0)
         self.hparams = self.program.put_hparams(hparams)
-        self.config, self.state, self.compiled = config, None, None
+        self.config = config
 
     def compile(self, batch: dict[str, np.ndarray], options: dict | None = None) -> dict:
-        """Compiles the step for this batch, which `seconds` runs from now on; returns seconds and bytes.
+        """Compiles the step for this batch, on which `seconds` then runs; returns compile times and bytes.
 
-        Nothing of the batch's size is allocated before the program is known to compile. options: of XLA's compiler.
+        The state is allocated only after the program has compiled. options: of XLA's compiler.
         """
         _, compiled, lower_s, compile_s = self.program.compile(*self.abstract, batch, options)
         if self.state is None:
@@ -105,7 +108,7 @@ class Port:
             trainable, self.frozen = self.split(params)
             del params
             self.state = self.program.start(trainable)
-        # A program compiled ahead refuses arrays of 4 bits ("layouts disagree", jax 0.10); the jitted step takes them.
+        # A program compiled ahead of time refuses 4-bit arrays ("layouts disagree", jax 0.10); the jitted step does not.
         call = self.program if self.config.base.dtype == "nf4" else compiled
         self.compiled = Compiled(call, compiled, put_batch(batch, self.program.batch_sharding))
         about = {"lower_s": lower_s, "compile_s": compile_s, "attention": attention_in(compiled.as_text())}
@@ -123,7 +126,7 @@ class Port:
 
 
 def step_flops(config: Config, batch: dict[str, np.ndarray], trainable: tuple[str, ...]) -> dict | None:
-    """`flops.step` of the batch, one image a row; None: masks are trained, which no formula covers."""
+    """`flops.step` of the batch, one image a row; None where masks are trained, for which there is no formula."""
     if set(trainable) & set(MASK_PARTS):
         return None
     return flops.step(
@@ -137,9 +140,9 @@ def step_flops(config: Config, batch: dict[str, np.ndarray], trainable: tuple[st
 
 
 def rates(seconds: list[float], batch: dict[str, np.ndarray], needed: dict | None) -> dict:
-    """Step time and what follows of its median: samples/s, real tokens/s, TFLOP/s and the three utilisations.
+    """Step time, and from its median: samples/s, real tokens/s, TFLOP/s and the three utilisations.
 
-    needed: `step_flops`' answer; None leaves what follows of it out.
+    needed: from `step_flops`; None: no TFLOP/s and no utilisations.
     """
     median = statistics.median(seconds)
     figures = {
@@ -154,7 +157,7 @@ def rates(seconds: list[float], batch: dict[str, np.ndarray], needed: dict | Non
 
 
 def memory(compiled: jax.stages.Compiled) -> dict:
-    """Bytes on each device: what the program needs by its own account, and the most that was in use so far."""
+    """Bytes on each device: the compiler's estimate for the program, and the peak of this process so far."""
     analysis, needed = compiled.memory_analysis(), None
     if analysis is not None:
         new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
@@ -163,7 +166,7 @@ def memory(compiled: jax.stages.Compiled) -> dict:
 
 
 def peak_bytes() -> int | None:
-    """The most that this process had in use on the device so far."""
+    """Peak bytes of this process on the device so far; None: not known."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 

@@ -1,4 +1,4 @@
-"""What `medcg bench` prints: a table for each stage, ratios, what each side of a comparison does, and conclusions."""
+"""The text of `medcg bench`: a table for each stage, ratios, what each side of a comparison does, conclusions."""
 
 # What a runner does, as the table says it.
 DOES = {
@@ -11,7 +11,7 @@ DOES = {
     "torch forward": "model(**inputs).logits, the letters' log-probabilities of the last position taken",
     "torch generate": "model.generate, greedy, with its cache, never stopping early",
 }
-# In what the sides of a comparison differ, beside what the lines above say.
+# Further differences between the sides of a comparison.
 DIFFERENCES = (
     "weights are random on both sides, and both have this process's threads and allocator",
     "HF's pixels are normalised and on the device before; the port's are bytes, and normalised in its step",
@@ -21,12 +21,8 @@ DIFFERENCES = (
 )
 
 
-def show(result: dict) -> None:
-    """Prints the result of `run.bench`."""
-    print(text_of(result), flush=True)
-
-
 def text_of(result: dict) -> str:
+    """The text of a result of `run.bench`."""
     versions = result.get("versions", {})
     packages = ", ".join(f"{name} {versions[name]}" for name in ("jax", "torch", "transformers") if name in versions)
     mesh = f", mesh {'x'.join(str(n) for n in result['mesh'].values())}" if "mesh" in result else ""
@@ -118,10 +114,10 @@ def _loader(result: dict) -> list[str]:
 
 
 def _convert(result: dict) -> list[str]:
-    made = result["convert"]
-    lines = [f"conversion of {made['model']}, {_bytes(made['bytes'])} of float32:"]
+    figures = result["convert"]
+    lines = [f"conversion of {figures['model']}, {_bytes(figures['bytes'])} of float32:"]
     for way, name in (("to_orbax", "HF to Orbax"), ("to_hf", "Orbax to HF")):
-        middle, least, most = (made[way][key] / 1e6 for key in ("median", "min", "max"))
+        middle, least, most = (figures[way][key] / 1e6 for key in ("median", "min", "max"))
         lines.append(f"  {name:18}{middle:9.1f} MB/s ({least:.1f} to {most:.1f})")
     return lines
 
@@ -233,7 +229,7 @@ def machine_lines(result: dict) -> list[str]:
 
 
 def memory_lines(result: dict) -> list[str]:
-    """The plan's peak beside the device's own, of the rows whose step set a new peak of their process."""
+    """The plan's peak beside the device's, for rows whose step set a new peak of their process."""
     lines = []
     for name in (*OUR_STAGES, "lora"):
         for row in measured(result, name):

@@ -1,9 +1,9 @@
-"""Where a traced step's time goes on the device, read from the trace alone.
+"""How the device spends the time of a traced step, read from the trace alone.
 
     python -m medcg_jax.bench.trace_read WORKDIR/profile [--steps=N] [--json=FILE]
 
-Takes what `medcg train --profile_steps` leaves (or any trace of jax.profiler): a folder, whose newest trace is read,
-or one .xplane.pb. Needs jax and neither TensorBoard nor xprof.
+Reads a trace of `medcg train --profile_steps` or of jax.profiler: the newest of a folder, or one .xplane.pb. Needs jax,
+but neither TensorBoard nor xprof.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from medcg_jax.data.records import DataError
 from medcg_jax.files import write_whole
 from medcg_jax.untrusted import FileError, read_bytes
 
-# Kinds of operations, by what an operation's name, kernel or category holds; the first that matches counts.
+# Kinds of operations by a pattern in the operation's name, kernel or category; the first match counts.
 # Names are XLA's ("gemm_fusion_dot.3", "loop_convert_fusion"), cuBLAS's (nvjet, sm90_xmma_gemm, cutlass), cuDNN's
 # (cudnn_generated_fort_native_sdpa) and NCCL's; a TPU's operations have a category ("convolution fusion" is a product).
 KINDS = {
@@ -32,14 +32,14 @@ KINDS = {
     # XLA's CPU compiler calls fusions around a product that YNNPACK runs "ynn_fusion".
     "matrix products": r"nvjet|gemm|cutlass|cublas|splitk|convolution|xmma|(?<![a-z])(dot|ynn)(?![a-z])|matmul",
     "copies": r"mem(cpy|set)|dynamic[-_](update[-_])?slice|(?<![a-z])(copy|transpose)(?![a-z])",
-    # Elementwise work, reductions, the optimizer: what moves memory more than it computes.
+    # Elementwise work, reductions, the optimizer: bound by memory.
     "other fusions": r"",
 }
-# Operations that hold others, which are in the trace themselves, and on a CPU run on other threads.
+# Operations that contain others; those are in the trace themselves, on a CPU in other threads.
 CONTAINERS = re.compile(r"(while|conditional|call)([.\d]|$)")
 NAME_CHARACTERS = 90
 NUM_LONGEST = 10
-# A trace, whole in memory: some steps of a large model take 100 MB a host.
+# A trace is read into memory; a few steps of a large model take 100 MB a host.
 MAX_TRACE_BYTES = 2**31
 
 
@@ -55,16 +55,16 @@ class Op:
 
 
 def read(path: str | Path, *, steps: int = 0) -> dict:
-    """What the trace at `path` shows; seconds are the mean over the devices in it.
+    """The figures of the trace at `path`; seconds are the mean over its devices.
 
-    span_s: from the first operation's begin to the last one's end. busy_s: at least one operation ran. idle_s: the
-      rest; longest_gap_s: its longest part. steps: as given, 0 where it is not known.
-    kinds: kind -> {"seconds", "share" of the span}. Operations at the same time (streams, a CPU's threads) count each,
-      so shares may add up to more than the busy time; one that encloses others counts what is left of its own.
+    span_s: from the start of the first operation to the end of the last. busy_s: while at least one operation ran.
+      idle_s: span_s - busy_s; longest_gap_s: the longest idle interval. steps: as given, 0: not known.
+    kinds: kind -> {"seconds", "share" of the span}. Concurrent operations (streams, a CPU's threads) all count, so shares
+      may add up to more than the busy time; of nested operations the outer one counts without the inner.
     longest: the ten longest operations with all their runs, {"name", "kind", "count", "seconds", "share"}.
 
     Raises:
-      DataError: no trace is there, it cannot be read, or it holds no operation of a device.
+      DataError: there is no trace, it cannot be read, or it has no operation of a device.
     """
     files = trace_files(Path(path))
     planes = [plane for file in files for plane in device_planes(load(file))]
@@ -93,16 +93,16 @@ def load(file: Path) -> ProfileData:
 
 
 def device_planes(data: ProfileData) -> list[tuple[str, list[Op]]]:
-    """(name, operations) of every device; of a CPU's threads together where the trace has no other device."""
+    """(name, operations) of every device; of all CPU threads together where the trace has no device."""
     planes = []
     for plane in data.planes:
         if plane.name.startswith("/device:"):
             lines = list(plane.lines)
-            # Where a line of operations stands beside streams it says the same again.
-            own = [line for line in lines if line.name == "XLA Ops"] or [
+            # A line "XLA Ops" repeats the operations of the streams.
+            op_lines = [line for line in lines if line.name == "XLA Ops"] or [
                 line for line in lines if line.name.startswith("Stream")
             ]
-            ops = [op for line in own for op in operations(line, any_event=True)]
+            ops = [op for line in op_lines for op in operations(line, any_event=True)]
             planes += [(plane.name, ops)] if ops else []
     if planes:
         return planes
@@ -112,7 +112,7 @@ def device_planes(data: ProfileData) -> list[tuple[str, list[Op]]]:
 
 
 def operations(line, *, any_event: bool) -> list[Op]:
-    """A line's operations. any_event: whether it has nothing else; else those that say which HLO they are of."""
+    """A line's operations. any_event: every event is one; else only events with an HLO operation."""
     ops = []
     for event in line.events:
         stats = {key: value for key, value in event.stats if key in ("hlo_op", "hlo_category")}
@@ -135,7 +135,7 @@ def kind_of(text: str) -> str:
 
 
 def summary(devices: list[list[Op]], *, device: str, steps: int) -> dict:
-    """The sums that `read` describes, of the operations of each device."""
+    """The figures of `read` from the operations of each device."""
     span = busy = gap = 0.0
     kinds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     named: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0])
@@ -145,11 +145,11 @@ def summary(devices: list[list[Op]], *, device: str, steps: int) -> dict:
         span += end - begin
         busy += sum(after - before for before, after in covered)
         gap += max((b[0] - a[1] for a, b in itertools.pairwise(covered)), default=0.0)
-        for op, own in own_times(ops):
-            kinds[op.kind] += own
+        for op, own_ns in own_times(ops):
+            kinds[op.kind] += own_ns
             count_and_time = named[op.name, op.kind]
             count_and_time[0] += 1
-            count_and_time[1] += own
+            count_and_time[1] += own_ns
 
     def seconds(nanoseconds: float) -> float:
         return nanoseconds / len(devices) / 1e9
@@ -174,7 +174,7 @@ def summary(devices: list[list[Op]], *, device: str, steps: int) -> dict:
 
 
 def union(ops: Iterable[Op]) -> list[tuple[float, float]]:
-    """Rising, disjoint (begin, end) in which at least one operation runs."""
+    """Sorted, disjoint intervals (begin, end) in which at least one operation runs."""
     intervals: list[tuple[float, float]] = []
     for begin, end in sorted((op.start_ns, op.end_ns) for op in ops):
         if intervals and begin <= intervals[-1][1]:
@@ -185,7 +185,7 @@ def union(ops: Iterable[Op]) -> list[tuple[float, float]]:
 
 
 def own_times(ops: Iterable[Op]) -> list[tuple[Op, float]]:
-    """(operation, nanoseconds of its own): what one encloses on the same line counts once."""
+    """(operation, its nanoseconds without those of the operations nested in it on the same line)."""
     entries: list[list] = []
     open_: dict[str, list[list]] = defaultdict(list)
     for op in sorted(ops, key=lambda op: (op.start_ns, -op.end_ns)):
@@ -197,14 +197,14 @@ def own_times(ops: Iterable[Op]) -> list[tuple[Op, float]]:
             outer[-1][1] -= min(op.end_ns, outer[-1][0].end_ns) - op.start_ns
         outer.append(entry)
         entries.append(entry)
-    return [(op, max(own, 0.0)) for op, own in entries]
+    return [(op, max(own_ns, 0.0)) for op, own_ns in entries]
 
 
 # ------------------------------------------------------------------ text
 
 
 def text_of(trace: dict) -> list[str]:
-    """Lines for people of what `read` gave."""
+    """The result of `read` as lines of text."""
     each = f", {trace['span_s'] / trace['steps'] * 1e3:.1f} ms a step" if trace["steps"] else ""
     lines = [
         (
@@ -213,11 +213,11 @@ def text_of(trace: dict) -> list[str]:
         ),
         f"{'kind':<18}{'ms':>10}{'share':>8}",
     ]
-    for kind, one in sorted(trace["kinds"].items(), key=lambda item: -item[1]["seconds"]):
-        lines.append(f"{kind:<18}{one['seconds'] * 1e3:10.2f}{one['share']:8.1%}")
+    for kind, row in sorted(trace["kinds"].items(), key=lambda item: -item[1]["seconds"]):
+        lines.append(f"{kind:<18}{row['seconds'] * 1e3:10.2f}{row['share']:8.1%}")
     lines.append(f"{'ms':>10}{'share':>8}{'runs':>7}  the longest operations, with all their runs")
-    for one in trace["longest"]:
-        lines.append(f"{one['seconds'] * 1e3:10.2f}{one['share']:8.1%}{one['count']:7d}  {one['name']} ({one['kind']})")
+    for row in trace["longest"]:
+        lines.append(f"{row['seconds'] * 1e3:10.2f}{row['share']:8.1%}{row['count']:7d}  {row['name']} ({row['kind']})")
     return lines
 
 
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=0, help="steps that were traced, for the time of one")
     parser.add_argument("--json", default="", metavar="FILE")
     args = parser.parse_args(argv)
-    # jaxlib's own, of its classes, with Python 3.12.
+    # A warning about jaxlib's classes on Python 3.12.
     warnings.filterwarnings("ignore", message="builtin type .* has no __module__", category=DeprecationWarning)
     try:
         trace = read(args.trace, steps=args.steps)

@@ -1,6 +1,6 @@
 """LLaVA's part of `medcg parity`: inputs, and outputs by stage, of this port and of HF's model.
 
-Vision stages hold the images that are used, one behind the other, as HF has them.
+Vision stages hold the used images one after another, as in HF.
 Source: huggingface/transformers:models/llava/modeling_llava.py at 5.23.0.
 """
 
@@ -22,7 +22,7 @@ PREFIXES = {"projector": ("multi_modal_projector.",), "decoder": ("language_mode
 
 
 def runnable(config: LlavaConfig) -> tuple[LlavaConfig, list[str]]:
-    """(the config that both sides can run, what was changed in it and why, in words)."""
+    """(a config that both sides can run, notes on what was changed and why)."""
     moved, notes = moved_ids({"image_token_id": config.image_token_id}, config.text.vocab_size)
     return dataclasses.replace(config, **moved), notes
 
@@ -40,7 +40,7 @@ def example(config: LlavaConfig, *, seed: int = 0, num_text: int = 24) -> dict[s
 
 
 def port_inputs(config: LlavaConfig, inputs: dict[str, np.ndarray]) -> dict:
-    """tokens, segment_ids and images of this port, from HF's forward arguments (images one behind the other).
+    """tokens, segment_ids and images of this port, from HF's forward arguments (images one after another).
 
     Raises:
       WeightsError: shapes that do not fit the model, or image tokens that do not fit the images.
@@ -86,7 +86,7 @@ def port_stages(model: Llava, given: dict) -> dict[str, np.ndarray]:
     run = jax.jit(lambda block, x: block(x, angles=angles, segment_ids=segment_ids, implementation=attention)[0])
     run_layers(stages, "decoder.layer", model.decoder.blocks, run, x)
     stages["decoder.norm"], stages["logits"] = norm_and_logits(model, given)
-    # Rows without an image carry a zero image here; HF has none there.
+    # Rows without an image have a zero image here, and none in HF.
     counts = np.asarray((tokens == config.image_token_id).sum(axis=1)) // config.num_image_tokens
     used = (np.arange(pixels.shape[1]) < counts[:, None]).reshape(-1)
     seen = ("vision", "projector")
@@ -94,7 +94,7 @@ def port_stages(model: Llava, given: dict) -> dict[str, np.ndarray]:
 
 
 def taps(model) -> list[tuple]:
-    """(stage, module of HF's model, whether its input is meant and not its output)."""
+    """(stage, module of HF's model, whether the stage is the module's input, not its output)."""
     base = model.model
     return [
         ("vision.embed", base.vision_tower.pre_layrnorm, False),
@@ -107,5 +107,5 @@ def taps(model) -> list[tuple]:
 
 
 def prepare(model, config: LlavaConfig) -> None:
-    """Gives HF's model the image's id; it computes what the release does."""
+    """Sets the image token's id in HF's model."""
     model.config.image_token_id = model.model.config.image_token_id = config.image_token_id

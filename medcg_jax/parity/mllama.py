@@ -23,10 +23,10 @@ PREFIXES = {"projector": ("multi_modal_projector.",), "decoder": ("language_mode
 
 
 def runnable(config: MllamaConfig) -> tuple[MllamaConfig, list[str]]:
-    """(the config that both sides can run, what was changed in it and why, in words).
+    """(a config that both sides can run, notes on what was changed and why).
 
-    Layer 0 among the intermediate ones has no layer before it whose output HF could take for its input: outputs are
-    compared then, as HF takes them.
+    Where layer 0 is an intermediate layer, HF cannot take its input, which is no layer's output: both sides then take
+    outputs, as HF does.
     """
     moved, notes = moved_ids({"image_token_id": config.image_token_id}, config.text.vocab_size + EXTRA_ROWS)
     if min(config.vision.intermediate_layers, default=1) < 1:
@@ -41,16 +41,16 @@ def runnable(config: MllamaConfig) -> tuple[MllamaConfig, list[str]]:
 def example(config: MllamaConfig, *, seed: int = 0, num_text: int = 24) -> dict[str, np.ndarray]:
     """Two rows of random input as HF's forward takes it: an image of two tiles and one of three; the second padded."""
     rng = np.random.default_rng(seed)
-    size, place, tiles = config.image_size_px, 4, np.array([2, 3])
+    size, start, tiles = config.image_size_px, 4, np.array([2, 3])
     text = example_text(
         rng, num_text=num_text - 1, num_rows=config.text.vocab_size, pad_id=config.pad_token_id,
-        inserted=[(config.image_token_id, slice(place, place + 1))], special={config.image_token_id},
+        inserted=[(config.image_token_id, slice(start, start + 1))], special={config.image_token_id},
     )  # fmt: skip
     present = (np.arange(NUM_TILES) < tiles[:, None]).astype(np.int64)[:, None]
     pixels = rng.standard_normal((2, 1, NUM_TILES, 3, size, size), dtype=np.float32) * present[..., None, None, None]
     return text | {
         "pixel_values": pixels.astype(np.float32), "aspect_ratio_ids": tiles[:, None], "aspect_ratio_mask": present,
-        "cross_attention_mask": present[:, None] * (np.arange(num_text) >= place)[:, None, None],
+        "cross_attention_mask": present[:, None] * (np.arange(num_text) >= start)[:, None, None],
     }  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def port_inputs(config: MllamaConfig, inputs: dict[str, np.ndarray]) -> dict:
         )
     images = {
         "pixels": pixels.transpose(0, 1, 2, 4, 5, 3), "aspect_ratio_ids": ratios.astype(np.int32),
-        # HF's mask counts an image that is not there as one tile.
+        # HF's mask counts an absent image as one tile.
         "num_tiles": (np.asarray(inputs["aspect_ratio_mask"]).sum(axis=-1) * (ratios > 0)).astype(np.int32),
     }  # fmt: skip
     given = {"tokens": ids.astype(np.int32), "segment_ids": mask.astype(np.int32), "images": images}
@@ -106,16 +106,16 @@ def port_stages(model: Mllama, given: dict) -> dict[str, np.ndarray]:
     at_text = {"angles": angles, "segment_ids": segment_ids, "implementation": attention}
     run_self = jax.jit(lambda block, x: block(x, **at_text)[0])
     run_cross = jax.jit(lambda block, x, memory: block(x, block.keys_values(memory), **visibility))
-    own, cross = layers(decoder.blocks), layers(decoder.cross)
+    blocks, cross = layers(decoder.blocks), layers(decoder.cross)
     for i in range(text.num_layers):
         is_cross = i in text.cross_layers
-        x = stages[f"decoder.layer{i}"] = run_cross(next(cross), x, memory) if is_cross else run_self(next(own), x)
+        x = stages[f"decoder.layer{i}"] = run_cross(next(cross), x, memory) if is_cross else run_self(next(blocks), x)
     stages["decoder.norm"], stages["logits"] = norm_and_logits(model, given)
     return {name: np.asarray(x) for name, x in stages.items()}
 
 
 def taps(model) -> list[tuple]:
-    """(stage, module of HF's model, whether its input is meant and not its output)."""
+    """(stage, module of HF's model, whether the stage is the module's input, not its output)."""
     vision, text = model.model.vision_model, model.model.language_model
     return [
         ("vision.embed", vision.transformer.layers[0], True),
@@ -131,7 +131,7 @@ def taps(model) -> list[tuple]:
 
 
 def prepare(model, config: MllamaConfig) -> None:
-    """Makes HF's model take the inputs of the intermediate layers, as Meta's does, where it takes their outputs."""
+    """Makes HF's model take the inputs of the intermediate layers, as Meta's model does, not their outputs."""
     if config.intermediate_from == "input":
         vision = model.model.vision_model
         vision.intermediate_layers_indices = [i - 1 for i in vision.intermediate_layers_indices]

@@ -16,16 +16,16 @@ from medcg_jax.families.weights.files import WeightsError
 
 
 class Reference:
-    """HF's model in float32 with eager attention, taking and giving numpy arrays.
+    """HF's model in float32 with eager attention; takes and returns numpy arrays.
 
-    part: the family's module (`parity.FAMILIES`), whose `taps` say where its stages are.
+    family: the family's module in `verb.FAMILIES`; its `taps` say where the stages are.
     """
 
-    def __init__(self, model, part: ModuleType):
+    def __init__(self, model, family: ModuleType):
         import torch
 
-        self.torch, self._part = torch, part
-        self._canonical = registry.family(part.FAMILY).weight_map.canonical
+        self.torch, self._family = torch, family
+        self._canonical = registry.family(family.FAMILY).weight_map.canonical
         self.model = model.float().eval()
 
     def tensors(self) -> dict[str, np.ndarray]:
@@ -33,7 +33,7 @@ class Reference:
         return {self._canonical(name): p.detach().numpy().copy() for name, p in self.model.named_parameters()}
 
     def put(self, tensors: dict[str, np.ndarray]) -> None:
-        """Sets every parameter to what `tensors` has for its canonical name."""
+        """Sets every parameter from `tensors` (canonical name -> array)."""
         with self.torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(self.torch.from_numpy(tensors[self._canonical(name)]))
@@ -57,7 +57,7 @@ class Reference:
 
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
-        for name, module, of_input in self._part.taps(self.model):
+        for name, module, of_input in self._family.taps(self.model):
             tap(name, module, of_input=of_input)
         try:
             with self.torch.no_grad():
@@ -75,7 +75,7 @@ class Reference:
         self._train_only(prefixes)
         self.model.zero_grad()
         self.model(**self._inputs(inputs)).loss.backward()
-        # Where a part has no influence at all torch leaves no gradient.
+        # torch leaves None as the gradient of a parameter that the loss does not depend on.
         grads = {name: p.grad if p.grad is not None else self.torch.zeros_like(p) for name, p in self._trained()}
         return {name: grad.numpy().copy() for name, grad in grads.items()}
 
@@ -84,7 +84,7 @@ class Reference:
     ) -> Iterator[tuple[float, dict[str, np.ndarray]]]:
         """(loss, trained tensors by canonical name) before each of `num_steps` steps of torch's AdamW.
 
-        Weight decay is 0. The model changes from one to the next; the tensors are copies.
+        Weight decay is 0. The tensors are copies.
         """
         self._train_only(prefixes)
         given = self._inputs(inputs)
@@ -97,7 +97,7 @@ class Reference:
             optimizer.step()
 
     def nudged(self, seed: int = 0) -> dict[str, np.ndarray]:
-        """The parameters by canonical name, each number moved by about its last bit up, down or not at all."""
+        """The parameters by canonical name, each number randomly moved by about its last bit, up, down or not."""
         rng = np.random.default_rng(seed)
         return {
             name: value * (1 + np.float32(2**-23) * rng.integers(-1, 2, value.shape)).astype(np.float32)
@@ -112,10 +112,10 @@ class Reference:
         return [(self._canonical(name), p) for name, p in self.model.named_parameters() if p.requires_grad]
 
 
-def open_reference(src: Path, part: ModuleType, config: Config | None = None) -> Reference:
-    """HF's model from a directory in an HF layout; part: as in `Reference`.
+def open_reference(src: Path, family: ModuleType, config: Config | None = None) -> Reference:
+    """HF's model from a directory in an HF layout; family: as in `Reference`.
 
-    config: what this port runs (`part.runnable`); None: what `src` states.
+    config: the config that this port runs (`family.runnable`); None: the one of `src`.
 
     Raises:
       WeightsError: PyTorch or transformers is not installed.
@@ -128,13 +128,13 @@ def open_reference(src: Path, part: ModuleType, config: Config | None = None) ->
             f"parity with PyTorch needs torch and transformers ({error}): pip install 'medcg_jax[parity]', or compare "
             "with recorded numbers by --inputs=FILE.npz"
         ) from error
-    load = getattr(transformers, part.HF_CLASS).from_pretrained
+    load = getattr(transformers, family.HF_CLASS).from_pretrained
     options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
     try:
         model = load(src, **options)
-        part.prepare(model, part.runnable(read_config(src))[0] if config is None else config)
-        return Reference(model, part)
-    # Its own refusals, of which there are many: a package that a kind of quantisation needs, sizes that differ.
+        family.prepare(model, family.runnable(read_config(src))[0] if config is None else config)
+        return Reference(model, family)
+    # transformers raises many kinds: a missing package for quantisation, sizes that differ.
     except (ValueError, ImportError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, WeightsError):
             raise

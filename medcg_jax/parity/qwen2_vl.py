@@ -1,6 +1,6 @@
 """Qwen2-VL's part of `medcg parity`: inputs, and outputs by stage, of this port and of HF's model.
 
-Vision stages hold the real patches of all images, one behind the other, as HF has them; the rest is as in `parity`.
+Vision stages hold the real patches of all images one after another, as in HF.
 Source: huggingface/transformers:models/qwen2_vl/modeling_qwen2_vl.py at 5.23.0.
 """
 
@@ -23,13 +23,11 @@ PREFIXES = {
     "projector": ("visual.merger.",),
     "decoder": ("language_model.", "lm_head."),
 }
-
-
 IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 def runnable(config: Qwen2VLConfig) -> tuple[Qwen2VLConfig, list[str]]:
-    """(the config that both sides can run, what was changed in it and why, in words)."""
+    """(a config that both sides can run, notes on what was changed and why)."""
     moved, notes = moved_ids({name: getattr(config, name) for name in IDS}, config.text.vocab_size)
     return dataclasses.replace(config, **moved), notes
 
@@ -37,7 +35,7 @@ def runnable(config: Qwen2VLConfig) -> tuple[Qwen2VLConfig, list[str]]:
 def example(config: Qwen2VLConfig, *, seed: int = 0, num_text: int = 24, blocks=(2, 3)) -> dict[str, np.ndarray]:
     """Two rows of random input as HF's forward takes it: one image each, the second row padded on the right.
 
-    blocks: rows and columns of tokens of the first image; the second's stand on their side.
+    blocks: rows and columns of tokens of the first image; the second image has them swapped.
     """
     rng = np.random.default_rng(seed)
     vision = config.vision
@@ -57,9 +55,9 @@ def example(config: Qwen2VLConfig, *, seed: int = 0, num_text: int = 24, blocks=
 
 
 def port_inputs(config: Qwen2VLConfig, inputs: dict[str, np.ndarray], num_slots: int = 0) -> dict:
-    """tokens, segment_ids and images of this port, from HF's forward arguments (images one behind the other).
+    """tokens, segment_ids and images of this port, from HF's forward arguments (images one after another).
 
-    num_slots: patches that every image has room for; 0: as many as the largest has.
+    num_slots: room for patches in every image; 0: as many as the largest image has.
 
     Raises:
       WeightsError: image tokens that do not fit the grids, or patches whose frames differ (a video's).
@@ -70,10 +68,10 @@ def port_inputs(config: Qwen2VLConfig, inputs: dict[str, np.ndarray], num_slots:
     if (grids[:, 0] != 1).any() or not (apart == apart[:, :, :1]).all():
         raise WeightsError("pixel_values hold frames that differ; expected still images")
     sizes = grids.prod(axis=1)
-    ends, wanted = np.cumsum(sizes // merged), np.cumsum((ids == config.image_token_id).sum(axis=1))
-    if len(apart) != sizes.sum() or not set(wanted.tolist()) <= {0, *ends.tolist()} or wanted[-1] != ends[-1]:
-        raise WeightsError(f"image_grid_thw {grids.tolist()} fits not {len(apart)} patches, {wanted[-1]} image tokens")
-    row_of = np.searchsorted(wanted, ends)
+    ends, seen = np.cumsum(sizes // merged), np.cumsum((ids == config.image_token_id).sum(axis=1))
+    if len(apart) != sizes.sum() or not set(seen.tolist()) <= {0, *ends.tolist()} or seen[-1] != ends[-1]:
+        raise WeightsError(f"image_grid_thw {grids.tolist()}: got {len(apart)} patches, {seen[-1]} image tokens")
+    row_of = np.searchsorted(seen, ends)
     order = [int((row_of[:i] == row).sum()) for i, row in enumerate(row_of)]
     pixels = np.zeros((len(ids), max(order) + 1, num_slots or sizes.max(), vision.patch_dim), np.float32)
     placed = np.zeros((*pixels.shape[:2], 2), np.int32)
@@ -114,7 +112,7 @@ def port_stages(model: Qwen2VL, given: dict) -> dict[str, np.ndarray]:
 
 
 def taps(model) -> list[tuple]:
-    """(stage, module of HF's model, whether its input is meant and not its output)."""
+    """(stage, module of HF's model, whether the stage is the module's input, not its output)."""
     base = model.model
     return [
         ("vision.embed", base.visual.patch_embed, False),
@@ -127,7 +125,7 @@ def taps(model) -> list[tuple]:
 
 
 def prepare(model, config: Qwen2VLConfig) -> None:
-    """Gives HF's model the special ids; it computes what the release does."""
+    """Sets the special ids in HF's model."""
     for name in IDS:
         setattr(model.config, name, getattr(config, name))
         setattr(model.model.config, name, getattr(config, name))

@@ -1,9 +1,10 @@
-"""What every parity check is made of: comparisons and their report, a stack's layers one by one, example token ids."""
+"""Tools of every parity check: comparisons and their report, the layers of a stack, example token ids."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,21 +12,21 @@ from flax import nnx
 
 from medcg_jax.families.weights.files import WeightsError
 
-# Largest difference allowed, as a share of the reference's largest value.
+# Largest allowed difference, as a share of the reference's largest value.
 TOLERANCE = 1e-4
-# So many times as far as the reference itself moves when every weight is rounded otherwise; and never further than a
-# fault would be small.
+# The tolerance may grow to this many times the reference's own change when its weights are rounded differently, up to a
+# maximum that still shows faults.
 NOISE_FACTOR, MAX_TOLERANCE = 8.0, 1e-2
-# How rows of the run with other weights begin (`weights.telling`).
+# Prefix of the stages that run with other weights (`weights.telling`).
 TELLING = "telling weights: "
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: `difference` is the largest, `scale` the reference's largest value.
+    """One comparison: `difference` is the largest difference, `scale` the reference's largest value.
 
-    floor: the scale below which the allowed difference shrinks no more. 0: it is always a share of the scale, so that
-      numbers of order 0.01, which random weights give, hide no fault.
+    floor: the least scale for the allowed difference. 0: the difference is always relative to the scale, so that numbers
+      of order 0.01, which random weights give, hide no fault.
     """
 
     stage: str
@@ -49,18 +50,18 @@ def compared(stage: str, ours, theirs, *, floor: float = 0.0) -> Row:
     if ours.shape != theirs.shape:
         raise WeightsError(f"{stage}: shape {ours.shape} here, {theirs.shape} in the reference")
     difference = float(np.abs(ours - theirs).max()) if ours.size else 0.0
-    # A NaN on either side is a difference, not a comparison that says nothing.
+    # A NaN on either side is an infinite difference.
     scale = float(np.abs(theirs).max()) if theirs.size else 0.0
     return Row(stage, math.inf if math.isnan(difference) else difference, scale, floor=floor)
 
 
 def judged(rows: list[Row], noise: dict[str, Row]) -> list[Row]:
-    """`rows`, those that differ with the tolerance that the reference's own rounding asks for.
+    """`rows`, where those that differ get the tolerance that the reference's rounding needs.
 
-    noise: stage -> the reference with its weights rounded otherwise, compared with itself.
+    noise: stage -> the reference compared with itself under weights rounded differently.
     """
 
-    def one(row: Row) -> Row:
+    def widened(row: Row) -> Row:
         moved = noise.get(row.stage)
         if row.ok or moved is None or not moved.scale:
             return row
@@ -68,11 +69,11 @@ def judged(rows: list[Row], noise: dict[str, Row]) -> list[Row]:
             row, tolerance=max(row.tolerance, min(MAX_TOLERANCE, NOISE_FACTOR * moved.difference / moved.scale))
         )
 
-    return [one(row) for row in rows]
+    return [widened(row) for row in rows]
 
 
 def exactly(stage: str, ours, theirs) -> Row:
-    """A row whose difference is 1 where any number differs, whatever their size."""
+    """A row whose difference is 1 where any number differs, else 0."""
     return Row(stage, float(not np.array_equal(ours, theirs)), 1.0)
 
 
@@ -111,7 +112,7 @@ def report(src: Path, rows: list[Row], notes: list[str]) -> dict:
 
 
 def in_order(rows: list[Row]) -> list[Row]:
-    """`rows` as the computation goes: outputs, those under other weights, gradients and curve; weights are no stage."""
+    """`rows` in the order of the computation: outputs, outputs under other weights, gradients and curve, weights."""
 
     def rank(row: Row) -> int:
         if row.stage.startswith("weight"):
@@ -126,7 +127,7 @@ def in_order(rows: list[Row]) -> list[Row]:
 
 
 def layers(blocks: nnx.Module):
-    """The modules of a stack, one by one."""
+    """Yields the modules of a stack."""
     graphdef, params = nnx.split(blocks)
     for i in range(jax.tree.leaves(params)[0].shape[0]):
         yield nnx.merge(graphdef, jax.tree.map(lambda w, i=i: w[i], params))
@@ -138,9 +139,9 @@ def text_ids(rng: np.random.Generator, shape, num: int, special: set[int]) -> np
 
 
 def placed(ids: dict[str, int], num: int) -> dict[str, int]:
-    """Those of `ids` that lie outside of a table of `num` rows, or stand twice, each with a free row from its end.
+    """New ids for those of `ids` that are beyond a table of `num` rows or occur twice: free rows from the table's end.
 
-    A config of a tiny model often keeps the released ids, which no lookup of its table can take.
+    The config of a tiny model often has the released ids, which its small table lacks.
     """
     taken = {i for i in ids.values() if 0 <= i < num}
     free = (i for i in reversed(range(num)) if i not in taken)
@@ -158,14 +159,14 @@ def example_text(
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """input_ids, attention_mask and labels, int64[2, T], of `num_text` random tokens and the `inserted` ones.
 
-    The second row ends in padding. Labels begin behind the first third of the text that follows what is inserted.
-    num_rows: of the embedding. inserted: (id, place in every row); places are in order.
-    special: ids that no text has; padding's row of the embedding gets no gradient from torch, so `pad_id` is never text.
+    The second row ends in padding. Labels begin after the first third of the text behind the inserted tokens.
+    num_rows: of the embedding. inserted: (id, slice of every row), in order.
+    special: ids that are no text. Nor is `pad_id`: torch gives its row of the embedding no gradient.
     """
-    lengths = [place.stop - place.start for _, place in inserted]
+    lengths = [span.stop - span.start for _, span in inserted]
     ids = text_ids(rng, (2, num_text + sum(lengths)), num_rows, special | {pad_id})
-    for token_id, place in inserted:
-        ids[:, place] = token_id
+    for token_id, span in inserted:
+        ids[:, span] = token_id
     mask = np.ones_like(ids)
     mask[1, -num_text // 3 :] = 0
     ids[mask == 0] = pad_id if 0 <= pad_id < num_rows and pad_id not in special else ids[0, 0]
@@ -174,23 +175,23 @@ def example_text(
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def moved_ids(ids: dict[str, int], num: int) -> tuple[dict[str, int], list[str]]:
-    """(`placed`, a note for each of them)."""
-    moved = placed(ids, num)
+def moved_ids(ids: dict[str, int], num: int) -> tuple[dict[str, Any], list[str]]:
+    """(`placed`, a note for each new id)."""
+    moved: dict[str, Any] = dict(placed(ids, num))
     return moved, [
         f"{name}={ids[name]} is no row of its own in the embedding: {i} is used" for name, i in moved.items()
     ]
 
 
 def run_layers(stages: dict, name: str, blocks, step, x):
-    """The stack's output from `x`; `stages` gets every layer's as f"{name}{i}". step: (block, x) -> x, jitted."""
+    """The stack's output for `x`; every layer's output goes to `stages` as f"{name}{i}". step: jitted (block, x) -> x."""
     for i, block in enumerate(layers(blocks)):
         x = stages[f"{name}{i}"] = step(block, x)
     return x
 
 
 def norm_and_logits(model: nnx.Module, given: dict) -> tuple[jax.Array, jax.Array]:
-    """(the decoder's normed output, logits) by the model's own path, traced anew in every call."""
+    """(the decoder's normed output, logits) by the model's own path, traced again in every call."""
 
     def whole(model, given):
         hidden, _ = model.hidden(**given)
@@ -212,10 +213,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise WeightsError(f"{path} is no readable .npz file: {error}") from error
 
 
-def check_arrays(path: Path, held: Iterable[str], wanted: Iterable[str]) -> None:
-    """Raises WeightsError where the file `path` lacks an array, or holds one that nothing is compared with."""
-    held, wanted = set(held), set(wanted)
-    if held != wanted:
+def check_arrays(path: Path, stored: Iterable[str], expected: Iterable[str]) -> None:
+    """Raises WeightsError where the file `path` lacks an array, or has one that is compared with nothing."""
+    stored, expected = set(stored), set(expected)
+    if stored != expected:
         raise WeightsError(
-            f"{path} lacks {sorted(wanted - held)[:8]}; nothing is compared with {sorted(held - wanted)[:8]}"
+            f"{path} lacks {sorted(expected - stored)[:8]}; nothing is compared with {sorted(stored - expected)[:8]}"
         )

@@ -1,15 +1,15 @@
 """`medcg parity SRC`: the same input through this port and the PyTorch reference, stage by stage.
 
-Compares the weights as loaded, the outputs of every layer, logits, loss, gradients of every trained tensor and a short
-AdamW curve, in float32. A small model's gradients are compared once more with weights that hide nothing
+Compares the loaded weights, the outputs of every layer, logits, loss, gradients of every trained tensor and a short
+AdamW curve, in float32. A small model's gradients are also compared under weights that hide no fault
 (`weights.telling`), the same on both sides.
 
-Both sides read `SRC`: tensors of one shape that were exchanged in the file itself are exchanged on both sides, and
-nothing in the directory says so. Only `against`, the directory that `SRC` was made from, or a record of it shows that.
+Both sides read `SRC`, so they agree where two tensors of one shape were exchanged in the files. Only `against`, the
+directory that `SRC` was made from, or a record of it shows that.
 
-A record (.npz) holds HF's forward arguments by their names, `logits` [B, T, V], and optionally `labels`, `loss`,
-`stage/NAME` for outputs by stage and `weight/NAME` for fingerprints of tensors (canonical names). Whoever has a
-reference may write the first two; `record=FILE.npz` writes all. `inputs=FILE.npz` compares with it without PyTorch.
+A record (.npz) has HF's forward arguments by name, `logits` [B, T, V], and optionally `labels`, `loss`, `stage/NAME` for
+outputs by stage and `weight/NAME` for fingerprints of tensors (canonical names). `record=FILE.npz` writes all of them;
+arguments and logits are enough for `inputs=FILE.npz`, which compares with a record without PyTorch.
 """
 
 import dataclasses
@@ -37,11 +37,11 @@ from medcg_jax.parity.weights import Arrays, fingerprints, params_of, telling, t
 # Family -> the module that describes its reference: inputs, stages, and where HF's model has them.
 FAMILIES: dict[str, ModuleType] = {family.name: family.reference for family in registry.families() if family.parity}
 NUM_STEPS = 10
-# Of AdamW: with the usual 1e-8 a gradient that is nothing but rounding moves a weight as far as any other does.
+# AdamW's epsilon. With the usual 1e-8 a gradient of pure rounding moves a weight as far as any other gradient.
 CURVE_EPS = 1e-5
-# Above so many parameters only the projector is trained: gradients and moments of all would fill a host's memory.
+# Of larger models only the projector is trained: gradients and moments of all parameters would fill a host's memory.
 MAX_TRAINED_PARAMS = 500_000_000
-# Models of at most so many parameters run again with other weights; larger ones are trained, and hide nothing.
+# Smaller models also run with `weights.telling`; larger ones have trained weights, which hide no fault.
 MAX_SMALL_PARAMS = 50_000_000
 RECORD_NEEDS = ("input_ids", "pixel_values", "logits")
 # Files that only a folder of arrays from original code has (`python -m tests.golden`).
@@ -52,11 +52,11 @@ def parity(src: Path, *, inputs: Path | None = None, record: Path | None = None,
     """`rows.report` of all comparisons, with {"trained", "parameters"}.
 
     src: a released (HF) directory; with `inputs` or `against` any checkpoint.
-    inputs: a record that is compared with instead of PyTorch. record: where to write one, of the reference.
+    inputs: a record to compare with in place of PyTorch. record: where to write the reference's record.
     against: the released directory that the reference reads; None: `src`.
 
     Raises:
-      WeightsError: no checkpoint, arrays missing or of shapes that do not fit, or PyTorch is needed and absent.
+      WeightsError: no checkpoint, arrays missing or of wrong shapes, or PyTorch is needed and not installed.
     """
     if inputs is not None and (record or against):
         raise WeightsError(f"--inputs={inputs} takes the reference's place; --record and --against need one")
@@ -72,12 +72,12 @@ def parity(src: Path, *, inputs: Path | None = None, record: Path | None = None,
     else:
         from medcg_jax.parity.pytorch import open_reference
 
-        part = part_of(config)
+        family = family_module(config)
         if against is not None and family_of(_read(against)[0]) != family_of(config):
-            raise WeightsError(f"--against={against} is of another model than {src}: expected a {part.FAMILY}")
-        reference = open_reference(src if against is None else against, part, config)
+            raise WeightsError(f"--against={against} is of another model than {src}: expected a {family.FAMILY}")
+        reference = open_reference(src if against is None else against, family, config)
         trained = ("projector", "decoder") if build.num_params(params) <= MAX_TRAINED_PARAMS else ("projector",)
-        example = part.example(config)
+        example = family.example(config)
         if record is not None:
             write_record(record, example, reference.stages(example), reference.tensors())
             notes.append(f"the reference's numbers are in {record}")
@@ -85,24 +85,24 @@ def parity(src: Path, *, inputs: Path | None = None, record: Path | None = None,
     return report(src, rows, notes) | {"trained": list(trained), "parameters": build.num_params(params)}
 
 
-def part_of(config: Config) -> ModuleType:
+def family_module(config: Config) -> ModuleType:
     """The module that describes the family's reference."""
     return FAMILIES[family_of(config)]
 
 
 def _read(src: Path) -> tuple[Config, list[str]]:
-    """(the architecture of `src` as both sides can run it, what had to be changed for that)."""
+    """(the architecture of `src` as both sides can run it, notes on what was changed)."""
     try:
         # Rolled: compiling 32 layers one by one would take longer than running them.
         config = dataclasses.replace(read_config(src), scan_unroll=1)
     except ValueError as error:
-        # The model's own refusal of its sizes.
+        # The model refuses its sizes.
         raise error if isinstance(error, WeightsError) else WeightsError(f"{src}: {error}") from error
     if family_of(config) not in FAMILIES:
         raise WeightsError(
             f"{src} holds a {family_of(config)}, of which transformers has no model; expected {', '.join(FAMILIES)}"
         )
-    return part_of(config).runnable(config)
+    return family_module(config).runnable(config)
 
 
 # ------------------------------------------------------------------ against PyTorch
@@ -112,13 +112,13 @@ def compare(
     graphdef, params, reference, inputs: dict[str, np.ndarray], trained: tuple[str, ...], *,
     notes: list[str] | None = None,
 ) -> list[Row]:  # fmt: skip
-    """Rows for weights, every stage, the loss, the gradients and the curve; `reference` is trained on by the last.
+    """Rows for weights, every stage, the loss, the gradients and the curve, which trains `reference`.
 
-    inputs: HF's forward arguments, `labels` among them. notes: gets what a reader has to know beside the rows.
+    inputs: HF's forward arguments with `labels`. notes: gets remarks on the rows.
     """
     config, small = nnx.merge(graphdef, params).config, build.num_params(params) <= MAX_SMALL_PARAMS
-    prefixes = sum((part_of(config).PREFIXES[name] for name in trained), ())
-    # Small: ten large steps leave the weights that are compared.
+    prefixes = sum((family_module(config).PREFIXES[name] for name in trained), ())
+    # Small: ten large steps would lead far away from the compared weights.
     rate = 1e-4 if build.num_params(params) <= MAX_TRAINED_PARAMS else 1e-5
     rows = []
     with jax.default_matmul_precision("highest"):
@@ -155,24 +155,24 @@ def compare(
 
 
 def _noise(reference, inputs, prefixes, stages, gradients) -> dict[str, Row]:
-    """Stage -> the reference with its weights rounded otherwise against itself: how well each number is determined."""
-    kept = reference.tensors()
+    """Stage -> the reference compared with itself under weights rounded differently: the precision of each number."""
+    original = reference.tensors()
     reference.put(reference.nudged())
     moved, moved_gradients = reference.stages(inputs), reference.gradients(inputs, prefixes)
-    reference.put(kept)
+    reference.put(original)
     rows = [compared(name, moved[name], value) for name, value in stages.items()]
     rows += [compared(f"gradient {name}", moved_gradients[name], value) for name, value in gradients.items()]
     return {row.stage: row for row in rows}
 
 
 def _telling_rows(graphdef, params, ours, reference, inputs, trained, differentiate) -> list[Row]:
-    """Rows of loss and gradients under `telling` weights; `reference` keeps them.
+    """Rows of loss and gradients under `telling` weights, which stay in `reference`.
 
     Raises:
-      WeightsError: even then the image changes nothing: these inputs say nothing about images.
+      WeightsError: the logits still do not depend on the image.
     """
     config = nnx.merge(graphdef, params).config
-    prefixes = sum((part_of(config).PREFIXES[name] for name in trained), ())
+    prefixes = sum((family_module(config).PREFIXES[name] for name in trained), ())
     params = params_of(config, params, {n: telling(n, x) for n, x in ours.items()})
     reference.put({name: telling(name, x) for name, x in reference.tensors().items()})
     if not _sees_images(reference, inputs):
@@ -181,7 +181,7 @@ def _telling_rows(graphdef, params, ours, reference, inputs, trained, differenti
     rows = [compared("loss", differentiate(*build.split_trainable(params, trained))[0], stages["loss"])]
     rows += gradient_rows(config, differentiate, params, reference.gradients(inputs, prefixes), trained)
     if not all(row.ok for row in rows):
-        # Only now: compiling the layers takes as long as everything else.
+        # Only on a difference: compiling the layers takes as long as all else.
         rows = stage_rows(nnx.merge(graphdef, params), stages, inputs) + rows[1:]
     return [dataclasses.replace(row, stage=TELLING + row.stage) for row in rows]
 
@@ -194,19 +194,19 @@ def _sees_images(reference, inputs) -> bool:
     return float(np.abs(logits - other).max()) > 1e-6 * float(np.abs(logits).max())
 
 
-def stage_rows(model: nnx.Module, reference: dict[str, np.ndarray], inputs) -> list[Row]:
-    """A row per stage and for the loss, in the order of the computation; padding is left out.
+def stage_rows(model, reference: dict[str, np.ndarray], inputs) -> list[Row]:
+    """A row per stage and for the loss, in the order of the computation, without padding.
 
     Raises:
-      WeightsError: `reference` lacks a stage. It may have more: layers that the checkpoint holds and nothing uses.
+      WeightsError: `reference` lacks a stage. It may have more, of layers that are in the checkpoint and unused.
     """
-    part = part_of(model.config)
-    given = part.port_inputs(model.config, inputs)
-    stages = part.port_stages(model, given)
+    family = family_module(model.config)
+    given = family.port_inputs(model.config, inputs)
+    stages = family.port_stages(model, given)
     real = np.asarray(given["segment_ids"]) != 0
-    rows, lacking = [], [stage for stage in stages if stage not in reference]
-    if lacking:
-        raise WeightsError(f"the reference has no stages {', '.join(lacking)}")
+    rows, missing = [], [stage for stage in stages if stage not in reference]
+    if missing:
+        raise WeightsError(f"the reference has no stages {', '.join(missing)}")
     for stage, ours in stages.items():
         keep = ... if stage.startswith(("vision", "projector")) else real
         rows.append(compared(stage, ours[keep], reference[stage][keep]))
@@ -217,9 +217,9 @@ def stage_rows(model: nnx.Module, reference: dict[str, np.ndarray], inputs) -> l
 
 def loss(logits: jax.Array, labels: np.ndarray) -> jax.Array:
     """float32[] mean negative log-likelihood of the labels (-100: none) one position ahead, as HF computes it."""
-    labels = jnp.asarray(labels)[:, 1:]
-    weight = labels != -100
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], jnp.where(weight, labels, 0))
+    targets = jnp.asarray(labels)[:, 1:]
+    weight = targets != -100
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], jnp.where(weight, targets, 0))
     return (nll * weight).sum() / weight.sum()
 
 
@@ -230,14 +230,14 @@ def value_and_grad(graphdef, inputs: dict[str, np.ndarray]) -> Callable:
     @jax.value_and_grad
     def run(trainable, frozen):
         model = nnx.merge(graphdef, build.join(trainable, frozen))
-        given = part_of(model.config).port_inputs(model.config, inputs)
+        given = family_module(model.config).port_inputs(model.config, inputs)
         return loss(model(**given), inputs["labels"])
 
     return run
 
 
 def gradient_rows(config: Config, differentiate, params, reference: dict[str, np.ndarray], trained) -> list[Row]:
-    """A row per tensor of the released checkpoint that is trained, relative to its gradient's largest value."""
+    """A row per trained tensor of the released checkpoint, relative to the largest value of its gradient."""
     _, grads = differentiate(*build.split_trainable(params, trained))
     table = [entry for entry in module_of(config).table(config) if entry.path[0] in trained]
     _, stream = engine.store(table, grads)
@@ -253,11 +253,10 @@ def gradient_rows(config: Config, differentiate, params, reference: dict[str, np
 
 
 def step_rows(differentiate, config: Config, params, trained, steps, *, learning_rate: float, eps: float) -> list[Row]:
-    """A row for the loss before each step of the reference, which one AdamW step of this port has led to.
+    """A row for the loss before each step of the reference; one AdamW step of this port leads to the next loss.
 
-    Each of them starts at the reference's own weights, so that rounding does not grow from step to step: a curve that
-    falls steeply is chaotic, and two right programs soon have nothing in common. The moments are this port's.
-    steps: (loss, trained tensors by canonical name) before each.
+    Every step starts from the reference's weights and this port's moments, so that rounding does not add up: steep curves
+    are chaotic, and two correct programs soon diverge. steps: (loss, trained tensors by canonical name) before each.
     """
     trainable, frozen = build.split_trainable(params, trained)
     state, update = adamw(trainable, learning_rate=learning_rate, eps=eps)
@@ -288,11 +287,11 @@ def write_record(path: Path, inputs: Arrays, stages: Arrays, tensors: Arrays) ->
     """Writes a record: inputs, stages (`logits` and `loss` among them), fingerprints of `tensors`."""
     outputs = {name if name in ("logits", "loss") else f"stage/{name}": value for name, value in stages.items()}
     marks = {f"weight/{name}": value for name, value in fingerprints(tensors).items()}
-    # Beside the file first: one that is cut off by a full disk must not take its place.
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("wb") as file:
+    # A new file first: one cut off by a full disk must not replace the old.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
         np.savez(file, **inputs, **outputs, **marks)
-    os.replace(part, path)
+    os.replace(temporary, path)
 
 
 def read_record(path: Path) -> Arrays:
@@ -310,10 +309,10 @@ def read_record(path: Path) -> Arrays:
 
 
 def recorded_rows(graphdef, params, record: Arrays, source: Path) -> list[Row]:
-    """Rows for weights and stages where they are recorded, logits (real tokens only) and, where recorded, the loss.
+    """Rows for logits (real tokens only) and, where they are recorded, for weights, stages and the loss.
 
     Raises:
-      WeightsError: logits of other rows or positions are recorded.
+      WeightsError: the recorded logits have other rows or positions.
     """
     model = nnx.merge(graphdef, params)
     recorded = {
@@ -327,12 +326,12 @@ def recorded_rows(graphdef, params, record: Arrays, source: Path) -> list[Row]:
         if recorded["stage/"]:
             outputs = {name: record[name] for name in ("logits", "loss") if name in record}
             return rows + stage_rows(model, recorded["stage/"] | outputs, record)
-        given = part_of(model.config).port_inputs(model.config, record)
+        given = family_module(model.config).port_inputs(model.config, record)
         logits = jax.jit(lambda model, given: model(**given))(model, given)
     theirs = record["logits"]
     if theirs.shape[:2] != logits.shape[:2] or theirs.shape[2] > logits.shape[2]:
         raise WeightsError(f"{source}: logits {theirs.shape} recorded, {logits.shape} computed")
-    # A release may have fewer words than the model's table has rows.
+    # The model's table may have more rows than the release has words.
     real, logits = np.asarray(given["segment_ids"]) != 0, logits[..., : theirs.shape[2]]
     rows.append(compared("logits", np.asarray(logits)[real], theirs[real]))
     if "labels" in record and "loss" in record:

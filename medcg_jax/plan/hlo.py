@@ -1,7 +1,7 @@
 """The collectives of a compiled program: which devices each joins, how many bytes it moves, how often it is executed.
 
-A program that mixes cells gives the right numbers; only its text shows it. What the text does not say plainly is an
-error here, never a guess: a collective that is not read would pass as one that leaves no cell.
+A program whose cells exchange data still gives the right numbers; only its text shows the exchange. Text that this
+module cannot read is an error, never a guess: a collective that is skipped would look like one that leaves no cell.
 
     ran = collectives(compiled.as_text())
     assert not crossing(ran, num_devices=8, num_groups=2)
@@ -22,22 +22,22 @@ KINDS = (
 )  # fmt: skip
 COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
 SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
-# Bits of one number of the types that do not say so in their name, as f32, s4 and f8e4m3fn do.
+# Bits of one number, of the types without a width in their name (f32, s4 and f8e4m3fn have one).
 BITS = {"pred": 8, "token": 0, "c64": 64, "c128": 128}
-# The end of a computation: nothing else may stand there, since a kernel's own JSON has lines that begin with braces.
+# The line that ends a computation, matched whole: lines of a kernel's JSON begin with braces too.
 ENDED = re.compile(r'\}(, execution_thread="\w+")?$')
-# A line that begins an instruction: its name, and the rest.
+# A line that begins an instruction: its name and its text.
 ASSIGNED = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*)")
 CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
-# Several at once: the branches of a conditional, and what TPU7x's sparse cores do.
+# Attributes that list several computations: branches of a conditional, calls of TPU7x's sparse cores.
 BRANCHES = re.compile(r"\b(?:branch|called)_computations=\{([^}]*)\}")
-# Parts of the ways to write groups. What follows them must be another attribute: a longer form is not to be half read.
+# Pieces of the patterns for device groups. END makes sure that a longer, unknown form is not read by half.
 END = r"(?=,|$)"
 LISTED = r"(\{\{[\d,]+\}(?:,\{[\d,]+\})*\})(?=,|$)"
 ORDER = r"\[[\d,]+\](?:T\([\d,]+\))?"
 SIZES = r"'\w+'=\d+(?:,'\w+'=\d+)*"
 NAMES = r"'\w+'(?:,'\w+')*"
-# On TPU a reduce-scatter is an all-reduce in a fusion with the slice that is kept of it.
+# On TPU a reduce-scatter is a fusion of an all-reduce and the slice of its result that is kept.
 FUSED_REDUCE_SCATTER = "all-reduce-scatter"
 
 
@@ -46,9 +46,9 @@ class Collective:
     """One collective of a program.
 
     kind: a name in `KINDS`.
-    groups: device numbers that exchange data, in each group; of a permute (from, to).
-    payload_bytes: of the whole array on one device: what a gather gives, what a reduction takes.
-    trips: how often it is executed in one call of the program, by the loops that it stands in.
+    groups: device numbers of each group that exchanges data; of a permute (source, target).
+    payload_bytes: bytes of the whole array on one device: the result of a gather, the input of a reduction.
+    trips: executions in one call of the program, the product over the surrounding loops.
     """
 
     name: str
@@ -67,29 +67,29 @@ class Instruction:
     name: str
     shape: str
     opcode: str
-    rest: str  # operands and attributes
+    text: str  # operands and attributes
 
     @property
     def operation(self) -> str:
-        """The operation that it was made from, as jax names it; "" where it has none."""
-        named = re.search(r'op_name="([^"]*)"', self.rest)
+        """jax's name of the operation that the instruction was made from, or ""."""
+        named = re.search(r'op_name="([^"]*)"', self.text)
         return named[1] if named else ""
 
     def attribute(self, name: str) -> str:
-        """The computation or word that it names so: its `body`, its `condition`."""
-        return re.search(rf"\b{name}=%?([\w.-]+)", self.rest)[1]
+        """The value of an attribute: the computation that `body` or `condition` names."""
+        return re.findall(rf"\b{name}=%?([\w.-]+)", self.text)[0]
 
     def called(self) -> list[str]:
-        """The computations that it runs; of a loop none."""
-        branches = BRANCHES.search(self.rest)
+        """The computations that the instruction calls; a loop's body and condition are not among them."""
+        branches = BRANCHES.search(self.text)
         listed = [name.strip().lstrip("%") for name in branches[1].split(",")] if branches else []
-        # What a kernel's own configuration says is no call.
-        return CALLED.findall(self.rest.partition(", metadata=")[0].partition(", backend_config=")[0]) + listed
+        # Metadata and a kernel's configuration may hold the same words.
+        return CALLED.findall(self.text.partition(", metadata=")[0].partition(", backend_config=")[0]) + listed
 
 
 class Scope(NamedTuple):
     """Where an instruction stands: its computation, the loops around it, the entry or loop body that executes it, and
-    the fusion that it is in, or ""."""
+    the fusion around it, or ""."""
 
     computation: str
     loops: tuple[Instruction, ...] = ()
@@ -98,7 +98,7 @@ class Scope(NamedTuple):
 
 
 class Program:
-    """The text of a compiled program (`jax.stages.Compiled.as_text`), taken apart.
+    """The parsed text of a compiled program (`jax.stages.Compiled.as_text`).
 
     Raises:
       ValueError: the text has no entry computation.
@@ -124,43 +124,44 @@ class Program:
         self.entry: str = entry
 
     def executed(self, visit: Callable[[Instruction, Scope], list | None], scope: Scope | None = None) -> Iterator[Any]:
-        """The items that `visit` lists for each instruction that is executed, through loops, fusions and all branches.
+        """The items that `visit` returns for each executed instruction, through loops, fusions and all branches.
 
-        Where `visit` returns None, what the instruction calls is visited.
+        Where `visit` returns None, the computations that the instruction calls are visited.
         """
         scope = scope or Scope(self.entry, body=self.entry)
-        for one in self.computations[scope.computation]:
-            items = visit(one, scope)
+        for op in self.computations[scope.computation]:
+            items = visit(op, scope)
             if items is not None:
                 yield from items
-            elif one.opcode == "while":
-                for part in ("body", "condition"):  # a condition may exchange data too: whether every row has ended
-                    inner = Scope(one.attribute(part), (*scope.loops, one), f"{scope.body}/{one.name}")
+            elif op.opcode == "while":
+                # A condition may exchange data too: whether every row has ended.
+                for role in ("body", "condition"):
+                    inner = Scope(op.attribute(role), (*scope.loops, op), f"{scope.body}/{op.name}")
                     yield from self.executed(visit, inner)
-            elif not one.opcode.endswith(("-done", "-update")):
-                for name in one.called():
-                    fusion = name if one.opcode == "fusion" else scope.fusion
+            elif not op.opcode.endswith(("-done", "-update")):
+                for name in op.called():
+                    fusion = name if op.opcode == "fusion" else scope.fusion
                     yield from self.executed(visit, scope._replace(computation=name, fusion=fusion))
 
     def trips(self, scope: Scope, open_trips: int | None) -> int:
-        """How often an instruction there is executed in one call; open_trips: as of `collectives`.
+        """Executions of an instruction in this scope in one call of the program; open_trips: as in `collectives`.
 
         Raises:
-          ValueError: a loop says how often it runs in a way that is not known.
+          ValueError: the trip count of a loop cannot be read.
         """
         return math.prod(self._trips(loop, open_trips) for loop in scope.loops)
 
     def _trips(self, loop: Instruction, open_trips: int | None) -> int:
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text)
         if known:
             return int(known[1])
-        # TPU programs leave it to the condition: a counter from 0 below the one constant in it.
+        # TPU programs state no trip count: the condition compares a counter from 0 with its only constant.
         constants, compared = set(), set()
-        for one in self._below(loop.attribute("condition")):
-            if one.opcode == "constant" and re.match(r"[su]\d+\[\]", one.shape):
-                constants.add(one.rest.partition(")")[0])
-            elif one.opcode == "compare":
-                compared.add(re.search(r"direction=(\w+)", one.rest)[1])
+        for op in self._below(loop.attribute("condition")):
+            if op.opcode == "constant" and re.match(r"[su]\d+\[\]", op.shape):
+                constants.add(op.text.partition(")")[0])
+            elif op.opcode == "compare":
+                compared.update(re.findall(r"direction=(\w+)", op.text)[:1])
         if compared != {"LT"} and open_trips is not None:
             return open_trips
         if len(constants) != 1 or compared != {"LT"}:
@@ -168,9 +169,9 @@ class Program:
         return int(constants.pop())
 
     def _below(self, name: str) -> Iterator[Instruction]:
-        for one in self.computations[name]:
-            yield one
-            for called in one.called():
+        for op in self.computations[name]:
+            yield op
+            for called in op.called():
                 yield from self._below(called)
 
 
@@ -178,11 +179,11 @@ def collectives(text: str, *, open_trips: int | None = None) -> list[Collective]
     """Every collective that the program executes, in the order of its text.
 
     A conditional counts with all its branches. An asynchronous collective counts once.
-    open_trips: how often a loop counts whose end the program does not know, as that of generation; None: an error.
+    open_trips: the count taken for a loop whose end depends on data, such as generation; None: such a loop is an error.
 
     Raises:
-      ValueError: groups, shapes or the trips of a loop around a collective are written in a way that is not known, or
-        nothing that is a program is found.
+      ValueError: the text is no program; or groups, shapes or the trip count of a loop around a collective cannot be
+        read.
     """
     program = Program(text)
     if "replica_count=" in program.header:
@@ -192,53 +193,53 @@ def collectives(text: str, *, open_trips: int | None = None) -> list[Collective]
     reached: set[str] = set()
     copies: set[tuple[str, str, str]] = set()
 
-    def visit(one: Instruction, scope: Scope) -> list[Collective] | None:
+    def visit(op: Instruction, scope: Scope) -> list[Collective] | None:
         reached.add(scope.computation)
-        kind = _kind(one)
+        kind = _kind(op)
         if kind is None:
             return None
-        channel = re.search(r"\bchannel_id=(\d+)", one.rest)
+        channel = re.search(r"\bchannel_id=(\d+)", op.text)
         if channel is None:
-            raise ValueError(f"{one.name} has no channel: its groups are not of partitions")
+            raise ValueError(f"{op.name} has no channel: its groups are not of partitions")
         if scope.fusion:
-            # TPU splits an asynchronous collective into several fusions, each with a copy of it. The shape counts too:
-            # all that libtpu's combiner made have channel 1. Its layout does not: a copy may lie in another memory, as
-            # "S(1)" in it says.
-            copy = scope.body, channel[1], re.sub(r"\{[^}]*\}", "", one.shape)
+            # TPU splits an asynchronous collective into several fusions, each with a copy of it. Copies share the channel
+            # and the shape (libtpu's combiner gives every collective channel 1), but not the layout: a copy may lie in
+            # another memory ("S(1)").
+            copy = scope.body, channel[1], re.sub(r"\{[^}]*\}", "", op.shape)
             if copy in copies:
                 return []
             copies.add(copy)
         trips = program.trips(scope, open_trips)
-        if one.opcode == "send":
-            # Its partners are named by slice and not by number: all are taken, so that `crossing` never misses it.
+        if op.opcode == "send":
+            # Partners are named by slice, not by device: all devices are taken, so that `crossing` never misses it.
             everyone = (tuple(range(num_devices)),)
-            return [Collective(one.name, kind, everyone, num_bytes(parts_of(one.shape)[0]), trips)]
-        groups = groups_of(one.rest, num_devices)
-        payload = _payload(one, kind, len(groups[0]) if groups else 1)
+            return [Collective(op.name, kind, everyone, num_bytes(elements_of(op.shape)[0]), trips)]
+        groups = groups_of(op.text, num_devices)
+        payload = _payload(op, kind, len(groups[0]) if groups else 1)
         if kind == "all-reduce" and scope.fusion.startswith(FUSED_REDUCE_SCATTER):
             kind = "reduce-scatter"
-        return [Collective(one.name, kind, tuple(map(tuple, groups)), payload, trips)]
+        return [Collective(op.name, kind, tuple(map(tuple, groups)), payload, trips)]
 
     executed = list(program.executed(visit))
     for name, instructions in program.computations.items():
         if name not in reached and any(map(_kind, instructions)):
-            raise ValueError(f"the computation {name} has collectives and is called in a way that is not known")
+            raise ValueError(f"the computation {name} has collectives, and no known instruction calls it")
     return executed
 
 
 def attention_in(text: str) -> str:
-    """Which attention a program's text holds, by what it calls: "cudnn", "splash", or "plain" where neither."""
+    """The attention that a program's text calls: "cudnn", "splash", or "plain" where it calls neither."""
     return "cudnn" if "__cudnn$fmha" in text else "splash" if "tpu_custom_call" in text else "plain"
 
 
 def crossing(collectives: Iterable[Collective], *, num_devices: int, num_groups: int) -> list[Collective]:
-    """Those collectives that join devices of different groups.
+    """The collectives that join devices of different groups.
 
-    Group i is devices [i n, (i + 1) n) with n = num_devices / num_groups: so lie the cells of a mesh whose outermost
-    axis is `cell`.
+    Group i is devices [i n, (i + 1) n) with n = num_devices / num_groups, as the cells of a mesh whose outermost axis is
+    `cell`.
 
     Raises:
-      ValueError: there is no collective at all, so that nothing is shown; one names a device that there is not; or the
+      ValueError: there are no collectives, so nothing is shown; a collective names a device beyond `num_devices`; or the
         groups do not divide the devices.
     """
     collectives = list(collectives)
@@ -247,18 +248,18 @@ def crossing(collectives: Iterable[Collective], *, num_devices: int, num_groups:
     if num_devices % num_groups:
         raise ValueError(f"{num_devices} devices in {num_groups} groups: expected a divisor")
     size = num_devices // num_groups
-    for one in collectives:
-        if any(device >= num_devices for group in one.groups for device in group):
-            raise ValueError(f"{one.name} joins devices {one.groups}; there are {num_devices}")
-    return [one for one in collectives if any(len({device // size for device in group}) > 1 for group in one.groups)]
+    for collective in collectives:
+        if any(device >= num_devices for group in collective.groups for device in group):
+            raise ValueError(f"{collective.name} joins devices {collective.groups}; there are {num_devices}")
+    return [c for c in collectives if any(len({device // size for device in group}) > 1 for group in c.groups)]
 
 
 def bytes_by_kind(collectives: Iterable[Collective]) -> dict[str, int]:
-    """Executed payload in bytes per device and call of the program, by kind; the largest first."""
+    """Executed payload bytes per device and call of the program, by kind; the largest first."""
     sums: dict[str, int] = defaultdict(int)
-    for one in collectives:
+    for c in collectives:
         # Groups of one device exchange nothing.
-        sums[one.kind] += one.total_bytes if any(len(set(group)) > 1 for group in one.groups) else 0
+        sums[c.kind] += c.total_bytes if any(len(set(group)) > 1 for group in c.groups) else 0
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
@@ -273,81 +274,81 @@ def _instruction(name: str, text: str) -> Instruction | None:
     return Instruction(name, text[:end], called[1], called[2]) if called else None
 
 
-def _kind(one: Instruction) -> str | None:
-    """Which collective an instruction is, or begins; None: it is none."""
-    # Between TPU slices a sum goes by the hosts: what is sent is one device's part, and `recv` gives the sum.
-    if transfer := one.opcode == "send" and SLICES.search(one.rest):
+def _kind(op: Instruction) -> str | None:
+    """The kind of collective that an instruction is or starts; None: no collective."""
+    # Between TPU slices the hosts form a sum: `send` takes one device's summand, `recv` gives the sum.
+    if transfer := op.opcode == "send" and SLICES.search(op.text):
         if transfer[1] != "ALL_REDUCE":
-            raise ValueError(f"{one.name}: {transfer[1]} between slices is not known here")
+            raise ValueError(f"{op.name}: {transfer[1]} between slices is not known here")
         return "all-reduce"
-    if one.opcode in ("send", "recv") and "is_host_transfer=true" not in one.rest:
-        raise ValueError(f"{one.name}: {one.opcode} between devices is not known here")
-    return next((kind for kind in KINDS if one.opcode in (kind, f"{kind}-start")), None)
+    if op.opcode in ("send", "recv") and "is_host_transfer=true" not in op.text:
+        raise ValueError(f"{op.name}: {op.opcode} between devices is not known here")
+    return next((kind for kind in KINDS if op.opcode in (kind, f"{kind}-start")), None)
 
 
 def closing(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes."""
+    """The position of the bracket that closes the one at `start`."""
     depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] in "([{") - (text[place] in ")]}")
+    for position in range(start, len(text)):
+        depth += (text[position] in "([{") - (text[position] in ")]}")
         if not depth:
-            return place
+            return position
     raise ValueError(f"brackets do not close: {text[start : start + 100]}")
 
 
-def parts_of(shape: str) -> list[str]:
-    """The elements of a tuple's shape; of another shape itself."""
+def elements_of(shape: str) -> list[str]:
+    """The shapes of a tuple's elements; [shape] for an array."""
     if not shape.startswith("("):
         return [shape]
-    inner, parts, depth, start = shape[1:-1], [], 0, 0
-    for place, letter in enumerate(inner):
+    inner, elements, depth, start = shape[1:-1], [], 0, 0
+    for position, letter in enumerate(inner):
         depth += (letter in "([{") - (letter in ")]}")
         if letter == "," and not depth:
-            parts.append(inner[start:place])
-            start = place + 1
-    return [part.strip() for part in [*parts, inner[start:]]]
+            elements.append(inner[start:position])
+            start = position + 1
+    return [element.strip() for element in [*elements, inner[start:]]]
 
 
 def num_bytes(shape: str) -> int:
-    """Bytes of an array or a tuple: "bf16[4,8]{1,0:T(8,128)}" has 64.
+    """Bytes of an array or a tuple: 64 for "bf16[4,8]{1,0:T(8,128)}".
 
     Raises:
-      ValueError: the type of its numbers is not known.
+      ValueError: an unknown dtype.
     """
     total = 0
-    for part in parts_of(re.sub(r"/\*.*?\*/", "", shape)):
-        if part.startswith("("):
-            total += num_bytes(part)
+    for element in elements_of(re.sub(r"/\*.*?\*/", "", shape)):
+        if element.startswith("("):
+            total += num_bytes(element)
             continue
-        array = re.match(r"([a-z]\w*)\[([\d,]*)\]", part)
-        width = array and (re.match(r"[sufb]f?(\d+)", array[1]) or array[1] in BITS)
-        if not width:
-            raise ValueError(f"unknown shape: {part[:100]}")
-        bits = BITS[array[1]] if width is True else int(width[1])
-        total += math.prod(map(int, filter(None, array[2].split(",")))) * bits // 8
+        array = re.match(r"([a-z]\w*)\[([\d,]*)\]", element)
+        width = re.match(r"[sufb]f?(\d+)", array[1]) if array else None
+        if not array or not (width or array[1] in BITS):
+            raise ValueError(f"unknown shape: {element[:100]}")
+        bits = int(width[1]) if width else BITS[array[1]]
+        total += math.prod(int(size) for size in array[2].split(",") if size) * bits // 8
     return total
 
 
-def _payload(one: Instruction, kind: str, group_size: int) -> int:
-    if not one.opcode.endswith("-start"):
-        return num_bytes(one.shape) * (group_size if kind == "reduce-scatter" else 1)
+def _payload(op: Instruction, kind: str, group_size: int) -> int:
+    if not op.opcode.endswith("-start"):
+        return num_bytes(op.shape) * (group_size if kind == "reduce-scatter" else 1)
     if kind == "all-reduce":
-        return num_bytes(one.shape)
-    # (what goes in, what comes out, and what belongs to neither), each one array or a tuple of them.
-    return max(map(num_bytes, parts_of(one.shape)[:2]))
+        return num_bytes(op.shape)
+    # The shape is (inputs, outputs, and state that is neither); inputs and outputs are an array or a tuple each.
+    return max(map(num_bytes, elements_of(op.shape)[:2]))
 
 
 # ------------------------------------------------------------------ groups
 
 
 def groups_of(attributes: str, num_devices: int) -> list[list[int]]:
-    """The groups of devices that a collective's attributes name, in any of the ways in which XLA writes them.
+    """The groups of devices in a collective's attributes, in any form that XLA writes.
 
-    `{{0,1},{2,3}}`; `{}` for all; `[2,2]<=[4]`, also with a transposition `T(1,0)`; the axes joined of a mesh,
+    `{{0,1},{2,3}}`; `{}` for all; `[2,2]<=[4]`, also with a transposition `T(1,0)`; the joined axes of a mesh,
     `mesh['a'=2,'b'=2] {'b'}`, also with an order of its devices; `source_target_pairs={{0,1},{1,0}}`.
 
     Raises:
-      ValueError: they are written in another way.
+      ValueError: an unknown form.
     """
     if pairs := re.search(rf"source_target_pairs={LISTED}", attributes):
         return _listed(pairs[1])
@@ -363,8 +364,8 @@ def groups_of(attributes: str, num_devices: int) -> list[list[int]]:
         joined = re.findall(r"'(\w+)'", named[3])
         if set(joined) <= set(axes):
             order = _device_order(named[2] or f"[{math.prod(axes.values())}]").reshape(tuple(axes.values()))
-            places = [list(axes).index(name) for name in joined]
-            last = np.moveaxis(order, places, range(-len(places), 0))
+            joined_axes = [list(axes).index(name) for name in joined]
+            last = np.moveaxis(order, joined_axes, range(-len(joined_axes), 0))
             return last.reshape(-1, math.prod(axes[name] for name in joined)).tolist()
     raise ValueError(f"unknown groups: {attributes[:300]}")
 
@@ -378,7 +379,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _device_order(text: str) -> np.ndarray:
-    """The order written as "[2,2,2]T(1,0,2)": 0 .. 7 in this shape, transposed."""
+    """The device ids of "[2,2,2]T(1,0,2)": 0 .. 7 in this shape, transposed."""
     shape, _, turned = text.partition("T")
     ids = np.arange(math.prod(_numbers(shape.strip("[]")))).reshape(_numbers(shape.strip("[]")))
     return ids.transpose(_numbers(turned.strip("()"))) if turned else ids

@@ -1,7 +1,7 @@
-"""A run's own programs, compiled for a machine that need not be there: the training step and the tests, of any family.
+"""A run's programs, the training step and the tests of any family, compiled for a machine that may be absent.
 
-Rows are of the shapes that the data room makes: one record of the phantom world goes through the format of the run's
-model, at the lengths of the run's data. Shapes alone are used; neither weights nor data need be there.
+Only shapes are used, no weights and no data: one record of the phantom world goes through the row format of the run's
+model, at the lengths of the run's data.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from medcg_jax.config import BOX_TABLES, ConfigError, ModelConfig, RunConfig, RunError, replace, trains_masks
 from medcg_jax.data.encoding import Encoded
 from medcg_jax.data.phantom.source import PhantomSource
+from medcg_jax.data.records import Split
 from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.eval.letters import make_evaluator
 from medcg_jax.families import build, registry
@@ -33,7 +34,7 @@ from medcg_jax.train.setup import Setup, model_config
 from medcg_jax.train.step import Program, make_step, with_shardings
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
-# What allocators, collectives and other programs take beside a step, as a part of a device's memory.
+# The share of a device's memory left to allocators, collectives and other programs.
 MARGIN = 0.1
 
 
@@ -41,8 +42,8 @@ MARGIN = 0.1
 class PlannedRun:
     """A run on a mesh, and what its programs are compiled from.
 
-    alone: a run of `medcg train` and `medcg eval`, which keep nothing beside their programs. A grid keeps what a
-      training starts from, and tests while the state of its trainings is there.
+    alone: the run is of `medcg train` or `medcg eval`, which hold no other arrays. A grid also holds the weights that
+      its trainings start from, and tests while the state of its trainings is on the devices.
     """
 
     setup: Setup
@@ -62,7 +63,7 @@ class PlannedRun:
 
     @property
     def cells_each(self) -> int:
-        """Cells that a device has a part of."""
+        """Cells of each group of devices."""
         return self.num_cells // self.mesh.shape["cell"]
 
     def params(self) -> nnx.State:
@@ -76,17 +77,17 @@ class PlannedRun:
 
 
 def architecture_of(model: ModelConfig) -> build.Config:
-    """The architecture that a released size has of its own, or a tiny one with its small tokenizer's vocabulary."""
+    """The architecture of a released size; of a tiny one, with the vocabulary of its small tokenizer."""
     return model_config(model, small_tokenizer(model)) if model.name in build.TINY else build.architecture(model)
 
 
 def small_tokenizer(model: ModelConfig) -> Tokenizer:
-    """The packaged tokenizer of the model's family, which gives rows of the right shapes."""
+    """The packaged tokenizer of the model's family; it gives rows of the right shapes."""
     return load_tokenizer("", registry.of_model(model.name).tokenizer)
 
 
 def plan_run(run: RunConfig, mesh: Mesh, *, alone: bool = False) -> PlannedRun:
-    """The run as `study` and `train` make it, without weights and data.
+    """The run's programs as `study` and `train` make them, without weights and data.
 
     Raises:
       ConfigError: the mesh does not divide the batches, the model or the cells.
@@ -95,7 +96,7 @@ def plan_run(run: RunConfig, mesh: Mesh, *, alone: bool = False) -> PlannedRun:
     check_batch(mesh, run.eval.batch_size, "eval.batch_size")
     model = architecture_of(run.model)
     row_format = registry.of(model).row_format(model, with_masks=trains_masks(run.model))
-    # The small tokenizer knows the phantom's words, and no others.
+    # The small tokenizer knows only the phantom's words.
     run = replace(run, data__system_prompt="")
     setup = Setup(run, mesh, small_tokenizer(run.model), model, row_format, PhantomSource(0, 8, 8))
     num_cells = run.study.cells_at_once or mesh.shape["cell"]
@@ -109,7 +110,7 @@ def plan_run(run: RunConfig, mesh: Mesh, *, alone: bool = False) -> PlannedRun:
 def make_program(
     run: RunConfig, config: build.Config, mesh: Mesh, *, num_cells: int, loss_fn: Callable = token_loss
 ) -> tuple[Program, nnx.State, nnx.State]:
-    """(the run's training step for `num_cells` cells on `mesh`, abstract trainable and frozen parameters of one run).
+    """(the run's training step for `num_cells` cells on `mesh`, abstract trainable, abstract frozen parameters of a cell).
 
     config: the architecture. loss_fn: as `train.setup.Setup.loss`.
     """
@@ -123,7 +124,7 @@ def make_program(
 
 
 def hears_compiler() -> bool:
-    """Whether the compiler's warnings are written in this process: XLA reads the variable once, when it is loaded."""
+    """Whether XLA writes its warnings in this process; it reads the variable once, when it is loaded."""
     return os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") in ("0", "1")
 
 
@@ -131,7 +132,7 @@ def hears_compiler() -> bool:
 
 
 def train_rows(setup: Setup) -> Encoded:
-    """One training row, as long as the grid's longest."""
+    """One training row, as long as the longest of the grid."""
     data = setup.run.data
     boxes = set(setup.run.study.tables) & set(BOX_TABLES)
     lengths = {
@@ -146,12 +147,12 @@ def eval_rows(setup: Setup) -> Encoded:
     return setup.encode_eval(_one_record(setup, "test"))
 
 
-def _one_record(setup: Setup, split: str):
+def _one_record(setup: Setup, split: Split):
     return setup.source.records(setup.source.subsets[0].name, split).select([0])
 
 
 def batch_of(rows: Encoded, batch_size: int) -> Shapes:
-    """The shapes of a batch of so many rows like this one."""
+    """The shapes of a batch of `batch_size` rows like this one."""
     batch, _ = rows.rows(np.zeros(1, np.int64))
     return {key: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype) for key, array in batch.items()}
 
@@ -161,9 +162,10 @@ def batch_of(rows: Encoded, batch_size: int) -> Shapes:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled program, or why the compiler refused it for want of memory; and what the compiler wrote meanwhile.
+    """A compiled program, or None with the compiler's refusal for lack of memory.
 
-    options: what it was compiled with, of `topology.compiler_options`. seconds, cpu_s: that compiling took.
+    options: of `topology.compiler_options`. output: what the compiler wrote to standard error. seconds, cpu_s: wall and
+    CPU time of compiling.
     """
 
     program: jax.stages.Compiled | None
@@ -179,7 +181,7 @@ class Compiled:
         Raises:
           JaxRuntimeError, ValueError: the compiler cannot write it.
         """
-        with captured_stderr([]):  # where it fails libtpu writes a trace of its own stack
+        with captured_stderr([]):  # on failure libtpu writes its stack trace
             return topology.text_of(self.program, self.options)
 
 
@@ -187,7 +189,7 @@ def compile_training(planned: PlannedRun, batch_size: int) -> Compiled:
     """The training step at this batch size.
 
     Raises:
-      RunError: it cannot be compiled, for another reason than memory.
+      RunError: it cannot be compiled for a reason other than memory.
     """
     batch = batch_of(train_rows(planned.setup), batch_size)
     options = topology.compiler_options(planned.mesh.devices.flat[0])
@@ -212,29 +214,29 @@ def compile_tests(planned: PlannedRun) -> Compiled:
     batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for key, x in shapes.items()}
     options = topology.compiler_options(mesh.devices.flat[0])
 
-    def build_it() -> jax.stages.Compiled:
+    def build_program() -> jax.stages.Compiled:
         with jax.set_mesh(mesh):
             return evaluator.jitted.lower(planned.params(), batch).compile(options)
 
-    return compiled("the program of tests", options, build_it)
+    return compiled("the program of tests", options, build_program)
 
 
-def compiled(what: str, options: dict, build_it: Callable[[], jax.stages.Compiled]) -> Compiled:
-    """What `build_it` compiles, with its seconds.
+def compiled(title: str, options: dict, build_program: Callable[[], jax.stages.Compiled]) -> Compiled:
+    """The program that `build_program` compiles, as a `Compiled`.
 
     Raises:
-      RunError: it cannot be compiled, for another reason than memory; named `what`.
+      RunError: it cannot be compiled for a reason other than memory; the message names it by `title`.
     """
     before, output = os.times(), []
     program, refusal = None, ""
     with captured_stderr(output):
         try:
-            program = build_it()
+            program = build_program()
         except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
             refusal = " ".join(str(error).split())
             if "RESOURCE_EXHAUSTED" not in refusal:
-                # The same program would stop a real run: a kernel's limits, a size that a mesh does not divide.
-                raise RunError(f"{what} cannot be compiled: {type(error).__name__}: {refusal[:300]}") from error
+                # The program would fail in a real run too: a kernel's limit, or a size that the mesh does not divide.
+                raise RunError(f"{title} cannot be compiled: {type(error).__name__}: {refusal[:300]}") from error
     after = os.times()
     cpu = after.user + after.system - before.user - before.system
     return Compiled(program, options, refusal, output[0], after.elapsed - before.elapsed, cpu)
@@ -242,11 +244,11 @@ def compiled(what: str, options: dict, build_it: Callable[[], jax.stages.Compile
 
 @contextlib.contextmanager
 def captured_stderr(output: list[str]) -> Iterator[None]:
-    """What this process, its libraries included, writes to standard error meanwhile goes to `output`, as one text.
+    """Appends to `output`, as one text, what this process and its libraries write to standard error in the block.
 
-    Where the block raises anything but what is told in one line, it is written to standard error after all.
+    Where the block raises an error other than those reported in one line, the text goes to standard error after all.
     """
-    kept = os.dup(2)
+    stderr = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         try:
@@ -254,24 +256,24 @@ def captured_stderr(output: list[str]) -> Iterator[None]:
         except (ConfigError, RunError, jax.errors.JaxRuntimeError):
             raise
         except BaseException:
-            os.dup2(kept, 2)
+            os.dup2(stderr, 2)
             file.seek(0)
             os.write(2, file.read())
             raise
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(stderr, 2)
+            os.close(stderr)
         file.seek(0)
         output.append(file.read().decode(errors="replace"))
 
 
 @contextlib.contextmanager
 def effort(full: bool) -> Iterator[None]:
-    """The compiler's effort meanwhile: full as in a real run, or as little as it can. Nothing comes from a cache of
-    compiled programs: of those the compiler says nothing, and their seconds are not its own."""
-    fast = {} if full else {"jax_optimization_level": "O0", "jax_exec_time_optimization_effort": -1.0}
-    settings = {"jax_enable_compilation_cache": False} | fast
-    # jax 0.11 has the first of the two alone.
+    """Sets the compiler's effort in the block: full as in a real run, or the least. The cache of compiled programs is
+    off, since a cached program has no warnings and no compile time of its own."""
+    changes = {} if full else {"jax_optimization_level": "O0", "jax_exec_time_optimization_effort": -1.0}
+    settings = {"jax_enable_compilation_cache": False} | changes
+    # jax 0.11 has only the first of the two.
     before = {name: getattr(jax.config, name) for name in settings if hasattr(jax.config, name)}
     try:
         for name, value in {name: settings[name] for name in before}.items():
@@ -289,9 +291,9 @@ def effort(full: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FittingCells:
-    """How many cells fit at once: 0 where not one does in every group.
+    """How many cells fit at once: 0 where one in each group does not fit.
 
-    peaks: cells -> peak bytes of a device, of every program that was compiled; inf: the compiler said it does not fit.
+    peaks: number of cells -> peak bytes of a device, for every compiled program; inf: the compiler refused it.
     usable_bytes: of a device, less the margin.
     """
 
@@ -310,65 +312,61 @@ def fitting_cells(
 ) -> FittingCells:
     """The largest number of cells, a multiple of `num_groups` and at most `most`, whose program fits a device's memory.
 
-    What fits is what the compiler says: the peak that its plan of buffers has at any moment, arguments included. It
-    grows by the same bytes for each further cell of a group, so two programs foretell the third, which is compiled to
-    confirm it; where it does not, the search goes on between what fitted and what did not.
+    A program fits where the compiler's peak, arguments included, is within the usable memory. The peak grows by the same
+    bytes for each further cell of a group, so two programs predict the largest number, which is compiled to confirm it;
+    if it does not fit, the search goes on between the numbers known to fit and not to fit.
 
-    compile_cells: the program of so many cells, compiled (allocates nothing).
-    num_groups: of devices, each with its own cells: the size of the mesh's axis `cell`.
-    limit_bytes: memory of one device (`topology.memory_bytes`). margin: part of it that is left free.
+    compile_cells: compiles the program of a number of cells, and allocates nothing.
+    num_groups: groups of devices with cells of their own: the size of the mesh's axis `cell`.
+    limit_bytes: memory of one device (`topology.memory_bytes`). margin: the share of it that is left free.
 
     Raises:
-      ValueError: `most` is below `num_groups`, or the compiler gives no peak.
+      ValueError: `most` is below `num_groups`, or the compiler states no peak.
     """
     if most < num_groups:
         raise ValueError(f"most={most}: expected at least one cell in each of {num_groups} groups")
     usable, peaks = limit_bytes * (1 - margin), {}
 
     def fits(local: int) -> bool:
-        if local * num_groups not in peaks:
-            peaks[local * num_groups] = _peak(compile_cells, local * num_groups)
-        return peaks[local * num_groups] <= usable
+        num_cells = local * num_groups
+        if num_cells not in peaks:
+            try:
+                analysis = compile_cells(num_cells).memory_analysis()
+                peaks[num_cells] = getattr(analysis, "peak_memory_in_bytes", 0)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                peaks[num_cells] = math.inf
+            if not peaks[num_cells]:
+                raise ValueError(f"the compiler gives no peak memory for {num_cells} cells")
+        return peaks[num_cells] <= usable
 
-    # `good` cells in a group fit, `bad` do not; none is known to fit at first, and more than `most` are not asked for.
-    good, bad = 0, most // num_groups + 1
+    # `low` cells in a group fit; `high` do not fit, or exceed `most`.
+    low, high = 0, most // num_groups + 1
     guess = 1
-    while good + 1 < bad:
-        good, bad = (guess, bad) if fits(guess) else (good, guess)
-        foretold = _foretold(peaks, num_groups, usable, good)
-        # A number that was refuted foretells nothing more: halfway then.
-        guess = (good + bad) // 2 if foretold >= bad <= most // num_groups else min(max(foretold, good + 1), bad - 1)
-    return FittingCells(good * num_groups, dict(sorted(peaks.items())), usable)
+    while low + 1 < high:
+        low, high = (guess, high) if fits(guess) else (low, guess)
+        predicted = _predicted(peaks, num_groups, usable, low)
+        # A refuted prediction is of no use: bisect.
+        guess = (low + high) // 2 if predicted >= high <= most // num_groups else min(max(predicted, low + 1), high - 1)
+    return FittingCells(low * num_groups, dict(sorted(peaks.items())), usable)
 
 
-def _foretold(peaks: dict[int, float], num_groups: int, usable: float, good: int) -> int:
-    """Cells in a group that would fill the memory, by the two largest programs with a known peak."""
+def _predicted(peaks: dict[int, float], num_groups: int, usable: float, low: int) -> int:
+    """Cells of a group that would fill the memory, extrapolated from the two largest programs with a known peak."""
     known = sorted((cells // num_groups, peak) for cells, peak in peaks.items() if peak < math.inf)[-2:]
     if len(known) < 2:
-        return good + 1
-    (fewer, low), (more, high) = known
-    each = (high - low) / (more - fewer)
-    return more + math.floor((usable - high) / each) if each > 0 else sys.maxsize
-
-
-def _peak(compile_cells: Callable[[int], jax.stages.Compiled], num_cells: int) -> float:
-    try:
-        analysis = compile_cells(num_cells).memory_analysis()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            return math.inf
-        raise
-    peak = getattr(analysis, "peak_memory_in_bytes", 0)
-    if not peak:
-        raise ValueError(f"the compiler gives no peak memory for {num_cells} cells")
-    return peak
+        return low + 1
+    (fewer, lower), (more, upper) = known
+    each = (upper - lower) / (more - fewer)
+    return more + math.floor((usable - upper) / each) if each > 0 else sys.maxsize
 
 
 def fitting_run(run: RunConfig, where: str, *, num_groups: int, most: int = 64) -> FittingCells:
-    """`fitting_cells` of a run's own training step on a topology (or "local"), with that device's memory.
+    """`fitting_cells` of a run's training step on a topology (or "local").
 
     Raises:
-      ConfigError: the mesh does not fit the devices or the batch, or the memory of the devices is not known.
+      ConfigError: the mesh does not fit the devices or the batch, or the devices' memory is not known.
     """
     mesh = make_mesh(replace(run, mesh__cell=num_groups).mesh, topology.get_devices(where))
     limit = topology.memory_bytes(mesh.devices.flat[0])

@@ -1,13 +1,12 @@
-"""How fast a compiled program could be at most, by published peaks: a bound from below on its time, no measurement.
+"""A lower bound on a compiled program's time, by published peaks; no measurement.
 
-Three times, each as if nothing else took any: compute (executed FLOPs at the peak), memory (bytes that must cross HBM),
-network (bytes of collectives at the bandwidth of what joins their devices). Where they overlap wholly a step takes the
-longest of them, where not at all their sum.
+Three times, each for itself: compute (executed FLOPs at the peak), memory (bytes that must cross HBM) and network (bytes
+of collectives at the bandwidth between their devices). A step takes at least the longest of the three; their sum, if
+nothing overlaps.
 
-What must cross HBM is a simple model, stated here: the state is read and written once; a gradient in float32 is written
-and read; weights in the compute dtype are read once for every pass over them (forward, backward, and a second forward
-with rematerialisation) and for each micro-batch, and written once more where they are gathered; what the program keeps
-between its passes (its temporary buffers) is written and read once.
+The bytes over HBM are a simple model: the state is read and written once; a float32 gradient is written and read;
+weights in the compute dtype are read in every pass (forward, backward, and a second forward with rematerialisation) of
+each microbatch, and written once more where they are gathered; temporary buffers are written and read once.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from medcg_jax.chips import Peak
 from medcg_jax.plan.hlo import Collective
 
-# What a ring of n devices sends from each, as parts of the payload.
+# What each device of a ring of n sends, as a share of the payload.
 RING = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: (n - 1) / n,
@@ -30,10 +29,10 @@ RING = {
 
 @dataclass(frozen=True)
 class Bound:
-    """Seconds that a program takes at least; None: a part is not known.
+    """Least seconds of a program; None: not known.
 
     overlapped_s: the longest of the three. in_turn_s: their sum. limit: the name of the longest.
-    unknown: what could not be said, and so counts nothing.
+    unknown: why a time is None and counts as 0.
     """
 
     compute_s: float
@@ -45,26 +44,26 @@ class Bound:
     unknown: tuple[str, ...] = ()
 
 
-def crosses(one: Collective, where: Sequence[int]) -> bool:
-    """Whether a collective joins devices of different islands; where: `mesh.islands` in the order of the mesh."""
-    return any(len({where[device] for device in group}) > 1 for group in one.groups)
+def crosses(collective: Collective, island_of: Sequence[int]) -> bool:
+    """Whether a collective joins devices of different islands; island_of: `mesh.islands` in the order of the mesh."""
+    return any(len({island_of[device] for device in group}) > 1 for group in collective.groups)
 
 
-def network_bytes(collectives: Iterable[Collective], where: Sequence[int]) -> tuple[float, float]:
-    """(bytes that a device sends over links, over its part of the network) in one call of the program.
+def network_bytes(collectives: Iterable[Collective], island_of: Sequence[int]) -> tuple[float, float]:
+    """(bytes that a device sends over links, bytes over its share of the network) in one call of the program.
 
-    By rings: over an island's own devices; of a group in several islands all rings cross the network, one for each
-    device that it has in an island.
+    Collectives run as rings. Where a group spans several islands, it has one ring for each of its devices in an island,
+    and every ring crosses the network.
     """
     links, network = 0.0, 0.0
-    for one in collectives:
-        group = max(one.groups, key=len, default=())
+    for collective in collectives:
+        group = max(collective.groups, key=len, default=())
         if len(set(group)) < 2:
             continue
-        sent = RING[one.kind](len(group)) * one.total_bytes
-        if crosses(one, where):
-            homes = [where[device] for device in group]
-            network += sent / max(1, min(homes.count(home) for home in set(homes)))
+        sent = RING[collective.kind](len(group)) * collective.total_bytes
+        if crosses(collective, island_of):
+            group_islands = [island_of[device] for device in group]
+            network += sent / max(1, min(group_islands.count(island) for island in set(group_islands)))
         links += sent
     return links, network
 
@@ -74,7 +73,7 @@ def bound(
 ) -> Bound:
     """The bound of one program on so many devices.
 
-    executed_flops: of matrix products, on all devices. memory_bytes: over HBM, of one device. sent_bytes:
+    executed_flops: of matrix products, on all devices. memory_bytes: over one device's HBM. sent_bytes:
     `network_bytes`; None: the program's collectives could not be read.
     """
     unknown = []
@@ -91,20 +90,19 @@ def bound(
         rates = (peak.link_bytes_per_s or 1.0, peak.network_bytes_per_s or 1.0)
         times["network"] = max(sent / rate for sent, rate in zip(sent_bytes, rates))
     known = {name: seconds for name, seconds in times.items() if seconds is not None}
-    limit = max(known, key=known.get)
+    limit = max(known, key=lambda name: known[name])
     return Bound(
-        times["compute"], times["memory"], times["network"], known[limit], sum(known.values()), limit, tuple(unknown)
+        known["compute"], times["memory"], times["network"], known[limit], sum(known.values()), limit, tuple(unknown)
     )
 
 
 def step_memory_bytes(
     *, state_bytes: float, grad_bytes: float, weight_bytes: float, temp_bytes: float, passes: int, gathered: bool
 ) -> float:
-    """Bytes over a device's HBM in one training step, by this module's model.
+    """Bytes over a device's HBM in one training step, by this module's model; arguments are bytes on one device.
 
-    state_bytes: the state on a device. grad_bytes: float32 gradients on a device. weight_bytes: weights that a pass
-    reads on a device, in the compute dtype, gathered where they are. temp_bytes: the program's temporary buffers.
-    passes: over the weights, of all micro-batches.
+    grad_bytes: float32 gradients. weight_bytes: weights that a pass reads, in the compute dtype, after gathering.
+    passes: over the weights, of all microbatches together. gathered: whether weights are gathered before a pass.
     """
     weights = weight_bytes * passes * (2 if gathered else 1)
     return 2 * state_bytes + 2 * grad_bytes + weights + 2 * temp_bytes

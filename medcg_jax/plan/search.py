@@ -1,7 +1,7 @@
 """`medcg plan --search`: meshes, remat policies and batch sizes for a machine, the likeliest compiled, ranked by speed.
 
-What to compile is chosen by estimates that cost nothing: memory that a step needs at least, and the time of its
-arithmetic and of the textbook's collectives. What is told is of compiled programs alone.
+Cheap estimates choose what to compile: the least memory of a step, and the time of its arithmetic and of the textbook's
+collectives. Results come from compiled programs alone.
 """
 
 import math
@@ -19,13 +19,13 @@ from medcg_jax.plan import verb as plan
 from medcg_jax.plan.programs import MARGIN, PlannedRun, architecture_of, compile_training, effort, plan_run
 from medcg_jax.plan.text import BOUND, wrapped
 
-# The run's batch, and larger ones: they change the recipe, and are told so.
+# Multiples of the run's batch size; a larger batch is another recipe, and `table` says so.
 BATCHES = (1, 2, 4)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A run that may be worth compiling, with estimates of the bytes it needs at least and of its seconds a step."""
+    """A run that may be worth compiling, with estimates of its least bytes on a device and its seconds a step."""
 
     run: RunConfig
     least_bytes: float
@@ -45,14 +45,14 @@ def search(
     memory_bytes: float = 0.0,
     margin: float = MARGIN,
 ) -> dict:
-    """{"ranked": what fits, the fastest bound for each chip first, "refused": what was compiled and does not fit, ...};
-    {"exit_status": 3} is among it where nothing fits.
+    """{"ranked": rows that fit, most samples/s a chip first, "refused": compiled rows that do not fit, ...}, with
+    {"exit_status": 3} where nothing fits.
 
-    most_compiles: programs that are compiled at most. The rest as for `plan.plan`.
+    most_compiles: most programs to compile. Other arguments as in `plan.plan`.
 
     Raises:
-      ConfigError: the topology is not known, its package is not installed, its peaks are not published here, or no mesh
-        over it divides the run.
+      ConfigError: the topology or its peaks are unknown, its package is not installed, or no mesh over it divides the
+        run.
     """
     devices = plan.get_devices(where)
     peak = peak_of(devices[0].device_kind)
@@ -67,19 +67,19 @@ def search(
             f"topology={where}: no mesh of {len(devices)} devices divides a batch of {run.train.batch_size} rows or "
             f"{BATCHES[-1]} times as many; choose another train.batch_size"
         )
-    likely = sorted((one for one in possible if one.least_bytes <= usable), key=lambda one: one.seconds_per_sample)
+    likely = sorted((c for c in possible if c.least_bytes <= usable), key=lambda c: c.seconds_per_sample)
     rows: list[dict] = []
     num_undivided = 0
     with effort(full_effort):
-        for one in likely:
+        for candidate in likely:
             if len(rows) == most_compiles:
                 break
             try:
-                planned = plan_run(one.run, make_mesh(one.run.mesh, devices))
-            except ConfigError:  # a size of the model that the mesh does not divide
+                planned = plan_run(candidate.run, make_mesh(candidate.run.mesh, devices))
+            except ConfigError:  # the mesh does not divide a size of the model
                 num_undivided += 1
                 continue
-            rows.append(compiled(one, planned, usable, peak))
+            rows.append(compiled(candidate, planned, usable, peak))
             print(f"  {len(rows)} of at most {most_compiles}: {_name(rows[-1])}", flush=True)
     ranked = sorted((row for row in rows if row["fits"]), key=lambda row: -row["samples_per_s_per_chip_in_turn"])
     here = topology.about_here()
@@ -103,41 +103,41 @@ def search(
 
 
 def candidates(run: RunConfig, num_devices: int, peak: Peak) -> Iterator[Candidate]:
-    """Every mesh of so many devices, remat policy and batch size that divide each other and the model's heads."""
+    """Every mesh, remat policy and batch size for `num_devices`, where the mesh divides the batch and the heads."""
     if num_devices % max(1, run.mesh.cell):
         raise ConfigError(f"mesh.cell={run.mesh.cell}: expected a divisor of {num_devices} devices")
-    each = num_devices // max(1, run.mesh.cell)
+    cell_devices = num_devices // max(1, run.mesh.cell)
     model = architecture_of(run.model)
     heads, params = model.text.num_heads, build.abstract(model)[1]
     trainable, frozen = build.split_trainable(params, run.model.trainable)
     sizes = build.num_params(trainable), build.num_params(frozen), build.num_bytes(frozen)
-    for tensor in _divisors(each):
+    for tensor in _divisors(cell_devices):
         if heads % tensor:
             continue
-        for fsdp in _divisors(each // tensor):
-            data = each // tensor // fsdp
+        for fsdp in _divisors(cell_devices // tensor):
+            data = cell_devices // tensor // fsdp
             for times in BATCHES:
                 batch = run.train.batch_size * times
                 if batch % (data * fsdp * run.train.accumulation_steps):
                     continue
-                # The size of a test's batch changes no prediction: the least multiple that can be split.
+                # The batch size of tests changes no prediction: rounded up to what the mesh can split.
                 tests = math.ceil(run.eval.batch_size / (data * fsdp)) * data * fsdp
                 for remat in REMAT:
-                    tried = replace(
+                    changed = replace(
                         run, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, train__batch_size=batch,
                         eval__batch_size=tests, model__remat=remat,
                     )  # fmt: skip
-                    yield estimate(tried, peak, *sizes)
+                    yield estimate(changed, peak, *sizes)
 
 
 def estimate(run: RunConfig, peak: Peak, trainable: int, frozen: int, frozen_bytes: float) -> Candidate:
-    """The run with bytes of one device that its step needs at least, and its seconds as by the textbook.
+    """The run with the least bytes of its step on a device, and the textbook's seconds.
 
-    trainable, frozen: numbers of parameters. frozen_bytes: of these as they are kept.
-    Bytes: float32 weights and moments, the weights that a fine-tune starts from, gradients, and what is kept of every
-    decoder block for the backward pass (its input with full remat; with `dots` the results of its products too; without
-    also what lies between). Seconds: FLOPs at the peak, 2 gathers of all weights and 1 reduction over fsdp, a sum of
-    the gradients' shards over data, 4 sums of activations in every block over tensor; one after another.
+    trainable, frozen: numbers of parameters. frozen_bytes: of the frozen ones in their stored dtype.
+    Bytes: float32 weights and moments, the weights that a fine-tune starts from, gradients, and what every decoder block
+    saves for the backward pass (its input with full remat; also the results of its products with `dots`; also what lies
+    between them without remat). Seconds: the sum of FLOPs at the peak, 2 gathers of all weights and 1 reduction over
+    fsdp, a sum of the gradients' shards over data, and 4 sums of activations in every block over tensor.
     """
     model = architecture_of(run.model)
     mesh, text = run.mesh, model.text
@@ -146,10 +146,10 @@ def estimate(run: RunConfig, peak: Peak, trainable: int, frozen: int, frozen_byt
     length = model.num_image_tokens + run.data.max_text_tokens
     rows = run.train.batch_size // run.train.accumulation_steps / (mesh.data * mesh.fsdp)
     inner = text.num_heads * text.head_dim + 2 * text.num_kv_heads * text.head_dim + 2 * text.mlp_dim
-    kept = {"full": 0, "dots": inner / mesh.tensor + 2 * text.embed_dim}
-    kept["none"] = kept["dots"] + inner / mesh.tensor + 2 * text.embed_dim
+    saved = {"full": 0, "dots": inner / mesh.tensor + 2 * text.embed_dim}
+    saved["none"] = saved["dots"] + inner / mesh.tensor + 2 * text.embed_dim
     block = rows * length * width
-    activations = text.num_layers * block * (text.embed_dim + kept[run.model.remat])
+    activations = text.num_layers * block * (text.embed_dim + saved[run.model.remat])
     weights = width * (trainable + frozen) / mesh.tensor
     needed = flops.step(
         model, [length] * run.train.batch_size, padded_length=length, num_images=1,
@@ -163,20 +163,20 @@ def estimate(run: RunConfig, peak: Peak, trainable: int, frozen: int, frozen_byt
     return Candidate(run, (5 * 4 * trainable + frozen_bytes) / split + activations, seconds)
 
 
-def compiled(one: Candidate, planned: PlannedRun, usable: float, peak: Peak) -> dict:
+def compiled(candidate: Candidate, planned: PlannedRun, usable: float, peak: Peak) -> dict:
     """A candidate's row of the table, from its compiled step."""
-    run = one.run
+    run = candidate.run
     row = {
         "mesh": {axis: getattr(run.mesh, axis) for axis in ("data", "fsdp", "tensor")},
         "remat": run.model.remat,
         "batch_size": run.train.batch_size,
         "eval_batch_size": run.eval.batch_size,
-        "estimated_bytes": one.least_bytes,
-        "estimated_s": one.seconds,
+        "estimated_bytes": candidate.least_bytes,
+        "estimated_s": candidate.seconds,
     }
     step = plan.training(planned, compile_training(planned, run.train.batch_size), usable, peak)
-    kept = ("fits", "refused", "peak_bytes", "held_bytes", "collectives", "findings", "bound", "mfu", "compile_cpu_s")
-    row |= {key: step[key] for key in kept if key in step}
+    copied = ("fits", "refused", "peak_bytes", "held_bytes", "collectives", "findings", "bound", "mfu", "compile_cpu_s")
+    row |= {key: step[key] for key in copied if key in step}
     if "samples_per_s" not in step:
         return row
     chips = math.ceil(planned.mesh.size / peak.devices_per_chip)
@@ -187,7 +187,7 @@ def compiled(one: Candidate, planned: PlannedRun, usable: float, peak: Peak) -> 
 
 
 def _divisors(number: int) -> list[int]:
-    return [one for one in range(1, number + 1) if number % one == 0]
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _name(row: dict) -> str:
@@ -197,7 +197,7 @@ def _name(row: dict) -> str:
 
 
 def table(result: dict) -> str:
-    """What `search` found, for people."""
+    """The result of `search` as text."""
     lines = [
         (
             f"{result['model']} on {result['topology']}: {result['num_devices']} x {result['device']}; "

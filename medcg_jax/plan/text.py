@@ -1,4 +1,4 @@
-"""What `medcg plan` found, as text for people, at most 110 columns wide."""
+"""The result of `medcg plan` as text, at most 110 columns wide."""
 
 import textwrap
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ BOUND = "A bound by published peaks, no measurement: no program reaches them."
 
 def text_of(result: dict) -> str:
     """A plan's result (`plan.plan`) as a page of text."""
-    return "\n".join(line for part in _lines(result) for line in wrapped(part))
+    return "\n".join(line for paragraph in _lines(result) for line in wrapped(paragraph))
 
 
 def wrapped(line: str) -> list[str]:
-    """The line, folded to the page."""
+    """The line, wrapped at `WIDTH`."""
     return textwrap.wrap(line, WIDTH, subsequent_indent="    ") or [""]
 
 
@@ -41,10 +41,10 @@ def _lines(result: dict) -> Iterator[str]:
     titles = ("training step", f"{tests['rows']} tests")
     yield f"{'':44}{titles[0]:>20}{titles[1]:>20}"
     for title, value in _rows():
-        both = [value(part) for part in (train, tests)]
+        both = [value(program) for program in (train, tests)]
         if any(both):
             yield f"{title:44}{both[0]:>20}{both[1]:>20}"
-    verdicts = ["fits" if part["fits"] else "DOES NOT FIT" for part in (train, tests)]
+    verdicts = ["fits" if program["fits"] else "DOES NOT FIT" for program in (train, tests)]
     usable = f"of {result['usable_bytes'] / GIB:.2f} GiB a device ({result['margin']:.0%} left free)"
     yield f"{usable:44}{verdicts[0]:>20}{verdicts[1]:>20}"
     yield ""
@@ -52,30 +52,30 @@ def _lines(result: dict) -> Iterator[str]:
 
 
 def _rows():
-    """(title, part of the result -> what stands in its column)."""
+    """(title, function from a program's section of the result to the cell's text)."""
 
     def gib(key):
-        return lambda part: f"{part[key] / GIB:.2f}" if part.get(key) is not None else ""
+        return lambda program: f"{program[key] / GIB:.2f}" if program.get(key) is not None else ""
 
     def bound(key):
-        def value(part):
-            seconds = (part.get("bound") or {}).get(key)
+        def value(program):
+            seconds = (program.get("bound") or {}).get(key)
             return f"{seconds * 1e3:,.1f}" if seconds is not None else ""
 
         return value
 
     def moved(kind):
-        def value(part):
-            one = (part.get("collectives") or {}).get(kind)
-            return f"{one['bytes'] / GB:.2f} ({one['count']})" if one else ""
+        def value(program):
+            sums = (program.get("collectives") or {}).get(kind)
+            return f"{sums['bytes'] / GB:.2f} ({sums['count']})" if sums else ""
 
         return value
 
     def flops(key):
-        return lambda part: f"{part['flops'][key] / 1e12:,.1f}" if key in part["flops"] else ""
+        return lambda program: f"{program['flops'][key] / 1e12:,.1f}" if key in program["flops"] else ""
 
     def rate(key, form):
-        return lambda part: form.format(part[key]) if part.get(key) is not None else ""
+        return lambda program: form.format(program[key]) if program.get(key) is not None else ""
 
     yield "GiB a device: peak of the program", gib("peak_bytes")
     yield "  arguments", gib("argument_bytes")
@@ -86,9 +86,9 @@ def _rows():
     yield "model TFLOP, full attention", flops("full")
     yield "model TFLOP, causal attention", flops("causal")
     yield "executed TFLOP, padding and remat counted", flops("executed")
-    yield "  matrix products as compiled", lambda part: _product(part, "flops", 1e12, ",.1f")
-    yield "  of them by the model's, full attention", lambda part: _product(part, "by_full", 1, ".3f")
-    yield "  of them by the model's, causal attention", lambda part: _product(part, "by_causal", 1, ".3f")
+    yield "  matrix products as compiled", lambda program: _product(program, "flops", 1e12, ",.1f")
+    yield "  of them by the model's, full attention", lambda program: _product(program, "by_full", 1, ".3f")
+    yield "  of them by the model's, causal attention", lambda program: _product(program, "by_causal", 1, ".3f")
     for kind in ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"):
         yield f"{kind}, GB a device (how many)", moved(kind)
     yield "ms at least: compute", bound("compute_s")
@@ -102,35 +102,35 @@ def _rows():
     yield "MFU at that bound", rate("mfu", "{:.1%}")
 
 
-def _product(part: dict, key: str, unit: float, form: str) -> str:
-    value = (part.get("products") or {}).get(key)
+def _product(program: dict, key: str, unit: float, form: str) -> str:
+    value = (program.get("products") or {}).get(key)
     return f"{value / unit:{form}}" if value is not None else ""
 
 
 def _after(result: dict) -> Iterator[str]:
     train, tests = result["train"], result["eval"]
-    for name, part in (("training step", train), ("tests", tests)):
-        if part.get("refused"):
-            yield f"{name}: the compiler says: {part['refused']}"
-        if part.get("not_counted"):
-            yield f"{name}: collectives not counted: {part['not_counted']}"
-        for unknown in (part.get("bound") or {}).get("unknown", ()):
+    for name, program in (("training step", train), ("tests", tests)):
+        if program.get("refused"):
+            yield f"{name}: the compiler says: {program['refused']}"
+        if program.get("not_counted"):
+            yield f"{name}: collectives not counted: {program['not_counted']}"
+        for unknown in (program.get("bound") or {}).get("unknown", ()):
             yield f"{name}: {unknown}, so that part of the bound counts nothing"
-        if why := (part.get("products") or {}).get("not_counted"):
+        if why := (program.get("products") or {}).get("not_counted"):
             yield f"{name}: matrix products not counted: {why}"
-        for finding in part["findings"]:
+        for finding in program["findings"]:
             yield f"{name}: {finding['rule']}: {finding['text']}"
             yield from (f"    {line}" for line in finding["names"])
-        missed = part.get("not_looked_for")
-        if not part["findings"] and missed is not None:
+        missed = program.get("not_looked_for")
+        if not program["findings"] and missed is not None:
             yield f"{name}: no known trap found" + (f"; not looked for: {', '.join(missed)}" if missed else "")
     if result["whole_on_every_device"]:
         whole = ", ".join(result["whole_on_every_device"])
         yield f"whole on every device, as mesh.tensor does not divide them: {whole}"
     if "largest_batch" in result:
         most = result["largest_batch"]
-        kept = f"{(train['state_bytes'] + train['held_bytes']) / GIB:.2f} GiB a device before any row"
-        why = f"; what stays takes {kept}, less where mesh.fsdp or mesh.tensor is larger"
+        size = f"{(train['state_bytes'] + train['held_bytes']) / GIB:.2f} GiB a device before any row"
+        why = f"; what stays takes {size}, less where mesh.fsdp or mesh.tensor is larger"
         yield f"largest train.batch_size that fits this mesh: {most}{'' if most else why}"
     if train["fits"] and not tests["fits"]:
         yield "the tests need less with a smaller eval.batch_size, which changes no prediction, or a larger mesh.fsdp"

@@ -1,4 +1,4 @@
-"""Devices to compile for that are not there, by name; how much memory a device has; and what is installed here.
+"""Devices of absent machines to compile for, by name; the memory of a device; and the versions installed here.
 
 `v5p:4x4x4` and other slices of TPUs need the package libtpu (`pip install medcg-jax[tpu]`), `h100:8` the CUDA plugin
 (`pip install medcg-jax[cuda]`); neither needs the hardware. `v5e:4x4*2` is two slices joined by the data-center
@@ -27,20 +27,20 @@ PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers", "grain", "array_record",
     "pillow",
 )  # fmt: skip
-# Without windowed einsum, which writes a gather as a loop of permutes, in which bytes cannot be told apart.
+# Switches off windowed einsum, which writes a gather as a loop of permutes whose bytes cannot be told apart.
 TPU_COUNTABLE = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 100_000_000}
-# Triton's tiles are found by timing them on a device.
+# Triton's tiles are chosen by timing them on a device, so Triton and autotuning are off.
 GPU_WITHOUT_DEVICE = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
 
 @dataclass(frozen=True)
 class GpuTarget:
-    """What XLA asks about a GPU that is not there, where kinds differ.
+    """The properties of an absent GPU that XLA needs and that differ between kinds.
 
-    Multiprocessors, clocks, bytes of memory and of second-level cache are the devices' own account as openxla/xla has
-    it under xla/backends/gpu/target_config/specs, and agree with NVIDIA's datasheets; limits of threads, registers and
-    shared memory are CUDA's of the compute capability (CUDA C++ Programming Guide).
-    shared_memory_*: bytes of a multiprocessor, and what one block may ask for of it.
+    Multiprocessors, clocks, bytes of memory and of second-level cache are those reported by the devices, from
+    openxla/xla:xla/backends/gpu/target_config/specs, and agree with NVIDIA's datasheets; limits of threads, registers
+    and shared memory are CUDA's for the compute capability (CUDA C++ Programming Guide).
+    shared_memory_bytes: of a multiprocessor. shared_memory_block_bytes: the most for one block.
     """
 
     device_kind: str
@@ -55,10 +55,10 @@ class GpuTarget:
     shared_memory_block_bytes: int
 
     def text(self) -> str:
-        """The kind in XLA's format `GpuTargetConfigProto` (openxla/xla:xla/stream_executor/device_description.proto).
+        """The GPU as XLA's `GpuTargetConfigProto` (openxla/xla:xla/stream_executor/device_description.proto).
 
-        cuDNN is the version that JAX 0.10's extras `cuda12` and `cuda13` ask for. Without a version of CUDA, XLA makes
-        16-bit products of those in fp8.
+        The cuDNN version is the one that JAX 0.10's extras `cuda12` and `cuda13` require. Without a CUDA version XLA
+        turns fp8 products into 16-bit ones.
         """
         major, minor = self.compute_capability
         return f"""
@@ -89,7 +89,6 @@ gpu_device_info {{
 """
 
 
-# By the name that a topology begins with.
 GPU_TARGETS = {
     "a100": GpuTarget(
         "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 1.41, 85_100_068_864, 2_039_040_000_000, 41_943_040, 167_936, 166_912
@@ -108,8 +107,8 @@ EXPECTED = (
     f"expected local, {'|'.join(TPU_KINDS)}:4x4 (chips; v4, v5p, tpu7x: 4x4x4), v5e:4x4*2 (slices), "
     f"or {'|'.join(GPU_TARGETS)}:8 or :8x8 (hosts x GPUs)"
 )
-# Bytes of one device that programs may use, by what `jax.Device.device_kind` begins with; the longest match counts.
-# TPU: what libtpu 0.0.52 says that is available when it refuses a program that is too large.
+# Usable bytes of one device, by a prefix of `jax.Device.device_kind`; the longest match counts.
+# TPU: the available bytes that libtpu 0.0.52 states when it refuses a program that is too large.
 MEMORY_BYTES = {
     "TPU v4": 15.25 * GIB,
     "TPU v5 lite": 15.75 * GIB,
@@ -131,7 +130,7 @@ def get_devices(topology: str) -> list[jax.Device]:
     """Devices of a topology ("v5p:4x4x4", "v5e:4x4*2", "h100:8", "h100:8x8"), or "local" for those of this process.
 
     Raises:
-      ConfigError: another name, or the package that compiles for it is not installed.
+      ConfigError: an unknown name, or the package that compiles for it is not installed.
     """
     if topology == "local":
         return jax.devices()
@@ -163,10 +162,10 @@ def parse(topology: str) -> Topology:
     """Topology("v5p", (4, 4, 4), 1) of "v5p:4x4x4", Topology("v5e", (4, 4), 2) of "v5e:4x4*2".
 
     Raises:
-      ConfigError: it is written in another way.
+      ConfigError: the name has another form.
     """
-    kind, _, rest = topology.partition(":")
-    shape, star, slices = rest.partition("*")
+    kind, _, size = topology.partition(":")
+    shape, star, slices = size.partition("*")
     numbers = [*shape.split("x"), *([slices] if star else [])]
     gpu = kind in GPU_TARGETS
     bad = not all(number.isascii() and number.isdecimal() and int(number) for number in numbers)
@@ -176,9 +175,9 @@ def parse(topology: str) -> Topology:
 
 
 def compiler_options(device: jax.Device) -> dict:
-    """What to compile with, so that the program can be compiled without the device and its collectives counted.
+    """Compiler options with which a program compiles without the device, and its collectives can be counted.
 
-    Each call is for one program: a TPU's compiler writes its text into a folder that is named here (`text_of`).
+    Call it for each program: a TPU's compiler writes the program's text into the new folder named here (`text_of`).
     """
     if device in jax.local_devices():
         return {}
@@ -195,17 +194,18 @@ def _dumps() -> tempfile.TemporaryDirectory:
 
 
 def text_of(compiled: jax.stages.Compiled, options: dict) -> str:
-    """The optimised program's text; options: what it was compiled with, from `compiler_options`.
+    """The optimised program's text; options: the `compiler_options` that it was compiled with.
 
-    Of a TPU it is what the compiler wrote itself: `as_text` of jaxlib 0.10.2 fails on asynchronous operations of libtpu
-    0.0.52, on TPU7x and in a v6e's program of tests ("async-update instruction should have 1 operands but sees 2").
+    For a TPU it is the file that the compiler wrote: `as_text` of jaxlib 0.10.2 fails on asynchronous operations of
+    libtpu 0.0.52, on TPU7x and in a v6e's program of tests ("async-update instruction should have 1 operands but sees
+    2").
 
     Raises:
-      ValueError: the compiler wrote no text, or those of several programs.
+      ValueError: the compiler wrote no text, or several.
     """
     folder = options.get("xla_dump_to")
     if folder is None:
-        return compiled.as_text()
+        return compiled.as_text() or ""
     texts = list(Path(folder).glob("*.after_optimizations.txt"))
     if len(texts) != 1:
         raise ValueError(f"{folder}: {len(texts)} texts of optimised programs; expected one")
@@ -213,10 +213,10 @@ def text_of(compiled: jax.stages.Compiled, options: dict) -> str:
 
 
 def memory_bytes(device: jax.Device) -> float:
-    """Bytes that programs may use on a device: by its own account if it is here, else by `MEMORY_BYTES`.
+    """Usable bytes of a device: its own limit if it is a local device, else from `MEMORY_BYTES`.
 
     Raises:
-      ConfigError: neither says.
+      ConfigError: neither is known.
     """
     limit = None
     if device in jax.local_devices():
@@ -228,7 +228,7 @@ def memory_bytes(device: jax.Device) -> float:
 
 
 def about_here() -> dict:
-    """Date, versions (the compilers' included) and devices of this process, for a record of what was measured."""
+    """Date, versions (compilers included) and devices of this process, for a record of a measurement."""
     versions = {"python": platform.python_version()}
     for package in (*PACKAGES, *COMPILERS):
         try:

@@ -1,13 +1,14 @@
-"""`medcg plan`: what a run needs on a machine that is not there, from its own programs compiled for it.
+"""`medcg plan`: what a run needs on a machine that may be absent, from the run's programs compiled for it.
 
-Whether it fits, what it moves, which known traps it falls into, and how fast it could be at most. Nothing is executed:
-times are bounds by published peaks (`roofline`), and no measurement.
+Whether the run fits, the bytes it moves, the known traps it falls into, and a bound on its speed. Nothing is executed:
+times are bounds by published peaks (`roofline`), not measurements.
 """
 
 import dataclasses
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -49,16 +50,16 @@ def plan(
     price: float = 0.0,
     alone: bool = False,
 ) -> dict:
-    """What the run needs on the topology `where`; {"exit_status": 3} is in it where it does not fit.
+    """What the run needs on the topology `where`, with {"exit_status": 3} where it does not fit.
 
-    full_effort: of the compiler; else it does as little as it can, which takes a fraction of the time, and needs other
-      memory than the program of a real run.
-    memory_bytes: of one device, in place of what is known of it. margin: part of it that is left free.
-    grid: {"samples", "steps", "test_rows"} of all its trainings, for its chip-hours. price: USD of a chip-hour.
-    alone: as of `PlannedRun`.
+    full_effort: the compiler works as for a real run; else it does the least, which takes a fraction of the time and
+      gives a program with other needs of memory.
+    memory_bytes: of one device; 0: the known size. margin: the share of it that is left free.
+    grid: {"samples", "steps", "test_rows"} of all trainings, for chip-hours. price: USD of a chip-hour.
+    alone: as in `PlannedRun`.
 
     Raises:
-      ConfigError: the topology is not known, its package is not installed, or the mesh does not divide the run.
+      ConfigError: an unknown topology, its package is not installed, or the mesh does not divide the run.
     """
     devices = get_devices(where)
     mesh = make_mesh(run.mesh, devices)
@@ -101,12 +102,8 @@ def plan(
 
 
 def get_devices(where: str) -> list[jax.Device]:
-    """`topology.get_devices`, without what the compilers write about the machine here.
-
-    Raises:
-      ConfigError: as there.
-    """
-    with captured_stderr([]):  # libtpu complains of the machine that it is not on
+    """`topology.get_devices`, with the compilers' output about this machine hidden."""
+    with captured_stderr([]):  # libtpu warns that this machine has no TPU
         return topology.get_devices(where)
 
 
@@ -114,7 +111,7 @@ def get_devices(where: str) -> list[jax.Device]:
 
 
 def training(planned: PlannedRun, compiled: Compiled, usable: float, peak: Peak | None) -> dict:
-    """What a training step needs, its FLOPs, its bound, and the traps it falls into."""
+    """What a training step needs, its FLOPs, its bound, and findings of the rules."""
     run, mesh, setup = planned.run, planned.mesh, planned.setup
     state = device_bytes(planned.state())
     arrays = train_rows(setup).arrays
@@ -133,14 +130,14 @@ def training(planned: PlannedRun, compiled: Compiled, usable: float, peak: Peak 
     findings = rules.donation_lost(result["alias_bytes"], state)
     findings += rules.involuntary_rematerialization(compiled.output)
     missed = [] if hears_compiler() else ["involuntary-rematerialization"]
-    where = islands(list(mesh.devices.flat))
+    island_of = islands(list(mesh.devices.flat))
     if text.collectives is None:
         missed += ["full-all-reduce", "large-collective-in-loop", "gather-over-network"]
     else:
         layout = layout_of(planned)
         findings += rules.full_all_reduce(text.collectives, layout)
         findings += rules.large_collective_in_loop(text.collectives, layout)
-        findings += rules.gather_over_network(text.collectives, lambda one: roofline.crosses(one, where))
+        findings += rules.gather_over_network(text.collectives, lambda c: roofline.crosses(c, island_of))
     result |= text.result | {
         "findings": [dataclasses.asdict(finding) for finding in findings + text.products.findings],
         "not_looked_for": missed + text.products.not_looked_for,
@@ -170,7 +167,7 @@ def testing(planned: PlannedRun, compiled: Compiled, usable: float, peak: Peak |
     if compiled.program is None:
         return result | {"findings": []}
     lengths = rules.lengths_of(planned, [length, length + num_new - 1], rows)
-    # Generation stops when all rows have ended; what it takes at most is counted.
+    # Generation stops when all rows have ended; the most steps are counted.
     text = read_text(compiled, needed, lengths, num_devices=mesh.size, remat="none", open_trips=max(num_new - 1, 1))
     result |= text.result | {
         "findings": [dataclasses.asdict(finding) for finding in text.products.findings],
@@ -185,16 +182,16 @@ def testing(planned: PlannedRun, compiled: Compiled, usable: float, peak: Peak |
 
 
 def needs(compiled: Compiled, held: float, usable: float) -> dict:
-    """Bytes of one device that a program needs, and whether it has them.
+    """Bytes of one device that a program needs, and whether it fits.
 
-    peak_bytes: the most at any moment, arguments included, by the compiler's plan. held_bytes: of arrays that are no
-    argument of it and are there meanwhile.
+    held: bytes of arrays on the device that are no arguments of the program. peak_bytes: the compiler's peak, arguments
+    included.
     """
     result = {"compile_s": round(compiled.seconds, 1), "compile_cpu_s": round(compiled.cpu_s, 1), "held_bytes": held}
     if compiled.program is None:
         sizes = [float(a or b) * UNITS[(c or d).upper()] for a, c, b, d in REFUSED.findall(compiled.refusal)]
         return result | {"fits": False, "refused": compiled.refusal[:400], "peak_bytes": max(sizes, default=None)}
-    memory = compiled.program.memory_analysis()
+    memory: Any = compiled.program.memory_analysis()
     peak = memory.peak_memory_in_bytes
     return result | {
         "fits": bool(peak) and peak + held <= usable,
@@ -209,7 +206,7 @@ def needs(compiled: Compiled, held: float, usable: float) -> dict:
 
 @dataclass(frozen=True)
 class TextFacts:
-    """What a program's text says. collectives: None where they cannot be read, as `result` then says.
+    """What a program's text shows. collectives: None where they cannot be read; the reason is in `result`.
 
     result: {"collectives": number and bytes by kind, "not_counted", "attention", "products"}.
     """
@@ -223,7 +220,7 @@ def read_text(
     compiled: Compiled, needed: dict, lengths: rules.Lengths, *, num_devices: int, remat: str,
     open_trips: int | None = None,
 ) -> TextFacts:  # fmt: skip
-    """What the text of a compiled program says; arguments as of `rules.check_products`."""
+    """Reads the text of a compiled program; arguments as in `rules.check_products`."""
     text, executed, by_kind, attention, why = "", None, {}, None, ""
     try:
         text = compiled.text()
@@ -231,11 +228,11 @@ def read_text(
         executed = hlo.collectives(text, open_trips=open_trips)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         why = str(error) if text else f"the compiler cannot write the program as text: {error}"
-    for one in executed or ():
-        if any(len(set(group)) > 1 for group in one.groups):
-            kind = by_kind.setdefault(one.kind, {"count": 0, "bytes": 0})
-            kind["count"] += one.trips
-            kind["bytes"] += one.total_bytes
+    for collective in executed or ():
+        if any(len(set(group)) > 1 for group in collective.groups):
+            kind = by_kind.setdefault(collective.kind, {"count": 0, "bytes": 0})
+            kind["count"] += collective.trips
+            kind["bytes"] += collective.total_bytes
     products = rules.check_products(text, needed, lengths, num_devices=num_devices, remat=remat, open_trips=open_trips)
     result = {
         "collectives": None if executed is None else dict(sorted(by_kind.items(), key=lambda item: -item[1]["bytes"])),
@@ -247,12 +244,12 @@ def read_text(
 
 
 def bound_of(peak: Peak, mesh: Mesh, text: TextFacts, executed_flops: float, memory_bytes: float) -> roofline.Bound:
-    """The bound of a program; executed_flops: by formula, where those of its text are not known."""
-    where = islands(list(mesh.devices.flat))
+    """The bound of a program; executed_flops: by formula, used where the program's own are not known."""
+    island_of = islands(list(mesh.devices.flat))
     return roofline.bound(
         peak=peak, num_devices=mesh.size, executed_flops=text.products.flops or executed_flops,
         memory_bytes=memory_bytes,
-        sent_bytes=None if text.collectives is None else roofline.network_bytes(text.collectives, where),
+        sent_bytes=None if text.collectives is None else roofline.network_bytes(text.collectives, island_of),
     )  # fmt: skip
 
 
@@ -268,7 +265,7 @@ def rates(bound: roofline.Bound, rows: int, length: int) -> dict:
 
 
 def start_bytes(planned: PlannedRun) -> float:
-    """Bytes on a device of the trainable parameters of one cell in float32."""
+    """Bytes on a device of one cell's trainable parameters in float32."""
     shardings = build.shardings(planned.setup.model, planned.mesh)
     trained = build.split_trainable(shardings, planned.run.model.trainable)[0]
     pairs = zip(jax.tree.leaves(planned.trainable), jax.tree.leaves(trained), strict=True)
@@ -281,30 +278,30 @@ def device_bytes(tree) -> float:
 
 
 def _ungathered(sharding, mesh: Mesh) -> int:
-    """Parts in which an array lies on the mesh when it is gathered over fsdp."""
-    axes = {axis for part in sharding.spec if part for axis in ([part] if isinstance(part, str) else part)}
+    """Into how many shards an array is split once it is gathered over fsdp."""
+    axes = {axis for entry in sharding.spec if entry for axis in ([entry] if isinstance(entry, str) else entry)}
     return math.prod(mesh.shape[axis] for axis in axes - {"fsdp"})
 
 
 def gathered_bytes(planned: PlannedRun) -> float:
-    """Bytes of all weights in the compute dtype as one device uses them: gathered over fsdp, split over tensor."""
+    """Bytes of all weights on a device in the compute dtype, gathered over fsdp and split over tensor."""
     width, params = jax.numpy.dtype(planned.run.model.compute_dtype).itemsize, jax.tree.leaves(planned.params())
     return sum(width * math.prod(x.shape) / _ungathered(x.sharding, planned.mesh) for x in params)
 
 
 def layout_of(planned: PlannedRun) -> rules.Layout:
-    """What the rules know of the run's parameters."""
+    """The `rules.Layout` of the run's parameters."""
     mesh, width = planned.mesh, jax.numpy.dtype(planned.run.model.compute_dtype).itemsize
     names = jax.tree.leaves(build.axis_names(planned.setup.model), is_leaf=lambda x: isinstance(x, tuple))
     leaves = jax.tree_util.tree_leaves_with_path(planned.params())
     whole, layers, single = 0.0, {}, 0.0
     for (path, x), axes in zip(leaves, names, strict=True):
-        numbers, part = math.prod(x.shape) / _ungathered(x.sharding, mesh), path[0].key
+        numbers, module = math.prod(x.shape) / _ungathered(x.sharding, mesh), path[0].key
         spec = str(x.sharding.spec)
-        if part in planned.run.model.trainable and "'fsdp'" not in spec:
+        if module in planned.run.model.trainable and "'fsdp'" not in spec:
             whole += 4 * numbers
         if axes and axes[0] == "layer":
-            layers[part, x.shape[0]] = layers.get((part, x.shape[0]), 0.0) + width * numbers / x.shape[0]
+            layers[module, x.shape[0]] = layers.get((module, x.shape[0]), 0.0) + width * numbers / x.shape[0]
         else:
             single = max(single, width * numbers)
     each = planned.cells_each
@@ -315,7 +312,7 @@ def layout_of(planned: PlannedRun) -> rules.Layout:
 
 
 def largest_batch(planned: PlannedRun, usable: float) -> int:
-    """The largest batch below the run's whose step fits, of those that the mesh divides; 0 where none does."""
+    """The largest batch below the run's that the mesh divides and whose step fits; 0 where none does."""
     run, mesh = planned.run, planned.mesh
     unit = mesh.shape["data"] * mesh.shape["fsdp"] * run.train.accumulation_steps
     held = 0 if planned.alone else start_bytes(planned)
@@ -334,7 +331,7 @@ def largest_batch(planned: PlannedRun, usable: float) -> int:
 
 
 def grid_costs(result: dict, grid: dict, price: float) -> dict:
-    """Chip-hours of a grid at the bound, its trainings and tests; with a price of a chip-hour, the cost in USD."""
+    """Chip-hours of a grid's trainings and tests at the bound; with a price of a chip-hour, the cost in USD."""
     train, tests = result["train"], result["eval"]
     if not train.get("bound") or not tests.get("bound"):
         return {"chip_hours": None}

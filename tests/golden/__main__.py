@@ -1,4 +1,4 @@
-"""This port against a folder of arrays that original code gave: `python -m tests.golden FOLDER [FOLDER ...]`.
+"""Compares this port with folders of arrays from original code: `python -m tests.golden FOLDER [FOLDER ...]`.
 
 A folder has the form of `../shared/golden/minigpt_v2/variant_a` or `../shared/golden/next_chat/variant_a`; all sizes
 are read from it. Prints one line for each array. Exit status 0: all are equal within the tolerance; 1: some differ;
@@ -21,10 +21,10 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
 
 
 def compare_folder(folder: Path) -> dict:
-    """As `parity`'s result, of every array in the folder.
+    """The `parity.rows.report` of every array in the folder.
 
     Raises:
-      WeightsError: the folder has another form, lacks an array, or has one that nothing is compared with.
+      WeightsError: the folder has another form, lacks an array, or has one that is compared with nothing.
     """
     reader = next((rows_of for file, rows_of in READERS.items() if (folder / file).is_file()), None)
     if reader is None:

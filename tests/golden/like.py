@@ -1,7 +1,7 @@
-"""Folders of recorded arrays as those of the original MiniGPT-v2 and NExT-Chat, of any sizes, without the originals.
+"""Folders in the form of those of the original MiniGPT-v2 and NExT-Chat, of any sizes, made without the originals.
 
-Their numbers are this port's own: they prove that the reader takes every size, index and count from the folder, and
-that it sees a change in any array; not that the port is right. Shapes are written out, not taken from the port.
+Their numbers are this port's. They prove that the reader takes every size, index and count from the folder and notices a
+change in any array, not that the port is right. Shapes are written out, not taken from the port.
 """
 
 import json
@@ -17,7 +17,7 @@ from medcg_jax.parity.rows import Row
 from tests.golden import minigpt_v2 as golden_minigpt
 from tests.golden import next_chat as golden_next
 
-# The index that stands for an array's first number: no token, so that no row of generated ones seems to end.
+# The index of an array's first number: beyond all token ids, so that no generated row seems to end.
 FIRST = 10_000
 
 
@@ -28,33 +28,33 @@ def write_json(path, value):
 def weights(folder, table, config, released_name, seed):
     """Writes random weights of the config, under the original's names."""
     _, params = build.abstract(config)
-    rng, found = np.random.default_rng(seed), {}
+    rng, tensors = np.random.default_rng(seed), {}
     for name, slot in engine.slots(table, params).items():
         shape = slot.released_shape
         noise = rng.standard_normal(shape).astype(np.float32)
         fan_in = int(np.prod(shape[1:])) if len(shape) > 1 and "embed" not in name else 1
         value = 1 + 0.2 * noise if "norm" in name and name.endswith("weight") else noise * fan_in**-0.5
-        found[released_name(name)] = (0.2 * value if name.endswith("bias") else value).astype(np.float32)
+        tensors[released_name(name)] = (0.2 * value if name.endswith("bias") else value).astype(np.float32)
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder, {name: (x.shape, x.dtype) for name, x in found.items()}, found.items())
+    write_safetensors(folder, {name: (x.shape, x.dtype) for name, x in tensors.items()}, tensors.items())
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
     return {released_name(name): slot.released_shape for name, slot in engine.slots(table, params).items()}
 
 
 def recorded(rows_of, files: dict, monkeypatch, *, num_pixels: int = 0, fixed=None) -> None:
-    """Fills `files` (path -> {name: shape}) with what `rows_of` computes, by running it on arrays of their own indices.
+    """Fills `files` (path -> {name: shape}) with what `rows_of` computes, by running it on arrays filled with indices.
 
-    Every comparison is given the recorded numbers that it uses, so an array of indices says where its numbers belong.
+    Every comparison gets the recorded numbers that it uses, so their indices show where the computed numbers belong.
     """
     held = {path: {name: indices(shape) for name, shape in shapes.items()} for path, shapes in files.items()}
     for path, arrays in held.items():
         arrays |= (fixed or {}).get(path, {})
         np.savez(path, **arrays)
-    found = {}
+    comparisons = {}
 
     def take(stage, ours, theirs, **_):
-        found[stage] = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-        assert found[stage][0].shape == found[stage][1].shape, stage
+        comparisons[stage] = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+        assert comparisons[stage][0].shape == comparisons[stage][1].shape, stage
         return Row(stage, 0.0, 1.0)
 
     for module in (golden_minigpt, golden_next):
@@ -65,10 +65,10 @@ def recorded(rows_of, files: dict, monkeypatch, *, num_pixels: int = 0, fixed=No
     for path, arrays in held.items():
         given = dict(arrays)
         for name, array in given.items():
-            stage = next((s for s in spellings(path.name, name) if s in found), None)
+            stage = next((s for s in spellings(path.name, name) if s in comparisons), None)
             if stage is None:
                 continue
-            ours, theirs = found[stage]
+            ours, theirs = comparisons[stage]
             if path.name.startswith("grads"):
                 # Both were divided by the largest index, or by that of the weight beside a bias of keys.
                 weight = given.get(name.replace("k_proj.bias", "k_proj.weight"), array)
@@ -87,9 +87,9 @@ def indices(shape) -> np.ndarray:
 
 
 def spellings(file: str, name: str):
-    """Names of the rows that an array may have."""
-    part = {"expected_mask.npz": "mask/", "grads_mask.npz": "mask/", "expected_generate.npz": "generate/"}.get(file, "")
-    return (f"gradient {name}", part + name) if file == "grads.npz" else (part + name,)
+    """Possible stages of the row of an array."""
+    starts = {"expected_mask.npz": "mask/", "grads_mask.npz": "mask/", "expected_generate.npz": "generate/"}
+    return (f"gradient {name}", name) if file == "grads.npz" else (starts.get(file, "") + name,)
 
 
 MINIGPT = {
@@ -174,9 +174,9 @@ def row_of(length: int, asked: int, answered: int, seed: int) -> tuple[np.ndarra
 
 def next_chat_folder(folder, monkeypatch, *, sam_px: int = 256, seed: int = 0):
     """A folder of the sizes of the original's second variant, with SAM's image of `sam_px` and its grid of 16 x 16."""
-    found = {**NEXT, "sam": {**SAM, "patch_size": sam_px // 16}, "sam_image_size": sam_px}
+    fields = {**NEXT, "sam": {**SAM, "patch_size": sam_px // 16}, "sam_image_size": sam_px}
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", found)
+    write_json(folder / "config.json", fields)
     config = golden_next.read_config(folder)
     shapes = weights(folder, next_chat.table(config), config, next_chat.released_name, seed)
     rng, inputs = np.random.default_rng(seed), {}
@@ -205,13 +205,13 @@ def next_chat_folder(folder, monkeypatch, *, sam_px: int = 256, seed: int = 0):
         "gen_input_ids": row_of(37, 1, 0, 9)[0][None, :37], "gen_images": picture(1), "gen_loc_inputs": box(1),
     }  # fmt: skip
     np.savez(folder / "inputs.npz", **inputs)
-    say_at(folder, inputs)
+    generate_at(folder, inputs)
     base, mask, generate = next_shapes(sam_px)
     stages = golden_next.STAGES
-    names = {part: {name for name in shapes if stage_of(name) in stages[part]} for part in stages}
-    own = names["mask"]
+    names = {key: {name for name in shapes if stage_of(name) in stages[key]} for key in stages}
+    mask_names = names["mask"]
     clip = {name for name in shapes if name.startswith("model.vision_tower")}
-    rest = set(shapes) - own - clip - {n for n in shapes if "positional_encoding" in n}
+    other_names = set(shapes) - mask_names - clip - {n for n in shapes if "positional_encoding" in n}
 
     def whole(prefix, names):
         return {f"{prefix}/{n}": shapes[n] for n in names}
@@ -220,8 +220,8 @@ def next_chat_folder(folder, monkeypatch, *, sam_px: int = 256, seed: int = 0):
     for prefix in ("mock_valid/original", "mock_invalid/original", "clean"):
         grads |= whole(prefix, names["base"])
     grads |= {f"clean_norm/{term}/{n}": () for term in ("ce", "l1", "giou", "cycle1", "cycle2") for n in names["base"]}
-    masks = {**whole("original", own), **whole("fixed", own)}
-    masks |= {f"{kind}_norm/{n}": () for kind in ("original", "fixed") for n in rest}
+    masks = {**whole("original", mask_names), **whole("fixed", mask_names)}
+    masks |= {f"{kind}_norm/{n}": () for kind in ("original", "fixed") for n in other_names}
     files = {
         folder / "expected_base.npz": base, folder / "expected_mask.npz": mask,
         folder / "expected_generate.npz": generate, folder / "grads_base.npz": grads, folder / "grads_mask.npz": masks,
@@ -235,21 +235,21 @@ def next_chat_folder(folder, monkeypatch, *, sam_px: int = 256, seed: int = 0):
     return folder
 
 
-def say_at(folder, inputs) -> None:
-    """Makes `<at>` what the model says first, and again behind the box: two boxes for one image."""
+def generate_at(folder, inputs) -> None:
+    """Changes the head so that the model generates `<at>` first and again after the box: two boxes for one image."""
     _, graphdef, params = golden_next.load(folder)
     model = nnx.merge(graphdef, params)
     cache, states = model.init_cache(1, 60), []
     pixels = inputs["gen_images"].transpose(0, 2, 3, 1)[:, None]
     prompt = {"images": {"pixels": pixels}, "boxes": inputs["gen_loc_inputs"][None]}
-    for tokens, rest in ((inputs["gen_input_ids"], prompt), ([[AT]], {}), ([[BOX]], {})):
-        hidden, cache = model.hidden(jnp.asarray(tokens, jnp.int32), cache=cache, **rest)
+    for tokens, arguments in ((inputs["gen_input_ids"], prompt), ([[AT]], {}), ([[BOX]], {})):
+        hidden, cache = model.hidden(jnp.asarray(tokens, jnp.int32), cache=cache, **arguments)
         states.append(np.asarray(hidden[0, -1], np.float64))
     opened = open_safetensors(folder / "weights.safetensors")
-    found = {name: np.array(opened.read(name)) for name in opened.shapes}
+    tensors = {name: np.array(opened.read(name)) for name in opened.shapes}
     # The row of least norm that gives both states a logit above every other's.
-    found["lm_head.weight"][AT] = np.linalg.pinv(np.stack([states[0], states[2]])) @ np.full(2, 20.0)
-    write_safetensors(folder, {name: (x.shape, x.dtype) for name, x in found.items()}, found.items())
+    tensors["lm_head.weight"][AT] = np.linalg.pinv(np.stack([states[0], states[2]])) @ np.full(2, 20.0)
+    write_safetensors(folder, {name: (x.shape, x.dtype) for name, x in tensors.items()}, tensors.items())
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
 
 

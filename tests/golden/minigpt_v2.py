@@ -1,4 +1,4 @@
-"""This port against arrays that the original MiniGPT-v2 code gave: a folder with its weights, inputs and outputs.
+"""This port against arrays from the original MiniGPT-v2 code: a folder with weights, inputs and outputs.
 
 The folder holds `weights.safetensors` (the model's state dict), `config.json` (every size), `inputs.json` (token ids
 piece by piece), `inputs.npz`, `expected.npz` (outputs by stage, loss, generation) and `grads.npz`. Float32; no PyTorch
@@ -23,9 +23,9 @@ from medcg_jax.nn.rope import count_positions, rope_angles
 from medcg_jax.parity.rows import Row, check_arrays, compared, exactly, layers, read_arrays
 from medcg_jax.train.losses import negative_log_likelihood
 
-# Above the rounding of float32 in these small models, below every usual mistake in them.
+# Above the float32 rounding of these small models, below the effect of every usual mistake.
 TOLERANCE = 2e-5
-# What the original trains; of the other gradients the folder has norms alone.
+# The submodules that the original trains; of all other gradients the folder has only norms.
 TRAINED = ("projector", "lora")
 IGNORED_LABEL = -100
 # Llama's token that opens a sequence.
@@ -73,21 +73,21 @@ def load(folder: Path) -> tuple[MiniGPTv2Config, nnx.GraphDef, nnx.State]:
 def training_rows(config: MiniGPTv2Config, pieces: list[dict], bos_id: int = BOS) -> dict[str, np.ndarray]:
     """tokens, segment_ids and labels, int32[B, T] each: [BOS][before][image][after][answer], padded on the right.
 
-    The original pads prompts and answers each to their longest, so no row need be as long as T.
+    The original pads prompts and answers separately, so every row may be shorter than T.
     """
     image = [config.image_token_id] * config.num_image_tokens
     asked = [[bos_id, *piece["before_image"], *image, *piece["after_image"]] for piece in pieces]
     whole = [ids + piece["answer_used"] for ids, piece in zip(asked, pieces, strict=True)]
     shape = len(whole), max(map(len, asked)) + max(len(piece["answer_used"]) for piece in pieces)
-    found = {
+    arrays = {
         "tokens": np.full(shape, config.pad_token_id, np.int32), "segment_ids": np.zeros(shape, np.int32),
         "labels": np.full(shape, IGNORED_LABEL, np.int32),
     }  # fmt: skip
     for row, (ids, start) in enumerate(zip(whole, map(len, asked), strict=True)):
-        found["tokens"][row, : len(ids)] = ids
-        found["segment_ids"][row, : len(ids)] = 1
-        found["labels"][row, start : len(ids)] = ids[start:]
-    return found
+        arrays["tokens"][row, : len(ids)] = ids
+        arrays["segment_ids"][row, : len(ids)] = 1
+        arrays["labels"][row, start : len(ids)] = ids[start:]
+    return arrays
 
 
 def port_stages(model: MiniGPTv2, tokens: jax.Array, segment_ids: jax.Array, pixels: jax.Array) -> dict[str, jax.Array]:
@@ -96,21 +96,21 @@ def port_stages(model: MiniGPTv2, tokens: jax.Array, segment_ids: jax.Array, pix
     flat = pixels.reshape(-1, *pixels.shape[2:])
     x = model.vision.embed(flat, model.dtype)
     # The patches alone: what class token and positions are added to.
-    found = {"vit_patch_embed": x[:, 1:] - model.vision.positions[...][1:], "vit_embeddings": x}
+    stages = {"vit_patch_embed": x[:, 1:] - model.vision.positions[...][1:], "vit_embeddings": x}
     for i, block in enumerate(layers(model.vision.blocks)):
-        x = found[f"vit_block_{i}"] = block(x, implementation=implementation)
-    x = found["ln_vision"] = model.vision.norm(x)
-    x = found["grouped_tokens"] = group(x[:, 1:], config.patches_per_token)
-    found["image_tokens"] = model.projector(x)
-    features = found["image_tokens"].reshape(len(tokens), -1, config.text.embed_dim)
-    x = found["inputs_embeds"] = model.embed(tokens, features)
+        x = stages[f"vit_block_{i}"] = block(x, implementation=implementation)
+    x = stages["ln_vision"] = model.vision.norm(x)
+    x = stages["grouped_tokens"] = group(x[:, 1:], config.patches_per_token)
+    stages["image_tokens"] = model.projector(x)
+    features = stages["image_tokens"].reshape(len(tokens), -1, config.text.embed_dim)
+    x = stages["inputs_embeds"] = model.embed(tokens, features)
     angles = rope_angles(count_positions(segment_ids), config.text.head_dim, config.text.rope_theta)
     for i, (block, adapters) in enumerate(zip(layers(model.decoder.blocks), layers(model.lora), strict=True)):
-        rest = {"angles": angles, "segment_ids": segment_ids, "lora": adapters, "implementation": implementation}
-        x = found[f"llm_layer_{i}"] = block(x, **rest)[0]
-    found["llm_final_norm"], _ = model.hidden(tokens, {"pixels": pixels}, segment_ids=segment_ids)
-    found["logits"] = model.logits(found["llm_final_norm"])
-    return found
+        arguments = {"angles": angles, "segment_ids": segment_ids, "lora": adapters, "implementation": implementation}
+        x = stages[f"llm_layer_{i}"] = block(x, **arguments)[0]
+    stages["llm_final_norm"], _ = model.hidden(tokens, {"pixels": pixels}, segment_ids=segment_ids)
+    stages["logits"] = model.logits(stages["llm_final_norm"])
+    return stages
 
 
 def stage_rows(
@@ -122,39 +122,32 @@ def stage_rows(
         exactly("attention_mask", given["segment_ids"], expected["attention_mask"]),
         exactly("labels", given["labels"], expected["labels"]),
     ]
-    found = jax.jit(port_stages)(model, jnp.asarray(given["tokens"]), jnp.asarray(given["segment_ids"]), pixels)
+    stages = jax.jit(port_stages)(model, jnp.asarray(given["tokens"]), jnp.asarray(given["segment_ids"]), pixels)
     real = given["segment_ids"] != 0
-    for stage in port_order(found):
+    for stage in port_order(stages):
         if stage not in expected:
             raise WeightsError(f"expected.npz lacks {stage}")
         keep = real if stage.startswith(("inputs", "llm", "logits")) else ...
-        rows.append(compared(stage, np.asarray(found[stage])[keep], expected[stage][keep]))
-    nll, weight = token_losses(found["logits"], given["labels"])
+        rows.append(compared(stage, np.asarray(stages[stage])[keep], expected[stage][keep]))
+    nll, weight = token_losses(stages["logits"], given["labels"])
     rows.append(compared("loss", nll.sum() / weight.sum(), expected["loss"]))
     # The original's mean runs over the whole padded row.
     return [*rows, compared("loss_per_sample", nll.sum(axis=1) / nll.shape[1], expected["loss_per_sample"])]
 
 
-def port_order(found: dict) -> list[str]:
+def port_order(stages: dict) -> list[str]:
     """Names of stages in the order of the computation; `jit` sorts the keys of a dict."""
     first = (
-        "vit_patch_embed",
-        "vit_embeddings",
-        "vit_block",
-        "ln_vision",
-        "grouped",
-        "image_tokens",
-        "inputs",
-        "llm_layer",
-    )
+        "vit_patch_embed", "vit_embeddings", "vit_block", "ln_vision", "grouped", "image_tokens", "inputs", "llm_layer",
+    )  # fmt: skip
 
-    def place(name):
+    def rank(name):
         return next((i for i, start in enumerate(first) if name.startswith(start)), len(first))
 
     def number(name):
         return int(name.rsplit("_", 1)[1]) if name[-1].isdigit() else 0
 
-    return sorted(found, key=lambda name: (place(name), number(name), name == "logits"))
+    return sorted(stages, key=lambda name: (rank(name), number(name), name == "logits"))
 
 
 def token_losses(logits: jax.Array, labels: np.ndarray) -> tuple[jax.Array, np.ndarray]:
@@ -218,11 +211,11 @@ def generation_rows(model: MiniGPTv2, pixels, pieces: list[dict], expected: dict
         return model.logits(hidden[:, 0]), cache
 
     embedded, logits, cache = prefill(model)
-    found = [logits]
+    logits_by_step = [logits]
     for _ in range(num_new - 1):
         logits, cache = step(model, logits.argmax(axis=-1), cache)
-        found.append(logits)
-    ours = np.stack(found, axis=1)
+        logits_by_step.append(logits)
+    ours = np.stack(logits_by_step, axis=1)
     ended = np.cumsum(sequences == config.eos_token_id, axis=1) - (sequences == config.eos_token_id) > 0
     real = np.asarray(given["segment_ids"]) != 0
     top = np.sort(ours, axis=-1)[..., -2:]

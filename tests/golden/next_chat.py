@@ -1,8 +1,8 @@
 """NExT-Chat against arrays recorded from the original code: every stage, loss, gradient, mask and generated token.
 
 The folder holds `weights.safetensors`, `config.json`, `inputs.npz`, `expected_{base,mask,generate}.npz` and
-`grads_{base,mask}.npz`, of a tiny random model of any sizes. Not compared: `rec/input_ids`, which is an input, and
-`beam5/*`, a beam search, which this port does not have.
+`grads_{base,mask}.npz` of a tiny random model of any size. Not compared: `rec/input_ids`, an input, and `beam5/*`, since
+this port has no beam search.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ STAGES = {"base": ("projector", "decoder", "boxes"), "mask": ("mask_prompt", "ma
 Arrays = dict[str, np.ndarray]
 # Of `full_masks_sampled`: the rows and columns of the whole mask that are recorded.
 SAMPLED = slice(5, None, 37), slice(3, None, 41)
-# What there is one of for every `<at>` of an answer.
+# Arrays with one item for every `<at>` of an answer.
 AT = ("hidden_at", "pred_boxes", "cycle1_encoded", "at_positions", "pred_valid")
 NOT_COMPARED = ("rec/input_ids", "beam5/sequences", "beam5/pred_boxes")
 
@@ -55,12 +55,12 @@ def golden_rows(folder: Path) -> list[Row]:
             *mask_loss_rows(folder, graphdef, params),
             *generation_rows(folder, nnx.merge(graphdef, params)),
         ]
-    found = {row.stage for row in rows}
-    for part, prefix in (("base", ""), ("mask", "mask/"), ("generate", "generate/")):
-        path = folder / f"expected_{part}.npz"
+    stages = {row.stage for row in rows}
+    for file, prefix in (("base", ""), ("mask", "mask/"), ("generate", "generate/")):
+        path = folder / f"expected_{file}.npz"
         held = {prefix + name for name in read_arrays(path) if name not in NOT_COMPARED}
         others = ("mask/", "generate/") if not prefix else ()
-        check_arrays(path, held, {s for s in found if _is_array(s, prefix) and not s.startswith(others)})
+        check_arrays(path, held, {s for s in stages if _is_array(s, prefix) and not s.startswith(others)})
     return rows
 
 
@@ -73,35 +73,32 @@ def _is_array(stage: str, prefix: str) -> bool:
 
 def base_rows(folder: Path, model) -> list[Row]:
     """Every stage on three rows and a mock one, and the boxes of the evaluation by a fixed answer."""
-    config, inputs, expected = (
-        model.config,
-        read_arrays(folder / "inputs.npz"),
-        read_arrays(folder / "expected_base.npz"),
-    )
+    config, inputs = model.config, read_arrays(folder / "inputs.npz")
+    expected = read_arrays(folder / "expected_base.npz")
     batch = batch_of(config, inputs, "", "mock_valid_")
-    found = {f"mock_valid/{name}": value for name, value in _base_stages(model, batch).items()}
+    stages = {f"mock_valid/{name}": value for name, value in _base_stages(model, batch).items()}
     invalid = batch_of(config, inputs, "", "mock_invalid_")
-    # Of the other mock row only what the losses of boxes need is recorded.
+    # Of the other mock row only the arrays that the box losses need are recorded.
     whole = _whole(model, invalid)
-    found |= {f"mock_invalid/{name}": whole[name] for name in ("logits", *AT[:2], *AT[3:])}
+    stages |= {f"mock_invalid/{name}": whole[name] for name in ("logits", *AT[:2], *AT[3:])}
     ids = jnp.asarray(expected["rec/input_ids"], jnp.int32)
     at = jnp.flatnonzero(ids[0] == config.at_token_id)[None]
     run = jax.jit(lambda model, ids, pixels, at: model.boxes_at(model.hidden(ids, {"pixels": pixels})[0], at))
-    found["rec/pred_boxes"] = run(model, ids, batch["pixels"][:1], at)[0]
+    stages["rec/pred_boxes"] = run(model, ids, batch["pixels"][:1], at)[0]
     # Rows behind padding hold nothing meaningful.
     real = np.asarray(batch["segment_ids"]) != 0
-    per_token = [name for name in found if "llm_" in name or name.endswith("logits")]
-    _all_there("expected_base.npz", expected, found)
+    per_token = [name for name in stages if "llm_" in name or name.endswith("logits")]
+    _check_names("expected_base.npz", expected, stages)
     return [
         golden_row(name, np.asarray(ours)[real], expected[name][real])
         if name in per_token
         else golden_row(name, ours, expected[name])
-        for name, ours in found.items()
+        for name, ours in stages.items()
     ]
 
 
-def _all_there(file: str, expected, found) -> None:
-    missing = [name for name in found if name not in expected]
+def _check_names(file: str, expected, stages) -> None:
+    missing = [name for name in stages if name not in expected]
     if missing:
         raise WeightsError(f"{file} lacks {', '.join(missing[:8])}")
 
@@ -111,32 +108,32 @@ def _base_stages(model, batch) -> dict[str, jax.Array]:
     config, attention = model.config, model.config.attention
     pixels, tokens, segment_ids = batch["pixels"][:, 0], batch["tokens"], batch["segment_ids"]
     x = jax.jit(lambda model: model.vision.embed(pixels, model.dtype))(model)
-    found = {"clip_hidden_0": x}
+    stages = {"clip_hidden_0": x}
     step = jax.jit(lambda block, x: block(x, implementation=attention))
-    rest = [] if model.unused.blocks is None else layers(model.unused.blocks)
-    for i, block in enumerate([*layers(model.vision.blocks), *rest]):
-        x = found[f"clip_hidden_{i + 1}"] = step(block, x)
-    features = found["image_features"] = found[f"clip_hidden_{config.vision.num_run_layers}"][:, 1:]
-    found["projected_tokens"] = jax.jit(lambda model: model.projector(features))(model)
+    unused_layers = [] if model.unused.blocks is None else layers(model.unused.blocks)
+    for i, block in enumerate([*layers(model.vision.blocks), *unused_layers]):
+        x = stages[f"clip_hidden_{i + 1}"] = step(block, x)
+    features = stages["image_features"] = stages[f"clip_hidden_{config.vision.num_run_layers}"][:, 1:]
+    stages["projected_tokens"] = jax.jit(lambda model: model.projector(features))(model)
     embed = jax.jit(lambda model, features: model.embed(tokens, features, batch["boxes"]))
-    x = found["inputs_embeds"] = embed(model, found["projected_tokens"])
+    x = stages["inputs_embeds"] = embed(model, stages["projected_tokens"])
     angles = rope_angles(count_positions(segment_ids), config.text.head_dim, config.text.rope_theta)
     run = jax.jit(lambda block, x: block(x, angles=angles, segment_ids=segment_ids, implementation=attention)[0])
     for i, block in enumerate(layers(model.decoder.blocks)):
-        x = found[f"llm_layer_{i}"] = run(block, x)
-    return found | _whole(model, batch)
+        x = stages[f"llm_layer_{i}"] = run(block, x)
+    return stages | _whole(model, batch)
 
 
 def _whole(model, batch) -> dict[str, jax.Array]:
-    found = _whole_program(model, batch)
+    outputs = _whole_program(model, batch)
     keep, given = np.asarray(batch["at_weights"]) > 0, np.asarray(batch["box_weights"]) > 0
     flat = np.arange(batch["tokens"].shape[0])[:, None] * batch["tokens"].shape[1] + batch["at_positions"]
-    boxes = found["pred_boxes"]
-    found |= {"at_positions": flat, "pred_valid": (boxes[..., 2:] >= boxes[..., :2]).all(axis=-1)}
-    found |= {name: np.asarray(found[name])[keep] for name in AT}
-    found |= {name: np.asarray(found[name])[given] for name in ("loc_embeds", "cycle2_boxes")}
+    boxes = outputs["pred_boxes"]
+    outputs |= {"at_positions": flat, "pred_valid": (boxes[..., 2:] >= boxes[..., :2]).all(axis=-1)}
+    outputs |= {name: np.asarray(outputs[name])[keep] for name in AT}
+    outputs |= {name: np.asarray(outputs[name])[given] for name in ("loc_embeds", "cycle2_boxes")}
     # In the order of the computation; `jit` sorts a dict's keys.
-    return {name: found[name] for name in ("loc_embeds", "llm_final_norm", "logits", *AT, "cycle2_boxes")}
+    return {name: outputs[name] for name in ("loc_embeds", "llm_final_norm", "logits", *AT, "cycle2_boxes")}
 
 
 @jax.jit
@@ -157,22 +154,22 @@ def mask_rows(folder: Path, model) -> list[Row]:
     inputs, expected = read_arrays(folder / "inputs.npz"), read_arrays(folder / "expected_mask.npz")
     batch = mask_batch(model.config, inputs)
     whole, encoder = _whole(model, batch), model.sam_encoder
-    found = {name: whole[name] for name in ("logits", "hidden_at", "pred_boxes")}
+    stages = {name: whole[name] for name in ("logits", "hidden_at", "pred_boxes")}
     pixels = batch["sam_pixels"][:, 0]
-    found["sam_patch_embed"] = jax.jit(lambda encoder: encoder.patch(pixels))(encoder)
+    stages["sam_patch_embed"] = jax.jit(lambda encoder: encoder.patch(pixels))(encoder)
     x = jax.jit(lambda encoder: encoder.embed(pixels, None, model.dtype))(encoder)
     step = jax.jit(lambda block, x: block(x))
     blocks = [block for stack, start, stop in encoder.runs() for block in list(layers(stack))[start:stop]]
     for i, block in enumerate(blocks):
-        x = found[f"sam_block_{i}"] = step(block, x)
+        x = stages[f"sam_block_{i}"] = step(block, x)
     embedding = _sam_features(model, batch["sam_pixels"])
-    found["sam_image_embedding"] = embedding.transpose(0, 3, 1, 2)
-    at = jnp.asarray(found["hidden_at"])[:, None]
+    stages["sam_image_embedding"] = embedding.transpose(0, 3, 1, 2)
+    at = jnp.asarray(stages["hidden_at"])[:, None]
     masks, iou = jax.jit(lambda model: model.masks(at, embedding))(model)
     full = np.asarray(jax.image.resize(masks, (*masks.shape[:2], *pixels.shape[1:3]), "bilinear"))
-    found |= {
+    stages |= {
         "seg_prompt": jax.jit(lambda model: model.mask_prompt(at[:, 0]))(model),
-        "box_embeddings": model.sam_prompt.corners(jnp.asarray(found["pred_boxes"])),
+        "box_embeddings": model.sam_prompt.corners(jnp.asarray(stages["pred_boxes"])),
         "dense_embeddings": np.tile(model.sam_prompt.no_mask[...][:, None, None], (len(at), 1, 1, 1)),
         "low_res_masks": masks,
         "iou_predictions": iou,
@@ -181,11 +178,10 @@ def mask_rows(folder: Path, model) -> list[Row]:
         "full_masks_norm": np.sqrt(np.square(full, dtype=np.float64).sum(axis=(1, 2, 3))),
         "fraction_at_or_above_threshold": (full >= losses.MASK_LOGIT).mean(axis=(1, 2, 3)),
     }
-    _all_there("expected_mask.npz", expected, found)
-    # Of the model's own stages not all are recorded for these rows.
+    _check_names("expected_mask.npz", expected, stages)
     rows = [
         golden_row(f"mask/{name}", ours, expected[name], LONG_SUM_TOLERANCE if name == "full_masks_norm" else TOLERANCE)
-        for name, ours in found.items()
+        for name, ours in stages.items()
     ]
     near = "num_logits_within_0.01_of_threshold"
     # As a share of the pixels: rounding carries some over the border.
@@ -206,11 +202,8 @@ def _sam_features(model, pixels) -> jax.Array:
 
 def generation_rows(folder: Path, model) -> list[Row]:
     """Greedy decoding into a cache, with `<boxes>` forced behind `<at>`: logits, tokens, boxes and masks."""
-    config, inputs, expected = (
-        model.config,
-        read_arrays(folder / "inputs.npz"),
-        read_arrays(folder / "expected_generate.npz"),
-    )
+    config, inputs = model.config, read_arrays(folder / "inputs.npz")
+    expected = read_arrays(folder / "expected_generate.npz")
     prompt = jnp.asarray(inputs["gen_input_ids"], jnp.int32)
     num = expected["step_logits"].shape[1]
 
@@ -234,17 +227,17 @@ def generation_rows(folder: Path, model) -> list[Row]:
     count = int(there.sum())
     if not count:
         raise WeightsError(f"{folder}: no box is generated; what was recorded has {len(expected['pred_boxes'])}")
-    # Of the first image; both, so that the program is the one that is there.
+    # Both images are encoded, to use the compiled program again; the first is needed.
     features = _sam_features(model, mask_batch(config, inputs)["sam_pixels"])[:1]
     masks, iou = jax.jit(lambda model: model.masks(cache["at_hidden"][:, :count], features))(model)
     top = np.sort(np.stack(logits, axis=1), axis=-1)[..., -2:]
-    found = {
+    outputs = {
         "margin": top[..., 1] - top[..., 0], "sequences": jnp.asarray([sequence]),
         "step_logits": jnp.stack(logits, axis=1), "pred_boxes": boxes[0, :count],
         "low_res_masks": masks[0][:, None], "iou_predictions": iou[0][:, None],
     }  # fmt: skip
-    _all_there("expected_generate.npz", expected, found)
-    return [golden_row(f"generate/{name}", ours, expected[name]) for name, ours in found.items()]
+    _check_names("expected_generate.npz", expected, outputs)
+    return [golden_row(f"generate/{name}", ours, expected[name]) for name, ours in outputs.items()]
 
 
 # ------------------------------------------------------------------ losses and gradients
@@ -260,36 +253,36 @@ def base_loss_rows(folder: Path, graphdef, params) -> list[Row]:
 
     def terms(trainable, batch, quirks: bool):
         model = nnx.merge(graphdef, build.join(trainable, frozen))
-        found = losses.box_terms(model, batch, original_loss_quirks=quirks)
-        return jnp.stack([found[name] for name in names])
+        values = losses.box_terms(model, batch, original_loss_quirks=quirks)
+        return jnp.stack([values[name] for name in names])
 
     def total(trainable, batch):
-        found = terms(trainable, batch, True)
-        return weights @ found, found
+        values = terms(trainable, batch, True)
+        return weights @ values, values
 
     rows = []
     original = jax.jit(jax.value_and_grad(total, has_aux=True))
     for mock in ("mock_valid", "mock_invalid"):
-        (value, found), gradient = original(trainable, batch_of(config, inputs, "", f"{mock}_"))
-        rows += _loss_rows(f"{mock}/loss_original/", expected, dict(zip(names, found, strict=True)), value)
+        (value, values), gradient = original(trainable, batch_of(config, inputs, "", f"{mock}_"))
+        rows += _loss_rows(f"{mock}/loss_original/", expected, dict(zip(names, values, strict=True)), value)
         rows += _gradient_rows(f"{mock}/original/", grads, _by_name(config, gradient))
-    found, gradients = jax.jit(partial(_jacobian, partial(terms, batch=batch_of(config, inputs, ""), quirks=False)))(
+    values, gradients = jax.jit(partial(_jacobian, partial(terms, batch=batch_of(config, inputs, ""), quirks=False)))(
         trainable
     )
     for mock in ("mock_valid", "mock_invalid"):
-        rows += _loss_rows(f"{mock}/loss_clean/", expected, dict(zip(names, found, strict=True)), weights @ found)
+        rows += _loss_rows(f"{mock}/loss_clean/", expected, dict(zip(names, values, strict=True)), weights @ values)
     whole = jax.tree.map(lambda g: jnp.tensordot(weights, g, 1), gradients)
     rows += _gradient_rows("clean/", grads, _by_name(config, whole))
     for i, name in enumerate(names):
-        own = _by_name(config, jax.tree.map(lambda g, i=i: g[i], gradients))
-        rows += _norm_rows(f"clean_norm/{name}/", grads, own)
+        named = _by_name(config, jax.tree.map(lambda g, i=i: g[i], gradients))
+        rows += _norm_rows(f"clean_norm/{name}/", grads, named)
     return rows
 
 
 def _jacobian(function, params):
     """(function(params): float[K], its gradients with a leading axis K)."""
     values, pull = jax.vjp(function, params)
-    return values, jax.vmap(lambda one: pull(one)[0])(jnp.eye(len(values)))
+    return values, jax.vmap(lambda unit: pull(unit)[0])(jnp.eye(len(values)))
 
 
 def _loss_rows(prefix: str, expected: Arrays, terms: dict, total) -> list[Row]:
@@ -305,7 +298,7 @@ def mask_loss_rows(folder: Path, graphdef, params) -> list[Row]:
     batch = mask_batch(config, inputs)
     rows = []
     trained, _ = build.split_trainable(params, STAGES["mask"])
-    # CLIP has no gradient in the original: it runs outside of it.
+    # CLIP has no gradient in the original.
     others = tuple(name for name in params if name not in ("vision", "unused"))
     trainable, frozen = build.split_trainable(params, others)
 
@@ -318,16 +311,16 @@ def mask_loss_rows(folder: Path, graphdef, params) -> list[Row]:
 
     for kind in ("original", "fixed"):
         (total, (focal, dice, iou, weights)), gradients = loss(trainable, kind == "original")
-        found = {"focal": focal[:, 0], "dice": dice[:, 0], "total": total}
+        values = {"focal": focal[:, 0], "dice": dice[:, 0], "total": total}
         rows += [
-            golden_row(f"mask/loss/{kind}/{name}", x, expected[f"loss/{kind}/{name}"]) for name, x in found.items()
+            golden_row(f"mask/loss/{kind}/{name}", x, expected[f"loss/{kind}/{name}"]) for name, x in values.items()
         ]
-        own = _by_name(config, gradients)
-        # A buffer there, so no gradient was recorded; here none arrives.
-        own = {name: g for name, g in own.items() if "positional_encoding" not in name or np.any(g)}
+        named = _by_name(config, gradients)
+        # The original's positional encoding is a buffer without a gradient; here its gradient must be 0.
+        named = {name: g for name, g in named.items() if "positional_encoding" not in name or np.any(g)}
         ours = set(_by_name(config, trained))
-        rows += _gradient_rows(f"{kind}/", grads, {name: g for name, g in own.items() if name in ours}, "mask/")
-        rows += _norm_rows(f"{kind}_norm/", grads, {name: g for name, g in own.items() if name not in ours}, "mask/")
+        rows += _gradient_rows(f"{kind}/", grads, {name: g for name, g in named.items() if name in ours}, "mask/")
+        rows += _norm_rows(f"{kind}_norm/", grads, {name: g for name, g in named.items() if name not in ours}, "mask/")
     rows.append(golden_row("mask/loss/iou", iou[:, 0] / weights.sum(), expected["loss/iou"]))
     return rows
 
@@ -377,44 +370,44 @@ def read_config(folder: Path) -> NextChatConfig:
     Raises:
       WeightsError: a size is missing, or it differs from what this port computes.
     """
-    found = read_json(folder / "config.json")
-    expect(found, "", attention_downsample_rate=2, mm_projector_depth=2, tie_word_embeddings=False)
+    fields = read_json(folder / "config.json")
+    expect(fields, "", attention_downsample_rate=2, mm_projector_depth=2, tie_word_embeddings=False)
     # The norms of SAM's neck and upscaler, which have one epsilon with the encoder's blocks.
-    expect(found, "", sam_layer_norm_2d_eps=1e-6, sam_encoder_layer_norm_eps=1e-6)
+    expect(fields, "", sam_layer_norm_2d_eps=1e-6, sam_encoder_layer_norm_eps=1e-6)
     try:
-        return _config(found)
+        return _config(fields)
     except KeyError as error:
         raise WeightsError(f"{folder / 'config.json'} lacks {error}") from error
     except ValueError as error:
         raise refused(error, "") from error
 
 
-def _config(found: dict) -> NextChatConfig:
-    clip, sam, width = found["clip"], found["sam"], found["hidden_size"]
-    heads = found["num_attention_heads"]
+def _config(fields: dict) -> NextChatConfig:
+    clip, sam, width = fields["clip"], fields["sam"], fields["hidden_size"]
+    heads = fields["num_attention_heads"]
     return NextChatConfig(
         vision=ClipVisionConfig(
-            clip["image_size"], clip["patch_size"], clip["num_hidden_layers"], found["mm_vision_select_layer"],
-            clip["hidden_size"], clip["num_attention_heads"], clip["intermediate_size"], found["clip_layer_norm_eps"],
-            activation=found["clip_hidden_act"],
+            clip["image_size"], clip["patch_size"], clip["num_hidden_layers"], fields["mm_vision_select_layer"],
+            clip["hidden_size"], clip["num_attention_heads"], clip["intermediate_size"], fields["clip_layer_norm_eps"],
+            activation=fields["clip_hidden_act"],
         ),
         text=DecoderConfig(
-            found["vocab_size"], found["num_hidden_layers"], width, heads, heads, width // heads,
-            found["intermediate_size"], found["rope_theta"], found["rms_norm_eps"], found["max_position_embeddings"],
+            fields["vocab_size"], fields["num_hidden_layers"], width, heads, heads, width // heads,
+            fields["intermediate_size"], fields["rope_theta"], fields["rms_norm_eps"], fields["max_position_embeddings"],
         ),
         sam=SamConfig(
-            found["sam_image_size"], sam["patch_size"], sam["depth"], sam["embed_dim"], sam["num_heads"],
+            fields["sam_image_size"], sam["patch_size"], sam["depth"], sam["embed_dim"], sam["num_heads"],
             sam["embed_dim"] * sam["mlp_ratio"], sam["window_size"], tuple(sam["global_attn_indexes"]),
-            found["sam_encoder_layer_norm_eps"], sam["prompt_dim"], sam["mask_in_chans"], sam["decoder_depth"],
-            sam["decoder_heads"], sam["decoder_mlp_dim"], found["sam_decoder_layer_norm_eps"],
-            found["num_multimask_outputs"] + 1, sam["iou_head_hidden_dim"], sam["iou_head_depth"],
+            fields["sam_encoder_layer_norm_eps"], sam["prompt_dim"], sam["mask_in_chans"], sam["decoder_depth"],
+            sam["decoder_heads"], sam["decoder_mlp_dim"], fields["sam_decoder_layer_norm_eps"],
+            fields["num_multimask_outputs"] + 1, sam["iou_head_hidden_dim"], sam["iou_head_depth"],
         ),
-        num_mask_prompts=found["prompt_tokens"],
-        image_token_id=found["im_patch_token"],
-        at_token_id=found["at_token"],
-        box_token_id=found["box_token"],
-        pad_token_id=found["pad_token_id"],
-        eos_token_id=found["eos_token_id"],
+        num_mask_prompts=fields["prompt_tokens"],
+        image_token_id=fields["im_patch_token"],
+        at_token_id=fields["at_token"],
+        box_token_id=fields["box_token"],
+        pad_token_id=fields["pad_token_id"],
+        eos_token_id=fields["eos_token_id"],
         scan_unroll=1,
     )  # fmt: skip
 
@@ -435,7 +428,7 @@ def batch_of(config: NextChatConfig, inputs: Arrays, *prefixes: str) -> dict[str
     given, target = iter(joined("loc_inputs")), iter(joined("loc_targets"))
     boxes = [[next(given) for _ in range(num)] for num in (ids == config.box_token_id).sum(axis=1)]
     at_boxes = [[next(target) for _ in row] for row in answered]
-    found = {
+    batch = {
         "tokens": ids.astype(np.int32),
         "segment_ids": joined("attention_mask").astype(np.int32),
         "pixels": joined("images").transpose(0, 2, 3, 1)[:, None],
@@ -448,7 +441,7 @@ def batch_of(config: NextChatConfig, inputs: Arrays, *prefixes: str) -> dict[str
         "at_boxes": _packed(at_boxes, np.float32, 4),
         "at_weights": _packed([np.ones(len(row)) for row in answered], np.float32),
     }
-    return jax.tree.map(jnp.asarray, found)
+    return jax.tree.map(jnp.asarray, batch)
 
 
 def _packed(rows: list, dtype, *inner: int) -> np.ndarray:
@@ -465,8 +458,8 @@ def mask_batch(config: NextChatConfig, inputs: Arrays) -> dict[str, jax.Array]:
     times = -(-size // tile.shape[2])
     pixels = np.tile(tile, (1, 1, times, times))[:, :, :size, :size].transpose(0, 2, 3, 1)[:, None]
     masks = np.unpackbits(inputs["seg_masks_packed"], axis=1).reshape(-1, 1, size, size)
-    own = {"sam_pixels": jnp.asarray(pixels), "at_masks": jnp.asarray(masks, bool)}
-    return batch_of(config, inputs, "seg_") | own
+    sam_arrays = {"sam_pixels": jnp.asarray(pixels), "at_masks": jnp.asarray(masks, bool)}
+    return batch_of(config, inputs, "seg_") | sam_arrays
 
 
 def golden_row(stage: str, ours, theirs, tolerance: float = TOLERANCE) -> Row:

@@ -44,20 +44,20 @@ def blocks_of_two(x, num):
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape[0], -1, num * x.shape[-1])
 
 
-def last_for_class(self, pixels, **rest):
+def last_for_class(self, pixels, **options):
     """The tower's output with the class token kept, and the last patch gone in its place."""
-    x = self.embed(pixels, rest["dtype"])
+    x = self.embed(pixels, options["dtype"])
     for block in layers(self.blocks):
-        x = block(x, implementation=rest["attention"])
+        x = block(x, implementation=options["attention"])
     return self.norm(x)[:, :-1]
 
 
-def values_bias_on_keys(q, k, v, **rest):
-    return attention(q, k + 0.3, v - 0.3, **rest)
+def values_bias_on_keys(q, k, v, **options):
+    return attention(q, k + 0.3, v - 0.3, **options)
 
 
-def varying_bias_on_keys(q, k, v, **rest):
-    return attention(q, k * 1.01, v, **rest)
+def varying_bias_on_keys(q, k, v, **options):
+    return attention(q, k * 1.01, v, **options)
 
 
 def no_class_token(params):
@@ -97,14 +97,14 @@ def test_faults_in_the_images_are_seen(fault, loaded, monkeypatch):
         edit(params)
     if patch:
         monkeypatch.setattr(*patch)
-    found = image_tokens(change(config) if change else config, params, pixels)
-    assert np.abs(np.asarray(found) - expected["image_tokens"]).max() > 2 * TOLERANCE
+    tokens = image_tokens(change(config) if change else config, params, pixels)
+    assert np.abs(np.asarray(tokens) - expected["image_tokens"]).max() > 2 * TOLERANCE
 
 
 def test_a_bias_on_every_key_alike_changes_nothing(loaded, monkeypatch):
     """Softmax does not see what is added to all scores of a query: why the keys need no bias, and why none is held."""
     config, _, params, pixels, expected = loaded
-    monkeypatch.setattr(eva, "attention", lambda q, k, v, **rest: attention(q, k + 0.3, v, **rest))
+    monkeypatch.setattr(eva, "attention", lambda q, k, v, **options: attention(q, k + 0.3, v, **options))
     assert np.abs(np.asarray(image_tokens(config, params, pixels)) - expected["image_tokens"]).max() < TOLERANCE
     monkeypatch.setattr(eva, "attention", varying_bias_on_keys)
     assert np.abs(np.asarray(image_tokens(config, params, pixels)) - expected["image_tokens"]).max() > 2 * TOLERANCE

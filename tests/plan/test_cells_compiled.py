@@ -43,7 +43,7 @@ def test_a_part_of_a_topology(whole, num, expected):
     def num_chips(name):
         return math.prod(topology.parse(name).sizes) * topology.parse(name).num_slices
 
-    assert cells_compiled.part(whole, num) == expected
+    assert cells_compiled.part_topology(whole, num) == expected
     assert num_chips(whole) == num * num_chips(expected)
 
 
@@ -52,7 +52,7 @@ def test_a_part_of_a_topology(whole, num, expected):
 )
 def test_parts_that_do_not_come_out_even_are_refused(name, num):
     with pytest.raises(ConfigError, match=re.escape(f"topology={name}")):
-        cells_compiled.part(name, num)
+        cells_compiled.part_topology(name, num)
 
 
 @pytest.mark.parametrize(
