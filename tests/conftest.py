@@ -56,10 +56,46 @@ if "jax" in sys.modules:
 os.environ.update(settings())
 
 
+# Tests beyond those marked in their files that take tens of seconds: FILE::TEST, or FILE::TEST[PARAMETER]. Of several
+# families or dtypes one runs by default.
+LONG = (
+    "test_backbones::test_every_model_leaves_a_grid", "test_backbones::test_boxes_are_scored_apart",
+    "test_backbones::test_the_page_comes_again", "test_grounding::test_what_was_learnt_is_found",
+    "test_matmul::test_a_step_learns_as_it_does_without", "test_qwen2_vl::test_gradients_and_ten_adamw_steps",
+    "test_kill_processes::test_killed", "test_golden::test_minigpt_of_other_sizes",
+    "test_slices::test_on_eight_devices_the_numbers_are_those_of_the_release[next_chat]",
+    "test_slices::test_on_eight_devices_the_numbers_are_those_of_the_release[mllama]",
+    "test_slices::test_of_heads_that_devices_share", "test_sam::test_gradients_of_the_masks",
+    "test_adapters::test_what_was_trained_alone", "test_silent_faults::test_new_gates_are_not_inert",
+    "test_quant::test_errors_are_those_of_the_codes_and_a_second_time_changes_nothing[nf4]",
+    "test_weights_families::test_there_and_back[next_chat]",
+    "test_weights_families::test_missing_unused_and_misshapen_tensors_and_names_held_twice_stop_the_load[next_chat]",
+    "test_weights_families::test_tensors_of_another_model_are_refused_with_their_file[next_chat]",
+    "test_streaming::test_a_stack_is_never_held_whole", "test_streaming::test_on_disk_no_piece_holds",
+    "test_lora_families::test_every_adapter_is_in_the_text_and_decoding_is_training[llama32_vision_tiny]",
+    "test_lora_families::test_every_adapter_is_in_the_text_and_decoding_is_training[next_chat_tiny]",
+    "test_parity_any::test_a_model_whose_gates_are_shut", "test_mllama_groups::test_groups_that_are_not_equal",
+    "test_report_text::test_what_an_element_is_worth_is_said_as_it_is[0.0", "test_adapters_and_bases::",
+    "test_report_text::test_what_an_element_is_worth_is_said_as_it_is[0.65",
+)  # fmt: skip
+# Files that the second Python runs: what knows JAX, and what its packages' versions could change.
+SMOKE = (
+    "test_attention", "test_blocks", "test_build", "test_config", "test_imports", "test_layers", "test_losses",
+    "test_optim", "test_pipeline", "test_rope", "test_step", "test_letters", "test_stats", "test_checksums",
+)  # fmt: skip
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Gives every test a group, which one worker runs whole (`--dist=loadgroup`): its family's, else its file's."""
+    """Marks long tests and those of the smoke run, and gives every test a group: its family's, else its file's.
+
+    One worker runs a group whole (`--dist=loadgroup`), since a group's tests share what they compiled.
+    """
     for item in items:
+        if f"{item.path.stem}::{item.name}".startswith(LONG):
+            item.add_marker(pytest.mark.long)
+        if item.path.stem in SMOKE:
+            item.add_marker(pytest.mark.smoke)
         params = getattr(item, "callspec", None)
         families = [
             value

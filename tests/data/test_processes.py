@@ -82,7 +82,7 @@ def test_what_waits_takes_no_processor_time():
 
 
 def test_an_error_ends_the_iteration():
-    with pytest.raises(ValueError, match="number 0"):
+    with pytest.raises(ValueError, match=r"number \d+"):
         list(over(broken, list(range(40)), crashed=dead, workers=2))
 
 

@@ -60,7 +60,7 @@ def test_what_does_not_fit_is_refused():
         shapes.hidden(tokens, positions=tokens)
     with pytest.raises(ValueError, match=r"mrope_sections=\(2, 3, 4\); expected three of sum head_dim / 2 = 8"):
         qwen2_vl_tiny(20, 19, mrope_sections=(2, 3, 4))
-    with pytest.raises(ValueError, match="min_pixels=2000, max_pixels=1024: 64 or more, ascending"):
+    with pytest.raises(ValueError, match="min_pixels=2000, max_pixels=1024; expected 64 or more, ascending"):
         qwen2_vl_tiny(20, 19, min_pixels=2000)
     with pytest.raises(ValueError, match="vision embed_dim=66"):
         qwen2_vit.Qwen2VitConfig(embed_dim=66, num_heads=3)

