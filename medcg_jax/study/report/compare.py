@@ -232,7 +232,7 @@ def verdict(rows: list[Matched], a: Grid, b: Grid) -> str:
     same = [row for row in rows if row.paired]
     if same:
         answers = sum(row.a.n for row in same)
-        share = points(sum(row.agreement * row.a.n for row in same) / answers)
+        share = points(sum((row.agreement or 0.0) * row.a.n for row in same) / answers)
         largest = max((row.largest for row in same if row.largest is not None), default=None)
         nats = "" if largest is None else f"; no log-probability differs by more than {largest:.2g} nats"
         sentences.append(

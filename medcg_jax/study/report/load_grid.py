@@ -1,7 +1,7 @@
 """Reads a grid's workdir for its report, and counts scores and letters."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -84,7 +84,7 @@ class Letters:
         self.generated_right += int((generated["read"] == generated["answer"]).sum())
 
 
-def letter_logprobs(record: dict) -> dict[str, float]:
+def letter_logprobs(record: Mapping) -> dict[str, float]:
     """Letter -> log-probability of one prediction; {} where the file has none."""
     return {LETTERS[i]: float(value) for i, value in enumerate(record["logprobs"] or ())}
 
@@ -114,7 +114,7 @@ class Grid:
             name = shown(self.config["model"]["name"])
             raise FileError(f"{path}: config.model.name={name}: expected one of {', '.join(MODELS)}")
         count = check_number(self.run.get("cells"), f"{path}: cells", least=1, whole=True)
-        self.cells = grid_files.read_cells(self.workdir, count)
+        self.cells = grid_files.read_cells(self.workdir, int(count))
         self.results = grid_files.read_results(self.workdir)
         self.answers = Answers(self.workdir)
         grid_files.check_results(self.answers, self.cells, self.results)
@@ -145,7 +145,7 @@ class Grid:
         """
         seed = self.seeds[0] if seed is None else seed
         if seed not in self._sources:
-            fields = {key: tuple(v) if isinstance(v, list) else v for key, v in self.config["data"].items()}
+            fields: dict = {key: tuple(v) if isinstance(v, list) else v for key, v in self.config["data"].items()}
             # A seed of the study draws the data too.
             source = open_source(DataConfig(**fields | {"seed": fields.get("seed", 0) + seed}))
             recorded = self.run.get("data", {}).get(str(seed))

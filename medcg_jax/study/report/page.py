@@ -353,15 +353,15 @@ def _answer_sections(grid: Grid, tables: dict[str, Table], plots: Plots, items: 
     """The map, single answers, subsets, letters, losses, and the published numbers."""
     cards = samples(grid)
     groups = [("Answered rightly", "right", cards.right), ("Answered wrongly", "wrong", cards.wrong)]
-    asked = {"notes": [cards.absent]} if cards.absent else {"cards": groups}
+    contents: dict = {"notes": [cards.absent]} if cards.absent else {"cards": groups}
     if cards.arm:
-        asked["paragraphs"] = [f"Test records with the answers of {cards.arm}. {CARDS}"]
+        contents["paragraphs"] = [f"Test records with the answers of {cards.arm}. {CARDS}"]
     letters = [tables[name] for name in ("answers", "controls", "controls_again") if name in tables]
     printed = [table for name, table in tables.items() if name.startswith("published_")]
     beside = PUBLISHED if printed else "No row of this grid is a row of the paper's tables: nothing is set beside them."
     return [
         Section(id="map", title="Map of triplets", figures=plots.triplet_map()),
-        Section(id="samples", title="Questions and answers", **asked),
+        Section(id="samples", title="Questions and answers", **contents),
         Section(id="subsets", title="Subset by subset", paragraphs=[SUBSETS] if items else [], items=items, narrow=True),
         Section(id="letters", title="How the letters were used", paragraphs=[LETTERS], notes=letter_habits(grid),
                 figures=plots.letters(), tables=letters),

@@ -1,4 +1,4 @@
-"""Figures of reports: drawn once, saved as PNG and SVG, and given as SVG that takes the page's colours; a grid's own."""
+"""Figures of reports, saved as PNG and SVG and embedded as SVG in the page's colours; all figures of a grid."""
 
 import io
 import re
@@ -27,7 +27,7 @@ from medcg_jax.study.report.text import PARTS, effect_name, interval, verdict
 from medcg_jax.study.stats.paired import Unit, bootstrap_interval, mean_difference
 
 INK, MUTED, GRID = "#22262b", "#6b7280", "#d5d9df"
-# Okabe and Ito's colours, which colour-blind readers tell apart, and greys.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and greys.
 BLUE, ORANGE, SKY, GREEN, RED, PINK, GREY, PURPLE = (
     "#0072b2", "#d98200", "#4aa3dd", "#009e73", "#d55e00", "#c2699a", "#8b929c", "#7a68b3",
 )  # fmt: skip
@@ -36,7 +36,7 @@ COLOURS = {
     "all_related": BLUE, "all_unrelated": ORANGE, "wo_modality": SKY, "wo_area": GREEN, "wo_task": RED,
     "random_removal": PURPLE, "same_task": PINK, "all_data": MUTED, "with_related": BLUE, "target_only": ORANGE,
 }  # fmt: skip
-# What the page's style sheet calls each colour, so that dark pages get lighter ones.
+# Colour -> its variable in the page's style sheet; dark pages have lighter colours.
 VARIABLES = {
     INK: "ink", MUTED: "muted", GRID: "rule", BLUE: "blue", ORANGE: "orange", SKY: "sky", GREEN: "green", RED: "red",
     PINK: "pink", GREY: "grey", PURPLE: "purple", "#ffffff": "paper",
@@ -47,16 +47,16 @@ STYLE = {
     "axes.spines.right": False, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True,
     "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False, "legend.fontsize": 8.5,
     "figure.facecolor": "#ffffff", "axes.facecolor": "#ffffff", "savefig.dpi": 200, "path.simplify": True,
-    # Names hold dollar signs, which are no formulas.
+    # Dollar signs in names start no formula.
     "text.parse_math": False,
 }  # fmt: skip
 WIDTH_IN = 5.2
-# Comparisons that the headline figure leaves to the table below it.
+# Comparisons that only the table below the headline figure shows.
 MINOR_EFFECTS = (
     ("pairs", "baseline_plus", "baseline"), ("ablation", "all_related", "baseline"),
     ("ablation", "all_related", "all_data"),
 )  # fmt: skip
-# Part of multi-task -> the comparison that the headline figure has of it.
+# Part of multi-task -> its comparison in the headline figure.
 MULTI_TASK_EFFECTS = {
     "in_distribution": ("multi_task", "single_task"),
     "out_of_distribution": ("multi_task", "baseline"),
@@ -68,7 +68,7 @@ ABLATION_ORDER = (
 )  # fmt: skip
 # Figure 4's arms in the paper's order, the base before them.
 FIGURE_4 = ("baseline", "all_related", "all_unrelated", "wo_modality", "wo_area", "wo_task", "all_data")
-# Whose gain the map shows, the first that the grid has: (table, arm, against).
+# (table, arm, against) of the gains on the map: the first that the grid has.
 GAINS = (
     ("pairs", "trained", "baseline_plus"), ("pairs", "trained", "baseline"), ("triples", "trained", "baseline_plus"),
     ("triples", "trained", "baseline"), ("detection_pairs", "trained", "baseline"),
@@ -80,10 +80,10 @@ LOSS_POINTS = 60
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn figure: its files are `plots/NAME.png` and `.svg`.
+    """A drawn figure with the files `plots/NAME.png` and `.svg`.
 
     Attributes:
-      svg: for the page; no width of its own beyond `width_px`.
+      svg: for the page, at most `width_px` wide.
     """
 
     name: str
@@ -96,10 +96,10 @@ class Figure:
 def draw(
     folder: Path, name: str, title: str, caption: str, height_in: float, paint: Callable, width_in=WIDTH_IN
 ) -> Figure:
-    """The figure that `paint(axes)` makes, saved into `folder`."""
-    title = short_label(title, round(11 * width_in))  # so many letters of its size fit
+    """The figure that `paint(axes)` draws, saved into `folder`."""
+    title = short_label(title, round(11 * width_in))  # as many letters as fit
     with plt.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        # Letters that the font lacks are boxes in the PNG; the SVG has them as text.
+        # Letters missing from the font are boxes in the PNG; in the SVG they are text.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure, axes = plt.subplots(figsize=(width_in, height_in), layout="constrained")
         try:
@@ -107,7 +107,7 @@ def draw(
             figure.suptitle(title, x=0.012, ha="left", fontsize=10, fontweight="bold")
             text = io.StringIO()
             figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-            figure.set_layout_engine("none")  # what was laid out stays where it is
+            figure.set_layout_engine("none")  # the PNG keeps the layout of the SVG
             figure.savefig(folder / f"{name}.png", metadata={"Software": None})
         finally:
             plt.close(figure)
@@ -118,7 +118,7 @@ def draw(
 
 
 def inline(svg: str, title: str, width_px: int) -> str:
-    """SVG for the inside of a page: colours by the page's variables, its fonts, no ids of groups, no metadata."""
+    """SVG to embed in a page: with the page's colour variables and fonts, without group ids and metadata."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
@@ -127,20 +127,20 @@ def inline(svg: str, title: str, width_px: int) -> str:
     for colour, name in VARIABLES.items():
         svg = re.sub(colour, f"var(--{name})", svg, flags=re.IGNORECASE)
     label = escape(title)
-    # Words of a wide figure stay readable on a phone: it scrolls there.
+    # On a phone a wide figure scrolls, so that its words stay readable.
     least = f";min-width:{round(0.7 * width_px)}px" if width_px > 96 * WIDTH_IN else ""
     opening = f'<svg role="img" aria-label="{label}" style="max-width:{width_px}px{least}"'
     return re.sub(r'<svg(.*?) width="[^"]*"', lambda m: opening + re.sub(r' height="[^"]*"', "", m[1]), svg, count=1)
 
 
 def _font(match: re.Match) -> str:
-    """The page's own font in the size and weight drawn."""
+    """The page's font in the size and weight of the match."""
     weight = f"font-weight: {match[1].strip()}; " if match[1] else ""
     return f"{weight}font-size: {match[2]}px"
 
 
 class Plots:
-    """Draws the figures of one grid into a folder; a method gives [] where the grid has nothing for its figure."""
+    """Draws the figures of one grid into a folder; a method gives [] where the grid lacks the data."""
 
     def __init__(self, grid: Grid, summary: dict, folder: Path):
         self.grid, self.summary, self.folder = grid, summary, folder
@@ -151,7 +151,7 @@ class Plots:
         return draw(self.folder, name, title, caption, height_in, paint, width_in)
 
     def headline(self) -> list[Figure]:
-        """Every main difference with its interval, targets as dots."""
+        """Every main difference with its interval; targets as dots."""
         effects = [effect for effect in self.summary["effects"] if is_main(effect)]
         if not effects:
             return []
@@ -166,7 +166,7 @@ class Plots:
                 axes.plot([low, high], [y, y], color=colour, linewidth=2.2, solid_capstyle="butt")
                 fill = "#ffffff" if state == "open" else colour
                 axes.plot(mean, y, "o", markersize=6.5, color=colour, markerfacecolor=fill, markeredgewidth=1.6)
-                # The box keeps lines out of the words.
+                # The box keeps lines off the text.
                 box = {"facecolor": "#ffffff", "edgecolor": "none", "pad": 1.2}
                 words = {"transform": axes.get_yaxis_transform(), "fontsize": 8.5, "va": "bottom", "bbox": box}
                 axes.text(0, y + 0.28, effect_name(effect), **words)
@@ -212,7 +212,7 @@ class Plots:
         return [self.draw("figure4", "By target", caption, height, paint)]
 
     def _by_target(self, table: str, part: str = "") -> list[tuple[str, dict[str, Score], float | None]]:
-        """(name, arm -> score, chance) of each row of a table, or of one direction of it."""
+        """(name, arm -> score, chance) for each row of a table, or of one direction of it."""
         scores = {key: s for key, s in self.grid.scores(table).items() if part in ("", key[0].split("/")[0])}
         targets = [target for _, target in scores]
         names = {
@@ -225,7 +225,7 @@ class Plots:
         ]
 
     def ablation(self) -> list[Figure]:
-        """The mean of each arm over targets, each target as a dot."""
+        """Each arm's mean over targets; targets as dots."""
         rows = [row for row in self.grid.results if row["table"] == "ablation"]
         arms = [arm for arm in ABLATION_ORDER[::-1] if any(row["arm"] == arm for row in rows)]
         if not arms:
@@ -234,7 +234,7 @@ class Plots:
 
         def paint(axes):
             for y, arm in enumerate(arms):
-                # An accuracy is a difference against never being right.
+                # Accuracies as differences to an arm that is never right.
                 units = [Unit(r["target"], r["seed"], r["n"], r["correct"], 0) for r in rows if r["arm"] == arm]
                 low, high = bootstrap_interval(units, draws=2000)
                 axes.barh(y, 100 * mean_difference(units), height=0.62, color=COLOURS[arm], alpha=0.85)
@@ -289,7 +289,7 @@ class Plots:
         _legend(axes, 3)
 
     def efficiency(self) -> list[Figure]:
-        """Both curves over all targets, and those of every target where there are several."""
+        """Both curves over all targets, and for each target where there are several."""
         curves: dict[str, dict[int, Score]] = defaultdict(dict)
         for point in self.summary["curves"]:
             score = Score(point["accuracy"], point["ci_low"], point["ci_high"], point["n"], ())
@@ -315,7 +315,7 @@ class Plots:
         return figures
 
     def losses(self) -> list[Figure]:
-        """Training loss over the share of a run that is done, one small figure per table."""
+        """Training loss over the finished share of a run, one small figure per table."""
         figures = []
         for table in self.grid.tables:
             runs: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -334,7 +334,7 @@ class Plots:
         return figures
 
     def letters(self) -> list[Figure]:
-        """How often each letter was answered, by arm, beside how often it was right."""
+        """Share of each letter among the answers, by arm, and among the right answers."""
         table = next((name for name in self.grid.tables if name != "efficiency"), "")
         answered = {arm: letters for (name, arm), letters in self.grid.letters.items() if name == table and letters.n}
         arms = [arm for arm in COLOURS if arm in answered]
@@ -363,7 +363,7 @@ class Plots:
         return [self.draw("letters", "Letters answered", caption, 2.7, paint)]
 
     def triplet_map(self) -> list[Figure]:
-        """Modality by area and task: what was trained on, what was tested, and what Trained gained there."""
+        """Modality by area and task: trained combinations, tested ones, and their gains."""
         triplets = triplets_of(self.grid)
         gains, against = gains_by_target(self.summary)
         trained = {name for cell in self.grid.done() for name in cell["related"].split("+") if name}
@@ -383,7 +383,7 @@ class Plots:
                 tested = [gains[name] for name in names if name in gains]
                 if tested:
                     gain = float(np.mean(tested))
-                    style = {"facecolor": BLUE if gain >= 0 else ORANGE, "alpha": 0.12 + 0.6 * abs(gain) / most}
+                    style: dict = {"facecolor": BLUE if gain >= 0 else ORANGE, "alpha": 0.12 + 0.6 * abs(gain) / most}
                     axes.text(x + 0.5, y + 0.5, points(gain, True), ha="center", va="center", fontsize=7)
                 else:
                     style = {"fill": False, "hatch": "////", "edgecolor": MUTED}
@@ -412,7 +412,7 @@ class Plots:
 
 
 def is_main(effect: dict) -> bool:
-    """Whether the headline figure has an effect; all are in the table below it."""
+    """Whether the headline figure shows an effect; the table below it has all."""
     if effect["table"] == "multi_task":
         return MULTI_TASK_EFFECTS.get(effect["part"]) == (effect["arm"], effect["against"])
     return effect["part"] == "" and (effect["table"], effect["arm"], effect["against"]) not in MINOR_EFFECTS
@@ -427,7 +427,7 @@ def triplets_of(grid: Grid) -> dict[str, tuple[str, str, str]]:
 
 
 def gains_by_target(summary: dict) -> tuple[dict[str, float], tuple[str, str]]:
-    """(target -> mean gain, (arm, against) for people) of the first comparison of `GAINS` that the grid has."""
+    """(target -> mean gain, names of (arm, against)) for the first comparison of `GAINS` that the grid has."""
     for table, arm, against in GAINS:
         gains: dict[str, list[float]] = defaultdict(list)
         for row in summary["rows"]:
@@ -443,7 +443,7 @@ def grouped_bars(
 ) -> tuple[Callable, float]:
     """(paint, height in inches) of horizontal bars of several arms for each (name, arm -> score, chance).
 
-    arms: in the order of their bars; those that no group has are left out.
+    arms: in the order of their bars; arms that no group has are left out.
     """
     arms = [arm for arm in arms if any(arm in scores for _, scores, _ in groups)]
     thick, step = 0.13, 0.2 + 0.13 * len(arms)
@@ -454,7 +454,7 @@ def grouped_bars(
             axes.text(0.4, top + 0.015, short_label(name), fontsize=8.5, va="bottom")
             for i, arm in enumerate(arms):
                 y, score = top - thick * (i + 0.5), scores.get(arm)
-                # An arm that the first group lacks is in the legend all the same.
+                # The legend takes its labels from the first group, also for arms that this group lacks.
                 label = arm_name(arm) if number == 0 else None
                 axes.barh(y, 100 * score.accuracy if score else 0, thick * 0.86, color=COLOURS[arm], label=label)
                 if score:
@@ -469,7 +469,7 @@ def grouped_bars(
 
 
 def _curves(axes, curves: dict[str, dict[int, Score]], chance: float | None = None) -> None:
-    """Accuracy over records (curve -> records -> score), on an axis with equal steps between the numbers of records."""
+    """Accuracy over numbers of records, at equal distances. curves: curve -> records -> score."""
     counts = sorted({count for scores in curves.values() for count in scores})
     for curve in (curve for curve in CURVES if curve in curves):
         scores = dict(sorted(curves[curve].items()))

@@ -1,4 +1,4 @@
-"""The published numbers beside a grid's own, where a row is a row of the paper; in words alone for phantoms."""
+"""The paper's numbers beside a grid's, for rows that the paper has too; for phantoms in words only."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ from medcg_jax.study.report.table import Table
 from medcg_jax.study.report.tables import Tables
 from medcg_jax.study.stats.paired import paper_power
 
-# Arm -> what tables 1 and 2 of the paper call it.
+# Arm -> its name in tables 1 and 2 of the paper.
 PRINTED = {"baseline": "Baseline", "single_task": "Single-task Training", "multi_task": "Multi-task Training"}
 MODEL = "LLaVA-1.5-7B"
-# Published table of combinations -> its file and the model that it is of.
+# Published table of combinations -> (its file, its model).
 FILES = {number: (file, family.title) for family in registry.families() for number, file in family.tables.values()}
 
 
@@ -25,20 +25,20 @@ def published(tables: Tables) -> list[Table]:
     numbers = {"pairs": suite.PAIR_TABLES.get(family, 3), "triples": 4}
     if family in suite.DETECTION_TABLES:
         numbers["detection_pairs"] = suite.DETECTION_TABLES[family]
-    beside_paper = [combination(tables, table, number) for table, number in numbers.items()]
-    beside_paper += [per_subset(tables, part) for part in ("in_distribution", "out_of_distribution")]
-    return [table for table in beside_paper if table.rows]
+    result = [combination(tables, table, number) for table, number in numbers.items()]
+    result += [per_subset(tables, part) for part in ("in_distribution", "out_of_distribution")]
+    return [table for table in result if table.rows]
 
 
 def beside(values: dict, paper: dict, arms: Sequence[str]) -> dict:
-    """Each arm's printed accuracy and the grid's own (of `Tables.compared`); the last arm with the colours of both."""
-    columns = {}
+    """Columns of each arm's printed accuracy and the grid's (`Tables.compared`); the last arm has colours."""
+    columns: dict[str, object] = {}
     for arm in arms:
         columns |= {f"{arm}_paper": paper.get(arm), arm: values[arm]}
     others = [float(paper[arm]) for arm in arms[:-1] if paper.get(arm)]
     colours = {arms[-1]: values["mark"]}
     if paper.get(arms[-1]) and others:
-        # The paper's green ("win") is above all others of the row, its red ("loss") is not.
+        # The paper's green ("win") means above all others of the row, its red ("loss") any other result.
         colours[f"{arms[-1]}_paper"] = "win" if float(paper[arms[-1]]) > max(others) else "loss"
     return columns | {"mark": values["mark"], "colours": colours}
 
@@ -79,7 +79,7 @@ def combination(tables: Tables, table: str, number: int) -> Table:
 
 
 def per_subset(tables: Tables, part: str) -> Table:
-    """Table 1 or 2: subsets are printed by number there, so nothing is inferred."""
+    """Table 1 or 2: both print subset numbers, so nothing is inferred."""
     number = 1 if part == "in_distribution" else 2
     printed = {(row["subset"], row["model"]): row["accuracy"] for row in mat.paper_csv(f"table{number}_{part}")}
     arms = [arm for arm, word in PRINTED.items() if any(model == word for _, model in printed)]
@@ -102,7 +102,7 @@ def per_subset(tables: Tables, part: str) -> Table:
 
 
 def power() -> str:
-    """How many of table 3's printed wins so many test records could show, in words."""
+    """How many of table 3's printed wins 100, 300 or 1,000 test records could show, in words."""
     plus, base = paper_power(against="baseline_plus"), paper_power(against="baseline")
     sizes = ", ".join(f"{n:,} ({below} of {plus['wins']})" for n, below in plus["below"].items())
     return (
@@ -114,7 +114,7 @@ def power() -> str:
 
 
 def context() -> str:
-    """What the paper prints, in words, for a page whose own numbers must not stand beside it."""
+    """Table 3 of the paper in words, for pages of phantoms, whose numbers must not stand beside it."""
     arms = ("trained", "baseline", "baseline_plus")
     rows = [[float(row[arm]) for arm in arms] for row in mat.paper_csv("table3_classification_pairs")]
     gains = [trained - max(others) for trained, *others in rows if trained > max(others)]

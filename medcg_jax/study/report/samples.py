@@ -1,4 +1,4 @@
-"""Cards of test images: what was asked, what was answered and what is right; the most confident mistakes of a subset."""
+"""Cards of test images with question, answer and right answer; the most confident mistakes of a subset."""
 
 import base64
 import hashlib
@@ -16,19 +16,19 @@ from medcg_jax.eval import boxes as box_scores
 from medcg_jax.eval.boxes import BoxAnswer
 from medcg_jax.study.report.load_grid import Grid, arm_name, letter_logprobs
 
-# Whose answers are shown, the first that the grid has: the arm that carries the study's claim.
+# (table, arm) of the shown answers, the first that the grid has: the arm that carries the study's claim.
 SHOWN = (
     ("pairs", "trained"), ("triples", "trained"), ("ablation", "all_related"), ("multi_task", "multi_task"),
     ("efficiency", "efficiency_0"),
 )  # fmt: skip
-# Arms of the same row whose answers stand beside it.
+# Arms of the same row whose answers are named beside it.
 BESIDE = ("baseline", "baseline_plus")
 NUM_EACH, NUM_BOXES = 6, 8
-# Mistakes on a subset's page. Their images take at most some 300 kB of it, and so the pages of 53 subsets 16 MB.
+# Mistakes on a subset's page. Their images take at most some 300 kB, so pages of 53 subsets take 16 MB.
 NUM_MISTAKES = 12
-# Why images of a grid's data cannot be shown: they are gone, are others, or config.json says what is no source.
+# Errors after which images are not shown: the data are gone or changed, or config.json names no source.
 NOT_SHOWN = (DataError, OSError, KeyError, TypeError, ValueError, OverflowError)
-# Small images are enlarged by whole factors to about this size; larger ones are reduced to twice of it.
+# Small images are enlarged by whole factors to about this size; larger ones are reduced to twice this size.
 SIDE_PX = 160
 # Colours of the page: the boxes asked for, those answered.
 TRUTH, ANSWER = "#009e73", "#d55e00"
@@ -43,7 +43,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Card:
-    """One test record as it was asked, and what was answered.
+    """One test record with its question and answers.
 
     Attributes:
       image: the address of an embedded PNG or JPEG. answered: the answers in words.
@@ -64,7 +64,7 @@ class Cards:
     """Cards of one arm's answers; `absent` says why there are none.
 
     Attributes:
-      arm: with its table and seed. num_answers, num_wrong: of all its answers that were looked at.
+      arm: its name, table and seed. num_answers, num_wrong: of all its answers, shown or not.
     """
 
     arm: str = ""
@@ -76,7 +76,7 @@ class Cards:
 
 
 def samples(grid: Grid) -> Cards:
-    """Right and wrong answers of the first arm of `SHOWN`, at the grid's first seed, one per target first."""
+    """Right and wrong answers of the first arm of `SHOWN` at the grid's first seed, spread over the targets."""
     if not grid.seeds:
         return Cards(absent="No cell is finished, so there is nothing to show.")
     cells = shown_cells(grid)
@@ -93,7 +93,7 @@ def samples(grid: Grid) -> Cards:
             if kind is is_right:
                 # A record may be tested in several rows; once is enough.
                 unique = {record["id"]: (cell, record) for cell, record in sorted(queue, key=_drawn)}
-                ranked += [(place, subset, answer) for place, answer in enumerate(unique.values())]
+                ranked += [(rank, subset, answer) for rank, answer in enumerate(unique.values())]
         chosen[is_right] = [answer for _, _, answer in sorted(ranked, key=lambda entry: entry[:2])[:NUM_EACH]]
     cards, absent = _cards(lambda: [letter_card(grid, *answer) for answer in chosen[True] + chosen[False]])
     right, wrong = (tuple(c for c in cards if (c.predicted == c.answer) is kind) for kind in (True, False))
@@ -101,7 +101,7 @@ def samples(grid: Grid) -> Cards:
 
 
 def mistakes(grid: Grid, target: str) -> tuple[Cards, list[dict]]:
-    """The most confident mistakes about a subset, of the arm that `samples` would show; and all its answers."""
+    """(the most confident mistakes about a subset, of the arm that `samples` would show; all its answers)."""
     cells = shown_cells(grid, target)
     answers = [(cell, record) for cell, record in _answers(grid, cells) if record["subset"] == target]
     wrong = sorted(
@@ -119,7 +119,7 @@ def mistakes(grid: Grid, target: str) -> tuple[Cards, list[dict]]:
 
 
 def box_samples(grid: Grid) -> Cards:
-    """Images of the trained arm's first cell out of distribution (else in), drawn by a hash of their names."""
+    """Images of the trained arm's first cell out of distribution (else in distribution), drawn by a hash."""
     cells = [cell for cell in grid.done("detection") if cell["related"]]
     if not cells:
         return Cards()
@@ -130,7 +130,7 @@ def box_samples(grid: Grid) -> Cards:
 
 
 def _cards(make: Callable[[], Iterable[Card]]) -> tuple[tuple[Card, ...], str]:
-    """(cards, ""), or ((), why there are none)."""
+    """(cards, ""), or ((), the reason why there are none)."""
     try:
         return tuple(make()), ""
     except NOT_SHOWN as error:
@@ -138,7 +138,7 @@ def _cards(make: Callable[[], Iterable[Card]]) -> tuple[tuple[Card, ...], str]:
 
 
 def shown_cells(grid: Grid, target: str = "") -> list[dict]:
-    """The cells of the first arm of `SHOWN` that the grid has at its first seed, tested on a target."""
+    """The cells, at the first seed, of the first arm of `SHOWN` with finished ones. target: of their tests; "": any."""
     for table, arm in SHOWN:
         cells = [c for c in grid.done(table) if c["arm"] == arm and int(c["seed"]) == grid.seeds[0]]
         cells = [cell for cell in cells if not target or target in cell["target"].split("+")]
@@ -152,18 +152,18 @@ def _arm_words(grid: Grid, cells: Sequence[dict]) -> str:
 
 
 def _answers(grid: Grid, cells: Sequence[dict]) -> list[tuple[dict, dict]]:
-    """(cell, prediction) of all predictions of the cells."""
+    """(cell, prediction) for all predictions of the cells."""
     return [(cell, record) for cell in cells for record in grid.predictions(cell["cell"])]
 
 
 def _drawn(answer: tuple[dict, dict]) -> tuple[str, str]:
-    """A key that puts answers into an order drawn from a hash of their records' ids."""
+    """A sort key: a hash of the record's id, then the cell."""
     cell, record = answer
     return hashlib.sha256(record["id"].encode()).hexdigest(), cell["cell"]
 
 
 def probabilities(prediction: dict) -> dict[str, float]:
-    """Letter -> its probability among those offered; {} where the file has none."""
+    """Letter -> its probability among the offered ones; {} where none was recorded."""
     weights = {letter: math.exp(value) for letter, value in letter_logprobs(prediction).items()}
     total = sum(weights.values())
     return {letter: weight / total for letter, weight in weights.items()} if total else {}
@@ -174,7 +174,7 @@ def confidence(prediction: dict) -> float:
 
 
 def letter_card(grid: Grid, cell: dict, prediction: dict) -> Card:
-    """Raises KeyError where the source has no such record."""
+    """The card of an answer to a choice question. Raises KeyError: the source has no such record."""
     records = grid.source().records(prediction["subset"], "test")
     number = _number_of(records, prediction["id"])
     # The other arms' answers to the same record.
@@ -201,11 +201,11 @@ def letter_card(grid: Grid, cell: dict, prediction: dict) -> Card:
 
 
 def box_card(grid: Grid, seed: int, answer: BoxAnswer) -> Card:
-    """Raises KeyError where the source has no such record."""
+    """The card of an answer about boxes. Raises KeyError: the source has no such record."""
     records = grid.source(seed).records(answer.subset, "test")
     image = with_boxes(records.image(_number_of(records, answer.id)), answer.truth, answer.predicted or ())
-    num_found = box_scores.summary([answer])["correct"]
-    answered = f"{num_found} of {len(answer.truth)} found; generated “{answer.generated}”"
+    num_correct = box_scores.summary([answer])["correct"]
+    answered = f"{num_correct} of {len(answer.truth)} found; generated “{answer.generated}”"
     return Card(answer.id, embedded(image), answer.label, answered)
 
 
@@ -217,8 +217,7 @@ def _number_of(records, record_id: str) -> int:
 
 
 def with_boxes(image: np.ndarray, truth: Sequence[Sequence[float]], answered: Sequence[Sequence[float]]) -> np.ndarray:
-    """uint8[h, w, 3] of the image in the size that a page shows, with the boxes' outlines: drawn on a large image, they
-    would be gone when it is reduced."""
+    """uint8[h, w, 3]: the image in the page's size with the boxes' outlines, which a later reduction would blur."""
     picture, longest = Image.fromarray(image), max(image.shape[:2])
     small = longest <= 2 * SIDE_PX
     factor = max(1, SIDE_PX // longest) if small else 2 * SIDE_PX / longest
@@ -236,9 +235,9 @@ def with_boxes(image: np.ndarray, truth: Sequence[Sequence[float]], answered: Se
 
 
 def embedded(image: np.ndarray) -> str:
-    """An image inside an address: a small one as PNG, its pixels enlarged by a whole factor, a larger one as JPEG.
+    """An image as a data URL: a small one as PNG, enlarged by a whole factor, a larger one as JPEG.
 
-    Real images take 5 to 25 kB so (80 of medmat-mini: half of them below 12), pixels of noise 50 to 100.
+    Real images take 5 to 25 kB (the median of 80 of medmat-mini is 12), noise 50 to 100.
     """
     picture, data = Image.fromarray(image), io.BytesIO()
     kind = "png" if max(picture.size) <= SIDE_PX else "jpeg"

@@ -1,4 +1,4 @@
-"""A table of a report: rows of values, and how they are written as CSV, LaTeX, Markdown and text for a page."""
+"""A table of a report: rows of values, written as CSV, LaTeX, Markdown and text for a page."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -10,7 +10,7 @@ import pandas
 from medcg_jax.study.report.escape import csv_cell, latex, markdown
 from medcg_jax.study.report.load_grid import Score, arm_name
 
-# How a row's result is marked: CSS class -> sign, words.
+# Mark of a row's result: CSS class -> (sign, words).
 MARKS = {
     "win-sure": ("▲", "above, and significantly (exact McNemar, Holm-adjusted p < 0.05)"),
     "win": ("△", "above, not significantly"),
@@ -18,16 +18,16 @@ MARKS = {
     "loss": ("▽", "below, not significantly"),
     "loss-sure": ("▼", "below, and significantly"),
 }
-# Column key -> title, where that is neither the name of an arm nor the key in words.
+# Column key -> title, where `title_of` gives another.
 TITLES = {
     "ci": "95\u00a0% interval", "cost": "Seconds", "mark": "", "n": "n", "p": "p", "p_base": "p vs Baseline",
     "p_holm": "p, Holm", "p_plus": "p vs Baseline+", "related": "Trained on", "what": "Combination",
 }  # fmt: skip
-# Kind of column -> what is added to its key for each of its columns in CSV; ("",) of all others.
+# Kind of column -> suffixes of its keys in CSV; ("",) for all other kinds.
 CSV_SUFFIXES = {"score": ("", "_low", "_high", "_n"), "interval": ("_low", "_high")}
-# Kinds with text, which stands on the left.
+# Kinds of left-aligned columns.
 LEFT = ("text", "long", "mark")
-# A column with a text of more characters may break lines.
+# A column with a longer text may break lines.
 LONG_CHARACTERS = 40
 
 
@@ -44,14 +44,14 @@ class Table:
     """Rows of values.
 
     Attributes:
-      name: of its files, `tables/NAME.csv` and `.tex`.
+      name: of its files `tables/NAME.csv` and `.tex`.
       rows: column key -> value of each row; None where there is no value.
-      columns: those with a value in some row, in the order of the rows' keys.
+      columns: those with a value in at least one row, in the order of the rows' keys.
       colours: (row number, column key) -> CSS class.
     """
 
     def __init__(self, name: str, title: str, caption: str, rows: Iterable[dict], titles: Mapping[str, str] = TITLES):
-        """rows: as the attribute; "colours" of a row is column key -> CSS class. titles: beside those of `TITLES`."""
+        """rows: as the attribute, each with an optional "colours": column key -> CSS class. titles: added to `TITLES`."""
         self.name, self.title, self.caption, self.rows = name, title, caption, list(rows)
         colours = [row.pop("colours", {}) for row in self.rows]
         self.colours = {(i, key): css for i, row in enumerate(colours) for key, css in row.items() if css}
@@ -63,21 +63,21 @@ class Table:
                 self.columns.append(Column(key, titles[key] if key in titles else title_of(key), kind_of(key, values)))
 
     def csv(self) -> str:
-        """Numbers as fractions, unrounded; a score as four columns (KEY, KEY_low, KEY_high, KEY_n)."""
+        """CSV with unrounded fractions; a score takes four columns (KEY, KEY_low, KEY_high, KEY_n)."""
         suffixes = {column.key: CSV_SUFFIXES.get(column.kind, ("",)) for column in self.columns}
         header = [csv_cell(key + suffix) for key in suffixes for suffix in suffixes[key]]
         rows = [
-            [csv_cell(value) for key in suffixes for value in _parts(row.get(key), len(suffixes[key]))]
+            [csv_cell(value) for key in suffixes for value in _csv_values(row.get(key), len(suffixes[key]))]
             for row in self.rows
         ]
         return pandas.DataFrame(rows, columns=header, dtype=object).to_csv(index=False, lineterminator="\n")
 
     def texts(self) -> list[list[str]]:
-        """The cells in words, row by row."""
+        """The cells as text, row by row."""
         return [[text_of(column.kind, row.get(column.key)) for column in self.columns] for row in self.rows]
 
     def latex(self, *, long: bool = False) -> str:
-        """For the packages booktabs and amssymb. long: in small type over as many pages as it needs (longtable)."""
+        """LaTeX for the packages booktabs and amssymb. long: a longtable in small type, over several pages."""
         if not self.rows:
             return "% no rows\n"
         widths = [("p{4cm}" if long and c.kind == "long" else "l") if c.kind in LEFT else "r" for c in self.columns]
@@ -105,7 +105,7 @@ def title_of(key: str) -> str:
 
 
 def kind_of(key: str, values: Sequence[Any]) -> str:
-    """The kind of a column with these values, and at least one.
+    """The kind of a column with these values, of which there is at least one.
 
     "text", "long" (text that may break), "mark" (keys of `MARKS`), "score" (`Score`), "interval" (two differences, as
     fractions), "points" (a difference), "share" (a fraction shown in %), "count" and "p".
@@ -124,7 +124,7 @@ def kind_of(key: str, values: Sequence[Any]) -> str:
 
 
 def text_of(kind: str, value: Any) -> str:
-    """A value in words: accuracies in %, differences in points; "–" where there is none."""
+    """A value as text: accuracies in %, differences in points; "–" for None."""
     if value is None:
         return "–"
     if isinstance(value, str):
@@ -141,14 +141,14 @@ def text_of(kind: str, value: Any) -> str:
 
 
 def points(value: float, sign: bool = False) -> str:
-    """A fraction in points with one decimal: .361 -> "36.1", with sign "+36.1"."""
+    """A fraction in points, with one decimal: .361 -> "36.1", with sign "+36.1"."""
     text = f"{abs(100 * value):.1f}"
     minus = value < 0 and text != "0.0"
     return ("−" if minus else "+" if sign else "") + text
 
 
-def _parts(value: Any, count: int) -> Sequence[Any]:
-    """The values of one cell in CSV, of which there are `count`."""
+def _csv_values(value: Any, count: int) -> Sequence[Any]:
+    """The `count` CSV values of one cell."""
     if value is None:
         return [None] * count
     return [value] if count == 1 else (astuple(value) if isinstance(value, Score) else value)[:count]

@@ -15,7 +15,7 @@ from medcg_jax.study.report.table import Table
 from medcg_jax.study.report.text import PARTS, effect_name, efficiency_gains, verdict
 from medcg_jax.train import goodput
 
-# What an interval shows -> CSS class.
+# `verdict` of an effect -> CSS class.
 COLOURS = {"up": "win-sure", "down": "loss-sure", "open": ""}
 ABLATION_ARMS = (
     "baseline", "all_related", "all_unrelated", "wo_modality", "wo_area", "wo_task", "random_removal", "same_task",
@@ -25,11 +25,11 @@ BOTH_SOURCES = (
     "The p is of these records alone; the interval of the difference counts the spread of seeds too, so that of a "
     "significant row may include 0. Seconds are of all seeds' trainings."
 )
-# The row of a table of boxes that sums over its subsets.
+# The row that sums over all subsets of a table of boxes.
 ALL_SUBSETS = "all subsets"
-# Findings that a row of the table of contamination names.
+# Number of findings named in a row of the contamination table.
 NUM_FINDINGS = 3
-# Kind of time -> what it is.
+# Kind of time -> description.
 TIME_WORDS = {
     "productive": "steps that counted",
     "compile": "the first step of each program",
@@ -42,14 +42,14 @@ TIME_WORDS = {
 
 
 class Tables:
-    """Makes the tables of one grid that need its statistics."""
+    """The tables of one grid that need its statistics."""
 
     def __init__(self, grid: Grid, summary: dict):
         self.grid, self.summary = grid, summary
         self._rows = {(r["table"], r["row"], r["target"], r["arm"], r["against"]): r for r in summary["rows"]}
 
     def all(self) -> list[Table]:
-        """Every table but those with published numbers; none is empty."""
+        """All non-empty tables but those with published numbers."""
         grid, tables = self.grid, list(self.effects())
         for name in ("pairs", "triples", "detection_pairs"):
             tables += self.combination(name)
@@ -63,7 +63,7 @@ class Tables:
         return self._rows.get((table, row, target, arm, against))
 
     def effects(self) -> tuple[Table, Table]:
-        """The effects of whole tables, and those of their directions."""
+        """(the effects of whole tables, those of their directions)."""
         caption = (
             "Mean differences between arms, in points, with 95 % bootstrap intervals over targets, seeds and records; "
             "rows above and below, and how many significantly (exact McNemar per row, Holm-adjusted over a table). "
@@ -85,7 +85,7 @@ class Tables:
             row["colours"] = {"mean": COLOURS[verdict(effect)]}
             # In and out of distribution answer different questions.
             if (effect["part"] == "") != (effect["table"] == "multi_task"):
-                # Holm's family are a table's directions: a table as a whole stands alone.
+                # Holm adjusts over a table's directions; the table as a whole needs no adjustment.
                 whole.append(row | {"p_overall_holm": None})
             elif effect["table"] == "pairs":  # triples have one direction
                 directions.append(row)
@@ -97,7 +97,7 @@ class Tables:
     def compared(
         self, table: str, row: str, target: str, scores: dict[str, Score], arm: str, others: Sequence[str]
     ) -> dict:
-        """The values of one row: an arm beside others, the difference over the first of these."""
+        """The values of one row: an arm, others beside it, and the difference to the first of these."""
         results = [self.paired(table, row, target, arm, other) for other in others]
         first = results[0] or {}
         row_mark = mark(results)
@@ -117,7 +117,8 @@ class Tables:
         """One table per direction of `pairs`, `triples` or `detection_pairs`."""
         family = MODELS.get(self.grid.config["model"]["name"], "")
         number = {"pairs": PAIR_TABLES.get(family, 3), "triples": 4}.get(table, DETECTION_TABLES.get(family, 5))
-        name, others = table.replace("_", " ").capitalize(), ("baseline_plus", "baseline")
+        name = table.replace("_", " ").capitalize()
+        others: tuple[str, ...] = ("baseline_plus", "baseline")
         above = "both baselines, solid where both differences are"
         if table == "detection_pairs":
             others, above = ("baseline",), "Baseline, solid where the difference is"
@@ -157,7 +158,7 @@ class Tables:
         return Table(f"multi_task_{part}", f"Multi-task: {PARTS[part]}", caption, rows, titles)
 
     def mean_of_singles(self, part: str, target: str) -> float | None:
-        """Mean accuracy on a target of the models of one other subset each; None where they were not asked."""
+        """Mean accuracy on a target of all models of one other subset; None where none was tested on it."""
         accuracies = [
             scores["single_task"].accuracy
             for (row, tested), scores in self.grid.scores("multi_task").items()
@@ -166,11 +167,11 @@ class Tables:
         return sum(accuracies) / len(accuracies) if accuracies else None
 
     def seconds(self, table: str, row: str, arm: str) -> int | None:
-        """Seconds that the trainings behind a row's arm took, over its seeds; None where none were recorded."""
+        """Training seconds of a row's arm over its seeds; None where none were recorded."""
         return round(sum(float(cell["seconds"] or 0) for cell in self.grid.cells_of(table, row, arm))) or None
 
     def trained_on(self, table: str, row: str, arm: str) -> str:
-        """What an arm was trained on; how many draws where the seeds differ, which the list of cells has."""
+        """The training subsets of an arm; the number of draws where the seeds differ."""
         names = {cell["related"].replace("+", " + "): None for cell in self.grid.cells_of(table, row, arm)}
         return next(iter(names), "–") if len(names) < 2 else f"{len(names)} draws, in the list of cells"
 
@@ -229,12 +230,12 @@ class Tables:
         return Table("comparisons", "Every paired comparison", caption, rows, titles)
 
     def controls(self) -> Table:
-        """What letters alone give, and generation beside likelihood."""
+        """Accuracies from letters alone, and generation beside likelihood."""
         arms = self.summary["controls_of_answers"]
-        counts = sorted({part["options"] for arm in arms for part in arm["by_options"]})
+        counts = sorted({group["options"] for arm in arms for group in arm["by_options"]})
         rows = []
         for arm in arms:
-            by_options = {part["options"]: part["accuracy"] for part in arm["by_options"]}
+            by_options = {group["options"]: group["accuracy"] for group in arm["by_options"]}
             keys = ("n", "accuracy", "most_frequent_accuracy", "prior_corrected_accuracy")
             rows.append(
                 _named(arm)
@@ -256,20 +257,22 @@ class Tables:
         return Table("controls", "What letters and options alone give", caption, rows, titles)
 
     def asked_again(self) -> Table:
-        """The tests asked again in another way."""
+        """Accuracies on changed questions."""
         arms = [arm for arm in self.summary["controls_of_answers"] if arm["circular"] or arm["shuffled_images"]]
         shifts = sorted({shift for arm in arms for shift in (arm["circular"] or {"by_shift": ()})["by_shift"]}, key=int)
         rows = []
         for arm in arms:
-            circular, two, other = arm["circular"] or {}, arm["two_options"] or {}, arm["shuffled_images"]
+            circular, two, shuffled = arm["circular"] or {}, arm["two_options"] or {}, arm["shuffled_images"]
             row = _named(arm) | {"plain": circular.get("plain")}
             row |= {f"shift_{shift}": circular.get("by_shift", {}).get(shift) for shift in shifts}
             row |= {"circular": circular.get("accuracy"), "two_plain": two.get("plain"), "two": two.get("accuracy")}
             row |= {"shuffled": None, "chance": None, "n": arm["n"]}
-            if other:
-                row["shuffled"] = Score(other["accuracy"], other["ci_low"], other["ci_high"], other["n"], ())
-                row["chance"] = other["chance"]
-                row["colours"] = {"shuffled": "loss" if other["ci_low"] > other["chance"] else "win"}
+            if shuffled:
+                row["shuffled"] = Score(
+                    shuffled["accuracy"], shuffled["ci_low"], shuffled["ci_high"], shuffled["n"], ()
+                )
+                row["chance"] = shuffled["chance"]
+                row["colours"] = {"shuffled": "loss" if shuffled["ci_low"] > shuffled["chance"] else "win"}
             rows.append(row)
         caption = (
             "Per arm, accuracy in %: with the options moved on by one, two and three places, and right in every place "
@@ -287,7 +290,7 @@ class Tables:
 
 
 def boxes(grid: Grid, part: str) -> Table:
-    """Boxes of one part of `detection`: the sum over all subsets, then the subsets."""
+    """Box scores of one part of `detection`: over all subsets, then of each subset."""
     rows = []
     for (target, arm, seeds), answers in grouped_boxes(grid, part).items():
         scores = box_scores.summary(answers)
@@ -317,26 +320,26 @@ def boxes(grid: Grid, part: str) -> Table:
 def grouped_boxes(grid: Grid, part: str) -> dict[tuple[str, str, tuple[int, ...]], list[BoxAnswer]]:
     """(subset, arm, seeds) -> answers; `ALL_SUBSETS` first.
 
-    Phantoms are drawn anew with every seed, so the seeds are put together. Images from files return with every seed:
-    there each seed stands by itself.
+    Each seed draws other phantoms, so their seeds are pooled. All seeds have the same images from files: these seeds
+    stay separate.
     """
     cells = [cell for cell in grid.done("detection") if cell["row"] == part]
-    together: dict[tuple[str, str, tuple[int, ...]], list[BoxAnswer]] = {}
+    over_subsets: dict[tuple[str, str, tuple[int, ...]], list[BoxAnswer]] = {}
     by_subset: dict[tuple[str, str, tuple[int, ...]], list[BoxAnswer]] = {}
     for cell in cells:
-        seeds = (int(cell["seed"]),)
+        seeds: tuple[int, ...] = (int(cell["seed"]),)
         if grid.is_phantom:
             seeds = tuple(sorted(int(other["seed"]) for other in cells if other["arm"] == cell["arm"]))
         for answer in grid.boxes(cell["cell"]):
             # The same record of another seed is another image.
             answer = replace(answer, id=f"{cell['seed']}/{answer.id}")
-            together.setdefault((ALL_SUBSETS, cell["arm"], seeds), []).append(answer)
+            over_subsets.setdefault((ALL_SUBSETS, cell["arm"], seeds), []).append(answer)
             by_subset.setdefault((answer.subset, cell["arm"], seeds), []).append(answer)
-    return together | dict(sorted(by_subset.items(), key=lambda item: item[0][0]))
+    return over_subsets | dict(sorted(by_subset.items(), key=lambda item: item[0][0]))
 
 
 def contamination(grid: Grid) -> Table:
-    """One row per cell with a finding in contamination.csv, which older grids lack."""
+    """A row for each cell with a finding in contamination.csv; older grids have no such file."""
     findings: dict[str, list[dict]] = {}
     for line in grid.contamination:
         findings.setdefault(line["cell"], []).append(line)
@@ -380,11 +383,11 @@ def cells(grid: Grid) -> Table:
 
 
 def letters(grid: Grid) -> Table:
-    """How each arm of each table used the letters, and what it said when asked freely."""
-    answered = {key: value for key, value in grid.letters.items() if value.n}
-    names = sorted({letter for value in answered.values() for letter in (*value.predicted, *value.answers)})
+    """Each arm's use of the letters, and its generated answers."""
+    counts = {key: value for key, value in grid.letters.items() if value.n}
+    names = sorted({letter for value in counts.values() for letter in (*value.predicted, *value.answers)})
     rows: list[dict] = []
-    for (table, arm), value in answered.items():
+    for (table, arm), value in counts.items():
         table = table.replace("_", "-")
         if not any(row["table"] == table for row in rows):
             right = {f"letter_{name}": value.answers.get(name, 0) / value.n for name in names}
@@ -407,9 +410,9 @@ def letters(grid: Grid) -> Table:
 
 
 def time_spent(grid: Grid) -> Table:
-    """One row per kind of time in goodput.json, which older grids lack."""
+    """A row for each kind of time in goodput.json; older grids have no such file."""
     starts = goodput.read_starts(grid.workdir / goodput.FILE)
-    spent = goodput.summarise(starts) if starts else None
+    spent = goodput.summarise(starts) if starts else {}
     rows = [
         {"kind": kind, "what": TIME_WORDS[kind], "seconds": round(spent["seconds"][kind])}
         | {"share": spent["shares"][kind]}
@@ -436,7 +439,7 @@ def subset_scores(grid: Grid, target: str) -> Table:
 
 
 def confusion(answers: Sequence[dict], most_labels: int = 12) -> Table:
-    """Right label by answered label, counts. most_labels: of more, the most frequent."""
+    """Counts of right label by answered label. most_labels: only so many, the most frequent ones, are shown."""
     counts: Counter = Counter()
     for record in answers:
         text = dict(zip(LETTERS, record["options"], strict=False))
@@ -455,28 +458,28 @@ def confusion(answers: Sequence[dict], most_labels: int = 12) -> Table:
 
 
 def mark(results: Sequence[dict | None]) -> str | None:
-    """The mark of one arm against several: surely above (below) all, above (below) all, or neither."""
-    results = [row for row in results if row]
-    if not results:
+    """The mark of one arm against several: significantly above (below) all, above (below) all, or neither."""
+    rows = [row for row in results if row]
+    if not rows:
         return None
-    sure = "-sure" if all(row["p_holm"] < 0.05 for row in results) else ""
-    if all(row["difference"] > 0 for row in results):
-        return "win" + sure
-    return "loss" + sure if all(row["difference"] < 0 for row in results) else "even"
+    suffix = "-sure" if all(row["p_holm"] < 0.05 for row in rows) else ""
+    if all(row["difference"] > 0 for row in rows):
+        return "win" + suffix
+    return "loss" + suffix if all(row["difference"] < 0 for row in rows) else "even"
 
 
 def answers_per_arm(scores: dict[str, Score]) -> int | str:
-    """The test answers per arm; "24–48" where arms differ, since seeds of some are missing."""
+    """Test answers per arm; "24–48" where arms differ, since seeds of some are missing."""
     least, most = min(score.n for score in scores.values()), max(score.n for score in scores.values())
     return most if least == most else f"{least:,}–{most:,}"
 
 
 def seeds_text(scores: dict[str, Score]) -> str:
-    """Such as "0, 1, 2"; where an arm has others, they are added by name."""
+    """Such as "0, 1, 2"; an arm with other seeds is added by name."""
     common = max((score.seeds for score in scores.values()), key=len)
     text = ", ".join(map(str, common))
-    odd = [f"{arm_name(arm)}: {', '.join(map(str, s.seeds))}" for arm, s in scores.items() if s.seeds != common]
-    return f"{text} ({'; '.join(odd)})" if odd else text
+    others = [f"{arm_name(arm)}: {', '.join(map(str, s.seeds))}" for arm, s in scores.items() if s.seeds != common]
+    return f"{text} ({'; '.join(others)})" if others else text
 
 
 def _named(controls: dict) -> dict:
@@ -484,13 +487,13 @@ def _named(controls: dict) -> dict:
 
 
 def _finding(line: dict) -> str:
-    apart = ""
+    distance = ""
     if line["kind"] == "near":
         form = f", {line['form']}" if line.get("form") else ""
-        apart = f"{form} ({line['distance_bits']} bits)"
-    return f"{line['training']} and {line['test']}: {line['kind']}{apart}"
+        distance = f"{form} ({line['distance_bits']} bits)"
+    return f"{line['training']} and {line['test']}: {line['kind']}{distance}"
 
 
 def _subset_names(related: str) -> str:
-    names = related.split("+") if related else []
-    return f"{len(names)} subsets" if len(names) > 3 else " + ".join(names) or "nothing"
+    names = related.split("+") if related else ["nothing"]
+    return f"{len(names)} subsets" if len(names) > 3 else " + ".join(names)

@@ -1,6 +1,6 @@
-"""A grid in words: its answer, made from its numbers, and what must be said against it.
+"""A grid in words: the answer that its numbers give, and the limits of that answer.
 
-Every statement is made from an effect and its interval: an interval that includes 0 is said to show nothing.
+Every statement follows from an effect and its interval; an interval that includes 0 is said to show nothing.
 """
 
 import textwrap
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 from medcg_jax.data.leaks import EXACT
 from medcg_jax.data.phantom.world import TUNE_TARGETS
+from medcg_jax.study.design.mat import ELEMENTS
 from medcg_jax.study.report.escape import plain
 from medcg_jax.study.report.load_grid import Grid, arm_name
 from medcg_jax.study.report.table import points
 from medcg_jax.study.stats.controls import SHUFFLED
 from medcg_jax.study.stats.paired import Unit, bootstrap_interval, compare, mean_difference
 
-ELEMENTS = ("modality", "area", "task")
 PARTS = {
     "fixed_modality": "fixed modality",
     "fixed_area": "fixed area",
@@ -27,14 +27,14 @@ PARTS = {
     "target_only": "target alone",
 }
 
-# (table, arm, against, part) of the comparison that answers the question: the first that the grid has.
+# (table, arm, against, part) of the headline comparison: the first that the grid has.
 HEADLINES = (
     ("pairs", "trained", "baseline_plus"), ("pairs", "trained", "baseline"), ("triples", "trained", "baseline_plus"),
     ("triples", "trained", "baseline"), ("detection_pairs", "trained", "baseline"),
     ("ablation", "all_related", "all_unrelated"), ("ablation", "all_related", "baseline"),
     ("multi_task", "multi_task", "baseline", "out_of_distribution"),
 )  # fmt: skip
-# (table, arm, against) -> what the comparison asks, in few words.
+# (table, arm, against) -> the comparison in a few words.
 SHORT_NAMES = {
     ("pairs", "trained", "baseline_plus"): "pairs over unrelated data",
     ("pairs", "trained", "baseline"): "pairs over no training",
@@ -50,7 +50,7 @@ SHORT_NAMES = {
     ("multi_task", "multi_task", "baseline"): "multi-task over no training out of distribution",
     ("multi_task", "multi_task", "single_task"): "multi-task over single-task",
 }
-# Kinds of leaks that are counted together -> what a reader must know of cells that were trained so.
+# Kinds of leaks that are counted together -> the training of such cells in words.
 LEAKS: dict[tuple[str, ...], str] = {
     (*EXACT, "near"): "on images that are in their test set, or nearly so",
     ("same question",): "on questions of their test set, among the general records",
@@ -61,7 +61,7 @@ SUMMARY_CHARACTERS = 100
 
 
 def verdict(effect: dict) -> str:
-    """Either "up" or "down", where the 95 % interval is clear of 0, else "open": not shown."""
+    """Either "up" or "down" where the 95 % interval excludes 0, else "open"."""
     if effect["ci_low"] > 0:
         return "up"
     return "down" if effect["ci_high"] < 0 else "open"
@@ -100,7 +100,8 @@ class Answer:
     """The answer of a grid in words, from `stats.summarise`.
 
     Attributes:
-      lead: "yes", "partly", "no", "not shown" or "none": what the headline comparison shows.
+      main: the headline effect; None where the grid has none.
+      lead: "yes", "partly", "no", "not shown" or "none": what the headline effect shows.
     """
 
     def __init__(self, grid: Grid, summary: dict):
@@ -114,7 +115,7 @@ class Answer:
 
     @property
     def checks(self) -> list[dict]:
-        """The comparisons that a plain "yes" needs beside the headline, as far as the grid has them."""
+        """The other comparisons that "yes" depends on, as far as the grid has them."""
         effects = (
             self.find("pairs", "trained", "baseline"),
             self.find("triples", "trained", "baseline_plus") or self.find("triples", "trained", "baseline"),
@@ -137,7 +138,7 @@ class Answer:
 
     @property
     def opening(self) -> str:
-        """The first words, which are set in bold."""
+        """The first words, in bold."""
         world = "on phantoms, not patients" if self.grid.of_phantoms else "on these images"
         words = {
             "yes": f"Yes, {world}.",
@@ -149,7 +150,7 @@ class Answer:
         return words[self.lead]
 
     def sentences(self) -> list[str]:
-        """The numbers, sentence by sentence; they follow the opening and `totals` in one paragraph."""
+        """The sentences with numbers, which follow the opening and `totals`."""
         hold_all = "which between them hold all three elements of the target"
         related, same_records = "all related subsets together", "one model per subset, with the same records of each"
         caution = (
@@ -161,38 +162,38 @@ class Answer:
             *self.combination("pairs", f"two subsets {hold_all}"),
             *self.combination("triples", "three subsets with one element of the target each"),
             *self.combination("detection_pairs", f"a subset with boxes and one of choice questions {hold_all}"),
-            *self.says(related, "all unrelated ones", "ablation", "all_related", "all_unrelated"),
+            *self.comparison(related, "all unrelated ones", "ablation", "all_related", "all_unrelated"),
             *self.elements(),
-            *self.says(related, "training on subsets that share the task alone", "ablation", "all_related", "same_task"),
-            *self.says("one model of all subsets", same_records, "multi_task", "multi_task", "single_task",
+            *self.comparison(related, "training on subsets that share the task alone", "ablation", "all_related", "same_task"),
+            *self.comparison("one model of all subsets", same_records, "multi_task", "multi_task", "single_task",
                        "in_distribution"),
-            *self.says("the same model, on combinations held out from it,", "no training", "multi_task", "multi_task",
+            *self.comparison("the same model, on combinations held out from it,", "no training", "multi_task", "multi_task",
                        "baseline", "out_of_distribution"),
             *self.efficiency(),
             caution,
         ]  # fmt: skip
 
-    def says(self, what: str, over: str, *comparison: str) -> list[str]:
-        """The statement of a comparison (see `find`) as a sentence; [] where the grid lacks it."""
-        effect = self.find(*comparison)
+    def comparison(self, what: str, over: str, *key: str) -> list[str]:
+        """The statement of an effect as a sentence; [] where the grid lacks it. key: the arguments of `find`."""
+        effect = self.find(*key)
         return [sentence(self.statement(effect, what, over))] if effect else []
 
     def statement(self, effect: dict, what: str, over: str) -> str:
-        """One effect as a sentence without its stop; its interval decides the verb."""
+        """One effect as a sentence without full stop; its interval decides the verb."""
         state = verdict(effect)
         rows = counted(effect["rows"], "row")
         if state == "down":
-            won = f"{effect['losses']} of {rows} down, {effect['significant_losses']} significantly"
+            counts = f"{effect['losses']} of {rows} down, {effect['significant_losses']} significantly"
         else:
-            won = f"{effect['wins']} of {rows} up, {effect['significant']} significantly"
+            counts = f"{effect['wins']} of {rows} up, {effect['significant']} significantly"
         if state == "open":
             return (
                 f"{what} {'are' if what.startswith('all ') else 'is'} not shown to change accuracy against {over} "
-                f"({points(effect['mean'], True)} points; the interval {interval(effect)} includes 0; {won})"
+                f"({points(effect['mean'], True)} points; the interval {interval(effect)} includes 0; {counts})"
             )
         verb, size = "raised" if state == "up" else "lowered", points(abs(effect["mean"]))
         words = "95 % interval " if effect is self.main else ""
-        return f"{what} {verb} accuracy by {size} points against {over} ({words}{interval(effect)}; {won})"
+        return f"{what} {verb} accuracy by {size} points against {over} ({words}{interval(effect)}; {counts})"
 
     def combination(self, table: str, what: str) -> list[str]:
         plus, base = self.find(table, "trained", "baseline_plus"), self.find(table, "trained", "baseline")
@@ -227,7 +228,7 @@ class Answer:
         )
 
     def elements(self) -> list[str]:
-        """What leaving out the subsets that share an element costs."""
+        """The cost of leaving out the subsets that share an element."""
         costs, beyond = (
             [
                 f"{element} {self.loss(effect)}"
@@ -237,9 +238,9 @@ class Answer:
             for arm in ("all_related", "random_removal")
         )
         random = self.find("ablation", "all_related", "random_removal")
-        beside = f"; leaving out as many at random costs {self.loss(random)}" if random else ""
-        said = f"Leaving out the related subsets that share an element costs, in points: {listed(costs)}{beside}."
-        return [said] * bool(costs) + [f"Beyond the random removal: {listed(beyond)}."] * bool(beyond)
+        at_random = f"; leaving out as many at random costs {self.loss(random)}" if random else ""
+        text = f"Leaving out the related subsets that share an element costs, in points: {listed(costs)}{at_random}."
+        return [text] * bool(costs) + [f"Beyond the random removal: {listed(beyond)}."] * bool(beyond)
 
     def loss(self, effect: dict) -> str:
         state = {"up": "", "open": ", not shown", "down": ", a gain"}[verdict(effect)]
@@ -271,13 +272,13 @@ def sentence(text: str) -> str:
 
 
 def never_trained_on(grid: Grid, table: str) -> bool:
-    """Whether no cell of a table was trained on what it is tested on."""
+    """Whether no cell of a table was trained on one of its test subsets."""
     cells = [cell for cell in grid.done(table) if cell["related"]]
     return not any(set(cell["related"].split("+")) & set(cell["target"].split("+")) for cell in cells)
 
 
 def efficiency_gains(grid: Grid) -> list[dict]:
-    """By number of target records: accuracy with all related subsets less that of the target alone, by record."""
+    """For each number of target records: accuracy with all related subsets minus that of the target alone."""
     cells = {
         (r["part"], r["target"], r["seed"], int(r["arm"].rsplit("_", 1)[1])): r["cell"]
         for r in grid.results
@@ -297,7 +298,7 @@ def efficiency_gains(grid: Grid) -> list[dict]:
 
 
 def summary_text(grid: Grid, answer: Answer, limits: Sequence[str]) -> str:
-    """Plain text: what was run, what it shows with numbers and intervals, and what it does not."""
+    """Plain text: what was run, what it shows, with numbers and intervals, and what it does not show."""
     head = (
         f"{grid.config['name']}: {counted(len(grid.done()), 'cell')} of {len(grid.cells):,}, "
         f"{table_names(grid.tables) or 'no table'}; {grid.config['model']['name']}, "
@@ -313,7 +314,7 @@ def summary_text(grid: Grid, answer: Answer, limits: Sequence[str]) -> str:
 
 
 def missing(grid: Grid) -> list[str]:
-    """What a reader must know is not on the page."""
+    """What is missing from the page."""
     failed, waiting, num_cells = len(grid.failed()), len(grid.waiting()), f"{len(grid.cells):,}"
     absent = [name for name in grid.config["study"]["tables"] if name not in grid.tables]
     texts = {
@@ -327,31 +328,31 @@ def missing(grid: Grid) -> list[str]:
 
 
 def letter_habits(grid: Grid) -> list[str]:
-    """Arms that answer one letter almost always, or whose free answers are often none: what both mean."""
+    """Notes on arms that answer almost always one letter, or whose generated answers are often no letter."""
     texts = []
     for table in grid.tables:
-        answered = {arm: value for (name, arm), value in grid.letters.items() if name == table and value.n}
-        stuck = [
+        counts = {arm: value for (name, arm), value in grid.letters.items() if name == table and value.n}
+        one_letter = [
             arm_name(arm)
-            for arm, value in answered.items()
+            for arm, value in counts.items()
             if max(value.predicted.values()) > 0.9 * value.n > max(value.answers.values())
         ]
-        loose = [arm_name(arm) for arm, value in answered.items() if value.unparsed > 0.2 * value.generated]
+        no_letter = [arm_name(arm) for arm, value in counts.items() if value.unparsed > 0.2 * value.generated]
         words = table.replace("_", "-")
-        if stuck:
+        if one_letter:
             texts.append(
-                f"One letter makes up more than 90 % of all answers of {listed(stuck)} ({words}), and not of the right "
+                f"One letter makes up more than 90 % of all answers of {listed(one_letter)} ({words}), and not of the right "
                 "ones: such an accuracy says little of the images."
             )
-        if loose:
+        if no_letter:
             texts.append(
-                f"More than a fifth of the generated answers of {listed(loose)} ({words}) are no offered letter."
+                f"More than a fifth of the generated answers of {listed(no_letter)} ({words}) are no offered letter."
             )
     return texts
 
 
 def below_chance(grid: Grid) -> list[str]:
-    """Untrained and unrelated arms that are worse than guessing, which flatters what is compared with them."""
+    """Notes on untrained and unrelated arms below chance, which flatter the arms compared with them."""
     texts = []
     for table in grid.tables:
         for arm in ("baseline", "baseline_plus", "all_unrelated"):
@@ -375,7 +376,7 @@ def limits(grid: Grid, summary: dict) -> list[str]:
     tuned = [name for name in targets if name in TUNE_TARGETS]
     phantoms = grid.of_phantoms
     # Text -> whether it holds.
-    texts = {
+    texts: dict[str, object] = {
         f"{counted(number, 'cell')} of {len(grid.cells):,} were trained {words}, which flatters them: see the table of "
         "contamination.": number
         for words, number in leaky.items()

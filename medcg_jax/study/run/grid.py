@@ -239,8 +239,8 @@ def summary(workdir: Path, plan: Plan, outcomes: dict[str, dict]) -> dict:
                 unfinished.append(cell.id)
             elif results.is_failure(outcome):
                 failed[cell.id] = outcome["status"]
-    for cell, why in failed.items():
-        print(f"{cell}: {why}", file=sys.stderr)
+    for cell_id, status in failed.items():
+        print(f"{cell_id}: {status}", file=sys.stderr)
     if unfinished:
         print(f"{len(unfinished)} cells are unfinished, as {unfinished[0]}; run the same again", file=sys.stderr)
     page, times = None, None

@@ -198,7 +198,7 @@ class Trainer:
     def setup(self, seed: int) -> Setup:
         """The setup of one seed's base and jobs; kept until another seed is asked for."""
         if self._seed != seed:
-            self._base = None  # frees its memory before the next base is read
+            self._base: tuple | None = None  # frees its memory before the next base is read
             self._setup = open_setup(seeded(self._run, seed))
             self._data = SeedData(self._setup, self._jobs)
             self._seed = seed
@@ -258,7 +258,7 @@ class Trainer:
         graphdef, params = base_params()
         trainable, frozen = split_trainable(params, setup.run.model.trainable)
         if self._program is None:
-            self._make_program(setup, graphdef, trainable, frozen, first)
+            self._program = self._make_program(setup, graphdef, trainable, frozen, first)
         specs = [first]
         reporters: dict[str, Reporter] = {}
 
@@ -293,16 +293,17 @@ class Trainer:
         parts = setup.run.model.trainable
         return run_spec(job.id, setup, encoded, config, parts, metrics=metrics, checkpoints=checkpoints)
 
-    def _make_program(self, setup: Setup, graphdef, trainable, frozen, spec: loop.RunSpec) -> None:
+    def _make_program(self, setup: Setup, graphdef, trainable, frozen, spec: loop.RunSpec) -> Program:
         parts, num_cells = setup.run.model.trainable, self._run.study.cells_at_once
-        self._program = step_program(setup, graphdef, setup.run.train, parts, num_cells=num_cells, loss_fn=setup.loss)
+        program = step_program(setup, graphdef, setup.run.train, parts, num_cells=num_cells, loss_fn=setup.loss)
         # Of several processes that share a grid one compiles the step; the others read it from the cache.
         if self._run.study.jobs > 1:
             stream = spec.open_stream(0)
             batch, _ = next(stream)
             stream.close()
             with self._goodput.within("compile"), self._lock("compile.train"):
-                self._program.compile(trainable, frozen, batch)
+                program.compile(trainable, frozen, batch)
+        return program
 
     def _lock(self, name: str):
         return claims.lock(results.state_dir(self._workdir) / "claims", name)

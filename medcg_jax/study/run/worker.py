@@ -92,7 +92,7 @@ class Worker:
             done = {model: results.done_jobs(folder) for model, folder in self._folders.items()}
             jobs = [job for job in self._plan.jobs if job.id not in done[job.model]]
             keys = dict.fromkeys((job.model, job.seed) for job in jobs)
-            missing = {key: self._bases[key] for key in keys if not is_ready(self._bases[key])}
+            missing = {key: path for key in keys if (path := self._bases[key]) and not is_ready(path)}
             if not jobs or bases_only and not missing:
                 return NOTHING, 0
             for model in self._in_order(dict.fromkeys(model for model, _ in keys)):
@@ -152,6 +152,7 @@ class Worker:
         metrics = folder / "metrics" / f"{name}.jsonl"
         try:
             base = self._bases[model, seed]
+            assert base is not None  # chosen as missing
             train_base(base, setup, name=name, metrics=metrics, report=report, goodput=self._goodput)
             report(setup.run.base.steps, now=True)
         except NonFiniteLoss as error:  # no retry would help: all cells of the seed fail

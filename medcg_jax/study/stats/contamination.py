@@ -6,8 +6,9 @@ Where cells share a training, a record that is dropped for one cell's target is 
 keeps the number of steps that all its records would need.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from medcg_jax.files import write_whole
 from medcg_jax.study.design.leaks import Finding
@@ -18,7 +19,7 @@ from medcg_jax.study.stats.results import to_csv
 # Files of older grids lack `form`.
 HEADER = ("cell", "kind", "training", "test", "distance_bits", "action", "form")
 FILE = "contamination.csv"
-COLUMNS = {
+COLUMNS: dict[str, Callable[[str], Any]] = {
     "cell": cell_id, "kind": text, "training": text, "test": text,
     "distance_bits": lambda value: value and checked(whole, value), "action": text, "form": str,
 }  # fmt: skip

@@ -4,7 +4,7 @@ The statistics themselves are in `paired` and `controls`.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -174,14 +174,14 @@ def _pooled(pairs: Sequence[tuple[dict, dict]], fresh: bool) -> Comparison:
     for a, b in pairs:
         for key in a:
             lead[key] += int(a[key]) - int(b[key])
-    a, b = (float(np.mean([np.mean(list(pair[side].values())) for pair in pairs])) for side in (0, 1))
+    accuracies = (float(np.mean([np.mean(list(pair[side].values())) for pair in pairs])) for side in (0, 1))
     only_a, only_b = sum(v > 0 for v in lead.values()), sum(v < 0 for v in lead.values())
-    return Comparison(len(lead), a, b, only_a, only_b, mcnemar(only_a, only_b))
+    return Comparison(len(lead), *accuracies, only_a, only_b, mcnemar(only_a, only_b))
 
 
 def _spread(pairs: Sequence[tuple[dict, dict]], fresh: bool) -> dict[str, float | None]:
     """The interval of one row's mean difference, and its two sources of variation."""
-    differences = [
+    differences: list[Mapping[Hashable, float]] = [
         {(seed if fresh else None, key): int(right) - int(b[key]) for key, right in a.items()}
         for seed, (a, b) in enumerate(pairs)
     ]
@@ -223,13 +223,13 @@ def _sizes(units: Sequence[Unit]) -> dict[str, int]:
     return {"targets": len({u.target for u in units}), "seeds": len({u.seed for u in units})}
 
 
-def _units(rows: Sequence[dict]) -> list[Unit]:
+def _units(rows: Sequence[Mapping]) -> list[Unit]:
     """Accuracies as differences to an arm that is never right."""
     return [Unit(r["target"], r["seed"], r["n"], r["correct"], 0) for r in rows]
 
 
-def _accuracies(results: Sequence[dict]) -> list[dict]:
-    groups: dict[tuple[str, str, str], list[dict]] = defaultdict(list)
+def _accuracies(results: Sequence[Mapping]) -> list[dict]:
+    groups: dict[tuple[str, str, str], list[Mapping]] = defaultdict(list)
     for row in results:
         for part in dict.fromkeys(("", row["part"])):
             groups[row["table"], part, row["arm"]].append(row)
@@ -247,7 +247,7 @@ def _accuracies(results: Sequence[dict]) -> list[dict]:
     ]
 
 
-def _curves(results: Sequence[dict]) -> list[dict]:
+def _curves(results: Sequence[Mapping]) -> list[dict]:
     rows = [(row["part"], int(row["arm"].rsplit("_", 1)[1]), row) for row in results if row["table"] == "efficiency"]
     curves = []
     for (curve, records), group in grouped(rows, lambda item: item[:2]).items():
