@@ -307,10 +307,10 @@ def test_the_order_of_prompt_tokens_changes_nothing(params, given, expected):
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="image_size_px=50 is no multiple of patch_size_px=8"):
         sam_lib.sam_tiny(image_size_px=50)
-    with pytest.raises(ValueError, match=r"global_layers=\(1, 9\): ascending numbers below 3"):
+    with pytest.raises(ValueError, match=r"global_layers=\(1, 9\); expected ascending numbers below 3"):
         sam_lib.sam_tiny(global_layers=(1, 9))
     with pytest.raises(ValueError, match="prompt_dim=36"):
         sam_lib.sam_tiny(prompt_dim=36)
     encoder = nnx.eval_shape(lambda: SamEncoder(CONFIG, rngs=nnx.Rngs(0), unroll=1, remat="none"))
-    with pytest.raises(ValueError, match=r"sam_pixels \(1, 50, 56, 3\): \[batch, 56, 56, 3\]"):
+    with pytest.raises(ValueError, match=r"sam_pixels \(1, 50, 56, 3\); expected \[batch, 56, 56, 3\]"):
         encoder(jnp.zeros((1, 50, 56, 3)), dtype=jnp.float32)
