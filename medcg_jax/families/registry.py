@@ -94,6 +94,11 @@ class Family:
         module, _, name = self.loss.partition(":")
         return getattr(importlib.import_module(module), name)
 
+    @property
+    def gives_boxes(self) -> bool:
+        """Whether the study has tables of boxes for the family."""
+        return "detection_pairs" in self.tables
+
     def token_ids(self, tokenizer) -> dict[str, int]:
         """The token ids that a configuration takes from its tokenizer, by field.
 
