@@ -214,7 +214,7 @@ def test_shapes_and_sizes_that_do_not_fit_are_refused():
         model.encode_images({"pixels": jnp.zeros((2, 32, 32, 3), jnp.uint8)})
     with pytest.raises(ValueError, match=r"segment_ids \(2, 3\) beside tokens \(2, 20\)"):
         model.hidden(tokens, segment_ids=jnp.zeros((2, 3)))
-    with pytest.raises(ValueError, match=r"image_size_px=7: 8 \(a patch\) or more"):
+    with pytest.raises(ValueError, match=r"image_size_px=7; expected 8 \(a patch\) or more"):
         llava15_tiny(20, 19, image_size_px=7)
     # What is left over beyond whole patches belongs to none.
     assert llava15_tiny(20, 19, image_size_px=30).num_image_tokens == 9

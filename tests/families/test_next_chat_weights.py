@@ -98,7 +98,7 @@ def test_the_first_two_stages_have_no_masks(tensors, params, tmp_path):
     assert dataclasses.replace(read_config(src), scan_unroll=1) == config
     masks = ("sam_encoder", "sam_prompt", "mask_decoder", "mask_prompt")
     same_as(nnx.State({name: params[name] for name in params if name not in masks}), src)
-    with pytest.raises(WeightsError, match=r"another architecture: .*sam None \(wanted"):
+    with pytest.raises(WeightsError, match=r"another architecture: .*sam None \(expected"):
         load_checkpoint(src, CONFIG, one())
     # The third stage's config.json beside it: its tensors are missed.
     write(src, without(tensors, "sam.", "seg_prompt_mlp."), JSON)

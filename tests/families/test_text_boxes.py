@@ -80,7 +80,7 @@ def test_reading_never_fails(text):
     "box", [[0, 0, 11, 5], [-1, 0, 5, 5], [5, 0, 4, 5], [0, 0, 5, 21], [0, float("nan"), 5, 5], [0, 0, float("inf"), 5]]
 )
 def test_boxes_outside_the_image_are_refused(box):
-    with pytest.raises(DataError, match="in an image of 10 x 20; 0 <= x1 <= x2 <= width"):
+    with pytest.raises(DataError, match="in an image of 10 x 20; expected 0 <= x1 <= x2 <= width"):
         format_boxes([[0, 0, 1, 1], box], (20, 10))
     with pytest.raises(DataError, match=r"boxes of shape \(0,\) cannot be written"):
         format_boxes([], (20, 10))

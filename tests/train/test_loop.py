@@ -92,7 +92,8 @@ def test_a_run_that_is_killed_ends_in_the_same_bits(tmp_path):
     starts = read_starts(tmp_path / FILE)
     reached = [start["reached"]["run"] for start in starts]
     assert 3 <= reached[0] <= 7 and 6 <= reached[1] <= 11 and reached[2] == 14
-    assert [start["seconds"]["restart"] > 0.1 for start in starts] == [False, True, True]
+    first, *later = [start["seconds"]["restart"] for start in starts]
+    assert all(seconds > 5 * first for seconds in later), (first, later)
     # Bytes that a batch too many or too few would change.
     other, _ = run(*TOY, [hparams(14)], 14, seeds=[1])
     assert b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(other)) != final
