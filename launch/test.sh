@@ -25,7 +25,7 @@ run_tests() {
     shift
     say "$("$venv/bin/python" -c 'import platform; from importlib.metadata import version as v
 print("Python", platform.python_version(), "| jax", v("jax"), "| flax", v("flax"))')"
-    "$venv/bin/python" -m pytest -q -n "${TEST_WORKERS:-2}" --dist=loadgroup --durations=10 "$@" </dev/null
+    "$venv/bin/python" -m pytest -q -n "${TEST_WORKERS:-2}" --dist=loadscope --durations=10 "$@" </dev/null
 }
 
 status=0

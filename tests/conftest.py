@@ -85,25 +85,31 @@ SMOKE = (
 )  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Marks long tests and those of the smoke run, and gives every test a group: its family's, else its file's.
+def pytest_itemcollected(item):
+    """Marks long tests, and those of the smoke run."""
+    if f"{item.path.stem}::{item.name}".startswith(LONG):
+        item.add_marker(pytest.mark.long)
+    if item.path.stem in SMOKE:
+        item.add_marker(pytest.mark.smoke)
 
-    One worker runs a group whole (`--dist=loadgroup`), since a group's tests share what they compiled.
-    """
-    for item in items:
-        if f"{item.path.stem}::{item.name}".startswith(LONG):
-            item.add_marker(pytest.mark.long)
-        if item.path.stem in SMOKE:
-            item.add_marker(pytest.mark.smoke)
-        params = getattr(item, "callspec", None)
-        families = [
-            value
-            for value in (params.params.values() if params else ())
-            if isinstance(value, str) and value in FAMILIES
-        ]
-        if not any(item.iter_markers("xdist_group")):
-            item.add_marker(pytest.mark.xdist_group(families[0] if families else item.path.stem))
+
+def group_of(nodeid: str) -> str:
+    """What a test shares its compiled programs with: its family, where that is a parameter, else its file."""
+    path, _, name = nodeid.partition("::")
+    parameters = name.partition("[")[2].rstrip("]").split("-")
+    return next((family for family in FAMILIES if family in parameters), path)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One worker runs a group whole. (xdist's own groups, `--dist=loadgroup`, do nothing on pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log)
 
 
 @pytest.fixture(scope="session")
