@@ -14,6 +14,7 @@ from pathlib import Path
 
 from medcg_jax.bench import run as bench
 from medcg_jax.config import ConfigError, replace
+from medcg_jax.platform import keep_freed_memory
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.stage:
+        keep_freed_memory()  # as every verb does: the reference has this process's allocator too
         return bench.run_here(args.stage, pickle.loads(Path(args.ask).read_bytes()), args.json)
     try:
         batches = tuple(map(int, filter(None, args.batches.split(","))))

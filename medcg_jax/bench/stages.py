@@ -334,9 +334,6 @@ def first_step(ask: Ask, save: Callable) -> None:
 
     The phases are those of `medcg train`, without a workdir.
     """
-    from medcg_jax.platform import keep_freed_memory
-
-    keep_freed_memory()
     marks = {"imports": time.time()}
     rows = open_rows(ask.run)
     batch = training_batch(rows)
