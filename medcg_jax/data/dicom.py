@@ -371,8 +371,8 @@ def _check_fragments(file: BinaryIO, syntax: str, num_frames: int) -> None:
         tag = group << 16 | element
         if tag == _END:
             if started > num_frames:
-                said = f"NumberOfFrames (0028,0008) declares {num_frames}"
-                raise ImageError(f"DICOM: pixel data are longer than the header declares: {started} frames; {said}")
+                declared = f"NumberOfFrames (0028,0008) declares {num_frames}"
+                raise ImageError(f"DICOM: pixel data are longer than the header declares: {started} frames; {declared}")
             return
         if tag != _ITEM:
             raise ImageError("DICOM: compressed pixels that are not in fragments")

@@ -176,8 +176,8 @@ def _voi_lut(values: np.ndarray, dataset: Dataset) -> tuple[np.ndarray, str] | N
         if shown is not None:
             every = _lookup(item, np.arange(-65536, 2 * 65536), "LUTDescriptor", "LUTData")
             bits, declared = max(8, int(every.max()).bit_length()), int(item.LUTDescriptor[2])
-            said = "" if bits == declared else f" (entries of {bits} bits, {declared} declared)"
-            return stretch(shown, 0, 2**bits - 1), said
+            note = "" if bits == declared else f" (entries of {bits} bits, {declared} declared)"
+            return stretch(shown, 0, 2**bits - 1), note
     return None
 
 

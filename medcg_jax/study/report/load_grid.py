@@ -122,7 +122,6 @@ class Grid:
         self.predictions = lru_cache(NUM_KEPT_CELLS)(
             lambda cell: list(prediction_lines(self.workdir / "predictions" / f"{cell}.jsonl"))
         )
-        self._chance: dict[str, list[float]] = {}  # target -> sum of 1 / options, number of answers
         self._sources: dict[int, Source] = {}
         self._scores: dict[str, dict[tuple[str, str], dict[str, Score]]] = {}
 
@@ -261,26 +260,31 @@ class Grid:
         accuracy = sum(row["correct"] / row["n"] for row in rows if row["n"]) / len(rows)
         return Score(accuracy, *wilson(accuracy * n, n), n, seeds)
 
-    @cached_property
+    @property
     def letters(self) -> dict[tuple[str, str], Letters]:
-        """(table, arm) -> counts of its answers, over all finished cells; also computes every target's chance."""
+        """(table, arm) -> counts of its answers, over all finished cells."""
+        return self._counts[0]
+
+    @cached_property
+    def _counts(self) -> tuple[dict[tuple[str, str], Letters], dict[str, list[float]]]:
+        """(`letters`, target -> [sum of the chances of its answers, number of answers]): predictions are read once."""
         counts: dict[tuple[str, str], Letters] = {}
+        chances: dict[str, list[float]] = {}
         with_letters = {row["cell"] for row in self.results}
         for cell in (c for c in self.done() if c["cell"] in with_letters):
             letters = counts.setdefault((cell["table"], cell["arm"]), Letters())
             answers = self.answers.frame(cell["cell"])
             letters.add(answers)
             for subset, options in answers.groupby("subset")["options"]:
-                if cell["arm"] == "baseline" or subset not in self._chance:
-                    share = self._chance.setdefault(subset, [0.0, 0])
+                if cell["arm"] == "baseline" or subset not in chances:
+                    share = chances.setdefault(subset, [0.0, 0])
                     share[0] += float((1 / options).sum())
                     share[1] += len(options)
-        return counts
+        return counts, chances
 
     def chance(self, target: str) -> float | None:
         """The accuracy of answering at random, from the options offered; None for an unknown target."""
-        self.letters  # noqa: B018 - reads the predictions once
-        total, n = self._chance.get(target, (0.0, 0))
+        total, n = self._counts[1].get(target, (0.0, 0))
         return total / n if n else None
 
 
