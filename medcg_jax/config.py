@@ -26,7 +26,9 @@ TRAINABLE = ("vision", "projector", "decoder")
 MASK_PARTS = ("mask_prompt", "mask_decoder", "sam_encoder")
 # Part -> the only family that has it. Other families have "lora" if `model.lora_rank` is above 0.
 FAMILY_PARTS = {part: family.name for family in registry.families() for part in family.parts}
-PARTS = (*TRAINABLE, *FAMILY_PARTS)
+# The decoder's token embeddings alone, a part that can be trained instead of the decoder.
+EMBEDDING = "embedding"
+PARTS = (*TRAINABLE, EMBEDDING, *FAMILY_PARTS)
 TABLES = ("pairs", "triples", "ablation", "multi_task", "efficiency")
 # Tables whose related subsets have boxes, for families that answer with boxes. The second also tests on boxes.
 BOX_TABLES = ("detection_pairs", "detection")
@@ -126,6 +128,8 @@ class ModelConfig:
     max_boxes: int = setting(0, least=0, most=10**4)
     # LLaVA-1.5's second stage: the vision tower stays frozen.
     trainable: tuple[str, ...] = setting(("projector", "decoder"), choices=PARTS, once=True)
+    # Words, one token each, whose embeddings alone the part "embedding" trains, as peft's trainable tokens; (): all.
+    trainable_words: tuple[str, ...] = setting((), once=True, later=True)
     # Rank of adapters on the decoder's products (LoRA), a part "lora" that can be trained instead of the decoder. 0: no
     # adapters, except those that belong to MiniGPT-v2.
     lora_rank: int = setting(0, least=0, most=10**5, later=True)

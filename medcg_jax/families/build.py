@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.axes import spec
+from medcg_jax.config import EMBEDDING
 from medcg_jax.families import registry
 from medcg_jax.families.common import FamilyConfig
 from medcg_jax.nn import matmul
@@ -230,23 +231,32 @@ def num_bytes(params) -> float:
 
 
 def split_trainable(params: nnx.State, names: tuple[str, ...]) -> tuple[nnx.State, nnx.State]:
-    """(trainable, frozen): the submodules named in `names`, and the others.
+    """(trainable, frozen): the submodules named in `names`, and the others. `EMBEDDING` names the decoder's table.
 
     Raises:
       ValueError: `names` is empty or has a name that is no submodule.
     """
-    unknown = sorted(set(names) - set(params))
+    accepted = {*params, EMBEDDING}
+    unknown = sorted(set(names) - accepted)
     if unknown or not names:
-        raise ValueError(f"trainable={tuple(names)}; accepted: one or more of {', '.join(sorted(params))}")
+        raise ValueError(f"trainable={tuple(names)}; accepted: one or more of {', '.join(sorted(accepted))}")
     # The raw mapping: `items` would wrap each submodule in a State, and `join` would give another tree.
     trees = params.raw_mapping
     trainable = {name: tree for name, tree in trees.items() if name in names}
-    return nnx.State(trainable), nnx.State({name: tree for name, tree in trees.items() if name not in names})
+    frozen = {name: tree for name, tree in trees.items() if name not in names}
+    if EMBEDDING in names:
+        decoder = dict(frozen.pop("decoder"))
+        trainable["decoder"] = {"embed": decoder.pop("embed")}
+        frozen["decoder"] = decoder
+    return nnx.State(trainable), nnx.State(frozen)
 
 
 def join(trainable: nnx.State, frozen: nnx.State) -> nnx.State:
     """The params that `split_trainable` split."""
-    return nnx.State({**trainable.raw_mapping, **frozen.raw_mapping})
+    joined = {**trainable.raw_mapping, **frozen.raw_mapping}
+    for name in trainable.raw_mapping.keys() & frozen.raw_mapping.keys():
+        joined[name] = {**trainable.raw_mapping[name], **frozen.raw_mapping[name]}
+    return nnx.State(joined)
 
 
 def _module(config: Config, rngs: nnx.Rngs, param_dtype) -> nnx.Module:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from medcg_jax.config import MODELS, TRAINABLE, ModelConfig, RunConfig, TrainConfig, free_fields, marked
@@ -21,6 +23,7 @@ from medcg_jax.families.build import join, split_trainable
 from medcg_jax.study.design.schedule import seeded
 from medcg_jax.train.checkpoint import load_params, read_meta, save_params
 from medcg_jax.train.goodput import Goodput
+from medcg_jax.train.losses import negative_log_likelihood, token_loss
 from medcg_jax.train.loop import fit, loop_options
 from medcg_jax.train.run import run_spec, step_program
 from medcg_jax.train.setup import Setup, model_config, peak_flops, run_tokenizer, start_params
@@ -29,6 +32,7 @@ from medcg_jax.train.setup import Setup, model_config, peak_flops, run_tokenizer
 VICUNA_FRAME = 13
 # Tokens of the reading exercises that stand in place of an image.
 EXERCISE_TOKENS = 16
+SITE_WEIGHT = 0.3
 
 
 def num_pretraining_records(base: TrainConfig) -> int:
@@ -86,12 +90,29 @@ def load_base(path: Path | None, setup: Setup) -> tuple[nnx.GraphDef, nnx.State]
 
 def frame_tokens(setup: Setup) -> int:
     """Tokens of a pre-training row beside its words and image: roles, ends of turns, the system prompt."""
-    turns = (Turn("A", "B"),) * pretraining.NUM_EXERCISES
+    turns = (Turn("A", "B"),) * max(pretraining.NUM_TURNS.values())
     conversation = setup.format.prompts.conversation(
         setup.tokenizer, turns, system_prompt=setup.run.data.system_prompt, num_image_tokens=1
     )
     extra = max(0, EXERCISE_TOKENS - setup.format.max_image_tokens)
     return len(conversation.ids) - 1 - 2 * len(turns) + extra
+
+
+def base_loss(model, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """`token_loss`, and the cross-entropy of what each site of an image shows, by a fixed readout of its features."""
+    labels = batch["site_labels"]
+    features = model.encode_images({key: batch[key] for key in model.image_keys})
+    total, weight = token_loss(model, batch)
+    features = features * jax.lax.rsqrt(jnp.square(features).mean(-1, keepdims=True) + 1e-6)
+    starts = np.cumsum((0, *pretraining.SITE_CLASSES))
+    readout = jax.random.normal(jax.random.key(0), (starts[-1], features.shape[-1])) * (2.0 / features.shape[-1] ** 0.5)
+    logits = features @ readout.T
+    loss, mean_weight = 0.0, (batch["segment_ids"].max(-1) > 0).astype(jnp.float32)[:, None]
+    for k, (start, end) in enumerate(zip(starts, starts[1:])):
+        has_label = (labels[..., k] >= 0) * mean_weight
+        nll = negative_log_likelihood(logits[..., start:end], labels[..., k])
+        loss += (nll * has_label).sum() / jnp.maximum(has_label.sum(), 1.0)
+    return total + weight * SITE_WEIGHT * loss, weight
 
 
 def train_base(
@@ -113,13 +134,15 @@ def train_base(
         max_text_tokens=pretraining.MAX_TEXT_TOKENS - VICUNA_FRAME + frame_tokens(setup),
         max_target_tokens=pretraining.MAX_TARGET_TOKENS,
     )
+    labels = pretraining.site_labels(pretraining.pretraining_scene(config.seed, len(encoded))[0])
     graphdef, params = start_params(setup, seed=config.seed)
+    encoded = dataclasses.replace(encoded, arrays=encoded.arrays | {"site_labels": labels})
     trainable, frozen = split_trainable(params, TRAINABLE)
     recipe, folder = base_recipe(setup.run), path.with_name(f"{path.name}.checkpoints")
     checkpoints = folder if config.checkpoint_every_steps else None
     spec = run_spec(name, setup, encoded, config, TRAINABLE, metrics=metrics, checkpoints=checkpoints, config=recipe)
     state, result = fit(
-        step_program(setup, graphdef, config, TRAINABLE),
+        step_program(setup, graphdef, config, TRAINABLE, loss_fn=base_loss),
         trainable,
         frozen,
         spec,
