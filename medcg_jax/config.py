@@ -18,6 +18,7 @@ REMAT = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16")
 # Dtypes in which parameters that are not trained can be stored.
 BASE_DTYPES = (*DTYPES, "int8", "nf4")
+PHANTOM_RULES = ("shared", "drawn")
 # Products of a decoder's layer that can have a low-rank adapter.
 LORA_TARGETS = ("q", "k", "v", "out", "gate", "up", "down")
 # Parts that every model has, and that a base trains.
@@ -145,6 +146,11 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     source: str = setting("phantom", choices=SOURCES)
+    # Phantoms: the share of images with decoys, objects that contradict the answer outside the area or beside the
+    # modality's property; without any, knowing the task is enough. And the rule behind the answers: that of modality,
+    # area and task ("shared"), or one drawn for each subset, so that nothing transfers ("drawn").
+    phantom_decoys: float = setting(1.0, least=0, most=1)
+    phantom_rule: str = setting("shared", choices=PHANTOM_RULES)
     # Folder of a Med-MAT tree ("release"), or one that `medcg data prepare` wrote ("prepared").
     root: str = setting("", path=True)
     seed: int = setting(0, least=0, most=MOST_SEED)

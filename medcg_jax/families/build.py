@@ -88,7 +88,8 @@ def abstract(config: Config, *, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, 
 def stored_dtype(config: Config, path, variable: nnx.Variable) -> str | None:
     """The dtype that `config.base` gives the parameter at `path`, one of `config.BASE_DTYPES`; None: its own."""
     base = config.base
-    if base.dtype == "float32" or path[0].key in base.trained:
+    is_embedding = (path[0].key, path[1].key) == ("decoder", "embed")
+    if base.dtype == "float32" or path[0].key in base.trained or (is_embedding and EMBEDDING in base.trained):
         return None
     is_matrix = path[-1].key == "kernel" and variable.get_metadata("axes")[0] == "layer"
     return base.dtype if base.dtype in QUANTIZED and is_matrix else "bfloat16"

@@ -81,7 +81,9 @@ class Setup:
         for word in self.run.model.trainable_words if EMBEDDING in parts else ():
             ids = self.tokenizer.encode(word)
             if len(ids) != 1:
-                raise ConfigError(f"model.trainable_words={word!r}: it is {len(ids)} tokens; expected words of one token")
+                raise ConfigError(
+                    f"model.trainable_words={word!r}: it is {len(ids)} tokens; expected words of one token"
+                )
             rows += ids
         return tuple(rows)
 

@@ -42,8 +42,8 @@ NUM_TURNS = {"describe": 3, "plain": 4, "choice": 3}
 # How often a word that does not matter is replaced by a filler, and how often options are the first pair of words.
 FILLER_FRAC, FIRST_PAIR_FRAC = 0.7, 0.6
 NUM_FILLERS, NUM_TASK_FILLERS = 240, 20
-# What a record needs of `data.max_text_tokens` and `data.max_target_tokens`, with an empty system prompt.
-MAX_TEXT_TOKENS, MAX_TARGET_TOKENS = 50, 15
+# What a record needs of `data.max_text_tokens`, beside the frame of the prompt, and of `data.max_target_tokens`.
+MAX_TEXT_TOKENS, MAX_TARGET_TOKENS = 30, 15
 _WORD_FILE = Path(__file__).parents[1] / "tokenizer" / "words.txt"
 
 
@@ -70,12 +70,18 @@ def pretraining_records(seed: int, num: int) -> RecordSet:
     scene, kind, draws = pretraining_scene(seed, num)
     pictures = render(scene, draws)
     turns = max(NUM_TURNS.values())
-    layout, quadrant, asked = draws.uniform(), draws.integer(len(QUADRANTS), turns), draws.integer(len(PROPERTIES), turns)
+    layout, quadrant, asked = (
+        draws.uniform(),
+        draws.integer(len(QUADRANTS), turns),
+        draws.integer(len(PROPERTIES), turns),
+    )
     use_filler, filler = draws.uniform(turns) < FILLER_FRAC, draws.integer(NUM_FILLERS, turns)
     # In the task's place is a filler or any code word, which does not count there.
     codes, words = (*PROPERTIES, *QUADRANTS), fillers()
     in_task = np.where(
-        draws.integer(3, turns) == 0, len(codes) + draws.integer(NUM_TASK_FILLERS, turns), draws.integer(len(codes), turns)
+        draws.integer(3, turns) == 0,
+        len(codes) + draws.integer(NUM_TASK_FILLERS, turns),
+        draws.integer(len(codes), turns),
     )
     first_pair = draws.uniform(turns) < FIRST_PAIR_FRAC
     pair = np.where(first_pair, 0, draws.integer(len(VALUE_WORDS), turns))
@@ -108,11 +114,11 @@ def pretraining_records(seed: int, num: int) -> RecordSet:
     writers = {"describe": describe, "plain": plain, "choice": choose}
     records = []
     for i in range(num):
-        name = "describe" if layout[i] < DESCRIBE_FRAC else "plain" if layout[i] < DESCRIBE_FRAC + PLAIN_FRAC else "choice"
-        conversation = tuple(writers[name](i, k) for k in range(NUM_TURNS[name]))
-        records.append(
-            Record(f"pretraining/train/{i + 1}", "pretraining", conversation, image=f"pretraining/{i + 1}")
+        name = (
+            "describe" if layout[i] < DESCRIBE_FRAC else "plain" if layout[i] < DESCRIBE_FRAC + PLAIN_FRAC else "choice"
         )
+        conversation = tuple(writers[name](i, k) for k in range(NUM_TURNS[name]))
+        records.append(Record(f"pretraining/train/{i + 1}", "pretraining", conversation, image=f"pretraining/{i + 1}"))
     return RecordSet(records, pictures)
 
 

@@ -40,7 +40,8 @@ class PhantomSource:
 
     Args:
       seed: of all images and texts.
-      train_records, test_records: per subset, labels balanced (exactly, where the number is a multiple of theirs).
+      train_records, test_records: per subset, labels balanced (exactly, where the number is even).
+      decoys, rule: `DataConfig.phantom_decoys` and `phantom_rule`.
     """
 
     def __init__(
@@ -50,10 +51,10 @@ class PhantomSource:
         test_records: int = PHANTOM_TEST_RECORDS,
         *,
         decoys: float = 1.0,
-        null: bool = False,
+        rule: str = "shared",
     ):
         self.seed, self._sizes = seed, {"train": train_records, "test": test_records}
-        self.decoys, self.null = decoys, null
+        self.decoys, self.rule = decoys, rule
         for split, size in self._sizes.items():
             if size < 1:
                 raise DataError(f"{split}_records={size}; 1 or more is accepted")
@@ -88,7 +89,7 @@ class PhantomSource:
 
     def _digest(self, *files: str) -> str:
         """Of the code that draws, too: a change of a formula is a change of the data."""
-        drawn_from = (self.seed, sorted(self._sizes.items()), self.decoys, self.null)
+        drawn_from = (self.seed, sorted(self._sizes.items()), self.decoys, self.rule)
         digest = hashlib.sha256(repr(drawn_from).encode())
         for file in (world.__file__, images.__file__, pretraining.__file__, __file__, *files):
             digest.update(Path(file).read_bytes())
@@ -110,17 +111,16 @@ class PhantomSource:
         kind = np.searchsorted(np.cumsum(KIND_ODDS)[:-1], which, side="right") if split == "train" else HARD
         kind = np.where(has_decoys, kind, EASY)
         prop, quadrant, value = m, a, label
-        if self.null:
-            rule = Draws(f"{self.seed}/{triplet.name}/rule", np.zeros(1, int)).integer(4, 3)[0]
-            prop, quadrant, value = rule[0], rule[1], label ^ (rule[2] % 2)
+        if self.rule == "drawn":
+            prop, quadrant, flip = Draws(f"{self.seed}/{triplet.name}/rule", np.zeros(1, int)).integer(4, 3)[0]
+            value = label ^ (flip % 2)
         values[kind == EASY] = value[kind == EASY, None, None]
         values[kind == NO_AREA] = values[kind == NO_AREA, :1]
         values[kind == NO_AREA, :, prop] = value[kind == NO_AREA, None]
         values[kind == NO_MODALITY, quadrant] = value[kind == NO_MODALITY, None]
         values[kind == HARD, quadrant, prop] = value[kind == HARD]
-        filled = (np.full(size, place) for place in (m, a))
-        scene = draw_scene(draws, modality=next(filled), area=next(filled), values=values, test=split == "test")
-        return scene, kind
+        places = {"modality": np.full(size, m), "area": np.full(size, a)}
+        return draw_scene(draws, **places, values=values, test=split == "test"), kind
 
     def _choice_records(self, triplet: Triplet, split: Split) -> RecordSet:
         draws = self._draws(triplet.name, split)
@@ -151,7 +151,9 @@ class PhantomSource:
             lesion_boxes = tuple(Box(LESION, *boxes.of_mask(lesion)[0].tolist()) for lesion in lesions)
             image, size_px = _image(triplet, split, i), (SIDE_PX, SIDE_PX)
             records.append(
-                Record(*_names(triplet, split, i), (), image=image, data_no="phantom", boxes=lesion_boxes, size_px=size_px)
+                Record(
+                    *_names(triplet, split, i), (), image=image, data_no="phantom", boxes=lesion_boxes, size_px=size_px
+                )
             )
         return RecordSet(records, pictures, masks)
 

@@ -60,9 +60,7 @@ def _triplet(m: int, a: int, t: int) -> Triplet:
     return Triplet(MODALITIES[m], AREAS[a], list(TASKS)[t])
 
 
-TRIPLETS = tuple(
-    _triplet(m, a, t) for m in range(4) for a in range(4) for t in range(4) if (m + a + t) % 4 in (0, 1)
-)
+TRIPLETS = tuple(_triplet(m, a, t) for m in range(4) for a in range(4) for t in range(4) if (m + a + t) % 4 in (0, 1))
 
 # Every recipe of the phantom study was chosen on the first four with data seeds of 100 and above; figures are
 # reported on the others, with other seeds. Each modality, area and task occurs once in the first, twice in the others.
