@@ -20,7 +20,7 @@ RUN = replace(
 
 @pytest.fixture(scope="module")
 def cells():
-    return suite.expand(RUN, SMALL)
+    return suite.expand(RUN, SMALL, (), {subset.name: 300 for subset in SMALL})
 
 
 def test_equal_trainings_are_one_job(cells):
