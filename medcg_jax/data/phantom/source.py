@@ -77,7 +77,10 @@ class PhantomSource:
 
     def scene(self, subset: str, split: Split) -> Scene:
         """The parameters that the images of these records are drawn from."""
-        return self._scene(Triplet(*subset.split("-")), split, self._draws(subset, split))[0]
+        triplet, draws = Triplet(*subset.split("-")), self._draws(subset, split)
+        if triplet.task == DETECTION_TASK:
+            return self._detection_scene(triplet, split, draws)
+        return self._scene(triplet, split, draws)[0]
 
     def fingerprint(self) -> str:
         """A digest of the seed, the sizes and the modules that draw and write the records."""
@@ -139,13 +142,18 @@ class PhantomSource:
             )
         return RecordSet(records, pictures)
 
-    def _detection_records(self, triplet: Triplet, split: Split) -> RecordSet:
-        draws = self._draws(triplet.name, split)
-        size, (m, a) = len(draws), triplet.indices[:2]
+    def _detection_scene(self, triplet: Triplet, split: Split, draws: Draws) -> Scene:
+        """Lesions are the objects of the area's quadrant, with value 1 in the modality's property."""
+        size, (m, a, _) = len(draws), triplet.indices
         values = draws.integer(2, 4, 4)
         values[:, a, m] = 1
-        scene = draw_scene(draws, modality=np.full(size, m), area=np.full(size, a), values=values, test=split == "test")
-        pictures, masks = render(scene, draws), object_masks(scene, np.full(size, a))
+        places = {"modality": np.full(size, m), "area": np.full(size, a)}
+        return draw_scene(draws, **places, values=values, test=split == "test")
+
+    def _detection_records(self, triplet: Triplet, split: Split) -> RecordSet:
+        draws = self._draws(triplet.name, split)
+        scene = self._detection_scene(triplet, split, draws)
+        pictures, masks = render(scene, draws), object_masks(scene, scene.area)
         records = []
         for i, lesions in enumerate(masks):
             lesion_boxes = tuple(Box(LESION, *boxes.of_mask(lesion)[0].tolist()) for lesion in lesions)
