@@ -13,6 +13,7 @@ from medcg_jax.study.design.suite import DETECTION_TABLES, PAIR_TABLES
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name
 from medcg_jax.study.report.table import Table
 from medcg_jax.study.report.text import PARTS, effect_name, efficiency_gains, verdict
+from medcg_jax.study.stats.controls import BLIND
 from medcg_jax.train import goodput
 
 # `verdict` of an effect -> CSS class.
@@ -258,32 +259,37 @@ class Tables:
 
     def asked_again(self) -> Table:
         """Accuracies on changed questions."""
-        arms = [arm for arm in self.summary["controls_of_answers"] if arm["circular"] or arm["shuffled_images"]]
+        arms = [
+            arm for arm in self.summary["controls_of_answers"] if arm["circular"] or any(arm[name] for name in BLIND)
+        ]
         shifts = sorted({shift for arm in arms for shift in (arm["circular"] or {"by_shift": ()})["by_shift"]}, key=int)
         rows = []
         for arm in arms:
-            circular, two, shuffled = arm["circular"] or {}, arm["two_options"] or {}, arm["shuffled_images"]
+            circular, two = arm["circular"] or {}, arm["two_options"] or {}
             row = _named(arm) | {"plain": circular.get("plain")}
             row |= {f"shift_{shift}": circular.get("by_shift", {}).get(shift) for shift in shifts}
             row |= {"circular": circular.get("accuracy"), "two_plain": two.get("plain"), "two": two.get("accuracy")}
-            row |= {"shuffled": None, "chance": None, "n": arm["n"]}
-            if shuffled:
-                row["shuffled"] = Score(
-                    shuffled["accuracy"], shuffled["ci_low"], shuffled["ci_high"], shuffled["n"], ()
-                )
-                row["chance"] = shuffled["chance"]
-                row["colours"] = {"shuffled": "loss" if shuffled["ci_low"] > shuffled["chance"] else "win"}
+            blind = {name: arm[name] for name in BLIND}
+            row |= {
+                name: asked and Score(asked["accuracy"], asked["ci_low"], asked["ci_high"], asked["n"], ())
+                for name, asked in blind.items()
+            }
+            row |= {"chance": next((asked["chance"] for asked in blind.values() if asked), None), "n": arm["n"]}
+            row["colours"] = {
+                name: "loss" if asked["ci_low"] > asked["chance"] else "win" for name, asked in blind.items() if asked
+            }
             rows.append(row)
         caption = (
             "Per arm, accuracy in %: with the options moved on by one, two and three places, and right in every place "
             "(circular); of questions with more than two options, as asked and with two of them; and with another "
-            "record's image, which must fall to chance [95 % Wilson interval]. Orange: above chance, so something but "
-            "the image gives answers away; green: not. No record keeps its own image, so a model that reads images "
-            "well comes out a little below chance."
+            "record's image, a grey one or none, which must fall to chance [95 % Wilson interval]. Orange: above "
+            "chance, so something but the image gives answers away; green: not. No record keeps its own image, so a "
+            "model that reads images well comes out a little below chance beside another's."
         )
         titles = {
             "plain": "As asked", "circular": "In every place", "two_plain": "More than two options",
-            "two": "Two of them", "shuffled": "Another image", "n": "Answers",
+            "two": "Two of them", "shuffled_images": "Another image", "blank_images": "Grey image",
+            "text_only": "No image", "n": "Answers",
         }  # fmt: skip
         titles |= {f"shift_{shift}": f"Moved by {shift}" for shift in shifts}
         return Table("controls_again", "The same tests asked again", caption, rows, titles)
