@@ -8,11 +8,10 @@ from random import Random
 import numpy as np
 
 from medcg_jax.config import CONTROLS
-from medcg_jax.data.duplicates import pixel_digest
 from medcg_jax.data.records import LETTERS, DataError, Record, RecordSet, Turn
 
-# Grey of a blank image's pixels: the middle, near the mean of the images that towers are trained on.
-BLANK_GREY = 127
+# A blank image: mid grey, square, so that no padding frames it and neither size nor shape tells one from another.
+BLANK = np.full((224, 224, 3), 128, np.uint8)
 
 
 class ControlSet(RecordSet):
@@ -23,29 +22,9 @@ class ControlSet(RecordSet):
         self.places = tuple(places)
 
 
-class _Blank:
-    """An image of one grey, as large as that of a record (`records.StoredImage`)."""
-
-    def __init__(self, records: RecordSet, index: int):
-        self._records, self._index = records, index
-
-    def pixels(self) -> np.ndarray:
-        return np.full((*self.size(), 3), BLANK_GREY, np.uint8)
-
-    def size(self) -> tuple[int, int]:
-        return self._records.image_size(self._index)
-
-    def file_digest(self) -> bytes:
-        return pixel_digest(self.pixels())
-
-    def kept_hashes(self) -> None:
-        return None
-
-
-def with_blank_images(records: RecordSet) -> RecordSet:
-    """The records with grey images (`BLANK_GREY`) of their sizes; none is decoded. Records without an image stay so."""
-    images = [_Blank(records, i) if record.image else records.images[i] for i, record in enumerate(records.records)]
-    return RecordSet(records.records, images, records.masks)
+def blanked(records: RecordSet) -> RecordSet:
+    """The records with `BLANK` in place of every image; those without an image stay without."""
+    return RecordSet(records.records, [BLANK] * len(records), records.masks)
 
 
 def control_sets(records: RecordSet, names: Sequence[str], seed: int) -> dict[str, RecordSet]:
@@ -56,7 +35,7 @@ def control_sets(records: RecordSet, names: Sequence[str], seed: int) -> dict[st
         an image, or for which there is no other image, are left out.
       "circular": "shift_1", "shift_2", ...: the options rotated by so many letters, for questions with more options.
       "two_options": the right option and a drawn wrong one, in drawn order, for questions with more options.
-      "blank_images": each question beside a grey image (`with_blank_images`). "text_only": without an image. Records
+      "blank_images": each question beside a grey image (`blanked`). "text_only": without an image. Records
         without an image are left out of both.
 
     All but the last two are `ControlSet`s.
@@ -130,7 +109,7 @@ def _with_images(records: RecordSet) -> RecordSet:
 
 
 def _blank(records: RecordSet, _: Random) -> dict[str, RecordSet]:
-    return {"blank_images": with_blank_images(_with_images(records))}
+    return {"blank_images": blanked(_with_images(records))}
 
 
 def _text_only(records: RecordSet, _: Random) -> dict[str, RecordSet]:

@@ -11,7 +11,7 @@ from eval_toys import others_long
 from family_toys import SOURCE, TINY
 
 from medcg_jax.config import CONTROLS, ConfigError, RunConfig, replace
-from medcg_jax.data.controls import BLANK_GREY, control_sets
+from medcg_jax.data.controls import BLANK, control_sets
 from medcg_jax.data.records import RecordSet, concat
 from medcg_jax.eval import subsets
 from medcg_jax.eval.letters import evaluate, evaluate_controls, make_evaluator, make_prefix_evaluator
@@ -141,7 +141,7 @@ def test_blank_and_no_images_show_nothing_of_the_test(family):
         return tester.with_controls(params, found.encode_eval(records), again)
 
     plain, controls = answers(records)
-    grey = RecordSet(records.records, [np.full_like(records.image(i), BLANK_GREY) for i in range(3)])
+    grey = RecordSet(records.records, [BLANK] * 3)
     np.testing.assert_array_equal(scores(controls["blank_images"]), scores(tester(params, found.encode_eval(grey))))
     turned = RecordSet(records.records, [records.image(i)[::-1, ::-1] for i in range(3)])
     plain_of_turned, controls_of_turned = answers(turned)
