@@ -13,6 +13,7 @@ from medcg_jax.study.design.suite import DETECTION_TABLES, PAIR_TABLES
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name
 from medcg_jax.study.report.table import Table
 from medcg_jax.study.report.text import PARTS, effect_name, efficiency_gains, verdict
+from medcg_jax.study.stats.calibration import NUM_BINS
 from medcg_jax.study.stats.controls import BLIND
 from medcg_jax.train import goodput
 
@@ -56,7 +57,7 @@ class Tables:
             tables += self.combination(name)
         tables += [self.ablation(), self.multi_task("in_distribution"), self.multi_task("out_of_distribution")]
         tables += [self.efficiency(), contamination(grid), self.comparisons(), cells(grid), letters(grid)]
-        tables += [self.controls(), self.asked_again(), time_spent(grid)]
+        tables += [self.controls(), self.asked_again(), self.calibration(), time_spent(grid)]
         tables += [boxes(grid, part) for part in ("in_distribution", "out_of_distribution")]
         return [table for table in tables if table.rows]
 
@@ -293,6 +294,27 @@ class Tables:
         }  # fmt: skip
         titles |= {f"shift_{shift}": f"Moved by {shift}" for shift in shifts}
         return Table("controls_again", "The same tests asked again", caption, rows, titles)
+
+    def calibration(self) -> Table:
+        """What the probabilities of the letters are worth."""
+        keys = ("accuracy", "confidence", "ece", "ece_of_calibrated", "brier", "aurc", "aurc_least", "n", "records")
+        rows = [_named(arm) | {key: arm[key] for key in keys} for arm in self.summary["calibration"]]
+        for row in rows:
+            row["colours"] = {"ece": "loss" if row["ece"] > 2 * row["ece_of_calibrated"] else ""}
+        caption = (
+            "Per arm, in %: the accuracy; the mean confidence, which is the probability of the letter answered among "
+            f"those offered; the expected calibration error over {NUM_BINS} bins of confidence of equal width, and about "
+            "what chance alone would leave of it with so many records (orange: more than twice that); the Brier score, "
+            "a sum over the letters from 0 to 200 (50 for two options at random, 75 for four); and the area under the "
+            "curve of risk over coverage, the mean share of wrong answers among the most confident ones, with the least "
+            "that this accuracy allows. Where confidence says nothing the area is 100 less the accuracy."
+        )
+        titles = {
+            "confidence": "Confidence", "ece": "Calibration error", "ece_of_calibrated": "By chance",
+            "brier": "Brier score", "aurc": "Area under risk-coverage", "aurc_least": "Least", "n": "Answers",
+            "records": "Records",
+        }  # fmt: skip
+        return Table("calibration", "Calibration, and risk by coverage", caption, rows, titles)
 
 
 def boxes(grid: Grid, part: str) -> Table:
