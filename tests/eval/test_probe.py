@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from eval_toys import others_long
 from family_toys import TINY
+from flax import nnx
 
 from medcg_jax.config import replace
 from medcg_jax.data.records import LETTERS, Record, RecordSet, Subset, Turn
@@ -192,8 +193,6 @@ def test_cells_of_a_grid():
 def cells_by_model(family: str, image: np.ndarray, side: int) -> list[int]:
     found = family_toys.setup(family)
     graphdef, params = build.abstract(found.model)[0], family_toys.placed(family, None)
-    from flax import nnx
-
     arrays = {key: value[None, None] for key, value in found.format.preprocess(image).items()}
     with jax.set_mesh(found.mesh):
         return np.array(nnx.merge(graphdef, params).image_tokens(arrays, side)[1])[0].tolist()
@@ -201,11 +200,12 @@ def cells_by_model(family: str, image: np.ndarray, side: int) -> list[int]:
 
 def test_cells_of_images_of_any_shape_and_of_tiles():
     found = family_toys.setup("qwen2_vl")
-    sizes = found.format.preprocess(np.zeros((16, 32, 3), np.uint8))["grids"] // found.model.vision.merge
-    rows, columns = sizes.tolist()
-    assert (rows, columns) == (1, 2)
-    cells = cells_by_model("qwen2_vl", np.zeros((16, 32, 3), np.uint8), 2)
-    assert cells == [0, 1] + [-1] * (len(cells) - 2) and len(cells) > 2
+    image = np.zeros((8, 32, 3), np.uint8)
+    rows, columns = (found.format.preprocess(image)["grids"] // found.model.vision.merge).tolist()
+    cells, num = cells_by_model("qwen2_vl", image, 2), rows * columns
+    assert rows < columns and num < len(cells)
+    expected = [(r * 2 // rows) * 2 + c * 2 // columns for r in range(rows) for c in range(columns)]
+    assert cells == expected + [-1] * (len(cells) - num)
     # Two tiles side by side: the first has the left half of the image; a class token stands before each tile.
     vision = family_toys.setup("mllama").model.vision
     inside, side = round((vision.tokens_per_tile - 1) ** 0.5), 2 * round((vision.tokens_per_tile - 1) ** 0.5)
