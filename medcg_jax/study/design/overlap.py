@@ -20,7 +20,7 @@ PATTERN = "not its direction"
 TWO = "two elements in one"
 LAPSES = {
     WHOLE: "a training subset has all three elements of the target",
-    PATTERN: "what the training subsets share with the target is not what the row's direction says",
+    PATTERN: "what the subsets share with the target is not what the direction says",
     TWO: "a source of one element has two",
 }
 COMBINATIONS = range(3, 9)  # published tables of pairs, triples and detection pairs

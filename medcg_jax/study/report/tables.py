@@ -25,6 +25,10 @@ BOTH_SOURCES = (
     "The p is of these records alone; the interval of the difference counts the spread of seeds too, so that of a "
     "significant row may include 0. Seconds are of all seeds' trainings."
 )
+SHARES = (
+    "Shared: the elements (modality M, area A, task T) that each training subset has in common with the target; MAT is "
+    "the target's own triplet."
+)
 # The row that sums over all subsets of a table of boxes.
 ALL_SUBSETS = "all subsets"
 # Number of findings named in a row of the contamination table.
@@ -99,16 +103,20 @@ class Tables:
     ) -> dict:
         """The values of one row: an arm, others beside it, and the difference to the first of these."""
         results = [self.paired(table, row, target, arm, other) for other in others]
-        first = results[0] or {}
+        first, chance = results[0] or {}, self.grid.chance(target)
         row_mark = mark(results)
+        if row_mark in ("win", "win-sure") and chance is not None and arm in scores and scores[arm].low <= chance:
+            row_mark = "chance"
         singles = self.mean_of_singles(row, target) if table == "multi_task" else None
         names = {} if table == "multi_task" else {"baseline_plus": "p_plus", "baseline": "p_base"}
         return (
-            {"target": target, "what": self.grid.describe(target) or None, "chance": self.grid.chance(target)}
+            {"target": target, "what": self.grid.describe(target) or None}
+            | ({} if table == "multi_task" else self.trained_on(table, row, target, arm))
+            | {"chance": chance}
             | {name: scores.get(name) for name in (*reversed(others), arm)}
             | {"mark": row_mark, "singles": singles, "n": answers_per_arm(scores)}
             | {"difference": first.get("difference"), "ci": (first["ci_low"], first["ci_high"]) if first else None}
-            | {names.get(o, f"p_{o}"): r and r["p"] for o, r in zip(others, results, strict=True)}
+            | {names.get(o, f"p_{o}"): r and r["p_holm"] for o, r in zip(others, results, strict=True)}
             | {"seeds": seeds_text(scores), "cost": self.seconds(table, row, arm)}
             | {"colours": {arm: row_mark, "mark": row_mark}}
         )
@@ -125,15 +133,15 @@ class Tables:
         parts: dict[str, list[dict]] = {}
         for (row, target), scores in self.grid.scores(table).items():
             values = self.compared(table, row, target, scores, "trained", others)
-            values["related"] = self.trained_on(table, row, "trained")
             parts.setdefault(row.split("/")[0], []).append(values)
         titles = {"difference": f"Points over {arm_name(others[0])}"}
         return [
             Table(
                 f"{table}_{part}", f"{name}: {PARTS.get(part, part)}",
                 f"{name} with {PARTS.get(part, part)} (the paper's table {number}). Accuracy in % "
-                "[95 % Wilson interval] over n test answers; exact McNemar p, paired by record. Green: Trained is "
-                f"above {above} significant after Holm's adjustment; orange (red in the paper): below. {BOTH_SOURCES}",
+                "[95 % Wilson interval] over n test answers; p of the exact McNemar test, paired by record, after Holm's "
+                f"adjustment. Green: Trained is above {above} significant after it; orange (red in the paper): below; "
+                f"grey: above, but not above chance. {BOTH_SOURCES} {SHARES}",
                 rows, titles,
             )
             for part, rows in parts.items()
@@ -147,13 +155,14 @@ class Tables:
             for (row, target), scores in self.grid.scores("multi_task").items()
             if row == part
         ]
-        titles = {f"p_{other}": f"p vs {arm_name(other)}" for other in others}
+        titles = {f"p_{other}": f"Holm p vs {arm_name(other)}" for other in others}
         titles |= {"target": "Subset", "singles": "Single-task, mean of all"}
         titles |= {"difference": f"Points over {arm_name(others[0])}"}
         caption = (
             f"One model of all subsets, {PARTS[part]} (the paper's table {1 if len(others) == 2 else 2}). Accuracy in "
-            "% [95 % Wilson interval]; exact McNemar p. Green: Multi-task is above all others of the row, solid where "
-            f"significantly; orange: below all. {BOTH_SOURCES}"
+            "% [95 % Wilson interval]; p of the exact McNemar test after Holm's adjustment. Green: Multi-task is above all "
+            f"others of the row, solid where significantly; orange: below all; grey: above, but not above chance. "
+            f"{BOTH_SOURCES}"
         )
         return Table(f"multi_task_{part}", f"Multi-task: {PARTS[part]}", caption, rows, titles)
 
@@ -170,10 +179,13 @@ class Tables:
         """Training seconds of a row's arm over its seeds; None where none were recorded."""
         return round(sum(float(cell["seconds"] or 0) for cell in self.grid.cells_of(table, row, arm))) or None
 
-    def trained_on(self, table: str, row: str, arm: str) -> str:
-        """The training subsets of an arm; the number of draws where the seeds differ."""
-        names = {cell["related"].replace("+", " + "): None for cell in self.grid.cells_of(table, row, arm)}
-        return next(iter(names), "–") if len(names) < 2 else f"{len(names)} draws, in the list of cells"
+    def trained_on(self, table: str, row: str, target: str, arm: str) -> dict[str, str | None]:
+        """Columns: the training subsets of an arm, or the number of draws where the seeds differ, and what each shares."""
+        cells = self.grid.cells_of(table, row, arm)
+        names = {cell["related"].replace("+", " + "): None for cell in cells}
+        shares = filter(None, {self.grid.shares(cell["related"], target): None for cell in cells})
+        drawn = next(iter(names), "–") if len(names) < 2 else f"{len(names)} draws, in the list of cells"
+        return {"related": drawn, "shares": " or ".join(shares) or None}
 
     def ablation(self) -> Table:
         opposite, rows = {"win-sure": "loss-sure", "loss-sure": "win-sure"}, []
