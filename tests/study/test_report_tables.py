@@ -99,6 +99,33 @@ def test_how_letters_were_used(full_grid, tables):
     assert row["generated"] < row["accuracy"]
 
 
+def test_measures_beside_accuracy_are_of_the_predictions(full_grid, tables):
+    cells = [
+        c
+        for c in read_csv(full_grid / "cells.csv")
+        if (c["row"], c["arm"]) == ("fixed_area/mri-brain-state", "trained")
+    ]
+    by_seed = []
+    for cell in cells:
+        recall = defaultdict(list)
+        for line in json_lines(full_grid / "predictions" / f"{cell['cell']}.jsonl"):
+            recall[line["options"]["AB".index(line["answer"])]].append(line["predicted"] == line["answer"])
+        by_seed.append({label: sum(right) / len(right) for label, right in recall.items()})
+    row = next(
+        r
+        for r in tables["metrics"].rows
+        if (r["table"], r["row"], r["arm"]) == ("pairs", "fixed_area/mri-brain-state", "Trained")
+    )
+    assert len(by_seed) == 2 and row["balanced"] == pytest.approx(sum(sum(x.values()) / 2 for x in by_seed) / 2)
+    assert (row["labels"], row["auroc_labels"], row["why"]) == (2, 2, None)
+    assert row["auroc"] > row["majority"] == 0.5
+    assert row["accuracy"] == pytest.approx(row["balanced"])  # phantoms are balanced
+    assert len(tables["metrics"].rows) == len(
+        {(r["table"], r["row"], r["target"], r["arm"]) for r in read_csv(full_grid / "results.csv")}
+    )
+    assert "majority" not in {column.key for column in tables["pairs_fixed_area"].columns}
+
+
 def test_every_table_is_csv_and_latex(tables):
     for table in tables.values():
         rows = list(csv.reader(table.csv().splitlines()))
@@ -226,6 +253,9 @@ def test_published_rows_say_what_they_share_and_what_is_doubtful(tmp_path):
     row, whole = pairs.rows
     assert (row["shares"], row["lapse"], row["others"]) == ("AT + MT", None, None)
     assert "subset 32: its one dataset, 63, is described as MRI" in row["slips"] and "baseline '25'" in row["slips"]
+    table = Tables(Grid(workdir), stats.summarise(workdir)).combination("pairs")[0]
+    # The made test has one right letter beside ten times the same options: always answering it would be right.
+    assert [row["majority"] for row in table.rows] == [1.0, 1.0]
     assert (whole["shares"], whole["lapse"]) == ("MAT + MT", "whole triplet")
     assert (whole["confidence"], whole["others"], whole["slips"]) == ("medium", "28 + 37", None)
     assert "In 1 of these 2 rows a training subset has all three elements of the target" in pairs.caption

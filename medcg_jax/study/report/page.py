@@ -102,7 +102,7 @@ ORIGINS = Markup(
     "the code."
 )
 # Tables that are folded at the end of the page.
-FOLDED = ("contamination", "comparisons", "cells", "goodput")
+FOLDED = ("contamination", "comparisons", "metrics", "cells", "goodput")
 
 
 @dataclass(frozen=True, kw_only=True)

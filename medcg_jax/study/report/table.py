@@ -21,7 +21,7 @@ MARKS = {
 }
 # Column key -> title, where `title_of` gives another.
 TITLES = {
-    "ci": "95\u00a0% interval", "cost": "Seconds", "mark": "", "n": "n", "p": "p", "p_base": "Holm p vs Baseline",
+    "ci": "95\u00a0% interval", "cost": "Seconds", "majority": "Most frequent label", "mark": "", "n": "n", "p": "p", "p_base": "Holm p vs Baseline",
     "p_holm": "p, Holm", "p_plus": "Holm p vs Baseline+", "related": "Trained on", "shares": "Shared",
     "what": "Combination",
 }  # fmt: skip

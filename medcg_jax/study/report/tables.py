@@ -13,6 +13,7 @@ from medcg_jax.study.design.suite import DETECTION_TABLES, PAIR_TABLES
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name
 from medcg_jax.study.report.table import Table
 from medcg_jax.study.report.text import PARTS, effect_name, efficiency_gains, verdict
+from medcg_jax.study.stats import metrics
 from medcg_jax.train import goodput
 
 # `verdict` of an effect -> CSS class.
@@ -51,6 +52,7 @@ class Tables:
     def __init__(self, grid: Grid, summary: dict):
         self.grid, self.summary = grid, summary
         self._rows = {(r["table"], r["row"], r["target"], r["arm"], r["against"]): r for r in summary["rows"]}
+        self._measures: dict[tuple[str, str, str, str], dict | None] = {}
 
     def all(self) -> list[Table]:
         """All non-empty tables but those with published numbers."""
@@ -59,7 +61,7 @@ class Tables:
             tables += self.combination(name)
         tables += [self.ablation(), self.multi_task("in_distribution"), self.multi_task("out_of_distribution")]
         tables += [self.efficiency(), contamination(grid), self.comparisons(), cells(grid), letters(grid)]
-        tables += [self.controls(), self.asked_again(), time_spent(grid)]
+        tables += [self.metrics(), self.controls(), self.asked_again(), time_spent(grid)]
         tables += [boxes(grid, part) for part in ("in_distribution", "out_of_distribution")]
         return [table for table in tables if table.rows]
 
@@ -112,7 +114,7 @@ class Tables:
         return (
             {"target": target, "what": self.grid.describe(target) or None}
             | ({} if table == "multi_task" else self.trained_on(table, row, target, arm))
-            | {"chance": chance}
+            | {"chance": chance, "majority": self.majority(table, row, target, arm)}
             | {name: scores.get(name) for name in (*reversed(others), arm)}
             | {"mark": row_mark, "singles": singles, "n": answers_per_arm(scores)}
             | {"difference": first.get("difference"), "ci": (first["ci_low"], first["ci_high"]) if first else None}
@@ -174,6 +176,49 @@ class Tables:
             if row.startswith(f"{part}/") and tested == target and "single_task" in scores
         ]
         return sum(accuracies) / len(accuracies) if accuracies else None
+
+    def measures(self, table: str, row: str, target: str, arm: str) -> dict | None:
+        """`metrics.mean_over_seeds` of one row's arm; None where no letters were asked for."""
+        key = table, row, target, arm
+        if key not in self._measures:
+            frames = [self.grid.answers.frame(cell["cell"]) for cell in self.grid.cells_of(table, row, arm)]
+            of_target = [frame[frame["subset"] == target] for frame in frames]
+            asked = [metrics.metrics_of(frame) for frame in of_target if len(frame)]
+            self._measures[key] = metrics.mean_over_seeds(asked) if asked else None
+        return self._measures[key]
+
+    def majority(self, table: str, row: str, target: str, arm: str) -> float | None:
+        """The share of the most frequent label in a row's tests; None of phantoms, whose labels are balanced."""
+        measures = None if self.grid.of_phantoms else self.measures(table, row, target, arm)
+        return measures and measures["majority"]
+
+    def metrics(self) -> Table:
+        """What accuracy hides where labels are not balanced, of every row and arm."""
+        rows = []
+        for table in self.grid.tables:
+            for (row, target), scores in self.grid.scores(table).items():
+                for arm, score in scores.items():
+                    found = self.measures(table, row, target, arm) or {}
+                    rows.append(
+                        {"table": table.replace("_", "-"), "row": row, "target": target, "arm": arm_name(arm)}
+                        | {"n": score.n, "accuracy": score.accuracy}
+                        | {key: found.get(key) for key in ("majority", "balanced", "auroc", "labels", "auroc_labels")}
+                        | {"why": found.get("why") or None}
+                    )
+        caption = (
+            "Beside accuracy, in %, over a row's seeds: the share of the most frequent label in the test set, which is "
+            "what always answering it would give where it is always offered; balanced accuracy, the mean over labels of "
+            "the share of their records answered rightly; and the mean over labels of the area under the ROC curve of "
+            "each against the rest (50: no order), from the probabilities of the offered options, among the records that "
+            "offer the label. A label is the text of an option. Blank: not defined, with the reason."
+        )
+        titles = {
+            "balanced": "Balanced accuracy",
+            "auroc": "AUROC",
+            "auroc_labels": "Labels in it",
+            "why": "Why not all",
+        }
+        return Table("metrics", "Beside accuracy: labels that are not balanced", caption, rows, titles)
 
     def seconds(self, table: str, row: str, arm: str) -> int | None:
         """Training seconds of a row's arm over its seeds; None where none were recorded."""
