@@ -74,12 +74,13 @@ class Tables:
             "Mean differences between arms, in points, with 95 % bootstrap intervals over targets, seeds and records; "
             "rows above and below, and how many significantly (exact McNemar per row, Holm-adjusted over a table). "
             "Overall: a sign-flip test of the targets' means, by direction adjusted by Holm over a table's directions, "
-            "and the least p that so few targets allow. Green: the interval is above 0; orange: below."
+            "and the least p that so few targets allow, whatever the numbers are. Green: the interval is above 0; orange: "
+            "below."
         )
         titles = {
             "name": "Difference", "mean": "Points", "wins": "Up", "significant": "signif.", "losses": "Down",
             "significant_losses": "signif.", "p_overall": "Overall p", "p_overall_holm": "p, Holm",
-            "p_smallest": "Least p",
+            "p_smallest": "Least possible p",
         }  # fmt: skip
         whole, directions = [], []
         for effect in self.summary["effects"]:
@@ -458,11 +459,12 @@ def letters(grid: Grid) -> Table:
             | {"generated": value.generated_right / value.generated if value.generated else None}
         )
     caption = (
-        "Per arm, in %: the share of each letter (right answers in a table's first row), the probability on the offered "
-        "letters before anything is ruled out, accuracy by likelihood of the offered letters (the study's measure), and, "
+        "Per arm, in %: the share of each letter (right answers in a table's first row), the probability of the offered "
+        "letters together among all that the model could say (near 0 it does not answer the question), accuracy by "
+        "likelihood of the offered letters (the study's measure), and, "
         "for greedily generated answers, how many are no offered letter and the accuracy when those count as wrong."
     )
-    titles = {f"letter_{name}": name for name in names} | {"n": "Answers", "mass": "Mass on letters"}
+    titles = {f"letter_{name}": name for name in names} | {"n": "Answers", "mass": "Probability of the letters"}
     return Table("answers", "How the letters were used", caption, rows, titles | {"generated": "Accuracy, generated"})
 
 
