@@ -21,9 +21,9 @@ MARKS = {
 }
 # Column key -> title, where `title_of` gives another.
 TITLES = {
-    "ci": "95\u00a0% interval", "cost": "Seconds", "majority": "Most frequent label", "mark": "", "n": "n", "p": "p", "p_base": "Holm p vs Baseline",
-    "p_holm": "p, Holm", "p_plus": "Holm p vs Baseline+", "related": "Trained on", "shares": "Shared",
-    "what": "Combination",
+    "ci": "95\u00a0% interval", "cost": "Seconds", "majority": "Most frequent label", "mark": "", "n": "n", "p": "p",
+    "p_base": "Holm p vs Baseline", "p_holm": "p, Holm", "p_plus": "Holm p vs Baseline+", "related": "Trained on",
+    "shares": "Shared", "what": "Combination",
 }  # fmt: skip
 # Kind of column -> suffixes of its keys in CSV; ("",) for all other kinds.
 CSV_SUFFIXES = {"score": ("", "_low", "_high", "_n"), "interval": ("_low", "_high")}
