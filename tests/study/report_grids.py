@@ -20,6 +20,7 @@ from medcg_jax.eval.boxes import BoxAnswer, write_answers
 from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.design import suite
 from medcg_jax.study.stats import contamination, results
+from medcg_jax.study.stats.controls import BLIND
 from medcg_jax.train import goodput
 
 CELLS = ("cell", "table", "row", "arm", "seed", "related", "target", "steps", "status", "seconds")
@@ -117,7 +118,7 @@ def write_predictions(workdir, cell: suite.Cell, source, skill: float, options_t
 
 
 def write_controls(workdir: Path, seed: int, blind: bool = True) -> None:
-    """Controls of every cell: right where the plain answer was; with another image A, or (not blind) still right."""
+    """Controls of every cell: right where the plain answer was; without its image A, or (not blind) still right."""
     sizes = {key.removeprefix("data__"): value for key, value in SIZES.items()}
     source = open_source(DataConfig(seed=seed, **sizes))
     for path in sorted((workdir / "predictions").glob(f"*.s{seed}.jsonl")):
@@ -129,7 +130,7 @@ def write_controls(workdir: Path, seed: int, blind: bool = True) -> None:
                     line = plain[subset, record.id]
                     other = next(letter for letter in LETTERS if letter != record.answer)
                     predicted = record.answer if line["predicted"] == line["answer"] else other
-                    if name == "shuffled_images" and blind:
+                    if name in BLIND and blind:
                         predicted = "A"
                     lines.append(
                         {"id": record.id, "subset": subset, "options": record.options, "answer": record.answer,

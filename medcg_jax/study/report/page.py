@@ -76,7 +76,7 @@ CARDS = (
 SUBSETS = (
     "A page for each subset that was tested: its scores in every table, what is taken for what, and the most confident "
     "mistakes with their images. The share beside a name is the accuracy of the answers looked at there: those of the "
-    "arm that its page names, at the first seed."
+    "one model that its page names."
 )
 LETTERS = (
     "Accuracy is by likelihood: the offered letter that the model finds likeliest. A model that favours a letter, or "
@@ -291,9 +291,9 @@ def _write_subset(grid: Grid, folder: Path, target: str, file: str) -> str:
     """Writes the page of one subset; returns its line in the list of subsets."""
     cards, answers = mistakes(grid, target)
     words = (
-        f"{cards.num_wrong} of {cards.num_answers} answers of {cards.arm} are wrong. Shown are those with the highest "
-        "probability of the wrong letter among the letters offered, each record once, at most twelve."
-        if cards.arm
+        f"{cards.num_wrong} of {cards.num_answers} answers of {cards.model} are wrong. Shown are those with the highest "
+        "probability of the wrong letter among the letters offered, at most twelve."
+        if cards.model
         else "No arm that is trained for another subset was tested on this one."
     )
     labels, scores = confusion(answers), subset_scores(grid, target)
@@ -301,7 +301,7 @@ def _write_subset(grid: Grid, folder: Path, target: str, file: str) -> str:
         Section(id="mistakes", title="Mistakes to look at", paragraphs=[words], cards=[("", "wrong", cards.wrong)],
                 notes=[cards.absent] if cards.absent else []),
         Section(id="confusion", title=labels.title, tables=[labels] if answers else [],
-                paragraphs=[f"Answers of {cards.arm}."] if answers else []),
+                paragraphs=[f"Answers of {cards.model}."] if answers else []),
         Section(id="scores", title=scores.title, tables=[scores]),
     ]  # fmt: skip
     what, name = grid.describe(target), grid.config["name"]
@@ -354,8 +354,8 @@ def _answer_sections(grid: Grid, tables: dict[str, Table], plots: Plots, items: 
     cards = samples(grid)
     groups = [("Answered rightly", "right", cards.right), ("Answered wrongly", "wrong", cards.wrong)]
     contents: dict = {"notes": [cards.absent]} if cards.absent else {"cards": groups}
-    if cards.arm:
-        contents["paragraphs"] = [f"Test records with the answers of {cards.arm}. {CARDS}"]
+    if cards.model:
+        contents["paragraphs"] = [f"Test records with the answers of {cards.model}. {CARDS}"]
     letters = [tables[name] for name in ("answers", "controls", "controls_again") if name in tables]
     printed = [table for name, table in tables.items() if name.startswith("published_")]
     beside = PUBLISHED if printed else "No row of this grid is a row of the paper's tables: nothing is set beside them."

@@ -14,6 +14,8 @@ from medcg_jax.study.report.load_grid import Grid, Score, arm_name
 from medcg_jax.study.report.table import Table
 from medcg_jax.study.report.text import PARTS, effect_name, efficiency_gains, verdict
 from medcg_jax.study.stats import metrics
+from medcg_jax.study.stats.calibration import NUM_BINS
+from medcg_jax.study.stats.controls import BLIND
 from medcg_jax.train import goodput
 
 # `verdict` of an effect -> CSS class.
@@ -61,7 +63,7 @@ class Tables:
             tables += self.combination(name)
         tables += [self.ablation(), self.multi_task("in_distribution"), self.multi_task("out_of_distribution")]
         tables += [self.efficiency(), contamination(grid), self.comparisons(), cells(grid), letters(grid)]
-        tables += [self.metrics(), self.controls(), self.asked_again(), time_spent(grid)]
+        tables += [self.metrics(), self.controls(), self.asked_again(), self.calibration(), time_spent(grid)]
         tables += [boxes(grid, part) for part in ("in_distribution", "out_of_distribution")]
         return [table for table in tables if table.rows]
 
@@ -316,35 +318,61 @@ class Tables:
 
     def asked_again(self) -> Table:
         """Accuracies on changed questions."""
-        arms = [arm for arm in self.summary["controls_of_answers"] if arm["circular"] or arm["shuffled_images"]]
+        arms = [
+            arm for arm in self.summary["controls_of_answers"] if arm["circular"] or any(arm[name] for name in BLIND)
+        ]
         shifts = sorted({shift for arm in arms for shift in (arm["circular"] or {"by_shift": ()})["by_shift"]}, key=int)
         rows = []
         for arm in arms:
-            circular, two, shuffled = arm["circular"] or {}, arm["two_options"] or {}, arm["shuffled_images"]
+            circular, two = arm["circular"] or {}, arm["two_options"] or {}
             row = _named(arm) | {"plain": circular.get("plain")}
             row |= {f"shift_{shift}": circular.get("by_shift", {}).get(shift) for shift in shifts}
             row |= {"circular": circular.get("accuracy"), "two_plain": two.get("plain"), "two": two.get("accuracy")}
-            row |= {"shuffled": None, "chance": None, "n": arm["n"]}
-            if shuffled:
-                row["shuffled"] = Score(
-                    shuffled["accuracy"], shuffled["ci_low"], shuffled["ci_high"], shuffled["n"], ()
-                )
-                row["chance"] = shuffled["chance"]
-                row["colours"] = {"shuffled": "loss" if shuffled["ci_low"] > shuffled["chance"] else "win"}
+            blind = {name: arm[name] for name in BLIND}
+            row |= {
+                name: asked and Score(asked["accuracy"], asked["ci_low"], asked["ci_high"], asked["n"], ())
+                for name, asked in blind.items()
+            }
+            row |= {"chance": next((asked["chance"] for asked in blind.values() if asked), None), "n": arm["n"]}
+            row["colours"] = {
+                name: "loss" if asked["ci_low"] > asked["chance"] else "win" for name, asked in blind.items() if asked
+            }
             rows.append(row)
         caption = (
             "Per arm, accuracy in %: with the options moved on by one, two and three places, and right in every place "
             "(circular); of questions with more than two options, as asked and with two of them; and with another "
-            "record's image, which must fall to chance [95 % Wilson interval]. Orange: above chance, so something but "
-            "the image gives answers away; green: not. No record keeps its own image, so a model that reads images "
-            "well comes out a little below chance."
+            "record's image, a grey one or none, which must fall to chance [95 % Wilson interval]. Orange: above "
+            "chance, so something but the image gives answers away; green: not. No record keeps its own image, so a "
+            "model that reads images well comes out a little below chance beside another's."
         )
         titles = {
             "plain": "As asked", "circular": "In every place", "two_plain": "More than two options",
-            "two": "Two of them", "shuffled": "Another image", "n": "Answers",
+            "two": "Two of them", "shuffled_images": "Another image", "blank_images": "Grey image",
+            "text_only": "No image", "n": "Answers",
         }  # fmt: skip
         titles |= {f"shift_{shift}": f"Moved by {shift}" for shift in shifts}
         return Table("controls_again", "The same tests asked again", caption, rows, titles)
+
+    def calibration(self) -> Table:
+        """What the probabilities of the letters are worth."""
+        keys = ("accuracy", "confidence", "ece", "ece_of_calibrated", "brier", "aurc", "aurc_least", "n", "records")
+        rows = [_named(arm) | {key: arm[key] for key in keys} for arm in self.summary["calibration"]]
+        for row in rows:
+            row["colours"] = {"ece": "loss" if row["ece"] > 2 * row["ece_of_calibrated"] else ""}
+        caption = (
+            "Per arm, in %: the accuracy; the mean confidence, which is the probability of the letter answered among "
+            f"those offered; the expected calibration error over {NUM_BINS} bins of confidence of equal width, and about "
+            "what chance alone would leave of it with so many records (orange: more than twice that); the Brier score, "
+            "a sum over the letters from 0 to 200 (50 for two options at random, 75 for four); and the area under the "
+            "curve of risk over coverage, the mean share of wrong answers among the most confident ones, with the least "
+            "that this accuracy allows. Where confidence says nothing the area is 100 less the accuracy."
+        )
+        titles = {
+            "confidence": "Confidence", "ece": "Calibration error", "ece_of_calibrated": "By chance",
+            "brier": "Brier score", "aurc": "Area under risk-coverage", "aurc_least": "Least", "n": "Answers",
+            "records": "Records",
+        }  # fmt: skip
+        return Table("calibration", "Calibration, and risk by coverage", caption, rows, titles)
 
 
 def boxes(grid: Grid, part: str) -> Table:

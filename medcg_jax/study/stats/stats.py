@@ -12,6 +12,7 @@ import numpy as np
 
 from medcg_jax.study.design.mat import ELEMENTS
 from medcg_jax.study.stats.answers import Answers
+from medcg_jax.study.stats.calibration import calibration_of_answers
 from medcg_jax.study.stats.controls import controls_of_answers
 from medcg_jax.study.stats.grid_files import read_results
 from medcg_jax.study.stats.paired import (
@@ -97,6 +98,7 @@ def summarise(workdir: str | Path, results: Sequence[Mapping] | None = None, ans
                                           # an element does beyond less data; "same_task": all_related - same_task
       "controls_of_answers": [...],       # letters, numbers of options, generation, runs without images and the like:
                                           # `controls.controls_of_answers`
+      "calibration": [...],               # of each table and arm: `calibration.calibration_of_answers`
     }
 
     "part" is the first part of a row's name: the direction in `pairs` ("fixed_modality", "fixed_area", "fixed_task",
@@ -129,6 +131,7 @@ def summarise(workdir: str | Path, results: Sequence[Mapping] | None = None, ans
         "curves": _curves(results),
         "controls": _controls(effects),
         "controls_of_answers": controls_of_answers(answers, results, fresh),
+        "calibration": calibration_of_answers(answers, results, fresh),
     }
 
 
