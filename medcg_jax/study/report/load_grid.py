@@ -234,7 +234,7 @@ class Grid:
         """
         path = self.workdir / "metrics" / f"{cell['cell']}.jsonl"
         if not path.exists() and cell["related"]:
-            path = self._trainings.get(_training(cell), path)
+            path = self._trainings.get(grid_files.training_of(cell), path)
         lines = read_metrics(path)
         last = lines[-1]["step"] if lines else 0
         if path.exists() and last != int(cell["steps"]):
@@ -245,7 +245,10 @@ class Grid:
 
     @cached_property
     def _trainings(self) -> dict[tuple, Path]:
-        paths = {_training(cell): self.workdir / "metrics" / f"{cell['cell']}.jsonl" for cell in reversed(self.cells)}
+        paths = {
+            grid_files.training_of(cell): self.workdir / "metrics" / f"{cell['cell']}.jsonl"
+            for cell in reversed(self.cells)
+        }
         return {key: path for key, path in paths.items() if path.exists()}
 
     def scores(self, table: str) -> dict[tuple[str, str], dict[str, Score]]:
@@ -300,7 +303,3 @@ class Grid:
         """The accuracy of answering at random, from the options offered; None for an unknown target."""
         total, n = self._counts[1].get(target, (0.0, 0))
         return total / n if n else None
-
-
-def _training(cell: dict) -> tuple[str, str, str, str]:
-    return cell["related"], cell["seed"], cell["steps"], cell["seconds"]

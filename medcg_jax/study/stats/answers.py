@@ -21,6 +21,7 @@ class Answers:
       options: number of offered letters. texts: the options, in letter order.
       answer, predicted: letters. right: whether they are equal.
       read: the letter in the generated answer, "" where it has none; None where nothing was generated.
+      group: patient or lesion of the record; "" where it is not known.
       A, B, ...: log-probability of each letter in nats; NaN where it was not offered or not recorded.
     """
 
@@ -48,9 +49,15 @@ class Answers:
         frame = frame[frame["subset"] == subset]
         return dict(zip(frame["id"], frame["right"].tolist(), strict=True))
 
+    def patients(self, cell: str, subset: str) -> dict[str, str]:
+        """Record id -> patient or lesion, of the records of one test subset where it is known."""
+        frame = self.frame(cell)
+        frame = frame[(frame["subset"] == subset) & (frame["group"] != "")]
+        return dict(zip(frame["id"], frame["group"], strict=True))
+
 
 def _read(path: Path) -> pd.DataFrame:
-    names = ("control", "subset", "id", "options", "texts", "answer", "predicted", "right", "read")
+    names = ("control", "subset", "id", "options", "texts", "answer", "predicted", "right", "read", "group")
     columns: dict[str, list] = {name: [] for name in names}
     logprobs: list[dict[str, float]] = []
     seen: dict[tuple[str, ...], tuple[str, ...]] = {}  # the same options return in many records
@@ -66,6 +73,7 @@ def _read(path: Path) -> pd.DataFrame:
             line["predicted"],
             line["predicted"] == line["answer"],
             None if generated is None else parse_answer(generated, line["options"]),
+            sys.intern(line.get("group", "")),
         )
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
