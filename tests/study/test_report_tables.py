@@ -2,13 +2,12 @@
 
 import csv
 import dataclasses
-import json
 import re
 import shutil
 from collections import defaultdict
 
 import pytest
-from report_grids import CELLS, RESULTS, change_config, json_lines, quick, read_csv, run_of, write_csv, write_json_lines
+from report_grids import change_config, json_lines, printed_grid, quick, read_csv
 
 from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.design import mat
@@ -185,36 +184,15 @@ def test_what_each_training_subset_shares_stands_beside_it(tables):
 
 
 def released(workdir, source="release"):
-    """Makes a grid of released data of one published row, two seeds of the same ten records."""
-    run = run_of(
-        data__source=source, model__name="llava15_7b", study__seeds=(0, 1), study__tables=("pairs", "multi_task")
-    )
+    """A grid of released data with two printed rows of pairs and one of an own subset."""
+    right = {"baseline": 5, "baseline_plus": 4, "trained": 9}
     rows = [
-        ("pairs", "fixed_task/32/t3r20", "32", {"baseline": 5, "baseline_plus": 4, "trained": 9}),
-        ("pairs", "fixed_modality/30/t3r11", "30", {"baseline": 5, "baseline_plus": 4, "trained": 9}),
-        ("pairs", "fixed_task/64", "64", {"baseline": 5, "baseline_plus": 4, "trained": 9}),
+        ("pairs", "fixed_task/32/t3r20", "06+26", right),
+        ("pairs", "fixed_modality/30/t3r11", "28+29", right),
+        ("pairs", "fixed_task/64", "06+26", right),
         ("multi_task", "in_distribution", "02", {"baseline": 3, "single_task": 5, "multi_task": 9}),
     ]
-    workdir.mkdir()
-    cells, results = [], []
-    for table, row, target, arms in rows:
-        for arm, seed in ((arm, seed) for arm in arms for seed in (0, 1)):
-            right, name = arms[arm] - seed, f"{table}.{target}.{arm}.s{seed}"
-            key = (name, table, row, arm, seed)
-            related = "28+29" if target == "30" else "06+26"
-            cells.append((*key, "" if arm == "baseline" else related, target, 10, "done", 1.0))
-            results.append((*key, target, 10, right, right / 10, *wilson(right, 10)))
-            lines = [
-                {"id": f"{target}/test/{i}", "subset": target, "options": ["x", "y"], "answer": "A",
-                 "predicted": "A" if i < right else "B", "logprobs": [-0.7, -0.7], "generated": None}
-                for i in range(10)
-            ]  # fmt: skip
-            write_json_lines(workdir / "predictions" / f"{name}.jsonl", lines)
-    config = {"config": dataclasses.asdict(run), "versions": {}, "data": {}, "cells": len(cells)}
-    (workdir / "config.json").write_text(json.dumps(config))
-    write_csv(workdir / "cells.csv", CELLS, cells)
-    write_csv(workdir / "results.csv", RESULTS, results)
-    return workdir
+    return printed_grid(workdir, rows, data__source=source)
 
 
 def test_published_rows_stand_beside_ours_with_the_confidence_of_their_reading(tmp_path):
