@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from medcg_jax.config import BOX_TABLES, MODELS, TABLES, ConfigError, DataConfig
+from medcg_jax.config import MODELS, STUDY_TABLES, ConfigError, DataConfig
 from medcg_jax.data.phantom.source import DETECTION_TRIPLETS
 from medcg_jax.data.phantom.world import TRIPLETS
 from medcg_jax.data.records import LETTERS, DataError, Source
@@ -182,7 +182,7 @@ class Grid:
     def tables(self) -> tuple[str, ...]:
         """Tables with a finished cell, in the study's order."""
         finished = {cell["table"] for cell in self.done()}
-        return tuple(name for name in (*TABLES, *BOX_TABLES) if name in finished)
+        return tuple(name for name in STUDY_TABLES if name in finished)
 
     def done(self, table: str = "") -> list[dict]:
         return [c for c in self.cells if c["status"] == "done" and table in ("", c["table"])]
