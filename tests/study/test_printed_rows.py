@@ -1,8 +1,12 @@
 """Effects and verdicts without printed rows that share more or less than they say; a row that repeats another."""
 
 import pytest
-from report_grids import printed_grid
+from report_grids import printed_grid, quick
 
+from medcg_jax.study.design.overlap import LAPSES
+from medcg_jax.study.report.load_grid import Grid
+from medcg_jax.study.report.page import write_report
+from medcg_jax.study.report.tables import Tables
 from medcg_jax.study.stats import stats
 
 # Row -> (training subsets, right answers of Trained of 10); Baseline+ has 5.
@@ -17,13 +21,18 @@ TRIPLES = {"one_each/05/t4r3": ("02+22+09", 6), "one_each/05/t4r4": ("03+22+26",
 
 
 @pytest.fixture(scope="module")
-def summary(tmp_path_factory):
+def workdir(tmp_path_factory):
     rows = [
         (table, row, related, {"baseline": 5, "baseline_plus": 5, "trained": right})
         for table, of_table in (("pairs", PAIRS), ("triples", TRIPLES))
         for row, (related, right) in of_table.items()
     ]
-    return stats.summarise(printed_grid(tmp_path_factory.mktemp("printed") / "w", rows))
+    return printed_grid(tmp_path_factory.mktemp("printed") / "w", rows)
+
+
+@pytest.fixture(scope="module")
+def summary(workdir):
+    return stats.summarise(workdir)
 
 
 def effect(effects, table):
@@ -61,6 +70,25 @@ def test_effects_and_verdicts_once_more_without_lapses(summary):
     assert rows == [2, 1]
 
 
+def test_the_page_has_the_answer_once_more(workdir, summary):
+    table = Tables(Grid(workdir), summary).without_lapses()
+    pairs = [row for row in table.rows if row["table"] == "pairs"]
+    assert [row["left_out"] for row in pairs] == [
+        "(no row)", "; ".join([*LAPSES.values()][:1]), "; ".join([*LAPSES.values()][:2]), "; ".join(LAPSES.values()),
+    ]  # fmt: skip
+    assert [row["rows"] for row in pairs] == [4, 2, 1, 1]
+    means = [row["mean"] for row in pairs]
+    assert means == pytest.approx([(0.25 + 0.5 + 0.4) / 3, 0.25, 0.2, 0.2])
+    assert [row["difference"] for row in pairs] == pytest.approx(means)  # Baseline+ is as good as Baseline here
+    assert {row["verdict"] for row in pairs} <= {"not shown", "a gain over unrelated data, cause not tested"}
+    with quick():
+        text = write_report(workdir).read_text()
+    assert "The answer without doubtful rows" in text and "a source of one element has two" in text
+    saved = (workdir / "report" / "tables" / "effects_without_lapses.csv").read_text()
+    assert len(saved.splitlines()) == 1 + len(table.rows)
+
+
 def test_without_lapses_nothing_is_said_again(tmp_path):
     rows = [("pairs", "fixed_modality/04/t3r1", "03+06", {"baseline_plus": 5, "trained": 7})]
-    assert stats.summarise(printed_grid(tmp_path / "w", rows))["without_lapses"] == []
+    found = stats.summarise(printed_grid(tmp_path / "w", rows))
+    assert found["without_lapses"] == [] and Tables(Grid(tmp_path / "w"), found).without_lapses().rows == []

@@ -21,12 +21,13 @@ from markupsafe import Markup
 
 from medcg_jax.config import ConfigError, flat
 from medcg_jax.study.report.escape import file_names, latex, markdown, plain
+from medcg_jax.study.report.file_tables import confusion, subset_scores
 from medcg_jax.study.report.load_grid import Grid
 from medcg_jax.study.report.plots import Figure, Plots
 from medcg_jax.study.report.published import context, power, published
 from medcg_jax.study.report.samples import Card, Cards, box_samples, mistakes, samples
 from medcg_jax.study.report.table import MARKS, Table, text_of
-from medcg_jax.study.report.tables import Tables, confusion, subset_scores
+from medcg_jax.study.report.tables import Tables
 from medcg_jax.study.report.text import Answer, counted, letter_habits, limits, missing, summary_text, table_names
 from medcg_jax.study.stats import stats
 from medcg_jax.study.stats.results import choices
@@ -343,7 +344,7 @@ def _result_sections(grid: Grid, answer: Answer, tables: dict[str, Table], plots
     first = Section(
         id="answer", title="The answer", answer=[Markup(" ").join(lead), *answer.sentences()],
         paragraphs=[Markup('The same in plain text: <a href="summary.txt">summary.txt</a>'), *([key] if results else [])],
-        figures=plots.headline(), tables=[tables[name] for name in ("effects",) if name in tables],
+        figures=plots.headline(), tables=[tables[name] for name in ("effects", "effects_without_lapses") if name in tables],
         folded=[tables[name] for name in ("effects_by_direction",) if name in tables],
     )  # fmt: skip
     return [first, *results]
