@@ -30,6 +30,25 @@ PARTS = (*TRAINABLE, *FAMILY_PARTS)
 TABLES = ("pairs", "triples", "ablation", "multi_task", "efficiency")
 # Tables whose related subsets have boxes, for families that answer with boxes. The second also tests on boxes.
 BOX_TABLES = ("detection_pairs", "detection")
+# Beside these, off unless asked for: accuracy by number of related subsets.
+STUDY_TABLES = (*TABLES, *BOX_TABLES, "dose")
+# Arms of pairs and triples that tell composition from transfer out of one subset (`study.design.arms`).
+DECIDING_ARMS = (
+    "single_1", "single_2", "single_3", "filler_1", "filler_2", "filler_3", "words_only", "no_images",
+)  # fmt: skip
+# Arms of the ablation that are compared with all related subsets; with "_updates" at the end at as many updates.
+REMOVAL_ARMS = (
+    "all_unrelated", "wo_modality", "wo_area", "wo_task", "random_removal_modality", "random_removal_area",
+    "random_removal_task", "same_task", "all_data",
+)  # fmt: skip
+# All arms, beside `NUMBERED_ARMS` with a number at the end.
+ARMS = (
+    "baseline", "baseline_plus", "trained", *DECIDING_ARMS, "single_task", "multi_task", "all_related", *REMOVAL_ARMS,
+    *(f"{arm}_updates" for arm in REMOVAL_ARMS),
+)  # fmt: skip
+NUMBERED_ARMS = ("efficiency", "dose")
+# What arms of different numbers of records have in common: passes over them, or updates.
+BUDGETS = ("epochs", "updates")
 # Controls, which ask test questions again in changed form: `data.controls`.
 CONTROLS = ("shuffled_images", "circular", "two_options", "blank_images", "text_only")
 # Actions of a grid on leaks.
@@ -225,12 +244,13 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    tables: tuple[str, ...] = setting(("pairs",), choices=(*TABLES, *BOX_TABLES), once=True)
+    tables: tuple[str, ...] = setting(("pairs",), choices=STUDY_TABLES, once=True)
     # Subsets to test on; empty: every subset the table is defined for.
     targets: tuple[str, ...] = setting((), once=True)
     # Detection subsets to train and test on; empty: all.
     box_subsets: tuple[str, ...] = setting((), once=True)
-    # Arms to run; empty: all arms of the tables.
+    # Arms to run, of `ARMS` and `NUMBERED_ARMS` such as "efficiency_30"; empty: all arms of the tables. The paper's pairs
+    # and triples have "baseline", "baseline_plus" and "trained" alone.
     arms: tuple[str, ...] = setting((), once=True)
     # Parts of the tables to run: prefixes of their rows' names ("out_of_distribution", "fixed_area"); empty: all.
     parts: tuple[str, ...] = setting((), once=True)
@@ -242,10 +262,19 @@ class StudyConfig:
     baseline_plus_subsets: str = "related"
     # Numbers of the target's training records on the efficiency curve, which always ends with all of its records.
     efficiency_records: tuple[int, ...] = setting((0, 10, 30, 100, 300, 1000, 3000), least=0, most=MOST_RECORDS)
+    # Whether all of a target's efficiency curves have the updates that its related subsets and all of its records need,
+    # or every point has the same number of epochs, and so fewer updates with fewer records.
+    efficiency_budget: str = setting("updates", choices=BUDGETS)
+    # What the ablation's arms have in common: of "epochs", as in the paper, and "updates", whose arms end in "_updates".
+    ablation_budgets: tuple[str, ...] = setting(BUDGETS, choices=BUDGETS, once=True)
+    # Table "dose": numbers of related subsets for each element, and training records of every dose; 0: as many as one
+    # subset for each element gives.
+    dose_subsets: tuple[int, ...] = setting((0, 1, 2, 4, 8), least=0, most=MOST_RECORDS)
+    dose_records: int = setting(0, least=0, most=MOST_RECORDS)
     # Table -> its targets, instead of `targets`: a row of "ablation" costs as much as ten of "pairs".
-    targets_of: dict[str, tuple[str, ...]] = setting({}, choices=(*TABLES, *BOX_TABLES), once=True)
+    targets_of: dict[str, tuple[str, ...]] = setting({}, choices=STUDY_TABLES, once=True)
     # Table -> its epochs, instead of `train.epochs`: boxes are learnt more slowly than letters.
-    epochs_of: dict[str, float] = setting({}, least=0, most=10**6, choices=(*TABLES, *BOX_TABLES))
+    epochs_of: dict[str, float] = setting({}, least=0, most=10**6, choices=STUDY_TABLES)
     # Models of the grid, each in a folder of its name, and all on one page; empty: only `model.name`.
     models: tuple[str, ...] = setting((), choices=tuple(MODELS), once=True)
     # Model of `models` -> fields that are set for it only, as flags without "--config.": "data.max_text_tokens=106".

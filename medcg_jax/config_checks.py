@@ -1,19 +1,24 @@
 """Checks of a run's configuration: each field against its bounds and choices, then combinations of fields."""
 
 import dataclasses
+import difflib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import Field
 from typing import Any
 
 from medcg_jax.config import (
     ABOVE_0,
+    ARMS,
     BELOW_1,
+    BUDGETS,
     DTYPES,
     LORA_TARGETS,
     MASK_PARTS,
     MODELS,
     MOST_RECORDS,
+    NUMBERED_ARMS,
     PARTS,
     PUBLISHED_DETECTION,
     PUBLISHED_PAIRS,
@@ -48,6 +53,7 @@ def check(run: RunConfig) -> None:
         )
     check_general(run)
     check_published(run.study)
+    check_arms(run.study)
     if not run.study.seeds:
         raise ConfigError("study.seeds is empty: expected one seed or more")
     for section in ("base", "train"):
@@ -137,9 +143,22 @@ def check_published(study: StudyConfig) -> None:
                 f"study.{name}={value[:20]!r}: expected {', '.join(words)} or a number of at least 1 and at most "
                 f"{MOST_RECORDS:,}"
             )
-    counts = study.efficiency_records
-    if not counts or counts[0] < 0 or list(counts) != sorted(set(counts)):
-        raise ConfigError(f"study.efficiency_records={counts}: expected rising numbers of at least 0")
+    for name in ("efficiency_records", "dose_subsets"):
+        counts = getattr(study, name)
+        if not counts or counts[0] < 0 or list(counts) != sorted(set(counts)):
+            raise ConfigError(f"study.{name}={counts}: expected rising numbers of at least 0")
+    if not study.ablation_budgets:
+        raise ConfigError(f"study.ablation_budgets is empty: expected one or more of {', '.join(BUDGETS)}")
+
+
+def check_arms(study: StudyConfig) -> None:
+    numbered = "|".join(NUMBERED_ARMS)
+    for arm in study.arms:
+        if arm not in ARMS and not re.fullmatch(rf"({numbered})_\d{{1,9}}", arm, re.ASCII):
+            close = difflib.get_close_matches(arm, ARMS, n=3)
+            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            others = ", ".join((*ARMS, *(f"{name}_N" for name in NUMBERED_ARMS)))
+            raise ConfigError(f"study.arms={arm[:40]!r}: {hint}expected one or more of {others}")
 
 
 def profile_steps(text: str, num_steps: int) -> tuple[int, int]:

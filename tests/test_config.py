@@ -169,7 +169,8 @@ def test_a_number_is_within_its_bounds_or_refused_in_one_line(key, text):
 def test_what_makes_sense_once_is_accepted_once(key):
     value = {"study.seeds": "(1,1)", "study.targets_of": "{'pairs': ['04', '04']}",
              "model.trainable": "decoder,decoder", "study.tables": "pairs,pairs",
-             "study.models": "llava15_tiny,llava15_tiny"}.get(key, "a,a")  # fmt: skip
+             "study.models": "llava15_tiny,llava15_tiny",
+                 "study.ablation_budgets": "epochs,epochs"}.get(key, "a,a")  # fmt: skip
     with pytest.raises(ConfigError, match=f"{key}.* twice"):
         load(FILE, {key: value})
 

@@ -205,6 +205,37 @@ def small_grid(workdir: Path) -> Path:
     return workdir
 
 
+def printed_grid(workdir: Path, rows: Sequence[tuple[str, str, str, dict[str, int]]], **changes) -> Path:
+    """A grid of two seeds of the same ten records, of released data unless `changes` say otherwise.
+
+    rows: (table, row, training subsets, arm -> its right answers at seed 0; at seed 1 one less).
+    """
+    run = run_of(
+        **{"data__source": "release", "model__name": "llava15_7b", "study__seeds": (0, 1)} | changes,
+        study__tables=tuple(dict.fromkeys(table for table, *_ in rows)),
+    )
+    workdir.mkdir()
+    cells, results = [], []
+    for table, row, related, arms in rows:
+        target = related if table == "multi_task" else row.split("/")[1]
+        for arm, seed in ((arm, seed) for arm in arms for seed in (0, 1)):
+            right, name = arms[arm] - seed, f"{table}.{row.replace('/', '.')}.{arm}.s{seed}"
+            key = (name, table, row, arm, seed)
+            cells.append((*key, "" if arm == "baseline" else related, target, 10, "done", 1.0))
+            results.append((*key, target, 10, right, right / 10, *wilson(right, 10)))
+            lines = [
+                {"id": f"{target}/test/{i}", "subset": target, "options": ["x", "y"], "answer": "A",
+                 "predicted": "A" if i < right else "B", "logprobs": [-0.7, -0.7], "generated": None}
+                for i in range(10)
+            ]  # fmt: skip
+            write_json_lines(workdir / "predictions" / f"{name}.jsonl", lines)
+    config = {"config": dataclasses.asdict(run), "versions": {}, "data": {}, "cells": len(cells)}
+    (workdir / "config.json").write_text(json.dumps(config))
+    write_csv(workdir / "cells.csv", CELLS, cells)
+    write_csv(workdir / "results.csv", RESULTS, results)
+    return workdir
+
+
 def read_csv(path: Path) -> list[dict]:
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))

@@ -78,7 +78,7 @@ def test_published_pairs_fit_their_direction():
 
 def test_tables_are_the_shared_ones(shared_dir):
     lists = {"table9_subsets", "table10_11_datasets"}  # the catalogue has them
-    for path in (shared_dir / "paper").glob("*.csv"):
+    for path in (shared_dir / "paper").glob("table*.csv"):
         read = printed_rows if path.stem in lists else mat.paper_csv
         with open(path, encoding="utf-8") as file:
             assert read(path.stem) == list(csv.DictReader(file)), path.name
@@ -115,7 +115,10 @@ def test_small_world():
     assert [names(t) for t in combos.combinations(TARGET, SMALL, "one_each")] == [
         ["ct-skin-stage", "mri-lung-stage", "mri-brain-state"]
     ]
-    assert len(combos.random_removal(TARGET, SMALL, 0)) == 3  # each element takes 3 of the 6 away
+    for element in ELEMENTS:  # each takes 3 of the 6 away: all have the same draw
+        kept, counts = combos.random_removal(TARGET, SMALL, element, 0)
+        assert (kept, counts) == combos.random_removal(TARGET, SMALL, "task", 0) and counts == (100, 100, 100)
+        assert combos.supplied(TARGET, kept) == set(ELEMENTS)
 
 
 def test_another_subset_of_the_same_triplet_is_never_used():
@@ -129,7 +132,7 @@ def test_another_subset_of_the_same_triplet_is_never_used():
 def test_properties(drawn, seed):
     subsets, target = drawn
     related, unrelated = combos.related(target, subsets), combos.unrelated(target, subsets)
-    sets = [related, unrelated, combos.same_task(target, subsets), combos.random_removal(target, subsets, seed)]
+    sets = [related, unrelated, combos.same_task(target, subsets)]
     sets += [combos.without(target, subsets, element) for element in ELEMENTS]
     sets += [p for group in pairs(target, subsets).values() for p in group]
     sets += combos.combinations(target, subsets, "one_each")
@@ -146,10 +149,17 @@ def test_properties(drawn, seed):
         assert element not in combos.supplied(target, combos.without(target, subsets, element))
     for sets_of in (*pairs(target, subsets).values(), combos.combinations(target, subsets, "one_each")):
         assert all(combos.supplied(target, members) == set(ELEMENTS) for members in sets_of)
-    removed = [len(related) - len(combos.without(target, subsets, element)) for element in ELEMENTS]
-    left = combos.random_removal(target, subsets, seed)
-    assert min(removed) <= len(related) - len(left) <= max(removed)
-    assert set(left) <= set(related)
+    for element in ELEMENTS:
+        own, removal = combos.without(target, subsets, element), combos.random_removal(target, subsets, element, seed)
+        assert (removal is None) == (len(own) in (0, len(related)))  # nothing is left, or removed
+        if removal is None:
+            continue
+        kept, counts = removal
+        assert len(kept) == len(own) and kept != own and set(kept) <= set(related)
+        assert sum(counts) == min(sum(s.num_train for s in own), sum(s.num_train for s in kept))
+        # With records to spare there are always as many as without the element.
+        more = combos.random_removal(target, subsets, element, seed, {s.name: 10**6 for s in subsets})
+        assert more[0] == kept and sum(more[1]) == sum(s.num_train for s in own)
 
 
 @given(random_worlds(), st.integers(0, 5), st.integers(1, 2000), st.integers(1, 5))
@@ -184,5 +194,5 @@ def test_draws_differ_by_seed_and_repeat():
     picks = {seed: combos.choose(pairs(target, many)["fixed_area"], "x", target, seed) for seed in range(3)}
     backwards = pairs(target, many)["fixed_area"][::-1]
     assert all(pick == combos.choose(backwards, "x", target, seed) for seed, pick in picks.items())
-    removals = {tuple(names(combos.random_removal(target, many, seed))) for seed in range(4)}
+    removals = {tuple(names(combos.random_removal(target, many, "modality", seed)[0])) for seed in range(4)}
     assert len(removals) == 4

@@ -45,15 +45,37 @@ def test_table_3_without_data_or_weights(tmp_path, capsys, monkeypatch):
     assert out.startswith("data.root='Med-MAT' does not exist: the paper's 53 subsets with 3000 training records")
     assert out.count("does not exist") == 1 and found["nominal"]
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
-    assert "\n42 rows x 3 arms = 126 cells\n" in out
-    assert "84 are trained: 50 trainings, 34 saved by equal cells" in out
-    assert (len(found["cells"]), found["trainings"], found["saved"], found["steps"]) == (126, 50, 34, 50 * 938)
+    paper, deciding = ("baseline", "baseline_plus", "trained"), found["deciding"]
+    arms = found["arms"]
+    assert [arms[arm]["cells"] for arm in paper] == [42] * 3
+    assert sum(arms[arm]["trainings"] for arm in paper) == 49
+    # What the others add, and no more: every training counts for one arm.
+    assert deciding["trainings"] == found["trainings"] - 49 and deciding["cells"] == len(found["cells"]) - 126
+    for key in ("samples", "tokens", "pflop"):
+        assert found[key] == pytest.approx(sum(arm[key] for arm in arms.values()))
+        assert deciding[key] == pytest.approx(sum(arms[arm][key] for arm in arms if arm not in paper))
+    words = f"add {deciding['cells']} cells, {deciding['trainings']} trainings, {deciding['samples']:,} samples"
+    assert f"arms that tell composition from transfer (single_1 to no_images) {words}" in out
+    # The printed rows with a subset of the target's whole triplet say why they lack arms.
+    assert out.count("no single_") == 2 * 42 - arms["single_1"]["cells"] - arms["single_2"]["cells"] > 0
+    assert {cell["steps"] for cell in found["cells"]} == {0, 938}
     # The whole is the sum of its trainings, each counted once.
     once = {cell["trained_as"]: cell for cell in found["cells"]}
     for key in ("samples", "tokens", "pflop"):
         assert found[key] == pytest.approx(sum(cell[key] for cell in once.values()))
     served = [cell for cell in found["cells"] if cell["steps"] and cell["trained_as"] != cell["id"]]
-    assert len(served) == 34 and all(f"{c['id']}: " in out and f"; trained as {c['trained_as']}" in out for c in served)
+    assert len(served) == found["saved"] and all(
+        f"{c['id']}: " in out and f"; trained as {c['trained_as']}" in out for c in served
+    )
+
+
+def test_without_the_deciding_arms_a_table_costs_what_the_paper_has(capsys):
+    run = load(f"{TABLE3}:llava15_7b")
+    plan = schedule.make_plan(replace(run, study__arms=("baseline", "baseline_plus", "trained")), nominal_source(3000))
+    trained = [job for job in plan.jobs if job.steps]
+    assert (len(plan.cells), len(trained), sum(job.steps for job in trained)) == (126, 49, 49 * 938)
+    dry(replace(SMALL, study__arms=("baseline", "trained")))
+    assert "tell composition" not in capsys.readouterr().out
 
 
 def test_the_cost_of_a_pair_by_the_exact_formula():
@@ -103,7 +125,9 @@ def test_with_the_data_there_its_sizes_count(tmp_path):
     write_release(PhantomSource(0, 8, 4), tmp_path / "tree")
     run = replace(SMALL, data__source="release", data__root=str(tmp_path / "tree"))
     found = dry(run)
+    # A member alone has as many as the pair only where the tree holds so many.
     assert not found["nominal"] and {n for c in found["cells"] for n in c["num_records"]} <= {8, 16}
+    assert all("only 8 records for 16" in c["notes"] for c in found["cells"] if c["arm"] == "single_1")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="is no Med-MAT tree"):
         dry(replace(run, data__root=str(tmp_path / "empty")))

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from worlds import SMALL
+from worlds import PAPER_ARMS, SMALL
 
 from medcg_jax.config import TABLES, ConfigError, RunConfig, TrainConfig, replace
 from medcg_jax.files import write_whole
@@ -11,14 +11,16 @@ from medcg_jax.study.design import schedule, suite
 from medcg_jax.study.run import grid
 from medcg_jax.study.stats import results
 
+# Every arm with the same number of epochs, as in the paper: `test_arms.py` has those with equal updates.
 RUN = replace(
-    RunConfig(), study__tables=TABLES, study__targets=("ct-lung-state",), study__seeds=(0, 1), train__epochs=2.0
-)
+    RunConfig(), study__tables=TABLES, study__targets=("ct-lung-state",), study__seeds=(0, 1), train__epochs=2.0,
+    study__arms=(*PAPER_ARMS, *(f"efficiency_{n}" for n in (0, 10, 30, 100))), study__efficiency_budget="epochs",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def cells():
-    return suite.expand(RUN, SMALL)
+    return suite.expand(RUN, SMALL, (), {subset.name: 300 for subset in SMALL})
 
 
 def test_equal_trainings_are_one_job(cells):

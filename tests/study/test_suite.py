@@ -1,14 +1,15 @@
 """Expansion of tables into cells: golden small worlds, the published rows, pairs with boxes, what no cell may do."""
 
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace as changed
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import SMALL, random_worlds, subset, world
+from worlds import PAPER_ARMS, SMALL, random_worlds, subset, world
 
-from medcg_jax.config import TABLES, ConfigError, DataConfig, RunConfig, StudyConfig, replace
+from medcg_jax.config import DECIDING_ARMS, TABLES, ConfigError, DataConfig, RunConfig, StudyConfig, replace
 from medcg_jax.config_checks import check
 from medcg_jax.data.phantom.source import PhantomSource, write_release
 from medcg_jax.data.phantom.world import REPORT_TARGETS
@@ -19,6 +20,7 @@ from medcg_jax.study.design.mat import shared
 RUN = RunConfig()
 ALL = tuple(changed(s, num_train=100 + int(s.name), num_test=10) for s in mat.paper_subsets().values())
 PAPER, DETECTION = ALL[:37], ALL[37:]
+DECIDING = tuple(arm for arm in DECIDING_ARMS if not arm.endswith("_3"))  # of pairs
 BOXES = world("ct-lung-det", "mri-brain-det", "mri-lung-det")
 
 
@@ -54,7 +56,9 @@ ablation.T.all_unrelated.s0 | T | all_unrelated | mri-brain-stage xray-skin-grad
 ablation.T.wo_modality.s0 | T | wo_modality | mri-lung-state mri-lung-stage mri-brain-state | T
 ablation.T.wo_area.s0 | T | wo_area | ct-brain-state ct-skin-stage mri-brain-state | T
 ablation.T.wo_task.s0 | T | wo_task | ct-lung-grade ct-skin-stage mri-lung-stage | T
-ablation.T.random_removal.s0 | T | random_removal | {random} | T
+ablation.T.random_removal_modality.s0 | T | random_removal_modality | {random} | T
+ablation.T.random_removal_area.s0 | T | random_removal_area | {random} | T
+ablation.T.random_removal_task.s0 | T | random_removal_task | {random} | T
 ablation.T.same_task.s0 | T | same_task | mri-brain-state | T
 ablation.T.all_data.s0 | T | all_data | {others} | T
 multi_task.in_distribution.baseline.s0 | in_distribution | baseline |  | {inside}
@@ -71,8 +75,12 @@ def line(cell):
 
 
 def test_golden_small_world():
-    cells = suite.expand(study(tables=TABLES, targets=("ct-lung-state",)), SMALL)
-    removal = combos.random_removal(SMALL[0], SMALL, 0)
+    numbered = [f"efficiency_{n}" for n in (0, 10, 30, 100)]
+    run = study(tables=TABLES, targets=("ct-lung-state",), arms=(*PAPER_ARMS, *numbered), efficiency_budget="epochs")
+    cells = suite.expand(run, SMALL)
+    # All elements take three of the six away: one draw.
+    removal, counts = combos.random_removal(SMALL[0], SMALL, "task", 0)
+    assert counts == (100, 100, 100)
     inside = " ".join(s.name for s in SMALL[1:])
     golden = GOLDEN.format(random=" ".join(s.name for s in removal), others=inside, inside=inside).splitlines()
     lines = [line(cell) for cell in cells]
@@ -87,8 +95,7 @@ def test_golden_small_world():
         ["out_of_distribution", "baseline"],
         ["out_of_distribution", "multi_task"],
         *[[f"out_of_distribution/{s.name}", "single_task"] for s in SMALL[1:]],
-        *[["with_related/T", f"efficiency_{n}"] for n in (0, 10, 30, 100)],
-        *[["target_only/T", f"efficiency_{n}"] for n in (0, 10, 30, 100)],
+        *[[f"{curve}/T", arm] for curve in ("with_related", "with_unrelated", "target_only") for arm in numbered],
     ]
     keys = {cell.id: (cell.seed, cell.training) for cell in cells}
     # No record of the target: the efficiency curves start at cells of the ablation, trained once.
@@ -104,7 +111,7 @@ def test_order_is_the_same_and_seeds_stand_together():
     run = study(tables=("pairs", "ablation"), seeds=(3, 1))
     cells = suite.expand(run, SMALL)
     assert cells == suite.expand(run, SMALL)
-    assert [c.seed for c in cells[:6]] == [3, 3, 3, 1, 1, 1]
+    assert [c.seed for c in cells[:18]] == [3] * 9 + [1] * 9
     assert len({c.id for c in cells}) == len(cells)
     assert all(set(c.id) <= set("abcdefghijklmnopqrstuvwxyz0123456789._-") for c in cells)
 
@@ -115,7 +122,7 @@ def test_no_cell_is_trained_on_its_target(drawn, seeds, named):
     subsets, target = drawn
     by_name = {s.name: s for s in subsets}
     world_ = suite.World(subsets, (target.name,) if named else ())
-    for table in TABLES:
+    for table in (*TABLES, "dose"):
         for cell in (cell for seed in sorted(seeds) for cell in suite._TABLES[table](world_, seed)):
             assert cell.target and len(set(cell.related)) == len(cell.related)
             assert all(0 < n <= by_name[name].num_train for name, n in zip(cell.related, cell.num_records, strict=True))
@@ -155,7 +162,7 @@ def test_published_rows_become_cells():
     plus = {c.row.published: c for c in cells if c.arm == "baseline_plus"}
     assert set(plus) == set(trained)
     for key, cell in trained.items():
-        assert plus[key].total_records == cell.total_records or "unrelated records" in plus[key].notes
+        assert plus[key].total_records == cell.total_records or "; only " in plus[key].notes
 
 
 def test_published_rows_only_where_their_subsets_are_there():
@@ -216,7 +223,7 @@ def test_the_efficiency_curve_ends_with_all_that_the_subset_has():
 
 
 def test_parts_of_tables():
-    run = study(tables=("pairs",), targets=("ct-lung-state",))
+    run = study(tables=("pairs",), targets=("ct-lung-state",), arms=PAPER_ARMS)
     whole = suite.expand(run, SMALL)
     some = suite.expand(replace(run, study__parts=("fixed_area", "fixed_task")), SMALL)
     assert some == [c for c in whole if c.row.part in ("fixed_area", "fixed_task")] and len(some) == 6
@@ -244,20 +251,36 @@ def test_pairs_repeat_the_published_table_of_the_models_own_family(model, table)
 
 def test_detection_pairs_of_a_small_world():
     cells = suite.expand(boxed(targets=("ct-lung-state",)), SMALL, BOXES)
+    parts = {"fixed_modality": "ct-brain-state", "fixed_area": "mri-lung-state", "modality_area": "mri-brain-state"}
+    unrelated_boxes, unrelated = "mri-brain-det", "xray-skin-grade"  # a filler has boxes where the member has
     assert [(str(c.row), c.arm, c.related) for c in cells] == [
-        ("fixed_modality/ct-lung-state", "baseline", ()),
-        ("fixed_modality/ct-lung-state", "trained", ("ct-lung-det", "ct-brain-state")),
-        ("fixed_area/ct-lung-state", "baseline", ()),
-        ("fixed_area/ct-lung-state", "trained", ("ct-lung-det", "mri-lung-state")),
-        ("modality_area/ct-lung-state", "baseline", ()),
-        ("modality_area/ct-lung-state", "trained", ("ct-lung-det", "mri-brain-state")),
+        (f"{part}/ct-lung-state", arm, related)
+        for part, second in parts.items()
+        for arm, related in (
+            ("baseline", ()),
+            ("baseline_plus", (unrelated, unrelated_boxes)),
+            ("trained", ("ct-lung-det", second)),
+            ("single_1", ("ct-lung-det",)),
+            ("single_2", (second,)),
+            ("filler_1", ("ct-lung-det", unrelated)),
+            ("filler_2", (second, unrelated_boxes)),
+            ("words_only", ("mri-brain-state",)),
+            ("no_images", ("ct-lung-det", second)),
+        )
     ]
+    for cell in cells:
+        assert cell.has_boxes == any(name.endswith("-det") for name in cell.related)
     assert {c.id for c in cells} >= {"detection_pairs.fixed_area.ct-lung-state.trained.s0"}
     # Baselines are the base itself, and shared with those of the pairs.
     both = suite.expand(boxed(tables=("pairs", "detection_pairs"), targets=("ct-lung-state",)), SMALL, BOXES)
     assert len({(c.seed, c.training) for c in both if c.arm == "baseline"}) == 1
     pairs = suite.expand(boxed(tables=("pairs",), targets=("ct-lung-state",)), SMALL)
     assert [c for c in both if c.table == "pairs"] == pairs
+    # A member alone is the same training beside boxes and beside questions.
+    jobs = schedule.jobs_of(both, boxed())
+    alone = next(job for job in jobs if job.training == (("ct-brain-state", 100),))
+    assert {(c.table, c.arm) for c in alone.cells} >= {("pairs", "single_2"), ("detection_pairs", "single_2")}
+    assert not alone.has_boxes
 
 
 def test_detection_subsets_are_in_no_other_table_and_no_target():
@@ -326,16 +349,25 @@ def test_every_pair_has_one_of_each_and_supplies_the_target(drawn, other, seed):
             assert combos.supplied(target, pair) == set(mat.ELEMENTS)
             assert all(len(shared(s, target)) < 3 for s in pair)
     asked = suite.World(subsets, (target.name,), boxes=boxes)
+    by_name = {s.name: s for s in (*subsets, *boxes)}
     for cell in suite.detection_pairs(asked, seed):
-        assert cell.target == (target.name,) and cell.arm in ("baseline", "trained")
-        assert len(cell.related) == (2 if cell.arm == "trained" else 0)
+        assert cell.target == (target.name,)
+        assert all(len(shared(by_name[name], target)) < 3 for name in cell.related)
+        if cell.arm in ("trained", "baseline_plus", "filler_1", "filler_2") and "only" not in cell.notes:
+            # More subsets where one holds too few records, and as many records with boxes as the pair has.
+            with_boxes = [name for name in cell.related if name.endswith("-det")]
+            assert with_boxes and len(with_boxes) < len(cell.related)
 
 
 @pytest.mark.parametrize(("model", "table"), [("minigpt_v2_7b", 6), ("next_chat_7b_336", 5)])
 def test_published_detection_rows_become_cells(model, table):
     cells = suite.expand(boxed("release", model), PAPER, DETECTION)
     trained = {c.row.published: c for c in cells if c.arm == "trained"}
-    assert set(trained) == {(table, i) for i in range(1, 9)} and len(cells) == 16
+    assert set(trained) == {(table, i) for i in range(1, 9)}
+    # Two rows have a member with the target's whole triplet: neither alone nor with unrelated records.
+    assert Counter(c.arm for c in cells) == {
+        arm: 6 if arm in ("single_1", "filler_1") else 8 for arm in ("baseline", "baseline_plus", "trained", *DECIDING)
+    }
     for row in mat.paper_rows(table):
         cell = trained[table, row.row]
         assert (cell.related, cell.target) == (row.related, (row.target,)) and row.confidence in cell.notes
@@ -355,7 +387,7 @@ def test_phantoms_have_three_directions_for_every_target():
     cells = suite.expand(run, source.subsets, source.detection_subsets)
     rows = {c.row.part for c in cells}
     assert rows == {"fixed_modality", "fixed_area", "modality_area"}
-    assert len(cells) == 8 * 3 * 2 * 2
+    assert len(cells) == 8 * 3 * 2 * 9
     for cell in (c for c in cells if c.arm == "trained"):
         det, _ = cell.related
         assert det == "-".join([*cell.target[0].split("-")[:2], "det"]) and cell.num_records == (12, 12)
@@ -365,7 +397,7 @@ def test_the_plan_takes_detection_subsets_from_the_source():
     run = replace(
         boxed(targets=("ct-liver-stage",)), data__train_records_per_subset=12, data__test_records_per_subset=8
     )
-    plan = schedule.make_plan(run)
+    plan = schedule.make_plan(replace(run, study__arms=("baseline", "trained")))
     assert [c.arm for c in plan.cells] == ["baseline", "trained"] * 3 and len(plan.jobs) == 4
     assert all("ct-liver-det" in c.related for c in plan.cells if c.arm == "trained")
 

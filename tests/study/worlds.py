@@ -2,7 +2,11 @@
 
 from hypothesis import strategies as st
 
+from medcg_jax.config import ARMS, DECIDING_ARMS
 from medcg_jax.data.records import Subset
+
+# The arms of the paper and its controls, for tests that are not about those which tell composition from transfer.
+PAPER_ARMS = tuple(arm for arm in ARMS if arm not in DECIDING_ARMS and not arm.endswith("_updates"))
 
 
 def subset(name: str, num_train: int = 100) -> Subset:

@@ -4,7 +4,7 @@ Pure functions of a target and the available subsets. No result holds the target
 the combination stays unseen.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from random import Random
 
@@ -19,6 +19,8 @@ PATTERNS: dict[str, tuple[frozenset[str], ...]] = {
     "modality_area": (frozenset({"modality", "area"}), frozenset({"task"})),
     "one_each": (frozenset({"modality"}), frozenset({"area"}), frozenset({"task"})),
 }
+# Draws in search of a random removal that keeps every element.
+REMOVAL_DRAWS = 200
 PAIR_DIRECTIONS = ("fixed_modality", "fixed_area", "fixed_task", "modality_area")
 
 
@@ -76,31 +78,105 @@ def same_task(target: Subset, subsets: Sequence[Subset]) -> tuple[Subset, ...]:
     return tuple(s for s in usable(target, subsets) if shared(s, target) == {"task"})
 
 
-def random_removal(target: Subset, subsets: Sequence[Subset], seed: int) -> tuple[Subset, ...]:
-    """Control: the related subsets less a random draw of as many as `without` removes on average over the elements."""
+def random_removal(
+    target: Subset, subsets: Sequence[Subset], element: str, seed: int, available: Mapping[str, int] | None = None
+) -> tuple[tuple[Subset, ...], tuple[int, ...]] | None:
+    """Control of `without(element)`: related subsets less as many at random; (subsets, records of each), or None.
+
+    Both keep equally many subsets, and equally many records in all, as far as the kept subsets have them. What is kept
+    still supplies every element where the draw finds such a set, and is never the set without the element. Elements
+    whose removals are equally large share one draw. None: every removal of that size is the element's own.
+
+    available: as `draw`.
+    """
     candidates = related(target, subsets)
-    counts = [len(candidates) - len(without(target, subsets, element)) for element in ELEMENTS]
-    count = round(sum(counts) / len(counts))
-    removed = set(_random("random_removal", target, seed).sample(range(len(candidates)), count))
-    return tuple(s for i, s in enumerate(candidates) if i not in removed)
+    own = without(target, subsets, element)
+    if not own or len(own) == len(candidates):
+        return None  # without this element nothing is left, or nothing is removed
+    random, fallback = _random("random_removal", target, seed), None
+    for _ in range(REMOVAL_DRAWS):
+        kept_places = sorted(random.sample(range(len(candidates)), len(own)))
+        kept = tuple(candidates[i] for i in kept_places)
+        if kept == own:
+            continue
+        if supplied(target, kept) == set(ELEMENTS):
+            return kept, _counts(kept, sum(s.num_train for s in own), available)
+        fallback = fallback or kept
+    return fallback and (fallback, _counts(fallback, sum(s.num_train for s in own), available))
+
+
+def draw(
+    pool: Sequence[Subset],
+    purpose: str,
+    target: Subset,
+    num_subsets: int,
+    num_records: int,
+    seed: int,
+    available: Mapping[str, int] | None = None,
+) -> tuple[tuple[Subset, ...], tuple[int, ...]]:
+    """(random subsets of the pool, records of each): `num_records` in all, or as many as there are.
+
+    `num_subsets` subsets are drawn, and more where these hold too few records. The draw depends on (purpose, target,
+    size, seed) alone: rows of one target share it, and a smaller draw is part of a larger one.
+
+    available: subset -> its training records, where it has more than its `num_train` (the share that it gives to a set
+      of several); used where the whole pool holds too few.
+    """
+    ordered = sorted(pool, key=lambda s: s.name)
+    _random(purpose, target, seed).shuffle(ordered)
+    count = min(num_subsets, len(ordered))
+    while count < len(ordered) and sum(s.num_train for s in ordered[:count]) < num_records:
+        count += 1
+    chosen = tuple(sorted(ordered[:count], key=lambda s: s.name))
+    return chosen, _counts(chosen, num_records, available)
 
 
 def baseline_plus(
-    target: Subset, subsets: Sequence[Subset], num_subsets: int, num_records: int, seed: int
+    target: Subset,
+    subsets: Sequence[Subset],
+    num_subsets: int,
+    num_records: int,
+    seed: int,
+    available: Mapping[str, int] | None = None,
 ) -> tuple[tuple[Subset, ...], tuple[int, ...]]:
-    """(random unrelated subsets, records of each): `num_records` training records in all, or as many as there are.
+    """`draw` of unrelated subsets: Baseline+, and fillers in place of related members.
 
-    `num_subsets` subsets are drawn, and more where these hold too few records. The draw depends on (target, size, seed)
-    alone: rows of one target share it, as equal values in the printed table suggest. `stats.results.choices` lists what
-    the paper leaves open.
+    Rows of one target and size share it; in the printed table 7 of 13 targets have one value in all their rows.
+    `stats.results.choices` lists what the paper leaves open.
     """
-    pool = sorted(unrelated(target, subsets), key=lambda s: s.name)
-    _random("baseline_plus", target, seed).shuffle(pool)
-    count = min(num_subsets, len(pool))
-    while count < len(pool) and sum(s.num_train for s in pool[:count]) < num_records:
-        count += 1
-    chosen = sorted(pool[:count], key=lambda s: s.name)
-    return tuple(chosen), spread(num_records, [s.num_train for s in chosen])
+    return draw(unrelated(target, subsets), "baseline_plus", target, num_subsets, num_records, seed, available)
+
+
+def words_only(
+    target: Subset,
+    subsets: Sequence[Subset],
+    num_subsets: int,
+    num_records: int,
+    seed: int,
+    available: Mapping[str, int] | None = None,
+) -> tuple[tuple[Subset, ...], tuple[int, ...]]:
+    """`draw` of subsets that share the Task alone: what its words, asked of other modalities and areas, are worth."""
+    return draw(same_task(target, subsets), "words_only", target, num_subsets, num_records, seed, available)
+
+
+def doses(target: Subset, subsets: Sequence[Subset], seed: int) -> dict[str, tuple[Subset, ...]]:
+    """Element -> the subsets that share exactly this element, in drawn order: a dose of k takes the first k of each.
+
+    {} where an element has none, so that no dose supplies the target.
+    """
+    candidates = sorted(usable(target, subsets), key=lambda s: s.name)
+    ordered = {element: [s for s in candidates if shared(s, target) == {element}] for element in ELEMENTS}
+    for element, sets in ordered.items():
+        _random(f"dose/{element}", target, seed).shuffle(sets)
+    return {element: tuple(sets) for element, sets in ordered.items()} if all(ordered.values()) else {}
+
+
+def _counts(chosen: Sequence[Subset], num_records: int, available: Mapping[str, int] | None) -> tuple[int, ...]:
+    """`spread` over the subsets' shares; over all that they have where the shares are too few."""
+    shares = [s.num_train for s in chosen]
+    if available and sum(shares) < num_records:
+        shares = [max(s.num_train, available.get(s.name, 0)) for s in chosen]
+    return spread(num_records, shares)
 
 
 def spread(total: int, capacities: Sequence[int]) -> tuple[int, ...]:

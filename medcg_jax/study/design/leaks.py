@@ -58,7 +58,7 @@ def _is_published(cell: Cell, name: str, target: str) -> bool:
     if cell.row.part == "out_of_distribution":
         inside, outside = mat.paper_split()
         return name in inside and target in outside
-    if cell.row.published is None or cell.arm != "trained":
+    if cell.row.published is None or cell.arm not in ("trained", "no_images"):  # the same training set
         return False
     table, number = cell.row.published
     return any(r.row == number and name in r.related and target == r.target for r in mat.paper_rows(table))

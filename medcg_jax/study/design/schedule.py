@@ -8,13 +8,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from medcg_jax.config import BOX_TABLES, MODELS, RunConfig, parts_of, replace
+from medcg_jax.config import BOX_TABLES, MODELS, MOST_RECORDS, DataConfig, RunConfig, parts_of, replace
 from medcg_jax.config_file import with_flags
 from medcg_jax.data.general import num_general
 from medcg_jax.data.records import Source, Subset
 from medcg_jax.data.sources import open_source, require_subsets
 from medcg_jax.study.design.suite import DETECTION_TABLES, Cell, expand
 from medcg_jax.train.optim import num_steps
+
+# Times a subset's share of a set that a grid can read of it: a triple's member alone stands for three.
+SPARE = 3
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Job:
     Attributes:
       id: the first cell's id; unique among a model's jobs.
       training: (subset, number of its training records), by name.
+      blank: whether all of its images are the same grey one.
     """
 
     id: str
@@ -31,6 +35,7 @@ class Job:
     training: tuple[tuple[str, int], ...]
     steps: int
     cells: tuple[Cell, ...]
+    blank: bool = False
 
     @property
     def model(self) -> str:
@@ -38,8 +43,8 @@ class Job:
 
     @property
     def has_boxes(self) -> bool:
-        """Whether its table trains on boxes: such rows may be longer, so they share no program with others."""
-        return self.cells[0].table in BOX_TABLES
+        """Whether it trains on boxes: such rows may be longer, so they share no program with others."""
+        return self.cells[0].has_boxes
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -120,9 +125,18 @@ def plan_of(runs: Mapping[str, RunConfig], source: Source | None = None) -> Plan
     return Plan(tuple(cells), tuple(jobs), dict(runs))
 
 
+def spare_data(data: DataConfig) -> DataConfig:
+    """The data with more training records of a subset than its share of a set (`data.train_records_per_subset`).
+
+    A member of a pair or triple that is trained on alone takes as many records as the whole set has.
+    """
+    most = min(MOST_RECORDS, SPARE * data.train_records_per_subset)
+    return dataclasses.replace(data, train_records_per_subset=most)
+
+
 def _cells_of(run: RunConfig, source: Source | None) -> list[Cell]:
     study, most = run.study, run.data.train_records_per_subset
-    source = source or open_source(seeded(run, study.seeds[0]).data)
+    source = source or open_source(spare_data(seeded(run, study.seeds[0]).data))
     targets_of = [name for names in study.targets_of.values() for name in names]
     require_subsets(source, [*study.targets, *targets_of, *study.box_subsets])
 
@@ -130,24 +144,28 @@ def _cells_of(run: RunConfig, source: Source | None) -> list[Cell]:
         return [dataclasses.replace(s, num_train=min(s.num_train, most)) for s in subsets]
 
     # Detection files are read only where a table uses them.
-    boxes = capped(source.detection_subsets) if set(study.tables) & set(BOX_TABLES) else []
+    boxes = list(source.detection_subsets) if set(study.tables) & set(BOX_TABLES) else []
     boxes = [subset for subset in boxes if not study.box_subsets or subset.name in study.box_subsets]
-    return expand(run, capped(source.subsets), boxes)
+    available = {subset.name: subset.num_train for subset in (*source.subsets, *boxes)}
+    return expand(run, capped(source.subsets), capped(boxes), available)
 
 
 def jobs_of(cells: Sequence[Cell], run: RunConfig) -> list[Job]:
-    """The distinct trainings of one model's cells, in the order of work.
+    """The distinct trainings of one model's cells, in the order of work: equal ones of all rows and tables run once.
 
     Seeds keep their order, since all cells of a seed need its base. Within a seed untrained jobs come first, then the
     longest, so that processes end together.
     """
-    groups: dict[tuple[int, tuple[tuple[str, int], ...], int], list[Cell]] = {}
+    groups: dict[tuple[int, tuple[tuple[str, int], ...], int, bool], list[Cell]] = {}
     for cell in cells:
         recipe = dataclasses.replace(run.train, epochs=run.study.epochs_of.get(cell.table, run.train.epochs))
-        records = sum(count for _, count in cell.training)
+        records = cell.update_records or cell.total_records
         records += num_general(records, run.data.imagewikiqa_share)
         steps = num_steps(recipe, records) if cell.training else 0
-        groups.setdefault((cell.seed, cell.training, steps), []).append(cell)
-    jobs = [Job(group[0].id, *key, tuple(group)) for key, group in groups.items()]
+        groups.setdefault((cell.seed, cell.training, steps, cell.blank), []).append(cell)
+    jobs = [
+        Job(group[0].id, seed, training, steps, tuple(group), blank)
+        for (seed, training, steps, blank), group in groups.items()
+    ]
     seeds = list(dict.fromkeys(job.seed for job in jobs))
     return sorted(jobs, key=lambda job: (seeds.index(job.seed), job.steps > 0, -job.steps, job.id))

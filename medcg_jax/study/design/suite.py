@@ -6,7 +6,7 @@
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from medcg_jax.config import (
@@ -20,7 +20,7 @@ from medcg_jax.config import (
 )
 from medcg_jax.data.records import Subset
 from medcg_jax.families import registry
-from medcg_jax.study.design import combos, mat
+from medcg_jax.study.design import arms, combos, mat
 
 # Arms that may train on (other records of) what they are tested on: the references of tables 1 and 2, and the
 # efficiency curve.
@@ -47,7 +47,7 @@ class Row:
 
     Attributes:
       part: the direction in pairs and triples, "in_distribution" or "out_of_distribution" in multi_task and detection,
-        the curve in efficiency; "" in ablation.
+        the curve in efficiency; "dose" in dose; "" in ablation.
       subset: the target; in multi_task the only training subset; "" where the row has many.
       published: (table, row) of the published row that it repeats.
     """
@@ -80,6 +80,9 @@ class Cell:
       num_records: training records of each of them.
       target: its test subsets.
       model: the model's name, of `config.MODELS`.
+      update_records: records that its updates are counted from; 0: its own.
+      blank: whether all images of its training are the same grey one (`data.blank`); its tests have their own.
+      has_boxes: whether it trains on boxes.
     """
 
     id: str
@@ -92,6 +95,9 @@ class Cell:
     target: tuple[str, ...]
     notes: str = ""
     model: str = ""
+    update_records: int = 0
+    blank: bool = False
+    has_boxes: bool = False
 
     def __post_init__(self):
         if len(self.related) != len(self.num_records):
@@ -106,7 +112,7 @@ class Cell:
 
     @property
     def training(self) -> tuple[tuple[str, int], ...]:
-        """(subset, number of its training records), by name. Cells of one seed and model with equal ones train once."""
+        """(subset, number of its training records), by name."""
         return tuple(sorted((name, n) for name, n in zip(self.related, self.num_records, strict=True) if n))
 
     @property
@@ -124,7 +130,8 @@ class World:
       released: whether the subsets are Med-MAT's.
       boxes: detection subsets; only `detection` is tested on them.
       pair_table, detection_table: the published tables whose rows pairs and detection pairs repeat.
-      study: the settings of Baseline+ and of the efficiency curve.
+      study: which arms there are, and the settings of Baseline+, budgets and curves.
+      available: subset -> training records that it has, where these are more than its share of a set (`num_train`).
     """
 
     subsets: tuple[Subset, ...]
@@ -134,6 +141,7 @@ class World:
     pair_table: int = 3
     detection_table: int = 5
     study: StudyConfig = field(default_factory=StudyConfig)
+    available: Mapping[str, int] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Subset:
         return next(s for s in (*self.subsets, *self.boxes) if s.name == name)
@@ -145,46 +153,56 @@ class World:
         return set(names) <= {s.name for s in (*self.subsets, *self.boxes)}
 
 
-def expand(run: RunConfig, subsets: Sequence[Subset], boxes: Sequence[Subset] = ()) -> list[Cell]:
+def expand(
+    run: RunConfig, subsets: Sequence[Subset], boxes: Sequence[Subset] = (), available: Mapping[str, int] | None = None
+) -> list[Cell]:
     """Every cell of the tables in `run.study`, table by table, row by row, seed by seed.
 
     Args:
       subsets: those of choice questions.
       boxes: detection subsets, for `BOX_TABLES`.
+      available: as `World`'s.
 
     Raises:
       ConfigError: a target is no subset, or a table has no cell for these subsets.
     """
     cells: list[Cell] = []
     for table in run.study.tables:
-        cells += _cells_of(table, run, tuple(subsets), tuple(boxes) if table in BOX_TABLES else ())
+        own_boxes = tuple(boxes) if table in BOX_TABLES else ()
+        cells += _cells_of(table, run, tuple(subsets), own_boxes, available or {})
     for cell_id, count in Counter(cell.id for cell in cells).most_common(1):
         if count > 1:
             raise ValueError(f"two cells have the id {cell_id}")
-    return [dataclasses.replace(cell, model=run.model.name) for cell in cells]
+    with_boxes = {subset.name for subset in boxes}
+    return [
+        dataclasses.replace(cell, model=run.model.name, has_boxes=not with_boxes.isdisjoint(cell.related))
+        for cell in cells
+    ]
 
 
-def _cells_of(table: str, run: RunConfig, subsets: tuple[Subset, ...], boxes: tuple[Subset, ...]) -> list[Cell]:
+def _cells_of(
+    table: str, run: RunConfig, subsets: tuple[Subset, ...], boxes: tuple[Subset, ...], available: Mapping[str, int]
+) -> list[Cell]:
     family, published, study = MODELS[run.model.name], run.study.published_table, run.study
     if table in BOX_TABLES and family not in DETECTION_TABLES:
         raise ConfigError(f"study.tables={table!r}: {run.model.name} gives no boxes; {', '.join(DETECTION_TABLES)} do")
     targets = study.targets_of.get(table, study.targets)
     pair_table = published if published in PUBLISHED_PAIRS else PAIR_TABLES.get(family, 3)
     detection_table = published if published in PUBLISHED_DETECTION else DETECTION_TABLES.get(family, 5)
-    world = World(subsets, targets, run.data.source == "release", boxes, pair_table, detection_table, study)
+    world = World(subsets, targets, run.data.source == "release", boxes, pair_table, detection_table, study, available)
     names = [s.name for s in subsets]
     for name in targets:
         if name not in names:
             raise ConfigError(f"study.targets={name!r}: expected one of {', '.join(names)}")
     cells = [cell for seed in study.seeds for cell in _TABLES[table](world, seed)]
-    arms, parts = {cell.arm for cell in cells}, {cell.row.part or cell.row.subset for cell in cells}
+    found, parts = {cell.arm for cell in cells}, {cell.row.part or cell.row.subset for cell in cells}
     cells = [cell for cell in cells if not study.arms or cell.arm in study.arms]
     cells = [cell for cell in cells if not study.parts or (cell.row.part or cell.row.subset) in study.parts]
     if not cells:
         raise ConfigError(
             f"study.tables={table!r}: no target has the related subsets it needs (targets: "
             f"{', '.join(targets) or 'all'}; subsets: {', '.join(s.name for s in (*subsets, *boxes))}; "
-            f"arms there: {', '.join(sorted(arms)) or 'none'}; parts: {', '.join(sorted(parts)) or 'none'})"
+            f"arms there: {', '.join(sorted(found)) or 'none'}; parts: {', '.join(sorted(parts)) or 'none'})"
         )
     order = {row: i for i, row in enumerate(dict.fromkeys(cell.row for cell in cells))}
     return sorted(cells, key=lambda cell: order[cell.row])  # stable: a row's seeds and arms stay in order
@@ -200,34 +218,39 @@ def _cell(
     counts: Sequence[int] | None = None,
     notes: str = "",
     id_row: Row | None = None,
+    **fields,
 ) -> Cell:
     """A cell with its id.
 
-    counts: records of each training subset; None: all. id_row: the row in the id, where it is not `row`.
+    counts: records of each training subset; None: all. id_row: the row in the id, where it is not `row`. fields: others
+    of `Cell`.
     """
     counts = [s.num_train for s in training] if counts is None else counts
     used = [(s.name, count) for s, count in zip(training, counts, strict=True) if count]
     text = ".".join((table, *str(id_row or row).split("/"), arm, f"s{seed}"))
     cell_id = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in text)
     names, counts = tuple(name for name, _ in used), tuple(count for _, count in used)
-    return Cell(cell_id, table, row, arm, seed, names, counts, tuple(t.name for t in targets), notes)
+    return Cell(cell_id, table, row, arm, seed, names, counts, tuple(t.name for t in targets), notes, **fields)
+
+
+def _arm(table: str, row: Row, arm: arms.Arm, seed: int, target: Subset, notes: str = "") -> Cell:
+    """The cell of one arm of a row."""
+    training, counts = zip(*arm.training, strict=True)
+    notes = "; ".join(filter(None, (notes, arm.note)))
+    budget = dict(update_records=arm.update_records, blank=arm.blank)
+    return _cell(table, row, arm.name, seed, training, (target,), counts, notes, **budget)
 
 
 def _arms(
     table: str, row: Row, seed: int, world: World, training: Sequence[Subset], target: Subset, notes: str
 ) -> Iterator[Cell]:
-    """Baseline, Baseline+ (not in detection pairs) and Trained of one row."""
+    """Baseline, Baseline+, Trained and the arms that decide of one row; Trained's notes say which are absent, and why."""
     yield _cell(table, row, "baseline", seed, (), (target,), notes=notes)
-    if table not in BOX_TABLES:
-        records, subsets = world.study.baseline_plus_records, world.study.baseline_plus_subsets
-        num_records = sum(s.num_train for s in training) if records == "related" else int(records)
-        num_subsets = {"related": len(training), "all": len(world.subsets)}.get(subsets) or int(subsets)
-        unrelated, counts = combos.baseline_plus(target, world.subsets, num_subsets, num_records, seed)
-        if unrelated:
-            shortage = f"only {sum(counts)} unrelated records for {num_records}" if sum(counts) < num_records else ""
-            all_notes = "; ".join(filter(None, (notes, shortage)))
-            yield _cell(table, row, "baseline_plus", seed, unrelated, (target,), counts, all_notes)
-    yield _cell(table, row, "trained", seed, training, (target,), notes=notes)
+    members = arms.Members(target, tuple(training), world.subsets, world.boxes, world.available, seed)
+    row_arms, absent = arms.row_arms(members, world.study)
+    for arm in row_arms:
+        own_notes = absent if arm.name == "trained" else ()
+        yield _arm(table, row, arm, seed, target, "; ".join(filter(None, (notes, *own_notes))))
 
 
 def _combination_rows(
@@ -271,7 +294,10 @@ def triples(world: World, seed: int) -> Iterator[Cell]:
 
 
 def detection_pairs(world: World, seed: int) -> Iterator[Cell]:
-    """Tables 5 and 6: pairs as in table 3 of a detection subset and a choice-question subset; without Baseline+."""
+    """Tables 5 and 6: pairs as in table 3 of a detection subset and a choice-question subset.
+
+    The paper has no Baseline+ there; here it is unrelated records of either kind.
+    """
     return _combination_rows(world, seed, "detection_pairs", world.detection_table)
 
 
@@ -296,23 +322,23 @@ def detection(world: World, seed: int) -> Iterator[Cell]:
 
 
 def ablation(world: World, seed: int) -> Iterator[Cell]:
-    """Figure 4: all related, all unrelated, without an element, all data; and two controls."""
+    """Figure 4: all related, all unrelated, without an element, all data; controls; at equal epochs and equal updates."""
     for target in world.target_subsets():
         if not combos.is_composable(target, world.subsets):
             continue
-        sets = {
-            "all_related": combos.related(target, world.subsets),
-            "all_unrelated": combos.unrelated(target, world.subsets),
-            **{f"wo_{e}": combos.without(target, world.subsets, e) for e in mat.ELEMENTS},
-            "random_removal": combos.random_removal(target, world.subsets, seed),
-            "same_task": combos.same_task(target, world.subsets),
-            "all_data": combos.usable(target, world.subsets),
-        }
         row = Row("", target.name)
         yield _cell("ablation", row, "baseline", seed, (), (target,))
-        for arm, training in sets.items():
-            if training:  # an arm without subsets is not defined for this target
-                yield _cell("ablation", row, arm, seed, training, (target,))
+        budgets = world.study.ablation_budgets
+        for arm in arms.ablation_arms(target, world.subsets, budgets, world.available, seed):
+            yield _arm("ablation", row, arm, seed, target)
+
+
+def dose(world: World, seed: int) -> Iterator[Cell]:
+    """Accuracy by number of related subsets for each element, at equal records and updates; not in the paper."""
+    study = world.study
+    for target in world.target_subsets():
+        for arm in arms.dose_arms(target, world.subsets, study.dose_subsets, study.dose_records, world.available, seed):
+            yield _arm("dose", Row("dose", target.name), arm, seed, target)
 
 
 def split(world: World) -> tuple[tuple[Subset, ...], tuple[Subset, ...]]:
@@ -361,20 +387,43 @@ def multi_task(world: World, seed: int) -> Iterator[Cell]:
 
 
 def efficiency(world: World, seed: int) -> Iterator[Cell]:
-    """Accuracy by number of the target's own training records, with all its related subsets and without them.
+    """Accuracy by number of the target's own training records: with all its related subsets, with as many unrelated
+    records, and alone.
 
-    The only table that trains on its target, though never on test records.
+    The only table that trains on its target, though never on test records. With `study.efficiency_budget` "updates"
+    all points of a target have the updates of the largest training; with "epochs" as many as their records need.
     """
     for target in world.target_subsets():
         if not combos.is_composable(target, world.subsets):
             continue
         related = combos.related(target, world.subsets)
-        for curve, others in (("with_related", related), ("target_only", ())):
-            fewer = [count for count in world.study.efficiency_records if count < target.num_train]
+        num_related = sum(s.num_train for s in related)
+        unrelated = combos.baseline_plus(target, world.subsets, len(related), num_related, seed, world.available)
+        shortage = f"only {sum(unrelated[1])} unrelated records for {num_related}"
+        curves = {
+            "with_related": (related, [s.num_train for s in related], ""),
+            "with_unrelated": (*unrelated, shortage if sum(unrelated[1]) < num_related else ""),
+            "target_only": ((), (), ""),
+        }
+        of_updates = num_related + target.num_train if world.study.efficiency_budget == "updates" else 0
+        fewer = [count for count in world.study.efficiency_records if count < target.num_train]
+        for curve, (others, counts, notes) in curves.items():
+            if curve == "with_unrelated" and not others:
+                continue
             for count in (*fewer, target.num_train):
-                counts = (*(s.num_train for s in others), count)
                 row, arm = Row(curve, target.name), f"efficiency_{count}"
-                yield _cell("efficiency", row, arm, seed, (*others, target), (target,), counts)
+                training = (*others, target)
+                yield _cell(
+                    "efficiency",
+                    row,
+                    arm,
+                    seed,
+                    training,
+                    (target,),
+                    (*counts, count),
+                    notes,
+                    update_records=of_updates,
+                )
 
 
 _TABLES: dict[str, Callable[[World, int], Iterator[Cell]]] = {
@@ -385,4 +434,5 @@ _TABLES: dict[str, Callable[[World, int], Iterator[Cell]]] = {
     "efficiency": efficiency,
     "detection_pairs": detection_pairs,
     "detection": detection,
+    "dose": dose,
 }

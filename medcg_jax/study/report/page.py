@@ -21,12 +21,13 @@ from markupsafe import Markup
 
 from medcg_jax.config import ConfigError, flat
 from medcg_jax.study.report.escape import file_names, latex, markdown, plain
+from medcg_jax.study.report.file_tables import confusion, subset_scores
 from medcg_jax.study.report.load_grid import Grid
 from medcg_jax.study.report.plots import Figure, Plots
 from medcg_jax.study.report.published import context, power, published
 from medcg_jax.study.report.samples import Card, Cards, box_samples, mistakes, samples
 from medcg_jax.study.report.table import MARKS, Table, text_of
-from medcg_jax.study.report.tables import Tables, confusion, subset_scores
+from medcg_jax.study.report.tables import Tables
 from medcg_jax.study.report.text import Answer, counted, letter_habits, limits, missing, summary_text, table_names
 from medcg_jax.study.stats import stats
 from medcg_jax.study.stats.results import choices
@@ -96,13 +97,13 @@ ORIGINS = Markup(
     "<code>cells.csv</code>; counts of right answers and Wilson intervals from <code>results.csv</code>; every paired "
     "comparison, letter, free answer and label from <code>predictions/</code>; the tests asked again from "
     "<code>controls/</code>; boxes from <code>boxes/</code>; losses from <code>metrics/</code>; images in training and "
-    "tests from <code>contamination.csv</code>; where the time went from <code>goodput.json</code>; settings, versions "
-    "and fingerprints from <code>config.json</code>. Images are read from the data that <code>config.json</code> "
+    "tests from <code>contamination.csv</code>; where the time went from <code>goodput.json</code> (goodput: the "
+    "share of the time that went into training steps that counted); settings, versions and fingerprints from <code>config.json</code>. Images are read from the data that <code>config.json</code> "
     "names, if their fingerprint is still the one recorded. Printed numbers are those of the paper's tables, kept with "
     "the code."
 )
 # Tables that are folded at the end of the page.
-FOLDED = ("contamination", "comparisons", "cells", "goodput")
+FOLDED = ("contamination", "comparisons", "metrics", "cells", "goodput")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,7 +344,7 @@ def _result_sections(grid: Grid, answer: Answer, tables: dict[str, Table], plots
     first = Section(
         id="answer", title="The answer", answer=[Markup(" ").join(lead), *answer.sentences()],
         paragraphs=[Markup('The same in plain text: <a href="summary.txt">summary.txt</a>'), *([key] if results else [])],
-        figures=plots.headline(), tables=[tables[name] for name in ("effects",) if name in tables],
+        figures=plots.headline(), tables=[tables[name] for name in ("effects", "effects_without_lapses") if name in tables],
         folded=[tables[name] for name in ("effects_by_direction",) if name in tables],
     )  # fmt: skip
     return [first, *results]

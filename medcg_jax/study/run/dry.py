@@ -5,15 +5,15 @@ It needs neither weights nor data: without a Med-MAT tree it takes the paper's s
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medcg_jax.config import BOX_TABLES, RunConfig
+from medcg_jax.config import ARMS, BOX_TABLES, DECIDING_ARMS, RunConfig
 from medcg_jax.data.records import Source, Subset
 from medcg_jax.data.sources import open_source
 from medcg_jax.study.design import mat
-from medcg_jax.study.design.schedule import Job, Plan, make_plan, runs_by_model, seeded
+from medcg_jax.study.design.schedule import Job, Plan, make_plan, runs_by_model, seeded, spare_data
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ def subsets_source(run: RunConfig) -> Source | NominalSource:
     """The run's data; where its tree does not exist, `nominal_source`, and a printed line."""
     data = seeded(run, run.study.seeds[0]).data
     if data.source != "release" or (data.root and Path(data.root).exists()):
-        return open_source(data)
-    most = data.train_records_per_subset
-    nominal = f"the paper's 53 subsets with {most} training records each, an upper bound"
-    print(f"data.root={data.root!r} does not exist: {nominal}")
+        return open_source(spare_data(data))
+    share, most = data.train_records_per_subset, spare_data(data).train_records_per_subset
+    nominal = f"the paper's 53 subsets with {share} training records each for a set of several, {most} alone"
+    print(f"data.root={data.root!r} does not exist: {nominal}; an upper bound")
     return nominal_source(most)
 
 
@@ -64,15 +64,15 @@ def _short(number: float) -> str:
     return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
-def costs(run: RunConfig, jobs: Sequence[Job], boxes: Sequence[Subset] = ()) -> dict[str, Cost]:
+def costs(run: RunConfig, jobs: Sequence[Job]) -> dict[str, Cost]:
     """Job id -> the cost of its training; zero for the base itself.
 
-    FLOPs are of padded rows (`families.flops`): attention over the full square, without rematerialization.
-    boxes: the detection subsets; trainings with them have another row length.
+    FLOPs are of padded rows (`families.flops`): attention over the full square, without rematerialization. Rows with
+    boxes have a length of their own.
     """
     from medcg_jax.families import flops
 
-    config, data, names = architecture_of(run), run.data, {subset.name for subset in boxes}
+    config, data = architecture_of(run), run.data
 
     def of_row(with_boxes: bool) -> tuple[int, float]:
         text = with_boxes and data.max_box_text_tokens or data.max_text_tokens
@@ -85,7 +85,7 @@ def costs(run: RunConfig, jobs: Sequence[Job], boxes: Sequence[Subset] = ()) -> 
     cost_of = {}
     for job in jobs:
         samples = job.steps * run.train.batch_size
-        length, flops_of_row = rows[bool(names & {name for name, _ in job.training})]
+        length, flops_of_row = rows[job.has_boxes]
         cost_of[job.id] = Cost(samples, samples * length, samples * flops_of_row)
     return cost_of
 
@@ -104,9 +104,10 @@ def architecture_of(run: RunConfig):
 def dry(run: RunConfig) -> dict:
     """Prints every cell with its training subsets, sizes, steps and cost, and totals; trains nothing.
 
-    Returns {"cells": [fields of `suite.Cell`, "steps", "trained_as" and its cost], "trainings", "saved" (trained cells
-    that share another cell's training), "steps", "bases", "nominal" (whether sizes are), "samples", "tokens", "pflop"};
-    for `study.models` {model: the same}.
+    Returns {"cells": [fields of `suite.Cell`, "steps", "trained_as" and its cost], "arms" (as `by_arm`), "deciding" (as
+    one of these, of all arms that tell composition from transfer), "trainings", "saved" (trained cells that share
+    another cell's training), "steps", "bases", "nominal" (whether sizes are), "samples", "tokens", "pflop"}; for
+    `study.models` {model: the same}.
 
     Raises:
       ConfigError, DataError: as `schedule.make_plan`.
@@ -119,7 +120,7 @@ def dry(run: RunConfig) -> dict:
         return listings
     source = subsets_source(run)
     plan = make_plan(run, source)
-    spent = costs(run, plan.jobs, source.detection_subsets if set(run.study.tables) & set(BOX_TABLES) else ())
+    spent = costs(run, plan.jobs)
     job_of = {cell.id: job for job in plan.jobs for cell in job.cells}
     entries = []
     for cell in plan.cells:
@@ -178,4 +179,46 @@ def totals(run: RunConfig, plan: Plan, spent: dict[str, Cost]) -> dict:
     steps, cost = sum(job.steps for job in trained), sum((spent[job.id] for job in trained), Cost())
     print(f"{len(trained)} trainings, {steps} steps; {bases} bases of {run.base.steps} steps")
     print(f"trainings without bases and tests: {cost} (forward and backward, rows at padded length)")
-    return {"trainings": len(trained), "saved": saved, "steps": steps, "bases": bases} | cost.as_dict()
+    arms = by_arm(plan, spent)
+    print("by arm; a training that several arms share counts for the first of them:")
+    for arm, share in arms.items():
+        print(f"  {arm}: {share['cells']} cells, {share['trainings']} trainings, {share['cost']}")
+    deciding = [share for arm, share in arms.items() if arm in DECIDING_ARMS]
+    added = {key: sum(share[key] for share in deciding) for key in ("cells", "trainings")}
+    added["cost"] = sum((share["cost"] for share in deciding), Cost())
+    if deciding:
+        words = f"{added['cells']} cells, {added['trainings']} trainings, {added['cost']}"
+        short = [cell for cell in plan.cells if cell.arm in DECIDING_ARMS and cell.total_records < cell.update_records]
+        if short:
+            print(
+                f"{len(short)} of {added['cells']} of these cells have fewer records than their row, as {short[0].id}"
+            )
+        print(f"arms that tell composition from transfer ({DECIDING_ARMS[0]} to {DECIDING_ARMS[-1]}) add {words}")
+    listed = {"arms": {arm: _as_dict(share) for arm, share in arms.items()}, "deciding": _as_dict(added)}
+    return {"trainings": len(trained), "saved": saved, "steps": steps, "bases": bases} | cost.as_dict() | listed
+
+
+def by_arm(plan: Plan, spent: Mapping[str, Cost]) -> dict[str, dict]:
+    """Arm -> {"cells", "trainings", "cost"} in the order of `config.ARMS`, the paper's arms before those that decide.
+
+    A training that serves several arms counts for the first of them only, so that the arms add up to the whole.
+    """
+
+    def place(arm: str) -> tuple:
+        return (arm in DECIDING_ARMS, ARMS.index(arm) if arm in ARMS else len(ARMS), arm)
+
+    arms = {
+        arm: {"cells": 0, "trainings": 0, "cost": Cost()}
+        for arm in sorted({cell.arm for cell in plan.cells}, key=place)
+    }
+    for cell in plan.cells:
+        arms[cell.arm]["cells"] += 1
+    for job in plan.jobs:
+        first = arms[min((cell.arm for cell in job.cells), key=place)]
+        first["trainings"] += job.steps > 0
+        first["cost"] += spent[job.id]
+    return arms
+
+
+def _as_dict(share: dict) -> dict:
+    return {"cells": share["cells"], "trainings": share["trainings"]} | share["cost"].as_dict()

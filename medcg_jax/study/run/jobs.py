@@ -1,6 +1,7 @@
 """Trains and tests the jobs of one model's grid, all with one program, whatever their data and number of steps."""
 
 import dataclasses
+import functools
 import shutil
 import sys
 import time
@@ -9,13 +10,15 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from medcg_jax.config import ConfigError, RunConfig
 from medcg_jax.data.controls import control_sets
 from medcg_jax.data.encoding import MEMORY_LIMIT_BYTES, Encoded, concat_encoded, cut_rows, option_columns
 from medcg_jax.data.general import SUBSET as GENERAL
-from medcg_jax.data.records import DataError, RecordSet, Split, concat
+from medcg_jax.data.records import DataError, RecordSet, Source, Split, concat
+from medcg_jax.data.sources import open_source
 from medcg_jax.data.splits import balanced, labels_of
 from medcg_jax.eval.predictions import NonFiniteScores, write_controls
 from medcg_jax.eval.probe import MIN_RECORDS, Prober, ProbeResult
@@ -23,7 +26,7 @@ from medcg_jax.eval.subsets import Tester, write_tested
 from medcg_jax.families.build import join, shardings, split_trainable
 from medcg_jax.files import write_whole
 from medcg_jax.study.design import leaks
-from medcg_jax.study.design.schedule import Job, seeded
+from medcg_jax.study.design.schedule import Job, seeded, spare_data
 from medcg_jax.study.run import bases, claims
 from medcg_jax.study.run.progress import Reporter
 from medcg_jax.study.stats import contamination, probe, results
@@ -34,6 +37,9 @@ from medcg_jax.train.log import CompileMonitor
 from medcg_jax.train.run import run_spec, step_program
 from medcg_jax.train.setup import Setup, open_setup, peak_flops, to_keep
 from medcg_jax.train.step import Program, TrainState
+
+# The image of every record of a training without images: mid grey, square, so that no padding frames it.
+BLANK = np.full((224, 224, 3), 128, np.uint8)
 
 # A training: (subset, number of its training records).
 Training = Sequence[tuple[str, int]]
@@ -52,13 +58,13 @@ class SeedData:
         self._cache: dict[tuple, Encoded] = {}
         self._controls: dict[str, dict[str, Encoded]] = {}
         self._bytes = 0
-        self._guard: leaks.LeakGuard | None = None
+        self._guards: dict[Source, leaks.LeakGuard] = {}
 
-    def training(self, training: Training, without: frozenset[str] = frozenset()) -> Encoded:
+    def training(self, training: Training, without: frozenset[str] = frozenset(), *, blank: bool = False) -> Encoded:
         """The rows of a training, then its general records. Where a subset gives only some of its records, their labels
         are balanced.
 
-        without: ids of records to leave out.
+        without: ids of records to leave out. blank: all images are `BLANK`.
 
         Raises:
           DataError: no record is left.
@@ -70,15 +76,17 @@ class SeedData:
             raise DataError(f"no training record of {', '.join(taken)} is left: all of them give tests away")
         if general and without:
             general = general.select(i for i, record in enumerate(general.records) if record.id not in without)
+        if general and blank:
+            general = blanked(general)
         rows = sum(count for _, count in used) + (len(general) if general else 0)
         with_boxes = self._with_boxes(used)
         lengths = self._box_lengths if with_boxes else {}
         length = self._row_length(with_boxes)
         if rows * sum(array.nbytes for array in self._setup.format.blank.values()) > MEMORY_LIMIT_BYTES:
             # Encoded as one set, whose images are decoded when drawn.
-            sets = [self._records(name, "train", count, removed.get(name)) for name, count in used]
+            sets = [self._records(name, "train", count, removed.get(name), blank) for name, count in used]
             return cut_rows(self._setup.encode(concat([*sets, general] if general else sets), **lengths), length)
-        encoded = [self._encoded(name, "train", count, removed.get(name), **lengths) for name, count in used]
+        encoded = [self._encoded(name, "train", count, removed.get(name), blank, **lengths) for name, count in used]
         if general:
             encoded.append(self._setup.encode(general, **lengths))
         return cut_rows(concat_encoded(encoded), length)
@@ -119,10 +127,11 @@ class SeedData:
           ConfigError, DataError: a cell must not be trained.
         """
         setup = self._setup
-        if self._guard is None:
+        source = self._source(max((count for _, count in job.training), default=0))
+        if source not in self._guards:
             drawn, general = setup.run.data.source == "phantom", setup.general.records if setup.general else None
-            self._guard = leaks.LeakGuard(setup.source, setup.run.study, drawn=drawn, general=general)
-        findings = [finding for cell in job.cells for finding in self._guard.findings(cell)]
+            self._guards[source] = leaks.LeakGuard(source, setup.run.study, drawn=drawn, general=general)
+        findings = [finding for cell in job.cells for finding in self._guards[source].findings(cell)]
         if not findings:
             return frozenset()
         taken, general = self.taken(job.training), self.general(job.training)
@@ -146,9 +155,11 @@ class SeedData:
         if with_boxes not in self._row_lengths:
             setup, lengths = self._setup, self._box_lengths if with_boxes else {}
             trainings = [job.training for job in self._jobs if self._with_boxes(job.training) == with_boxes]
-            names = {name for training in trainings for name, _ in training} if setup.run.data.row_multiple else ()
-            sets = [setup.source.records(name, "train") for name in sorted(names)]
+            parts = {part for training in trainings for part in training} if setup.run.data.row_multiple else ()
+            sets = [self._source(count).records(name, "train") for name, count in sorted(parts)]
             sets += [setup.general.records] if sets and setup.general else []
+            if any(job.blank for job in self._jobs):
+                sets += [blanked(records) for records in sets]
             self._row_lengths[with_boxes] = setup.row_length(sets, **lengths)
         return self._row_lengths[with_boxes]
 
@@ -160,13 +171,19 @@ class SeedData:
         return {"max_text_tokens": text or data.max_text_tokens, "max_target_tokens": target or data.max_target_tokens}
 
     def _encoded(
-        self, subset: str, split: Split, count: int, without: frozenset[str] | None = None, **lengths: int
+        self,
+        subset: str,
+        split: Split,
+        count: int,
+        without: frozenset[str] | None = None,
+        blank: bool = False,
+        **lengths: int,
     ) -> Encoded:
-        key = (subset, split, count, without or None, *lengths.values())
+        key = (subset, split, count, without or None, blank, *lengths.values())
         if key not in self._cache:
             encode_test = self._setup.encode_boxes if self._setup.has_boxes(subset) else self._setup.encode_eval
             encode = self._setup.encode if split == "train" else encode_test
-            encoded = encode(self._records(subset, split, count, without), **lengths)
+            encoded = encode(self._records(subset, split, count, without, blank), **lengths)
             size = sum(array.nbytes for array in (encoded.images or {}).values())
             if self._bytes + size > MEMORY_LIMIT_BYTES:
                 return encoded
@@ -174,12 +191,29 @@ class SeedData:
             self._bytes += size
         return self._cache[key]
 
-    def _records(self, subset: str, split: Split, count: int, without: frozenset[str] | None = None) -> RecordSet:
-        records = self._setup.source.records(subset, split)
+    def _records(
+        self, subset: str, split: Split, count: int, without: frozenset[str] | None = None, blank: bool = False
+    ) -> RecordSet:
+        source = self._source(count) if split == "train" else self._setup.source
+        records = source.records(subset, split)
         chosen = balanced([labels_of(record) for record in records.records], count, self._setup.run.data.seed)
         if without:
             chosen = [i for i in chosen if records.records[i].id not in without]
-        return records if len(chosen) == len(records) else records.select(chosen)
+        records = records if len(chosen) == len(records) else records.select(chosen)
+        return blanked(records) if blank else records
+
+    def _source(self, count: int) -> Source:
+        """Where `count` training records of a subset come from: beyond its share of a set, from `schedule.spare_data`."""
+        return self._setup.source if count <= self._setup.run.data.train_records_per_subset else self._spare
+
+    @functools.cached_property
+    def _spare(self) -> Source:
+        return open_source(spare_data(self._setup.run.data))
+
+
+def blanked(records: RecordSet) -> RecordSet:
+    """The records with `BLANK` in place of every image; those without an image stay without."""
+    return RecordSet(records.records, [BLANK] * len(records), records.masks)
 
 
 class Trainer:
@@ -287,7 +321,7 @@ class Trainer:
         return results.state_dir(self._workdir) / "checkpoints" / job.id
 
     def _spec(self, setup: Setup, job: Job) -> loop.RunSpec:
-        encoded = self._data.training(job.training, self._data.leaking(job, self._workdir))
+        encoded = self._data.training(job.training, self._data.leaking(job, self._workdir), blank=job.blank)
         config = dataclasses.replace(setup.run.train, steps=job.steps)
         metrics = self._workdir / "metrics" / f"{job.id}.jsonl"
         checkpoints = self._checkpoints(job) if config.checkpoint_every_steps else None

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from medcg_jax.config import BOX_TABLES, TABLES
+from medcg_jax.config import NUMBERED_ARMS, REMOVAL_ARMS, STUDY_TABLES
 from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.design.suite import Row
 from medcg_jax.study.stats import results
@@ -26,6 +26,14 @@ ARMS = {
     "baseline": "Baseline",
     "baseline_plus": "Baseline+",
     "trained": "Trained",
+    "single_1": "First alone",
+    "single_2": "Second alone",
+    "single_3": "Third alone",
+    "filler_1": "First with unrelated",
+    "filler_2": "Second with unrelated",
+    "filler_3": "Third with unrelated",
+    "words_only": "Words of the task",
+    "no_images": "Without images",
     "single_task": "Single-task",
     "multi_task": "Multi-task",
     "all_related": "All related",
@@ -34,15 +42,20 @@ ARMS = {
     "wo_area": "w/o Area",
     "wo_task": "w/o Task",
     "random_removal": "Random removal",
+    "random_removal_modality": "Random removal (Modality)",
+    "random_removal_area": "Random removal (Area)",
+    "random_removal_task": "Random removal (Task)",
     "same_task": "Same task only",
     "all_data": "All data",
 }
+ARMS |= {f"{arm}_updates": f"{ARMS[arm]}, equal updates" for arm in REMOVAL_ARMS}
 # Table -> the first parts of its rows' names; an ablation's begin with the target.
 PARTS_OF = {
     "pairs": ("fixed_modality", "fixed_area", "fixed_task", "modality_area"),
     "triples": ("one_each",),
     "multi_task": ("in_distribution", "out_of_distribution"),
-    "efficiency": ("with_related", "target_only"),
+    "efficiency": ("with_related", "with_unrelated", "target_only"),
+    "dose": ("dose",),
     "detection_pairs": ("fixed_modality", "fixed_area", "fixed_task", "modality_area"),
     "detection": ("in_distribution", "out_of_distribution"),
 }
@@ -120,14 +133,14 @@ def cell_id(value: str) -> str:
 
 
 def table(value: str) -> str:
-    if value not in (*TABLES, *BOX_TABLES):
-        raise ValueError(" or ".join((*TABLES, *BOX_TABLES)))
+    if value not in STUDY_TABLES:
+        raise ValueError(" or ".join(STUDY_TABLES))
     return value
 
 
 def arm(value: str) -> str:
-    if value not in ARMS and not re.fullmatch(r"efficiency_\d{1,9}", value, re.ASCII):
-        raise ValueError(f"{', '.join(ARMS)} or efficiency_N")
+    if value not in ARMS and not re.fullmatch(rf"({'|'.join(NUMBERED_ARMS)})_\d{{1,9}}", value, re.ASCII):
+        raise ValueError(f"{', '.join(ARMS)}, {' or '.join(f'{name}_N' for name in NUMBERED_ARMS)}")
     return value
 
 
@@ -202,13 +215,25 @@ def _keyed_rows(path: Path, columns: Mapping[str, Callable], key: Sequence[str])
         if parts and Row.parse(row["table"], row["row"]).part not in parts:
             expected = f"in {row['table']} a row begins with {' or '.join(parts)}"
             raise FileError(f"{name}: row={shown(row['row'])}: {expected}")
-        if (row["table"] == "efficiency") != row["arm"].startswith("efficiency_"):
+        numbered = row["arm"].rpartition("_")[0]
+        if (row["table"] in NUMBERED_ARMS or numbered in NUMBERED_ARMS) and row["table"] != numbered:
             raise FileError(f"{name}: arm={row['arm']}: table {row['table']} has no such arm")
         if values in seen:
             others = "".join(f"{column} {shown(row[column])} " for column in key[1:])
             raise FileError(f"{name}: {others}stands there twice; {WRITE_AGAIN}")
         seen.add(values)
     return rows
+
+
+def training_of(cell: Mapping[str, str]) -> tuple:
+    """(training subsets, seed, ...) of a row of cells.csv, equal for the cells that one training serves.
+
+    Such cells have equal subsets, seed, steps and seconds. Arms that change what is taken of the subsets, their number of
+    records or their images, are trainings of their own.
+    """
+    arm = cell["arm"] if cell["arm"] == "no_images" or cell["arm"].startswith("efficiency_") else ""
+    related = tuple(sorted(filter(None, cell["related"].split("+"))))
+    return related, str(cell["seed"]), str(cell["steps"]), str(cell["seconds"]), arm
 
 
 def check_results(answers: Answers, cells: Sequence[Mapping], rows: Sequence[Mapping]) -> None:
