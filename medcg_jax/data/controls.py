@@ -5,8 +5,13 @@ from collections import Counter
 from collections.abc import Sequence
 from random import Random
 
+import numpy as np
+
 from medcg_jax.config import CONTROLS
 from medcg_jax.data.records import LETTERS, DataError, Record, RecordSet, Turn
+
+# A blank image: mid grey, square, so that no padding frames it and neither size nor shape tells one from another.
+BLANK = np.full((224, 224, 3), 128, np.uint8)
 
 
 class ControlSet(RecordSet):
@@ -15,6 +20,11 @@ class ControlSet(RecordSet):
     def __init__(self, records: Sequence[Record], asked_of: RecordSet, places: Sequence[int]):
         super().__init__(records, asked_of.select(places).images)
         self.places = tuple(places)
+
+
+def blanked(records: RecordSet) -> RecordSet:
+    """The records with `BLANK` in place of every image; those without an image stay without."""
+    return RecordSet(records.records, [BLANK] * len(records), records.masks)
 
 
 def control_sets(records: RecordSet, names: Sequence[str], seed: int) -> dict[str, ControlSet]:
