@@ -15,7 +15,6 @@ from medcg_jax.config_file import load
 from medcg_jax.data.controls import BLANK
 from medcg_jax.data.records import DataError, RecordSet
 from medcg_jax.data.release import ReleaseSource
-from medcg_jax.families.build import TINY
 from medcg_jax.study.design.schedule import make_plan, seeded
 from medcg_jax.study.run.bases import base_model, base_path, base_recipe
 from medcg_jax.study.run.grid import data_fingerprint, write_config
@@ -23,6 +22,7 @@ from medcg_jax.study.run.jobs import SeedData
 from medcg_jax.train.setup import open_setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+FAMILIES = ("llava15_tiny", "qwen2_vl_tiny", "llama32_vision_tiny", "minigpt_v2_tiny", "next_chat_tiny")
 PARTS = (("ct-brain-state", 16), ("mri-brain-stage", 8))
 QUESTION = "Which?\nA: no\nB: yes\nC: one\nD: two"
 
@@ -125,7 +125,7 @@ def test_general_records_count(tmp_path):
 # ------------------------------------------------------------------ blank images, a member alone
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_training_without_images_has_the_same_rows_about_one_grey_image(name):
     run = tiny(model__name=name, data__max_text_tokens=40, data__max_target_tokens=8, data__row_multiple=1)
     run = replace(run, model__trainable=("projector", "decoder"))
