@@ -10,11 +10,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from medcg_jax.config import ConfigError, RunConfig
-from medcg_jax.data.controls import control_sets
+from medcg_jax.data.controls import blanked, control_sets
 from medcg_jax.data.encoding import MEMORY_LIMIT_BYTES, Encoded, concat_encoded, cut_rows, option_columns
 from medcg_jax.data.general import SUBSET as GENERAL
 from medcg_jax.data.records import DataError, RecordSet, Source, Split, concat
@@ -37,9 +36,6 @@ from medcg_jax.train.log import CompileMonitor
 from medcg_jax.train.run import run_spec, step_program
 from medcg_jax.train.setup import Setup, open_setup, peak_flops, to_keep
 from medcg_jax.train.step import Program, TrainState
-
-# The image of every record of a training without images: mid grey, square, so that no padding frames it.
-BLANK = np.full((224, 224, 3), 128, np.uint8)
 
 # A training: (subset, number of its training records).
 Training = Sequence[tuple[str, int]]
@@ -64,7 +60,7 @@ class SeedData:
         """The rows of a training, then its general records. Where a subset gives only some of its records, their labels
         are balanced.
 
-        without: ids of records to leave out. blank: all images are `BLANK`.
+        without: ids of records to leave out. blank: all images are the same grey one (`controls.blanked`).
 
         Raises:
           DataError: no record is left.
@@ -209,11 +205,6 @@ class SeedData:
     @functools.cached_property
     def _spare(self) -> Source:
         return open_source(spare_data(self._setup.run.data))
-
-
-def blanked(records: RecordSet) -> RecordSet:
-    """The records with `BLANK` in place of every image; those without an image stay without."""
-    return RecordSet(records.records, [BLANK] * len(records), records.masks)
 
 
 class Trainer:
