@@ -53,7 +53,7 @@ NUMBERED_ARMS = ("efficiency", "dose")
 # What arms of different numbers of records have in common: passes over them, or updates.
 BUDGETS = ("epochs", "updates")
 # Controls, which ask test questions again in changed form: `data.controls`.
-CONTROLS = ("shuffled_images", "circular", "two_options")
+CONTROLS = ("shuffled_images", "circular", "two_options", "blank_images", "text_only")
 # Actions of a grid on leaks.
 LEAKS = ("refuse", "drop", "report")
 # Published tables that "pairs" and "detection_pairs" can repeat.
@@ -243,9 +243,10 @@ class EvalConfig:
     # Whether free answers are also generated, greedily, and strictly parsed.
     generate: bool = True
     max_new_tokens: int = setting(4, least=1, most=MOST_TOKENS)
-    # Controls of every test question in a grid, of `CONTROLS`; "circular" asks up to three times; (): none. Alone,
-    # "shuffled_images" takes as long as the test, and does not change `predictions/`. With several controls the text
-    # after the image is computed again for each. Controls are scored by the letters only.
+    # Controls of every test question in a grid, of `CONTROLS`; "circular" asks up to three times; (): none.
+    # "shuffled_images", "blank_images" and "text_only" take as long as the test each, and without the other two do not
+    # change `predictions/`. With these the text after the image is computed again for each. Controls are scored by the
+    # letters only.
     controls: tuple[str, ...] = setting(("shuffled_images",), choices=CONTROLS)
     # Tokens of an answer with boxes at most: MiniGPT-v2 writes up to 17 for each box, NExT-Chat 2.
     max_box_tokens: int = setting(128, least=1, most=MOST_TOKENS)
@@ -295,6 +296,9 @@ class StudyConfig:
     cells_at_once: int = setting(1, least=0, most=10**4, free=True)
     # Folder that keeps bases for other grids, by fingerprint; "": `bases` beside the workdir.
     base_dir: str = setting("", free=True, path=True)
+    # Whether a linear probe reads each target from the base's image features (`eval.probe`), for probe.csv: encodes up to
+    # 1,000 training images of each target.
+    probe: bool = False
     # Whether each cell's trained parameters are kept, and not only its scores.
     keep_weights: bool = False
     # Action on leaks: training records whose image or patient (`Record.group`) is in a target's test set, and general

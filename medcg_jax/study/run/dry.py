@@ -188,6 +188,11 @@ def totals(run: RunConfig, plan: Plan, spent: dict[str, Cost]) -> dict:
     added["cost"] = sum((share["cost"] for share in deciding), Cost())
     if deciding:
         words = f"{added['cells']} cells, {added['trainings']} trainings, {added['cost']}"
+        short = [cell for cell in plan.cells if cell.arm in DECIDING_ARMS and cell.total_records < cell.update_records]
+        if short:
+            print(
+                f"{len(short)} of {added['cells']} of these cells have fewer records than their row, as {short[0].id}"
+            )
         print(f"arms that tell composition from transfer ({DECIDING_ARMS[0]} to {DECIDING_ARMS[-1]}) add {words}")
     listed = {"arms": {arm: _as_dict(share) for arm, share in arms.items()}, "deciding": _as_dict(added)}
     return {"trainings": len(trained), "saved": saved, "steps": steps, "bases": bases} | cost.as_dict() | listed

@@ -21,13 +21,14 @@ from pathlib import Path
 
 from medcg_jax import processes
 from medcg_jax.agreement import data_fingerprint, versions
-from medcg_jax.config import BOX_TABLES, ConfigError, Interrupted, RunConfig, flat, free_fields
+from medcg_jax.config import BOX_TABLES, DECIDING_ARMS, ConfigError, Interrupted, RunConfig, flat, free_fields
 from medcg_jax.data.general import open_general
 from medcg_jax.files import write_whole
 from medcg_jax.study.design.schedule import Plan, make_plan, seeded
+from medcg_jax.study.design.suite import Cell
 from medcg_jax.study.run import claims
 from medcg_jax.study.run.progress import Progress
-from medcg_jax.study.stats import contamination, results
+from medcg_jax.study.stats import contamination, probe, results
 from medcg_jax.study.stats.stats import summarise
 from medcg_jax.train import goodput
 from medcg_jax.train.preempt import sigterm_saves
@@ -39,7 +40,7 @@ STOP_WAIT_S = 60.0
 # Names of the first process's broadcasts: whether there is work, and in the end the result.
 BEGUN, REPORTED = "the grid's work", "the grid's result"
 # Tables whose parts answer different questions: printed part by part.
-PRINTED_BY_PART = ("multi_task", "efficiency")
+PRINTED_BY_PART = ("multi_task", "efficiency", "dose")
 
 
 def reproduce(run: RunConfig, workdir: str | Path) -> dict:
@@ -59,6 +60,8 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
     folders = {model: workdir / model if run.study.models else workdir for model in plan.runs}
     for model_run in plan.runs.values():
         check_start(model_run)
+    if run.study.probe and all(job.steps for job in plan.jobs):
+        raise ConfigError("study.probe=True: no cell tests the base, which is what is probed; add the arm baseline")
     if processes.count() > 1:
         if run.study.models:
             raise ConfigError(f"study.models={run.study.models}: expected () where processes share one run")
@@ -86,6 +89,7 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
         outcomes = results.all_outcomes(folder, plans[model].jobs)
         tables[model].write(outcomes)
         contamination.join(folder, plans[model])
+        probe.join(folder, plans[model])
         if run.study.models:
             print(f"-- {model}")
         summaries[model] = summary(folder, plans[model], outcomes)
@@ -311,6 +315,7 @@ def write_config(run: RunConfig, workdir: Path, plan: Plan) -> None:
         "versions": versions(),
         "data": data_fingerprints(run),
         "cells": len(plan.cells),
+        "short": short_of_records(plan.cells),
     }
     new = json.loads(json.dumps(new))  # tuples as lists, as they come back from the file
     path = workdir / "config.json"
@@ -319,6 +324,19 @@ def write_config(run: RunConfig, workdir: Path, plan: Plan) -> None:
     for name in ("predictions", "metrics", "state/done", "state/claims", "state/progress"):
         (workdir / name).mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(new, indent=1) + "\n")
+
+
+def short_of_records(cells: Sequence[Cell]) -> dict[str, list[int]]:
+    """Cell of a pair or triple -> [its training records, those of the row's `trained`], where it has fewer.
+
+    A member alone that is short is a weaker control, which makes a pair look better: readers must know of it.
+    """
+    arms = (*DECIDING_ARMS, "baseline_plus")
+    return {
+        cell.id: [cell.total_records, cell.update_records]
+        for cell in cells
+        if cell.arm in arms and cell.total_records < cell.update_records
+    }
 
 
 def data_fingerprints(run: RunConfig) -> dict[str, str]:
