@@ -118,6 +118,24 @@ def base_loss(model, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]
     return total + weight * SITE_WEIGHT * loss, weight
 
 
+def with_common_start(params: nnx.State, tokens: np.ndarray) -> nnx.State:
+    """The params with one embedding for all tokens that do not occur in `tokens`: the mean of those that do.
+
+    A word that a base has not read otherwise starts at a random embedding, which the base may take for a word it knows:
+    an untrained word would then have a meaning by accident.
+    Source: the mean of huggingface/transformers:modeling_utils.py:resize_token_embeddings (5.23.0), without its noise.
+    """
+
+    def start(table: jax.Array) -> jax.Array:
+        is_read = jnp.isin(jnp.arange(table.shape[0]), np.unique(tokens))[:, None]
+        mean = jnp.where(is_read, table, 0).sum(0) / is_read.sum()
+        return jnp.where(is_read, table, mean)
+
+    embed = params["decoder"]["embed"]
+    embed["table"] = jax.jit(start, out_shardings=embed["table"].sharding)(embed["table"])
+    return params
+
+
 def train_base(
     path: Path, setup: Setup, *, name: str, metrics: Path, report: Callable[[int], None], goodput: Goodput
 ) -> None:
@@ -157,6 +175,7 @@ def train_base(
         **loop_options(config),
     )
     meta = {"made_of": recipe, "loss": result.metrics["loss"]}
-    save_params(path, join(state.params, frozen), setup.model, meta)
+    params = with_common_start(join(state.params, frozen), encoded.arrays["tokens"])
+    save_params(path, params, setup.model, meta)
     if jax.process_index() == 0:
         shutil.rmtree(folder, ignore_errors=True)
