@@ -10,7 +10,7 @@ from medcg_jax.study.report.table import points
 from medcg_jax.study.report.text import Answer, below_chance, letter_habits, limits, short_name, verdict
 from medcg_jax.study.stats import stats
 
-TARGETS = ("mri-brain-state", "ct-liver-stage", "xray-breast-state", "endoscopy-lung-grade")
+TARGETS = ("mri-brain-state", "ct-liver-grade", "photo-skin-state", "endoscopy-lung-grade")
 
 
 def answer_of(folder, skills=None, **changes) -> Answer:
