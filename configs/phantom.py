@@ -82,7 +82,7 @@ def _study(run: RunConfig) -> RunConfig:
     """Three seeds of data, base and fine-tune; eight targets."""
     return replace(
         run,
-        eval__controls=CONTROLS,
+        eval__controls=("shuffled_images", "text_only"),
         study__tables=("pairs", "triples", "ablation", "efficiency"),
         study__targets=REPORT_TARGETS,
         study__targets_of=FIGURE_TARGETS,
