@@ -90,7 +90,7 @@ def test_each_subset_is_hashed_once(source, monkeypatch):
     guard = LeakGuard(source)
     for _ in range(3):
         guard.findings(cell(related=(OTHER, "ct-skin-grade")))
-    assert sorted(asked) == [("ct-skin-grade", "train"), (TARGET, "test"), (OTHER, "train")]
+    assert sorted(asked) == [(TARGET, "test"), (OTHER, "train"), ("ct-skin-grade", "train")]
 
 
 def test_a_target_in_a_hand_made_cell_is_refused(source):

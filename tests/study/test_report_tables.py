@@ -82,7 +82,7 @@ def test_marks(results, expected):
 
 def test_chance_is_of_the_options(tables):
     chance = {row["target"]: row["chance"] for row in tables["ablation"].rows}
-    assert chance == pytest.approx({"mri-brain-state": 0.5, "endoscopy-lung-grade": 0.25})
+    assert chance == pytest.approx({"mri-brain-state": 0.5, "oct-skin-grade": 0.25})
 
 
 def test_how_letters_were_used(full_grid, tables):
