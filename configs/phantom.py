@@ -15,7 +15,7 @@ The recipe (base, train, data, eval) was chosen on the four targets of `data.pha
 which nothing was chosen on (seed 1 is the demo's).
 """
 
-from medcg_jax.config import CONTROLS, DataConfig, EvalConfig, ModelConfig, RunConfig, StudyConfig, TrainConfig, replace
+from medcg_jax.config import DataConfig, EvalConfig, ModelConfig, RunConfig, StudyConfig, TrainConfig, replace
 from medcg_jax.config_file import to_config_dict
 from medcg_jax.data.phantom.world import REPORT_TARGETS, TASKS, study_words
 

@@ -19,6 +19,7 @@ from flax import nnx
 from medcg_jax.config import MODELS, TRAINABLE, ModelConfig, RunConfig, TrainConfig, free_fields, marked
 from medcg_jax.data.encoding import cut_rows
 from medcg_jax.data.phantom import pretraining
+from medcg_jax.data.phantom.images import NUM_SITES, SITES_PER_SIDE
 from medcg_jax.data.records import Turn
 from medcg_jax.families.build import join, split_trainable
 from medcg_jax.study.design.schedule import seeded
@@ -98,13 +99,15 @@ def frame_tokens(setup: Setup) -> int:
 
 
 def base_loss(model, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """`token_loss` plus the cross-entropy of what each site of the image shows, read from the features of its token.
+    """`token_loss` plus the cross-entropy of what each site of the image shows, read from the features of its tokens.
 
     The readout is random and fixed: the tower and the projector learn to be read by it.
     batch: of `token_loss`, and `site_labels` int32[B, 16, 5] (`pretraining.site_labels`).
     """
     total, weight = token_loss(model, batch)
-    features = model.encode_images({key: batch[key] for key in model.image_keys})
+    tokens, cells = model.image_tokens({key: batch[key] for key in model.image_keys}, SITES_PER_SIDE)
+    is_of_site = jax.nn.one_hot(cells, NUM_SITES)
+    features = jnp.einsum("bps,bpd->bsd", is_of_site / jnp.maximum(is_of_site.sum(1, keepdims=True), 1), tokens)
     features *= jax.lax.rsqrt(jnp.square(features).mean(-1, keepdims=True) + 1e-6)
     bounds = np.cumsum((0, *pretraining.SITE_CLASSES))
     readout = jax.random.normal(jax.random.key(0), (features.shape[-1], bounds[-1])) * 2 / features.shape[-1] ** 0.5
