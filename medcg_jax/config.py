@@ -18,6 +18,7 @@ REMAT = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16")
 # Dtypes in which parameters that are not trained can be stored.
 BASE_DTYPES = (*DTYPES, "int8", "nf4")
+PHANTOM_RULES = ("shared", "drawn")
 # Products of a decoder's layer that can have a low-rank adapter.
 LORA_TARGETS = ("q", "k", "v", "out", "gate", "up", "down")
 # Parts that every model has, and that a base trains.
@@ -26,7 +27,9 @@ TRAINABLE = ("vision", "projector", "decoder")
 MASK_PARTS = ("mask_prompt", "mask_decoder", "sam_encoder")
 # Part -> the only family that has it. Other families have "lora" if `model.lora_rank` is above 0.
 FAMILY_PARTS = {part: family.name for family in registry.families() for part in family.parts}
-PARTS = (*TRAINABLE, *FAMILY_PARTS)
+# The decoder's token embeddings alone, a part that can be trained instead of the decoder.
+EMBEDDING = "embedding"
+PARTS = (*TRAINABLE, EMBEDDING, *FAMILY_PARTS)
 TABLES = ("pairs", "triples", "ablation", "multi_task", "efficiency")
 # Tables whose related subsets have boxes, for families that answer with boxes. The second also tests on boxes.
 BOX_TABLES = ("detection_pairs", "detection")
@@ -50,7 +53,7 @@ NUMBERED_ARMS = ("efficiency", "dose")
 # What arms of different numbers of records have in common: passes over them, or updates.
 BUDGETS = ("epochs", "updates")
 # Controls, which ask test questions again in changed form: `data.controls`.
-CONTROLS = ("shuffled_images", "circular", "two_options")
+CONTROLS = ("shuffled_images", "circular", "two_options", "blank_images", "text_only")
 # Actions of a grid on leaks.
 LEAKS = ("refuse", "drop", "report")
 # Published tables that "pairs" and "detection_pairs" can repeat.
@@ -145,6 +148,8 @@ class ModelConfig:
     max_boxes: int = setting(0, least=0, most=10**4)
     # LLaVA-1.5's second stage: the vision tower stays frozen.
     trainable: tuple[str, ...] = setting(("projector", "decoder"), choices=PARTS, once=True)
+    # Words, one token each, whose embeddings alone the part "embedding" trains, as peft's trainable tokens; (): all.
+    trainable_words: tuple[str, ...] = setting((), once=True, later=True)
     # Rank of adapters on the decoder's products (LoRA), a part "lora" that can be trained instead of the decoder. 0: no
     # adapters, except those that belong to MiniGPT-v2.
     lora_rank: int = setting(0, least=0, most=10**5, later=True)
@@ -160,6 +165,11 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     source: str = setting("phantom", choices=SOURCES)
+    # Phantoms: the share of images with decoys, objects that contradict the answer outside the area or beside the
+    # modality's property; without any, knowing the task is enough. And the rule behind the answers: that of modality,
+    # area and task ("shared"), or one drawn for each subset, so that nothing transfers ("drawn").
+    phantom_decoys: float = setting(1.0, least=0, most=1)
+    phantom_rule: str = setting("shared", choices=PHANTOM_RULES)
     # Folder of a Med-MAT tree ("release"), or one that `medcg data prepare` wrote ("prepared").
     root: str = setting("", path=True)
     seed: int = setting(0, least=0, most=MOST_SEED)
@@ -233,9 +243,10 @@ class EvalConfig:
     # Whether free answers are also generated, greedily, and strictly parsed.
     generate: bool = True
     max_new_tokens: int = setting(4, least=1, most=MOST_TOKENS)
-    # Controls of every test question in a grid, of `CONTROLS`; "circular" asks up to three times; (): none. Alone,
-    # "shuffled_images" takes as long as the test, and does not change `predictions/`. With several controls the text
-    # after the image is computed again for each. Controls are scored by the letters only.
+    # Controls of every test question in a grid, of `CONTROLS`; "circular" asks up to three times; (): none.
+    # "shuffled_images", "blank_images" and "text_only" take as long as the test each, and without the other two do not
+    # change `predictions/`. With these the text after the image is computed again for each. Controls are scored by the
+    # letters only.
     controls: tuple[str, ...] = setting(("shuffled_images",), choices=CONTROLS)
     # Tokens of an answer with boxes at most: MiniGPT-v2 writes up to 17 for each box, NExT-Chat 2.
     max_box_tokens: int = setting(128, least=1, most=MOST_TOKENS)
@@ -285,6 +296,9 @@ class StudyConfig:
     cells_at_once: int = setting(1, least=0, most=10**4, free=True)
     # Folder that keeps bases for other grids, by fingerprint; "": `bases` beside the workdir.
     base_dir: str = setting("", free=True, path=True)
+    # Whether a linear probe reads each target from the base's image features (`eval.probe`), for probe.csv: encodes up to
+    # 1,000 training images of each target.
+    probe: bool = False
     # Whether each cell's trained parameters are kept, and not only its scores.
     keep_weights: bool = False
     # Action on leaks: training records whose image or patient (`Record.group`) is in a target's test set, and general

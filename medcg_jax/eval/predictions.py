@@ -43,6 +43,7 @@ class Prediction:
       predicted: the offered letter with the largest log-probability (the first of equals).
       logprobs: of each offered letter in nats, over the full vocabulary.
       generated: text of the free answer; None without one.
+      group: patient or lesion of the record; "" if unknown, and then no key of the line.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Prediction:
     predicted: str
     logprobs: tuple[float, ...]
     generated: str | None = None
+    group: str = ""
 
 
 def predictions_of(
@@ -72,6 +74,7 @@ def predictions_of(
             Prediction(
                 record.id, record.subset, tuple(record.options), record.answer, LETTERS[int(scores.argmax())],
                 tuple(round(float(x), DECIMALS) + 0.0 for x in scores), generated,
+                record.group,
             )
         )  # fmt: skip
     return predictions
@@ -90,6 +93,8 @@ def write_controls(path: Path, controls: Mapping[str, Iterable[Prediction]]) -> 
 
 def _line(prediction: Prediction, **more: str) -> str:
     fields = dataclasses.asdict(prediction) | more
+    if not prediction.group:
+        del fields["group"]
     shown = [f"{x:.{DECIMALS}f}" for x in prediction.logprobs]
     # Numbers with a fixed number of decimals, so that equal predictions are equal bytes.
     fields["logprobs"] = None
@@ -101,7 +106,8 @@ def prediction_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     """The lines of a predictions file, or of a controls file, whose lines also have "control"; in order.
 
     Each has "id", "subset" text; "options" texts; "answer", "predicted" one of the offered letters; "logprobs" a finite
-    number for each option, or None; "generated" text or None. No question occurs twice.
+    number for each option, or None; "generated" text or None; "group" text, where the record's patient or lesion is known.
+    No question occurs twice.
 
     Raises:
       FileError: the file cannot be read, or a line is not of this form; the message names file, line and field.
@@ -119,7 +125,7 @@ def prediction_lines(path: str | Path) -> Iterator[dict[str, Any]]:
 
 def check_line(line: dict, name: str) -> None:
     """Raises FileError if a line is no prediction. name: of the file and line."""
-    for key in ("id", "subset", *(["control"] if "control" in line else ())):
+    for key in ("id", "subset", *(key for key in ("control", "group") if key in line)):
         check_text(line, key, name)
     options = line.get("options")
     most = len(string.ascii_uppercase)

@@ -12,12 +12,12 @@ import pandas as pd
 from medcg_jax.config import MODELS, STUDY_TABLES, ConfigError, DataConfig
 from medcg_jax.data.phantom.source import DETECTION_TRIPLETS
 from medcg_jax.data.phantom.world import TRIPLETS
-from medcg_jax.data.records import LETTERS, DataError, Source
+from medcg_jax.data.records import LETTERS, DataError, Source, Subset
 from medcg_jax.data.sources import open_source
 from medcg_jax.data.tree import read_manifest, subset_table
 from medcg_jax.eval.boxes import BoxAnswer, read_answers
 from medcg_jax.eval.predictions import prediction_lines, wilson
-from medcg_jax.study.design import mat
+from medcg_jax.study.design import mat, overlap
 from medcg_jax.study.report.escape import ELEMENT_CHARACTERS, short_label
 from medcg_jax.study.stats import contamination, grid_files
 from medcg_jax.study.stats.answers import Answers
@@ -174,6 +174,20 @@ class Grid:
         keys = ("modality", "area", "task")
         return subset_table() | {name: tuple(entry[key] for key in keys) for name, entry in listed.items()}
 
+    def subset(self, name: str) -> Subset | None:
+        """A subset's elements, without sizes; None for one that is not known."""
+        triplets = {t.name: t for t in (*TRIPLETS, *DETECTION_TRIPLETS)} if self.of_phantoms else self.triplets
+        return Subset(name, *triplets[name]) if name in triplets else None
+
+    def shares(self, related: str, target: str) -> str | None:
+        """What each training subset shares with the target, as "MA + MT"; None where a subset is not known.
+
+        related: as in cells.csv, "03+06".
+        """
+        training, own = [self.subset(name) for name in related.split("+") if related], self.subset(target)
+        known = [subset for subset in training if subset]
+        return " + ".join(overlap.overlap(own, known)) if own and known and len(known) == len(training) else None
+
     @cached_property
     def seeds(self) -> tuple[int, ...]:
         return tuple(sorted({int(cell["seed"]) for cell in self.done()}))
@@ -220,7 +234,7 @@ class Grid:
         """
         path = self.workdir / "metrics" / f"{cell['cell']}.jsonl"
         if not path.exists() and cell["related"]:
-            path = self._trainings.get(_training(cell), path)
+            path = self._trainings.get(grid_files.training_of(cell), path)
         lines = read_metrics(path)
         last = lines[-1]["step"] if lines else 0
         if path.exists() and last != int(cell["steps"]):
@@ -231,7 +245,10 @@ class Grid:
 
     @cached_property
     def _trainings(self) -> dict[tuple, Path]:
-        paths = {_training(cell): self.workdir / "metrics" / f"{cell['cell']}.jsonl" for cell in reversed(self.cells)}
+        paths = {
+            grid_files.training_of(cell): self.workdir / "metrics" / f"{cell['cell']}.jsonl"
+            for cell in reversed(self.cells)
+        }
         return {key: path for key, path in paths.items() if path.exists()}
 
     def scores(self, table: str) -> dict[tuple[str, str], dict[str, Score]]:
@@ -286,7 +303,3 @@ class Grid:
         """The accuracy of answering at random, from the options offered; None for an unknown target."""
         total, n = self._counts[1].get(target, (0.0, 0))
         return total / n if n else None
-
-
-def _training(cell: dict) -> tuple[str, str, str, str]:
-    return cell["related"], cell["seed"], cell["steps"], cell["seconds"]

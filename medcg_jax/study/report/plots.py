@@ -24,7 +24,7 @@ from medcg_jax.study.report.escape import TICK_CHARACTERS, file_names, plain, sh
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name
 from medcg_jax.study.report.table import points
 from medcg_jax.study.report.text import PARTS, effect_name, interval, verdict
-from medcg_jax.study.stats.paired import Unit, bootstrap_interval, mean_difference
+from medcg_jax.study.stats.paired import Unit, estimate, mean_difference
 
 INK, MUTED, GRID = "#22262b", "#6b7280", "#d5d9df"
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and greys.
@@ -234,9 +234,9 @@ class Plots:
 
         def paint(axes):
             for y, arm in enumerate(arms):
-                # Accuracies as differences to an arm that is never right.
-                units = [Unit(r["target"], r["seed"], r["n"], r["correct"], 0) for r in rows if r["arm"] == arm]
-                low, high = bootstrap_interval(units, draws=2000)
+                right = [(r["target"], r["seed"], r["n"], r["correct"]) for r in rows if r["arm"] == arm]
+                units = [Unit(target, seed, n, correct, correct) for target, seed, n, correct in right]
+                low, high = estimate(units).interval()
                 axes.barh(y, 100 * mean_difference(units), height=0.62, color=COLOURS[arm], alpha=0.85)
                 for target in sorted({unit.target for unit in units}):
                     value = mean_difference([unit for unit in units if unit.target == target])
@@ -248,7 +248,7 @@ class Plots:
                 axes.axvline(100 * float(np.mean(chances)), color=INK, linestyle="--", linewidth=1)
 
         caption = (
-            "Mean accuracy over targets and seeds by what a model was trained on (line: 95 % bootstrap interval; dots: "
+            "Mean accuracy over targets and seeds by what a model was trained on (line: 95 % interval over both; dots: "
             "single targets; dashed: mean chance). Random removal takes away as many related subsets as leaving out an "
             "element does on average."
         )

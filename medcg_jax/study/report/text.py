@@ -13,7 +13,7 @@ from medcg_jax.study.report.escape import plain
 from medcg_jax.study.report.load_grid import Grid, arm_name
 from medcg_jax.study.report.table import points
 from medcg_jax.study.stats.controls import SHUFFLED
-from medcg_jax.study.stats.paired import Unit, bootstrap_interval, compare, mean_difference
+from medcg_jax.study.stats.paired import Unit, compare, estimate
 
 PARTS = {
     "fixed_modality": "fixed modality",
@@ -289,11 +289,13 @@ def efficiency_gains(grid: Grid) -> list[dict]:
         other = cells.get(("target_only", target, seed, records))
         if curve == "with_related" and other:
             result = compare(*(grid.answers.correct_by_id(name, target) for name in (cell, other)))
-            units.setdefault(records, []).append(Unit(target, seed, result.n, result.only_a, result.only_b))
+            only_a, only_b = result.only_a, result.only_b
+            units.setdefault(records, []).append(Unit(target, seed, result.n, only_a - only_b, only_a + only_b))
     gains = []
     for records, group in sorted(units.items()):
-        low, high = bootstrap_interval(group, draws=2000)
-        gains.append({"records": records, "mean": mean_difference(group), "ci_low": low, "ci_high": high})
+        found = estimate(group)
+        low, high = found.interval()
+        gains.append({"records": records, "mean": found.mean, "ci_low": low, "ci_high": high})
     return gains
 
 

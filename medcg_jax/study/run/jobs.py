@@ -20,6 +20,7 @@ from medcg_jax.data.records import DataError, RecordSet, Source, Split, concat
 from medcg_jax.data.sources import open_source
 from medcg_jax.data.splits import balanced, labels_of
 from medcg_jax.eval.predictions import NonFiniteScores, write_controls
+from medcg_jax.eval.probe import MIN_RECORDS, Prober, ProbeResult
 from medcg_jax.eval.subsets import Tester, write_tested
 from medcg_jax.families.build import join, shardings, split_trainable
 from medcg_jax.files import write_whole
@@ -27,7 +28,7 @@ from medcg_jax.study.design import leaks
 from medcg_jax.study.design.schedule import Job, seeded, spare_data
 from medcg_jax.study.run import bases, claims
 from medcg_jax.study.run.progress import Reporter
-from medcg_jax.study.stats import contamination, results
+from medcg_jax.study.stats import contamination, probe, results
 from medcg_jax.train import loop
 from medcg_jax.train.checkpoint import save_params
 from medcg_jax.train.goodput import Goodput
@@ -359,8 +360,11 @@ class Trainer:
                     self._tester.with_controls(params, test, controls) if controls else (self._tester(params, test), {})
                 )
         self._has_tested = True
+        probed = self._probe(job, graphdef, params) if self._run.study.probe and not job.steps else {}
         if jax.process_index() > 0:
             return
+        if probed:
+            probe.write_probes(self._workdir, job.id, job.seed, probed)
         metrics = self._workdir / "metrics"
         for cell in job.cells:
             write_tested(self._workdir, cell.id, [a for name in cell.target for a in answers[name]])
@@ -370,6 +374,17 @@ class Trainer:
                 write_controls(self._workdir / "controls" / f"{cell.id}.jsonl", by_control)
             if job.steps and cell.id != job.id:
                 write_whole(metrics / f"{cell.id}.jsonl", (metrics / f"{job.id}.jsonl").read_text())
+
+    def _probe(self, job: Job, graphdef, params) -> dict[str, list[ProbeResult]]:
+        """Target with choice questions -> what a linear probe reads from the base's image features."""
+        prober = Prober(self._setup, graphdef, params)
+        names = [name for name in job.targets if not self._setup.has_boxes(name)]
+        probed = {name: prober(self._data.test(name)) for name in names}
+        for name in (name for name in names if not probed[name]):
+            tqdm.write(
+                f"{name}: not probed, it has no test images or fewer than {MIN_RECORDS} training records with one"
+            )
+        return probed
 
     def _keep_weights(self, job: Job, trained, base: str) -> None:
         """base: the checkpoint that the training started from; "": none."""

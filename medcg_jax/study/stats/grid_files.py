@@ -225,6 +225,17 @@ def _keyed_rows(path: Path, columns: Mapping[str, Callable], key: Sequence[str])
     return rows
 
 
+def training_of(cell: Mapping[str, str]) -> tuple:
+    """(training subsets, seed, ...) of a row of cells.csv, equal for the cells that one training serves.
+
+    Such cells have equal subsets, seed, steps and seconds. Arms that change what is taken of the subsets, their number of
+    records or their images, are trainings of their own.
+    """
+    arm = cell["arm"] if cell["arm"] == "no_images" or cell["arm"].startswith("efficiency_") else ""
+    related = tuple(sorted(filter(None, cell["related"].split("+"))))
+    return related, str(cell["seed"]), str(cell["steps"]), str(cell["seconds"]), arm
+
+
 def check_results(answers: Answers, cells: Sequence[Mapping], rows: Sequence[Mapping]) -> None:
     """Compares results.csv and boxes.csv with cells.csv, `predictions/` and `boxes/`.
 

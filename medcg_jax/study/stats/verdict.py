@@ -1,0 +1,252 @@
+"""Composition, or transfer out of one subset: the verdict on a table that trains on pairs or triples.
+
+Arms of a row with k members, all with equal records and updates: `trained` (all members), FF (`baseline_plus`: unrelated
+data alone), `single_1` to `single_k` (one member alone), `filler_1` to `filler_k` (one member's own records, unrelated
+ones in place of the others'). Contrasts, each over targets and seeds with a test of its own (`paired.estimate`):
+
+  gain         trained - FF
+  over_k       trained - single_k
+  gain_k       single_k - FF
+  interaction  trained - sum of filler_k + (k - 1) FF: what the members do together beyond the sum of what each does
+
+"Up" is a p below `LEVEL`, two-sided, with an interval above 0; "down" the same below it. The first line that holds:
+
+  | gain         | over_k                     | gain_k       | interaction | verdict                                  |
+  |--------------|----------------------------|--------------|-------------|------------------------------------------|
+  | FF is absent |                            |              |             | not shown                                |
+  | down         |                            |              |             | the reverse                              |
+  | open         | any                        | any          | any         | not shown                                |
+  | up           | every k up                 |              | up          | composition                              |
+  | up           | some k not up              | that k up    | any         | transfer from one subset                 |
+  | up           | an arm is absent somewhere |              |             | a gain over unrelated data, cause not    |
+  |              |                            |              |             | tested                                   |
+  | up           | otherwise                  |              |             | a gain over unrelated data, cause not    |
+  |              |                            |              |             | shown                                    |
+
+- Every single is tested for itself (an intersection-union test: the larger of their p holds at its level, while a test
+  against "the better single", chosen by its noisy mean, would be too strict or, against their mean, too lax). So the
+  chance of "composition" is at most .025 wherever one of its parts is not true.
+- No gain over FF with a pair above its singles is "not shown": singles below unrelated data say nothing for the pair.
+  Above every single with an open interaction is "cause not shown": two gains may add up without being combined.
+- "Transfer" needs a single that is itself shown to gain over FF and that the pair is not shown to beat. `relation` says
+  for each single whether it is "within": shown to be less than `EQUIVALENCE` below the pair, or above it.
+- An arm counts as present only where it has every cell that `trained` and FF have. Cells without FF are left out.
+- One seed: nothing is said of the recipe. The verdict is "not shown", and `these_models` has what the table above says
+  of these trained models alone, by sign flips over the targets. One target: nothing is said of others; "not shown".
+- Directions of a table: p adjusted by Holm over them, separately for the gain and for composition (the largest p of its
+  parts). The table as a whole stands alone.
+- `words_only` and `no_images` decide nothing, so that their absence cannot help; their contrasts stand beside the
+  verdict, and their absence is said.
+
+Source of the test: Berger, Multiparameter hypothesis testing and acceptance sampling, Technometrics 24 (1982).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from medcg_jax.study.stats.paired import LEVEL, Estimate, Unit, estimate, holm, target_means, unit_of
+
+# Table -> members of its rows.
+MEMBERS = {"pairs": 2, "triples": 3, "detection_pairs": 2}
+COMPOSITION = "composition"
+TRANSFER = "transfer from one subset"
+NOT_TESTED = "a gain over unrelated data, cause not tested"
+NO_CAUSE = "a gain over unrelated data, cause not shown"
+NOT_SHOWN = "not shown"
+REVERSE = "the reverse"
+# How much of composition a verdict claims.
+RANK = {REVERSE: 0, NOT_SHOWN: 0, NOT_TESTED: 1, NO_CAUSE: 1, TRANSFER: 2, COMPOSITION: 3}
+# Accuracies that differ by less than this are taken for equal; set before any result was seen.
+EQUIVALENCE = 0.03
+# Arms whose contrasts to `trained` stand beside the verdict.
+BESIDE = ("baseline", "words_only", "no_images")
+
+Key = tuple[str, str, int]  # row, target, seed
+# Arm -> key -> bool[records], whether each answer was right, in the same order of records in every arm.
+Arms = Mapping[str, Mapping[Key, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The contrasts of a table, None where an arm is absent; `over`, `gains` by single."""
+
+    gain: Estimate | None
+    over: Mapping[str, Estimate | None]
+    gains: Mapping[str, Estimate | None]
+    interaction: Estimate | None
+
+    @property
+    def p_composition(self) -> float:
+        """The largest p of what composition needs; 1 where a part of it is absent or not above 0."""
+        needed = (self.gain, *self.over.values(), self.interaction)
+        present = [found for found in needed if found is not None]
+        if len(present) < len(needed) or not all(found.is_up for found in present):
+            return 1.0
+        return max(found.p for found in present)
+
+    @property
+    def p_gain(self) -> float:
+        return 1.0 if self.gain is None else self.gain.p
+
+
+def members(k: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(names of the singles, names of the fillers) of rows with k members."""
+    numbers = range(1, k + 1)
+    return tuple(f"single_{i}" for i in numbers), tuple(f"filler_{i}" for i in numbers)
+
+
+def decide(evidence: Evidence, p_gain: float, p_composition: float) -> str:
+    """The verdict of the table in the docstring. p_gain, p_composition: adjusted where several are asked for."""
+    gain = evidence.gain
+    if gain is None or p_gain >= LEVEL or not (gain.is_up or gain.is_down):
+        return NOT_SHOWN
+    if gain.is_down:
+        return REVERSE
+    if p_composition < LEVEL:
+        return COMPOSITION
+    for name, over in evidence.over.items():
+        own_gain = evidence.gains[name]
+        if over is not None and not over.is_up and own_gain is not None and own_gain.is_up:
+            return TRANSFER
+    is_complete = evidence.interaction is not None and None not in evidence.over.values()
+    return NO_CAUSE if is_complete else NOT_TESTED
+
+
+def units_of(arms: Arms, weights: Mapping[str, float], keys: Sequence[Key]) -> list[Unit]:
+    """The contrast of arms, as sums over records of each of the keys."""
+    units = []
+    for key in keys:
+        values = sum(weight * np.asarray(arms[arm][key], float) for arm, weight in weights.items())
+        units.append(unit_of(key[1], key[2], values))
+    return units
+
+
+def evidence_of(arms: Arms, k: int, keys: Sequence[Key]) -> Evidence:
+    """The contrasts over these keys, which `trained` and `baseline_plus` have."""
+
+    def contrast(weights: Mapping[str, float], most: float = 1.0) -> Estimate | None:
+        if not keys or any(key not in arms.get(arm, {}) for arm in weights for key in keys):
+            return None
+        return estimate(units_of(arms, weights, keys), most)
+
+    singles, fillers = members(k)
+    together = {"trained": 1.0, **dict.fromkeys(fillers, -1.0), "baseline_plus": k - 1.0}
+    return Evidence(
+        contrast({"trained": 1.0, "baseline_plus": -1.0}),
+        {name: contrast({"trained": 1.0, name: -1.0}) for name in singles},
+        {name: contrast({name: 1.0, "baseline_plus": -1.0}) for name in singles},
+        contrast(together, float(k)),
+    )
+
+
+def verdicts(arms: Arms, table: str) -> list[dict]:
+    """The verdict of a table as a whole (part ""), then of each of its directions (the first part of a row's name).
+
+    [{"table": "pairs", "part": "",
+      "verdict": "transfer from one subset",
+      "these_models": None,             # with one seed what holds of these models, else None
+      "p": .004, "p_smallest": None,    # of composition where that is the verdict, else of the gain; least possible p
+      "p_holm": .004,                   # adjusted over the directions; of the table as a whole p itself
+      "test": "two-way t of 8 targets and 3 seeds", "targets": 8, "seeds": 3, "rows": 24,
+      "rows_left_out": 0,               # rows without unrelated data
+      "accuracy": {"trained": .69, "baseline_plus": .46, "single_1": .71},  # means over targets, of the arms present
+      "gain": {"mean": .23, "ci_low": .15, "ci_high": .31, "p": .004, "p_smallest": None, "up": True, "down": False},
+      "over": {"single_1": {..., "relation": "within"}},    # or "above", "open"; None where absent
+      "gains": {"single_1": {...}}, "interaction": {...},
+      "beside": {"baseline": {...}, "words_only": None, "no_images": None},     # trained less that arm
+      "missing": {"single_2": 3}}]      # deciding arm -> number of cells that lack it, of "cells"
+    """
+    k = MEMBERS[table]
+    parts = sorted({key[0].partition("/")[0] for key in arms.get("trained", {})})
+    if not parts:
+        return []
+    whole = [_verdict(arms, table, "", k)]
+    by_part = [_verdict(arms, table, part, k) for part in parts]
+    gains = holm([evidence.p_gain for evidence, _ in by_part])
+    compositions = holm([evidence.p_composition for evidence, _ in by_part])
+    adjusted = [(whole[0][0].p_gain, whole[0][0].p_composition), *zip(gains, compositions, strict=True)]
+    return [
+        _decided(evidence, line, p_gain, p_composition)
+        for (evidence, line), (p_gain, p_composition) in zip(whole + by_part, adjusted, strict=True)
+    ]
+
+
+def _decided(evidence: Evidence, line: dict, p_gain: float, p_composition: float) -> dict:
+    kind = decide(evidence, p_gain, p_composition)
+    p, p_holm = (evidence.p_composition, p_composition) if kind == COMPOSITION else (evidence.p_gain, p_gain)
+    one_seed = line["seeds"] == 1
+    return line | {
+        "verdict": NOT_SHOWN if one_seed else kind, "these_models": kind if one_seed else None,
+        "p": p, "p_holm": p_holm,
+    }  # fmt: skip
+
+
+def _verdict(arms: Arms, table: str, part: str, k: int) -> tuple[Evidence, dict]:
+    trained = sorted(key for key in arms["trained"] if part in ("", key[0].partition("/")[0]))
+    keys = [key for key in trained if key in arms.get("baseline_plus", {})]
+    evidence = evidence_of(arms, k, keys)
+    singles, fillers = members(k)
+    beside = {}
+    for arm in BESIDE:
+        both = [key for key in trained if key in arms.get(arm, {})]
+        beside[arm] = as_dict(estimate(units_of(arms, {"trained": 1.0, arm: -1.0}, both)) if both else None)
+    used = keys or trained
+    present = [name for name in arms if all(key in arms[name] for key in used)]
+    rows = {(row, target) for row, target, _ in trained}
+    gain = evidence.gain
+    line = {
+        "table": table, "part": part, "verdict": "", "these_models": None, "p": 1.0, "p_holm": 1.0,
+        "p_smallest": gain.p_smallest if gain else 1.0, "test": gain.test if gain else "",
+        "targets": len({target for _, target, _ in used}), "seeds": len({seed for _, _, seed in used}),
+        "rows": len({key[:2] for key in used}),
+        "rows_left_out": len(rows) - len({key[:2] for key in keys}),
+        "cells": len(used),
+        "accuracy": {
+            name: float(np.mean(list(target_means(units_of(arms, {name: 1.0}, used)).values()))) for name in present
+        },
+        "gain": as_dict(gain),
+        "over": {name: over_dict(found) for name, found in evidence.over.items()},
+        "gains": {name: as_dict(found) for name, found in evidence.gains.items()},
+        "interaction": as_dict(evidence.interaction),
+        "beside": beside,
+        "missing": {
+            name: lacking for name in ("baseline_plus", *singles, *fillers)
+            if (lacking := sum(key not in arms.get(name, {}) for key in (trained if name == "baseline_plus" else used)))
+        },
+    }  # fmt: skip
+    return evidence, line
+
+
+def as_dict(found: Estimate | None) -> dict | None:
+    if found is None:
+        return None
+    low, high = found.interval()
+    return {
+        "mean": found.mean, "ci_low": low, "ci_high": high, "p": found.p, "p_smallest": found.p_smallest,
+        "up": found.is_up, "down": found.is_down,
+    }  # fmt: skip
+
+
+def over_dict(found: Estimate | None) -> dict | None:
+    """With "relation": "above" where the pair is above the single, "within" where the single is shown to be less than
+    `EQUIVALENCE` below it, else "open"."""
+    if found is None:
+        return None
+    relation = "above" if found.is_up else "within" if within(found) else "open"
+    return as_dict(found) | {"relation": relation}
+
+
+def within(found: Estimate) -> bool:
+    """Whether the mean is shown to lie below `EQUIVALENCE`; with one seed or target nothing is shown of others."""
+    return min(found.seeds, found.targets) > 1 and found.p_below(EQUIVALENCE) < LEVEL
+
+
+def is_equivalent(found: Estimate) -> bool:
+    """Two one-sided tests: whether the mean is shown to lie within `EQUIVALENCE` of 0 on either side.
+
+    Source: Schuirmann, A comparison of the two one-sided tests procedure and the power approach for assessing the
+    equivalence of average bioavailability, Journal of Pharmacokinetics and Biopharmaceutics 15 (1987).
+    """
+    return within(found) and found.p_above(-EQUIVALENCE) < LEVEL
