@@ -31,7 +31,8 @@ SIZES = {"data__train_records_per_subset": 20, "data__test_records_per_subset": 
 SKILL = {
     "baseline": 0.0, "baseline_plus": -0.03, "trained": 0.6, "all_related": 0.65, "all_unrelated": -0.02,
     "wo_modality": 0.55, "wo_area": 0.5, "wo_task": 0.02, "random_removal": 0.56, "same_task": 0.3, "all_data": 0.68,
-    "single_task": 0.7, "multi_task": 0.75,
+    "single_task": 0.7, "multi_task": 0.75, "single_1": 0.2, "single_2": 0.3, "single_3": 0.05, "filler_1": 0.1,
+    "filler_2": 0.2, "filler_3": 0.0, "words_only": 0.15, "no_images": 0.0,
 }  # fmt: skip
 
 
@@ -41,7 +42,9 @@ def skill_of(cell: suite.Cell) -> float:
         records = int(cell.arm.rsplit("_", 1)[1])
         start = 0.55 if cell.row.part == "with_related" else 0.0
         return start + (0.9 - start) * (1 - math.exp(-records / 60))
-    return 0.15 if (cell.table, cell.arm) == ("triples", "trained") else SKILL[cell.arm]
+    arm = cell.arm.removesuffix("_updates")
+    arm = "random_removal" if arm.startswith("random_removal") else arm
+    return 0.15 if (cell.table, arm) == ("triples", "trained") else SKILL[arm]
 
 
 def run_of(**changes) -> RunConfig:
@@ -175,7 +178,8 @@ def small_grid(workdir: Path) -> Path:
         study__tables=("triples", "detection"), study__targets=("mri-brain-state",), data__train_records_per_subset=20,
         data__test_records_per_subset=6, eval__controls=("shuffled_images",),
     )  # fmt: skip
-    make_grid(workdir, replace(run, study__tables=("triples",)))
+    papers = ("baseline", "baseline_plus", "trained")
+    make_grid(workdir, replace(run, study__tables=("triples",), study__arms=papers))
     cells = [line.split(",") for line in (workdir / "cells.csv").read_text().splitlines()]
     for path in sorted((workdir / "predictions").glob("*.jsonl")):
         lines = [line | {"control": "shuffled_images"} for line in json_lines(path)]
