@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from medcg_jax.config import REMOVAL_ARMS
 from medcg_jax.study.design.mat import ELEMENTS
 from medcg_jax.study.stats.answers import Answers
 from medcg_jax.study.stats.controls import controls_of_answers
@@ -51,13 +52,13 @@ EFFECTS = (
     ("ablation", "all_related", "wo_modality"),
     ("ablation", "all_related", "wo_area"),
     ("ablation", "all_related", "wo_task"),
-    ("ablation", "all_related", "random_removal"),
+    *(("ablation", "all_related", f"random_removal_{element}") for element in ELEMENTS),
     ("ablation", "all_related", "same_task"),
     ("ablation", "all_related", "all_data"),
     ("ablation", "all_related", "baseline"),
-    ("ablation", "random_removal", "wo_modality"),
-    ("ablation", "random_removal", "wo_area"),
-    ("ablation", "random_removal", "wo_task"),
+    *(("ablation", f"random_removal_{element}", f"wo_{element}") for element in ELEMENTS),
+    *(("ablation", "all_related", f"{arm}_updates") for arm in REMOVAL_ARMS),
+    *(("ablation", f"random_removal_{element}_updates", f"wo_{element}_updates") for element in ELEMENTS),
     ("multi_task", "multi_task", "single_task"),
     ("multi_task", "multi_task", "baseline"),
     ("multi_task", "single_task", "baseline"),
@@ -115,8 +116,9 @@ def summarise(
         {"curve": "with_related", "records": 30, "accuracy": .7, "ci_low": .6, "ci_high": .8, "targets": 4, "seeds": 3,
          "n": 3600},                      # ci: `estimate`; curve "target_only" is the other
       ],
-      "controls": {"wo_modality": {...}, "wo_area": {...}, "wo_task": {...}},  # the effects random_removal - wo_X: what
-                                          # an element does beyond less data; "same_task": all_related - same_task
+      "controls": {"wo_modality": {...}, "wo_area": {...}, "wo_task": {...}},  # the effects random_removal_X - wo_X: what
+                                          # an element does beyond less data; "same_task": all_related - same_task;
+                                          # "wo_X_updates": the same at equal updates
       "controls_of_answers": [...],       # letters, numbers of options, generation, runs without images and the like:
                                           # `controls.controls_of_answers`
     }
@@ -151,7 +153,7 @@ def summarise(
         effects += [effect | {"p_overall_holm": effect["p_overall"]} for effect in overall] + by_part
         rows += [{key: value for key, value in row.items() if key != "trainings"} for row in compared]
     return {
-        "verdicts": _verdicts(results, answers, fresh, trainings),
+        "verdicts": _verdicts(results, answers, fresh, cells),
         "accuracy": _accuracies(results, fresh),
         "effects": effects,
         "rows": rows,
@@ -161,13 +163,18 @@ def summarise(
     }
 
 
-def _verdicts(results: Sequence[Mapping], answers: Answers, fresh: bool, trainings: Mapping[str, tuple]) -> list[dict]:
+def _verdicts(results: Sequence[Mapping], answers: Answers, fresh: bool, cells: Sequence[Mapping]) -> list[dict]:
+    trainings = {cell["cell"]: training_of(cell) for cell in cells}
     lines = []
     for table, k in MEMBERS.items():
         of_table = [r for r in results if r["table"] == table]
         deciding = {"trained", "baseline_plus", *members(k)[0], *members(k)[1]}
         arms = _arms([r for r in of_table if r["arm"] in (deciding | {*BESIDE})], answers)
-        for line in verdicts(arms, table):
+        planned: dict[str, set] = defaultdict(set)
+        for cell in cells:
+            if cell["table"] == table:
+                planned[cell["arm"]] |= {(cell["row"], name, int(cell["seed"])) for name in cell["target"].split("+")}
+        for line in verdicts(arms, table, planned):
             used = [r for r in of_table if r["arm"] in deciding and line["part"] in ("", r["part"])]
             distinct = {trainings[r["cell"]] for r in used if trainings[r["cell"]][0]}
             lines.append(line | {"n": _questions(((r["target"], r["seed"], r["n"]) for r in used), fresh),
@@ -206,9 +213,10 @@ def _questions(asked: Iterable[tuple[str, int, int]], fresh: bool) -> int:
 
 def _distinct_holm(rows: Sequence[Mapping]) -> list[float]:
     """Each row's p adjusted by Holm over distinct comparisons: rows of the same trainings and target are one."""
-    first = {row["trainings"]: row["p"] for row in reversed(rows)}
-    adjusted = dict(zip(first, holm(list(first.values())), strict=True))
-    return [adjusted[row["trainings"]] for row in rows]
+    keys = [(row["trainings"], row["only_a"], row["only_b"], row["p"]) for row in rows]
+    distinct = list(dict.fromkeys(keys))
+    adjusted = dict(zip(distinct, holm([p for *_, p in distinct]), strict=True))
+    return [adjusted[key] for key in keys]
 
 
 def _compared(
@@ -379,7 +387,8 @@ def _curves(results: Sequence[Mapping], fresh: bool) -> list[dict]:
 
 def _controls(effects: Sequence[dict]) -> dict[str, dict]:
     """What an element does beyond less data, and beyond its task alone."""
-    pairs = {f"wo_{element}": ("random_removal", f"wo_{element}") for element in ELEMENTS}
+    elements = [f"{element}{budget}" for budget in ("", "_updates") for element in ELEMENTS]
+    pairs = {f"wo_{element}": (f"random_removal_{element}", f"wo_{element}") for element in elements}
     pairs["same_task"] = ("all_related", "same_task")
     of_ablation = {(e["arm"], e["against"]): e for e in effects if e["table"] == "ablation"}
     return {name: of_ablation[pair] for name, pair in pairs.items() if pair in of_ablation}
