@@ -168,7 +168,7 @@ def test_a_direction_that_is_composition_by_itself_alone_is_not_after_holm():
 def test_an_absent_arm_never_strengthens():
     """Any arm, or any two, taken from random results never move the verdict up; every verdict occurs."""
     rng, before, lowered = np.random.default_rng(5), Counter(), 0
-    for i in range(250):
+    for i in range(75):
         k = 2 + i % 2
         names = ("trained", "baseline_plus", *itertools.chain(*members(k)), "words_only", "no_images")
         points = {name: int(rng.choice([40, 55, 70, 85])) for name in names}
@@ -177,16 +177,16 @@ def test_an_absent_arm_never_strengthens():
             points[names[int(rng.integers(len(names)))]] = 60
         seeds = 1 + i % 3
         table = {count: name for name, count in MEMBERS.items() if name != "detection_pairs"}[k]
-        arms = arms_of(points, targets=7, seeds=seeds, noise=5, seed=i)
+        arms = arms_of(points, targets=6, seeds=seeds, noise=3, seed=i)
         kind = "these_models" if seeds == 1 else "verdict"
         found = verdicts(arms, table)[0][kind]
         before[found] += 1
-        for gone in (*((name,) for name in names), tuple(rng.choice(names, 2, replace=False))):
+        for gone in (*((name,) for name in names), tuple(map(str, rng.choice(names, 2, replace=False)))):
             lines = verdicts(without(arms, *gone), table)
             now = lines[0][kind] if lines else NOT_SHOWN
             assert RANK[now] <= RANK[found], (points, gone, found, now)
             lowered += RANK[now] < RANK[found]
-    assert before.keys() >= {COMPOSITION, TRANSFER, NO_CAUSE, NOT_SHOWN, REVERSE} and lowered > 100
+    assert before.keys() >= {COMPOSITION, TRANSFER, NO_CAUSE, NOT_SHOWN, REVERSE} and lowered > 50
 
 
 def test_a_cell_that_failed_weakens_and_one_that_was_not_planned_is_left_out():

@@ -23,8 +23,8 @@ from medcg_jax.study.design import mat
 from medcg_jax.study.report.escape import TICK_CHARACTERS, file_names, plain, short_label
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name
 from medcg_jax.study.report.table import points
-from medcg_jax.study.report.text import PARTS, effect_name, interval, verdict
-from medcg_jax.study.stats.paired import Unit, bootstrap_interval, mean_difference
+from medcg_jax.study.report.text import PARTS, effect_name, interval, state
+from medcg_jax.study.stats.paired import Unit, estimate, mean_difference
 
 INK, MUTED, GRID = "#22262b", "#6b7280", "#d5d9df"
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and greys.
@@ -158,13 +158,13 @@ class Plots:
 
         def paint(axes):
             for y, effect in enumerate(reversed(effects)):
-                state = verdict(effect)
-                colour = {"up": BLUE, "down": RED, "open": GREY}[state]
+                shown = state(effect)
+                colour = {"up": BLUE, "down": RED, "open": GREY}[shown]
                 targets = [100 * value for value in effect["by_target"].values()]
                 axes.plot(targets, [y] * len(targets), "o", color=colour, alpha=0.28, markersize=3.2, markeredgewidth=0)
                 low, mean, high = (100 * effect[key] for key in ("ci_low", "mean", "ci_high"))
                 axes.plot([low, high], [y, y], color=colour, linewidth=2.2, solid_capstyle="butt")
-                fill = "#ffffff" if state == "open" else colour
+                fill = "#ffffff" if shown == "open" else colour
                 axes.plot(mean, y, "o", markersize=6.5, color=colour, markerfacecolor=fill, markeredgewidth=1.6)
                 # The box keeps lines off the text.
                 box = {"facecolor": "#ffffff", "edgecolor": "none", "pad": 1.2}
@@ -234,9 +234,10 @@ class Plots:
 
         def paint(axes):
             for y, arm in enumerate(arms):
-                # Accuracies as differences to an arm that is never right.
-                units = [Unit(r["target"], r["seed"], r["n"], r["correct"], 0) for r in rows if r["arm"] == arm]
-                low, high = bootstrap_interval(units, draws=2000)
+                units = [
+                    Unit(r["target"], r["seed"], r["n"], r["correct"], r["correct"]) for r in rows if r["arm"] == arm
+                ]
+                low, high = estimate(units).interval()
                 axes.barh(y, 100 * mean_difference(units), height=0.62, color=COLOURS[arm], alpha=0.85)
                 for target in sorted({unit.target for unit in units}):
                     value = mean_difference([unit for unit in units if unit.target == target])

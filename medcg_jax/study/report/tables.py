@@ -12,10 +12,10 @@ from medcg_jax.eval.boxes import BoxAnswer
 from medcg_jax.study.design.suite import DETECTION_TABLES, PAIR_TABLES
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name
 from medcg_jax.study.report.table import Table
-from medcg_jax.study.report.text import PARTS, effect_name, efficiency_gains, verdict
+from medcg_jax.study.report.text import PARTS, effect_name, efficiency_gains, state
 from medcg_jax.train import goodput
 
-# `verdict` of an effect -> CSS class.
+# `state` of an effect -> CSS class.
 COLOURS = {"up": "win-sure", "down": "loss-sure", "open": ""}
 ABLATION_ARMS = (
     "baseline", "all_related", "all_unrelated", "wo_modality", "wo_area", "wo_task", "random_removal", "same_task",
@@ -82,7 +82,7 @@ class Tables:
                     "p_smallest", "targets", "seeds")  # fmt: skip
             row |= {key: effect[key] for key in keys}
             row |= {f"seed_{seed}": effect["by_seed"].get(str(seed)) for seed in self.grid.seeds}
-            row["colours"] = {"mean": COLOURS[verdict(effect)]}
+            row["colours"] = {"mean": COLOURS[state(effect)]}
             # In and out of distribution answer different questions.
             if (effect["part"] == "") != (effect["table"] == "multi_task"):
                 # Holm adjusts over a table's directions; the table as a whole needs no adjustment.
@@ -201,7 +201,7 @@ class Tables:
             row[curve["curve"]] = Score(curve["accuracy"], curve["ci_low"], curve["ci_high"], curve["n"], ())
             row |= {"mean": gain and gain["mean"], "ci": (gain["ci_low"], gain["ci_high"]) if gain else None}
             row |= {"targets": curve["targets"], "seeds": curve["seeds"]}
-            row["colours"] = {"mean": COLOURS[verdict(gain)] if gain else ""}
+            row["colours"] = {"mean": COLOURS[state(gain)] if gain else ""}
         caption = (
             "Accuracy over the number of the target's own training records, with all related subsets and without them; "
             "mean over targets and seeds in %, 95 % bootstrap intervals. The difference is paired by record, in "
