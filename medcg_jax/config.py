@@ -50,7 +50,7 @@ NUMBERED_ARMS = ("efficiency", "dose")
 # What arms of different numbers of records have in common: passes over them, or updates.
 BUDGETS = ("epochs", "updates")
 # Controls, which ask test questions again in changed form: `data.controls`.
-CONTROLS = ("shuffled_images", "circular", "two_options")
+CONTROLS = ("shuffled_images", "circular", "two_options", "blank_images", "text_only")
 # Actions of a grid on leaks.
 LEAKS = ("refuse", "drop", "report")
 # Published tables that "pairs" and "detection_pairs" can repeat.
@@ -233,9 +233,10 @@ class EvalConfig:
     # Whether free answers are also generated, greedily, and strictly parsed.
     generate: bool = True
     max_new_tokens: int = setting(4, least=1, most=MOST_TOKENS)
-    # Controls of every test question in a grid, of `CONTROLS`; "circular" asks up to three times; (): none. Alone,
-    # "shuffled_images" takes as long as the test, and does not change `predictions/`. With several controls the text
-    # after the image is computed again for each. Controls are scored by the letters only.
+    # Controls of every test question in a grid, of `CONTROLS`; "circular" asks up to three times; (): none.
+    # "shuffled_images", "blank_images" and "text_only" take as long as the test each, and without the other two do not
+    # change `predictions/`. With these the text after the image is computed again for each. Controls are scored by the
+    # letters only.
     controls: tuple[str, ...] = setting(("shuffled_images",), choices=CONTROLS)
     # Tokens of an answer with boxes at most: MiniGPT-v2 writes up to 17 for each box, NExT-Chat 2.
     max_box_tokens: int = setting(128, least=1, most=MOST_TOKENS)

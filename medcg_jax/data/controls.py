@@ -1,12 +1,17 @@
-"""Controls: test questions asked again with options moved, with two options, or beside another image."""
+"""Controls: test questions asked again with options moved, with two options, beside another image, a blank one or none."""
 
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from random import Random
 
+import numpy as np
+
 from medcg_jax.config import CONTROLS
 from medcg_jax.data.records import LETTERS, DataError, Record, RecordSet, Turn
+
+# A blank image: mid grey, square, so that no padding frames it and neither size nor shape tells one from another.
+BLANK = np.full((224, 224, 3), 128, np.uint8)
 
 
 class ControlSet(RecordSet):
@@ -17,7 +22,12 @@ class ControlSet(RecordSet):
         self.places = tuple(places)
 
 
-def control_sets(records: RecordSet, names: Sequence[str], seed: int) -> dict[str, ControlSet]:
+def blanked(records: RecordSet) -> RecordSet:
+    """The records with `BLANK` in place of every image; those without an image stay without."""
+    return RecordSet(records.records, [BLANK] * len(records), records.masks)
+
+
+def control_sets(records: RecordSet, names: Sequence[str], seed: int) -> dict[str, RecordSet]:
     """Control -> its choice questions, with the records' ids; controls without questions are left out.
 
     names: of `CONTROLS`.
@@ -25,11 +35,15 @@ def control_sets(records: RecordSet, names: Sequence[str], seed: int) -> dict[st
         an image, or for which there is no other image, are left out.
       "circular": "shift_1", "shift_2", ...: the options rotated by so many letters, for questions with more options.
       "two_options": the right option and a drawn wrong one, in drawn order, for questions with more options.
+      "blank_images": each question beside a grey image (`blanked`). "text_only": without an image. Records
+        without an image are left out of both.
+
+    All but the last two are `ControlSet`s.
 
     Raises:
       DataError: a question does not hold its options as lines "A: ...", or an image cannot be read.
     """
-    sets: dict[str, ControlSet] = {}
+    sets: dict[str, RecordSet] = {}
     for name in names:
         sets |= _MAKERS[name](records, Random(f"{name}/{seed}"))
     return {name: asked for name, asked in sets.items() if len(asked)}
@@ -50,7 +64,7 @@ def _lines(options: Sequence[str]) -> str:
     return "".join(f"\n{letter}: {option}" for letter, option in zip(LETTERS, options, strict=False))
 
 
-def _shuffled(records: RecordSet, random: Random) -> dict[str, ControlSet]:
+def _shuffled(records: RecordSet, random: Random) -> dict[str, RecordSet]:
     indices = [i for i, record in enumerate(records.records) if record.image]
     if len(indices) < 2:
         return {}
@@ -69,8 +83,8 @@ def _shuffled(records: RecordSet, random: Random) -> dict[str, ControlSet]:
     return {"shuffled_images": ControlSet(changed, records, list(image_at.values()))}
 
 
-def _shifted(records: RecordSet, _: Random) -> dict[str, ControlSet]:
-    sets = {}
+def _shifted(records: RecordSet, _: Random) -> dict[str, RecordSet]:
+    sets: dict[str, RecordSet] = {}
     for shift in range(1, max((len(record.options) for record in records.records), default=0)):
         indices = [i for i, record in enumerate(records.records) if shift < len(record.options)]
         changed = [
@@ -81,7 +95,7 @@ def _shifted(records: RecordSet, _: Random) -> dict[str, ControlSet]:
     return sets
 
 
-def _two_options(records: RecordSet, random: Random) -> dict[str, ControlSet]:
+def _two_options(records: RecordSet, random: Random) -> dict[str, RecordSet]:
     indices = [i for i, record in enumerate(records.records) if len(record.options) > 2]
     changed = []
     for record in (records.records[i] for i in indices):
@@ -90,4 +104,17 @@ def _two_options(records: RecordSet, random: Random) -> dict[str, ControlSet]:
     return {"two_options": ControlSet(changed, records, indices)}
 
 
-_MAKERS = dict(zip(CONTROLS, (_shuffled, _shifted, _two_options), strict=True))
+def _with_images(records: RecordSet) -> RecordSet:
+    return records.select(i for i, record in enumerate(records.records) if record.image)
+
+
+def _blank(records: RecordSet, _: Random) -> dict[str, RecordSet]:
+    return {"blank_images": blanked(_with_images(records))}
+
+
+def _text_only(records: RecordSet, _: Random) -> dict[str, RecordSet]:
+    asked = _with_images(records)
+    return {"text_only": RecordSet([dataclasses.replace(r, image="") for r in asked.records], asked.images)}
+
+
+_MAKERS = dict(zip(CONTROLS, (_shuffled, _shifted, _two_options, _blank, _text_only), strict=True))

@@ -23,6 +23,9 @@ from medcg_jax.train.preempt import sigterm_saves
 from medcg_jax.train.sanity import check_sees, has_closed_gates
 from medcg_jax.train.setup import Setup, open_setup, start_params
 
+# Controls without the images of the test (`data.controls`).
+WITHOUT_IMAGES = ("blank_images", "text_only")
+
 
 class Tester:
     """Tests a setup's model on choice questions or questions about boxes; compiles for each kind at its first use.
@@ -74,33 +77,39 @@ class Tester:
     def with_controls(
         self, params, encoded: Encoded, controls: Mapping[str, Encoded]
     ) -> tuple[list[Prediction], dict[str, list[Prediction]]]:
-        """(predictions, {control: predictions}) of choice questions; controls ask about the same images again.
+        """(predictions, {control: predictions}) of choice questions; controls ask about the same records again.
 
-        "shuffled_images" alone uses the program of the plain test, so that nothing more is compiled and the plain
+        "blank_images" and "text_only", whose images are not those of the test, use the program of the plain test; so
+        does "shuffled_images" without "circular" and "two_options". Nothing more is compiled then, and the plain
         predictions have the same bytes as without a control.
 
         Raises:
           BlindModel, NonFiniteScores: as `__call__`.
         """
-        setup = self._setup
-        if controls.keys() == {"shuffled_images"}:
-            plain, other = self(params, encoded), self(params, with_images_of(controls["shuffled_images"], encoded))
-            return plain, {"shuffled_images": [dataclasses.replace(p, generated=None) for p in other]}
-        evaluator = self._prefix_evaluator
+        setup, shared = self._setup, {name: asked for name, asked in controls.items() if name not in WITHOUT_IMAGES}
+        answers: dict[str, list[Prediction]] = {}
+        if shared.keys() <= {"shuffled_images"}:
+            plain = self(params, encoded)
+            alone = {**controls, **{name: with_images_of(asked, encoded) for name, asked in shared.items()}}
+        else:
+            evaluator, alone = self._prefix_evaluator, {n: asked for n, asked in controls.items() if n not in shared}
 
-        def score(params, turn):
-            return evaluator.ask(params, evaluator.prefill(params, turn.before), turn.asked[0])
+            def score(params, turn):
+                return evaluator.ask(params, evaluator.prefill(params, turn.before), turn.asked[0])
 
-        self._check_sees(params, encoded, score, controls)
-        return letters.evaluate_controls(
-            evaluator,
-            params,
-            encoded,
-            controls,
-            setup.tokenizer,
-            batch_size=setup.run.eval.batch_size,
-            image_token_id=setup.model.image_token_id,
-        )
+            self._check_sees(params, encoded, score, shared)
+            plain, answers = letters.evaluate_controls(
+                evaluator,
+                params,
+                encoded,
+                shared,
+                setup.tokenizer,
+                batch_size=setup.run.eval.batch_size,
+                image_token_id=setup.model.image_token_id,
+            )
+        for name, asked in alone.items():
+            answers[name] = [dataclasses.replace(prediction, generated=None) for prediction in self(params, asked)]
+        return plain, {name: answers[name] for name in controls}
 
     def _check_sees(
         self, params, encoded: Encoded, score: Callable, controls: Mapping[str, Encoded] | None = None

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medcg_jax.config import CONTROLS
-from medcg_jax.data.controls import control_sets, with_options
+from medcg_jax.data.controls import BLANK, blanked, control_sets, with_options
 from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.records import LETTERS, DataError, Record, RecordSet, Turn
+
+BLIND = ("shuffled_images", "blank_images", "text_only")
 
 
 def made(sizes, answers) -> RecordSet:
@@ -33,7 +35,7 @@ def test_the_right_option_stays_right(drawn, seed):
     by_id = {record.id: record for record in records.records}
     most = max(size for size, _ in drawn)
     shifts = {f"shift_{k}" for k in range(1, most)}
-    assert found.keys() == {"shuffled_images", *shifts} | ({"two_options"} if most > 2 else set())
+    assert found.keys() == {*BLIND, *shifts} | ({"two_options"} if most > 2 else set())
     for name, asked in found.items():
         for i, record in enumerate(asked.records):
             before = by_id[record.id]
@@ -44,8 +46,11 @@ def test_the_right_option_stays_right(drawn, seed):
                 assert f"\n{letter}: {option}\n" in record.turns[0].question
             assert record.turns[0].question.count("option ") == number
             own = int(record.id[1:])
-            assert (asked.image(i)[0, 0, 0] == own) == (name != "shuffled_images")
-            assert record.image == f"{asked.image(i)[0, 0, 0]}.png"
+            assert record.image == {"text_only": "", "shuffled_images": f"{asked.image(i)[0, 0, 0]}.png"}.get(
+                name, before.image
+            )
+            if name != "text_only":
+                assert (asked.image(i)[0, 0, 0] == own) == (name not in BLIND)
     for k in range(1, most):
         for record in found[f"shift_{k}"].records:
             before = by_id[record.id]
@@ -77,7 +82,7 @@ def test_draws_are_the_seed_s():
 def test_questions_of_phantoms_can_be_asked_again():
     records = PhantomSource(3, 4, 40).records("oct-skin-grade", "test")
     found = control_sets(records, CONTROLS, 0)
-    assert set(found) == {"shuffled_images", "shift_1", "shift_2", "shift_3", "two_options"}
+    assert set(found) == {*BLIND, "shift_1", "shift_2", "shift_3", "two_options"}
     assert all(len(asked) == 40 for asked in found.values())
     same = [np.array_equal(found["shuffled_images"].image(i), records.image(i)) for i in range(40)]
     assert not any(same)
@@ -117,3 +122,18 @@ def test_one_image_for_all_and_questions_alone_cannot_be_exchanged():
     assert control_sets(with_images([3, 3, 3]), ("shuffled_images",), 0) == {}
     texts = [replace(record, image="") for record in made([2] * 4, [0] * 4).records]
     assert control_sets(RecordSet(texts, np.zeros((4, 1, 1, 3), np.uint8)), ("shuffled_images",), 0) == {}
+
+
+def test_blank_images_are_all_the_same():
+    records = RecordSet(
+        [*made([2, 2], [0, 1]).records, replace(made([2], [0]).records[0], id="text", image="")],
+        [np.full((3, 5, 3), 9, np.uint8), np.full((4, 2, 3), 200, np.uint8), np.zeros((1, 1, 3), np.uint8)],
+    )
+    blank = blanked(records)
+    assert blank.image_size(0) == blank.image_size(1) and blank.image_digest(0) == blank.image_digest(1)
+    assert np.ptp(BLANK) == 0 and blank.records == records.records
+    # A record without an image is asked in neither control.
+    for asked in control_sets(records, ("blank_images", "text_only"), 0).values():
+        assert [record.id for record in asked.records] == ["r0", "r1"]
+    texts = RecordSet([records.records[2]], [records.images[2]])
+    assert control_sets(texts, ("blank_images", "text_only"), 0) == {}

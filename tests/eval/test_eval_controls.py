@@ -11,8 +11,8 @@ from eval_toys import others_long
 from family_toys import SOURCE, TINY
 
 from medcg_jax.config import CONTROLS, ConfigError, RunConfig, replace
-from medcg_jax.data.controls import control_sets
-from medcg_jax.data.records import concat
+from medcg_jax.data.controls import BLANK, control_sets
+from medcg_jax.data.records import RecordSet, concat
 from medcg_jax.eval import subsets
 from medcg_jax.eval.letters import evaluate, evaluate_controls, make_evaluator, make_prefix_evaluator
 from medcg_jax.eval.predictions import NonFiniteScores, Prediction
@@ -20,6 +20,8 @@ from medcg_jax.families import build
 from medcg_jax.train.setup import open_setup
 
 NEW, BATCH = 3, 4
+# Controls beside the images of the test.
+SHARED = ("shuffled_images", "circular", "two_options")
 NO_END = -1
 
 
@@ -29,7 +31,7 @@ def asked(family: str):
     found = family_toys.setup(family)
     sets = [SOURCE.records(name, "test") for name in ("ct-liver-state", "photo-eye-grade")]
     records = concat([sets[0].select(range(3)), sets[1].select(range(2))])
-    again = control_sets(records, CONTROLS, 0)
+    again = control_sets(records, SHARED, 0)
     return found.encode_eval(records), {
         name: found.encode_eval(made, memory_limit_bytes=0) for name, made in again.items()
     }
@@ -123,8 +125,34 @@ def test_what_is_no_use_is_told():
         ask(program(make_prefix_evaluator, "llava", mesh), "llava", mesh=mesh, batch_size=6)
 
 
-# ------------------------------------------------------------------ other images alone
+# ------------------------------------------------------------------ without the images of the test
 
+
+@pytest.mark.parametrize("family", others_long(TINY))
+def test_blank_and_no_images_show_nothing_of_the_test(family):
+    found = family_toys.setup(family)
+    found = dataclasses.replace(found, run=replace(found.run, eval__batch_size=BATCH, eval__generate=False))
+    records = SOURCE.records("ct-liver-state", "test").select(range(3))
+    graphdef, params = build.abstract(found.model)[0], family_toys.placed(family, None)
+    tester = subsets.Tester(found, graphdef, sees=True)
+
+    def answers(records):
+        again = {name: found.encode_eval(made) for name, made in control_sets(records, WITHOUT, 0).items()}
+        return tester.with_controls(params, found.encode_eval(records), again)
+
+    plain, controls = answers(records)
+    grey = RecordSet(records.records, [BLANK] * 3)
+    np.testing.assert_array_equal(scores(controls["blank_images"]), scores(tester(params, found.encode_eval(grey))))
+    turned = RecordSet(records.records, [records.image(i)[::-1, ::-1] for i in range(3)])
+    plain_of_turned, controls_of_turned = answers(turned)
+    assert np.abs(scores(plain) - scores(plain_of_turned)).max() > 1e-4
+    for name in WITHOUT:
+        assert [p.id for p in controls[name]] == [r.id for r in records.records]
+        np.testing.assert_array_equal(scores(controls[name]), scores(controls_of_turned[name]))
+    assert np.abs(scores(controls["blank_images"]) - scores(controls["text_only"])).max() > 1e-4
+
+
+WITHOUT = ("blank_images", "text_only")
 RUN = replace(RunConfig(), data__max_text_tokens=96, data__train_records_per_subset=4, data__test_records_per_subset=6)
 
 
@@ -138,6 +166,25 @@ class Recorder(subsets.Tester):
     def __call__(self, params, encoded):
         self.asked.append(encoded)
         return [Prediction(r.id, r.subset, r.options, r.answer, "A", (0.0,), "A") for r in encoded.records.records]
+
+
+def test_only_moved_options_are_asked_by_another_program(monkeypatch):
+    setup = open_setup(replace(RUN, eval__controls=CONTROLS))
+    records = setup.source.records("oct-skin-grade", "test")
+    again = {name: setup.encode_eval(made) for name, made in control_sets(records, CONTROLS, 0).items()}
+    together = []
+
+    def ask_together(evaluator, params, encoded, controls, tokenizer, **options):
+        together.extend(controls)
+        return [], {name: [] for name in controls}
+
+    monkeypatch.setattr(subsets.letters, "evaluate_controls", ask_together)
+    monkeypatch.setattr(subsets.Tester, "_prefix_evaluator", None)
+    tester = Recorder(setup)
+    tester._sees = True
+    _, answers = tester.with_controls(None, setup.encode_eval(records), again)
+    assert list(answers) == list(again) and together == [*again][:-2] and [*again][-2:] == list(WITHOUT)
+    assert tester.asked == [again[name] for name in WITHOUT]
 
 
 def test_the_plain_test_is_asked_as_without_a_control_and_then_beside_other_images(monkeypatch):

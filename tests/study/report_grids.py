@@ -20,6 +20,7 @@ from medcg_jax.eval.boxes import BoxAnswer, write_answers
 from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.design import suite
 from medcg_jax.study.stats import contamination, results
+from medcg_jax.study.stats.controls import BLIND
 from medcg_jax.train import goodput
 
 CELLS = ("cell", "table", "row", "arm", "seed", "related", "target", "steps", "status", "seconds")
@@ -117,7 +118,7 @@ def write_predictions(workdir, cell: suite.Cell, source, skill: float, options_t
 
 
 def write_controls(workdir: Path, seed: int, blind: bool = True) -> None:
-    """Controls of every cell: right where the plain answer was; with another image A, or (not blind) still right."""
+    """Controls of every cell: right where the plain answer was; without its image A, or (not blind) still right."""
     sizes = {key.removeprefix("data__"): value for key, value in SIZES.items()}
     source = open_source(DataConfig(seed=seed, **sizes))
     for path in sorted((workdir / "predictions").glob(f"*.s{seed}.jsonl")):
@@ -129,7 +130,7 @@ def write_controls(workdir: Path, seed: int, blind: bool = True) -> None:
                     line = plain[subset, record.id]
                     other = next(letter for letter in LETTERS if letter != record.answer)
                     predicted = record.answer if line["predicted"] == line["answer"] else other
-                    if name == "shuffled_images" and blind:
+                    if name in BLIND and blind:
                         predicted = "A"
                     lines.append(
                         {"id": record.id, "subset": subset, "options": record.options, "answer": record.answer,
@@ -201,6 +202,37 @@ def small_grid(workdir: Path) -> Path:
     config = json.loads((workdir / "config.json").read_text())
     config |= {"cells": len(cells) - 1, "config": dataclasses.asdict(run)}
     (workdir / "config.json").write_text(json.dumps(config))
+    return workdir
+
+
+def printed_grid(workdir: Path, rows: Sequence[tuple[str, str, str, dict[str, int]]], **changes) -> Path:
+    """A grid of two seeds of the same ten records, of released data unless `changes` say otherwise.
+
+    rows: (table, row, training subsets, arm -> its right answers at seed 0; at seed 1 one less).
+    """
+    run = run_of(
+        **{"data__source": "release", "model__name": "llava15_7b", "study__seeds": (0, 1)} | changes,
+        study__tables=tuple(dict.fromkeys(table for table, *_ in rows)),
+    )
+    workdir.mkdir()
+    cells, results = [], []
+    for table, row, related, arms in rows:
+        target = related if table == "multi_task" else row.split("/")[1]
+        for arm, seed in ((arm, seed) for arm in arms for seed in (0, 1)):
+            right, name = arms[arm] - seed, f"{table}.{row.replace('/', '.')}.{arm}.s{seed}"
+            key = (name, table, row, arm, seed)
+            cells.append((*key, "" if arm == "baseline" else related, target, 10, "done", 1.0))
+            results.append((*key, target, 10, right, right / 10, *wilson(right, 10)))
+            lines = [
+                {"id": f"{target}/test/{i}", "subset": target, "options": ["x", "y"], "answer": "A",
+                 "predicted": "A" if i < right else "B", "logprobs": [-0.7, -0.7], "generated": None}
+                for i in range(10)
+            ]  # fmt: skip
+            write_json_lines(workdir / "predictions" / f"{name}.jsonl", lines)
+    config = {"config": dataclasses.asdict(run), "versions": {}, "data": {}, "cells": len(cells)}
+    (workdir / "config.json").write_text(json.dumps(config))
+    write_csv(workdir / "cells.csv", CELLS, cells)
+    write_csv(workdir / "results.csv", RESULTS, results)
     return workdir
 
 

@@ -125,7 +125,7 @@ CONTROLS = [
     line(0, "B", "B", 2, "shift_1"), line(2, "B", "B", 2, "shift_1"),
     line(1, "C", "C", 4, "shift_1"), line(1, "D", "A", 4, "shift_2"), line(1, "A", "A", 4, "shift_3"),
     line(0, "A", "B", 2, "two_options"), line(1, "A", "A", 2, "two_options"),
-    line(1, "B", "B", 4, "shuffled_images"),
+    line(1, "B", "B", 4, "shuffled_images"), line(0, "A", "B", 2, "blank_images"), line(0, "A", "A", 2, "text_only"),
 ]  # fmt: skip
 
 
@@ -142,6 +142,9 @@ def test_controls_of_a_cell(tmp_path):
     }  # fmt: skip
     assert found["two_options"] == {"n": 2, "plain": 1.0, "accuracy": 0.5}
     assert found["shuffled_images"]["chance"] == 0.25
+    assert {name: found[name]["accuracy"] for name in ("blank_images", "text_only")} == {
+        "blank_images": 0.0, "text_only": 1.0,
+    }  # fmt: skip
     assert found["generation"]["agreement"] == 1.0
 
 
@@ -158,8 +161,8 @@ def test_seeds_share_records_only_where_they_return(tmp_path):
     ("change", "message"),
     [
         (lambda made: made + [line(7, "A", "A", 2, "shuffled_images")], "record x/test/7 of x: not among"),
-        (lambda made: made + [line(0, "A", "A", 2, "shift_2")], "control 'shift_2'; each of shift_1, shuffled_images"),
-        (lambda made: made + made[-1:], 'line 9: record "x/test/1" stands in line 8 already'),
+        (lambda made: made + [line(0, "A", "A", 2, "shift_2")], "'shift_2'; each of blank_images, shift_1, shuffled"),
+        (lambda made: made + made[-1:], 'line 11: record "x/test/0" stands in line 10 already'),
         (lambda made: made + [line(0, "A", "A", 2)], "control ''"),
         (lambda made: [x for x in made if x["control"] != "shift_2"], "record x/test/1 of x: no shift_2; all"),
     ],

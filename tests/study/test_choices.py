@@ -9,6 +9,7 @@ import pytest
 from medcg_jax.config import MODELS, ConfigError, RunConfig, flat, replace
 from medcg_jax.config_checks import check
 from medcg_jax.config_file import load
+from medcg_jax.study.design import mat, overlap
 from medcg_jax.study.stats import results
 from medcg_jax.study.stats.results import choices
 
@@ -24,13 +25,42 @@ def test_every_choice_is_a_field_with_a_reason():
     fields = flat(dataclasses.asdict(RunConfig()))
     listed = json.loads(Path(results.__file__).with_name("choices.json").read_text(encoding="utf-8"))
     for choice in listed:
-        assert choice["field"] in fields and len(choice["why"]) > 15 and choice["family"] in ("", *MODELS.values())
+        assert choice["field"] in fields or choice["field"].startswith(f"{results.DESIGN}.")
+        assert len(choice["why"]) > 15 and choice["family"] in ("", *MODELS.values())
     names = [(choice["field"], choice["family"]) for choice in listed]
     assert len(set(names)) == len(names)
     # A family's own choice replaces the general one, so it stands behind it.
     for field, family in names:
         general = (field, "")
         assert not family or general not in names or names.index(general) < names.index((field, family))
+
+
+def test_what_is_no_setting_is_declared_too():
+    found = {
+        field: (value, same, why) for field, (value, same, why) in listed("table3").items() if field[:7] == "design."
+    }
+    assert set(found) == {
+        f"design.{name}" for name in ("task_table", "row_readings", "whole_triplets", "repeated_rows", "deciding_arms")
+    }
+    assert all(same for _, same, _ in found.values())
+    for name in ("task_table", "row_readings"):
+        assert (Path(results.__file__).parents[1] / found[f"design.{name}"][0]).is_file()
+    # What the reasons say of rows is so.
+    assert {(3, 16), (7, 4), (8, 4)} == overlap.printed_repeats()
+    numbers = mat.paper_subsets()
+    assert len(mat.shared(numbers["28"], numbers["30"])) == 3
+
+
+def test_rows_of_one_target_share_baseline_plus_as_often_as_is_said():
+    printed: dict[str, list[str]] = {}
+    for row, line in zip(mat.paper_rows(3), mat.paper_csv("table3_classification_pairs"), strict=True):
+        printed.setdefault(row.target, []).append(line["baseline_plus"])
+    several = [set(values) for values in printed.values() if len(values) > 1]
+    one = sum(len(values) == 1 for values in several)
+    assert (len(several), one) == (13, 7)
+    why = listed("table3")["study.baseline_plus_subsets"][2]
+    assert f"of the {len(several)} targets" in why and f"{one} print one value" in why
+    assert f"and {len(several) - one} print several" in why
 
 
 @pytest.mark.parametrize(

@@ -126,9 +126,9 @@ def test_what_a_grid_leaves(finished):
         assert [r["subset"] for r in records] == ["mri-brain-state"] * 10
         again = [json.loads(x) for x in (workdir / "controls" / f"{cell.id}.jsonl").read_text().splitlines()]
         assert [(a["control"], a["id"]) for a in again] == [
-            (name, r["id"]) for name in ("shuffled_images", "shift_1") for r in records
+            (name, r["id"]) for name in ("shuffled_images", "shift_1", "blank_images", "text_only") for r in records
         ]  # the target has two options
-        assert [r["options"] for r in records] == [a["options"][::-1] for a in again[10:]]
+        assert [r["options"] for r in records] == [a["options"][::-1] for a in again[10:20]]
         # Test records only: nothing of the target, nor of test, was trained on.
         assert all(r["id"].split("/")[1] == "test" for r in records)
         assert lines(workdir / "metrics" / f"{cell.id}.jsonl") == (6 if cell.related else 0)

@@ -6,8 +6,8 @@ import pytest
 from report_grids import make_grid, run_of
 
 from medcg_jax.config import ConfigError, RunConfig, replace
+from medcg_jax.study.report.file_tables import time_spent
 from medcg_jax.study.report.load_grid import Grid
-from medcg_jax.study.report.tables import time_spent
 from medcg_jax.study.run.grid import check_start
 from medcg_jax.study.stats import results
 from medcg_jax.train import goodput

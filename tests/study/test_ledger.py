@@ -50,6 +50,19 @@ def test_an_empty_folder_lacks_everything(tmp_path):
     assert "REFUSES" not in text and " 46  name not known" in text
 
 
+def test_rows_say_what_they_share_with_their_target(tmp_path):
+    ledger = read_ledger(tmp_path)
+    rows = {(row.table, row.row): row for row in ledger.rows}
+    assert (rows[3, 11].shares, rows[3, 11].lapse) == (("MAT", "MT"), "whole triplet")
+    assert (rows[4, 9].shares, rows[4, 9].lapse) == (("MT", "A", "T"), "two elements in one")
+    assert (rows[3, 1].shares, rows[3, 1].lapse) == (("MA", "MT"), "")
+    assert (rows[1, 2].shares, rows[1, 2].lapse) == ((), "")
+    text = " ".join("\n".join(ledger_lines(ledger)).split())
+    assert "a training subset has all three elements of the target: 11-13, 15-16 what the subsets share" in text
+    assert "a source of one element has two: 4-7, 9 blocked" in text
+    assert list(ledger.as_dict()["rows"][-1]["shares"]) == ["MA", "T"]
+
+
 def test_a_folder_that_is_not_there_is_status_2(tmp_path, capfd):
     with pytest.raises(DataError, match="no such folder"):
         read_ledger(tmp_path / "none")

@@ -6,6 +6,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from PIL import Image
 from report_grids import FULL_TARGETS, SIZES, change_config, make_grid, quick, read_csv, run, run_of, write_controls
 
 from medcg_jax.data.sources import open_source
+from medcg_jax.study.report.load_grid import Grid
 from medcg_jax.study.report.page import whole_folder, write_report
 from medcg_jax.study.report.plots import gains_by_target, triplets_of
-from medcg_jax.study.report.samples import embedded
+from medcg_jax.study.report.samples import embedded, shown_cell
 from medcg_jax.study.stats.grid_files import read_results
 from medcg_jax.untrusted import FileError
 
@@ -131,6 +133,37 @@ def test_samples_are_the_records_themselves(full_grid):
         assert all(option in card for option in record.options)
         answered = re.search(r"answered <b>(.)</b>", card)[1]
         assert (answered == record.answer) == (text.index(card) < text.index("Answered wrongly"))
+    # All are of one model, which is named: no record is answered rightly and wrongly.
+    ids = re.findall(r'<article class="sample">.*?<p class="id">(.*?)</p>', text, flags=re.DOTALL)
+    assert len(set(ids)) == len(ids) == len(cards)
+    name = re.search(r"with the answers of Trained \(pairs, (.*?)/(.*?), seed 0; trained on (.*?)\)", text)
+    grid = Grid(full_grid)
+    (cell,) = [
+        c for c in grid.done("pairs")
+        if (c["arm"], c["seed"], c["related"].replace("+", " + ")) == ("trained", "0", name[3])
+        and c["row"] == f"{name[1].replace(' ', '_').removesuffix('_pair').replace('-', '_')}/{name[2]}"
+    ]  # fmt: skip
+    answers = {line["id"]: line["predicted"] for line in grid.predictions(cell["cell"])}
+    shown = dict(zip(ids, re.findall(r"answered <b>(.)</b>", text), strict=True))
+    assert {record: answers[record] for record in ids} == shown
+
+
+def test_the_model_shown_is_the_median_one():
+    def grid(*correct, seeds=(0,)):
+        cells = [
+            {"cell": f"c{i}.{seed}", "table": "pairs", "row": f"fixed_area/x{i}", "arm": "trained", "seed": str(seed),
+             "related": "a+b", "target": "x"}
+            for seed in seeds for i in range(len(correct))
+        ]  # fmt: skip
+        results = [
+            {"cell": cell["cell"], "target": "x", "n": 10, "correct": count}
+            for cell, count in zip(cells, correct * len(seeds), strict=True)
+        ]
+        return SimpleNamespace(done=lambda table: cells if table == "pairs" else [], results=results, seeds=seeds)
+
+    assert shown_cell(grid(9, 2, 5))["cell"] == "c2.0" and shown_cell(grid(9, 2, 5, 4))["cell"] == "c3.0"
+    assert shown_cell(grid(9, 2, 5, seeds=(0, 1)))["cell"] == "c2.0" and shown_cell(grid(7))["cell"] == "c0.0"
+    assert shown_cell(grid(9, 2, 5), "x")["cell"] == "c2.0" and shown_cell(grid(9, 2, 5), "y") is None
 
 
 def test_every_tested_subset_has_a_page_with_its_mistakes(full_grid, full_summary):
@@ -139,12 +172,13 @@ def test_every_tested_subset_has_a_page_with_its_mistakes(full_grid, full_summar
         row["target"] for row in read_results(full_grid)
     }
     page, grid = (folder / "subsets" / f"{TARGET}.html").read_text(), full_summary[0]
-    cells = [c for c in grid.done("pairs") if c["arm"] == "trained" and c["seed"] == "0"]
-    answers = [r for c in cells for r in grid.predictions(c["cell"]) if r["subset"] == TARGET]
+    cell = shown_cell(grid, TARGET)
+    assert (cell["table"], cell["arm"], cell["seed"], cell["target"]) == ("pairs", "trained", "0", TARGET)
+    answers = grid.predictions(cell["cell"])
     wrong = [r for r in answers if r["predicted"] != r["answer"]]
     assert f"{len(wrong)} of {len(answers)} answers of Trained" in page
     shown = re.findall(r'<p class="id">(.*?)</p>', page)
-    assert len(shown) == min(12, len({r["id"] for r in wrong})) and set(shown) <= {r["id"] for r in wrong}
+    assert len(shown) == min(12, len(wrong)) and set(shown) <= {r["id"] for r in wrong}
     assert page.count("data:image/png;base64,") == len(shown) and "../index.html" in page
     sure = [int(x) for x in re.findall(r'class="picked[^>]*><b>.</b>[^<]*<span class="num">(\d+) %', page)]
     assert sure == sorted(sure, reverse=True)
@@ -156,7 +190,7 @@ def test_controls_are_shown_and_a_leak_of_answers_is_marked(full_grid, tmp_path)
     results = [r for r in read_results(full_grid) if (r["table"], r["arm"]) == ("pairs", "trained")]
     plain = sum(r["correct"] for r in results) / sum(r["n"] for r in results)
     assert float(trained["plain"]) == float(trained["circular"]) == pytest.approx(plain)
-    assert abs(float(trained["shuffled"]) - float(trained["chance"])) < 0.15
+    assert abs(float(trained["shuffled_images"]) - float(trained["chance"])) < 0.15
     letters = {(r["table"], r["arm"]): r for r in read_csv(full_grid / "report" / "tables" / "controls.csv")}
     letters = letters["pairs", "Trained"]
     assert float(letters["accuracy"]) == pytest.approx(plain) and 0.9 < float(letters["agreement"]) < 1

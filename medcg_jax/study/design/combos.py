@@ -141,8 +141,8 @@ def baseline_plus(
 ) -> tuple[tuple[Subset, ...], tuple[int, ...]]:
     """`draw` of unrelated subsets: Baseline+, and fillers in place of related members.
 
-    That rows of one target share it is as equal values in the printed table suggest; `stats.results.choices` lists what
-    the paper leaves open.
+    Rows of one target and size share it; in the printed table 7 of 13 targets have one value in all their rows.
+    `stats.results.choices` lists what the paper leaves open.
     """
     return draw(unrelated(target, subsets), "baseline_plus", target, num_subsets, num_records, seed, available)
 

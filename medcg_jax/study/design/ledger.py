@@ -23,7 +23,7 @@ from medcg_jax.data.records import SPLITS, Split
 from medcg_jax.data.schema import ReleaseError, box_labels
 from medcg_jax.data.splits import labels_in, rarest_labels, split_group, train_test_split
 from medcg_jax.data.tree import NO_FILES, SubsetFile, Tree, subset_table
-from medcg_jax.study.design import mat
+from medcg_jax.study.design import mat, overlap
 
 TABLES = range(1, 9)
 State = Literal["complete", "partial", "missing"]
@@ -108,6 +108,8 @@ class RowState:
       related: training subsets; in tables 1 and 2 all 25 of the multi-task model. target: the test subset.
       state: "full": every subset it needs is complete; "part": it can be computed, on less or other data than the
         paper's; "blocked".
+      shares: what each training subset shares with the target, such as ("MA", "MT"), and lapse: where that is not what
+        the row should be (`overlap.LAPSES`, else ""); () and "" in tables 1 and 2.
       blocked_by: the needed subsets without which it cannot be computed. short_of: the other needed subsets that are
         incomplete (in tables 1 and 2 also missing ones: the model trains without them).
     """
@@ -119,6 +121,8 @@ class RowState:
     state: Literal["full", "part", "blocked"]
     blocked_by: tuple[str, ...]
     short_of: tuple[str, ...]
+    shares: tuple[str, ...] = ()
+    lapse: str = ""
 
 
 @dataclass(frozen=True)
@@ -383,7 +387,12 @@ def _row_state(
     needed = dict.fromkeys((*related, target))
     short_of = tuple(n for n in needed if n not in blocked_by and subsets[n].state != "complete")
     state: Literal["full", "part", "blocked"] = "blocked" if blocked_by else "part" if short_of else "full"
-    return RowState(table, row, related, target, state, blocked_by, short_of)
+    if table in TABLES[:2]:
+        return RowState(table, row, related, target, state, blocked_by, short_of)
+    known = mat.paper_subsets()
+    shares = overlap.overlap(known[target], [known[number] for number in related])
+    lapse = overlap.printed_lapses().get((table, row), "")
+    return RowState(table, row, related, target, state, blocked_by, short_of, shares, lapse)
 
 
 def _number_order(number: str) -> tuple[int, str]:

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from medcg_jax.study.design.ledger import TABLES, DatasetState, Ledger, RowState, SubsetState, states_of
+from medcg_jax.study.design.overlap import LAPSES
 
 WIDTH = 100
 TABLE_NAMES = {
@@ -20,7 +21,8 @@ LEGEND = (
 ROWS_LEGEND = (
     "full: all subsets that the row needs are complete. part: it can be computed, on less or other data than the "
     "paper's. blocked by 03 (1, 2): rows 1 and 2 need subset 03, which cannot be used. Rows of tables 1 and 2 have the "
-    "number of the subset that they test."
+    "number of the subset that they test. By the task table some rows share more or less with their target than they "
+    "say (numbers of rows below each table): a grid's report gives its effects once more without them."
 )
 
 _HEADS = f"{'train':>8}{'test':>8}{'images':>8}{'absent':>8}"
@@ -88,6 +90,9 @@ def _row_lines(rows: Sequence[RowState]) -> list[str]:
         for state, listed in (("full", full), ("part", part)):
             if listed:
                 lines += _wrap(f"{state}: {_ranges((row.row for row in listed), digits)}", 11, first=" " * 9)
+        for name in LAPSES:
+            if lapsed := [row.row for row in of_table if row.lapse == name]:
+                lines += _wrap(f"{LAPSES[name]}: {_ranges(lapsed)}", 11, first=" " * 9)
         if blocked:
             by_subset: dict[str, list[int]] = {}
             for row in blocked:

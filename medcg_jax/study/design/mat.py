@@ -75,8 +75,9 @@ class PaperRow:
     direction: str  # as printed: "fixed modality", "modality-area pair", "three sources", ...
     related: tuple[str, ...]
     target: str
-    confidence: str  # high, medium, low: how sure the reading is
+    confidence: str  # high, medium (other readings are possible, or its baseline is another's), low
     evidence: str
+    alternatives: tuple[tuple[str, ...], ...] = ()  # other training subsets that its phrases may mean
 
 
 @cache
@@ -91,9 +92,21 @@ def paper_rows(table: int) -> tuple[PaperRow, ...]:
             row["target_subset"],
             row["confidence"],
             row["evidence"],
+            tuple(tuple(other.split("+")) for other in row["alternatives"].split("; ") if other),
         )
         for row in paper_csv("rows_to_subsets")
         if int(row["table"]) == table
+    )
+
+
+@cache
+def repeats(table: int) -> frozenset[int]:
+    """Rows of a published table with the training subsets and the target of an earlier row: one experiment, not two."""
+    first: dict[tuple[frozenset[str], str], int] = {}
+    return frozenset(
+        row.row
+        for row in paper_rows(table)
+        if first.setdefault((frozenset(row.related), row.target), row.row) != row.row
     )
 
 

@@ -27,7 +27,7 @@ LATEX = {
     "|": r"\textbar{}", '"': r"\textquotedbl{}", "`": r"\textasciigrave{}",
     "▲": r"$\blacktriangle$", "△": r"$\vartriangle$", "▽": r"$\triangledown$", "▼": r"$\blacktriangledown$",
     "–": "--", "“": "``", "”": "''", "·": r"$\cdot$", "≥": r"$\geq$", "×": r"$\times$",
-    "◇": r"$\diamond$",
+    "◇": r"$\diamond$", "○": r"$\circ$",
 }  # fmt: skip
 
 

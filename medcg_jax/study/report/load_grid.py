@@ -12,12 +12,12 @@ import pandas as pd
 from medcg_jax.config import MODELS, STUDY_TABLES, ConfigError, DataConfig
 from medcg_jax.data.phantom.source import DETECTION_TRIPLETS
 from medcg_jax.data.phantom.world import TRIPLETS
-from medcg_jax.data.records import LETTERS, DataError, Source
+from medcg_jax.data.records import LETTERS, DataError, Source, Subset
 from medcg_jax.data.sources import open_source
 from medcg_jax.data.tree import read_manifest, subset_table
 from medcg_jax.eval.boxes import BoxAnswer, read_answers
 from medcg_jax.eval.predictions import prediction_lines, wilson
-from medcg_jax.study.design import mat
+from medcg_jax.study.design import mat, overlap
 from medcg_jax.study.report.escape import ELEMENT_CHARACTERS, short_label
 from medcg_jax.study.stats import contamination, grid_files
 from medcg_jax.study.stats.answers import Answers
@@ -173,6 +173,20 @@ class Grid:
             listed = {}
         keys = ("modality", "area", "task")
         return subset_table() | {name: tuple(entry[key] for key in keys) for name, entry in listed.items()}
+
+    def subset(self, name: str) -> Subset | None:
+        """A subset's elements, without sizes; None for one that is not known."""
+        triplets = {t.name: t for t in (*TRIPLETS, *DETECTION_TRIPLETS)} if self.of_phantoms else self.triplets
+        return Subset(name, *triplets[name]) if name in triplets else None
+
+    def shares(self, related: str, target: str) -> str | None:
+        """What each training subset shares with the target, as "MA + MT"; None where a subset is not known.
+
+        related: as in cells.csv, "03+06".
+        """
+        training, own = [self.subset(name) for name in related.split("+") if related], self.subset(target)
+        known = [subset for subset in training if subset]
+        return " + ".join(overlap.overlap(own, known)) if own and known and len(known) == len(training) else None
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:

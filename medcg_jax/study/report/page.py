@@ -21,12 +21,13 @@ from markupsafe import Markup
 
 from medcg_jax.config import ConfigError, flat
 from medcg_jax.study.report.escape import file_names, latex, markdown, plain
+from medcg_jax.study.report.file_tables import confusion, subset_scores
 from medcg_jax.study.report.load_grid import Grid
 from medcg_jax.study.report.plots import Figure, Plots
 from medcg_jax.study.report.published import context, power, published
 from medcg_jax.study.report.samples import Card, Cards, box_samples, mistakes, samples
 from medcg_jax.study.report.table import MARKS, Table, text_of
-from medcg_jax.study.report.tables import Tables, confusion, subset_scores
+from medcg_jax.study.report.tables import Tables
 from medcg_jax.study.report.text import Answer, counted, letter_habits, limits, missing, summary_text, table_names
 from medcg_jax.study.stats import stats
 from medcg_jax.study.stats.results import choices
@@ -76,7 +77,7 @@ CARDS = (
 SUBSETS = (
     "A page for each subset that was tested: its scores in every table, what is taken for what, and the most confident "
     "mistakes with their images. The share beside a name is the accuracy of the answers looked at there: those of the "
-    "arm that its page names, at the first seed."
+    "one model that its page names."
 )
 LETTERS = (
     "Accuracy is by likelihood: the offered letter that the model finds likeliest. A model that favours a letter, or "
@@ -96,13 +97,13 @@ ORIGINS = Markup(
     "<code>cells.csv</code>; counts of right answers and Wilson intervals from <code>results.csv</code>; every paired "
     "comparison, letter, free answer and label from <code>predictions/</code>; the tests asked again from "
     "<code>controls/</code>; boxes from <code>boxes/</code>; losses from <code>metrics/</code>; images in training and "
-    "tests from <code>contamination.csv</code>; where the time went from <code>goodput.json</code>; settings, versions "
-    "and fingerprints from <code>config.json</code>. Images are read from the data that <code>config.json</code> "
+    "tests from <code>contamination.csv</code>; where the time went from <code>goodput.json</code> (goodput: the "
+    "share of the time that went into training steps that counted); settings, versions and fingerprints from <code>config.json</code>. Images are read from the data that <code>config.json</code> "
     "names, if their fingerprint is still the one recorded. Printed numbers are those of the paper's tables, kept with "
     "the code."
 )
 # Tables that are folded at the end of the page.
-FOLDED = ("contamination", "comparisons", "cells", "goodput")
+FOLDED = ("contamination", "comparisons", "metrics", "cells", "goodput")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,9 +292,9 @@ def _write_subset(grid: Grid, folder: Path, target: str, file: str) -> str:
     """Writes the page of one subset; returns its line in the list of subsets."""
     cards, answers = mistakes(grid, target)
     words = (
-        f"{cards.num_wrong} of {cards.num_answers} answers of {cards.arm} are wrong. Shown are those with the highest "
-        "probability of the wrong letter among the letters offered, each record once, at most twelve."
-        if cards.arm
+        f"{cards.num_wrong} of {cards.num_answers} answers of {cards.model} are wrong. Shown are those with the highest "
+        "probability of the wrong letter among the letters offered, at most twelve."
+        if cards.model
         else "No arm that is trained for another subset was tested on this one."
     )
     labels, scores = confusion(answers), subset_scores(grid, target)
@@ -301,7 +302,7 @@ def _write_subset(grid: Grid, folder: Path, target: str, file: str) -> str:
         Section(id="mistakes", title="Mistakes to look at", paragraphs=[words], cards=[("", "wrong", cards.wrong)],
                 notes=[cards.absent] if cards.absent else []),
         Section(id="confusion", title=labels.title, tables=[labels] if answers else [],
-                paragraphs=[f"Answers of {cards.arm}."] if answers else []),
+                paragraphs=[f"Answers of {cards.model}."] if answers else []),
         Section(id="scores", title=scores.title, tables=[scores]),
     ]  # fmt: skip
     what, name = grid.describe(target), grid.config["name"]
@@ -342,7 +343,7 @@ def _result_sections(grid: Grid, answer: Answer, tables: dict[str, Table], plots
     first = Section(
         id="answer", title="The answer", answer=[Markup(" ").join(lead), *answer.sentences()],
         paragraphs=[Markup('The same in plain text: <a href="summary.txt">summary.txt</a>'), *([key] if results else [])],
-        figures=plots.headline(), tables=[tables[name] for name in ("effects",) if name in tables],
+        figures=plots.headline(), tables=[tables[name] for name in ("effects", "effects_without_lapses") if name in tables],
         folded=[tables[name] for name in ("effects_by_direction",) if name in tables],
     )  # fmt: skip
     return [first, *results]
@@ -353,8 +354,8 @@ def _answer_sections(grid: Grid, tables: dict[str, Table], plots: Plots, items: 
     cards = samples(grid)
     groups = [("Answered rightly", "right", cards.right), ("Answered wrongly", "wrong", cards.wrong)]
     contents: dict = {"notes": [cards.absent]} if cards.absent else {"cards": groups}
-    if cards.arm:
-        contents["paragraphs"] = [f"Test records with the answers of {cards.arm}. {CARDS}"]
+    if cards.model:
+        contents["paragraphs"] = [f"Test records with the answers of {cards.model}. {CARDS}"]
     letters = [tables[name] for name in ("answers", "controls", "controls_again") if name in tables]
     printed = [table for name, table in tables.items() if name.startswith("published_")]
     beside = PUBLISHED if printed else "No row of this grid is a row of the paper's tables: nothing is set beside them."

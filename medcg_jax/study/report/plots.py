@@ -234,9 +234,8 @@ class Plots:
 
         def paint(axes):
             for y, arm in enumerate(arms):
-                units = [
-                    Unit(r["target"], r["seed"], r["n"], r["correct"], r["correct"]) for r in rows if r["arm"] == arm
-                ]
+                right = [(r["target"], r["seed"], r["n"], r["correct"]) for r in rows if r["arm"] == arm]
+                units = [Unit(target, seed, n, correct, correct) for target, seed, n, correct in right]
                 low, high = estimate(units).interval()
                 axes.barh(y, 100 * mean_difference(units), height=0.62, color=COLOURS[arm], alpha=0.85)
                 for target in sorted({unit.target for unit in units}):
@@ -249,7 +248,7 @@ class Plots:
                 axes.axvline(100 * float(np.mean(chances)), color=INK, linestyle="--", linewidth=1)
 
         caption = (
-            "Mean accuracy over targets and seeds by what a model was trained on (line: 95 % bootstrap interval; dots: "
+            "Mean accuracy over targets and seeds by what a model was trained on (line: 95 % interval over both; dots: "
             "single targets; dashed: mean chance). Random removal takes away as many related subsets as leaving out an "
             "element does on average."
         )

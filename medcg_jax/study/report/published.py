@@ -1,13 +1,16 @@
 """The paper's numbers beside a grid's, for rows that the paper has too; for phantoms in words only."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from medcg_jax.config import MODELS
+from medcg_jax.data import catalogue
 from medcg_jax.families import registry
-from medcg_jax.study.design import mat, suite
+from medcg_jax.study.design import mat, overlap, suite
 from medcg_jax.study.report.load_grid import arm_name
 from medcg_jax.study.report.table import Table
 from medcg_jax.study.report.tables import Tables
+from medcg_jax.study.report.text import sentence
 from medcg_jax.study.stats.paired import paper_power
 
 # Arm -> its name in tables 1 and 2 of the paper.
@@ -47,7 +50,7 @@ def titles_of(arms: Sequence[str]) -> dict[str, str]:
     titles = {"n": "n here"}
     for arm in arms:
         titles |= {f"{arm}_paper": f"{arm_name(arm)}, paper", arm: f"{arm_name(arm)}, here"}
-        titles[f"p_{arm}"] = f"p vs {arm_name(arm)}"
+        titles[f"p_{arm}"] = f"Holm p vs {arm_name(arm)}"
     return titles
 
 
@@ -55,27 +58,60 @@ def combination(tables: Tables, table: str, number: int) -> Table:
     """A published table in its layout: green where Trained is above both baselines, else orange (red there)."""
     file, model = FILES[number]
     printed = {int(row["row"]): row for row in mat.paper_csv(file)}
-    readings = {row.row: row for row in mat.paper_rows(number)}
+    readings, subsets = {row.row: row for row in mat.paper_rows(number)}, mat.paper_subsets()
     arms, rows = ("baseline", "baseline_plus", "trained"), []
     for (row, target), scores in tables.grid.scores(table).items():
         paper_table, paper_row = suite.Row.parse(table, row).published or (0, 0)
         if paper_table == number and paper_row in printed:
             reading = readings[paper_row]
             values = tables.compared(table, row, target, scores, "trained", ("baseline_plus", "baseline"))
+            others = "; ".join(" + ".join(related) for related in reading.alternatives)
             rows.append(
                 {"paper_row": paper_row, "related": " + ".join(reading.related), "target": target}
+                | {
+                    "shares": " + ".join(
+                        overlap.overlap(subsets[reading.target], [subsets[n] for n in reading.related])
+                    )
+                }
+                | {"lapse": overlap.printed_lapses().get((number, paper_row))}
                 | beside(values, printed[paper_row], arms)
                 | {key: values[key] for key in ("p_plus", "p_base", "n", "seeds", "cost")}
-                | {"confidence": reading.confidence, "evidence": reading.evidence or None}
+                | {"confidence": reading.confidence, "others": others or None, "evidence": reading.evidence or None}
+                | {"slips": slips_of(file, paper_row, (*reading.related, reading.target)) or None}
             )
     name = table.replace("_", " ").capitalize()
     caption = (
         f"{name} beside table {number} of arXiv 2412.20070, version 1: printed accuracies ({model}) and this grid's "
-        f"({tables.grid.config['model']['name']}), in %. Subset numbers are inferred from the printed baselines; the "
-        "confidence is that of the reading."
+        f"({tables.grid.config['model']['name']}), in %. Subset numbers are inferred from the printed baselines and "
+        "phrases; the confidence is that of the reading. Shared: the elements (modality M, area A, task T) that each "
+        f"related subset has in common with the target, by this project's table of tasks. {lapses_in_words(rows)}"
     )
-    titles = {"paper_row": "Row", "related": "Related", "confidence": "Reading", "evidence": "Why"}
+    titles = {
+        "paper_row": "Row", "related": "Related", "lapse": "But", "confidence": "Reading", "others": "Or read as",
+        "evidence": "Why", "slips": "Slips",
+    }  # fmt: skip
     return Table(f"published_{table}", f"{name} beside table {number}", caption, rows, titles_of(arms) | titles)
+
+
+def slips_of(file: str, row: int, subsets: Sequence[str]) -> str:
+    """The known slips of a printed row, and of the triplets of subsets; "" where none is known."""
+    return "; ".join(
+        f"{slip.field} {slip.printed!r}: {slip.why}" if slip.table == file else f"subset {slip.number}: {slip.why}"
+        for slip in catalogue.slips()
+        if (slip.table, slip.number) == (file, str(row))
+        or (slip.table == catalogue.SUBSETS and slip.number in subsets and slip.field in mat.ELEMENTS)
+    )
+
+
+def lapses_in_words(rows: Sequence[dict]) -> str:
+    """How many of the shown rows share more or less with their target than they should, or rest on a doubtful subset."""
+    found = Counter(row["lapse"] for row in rows if row["lapse"])
+    doubtful = sum("subset " in (row["slips"] or "") for row in rows)
+    texts = [
+        f"in {found[name]} of these {len(rows)} rows {words}" for name, words in overlap.LAPSES.items() if found[name]
+    ]
+    texts += [f"in {doubtful} a subset has a doubtful triplet as printed"] * bool(doubtful)
+    return sentence(f"{'; '.join(texts)}: see the columns “But” and “Slips”") if texts else ""
 
 
 def per_subset(tables: Tables, part: str) -> Table:
@@ -92,6 +128,7 @@ def per_subset(tables: Tables, part: str) -> Table:
                 {"target": target}
                 | beside(values, paper, arms)
                 | {key: values[key] for key in (*(f"p_{arm}" for arm in arms[:-1]), "n", "seeds")}
+                | {"slips": slips_of(f"table{number}_{part}", int(target), (target,)) or None}
             )
     caption = (
         f"Subsets beside table {number} of arXiv 2412.20070, version 1: printed accuracies ({MODEL}) and this grid's "

@@ -15,6 +15,7 @@ from medcg_jax.data.records import LETTERS, DataError
 from medcg_jax.eval import boxes as box_scores
 from medcg_jax.eval.boxes import BoxAnswer
 from medcg_jax.study.report.load_grid import Grid, arm_name, letter_logprobs
+from medcg_jax.study.report.text import PARTS
 
 # (table, arm) of the shown answers, the first that the grid has: the arm that carries the study's claim.
 SHOWN = (
@@ -24,6 +25,8 @@ SHOWN = (
 # Arms of the same row whose answers are named beside it.
 BESIDE = ("baseline", "baseline_plus")
 NUM_EACH, NUM_BOXES = 6, 8
+# Training subsets of a model that are named.
+MOST_NAMED = 4
 # Mistakes on a subset's page. Their images take at most some 300 kB, so pages of 53 subsets take 16 MB.
 NUM_MISTAKES = 12
 # Errors after which images are not shown: the data are gone or changed, or config.json names no source.
@@ -61,13 +64,13 @@ class Card:
 
 @dataclass(frozen=True)
 class Cards:
-    """Cards of one arm's answers; `absent` says why there are none.
+    """Cards of one model's answers; `absent` says why there are none.
 
     Attributes:
-      arm: its name, table and seed. num_answers, num_wrong: of all its answers, shown or not.
+      model: its arm, row, seed and training subsets. num_answers, num_wrong: of all its answers, shown or not.
     """
 
-    arm: str = ""
+    model: str = ""
     right: tuple[Card, ...] = ()
     wrong: tuple[Card, ...] = ()
     absent: str = ""
@@ -76,46 +79,40 @@ class Cards:
 
 
 def samples(grid: Grid) -> Cards:
-    """Right and wrong answers of the first arm of `SHOWN` at the grid's first seed, spread over the targets."""
+    """Right and wrong answers of the model that `shown_cell` names, spread over its targets."""
     if not grid.seeds:
         return Cards(absent="No cell is finished, so there is nothing to show.")
-    cells = shown_cells(grid)
-    if not cells:
+    cell = shown_cell(grid)
+    if not cell:
         return Cards(absent=f"No finished cell of seed {grid.seeds[0]} has an arm that is shown here.")
-    queues: dict[tuple[str, bool], list] = {}
-    for cell, record in _answers(grid, cells):
-        queues.setdefault((record["subset"], record["predicted"] == record["answer"]), []).append((cell, record))
-    chosen: dict[bool, list] = {}
+    queues: dict[tuple[str, bool], list[dict]] = {}
+    for record in grid.predictions(cell["cell"]):
+        queues.setdefault((record["subset"], record["predicted"] == record["answer"]), []).append(record)
+    chosen: dict[bool, list[dict]] = {}
     for is_right in (True, False):
         # Round by round: every target's first record, then every target's second.
-        ranked = []
-        for (subset, kind), queue in queues.items():
-            if kind is is_right:
-                # A record may be tested in several rows; once is enough.
-                unique = {record["id"]: (cell, record) for cell, record in sorted(queue, key=_drawn)}
-                ranked += [(rank, subset, answer) for rank, answer in enumerate(unique.values())]
-        chosen[is_right] = [answer for _, _, answer in sorted(ranked, key=lambda entry: entry[:2])[:NUM_EACH]]
-    cards, absent = _cards(lambda: [letter_card(grid, *answer) for answer in chosen[True] + chosen[False]])
+        ranked = [
+            (rank, subset, record)
+            for (subset, kind), queue in queues.items()
+            if kind is is_right
+            for rank, record in enumerate(sorted(queue, key=_drawn))
+        ]
+        chosen[is_right] = [record for _, _, record in sorted(ranked, key=lambda entry: entry[:2])[:NUM_EACH]]
+    cards, absent = _cards(lambda: [letter_card(grid, cell, record) for record in chosen[True] + chosen[False]])
     right, wrong = (tuple(c for c in cards if (c.predicted == c.answer) is kind) for kind in (True, False))
-    return Cards(_arm_words(grid, cells), right, wrong, absent)
+    return Cards(_model_words(grid, cell), right, wrong, absent)
 
 
 def mistakes(grid: Grid, target: str) -> tuple[Cards, list[dict]]:
-    """(the most confident mistakes about a subset, of the arm that `samples` would show; all its answers)."""
-    cells = shown_cells(grid, target)
-    answers = [(cell, record) for cell, record in _answers(grid, cells) if record["subset"] == target]
-    wrong = sorted(
-        ((cell, record) for cell, record in answers if record["predicted"] != record["answer"]),
-        key=lambda answer: (-confidence(answer[1]), answer[1]["id"], answer[0]["cell"]),
-    )
-    # A record may be tested in several rows; its most confident mistake is enough.
-    unique: dict[str, tuple[dict, dict]] = {}
-    for cell, record in wrong:
-        unique.setdefault(record["id"], (cell, record))
-    chosen = list(unique.values())[:NUM_MISTAKES]
-    cards, absent = _cards(lambda: [letter_card(grid, *answer) for answer in chosen])
-    arm = _arm_words(grid, cells) if cells else ""
-    return Cards(arm, (), cards, absent, len(answers), len(wrong)), [record for _, record in answers]
+    """(the most confident mistakes about a subset, of the model that `shown_cell` names; all its answers)."""
+    cell = shown_cell(grid, target)
+    if not cell:
+        return Cards(), []
+    answers = [record for record in grid.predictions(cell["cell"]) if record["subset"] == target]
+    wrong = [record for record in answers if record["predicted"] != record["answer"]]
+    chosen = sorted(wrong, key=lambda record: (-confidence(record), record["id"]))[:NUM_MISTAKES]
+    cards, absent = _cards(lambda: [letter_card(grid, cell, record) for record in chosen])
+    return Cards(_model_words(grid, cell, target), (), cards, absent, len(answers), len(wrong)), answers
 
 
 def box_samples(grid: Grid) -> Cards:
@@ -137,8 +134,22 @@ def _cards(make: Callable[[], Iterable[Card]]) -> tuple[tuple[Card, ...], str]:
         return (), f"The images cannot be shown: {error}"
 
 
-def shown_cells(grid: Grid, target: str = "") -> list[dict]:
-    """The cells, at the first seed, of the first arm of `SHOWN` with finished ones. target: of their tests; "": any."""
+def shown_cell(grid: Grid, target: str = "") -> dict | None:
+    """The cell whose answers are shown: of the first arm of `SHOWN` with finished ones, at the first seed, that with the
+    median accuracy (the lower one of two). target: of its tests, and of that accuracy; "": any, and all."""
+    cells = _candidates(grid, target)
+    scores: dict[str, list[int]] = {}
+    for row in grid.results:
+        if not target or row["target"] == target:
+            score = scores.setdefault(row["cell"], [0, 0])
+            score[0] += row["correct"]
+            score[1] += row["n"]
+    # A cell that is tested on boxes alone has no row there.
+    ranked = [(scores[c["cell"]][0] / scores[c["cell"]][1], c["cell"], c) for c in cells if c["cell"] in scores]
+    return sorted(ranked, key=lambda entry: entry[:2])[(len(ranked) - 1) // 2][2] if ranked else None
+
+
+def _candidates(grid: Grid, target: str) -> list[dict]:
     for table, arm in SHOWN:
         cells = [c for c in grid.done(table) if c["arm"] == arm and int(c["seed"]) == grid.seeds[0]]
         cells = [cell for cell in cells if not target or target in cell["target"].split("+")]
@@ -147,19 +158,20 @@ def shown_cells(grid: Grid, target: str = "") -> list[dict]:
     return []
 
 
-def _arm_words(grid: Grid, cells: Sequence[dict]) -> str:
-    return f"{arm_name(cells[0]['arm'])} ({cells[0]['table'].replace('_', '-')}, seed {grid.seeds[0]})"
+def _model_words(grid: Grid, cell: dict, target: str = "") -> str:
+    """Such as "Trained (pairs, fixed area/03, seed 0; trained on 11 + 25), the median of 8 such models"."""
+    part, *others = cell["row"].split("/")
+    row = "/".join([PARTS.get(part, part), *others])
+    table, subsets = cell["table"].replace("_", "-"), cell["related"].split("+")
+    related = " + ".join(subsets) if len(subsets) <= MOST_NAMED else f"{len(subsets)} subsets"
+    words = f"{arm_name(cell['arm'])} ({table}, {row}, seed {cell['seed']}; trained on {related})"
+    number = len(_candidates(grid, target))
+    return f"{words}, by accuracy the median of {number} such models" if number > 1 else words
 
 
-def _answers(grid: Grid, cells: Sequence[dict]) -> list[tuple[dict, dict]]:
-    """(cell, prediction) for all predictions of the cells."""
-    return [(cell, record) for cell in cells for record in grid.predictions(cell["cell"])]
-
-
-def _drawn(answer: tuple[dict, dict]) -> tuple[str, str]:
-    """A sort key: a hash of the record's id, then the cell."""
-    cell, record = answer
-    return hashlib.sha256(record["id"].encode()).hexdigest(), cell["cell"]
+def _drawn(prediction: dict) -> str:
+    """A sort key: a hash of the record's id."""
+    return hashlib.sha256(prediction["id"].encode()).hexdigest()
 
 
 def probabilities(prediction: dict) -> dict[str, float]:

@@ -14,14 +14,16 @@ from medcg_jax.study.report.load_grid import Score, arm_name
 MARKS = {
     "win-sure": ("▲", "above, and significantly (exact McNemar, Holm-adjusted p < 0.05)"),
     "win": ("△", "above, not significantly"),
+    "chance": ("○", "above, but with chance in its own interval"),
     "even": ("◇", "above one and not above the other"),
     "loss": ("▽", "below, not significantly"),
     "loss-sure": ("▼", "below, and significantly"),
 }
 # Column key -> title, where `title_of` gives another.
 TITLES = {
-    "ci": "95\u00a0% interval", "cost": "Seconds", "mark": "", "n": "n", "p": "p", "p_base": "p vs Baseline",
-    "p_holm": "p, Holm", "p_plus": "p vs Baseline+", "related": "Trained on", "what": "Combination",
+    "ci": "95\u00a0% interval", "cost": "Seconds", "majority": "Most frequent label", "mark": "", "n": "n", "p": "p",
+    "p_base": "Holm p vs Baseline", "p_holm": "p, Holm", "p_plus": "Holm p vs Baseline+", "related": "Trained on",
+    "shares": "Shared", "what": "Combination",
 }  # fmt: skip
 # Kind of column -> suffixes of its keys in CSV; ("",) for all other kinds.
 CSV_SUFFIXES = {"score": ("", "_low", "_high", "_n"), "interval": ("_low", "_high")}

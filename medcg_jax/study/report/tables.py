@@ -1,44 +1,42 @@
 """The tables of a grid's report, from its files and `stats.summarise`."""
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
-from medcg_jax.config import MODELS
-from medcg_jax.data.leaks import EXACT
-from medcg_jax.data.records import LETTERS
-from medcg_jax.eval import boxes as box_scores
-from medcg_jax.eval.boxes import BoxAnswer
+from medcg_jax.config import DECIDING_ARMS, MODELS, REMOVAL_ARMS
+from medcg_jax.study.design.overlap import LAPSES
 from medcg_jax.study.design.suite import DETECTION_TABLES, PAIR_TABLES
+from medcg_jax.study.report.file_tables import (
+    answers_per_arm,
+    boxes,
+    cells,
+    contamination,
+    letters,
+    seeds_text,
+    time_spent,
+)
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name
 from medcg_jax.study.report.table import Table
-from medcg_jax.study.report.text import PARTS, effect_name, efficiency_gains, state
-from medcg_jax.train import goodput
+from medcg_jax.study.report.text import DOUBTFUL, PARTS, effect_name, efficiency_gains, state
+from medcg_jax.study.stats import metrics
+from medcg_jax.study.stats.calibration import NUM_BINS
+from medcg_jax.study.stats.controls import BLIND
 
 # `state` of an effect -> CSS class.
 COLOURS = {"up": "win-sure", "down": "loss-sure", "open": ""}
-ABLATION_ARMS = (
-    "baseline", "all_related", "all_unrelated", "wo_modality", "wo_area", "wo_task", "random_removal", "same_task",
-    "all_data",
-)  # fmt: skip
+# End of the ablation's arms -> what they have in common with all related subsets.
+BUDGETS = {"": "epochs", "_updates": "updates"}
+DECIDING = (
+    "Beside Trained, with as many records and updates: each training subset alone; each with unrelated records in place "
+    "of the others'; the task's words in other modalities and areas; and Trained's questions without images."
+)
 BOTH_SOURCES = (
     "The p is of these records alone; the interval of the difference counts the spread of seeds too, so that of a "
     "significant row may include 0. Seconds are of all seeds' trainings."
 )
-# The row that sums over all subsets of a table of boxes.
-ALL_SUBSETS = "all subsets"
-# Number of findings named in a row of the contamination table.
-NUM_FINDINGS = 3
-# Kind of time -> description.
-TIME_WORDS = {
-    "productive": "steps that counted",
-    "compile": "the first step of each program",
-    "input": "devices standing still for data",
-    "checkpoint": "the loop held up by saving",
-    "restart": "start-up after the first, restoring, steps made again",
-    "evaluation": "tests",
-    "other": "the first start-up, encoding data, waiting for other processes, and the rest",
-}
+SHARES = (
+    "Shared: the elements (modality M, area A, task T) that each training subset has in common with the target; MAT is "
+    "the target's own triplet."
+)
 
 
 class Tables:
@@ -47,15 +45,16 @@ class Tables:
     def __init__(self, grid: Grid, summary: dict):
         self.grid, self.summary = grid, summary
         self._rows = {(r["table"], r["row"], r["target"], r["arm"], r["against"]): r for r in summary["rows"]}
+        self._measures: dict[tuple[str, str, str, str], dict | None] = {}
 
     def all(self) -> list[Table]:
         """All non-empty tables but those with published numbers."""
-        grid, tables = self.grid, list(self.effects())
+        grid, tables = self.grid, [*self.effects(), self.without_lapses()]
         for name in ("pairs", "triples", "detection_pairs"):
             tables += self.combination(name)
-        tables += [self.ablation(), self.multi_task("in_distribution"), self.multi_task("out_of_distribution")]
+        tables += [*self.ablation(), self.multi_task("in_distribution"), self.multi_task("out_of_distribution")]
         tables += [self.efficiency(), contamination(grid), self.comparisons(), cells(grid), letters(grid)]
-        tables += [self.controls(), self.asked_again(), time_spent(grid)]
+        tables += [self.metrics(), self.controls(), self.asked_again(), self.calibration(), time_spent(grid)]
         tables += [boxes(grid, part) for part in ("in_distribution", "out_of_distribution")]
         return [table for table in tables if table.rows]
 
@@ -68,12 +67,13 @@ class Tables:
             "Mean differences between arms, in points, with 95 % bootstrap intervals over targets, seeds and records; "
             "rows above and below, and how many significantly (exact McNemar per row, Holm-adjusted over a table). "
             "Overall: a sign-flip test of the targets' means, by direction adjusted by Holm over a table's directions, "
-            "and the least p that so few targets allow. Green: the interval is above 0; orange: below."
+            "and the least p that so few targets allow, whatever the numbers are. Green: the interval is above 0; orange: "
+            "below."
         )
         titles = {
             "name": "Difference", "mean": "Points", "wins": "Up", "significant": "signif.", "losses": "Down",
             "significant_losses": "signif.", "p_overall": "Overall p", "p_overall_holm": "p, Holm",
-            "p_smallest": "Least p",
+            "p_smallest": "Least possible p",
         }  # fmt: skip
         whole, directions = [], []
         for effect in self.summary["effects"]:
@@ -94,21 +94,53 @@ class Tables:
             Table("effects_by_direction", "Differences by direction", caption, directions, titles),
         )
 
+    def without_lapses(self) -> Table:
+        """The verdicts and gains once more, without printed rows that share more or less with their target than they say."""
+        levels = [{"left_out": [], **self.summary}, *self.summary["without_lapses"]]
+        rows = []
+        for level in levels if len(levels) > 1 else ():
+            effects = {(e["table"], e["part"], e["arm"], e["against"]): e for e in level["effects"]}
+            for line in level["verdicts"]:
+                if line["part"] == "":
+                    gain = line["gain"] or {}
+                    base = effects.get((line["table"], "", "trained", "baseline"))
+                    rows.append(
+                        {"left_out": "; ".join(LAPSES[name] for name in level["left_out"]) or "(no row)"}
+                        | {"table": line["table"].replace("_", "-"), "verdict": line["these_models"] or line["verdict"]}
+                        | {"rows": line["rows"], "targets": line["targets"], "seeds": line["seeds"]}
+                        | {"mean": gain.get("mean"), "ci": (gain["ci_low"], gain["ci_high"]) if gain else None}
+                        | {"p": gain.get("p"), "difference": base and base["mean"]}
+                    )
+        caption = (
+            "Some printed rows share more with their target, or less, than their direction says, by this project's table "
+            "of tasks: the verdict with all rows, then without one kind of these after the other. Trained less Baseline+ "
+            "and less Baseline, in points, with the 95 % interval and p of the first; with one seed all of it is of these "
+            "trained models alone. A printed row that reads as an earlier one is left out throughout."
+        )
+        titles = {"left_out": "Left out", "mean": "Points over Baseline+", "difference": "Points over Baseline"}
+        return Table("effects_without_lapses", DOUBTFUL, caption, rows, titles)
+
     def compared(
         self, table: str, row: str, target: str, scores: dict[str, Score], arm: str, others: Sequence[str]
     ) -> dict:
         """The values of one row: an arm, others beside it, and the difference to the first of these."""
         results = [self.paired(table, row, target, arm, other) for other in others]
-        first = results[0] or {}
+        first, chance = results[0] or {}, self.grid.chance(target)
         row_mark = mark(results)
+        if row_mark in ("win", "win-sure") and chance is not None and arm in scores and scores[arm].low <= chance:
+            row_mark = "chance"
         singles = self.mean_of_singles(row, target) if table == "multi_task" else None
         names = {} if table == "multi_task" else {"baseline_plus": "p_plus", "baseline": "p_base"}
         return (
-            {"target": target, "what": self.grid.describe(target) or None, "chance": self.grid.chance(target)}
+            {"target": target, "what": self.grid.describe(target) or None}
+            | ({} if table == "multi_task" else self.trained_on(table, row, target, arm))
+            | {"chance": chance, "majority": self.majority(table, row, target, arm)}
             | {name: scores.get(name) for name in (*reversed(others), arm)}
-            | {"mark": row_mark, "singles": singles, "n": answers_per_arm(scores)}
+            | {"mark": row_mark, "singles": singles}
+            | ({} if table == "multi_task" else {name: scores.get(name) for name in DECIDING_ARMS})
+            | {"n": answers_per_arm(scores)}
             | {"difference": first.get("difference"), "ci": (first["ci_low"], first["ci_high"]) if first else None}
-            | {names.get(o, f"p_{o}"): r and r["p"] for o, r in zip(others, results, strict=True)}
+            | {names.get(o, f"p_{o}"): r and r["p_holm"] for o, r in zip(others, results, strict=True)}
             | {"seeds": seeds_text(scores), "cost": self.seconds(table, row, arm)}
             | {"colours": {arm: row_mark, "mark": row_mark}}
         )
@@ -120,20 +152,22 @@ class Tables:
         name = table.replace("_", " ").capitalize()
         others: tuple[str, ...] = ("baseline_plus", "baseline")
         above = "both baselines, solid where both differences are"
-        if table == "detection_pairs":
+        arms = {name for scores in self.grid.scores(table).values() for name in scores}
+        if "baseline_plus" not in arms:  # older detection pairs
             others, above = ("baseline",), "Baseline, solid where the difference is"
         parts: dict[str, list[dict]] = {}
         for (row, target), scores in self.grid.scores(table).items():
             values = self.compared(table, row, target, scores, "trained", others)
-            values["related"] = self.trained_on(table, row, "trained")
             parts.setdefault(row.split("/")[0], []).append(values)
         titles = {"difference": f"Points over {arm_name(others[0])}"}
+        deciding = f" {DECIDING}" if arms & {*DECIDING_ARMS} else ""
         return [
             Table(
                 f"{table}_{part}", f"{name}: {PARTS.get(part, part)}",
                 f"{name} with {PARTS.get(part, part)} (the paper's table {number}). Accuracy in % "
-                "[95 % Wilson interval] over n test answers; exact McNemar p, paired by record. Green: Trained is "
-                f"above {above} significant after Holm's adjustment; orange (red in the paper): below. {BOTH_SOURCES}",
+                "[95 % Wilson interval] over n test answers; p of the exact McNemar test, paired by record, after Holm's "
+                f"adjustment. Green: Trained is above {above} significant after it; orange (red in the paper): below; "
+                f"grey: above, but not above chance. {BOTH_SOURCES} {SHARES}{deciding}",
                 rows, titles,
             )
             for part, rows in parts.items()
@@ -147,13 +181,14 @@ class Tables:
             for (row, target), scores in self.grid.scores("multi_task").items()
             if row == part
         ]
-        titles = {f"p_{other}": f"p vs {arm_name(other)}" for other in others}
+        titles = {f"p_{other}": f"Holm p vs {arm_name(other)}" for other in others}
         titles |= {"target": "Subset", "singles": "Single-task, mean of all"}
         titles |= {"difference": f"Points over {arm_name(others[0])}"}
         caption = (
             f"One model of all subsets, {PARTS[part]} (the paper's table {1 if len(others) == 2 else 2}). Accuracy in "
-            "% [95 % Wilson interval]; exact McNemar p. Green: Multi-task is above all others of the row, solid where "
-            f"significantly; orange: below all. {BOTH_SOURCES}"
+            "% [95 % Wilson interval]; p of the exact McNemar test after Holm's adjustment. Green: Multi-task is above all "
+            f"others of the row, solid where significantly; orange: below all; grey: above, but not above chance. "
+            f"{BOTH_SOURCES}"
         )
         return Table(f"multi_task_{part}", f"Multi-task: {PARTS[part]}", caption, rows, titles)
 
@@ -166,31 +201,84 @@ class Tables:
         ]
         return sum(accuracies) / len(accuracies) if accuracies else None
 
+    def measures(self, table: str, row: str, target: str, arm: str) -> dict | None:
+        """`metrics.mean_over_seeds` of one row's arm; None where no letters were asked for."""
+        key = table, row, target, arm
+        if key not in self._measures:
+            frames = [self.grid.answers.frame(cell["cell"]) for cell in self.grid.cells_of(table, row, arm)]
+            of_target = [frame[frame["subset"] == target] for frame in frames]
+            asked = [metrics.metrics_of(frame) for frame in of_target if len(frame)]
+            self._measures[key] = metrics.mean_over_seeds(asked) if asked else None
+        return self._measures[key]
+
+    def majority(self, table: str, row: str, target: str, arm: str) -> float | None:
+        """The share of the most frequent label in a row's tests; None of phantoms, whose labels are balanced."""
+        measures = None if self.grid.of_phantoms else self.measures(table, row, target, arm)
+        return measures and measures["majority"]
+
+    def metrics(self) -> Table:
+        """What accuracy hides where labels are not balanced, of every row and arm."""
+        rows = []
+        for table in self.grid.tables:
+            for (row, target), scores in self.grid.scores(table).items():
+                for arm, score in scores.items():
+                    found = self.measures(table, row, target, arm) or {}
+                    rows.append(
+                        {"table": table.replace("_", "-"), "row": row, "target": target, "arm": arm_name(arm)}
+                        | {"n": score.n, "accuracy": score.accuracy}
+                        | {key: found.get(key) for key in ("majority", "balanced", "auroc", "labels", "auroc_labels")}
+                        | {"why": found.get("why") or None}
+                    )
+        caption = (
+            "Beside accuracy, in %, over a row's seeds: the share of the most frequent label in the test set, which is "
+            "what always answering it would give where it is always offered; balanced accuracy, the mean over labels of "
+            "the share of their records answered rightly; and the mean over labels of the area under the ROC curve of "
+            "each against the rest (50: no order), from the probabilities of the offered options, among the records that "
+            "offer the label. A label is the text of an option. Blank: not defined, with the reason."
+        )
+        titles = {
+            "balanced": "Balanced accuracy",
+            "auroc": "AUROC",
+            "auroc_labels": "Labels in it",
+            "why": "Why not all",
+        }
+        return Table("metrics", "Beside accuracy: labels that are not balanced", caption, rows, titles)
+
     def seconds(self, table: str, row: str, arm: str) -> int | None:
         """Training seconds of a row's arm over its seeds; None where none were recorded."""
         return round(sum(float(cell["seconds"] or 0) for cell in self.grid.cells_of(table, row, arm))) or None
 
-    def trained_on(self, table: str, row: str, arm: str) -> str:
-        """The training subsets of an arm; the number of draws where the seeds differ."""
-        names = {cell["related"].replace("+", " + "): None for cell in self.grid.cells_of(table, row, arm)}
-        return next(iter(names), "–") if len(names) < 2 else f"{len(names)} draws, in the list of cells"
+    def trained_on(self, table: str, row: str, target: str, arm: str) -> dict[str, str | None]:
+        """Columns: the training subsets of an arm, or the number of draws where the seeds differ, and what each shares."""
+        cells = self.grid.cells_of(table, row, arm)
+        names = {cell["related"].replace("+", " + "): None for cell in cells}
+        shares = filter(None, {self.grid.shares(cell["related"], target): None for cell in cells})
+        drawn = next(iter(names), "–") if len(names) < 2 else f"{len(names)} draws, in the list of cells"
+        return {"related": drawn, "shares": " or ".join(shares) or None}
 
-    def ablation(self) -> Table:
-        opposite, rows = {"win-sure": "loss-sure", "loss-sure": "win-sure"}, []
-        for (row, target), scores in self.grid.scores("ablation").items():
-            marks = {arm: mark([self.paired("ablation", row, target, "all_related", arm)]) for arm in ABLATION_ARMS}
-            rows.append(
-                {"target": target, "what": self.grid.describe(target) or None, "chance": self.grid.chance(target)}
-                | {arm: scores.get(arm) for arm in ABLATION_ARMS}
-                | {"n": answers_per_arm(scores), "seeds": seeds_text(scores)}
-                | {"colours": {arm: opposite.get(name or "") for arm, name in marks.items()}}
+    def ablation(self) -> list[Table]:
+        """Figure 4, and the same at equal updates."""
+        opposite, tables = {"win-sure": "loss-sure", "loss-sure": "win-sure"}, []
+        for end, budget in BUDGETS.items():
+            removals, rows = [f"{arm}{end}" for arm in (*REMOVAL_ARMS, "random_removal")], []
+            for (row, target), scores in self.grid.scores("ablation").items():
+                marks = {arm: mark([self.paired("ablation", row, target, "all_related", arm)]) for arm in removals}
+                rows.append(
+                    {"target": target, "what": self.grid.describe(target) or None, "chance": self.grid.chance(target)}
+                    | {arm: scores.get(arm) for arm in ("baseline", "all_related", *removals)}
+                    | {"n": answers_per_arm(scores), "seeds": seeds_text(scores)}
+                    | {"colours": {arm: opposite.get(name or "") for arm, name in marks.items()}}
+                )
+            caption = (
+                f"What each element is worth, at equal {budget} (the paper's figure 4{'' if end else ', as far as stated'})"
+                ", and controls: random removals of as many related subsets, and the subsets that share the task alone. "
+                "Accuracy in % [95 % Wilson interval]. Orange: significantly below all related (exact McNemar, "
+                "Holm-adjusted); green: significantly above."
             )
-        caption = (
-            "What each element is worth (the paper's figure 4) and two controls: a random removal of as many related "
-            "subsets, and the subsets that share the task alone. Accuracy in % [95 % Wilson interval]. "
-            "Orange: significantly below all related (exact McNemar, Holm-adjusted); green: significantly above."
-        )
-        return Table("ablation", "Ablation", caption, rows)
+            if any(row[arm] for row in rows for arm in removals) or not end:
+                title = "Ablation at equal updates" if end else "Ablation"
+                tables.append(Table(f"ablation{end}", title, caption, rows))
+        return tables
 
     def efficiency(self) -> Table:
         gains = {gain["records"]: gain for gain in efficiency_gains(self.grid)}
@@ -258,203 +346,61 @@ class Tables:
 
     def asked_again(self) -> Table:
         """Accuracies on changed questions."""
-        arms = [arm for arm in self.summary["controls_of_answers"] if arm["circular"] or arm["shuffled_images"]]
+        arms = [
+            arm for arm in self.summary["controls_of_answers"] if arm["circular"] or any(arm[name] for name in BLIND)
+        ]
         shifts = sorted({shift for arm in arms for shift in (arm["circular"] or {"by_shift": ()})["by_shift"]}, key=int)
         rows = []
         for arm in arms:
-            circular, two, shuffled = arm["circular"] or {}, arm["two_options"] or {}, arm["shuffled_images"]
+            circular, two = arm["circular"] or {}, arm["two_options"] or {}
             row = _named(arm) | {"plain": circular.get("plain")}
             row |= {f"shift_{shift}": circular.get("by_shift", {}).get(shift) for shift in shifts}
             row |= {"circular": circular.get("accuracy"), "two_plain": two.get("plain"), "two": two.get("accuracy")}
-            row |= {"shuffled": None, "chance": None, "n": arm["n"]}
-            if shuffled:
-                row["shuffled"] = Score(
-                    shuffled["accuracy"], shuffled["ci_low"], shuffled["ci_high"], shuffled["n"], ()
-                )
-                row["chance"] = shuffled["chance"]
-                row["colours"] = {"shuffled": "loss" if shuffled["ci_low"] > shuffled["chance"] else "win"}
+            blind = {name: arm[name] for name in BLIND}
+            row |= {
+                name: asked and Score(asked["accuracy"], asked["ci_low"], asked["ci_high"], asked["n"], ())
+                for name, asked in blind.items()
+            }
+            row |= {"chance": next((asked["chance"] for asked in blind.values() if asked), None), "n": arm["n"]}
+            row["colours"] = {
+                name: "loss" if asked["ci_low"] > asked["chance"] else "win" for name, asked in blind.items() if asked
+            }
             rows.append(row)
         caption = (
             "Per arm, accuracy in %: with the options moved on by one, two and three places, and right in every place "
             "(circular); of questions with more than two options, as asked and with two of them; and with another "
-            "record's image, which must fall to chance [95 % Wilson interval]. Orange: above chance, so something but "
-            "the image gives answers away; green: not. No record keeps its own image, so a model that reads images "
-            "well comes out a little below chance."
+            "record's image, a grey one or none, which must fall to chance [95 % Wilson interval]. Orange: above "
+            "chance, so something but the image gives answers away; green: not. No record keeps its own image, so a "
+            "model that reads images well comes out a little below chance beside another's."
         )
         titles = {
             "plain": "As asked", "circular": "In every place", "two_plain": "More than two options",
-            "two": "Two of them", "shuffled": "Another image", "n": "Answers",
+            "two": "Two of them", "shuffled_images": "Another image", "blank_images": "Grey image",
+            "text_only": "No image", "n": "Answers",
         }  # fmt: skip
         titles |= {f"shift_{shift}": f"Moved by {shift}" for shift in shifts}
         return Table("controls_again", "The same tests asked again", caption, rows, titles)
 
-
-def boxes(grid: Grid, part: str) -> Table:
-    """Box scores of one part of `detection`: over all subsets, then of each subset."""
-    rows = []
-    for (target, arm, seeds), answers in grouped_boxes(grid, part).items():
-        scores = box_scores.summary(answers)
-        shares = {
-            key: None if scores[key] is None
-            else Score(scores[key], scores[f"{key}_low"], scores[f"{key}_high"], scores["n"], seeds)
-            for key in ("accuracy", "mean_iou", "cumulative_iou", "dice")
+    def calibration(self) -> Table:
+        """What the probabilities of the letters are worth."""
+        keys = ("accuracy", "confidence", "ece", "ece_of_calibrated", "brier", "aurc", "aurc_least", "n", "records")
+        rows = [_named(arm) | {key: arm[key] for key in keys} for arm in self.summary["calibration"]]
+        for row in rows:
+            row["colours"] = {"ece": "loss" if row["ece"] > 2 * row["ece_of_calibrated"] else ""}
+        caption = (
+            "Per arm, in %: the accuracy; the mean confidence, which is the probability of the letter answered among "
+            f"those offered; the expected calibration error over {NUM_BINS} bins of confidence of equal width, and about "
+            "what chance alone would leave of it with so many records (orange: more than twice that); the Brier score, "
+            "a sum over the letters from 0 to 200 (50 for two options at random, 75 for four); and the area under the "
+            "curve of risk over coverage, the mean share of wrong answers among the most confident ones, with the least "
+            "that this accuracy allows. Where confidence says nothing the area is 100 less the accuracy."
+        )
+        titles = {
+            "confidence": "Confidence", "ece": "Calibration error", "ece_of_calibrated": "By chance",
+            "brier": "Brier score", "aurc": "Area under risk-coverage", "aurc_least": "Least", "n": "Answers",
+            "records": "Records",
         }  # fmt: skip
-        rows.append(
-            {"target": target, "what": (target != ALL_SUBSETS and grid.describe(target)) or None, "arm": arm_name(arm)}
-            | {"questions": scores["questions"], "n": scores["n"], "found": shares["accuracy"]}
-            | {"by_chance": scores["by_chance"], "mean_iou": shares["mean_iou"]}
-            | {"cumulative_iou": shares["cumulative_iou"], "unparsed_rate": scores["unparsed_rate"]}
-            | {"dice": shares["dice"], "seeds": ", ".join(map(str, seeds))}
-        )
-    caption = (
-        "Boxes of the test images, asked for label by label, in %. Found: matched one to one with an answer at an IoU "
-        "above 0.5, with a 95 % interval (images drawn anew; Wilson's where every question has one box). Other image: "
-        "the same answers against another image's boxes, what the usual places alone are worth. IoU: mean over boxes, "
-        "and sum of intersections over sum of unions. Unread: answers without a box. Dice: of the masks."
-    )
-    titles = {"target": "Subset", "n": "Boxes", "by_chance": "Other image", "mean_iou": "Mean IoU",
-              "cumulative_iou": "Cumulative IoU", "unparsed_rate": "Unread"}  # fmt: skip
-    return Table(f"detection_{part}", f"Detection: {PARTS[part]}", caption, rows, titles)
-
-
-def grouped_boxes(grid: Grid, part: str) -> dict[tuple[str, str, tuple[int, ...]], list[BoxAnswer]]:
-    """(subset, arm, seeds) -> answers; `ALL_SUBSETS` first.
-
-    Each seed draws other phantoms, so their seeds are pooled. All seeds have the same images from files: these seeds
-    stay separate.
-    """
-    cells = [cell for cell in grid.done("detection") if cell["row"] == part]
-    over_subsets: dict[tuple[str, str, tuple[int, ...]], list[BoxAnswer]] = {}
-    by_subset: dict[tuple[str, str, tuple[int, ...]], list[BoxAnswer]] = {}
-    for cell in cells:
-        seeds: tuple[int, ...] = (int(cell["seed"]),)
-        if grid.is_phantom:
-            seeds = tuple(sorted(int(other["seed"]) for other in cells if other["arm"] == cell["arm"]))
-        for answer in grid.boxes(cell["cell"]):
-            # The same record of another seed is another image.
-            answer = replace(answer, id=f"{cell['seed']}/{answer.id}")
-            over_subsets.setdefault((ALL_SUBSETS, cell["arm"], seeds), []).append(answer)
-            by_subset.setdefault((answer.subset, cell["arm"], seeds), []).append(answer)
-    return over_subsets | dict(sorted(by_subset.items(), key=lambda item: item[0][0]))
-
-
-def contamination(grid: Grid) -> Table:
-    """A row for each cell with a finding in contamination.csv; older grids have no such file."""
-    findings: dict[str, list[dict]] = {}
-    for line in grid.contamination:
-        findings.setdefault(line["cell"], []).append(line)
-    rows = []
-    for cell, lines in findings.items():
-        kinds, actions = [line["kind"] for line in lines], [line["action"] for line in lines]
-        rows.append(
-            {"cell": cell, "exact": sum(kinds.count(kind) for kind in EXACT), "near": kinds.count("near")}
-            | {"changed": sum(bool(line.get("form")) for line in lines), "group": kinds.count("same group")}
-            | {"likely_group": kinds.count("likely same group"), "question": kinds.count("same question")}
-            | {"dropped": actions.count("dropped"), "refused": actions.count("refused")}
-            | {"lineage": kinds.count("lineage"), "first": "; ".join(map(_finding, lines[:NUM_FINDINGS]))}
-        )
-    caption = (
-        "Cells with training records that give a test away: its image (the same bytes or pixels, or nearly by "
-        "perceptual hashes: saved again, resized, but also adjacent slices of one patient; “changed” were mirrored, "
-        "turned or inverted beside that), its patient or lesion (as stated, or likely by file names), or its question. "
-        "Each training record counts once in each column for each subset tested on. Lineage: pairs of source datasets, "
-        "one on each side, that are the same or related. All of them are in contamination.csv."
-    )
-    titles = {
-        "exact": "The same image", "near": "Nearly", "changed": "of these changed", "group": "The same patient",
-        "likely_group": "Likely so", "question": "The same question", "dropped": "Left out",
-        "first": "The first of them",
-    }  # fmt: skip
-    return Table("contamination", "Contamination", caption, rows, titles)
-
-
-def cells(grid: Grid) -> Table:
-    rows = [
-        {"cell": cell["cell"], "related": cell["related"].replace("+", " + ") or "nothing"}
-        | {"target": cell["target"].replace("+", " + "), "steps": int(cell["steps"])}
-        | {"seconds": cell["seconds"], "status": cell["status"]}
-        for cell in grid.cells
-    ]
-    caption = (
-        "Each fine-tune with its evaluation: what it was trained on, optimizer steps, status, and seconds of the "
-        "training it shares with others of the same subsets and seed."
-    )
-    return Table("cells", "Every cell", caption, rows, {"target": "Tested on"})
-
-
-def letters(grid: Grid) -> Table:
-    """Each arm's use of the letters, and its generated answers."""
-    counts = {key: value for key, value in grid.letters.items() if value.n}
-    names = sorted({letter for value in counts.values() for letter in (*value.predicted, *value.answers)})
-    rows: list[dict] = []
-    for (table, arm), value in counts.items():
-        table = table.replace("_", "-")
-        if not any(row["table"] == table for row in rows):
-            right = {f"letter_{name}": value.answers.get(name, 0) / value.n for name in names}
-            rows.append({"table": table, "arm": "(right answers)", "n": value.n} | right)
-        shares = {f"letter_{name}": value.predicted.get(name, 0) / value.n for name in names}
-        rows.append(
-            {"table": table, "arm": arm_name(arm), "n": value.n}
-            | shares
-            | {"mass": value.mass / value.num_mass if value.num_mass else None, "accuracy": value.right / value.n}
-            | {"unparsed": value.unparsed / value.generated if value.generated else None}
-            | {"generated": value.generated_right / value.generated if value.generated else None}
-        )
-    caption = (
-        "Per arm, in %: the share of each letter (right answers in a table's first row), the probability on the offered "
-        "letters before anything is ruled out, accuracy by likelihood of the offered letters (the study's measure), and, "
-        "for greedily generated answers, how many are no offered letter and the accuracy when those count as wrong."
-    )
-    titles = {f"letter_{name}": name for name in names} | {"n": "Answers", "mass": "Mass on letters"}
-    return Table("answers", "How the letters were used", caption, rows, titles | {"generated": "Accuracy, generated"})
-
-
-def time_spent(grid: Grid) -> Table:
-    """A row for each kind of time in goodput.json; older grids have no such file."""
-    starts = goodput.read_starts(grid.workdir / goodput.FILE)
-    spent = goodput.summarise(starts) if starts else {}
-    rows = [
-        {"kind": kind, "what": TIME_WORDS[kind], "seconds": round(spent["seconds"][kind])}
-        | {"share": spent["shares"][kind]}
-        for kind in (goodput.KINDS if spent else ())
-    ]
-    caption = "Seconds of all processes together, over all starts, bases included; and each kind's share of them in %."
-    return Table("goodput", "Where the time went", caption, rows, {"what": "What it is"})
-
-
-def subset_scores(grid: Grid, target: str) -> Table:
-    """The scores of one subset, of every row and arm."""
-    rows = []
-    for table in grid.tables:
-        for (row, tested), scores in grid.scores(table).items():
-            for arm, score in scores.items() if tested == target else ():
-                names = {_subset_names(cell["related"]): None for cell in grid.cells_of(table, row, arm)}
-                rows.append(
-                    {"table": table.replace("_", "-"), "row": row, "arm": arm_name(arm), "score": score, "n": score.n}
-                    | {"seeds": seeds_text({arm: score})}
-                    | {"related": next(iter(names)) if len(names) == 1 else f"{len(names)} draws"}
-                )
-    caption = "Accuracy in % with 95 % Wilson intervals, of every row and arm."
-    return Table(f"subset_{target}", "Scores", caption, rows, {"score": "Accuracy"})
-
-
-def confusion(answers: Sequence[dict], most_labels: int = 12) -> Table:
-    """Counts of right label by answered label. most_labels: only so many, the most frequent ones, are shown."""
-    counts: Counter = Counter()
-    for record in answers:
-        text = dict(zip(LETTERS, record["options"], strict=False))
-        counts[str(text.get(record["answer"])), str(text.get(record["predicted"]))] += 1
-    frequent = Counter(label for pair in counts for label in set(pair)).most_common(most_labels)
-    labels = sorted(label for label, _ in frequent)
-    rows = [
-        {"right": right}
-        | {f"as_{label}": counts[right, label] for label in labels}
-        | {"colours": {f"as_{right}": "win"}}
-        for right in labels
-    ]
-    caption = "Right label (rows) by answered label (columns); numbers of answers."
-    titles = {"right": "Right label"} | {f"as_{label}": label for label in labels}
-    return Table("confusion", "What is taken for what", caption, rows, titles)
+        return Table("calibration", "Calibration, and risk by coverage", caption, rows, titles)
 
 
 def mark(results: Sequence[dict | None]) -> str | None:
@@ -468,32 +414,5 @@ def mark(results: Sequence[dict | None]) -> str | None:
     return "loss" + suffix if all(row["difference"] < 0 for row in rows) else "even"
 
 
-def answers_per_arm(scores: dict[str, Score]) -> int | str:
-    """Test answers per arm; "24–48" where arms differ, since seeds of some are missing."""
-    least, most = min(score.n for score in scores.values()), max(score.n for score in scores.values())
-    return most if least == most else f"{least:,}–{most:,}"
-
-
-def seeds_text(scores: dict[str, Score]) -> str:
-    """Such as "0, 1, 2"; an arm with other seeds is added by name."""
-    common = max((score.seeds for score in scores.values()), key=len)
-    text = ", ".join(map(str, common))
-    others = [f"{arm_name(arm)}: {', '.join(map(str, s.seeds))}" for arm, s in scores.items() if s.seeds != common]
-    return f"{text} ({'; '.join(others)})" if others else text
-
-
 def _named(controls: dict) -> dict:
     return {"table": controls["table"].replace("_", "-"), "arm": arm_name(controls["arm"])}
-
-
-def _finding(line: dict) -> str:
-    distance = ""
-    if line["kind"] == "near":
-        form = f", {line['form']}" if line.get("form") else ""
-        distance = f"{form} ({line['distance_bits']} bits)"
-    return f"{line['training']} and {line['test']}: {line['kind']}{distance}"
-
-
-def _subset_names(related: str) -> str:
-    names = related.split("+") if related else ["nothing"]
-    return f"{len(names)} subsets" if len(names) > 3 else " + ".join(names)

@@ -18,7 +18,8 @@ class Answers:
 
     Columns of a frame, in the order of the file:
       control: `PLAIN`, or how the question was changed (`controls`). subset, id: of the record.
-      options: number of offered letters. answer, predicted: letters. right: whether they are equal.
+      options: number of offered letters. texts: the options, in letter order.
+      answer, predicted: letters. right: whether they are equal.
       read: the letter in the generated answer, "" where it has none; None where nothing was generated.
       group: patient or lesion of the record; "" where it is not known.
       A, B, ...: log-probability of each letter in nats; NaN where it was not offered or not recorded.
@@ -56,16 +57,18 @@ class Answers:
 
 
 def _read(path: Path) -> pd.DataFrame:
-    names = ("control", "subset", "id", "options", "answer", "predicted", "right", "read", "group")
+    names = ("control", "subset", "id", "options", "texts", "answer", "predicted", "right", "read", "group")
     columns: dict[str, list] = {name: [] for name in names}
     logprobs: list[dict[str, float]] = []
+    seen: dict[tuple[str, ...], tuple[str, ...]] = {}  # the same options return in many records
     for line in prediction_lines(path):
-        generated = line["generated"]
+        generated, texts = line["generated"], tuple(line["options"])
         values = (
             sys.intern(line.get("control", PLAIN)),
             sys.intern(line["subset"]),
             sys.intern(line["id"]),
-            len(line["options"]),
+            len(texts),
+            seen.setdefault(texts, texts),
             line["answer"],
             line["predicted"],
             line["predicted"] == line["answer"],

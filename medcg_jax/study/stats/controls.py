@@ -1,9 +1,9 @@
 """Controls of a grid's answers: letters, numbers of options, generation, and answers to changed questions.
 
 Computed from `predictions/` and, where the grid has it, `controls/`. A line of `controls/CELL.jsonl` has the fields of
-a prediction, the id of the unchanged record, and "control": "shuffled_images" (another record's image), "shift_N" (the
-options moved on by N places, N from 1 to one less than there are options) or "two_options" (the right option and one
-other).
+a prediction, the id of the unchanged record, and "control": "shuffled_images" (another record's image), "blank_images"
+(a grey image), "text_only" (no image), "shift_N" (the options moved on by N places, N from 1 to one less than there are
+options) or "two_options" (the right option and one other).
 """
 
 from collections import defaultdict
@@ -19,6 +19,8 @@ from medcg_jax.study.stats.paired import mcnemar
 from medcg_jax.untrusted import FileError, shown
 
 SHUFFLED, TWO, SHIFT = "shuffled_images", "two_options", "shift_"
+# Controls that do not show the record's image: their accuracy is what the text and the letters alone give.
+BLIND = (SHUFFLED, "blank_images", "text_only")
 # Columns that identify a record. `controls_of_answers` adds "seed": one value for all seeds where the test records are
 # the same at every seed.
 RECORD = ["seed", "subset", "id"]
@@ -43,12 +45,13 @@ def controls_of_answers(answers: Answers, results: Sequence[Mapping], fresh: boo
                     "by_shift": {"1": .76, "2": .75, "3": .76}},
        "two_options": {"n": 7200, "plain": .77, "accuracy": .85},
        "shuffled_images": {"n": 7200, "accuracy": .3, "ci_low": .29, "ci_high": .32, "chance": .31, "at_chance": True},
+       "blank_images": None, "text_only": None,                 # as "shuffled_images"
        "not_shuffled": []},                       # subsets without such answers: none, or one image in their tests
     ]
 
     Accuracies are fractions of answers. Answers to one record in several rows or seeds are not independent, so the
     record counts once: in McNemar's test by its majority, in Wilson's interval by its share. "generation" to
-    "shuffled_images" are None where the grid has no such answers. "n" counts answers, "chance" is the mean of
+    "text_only" are None where the grid has no such answers. "n" counts answers, "chance" is the mean of
     1 / options.
 
     Raises:
@@ -86,7 +89,7 @@ def controls_of_arm(answers: pd.DataFrame) -> dict:
     answers: the columns of `Answers`, "cell" and "seed".
     """
     plain = answers[answers["control"] == PLAIN]
-    shuffled = answers[answers["control"] == SHUFFLED]
+    blind = {name: answers[answers["control"] == name] for name in BLIND}
     letters = plain["predicted"].value_counts().sort_index() / len(plain)
     most_frequent = letters.idxmax()
     return {
@@ -106,8 +109,8 @@ def controls_of_arm(answers: pd.DataFrame) -> dict:
         "generation": _generation(plain[plain["read"].notna()]),
         "circular": _circular(plain, answers[answers["control"].str.startswith(SHIFT)]),
         "two_options": _two_options(plain, answers[answers["control"] == TWO]),
-        "shuffled_images": _shuffled(shuffled),
-        "not_shuffled": sorted({*plain["subset"]} - {*shuffled["subset"]}),
+        **{name: _blind(asked) for name, asked in blind.items()},
+        "not_shuffled": sorted({*plain["subset"]} - {*blind[SHUFFLED]["subset"]}),
     }
 
 
@@ -168,7 +171,7 @@ def _two_options(plain: pd.DataFrame, two: pd.DataFrame) -> dict | None:
     return {"n": len(two), "plain": _mean(asked["right"]), "accuracy": _mean(two["right"])}
 
 
-def _shuffled(answers: pd.DataFrame) -> dict | None:
+def _blind(answers: pd.DataFrame) -> dict | None:
     if answers.empty:
         return None
     accuracy, chance, records = _mean(answers["right"]), _mean(1 / answers["options"]), _num_records(answers)
@@ -206,7 +209,7 @@ def _cell_answers(answers: Answers, cell: str, targets: set[str]) -> pd.DataFram
         where = f"{path}, record {shown(name)[1:-1]} of {shown(subset)[1:-1]}"
         if (subset, name) not in options:
             raise FileError(f"{where}: not among the predictions of the cell")
-        known = {SHUFFLED, TWO, *_shifts(options[subset, name])}
+        known = {*BLIND, TWO, *_shifts(options[subset, name])}
         if control not in known:
             raise FileError(f"{where}: control '{shown(control)[1:-1]}'; each of {', '.join(sorted(known))} once")
         controls_of[subset, name].add(control)

@@ -35,6 +35,8 @@ BOX_SHARES = (
 BOXES_HEADER = ("cell", "table", "row", "arm", "seed", "target", *BOX_COUNTS, *BOX_SHARES)
 
 
+# The section of choices that are no setting: the code has them so.
+DESIGN = "design"
 # A workdir's JSON files; config.json has some 10 kB.
 MAX_JSON_BYTES = 2**24
 
@@ -65,7 +67,8 @@ def read_config_file(workdir: str | Path) -> dict:
 
 def choices(config: Mapping[str, Any]) -> list[tuple[str, Any, bool, str]]:
     """The project's choices where the paper is silent or known at second hand, in the order of `choices.json`: (field,
-    value, whether full-size configs have this value, reason).
+    value, whether full-size configs have this value, reason). A field of the section `DESIGN` is no setting; its value
+    is in words.
 
     "The digest" in the reasons is a third party's summary of the paper's published version (ACL 2025). It gives some
     settings that the pages of arXiv 2412.20070, as far as they were read, do not.
@@ -77,8 +80,9 @@ def choices(config: Mapping[str, Any]) -> list[tuple[str, Any, bool, str]]:
     listed = json.loads(resources.files("medcg_jax.study.stats").joinpath("choices.json").read_text(encoding="utf-8"))
     for choice in listed:
         section, _, name = choice["field"].partition(".")
-        if choice["family"] in ("", family) and name in config.get(section, {}):
-            value = config[section][name]
+        values = {name: choice["value"]} if section == DESIGN else config.get(section, {})
+        if choice["family"] in ("", family) and name in values:
+            value = values[name]
             is_chosen = json.loads(json.dumps(value)) == choice["value"]
             rows[choice["field"]] = (choice["field"], value, is_chosen, choice["why"])
     return list(rows.values())

@@ -12,7 +12,10 @@ import numpy as np
 
 from medcg_jax.config import REMOVAL_ARMS
 from medcg_jax.study.design.mat import ELEMENTS
+from medcg_jax.study.design.overlap import LAPSES, printed_lapses, printed_repeats
+from medcg_jax.study.design.suite import Row
 from medcg_jax.study.stats.answers import Answers
+from medcg_jax.study.stats.calibration import calibration_of_answers
 from medcg_jax.study.stats.controls import controls_of_answers
 from medcg_jax.study.stats.grid_files import read_cells, read_results, training_of
 from medcg_jax.study.stats.paired import (
@@ -112,6 +115,11 @@ def summarise(
          "detectable": .045},             # smallest true difference that n (or as many patients) shows with 80 % power,
                                           # given this row's share of discordant answers; None where there is none
       ],
+      "without_lapses": [                 # of printed rows that share more or less with their target than they say
+        {"left_out": ["whole triplet"],   # kinds of `overlap.LAPSES`, one more in each entry; [] where there is none
+         "rows_left_out": 5,              # printed rows
+         "verdicts": [...], "effects": [...]},   # of pairs, triples and detection pairs without these rows
+      ],
       "curves": [                         # efficiency: accuracy over target records, averaged over targets and seeds
         {"curve": "with_related", "records": 30, "accuracy": .7, "ci_low": .6, "ci_high": .8, "targets": 4, "seeds": 3,
          "n": 3600},                      # ci: `estimate`; curve "target_only" is the other
@@ -121,6 +129,7 @@ def summarise(
                                           # "wo_X_updates": the same at equal updates
       "controls_of_answers": [...],       # letters, numbers of options, generation, runs without images and the like:
                                           # `controls.controls_of_answers`
+      "calibration": [...],               # of each table and arm: `calibration.calibration_of_answers`
     }
 
     "part" is the first part of a row's name: the direction in `pairs` ("fixed_modality", "fixed_area", "fixed_task",
@@ -128,7 +137,8 @@ def summarise(
     Records are paired by id within a seed. Where all seeds have the same test records (released data), a record counts
     once: as a win for the arm that was right on it at more seeds; "ci_low" and "ci_high" are then of records crossed
     with seeds, else of records nested in seeds. Records of one patient, where predictions name it, are one draw of a
-    row's tests and intervals.
+    row's tests and intervals. Printed rows that repeat an earlier one (`overlap.printed_repeats`) are left out of all but
+    "controls_of_answers" and "calibration".
     """
     workdir = Path(workdir)
     recorded = read_config_file(workdir)
@@ -140,6 +150,26 @@ def summarise(
     trainings = {cell["cell"]: training_of(cell) for cell in cells}
     # Phantoms are drawn by the seed.
     fresh = recorded["config"]["data"]["source"] == "phantom"
+    counted = [row for row in results if row["published"] not in printed_repeats()]
+    planned = [cell for cell in cells if Row.parse(cell["table"], cell["row"]).published not in printed_repeats()]
+    effects, rows = _effects(counted, answers, fresh, trainings)
+    return {
+        "verdicts": _verdicts(counted, answers, fresh, planned),
+        "accuracy": _accuracies(counted, fresh),
+        "effects": effects,
+        "rows": rows,
+        "without_lapses": _without_lapses(counted, answers, fresh, trainings, planned),
+        "curves": _curves(counted, fresh),
+        "controls": _controls(effects),
+        "controls_of_answers": controls_of_answers(answers, results, fresh),
+        "calibration": calibration_of_answers(answers, results, fresh),
+    }
+
+
+def _effects(
+    results: Sequence[Mapping], answers: Answers, fresh: bool, trainings: Mapping[str, tuple]
+) -> tuple[list[dict], list[dict]]:
+    """("effects", "rows") of `summarise`."""
     rows, effects = [], []
     for table, arm, against in EFFECTS:
         compared, units = _compared(results, answers, table, arm, against, fresh, trainings)
@@ -152,15 +182,31 @@ def summarise(
             effect["p_overall_holm"] = p
         effects += [effect | {"p_overall_holm": effect["p_overall"]} for effect in overall] + by_part
         rows += [{key: value for key, value in row.items() if key != "trainings"} for row in compared]
-    return {
-        "verdicts": _verdicts(results, answers, fresh, cells),
-        "accuracy": _accuracies(results, fresh),
-        "effects": effects,
-        "rows": rows,
-        "curves": _curves(results, fresh),
-        "controls": _controls(effects),
-        "controls_of_answers": controls_of_answers(answers, results, fresh),
-    }
+    return effects, rows
+
+
+def _without_lapses(
+    results: Sequence[Mapping], answers: Answers, fresh: bool, trainings: Mapping[str, tuple], cells: Sequence[Mapping]
+) -> list[dict]:
+    """Verdicts and effects of pairs, triples and detection pairs once more, without one kind of lapse after the other."""
+    kept, left_out, levels = [row for row in results if row["table"] in MEMBERS], [], []
+    num_rows = len({row["published"] for row in kept if row["published"]})
+    for name in LAPSES:
+        fewer = [row for row in kept if printed_lapses().get(row["published"]) != name]
+        if len(fewer) < len(kept):
+            kept, left_out = fewer, [*left_out, name]
+            effects, _ = _effects(kept, answers, fresh, trainings)
+            others = [
+                cell
+                for cell in cells
+                if printed_lapses().get(Row.parse(cell["table"], cell["row"]).published) not in left_out
+            ]
+            num_kept = len({row["published"] for row in kept if row["published"]})
+            levels.append(
+                {"left_out": left_out, "rows_left_out": num_rows - num_kept, "effects": effects,
+                 "verdicts": _verdicts(kept, answers, fresh, others)}
+            )  # fmt: skip
+    return levels
 
 
 def _verdicts(results: Sequence[Mapping], answers: Answers, fresh: bool, cells: Sequence[Mapping]) -> list[dict]:

@@ -1,0 +1,225 @@
+"""The tables of a grid's report that need its files alone: boxes, contamination, cells, letters, time, single subsets."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from medcg_jax.data.leaks import EXACT
+from medcg_jax.data.records import LETTERS
+from medcg_jax.eval import boxes as box_scores
+from medcg_jax.eval.boxes import BoxAnswer
+from medcg_jax.study.report.load_grid import Grid, Score, arm_name
+from medcg_jax.study.report.table import Table
+from medcg_jax.study.report.text import PARTS
+from medcg_jax.train import goodput
+
+# The row that sums over all subsets of a table of boxes.
+ALL_SUBSETS = "all subsets"
+# Number of findings named in a row of the contamination table.
+NUM_FINDINGS = 3
+# Kind of time -> description.
+TIME_WORDS = {
+    "productive": "steps that counted",
+    "compile": "the first step of each program",
+    "input": "devices standing still for data",
+    "checkpoint": "the loop held up by saving",
+    "restart": "start-up after the first, restoring, steps made again",
+    "evaluation": "tests",
+    "other": "the first start-up, encoding data, waiting for other processes, and the rest",
+}
+
+
+def boxes(grid: Grid, part: str) -> Table:
+    """Box scores of one part of `detection`: over all subsets, then of each subset."""
+    rows = []
+    for (target, arm, seeds), answers in grouped_boxes(grid, part).items():
+        scores = box_scores.summary(answers)
+        shares = {
+            key: None if scores[key] is None
+            else Score(scores[key], scores[f"{key}_low"], scores[f"{key}_high"], scores["n"], seeds)
+            for key in ("accuracy", "mean_iou", "cumulative_iou", "dice")
+        }  # fmt: skip
+        rows.append(
+            {"target": target, "what": (target != ALL_SUBSETS and grid.describe(target)) or None, "arm": arm_name(arm)}
+            | {"questions": scores["questions"], "n": scores["n"], "found": shares["accuracy"]}
+            | {"by_chance": scores["by_chance"], "mean_iou": shares["mean_iou"]}
+            | {"cumulative_iou": shares["cumulative_iou"], "unparsed_rate": scores["unparsed_rate"]}
+            | {"dice": shares["dice"], "seeds": ", ".join(map(str, seeds))}
+        )
+    caption = (
+        "Boxes of the test images, asked for label by label, in %. Found: matched one to one with an answer at an IoU "
+        "above 0.5, with a 95 % interval (images drawn anew; Wilson's where every question has one box). Other image: "
+        "the same answers against another image's boxes, what the usual places alone are worth. IoU: mean over boxes, "
+        "and sum of intersections over sum of unions. Unread: answers without a box. Dice: of the masks."
+    )
+    titles = {"target": "Subset", "n": "Boxes", "by_chance": "Other image", "mean_iou": "Mean IoU",
+              "cumulative_iou": "Cumulative IoU", "unparsed_rate": "Unread"}  # fmt: skip
+    return Table(f"detection_{part}", f"Detection: {PARTS[part]}", caption, rows, titles)
+
+
+def grouped_boxes(grid: Grid, part: str) -> dict[tuple[str, str, tuple[int, ...]], list[BoxAnswer]]:
+    """(subset, arm, seeds) -> answers; `ALL_SUBSETS` first.
+
+    Each seed draws other phantoms, so their seeds are pooled. All seeds have the same images from files: these seeds
+    stay separate.
+    """
+    cells = [cell for cell in grid.done("detection") if cell["row"] == part]
+    over_subsets: dict[tuple[str, str, tuple[int, ...]], list[BoxAnswer]] = {}
+    by_subset: dict[tuple[str, str, tuple[int, ...]], list[BoxAnswer]] = {}
+    for cell in cells:
+        seeds: tuple[int, ...] = (int(cell["seed"]),)
+        if grid.is_phantom:
+            seeds = tuple(sorted(int(other["seed"]) for other in cells if other["arm"] == cell["arm"]))
+        for answer in grid.boxes(cell["cell"]):
+            # The same record of another seed is another image.
+            answer = replace(answer, id=f"{cell['seed']}/{answer.id}")
+            over_subsets.setdefault((ALL_SUBSETS, cell["arm"], seeds), []).append(answer)
+            by_subset.setdefault((answer.subset, cell["arm"], seeds), []).append(answer)
+    return over_subsets | dict(sorted(by_subset.items(), key=lambda item: item[0][0]))
+
+
+def contamination(grid: Grid) -> Table:
+    """A row for each cell with a finding in contamination.csv; older grids have no such file."""
+    findings: dict[str, list[dict]] = {}
+    for line in grid.contamination:
+        findings.setdefault(line["cell"], []).append(line)
+    rows = []
+    for cell, lines in findings.items():
+        kinds, actions = [line["kind"] for line in lines], [line["action"] for line in lines]
+        rows.append(
+            {"cell": cell, "exact": sum(kinds.count(kind) for kind in EXACT), "near": kinds.count("near")}
+            | {"changed": sum(bool(line.get("form")) for line in lines), "group": kinds.count("same group")}
+            | {"likely_group": kinds.count("likely same group"), "question": kinds.count("same question")}
+            | {"dropped": actions.count("dropped"), "refused": actions.count("refused")}
+            | {"lineage": kinds.count("lineage"), "first": "; ".join(map(_finding, lines[:NUM_FINDINGS]))}
+        )
+    caption = (
+        "Cells with training records that give a test away: its image (the same bytes or pixels, or nearly by "
+        "perceptual hashes: saved again, resized, but also adjacent slices of one patient; “changed” were mirrored, "
+        "turned or inverted beside that), its patient or lesion (as stated, or likely by file names), or its question. "
+        "Each training record counts once in each column for each subset tested on. Lineage: pairs of source datasets, "
+        "one on each side, that are the same or related. All of them are in contamination.csv."
+    )
+    titles = {
+        "exact": "The same image", "near": "Nearly", "changed": "of these changed", "group": "The same patient",
+        "likely_group": "Likely so", "question": "The same question", "dropped": "Left out",
+        "first": "The first of them",
+    }  # fmt: skip
+    return Table("contamination", "Contamination", caption, rows, titles)
+
+
+def cells(grid: Grid) -> Table:
+    rows = [
+        {"cell": cell["cell"], "related": cell["related"].replace("+", " + ") or "nothing"}
+        | {"target": cell["target"].replace("+", " + "), "steps": int(cell["steps"])}
+        | {"seconds": cell["seconds"], "status": cell["status"]}
+        for cell in grid.cells
+    ]
+    caption = (
+        "Each fine-tune with its evaluation: what it was trained on, optimizer steps, status, and seconds of the "
+        "training it shares with others of the same subsets and seed."
+    )
+    return Table("cells", "Every cell", caption, rows, {"target": "Tested on"})
+
+
+def letters(grid: Grid) -> Table:
+    """Each arm's use of the letters, and its generated answers."""
+    counts = {key: value for key, value in grid.letters.items() if value.n}
+    names = sorted({letter for value in counts.values() for letter in (*value.predicted, *value.answers)})
+    rows: list[dict] = []
+    for (table, arm), value in counts.items():
+        table = table.replace("_", "-")
+        if not any(row["table"] == table for row in rows):
+            right = {f"letter_{name}": value.answers.get(name, 0) / value.n for name in names}
+            rows.append({"table": table, "arm": "(right answers)", "n": value.n} | right)
+        shares = {f"letter_{name}": value.predicted.get(name, 0) / value.n for name in names}
+        rows.append(
+            {"table": table, "arm": arm_name(arm), "n": value.n}
+            | shares
+            | {"mass": value.mass / value.num_mass if value.num_mass else None, "accuracy": value.right / value.n}
+            | {"unparsed": value.unparsed / value.generated if value.generated else None}
+            | {"generated": value.generated_right / value.generated if value.generated else None}
+        )
+    caption = (
+        "Per arm, in %: the share of each letter (right answers in a table's first row), the probability of the offered "
+        "letters together among all that the model could say (near 0 it does not answer the question), accuracy by "
+        "likelihood of the offered letters (the study's measure), and, "
+        "for greedily generated answers, how many are no offered letter and the accuracy when those count as wrong."
+    )
+    titles = {f"letter_{name}": name for name in names} | {"n": "Answers", "mass": "Probability of the letters"}
+    return Table("answers", "How the letters were used", caption, rows, titles | {"generated": "Accuracy, generated"})
+
+
+def time_spent(grid: Grid) -> Table:
+    """A row for each kind of time in goodput.json; older grids have no such file."""
+    starts = goodput.read_starts(grid.workdir / goodput.FILE)
+    spent = goodput.summarise(starts) if starts else {}
+    rows = [
+        {"kind": kind, "what": TIME_WORDS[kind], "seconds": round(spent["seconds"][kind])}
+        | {"share": spent["shares"][kind]}
+        for kind in (goodput.KINDS if spent else ())
+    ]
+    caption = "Seconds of all processes together, over all starts, bases included; and each kind's share of them in %."
+    return Table("goodput", "Where the time went", caption, rows, {"what": "What it is"})
+
+
+def subset_scores(grid: Grid, target: str) -> Table:
+    """The scores of one subset, of every row and arm."""
+    rows = []
+    for table in grid.tables:
+        for (row, tested), scores in grid.scores(table).items():
+            for arm, score in scores.items() if tested == target else ():
+                names = {_subset_names(cell["related"]): None for cell in grid.cells_of(table, row, arm)}
+                rows.append(
+                    {"table": table.replace("_", "-"), "row": row, "arm": arm_name(arm), "score": score, "n": score.n}
+                    | {"seeds": seeds_text({arm: score})}
+                    | {"related": next(iter(names)) if len(names) == 1 else f"{len(names)} draws"}
+                )
+    caption = "Accuracy in % with 95 % Wilson intervals, of every row and arm."
+    return Table(f"subset_{target}", "Scores", caption, rows, {"score": "Accuracy"})
+
+
+def confusion(answers: Sequence[dict], most_labels: int = 12) -> Table:
+    """Counts of right label by answered label. most_labels: only so many, the most frequent ones, are shown."""
+    counts: Counter = Counter()
+    for record in answers:
+        text = dict(zip(LETTERS, record["options"], strict=False))
+        counts[str(text.get(record["answer"])), str(text.get(record["predicted"]))] += 1
+    frequent = Counter(label for pair in counts for label in set(pair)).most_common(most_labels)
+    labels = sorted(label for label, _ in frequent)
+    rows = [
+        {"right": right}
+        | {f"as_{label}": counts[right, label] for label in labels}
+        | {"colours": {f"as_{right}": "win"}}
+        for right in labels
+    ]
+    caption = "Right label (rows) by answered label (columns); numbers of answers."
+    titles = {"right": "Right label"} | {f"as_{label}": label for label in labels}
+    return Table("confusion", "What is taken for what", caption, rows, titles)
+
+
+def answers_per_arm(scores: dict[str, Score]) -> int | str:
+    """Test answers per arm; "24–48" where arms differ, since seeds of some are missing."""
+    least, most = min(score.n for score in scores.values()), max(score.n for score in scores.values())
+    return most if least == most else f"{least:,}–{most:,}"
+
+
+def seeds_text(scores: dict[str, Score]) -> str:
+    """Such as "0, 1, 2"; an arm with other seeds is added by name."""
+    common = max((score.seeds for score in scores.values()), key=len)
+    text = ", ".join(map(str, common))
+    others = [f"{arm_name(arm)}: {', '.join(map(str, s.seeds))}" for arm, s in scores.items() if s.seeds != common]
+    return f"{text} ({'; '.join(others)})" if others else text
+
+
+def _finding(line: dict) -> str:
+    distance = ""
+    if line["kind"] == "near":
+        form = f", {line['form']}" if line.get("form") else ""
+        distance = f"{form} ({line['distance_bits']} bits)"
+    return f"{line['training']} and {line['test']}: {line['kind']}{distance}"
+
+
+def _subset_names(related: str) -> str:
+    names = related.split("+") if related else ["nothing"]
+    return f"{len(names)} subsets" if len(names) > 3 else " + ".join(names)
