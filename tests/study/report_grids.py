@@ -267,13 +267,13 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> No
 @contextlib.contextmanager
 def quick():
     """Reports without drawings (most of their time), and without what no file of a workdir decides."""
-    from medcg_jax.study.report.plots import Figure
+    from medcg_jax.study.report.drawing import Figure
 
     def undrawn(folder, name, title, caption, height_in, paint, width_in=1.0):
         return Figure(name, title, caption, "<svg></svg>", 1)
 
     with contextlib.ExitStack() as stack:
-        for name in ("plots", "compare"):
+        for name in ("plots", "curves", "compare"):
             stack.enter_context(mock.patch(f"medcg_jax.study.report.{name}.draw", undrawn))
         stack.enter_context(mock.patch("medcg_jax.study.report.page.power", lambda: ""))
         stack.enter_context(mock.patch("gc.collect"))  # by statsmodels: most of the rest
