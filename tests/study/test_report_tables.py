@@ -225,6 +225,10 @@ def test_published_rows_stand_beside_ours_with_the_confidence_of_their_reading(t
     assert "The images cannot be shown" in text
 
 
+def slips(row: mat.PaperRow) -> str:
+    return slips_of("table3_classification_pairs", row.row, (*row.related, row.target))
+
+
 def test_published_rows_say_what_they_share_and_what_is_doubtful(tmp_path):
     workdir = released(tmp_path / "w")
     pairs, _ = published(Tables(Grid(workdir), stats.summarise(workdir)))
@@ -238,7 +242,10 @@ def test_published_rows_say_what_they_share_and_what_is_doubtful(tmp_path):
     assert (whole["confidence"], whole["others"], whole["slips"]) == ("medium", "28 + 37", None)
     assert "In 1 of these 2 rows a training subset has all three elements of the target" in pairs.caption
     assert "in 1 a subset has a doubtful triplet as printed" in pairs.caption
-    resting = [row for row in mat.paper_rows(3) if "subset 32: " in slips_of("table3_classification_pairs", row)]
+    resting = [row for row in mat.paper_rows(3) if "subset 32: " in slips(row)]
+    assert slips_of("table1_in_distribution", 32, ("32",)).startswith(
+        "subset 32: its one dataset, 63, is described as MRI"
+    )
     assert [row.row for row in resting] == [5, 17, 18, 19, 20, 21, 22, 27, 29]
 
 
@@ -247,7 +254,7 @@ def test_rows_that_print_the_same_numbers_are_slips():
     for row in mat.paper_csv("table3_classification_pairs"):
         numbers = tuple(row[key] for key in ("target", "baseline", "baseline_plus", "trained"))
         first = seen.setdefault(numbers, row["row"])
-        text = slips_of("table3_classification_pairs", mat.paper_rows(3)[int(row["row"]) - 1])
+        text = slips(mat.paper_rows(3)[int(row["row"]) - 1])
         assert (f"all three numbers are those of row {first}," in text) == (first != row["row"]), row
 
 

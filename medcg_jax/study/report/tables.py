@@ -17,7 +17,7 @@ from medcg_jax.study.report.file_tables import (
 )
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name
 from medcg_jax.study.report.table import Table
-from medcg_jax.study.report.text import PARTS, effect_name, efficiency_gains, verdict
+from medcg_jax.study.report.text import DOUBTFUL, PARTS, effect_name, efficiency_gains, verdict
 from medcg_jax.study.stats import metrics
 from medcg_jax.study.stats.calibration import NUM_BINS
 from medcg_jax.study.stats.controls import BLIND
@@ -122,7 +122,7 @@ class Tables:
             "trained models alone. A printed row that reads as an earlier one is left out throughout."
         )
         titles = {"left_out": "Left out", "mean": "Points over Baseline+", "difference": "Points over Baseline"}
-        return Table("effects_without_lapses", "The answer without doubtful rows", caption, rows, titles)
+        return Table("effects_without_lapses", DOUBTFUL, caption, rows, titles)
 
     def compared(
         self, table: str, row: str, target: str, scores: dict[str, Score], arm: str, others: Sequence[str]

@@ -58,6 +58,8 @@ LEAKS: dict[tuple[str, ...], str] = {
     ("same group",): "on patients or lesions that are in their test set",
     ("likely same group",): "on patients or lesions that are, as their names say, in their test set too",
 }
+# The table of verdicts without printed rows that share more or less with their target than they say.
+DOUBTFUL = "The answer without doubtful rows"
 SUMMARY_CHARACTERS = 100
 
 
@@ -377,7 +379,11 @@ def limits(grid: Grid, summary: dict) -> list[str]:
     leaky = {words: len({line["cell"] for line in reported if line["kind"] in kinds}) for kinds, words in LEAKS.items()}
     not_shuffled = sorted({name for arm in summary["controls_of_answers"] for name in arm["not_shuffled"]})
     tuned = [name for name in targets if name in TUNE_TARGETS]
-    phantoms = grid.of_phantoms
+    phantoms, lapsed = grid.of_phantoms, max((level["rows_left_out"] for level in summary["without_lapses"]), default=0)
+    with_words = [arm_name(arm) for arm in ("words_only", "same_task") if arm in arms]
+    words = (
+        f"“{with_words[0]}” has them" if with_words else "no arm of this grid has them and nothing else of the target"
+    )
     # Text -> whether it holds.
     texts: dict[str, object] = {
         f"{counted(number, 'cell')} of {len(grid.cells):,} were trained {words}, which flatters them: see the table of "
@@ -404,8 +410,9 @@ def limits(grid: Grid, summary: dict) -> list[str]:
         f"With {counted(num_seeds, 'seed')} and {counted(len(targets), 'target')} a bootstrap interval over them is "
         "rough, and likely too narrow.": targets and (num_seeds < 5 or len(targets) < 10),
         "Baseline+ trains on subsets that share no element with the target, so it never meets the words of the "
-        "target's task. Part of any gain over it is learning these words; the control “same task only” has them.":
-            "baseline_plus" in arms,
+        f"target's task. Part of any gain over it is learning these words; {words}.": "baseline_plus" in arms,
+        f"{counted(lapsed, 'printed row')} of the paper here share more or less with their target than they say, by this "
+        f"project's table of tasks: “{DOUBTFUL}” stands beside the answer.": lapsed,
         "Every arm trains for equal epochs, so an arm with fewer subsets also has fewer steps. The random removal "
         "measures that part; it removes as many subsets as the three removals do on average, not as each does.":
             any(arm.startswith("wo_") for arm in arms),
