@@ -35,6 +35,7 @@ PARTS = {
     "in_distribution": "in distribution",
     "out_of_distribution": "out of distribution",
     "with_related": "with all related subsets",
+    "with_unrelated": "with as many unrelated records",
     "target_only": "target alone",
 }
 
