@@ -4,7 +4,9 @@
     medcg reproduce --config=configs/figure4.py:llava15_tiny,phantom --workdir=runs/figure4_phantom
 
 `--config.study.targets_of="{'ablation': ('03', '28')}"` gives any other targets; the paper's are in the figure alone.
-Two controls are run beside its arms: as many subsets removed at random, and those which share the task alone.
+Controls are run beside its arms: for each element as many subsets and records removed at random, and the subsets which
+share the task alone. Every arm has the same number of epochs, as in the paper, and once more, with `_updates` at the end
+of its name, the updates of all related subsets; `--config.study.ablation_budgets=epochs` leaves these out.
 The argument is BACKBONE[,SOURCE]: `paper.py`.
 """
 

@@ -5,8 +5,8 @@
 
 The argument is BACKBONE[,SOURCE], as of every `configs/tableN.py`, which are parts of this. A released backbone has
 the model and recipe of its own file, `llava15_7b.py` say, and the Med-MAT tree at `data.root` (SOURCE `release`); a
-tiny one has those of `phantom.py:study`, three seeds, and phantoms (SOURCE `phantom`) unless told otherwise. Equal trainings of several tables run once here. `--dry` lists every cell with its size and cost, and
-needs no data.
+tiny one has those of `phantom.py:study`, three seeds, and phantoms (SOURCE `phantom`) unless told otherwise. Equal
+trainings of several tables run once here. `--dry` lists every cell with its size and cost, and needs no data.
 """
 
 import importlib
@@ -87,10 +87,11 @@ def tiny(model: str, source: str) -> RunConfig:
 
 
 def with_figure_targets(run: RunConfig) -> RunConfig:
-    """Figure 4 and the efficiency curves on a few targets, since a row of them costs as much as ten pairs."""
+    """Figure 4, the efficiency curves and the doses on a few targets, since a row of them costs as much as ten pairs."""
     if run.data.source == "phantom":
-        return replace(run, study__targets_of=phantom.FIGURE_TARGETS, study__epochs_of=phantom.FIGURE_EPOCHS)
+        targets = {"dose": phantom.FIGURE_TARGETS["ablation"]} | phantom.FIGURE_TARGETS
+        return replace(run, study__targets_of=targets, study__epochs_of=phantom.FIGURE_EPOCHS)
     from medcg_jax.study.design.mat import reached_targets
 
     # Which the paper's figures have is not known as text; table 3 reaches these in two directions or more.
-    return replace(run, study__targets_of=dict.fromkeys(phantom.FIGURE_TARGETS, reached_targets()))
+    return replace(run, study__targets_of=dict.fromkeys(("ablation", "efficiency", "dose"), reached_targets()))

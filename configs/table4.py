@@ -3,7 +3,8 @@
     medcg reproduce --config=configs/table4.py:llava15_7b --config.data.root=MED_MAT --workdir=runs/table4
     medcg reproduce --config=configs/table4.py:llava15_tiny,phantom --workdir=runs/table4_phantom
 
-The paper prints the base and Trained; Baseline+ is run too, `--config.study.arms=baseline,trained` leaves it out.
+The paper prints the base and Trained; Baseline+ and the arms that decide (`table3.py`) are run too;
+`--config.study.arms=baseline,trained` leaves them out.
 The argument is BACKBONE[,SOURCE]: `paper.py`.
 """
 

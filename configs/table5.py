@@ -3,6 +3,8 @@
     medcg reproduce --config=configs/table5.py:next_chat_7b --config.data.root=MED_MAT --workdir=runs/table5
     medcg reproduce --config=configs/table5.py:next_chat_tiny,phantom --workdir=runs/table5_phantom
 
+The paper prints the base and Trained; Baseline+ (unrelated records of boxes and of choice questions) and the arms that
+decide (`table3.py`) are run too; `--config.study.arms=baseline,trained` leaves them out.
 The argument is BACKBONE[,SOURCE] (`paper.py`), of a backbone that answers with boxes.
 """
 

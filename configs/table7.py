@@ -3,7 +3,8 @@
     medcg reproduce --config=configs/table7.py:qwen2_vl_7b --config.data.root=MED_MAT --workdir=runs/table7
     medcg reproduce --config=configs/table7.py:qwen2_vl_tiny,phantom --workdir=runs/table7_phantom
 
-The paper prints the base and Trained; Baseline+ is run too, `--config.study.arms=baseline,trained` leaves it out.
+The paper prints the base and Trained; Baseline+ and the arms that decide (`table3.py`) are run too;
+`--config.study.arms=baseline,trained` leaves them out.
 The argument is BACKBONE[,SOURCE]: `paper.py`.
 """
 

@@ -3,7 +3,8 @@
     medcg reproduce --config=configs/table8.py:llama32_vision_11b --config.data.root=MED_MAT --workdir=runs/table8
     medcg reproduce --config=configs/table8.py:llama32_vision_tiny,phantom --workdir=runs/table8_phantom
 
-The paper prints the base and Trained; Baseline+ is run too, `--config.study.arms=baseline,trained` leaves it out.
+The paper prints the base and Trained; Baseline+ and the arms that decide (`table3.py`) are run too;
+`--config.study.arms=baseline,trained` leaves them out.
 The argument is BACKBONE[,SOURCE]: `paper.py`.
 """
 

@@ -286,6 +286,9 @@ class StudyConfig:
     cells_at_once: int = setting(1, least=0, most=10**4, free=True)
     # Folder that keeps bases for other grids, by fingerprint; "": `bases` beside the workdir.
     base_dir: str = setting("", free=True, path=True)
+    # Whether a linear probe reads each target from the base's image features (`eval.probe`), for probe.csv: encodes up to
+    # 1,000 training images of each target.
+    probe: bool = False
     # Whether each cell's trained parameters are kept, and not only its scores.
     keep_weights: bool = False
     # Action on leaks: training records whose image or patient (`Record.group`) is in a target's test set, and general

@@ -5,6 +5,7 @@ Qwen2-VL and Llama-3.2-Vision feed images to their decoders differently, and hav
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -159,6 +160,19 @@ class VisionLanguageModel(nnx.Module):
         """float[B, P, D]: the tower's features as the decoder takes them."""
         return self.projector(features)
 
+    def image_tokens(self, images: dict[str, jax.Array], side: int) -> tuple[jax.Array, jax.Array]:
+        """(float[B, P, D], int[B, P]): the features of each row's only image, and the cell of the image that each shows.
+
+        Cells are those of a division of the image into `side` x `side`, row by row from the top left; `side`**2 stands
+        for the whole image (a class token), -1 for no image.
+        """
+        features = self.encode_images(images)
+        rows = math.isqrt(self.config.vision.num_patches)
+        class_tokens = features.shape[1] % rows
+        cells = cells_of(jnp.arange(features.shape[1] - class_tokens), rows, features.shape[1] // rows, side)
+        cells = jnp.concatenate([jnp.full(class_tokens, side * side), cells])
+        return features, jnp.broadcast_to(cells, features.shape[:2])
+
     def hidden(
         self, tokens, images=None, *, segment_ids=None, positions=None, cache=None, image_features=None, at=None
     ) -> tuple[jax.Array, dict | None]:
@@ -197,6 +211,11 @@ class VisionLanguageModel(nnx.Module):
     def __call__(self, tokens, images=None, **options) -> jax.Array:
         """float32[B, T, V]: logits at every position; arguments as in `hidden`."""
         return self.logits(self.hidden(tokens, images, **options)[0])
+
+
+def cells_of(places: jax.Array, rows, columns, side: int) -> jax.Array:
+    """The cells (`VisionLanguageModel.image_tokens`) of tokens at these places of a grid, counted row by row."""
+    return (places // columns * side // rows) * side + places % columns * side // columns
 
 
 def check_shapes(tokens: jax.Array, **arrays: jax.Array | None) -> None:

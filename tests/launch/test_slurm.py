@@ -18,7 +18,7 @@ CELLS, STEPS = 8, 12
 GRID = (
     "--config=configs/phantom.py:tiny",
     "--config.study.tables=('ablation',)",
-    "--config.study.arms=('all_related','all_unrelated','wo_modality','wo_area','wo_task','random_removal',"
+    "--config.study.arms=('all_related','all_unrelated','wo_modality','wo_area','wo_task','random_removal_task',"
     "'same_task','all_data')",
     f"--config.train.steps={STEPS}",
     "--config.train.log_every_steps=1",

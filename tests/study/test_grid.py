@@ -31,7 +31,7 @@ RUN = RunConfig(
     base=TrainConfig(steps=6, epochs=1, batch_size=8, learning_rate=1e-3, log_every_steps=1),
     train=TrainConfig(epochs=1, batch_size=8, learning_rate=1e-3, log_every_steps=1, checkpoint_every_steps=2),
     eval=EvalConfig(batch_size=10, max_new_tokens=2, controls=CONTROLS),
-    study=StudyConfig(tables=("pairs",), targets=("mri-brain-state",)),
+    study=StudyConfig(tables=("pairs",), targets=("mri-brain-state",), arms=("baseline", "baseline_plus", "trained")),
 )
 TIMEOUT_S = 240
 MAIN = """

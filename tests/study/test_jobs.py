@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from medcg_jax.cli import main
-from medcg_jax.config import ConfigError, ModelConfig, RunConfig, parts_of, replace
+from medcg_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, parts_of, replace
 from medcg_jax.config_checks import check
 from medcg_jax.config_file import load
+from medcg_jax.data.controls import BLANK
 from medcg_jax.data.records import DataError, RecordSet
+from medcg_jax.data.release import ReleaseSource
 from medcg_jax.study.design.schedule import make_plan, seeded
 from medcg_jax.study.run.bases import base_model, base_path, base_recipe
 from medcg_jax.study.run.grid import data_fingerprint, write_config
@@ -19,6 +22,7 @@ from medcg_jax.study.run.jobs import SeedData
 from medcg_jax.train.setup import open_setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+FAMILIES = ("llava15_tiny", "qwen2_vl_tiny", "llama32_vision_tiny", "minigpt_v2_tiny", "next_chat_tiny")
 PARTS = (("ct-brain-state", 16), ("mri-brain-stage", 8))
 QUESTION = "Which?\nA: no\nB: yes\nC: one\nD: two"
 
@@ -116,6 +120,71 @@ def test_general_records_count(tmp_path):
         lengths.append((widths(data, jobs[:1])[0], longest(data, jobs[0])))
     (plain, _), (width, longest_general) = lengths
     assert width >= longest_general > plain
+
+
+# ------------------------------------------------------------------ blank images, a member alone
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_training_without_images_has_the_same_rows_about_one_grey_image(name):
+    run = tiny(model__name=name, data__max_text_tokens=40, data__max_target_tokens=8, data__row_multiple=1)
+    run = replace(run, model__trainable=("projector", "decoder"))
+    setup = open_setup(run, has_weights=True)
+    jobs = [job for job in make_plan(run).jobs if job.training]
+    blank = next(job for job in jobs if job.blank)
+    data = SeedData(setup, jobs)
+    plain, found = data.training(blank.training), data.training(blank.training, blank=True)
+    assert [r.id for r in found.records.records] == [r.id for r in plain.records.records]
+    for key in ("targets", "target_weights"):
+        np.testing.assert_array_equal(found.arrays[key], plain.arrays[key])
+    grey = setup.format.preprocess(BLANK)
+    for key, images in found.images.items():
+        assert (images == images[:1]).all(), key
+        np.testing.assert_array_equal(images[0][tuple(slice(n) for n in grey[key].shape)], grey[key])
+    assert any((images != images[:1]).any() for images in plain.images.values())
+    # One program: rows are as long as the longest of both kinds needs.
+    assert len({array.shape[1] for array in (plain.arrays["tokens"], found.arrays["tokens"])}) == 1
+    # Its tests have their own images.
+    test = data.test(blank.targets[0])
+    assert any((images != images[:1]).any() for images in test.images.values())
+
+
+def test_a_member_alone_has_as_many_records_as_the_pair_and_the_pair_those_it_always_had():
+    run = tiny()
+    setup = open_setup(run, has_weights=True)
+    plan = make_plan(run)
+    data = SeedData(setup, plan.jobs)
+    by_arm = {cell.arm: job for job in plan.jobs for cell in job.cells if cell.table == "triples"}
+    pair, single = data.taken(by_arm["trained"].training), data.taken(by_arm["single_1"].training)
+    ((name, ids),) = single.items()
+    assert len(ids) == sum(map(len, pair.values())) == 48 and pair[name] < ids
+    assert pair[name] == {record.id for record in setup.source.records(name, "train").records}
+    assert len(data.training(by_arm["single_1"].training)) == 48
+    tests = {record.id for record in setup.source.records(name, "test").records}
+    assert not ids & tests
+
+
+def test_the_guard_sees_records_beyond_a_subsets_share(clean_tree, tmp_path):
+    """An image of the target's test among the records that only the member alone is trained on."""
+    tree = tmp_path / "tree"
+    shutil.copytree(clean_tree, tree)
+    run = tiny(data__source="release", data__root=str(tree), data__train_records_per_subset=2, data__max_text_tokens=40)
+    run = replace(run, data__max_target_tokens=8, study__targets=("ct-liver-stage",), study__tables=("pairs",))
+    setup = open_setup(run, has_weights=True)
+    jobs = make_plan(run).jobs
+    single = next(job for job in jobs if job.cells[0].arm == "single_1")
+    ((name, _),) = single.training
+    extra = SeedData(setup, jobs).taken(single.training)[name] - {
+        record.id for record in setup.source.records(name, "train").records
+    }
+    spare = {record.id: record.image for record in ReleaseSource(tree, DataConfig()).records(name, "train").records}
+    test = setup.source.records("ct-liver-stage", "test").records[0]
+    shutil.copyfile(tree / test.image, tree / spare[min(extra)])
+    data = SeedData(setup, jobs)
+    with pytest.raises(DataError, match=f"{single.id}: .*{min(extra)}"):
+        data.leaking(single, tmp_path / "w")
+    trained = next(job for job in jobs if job.cells[0].arm == "trained" and name in dict(job.training))
+    assert data.leaking(trained, tmp_path / "w") == frozenset()  # the pair never sees that record
 
 
 # ------------------------------------------------------------------ general records

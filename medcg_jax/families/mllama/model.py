@@ -5,13 +5,15 @@ Source: huggingface/transformers:models/mllama/modeling_mllama.py and processing
 meta-llama/llama-models:llama3/multimodal/model.py at a9c89c4.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from medcg_jax.families.common import FamilyConfig, VisionLanguageModel, check_shapes, tiny
+from medcg_jax.families.common import FamilyConfig, VisionLanguageModel, cells_of, check_shapes, tiny
+from medcg_jax.families.mllama.rows import GRIDS
 from medcg_jax.families.mllama.text import EXTRA_ROWS, MllamaAdapters, MllamaDecoder, MllamaTextConfig, images_in_view
 from medcg_jax.families.mllama.vit import NUM_TILES, MllamaVision, MllamaVisionConfig
 from medcg_jax.nn.attention import take_positions
@@ -122,6 +124,20 @@ class Mllama(VisionLanguageModel):
         features = self.projector(self.vision(*flat, dtype=self.dtype))
         shape = (rows, count, self.config.vision.num_tokens, features.shape[-1])
         return {"features": features.reshape(shape), "num_tiles": images["num_tiles"]}
+
+    def image_tokens(self, images: dict[str, jax.Array], side: int) -> tuple[jax.Array, jax.Array]:
+        features, per_tile = self.encode_images(images)["features"][:, 0], self.config.vision.tokens_per_tile
+        tile, place = jnp.divmod(jnp.arange(features.shape[1]), per_tile)
+        in_tile = math.isqrt(per_tile - 1)
+        # Tiles of the image's grid; an absent image has one row and column, and no tile.
+        grids = jnp.array([(1, 1), *GRIDS])[images["aspect_ratio_ids"][:, 0]]
+        tile_rows, tile_columns = grids[:, :1], grids[:, 1:]
+        row = tile // tile_columns * in_tile + (place - 1) // in_tile
+        column = tile % tile_columns * in_tile + (place - 1) % in_tile
+        places = row * tile_columns * in_tile + column
+        cells = cells_of(places, tile_rows * in_tile, tile_columns * in_tile, side)
+        cells = jnp.where(place == 0, side * side, cells)
+        return features, jnp.where(tile < images["num_tiles"], cells, -1)
 
     def hidden(
         self, tokens, images=None, *, segment_ids=None, positions=None, cache=None, image_features=None, at=None

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from medcg_jax.families.common import FamilyConfig, VisionLanguageModel, tiny
+from medcg_jax.families.common import FamilyConfig, VisionLanguageModel, cells_of, tiny
 from medcg_jax.families.decoder import DecoderConfig
 from medcg_jax.families.qwen2_vl.vit import Qwen2Vit, Qwen2VitConfig
 from medcg_jax.nn.layers import Dense, LayerNorm, gelu
@@ -172,6 +172,13 @@ class Qwen2VL(VisionLanguageModel):
         flat = pixels.reshape(rows * num, *pixels.shape[2:]), grids.reshape(rows * num, 2)
         features = self.projector(self.vision(*flat, dtype=self.dtype, attention=self.config.attention))
         return ImageFeatures(features.reshape(rows, -1, features.shape[-1]), grids // vision.merge)
+
+    def image_tokens(self, images: dict[str, jax.Array], side: int) -> tuple[jax.Array, jax.Array]:
+        features, grids = self.encode_images(images)
+        rows, columns = grids[:, 0, :1], grids[:, 0, 1:]
+        places = jnp.arange(features.shape[1])
+        cells = cells_of(places, jnp.maximum(rows, 1), jnp.maximum(columns, 1), side)
+        return features, jnp.where(places < rows * columns, cells, -1)
 
     def hidden(
         self, tokens, images=None, *, segment_ids=None, positions=None, cache=None, image_features=None, at=None

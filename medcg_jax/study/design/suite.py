@@ -81,7 +81,7 @@ class Cell:
       target: its test subsets.
       model: the model's name, of `config.MODELS`.
       update_records: records that its updates are counted from; 0: its own.
-      blank: whether all images of its training are the same grey one (`data.blank`); its tests have their own.
+      blank: whether all images of its training are the same grey one (`data.controls.BLANK`); its tests have their own.
       has_boxes: whether it trains on boxes.
     """
 

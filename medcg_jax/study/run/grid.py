@@ -28,7 +28,7 @@ from medcg_jax.study.design.schedule import Plan, make_plan, seeded
 from medcg_jax.study.design.suite import Cell
 from medcg_jax.study.run import claims
 from medcg_jax.study.run.progress import Progress
-from medcg_jax.study.stats import contamination, results
+from medcg_jax.study.stats import contamination, probe, results
 from medcg_jax.study.stats.stats import summarise
 from medcg_jax.train import goodput
 from medcg_jax.train.preempt import sigterm_saves
@@ -60,6 +60,8 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
     folders = {model: workdir / model if run.study.models else workdir for model in plan.runs}
     for model_run in plan.runs.values():
         check_start(model_run)
+    if run.study.probe and all(job.steps for job in plan.jobs):
+        raise ConfigError("study.probe=True: no cell tests the base, which is what is probed; add the arm baseline")
     if processes.count() > 1:
         if run.study.models:
             raise ConfigError(f"study.models={run.study.models}: expected () where processes share one run")
@@ -87,6 +89,7 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
         outcomes = results.all_outcomes(folder, plans[model].jobs)
         tables[model].write(outcomes)
         contamination.join(folder, plans[model])
+        probe.join(folder, plans[model])
         if run.study.models:
             print(f"-- {model}")
         summaries[model] = summary(folder, plans[model], outcomes)

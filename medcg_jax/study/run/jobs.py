@@ -10,17 +10,17 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from medcg_jax.config import ConfigError, RunConfig
-from medcg_jax.data.controls import control_sets
+from medcg_jax.data.controls import blanked, control_sets
 from medcg_jax.data.encoding import MEMORY_LIMIT_BYTES, Encoded, concat_encoded, cut_rows, option_columns
 from medcg_jax.data.general import SUBSET as GENERAL
 from medcg_jax.data.records import DataError, RecordSet, Source, Split, concat
 from medcg_jax.data.sources import open_source
 from medcg_jax.data.splits import balanced, labels_of
 from medcg_jax.eval.predictions import NonFiniteScores, write_controls
+from medcg_jax.eval.probe import MIN_RECORDS, Prober, ProbeResult
 from medcg_jax.eval.subsets import Tester, write_tested
 from medcg_jax.families.build import join, shardings, split_trainable
 from medcg_jax.files import write_whole
@@ -28,7 +28,7 @@ from medcg_jax.study.design import leaks
 from medcg_jax.study.design.schedule import Job, seeded, spare_data
 from medcg_jax.study.run import bases, claims
 from medcg_jax.study.run.progress import Reporter
-from medcg_jax.study.stats import contamination, results
+from medcg_jax.study.stats import contamination, probe, results
 from medcg_jax.train import loop
 from medcg_jax.train.checkpoint import save_params
 from medcg_jax.train.goodput import Goodput
@@ -36,9 +36,6 @@ from medcg_jax.train.log import CompileMonitor
 from medcg_jax.train.run import run_spec, step_program
 from medcg_jax.train.setup import Setup, open_setup, peak_flops, to_keep
 from medcg_jax.train.step import Program, TrainState
-
-# The image of every record of a training without images: mid grey, square, so that no padding frames it.
-BLANK = np.full((224, 224, 3), 128, np.uint8)
 
 # A training: (subset, number of its training records).
 Training = Sequence[tuple[str, int]]
@@ -63,7 +60,7 @@ class SeedData:
         """The rows of a training, then its general records. Where a subset gives only some of its records, their labels
         are balanced.
 
-        without: ids of records to leave out. blank: all images are `BLANK`.
+        without: ids of records to leave out. blank: all images are the same grey one (`controls.blanked`).
 
         Raises:
           DataError: no record is left.
@@ -208,11 +205,6 @@ class SeedData:
     @functools.cached_property
     def _spare(self) -> Source:
         return open_source(spare_data(self._setup.run.data))
-
-
-def blanked(records: RecordSet) -> RecordSet:
-    """The records with `BLANK` in place of every image; those without an image stay without."""
-    return RecordSet(records.records, [BLANK] * len(records), records.masks)
 
 
 class Trainer:
@@ -368,8 +360,11 @@ class Trainer:
                     self._tester.with_controls(params, test, controls) if controls else (self._tester(params, test), {})
                 )
         self._has_tested = True
+        probed = self._probe(job, graphdef, params) if self._run.study.probe and not job.steps else {}
         if jax.process_index() > 0:
             return
+        if probed:
+            probe.write_probes(self._workdir, job.id, job.seed, probed)
         metrics = self._workdir / "metrics"
         for cell in job.cells:
             write_tested(self._workdir, cell.id, [a for name in cell.target for a in answers[name]])
@@ -379,6 +374,17 @@ class Trainer:
                 write_controls(self._workdir / "controls" / f"{cell.id}.jsonl", by_control)
             if job.steps and cell.id != job.id:
                 write_whole(metrics / f"{cell.id}.jsonl", (metrics / f"{job.id}.jsonl").read_text())
+
+    def _probe(self, job: Job, graphdef, params) -> dict[str, list[ProbeResult]]:
+        """Target with choice questions -> what a linear probe reads from the base's image features."""
+        prober = Prober(self._setup, graphdef, params)
+        names = [name for name in job.targets if not self._setup.has_boxes(name)]
+        probed = {name: prober(self._data.test(name)) for name in names}
+        for name in (name for name in names if not probed[name]):
+            tqdm.write(
+                f"{name}: not probed, it has no test images or fewer than {MIN_RECORDS} training records with one"
+            )
+        return probed
 
     def _keep_weights(self, job: Job, trained, base: str) -> None:
         """base: the checkpoint that the training started from; "": none."""
