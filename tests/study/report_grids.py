@@ -183,7 +183,8 @@ def small_grid(workdir: Path) -> Path:
         study__tables=("triples", "detection"), study__targets=("mri-brain-state",), data__train_records_per_subset=20,
         data__test_records_per_subset=6, eval__controls=("shuffled_images",),
     )  # fmt: skip
-    make_grid(workdir, replace(run, study__tables=("triples",)))
+    papers = ("baseline", "baseline_plus", "trained")
+    make_grid(workdir, replace(run, study__tables=("triples",), study__arms=papers))
     cells = [line.split(",") for line in (workdir / "cells.csv").read_text().splitlines()]
     for path in sorted((workdir / "predictions").glob("*.jsonl")):
         lines = [line | {"control": "shuffled_images"} for line in json_lines(path)]

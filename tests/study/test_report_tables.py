@@ -30,7 +30,9 @@ def test_accuracies_are_those_of_results_csv(full_grid, tables):
     sums = defaultdict(lambda: [0, 0])
     for row in read_csv(full_grid / "results.csv"):
         part = row["row"] if row["table"] == "multi_task" else row["row"].split("/")[0]
-        name = "ablation" if row["table"] == "ablation" else f"{row['table']}_{part}"
+        name = f"{row['table']}_{part}"
+        if row["table"] == "ablation":
+            name = "ablation_updates" if row["arm"].endswith("_updates") else "ablation"
         sums[name, row["target"], row["arm"]][0] += int(row["correct"])
         sums[name, row["target"], row["arm"]][1] += int(row["n"])
     seen = 0

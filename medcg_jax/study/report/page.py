@@ -263,7 +263,7 @@ def write_tables(folder: Path, tables: Iterable[Table]) -> None:
 
 def _write(grid: Grid, folder: Path, formats: Sequence[str]) -> None:
     (folder / "plots").mkdir()
-    summary = stats.summarise(grid.workdir, grid.results, grid.answers)
+    summary = stats.summarise(grid.workdir, grid.results, grid.answers, grid.cells)
     maker = Tables(grid, summary)
     tables = {table.name: table for table in (*maker.all(), *published(maker))}
     write_tables(folder, tables.values())
@@ -351,8 +351,7 @@ def _result_sections(
     key = Markup('<span class="key">In the tables below: {}</span>').format(
         Markup(" ").join(Markup('<span class="{}">{}</span>{}').format(css, *words) for css, words in MARKS.items())
     )
-    lead = [Markup("<b>{}</b>").format(answer.opening)]
-    lead += [Markup("<b>{}:</b> {}.").format(words, names) for words, names in answer.totals()]
+    lead = [Markup("<b>{}</b>").format(answer.opening), *map(Markup.escape, answer.first())]
     first = Section(
         id="answer", title="The answer", answer=[Markup(" ").join(lead), *answer.sentences()],
         paragraphs=[Markup('The same in plain text: <a href="summary.txt">summary.txt</a>'), *([key] if results else [])],

@@ -31,7 +31,7 @@ from medcg_jax.study.report.drawing import (
 from medcg_jax.study.report.escape import TICK_CHARACTERS, short_label
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name
 from medcg_jax.study.report.table import points
-from medcg_jax.study.report.text import PARTS, effect_name, interval, verdict
+from medcg_jax.study.report.text import PARTS, effect_name, interval, state
 from medcg_jax.study.stats.paired import Unit, estimate, mean_difference
 
 # Comparisons that only the table below the headline figure shows.
@@ -84,13 +84,13 @@ class Plots:
         def paint(axes):
             numbers = {"transform": axes.get_yaxis_transform(), "fontsize": 8, "va": "center"}
             for y, effect in enumerate(reversed(effects)):
-                state = verdict(effect)
-                colour = {"up": BLUE, "down": RED, "open": GREY}[state]
+                shown = state(effect)
+                colour = {"up": BLUE, "down": RED, "open": GREY}[shown]
                 targets = [100 * value for value in effect["by_target"].values()]
                 axes.plot(targets, [y] * len(targets), "o", color=colour, alpha=0.28, markersize=3.2, markeredgewidth=0)
                 low, mean, high = (100 * effect[key] for key in ("ci_low", "mean", "ci_high"))
                 axes.plot([low, high], [y, y], color=colour, linewidth=2.2, solid_capstyle="butt")
-                fill = "#ffffff" if state == "open" else colour
+                fill = "#ffffff" if shown == "open" else colour
                 axes.plot(mean, y, "o", markersize=6.5, color=colour, markerfacecolor=fill, markeredgewidth=1.6)
                 number = f"{points(effect['mean'], True)}  [{interval(effect).replace(' to ', ', ')}]"
                 axes.text(1.02, y, f"{number}\nn {effect['n']:,}", color=MUTED, **numbers)

@@ -17,14 +17,14 @@ from medcg_jax.study.report.file_tables import (
 )
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name
 from medcg_jax.study.report.table import Table
-from medcg_jax.study.report.text import DOUBTFUL, PARTS, effect_name, efficiency_gains, verdict
+from medcg_jax.study.report.text import DOUBTFUL, PARTS, effect_name, efficiency_gains, state
 from medcg_jax.study.stats import metrics
 from medcg_jax.study.stats.calibration import NUM_BINS
 from medcg_jax.study.stats.controls import BLIND
 
 # Curves of the data efficiency.
 CURVES = ("with_related", "with_unrelated", "target_only")
-# `verdict` of an effect -> CSS class.
+# `state` of an effect -> CSS class.
 COLOURS = {"up": "win-sure", "down": "loss-sure", "open": ""}
 # End of the ablation's arms -> what they have in common with all related subsets.
 BUDGETS = {"": "epochs", "_updates": "updates"}
@@ -86,7 +86,7 @@ class Tables:
                     "p_smallest", "targets", "seeds")  # fmt: skip
             row |= {key: effect[key] for key in keys}
             row |= {f"seed_{seed}": effect["by_seed"].get(str(seed)) for seed in self.grid.seeds}
-            row["colours"] = {"mean": COLOURS[verdict(effect)]}
+            row["colours"] = {"mean": COLOURS[state(effect)]}
             # In and out of distribution answer different questions.
             if (effect["part"] == "") != (effect["table"] == "multi_task"):
                 # Holm adjusts over a table's directions; the table as a whole needs no adjustment.
@@ -293,7 +293,7 @@ class Tables:
             row[curve["curve"]] = Score(curve["accuracy"], curve["ci_low"], curve["ci_high"], curve["n"], ())
             row |= {"mean": gain and gain["mean"], "ci": (gain["ci_low"], gain["ci_high"]) if gain else None}
             row |= {"targets": curve["targets"], "seeds": curve["seeds"]}
-            row["colours"] = {"mean": COLOURS[verdict(gain)] if gain else ""}
+            row["colours"] = {"mean": COLOURS[state(gain)] if gain else ""}
         caption = (
             "Accuracy over the number of the target's own training records, with all related subsets, with as many "
             "unrelated records, and alone; mean over targets and seeds in %, 95 % intervals over both. The difference "
