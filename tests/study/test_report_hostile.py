@@ -13,9 +13,9 @@ from report_grids import change_config, json_lines, make_grid, quick, run_of, wr
 from test_report import Page
 
 from medcg_jax.cli import main
+from medcg_jax.study.report.drawing import draw
 from medcg_jax.study.report.escape import csv_cell, file_names, latex, markdown, plain, short_label
 from medcg_jax.study.report.page import write_report
-from medcg_jax.study.report.plots import draw
 from medcg_jax.study.report.samples import ANSWER, with_boxes
 
 # A subset's name, its modality, area and task; the name stands in CSV files too.
