@@ -28,7 +28,7 @@ from medcg_jax.train import goodput
 
 CELLS = ("cell", "table", "row", "arm", "seed", "related", "target", "steps", "status", "seconds")
 RESULTS = ("cell", "table", "row", "arm", "seed", "target", "n", "correct", "accuracy", "ci_low", "ci_high")
-FULL_TARGETS = ("mri-brain-state", "endoscopy-lung-grade")
+FULL_TARGETS = ("mri-brain-state", "oct-skin-grade")
 SIZES = {"data__train_records_per_subset": 20, "data__test_records_per_subset": 24}
 # Arm -> probability of a right answer beyond chance.
 SKILL = {
