@@ -10,6 +10,8 @@ import numpy as np
 from medcg_jax.config import CONTROLS
 from medcg_jax.data.records import LETTERS, DataError, Record, RecordSet, Turn
 
+# Controls without the images of the test; the others' are `ControlSet`s.
+WITHOUT_IMAGES = ("blank_images", "text_only")
 # A blank image: mid grey, square, so that no padding frames it and neither size nor shape tells one from another.
 BLANK = np.full((224, 224, 3), 128, np.uint8)
 
@@ -37,8 +39,6 @@ def control_sets(records: RecordSet, names: Sequence[str], seed: int) -> dict[st
       "two_options": the right option and a drawn wrong one, in drawn order, for questions with more options.
       "blank_images": each question beside a grey image (`blanked`). "text_only": without an image. Records
         without an image are left out of both.
-
-    All but the last two are `ControlSet`s.
 
     Raises:
       DataError: a question does not hold its options as lines "A: ...", or an image cannot be read.

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from medcg_jax.config import ConfigError, RunConfig, trains_masks
+from medcg_jax.data.controls import WITHOUT_IMAGES
 from medcg_jax.data.encoding import Encoded
 from medcg_jax.data.eval_batches import eval_batches, rounds
 from medcg_jax.data.sources import subset_names
@@ -22,9 +23,6 @@ from medcg_jax.train.checkpoint import load_params
 from medcg_jax.train.preempt import sigterm_saves
 from medcg_jax.train.sanity import check_sees, has_closed_gates
 from medcg_jax.train.setup import Setup, open_setup, start_params
-
-# Controls without the images of the test (`data.controls`).
-WITHOUT_IMAGES = ("blank_images", "text_only")
 
 
 class Tester:

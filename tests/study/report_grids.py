@@ -12,16 +12,18 @@ from random import Random
 from unittest import mock
 
 from record_sets import with_four_options
+from worlds import PAPER_ARMS
 
 from medcg_jax import cli
-from medcg_jax.config import CONTROLS, TABLES, DataConfig, RunConfig, TrainConfig, replace
+from medcg_jax.config import CONTROLS, TABLES, DataConfig, RunConfig, StudyConfig, TrainConfig, replace
 from medcg_jax.data.controls import control_sets
 from medcg_jax.data.records import LETTERS, RecordSet, Source
 from medcg_jax.data.sources import open_source
 from medcg_jax.eval.boxes import BoxAnswer, write_answers
 from medcg_jax.eval.predictions import wilson
+from medcg_jax.eval.probe import FEATURES
 from medcg_jax.study.design import suite
-from medcg_jax.study.stats import contamination, results
+from medcg_jax.study.stats import contamination, probe, results
 from medcg_jax.study.stats.controls import BLIND
 from medcg_jax.train import goodput
 
@@ -34,8 +36,10 @@ SIZES = {"data__train_records_per_subset": 20, "data__test_records_per_subset": 
 # Arm -> probability of a right answer beyond chance.
 SKILL = {
     "baseline": 0.0, "baseline_plus": -0.03, "trained": 0.6, "all_related": 0.65, "all_unrelated": -0.02,
-    "wo_modality": 0.55, "wo_area": 0.5, "wo_task": 0.02, "random_removal": 0.56, "same_task": 0.3, "all_data": 0.68,
-    "single_task": 0.7, "multi_task": 0.75,
+    "wo_modality": 0.55, "wo_area": 0.5, "wo_task": 0.02, "random_removal_modality": 0.56, "random_removal_area": 0.56,
+    "random_removal_task": 0.56, "same_task": 0.3, "all_data": 0.68, "single_task": 0.7, "multi_task": 0.75,
+    "single_1": 0.2, "single_2": 0.25, "single_3": 0.05, "filler_1": 0.2, "filler_2": 0.2, "filler_3": 0.0,
+    "words_only": 0.1, "no_images": 0.0,
 }  # fmt: skip
 
 
@@ -43,16 +47,19 @@ def skill_of(cell: suite.Cell) -> float:
     """How far above chance a cell is: 1 is always right."""
     if cell.arm.startswith("efficiency_"):
         records = int(cell.arm.rsplit("_", 1)[1])
-        start = 0.55 if cell.row.part == "with_related" else 0.0
+        start = {"with_related": 0.55, "with_unrelated": 0.05}.get(cell.row.part, 0.0)
         return start + (0.9 - start) * (1 - math.exp(-records / 60))
-    return 0.15 if (cell.table, cell.arm) == ("triples", "trained") else SKILL[cell.arm]
+    return 0.15 if (cell.table, cell.arm) == ("triples", "trained") else SKILL[cell.arm.removesuffix("_updates")]
 
 
 def run_of(**changes) -> RunConfig:
-    """A small phantom run; `changes` as of `run_config.replace`."""
+    """A small phantom run of the paper's arms and controls (`study__arms=()`: all); `changes` as of `config.replace`."""
+    study = StudyConfig()
+    curve = [f"efficiency_{n}" for n in (*study.efficiency_records, 20)]  # and all that a target has
     run = RunConfig(
         name="made", data=DataConfig(train_records_per_subset=100, test_records_per_subset=24),
         base=TrainConfig(steps=100), train=TrainConfig(epochs=4, learning_rate=1e-3),
+        study=replace(study, arms=(*PAPER_ARMS, *curve)),
     )  # fmt: skip
     return replace(run, **changes)
 
@@ -184,7 +191,8 @@ def small_grid(workdir: Path) -> Path:
         study__tables=("triples", "detection"), study__targets=("mri-brain-state",), data__train_records_per_subset=20,
         data__test_records_per_subset=6, eval__controls=("shuffled_images",),
     )  # fmt: skip
-    make_grid(workdir, replace(run, study__tables=("triples",)))
+    papers = ("baseline", "baseline_plus", "trained")
+    make_grid(workdir, replace(run, study__tables=("triples",), study__arms=papers))
     cells = [line.split(",") for line in (workdir / "cells.csv").read_text().splitlines()]
     for path in sorted((workdir / "predictions").glob("*.jsonl")):
         lines = [line | {"control": "shuffled_images"} for line in json_lines(path)]
@@ -207,6 +215,9 @@ def small_grid(workdir: Path) -> Path:
     trained = next(row[0] for row in cells if row[3] == "trained")
     leak = (trained, "near", "ct-brain-state/train/1", "mri-brain-state/test/2", 3, "reported", "mirrored")
     write_csv(workdir / "contamination.csv", contamination.HEADER, [leak])
+    shares = [f"{share:.6f}" for share in (4 / 6, *wilson(4, 6))]
+    probes = [("0", "mri-brain-state", name, 20, 6, 4, *shares, 0.01, "0.700000") for name in FEATURES]
+    write_csv(workdir / probe.FILE, probe.HEADER, probes)
     goodput.write(workdir / goodput.FILE, [{"seconds": {"productive": 8.0, "compile": 2.0}, "reached": {trained: 5}}])
     config = json.loads((workdir / "config.json").read_text())
     config |= {"cells": len(cells) - 1, "config": dataclasses.asdict(run)}
@@ -276,13 +287,13 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> No
 @contextlib.contextmanager
 def quick():
     """Reports without drawings (most of their time), and without what no file of a workdir decides."""
-    from medcg_jax.study.report.plots import Figure
+    from medcg_jax.study.report.drawing import Figure
 
     def undrawn(folder, name, title, caption, height_in, paint, width_in=1.0):
         return Figure(name, title, caption, "<svg></svg>", 1)
 
     with contextlib.ExitStack() as stack:
-        for name in ("plots", "compare"):
+        for name in ("plots", "curves", "compare"):
             stack.enter_context(mock.patch(f"medcg_jax.study.report.{name}.draw", undrawn))
         stack.enter_context(mock.patch("medcg_jax.study.report.page.power", lambda: ""))
         stack.enter_context(mock.patch("gc.collect"))  # by statsmodels: most of the rest

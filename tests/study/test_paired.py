@@ -8,21 +8,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import t as student
 from scipy.stats import ttest_1samp
+from statsmodels.stats.multitest import multipletests
 
 from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.design import mat
 from medcg_jax.study.stats.paired import (
     SIGN_FLIPS,
     Unit,
-    bootstrap_interval,
+    by_patient,
     compare,
     detectable,
+    estimate,
+    flipped,
     holm,
     mcnemar,
     mean_difference,
     mixed_interval,
     overall_test,
     paper_power,
+    patient_sums,
+    unit_of,
 )
 
 
@@ -64,6 +69,8 @@ def test_holm():
     """The example of the article "Holm-Bonferroni method" in Wikipedia, where .01 and .005 are rejected at .05."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([]) == []
+    values = np.random.default_rng(0).uniform(size=30) ** 4
+    assert holm(list(values)) == pytest.approx(multipletests(values, method="holm")[1])
     bonferroni = [4 * p for p in (0.01, 0.04, 0.03, 0.005)]
     assert holm([0.01, 0.04, 0.03, 0.005]) != pytest.approx(bonferroni)
 
@@ -120,38 +127,163 @@ def units(effect, targets=8, seeds=3, n=300, spread=0.0, rng=None):
         for s in range(seeds):
             up = int(np.clip(n * (0.3 + centre / 2), 0, n / 2))
             down = int(np.clip(n * (0.3 - centre / 2), 0, n / 2))
-            made.append(Unit(f"t{t}", s, n, rng.binomial(n, up / n), rng.binomial(n, down / n)))
+            made.append(unit(f"t{t}", s, n, rng.binomial(n, up / n), rng.binomial(n, down / n)))
     return made
 
 
-def test_bootstrap_interval_holds_the_mean_and_widens():
-    narrow, wide = units(0.2), units(0.2, spread=0.2)
-    for made in (narrow, wide):
-        low, high = bootstrap_interval(made)
-        assert low < mean_difference(made) < high
-        assert bootstrap_interval(made) == (low, high)  # the same draws each time
-    width = [high - low for low, high in (bootstrap_interval(m) for m in (narrow, wide))]
-    assert width[1] > 2 * width[0]
+def unit(target, seed, n, only_a, only_b):
+    return Unit(target, seed, n, only_a - only_b, only_a + only_b)
 
 
-def test_bootstrap_interval_covers():
-    rng = np.random.default_rng(0)
+def grid_units(values, n=10**6):
+    """Units with these means ([targets, seeds], NaN: absent), with next to no variance of records."""
+    return [Unit(f"t{t}", s, n, n * v, n * v**2) for (t, s), v in np.ndenumerate(values) if not np.isnan(v)]
+
+
+def test_units():
+    found = unit_of("t", 0, np.array([1, 0, -1, 1]))
+    assert (found.n, found.total, found.squares, found.mean) == (4, 1.0, 3.0, 0.25)
+    assert found.variance == pytest.approx(np.var([1, 0, -1, 1], ddof=1) / 4)
+
+
+def test_estimate_of_one_seed_is_the_t_interval_of_the_targets():
+    values = np.array([0.1, 0.25, -0.05, 0.3, 0.2])
+    found = estimate(grid_units(values[:, None]))
+    wanted = ttest_1samp(values, 0).confidence_interval()
+    assert found.interval() == pytest.approx((wanted.low, wanted.high))
+    assert (found.p, found.test) == (overall_test(values).p, "exact sign flips of 5 targets")
+    assert not found.is_up  # 4 of 32 patterns
+
+
+def test_estimate_of_one_target_is_the_t_interval_of_its_seeds_and_says_nothing_of_others():
+    values = np.array([0.21, 0.25, 0.2])
+    found = estimate(grid_units(values[None]))
+    wanted = ttest_1samp(values, 0).confidence_interval()
+    assert found.interval() == pytest.approx((wanted.low, wanted.high)) and wanted.low > 0
+    assert found.p == 1.0 and not found.is_up
+
+
+def test_two_way_interval_is_the_textbooks():
+    """Penicillin of the section below: 24 plates by 6 samples, whose components lme4 prints: SD .847, 1.932, .550."""
+    values = penicillin() / 100
+    found = estimate(grid_units(values.T))
+    plates, samples = values.shape[1], values.shape[0]
+    se = (0.846704**2 / plates + 1.931555**2 / samples + 0.549923**2 / values.size) ** 0.5 / 100
+    of_both = found.errors[2]
+    assert of_both[0] == pytest.approx(se, rel=1e-4)
+    assert samples - 1 <= of_both[1] < 6  # Satterthwaite: nearly all of it is between samples
+    by_sample = values.mean(1)
+    assert found.errors[1] == (pytest.approx(by_sample.std(ddof=1) / samples**0.5), samples - 1)
+    # The widest of them is the interval.
+    half = max(student.ppf(0.975, df) * error for error, df in found.errors)
+    assert found.interval() == pytest.approx((found.mean - half, found.mean + half))
+    low, high = found.interval(1 - found.p)
+    assert found.mean < 1 and (low == pytest.approx(0, abs=1e-9) or high == 1.0)
+
+
+def test_no_interval_is_narrower_than_that_of_targets_seeds_or_records():
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        values = rng.normal(0.1, 0.1, (rng.integers(2, 7), rng.integers(2, 4)))
+        found = estimate(grid_units(values))
+        half = (found.interval()[1] - found.interval()[0]) / 2
+        for means in (values.mean(0), values.mean(1)):
+            wanted = ttest_1samp(means, 0).confidence_interval()
+            assert half >= min((wanted.high - wanted.low) / 2, 0.7) - 1e-9
+    alike = estimate([unit(f"t{t}", s, 100, 60, 20) for t in range(4) for s in range(3)])
+    assert alike.interval()[1] - alike.mean == pytest.approx(1.96 * math.sqrt((80 - 16) / 99 / 100 / 12), rel=1e-3)
+    none = estimate([unit(f"t{t}", s, 100, 0, 0) for t in range(4) for s in range(3)])
+    assert none.interval() == pytest.approx((-wilson(0, 1200)[1], wilson(0, 1200)[1])) and none.p == 1.0
+
+
+def test_missing_cells_are_fitted_and_cost_degrees_of_freedom():
+    """Of an additive layout the fit is exact: a cell that is taken away changes the mean by nothing."""
+    values = np.add.outer([0.0, 0.1, 0.3, 0.2], [0.0, 0.05, -0.02])
+    gap = values.copy()
+    gap[2, 1] = np.nan
+    full, fitted = estimate(grid_units(values)), estimate(grid_units(gap))
+    assert fitted.mean == pytest.approx(full.mean, abs=1e-9)
+    assert mean_difference(grid_units(gap)) != pytest.approx(full.mean, abs=1e-3)
+    apart = estimate(grid_units(np.array([[0.2, np.nan], [0.3, 0.3]])))
+    assert apart.interval() == (-1.0, 1.0) and not apart.is_up
+
+
+def test_p_is_where_the_interval_touches_zero():
+    rng = np.random.default_rng(4)
+    for _ in range(30):
+        found = estimate(grid_units(rng.normal(0.15, 0.1, (5, 3))))
+        low, high = found.interval(1 - found.p)
+        assert min(abs(low), abs(high)) == pytest.approx(0, abs=1e-6) or -1 in (low, high) or 1 in (low, high)
+        assert found.is_up == (found.interval()[0] > 0) == (found.p < 0.05 and found.mean > 0)
+
+
+@pytest.mark.parametrize(("targets", "seeds"), [(3, 3), (8, 3), (8, 2)])
+@pytest.mark.parametrize("common", [0.0, 0.06])
+def test_two_way_interval_covers(targets, seeds, common):
+    """By resampling targets with seeds nested in them, .72 to .92 were covered."""
+    rng = np.random.default_rng([targets, seeds, int(100 * common)])
     inside = 0
-    for _ in range(60):
-        low, high = bootstrap_interval(units(0.1, targets=10, spread=0.1, rng=rng), draws=400)
+    for _ in range(500):
+        of_targets, of_seeds = rng.normal(0, 0.05, (targets, 1)), rng.normal(0, common, (1, seeds))
+        values = 0.1 + of_targets + of_seeds + rng.normal(0, 0.04, (targets, seeds))
+        low, high = estimate(grid_units(np.clip(values, -1, 1))).interval()
         inside += low <= 0.1 <= high
-    assert inside >= 50
+    assert inside >= 0.93 * 500
 
 
 def test_one_target_and_seed_has_the_records_interval():
-    low, high = bootstrap_interval([Unit("t", 0, 200, 60, 20)])
-    assert low == pytest.approx(0.2 - 1.96 * math.sqrt((80 - 40**2 / 200) / 200**2), abs=0.02)
+    low, high = estimate([unit("t", 0, 200, 60, 20)]).interval()
+    assert low == pytest.approx(0.2 - 1.96 * math.sqrt((80 - 40**2 / 200) / 199 / 200), abs=1e-5)
     assert high < 0.32
+
+
+# ------------------------------------------------------------------ patients
+
+
+def test_sign_flips_of_patients():
+    """By hand: patients' sums 3, 1, -1: of 8 patterns those that reach 3 or more, either way, are 2 of +-5, 2 x 2 of +-3."""
+    assert flipped([3, 1, -1]) == pytest.approx(6 / 8)
+    assert flipped([3, 1, 1]) == pytest.approx(2 / 8)
+    assert flipped([]) == flipped([0, 0]) == 1.0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(-3, 3), max_size=9))
+def test_sign_flips_are_brute_force(sums):
+    signs = np.array(np.meshgrid(*[[-1, 1]] * len(sums))).reshape(len(sums), -1).T if sums else np.zeros((1, 0))
+    wanted = np.mean(np.abs(signs @ np.array(sums, int)) >= abs(sum(sums)))
+    assert flipped(sums) == pytest.approx(wanted)
+
+
+def test_records_of_one_patient_are_one_draw():
+    """Ten records each of six patients that go one way: McNemar's p by records is far too small."""
+    a = {f"{p}/{i}": p < 5 for p in range(6) for i in range(10)}
+    b = {key: not right for key, right in a.items()}
+    patients = {key: key[0] for key in a}
+    assert compare(a, b).p == pytest.approx(mcnemar(50, 10)) and mcnemar(50, 10) < 1e-6
+    assert compare(a, b, patients).p == pytest.approx(14 / 64)
+    assert compare(a, b, {}).p == compare(a, b).p
+    values = {key: int(right) - int(b[key]) for key, right in a.items()}
+    assert sorted(patient_sums(values, patients)) == [-10, 10, 10, 10, 10, 10]
+    alone, clustered = mixed_interval([values]), mixed_interval([by_patient(values, patients)])
+    assert clustered.mean == pytest.approx(alone.mean)
+    assert (clustered.mean - clustered.low) > 2.5 * (alone.mean - alone.low)
+    # One record a patient: the same interval.
+    same = mixed_interval([by_patient(values, {key: key for key in a})])
+    assert (same.low, same.high) == pytest.approx((alone.low, alone.high))
+
+
+def test_patients_of_unequal_size_keep_the_mean():
+    values = {f"r{i}": float(i % 3 == 0) for i in range(20)}
+    patients = {f"r{i}": "big" if i < 12 else f"p{i // 2}" for i in range(18)}
+    made = by_patient(values, patients)
+    assert len(made) == 1 + 3 + 2
+    assert np.mean(list(made.values())) == pytest.approx(np.mean(list(values.values())))
 
 
 def test_mean_difference_weighs_targets_alike():
     rows = [("a", 0, 10, 5, 0), ("a", 0, 10, 5, 0), ("a", 1, 10, 1, 0), ("b", 0, 10, 0, 1)]
-    made = [Unit(*row) for row in rows]
+    made = [unit(*row) for row in rows]
     assert mean_difference(made) == pytest.approx(((0.5 + 0.1) / 2 - 0.1) / 2)
 
 

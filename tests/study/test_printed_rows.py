@@ -7,6 +7,7 @@ from medcg_jax.study.design.overlap import LAPSES
 from medcg_jax.study.report.load_grid import Grid
 from medcg_jax.study.report.page import write_report
 from medcg_jax.study.report.tables import Tables
+from medcg_jax.study.report.text import limits
 from medcg_jax.study.stats import stats
 
 # Row -> (training subsets, right answers of Trained of 10); Baseline+ has 5.
@@ -92,3 +93,11 @@ def test_without_lapses_nothing_is_said_again(tmp_path):
     rows = [("pairs", "fixed_modality/04/t3r1", "03+06", {"baseline_plus": 5, "trained": 7})]
     found = stats.summarise(printed_grid(tmp_path / "w", rows))
     assert found["without_lapses"] == [] and Tables(Grid(tmp_path / "w"), found).without_lapses().rows == []
+
+
+def test_limits_name_what_the_grid_has(workdir, summary):
+    text = " ".join(limits(Grid(workdir), summary))
+    assert "4 printed rows of the paper here share more or less with their target" in text
+    assert "no arm of this grid has them and nothing else of the target" in text and "Same task only" not in text
+    none = " ".join(limits(Grid(workdir), summary | {"without_lapses": []}))
+    assert "printed row" not in none

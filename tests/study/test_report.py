@@ -88,12 +88,12 @@ def test_every_section_and_plot_is_there(full_grid):
     folder = full_grid / "report"
     page = Page((folder / "index.html").read_text())
     order = ["asked", "answer", "pairs", "triples", "ablation", "multi-task", "efficiency", "map", "samples", "subsets",
-             "letters", "training", "published", "limits", "made", "choices"]  # fmt: skip
+             "letters", "calibration", "base", "training", "published", "limits", "made", "choices"]  # fmt: skip
     assert [name for name in page.ids if name in order] == order
     assert "phantoms, not patients" in page.text
     assert "version 1" in page.text and "not set beside these" in page.text
     for name in ("effects", "pairs_fixed_area", "triples_one_each", "ablation", "figure4", "efficiency", "letters",
-                 f"efficiency_{TARGET}", "loss_pairs", "multi_task_in_distribution", "map"):  # fmt: skip
+                 "reliability", "risk_coverage", f"efficiency_{TARGET}", "loss_pairs", "multi_task_in_distribution", "map"):  # fmt: skip
         assert Image.open(folder / "plots" / f"{name}.png").size[0] > 300
         assert (folder / "plots" / f"{name}.svg").read_text().startswith("<?xml")
     table = (folder / "index.html").read_text().partition('id="table-pairs-fixed-area"')[2].partition("</table>")[0]

@@ -7,7 +7,16 @@ import shutil
 from collections import defaultdict
 
 import pytest
-from report_grids import change_config, json_lines, printed_grid, quick, read_csv
+from report_grids import (
+    FOUR_OPTIONS,
+    FULL_TARGETS,
+    change_config,
+    json_lines,
+    printed_grid,
+    quick,
+    read_csv,
+    write_json_lines,
+)
 
 from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.design import mat
@@ -30,7 +39,9 @@ def test_accuracies_are_those_of_results_csv(full_grid, tables):
     sums = defaultdict(lambda: [0, 0])
     for row in read_csv(full_grid / "results.csv"):
         part = row["row"] if row["table"] == "multi_task" else row["row"].split("/")[0]
-        name = "ablation" if row["table"] == "ablation" else f"{row['table']}_{part}"
+        name = f"{row['table']}_{part}"
+        if row["table"] == "ablation":
+            name = "ablation_updates" if row["arm"].endswith("_updates") else "ablation"
         sums[name, row["target"], row["arm"]][0] += int(row["correct"])
         sums[name, row["target"], row["arm"]][1] += int(row["n"])
     seen = 0
@@ -80,9 +91,16 @@ def test_marks(results, expected):
     assert mark([{"difference": d, "p_holm": p} for d, p in results] + [None]) == expected
 
 
-def test_chance_is_of_the_options(tables):
+def test_chance_is_of_the_options(tables, tmp_path):
     chance = {row["target"]: row["chance"] for row in tables["ablation"].rows}
-    assert chance == pytest.approx({"mri-brain-state": 0.5, "oct-skin-grade": 0.25})
+    assert chance == pytest.approx({FULL_TARGETS[0]: 0.5, FOUR_OPTIONS: 0.25})
+    workdir = released(tmp_path / "w")
+    for path in (workdir / "predictions").glob("pairs.fixed_task.32.*.jsonl"):
+        lines = json_lines(path)
+        for line in lines[:5]:
+            line |= {"options": ["x", "y", "z", "w"], "logprobs": [-0.7, -0.8, -2.0, -3.0]}
+        write_json_lines(path, lines)
+    assert Grid(workdir).chance("32") == pytest.approx((5 / 4 + 5 / 2) / 10)
 
 
 def test_how_letters_were_used(full_grid, tables):
@@ -91,7 +109,7 @@ def test_how_letters_were_used(full_grid, tables):
     row = next(r for r in tables["answers"].rows if (r["table"], r["arm"]) == ("pairs", "Trained"))
     assert row["n"] == len(lines)
     assert row["letter_A"] == pytest.approx(sum(line["predicted"] == "A" for line in lines) / len(lines))
-    assert sum(row[f"letter_{name}"] for name in "ABCD") == pytest.approx(1)
+    assert sum(row[f"letter_{name}"] for name in "AB") == pytest.approx(1)
     assert row["unparsed"] == pytest.approx(sum(line["generated"] == "the image" for line in lines) / len(lines))
     assert 0 < row["unparsed"] < 0.2
     assert row["mass"] == pytest.approx(0.98, abs=0.01)
@@ -225,6 +243,10 @@ def test_published_rows_stand_beside_ours_with_the_confidence_of_their_reading(t
     assert "The images cannot be shown" in text
 
 
+def slips(row: mat.PaperRow) -> str:
+    return slips_of("table3_classification_pairs", row.row, (*row.related, row.target))
+
+
 def test_published_rows_say_what_they_share_and_what_is_doubtful(tmp_path):
     workdir = released(tmp_path / "w")
     pairs, _ = published(Tables(Grid(workdir), stats.summarise(workdir)))
@@ -238,7 +260,10 @@ def test_published_rows_say_what_they_share_and_what_is_doubtful(tmp_path):
     assert (whole["confidence"], whole["others"], whole["slips"]) == ("medium", "28 + 37", None)
     assert "In 1 of these 2 rows a training subset has all three elements of the target" in pairs.caption
     assert "in 1 a subset has a doubtful triplet as printed" in pairs.caption
-    resting = [row for row in mat.paper_rows(3) if "subset 32: " in slips_of("table3_classification_pairs", row)]
+    resting = [row for row in mat.paper_rows(3) if "subset 32: " in slips(row)]
+    assert slips_of("table1_in_distribution", 32, ("32",)).startswith(
+        "subset 32: its one dataset, 63, is described as MRI"
+    )
     assert [row.row for row in resting] == [5, 17, 18, 19, 20, 21, 22, 27, 29]
 
 
@@ -247,7 +272,7 @@ def test_rows_that_print_the_same_numbers_are_slips():
     for row in mat.paper_csv("table3_classification_pairs"):
         numbers = tuple(row[key] for key in ("target", "baseline", "baseline_plus", "trained"))
         first = seen.setdefault(numbers, row["row"])
-        text = slips_of("table3_classification_pairs", mat.paper_rows(3)[int(row["row"]) - 1])
+        text = slips(mat.paper_rows(3)[int(row["row"]) - 1])
         assert (f"all three numbers are those of row {first}," in text) == (first != row["row"]), row
 
 

@@ -7,80 +7,124 @@ from report_grids import make_grid, run_of, score_again, skill_of
 
 from medcg_jax.study.report.load_grid import Grid
 from medcg_jax.study.report.table import points
-from medcg_jax.study.report.text import Answer, below_chance, letter_habits, limits, short_name, verdict
+from medcg_jax.study.report.text import Answer, below_chance, letter_habits, limits, no_loss, state, summary_text
 from medcg_jax.study.stats import stats
 
 TARGETS = ("mri-brain-state", "ct-liver-grade", "photo-skin-state", "oct-skin-grade")
+SIX = (*TARGETS, "photo-eye-state", "mri-liver-cancer")
+DECIDING = ("trained", "baseline_plus", "single_1", "single_2", "filler_1", "filler_2")
+COMPOSED = {"trained": 0.9, "baseline_plus": 0.0, "single_1": 0.1, "single_2": 0.2, "filler_1": 0.1, "filler_2": 0.1}
 
 
 def answer_of(folder, skills=None, **changes) -> Answer:
     """The answer of a grid whose arms have these skills."""
     skills = skills or {}
-    run = run_of(study__targets=TARGETS, study__seeds=(0, 1), data__test_records_per_subset=40, **changes)
-    workdir = make_grid(folder / "w", run, skill=lambda cell: skills.get(cell.arm, skill_of(cell)))
+    changes = {"study__targets": TARGETS, "study__seeds": (0, 1), "data__test_records_per_subset": 40} | changes
+    workdir = make_grid(folder / "w", run_of(**changes), skill=lambda cell: skills.get(cell.arm, skill_of(cell)))
     return Answer(Grid(workdir), stats.summarise(workdir))
 
 
-def test_a_large_effect_is_a_yes(tmp_path):
-    answer = answer_of(tmp_path, {"trained": 0.8})
-    effect = answer.main
-    assert (effect["table"], effect["arm"], effect["against"]) == ("pairs", "trained", "baseline_plus")
-    assert answer.lead == "yes" and answer.opening == "Yes, on phantoms, not patients."
-    text = " ".join(answer.sentences())
-    assert f"raised accuracy by {points(effect['mean'])} points" in text
-    assert f"95 % interval {points(effect['ci_low'])} to {points(effect['ci_high'])}" in text
-    assert f"{effect['wins']} of 16 rows up, {effect['significant']} significantly" in text
-    assert "Over 4 targets never trained on, 2 seeds and 1,280 test answers per arm" in text
-    assert dict(answer.totals()).keys() == {"Shown"}
+def pairs_of(folder, skills, arms=DECIDING, **changes) -> Answer:
+    """One direction of pairs on six targets and three seeds."""
+    changes = {"study__targets": SIX, "study__seeds": (0, 1, 2)} | changes
+    return answer_of(folder, skills, study__arms=arms, study__parts=("fixed_task",), **changes)
 
 
-def test_no_effect_is_not_shown(tmp_path):
-    answer = answer_of(tmp_path, {"trained": 0.0, "baseline_plus": 0.0})
-    assert verdict(answer.main) == "open", "the draw of this test must have an interval with 0 in it"
-    assert answer.lead == "not shown" and answer.opening.startswith("No effect is shown")
-    text = " ".join(answer.sentences())
-    assert "is not shown to change accuracy against training on unrelated ones" in text and "includes 0" in text
-    assert "raised" not in text and "lowered" not in text
-    assert "pairs over unrelated data" in dict(answer.totals())["Not shown"]
-
-
-def test_a_reversed_effect_is_a_no(tmp_path):
-    answer = answer_of(tmp_path, {"trained": -0.5, "baseline_plus": 0.5})
-    assert answer.lead == "no" and answer.opening.startswith("No: the reverse")
-    text = " ".join(answer.sentences())
-    assert f"lowered accuracy by {points(-answer.main['mean'])} points" in text and "rows down" in text
-    assert "against no training it is a loss of" in text
-    assert "pairs over unrelated data" in dict(answer.totals())["The other way"]
-
-
-def test_a_gain_that_the_same_task_gives_too_is_partial(tmp_path):
-    skills = {"trained": 0.8, "all_related": 0.7, "same_task": 0.7, "wo_modality": 0.2, "wo_area": 0.2}
-    answer = answer_of(tmp_path, skills, study__tables=("pairs", "ablation"))
-    assert answer.lead == "partly"
-    assert "more than the same task alone" in dict(answer.totals())["Not shown"]
-    comparisons = [answer.main, *answer.checks]
-    assert not all(verdict(effect) == "up" for effect in comparisons)
-    named = [name for _, names in answer.totals() for name in names.split("; ")]
-    assert sorted(named) == sorted(short_name(effect) for effect in comparisons)
-    text = " ".join(answer.sentences())
-    assert (
-        "All related subsets together are not shown to change accuracy against training on subsets that share the task"
-        in text
+def test_composition_is_said_with_what_it_rests_on(tmp_path):
+    answer = pairs_of(tmp_path, COMPOSED)
+    line = answer.verdict
+    assert line["verdict"] == "composition"
+    assert answer.opening.startswith(
+        "Composition, on phantoms, not patients: it is above every one of its subsets alone"
     )
+    text = " ".join(answer.first())
+    before, after = (f"{100 * line['accuracy'][arm]:.1f} %" for arm in ("baseline_plus", "trained"))
+    assert f"From {before} (unrelated data) to {after} (pairs of related subsets)" in text
+    gain = line["gain"]
+    assert f"{points(gain['mean'], True)} points (95 % interval {points(gain['ci_low'])} to " in text
+    assert re.search(
+        r"chance \d\d\.\d %; 720 distinct questions on 6 targets never trained on, 3 seeds, \d+ trainings", text
+    )
+    assert "overall p" in text and "(two-way t of 6 targets and 3 seeds; no least p)" in text
+    assert "over the first (" in text and "over the second (" in text and "interaction" in text.lower()
+    assert "Not asked: subsets that share the task alone and the same training without images." in text
 
 
-@pytest.mark.parametrize(("without", "words"), [(0.0, "shown"), (0.65, "not shown"), (0.95, "a gain")])
+def test_transfer_names_the_single_that_is_not_beaten(tmp_path):
+    answer = pairs_of(tmp_path, COMPOSED | {"single_2": 0.9, "filler_2": 0.9})
+    assert answer.opening.startswith("Transfer from one subset, on phantoms")
+    assert "not shown: " in " ".join(answer.first()) or "no loss (within 3.0 points)" in " ".join(answer.first())
+    assert "composition" not in answer.opening.lower()
+
+
+def test_absent_arms_are_named(tmp_path):
+    answer = pairs_of(tmp_path, COMPOSED, arms=("trained", "baseline_plus", "single_1", "single_2"))
+    assert answer.opening.startswith("A gain over unrelated data, cause not tested, on phantoms")
+    assert "(First with unrelated and Second with unrelated)" in answer.opening
+
+
+def test_one_seed_speaks_of_these_models_alone(tmp_path):
+    answer = pairs_of(tmp_path, COMPOSED, study__seeds=(0,))
+    assert answer.opening.startswith(
+        "Not shown (one seed: nothing is said of the recipe; these models alone: composition), on phantoms"
+    )
+    text = " ".join(answer.first())
+    assert "; one seed: nothing is said of the recipe)" in text
+    assert "overall p .031 (exact sign flips of 6 targets; the least p .031)" in text
+    few = pairs_of(tmp_path / "few", COMPOSED, study__seeds=(0,), study__targets=TARGETS)
+    assert "4 targets cannot show a gain, since no p can be below 0.125" in few.opening
+
+
+def test_no_gain_and_the_reverse(tmp_path):
+    none = pairs_of(tmp_path / "none", dict.fromkeys(DECIDING, 0.0))
+    assert none.opening.startswith("Not shown, on phantoms, not patients: no gain over unrelated data is shown")
+    down = pairs_of(tmp_path / "down", {"trained": -0.5, "baseline_plus": 0.6}, arms=("trained", "baseline_plus"))
+    assert down.opening.startswith("The reverse, on phantoms")
+
+
+def test_the_words_follow_the_summary(tmp_path):
+    answer = pairs_of(tmp_path, COMPOSED)
+    first = summary_text(answer.grid, answer, ["a limit"]).split("\n\n")
+    assert first[0].replace("\n", " ").startswith(answer.opening)
+    assert first[1].startswith("made: ") and first[-1] == "- a limit\n"
+
+
+def test_grids_without_pairs_do_not_test_composition(tmp_path):
+    answer = answer_of(tmp_path, study__tables=("ablation",), study__targets=TARGETS[:2])
+    assert answer.verdict is None and answer.opening.startswith("Composition is not tested, on phantoms")
+
+
+def test_an_effect_that_is_not_shown_is_not_said_to_be_absent(tmp_path):
+    answer = answer_of(tmp_path, {"trained": 0.0, "baseline": 0.0}, study__parts=("fixed_area",))
+    effect = answer.find("pairs", "trained", "baseline")
+    assert state(effect) == "open" and not effect["equivalent"]
+    text = " ".join(answer.sentences())
+    assert "is not shown to change accuracy against no training" in text
+    assert f"a loss of up to {points(-effect['ci_low'])} is not excluded" in text
+    assert "raised" not in text and "lowered" not in text and "no loss" not in text
+
+
+def test_no_loss_is_said_within_the_bound_alone():
+    assert no_loss({"equivalent": True}, 0.02) == "no loss (within 3.0 points)"
+    assert no_loss({"equivalent": False}, 0.021) == "a loss of up to 2.1 is not excluded"
+
+
+@pytest.mark.parametrize(("without", "words"), [(-0.5, "shown"), (0.65, "not shown"), (0.99, "a gain")])
 def test_what_an_element_is_worth_is_said_as_it_is(tmp_path, without, words):
-    answer = answer_of(tmp_path, {"wo_area": without, "all_related": 0.65}, study__tables=("ablation",))
+    skills = {"wo_area": without, "all_related": 0.65 if words == "not shown" else 0.35}
+    answer = answer_of(
+        tmp_path, skills, study__tables=("ablation",), study__targets=SIX, study__seeds=(0, 1, 2),
+        study__arms=("all_related", "wo_area", "random_removal_area"),
+    )  # fmt: skip
     effect = answer.find("ablation", "all_related", "wo_area")
     said = next(text for text in answer.sentences() if text.startswith("Leaving out"))
     area = said.partition("area ")[2].partition(")")[0]
-    state = {"shown": "up", "not shown": "open", "a gain": "down"}[words]
-    assert verdict(effect) == state
+    wanted = {"shown": "up", "not shown": "open", "a gain": "down"}[words]
+    assert state(effect) == wanted
     assert area.startswith(points(effect["mean"]))
-    assert area.endswith(", not shown") == (state == "open") and area.endswith(", a gain") == (state == "down")
-    key = {"up": "Shown", "open": "Not shown", "down": "The other way"}[state]
-    assert short_name(effect) in dict(answer.totals())[key]
+    assert (", not shown; " in area) == (wanted == "open") and area.endswith(", a gain") == (wanted == "down")
+    text = " ".join(answer.sentences())
+    assert "Leaving out as many at random: area " in text and "Beyond the random removal: area " in text
 
 
 def test_efficiency_is_paired_by_target_records(tmp_path):
@@ -100,6 +144,7 @@ def test_limits_name_seeds_controls_and_tuned_targets(tmp_path):
     )
     said = " ".join(limits(Grid(two), stats.summarise(two)))
     assert "One seed" not in said and "chosen on some" not in said and "equal epochs" in said
+    assert "With 2 seeds an interval over them is wide" in said and "of these models on these records" in said
 
 
 def test_one_letter_for_all_and_worse_than_chance_are_said(tmp_path):

@@ -4,20 +4,26 @@ import csv
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from medcg_jax.config import RunConfig, replace
 from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.stats import stats
-from medcg_jax.study.stats.paired import detectable
+from medcg_jax.study.stats.grid_files import read_results
+from medcg_jax.study.stats.paired import detectable, flipped, mcnemar
+from medcg_jax.study.stats.results import CELLS_HEADER
+from medcg_jax.untrusted import FileError
 
 
-def write_grid(folder, answers, source="phantom"):
-    """answers: (table, row, arm, seed, target) -> string of 1 (right) and 0, one per record."""
+def write_grid(folder, answers, source="phantom", related=lambda key: f"{key[2]} of {key[4]}", groups=()):
+    """answers: (table, row, arm, seed, target) -> string of 1 (right) and 0, one per record. related: of a key, its
+    training subsets. groups: patient of each record; "": unknown."""
     (folder / "predictions").mkdir(parents=True)
     config = dataclasses.asdict(replace(RunConfig(), data__source=source))
-    (folder / "config.json").write_text(json.dumps({"config": config, "versions": {}, "data": {}}))
-    rows = []
+    recorded = {"config": config, "versions": {}, "data": {}, "cells": len(answers)}
+    (folder / "config.json").write_text(json.dumps(recorded))
+    rows, cells = [], []
     for i, ((table, row, arm, seed, target), marks) in enumerate(answers.items()):
         with open(folder / "predictions" / f"c{i}.jsonl", "w") as file:
             for k, mark in enumerate(marks):
@@ -25,10 +31,15 @@ def write_grid(folder, answers, source="phantom"):
                     "id": f"{target}/test/{k}", "subset": target, "options": ["yes", "no"], "answer": "A",
                     "predicted": "BA"[int(mark)], "logprobs": [-1.5 + int(mark), -1.0], "generated": None,
                 }  # fmt: skip
+                line |= {"group": groups[k]} if groups and groups[k] else {}
                 file.write(json.dumps(line) + "\n")
         n, correct = len(marks), marks.count("1")
         low, high = wilson(correct, n)
         rows.append([f"c{i}", table, row, arm, seed, target, n, correct, correct / n, low, high])
+        subsets = "" if arm == "baseline" else related((table, row, arm, seed, target))
+        cells.append([f"c{i}", table, row, arm, seed, subsets, target, 10 if subsets else 0, "done", 1.5])
+    with open(folder / "cells.csv", "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([CELLS_HEADER, *cells])
     with open(folder / "results.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
@@ -44,7 +55,12 @@ def test_summarise(tmp_path):
         for target, (base, plus, trained) in {"x": ("0101", "0100", "1111"), "y": ("0011", "0011", "0011")}.items():
             for arm, marks in (("baseline", base), ("baseline_plus", plus), ("trained", trained)):
                 answers["pairs", f"fixed_area/{target}", arm, seed, target] = marks * 10
-    for arm, marks in (("all_related", "1111"), ("random_removal", "1110"), ("wo_task", "1000"), ("same_task", "1100")):
+    for arm, marks in (
+        ("all_related", "1111"),
+        ("random_removal_task", "1110"),
+        ("wo_task", "1000"),
+        ("same_task", "1100"),
+    ):
         answers["ablation", "x", arm, 0, "x"] = marks * 10
     for count, marks in ((0, "0001"), (10, "0111")):
         answers["efficiency", "target_only/x", f"efficiency_{count}", 0, "x"] = marks * 10
@@ -61,8 +77,10 @@ def test_summarise(tmp_path):
     assert counts == [1, 0, 1, 2, 2, 2]
     assert plus["ci_low"] <= 0 < plus["ci_high"]
     assert effect["pairs", "fixed_area", "trained", "baseline_plus"] == {**plus, "part": "fixed_area"}
-    assert plus["p_overall"] == plus["p_overall_holm"] == 1.0  # one target of two differs, and one seed adds nothing
-    assert (plus["p_smallest"], plus["test"]) == (0.5, "exact sign flips of 2 targets")
+    assert plus["p_overall"] == plus["p_overall_holm"] > 0.4  # one target of two differs
+    assert (plus["p_smallest"], plus["test"]) == (None, "two-way t of 2 targets and 2 seeds")
+    assert not (plus["up"] or plus["down"] or plus["equivalent"])
+    assert (plus["n"], plus["trainings"]) == (160, 8)
     row = next(r for r in found["rows"] if (r["row"], r["against"]) == ("fixed_area/x", "baseline_plus"))
     assert (row["n"], row["only_a"], row["only_b"], row["seeds"]) == (80, 60, 0, [0, 1])
     assert row["p"] == pytest.approx(2 * 0.5**60) and row["p_holm"] == pytest.approx(2 * row["p"])
@@ -84,7 +102,11 @@ def test_summarise(tmp_path):
     accuracy = {(a["table"], a["part"], a["arm"]): a for a in found["accuracy"]}
     assert accuracy["pairs", "fixed_area", "trained"]["accuracy"] == pytest.approx(0.75)
     assert accuracy["pairs", "", "trained"]["n"] == 160
-    json.dumps(found)
+    (verdict, of_part) = found["verdicts"]
+    assert (verdict["verdict"], verdict["part"], of_part["part"]) == ("not shown", "", "fixed_area")
+    assert (verdict["n"], verdict["trainings"], verdict["targets"], verdict["seeds"]) == (160, 8, 2, 2)
+    assert verdict["missing"] == {"single_1": 4, "single_2": 4, "filler_1": 4, "filler_2": 4}
+    json.dumps(found, allow_nan=False)
 
 
 @pytest.mark.parametrize(("source", "n", "only"), [("phantom", 12, (6, 3)), ("release", 4, (3, 1))])
@@ -137,3 +159,80 @@ def test_the_same_records_at_more_seeds_are_no_more_records(tmp_path):
     rows = {s: stats.summarise(write_grid(tmp_path / s, answers, s))["rows"][0] for s in ("phantom", "release")}
     width = {source: row["ci_high"] - row["ci_low"] for source, row in rows.items()}
     assert width["release"] == pytest.approx(2 * width["phantom"], rel=0.02)
+
+
+def four_arms(rows, marks):
+    """Answers of `rows` of target x at one seed: trained and baseline_plus with these marks."""
+    return {
+        ("pairs", row, arm, 0, "x"): mark
+        for row in rows
+        for arm, mark in zip(("trained", "baseline_plus"), marks, strict=True)
+    }
+
+
+def test_a_question_of_several_rows_and_a_training_of_several_cells_count_once(tmp_path):
+    answers = four_arms(("fixed_area/x", "fixed_task/x", "modality_area/x"), ("1" * 30, "01" * 15))
+    same = stats.summarise(write_grid(tmp_path / "same", answers))
+    accuracy = next(a for a in same["accuracy"] if (a["part"], a["arm"]) == ("", "trained"))
+    effect = same["effects"][0]
+    assert (accuracy["n"], effect["n"], effect["rows"], effect["trainings"]) == (30, 30, 3, 2)
+    # One comparison, asked three times: nothing to adjust.
+    assert [row["p_holm"] for row in same["rows"]] == [row["p"] for row in same["rows"]]
+    apart = stats.summarise(write_grid(tmp_path / "apart", answers, related=lambda key: f"{key[2]} of {key[1]}"))
+    assert apart["effects"][0]["trainings"] == 6
+    assert [row["p_holm"] for row in apart["rows"]] == pytest.approx([3 * row["p"] for row in apart["rows"]])
+    swapped = stats.summarise(
+        write_grid(tmp_path / "swapped", answers, related=lambda key: "b+a" if key[1] == "fixed_task/x" else "a+b")
+    )
+    assert swapped["effects"][0]["trainings"] == 1, "the order of subsets is no other training"
+
+
+def test_rows_are_tested_for_these_models_and_for_the_recipe(tmp_path):
+    """Each seed is sure of its own models; together they are three draws that differ."""
+    answers = {}
+    for seed, mark in enumerate(("1111", "1110", "0000")):
+        answers["pairs", "fixed_area/x", "trained", seed, "x"] = mark * 50
+        answers["pairs", "fixed_area/x", "baseline", seed, "x"] = "0" * 200
+    row = stats.summarise(write_grid(tmp_path / "w", answers))["rows"][0]
+    assert row["p"] < 1e-80 and 0.1 < row["p_recipe"] < 0.5
+    one = {key: mark for key, mark in answers.items() if key[3] == 0}
+    assert stats.summarise(write_grid(tmp_path / "one", one))["rows"][0]["p_recipe"] is None
+
+
+@pytest.mark.parametrize("source", ["phantom", "release"])
+def test_patients_are_the_draws_where_they_are_known(tmp_path, source):
+    marks, groups = ("11111" * 5 + "00000", "00000" * 5 + "11111"), [f"p{i // 5}" for i in range(30)]
+    answers = four_arms(("fixed_area/x",), marks)
+    known, unknown = (
+        stats.summarise(write_grid(tmp_path / name, answers, source, groups=g))["rows"][0]
+        for name, g in (("known", groups), ("unknown", [""] * 30))
+    )
+    assert (known["patients"], unknown["patients"], known["n"]) == (6, None, 30)
+    assert known["p"] == flipped([5] * 5 + [-5]) and unknown["p"] == mcnemar(25, 5)
+    assert known["ci_high"] - known["ci_low"] > 1.5 * (unknown["ci_high"] - unknown["ci_low"])
+    # With a second seed of the same records, or of others.
+    answers |= {(*key[:3], 1, key[4]): mark for key, mark in answers.items()}
+    row = stats.summarise(write_grid(tmp_path / "two", answers, source, groups=groups))["rows"][0]
+    assert (row["patients"], row["n"]) == ((12, 60) if source == "phantom" else (6, 30))
+
+
+def test_a_planned_cell_without_answers_is_a_missing_arm(tmp_path):
+    rng, answers = np.random.default_rng(0), {}
+    points = {"trained": 0.9, "baseline_plus": 0.4, "single_1": 0.5, "single_2": 0.5, "filler_1": 0.4, "filler_2": 0.4}
+    for target in "stuvwx":
+        for seed in (0, 1, 2):
+            for arm, share in points.items():
+                marks = rng.permutation(np.arange(100) < 100 * share + rng.normal(0, 1)).astype(int)
+                answers["pairs", f"fixed_area/{target}", arm, seed, target] = "".join(map(str, marks))
+    workdir = write_grid(tmp_path / "w", answers)
+    assert [line["verdict"] for line in stats.summarise(workdir)["verdicts"]] == ["composition"] * 2
+    results = [r for r in read_results(workdir) if (r["arm"], r["target"], r["seed"]) != ("filler_2", "s", 1)]
+    line = stats.summarise(workdir, results)["verdicts"][0]
+    assert line["verdict"] == "a gain over unrelated data, cause not tested" and line["missing"] == {"filler_2": 1}
+
+
+def test_arms_of_one_target_and_seed_answer_the_same_records(tmp_path):
+    answers = four_arms(("fixed_area/x",), ("1111", "0101"))
+    answers["pairs", "fixed_area/x", "single_1", 0, "x"] = "111"
+    with pytest.raises(FileError, match="1 records of 'x' are in one of them alone"):
+        stats.summarise(write_grid(tmp_path / "w", answers))

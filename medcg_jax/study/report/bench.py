@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from medcg_jax.config import ConfigError
+from medcg_jax.study.report.drawing import BLUE, GREEN, GREY, INK, ORANGE, PINK, PURPLE, RED, SKY, draw
 from medcg_jax.study.report.escape import one_line, short_label
 from medcg_jax.study.report.page import added_files
-from medcg_jax.study.report.plots import BLUE, GREEN, GREY, INK, ORANGE, PINK, PURPLE, RED, SKY, draw
 from medcg_jax.untrusted import FileError, check_number, read_json, shown
 
 # A result file has some 20 kB.

@@ -14,10 +14,11 @@ from statsmodels.stats.proportion import confint_proportions_2indep, proportions
 
 from medcg_jax.config import MODELS, flat, free_fields
 from medcg_jax.eval.predictions import wilson
+from medcg_jax.study.report.drawing import BLUE, INK, ORANGE, Figure, draw
 from medcg_jax.study.report.file_tables import ALL_SUBSETS, boxes
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name, letter_logprobs
 from medcg_jax.study.report.page import Section, added_files, page_html, whole_folder, write_tables, write_text
-from medcg_jax.study.report.plots import BLUE, INK, ORANGE, Figure, draw, grouped_bars
+from medcg_jax.study.report.plots import grouped_bars
 from medcg_jax.study.report.table import Table, points
 from medcg_jax.study.report.text import PARTS, counted
 from medcg_jax.study.stats.paired import compare, holm, mixed_interval

@@ -4,13 +4,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from medcg_jax.data.controls import WITHOUT_IMAGES
 from medcg_jax.data.leaks import EXACT
 from medcg_jax.data.records import LETTERS
 from medcg_jax.eval import boxes as box_scores
 from medcg_jax.eval.boxes import BoxAnswer
+from medcg_jax.eval.predictions import wilson
+from medcg_jax.eval.probe import FEATURES
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name
+from medcg_jax.study.report.samples import SHOWN
 from medcg_jax.study.report.table import Table
 from medcg_jax.study.report.text import PARTS
+from medcg_jax.study.stats.answers import PLAIN
 from medcg_jax.train import goodput
 
 # The row that sums over all subsets of a table of boxes.
@@ -27,6 +32,68 @@ TIME_WORDS = {
     "evaluation": "tests",
     "other": "the first start-up, encoding data, waiting for other processes, and the rest",
 }
+
+
+def knowledge(grid: Grid) -> Table:
+    """What the base knows of each target: its linear probe, and its answers and those after a fine-tune without images.
+
+    Without rows where the base was not probed, and nothing was asked without images.
+    """
+    probed: dict[tuple[str, str], list[dict]] = {}
+    for row in grid.probes:
+        probed.setdefault((row["target"], row["features"]), []).append(row)
+    trained = next(((t, a) for t, a in SHOWN if any(c["arm"] == a for c in grid.done(t))), ("", ""))
+    rows = []
+    for target in dict.fromkeys(row["target"] for row in grid.results):
+        scores = {f"probe_{name}": _probe_score(grid, probed.get((target, name), [])) for name in FEATURES}
+        for side, (table, arm) in (("base", (trained[0], "baseline")), ("trained", trained)):
+            for control in (PLAIN, *WITHOUT_IMAGES):
+                scores[f"{side}_{control}" if control else side] = _asked(grid, table, arm, target, control)
+        if any(score for key, score in scores.items() if key not in ("base", "trained")):
+            rows.append(
+                {"target": target, "what": grid.describe(target) or None, "chance": grid.chance(target)} | scores
+            )
+    name = arm_name(trained[1])
+    caption = (
+        "What is known of a target without training on anything like it, accuracy in % [95 % Wilson interval]. Probe: a "
+        "multinomial logistic regression on the image features that the base gives its decoder, averaged over an image's "
+        "tokens or those of 4 x 4 cells side by side, trained on the target's own training images (strength of the L2 "
+        "penalty by cross-validation on them alone) and tested on its test images among the offered options. Base and "
+        f"{name}: their answers as asked, beside a grey image, and without an image."
+    )
+    titles = {"probe_mean": "Probe, mean", "probe_tokens": "Probe, cells", "base": "Base", "trained": name}
+    for side, words in (("base", "Base"), ("trained", name)):
+        titles |= {f"{side}_blank_images": f"{words}, grey image", f"{side}_text_only": f"{words}, no image"}
+    return Table("knowledge", "What the base knows", caption, rows, titles)
+
+
+def _probe_score(grid: Grid, rows: Sequence[dict]) -> Score | None:
+    """Over the seeds, whose test records are others for phantoms alone."""
+    if not rows:
+        return None
+    share = sum(row["correct"] for row in rows) / sum(row["n"] for row in rows)
+    n = sum(row["n"] for row in rows) if grid.is_phantom else max(row["n"] for row in rows)
+    return Score(share, *wilson(share * n, n), n, tuple(row["seed"] for row in rows))
+
+
+def _asked(grid: Grid, table: str, arm: str, target: str, control: str) -> Score | None:
+    """The accuracy of an arm's answers about a target, over rows and seeds; n and its interval are of distinct records."""
+    right, records, seeds = [], set(), set()
+    for cell in grid.done(table) if table else ():
+        if cell["arm"] != arm or target not in cell["target"].split("+"):
+            continue
+        folder = "controls" if control else "predictions"
+        if not grid.answers.path(cell["cell"], folder).exists():
+            continue
+        frame = grid.answers.frame(cell["cell"], folder)
+        frame = frame[(frame["subset"] == target) & (frame["control"] == control)]
+        right += frame["right"].tolist()
+        records |= {(cell["seed"] if grid.is_phantom else "", name) for name in frame["id"]}
+        seeds.add(int(cell["seed"]))
+    if not right:
+        return None
+    share, n = sum(right) / len(right), len(records)
+    return Score(share, *wilson(share * n, n), n, tuple(sorted(seeds)))
 
 
 def boxes(grid: Grid, part: str) -> Table:

@@ -19,7 +19,7 @@ from medcg_jax.eval.boxes import BoxAnswer, read_answers
 from medcg_jax.eval.predictions import prediction_lines, wilson
 from medcg_jax.study.design import mat, overlap
 from medcg_jax.study.report.escape import ELEMENT_CHARACTERS, short_label
-from medcg_jax.study.stats import contamination, grid_files
+from medcg_jax.study.stats import contamination, grid_files, probe
 from medcg_jax.study.stats.answers import Answers
 from medcg_jax.study.stats.grid_files import ARMS
 from medcg_jax.study.stats.results import read_config_file
@@ -225,6 +225,11 @@ class Grid:
                 path = self.workdir / contamination.FILE
                 raise FileError(f"{path}: cell={line['cell']}: expected one of cells.csv")
         return lines
+
+    @cached_property
+    def probes(self) -> list[dict]:
+        """The rows of probe.csv, where a linear probe has read the base. Raises FileError: the file is broken."""
+        return probe.read(self.workdir)
 
     def metrics(self, cell: dict) -> list[dict]:
         """The log of a cell's training; [] where there is none, or it ends before the training did.

@@ -20,10 +20,12 @@ import jinja2
 from markupsafe import Markup
 
 from medcg_jax.config import ConfigError, flat
+from medcg_jax.study.report.curves import Curves
+from medcg_jax.study.report.drawing import Figure
 from medcg_jax.study.report.escape import file_names, latex, markdown, plain
 from medcg_jax.study.report.file_tables import confusion, subset_scores
 from medcg_jax.study.report.load_grid import Grid
-from medcg_jax.study.report.plots import Figure, Plots
+from medcg_jax.study.report.plots import Plots
 from medcg_jax.study.report.published import context, power, published
 from medcg_jax.study.report.samples import Card, Cards, box_samples, mistakes, samples
 from medcg_jax.study.report.table import MARKS, Table, text_of
@@ -52,6 +54,7 @@ STUDY = {
     "ablation": "Ablation: what each element is worth",
     "multi_task": "Multi-task against single-task",
     "efficiency": "Data efficiency",
+    "dose": "Dose-response: how many related subsets",
     "detection": "Detection: boxes asked for",
 }
 # Table of the study -> introduction of its section.
@@ -66,6 +69,7 @@ INTROS = {
     "multi_task": "One model of all in-distribution subsets against one model per subset, with the same records of "
     "each; and the same model on combinations that were held out.",
     "efficiency": "How many records of the target itself the related subsets are worth.",
+    "dose": "More related subsets with fewer records of each: what is left to gain once each element has been met.",
     "detection": "One model of all subsets with boxes but those held out, asked where the lesions of test images are: "
     "of the subsets it was trained on, and of combinations of a modality and an area that were held out.",
 }
@@ -83,6 +87,11 @@ LETTERS = (
     "Accuracy is by likelihood: the offered letter that the model finds likeliest. A model that favours a letter, or "
     "that puts little probability on letters at all, has not understood the question; both would show here."
 )
+BASE = (
+    "What is there before a fine-tune, target by target: whether the right option can be read from the image features "
+    "that the base gives its decoder, by a linear probe trained on images of the target itself (no arm is); and what "
+    "the words of the question give alone, beside a grey image or without one."
+)
 PUBLISHED = (
     "Printed accuracies are those of arXiv 2412.20070, version 1 (December 2024); version 2 moves some of them. They "
     "are printed without test sizes, and were got with another model, other splits or other settings wherever those "
@@ -97,8 +106,9 @@ ORIGINS = Markup(
     "<code>cells.csv</code>; counts of right answers and Wilson intervals from <code>results.csv</code>; every paired "
     "comparison, letter, free answer and label from <code>predictions/</code>; the tests asked again from "
     "<code>controls/</code>; boxes from <code>boxes/</code>; losses from <code>metrics/</code>; images in training and "
-    "tests from <code>contamination.csv</code>; where the time went from <code>goodput.json</code> (goodput: the "
-    "share of the time that went into training steps that counted); settings, versions and fingerprints from <code>config.json</code>. Images are read from the data that <code>config.json</code> "
+    "tests from <code>contamination.csv</code>; what a linear probe reads from <code>probe.csv</code>; where the time went "
+    "from <code>goodput.json</code> (goodput: the share of the time that went into training steps that counted); settings, "
+    "versions and fingerprints from <code>config.json</code>. Images are read from the data that <code>config.json</code> "
     "names, if their fingerprint is still the one recorded. Printed numbers are those of the paper's tables, kept with "
     "the code."
 )
@@ -253,7 +263,7 @@ def write_tables(folder: Path, tables: Iterable[Table]) -> None:
 
 def _write(grid: Grid, folder: Path, formats: Sequence[str]) -> None:
     (folder / "plots").mkdir()
-    summary = stats.summarise(grid.workdir, grid.results, grid.answers)
+    summary = stats.summarise(grid.workdir, grid.results, grid.answers, grid.cells)
     maker = Tables(grid, summary)
     tables = {table.name: table for table in (*maker.all(), *published(maker))}
     write_tables(folder, tables.values())
@@ -267,11 +277,11 @@ def _write(grid: Grid, folder: Path, formats: Sequence[str]) -> None:
     files = file_names(dict.fromkeys(row["target"] for row in grid.results))
     links = {name: f"{file}.html" for name, file in files.items()}
     items = [_write_subset(grid, folder / "subsets", name, file) for name, file in links.items()]
-    plots = Plots(grid, summary, folder / "plots")
+    plots, curves = (kind(grid, summary, folder / "plots") for kind in (Plots, Curves))
     sections = [
         Section(id="asked", title="What was asked", paragraphs=[ASKED]),
-        *_result_sections(grid, answer, tables, plots),
-        *_answer_sections(grid, tables, plots, items),
+        *_result_sections(grid, answer, tables, plots, curves),
+        *_answer_sections(grid, tables, plots, curves, items),
         Section(id="limits", title="Limits of what was shown", items=against),
         *_made_sections(grid, tables),
     ]
@@ -314,12 +324,14 @@ def _write_subset(grid: Grid, folder: Path, target: str, file: str) -> str:
     return Markup('<a href="subsets/{}">{}</a>{}{}').format(file, target, what and f" {what}", right or "")
 
 
-def _result_sections(grid: Grid, answer: Answer, tables: dict[str, Table], plots: Plots) -> list[Section]:
+def _result_sections(
+    grid: Grid, answer: Answer, tables: dict[str, Table], plots: Plots, curves: Curves
+) -> list[Section]:
     """The answer, and a section for each table of the study with results."""
     figures = {
         "pairs": plots.bars("pairs"), "triples": plots.bars("triples"), "multi_task": plots.multi_task(),
         "detection_pairs": plots.bars("detection_pairs"), "ablation": [*plots.ablation(), *plots.figure4()],
-        "efficiency": plots.efficiency(),
+        "efficiency": curves.efficiency(), "dose": curves.dose(),
     }  # fmt: skip
     results = []
     for name, title in STUDY.items():
@@ -339,8 +351,7 @@ def _result_sections(grid: Grid, answer: Answer, tables: dict[str, Table], plots
     key = Markup('<span class="key">In the tables below: {}</span>').format(
         Markup(" ").join(Markup('<span class="{}">{}</span>{}').format(css, *words) for css, words in MARKS.items())
     )
-    lead = [Markup("<b>{}</b>").format(answer.opening)]
-    lead += [Markup("<b>{}:</b> {}.").format(words, names) for words, names in answer.totals()]
+    lead = [Markup("<b>{}</b>").format(answer.opening), *map(Markup.escape, answer.first())]
     first = Section(
         id="answer", title="The answer", answer=[Markup(" ").join(lead), *answer.sentences()],
         paragraphs=[Markup('The same in plain text: <a href="summary.txt">summary.txt</a>'), *([key] if results else [])],
@@ -350,7 +361,9 @@ def _result_sections(grid: Grid, answer: Answer, tables: dict[str, Table], plots
     return [first, *results]
 
 
-def _answer_sections(grid: Grid, tables: dict[str, Table], plots: Plots, items: Sequence[str]) -> list[Section]:
+def _answer_sections(
+    grid: Grid, tables: dict[str, Table], plots: Plots, curves: Curves, items: Sequence[str]
+) -> list[Section]:
     """The map, single answers, subsets, letters, losses, and the published numbers."""
     cards = samples(grid)
     groups = [("Answered rightly", "right", cards.right), ("Answered wrongly", "wrong", cards.wrong)]
@@ -366,7 +379,11 @@ def _answer_sections(grid: Grid, tables: dict[str, Table], plots: Plots, items: 
         Section(id="subsets", title="Subset by subset", paragraphs=[SUBSETS] if items else [], items=items, narrow=True),
         Section(id="letters", title="How the letters were used", paragraphs=[LETTERS], notes=letter_habits(grid),
                 figures=plots.letters(), tables=letters),
-        Section(id="training", title="Training", figures=plots.losses(), narrow=True),
+        Section(id="calibration", title="How far probabilities can be trusted", figures=curves.calibration(),
+                tables=[tables[name] for name in ("calibration",) if name in tables]),
+        Section(id="base", title="What the base knows", paragraphs=[BASE] if "knowledge" in tables else [],
+                tables=[tables[name] for name in ("knowledge",) if name in tables]),
+        Section(id="training", title="Training", figures=curves.losses(), narrow=True),
         Section(id="published", title="The published numbers", tables=printed,
                 paragraphs=[power(), context() if grid.of_phantoms else beside]),
     ]  # fmt: skip

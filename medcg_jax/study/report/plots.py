@@ -1,56 +1,39 @@
-"""Figures of reports, saved as PNG and SVG and embedded as SVG in the page's colours; all figures of a grid."""
+"""Figures of a grid: differences, bars, points and the map of triplets. `curves` has those over numbers."""
 
-import io
-import re
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
-from markupsafe import escape
-from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
+from medcg_jax.config import NUMBERED_ARMS
 from medcg_jax.data.phantom.source import DETECTION_TRIPLETS
 from medcg_jax.data.phantom.world import TRIPLETS
 from medcg_jax.study.design import mat
-from medcg_jax.study.report.escape import TICK_CHARACTERS, file_names, plain, short_label
+from medcg_jax.study.report.drawing import (
+    BLUE,
+    COLOURS,
+    GREY,
+    INK,
+    MUTED,
+    ORANGE,
+    RED,
+    WIDTH_IN,
+    Figure,
+    beside,
+    colour_of,
+    draw,
+    legend,
+    percent_axis,
+)
+from medcg_jax.study.report.escape import TICK_CHARACTERS, short_label
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name
 from medcg_jax.study.report.table import points
-from medcg_jax.study.report.text import PARTS, effect_name, interval, verdict
+from medcg_jax.study.report.text import PARTS, effect_name, interval, state
 from medcg_jax.study.stats.paired import Unit, estimate, mean_difference
 
-INK, MUTED, GRID = "#22262b", "#6b7280", "#d5d9df"
-# Okabe and Ito's colours, which colour-blind readers can tell apart, and greys.
-BLUE, ORANGE, SKY, GREEN, RED, PINK, GREY, PURPLE = (
-    "#0072b2", "#d98200", "#4aa3dd", "#009e73", "#d55e00", "#c2699a", "#8b929c", "#7a68b3",
-)  # fmt: skip
-COLOURS = {
-    "baseline": GREY, "baseline_plus": ORANGE, "trained": BLUE, "single_task": ORANGE, "multi_task": BLUE,
-    "all_related": BLUE, "all_unrelated": ORANGE, "wo_modality": SKY, "wo_area": GREEN, "wo_task": RED,
-    "random_removal": PURPLE, "same_task": PINK, "all_data": MUTED, "with_related": BLUE, "target_only": ORANGE,
-}  # fmt: skip
-# Colour -> its variable in the page's style sheet; dark pages have lighter colours.
-VARIABLES = {
-    INK: "ink", MUTED: "muted", GRID: "rule", BLUE: "blue", ORANGE: "orange", SKY: "sky", GREEN: "green", RED: "red",
-    PINK: "pink", GREY: "grey", PURPLE: "purple", "#ffffff": "paper",
-}  # fmt: skip
-STYLE = {
-    "font.size": 9, "font.family": "DejaVu Sans", "svg.fonttype": "none", "text.color": INK, "axes.edgecolor": GRID,
-    "axes.labelcolor": INK, "xtick.color": MUTED, "ytick.color": MUTED, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True,
-    "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False, "legend.fontsize": 8.5,
-    "figure.facecolor": "#ffffff", "axes.facecolor": "#ffffff", "savefig.dpi": 200, "path.simplify": True,
-    # Dollar signs in names start no formula.
-    "text.parse_math": False,
-}  # fmt: skip
-WIDTH_IN = 5.2
 # Comparisons that only the table below the headline figure shows.
 MINOR_EFFECTS = (
     ("pairs", "baseline_plus", "baseline"), ("ablation", "all_related", "baseline"),
@@ -63,8 +46,13 @@ MULTI_TASK_EFFECTS = {
 }
 # Arms of an ablation from the most data to the least.
 ABLATION_ORDER = (
-    "all_data", "all_related", "random_removal", "wo_modality", "wo_area", "wo_task", "same_task", "all_unrelated",
-    "baseline",
+    "all_data", "all_related", "random_removal", "random_removal_modality", "wo_modality", "random_removal_area",
+    "wo_area", "random_removal_task", "wo_task", "same_task", "all_unrelated", "baseline",
+)  # fmt: skip
+# Arms of pairs and triples in the order of their bars.
+BAR_ARMS = (
+    "baseline", "baseline_plus", "words_only", "no_images", "single_1", "single_2", "single_3", "filler_1", "filler_2",
+    "filler_3", "trained",
 )  # fmt: skip
 # Figure 4's arms in the paper's order, the base before them.
 FIGURE_4 = ("baseline", "all_related", "all_unrelated", "wo_modality", "wo_area", "wo_task", "all_data")
@@ -74,69 +62,6 @@ GAINS = (
     ("triples", "trained", "baseline"), ("detection_pairs", "trained", "baseline"),
     ("ablation", "all_related", "baseline"), ("multi_task", "multi_task", "baseline"),
 )  # fmt: skip
-CURVES = ("with_related", "target_only")
-LOSS_POINTS = 60
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A drawn figure with the files `plots/NAME.png` and `.svg`.
-
-    Attributes:
-      svg: for the page, at most `width_px` wide.
-    """
-
-    name: str
-    title: str
-    caption: str
-    svg: str
-    width_px: int
-
-
-def draw(
-    folder: Path, name: str, title: str, caption: str, height_in: float, paint: Callable, width_in=WIDTH_IN
-) -> Figure:
-    """The figure that `paint(axes)` draws, saved into `folder`."""
-    title = short_label(title, round(11 * width_in))  # as many letters as fit
-    with plt.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        # Letters missing from the font are boxes in the PNG; in the SVG they are text.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure, axes = plt.subplots(figsize=(width_in, height_in), layout="constrained")
-        try:
-            paint(axes)
-            figure.suptitle(title, x=0.012, ha="left", fontsize=10, fontweight="bold")
-            text = io.StringIO()
-            figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-            figure.set_layout_engine("none")  # the PNG keeps the layout of the SVG
-            figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-        finally:
-            plt.close(figure)
-    svg = plain(text.getvalue())
-    (folder / f"{name}.svg").write_text(svg, encoding="utf-8", newline="")
-    width_px = round(width_in * 96)
-    return Figure(name, title, caption, inline(svg, title, width_px), width_px)
-
-
-def inline(svg: str, title: str, width_px: int) -> str:
-    """SVG to embed in a page: with the page's colour variables and fonts, without group ids and metadata."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r"font: (bold |[\d]+ )?([\d.]+)px [^;\"]*", _font, svg)
-    for colour, name in VARIABLES.items():
-        svg = re.sub(colour, f"var(--{name})", svg, flags=re.IGNORECASE)
-    label = escape(title)
-    # On a phone a wide figure scrolls, so that its words stay readable.
-    least = f";min-width:{round(0.7 * width_px)}px" if width_px > 96 * WIDTH_IN else ""
-    opening = f'<svg role="img" aria-label="{label}" style="max-width:{width_px}px{least}"'
-    return re.sub(r'<svg(.*?) width="[^"]*"', lambda m: opening + re.sub(r' height="[^"]*"', "", m[1]), svg, count=1)
-
-
-def _font(match: re.Match) -> str:
-    """The page's font in the size and weight of the match."""
-    weight = f"font-weight: {match[1].strip()}; " if match[1] else ""
-    return f"{weight}font-size: {match[2]}px"
 
 
 class Plots:
@@ -157,35 +82,34 @@ class Plots:
             return []
 
         def paint(axes):
+            numbers = {"transform": axes.get_yaxis_transform(), "fontsize": 8, "va": "center"}
             for y, effect in enumerate(reversed(effects)):
-                state = verdict(effect)
-                colour = {"up": BLUE, "down": RED, "open": GREY}[state]
+                shown = state(effect)
+                colour = {"up": BLUE, "down": RED, "open": GREY}[shown]
                 targets = [100 * value for value in effect["by_target"].values()]
                 axes.plot(targets, [y] * len(targets), "o", color=colour, alpha=0.28, markersize=3.2, markeredgewidth=0)
                 low, mean, high = (100 * effect[key] for key in ("ci_low", "mean", "ci_high"))
                 axes.plot([low, high], [y, y], color=colour, linewidth=2.2, solid_capstyle="butt")
-                fill = "#ffffff" if state == "open" else colour
+                fill = "#ffffff" if shown == "open" else colour
                 axes.plot(mean, y, "o", markersize=6.5, color=colour, markerfacecolor=fill, markeredgewidth=1.6)
-                # The box keeps lines off the text.
-                box = {"facecolor": "#ffffff", "edgecolor": "none", "pad": 1.2}
-                words = {"transform": axes.get_yaxis_transform(), "fontsize": 8.5, "va": "bottom", "bbox": box}
-                axes.text(0, y + 0.28, effect_name(effect), **words)
                 number = f"{points(effect['mean'], True)}  [{interval(effect).replace(' to ', ', ')}]"
-                axes.text(1, y + 0.28, number, ha="right", color=MUTED, **words)
+                axes.text(1.02, y, f"{number}\nn {effect['n']:,}", color=MUTED, **numbers)
             axes.axvline(0, color=INK, linewidth=1)
             left, right = axes.get_xlim()
             axes.set_xlim(min(left, -5), max(right, 5))
-            axes.set_ylim(-0.5, len(effects) - 0.25)
-            axes.set_yticks([])
+            axes.set_ylim(-0.6, len(effects) - 0.4)
+            names = [beside(effect_name(effect), width=30) for effect in reversed(effects)]
+            axes.set_yticks(range(len(effects)), names, color=INK, fontsize=8)
+            axes.grid(False, axis="y")
             axes.spines["left"].set_visible(False)
             axes.set_xlabel("difference in accuracy, points")
 
         caption = (
-            "Differences in accuracy between arms (point: mean; line: 95 % bootstrap interval over targets, seeds and "
-            "test records; faint dots: single targets). A hollow point means that the interval includes 0: no "
-            "difference is shown."
+            "Differences in accuracy between arms (point: mean; line: 95 % interval over targets and seeds; faint dots: "
+            "single targets; n: distinct questions). A hollow point means that no difference is shown."
         )
-        return [self.draw("effects", "Differences in accuracy", caption, 0.6 + 0.4 * len(effects), paint)]
+        height = 0.6 + 0.42 * len(effects)
+        return [self.draw("effects", "Differences in accuracy", caption, height, paint, 1.3 * WIDTH_IN)]
 
     def bars(self, table: str) -> list[Figure]:
         """Arms by target, one figure per direction."""
@@ -195,7 +119,7 @@ class Plots:
             words = PARTS.get(part, part)
             caption = f"{title}, {words}: accuracy by target with 95 % Wilson intervals; the dashed line is chance."
             groups = self._by_target(table, part)
-            paint, height = grouped_bars(groups, ("baseline", "baseline_plus", "trained"))
+            paint, height = grouped_bars(groups, BAR_ARMS)
             figures.append(self.draw(f"{table}_{part}", words.capitalize(), caption, height, paint, 4.7))
         return figures
 
@@ -225,34 +149,41 @@ class Plots:
         ]
 
     def ablation(self) -> list[Figure]:
-        """Each arm's mean over targets; targets as dots."""
-        rows = [row for row in self.grid.results if row["table"] == "ablation"]
-        arms = [arm for arm in ABLATION_ORDER[::-1] if any(row["arm"] == arm for row in rows)]
-        if not arms:
-            return []
+        """Each arm's mean over targets, targets as dots: at equal epochs, and at equal updates."""
+        figures = []
+        for end, words in (("", "equal epochs"), ("_updates", "equal updates")):
+            # All related subsets stand for both, the base needs no training.
+            arms = [arm if arm in ("all_related", "baseline") else arm + end for arm in ABLATION_ORDER]
+            rows = [row for row in self.grid.results if row["table"] == "ablation" and row["arm"] in arms]
+            present = [arm for arm in arms[::-1] if any(row["arm"] == arm for row in rows)]
+            if not {*present} - {"all_related", "baseline"}:
+                continue
+            caption = (
+                f"Mean accuracy over targets and seeds by what a model was trained on, at {words} (line: 95 % interval "
+                "over both; dots: single targets; dashed: mean chance; n: distinct questions). A random removal takes "
+                "away as many related subsets and records as leaving out its element does."
+            )
+            paint, height = partial(self._ablation, rows=rows, arms=present), 0.7 + 0.36 * len(present)
+            figures.append(self.draw(f"ablation{end}", f"Ablation, {words}", caption, height, paint))
+        return figures
+
+    def _ablation(self, axes, rows: Sequence[dict], arms: Sequence[str]) -> None:
         chances = [c for c in (self.grid.chance(t) for t in {row["target"] for row in rows}) if c is not None]
-
-        def paint(axes):
-            for y, arm in enumerate(arms):
-                right = [(r["target"], r["seed"], r["n"], r["correct"]) for r in rows if r["arm"] == arm]
-                units = [Unit(target, seed, n, correct, correct) for target, seed, n, correct in right]
-                low, high = estimate(units).interval()
-                axes.barh(y, 100 * mean_difference(units), height=0.62, color=COLOURS[arm], alpha=0.85)
-                for target in sorted({unit.target for unit in units}):
-                    value = mean_difference([unit for unit in units if unit.target == target])
-                    axes.plot(100 * value, y, "o", color=INK, alpha=0.45, markersize=2.8, markeredgewidth=0)
-                axes.plot([100 * low, 100 * high], [y, y], color=INK, linewidth=1.6)
-            _percent(axes)
-            axes.set_yticks(range(len(arms)), [arm_name(arm) for arm in arms], color=INK)
-            if chances:
-                axes.axvline(100 * float(np.mean(chances)), color=INK, linestyle="--", linewidth=1)
-
-        caption = (
-            "Mean accuracy over targets and seeds by what a model was trained on (line: 95 % interval over both; dots: "
-            "single targets; dashed: mean chance). Random removal takes away as many related subsets as leaving out an "
-            "element does on average."
-        )
-        return [self.draw("ablation", "Ablation", caption, 0.7 + 0.3 * len(arms), paint)]
+        numbers = {a["arm"]: a["n"] for a in self.summary["accuracy"] if (a["table"], a["part"]) == ("ablation", "")}
+        for y, arm in enumerate(arms):
+            right = [(r["target"], r["seed"], r["n"], r["correct"]) for r in rows if r["arm"] == arm]
+            units = [Unit(target, seed, n, correct, correct) for target, seed, n, correct in right]
+            (low, high), (colour, alpha) = estimate(units).interval(), colour_of(arm)
+            axes.barh(y, 100 * mean_difference(units), height=0.62, color=colour, alpha=0.85 * alpha)
+            for target in sorted({unit.target for unit in units}):
+                value = mean_difference([unit for unit in units if unit.target == target])
+                axes.plot(100 * value, y, "o", color=INK, alpha=0.45, markersize=2.8, markeredgewidth=0)
+            axes.plot([max(0.0, 100 * low), 100 * high], [y, y], color=INK, linewidth=1.6)
+        percent_axis(axes)
+        names = [beside(arm_name(arm).removesuffix(", equal updates"), f"n {numbers[arm]:,}") for arm in arms]
+        axes.set_yticks(range(len(arms)), names, color=INK, fontsize=8)
+        if chances:
+            axes.axvline(100 * float(np.mean(chances)), color=INK, linestyle="--", linewidth=1)
 
     def multi_task(self) -> list[Figure]:
         """Subsets as lines, arms as points; one figure in and one out of distribution."""
@@ -264,7 +195,7 @@ class Plots:
                     f"One model of all subsets, {PARTS[part]}: accuracy by subset, 95 % Wilson intervals; dotted: "
                     "chance."
                 )
-                paint, height = partial(self._points, scores=scores), 0.85 + 0.27 * len(scores)
+                paint, height = partial(self._points, scores=scores), 0.85 + 0.34 * len(scores)
                 figures.append(self.draw(f"multi_task_{part}", PARTS[part].capitalize(), caption, height, paint))
         return figures
 
@@ -281,61 +212,16 @@ class Plots:
                     label = arm_name(arm) if y == 0 else None
                     axes.plot([100 * score.low, 100 * score.high], [at, at], color=COLOURS[arm], linewidth=1.4)
                     axes.plot(100 * score.accuracy, at, "o", color=COLOURS[arm], markersize=4.5, label=label)
-        _percent(axes)
-        names = [short_label(target, TICK_CHARACTERS) for target in targets]
+        percent_axis(axes)
+        names = [f"{short_label(target, TICK_CHARACTERS)}\n{number_of(scores[target])}" for target in targets]
         axes.set_yticks(range(len(targets)), names, color=INK, fontsize=8)
         axes.set_ylim(-0.6, len(targets) - 0.4)
         axes.grid(True, axis="y")
-        _legend(axes, 3)
-
-    def efficiency(self) -> list[Figure]:
-        """Both curves over all targets, and for each target where there are several."""
-        curves: dict[str, dict[int, Score]] = defaultdict(dict)
-        for point in self.summary["curves"]:
-            score = Score(point["accuracy"], point["ci_low"], point["ci_high"], point["n"], ())
-            curves[point["curve"]][point["records"]] = score
-        if not curves:
-            return []
-        caption = (
-            "Accuracy over the number of the target's own training records: mean over targets and seeds, with 95 % "
-            "bootstrap intervals as bands. Steps between the numbers of records are not to scale."
-        )
-        paint = partial(_curves, curves=curves)
-        figures = [self.draw("efficiency", "Data efficiency", caption, 3.1, paint)]
-        by_target: dict[str, dict[str, dict[int, Score]]] = defaultdict(lambda: defaultdict(dict))
-        for (row, target), scores in self.grid.scores("efficiency").items():
-            for arm, score in scores.items():
-                by_target[target][row.split("/")[0]][int(arm.rsplit("_", 1)[1])] = score
-        files = file_names(by_target)
-        for target, curves in by_target.items() if len(by_target) > 1 else ():
-            title = self.grid.describe(target) or target
-            caption = f"{title}: accuracy with 95 % Wilson intervals; dashed: chance."
-            paint = partial(_curves, curves=curves, chance=self.grid.chance(target))
-            figures.append(self.draw(f"efficiency_{files[target]}", title, caption, 2.6, paint, 3.4))
-        return figures
-
-    def losses(self) -> list[Figure]:
-        """Training loss over the finished share of a run, one small figure per table."""
-        figures = []
-        for table in self.grid.tables:
-            runs: dict[str, list[np.ndarray]] = defaultdict(list)
-            for cell in self.grid.done(table):
-                logged = [(m["step"], m["loss"]) for m in self.grid.metrics(cell) if m.get("loss") is not None]
-                if len(logged) > 1:
-                    steps, losses = np.array(logged, float).T
-                    arm = cell["row"].split("/")[0] if table == "efficiency" else cell["arm"]
-                    share = steps / max(1.0, steps[-1])
-                    runs[arm].append(np.interp(np.linspace(0, 1, LOSS_POINTS), share, losses))
-            if runs:
-                words, num_runs = table.replace("_", "-").capitalize(), sum(map(len, runs.values()))
-                caption = f"{words}: training loss, median and 10 to 90 % range over {num_runs} runs."
-                height = 2.4 + 0.09 * len(runs)
-                figures.append(self.draw(f"loss_{table}", words, caption, height, partial(_losses, runs=runs), 3.4))
-        return figures
+        legend(axes, 3)
 
     def letters(self) -> list[Figure]:
         """Share of each letter among the answers, by arm, and among the right answers."""
-        table = next((name for name in self.grid.tables if name != "efficiency"), "")
+        table = main_table(self.grid)
         answered = {arm: letters for (name, arm), letters in self.grid.letters.items() if name == table and letters.n}
         arms = [arm for arm in COLOURS if arm in answered]
         if not arms:
@@ -347,7 +233,14 @@ class Plots:
             for i, arm in enumerate(arms):
                 shares = [100 * answered[arm].predicted.get(name, 0) / answered[arm].n for name in names]
                 at = np.arange(len(names)) - 0.4 + thick * (i + 0.5)
-                axes.bar(at, shares, width=thick * 0.9, color=COLOURS[arm], label=arm_name(arm))
+                axes.bar(
+                    at,
+                    shares,
+                    width=thick * 0.9,
+                    color=colour_of(arm)[0],
+                    alpha=colour_of(arm)[1],
+                    label=f"{arm_name(arm)} (n {answered[arm].n:,})",
+                )
             first = answered[arms[0]]
             for i, name in enumerate(names):
                 right = 100 * first.answers.get(name, 0) / first.n
@@ -356,10 +249,10 @@ class Plots:
             axes.set_xticks(range(len(names)), names, color=INK)
             axes.grid(False, axis="x")
             axes.set_ylabel("share of answers, %")
-            _legend(axes, 4)
+            legend(axes, 2)
 
         words = table.replace("_", "-")
-        caption = f"Letters answered in {words}, by arm; the black line is how often the letter is the right answer."
+        caption = f"Letters answered in {words}, by arm (n: answers); the black line is how often the letter is the right answer."
         return [self.draw("letters", "Letters answered", caption, 2.7, paint)]
 
     def triplet_map(self) -> list[Figure]:
@@ -446,67 +339,38 @@ def grouped_bars(
     arms: in the order of their bars; arms that no group has are left out.
     """
     arms = [arm for arm in arms if any(arm in scores for _, scores, _ in groups)]
-    thick, step = 0.13, 0.2 + 0.13 * len(arms)
+    thick = 0.13
+    step = max(0.46, 0.12 + thick * len(arms))
 
     def paint(axes):
-        for number, (name, scores, chance) in enumerate(groups):
+        for number, (_, scores, chance) in enumerate(groups):
             top = -number * step
-            axes.text(0.4, top + 0.015, short_label(name), fontsize=8.5, va="bottom")
             for i, arm in enumerate(arms):
-                y, score = top - thick * (i + 0.5), scores.get(arm)
+                y, score, (colour, alpha) = top - thick * (i + 0.5), scores.get(arm), colour_of(arm)
                 # The legend takes its labels from the first group, also for arms that this group lacks.
                 label = arm_name(arm) if number == 0 else None
-                axes.barh(y, 100 * score.accuracy if score else 0, thick * 0.86, color=COLOURS[arm], label=label)
+                width = 100 * score.accuracy if score else 0
+                axes.barh(y, width, thick * 0.86, color=colour, alpha=alpha, label=label)
                 if score:
                     axes.plot([100 * score.low, 100 * score.high], [y, y], color=INK, linewidth=1)
             if chance is not None:
                 axes.plot([100 * chance] * 2, [top - thick * len(arms), top], "--", color=INK, linewidth=1)
-        axes.set_ylim(-len(groups) * step + 0.05, 0.2)
-        _percent(axes)
-        _legend(axes, 3)
+        axes.set_ylim(-len(groups) * step + 0.05, 0.08)
+        percent_axis(axes)
+        middles = [-number * step - thick * len(arms) / 2 for number in range(len(groups))]
+        names = [beside(name, number_of(scores)) for name, scores, _ in groups]
+        axes.set_yticks(middles, names, color=INK, fontsize=8)
+        legend(axes, 3)
 
-    return paint, 0.8 + len(groups) * step
-
-
-def _curves(axes, curves: dict[str, dict[int, Score]], chance: float | None = None) -> None:
-    """Accuracy over numbers of records, at equal distances. curves: curve -> records -> score."""
-    counts = sorted({count for scores in curves.values() for count in scores})
-    for curve in (curve for curve in CURVES if curve in curves):
-        scores = dict(sorted(curves[curve].items()))
-        x = [counts.index(count) for count in scores]
-        low, mean, high = ([100 * getattr(s, key) for s in scores.values()] for key in ("low", "accuracy", "high"))
-        _band(axes, x, low, mean, high, COLOURS[curve], marker="o", markersize=4, label=PARTS[curve])
-    if chance is not None:
-        axes.axhline(100 * chance, color=INK, linestyle="--", linewidth=0.9)
-    axes.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
-    axes.set_xlabel("training records of the target")
-    axes.set_ylabel("accuracy, %")
-    _legend(axes, 2)
+    return paint, 0.8 + 0.2 * (len(arms) // 3) + len(groups) * step
 
 
-def _losses(axes, runs: dict[str, list[np.ndarray]]) -> None:
-    for arm in (arm for arm in COLOURS if arm in runs):
-        low, middle, high = np.quantile(np.stack(runs[arm]), [0.1, 0.5, 0.9], axis=0)
-        label = PARTS.get(arm) or arm_name(arm)
-        _band(axes, np.linspace(0, 100, LOSS_POINTS), low, middle, high, COLOURS[arm], label=label)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("training done, %")
-    axes.set_ylabel("loss")
-    _legend(axes, 2)
+def number_of(scores: dict[str, Score]) -> str:
+    """The answers behind each of these scores, such as "n 300"."""
+    numbers = sorted({score.n for score in scores.values()})
+    return f"n {' to '.join(f'{n:,}' for n in dict.fromkeys((numbers[0], numbers[-1])))}" if numbers else ""
 
 
-def _band(axes, x, low, middle, high, colour: str, **line) -> None:
-    axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
-    axes.plot(x, middle, color=colour, linewidth=1.6, **line)
-
-
-def _percent(axes) -> None:
-    axes.set_xlim(0, 100)
-    axes.set_yticks([])
-    axes.grid(False, axis="y")
-    axes.spines["left"].set_color(MUTED)
-    axes.set_xlabel("accuracy, %")
-
-
-def _legend(axes, num_columns: int) -> None:
-    axes.figure.legend(loc="outside lower left", ncols=num_columns, handlelength=1.2, columnspacing=1.2, fontsize=8)
+def main_table(grid: Grid) -> str:
+    """The first table whose arms are compared with each other, not over a number; "": none."""
+    return next((name for name in grid.tables if name not in NUMBERED_ARMS), "")

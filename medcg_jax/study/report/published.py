@@ -77,7 +77,7 @@ def combination(tables: Tables, table: str, number: int) -> Table:
                 | beside(values, printed[paper_row], arms)
                 | {key: values[key] for key in ("p_plus", "p_base", "n", "seeds", "cost")}
                 | {"confidence": reading.confidence, "others": others or None, "evidence": reading.evidence or None}
-                | {"slips": slips_of(file, reading) or None}
+                | {"slips": slips_of(file, paper_row, (*reading.related, reading.target)) or None}
             )
     name = table.replace("_", " ").capitalize()
     caption = (
@@ -93,14 +93,13 @@ def combination(tables: Tables, table: str, number: int) -> Table:
     return Table(f"published_{table}", f"{name} beside table {number}", caption, rows, titles_of(arms) | titles)
 
 
-def slips_of(file: str, reading: mat.PaperRow) -> str:
-    """The known slips of a printed row, and of the triplets of its subsets; "" where none is known."""
-    names = (*reading.related, reading.target)
+def slips_of(file: str, row: int, subsets: Sequence[str]) -> str:
+    """The known slips of a printed row, and of the triplets of subsets; "" where none is known."""
     return "; ".join(
         f"{slip.field} {slip.printed!r}: {slip.why}" if slip.table == file else f"subset {slip.number}: {slip.why}"
         for slip in catalogue.slips()
-        if (slip.table, slip.number) == (file, str(reading.row))
-        or (slip.table == catalogue.SUBSETS and slip.number in names and slip.field in mat.ELEMENTS)
+        if (slip.table, slip.number) == (file, str(row))
+        or (slip.table == catalogue.SUBSETS and slip.number in subsets and slip.field in mat.ELEMENTS)
     )
 
 
@@ -129,6 +128,7 @@ def per_subset(tables: Tables, part: str) -> Table:
                 {"target": target}
                 | beside(values, paper, arms)
                 | {key: values[key] for key in (*(f"p_{arm}" for arm in arms[:-1]), "n", "seeds")}
+                | {"slips": slips_of(f"table{number}_{part}", int(target), (target,)) or None}
             )
     caption = (
         f"Subsets beside table {number} of arXiv 2412.20070, version 1: printed accuracies ({MODEL}) and this grid's "

@@ -10,18 +10,21 @@ from medcg_jax.study.report.file_tables import (
     boxes,
     cells,
     contamination,
+    knowledge,
     letters,
     seeds_text,
     time_spent,
 )
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name
 from medcg_jax.study.report.table import Table
-from medcg_jax.study.report.text import PARTS, effect_name, efficiency_gains, verdict
+from medcg_jax.study.report.text import DOUBTFUL, PARTS, effect_name, efficiency_gains, state
 from medcg_jax.study.stats import metrics
 from medcg_jax.study.stats.calibration import NUM_BINS
 from medcg_jax.study.stats.controls import BLIND
 
-# `verdict` of an effect -> CSS class.
+# Curves of the data efficiency.
+CURVES = ("with_related", "with_unrelated", "target_only")
+# `state` of an effect -> CSS class.
 COLOURS = {"up": "win-sure", "down": "loss-sure", "open": ""}
 # End of the ablation's arms -> what they have in common with all related subsets.
 BUDGETS = {"": "epochs", "_updates": "updates"}
@@ -30,8 +33,9 @@ DECIDING = (
     "of the others'; the task's words in other modalities and areas; and Trained's questions without images."
 )
 BOTH_SOURCES = (
-    "The p is of these records alone; the interval of the difference counts the spread of seeds too, so that of a "
-    "significant row may include 0. Seconds are of all seeds' trainings."
+    "The p is of these models on these records, not of the recipe (whose p is among all comparisons); the interval of the "
+    "difference counts the spread of seeds too, so that of a significant row may include 0. Seconds are of all seeds' "
+    "trainings."
 )
 SHARES = (
     "Shared: the elements (modality M, area A, task T) that each training subset has in common with the target; MAT is "
@@ -54,7 +58,8 @@ class Tables:
             tables += self.combination(name)
         tables += [*self.ablation(), self.multi_task("in_distribution"), self.multi_task("out_of_distribution")]
         tables += [self.efficiency(), contamination(grid), self.comparisons(), cells(grid), letters(grid)]
-        tables += [self.metrics(), self.controls(), self.asked_again(), self.calibration(), time_spent(grid)]
+        tables += [self.metrics(), self.controls(), self.asked_again(), self.calibration(), knowledge(grid)]
+        tables += [time_spent(grid)]
         tables += [boxes(grid, part) for part in ("in_distribution", "out_of_distribution")]
         return [table for table in tables if table.rows]
 
@@ -64,11 +69,12 @@ class Tables:
     def effects(self) -> tuple[Table, Table]:
         """(the effects of whole tables, those of their directions)."""
         caption = (
-            "Mean differences between arms, in points, with 95 % bootstrap intervals over targets, seeds and records; "
-            "rows above and below, and how many significantly (exact McNemar per row, Holm-adjusted over a table). "
-            "Overall: a sign-flip test of the targets' means, by direction adjusted by Holm over a table's directions, "
-            "and the least p that so few targets allow, whatever the numbers are. Green: the interval is above 0; orange: "
-            "below."
+            "Mean differences between arms, in points, with 95 % intervals over targets crossed with seeds (with one seed "
+            "over targets alone: nothing is said of the recipe); rows above and below, and how many significantly in "
+            "these models (exact McNemar, Holm-adjusted over a table's distinct comparisons). Overall: the test of that "
+            "interval, with one seed sign flips of the targets' means; by direction adjusted by Holm over a table's "
+            "directions; and the least p that the layout allows, whatever the numbers are (–: any). Green: shown to be "
+            "above 0; orange: below."
         )
         titles = {
             "name": "Difference", "mean": "Points", "wins": "Up", "significant": "signif.", "losses": "Down",
@@ -82,7 +88,7 @@ class Tables:
                     "p_smallest", "targets", "seeds")  # fmt: skip
             row |= {key: effect[key] for key in keys}
             row |= {f"seed_{seed}": effect["by_seed"].get(str(seed)) for seed in self.grid.seeds}
-            row["colours"] = {"mean": COLOURS[verdict(effect)]}
+            row["colours"] = {"mean": COLOURS[state(effect)]}
             # In and out of distribution answer different questions.
             if (effect["part"] == "") != (effect["table"] == "multi_task"):
                 # Holm adjusts over a table's directions; the table as a whole needs no adjustment.
@@ -118,7 +124,7 @@ class Tables:
             "trained models alone. A printed row that reads as an earlier one is left out throughout."
         )
         titles = {"left_out": "Left out", "mean": "Points over Baseline+", "difference": "Points over Baseline"}
-        return Table("effects_without_lapses", "The answer without doubtful rows", caption, rows, titles)
+        return Table("effects_without_lapses", DOUBTFUL, caption, rows, titles)
 
     def compared(
         self, table: str, row: str, target: str, scores: dict[str, Score], arm: str, others: Sequence[str]
@@ -285,22 +291,23 @@ class Tables:
         rows: dict[int, dict] = {}
         for curve in sorted(self.summary["curves"], key=lambda curve: curve["records"]):
             records, gain = curve["records"], gains.get(curve["records"])
-            row = rows.setdefault(records, {"records": records, "with_related": None, "target_only": None})
+            row = rows.setdefault(records, {"records": records} | dict.fromkeys(CURVES))
             row[curve["curve"]] = Score(curve["accuracy"], curve["ci_low"], curve["ci_high"], curve["n"], ())
             row |= {"mean": gain and gain["mean"], "ci": (gain["ci_low"], gain["ci_high"]) if gain else None}
             row |= {"targets": curve["targets"], "seeds": curve["seeds"]}
-            row["colours"] = {"mean": COLOURS[verdict(gain)] if gain else ""}
+            row["colours"] = {"mean": COLOURS[state(gain)] if gain else ""}
         caption = (
-            "Accuracy over the number of the target's own training records, with all related subsets and without them; "
-            "mean over targets and seeds in %, 95 % bootstrap intervals. The difference is paired by record, in "
-            "points. Green: its interval is above 0; orange: below."
+            "Accuracy over the number of the target's own training records, with all related subsets, with as many "
+            "unrelated records, and alone; mean over targets and seeds in %, 95 % intervals over both. The difference "
+            "of the first and the last is paired by record, in points. Green: its interval is above 0; orange: below."
         )
-        titles = {"records": "Target records", "with_related": "With all related", "target_only": "Target alone"}
+        titles = {"records": "Target records", "with_related": "With all related", "with_unrelated": "With unrelated"}
+        titles |= {"target_only": "Target alone"}
         return Table("efficiency", "Data efficiency", caption, rows.values(), titles | {"mean": "Difference"})
 
     def comparisons(self) -> Table:
-        keys = ("n", "accuracy_a", "accuracy_b", "difference", "only_a", "only_b", "p", "p_holm", "ci", "sd_seeds",
-                "sd_records", "detectable")  # fmt: skip
+        keys = ("n", "patients", "accuracy_a", "accuracy_b", "difference", "only_a", "only_b", "p", "p_holm", "p_recipe",
+                "ci", "sd_seeds", "sd_records", "detectable")  # fmt: skip
         rows = [
             {"table": row["table"], "row": row["row"], "target": row["target"], "arm": arm_name(row["arm"])}
             | {"against": arm_name(row["against"])}
@@ -309,9 +316,10 @@ class Tables:
             for row in self.summary["rows"]
         ]
         caption = (
-            "Two arms on the same test records, in %: who alone was right how often, the exact McNemar p and the same "
-            "adjusted by Holm over its table and comparison; the interval of the difference over records and seeds, "
-            "and their standard deviations; the smallest true difference that so many records show four times in five."
+            "Two arms on the same test records, in %: who alone was right how often, the exact McNemar p of these models "
+            "(patients drawn as a whole where they are known), the same adjusted by Holm over the distinct trainings of "
+            "its table and comparison, and with several seeds the p of the recipe; the interval of the difference over "
+            "records and seeds, and their standard deviations; the smallest true difference that so many records show four times in five."
         )
         titles = {"accuracy_a": "Arm", "accuracy_b": "Against", "difference": "Points", "only_a": "Only arm",
                   "only_b": "Only against", "sd_seeds": "SD of seeds", "sd_records": "SD of records"}  # fmt: skip

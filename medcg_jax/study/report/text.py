@@ -1,6 +1,7 @@
-"""A grid in words: the answer that its numbers give, and the limits of that answer.
+"""A grid in words: the verdict that its numbers give, what else they show, and the limits of both.
 
-Every statement follows from an effect and its interval; an interval that includes 0 is said to show nothing.
+Every statement follows from a verdict (`stats.verdict`) or from an effect with its interval and test; what they do not
+show is said not to be shown, and never said not to be there but within `EQUIVALENCE`.
 """
 
 import textwrap
@@ -13,7 +14,17 @@ from medcg_jax.study.report.escape import plain
 from medcg_jax.study.report.load_grid import Grid, arm_name
 from medcg_jax.study.report.table import points
 from medcg_jax.study.stats.controls import SHUFFLED
-from medcg_jax.study.stats.paired import Unit, compare, estimate
+from medcg_jax.study.stats.paired import LEVEL, Unit, compare, estimate
+from medcg_jax.study.stats.verdict import (
+    COMPOSITION,
+    EQUIVALENCE,
+    NO_CAUSE,
+    NOT_SHOWN,
+    NOT_TESTED,
+    REVERSE,
+    TRANSFER,
+    is_equivalent,
+)
 
 PARTS = {
     "fixed_modality": "fixed modality",
@@ -24,6 +35,7 @@ PARTS = {
     "in_distribution": "in distribution",
     "out_of_distribution": "out of distribution",
     "with_related": "with all related subsets",
+    "with_unrelated": "with as many unrelated records",
     "target_only": "target alone",
 }
 
@@ -34,22 +46,6 @@ HEADLINES = (
     ("ablation", "all_related", "all_unrelated"), ("ablation", "all_related", "baseline"),
     ("multi_task", "multi_task", "baseline", "out_of_distribution"),
 )  # fmt: skip
-# (table, arm, against) -> the comparison in a few words.
-SHORT_NAMES = {
-    ("pairs", "trained", "baseline_plus"): "pairs over unrelated data",
-    ("pairs", "trained", "baseline"): "pairs over no training",
-    ("triples", "trained", "baseline_plus"): "triples over unrelated data",
-    ("triples", "trained", "baseline"): "triples over no training",
-    ("detection_pairs", "trained", "baseline"): "pairs with boxes over no training",
-    ("ablation", "all_related", "all_unrelated"): "related over unrelated subsets",
-    ("ablation", "all_related", "baseline"): "related subsets over no training",
-    ("ablation", "all_related", "wo_modality"): "a loss without the modality",
-    ("ablation", "all_related", "wo_area"): "a loss without the area",
-    ("ablation", "all_related", "wo_task"): "a loss without the task",
-    ("ablation", "all_related", "same_task"): "more than the same task alone",
-    ("multi_task", "multi_task", "baseline"): "multi-task over no training out of distribution",
-    ("multi_task", "multi_task", "single_task"): "multi-task over single-task",
-}
 # Kinds of leaks that are counted together -> the training of such cells in words.
 LEAKS: dict[tuple[str, ...], str] = {
     (*EXACT, "near"): "on images that are in their test set, or nearly so",
@@ -57,14 +53,46 @@ LEAKS: dict[tuple[str, ...], str] = {
     ("same group",): "on patients or lesions that are in their test set",
     ("likely same group",): "on patients or lesions that are, as their names say, in their test set too",
 }
+# The table of verdicts without printed rows that share more or less with their target than they say.
+DOUBTFUL = "The answer without doubtful rows"
 SUMMARY_CHARACTERS = 100
+ORDINALS = ("first", "second", "third")
+# Table -> what its trained arm is trained on.
+TOGETHER = {
+    "pairs": "pairs of related subsets",
+    "triples": "triples of related subsets",
+    "detection_pairs": "pairs of a subset with boxes and one of choice questions",
+}
+ONE_SEED = "one seed: nothing is said of the recipe"
+WITHIN = f"within {points(EQUIVALENCE)} points"
+# Verdict -> what it rests on.
+REASONS = {
+    COMPOSITION: "it is above every one of its subsets alone, and the subsets gain more together than each adds to "
+    "unrelated data",
+    TRANSFER: "a subset alone gains over unrelated data too, and training on all is not shown to be above it",
+    NO_CAUSE: "training on the subsets together is not shown to be above each of them alone and more than the sum of what "
+    "each adds to unrelated data",
+    NOT_TESTED: "arms that would tell composition from transfer out of one subset are absent",
+    NOT_SHOWN: "no gain over unrelated data is shown",
+    REVERSE: "training on related subsets is below training on unrelated data",
+}
 
 
-def verdict(effect: dict) -> str:
-    """Either "up" or "down" where the 95 % interval excludes 0, else "open"."""
-    if effect["ci_low"] > 0:
-        return "up"
-    return "down" if effect["ci_high"] < 0 else "open"
+def state(effect: dict) -> str:
+    """Either "up" or "down" where the difference is shown, by its 95 % interval and its test, else "open"."""
+    return "up" if effect["up"] else "down" if effect["down"] else "open"
+
+
+def no_loss(effect: dict, loss: float) -> str:
+    """What may be said of a difference that is not shown. loss: the end of its interval on the side of a loss."""
+    return (
+        f"no loss ({WITHIN})" if effect["equivalent"] else f"a loss of up to {points(max(0.0, loss))} is not excluded"
+    )
+
+
+def p_text(p: float, sign: str = "") -> str:
+    """Such as "p .034" and "p < .001"."""
+    return "p < .001" if p < 0.001 else f"p {sign}{p:.3f}".replace(" 0.", " .")
 
 
 def interval(effect: dict) -> str:
@@ -92,21 +120,18 @@ def effect_name(effect: dict) -> str:
     return f"{arm_name(effect['arm'])} − {arm_name(effect['against'])} ({where})"
 
 
-def short_name(effect: dict) -> str:
-    return SHORT_NAMES.get((effect["table"], effect["arm"], effect["against"])) or effect_name(effect)
-
-
 class Answer:
     """The answer of a grid in words, from `stats.summarise`.
 
     Attributes:
       main: the headline effect; None where the grid has none.
-      lead: "yes", "partly", "no", "not shown" or "none": what the headline effect shows.
+      verdict: the verdict on the first table that has one; None where no table of the grid could tell.
     """
 
     def __init__(self, grid: Grid, summary: dict):
         self.grid, self.summary = grid, summary
         self.main = next((effect for key in HEADLINES if (effect := self.find(*key))), None)
+        self.verdict = next((line for line in summary["verdicts"] if not line["part"]), None)
 
     def find(self, table: str, arm: str, against: str, part: str = "") -> dict | None:
         key = (table, part, arm, against)
@@ -114,43 +139,68 @@ class Answer:
         return next((e for e in effects if (e["table"], e["part"], e["arm"], e["against"]) == key), None)
 
     @property
-    def checks(self) -> list[dict]:
-        """The other comparisons that "yes" depends on, as far as the grid has them."""
-        effects = (
-            self.find("pairs", "trained", "baseline"),
-            self.find("triples", "trained", "baseline_plus") or self.find("triples", "trained", "baseline"),
-            self.find("ablation", "all_related", "all_unrelated"),
-            *(self.find("ablation", "all_related", f"wo_{element}") for element in ELEMENTS),
-            self.find("ablation", "all_related", "same_task"),
-            self.find("multi_task", "multi_task", "single_task", "in_distribution"),
-            self.find("multi_task", "multi_task", "baseline", "out_of_distribution"),
-        )
-        return [e for e in effects if e and e is not self.main]
-
-    @property
-    def lead(self) -> str:
-        if self.main is None:
-            return "none"
-        state = verdict(self.main)
-        if state != "up":
-            return {"down": "no", "open": "not shown"}[state]
-        return "yes" if all(verdict(e) == "up" for e in self.checks) else "partly"
-
-    @property
     def opening(self) -> str:
-        """The first words, in bold."""
+        """The verdict in one sentence, in bold."""
         world = "on phantoms, not patients" if self.grid.of_phantoms else "on these images"
-        words = {
-            "yes": f"Yes, {world}.",
-            "partly": f"In part, {world}.",
-            "no": f"No: the reverse, {world}.",
-            "not shown": f"No effect is shown, {world}.",
-            "none": "No answer yet: no comparison of the study is finished.",
-        }
-        return words[self.lead]
+        if self.verdict:
+            return sentence(f"{verdict_words(self.verdict)}, {world}: {reason(self.verdict)}")
+        if self.main:
+            return f"Composition is not tested, {world}: no pairs or triples are finished."
+        return "No answer yet: no comparison of the study is finished."
+
+    def first(self) -> list[str]:
+        """The sentences behind the opening: from what to what, on how much, and what decided."""
+        return self.of_verdict(self.verdict) if self.verdict else []
+
+    def of_verdict(self, line: dict) -> list[str]:
+        """The numbers of one table's verdict."""
+        texts = [self.gain(line), *against_singles(line), *self.beside(line), *self.directions(line["table"])]
+        if line["rows_left_out"]:
+            texts.append(
+                f"{counted(line['rows_left_out'], 'row')} cannot tell (a subset with the whole combination, or no unrelated "
+                "one) and are left out"
+            )
+        return [sentence(text) for text in texts]
+
+    def gain(self, line: dict) -> str:
+        accuracy, targets = line["accuracy"], self.find(line["table"], "trained", "baseline_plus")
+        unseen = " never trained on" if never_trained_on(self.grid, line["table"]) else ""
+        sizes = (
+            f"{line['n']:,} distinct questions on {counted(line['targets'], 'target')}{unseen}, "
+            f"{counted(line['seeds'], 'seed')}, {counted(line['trainings'], 'training')}"
+        )
+        if line["gain"] is None or targets is None or "trained" not in accuracy:
+            return f"no arm of unrelated data is finished, so a gain cannot be told from training as such ({sizes})"
+        chances = [chance for name in targets["by_target"] if (chance := self.grid.chance(name)) is not None]
+        chance = f"chance {100 * sum(chances) / len(chances):.1f} %; " if chances else ""
+        before = accuracy.get("baseline_plus", accuracy["trained"] - line["gain"]["mean"])
+        seed = f"; {ONE_SEED}" if line["seeds"] == 1 else ""
+        return (
+            f"from {100 * before:.1f} % (unrelated data) to {100 * accuracy['trained']:.1f} % ({TOGETHER[line['table']]}): "
+            f"{points(line['gain']['mean'], True)} points (95 % interval {interval(line['gain'])}{seed}); {chance}{sizes}; "
+            f"{overall_words(line)}"
+        )
+
+    def beside(self, line: dict) -> list[str]:
+        """The arms that decide nothing: what they show, or that they are absent."""
+        names = {"words_only": "subsets that share the task alone", "no_images": "the same training without images"}
+        found = {words: line["beside"][arm] for arm, words in names.items()}
+        texts = [
+            f"{points(effect['mean'], True)} over {words} ({interval(effect)}{'' if effect['up'] else ', not shown'})"
+            for words, effect in found.items()
+            if effect
+        ]
+        absent = [words for words, effect in found.items() if not effect]
+        return [f"beside it: {listed(texts)}"] * bool(texts) + [f"not asked: {listed(absent)}"] * bool(absent)
+
+    def directions(self, table: str) -> list[str]:
+        """The verdicts by direction, where there are several."""
+        lines = [line for line in self.summary["verdicts"] if line["table"] == table and line["part"]]
+        words = [f"{PARTS.get(line['part'], line['part'])}: {verdict_words(line).lower()}" for line in lines]
+        return [f"by direction (Holm-adjusted): {'; '.join(words)}"] * (len(lines) > 1)
 
     def sentences(self) -> list[str]:
-        """The sentences with numbers, which follow the opening and `totals`."""
+        """What else the grid shows."""
         hold_all = "which between them hold all three elements of the target"
         related, same_records = "all related subsets together", "one model per subset, with the same records of each"
         caution = (
@@ -179,92 +229,135 @@ class Answer:
         return [sentence(self.statement(effect, what, over))] if effect else []
 
     def statement(self, effect: dict, what: str, over: str) -> str:
-        """One effect as a sentence without full stop; its interval decides the verb."""
-        state = verdict(effect)
+        """One effect as a sentence without full stop; its interval and test decide the verb."""
+        shown = state(effect)
         rows = counted(effect["rows"], "row")
-        if state == "down":
-            counts = f"{effect['losses']} of {rows} down, {effect['significant_losses']} significantly"
+        if shown == "down":
+            counts = f"{effect['losses']} of {rows} down, {effect['significant_losses']} significantly in these models"
         else:
-            counts = f"{effect['wins']} of {rows} up, {effect['significant']} significantly"
-        if state == "open":
+            counts = f"{effect['wins']} of {rows} up, {effect['significant']} significantly in these models"
+        limits = f"{interval(effect)}{'; ' + ONE_SEED if effect['seeds'] == 1 else ''}"
+        if shown == "open":
             return (
                 f"{what} {'are' if what.startswith('all ') else 'is'} not shown to change accuracy against {over} "
-                f"({points(effect['mean'], True)} points; the interval {interval(effect)} includes 0; {counts})"
+                f"({points(effect['mean'], True)} points, {limits}; {no_loss(effect, -effect['ci_low'])}; {counts})"
             )
-        verb, size = "raised" if state == "up" else "lowered", points(abs(effect["mean"]))
+        verb, size = "raised" if shown == "up" else "lowered", points(abs(effect["mean"]))
         words = "95 % interval " if effect is self.main else ""
-        return f"{what} {verb} accuracy by {size} points against {over} ({words}{interval(effect)}; {counts})"
+        return f"{what} {verb} accuracy by {size} points against {over} ({words}{limits}; {counts})"
 
     def combination(self, table: str, what: str) -> list[str]:
-        plus, base = self.find(table, "trained", "baseline_plus"), self.find(table, "trained", "baseline")
-        first = plus or base
-        if first is None:
-            return []
-        over = "training on unrelated ones (Baseline+)" if plus else "no training (Baseline)"
-        where = ""
-        if first is self.main:
-            unseen = " never trained on" if never_trained_on(self.grid, table) else ""
-            where = (
-                f"Over {counted(first['targets'], 'target')}{unseen}, {counted(first['seeds'], 'seed')} and "
-                f"{self.answers(first):,} test answers per arm, "
-            )
-        text = where + self.statement(first, f"training on {what}", over)
-        if plus and base:
-            tail = {
-                "up": f"against no training the gain is {points(base['mean'])} ({interval(base)})",
-                "down": f"against no training it is a loss of {points(-base['mean'])} ({interval(base)})",
-                "open": f"against no training no change is shown ({points(base['mean'], True)}, {interval(base)})",
-            }
-            text += f"; {tail[verdict(base)]}"
-        return [sentence(text)]
-
-    def answers(self, effect: dict) -> int:
-        """How many test answers each arm of an effect has."""
-        return sum(
-            row["n"]
-            for row in self.summary["rows"]
-            if (row["table"], row["arm"], row["against"]) == (effect["table"], effect["arm"], effect["against"])
-            and effect["part"] in ("", row["part"])
+        """A table's own sentences: of the verdict, where it is not the first; else against no training."""
+        line = next((line for line in self.summary["verdicts"] if (line["table"], line["part"]) == (table, "")), None)
+        base = self.find(table, "trained", "baseline")
+        texts = []
+        if line and line is not self.verdict:
+            texts = [sentence(f"{table.replace('_', '-')}: {verdict_words(line).lower()}: {reason(line)}")]
+            texts += self.of_verdict(line)
+        return texts + (
+            [sentence(self.statement(base, f"training on {what}", "no training (Baseline)"))] if base else []
         )
 
     def elements(self) -> list[str]:
-        """The cost of leaving out the subsets that share an element."""
-        costs, beyond = (
-            [
-                f"{element} {self.loss(effect)}"
-                for element in ELEMENTS
-                if (effect := self.find("ablation", arm, f"wo_{element}"))
-            ]
-            for arm in ("all_related", "random_removal")
-        )
-        random = self.find("ablation", "all_related", "random_removal")
-        at_random = f"; leaving out as many at random costs {self.loss(random)}" if random else ""
-        text = f"Leaving out the related subsets that share an element costs, in points: {listed(costs)}{at_random}."
-        return [text] * bool(costs) + [f"Beyond the random removal: {listed(beyond)}."] * bool(beyond)
+        """The cost of leaving out the subsets that share an element, at equal epochs and at equal updates."""
+        texts = []
+        for budget, words in (("", "at equal epochs"), ("_updates", "at equal updates")):
+            costs, random, beyond = (
+                [
+                    f"{element} {self.loss(effect)}"
+                    for element in ELEMENTS
+                    if (effect := self.find("ablation", *(arm.format(element) for arm in arms)))
+                ]
+                for arms in (
+                    ("all_related", f"wo_{{}}{budget}"),
+                    ("all_related", f"random_removal_{{}}{budget}"),
+                    (f"random_removal_{{}}{budget}", f"wo_{{}}{budget}"),
+                )
+            )
+            if costs:
+                texts.append(
+                    f"Leaving out the related subsets that share an element costs, in points, {words}: {listed(costs)}."
+                )
+            if random:
+                texts.append(f"Leaving out as many at random: {listed(random)}.")
+            if beyond:
+                texts.append(f"Beyond the random removal: {listed(beyond)}.")
+        return texts
 
     def loss(self, effect: dict) -> str:
-        state = {"up": "", "open": ", not shown", "down": ", a gain"}[verdict(effect)]
-        return f"{points(effect['mean'])} ({interval(effect)}{state})"
+        """A cost; its interval's upper end is the largest one that is not excluded."""
+        words = {"up": "", "down": ", a gain", "open": f", not shown; {no_loss(effect, effect['ci_high'])}"}
+        return f"{points(effect['mean'])} ({interval(effect)}{words[state(effect)]})"
 
     def efficiency(self) -> list[str]:
-        gains = [g for g in efficiency_gains(self.grid) if g["records"] > 0]
-        if not gains:
-            return []
-        texts = [
-            f"{g['records']:,} target records {points(g['mean'], True)} ({interval(g)}"
-            f"{', not shown' if verdict(g) == 'open' else ''})"
-            for g in (gains[0], gains[-1])[: len(gains)]
-        ]
-        return [f"What all related subsets add to training on the target itself, in points: {listed(texts)}."]
+        texts = []
+        for against, words in (
+            ("target_only", "training on the target itself"),
+            ("with_unrelated", "as many unrelated records beside the target's own"),
+        ):
+            gains = [g for g in efficiency_gains(self.grid, against) if g["records"] > 0]
+            found = [
+                f"{g['records']:,} target records {points(g['mean'], True)} ({interval(g)}"
+                f"{', not shown' if state(g) == 'open' else ''})"
+                for g in (gains[:1] + gains[-1:])[: len(gains)]
+            ]
+            if found:
+                texts.append(f"What all related subsets add to {words}, in points: {listed(found)}.")
+        return texts
 
-    def totals(self) -> list[tuple[str, str]]:
-        """("Shown", names), ("Not shown", names), ("The other way", names) of the headline and its checks."""
-        effects = [effect for effect in (self.main, *self.checks) if effect]
-        names = {
-            words: "; ".join(short_name(effect) for effect in effects if verdict(effect) == state)
-            for words, state in (("Shown", "up"), ("Not shown", "open"), ("The other way", "down"))
-        }
-        return [(words, text) for words, text in names.items() if text]
+
+def verdict_words(line: dict) -> str:
+    """Such as "Composition"; with one seed what these models alone show is said beside."""
+    words = sentence(line["verdict"]).removesuffix(".")
+    if line["these_models"] is None:
+        return words
+    return f"{words} ({ONE_SEED}; these models alone: {line['these_models']})"
+
+
+def reason(line: dict) -> str:
+    """What a verdict rests on, and what stands in the way of a stronger one."""
+    kind = line["these_models"] or line["verdict"]
+    if line["gain"] is None:
+        return "no arm of unrelated data to compare with"
+    if kind == NOT_SHOWN and line["p_smallest"] is not None and line["p_smallest"] >= LEVEL:
+        return (
+            f"{counted(line['targets'], 'target')} cannot show a gain, since no p can be below {line['p_smallest']:.3f}"
+        )
+    if kind != NOT_TESTED:
+        return REASONS[kind]
+    absent = [arm_name(arm) + (f" ({n} of {line['cells']} cells)" if n < line["cells"] else "")
+              for arm, n in line["missing"].items()]  # fmt: skip
+    return f"{REASONS[kind]} ({listed(absent)})"
+
+
+def overall_words(line: dict) -> str:
+    """The overall p and the least that it could be."""
+    least = "no least p" if line["p_smallest"] is None else f"the least {p_text(line['p_smallest'])}"
+    return f"overall {p_text(line['p'])} ({line['test']}; {least})"
+
+
+def against_singles(line: dict) -> list[str]:
+    """The members alone, and the interaction."""
+    singles, texts = [], []
+    for name, over in line["over"].items():
+        if over is None:
+            continue
+        words = {
+            "above": "",
+            "within": f", not above: alone no loss ({WITHIN})",
+            "open": f", not shown: {points(max(0.0, over['ci_high']))} above it are not excluded",
+        }[over["relation"]]
+        mean = f"{points(over['mean'], True)} over the {ORDINALS[int(name[-1]) - 1]} ({interval(over)}{words})"
+        singles.append(mean)
+    if singles:
+        texts.append(f"against each subset alone, with as many records and updates: {listed(singles)}")
+    if line["interaction"]:
+        found = line["interaction"]
+        texts.append(
+            f"interaction, what the subsets gain together beyond the sum of what each adds to unrelated data: "
+            f"{points(found['mean'], True)} ({interval(found)}{'' if found['up'] else ', not shown to be above 0'})"
+        )
+    return texts
 
 
 def sentence(text: str) -> str:
@@ -277,8 +370,8 @@ def never_trained_on(grid: Grid, table: str) -> bool:
     return not any(set(cell["related"].split("+")) & set(cell["target"].split("+")) for cell in cells)
 
 
-def efficiency_gains(grid: Grid) -> list[dict]:
-    """For each number of target records: accuracy with all related subsets minus that of the target alone."""
+def efficiency_gains(grid: Grid, against: str = "target_only") -> list[dict]:
+    """For each number of target records: accuracy with all related subsets minus that of another curve."""
     cells = {
         (r["part"], r["target"], r["seed"], int(r["arm"].rsplit("_", 1)[1])): r["cell"]
         for r in grid.results
@@ -286,7 +379,7 @@ def efficiency_gains(grid: Grid) -> list[dict]:
     }
     units: dict[int, list[Unit]] = {}
     for (curve, target, seed, records), cell in cells.items():
-        other = cells.get(("target_only", target, seed, records))
+        other = cells.get((against, target, seed, records))
         if curve == "with_related" and other:
             result = compare(*(grid.answers.correct_by_id(name, target) for name in (cell, other)))
             only_a, only_b = result.only_a, result.only_b
@@ -295,7 +388,10 @@ def efficiency_gains(grid: Grid) -> list[dict]:
     for records, group in sorted(units.items()):
         found = estimate(group)
         low, high = found.interval()
-        gains.append({"records": records, "mean": found.mean, "ci_low": low, "ci_high": high})
+        gains.append(
+            {"records": records, "mean": found.mean, "ci_low": low, "ci_high": high, "up": found.is_up,
+             "down": found.is_down, "equivalent": is_equivalent(found), "seeds": found.seeds}
+        )  # fmt: skip
     return gains
 
 
@@ -307,8 +403,8 @@ def summary_text(grid: Grid, answer: Answer, limits: Sequence[str]) -> str:
         f"{'phantoms' if grid.of_phantoms else 'images from files'}, "
         f"{counted(len(grid.seeds), 'seed')} ({', '.join(map(str, grid.seeds)) or 'none'})."
     )
-    totals = [f"{words}: {names}." for words, names in answer.totals()]
-    paragraphs = [head, " ".join([answer.opening, *totals, *answer.sentences()]), *(f"- {limit}" for limit in limits)]
+    first = " ".join([answer.opening, *answer.first()])
+    paragraphs = [first, head, " ".join(answer.sentences()), *(f"- {limit}" for limit in limits)]
     return "".join(
         textwrap.fill(plain(text), SUMMARY_CHARACTERS, subsequent_indent="  " if text[0] == "-" else "") + "\n\n"
         for text in paragraphs
@@ -376,7 +472,11 @@ def limits(grid: Grid, summary: dict) -> list[str]:
     leaky = {words: len({line["cell"] for line in reported if line["kind"] in kinds}) for kinds, words in LEAKS.items()}
     not_shuffled = sorted({name for arm in summary["controls_of_answers"] for name in arm["not_shuffled"]})
     tuned = [name for name in targets if name in TUNE_TARGETS]
-    phantoms = grid.of_phantoms
+    phantoms, lapsed = grid.of_phantoms, max((level["rows_left_out"] for level in summary["without_lapses"]), default=0)
+    with_words = [arm_name(arm) for arm in ("words_only", "same_task") if arm in arms]
+    words = (
+        f"“{with_words[0]}” has them" if with_words else "no arm of this grid has them and nothing else of the target"
+    )
     # Text -> whether it holds.
     texts: dict[str, object] = {
         f"{counted(number, 'cell')} of {len(grid.cells):,} were trained {words}, which flatters them: see the table of "
@@ -399,15 +499,19 @@ def limits(grid: Grid, summary: dict) -> list[str]:
             not phantoms and model.endswith("_tiny"),
         "Test records read from files return with every seed, so seeds measure the training's own spread and add no "
         "test records; a source image may occur in more than one dataset of a collection.": not grid.is_phantom,
-        "One seed: the spread over draws of the data, the base and the training is not measured.": num_seeds == 1,
-        f"With {counted(num_seeds, 'seed')} and {counted(len(targets), 'target')} a bootstrap interval over them is "
-        "rough, and likely too narrow.": targets and (num_seeds < 5 or len(targets) < 10),
+        "One seed: nothing is said of the recipe. The spread over draws of the data, the base and the training is not "
+        "measured; intervals are over targets (of rows: over records), and hold for these models alone.": num_seeds == 1,
+        f"With {num_seeds} seeds an interval over them is wide, so that much that is there may not be shown.":
+            targets and 1 < num_seeds < 5,
+        "A p of a row is of these models on these records; another training of the same recipe would give another.":
+            bool(targets),
         "Baseline+ trains on subsets that share no element with the target, so it never meets the words of the "
-        "target's task. Part of any gain over it is learning these words; the control “same task only” has them.":
-            "baseline_plus" in arms,
-        "Every arm trains for equal epochs, so an arm with fewer subsets also has fewer steps. The random removal "
-        "measures that part; it removes as many subsets as the three removals do on average, not as each does.":
-            any(arm.startswith("wo_") for arm in arms),
+        f"target's task. Part of any gain over it is learning these words; {words}.": "baseline_plus" in arms,
+        f"{counted(lapsed, 'printed row')} of the paper here share more or less with their target than they say, by this "
+        f"project's table of tasks: “{DOUBTFUL}” stands beside the answer.": lapsed,
+        "In the ablation at equal epochs an arm with fewer subsets also has fewer updates. The random removals measure "
+        "that part: each takes away as many subsets as the element's.":
+            any(arm.startswith("wo_") and not arm.endswith("_updates") for arm in arms),
         **dict.fromkeys([*below_chance(grid), *letter_habits(grid)], True),
         "The published description does not say how Baseline+ was drawn, how large the subsets were, or most training "
         "settings; what stands in for them here is this project's choice, and is listed with the configuration.": True,

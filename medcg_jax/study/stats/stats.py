@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from medcg_jax.config import REMOVAL_ARMS
 from medcg_jax.study.design.mat import ELEMENTS
 from medcg_jax.study.design.overlap import LAPSES, printed_lapses, printed_repeats
+from medcg_jax.study.design.suite import Row
 from medcg_jax.study.stats.answers import Answers
 from medcg_jax.study.stats.calibration import calibration_of_answers
 from medcg_jax.study.stats.controls import controls_of_answers
@@ -53,13 +55,13 @@ EFFECTS = (
     ("ablation", "all_related", "wo_modality"),
     ("ablation", "all_related", "wo_area"),
     ("ablation", "all_related", "wo_task"),
-    ("ablation", "all_related", "random_removal"),
+    *(("ablation", "all_related", f"random_removal_{element}") for element in ELEMENTS),
     ("ablation", "all_related", "same_task"),
     ("ablation", "all_related", "all_data"),
     ("ablation", "all_related", "baseline"),
-    ("ablation", "random_removal", "wo_modality"),
-    ("ablation", "random_removal", "wo_area"),
-    ("ablation", "random_removal", "wo_task"),
+    *(("ablation", f"random_removal_{element}", f"wo_{element}") for element in ELEMENTS),
+    *(("ablation", "all_related", f"{arm}_updates") for arm in REMOVAL_ARMS),
+    *(("ablation", f"random_removal_{element}_updates", f"wo_{element}_updates") for element in ELEMENTS),
     ("multi_task", "multi_task", "single_task"),
     ("multi_task", "multi_task", "baseline"),
     ("multi_task", "single_task", "baseline"),
@@ -122,8 +124,9 @@ def summarise(
         {"curve": "with_related", "records": 30, "accuracy": .7, "ci_low": .6, "ci_high": .8, "targets": 4, "seeds": 3,
          "n": 3600},                      # ci: `estimate`; curve "target_only" is the other
       ],
-      "controls": {"wo_modality": {...}, "wo_area": {...}, "wo_task": {...}},  # the effects random_removal - wo_X: what
-                                          # an element does beyond less data; "same_task": all_related - same_task
+      "controls": {"wo_modality": {...}, "wo_area": {...}, "wo_task": {...}},  # the effects random_removal_X - wo_X: what
+                                          # an element does beyond less data; "same_task": all_related - same_task;
+                                          # "wo_X_updates": the same at equal updates
       "controls_of_answers": [...],       # letters, numbers of options, generation, runs without images and the like:
                                           # `controls.controls_of_answers`
       "calibration": [...],               # of each table and arm: `calibration.calibration_of_answers`
@@ -148,13 +151,14 @@ def summarise(
     # Phantoms are drawn by the seed.
     fresh = recorded["config"]["data"]["source"] == "phantom"
     counted = [row for row in results if row["published"] not in printed_repeats()]
+    planned = [cell for cell in cells if Row.parse(cell["table"], cell["row"]).published not in printed_repeats()]
     effects, rows = _effects(counted, answers, fresh, trainings)
     return {
-        "verdicts": _verdicts(counted, answers, fresh, trainings),
+        "verdicts": _verdicts(counted, answers, fresh, planned),
         "accuracy": _accuracies(counted, fresh),
         "effects": effects,
         "rows": rows,
-        "without_lapses": _without_lapses(counted, answers, fresh, trainings),
+        "without_lapses": _without_lapses(counted, answers, fresh, trainings, planned),
         "curves": _curves(counted, fresh),
         "controls": _controls(effects),
         "controls_of_answers": controls_of_answers(answers, results, fresh),
@@ -182,7 +186,7 @@ def _effects(
 
 
 def _without_lapses(
-    results: Sequence[Mapping], answers: Answers, fresh: bool, trainings: Mapping[str, tuple]
+    results: Sequence[Mapping], answers: Answers, fresh: bool, trainings: Mapping[str, tuple], cells: Sequence[Mapping]
 ) -> list[dict]:
     """Verdicts and effects of pairs, triples and detection pairs once more, without one kind of lapse after the other."""
     kept, left_out, levels = [row for row in results if row["table"] in MEMBERS], [], []
@@ -192,21 +196,31 @@ def _without_lapses(
         if len(fewer) < len(kept):
             kept, left_out = fewer, [*left_out, name]
             effects, _ = _effects(kept, answers, fresh, trainings)
+            others = [
+                cell
+                for cell in cells
+                if printed_lapses().get(Row.parse(cell["table"], cell["row"]).published) not in left_out
+            ]
             num_kept = len({row["published"] for row in kept if row["published"]})
             levels.append(
                 {"left_out": left_out, "rows_left_out": num_rows - num_kept, "effects": effects,
-                 "verdicts": _verdicts(kept, answers, fresh, trainings)}
+                 "verdicts": _verdicts(kept, answers, fresh, others)}
             )  # fmt: skip
     return levels
 
 
-def _verdicts(results: Sequence[Mapping], answers: Answers, fresh: bool, trainings: Mapping[str, tuple]) -> list[dict]:
+def _verdicts(results: Sequence[Mapping], answers: Answers, fresh: bool, cells: Sequence[Mapping]) -> list[dict]:
+    trainings = {cell["cell"]: training_of(cell) for cell in cells}
     lines = []
     for table, k in MEMBERS.items():
         of_table = [r for r in results if r["table"] == table]
         deciding = {"trained", "baseline_plus", *members(k)[0], *members(k)[1]}
         arms = _arms([r for r in of_table if r["arm"] in (deciding | {*BESIDE})], answers)
-        for line in verdicts(arms, table):
+        planned: dict[str, set] = defaultdict(set)
+        for cell in cells:
+            if cell["table"] == table:
+                planned[cell["arm"]] |= {(cell["row"], name, int(cell["seed"])) for name in cell["target"].split("+")}
+        for line in verdicts(arms, table, planned):
             used = [r for r in of_table if r["arm"] in deciding and line["part"] in ("", r["part"])]
             distinct = {trainings[r["cell"]] for r in used if trainings[r["cell"]][0]}
             lines.append(line | {"n": _questions(((r["target"], r["seed"], r["n"]) for r in used), fresh),
@@ -245,9 +259,10 @@ def _questions(asked: Iterable[tuple[str, int, int]], fresh: bool) -> int:
 
 def _distinct_holm(rows: Sequence[Mapping]) -> list[float]:
     """Each row's p adjusted by Holm over distinct comparisons: rows of the same trainings and target are one."""
-    first = {row["trainings"]: row["p"] for row in reversed(rows)}
-    adjusted = dict(zip(first, holm(list(first.values())), strict=True))
-    return [adjusted[row["trainings"]] for row in rows]
+    keys = [(row["trainings"], row["only_a"], row["only_b"], row["p"]) for row in rows]
+    distinct = list(dict.fromkeys(keys))
+    adjusted = dict(zip(distinct, holm([p for *_, p in distinct]), strict=True))
+    return [adjusted[key] for key in keys]
 
 
 def _compared(
@@ -418,7 +433,8 @@ def _curves(results: Sequence[Mapping], fresh: bool) -> list[dict]:
 
 def _controls(effects: Sequence[dict]) -> dict[str, dict]:
     """What an element does beyond less data, and beyond its task alone."""
-    pairs = {f"wo_{element}": ("random_removal", f"wo_{element}") for element in ELEMENTS}
+    elements = [f"{element}{budget}" for budget in ("", "_updates") for element in ELEMENTS]
+    pairs = {f"wo_{element}": (f"random_removal_{element}", f"wo_{element}") for element in elements}
     pairs["same_task"] = ("all_related", "same_task")
     of_ablation = {(e["arm"], e["against"]): e for e in effects if e["table"] == "ablation"}
     return {name: of_ablation[pair] for name, pair in pairs.items() if pair in of_ablation}

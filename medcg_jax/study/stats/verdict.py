@@ -13,12 +13,12 @@ ones in place of the others'). Contrasts, each over targets and seeds with a tes
 
   | gain         | over_k                     | gain_k       | interaction | verdict                                  |
   |--------------|----------------------------|--------------|-------------|------------------------------------------|
-  | FF is absent |                            |              |             | not shown                                |
+  | no FF at all |                            |              |             | not shown                                |
   | down         |                            |              |             | the reverse                              |
   | open         | any                        | any          | any         | not shown                                |
   | up           | every k up                 |              | up          | composition                              |
   | up           | some k not up              | that k up    | any         | transfer from one subset                 |
-  | up           | an arm is absent somewhere |              |             | a gain over unrelated data, cause not    |
+  | up           | an arm is absent           |              |             | a gain over unrelated data, cause not    |
   |              |                            |              |             | tested                                   |
   | up           | otherwise                  |              |             | a gain over unrelated data, cause not    |
   |              |                            |              |             | shown                                    |
@@ -30,7 +30,10 @@ ones in place of the others'). Contrasts, each over targets and seeds with a tes
   Above every single with an open interaction is "cause not shown": two gains may add up without being combined.
 - "Transfer" needs a single that is itself shown to gain over FF and that the pair is not shown to beat. `relation` says
   for each single whether it is "within": shown to be less than `EQUIVALENCE` below the pair, or above it.
-- An arm counts as present only where it has every cell that `trained` and FF have. Cells without FF are left out.
+- Rows for which the grid plans no FF or not every single and filler that it plans elsewhere (a member with the target's
+  whole triplet, no unrelated subset) cannot tell: they are left out of every contrast, and counted.
+- An arm counts as present only where it has every cell of the other rows; of one with cells that failed or wait nothing
+  is taken.
 - One seed: nothing is said of the recipe. The verdict is "not shown", and `these_models` has what the table above says
   of these trained models alone, by sign flips over the targets. One target: nothing is said of others; "not shown".
 - Directions of a table: p adjusted by Holm over them, separately for the gain and for composition (the largest p of its
@@ -41,12 +44,12 @@ ones in place of the others'). Contrasts, each over targets and seeds with a tes
 Source of the test: Berger, Multiparameter hypothesis testing and acceptance sampling, Technometrics 24 (1982).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from medcg_jax.study.stats.paired import LEVEL, Estimate, Unit, estimate, holm, target_means, unit_of
+from medcg_jax.study.stats.paired import LEVEL, Estimate, Unit, estimate, holm, mean_difference, unit_of
 
 # Table -> members of its rows.
 MEMBERS = {"pairs": 2, "triples": 3, "detection_pairs": 2}
@@ -78,11 +81,15 @@ class Evidence:
     interaction: Estimate | None
 
     @property
+    def is_complete(self) -> bool:
+        return None not in (self.gain, self.interaction, *self.over.values(), *self.gains.values())
+
+    @property
     def p_composition(self) -> float:
         """The largest p of what composition needs; 1 where a part of it is absent or not above 0."""
         needed = (self.gain, *self.over.values(), self.interaction)
         present = [found for found in needed if found is not None]
-        if len(present) < len(needed) or not all(found.is_up for found in present):
+        if not self.is_complete or not all(found.is_up for found in present):
             return 1.0
         return max(found.p for found in present)
 
@@ -110,39 +117,62 @@ def decide(evidence: Evidence, p_gain: float, p_composition: float) -> str:
         own_gain = evidence.gains[name]
         if over is not None and not over.is_up and own_gain is not None and own_gain.is_up:
             return TRANSFER
-    is_complete = evidence.interaction is not None and None not in evidence.over.values()
-    return NO_CAUSE if is_complete else NOT_TESTED
+    return NO_CAUSE if evidence.is_complete else NOT_TESTED
 
 
-def units_of(arms: Arms, weights: Mapping[str, float], keys: Sequence[Key]) -> list[Unit]:
-    """The contrast of arms, as sums over records of each of the keys."""
-    units = []
-    for key in keys:
-        values = sum(weight * np.asarray(arms[arm][key], float) for arm, weight in weights.items())
-        units.append(unit_of(key[1], key[2], values))
-    return units
+class Contrasts:
+    """The contrasts of one table's arms; the units of each are computed once for all directions."""
+
+    def __init__(self, arms: Arms):
+        self.arms = arms
+        self._units: dict[tuple, dict[Key, Unit]] = {}
+
+    def estimate(self, weights: Mapping[str, float], keys: Sequence[Key], most: float = 1.0) -> Estimate | None:
+        """The weighted sum of arms over these keys; None where one of them is absent, or there are no keys."""
+        is_absent = any(key not in self.arms.get(arm, {}) for arm in weights for key in keys)
+        return None if is_absent or not keys else estimate(self.units(weights, keys), most)
+
+    def units(self, weights: Mapping[str, float], keys: Sequence[Key]) -> list[Unit]:
+        known = self._units.setdefault(tuple(weights.items()), {})
+        for key in keys:
+            if key not in known:
+                values = sum(weight * np.asarray(self.arms[arm][key], float) for arm, weight in weights.items())
+                known[key] = unit_of(key[1], key[2], values)
+        return [known[key] for key in keys]
+
+    def evidence(self, k: int, keys: Sequence[Key]) -> Evidence:
+        """The contrasts over these keys; the gain over those of them that `trained` and `baseline_plus` have."""
+        singles, fillers = members(k)
+        gain = {"trained": 1.0, "baseline_plus": -1.0}
+        together = {"trained": 1.0, **dict.fromkeys(fillers, -1.0), "baseline_plus": k - 1.0}
+        return Evidence(
+            self.estimate(gain, self.present(gain, keys)),
+            {name: self.estimate({"trained": 1.0, name: -1.0}, keys) for name in singles},
+            {name: self.estimate({name: 1.0, "baseline_plus": -1.0}, keys) for name in singles},
+            self.estimate(together, keys, float(k)),
+        )
+
+    def present(self, arms: Collection[str], keys: Sequence[Key]) -> list[Key]:
+        """Those of the keys that all of these arms have."""
+        return [key for key in keys if all(key in self.arms.get(arm, {}) for arm in arms)]
+
+    def accuracies(self, keys: list[Key]) -> dict[str, float]:
+        """Arm -> mean accuracy over targets, of the arms that have all keys."""
+        arms = [arm for arm in self.arms if keys and self.present([arm], keys) == keys]
+        return {arm: mean_difference(self.units({arm: 1.0}, keys)) for arm in arms}
 
 
-def evidence_of(arms: Arms, k: int, keys: Sequence[Key]) -> Evidence:
-    """The contrasts over these keys, which `trained` and `baseline_plus` have."""
-
-    def contrast(weights: Mapping[str, float], most: float = 1.0) -> Estimate | None:
-        if not keys or any(key not in arms.get(arm, {}) for arm in weights for key in keys):
-            return None
-        return estimate(units_of(arms, weights, keys), most)
-
+def telling(planned: Mapping[str, Collection[Key]], k: int) -> list[Key]:
+    """The keys of `trained` for which the grid plans unrelated data and all singles and fillers that it plans for any."""
     singles, fillers = members(k)
-    together = {"trained": 1.0, **dict.fromkeys(fillers, -1.0), "baseline_plus": k - 1.0}
-    return Evidence(
-        contrast({"trained": 1.0, "baseline_plus": -1.0}),
-        {name: contrast({"trained": 1.0, name: -1.0}) for name in singles},
-        {name: contrast({name: 1.0, "baseline_plus": -1.0}) for name in singles},
-        contrast(together, float(k)),
-    )
+    needed = ["baseline_plus", *(name for name in (*singles, *fillers) if planned.get(name))]
+    return sorted(key for key in planned.get("trained", ()) if all(key in planned.get(arm, ()) for arm in needed))
 
 
-def verdicts(arms: Arms, table: str) -> list[dict]:
+def verdicts(arms: Arms, table: str, planned: Mapping[str, Collection[Key]] | None = None) -> list[dict]:
     """The verdict of a table as a whole (part ""), then of each of its directions (the first part of a row's name).
+
+    planned: arm -> its keys in the whole grid, finished or not; default: those of `arms`.
 
     [{"table": "pairs", "part": "",
       "verdict": "transfer from one subset",
@@ -150,20 +180,23 @@ def verdicts(arms: Arms, table: str) -> list[dict]:
       "p": .004, "p_smallest": None,    # of composition where that is the verdict, else of the gain; least possible p
       "p_holm": .004,                   # adjusted over the directions; of the table as a whole p itself
       "test": "two-way t of 8 targets and 3 seeds", "targets": 8, "seeds": 3, "rows": 24,
-      "rows_left_out": 0,               # rows without unrelated data
+      "rows_left_out": 0,               # rows that cannot tell (see above)
       "accuracy": {"trained": .69, "baseline_plus": .46, "single_1": .71},  # means over targets, of the arms present
       "gain": {"mean": .23, "ci_low": .15, "ci_high": .31, "p": .004, "p_smallest": None, "up": True, "down": False},
       "over": {"single_1": {..., "relation": "within"}},    # or "above", "open"; None where absent
       "gains": {"single_1": {...}}, "interaction": {...},
       "beside": {"baseline": {...}, "words_only": None, "no_images": None},     # trained less that arm
-      "missing": {"single_2": 3}}]      # deciding arm -> number of cells that lack it, of "cells"
+      "cells": 72, "missing": {"single_2": 3}}]     # cells of `trained`; deciding arm -> number that it lacks
     """
     k = MEMBERS[table]
-    parts = sorted({key[0].partition("/")[0] for key in arms.get("trained", {})})
+    planned = arms if planned is None else planned
+    keys = telling(planned, k) or sorted(planned.get("trained", ()))
+    parts = sorted({part_of(key) for key in arms.get("trained", {})})
     if not parts:
         return []
-    whole = [_verdict(arms, table, "", k)]
-    by_part = [_verdict(arms, table, part, k) for part in parts]
+    contrasts = Contrasts(arms)
+    whole = [_verdict(contrasts, table, "", k, keys)]
+    by_part = [_verdict(contrasts, table, part, k, keys) for part in parts]
     gains = holm([evidence.p_gain for evidence, _ in by_part])
     compositions = holm([evidence.p_composition for evidence, _ in by_part])
     adjusted = [(whole[0][0].p_gain, whole[0][0].p_composition), *zip(gains, compositions, strict=True)]
@@ -183,38 +216,37 @@ def _decided(evidence: Evidence, line: dict, p_gain: float, p_composition: float
     }  # fmt: skip
 
 
-def _verdict(arms: Arms, table: str, part: str, k: int) -> tuple[Evidence, dict]:
-    trained = sorted(key for key in arms["trained"] if part in ("", key[0].partition("/")[0]))
-    keys = [key for key in trained if key in arms.get("baseline_plus", {})]
-    evidence = evidence_of(arms, k, keys)
+def part_of(key: Key) -> str:
+    return key[0].partition("/")[0]
+
+
+def _verdict(contrasts: Contrasts, table: str, part: str, k: int, keys: Sequence[Key]) -> tuple[Evidence, dict]:
+    arms = contrasts.arms
+    keys = [key for key in keys if part in ("", part_of(key))]
+    finished = contrasts.present(["trained"], keys)
+    every = {key[:2] for key in arms["trained"] if part in ("", part_of(key))}
+    evidence = contrasts.evidence(k, keys)
     singles, fillers = members(k)
-    beside = {}
-    for arm in BESIDE:
-        both = [key for key in trained if key in arms.get(arm, {})]
-        beside[arm] = as_dict(estimate(units_of(arms, {"trained": 1.0, arm: -1.0}, both)) if both else None)
-    used = keys or trained
-    present = [name for name in arms if all(key in arms[name] for key in used)]
-    rows = {(row, target) for row, target, _ in trained}
+    lacking = {
+        name: sum(key not in arms.get(name, {}) for key in keys) for name in ("baseline_plus", *singles, *fillers)
+    }
     gain = evidence.gain
     line = {
         "table": table, "part": part, "verdict": "", "these_models": None, "p": 1.0, "p_holm": 1.0,
         "p_smallest": gain.p_smallest if gain else 1.0, "test": gain.test if gain else "",
-        "targets": len({target for _, target, _ in used}), "seeds": len({seed for _, _, seed in used}),
-        "rows": len({key[:2] for key in used}),
-        "rows_left_out": len(rows) - len({key[:2] for key in keys}),
-        "cells": len(used),
-        "accuracy": {
-            name: float(np.mean(list(target_means(units_of(arms, {name: 1.0}, used)).values()))) for name in present
-        },
+        "targets": len({target for _, target, _ in finished}), "seeds": len({seed for _, _, seed in finished}),
+        "rows": len({key[:2] for key in finished}),
+        "rows_left_out": len(every - {key[:2] for key in keys}),
+        "accuracy": contrasts.accuracies(finished),
         "gain": as_dict(gain),
         "over": {name: over_dict(found) for name, found in evidence.over.items()},
         "gains": {name: as_dict(found) for name, found in evidence.gains.items()},
         "interaction": as_dict(evidence.interaction),
-        "beside": beside,
-        "missing": {
-            name: lacking for name in ("baseline_plus", *singles, *fillers)
-            if (lacking := sum(key not in arms.get(name, {}) for key in (trained if name == "baseline_plus" else used)))
+        "beside": {
+            arm: as_dict(contrasts.estimate({"trained": 1.0, arm: -1.0}, contrasts.present([arm], finished)))
+            for arm in BESIDE
         },
+        "cells": len(keys), "missing": {name: number for name, number in lacking.items() if number},
     }  # fmt: skip
     return evidence, line
 
