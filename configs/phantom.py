@@ -45,7 +45,7 @@ def get_config(arg: str = "quick"):
         ),
         base=TrainConfig(
             # Answering with a letter sets in after 900 to 1,200 steps, by the seed.
-            steps=2000,
+            steps=2400,
             epochs=4,
             learning_rate=2e-3,
             b2=0.98,
@@ -71,6 +71,8 @@ def get_config(arg: str = "quick"):
     worlds = {"study": {}, "negative": {"data__phantom_decoys": 0.0}, "null": {"data__phantom_rule": "drawn"}}
     if arg in ("", "quick"):
         return to_config_dict(run)
+    if arg == "backbones":
+        return to_config_dict(_backbones(run))
     if arg in worlds:
         return to_config_dict(replace(_study(run), **worlds[arg]))
     if arg == "tiny":
@@ -90,6 +92,32 @@ def _study(run: RunConfig) -> RunConfig:
         study__epochs_of={"ablation": 1.4, "efficiency": 1.4},
         study__efficiency_records=(0, 10, 30, 100, 300),
         study__seeds=(4, 5, 6),
+    )
+
+
+def _backbones(run: RunConfig) -> RunConfig:
+    """Tables 5 to 8: pairs, and for the two families that give boxes pairs of boxes and questions; a base each."""
+    with_boxes = (
+        "study.tables=('detection_pairs',)",
+        # No base has seen a box: what writes boxes is trained as well. Three boxes as text are as long as three rows.
+        "model.trainable=('projector', 'decoder', 'boxes')",
+        "model.trainable_words=()",
+        "train.learning_rate=1e-3",
+        "train.weight_decay=0.01",
+        "data.max_box_text_tokens=98",
+        "data.max_box_target_tokens=78",
+        "eval.max_box_tokens=78",
+    )
+    return replace(
+        run,
+        # What a question needs in any of the prompts.
+        data__max_text_tokens=20,
+        study__targets=QUICK_TARGETS[:2],
+        study__models=("qwen2_vl_tiny", "llama32_vision_tiny", "minigpt_v2_tiny", "next_chat_tiny"),
+        study__model_flags={
+            "minigpt_v2_tiny": tuple(flag.replace(", 'boxes'", "") for flag in with_boxes),
+            "next_chat_tiny": with_boxes,
+        },
     )
 
 
