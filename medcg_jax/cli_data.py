@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from medcg_jax.config import ConfigError, DataConfig
+from medcg_jax.config import PHANTOM_RULES, ConfigError, DataConfig
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,6 +27,8 @@ def add_data(verbs) -> None:
     phantom = add(kinds, "phantom", data_phantom, "write the phantom world in the release's layout")
     phantom.add_argument("out", metavar="OUT", help="folder to write; must not exist")
     phantom.add_argument("--seed", type=int, default=0)
+    phantom.add_argument("--decoys", type=fraction, default=1.0, metavar="SHARE", help="of images with decoys")
+    phantom.add_argument("--rule", choices=PHANTOM_RULES, default="shared", help="behind the answers")
     phantom.add_argument("--train", type=int, default=300, metavar="N", help="training records per subset")
     phantom.add_argument("--test", type=int, default=300, metavar="N", help="test records per subset")
     check = add(
@@ -93,7 +95,7 @@ def data_phantom(args) -> dict:
     from medcg_jax.data.phantom.source import PhantomSource, write_release
 
     out = Path(args.out)
-    source = PhantomSource(args.seed, args.train, args.test)
+    source = PhantomSource(args.seed, args.train, args.test, decoys=args.decoys, rule=args.rule)
     write_release(source, out)
     number, boxes = len(source.subsets), len(source.detection_subsets)
     sizes = f"{args.train} training and {args.test} test records each"

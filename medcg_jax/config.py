@@ -18,6 +18,7 @@ REMAT = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16")
 # Dtypes in which parameters that are not trained can be stored.
 BASE_DTYPES = (*DTYPES, "int8", "nf4")
+PHANTOM_RULES = ("shared", "drawn")
 # Products of a decoder's layer that can have a low-rank adapter.
 LORA_TARGETS = ("q", "k", "v", "out", "gate", "up", "down")
 # Parts that every model has, and that a base trains.
@@ -26,7 +27,9 @@ TRAINABLE = ("vision", "projector", "decoder")
 MASK_PARTS = ("mask_prompt", "mask_decoder", "sam_encoder")
 # Part -> the only family that has it. Other families have "lora" if `model.lora_rank` is above 0.
 FAMILY_PARTS = {part: family.name for family in registry.families() for part in family.parts}
-PARTS = (*TRAINABLE, *FAMILY_PARTS)
+# The decoder's token embeddings alone, a part that can be trained instead of the decoder.
+EMBEDDING = "embedding"
+PARTS = (*TRAINABLE, EMBEDDING, *FAMILY_PARTS)
 TABLES = ("pairs", "triples", "ablation", "multi_task", "efficiency")
 # Tables whose related subsets have boxes, for families that answer with boxes. The second also tests on boxes.
 BOX_TABLES = ("detection_pairs", "detection")
@@ -145,6 +148,8 @@ class ModelConfig:
     max_boxes: int = setting(0, least=0, most=10**4)
     # LLaVA-1.5's second stage: the vision tower stays frozen.
     trainable: tuple[str, ...] = setting(("projector", "decoder"), choices=PARTS, once=True)
+    # Words, one token each, whose embeddings alone the part "embedding" trains, as peft's trainable tokens; (): all.
+    trainable_words: tuple[str, ...] = setting((), once=True, later=True)
     # Rank of adapters on the decoder's products (LoRA), a part "lora" that can be trained instead of the decoder. 0: no
     # adapters, except those that belong to MiniGPT-v2.
     lora_rank: int = setting(0, least=0, most=10**5, later=True)
@@ -160,6 +165,11 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     source: str = setting("phantom", choices=SOURCES)
+    # Phantoms: the share of images with decoys, objects that contradict the answer outside the area or beside the
+    # modality's property; without any, knowing the task is enough. And the rule behind the answers: that of modality,
+    # area and task ("shared"), or one drawn for each subset, so that nothing transfers ("drawn").
+    phantom_decoys: float = setting(1.0, least=0, most=1)
+    phantom_rule: str = setting("shared", choices=PHANTOM_RULES)
     # Folder of a Med-MAT tree ("release"), or one that `medcg data prepare` wrote ("prepared").
     root: str = setting("", path=True)
     seed: int = setting(0, least=0, most=MOST_SEED)

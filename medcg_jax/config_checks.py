@@ -14,6 +14,7 @@ from medcg_jax.config import (
     BELOW_1,
     BUDGETS,
     DTYPES,
+    EMBEDDING,
     LORA_TARGETS,
     MASK_PARTS,
     MODELS,
@@ -105,6 +106,15 @@ def check_adapters(model: ModelConfig) -> None:
         raise ConfigError(
             f'model.matmul={model.matmul!r} with model.base_dtype={model.base_dtype!r}: expected "", the products of '
             "a quantised base are computed in model.compute_dtype"
+        )
+    if model.trainable_words and EMBEDDING not in model.trainable:
+        raise ConfigError(
+            f"model.trainable_words={model.trainable_words} with model.trainable={model.trainable}: these words are "
+            f'trained by the part "{EMBEDDING}"; expected () without it'
+        )
+    if EMBEDDING in model.trainable and "decoder" in model.trainable:
+        raise ConfigError(
+            f'model.trainable={model.trainable}: "decoder" has the part "{EMBEDDING}" in it; expected either'
         )
     if model.lora_rank and "lora" not in model.trainable:
         raise ConfigError(

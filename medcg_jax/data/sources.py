@@ -20,7 +20,8 @@ def open_source(config: DataConfig) -> Source:
         from medcg_jax.data.phantom.source import PHANTOM_TEST_RECORDS, PhantomSource
 
         test = config.test_records_per_subset or PHANTOM_TEST_RECORDS
-        return PhantomSource(config.seed, config.train_records_per_subset, test)
+        sizes = config.train_records_per_subset, test
+        return PhantomSource(config.seed, *sizes, decoys=config.phantom_decoys, rule=config.phantom_rule)
     if config.source == "release":
         from medcg_jax.data.release import ReleaseSource
 

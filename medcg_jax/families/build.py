@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.axes import spec
+from medcg_jax.config import EMBEDDING
 from medcg_jax.families import registry
 from medcg_jax.families.common import FamilyConfig
 from medcg_jax.nn import matmul
@@ -87,7 +88,8 @@ def abstract(config: Config, *, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, 
 def stored_dtype(config: Config, path, variable: nnx.Variable) -> str | None:
     """The dtype that `config.base` gives the parameter at `path`, one of `config.BASE_DTYPES`; None: its own."""
     base = config.base
-    if base.dtype == "float32" or path[0].key in base.trained:
+    is_embedding = (path[0].key, path[1].key) == ("decoder", "embed")
+    if base.dtype == "float32" or path[0].key in base.trained or (is_embedding and EMBEDDING in base.trained):
         return None
     is_matrix = path[-1].key == "kernel" and variable.get_metadata("axes")[0] == "layer"
     return base.dtype if base.dtype in QUANTIZED and is_matrix else "bfloat16"
@@ -230,23 +232,32 @@ def num_bytes(params) -> float:
 
 
 def split_trainable(params: nnx.State, names: tuple[str, ...]) -> tuple[nnx.State, nnx.State]:
-    """(trainable, frozen): the submodules named in `names`, and the others.
+    """(trainable, frozen): the submodules named in `names`, and the others. `EMBEDDING` names the decoder's table.
 
     Raises:
       ValueError: `names` is empty or has a name that is no submodule.
     """
-    unknown = sorted(set(names) - set(params))
+    accepted = {*params, EMBEDDING}
+    unknown = sorted(set(names) - accepted)
     if unknown or not names:
-        raise ValueError(f"trainable={tuple(names)}; accepted: one or more of {', '.join(sorted(params))}")
+        raise ValueError(f"trainable={tuple(names)}; accepted: one or more of {', '.join(sorted(accepted))}")
     # The raw mapping: `items` would wrap each submodule in a State, and `join` would give another tree.
     trees = params.raw_mapping
     trainable = {name: tree for name, tree in trees.items() if name in names}
-    return nnx.State(trainable), nnx.State({name: tree for name, tree in trees.items() if name not in names})
+    frozen = {name: tree for name, tree in trees.items() if name not in names}
+    if EMBEDDING in names:
+        decoder = dict(frozen.pop("decoder"))
+        trainable["decoder"] = {"embed": decoder.pop("embed")}
+        frozen["decoder"] = decoder
+    return nnx.State(trainable), nnx.State(frozen)
 
 
 def join(trainable: nnx.State, frozen: nnx.State) -> nnx.State:
     """The params that `split_trainable` split."""
-    return nnx.State({**trainable.raw_mapping, **frozen.raw_mapping})
+    joined = {**trainable.raw_mapping, **frozen.raw_mapping}
+    for name in trainable.raw_mapping.keys() & frozen.raw_mapping.keys():
+        joined[name] = {**trainable.raw_mapping[name], **frozen.raw_mapping[name]}
+    return nnx.State(joined)
 
 
 def _module(config: Config, rngs: nnx.Rngs, param_dtype) -> nnx.Module:

@@ -8,6 +8,7 @@ of parameters of every family's parts. Left out: norms, activations, NExT-Chat's
 import math
 from dataclasses import dataclass, fields
 
+from medcg_jax.config import EMBEDDING
 from medcg_jax.families.common import FamilyConfig
 from medcg_jax.nn.lora import LoraConfig, target_axes
 
@@ -112,7 +113,7 @@ def training(row: Flops, *, trainable: tuple[str, ...], causal: bool = False, re
         trains = name in trainable
         total += flops * (3 if trains else 2 if reached else 1)
         reached = reached or trains
-    reached = reached or "lora" in trainable
+    reached = reached or "lora" in trainable or EMBEDDING in trainable
     for name, flops in (("decoder", row.decoder + attention + row.head), ("lora", row.adapters)):
         total += flops * (3 if name in trainable else 2 if reached else 1)
     if reached and "decoder" not in trainable:

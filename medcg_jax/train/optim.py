@@ -32,15 +32,20 @@ class Optimizer(NamedTuple):
     param_dtype: str
 
 
-def make_optimizer(config: TrainConfig) -> Optimizer:
+def make_optimizer(config: TrainConfig, rows: Sequence[int] = ()) -> Optimizer:
     """AdamW's direction of ascent, to be scaled by minus the learning rate: clip, Adam, decoupled weight decay.
 
     Of `config`, state and program depend on clip_norm, b1, b2, eps, weight_decay, param_dtype and moment_dtype only.
+    rows: of the embedding, the only ones that change; (): all.
+    Source: huggingface/peft:src/peft/tuners/trainable_tokens (rows alone).
     """
-    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    parts = [_only_rows(rows)] if rows else []
+    parts += [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
     if config.weight_decay:
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
+    if rows and config.weight_decay:
+        parts.append(_only_rows(rows))
     chain = optax.chain(*parts)
 
     def init(params):
@@ -49,6 +54,18 @@ def make_optimizer(config: TrainConfig) -> Optimizer:
         return jax.tree.map(lambda x: x.astype(config.moment_dtype) if x.dtype == jnp.float32 else x, state)
 
     return Optimizer(init, chain.update, config.param_dtype)
+
+
+def _only_rows(rows: Sequence[int]) -> optax.GradientTransformation:
+    """Sets the updates of the other rows of tables (parameters named "table") to zero."""
+
+    def keep(path, update):
+        if last_name(path) != "table":
+            return update
+        kept = jnp.isin(jnp.arange(update.shape[-2]), jnp.asarray(rows))
+        return jnp.where(kept[:, None], update, 0)
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(keep, updates))
 
 
 def decay_mask(params):

@@ -124,7 +124,7 @@ def step_program(
         setup.mesh,
         graphdef,
         *split_trainable(shardings(setup.model, setup.mesh), parts),
-        make_optimizer(train),
+        make_optimizer(train, setup.trainable_rows(parts)),
         accumulation_steps=train.accumulation_steps,
         compute_dtype=setup.run.model.compute_dtype,
         **options,

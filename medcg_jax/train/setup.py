@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from medcg_jax.chips import peak_bf16
-from medcg_jax.config import MASK_PARTS, MODELS, ConfigError, ModelConfig, RunConfig, trains_masks
+from medcg_jax.config import EMBEDDING, MASK_PARTS, MODELS, ConfigError, ModelConfig, RunConfig, trains_masks
 from medcg_jax.data.encoding import Encoded, encode, encode_boxes, encode_eval, longest_row, row_length
 from medcg_jax.data.general import GeneralRecords, open_general
 from medcg_jax.data.layouts import check_layout
@@ -70,6 +70,22 @@ class Setup:
         if trains_masks(self.run.model):
             return mask_loss
         return registry.of(self.model).loss_fn
+
+    def trainable_rows(self, parts: Sequence[str]) -> tuple[int, ...]:
+        """Rows of the embedding that a training of these parts changes (`model.trainable_words`); (): all.
+
+        Raises:
+          ConfigError: a word is not one token.
+        """
+        rows = []
+        for word in self.run.model.trainable_words if EMBEDDING in parts else ():
+            ids = self.tokenizer.encode(word)
+            if len(ids) != 1:
+                raise ConfigError(
+                    f"model.trainable_words={word!r}: it is {len(ids)} tokens; expected words of one token"
+                )
+            rows += ids
+        return tuple(rows)
 
     def has_boxes(self, subset: str) -> bool:
         """Whether the subset's records have boxes instead of options."""

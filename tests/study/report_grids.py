@@ -20,14 +20,15 @@ from medcg_jax.data.records import LETTERS
 from medcg_jax.data.sources import open_source
 from medcg_jax.eval.boxes import BoxAnswer, write_answers
 from medcg_jax.eval.predictions import wilson
+from medcg_jax.eval.probe import FEATURES
 from medcg_jax.study.design import suite
-from medcg_jax.study.stats import contamination, results
+from medcg_jax.study.stats import contamination, probe, results
 from medcg_jax.study.stats.controls import BLIND
 from medcg_jax.train import goodput
 
 CELLS = ("cell", "table", "row", "arm", "seed", "related", "target", "steps", "status", "seconds")
 RESULTS = ("cell", "table", "row", "arm", "seed", "target", "n", "correct", "accuracy", "ci_low", "ci_high")
-FULL_TARGETS = ("mri-brain-state", "endoscopy-lung-grade")
+FULL_TARGETS = ("mri-brain-state", "oct-skin-grade")
 SIZES = {"data__train_records_per_subset": 20, "data__test_records_per_subset": 24}
 # Arm -> probability of a right answer beyond chance.
 SKILL = {
@@ -182,7 +183,8 @@ def small_grid(workdir: Path) -> Path:
         study__tables=("triples", "detection"), study__targets=("mri-brain-state",), data__train_records_per_subset=20,
         data__test_records_per_subset=6, eval__controls=("shuffled_images",),
     )  # fmt: skip
-    make_grid(workdir, replace(run, study__tables=("triples",)))
+    papers = ("baseline", "baseline_plus", "trained")
+    make_grid(workdir, replace(run, study__tables=("triples",), study__arms=papers))
     cells = [line.split(",") for line in (workdir / "cells.csv").read_text().splitlines()]
     for path in sorted((workdir / "predictions").glob("*.jsonl")):
         lines = [line | {"control": "shuffled_images"} for line in json_lines(path)]
@@ -205,6 +207,9 @@ def small_grid(workdir: Path) -> Path:
     trained = next(row[0] for row in cells if row[3] == "trained")
     leak = (trained, "near", "ct-brain-state/train/1", "mri-brain-state/test/2", 3, "reported", "mirrored")
     write_csv(workdir / "contamination.csv", contamination.HEADER, [leak])
+    shares = [f"{share:.6f}" for share in (4 / 6, *wilson(4, 6))]
+    probes = [("0", "mri-brain-state", name, 20, 6, 4, *shares, 0.01, "0.700000") for name in FEATURES]
+    write_csv(workdir / probe.FILE, probe.HEADER, probes)
     goodput.write(workdir / goodput.FILE, [{"seconds": {"productive": 8.0, "compile": 2.0}, "reached": {trained: 5}}])
     config = json.loads((workdir / "config.json").read_text())
     config |= {"cells": len(cells) - 1, "config": dataclasses.asdict(run)}

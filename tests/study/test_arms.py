@@ -84,6 +84,7 @@ def test_the_arms_of_a_triple_of_unequal_sizes():
         "single_1": "only 120 records for 200", "single_3": "only 60 records for 200",
         "words_only": "only 60 records for 200",
     }  # fmt: skip
+    assert list(suite.short_of_records(cells).values()) == [[120, 200], [60, 200], [60, 200]]
     # Fewer records, as many updates.
     assert {job.steps for job in schedule.jobs_of(cells, run) if job.training} == {13}
 

@@ -17,7 +17,7 @@ from medcg_jax.study.stats import results
 
 TRAINED = "triples.one_each.mri-brain-state.trained.s0"
 FILES = (
-    "config.json", "cells.csv", "results.csv", "boxes.csv", "contamination.csv", "goodput.json",
+    "config.json", "cells.csv", "results.csv", "boxes.csv", "contamination.csv", "probe.csv", "goodput.json",
     f"predictions/{TRAINED}.jsonl", f"controls/{TRAINED}.jsonl", f"metrics/{TRAINED}.jsonl",
     "boxes/detection.in_distribution.multi_task.s0.jsonl",
 )  # fmt: skip
@@ -93,7 +93,7 @@ def test_the_grid_as_it_is_has_a_report(clean, tmp_path):
     shutil.copytree(clean, tmp_path / "w")
     assert quick_report(tmp_path / "w", "--format=md,tex,csv") == (0, "")
     page = (tmp_path / "w" / "report" / "index.html").read_text()
-    for word in ("lesion", "Contamination", "productive", "Another image"):
+    for word in ("lesion", "Contamination", "productive", "Another image", "Probe, cells"):
         assert word in page
 
 
@@ -200,6 +200,8 @@ def test_results_that_the_predictions_do_not_give_are_refused(clean, tmp_path, c
             lambda lines: [x.replace("triples", "pairs") for x in lines],
             "expected one of cells.csv",
         ),
+        ("probe.csv", lambda lines: [*lines, lines[1]], "stand there twice"),
+        ("probe.csv", lambda lines: [x.replace(",6,4,", ",6,5,") for x in lines], "do not follow from correct=5"),
     ],
 )
 def test_tables_that_do_not_fit_the_grid_are_refused(clean, tmp_path, file, change, words):

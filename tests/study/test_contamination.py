@@ -146,8 +146,8 @@ def in_grid(tree: Path, workdir: Path, cells, monkeypatch, **study):
     jobs = jobs_of(cells, run)
     waiting, trained, ended, original = list(jobs), {}, {}, SeedData.training
 
-    def training(self, parts, without=frozenset()):
-        encoded = original(self, parts, without)
+    def training(self, parts, without=frozenset(), **options):
+        encoded = original(self, parts, without, **options)
         job = next(job for job in jobs if job.id not in ended)
         trained[job.id] = [record.id for record in encoded.records.records]
         raise DataError("enough")

@@ -18,6 +18,7 @@ from medcg_jax.config import CONTROLS, ConfigError, DataConfig, EvalConfig, RunC
 from medcg_jax.study.design.schedule import make_plan
 from medcg_jax.study.run import claims
 from medcg_jax.study.run.grid import reproduce
+from medcg_jax.study.stats import probe
 
 RUN = RunConfig(
     name="tiny",
@@ -31,7 +32,9 @@ RUN = RunConfig(
     base=TrainConfig(steps=6, epochs=1, batch_size=8, learning_rate=1e-3, log_every_steps=1),
     train=TrainConfig(epochs=1, batch_size=8, learning_rate=1e-3, log_every_steps=1, checkpoint_every_steps=2),
     eval=EvalConfig(batch_size=10, max_new_tokens=2, controls=CONTROLS),
-    study=StudyConfig(tables=("pairs",), targets=("mri-brain-state",), arms=("baseline", "baseline_plus", "trained")),
+    study=StudyConfig(
+        tables=("pairs",), targets=("mri-brain-state",), arms=("baseline", "baseline_plus", "trained"), probe=True
+    ),
 )
 TIMEOUT_S = 240
 MAIN = """
@@ -132,6 +135,8 @@ def test_what_a_grid_leaves(finished):
         # Test records only: nothing of the target, nor of test, was trained on.
         assert all(r["id"].split("/")[1] == "test" for r in records)
         assert lines(workdir / "metrics" / f"{cell.id}.jsonl") == (6 if cell.related else 0)
+    probed = [(r["seed"], r["target"], r["features"], r["n"]) for r in probe.read(workdir)]
+    assert probed == [(0, "mri-brain-state", name, 10) for name in ("mean", "tokens")]
     assert (workdir / "report" / "index.html").exists()
     assert not list((workdir / "state").glob("checkpoints/*"))
     assert f"{len(cells)}/{len(cells)} cells, 100 % of the work" in out

@@ -88,12 +88,12 @@ def test_every_section_and_plot_is_there(full_grid):
     folder = full_grid / "report"
     page = Page((folder / "index.html").read_text())
     order = ["asked", "answer", "pairs", "triples", "ablation", "multi-task", "efficiency", "map", "samples", "subsets",
-             "letters", "training", "published", "limits", "made", "choices"]  # fmt: skip
+             "letters", "calibration", "base", "training", "published", "limits", "made", "choices"]  # fmt: skip
     assert [name for name in page.ids if name in order] == order
     assert "phantoms, not patients" in page.text
     assert "version 1" in page.text and "not set beside these" in page.text
     for name in ("effects", "pairs_fixed_area", "triples_one_each", "ablation", "figure4", "efficiency", "letters",
-                 f"efficiency_{TARGET}", "loss_pairs", "multi_task_in_distribution", "map"):  # fmt: skip
+                 "reliability", "risk_coverage", f"efficiency_{TARGET}", "loss_pairs", "multi_task_in_distribution", "map"):  # fmt: skip
         assert Image.open(folder / "plots" / f"{name}.png").size[0] > 300
         assert (folder / "plots" / f"{name}.svg").read_text().startswith("<?xml")
     table = (folder / "index.html").read_text().partition('id="table-pairs-fixed-area"')[2].partition("</table>")[0]
@@ -247,8 +247,8 @@ def test_a_partial_grid_says_what_is_missing(tmp_path):
 
     run = run_of(study__tables=("pairs", "ablation"), study__targets=(TARGET,), study__seeds=(0, 1), **SIZES)
     page = quick_page(make_grid(tmp_path / "w", run, status=status))
-    assert "4 cells of 42 failed" in page.text
-    assert "22 cells of 42 had not been run" in page.text
+    assert "4 cells of 46 failed" in page.text
+    assert "26 cells of 46 had not been run" in page.text
     assert "Asked for, and without a finished cell: ablation." in page.text
     assert "pairs.fixed_area.mri-brain-state.trained.s0: failed: non-finite loss at step 7" in page.text
     assert "ablation" not in page.ids and "pairs" in page.ids

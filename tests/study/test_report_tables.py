@@ -7,7 +7,7 @@ import shutil
 from collections import defaultdict
 
 import pytest
-from report_grids import change_config, json_lines, printed_grid, quick, read_csv
+from report_grids import FULL_TARGETS, change_config, json_lines, printed_grid, quick, read_csv, write_json_lines
 
 from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.design import mat
@@ -30,7 +30,9 @@ def test_accuracies_are_those_of_results_csv(full_grid, tables):
     sums = defaultdict(lambda: [0, 0])
     for row in read_csv(full_grid / "results.csv"):
         part = row["row"] if row["table"] == "multi_task" else row["row"].split("/")[0]
-        name = "ablation" if row["table"] == "ablation" else f"{row['table']}_{part}"
+        name = f"{row['table']}_{part}"
+        if row["table"] == "ablation":
+            name = "ablation_updates" if row["arm"].endswith("_updates") else "ablation"
         sums[name, row["target"], row["arm"]][0] += int(row["correct"])
         sums[name, row["target"], row["arm"]][1] += int(row["n"])
     seen = 0
@@ -80,9 +82,15 @@ def test_marks(results, expected):
     assert mark([{"difference": d, "p_holm": p} for d, p in results] + [None]) == expected
 
 
-def test_chance_is_of_the_options(tables):
-    chance = {row["target"]: row["chance"] for row in tables["ablation"].rows}
-    assert chance == pytest.approx({"mri-brain-state": 0.5, "endoscopy-lung-grade": 0.25})
+def test_chance_is_of_the_options(tables, tmp_path):
+    assert {row["target"]: row["chance"] for row in tables["ablation"].rows} == dict.fromkeys(FULL_TARGETS, 0.5)
+    workdir = released(tmp_path / "w")
+    for path in (workdir / "predictions").glob("pairs.fixed_task.32.*.jsonl"):
+        lines = json_lines(path)
+        for line in lines[:5]:
+            line |= {"options": ["x", "y", "z", "w"], "logprobs": [-0.7, -0.8, -2.0, -3.0]}
+        write_json_lines(path, lines)
+    assert Grid(workdir).chance("32") == pytest.approx((5 / 4 + 5 / 2) / 10)
 
 
 def test_how_letters_were_used(full_grid, tables):
@@ -91,7 +99,7 @@ def test_how_letters_were_used(full_grid, tables):
     row = next(r for r in tables["answers"].rows if (r["table"], r["arm"]) == ("pairs", "Trained"))
     assert row["n"] == len(lines)
     assert row["letter_A"] == pytest.approx(sum(line["predicted"] == "A" for line in lines) / len(lines))
-    assert sum(row[f"letter_{name}"] for name in "ABCD") == pytest.approx(1)
+    assert sum(row[f"letter_{name}"] for name in "AB") == pytest.approx(1)
     assert row["unparsed"] == pytest.approx(sum(line["generated"] == "the image" for line in lines) / len(lines))
     assert 0 < row["unparsed"] < 0.2
     assert row["mass"] == pytest.approx(0.98, abs=0.01)

@@ -1,9 +1,13 @@
-"""What a base is pre-trained on: neutral images and phantoms, asked in words that no task uses, and reading exercises.
+"""What a base is pre-trained on: phantom images, asked in words that no question of the study has.
 
-Images of simple objects, with questions about them, teach to see. Phantoms of every pair of modality and area, with
-lesions, are asked for the names of the two alone. No task and no label occurs, and no pose or cell that is reserved for
-test. The reading exercises have no image: which letter stands before a word. Without them a model this small names what
-it sees but does not learn to answer with a letter.
+Code words name the quadrants and the properties; pairs of words name the values 0 and 1. So a base learns to look where
+it is told, for the property it is told, and to answer with a word or with the letter of an option. Textures and outlines
+are in its images, but nothing that it is asked depends on them: what a modality, an area or a task means is left to
+fine-tuning.
+
+In some images all quadrants are alike, so the area does not matter; in others all properties of a quadrant agree, so
+the modality does not matter. There, a word that means nothing often stands in its place: the base learns what to do with
+a word that it does not know. A new word could not be learnt without that (measured in benchmarks/phantom_study.md).
 """
 
 from __future__ import annotations
@@ -14,64 +18,123 @@ from pathlib import Path
 import numpy as np
 
 from medcg_jax.data.phantom import images, world
-from medcg_jax.data.phantom.images import LESION_SHAPES, Scene, draw_scene, render
+from medcg_jax.data.phantom.images import NUM_SITES, QUADRANT_OF_SITE, Scene, draw_scene, render
 from medcg_jax.data.phantom.world import (
     AREAS,
-    COUNT_WORDS,
     DESCRIBE,
     MODALITIES,
-    NAMING,
-    NEUTRAL,
-    READ,
-    SHAPES,
-    SITE_WORDS,
-    SIZE_WORDS,
-    TASKS,
+    PROPERTIES,
+    QUADRANTS,
+    QUESTION,
+    VALUE_WORDS,
     Draws,
-    caption,
+    base_words,
     choice_turn,
+    study_words,
 )
 from medcg_jax.data.records import Record, RecordSet, Turn
 
-# Of all records the exercises; of those with an image the neutral ones, and those with plain questions, not a caption.
-READING_FRAC, NEUTRAL_FRAC, PLAIN_FRAC = 0.33, 0.8, 0.25
-# As many reading exercises as fit where another record has its image.
-NUM_EXERCISES = 4
-# What a record needs of `data.max_text_tokens` and `data.max_target_tokens`, with an empty system prompt.
-MAX_TEXT_TOKENS, MAX_TARGET_TOKENS = 45, 11
+# Shares of the images where the area does not matter, and where the modality does not.
+SAME_QUADRANTS_FRAC, SAME_PROPERTIES_FRAC = 0.15, 0.15
+# Shares of the rows: descriptions, and questions answered with a word; the others are answered with a letter.
+DESCRIBE_FRAC, PLAIN_FRAC = 0.15, 0.25
+NUM_TURNS = {"describe": 3, "plain": 4, "choice": 3}
+# How often a word that does not matter is replaced by a filler, and how often options are the first pair of words.
+FILLER_FRAC, FIRST_PAIR_FRAC = 0.7, 0.6
+NUM_FILLERS, NUM_TASK_FILLERS = 240, 20
+# What a record needs of `data.max_text_tokens`, beside the frame of the prompt, and of `data.max_target_tokens`.
+MAX_TEXT_TOKENS, MAX_TARGET_TOKENS = 30, 15
 _WORD_FILE = Path(__file__).parents[1] / "tokenizer" / "words.txt"
-_TASK_WORDS = {*TASKS, *(label for labels in TASKS.values() for label in labels)}
+
+
+def fillers() -> tuple[str, ...]:
+    """Words of the tokenizer's list that mean nothing in the phantom world."""
+    used = {*study_words(), *base_words(), *DESCRIBE.lower().split()}
+    listed = [w for w in _WORD_FILE.read_text("utf-8").split() if len(w) > 2 and w.isalpha() and w.lower() not in used]
+    return tuple(sorted(listed, key=lambda word: not word.islower())[:NUM_FILLERS])
+
+
+def pretraining_scene(seed: int, num: int) -> tuple[Scene, np.ndarray, Draws]:
+    """(scene, kind int[N], the draws that go on): kind 1 where the area does not matter, 2 where the modality, else 0."""
+    draws = Draws(f"{seed}/pretraining", np.arange(num))
+    values, which = draws.integer(2, len(QUADRANTS), len(PROPERTIES)), draws.uniform()
+    kind = np.where(which < SAME_QUADRANTS_FRAC, 1, np.where(which < SAME_QUADRANTS_FRAC + SAME_PROPERTIES_FRAC, 2, 0))
+    values[kind == 1] = values[kind == 1, :1]
+    values[kind == 2] = values[kind == 2, :, :1]
+    modality, area = draws.integer(len(MODALITIES)), draws.integer(len(AREAS))
+    return draw_scene(draws, modality=modality, area=area, values=values, test=False), kind, draws
 
 
 def pretraining_records(seed: int, num: int) -> RecordSet:
-    """Records of three or four turns, choice questions (with two to four options) and plain ones.
-
-    An image's are two choice questions and, before or after them, a caption or two questions without options; other
-    records are reading exercises alone.
-    """
-    draws = Draws(f"{seed}/pretraining", np.arange(num))
-    neutral = draws.uniform() < NEUTRAL_FRAC
-    # An empty image answers no question of shape or size: one in eight is enough.
-    count = np.where(draws.uniform() < 0.125, 0, 1 + draws.integer(3))
-    scene = draw_scene(
-        draws,
-        modality=np.where(neutral, -1, draws.integer(len(MODALITIES))),
-        area=np.where(neutral, -1, draws.integer(len(AREAS))),
-        count=count,
-        shape=np.where(neutral, draws.integer(len(SHAPES)), np.asarray(LESION_SHAPES)[draws.integer(2)]),
-        size=draws.integer(2),
-        test=False,
-    )
+    """Records of one image each, with three or four turns: descriptions, plain questions or choice questions."""
+    scene, kind, draws = pretraining_scene(seed, num)
     pictures = render(scene, draws)
-    writer = _Writer(draws, scene)
+    turns = max(NUM_TURNS.values())
+    layout, quadrant, asked = (
+        draws.uniform(),
+        draws.integer(len(QUADRANTS), turns),
+        draws.integer(len(PROPERTIES), turns),
+    )
+    use_filler, filler = draws.uniform(turns) < FILLER_FRAC, draws.integer(NUM_FILLERS, turns)
+    # In the task's place is a filler or any code word, which does not count there.
+    codes, words = (*PROPERTIES, *QUADRANTS), fillers()
+    in_task = np.where(
+        draws.integer(3, turns) == 0,
+        len(codes) + draws.integer(NUM_TASK_FILLERS, turns),
+        draws.integer(len(codes), turns),
+    )
+    first_pair = draws.uniform(turns) < FIRST_PAIR_FRAC
+    pair = np.where(first_pair, 0, draws.integer(len(VALUE_WORDS), turns))
+    flipped = draws.integer(2, turns)
+
+    def describe(i: int, k: int) -> Turn:
+        q = quadrant[i, k]
+        names = [words[value] for words, value in zip(PROPERTIES.values(), scene.values[i, q], strict=True)]
+        return Turn(DESCRIBE.format(quadrant=QUADRANTS[q]), " ".join(names))
+
+    def question(i: int, k: int) -> str:
+        modality, area = codes[asked[i, k]], QUADRANTS[quadrant[i, k]]
+        if use_filler[i, k] and kind[i] == 1:
+            area = words[filler[i, k]]
+        if use_filler[i, k] and kind[i] == 2:
+            modality = words[filler[i, k]]
+        return QUESTION.format(modality=modality, area=area, task=(*codes, *words)[in_task[i, k]])
+
+    def value(i: int, k: int) -> int:
+        return int(scene.values[i, quadrant[i, k], asked[i, k]])
+
+    def plain(i: int, k: int) -> Turn:
+        return Turn(question(i, k), VALUE_WORDS[0][value(i, k)])
+
+    def choose(i: int, k: int) -> Turn:
+        options = VALUE_WORDS[pair[i, k]]
+        right = options[value(i, k)]
+        return choice_turn(question(i, k), options[::-1] if flipped[i, k] else options, right)
+
+    writers = {"describe": describe, "plain": plain, "choice": choose}
     records = []
     for i in range(num):
-        name = f"pretraining/train/{i + 1}"
-        if writer.reading[i]:
-            records.append(Record(name, "pretraining", writer.exercises(i)))
-        else:
-            records.append(Record(name, "pretraining", writer.conversation(i), image=f"pretraining/{i + 1}"))
+        name = (
+            "describe" if layout[i] < DESCRIBE_FRAC else "plain" if layout[i] < DESCRIBE_FRAC + PLAIN_FRAC else "choice"
+        )
+        conversation = tuple(writers[name](i, k) for k in range(NUM_TURNS[name]))
+        records.append(Record(f"pretraining/train/{i + 1}", "pretraining", conversation, image=f"pretraining/{i + 1}"))
     return RecordSet(records, pictures)
+
+
+# Classes of each thing that a site's features are trained to tell: its object's colour or none, shape and size (where
+# there is an object), its place, its quadrant.
+SITE_CLASSES = (5, 2, 2, NUM_SITES, len(QUADRANTS))
+
+
+def site_labels(scene: Scene) -> np.ndarray:
+    """int32[N, 16, 5]: the class of each site in each of SITE_CLASSES; -1 where there is none."""
+    shape, size, light, hue = np.moveaxis(scene.values[:, QUADRANT_OF_SITE], -1, 0)
+    present = scene.present
+    colour = np.where(present, 1 + 2 * light + hue, 0)
+    sites = np.broadcast_to(np.arange(NUM_SITES), present.shape)
+    objects = [np.where(present, values, -1) for values in (shape, size)]
+    return np.stack([colour, *objects, sites, QUADRANT_OF_SITE[sites]], -1).astype(np.int32)
 
 
 def pretraining_fingerprint(seed: int, num: int) -> str:
@@ -80,76 +143,3 @@ def pretraining_fingerprint(seed: int, num: int) -> str:
     for path in [world.__file__, images.__file__, __file__, _WORD_FILE]:
         digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:16]
-
-
-_OWN_WORDS = (*MODALITIES, *AREAS, *SHAPES, *COUNT_WORDS, *SIZE_WORDS, *SITE_WORDS)
-NUM_OWN_WORDS = len(_OWN_WORDS)
-
-
-def reading_words() -> tuple[str, ...]:
-    """Words of the reading exercises: first the pre-training's own, then every second one of the tokenizer's list.
-
-    A model that has to tell many words apart learns to compare any two."""
-    listed = [w for w in _WORD_FILE.read_text("utf-8").split() if w.islower() and len(w) > 2 and w not in _TASK_WORDS]
-    return tuple(dict.fromkeys([*_OWN_WORDS, *listed[::2]]))
-
-
-class _Writer:
-    """The turns of each record, from draws made for all at once."""
-
-    def __init__(self, draws: Draws, scene: Scene):
-        self.scene, self.words = scene, reading_words()
-        self.reading = draws.uniform() < READING_FRAC
-        self.told_first, self.plain = draws.integer(2), draws.uniform() < PLAIN_FRAC
-        self.asked, self.order = draws.order(len(NEUTRAL)), draws.order(len(AREAS))
-        self.num_options, self.place = draws.uniform(2), draws.uniform(NUM_EXERCISES)
-        # Easy exercises, of two of the pre-training's own words, are learnt early; those of three of all words go on.
-        self.more_words = draws.integer(2, NUM_EXERCISES)
-        first, third = draws.integer(len(self.words), NUM_EXERCISES), draws.integer(len(self.words), NUM_EXERCISES)
-        second = first + 1 + draws.integer(NUM_OWN_WORDS - 1, NUM_EXERCISES)
-        self.word = np.stack([first, second, third], -1)
-
-    def exercises(self, i: int) -> tuple[Turn, ...]:
-        turns = []
-        for words, more, position in zip(self.word[i], self.more_words[i], self.place[i], strict=True):
-            places = words % len(self.words) if more else words[:2] % NUM_OWN_WORDS
-            options = tuple(dict.fromkeys(self.words[k] for k in places))
-            right = options[int(position * len(options))]
-            turns.append(choice_turn(READ.format(word=right), options, right))
-        return tuple(turns)
-
-    def conversation(self, i: int) -> tuple[Turn, ...]:
-        about = self._about(i)
-        asked = [about[k] for k in self.asked[i] if k < len(about)]
-        turns = []
-        for turn, (question, options, right) in enumerate(asked[:2]):
-            number = 2 + int(self.num_options[i, turn] * (min(len(options), 4) - 1))
-            turns.append(choice_turn(question, self._some(i, options, right, number, self.place[i, turn]), right))
-        told = [Turn(question, right) for question, _, right in asked[-2:]] if self.plain[i] else [self._caption(i)]
-        return tuple([*told, *turns] if self.told_first[i] else [*turns, *told])
-
-    def _about(self, i: int) -> list[tuple[str, tuple[str, ...], str]]:
-        """(question, all options, the right one) for each thing that can be asked of one image."""
-        scene, count = self.scene, self.scene.count[i]
-        if scene.area[i] >= 0:
-            right = {"modality": MODALITIES[scene.modality[i]], "area": AREAS[scene.area[i]]}
-            return [(*NAMING[key], right[key]) for key in right]
-        right = {"count": COUNT_WORDS[count]}
-        if count:
-            right |= {"shape": SHAPES[scene.shape[i]], "size": SIZE_WORDS[scene.size[i]]}
-        # Whether there is any object is the easiest question: asked of half the images that have some.
-        if not count or i % 2:
-            right |= {"any": ("no", "yes")[int(count > 0)]}
-        return [(*NEUTRAL[key], right[key]) for key in right]
-
-    def _caption(self, i: int) -> Turn:
-        scene = self.scene
-        if scene.area[i] >= 0:
-            return Turn(DESCRIBE, f"{MODALITIES[scene.modality[i]]} {AREAS[scene.area[i]]}")
-        return Turn(DESCRIBE, caption(scene.shape[i], scene.size[i], scene.site[i, : scene.count[i]]))
-
-    def _some(self, i: int, options: tuple[str, ...], right: str, number: int, position: float):
-        """tuple[str, ...]: `number` of the options in a random order, the right one among them."""
-        others = [options[k] for k in self.order[i] if k < len(options) and options[k] != right][: number - 1]
-        others.insert(int(position * number), right)
-        return tuple(others)

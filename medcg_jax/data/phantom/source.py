@@ -16,17 +16,23 @@ from pathlib import Path
 import numpy as np
 
 from medcg_jax.data import boxes
-from medcg_jax.data.phantom import images, world
-from medcg_jax.data.phantom.images import LESION_SHAPES, MAX_LESIONS, SIDE_PX, Scene, draw_scene, lesion_masks, render
-from medcg_jax.data.phantom.world import AREAS, MODALITIES, TASKS, TEMPLATES, TRIPLETS, Draws, Triplet, choice_turn
+from medcg_jax.data.phantom import images, pretraining, world
+from medcg_jax.data.phantom.images import SIDE_PX, Scene, draw_scene, object_masks, render
+from medcg_jax.data.phantom.world import DETECTION_TASK, QUESTION, TASKS, TRIPLETS, Draws, Triplet, choice_turn
 from medcg_jax.data.records import LETTERS, SPLITS, Box, DataError, Record, RecordSet, Source, Split, Subset
 
 # There is no end of phantoms: so many where "all" test records are wanted.
 PHANTOM_TEST_RECORDS = 300
-DETECTION_TASK, LESION = "det", "lesion"
+LESION = "lesion"
 DETECTION_TRIPLETS = tuple(
     Triplet(modality, area, DETECTION_TASK) for modality, area in dict.fromkeys((t.modality, t.area) for t in TRIPLETS)
 )
+# Kinds of images. EASY: every object has the label's value in every property. NO_AREA: all quadrants are alike, so the
+# area does not matter. NO_MODALITY: the objects of the area's quadrant have the label's value in every property. HARD: the
+# label is in one property of one quadrant; everything else is a decoy.
+EASY, NO_AREA, NO_MODALITY, HARD = range(4)
+# Of training images with decoys; such test images are all HARD.
+KIND_ODDS = (0.34, 0.28, 0.28, 0.1)
 
 
 class PhantomSource:
@@ -34,11 +40,21 @@ class PhantomSource:
 
     Args:
       seed: of all images and texts.
-      train_records, test_records: per subset, labels balanced (exactly, where the number is a multiple of theirs).
+      train_records, test_records: per subset, labels balanced (exactly, where the number is even).
+      decoys, rule: `DataConfig.phantom_decoys` and `phantom_rule`.
     """
 
-    def __init__(self, seed: int, train_records: int = 300, test_records: int = PHANTOM_TEST_RECORDS):
+    def __init__(
+        self,
+        seed: int,
+        train_records: int = 300,
+        test_records: int = PHANTOM_TEST_RECORDS,
+        *,
+        decoys: float = 1.0,
+        rule: str = "shared",
+    ):
         self.seed, self._sizes = seed, {"train": train_records, "test": test_records}
+        self.decoys, self.rule = decoys, rule
         for split, size in self._sizes.items():
             if size < 1:
                 raise DataError(f"{split}_records={size}; 1 or more is accepted")
@@ -61,7 +77,10 @@ class PhantomSource:
 
     def scene(self, subset: str, split: Split) -> Scene:
         """The parameters that the images of these records are drawn from."""
-        return self._scene(Triplet(*subset.split("-")), split, self._draws(subset, split))
+        triplet, draws = Triplet(*subset.split("-")), self._draws(subset, split)
+        if triplet.task == DETECTION_TASK:
+            return self._detection_scene(triplet, split, draws)
+        return self._scene(triplet, split, draws)[0]
 
     def fingerprint(self) -> str:
         """A digest of the seed, the sizes and the modules that draw and write the records."""
@@ -73,8 +92,9 @@ class PhantomSource:
 
     def _digest(self, *files: str) -> str:
         """Of the code that draws, too: a change of a formula is a change of the data."""
-        digest = hashlib.sha256(repr((self.seed, sorted(self._sizes.items()))).encode())
-        for file in (world.__file__, images.__file__, __file__, *files):
+        drawn_from = (self.seed, sorted(self._sizes.items()), self.decoys, self.rule)
+        digest = hashlib.sha256(repr(drawn_from).encode())
+        for file in (world.__file__, images.__file__, pretraining.__file__, __file__, *files):
             digest.update(Path(file).read_bytes())
         return digest.hexdigest()[:16]
 
@@ -85,59 +105,63 @@ class PhantomSource:
     def _draws(self, subset: str, split: Split) -> Draws:
         return Draws(f"{self.seed}/{subset}/{split}", np.arange(self._sizes[split]))
 
-    def _scene(self, triplet: Triplet, split: Split, draws: Draws) -> Scene:
-        size = len(draws)
+    def _scene(self, triplet: Triplet, split: Split, draws: Draws) -> tuple[Scene, np.ndarray]:
+        """(scene, kind int[N] of each image); see `KIND_ODDS`."""
+        size, (m, a, _) = len(draws), triplet.indices
+        label = np.arange(size) % 2
         # The order of the draws is what the images are: a scene without one of them is another scene.
-        if triplet.task == DETECTION_TASK:
-            count = 1 + np.arange(size) % MAX_LESIONS
-            shape, lesion_size = draws.integer(len(LESION_SHAPES)), draws.integer(2)
-        else:
-            label = np.arange(size) % len(TASKS[triplet.task])
-            count, shape, lesion_size = 1 + draws.integer(3), draws.integer(2), draws.integer(2)
-            if triplet.task == "state":
-                count = np.where(label == 1, count, 0)
-            elif triplet.task == "grade":
-                count = label
-            elif triplet.task == "cancer":
-                shape = label
-            else:
-                lesion_size = label
-        return draw_scene(
-            draws,
-            modality=np.full(size, MODALITIES.index(triplet.modality)),
-            area=np.full(size, AREAS.index(triplet.area)),
-            count=count,
-            shape=np.asarray(LESION_SHAPES)[shape],
-            size=lesion_size,
-            test=split == "test",
-        )
+        values, which, has_decoys = draws.integer(2, 4, 4), draws.uniform(), draws.uniform() < self.decoys
+        kind = np.searchsorted(np.cumsum(KIND_ODDS)[:-1], which, side="right") if split == "train" else HARD
+        kind = np.where(has_decoys, kind, EASY)
+        prop, quadrant, value = m, a, label
+        if self.rule == "drawn":
+            prop, quadrant, flip = Draws(f"{self.seed}/{triplet.name}/rule", np.zeros(1, int)).integer(4, 3)[0]
+            value = label ^ (flip % 2)
+        values[kind == EASY] = value[kind == EASY, None, None]
+        values[kind == NO_AREA] = values[kind == NO_AREA, :1]
+        values[kind == NO_AREA, :, prop] = value[kind == NO_AREA, None]
+        values[kind == NO_MODALITY, quadrant] = value[kind == NO_MODALITY, None]
+        values[kind == HARD, quadrant, prop] = value[kind == HARD]
+        places = {"modality": np.full(size, m), "area": np.full(size, a)}
+        return draw_scene(draws, **places, values=values, test=split == "test"), kind
 
     def _choice_records(self, triplet: Triplet, split: Split) -> RecordSet:
         draws = self._draws(triplet.name, split)
-        pictures = render(self._scene(triplet, split, draws), draws)
-        labels, templates = TASKS[triplet.task], TEMPLATES[triplet.task]
-        orders, which = draws.order(len(labels)), draws.integer(len(templates))
+        scene, kind = self._scene(triplet, split, draws)
+        pictures, labels = render(scene, draws), TASKS[triplet.task]
+        flipped, filler, words = draws.integer(2), draws.integer(pretraining.NUM_FILLERS), pretraining.fillers()
         records = []
-        for i, (order, template) in enumerate(zip(orders.tolist(), which.tolist(), strict=True)):
-            question = templates[template].format(modality=triplet.modality, area=triplet.area)
-            options = tuple(labels[k] for k in order)
-            turn = choice_turn(question, options, labels[i % len(labels)])
+        for i in range(len(draws)):
+            modality = words[filler[i]] if kind[i] == NO_MODALITY else triplet.modality
+            area = words[filler[i]] if kind[i] == NO_AREA else triplet.area
+            question = QUESTION.format(modality=modality, area=area, task=triplet.task)
+            options = labels[::-1] if flipped[i] else labels
+            turn = choice_turn(question, options, labels[i % 2])
             records.append(
                 Record(*_names(triplet, split, i), (turn,), options, turn.answer, _image(triplet, split, i), "phantom")
             )
         return RecordSet(records, pictures)
 
+    def _detection_scene(self, triplet: Triplet, split: Split, draws: Draws) -> Scene:
+        """Lesions are the objects of the area's quadrant, with value 1 in the modality's property."""
+        size, (m, a, _) = len(draws), triplet.indices
+        values = draws.integer(2, 4, 4)
+        values[:, a, m] = 1
+        places = {"modality": np.full(size, m), "area": np.full(size, a)}
+        return draw_scene(draws, **places, values=values, test=split == "test")
+
     def _detection_records(self, triplet: Triplet, split: Split) -> RecordSet:
         draws = self._draws(triplet.name, split)
-        scene = self._scene(triplet, split, draws)
-        pictures, masks = render(scene, draws), lesion_masks(scene)
+        scene = self._detection_scene(triplet, split, draws)
+        pictures, masks = render(scene, draws), object_masks(scene, scene.area)
         records = []
         for i, lesions in enumerate(masks):
-            found = tuple(Box(LESION, *boxes.of_mask(lesion)[0].tolist()) for lesion in lesions)
-            size = (SIDE_PX, SIDE_PX)
-            image = _image(triplet, split, i)
+            lesion_boxes = tuple(Box(LESION, *boxes.of_mask(lesion)[0].tolist()) for lesion in lesions)
+            image, size_px = _image(triplet, split, i), (SIDE_PX, SIDE_PX)
             records.append(
-                Record(*_names(triplet, split, i), (), image=image, data_no="phantom", boxes=found, size_px=size)
+                Record(
+                    *_names(triplet, split, i), (), image=image, data_no="phantom", boxes=lesion_boxes, size_px=size_px
+                )
             )
         return RecordSet(records, pictures, masks)
 

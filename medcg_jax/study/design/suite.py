@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from medcg_jax.config import (
     BOX_TABLES,
+    DECIDING_ARMS,
     MODELS,
     PUBLISHED_DETECTION,
     PUBLISHED_PAIRS,
@@ -424,6 +425,18 @@ def efficiency(world: World, seed: int) -> Iterator[Cell]:
                     notes,
                     update_records=of_updates,
                 )
+
+
+def short_of_records(cells: Sequence[Cell]) -> dict[str, list[int]]:
+    """Cell of a pair or triple -> [its training records, those of the row's `trained`], where it has fewer.
+
+    A member alone that is short is a weaker control, which makes a pair look better: readers must know of it.
+    """
+    return {
+        cell.id: [cell.total_records, cell.update_records]
+        for cell in cells
+        if cell.arm in (*DECIDING_ARMS, "baseline_plus") and cell.total_records < cell.update_records
+    }
 
 
 _TABLES: dict[str, Callable[[World, int], Iterator[Cell]]] = {

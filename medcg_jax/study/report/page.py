@@ -106,8 +106,9 @@ ORIGINS = Markup(
     "<code>cells.csv</code>; counts of right answers and Wilson intervals from <code>results.csv</code>; every paired "
     "comparison, letter, free answer and label from <code>predictions/</code>; the tests asked again from "
     "<code>controls/</code>; boxes from <code>boxes/</code>; losses from <code>metrics/</code>; images in training and "
-    "tests from <code>contamination.csv</code>; where the time went from <code>goodput.json</code> (goodput: the "
-    "share of the time that went into training steps that counted); settings, versions and fingerprints from <code>config.json</code>. Images are read from the data that <code>config.json</code> "
+    "tests from <code>contamination.csv</code>; what a linear probe reads from <code>probe.csv</code>; where the time went "
+    "from <code>goodput.json</code> (goodput: the share of the time that went into training steps that counted); settings, "
+    "versions and fingerprints from <code>config.json</code>. Images are read from the data that <code>config.json</code> "
     "names, if their fingerprint is still the one recorded. Printed numbers are those of the paper's tables, kept with "
     "the code."
 )

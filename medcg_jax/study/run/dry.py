@@ -14,6 +14,7 @@ from medcg_jax.data.records import Source, Subset
 from medcg_jax.data.sources import open_source
 from medcg_jax.study.design import mat
 from medcg_jax.study.design.schedule import Job, Plan, make_plan, runs_by_model, seeded, spare_data
+from medcg_jax.study.design.suite import short_of_records
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ def grid_totals(run: RunConfig) -> dict:
 
 def totals(run: RunConfig, plan: Plan, spent: dict[str, Cost]) -> dict:
     """Prints the grid's numbers, and returns them."""
+    listed = arm_totals(plan, spent)
     trained = [job for job in plan.jobs if job.steps]
     cells = sum(len(job.cells) for job in trained)
     # As in the paper: tables 1 and 2 have a row for each test subset, though a cell tests many at once.
@@ -179,6 +181,11 @@ def totals(run: RunConfig, plan: Plan, spent: dict[str, Cost]) -> dict:
     steps, cost = sum(job.steps for job in trained), sum((spent[job.id] for job in trained), Cost())
     print(f"{len(trained)} trainings, {steps} steps; {bases} bases of {run.base.steps} steps")
     print(f"trainings without bases and tests: {cost} (forward and backward, rows at padded length)")
+    return {"trainings": len(trained), "saved": saved, "steps": steps, "bases": bases} | cost.as_dict() | listed
+
+
+def arm_totals(plan: Plan, spent: Mapping[str, Cost]) -> dict:
+    """Prints a line for each arm, and what those that decide add; {"arms", "deciding"} as `dry` returns them."""
     arms = by_arm(plan, spent)
     print("by arm; a training that several arms share counts for the first of them:")
     for arm, share in arms.items():
@@ -188,14 +195,11 @@ def totals(run: RunConfig, plan: Plan, spent: dict[str, Cost]) -> dict:
     added["cost"] = sum((share["cost"] for share in deciding), Cost())
     if deciding:
         words = f"{added['cells']} cells, {added['trainings']} trainings, {added['cost']}"
-        short = [cell for cell in plan.cells if cell.arm in DECIDING_ARMS and cell.total_records < cell.update_records]
-        if short:
-            print(
-                f"{len(short)} of {added['cells']} of these cells have fewer records than their row, as {short[0].id}"
-            )
         print(f"arms that tell composition from transfer ({DECIDING_ARMS[0]} to {DECIDING_ARMS[-1]}) add {words}")
-    listed = {"arms": {arm: _as_dict(share) for arm, share in arms.items()}, "deciding": _as_dict(added)}
-    return {"trainings": len(trained), "saved": saved, "steps": steps, "bases": bases} | cost.as_dict() | listed
+    if short := short_of_records(plan.cells):
+        cell, (count, wanted) = next(iter(short.items()))
+        print(f"{len(short)} cells have fewer records than their row, as {cell}: {count} of {wanted}")
+    return {"arms": {arm: _as_dict(share) for arm, share in arms.items()}, "deciding": _as_dict(added)}
 
 
 def by_arm(plan: Plan, spent: Mapping[str, Cost]) -> dict[str, dict]:

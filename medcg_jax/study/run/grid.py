@@ -21,11 +21,11 @@ from pathlib import Path
 
 from medcg_jax import processes
 from medcg_jax.agreement import data_fingerprint, versions
-from medcg_jax.config import BOX_TABLES, DECIDING_ARMS, ConfigError, Interrupted, RunConfig, flat, free_fields
+from medcg_jax.config import BOX_TABLES, ConfigError, Interrupted, RunConfig, flat, free_fields
 from medcg_jax.data.general import open_general
 from medcg_jax.files import write_whole
 from medcg_jax.study.design.schedule import Plan, make_plan, seeded
-from medcg_jax.study.design.suite import Cell
+from medcg_jax.study.design.suite import short_of_records
 from medcg_jax.study.run import claims
 from medcg_jax.study.run.progress import Progress
 from medcg_jax.study.stats import contamination, probe, results
@@ -40,7 +40,7 @@ STOP_WAIT_S = 60.0
 # Names of the first process's broadcasts: whether there is work, and in the end the result.
 BEGUN, REPORTED = "the grid's work", "the grid's result"
 # Tables whose parts answer different questions: printed part by part.
-PRINTED_BY_PART = ("multi_task", "efficiency", "dose")
+PRINTED_BY_PART = ("multi_task", "efficiency")
 
 
 def reproduce(run: RunConfig, workdir: str | Path) -> dict:
@@ -280,10 +280,10 @@ def write_page(workdir: Path) -> Path:
 def print_effects(workdir: Path) -> None:
     """Prints the mean accuracy of every arm, and the differences between arms with their intervals."""
     summarised = summarise(workdir)
-    print(f"\n{'table':30} {'arm':15} accuracy      n")
+    print(f"\n{'table':30} {'arm':31} accuracy      n")
     for arm in summarised["accuracy"]:
         if not arm["part"] or arm["table"] in PRINTED_BY_PART:
-            print(f"{name_of(arm):30} {arm['arm']:15} {arm['accuracy']:8.3f} {arm['n']:6}")
+            print(f"{name_of(arm):30} {arm['arm']:31} {arm['accuracy']:8.3f} {arm['n']:6}")
     print(f"\n{'table':30} {'difference':31}   mean  95 % interval     rows above")
     for effect in summarised["effects"]:
         if not effect["part"] or effect["table"] in PRINTED_BY_PART:
@@ -324,19 +324,6 @@ def write_config(run: RunConfig, workdir: Path, plan: Plan) -> None:
     for name in ("predictions", "metrics", "state/done", "state/claims", "state/progress"):
         (workdir / name).mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(new, indent=1) + "\n")
-
-
-def short_of_records(cells: Sequence[Cell]) -> dict[str, list[int]]:
-    """Cell of a pair or triple -> [its training records, those of the row's `trained`], where it has fewer.
-
-    A member alone that is short is a weaker control, which makes a pair look better: readers must know of it.
-    """
-    arms = (*DECIDING_ARMS, "baseline_plus")
-    return {
-        cell.id: [cell.total_records, cell.update_records]
-        for cell in cells
-        if cell.arm in arms and cell.total_records < cell.update_records
-    }
 
 
 def data_fingerprints(run: RunConfig) -> dict[str, str]:
