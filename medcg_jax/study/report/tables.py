@@ -33,8 +33,9 @@ DECIDING = (
     "of the others'; the task's words in other modalities and areas; and Trained's questions without images."
 )
 BOTH_SOURCES = (
-    "The p is of these records alone; the interval of the difference counts the spread of seeds too, so that of a "
-    "significant row may include 0. Seconds are of all seeds' trainings."
+    "The p is of these models on these records, not of the recipe (whose p is among all comparisons); the interval of the "
+    "difference counts the spread of seeds too, so that of a significant row may include 0. Seconds are of all seeds' "
+    "trainings."
 )
 SHARES = (
     "Shared: the elements (modality M, area A, task T) that each training subset has in common with the target; MAT is "
@@ -68,11 +69,12 @@ class Tables:
     def effects(self) -> tuple[Table, Table]:
         """(the effects of whole tables, those of their directions)."""
         caption = (
-            "Mean differences between arms, in points, with 95 % bootstrap intervals over targets, seeds and records; "
-            "rows above and below, and how many significantly (exact McNemar per row, Holm-adjusted over a table). "
-            "Overall: a sign-flip test of the targets' means, by direction adjusted by Holm over a table's directions, "
-            "and the least p that so few targets allow, whatever the numbers are. Green: the interval is above 0; orange: "
-            "below."
+            "Mean differences between arms, in points, with 95 % intervals over targets crossed with seeds (with one seed "
+            "over targets alone: nothing is said of the recipe); rows above and below, and how many significantly in "
+            "these models (exact McNemar, Holm-adjusted over a table's distinct comparisons). Overall: the test of that "
+            "interval, with one seed sign flips of the targets' means; by direction adjusted by Holm over a table's "
+            "directions; and the least p that the layout allows, whatever the numbers are (–: any). Green: shown to be "
+            "above 0; orange: below."
         )
         titles = {
             "name": "Difference", "mean": "Points", "wins": "Up", "significant": "signif.", "losses": "Down",
@@ -304,8 +306,8 @@ class Tables:
         return Table("efficiency", "Data efficiency", caption, rows.values(), titles | {"mean": "Difference"})
 
     def comparisons(self) -> Table:
-        keys = ("n", "accuracy_a", "accuracy_b", "difference", "only_a", "only_b", "p", "p_holm", "ci", "sd_seeds",
-                "sd_records", "detectable")  # fmt: skip
+        keys = ("n", "patients", "accuracy_a", "accuracy_b", "difference", "only_a", "only_b", "p", "p_holm", "p_recipe",
+                "ci", "sd_seeds", "sd_records", "detectable")  # fmt: skip
         rows = [
             {"table": row["table"], "row": row["row"], "target": row["target"], "arm": arm_name(row["arm"])}
             | {"against": arm_name(row["against"])}
@@ -314,9 +316,10 @@ class Tables:
             for row in self.summary["rows"]
         ]
         caption = (
-            "Two arms on the same test records, in %: who alone was right how often, the exact McNemar p and the same "
-            "adjusted by Holm over its table and comparison; the interval of the difference over records and seeds, "
-            "and their standard deviations; the smallest true difference that so many records show four times in five."
+            "Two arms on the same test records, in %: who alone was right how often, the exact McNemar p of these models "
+            "(patients drawn as a whole where they are known), the same adjusted by Holm over the distinct trainings of "
+            "its table and comparison, and with several seeds the p of the recipe; the interval of the difference over "
+            "records and seeds, and their standard deviations; the smallest true difference that so many records show four times in five."
         )
         titles = {"accuracy_a": "Arm", "accuracy_b": "Against", "difference": "Points", "only_a": "Only arm",
                   "only_b": "Only against", "sd_seeds": "SD of seeds", "sd_records": "SD of records"}  # fmt: skip
