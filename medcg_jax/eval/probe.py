@@ -7,6 +7,7 @@ projector make linearly readable. Where it is high and a fine-tune's accuracy lo
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,9 @@ from medcg_jax.data.splits import balanced, group_key
 from medcg_jax.eval.letters import run_ahead
 from medcg_jax.families.build import shardings
 from medcg_jax.mesh import batch_sharding, check_batch, local_rows, put_batch, replicated
-from medcg_jax.train.setup import Setup
+
+if TYPE_CHECKING:
+    from medcg_jax.train.setup import Setup
 
 # "mean": over an image's tokens. "tokens": side by side, those of each of `SIDE` x `SIDE` cells of the image averaged:
 # every token by itself where the tower has no more of them, as tiny ones have.
@@ -58,7 +61,7 @@ class ProbeResult:
 class Prober:
     """Probes a setup's subsets with one set of parameters; its program compiles at first use."""
 
-    def __init__(self, setup: Setup, graphdef: nnx.GraphDef, params):
+    def __init__(self, setup: "Setup", graphdef: nnx.GraphDef, params):
         self._setup, self._params = setup, params
         self._encoder = make_encoder(setup.mesh, graphdef, shardings(setup.model, setup.mesh))
 

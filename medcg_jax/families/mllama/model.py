@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from medcg_jax.families.common import FamilyConfig, VisionLanguageModel, cells_of, check_shapes, tiny
-from medcg_jax.families.mllama.rows import GRIDS
 from medcg_jax.families.mllama.text import EXTRA_ROWS, MllamaAdapters, MllamaDecoder, MllamaTextConfig, images_in_view
 from medcg_jax.families.mllama.vit import NUM_TILES, MllamaVision, MllamaVisionConfig
 from medcg_jax.nn.attention import take_positions
@@ -126,6 +125,8 @@ class Mllama(VisionLanguageModel):
         return {"features": features.reshape(shape), "num_tiles": images["num_tiles"]}
 
     def image_tokens(self, images: dict[str, jax.Array], side: int) -> tuple[jax.Array, jax.Array]:
+        from medcg_jax.families.mllama.rows import GRIDS  # it decodes images, which a bare machine cannot
+
         features, per_tile = self.encode_images(images)["features"][:, 0], self.config.vision.tokens_per_tile
         tile, place = jnp.divmod(jnp.arange(features.shape[1]), per_tile)
         in_tile = math.isqrt(per_tile - 1)
