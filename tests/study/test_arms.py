@@ -333,3 +333,16 @@ def test_the_members_kinds_decide_what_fills_their_place():
     assert [n for _, n in row.fillers(row.members, 32)] == [12, 20]
     assert arms.Members(target, row.members, SMALL, boxes[:1]).fillers(row.members) is None
     assert isinstance(filled[0][0], Subset)
+
+
+def test_a_member_that_shares_nothing_fills_no_other_members_place():
+    """As in a few printed rows; it would stand in the training set twice."""
+    stranger, related = subset("mri-brain-stage"), subset("ct-lung-grade")
+    for seed in range(4):
+        row = arms.Members(SMALL[0], (stranger, related), SMALL, seed=seed)
+        found, _ = arms.row_arms(row, RUN.study)
+        by_arm = {arm.name: [s.name for s, _ in arm.training] for arm in found}
+        assert by_arm["filler_1"] == ["mri-brain-stage", "xray-skin-grade"]
+        assert set(by_arm["baseline_plus"]) == {"mri-brain-stage", "xray-skin-grade"}
+    with pytest.raises(ValueError, match="a training subset stands there twice"):
+        suite.Cell("x", "pairs", suite.Row("fixed_area"), "filler_1", 0, ("a", "a"), (1, 1), ("b",))

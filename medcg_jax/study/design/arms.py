@@ -64,6 +64,8 @@ class Members:
         num_records, num_subsets: in all; 0: as many as the replaced members have. None: no unrelated subset of a kind.
         """
         with_boxes, fillers = {s.name for s in self.boxes}, []
+        # A few printed rows have a member that shares nothing with the target: it fills no other member's place.
+        kept = {s.name for s in self.members} if len(replaced) < len(self.members) else set()
         total = sum(s.num_train for s in replaced)
         for pool, is_boxed in ((self.subsets, False), (self.boxes, True)):
             alike = [s for s in replaced if (s.name in with_boxes) == is_boxed]
@@ -73,6 +75,7 @@ class Members:
             if num_records:
                 records = max(1, round(num_records * records / total))
             count = max(1, round(num_subsets * len(alike) / len(replaced))) if num_subsets else len(alike)
+            pool = [s for s in pool if s.name not in kept]
             drawn = combos.baseline_plus(self.target, pool, count, records, self.seed, self.available)
             if not drawn[0]:
                 return None

@@ -103,6 +103,8 @@ class Cell:
     def __post_init__(self):
         if len(self.related) != len(self.num_records):
             raise ValueError(f"{self.id}: {len(self.related)} training subsets with {len(self.num_records)} counts")
+        if len(set(self.related)) < len(self.related):
+            raise ValueError(f"{self.id}: a training subset stands there twice: {', '.join(self.related)}")
         if not self.sees_target and set(self.related) & set(self.target):
             raise ValueError(f"{self.id}: a target is among its training subsets")
 
@@ -413,18 +415,9 @@ def efficiency(world: World, seed: int) -> Iterator[Cell]:
                 continue
             for count in (*fewer, target.num_train):
                 row, arm = Row(curve, target.name), f"efficiency_{count}"
-                training = (*others, target)
-                yield _cell(
-                    "efficiency",
-                    row,
-                    arm,
-                    seed,
-                    training,
-                    (target,),
-                    (*counts, count),
-                    notes,
-                    update_records=of_updates,
-                )
+                training = tuple(zip((*others, target), (*counts, count), strict=True))
+                point = arms.Arm(arm, training, update_records=of_updates, note=notes)
+                yield _arm("efficiency", row, point, seed, target)
 
 
 def short_of_records(cells: Sequence[Cell]) -> dict[str, list[int]]:
