@@ -95,7 +95,7 @@ QUESTION = "{modality} {area} {task}?"
 DESCRIBE = "Describe {quadrant}."
 # Words of the pre-training alone: several for each property and quadrant, and pairs for the values 0 and 1. With one word
 # each a base tells them apart by any difference, and a fine-tune on many subsets often finds no word that means a
-# property: of 16 trainings on two such bases 6 did, with four words each all 16.
+# property: of 16 trainings on two such bases 8 did, with four words each all 16.
 PROPERTY_NAMES = (
     ("shape", "form", "contour", "profile"),
     ("size", "extent", "diameter", "scale"),
