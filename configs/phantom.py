@@ -4,7 +4,6 @@
     medcg reproduce --config=configs/phantom.py:study --workdir=runs/study       three seeds, every table
     medcg reproduce --config=configs/phantom.py:negative --workdir=runs/negative no decoys: the task is enough
     medcg reproduce --config=configs/phantom.py:null --workdir=runs/null         a rule for each subset: nothing helps
-    medcg reproduce --config=configs/phantom.py:backbones --workdir=runs/backbones   the four other families
 
 An answer needs what only a modality, an area and a task give together (`data.phantom.world`), so the first world is a
 positive control: a sound study must end in "composition" there, in "transfer from one subset" in the negative one, and in
@@ -71,13 +70,11 @@ def get_config(arg: str = "quick"):
     worlds = {"study": {}, "negative": {"data__phantom_decoys": 0.0}, "null": {"data__phantom_rule": "drawn"}}
     if arg in ("", "quick"):
         return to_config_dict(run)
-    if arg == "backbones":
-        return to_config_dict(_backbones(run))
     if arg in worlds:
         return to_config_dict(replace(_study(run), **worlds[arg]))
     if arg == "tiny":
         return to_config_dict(_tiny(run))
-    raise ValueError(f"configs/phantom.py:{arg}; expected quick, study, negative, null, backbones or tiny")
+    raise ValueError(f"configs/phantom.py:{arg}; expected quick, study, negative, null or tiny")
 
 
 def _study(run: RunConfig) -> RunConfig:
@@ -92,32 +89,6 @@ def _study(run: RunConfig) -> RunConfig:
         study__epochs_of={"ablation": 1.4, "efficiency": 1.4},
         study__efficiency_records=(0, 10, 30, 100, 300),
         study__seeds=(4, 5, 6),
-    )
-
-
-def _backbones(run: RunConfig) -> RunConfig:
-    """Tables 5 to 8: pairs, and for the two families that give boxes pairs of boxes and questions; a base each."""
-    with_boxes = (
-        "study.tables=('detection_pairs',)",
-        # No base has seen a box: what writes boxes is trained as well. Three boxes as text are as long as three rows.
-        "model.trainable=('projector', 'decoder', 'boxes')",
-        "model.trainable_words=()",
-        "train.learning_rate=1e-3",
-        "train.weight_decay=0.01",
-        "data.max_box_text_tokens=98",
-        "data.max_box_target_tokens=78",
-        "eval.max_box_tokens=78",
-    )
-    return replace(
-        run,
-        # What a question needs in any of the prompts.
-        data__max_text_tokens=20,
-        study__targets=QUICK_TARGETS[:2],
-        study__models=("qwen2_vl_tiny", "llama32_vision_tiny", "minigpt_v2_tiny", "next_chat_tiny"),
-        study__model_flags={
-            "minigpt_v2_tiny": tuple(flag.replace(", 'boxes'", "") for flag in with_boxes),
-            "next_chat_tiny": with_boxes,
-        },
     )
 
 
