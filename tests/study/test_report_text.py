@@ -12,7 +12,7 @@ from medcg_jax.study.report.text import Answer, below_chance, letter_habits, lim
 from medcg_jax.study.stats import stats
 from medcg_jax.study.stats.verdict import verdicts
 
-TARGETS = ("mri-brain-state", "ct-liver-stage", "xray-breast-state", "endoscopy-lung-grade")
+TARGETS = ("mri-brain-state", "ct-liver-grade", "photo-skin-stage", "oct-eye-cancer")
 
 
 def answer_of(folder, skills=None, **changes) -> Answer:
@@ -176,9 +176,9 @@ def test_efficiency_is_paired_by_target_records(tmp_path):
 
 
 def test_limits_name_seeds_controls_and_tuned_targets(tmp_path):
-    one = make_grid(tmp_path / "a", run_of(study__targets=("photo-skin-grade", *TARGETS[:1])))
+    one = make_grid(tmp_path / "a", run_of(study__targets=("photo-brain-grade", *TARGETS[:1])))
     said = " ".join(limits(Grid(one), stats.summarise(one)))
-    assert "One seed" in said and "(photo-skin-grade)" in said and "Baseline+ trains on" in said
+    assert "One seed" in said and "(photo-brain-grade)" in said and "Baseline+ trains on" in said
     assert "no evidence of one in patients" in said and "equal epochs" not in said
     two = make_grid(
         tmp_path / "b", run_of(study__targets=TARGETS[:1], study__seeds=(0, 1), study__tables=("ablation",))

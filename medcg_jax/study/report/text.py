@@ -279,13 +279,17 @@ class Answer:
             )
             if costs:
                 texts.append(
-                    f"Leaving out the related subsets that share an element costs, in points, {words}: {listed(costs)}."
+                    f"Leaving out the related subsets that share an element costs, in points, {words}{self.alone()}: "
+                    f"{listed(costs)}."
                 )
             if random:
                 texts.append(f"Leaving out as many at random: {listed(random)}.")
             if beyond:
                 texts.append(f"Beyond the random removal: {listed(beyond)}.")
         return texts
+
+    def alone(self) -> str:
+        return f" ({ONE_SEED})" if len(self.grid.seeds) == 1 else ""
 
     def loss(self, effect: dict) -> str:
         """A cost; its interval's upper end is the largest one that is not excluded."""
@@ -305,7 +309,7 @@ class Answer:
                 for g in (gains[:1] + gains[-1:])[: len(gains)]
             ]
             if found:
-                texts.append(f"What all related subsets add to {words}, in points: {listed(found)}.")
+                texts.append(f"What all related subsets add to {words}, in points{self.alone()}: {listed(found)}.")
         return texts
 
 
