@@ -11,6 +11,7 @@ starts from nothing, so it is trained. `masks` takes the parameters that `boxes`
 --config.model.checkpoint=DIR/params names others.
 """
 
+import backbones_quick
 import phantom
 
 from medcg_jax.config import replace
@@ -23,7 +24,7 @@ TRAINED = tuple(t.name for t in DETECTION_TRIPLETS if t.name not in HELD_OUT)
 
 def get_config(arg: str = "boxes"):
     run = replace(
-        from_config_dict(phantom.get_config("quick")),
+        backbones_quick.with_whole_decoder(from_config_dict(phantom.get_config("quick"))),
         name=f"next_chat_{arg}",
         model__name="next_chat_tiny_sam",
         model__trainable=("vision", "projector", "decoder", "boxes"),

@@ -74,9 +74,18 @@ def tiny(model: str, source: str) -> RunConfig:
     from medcg_jax.study.design.schedule import runs_by_model
 
     study = from_config_dict(phantom.get_config("study"))
-    run = runs_by_model(replace(study, study__models=(model,)))[model]
+    flags = {model: backbones_quick.MODEL_FLAGS.get(model, ())}
+    parts = (*study.model.trainable, *(["boxes"] if model == "next_chat_tiny" else []))
+    study = replace(study, study__models=(model,), study__model_flags=flags, model__trainable=parts)
+    if source == "release" or registry.of_model(model).gives_boxes:
+        # Words that phantoms alone have are not enough for real images, or to write boxes.
+        study = backbones_quick.with_whole_decoder(study)
+    run = runs_by_model(study)[model]
     own = dict(targets=phantom.REPORT_TARGETS, targets_of={}, epochs_of={}, arms=(), seeds=study.study.seeds, jobs=2)
     run = replace(run, **{f"study__{key}": value for key, value in own.items()})
+    if model != "llava15_tiny":
+        # What the longest question needs in any of the prompts.
+        run = replace(run, data__max_text_tokens=30, data__max_target_tokens=8)
     if source == "release":
         # As `medmat_mini.py` and `backbones_quick.py:mini`.
         run = replace(
@@ -87,10 +96,11 @@ def tiny(model: str, source: str) -> RunConfig:
 
 
 def with_figure_targets(run: RunConfig) -> RunConfig:
-    """Figure 4, the efficiency curves and the doses on a few targets, since a row of them costs as much as ten pairs."""
+    """The targets and epochs of the figures and doses, of which a row costs as much as ten pairs."""
     if run.data.source == "phantom":
-        targets = {"dose": phantom.FIGURE_TARGETS["ablation"]} | phantom.FIGURE_TARGETS
-        return replace(run, study__targets_of=targets, study__epochs_of=phantom.FIGURE_EPOCHS)
+        study = from_config_dict(phantom.get_config("study")).study
+        targets = {"dose": phantom.REPORT_TARGETS[:3]} | study.targets_of
+        return replace(run, study__targets_of=targets, study__epochs_of=study.epochs_of)
     from medcg_jax.study.design.mat import reached_targets
 
     # Which the paper's figures have is not known as text; table 3 reaches these in two directions or more.

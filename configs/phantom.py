@@ -4,14 +4,13 @@
     medcg reproduce --config=configs/phantom.py:study --workdir=runs/study       three seeds, every table
     medcg reproduce --config=configs/phantom.py:negative --workdir=runs/negative no decoys: the task is enough
     medcg reproduce --config=configs/phantom.py:null --workdir=runs/null         a rule for each subset: nothing helps
-    medcg reproduce --config=configs/phantom.py:backbones --workdir=runs/backbones   the four other families
 
 An answer needs what only a modality, an area and a task give together (`data.phantom.world`), so the first world is a
 positive control: a sound study must end in "composition" there, in "transfer from one subset" in the negative one, and in
 "not shown" in the null one.
 
 The recipe (base, train, data, eval) was chosen on the four targets of `data.phantom.world.TUNE_TARGETS` with data seeds of
-100 and above and bases of seeds 11 to 13; figures are reported on the eight of `REPORT_TARGETS` with seeds 4, 5 and 6,
+100 and above and bases of seeds 11 to 13; figures are reported on the eight of `REPORT_TARGETS` with seeds 7, 8 and 9,
 which nothing was chosen on (seed 1 is the demo's).
 """
 
@@ -45,7 +44,7 @@ def get_config(arg: str = "quick"):
         ),
         base=TrainConfig(
             # Answering with a letter sets in after 900 to 1,200 steps, by the seed.
-            steps=2000,
+            steps=2800,
             epochs=4,
             learning_rate=2e-3,
             b2=0.98,
@@ -75,7 +74,7 @@ def get_config(arg: str = "quick"):
         return to_config_dict(replace(_study(run), **worlds[arg]))
     if arg == "tiny":
         return to_config_dict(_tiny(run))
-    raise ValueError(f"configs/phantom.py:{arg}; expected quick, study, negative, null, backbones or tiny")
+    raise ValueError(f"configs/phantom.py:{arg}; expected quick, study, negative, null or tiny")
 
 
 def _study(run: RunConfig) -> RunConfig:
@@ -89,7 +88,7 @@ def _study(run: RunConfig) -> RunConfig:
         # All related subsets are 18 times one: some 700 updates of 8,100 records.
         study__epochs_of={"ablation": 1.4, "efficiency": 1.4},
         study__efficiency_records=(0, 10, 30, 100, 300),
-        study__seeds=(4, 5, 6),
+        study__seeds=(7, 8, 9),
     )
 
 

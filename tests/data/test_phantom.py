@@ -270,6 +270,7 @@ def test_pretraining_never_says_a_word_of_the_study():
     assert not set().union(*(words_of(record.turns) for record in records)) & of_study
     assert len(set(pretraining.fillers())) == pretraining.NUM_FILLERS
     assert not {word.lower() for word in pretraining.fillers()} & {*of_study, *world.base_words()}
+    assert len(set(world.base_words())) == len(world.base_words()) == 4 * 4 + 4 * 4 + 4 * 2 + 16 * 2
 
 
 def test_textures_and_outlines_of_pretraining_say_nothing():
@@ -292,7 +293,7 @@ def test_pretraining_asks_what_the_image_shows():
         for turn in record.turns:
             first, *options = turn.question.split("\n")
             if first.startswith("Describe"):
-                q = world.QUADRANTS.index(first.split()[1].rstrip("."))
+                q = [names[0] for names in world.QUADRANT_NAMES].index(first.split()[1].rstrip("."))
                 assert turn.answer.split() == [names[v] for names, v in zip(world.PROPERTIES.values(), values[q])]
                 checked["describe"] += 1
                 continue
@@ -300,9 +301,10 @@ def test_pretraining_asks_what_the_image_shows():
             told = [o.split(": ")[1] for o in options][LETTERS.index(turn.answer)] if options else turn.answer
             pair = next(p for p in world.VALUE_WORDS if told in p)
             # A filler stands where the word does not matter: any will do.
-            q = world.QUADRANTS.index(quadrant) if quadrant in world.QUADRANTS else 0
-            p = list(world.PROPERTIES).index(prop) if prop in world.PROPERTIES else 0
-            assert (quadrant in world.QUADRANTS or kind[i] == 1) and (prop in world.PROPERTIES or kind[i] == 2)
+            q = next((q for q, names in enumerate(world.QUADRANT_NAMES) if quadrant in names), None)
+            p = next((p for p, names in enumerate(world.PROPERTY_NAMES) if prop in names), None)
+            assert (q is not None or kind[i] == 1) and (p is not None or kind[i] == 2)
+            q, p = q or 0, p or 0
             assert pair.index(told) == values[q, p]
             checked[len(options)] += 1
     assert set(checked) == {"describe", 0, 2} and min(checked.values()) > 300

@@ -12,6 +12,7 @@ from flax import nnx
 from medcg_jax.config import ConfigError, MeshConfig
 from medcg_jax.eval.letters import evaluate, option_logprobs
 from medcg_jax.eval.predictions import NonFiniteScores, Prediction, prediction_lines, summary, write_predictions
+from medcg_jax.untrusted import FileError
 
 
 @pytest.fixture(scope="module")
@@ -127,11 +128,23 @@ def test_the_file_is_the_same_bytes_and_appears_whole(tmp_path):
         write_predictions(path, breaks())
     assert path.read_text(encoding="utf-8") == expected and len(list(path.parent.iterdir())) == 1
     write_predictions(path, PREDICTIONS)
-    assert list(prediction_lines(path)) == [json.loads(json.dumps(dataclasses.asdict(p))) for p in PREDICTIONS]
+    lines = [json.loads(json.dumps(dataclasses.asdict(p))) for p in PREDICTIONS]
+    assert [line | {"group": ""} for line in prediction_lines(path)] == lines
     # The last one's text ends in a character that some readers take for the end of a line.
     assert [list(json.loads(line)) for line in path.read_text().split("\n")[:-1]] == [
         ["id", "subset", "options", "answer", "predicted", "logprobs", "generated"]
     ] * 4
+
+
+def test_a_known_patient_is_a_key_of_its_line_alone(tmp_path):
+    path = tmp_path / "cell.jsonl"
+    write_predictions(path, [dataclasses.replace(PREDICTIONS[0], group="patient 7"), PREDICTIONS[1]])
+    known, unknown = path.read_text(encoding="utf-8").splitlines()
+    assert json.loads(known) == {**json.loads(known), "group": "patient 7"} and "group" not in unknown
+    assert [line.get("group") for line in prediction_lines(path)] == ["patient 7", None]
+    path.write_text(known.replace('"patient 7"', "7") + "\n")
+    with pytest.raises(FileError, match="line 1: group=7: expected text"):
+        list(prediction_lines(path))
 
 
 def test_summary():

@@ -103,7 +103,7 @@ def test_every_tiny_model_has_a_cost(model, capsys):
 
 def test_rows_with_boxes_have_their_own_length(capsys):
     run = replace(SMALL, model__name="minigpt_v2_tiny", study__tables=("pairs", "detection_pairs"))
-    run = replace(run, study__targets=("ct-liver-grade",), data__max_box_text_tokens=98)
+    run = replace(run, study__targets=("ct-eye-stage",), data__max_box_text_tokens=98)
     cells = [c for c in dry(run)["cells"] if c["arm"] == "trained"]
     lengths = {c["table"]: c["tokens"] / c["samples"] for c in cells}
     assert lengths["detection_pairs"] - lengths["pairs"] == 98 - run.data.max_text_tokens

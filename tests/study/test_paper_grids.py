@@ -150,7 +150,7 @@ def test_a_table_keeps_its_rows_with_another_backbone():
 @pytest.mark.parametrize(
     ("config", "arg", "rows", "arms"),
     [("table1", "llava15_tiny,phantom", 24, 3), ("table3", "qwen2_vl_tiny,phantom", 32, 9),
-     ("table5", "next_chat_tiny,phantom", 24, 9), ("figure4", "llava15_tiny", 3, 2 + 2 * len(REMOVAL_ARMS))],
+     ("table5", "next_chat_tiny,phantom", 24, 9), ("figure4", "llava15_tiny", 8, 2 + 2 * len(REMOVAL_ARMS))],
 )  # fmt: skip
 def test_tables_of_phantoms(config, arg, rows, arms):
     run = load(f"{CONFIGS / config}.py:{arg}")

@@ -3,17 +3,16 @@
 import re
 
 import pytest
+from made_arms import PAIR, arms_of, without
 from report_grids import make_grid, run_of, score_again, skill_of
 
 from medcg_jax.study.report.load_grid import Grid
 from medcg_jax.study.report.table import points
 from medcg_jax.study.report.text import Answer, below_chance, letter_habits, limits, no_loss, state, summary_text
 from medcg_jax.study.stats import stats
+from medcg_jax.study.stats.verdict import verdicts
 
-TARGETS = ("mri-brain-state", "ct-liver-grade", "photo-skin-state", "oct-skin-grade")
-SIX = (*TARGETS, "photo-eye-state", "mri-liver-cancer")
-DECIDING = ("trained", "baseline_plus", "single_1", "single_2", "filler_1", "filler_2")
-COMPOSED = {"trained": 0.9, "baseline_plus": 0.0, "single_1": 0.1, "single_2": 0.2, "filler_1": 0.1, "filler_2": 0.1}
+TARGETS = ("mri-brain-state", "ct-liver-grade", "photo-skin-stage", "oct-eye-cancer")
 
 
 def answer_of(folder, skills=None, **changes) -> Answer:
@@ -24,84 +23,126 @@ def answer_of(folder, skills=None, **changes) -> Answer:
     return Answer(Grid(workdir), stats.summarise(workdir))
 
 
-def pairs_of(folder, skills, arms=DECIDING, **changes) -> Answer:
-    """One direction of pairs on six targets and three seeds."""
-    changes = {"study__targets": SIX, "study__seeds": (0, 1, 2)} | changes
-    return answer_of(folder, skills, study__arms=arms, study__parts=("fixed_task",), **changes)
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """(grid, summary) of one direction of pairs, with a gain over no training and one over unrelated data."""
+    run = run_of(
+        study__targets=TARGETS, study__seeds=(0, 1, 2), study__parts=("fixed_task",), data__test_records_per_subset=12
+    )
+    grid = Grid(make_grid(tmp_path_factory.mktemp("pairs") / "w", run))
+    return grid, stats.summarise(grid.workdir, grid.results, grid.answers, grid.cells)
 
 
-def test_composition_is_said_with_what_it_rests_on(tmp_path):
-    answer = pairs_of(tmp_path, COMPOSED)
-    line = answer.verdict
-    assert line["verdict"] == "composition"
+def answer_with(pairs, points, **changes) -> Answer:
+    """The answer of that grid with the verdict of other answers."""
+    grid, summary = pairs
+    lines = [line | {"n": 4800, "trainings": 99} for line in verdicts(arms_of(points, **changes), "pairs")]
+    return Answer(grid, summary | {"verdicts": lines})
+
+
+def test_the_first_lines_are_of_the_grids_own_numbers(pairs):
+    grid, summary = pairs
+    answer = Answer(grid, summary)
+    line, effect = answer.verdict, answer.find("pairs", "trained", "baseline_plus")
+    assert line["gain"]["mean"] == pytest.approx(effect["mean"])
+    assert (line["gain"]["ci_low"], line["p"]) == (effect["ci_low"], effect["p_overall"])
+    assert line["missing"] == dict.fromkeys(("single_1", "single_2", "filler_1", "filler_2"), 12)
+    text = " ".join(answer.first())
+    before, after = (f"{100 * line['accuracy'][arm]:.1f} %" for arm in ("baseline_plus", "trained"))
+    assert (
+        f"From {before} (unrelated data) to {after} (pairs of related subsets): {points(effect['mean'], True)}" in text
+    )
+    assert f"(95 % interval {points(effect['ci_low'])} to {points(effect['ci_high'])})" in text
+    chance = 100 * sum(map(grid.chance, effect["by_target"])) / 4
+    sizes = (
+        f"chance {chance:.1f} %; 144 distinct questions on 4 targets never trained on, 3 seeds, {line['trainings']} tr"
+    )
+    assert sizes in text and effect["n"] == 144
+    assert "overall p" in text and "(two-way t of 4 targets and 3 seeds; no least p)" in text
+    lines = summary_text(grid, answer, ["a limit"]).split("\n\n")
+    assert lines[0].replace("\n", " ").startswith(answer.opening) and lines[-1] == "- a limit\n"
+    assert lines[1].startswith("made: ")
+
+
+def test_composition_is_said_with_what_it_rests_on(pairs):
+    answer = answer_with(pairs, PAIR)
     assert answer.opening.startswith(
         "Composition, on phantoms, not patients: it is above every one of its subsets alone"
     )
-    text = " ".join(answer.first())
-    before, after = (f"{100 * line['accuracy'][arm]:.1f} %" for arm in ("baseline_plus", "trained"))
-    assert f"From {before} (unrelated data) to {after} (pairs of related subsets)" in text
-    gain = line["gain"]
-    assert f"{points(gain['mean'], True)} points (95 % interval {points(gain['ci_low'])} to " in text
-    assert re.search(
-        r"chance \d\d\.\d %; 720 distinct questions on 6 targets never trained on, 3 seeds, \d+ trainings", text
-    )
-    assert "overall p" in text and "(two-way t of 6 targets and 3 seeds; no least p)" in text
-    assert "over the first (" in text and "over the second (" in text and "interaction" in text.lower()
+    text, over = " ".join(answer.first()), answer.verdict["over"]
+    for name, words in (("single_1", "first"), ("single_2", "second")):
+        assert f"{points(over[name]['mean'], True)} over the {words} ({points(over[name]['ci_low'])} to" in text
+    assert f"unrelated data: {points(answer.verdict['interaction']['mean'], True)} (" in text
     assert "Not asked: subsets that share the task alone and the same training without images." in text
+    beside = " ".join(answer_with(pairs, PAIR | {"words_only": 80, "no_images": 45}).first())
+    assert re.search(r"Beside it: \S+ over subsets that share the task alone \(\S+ to \S+, not shown\)", beside)
+    assert re.search(r"and \S+ over the same training without images \(\S+ to \S+\)\.", beside)
 
 
-def test_transfer_names_the_single_that_is_not_beaten(tmp_path):
-    answer = pairs_of(tmp_path, COMPOSED | {"single_2": 0.9, "filler_2": 0.9})
-    assert answer.opening.startswith("Transfer from one subset, on phantoms")
-    assert "not shown: " in " ".join(answer.first()) or "no loss (within 3.0 points)" in " ".join(answer.first())
-    assert "composition" not in answer.opening.lower()
+def test_transfer_says_what_the_single_loses(pairs):
+    answer = answer_with(pairs, PAIR | {"single_2": 80}, noise=1)
+    assert answer.opening.startswith("Transfer from one subset, on phantoms, not patients: a subset alone gains")
+    assert "not above: alone no loss (within 3.0 points)" in " ".join(answer.first())
+    noisy = " ".join(answer_with(pairs, PAIR | {"single_2": 78}, noise=9).first())
+    assert re.search(r"not shown: \S+ above it are not excluded", noisy) and "no loss" not in noisy
 
 
-def test_absent_arms_are_named(tmp_path):
-    answer = pairs_of(tmp_path, COMPOSED, arms=("trained", "baseline_plus", "single_1", "single_2"))
+def test_absent_arms_are_named(pairs):
+    answer = answer_with(pairs, without(PAIR, "filler_1", "single_2"))
     assert answer.opening.startswith("A gain over unrelated data, cause not tested, on phantoms")
-    assert "(First with unrelated and Second with unrelated)" in answer.opening
+    assert "are absent (Second alone and First with unrelated)." in answer.opening
+    assert answer_with(pairs, without(PAIR, "baseline_plus")).opening.endswith(
+        "no arm of unrelated data to compare with."
+    )
 
 
-def test_one_seed_speaks_of_these_models_alone(tmp_path):
-    answer = pairs_of(tmp_path, COMPOSED, study__seeds=(0,))
+def test_one_seed_speaks_of_these_models_alone(pairs):
+    answer = answer_with(pairs, PAIR, seeds=1)
     assert answer.opening.startswith(
         "Not shown (one seed: nothing is said of the recipe; these models alone: composition), on phantoms"
     )
     text = " ".join(answer.first())
     assert "; one seed: nothing is said of the recipe)" in text
-    assert "overall p .031 (exact sign flips of 6 targets; the least p .031)" in text
-    few = pairs_of(tmp_path / "few", COMPOSED, study__seeds=(0,), study__targets=TARGETS)
-    assert "4 targets cannot show a gain, since no p can be below 0.125" in few.opening
+    assert "overall p .008 (exact sign flips of 8 targets; the least p .008)" in text
+    few = answer_with(pairs, PAIR, seeds=1, targets=4)
+    assert few.opening.endswith("4 targets cannot show a gain, since no p can be below 0.125.")
 
 
-def test_no_gain_and_the_reverse(tmp_path):
-    none = pairs_of(tmp_path / "none", dict.fromkeys(DECIDING, 0.0))
-    assert none.opening.startswith("Not shown, on phantoms, not patients: no gain over unrelated data is shown")
-    down = pairs_of(tmp_path / "down", {"trained": -0.5, "baseline_plus": 0.6}, arms=("trained", "baseline_plus"))
-    assert down.opening.startswith("The reverse, on phantoms")
+def test_no_gain_and_the_reverse(pairs):
+    none = answer_with(pairs, dict.fromkeys(PAIR, 50))
+    assert none.opening == "Not shown, on phantoms, not patients: no gain over unrelated data is shown."
+    assert answer_with(pairs, PAIR | {"baseline_plus": 90}).opening.startswith("The reverse, on phantoms")
 
 
-def test_the_words_follow_the_summary(tmp_path):
-    answer = pairs_of(tmp_path, COMPOSED)
-    first = summary_text(answer.grid, answer, ["a limit"]).split("\n\n")
-    assert first[0].replace("\n", " ").startswith(answer.opening)
-    assert first[1].startswith("made: ") and first[-1] == "- a limit\n"
+def test_directions_stand_behind(pairs):
+    parts = ("fixed_area", "fixed_task")
+    answer = answer_with(pairs, PAIR | {"trained": {"fixed_area": 80, "fixed_task": 60}}, parts=parts)
+    said = "By direction (Holm-adjusted): fixed area: composition; fixed task: transfer from one subset."
+    assert said in answer.first()
 
 
-def test_grids_without_pairs_do_not_test_composition(tmp_path):
-    answer = answer_of(tmp_path, study__tables=("ablation",), study__targets=TARGETS[:2])
-    assert answer.verdict is None and answer.opening.startswith("Composition is not tested, on phantoms")
+def test_grids_without_pairs_do_not_test_composition(pairs):
+    grid, summary = pairs
+    assert Answer(grid, summary | {"verdicts": []}).opening == (
+        "Composition is not tested, on phantoms, not patients: no pairs or triples are finished."
+    )
+    assert Answer(grid, summary | {"verdicts": [], "effects": []}).opening.startswith("No answer yet")
 
 
-def test_an_effect_that_is_not_shown_is_not_said_to_be_absent(tmp_path):
-    answer = answer_of(tmp_path, {"trained": 0.0, "baseline": 0.0}, study__parts=("fixed_area",))
+def test_an_effect_is_said_as_it_is(pairs):
+    answer = Answer(*pairs)
     effect = answer.find("pairs", "trained", "baseline")
-    assert state(effect) == "open" and not effect["equivalent"]
-    text = " ".join(answer.sentences())
-    assert "is not shown to change accuracy against no training" in text
-    assert f"a loss of up to {points(-effect['ci_low'])} is not excluded" in text
-    assert "raised" not in text and "lowered" not in text and "no loss" not in text
+    shown = {"up": True, "down": False, "equivalent": False, "mean": 0.2, "ci_low": 0.1, "ci_high": 0.3}
+    said = answer.statement(effect | shown, "training", "none")
+    assert said.startswith("training raised accuracy by 20.0 points against none (10.0 to 30.0; ")
+    turned = {"up": False, "down": True, "mean": -0.2, "ci_low": -0.3, "ci_high": -0.1}
+    assert answer.statement(effect | turned, "training", "none").startswith("training lowered accuracy by 20.0 points")
+    open_one = {"up": False, "down": False, "ci_low": -0.07, "ci_high": 0.09, "equivalent": False}
+    said = answer.statement(effect | open_one, "all data", "none")
+    assert "all data are not shown to change accuracy against none" in said
+    assert "a loss of up to 7.0 is not excluded" in said and "no loss" not in said
+    one = answer.statement(effect | shown | {"seeds": 1}, "training", "none")
+    assert "(10.0 to 30.0; one seed: nothing is said of the recipe; " in one
 
 
 def test_no_loss_is_said_within_the_bound_alone():
@@ -109,11 +150,11 @@ def test_no_loss_is_said_within_the_bound_alone():
     assert no_loss({"equivalent": False}, 0.021) == "a loss of up to 2.1 is not excluded"
 
 
-@pytest.mark.parametrize(("without", "words"), [(-0.5, "shown"), (0.65, "not shown"), (0.99, "a gain")])
-def test_what_an_element_is_worth_is_said_as_it_is(tmp_path, without, words):
-    skills = {"wo_area": without, "all_related": 0.65 if words == "not shown" else 0.35}
+@pytest.mark.parametrize(("cost", "words"), [(-0.5, "shown"), (0.65, "not shown"), (0.99, "a gain")])
+def test_what_an_element_is_worth_is_said_as_it_is(tmp_path, cost, words):
+    skills = {"wo_area": cost, "all_related": 0.65 if words == "not shown" else 0.35}
     answer = answer_of(
-        tmp_path, skills, study__tables=("ablation",), study__targets=SIX, study__seeds=(0, 1, 2),
+        tmp_path, skills, study__tables=("ablation",), study__seeds=(0, 1, 2),
         study__arms=("all_related", "wo_area", "random_removal_area"),
     )  # fmt: skip
     effect = answer.find("ablation", "all_related", "wo_area")
@@ -135,9 +176,9 @@ def test_efficiency_is_paired_by_target_records(tmp_path):
 
 
 def test_limits_name_seeds_controls_and_tuned_targets(tmp_path):
-    one = make_grid(tmp_path / "a", run_of(study__targets=("oct-eye-grade", *TARGETS[:1])))
+    one = make_grid(tmp_path / "a", run_of(study__targets=("photo-brain-grade", *TARGETS[:1])))
     said = " ".join(limits(Grid(one), stats.summarise(one)))
-    assert "One seed" in said and "(oct-eye-grade)" in said and "Baseline+ trains on" in said
+    assert "One seed" in said and "(photo-brain-grade)" in said and "Baseline+ trains on" in said
     assert "no evidence of one in patients" in said and "equal epochs" not in said
     two = make_grid(
         tmp_path / "b", run_of(study__targets=TARGETS[:1], study__seeds=(0, 1), study__tables=("ablation",))

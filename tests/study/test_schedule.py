@@ -45,7 +45,7 @@ def test_the_longest_come_first_within_their_seed(cells):
 def test_jobs_with_boxes_are_told_from_others():
     run = replace(
         RUN, model__name="next_chat_tiny", data__train_records_per_subset=8, data__test_records_per_subset=4,
-        study__tables=("pairs", "detection_pairs", "detection"), study__targets=("ct-liver-grade",), study__seeds=(0,),
+        study__tables=("pairs", "detection_pairs", "detection"), study__targets=("ct-eye-stage",), study__seeds=(0,),
     )  # fmt: skip
     jobs = [job for job in schedule.make_plan(run).jobs if job.training]
     boxed = [any("-det" in name for name, _ in job.training) for job in jobs]

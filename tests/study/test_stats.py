@@ -234,5 +234,5 @@ def test_a_planned_cell_without_answers_is_a_missing_arm(tmp_path):
 def test_arms_of_one_target_and_seed_answer_the_same_records(tmp_path):
     answers = four_arms(("fixed_area/x",), ("1111", "0101"))
     answers["pairs", "fixed_area/x", "single_1", 0, "x"] = "111"
-    with pytest.raises(FileError, match="1 records of 'x' are in one of them alone"):
+    with pytest.raises(FileError, match='1 records of "x" are in one of them alone'):
         stats.summarise(write_grid(tmp_path / "w", answers))

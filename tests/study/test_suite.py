@@ -395,11 +395,11 @@ def test_phantoms_have_three_directions_for_every_target():
 
 def test_the_plan_takes_detection_subsets_from_the_source():
     run = replace(
-        boxed(targets=("ct-liver-grade",)), data__train_records_per_subset=12, data__test_records_per_subset=8
+        boxed(targets=(REPORT_TARGETS[0],)), data__train_records_per_subset=12, data__test_records_per_subset=8
     )
     plan = schedule.make_plan(replace(run, study__arms=("baseline", "trained")))
     assert [c.arm for c in plan.cells] == ["baseline", "trained"] * 3 and len(plan.jobs) == 4
-    assert all("ct-liver-det" in c.related for c in plan.cells if c.arm == "trained")
+    assert all("ct-brain-det" in c.related for c in plan.cells if c.arm == "trained")
 
 
 def test_the_packs_rows(shared_dir):
@@ -419,7 +419,7 @@ def test_a_tree_with_broken_boxes_still_has_its_other_tables(tmp_path):
     write_release(PhantomSource(0, 4, 4), tmp_path / "tree")
     (tmp_path / "tree" / "Subset--38-det-train.json").write_text("{]")
     data = {"data__source": "release", "data__root": str(tmp_path / "tree")}
-    run = replace(RunConfig(study=StudyConfig(targets=("ct-liver-grade",))), **data)
+    run = replace(RunConfig(study=StudyConfig(targets=REPORT_TARGETS[:1])), **data)
     assert schedule.make_plan(run).cells
     with pytest.raises(ValueError, match="Subset--38-det-train.json: no JSON"):
         schedule.make_plan(replace(run, model__name="minigpt_v2_tiny", study__tables=("detection_pairs",)))

@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from made_arms import PAIR, RECORDS, arms_of, without
 
 from medcg_jax.study.stats.paired import LEVEL, Unit, estimate
 from medcg_jax.study.stats.verdict import (
@@ -24,28 +25,9 @@ from medcg_jax.study.stats.verdict import (
     within,
 )
 
-RECORDS = 200
-# Arm -> accuracy in points.
-PAIR = {"trained": 80, "baseline_plus": 40, "single_1": 55, "single_2": 60, "filler_1": 45, "filler_2": 50}
-
-
-def arms_of(points, targets=8, seeds=3, parts=("fixed_area",), noise=2.0, seed=0):
-    """Answers with these accuracies, and a normal spread of every cell in points."""
-    rng = np.random.default_rng(seed)
-    arms = {arm: {} for arm in points}
-    for arm, part, target, s in itertools.product(points, parts, range(targets), range(seeds)):
-        mean = points[arm][part] if isinstance(points[arm], dict) else points[arm]
-        right = int(np.clip(round(RECORDS * (mean + noise * rng.standard_normal()) / 100), 0, RECORDS))
-        arms[arm][f"{part}/t{target}", f"t{target}", s] = np.arange(RECORDS) < right
-    return arms
-
 
 def whole(points, table="pairs", **changes):
     return verdicts(arms_of(points, **changes), table)[0]
-
-
-def without(points, *names):
-    return {arm: value for arm, value in points.items() if arm not in names}
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medcg_jax.data.phantom.world import CELLS, NUM_BINS, NUM_SECTORS, QUADRANTS, SECTORS, Draws
+from medcg_jax.data.phantom.world import CELLS, NUM_BINS, NUM_QUADRANTS, NUM_SECTORS, SECTORS, Draws
 
 SIDE_PX, SITE_PX = 32, 8
 SITES_PER_SIDE = SIDE_PX // SITE_PX
 NUM_SITES = SITES_PER_SIDE**2
 # int[16]: the quadrant of each site; sites go row by row from the top left.
 QUADRANT_OF_SITE = np.arange(NUM_SITES) // 8 * 2 + np.arange(NUM_SITES) % SITES_PER_SIDE // 2
-SITES_OF_QUADRANT = np.stack([np.flatnonzero(q == QUADRANT_OF_SITE) for q in range(len(QUADRANTS))])
+SITES_OF_QUADRANT = np.stack([np.flatnonzero(q == QUADRANT_OF_SITE) for q in range(NUM_QUADRANTS)])
 # A quadrant has one, two or three objects, with these odds.
 MAX_OBJECTS, COUNT_ODDS = 3, (0.3, 0.4, 0.3)
 _RADIUS_PX = (1.9, 3.2)

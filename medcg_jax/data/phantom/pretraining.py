@@ -1,6 +1,6 @@
 """What a base is pre-trained on: phantom images, asked in words that no question of the study has.
 
-Code words name the quadrants and the properties; pairs of words name the values 0 and 1. So a base learns to look where
+Code words name the quadrants and the properties, four words each; pairs of words name the values 0 and 1. So a base learns to look where
 it is told, for the property it is told, and to answer with a word or with the letter of an option. Textures and outlines
 are in its images, but nothing that it is asked depends on them: what a modality, an area or a task means is left to
 fine-tuning.
@@ -12,6 +12,7 @@ a word that it does not know. A new word could not be learnt without that (measu
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from medcg_jax.data.phantom.world import (
     AREAS,
     DESCRIBE,
     MODALITIES,
+    NUM_QUADRANTS,
     PROPERTIES,
-    QUADRANTS,
+    PROPERTY_NAMES,
+    QUADRANT_NAMES,
     QUESTION,
     VALUE_WORDS,
     Draws,
@@ -47,8 +50,9 @@ MAX_TEXT_TOKENS, MAX_TARGET_TOKENS = 30, 15
 _WORD_FILE = Path(__file__).parents[1] / "tokenizer" / "words.txt"
 
 
+@functools.cache
 def fillers() -> tuple[str, ...]:
-    """Words of the tokenizer's list that mean nothing in the phantom world."""
+    """Words of the tokenizer's list that mean nothing in the phantom world, lower-case ones first."""
     used = {*study_words(), *base_words(), *DESCRIBE.lower().split()}
     listed = [w for w in _WORD_FILE.read_text("utf-8").split() if len(w) > 2 and w.isalpha() and w.lower() not in used]
     return tuple(sorted(listed, key=lambda word: not word.islower())[:NUM_FILLERS])
@@ -57,7 +61,7 @@ def fillers() -> tuple[str, ...]:
 def pretraining_scene(seed: int, num: int) -> tuple[Scene, np.ndarray, Draws]:
     """(scene, kind int[N], the draws that go on): kind 1 where the area does not matter, 2 where the modality, else 0."""
     draws = Draws(f"{seed}/pretraining", np.arange(num))
-    values, which = draws.integer(2, len(QUADRANTS), len(PROPERTIES)), draws.uniform()
+    values, which = draws.integer(2, NUM_QUADRANTS, len(PROPERTIES)), draws.uniform()
     kind = np.where(which < SAME_QUADRANTS_FRAC, 1, np.where(which < SAME_QUADRANTS_FRAC + SAME_PROPERTIES_FRAC, 2, 0))
     values[kind == 1] = values[kind == 1, :1]
     values[kind == 2] = values[kind == 2, :, :1]
@@ -72,12 +76,13 @@ def pretraining_records(seed: int, num: int) -> RecordSet:
     turns = max(NUM_TURNS.values())
     layout, quadrant, asked = (
         draws.uniform(),
-        draws.integer(len(QUADRANTS), turns),
+        draws.integer(NUM_QUADRANTS, turns),
         draws.integer(len(PROPERTIES), turns),
     )
     use_filler, filler = draws.uniform(turns) < FILLER_FRAC, draws.integer(NUM_FILLERS, turns)
     # In the task's place is a filler or any code word, which does not count there.
-    codes, words = (*PROPERTIES, *QUADRANTS), fillers()
+    codes = [word for words in (*PROPERTY_NAMES, *QUADRANT_NAMES) for word in words]
+    synonym, words = draws.integer(len(PROPERTY_NAMES[0]), 2, turns), (*codes, *fillers())
     in_task = np.where(
         draws.integer(3, turns) == 0,
         len(codes) + draws.integer(NUM_TASK_FILLERS, turns),
@@ -89,16 +94,17 @@ def pretraining_records(seed: int, num: int) -> RecordSet:
 
     def describe(i: int, k: int) -> Turn:
         q = quadrant[i, k]
-        names = [words[value] for words, value in zip(PROPERTIES.values(), scene.values[i, q], strict=True)]
-        return Turn(DESCRIBE.format(quadrant=QUADRANTS[q]), " ".join(names))
+        names = [pair[value] for pair, value in zip(PROPERTIES.values(), scene.values[i, q], strict=True)]
+        return Turn(DESCRIBE.format(quadrant=QUADRANT_NAMES[q][0]), " ".join(names))
 
     def question(i: int, k: int) -> str:
-        modality, area = codes[asked[i, k]], QUADRANTS[quadrant[i, k]]
+        modality = PROPERTY_NAMES[asked[i, k]][synonym[i, 0, k]]
+        area = QUADRANT_NAMES[quadrant[i, k]][synonym[i, 1, k]]
         if use_filler[i, k] and kind[i] == 1:
-            area = words[filler[i, k]]
+            area = words[len(codes) + filler[i, k]]
         if use_filler[i, k] and kind[i] == 2:
-            modality = words[filler[i, k]]
-        return QUESTION.format(modality=modality, area=area, task=(*codes, *words)[in_task[i, k]])
+            modality = words[len(codes) + filler[i, k]]
+        return QUESTION.format(modality=modality, area=area, task=words[in_task[i, k]])
 
     def value(i: int, k: int) -> int:
         return int(scene.values[i, quadrant[i, k], asked[i, k]])
@@ -124,7 +130,7 @@ def pretraining_records(seed: int, num: int) -> RecordSet:
 
 # Classes of each thing that a site's features are trained to tell: its object's colour or none, shape and size (where
 # there is an object), its place, its quadrant.
-SITE_CLASSES = (5, 2, 2, NUM_SITES, len(QUADRANTS))
+SITE_CLASSES = (5, 2, 2, NUM_SITES, NUM_QUADRANTS)
 
 
 def site_labels(scene: Scene) -> np.ndarray:

@@ -129,7 +129,7 @@ class PhantomSource:
         draws = self._draws(triplet.name, split)
         scene, kind = self._scene(triplet, split, draws)
         pictures, labels = render(scene, draws), TASKS[triplet.task]
-        flipped, filler, words = draws.integer(2), draws.integer(pretraining.NUM_FILLERS), pretraining.fillers()
+        flipped, filler, words = (draws.integer(2), draws.integer(pretraining.NUM_FILLERS), pretraining.fillers())
         records = []
         for i in range(len(draws)):
             modality = words[filler[i]] if kind[i] == NO_MODALITY else triplet.modality

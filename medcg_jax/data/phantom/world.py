@@ -25,7 +25,7 @@ PROPERTIES = {
     "light": ("dark", "bright"),
     "hue": ("warm", "cool"),
 }
-QUADRANTS = ("northwest", "northeast", "southwest", "southeast")
+NUM_QUADRANTS = 4
 MODALITIES = ("ct", "mri", "photo", "oct")
 AREAS = ("brain", "liver", "skin", "eye")
 # Task -> labels, of the values 0 and 1.
@@ -90,13 +90,28 @@ SECTORS = {test: np.flatnonzero(sector_reserved(np.arange(NUM_SECTORS)) == test)
 _GRID = np.stack(np.meshgrid(np.arange(NUM_PLACEMENTS), np.arange(NUM_BINS), indexing="ij"), -1).reshape(-1, 2)
 CELLS = {test: _GRID[cell_reserved(_GRID[:, 0], _GRID[:, 1]) == test] for test in (False, True)}
 
-# A question names what counts, where, and what is asked. A base is asked in the words of PROPERTIES and QUADRANTS.
+# A question names what counts, where, and what is asked. A base is asked in words of its own.
 QUESTION = "{modality} {area} {task}?"
 DESCRIBE = "Describe {quadrant}."
-# Words of the pre-training alone: pairs of words for the values 0 and 1 of any property.
+# Words of the pre-training alone: several for each property and quadrant, and pairs for the values 0 and 1. With one word
+# each a base tells them apart by any difference, and a fine-tune on many subsets often finds no word that means a
+# property: of 16 trainings on two such bases 8 did, with four words each all 16.
+PROPERTY_NAMES = (
+    ("shape", "form", "contour", "profile"),
+    ("size", "extent", "diameter", "scale"),
+    ("light", "shade", "brightness", "tone"),
+    ("hue", "tint", "warmth", "paint"),
+)
+QUADRANT_NAMES = (
+    ("northwest", "alpha", "spring", "dawn"),
+    ("northeast", "beta", "summer", "noon"),
+    ("southwest", "gamma", "autumn", "dusk"),
+    ("southeast", "delta", "winter", "night"),
+)
 VALUE_WORDS = (
-    ("low", "high"), ("no", "yes"), ("off", "on"), ("minus", "plus"),
-    ("less", "more"), ("under", "over"), ("first", "second"), ("closed", "open"),
+    ("low", "high"), ("no", "yes"), ("off", "on"), ("minus", "plus"), ("less", "more"), ("under", "over"),
+    ("first", "second"), ("closed", "open"), ("weak", "strong"), ("few", "many"), ("old", "new"), ("soft", "hard"),
+    ("slow", "fast"), ("narrow", "wide"), ("empty", "full"), ("never", "always"),
 )  # fmt: skip
 
 
@@ -121,8 +136,8 @@ def study_words() -> tuple[str, ...]:
 
 def base_words() -> tuple[str, ...]:
     """The words that a base answers with, and those that it is asked with, beside the fillers of `pretraining`."""
-    values = [word for words in (*PROPERTIES.values(), *VALUE_WORDS) for word in words]
-    return (*PROPERTIES, *QUADRANTS, *values)
+    groups = (*PROPERTY_NAMES, *QUADRANT_NAMES, *PROPERTIES.values(), *VALUE_WORDS)
+    return tuple(word for words in groups for word in words)
 
 
 def ceiling(elements: Sequence[str], decoys: float = 1.0) -> float:

@@ -105,7 +105,8 @@ class Plots:
             axes.set_xlabel("difference in accuracy, points")
 
         caption = (
-            "Differences in accuracy between arms (point: mean; line: 95 % interval over targets and seeds; faint dots: "
+            "Differences in accuracy between arms (point: mean; line: 95 % interval over targets and seeds, with "
+            "one seed over targets alone: nothing is said of the recipe; faint dots: "
             "single targets; n: distinct questions). A hollow point means that no difference is shown."
         )
         height = 0.6 + 0.42 * len(effects)

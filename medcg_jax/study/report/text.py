@@ -169,14 +169,14 @@ class Answer:
             f"{line['n']:,} distinct questions on {counted(line['targets'], 'target')}{unseen}, "
             f"{counted(line['seeds'], 'seed')}, {counted(line['trainings'], 'training')}"
         )
-        if line["gain"] is None or targets is None or "trained" not in accuracy:
+        if line["gain"] is None or targets is None:
             return f"no arm of unrelated data is finished, so a gain cannot be told from training as such ({sizes})"
         chances = [chance for name in targets["by_target"] if (chance := self.grid.chance(name)) is not None]
         chance = f"chance {100 * sum(chances) / len(chances):.1f} %; " if chances else ""
-        before = accuracy.get("baseline_plus", accuracy["trained"] - line["gain"]["mean"])
         seed = f"; {ONE_SEED}" if line["seeds"] == 1 else ""
+        before, after = (f"{100 * accuracy[arm]:.1f} %" for arm in ("baseline_plus", "trained"))
         return (
-            f"from {100 * before:.1f} % (unrelated data) to {100 * accuracy['trained']:.1f} % ({TOGETHER[line['table']]}): "
+            f"from {before} (unrelated data) to {after} ({TOGETHER[line['table']]}): "
             f"{points(line['gain']['mean'], True)} points (95 % interval {interval(line['gain'])}{seed}); {chance}{sizes}; "
             f"{overall_words(line)}"
         )
@@ -196,8 +196,11 @@ class Answer:
     def directions(self, table: str) -> list[str]:
         """The verdicts by direction, where there are several."""
         lines = [line for line in self.summary["verdicts"] if line["table"] == table and line["part"]]
-        words = [f"{PARTS.get(line['part'], line['part'])}: {verdict_words(line).lower()}" for line in lines]
-        return [f"by direction (Holm-adjusted): {'; '.join(words)}"] * (len(lines) > 1)
+        kinds = [
+            f"{PARTS.get(line['part'], line['part'])}: {line['these_models'] or line['verdict']}" for line in lines
+        ]
+        alone = " of these models alone" if any(line["these_models"] for line in lines) else ""
+        return [f"by direction{alone} (Holm-adjusted): {'; '.join(kinds)}"] * (len(lines) > 1)
 
     def sentences(self) -> list[str]:
         """What else the grid shows."""
@@ -276,13 +279,17 @@ class Answer:
             )
             if costs:
                 texts.append(
-                    f"Leaving out the related subsets that share an element costs, in points, {words}: {listed(costs)}."
+                    f"Leaving out the related subsets that share an element costs, in points, {words}{self.alone()}: "
+                    f"{listed(costs)}."
                 )
             if random:
                 texts.append(f"Leaving out as many at random: {listed(random)}.")
             if beyond:
                 texts.append(f"Beyond the random removal: {listed(beyond)}.")
         return texts
+
+    def alone(self) -> str:
+        return f" ({ONE_SEED})" if len(self.grid.seeds) == 1 else ""
 
     def loss(self, effect: dict) -> str:
         """A cost; its interval's upper end is the largest one that is not excluded."""
@@ -302,7 +309,7 @@ class Answer:
                 for g in (gains[:1] + gains[-1:])[: len(gains)]
             ]
             if found:
-                texts.append(f"What all related subsets add to {words}, in points: {listed(found)}.")
+                texts.append(f"What all related subsets add to {words}, in points{self.alone()}: {listed(found)}.")
         return texts
 
 

@@ -181,7 +181,8 @@ def verdicts(arms: Arms, table: str, planned: Mapping[str, Collection[Key]] | No
       "p_holm": .004,                   # adjusted over the directions; of the table as a whole p itself
       "test": "two-way t of 8 targets and 3 seeds", "targets": 8, "seeds": 3, "rows": 24,
       "rows_left_out": 0,               # rows that cannot tell (see above)
-      "accuracy": {"trained": .69, "baseline_plus": .46, "single_1": .71},  # means over targets, of the arms present
+      "accuracy": {"trained": .69, "baseline_plus": .46, "single_1": .71},  # means over targets, of the arms that have
+                                        # all cells of the gain
       "gain": {"mean": .23, "ci_low": .15, "ci_high": .31, "p": .004, "p_smallest": None, "up": True, "down": False},
       "over": {"single_1": {..., "relation": "within"}},    # or "above", "open"; None where absent
       "gains": {"single_1": {...}}, "interaction": {...},
@@ -237,7 +238,7 @@ def _verdict(contrasts: Contrasts, table: str, part: str, k: int, keys: Sequence
         "targets": len({target for _, target, _ in finished}), "seeds": len({seed for _, _, seed in finished}),
         "rows": len({key[:2] for key in finished}),
         "rows_left_out": len(every - {key[:2] for key in keys}),
-        "accuracy": contrasts.accuracies(finished),
+        "accuracy": contrasts.accuracies(contrasts.present(["trained", "baseline_plus"], keys) or finished),
         "gain": as_dict(gain),
         "over": {name: over_dict(found) for name, found in evidence.over.items()},
         "gains": {name: as_dict(found) for name, found in evidence.gains.items()},
