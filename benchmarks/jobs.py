@@ -16,7 +16,7 @@ from benchmarks.records import write_record
 FLAGS = (
     "--config=configs/phantom.py:tiny", "--config.train.steps=150", "--config.data.train_records_per_subset=300",
     "--config.data.test_records_per_subset=300", "--config.study.tables=('pairs',)",
-    "--config.study.targets=('ct-liver-stage', 'xray-breast-state', 'oct-skin-grade')",
+    "--config.study.targets=('ct-liver-grade', 'photo-skin-state', 'oct-skin-grade')",
 )  # fmt: skip
 
 

@@ -8,10 +8,10 @@ import functools
 import jax
 import numpy as np
 import pytest
+from record_sets import PhantomsWithFourOptions
 
 from medcg_jax.config import DataConfig, MeshConfig, RunConfig
 from medcg_jax.data.encoding import Encoded, concat_encoded
-from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.families import build, registry
 from medcg_jax.mesh import make_mesh
@@ -34,7 +34,9 @@ MESHES = {
     "tensor": MeshConfig(data=1, tensor=8),
 }
 DATA = DataConfig(system_prompt="", max_text_tokens=100, max_target_tokens=70)
-SOURCE = PhantomSource(3, 6, 4)
+SOURCE = PhantomsWithFourOptions(3, 6, 4)
+# Questions of two and of four options, in rows of two lengths.
+SUBSETS = ("ct-liver-state", PhantomsWithFourOptions.FOUR)
 
 
 @functools.cache
@@ -51,7 +53,7 @@ def setup(family: str, mesh: str | None = None) -> Setup:
 @functools.cache
 def training_rows(family: str) -> Encoded:
     """Choice questions of two subsets, and detection records where the family answers with boxes."""
-    subsets = ["ct-liver-state", "photo-eye-grade", *(["ct-liver-det"] if family in WITH_BOXES else [])]
+    subsets = [*SUBSETS, *(["ct-liver-det"] if family in WITH_BOXES else [])]
     found = setup(family)
     return concat_encoded([found.encode(SOURCE.records(name, "train")) for name in subsets])
 

@@ -1,11 +1,14 @@
-"""Small sets of choice records, and a tokenizer of their words, that the data tests share."""
+"""Small sets of choice records, phantoms with four options, and a tokenizer of words, that tests share."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 
-from medcg_jax.data.records import Record, RecordSet, Turn
+from medcg_jax.data.phantom.source import PhantomSource
+from medcg_jax.data.phantom.world import choice as choice_text
+from medcg_jax.data.records import LETTERS, Record, RecordSet, Turn
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<unk>"]
 WORDS = [*SPECIAL, *"USER ASSISTANT : A B C D E what is this it \n benign normal severe mild ?".split(" ")]
@@ -41,6 +44,35 @@ def choices(count: int, *, subset: str = "04", size_px: int = 4) -> RecordSet:
     pixels = np.empty((count, size_px, size_px, 3), np.uint8)
     pixels[:] = np.arange(count, dtype=np.uint8)[:, None, None, None]
     return RecordSet([choice(i, subset=subset) for i in range(count)], pixels)
+
+
+FOUR_LABELS = ("mild", "severe", "early", "advanced")
+
+
+def with_four_options(records: RecordSet) -> RecordSet:
+    """The same images and first lines of the questions, with four options; each is right as often, at every letter."""
+    made = []
+    for i, record in enumerate(records.records):
+        options = tuple(FOUR_LABELS[(k + i // 4) % 4] for k in range(4))
+        letter = LETTERS[options.index(FOUR_LABELS[i % 4])]
+        question = choice_text(record.turns[0].question.partition("\n")[0], options)
+        made.append(dataclasses.replace(record, turns=(Turn(question, letter),), options=options, answer=letter))
+    return RecordSet(made, records.images)
+
+
+class PhantomsWithFourOptions(PhantomSource):
+    """The phantom world, whose questions have two options, but four in one subset."""
+
+    FOUR = "oct-skin-grade"
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        four = {self.FOUR: FOUR_LABELS}
+        self.subsets = tuple(dataclasses.replace(s, labels=four.get(s.name, s.labels)) for s in self.subsets)
+
+    def records(self, subset: str, split: str) -> RecordSet:
+        found = super().records(subset, split)
+        return with_four_options(found) if subset == self.FOUR else found
 
 
 class CountedImage:

@@ -11,7 +11,7 @@ from medcg_jax.cli import main, parse
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = [
     f"--config={CONFIGS / 'phantom.py'}:tiny",
-    "--config.data.subsets=ct-brain-state,mri-brain-stage",
+    "--config.data.subsets=ct-brain-state,mri-brain-grade",
     "--config.train.steps=4",
     "--config.train.batch_size=8",
     "--config.train.checkpoint_every_steps=2",
@@ -32,7 +32,7 @@ def test_train_saves_goes_on_and_is_tested(tmp_path, capfd):
 
     assert main(["eval", *TINY, workdir, f"--json={found}"]) == 0
     subsets = json.loads(found.read_text())["subsets"]
-    assert sorted(subsets) == ["ct-brain-state", "mri-brain-stage"]
+    assert sorted(subsets) == ["ct-brain-state", "mri-brain-grade"]
     for name, scores in subsets.items():
         lines = (tmp_path / "run" / "predictions" / f"{name}.jsonl").read_text().splitlines()
         right = sum(json.loads(line)["predicted"] == json.loads(line)["answer"] for line in lines)

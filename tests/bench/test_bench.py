@@ -31,7 +31,7 @@ RUN = RunConfig(
     model=ModelConfig(scan_unroll=1),
     data=DataConfig(
         system_prompt="", max_text_tokens=26, max_target_tokens=2, train_records_per_subset=8,
-        test_records_per_subset=8, subsets=("ct-brain-state", "mri-brain-stage"),
+        test_records_per_subset=8, subsets=("ct-brain-state", "mri-brain-grade"),
     ),
     train=TrainConfig(steps=4, batch_size=8),
     base=TrainConfig(steps=0, epochs=0),

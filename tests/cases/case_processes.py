@@ -219,7 +219,7 @@ def max_text_tokens_huge(folder: Path) -> str:
 
 def seeds_targets_twice(folder: Path) -> str:
     refused(medcg("reproduce", "--dry", TINY, "--config.study.seeds=(1,1)", cwd=CHECKOUT), "study.seeds")
-    flag = "--config.study.targets=('ct-liver-stage','ct-liver-stage')"
+    flag = "--config.study.targets=('ct-liver-grade','ct-liver-grade')"
     return refused(medcg("reproduce", "--dry", TINY, flag, cwd=CHECKOUT), "study.targets")
 
 

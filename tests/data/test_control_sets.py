@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from record_sets import with_four_options
 
 from medcg_jax.config import CONTROLS
 from medcg_jax.data.controls import BLANK, blanked, control_sets, with_options
@@ -80,7 +81,9 @@ def test_draws_are_the_seed_s():
 
 
 def test_questions_of_phantoms_can_be_asked_again():
-    records = PhantomSource(3, 4, 40).records("oct-skin-grade", "test")
+    two = PhantomSource(3, 4, 40).records("oct-skin-grade", "test")
+    assert set(control_sets(two, CONTROLS, 0)) == {*BLIND, "shift_1"}
+    records = with_four_options(two)
     found = control_sets(records, CONTROLS, 0)
     assert set(found) == {*BLIND, "shift_1", "shift_2", "shift_3", "two_options"}
     assert all(len(asked) == 40 for asked in found.values())

@@ -4,10 +4,11 @@ import pytest
 
 from benchmarks import build_tokenizers
 from medcg_jax.data.phantom import world
-from medcg_jax.data.phantom.pretraining import MAX_TARGET_TOKENS, MAX_TEXT_TOKENS, pretraining_records
+from medcg_jax.data.phantom.pretraining import MAX_TARGET_TOKENS, MAX_TEXT_TOKENS, fillers, pretraining_records
 from medcg_jax.data.phantom.source import PhantomSource
-from medcg_jax.data.phantom.world import AREAS, MODALITIES, TASKS
+from medcg_jax.data.records import Turn
 from medcg_jax.data.tokenizer import SMALL, load_tokenizer
+from medcg_jax.families import registry
 from medcg_jax.families.llava.rows import PROMPTS as prompts
 
 
@@ -36,19 +37,26 @@ def test_special_tokens_and_size(tokenizer):
     assert 500 <= tokenizer.vocab_size <= 1000
 
 
-def test_words_of_the_phantom_world_are_one_token_each(tokenizer):
-    labels = [label for labels in TASKS.values() for label in labels]
-    for word in [*MODALITIES, *AREAS, *TASKS, *labels, *world.COUNT_WORDS, *world.SIZE_WORDS, *world.SHAPES]:
-        assert len(tokenizer.encode(word)) == 1, word
+@pytest.mark.parametrize("family", registry.families(), ids=lambda family: family.name)
+def test_words_of_the_phantom_world_are_one_token_each(family):
+    own, words = load_tokenizer("", family.tokenizer), [*world.study_words(), *world.base_words(), *fillers()]
+    tokens = {word: own.encode(word) for word in words}
+    assert {word for word, ids in tokens.items() if len(ids) != 1} == set()
+    # No two words share a token, so that one can be trained and the others stay.
+    assert len({ids[0] for ids in tokens.values()}) == len(words)
+
+
+def test_roles_are_one_token_each(tokenizer):
     assert len(tokenizer.encode("USER:")) == len(tokenizer.encode(" ASSISTANT:")) == 1
 
 
 def test_a_letter_is_the_same_token_everywhere(tokenizer):
     (letter,) = tokenizer.encode("A")
-    question = world.choice("Which state?", ("normal", "abnormal"))
+    question = world.choice("ct brain state?", ("normal", "abnormal"))
     # The option's colon is dropped, so the letter stands right before the option; other colons stay.
     assert [tokenizer.decode([i]) for i in tokenizer.encode(question)] == [
-        "Which",
+        "ct",
+        "brain",
         "state",
         "?",
         "A",
@@ -57,7 +65,7 @@ def test_a_letter_is_the_same_token_everywhere(tokenizer):
         "abnormal",
     ]
     assert tokenizer.decode(tokenizer.encode("ratio: 1")) == "ratio : 1"
-    assert tokenizer.encode(question)[3] == letter == tokenizer.encode("ASSISTANT: A")[-1]
+    assert tokenizer.encode(question)[4] == letter == tokenizer.encode("ASSISTANT: A")[-1]
     assert tokenizer.encode("A B C D") == [letter + k for k in range(4)]
     assert tokenizer.encode("A", start=False) == [letter]
     assert tokenizer.encode("a") != [letter]
@@ -81,20 +89,23 @@ def test_any_text_is_encoded_without_unknowns_and_comes_back(tokenizer, text):
 
 
 def test_words_come_back_with_spaces(tokenizer):
-    assert tokenizer.decode(tokenizer.encode("two large star")) == "two large star"
+    assert tokenizer.decode(tokenizer.encode("dark large star")) == "dark large star"
     assert tokenizer.decode(tokenizer.encode(" B")) == "B"
 
 
 def test_rows_are_short(tokenizer):
+    def tokens_of(turns):
+        return prompts.conversation(tokenizer, turns, system_prompt="", num_image_tokens=1)
+
     source = PhantomSource(0, 24, 12)
-    fine_tuning = [r for s in source.subsets for r in source.records(s.name, "train").records]
-    sizes = [
-        prompts.conversation(tokenizer, record.turns, system_prompt="", num_image_tokens=int(bool(record.image)))
-        for record in [*fine_tuning, *pretraining_records(0, 4000).records]
-    ]
-    with_image = [len(tokens.ids) - 1 for tokens in sizes if tokenizer.image_id in tokens.ids]
-    without = [len(tokens.ids) for tokens in sizes if tokenizer.image_id not in tokens.ids]
-    assert max(with_image[: len(fine_tuning)]) <= 26 and max(with_image) == MAX_TEXT_TOKENS
-    # A row without an image has the places of the 16 image tokens too.
-    assert MAX_TEXT_TOKENS < max(without) <= MAX_TEXT_TOKENS + 16
-    assert max(sum(tokens.supervised) for tokens in sizes) == MAX_TARGET_TOKENS
+    questions = [r for s in source.subsets for r in source.records(s.name, "train").records]
+    # All questions are as long, since every word is one token.
+    assert {len(tokens_of(record.turns).ids) - 1 for record in questions} == {13}
+    assert {sum(tokens_of(record.turns).supervised) for record in questions} == {2}
+    records = pretraining_records(0, 4000).records
+    rows = [tokens_of(record.turns) for record in records]
+    # Beside as many turns of a letter each.
+    frames = [len(tokens_of((Turn("A", "B"),) * len(record.turns)).ids) - 2 * len(record.turns) for record in records]
+    words = [len(row.ids) - frame for row, frame in zip(rows, frames, strict=True)]
+    assert max(words) <= MAX_TEXT_TOKENS < max(words) + 5
+    assert max(sum(row.supervised) for row in rows) == MAX_TARGET_TOKENS

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 from eval_toys import others_long
-from family_toys import SOURCE, TINY
+from family_toys import SOURCE, SUBSETS, TINY
+from record_sets import with_four_options
 
 from medcg_jax.config import CONTROLS, ConfigError, RunConfig, replace
 from medcg_jax.data.controls import BLANK, control_sets
@@ -29,7 +30,7 @@ NO_END = -1
 def asked(family: str):
     """(questions of two and of four options, the same asked again)."""
     found = family_toys.setup(family)
-    sets = [SOURCE.records(name, "test") for name in ("ct-liver-state", "photo-eye-grade")]
+    sets = [SOURCE.records(name, "test") for name in SUBSETS]
     records = concat([sets[0].select(range(3)), sets[1].select(range(2))])
     again = control_sets(records, SHARED, 0)
     return found.encode_eval(records), {
@@ -170,7 +171,7 @@ class Recorder(subsets.Tester):
 
 def test_only_moved_options_are_asked_by_another_program(monkeypatch):
     setup = open_setup(replace(RUN, eval__controls=CONTROLS))
-    records = setup.source.records("oct-skin-grade", "test")
+    records = with_four_options(setup.source.records("oct-skin-grade", "test"))
     again = {name: setup.encode_eval(made) for name, made in control_sets(records, CONTROLS, 0).items()}
     together = []
 
@@ -189,7 +190,7 @@ def test_only_moved_options_are_asked_by_another_program(monkeypatch):
 
 def test_the_plain_test_is_asked_as_without_a_control_and_then_beside_other_images(monkeypatch):
     setup = open_setup(RUN)
-    records = setup.source.records("oct-skin-grade", "test")
+    records = with_four_options(setup.source.records("oct-skin-grade", "test"))
     plain = setup.encode_eval(records)
     again = {
         name: setup.encode_eval(made, memory_limit_bytes=0)

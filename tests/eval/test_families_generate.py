@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from eval_toys import others_long
-from family_toys import MESHES, SOURCE, TINY
+from family_toys import MESHES, SOURCE, SUBSETS, TINY
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,7 +33,7 @@ def rows(family: str) -> dict[str, np.ndarray]:
     found = family_toys.setup(family)
     data = DataConfig(system_prompt="", max_text_tokens=27)
     batch = {}
-    for subset in ("ct-liver-state", "photo-eye-grade"):
+    for subset in SUBSETS:
         encoded = encode_eval(SOURCE.records(subset, "test"), found.tokenizer, data, found.format)
         for key, array in encoded.rows(np.arange(4))[0].items():
             batch.setdefault(key, []).append(array)

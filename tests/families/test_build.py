@@ -91,8 +91,18 @@ def test_trainable_parts_split_and_join(created):
     assert set(trainable) == {"projector"}
     assert set(frozen) == {"vision", "decoder", "unused"}
     assert jax.tree.structure(build.join(trainable, frozen)) == jax.tree.structure(params)
+    for names in (("embedding",), ("projector", "embedding"), ("vision", "embedding", "unused"), ("decoder",)):
+        trainable, frozen = build.split_trainable(params, names)
+        joined = build.join(trainable, frozen)
+        assert jax.tree.structure(joined) == jax.tree.structure(params)
+        assert all(a is b for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(params), strict=True))
+        if "embedding" in names:
+            assert set(trainable) == {*names} - {"embedding"} | {"decoder"} and list(trainable["decoder"]) == ["embed"]
+            assert set(frozen["decoder"]) == set(params["decoder"]) - {"embed"}
+    # What is split keeps its parts: the params are as before.
+    assert "embed" in params["decoder"]
     for names in ((), ("projector", "head")):
-        with pytest.raises(ValueError, match="accepted: one or more of decoder, projector"):
+        with pytest.raises(ValueError, match="accepted: one or more of decoder, embedding, projector"):
             build.split_trainable(params, names)
 
 

@@ -31,6 +31,10 @@ def test_training_multipliers():
     assert flops.training(one, trainable=("projector",)) == 1 + 3 * 10 + 2 * 11100.0 + 1000
     assert flops.training(one, trainable=("decoder",)) == 1 + 10 + 3 * 11100.0
     assert flops.training(one, trainable=("vision",)) == 3 * 1 + 2 * 11110.0 + 1000
+    # The embedding's lookup costs nothing: it is trained at the cost of the gradients that pass the decoder.
+    assert flops.training(one, trainable=("embedding",)) == 1 + 10 + 2 * 11100.0 + 1000
+    assert flops.training(one, trainable=("projector", "embedding")) == flops.training(one, trainable=("projector",))
+    assert flops.training(one, trainable=("embedding",), remat="full") == 1 + 10 + 2 * 11100.0 + 1000 + 1100
     assert flops.training(one, trainable=("decoder",), causal=True) == 1 + 10 + 3 * (100 + 500 + 10000)
     assert flops.training(one, trainable=("decoder",), remat="full") == 1 + 10 + 3 * 11100.0 + 1100
     assert flops.training(one, trainable=("decoder",), remat="dots") == 1 + 10 + 3 * 11100.0 + 1000

@@ -1,14 +1,15 @@
 """What the tests of a grid share: a tree that leaks are planted in, and a finished grid with its report."""
 
 import pytest
+from record_sets import PhantomsWithFourOptions
 
-from medcg_jax.data.phantom.source import PhantomSource, write_release
+from medcg_jax.data.phantom.source import write_release
 
 
 @pytest.fixture(scope="session")
 def clean_tree(tmp_path_factory):
     root = tmp_path_factory.mktemp("clean") / "tree"
-    write_release(PhantomSource(5, 4, 4), root)
+    write_release(PhantomsWithFourOptions(5, 4, 4), root)
     return root
 
 

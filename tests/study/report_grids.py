@@ -11,12 +11,13 @@ from pathlib import Path
 from random import Random
 from unittest import mock
 
+from record_sets import with_four_options
 from worlds import PAPER_ARMS
 
 from medcg_jax import cli
 from medcg_jax.config import CONTROLS, TABLES, DataConfig, RunConfig, StudyConfig, TrainConfig, replace
 from medcg_jax.data.controls import control_sets
-from medcg_jax.data.records import LETTERS
+from medcg_jax.data.records import LETTERS, RecordSet, Source
 from medcg_jax.data.sources import open_source
 from medcg_jax.eval.boxes import BoxAnswer, write_answers
 from medcg_jax.eval.predictions import wilson
@@ -29,6 +30,8 @@ from medcg_jax.train import goodput
 CELLS = ("cell", "table", "row", "arm", "seed", "related", "target", "steps", "status", "seconds")
 RESULTS = ("cell", "table", "row", "arm", "seed", "target", "n", "correct", "accuracy", "ci_low", "ci_high")
 FULL_TARGETS = ("mri-brain-state", "oct-skin-grade")
+# Target whose questions have four options; those of phantoms have two.
+FOUR_OPTIONS = FULL_TARGETS[1]
 SIZES = {"data__train_records_per_subset": 20, "data__test_records_per_subset": 24}
 # Arm -> probability of a right answer beyond chance.
 SKILL = {
@@ -96,12 +99,17 @@ def make_grid(
     return workdir
 
 
+def records_of(source: Source, subset: str) -> RecordSet:
+    records = source.records(subset, "test")
+    return with_four_options(records) if subset == FOUR_OPTIONS else records
+
+
 def write_predictions(workdir, cell: suite.Cell, source, skill: float, options_text) -> list[tuple[str, int, int]]:
     scored = []
     with open(workdir / "predictions" / f"{cell.id}.jsonl", "w", encoding="utf-8") as file:
         for target in cell.target:
             random = Random(f"{cell.id}/{target}")
-            records, correct = source.records(target, "test").records, 0
+            records, correct = records_of(source, target).records, 0
             lean = random.uniform(-0.1, 0.1)
             for record in records:
                 chance = 1 / len(record.options)
@@ -133,7 +141,7 @@ def write_controls(workdir: Path, seed: int, blind: bool = True) -> None:
         plain = {(line["subset"], line["id"]): line for line in json_lines(path)}
         lines = []
         for subset in dict.fromkeys(subset for subset, _ in plain):
-            for name, asked in control_sets(source.records(subset, "test"), CONTROLS, 0).items():
+            for name, asked in control_sets(records_of(source, subset), CONTROLS, 0).items():
                 for record in asked.records:
                     line = plain[subset, record.id]
                     other = next(letter for letter in LETTERS if letter != record.answer)

@@ -28,7 +28,7 @@ from medcg_jax.study.stats import contamination
 from medcg_jax.train.goodput import Goodput
 from medcg_jax.train.setup import open_setup
 
-TARGET, OTHER, THIRD = "ct-liver-stage", "ct-liver-state", "ct-brain-stage"
+TARGET, OTHER, THIRD = "ct-liver-grade", "ct-liver-state", "ct-skin-grade"
 
 
 def cell(target=TARGET, arm="trained", related=(OTHER,), count=4) -> Cell:
@@ -168,7 +168,7 @@ def ids(*numbers) -> list[str]:
 
 def test_what_leaks_is_left_out_of_the_training_and_of_no_other(tree, tmp_path, monkeypatch):
     related = (OTHER, "ct-brain-state")
-    cells = [cell(count=7), cell("mri-liver-stage", related=related, count=7)]
+    cells = [cell(count=7), cell("mri-liver-grade", related=related, count=7)]
     study = {"leaks": "drop", "near_duplicates": "drop"}
     ended, trained = in_grid(tree, tmp_path / "w", cells, monkeypatch, **study)
     assert set(ended.values()) == {"failed: enough"}

@@ -17,7 +17,7 @@ from medcg_jax.study.design.leaks import LeakGuard, check_cell, refuse
 from medcg_jax.study.design.suite import Cell, Row
 from medcg_jax.train.goodput import Goodput
 
-TARGET, OTHER = "ct-liver-stage", "ct-liver-state"
+TARGET, OTHER = "ct-liver-grade", "ct-liver-state"
 
 
 def records(split: str, images, subset: str = "04") -> RecordSet:
@@ -89,8 +89,8 @@ def test_each_subset_is_hashed_once(source, monkeypatch):
     monkeypatch.setattr(source, "records", lambda *of: asked.append(of) or original(*of))
     guard = LeakGuard(source)
     for _ in range(3):
-        guard.findings(cell(related=(OTHER, "ct-brain-stage")))
-    assert sorted(asked) == [("ct-brain-stage", "train"), (TARGET, "test"), (OTHER, "train")]
+        guard.findings(cell(related=(OTHER, "ct-skin-grade")))
+    assert sorted(asked) == [(TARGET, "test"), (OTHER, "train"), ("ct-skin-grade", "train")]
 
 
 def test_a_target_in_a_hand_made_cell_is_refused(source):

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from record_sets import PhantomsWithFourOptions
 
 from medcg_jax.cli import main
 from medcg_jax.config import DataConfig, RunConfig, StudyConfig, replace
 from medcg_jax.data.general import GeneralRecords
 from medcg_jax.data.leaks import Leak
-from medcg_jax.data.phantom.source import PhantomSource
 from medcg_jax.data.records import DataError
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.study.design.leaks import Finding, LeakGuard, dropped, refuse, relevant
@@ -21,8 +21,8 @@ from medcg_jax.train.run import left_out
 from medcg_jax.train.setup import open_setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-TARGET, OTHER = "oct-skin-grade", "ct-liver-state"  # the first has four options
-SOURCE = PhantomSource(5, 4, 4)
+TARGET, OTHER = PhantomsWithFourOptions.FOUR, "ct-liver-state"
+SOURCE = PhantomsWithFourOptions(5, 4, 4)
 CLEAN = {
     "id": 9, "caption": "", "image": "", "Question": "Which?", "Answer": "no", "data-no": "",
     "Question-choice": "Which?\nA: no\nB: yes\nC: one\nD: two", "Answer-choice": "A",

@@ -24,7 +24,7 @@ NAMES = {
         "=cmd|' C calc'!A0 ${{7*7}} a_b^c \\frac{1}{0}", "<script>alert(1)</script>", "cost $5 or $\\undefined{x}$",
         "![x](http://evil.example/x.png) [a](javascript:alert(1))",
     ),
-    "oct-eye-stage": ("שלום مرحبا 😀", "+1 & %x% ~", "x" * 200, "@SUM(1) | `code` *b* <b>"),
+    "oct-liver-stage": ("שלום مرحبا 😀", "+1 & %x% ~", "x" * 200, "@SUM(1) | `code` *b* <b>"),
 }  # fmt: skip
 OPTION = ' <img src=x onerror=alert(1)> $x_1$ "quoted" \x02\x0b\u202e'
 

@@ -7,7 +7,16 @@ import shutil
 from collections import defaultdict
 
 import pytest
-from report_grids import FULL_TARGETS, change_config, json_lines, printed_grid, quick, read_csv, write_json_lines
+from report_grids import (
+    FOUR_OPTIONS,
+    FULL_TARGETS,
+    change_config,
+    json_lines,
+    printed_grid,
+    quick,
+    read_csv,
+    write_json_lines,
+)
 
 from medcg_jax.eval.predictions import wilson
 from medcg_jax.study.design import mat
@@ -83,7 +92,8 @@ def test_marks(results, expected):
 
 
 def test_chance_is_of_the_options(tables, tmp_path):
-    assert {row["target"]: row["chance"] for row in tables["ablation"].rows} == dict.fromkeys(FULL_TARGETS, 0.5)
+    chance = {row["target"]: row["chance"] for row in tables["ablation"].rows}
+    assert chance == pytest.approx({FULL_TARGETS[0]: 0.5, FOUR_OPTIONS: 0.25})
     workdir = released(tmp_path / "w")
     for path in (workdir / "predictions").glob("pairs.fixed_task.32.*.jsonl"):
         lines = json_lines(path)

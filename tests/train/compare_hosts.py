@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import in_processes
 
-SUBSETS = ("ct-brain-state", "mri-brain-stage")
+SUBSETS = ("ct-brain-state", "mri-brain-grade")
 # Relative. Sums over devices are taken in other orders; each step starts from what the one before left.
 TOLERANCE = 2e-5
 RUN = (

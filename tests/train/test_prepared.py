@@ -14,7 +14,7 @@ from medcg_jax.families.weights.convert import load_checkpoint
 from medcg_jax.train.run import train
 from medcg_jax.train.setup import open_setup
 
-SUBSETS = ("ct-brain-state", "mri-liver-stage")
+SUBSETS = ("ct-brain-state", "mri-liver-grade")
 
 
 @pytest.fixture(scope="module")

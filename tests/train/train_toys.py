@@ -65,14 +65,24 @@ class Stream:
 
 @functools.cache
 def setup(
-    mesh_config: MeshConfig | None = None, *, config=CONFIG, num_cells=1, train=TRAIN, trainable=TRAINABLE, **fields
+    mesh_config: MeshConfig | None = None,
+    *,
+    config=CONFIG,
+    num_cells=1,
+    train=TRAIN,
+    trainable=TRAINABLE,
+    rows=(),
+    **fields,
 ):
-    """(program, trainable, frozen) on one device, or on a mesh of all eight; made once for all tests of a process."""
+    """(program, trainable, frozen) on one device, or on a mesh of all eight; made once for all tests of a process.
+
+    rows: as of `make_optimizer`.
+    """
     devices = jax.devices()[:1] if mesh_config is None else None
     mesh = make_mesh(mesh_config or MeshConfig(), devices)
     graphdef, params = build.create(config, mesh, seed=0)
     places = build.split_trainable(build.shardings(config, mesh), trainable)
-    program = make_step(mesh, graphdef, *places, make_optimizer(train), num_cells=num_cells, **fields)
+    program = make_step(mesh, graphdef, *places, make_optimizer(train, rows), num_cells=num_cells, **fields)
     return program, *build.split_trainable(params, trainable)
 
 
