@@ -10,11 +10,7 @@ import yaml
 
 SUBMIT = Path(__file__).resolve().parents[2] / "launch" / "gke" / "submit.py"
 FLAGS = ("--name=pairs", "--tasks=8", "--image=registry.example/medcg:1", "--claim=shared")
-<<<<<<< HEAD
 REPRODUCE = ("--config=configs/phantom.py", "--config.study.targets=('ct-liver-grade',)", "--workdir=/grids/pairs")
-=======
-REPRODUCE = ("--config=configs/phantom.py", "--config.study.targets=('ct-eye-stage',)", "--workdir=/grids/pairs")
->>>>>>> h-arms
 
 
 def submit(*flags: str, reproduce: tuple[str, ...] = REPRODUCE, path: str | None = None) -> subprocess.CompletedProcess:

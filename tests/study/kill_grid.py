@@ -27,11 +27,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = {
     "data.train_records_per_subset": "24", "data.test_records_per_subset": "12", "train.steps": "12",
     "train.checkpoint_every_steps": "3", "train.log_every_steps": "3", "base.checkpoint_every_steps": "2",
-<<<<<<< HEAD
     "study.targets": "('ct-liver-grade', 'photo-skin-state')", "study.tables": "('pairs', 'triples')",
-=======
-    "study.targets": "('ct-eye-stage', 'photo-skin-state')", "study.tables": "('pairs', 'triples')",
->>>>>>> h-arms
     "study.arms": "('baseline', 'baseline_plus', 'trained')",
     "eval.controls": "('shuffled_images', 'circular')", "eval.batch_size": "12",
 }  # fmt: skip

@@ -261,11 +261,7 @@ def test_eight_devices_and_four_cells_at_a_time_are_one_device_and_one_cell(fini
 # ------------------------------------------------------------------ told to stop, and faults of the disk
 
 SMALL = kill_grid.CONFIG | {
-<<<<<<< HEAD
     "study.targets": "('ct-liver-grade',)", "study.tables": "('pairs',)", "eval.controls": "()",
-=======
-    "study.targets": "('ct-eye-stage',)", "study.tables": "('pairs',)", "eval.controls": "()",
->>>>>>> h-arms
     "study.arms": "('trained',)", "study.seeds": "(0,)", "eval.generate": "False", "base.steps": "4",
     "train.steps": "20", "train.checkpoint_every_steps": "1000",
 }  # fmt: skip
@@ -300,11 +296,7 @@ def test_after_sigterm_it_is_saved_given_back_and_gone_on_with(tmp_path):
 
 @pytest.mark.long
 def test_faults_of_the_disk_change_nothing(tmp_path, capfd):
-<<<<<<< HEAD
     small = {"study.targets": "('ct-liver-grade',)", "study.tables": "('pairs',)"}
-=======
-    small = {"study.targets": "('ct-eye-stage',)", "study.tables": "('pairs',)"}
->>>>>>> h-arms
     used = kill_grid.run(tmp_path, kills=2, seed=1, ways=kill_grid.WAYS[2:], **small)
     if not used:
         pytest.skip("no file system can be mounted here: a full disk and a read-only workdir were not tried")

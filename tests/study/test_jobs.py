@@ -23,11 +23,7 @@ from medcg_jax.train.setup import open_setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FAMILIES = ("llava15_tiny", "qwen2_vl_tiny", "llama32_vision_tiny", "minigpt_v2_tiny", "next_chat_tiny")
-<<<<<<< HEAD
 PARTS = (("ct-brain-state", 16), ("mri-brain-grade", 8))
-=======
-PARTS = (("ct-brain-state", 16), ("mri-brain-state", 8))
->>>>>>> h-arms
 QUESTION = "Which?\nA: no\nB: yes\nC: one\nD: two"
 
 
@@ -173,11 +169,7 @@ def test_the_guard_sees_records_beyond_a_subsets_share(clean_tree, tmp_path):
     tree = tmp_path / "tree"
     shutil.copytree(clean_tree, tree)
     run = tiny(data__source="release", data__root=str(tree), data__train_records_per_subset=2, data__max_text_tokens=40)
-<<<<<<< HEAD
     run = replace(run, data__max_target_tokens=8, study__targets=("ct-liver-grade",), study__tables=("pairs",))
-=======
-    run = replace(run, data__max_target_tokens=8, study__targets=("ct-eye-stage",), study__tables=("pairs",))
->>>>>>> h-arms
     setup = open_setup(run, has_weights=True)
     jobs = make_plan(run).jobs
     single = next(job for job in jobs if job.cells[0].arm == "single_1")
@@ -186,11 +178,7 @@ def test_the_guard_sees_records_beyond_a_subsets_share(clean_tree, tmp_path):
         record.id for record in setup.source.records(name, "train").records
     }
     spare = {record.id: record.image for record in ReleaseSource(tree, DataConfig()).records(name, "train").records}
-<<<<<<< HEAD
     test = setup.source.records("ct-liver-grade", "test").records[0]
-=======
-    test = setup.source.records("ct-eye-stage", "test").records[0]
->>>>>>> h-arms
     shutil.copyfile(tree / test.image, tree / spare[min(extra)])
     data = SeedData(setup, jobs)
     with pytest.raises(DataError, match=f"{single.id}: .*{min(extra)}"):
