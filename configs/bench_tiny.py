@@ -2,7 +2,7 @@
 
     medcg bench --config=configs/bench_tiny.py --against=torch
 
-Width 256, 6 layers, 64 image and 57 to 64 text tokens a row, float32; `--config.train.batch_size=32` for the larger
+Width 256, 6 layers, 64 image and 64 text tokens a row, float32; `--config.train.batch_size=32` for the larger
 batch.
 """
 
@@ -10,8 +10,11 @@ from medcg_jax.config import DataConfig, EvalConfig, ModelConfig, RunConfig, Tra
 from medcg_jax.config_file import to_config_dict
 from medcg_jax.families.prompts import VICUNA
 
-# LLaVA-1.5's, and a sentence that makes the longest phantom's question 64 tokens.
-SYSTEM_PROMPT = f"{VICUNA} The assistant gives polite and detailed answers to them."
+# LLaVA-1.5's, and two sentences that make a phantom's question 64 tokens.
+SYSTEM_PROMPT = (
+    f"{VICUNA} The assistant gives polite and detailed answers to them. The assistant gives answers to the questions of "
+    "the user."
+)
 
 
 def get_config():

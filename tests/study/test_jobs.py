@@ -32,7 +32,9 @@ def tiny(**changes):
 
 
 def with_general(share: float, path="", **changes):
-    return tiny(data__imagewikiqa_share=share, data__general_records=str(path), **changes)
+    # General questions have four options, and are longer than those of phantoms.
+    data = {"data__imagewikiqa_share": share, "data__general_records": str(path), "data__max_text_tokens": 40}
+    return tiny(**data | changes)
 
 
 def general_text(count: int, question: str = QUESTION) -> str:
@@ -240,7 +242,7 @@ def test_medcg_train_mixes_them_and_refuses_in_one_line(path, tmp_path, capfd):
     argv = [
         "train", f"--config={CONFIGS / 'phantom.py'}:tiny", "--config.data.subsets=ct-brain-state",
         "--config.train.steps=2", "--config.train.batch_size=8", "--config.eval.batch_size=8",
-        "--config.data.imagewikiqa_share=0.25",
+        "--config.data.imagewikiqa_share=0.25", "--config.data.max_text_tokens=40",
     ]  # fmt: skip
     given, found = f"--config.data.general_records={path}", tmp_path / "found.json"
     assert main([*argv, given, f"--workdir={tmp_path / 'run'}", f"--json={found}"]) == 0
