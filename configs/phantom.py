@@ -89,6 +89,7 @@ def _study(run: RunConfig) -> RunConfig:
         study__epochs_of={"ablation": 1.4, "efficiency": 1.4},
         study__efficiency_records=(0, 10, 30, 100, 300),
         study__seeds=(7, 8, 9),
+        study__probe=True,
     )
 
 

@@ -209,7 +209,8 @@ def by_arm(plan: Plan, spent: Mapping[str, Cost]) -> dict[str, dict]:
     """
 
     def place(arm: str) -> tuple:
-        return (arm in DECIDING_ARMS, ARMS.index(arm) if arm in ARMS else len(ARMS), arm)
+        name, _, number = arm.rpartition("_")  # numbered ones behind the others, by number
+        return (arm in DECIDING_ARMS, *((ARMS.index(arm),) if arm in ARMS else (len(ARMS), name, int(number))))
 
     arms = {
         arm: {"cells": 0, "trainings": 0, "cost": Cost()}
