@@ -21,8 +21,9 @@ from medcg_jax.config import (
     replace,
 )
 from medcg_jax.config_checks import check
-from medcg_jax.data.phantom.pretraining import SITE_CLASSES
+from medcg_jax.data.phantom.pretraining import MAX_TARGET_TOKENS, MAX_TEXT_TOKENS, SITE_CLASSES, pretraining_records
 from medcg_jax.data.phantom.world import choice_turn
+from medcg_jax.data.records import DataError
 from medcg_jax.families import build, registry
 from medcg_jax.families.weights.convert import load_checkpoint, save_params
 from medcg_jax.mesh import make_mesh
@@ -229,6 +230,20 @@ def test_a_trained_embedding_is_kept_in_float32_beside_a_smaller_base(dtype):
 
 
 # ------------------------------------------------------------------ a base
+
+
+@pytest.mark.parametrize("family", registry.families(), ids=lambda family: family.name)
+def test_rows_of_a_base_fit_in_any_prompt(family):
+    opened = open_setup(replace(RunConfig(model=ModelConfig(name=family.tiny[0])), data__system_prompt=""))
+    records = pretraining_records(0, 200)
+    frame = bases.frame_tokens(opened)
+
+    def encode(text_tokens):
+        return opened.encode(records, max_text_tokens=text_tokens, max_target_tokens=MAX_TARGET_TOKENS)
+
+    longest = int(encode(MAX_TEXT_TOKENS + frame).arrays["length"].max())
+    with pytest.raises(DataError, match="tokens"):
+        encode(longest - opened.format.max_image_tokens - 1)
 
 
 class Seen:
