@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(measure(layout, points, args.grids))
             show(rows[-1])
     # More seeds: what they are worth.
-    rows += [measure((8, 5, 4), points, args.grids, ("nothing", "composition")) for points in SEED_POINTS]
+    rows += [measure((8, 5, 4), points, args.grids, ("nothing", "transfer", "composition")) for points in SEED_POINTS]
     for row in rows[-len(SEED_POINTS) :]:
         show(row)
     grids = [summarised(truth, args.summarised) for truth in ("nothing", "transfer")]

@@ -53,7 +53,7 @@ class Tables:
 
     def all(self) -> list[Table]:
         """All non-empty tables but those with published numbers."""
-        grid, tables = self.grid, [*self.effects(), self.without_lapses()]
+        grid, tables = self.grid, [*self.effects(), self.ceilings(), self.without_lapses()]
         for name in ("pairs", "triples", "detection_pairs"):
             tables += self.combination(name)
         tables += [*self.ablation(), self.multi_task("in_distribution"), self.multi_task("out_of_distribution")]
@@ -99,6 +99,24 @@ class Tables:
             Table("effects", "Differences", caption, whole, titles),
             Table("effects_by_direction", "Differences by direction", caption, directions, titles),
         )
+
+    def ceilings(self) -> Table:
+        """Accuracy of each arm beside the ceiling of what its training holds; phantoms alone have one."""
+        rows = [
+            {"table": line["table"].replace("_", "-"), "direction": PARTS.get(line["part"], line["part"]) or None}
+            | {"arm": arm_name(line["arm"]), "found": line["accuracy"], "ceiling": line["ceiling"], "n": line["n"]}
+            for line in self.summary["accuracy"]
+            if line["ceiling"] is not None
+        ]
+        caption = (
+            "Mean accuracy of each arm, beside the exact accuracy that no one exceeds, on average over the world's "
+            "elements, who knows only what the arm's training subsets share with the target: without the task the two "
+            "labels cannot be told apart, without the modality or the area the best guess is the value that most "
+            "properties or quadrants have. An arm may exceed its ceiling on single targets, by luck with an untrained "
+            "word; where the pair stays far below its own, the words of an element were not learnt."
+        )
+        titles = {"found": "Accuracy", "arm": "Arm", "direction": "Direction", "ceiling": "Ceiling"}
+        return Table("ceilings", "What each arm could reach", caption, rows, titles)
 
     def without_lapses(self) -> Table:
         """The verdicts and gains once more, without printed rows that share more or less with their target than they say."""

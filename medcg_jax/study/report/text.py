@@ -496,8 +496,8 @@ def limits(grid: Grid, summary: dict) -> list[str]:
             not_shuffled and SHUFFLED in grid.config["eval"].get("controls", ()),
         "Phantoms are drawn by formulas. Their modalities, areas and tasks are named after medical ones and share "
         "nothing else with them; an effect here is no evidence of one in patients.": phantoms,
-        "The base was taught to name the modality and the area of phantoms of every pair of the two, so those words, "
-        "and how the images look, are known to it before any fine-tune. No task word, label or test image was.":
+        "The base has seen phantoms of every pair of modality and area, and was asked about their objects in words of its "
+        "own. No modality, area, task or label, and no test image, was among them.":
             phantoms and grid.config.get("base", {}).get("steps"),
         f"The recipe was chosen on some of these targets ({listed(tuned)}): on them it may look too good.":
             phantoms and tuned,

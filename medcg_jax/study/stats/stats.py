@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from medcg_jax.config import REMOVAL_ARMS
+from medcg_jax.data.phantom.world import ceiling
 from medcg_jax.study.design.mat import ELEMENTS
 from medcg_jax.study.design.overlap import LAPSES, printed_lapses, printed_repeats
 from medcg_jax.study.design.suite import Row
@@ -88,7 +89,8 @@ def summarise(
                                           # and "trainings" of the arms that decide
       "accuracy": [                       # one per (table, part, arm), tables and arms in results.csv's order
         {"table": "pairs", "part": "fixed_area", "arm": "trained", "accuracy": .77, "targets": 8, "seeds": 3,
-         "n": 7200},                      # mean over rows and seeds; part "": all parts
+         "ceiling": 1.0, "n": 7200},      # phantoms: what no one exceeds who knows only the elements in the training;
+                                          # accuracy: mean over rows and seeds; part "": all parts
       ],
       "effects": [                        # one per line of EFFECTS and part that the grid has, part "" first
         {"table": "pairs", "part": "", "arm": "trained", "against": "baseline_plus",
@@ -155,7 +157,7 @@ def summarise(
     effects, rows = _effects(counted, answers, fresh, trainings)
     return {
         "verdicts": _verdicts(counted, answers, fresh, planned),
-        "accuracy": _accuracies(counted, fresh),
+        "accuracy": _accuracies(counted, fresh, _ceilings(planned, recorded["config"]["data"])),
         "effects": effects,
         "rows": rows,
         "without_lapses": _without_lapses(counted, answers, fresh, trainings, planned),
@@ -391,7 +393,27 @@ def _units(rows: Sequence[Mapping]) -> list[Unit]:
     return [Unit(r["target"], r["seed"], r["n"], r["correct"], r["correct"]) for r in rows]
 
 
-def _accuracies(results: Sequence[Mapping], fresh: bool) -> list[dict]:
+def _ceilings(cells: Sequence[Mapping[str, str]], data: Mapping) -> dict[tuple[str, str], float]:
+    """(cell, target) -> `phantom.world.ceiling` of the elements that its training subsets share with the target.
+
+    {} for data of others. Where a rule is drawn for each subset, nothing but the target's own records is of use.
+    """
+    if data["source"] != "phantom":
+        return {}
+    decoys, is_drawn, ceilings = data.get("phantom_decoys", 1.0), data.get("phantom_rule") == "drawn", {}
+    for cell in cells:
+        trained = [] if cell["arm"] == "no_images" else cell["related"].split("+")
+        for target in cell["target"].split("+"):
+            triplet = dict(zip(ELEMENTS, target.split("-")))
+            shared = [
+                e for i, e in enumerate(ELEMENTS) if any(name.split("-")[i:][:1] == [triplet[e]] for name in trained)
+            ]
+            is_useless = is_drawn and target not in trained
+            ceilings[cell["cell"], target] = ceiling(() if is_useless else shared, decoys)
+    return ceilings
+
+
+def _accuracies(results: Sequence[Mapping], fresh: bool, ceilings: Mapping[tuple[str, str], float]) -> list[dict]:
     groups: dict[tuple[str, str, str], list[Mapping]] = defaultdict(list)
     for row in results:
         for part in dict.fromkeys(("", row["part"])):
@@ -402,6 +424,7 @@ def _accuracies(results: Sequence[Mapping], fresh: bool) -> list[dict]:
             "part": part,
             "arm": arm,
             "accuracy": float(np.mean([r["accuracy"] for r in rows])),
+            "ceiling": float(np.mean([ceilings[r["cell"], r["target"]] for r in rows])) if ceilings else None,
             **_sizes(_units(rows)),
             "n": _questions(((r["target"], r["seed"], r["n"]) for r in rows), fresh),
         }
