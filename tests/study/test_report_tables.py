@@ -109,7 +109,7 @@ def test_how_letters_were_used(full_grid, tables):
     row = next(r for r in tables["answers"].rows if (r["table"], r["arm"]) == ("pairs", "Trained"))
     assert row["n"] == len(lines)
     assert row["letter_A"] == pytest.approx(sum(line["predicted"] == "A" for line in lines) / len(lines))
-    assert sum(row[f"letter_{name}"] for name in "AB") == pytest.approx(1)
+    assert sum(row[f"letter_{name}"] for name in "ABCD") == pytest.approx(1)
     assert row["unparsed"] == pytest.approx(sum(line["generated"] == "the image" for line in lines) / len(lines))
     assert 0 < row["unparsed"] < 0.2
     assert row["mass"] == pytest.approx(0.98, abs=0.01)
