@@ -405,6 +405,8 @@ def _ceilings(cells: Sequence[Mapping[str, str]], data: Mapping) -> dict[tuple[s
         trained = [] if cell["arm"] == "no_images" else cell["related"].split("+")
         for target in cell["target"].split("+"):
             triplet = dict(zip(ELEMENTS, target.split("-")))
+            if len(triplet) < len(ELEMENTS):
+                return {}  # no phantom's name: files that something else has written
             shared = [
                 e for i, e in enumerate(ELEMENTS) if any(name.split("-")[i:][:1] == [triplet[e]] for name in trained)
             ]
