@@ -74,17 +74,20 @@ class Setup:
     def trainable_rows(self, parts: Sequence[str]) -> tuple[int, ...]:
         """Rows of the embedding that a training of these parts changes (`model.trainable_words`); (): all.
 
+        A word has a token behind a space, and in many vocabularies another one at the start of a text.
+
         Raises:
-          ConfigError: a word is not one token.
+          ConfigError: a word behind a space is not one token.
         """
-        rows = []
+        rows: dict[int, None] = {}
         for word in self.run.model.trainable_words if EMBEDDING in parts else ():
-            ids = self.tokenizer.encode(word)
-            if len(ids) != 1:
+            behind_space = self.tokenizer.encode(f" {word}", start=False) if word.strip() else []
+            at_start = self.tokenizer.encode(word)
+            if len(behind_space) != 1:
                 raise ConfigError(
-                    f"model.trainable_words={word!r}: it is {len(ids)} tokens; expected words of one token"
+                    f"model.trainable_words={word!r}: it is {len(behind_space)} tokens; expected words of one token"
                 )
-            rows += ids
+            rows |= dict.fromkeys((*behind_space, *(at_start if len(at_start) == 1 else ())))
         return tuple(rows)
 
     def has_boxes(self, subset: str) -> bool:

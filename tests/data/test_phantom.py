@@ -412,10 +412,12 @@ def test_masks_cover_the_colourful_pixels_of_their_quadrant(source):
         top, left = divmod(AREAS.index(name.split("-")[1]), 2)
         for i in range(len(records)):
             picture = records.images[i].astype(int)
-            colourful = (picture.max(-1) - picture.min(-1) > 45)[16 * top : 16 * top + 16, 16 * left : 16 * left + 16]
+            quadrant = slice(16 * top, 16 * top + 16), slice(16 * left, 16 * left + 16)
+            chroma = (picture.max(-1) - picture.min(-1))[quadrant]
             mask = records.mask(i).any(0)
-            assert mask.sum() == mask[16 * top : 16 * top + 16, 16 * left : 16 * left + 16].sum() > 0
-            assert (mask[16 * top : 16 * top + 16, 16 * left : 16 * left + 16] == colourful).mean() > 0.97
+            assert mask.sum() == mask[quadrant].sum() > 0
+            # Half an object's opacity is half its colour, to a pixel's noise.
+            assert (mask[quadrant] == (chroma > chroma.max() / 2)).mean() > 0.95
 
 
 def test_masks_stay_with_their_records(source):

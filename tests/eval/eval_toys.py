@@ -50,7 +50,7 @@ def encoded(found: RecordSet | None = None, *, text_tokens: int = 48):
 def model_on(mesh_config: MeshConfig | None = None, **fields):
     """(evaluator, graphdef, params) with weights scaled so that logits are of order 1 to 10."""
     mesh = make_mesh(mesh_config or MeshConfig(), jax.devices()[:1] if mesh_config is None else None)
-    graphdef, params = build.create(CONFIG, mesh, seed=1)
+    graphdef, params = build.create(CONFIG, mesh, seed=3)
     params["decoder"]["head"]["kernel"] = params["decoder"]["head"]["kernel"] * 3.0
     fields = {"eos_id": EOS, "max_new_tokens": 4, **fields}
     return make_evaluator(mesh, graphdef, build.shardings(CONFIG, mesh), **fields), graphdef, params

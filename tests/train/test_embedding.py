@@ -1,12 +1,14 @@
 """Words that are trained alone: the rows that move, what refuses them, and where a base leaves them."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 from train_toys import CONFIG, TRAIN, others_long, run, same_bits, setup
 
 from medcg_jax.config import (
@@ -24,6 +26,7 @@ from medcg_jax.config_checks import check
 from medcg_jax.data.phantom.pretraining import MAX_TARGET_TOKENS, MAX_TEXT_TOKENS, SITE_CLASSES, pretraining_records
 from medcg_jax.data.phantom.world import choice_turn
 from medcg_jax.data.records import DataError
+from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.families import build, registry
 from medcg_jax.families.weights.convert import load_checkpoint, save_params
 from medcg_jax.mesh import make_mesh
@@ -191,6 +194,28 @@ def test_a_word_that_is_not_one_token_is_refused(start, word, says):
     message = str(error.value)
     assert message.startswith(f"model.trainable_words={word!r}: it is {says}") and "\n" not in message
     assert "expected words of one token" in message
+
+
+SHARED = Path(__file__).parents[3] / "shared" / "tokenizers"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/tokenizers is absent")
+@pytest.mark.parametrize("name", ["llama32_vision", "qwen2_vl_json_alone"])
+def test_a_word_of_a_real_tokenizer_has_the_token_that_sentences_have(start, name):
+    """In byte-pair vocabularies a word behind a space is another token than at the start of a text."""
+    opened = open_setup(start[0])
+    tokenizer, word, split = load_tokenizer(SHARED / name), "mild", "tomography"
+    library = tokenizers.Tokenizer.from_file(str(SHARED / name / "tokenizer.json"))
+    in_sentence = set(library.encode(f"see the {word} here", add_special_tokens=False).ids)
+    others = set(library.encode("see the here", add_special_tokens=False).ids)
+
+    def rows_of(chosen: str) -> tuple[int, ...]:
+        run = replace(opened.run, model__trainable_words=(chosen,))
+        return dataclasses.replace(opened, run=run, tokenizer=tokenizer).trainable_rows(("embedding",))
+
+    assert set(rows_of(word)) & (in_sentence - others)
+    with pytest.raises(ConfigError, match="expected words of one token"):
+        rows_of(split)
 
 
 @pytest.mark.long

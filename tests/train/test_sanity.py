@@ -161,7 +161,7 @@ def test_more_text_ids_than_rows_are_refused(tmp_path):
     check_tokens(few, "llava", config)
     small = build.TINY["llava15_tiny"](few.vocab_size - 10, few.image_id, pad_token_id=0, eos_token_id=2)
     with pytest.raises(
-        ConfigError, match=r"few.json: ids of text up to 912, and the model has 903 rows; give the tokenizer"
+        ConfigError, match=r"few.json: ids of text up to 942, and the model has 933 rows; give the tokenizer"
     ):
         check_tokens(few, "llava", small)
 
@@ -174,11 +174,11 @@ def test_image_and_padding_need_no_row(tmp_path):
     vocab[0], vocab[3] = ["<a>", -9.0], ["<b>", -9.0]
     found["added_tokens"] = [t for t in found["added_tokens"] if t["id"] not in (0, 3)]
     for name in ("<image>", "<pad>"):
-        found["added_tokens"].append(found["added_tokens"][0] | {"content": name, "id": 813 + (name == "<pad>")})
+        found["added_tokens"].append(found["added_tokens"][0] | {"content": name, "id": 843 + (name == "<pad>")})
     (tmp_path / "tokenizer.json").write_text(json.dumps(found))
     tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.image_id, tokenizer.pad_id, tokenizer.text_ids) == (813, 814, 813)
-    check_tokens(tokenizer, "llava", build.TINY["llava15_tiny"](813, 813, pad_token_id=814, eos_token_id=2))
+    assert (tokenizer.image_id, tokenizer.pad_id, tokenizer.text_ids) == (843, 844, 843)
+    check_tokens(tokenizer, "llava", build.TINY["llava15_tiny"](843, 843, pad_token_id=844, eos_token_id=2))
 
 
 def test_a_released_size_never_gets_the_packages_tokenizer(tmp_path):
