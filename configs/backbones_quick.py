@@ -35,7 +35,7 @@ def with_whole_decoder(run: RunConfig) -> RunConfig:
     parts = ("projector", "decoder", *(part for part in run.model.trainable if part != "embedding"))
     return replace(
         run, model__trainable=parts, model__trainable_words=(), train__epochs=8, train__batch_size=32,
-        train__learning_rate=1e-3, train__weight_decay=0.01,
+        train__learning_rate=1e-3, train__weight_decay=0.01, study__parts=(), study__targets=phantom.QUICK_TARGETS,
     )  # fmt: skip
 
 
