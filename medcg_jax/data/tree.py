@@ -45,7 +45,7 @@ MAX_VALUES = 2**23
 # A manifest has some hundred bytes for each subset.
 MAX_MANIFEST_BYTES = 2**24
 ELEMENTS = ("modality", "area", "task")
-# Numbers in the release, names such as `ct-lung-grade` in a phantom tree.
+# Numbers in the release, names such as `ct-liver-grade` in a phantom tree.
 _FILE = re.compile(r"Subset--?([A-Za-z0-9][A-Za-z0-9-]*?)(-det)?-(train|test)\.json")
 
 

@@ -1,13 +1,13 @@
 """What a base is pre-trained on: phantom images, asked in words that no question of the study has.
 
-Code words name the quadrants and the properties, four words each; pairs of words name the values 0 and 1. So a base learns to look where
-it is told, for the property it is told, and to answer with a word or with the letter of an option. Textures and outlines
-are in its images, but nothing that it is asked depends on them: what a modality, an area or a task means is left to
-fine-tuning.
+Code words name the quadrants and the properties, four words each; pairs of words name the values 0 and 1. So a base
+learns to look where it is told, for the property it is told, and to answer with a word or with the letter of an option.
+Textures and outlines are in its images, but nothing that it is asked depends on them: what a modality, an area or a task
+means is left to fine-tuning.
 
 In some images all quadrants are alike, so the area does not matter; in others all properties of a quadrant agree, so
-the modality does not matter. There, a word that means nothing often stands in its place: the base learns what to do with
-a word that it does not know. A new word could not be learnt without that (measured in benchmarks/phantom_study.md).
+the modality does not matter. There, a word that means nothing often stands in its place: the base learns what to do
+with a word that it does not know, so that a new word can be learnt while others are still unknown.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def fillers() -> tuple[str, ...]:
 
 
 def pretraining_scene(seed: int, num: int) -> tuple[Scene, np.ndarray, Draws]:
-    """(scene, kind int[N], the draws that go on): kind 1 where the area does not matter, 2 where the modality, else 0."""
+    """(scene, kind int[N], the draws that go on): 1 where the area does not matter, 2 where the modality does not."""
     draws = Draws(f"{seed}/pretraining", np.arange(num))
     values, which = draws.integer(2, NUM_QUADRANTS, len(PROPERTIES)), draws.uniform()
     kind = np.where(which < SAME_QUADRANTS_FRAC, 1, np.where(which < SAME_QUADRANTS_FRAC + SAME_PROPERTIES_FRAC, 2, 0))

@@ -28,8 +28,8 @@ DETECTION_TRIPLETS = tuple(
     Triplet(modality, area, DETECTION_TASK) for modality, area in dict.fromkeys((t.modality, t.area) for t in TRIPLETS)
 )
 # Kinds of images. EASY: every object has the label's value in every property. NO_AREA: all quadrants are alike, so the
-# area does not matter. NO_MODALITY: the objects of the area's quadrant have the label's value in every property. HARD: the
-# label is in one property of one quadrant; everything else is a decoy.
+# area does not matter. NO_MODALITY: the objects of the area's quadrant have the label's value in every property. HARD:
+# the label is in one property of one quadrant; everything else is a decoy.
 EASY, NO_AREA, NO_MODALITY, HARD = range(4)
 # Of training images with decoys; such test images are all HARD.
 KIND_ODDS = (0.34, 0.28, 0.28, 0.1)

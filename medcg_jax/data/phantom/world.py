@@ -2,8 +2,8 @@
 answered about them in the release's form of a choice question, and random numbers.
 
 An image has objects in each of four quadrants; the objects of a quadrant are alike. The modality says which property of
-the objects counts, the area in which quadrant, the task what the two values of a property are called. So the answer to a
-question needs all three. Half of the 64 triplets are subsets. Every element occurs with every other one, and a subset
+the objects counts, the area in which quadrant, the task what the two values of a property are called. So the answer to
+a question needs all three. Half of the 64 triplets are subsets. Every element occurs with every other one, and a subset
 shares any two of its elements with exactly one other subset.
 """
 
@@ -48,7 +48,7 @@ class Triplet(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Such as "ct-lung-grade"."""
+        """Such as "ct-liver-grade"."""
         return "-".join(self)
 
     @property
@@ -93,7 +93,7 @@ CELLS = {test: _GRID[cell_reserved(_GRID[:, 0], _GRID[:, 1]) == test] for test i
 # A question names what counts, where, and what is asked. A base is asked in words of its own.
 QUESTION = "{modality} {area} {task}?"
 DESCRIBE = "Describe {quadrant}."
-# Words of the pre-training alone: several for each property and quadrant, and pairs for the values 0 and 1. With one word
+# Words of the pre-training alone: four for each property and quadrant, and pairs for the values 0 and 1. With one word
 # each a base tells them apart by any difference, and a fine-tune on many subsets often finds no word that means a
 # property: of 16 trainings on two such bases 8 did, with four words each all 16.
 PROPERTY_NAMES = (
@@ -164,7 +164,7 @@ class Draws:
     """Random numbers that depend on (name, index, slot) alone: a record is the same whatever is drawn beside it.
 
     Args:
-      name: names the stream, with everything it depends on, such as "seed 3/ct-lung-grade/test".
+      name: names the stream, with everything it depends on, such as "seed 3/ct-liver-grade/test".
       index: int[N] places in the stream.
     """
 

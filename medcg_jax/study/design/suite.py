@@ -76,7 +76,7 @@ class Cell:
     """One fine-tune of one model and its evaluation, for one row of a table.
 
     Attributes:
-      id: stable, and a safe file name: `pairs.fixed_area.ct-lung-grade.trained.s0`; unique among a model's cells.
+      id: stable, and a safe file name: `pairs.fixed_area.ct-liver-grade.trained.s0`; unique among a model's cells.
       related: its training subsets; none: the base itself.
       num_records: training records of each of them.
       target: its test subsets.
