@@ -68,7 +68,11 @@ def get_config(arg: str = "quick"):
         # Six targets or more, or no p can be below .05; of the four directions one, for ten minutes on two cores.
         study=StudyConfig(tables=("pairs",), parts=("fixed_modality",), targets=REPORT_TARGETS, seeds=(1,), jobs=2),
     )
-    worlds = {"study": {}, "negative": {"data__phantom_decoys": 0.0}, "null": {"data__phantom_rule": "drawn"}}
+    worlds = {
+        "study": {},
+        "negative": {"data__phantom_decoys": 0.0, "study__tables": ("pairs", "ablation")},
+        "null": {"data__phantom_rule": "drawn", "study__tables": ("pairs",)},
+    }
     if arg in ("", "quick"):
         return to_config_dict(run)
     if arg in worlds:
