@@ -6,7 +6,8 @@
 Each model is made from nothing: a short base, then one fine-tune on all subsets but those held out, tested on what it
 was trained on and on these. MiniGPT-v2 and NExT-Chat are also trained on boxes, beside questions for one target and by
 themselves, and asked for boxes. Sizes are about the same; what differs is the architecture, the prompt and the images.
-The recipe is `phantom.py`'s, cut short; a base is as long as that model needs to learn to answer with letters.
+The recipe is `phantom.py`'s with shorter fine-tunes; where a base stops before it matches words to option letters, no
+fine-tune answers with them.
 
 `mini` takes real images, the small Med-MAT tree that `medmat_mini.py` takes, and the same bases where they lie beside
 the workdir: it shows that every model trains on real images and boxes, and nothing about medicine.
@@ -20,14 +21,10 @@ from medcg_jax.config_file import from_config_dict, to_config_dict
 STATE_SUBSETS = ("64", "65", "66", "67", "68", "69")
 # In an order in which two processes end together.
 MODELS = ("minigpt_v2_tiny", "qwen2_vl_tiny", "llama32_vision_tiny", "next_chat_tiny", "llava15_tiny")
-# What a model's rows and base need beyond LLaVA's. Where a base stops before it matches words to option letters, no
-# fine-tune of such a length answers with them. Three boxes as text are as long as three rows.
+# What a model's rows need beyond LLaVA's: three boxes as text are as long as three rows.
 MODEL_FLAGS = {
-    "qwen2_vl_tiny": ("base.steps=2300",),
-    "minigpt_v2_tiny": (
-        "base.steps=2100", "data.max_box_text_tokens=98", "data.max_box_target_tokens=78", "eval.max_box_tokens=78",
-    ),
-}  # fmt: skip
+    "minigpt_v2_tiny": ("data.max_box_text_tokens=98", "data.max_box_target_tokens=78", "eval.max_box_tokens=78")
+}
 
 
 def with_whole_decoder(run: RunConfig) -> RunConfig:
@@ -49,7 +46,6 @@ def get_config(arg: str = "phantom"):
         data__max_target_tokens=8,
         data__test_records_per_subset=100,
         eval__max_box_tokens=12,
-        base__steps=1500,
         train__epochs=2,
         # Each model trains those of these that it has; the tower too, without which boxes are hardly learnt so soon.
         model__trainable=("vision", "projector", "decoder", "boxes"),
