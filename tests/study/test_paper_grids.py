@@ -167,7 +167,7 @@ def test_backbones_keep_their_own_recipes():
     own = load(f"{CONFIGS / 'minigpt_v2_7b'}.py")
     assert (run.model, run.train, run.data, run.mesh) == (own.model, own.train, own.data, own.mesh)
     tiny = load(f"{CONFIGS / 'table6'}.py:minigpt_v2_tiny")
-    assert tiny.base.steps == 2100 and "lora" not in tiny.model.trainable and tiny.study.tables == ("detection_pairs",)
+    assert tiny.base.steps == 2800 and "lora" not in tiny.model.trainable and tiny.study.tables == ("detection_pairs",)
     assert run.name == "table3_minigpt_v2_7b_release" and tiny.name == "table6_minigpt_v2_tiny_phantom"
 
 
