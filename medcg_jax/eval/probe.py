@@ -204,10 +204,10 @@ def _path(x: np.ndarray, labels: np.ndarray, num: int, strengths: Sequence[float
         return float(-(wanted * logs).sum() / len(x) + strength / 2 * (w[:-1] ** 2).sum()), gradient.ravel()
 
     for strength in strengths:
-        found = minimize(
+        minimum = minimize(
             loss, weights.ravel(), args=(strength,), jac=True, method="L-BFGS-B", options={"maxiter": MAX_STEPS}
         )
-        weights = found.x.reshape(weights.shape)
+        weights = minimum.x.reshape(weights.shape)
         yield weights
 
 

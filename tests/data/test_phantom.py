@@ -360,6 +360,9 @@ def test_wrong_names_are_refused(source):
             source.records(name, "validation")
     with pytest.raises(DataError, match="train_records=0"):
         PhantomSource(0, 0)
+    for wrong in ({"rule": "null"}, {"decoys": 1.5}, {"decoys": float("nan")}):
+        with pytest.raises(DataError, match="expected shared or drawn, and 0 to 1"):
+            PhantomSource(0, 2, 2, **wrong)
 
 
 def test_open_source_takes_seed_and_sizes_from_the_configuration():

@@ -236,3 +236,31 @@ def test_arms_of_one_target_and_seed_answer_the_same_records(tmp_path):
     answers["pairs", "fixed_area/x", "single_1", 0, "x"] = "111"
     with pytest.raises(FileError, match='1 records of "x" are in one of them alone'):
         stats.summarise(write_grid(tmp_path / "w", answers))
+
+
+def test_ceilings_are_of_what_a_training_shares_with_the_target():
+    """By hand: 11/16 without modality or area (the best of four values); 1/2 without the task, or without images."""
+    trainings = {
+        "baseline": ("", 0.5),
+        "trained": ("ct-brain-stage+ct-eye-state", 1.0),
+        "single_1": ("ct-brain-stage", 0.5),
+        "single_2": ("ct-eye-state", 0.6875),
+        "all_related": ("oct-brain-state", 0.6875),
+        "baseline_plus": ("oct-skin-grade", 0.5),
+        "no_images": ("ct-brain-stage+ct-eye-state", 0.5),
+        "efficiency_10": ("ct-brain-state+oct-skin-grade", 1.0),
+    }
+    cells = [
+        {"cell": arm, "arm": arm, "related": related, "target": "ct-brain-state"}
+        for arm, (related, _) in trainings.items()
+    ]
+    decoys = {"source": "phantom", "phantom_decoys": 1.0, "phantom_rule": "shared"}
+    with_decoys = stats._ceilings(cells, decoys)
+    assert {cell: value for (cell, _), value in with_decoys.items()} == {
+        arm: value for arm, (_, value) in trainings.items()
+    }
+    without = stats._ceilings(cells, decoys | {"phantom_decoys": 0.0})
+    assert (without["single_2", "ct-brain-state"], without["single_1", "ct-brain-state"]) == (1.0, 0.5)
+    drawn = stats._ceilings(cells, decoys | {"phantom_rule": "drawn"})
+    assert {cell for (cell, _), value in drawn.items() if value > 0.5} == {"efficiency_10"}
+    assert stats._ceilings(cells, {"source": "release"}) == {}

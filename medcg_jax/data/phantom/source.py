@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from medcg_jax.config import PHANTOM_RULES
 from medcg_jax.data import boxes
 from medcg_jax.data.phantom import images, pretraining, world
 from medcg_jax.data.phantom.images import SIDE_PX, Scene, draw_scene, object_masks, render
@@ -55,6 +56,8 @@ class PhantomSource:
     ):
         self.seed, self._sizes = seed, {"train": train_records, "test": test_records}
         self.decoys, self.rule = decoys, rule
+        if rule not in PHANTOM_RULES or not 0 <= decoys <= 1:
+            raise DataError(f"rule={rule!r}, decoys={decoys}: expected {' or '.join(PHANTOM_RULES)}, and 0 to 1")
         for split, size in self._sizes.items():
             if size < 1:
                 raise DataError(f"{split}_records={size}; 1 or more is accepted")

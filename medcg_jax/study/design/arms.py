@@ -168,8 +168,8 @@ def ablation_arms(
 def _removal_note(name: str, training: Training, sets: Mapping[str, Training]) -> str:
     if not name.startswith("random_removal_"):
         return ""
-    own = sets[f"wo_{name.removeprefix('random_removal_')}"]
-    return _shortage(training, sum(count for _, count in own))
+    without_element = sets[f"wo_{name.removeprefix('random_removal_')}"]
+    return _shortage(training, sum(count for _, count in without_element))
 
 
 def dose_arms(

@@ -90,19 +90,19 @@ def random_removal(
     available: as `draw`.
     """
     candidates = related(target, subsets)
-    own = without(target, subsets, element)
-    if not own or len(own) == len(candidates):
+    without_element = without(target, subsets, element)
+    if not without_element or len(without_element) == len(candidates):
         return None  # without this element nothing is left, or nothing is removed
     random, fallback = _random("random_removal", target, seed), None
     for _ in range(REMOVAL_DRAWS):
-        kept_places = sorted(random.sample(range(len(candidates)), len(own)))
+        kept_places = sorted(random.sample(range(len(candidates)), len(without_element)))
         kept = tuple(candidates[i] for i in kept_places)
-        if kept == own:
+        if kept == without_element:
             continue
         if supplied(target, kept) == set(ELEMENTS):
-            return kept, _counts(kept, sum(s.num_train for s in own), available)
+            return kept, _counts(kept, sum(s.num_train for s in without_element), available)
         fallback = fallback or kept
-    return fallback and (fallback, _counts(fallback, sum(s.num_train for s in own), available))
+    return fallback and (fallback, _counts(fallback, sum(s.num_train for s in without_element), available))
 
 
 def draw(

@@ -198,14 +198,14 @@ def _cells_of(
         if name not in names:
             raise ConfigError(f"study.targets={name!r}: expected one of {', '.join(names)}")
     cells = [cell for seed in study.seeds for cell in _TABLES[table](world, seed)]
-    found, parts = {cell.arm for cell in cells}, {cell.row.part or cell.row.subset for cell in cells}
+    arms_there, parts = {cell.arm for cell in cells}, {cell.row.part or cell.row.subset for cell in cells}
     cells = [cell for cell in cells if not study.arms or cell.arm in study.arms]
     cells = [cell for cell in cells if not study.parts or (cell.row.part or cell.row.subset) in study.parts]
     if not cells:
         raise ConfigError(
             f"study.tables={table!r}: no target has the related subsets it needs (targets: "
             f"{', '.join(targets) or 'all'}; subsets: {', '.join(s.name for s in (*subsets, *boxes))}; "
-            f"arms there: {', '.join(sorted(found)) or 'none'}; parts: {', '.join(sorted(parts)) or 'none'})"
+            f"arms there: {', '.join(sorted(arms_there)) or 'none'}; parts: {', '.join(sorted(parts)) or 'none'})"
         )
     order = {row: i for i, row in enumerate(dict.fromkeys(cell.row for cell in cells))}
     return sorted(cells, key=lambda cell: order[cell.row])  # stable: a row's seeds and arms stay in order

@@ -100,9 +100,9 @@ class Curves:
                     (x, 100 * by_target[dose][target]) for x, dose in enumerate(doses) if target in by_target[dose]
                 ]
                 axes.plot(*zip(*known, strict=True), color=GREY, linewidth=0.8, alpha=0.6)
-            found = [estimate(units[dose]) for dose in doses]
-            low, high = np.transpose([item.interval() for item in found])
-            middle = [100 * item.mean for item in found]
+            estimates = [estimate(units[dose]) for dose in doses]
+            low, high = np.transpose([item.interval() for item in estimates])
+            middle = [100 * item.mean for item in estimates]
             band(axes, range(len(doses)), 100 * np.maximum(low, 0), middle, 100 * high, BLUE, marker="o", markersize=4)
             if (chance := self._mean_chance(targets)) is not None:
                 axes.axhline(100 * chance, color=INK, linestyle="--", linewidth=0.9)

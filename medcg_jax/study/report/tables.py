@@ -104,7 +104,7 @@ class Tables:
         """Accuracy of each arm beside the ceiling of what its training holds; phantoms alone have one."""
         rows = [
             {"table": line["table"].replace("_", "-"), "direction": PARTS.get(line["part"], line["part"]) or None}
-            | {"arm": arm_name(line["arm"]), "found": line["accuracy"], "ceiling": line["ceiling"], "n": line["n"]}
+            | {"arm": arm_name(line["arm"]), "accuracy": line["accuracy"], "ceiling": line["ceiling"], "n": line["n"]}
             for line in self.summary["accuracy"]
             if line["ceiling"] is not None
         ]
@@ -115,7 +115,7 @@ class Tables:
             "properties or quadrants have. An arm may exceed its ceiling on single targets, by luck with an untrained "
             "word; where the pair stays far below its own, the words of an element were not learnt."
         )
-        titles = {"found": "Accuracy", "arm": "Arm", "direction": "Direction", "ceiling": "Ceiling"}
+        titles = {"accuracy": "Accuracy", "arm": "Arm", "direction": "Direction", "ceiling": "Ceiling"}
         return Table("ceilings", "What each arm could reach", caption, rows, titles)
 
     def without_lapses(self) -> Table:

@@ -184,13 +184,13 @@ class Answer:
     def beside(self, line: dict) -> list[str]:
         """The arms that decide nothing: what they show, or that they are absent."""
         names = {"words_only": "subsets that share the task alone", "no_images": "the same training without images"}
-        found = {words: line["beside"][arm] for arm, words in names.items()}
+        contrasts = {words: line["beside"][arm] for arm, words in names.items()}
         texts = [
             f"{points(effect['mean'], True)} over {words} ({interval(effect)}{'' if effect['up'] else ', not shown'})"
-            for words, effect in found.items()
+            for words, effect in contrasts.items()
             if effect
         ]
-        absent = [words for words, effect in found.items() if not effect]
+        absent = [words for words, effect in contrasts.items() if not effect]
         return [f"beside it: {listed(texts)}"] * bool(texts) + [f"not asked: {listed(absent)}"] * bool(absent)
 
     def directions(self, table: str) -> list[str]:
@@ -303,13 +303,15 @@ class Answer:
             ("with_unrelated", "as many unrelated records beside the target's own"),
         ):
             gains = [g for g in efficiency_gains(self.grid, against) if g["records"] > 0]
-            found = [
+            gains_in_words = [
                 f"{g['records']:,} target records {points(g['mean'], True)} ({interval(g)}"
                 f"{', not shown' if state(g) == 'open' else ''})"
                 for g in (gains[:1] + gains[-1:])[: len(gains)]
             ]
-            if found:
-                texts.append(f"What all related subsets add to {words}, in points{self.alone()}: {listed(found)}.")
+            if gains_in_words:
+                texts.append(
+                    f"What all related subsets add to {words}, in points{self.alone()}: {listed(gains_in_words)}."
+                )
         return texts
 
 
@@ -359,10 +361,10 @@ def against_singles(line: dict) -> list[str]:
     if singles:
         texts.append(f"against each subset alone, with as many records and updates: {listed(singles)}")
     if line["interaction"]:
-        found = line["interaction"]
+        interaction = line["interaction"]
         texts.append(
             f"interaction, what the subsets gain together beyond the sum of what each adds to unrelated data: "
-            f"{points(found['mean'], True)} ({interval(found)}{'' if found['up'] else ', not shown to be above 0'})"
+            f"{points(interaction['mean'], True)} ({interval(interaction)}{'' if interaction['up'] else ', not shown to be above 0'})"
         )
     return texts
 
@@ -393,11 +395,11 @@ def efficiency_gains(grid: Grid, against: str = "target_only") -> list[dict]:
             units.setdefault(records, []).append(Unit(target, seed, result.n, only_a - only_b, only_a + only_b))
     gains = []
     for records, group in sorted(units.items()):
-        found = estimate(group)
-        low, high = found.interval()
+        contrast = estimate(group)
+        low, high = contrast.interval()
         gains.append(
-            {"records": records, "mean": found.mean, "ci_low": low, "ci_high": high, "up": found.is_up,
-             "down": found.is_down, "equivalent": is_equivalent(found), "seeds": found.seeds}
+            {"records": records, "mean": contrast.mean, "ci_low": low, "ci_high": high, "up": contrast.is_up,
+             "down": contrast.is_down, "equivalent": is_equivalent(contrast), "seeds": contrast.seeds}
         )  # fmt: skip
     return gains
 

@@ -49,8 +49,8 @@ COLUMNS = {
 def write_probes(workdir: Path, job: str, seed: int, probes: Mapping[str, Sequence[ProbeResult]]) -> None:
     """Writes the probes of one base. probes: target -> its results."""
     rows = []
-    for target, found in probes.items():
-        for probe in found:
+    for target, of_target in probes.items():
+        for probe in of_target:
             shares = (probe.correct / probe.n, *wilson(probe.correct, probe.n))
             counts = (probe.records, probe.n, probe.correct, *(f"{share:.6f}" for share in shares))
             rows.append((seed, target, probe.features, *counts, f"{probe.strength:g}", f"{probe.validated:.6f}"))

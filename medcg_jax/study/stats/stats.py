@@ -354,15 +354,15 @@ def _effect(table: str, part: str, arm: str, against: str, rows: Sequence[dict],
     """rows, units: as `_compared` gives them; those of `part` are used ("": all)."""
     rows = [row for row in rows if part in ("", row["part"])]
     group = [u for name, units_of_part in units.items() if part in ("", name) for u in units_of_part]
-    found = estimate(group)
-    low, high = found.interval()
+    contrast = estimate(group)
+    low, high = contrast.interval()
     significant = [row for row in rows if row["p_holm"] < 0.05]
     return {
         "table": table,
         "part": part,
         "arm": arm,
         "against": against,
-        "mean": found.mean,
+        "mean": contrast.mean,
         "ci_low": low,
         "ci_high": high,
         **_sizes(group),
@@ -375,12 +375,12 @@ def _effect(table: str, part: str, arm: str, against: str, rows: Sequence[dict],
         "significant_losses": sum(row["difference"] < 0 for row in significant),
         "by_target": target_means(group),
         "by_seed": {str(seed): mean_difference(of_seed) for seed, of_seed in grouped(group, lambda u: u.seed).items()},
-        "p_overall": found.p,
-        "p_smallest": found.p_smallest,
-        "test": found.test,
-        "up": found.is_up,
-        "down": found.is_down,
-        "equivalent": is_equivalent(found),
+        "p_overall": contrast.p,
+        "p_smallest": contrast.p_smallest,
+        "test": contrast.test,
+        "up": contrast.is_up,
+        "down": contrast.is_down,
+        "equivalent": is_equivalent(contrast),
     }
 
 
@@ -440,13 +440,13 @@ def _curves(results: Sequence[Mapping], fresh: bool) -> list[dict]:
     curves = []
     for (curve, records), group in grouped(rows, lambda item: item[:2]).items():
         units = _units([row for _, _, row in group])
-        found = estimate(units)
-        low, high = found.interval()
+        mean_accuracy = estimate(units)
+        low, high = mean_accuracy.interval()
         curves.append(
             {
                 "curve": curve,
                 "records": records,
-                "accuracy": found.mean,
+                "accuracy": mean_accuracy.mean,
                 "ci_low": max(0.0, low),
                 "ci_high": high,
                 **_sizes(units),

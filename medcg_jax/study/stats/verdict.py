@@ -88,10 +88,10 @@ class Evidence:
     def p_composition(self) -> float:
         """The largest p of what composition needs; 1 where a part of it is absent or not above 0."""
         needed = (self.gain, *self.over.values(), self.interaction)
-        present = [found for found in needed if found is not None]
-        if not self.is_complete or not all(found.is_up for found in present):
+        present = [contrast for contrast in needed if contrast is not None]
+        if not self.is_complete or not all(contrast.is_up for contrast in present):
             return 1.0
-        return max(found.p for found in present)
+        return max(contrast.p for contrast in present)
 
     @property
     def p_gain(self) -> float:
@@ -240,8 +240,8 @@ def _verdict(contrasts: Contrasts, table: str, part: str, k: int, keys: Sequence
         "rows_left_out": len(every - {key[:2] for key in keys}),
         "accuracy": contrasts.accuracies(contrasts.present(["trained", "baseline_plus"], keys) or finished),
         "gain": as_dict(gain),
-        "over": {name: over_dict(found) for name, found in evidence.over.items()},
-        "gains": {name: as_dict(found) for name, found in evidence.gains.items()},
+        "over": {name: over_dict(contrast) for name, contrast in evidence.over.items()},
+        "gains": {name: as_dict(contrast) for name, contrast in evidence.gains.items()},
         "interaction": as_dict(evidence.interaction),
         "beside": {
             arm: as_dict(contrasts.estimate({"trained": 1.0, arm: -1.0}, contrasts.present([arm], finished)))
@@ -252,34 +252,34 @@ def _verdict(contrasts: Contrasts, table: str, part: str, k: int, keys: Sequence
     return evidence, line
 
 
-def as_dict(found: Estimate | None) -> dict | None:
-    if found is None:
+def as_dict(contrast: Estimate | None) -> dict | None:
+    if contrast is None:
         return None
-    low, high = found.interval()
+    low, high = contrast.interval()
     return {
-        "mean": found.mean, "ci_low": low, "ci_high": high, "p": found.p, "p_smallest": found.p_smallest,
-        "up": found.is_up, "down": found.is_down,
+        "mean": contrast.mean, "ci_low": low, "ci_high": high, "p": contrast.p, "p_smallest": contrast.p_smallest,
+        "up": contrast.is_up, "down": contrast.is_down,
     }  # fmt: skip
 
 
-def over_dict(found: Estimate | None) -> dict | None:
+def over_dict(contrast: Estimate | None) -> dict | None:
     """With "relation": "above" where the pair is above the single, "within" where the single is shown to be less than
     `EQUIVALENCE` below it, else "open"."""
-    if found is None:
+    if contrast is None:
         return None
-    relation = "above" if found.is_up else "within" if within(found) else "open"
-    return as_dict(found) | {"relation": relation}
+    relation = "above" if contrast.is_up else "within" if within(contrast) else "open"
+    return as_dict(contrast) | {"relation": relation}
 
 
-def within(found: Estimate) -> bool:
+def within(contrast: Estimate) -> bool:
     """Whether the mean is shown to lie below `EQUIVALENCE`; with one seed or target nothing is shown of others."""
-    return min(found.seeds, found.targets) > 1 and found.p_below(EQUIVALENCE) < LEVEL
+    return min(contrast.seeds, contrast.targets) > 1 and contrast.p_below(EQUIVALENCE) < LEVEL
 
 
-def is_equivalent(found: Estimate) -> bool:
+def is_equivalent(contrast: Estimate) -> bool:
     """Two one-sided tests: whether the mean is shown to lie within `EQUIVALENCE` of 0 on either side.
 
     Source: Schuirmann, A comparison of the two one-sided tests procedure and the power approach for assessing the
     equivalence of average bioavailability, Journal of Pharmacokinetics and Biopharmaceutics 15 (1987).
     """
-    return within(found) and found.p_above(-EQUIVALENCE) < LEVEL
+    return within(contrast) and contrast.p_above(-EQUIVALENCE) < LEVEL
