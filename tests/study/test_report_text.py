@@ -84,7 +84,7 @@ def test_transfer_says_what_the_single_loses(pairs):
     assert answer.opening.startswith("Transfer from one subset, on phantoms, not patients: a subset alone gains")
     assert "not above: alone no loss (within 3.0 points)" in " ".join(answer.first())
     noisy = " ".join(answer_with(pairs, PAIR | {"single_2": 78}, noise=9).first())
-    assert re.search(r"not shown: \S+ above it are not excluded", noisy) and "no loss" not in noisy
+    assert re.search(r"not shown to be above it; a gain of up to \S+ is not excluded", noisy) and "no loss" not in noisy
 
 
 def test_absent_arms_are_named(pairs):
@@ -94,6 +94,16 @@ def test_absent_arms_are_named(pairs):
     assert answer_with(pairs, without(PAIR, "baseline_plus")).opening.endswith(
         "no arm of unrelated data to compare with."
     )
+
+
+def test_controls_with_fewer_records_are_said(pairs, monkeypatch):
+    grid, _ = pairs
+    controls = [cell["cell"] for cell in grid.done("pairs") if cell["arm"] == "baseline_plus"]
+    monkeypatch.setitem(grid.run, "short", {})
+    assert "fewer training records" not in " ".join(answer_with(pairs, PAIR).first())
+    monkeypatch.setitem(grid.run, "short", {controls[0]: [120, 200], "of another table": [1, 2]})
+    said = f"1 of {len(controls)} controls had fewer training records than their row"
+    assert said in " ".join(answer_with(pairs, PAIR).first())
 
 
 def test_one_seed_speaks_of_these_models_alone(pairs):

@@ -7,6 +7,7 @@ show is said not to be shown, and never said not to be there but within `EQUIVAL
 import textwrap
 from collections.abc import Sequence
 
+from medcg_jax.config import DECIDING_ARMS
 from medcg_jax.data.leaks import EXACT
 from medcg_jax.data.phantom.world import TUNE_TARGETS
 from medcg_jax.study.design.mat import ELEMENTS
@@ -160,7 +161,18 @@ class Answer:
                 f"{counted(line['rows_left_out'], 'row')} cannot tell (a subset with the whole combination, or no unrelated "
                 "one) and are left out"
             )
-        return [sentence(text) for text in texts]
+        return [sentence(text) for text in [*texts, *self.short_of_records(line["table"])]]
+
+    def short_of_records(self, table: str) -> list[str]:
+        """That controls of a table had fewer records than its rows, by config.json ("short")."""
+        controls = [c["cell"] for c in self.grid.done(table) if c["arm"] == "baseline_plus" or c["arm"] in DECIDING_ARMS]
+        num_short = len({*controls} & {*self.grid.run.get("short", ())})
+        if not num_short:
+            return []
+        return [
+            f"{num_short:,} of {counted(len(controls), 'control')} had fewer training records than their row, for lack of "
+            "more: they are weaker, which flatters training on all"
+        ]
 
     def gain(self, line: dict) -> str:
         accuracy, targets = line["accuracy"], self.find(line["table"], "trained", "baseline_plus")
@@ -354,7 +366,7 @@ def against_singles(line: dict) -> list[str]:
         words = {
             "above": "",
             "within": f", not above: alone no loss ({WITHIN})",
-            "open": f", not shown: {points(max(0.0, over['ci_high']))} above it are not excluded",
+            "open": f", not shown to be above it; a gain of up to {points(max(0.0, over['ci_high']))} is not excluded",
         }[over["relation"]]
         mean = f"{points(over['mean'], True)} over the {ORDINALS[int(name[-1]) - 1]} ({interval(over)}{words})"
         singles.append(mean)

@@ -54,7 +54,7 @@ def read_config_file(workdir: str | Path) -> dict:
     recorded = read_json(path, max_bytes=MAX_JSON_BYTES)
     if "config" not in recorded:
         raise FileError(f'{path}: "config" is missing: expected the config.json of a grid\'s workdir')
-    for key in ("config", "versions", "data"):
+    for key in ("config", "versions", "data", "short"):
         if not isinstance(recorded.setdefault(key, {}), dict):
             raise FileError(f'{path}: "{key}" holds {article_of(recorded[key])}; expected an object')
     for key in ("versions", "data"):
