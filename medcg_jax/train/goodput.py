@@ -61,6 +61,7 @@ class Goodput:
     earlier: times of earlier starts of the same run (`read_starts`), which stay in `path`.
     others: times of starts with files of their own; the steps that these reached are not new either.
     restarted: whether start-up counts as "restart"; None: if there are earlier starts.
+    devices: (kind, number) of the devices that this start uses, for what it costs; None: not said.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class Goodput:
         earlier: Sequence[dict] = (),
         others: Sequence[dict] = (),
         restarted: bool | None = None,
+        devices: tuple[str, int] | None = None,
         write_every_s: float = WRITE_EVERY_S,
     ):
+        self._devices = {"devices": {"kind": devices[0], "count": devices[1]}} if devices else {}
         self._path, self._earlier, self._write_every_s = path, list(earlier), write_every_s
         self._reached_before: dict[str, int] = {}
         for start in (*self._earlier, *others):
@@ -204,7 +207,8 @@ class Goodput:
             self._seconds["restart"] += (1 - kind) * seconds
 
     def _times(self) -> dict:
-        return {"seconds": {kind: round(s, 6) for kind, s in self._seconds.items()}, "reached": dict(self._reached)}
+        seconds = {kind: round(s, 6) for kind, s in self._seconds.items()}
+        return {"seconds": seconds, "reached": dict(self._reached), **self._devices}
 
     def _write(self) -> None:
         self._written_s = time.perf_counter()
@@ -236,7 +240,8 @@ class LoaderWatch:
 
 
 def read_starts(path: Path) -> list[dict]:
-    """The times of a run's starts, each {"seconds": {kind: s}, "reached": {run: step}}.
+    """The times of a run's starts, each {"seconds": {kind: s}, "reached": {run: step}}, and where it was written
+    "devices": {"kind": text, "count": N}.
 
     [] if there is no such file. If it cannot be read, also [], with a line on stderr: only times are lost.
     """
@@ -254,6 +259,10 @@ def read_starts(path: Path) -> list[dict]:
                 check_number(seconds, f"{name}.seconds: {shown(kind)}", least=0, most=1e12)
             for run, step in start["reached"].items():
                 check_number(step, f"{name}.reached: {shown(run)}", least=0, whole=True)
+            devices = start.get("devices", {"kind": "", "count": 1})
+            if not isinstance(devices, dict) or not isinstance(devices.get("kind"), str):
+                raise FileError(f'{name}.devices={shown(devices)}: expected an object with "kind" and "count"')
+            check_number(devices.get("count"), f"{name}.devices.count", least=1, most=1e6, whole=True)
     except FileError as error:
         print(f"the time of earlier starts is not counted: {error}", file=sys.stderr, flush=True)
         return []
@@ -273,6 +282,17 @@ def summarise(starts: Sequence[dict]) -> dict:
     wall_s = sum(seconds.values())
     shares = {kind: s / wall_s if wall_s else 0.0 for kind, s in seconds.items()}
     return {"wall_s": wall_s, "num_starts": len(starts), "seconds": seconds, "shares": shares}
+
+
+def device_hours(starts: Sequence[dict]) -> dict[str, float]:
+    """Kind of device -> hours times devices of all starts; {} where a start does not say what it ran on."""
+    hours: dict[str, float] = {}
+    for start in starts:
+        if "devices" not in start:
+            return {}
+        kind, count = start["devices"]["kind"], start["devices"]["count"]
+        hours[kind] = hours.get(kind, 0.0) + count * sum(start["seconds"].values()) / 3600
+    return hours
 
 
 def line(summary: Mapping) -> str:

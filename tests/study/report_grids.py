@@ -295,7 +295,7 @@ def quick():
     with contextlib.ExitStack() as stack:
         for name in ("plots", "curves", "compare"):
             stack.enter_context(mock.patch(f"medcg_jax.study.report.{name}.draw", undrawn))
-        stack.enter_context(mock.patch("medcg_jax.study.report.page.power", lambda: ""))
+        stack.enter_context(mock.patch("medcg_jax.study.report.sections.power", lambda: ""))
         stack.enter_context(mock.patch("gc.collect"))  # by statsmodels: most of the rest
         yield
 

@@ -13,6 +13,7 @@ from medcg_jax.study.report.drawing import (
     GREY,
     INK,
     MUTED,
+    SMALL_PT,
     WIDTH_IN,
     Figure,
     band,
@@ -26,6 +27,7 @@ from medcg_jax.study.report.plots import main_table, number_of
 from medcg_jax.study.report.tables import CURVES
 from medcg_jax.study.report.text import PARTS
 from medcg_jax.study.stats.calibration import NUM_BINS
+from medcg_jax.study.stats.grid_files import training_of
 from medcg_jax.study.stats.paired import Unit, estimate, target_means
 
 # `study.efficiency_budget` in words; grids without it had equal epochs.
@@ -71,13 +73,13 @@ class Curves:
             "records are not to scale."
         )
         paint = partial(_curves, curves=curves, chance=self._mean_chance(per_target))
-        figures = [self.draw("efficiency", f"Data efficiency, {budget}", caption, 3.1, paint)]
+        figures = [self.draw("efficiency", f"Data efficiency, {budget}", caption, 3.6, paint)]
         files = file_names(per_target)
         for target, curves in per_target.items() if len(per_target) > 1 else ():
             title = self.grid.describe(target) or target
             caption = f"{title}: accuracy at {budget}, with 95 % Wilson intervals; dashed: chance."
             paint = partial(_curves, curves=curves, chance=self.grid.chance(target))
-            figures.append(self.draw(f"efficiency_{files[target]}", title, caption, 2.7, paint, 3.6))
+            figures.append(self.draw(f"efficiency_{files[target]}", title, caption, 3.3, paint, 4.4))
         return figures
 
     def dose(self) -> list[Figure]:
@@ -107,7 +109,7 @@ class Curves:
             if (chance := self._mean_chance(targets)) is not None:
                 axes.axhline(100 * chance, color=INK, linestyle="--", linewidth=0.9)
             numbers = [f"{dose}\n{len(by_target[dose])} targets\n{_questions(units[dose])}" for dose in doses]
-            axes.set_xticks(range(len(doses)), numbers, fontsize=8)
+            axes.set_xticks(range(len(doses)), numbers, fontsize=SMALL_PT)
             axes.set_xlabel("related subsets for each element (0: unrelated ones)")
             axes.set_ylabel("accuracy, %")
 
@@ -127,7 +129,8 @@ class Curves:
         figures = []
         for table in self.grid.tables:
             runs: dict[str, list[np.ndarray]] = defaultdict(list)
-            for cell in self.grid.done(table):
+            # A training that serves several cells of an arm is one run.
+            for cell in {(c["arm"], training_of(c)): c for c in self.grid.done(table)}.values():
                 logged = [(m["step"], m["loss"]) for m in self.grid.metrics(cell) if m.get("loss") is not None]
                 if len(logged) > 1:
                     steps, losses = np.array(logged, float).T
@@ -136,9 +139,11 @@ class Curves:
                     runs[arm].append(np.interp(np.linspace(0, 1, LOSS_POINTS), share, losses))
             if runs:
                 words, num_runs = table.replace("_", "-").capitalize(), sum(map(len, runs.values()))
-                caption = f"{words}: training loss, median and 10 to 90 % range over {num_runs} runs (n: an arm's)."
-                height = 2.4 + 0.14 * len(runs)
-                figures.append(self.draw(f"loss_{table}", words, caption, height, partial(_losses, runs=runs), 3.6))
+                caption = (
+                    f"{words}: training loss, median and 10 to 90 % range over {num_runs} trainings (n: an arm's)."
+                )
+                height = 2.7 + 0.17 * len(runs)
+                figures.append(self.draw(f"loss_{table}", words, caption, height, partial(_losses, runs=runs), 4.6))
         return figures
 
     def calibration(self) -> list[Figure]:
@@ -163,9 +168,9 @@ class Curves:
         )
         return [
             self.draw(
-                "reliability", "Confidence and accuracy", confident, 3.5, partial(_reliability, arms, chance), 3.9
+                "reliability", "Confidence and accuracy", confident, 4.2, partial(_reliability, arms, chance), 5.0
             ),
-            self.draw("risk_coverage", "Risk and coverage", risk, 3.5, partial(_risk, arms, chance), 3.9),
+            self.draw("risk_coverage", "Risk and coverage", risk, 4.2, partial(_risk, arms, chance), 5.0),
         ]
 
     def _mean_chance(self, targets) -> float | None:

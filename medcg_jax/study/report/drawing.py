@@ -39,16 +39,20 @@ VARIABLES = {
     INK: "ink", MUTED: "muted", GRID: "rule", BLUE: "blue", ORANGE: "orange", SKY: "sky", GREEN: "green", RED: "red",
     PINK: "pink", GREY: "grey", PURPLE: "purple", "#ffffff": "paper",
 }  # fmt: skip
+# Of labels and numbers, in points: still read where a figure is half as wide as a page's column.
+SMALL_PT = 9.5
 STYLE = {
-    "font.size": 9, "font.family": "DejaVu Sans", "svg.fonttype": "none", "text.color": INK, "axes.edgecolor": GRID,
+    "font.size": 10.5, "font.family": "DejaVu Sans", "svg.fonttype": "none", "text.color": INK, "axes.edgecolor": GRID,
     "axes.labelcolor": INK, "xtick.color": MUTED, "ytick.color": MUTED, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True,
-    "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False, "legend.fontsize": 8.5,
-    "figure.facecolor": "#ffffff", "axes.facecolor": "#ffffff", "savefig.dpi": 200, "path.simplify": True,
+    "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False, "legend.fontsize": SMALL_PT,
+    "figure.facecolor": "#ffffff", "axes.facecolor": "#ffffff", "savefig.dpi": 300, "path.simplify": True,
     # Dollar signs in names start no formula.
     "text.parse_math": False,
 }  # fmt: skip
-WIDTH_IN = 5.2
+WIDTH_IN = 5.8
+# Characters of the values that a figure's alternative text names.
+MOST_VALUES = 900
 
 
 @dataclass(frozen=True)
@@ -67,17 +71,20 @@ class Figure:
 
 
 def draw(
-    folder: Path, name: str, title: str, caption: str, height_in: float, paint: Callable, width_in=WIDTH_IN
+    folder: Path, name: str, title: str, caption: str, height_in: float, paint: Callable, width_in: float = WIDTH_IN
 ) -> Figure:
-    """The figure that `paint(axes)` draws, saved into `folder`."""
-    title = short_label(title, round(11 * width_in))  # as many letters as fit
+    """The figure that `paint(axes)` draws, saved into `folder`.
+
+    paint: may return what the figure shows in words, for readers who cannot see it.
+    """
+    title = short_label(title, round(10 * width_in))  # as many letters as fit
     with plt.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
         # Letters missing from the font are boxes in the PNG; in the SVG they are text.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure, axes = plt.subplots(figsize=(width_in, height_in), layout="constrained")
         try:
-            paint(axes)
-            figure.suptitle(title, x=0.012, ha="left", fontsize=10, fontweight="bold")
+            values = paint(axes)
+            figure.suptitle(title, x=0.012, ha="left", fontsize=11, fontweight="bold")
             text = io.StringIO()
             figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
             figure.set_layout_engine("none")  # the PNG keeps the layout of the SVG
@@ -87,11 +94,15 @@ def draw(
     svg = plain(text.getvalue())
     (folder / f"{name}.svg").write_text(svg, encoding="utf-8", newline="")
     width_px = round(width_in * 96)
-    return Figure(name, title, caption, inline(svg, title, width_px), width_px)
+    label = short_label(f"{title}: {values}", MOST_VALUES) if values else title
+    return Figure(name, title, caption, inline(svg, label, width_px), width_px)
 
 
-def inline(svg: str, title: str, width_px: int) -> str:
-    """SVG to embed in a page: with the page's colour variables and fonts, without group ids and metadata."""
+def inline(svg: str, label: str, width_px: int) -> str:
+    """SVG to embed in a page: with the page's colour variables and fonts, without group ids and metadata.
+
+    label: what the figure shows.
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
@@ -99,10 +110,9 @@ def inline(svg: str, title: str, width_px: int) -> str:
     svg = re.sub(r"font: (bold |[\d]+ )?([\d.]+)px [^;\"]*", _font, svg)
     for colour, name in VARIABLES.items():
         svg = re.sub(colour, f"var(--{name})", svg, flags=re.IGNORECASE)
-    label = escape(title)
     # On a phone a wide figure scrolls, so that its words stay readable.
     least = f";min-width:{round(0.7 * width_px)}px" if width_px > 96 * WIDTH_IN else ""
-    opening = f'<svg role="img" aria-label="{label}" style="max-width:{width_px}px{least}"'
+    opening = f'<svg role="img" aria-label="{escape(label)}" style="max-width:{width_px}px{least}"'
     return re.sub(r'<svg(.*?) width="[^"]*"', lambda m: opening + re.sub(r' height="[^"]*"', "", m[1]), svg, count=1)
 
 
@@ -126,7 +136,7 @@ def percent_axis(axes) -> None:
 
 
 def legend(axes, num_columns: int) -> None:
-    axes.figure.legend(loc="outside lower left", ncols=num_columns, handlelength=1.2, columnspacing=1.2, fontsize=8)
+    axes.figure.legend(loc="outside lower left", ncols=num_columns, handlelength=1.2, columnspacing=1.2)
 
 
 def colour_of(arm: str) -> tuple[str, float]:

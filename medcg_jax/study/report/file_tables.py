@@ -16,6 +16,7 @@ from medcg_jax.study.report.samples import SHOWN
 from medcg_jax.study.report.table import Table
 from medcg_jax.study.report.text import PARTS
 from medcg_jax.study.stats.answers import PLAIN
+from medcg_jax.study.stats.grid_files import training_of
 from medcg_jax.train import goodput
 
 # The row that sums over all subsets of a table of boxes.
@@ -231,29 +232,38 @@ def time_spent(grid: Grid) -> Table:
 
 
 def subset_scores(grid: Grid, target: str) -> Table:
-    """The scores of one subset, of every row and arm."""
-    rows = []
+    """The scores of one subset, best first; rows that one training or the base answers alike are one."""
+    chance, groups = grid.chance(target), {}
     for table in grid.tables:
         for (row, tested), scores in grid.scores(table).items():
             for arm, score in scores.items() if tested == target else ():
-                names = {_subset_names(cell["related"]): None for cell in grid.cells_of(table, row, arm)}
-                rows.append(
-                    {"table": table.replace("_", "-"), "row": row, "arm": arm_name(arm), "score": score, "n": score.n}
-                    | {"seeds": seeds_text({arm: score})}
-                    | {"related": next(iter(names)) if len(names) == 1 else f"{len(names)} draws"}
-                )
-    caption = "Accuracy in % with 95 % Wilson intervals, of every row and arm."
-    return Table(f"subset_{target}", "Scores", caption, rows, {"score": "Accuracy"})
+                cells = grid.cells_of(table, row, arm)
+                names = {_subset_names(cell["related"]): None for cell in cells}
+                related = next(iter(names)) if len(names) == 1 else f"{len(names)} draws"
+                key = (table, arm, related, tuple(sorted(map(training_of, cells))))
+                groups.setdefault(key, (score, []))[1].append(row.split("/")[0])
+    rows = [
+        {"arm": arm_name(arm), "score": score, "n": score.n, "related": related, "table": table.replace("_", "-")}
+        | {"row": ", ".join(PARTS.get(part, part) for part in dict.fromkeys(parts)), "seeds": seeds_text({arm: score})}
+        | {"colours": {"score": "even" if chance is not None and score.low <= chance <= score.high else ""}}
+        for (table, arm, related, _), (score, parts) in sorted(groups.items(), key=lambda item: -item[1][0].accuracy)
+    ]
+    caption = (
+        "Accuracy in % with 95 % Wilson intervals, best first; grey: chance lies in the interval. Rows that one training "
+        "serves are one line."
+    )
+    titles = {"score": "Accuracy", "row": "Rows", "arm": "Model"}
+    return Table(f"subset_{target}", "Scores", caption, rows, titles)
 
 
-def confusion(answers: Sequence[dict], most_labels: int = 12) -> Table:
-    """Counts of right label by answered label. most_labels: only so many, the most frequent ones, are shown."""
+def confusion(answers: Sequence[dict], labels: Sequence[str], most_labels: int = 12) -> Table:
+    """Counts of right label by answered label. labels: all, in their order; only the most frequent ones are shown."""
     counts: Counter = Counter()
     for record in answers:
         text = dict(zip(LETTERS, record["options"], strict=False))
         counts[str(text.get(record["answer"])), str(text.get(record["predicted"]))] += 1
     frequent = Counter(label for pair in counts for label in set(pair)).most_common(most_labels)
-    labels = sorted(label for label, _ in frequent)
+    labels = [label for label in labels if label in dict(frequent)]
     rows = [
         {"right": right}
         | {f"as_{label}": counts[right, label] for label in labels}

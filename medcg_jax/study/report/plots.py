@@ -1,9 +1,10 @@
 """Figures of a grid: differences, bars, points and the map of triplets. `curves` has those over numbers."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from matplotlib.patches import Rectangle
@@ -20,6 +21,7 @@ from medcg_jax.study.report.drawing import (
     MUTED,
     ORANGE,
     RED,
+    SMALL_PT,
     WIDTH_IN,
     Figure,
     beside,
@@ -56,6 +58,7 @@ BAR_ARMS = (
 )  # fmt: skip
 # Figure 4's arms in the paper's order, the base before them.
 FIGURE_4 = ("baseline", "all_related", "all_unrelated", "wo_modality", "wo_area", "wo_task", "all_data")
+NO_CEILINGS: Mapping[str, float] = MappingProxyType({})
 # (table, arm, against) of the gains on the map: the first that the grid has.
 GAINS = (
     ("pairs", "trained", "baseline_plus"), ("pairs", "trained", "baseline"), ("triples", "trained", "baseline_plus"),
@@ -82,35 +85,59 @@ class Plots:
             return []
 
         def paint(axes):
-            numbers = {"transform": axes.get_yaxis_transform(), "fontsize": 8, "va": "center"}
+            numbers = {"transform": axes.get_yaxis_transform(), "fontsize": SMALL_PT, "va": "center"}
             for y, effect in enumerate(reversed(effects)):
                 shown = state(effect)
                 colour = {"up": BLUE, "down": RED, "open": GREY}[shown]
                 targets = [100 * value for value in effect["by_target"].values()]
-                axes.plot(targets, [y] * len(targets), "o", color=colour, alpha=0.28, markersize=3.2, markeredgewidth=0)
+                # Beside the line, which would hide them.
+                axes.plot(
+                    targets, [y - 0.24] * len(targets), "o", color=colour, alpha=0.6, markersize=4, markeredgewidth=0
+                )
                 low, mean, high = (100 * effect[key] for key in ("ci_low", "mean", "ci_high"))
                 axes.plot([low, high], [y, y], color=colour, linewidth=2.2, solid_capstyle="butt")
                 fill = "#ffffff" if shown == "open" else colour
                 axes.plot(mean, y, "o", markersize=6.5, color=colour, markerfacecolor=fill, markeredgewidth=1.6)
                 number = f"{points(effect['mean'], True)}  [{interval(effect).replace(' to ', ', ')}]"
-                axes.text(1.02, y, f"{number}\nn {effect['n']:,}", color=MUTED, **numbers)
+                axes.text(1.03, y, f"{number}\nn {effect['n']:,}", color=MUTED, **numbers)
             axes.axvline(0, color=INK, linewidth=1)
             left, right = axes.get_xlim()
             axes.set_xlim(min(left, -5), max(right, 5))
             axes.set_ylim(-0.6, len(effects) - 0.4)
             names = [beside(effect_name(effect), width=30) for effect in reversed(effects)]
-            axes.set_yticks(range(len(effects)), names, color=INK, fontsize=8)
+            axes.set_yticks(range(len(effects)), names, color=INK, fontsize=SMALL_PT)
             axes.grid(False, axis="y")
             axes.spines["left"].set_visible(False)
             axes.set_xlabel("difference in accuracy, points")
+            return "; ".join(f"{effect_name(e)} {points(e['mean'], True)} ({interval(e)})" for e in effects)
 
         caption = (
             "Differences in accuracy between arms (point: mean; line: 95 % interval over targets and seeds, with "
-            "one seed over targets alone: nothing is said of the recipe; faint dots: "
-            "single targets; n: distinct questions). A hollow point means that no difference is shown."
+            "one seed over targets alone: nothing is said of the recipe; dots below: "
+            "single targets; n: distinct questions). A hollow point means that no difference is shown. The table has "
+            "the differences between controls too."
         )
-        height = 0.6 + 0.42 * len(effects)
+        height = 0.8 + 0.5 * len(effects)
         return [self.draw("effects", "Differences in accuracy", caption, height, paint, 1.3 * WIDTH_IN)]
+
+    def deciding(self) -> list[Figure]:
+        """The mean of every arm of the table whose verdict comes first, with what each could reach."""
+        table = next((line["table"] for line in self.summary["verdicts"] if not line["part"]), "")
+        rows = [row for row in self.grid.results if row["table"] == table]
+        arms = [arm for arm in BAR_ARMS if any(row["arm"] == arm for row in rows)]
+        if not arms:
+            return []
+        entries = [e for e in self.summary["accuracy"] if (e["table"], e["part"]) == (table, "")]
+        ceilings = {e["arm"]: e["ceiling"] for e in entries if e["ceiling"] is not None}
+        reach = "; the short line: the most that anybody reaches who knows only what the arm's training holds"
+        words = table.replace("_", "-")
+        caption = (
+            f"Mean accuracy in {words} by what a model was trained on (line: 95 % interval over targets and seeds; dots "
+            f"below: single targets; dashed: mean chance{reach * bool(ceilings)}; n: distinct questions). Composition shows "
+            "where Trained is above every subset alone and above every subset with unrelated data."
+        )
+        paint, height = partial(self._means, rows=rows, arms=arms, ceilings=ceilings), 0.9 + 0.44 * len(arms)
+        return [self.draw("deciding", f"Which training decides: {words}", caption, height, paint, 1.15 * WIDTH_IN)]
 
     def bars(self, table: str) -> list[Figure]:
         """Arms by target, one figure per direction."""
@@ -118,10 +145,16 @@ class Plots:
         figures = []
         for part in dict.fromkeys(row.split("/")[0] for row, _ in self.grid.scores(table)):
             words = PARTS.get(part, part)
-            caption = f"{title}, {words}: accuracy by target with 95 % Wilson intervals; the dashed line is chance."
             groups = self._by_target(table, part)
+            number = number_of(
+                {f"{i} {arm}": s for i, (_, by_arm, _) in enumerate(groups) for arm, s in by_arm.items()}
+            )
+            caption = (
+                f"{title}, {words}: accuracy by target with 95 % Wilson intervals ({number} test answers of each arm); "
+                "the dashed line is chance."
+            )
             paint, height = grouped_bars(groups, BAR_ARMS)
-            figures.append(self.draw(f"{table}_{part}", words.capitalize(), caption, height, paint, 4.7))
+            figures.append(self.draw(f"{table}_{part}", f"{title}: {words}", caption, height, paint))
         return figures
 
     def figure4(self) -> list[Figure]:
@@ -164,27 +197,39 @@ class Plots:
                 "over both; dots: single targets; dashed: mean chance; n: distinct questions). A random removal takes "
                 "away as many related subsets and records as leaving out its element does."
             )
-            paint, height = partial(self._ablation, rows=rows, arms=present), 0.7 + 0.36 * len(present)
+            paint, height = partial(self._means, rows=rows, arms=present), 0.9 + 0.44 * len(present)
             figures.append(self.draw(f"ablation{end}", f"Ablation, {words}", caption, height, paint))
         return figures
 
-    def _ablation(self, axes, rows: Sequence[dict], arms: Sequence[str]) -> None:
+    def _means(
+        self, axes, rows: Sequence[dict], arms: Sequence[str], ceilings: Mapping[str, float] = NO_CEILINGS
+    ) -> str:
+        """A bar for each arm from the bottom up: mean over targets and seeds. rows: of results.csv, of one table."""
         chances = [c for c in (self.grid.chance(t) for t in {row["target"] for row in rows}) if c is not None]
-        numbers = {a["arm"]: a["n"] for a in self.summary["accuracy"] if (a["table"], a["part"]) == ("ablation", "")}
+        entries = [a for a in self.summary["accuracy"] if (a["table"], a["part"]) == (rows[0]["table"], "")]
+        numbers, values = {a["arm"]: a["n"] for a in entries}, []
         for y, arm in enumerate(arms):
             right = [(r["target"], r["seed"], r["n"], r["correct"]) for r in rows if r["arm"] == arm]
             units = [Unit(target, seed, n, correct, correct) for target, seed, n, correct in right]
             (low, high), (colour, alpha) = estimate(units).interval(), colour_of(arm)
-            axes.barh(y, 100 * mean_difference(units), height=0.62, color=colour, alpha=0.85 * alpha)
+            mean = 100 * mean_difference(units)
+            axes.barh(y, mean, height=0.5, color=colour, alpha=0.85 * alpha)
             for target in sorted({unit.target for unit in units}):
                 value = mean_difference([unit for unit in units if unit.target == target])
-                axes.plot(100 * value, y, "o", color=INK, alpha=0.45, markersize=2.8, markeredgewidth=0)
-            axes.plot([max(0.0, 100 * low), 100 * high], [y, y], color=INK, linewidth=1.6)
+                axes.plot(100 * value, y - 0.36, "o", color=MUTED, alpha=0.8, markersize=3.4, markeredgewidth=0)
+            axes.plot([max(0.0, 100 * low), 100 * high], [y, y], color=INK, linewidth=1.8)
+            if arm in ceilings:
+                axes.plot([100 * ceilings[arm]] * 2, [y - 0.3, y + 0.3], color=INK, linewidth=2.4)
+            axes.text(1.02, y, f"{mean:.1f}", transform=axes.get_yaxis_transform(), va="center", fontsize=SMALL_PT)
+            most = f", at most {100 * ceilings[arm]:.1f}" if arm in ceilings else ""
+            values.append(f"{arm_name(arm)} {mean:.1f} ({100 * low:.1f} to {100 * high:.1f}{most})")
         percent_axis(axes)
+        axes.set_ylim(-0.7, len(arms) - 0.5)
         names = [beside(arm_name(arm).removesuffix(", equal updates"), f"n {numbers[arm]:,}") for arm in arms]
-        axes.set_yticks(range(len(arms)), names, color=INK, fontsize=8)
+        axes.set_yticks(range(len(arms)), names, color=INK, fontsize=SMALL_PT)
         if chances:
             axes.axvline(100 * float(np.mean(chances)), color=INK, linestyle="--", linewidth=1)
+        return "; ".join(reversed(values))
 
     def multi_task(self) -> list[Figure]:
         """Subsets as lines, arms as points; one figure in and one out of distribution."""
@@ -196,11 +241,11 @@ class Plots:
                     f"One model of all subsets, {PARTS[part]}: accuracy by subset, 95 % Wilson intervals; dotted: "
                     "chance."
                 )
-                paint, height = partial(self._points, scores=scores), 0.85 + 0.34 * len(scores)
+                paint, height = partial(self._points, scores=scores), 1.0 + 0.44 * len(scores)
                 figures.append(self.draw(f"multi_task_{part}", PARTS[part].capitalize(), caption, height, paint))
         return figures
 
-    def _points(self, axes, scores: dict[str, dict[str, Score]]) -> None:
+    def _points(self, axes, scores: dict[str, dict[str, Score]]) -> str:
         arms = [arm for arm in ("baseline", "single_task", "multi_task") if any(arm in s for s in scores.values())]
         targets = list(scores)[::-1]
         for y, target in enumerate(targets):
@@ -215,10 +260,11 @@ class Plots:
                     axes.plot(100 * score.accuracy, at, "o", color=COLOURS[arm], markersize=4.5, label=label)
         percent_axis(axes)
         names = [f"{short_label(target, TICK_CHARACTERS)}\n{number_of(scores[target])}" for target in targets]
-        axes.set_yticks(range(len(targets)), names, color=INK, fontsize=8)
+        axes.set_yticks(range(len(targets)), names, color=INK, fontsize=SMALL_PT)
         axes.set_ylim(-0.6, len(targets) - 0.4)
         axes.grid(True, axis="y")
         legend(axes, 3)
+        return scores_in_words(scores.items())
 
     def letters(self) -> list[Figure]:
         """Share of each letter among the answers, by arm, and among the right answers."""
@@ -254,7 +300,7 @@ class Plots:
 
         words = table.replace("_", "-")
         caption = f"Letters answered in {words}, by arm (n: answers); the black line is how often the letter is the right answer."
-        return [self.draw("letters", "Letters answered", caption, 2.7, paint)]
+        return [self.draw("letters", "Letters answered", caption, 3.2 + 0.11 * len(arms), paint)]
 
     def triplet_map(self) -> list[Figure]:
         """Modality by area and task: trained combinations, tested ones, and their gains."""
@@ -278,7 +324,7 @@ class Plots:
                 if tested:
                     gain = float(np.mean(tested))
                     style: dict = {"facecolor": BLUE if gain >= 0 else ORANGE, "alpha": 0.12 + 0.6 * abs(gain) / most}
-                    axes.text(x + 0.5, y + 0.5, points(gain, True), ha="center", va="center", fontsize=7)
+                    axes.text(x + 0.5, y + 0.5, points(gain, True), ha="center", va="center", fontsize=9)
                 else:
                     style = {"fill": False, "hatch": "////", "edgecolor": MUTED}
                 axes.add_patch(Rectangle((x, y), 1, 1, linewidth=0, **style))
@@ -287,21 +333,22 @@ class Plots:
                 x = tasks.index(task)
                 axes.axvline(x, color=INK, linewidth=1 if x else 0)
                 name = short_label(task, TICK_CHARACTERS)
-                axes.text(x + 0.05, len(modalities) + 0.08, name, fontsize=8, va="bottom")
+                axes.text(x + 0.05, len(modalities) + 0.08, name, fontsize=SMALL_PT, va="bottom")
             axes.set_xlim(0, len(columns))
             axes.set_ylim(0, len(modalities))
             areas = [short_label(area, TICK_CHARACTERS) for _, area in columns]
-            axes.set_xticks(np.arange(len(columns)) + 0.5, areas, rotation=90, fontsize=7)
+            axes.set_xticks(np.arange(len(columns)) + 0.5, areas, rotation=90, fontsize=9)
             names = [short_label(name, TICK_CHARACTERS) for name in modalities]
-            axes.set_yticks(np.arange(len(modalities)) + 0.5, names, fontsize=8)
+            axes.set_yticks(np.arange(len(modalities)) + 0.5, names, fontsize=SMALL_PT)
             axes.grid(False)
+            return "; ".join(f"{name} {points(gain, True)}" for name, gain in gains.items())
 
         caption = (
             f"Modality by area, tasks side by side. Numbers: points of accuracy that {against[0]} gained over "
             f"{against[1]} on a target, averaged over its rows and seeds (blue: above 0, orange: below). Hatched: "
             "trained on in some cell, and no target of this comparison. Blank: neither."
         )
-        width, height = max(5.2, 1.4 + 0.42 * len(columns)), 1.5 + 0.3 * len(modalities)
+        width, height = max(WIDTH_IN, 1.6 + 0.48 * len(columns)), 1.9 + 0.4 * len(modalities)
         return [self.draw("map", "What was trained on, and what was gained", caption, height, paint, width)]
 
 
@@ -340,8 +387,8 @@ def grouped_bars(
     arms: in the order of their bars; arms that no group has are left out.
     """
     arms = [arm for arm in arms if any(arm in scores for _, scores, _ in groups)]
-    thick = 0.13
-    step = max(0.46, 0.12 + thick * len(arms))
+    thick = 0.14
+    step = max(0.56, 0.14 + thick * len(arms))
 
     def paint(axes):
         for number, (_, scores, chance) in enumerate(groups):
@@ -360,10 +407,19 @@ def grouped_bars(
         percent_axis(axes)
         middles = [-number * step - thick * len(arms) / 2 for number in range(len(groups))]
         names = [beside(name, number_of(scores)) for name, scores, _ in groups]
-        axes.set_yticks(middles, names, color=INK, fontsize=8)
+        axes.set_yticks(middles, names, color=INK, fontsize=SMALL_PT)
         legend(axes, 3)
+        return scores_in_words((name, scores) for name, scores, _ in groups)
 
-    return paint, 0.8 + 0.2 * (len(arms) // 3) + len(groups) * step
+    return paint, 0.95 + 0.22 * -(-len(arms) // 3) + len(groups) * step
+
+
+def scores_in_words(scores: Iterable[tuple[str, Mapping[str, Score]]]) -> str:
+    """Such as "ct-liver-state: Baseline 50.0, Trained 98.8"."""
+    return "; ".join(
+        f"{short_label(name)}: {', '.join(f'{arm_name(arm)} {100 * s.accuracy:.1f}' for arm, s in by_arm.items())}"
+        for name, by_arm in scores
+    )
 
 
 def number_of(scores: dict[str, Score]) -> str:

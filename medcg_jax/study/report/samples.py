@@ -49,12 +49,13 @@ class Card:
     """One test record with its question and answers.
 
     Attributes:
-      image: the address of an embedded PNG or JPEG. answered: the answers in words.
+      image: the address of an embedded PNG or JPEG. alt: what it shows. answered: the answers in words.
       answer, predicted: letters; "" where boxes were asked for.
     """
 
     record: str
     image: str
+    alt: str
     question: str
     answered: str
     options: tuple[Option, ...] = ()
@@ -209,7 +210,9 @@ def letter_card(grid: Grid, cell: dict, prediction: dict) -> Card:
         for letter, text in zip(LETTERS, prediction["options"], strict=False)
     )
     question = records.records[number].turns[-1].question.partition("\n")[0]
-    return Card(prediction["id"], embedded(records.image(number)), question, answered, options, answer, predicted)
+    right = next((option.text for option in options if option.letter == answer), answer)
+    alt = f"test image of {_subset_words(grid, prediction['subset'])}; right is {right}"
+    return Card(prediction["id"], embedded(records.image(number)), alt, question, answered, options, answer, predicted)
 
 
 def box_card(grid: Grid, seed: int, answer: BoxAnswer) -> Card:
@@ -218,7 +221,17 @@ def box_card(grid: Grid, seed: int, answer: BoxAnswer) -> Card:
     image = with_boxes(records.image(_number_of(records, answer.id)), answer.truth, answer.predicted or ())
     num_correct = box_scores.summary([answer])["correct"]
     answered = f"{num_correct} of {len(answer.truth)} found; generated “{answer.generated}”"
-    return Card(answer.id, embedded(image), answer.label, answered)
+    alt = (
+        f"test image of {_subset_words(grid, answer.subset)} with {len(answer.truth)} boxes asked for and "
+        f"{len(answer.predicted or ())} answered"
+    )
+    return Card(answer.id, embedded(image), alt, answer.label, answered)
+
+
+def _subset_words(grid: Grid, name: str) -> str:
+    """Such as "subset 02 (CT, Lung, Cancer)", and "ct-liver-state", which says it."""
+    what = grid.describe(name)
+    return f"subset {name} ({what})" if what else name
 
 
 def _number_of(records, record_id: str) -> int:

@@ -21,7 +21,7 @@ MARKS = {
 }
 # Column key -> title, where `title_of` gives another.
 TITLES = {
-    "ci": "95\u00a0% interval", "cost": "Seconds", "majority": "Most frequent label", "mark": "", "n": "n", "p": "p",
+    "ci": "95\u00a0% interval", "cost": "Training seconds", "majority": "Most frequent label", "mark": "Result", "n": "n", "p": "p",
     "p_base": "Holm p vs Baseline", "p_holm": "p, Holm", "p_plus": "Holm p vs Baseline+", "related": "Trained on",
     "shares": "Shared", "what": "Combination",
 }  # fmt: skip
@@ -47,14 +47,28 @@ class Table:
 
     Attributes:
       name: of its files `tables/NAME.csv` and `.tex`.
+      caption, legend: what the table is, and how it and its neighbours on a page are read: a page says it once.
       rows: column key -> value of each row; None where there is no value.
       columns: those with a value in at least one row, in the order of the rows' keys.
+      shown: those that a page shows at once, the deciding ones first; the others are folded.
       colours: (row number, column key) -> CSS class.
     """
 
-    def __init__(self, name: str, title: str, caption: str, rows: Iterable[dict], titles: Mapping[str, str] = TITLES):
-        """rows: as the attribute, each with an optional "colours": column key -> CSS class. titles: added to `TITLES`."""
-        self.name, self.title, self.caption, self.rows = name, title, caption, list(rows)
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        caption: str,
+        rows: Iterable[dict],
+        titles: Mapping[str, str] = TITLES,
+        *,
+        legend: str = "",
+        shown: Sequence[str] = (),
+    ):
+        """rows: as the attribute, each with an optional "colours": column key -> CSS class. titles: added to `TITLES`.
+        shown: keys of the attribute's columns; (): all.
+        """
+        self.name, self.title, self.caption, self.legend, self.rows = name, title, caption, legend, list(rows)
         colours = [row.pop("colours", {}) for row in self.rows]
         self.colours = {(i, key): css for i, row in enumerate(colours) for key, css in row.items() if css}
         titles = TITLES | dict(titles)
@@ -63,6 +77,8 @@ class Table:
             values = [row[key] for row in self.rows if row.get(key) is not None]
             if values:
                 self.columns.append(Column(key, titles[key] if key in titles else title_of(key), kind_of(key, values)))
+        by_key = {column.key: column for column in self.columns}
+        self.shown = [by_key[key] for key in shown if key in by_key] or self.columns
 
     def csv(self) -> str:
         """CSV with unrounded fractions; a score takes four columns (KEY, KEY_low, KEY_high, KEY_n)."""
@@ -73,6 +89,11 @@ class Table:
             for row in self.rows
         ]
         return pandas.DataFrame(rows, columns=header, dtype=object).to_csv(index=False, lineterminator="\n")
+
+    @property
+    def words(self) -> str:
+        """Caption and legend, for forms in which a table stands alone."""
+        return f"{self.caption} {self.legend}".strip()
 
     def texts(self) -> list[list[str]]:
         """The cells as text, row by row."""
@@ -90,7 +111,7 @@ class Table:
             text = style.to_latex(environment="longtable", hrules=True, column_format=f"@{{}}{''.join(widths)}@{{}}")
             return f"{{{size}\n\\setlength{{\\tabcolsep}}{{2pt}}\n{text}}}"
         return "% needs \\usepackage{booktabs,amssymb}\n" + style.to_latex(
-            hrules=True, column_format="".join(widths), position_float="centering", caption=latex(self.caption),
+            hrules=True, column_format="".join(widths), position_float="centering", caption=latex(self.words),
             label=f"tab:{self.name}",
         )  # fmt: skip
 
@@ -116,7 +137,7 @@ def kind_of(key: str, values: Sequence[Any]) -> str:
         return "mark"
     if key == "p" or key.startswith("p_"):
         return "p"
-    if key in ("difference", "mean") or key.startswith("seed_"):
+    if key in ("difference", "mean") or key.startswith("seed_") or key.endswith("_mean"):
         return "points"
     if key == "n" or all(isinstance(value, Integral) for value in values):
         return "count"

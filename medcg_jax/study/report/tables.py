@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from medcg_jax.config import DECIDING_ARMS, MODELS, REMOVAL_ARMS
+from medcg_jax.config import DECIDING_ARMS, MODELS, NUMBERED_ARMS, REMOVAL_ARMS
 from medcg_jax.study.design.overlap import LAPSES
 from medcg_jax.study.design.suite import DETECTION_TABLES, PAIR_TABLES
 from medcg_jax.study.report.file_tables import (
@@ -24,6 +24,13 @@ from medcg_jax.study.stats.controls import BLIND
 
 # Curves of the data efficiency.
 CURVES = ("with_related", "with_unrelated", "target_only")
+# The arms that the study is about.
+MAIN_ARMS = ("trained", "all_related", "multi_task")
+# Columns of a row's comparison that a page shows at once, the deciding ones first.
+COMPARED = (
+    "target", "baseline_plus", "single_task", "baseline", "trained", "multi_task", "mark", "difference", "ci", "p_plus",
+    "p_single_task", "p_baseline", "chance", "n", "related", "shares", "what",
+)  # fmt: skip
 # `state` of an effect -> CSS class.
 COLOURS = {"up": "win-sure", "down": "loss-sure", "open": ""}
 # End of the ablation's arms -> what they have in common with all related subsets.
@@ -53,7 +60,7 @@ class Tables:
 
     def all(self) -> list[Table]:
         """All non-empty tables but those with published numbers."""
-        grid, tables = self.grid, [*self.effects(), self.ceilings(), self.without_lapses()]
+        grid, tables = self.grid, [self.results(), *self.effects(), self.ceilings(), self.without_lapses()]
         for name in ("pairs", "triples", "detection_pairs"):
             tables += self.combination(name)
         tables += [*self.ablation(), self.multi_task("in_distribution"), self.multi_task("out_of_distribution")]
@@ -62,6 +69,58 @@ class Tables:
         tables += [time_spent(grid)]
         tables += [boxes(grid, part) for part in ("in_distribution", "out_of_distribution")]
         return [table for table in tables if table.rows]
+
+    def results(self) -> Table:
+        """Every arm with its n and accuracy, and how far the arm that the study is about lies above it."""
+        effects = {(e["table"], e["part"], e["against"]): e for e in self.summary["effects"] if e["arm"] in MAIN_ARMS}
+        rows = []
+        for entry in self.summary["accuracy"]:
+            table, part, arm = entry["table"], entry["part"], entry["arm"]
+            # In and out of distribution answer different questions; an efficiency's curves have a table of their own.
+            if table in NUMBERED_ARMS or (part == "") == (table == "multi_task"):
+                continue
+            effect = effects.get((table, part, arm))
+            targets = {
+                r["target"]
+                for r in self.grid.results
+                if (r["table"], r["arm"]) == (table, arm) and part in ("", r["part"])
+            }
+            chances = [chance for name in sorted(targets) if (chance := self.grid.chance(name)) is not None]
+            rows.append(
+                {"table": " ".join([table.replace("_", "-"), PARTS.get(part, part)]).strip(), "arm": arm_name(arm)}
+                | {
+                    "n": entry["n"],
+                    "accuracy": entry["accuracy"],
+                    "chance": sum(chances) / len(chances) if chances else None,
+                }
+                | {"ceiling": entry["ceiling"], "mean": effect and effect["mean"]}
+                | {"ci": (effect["ci_low"], effect["ci_high"]) if effect else None}
+                | {"p": effect and effect["p_overall"], "p_smallest": effect and effect["p_smallest"]}
+                | {"targets": entry["targets"], "seeds": entry["seeds"]}
+                | {"colours": {"mean": COLOURS[state(effect)] if effect else ""}}
+            )
+        caption = (
+            "Mean accuracy in % over targets and seeds, n distinct questions; how far the arm that the study is about "
+            "(Trained, All related, Multi-task) lies above each other one, in points with the 95 % interval over targets "
+            "and seeds; the overall p, and the least that the layout allows (–: any). Green: shown to be above; orange: "
+            "below."
+        )
+        titles = {"mean": "Gain over it", "p_smallest": "Least possible p"}
+        shown = (
+            "arm",
+            "accuracy",
+            "mean",
+            "ci",
+            "p",
+            "p_smallest",
+            "n",
+            "chance",
+            "ceiling",
+            "table",
+            "targets",
+            "seeds",
+        )
+        return Table("results", "Results", caption, rows, titles, shown=shown)
 
     def paired(self, table: str, row: str, target: str, arm: str, against: str) -> dict | None:
         return self._rows.get((table, row, target, arm, against))
@@ -77,8 +136,8 @@ class Tables:
             "above 0; orange: below."
         )
         titles = {
-            "name": "Difference", "mean": "Points", "wins": "Up", "significant": "signif.", "losses": "Down",
-            "significant_losses": "signif.", "p_overall": "Overall p", "p_overall_holm": "p, Holm",
+            "name": "Difference", "mean": "Points", "wins": "Rows up", "significant": "Up, signif.", "losses": "Rows down",
+            "significant_losses": "Down, signif.", "p_overall": "Overall p", "p_overall_holm": "p, Holm",
             "p_smallest": "Least possible p",
         }  # fmt: skip
         whole, directions = [], []
@@ -95,9 +154,13 @@ class Tables:
                 whole.append(row | {"p_overall_holm": None})
             elif effect["table"] == "pairs":  # triples have one direction
                 directions.append(row)
+        shown = ("name", "mean", "ci", "p_overall", "p_overall_holm", "p_smallest", "rows", "wins", "significant", "losses",
+                 "significant_losses", "targets", "seeds")  # fmt: skip
         return (
-            Table("effects", "Differences", caption, whole, titles),
-            Table("effects_by_direction", "Differences by direction", caption, directions, titles),
+            Table("effects", "Differences", "", whole, titles, legend=caption, shown=shown),
+            Table(
+                "effects_by_direction", "Differences by direction", "", directions, titles, legend=caption, shown=shown
+            ),
         )
 
     def ceilings(self) -> Table:
@@ -185,14 +248,16 @@ class Tables:
             parts.setdefault(row.split("/")[0], []).append(values)
         titles = {"difference": f"Points over {arm_name(others[0])}"}
         deciding = f" {DECIDING}" if arms & {*DECIDING_ARMS} else ""
+        legend = (
+            "Accuracy in % [95 % Wilson interval] over n test answers; p of the exact McNemar test, paired by record, after "
+            f"Holm's adjustment. Green: Trained is above {above} significant after it; orange (red in the paper): below; "
+            f"grey: above, but not above chance. {BOTH_SOURCES} {SHARES}{deciding}"
+        )
         return [
             Table(
                 f"{table}_{part}", f"{name}: {PARTS.get(part, part)}",
-                f"{name} with {PARTS.get(part, part)} (the paper's table {number}). Accuracy in % "
-                "[95 % Wilson interval] over n test answers; p of the exact McNemar test, paired by record, after Holm's "
-                f"adjustment. Green: Trained is above {above} significant after it; orange (red in the paper): below; "
-                f"grey: above, but not above chance. {BOTH_SOURCES} {SHARES}{deciding}",
-                rows, titles,
+                f"{name} with {PARTS.get(part, part)} (the paper's table {number}).", rows, titles, legend=legend,
+                shown=COMPARED,
             )
             for part, rows in parts.items()
         ]  # fmt: skip
@@ -214,7 +279,7 @@ class Tables:
             f"others of the row, solid where significantly; orange: below all; grey: above, but not above chance. "
             f"{BOTH_SOURCES}"
         )
-        return Table(f"multi_task_{part}", f"Multi-task: {PARTS[part]}", caption, rows, titles)
+        return Table(f"multi_task_{part}", f"Multi-task: {PARTS[part]}", caption, rows, titles, shown=COMPARED)
 
     def mean_of_singles(self, part: str, target: str) -> float | None:
         """Mean accuracy on a target of all models of one other subset; None where none was tested on it."""

@@ -165,7 +165,9 @@ class Answer:
 
     def short_of_records(self, table: str) -> list[str]:
         """That controls of a table had fewer records than its rows, by config.json ("short")."""
-        controls = [c["cell"] for c in self.grid.done(table) if c["arm"] == "baseline_plus" or c["arm"] in DECIDING_ARMS]
+        controls = [
+            c["cell"] for c in self.grid.done(table) if c["arm"] == "baseline_plus" or c["arm"] in DECIDING_ARMS
+        ]
         num_short = len({*controls} & {*self.grid.run.get("short", ())})
         if not num_short:
             return []
@@ -175,22 +177,29 @@ class Answer:
         ]
 
     def gain(self, line: dict) -> str:
-        accuracy, targets = line["accuracy"], self.find(line["table"], "trained", "baseline_plus")
-        unseen = " never trained on" if never_trained_on(self.grid, line["table"]) else ""
-        sizes = (
-            f"{line['n']:,} distinct questions on {counted(line['targets'], 'target')}{unseen}, "
-            f"{counted(line['seeds'], 'seed')}, {counted(line['trainings'], 'training')}"
-        )
-        if line["gain"] is None or targets is None:
-            return f"no arm of unrelated data is finished, so a gain cannot be told from training as such ({sizes})"
-        chances = [chance for name in targets["by_target"] if (chance := self.grid.chance(name)) is not None]
-        chance = f"chance {100 * sum(chances) / len(chances):.1f} %; " if chances else ""
+        if line["gain"] is None or self.find(line["table"], "trained", "baseline_plus") is None:
+            return f"no arm of unrelated data is finished, so a gain cannot be told from training as such ({self.sizes(line)})"
+        accuracy, share = line["accuracy"], self.chance(line["table"])
+        chance = "" if share is None else f"chance {100 * share:.1f} %; "
         seed = f"; {ONE_SEED}" if line["seeds"] == 1 else ""
         before, after = (f"{100 * accuracy[arm]:.1f} %" for arm in ("baseline_plus", "trained"))
         return (
             f"from {before} (unrelated data) to {after} ({TOGETHER[line['table']]}): "
-            f"{points(line['gain']['mean'], True)} points (95 % interval {interval(line['gain'])}{seed}); {chance}{sizes}; "
-            f"{overall_words(line)}"
+            f"{points(line['gain']['mean'], True)} points (95 % interval {interval(line['gain'])}{seed}); "
+            f"{chance}{self.sizes(line)}; {overall_words(line)}"
+        )
+
+    def chance(self, table: str) -> float | None:
+        """The mean over the targets whose gain a verdict tells; None where no arm of unrelated data is finished."""
+        effect = self.find(table, "trained", "baseline_plus")
+        chances = [chance for name in (effect or {"by_target": ()})["by_target"] if (chance := self.grid.chance(name))]
+        return sum(chances) / len(chances) if chances else None
+
+    def sizes(self, line: dict) -> str:
+        unseen = " never trained on" if never_trained_on(self.grid, line["table"]) else ""
+        return (
+            f"{line['n']:,} distinct questions on {counted(line['targets'], 'target')}{unseen}, "
+            f"{counted(line['seeds'], 'seed')}, {counted(line['trainings'], 'training')}"
         )
 
     def beside(self, line: dict) -> list[str]:

@@ -8,6 +8,7 @@ page of all models in WORKDIR/report.
 """
 
 import dataclasses
+import datetime
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medcg_jax import processes
-from medcg_jax.agreement import data_fingerprint, versions
+from medcg_jax.agreement import commit, data_fingerprint, versions
 from medcg_jax.config import BOX_TABLES, ConfigError, Interrupted, RunConfig, flat, free_fields
 from medcg_jax.data.general import open_general
 from medcg_jax.files import write_whole
@@ -313,6 +314,8 @@ def write_config(run: RunConfig, workdir: Path, plan: Plan) -> None:
     new = {
         "config": dataclasses.asdict(run),
         "versions": versions(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "data": data_fingerprints(run),
         "cells": len(plan.cells),
         "short": short_of_records(plan.cells),
@@ -320,7 +323,9 @@ def write_config(run: RunConfig, workdir: Path, plan: Plan) -> None:
     new = json.loads(json.dumps(new))  # tuples as lists, as they come back from the file
     path = workdir / "config.json"
     if path.exists():
-        check_same(results.read_config_file(workdir), new, workdir)
+        old = results.read_config_file(workdir)
+        check_same(old, new, workdir)
+        new["date"] = old["date"] or new["date"]  # of the first start
     for name in ("predictions", "metrics", "state/done", "state/claims", "state/progress"):
         (workdir / name).mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(new, indent=1) + "\n")
@@ -349,5 +354,7 @@ def check_same(old: dict, new: dict, workdir: Path) -> None:
     changed = [
         f"{k} {v} -> {new['versions'].get(k)}" for k, v in old["versions"].items() if new["versions"].get(k) != v
     ]
+    if old.get("commit", "") not in ("", new.get("commit")):
+        changed.append(f"commit {old['commit']} -> {new['commit'] or 'of no checkout'}")
     if changed:
         print(f"going on with other versions, so last digits may differ: {', '.join(changed)}", file=sys.stderr)

@@ -45,7 +45,7 @@ def read_config_file(workdir: str | Path) -> dict:
     """The contents of a grid's `config.json`.
 
     Returns {"config": the run's sections as nested dicts, "versions": {package: version}, "data": {seed: fingerprint},
-    ...}. A file of an earlier version may lack fields of "config"; each value there has its field's type.
+    "commit" and "date" ("" in files of an earlier version), ...}. A file of an earlier version may lack fields of "config"; each value there has its field's type.
 
     Raises:
       FileError: it is missing or not what a grid writes; the message names the file and the field.
@@ -57,6 +57,9 @@ def read_config_file(workdir: str | Path) -> dict:
     for key in ("config", "versions", "data", "short"):
         if not isinstance(recorded.setdefault(key, {}), dict):
             raise FileError(f'{path}: "{key}" holds {article_of(recorded[key])}; expected an object')
+    for key in ("commit", "date"):
+        if not isinstance(recorded.setdefault(key, ""), str):
+            raise FileError(f'{path}: "{key}" holds {article_of(recorded[key])}; expected text')
     for key in ("versions", "data"):
         for name, value in recorded[key].items():
             if not isinstance(value, str):
@@ -127,14 +130,17 @@ def all_outcomes(workdir: Path, jobs: Sequence[Job]) -> dict[str, dict]:
     return {job.id: outcome_of(workdir, job.id) for job in jobs if job.id in done}
 
 
-def process_goodput(workdir: Path, *, restarted: bool, writes: bool) -> goodput.Goodput:
+def process_goodput(
+    workdir: Path, *, restarted: bool, writes: bool, devices: tuple[str, int] | None = None
+) -> goodput.Goodput:
     """The clock of one process of a grid, with a file of its own in `state/goodput`.
 
-    restarted: whether the grid was started before. writes: whether this process writes the file.
+    restarted: whether the grid was started before. writes: whether this process writes the file. devices: (kind, number)
+    of all that the process computes on, together with others of its run.
     """
     folder = state_dir(workdir) / "goodput"
     path = folder / f"{secrets.token_hex(8)}.json" if writes else None
-    return goodput.Goodput(path, others=goodput_parts(workdir), restarted=restarted)
+    return goodput.Goodput(path, others=goodput_parts(workdir), restarted=restarted, devices=devices)
 
 
 def goodput_parts(workdir: Path) -> list[dict]:
