@@ -146,11 +146,11 @@ def parser() -> Parser:
             text = "HF transformers on the same records in the same run (LLaVA alone; extra `parity`)"
             verb.add_argument("--against", choices=("torch",), default="", help=text)
     add_plan(verbs)
-    report = add(verbs, "report", run_report, "the page, tables and plots of a grid; plots of what `bench` measured")
+    report = add(verbs, "report", run_report, "the page, tables and plots of a grid, or of what `bench` measured")
     report.add_argument("dir", metavar="DIR", help="workdir of a grid, or a JSON file of `medcg bench`")
     report.add_argument("other", metavar="OTHER", nargs="*", help="another grid's, to compare with; more such files")
     report.add_argument("--format", default="", metavar="md,tex,csv", help="forms beside the page")
-    report.add_argument("--out", default="", metavar="FOLDER", help="where a comparison or a benchmark's plots go")
+    report.add_argument("--out", default="", metavar="FOLDER", help="where a comparison or a benchmark's page goes")
     return top
 
 
@@ -324,14 +324,15 @@ def run_report(args) -> dict:
 
 
 def report_benchmarks(args) -> dict:
-    from medcg_jax.study.report.bench import write_plots
+    from medcg_jax.study.report.bench import write_bench_page
 
     if args.format:
-        raise ConfigError(f"--format={args.format}: expected with a grid only; a benchmark's plots are png and svg")
-    written = write_plots([Path(name) for name in (args.dir, *args.other)], Path(args.out) if args.out else None)
-    for path in written:
-        print(path)
-    return {"plots": [str(path) for path in written]}
+        raise ConfigError(
+            f"--format={args.format}: expected with a grid only; a benchmark has a page, png, svg and csv"
+        )
+    page = write_bench_page([Path(name) for name in (args.dir, *args.other)], Path(args.out) if args.out else None)
+    print(page)
+    return {"page": str(page)}
 
 
 def run_bench(args) -> dict:

@@ -1,6 +1,7 @@
 """`medcg data WHAT`: reads flags and calls one function of the data room; and the parser of all verbs."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from medcg_jax.config import PHANTOM_RULES, ConfigError, DataConfig
@@ -178,6 +179,7 @@ def progress(items, total: int):
 def data_stats(args) -> dict:
     from medcg_jax.data.stats import write_stats
 
+    print(f"reading {args.root}: every image is decoded once", file=sys.stderr, flush=True)
     page = write_stats(args.root, args.out, progress=progress)
     print(page)
     return {"page": str(page)}

@@ -10,8 +10,8 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from itertools import combinations
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from medcg_jax.config import DataConfig
-from medcg_jax.data.check import Inspection, inspect
+from medcg_jax.data.check import Inspection, Near, inspect
 from medcg_jax.data.duplicates import groups
 from medcg_jax.data.images import load_image, pad_to_square
 from medcg_jax.data.notices import letter_counts
@@ -33,6 +33,10 @@ from medcg_jax.data.tree import Entry
 # A contact sheet has a row of `COLUMNS` images for each of the most frequent labels.
 THUMB_PX, COLUMNS, MOST_LABELS = 112, 8, 8
 _CAPTION_PX, _GAP_PX = 20, 6
+PITCH_PX = THUMB_PX + _GAP_PX
+_BLOCK_PX, _NEAR_BLOCK_PX = _CAPTION_PX + THUMB_PX + _GAP_PX, 2 * THUMB_PX + _CAPTION_PX + _GAP_PX
+# Letters are said to be uneven where so uneven ones occur less often than this by chance.
+UNEVEN_P = 0.001
 # Sizes and labels listed one by one; the page counts the others together.
 MOST_LISTED = 12
 
@@ -67,6 +71,25 @@ class SubsetStats:
 
 
 @dataclass(frozen=True)
+class Strip:
+    """A label's row of a contact sheet: how many images it stands for, how many are shown, and where it begins."""
+
+    label: str
+    count: int
+    thumbs: int
+    top: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A near pair on its sheet, its test image above the training one: `places` are their left and upper ends."""
+
+    near: Near
+    subsets: tuple[str, str]  # of the training and of the test record
+    places: tuple[tuple[int, int], tuple[int, int]]
+
+
+@dataclass(frozen=True)
 class Shared:
     """Images that two subsets have in common: `same` with equal pixels, `near` with nearly equal ones."""
 
@@ -86,6 +109,8 @@ def write_stats(
 ) -> Path:
     """Writes the page and returns its path; `out` appears whole, and replaces nothing but an older page.
 
+    progress: shown while images are read, and while sheets are drawn.
+
     Raises:
       DataError: no tree, a file of the tree cannot be read, or `out` holds something else.
     """
@@ -99,7 +124,7 @@ def write_stats(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         partial = Path(folder) / "page"
         (partial / "sheets").mkdir(parents=True)
-        _write_into(partial, Path(root).name, source, inspection, data.max_pixels, reading)
+        _write_into(partial, Path(root).absolute().name, source, inspection, data.max_pixels, reading, progress)
         shutil.rmtree(out, ignore_errors=True)
         os.replace(partial, out)
     return out / "index.html"
@@ -116,21 +141,32 @@ def _is_free(out: Path) -> bool:
 
 
 def _write_into(
-    partial: Path, name: str, source: ReleaseSource, inspection: Inspection, max_pixels: int, reading: Reading
+    partial: Path,
+    name: str,
+    source: ReleaseSource,
+    inspection: Inspection,
+    max_pixels: int,
+    reading: Reading,
+    progress: Progress | None,
 ) -> None:
     """Writes the page's files. name: of the tree."""
-    subsets = []
-    for kind, group in (("choice", source.subsets), ("detection", source.detection_subsets)):
-        for subset in group:
-            sets = {split: source.records(subset.name, split) for split in SPLITS}
-            sheet = contact_sheet([sets[split] for split in SPLITS], np.random.default_rng(0))
-            if sheet is not None:
-                sheet.save(partial / "sheets" / f"{subset.name}.jpg", quality=85)
-            path = f"sheets/{subset.name}.jpg" if sheet is not None else ""
-            subsets.append(_stats(subset, kind, sets, inspection, path))
-    pairs = near_sheet(inspection, max_pixels, reading)
-    if pairs is not None:
-        pairs.save(partial / "sheets" / "near.jpg", quality=85)
+    subsets, strips = [], {}
+    kinds = [
+        (kind, subset)
+        for kind, group in (("choice", source.subsets), ("detection", source.detection_subsets))
+        for subset in group
+    ]
+    for kind, subset in progress(kinds, len(kinds)) if progress else kinds:
+        sets = {split: source.records(subset.name, split) for split in SPLITS}
+        sheet = contact_sheet([sets[split] for split in SPLITS], np.random.default_rng(0))
+        if sheet is not None:
+            sheet.save(partial / "sheets" / f"{subset.name}.jpg", quality=85)
+            strips[kind, subset.name] = sheet_strips([sets[split] for split in SPLITS])
+        path = f"sheets/{subset.name}.jpg" if sheet is not None else ""
+        subsets.append(_stats(subset, kind, sets, inspection, path))
+    near, pairs = near_sheet(inspection, max_pixels, reading), near_pairs(inspection)
+    if near is not None:
+        near.save(partial / "sheets" / "near.jpg", quality=85)
     shared = shared_images(inspection)
     content = {
         "records": inspection.report.num_records,
@@ -142,7 +178,33 @@ def _write_into(
         "notices": [asdict(item) for item in inspection.report.notices],
     }
     (partial / "stats.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (partial / "index.html").write_text(_page(name, inspection, subsets, shared), encoding="utf-8")
+    page = _page(name, inspection, subsets, shared, strips, pairs)
+    (partial / "index.html").write_text(page, encoding="utf-8")
+
+
+def findings(inspection: Inspection, subsets: Sequence[SubsetStats], shared: Sequence[Shared]) -> list[tuple[str, str]]:
+    """What a reader should look at, the gravest first: (in words, id of its part of the page; "": `data check`)."""
+    report = inspection.report
+    across, uneven = sum(s.across for s in subsets), [s.name for s in subsets if (s.letters_p or 1) < UNEVEN_P]
+    same = sum(item.same for item in shared)
+    found = [
+        (len(report.bad_records), f"{_number(len(report.bad_records), 'record')} of {report.num_records:,} cannot be used ("
+         + ", ".join(f"{kind} {count}" for kind, count in report.counts().items()) + ")", ""),
+        (not report.ok and not report.bad_records,
+         f"{_number(len(report.problems), 'file')} cannot be used ({', '.join(report.counts())})", ""),
+        (across, f"{_number(across, 'test record')} with the image of a training record of the same subset", ""),
+        (len(report.near), f"{_number(len(report.near), 'pair')} of a training and a test record with nearly the same image",
+         "near"),
+        (len(shared), f"{_number(len(shared), 'pair')} of subsets with images in common ({same:,} with the same pixels)",
+         "shared"),
+        (len(report.notices), f"{_number(len(report.notices), 'warning')}", "warnings"),
+        (len(uneven), f"letters that are not evenly right, in {', '.join(uneven)}", f"subset-{uneven[0]}" if uneven else ""),
+    ]  # fmt: skip
+    return [(text, link) for holds, text, link in found if holds]
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def shared_images(inspection: Inspection) -> list[Shared]:
@@ -164,47 +226,71 @@ def shared_images(inspection: Inspection) -> list[Shared]:
     return sorted(pairs.values(), key=lambda shared: (-shared.same, -shared.near, shared.subsets))
 
 
+def near_pairs(inspection: Inspection) -> list[Pair]:
+    """Test images with their nearest training image, nearest pairs first; at most two rows of a sheet."""
+    entry_of = {(entry.file.path.name, entry.name): entry for entry in inspection.entries}
+    nearest = {entry_of[near.test_file, near.test_record].path: near for near in reversed(inspection.report.near)}
+    chosen = sorted(nearest.values(), key=lambda near: near.bits)[: 2 * COLUMNS]
+    pairs = []
+    for number, near in enumerate(chosen):
+        left, top = number % COLUMNS * PITCH_PX, number // COLUMNS * _NEAR_BLOCK_PX + _CAPTION_PX
+        subsets = entry_of[near.file, near.record].file.number, entry_of[near.test_file, near.test_record].file.number
+        pairs.append(Pair(near, subsets, ((left, top), (left, top + THUMB_PX))))
+    return pairs
+
+
 def near_sheet(inspection: Inspection, max_pixels: int, reading: Reading) -> Image.Image | None:
     """Test images, each above its nearest training image, nearest pairs first; None if there are none."""
     path_of = {(entry.file.path.name, entry.name): entry.path for entry in inspection.entries}
-    nearest = {path_of[near.test_file, near.test_record]: near for near in reversed(inspection.report.near)}
-    chosen = sorted(nearest.values(), key=lambda near: near.bits)[: 2 * COLUMNS]
-    if not chosen:
+    pairs = near_pairs(inspection)
+    if not pairs:
         return None
-    block = 2 * THUMB_PX + _CAPTION_PX + _GAP_PX
-    sheet, draw, font = _blank_sheet(-(-len(chosen) // COLUMNS) * block, 12)
-    for number, near in enumerate(chosen):
-        left, top = number % COLUMNS * (THUMB_PX + _GAP_PX), number // COLUMNS * block
-        draw.text((left, top + 3), f"{near.bits} bits apart{near.form and f', {near.form}'}", fill="black", font=font)
+    sheet, draw, font = _blank_sheet(-(-len(pairs) // COLUMNS) * _NEAR_BLOCK_PX, 12)
+    for pair in pairs:
+        near, (left, top) = pair.near, pair.places[0]
+        words = f"{near.bits} bits apart{near.form and f', {near.form}'}"
+        draw.text((left, top - _CAPTION_PX + 3), words, fill="black", font=font)
         paths = path_of[near.test_file, near.test_record], path_of[near.file, near.record]
-        for row, path in enumerate(paths):
-            sheet.paste(_thumb(load_image(path, max_pixels, reading)), (left, top + _CAPTION_PX + row * THUMB_PX))
+        for path, place in zip(paths, pair.places, strict=True):
+            sheet.paste(_thumb(load_image(path, max_pixels, reading)), place)
     return sheet
 
 
-def contact_sheet(sets: Sequence[RecordSet], generator: np.random.Generator) -> Image.Image | None:
-    """A row of images for each of the most frequent labels; None without any image."""
+def _by_label(sets: Sequence[RecordSet]) -> dict[str, list[tuple[RecordSet, int]]]:
+    """The most frequent labels -> (set, number) of the records with an image."""
     images_of: dict[str, list[tuple[RecordSet, int]]] = {}
     for records in sets:
         for record_index, record in enumerate(records.records):
             if record.image:
                 images_of.setdefault(labels_of(record) or "no box", []).append((records, record_index))
+    return dict(sorted(images_of.items(), key=lambda item: (-len(item[1]), item[0]))[:MOST_LABELS])
+
+
+def sheet_strips(sets: Sequence[RecordSet]) -> list[Strip]:
+    """The rows of `contact_sheet`."""
+    return [
+        Strip(label, len(images), min(COLUMNS, len(images)), row * _BLOCK_PX + _CAPTION_PX)
+        for row, (label, images) in enumerate(_by_label(sets).items())
+    ]
+
+
+def contact_sheet(sets: Sequence[RecordSet], generator: np.random.Generator) -> Image.Image | None:
+    """A row of images for each of the most frequent labels; None without any image."""
+    images_of = _by_label(sets)
     if not images_of:
         return None
-    labels = sorted(images_of, key=lambda label: (-len(images_of[label]), label))[:MOST_LABELS]
-    block = _CAPTION_PX + THUMB_PX + _GAP_PX
-    sheet, draw, font = _blank_sheet(len(labels) * block, 13)
-    for row, label in enumerate(labels):
-        draw.text((0, row * block + 2), f"{label} ({len(images_of[label])})", fill="black", font=font)
-        chosen = generator.permutation(len(images_of[label]))[:COLUMNS]
+    sheet, draw, font = _blank_sheet(len(images_of) * _BLOCK_PX, 13)
+    for row, (label, images) in enumerate(images_of.items()):
+        draw.text((0, row * _BLOCK_PX + 2), f"{label} ({len(images)})", fill="black", font=font)
+        chosen = generator.permutation(len(images))[:COLUMNS]
         for column, index in enumerate(sorted(chosen.tolist())):
-            records, record_index = images_of[label][index]
-            sheet.paste(_thumb(records.image(record_index)), (column * (THUMB_PX + _GAP_PX), row * block + _CAPTION_PX))
+            records, record_index = images[index]
+            sheet.paste(_thumb(records.image(record_index)), (column * PITCH_PX, row * _BLOCK_PX + _CAPTION_PX))
     return sheet
 
 
 def _blank_sheet(height: int, font_px: int):
-    sheet = Image.new("RGB", (COLUMNS * (THUMB_PX + _GAP_PX), height), "white")
+    sheet = Image.new("RGB", (COLUMNS * PITCH_PX, height), "white")
     return sheet, ImageDraw.Draw(sheet), ImageFont.load_default(font_px)
 
 
@@ -238,10 +324,34 @@ def _stats(subset: Subset, kind: str, sets: dict[Split, RecordSet], inspection: 
     )  # fmt: skip
 
 
-def _page(name: str, inspection: Inspection, subsets: list[SubsetStats], shared: list[Shared]) -> str:
+def _page(
+    name: str,
+    inspection: Inspection,
+    subsets: list[SubsetStats],
+    shared: list[Shared],
+    strips: Mapping[tuple[str, str], list[Strip]],
+    pairs: list[Pair],
+) -> str:
     import jinja2
 
     loader = jinja2.PackageLoader("medcg_jax.data", "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = environment.get_template("stats.html.j2")
-    return page.render(most=MOST_LISTED, name=name, report=inspection.report, subsets=subsets, shared=shared)
+    near_height = -(-len(pairs) // COLUMNS) * _NEAR_BLOCK_PX
+    return environment.get_template("stats.html.j2").render(
+        most=MOST_LISTED, name=name, report=inspection.report, shared=shared, pairs=pairs, thumb=THUMB_PX, pitch=PITCH_PX,
+        findings=findings(inspection, subsets, shared), near_size=(COLUMNS * PITCH_PX, near_height),
+        subsets=[_shown(item, strips.get((item.kind, item.name), [])) for item in subsets],
+    )  # fmt: skip
+
+
+def _shown(item: SubsetStats, strips: list[Strip]) -> dict:
+    """A subset's values for the page."""
+    own = {field.name: getattr(item, field.name) for field in fields(item)}
+    return own | {
+        "label_rows": [(label, (train, test)) for label, train, test in item.labels],
+        "most_labels": max((train + test for _, train, test in item.labels), default=1) or 1,
+        "letter_rows": [(letter, (count,)) for letter, count in item.letters.items()],
+        "size_rows": [(size, (count,)) for size, count in item.sizes],
+        "rows": strips,
+        "size": (COLUMNS * PITCH_PX, len(strips) * _BLOCK_PX),
+    }

@@ -1,19 +1,22 @@
-"""Plots of one or several results of `medcg bench`: ratios to the reference, and samples/s."""
+"""The page of one or several results of `medcg bench`: ratios to the reference, samples/s, and what was measured where."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from medcg_jax.config import ConfigError
-from medcg_jax.study.report.drawing import BLUE, GREEN, GREY, INK, ORANGE, PINK, PURPLE, RED, SKY, draw
+from medcg_jax.study.report.drawing import BLUE, GREY, INK, MUTED, ORANGE, SMALL_PT, Figure, beside, draw, legend
 from medcg_jax.study.report.escape import one_line, short_label
-from medcg_jax.study.report.page import added_files
+from medcg_jax.study.report.folders import added_files, write_tables, write_text
+from medcg_jax.study.report.layout import Section, page_html
+from medcg_jax.study.report.table import Table
 from medcg_jax.untrusted import FileError, check_number, read_json, shown
 
 # A result file has some 20 kB.
 MAX_RESULT_BYTES = 2**24
-BAR_COLOURS = (BLUE, ORANGE, GREEN, SKY, RED, PINK, PURPLE, GREY)
 # Ratio -> what it compares.
 RATIOS = {
     "train_vs_eager": "training step / HF eager",
@@ -23,52 +26,145 @@ RATIOS = {
     "eval_vs_generate": "letters / HF generate",
     "generate_vs_generate": "generation / HF generate",
 }
-RUNNERS = (
-    "port", "torch eager", "torch compile", "torch eager flash", "port letters", "port generate", "torch forward",
-    "torch generate",
-)  # fmt: skip
+# Section of a result -> (title, its runners in their order).
+RUNNERS = {
+    "train": ("Training", ("port", "torch eager", "torch compile", "torch eager flash")),
+    "answers": ("Answers", ("port letters", "port generate", "torch forward", "torch generate")),
+}
+# Runner -> what it does.
+DOES = {
+    "port": "one training step of this port, as `medcg train` compiles it",
+    "torch eager": "one training step of Hugging Face's model with fused AdamW",
+    "torch compile": "the same by torch.compile",
+    "torch eager flash": "the same with FlashAttention 2",
+    "port letters": "which option's letter is likeliest, as `medcg eval` asks: nothing is generated",
+    "port generate": "the same, and new tokens for every row",
+    "torch forward": "Hugging Face's forward pass, the letters' probabilities taken from it",
+    "torch generate": "Hugging Face's greedy generation with its cache",
+}
 UNITS = {"cpu": "CPU-second", "wall": "second"}
-# Label of a result -> name of a bar -> (middle, minimum, maximum).
-Bars = dict[str, dict[str, tuple[float, float, float]]]
+SIDES = {"port": ("this port", BLUE), "torch": ("PyTorch", ORANGE)}
+DEFINED = (
+    "The same model, batch and records on both sides, in one run, in turns. A training step is forward, backward and "
+    "update; letters are the probabilities of the option letters, which is how the study reads an answer. Bars are "
+    "medians, their lines the least and the most."
+)
 
 
-def write_plots(files: list[Path], out: Path | None = None) -> list[Path]:
-    """Draws `bench_ratios` and `bench_throughput` (png and svg) of the files into `out` (None: beside the first file).
+class Bar(NamedTuple):
+    """label: beside the axis. side: key of `SIDES`. middle, least, most: of n measurements."""
 
-    Returns the files written; the plot of ratios is left out where no file has any.
+    label: str
+    side: str
+    middle: float
+    least: float
+    most: float
+    n: int
+
+
+def write_bench_page(files: list[Path], out: Path | None = None) -> Path:
+    """Writes `index.html` with its plots and tables into `out` (None: NAME_report beside the first file), and returns it.
 
     Raises:
-      ConfigError: a file is no result of `medcg bench`, or no file has ratios or a training step.
+      FileError: a file is no result of `medcg bench`.
+      ConfigError: no file has ratios, a training step or answers.
     """
     results = labelled(files)
-    ratios = {
-        label: {name: (row["median"], row["min"], row["max"]) for name, row in result["ratios"].items()}
-        for label, result in results.items()
-    }
-    ratios_by = {row["by"] for result in results.values() for row in result["ratios"].values()}
-    rates_by = {"cpu" if timed(result) == "cpu_s" else "wall" for result in results.values()}
-    ratio_axis = f"above 1 the port is faster; per {_unit(ratios_by)}, median with least and most of the pairs"
-    rate_axis = f"samples per {_unit(rates_by)}, by the median step, with the slowest and the fastest"
-    by_runner = {label: rates(result) for label, result in results.items()}
-    runners = {name: name for name in RUNNERS}
-    plots = (
-        ("bench_ratios", "Samples per second, this port over HF transformers", RATIOS, ratios, ratio_axis),
-        ("bench_throughput", "Samples per second", runners, by_runner, rate_axis),
-    )
-    folder, written = out or files[0].parent, []
-    with added_files(folder) as draft:
-        for name, title, words, values, x_label in plots:
-            rows = {row: text for row, text in words.items() if any(row in bars for bars in values.values())}
-            if rows:
-                paint = partial(_paint, rows=rows, values=values, x_label=x_label, line_at_1=name == "bench_ratios")
-                height_in = 1.3 + len(rows) * (0.16 + 0.2 * len(results))
-                draw(draft, name, title, "", height_in, paint, width_in=7.0)
-                written += [folder / f"{name}.png", folder / f"{name}.svg"]
-    if not written:
+    folder = out or files[0].with_name(f"{files[0].stem}_report")
+    tables = [table for table in (ratio_table(results), rate_table(results)) if table.rows]
+    if not tables:
         raise ConfigError(
             f"{', '.join(map(str, files))}: nothing to plot; expected results with the stage train, eval or generate"
         )
-    return written
+    with added_files(folder) as draft:
+        (draft / "plots").mkdir()
+        write_tables(draft, tables)
+        sections = [
+            Section(id="ratios", title="This port over Hugging Face's PyTorch", paragraphs=[DEFINED],
+                    figures=ratio_plots(draft / "plots", results), tables=[t for t in tables if t.name == "ratios"]),
+            Section(id="rates", title="Samples per second", figures=rate_plots(draft / "plots", results),
+                    tables=[t for t in tables if t.name == "rates"]),
+            *(
+                Section(id=f"result-{number}", title=f"How it was measured: {label}", facts=facts(result, path),
+                        items=[*texts_in(result, "notes"), *texts_in(result.get("conclusions"), "lines")])
+                for number, ((label, result), path) in enumerate(zip(results.items(), files, strict=True), 1)
+            ),
+        ]  # fmt: skip
+        sub = "; ".join(f"{label}: {where(result)}" for label, result in results.items())
+        text = page_html("Throughput, measured", sub, sections, title="medcg bench", tables=tables)
+        write_text(draft / "index.html", text)
+    return folder / "index.html"
+
+
+def ratio_table(results: dict[str, dict]) -> Table:
+    rows = [
+        {"what": RATIOS.get(name, one_line(name)), "result": label, "ratio": f"{ratio['median']:.2f}"}
+        | {"least": f"{ratio['min']:.2f}", "most": f"{ratio['max']:.2f}", "by": UNITS[ratio["by"]], "n": ratio.get("n")}
+        for label, result in results.items()
+        for name, ratio in result["ratios"].items()
+    ]
+    caption = (
+        "Samples of this port over those of the reference in the same time; above 1 this port is faster. Median, least and "
+        "most of n pairs of measurements. By CPU-second on a CPU, whose cores others share, else by second."
+    )
+    return Table("ratios", "Ratios", caption, rows, {"ratio": "Median", "by": "Per", "what": "Compared"})
+
+
+def rate_table(results: dict[str, dict]) -> Table:
+    rows = [
+        {"runner": name, "result": label, "samples": f"{bar.middle:.1f}", "least": f"{bar.least:.1f}"}
+        | {"most": f"{bar.most:.1f}", "step": f"{1e3 * row['step_s']['median']:.1f}", "n": bar.n or None}
+        | {"does": DOES.get(name)}
+        for label, result in results.items()
+        for section in RUNNERS
+        for name, row in result.get(section, {}).get("runners", {}).items()
+        for bar in [bar_of(result, name, row)]
+        if isinstance(row.get("step_s"), dict)
+    ]
+    caption = f"Samples per {_unit(results)}, and the wall time of a step in ms; median, least and most of n."
+    titles = {"samples": "Samples/s", "step": "ms a step", "does": "What it does"}
+    return Table("rates", "Every runner", caption, rows, titles)
+
+
+def ratio_plots(folder: Path, results: dict[str, dict]) -> list[Figure]:
+    bars = [
+        Bar(
+            f"{RATIOS.get(name, one_line(name))}, {label}",
+            "port",
+            *(ratio[key] for key in ("median", "min", "max")),
+            ratio.get("n") or 0,
+        )
+        for name in dict.fromkeys([*RATIOS, *(name for result in results.values() for name in result["ratios"])])
+        for label, result in results.items()
+        if (ratio := result["ratios"].get(name))
+    ]
+    axis = f"samples per {_unit(results)} of this port over the reference's"
+    caption = "Above 1 this port is faster; bar: median, line: least to most."
+    return _drawn(folder, "bench_ratios", "This port over PyTorch", caption, bars, axis, results, line_at_1=True)
+
+
+def rate_plots(folder: Path, results: dict[str, dict]) -> list[Figure]:
+    """Training and answers each in a plot of its own: their samples are not the same work."""
+    figures = []
+    for section, (title, runners) in RUNNERS.items():
+        bars = [
+            bar_of(result, name, row)._replace(label=f"{name}, {label}")
+            for name in runners
+            for label, result in results.items()
+            if (row := result.get(section, {}).get("runners", {}).get(name))
+        ]
+        caption = f"{title}: samples per {_unit(results)}; bar: the median step, line: the slowest to the fastest."
+        name = f"bench_{section}"
+        figures += _drawn(folder, name, f"{title}, samples per {_unit(results)}", caption, bars, "samples", results)
+    return figures
+
+
+def _drawn(folder, name, title, caption, bars, axis, results, *, line_at_1: bool = False) -> list[Figure]:
+    if not bars:
+        return []
+    machines = "; ".join(dict.fromkeys(where(result) for result in results.values()))
+    paint = partial(_paint, bars=bars, x_label=f"{axis}\n{short_label(machines, 90)}", line_at_1=line_at_1)
+    return [draw(folder, name, title, f"{caption} {machines}.", 1.5 + 0.5 * len(bars), paint, width_in=7.4)]
 
 
 def labelled(files: list[Path]) -> dict[str, dict]:
@@ -82,7 +178,7 @@ def labelled(files: list[Path]) -> dict[str, dict]:
 
 
 def read(path: Path) -> dict:
-    """A result of `medcg bench`, with checked ratios and checked numbers for `rates`.
+    """A result of `medcg bench`, with checked ratios and checked numbers for `bar_of`.
 
     Raises:
       FileError: the file holds something else.
@@ -132,41 +228,80 @@ def timed(result: dict) -> str:
     return "cpu_s" if result["device"].lower().startswith("cpu") else "step_s"
 
 
-def rates(result: dict) -> dict[str, tuple[float, float, float]]:
-    """Runner -> samples per CPU-second on a CPU, else per second: (of the median, minimum, maximum)."""
-    return {
-        name: tuple(row["num_samples"] / row[timed(result)][key] for key in ("median", "max", "min"))
-        for section in ("train", "answers")
-        for name, row in result.get(section, {}).get("runners", {}).items()
-    }
+def bar_of(result: dict, name: str, row: dict) -> Bar:
+    """A runner's samples per CPU-second on a CPU, else per second: of the median, slowest and fastest step."""
+    times = row[timed(result)]
+    middle, least, most = (row["num_samples"] / times[key] for key in ("median", "max", "min"))
+    number = times.get("n")
+    return Bar(name, name.partition(" ")[0], middle, least, most, number if isinstance(number, int) else 0)
 
 
-def _unit(by: set[str]) -> str:
-    return UNITS[min(by)] if len(by) == 1 else "CPU-second or second"
+def where(result: dict) -> str:
+    """Such as "2 x NVIDIA H200, bfloat16, jax 0.10.2, torch 2.13.0"."""
+    versions = result.get("versions")
+    packages = [
+        f"{name} {one_line(versions[name])}"
+        for name in ("jax", "torch")
+        if isinstance(versions, dict) and name in versions
+    ]
+    number = result.get("num_devices")
+    devices = f"{number} x {result['device']}" if isinstance(number, int) and number > 1 else result["device"]
+    return ", ".join([devices, *texts_in([result.get("compute_dtype")]), *packages])
 
 
-def _paint(axes, rows: dict[str, str], values: Bars, x_label: str, line_at_1: bool) -> None:
-    """Horizontal bars, grouped by row with a bar for each result. rows: name of a bar -> its label."""
-    height = 0.8 / len(values)
-    for number, (label, bars) in enumerate(values.items()):
-        present = [(i, bars[name]) for i, name in enumerate(rows) if name in bars]
-        y_of_bars = np.array([i for i, _ in present]) + (number - (len(values) - 1) / 2) * height
-        middle, least, most = np.array([bar for _, bar in present]).reshape(-1, 3).T
-        colour = BAR_COLOURS[number % len(BAR_COLOURS)]
-        axes.barh(y_of_bars, middle, 0.85 * height, color=colour, label=short_label(label))
-        spread = [middle - least, most - middle]
-        axes.errorbar(middle, y_of_bars, xerr=spread, fmt="none", ecolor=INK, elinewidth=0.8, capsize=2)
-        for y, x, end in zip(y_of_bars, middle, most, strict=True):
-            box = {"facecolor": "#ffffff", "edgecolor": "none", "pad": 0.5}
-            axes.annotate(
-                f"{x:.3g}", (end, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, bbox=box
-            )
+def facts(result: dict, path: Path) -> list[tuple[str, str]]:
+    """(name, text) of what the result says of itself."""
+    texts = [("file", path.name), ("model", result["model"]), ("device", where(result))]
+    texts += [(name, one_line(result[name])) for name in ("name", "date", "remat") if isinstance(result.get(name), str)]
+    if isinstance(result.get("mesh"), dict):
+        texts.append(("mesh", ", ".join(f"{one_line(axis)} {size}" for axis, size in result["mesh"].items())))
+    if trained := texts_in(result.get("trainable")):
+        texts.append(("trained parts", ", ".join(trained)))
+    if "train" in result:
+        batch = result["train"]["batch"]
+        tokens = [f"{batch[key]} {words}" for key, words in (("length", "tokens a row"), ("real_tokens", "of them real in all"))
+                  if isinstance(batch.get(key), int)]  # fmt: skip
+        texts.append(("batch", ", ".join([f"{batch['size']} rows", *tokens])))
+    if isinstance(result.get("versions"), dict):
+        texts.append(("versions", ", ".join(f"{one_line(n)} {one_line(v)}" for n, v in result["versions"].items())))
+    return texts
+
+
+def texts_in(values: object, key: str = "") -> list[str]:
+    """The texts of a list, or of that under a key of an object; [] of anything else."""
+    if key:
+        values = values.get(key) if isinstance(values, dict) else None
+    return [one_line(value) for value in values if isinstance(value, str)] if isinstance(values, list) else []
+
+
+def _unit(results: dict[str, dict]) -> str:
+    units = {UNITS["cpu" if timed(result) == "cpu_s" else "wall"] for result in results.values()}
+    return " or ".join(sorted(units))
+
+
+def _paint(axes, bars: Sequence[Bar], x_label: str, line_at_1: bool) -> str:
+    """Horizontal bars, one below the other, in their sides' colours."""
+    sides = list(dict.fromkeys(bar.side for bar in bars))
+    for side in sides:
+        words, colour = SIDES.get(side, (side, GREY))
+        own = [(y, bar) for y, bar in enumerate(bars) if bar.side == side]
+        axes.barh([y for y, _ in own], [bar.middle for _, bar in own], 0.6, color=colour, label=short_label(words))
+    middle, least, most = np.array([bar[2:5] for bar in bars], float).reshape(-1, 3).T
+    places = np.arange(len(bars))
+    axes.errorbar(
+        middle, places, xerr=[middle - least, most - middle], fmt="none", ecolor=INK, elinewidth=1, capsize=2.5
+    )
+    for y, bar in enumerate(bars):
+        axes.text(1.02, y, f"{bar.middle:.3g}" if bar.middle >= 100 else f"{bar.middle:.2f}",
+                  transform=axes.get_yaxis_transform(), va="center", fontsize=SMALL_PT)  # fmt: skip
     if line_at_1:
         axes.axvline(1.0, color=INK, linewidth=1)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_yticks(range(len(rows)), list(rows.values()))
-    axes.set_xlabel(x_label)
-    axes.margins(x=0.12)
+    axes.set_xlim(left=0)
+    axes.set_ylim(len(bars) - 0.5, -0.5)
+    names = [beside(bar.label, f"n {bar.n}" if bar.n else "", 34) for bar in bars]
+    axes.set_yticks(places, names, color=INK, fontsize=SMALL_PT)
+    axes.set_xlabel(x_label, color=MUTED, fontsize=SMALL_PT)
     axes.grid(visible=False, axis="y")
-    if len(values) > 1:
-        axes.figure.legend(loc="outside lower center", ncols=2)
+    if len(sides) > 1:
+        legend(axes, 2)
+    return "; ".join(f"{bar.label} {bar.middle:.3g} ({bar.least:.3g} to {bar.most:.3g})" for bar in bars)

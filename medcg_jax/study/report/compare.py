@@ -1,11 +1,13 @@
 """Pages of several grids: `medcg report A B` compares two row by row (other seeds, machines, or another
 implementation), `medcg report DIR` of a folder of grids shows their models side by side."""
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas
 from markupsafe import Markup
@@ -14,14 +16,23 @@ from statsmodels.stats.proportion import confint_proportions_2indep, proportions
 
 from medcg_jax.config import MODELS, flat, free_fields
 from medcg_jax.eval.predictions import wilson
-from medcg_jax.study.report.drawing import BLUE, INK, ORANGE, Figure, draw
+from medcg_jax.study.report.drawing import BLUE, INK, ORANGE, Figure, beside, draw, legend
+from medcg_jax.study.report.escape import short_label
 from medcg_jax.study.report.file_tables import ALL_SUBSETS, boxes
+from medcg_jax.study.report.folders import added_files, whole_folder, write_tables, write_text
+from medcg_jax.study.report.layout import Section, page_html
 from medcg_jax.study.report.load_grid import Grid, Score, arm_name, letter_logprobs
-from medcg_jax.study.report.page import Section, added_files, page_html, whole_folder, write_tables, write_text
+from medcg_jax.study.report.opening import headline
 from medcg_jax.study.report.plots import grouped_bars
 from medcg_jax.study.report.table import Table, points
-from medcg_jax.study.report.text import PARTS, counted
+from medcg_jax.study.report.tables import COLOURS
+from medcg_jax.study.report.text import PARTS, Answer, counted, effect_name, state
+from medcg_jax.study.stats.grid_files import training_of
 from medcg_jax.study.stats.paired import compare, holm, mixed_interval
+from medcg_jax.study.stats.stats import summarise
+
+# Settings that differ and are named in a page's first lines.
+MOST_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,7 @@ class Matched:
     """One cell and target that both grids have.
 
     Attributes:
+      trainings: of A's and B's cell: results of the same two on the same target are one result, in several rows.
       difference, low, high: B minus A, and its 95 % interval. paired: whether both were asked the same records.
       p: exact McNemar where paired, else a test of two proportions.
       agreement, largest: where paired, the share of equal predicted letters, and the largest difference of a
@@ -40,6 +52,7 @@ class Matched:
     arm: str
     target: str
     seed: int
+    trainings: tuple
     a: Score
     b: Score
     low: float
@@ -59,6 +72,7 @@ class Side:
 
     def __init__(self, grid: Grid):
         self.grid = grid
+        self.trainings = {cell["cell"]: training_of(cell) for cell in grid.cells}
         self._cell = ""
         self._answers: dict[str, dict[str, dict]] = {}
 
@@ -87,24 +101,99 @@ def write_comparison(a: str | Path, b: str | Path, out: str | Path = "") -> Path
     grids = Grid(a), Grid(b)
     name = re.sub(r"[^A-Za-z0-9._-]", "_", grids[1].workdir.absolute().name)
     folder = Path(out) if out else grids[0].workdir / f"compare_{name}"
+    labels = [f"{side}: {words}" for side, words in zip("AB", folder_names(*grids), strict=True)]
+    answers = [Answer(grid, summarise(grid.workdir, grid.results, grid.answers, grid.cells)) for grid in grids]
     rows = matched(*grids)
-    settings, comparison = differing(*grids), table_of(rows)
+    effects, settings, comparison = effects_of_both(*answers), differing(*grids), table_of(rows)
+    tables = [table for table in (effects, settings, comparison) if table.rows]
+    pages = [report_link(grid, folder) for grid in grids]
+    headlines = [headline(*of_side) for of_side in zip(answers, labels, pages, strict=True)]
     # Other files in the folder stay.
     with added_files(folder) as draft:
         (draft / "plots").mkdir()
-        write_tables(draft, [comparison, settings])
-        figures = [scatter(draft / "plots", rows)] if rows else []
-        words = verdict(rows, *grids)
-        sections = [Section(id="verdict", title="What the comparison shows", answer=[words], figures=figures)]
-        sections += [Section(id=t.name, title=t.title, tables=[t]) for t in (settings, comparison) if t.rows]
-        sub = " ".join(
-            f"{side}: “{grid.config['name']}”, {grid.config['model']['name']}, {len(grid.results)} results."
-            for side, grid in zip("AB", grids, strict=True)
+        write_tables(draft, (effects, settings, comparison))
+        both = [effect_points(draft / "plots", effects, labels)] if effects.rows else []
+        cloud = [scatter(draft / "plots", rows, labels)] if rows else []
+        items = [
+            Markup('Report of <a href="{}">{}</a>').format(page, label) for page, label in zip(pages, labels) if page
+        ]
+        sections = [
+            Section(id="effects", title="The study's effect in each", headlines=headlines, figures=both,
+                    tables=[effects] if effects.rows else [], items=items),
+            Section(id="verdict", title="Do single results agree?", answer=[verdict(rows, *grids)], figures=cloud),
+            Section(id="settings", title=settings.title, tables=[settings] if settings.rows else [],
+                    paragraphs=[] if settings.rows else ["No setting, version or fingerprint of the data."]),
+            Section(id="comparison", title="Row by row", folded=[comparison] if rows else []),
+        ]  # fmt: skip
+        differ = [str(row["what"]) for row in settings.rows]
+        others = f" and {len(differ) - MOST_NAMED} more" if len(differ) > MOST_NAMED else ""
+        words = (
+            f"They differ in {', '.join(differ[:MOST_NAMED])}{others}." if differ else "Their settings are the same."
         )
-        title = f"{grids[0].config['name']} and {grids[1].config['name']}"
-        text = page_html("Two grids side by side", sub, sections, title=title, tables=[settings, comparison])
+        sub = " ".join(
+            f"{label} (grid “{grid.config['name']}”, {grid.config['model']['name']}, {len(grid.results)} results)."
+            for label, grid in zip(labels, grids, strict=True)
+        )
+        title = " and ".join(labels)
+        text = page_html("Two grids side by side", f"{sub} {words}", sections, title=title, tables=tables)
         write_text(draft / "index.html", text)
     return folder / "index.html"
+
+
+def folder_names(a: Grid, b: Grid) -> tuple[str, str]:
+    """The last parts of the workdirs' paths, as many as tell them apart."""
+    parts = [grid.workdir.absolute().parts for grid in (a, b)]
+    for number in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-number:]).replace("//", "/") for own in parts]
+        if names[0] != names[1]:
+            break
+    return names[0], names[1]
+
+
+def report_link(grid: Grid, folder: Path) -> str:
+    """The address of a grid's own page, as seen from `folder`; "" where it is not written yet."""
+    page = grid.workdir.absolute() / "report" / "index.html"
+    return quote(os.path.relpath(page, folder.absolute())) if page.is_file() else ""
+
+
+def effects_of_both(a: Answer, b: Answer) -> Table:
+    """The differences between arms, of whole tables, in both grids."""
+    rows: dict[str, dict] = {}
+    for side, answer in zip("ab", (a, b), strict=True):
+        for effect in answer.summary["effects"]:
+            if (effect["part"] == "") != (effect["table"] == "multi_task"):
+                row = rows.setdefault(effect_name(effect), {"name": effect_name(effect), "colours": {}})
+                row |= {f"{side}_mean": effect["mean"], f"{side}_ci": (effect["ci_low"], effect["ci_high"])}
+                row["colours"] |= {f"{side}_mean": COLOURS[state(effect)]}
+    caption = (
+        "Differences in accuracy between arms in points, with 95 % intervals over targets and seeds, in A and in B. Green: "
+        "shown to be above 0; orange: below. Whether A and B differ is another question: see the single results."
+    )
+    titles = {"name": "Difference", "a_mean": "A", "a_ci": "A, interval", "b_mean": "B", "b_ci": "B, interval"}
+    order = ("name", "a_mean", "b_mean", "a_ci", "b_ci")
+    return Table("effects", "Differences between arms", caption, rows.values(), titles, shown=order)
+
+
+def effect_points(folder: Path, effects: Table, labels: Sequence[str]) -> Figure:
+    """Every difference in both grids, with its interval."""
+
+    def paint(axes):
+        for number, (side, colour) in enumerate((("a", BLUE), ("b", ORANGE))):
+            known = [(y, row) for y, row in enumerate(effects.rows) if row.get(f"{side}_mean") is not None]
+            at = [y - 0.14 + 0.28 * number for y, _ in known]
+            means = [100 * row[f"{side}_mean"] for _, row in known]
+            for y, (_, row) in zip(at, known, strict=True):
+                axes.plot([100 * end for end in row[f"{side}_ci"]], [y, y], color=colour, linewidth=2)
+            axes.plot(means, at, "os"[number], color=colour, markersize=6, label=short_label(labels[number], 40))
+        axes.axvline(0, color=INK, linewidth=1)
+        axes.set_yticks(range(len(effects.rows)), [beside(row["name"], width=34) for row in effects.rows], color=INK)
+        axes.set_ylim(len(effects.rows) - 0.5, -0.5)
+        axes.grid(False, axis="y")
+        axes.set_xlabel("difference in accuracy, points")
+        legend(axes, 2)
+
+    caption = "Differences between arms in A (round) and B (square), with 95 % intervals over targets and seeds."
+    return draw(folder, "effects", "The study's effects in A and B", caption, 1.2 + 0.5 * len(effects.rows), paint, 7.4)
 
 
 def matched(a: Grid, b: Grid) -> list[Matched]:
@@ -138,7 +227,8 @@ def compared(a: Side, b: Side, result_a: Mapping, result_b: Mapping) -> Matched:
         p = two_proportions(result_a["correct"], result_a["n"], result_b["correct"], result_b["n"])
         low, high = newcombe(result_b["correct"], result_b["n"], result_a["correct"], result_a["n"])
     fields = {name: result_a[name] for name in ("table", "row", "arm", "target", "seed")}
-    return Matched(**fields, a=score(result_a), b=score(result_b), low=low, high=high, paired=paired, p=p,
+    trainings = tuple(side.trainings[r["cell"]] for side, r in zip((a, b), (result_a, result_b), strict=True))
+    return Matched(**fields, trainings=trainings, a=score(result_a), b=score(result_b), low=low, high=high, paired=paired, p=p,
                    agreement=agreement, largest=largest)  # fmt: skip
 
 
@@ -175,6 +265,18 @@ def two_proportions(correct_a: int, n_a: int, correct_b: int, n_b: int) -> float
     return float(2 * norm.sf(abs(z)))
 
 
+def distinct(rows: Sequence[Matched]) -> list[Matched]:
+    """One of the rows whose answers come from the same trainings on the same target."""
+    return list({(row.trainings, row.target, row.seed): row for row in reversed(rows)}.values())[::-1]
+
+
+def adjusted(rows: Sequence[Matched]) -> list[float]:
+    """Each row's p after Holm's adjustment over the distinct results."""
+    once = distinct(rows)
+    p_of = dict(zip([(r.trainings, r.target, r.seed) for r in once], holm([r.p for r in once]), strict=True))
+    return [p_of[row.trainings, row.target, row.seed] for row in rows]
+
+
 def table_of(rows: list[Matched]) -> Table:
     values = [
         {"table": row.table.replace("_", "-"), "row": row.row, "arm": arm_name(row.arm), "target": row.target}
@@ -183,18 +285,19 @@ def table_of(rows: list[Matched]) -> Table:
         | {"test": "McNemar" if row.paired else "two proportions", "p": row.p, "p_holm": p}
         | {"agreement": row.agreement, "largest": None if row.largest is None else f"{row.largest:.4f}"}
         | {"colours": {"difference": ("win-sure" if row.difference > 0 else "loss-sure") if p < 0.05 else ""}}
-        for row, p in zip(rows, holm([row.p for row in rows]), strict=True)
+        for row, p in zip(rows, adjusted(rows), strict=True)
     ]
     caption = (
         "Accuracies in % of both grids (A, B) with Wilson intervals, their difference in points with a 95 % interval, "
-        "and p, adjusted by Holm over all rows: exact McNemar where both were asked the same records (the interval is "
+        "and p, adjusted by Holm over all distinct results: exact McNemar where both were asked the same records (the interval is "
         "that of the paired differences), else a z test of two proportions (Newcombe's interval). Of the same records "
         "also the share answered alike, and the largest difference of a log-probability, in nats. Green: B is "
         "significantly above; orange: below."
     )
     titles = {"n_a": "n of A", "n_b": "n of B", "difference": "B − A", "agreement": "Answered alike"}
     titles["largest"] = "Largest difference, nats"
-    return Table("comparison", "Row by row", caption, values, titles)
+    shown = ("target", "arm", "a", "b", "difference", "ci", "p_holm", "test", "agreement", "largest", "row", "seed")
+    return Table("comparison", "Every result of both", caption, values, titles, shown=shown)
 
 
 def differing(a: Grid, b: Grid) -> Table:
@@ -224,10 +327,11 @@ def verdict(rows: list[Matched], a: Grid, b: Grid) -> str:
     """The comparison in words."""
     if not rows:
         return "The two grids have no cell in common: nothing can be compared."
-    num_sure = sum(p < 0.05 for p in holm([row.p for row in rows]))
+    rows, num_rows = distinct(rows), len(rows)
+    num_sure = sum(p < 0.05 for p in adjusted(rows))
     mean_difference = points(sum(row.difference for row in rows) / len(rows), True)
     sentences = [
-        f"Of {counted(len(rows), 'result')} that both have, {num_sure} differ significantly after Holm's adjustment; on "
+        f"Of {counted(len(rows), 'distinct result')} that both have, {num_sure} differ significantly after Holm's adjustment; on "
         f"average B is {mean_difference} points from A."
     ]
     same = [row for row in rows if row.paired]
@@ -243,20 +347,21 @@ def verdict(rows: list[Matched], a: Grid, b: Grid) -> str:
         others = counted(len(rows) - len(same), "result")
         sentences.append(f"In {others} the records are others, so nothing is paired there.")
     sentences.append("They do not agree." if num_sure else "They agree within the noise of their records.")
-    unmatched = [len(grid.results) - len(rows) for grid in (a, b)]
+    unmatched = [len(grid.results) - num_rows for grid in (a, b)]
     if any(unmatched):
         sentences.append(f"Not compared, for lack of a counterpart: {unmatched[0]} of A, {unmatched[1]} of B.")
     return " ".join(sentences)
 
 
-def scatter(folder: Path, rows: list[Matched]) -> Figure:
+def scatter(folder: Path, rows: list[Matched], labels: Sequence[str]) -> Figure:
     """B's accuracies over A's, with the diagonal."""
-    adjusted = holm([row.p for row in rows])
+    rows = distinct(rows)
+    p_values = adjusted(rows)
 
     def paint(axes):
         axes.plot([0, 100], [0, 100], color=INK, linewidth=0.9, linestyle="--")
         for sure, colour, label in ((False, BLUE, "no significant difference"), (True, ORANGE, "significant")):
-            group = [row for row, p in zip(rows, adjusted, strict=True) if (p < 0.05) == sure]
+            group = [row for row, p in zip(rows, p_values, strict=True) if (p < 0.05) == sure]
             if group:
                 axes.plot(
                     [100 * r.a.accuracy for r in group], [100 * r.b.accuracy for r in group], "s" if sure else "o",
@@ -265,12 +370,12 @@ def scatter(folder: Path, rows: list[Matched]) -> Figure:
         axes.set_xlim(0, 100)
         axes.set_ylim(0, 100)
         axes.set_aspect("equal")
-        axes.set_xlabel("accuracy of A, %")
-        axes.set_ylabel("accuracy of B, %")
+        axes.set_xlabel(short_label(f"accuracy of {labels[0]}, %", 48))
+        axes.set_ylabel(short_label(f"accuracy of {labels[1]}, %", 40))
         axes.figure.legend(loc="outside lower left", ncols=2, handlelength=1)
 
-    caption = "Each point is a result that both grids have; on the dashed line they are equal."
-    return draw(folder, "scatter", "B over A", caption, 4.6, paint, 4.4)
+    caption = "Each point is a distinct result that both grids have; on the dashed line they are equal."
+    return draw(folder, "scatter", "B over A", caption, 5.2, paint, 5.0)
 
 
 def models_in(workdir: Path) -> list[str]:

@@ -56,6 +56,11 @@ BAR_ARMS = (
     "baseline", "baseline_plus", "words_only", "no_images", "single_1", "single_2", "single_3", "filler_1", "filler_2",
     "filler_3", "trained",
 )  # fmt: skip
+# The same from the bottom up, as they decide.
+DECIDING_ORDER = (
+    "baseline", "baseline_plus", "no_images", "words_only", "filler_3", "filler_2", "filler_1", "single_3", "single_2",
+    "single_1", "trained",
+)  # fmt: skip
 # Figure 4's arms in the paper's order, the base before them.
 FIGURE_4 = ("baseline", "all_related", "all_unrelated", "wo_modality", "wo_area", "wo_task", "all_data")
 NO_CEILINGS: Mapping[str, float] = MappingProxyType({})
@@ -124,7 +129,7 @@ class Plots:
         """The mean of every arm of the table whose verdict comes first, with what each could reach."""
         table = next((line["table"] for line in self.summary["verdicts"] if not line["part"]), "")
         rows = [row for row in self.grid.results if row["table"] == table]
-        arms = [arm for arm in BAR_ARMS if any(row["arm"] == arm for row in rows)]
+        arms = [arm for arm in DECIDING_ORDER if any(row["arm"] == arm for row in rows)]
         if not arms:
             return []
         entries = [e for e in self.summary["accuracy"] if (e["table"], e["part"]) == (table, "")]
