@@ -6,6 +6,7 @@ import os
 import secrets
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,12 @@ class WandbLog:
         self._run.log({key: value for key, value in metrics.items() if key != "step" and value is not None}, step=step)
         self._step = step
         self._keep()
+
+    def conclude(self, values: dict, tables: Mapping[str, tuple[list[str], list[list]]]) -> None:
+        """Sets the run's summary, and logs tables. tables: name -> (columns, rows)."""
+        self._run.summary.update(values)
+        table = load_wandb().Table
+        self._run.log({name: table(columns=columns, data=rows) for name, (columns, rows) in tables.items()})
 
     def close(self) -> None:
         self._run.finish()

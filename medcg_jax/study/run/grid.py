@@ -122,12 +122,16 @@ def follow(folders: Mapping[str, Path], plan: Plan) -> dict:
 
 def check_start(run: RunConfig) -> None:
     """Raises ConfigError, before anything is allocated, when weights are missing or a grid cannot use a value."""
+    from medcg_jax.train.log import load_wandb
     from medcg_jax.train.setup import check_weights
 
     check_weights(run)
-    for name in ("wandb", "profile_steps"):
-        if value := getattr(run.log, name):
-            raise ConfigError(f"log.{name}={value!r}: expected '' in `medcg reproduce`; `medcg train` takes others")
+    if run.log.profile_steps:
+        raise ConfigError(
+            f"log.profile_steps={run.log.profile_steps!r}: expected '' in `medcg reproduce`; `medcg train` takes others"
+        )
+    if run.log.wandb:
+        load_wandb()
     if not run.study.cells_at_once:
         raise ConfigError("study.cells_at_once=0: `medcg reproduce` alone accepts it, and finds how many cells fit")
 
@@ -236,6 +240,8 @@ def workers(workdir: Path, count: int, *arguments: str, one_thread: bool = True)
 
 def summary(workdir: Path, plan: Plan, outcomes: dict[str, dict]) -> dict:
     """Prints failed and unfinished cells, writes the report; returns one model's result of `reproduce`."""
+    from medcg_jax.study.report.boards import write_boards
+
     failed, unfinished = {}, []
     for job in plan.jobs:
         outcome = outcomes.get(job.id)
@@ -256,6 +262,7 @@ def summary(workdir: Path, plan: Plan, outcomes: dict[str, dict]) -> dict:
         print_effects(workdir)
         page = str(write_page(workdir))
         print(f"report: {page}", flush=True)
+        write_boards(workdir)
     return {
         "workdir": str(workdir),
         "cells": len(plan.cells),
