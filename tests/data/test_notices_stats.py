@@ -173,7 +173,7 @@ def test_copies_and_what_is_wrong_are_said(tree, tmp_path):
     # The test record is set aside, and with it its image: one pair is left in the subset.
     assert subsets["04"]["duplicates"] == 2 and subsets["04"]["across"] == 1 and subsets["04"]["test"] == 3
     assert [(own["subsets"], own["same"], own["near"]) for own in content["shared"]] == [(["04", "47"], 1, 0)]
-    assert subsets["08"]["problems"] == {"letter": 1, "image": 1} and "records are bad" in html
+    assert subsets["08"]["problems"] == {"letter": 1, "image": 1} and "cannot be used" in html
     assert "<b>" not in html.replace("<b></b>", "")
 
 

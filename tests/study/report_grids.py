@@ -256,6 +256,23 @@ def printed_grid(workdir: Path, rows: Sequence[tuple[str, str, str, dict[str, in
     return workdir
 
 
+def bench_result(batch: int, ratio: float, device: str = "cpu") -> dict:
+    """A result of `medcg bench`: a training step here and in PyTorch."""
+
+    def spread(value: float) -> dict:
+        return {"median": value, "min": 0.9 * value, "max": 1.2 * value, "n": 5}
+
+    def step(seconds: float) -> dict:
+        return {"step_s": spread(seconds), "cpu_s": spread(2 * seconds), "num_samples": batch}
+
+    return {
+        "model": "llava15_bench", "stages": ["train"], "device": device, "num_devices": 1, "compute_dtype": "float32",
+        "versions": {"jax": "0.10.2", "torch": "2.13.0"}, "notes": ["a note <b>"],
+        "train": {"batch": {"size": batch}, "runners": {"port": step(0.5), "torch eager": step(0.5 * ratio)}},
+        "ratios": {"train_vs_eager": {**spread(ratio), "by": "cpu" if device == "cpu" else "wall"}},
+    }  # fmt: skip
+
+
 def read_csv(path: Path) -> list[dict]:
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))

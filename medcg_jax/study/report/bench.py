@@ -33,11 +33,11 @@ RUNNERS = {
 }
 # Runner -> what it does.
 DOES = {
-    "port": "one training step of this port, as `medcg train` compiles it",
+    "port": "one training step of this port, as compiled by medcg train",
     "torch eager": "one training step of Hugging Face's model with fused AdamW",
     "torch compile": "the same by torch.compile",
     "torch eager flash": "the same with FlashAttention 2",
-    "port letters": "which option's letter is likeliest, as `medcg eval` asks: nothing is generated",
+    "port letters": "which option's letter is likeliest, as medcg eval asks: nothing is generated",
     "port generate": "the same, and new tokens for every row",
     "torch forward": "Hugging Face's forward pass, the letters' probabilities taken from it",
     "torch generate": "Hugging Face's greedy generation with its cache",
@@ -90,7 +90,7 @@ def write_bench_page(files: list[Path], out: Path | None = None) -> Path:
                 for number, ((label, result), path) in enumerate(zip(results.items(), files, strict=True), 1)
             ),
         ]  # fmt: skip
-        sub = "; ".join(f"{label}: {where(result)}" for label, result in results.items())
+        sub = "; ".join(dict.fromkeys(f"{label}: {where(result)}" for label, result in results.items()))
         text = page_html("Throughput, measured", sub, sections, title="medcg bench", tables=tables)
         write_text(draft / "index.html", text)
     return folder / "index.html"
@@ -129,13 +129,13 @@ def rate_table(results: dict[str, dict]) -> Table:
 def ratio_plots(folder: Path, results: dict[str, dict]) -> list[Figure]:
     bars = [
         Bar(
-            f"{RATIOS.get(name, one_line(name))}, {label}",
+            f"{RATIOS.get(name, one_line(name))}, {short}",
             "port",
             *(ratio[key] for key in ("median", "min", "max")),
             ratio.get("n") or 0,
         )
         for name in dict.fromkeys([*RATIOS, *(name for result in results.values() for name in result["ratios"])])
-        for label, result in results.items()
+        for short, result in short_labels(results).items()
         if (ratio := result["ratios"].get(name))
     ]
     axis = f"samples per {_unit(results)} of this port over the reference's"
@@ -148,9 +148,9 @@ def rate_plots(folder: Path, results: dict[str, dict]) -> list[Figure]:
     figures = []
     for section, (title, runners) in RUNNERS.items():
         bars = [
-            bar_of(result, name, row)._replace(label=f"{name}, {label}")
+            bar_of(result, name, row)._replace(label=f"{name}, {short}")
             for name in runners
-            for label, result in results.items()
+            for short, result in short_labels(results).items()
             if (row := result.get(section, {}).get("runners", {}).get(name))
         ]
         caption = f"{title}: samples per {_unit(results)}; bar: the median step, line: the slowest to the fastest."
@@ -175,6 +175,13 @@ def labelled(files: list[Path]) -> dict[str, dict]:
         label if labels.count(label) == 1 else f"{label} ({path.stem}, {number})": result
         for number, (label, path, result) in enumerate(zip(labels, files, results, strict=True), start=1)
     }
+
+
+def short_labels(results: dict[str, dict]) -> dict[str, dict]:
+    """The labels without the model, where all have the same."""
+    models = {result["model"] for result in results.values()}
+    prefix = f"{models.pop()}, " if len(models) == 1 else ""
+    return {label.removeprefix(prefix): result for label, result in results.items()}
 
 
 def read(path: Path) -> dict:
