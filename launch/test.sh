@@ -11,7 +11,8 @@ all=""
 if [ "${1:-}" = --all ]; then all=yes; shift; fi
 if [ -x .venv/bin/python ] && [ -z "${PYTHON:-}" ]; then python=.venv/bin/python; else python="$(choose_python)"; fi
 second="$(find_python 3.13 3.12 || true)"
-install_project .venv "$python" test,parity
+# Pages are looked at in a browser by --all alone.
+install_project .venv "$python" "test,parity${all:+,browser}"
 # libtpu compiles for TPUs that are not there (tests/plan/test_budget.py). Beside the environment and not in it: JAX asks
 # it for a TPU wherever it is installed. The version is that of the extra `tpu`; without it that test is skipped.
 if [ ! -d .libtpu/libtpu ]; then

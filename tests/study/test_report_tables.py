@@ -198,7 +198,7 @@ def test_what_each_training_subset_shares_stands_beside_it(tables):
     columns = [column.key for column in tables["pairs_fixed_area"].columns]
     assert columns.index("related") == 1 and columns.index("shares") == 2  # in sight, however wide the table is
     assert all(set(row["shares"].split(" + ")) == {"M", "A", "T"} for row in tables["triples_one_each"].rows)
-    assert "MAT is the target's own triplet" in tables["pairs_fixed_area"].caption
+    assert "MAT is the target's own triplet" in tables["pairs_fixed_area"].words
 
 
 def released(workdir, source="release"):

@@ -1,5 +1,6 @@
 """Cells as jobs, and the files a grid leaves."""
 
+import datetime
 import json
 
 import pytest
@@ -119,11 +120,38 @@ def test_tables(tmp_path, cells):
     assert not list(tmp_path.rglob(".*"))
 
 
-def test_config_json_guards_its_grid(tmp_path):
+class Later(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return super().now(tz) + datetime.timedelta(days=1)
+
+
+def test_another_commit_is_said_and_no_reason_to_refuse(tmp_path, monkeypatch, capsys):
+    run = replace(RunConfig(), study__tables=("pairs",), study__targets=("mri-brain-state",))
+    plan = schedule.make_plan(run)
+    monkeypatch.setattr(grid, "commit", lambda: "aaa")
+    grid.write_config(run, tmp_path, plan)
+    monkeypatch.setattr(grid, "commit", lambda: "bbb+")
+    grid.write_config(run, tmp_path, plan)
+    assert "commit aaa -> bbb+" in capsys.readouterr().err
+    assert json.loads((tmp_path / "config.json").read_text())["commit"] == "bbb+"
+    # A grid from before commits were recorded goes on without a word.
+    recorded = json.loads((tmp_path / "config.json").read_text())
+    for key in ("commit", "date"):
+        del recorded[key]
+    (tmp_path / "config.json").write_text(json.dumps(recorded))
+    grid.write_config(run, tmp_path, plan)
+    assert capsys.readouterr().err == ""
+
+
+def test_config_json_guards_its_grid(tmp_path, monkeypatch):
     run = replace(RunConfig(), study__tables=("pairs",), study__targets=("mri-brain-state",))
     plan = schedule.make_plan(run)
     grid.write_config(run, tmp_path, plan)
     before = (tmp_path / "config.json").read_bytes()
+    # The date is that of the first start.
+    assert json.loads(before)["date"] and isinstance(json.loads(before)["commit"], str)
+    monkeypatch.setattr(grid.datetime, "datetime", Later)
     grid.write_config(replace(run, study__jobs=2, train__log_every_steps=3), tmp_path, plan)
     grid.write_config(run, tmp_path, plan)
     assert (tmp_path / "config.json").read_bytes() == before
