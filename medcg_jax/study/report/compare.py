@@ -102,7 +102,7 @@ def write_comparison(a: str | Path, b: str | Path, out: str | Path = "") -> Path
     name = re.sub(r"[^A-Za-z0-9._-]", "_", grids[1].workdir.absolute().name)
     folder = Path(out) if out else grids[0].workdir / f"compare_{name}"
     labels = [f"{side}: {words}" for side, words in zip("AB", folder_names(*grids), strict=True)]
-    answers = [Answer(grid, summarise(grid.workdir, grid.results, grid.answers, grid.cells)) for grid in grids]
+    answers = [answer_of(grid) for grid in grids]
     rows = matched(*grids)
     effects, settings, comparison = effects_of_both(*answers), differing(*grids), table_of(rows)
     tables = [table for table in (effects, settings, comparison) if table.rows]
@@ -138,6 +138,10 @@ def write_comparison(a: str | Path, b: str | Path, out: str | Path = "") -> Path
         text = page_html("Two grids side by side", f"{sub} {words}", sections, title=title, tables=tables)
         write_text(draft / "index.html", text)
     return folder / "index.html"
+
+
+def answer_of(grid: Grid) -> Answer:
+    return Answer(grid, summarise(grid.workdir, grid.results, grid.answers, grid.cells))
 
 
 def folder_names(a: Grid, b: Grid) -> tuple[str, str]:
@@ -403,7 +407,10 @@ def write_models_page(workdir: Path, models: Sequence[str]) -> Path:
 def _write_models(folder: Path, grids: Mapping[str, Grid]) -> None:
     (folder / "plots").mkdir()
     rows = [row for model, grid in grids.items() for row in model_rows(model, grid)]
-    tables, sections = [], []
+    headlines = [
+        headline(answer_of(grid), model, quote(f"../{model}/report/index.html")) for model, grid in grids.items()
+    ]
+    tables, sections = [], [Section(id="answers", title="Each model's answer", headlines=headlines)]
     for group in dict.fromkeys((row["table"], row["part"]) for row in rows):
         group_rows = [row for row in rows if (row["table"], row["part"]) == group]
         name, title = "_".join(word for word in group if word), group[0].replace("_", "-").capitalize()

@@ -142,7 +142,7 @@ class Plots:
             "where Trained is above every subset alone and above every subset with unrelated data."
         )
         paint, height = partial(self._means, rows=rows, arms=arms, ceilings=ceilings), 0.9 + 0.44 * len(arms)
-        return [self.draw("deciding", f"Which training decides: {words}", caption, height, paint, 1.15 * WIDTH_IN)]
+        return [self.draw("deciding", f"Which training decides: {words}", caption, height, paint)]
 
     def bars(self, table: str) -> list[Figure]:
         """Arms by target, one figure per direction."""
