@@ -108,6 +108,7 @@ class Tables:
         titles = {"mean": "Gain over it", "p_smallest": "Least possible p"}
         shown = (
             "arm",
+            "table",
             "accuracy",
             "mean",
             "ci",
@@ -116,7 +117,6 @@ class Tables:
             "n",
             "chance",
             "ceiling",
-            "table",
             "targets",
             "seeds",
         )
