@@ -188,18 +188,36 @@ def findings(inspection: Inspection, subsets: Sequence[SubsetStats], shared: Seq
     across, uneven = sum(s.across for s in subsets), [s.name for s in subsets if (s.letters_p or 1) < UNEVEN_P]
     same = sum(item.same for item in shared)
     found = [
-        (len(report.bad_records), f"{_number(len(report.bad_records), 'record')} of {report.num_records:,} cannot be used ("
-         + ", ".join(f"{kind} {count}" for kind, count in report.counts().items()) + ")", ""),
-        (not report.ok and not report.bad_records,
-         f"{_number(len(report.problems), 'file')} cannot be used ({', '.join(report.counts())})", ""),
+        (
+            len(report.bad_records),
+            f"{_number(len(report.bad_records), 'record')} of {report.num_records:,} cannot be used ("
+            + ", ".join(f"{kind} {count}" for kind, count in report.counts().items())
+            + ")",
+            "",
+        ),
+        (
+            not report.ok and not report.bad_records,
+            f"{_number(len(report.problems), 'file')} cannot be used ({', '.join(report.counts())})",
+            "",
+        ),
         (across, f"{_number(across, 'test record')} with the image of a training record of the same subset", ""),
-        (len(report.near), f"{_number(len(report.near), 'pair')} of a training and a test record with nearly the same image",
-         "near"),
-        (len(shared), f"{_number(len(shared), 'pair')} of subsets with images in common ({same:,} with the same pixels)",
-         "shared"),
+        (
+            len(report.near),
+            f"{_number(len(report.near), 'pair')} of a training and a test record with nearly the same image",
+            "near",
+        ),
+        (
+            len(shared),
+            f"{_number(len(shared), 'pair')} of subsets with images in common ({same:,} with the same pixels)",
+            "shared",
+        ),
         (len(report.notices), f"{_number(len(report.notices), 'warning')}", "warnings"),
-        (len(uneven), f"letters that are not evenly right, in {', '.join(uneven)}", f"subset-{uneven[0]}" if uneven else ""),
-    ]  # fmt: skip
+        (
+            len(uneven),
+            f"letters that are not evenly right, in {', '.join(uneven)}",
+            f"subset-{uneven[0]}" if uneven else "",
+        ),
+    ]
     return [(text, link) for holds, text, link in found if holds]
 
 
@@ -338,10 +356,17 @@ def _page(
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     near_height = -(-len(pairs) // COLUMNS) * _NEAR_BLOCK_PX
     return environment.get_template("stats.html.j2").render(
-        most=MOST_LISTED, name=name, report=inspection.report, shared=shared, pairs=pairs, thumb=THUMB_PX, pitch=PITCH_PX,
-        findings=findings(inspection, subsets, shared), near_size=(COLUMNS * PITCH_PX, near_height),
+        most=MOST_LISTED,
+        name=name,
+        report=inspection.report,
+        shared=shared,
+        pairs=pairs,
+        thumb=THUMB_PX,
+        pitch=PITCH_PX,
+        findings=findings(inspection, subsets, shared),
+        near_size=(COLUMNS * PITCH_PX, near_height),
         subsets=[_shown(item, strips.get((item.kind, item.name), [])) for item in subsets],
-    )  # fmt: skip
+    )
 
 
 def _shown(item: SubsetStats, strips: list[Strip]) -> dict:

@@ -46,11 +46,28 @@ def pages(tmp_path_factory):
     run = run_of(study__tables=("pairs", "efficiency"), study__arms=(), study__targets=("mri-brain-state",), **sizes)
     models = ("llava15_tiny", "qwen2_vl_tiny")
     for model in models:
-        write_report(make_grid(folder / "w" / model, run_of(study__tables=("triples",), model__name=model,
-                                                           study__targets=("mri-brain-state",), **sizes)))  # fmt: skip
-    grids = [make_grid(folder / name, run_of(**changes) if changes else run)
-             for name, changes in (("a", {}), ("b", {"study__tables": ("pairs",), "study__arms": (), **sizes,
-                                                     "study__targets": ("mri-brain-state",), "train__epochs": 2.0}))]  # fmt: skip
+        write_report(
+            make_grid(
+                folder / "w" / model,
+                run_of(study__tables=("triples",), model__name=model, study__targets=("mri-brain-state",), **sizes),
+            )
+        )
+    grids = [
+        make_grid(folder / name, run_of(**changes) if changes else run)
+        for name, changes in (
+            ("a", {}),
+            (
+                "b",
+                {
+                    "study__tables": ("pairs",),
+                    "study__arms": (),
+                    **sizes,
+                    "study__targets": ("mri-brain-state",),
+                    "train__epochs": 2.0,
+                },
+            ),
+        )
+    ]
     root = write_tree_with_boxes(folder / "tree", train=12, test=4, boxes=20)
     write_subset(root, "Subset--08-train", [raw_record(i, image=f"med-mat/eight/{i}.png") for i in range(1, 11)])
     bench = folder / "bench.json"

@@ -80,16 +80,29 @@ def write_bench_page(files: list[Path], out: Path | None = None) -> Path:
         (draft / "plots").mkdir()
         write_tables(draft, tables)
         sections = [
-            Section(id="ratios", title="This port over Hugging Face's PyTorch", paragraphs=[DEFINED],
-                    figures=ratio_plots(draft / "plots", results), tables=[t for t in tables if t.name == "ratios"]),
-            Section(id="rates", title="Samples per second", figures=rate_plots(draft / "plots", results),
-                    tables=[t for t in tables if t.name == "rates"]),
+            Section(
+                id="ratios",
+                title="This port over Hugging Face's PyTorch",
+                paragraphs=[DEFINED],
+                figures=ratio_plots(draft / "plots", results),
+                tables=[t for t in tables if t.name == "ratios"],
+            ),
+            Section(
+                id="rates",
+                title="Samples per second",
+                figures=rate_plots(draft / "plots", results),
+                tables=[t for t in tables if t.name == "rates"],
+            ),
             *(
-                Section(id=f"result-{number}", title=f"How it was measured: {label}", facts=facts(result, path),
-                        items=[*texts_in(result, "notes"), *texts_in(result.get("conclusions"), "lines")])
+                Section(
+                    id=f"result-{number}",
+                    title=f"How it was measured: {label}",
+                    facts=facts(result, path),
+                    items=[*texts_in(result, "notes"), *texts_in(result.get("conclusions"), "lines")],
+                )
                 for number, ((label, result), path) in enumerate(zip(results.items(), files, strict=True), 1)
             ),
-        ]  # fmt: skip
+        ]
         sub = "; ".join(dict.fromkeys(f"{label}: {where(result)}" for label, result in results.items()))
         text = page_html("Throughput, measured", sub, sections, title="medcg bench", tables=tables)
         write_text(draft / "index.html", text)
@@ -266,8 +279,11 @@ def facts(result: dict, path: Path) -> list[tuple[str, str]]:
         texts.append(("trained parts", ", ".join(trained)))
     if "train" in result:
         batch = result["train"]["batch"]
-        tokens = [f"{batch[key]} {words}" for key, words in (("length", "tokens a row"), ("real_tokens", "of them real in all"))
-                  if isinstance(batch.get(key), int)]  # fmt: skip
+        tokens = [
+            f"{batch[key]} {words}"
+            for key, words in (("length", "tokens a row"), ("real_tokens", "of them real in all"))
+            if isinstance(batch.get(key), int)
+        ]
         texts.append(("batch", ", ".join([f"{batch['size']} rows", *tokens])))
     if isinstance(result.get("versions"), dict):
         texts.append(("versions", ", ".join(f"{one_line(n)} {one_line(v)}" for n, v in result["versions"].items())))
@@ -299,8 +315,14 @@ def _paint(axes, bars: Sequence[Bar], x_label: str, line_at_1: bool) -> str:
         middle, places, xerr=[middle - least, most - middle], fmt="none", ecolor=INK, elinewidth=1, capsize=2.5
     )
     for y, bar in enumerate(bars):
-        axes.text(1.02, y, f"{bar.middle:.3g}" if bar.middle >= 100 else f"{bar.middle:.2f}",
-                  transform=axes.get_yaxis_transform(), va="center", fontsize=SMALL_PT)  # fmt: skip
+        axes.text(
+            1.02,
+            y,
+            f"{bar.middle:.3g}" if bar.middle >= 100 else f"{bar.middle:.2f}",
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            fontsize=SMALL_PT,
+        )
     if line_at_1:
         axes.axvline(1.0, color=INK, linewidth=1)
     axes.set_xlim(left=0)

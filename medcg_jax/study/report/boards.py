@@ -38,8 +38,10 @@ def write_boards(workdir: Path) -> None:
 def values_of(grid: Grid, answer: Answer) -> dict[str, float]:
     """Accuracies of arms, and differences with the ends of their intervals, as fractions; and cells by their state."""
     values: dict[str, float] = {
-        "cells/done": len(grid.done()), "cells/failed": len(grid.failed()), "cells/waiting": len(grid.waiting()),
-    }  # fmt: skip
+        "cells/done": len(grid.done()),
+        "cells/failed": len(grid.failed()),
+        "cells/waiting": len(grid.waiting()),
+    }
     for entry in answer.summary["accuracy"]:
         values["accuracy/" + "/".join(filter(None, (entry["table"], entry["part"], entry["arm"])))] = entry["accuracy"]
     for effect in answer.summary["effects"]:

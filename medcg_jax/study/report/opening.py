@@ -104,10 +104,17 @@ def headline(answer: Answer, label: str = "", page: str = "") -> Headline:
         before, after = ((accuracies[arm], words[arm]) if arm in accuracies else None for arm in words)
         return Headline(
             verdict=f"Of these models alone: {kind}" if alone and kind != NO_GAIN else sentence(kind)[:-1],
-            world=world, of=sentence(ONE_SEED) if alone else "", why=sentence(reason(line)),
-            before=before, after=after, change=_change(gain), chance=answer.chance(line["table"]),
-            sizes=sentence(f"{answer.sizes(line)}; {overall_words(line)}"), label=label, page=page,
-        )  # fmt: skip
+            world=world,
+            of=sentence(ONE_SEED) if alone else "",
+            why=sentence(reason(line)),
+            before=before,
+            after=after,
+            change=_change(gain),
+            chance=answer.chance(line["table"]),
+            sizes=sentence(f"{answer.sizes(line)}; {overall_words(line)}"),
+            label=label,
+            page=page,
+        )
     if effect:
         shares = {
             entry["arm"]: entry["accuracy"]
@@ -117,10 +124,17 @@ def headline(answer: Answer, label: str = "", page: str = "") -> Headline:
         before, after = ((shares[arm], arm_name(arm)) for arm in (effect["against"], effect["arm"]))
         sizes = f"{effect['n']:,} distinct questions on {counted(effect['targets'], 'target')}, "
         return Headline(
-            verdict="Composition is not tested", world=world, why="No pairs or triples are finished.",
-            of=sentence(ONE_SEED) if effect["seeds"] == 1 else "", before=before, after=after, change=_change(effect),
-            sizes=sentence(sizes + counted(effect["seeds"], "seed")), label=label, page=page,
-        )  # fmt: skip
+            verdict="Composition is not tested",
+            world=world,
+            why="No pairs or triples are finished.",
+            of=sentence(ONE_SEED) if effect["seeds"] == 1 else "",
+            before=before,
+            after=after,
+            change=_change(effect),
+            sizes=sentence(sizes + counted(effect["seeds"], "seed")),
+            label=label,
+            page=page,
+        )
     return Headline("No answer yet", world, why="No comparison of the study is finished.", label=label, page=page)
 
 

@@ -90,8 +90,8 @@ def combination(tables: Tables, table: str, number: int) -> Table:
         "paper_row": "Row", "related": "Related", "lapse": "But", "confidence": "Reading", "others": "Or read as",
         "evidence": "Why", "slips": "Slips",
     }  # fmt: skip
-    shown = ("paper_row", *(f"{arm}{end}" for arm in arms for end in ("_paper", "")), "mark", "n", "target", "related", "shares",
-             "lapse")  # fmt: skip
+    of_arms = [f"{arm}{end}" for arm in arms for end in ("_paper", "")]
+    shown = ["paper_row", *of_arms, "mark", "n", "target", "related", "shares", "lapse"]
     titles |= titles_of(arms)
     return Table(f"published_{table}", f"{name} beside table {number}", caption, rows, titles, shown=shown)
 

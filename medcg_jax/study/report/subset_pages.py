@@ -16,10 +16,13 @@ from medcg_jax.study.report.samples import Cards, mistakes
 
 # Words of labels from the mildest finding to the gravest; a label has the place of the first word that it holds.
 SEVERITY = (
-    ("normal", "healthy", "no", "none", "negative", "absent", "without"), ("benign", "early", "minimal"),
-    ("mild", "low", "slight"), ("moderate", "intermediate", "medium"), ("severe", "high", "advanced"),
+    ("normal", "healthy", "no", "none", "negative", "absent", "without"),
+    ("benign", "early", "minimal"),
+    ("mild", "low", "slight"),
+    ("moderate", "intermediate", "medium"),
+    ("severe", "high", "advanced"),
     ("proliferative", "late", "malignant", "abnormal", "positive", "present", "with"),
-)  # fmt: skip
+)
 ROMAN = {"i": 1, "ii": 2, "iii": 3, "iv": 4, "v": 5}
 
 
@@ -55,11 +58,20 @@ def _write(grid: Grid, folder: Path, target: str, file: str, around: Sequence[tu
     labels, scores = confusion(answers, order), subset_scores(grid, target)
     sections = [
         Section(id="scores", title="Scores", tables=[scores], facts=_facts(grid, target, cards, order)),
-        Section(id="confusion", title=labels.title, tables=[labels] if answers else [],
-                paragraphs=[f"Answers of {cards.model}."] if answers else []),
-        Section(id="mistakes", title="Mistakes to look at", paragraphs=[words], cards=[("", "wrong", cards.wrong)],
-                notes=[cards.absent] if cards.absent else []),
-    ]  # fmt: skip
+        Section(
+            id="confusion",
+            title=labels.title,
+            tables=[labels] if answers else [],
+            paragraphs=[f"Answers of {cards.model}."] if answers else [],
+        ),
+        Section(
+            id="mistakes",
+            title="Mistakes to look at",
+            paragraphs=[words],
+            cards=[("", "wrong", cards.wrong)],
+            notes=[cards.absent] if cards.absent else [],
+        ),
+    ]
     title, name = subset_title(grid, target), grid.config["name"]
     sub = Markup('<a href="../index.html">Grid “{}”</a>, {}').format(name, grid.config["model"]["name"])
     write_text(folder / file, page_html(title, sub, sections, title=f"{title}: {name}", around=around))

@@ -106,20 +106,7 @@ class Tables:
             "below."
         )
         titles = {"mean": "Gain over it", "p_smallest": "Least possible p"}
-        shown = (
-            "arm",
-            "table",
-            "accuracy",
-            "mean",
-            "ci",
-            "p",
-            "p_smallest",
-            "n",
-            "chance",
-            "ceiling",
-            "targets",
-            "seeds",
-        )
+        shown = "arm table accuracy mean ci p p_smallest n chance ceiling targets seeds".split()
         return Table("results", "Results", caption, rows, titles, shown=shown)
 
     def paired(self, table: str, row: str, target: str, arm: str, against: str) -> dict | None:
@@ -154,10 +141,9 @@ class Tables:
                 whole.append(row | {"p_overall_holm": None})
             elif effect["table"] == "pairs":  # triples have one direction
                 directions.append(row)
-        shown = ("name", "mean", "ci", "p_overall", "p_overall_holm", "p_smallest", "rows", "wins", "significant", "losses",
-                 "significant_losses", "targets", "seeds")  # fmt: skip
+        shown = "name mean ci p_overall p_overall_holm p_smallest rows wins significant losses significant_losses targets seeds"
         return (
-            Table("effects", "Differences", "", whole, titles, legend=caption, shown=shown),
+            Table("effects", "Differences", "", whole, titles, legend=caption, shown=shown.split()),
             Table(
                 "effects_by_direction", "Differences by direction", "", directions, titles, legend=caption, shown=shown
             ),

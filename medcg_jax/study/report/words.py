@@ -15,28 +15,49 @@ ASKED = Markup(
     "others."
 )
 GLOSSARY = (
-    ("subset", "All images and questions of one modality, area and task, such as CT, liver, stage. A number in Med-MAT."),
+    (
+        "subset",
+        "All images and questions of one modality, area and task, such as CT, liver, stage. A number in Med-MAT.",
+    ),
     ("target", "The subset that a model is tested on and was not trained on."),
     ("row", "A target with the subsets that one training for it uses, as a row of the paper's tables."),
-    ("direction", "Which element both subsets of a pair share with the target: fixed modality, area or task; in a "
-     "modality-area pair one subset shares these two, and the other the task."),
-    ("arm", "What a model of a row was trained on: nothing (Baseline), unrelated data (Baseline+), the related subsets "
-     "(Trained), or one of the controls."),
+    (
+        "direction",
+        "Which element both subsets of a pair share with the target: fixed modality, area or task; in a "
+        "modality-area pair one subset shares these two, and the other the task.",
+    ),
+    (
+        "arm",
+        "What a model of a row was trained on: nothing (Baseline), unrelated data (Baseline+), the related subsets "
+        "(Trained), or one of the controls.",
+    ),
     ("base", "The model before any fine-tuning; of phantoms it is pre-trained on phantoms with other questions."),
     ("First alone, Second alone", "One subset of the row alone, with as many records and updates as Trained."),
     ("filler: First with unrelated", "One subset, and unrelated records in place of the others'."),
     ("Words of the task", "Subsets that share the task alone: its words without its modality and area."),
     ("Without images", "Trained's questions and answers without their images."),
-    ("interaction", "What the subsets gain together beyond the sum of what each adds to unrelated data. Composition "
-     "needs it above 0."),
+    (
+        "interaction",
+        "What the subsets gain together beyond the sum of what each adds to unrelated data. Composition "
+        "needs it above 0.",
+    ),
     ("cell", "One arm of one row with one seed: a fine-tune and its test. Cells of equal data share a training."),
-    ("seed", "A repeat of everything random. Only several seeds say something of the recipe, not of these models alone."),
+    (
+        "seed",
+        "A repeat of everything random. Only several seeds say something of the recipe, not of these models alone.",
+    ),
     ("letters", "Questions offer options A, B, ...; the answer is the letter that the model finds likeliest."),
     ("chance", "The accuracy of answering at random among the options offered."),
-    ("ceiling", "The best accuracy of anybody who knows only what an arm's training shares with the target (phantoms)."),
-    ("Holm, McNemar, Wilson", "An adjustment of p for many comparisons; an exact test of two models on the same "
-     "questions; an interval of an accuracy."),
-)  # fmt: skip
+    (
+        "ceiling",
+        "The best accuracy of anybody who knows only what an arm's training shares with the target (phantoms).",
+    ),
+    (
+        "Holm, McNemar, Wilson",
+        "An adjustment of p for many comparisons; an exact test of two models on the same "
+        "questions; an interval of an accuracy.",
+    ),
+)
 # Table of the study -> title of its section.
 STUDY = {
     "pairs": "Pairs: two related subsets",

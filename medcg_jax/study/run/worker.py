@@ -82,9 +82,11 @@ class Worker:
             jax.clear_caches()
         run, folder = self._plan.runs[model], self._folders[model]
         goodput = results.process_goodput(
-            folder, restarted=self._restarted, writes=jax.process_index() == 0,
+            folder,
+            restarted=self._restarted,
+            writes=jax.process_index() == 0,
             devices=(jax.devices()[0].device_kind, jax.device_count()),
-        )  # fmt: skip
+        )
         self._model, self._goodput = model, self._open_model.enter_context(goodput)
         self._trainer = Trainer(run, folder, self._goodput, self._plan.of(model).jobs)
 
