@@ -187,7 +187,7 @@ def findings(inspection: Inspection, subsets: Sequence[SubsetStats], shared: Seq
     report = inspection.report
     across, uneven = sum(s.across for s in subsets), [s.name for s in subsets if (s.letters_p or 1) < UNEVEN_P]
     same = sum(item.same for item in shared)
-    found = [
+    possible = [
         (
             len(report.bad_records),
             f"{_number(len(report.bad_records), 'record')} of {report.num_records:,} cannot be used ("
@@ -218,7 +218,7 @@ def findings(inspection: Inspection, subsets: Sequence[SubsetStats], shared: Seq
             f"subset-{uneven[0]}" if uneven else "",
         ),
     ]
-    return [(text, link) for holds, text, link in found if holds]
+    return [(text, link) for holds, text, link in possible if holds]
 
 
 def _number(count: int, noun: str) -> str:
@@ -371,8 +371,8 @@ def _page(
 
 def _shown(item: SubsetStats, strips: list[Strip]) -> dict:
     """A subset's values for the page."""
-    own = {field.name: getattr(item, field.name) for field in fields(item)}
-    return own | {
+    values = {field.name: getattr(item, field.name) for field in fields(item)}
+    return values | {
         "label_rows": [(label, (train, test)) for label, train, test in item.labels],
         "most_labels": max((train + test for _, train, test in item.labels), default=1) or 1,
         "letter_rows": [(letter, (count,)) for letter, count in item.letters.items()],

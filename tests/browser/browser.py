@@ -98,9 +98,9 @@ class Tab:
 
         violations = Axe().run(self.page).response["violations"]
         return [
-            f"{found['id']} ({found['impact']}, {len(found['nodes'])}): {found['nodes'][0]['html'][:120]}"
-            for found in violations
-            if found["impact"] in GRAVE
+            f"{violation['id']} ({violation['impact']}, {len(violation['nodes'])}): {violation['nodes'][0]['html'][:120]}"
+            for violation in violations
+            if violation["impact"] in GRAVE
         ]
 
     def folded_when_printed(self) -> int:

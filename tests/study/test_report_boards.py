@@ -54,7 +54,7 @@ def wandb(monkeypatch):
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
     """Tag -> (step, value) of the event files in a folder."""
-    found: dict[str, list] = {}
+    by_tag: dict[str, list] = {}
     for path in folder.glob("events.*"):
         data = path.read_bytes()
         while data:
@@ -64,8 +64,8 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
             data = data[16 + size :]
             for value in event.summary.value:
                 if value.HasField("simple_value"):
-                    found.setdefault(value.tag, []).append((event.step, value.simple_value))
-    return found
+                    by_tag.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return by_tag
 
 
 def test_losses_and_accuracies_are_those_of_the_files(workdir, wandb):

@@ -307,8 +307,10 @@ def _paint(axes, bars: Sequence[Bar], x_label: str, line_at_1: bool) -> str:
     sides = list(dict.fromkeys(bar.side for bar in bars))
     for side in sides:
         words, colour = SIDES.get(side, (side, GREY))
-        own = [(y, bar) for y, bar in enumerate(bars) if bar.side == side]
-        axes.barh([y for y, _ in own], [bar.middle for _, bar in own], 0.6, color=colour, label=short_label(words))
+        of_side = [(y, bar) for y, bar in enumerate(bars) if bar.side == side]
+        axes.barh(
+            [y for y, _ in of_side], [bar.middle for _, bar in of_side], 0.6, color=colour, label=short_label(words)
+        )
     middle, least, most = np.array([bar[2:5] for bar in bars], float).reshape(-1, 3).T
     places = np.arange(len(bars))
     axes.errorbar(

@@ -148,7 +148,7 @@ def folder_names(a: Grid, b: Grid) -> tuple[str, str]:
     """The last parts of the workdirs' paths, as many as tell them apart."""
     parts = [grid.workdir.absolute().parts for grid in (a, b)]
     for number in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(own[-number:]).replace("//", "/") for own in parts]
+        names = ["/".join(folders[-number:]).replace("//", "/") for folders in parts]
         if names[0] != names[1]:
             break
     return names[0], names[1]
