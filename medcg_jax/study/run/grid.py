@@ -262,7 +262,9 @@ def summary(workdir: Path, plan: Plan, outcomes: dict[str, dict]) -> dict:
         print_effects(workdir)
         page = str(write_page(workdir))
         print(f"report: {page}", flush=True)
-        write_boards(workdir)
+        # Processes that end together write one after the other.
+        with claims.lock(results.state_dir(workdir) / "claims", "boards"):
+            write_boards(workdir)
     return {
         "workdir": str(workdir),
         "cells": len(plan.cells),
