@@ -138,8 +138,8 @@ class Plots:
         words = table.replace("_", "-")
         caption = (
             f"Mean accuracy in {words} by what a model was trained on (line: 95 % interval over targets and seeds; dots "
-            f"below: single targets; dashed: mean chance{reach * bool(ceilings)}; n: distinct questions). Composition shows "
-            "where Trained is above every subset alone and above every subset with unrelated data."
+            f"below: single targets; dashed: mean chance{reach * bool(ceilings)}; n: distinct questions). Composition needs "
+            "Trained above every subset alone, and above the sum of what each adds to unrelated data."
         )
         paint, height = partial(self._means, rows=rows, arms=arms, ceilings=ceilings), 0.9 + 0.44 * len(arms)
         return [self.draw("deciding", f"Which training decides: {words}", caption, height, paint)]
