@@ -37,8 +37,9 @@ PICTURES = """async () => {
     await Promise.all(all.map(i => i.decode().catch(() => 0)));
     return all.filter(i => !i.complete || !i.naturalWidth).map(i => i.getAttribute('src').slice(0, 80));
 }"""
-FOLDED_UNSEEN = """() => [...document.querySelectorAll('details:not([open]) > *:not(summary)')]
-    .filter(e => !e.checkVisibility({contentVisibilityAuto: true})).length"""
+# Folded parts that are no higher than their summaries.
+FOLDED_UNSEEN = """() => [...document.querySelectorAll('details:not([open])')]
+    .filter(e => e.offsetHeight <= e.querySelector('summary').offsetHeight + 2).length"""
 
 
 class Tab:
