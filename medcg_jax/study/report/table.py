@@ -137,7 +137,7 @@ def kind_of(key: str, values: Sequence[Any]) -> str:
         return "mark"
     if key == "p" or key.startswith("p_"):
         return "p"
-    if key in ("difference", "mean") or key.startswith("seed_") or key.endswith("_mean"):
+    if key in ("difference", "mean", "a_mean", "b_mean") or key.startswith("seed_"):
         return "points"
     if key == "n" or all(isinstance(value, Integral) for value in values):
         return "count"
