@@ -83,7 +83,9 @@ def test_subset_pages_lead_from_one_to_the_next(tmp_path):
     change_config(workdir, commit="0123456789ab", date="2026-11-30T12:00:00+00:00")
     with quick():
         index = Page(write_report(workdir).read_text())
-    assert "0123456789ab" in index.text and "2026-11-30 12:00:00 UTC" in index.text and "1 seed, 2026-11-30" in index.text
+    assert (
+        "0123456789ab" in index.text and "2026-11-30 12:00:00 UTC" in index.text and "1 seed, 2026-11-30" in index.text
+    )
     files = sorted(
         (workdir / "report" / "subsets").iterdir(), key=lambda path: index.links.index(f"subsets/{path.name}")
     )

@@ -220,8 +220,7 @@ def letters(grid: Grid) -> Table:
 
 def time_spent(grid: Grid) -> Table:
     """A row for each kind of time in goodput.json; older grids have no such file."""
-    starts = goodput.read_starts(grid.workdir / goodput.FILE)
-    spent = goodput.summarise(starts) if starts else {}
+    spent = goodput.summarise(grid.starts) if grid.starts else {}
     rows = [
         {"kind": kind, "what": TIME_WORDS[kind], "seconds": round(spent["seconds"][kind])}
         | {"share": spent["shares"][kind]}

@@ -23,6 +23,7 @@ from medcg_jax.study.stats import contamination, grid_files, probe
 from medcg_jax.study.stats.answers import Answers
 from medcg_jax.study.stats.grid_files import ARMS
 from medcg_jax.study.stats.results import read_config_file
+from medcg_jax.train import goodput
 from medcg_jax.train.log import read_metrics
 from medcg_jax.untrusted import FileError, check_number, shown
 
@@ -230,6 +231,11 @@ class Grid:
     def probes(self) -> list[dict]:
         """The rows of probe.csv, where a linear probe has read the base. Raises FileError: the file is broken."""
         return probe.read(self.workdir)
+
+    @cached_property
+    def starts(self) -> list[dict]:
+        """The times of all processes and starts (`goodput.read_starts`); [] where there are none, or they are broken."""
+        return goodput.read_starts(self.workdir / goodput.FILE)
 
     def metrics(self, cell: dict) -> list[dict]:
         """The log of a cell's training; [] where there is none, or it ends before the training did.

@@ -179,8 +179,7 @@ def _cost(grid: Grid) -> list[tuple[str, str]]:
             f"{counted(len(spent), 'training')}, {duration(sum(seconds))} with their tests, without the base; median "
         )
         facts.append(("trainings", f"{words}{duration(median)}, {duration(seconds[0])} to {duration(seconds[-1])}"))
-    starts = goodput.read_starts(grid.workdir / goodput.FILE)
-    hours = goodput.device_hours(starts)
+    starts, hours = grid.starts, goodput.device_hours(grid.starts)
     if hours:
         used = {start["devices"]["kind"]: start["devices"]["count"] for start in starts}
         facts.append(("devices", ", ".join(f"{count} x {kind}" for kind, count in used.items())))
