@@ -246,12 +246,15 @@ class Tables:
         for table in self.grid.tables:
             for (row, target), scores in self.grid.scores(table).items():
                 for arm, score in scores.items():
-                    found = self.measures(table, row, target, arm) or {}
+                    measures = self.measures(table, row, target, arm) or {}
                     rows.append(
                         {"table": table.replace("_", "-"), "row": row, "target": target, "arm": arm_name(arm)}
                         | {"n": score.n, "accuracy": score.accuracy}
-                        | {key: found.get(key) for key in ("majority", "balanced", "auroc", "labels", "auroc_labels")}
-                        | {"why": found.get("why") or None}
+                        | {
+                            key: measures.get(key)
+                            for key in ("majority", "balanced", "auroc", "labels", "auroc_labels")
+                        }
+                        | {"why": measures.get("why") or None}
                     )
         caption = (
             "Beside accuracy, in %, over a row's seeds: the share of the most frequent label in the test set, which is "

@@ -114,8 +114,8 @@ def decide(evidence: Evidence, p_gain: float, p_composition: float) -> str:
     if p_composition < LEVEL:
         return COMPOSITION
     for name, over in evidence.over.items():
-        own_gain = evidence.gains[name]
-        if over is not None and not over.is_up and own_gain is not None and own_gain.is_up:
+        single_gain = evidence.gains[name]
+        if over is not None and not over.is_up and single_gain is not None and single_gain.is_up:
             return TRANSFER
     return NO_CAUSE if evidence.is_complete else NOT_TESTED
 
