@@ -181,7 +181,7 @@ class Progress:
         self._done = done
 
     def _left(self, done: int) -> str:
-        """", 3 min left", by the steps since this object was made; "" where none is left or was made since."""
+        """ ", 3 min left", by the steps since this object was made; "" where none is left or was made since."""
         if not self._first < done < self._total:
             return ""
         seconds = (time.monotonic() - self._began) * (self._total - done) / (done - self._first)
