@@ -19,6 +19,11 @@ def shows_details() -> bool:
     return _shown == VERBOSE
 
 
+def install(extra: str) -> str:
+    """The command that installs an extra of the project, which no package index has."""
+    return f"`pip install '.[{extra}]'` in the project's folder"
+
+
 def duration(seconds: float) -> str:
     """Seconds for people: "35 s", "48 min", "9 h 31 min", "2 d 5 h"."""
     if seconds < 59.5:

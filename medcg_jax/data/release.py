@@ -195,6 +195,10 @@ class TreeImage(NamedTuple):
     path: str
     config: DataConfig
 
+    def exists(self) -> bool:
+        """Whether there is a file; it is not opened."""
+        return (self.root / self.path).is_file()
+
     def pixels(self) -> np.ndarray:
         config = self.config
         with self._named():

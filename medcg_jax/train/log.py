@@ -13,7 +13,7 @@ import jax
 
 from medcg_jax.config import ConfigError
 from medcg_jax.files import write_whole
-from medcg_jax.terminal import duration, shows_progress
+from medcg_jax.terminal import duration, install, shows_progress
 from medcg_jax.untrusted import FileError, check_number, read_text
 
 METRICS = ("step", "loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "mfu", "data_wait")
@@ -44,7 +44,7 @@ def load_wandb():
         return importlib.import_module("wandb")
     except ImportError as error:
         raise ConfigError(
-            f"log.wandb is set and the package wandb cannot be imported ({error}): pip install 'medcg-jax[wandb]', or "
+            f"log.wandb is set and the package wandb cannot be imported ({error}): {install('wandb')} brings it, or "
             "log.wandb=''"
         ) from error
 

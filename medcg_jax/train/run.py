@@ -14,6 +14,7 @@ from medcg_jax.data.encoding import Encoded, cut_rows, row_length
 from medcg_jax.data.leaks import KINDS, Leak, actions_of, actions_of_general, find_leaks, hashed, joined, remedy, words
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, Source, concat
+from medcg_jax.data.release import TreeImage
 from medcg_jax.data.sources import subset_names
 from medcg_jax.families.build import abstract, num_bytes, shardings, split_trainable
 from medcg_jax.mesh import local_rows
@@ -62,6 +63,8 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
     if run.log.wandb:
         load_wandb()
     setup = open_setup(run)
+    if not run.model.checkpoint:
+        print(f"model.checkpoint is empty: {run.model.name} starts from random weights")
     names = subset_names(setup.source, run.data)
     sets = [setup.source.records(name, "train") for name in names]
     general = None
@@ -69,6 +72,8 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
         general = setup.general.draw(tuple((name, len(records)) for name, records in sorted(zip(names, sets))))
         sets.append(general)
     records = concat(sets)
+    if warning := missing_tests(setup.source, names):
+        print(warning)
     out = left_out(run, setup.source, names, general)
     if out:
         records = records.select(i for i, record in enumerate(records.records) if record.id not in out)
@@ -112,6 +117,7 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
     meta = {"config": spec.config, **result.metrics}
     checkpoint.save_params(workdir / "params", saved, setup.model, meta, trained_on=base, beside=setup.companions)
     print(f"{result.step} steps on {len(encoded)} records of {len(names)} subsets; parameters in {workdir / 'params'}")
+    print(f"`medcg eval` with the same config and --workdir={workdir} scores them")
     counts = {"workdir": str(workdir), "steps": result.step, "records": len(encoded)}
     return counts | result.metrics | {"skipped_checkpoints": result.skipped_checkpoints}
 
@@ -176,6 +182,25 @@ def check_disk(setup: Setup, workdir: Path) -> None:
     what = f"{count} checkpoints of {checkpoint.amount(num_bytes(state))} and the parameters, by train.keep_checkpoints"
     if jax.process_index() == 0:
         checkpoint.check_room(workdir, needed, what)
+
+
+def missing_tests(source: Source, subsets: Sequence[str]) -> str:
+    """A warning of test records whose image's file is missing, which no training needs; "" if there are none.
+
+    Raises:
+      DataError: the data cannot be read.
+    """
+    missing = []
+    for name in subsets:
+        tests = source.records(name, "test")
+        files = [(record.id, image) for record, image in zip(tests.records, tests.images) if record.image]
+        missing += [key for key, image in files if isinstance(image, TreeImage) and not image.exists()]
+    if not missing:
+        return ""
+    return (
+        f"warning: {len(missing)} test records have no image, as {missing[0]}: they are not needed here, and `medcg eval` "
+        "will refuse them; `medcg data check` lists them"
+    )
 
 
 def left_out(run: RunConfig, source: Source, subsets: Sequence[str], general: RecordSet | None) -> frozenset[str]:

@@ -26,6 +26,7 @@ from medcg_jax.families import registry
 from medcg_jax.families.build import TINY, Config, architecture, create, join, replicated
 from medcg_jax.families.flops import forward, training
 from medcg_jax.families.weights.files import has_tokenizer
+from medcg_jax.families.weights.kind import check_family
 from medcg_jax.mesh import check_batch, make_mesh
 from medcg_jax.train.losses import mask_loss
 from medcg_jax.train.sanity import check_token_ids, check_tokens, pixel_keys
@@ -127,7 +128,11 @@ def open_setup(
     """
     if not has_weights and trained is None:
         check_weights(run)
+        if run.model.checkpoint:
+            check_family(run.model.checkpoint, run.model.name)
     mesh = make_mesh(run.mesh, devices)
+    if run.model.matmul == "fp8" and mesh.devices.flat[0].platform == "cpu":
+        print("model.matmul=fp8 is emulated on a CPU: rounded as fp8 is, and slower than float32")
     check_batch(mesh, run.train.batch_size // run.train.accumulation_steps, "train.batch_size per accumulation step")
     if run.base.steps:
         check_batch(mesh, run.base.batch_size // run.base.accumulation_steps, "base.batch_size per accumulation step")
