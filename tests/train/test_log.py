@@ -154,7 +154,7 @@ def test_wandb_is_imported_only_where_it_is_asked_for(toy, tmp_path, monkeypatch
     [
         ("--profile_steps=3:9", "log.profile_steps='3:9'"),
         ("--profile_steps=3", "FIRST:LAST"),
-        ("--config.log.wandb=project", "pip install 'medcg-jax[wandb]'"),
+        ("--config.log.wandb=project", "pip install '.[wandb]'"),
     ],
 )
 def test_what_cannot_be_shown_is_refused_before_anything(flag, message, tmp_path, monkeypatch, capfd):
