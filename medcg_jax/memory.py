@@ -4,9 +4,10 @@ import re
 
 GIB = 1 << 30
 # "Out of memory allocating 1038058823872 bytes", "trying to allocate 12884901888 bytes", as XLA writes it; libtpu
-# writes "Used 26.32G of 15.75G hbm".
+# writes "Used 26.32G of 15.75G hbm" or "(26.32G) exceeds available HBM (15.75G)".
 _BYTES = re.compile(r"allocat\w*(?: of)? (\d+)\s?(?:bytes|B)\b", re.IGNORECASE)
-_USED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", re.IGNORECASE)
+_NUMBER = r"\(?([\d.]+)([KMGT])\)?"
+_USED = re.compile(rf"{_NUMBER} (?:of|exceeds available HBM) {_NUMBER}", re.IGNORECASE)
 _UNITS = {"K": 1 / (1 << 20), "M": 1 / (1 << 10), "G": 1.0, "T": 1024.0}
 TRAINING = (
     "a smaller train.batch_size or, with the same results, a larger train.accumulation_steps or model.remat=full need "
@@ -24,9 +25,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def gib(count: float) -> str:
-    """Bytes in GiB, with as many decimals as tell them apart: "966.8 GiB", "0.0031 GiB"."""
+    """Bytes in GiB, with as many decimals as tell them apart: "966.8 GiB", "15.75 GiB", "0.0031 GiB"."""
     size = count / GIB
-    return f"{size:,.1f} GiB" if size >= 10 else f"{size:.2f} GiB" if size >= 0.1 or not size else f"{size:.2g} GiB"
+    return f"{size:,.1f} GiB" if size >= 100 else f"{size:.2f} GiB" if size >= 0.1 or not size else f"{size:.2g} GiB"
 
 
 def asked_for(text: str) -> str:

@@ -178,7 +178,7 @@ def test_libraries_in_c_are_not_seen_and_python_is():
         ("RESOURCE_EXHAUSTED: Out of memory allocating 1038058823872 bytes.", "966.8 GiB were asked for at once"),
         ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 3221225472 bytes.\nmore", "3.00 GiB were asked"),
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 26.32G of 15.75G hbm.",
-         "26.3 GiB were needed of the device's 15.8 GiB"),
+         "26.32 GiB were needed of the device's 15.75 GiB"),
         ("RESOURCE_EXHAUSTED: not one cell fits the devices here", "memory: not one cell fits the devices here"),
     ],
 )  # fmt: skip
@@ -194,13 +194,18 @@ def test_memory_that_does_not_suffice_is_told_in_gib_with_what_to_change(text, w
         assert setting in line
 
 
+def test_what_a_tpu_s_compiler_refuses_is_read_too():
+    text = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (26.32G) exceeds available HBM (15.75G)."
+    assert memory.asked_for(text) == "26.32 GiB were needed of the device's 15.75 GiB"
+
+
 def test_a_test_is_told_its_own_batch():
     line = memory.explained(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes."), "eval")
     assert "eval.batch_size" in line and "train.batch_size" not in line
 
 
 @pytest.mark.parametrize(
-    ("count", "words"), [(0, "0.00 GiB"), (3.3e6, "0.0031 GiB"), (2**30, "1.00 GiB"), (80 * 2**30, "80.0 GiB")]
+    ("count", "words"), [(0, "0.00 GiB"), (3.3e6, "0.0031 GiB"), (2**30, "1.00 GiB"), (80 * 2**30, "80.00 GiB")]
 )
 def test_a_small_size_is_not_shown_as_nothing(count, words):
     assert memory.gib(count) == words

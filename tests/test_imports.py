@@ -13,7 +13,7 @@ MAX_LINES = 600
 
 # Room (or file) of the package -> what of the package it may import. What may be imported by all: `axes` and `config`,
 # which hold names and plain values only, `files` and `untrusted`.
-BASICS = {"axes", "config", "config_checks", "files", "registry", "terminal", "untrusted"}
+BASICS = {"axes", "config", "config_checks", "files", "memory", "registry", "terminal", "untrusted"}
 # What a room may know of the run's other processes, beside that.
 SHARED = BASICS | {"processes"}
 MODELS = SHARED | {"chips", "mesh", "nn", "data", "families"}
@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": MODELS,
     "eval": MODELS | {"train"},
     "study": MODELS | {"agreement", "config_file", "platform", "train", "eval"},
-    "plan": MODELS | {"memory", "train", "eval"},
+    "plan": MODELS | {"train", "eval"},
     "parity": MODELS | {"train", "eval"},
     "bench": MODELS | {"platform", "train", "eval", "plan", "parity"},
 }
