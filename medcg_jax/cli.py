@@ -346,8 +346,11 @@ def with_as_many_cells_as_fit(run: RunConfig) -> RunConfig:
 
 
 def run_report(args) -> dict:
+    of_grids = not args.dir.endswith(".json")
+    if of_grids and len(args.other) > 1:
+        raise ConfigError(f"medcg report {' '.join([args.dir, *args.other])}: expected one or two grids")
     for folder in (args.dir, *args.other):
-        if folder.endswith(".json"):
+        if not of_grids:
             if not Path(folder).is_file():
                 raise ConfigError(f"{folder}: no such file; expected a JSON file of `medcg bench`")
         else:
@@ -356,10 +359,8 @@ def run_report(args) -> dict:
     from medcg_jax.study.report.page import check_formats, write_report
 
     formats = check_formats(args.format)
-    if args.dir.endswith(".json"):
+    if not of_grids:
         return report_benchmarks(args)
-    if len(args.other) > 1:
-        raise ConfigError(f"medcg report {' '.join([args.dir, *args.other])}: expected one or two grids")
     if args.other:
         page = write_comparison(args.dir, args.other[0], args.out)
         print(page)

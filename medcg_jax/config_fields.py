@@ -90,7 +90,7 @@ def _kind(hint: Any) -> str:
     names = {int: "whole number", float: "number", bool: "true or false", str: "text"}
     arguments = [arg for arg in typing.get_args(hint) if arg is not ...]
     if typing.get_origin(hint) is tuple:
-        return f"{_kind(arguments[0])}s, A,B"
+        return f"list of {_kind(arguments[0])}s"
     if typing.get_origin(hint) is dict:
         return f"dict of {_kind(arguments[1])} by {_kind(arguments[0])}"
     return names[hint]
@@ -122,9 +122,9 @@ def lines_of(infos: list[FieldInfo], width: int) -> Iterator[str]:
 
 
 def shown(value: Any) -> str:
-    """A value as a flag takes it: `--config.KEY=VALUE`."""
+    """A value as a flag takes it, `--config.KEY=VALUE`; in quotes where it has spaces."""
     if isinstance(value, tuple):
-        return ",".join(map(shown, value)) or "()"
+        return ", ".join(map(shown, value)) or "()"
     if isinstance(value, dict):
         return repr(value)
     return '""' if value == "" else str(value)

@@ -14,7 +14,7 @@ from medcg_jax.data.encoding import Encoded, cut_rows, row_length
 from medcg_jax.data.leaks import KINDS, Leak, actions_of, actions_of_general, find_leaks, hashed, joined, remedy, words
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, Source, concat
-from medcg_jax.data.release import TreeImage
+from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.sources import subset_names
 from medcg_jax.families.build import abstract, num_bytes, shardings, split_trainable
 from medcg_jax.mesh import local_rows
@@ -72,8 +72,6 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
         general = setup.general.draw(tuple((name, len(records)) for name, records in sorted(zip(names, sets))))
         sets.append(general)
     records = concat(sets)
-    if warning := missing_tests(setup.source, names):
-        print(warning)
     out = left_out(run, setup.source, names, general)
     if out:
         records = records.select(i for i, record in enumerate(records.records) if record.id not in out)
@@ -184,23 +182,22 @@ def check_disk(setup: Setup, workdir: Path) -> None:
         checkpoint.check_room(workdir, needed, what)
 
 
-def missing_tests(source: Source, subsets: Sequence[str]) -> str:
-    """A warning of test records whose image's file is missing, which no training needs; "" if there are none.
+def present_tests(source: Source, subsets: Sequence[str]) -> list[RecordSet]:
+    """The test records of each subset; prints a warning of those whose image is missing, which no training needs.
 
     Raises:
       DataError: the data cannot be read.
     """
-    missing = []
-    for name in subsets:
-        tests = source.records(name, "test")
-        files = [(record.id, image) for record, image in zip(tests.records, tests.images) if record.image]
-        missing += [key for key, image in files if isinstance(image, TreeImage) and not image.exists()]
-    if not missing:
-        return ""
-    return (
-        f"warning: {len(missing)} test records have no image, as {missing[0]}: they are not needed here, and `medcg eval` "
-        "will refuse them; `medcg data check` lists them"
-    )
+    if not isinstance(source, ReleaseSource):
+        return [source.records(name, "test") for name in subsets]
+    found = [source.present_tests(name) for name in subsets]
+    missing = [record for _, ids in found for record in ids]
+    if missing:
+        print(
+            f"warning: {len(missing)} test records have no image, as {missing[0]}: no training needs them, and `medcg "
+            "eval` will refuse them; `medcg data check` lists them"
+        )
+    return [records for records, _ in found]
 
 
 def left_out(run: RunConfig, source: Source, subsets: Sequence[str], general: RecordSet | None) -> frozenset[str]:
@@ -220,7 +217,7 @@ def left_out(run: RunConfig, source: Source, subsets: Sequence[str], general: Re
         return frozenset()
     near_bits = None if general is None or run.study.near_duplicates == "off" else run.study.near_duplicate_bits
     decoded: dict | None = None if near_bits is None else {}
-    tests = joined(hashed(source.records(name, "test"), decoded) for name in subsets)
+    tests = joined(hashed(records, decoded) for records in present_tests(source, subsets))
     leaks: list[tuple[Leak, str]] = []
     if not is_drawn:
         training = joined(hashed(source.records(name, "train")) for name in subsets)
