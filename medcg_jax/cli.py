@@ -211,7 +211,6 @@ def started(args: argparse.Namespace, run: RunConfig) -> Iterator[None]:
         do not agree.
       RunError: the others do not come.
     """
-    cli_checks.check_run(run, args.verb, workdir(args, run))
     flags = {name: getattr(args, name) for name in ("coordinator", "num_processes", "process_id")}
     joined = cluster.detect(os.environ, **flags)
     flags_line = xla_flags.apply(run.deterministic, whole_device=args.verb != "reproduce" or run.study.jobs == 1)
@@ -220,6 +219,8 @@ def started(args: argparse.Namespace, run: RunConfig) -> Iterator[None]:
 
         processes.start(joined)
         check_agreement(run, args.verb, workdir(args, run), lambda: fingerprints(args, run))
+    # Once they have joined, so that one that fails ends the others with its reason.
+    cli_checks.check_run(run, args.verb, workdir(args, run))
     if args.verb != "reproduce" or run.study.jobs == 1:  # else the devices are for the grid's own processes
         check_mesh(run)
     from medcg_jax.train.log import keep_programs

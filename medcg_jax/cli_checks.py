@@ -1,5 +1,6 @@
 """Checks of paths before a verb imports what it needs, so that a wrong one is told at once."""
 
+import os
 import re
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def check_grid(folder: str) -> None:
     path = Path(folder)
     if not path.is_dir():
         raise ConfigError(f"{folder}: no such folder; expected the workdir of a grid (`medcg reproduce`)")
-    if (path / "config.json").is_file() or any(path.glob("*/config.json")):
+    if os.path.lexists(path / "config.json") or any(path.glob("*/config.json")):
         return
     if (path / "params" / "model.json").is_file() or (path / "metrics" / "train.jsonl").is_file():
         raise ConfigError(

@@ -174,8 +174,8 @@ def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:
         return load_tokenizer("", registry.of_model(model.name).tokenizer)
     where = f"{paths[-1]} has no tokenizer.model or tokenizer.json" if paths else "model.checkpoint is empty, too"
     raise ConfigError(
-        f"model.tokenizer is empty, and {where}; give the tokenizer's file or directory, of the release that "
-        f"{model.name} is"
+        f"model.tokenizer is empty, and {where}; give --config.model.tokenizer=PATH, the tokenizer's file or directory, "
+        f"of the release that {model.name} is"
     )
 
 
