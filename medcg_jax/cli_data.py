@@ -11,7 +11,7 @@ from medcg_jax.cli_parser import Parser, add, add_amount
 from medcg_jax.config import PHANTOM_RULES, DataConfig
 from medcg_jax.data.records import DataError
 from medcg_jax.data.sources import is_prepared
-from medcg_jax.terminal import shows_progress
+from medcg_jax.terminal import bar, shows_progress
 
 
 def add_data(verbs) -> None:
@@ -171,11 +171,9 @@ def data_format(args) -> dict:
 
 def progress(items, total: int):
     """A bar on a terminal, elsewhere a line at the start; nothing with --quiet."""
-    from tqdm import tqdm
-
     if shows_progress() and not sys.stderr.isatty():
         print(f"reading {total} images", file=sys.stderr, flush=True)
-    return tqdm(items, total=total, disable=not shows_progress() or None, desc="images")
+    return bar(items, total, "images")
 
 
 def data_stats(args) -> dict:

@@ -1,5 +1,7 @@
 """What stands on the terminal beside a result: durations in words, and how much is shown (`--quiet`, `--verbose`)."""
 
+from collections.abc import Iterable
+
 QUIET, PLAIN, VERBOSE = range(3)
 _shown = PLAIN
 
@@ -34,3 +36,19 @@ def duration(seconds: float) -> str:
     if hours < 48:
         return " ".join(f"{number} {unit}" for number, unit in ((minutes // 60, "h"), (minutes % 60, "min")) if number)
     return " ".join(f"{number} {unit}" for number, unit in ((hours // 24, "d"), (hours % 24, "h")) if number)
+
+
+def bar(items: Iterable, total: int, name: str) -> Iterable:
+    """The items, with a bar on a terminal that tells the time left; nothing is shown elsewhere, or with `QUIET`."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        @property
+        def format_dict(self):
+            known = super().format_dict
+            done, seconds = known["n"] - known["initial"], known["elapsed"]
+            left = duration(seconds * (total - known["n"]) / done) + " left" if done else ""
+            return known | {"left": left}
+
+    shown = "{desc} {n_fmt}/{total_fmt} |{bar}| {left}"
+    return Bar(items, total=total, desc=name, bar_format=shown, disable=None if shows_progress() else True)

@@ -54,3 +54,19 @@ def test_quiet_shows_no_progress_but_what_must_be_known(amount):
     progress.update(2, "loss 1")
     progress.print("checkpoint 3 is damaged")
     assert stream.getvalue() == "checkpoint 3 is damaged\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_tells_the_time_left_in_words(amount, monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr("sys.stderr", stream)
+    assert list(terminal.bar(range(3), 3, "images")) == [0, 1, 2]
+    assert "images 0/3" in stream.getvalue() and "images 3/3" in stream.getvalue() and "0 s left" in stream.getvalue()
+    amount(terminal.QUIET)
+    quiet = Terminal()
+    monkeypatch.setattr("sys.stderr", quiet)
+    assert list(terminal.bar(range(3), 3, "images")) == [0, 1, 2] and quiet.getvalue() == ""
