@@ -24,7 +24,7 @@ def add_config_flags(verb: Parser) -> None:
 def config_help() -> str:
     """The config files with their arguments, for the end of a verb's help."""
     files = [read(path) for path in project_files()]
-    args = {arg: None for file in files if file.second_args for arg in file.args}
+    args = {arg: None for file in files if file.has_many for arg in file.args}
     return "\n".join(
         ["config files, from any folder (`medcg config` says what each is for):"]
         + [f"  {file.form}" for file in files]

@@ -118,13 +118,13 @@ class MeshConfig:
     (`mesh.make_mesh`).
     """
 
-    # Groups of devices that train different cells of a grid.
+    # Groups of devices that train different cells of a grid; -1: all that remain.
     cell: int = setting(1, least=-1, most=MOST_DEVICES, unit="devices", free=True)
-    # Over these the rows of a batch are split.
+    # Over these the rows of a batch are split; -1: all that remain.
     data: int = setting(-1, least=-1, most=MOST_DEVICES, unit="devices", free=True)
-    # Over these rows are split, and parameters with their optimizer's state.
+    # Over these rows are split, and parameters with their optimizer's state; -1: all that remain.
     fsdp: int = setting(1, least=-1, most=MOST_DEVICES, unit="devices", free=True)
-    # Over these the products of each layer are split.
+    # Over these the products of each layer are split; -1: all that remain.
     tensor: int = setting(1, least=-1, most=MOST_DEVICES, unit="devices", free=True)
 
 
@@ -143,7 +143,7 @@ class ModelConfig:
     compute_dtype: str = setting("float32", choices=DTYPES)
     # Dtype of products with the decoder's weights, of `MATMUL` (`nn.matmul`, by qwix); "": `compute_dtype`.
     matmul: str = setting("", choices=MATMUL)
-    # Kernel of attention; "auto": the one that was measured to be the fastest on the device.
+    # Kernel of attention; "auto": splash on TPUs, cuDNN's on GPUs in 16 bits, else plain.
     attention: str = setting("auto", choices=ATTENTION, free=True)
     # What is computed again in the backward pass and not kept in memory: nothing, all of a layer, or all but products.
     remat: str = setting("none", choices=REMAT, free=True)

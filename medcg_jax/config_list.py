@@ -15,6 +15,7 @@ from medcg_jax.config import ConfigError
 
 FOLDER = "configs"
 NAMES = ("ARGS", "SECOND_ARGS")
+MOST_ARGS = 6
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,15 @@ class ConfigFile:
 
     @property
     def form(self) -> str:
-        """How it is named with its arguments: "configs/phantom.py[:quick|study]"."""
-        if self.second_args:
-            return f"{FOLDER}/{self.path.name}[:ARG[,{'|'.join(self.second_args)}]]"
-        return f"{FOLDER}/{self.path.name}" + (f"[:{'|'.join(self.args)}]" if self.args else "")
+        """How it is named with its arguments: "configs/phantom.py[:quick|study]"; ARG: as of `paper.py`, one of many."""
+        first = "ARG" if self.has_many else "|".join(self.args)
+        second = f"[,{'|'.join(self.second_args)}]" if self.second_args else ""
+        return f"{FOLDER}/{self.path.name}" + (f"[:{first}{second}]" if self.args else "")
+
+    @property
+    def has_many(self) -> bool:
+        """Whether its arguments are too many for a line."""
+        return len(self.args) > MOST_ARGS
 
 
 def project_folder() -> Path:
@@ -122,15 +128,16 @@ def check_arg(name: str, arg: str, args: Mapping[str, str], second_args: Mapping
 
 def listing() -> list[str]:
     """Lines about the project's config files: each one's name with its arguments, its first line, what arguments do."""
-    lines, backbones = [], {}
+    lines, backbones, second = [], {}, {}
     for file in map(read, project_files()):
         lines += [file.form, f"    {file.summary}"]
-        if file.second_args:  # many files take these: they are told once
+        if file.has_many:  # the same in many files: they are told once
             lines.append(f"    {file.default} unless another ARG is given")
             backbones |= file.args
+            second |= file.second_args
         else:
             lines += _told(file.args, file.default)
-    return [*lines, "ARG is one of", *_told(backbones)]
+    return [*lines, "ARG is one of", *_told(backbones), "behind a comma", *_told(second)]
 
 
 def _told(args: Mapping[str, str], default: str = "") -> list[str]:

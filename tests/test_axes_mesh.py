@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
@@ -57,6 +57,7 @@ def test_a_mesh_that_does_not_fit_is_refused_in_one_line(config, message):
         mesh_shape(config, 8)
 
 
+@settings(deadline=None)
 @given(*[st.sampled_from((-1, 1, 2, 3, 4, 8, 16))] * 4, st.integers(1, 16))
 def test_the_flags_that_are_named_fit(cell, data, fsdp, tensor, devices):
     config = MeshConfig(cell, data, fsdp, tensor)
