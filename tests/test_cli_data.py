@@ -83,7 +83,7 @@ def test_a_mirrored_test_image_in_training_is_named(tree, tmp_path, capsys):
         ("--max_bad_frac=7", "7: expected 0 to 1"),
         ("--window=moon", "data.window='moon'; "),
         ("--near=maybe", "invalid choice: 'maybe'"),
-        ("--imag=keep", "--imag=keep is not known to `medcg data prepare`; see `medcg data prepare --help`"),
+        ("--imag=keep", "--imag=keep is not known to `medcg data prepare`; did you mean --image? see `medcg data"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_leaves_nothing(tree, tmp_path, capsys, flag, message):

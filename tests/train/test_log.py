@@ -270,6 +270,7 @@ def test_programs_are_kept_unless_the_user_says_where(tmp_path, monkeypatch):
 def test_training_and_evaluation_keep_their_programs(verb, work, monkeypatch, tmp_path):
     """Before they compile the first."""
     done = []
+    (tmp_path / "params").mkdir()  # without parameters there is nothing to evaluate
     monkeypatch.setattr(log, "keep_programs", lambda: done.append("kept"))
     monkeypatch.setattr(f"medcg_jax.{work}", lambda run, workdir: done.append("worked") or {})
     assert cli.main([verb, f"--config={CONFIG}:tiny", f"--workdir={tmp_path}"]) == 0
