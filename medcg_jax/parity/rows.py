@@ -143,7 +143,7 @@ def part_of(stage: str) -> str:
         return f"{under}gradients"
     if stage.startswith("loss before"):
         return "loss along a curve"
-    head = re.sub(r"\d+$", "", stage.partition(".")[0])
+    head = re.sub(r"[_ ]?\d+$", "", stage.partition(".")[0])
     return under + {"vision": "vision tower", "embed": "decoder"}.get(head, head)
 
 

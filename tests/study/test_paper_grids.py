@@ -174,7 +174,10 @@ def test_backbones_keep_their_own_recipes():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("table3.py:llava", "table3.py:llava: expected one of llava15_7b, .*; behind a comma one of release, phantom"),
+        (
+            "table3.py:llava",
+            "table3.py:llava: did you mean llava15_7b. expected one of .*; behind a comma one of release, phantom",
+        ),
         ("table3.py:llava15_7bb", "did you mean llava15_7b"),
         ("table3.py:llava15_7b,mini", "table3.py:llava15_7b,mini: expected .*; behind a comma one of release, phantom"),
         ("table3.py:llava15_7b,", "table3.py:llava15_7b,: "),
