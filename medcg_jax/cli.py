@@ -238,12 +238,13 @@ def started(args: argparse.Namespace, run: RunConfig) -> Iterator[None]:
 
 
 def check_mesh(run: RunConfig) -> None:
-    """Raises ConfigError if the mesh does not fit the devices, before anything slower is imported."""
+    """Raises ConfigError if the mesh does not fit the devices or the batches, before anything slower is imported."""
     import jax
 
-    from medcg_jax.mesh import mesh_shape
+    from medcg_jax.mesh import check_batches, mesh_shape
 
-    mesh_shape(run.mesh, jax.device_count())
+    _, data, fsdp, _ = mesh_shape(run.mesh, jax.device_count())
+    check_batches(data * fsdp, run)
 
 
 def fingerprints(args: argparse.Namespace, run: RunConfig) -> dict[str, str]:

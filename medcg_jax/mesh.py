@@ -11,7 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.axes import BATCH_AXES, MESH_AXES
-from medcg_jax.config import ConfigError, MeshConfig
+from medcg_jax.config import ConfigError, MeshConfig, RunConfig
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
@@ -114,7 +114,19 @@ def _across_islands(shape: tuple[int, ...], sizes: Mapping[int, int]) -> tuple[i
 
 def check_batch(mesh: Mesh, batch_size: int, field: str) -> None:
     """Raises ConfigError if the mesh's batch axes do not divide `batch_size`; the message calls it `field`."""
-    shards = num_shards(mesh)
+    _check_shards(num_shards(mesh), batch_size, field)
+
+
+def check_batches(shards: int, run: RunConfig) -> None:
+    """Raises ConfigError if one of a run's batches cannot be split into so many shards (`num_shards`)."""
+    for section in ("train", *(["base"] if run.base.steps else [])):
+        train = getattr(run, section)
+        name = f"{section}.batch_size per accumulation step"
+        _check_shards(shards, train.batch_size // train.accumulation_steps, name)
+    _check_shards(shards, run.eval.batch_size, "eval.batch_size")
+
+
+def _check_shards(shards: int, batch_size: int, field: str) -> None:
     if batch_size % shards:
         raise ConfigError(
             f"{field}={batch_size} cannot be split over data x fsdp = {shards} devices; expected a multiple of {shards}"
