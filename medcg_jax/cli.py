@@ -221,7 +221,8 @@ def started(args: argparse.Namespace, run: RunConfig) -> Iterator[None]:
         check_agreement(run, args.verb, workdir(args, run), lambda: fingerprints(args, run))
     # Once they have joined, so that one that fails ends the others with its reason.
     cli_checks.check_run(run, args.verb, workdir(args, run))
-    if args.verb != "reproduce" or run.study.jobs == 1:  # else the devices are for the grid's own processes
+    # The devices of a grid of several processes are theirs, and models of a grid may have settings of their own.
+    if args.verb != "reproduce" or run.study.jobs == 1 and not run.study.models:
         check_mesh(run)
     from medcg_jax.train.log import keep_programs
 
