@@ -21,7 +21,7 @@ NOISE_FACTOR, MAX_TOLERANCE = 8.0, 1e-2
 # Prefix of the stages that run with other weights (`weights.telling`).
 TELLING = "telling weights: "
 # Notes printed at most; a large model may have one for each layer.
-MOST_NOTES = 3
+MOST_NOTES = 2
 
 
 @dataclass(frozen=True)
