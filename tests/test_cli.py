@@ -147,7 +147,8 @@ def test_boxes_then_masks_are_trained_and_scored(tmp_path, capfd):
     assert "are trained by themselves" in capfd.readouterr().err
 
 
-AS_FIT = ("reproduce", "--config=configs/phantom.py:tiny", "--config.study.cells_at_once=0")
+FLAGS = ("--config.study.cells_at_once=0", "--config.eval.batch_size=8")
+AS_FIT = ("reproduce", "--config=configs/phantom.py:tiny", *FLAGS)
 
 
 def test_as_many_cells_as_fit(monkeypatch, capsys, tmp_path):

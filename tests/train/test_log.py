@@ -273,5 +273,5 @@ def test_training_and_evaluation_keep_their_programs(verb, work, monkeypatch, tm
     (tmp_path / "params").mkdir()  # without parameters there is nothing to evaluate
     monkeypatch.setattr(log, "keep_programs", lambda: done.append("kept"))
     monkeypatch.setattr(f"medcg_jax.{work}", lambda run, workdir: done.append("worked") or {})
-    assert cli.main([verb, f"--config={CONFIG}:tiny", f"--workdir={tmp_path}"]) == 0
+    assert cli.main([verb, f"--config={CONFIG}:tiny", "--config.eval.batch_size=8", f"--workdir={tmp_path}"]) == 0
     assert done == ["kept", "worked"]
