@@ -67,9 +67,15 @@ PEAKS = {
 
 # Chips by the names that `medcg plan` and `medcg reproduce --dry` take.
 CHIPS = {
-    "v5e": V5E, "v5p": V5P, "v6e": V6E, "tpu7x": TPU7X, "a100": PEAKS["NVIDIA A100-SXM4-80GB"], "h100": H100,
-    "h200": H200, "b200": PEAKS["NVIDIA B200"],
-}  # fmt: skip
+    "v5e": V5E,
+    "v5p": V5P,
+    "v6e": V6E,
+    "tpu7x": TPU7X,
+    "a100": PEAKS["NVIDIA A100-SXM4-80GB"],
+    "h100": H100,
+    "h200": H200,
+    "b200": PEAKS["NVIDIA B200"],
+}
 
 
 def chip_hours(flops: float) -> dict[str, float]:

@@ -14,10 +14,12 @@ MOST_COLUMNS = 120
 def add_config_flags(verb: Parser) -> None:
     """Adds --config, and below the verb's flags the config files that can be named."""
     verb.add_argument(
-        "--config", required=True, metavar="FILE.py[:ARG]",
+        "--config",
+        required=True,
+        metavar="FILE.py[:ARG]",
         help="what to run, one of those below or your own; --config.KEY=VALUE sets one of its fields, which "
         "`medcg config FILE.py` lists",
-    )  # fmt: skip
+    )
     verb.tail = config_help
 
 

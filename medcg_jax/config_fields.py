@@ -59,11 +59,17 @@ def fields_of(run: RunConfig) -> list[FieldInfo]:
         limits, cls = field.metadata, _section_type(key)
         infos.append(
             FieldInfo(
-                key=key, value=value, default=defaults[key], kind=_kind(typing.get_type_hints(cls)[field.name]),
-                unit=limits.get("unit", ""), choices=tuple(limits.get("choices") or ()), limits=_limits(limits),
-                meaning=meanings(cls)[field.name], is_free=bool(limits.get("free")),
+                key=key,
+                value=value,
+                default=defaults[key],
+                kind=_kind(typing.get_type_hints(cls)[field.name]),
+                unit=limits.get("unit", ""),
+                choices=tuple(limits.get("choices") or ()),
+                limits=_limits(limits),
+                meaning=meanings(cls)[field.name],
+                is_free=bool(limits.get("free")),
             )
-        )  # fmt: skip
+        )
     return infos
 
 

@@ -106,15 +106,22 @@ def completed(script: Path, line: str, shell: str = "bash") -> list[str]:
         ("medcg data prepare --ne", ["--near=keep", "--near=drop"]),
         ("medcg convert a b --to=p", ["peft"]),
         ("medcg train --work", ["--workdir="]),
-        ("medcg train --config=configs/phan", ["configs/phantom.py", *(f"configs/phantom.py:{arg}" for arg in
-                                               ("quick", "study", "negative", "null", "tiny"))]),
+        (
+            "medcg train --config=configs/phan",
+            [
+                "configs/phantom.py",
+                *(f"configs/phantom.py:{arg}" for arg in ("quick", "study", "negative", "null", "tiny")),
+            ],
+        ),
         # A shell takes what stands behind the last colon for a word of its own.
         ("medcg train --config=configs/phantom.py:st", ["study"]),
-        ("medcg reproduce --config=configs/table3.py:llava15_7b --config.study.near", ["--config.study.near_duplicates=",
-                                                                                  "--config.study.near_duplicate_bits="]),
+        (
+            "medcg reproduce --config=configs/table3.py:llava15_7b --config.study.near",
+            ["--config.study.near_duplicates=", "--config.study.near_duplicate_bits="],
+        ),
         ("medcg train --zebra", []),
     ],
-)  # fmt: skip
+)
 def test_a_shell_completes_verbs_flags_files_and_fields(script, line, words):
     assert completed(script, line) == words
 
@@ -129,9 +136,11 @@ def test_folders_are_completed_where_one_is_expected(script):
 @pytest.mark.skipif(not shutil.which("zsh"), reason="zsh is not installed")
 def test_zsh_takes_the_script():
     done = subprocess.run(
-        ["zsh", "-fc", f"source <({sys.executable} -m medcg_jax completion zsh); which _medcg"], capture_output=True,
-        text=True, check=True,
-    )  # fmt: skip
+        ["zsh", "-fc", f"source <({sys.executable} -m medcg_jax completion zsh); which _medcg"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "_medcg ()" in done.stdout
 
 
@@ -177,11 +186,13 @@ def test_libraries_in_c_are_not_seen_and_python_is():
     [
         ("RESOURCE_EXHAUSTED: Out of memory allocating 1038058823872 bytes.", "966.8 GiB were asked for at once"),
         ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 3221225472 bytes.\nmore", "3.00 GiB were asked"),
-        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 26.32G of 15.75G hbm.",
-         "26.32 GiB were needed of the device's 15.75 GiB"),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 26.32G of 15.75G hbm.",
+            "26.32 GiB were needed of the device's 15.75 GiB",
+        ),
         ("RESOURCE_EXHAUSTED: not one cell fits the devices here", "memory: not one cell fits the devices here"),
     ],
-)  # fmt: skip
+)
 def test_memory_that_does_not_suffice_is_told_in_gib_with_what_to_change(text, words, monkeypatch, capsys):
     def run(args):
         raise RuntimeError(text)

@@ -75,9 +75,17 @@ def test_a_package_with_its_configs_in_it_finds_them_too(tmp_path):
     shutil.copytree(ROOT / "configs", package / "configs")
     program = "from medcg_jax import config_list as c; print(c.find('phantom.py')); print(c.find('configs/table3.py'))"
     done = subprocess.run(
-        [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path[1:] + [str(tmp_path / 'site')]!r}[::-1]; {program}"],
-        cwd=tmp_path, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-S",
+            "-c",
+            f"import sys; sys.path[:0] = {sys.path[1:] + [str(tmp_path / 'site')]!r}[::-1]; {program}",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.split() == [str(package / "configs" / name) for name in ("phantom.py", "table3.py")]
 
 
@@ -149,9 +157,13 @@ def test_without_a_file_the_files_are_listed(capsys):
 
 @pytest.mark.parametrize(
     ("name", "fields"),
-    [("learning_rate", ["train.learning_rate", "base.learning_rate"]), ("tokenizer", ["model.tokenizer"]),
-     ("lerning_rate", ["train.learning_rate", "base.learning_rate"]), ("zebra", [])],
-)  # fmt: skip
+    [
+        ("learning_rate", ["train.learning_rate", "base.learning_rate"]),
+        ("tokenizer", ["model.tokenizer"]),
+        ("lerning_rate", ["train.learning_rate", "base.learning_rate"]),
+        ("zebra", []),
+    ],
+)
 def test_fields_of_any_section_are_near(name, fields):
     assert close_fields(name) == fields
 

@@ -32,19 +32,29 @@ CASES = {
     "parity, our own form": (["parity", "trained/params"], "give --against=DIR"),
     "train, no data": (["train", PHANTOM, TREE, "--config.data.root=none"], "data.root='none': no such folder"),
     "reproduce, no data": (["reproduce", PHANTOM, TREE, "--config.data.root=none"], "`medcg data ledger FOLDER`"),
-    "train, prepared": (["train", PHANTOM, TREE, "--config.data.root=prepared"], "expected --config.data.source=prepared"),
-    "train, not prepared": (["train", PHANTOM, "--config.data.source=prepared", "--config.data.root=tree"],
-                            "not prepared; expected what `medcg data prepare tree OUT` writes"),
-    "train, another family": (["train", PHANTOM, "--config.model.checkpoint=llava", "--config.model.name=qwen2_vl_tiny"],
-                              "is a llava checkpoint, and model.name=qwen2_vl_tiny is of qwen2_vl"),
+    "train, prepared": (
+        ["train", PHANTOM, TREE, "--config.data.root=prepared"],
+        "expected --config.data.source=prepared",
+    ),
+    "train, not prepared": (
+        ["train", PHANTOM, "--config.data.source=prepared", "--config.data.root=tree"],
+        "not prepared; expected what `medcg data prepare tree OUT` writes",
+    ),
+    "train, another family": (
+        ["train", PHANTOM, "--config.model.checkpoint=llava", "--config.model.name=qwen2_vl_tiny"],
+        "is a llava checkpoint, and model.name=qwen2_vl_tiny is of qwen2_vl",
+    ),
     "eval, nothing": (["eval", PHANTOM, "--workdir=none"], "params is missing and model.checkpoint is empty"),
-    "eval, another run": (["eval", PHANTOM, "--workdir=trained"], "was trained with data.system_prompt='vicuna', not ''"),
+    "eval, another run": (
+        ["eval", PHANTOM, "--workdir=trained"],
+        "was trained with data.system_prompt='vicuna', not ''",
+    ),
     "data check": (["data", "check", "none"], "none: no such folder"),
     "data stats": (["data", "stats", "none", "out"], "none: no such folder"),
     "data stats, prepared": (["data", "stats", "prepared", "out"], "prepared: it is prepared"),
     "data prepare": (["data", "prepare", "none", "out"], "none: no such folder"),
     "config": (["config", "none.py"], "--config=none.py: there is no such file"),
-}  # fmt: skip
+}
 PROGRAM = """
 import contextlib, io, json, sys, time
 from medcg_jax.cli import main
@@ -82,9 +92,14 @@ def refusals(folder) -> dict:
     given = json.dumps({name: argv for name, (argv, _) in CASES.items()})
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=folder, input=given, capture_output=True, text=True, check=True,
+        [sys.executable, "-c", PROGRAM],
+        cwd=folder,
+        input=given,
+        capture_output=True,
+        text=True,
+        check=True,
         env=environment,
-    )  # fmt: skip
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -121,10 +136,16 @@ def test_the_data_room_says_it_too(folder, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "stated", "family"),
-    [("config.json", {"model_type": "qwen2_vl"}, "qwen2_vl"), ("config.json", {"model_type": "mllama"}, "mllama"),
-     ("model.json", {"family": "next_chat"}, "next_chat"), ("config.json", {"model_type": "bert"}, ""),
-     ("config.json", {"model_type": 3}, ""), ("config.json", [], ""), ("other.json", {}, "")],
-)  # fmt: skip
+    [
+        ("config.json", {"model_type": "qwen2_vl"}, "qwen2_vl"),
+        ("config.json", {"model_type": "mllama"}, "mllama"),
+        ("model.json", {"family": "next_chat"}, "next_chat"),
+        ("config.json", {"model_type": "bert"}, ""),
+        ("config.json", {"model_type": 3}, ""),
+        ("config.json", [], ""),
+        ("other.json", {}, ""),
+    ],
+)
 def test_the_family_of_a_checkpoint(name, stated, family, tmp_path):
     (tmp_path / name).write_text(json.dumps(stated))
     assert family_in(tmp_path) == family
@@ -167,10 +188,11 @@ def test_other_data_are_told_and_not_refused(tmp_path):
     trained_with.check_same(run, directory)
     lines = trained_with.lines(run, directory)
     assert lines == [
-        "trained with data.source='release', tested with 'phantom'", "trained with data.root='mine', tested with ''",
+        "trained with data.source='release', tested with 'phantom'",
+        "trained with data.root='mine', tested with ''",
         "trained with data.subsets=[], tested with ['04']",
         "trained with model.compute_dtype='float32', tested with 'bfloat16'",
-    ]  # fmt: skip
+    ]
     # What is of a training alone makes no difference, nor does a field that was not recorded.
     run = replace(run, train__learning_rate=0.5, model__trainable=("decoder",), data__max_text_tokens=99)
     trained_with.check_same(run, directory)

@@ -13,9 +13,19 @@ from medcg_jax.train import log
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0, "0 s"), (35.4, "35 s"), (59.4, "59 s"), (59.6, "1 min"), (2880, "48 min"), (3590, "1 h"), (34260, "9 h 31 min"),
-     (7200, "2 h"), (48 * 3600, "2 d"), (53 * 3600 + 100, "2 d 5 h")],
-)  # fmt: skip
+    [
+        (0, "0 s"),
+        (35.4, "35 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min"),
+        (2880, "48 min"),
+        (3590, "1 h"),
+        (34260, "9 h 31 min"),
+        (7200, "2 h"),
+        (48 * 3600, "2 d"),
+        (53 * 3600 + 100, "2 d 5 h"),
+    ],
+)
 def test_a_duration_is_read_at_once(seconds, words):
     assert duration(seconds) == words
 

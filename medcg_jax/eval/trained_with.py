@@ -11,14 +11,31 @@ META_FILE = "meta.json"
 MAX_META_BYTES = 2**24
 # A model is asked as it was trained: architecture, prompt, and what it is shown of an image.
 SAME = (
-    "model.name", "model.intermediate_from", "model.mask_text_only_rows_attention", "model.min_pixels",
-    "model.max_pixels", "model.lora_rank", "model.lora_alpha", "model.lora_targets", "data.system_prompt",
-)  # fmt: skip
+    "model.name",
+    "model.intermediate_from",
+    "model.mask_text_only_rows_attention",
+    "model.min_pixels",
+    "model.max_pixels",
+    "model.lora_rank",
+    "model.lora_alpha",
+    "model.lora_targets",
+    "data.system_prompt",
+)
 # These may differ, for a test on other data or in another precision, which is then told.
 TOLD = (
-    "data.source", "data.root", "data.subsets", "data.seed", "data.phantom_decoys", "data.phantom_rule", "data.window",
-    "data.deep_grey", "data.frame", "model.compute_dtype", "model.matmul", "model.base_dtype",
-)  # fmt: skip
+    "data.source",
+    "data.root",
+    "data.subsets",
+    "data.seed",
+    "data.phantom_decoys",
+    "data.phantom_rule",
+    "data.window",
+    "data.deep_grey",
+    "data.frame",
+    "model.compute_dtype",
+    "model.matmul",
+    "model.base_dtype",
+)
 
 
 def recorded(directory: Path) -> dict[str, Any]:

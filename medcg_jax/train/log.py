@@ -163,9 +163,13 @@ class Progress:
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=total, initial=done, desc=label, file=self._stream, leave=False,
+                total=total,
+                initial=done,
+                desc=label,
+                file=self._stream,
+                leave=False,
                 bar_format="{desc}: step {n_fmt}/{total_fmt} |{bar}|{postfix}",
-            )  # fmt: skip
+            )
 
     def update(self, done: int, text: str) -> None:
         """Shows that `done` steps are made, with `text` beside it."""
