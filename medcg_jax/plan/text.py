@@ -59,7 +59,7 @@ def _lines(result: dict) -> Iterator[str]:
 def _rows():
     """(title, function from a program's section of the result to the cell's text)."""
 
-    def gib(key):
+    def size(key):
         return lambda program: gib(program[key]).removesuffix(" GiB") if program.get(key) is not None else ""
 
     def bound(key):
@@ -82,12 +82,12 @@ def _rows():
     def rate(key, form):
         return lambda program: form.format(program[key]) if program.get(key) is not None else ""
 
-    yield "GiB a device: peak of the program", gib("peak_bytes")
-    yield "  arguments", gib("argument_bytes")
-    yield "  temporary", gib("temp_bytes")
-    yield "  output", gib("output_bytes")
-    yield "  of it in place of arguments (donated)", gib("alias_bytes")
-    yield "  beside the program, in a grid", gib("held_bytes")
+    yield "GiB a device: peak of the program", size("peak_bytes")
+    yield "  arguments", size("argument_bytes")
+    yield "  temporary", size("temp_bytes")
+    yield "  output", size("output_bytes")
+    yield "  of it in place of arguments (donated)", size("alias_bytes")
+    yield "  beside the program, in a grid", size("held_bytes")
     yield "model TFLOP, full attention", flops("full")
     yield "model TFLOP, causal attention", flops("causal")
     yield "executed TFLOP, padding and remat counted", flops("executed")
