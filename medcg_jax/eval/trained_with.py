@@ -45,10 +45,10 @@ def recorded(directory: Path) -> dict[str, Any]:
         meta = read_json(directory / META_FILE, max_bytes=MAX_META_BYTES)
     except FileError:
         return {}
-    config = meta.get("config") if isinstance(meta, dict) else None
-    sections = {"model", "data"}
-    has_sections = isinstance(config, dict) and all(isinstance(config.get(name), dict) for name in sections)
-    return config if has_sections else {}
+    config = meta.get("config")
+    if not isinstance(config, dict) or not all(isinstance(config.get(name), dict) for name in ("model", "data")):
+        return {}
+    return config
 
 
 def parameters_of(run: RunConfig, workdir: Path) -> Path:
