@@ -14,6 +14,7 @@ from medcg_jax.data.encoding import Encoded, cut_rows, row_length
 from medcg_jax.data.leaks import KINDS, Leak, actions_of, actions_of_general, find_leaks, hashed, joined, remedy, words
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, Source, concat
+from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.sources import subset_names
 from medcg_jax.families.build import abstract, num_bytes, shardings, split_trainable
 from medcg_jax.mesh import local_rows
@@ -62,6 +63,8 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
     if run.log.wandb:
         load_wandb()
     setup = open_setup(run)
+    if not run.model.checkpoint:
+        print(f"model.checkpoint is empty: {run.model.name} starts from random weights")
     names = subset_names(setup.source, run.data)
     sets = [setup.source.records(name, "train") for name in names]
     general = None
@@ -112,6 +115,7 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
     meta = {"config": spec.config, **result.metrics}
     checkpoint.save_params(workdir / "params", saved, setup.model, meta, trained_on=base, beside=setup.companions)
     print(f"{result.step} steps on {len(encoded)} records of {len(names)} subsets; parameters in {workdir / 'params'}")
+    print(f"`medcg eval` with the same config and --workdir={workdir} scores them")
     counts = {"workdir": str(workdir), "steps": result.step, "records": len(encoded)}
     return counts | result.metrics | {"skipped_checkpoints": result.skipped_checkpoints}
 
@@ -178,6 +182,24 @@ def check_disk(setup: Setup, workdir: Path) -> None:
         checkpoint.check_room(workdir, needed, what)
 
 
+def present_tests(source: Source, subsets: Sequence[str]) -> list[RecordSet]:
+    """The test records of each subset; prints a warning of those whose image is missing, which no training needs.
+
+    Raises:
+      DataError: the data cannot be read.
+    """
+    if not isinstance(source, ReleaseSource):
+        return [source.records(name, "test") for name in subsets]
+    found = [source.present_tests(name) for name in subsets]
+    missing = [record for _, ids in found for record in ids]
+    if missing:
+        print(
+            f"warning: {len(missing)} test records have no image, as {missing[0]}: no training needs them, and `medcg "
+            "eval` will refuse them; `medcg data check` lists them"
+        )
+    return [records for records, _ in found]
+
+
 def left_out(run: RunConfig, source: Source, subsets: Sequence[str], general: RecordSet | None) -> frozenset[str]:
     """Ids of the training records that a run leaves out, since they leak a test; prints a line for each kind of leak.
 
@@ -195,7 +217,7 @@ def left_out(run: RunConfig, source: Source, subsets: Sequence[str], general: Re
         return frozenset()
     near_bits = None if general is None or run.study.near_duplicates == "off" else run.study.near_duplicate_bits
     decoded: dict | None = None if near_bits is None else {}
-    tests = joined(hashed(source.records(name, "test"), decoded) for name in subsets)
+    tests = joined(hashed(records, decoded) for records in present_tests(source, subsets))
     leaks: list[tuple[Leak, str]] = []
     if not is_drawn:
         training = joined(hashed(source.records(name, "train")) for name in subsets)
