@@ -138,7 +138,9 @@ def pixels_of(image: str | Path | Image.Image | np.ndarray, form: Form) -> tuple
 
 def _picture(array: np.ndarray) -> Image.Image:
     is_grey, is_colour = array.ndim == 2, array.ndim == 3 and array.shape[2] == 3
-    if not array.size or not ((array.dtype == np.uint8 and (is_grey or is_colour)) or (array.dtype == np.uint16 and is_grey)):
+    if not array.size or not (
+        (array.dtype == np.uint8 and (is_grey or is_colour)) or (array.dtype == np.uint16 and is_grey)
+    ):
         shape = ", ".join(map(str, array.shape))
         raise ImageError(f"an array {array.dtype}[{shape}]; expected {ARRAYS}")
     return Image.fromarray(np.ascontiguousarray(array))
@@ -149,6 +151,12 @@ def check_question(question: str) -> str:
     if not isinstance(question, str) or not question.strip():
         raise DataError(f"question={question!r}: expected text")
     return question.strip()
+
+
+def check_new_tokens(count: int) -> None:
+    """Raises ConfigError if an answer cannot have so many tokens at most."""
+    if not isinstance(count, int) or count < 1:
+        raise ConfigError(f"max_new_tokens={count!r}; expected a whole number from 1")
 
 
 def check_options(options: Sequence[str]) -> tuple[str, ...]:
