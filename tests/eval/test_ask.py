@@ -1,6 +1,5 @@
 """One question to a tiny checkpoint of every family: the numbers and texts of `medcg eval`, and the docstrings' examples."""
 
-import doctest
 import functools
 import io
 import json
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from dicom_files import dicom_bytes
+from docstrings import run_examples
 from eval_toys import others_long
 from family_toys import SOURCE, SUBSETS, WITH_BOXES
 from PIL import Image
@@ -103,15 +103,10 @@ def test_the_examples_of_the_docstrings_run(family, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     written(Path("runs/first/params"), family)
     Image.fromarray(SOURCE.records(SUBSETS[0], "test").image(0)).save("scan.png")
-    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
-    names = ["ask", "score", *(["locate"] if family in WITH_BOXES else [])]
     if family in WITH_BOXES:
         written(Path("runs/boxes/params"), family)
-    for documented in (medcg_jax.load, medcg_jax.Answer, *(getattr(medcg_jax.Model, name) for name in names)):
-        [examples] = finder.find(documented, documented.__qualname__, globs={})
-        assert examples.examples
-        runner.run(examples)
-    assert runner.failures == 0
+    names = ["ask", "score", *(["locate"] if family in WITH_BOXES else [])]
+    run_examples(medcg_jax.load, medcg_jax.Answer, *(getattr(medcg_jax.Model, name) for name in names))
 
 
 @pytest.mark.long
