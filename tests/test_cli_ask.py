@@ -11,13 +11,13 @@ import family_toys
 import numpy as np
 import pytest
 from PIL import Image
+from toy_checkpoints import trained
 
 from medcg_jax import cli_ask
 from medcg_jax.cli import main, parse
 from medcg_jax.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
-META = {"config": {"data": {"source": "phantom", "system_prompt": ""}}}
 TWO = ["--option", "A=normal", "--option", "B=abnormal"]
 
 
@@ -28,17 +28,11 @@ def image(tmp_path) -> str:
     return str(path)
 
 
-def written(folder: Path, family: str) -> str:
-    from medcg_jax.train.checkpoint import save_params
-
-    toy = family_toys.setup(family)
-    save_params(folder / "params", family_toys.weights(family), toy.model, META, beside=(toy.tokenizer.path,))
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory) -> str:
-    return written(tmp_path_factory.mktemp("llava"), "llava")
+    folder = tmp_path_factory.mktemp("llava")
+    trained(folder / "params", "llava")
+    return str(folder)
 
 
 # ------------------------------------------------------------------ refusals
@@ -192,7 +186,7 @@ def test_free_text_is_printed(llava, image, capfd):
 @pytest.mark.long
 @pytest.mark.parametrize("family", family_toys.WITH_BOXES)
 def test_boxes_are_drawn_on_a_copy(family, tmp_path, image, capfd):
-    checkpoint, out, found = written(tmp_path / family, family), tmp_path / "drawn.png", tmp_path / "found.json"
+    out, found, checkpoint = tmp_path / "drawn.png", tmp_path / "found.json", str(trained(tmp_path / family, family))
     before = Path(image).read_bytes()
     flags = ["--boxes", f"--out={out}", "--max_new_tokens=12", f"--json={found}"]
     assert main(["ask", checkpoint, image, "Where is the liver?", *flags]) == 0

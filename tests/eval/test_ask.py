@@ -15,6 +15,7 @@ from eval_toys import others_long
 from family_toys import SOURCE, SUBSETS, WITH_BOXES
 from PIL import Image
 from releases import CONFIGS, random_release, replaced
+from toy_checkpoints import converted, trained
 
 import medcg_jax
 from medcg_jax.config import ConfigError
@@ -26,31 +27,16 @@ from medcg_jax.families import build
 from medcg_jax.families.llava.model import llava15_7b
 from medcg_jax.families.weights import convert
 from medcg_jax.nn.base import Base
-from medcg_jax.train.checkpoint import save_params
 from medcg_jax.train.sanity import BlindModel
 
 FAMILIES = list(family_toys.TINY)
 NEW = 8
-# What a checkpoint of `medcg train` on phantoms says about its data.
-META = {"config": {"data": {"source": "phantom", "system_prompt": ""}}}
-
-
-def written(folder: Path, family: str, *, meta: dict | None = META, change=lambda params: params) -> Path:
-    """A checkpoint of the family's toy weights, as `medcg train` writes it (or, with meta=None, `medcg convert`)."""
-    toy = family_toys.setup(family)
-    params = change(family_toys.weights(family))
-    if meta is None:
-        convert.save_params(folder, params, toy.model)
-        (folder / "tokenizer.json").write_bytes(toy.tokenizer.path.read_bytes())
-    else:
-        save_params(folder, params, toy.model, meta, beside=(toy.tokenizer.path,))
-    return folder
 
 
 @pytest.fixture(scope="module")
 def model_of(tmp_path_factory):
     """family -> its toy checkpoint, opened."""
-    return functools.cache(lambda family: ask.load(written(tmp_path_factory.mktemp(family) / "params", family)))
+    return functools.cache(lambda family: ask.load(trained(tmp_path_factory.mktemp(family) / "params", family)))
 
 
 def questions() -> RecordSet:
@@ -101,10 +87,10 @@ def test_free_text_is_the_evaluation_s(family, model_of):
 @pytest.mark.parametrize("family", others_long(FAMILIES))
 def test_the_examples_of_the_docstrings_run(family, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    written(Path("runs/first/params"), family)
+    trained(Path("runs/first/params"), family)
     Image.fromarray(SOURCE.records(SUBSETS[0], "test").image(0)).save("scan.png")
     if family in WITH_BOXES:
-        written(Path("runs/boxes/params"), family)
+        trained(Path("runs/boxes/params"), family)
     names = ["ask", "score", *(["locate"] if family in WITH_BOXES else [])]
     run_examples(medcg_jax.load, medcg_jax.Answer, *(getattr(medcg_jax.Model, name) for name in names))
 
@@ -179,10 +165,10 @@ def with_head_times(scale: float):
 
 def test_a_model_that_sees_nothing_or_gives_no_numbers_does_not_answer(tmp_path):
     image = SOURCE.records(SUBSETS[0], "test").image(0)
-    blind = ask.load(written(tmp_path / "blind", "llava", change=with_head_times(0.0)))
+    blind = ask.load(trained(tmp_path / "blind", "llava", with_head_times(0.0)))
     with pytest.raises(BlindModel, match="blind: the model does not see images"):
         blind.score(image, "Is it?", ["yes", "no"])
-    broken = ask.load(written(tmp_path / "broken", "llava", change=with_head_times(np.nan)))
+    broken = ask.load(trained(tmp_path / "broken", "llava", with_head_times(np.nan)))
     with pytest.raises(ConfigError, match="broken: the model answers with numbers that are not finite"):
         broken.score(image, "Is it?", ["yes", "no"])
 
@@ -191,11 +177,11 @@ def test_a_model_that_sees_nothing_or_gives_no_numbers_does_not_answer(tmp_path)
 
 
 def test_the_prompt_is_the_training_s_or_the_release_s(tmp_path):
-    trained = ask.load(written(tmp_path / "trained", "llava"))
-    assert (trained.system_prompt, trained.form.closing) == ("", "")
-    converted = written(tmp_path / "converted", "llava", meta=None)
-    assert ask.load(converted).system_prompt == "vicuna" and "letter" in ask.load(converted).form.closing
-    assert ask.load(converted, system_prompt="").system_prompt == ""
+    model = ask.load(trained(tmp_path / "trained", "llava"))
+    assert (model.system_prompt, model.form.closing) == ("", "")
+    model = ask.load(converted(tmp_path / "converted", "llava"))
+    assert model.system_prompt == "vicuna" and "letter" in model.form.closing
+    assert ask.load(tmp_path / "converted", system_prompt="").system_prompt == ""
     released = {family: family_toys.setup(family).format.prompts.released_system_prompt for family in FAMILIES}
     assert released == {"llava": "vicuna", "next_chat": "vicuna", "qwen2_vl": "qwen2", "mllama": "", "minigpt_v2": ""}
 
