@@ -25,6 +25,7 @@ from medcg_jax.eval.boxes import rounded
 from medcg_jax.eval.grounding import make_locator
 from medcg_jax.eval.inputs import (
     META_FILE,
+    MODEL_FILE,
     Form,
     check_new_tokens,
     check_options,
@@ -211,8 +212,9 @@ class Model:
         Example:
           >>> import medcg_jax as m
           >>> model = m.load("runs/boxes")
-          >>> for x1, y1, x2, y2 in model.locate("scan.png", "Where is the liver?", max_new_tokens=8).boxes:
-          ...     assert x1 <= x2 and y1 <= y2
+          >>> answer = model.locate("scan.png", "Where is the liver?", max_new_tokens=8)
+          >>> all(len(box) == 4 for box in answer.boxes)
+          True
         """
         check_gives_boxes(self.family)
         ask_for, read = self._format.box_question, self._format.read_boxes
@@ -264,7 +266,7 @@ class Model:
         length = -(-len(ids) // ROW_MULTIPLE) * ROW_MULTIPLE
         tokens = np.full((1, length), self._tokenizer.pad_id, np.int32)
         tokens[0, : len(ids)] = ids
-        images = {key: np.ascontiguousarray(array)[None, None] for key, array in fmt.preprocess(pixels).items()}
+        images = {key: np.array(array)[None, None] for key, array in fmt.preprocess(pixels).items()}
         return {
             "tokens": tokens, "segment_ids": (np.arange(length) < len(ids)).astype(np.int32)[None],
             "last_position": np.array([len(ids) - 1], np.int32), **images,
@@ -337,7 +339,7 @@ def load(
     config = with_dtype(config, dtype)
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        if (path / META_FILE).is_file():
+        if (path / META_FILE).is_file() and (path / MODEL_FILE).is_file():
             graphdef, params, _ = load_params(path, config, mesh, base=str(below or ""))
         else:
             graphdef, params = load_checkpoint(path, config, mesh, parts={"base": below} if below else {})
