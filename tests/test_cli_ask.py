@@ -82,11 +82,19 @@ def test_a_wrong_flag_is_one_line_and_status_2(flags, message, tmp_path, image, 
         (["FOLDER", "BROKEN", "Is it?"], "broken.png: not an image of a known format"),
         (["FOLDER", "IMAGE", "  "], "question="),
         (["FOLDER", "IMAGE", "Is it?"], "holds no checkpoint"),
+        (["OTHER", "IMAGE", "Is it?"], "model_type='blip'; accepted: llava"),
     ],
 )
 def test_a_wrong_word_is_one_line_and_status_2(words, message, tmp_path, image, capfd):
     (tmp_path / "broken.png").write_bytes(b"no image")
-    places = {"FOLDER": str(tmp_path), "IMAGE": image, "BROKEN": str(tmp_path / "broken.png")}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "blip"}')
+    places = {
+        "FOLDER": str(tmp_path),
+        "OTHER": str(tmp_path / "other"),
+        "IMAGE": image,
+        "BROKEN": str(tmp_path / "broken.png"),
+    }
     assert main(["ask", *(places.get(word, word) for word in words)]) == 2
     error = capfd.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("medcg: ")
