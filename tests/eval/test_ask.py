@@ -97,20 +97,27 @@ def test_the_examples_of_the_docstrings_run(family, tmp_path, monkeypatch):
 
 @pytest.mark.long
 @pytest.mark.parametrize("family", WITH_BOXES)
-def test_boxes_are_those_of_the_evaluation(family, model_of):
-    toy, model = family_toys.setup(family), model_of(family)
+def test_boxes_are_those_of_the_evaluation(family, tmp_path):
+    toy = family_toys.setup(family)
+
+    def with_more_boxes(params):
+        changed = jax.tree.map(np.copy, params)
+        if family == "next_chat":
+            changed["decoder"]["head"]["kernel"][:, toy.model.at_token_id] *= 5
+        return changed
+
+    model = ask.load(trained(tmp_path / "params", family, with_more_boxes))
     records = SOURCE.records("ct-liver-det", "test").select(range(2))
     encoded = encode_boxes(records, toy.tokenizer, toy.run.data, toy.format)
     graphdef, places = build.abstract(toy.model)[0], build.shardings(toy.model, toy.mesh)
-    locator = grounding.make_locator(
-        toy.mesh, graphdef, places, eos_id=toy.tokenizer.eos_id, max_new_tokens=NEW
-    )  # fmt: skip
-    params = family_toys.placed(family, None)
+    eos_id = toy.tokenizer.eos_id
+    locator = grounding.make_locator(toy.mesh, graphdef, places, eos_id=eos_id, max_new_tokens=NEW)
+    params = jax.device_put(with_more_boxes(family_toys.weights(family)), places)
     expected = grounding.locate(locator, toy.mesh, params, encoded, toy.tokenizer, batch_size=2)
     for index, asked in enumerate(encoded.asked):
         answer = model.locate(encoded.records.image(index), asked.question, max_new_tokens=NEW)
         assert answer.text == expected[index].generated
-        assert answer.boxes == (expected[index].predicted or ())
+        np.testing.assert_allclose(answer.boxes, expected[index].predicted or (), atol=0.02)
     assert family != "next_chat" or any(answer.predicted for answer in expected)
 
 
@@ -186,8 +193,9 @@ def test_the_prompt_is_the_training_s_or_the_release_s(tmp_path):
     assert released == {"llava": "vicuna", "next_chat": "vicuna", "qwen2_vl": "qwen2", "mllama": "", "minigpt_v2": ""}
 
 
-@pytest.mark.parametrize("family", others_long(FAMILIES))
-def test_a_released_directory_of_any_size_answers(family, tmp_path, monkeypatch):
+# NExT-Chat's ids of boxes belong to its architecture, and a toy tokenizer has others.
+@pytest.mark.parametrize("family", others_long(family for family in FAMILIES if family != "next_chat"))
+def test_a_released_directory_of_any_size_opens(family, tmp_path, monkeypatch):
     src, _ = random_release(family, tmp_path)
     toy = family_toys.setup(family).tokenizer
     # Toy tokenizers have more ids than these releases' rows, and other ids of special tokens.
