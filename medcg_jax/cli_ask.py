@@ -91,15 +91,16 @@ def run_ask(args) -> dict:
         answer = model.locate(pixels, args.question, max_new_tokens=args.max_new_tokens)
     else:
         answer = model.generate(pixels, args.question, max_new_tokens=args.max_new_tokens)
-    if args.out:
-        write_new_png(args.out, ask.draw_boxes(pixels, answer.boxes))
+    drawn = args.out if answer.boxes else ""
+    if drawn:
+        write_new_png(drawn, ask.draw_boxes(pixels, answer.boxes))
     seconds = time.monotonic() - began
     about = f"{model.family} from {model.path} in {model.dtype} on {model.device}, {seconds:.1f} s"
-    lines = [*answer_lines(answer, args.boxes, args.max_new_tokens), *filter(None, [args.out])]
+    lines = [*answer_lines(answer, args.boxes, args.max_new_tokens), *([drawn] if drawn else [])]
     print("\n".join([*lines, f"{about}; image read as {read_as}" if read_as else about]))
     return {
         **dataclasses.asdict(answer), "question": args.question, "image": args.image, "read_as": read_as,
-        "out": args.out, "checkpoint": str(model.path), "family": model.family, "dtype": model.dtype,
+        "out": drawn, "checkpoint": str(model.path), "family": model.family, "dtype": model.dtype,
         "device": model.device, "system_prompt": model.system_prompt, "closing": model.form.closing,
         "seconds": round(seconds, 3),
     }  # fmt: skip
@@ -144,7 +145,7 @@ def option_lines(probabilities: Mapping[str, float], letter_mass: float) -> list
 
     width = max(map(len, probabilities))
     lines = [f"{letter}  {text:{width}}  {p:.3f}" for letter, (text, p) in zip(LETTERS, probabilities.items())]
-    return [*lines, f"of all that the model could write, these letters are {letter_mass:.3f}"]
+    return [*lines, f"probability of these letters together, among all tokens: {letter_mass:.3f}"]
 
 
 def printable(text: str) -> str:

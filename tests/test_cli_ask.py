@@ -11,7 +11,7 @@ import family_toys
 import numpy as np
 import pytest
 from PIL import Image
-from toy_checkpoints import trained
+from toy_checkpoints import trained, with_more_boxes
 
 from medcg_jax import cli_ask
 from medcg_jax.cli import main, parse
@@ -105,8 +105,8 @@ def test_refusals_that_need_no_model_import_no_jax(tmp_path, image):
     program = """
 import sys
 from medcg_jax.cli import main
-statuses = [main(["ask", *words]) for words in (("x/y", "{0}", "q"), ("{1}", "no.png", "q"), ("{1}", "{0}", "q", "--option=A=a"))]
-print(statuses, "jax" in sys.modules)
+asked = ("x/y", "{0}", "q"), ("{1}", "no.png", "q"), ("{1}", "{0}", "q", "--option=A=a")
+print([main(["ask", *words]) for words in asked], "jax" in sys.modules)
 """
     command = [sys.executable, "-c", program.replace("{0}", image).replace("{1}", str(tmp_path))]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
@@ -161,7 +161,7 @@ def test_lines_of_an_answer():
     chosen = Answer("abnormal", "B", {"normal": 0.3125, "abnormal": 0.6875}, letter_mass=0.9)
     assert cli_ask.answer_lines(chosen, False, 9) == [
         "B: abnormal", "A  normal    0.312", "B  abnormal  0.688",
-        "of all that the model could write, these letters are 0.900",
+        "probability of these letters together, among all tokens: 0.900",
     ]  # fmt: skip
     text = Answer(" a\nlesion\x1b[2J \x00", is_whole=False)
     cut = "(cut off after 9 tokens; --max_new_tokens=N gives more)"
@@ -194,15 +194,20 @@ def test_free_text_is_printed(llava, image, capfd):
 @pytest.mark.long
 @pytest.mark.parametrize("family", family_toys.WITH_BOXES)
 def test_boxes_are_drawn_on_a_copy(family, tmp_path, image, capfd):
-    out, found, checkpoint = tmp_path / "drawn.png", tmp_path / "found.json", str(trained(tmp_path / family, family))
+    out, found = tmp_path / "drawn.png", tmp_path / "found.json"
+    change = with_more_boxes if family == "next_chat" else lambda params: params
+    checkpoint = str(trained(tmp_path / family, family, change))
     before = Path(image).read_bytes()
     flags = ["--boxes", f"--out={out}", "--max_new_tokens=12", f"--json={found}"]
     assert main(["ask", checkpoint, image, "Where is the liver?", *flags]) == 0
     lines, answer = capfd.readouterr().out.splitlines(), json.loads(found.read_text())
-    assert str(out) in lines and Path(image).read_bytes() == before
+    assert Path(image).read_bytes() == before
+    if family == "minigpt_v2":  # random weights write no box, so there is nothing to draw
+        assert "(no box could be read)" in lines and answer["out"] == "" and not out.exists()
+        return
+    assert str(out) in lines and answer["out"] == str(out)
     drawn = np.asarray(Image.open(out))
-    assert drawn.shape == (20, 30, 3) and answer["out"] == str(out)
-    assert answer["boxes"] or np.array_equal(drawn, np.asarray(Image.open(image)))
+    assert drawn.shape == (20, 30, 3) and not np.array_equal(drawn, np.asarray(Image.open(image)))
 
 
 @pytest.mark.long

@@ -187,7 +187,7 @@ class Model:
     def choose(self, image: Picture, question: str, options: Sequence[str]) -> Answer:
         """The option whose letter is the likeliest next token, with the probability of each.
 
-        options: 2 to 10 different texts. The model is asked `question` with the options as A, B, ... on lines behind it.
+        options: 2 to 10 different texts. The model is asked `question` with the options as A, B, ... on lines below it.
         """
         options = check_options(options)
         asked = choice_question(check_question(question), options, self.form.closing)
@@ -260,8 +260,8 @@ class Model:
         context = self._config.text.max_positions
         if len(ids) + max_new_tokens > context:
             raise ConfigError(
-                f"a prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens}; expected at most {context} tokens, "
-                "the model's context"
+                f"a prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens}; expected at most {context} "
+                "tokens, the model's context"
             )
         length = -(-len(ids) // ROW_MULTIPLE) * ROW_MULTIPLE
         tokens = np.full((1, length), self._tokenizer.pad_id, np.int32)

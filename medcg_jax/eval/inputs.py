@@ -1,4 +1,4 @@
-"""What a question needs before there is a model: the checkpoint's folder, how it was asked in training, pixels, options.
+"""What a question needs before there is a model: the checkpoint's folder, the form of its training, pixels, options.
 
 Nothing here imports JAX, so that a wrong path or a broken image is refused at once.
 """

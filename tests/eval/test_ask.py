@@ -1,4 +1,4 @@
-"""One question to a tiny checkpoint of every family: the numbers and texts of `medcg eval`, and the docstrings' examples."""
+"""One question to a tiny checkpoint of every family: the numbers and texts of `medcg eval`; examples of docstrings."""
 
 import functools
 import io
@@ -15,7 +15,7 @@ from eval_toys import others_long
 from family_toys import SOURCE, SUBSETS, WITH_BOXES
 from PIL import Image
 from releases import CONFIGS, random_release, replaced
-from toy_checkpoints import converted, trained
+from toy_checkpoints import converted, trained, with_more_boxes
 
 import medcg_jax
 from medcg_jax.config import ConfigError
@@ -99,20 +99,14 @@ def test_the_examples_of_the_docstrings_run(family, tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", WITH_BOXES)
 def test_boxes_are_those_of_the_evaluation(family, tmp_path):
     toy = family_toys.setup(family)
-
-    def with_more_boxes(params):
-        changed = jax.tree.map(np.copy, params)
-        if family == "next_chat":
-            changed["decoder"]["head"]["kernel"][:, toy.model.at_token_id] *= 5
-        return changed
-
-    model = ask.load(trained(tmp_path / "params", family, with_more_boxes))
+    change = with_more_boxes if family == "next_chat" else lambda params: params
+    model = ask.load(trained(tmp_path / "params", family, change))
     records = SOURCE.records("ct-liver-det", "test").select(range(2))
     encoded = encode_boxes(records, toy.tokenizer, toy.run.data, toy.format)
     graphdef, places = build.abstract(toy.model)[0], build.shardings(toy.model, toy.mesh)
     eos_id = toy.tokenizer.eos_id
     locator = grounding.make_locator(toy.mesh, graphdef, places, eos_id=eos_id, max_new_tokens=NEW)
-    params = jax.device_put(with_more_boxes(family_toys.weights(family)), places)
+    params = jax.device_put(change(family_toys.weights(family)), places)
     expected = grounding.locate(locator, toy.mesh, params, encoded, toy.tokenizer, batch_size=2)
     for index, asked in enumerate(encoded.asked):
         answer = model.locate(encoded.records.image(index), asked.question, max_new_tokens=NEW)
