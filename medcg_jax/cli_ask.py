@@ -84,7 +84,7 @@ def run_ask(args) -> dict:
     if args.boxes:
         below = inputs.local_checkpoint(args.base) if args.base else None
         ask.check_gives_boxes(ask.architecture(checkpoint, below).family)
-    model = ask.load(checkpoint, dtype=args.dtype, tokenizer=args.tokenizer, base=args.base, **form)
+    model = ask.load(args.checkpoint, dtype=args.dtype, tokenizer=args.tokenizer, base=args.base, **form)
     if options:
         answer = model.choose(pixels, args.question, options)
     elif args.boxes:
