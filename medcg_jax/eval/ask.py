@@ -333,7 +333,8 @@ def load(
     below = local_checkpoint(base) if base else None
     config = architecture(path, below)
     words = tokenizer_of(path, below, tokenizer)
-    config = dataclasses.replace(config, **registry.of(config).token_ids(words))
+    ids: dict[str, Any] = registry.of(config).token_ids(words)
+    config = dataclasses.replace(config, **ids)
     check_tokens(words, config.family, config)
     check_token_ids(words, config.family, path)
     config = with_dtype(config, dtype)
@@ -393,7 +394,7 @@ def with_dtype(config: Config, dtype: str) -> Config:
     base = config.base if dtype in QUANTIZED and dtype == config.base.dtype else Base(dtype)
     compute = "float32" if dtype == "float32" else "bfloat16"
     # One layer a step of the scan: a single question takes less time than the compilation of all layers at once.
-    runs = dict(remat="none", attention="auto", scan_unroll=1)
+    runs: dict[str, Any] = dict(remat="none", attention="auto", scan_unroll=1)
     return dataclasses.replace(config, compute_dtype=compute, base=base, **runs)
 
 
