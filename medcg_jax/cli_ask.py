@@ -145,7 +145,7 @@ def option_lines(probabilities: Mapping[str, float], letter_mass: float) -> list
 
     width = max(map(len, probabilities))
     lines = [f"{letter}  {text:{width}}  {p:.3f}" for letter, (text, p) in zip(LETTERS, probabilities.items())]
-    return [*lines, f"probability of these letters together, among all tokens: {letter_mass:.3f}"]
+    return [*lines, f"probability of these letters together, among all tokens: {letter_mass:.3g}"]
 
 
 def printable(text: str) -> str:

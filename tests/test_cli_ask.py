@@ -161,7 +161,7 @@ def test_lines_of_an_answer():
     chosen = Answer("abnormal", "B", {"normal": 0.3125, "abnormal": 0.6875}, letter_mass=0.9)
     assert cli_ask.answer_lines(chosen, False, 9) == [
         "B: abnormal", "A  normal    0.312", "B  abnormal  0.688",
-        "probability of these letters together, among all tokens: 0.900",
+        "probability of these letters together, among all tokens: 0.9",
     ]  # fmt: skip
     text = Answer(" a\nlesion\x1b[2J \x00", is_whole=False)
     cut = "(cut off after 9 tokens; --max_new_tokens=N gives more)"
