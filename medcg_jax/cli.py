@@ -15,6 +15,7 @@ from pathlib import Path
 
 from medcg_jax import cli_checks, cluster, processes, terminal
 from medcg_jax import platform as xla_flags
+from medcg_jax.cli_ask import add_ask
 from medcg_jax.cli_config import add_config, add_config_flags
 from medcg_jax.cli_data import add_data
 from medcg_jax.cli_parser import Parser, Version, add, add_amount, unknown_flag
@@ -158,6 +159,7 @@ def parser() -> Parser:
             verb.add_argument("--stages", default="", metavar="A,B", help=text)
             text = "HF transformers on the same records in the same run (LLaVA alone; extra `parity`)"
             verb.add_argument("--against", choices=("torch",), default="", help=text)
+    add_ask(verbs)
     add_plan(verbs)
     report = add(verbs, "report", run_report, "the page, tables and plots of a grid; plots of what `bench` measured")
     report.add_argument("dir", metavar="DIR", help="workdir of a grid, or a JSON file of `medcg bench`")

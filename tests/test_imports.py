@@ -18,7 +18,8 @@ BASICS = {"axes", "config", "config_checks", "files", "memory", "registry", "ter
 SHARED = BASICS | {"processes"}
 MODELS = SHARED | {"chips", "mesh", "nn", "data", "families"}
 ALLOWED: dict[str, set[str]] = {
-    "__init__": set(),
+    # Names for Python, of which none is imported before its first use.
+    "__init__": {"eval", "study", "train"},
     "axes": set(),
     "chips": set(),
     "files": {"config"},
@@ -31,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli_parser": {"config", "config_file"},
     "cli_checks": BASICS | {"data", "eval", "families"},
     "cli_config": {"cli_parser", "config", "config_fields", "config_file", "config_list"},
+    "cli_ask": {"cli_parser", "config", "data", "eval", "platform"},
     "cli_data": {"cli_checks", "cli_parser", "config", "terminal", "data", "study"},
     "config_fields": {"config", "config_checks"},
     "config_list": {"config"},
@@ -45,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": BASICS,
     "families": SHARED | {"nn", "mesh", "data"},
     "agreement": SHARED | {"data", "families"},
-    "train": MODELS,
+    "train": MODELS | {"cluster", "config_file", "platform"},
     "eval": MODELS | {"train"},
     "study": MODELS | {"agreement", "config_file", "platform", "train", "eval"},
     "plan": MODELS | {"train", "eval"},

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -20,7 +22,7 @@ from medcg_jax.families.build import abstract, num_bytes, shardings, split_train
 from medcg_jax.mesh import local_rows
 from medcg_jax.nn.base import Base
 from medcg_jax.train import checkpoint, goodput
-from medcg_jax.train.log import StepTrace, WandbTarget, load_wandb
+from medcg_jax.train.log import StepTrace, WandbTarget, keep_programs, load_wandb
 from medcg_jax.train.loop import RunSpec, fit, loop_options
 from medcg_jax.train.optim import hparams_from, make_optimizer, num_steps
 from medcg_jax.train.preempt import sigterm_saves
@@ -57,6 +59,49 @@ def train(run: RunConfig, workdir: Path) -> dict:
         spent = clock.summary()
     print(goodput.line(spent))
     return result | {"goodput": spent}
+
+
+def train_config(config: Any, workdir: str | Path = "") -> dict:
+    """`medcg train` in this process: one fine-tune. A second call with the same folder goes on where it ended.
+
+    XLA reads its flags, among them those of `deterministic`, when JAX first uses a device: call this before that.
+
+    config: a config file as for `--config`, "FILE.py" or "FILE.py:ARG"; a ConfigDict; or a `config.RunConfig`.
+    workdir: folder of the run; "": runs/NAME, by the configuration's name.
+
+    Returns {"workdir", "steps", "records", "goodput", ...}, as `medcg train --json`.
+
+    Raises:
+      ConfigError: `config` is of another type, or the environment names a run of several processes.
+      All that `train` and `config_file.load` raise.
+
+    Example:
+      >>> import medcg_jax as m
+      >>> counts = m.train("configs/phantom.py:tiny", "runs/tiny")  # doctest: +ELLIPSIS
+      2 steps on ... records of ... subsets; parameters in runs/tiny/params
+      ...
+      >>> counts["steps"]
+      2
+    """
+    from ml_collections import ConfigDict
+
+    from medcg_jax import cluster, platform
+    from medcg_jax.config_file import from_config_dict, load, with_flags
+    from medcg_jax.files import user_path
+
+    if isinstance(config, str | Path):
+        run = load(user_path(str(config), "config"))
+    elif isinstance(config, ConfigDict):
+        run = with_flags(from_config_dict(config), {})
+    elif isinstance(config, RunConfig):
+        run = with_flags(config, {})
+    else:
+        raise ConfigError(f"config of type {type(config).__name__}; expected a file, a ConfigDict or a RunConfig")
+    if joined := cluster.detect(os.environ):
+        raise ConfigError(f"this is one of several processes, by {joined.how}; `medcg train` runs them together")
+    platform.apply(run.deterministic)
+    keep_programs()
+    return train(run, Path(user_path(str(workdir), "workdir") if workdir else Path("runs") / run.name))
 
 
 def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
