@@ -81,15 +81,15 @@ def _section_type(key: str) -> type:
 @functools.cache
 def meanings(cls: type) -> dict[str, str]:
     """Field of a dataclass -> the comment right above it, on one line; "" where there is none."""
-    found, comment = {}, []
+    meanings, comment = {}, []
     for line in inspect.getsource(cls).splitlines():
         if line.startswith("    # "):
             comment.append(line.removeprefix("    # ").strip())
             continue
         if match := _FIELD.match(line):
-            found[match[1]] = " ".join(comment)
+            meanings[match[1]] = " ".join(comment)
         comment = []
-    return found
+    return meanings
 
 
 def _kind(hint: Any) -> str:

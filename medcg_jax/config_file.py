@@ -247,7 +247,7 @@ def close_fields(name: str) -> list[str]:
     fields = [key for _, key, _ in settings(RunConfig())]
     matches = difflib.get_close_matches(name, {field.rpartition(".")[2] for field in fields}, n=1, cutoff=0.8)
     # A base is rarely meant.
-    found = sorted(
+    candidates = sorted(
         (field for field in fields if field.rpartition(".")[2] in matches), key=lambda f: f.startswith("base.")
     )
-    return found[:3]
+    return candidates[:3]

@@ -98,8 +98,8 @@ def write_stats(
     reading = Reading(data.window, data.deep_grey, data.frame)
     report(f"reading the records of {root}, then every image")
     inspection = inspect(root, data.max_pixels, reading, workers=workers, progress=progress)
-    found = inspection.report
-    report(f"{found.num_records} records of {found.num_images} images read; drawing contact sheets, then the page")
+    counts = inspection.report
+    report(f"{counts.num_records} records of {counts.num_images} images read; drawing contact sheets, then the page")
     source = ReleaseSource(inspection.tree, data, skip=inspection.report.bad_records)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:

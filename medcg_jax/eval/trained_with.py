@@ -59,13 +59,13 @@ def parameters_of(run: RunConfig, workdir: Path) -> Path:
 
 def differences(run: RunConfig, config: dict[str, Any], keys: tuple[str, ...]) -> list[tuple[str, Any, Any]]:
     """(field, recorded value, the run's) for those of the fields that differ; fields that are not recorded do not."""
-    found = []
+    different = []
     for key in keys:
         section, _, name = key.partition(".")
         value = json.loads(json.dumps(getattr(getattr(run, section), name)))
         if name in config[section] and config[section][name] != value:
-            found.append((key, config[section][name], value))
-    return found
+            different.append((key, config[section][name], value))
+    return different
 
 
 def check_same(run: RunConfig, directory: Path) -> None:

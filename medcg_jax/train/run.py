@@ -235,14 +235,14 @@ def present_tests(source: Source, subsets: Sequence[str]) -> list[RecordSet]:
     """
     if not isinstance(source, ReleaseSource):
         return [source.records(name, "test") for name in subsets]
-    found = [source.present_tests(name) for name in subsets]
-    missing = [record for _, ids in found for record in ids]
+    tests = [source.present_tests(name) for name in subsets]
+    missing = [record for _, ids in tests for record in ids]
     if missing:
         print(
             f"warning: {len(missing)} test records have no image, as {missing[0]}: no training needs them, and `medcg "
             "eval` will refuse them; `medcg data check` lists them"
         )
-    return [records for records, _ in found]
+    return [records for records, _ in tests]
 
 
 def left_out(run: RunConfig, source: Source, subsets: Sequence[str], general: RecordSet | None) -> frozenset[str]:
