@@ -11,7 +11,6 @@ from test_report_text import TARGETS, answer_with, pairs  # noqa: F401
 from medcg_jax.study.report.load_grid import Grid
 from medcg_jax.study.report.opening import headline, teaser
 from medcg_jax.study.report.page import write_report
-from medcg_jax.study.report.sections import duration
 from medcg_jax.study.report.subset_pages import in_order
 from medcg_jax.study.report.table import Table, points
 from medcg_jax.study.report.text import Answer
@@ -137,8 +136,3 @@ def test_results_are_the_first_table_of_the_markdown(full_grid):
     assert names[:2] == ["Baseline", "Baseline+"] and "Trained" in names
     plus = next(row for row in rows if row[:2] == ["| pairs", "Baseline+"])
     assert any(re.fullmatch(r"[+−]\d+\.\d", value) for value in plus)
-
-
-def test_durations_are_read_at_once():
-    assert [duration(s) for s in (3.24, 12.4, 65, 3600 * 9 + 31 * 60)] == ["3.2 s", "12 s", "1 min 5 s", "9 h 31 min"]
-    assert duration(59.7) == "1 min 0 s"

@@ -110,7 +110,7 @@ def headline(answer: Answer, label: str = "", page: str = "") -> Headline:
             before=before,
             after=after,
             change=_change(gain),
-            chance=answer.chance(line["table"]),
+            chance=answer.chance(line),
             sizes=sentence(f"{answer.sizes(line)}; {overall_words(line)}"),
             label=label,
             page=page,

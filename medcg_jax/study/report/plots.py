@@ -216,8 +216,9 @@ class Plots:
         for y, arm in enumerate(arms):
             right = [(r["target"], r["seed"], r["n"], r["correct"]) for r in rows if r["arm"] == arm]
             units = [Unit(target, seed, n, correct, correct) for target, seed, n, correct in right]
-            (low, high), (colour, alpha) = estimate(units).interval(), colour_of(arm)
-            mean = 100 * mean_difference(units)
+            mean_accuracy = estimate(units, same_records=not self.grid.is_phantom)
+            (low, high), (colour, alpha) = mean_accuracy.interval(), colour_of(arm)
+            mean = 100 * mean_accuracy.mean
             axes.barh(y, mean, height=0.5, color=colour, alpha=0.85 * alpha)
             for target in sorted({unit.target for unit in units}):
                 value = mean_difference([unit for unit in units if unit.target == target])

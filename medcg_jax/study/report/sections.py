@@ -30,6 +30,7 @@ from medcg_jax.study.report.words import (
 )
 from medcg_jax.study.stats.grid_files import training_of
 from medcg_jax.study.stats.results import choices
+from medcg_jax.terminal import duration
 from medcg_jax.train import goodput
 
 # Tables that are folded at the end of the page.
@@ -189,15 +190,6 @@ def _cost(grid: Grid) -> list[tuple[str, str]]:
         total = sum(sum(start["seconds"].values()) for start in starts)
         facts.append(("cost", f"{duration(total)} of all processes together, the base included"))
     return facts
-
-
-def duration(seconds: float) -> str:
-    """Such as "12 s", "9 min 5 s" and "9 h 31 min"."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, whole = divmod(round(seconds), 60)
-    hours, left = divmod(minutes, 60)
-    return f"{hours} h {left} min" if hours else f"{minutes} min {whole} s" if minutes else f"{whole} s"
 
 
 def setting_text(value: object) -> str:

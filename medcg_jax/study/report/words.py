@@ -101,8 +101,8 @@ LETTERS = (
 )
 BASE = (
     "What is there before a fine-tune, target by target: whether the right option can be read from the image features "
-    "that the base gives its decoder, by a linear probe trained on images of the target itself (no arm is); and what "
-    "the words of the question give alone, beside a grey image or without one."
+    "that the base gives its decoder, by a linear probe trained on images of the target itself (no arm of pairs, triples "
+    "and ablations is); and what the words of the question give alone, beside a grey image or without one."
 )
 PUBLISHED = (
     "Printed accuracies are those of arXiv 2412.20070, version 1 (December 2024); version 2 moves some of them. They "
