@@ -1,6 +1,6 @@
 """Pictures of pages, for the eye: python -m tests.browser FOLDER PAGE.html ...
 
-FOLDER/NAME-WIDTH.png of each at three widths, -dark.png in dark colours, and .pdf as printed.
+FOLDER/NAME-WIDTH.png of each (NAME: the last parts of its path) at three widths, -dark.png in dark colours, and .pdf as printed.
 """
 
 import sys
@@ -18,7 +18,7 @@ def main(folder: str, *pages: str) -> int:
     out.mkdir(parents=True, exist_ok=True)
     with chromium() as browser:
         for path in map(Path, pages):
-            name = f"{path.resolve().parent.name}-{path.stem}"
+            name = "-".join(path.resolve().with_suffix("").parts[-3:])
             for width in WIDTHS:
                 with opened(browser, path, width) as tab:
                     tab.page.screenshot(path=out / f"{name}-{width}.png", full_page=True)

@@ -61,7 +61,7 @@ def test_what_a_grid_cost_is_on_its_page(tmp_path):
     # A start that does not say what it ran on: its hours are said, and of no device.
     goodput.write(workdir / goodput.FILE, [start | {"devices": times["devices"]}, start])
     facts = dict(_facts(Grid(workdir)))
-    assert "devices" not in facts and facts["cost"] == "5 h 0 min of all processes together, the base included"
+    assert "devices" not in facts and facts["cost"] == "5 h of all processes together, the base included"
 
 
 @pytest.mark.parametrize("devices", [3, {"kind": 1, "count": 1}, {"kind": "cpu", "count": 0}, {"kind": "cpu"}])

@@ -118,5 +118,5 @@ def test_nothing_is_written_that_was_not_asked_for(tmp_path):
 
 def test_a_grid_for_weights_and_biases_needs_the_package_before_it_starts(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
-    with pytest.raises(ConfigError, match=r"pip install 'medcg-jax\[wandb\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[wandb\]'"):
         check_start(replace(RunConfig(), log__wandb="project"))

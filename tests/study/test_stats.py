@@ -175,11 +175,12 @@ def test_a_question_of_several_rows_and_a_training_of_several_cells_count_once(t
     same = stats.summarise(write_grid(tmp_path / "same", answers))
     accuracy = next(a for a in same["accuracy"] if (a["part"], a["arm"]) == ("", "trained"))
     effect = same["effects"][0]
-    assert (accuracy["n"], effect["n"], effect["rows"], effect["trainings"]) == (30, 30, 3, 2)
-    # One comparison, asked three times: nothing to adjust.
+    assert (accuracy["n"], effect["n"], effect["trainings"]) == (30, 30, 2)
+    # One comparison, asked three times: one win, and nothing to adjust.
+    assert [effect[key] for key in ("rows", "wins", "losses", "significant")] == [1, 1, 0, 1]
     assert [row["p_holm"] for row in same["rows"]] == [row["p"] for row in same["rows"]]
     apart = stats.summarise(write_grid(tmp_path / "apart", answers, related=lambda key: f"{key[2]} of {key[1]}"))
-    assert apart["effects"][0]["trainings"] == 6
+    assert [apart["effects"][0][key] for key in ("trainings", "rows", "wins", "significant")] == [6, 3, 3, 3]
     assert [row["p_holm"] for row in apart["rows"]] == pytest.approx([3 * row["p"] for row in apart["rows"]])
     swapped = stats.summarise(
         write_grid(tmp_path / "swapped", answers, related=lambda key: "b+a" if key[1] == "fixed_task/x" else "a+b")

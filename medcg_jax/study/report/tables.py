@@ -116,8 +116,8 @@ class Tables:
         """(the effects of whole tables, those of their directions)."""
         caption = (
             "Mean differences between arms, in points, with 95 % intervals over targets crossed with seeds (with one seed "
-            "over targets alone: nothing is said of the recipe); rows above and below, and how many significantly in "
-            "these models (exact McNemar, Holm-adjusted over a table's distinct comparisons). Overall: the test of that "
+            "over targets alone: nothing is said of the recipe); rows above and below (those that share their trainings "
+            "count once), and how many significantly in these models (exact McNemar, Holm-adjusted over a table's distinct comparisons). Overall: the test of that "
             "interval, with one seed sign flips of the targets' means; by direction adjusted by Holm over a table's "
             "directions; and the least p that the layout allows, whatever the numbers are (–: any). Green: shown to be "
             "above 0; orange: below."

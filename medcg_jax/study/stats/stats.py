@@ -97,8 +97,9 @@ def summarise(
       "effects": [                        # one per line of EFFECTS and part that the grid has, part "" first
         {"table": "pairs", "part": "", "arm": "trained", "against": "baseline_plus",
          "mean": .36, "ci_low": .33, "ci_high": .39,     # `estimate` over targets and seeds
-         "targets": 8, "seeds": 3, "rows": 24, "n": 7200, "trainings": 90,
-         "wins": 22, "losses": 2,                        # rows (pooled over seeds) above, below
+         "targets": 8, "seeds": 3, "n": 7200, "trainings": 90,
+         "rows": 24,                                     # pooled over seeds; those with equal trainings count once
+         "wins": 22, "losses": 2,                        # rows above, below
          "significant": 20, "significant_losses": 0,     # rows with Holm-adjusted p of these models < .05
          "by_target": {"ct-liver-grade": .31}, "by_seed": {"0": .35},
          "p_overall": .008, "p_smallest": None,          # and the least p that the layout allows; None: any
@@ -265,9 +266,14 @@ def _questions(asked: Iterable[tuple[str, int, int]], fresh: bool) -> int:
     return sum({(target, seed if fresh else None): n for target, seed, n in asked}.values())
 
 
+def _comparison(row: Mapping) -> tuple:
+    """Equal for rows of the same trainings and target: they are one comparison."""
+    return row["trainings"], row["only_a"], row["only_b"], row["p"]
+
+
 def _distinct_holm(rows: Sequence[Mapping]) -> list[float]:
-    """Each row's p adjusted by Holm over distinct comparisons: rows of the same trainings and target are one."""
-    keys = [(row["trainings"], row["only_a"], row["only_b"], row["p"]) for row in rows]
+    """Each row's p adjusted by Holm over distinct comparisons."""
+    keys = [_comparison(row) for row in rows]
     distinct = list(dict.fromkeys(keys))
     adjusted = dict(zip(distinct, holm([p for *_, p in distinct]), strict=True))
     return [adjusted[key] for key in keys]
@@ -362,7 +368,9 @@ def _effect(table: str, part: str, arm: str, against: str, rows: Sequence[dict],
     group = [u for name, units_of_part in units.items() if part in ("", name) for u in units_of_part]
     contrast = estimate(group, same_records=not fresh)
     low, high = contrast.interval()
-    significant = [row for row in rows if row["p_holm"] < 0.05]
+    # Rows that share their trainings, as those of Baseline+ and Baseline do in every direction, are one comparison.
+    distinct = list({_comparison(row): row for row in rows}.values())
+    significant = [row for row in distinct if row["p_holm"] < 0.05]
     return {
         "table": table,
         "part": part,
@@ -372,11 +380,11 @@ def _effect(table: str, part: str, arm: str, against: str, rows: Sequence[dict],
         "ci_low": low,
         "ci_high": high,
         **_sizes(group),
-        "rows": len(rows),
+        "rows": len(distinct),
         "n": _questions((asked for row in rows for asked in row["asked"]), fresh),
         "trainings": len({training for row in rows for training in row["trainings"][1:] if training[0]}),
-        "wins": sum(row["difference"] > 0 for row in rows),
-        "losses": sum(row["difference"] < 0 for row in rows),
+        "wins": sum(row["difference"] > 0 for row in distinct),
+        "losses": sum(row["difference"] < 0 for row in distinct),
         "significant": sum(row["difference"] > 0 for row in significant),
         "significant_losses": sum(row["difference"] < 0 for row in significant),
         "by_target": target_means(group),
