@@ -19,7 +19,7 @@ from medcg_jax.study.report.text import Answer
 def test_the_verdict_stands_with_what_it_rests_on(pairs):  # noqa: F811
     answer = answer_with(pairs, PAIR)
     first, line = headline(answer), answer.verdict
-    assert (first.verdict, first.world, first.of) == ("Composition", "on phantoms, not patients", "")
+    assert (first.verdict, first.world, first.of) == ("Yes: composition", "on phantoms, not patients", "")
     assert first.before == (line["accuracy"]["baseline_plus"], "unrelated data")
     assert first.after == (line["accuracy"]["trained"], "pairs of related subsets")
     assert first.change.startswith(f"{points(line['gain']['mean'], True)} points (95 % interval ")

@@ -70,7 +70,7 @@ def test_the_first_lines_are_of_the_grids_own_numbers(pairs):
 def test_composition_is_said_with_what_it_rests_on(pairs):
     answer = answer_with(pairs, PAIR)
     assert answer.opening.startswith(
-        "Composition, on phantoms, not patients: it is above every one of its subsets alone"
+        "Composition, on phantoms, not patients: training on the subsets together is above each of them alone"
     )
     text, over = " ".join(answer.first()), answer.verdict["over"]
     for name, words in (("single_1", "first"), ("single_2", "second")):

@@ -177,7 +177,7 @@ def _drawn(folder, name, title, caption, bars, axis, results, *, line_at_1: bool
         return []
     machines = "; ".join(dict.fromkeys(where(result) for result in results.values()))
     paint = partial(_paint, bars=bars, x_label=f"{axis}\n{short_label(machines, 90)}", line_at_1=line_at_1)
-    return [draw(folder, name, title, f"{caption} {machines}.", 1.5 + 0.5 * len(bars), paint, width_in=7.4)]
+    return [draw(folder, name, title, f"{caption} {machines}.", 1.5 + 0.5 * len(bars), paint)]
 
 
 def labelled(files: list[Path]) -> dict[str, dict]:

@@ -114,18 +114,18 @@ def write_comparison(a: str | Path, b: str | Path, out: str | Path = "") -> Path
         write_tables(draft, (effects, settings, comparison))
         both = [effect_points(draft / "plots", effects, labels)] if effects.rows else []
         cloud = [scatter(draft / "plots", rows, labels)] if rows else []
-        items = [
-            Markup('Report of <a href="{}">{}</a>').format(page, label) for page, label in zip(pages, labels) if page
-        ]
         sections = [
             Section(id="effects", title="The study's effect in each", headlines=headlines, figures=both,
-                    tables=[effects] if effects.rows else [], items=items),
+                    tables=[effects] if effects.rows else []),
             Section(id="verdict", title="Do single results agree?", answer=[verdict(rows, *grids)], figures=cloud),
             Section(id="settings", title=settings.title, tables=[settings] if settings.rows else [],
                     paragraphs=[] if settings.rows else ["No setting, version or fingerprint of the data."]),
             Section(id="comparison", title="Row by row", folded=[comparison] if rows else []),
         ]  # fmt: skip
-        differ = [str(row["what"]) for row in settings.rows]
+        differ = [
+            f"{row['what']} ({short_label(row['a'], 30)} in A, {short_label(row['b'], 30)} in B)"
+            for row in settings.rows
+        ]
         others = f" and {len(differ) - MOST_NAMED} more" if len(differ) > MOST_NAMED else ""
         words = (
             f"They differ in {', '.join(differ[:MOST_NAMED])}{others}." if differ else "Their settings are the same."
@@ -179,25 +179,34 @@ def effects_of_both(a: Answer, b: Answer) -> Table:
 
 
 def effect_points(folder: Path, effects: Table, labels: Sequence[str]) -> Figure:
-    """Every difference in both grids, with its interval."""
+    """The differences that both grids have, or all where they share none, with their intervals."""
+    common = [row for row in effects.rows if all(row.get(f"{side}_mean") is not None for side in "ab")]
+    rows = common or list(effects.rows)
 
     def paint(axes):
         for number, (side, colour) in enumerate((("a", BLUE), ("b", ORANGE))):
-            known = [(y, row) for y, row in enumerate(effects.rows) if row.get(f"{side}_mean") is not None]
+            known = [(y, row) for y, row in enumerate(rows) if row.get(f"{side}_mean") is not None]
             at = [y - 0.14 + 0.28 * number for y, _ in known]
             means = [100 * row[f"{side}_mean"] for _, row in known]
             for y, (_, row) in zip(at, known, strict=True):
                 axes.plot([100 * end for end in row[f"{side}_ci"]], [y, y], color=colour, linewidth=2)
             axes.plot(means, at, "os"[number], color=colour, markersize=6, label=short_label(labels[number], 40))
         axes.axvline(0, color=INK, linewidth=1)
-        axes.set_yticks(range(len(effects.rows)), [beside(row["name"], width=34) for row in effects.rows], color=INK)
-        axes.set_ylim(len(effects.rows) - 0.5, -0.5)
+        axes.set_yticks(range(len(rows)), [beside(row["name"], width=30) for row in rows], color=INK)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(False, axis="y")
         axes.set_xlabel("difference in accuracy, points")
         legend(axes, 2)
 
-    caption = "Differences between arms in A (round) and B (square), with 95 % intervals over targets and seeds."
-    return draw(folder, "effects", "The study's effects in A and B", caption, 1.2 + 0.5 * len(effects.rows), paint, 7.4)
+    alone = (
+        f" Not drawn: {len(effects.rows) - len(rows)} that one of them alone has."
+        if len(rows) < len(effects.rows)
+        else ""
+    )
+    caption = (
+        f"Differences between arms in A (round) and B (square), with 95 % intervals over targets and seeds.{alone}"
+    )
+    return draw(folder, "effects", "The study's effects in A and B", caption, 1.2 + 0.5 * len(rows), paint)
 
 
 def matched(a: Grid, b: Grid) -> list[Matched]:
@@ -315,7 +324,10 @@ def differing(a: Grid, b: Grid) -> Table:
         | {f"data of seed {seed}": digest for seed, digest in grid.run.get("data", {}).items()}
         for grid in (a, b)
     ]
-    names = sorted((settings[0].keys() | settings[1].keys()) - free_fields())
+    names = sorted(
+        (settings[0].keys() | settings[1].keys()) - free_fields(),
+        key=lambda name: (name.startswith(("version of ", "data of ")), name),
+    )
     pairs = {name: [side.get(name) for side in settings] for name in names}
     rows = [
         {"what": name, "a": _text(values[0]), "b": _text(values[1])}

@@ -111,7 +111,7 @@ def inline(svg: str, label: str, width_px: int) -> str:
     for colour, name in VARIABLES.items():
         svg = re.sub(colour, f"var(--{name})", svg, flags=re.IGNORECASE)
     # On a phone a wide figure scrolls, so that its words stay readable.
-    least = f";min-width:{round(0.7 * width_px)}px" if width_px > 96 * WIDTH_IN else ""
+    least = f";min-width:{round(0.7 * width_px)}px" if width_px > round(96 * WIDTH_IN) else ""
     opening = f'<svg role="img" aria-label="{escape(label)}" style="max-width:{width_px}px{least}"'
     return re.sub(r'<svg(.*?) width="[^"]*"', lambda m: opening + re.sub(r' height="[^"]*"', "", m[1]), svg, count=1)
 

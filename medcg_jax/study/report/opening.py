@@ -20,6 +20,7 @@ from medcg_jax.study.report.text import (
     reason,
     sentence,
 )
+from medcg_jax.study.stats.verdict import COMPOSITION
 from medcg_jax.study.stats.verdict import NOT_SHOWN as NO_GAIN
 
 # Training subsets that are pictured.
@@ -32,7 +33,7 @@ class Headline:
 
     Attributes:
       verdict: in large type. of: what it holds for, "" where there is nothing to add. world: what the images are.
-      why: what the verdict rests on.
+      why: what the verdict rests on. measured: what the numbers are.
       before, after: (accuracy as a fraction, what was trained on); None where it is not there.
       change: the difference with its interval in words. chance: as a fraction. sizes: on how much it rests.
       label: whose result, "" where the page has one alone. page: the address of the grid's own page.
@@ -42,6 +43,7 @@ class Headline:
     world: str
     of: str = ""
     why: str = ""
+    measured: str = "Accuracy"
     before: tuple[float, str] | None = None
     after: tuple[float, str] | None = None
     change: str = ""
@@ -103,10 +105,11 @@ def headline(answer: Answer, label: str = "", page: str = "") -> Headline:
         words = {"baseline_plus": "unrelated data", "trained": TOGETHER[line["table"]]}
         before, after = ((accuracies[arm], words[arm]) if arm in accuracies else None for arm in words)
         return Headline(
-            verdict=f"Of these models alone: {kind}" if alone and kind != NO_GAIN else sentence(kind)[:-1],
+            verdict=f"Of these models alone: {kind}" if alone and kind != NO_GAIN else verdict_title(kind),
             world=world,
             of=sentence(ONE_SEED) if alone else "",
             why=sentence(reason(line)),
+            measured=measured(answer.grid, line["table"]),
             before=before,
             after=after,
             change=_change(gain),
@@ -128,6 +131,7 @@ def headline(answer: Answer, label: str = "", page: str = "") -> Headline:
             world=world,
             why="No pairs or triples are finished.",
             of=sentence(ONE_SEED) if effect["seeds"] == 1 else "",
+            measured=measured(answer.grid, effect["table"]),
             before=before,
             after=after,
             change=_change(effect),
@@ -136,6 +140,15 @@ def headline(answer: Answer, label: str = "", page: str = "") -> Headline:
             page=page,
         )
     return Headline("No answer yet", world, why="No comparison of the study is finished.", label=label, page=page)
+
+
+def verdict_title(kind: str) -> str:
+    """A verdict as the answer to the question in the page's title."""
+    return f"Yes: {kind}" if kind == COMPOSITION else sentence(kind)[:-1]
+
+
+def measured(grid: Grid, table: str) -> str:
+    return f"Accuracy on targets{' never trained on' if never_trained_on(grid, table) else ''}"
 
 
 def _change(effect: dict | None) -> str:

@@ -52,8 +52,11 @@ def sections_of(
 ) -> list[Section]:
     """All sections. items: a line for each subset's page. against: the limits."""
     return [
-        _first(answer, tables, plots),
+        Section(
+            id="answer", title="The answer", headlines=[headline(answer)], teaser=teaser(grid), figures=plots.deciding()
+        ),
         Section(id="asked", title="What was asked", paragraphs=[ASKED], words=GLOSSARY),
+        Section(id="results", title="Results", tables=[tables[name] for name in ("results",) if name in tables]),
         _differences(answer, tables, plots),
         *_results(grid, tables, plots, curves),
         *_answers(grid, tables, plots, curves, items),
@@ -62,26 +65,17 @@ def sections_of(
     ]
 
 
-def _first(answer: Answer, tables: dict[str, Table], plots: Plots) -> Section:
-    """The result, the study in pictures, and the arms that decide."""
-    return Section(
-        id="answer", title="The answer", headlines=[headline(answer)], teaser=teaser(answer.grid),
-        figures=plots.deciding(), tables=[tables[name] for name in ("results",) if name in tables],
-    )  # fmt: skip
-
-
 def _differences(answer: Answer, tables: dict[str, Table], plots: Plots) -> Section:
     """The answer in words, and every difference between arms."""
     key = Markup('<span class="key">In the tables below: {}</span>').format(
         Markup(" ").join(Markup('<span class="{}">{}</span>{}').format(css, *words) for css, words in MARKS.items())
     )
     lead = [Markup("<b>{}</b>").format(answer.opening), *map(Markup.escape, answer.first())]
-    names = ("effects", "effects_without_lapses")
     return Section(
         id="words", title="In words and numbers", answer=[Markup(" ").join(lead), *answer.sentences()],
         paragraphs=[Markup('The same in plain text: <a href="summary.txt">summary.txt</a>'), *([key] if "effects" in tables else [])],
-        figures=plots.headline(), tables=[tables[name] for name in names if name in tables],
-        folded=[tables[name] for name in ("effects_by_direction", "ceilings") if name in tables],
+        figures=plots.headline(), tables=[tables[name] for name in ("effects_without_lapses",) if name in tables],
+        folded=[tables[name] for name in ("effects", "effects_by_direction", "ceilings") if name in tables],
     )  # fmt: skip
 
 

@@ -70,8 +70,8 @@ ONE_SEED = "one seed: nothing is said of the recipe"
 WITHIN = f"within {points(EQUIVALENCE)} points"
 # Verdict -> what it rests on.
 REASONS = {
-    COMPOSITION: "it is above every one of its subsets alone, and the subsets gain more together than each adds to "
-    "unrelated data",
+    COMPOSITION: "training on the subsets together is above each of them alone, and gains more than the sum of what each "
+    "adds to unrelated data",
     TRANSFER: f"a subset alone gains over unrelated data too, and training on all is at most {WITHIN[7:]} above it",
     NO_CAUSE: "training on the subsets together is not shown to be above each of them alone and more than the sum of what "
     "each adds to unrelated data",
