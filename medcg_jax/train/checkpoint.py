@@ -260,6 +260,7 @@ def load_params(directory: Path, config: Config, mesh: Mesh, *, base: str = "", 
       WeightsError: the parameters are of another architecture.
     """
     from medcg_jax.families.weights import convert
+    from medcg_jax.families.weights.hub import resolve
 
     meta = read_meta(directory)
     if meta is None:
@@ -269,7 +270,7 @@ def load_params(directory: Path, config: Config, mesh: Mesh, *, base: str = "", 
         raise CheckpointError(f"{directory}: parameters are damaged ({why}); delete the directory to make it anew")
     try:
         trained_on = convert.trained_parts(Path(directory))
-        parts = {"base": Path(base)} if base and trained_on and not Path(trained_on[0]).is_dir() else {}
+        parts = {"base": resolve(base)} if base and trained_on and not Path(trained_on[0]).is_dir() else {}
         graphdef, params = convert.load_checkpoint(Path(directory), config, mesh, parts=parts, seed=seed)
     except convert.WeightsError:
         raise

@@ -24,6 +24,7 @@ from medcg_jax.families.weights import engine, peft
 from medcg_jax.families.weights.families import family_of, module_of, module_of_release
 from medcg_jax.families.weights.fields import dataclass_of, quoted
 from medcg_jax.families.weights.files import WeightsError, copy_companions, read_json, write_safetensors, written_whole
+from medcg_jax.families.weights.hub import is_repository, resolve
 from medcg_jax.families.weights.llava import is_original
 from medcg_jax.families.weights.tables import Index
 from medcg_jax.nn.base import Base
@@ -67,7 +68,7 @@ class Checkpoint:
         Raises:
           WeightsError: it does not exist, or is of another architecture.
         """
-        src = Path(self.parts.get("base") or self.trained_on)
+        src = self.parts.get("base") or resolve(self.trained_on)
         if not src.is_dir():
             raise WeightsError(
                 f"{self.src} holds only what a run trained, and {src}, which it was trained on, does not exist; pass "
@@ -253,8 +254,8 @@ def load_checkpoint(
       WeightsError: no checkpoint, another architecture, or tensors missing, unused or misshapen.
     """
     checkpoint = open_checkpoint(src, parts)
-    lacks_adapters = checkpoint.config.lora is None and config.lora is not None
-    loaded = dataclasses.replace(config, lora=None) if lacks_adapters else config
+    loaded = without_new_adapters(config, checkpoint)
+    lacks_adapters = loaded is not config
     check_same(checkpoint.config, loaded, src)
     _, abstract = build.abstract(loaded, param_dtype=param_dtype)
     shardings = build.shardings(loaded, mesh)
@@ -266,6 +267,12 @@ def load_checkpoint(
         lora = build.create_adapters(config, mesh, seed=seed, param_dtype=param_dtype)
         params = build.join(params, nnx.State({"lora": lora}))
     return build.abstract(config, param_dtype=param_dtype)[0], params
+
+
+def without_new_adapters(config: Config, checkpoint: Checkpoint) -> Config:
+    """`config` itself, or without adapters where the checkpoint has none: they are then initialised."""
+    lacks_adapters = checkpoint.config.lora is None and config.lora is not None
+    return dataclasses.replace(config, lora=None) if lacks_adapters else config
 
 
 def _restored(checkpoint: Checkpoint, abstract, shardings, mesh: Mesh, param_dtype):
@@ -383,7 +390,8 @@ def export(params, config: Config, dst: Path, *, dtype=None) -> None:
 def save_params(directory: Path, params, config: Config, *, trained_on: str = "") -> None:
     """Writes `params` (arrays or `engine.Leaf`s) with Orbax, and `config` beside them, into `directory`.
 
-    trained_on: the checkpoint with the other parameters, if `params` are only those that were trained.
+    trained_on: the checkpoint with the other parameters (a path, or the hub's), if `params` are only those that were
+      trained.
     """
     from medcg_jax.families.weights.orbax_leaves import save
 
@@ -394,7 +402,8 @@ def save_params(directory: Path, params, config: Config, *, trained_on: str = ""
     # Last: a directory with this file is whole.
     written = {"family": family_of(config), **dataclasses.asdict(config)}
     if trained_on:
-        written |= {"trained_on": str(Path(trained_on).absolute()), "parts": sorted(tree)}
+        start = trained_on if is_repository(trained_on) else str(Path(trained_on).absolute())
+        written |= {"trained_on": start, "parts": sorted(tree)}
     (directory / MODEL_FILE).write_text(json.dumps(written, indent=1) + "\n")
 
 

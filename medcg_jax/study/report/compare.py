@@ -98,7 +98,7 @@ def write_comparison(a: str | Path, b: str | Path, out: str | Path = "") -> Path
         sections = [Section(id="verdict", title="What the comparison shows", answer=[words], figures=figures)]
         sections += [Section(id=t.name, title=t.title, tables=[t]) for t in (settings, comparison) if t.rows]
         sub = " ".join(
-            f"{side}: “{grid.config['name']}”, {grid.config['model']['name']}, {len(grid.results)} results."
+            f"{side}: “{grid.config['name']}”, {grid.model}, {len(grid.results)} results."
             for side, grid in zip("AB", grids, strict=True)
         )
         title = f"{grids[0].config['name']} and {grids[1].config['name']}"

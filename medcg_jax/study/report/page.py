@@ -287,7 +287,7 @@ def _write(grid: Grid, folder: Path, formats: Sequence[str]) -> None:
     ]
     sub = (
         f"Compositional generalization, grid “{grid.config['name']}”: {counted(len(grid.done()), 'cell')}, "
-        f"{table_names(grid.tables) or 'no table'}, {grid.config['model']['name']}, "
+        f"{table_names(grid.tables) or 'no table'}, {grid.model}, "
         f"{'phantoms' if grid.of_phantoms else 'images from files'}, {counted(len(grid.seeds), 'seed')}"
     )
     texts["index.html"] = page_html(
@@ -316,7 +316,7 @@ def _write_subset(grid: Grid, folder: Path, target: str, file: str) -> str:
         Section(id="scores", title=scores.title, tables=[scores]),
     ]  # fmt: skip
     what, name = grid.describe(target), grid.config["name"]
-    sub = Markup('<a href="../index.html">Grid “{}”</a>, {}').format(name, grid.config["model"]["name"])
+    sub = Markup('<a href="../index.html">Grid “{}”</a>, {}').format(name, grid.model)
     heading = f"{target}: {what}" if what else target
     folder.mkdir(exist_ok=True)
     write_text(folder / file, page_html(heading, sub, sections, title=f"{target}: {name}"))

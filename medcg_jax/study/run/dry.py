@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medcg_jax.config import ARMS, BOX_TABLES, DECIDING_ARMS, RunConfig
+from medcg_jax.config import ARMS, BOX_TABLES, DECIDING_ARMS, RunConfig, has_any_size
 from medcg_jax.data.records import Source, Subset
 from medcg_jax.data.sources import open_source
 from medcg_jax.study.design import mat
@@ -102,6 +102,15 @@ def architecture_of(run: RunConfig):
     return model_config(run.model, run_tokenizer(run.model))
 
 
+def with_sizes(run: RunConfig) -> RunConfig:
+    """The run with what its checkpoint states about its size (`train.setup.with_checkpoint`), if it has none itself."""
+    if not has_any_size(run.model.name):
+        return run
+    from medcg_jax.train.setup import with_checkpoint
+
+    return with_checkpoint(run, weights=False)
+
+
 def dry(run: RunConfig) -> dict:
     """Prints every cell with its training subsets, sizes, steps and cost, and totals; trains nothing.
 
@@ -119,6 +128,7 @@ def dry(run: RunConfig) -> dict:
             print(f"-- {model}")
             listings[model] = dry(model_run)
         return listings
+    run = with_sizes(run)
     source = subsets_source(run)
     plan = make_plan(run, source)
     spent = costs(run, plan.jobs)

@@ -55,7 +55,9 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
       ConfigError: the workdir holds a grid of another configuration, or the configuration cannot be used.
       Interrupted: the process was asked to stop; unfinished work is saved, its claims are released.
     """
-    workdir = Path(workdir)
+    from medcg_jax.train.setup import with_checkpoint
+
+    workdir, run = Path(workdir), with_checkpoint(run)
     plan = make_plan(run)
     folders = {model: workdir / model if run.study.models else workdir for model in plan.runs}
     for model_run in plan.runs.values():
