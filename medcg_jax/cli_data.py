@@ -5,6 +5,9 @@ from pathlib import Path
 
 from medcg_jax.config import PHANTOM_RULES, ConfigError, DataConfig
 
+# The release's questions.
+MED_MAT, MED_MAT_REPOSITORY = "Med-MAT", "FreedomIntelligence/Med-MAT"
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
@@ -66,6 +69,14 @@ def add_data(verbs) -> None:
     stats = add(kinds, "stats", data_stats, "write a page with contact sheets, label and letter balance, copies")
     stats.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree")
     stats.add_argument("out", metavar="OUT", help="folder of the page")
+    fetch = add(
+        kinds, "fetch", data_fetch, "fetch questions from the Hugging Face hub; say where the images are to be had"
+    )
+    fetch.add_argument(
+        "what", metavar="WHAT",
+        help="a data repository (OWNER/NAME, OWNER/NAME@REVISION); Med-MAT; or a subset of it, by its number (04)",
+    )  # fmt: skip
+    fetch.add_argument("out", metavar="OUT", nargs="?", default="", help="folder; default: the hub's cache")
     text = "list what a tree has and lacks of Med-MAT, where to get it, and which rows of tables 1 to 8 it allows"
     ledger = add(kinds, "ledger", data_ledger, text)
     ledger.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree; may be empty")
@@ -181,6 +192,28 @@ def data_stats(args) -> dict:
     page = write_stats(args.root, args.out, progress=progress)
     print(page)
     return {"page": str(page)}
+
+
+def data_fetch(args) -> dict:
+    from medcg_jax.data import catalogue
+    from medcg_jax.families.weights.hub import REPOSITORY, fetch_data
+    from medcg_jax.study.design.ledger_text import address_lines
+
+    subset = catalogue.subsets().get(args.what)
+    if not subset and args.what != MED_MAT and not REPOSITORY.fullmatch(args.what):
+        raise ConfigError(f"{args.what}: expected OWNER/NAME of the Hugging Face hub, {MED_MAT}, or a subset, 01 to 53")
+    is_repository = not subset and args.what != MED_MAT
+    folder = fetch_data(args.what if is_repository else MED_MAT_REPOSITORY, Path(args.out) if args.out else None)
+    print(folder)
+    if is_repository:
+        return {"folder": str(folder), "elsewhere": {}}
+    every = catalogue.datasets()
+    members = [every[number] for number in (subset.datasets if subset else every)]
+    if subset and not subset.released:
+        print(f"subset {subset.number}: its questions are not released; `medcg data format` makes some of its labels")
+    print(f"The images of these {len(members)} datasets are their hosts', each under terms of its own:")
+    print("\n".join(address_lines(members)))
+    return {"folder": str(folder), "elsewhere": {dataset.number: list(dataset.addresses) for dataset in members}}
 
 
 def data_ledger(args) -> dict:

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "untrusted": {"config"},
     "config": {"axes", "registry"},
     "config_checks": {"config", "registry"},
-    "cli_data": {"config", "data", "study"},
+    "cli_data": {"config", "data", "families", "study"},
     "cluster": {"config"},
     "rendezvous": {"cluster", "config"},
     "processes": {"cluster", "rendezvous", "config"},
