@@ -232,12 +232,17 @@ def workdir(args: argparse.Namespace, run: RunConfig) -> Path:
 
 
 def run_convert(args) -> dict:
+    from medcg_jax.eval.card import model_card, training_of
     from medcg_jax.families.weights.convert import convert
     from medcg_jax.families.weights.hub import resolve
     from medcg_jax.train.sanity import ids_beside
 
     src, parts = resolve(args.src), {name: resolve(path) for name in RELEASE_PARTS if (path := getattr(args, name))}
-    return convert(src, Path(args.dst), to=args.to, parts=parts, ids=ids_beside(src))
+    training = training_of(src)
+    return convert(
+        src, Path(args.dst), to=args.to, parts=parts, ids=ids_beside(src), system_prompt=training.system_prompt,
+        card=lambda checkpoint: model_card(checkpoint, training, args.to),
+    )  # fmt: skip
 
 
 def run_parity(args) -> dict:

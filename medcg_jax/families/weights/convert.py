@@ -7,7 +7,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from medcg_jax.families.weights.fields import dataclass_of, quoted
 from medcg_jax.families.weights.files import WeightsError, copy_companions, read_json, write_safetensors, written_whole
 from medcg_jax.families.weights.hub import is_repository, resolve
 from medcg_jax.families.weights.llava import is_original
+from medcg_jax.families.weights.processor import write_processor
 from medcg_jax.families.weights.tables import Index
 from medcg_jax.nn.base import Base
 
-MODEL_FILE = "model.json"
+MODEL_FILE, CARD = "model.json", "README.md"
 PARAMS_DIR = "params"
 # Fields of a config that do not belong to the architecture: run options and token ids.
 RUN_FIELDS = (
@@ -303,7 +304,14 @@ def open_leaves(src: Path, *, parts: Mapping[str, Path] = NO_PARTS) -> dict:
 
 
 def convert(
-    src: Path, dst: Path, *, to: str = "orbax", parts: Mapping[str, Path] = NO_PARTS, ids: Mapping[str, int] = NO_IDS
+    src: Path,
+    dst: Path,
+    *,
+    to: str = "orbax",
+    parts: Mapping[str, Path] = NO_PARTS,
+    ids: Mapping[str, int] = NO_IDS,
+    system_prompt: str | None = None,
+    card: Callable[[Checkpoint], str] | None = None,
 ) -> dict:
     """{"out", "to", "parameters", "tensors", "dtype"} after writing `dst` from `src`; prints one line.
 
@@ -312,6 +320,8 @@ def convert(
       quantised); "peft" for the adapters, and a projector that was trained with them, as peft's.
     parts: files or directories outside `src`, by the names in `weights.families`.
     ids: token ids by field of the config, to replace those of the config in `src`.
+    system_prompt: of the training that wrote `src`, for the chat template; None: it was not trained here.
+    card: writes the text of README.md, for "hf" and "peft".
     Weights keep their dtype. `dst` appears when it is complete, with the tokenizer, chat templates and processor files
     of `src` (or of the checkpoint that it was trained on).
 
@@ -333,12 +343,16 @@ def convert(
         copy_companions([*beside, *([checkpoint.below.src] if checkpoint.below else [])], new)
         if to == "peft":
             num_tensors = peft.export_peft(family, params, config, new, base=checkpoint.trained_on)
+            write_processor(new, config, system_prompt)
         else:
             num_tensors = sum(1 if entry.layers is None else len(entry.layers) for entry in family.table(config))
             if to == "hf":
                 export(params, config, new)
+                write_processor(new, config, system_prompt)
             else:
                 save_params(new, params, dataclasses.replace(config, base=Base()))
+        if card and to != "orbax":
+            (new / CARD).write_text(card(checkpoint), encoding="utf-8")
     dtype, number = ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})), build.num_params(params)
     print(f"{src} -> {dst}: {num_tensors} tensors, {number:,} parameters, {dtype}")
     return {"out": str(dst), "to": to, "parameters": number, "tensors": num_tensors, "dtype": dtype}

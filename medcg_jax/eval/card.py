@@ -1,0 +1,255 @@
+"""The model card of exported weights: data, recipe, results with their intervals, limits, licence, how it was made.
+
+Everything in it was recorded by the training (`meta.json`, or a grid's `config.json`) or by `medcg eval` beside it.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from medcg_jax.eval.predictions import Prediction, prediction_lines, summary
+from medcg_jax.families import registry
+from medcg_jax.families.weights.convert import MODEL_FILE, Checkpoint, trained_parts
+from medcg_jax.families.weights.hub import REPOSITORY
+from medcg_jax.families.weights.processor import FILES
+from medcg_jax.train.checkpoint import META_FILE, read_meta
+from medcg_jax.untrusted import FileError, read_json
+
+MAX_CONFIG_BYTES = 2**24
+# Folder of a grid's trained weights, `study.keep_weights`.
+KEPT = "weights"
+# What a reader of a recipe looks for, in this order.
+RECIPE = (
+    "train.epochs", "train.steps", "train.batch_size", "train.learning_rate", "train.warmup_frac",
+    "train.end_learning_rate_frac", "train.weight_decay", "train.clip_norm", "train.param_dtype", "train.seed",
+    "model.trainable", "model.trainable_words", "model.lora_rank", "model.lora_alpha", "model.base_dtype",
+    "model.compute_dtype", "data.system_prompt", "data.max_text_tokens", "data.seed",
+)  # fmt: skip
+# The original code of families that transformers does not have.
+ORIGINAL = {"minigpt_v2": "Vision-CAIR/MiniGPT-4", "next_chat": "NExT-ChatV/NExT-Chat"}
+HOW = {
+    "hf": """\
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("PATH")
+model = AutoModelForImageTextToText.from_pretrained("PATH")
+question = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "..."}]}
+inputs = processor.apply_chat_template(
+    [question], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+print(processor.decode(model.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]))
+```
+""",
+    "peft": """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("BASE"), "PATH")
+```
+""",
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is recorded of the training that wrote a checkpoint.
+
+    config: sections of its `RunConfig`; {} if the checkpoint was not trained here. cell: of a grid; "": `medcg train`.
+    results: subset -> `predictions.summary`, with "chance", a share. notes: why something is not among the results.
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    cell: str = ""
+    results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def system_prompt(self) -> str | None:
+        """`data.system_prompt` of the training; None if there was none."""
+        prompt = self.config.get("data", {}).get("system_prompt")
+        return prompt if isinstance(prompt, str) else None
+
+
+def training_of(src: Path) -> Training:
+    """What is recorded of the training that wrote the checkpoint `src`: WORKDIR/params, or a grid's WORKDIR/weights/JOB.
+
+    Raises:
+      FileError: the grid's config.json is damaged.
+    """
+    meta = read_meta(src) or {}
+    workdir, cell = src.absolute().parent, str(meta.get("cell", ""))
+    config = meta.get("config", {})
+    files: Iterable[Path] = sorted((workdir / "predictions").glob("*.jsonl"))
+    if cell and workdir.name == KEPT:
+        file = workdir.parent / "config.json"
+        config = read_json(file, max_bytes=MAX_CONFIG_BYTES).get("config", {}) if file.is_file() else {}
+        files = [path for path in [workdir.parent / "predictions" / f"{cell}.jsonl"] if path.is_file()]
+    if not isinstance(config, dict) or not all(
+        isinstance(section, dict) for section in map(config.get, ("model", "data"))
+    ):
+        return Training()
+    results: dict[str, dict] = {}
+    notes = []
+    for file in files:
+        if file.stat().st_mtime < (src / META_FILE).stat().st_mtime:
+            notes.append(f"`{file.name}` is older than these weights and is not among the results")
+            continue
+        try:
+            results |= results_of(file)
+        except FileError as error:
+            notes.append(f"{error}; it is not among the results")
+    return Training(config, cell, results, tuple(notes))
+
+
+def results_of(file: Path) -> dict[str, dict]:
+    """Subset -> the summary of its predictions in a file, with "chance"."""
+    by_subset: dict[str, list[Prediction]] = {}
+    for line in prediction_lines(file):
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in line.items()}
+        prediction = Prediction(**(fields | {"logprobs": fields["logprobs"] or ()}))
+        by_subset.setdefault(prediction.subset, []).append(prediction)
+    return {
+        subset: scores_of(answers) | {"chance": sum(1 / len(answer.options) for answer in answers) / len(answers)}
+        for subset, answers in by_subset.items()
+    }
+
+
+def scores_of(answers: list[Prediction]) -> dict:
+    return {
+        name: value
+        for name, value in summary(answers).items()
+        if name in ("n", "correct", "accuracy", "ci_low", "ci_high")
+    }
+
+
+def model_card(checkpoint: Checkpoint, training: Training, to: str) -> str:
+    """The text of the card. to: as of `medcg convert`, "hf" or "peft"."""
+    family = registry.of(checkpoint.config)
+    base = start_of(checkpoint, training)
+    is_trained = bool(training.config)
+    title = f"{family.title}, {'fine-tuned' if is_trained else 'converted'} with medcg-jax"
+    lines = [*front_matter(family, base, to), f"# {title}", ""]
+    if not is_trained:
+        lines += [
+            f"The weights of {code(base or checkpoint.src.name)} in the layout of transformers; the card of that release applies.",
+            "",
+        ]
+    else:
+        lines += [
+            "## Data",
+            "",
+            *data_lines(training.config["data"]),
+            "",
+            "## Recipe",
+            "",
+            *recipe_lines(training, base),
+            "",
+        ]
+        lines += ["## Result", "", *result_lines(training), ""]
+    lines += ["## Limits", "", *limit_lines(family, training), "", "## Licence", "", *licence_lines(base), ""]
+    lines += ["## How it was made, and how to use it", "", *use_lines(family, base, to)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def start_of(checkpoint: Checkpoint, training: Training) -> str:
+    """The hub's name of what the training started from, or its folder's name; "": random weights, or not known."""
+    of_parts = trained_parts(checkpoint.src) if (checkpoint.src / MODEL_FILE).is_file() else None
+    name = training.config.get("model", {}).get("checkpoint", "") or (of_parts[0] if of_parts else "")
+    return name if REPOSITORY.fullmatch(name) else Path(name).name
+
+
+def front_matter(family: registry.Family, base: str, to: str) -> list[str]:
+    """The fields that the hub reads."""
+    library = "peft" if to == "peft" else "transformers" if family.name in FILES else "pytorch"
+    named = [f"base_model: {base.partition('@')[0]}"] if REPOSITORY.fullmatch(base) else []
+    tags = ["tags:", "- medical", "- medcg-jax", f"- {family.name}"]
+    return [
+        "---",
+        f"library_name: {library}",
+        "pipeline_tag: image-text-to-text",
+        *named,
+        "license: other",
+        *tags,
+        "---",
+        "",
+    ]
+
+
+def code(text: Any) -> str:
+    """A value as code in Markdown."""
+    return f"`{' '.join(str(text).split()).replace('`', chr(39))}`"
+
+
+def data_lines(data: Mapping[str, Any]) -> list[str]:
+    names = data.get("subsets") or []
+    which = f"the subsets {', '.join(map(code, names))}" if names else "all subsets with choice questions"
+    if data.get("source") == "phantom":
+        return [f"Drawn pictures of a made-up world (phantoms), {which}: no medical image was used."]
+    most = data.get("train_records_per_subset")
+    share = f"; a share of {data['imagewikiqa_share']:g} general records" if data.get("imagewikiqa_share") else ""
+    return [
+        f"Med-MAT (FreedomIntelligence/Med-MAT; arXiv 2412.20070), {which}, at most {most} label-balanced training records of "
+        f"each{share}. Records that leak a test were treated as the recipe's `study.leaks` says."
+    ]
+
+
+def recipe_lines(training: Training, base: str) -> list[str]:
+    values = [(key, training.config.get(key.partition(".")[0], {}).get(key.partition(".")[2])) for key in RECIPE]
+    rows = [f"| {code(key)} | {code(json.dumps(value))} |" for key, value in values if value not in (None, "", [], 0)]
+    start = code(base) if base else "random weights, or a base that was trained from them"
+    cell = [f"Cell {code(training.cell)} of a grid."] if training.cell else []
+    return [f"Started from {start}. {' '.join(cell)}".strip(), "", "| field | value |", "|---|---|", *rows]
+
+
+def result_lines(training: Training) -> list[str]:
+    rows = [
+        f"| {code(subset)} | {scores['n']} | {scores['accuracy']:.3f} | {scores['ci_low']:.3f} to {scores['ci_high']:.3f} | "
+        f"{scores['chance']:.3f} |"
+        for subset, scores in training.results.items()
+    ]
+    notes = [f"- {note}" for note in training.notes]
+    if not rows:
+        return ["Not tested: no predictions of `medcg eval` lie beside the weights.", *notes]
+    head = ["| subset | n | accuracy | 95 % interval (Wilson) | chance |", "|---|---|---|---|---|"]
+    what = "Choice questions of the test sets, answered by the letter with the largest likelihood."
+    return [what, "", *head, *rows, *([""] if notes else []), *notes]
+
+
+def limit_lines(family: registry.Family, training: Training) -> list[str]:
+    lines = ["- No medical device: no diagnosis or treatment may rest on its answers."]
+    if training.config:
+        lines += [
+            "- Trained to answer choice questions with a letter; what it says beyond that was not tested.",
+            "- What is not among the results above was not measured: other devices, hospitals, patients and questions.",
+        ]
+    if family.name == "llava":
+        lines.append(
+            "- Images are padded to squares, as in the training; a processor that crops them shows it other images."
+        )
+    return lines
+
+
+def licence_lines(base: str) -> list[str]:
+    start = code(base) if base else "the checkpoint that was started from, if any"
+    return [
+        f"This card grants none. The weights stay under the licence of {start}; the images that they were trained on stay under "
+        "their hosts' terms (`medcg data ledger` lists the hosts), some of which allow research only."
+    ]
+
+
+def use_lines(family: registry.Family, base: str, to: str) -> list[str]:
+    made = f"Written by `medcg convert --to={to}` of medcg-jax {version('medcg-jax')}."
+    if family.name in ORIGINAL and to == "hf":
+        return [
+            made,
+            "",
+            f"transformers has no such model; the original code reads this folder: {ORIGINAL[family.name]} on GitHub.",
+        ]
+    if family.name in ORIGINAL:
+        return [made, "", f"The adapters belong to the Llama in the model of {ORIGINAL[family.name]} (GitHub)."]
+    return [made, "", HOW[to].replace("BASE", base.partition("@")[0] or "the start checkpoint").rstrip()]
