@@ -151,7 +151,16 @@ def model_card(checkpoint: Checkpoint, training: Training, to: str) -> str:
             "",
         ]
         lines += ["## Result", "", *result_lines(training), ""]
-    lines += ["## Limits", "", *limit_lines(family, training), "", "## Licence", "", *licence_lines(base), ""]
+    lines += [
+        "## Limits",
+        "",
+        *limit_lines(checkpoint.config, training),
+        "",
+        "## Licence",
+        "",
+        *licence_lines(base),
+        "",
+    ]
     lines += ["## How it was made, and how to use it", "", *use_lines(family, base, to)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -220,14 +229,19 @@ def result_lines(training: Training) -> list[str]:
     return [what, "", *head, *rows, *([""] if notes else []), *notes]
 
 
-def limit_lines(family: registry.Family, training: Training) -> list[str]:
+def limit_lines(config, training: Training) -> list[str]:
     lines = ["- No medical device: no diagnosis or treatment may rest on its answers."]
     if training.config:
         lines += [
             "- Trained to answer choice questions with a letter; what it says beyond that was not tested.",
             "- What is not among the results above was not measured: other devices, hospitals, patients and questions.",
         ]
-    if family.name == "llava":
+    if config.family == "mllama" and config.intermediate_from != "output":
+        lines.append(
+            "- Inner layers of the tower contribute their inputs, as in Meta's model; transformers 4.57 to 5.23 takes their "
+            "outputs, so that its answers differ (train with `model.intermediate_from=output` for these)."
+        )
+    if config.family == "llava":
         lines.append(
             "- Images are padded to squares, as in the training; a processor that crops them shows it other images."
         )

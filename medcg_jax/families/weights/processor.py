@@ -5,21 +5,24 @@ Of the three families that transformers has. Source: huggingface/transformers at
 models/mllama/ (processing_*.py, image_processing_pil_*.py), processing_utils.py, tokenization_utils_base.py.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from medcg_jax.data.records import Turn
 from medcg_jax.data.tokenizer import FAMILIES, Tokenizer, load_tokenizer
-from medcg_jax.families.llava.rows import PROMPTS as VICUNA_PROMPTS
-from medcg_jax.families.mllama.rows import NUM_TILES
-from medcg_jax.families.qwen2_vl.rows import QWEN2
+from medcg_jax.families.llava import rows as llava
+from medcg_jax.families.mllama import rows as mllama
+from medcg_jax.families.qwen2_vl import rows as qwen2_vl
 from medcg_jax.families.weights.files import has_tokenizer
 
 IMAGES, PROCESSOR, VIDEOS = "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"
 TEMPLATE, OLD_TEMPLATE = "chat_template.jinja", "chat_template.json"
 SETTINGS, GENERATION = "tokenizer_config.json", "generation_config.json"
 BICUBIC, BILINEAR = 3, 2
+PROMPTS = {"llava": llava.PROMPTS, "qwen2_vl": qwen2_vl.PROMPTS, "mllama": mllama.PROMPTS}
 # A message is a text, or a list of parts {"type": "image"} and {"type": "text", "text": ...}. Images stand before the
 # text, in the first user's message; a message of the system, if there is one, comes first and replaces the training's.
 MACROS = r"""
@@ -35,11 +38,12 @@ MACROS = r"""
 {%- if messages[0]['role'] == 'system' -%}
 {%- set system = text_of(messages[0]['content']) -%}{%- set messages = messages[1:] -%}
 {%- endif -%}"""
+# Tokenizers of Llama's kind differ in what opens a text, and in the space behind a special token: START and BREAK.
 VICUNA = r"""
-{{- bos_token -}}{{- system + ' ' if system else '' -}}
+{{- START -}}{{- system + ' ' if system else '' -}}
 {%- for message in messages -%}
 {%- if message['role'] == 'user' -%}
-{{- 'USER: ' + images_of(message['content'], '<image>\n') + (text_of(message['content']) | trim) + ' ASSISTANT:' -}}
+{{- 'USER: ' + images_of(message['content'], '<image>BREAK') + (text_of(message['content']) | trim) + ' ASSISTANT:' -}}
 {%- else -%}{{- ' ' + text_of(message['content']) + eos_token -}}{%- endif -%}
 {%- endfor -%}"""
 CHATML = r"""
@@ -61,6 +65,14 @@ LLAMA3 = r"""
 {%- if add_generation_prompt -%}{{- header('assistant') -}}{%- endif -%}"""
 
 
+VICUNAS = tuple(
+    VICUNA.replace("START", start).replace("BREAK", line_break)
+    for start, line_break in itertools.product(("''", "bos_token"), (r"\n", r" \n"))
+)
+# A question whose words every tokenizer has, also a toy's.
+SAMPLE = "A\nB: A"
+
+
 def write_processor(folder: Path, config, system_prompt: str | None) -> None:
     """Writes into `folder`, which may hold the files of the checkpoint that was started from, what is missing there.
 
@@ -71,7 +83,7 @@ def write_processor(folder: Path, config, system_prompt: str | None) -> None:
     if config.family not in FILES or not has_tokenizer(folder):
         return
     tokenizer = load_tokenizer(folder)
-    files, template, system_of = FILES[config.family]
+    files, choices, system_of = FILES[config.family]
     if not (folder / SETTINGS).exists():
         write_json(folder / SETTINGS, tokenizer_settings(folder, tokenizer, config))
     is_trained = system_prompt is not None
@@ -83,7 +95,30 @@ def write_processor(folder: Path, config, system_prompt: str | None) -> None:
     if is_trained or not any(path.exists() for path in templates) and "chat_template" not in read(folder / SETTINGS):
         templates[1].unlink(missing_ok=True)
         system = json.dumps(system_of(system_prompt or ""))
-        templates[0].write_text((MACROS + template).strip().replace("SYSTEM", system, 1) + "\n", encoding="utf-8")
+        written = [(MACROS + template).strip().replace("SYSTEM", system, 1) + "\n" for template in choices]
+        alike = [text for text in written if reads_alike(folder, text, tokenizer, config.family, system_prompt or "")]
+        if not alike:
+            print("transformers' tokenizer cuts prompts into other tokens than were trained: its answers may differ")
+        templates[0].write_text([*alike, *written][0], encoding="utf-8")
+
+
+def reads_alike(folder: Path, template: str, tokenizer: Tokenizer, family: str, system_prompt: str) -> bool:
+    """Whether transformers' tokenizer gives a prompt the ids that it has here. tokenizer: ours, of the same `folder`."""
+    from transformers import AutoTokenizer
+
+    prompts = PROMPTS[family]
+    try:
+        ours = prompts.evaluation_prompt(
+            tokenizer, (Turn(SAMPLE, "A"),), system_prompt=system_prompt, num_image_tokens=1
+        )
+        theirs = AutoTokenizer.from_pretrained(folder)
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": SAMPLE}]}
+        text = theirs.apply_chat_template([message], chat_template=template, tokenize=False, add_generation_prompt=True)
+    except Exception:  # of a tokenizer that only one of the two reads, or of its files
+        return False
+    # As transformers' processors do.
+    has_start = theirs.bos_token is not None and text.startswith(theirs.bos_token)
+    return theirs(text, add_special_tokens=not has_start)["input_ids"] == ours
 
 
 def read(path: Path) -> dict:
@@ -170,13 +205,13 @@ def qwen2_vl_files(config) -> dict[str, dict]:
 
 def mllama_files(config) -> dict[str, dict]:
     size = config.image_size_px
-    fields = {"size": {"height": size, "width": size}, "do_pad": True, "max_image_tiles": NUM_TILES}
+    fields = {"size": {"height": size, "width": size}, "do_pad": True, "max_image_tiles": mllama.NUM_TILES}
     return {IMAGES: of_images("Mllama", config, BILINEAR, **fields), PROCESSOR: {"processor_class": "MllamaProcessor"}}
 
 
-# Family -> (the processor's files, the chat template, `data.system_prompt` -> the sentence in the prompt).
-FILES: dict[str, tuple[Callable, str, Callable[[str], str]]] = {
-    "llava": (llava_files, VICUNA, lambda prompt: VICUNA_PROMPTS.opening(prompt).removesuffix("USER: ").rstrip(" ")),
-    "qwen2_vl": (qwen2_vl_files, CHATML, lambda prompt: QWEN2 if prompt == "qwen2" else prompt),
-    "mllama": (mllama_files, LLAMA3, str),
+# Family -> (the processor's files, chat templates to choose from, `data.system_prompt` -> the sentence in the prompt).
+FILES: dict[str, tuple[Callable, tuple[str, ...], Callable[[str], str]]] = {
+    "llava": (llava_files, VICUNAS, lambda prompt: llava.PROMPTS.opening(prompt).removesuffix("USER: ").rstrip(" ")),
+    "qwen2_vl": (qwen2_vl_files, (CHATML,), lambda prompt: qwen2_vl.QWEN2 if prompt == "qwen2" else prompt),
+    "mllama": (mllama_files, (LLAMA3,), str),
 }
