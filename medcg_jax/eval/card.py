@@ -4,12 +4,13 @@ Everything in it was recorded by the training (`meta.json`, or a grid's `config.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from medcg_jax.eval import boxes
 from medcg_jax.eval.predictions import Prediction, prediction_lines, summary
 from medcg_jax.families import registry
 from medcg_jax.families.weights.convert import MODEL_FILE, Checkpoint, trained_parts
@@ -19,6 +20,8 @@ from medcg_jax.train.checkpoint import META_FILE, read_meta
 from medcg_jax.untrusted import FileError, read_json
 
 MAX_CONFIG_BYTES = 2**24
+# Folders of answers with letters, and with boxes.
+ANSWERS, BOXES = "predictions", "boxes"
 # Folder of a grid's trained weights, `study.keep_weights`.
 KEPT = "weights"
 # What a reader of a recipe looks for, in this order.
@@ -60,7 +63,8 @@ class Training:
     """What is recorded of the training that wrote a checkpoint.
 
     config: sections of its `RunConfig`; {} if the checkpoint was not trained here. cell: of a grid; "": `medcg train`.
-    results: subset -> `predictions.summary`, with "chance", a share. notes: why something is not among the results.
+    results: "predictions/SUBSET" or "boxes/SUBSET" -> "n", and as shares "accuracy", "ci_low", "ci_high", "chance".
+    notes: why something is not among the results.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -84,11 +88,12 @@ def training_of(src: Path) -> Training:
     meta = read_meta(src) or {}
     workdir, cell = src.absolute().parent, str(meta.get("cell", ""))
     config = meta.get("config", {})
-    files: Iterable[Path] = sorted((workdir / "predictions").glob("*.jsonl"))
+    files = [path for folder in (ANSWERS, BOXES) for path in sorted((workdir / folder).glob("*.jsonl"))]
     if cell and workdir.name == KEPT:
         file = workdir.parent / "config.json"
         config = read_json(file, max_bytes=MAX_CONFIG_BYTES).get("config", {}) if file.is_file() else {}
-        files = [path for path in [workdir.parent / "predictions" / f"{cell}.jsonl"] if path.is_file()]
+        files = [workdir.parent / folder / f"{cell}.jsonl" for folder in (ANSWERS, BOXES)]
+        files = [path for path in files if path.is_file()]
     if not isinstance(config, dict) or not all(
         isinstance(section, dict) for section in map(config.get, ("model", "data"))
     ):
@@ -100,9 +105,10 @@ def training_of(src: Path) -> Training:
             notes.append(f"`{file.name}` is older than these weights and is not among the results")
             continue
         try:
-            results |= results_of(file)
-        except FileError as error:
-            notes.append(f"{error}; it is not among the results")
+            found = box_results_of(file) if file.parent.name == BOXES else results_of(file)
+            results |= {f"{file.parent.name}/{subset}": scores for subset, scores in found.items()}
+        except FileError:  # its message has a path of this machine
+            notes.append(f"`{file.name}` cannot be read and is not among the results")
     return Training(config, cell, results, tuple(notes))
 
 
@@ -120,11 +126,27 @@ def results_of(file: Path) -> dict[str, dict]:
 
 
 def scores_of(answers: list[Prediction]) -> dict:
-    return {
-        name: value
-        for name, value in summary(answers).items()
-        if name in ("n", "correct", "accuracy", "ci_low", "ci_high")
-    }
+    scores = summary(answers)
+    return {name: scores[name] for name in ("n", "accuracy", "ci_low", "ci_high")}
+
+
+def box_results_of(file: Path) -> dict[str, dict]:
+    """As `results_of`, of questions about boxes; "n" boxes, "chance" by another image of the same label, or None."""
+    by_subset: dict[str, list[boxes.BoxAnswer]] = {}
+    for answer in boxes.read_answers(file):
+        by_subset.setdefault(answer.subset, []).append(answer)
+    found = {}
+    for subset, answers in by_subset.items():
+        scores = boxes.summary(answers)
+        keys = {
+            "n": "n",
+            "accuracy": "accuracy",
+            "ci_low": "accuracy_low",
+            "ci_high": "accuracy_high",
+            "chance": "by_chance",
+        }
+        found[subset] = {name: scores[key] for name, key in keys.items()}
+    return found
 
 
 def model_card(checkpoint: Checkpoint, training: Training, to: str) -> str:
@@ -132,7 +154,7 @@ def model_card(checkpoint: Checkpoint, training: Training, to: str) -> str:
     family = registry.of(checkpoint.config)
     base = start_of(checkpoint, training)
     is_trained = bool(training.config)
-    title = f"{family.title}, {'fine-tuned' if is_trained else 'converted'} with medcg-jax"
+    title = f"{family.title.removesuffix('-7B')}, {'fine-tuned' if is_trained else 'converted'} with medcg-jax"
     lines = [*front_matter(family, base, to), f"# {title}", ""]
     if not is_trained:
         lines += [
@@ -216,16 +238,21 @@ def recipe_lines(training: Training, base: str) -> list[str]:
 
 
 def result_lines(training: Training) -> list[str]:
-    rows = [
-        f"| {code(subset)} | {scores['n']} | {scores['accuracy']:.3f} | {scores['ci_low']:.3f} to {scores['ci_high']:.3f} | "
-        f"{scores['chance']:.3f} |"
-        for subset, scores in training.results.items()
-    ]
+    rows = []
+    for name, scores in training.results.items():
+        kind, _, subset = name.partition("/")
+        chance = "-" if scores["chance"] is None else f"{scores['chance']:.3f}"
+        interval = f"{scores['ci_low']:.3f} to {scores['ci_high']:.3f}"
+        what = "letter" if kind == ANSWERS else "box"
+        rows.append(f"| {code(subset)} | {what} | {scores['n']} | {scores['accuracy']:.3f} | {interval} | {chance} |")
     notes = [f"- {note}" for note in training.notes]
     if not rows:
         return ["Not tested: no predictions of `medcg eval` lie beside the weights.", *notes]
-    head = ["| subset | n | accuracy | 95 % interval (Wilson) | chance |", "|---|---|---|---|---|"]
-    what = "Choice questions of the test sets, answered by the letter with the largest likelihood."
+    head = ["| subset | answer | n | accuracy | 95 % interval | chance |", "|---|---|---|---|---|---|"]
+    what = (
+        "Test questions. A letter is the one with the largest likelihood; a box is right if it and the true one share more "
+        "than half of their union."
+    )
     return [what, "", *head, *rows, *([""] if notes else []), *notes]
 
 

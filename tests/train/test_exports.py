@@ -140,7 +140,7 @@ def test_the_card_has_data_recipe_and_results_with_their_intervals(tmp_path):
     answers = [answer_of(i, right=i < 30) for i in range(40)]
     subsets.write_tested(tmp_path / "run", SUBSET, answers)
     card = model_card(open_checkpoint(params), training_of(params), "hf")
-    assert f"| `{SUBSET}` | 40 | 0.750 | 0.598 to 0.858 | 0.500 |" in card
+    assert f"| `{SUBSET}` | letter | 40 | 0.750 | 0.598 to 0.858 | 0.500 |" in card
     assert str(tmp_path) not in card and "No medical device" in card and "random weights" in card
     data = ModelCard(card).data.to_dict()
     assert (data["library_name"], data["pipeline_tag"], data["license"]) == (
