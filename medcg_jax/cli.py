@@ -294,7 +294,7 @@ def with_as_many_cells_as_fit(run: RunConfig) -> RunConfig:
     if run.study.models:
         raise ConfigError("study.cells_at_once=0: expected at least 1 where study.models has several models")
     from medcg_jax.plan.programs import fitting_run, print_fitting
-    from medcg_jax.train.setup import with_checkpoint
+    from medcg_jax.train.start import with_checkpoint
 
     run = with_checkpoint(run)
     num_groups = max(1, run.mesh.cell)
@@ -357,9 +357,9 @@ def run_plan(args) -> dict:
     from medcg_jax.plan import verb as plan
     from medcg_jax.study.design.schedule import runs_by_model
     from medcg_jax.study.run import dry
-    from medcg_jax.train.setup import with_checkpoint
+    from medcg_jax.train.start import with_sizes
 
-    run = with_checkpoint(resolved(args), weights=False)
+    run = with_sizes(resolved(args))
     common = {"full_effort": args.full_effort, "memory_bytes": args.memory_gib * (1 << 30)}
     if args.search:
         if args.alone:

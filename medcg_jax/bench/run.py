@@ -134,9 +134,9 @@ def bench(
     from medcg_jax.bench import text
 
     if has_any_size(run.model.name):
-        from medcg_jax.train.setup import with_checkpoint
+        from medcg_jax.train.start import with_checkpoint  # it imports JAX
 
-        run = with_checkpoint(run, weights=False)
+        run = with_checkpoint(run)
     check(run, stages, against)
     result = dict(earlier or {})
     result |= {

@@ -22,7 +22,8 @@ from medcg_jax.mesh import batch_sharding, check_batch, local_rows, put_batch, r
 from medcg_jax.train.checkpoint import load_params
 from medcg_jax.train.preempt import sigterm_saves
 from medcg_jax.train.sanity import check_sees, has_closed_gates
-from medcg_jax.train.setup import Setup, open_setup, start_params, with_checkpoint
+from medcg_jax.train.setup import Setup, open_setup, start_params
+from medcg_jax.train.start import with_checkpoint
 
 
 class Tester:
@@ -191,7 +192,7 @@ def evaluate_subsets(config: RunConfig, workdir: Path) -> dict:
       Interrupted: the process was told to stop; the files of the subsets tested so far are written.
     """
     trained = workdir / "params"
-    config = with_checkpoint(config, weights=not trained.is_dir())
+    config = with_checkpoint(config)
     setup = open_setup(config, trained=trained if trained.is_dir() else None)
     graphdef, params = parameters(setup, trained)
     test = Tester(setup, graphdef)

@@ -23,7 +23,8 @@ from medcg_jax.train.log import StepTrace, WandbTarget, load_wandb
 from medcg_jax.train.loop import RunSpec, fit, loop_options
 from medcg_jax.train.optim import hparams_from, make_optimizer, num_steps
 from medcg_jax.train.preempt import sigterm_saves
-from medcg_jax.train.setup import Setup, open_setup, peak_flops, start_params, step_flops, to_keep, with_checkpoint
+from medcg_jax.train.setup import Setup, open_setup, peak_flops, start_params, step_flops, to_keep
+from medcg_jax.train.start import with_checkpoint
 from medcg_jax.train.step import Program, init_state, make_step
 
 # Sections that a resumed run must share with its checkpoints, except for their free fields.

@@ -13,19 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from medcg_jax.chips import peak_bf16
-from medcg_jax.config import (
-    AUTO,
-    EMBEDDING,
-    MASK_PARTS,
-    MODELS,
-    ConfigError,
-    ModelConfig,
-    RunConfig,
-    has_any_size,
-    replace,
-    trains_masks,
-)
-from medcg_jax.config_checks import check
+from medcg_jax.config import EMBEDDING, MASK_PARTS, MODELS, ConfigError, ModelConfig, RunConfig, trains_masks
 from medcg_jax.data.encoding import Encoded, encode, encode_boxes, encode_eval, longest_row, row_length
 from medcg_jax.data.general import GeneralRecords, open_general
 from medcg_jax.data.layouts import check_layout
@@ -34,31 +22,18 @@ from medcg_jax.data.records import RecordSet, Source
 from medcg_jax.data.row_format import Format
 from medcg_jax.data.sources import open_source, require_subsets
 from medcg_jax.data.tokenizer import SMALL, Tokenizer, load_tokenizer
-from medcg_jax.families import build, registry
+from medcg_jax.families import registry
 from medcg_jax.families.build import TINY, Config, architecture, create, join, replicated
 from medcg_jax.families.flops import forward, training
-from medcg_jax.families.weights.convert import (
-    MODEL_FILE,
-    WeightsError,
-    check_same,
-    load_checkpoint,
-    open_checkpoint,
-    read_config,
-    without_new_adapters,
-)
+from medcg_jax.families.weights.convert import load_checkpoint
 from medcg_jax.families.weights.files import has_tokenizer
-from medcg_jax.families.weights.hub import is_repository, pinned, resolve
 from medcg_jax.mesh import check_batch, make_mesh
-from medcg_jax.processes import barrier, broadcast, is_first_of_host
 from medcg_jax.train.losses import mask_loss
 from medcg_jax.train.sanity import check_token_ids, check_tokens, pixel_keys
+from medcg_jax.train.start import check_architecture, check_family, check_weights, checkpoint_dir, weights_dir
 
-# Model -> the repository of its released checkpoint.
-RELEASED = {name: repo for family in registry.families() for name, repo in family.released.items() if repo}
 # A tiny model's vocabulary is a multiple of this, so that a mesh can split it.
 VOCAB_MULTIPLE = 64
-# How long processes wait for the one of their host that fetches: 150 GB at 5 MB/s take 8 hours.
-FETCH_WAIT_S = 12 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -165,7 +140,7 @@ def open_setup(
     require_subsets(source, (*run.data.subsets, *run.data.subset_weights))
     model = model_config(run.model, tokenizer)
     check_tokens(tokenizer, family, model)
-    for directory in filter(None, (trained, checkpoint_dir(run.model, weights=starts))):
+    for directory in filter(None, (trained, checkpoint_dir(run.model))):
         # Random weights may have the package's small tokenizer beside the checkpoint's config.json.
         if not has_weights or has_tokenizer(directory):
             check_token_ids(tokenizer, family, directory)
@@ -193,7 +168,7 @@ def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:
     """
     if model.tokenizer:
         return load_tokenizer(model.tokenizer)
-    paths = list(filter(None, (trained, checkpoint_dir(model, weights=False))))
+    paths = list(filter(None, (trained, checkpoint_dir(model))))
     if beside := next(filter(has_tokenizer, paths), None):
         return load_tokenizer(beside)
     if model.name in TINY:
@@ -207,7 +182,7 @@ def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:
 
 def with_small_tokenizer(run: RunConfig) -> RunConfig:
     """The run, with the package's small tokenizer if it has none: for random weights whose speed is measured."""
-    model, directory = run.model, checkpoint_dir(run.model, weights=False)
+    model, directory = run.model, checkpoint_dir(run.model)
     if model.tokenizer or directory and has_tokenizer(directory):
         return run
     small = SMALL.with_stem(registry.of_model(model.name).tokenizer)
@@ -220,86 +195,9 @@ def model_config(model: ModelConfig, tokenizer: Tokenizer) -> Config:
     return architecture(model, vocab_size=rows, **registry.of_model(model.name).token_ids(tokenizer))
 
 
-def checkpoint_dir(model: ModelConfig, *, weights: bool = True) -> Path | None:
-    """The folder of `model.checkpoint`, as `hub.resolve` gives it; None if it is empty."""
-    return resolve(model.checkpoint, weights=weights) if model.checkpoint else None
-
-
-def with_checkpoint(run: RunConfig, *, weights: bool = True) -> RunConfig:
-    """The run with its checkpoints on this host: fetched, where they are the hub's, and named with their commit; and with
-    the checkpoint's family as `model.name` in place of "auto". The same run if there is nothing to do.
-
-    Of several processes the first of each host fetches, all the same commit. weights: False: what states the architecture
-    alone, of models whose size is the checkpoint's.
-
-    Raises:
-      ConfigError, RunError: as `hub.resolve`; or the checkpoint is of no family, or of one that the run does not fit.
-    """
-    key = "model.checkpoint="
-    flags = [flag for own in run.study.model_flags.values() for flag in own if flag.startswith(key)]
-    if not weights and not has_any_size(run.model.name) and not any(map(has_any_size, run.study.models)):
-        return run
-    asked = dict.fromkeys([run.model.checkpoint, *(flag.removeprefix(key) for flag in flags)])
-    names = [name for name in asked if is_repository(name)]
-    if names:
-        commits = dict(zip(names, broadcast("commits of checkpoints", lambda: list(map(pinned, names))), strict=True))
-        if is_first_of_host():
-            for name in commits.values():
-                resolve(name, weights=weights)
-        barrier("checkpoints are fetched", FETCH_WAIT_S)
-        in_place = {key + name: key + commit for name, commit in commits.items()}
-        of_models = {model: tuple(in_place.get(f, f) for f in own) for model, own in run.study.model_flags.items()}
-        checkpoint = commits.get(run.model.checkpoint, run.model.checkpoint)
-        run = replace(run, model__checkpoint=checkpoint, study__model_flags=of_models)
-    if run.model.name == AUTO and not run.study.models:
-        directory = checkpoint_dir(run.model, weights=weights)
-        assert directory is not None  # `config_checks.check`
-        run = replace(run, model__name=read_config(directory).family)
-        check(run)
-    return run
-
-
-def check_family(model: ModelConfig) -> None:
-    """Raises ConfigError if the checkpoint is of another family than `model.name`."""
-    directory = checkpoint_dir(model)
-    if directory and any((directory / name).is_file() for name in ("config.json", MODEL_FILE)):
-        build.check_family(read_config(directory), model)
-
-
-def check_architecture(model: ModelConfig, config: Config) -> None:
-    """Raises ConfigError if the checkpoint is of another architecture than `config`; the first differences are named."""
-    directory = checkpoint_dir(model)
-    if directory is None:
-        return
-    checkpoint = open_checkpoint(directory)
-    try:
-        check_same(checkpoint.config, without_new_adapters(config, checkpoint), directory)
-    except WeightsError as error:
-        raise ConfigError(f"{error}; --config.model.name={AUTO} takes the architecture of the checkpoint") from error
-
-
-def check_weights(run: RunConfig) -> None:
-    """Raises ConfigError if the weights that the run starts from are missing; the message says where to get them."""
-    path, directory = run.model.checkpoint, checkpoint_dir(run.model)
-    if directory and not directory.is_dir():
-        hint = ""
-        if run.model.name in RELEASED:
-            repo = RELEASED[run.model.name]
-            hint = (
-                f"; fetch {repo} from the Hugging Face hub (--config.model.checkpoint={repo} does), or convert a "
-                "checkpoint with `medcg convert`"
-            )
-        raise ConfigError(f"model.checkpoint={path}: there are no weights{hint}")
-    if not path and run.model.name in RELEASED:
-        raise ConfigError(
-            f"model.checkpoint is empty, and {run.model.name} is not trained from nothing: give the directory "
-            f"of {RELEASED[run.model.name]}, as released or converted"
-        )
-
-
 def start_params(setup: Setup, *, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
     """(graphdef, params) that a run starts from: those of its checkpoint, or random ones if it names none."""
-    directory = checkpoint_dir(setup.run.model)
+    directory = weights_dir(setup.run.model)
     with jax.set_mesh(setup.mesh):
         if directory is None:
             return create(setup.model, setup.mesh, seed=seed)

@@ -17,7 +17,8 @@ from medcg_jax.families.weights.convert import export, module_of, read_config
 from medcg_jax.families.weights.files import WeightsError
 from medcg_jax.plan.programs import architecture_of
 from medcg_jax.train.run import train
-from medcg_jax.train.setup import model_config, open_setup, with_checkpoint
+from medcg_jax.train.setup import model_config, open_setup
+from medcg_jax.train.start import with_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PHANTOM = f"--config={ROOT / 'configs' / 'phantom.py'}:tiny"

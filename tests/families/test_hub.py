@@ -18,7 +18,7 @@ from medcg_jax.config import AUTO, ConfigError, RunConfig, RunError, replace
 from medcg_jax.families.weights import hub as names
 from medcg_jax.families.weights.convert import module_of
 from medcg_jax.families.weights.hub import chosen_files, is_repository, pinned, resolve
-from medcg_jax.train import setup
+from medcg_jax.train import start
 
 NAME = "owner/small-llava"
 ABOUT = json.dumps(module_of(CONFIGS["llava"]).config_to_json(CONFIGS["llava"], "float32")).encode()
@@ -207,11 +207,12 @@ def test_a_run_is_named_by_commit_and_family(hub):
         RunConfig(), model__name=AUTO, model__checkpoint=NAME,
         study__model_flags={"llava": (f"model.checkpoint={NAME}", "train.steps=2")},
     )  # fmt: skip
-    ready, commit = setup.with_checkpoint(run, weights=False), f"{NAME}@{commit_of(FILES)}"
+    ready, commit = start.with_checkpoint(run), f"{NAME}@{commit_of(FILES)}"
     assert (ready.model.name, ready.model.checkpoint) == ("llava", commit)
     assert ready.study.model_flags == {"llava": (f"model.checkpoint={commit}", "train.steps=2")}
     assert not {*WEIGHTS} & hub.fetched()
-    assert setup.with_checkpoint(ready) == ready and {*WEIGHTS} == hub.fetched()
+    assert start.with_checkpoint(ready) == ready and not hub.fetched()
+    assert start.weights_dir(ready.model) == start.checkpoint_dir(ready.model) and {*WEIGHTS} == hub.fetched()
 
 
 def test_of_a_host_s_processes_the_first_fetches(hub, monkeypatch):
@@ -222,11 +223,15 @@ def test_of_a_host_s_processes_the_first_fetches(hub, monkeypatch):
         firsts.append(processes.is_first_of_host())
     assert firsts == [True, True, False, False]
     monkeypatch.setattr(processes, "_processes", None)
-    run, order = replace(RunConfig(), model__name="llava", model__checkpoint=NAME), []
-    monkeypatch.setattr(setup, "is_first_of_host", lambda: False)
-    monkeypatch.setattr(setup, "barrier", lambda *_: order.append(hub.fetched()))
-    setup.with_checkpoint(run)
-    assert order == [set()]
+    model, order = replace(RunConfig(), model__name="llava", model__checkpoint=NAME).model, []
+    for first in (True, False):
+        names.fetched.cache_clear()
+        shutil.rmtree("cache", ignore_errors=True)
+        monkeypatch.setattr(start, "is_first_of_host", lambda first=first: first)
+        monkeypatch.setattr(start, "barrier", lambda *_: order.append(len(hub.fetched())))
+        start.weights_dir(model)
+        order.append(len(hub.fetched()))
+    assert order == [7, 0, 0, 7]  # the others fetch only what is not in a cache that they share
 
 
 def test_questions_are_fetched_and_the_images_hosts_are_named(hub, tmp_path, capsys):

@@ -97,6 +97,8 @@ def fetched(name: str, weights: bool) -> Path:
         except errors.CachedRepoTreeNotFoundError:  # offline, and another program has filled the cache
             sizes = {path.relative_to(folder).as_posix(): 0 for path in folder.rglob("*") if path.is_file()}
         chosen = chosen_files(sizes, weights)
+        if not {"config.json", MODEL_FILE} & chosen:
+            raise ConfigError(f"{name} has no config.json: expected a checkpoint in the layout of transformers")
         missing = {path: size for path, size in sizes.items() if path in chosen and not (folder / path).is_file()}
         if missing:
             check_room(name, sum(missing.values()), folder)
@@ -105,8 +107,6 @@ def fetched(name: str, weights: bool) -> Path:
                 flush=True,
             )
             download(snapshot_download, repository, commit, sorted(chosen))
-    if not any(path in chosen for path in ("config.json", MODEL_FILE)):
-        raise ConfigError(f"{name} has no config.json: expected a checkpoint in the layout of transformers")
     return folder
 
 

@@ -102,15 +102,6 @@ def architecture_of(run: RunConfig):
     return model_config(run.model, run_tokenizer(run.model))
 
 
-def with_sizes(run: RunConfig) -> RunConfig:
-    """The run with what its checkpoint states about its size (`train.setup.with_checkpoint`), if it has none itself."""
-    if not has_any_size(run.model.name):
-        return run
-    from medcg_jax.train.setup import with_checkpoint
-
-    return with_checkpoint(run, weights=False)
-
-
 def dry(run: RunConfig) -> dict:
     """Prints every cell with its training subsets, sizes, steps and cost, and totals; trains nothing.
 
@@ -128,7 +119,10 @@ def dry(run: RunConfig) -> dict:
             print(f"-- {model}")
             listings[model] = dry(model_run)
         return listings
-    run = with_sizes(run)
+    if any(map(has_any_size, (run.model.name, *run.study.models))):
+        from medcg_jax.train.start import with_checkpoint  # it imports JAX
+
+        run = with_checkpoint(run)
     source = subsets_source(run)
     plan = make_plan(run, source)
     spent = costs(run, plan.jobs)
