@@ -44,7 +44,9 @@ def wider(family: str):
     """A family's tiny model with the ids of its packaged tokenizer and other widths, which no size has."""
     name = registry.family(family).tiny[0]
     config = model_config(ModelConfig(name), load_tokenizer("", registry.family(family).tokenizer))
-    text = dataclasses.replace(config.text, mlp_dim=144)
+    # A released config.json of NExT-Chat gives the ids of its tokens by its number of rows alone.
+    rows = config.box_token_id + 1 if family == "next_chat" else config.text.vocab_size
+    text = dataclasses.replace(config.text, mlp_dim=144, vocab_size=rows)
     return dataclasses.replace(config, text=text)
 
 

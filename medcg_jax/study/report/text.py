@@ -165,7 +165,9 @@ class Answer:
 
     def short_of_records(self, table: str) -> list[str]:
         """That controls of a table had fewer records than its rows, by config.json ("short")."""
-        controls = [c["cell"] for c in self.grid.done(table) if c["arm"] == "baseline_plus" or c["arm"] in DECIDING_ARMS]
+        controls = [
+            c["cell"] for c in self.grid.done(table) if c["arm"] == "baseline_plus" or c["arm"] in DECIDING_ARMS
+        ]
         num_short = len({*controls} & {*self.grid.run.get("short", ())})
         if not num_short:
             return []

@@ -119,7 +119,7 @@ def dry(run: RunConfig) -> dict:
             print(f"-- {model}")
             listings[model] = dry(model_run)
         return listings
-    if any(map(has_any_size, (run.model.name, *run.study.models))):
+    if has_any_size(run.model.name):
         from medcg_jax.train.start import with_checkpoint  # it imports JAX
 
         run = with_checkpoint(run)
