@@ -11,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from medcg_jax.data.records import Turn
+from medcg_jax.data.records import DataError, Turn
 from medcg_jax.data.tokenizer import FAMILIES, Tokenizer, load_tokenizer
 from medcg_jax.families.llava import rows as llava
 from medcg_jax.families.mllama import rows as mllama
 from medcg_jax.families.qwen2_vl import rows as qwen2_vl
 from medcg_jax.families.weights.files import has_tokenizer
+from medcg_jax.untrusted import FileError, read_json
 
 IMAGES, PROCESSOR, VIDEOS = "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"
 TEMPLATE, OLD_TEMPLATE = "chat_template.jinja", "chat_template.json"
@@ -82,24 +83,28 @@ def write_processor(folder: Path, config, system_prompt: str | None) -> None:
     write_json(folder / GENERATION, generation(config), replace=False)
     if config.family not in FILES or not has_tokenizer(folder):
         return
-    tokenizer = load_tokenizer(folder)
+    try:
+        tokenizer = load_tokenizer(folder)
+    except DataError:  # it is carried as it is, and no prompt can be compared
+        return
     files, choices, system_of = FILES[config.family]
     if not (folder / SETTINGS).exists():
         write_json(folder / SETTINGS, tokenizer_settings(folder, tokenizer, config))
     is_trained = system_prompt is not None
-    for name, content in files(config).items():
-        # A processor in two files would be read from the first.
-        if is_trained or not any((folder / each).exists() for each in (IMAGES, PROCESSOR)):
+    if is_trained or not any((folder / name).exists() for name in (IMAGES, PROCESSOR)):
+        for name, content in files(config).items():
             write_json(folder / name, content)
     templates = [folder / name for name in (TEMPLATE, OLD_TEMPLATE)]
-    if is_trained or not any(path.exists() for path in templates) and "chat_template" not in read(folder / SETTINGS):
-        templates[1].unlink(missing_ok=True)
+    if is_trained or not any(path.exists() for path in templates) and not has_template(folder / SETTINGS):
         system = json.dumps(system_of(system_prompt or ""))
         written = [(MACROS + template).strip().replace("SYSTEM", system, 1) + "\n" for template in choices]
         alike = [text for text in written if reads_alike(folder, text, tokenizer, config.family, system_prompt or "")]
-        if not alike:
+        if is_trained and not alike:
             print("transformers' tokenizer cuts prompts into other tokens than were trained: its answers may differ")
-        templates[0].write_text([*alike, *written][0], encoding="utf-8")
+        if is_trained or alike:
+            # Read before the other one.
+            templates[1].unlink(missing_ok=True)
+            templates[0].write_text([*alike, *written][0], encoding="utf-8")
 
 
 def reads_alike(folder: Path, template: str, tokenizer: Tokenizer, family: str, system_prompt: str) -> bool:
@@ -121,8 +126,12 @@ def reads_alike(folder: Path, template: str, tokenizer: Tokenizer, family: str, 
     return theirs(text, add_special_tokens=not has_start)["input_ids"] == ours
 
 
-def read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+def has_template(settings: Path) -> bool:
+    """Whether a tokenizer_config.json has a chat template, as of versions before there was a file for it."""
+    try:
+        return "chat_template" in read_json(settings)
+    except FileError:
+        return False
 
 
 def write_json(path: Path, content: dict, *, replace: bool = True) -> None:
