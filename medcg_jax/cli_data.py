@@ -202,17 +202,20 @@ def data_fetch(args) -> dict:
     subset = catalogue.subsets().get(args.what)
     if not subset and args.what != MED_MAT and not REPOSITORY.fullmatch(args.what):
         raise ConfigError(f"{args.what}: expected OWNER/NAME of the Hugging Face hub, {MED_MAT}, or a subset, 01 to 53")
-    is_repository = not subset and args.what != MED_MAT
-    folder = fetch_data(args.what if is_repository else MED_MAT_REPOSITORY, Path(args.out) if args.out else None)
+    if not subset and args.what != MED_MAT:
+        repository, members = args.what, []
+    else:
+        every = catalogue.datasets()
+        repository, members = MED_MAT_REPOSITORY, [every[number] for number in (subset.datasets if subset else every)]
+        # Before the questions, which are behind a form.
+        print(f"The images of these {len(members)} datasets are their hosts', each under terms of its own:")
+        print("\n".join(address_lines(members)), flush=True)
+        if subset and not subset.released:
+            print(
+                f"subset {subset.number}: its questions are not released; `medcg data format` makes some of its labels"
+            )
+    folder = fetch_data(repository, Path(args.out) if args.out else None)
     print(folder)
-    if is_repository:
-        return {"folder": str(folder), "elsewhere": {}}
-    every = catalogue.datasets()
-    members = [every[number] for number in (subset.datasets if subset else every)]
-    if subset and not subset.released:
-        print(f"subset {subset.number}: its questions are not released; `medcg data format` makes some of its labels")
-    print(f"The images of these {len(members)} datasets are their hosts', each under terms of its own:")
-    print("\n".join(address_lines(members)))
     return {"folder": str(folder), "elsewhere": {dataset.number: list(dataset.addresses) for dataset in members}}
 
 
