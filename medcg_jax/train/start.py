@@ -1,6 +1,7 @@
 """The checkpoint that a run starts from: found or fetched, named with its commit and family, and checked."""
 
 from pathlib import Path
+from typing import Any
 
 from medcg_jax.config import AUTO, ConfigError, ModelConfig, RunConfig, has_any_size, replace
 from medcg_jax.config_checks import check
@@ -15,11 +16,15 @@ from medcg_jax.families.weights.convert import (
     without_new_adapters,
 )
 from medcg_jax.families.weights.hub import is_repository, pinned, resolve
+from medcg_jax.families.weights.processor import IMAGES, PROCESSOR
 from medcg_jax.processes import barrier, broadcast, is_first_of_host
+from medcg_jax.untrusted import read_json, shown
 
 # Model -> the repository of its released checkpoint.
 RELEASED = {name: repo for family in registry.families() for name, repo in family.released.items() if repo}
 CHECKPOINT_FLAG = "model.checkpoint="
+# Of an image processor's settings.
+MAX_CONFIG_BYTES = 2**20
 # How long processes wait for the one of their host that fetches: 150 GB at 5 MB/s take 8 hours.
 FETCH_WAIT_S = 12 * 3600.0
 
@@ -96,6 +101,29 @@ def check_architecture(model: ModelConfig, config: Config) -> None:
         check_same(checkpoint.config, without_new_adapters(config, checkpoint), directory)
     except WeightsError as error:
         raise ConfigError(f"{error}; --config.model.name={AUTO} takes the architecture of the checkpoint") from error
+    check_colours(directory, config)
+
+
+def check_colours(directory: Path, config: Config) -> None:
+    """Raises ConfigError if the checkpoint's image processor scales colours otherwise than `config` does."""
+    for name in (IMAGES, PROCESSOR):
+        if not (directory / name).is_file():
+            continue
+        stated = read_json(directory / name, max_bytes=MAX_CONFIG_BYTES)
+        stated = stated.get("image_processor", stated)
+        for field in ("image_mean", "image_std"):
+            theirs, ours = stated.get(field) if isinstance(stated, dict) else None, getattr(config.vision, field, None)
+            if theirs is not None and ours is not None and not _near(theirs, ours):
+                raise ConfigError(
+                    f"{directory / name}: {field} is {shown(theirs)}, and this port scales by {list(ours)}: expected a "
+                    "checkpoint whose tower takes these"
+                )
+
+
+def _near(theirs: Any, ours: tuple[float, ...]) -> bool:
+    """Whether the numbers are the same to three decimals: files round CLIP's."""
+    is_list = isinstance(theirs, list) and len(theirs) == len(ours)
+    return is_list and all(isinstance(x, int | float) and abs(x - y) < 1e-3 for x, y in zip(theirs, ours, strict=True))
 
 
 def check_weights(run: RunConfig) -> None:

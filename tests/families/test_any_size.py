@@ -18,7 +18,7 @@ from medcg_jax.families.weights.files import WeightsError
 from medcg_jax.plan.programs import architecture_of
 from medcg_jax.train.run import train
 from medcg_jax.train.setup import model_config, open_setup
-from medcg_jax.train.start import with_checkpoint
+from medcg_jax.train.start import check_colours, with_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PHANTOM = f"--config={ROOT / 'configs' / 'phantom.py'}:tiny"
@@ -119,6 +119,21 @@ def test_another_architecture_is_named_before_the_disk_is_looked_at(tmp_path, mo
     message = r"another architecture: text.mlp_dim 144 \(expected 128\); --config.model.name=auto takes"
     with pytest.raises(ConfigError, match=message):
         train(run, tmp_path / "run")
+
+
+def test_colours_that_the_tower_does_not_take_are_refused(tmp_path):
+    config = wider("llava")
+    for file, about in (("preprocessor_config.json", {}), ("processor_config.json", {"image_processor": {}})):
+        folder = tmp_path / file
+        folder.mkdir()
+        inner = about.get("image_processor", about)
+        inner |= {"image_mean": [0.48145466, 0.4578, 0.4082], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+        (folder / file).write_text(json.dumps(about))
+        check_colours(folder, config)
+        inner["image_mean"] = [0.5, 0.5, 0.5]
+        (folder / file).write_text(json.dumps(about))
+        with pytest.raises(ConfigError, match=r"image_mean is \[0.5, 0.5, 0.5\], and this port scales by \[0.48145466"):
+            check_colours(folder, config)
 
 
 def test_llava_med_s_mistral_is_a_llama_where_it_has_no_window(tmp_path):
