@@ -13,7 +13,7 @@ from typing import Any
 from medcg_jax.eval import boxes
 from medcg_jax.eval.predictions import Prediction, prediction_lines, summary
 from medcg_jax.families import registry
-from medcg_jax.families.weights.convert import MODEL_FILE, Checkpoint, trained_parts
+from medcg_jax.families.weights.convert import Checkpoint
 from medcg_jax.families.weights.hub import REPOSITORY
 from medcg_jax.families.weights.processor import FILES
 from medcg_jax.train.checkpoint import META_FILE, read_meta
@@ -189,8 +189,7 @@ def model_card(checkpoint: Checkpoint, training: Training, to: str) -> str:
 
 def start_of(checkpoint: Checkpoint, training: Training) -> str:
     """The hub's name of what the training started from, or its folder's name; "": random weights, or not known."""
-    of_parts = trained_parts(checkpoint.src) if (checkpoint.src / MODEL_FILE).is_file() else None
-    name = training.config.get("model", {}).get("checkpoint", "") or (of_parts[0] if of_parts else "")
+    name = training.config.get("model", {}).get("checkpoint", "") or checkpoint.trained_on
     return name if REPOSITORY.fullmatch(name) else Path(name).name
 
 

@@ -295,6 +295,6 @@ def test_a_pipeline_answers_and_peft_s_adapters_are_the_merged_weights(family, t
 @pytest.mark.parametrize("family", ("minigpt_v2", "next_chat"))
 def test_families_that_transformers_lacks_say_what_reads_them(family):
     config = family_toys.setup(family).model
-    checkpoint = SimpleNamespace(config=config, src=Path("weights"))
+    checkpoint = SimpleNamespace(config=config, src=Path("weights"), trained_on="")
     card = model_card(checkpoint, SimpleNamespace(config={}, results={}, notes=(), cell=""), "hf")
     assert "library_name: pytorch" in card and "transformers has no such model" in card and "GitHub" in card
