@@ -138,14 +138,9 @@ def box_results_of(file: Path) -> dict[str, dict]:
     found = {}
     for subset, answers in by_subset.items():
         scores = boxes.summary(answers)
-        keys = {
-            "n": "n",
-            "accuracy": "accuracy",
-            "ci_low": "accuracy_low",
-            "ci_high": "accuracy_high",
-            "chance": "by_chance",
-        }
-        found[subset] = {name: scores[key] for name, key in keys.items()}
+        low, high = scores["accuracy_low"], scores["accuracy_high"]
+        named = {"ci_low": low, "ci_high": high, "chance": scores["by_chance"]}
+        found[subset] = {"n": scores["n"], "accuracy": scores["accuracy"]} | named
     return found
 
 
@@ -153,61 +148,39 @@ def model_card(checkpoint: Checkpoint, training: Training, to: str) -> str:
     """The text of the card. to: as of `medcg convert`, "hf" or "peft"."""
     family = registry.of(checkpoint.config)
     base = start_of(checkpoint, training)
-    is_trained = bool(training.config)
-    title = f"{family.title.removesuffix('-7B')}, {'fine-tuned' if is_trained else 'converted'} with medcg-jax"
-    lines = [*front_matter(family, base, to), f"# {title}", ""]
-    if not is_trained:
-        lines += [
-            f"The weights of {code(base or checkpoint.src.name)} in the layout of transformers; the card of that release applies.",
-            "",
-        ]
+    title = f"{family.title.removesuffix('-7B')}, {'fine-tuned' if training.config else 'converted'} with medcg-jax"
+    sections = {}
+    if training.config:
+        sections["Data"] = data_lines(training.config["data"])
+        sections["Recipe"] = recipe_lines(training, base)
+        sections["Result"] = result_lines(training)
     else:
-        lines += [
-            "## Data",
-            "",
-            *data_lines(training.config["data"]),
-            "",
-            "## Recipe",
-            "",
-            *recipe_lines(training, base),
-            "",
+        release = code(base or checkpoint.src.name)
+        sections["What it is"] = [
+            f"The weights of {release} in transformers' layout; the card of that release applies."
         ]
-        lines += ["## Result", "", *result_lines(training), ""]
-    lines += [
-        "## Limits",
-        "",
-        *limit_lines(checkpoint.config, training),
-        "",
-        "## Licence",
-        "",
-        *licence_lines(base),
-        "",
-    ]
-    lines += ["## How it was made, and how to use it", "", *use_lines(family, base, to)]
-    return "\n".join(lines).rstrip() + "\n"
+    sections["Limits"] = limit_lines(checkpoint.config, training)
+    sections["Licence"] = licence_lines(base)
+    sections["How it was made, and how to use it"] = use_lines(family, base, to)
+    lines = [*front_matter(family, base, to), f"# {title}"]
+    for heading, content in sections.items():
+        lines += ["", f"## {heading}", "", *content]
+    return "\n".join(lines) + "\n"
 
 
 def start_of(checkpoint: Checkpoint, training: Training) -> str:
     """The hub's name of what the training started from, or its folder's name; "": random weights, or not known."""
     name = training.config.get("model", {}).get("checkpoint", "") or checkpoint.trained_on
-    return name if REPOSITORY.fullmatch(name) else Path(name).name
+    # Runs write down a repository with its commit, which a path does not have.
+    return name if "@" in name and REPOSITORY.fullmatch(name) else Path(name).name
 
 
 def front_matter(family: registry.Family, base: str, to: str) -> list[str]:
     """The fields that the hub reads."""
     library = "peft" if to == "peft" else "transformers" if family.name in FILES else "pytorch"
     named = [f"base_model: {base.partition('@')[0]}"] if REPOSITORY.fullmatch(base) else []
-    tags = ["tags:", "- medical", "- medcg-jax", f"- {family.name}"]
-    return [
-        "---",
-        f"library_name: {library}",
-        "pipeline_tag: image-text-to-text",
-        *named,
-        "license: other",
-        *tags,
-        "---",
-        "",
-    ]
+    about = [f"library_name: {library}", "pipeline_tag: image-text-to-text", *named, "license: other"]
+    return ["---", *about, "tags:", "- medical", "- medcg-jax", f"- {family.name}", "---", ""]
 
 
 def code(text: Any) -> str:
