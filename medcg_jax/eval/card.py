@@ -155,7 +155,7 @@ def model_card(checkpoint: Checkpoint, training: Training, to: str) -> str:
         sections["Recipe"] = recipe_lines(training, base)
         sections["Result"] = result_lines(training)
     else:
-        release = code(base or checkpoint.src.name)
+        release = code(base or name_of(checkpoint.src))
         sections["What it is"] = [
             f"The weights of {release} in transformers' layout; the card of that release applies."
         ]
@@ -173,6 +173,13 @@ def start_of(checkpoint: Checkpoint, training: Training) -> str:
     name = training.config.get("model", {}).get("checkpoint", "") or checkpoint.trained_on
     # Runs write down a repository with its commit, which a path does not have.
     return name if "@" in name and REPOSITORY.fullmatch(name) else Path(name).name
+
+
+def name_of(folder: Path) -> str:
+    """A checkpoint's folder by its name; one in the hub's cache by its repository and commit."""
+    if folder.parent.name != "snapshots":
+        return folder.name
+    return f"{folder.parents[1].name.removeprefix('models--').replace('--', '/', 1)}@{folder.name}"
 
 
 def front_matter(family: registry.Family, base: str, to: str) -> list[str]:

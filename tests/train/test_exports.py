@@ -20,7 +20,7 @@ from medcg_jax.config import replace
 from medcg_jax.data.records import Turn
 from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.eval import subsets
-from medcg_jax.eval.card import model_card, training_of
+from medcg_jax.eval.card import Training, model_card, training_of
 from medcg_jax.families import build, registry
 from medcg_jax.families.weights.convert import open_checkpoint
 from medcg_jax.families.weights.processor import write_processor
@@ -296,5 +296,7 @@ def test_a_pipeline_answers_and_peft_s_adapters_are_the_merged_weights(family, t
 def test_families_that_transformers_lacks_say_what_reads_them(family):
     config = family_toys.setup(family).model
     checkpoint = SimpleNamespace(config=config, src=Path("weights"), trained_on="")
-    card = model_card(checkpoint, SimpleNamespace(config={}, results={}, notes=(), cell=""), "hf")
+    card = model_card(checkpoint, Training(), "hf")
+    checkpoint.src = Path("hub/models--owner--some-model/snapshots/abc")
+    assert "The weights of `owner/some-model@abc`" in model_card(checkpoint, Training(), "hf")
     assert "library_name: pytorch" in card and "transformers has no such model" in card and "GitHub" in card
