@@ -268,7 +268,7 @@ def test_a_pipeline_answers_and_peft_s_adapters_are_the_merged_weights(family, t
     config = dataclasses.replace(plain, lora=LoraConfig(2, 4.0, ("q", "down")))
     rng, (_, shapes) = np.random.default_rng(1), build.abstract(config)
     adapters = jax.tree.map(
-        lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), nnx.State({"lora": shapes["lora"]})
+        lambda leaf: jax.numpy.asarray(rng.normal(0, 0.2, leaf.shape), "float32"), nnx.State({"lora": shapes["lora"]})
     )
     base, folder = trained(family, tmp_path / "base"), tmp_path / "adapters" / "params"
     save_params(folder, adapters, config, meta_of(), trained_on=str(base), beside=(setup.tokenizer.path,))
