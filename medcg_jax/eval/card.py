@@ -116,7 +116,7 @@ def results_of(file: Path) -> dict[str, dict]:
     """Subset -> the summary of its predictions in a file, with "chance"."""
     by_subset: dict[str, list[Prediction]] = {}
     for line in prediction_lines(file):
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in line.items()}
+        fields: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in line.items()}
         prediction = Prediction(**(fields | {"logprobs": fields["logprobs"] or ()}))
         by_subset.setdefault(prediction.subset, []).append(prediction)
     return {

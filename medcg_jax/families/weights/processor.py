@@ -116,7 +116,7 @@ def reads_alike(folder: Path, template: str, tokenizer: Tokenizer, family: str, 
         ours = prompts.evaluation_prompt(
             tokenizer, (Turn(SAMPLE, "A"),), system_prompt=system_prompt, num_image_tokens=1
         )
-        theirs = AutoTokenizer.from_pretrained(folder)
+        theirs: Any = AutoTokenizer.from_pretrained(folder)
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": SAMPLE}]}
         text = theirs.apply_chat_template([message], chat_template=template, tokenize=False, add_generation_prompt=True)
     except Exception:  # of a tokenizer that only one of the two reads, or of its files
