@@ -182,6 +182,8 @@ def test_a_model_of_no_named_size_is_trained_evaluated_and_planned(family, tmp_p
         "--config.eval.batch_size=8", "--config.data.subsets=ct-brain-state", "--config.data.max_text_tokens=64",
         "--config.data.max_target_tokens=8",
     ]  # fmt: skip
+    if family == "qwen2_vl":  # config.json does not state them, and the default is for patches of 14 pixels
+        flags += ["--config.model.min_pixels=256", "--config.model.max_pixels=2304"]
     assert main(["train", *flags, workdir]) == 0, capfd.readouterr().err
     assert main(["eval", *flags, workdir]) == 0, capfd.readouterr().err
     assert "of 8 right" in capfd.readouterr().out
