@@ -18,6 +18,7 @@ import phantom
 from medcg_jax.config import RunConfig, replace
 from medcg_jax.config_file import from_config_dict, to_config_dict
 
+ARGS = {"phantom": "phantoms", "mini": "a small Med-MAT tree, at data.root"}
 STATE_SUBSETS = ("64", "65", "66", "67", "68", "69")
 # In an order in which two processes end together.
 MODELS = ("minigpt_v2_tiny", "qwen2_vl_tiny", "llama32_vision_tiny", "next_chat_tiny", "llava15_tiny")
@@ -79,6 +80,4 @@ def get_config(arg: str = "phantom"):
             study__model_flags={k: v for k, v in run.study.model_flags.items() if k != "next_chat_tiny"},
             study__tables=("multi_task", "detection"),
         )
-    elif arg not in ("", "phantom"):
-        raise ValueError(f"configs/backbones_quick.py:{arg}; phantom or mini is accepted")
     return to_config_dict(run)

@@ -11,6 +11,9 @@ BACKBONE[,SOURCE]: `paper.py`.
 
 import paper
 
+ARGS = paper.ARGS
+SECOND_ARGS = paper.SECOND_ARGS
+
 
 def get_config(arg: str = "llava15_7b"):
     return paper.figure("dose", arg, "dose")

@@ -10,6 +10,9 @@ All points of a target have as many updates; `--config.study.efficiency_budget=e
 
 import paper
 
+ARGS = paper.ARGS
+SECOND_ARGS = paper.SECOND_ARGS
+
 
 def get_config(arg: str = "llava15_7b"):
     return paper.figure("efficiency", arg, "efficiency")

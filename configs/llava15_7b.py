@@ -19,6 +19,12 @@ from medcg_jax.config import (
 )
 from medcg_jax.config_file import to_config_dict
 
+ARGS = {
+    "7b": "projector and decoder of the 7B",
+    "13b": "projector and decoder of the 13B",
+    "lora": "adapters on the 7B in bfloat16, for four chips of 16 GB",
+    "qlora": "adapters on the 7B in 4 bits, for one GPU of 24 GB or such chips",
+}
 # LLaVA-1.5's own LoRA recipe (scripts/v1_5/finetune_lora.sh at c121f04): rank 128, alpha 256, all products of the
 # decoder, and the projector with them. Its rate is 2e-4, and 2e-5 for the projector; here one rate is for both.
 LORA = dict(trainable=("projector", "lora"), lora_rank=128, lora_alpha=256.0)
@@ -26,8 +32,6 @@ BASE_DTYPES = {"lora": "bfloat16", "qlora": "nf4"}
 
 
 def get_config(arg: str = "7b"):
-    """arg: the size; or "lora" or "qlora": the 7B with adapters on a base in bfloat16, for four chips of 16 GB, or in 4
-    bits, for one GPU of 24 GB or such chips."""
     size, adapters = (arg, {}) if arg not in BASE_DTYPES else ("7b", LORA | {"base_dtype": BASE_DTYPES[arg]})
     run = RunConfig(
         name=f"llava15_{size}_{arg}" if adapters else f"llava15_{size}",

@@ -7,8 +7,13 @@
 
 import llava15_7b
 
+ARGS = {
+    "boxes": "the first two stages of the release's training",
+    "masks": "its third stage: masks alone, from the parameters of the first two",
+}
 
-def get_config(arg: str = ""):
+
+def get_config(arg: str = "boxes"):
     config = llava15_7b.get_config()
     config.name = "next_chat_7b"
     config.model.name = "next_chat_7b_336"
@@ -19,13 +24,11 @@ def get_config(arg: str = ""):
     with config.study.ignore_type():
         config.study.tables = ("detection_pairs",)
     if arg == "masks":
-        # The third stage: masks alone, from the parameters of the first two, with the release's rate and batch.
+        # With the release's rate and batch.
         config.name = "next_chat_7b_masks"
         with config.model.ignore_type():
             config.model.trainable = ("mask_prompt", "mask_decoder")
         config.train.learning_rate = 2e-5
         config.train.batch_size = 64
         config.train.epochs = 3
-    elif arg:
-        raise ValueError(f"configs/next_chat_7b.py:{arg}; masks, or nothing, is accepted")
     return config

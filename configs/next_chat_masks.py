@@ -18,6 +18,10 @@ from medcg_jax.config import replace
 from medcg_jax.config_file import from_config_dict, to_config_dict
 from medcg_jax.data.phantom.source import DETECTION_TRIPLETS
 
+ARGS = {
+    "boxes": "the language model learns boxes",
+    "masks": "the mask decoder learns masks, from what `boxes` left in runs/next_chat/boxes",
+}
 HELD_OUT = ("ct-liver-det", "oct-skin-det")
 TRAINED = tuple(t.name for t in DETECTION_TRIPLETS if t.name not in HELD_OUT)
 
@@ -45,6 +49,4 @@ def get_config(arg: str = "boxes"):
             model__trainable=("mask_prompt", "mask_decoder", "sam_encoder"),
             train__epochs=4,
         )
-    elif arg != "boxes":
-        raise ValueError(f"configs/next_chat_masks.py:{arg}; boxes or masks is accepted")
     return to_config_dict(run)

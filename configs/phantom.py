@@ -19,6 +19,13 @@ from medcg_jax.config import DataConfig, EvalConfig, ModelConfig, RunConfig, Stu
 from medcg_jax.config_file import to_config_dict
 from medcg_jax.data.phantom.world import REPORT_TARGETS, TASKS, study_words
 
+ARGS = {
+    "quick": "one seed, one kind of pairs, some minutes",
+    "study": "three seeds, every table",
+    "negative": "no decoys: the task is enough",
+    "null": "a rule for each subset: nothing helps",
+    "tiny": "a few steps of everything, for tests",
+}
 # A task's name is in its questions as well, but its labels say all of it. Trained too, it could carry the area or the
 # modality of the one subset that a pair has of the task, and the pair would miss the target.
 TRAINED_WORDS = tuple(word for word in study_words() if word not in TASKS)
@@ -30,7 +37,7 @@ FIGURE_TARGETS = {"efficiency": REPORT_TARGETS[:1]}
 
 def get_config(arg: str = "quick"):
     run = RunConfig(
-        name=f"phantom_{arg or 'quick'}",
+        name=f"phantom_{arg}",
         # The words that no base has read are all that a fine-tune learns. Where the decoder is trained as well, sets of
         # some hundred records are learnt by heart before the words are found.
         model=ModelConfig(name="llava15_tiny", trainable=("embedding",), trainable_words=TRAINED_WORDS),
@@ -74,13 +81,9 @@ def get_config(arg: str = "quick"):
         "negative": {"data__phantom_decoys": 0.0, "study__tables": ("pairs", "ablation")},
         "null": {"data__phantom_rule": "drawn", "study__tables": ("pairs",)},
     }
-    if arg in ("", "quick"):
-        return to_config_dict(run)
     if arg in worlds:
         return to_config_dict(replace(_study(run), **worlds[arg]))
-    if arg == "tiny":
-        return to_config_dict(_tiny(run))
-    raise ValueError(f"configs/phantom.py:{arg}; expected quick, study, negative, null or tiny")
+    return to_config_dict(_tiny(run) if arg == "tiny" else run)
 
 
 def _study(run: RunConfig) -> RunConfig:

@@ -9,6 +9,9 @@ leaves them out. The argument is BACKBONE[,SOURCE]: `paper.py`.
 
 import paper
 
+ARGS = paper.ARGS
+SECOND_ARGS = paper.SECOND_ARGS
+
 
 def get_config(arg: str = "llava15_7b"):
     return paper.table("table2", arg, "multi_task", parts=("out_of_distribution",))

@@ -11,6 +11,9 @@ The argument is BACKBONE[,SOURCE]: `paper.py`. On phantoms: one pair for each ta
 
 import paper
 
+ARGS = paper.ARGS
+SECOND_ARGS = paper.SECOND_ARGS
+
 
 def get_config(arg: str = "llava15_7b"):
     return paper.table("table3", arg, "pairs", published_table=3)

@@ -10,6 +10,9 @@ The argument is BACKBONE[,SOURCE] (`paper.py`), of a backbone that answers with 
 
 import paper
 
+ARGS = paper.BOX_ARGS
+SECOND_ARGS = paper.SECOND_ARGS
+
 
 def get_config(arg: str = "minigpt_v2_7b"):
-    return paper.table("table6", arg, "detection_pairs", boxes=True, published_table=6)
+    return paper.table("table6", arg, "detection_pairs", published_table=6)

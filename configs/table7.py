@@ -10,6 +10,9 @@ The argument is BACKBONE[,SOURCE]: `paper.py`.
 
 import paper
 
+ARGS = paper.ARGS
+SECOND_ARGS = paper.SECOND_ARGS
+
 
 def get_config(arg: str = "qwen2_vl_7b"):
     return paper.table("table7", arg, "pairs", published_table=7)

@@ -10,6 +10,9 @@ The argument is BACKBONE[,SOURCE]: `paper.py`.
 
 import paper
 
+ARGS = paper.ARGS
+SECOND_ARGS = paper.SECOND_ARGS
+
 
 def get_config(arg: str = "llama32_vision_11b"):
     return paper.table("table8", arg, "pairs", published_table=8)

@@ -65,6 +65,24 @@ PEAKS = {
 }
 
 
+# Chips by the names that `medcg plan` and `medcg reproduce --dry` take.
+CHIPS = {
+    "v5e": V5E,
+    "v5p": V5P,
+    "v6e": V6E,
+    "tpu7x": TPU7X,
+    "a100": PEAKS["NVIDIA A100-SXM4-80GB"],
+    "h100": H100,
+    "h200": H200,
+    "b200": PEAKS["NVIDIA B200"],
+}
+
+
+def chip_hours(flops: float) -> dict[str, float]:
+    """Chip -> the hours that one needs for so many FLOPs at its published bf16 peak: a bound, which no program reaches."""
+    return {name: flops / (peak.bf16_flops_per_s * peak.devices_per_chip) / 3600 for name, peak in CHIPS.items()}
+
+
 def peak_of(device_kind: str) -> Peak | None:
     """The peaks of a device by its `device_kind`; None if `PEAKS` lacks it (a CPU)."""
     known = [name for name in PEAKS if device_kind.startswith(name)]

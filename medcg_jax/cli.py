@@ -10,16 +10,20 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 
-from medcg_jax import cluster, processes
+from medcg_jax import cli_checks, cluster, processes, terminal
 from medcg_jax import platform as xla_flags
-from medcg_jax.cli_data import Parser, add, add_data
+from medcg_jax.cli_ask import add_ask
+from medcg_jax.cli_config import add_config, add_config_flags
+from medcg_jax.cli_data import add_data
+from medcg_jax.cli_parser import Parser, Version, add, add_amount, unknown_flag
 from medcg_jax.config import ConfigError, Interrupted, RunConfig, RunError
 from medcg_jax.data.records import DataError
 from medcg_jax.files import user_path, write_whole
-from medcg_jax.platform import keep_freed_memory, run_process
+from medcg_jax.memory import explained, is_out_of_memory
+from medcg_jax.platform import hidden_stdout, keep_freed_memory, run_process
 
 # Files of a release that may be elsewhere than SRC.
 RELEASE_PARTS = {
@@ -38,8 +42,12 @@ WRONG_PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirect
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit status. With several processes, one that fails ends here."""
     keep_freed_memory()
+    verb = ""
     try:
         args = parse(sys.argv[1:] if argv is None else list(argv))
+        verb = args.verb
+        quiet, verbose = getattr(args, "quiet", False), getattr(args, "verbose", False)
+        terminal.show(terminal.QUIET if quiet else terminal.VERBOSE if verbose else terminal.PLAIN)
         result = args.run(args)
         status = result.pop("exit_status", 0)
         if args.json and processes.is_first():
@@ -59,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         return failed(1, str(error))
     except Exception as error:
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-            return failed(3, f"does not fit in memory: {str(error).splitlines()[0]}")
+        if is_out_of_memory(error):
+            return failed(3, explained(error, verb))
         if processes.count() == 1:
             raise
         traceback.print_exc()
@@ -92,8 +100,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     while unread:
         flag = unread.pop(0)
         if not flag.startswith("--config.") or not hasattr(args, "config"):
-            verb = f"medcg {args.verb} {args.kind}" if args.verb == "data" else f"medcg {args.verb}"
-            raise ConfigError(f"{flag} is not known to `{verb}`; see `{verb} --help`")
+            raise unknown_flag(flag, args.parser, hasattr(args, "config"))
         key, equals, value = flag.removeprefix("--config.").partition("=")
         if not equals:
             if not unread or unread[0].startswith("--"):
@@ -105,13 +112,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def parser() -> Parser:
     top = Parser(prog="medcg", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    top.add_argument("--version", action=Version, help="print the version and stop")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
+    add_config(verbs, top)
     add_data(verbs)
     convert = add(verbs, "convert", run_convert, "released PyTorch checkpoint to Orbax, and back")
     convert.add_argument("src", metavar="SRC", help="a checkpoint's folder, or its name on the Hugging Face hub")
-    convert.add_argument("dst", metavar="DST")
-    convert.add_argument("--to", choices=("orbax", "hf", "peft"), default="orbax")
+    convert.add_argument("dst", metavar="DST", help="folder to write; must not exist")
+    text = "this project's own form, that of transformers, or of PEFT's adapters (orbax)"
+    convert.add_argument("--to", choices=("orbax", "hf", "peft"), default="orbax", help=text)
     for flag, text in RELEASE_PARTS.items():
         convert.add_argument(f"--{flag}", default="", metavar="PATH", help=text)
     parity = add(verbs, "parity", run_parity, "the same input through this port and the PyTorch reference")
@@ -127,16 +137,20 @@ def parser() -> Parser:
         ("bench", run_bench, "throughput here, of this port and of the reference, in one run"),
     ):
         verb = add(verbs, name, run, text)
-        verb.epilog = "--config.a.b=VALUE sets one field of the config."
-        verb.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
-        verb.add_argument("--workdir", default="", metavar="DIR")
+        add_config_flags(verb)
+        verb.add_argument("--workdir", default="", metavar="DIR", help="what it writes goes there (runs/NAME)")
+        add_amount(verb)
         if name == "train":
             text = "write an xprof trace of these steps to WORKDIR/profile, for medcg_jax.bench.trace_read"
             verb.add_argument("--profile_steps", default="", metavar="FIRST:LAST", help=text)
         if name in SEVERAL_PROCESSES:
             add_processes(verb)
+        if name in ("train", "eval"):
+            verb.add_argument("--dry", action="store_true", help="check the config and its paths, and stop")
         if name == "reproduce":
             verb.add_argument("--dry", action="store_true", help="list every cell with its size and stop")
+            text = "of a chip-hour of each kind, as h100:2.5,v5e:1.2, for the cost that --dry tells"
+            verb.add_argument("--price", default="", metavar="CHIP:USD", help=text)
             verb.add_argument("--jobs", type=int, default=0, metavar="N", help="processes that share the grid's cells")
         if name == "bench":
             text = (
@@ -145,6 +159,7 @@ def parser() -> Parser:
             verb.add_argument("--stages", default="", metavar="A,B", help=text)
             text = "HF transformers on the same records in the same run (LLaVA alone; extra `parity`)"
             verb.add_argument("--against", choices=("torch",), default="", help=text)
+    add_ask(verbs)
     add_plan(verbs)
     report = add(verbs, "report", run_report, "the page, tables and plots of a grid; plots of what `bench` measured")
     report.add_argument("dir", metavar="DIR", help="workdir of a grid, or a JSON file of `medcg bench`")
@@ -164,8 +179,8 @@ def add_processes(verb: Parser) -> None:
 
 def add_plan(verbs) -> None:
     plan = add(verbs, "plan", run_plan, "what a run needs on a machine that is not there: bytes, FLOPs, least time")
-    plan.epilog = "--config.a.b=VALUE sets one field of the config. Exit status 3: it does not fit."
-    plan.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
+    plan.epilog = "Exit status 3: it does not fit."
+    add_config_flags(plan)
     plan.add_argument("--topology", required=True, metavar="NAME", help="v5e:4x4, v5p:4x4x4, v6e:8x8, h100:8, local")
     plan.add_argument("--search", action="store_true", help="try meshes, remat policies and batch sizes, and rank them")
     plan.add_argument("--compiles", type=int, default=12, metavar="N", help="programs that --search compiles at most")
@@ -191,10 +206,11 @@ def resolved(args: argparse.Namespace) -> RunConfig:
 
 @contextmanager
 def started(args: argparse.Namespace, run: RunConfig) -> Iterator[None]:
-    """Sets XLA's flags and joins the other processes of the run, if any; only the first process prints.
+    """Checks paths, sets XLA's flags, joins the other processes of the run, if any; only the first process prints.
 
     Raises:
-      ConfigError: flags or environment variables about processes cannot be used, or the processes do not agree.
+      ConfigError: a path, the mesh, or flags or environment variables about processes cannot be used, or the processes
+        do not agree.
       RunError: the others do not come.
     """
     flags = {name: getattr(args, name) for name in ("coordinator", "num_processes", "process_id")}
@@ -205,15 +221,33 @@ def started(args: argparse.Namespace, run: RunConfig) -> Iterator[None]:
 
         processes.start(joined)
         check_agreement(run, args.verb, workdir(args, run), lambda: fingerprints(args, run))
+    # Once they have joined, so that one that fails ends the others with its reason.
+    cli_checks.check_run(run, args.verb, workdir(args, run))
+    # The devices of a grid of several processes are theirs, and models of a grid may have settings of their own.
+    if args.verb != "reproduce" or run.study.jobs == 1 and not run.study.models:
+        check_mesh(run)
     from medcg_jax.train.log import keep_programs
 
     keep_programs()
-    if processes.is_first():
-        print(flags_line, flush=True)
-        yield
-    else:
-        with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
+    # Gloo, which joins CPUs, prints a line for every group of processes.
+    with hidden_stdout() if joined and not terminal.shows_details() else nullcontext():
+        if processes.is_first():
+            if terminal.shows_details():
+                print(flags_line, flush=True)
             yield
+        else:
+            with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
+                yield
+
+
+def check_mesh(run: RunConfig) -> None:
+    """Raises ConfigError if the mesh does not fit the devices or the batches, before anything slower is imported."""
+    import jax
+
+    from medcg_jax.mesh import check_batches, mesh_shape
+
+    _, data, fsdp, _ = mesh_shape(run.mesh, jax.device_count())
+    check_batches(data * fsdp, run)
 
 
 def fingerprints(args: argparse.Namespace, run: RunConfig) -> dict[str, str]:
@@ -231,7 +265,23 @@ def workdir(args: argparse.Namespace, run: RunConfig) -> Path:
     return Path(args.workdir or Path("runs") / run.name)
 
 
+def dry_check(args: argparse.Namespace, run: RunConfig) -> dict:
+    """The result of --dry for one run: its config is sound; prints what it is of, and paths that are not there."""
+    from medcg_jax.families.weights.hub import is_repository
+
+    model, data = run.model, run.data
+    print(f"{run.name}: {model.name} on {data.source} data; workdir {workdir(args, run)}")
+    checkpoint = "" if is_repository(model.checkpoint) else model.checkpoint
+    paths = {"model.checkpoint": checkpoint, "model.tokenizer": model.tokenizer, "data.root": data.root}
+    missing = {key: path for key, path in paths.items() if path and not Path(path).exists()}
+    for key, path in missing.items():
+        where = "" if Path(path).is_absolute() else f" (below {Path.cwd()})"
+        print(f"warning: {key}={path} is not there{where}", file=sys.stderr)
+    return {"name": run.name, "workdir": str(workdir(args, run)), "missing": missing}
+
+
 def run_convert(args) -> dict:
+    cli_checks.check_checkpoint(args.src)
     from medcg_jax.eval.card import model_card, training_of
     from medcg_jax.families.weights.convert import convert
     from medcg_jax.families.weights.hub import resolve
@@ -246,6 +296,7 @@ def run_convert(args) -> dict:
 
 
 def run_parity(args) -> dict:
+    cli_checks.check_reference(args.src, args.against, args.inputs)
     from medcg_jax.families.weights.hub import resolve
     from medcg_jax.parity.verb import parity
 
@@ -255,6 +306,8 @@ def run_parity(args) -> dict:
 
 def run_train(args) -> dict:
     run = resolved(args)
+    if args.dry:
+        return dry_check(args, run)
     with started(args, run):
         from medcg_jax.train.run import train
 
@@ -263,6 +316,8 @@ def run_train(args) -> dict:
 
 def run_eval(args) -> dict:
     run = resolved(args)
+    if args.dry:
+        return dry_check(args, run)
     with started(args, run):
         from medcg_jax.eval.subsets import evaluate_subsets
 
@@ -272,9 +327,11 @@ def run_eval(args) -> dict:
 def run_reproduce(args) -> dict:
     run = resolved(args)
     if args.dry:
-        from medcg_jax.study.run.dry import dry
+        from medcg_jax.study.run.dry import dry, parse_prices
 
-        return dry(run)
+        return dry(run, parse_prices(args.price))
+    if args.price:
+        raise ConfigError(f"--price={args.price}: expected with --dry")
     with started(args, run):
         from medcg_jax.study.run import grid
 
@@ -306,14 +363,21 @@ def with_as_many_cells_as_fit(run: RunConfig) -> RunConfig:
 
 
 def run_report(args) -> dict:
+    of_grids = not args.dir.endswith(".json")
+    if of_grids and len(args.other) > 1:
+        raise ConfigError(f"medcg report {' '.join([args.dir, *args.other])}: expected one or two grids")
+    for folder in (args.dir, *args.other):
+        if not of_grids:
+            if not Path(folder).is_file():
+                raise ConfigError(f"{folder}: no such file; expected a JSON file of `medcg bench`")
+        else:
+            cli_checks.check_grid(folder)
     from medcg_jax.study.report.compare import models_in, write_comparison, write_models_page
     from medcg_jax.study.report.page import check_formats, write_report
 
     formats = check_formats(args.format)
-    if args.dir.endswith(".json"):
+    if not of_grids:
         return report_benchmarks(args)
-    if len(args.other) > 1:
-        raise ConfigError(f"medcg report {' '.join([args.dir, *args.other])}: expected one or two grids")
     if args.other:
         page = write_comparison(args.dir, args.other[0], args.out)
         print(page)
@@ -345,7 +409,9 @@ def report_benchmarks(args) -> dict:
 
 def run_bench(args) -> dict:
     run = resolved(args)
-    print(xla_flags.apply(run.deterministic), flush=True)
+    flags_line = xla_flags.apply(run.deterministic)
+    if terminal.shows_details():
+        print(flags_line, flush=True)
     from medcg_jax.bench.run import DEFAULT, bench
 
     return bench(run, stages=args.stages.split(",") if args.stages else DEFAULT, against=args.against)

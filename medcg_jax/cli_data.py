@@ -1,26 +1,20 @@
-"""`medcg data WHAT`: reads flags and calls one function of the data room; and the parser of all verbs."""
+"""`medcg data WHAT`: reads flags and calls one function of the data room."""
 
 import argparse
+import dataclasses
+import sys
+import tempfile
 from pathlib import Path
 
+from medcg_jax.cli_checks import check_tree_folder
+from medcg_jax.cli_parser import Parser, add, add_amount
 from medcg_jax.config import PHANTOM_RULES, ConfigError, DataConfig
+from medcg_jax.data.records import DataError
+from medcg_jax.data.sources import is_prepared
+from medcg_jax.terminal import bar, shows_progress
 
 # The release's questions.
 MED_MAT, MED_MAT_REPOSITORY = "Med-MAT", "FreedomIntelligence/Med-MAT"
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str):
-        raise ConfigError(f"{message}; see `{self.prog} --help`")
-
-
-def add(verbs, name: str, run, text: str) -> Parser:
-    verb = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
-    verb.add_argument("--json", default="", metavar="FILE", help="also write the result as one JSON object")
-    verb.set_defaults(run=run)
-    return verb
 
 
 def add_data(verbs) -> None:
@@ -38,6 +32,7 @@ def add_data(verbs) -> None:
         kinds, "check", data_check, "report, per record of a tree, what is missing, broken, unsafe or duplicated"
     )
     check.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree, or one that was prepared")
+    add_amount(check)
     add_reading(check)
     prepare = add(kinds, "prepare", data_prepare, "write a tree's records, checked and decoded, as ArrayRecord shards")
     prepare.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree")
@@ -54,6 +49,7 @@ def add_data(verbs) -> None:
     )
     prepare.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0: one per core")
     add_reading(prepare)
+    add_amount(prepare)
 
     table = add(kinds, "format", data_format, "write a subset's files from raw labels: questions, or boxes")
     table.add_argument("labels", metavar="LABELS.csv", help="image,label and nothing, x1,y1,x2,y2 or mask")
@@ -69,17 +65,15 @@ def add_data(verbs) -> None:
     stats = add(kinds, "stats", data_stats, "write a page with contact sheets, label and letter balance, copies")
     stats.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree")
     stats.add_argument("out", metavar="OUT", help="folder of the page")
-    fetch = add(
-        kinds, "fetch", data_fetch, "fetch questions from the Hugging Face hub; say where the images are to be had"
-    )
-    fetch.add_argument(
-        "what", metavar="WHAT",
-        help="a data repository (OWNER/NAME, OWNER/NAME@REVISION); Med-MAT; or a subset of it, by its number (04)",
-    )  # fmt: skip
+    add_amount(stats)
+    text = "fetch questions from the Hugging Face hub; say where the images are to be had"
+    fetch = add(kinds, "fetch", data_fetch, text)
+    text = "a data repository (OWNER/NAME, OWNER/NAME@REVISION); Med-MAT; or a subset of it, by its number (04)"
+    fetch.add_argument("what", metavar="WHAT", help=text)
     fetch.add_argument("out", metavar="OUT", nargs="?", default="", help="folder; default: the hub's cache")
     text = "list what a tree has and lacks of Med-MAT, where to get it, and which rows of tables 1 to 8 it allows"
     ledger = add(kinds, "ledger", data_ledger, text)
-    ledger.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree; may be empty")
+    ledger.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree; may be empty, or not there yet")
 
 
 def add_reading(verb: Parser) -> None:
@@ -115,14 +109,17 @@ def data_phantom(args) -> dict:
 
 
 def data_check(args) -> dict:
-    from medcg_jax.data import prepared
-    from medcg_jax.data.check import check_tree, print_report
-    from medcg_jax.data.reading import Reading
+    if not Path(args.root).is_dir():
+        raise DataError(f"{args.root}: no such folder; expected that of a Med-MAT tree")
+    if is_prepared(args.root):
+        from medcg_jax.data import prepared
 
-    if prepared.is_prepared(args.root):
         faults = prepared.verify(args.root)
         print("\n".join(faults) or f"{args.root}: every record and every shard has the bytes that were written")
         return {"ok": not faults, "shards": faults, "exit_status": 2 if faults else 0}
+    from medcg_jax.data.check import check_tree, print_report
+    from medcg_jax.data.reading import Reading
+
     reading = Reading(args.window, args.deep_grey, args.frame)
     report = check_tree(args.root, args.max_pixels, reading, progress=progress)
     print_report(report)
@@ -130,6 +127,7 @@ def data_check(args) -> dict:
 
 
 def data_prepare(args) -> dict:
+    check_tree_folder(args.root)
     from medcg_jax.data.check import Dim, dim_warning, print_report
     from medcg_jax.data.layouts import parse_layout
     from medcg_jax.data.prepare import TooManyBad, prepare
@@ -180,16 +178,21 @@ def data_format(args) -> dict:
 
 
 def progress(items, total: int):
-    """A bar on a terminal; nothing elsewhere."""
-    from tqdm import tqdm
-
-    return tqdm(items, total=total, disable=None)
+    """A bar on a terminal, elsewhere a line at the start; nothing with --quiet."""
+    if shows_progress() and not sys.stderr.isatty():
+        print(f"reading {total} images", file=sys.stderr, flush=True)
+    return bar(items, total, "images")
 
 
 def data_stats(args) -> dict:
+    check_tree_folder(args.root)
     from medcg_jax.data.stats import write_stats
 
-    page = write_stats(args.root, args.out, progress=progress)
+    def report(text: str) -> None:
+        if shows_progress():
+            print(text, file=sys.stderr, flush=True)
+
+    page = write_stats(args.root, args.out, progress=progress, report=report)
     print(page)
     return {"page": str(page)}
 
@@ -223,6 +226,11 @@ def data_ledger(args) -> dict:
     from medcg_jax.study.design.ledger import read_ledger
     from medcg_jax.study.design.ledger_text import print_ledger
 
-    ledger = read_ledger(args.root)
+    if not Path(args.root).exists():
+        print(f"{args.root}: no such folder yet, so all of Med-MAT is missing; this is where to get it")
+        with tempfile.TemporaryDirectory() as empty:
+            ledger = dataclasses.replace(read_ledger(empty), root=args.root)
+    else:
+        ledger = read_ledger(args.root)
     print_ledger(ledger)
     return ledger.as_dict() | {"exit_status": 2 if ledger.is_broken else 0}

@@ -94,17 +94,20 @@ class Interrupted(KeyboardInterrupt):
     """
 
 
-def setting(default, *, least=None, most=None, choices=(), once=False, free=False, later=False, path=False):
+def setting(default, *, least=None, most=None, choices=(), unit="", once=False, free=False, later=False, path=False):
     """A field of a configuration with its limits; for a dict or tuple they apply to each entry.
+
+    The comment above a field is its meaning, which `medcg config` prints (`config_fields`): every field has one.
 
     least, most: bounds of a number, of each number in a tuple, of each value of a dict.
     choices: allowed texts, also for each text in a tuple or each key of a dict.
+    unit: what a number counts or measures, in the plural.
     once: no entry may occur twice.
     free: changes results in the last digits at most: where, how fast and how visibly a run is executed (`free_fields`).
     later: added after the first bases were made; at its default it is left out of a base's fingerprint.
     path: a path; "": none. `config_file` replaces ~ by the home folder.
     """
-    metadata = dict(least=least, most=most, choices=choices, once=once, free=free, later=later, path=path)
+    metadata = dict(least=least, most=most, choices=choices, unit=unit, once=once, free=free, later=later, path=path)
     if default == {}:
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -118,14 +121,20 @@ class MeshConfig:
     (`mesh.make_mesh`).
     """
 
-    cell: int = setting(1, least=-1, most=MOST_DEVICES, free=True)
-    data: int = setting(-1, least=-1, most=MOST_DEVICES, free=True)
-    fsdp: int = setting(1, least=-1, most=MOST_DEVICES, free=True)
-    tensor: int = setting(1, least=-1, most=MOST_DEVICES, free=True)
+    # Groups of devices that train different cells of a grid; -1: all that remain.
+    cell: int = setting(1, least=-1, most=MOST_DEVICES, unit="devices", free=True)
+    # Over these the rows of a batch are split; -1: all that remain.
+    data: int = setting(-1, least=-1, most=MOST_DEVICES, unit="devices", free=True)
+    # Over these rows are split, and parameters with their optimizer's state; -1: all that remain.
+    fsdp: int = setting(1, least=-1, most=MOST_DEVICES, unit="devices", free=True)
+    # Over these the products of each layer are split; -1: all that remain.
+    tensor: int = setting(1, least=-1, most=MOST_DEVICES, unit="devices", free=True)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The model, and what of it is trained."""
+
     # A size ("llava15_7b"); or a family ("llava"), whose sizes are then those that the checkpoint states; "auto": the
     # family is the checkpoint's, too.
     name: str = setting("llava15_tiny", choices=(AUTO, *MODELS))
@@ -135,24 +144,28 @@ class ModelConfig:
     # Tokenizer directory, tokenizer.json or tokenizer.model; "": the one beside the checkpoint's weights, and for a
     # tiny model without one the package's small tokenizer.
     tokenizer: str = setting("", path=True)
+    # Dtype of the activations, and of parameters in products.
     compute_dtype: str = setting("float32", choices=DTYPES)
     # Dtype of products with the decoder's weights, of `MATMUL` (`nn.matmul`, by qwix); "": `compute_dtype`.
     matmul: str = setting("", choices=MATMUL)
+    # Kernel of attention; "auto": splash on TPUs, cuDNN's on GPUs in 16 bits, else plain.
     attention: str = setting("auto", choices=ATTENTION, free=True)
+    # What is computed again in the backward pass and not kept in memory: nothing, all of a layer, or all but products.
     remat: str = setting("none", choices=REMAT, free=True)
     # Llama-3.2-Vision: what inner layers of its tower contribute, their "input" as in Meta's model, or their "output"
-    # as in transformers 4.57 to 5.23; "": Meta's. And whether tokens before every image do not attend to it, as in
-    # Meta's.
+    # as in transformers 4.57 to 5.23; "": Meta's.
     intermediate_from: str = setting("", choices=("", "input", "output"))
+    # Llama-3.2-Vision: whether tokens before every image do not attend to it, as in Meta's model.
     mask_text_only_rows_attention: bool = False
     # Layers per iteration of the scan over blocks; 0: all on a CPU (12 to 25 % faster there), 1 elsewhere.
-    scan_unroll: int = setting(0, least=0, most=1000, free=True)
-    # Qwen2-VL resizes images to at least and at most so many pixels; 0: the values of the model's size.
-    min_pixels: int = setting(0, least=0, most=MOST_STEPS)
-    max_pixels: int = setting(0, least=0, most=MOST_STEPS)
+    scan_unroll: int = setting(0, least=0, most=1000, unit="layers", free=True)
+    # Qwen2-VL enlarges smaller images to at least so many; 0: the value of the model's size.
+    min_pixels: int = setting(0, least=0, most=MOST_STEPS, unit="pixels")
+    # Qwen2-VL shrinks larger images to at most so many; 0: the value of the model's size.
+    max_pixels: int = setting(0, least=0, most=MOST_STEPS, unit="pixels")
     # NExT-Chat: greatest number of boxes in a row or an answer; 0: the value of the model's size. Room takes memory.
-    max_boxes: int = setting(0, least=0, most=10**4)
-    # LLaVA-1.5's second stage: the vision tower stays frozen.
+    max_boxes: int = setting(0, least=0, most=10**4, unit="boxes")
+    # Parts that a fine-tune trains. The default is LLaVA-1.5's second stage: the vision tower stays frozen.
     trainable: tuple[str, ...] = setting(("projector", "decoder"), choices=PARTS, once=True)
     # Words, one token each, whose embeddings alone the part "embedding" trains, as peft's trainable tokens; (): all.
     trainable_words: tuple[str, ...] = setting((), once=True, later=True)
@@ -161,7 +174,7 @@ class ModelConfig:
     lora_rank: int = setting(0, least=0, most=10**5, later=True)
     # The adapters' product is scaled by alpha / rank. 0: twice the rank, as in LLaVA-1.5's recipe (256 for 128).
     lora_alpha: float = setting(0.0, least=0, most=MOST_FLOAT, later=True)
-    # Of `LORA_TARGETS`; LLaVA-1.5's recipe has all.
+    # Products of a decoder's layer that have adapters; LLaVA-1.5's recipe has all.
     lora_targets: tuple[str, ...] = setting(LORA_TARGETS, choices=LORA_TARGETS, later=True)
     # Dtype of parameters that are not trained. int8 and nf4 apply to the matrices of blocks; norms, biases and tables
     # are bfloat16 then.
@@ -170,96 +183,129 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Records and images, and the rows made of them."""
+
+    # Where records are from: drawn phantoms, a Med-MAT tree as released, or a folder that `medcg data prepare` wrote.
     source: str = setting("phantom", choices=SOURCES)
     # Phantoms: the share of images with decoys, objects that contradict the answer outside the area or beside the
-    # modality's property; without any, knowing the task is enough. And the rule behind the answers: that of modality,
-    # area and task ("shared"), or one drawn for each subset, so that nothing transfers ("drawn").
-    phantom_decoys: float = setting(1.0, least=0, most=1)
+    # modality's property; without any, knowing the task is enough.
+    phantom_decoys: float = setting(1.0, least=0, most=1, unit="of 1")
+    # Phantoms: the rule behind the answers, that of modality, area and task ("shared"), or one drawn for each subset,
+    # so that nothing transfers ("drawn").
     phantom_rule: str = setting("shared", choices=PHANTOM_RULES)
     # Folder of a Med-MAT tree ("release"), or one that `medcg data prepare` wrote ("prepared").
     root: str = setting("", path=True)
+    # Seed of phantoms, and of the choice of records where there are more than are asked for.
     seed: int = setting(0, least=0, most=MOST_SEED)
     # Text tokens of a training row at most, without the image's; a longer record is an error, and never cut.
-    max_text_tokens: int = setting(48, least=1, most=MOST_TOKENS)
+    max_text_tokens: int = setting(48, least=1, most=MOST_TOKENS, unit="tokens")
     # Supervised tokens of a row at most: the head runs at these positions only.
-    max_target_tokens: int = setting(8, least=1, most=MOST_TOKENS)
-    # The same for a grid's trainings with boxes; 0: as above. Boxes as text make rows several times as long.
-    max_box_text_tokens: int = setting(0, least=0, most=MOST_TOKENS)
-    max_box_target_tokens: int = setting(0, least=0, most=MOST_TOKENS)
+    max_target_tokens: int = setting(8, least=1, most=MOST_TOKENS, unit="tokens")
+    # `max_text_tokens` of a grid's trainings with boxes, which as text make rows several times as long; 0: the same.
+    max_box_text_tokens: int = setting(0, least=0, most=MOST_TOKENS, unit="tokens")
+    # `max_target_tokens` of a grid's trainings with boxes; 0: the same.
+    max_box_target_tokens: int = setting(0, least=0, most=MOST_TOKENS, unit="tokens")
     # Training rows have the length of the longest record, with its image, rounded up to a multiple of this; never more
     # than `max_text_tokens` allows. 0: always that maximum. A grid's rows have the longest length of all its trainings.
-    row_multiple: int = setting(0, least=0, most=MOST_TOKENS)
-    # "At most 3,000 label-balanced training records per subset" (digest of the published version).
-    train_records_per_subset: int = setting(3000, least=1, most=MOST_RECORDS)
-    # 0: all test records.
-    test_records_per_subset: int = setting(0, least=0, most=MOST_RECORDS)
+    row_multiple: int = setting(0, least=0, most=MOST_TOKENS, unit="tokens")
+    # Training records of a subset at most, with labels balanced. 3,000 is from a digest of the published version.
+    train_records_per_subset: int = setting(3000, least=1, most=MOST_RECORDS, unit="records")
+    # Test records of a subset at most, with labels balanced; 0: all.
+    test_records_per_subset: int = setting(0, least=0, most=MOST_RECORDS, unit="records")
     # Subsets that `train` trains on and `eval` tests on; empty: all. A grid chooses its own.
     subsets: tuple[str, ...] = setting((), once=True)
     # Sentence before the first user turn; "vicuna": LLaVA-1.5's.
     system_prompt: str = "vicuna"
-    # General records (ImageWikiQA's in the study) for each record of a fine-tune, 0 to below 1; never in a test. The
-    # release lacks them: `general_records` is a JSON list of four-option records with the release's keys; paths of
-    # images are relative to its folder. "": none.
-    imagewikiqa_share: float = setting(0.0, least=0, most=BELOW_1)
+    # General records (ImageWikiQA's in the study) for each record of a fine-tune; never in a test.
+    imagewikiqa_share: float = setting(0.0, least=0, most=BELOW_1, unit="of 1")
+    # File of the general records, which the release lacks: a JSON list of four-option records with the release's keys;
+    # paths of images are relative to its folder. "": none.
     general_records: str = setting("", path=True)
     # Subset -> weight of its records in a batch; empty: every record once an epoch.
     subset_weights: dict[str, float] = setting({}, least=ABOVE_0, most=MOST_FLOAT)
     # Pixels of an image, and of the square that it is padded to, at most; the header is enough to refuse a larger one.
-    max_pixels: int = setting(50_000_000, least=1, most=MOST_STEPS)
-    # How DICOM and other images of more than 8 bits become 8 bits (`data.reading.Reading`): a window (preset or
-    # CENTER/WIDTH; "": the file's), the mapping of 16-bit greys without a window, and which frame of several is used.
+    max_pixels: int = setting(50_000_000, least=1, most=MOST_STEPS, unit="pixels")
+    # Window by which DICOM and other images of more than 8 bits become 8 bits: a preset (lung, brain, ...) or
+    # CENTER/WIDTH; "": the file's own (`data.reading.Reading`).
     window: str = ""
+    # How 16-bit greys without a window become 8 bits: range, percentile or window.
     deep_grey: str = "range"
+    # The frame of an image with several that is used: first, middle, last or a number from 0.
     frame: str = "middle"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    # 5 epochs, batch 32 and 5e-6 are known from a digest of the published version; the rest is LLaVA-1.5's recipe.
-    epochs: float = setting(5.0, least=0, most=10**6)
-    # 0: as many as `epochs` need.
-    steps: int = setting(0, least=0, most=MOST_STEPS)
-    batch_size: int = setting(32, least=1, most=MOST_BATCH)
-    accumulation_steps: int = setting(1, least=1, most=MOST_BATCH)
+    """A training by AdamW: its rate rises linearly, then falls along a cosine.
+
+    5 epochs, batch 32 and 5e-6 are known from a digest of the published version; the rest is LLaVA-1.5's recipe.
+    """
+
+    # Passes over the records. For a base of several passes: its steps read the same records so often; 0: none twice.
+    epochs: float = setting(5.0, least=0, most=10**6, unit="passes")
+    # Updates; 0: as many as `epochs` need.
+    steps: int = setting(0, least=0, most=MOST_STEPS, unit="updates")
+    # Rows of an update, on all devices together.
+    batch_size: int = setting(32, least=1, most=MOST_BATCH, unit="rows")
+    # Parts that a batch is cut into: memory is needed for one at a time, and their gradients are added up.
+    accumulation_steps: int = setting(1, least=1, most=MOST_BATCH, unit="parts")
+    # The greatest rate, at the end of the warm-up.
     learning_rate: float = setting(5e-6, least=ABOVE_0, most=MOST_FLOAT)
-    warmup_frac: float = setting(0.03, least=0, most=1)
-    end_learning_rate_frac: float = setting(0.0, least=0, most=1)
+    # The part of the updates in which the rate rises.
+    warmup_frac: float = setting(0.03, least=0, most=1, unit="of 1")
+    # The rate at the last update, as a part of the greatest.
+    end_learning_rate_frac: float = setting(0.0, least=0, most=1, unit="of 1")
+    # AdamW's decoupled weight decay.
     weight_decay: float = setting(0.0, least=0, most=MOST_FLOAT)
+    # AdamW's decay of the mean of gradients.
     b1: float = setting(0.9, least=0, most=1)
+    # AdamW's decay of the mean of squared gradients.
     b2: float = setting(0.999, least=0, most=1)
+    # AdamW's epsilon, added to the root of the second moment.
     eps: float = setting(1e-8, least=ABOVE_0, most=MOST_FLOAT)
-    # 0: no clipping.
+    # Gradients of a larger norm are scaled down to it; 0: no clipping.
     clip_norm: float = setting(1.0, least=0, most=MOST_FLOAT)
-    # Dtypes in which trained parameters and AdamW's moments are stored between updates. Updates are computed in
-    # float32, and rounded to bfloat16 with noise that seed and step determine (`train.optim.narrow`).
+    # Dtype in which trained parameters are stored between updates. Updates are computed in float32, and rounded to
+    # bfloat16 with noise that seed and step determine (`train.optim.narrow`).
     param_dtype: str = setting("float32", choices=DTYPES)
+    # Dtype in which AdamW's moments are stored between updates.
     moment_dtype: str = setting("float32", choices=DTYPES)
+    # Seed of the order of records, and of parameters that start at random.
     seed: int = setting(0, least=0, most=MOST_SEED)
-    log_every_steps: int = setting(10, least=1, most=MOST_STEPS, free=True)
-    # 0: only at the end.
-    checkpoint_every_steps: int = setting(0, least=0, most=MOST_STEPS, free=True)
-    # Number of newest checkpoints to keep; those of every `keep_every_steps` steps are also kept (0: none).
-    keep_checkpoints: int = setting(2, least=1, most=MOST_STEPS, free=True)
-    keep_every_steps: int = setting(0, least=0, most=MOST_STEPS, free=True)
+    # Updates between two lines of metrics.
+    log_every_steps: int = setting(10, least=1, most=MOST_STEPS, unit="updates", free=True)
+    # Updates between two checkpoints; 0: one at the end alone.
+    checkpoint_every_steps: int = setting(0, least=0, most=MOST_STEPS, unit="updates", free=True)
+    # Number of newest checkpoints to keep.
+    keep_checkpoints: int = setting(2, least=1, most=MOST_STEPS, unit="checkpoints", free=True)
+    # Checkpoints whose step is a multiple of this are kept too; 0: none.
+    keep_every_steps: int = setting(0, least=0, most=MOST_STEPS, unit="updates", free=True)
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    batch_size: int = setting(64, least=1, most=MOST_BATCH)
+    """Tests of a model."""
+
+    # Questions asked at once; changes no prediction beyond the last digits.
+    batch_size: int = setting(64, least=1, most=MOST_BATCH, unit="questions")
     # Whether free answers are also generated, greedily, and strictly parsed.
     generate: bool = True
-    max_new_tokens: int = setting(4, least=1, most=MOST_TOKENS)
+    # Tokens of a free answer at most.
+    max_new_tokens: int = setting(4, least=1, most=MOST_TOKENS, unit="tokens")
     # Controls of every test question in a grid, of `CONTROLS`; "circular" asks up to three times; (): none.
     # "shuffled_images", "blank_images" and "text_only" take as long as the test each, and without the other two do not
     # change `predictions/`. With these the text after the image is computed again for each. Controls are scored by the
     # letters only.
     controls: tuple[str, ...] = setting(("shuffled_images",), choices=CONTROLS)
     # Tokens of an answer with boxes at most: MiniGPT-v2 writes up to 17 for each box, NExT-Chat 2.
-    max_box_tokens: int = setting(128, least=1, most=MOST_TOKENS)
+    max_box_tokens: int = setting(128, least=1, most=MOST_TOKENS, unit="tokens")
 
 
 @dataclass(frozen=True)
 class StudyConfig:
+    """The grid of `medcg reproduce`: what is trained for which target."""
+
+    # Kinds of tables: pairs and triples of related subsets, figure 4, tables 1 and 2, the curve, boxes, and doses.
     tables: tuple[str, ...] = setting(("pairs",), choices=STUDY_TABLES, once=True)
     # Subsets to test on; empty: every subset the table is defined for.
     targets: tuple[str, ...] = setting((), once=True)
@@ -272,34 +318,37 @@ class StudyConfig:
     parts: tuple[str, ...] = setting((), once=True)
     # Published table to repeat: 3, 7 or 8 with "pairs", 5 or 6 with "detection_pairs"; 0: the model's own.
     published_table: int = 0
-    # Baseline+: number of training records, and of subsets that they come from: "related" (as many as Trained has), a
-    # number, or "all" subsets.
+    # Baseline+: number of training records: "related" (as many as Trained has), or a number.
     baseline_plus_records: str = "related"
+    # Baseline+: number of subsets that its records come from: "related" (as many as Trained has), a number, or "all".
     baseline_plus_subsets: str = "related"
     # Numbers of the target's training records on the efficiency curve, which always ends with all of its records.
-    efficiency_records: tuple[int, ...] = setting((0, 10, 30, 100, 300, 1000, 3000), least=0, most=MOST_RECORDS)
+    efficiency_records: tuple[int, ...] = setting(
+        (0, 10, 30, 100, 300, 1000, 3000), least=0, most=MOST_RECORDS, unit="records"
+    )
     # Whether all of a target's efficiency curves have the updates that its related subsets and all of its records need,
     # or every point has the same number of epochs, and so fewer updates with fewer records.
     efficiency_budget: str = setting("updates", choices=BUDGETS)
     # What the ablation's arms have in common: of "epochs", as in the paper, and "updates", whose arms end in "_updates".
     ablation_budgets: tuple[str, ...] = setting(BUDGETS, choices=BUDGETS, once=True)
-    # Table "dose": numbers of related subsets for each element, and training records of every dose; 0: as many as one
-    # subset for each element gives.
-    dose_subsets: tuple[int, ...] = setting((0, 1, 2, 4, 8), least=0, most=MOST_RECORDS)
-    dose_records: int = setting(0, least=0, most=MOST_RECORDS)
+    # Table "dose": numbers of related subsets for each element.
+    dose_subsets: tuple[int, ...] = setting((0, 1, 2, 4, 8), least=0, most=MOST_RECORDS, unit="subsets")
+    # Table "dose": training records of every dose; 0: as many as one subset for each element gives.
+    dose_records: int = setting(0, least=0, most=MOST_RECORDS, unit="records")
     # Table -> its targets, instead of `targets`: a row of "ablation" costs as much as ten of "pairs".
     targets_of: dict[str, tuple[str, ...]] = setting({}, choices=STUDY_TABLES, once=True)
     # Table -> its epochs, instead of `train.epochs`: boxes are learnt more slowly than letters.
-    epochs_of: dict[str, float] = setting({}, least=0, most=10**6, choices=STUDY_TABLES)
+    epochs_of: dict[str, float] = setting({}, least=0, most=10**6, unit="passes", choices=STUDY_TABLES)
     # Models of the grid, each in a folder of its name, and all on one page; empty: only `model.name`.
     models: tuple[str, ...] = setting((), choices=tuple(MODELS), once=True)
     # Model of `models` -> fields that are set for it only, as flags without "--config.": "data.max_text_tokens=106".
     model_flags: dict[str, tuple[str, ...]] = setting({}, choices=tuple(MODELS))
     # Each seed is used for data, base and fine-tunes.
     seeds: tuple[int, ...] = setting((0,), least=0, most=MOST_SEED, once=True)
-    jobs: int = setting(1, least=1, most=10**4, free=True)
+    # Processes of this machine that share the grid's cells.
+    jobs: int = setting(1, least=1, most=10**4, unit="processes", free=True)
     # Cells trained at once in one program; 0: as many as fit in the memory of the devices (`plan`).
-    cells_at_once: int = setting(1, least=0, most=10**4, free=True)
+    cells_at_once: int = setting(1, least=0, most=10**4, unit="cells", free=True)
     # Folder that keeps bases for other grids, by fingerprint; "": `bases` beside the workdir.
     base_dir: str = setting("", free=True, path=True)
     # Whether a linear probe reads each target from the base's image features (`eval.probe`), for probe.csv: encodes up to
@@ -317,7 +366,7 @@ class StudyConfig:
     # For general records with one, `leaks` applies.
     near_duplicates: str = setting("report", choices=("off", *LEAKS))
     # Differing bits of 256 at most between perceptual hashes of near duplicates: measured in `data.duplicates`.
-    near_duplicate_bits: int = setting(20, least=0, most=40)
+    near_duplicate_bits: int = setting(20, least=0, most=40, unit="bits")
 
 
 @dataclass(frozen=True)
@@ -334,6 +383,9 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
+    """A run, by sections."""
+
+    # The name in progress lines, and of the workdir where none is given: runs/NAME.
     name: str = setting("run", free=True)
     # On GPUs: repeating a run gives the same bytes, as on other platforms anyway. This disables XLA's autotuning
     # (`platform`), which makes some programs slower; a program without deterministic kernels does not compile.

@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import sys
 import types
 import typing
@@ -16,7 +17,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from medcg_jax.config import ConfigError, RunConfig, marked, replace
-from medcg_jax.config_checks import check
+from medcg_jax.config_checks import check, settings
+from medcg_jax.config_list import check_arg, find
 from medcg_jax.files import user_path
 
 
@@ -113,38 +115,35 @@ def with_homes(run: RunConfig) -> RunConfig:
     return replace(run, **changes)
 
 
-def run_file(path: str, arg: str) -> ConfigDict:
-    """What `get_config(arg)` of the file returns (`get_config()` if `arg` is empty).
-
-    `configs/NAME.py` is the installed package's file if the working directory has none.
-    """
-    packaged = Path(__file__).parent / path
-    if not Path(path).is_file() and packaged.is_file():
-        path = str(packaged)
-    if not Path(path).is_file():
-        raise ConfigError(f"--config={path}: there is no such file; configs/ in the project has some to start from")
+def run_file(name: str, arg: str) -> ConfigDict:
+    """What `get_config(arg)` of the file returns (`get_config()` if `arg` is empty). name: as of `config_list.find`."""
+    path = find(name)
     spec = importlib.util.spec_from_file_location("medcg_config_file", path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"--config={path}: expected a Python file ending in .py")
+        raise ConfigError(f"--config={name}: expected a Python file ending in .py")
     module = importlib.util.module_from_spec(spec)
-    folder = Path(path).resolve().parent
+    folder = path.resolve().parent
     before = set(sys.modules)
     sys.path.insert(0, str(folder))  # config files may import one another
     try:
         spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
-            raise ConfigError(f"--config={path}: the file defines no get_config()")
+            raise ConfigError(f"--config={name}: the file defines no get_config()")
+        if arg and hasattr(module, "ARGS"):
+            check_arg(name, arg, module.ARGS, getattr(module, "SECOND_ARGS", {}))
+        elif arg and not inspect.signature(module.get_config).parameters:
+            raise ConfigError(f"--config={name}:{arg}: expected {name} alone, the file takes no argument")
         config = module.get_config(arg) if arg else module.get_config()
     except ConfigError:
         raise
     except Exception as error:  # anything that the user's file raises
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ConfigError(f"--config={path}{':' + arg if arg else ''}: {why}") from error
+        raise ConfigError(f"--config={name}{':' + arg if arg else ''}: {why}") from error
     finally:
         sys.path.remove(str(folder))
         forget(folder, set(sys.modules) - before)
     if not isinstance(config, ConfigDict):
-        raise ConfigError(f"--config={path}: get_config returned {type(config).__name__}; expected a ConfigDict")
+        raise ConfigError(f"--config={name}: get_config returned {type(config).__name__}; expected a ConfigDict")
     return config
 
 
@@ -234,6 +233,21 @@ def accepts(kind: type) -> str:
 
 
 def unknown_key(key: str, known: Mapping[str, type], path: str) -> ConfigError:
-    close = difflib.get_close_matches(key.rsplit(".", 1)[-1], known, n=1)
-    hint = f"did you mean config.{path}{close[0]}?" if close else f"known here: {', '.join(known)}"
+    """The refusal of a field that does not exist, with fields of the same or a close name, of any section."""
+    name = key.rsplit(".", 1)[-1]
+    close = [f"{path}{match}" for match in difflib.get_close_matches(name, known, n=1)]
+    close = close or close_fields(name)
+    meant = " or ".join(f"config.{field}" for field in close)
+    hint = f"did you mean {meant}?" if meant else f"known here: {', '.join(known)}"
     return ConfigError(f"config.{key} is unknown; {hint}")
+
+
+def close_fields(name: str) -> list[str]:
+    """Fields of any section whose last name is this one, or nearly: ["train.learning_rate", "base.learning_rate"]."""
+    fields = [key for _, key, _ in settings(RunConfig())]
+    matches = difflib.get_close_matches(name, {field.rpartition(".")[2] for field in fields}, n=1, cutoff=0.8)
+    # A base is rarely meant.
+    candidates = sorted(
+        (field for field in fields if field.rpartition(".")[2] in matches), key=lambda f: f.startswith("base.")
+    )
+    return candidates[:3]

@@ -11,7 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.axes import BATCH_AXES, MESH_AXES
-from medcg_jax.config import ConfigError, MeshConfig
+from medcg_jax.config import ConfigError, MeshConfig, RunConfig
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
@@ -26,15 +26,30 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int
             raise ConfigError(
                 f"mesh.{axis}={size}: expected a positive number of devices, or -1 for the remaining ones"
             )
+    shown = ", ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
     if sizes.count(-1) > 1:
-        raise ConfigError(f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: only one axis may be -1")
+        raise ConfigError(f"mesh ({shown}): only one axis may be -1, expected a number in --config.mesh.AXIS of others")
     fixed = math.prod(size for size in sizes if size != -1)
     if num_devices % fixed or (-1 not in sizes and fixed != num_devices):
         needed = f"a multiple of {fixed}" if -1 in sizes else f"{fixed}"
-        raise ConfigError(
-            f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} needs {needed} devices; there are {num_devices}"
-        )
+        are = "is 1" if num_devices == 1 else f"are {num_devices}"
+        flags = " ".join(f"--config.mesh.{axis}={size}" for axis, size in _fitting(sizes, num_devices).items())
+        raise ConfigError(f"mesh ({shown}) needs {needed} devices; there {are}: {flags} would fit")
     return tuple(num_devices // fixed if size == -1 else size for size in sizes)
+
+
+def _fitting(sizes: Sequence[int], num_devices: int) -> dict[str, int]:
+    """The axes that must change, with sizes as large as they can be, so that a mesh fits this number of devices."""
+    changed, left = {}, num_devices
+    for axis, size in reversed(list(zip(MESH_AXES, sizes, strict=True))):  # inner axes first: they are the nearest
+        if size != -1:
+            fits = math.gcd(size, left)
+            left //= fits
+            if fits != size:
+                changed[axis] = fits
+    if -1 not in sizes and left > 1:
+        changed["data"] = -1
+    return dict(sorted(changed.items(), key=lambda item: MESH_AXES.index(item[0])))
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -99,7 +114,19 @@ def _across_islands(shape: tuple[int, ...], sizes: Mapping[int, int]) -> tuple[i
 
 def check_batch(mesh: Mesh, batch_size: int, field: str) -> None:
     """Raises ConfigError if the mesh's batch axes do not divide `batch_size`; the message calls it `field`."""
-    shards = num_shards(mesh)
+    _check_shards(num_shards(mesh), batch_size, field)
+
+
+def check_batches(shards: int, run: RunConfig) -> None:
+    """Raises ConfigError if one of a run's batches cannot be split into so many shards (`num_shards`)."""
+    for section in ("train", *(["base"] if run.base.steps else [])):
+        train = getattr(run, section)
+        name = f"{section}.batch_size per accumulation step"
+        _check_shards(shards, train.batch_size // train.accumulation_steps, name)
+    _check_shards(shards, run.eval.batch_size, "eval.batch_size")
+
+
+def _check_shards(shards: int, batch_size: int, field: str) -> None:
     if batch_size % shards:
         raise ConfigError(
             f"{field}={batch_size} cannot be split over data x fsdp = {shards} devices; expected a multiple of {shards}"

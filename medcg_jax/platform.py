@@ -8,7 +8,8 @@ import atexit
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -86,6 +87,20 @@ def apply(deterministic: bool, *, whole_device: bool = True) -> str:
         flags.append(f"{name}={share}")
     users = f" beside your {before}" if before else ""
     return f"XLA flags for {platform(os.environ)}: {' '.join(flags) or 'none'}{users}"
+
+
+@contextmanager
+def hidden_stdout() -> Iterator[None]:
+    """In the block nothing but Python prints to standard output: libraries in C++ that do are not seen."""
+    sys.stdout.flush()
+    shown = os.dup(1)
+    with open(os.devnull, "w") as nothing, os.fdopen(shown, "w", buffering=1) as ours, redirect_stdout(ours):
+        os.dup2(nothing.fileno(), 1)
+        try:
+            yield
+        finally:
+            ours.flush()
+            os.dup2(shown, 1)
 
 
 MMAP_MAX, TRIM_THRESHOLD, ARENA_MAX = -4, -1, -8  # parameters of mallopt, <malloc.h>

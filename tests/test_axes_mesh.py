@@ -1,12 +1,14 @@
 """The axis table and the mesh: what each rule gives, and the one-line refusals."""
 
+import dataclasses
 import math
+import re
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
@@ -43,8 +45,9 @@ def test_the_axis_left_open_takes_what_is_left(cell, data, fsdp, tensor):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MeshConfig(fsdp=3), "needs a multiple of 3 devices; there are 8"),
-        (MeshConfig(data=2, fsdp=2), "needs 4 devices; there are 8"),
+        (MeshConfig(fsdp=3), "needs a multiple of 3 devices; there are 8: --config.mesh.fsdp=1 would fit"),
+        (MeshConfig(data=2, fsdp=2), "needs 4 devices; there are 8: --config.mesh.data=-1 would fit"),
+        (MeshConfig(data=1, fsdp=16, tensor=4), "are 8: --config.mesh.fsdp=2 would fit"),
         (MeshConfig(fsdp=-1), "only one axis may be -1"),
         (MeshConfig(tensor=0), "mesh.tensor=0"),
     ],
@@ -52,6 +55,19 @@ def test_the_axis_left_open_takes_what_is_left(cell, data, fsdp, tensor):
 def test_a_mesh_that_does_not_fit_is_refused_in_one_line(config, message):
     with pytest.raises(ConfigError, match=message):
         mesh_shape(config, 8)
+
+
+@settings(deadline=None)
+@given(*[st.sampled_from((-1, 1, 2, 3, 4, 8, 16))] * 4, st.integers(1, 16))
+def test_the_flags_that_are_named_fit(cell, data, fsdp, tensor, devices):
+    config = MeshConfig(cell, data, fsdp, tensor)
+    try:
+        mesh_shape(config, devices)
+    except ConfigError as error:
+        flags = dict(re.findall(r"--config\.mesh\.(\w+)=(-?\d+)", str(error)))
+        if "only one axis" not in str(error):
+            changed = dataclasses.replace(config, **{axis: int(size) for axis, size in flags.items()})
+            assert flags and math.prod(mesh_shape(changed, devices)) == devices
 
 
 def test_cell_is_the_outermost_axis_and_owns_consecutive_devices():

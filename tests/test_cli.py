@@ -23,6 +23,9 @@ def test_train_saves_goes_on_and_is_tested(tmp_path, capfd):
     workdir = f"--workdir={tmp_path / 'run'}"
     found = tmp_path / "found.json"
     assert main(["train", *TINY, "--config.train.epochs=1", workdir, f"--json={found}"]) == 0
+    out = capfd.readouterr().out
+    assert "model.checkpoint is empty: llava15_tiny starts from random weights" in out and "XLA flags" not in out
+    assert f"`medcg eval` with the same config and --workdir={tmp_path / 'run'} scores them" in out
     first = json.loads(found.read_text())
     assert first["steps"] == 4 and first["records"] == 32
     params = {p.name: p.read_bytes() for p in (tmp_path / "run" / "params").glob("m*.json")}
@@ -33,19 +36,35 @@ def test_train_saves_goes_on_and_is_tested(tmp_path, capfd):
     assert main(["eval", *TINY, workdir, f"--json={found}"]) == 0
     subsets = json.loads(found.read_text())["subsets"]
     assert sorted(subsets) == ["ct-brain-state", "mri-brain-grade"]
+    told = []
     for name, scores in subsets.items():
         lines = (tmp_path / "run" / "predictions" / f"{name}.jsonl").read_text().splitlines()
         right = sum(json.loads(line)["predicted"] == json.loads(line)["answer"] for line in lines)
         assert (len(lines), right) == (scores["n"], scores["correct"]) == (8, right)
         assert scores["ci_low"] <= scores["accuracy"] <= scores["ci_high"]
-    assert "of 8 right" in capfd.readouterr().out
+        chance, majority = f"{scores['chance']:.3f}", f"{scores['majority']:.3f}"
+        labels = [json.loads(line)["options"]["ABCDEFGHIJ".index(json.loads(line)["answer"])] for line in lines]
+        assert majority == f"{max(map(labels.count, labels)) / 8:.3f}" and 0.1 <= scores["chance"] <= 0.5
+        told.append(f"{right} of 8 right, {scores['accuracy']:.3f} [")
+        told.append(f"chance {chance}, the most frequent label {majority}; probability of the letters")
+    out = capfd.readouterr().out
+    assert all(text in out for text in told)
+    assert out.splitlines()[-1] == f"every answer: {tmp_path / 'run' / 'predictions'}" and "trained with" not in out
+
+    # Other data are told; another prompt is another run's.
+    assert main(["eval", *TINY, workdir, "--config.data.seed=5", "--config.data.subsets=ct-brain-state"]) == 0
+    out = capfd.readouterr().out
+    assert "trained with data.seed=0, tested with 5" in out and "trained with data.subsets=" in out
+    assert main(["eval", *TINY, workdir, "--config.data.system_prompt=vicuna"]) == 2
+    assert "was trained with data.system_prompt='', not 'vicuna'" in capfd.readouterr().err
 
 
 def test_another_run_s_checkpoints_are_not_gone_on_from(tmp_path, capfd):
     workdir = f"--workdir={tmp_path}"
     assert main(["train", *TINY, "--config.train.steps=2", workdir]) == 0
     assert main(["train", *TINY, "--config.train.steps=2", "--config.train.learning_rate=0.5", workdir]) == 2
-    assert "another run's" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert "another run's" in error and f"--config.model.checkpoint={tmp_path / 'params'}" in error
 
 
 RELEASED = f"--config={CONFIGS / 'llava15_7b.py'}"
@@ -56,6 +75,7 @@ MINI = f"--config={CONFIGS / 'medmat_mini.py'}"
     ("argv", "message"),
     [
         ([], "VERB"),
+        (["data", "ledger", f"{CONFIGS / 'phantom.py'}"], "no such folder"),
         (["trane"], "invalid choice: 'trane'"),
         (["train"], "--config"),
         (["train", RELEASED, "--confg.a=1"], "--confg.a=1 is not known to `medcg train`"),
@@ -70,7 +90,6 @@ MINI = f"--config={CONFIGS / 'medmat_mini.py'}"
         (["eval", *TINY, "--workdir=/nonexistent/dir"], "params is missing and model.checkpoint is empty"),
         (["report", "/nonexistent/dir"], "/nonexistent/dir"),
         (["data", "check", "/nonexistent/dir"], "/nonexistent/dir"),
-        (["data", "ledger", "/nonexistent/dir"], "/nonexistent/dir"),
         (["convert", "/nonexistent/dir", "/nonexistent/out"], "/nonexistent/dir"),
         (["parity", "/nonexistent/dir"], "/nonexistent/dir"),
     ],
@@ -128,7 +147,8 @@ def test_boxes_then_masks_are_trained_and_scored(tmp_path, capfd):
     assert "are trained by themselves" in capfd.readouterr().err
 
 
-AS_FIT = ("reproduce", "--config=configs/phantom.py:tiny", "--config.study.cells_at_once=0")
+FLAGS = ("--config.study.cells_at_once=0", "--config.eval.batch_size=8")
+AS_FIT = ("reproduce", "--config=configs/phantom.py:tiny", *FLAGS)
 
 
 def test_as_many_cells_as_fit(monkeypatch, capsys, tmp_path):

@@ -83,7 +83,7 @@ def test_a_mirrored_test_image_in_training_is_named(tree, tmp_path, capsys):
         ("--max_bad_frac=7", "7: expected 0 to 1"),
         ("--window=moon", "data.window='moon'; "),
         ("--near=maybe", "invalid choice: 'maybe'"),
-        ("--imag=keep", "--imag=keep is not known to `medcg data prepare`; see `medcg data prepare --help`"),
+        ("--imag=keep", "--imag=keep is not known to `medcg data prepare`; did you mean --image? see `medcg data"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_leaves_nothing(tree, tmp_path, capsys, flag, message):
@@ -106,3 +106,25 @@ def test_labels_become_a_subset_that_is_listed_checked_and_pictured(tmp_path, ca
     assert "knee" in capsys.readouterr().out
     assert main(["data", "stats", str(root), str(tmp_path / "page")]) == 0
     assert "MRI, Knee, Meniscus State" in (tmp_path / "page" / "index.html").read_text("utf-8")
+
+
+def test_a_ledger_needs_no_folder_yet(tmp_path, capsys):
+    found = tmp_path / "found.json"
+    assert main(["data", "ledger", str(tmp_path / "Med-MAT"), f"--json={found}"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{tmp_path / 'Med-MAT'}: no such folder yet") and "https://" in out
+    ledger = json.loads(found.read_text("utf-8"))
+    assert ledger["root"] == str(tmp_path / "Med-MAT") and not (tmp_path / "Med-MAT").exists()
+    assert {subset["state"] for subset in ledger["subsets"]} == {"missing"}
+
+
+def test_stats_say_what_they_do_while_they_work(tree, tmp_path, capsys):
+    assert main(["data", "stats", str(tree), str(tmp_path / "page")]) == 0
+    shown = capsys.readouterr()
+    told = shown.err.splitlines()
+    assert told[0] == f"reading the records of {tree}, then every image" and told[1] == "reading 16 images"
+    assert told[2] == "16 records of 16 images read; drawing contact sheets, then the page"
+    assert main(["data", "stats", str(tree), str(tmp_path / "quiet"), "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["data", "check", str(tree)]) == 0
+    assert "reading" in capsys.readouterr().err

@@ -118,6 +118,7 @@ def test_a_missing_key_is_named():
         from_config_dict(config)
 
 
+@settings(deadline=None)
 @given(st.sampled_from([field.name for field in dataclasses.fields(TrainConfig)]), st.floats())
 def test_no_number_passes_the_checks_unless_training_could_use_it(name, value):
     """Whatever the field, NaN, infinity and negative numbers never get through."""

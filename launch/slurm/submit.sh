@@ -34,7 +34,7 @@ python="${PYTHON:-$(dirname "$(dirname "$here")")/.venv/bin/python}"
 command -v "$python" >/dev/null || refuse "no Python at $python; PYTHON=/path/to/python names one"
 # A wrong configuration is refused now, and not hours later by every task.
 cells="$("$python" -m medcg_jax.cli reproduce "$@" --dry </dev/null)" || exit 2
-tail -n 4 <<<"$cells" # the totals
+tail -n 5 <<<"$cells" # the totals
 
 command=(sbatch "--array=$array" "--output=$workdir/logs/slurm-%A_%a.log" ${options[@]+"${options[@]}"}
     "$here/task.sh" "$python" "$@")

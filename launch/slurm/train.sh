@@ -3,7 +3,7 @@
 #   bash launch/slurm/train.sh [--dry-run] --nodes=N [SBATCH OPTIONS] -- VERB --config=FILE[:ARG] --workdir=/DIR [...]
 # To fill in: --nodes=N, what your cluster asks for (--partition=, --account=, --time=, --gres=gpu:8, --cpus-per-task=,
 # --mem=, each as --NAME=VALUE; --ntasks-per-node=K, 1 unless given, for one process per GPU), and after `--` a verb,
-# train, eval or reproduce, with its arguments, whose workdir every node must see. --dry-run submits nothing.
+# train, eval or reproduce, with its arguments, whose workdir every node must see. --dry-run checks, and submits nothing.
 # A run that ends with status 75 has saved and is queued again. PYTHON=/path/to/python names another than .venv's.
 set -euo pipefail
 refuse() { echo "train.sh: $*; see bash launch/slurm/train.sh --help" >&2; exit 2; }
@@ -34,6 +34,10 @@ done
 case "$workdir" in /*) ;; *) refuse "--workdir=$workdir: a full path that every node sees is accepted" ;; esac
 python="${PYTHON:-$(dirname "$(dirname "$here")")/.venv/bin/python}"
 command -v "$python" >/dev/null || refuse "no Python at $python; PYTHON=/path/to/python names one"
+
+# A wrong configuration is refused now, and not hours later by every process.
+checked="$("$python" -m medcg_jax "$@" --dry </dev/null)" || exit 2
+tail -n 5 <<<"$checked"
 
 command=(sbatch "--nodes=$nodes" "--ntasks-per-node=$per_node" "--output=$workdir/logs/slurm-%j.log"
     ${options[@]+"${options[@]}"} "$here/run.sh" "$python" "$@")

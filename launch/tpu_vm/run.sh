@@ -20,7 +20,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     esac
     shift
 done
-[[ "$name" =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || refuse "--name=$name: the name of a TPU VM is accepted"
+[[ "$name" =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || refuse "--name=$name: a TPU VM's name has small letters, digits and -, and begins with a letter; as in my-tpu"
 [[ "$zone" =~ ^[a-z]+-[a-z0-9]+-[a-z]$ ]] || refuse "--zone=$zone: a zone is accepted, as us-east5-b"
 case "$folder" in "" | /*) ;; *) refuse "--folder=$folder: a full path on the hosts is accepted" ;; esac
 [ $# -gt 1 ] || refuse "no verb: -- train --config=FILE.py --workdir=/DIR is accepted"

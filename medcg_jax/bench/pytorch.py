@@ -22,12 +22,13 @@ from medcg_jax.config import ConfigError, ModelConfig, TrainConfig
 from medcg_jax.families.flops import forward, training, vit
 from medcg_jax.families.llava.model import LlavaConfig
 from medcg_jax.families.weights.llava import config_to_json
+from medcg_jax.terminal import install
 
 try:
     import torch
     import transformers
 except ImportError as error:
-    raise ConfigError(f"--against=torch: {error}; pip install 'medcg-jax[parity]' has it") from None
+    raise ConfigError(f"--against=torch: {error}; {install('parity')} brings it") from None
 
 # Submodule of the port -> HF's module.
 PARTS = {"vision": "vision_tower", "projector": "multi_modal_projector", "decoder": "language_model"}

@@ -98,14 +98,7 @@ def read_image(
             if is_dicom(file):
                 return read_dicom(_bounded(file), max_pixels, reading)
             with _open_plain(file, max_pixels) as image:
-                deep = _is_deep_colour(image)
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-                # Tags are read from `image`: the turned copy has none.
-                if image.mode == "F" or image.mode.startswith("I"):
-                    grey, choice = _deep_grey(np.asarray(upright), image, reading)
-                    return grey_view(grey), choice
-                return _to_array(upright), _DEEP if deep else ""
+                return read_opened(image, reading)
     except DataError:
         raise
     except MemoryError as error:
@@ -116,6 +109,23 @@ def read_image(
         raise ImageError(_UNKNOWN) from error
     except Exception as error:  # decoders raise nearly anything for broken data
         raise ImageError(f"cannot be decoded: {_one_line(error)}") from error
+
+
+def read_opened(image: Image.Image, reading: Reading = Reading()) -> tuple[np.ndarray, str]:
+    """As `read_image`, of an image that Pillow has opened or made; its size is not checked.
+
+    Raises:
+      ImageError: its depth is not read. DataError: `reading` has an unknown choice. Whatever Pillow raises for a broken
+        file.
+    """
+    deep = _is_deep_colour(image)
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    # Tags are read from `image`: the turned copy has none.
+    if image.mode == "F" or image.mode.startswith("I"):
+        grey, choice = _deep_grey(np.asarray(upright), image, reading)
+        return grey_view(grey), choice
+    return _to_array(upright), _DEEP if deep else ""
 
 
 def image_size(source: str | Path | bytes | BinaryIO, max_pixels: int) -> tuple[int, int]:
@@ -333,7 +343,8 @@ def _check_scans(content: bytes) -> None:
 
 def _is_deep_colour(image: Image.Image) -> bool:
     """Whether colours, or greys with transparency, have more than 8 bits a channel, of which Pillow keeps 8."""
-    args = image.tile[0].args if image.tile else ""  # type: ignore[attr-defined]  # an ImageFile
+    tiles = getattr(image, "tile", [])  # only an ImageFile has them
+    args = tiles[0].args if tiles else ""
     of_ppm = image.format == "PPM" and isinstance(args, tuple) and isinstance(args[-1], int) and args[-1] > 255
     return not image.mode.startswith(("I", "F")) and (of_ppm or ";16" in str(args))
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 from medcg_jax.data.records import LETTERS, Record
 from medcg_jax.data.schema import appearance, box_corners, box_labels, quoted, told_apart, without_options
 from medcg_jax.data.splits import shared_groups, split_group
@@ -97,6 +95,8 @@ def letter_counts(records: Iterable[Record], *, from_end: bool = False) -> tuple
         return {}, None
     names = sorted(expected)
     observed = [counts[name] for name in names]
+    from scipy import stats  # every run imports this file, and few need the test
+
     p = stats.chisquare(observed, [expected[name] for name in names]).pvalue
     return dict(zip(names, observed, strict=True)), float(p)
 
@@ -136,6 +136,8 @@ def answers_in_questions(file: str, records: Sequence[Record]) -> Notice | None:
             chance.append(1 / len(record.options))
     if not right:
         return None
+    from scipy import stats
+
     if wrong and stats.binomtest(len(right), len(chance), sum(chance) / len(chance), "greater").pvalue >= MAX_P:
         return None
     reason = (

@@ -21,6 +21,7 @@ from medcg_jax.data.images import grey_view
 from medcg_jax.data.layouts import Layout, parse_layout
 from medcg_jax.data.prepare import FORMAT, records_digest, shard_name
 from medcg_jax.data.records import LETTERS, MAX_OPTIONS, SPLITS, Box, DataError, Record, RecordSet, Split, Subset, Turn
+from medcg_jax.data.sources import is_prepared
 from medcg_jax.data.splits import capped, limit_of
 from medcg_jax.untrusted import FileError
 
@@ -108,11 +109,6 @@ class PreparedSource:
             if not path.is_file():
                 raise DataError(f"{path} is missing; run `medcg data prepare` again")
         return shards
-
-
-def is_prepared(root: str | Path) -> bool:
-    """Whether `prepare` wrote into the folder, finished or not."""
-    return (Path(root) / ".plan.json").is_file()
 
 
 def read_manifest(root: Path) -> dict[str, Any]:

@@ -67,7 +67,22 @@ class ReleaseSource:
             raise DataError(f"split {split!r}; expected {' or '.join(SPLITS)}")
         if subset not in {number for number, _ in self._files}:
             raise DataError(f"subset {subset!r} is no subset of {self.tree.root}")
-        records = self._all_records(subset, split)
+        return self._set(self._all_records(subset, split), subset, split)
+
+    def present_tests(self, subset: str) -> tuple[RecordSet, tuple[str, ...]]:
+        """(the subset's test records as of `records`, but for those whose image is missing; the ids of these)."""
+        file = self._files.get((subset, "test"))
+        entries = self.tree.contents(file).entries if file else ()
+        missing = [entry for entry in entries if entry.error and entry.error.kind == "missing_file"]
+        if not file or not missing:
+            return self.records(subset, "test"), ()
+        skip = {(file.path.name, entry.name) for entry in missing}
+        records = checked_records(self.tree.contents(file), self._config.max_pixels, skip)
+        ids = tuple(entry.record.id if entry.record else entry.name for entry in missing)
+        return self._set(records, subset, "test"), ids
+
+    def _set(self, records: list[Record], subset: str, split: Split) -> RecordSet:
+        """Those records that the caps leave, with their images."""
         records = [records[index] for index in capped(records, self._config, subset, split)]
         return RecordSet(records, [TreeImage(self.tree.root, record.image, self._config) for record in records])
 

@@ -72,6 +72,7 @@ class Format:
       max_image_tokens: the most tokens of an image; every row reserves as many.
       num_image_tokens: (height, width) in pixels -> tokens of that image; None: always `max_image_tokens`.
       box_turn: (record, question about its boxes) -> question and answer; None: the model does not answer with boxes.
+      box_question: question about boxes -> the text that asks the model for it; None where `box_turn` is None.
       read_boxes: (generated text, boxes decoded beside it, (height, width) in pixels) -> float64[N, 4] in pixels of the
         image, or None if the answer has no readable box.
       box_arrays: (tokenizer, record, its tokens) -> further arrays of a training row; None: there are none.
@@ -83,6 +84,7 @@ class Format:
     max_image_tokens: int
     num_image_tokens: Callable[[int, int], int] | None = None
     box_turn: Callable[[Record, Asked], Turn] | None = None
+    box_question: Callable[[str], str] | None = None
     read_boxes: Callable[[str, np.ndarray | None, tuple[int, int]], np.ndarray | None] | None = None
     box_arrays: Callable[[Tokenizer, Record, Tokens], Arrays] | None = None
     mask_layout: MaskLayout | None = None

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 
 from medcg_jax.config import SOURCES, DataConfig
 from medcg_jax.data.records import DataError, Source
+
+# A folder that `medcg data prepare` wrote into has it.
+PLAN_FILE = ".plan.json"
+GET_DATA = "`medcg data ledger FOLDER` says where each data set is to be had"
 
 
 def open_source(config: DataConfig) -> Source:
@@ -22,6 +27,7 @@ def open_source(config: DataConfig) -> Source:
         test = config.test_records_per_subset or PHANTOM_TEST_RECORDS
         sizes = config.train_records_per_subset, test
         return PhantomSource(config.seed, *sizes, decoys=config.phantom_decoys, rule=config.phantom_rule)
+    check_root(config)
     if config.source == "release":
         from medcg_jax.data.release import ReleaseSource
 
@@ -31,6 +37,30 @@ def open_source(config: DataConfig) -> Source:
 
         return PreparedSource(config.root, config)
     raise DataError(f"data.source={config.source!r}; expected {' or '.join(SOURCES)}")
+
+
+def is_prepared(root: str | Path) -> bool:
+    """Whether `medcg data prepare` wrote into the folder, finished or not."""
+    return (Path(root) / PLAN_FILE).is_file()
+
+
+def check_root(config: DataConfig) -> None:
+    """Raises DataError if `data.root` is missing where it is read, or is prepared where a tree is expected, or the other
+    way about. Quick: opens nothing."""
+    if config.source not in ("release", "prepared"):
+        return
+    name = f"data.root={config.root!r}"
+    if not config.root or not Path(config.root).is_dir():
+        what = "that of a Med-MAT tree" if config.source == "release" else "one that `medcg data prepare` wrote"
+        raise DataError(f"{name}: no such folder; expected {what} ({GET_DATA})")
+    if config.source == "release" and is_prepared(config.root):
+        raise DataError(f"{name}: it is prepared; expected --config.data.source=prepared")
+    is_any = is_prepared(config.root) or (Path(config.root) / "manifest.json").exists()
+    if config.source == "prepared" and not is_any:
+        raise DataError(
+            f"{name}: not prepared; expected what `medcg data prepare {config.root} OUT` writes, or "
+            "--config.data.source=release for the tree itself"
+        )
 
 
 def subset_names(source: Source, config: DataConfig) -> tuple[str, ...]:

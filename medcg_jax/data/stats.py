@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -83,8 +83,11 @@ def write_stats(
     *,
     workers: int = 0,
     progress: Progress | None = None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Writes the page and returns its path; `out` appears whole, and replaces nothing but an older page.
+
+    progress: shows how far the images are. report: called with a line on what is done next.
 
     Raises:
       DataError: no tree, a file of the tree cannot be read, or `out` holds something else.
@@ -93,7 +96,10 @@ def write_stats(
     if not _is_free(out):
         raise DataError(f"{out} holds something else; expected a new folder, or one with an older page")
     reading = Reading(data.window, data.deep_grey, data.frame)
+    report(f"reading the records of {root}, then every image")
     inspection = inspect(root, data.max_pixels, reading, workers=workers, progress=progress)
+    counts = inspection.report
+    report(f"{counts.num_records} records of {counts.num_images} images read; drawing contact sheets, then the page")
     source = ReleaseSource(inspection.tree, data, skip=inspection.report.bad_records)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:

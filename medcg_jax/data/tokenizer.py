@@ -155,7 +155,7 @@ def load_tokenizer(path: str | Path = "", small: str = SMALL.stem) -> Tokenizer:
     if not path.is_dir():
         if not path.exists():
             reason = "no such file; expected a tokenizer.json, tokenizer.model or directory"
-            raise DataError(f"tokenizer {path}: {reason}")
+            raise DataError(f"tokenizer {path}: {reason}, in --config.model.tokenizer=PATH")
         return _load(path)
     files = tokenizer_files(path)
     if not files:

@@ -16,14 +16,11 @@ from medcg_jax.families import registry
 from medcg_jax.families.weights.convert import Checkpoint
 from medcg_jax.families.weights.hub import REPOSITORY
 from medcg_jax.families.weights.processor import FILES
-from medcg_jax.train.checkpoint import META_FILE, read_meta
-from medcg_jax.untrusted import FileError, read_json
+from medcg_jax.train.meta import META_FILE, grid_cell, training_config
+from medcg_jax.untrusted import FileError
 
-MAX_CONFIG_BYTES = 2**24
 # Folders of answers with letters, and with boxes.
 ANSWERS, BOXES = "predictions", "boxes"
-# Folder of a grid's trained weights, `study.keep_weights`.
-KEPT = "weights"
 # What a reader of a recipe looks for, in this order.
 RECIPE = (
     "train.epochs", "train.steps", "train.batch_size", "train.learning_rate", "train.warmup_frac",
@@ -85,19 +82,13 @@ def training_of(src: Path) -> Training:
     Raises:
       FileError: the grid's config.json is damaged.
     """
-    meta = read_meta(src) or {}
-    workdir, cell = src.absolute().parent, str(meta.get("cell", ""))
-    config = meta.get("config", {})
-    files = [path for folder in (ANSWERS, BOXES) for path in sorted((workdir / folder).glob("*.jsonl"))]
-    if cell and workdir.name == KEPT:
-        file = workdir.parent / "config.json"
-        config = read_json(file, max_bytes=MAX_CONFIG_BYTES).get("config", {}) if file.is_file() else {}
-        files = [workdir.parent / folder / f"{cell}.jsonl" for folder in (ANSWERS, BOXES)]
-        files = [path for path in files if path.is_file()]
-    if not isinstance(config, dict) or not all(
-        isinstance(section, dict) for section in map(config.get, ("model", "data"))
-    ):
+    cell, workdir, names = grid_cell(src), src.absolute().parent, "*"
+    if cell:
+        workdir, names = workdir.parent, cell
+    config = training_config(src)
+    if not {"model", "data"} <= config.keys():
         return Training()
+    files = [path for folder in (ANSWERS, BOXES) for path in sorted((workdir / folder).glob(f"{names}.jsonl"))]
     results: dict[str, dict] = {}
     notes = []
     for file in files:

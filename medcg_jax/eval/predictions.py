@@ -183,6 +183,17 @@ def summary(predictions: Sequence[Prediction]) -> dict:
     }
 
 
+def baselines(predictions: Sequence[Prediction]) -> dict:
+    """What answers without a look at the image reach, 0-1: {"chance": a drawn letter on average, "majority": always the
+    most frequent label, the text of the right option}; None without predictions."""
+    labels = Counter(p.options[LETTERS.index(p.answer)] for p in predictions)
+    n = len(predictions)
+    return {
+        "chance": sum(1 / len(p.options) for p in predictions) / n if n else None,
+        "majority": max(labels.values()) / n if n else None,
+    }
+
+
 # Cached, as a report needs the same few counts thousands of times.
 @functools.lru_cache(1 << 14)
 def wilson(correct: float, n: int, level: float = 0.95) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """What a base knows of a subset without a fine-tune: a linear probe of the image features that its decoder is given.
 
 A multinomial logistic regression reads the right option from the features of the subset's own training images, which
-the study's arms never train on; its accuracy on the test images, among the offered options, is what the tower and the
-projector make linearly readable. Where it is high and a fine-tune's accuracy low, the image is seen and the rule is not.
+no arm of pairs, triples and ablations is trained on; its accuracy on the test images, among the offered options, is what the tower and the
+projector make linearly readable, at least: phantoms of a test are harder than those of a training. Where it is high and a fine-tune's accuracy low, the image is seen and the rule is not.
 """
 
 from collections.abc import Callable, Sequence

@@ -14,10 +14,12 @@ from medcg_jax.data.controls import WITHOUT_IMAGES
 from medcg_jax.data.encoding import Encoded
 from medcg_jax.data.eval_batches import eval_batches, rounds
 from medcg_jax.data.sources import subset_names
-from medcg_jax.eval import boxes, grounding, letters, predictions
+from medcg_jax.data.tokenizer import load_tokenizer
+from medcg_jax.eval import boxes, grounding, letters, predictions, trained_with
 from medcg_jax.eval.boxes import BoxAnswer
 from medcg_jax.eval.predictions import Prediction
 from medcg_jax.families.build import shardings
+from medcg_jax.families.weights.files import has_tokenizer
 from medcg_jax.mesh import batch_sharding, check_batch, local_rows, put_batch, replicated
 from medcg_jax.train.checkpoint import load_params
 from medcg_jax.train.preempt import sigterm_saves
@@ -185,15 +187,21 @@ def evaluate_subsets(config: RunConfig, workdir: Path) -> dict:
     (`write_tested`) and prints a line for it.
 
     The parameters are those that `medcg train` wrote to `workdir`, else the model's checkpoint.
-    Returns {"workdir", "subsets": {name: `predictions.summary`, or `boxes.summary`}}.
+    Returns {"workdir", "subsets": {name: `predictions.summary` with `predictions.baselines`, or `boxes.summary`}}.
 
     Raises:
-      ConfigError, DataError: as `open_setup`; or there are no parameters, or the model does not see images.
+      ConfigError, DataError: as `open_setup`; or there are no parameters, they were trained with another model, tokenizer
+        or prompt (`trained_with`), or the model does not see images.
       Interrupted: the process was told to stop; the files of the subsets tested so far are written.
     """
     trained = workdir / "params"
     config = with_checkpoint(config)
+    directory = trained_with.parameters_of(config, workdir)
+    trained_with.check_same(config, directory)
     setup = open_setup(config, trained=trained if trained.is_dir() else None)
+    check_tokenizer(setup, directory)
+    for text in trained_with.lines(config, directory):
+        print(text)
     graphdef, params = parameters(setup, trained)
     test = Tester(setup, graphdef)
     names = subset_names(setup.source, config.data)
@@ -203,9 +211,25 @@ def evaluate_subsets(config: RunConfig, workdir: Path) -> dict:
         answers = test(params, setup.encode_boxes(records) if has_boxes else setup.encode_eval(records))
         if jax.process_index() == 0:
             write_tested(workdir, name, answers)
-        summaries[name] = boxes.summary(answers) if has_boxes else predictions.summary(answers)
+        summaries[name] = boxes.summary(answers) if has_boxes else scores_of(answers)
         print((box_line if has_boxes else line)(name, summaries[name]), flush=True)
+    folders = [str(path) for name in ("predictions", "boxes") if (path := workdir / name).is_dir()]
+    print(f"every answer: {', '.join(folders)}")
     return {"workdir": str(workdir), "subsets": summaries}
+
+
+def scores_of(answers: Sequence[Prediction]) -> dict:
+    return predictions.summary(answers) | predictions.baselines(answers)
+
+
+def check_tokenizer(setup: Setup, directory: Path) -> None:
+    """Raises ConfigError if the run names another tokenizer than that of the parameters in `directory`."""
+    named = setup.run.model.tokenizer
+    if named and has_tokenizer(directory) and load_tokenizer(directory).fingerprint != setup.tokenizer.fingerprint:
+        raise ConfigError(
+            f"model.tokenizer={named} is another than that in {directory}, which the model was trained with; expected "
+            "model.tokenizer='', which takes that one"
+        )
 
 
 def parameters(setup: Setup, trained: Path):
@@ -226,7 +250,8 @@ def line(name: str, scores: dict) -> str:
     if not scores["n"]:
         return f"{name}: no test records"
     text = f"{name}: {scores['correct']} of {scores['n']} right, {scores['accuracy']:.3f} "
-    text += f"[{scores['ci_low']:.3f}, {scores['ci_high']:.3f}], probability of the letters {scores['letter_mass']:.3f}"
+    text += f"[{scores['ci_low']:.3f}, {scores['ci_high']:.3f}]; chance {scores['chance']:.3f}, "
+    text += f"the most frequent label {scores['majority']:.3f}; probability of the letters {scores['letter_mass']:.3f}"
     if scores["unparsed_rate"] is not None:
         text += f"; generated {scores['generated_accuracy']:.3f}, unparsed {scores['unparsed_rate']:.3f}"
     return text

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.axes import spec
-from medcg_jax.config import EMBEDDING, MODELS, ConfigError
+from medcg_jax.config import EMBEDDING, MODELS
 from medcg_jax.families import registry
 from medcg_jax.families.common import FamilyConfig
 from medcg_jax.nn import matmul
@@ -79,20 +79,13 @@ def stated_architecture(model, fields: dict[str, Any]) -> Config:
     """
     from medcg_jax.families.weights.convert import read_config  # it imports this module
     from medcg_jax.families.weights.hub import resolve
+    from medcg_jax.families.weights.kind import check_family
 
-    config = read_config(resolve(model.checkpoint, weights=False))
-    check_family(config, model)
+    directory = resolve(model.checkpoint, weights=False)
+    config = read_config(directory)
+    check_family(directory, model.name, config.family)
     own = config.lora if "lora" in registry.of(config).parts else None
     return dataclasses.replace(config, **({"lora": own, "base": Base()} | fields))
-
-
-def check_family(config: Config, model) -> None:
-    """Raises ConfigError if `config`, of the checkpoint of `model`, is of another family than `model.name`."""
-    if config.family != MODELS[model.name]:
-        raise ConfigError(
-            f"model.checkpoint={model.checkpoint} is a checkpoint of {config.family}, and model.name={model.name} is of "
-            f"{MODELS[model.name]}; give a config of {config.family}, or another checkpoint"
-        )
 
 
 def with_vocabulary(config: Config, vocab_size: int | None) -> Config:

@@ -46,6 +46,8 @@ class Prompts:
     between: str | None = " "
     # Special token that is never supervised.
     unsupervised = ""
+    # The system prompt that the family was released with, as `data.system_prompt` names it.
+    released_system_prompt = ""
 
     def pieces(self, turn: Turn, *, first: bool, system_prompt: str, has_image: bool, training: bool) -> list[Piece]:
         """The pieces between the end of the previous turn and the answer of this one; the last is a `Text`.
@@ -162,6 +164,8 @@ class Vicuna(Prompts):
     Source: haotian-liu/LLaVA (c121f04) llava/conversation.py:conv_vicuna_v1, llava/mm_utils.py:tokenizer_image_token,
     llava/train/train.py:preprocess_v1 (the labels: answers with their </s>).
     """
+
+    released_system_prompt = "vicuna"
 
     def pieces(self, turn, *, first, system_prompt, has_image, training):
         if not first:

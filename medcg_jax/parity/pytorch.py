@@ -13,6 +13,7 @@ from medcg_jax.families import registry
 from medcg_jax.families.build import Config
 from medcg_jax.families.weights.convert import read_config
 from medcg_jax.families.weights.files import WeightsError
+from medcg_jax.terminal import install
 
 
 class Reference:
@@ -125,7 +126,7 @@ def open_reference(src: Path, family: ModuleType, config: Config | None = None) 
         import transformers
     except ImportError as error:
         raise WeightsError(
-            f"parity with PyTorch needs torch and transformers ({error}): pip install 'medcg_jax[parity]', or compare "
+            f"parity with PyTorch needs torch and transformers ({error}): {install('parity')} brings them, or compare "
             "with recorded numbers by --inputs=FILE.npz"
         ) from error
     load = getattr(transformers, family.HF_CLASS).from_pretrained

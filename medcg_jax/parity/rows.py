@@ -1,6 +1,7 @@
 """Tools of every parity check: comparisons and their report, the layers of a stack, example token ids."""
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ TOLERANCE = 1e-4
 NOISE_FACTOR, MAX_TOLERANCE = 8.0, 1e-2
 # Prefix of the stages that run with other weights (`weights.telling`).
 TELLING = "telling weights: "
+# Notes printed at most; a large model may have one for each layer.
+MOST_NOTES = 2
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,12 @@ class Row:
     @property
     def ok(self) -> bool:
         return self.difference <= self.tolerance * max(self.floor, self.scale)
+
+    @property
+    def share(self) -> float:
+        """The difference as a share of the scale."""
+        scale = max(self.floor, self.scale)
+        return self.difference / scale if scale else math.inf if self.difference else 0.0
 
 
 def compared(stage: str, ours, theirs, *, floor: float = 0.0) -> Row:
@@ -78,16 +87,27 @@ def exactly(stage: str, ours, theirs) -> Row:
 
 
 def report(src: Path, rows: list[Row], notes: list[str]) -> dict:
-    """{"ok", "src", "rows", "notes", "first", "exit_status"} of `rows`, printed as a table.
+    """{"ok", "src", "rows", "notes", "first", "exit_status"} of `rows`, printed part by part.
 
     first: the first stage that differs, in the order of the computation. exit_status: 1 where a row differs.
     """
-    width, wrong = max(len(row.stage) for row in rows), [row for row in in_order(rows) if not row.ok]
-    print(f"{'stage':<{width}}  difference      scale")
-    for row in rows:
-        print(f"{row.stage:<{width}}  {row.difference:10.2e} {row.scale:10.3g}  {'ok' if row.ok else 'DIFFERS'}")
-    for note in notes:
+    wrong = [row for row in in_order(rows) if not row.ok]
+    parts: dict[str, list[Row]] = {}
+    for row in in_order(rows):
+        parts.setdefault(part_of(row.stage), []).append(row)
+    width = max(map(len, parts))
+    print(f"{'part':<{width}}  arrays  difference  where it is largest")
+    for name, of_part in parts.items():
+        worst = max(of_part, key=lambda row: (not row.ok, row.share / row.tolerance))
+        verdict = "ok" if all(row.ok for row in of_part) else f"{sum(not row.ok for row in of_part)} DIFFER"
+        print(f"{name:<{width}}  {len(of_part):6}  {worst.share:10.1e}  {worst.stage.removeprefix(TELLING)}: {verdict}")
+    print("difference: the largest between two numbers, as a share of the largest number of the reference's array")
+    if any(row.stage.startswith(TELLING) for row in rows):
+        print("telling weights: those above hide faults where biases are 0, norms 1 or gates shut; these hide none")
+    for note in notes[:MOST_NOTES]:
         print(note)
+    if len(notes) > MOST_NOTES:
+        print(f"and {len(notes) - MOST_NOTES} notes more, which --json=FILE writes with every array")
     tolerance = max(row.tolerance for row in rows)
     if wrong:
         tensors = [row.stage.removeprefix("weight ") for row in wrong if row.stage.startswith("weight ")]
@@ -95,12 +115,14 @@ def report(src: Path, rows: list[Row], notes: list[str]) -> dict:
             more = f" and {len(tensors) - 16} more" if len(tensors) > 16 else ""
             print(f"tensors that differ: {', '.join(tensors[:16])}{more}")
         print(
-            f"NOT equal within {tolerance:g}: {len(wrong)} of {len(rows)} rows differ; the first: {wrong[0].stage}, "
+            f"NOT equal within {tolerance:g}: {len(wrong)} of {len(rows)} arrays differ; the first: {wrong[0].stage}, "
             f"{wrong[0].difference:.2e} of {wrong[0].scale:.3g}"
         )
     else:
-        worst = max(rows, key=lambda row: row.difference / (row.tolerance * max(row.floor, row.scale) or 1.0))
-        print(f"equal within {tolerance:g}; the largest: {worst.stage}, {worst.difference:.2e}")
+        worst = max(rows, key=lambda row: row.share / row.tolerance)
+        print(
+            f"equal within {tolerance:g}: {len(rows)} arrays; the largest difference: {worst.stage}, {worst.share:.1e}"
+        )
     return {
         "ok": not wrong,
         "src": str(src),
@@ -109,6 +131,20 @@ def report(src: Path, rows: list[Row], notes: list[str]) -> dict:
         "first": wrong[0].stage if wrong else None,
         "exit_status": 1 if wrong else 0,
     }
+
+
+def part_of(stage: str) -> str:
+    """The part of a model that a stage belongs to, in words."""
+    under = "telling weights: " if stage.startswith(TELLING) else ""
+    stage = stage.removeprefix(TELLING)
+    if stage.startswith("weight"):
+        return "weights"
+    if stage.startswith("gradient "):
+        return f"{under}gradients"
+    if stage.startswith("loss before"):
+        return "loss along a curve"
+    head = re.sub(r"[_ ]?\d+$", "", stage.partition(".")[0])
+    return under + {"vision": "vision tower", "embed": "decoder"}.get(head, head)
 
 
 def in_order(rows: list[Row]) -> list[Row]:

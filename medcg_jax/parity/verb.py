@@ -30,6 +30,7 @@ from medcg_jax.families.weights import engine
 from medcg_jax.families.weights.convert import load_checkpoint, read_config
 from medcg_jax.families.weights.families import family_of, module_of
 from medcg_jax.families.weights.files import WeightsError
+from medcg_jax.families.weights.kind import check_is_released
 from medcg_jax.mesh import make_mesh
 from medcg_jax.parity.rows import TELLING, Row, compared, judged, read_arrays, report
 from medcg_jax.parity.weights import Arrays, fingerprints, params_of, telling, tensors_of, weight_rows
@@ -62,6 +63,8 @@ def parity(src: Path, *, inputs: Path | None = None, record: Path | None = None,
         raise WeightsError(f"--inputs={inputs} takes the reference's place; --record and --against need one")
     if any((src / name).is_file() for name in GOLDEN_FILES):
         raise WeightsError(f"{src} holds arrays of original code; in a checkout: python -m tests.golden {src}")
+    if inputs is None and against is None:
+        check_is_released(src)
     config, notes = _read(src)
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.default_matmul_precision("highest"):

@@ -60,7 +60,7 @@ def search(
         raise ConfigError(f"topology={where}: no peaks of {devices[0].device_kind} are known, by which to rank")
     if most_compiles < 1:
         raise ConfigError(f"--compiles={most_compiles}: expected at least 1")
-    usable = (memory_bytes or topology.memory_bytes(devices[0])) * (1 - margin)
+    usable = (memory_bytes or topology.limit_of(devices[0])[0]) * (1 - margin)
     possible = list(candidates(run, len(devices), peak))
     if not possible:
         raise ConfigError(

@@ -3,9 +3,12 @@
 import textwrap
 from collections.abc import Iterator
 
-from medcg_jax.plan.topology import COMPILERS, GIB
+from medcg_jax.memory import gib
+from medcg_jax.plan.topology import COMPILERS
 
 WIDTH = 110
+# Of instructions that could not be read: on a CPU every fused product is one.
+MOST_NAMES = 3
 GB = 1e9
 BOUND = "A bound by published peaks, no measurement: no program reaches them."
 
@@ -45,8 +48,10 @@ def _lines(result: dict) -> Iterator[str]:
         if any(both):
             yield f"{title:44}{both[0]:>20}{both[1]:>20}"
     verdicts = ["fits" if program["fits"] else "DOES NOT FIT" for program in (train, tests)]
-    usable = f"of {result['usable_bytes'] / GIB:.2f} GiB a device ({result['margin']:.0%} left free)"
+    usable = f"of {gib(result['usable_bytes'])} a device ({result['margin']:.0%} left free)"
     yield f"{usable:44}{verdicts[0]:>20}{verdicts[1]:>20}"
+    if result.get("memory_of"):
+        yield f"the limit is {result['memory_of']}, which its CPU devices share; --memory_gib=GIB sets another"
     yield ""
     yield from _after(result)
 
@@ -54,8 +59,8 @@ def _lines(result: dict) -> Iterator[str]:
 def _rows():
     """(title, function from a program's section of the result to the cell's text)."""
 
-    def gib(key):
-        return lambda program: f"{program[key] / GIB:.2f}" if program.get(key) is not None else ""
+    def size(key):
+        return lambda program: gib(program[key]).removesuffix(" GiB") if program.get(key) is not None else ""
 
     def bound(key):
         def value(program):
@@ -77,12 +82,12 @@ def _rows():
     def rate(key, form):
         return lambda program: form.format(program[key]) if program.get(key) is not None else ""
 
-    yield "GiB a device: peak of the program", gib("peak_bytes")
-    yield "  arguments", gib("argument_bytes")
-    yield "  temporary", gib("temp_bytes")
-    yield "  output", gib("output_bytes")
-    yield "  of it in place of arguments (donated)", gib("alias_bytes")
-    yield "  beside the program, in a grid", gib("held_bytes")
+    yield "GiB a device: peak of the program", size("peak_bytes")
+    yield "  arguments", size("argument_bytes")
+    yield "  temporary", size("temp_bytes")
+    yield "  output", size("output_bytes")
+    yield "  of it in place of arguments (donated)", size("alias_bytes")
+    yield "  beside the program, in a grid", size("held_bytes")
     yield "model TFLOP, full attention", flops("full")
     yield "model TFLOP, causal attention", flops("causal")
     yield "executed TFLOP, padding and remat counted", flops("executed")
@@ -117,7 +122,9 @@ def _after(result: dict) -> Iterator[str]:
         for unknown in (program.get("bound") or {}).get("unknown", ()):
             yield f"{name}: {unknown}, so that part of the bound counts nothing"
         if why := (program.get("products") or {}).get("not_counted"):
-            yield f"{name}: matrix products not counted: {why}"
+            names = why.split(", ")
+            more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+            yield f"{name}: matrix products not counted: {', '.join(names[:MOST_NAMES])}{more}"
         for finding in program["findings"]:
             yield f"{name}: {finding['rule']}: {finding['text']}"
             yield from (f"    {line}" for line in finding["names"])
@@ -129,7 +136,7 @@ def _after(result: dict) -> Iterator[str]:
         yield f"whole on every device, as mesh.tensor does not divide them: {whole}"
     if "largest_batch" in result:
         most = result["largest_batch"]
-        size = f"{(train['state_bytes'] + train['held_bytes']) / GIB:.2f} GiB a device before any row"
+        size = f"{gib(train['state_bytes'] + train['held_bytes'])} a device before any row"
         why = f"; what stays takes {size}, less where mesh.fsdp or mesh.tensor is larger"
         yield f"largest train.batch_size that fits this mesh: {most}{'' if most else why}"
     if train["fits"] and not tests["fits"]:

@@ -1,13 +1,14 @@
 """Devices of absent machines to compile for, by name; the memory of a device; and the versions installed here.
 
-`v5p:4x4x4` and other slices of TPUs need the package libtpu (`pip install medcg-jax[tpu]`), `h100:8` the CUDA plugin
-(`pip install medcg-jax[cuda]`); neither needs the hardware. `v5e:4x4*2` is two slices joined by the data-center
+`v5p:4x4x4` and other slices of TPUs need the package libtpu (extra `tpu`), `h100:8` the CUDA plugin (extra `cuda`);
+neither needs the hardware. `v5e:4x4*2` is two slices joined by the data-center
 network, `h100:8x8` 8 hosts with 8 GPUs each. A TPU7x chip (and a v4 chip) is two devices.
 """
 
 import datetime
 import functools
 import importlib.util
+import os
 import platform
 import tempfile
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import jax
 from jax.experimental import topologies
 
 from medcg_jax.config import ConfigError
+from medcg_jax.terminal import install
 
 GIB = 1 << 30
 TPU_KINDS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
@@ -140,7 +142,7 @@ def get_devices(topology: str) -> list[jax.Device]:
     if not any(map(importlib.util.find_spec, packages)):
         extra = "cuda" if gpu else "tpu"
         raise ConfigError(
-            f"topology={topology}: no compiler for it is installed; pip install 'medcg-jax[{extra}]' brings it"
+            f"topology={topology}: no compiler for it is installed; {install(extra)} brings it (no hardware is needed)"
         )
     try:
         if gpu:
@@ -223,8 +225,34 @@ def memory_bytes(device: jax.Device) -> float:
         limit = (device.memory_stats() or {}).get("bytes_limit")
     known = [name for name in MEMORY_BYTES if device.device_kind.startswith(name)]
     if not limit and not known:
-        raise ConfigError(f"the memory of {device.device_kind} is not known; known: {', '.join(MEMORY_BYTES)}")
+        raise ConfigError(
+            f"the memory of {device.device_kind} is not known; give --memory_gib=GIB of `medcg plan`; known: "
+            f"{', '.join(MEMORY_BYTES)}"
+        )
     return limit or MEMORY_BYTES[max(known, key=len)]
+
+
+def limit_of(device: jax.Device) -> tuple[float, str]:
+    """(usable bytes of a device, what memory that is; "": its own). A CPU device has its share of this host's memory.
+
+    Raises:
+      ConfigError: as `memory_bytes`.
+    """
+    if device.platform != "cpu" or device not in jax.local_devices():
+        return memory_bytes(device), ""
+    return host_bytes() / len(jax.local_devices()), "this host's memory"
+
+
+def host_bytes() -> float:
+    """Bytes of this host's memory, or those of it that the process may use."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        # Of a container; the file has the word "max" where there is no limit.
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
+        total = min(total, int(limit)) if limit.isdigit() else total
+    except OSError:
+        pass
+    return float(total)
 
 
 def about_here() -> dict:

@@ -64,7 +64,8 @@ def plan(
     devices = get_devices(where)
     mesh = make_mesh(run.mesh, devices)
     peak = peak_of(devices[0].device_kind)
-    usable = (memory_bytes or topology.memory_bytes(devices[0])) * (1 - margin)
+    limit, memory_of = (memory_bytes, "") if memory_bytes else topology.limit_of(devices[0])
+    usable = limit * (1 - margin)
     planned, here = plan_run(run, mesh, alone=alone), topology.about_here()
     result = {
         "date": here["date"],
@@ -84,6 +85,7 @@ def plan(
         "alone": alone,
         "full_effort": full_effort,
         "usable_bytes": usable,
+        "memory_of": memory_of,
         "margin": margin,
         "peak": peak and dataclasses.asdict(peak),
         "whole_on_every_device": build.replicated(planned.setup.model, mesh),
@@ -103,7 +105,7 @@ def plan(
 
 def get_devices(where: str) -> list[jax.Device]:
     """`topology.get_devices`, with the compilers' output about this machine hidden."""
-    with captured_stderr([]):  # libtpu warns that this machine has no TPU
+    with captured_stderr([]):  # libtpu warns that this machine has no TPU, XLA of a CPU's features
         return topology.get_devices(where)
 
 

@@ -173,7 +173,8 @@ class ActiveRun:
             if (theirs.get(name) or None) != (ours.get(name) or None):
                 raise CheckpointError(
                     f"{self._checkpoints.directory} is another run's: {name} is {theirs.get(name)!r} there and "
-                    f"{ours.get(name)!r} here; give another --workdir"
+                    f"{ours.get(name)!r} here; give another --workdir (with --config.model.checkpoint="
+                    f"{self._checkpoints.directory.parent / 'params'} it starts where this run ended)"
                 )
         self.step = self.result.step = self._saved_step = meta["position"]
         self.result.metrics, self._losses = meta["metrics"], meta["losses"]

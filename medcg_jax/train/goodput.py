@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from medcg_jax.files import write_whole
+from medcg_jax.terminal import duration
 from medcg_jax.untrusted import FileError, check_number, read_json, shown
 
 KINDS = ("productive", "compile", "input", "checkpoint", "restart", "evaluation", "other")
@@ -276,9 +277,9 @@ def summarise(starts: Sequence[dict]) -> dict:
 
 
 def line(summary: Mapping) -> str:
-    """For people: "goodput 83 %: compile 9, input 4, checkpoint 2, restart 1, other 1 (61 s in 2 starts)"."""
+    """For people: "goodput 83 %: compile 9, input 4, checkpoint 2, restart 1, other 1 (1 min in 2 starts)"."""
     shares = summary["shares"]
     lost = [kind for kind in KINDS[1:] if kind != "evaluation" or shares[kind]]
     words = ", ".join(f"{kind} {100 * shares[kind]:.0f}" for kind in lost)
     starts = f"{summary['num_starts']} starts" if summary["num_starts"] != 1 else "1 start"
-    return f"goodput {100 * shares['productive']:.0f} %: {words} ({summary['wall_s']:.0f} s in {starts})"
+    return f"goodput {100 * shares['productive']:.0f} %: {words} ({duration(summary['wall_s'])} in {starts})"

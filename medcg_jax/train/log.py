@@ -13,6 +13,7 @@ import jax
 
 from medcg_jax.config import ConfigError
 from medcg_jax.files import write_whole
+from medcg_jax.terminal import duration, install, shows_progress
 from medcg_jax.untrusted import FileError, check_number, read_text
 
 METRICS = ("step", "loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "mfu", "data_wait")
@@ -43,7 +44,7 @@ def load_wandb():
         return importlib.import_module("wandb")
     except ImportError as error:
         raise ConfigError(
-            f"log.wandb is set and the package wandb cannot be imported ({error}): pip install 'medcg-jax[wandb]', or "
+            f"log.wandb is set and the package wandb cannot be imported ({error}): {install('wandb')} brings it, or "
             "log.wandb=''"
         ) from error
 
@@ -147,7 +148,7 @@ def _rounded(value):
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere a plain line now and then, and one at the last step.
+    """A progress bar on a terminal; elsewhere a plain line now and then, and one at the last step; each with the time left.
 
     total: steps. done: steps made before. label: what runs, for example "base" or "pairs-03".
     """
@@ -155,22 +156,40 @@ class Progress:
     def __init__(self, total: int, *, done: int = 0, label: str = "", stream=None):
         self._stream = stream or sys.stderr
         self._total, self._done, self._label = total, done, label
-        self._printed_at = time.monotonic()
+        self._first, self._began = done, time.monotonic()
+        self._printed_at = self._began
         self._bar = None
-        if self._stream.isatty():
+        if self._stream.isatty() and shows_progress():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=done, desc=label, file=self._stream, unit="step", leave=False)
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                desc=label,
+                file=self._stream,
+                leave=False,
+                bar_format="{desc}: step {n_fmt}/{total_fmt} |{bar}|{postfix}",
+            )
 
     def update(self, done: int, text: str) -> None:
         """Shows that `done` steps are made, with `text` beside it."""
+        text += self._left(done)
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done - self._done)
+        elif not shows_progress():
+            pass
         elif done >= self._total or time.monotonic() - self._printed_at >= PLAIN_LINE_EVERY_S:
             self._printed_at = time.monotonic()
             print(f"{self._label}: step {done}/{self._total}, {text}", file=self._stream, flush=True)
         self._done = done
+
+    def _left(self, done: int) -> str:
+        """ ", 3 min left", by the steps since this object was made; "" where none is left or was made since."""
+        if not self._first < done < self._total:
+            return ""
+        seconds = (time.monotonic() - self._began) * (self._total - done) / (done - self._first)
+        return f", {duration(seconds)} left"
 
     def print(self, line: str) -> None:
         """Prints a line, above the bar if there is one."""

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -14,12 +16,13 @@ from medcg_jax.data.encoding import Encoded, cut_rows, row_length
 from medcg_jax.data.leaks import KINDS, Leak, actions_of, actions_of_general, find_leaks, hashed, joined, remedy, words
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.data.records import DataError, RecordSet, Source, concat
+from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.sources import subset_names
 from medcg_jax.families.build import abstract, num_bytes, shardings, split_trainable
 from medcg_jax.mesh import local_rows
 from medcg_jax.nn.base import Base
 from medcg_jax.train import checkpoint, goodput
-from medcg_jax.train.log import StepTrace, WandbTarget, load_wandb
+from medcg_jax.train.log import StepTrace, WandbTarget, keep_programs, load_wandb
 from medcg_jax.train.loop import RunSpec, fit, loop_options
 from medcg_jax.train.optim import hparams_from, make_optimizer, num_steps
 from medcg_jax.train.preempt import sigterm_saves
@@ -59,10 +62,55 @@ def train(run: RunConfig, workdir: Path) -> dict:
     return result | {"goodput": spent}
 
 
+def train_config(config: Any, workdir: str | Path = "") -> dict:
+    """`medcg train` in this process: one fine-tune. A second call with the same folder goes on where it ended.
+
+    XLA reads its flags, among them those of `deterministic`, when JAX first uses a device: call this before that.
+
+    config: a config file as for `--config`, "FILE.py" or "FILE.py:ARG"; a ConfigDict; or a `config.RunConfig`.
+    workdir: folder of the run; "": runs/NAME, by the configuration's name.
+
+    Returns {"workdir", "steps", "records", "goodput", ...}, as `medcg train --json`.
+
+    Raises:
+      ConfigError: `config` is of another type, or the environment names a run of several processes.
+      All that `train` and `config_file.load` raise.
+
+    Example:
+      >>> import medcg_jax as m
+      >>> counts = m.train("configs/phantom.py:tiny", "runs/tiny")  # doctest: +ELLIPSIS
+      2 steps on ... records of ... subsets; parameters in runs/tiny/params
+      ...
+      >>> counts["steps"]
+      2
+    """
+    from ml_collections import ConfigDict
+
+    from medcg_jax import cluster, platform
+    from medcg_jax.config_file import from_config_dict, load, with_flags
+    from medcg_jax.files import user_path
+
+    if isinstance(config, str | Path):
+        run = load(user_path(str(config), "config"))
+    elif isinstance(config, ConfigDict):
+        run = with_flags(from_config_dict(config), {})
+    elif isinstance(config, RunConfig):
+        run = with_flags(config, {})
+    else:
+        raise ConfigError(f"config of type {type(config).__name__}; expected a file, a ConfigDict or a RunConfig")
+    if joined := cluster.detect(os.environ):
+        raise ConfigError(f"this is one of several processes, by {joined.how}; `medcg train` runs them together")
+    platform.apply(run.deterministic)
+    keep_programs()
+    return train(run, Path(user_path(str(workdir), "workdir") if workdir else Path("runs") / run.name))
+
+
 def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
     if run.log.wandb:
         load_wandb()
     setup = open_setup(run)
+    if not run.model.checkpoint:
+        print(f"model.checkpoint is empty: {run.model.name} starts from random weights")
     names = subset_names(setup.source, run.data)
     sets = [setup.source.records(name, "train") for name in names]
     general = None
@@ -113,6 +161,7 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
     meta = {"config": spec.config, **result.metrics}
     checkpoint.save_params(workdir / "params", saved, setup.model, meta, trained_on=base, beside=setup.companions)
     print(f"{result.step} steps on {len(encoded)} records of {len(names)} subsets; parameters in {workdir / 'params'}")
+    print(f"`medcg eval` with the same config and --workdir={workdir} scores them")
     counts = {"workdir": str(workdir), "steps": result.step, "records": len(encoded)}
     return counts | result.metrics | {"skipped_checkpoints": result.skipped_checkpoints}
 
@@ -179,6 +228,24 @@ def check_disk(setup: Setup, workdir: Path) -> None:
         checkpoint.check_room(workdir, needed, what)
 
 
+def present_tests(source: Source, subsets: Sequence[str]) -> list[RecordSet]:
+    """The test records of each subset; prints a warning of those whose image is missing, which no training needs.
+
+    Raises:
+      DataError: the data cannot be read.
+    """
+    if not isinstance(source, ReleaseSource):
+        return [source.records(name, "test") for name in subsets]
+    tests = [source.present_tests(name) for name in subsets]
+    missing = [record for _, ids in tests for record in ids]
+    if missing:
+        print(
+            f"warning: {len(missing)} test records have no image, as {missing[0]}: no training needs them, and `medcg "
+            "eval` will refuse them; `medcg data check` lists them"
+        )
+    return [records for records, _ in tests]
+
+
 def left_out(run: RunConfig, source: Source, subsets: Sequence[str], general: RecordSet | None) -> frozenset[str]:
     """Ids of the training records that a run leaves out, since they leak a test; prints a line for each kind of leak.
 
@@ -196,7 +263,7 @@ def left_out(run: RunConfig, source: Source, subsets: Sequence[str], general: Re
         return frozenset()
     near_bits = None if general is None or run.study.near_duplicates == "off" else run.study.near_duplicate_bits
     decoded: dict | None = None if near_bits is None else {}
-    tests = joined(hashed(source.records(name, "test"), decoded) for name in subsets)
+    tests = joined(hashed(records, decoded) for records in present_tests(source, subsets))
     leaks: list[tuple[Leak, str]] = []
     if not is_drawn:
         training = joined(hashed(source.records(name, "train")) for name in subsets)

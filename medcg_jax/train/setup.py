@@ -17,7 +17,6 @@ from medcg_jax.config import EMBEDDING, MASK_PARTS, MODELS, ConfigError, ModelCo
 from medcg_jax.data.encoding import Encoded, encode, encode_boxes, encode_eval, longest_row, row_length
 from medcg_jax.data.general import GeneralRecords, open_general
 from medcg_jax.data.layouts import check_layout
-from medcg_jax.data.prepared import PreparedSource
 from medcg_jax.data.records import RecordSet, Source
 from medcg_jax.data.row_format import Format
 from medcg_jax.data.sources import open_source, require_subsets
@@ -27,10 +26,11 @@ from medcg_jax.families.build import TINY, Config, architecture, create, join, r
 from medcg_jax.families.flops import forward, training
 from medcg_jax.families.weights.convert import load_checkpoint
 from medcg_jax.families.weights.files import has_tokenizer
-from medcg_jax.mesh import check_batch, make_mesh
+from medcg_jax.families.weights.kind import check_family
+from medcg_jax.mesh import check_batches, make_mesh, num_shards
 from medcg_jax.train.losses import mask_loss
 from medcg_jax.train.sanity import check_token_ids, check_tokens, pixel_keys
-from medcg_jax.train.start import check_architecture, check_family, check_weights, checkpoint_dir, weights_dir
+from medcg_jax.train.start import check_architecture, check_weights, checkpoint_dir, weights_dir
 
 # A tiny model's vocabulary is a multiple of this, so that a mesh can split it.
 VOCAB_MULTIPLE = 64
@@ -128,12 +128,12 @@ def open_setup(
     starts = not has_weights and trained is None
     if starts:
         check_weights(run)
-        check_family(run.model)
+        if directory := checkpoint_dir(run.model):
+            check_family(directory, run.model.name)
     mesh = make_mesh(run.mesh, devices)
-    check_batch(mesh, run.train.batch_size // run.train.accumulation_steps, "train.batch_size per accumulation step")
-    if run.base.steps:
-        check_batch(mesh, run.base.batch_size // run.base.accumulation_steps, "base.batch_size per accumulation step")
-    check_batch(mesh, run.eval.batch_size, "eval.batch_size")
+    if run.model.matmul == "fp8" and mesh.devices.flat[0].platform == "cpu":
+        print("model.matmul=fp8 is emulated on a CPU: rounded as fp8 is, and slower than float32")
+    check_batches(num_shards(mesh), run)
     family = MODELS[run.model.name]
     tokenizer = run_tokenizer(run.model, trained)
     source = open_source(run.data)
@@ -151,8 +151,8 @@ def open_setup(
         print(
             f"mesh.tensor={mesh.shape['tensor']} does not divide them, so every device holds whole: {', '.join(whole)}"
         )
-    if isinstance(source, PreparedSource):
-        check_layout(source.layout, family, model)
+    if run.data.source == "prepared":
+        check_layout(source.layout, family, model)  # type: ignore[attr-defined]
     row_format = registry.of(model).row_format(model, with_masks=trains_masks(run.model))
     return Setup(run, mesh, tokenizer, model, row_format, source)
 
@@ -175,8 +175,8 @@ def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:
         return load_tokenizer("", registry.of_model(model.name).tokenizer)
     where = f"{paths[-1]} has no tokenizer.model or tokenizer.json" if paths else "model.checkpoint is empty, too"
     raise ConfigError(
-        f"model.tokenizer is empty, and {where}; give the tokenizer's file or directory, of the release that the weights "
-        "are of"
+        f"model.tokenizer is empty, and {where}; give --config.model.tokenizer=PATH, the tokenizer's file or directory, "
+        "of the release that the weights are of"
     )
 
 

@@ -5,10 +5,9 @@ from typing import Any
 
 from medcg_jax.config import AUTO, ConfigError, ModelConfig, RunConfig, has_any_size, replace
 from medcg_jax.config_checks import check
-from medcg_jax.families import build, registry
+from medcg_jax.families import registry
 from medcg_jax.families.build import Config
 from medcg_jax.families.weights.convert import (
-    MODEL_FILE,
     WeightsError,
     check_same,
     open_checkpoint,
@@ -82,13 +81,6 @@ def weights_dir(model: ModelConfig) -> Path | None:
       ConfigError, RunError: as `hub.resolve`.
     """
     return once_a_host(model.checkpoint, weights=True) if model.checkpoint else None
-
-
-def check_family(model: ModelConfig) -> None:
-    """Raises ConfigError if the checkpoint is of another family than `model.name`."""
-    directory = checkpoint_dir(model)
-    if directory and any((directory / name).is_file() for name in ("config.json", MODEL_FILE)):
-        build.check_family(read_config(directory), model)
 
 
 def check_architecture(model: ModelConfig, config: Config) -> None:

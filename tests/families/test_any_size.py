@@ -106,7 +106,7 @@ def test_a_family_without_a_checkpoint_has_no_size():
 
 def test_a_checkpoint_of_another_family_is_named_before_its_tokenizer_is_read(tmp_path):
     checkpoint = state(CONFIGS["llava"], tmp_path / "small")
-    message = f"model.checkpoint={checkpoint} is a checkpoint of llava, and model.name=qwen2_vl.* is of qwen2_vl"
+    message = f"model.checkpoint={checkpoint} is a llava checkpoint, and model.name=qwen2_vl.* is of qwen2_vl"
     for name in ("qwen2_vl_tiny", "qwen2_vl_7b", "qwen2_vl"):
         with pytest.raises(ConfigError, match=message):
             open_setup(replace(RunConfig(), model__name=name, model__checkpoint=checkpoint))

@@ -69,7 +69,7 @@ def test_what_pytorch_saved_is_read(tmp_path):
 def test_without_pytorch_a_bin_file_says_what_to_install(tmp_path, monkeypatch):
     zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w").close()
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    with pytest.raises(WeightsError, match=r"needs PyTorch: pip install 'medcg_jax\[parity\]'"):
+    with pytest.raises(WeightsError, match=r"needs PyTorch: `pip install '\.\[parity\]'`"):
         open_tensors(tmp_path)
 
 

@@ -1,7 +1,7 @@
 """Compares this port with folders of arrays from original code: `python -m tests.golden FOLDER [FOLDER ...]`.
 
 A folder has the form of `../shared/golden/minigpt_v2/variant_a` or `../shared/golden/next_chat/variant_a`; all sizes
-are read from it. Prints one line for each array. Exit status 0: all are equal within the tolerance; 1: some differ;
+are read from it. Prints a line for each part of the model. Exit status 0: all are equal within the tolerance; 1: some differ;
 2: a folder of another form.
 """
 

@@ -95,6 +95,7 @@ def test_every_host_of_a_tpu_vm_is_given_the_same_command():
     ("arguments", "said"),
     [
         (("--zone=us-east5-b", "--", *RUN, "--workdir=/W"), "--name="),
+        (("--name=TPU", "--zone=us-east5-b", "--", *RUN, "--workdir=/W"), "small letters, digits and -"),
         (("--name=pod", "--zone=east", "--", *RUN, "--workdir=/W"), "--zone=east"),
         (("--name=pod", "--zone=us-east5-b", "--", *RUN, "--workdir=gs://b/W"), "--workdir=gs://b/W"),
         (("--name=pod", "--zone=us-east5-b", "--", "bench", "--workdir=/W"), "bench"),

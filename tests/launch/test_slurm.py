@@ -34,9 +34,10 @@ def test_dry_run_prints_the_call_and_the_script_and_leaves_nothing(tmp_path):
         *GRID, f"--workdir={tmp_path}/W",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    cells, shared, trainings, cost, folder, call, blank, *script = done.stdout.splitlines()
+    cells, shared, trainings, cost, hours, folder, call, blank, *script = done.stdout.splitlines()
     assert cells.endswith(f" {CELLS} cells") and trainings.startswith(f"{CELLS} trainings, ")
     assert shared.endswith("0 saved by equal cells") and cost.startswith("trainings without bases and tests: ")
+    assert hours.startswith("chip-hours at least, ") and " on v5e, " in hours
     assert folder == f"mkdir -p {tmp_path}/W/logs"
     task = str(SUBMIT.with_name("task.sh"))
     assert shlex.split(call) == [

@@ -27,7 +27,8 @@ def test_dry_run_prints_the_call_and_the_script_and_leaves_nothing(tmp_path):
     workdir = f"--workdir={tmp_path}/W"
     done = command("bash", TRAIN, "--dry-run", "--nodes=4", "--gres=gpu:8", "--time=9:00:00", "--", *RUN, workdir)
     assert done.returncode == 0, done.stderr
-    folder, call, blank, *script = done.stdout.splitlines()
+    what, folder, call, blank, *script = done.stdout.splitlines()
+    assert what.startswith("phantom_tiny: llava15_tiny on phantom data") and what.endswith("/W")
     assert folder == f"mkdir -p {tmp_path}/W/logs" and blank == ""
     job = TRAIN.with_name("run.sh")
     assert shlex.split(call) == [
@@ -35,6 +36,14 @@ def test_dry_run_prints_the_call_and_the_script_and_leaves_nothing(tmp_path):
         "--time=9:00:00", str(job), sys.executable, *RUN, workdir,
     ]  # fmt: skip
     assert "\n".join(script) + "\n" == job.read_text() and not list(tmp_path.iterdir())
+
+
+def test_paths_that_are_not_there_are_told_before_a_job_waits_for_hours(tmp_path):
+    workdir = f"--workdir={tmp_path}/W"
+    done = command("bash", TRAIN, "--dry-run", "--nodes=4", "--", "train", "--config=configs/llava15_7b.py", workdir)
+    assert done.returncode == 0, done.stderr
+    warnings = [line.split(" is not there")[0] for line in done.stderr.splitlines()]
+    assert warnings == ["warning: model.checkpoint=checkpoints/llava-1.5-7b-hf", "warning: data.root=Med-MAT"]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +57,9 @@ def test_dry_run_prints_the_call_and_the_script_and_leaves_nothing(tmp_path):
         (("--nodes=2",), "no verb"),
         (("--nodes=2", "--", "bench", "--workdir=/W"), "bench: "),
         (("--nodes=2", "--", *RUN, "--workdir=W"), "--workdir=W: "),
+        (("--nodes=2", "--", *RUN, "--workdir=/W", "--config.train.stesp=1"), "did you mean config.train.steps?"),
+        (("--nodes=2", "--", "train", "--config=configs/llava15_7bb.py", "--workdir=/W"), "configs/llava15_7b.py"),
+        (("--nodes=2", "--", "reproduce", "--config=configs/phantom.py:stduy", "--workdir=/W"), "did you mean study?"),
     ],
 )
 def test_wrong_use_is_refused_before_anything_is_submitted(arguments, said):

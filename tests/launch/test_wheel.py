@@ -35,7 +35,7 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_every_file_of_the_package_is_in_the_wheel(wheel):
     packed = set(zipfile.ZipFile(wheel).namelist())
-    kinds = (".py", ".csv", ".json", ".txt", ".j2")
+    kinds = (".py", ".csv", ".json", ".txt", ".j2", ".typed")
     wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "medcg_jax").rglob("*") if path.suffix in kinds}
     wanted |= {f"medcg_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     assert not wanted - packed

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from medcg_jax.config import ConfigError
 from medcg_jax.families.weights import llava
 from medcg_jax.families.weights.files import WeightsError
 from medcg_jax.parity import llava as parity_llava
 from medcg_jax.parity import verb as parity_lib
 from medcg_jax.parity.llava import example, port_inputs
 from medcg_jax.parity.pytorch import Reference
-from medcg_jax.parity.rows import Row, compared
+from medcg_jax.parity.rows import Row, compared, report
 from medcg_jax.parity.verb import parity
 
 
@@ -49,9 +50,12 @@ def test_the_released_model_and_its_port_are_equal(released, capsys):
     assert "telling weights: gradient lm_head.weight" in stages
     assert {"vision.embed", "projector", "decoder.layer2", "logits", "loss"} <= set(stages)
     assert {"gradient lm_head.weight", "loss before step 9"} <= set(stages)
-    out = capsys.readouterr().out
-    assert "equal within 0.0001" in out
-    assert len(out.splitlines()) == len(stages) + 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith(f"equal within 0.0001: {len(stages)} arrays; ") and len(lines) <= 20
+    # Every array is in one part, and the parts are those of a model.
+    parts = [line for line in lines[1:] if line.endswith(": ok")]
+    names = [line.split("  ")[0].strip() for line in parts]
+    assert {"weights", "vision tower", "projector", "decoder", "logits", "loss", "gradients"} <= set(names)
 
 
 def test_a_fault_in_the_port_differs_and_the_stages_say_where(released, recorded, capsys, monkeypatch):
@@ -98,8 +102,33 @@ def test_inputs_that_do_not_fit_are_refused(released, recorded, tmp_path):
 
 def test_without_pytorch_the_way_out_is_named(released, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(WeightsError, match=r"pip install 'medcg_jax\[parity\]', or compare with recorded numbers"):
+    with pytest.raises(
+        WeightsError, match=r"pip install '\.\[parity\]'` in the project's folder brings them, or compare"
+    ):
         parity(released)
+
+
+def test_a_report_of_hundreds_of_arrays_is_twenty_lines_and_says_where_it_differs(capsys):
+    stages = [f"vision.layer{i}" for i in range(24)] + ["projector"] + [f"decoder.layer{i}" for i in range(32)]
+    stages += ["logits", "loss", *(f"gradient model.layers.{i}.mlp.weight" for i in range(200))]
+    stages += [f"telling weights: {stage}" for stage in stages] + [f"loss before step {i}" for i in range(10)]
+    rows = [Row(stage, 1e-6, 2.0) for stage in stages]
+    result = report(Path("SRC"), rows, [f"note {i}" for i in range(50)])
+    lines = capsys.readouterr().out.splitlines()
+    assert result["ok"] and len(result["rows"]) == len(rows) and len(lines) <= 20
+    assert any(line.split() == ["decoder", "32", "5.0e-07", "decoder.layer0:", "ok"] for line in lines)
+    rows[stages.index("decoder.layer7")] = Row("decoder.layer7", 0.5, 2.0)
+    result = report(Path("SRC"), rows, [])
+    lines = capsys.readouterr().out.splitlines()
+    assert result["exit_status"] == 1 and result["first"] == "decoder.layer7"
+    assert any(line.split() == ["decoder", "32", "2.5e-01", "decoder.layer7:", "1", "DIFFER"] for line in lines)
+    assert lines[-1].startswith("NOT equal within 0.0001: 1 of")
+
+
+def test_a_checkpoint_in_our_form_has_no_reference_of_its_own(tmp_path):
+    (tmp_path / "model.json").write_text('{"family": "llava"}')
+    with pytest.raises(ConfigError, match="give --against=DIR, the released directory that it was made from"):
+        parity(tmp_path)
 
 
 def test_no_checkpoint_is_one_line():

@@ -66,7 +66,7 @@ def test_unknown_topologies_are_refused(name):
 @pytest.mark.parametrize(("name", "extra"), [("v5e:4x4", "tpu"), ("h200:8", "cuda")])
 def test_what_compiles_for_a_topology_is_named_where_it_is_missing(name, extra, monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda package: None)
-    with pytest.raises(ConfigError, match=rf"{name}.*medcg-jax\[{extra}\]"):
+    with pytest.raises(ConfigError, match=rf"{name}.*pip install '\.\[{extra}\]'"):
         topology.get_devices(name)
 
 

@@ -28,7 +28,7 @@ from medcg_jax.config import (
 from medcg_jax.families import registry
 from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.mesh import make_mesh
-from medcg_jax.plan import hlo, programs, search
+from medcg_jax.plan import hlo, programs, search, topology
 from medcg_jax.plan import text as plan_text
 from medcg_jax.plan import verb as plan
 from medcg_jax.train.step import make_step
@@ -321,20 +321,27 @@ def test_search_needs_peaks_and_a_mesh(monkeypatch):
 # ------------------------------------------------------------------ the verb
 
 
-def test_the_verb(tmp_path, capsys):
+def test_the_verb(tmp_path, capfd):
     file = tmp_path / "plan.json"
     flags = ["plan", f"--config={ROOT / 'configs' / 'phantom.py'}:tiny", "--topology=local", f"--json={file}"]
     flags += ["--config.mesh.data=8", "--config.eval.batch_size=8", "--config.model.scan_unroll=1"]
-    assert cli.main(flags) == 2
-    assert "memory of cpu is not known" in capsys.readouterr().err and not file.exists()
-    assert cli.main([*flags, "--memory_gib=1"]) == 0
+    assert cli.main(flags) == 0
     found = json.loads(file.read_text())
     assert found["fits"] and found["grid"]["samples"] > 0 and found["grid"]["test_rows"] > 0
-    assert "training step" in capsys.readouterr().out
+    # Of eight CPU devices that share this host's memory, a tenth left free.
+    assert found["usable_bytes"] == pytest.approx(topology.host_bytes() / 8 * 0.9)
+    shown = capfd.readouterr()
+    assert "training step" in shown.out and "the limit is this host's memory, which its CPU devices share" in shown.out
+    assert shown.err == "", "what XLA says about this machine is of no use here"
+    # A tiny model's bytes are told apart, and not 0.00.
+    peak = next(line for line in shown.out.splitlines() if line.startswith("GiB a device: peak"))
+    assert all(float(word) > 0 for word in peak.split()[-2:])
+    assert max(map(len, shown.out.splitlines())) <= plan_text.WIDTH and shown.out.count("fusion.") <= 20
     assert cli.main([*flags, "--memory_gib=0.00001"]) == 3
     assert not json.loads(file.read_text())["fits"]
+    capfd.readouterr()
     assert cli.main([*flags, "--topology=v9:4x4"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert capfd.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed: medcg-jax[tpu]")

@@ -36,5 +36,5 @@ if __name__ == "__main__":
     # Shorter than a run's, so that a test is short.
     processes.BEAT_S, processes.DEAD_AFTER_S = 0.5, SECONDS
     processes.start(Cluster("the test", coordinator, count, index))
-    cli.parse = lambda argv: type("Arguments", (), {"run": staticmethod(work), "json": ""})
+    cli.parse = lambda argv: type("Arguments", (), {"verb": "train", "run": staticmethod(work), "json": ""})
     sys.exit(cli.main([]))

@@ -38,7 +38,7 @@ def drawn(monkeypatch):
 def grid_of(**fields):
     known = {"config": {"study": {}}, "results": [], "tables": (), "chance": lambda target: 0.5, "scores": lambda t: {},
              "describe": lambda target: "", "done": lambda table: []}  # fmt: skip
-    return SimpleNamespace(**known | fields)
+    return SimpleNamespace(**{"is_phantom": True} | known | fields)
 
 
 def test_data_efficiency_names_its_budget_and_has_three_curves(drawn, tmp_path):

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from medcg_jax.chips import CHIPS
 from medcg_jax.cli import main
-from medcg_jax.config import RunConfig, replace
+from medcg_jax.config import ConfigError, RunConfig, replace
 from medcg_jax.config_file import load
 from medcg_jax.data.records import DataError
 from medcg_jax.families import flops
 from medcg_jax.families.llava.model import llava15_7b
 from medcg_jax.study.design import schedule
-from medcg_jax.study.run.dry import Cost, architecture_of, costs, dry, grid_totals, nominal_source
+from medcg_jax.study.run.dry import Cost, architecture_of, costs, dry, grid_totals, nominal_source, parse_prices
 
 ROOT = Path(__file__).parents[2]
 TABLE3 = f"{ROOT / 'configs' / 'table3'}.py"
@@ -36,6 +37,24 @@ def test_dry_lists_every_cell(capsys):
     assert trained["steps"] == 94  # 5 epochs of 600 records
     assert f"{trained['related'][0]} (300)" in out and "600 records, 94 steps, 3,008 samples" in out
     assert "does not exist" not in out
+    hours = next(line for line in out.splitlines() if line.startswith("chip-hours at least"))
+    assert all(f" on {chip}" in hours for chip in CHIPS) and "USD" not in out
+
+
+def test_hours_and_money_follow_the_work(capsys):
+    listed = dry(SMALL, parse_prices("h100:2.5, v5e:1.2"))
+    # 989.5 TFLOP/s of an H100.
+    assert listed["chip_hours"]["h100"] == pytest.approx(listed["pflop"] * 1e15 / 989.5e12 / 3600)
+    # A TPU7X chip is two devices.
+    assert listed["chip_hours"]["tpu7x"] == pytest.approx(listed["pflop"] * 1e15 / 2307e12 / 3600)
+    assert listed["usd"] == {"h100": 2.5 * listed["chip_hours"]["h100"], "v5e": 1.2 * listed["chip_hours"]["v5e"]}
+    assert "USD at least: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["h10:2", "h100", "h100:0", "h100:-1", "h100:nan", "h100:x", "2.5"])
+def test_a_price_that_is_none_is_refused(text):
+    with pytest.raises(ConfigError, match=f"--price={text}: expected CHIP:USD"):
+        parse_prices(text)
 
 
 def test_table_3_without_data_or_weights(tmp_path, capsys, monkeypatch):

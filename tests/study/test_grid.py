@@ -139,7 +139,7 @@ def test_what_a_grid_leaves(finished):
     assert probed == [(0, "mri-brain-state", name, 10) for name in ("mean", "tokens")]
     assert (workdir / "report" / "index.html").exists()
     assert not list((workdir / "state").glob("checkpoints/*"))
-    assert f"{len(cells)}/{len(cells)} cells, 100 % of the work" in out
+    assert f"{len(cells)}/{len(cells)} cells, 100 % of the cells' steps" in out
     spent = json.loads((workdir / "goodput.json").read_text())
     assert sum(spent["shares"].values()) == pytest.approx(1.0) and spent["num_starts"] == 1
     assert all(spent["seconds"][kind] > 0 for kind in ("productive", "compile", "input", "checkpoint", "evaluation"))

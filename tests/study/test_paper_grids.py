@@ -174,12 +174,17 @@ def test_backbones_keep_their_own_recipes():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("table3.py:llava", "configs/table3.py:llava; BACKBONE.,SOURCE. is accepted: one of llava15_7b, .*; phantom"),
-        ("table3.py:llava15_7b,mini", "configs/table3.py:llava15_7b,mini; .* phantom or release"),
-        ("table3.py:llava15_7b,", "configs/table3.py:llava15_7b,; .* phantom or release"),
-        ("table5.py:llava15_7b", "one of minigpt_v2_7b, next_chat_7b, minigpt_v2_tiny, next_chat_tiny; "),
-        ("figure4.py:03", "configs/figure4.py:03; "),
-        ("efficiency.py:x", "configs/efficiency.py:x; "),
+        (
+            "table3.py:llava",
+            "table3.py:llava: did you mean llava15_7b. expected one of .*; behind a comma one of release, phantom",
+        ),
+        ("table3.py:llava15_7bb", "did you mean llava15_7b"),
+        ("table3.py:llava15_7b,mini", "table3.py:llava15_7b,mini: expected .*; behind a comma one of release, phantom"),
+        ("table3.py:llava15_7b,", "table3.py:llava15_7b,: "),
+        ("table3.py:llava15_7b,prepared", "table3.py:llava15_7b,prepared: "),
+        ("table5.py:llava15_7b", "expected one of next_chat_7b, minigpt_v2_7b, next_chat_tiny, minigpt_v2_tiny; "),
+        ("figure4.py:03", "figure4.py:03: "),
+        ("efficiency.py:x", "efficiency.py:x: "),
     ],
 )
 def test_a_wrong_argument_is_refused_in_one_line(config, message):

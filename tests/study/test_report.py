@@ -268,7 +268,7 @@ def test_a_grid_without_a_finished_cell_still_has_a_page(tmp_path):
         (["--format=md,pdf"], "--format=pdf: expected one or more of md,tex,csv"),
         (["--out=x"], "--out=x: "),
         (["other", "third"], "one or two grids"),
-        (["nowhere"], "nowhere has no config.json: expected the workdir of a grid"),
+        (["nowhere"], "nowhere: no such folder; expected the workdir of a grid"),
     ],
 )
 def test_wrong_flags_and_folders_are_refused(clean_grid, flags, words):

@@ -53,6 +53,19 @@ def test_equal_questions_about_other_images_are_not_paired(pair):
     assert all(row.paired for row in matched(*map(Grid, pair)))
 
 
+def test_records_of_one_patient_are_one_draw(made, tmp_path):
+    better = make_grid(tmp_path / "b", run_of(study__targets=(TARGET,), **SIZES), skill=lambda cell: 1.0)
+    grids = [shutil.copytree(made, tmp_path / "a"), better]
+    alone = matched(*map(Grid, grids))
+    assert min(row.p for row in alone) < 0.05
+    for workdir in grids:
+        for path, lines in lines_of(workdir):
+            write_json_lines(path, [line | {"group": "patient 1"} for line in lines])
+    together = matched(*map(Grid, grids))
+    assert [row.difference for row in together] == [row.difference for row in alone]
+    assert all(row.paired and row.p == 1.0 for row in together)
+
+
 def test_one_moved_option_ends_the_pairing(pair):
     path, lines = lines_of(pair[1])[0]
     lines[3]["options"].reverse()

@@ -36,7 +36,10 @@ def pairs(tmp_path_factory):
 def answer_with(pairs, points, **changes) -> Answer:
     """The answer of that grid with the verdict of other answers."""
     grid, summary = pairs
-    lines = [line | {"n": 4800, "trainings": 99} for line in verdicts(arms_of(points, **changes), "pairs")]
+    lines = [
+        line | {"n": 4800, "trainings": 99, "target_names": TARGETS}
+        for line in verdicts(arms_of(points, **changes), "pairs")
+    ]
     return Answer(grid, summary | {"verdicts": lines})
 
 

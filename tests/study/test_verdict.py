@@ -9,6 +9,7 @@ from made_arms import PAIR, RECORDS, arms_of, without
 
 from medcg_jax.study.stats.paired import LEVEL, Unit, estimate
 from medcg_jax.study.stats.verdict import (
+    CANNOT_TELL,
     COMPOSITION,
     EQUIVALENCE,
     MEMBERS,
@@ -69,6 +70,14 @@ def test_a_single_that_is_not_beaten_decides_though_the_other_arms_are_absent():
     assert whole(without(PAIR | {"single_2": 80}, "single_1", "filler_1", "filler_2"))["verdict"] == TRANSFER
 
 
+def test_a_single_that_is_merely_not_beaten_is_no_transfer():
+    """The pair is 8 points above its second member; targets spread so much that this is not shown."""
+    arms = arms_of(PAIR | {"single_2": 72}, noise=14)
+    line = verdicts(arms, "pairs")[0]
+    assert not line["over"]["single_2"]["up"] and line["gains"]["single_2"]["up"]
+    assert (line["over"]["single_2"]["relation"], line["verdict"]) == ("open", NO_CAUSE)
+
+
 def test_transfer_needs_a_single_that_gains():
     """One target alone gives the pair's gain over the singles: neither is beaten, and neither is above FF."""
     arms = arms_of(PAIR | {"single_1": 40, "single_2": 40}, noise=0.5)
@@ -105,6 +114,60 @@ def test_one_seed_says_nothing_of_the_recipe():
     few = whole(PAIR, seeds=1, targets=4)
     assert (few["verdict"], few["these_models"], few["p_smallest"]) == (NOT_SHOWN, NOT_SHOWN, 2 / 2**4)
     assert whole(PAIR)["these_models"] is None
+
+
+def test_seeds_that_unrelated_data_lack_do_not_count():
+    """Trained at three seeds, unrelated data at one: the gain is of one seed, and so of these models alone."""
+    arms = arms_of(PAIR)
+    arms["baseline_plus"] = {key: right for key, right in arms["baseline_plus"].items() if key[2] == 0}
+    planned = {arm: set(by_key) for arm, by_key in arms_of(PAIR).items()}
+    line = verdicts(arms, "pairs", planned)[0]
+    assert (line["seeds"], line["rows"], line["verdict"]) == (1, 8, NOT_SHOWN)
+    assert line["these_models"] == NOT_TESTED and line["missing"]["baseline_plus"] == 16
+
+
+def test_missing_cells_of_the_pair_are_named():
+    arms = arms_of(PAIR)
+    planned = {arm: set(by_key) for arm, by_key in arms.items()}
+    del arms["trained"]["fixed_area/t3", "t3", 1]
+    line = verdicts(arms, "pairs", planned)[0]
+    assert (line["verdict"], line["missing"]) == (NOT_TESTED, {"trained": 1})
+
+
+def test_a_direction_without_a_row_that_can_tell_is_no_member_of_the_family():
+    arms = arms_of(PAIR, parts=("fixed_area", "fixed_task", "modality_area"), noise=9)
+    for name in ("single_1", "filler_1"):
+        arms[name] = {key: right for key, right in arms[name].items() if not key[0].startswith("fixed_area")}
+    _, of_area, of_task, _ = verdicts(arms, "pairs")
+    assert (of_area["verdict"], of_area["rows"], of_area["rows_left_out"]) == (CANNOT_TELL, 0, 8)
+    assert of_task["verdict"] == COMPOSITION and of_task["p_holm"] <= 2 * of_task["p"]
+
+
+def test_accuracies_and_their_difference_agree_where_cells_are_missing():
+    arms = arms_of(PAIR, noise=8)
+    planned = {arm: set(by_key) for arm, by_key in arms.items()}
+    for s in (0, 1):
+        del arms["trained"]["fixed_area/t3", "t3", s]
+    line = verdicts(arms, "pairs", planned)[0]
+    accuracy = line["accuracy"]
+    assert line["gain"]["mean"] == pytest.approx(accuracy["trained"] - accuracy["baseline_plus"])
+
+
+def test_records_of_a_patient_and_records_that_return_are_few_draws():
+    """One target whose 20 patients are right or wrong as a whole, at three seeds that agree."""
+    rights = {"trained": 14, "baseline_plus": 8}
+    arms = {
+        arm: {("fixed_area/t", "t", s): np.repeat(np.arange(20) < number, RECORDS // 20) for s in range(3)}
+        for arm, number in rights.items()
+    }
+    patients = {"t": np.repeat([f"p{i}" for i in range(20)], RECORDS // 20).tolist()}
+
+    def width(*args, **options) -> float:
+        gain = verdicts(arms, "pairs", None, *args, **options)[0]["gain"]
+        return gain["ci_high"] - gain["ci_low"]
+
+    assert width(patients) == pytest.approx((RECORDS / 20) ** 0.5 * width(), rel=0.05)
+    assert width(patients, same_records=True) == pytest.approx(3**0.5 * width(patients), rel=1e-6)
 
 
 def test_one_target_says_nothing_of_others():

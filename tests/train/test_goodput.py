@@ -133,7 +133,7 @@ def test_steps_that_were_done_before_are_restart():
 def test_the_line_for_people():
     seconds = dict(zip(KINDS, (83, 9, 4, 2, 1, 0, 1), strict=True))
     said = line(summarise([{"seconds": seconds, "reached": {}}]))
-    assert said == "goodput 83 %: compile 9, input 4, checkpoint 2, restart 1, other 1 (100 s in 1 start)"
+    assert said == "goodput 83 %: compile 9, input 4, checkpoint 2, restart 1, other 1 (2 min in 1 start)"
     assert "evaluation 50" in line(summarise([{"seconds": seconds | {"evaluation": 100}, "reached": {}}]))
 
 

@@ -154,7 +154,7 @@ def test_wandb_is_imported_only_where_it_is_asked_for(toy, tmp_path, monkeypatch
     [
         ("--profile_steps=3:9", "log.profile_steps='3:9'"),
         ("--profile_steps=3", "FIRST:LAST"),
-        ("--config.log.wandb=project", "pip install 'medcg-jax[wandb]'"),
+        ("--config.log.wandb=project", "pip install '.[wandb]'"),
     ],
 )
 def test_what_cannot_be_shown_is_refused_before_anything(flag, message, tmp_path, monkeypatch, capfd):
@@ -270,7 +270,8 @@ def test_programs_are_kept_unless_the_user_says_where(tmp_path, monkeypatch):
 def test_training_and_evaluation_keep_their_programs(verb, work, monkeypatch, tmp_path):
     """Before they compile the first."""
     done = []
+    (tmp_path / "params").mkdir()  # without parameters there is nothing to evaluate
     monkeypatch.setattr(log, "keep_programs", lambda: done.append("kept"))
     monkeypatch.setattr(f"medcg_jax.{work}", lambda run, workdir: done.append("worked") or {})
-    assert cli.main([verb, f"--config={CONFIG}:tiny", f"--workdir={tmp_path}"]) == 0
+    assert cli.main([verb, f"--config={CONFIG}:tiny", "--config.eval.batch_size=8", f"--workdir={tmp_path}"]) == 0
     assert done == ["kept", "worked"]

@@ -141,10 +141,14 @@ def base_words() -> tuple[str, ...]:
 
 
 def ceiling(elements: Sequence[str], decoys: float = 1.0) -> float:
-    """The accuracy that no one exceeds who knows these elements alone ("modality", "area", "task") of a test question.
+    """The accuracy that no one exceeds, on average, who knows these elements alone ("modality", "area", "task") of a test
+    question, and nothing of the meaning of the others.
 
     Without the task the two labels cannot be told apart. Without the area or the modality, the best guess is the value
     that most of the four quadrants, of the four properties or of all 16 have, since the right one is any of them.
+
+    Whoever knows in which quadrants three areas are can infer the fourth, and so with the modalities: such a reader may
+    exceed it (an untrained word would have to be read so).
 
     decoys: the share of test images with decoys; in the others all values agree.
     """

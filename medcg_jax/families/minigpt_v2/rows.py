@@ -69,7 +69,7 @@ def row_format(config) -> Format:
     """The format of a model's rows. config: its `MiniGPTv2Config`."""
     return Format(
         PROMPTS, partial(preprocess, size_px=config.image_size_px), config.num_image_tokens, box_turn=box_turn,
-        read_boxes=read_boxes,
+        box_question=box_question, read_boxes=read_boxes,
     )  # fmt: skip
 
 
@@ -80,7 +80,12 @@ def preprocess(image: np.ndarray, size_px: int) -> dict[str, np.ndarray]:
 
 def box_turn(record: Record, asked: Asked) -> Turn:
     """Question and answer as MiniGPT-v2 writes boxes."""
-    return Turn(f"[detection] {asked.question}", format_boxes(corners(asked.boxes), record.size_px))
+    return Turn(box_question(asked.question), format_boxes(corners(asked.boxes), record.size_px))
+
+
+def box_question(question: str) -> str:
+    """The question with MiniGPT-v2's tag for boxes; one that begins with a tag keeps its own."""
+    return question if _TAGGED.match(question) else f"[detection] {question}"
 
 
 def read_boxes(text: str, boxes: np.ndarray | None, size: tuple[int, int]) -> np.ndarray | None:

@@ -83,7 +83,7 @@ def row_format(config, *, with_masks: bool = False) -> Format:
         return arrays | preprocess_sam(image, layout.size_px) if layout else arrays
 
     return Format(
-        PROMPTS, preprocess_image, config.num_image_tokens, box_turn=box_turn, read_boxes=read_boxes,
+        PROMPTS, preprocess_image, config.num_image_tokens, box_turn=box_turn, box_question=str, read_boxes=read_boxes,
         box_arrays=partial(record_box_arrays, max_boxes=config.max_boxes), mask_layout=layout,
     )  # fmt: skip
 

@@ -35,6 +35,7 @@ class ChatML(Prompts):
     """
 
     image, end, closing, between = "<|image_pad|>", END, "\n", ""
+    released_system_prompt = "qwen2"
 
     def pieces(self, turn, *, first, system_prompt, has_image, training):
         if system_prompt == "vicuna":

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from medcg_jax import untrusted
 from medcg_jax.config import ConfigError
+from medcg_jax.terminal import install
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
@@ -244,7 +245,7 @@ def open_bin(path: Path, entry: str | None = None) -> Tensors:
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        raise WeightsError(f"{path} is a PyTorch file and needs PyTorch: pip install 'medcg_jax[parity]'") from error
+        raise WeightsError(f"{path} is a PyTorch file and needs PyTorch: {install('parity')} brings it") from error
     in_parts = record_bytes is not None
     tensors = _state_dict(path, entry, in_parts)
     for name, tensor in tensors.items():

@@ -32,12 +32,11 @@ SPARE_BYTES = 1 << 28
 
 
 def is_repository(name: str) -> bool:
-    """Whether `name` is a repository of the hub: it has that form, and is no path."""
-    return (
-        REPOSITORY.fullmatch(name) is not None
-        and name.partition("/")[0] not in LOCAL_FOLDERS
-        and not Path(name).exists()
-    )
+    """Whether `name` is a repository of the hub: it has that form, and a revision or an owner that is no folder here."""
+    owner = name.partition("/")[0]
+    if REPOSITORY.fullmatch(name) is None or owner in LOCAL_FOLDERS or Path(name).exists():
+        return False
+    return "@" in name or not Path(owner).exists()
 
 
 def split(name: str) -> tuple[str, str | None]:

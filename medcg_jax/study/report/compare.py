@@ -21,7 +21,7 @@ from medcg_jax.study.report.page import Section, added_files, page_html, whole_f
 from medcg_jax.study.report.plots import grouped_bars
 from medcg_jax.study.report.table import Table, points
 from medcg_jax.study.report.text import PARTS, counted
-from medcg_jax.study.stats.paired import compare, holm, mixed_interval
+from medcg_jax.study.stats.paired import by_patient, compare, holm, mixed_interval
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Matched:
 
     Attributes:
       difference, low, high: B minus A, and its 95 % interval. paired: whether both were asked the same records.
-      p: exact McNemar where paired, else a test of two proportions.
+      p: exact McNemar where paired, by sign flips of patients where they are known; else a test of two proportions.
       agreement, largest: where paired, the share of equal predicted letters, and the largest difference of a
         log-probability in nats; else None.
     """
@@ -128,8 +128,10 @@ def compared(a: Side, b: Side, result_a: Mapping, result_b: Mapping) -> Matched:
     paired = same_records(*answers) and len({a.data(result_a["seed"]), b.data(result_b["seed"])} - {None}) < 2
     if paired:
         right = [{name: line["predicted"] == line["answer"] for name, line in side.items()} for side in answers]
-        p = compare(*right).p
-        spread = mixed_interval([{name: int(right[1][name]) - int(value) for name, value in right[0].items()}])
+        patients = {name: line["group"] for name, line in answers[0].items() if line.get("group")}
+        p = compare(*right, patients).p
+        difference = {name: float(right[1][name]) - float(value) for name, value in right[0].items()}
+        spread = mixed_interval([by_patient(difference, patients)])
         low, high = spread.low, spread.high
         pairs = [(line, answers[1][name]) for name, line in answers[0].items()]
         agreement = sum(x["predicted"] == y["predicted"] for x, y in pairs) / len(pairs)
@@ -188,7 +190,7 @@ def table_of(rows: list[Matched]) -> Table:
     caption = (
         "Accuracies in % of both grids (A, B) with Wilson intervals, their difference in points with a 95 % interval, "
         "and p, adjusted by Holm over all rows: exact McNemar where both were asked the same records (the interval is "
-        "that of the paired differences), else a z test of two proportions (Newcombe's interval). Of the same records "
+        "that of the paired differences; records of one patient count as one draw), else a z test of two proportions (Newcombe's interval). Of the same records "
         "also the share answered alike, and the largest difference of a log-probability, in nats. Green: B is "
         "significantly above; orange: below."
     )

@@ -62,7 +62,7 @@ class Curves:
             for arm, score in scores.items():
                 per_target[target][row.split("/")[0]][int(arm.rsplit("_", 1)[1])] = score
         updates = (
-            "All points of a target have as many updates." if budget == BUDGETS["updates"] else
+            "All points of a target have as many updates, but the target's own at 0 records, which is the base." if budget == BUDGETS["updates"] else
             "Points with fewer records have fewer updates: part of what more records gain is more training."
         )  # fmt: skip
         caption = (
@@ -100,7 +100,7 @@ class Curves:
                     (x, 100 * by_target[dose][target]) for x, dose in enumerate(doses) if target in by_target[dose]
                 ]
                 axes.plot(*zip(*known, strict=True), color=GREY, linewidth=0.8, alpha=0.6)
-            estimates = [estimate(units[dose]) for dose in doses]
+            estimates = [estimate(units[dose], same_records=not self.grid.is_phantom) for dose in doses]
             low, high = np.transpose([item.interval() for item in estimates])
             middle = [100 * item.mean for item in estimates]
             band(axes, range(len(doses)), 100 * np.maximum(low, 0), middle, 100 * high, BLUE, marker="o", markersize=4)

@@ -89,7 +89,7 @@ LETTERS = (
 )
 BASE = (
     "What is there before a fine-tune, target by target: whether the right option can be read from the image features "
-    "that the base gives its decoder, by a linear probe trained on images of the target itself (no arm is); and what "
+    "that the base gives its decoder, by a linear probe trained on images of the target itself (no arm of pairs, triples and ablations is); and what "
     "the words of the question give alone, beside a grey image or without one."
 )
 PUBLISHED = (

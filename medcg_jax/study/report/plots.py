@@ -174,8 +174,9 @@ class Plots:
         for y, arm in enumerate(arms):
             right = [(r["target"], r["seed"], r["n"], r["correct"]) for r in rows if r["arm"] == arm]
             units = [Unit(target, seed, n, correct, correct) for target, seed, n, correct in right]
-            (low, high), (colour, alpha) = estimate(units).interval(), colour_of(arm)
-            axes.barh(y, 100 * mean_difference(units), height=0.62, color=colour, alpha=0.85 * alpha)
+            mean_accuracy = estimate(units, same_records=not self.grid.is_phantom)
+            (low, high), (colour, alpha) = mean_accuracy.interval(), colour_of(arm)
+            axes.barh(y, 100 * mean_accuracy.mean, height=0.62, color=colour, alpha=0.85 * alpha)
             for target in sorted({unit.target for unit in units}):
                 value = mean_difference([unit for unit in units if unit.target == target])
                 axes.plot(100 * value, y, "o", color=INK, alpha=0.45, markersize=2.8, markeredgewidth=0)

@@ -105,10 +105,12 @@ def slips_of(file: str, row: int, subsets: Sequence[str]) -> str:
 
 def lapses_in_words(rows: Sequence[dict]) -> str:
     """How many of the shown rows share more or less with their target than they should, or rest on a doubtful subset."""
-    found = Counter(row["lapse"] for row in rows if row["lapse"])
+    num_rows = Counter(row["lapse"] for row in rows if row["lapse"])
     doubtful = sum("subset " in (row["slips"] or "") for row in rows)
     texts = [
-        f"in {found[name]} of these {len(rows)} rows {words}" for name, words in overlap.LAPSES.items() if found[name]
+        f"in {num_rows[name]} of these {len(rows)} rows {words}"
+        for name, words in overlap.LAPSES.items()
+        if num_rows[name]
     ]
     texts += [f"in {doubtful} a subset has a doubtful triplet as printed"] * bool(doubtful)
     return sentence(f"{'; '.join(texts)}: see the columns “But” and “Slips”") if texts else ""

@@ -109,11 +109,11 @@ class Tables:
             if line["ceiling"] is not None
         ]
         caption = (
-            "Mean accuracy of each arm, beside the exact accuracy that no one exceeds, on average over the world's "
-            "elements, who knows only what the arm's training subsets share with the target: without the task the two "
-            "labels cannot be told apart, without the modality or the area the best guess is the value that most "
-            "properties or quadrants have. An arm may exceed its ceiling on single targets, by luck with an untrained "
-            "word; where the pair stays far below its own, the words of an element were not learnt."
+            "Mean accuracy of each arm, beside the ceiling of a reader who knows what the arm's training subsets share "
+            "with the target and nothing of the other elements: without the task the two labels cannot be told apart, "
+            "without the modality or the area the best guess is the value that most properties or quadrants have. An arm "
+            "may exceed it: on single targets by luck with an untrained word, and by elimination where the training "
+            "holds the other modalities or areas. Where the pair stays far below its own, the words of an element were not learnt."
         )
         titles = {"accuracy": "Accuracy", "arm": "Arm", "direction": "Direction", "ceiling": "Ceiling"}
         return Table("ceilings", "What each arm could reach", caption, rows, titles)
@@ -246,12 +246,15 @@ class Tables:
         for table in self.grid.tables:
             for (row, target), scores in self.grid.scores(table).items():
                 for arm, score in scores.items():
-                    found = self.measures(table, row, target, arm) or {}
+                    measures = self.measures(table, row, target, arm) or {}
                     rows.append(
                         {"table": table.replace("_", "-"), "row": row, "target": target, "arm": arm_name(arm)}
                         | {"n": score.n, "accuracy": score.accuracy}
-                        | {key: found.get(key) for key in ("majority", "balanced", "auroc", "labels", "auroc_labels")}
-                        | {"why": found.get("why") or None}
+                        | {
+                            key: measures.get(key)
+                            for key in ("majority", "balanced", "auroc", "labels", "auroc_labels")
+                        }
+                        | {"why": measures.get("why") or None}
                     )
         caption = (
             "Beside accuracy, in %, over a row's seeds: the share of the most frequent label in the test set, which is "
@@ -317,7 +320,8 @@ class Tables:
         caption = (
             "Accuracy over the number of the target's own training records, with all related subsets, with as many "
             "unrelated records, and alone; mean over targets and seeds in %, 95 % intervals over both. The difference "
-            "of the first and the last is paired by record, in points. Green: its interval is above 0; orange: below."
+            "of the first and the last is paired by record, in points. Green: shown to be above 0, by interval and test "
+            "over targets (so never with one target); orange: below."
         )
         titles = {"records": "Target records", "with_related": "With all related", "with_unrelated": "With unrelated"}
         titles |= {"target_only": "Target alone"}

@@ -64,13 +64,15 @@ TOGETHER = {
     "triples": "triples of related subsets",
     "detection_pairs": "pairs of a subset with boxes and one of choice questions",
 }
+# What is said of a difference that should be above 0, by its `state`.
+SHOWN = {"up": "", "down": ", shown to be below", "open": ", not shown"}
 ONE_SEED = "one seed: nothing is said of the recipe"
 WITHIN = f"within {points(EQUIVALENCE)} points"
 # Verdict -> what it rests on.
 REASONS = {
     COMPOSITION: "it is above every one of its subsets alone, and the subsets gain more together than each adds to "
     "unrelated data",
-    TRANSFER: "a subset alone gains over unrelated data too, and training on all is not shown to be above it",
+    TRANSFER: f"a subset alone gains over unrelated data too, and training on all is at most {WITHIN[7:]} above it",
     NO_CAUSE: "training on the subsets together is not shown to be above each of them alone and more than the sum of what "
     "each adds to unrelated data",
     NOT_TESTED: "arms that would tell composition from transfer out of one subset are absent",
@@ -169,12 +171,15 @@ class Answer:
             c["cell"] for c in self.grid.done(table) if c["arm"] == "baseline_plus" or c["arm"] in DECIDING_ARMS
         ]
         num_short = len({*controls} & {*self.grid.run.get("short", ())})
-        if not num_short:
-            return []
-        return [
+        own_number = self.grid.config["study"].get("baseline_plus_records", "related")
+        texts = [
+            f"unrelated data had {own_number} records (study.baseline_plus_records) and updates of their own, so that the "
+            "gain and the interaction are of unequal amounts"
+        ] * (own_number != "related")
+        return texts + [
             f"{num_short:,} of {counted(len(controls), 'control')} had fewer training records than their row, for lack of "
             "more: they are weaker, which flatters training on all"
-        ]
+        ] * (num_short > 0)
 
     def gain(self, line: dict) -> str:
         accuracy, targets = line["accuracy"], self.find(line["table"], "trained", "baseline_plus")
@@ -185,7 +190,7 @@ class Answer:
         )
         if line["gain"] is None or targets is None:
             return f"no arm of unrelated data is finished, so a gain cannot be told from training as such ({sizes})"
-        chances = [chance for name in targets["by_target"] if (chance := self.grid.chance(name)) is not None]
+        chances = [chance for name in line["target_names"] if (chance := self.grid.chance(name)) is not None]
         chance = f"chance {100 * sum(chances) / len(chances):.1f} %; " if chances else ""
         seed = f"; {ONE_SEED}" if line["seeds"] == 1 else ""
         before, after = (f"{100 * accuracy[arm]:.1f} %" for arm in ("baseline_plus", "trained"))
@@ -200,7 +205,7 @@ class Answer:
         names = {"words_only": "subsets that share the task alone", "no_images": "the same training without images"}
         contrasts = {words: line["beside"][arm] for arm, words in names.items()}
         texts = [
-            f"{points(effect['mean'], True)} over {words} ({interval(effect)}{'' if effect['up'] else ', not shown'})"
+            f"{points(effect['mean'], True)} over {words} ({interval(effect)}{SHOWN[state(effect)]})"
             for words, effect in contrasts.items()
             if effect
         ]
@@ -227,7 +232,7 @@ class Answer:
         )
         return [
             *self.combination("pairs", f"two subsets {hold_all}"),
-            *self.combination("triples", "three subsets with one element of the target each"),
+            *self.combination("triples", f"three subsets {hold_all}"),
             *self.combination("detection_pairs", f"a subset with boxes and one of choice questions {hold_all}"),
             *self.comparison(related, "all unrelated ones", "ablation", "all_related", "all_unrelated"),
             *self.elements(),
@@ -278,6 +283,7 @@ class Answer:
     def elements(self) -> list[str]:
         """The cost of leaving out the subsets that share an element, at equal epochs and at equal updates."""
         texts = []
+        alone = self.alone([effect for effect in self.summary["effects"] if effect["table"] == "ablation"])
         for budget, words in (("", "at equal epochs"), ("_updates", "at equal updates")):
             costs, random, beyond = (
                 [
@@ -293,7 +299,7 @@ class Answer:
             )
             if costs:
                 texts.append(
-                    f"Leaving out the related subsets that share an element costs, in points, {words}{self.alone()}: "
+                    f"Leaving out the related subsets that share an element costs, in points, {words}{alone}: "
                     f"{listed(costs)}."
                 )
             if random:
@@ -302,8 +308,8 @@ class Answer:
                 texts.append(f"Beyond the random removal: {listed(beyond)}.")
         return texts
 
-    def alone(self) -> str:
-        return f" ({ONE_SEED})" if len(self.grid.seeds) == 1 else ""
+    def alone(self, effects: Sequence[dict]) -> str:
+        return f" ({ONE_SEED})" if any(effect["seeds"] == 1 for effect in effects) else ""
 
     def loss(self, effect: dict) -> str:
         """A cost; its interval's upper end is the largest one that is not excluded."""
@@ -324,7 +330,7 @@ class Answer:
             ]
             if gains_in_words:
                 texts.append(
-                    f"What all related subsets add to {words}, in points{self.alone()}: {listed(gains_in_words)}."
+                    f"What all related subsets add to {words}, in points{self.alone(gains)}: {listed(gains_in_words)}."
                 )
         return texts
 
@@ -367,7 +373,7 @@ def against_singles(line: dict) -> list[str]:
             continue
         words = {
             "above": "",
-            "within": f", not above: alone no loss ({WITHIN})",
+            "within": f", not above: alone no loss ({WITHIN})" if not over["down"] else ", shown to be below",
             "open": f", not shown to be above it; a gain of up to {points(max(0.0, over['ci_high']))} is not excluded",
         }[over["relation"]]
         mean = f"{points(over['mean'], True)} over the {ORDINALS[int(name[-1]) - 1]} ({interval(over)}{words})"
@@ -409,7 +415,7 @@ def efficiency_gains(grid: Grid, against: str = "target_only") -> list[dict]:
             units.setdefault(records, []).append(Unit(target, seed, result.n, only_a - only_b, only_a + only_b))
     gains = []
     for records, group in sorted(units.items()):
-        contrast = estimate(group)
+        contrast = estimate(group, same_records=not grid.is_phantom)
         low, high = contrast.interval()
         gains.append(
             {"records": records, "mean": contrast.mean, "ci_low": low, "ci_high": high, "up": contrast.is_up,
@@ -515,6 +521,9 @@ def limits(grid: Grid, summary: dict) -> list[str]:
         "The base has seen phantoms of every pair of modality and area, and was asked about their objects in words of its "
         "own. No modality, area, task or label, and no test image, was among them.":
             phantoms and grid.config.get("base", {}).get("steps"),
+        "Training phantoms are easier than those of a test: in nine of ten another element does not matter, so that each "
+        "word can be learnt by itself. Images of patients are not so kind.":
+            grid.is_phantom and grid.config["data"].get("phantom_decoys", 1.0),
         f"The recipe was chosen on some of these targets ({listed(tuned)}): on them it may look too good.":
             phantoms and tuned,
         f"A model of this size ({model}), pre-trained on phantoms alone, is far too weak for a medical claim: what the "

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medcg_jax.config import ARMS, BOX_TABLES, DECIDING_ARMS, RunConfig, has_any_size
+from medcg_jax.chips import CHIPS, chip_hours
+from medcg_jax.config import ARMS, BOX_TABLES, DECIDING_ARMS, ConfigError, RunConfig, has_any_size
 from medcg_jax.data.records import Source, Subset
 from medcg_jax.data.sources import open_source
 from medcg_jax.study.design import mat
@@ -102,12 +103,34 @@ def architecture_of(run: RunConfig):
     return model_config(run.model, run_tokenizer(run.model))
 
 
-def dry(run: RunConfig) -> dict:
+def parse_prices(text: str) -> dict[str, float]:
+    """{chip: USD of a chip-hour} of "h100:2.5,v5e:1.2".
+
+    Raises:
+      ConfigError: no such chip, or no price above 0.
+    """
+    prices = {}
+    for entry in filter(None, text.split(",")):
+        chip, _, price = entry.strip().partition(":")
+        if chip not in CHIPS:
+            raise ConfigError(f"--price={entry}: expected CHIP:USD, CHIP one of {', '.join(CHIPS)}")
+        try:
+            prices[chip] = float(price)
+        except ValueError:
+            prices[chip] = 0.0
+        if not 0 < prices[chip] < math.inf:
+            raise ConfigError(f"--price={entry}: expected CHIP:USD with a price above 0, as {chip}:2.5")
+    return prices
+
+
+def dry(run: RunConfig, prices: Mapping[str, float] = {}) -> dict:
     """Prints every cell with its training subsets, sizes, steps and cost, and totals; trains nothing.
+
+    prices: chip -> USD of a chip-hour.
 
     Returns {"cells": [fields of `suite.Cell`, "steps", "trained_as" and its cost], "arms" (as `by_arm`), "deciding" (as
     one of these, of all arms that tell composition from transfer), "trainings", "saved" (trained cells that share
-    another cell's training), "steps", "bases", "nominal" (whether sizes are), "samples", "tokens", "pflop"}; for
+    another cell's training), "steps", "bases", "nominal" (whether sizes are), "samples", "tokens", "pflop", "chip_hours", "usd" (by chip)}; for
     `study.models` {model: the same}.
 
     Raises:
@@ -117,7 +140,7 @@ def dry(run: RunConfig) -> dict:
         listings = {}
         for model, model_run in runs_by_model(run).items():
             print(f"-- {model}")
-            listings[model] = dry(model_run)
+            listings[model] = dry(model_run, prices)
         return listings
     if has_any_size(run.model.name):
         from medcg_jax.train.start import with_checkpoint  # it imports JAX
@@ -138,7 +161,7 @@ def dry(run: RunConfig) -> dict:
         print(f"{cell.id}: {training} -> {', '.join(cell.target)}; {size}{notes}")
         derived = {"row": str(cell.row), "steps": job.steps, "trained_as": job.id} | spent[job.id].as_dict()
         entries.append(dataclasses.asdict(cell) | derived)
-    return {"cells": entries, "nominal": isinstance(source, NominalSource)} | totals(run, plan, spent)
+    return {"cells": entries, "nominal": isinstance(source, NominalSource)} | totals(run, plan, spent, prices)
 
 
 def grid_totals(run: RunConfig) -> dict:
@@ -163,8 +186,8 @@ def grid_totals(run: RunConfig) -> dict:
     }
 
 
-def totals(run: RunConfig, plan: Plan, spent: dict[str, Cost]) -> dict:
-    """Prints the grid's numbers, and returns them."""
+def totals(run: RunConfig, plan: Plan, spent: dict[str, Cost], prices: Mapping[str, float]) -> dict:
+    """Prints the grid's numbers, and returns them. prices: as of `dry`."""
     listed = arm_totals(plan, spent)
     trained = [job for job in plan.jobs if job.steps]
     cells = sum(len(job.cells) for job in trained)
@@ -185,7 +208,14 @@ def totals(run: RunConfig, plan: Plan, spent: dict[str, Cost]) -> dict:
     steps, cost = sum(job.steps for job in trained), sum((spent[job.id] for job in trained), Cost())
     print(f"{len(trained)} trainings, {steps} steps; {bases} bases of {run.base.steps} steps")
     print(f"trainings without bases and tests: {cost} (forward and backward, rows at padded length)")
-    return {"trainings": len(trained), "saved": saved, "steps": steps, "bases": bases} | cost.as_dict() | listed
+    hours = chip_hours(cost.flops)
+    listed_hours = ", ".join(f"{_short(value)} on {chip}" for chip, value in hours.items())
+    print(f"chip-hours at least, at published bf16 peaks, which no run reaches: {listed_hours}")
+    usd = {chip: price * hours[chip] for chip, price in prices.items()}
+    if usd:
+        print(f"USD at least: {', '.join(f'{_short(value)} on {chip}' for chip, value in usd.items())}")
+    numbers = {"trainings": len(trained), "saved": saved, "steps": steps, "bases": bases}
+    return numbers | cost.as_dict() | {"chip_hours": hours, "usd": usd} | listed
 
 
 def arm_totals(plan: Plan, spent: Mapping[str, Cost]) -> dict:

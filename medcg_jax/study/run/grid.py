@@ -37,6 +37,8 @@ from medcg_jax.train.preempt import sigterm_saves
 ONE_THREAD = {"NPROC": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
 # Time to save what is under way; schedulers give 30 s and more after a SIGTERM.
 STOP_WAIT_S = 60.0
+# Exit status of a worker whose memory does not suffice, as of `medcg` itself.
+OUT_OF_MEMORY = 3
 # Names of the first process's broadcasts: whether there is work, and in the end the result.
 BEGUN, REPORTED = "the grid's work", "the grid's result"
 # Tables whose parts answer different questions: printed part by part.
@@ -185,7 +187,8 @@ def watch(started: "Sequence[Process]") -> None:
                 stopped.append(worker)
             elif status:
                 died = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-                line = f"worker {worker.index} {died}; {len(running)} go on; see {worker.log}"
+                why = f": {worker.last_line()}" if status == OUT_OF_MEMORY else ""
+                line = f"worker {worker.index} {died}{why}; {len(running)} go on; see {worker.log}"
                 print(line, file=sys.stderr, flush=True)
     if stopped:
         raise Interrupted(f"worker {stopped[0].index} was told to stop: {stopped[0].last_line()}")

@@ -33,7 +33,7 @@ from medcg_jax.train import loop
 from medcg_jax.train.checkpoint import save_params
 from medcg_jax.train.goodput import Goodput
 from medcg_jax.train.log import CompileMonitor
-from medcg_jax.train.run import run_spec, step_program
+from medcg_jax.train.run import identity, run_spec, step_program
 from medcg_jax.train.setup import Setup, open_setup, peak_flops, to_keep
 from medcg_jax.train.step import Program, TrainState
 
@@ -390,5 +390,6 @@ class Trainer:
         """base: the checkpoint that the training started from; "": none."""
         setup = self._setup
         params, trained_on = to_keep(setup, *split_trainable(trained, setup.run.model.trainable), base)
-        path, meta = self._workdir / "weights" / job.id, {"cell": job.id}
+        # The configuration too, as `medcg train` keeps it: what the questions of a training look like.
+        path, meta = self._workdir / "weights" / job.id, {"cell": job.id, "config": identity(setup.run)}
         save_params(path, params, setup.model, meta, trained_on=trained_on, beside=setup.companions)

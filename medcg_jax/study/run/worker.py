@@ -19,6 +19,7 @@ import jax
 from medcg_jax.config import ConfigError, Interrupted, RunConfig, RunError
 from medcg_jax.config_file import from_config_dict
 from medcg_jax.data.records import DataError
+from medcg_jax.memory import explained, is_out_of_memory
 from medcg_jax.platform import keep_freed_memory, run_process
 from medcg_jax.processes import broadcast
 from medcg_jax.study.design.schedule import Job, Plan, plan_of
@@ -32,6 +33,8 @@ from medcg_jax.train.loop import NonFiniteLoss
 from medcg_jax.train.preempt import sigterm_saves
 
 POLL_S = 0.5
+# Exit status of a process whose memory does not suffice.
+NO_MEMORY = 3
 NOTHING, BASE, JOB = range(3)
 
 
@@ -236,6 +239,11 @@ def main(argv: Sequence[str]) -> int:
     except Interrupted as error:
         print(error, flush=True)
         return os.EX_TEMPFAIL
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print(explained(error, "reproduce"), flush=True)
+        return NO_MEMORY
     return 0
 
 

@@ -174,9 +174,15 @@ class Unit:
         return max(0.0, self.squares - self.total**2 / self.n) / self.n / max(1, self.n - 1)
 
 
-def unit_of(target: str, seed: int, values: np.ndarray) -> Unit:
-    """values: [records], the value of each."""
+def unit_of(target: str, seed: int, values: np.ndarray, patients: Sequence[str] = ()) -> Unit:
+    """values: [records], the value of each. patients: of each record, "" where it is not known; (): of none.
+
+    With patients the unit is of them in place of records (`by_patient`): their number, and the same mean.
+    """
     values = np.asarray(values, float)
+    known = {i: patient for i, patient in enumerate(patients) if patient}
+    if known:
+        values = np.array(list(by_patient(dict(enumerate(values.tolist())), known).values()))
     return Unit(target, seed, len(values), float(values.sum()), float(values @ values))
 
 
@@ -233,7 +239,7 @@ class Estimate:
         return max(tail_t((self.mean - bound) / error, df) for error, df in self.errors)
 
 
-def estimate(units: Sequence[Unit], most: float = 1.0) -> Estimate:
+def estimate(units: Sequence[Unit], most: float = 1.0, *, same_records: bool = False) -> Estimate:
     """The mean of units over other targets and other seeds of the same kind.
 
     One seed draws the base, the data and the order of training of all targets, so targets and seeds are crossed: value =
@@ -245,6 +251,7 @@ def estimate(units: Sequence[Unit], most: float = 1.0) -> Estimate:
       both: of the sum of their variances (MS_targets + MS_seeds - MS_rest) / cells, at least either of the two, with
         Satterthwaite's degrees of freedom, at least those of the smaller side.
       records: of the records within the cells, so that targets and seeds that agree by chance narrow nothing further.
+        Where all seeds of a target have the same records, these count once.
 
     Neither of the first two covers where the other source matters; the third alone covers too little with two or three
     seeds (.88 to .93 in `benchmarks/coverage.py`'s layouts), since a variance of so few is often estimated near 0.
@@ -257,7 +264,8 @@ def estimate(units: Sequence[Unit], most: float = 1.0) -> Estimate:
     Where cells of the layout are missing, they are set to the fit of target + seed and the residual loses their degrees
     of freedom (Yates); without any left, nothing is known: the interval is (-most, most).
 
-    most: the largest possible absolute value of the mean.
+    most: the largest possible absolute value of the mean. same_records: whether all seeds of a target have the same
+    records, as released data have.
 
     Sources: Searle, Casella and McCulloch, Variance Components (1992), chapter 4; Satterthwaite, An approximate
     distribution of estimates of variance components, Biometrics Bulletin 2 (1946); Yates, The analysis of replicated
@@ -273,10 +281,10 @@ def estimate(units: Sequence[Unit], most: float = 1.0) -> Estimate:
     values = np.array([[np.mean([u.mean for u in cells.get((t, s), ())] or np.nan) for s in seeds] for t in targets])
     values, df_rest = _completed(values)
     mean, errors = float(values.mean()), _errors(values, df_rest)
-    # Rows of one target and seed share records: the variance of their mean is at most the mean of their variances.
-    variances = [np.mean([u.variance for u in of_cell]) for of_cell in cells.values()]
-    error = float(np.sum(variances)) ** 0.5 / len(cells)
-    error = error or wilson(0, sum(max(u.n for u in of_cell) for of_cell in cells.values()))[1] / NORMAL_95
+    # Units that share records: the variance of their mean is at most the mean of their variances.
+    sharing = grouped(units, lambda u: u.target).values() if same_records else cells.values()
+    error = float(np.sum([np.mean([u.variance for u in group]) for group in sharing])) ** 0.5 / len(sharing)
+    error = error or wilson(0, sum(max(u.n for u in group) for group in sharing))[1] / NORMAL_95
     errors = (*((error, df) for error, df in errors if error), (error, float("inf")))
     if len(targets) == 1 or len(seeds) == 1:
         overall = overall_test(values.mean(1).tolist())

@@ -33,6 +33,7 @@ from medcg_jax.study.stats.paired import (
     mixed_interval,
     patient_sums,
     target_means,
+    unit_of,
 )
 from medcg_jax.study.stats.results import read_config_file
 from medcg_jax.study.stats.verdict import BESIDE, MEMBERS, Arms, is_equivalent, members, verdicts
@@ -85,11 +86,12 @@ def summarise(
     distinct trainings (`training_of`). A part without finished cells is left out.
 
     {
-      "verdicts": [...],                  # composition or transfer, by table and direction: `verdict.verdicts`, with "n"
-                                          # and "trainings" of the arms that decide
+      "verdicts": [...],                  # composition or transfer, by table and direction: `verdict.verdicts`, with "n",
+                                          # "trainings" and "target_names" of the arms that decide, in rows that can tell
       "accuracy": [                       # one per (table, part, arm), tables and arms in results.csv's order
         {"table": "pairs", "part": "fixed_area", "arm": "trained", "accuracy": .77, "targets": 8, "seeds": 3,
-         "ceiling": 1.0, "n": 7200},      # phantoms: what no one exceeds who knows only the elements in the training;
+         "ceiling": 1.0, "n": 7200},      # phantoms: of a reader who knows only the elements in the training
+                                          # (`phantom.world.ceiling`);
                                           # accuracy: mean over rows and seeds; part "": all parts
       ],
       "effects": [                        # one per line of EFFECTS and part that the grid has, part "" first
@@ -183,7 +185,7 @@ def _effects(
         for effect, p in zip(by_part, holm([effect["p_overall"] for effect in by_part]), strict=True):
             effect["p_overall_holm"] = p
         effects += [effect | {"p_overall_holm": effect["p_overall"]} for effect in overall] + by_part
-        rows += [{key: value for key, value in row.items() if key != "trainings"} for row in compared]
+        rows += [{key: value for key, value in row.items() if key not in ("trainings", "asked")} for row in compared]
     return effects, rows
 
 
@@ -217,27 +219,29 @@ def _verdicts(results: Sequence[Mapping], answers: Answers, fresh: bool, cells: 
     for table, k in MEMBERS.items():
         of_table = [r for r in results if r["table"] == table]
         deciding = {"trained", "baseline_plus", *members(k)[0], *members(k)[1]}
-        arms = _arms([r for r in of_table if r["arm"] in (deciding | {*BESIDE})], answers)
+        arms, patients = _arms([r for r in of_table if r["arm"] in (deciding | {*BESIDE})], answers)
         planned: dict[str, set] = defaultdict(set)
         for cell in cells:
             if cell["table"] == table:
                 planned[cell["arm"]] |= {(cell["row"], name, int(cell["seed"])) for name in cell["target"].split("+")}
-        for line in verdicts(arms, table, planned):
-            used = [r for r in of_table if r["arm"] in deciding and line["part"] in ("", r["part"])]
+        for line in verdicts(arms, table, planned, patients, same_records=not fresh):
+            keys = {*line.pop("keys")}
+            used = [r for r in of_table if r["arm"] in deciding and (r["row"], r["target"], r["seed"]) in keys]
             distinct = {trainings[r["cell"]] for r in used if trainings[r["cell"]][0]}
             lines.append(line | {"n": _questions(((r["target"], r["seed"], r["n"]) for r in used), fresh),
-                                 "trainings": len(distinct)})  # fmt: skip
+                                 "trainings": len(distinct), "target_names": sorted({r["target"] for r in used})})  # fmt: skip
     return lines
 
 
-def _arms(results: Sequence[Mapping], answers: Answers) -> Arms:
-    """The answers of one table's cells.
+def _arms(results: Sequence[Mapping], answers: Answers) -> tuple[Arms, dict[str, list[str]]]:
+    """The answers of one table's cells; target -> patient of each record ("": not known), where one is known.
 
     Raises:
       FileError: two arms of one target and seed were asked different records.
     """
     arms: dict[str, dict] = defaultdict(dict)
     asked: dict[tuple, tuple[str, list[str]]] = {}
+    patients: dict[str, list[str]] = {}
     for r in results:
         right = answers.correct_by_id(r["cell"], r["target"])
         ids = sorted(right)
@@ -245,7 +249,9 @@ def _arms(results: Sequence[Mapping], answers: Answers) -> Arms:
         if ids != expected:
             raise _other_records(first_cell, r["cell"], r["target"], len({*ids} ^ {*expected}))
         arms[r["arm"]][r["row"], r["target"], r["seed"]] = np.array([right[name] for name in ids], bool)
-    return arms
+        if known := answers.patients(r["cell"], r["target"]):
+            patients[r["target"]] = [known.get(name, "") for name in ids]
+    return arms, patients
 
 
 def _other_records(cell: str, other: str, target: str, number: int) -> FileError:
@@ -289,17 +295,17 @@ def _compared(
             a, b = (answers.correct_by_id(name, target) for name in names)
             if a.keys() != b.keys():
                 raise _other_records(*names, target, len(a.keys() ^ b.keys()))
-            comparison = compare(a, b)
             pairs.append((a, b))
             patients.append(answers.patients(names[0], target))
             trained += [trainings[name] for name in names]
-            only_a, only_b = comparison.only_a, comparison.only_b
-            units[part].append(Unit(target, seed, comparison.n, only_a - only_b, only_a + only_b))
+            leads = np.array([int(right) - int(b[name]) for name, right in a.items()])
+            units[part].append(unit_of(target, seed, leads, [patients[-1].get(name, "") for name in a]))
         pooled, num_patients = _pooled(pairs, patients, fresh)
         rows.append(
             {"table": table, "part": part, "row": row, "target": target, "arm": arm, "against": against, "seeds": seeds}
             | asdict(pooled)
             | {"patients": num_patients, "difference": pooled.difference, "trainings": tuple(trained)}
+            | {"asked": [(target, seed, len(a)) for seed, (a, _) in zip(seeds, pairs, strict=True)]}
             | _spread(pairs, patients, fresh)
             | {"detectable": detectable(num_patients or pooled.n, (pooled.only_a + pooled.only_b) / pooled.n)}
         )
@@ -354,7 +360,7 @@ def _effect(table: str, part: str, arm: str, against: str, rows: Sequence[dict],
     """rows, units: as `_compared` gives them; those of `part` are used ("": all)."""
     rows = [row for row in rows if part in ("", row["part"])]
     group = [u for name, units_of_part in units.items() if part in ("", name) for u in units_of_part]
-    contrast = estimate(group)
+    contrast = estimate(group, same_records=not fresh)
     low, high = contrast.interval()
     significant = [row for row in rows if row["p_holm"] < 0.05]
     return {
@@ -367,7 +373,7 @@ def _effect(table: str, part: str, arm: str, against: str, rows: Sequence[dict],
         "ci_high": high,
         **_sizes(group),
         "rows": len(rows),
-        "n": _questions(((u.target, u.seed, u.n) for u in group), fresh),
+        "n": _questions((asked for row in rows for asked in row["asked"]), fresh),
         "trainings": len({training for row in rows for training in row["trainings"][1:] if training[0]}),
         "wins": sum(row["difference"] > 0 for row in rows),
         "losses": sum(row["difference"] < 0 for row in rows),
@@ -440,7 +446,7 @@ def _curves(results: Sequence[Mapping], fresh: bool) -> list[dict]:
     curves = []
     for (curve, records), group in grouped(rows, lambda item: item[:2]).items():
         units = _units([row for _, _, row in group])
-        mean_accuracy = estimate(units)
+        mean_accuracy = estimate(units, same_records=not fresh)
         low, high = mean_accuracy.interval()
         curves.append(
             {

@@ -17,7 +17,7 @@ ones in place of the others'). Contrasts, each over targets and seeds with a tes
   | down         |                            |              |             | the reverse                              |
   | open         | any                        | any          | any         | not shown                                |
   | up           | every k up                 |              | up          | composition                              |
-  | up           | some k not up              | that k up    | any         | transfer from one subset                 |
+  | up           | some k within              | that k up    | any         | transfer from one subset                 |
   | up           | an arm is absent           |              |             | a gain over unrelated data, cause not    |
   |              |                            |              |             | tested                                   |
   | up           | otherwise                  |              |             | a gain over unrelated data, cause not    |
@@ -28,10 +28,11 @@ ones in place of the others'). Contrasts, each over targets and seeds with a tes
   chance of "composition" is at most .025 wherever one of its parts is not true.
 - No gain over FF with a pair above its singles is "not shown": singles below unrelated data say nothing for the pair.
   Above every single with an open interaction is "cause not shown": two gains may add up without being combined.
-- "Transfer" needs a single that is itself shown to gain over FF and that the pair is not shown to beat. `relation` says
-  for each single whether it is "within": shown to be less than `EQUIVALENCE` below the pair, or above it.
+- "Transfer" needs a single that is itself shown to gain over FF and is "within": shown to be less than `EQUIVALENCE`
+  below the pair, or above it. That the pair is not shown to beat a single is not enough: it says as much of few data.
 - Rows for which the grid plans no FF or not every single and filler that it plans elsewhere (a member with the target's
   whole triplet, no unrelated subset) cannot tell: they are left out of every contrast, and counted.
+- A direction without a row that can tell is "cannot tell", and no member of Holm's family.
 - An arm counts as present only where it has every cell of the other rows; of one with cells that failed or wait nothing
   is taken.
 - One seed: nothing is said of the recipe. The verdict is "not shown", and `these_models` has what the table above says
@@ -46,10 +47,11 @@ Source of the test: Berger, Multiparameter hypothesis testing and acceptance sam
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
-from medcg_jax.study.stats.paired import LEVEL, Estimate, Unit, estimate, holm, mean_difference, unit_of
+from medcg_jax.study.stats.paired import LEVEL, Estimate, Unit, estimate, holm, unit_of
 
 # Table -> members of its rows.
 MEMBERS = {"pairs": 2, "triples": 3, "detection_pairs": 2}
@@ -59,8 +61,9 @@ NOT_TESTED = "a gain over unrelated data, cause not tested"
 NO_CAUSE = "a gain over unrelated data, cause not shown"
 NOT_SHOWN = "not shown"
 REVERSE = "the reverse"
+CANNOT_TELL = "cannot tell"
 # How much of composition a verdict claims.
-RANK = {REVERSE: 0, NOT_SHOWN: 0, NOT_TESTED: 1, NO_CAUSE: 1, TRANSFER: 2, COMPOSITION: 3}
+RANK = {CANNOT_TELL: 0, REVERSE: 0, NOT_SHOWN: 0, NOT_TESTED: 1, NO_CAUSE: 1, TRANSFER: 2, COMPOSITION: 3}
 # Accuracies that differ by less than this are taken for equal; set before any result was seen.
 EQUIVALENCE = 0.03
 # Arms whose contrasts to `trained` stand beside the verdict.
@@ -114,30 +117,35 @@ def decide(evidence: Evidence, p_gain: float, p_composition: float) -> str:
     if p_composition < LEVEL:
         return COMPOSITION
     for name, over in evidence.over.items():
-        own_gain = evidence.gains[name]
-        if over is not None and not over.is_up and own_gain is not None and own_gain.is_up:
+        single_gain = evidence.gains[name]
+        if over is not None and within(over) and single_gain is not None and single_gain.is_up:
             return TRANSFER
     return NO_CAUSE if evidence.is_complete else NOT_TESTED
 
 
 class Contrasts:
-    """The contrasts of one table's arms; the units of each are computed once for all directions."""
+    """The contrasts of one table's arms; the units of each are computed once for all directions.
 
-    def __init__(self, arms: Arms):
-        self.arms = arms
+    patients: target -> patient of each record, "" where it is not known. same_records: as of `paired.estimate`.
+    """
+
+    def __init__(self, arms: Arms, patients: Mapping[str, Sequence[str]], *, same_records: bool):
+        self.arms, self.patients, self.same_records = arms, patients, same_records
         self._units: dict[tuple, dict[Key, Unit]] = {}
 
     def estimate(self, weights: Mapping[str, float], keys: Sequence[Key], most: float = 1.0) -> Estimate | None:
         """The weighted sum of arms over these keys; None where one of them is absent, or there are no keys."""
         is_absent = any(key not in self.arms.get(arm, {}) for arm in weights for key in keys)
-        return None if is_absent or not keys else estimate(self.units(weights, keys), most)
+        if is_absent or not keys:
+            return None
+        return estimate(self.units(weights, keys), most, same_records=self.same_records)
 
     def units(self, weights: Mapping[str, float], keys: Sequence[Key]) -> list[Unit]:
         known = self._units.setdefault(tuple(weights.items()), {})
         for key in keys:
             if key not in known:
                 values = sum(weight * np.asarray(self.arms[arm][key], float) for arm, weight in weights.items())
-                known[key] = unit_of(key[1], key[2], values)
+                known[key] = unit_of(key[1], key[2], values, self.patients.get(key[1], ()))
         return [known[key] for key in keys]
 
     def evidence(self, k: int, keys: Sequence[Key]) -> Evidence:
@@ -159,7 +167,7 @@ class Contrasts:
     def accuracies(self, keys: list[Key]) -> dict[str, float]:
         """Arm -> mean accuracy over targets, of the arms that have all keys."""
         arms = [arm for arm in self.arms if keys and self.present([arm], keys) == keys]
-        return {arm: mean_difference(self.units({arm: 1.0}, keys)) for arm in arms}
+        return {arm: estimate(self.units({arm: 1.0}, keys)).mean for arm in arms}
 
 
 def telling(planned: Mapping[str, Collection[Key]], k: int) -> list[Key]:
@@ -169,17 +177,26 @@ def telling(planned: Mapping[str, Collection[Key]], k: int) -> list[Key]:
     return sorted(key for key in planned.get("trained", ()) if all(key in planned.get(arm, ()) for arm in needed))
 
 
-def verdicts(arms: Arms, table: str, planned: Mapping[str, Collection[Key]] | None = None) -> list[dict]:
+def verdicts(
+    arms: Arms,
+    table: str,
+    planned: Mapping[str, Collection[Key]] | None = None,
+    patients: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    *,
+    same_records: bool = False,
+) -> list[dict]:
     """The verdict of a table as a whole (part ""), then of each of its directions (the first part of a row's name).
 
-    planned: arm -> its keys in the whole grid, finished or not; default: those of `arms`.
+    planned: arm -> its keys in the whole grid, finished or not; default: those of `arms`. patients, same_records: as of
+    `Contrasts`.
 
     [{"table": "pairs", "part": "",
       "verdict": "transfer from one subset",
       "these_models": None,             # with one seed what holds of these models, else None
       "p": .004, "p_smallest": None,    # of composition where that is the verdict, else of the gain; least possible p
       "p_holm": .004,                   # adjusted over the directions; of the table as a whole p itself
-      "test": "two-way t of 8 targets and 3 seeds", "targets": 8, "seeds": 3, "rows": 24,
+      "test": "two-way t of 8 targets and 3 seeds", "targets": 8, "seeds": 3, "rows": 24,     # of the gain
+      "keys": [("fixed_area/ct", "ct", 0)],      # of the rows that can tell
       "rows_left_out": 0,               # rows that cannot tell (see above)
       "accuracy": {"trained": .69, "baseline_plus": .46, "single_1": .71},  # means over targets, of the arms that have
                                         # all cells of the gain
@@ -195,15 +212,16 @@ def verdicts(arms: Arms, table: str, planned: Mapping[str, Collection[Key]] | No
     parts = sorted({part_of(key) for key in arms.get("trained", {})})
     if not parts:
         return []
-    contrasts = Contrasts(arms)
+    contrasts = Contrasts(arms, patients, same_records=same_records)
     whole = [_verdict(contrasts, table, "", k, keys)]
     by_part = [_verdict(contrasts, table, part, k, keys) for part in parts]
-    gains = holm([evidence.p_gain for evidence, _ in by_part])
-    compositions = holm([evidence.p_composition for evidence, _ in by_part])
-    adjusted = [(whole[0][0].p_gain, whole[0][0].p_composition), *zip(gains, compositions, strict=True)]
+    can_tell = [evidence for evidence, line in by_part if line["keys"]]
+    gains = holm([evidence.p_gain for evidence in can_tell])
+    compositions = holm([evidence.p_composition for evidence in can_tell])
+    adjusted = iter([(whole[0][0].p_gain, whole[0][0].p_composition), *zip(gains, compositions, strict=True)])
     return [
-        _decided(evidence, line, p_gain, p_composition)
-        for (evidence, line), (p_gain, p_composition) in zip(whole + by_part, adjusted, strict=True)
+        _decided(evidence, line, *next(adjusted)) if line["keys"] else line | {"verdict": CANNOT_TELL}
+        for evidence, line in whole + by_part
     ]
 
 
@@ -225,20 +243,22 @@ def _verdict(contrasts: Contrasts, table: str, part: str, k: int, keys: Sequence
     arms = contrasts.arms
     keys = [key for key in keys if part in ("", part_of(key))]
     finished = contrasts.present(["trained"], keys)
+    compared = contrasts.present(["trained", "baseline_plus"], keys) or finished
     every = {key[:2] for key in arms["trained"] if part in ("", part_of(key))}
     evidence = contrasts.evidence(k, keys)
     singles, fillers = members(k)
     lacking = {
-        name: sum(key not in arms.get(name, {}) for key in keys) for name in ("baseline_plus", *singles, *fillers)
+        name: sum(key not in arms.get(name, {}) for key in keys)
+        for name in ("trained", "baseline_plus", *singles, *fillers)
     }
     gain = evidence.gain
     line = {
         "table": table, "part": part, "verdict": "", "these_models": None, "p": 1.0, "p_holm": 1.0,
         "p_smallest": gain.p_smallest if gain else 1.0, "test": gain.test if gain else "",
-        "targets": len({target for _, target, _ in finished}), "seeds": len({seed for _, _, seed in finished}),
-        "rows": len({key[:2] for key in finished}),
+        "targets": len({target for _, target, _ in compared}), "seeds": len({seed for _, _, seed in compared}),
+        "rows": len({key[:2] for key in compared}), "keys": keys,
         "rows_left_out": len(every - {key[:2] for key in keys}),
-        "accuracy": contrasts.accuracies(contrasts.present(["trained", "baseline_plus"], keys) or finished),
+        "accuracy": contrasts.accuracies(compared),
         "gain": as_dict(gain),
         "over": {name: over_dict(contrast) for name, contrast in evidence.over.items()},
         "gains": {name: as_dict(contrast) for name, contrast in evidence.gains.items()},
@@ -272,14 +292,16 @@ def over_dict(contrast: Estimate | None) -> dict | None:
 
 
 def within(contrast: Estimate) -> bool:
-    """Whether the mean is shown to lie below `EQUIVALENCE`; with one seed or target nothing is shown of others."""
-    return min(contrast.seeds, contrast.targets) > 1 and contrast.p_below(EQUIVALENCE) < LEVEL
+    """Whether the mean over targets is shown to lie below `EQUIVALENCE`: with one seed for these models alone, with one
+    target never."""
+    return contrast.targets > 1 and contrast.p_below(EQUIVALENCE) < LEVEL
 
 
 def is_equivalent(contrast: Estimate) -> bool:
-    """Two one-sided tests: whether the mean is shown to lie within `EQUIVALENCE` of 0 on either side.
+    """Two one-sided tests: whether the mean is shown to lie within `EQUIVALENCE` of 0 on either side. With one seed
+    nothing is shown of others.
 
     Source: Schuirmann, A comparison of the two one-sided tests procedure and the power approach for assessing the
     equivalence of average bioavailability, Journal of Pharmacokinetics and Biopharmaceutics 15 (1987).
     """
-    return within(contrast) and contrast.p_above(-EQUIVALENCE) < LEVEL
+    return contrast.seeds > 1 and within(contrast) and contrast.p_above(-EQUIVALENCE) < LEVEL

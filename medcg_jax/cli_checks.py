@@ -1,0 +1,74 @@
+"""Checks of paths before a verb imports what it needs, so that a wrong one is told at once."""
+
+import os
+from pathlib import Path
+
+from medcg_jax.config import ConfigError, RunConfig
+from medcg_jax.data.records import DataError
+from medcg_jax.data.sources import check_root, is_prepared
+from medcg_jax.eval import trained_with
+from medcg_jax.families.weights.hub import is_repository
+from medcg_jax.families.weights.kind import check_family, check_is_released
+
+
+def check_run(run: RunConfig, verb: str, workdir: Path) -> None:
+    """Checks the paths of a run: its data, its checkpoint, and for a test the parameters.
+
+    Raises:
+      ConfigError, DataError: one is missing, or holds something else than the configuration says.
+    """
+    checkpoint, has_trained = run.model.checkpoint, (workdir / "params").is_dir()
+    is_of_hub = is_repository(checkpoint)
+    if verb == "eval":
+        if not has_trained and not checkpoint:
+            raise ConfigError(
+                f"{workdir / 'params'} is missing and model.checkpoint is empty: expected a --workdir of `medcg train`"
+            )
+        if has_trained or not is_of_hub:
+            trained_with.check_same(run, trained_with.parameters_of(run, workdir))
+    if checkpoint and not is_of_hub:
+        if not Path(checkpoint).is_dir():
+            return  # weights are spoken of first, and by those who may fetch them (`train.start`)
+        if not run.study.models:
+            check_family(checkpoint, run.model.name)
+    check_root(run.data)
+
+
+def check_tree_folder(root: str) -> None:
+    """Raises DataError if `root`, of a verb of `medcg data`, is no folder of a tree."""
+    if not Path(root).is_dir():
+        raise DataError(f"{root}: no such folder; expected that of a Med-MAT tree")
+    if is_prepared(root):
+        raise DataError(f"{root}: it is prepared; expected the tree that it was prepared from")
+
+
+def check_checkpoint(src: str) -> None:
+    """Raises ConfigError if `src` is a path, and there is nothing."""
+    if not Path(src).exists() and not is_repository(src):
+        raise ConfigError(f"{src}: no such file or folder; expected a checkpoint's")
+
+
+def check_reference(src: str, against: str, inputs: str) -> None:
+    """Raises ConfigError if `medcg parity` has nothing to compare `src` with."""
+    check_checkpoint(src)
+    if against:
+        check_checkpoint(against)
+    if inputs and not Path(inputs).is_file():
+        raise ConfigError(f"--inputs={inputs}: no such file")
+    if not against and not inputs:
+        check_is_released(Path(src))
+
+
+def check_grid(folder: str) -> None:
+    """Raises ConfigError if `folder` is no workdir of a grid; the message says what it is where that is known."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise ConfigError(f"{folder}: no such folder; expected the workdir of a grid (`medcg reproduce`)")
+    if os.path.lexists(path / "config.json") or any(path.glob("*/config.json")):
+        return
+    if (path / "params" / "model.json").is_file() or (path / "metrics" / "train.jsonl").is_file():
+        raise ConfigError(
+            f"{folder} is a run of `medcg train`, and has no report: `medcg eval --config=FILE.py --workdir={folder}` "
+            "scores it; a report is of a grid (`medcg reproduce`)"
+        )
+    raise ConfigError(f"{folder} has no config.json: expected the workdir of a grid (`medcg reproduce`)")
