@@ -285,13 +285,15 @@ def run_convert(args) -> dict:
     from medcg_jax.eval.card import model_card, training_of
     from medcg_jax.families.weights.convert import convert
     from medcg_jax.families.weights.hub import resolve
+    from medcg_jax.train.meta import META_FILE, recipe_of
     from medcg_jax.train.sanity import ids_beside
 
     src, parts = resolve(args.src), {name: resolve(path) for name in RELEASE_PARTS if (path := getattr(args, name))}
-    training = training_of(src)
+    training, recipe = training_of(src), recipe_of(src)
     return convert(
         src, Path(args.dst), to=args.to, parts=parts, ids=ids_beside(src), system_prompt=training.system_prompt,
         card=lambda checkpoint: model_card(checkpoint, training, args.to),
+        meta=(META_FILE, json.dumps(recipe, indent=1) + "\n") if recipe else None,
     )  # fmt: skip
 
 

@@ -24,7 +24,6 @@ from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.eval.boxes import rounded
 from medcg_jax.eval.grounding import make_locator
 from medcg_jax.eval.inputs import (
-    MODEL_FILE,
     Form,
     check_new_tokens,
     check_options,
@@ -42,9 +41,9 @@ from medcg_jax.families.weights.files import WeightsError, has_tokenizer
 from medcg_jax.mesh import make_mesh
 from medcg_jax.nn.base import Base
 from medcg_jax.nn.quant import QUANTIZED
+from medcg_jax.train import checksums
 from medcg_jax.train.checkpoint import load_params
 from medcg_jax.train.log import keep_programs
-from medcg_jax.train.meta import META_FILE
 from medcg_jax.train.sanity import check_sees, check_token_ids, check_tokens, has_closed_gates, pixel_keys
 
 MAX_NEW_TOKENS = 128
@@ -341,7 +340,7 @@ def load(
     config = with_dtype(config, dtype)
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        if (path / META_FILE).is_file() and (path / MODEL_FILE).is_file():
+        if checksums.are_in(path):
             graphdef, params, _ = load_params(path, config, mesh, base=str(below or ""))
         else:
             graphdef, params = load_checkpoint(path, config, mesh, parts={"base": below} if below else {})

@@ -19,6 +19,12 @@ def read_meta(directory: Path) -> dict | None:
         return None
 
 
+def recipe_of(directory: Path) -> dict[str, dict]:
+    """What a copy of the parameters in `directory` keeps of their `meta`, wherever it lies; {}: nothing is recorded."""
+    recipe = {"made_of": (read_meta(directory) or {}).get("made_of"), "config": training_config(directory)}
+    return {name: value for name, value in recipe.items() if isinstance(value, dict) and value}
+
+
 def grid_cell(directory: Path) -> str:
     """The cell of the grid whose kept weights `directory` holds; "": it holds none."""
     cell = (read_meta(directory) or {}).get("cell")

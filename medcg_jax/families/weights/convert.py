@@ -312,6 +312,7 @@ def convert(
     ids: Mapping[str, int] = NO_IDS,
     system_prompt: str | None = None,
     card: Callable[[Checkpoint], str] | None = None,
+    meta: tuple[str, str] | None = None,
 ) -> dict:
     """{"out", "to", "parameters", "tensors", "dtype"} after writing `dst` from `src`; prints one line.
 
@@ -322,6 +323,7 @@ def convert(
     ids: token ids by field of the config, to replace those of the config in `src`.
     system_prompt: of the training that wrote `src`, for the chat template; None: it was not trained here.
     card: writes the text of README.md, for "hf" and "peft".
+    meta: name and text of a file for "orbax", what is recorded of the training.
     Weights keep their dtype. `dst` appears when it is complete, with the tokenizer, chat templates and processor files
     of `src` (or of the checkpoint that it was trained on).
 
@@ -351,6 +353,8 @@ def convert(
                 write_processor(new, config, system_prompt)
             else:
                 save_params(new, params, dataclasses.replace(config, base=Base()))
+                if meta:
+                    (new / meta[0]).write_text(meta[1], encoding="utf-8")
         if card and to != "orbax":
             (new / CARD).write_text(card(checkpoint), encoding="utf-8")
     dtype, number = ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})), build.num_params(params)
