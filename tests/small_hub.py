@@ -27,7 +27,7 @@ def commit_of(files: dict[str, bytes]) -> str:
 
 @dataclass
 class Repository:
-    """files: of the branch main. gated: TOKEN alone opens it. branches: further ones. cut: path -> how many downloads of
+    """files: of the branch main. gated: TOKEN alone opens it. has_tree: its files are listed with their sizes. branches: further ones. cut: path -> how many downloads of
     it break off in the middle."""
 
     files: dict[str, bytes]
@@ -35,6 +35,7 @@ class Repository:
     branches: dict[str, dict[str, bytes]] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
     old: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    has_tree: bool = True
 
     def move(self, files: dict[str, bytes]) -> None:
         """A new commit on main."""
@@ -113,6 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(404, "RevisionNotFound")
         if file is not None:
             return self._file(repository, files, file)
+        if what == "tree" and not repository.has_tree:
+            return self._error(404, "")
         if what == "tree":
             return self._json(
                 [{"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}

@@ -196,6 +196,14 @@ def test_a_download_that_broke_off_goes_on(hub):
     assert (resolve(NAME) / file).read_bytes() == b"a" * 900
 
 
+def test_a_mirror_that_lists_no_sizes_serves_too(hub, monkeypatch):
+    hub.repositories[f"models/{NAME}"].has_tree = False
+    folder = resolve(NAME)
+    assert held(folder) == {*SETTINGS, *WEIGHTS, *INDEX} and not hub.fetched() - held(folder)
+    offline(monkeypatch)
+    assert resolve(NAME) == folder
+
+
 def test_a_disk_without_room_is_named_before_weights_are_fetched(hub, monkeypatch):
     monkeypatch.setattr(names.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     told = refused(ConfigError, "are to be fetched and 1.0 MB are free in .*cache; make room")

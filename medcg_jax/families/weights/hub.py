@@ -86,18 +86,23 @@ def fetched(name: str, weights: bool) -> Path:
     """`resolve` of a repository."""
     repository, revision = split(name)
     with refusals(name):
-        from huggingface_hub import errors, get_cached_repo_tree, snapshot_download
+        from huggingface_hub import constants, errors, get_cached_repo_tree, snapshot_download
 
         # The first call also keeps the list of the repository's files, of which the second chooses.
         commit = pinned(name).partition("@")[2]
-        folder = Path(download(snapshot_download, repository, commit, ["config.json", MODEL_FILE]))
+        try:
+            folder = Path(download(snapshot_download, repository, commit, ["config.json", MODEL_FILE]))
+        except errors.LocalEntryNotFoundError:
+            if constants.is_offline_mode():
+                raise
+            return one_by_one(name, repository, commit, weights)
         try:
             sizes = {file.path: file.size for file in get_cached_repo_tree(repository, revision=commit)}
         except errors.CachedRepoTreeNotFoundError:  # offline, and another program has filled the cache
             sizes = {path.relative_to(folder).as_posix(): 0 for path in folder.rglob("*") if path.is_file()}
         chosen = chosen_files(sizes, weights)
         if not {"config.json", MODEL_FILE} & chosen:
-            raise ConfigError(f"{name} has no config.json: expected a checkpoint in the layout of transformers")
+            raise no_config(name)
         missing = {path: size for path, size in sizes.items() if path in chosen and not (folder / path).is_file()}
         if missing:
             check_room(name, sum(missing.values()), folder)
@@ -107,6 +112,23 @@ def fetched(name: str, weights: bool) -> Path:
             )
             download(snapshot_download, repository, commit, sorted(chosen))
     return folder
+
+
+def one_by_one(name: str, repository: str, commit: str, weights: bool) -> Path:
+    """`fetched`, from a mirror of the hub that names a repository's files and does not list them with their sizes."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    info = HfApi().model_info(repository, revision=commit)
+    chosen = chosen_files([file.rfilename for file in info.siblings or ()], weights)
+    stated = [path for path in ("config.json", MODEL_FILE) if path in chosen]
+    if not stated:
+        raise no_config(name)
+    paths = {path: hf_hub_download(repository, path, revision=commit) for path in sorted(chosen)}
+    return Path(paths[stated[0]]).parent
+
+
+def no_config(name: str) -> ConfigError:
+    return ConfigError(f"{name} has no config.json: expected a checkpoint in the layout of transformers")
 
 
 def download(snapshot_download, repository: str, commit: str, paths: list[str]) -> str:
