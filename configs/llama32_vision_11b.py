@@ -2,7 +2,8 @@
 
     medcg reproduce --config=configs/llama32_vision_11b.py --config.data.root=MED_MAT --workdir=runs/llama32_vision_11b
 
-`model.checkpoint` names a directory with meta-llama/Llama-3.2-11B-Vision-Instruct from the Hugging Face hub, or what `medcg convert` made of it.
+`model.checkpoint` names meta-llama/Llama-3.2-11B-Vision-Instruct, as a folder or by this name on the Hugging Face hub (gated), or
+what `medcg convert` made of it.
 """
 
 import llava15_7b

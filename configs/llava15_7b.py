@@ -3,7 +3,7 @@
     medcg reproduce --config=configs/llava15_7b.py --config.data.root=MED_MAT --workdir=runs/llava15_7b
     medcg reproduce --config=configs/llava15_7b.py:qlora --config.data.root=MED_MAT --workdir=runs/llava15_7b_qlora
 
-`model.checkpoint` names a directory with the weights: llava-hf/llava-1.5-7b-hf as released, or what `medcg convert`
+`model.checkpoint` names the weights: llava-hf/llava-1.5-7b-hf as a folder or by this name, or what `medcg convert`
 made of it. The mesh is for one pod slice or 8 GPUs with 80 GB; every device count that `fsdp` divides will do.
 """
 

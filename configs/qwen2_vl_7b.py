@@ -2,7 +2,8 @@
 
     medcg reproduce --config=configs/qwen2_vl_7b.py --config.data.root=MED_MAT --workdir=runs/qwen2_vl_7b
 
-`model.checkpoint` names a directory with Qwen/Qwen2-VL-7B-Instruct from the Hugging Face hub, or what `medcg convert` made of it.
+`model.checkpoint` names Qwen/Qwen2-VL-7B-Instruct, as a folder or by this name on the Hugging Face hub, or what `medcg convert`
+made of it.
 """
 
 import llava15_7b

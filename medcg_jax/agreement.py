@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from medcg_jax import processes
-from medcg_jax.config import ConfigError, RunConfig, flat
+from medcg_jax.config import AUTO, ConfigError, RunConfig, flat
 from medcg_jax.data.general import open_general
 from medcg_jax.data.sources import open_source
 from medcg_jax.data.tokenizer import load_tokenizer
@@ -45,7 +45,9 @@ def check_agreement(run: RunConfig, verb: str, workdir: Path, data: Callable[[],
 def facts_of(run: RunConfig, verb: str, workdir: Path, data: dict[str, str]) -> dict:
     """What a process must share with the others of its run, by readable names."""
     settings = {f"config.{key}": value for key, value in flat(dataclasses.asdict(run)).items()}
-    tokenizer = load_tokenizer(run.model.tokenizer, registry.of_model(run.model.name).tokenizer)
+    # A family is not known yet where the checkpoint states it; nor are its files compared, on any host.
+    stem = registry.of_model(run.model.name).tokenizer if run.model.name != AUTO else "tokenizer"
+    tokenizer = load_tokenizer(run.model.tokenizer, stem)
     return (
         {"verb": verb}
         | {key: value for key, value in settings.items() if key.split(".")[1] not in UNSHARED_SECTIONS}

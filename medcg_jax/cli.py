@@ -118,14 +118,14 @@ def parser() -> Parser:
     add_config(verbs, top)
     add_data(verbs)
     convert = add(verbs, "convert", run_convert, "released PyTorch checkpoint to Orbax, and back")
-    convert.add_argument("src", metavar="SRC", help="folder of a checkpoint")
+    convert.add_argument("src", metavar="SRC", help="a checkpoint's folder, or its name on the Hugging Face hub")
     convert.add_argument("dst", metavar="DST", help="folder to write; must not exist")
     text = "this project's own form, that of transformers, or of PEFT's adapters (orbax)"
     convert.add_argument("--to", choices=("orbax", "hf", "peft"), default="orbax", help=text)
     for flag, text in RELEASE_PARTS.items():
         convert.add_argument(f"--{flag}", default="", metavar="PATH", help=text)
     parity = add(verbs, "parity", run_parity, "the same input through this port and the PyTorch reference")
-    parity.add_argument("src", metavar="SRC", help="a released (HF) model directory")
+    parity.add_argument("src", metavar="SRC", help="a released (HF) model's folder or name")
     parity.add_argument("--inputs", default="", metavar="FILE.npz", help="numbers recorded elsewhere; needs no PyTorch")
     parity.add_argument("--record", default="", metavar="FILE.npz", help="write the reference's numbers, for --inputs")
     parity.add_argument("--against", default="", metavar="DIR", help="the released directory that SRC was made from")
@@ -267,9 +267,12 @@ def workdir(args: argparse.Namespace, run: RunConfig) -> Path:
 
 def dry_check(args: argparse.Namespace, run: RunConfig) -> dict:
     """The result of --dry for one run: its config is sound; prints what it is of, and paths that are not there."""
+    from medcg_jax.families.weights.hub import is_repository
+
     model, data = run.model, run.data
     print(f"{run.name}: {model.name} on {data.source} data; workdir {workdir(args, run)}")
-    paths = {"model.checkpoint": model.checkpoint, "model.tokenizer": model.tokenizer, "data.root": data.root}
+    checkpoint = "" if is_repository(model.checkpoint) else model.checkpoint
+    paths = {"model.checkpoint": checkpoint, "model.tokenizer": model.tokenizer, "data.root": data.root}
     missing = {key: path for key, path in paths.items() if path and not Path(path).exists()}
     for key, path in missing.items():
         where = "" if Path(path).is_absolute() else f" (below {Path.cwd()})"
@@ -279,19 +282,28 @@ def dry_check(args: argparse.Namespace, run: RunConfig) -> dict:
 
 def run_convert(args) -> dict:
     cli_checks.check_checkpoint(args.src)
+    from medcg_jax.eval.card import model_card, training_of
     from medcg_jax.families.weights.convert import convert
+    from medcg_jax.families.weights.hub import resolve
+    from medcg_jax.train.meta import META_FILE, recipe_of
     from medcg_jax.train.sanity import ids_beside
 
-    parts = {name: Path(path) for name in RELEASE_PARTS if (path := getattr(args, name))}
-    return convert(Path(args.src), Path(args.dst), to=args.to, parts=parts, ids=ids_beside(Path(args.src)))
+    src, parts = resolve(args.src), {name: resolve(path) for name in RELEASE_PARTS if (path := getattr(args, name))}
+    training, recipe = training_of(src), recipe_of(src)
+    return convert(
+        src, Path(args.dst), to=args.to, parts=parts, ids=ids_beside(src), system_prompt=training.system_prompt,
+        card=lambda checkpoint: model_card(checkpoint, training, args.to),
+        meta=(META_FILE, json.dumps(recipe, indent=1) + "\n") if recipe else None,
+    )  # fmt: skip
 
 
 def run_parity(args) -> dict:
     cli_checks.check_reference(args.src, args.against, args.inputs)
+    from medcg_jax.families.weights.hub import resolve
     from medcg_jax.parity.verb import parity
 
     files = {name: Path(getattr(args, name)) for name in ("inputs", "record", "against") if getattr(args, name)}
-    return parity(Path(args.src), **files)
+    return parity(resolve(args.src), **files)
 
 
 def run_train(args) -> dict:
@@ -341,7 +353,9 @@ def with_as_many_cells_as_fit(run: RunConfig) -> RunConfig:
     if run.study.models:
         raise ConfigError("study.cells_at_once=0: expected at least 1 where study.models has several models")
     from medcg_jax.plan.programs import fitting_run, print_fitting
+    from medcg_jax.train.start import with_checkpoint
 
+    run = with_checkpoint(run)
     num_groups = max(1, run.mesh.cell)
     fitting = fitting_run(run, "local", num_groups=num_groups)
     print_fitting(fitting, "local", num_groups)
@@ -407,13 +421,14 @@ def run_bench(args) -> dict:
 
 
 def run_plan(args) -> dict:
-    run = resolved(args)
     from medcg_jax.plan import search
     from medcg_jax.plan import text as plan_text
     from medcg_jax.plan import verb as plan
     from medcg_jax.study.design.schedule import runs_by_model
     from medcg_jax.study.run import dry
+    from medcg_jax.train.start import with_sizes
 
+    run = with_sizes(resolved(args))
     common = {"full_effort": args.full_effort, "memory_bytes": args.memory_gib * (1 << 30)}
     if args.search:
         if args.alone:

@@ -34,7 +34,7 @@ def add_ask(verbs) -> None:
     ask.epilog = (
         "Without --option and --boxes the model writes free text. Image flags default to those of its training."
     )
-    text = "folder of `medcg train` or `medcg convert`, or a released model's (Hugging Face)"
+    text = "folder of `medcg train` or `medcg convert`, or of a released model; or its name on the Hugging Face hub"
     ask.add_argument("checkpoint", metavar="CHECKPOINT", help=text)
     ask.add_argument("image", metavar="IMAGE", help="JPEG, PNG, BMP, GIF, TIFF, WebP or DICOM")
     ask.add_argument("question", metavar="QUESTION")
@@ -84,7 +84,7 @@ def run_ask(args) -> dict:
     if args.boxes:
         below = inputs.local_checkpoint(args.base) if args.base else None
         ask.check_gives_boxes(ask.architecture(checkpoint, below).family)
-    model = ask.load(args.checkpoint, dtype=args.dtype, tokenizer=args.tokenizer, base=args.base, **form)
+    model = ask.load(checkpoint, dtype=args.dtype, tokenizer=args.tokenizer, base=args.base, **form)
     if options:
         answer = model.choose(pixels, args.question, options)
     elif args.boxes:

@@ -1,17 +1,14 @@
 """Checks of paths before a verb imports what it needs, so that a wrong one is told at once."""
 
 import os
-import re
 from pathlib import Path
 
 from medcg_jax.config import ConfigError, RunConfig
 from medcg_jax.data.records import DataError
 from medcg_jax.data.sources import check_root, is_prepared
 from medcg_jax.eval import trained_with
+from medcg_jax.families.weights.hub import is_repository
 from medcg_jax.families.weights.kind import check_family, check_is_released
-
-# The name of a repository on the Hugging Face hub, which is no path.
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def check_run(run: RunConfig, verb: str, workdir: Path) -> None:
@@ -20,18 +17,20 @@ def check_run(run: RunConfig, verb: str, workdir: Path) -> None:
     Raises:
       ConfigError, DataError: one is missing, or holds something else than the configuration says.
     """
-    directory = trained_with.parameters_of(run, workdir) if verb == "eval" else Path(run.model.checkpoint)
+    checkpoint, has_trained = run.model.checkpoint, (workdir / "params").is_dir()
+    is_of_hub = is_repository(checkpoint)
     if verb == "eval":
-        if not directory.is_dir() and not run.model.checkpoint:
+        if not has_trained and not checkpoint:
             raise ConfigError(
-                f"{directory} is missing and model.checkpoint is empty: expected a --workdir of `medcg train`"
+                f"{workdir / 'params'} is missing and model.checkpoint is empty: expected a --workdir of `medcg train`"
             )
-        trained_with.check_same(run, directory)
-    if run.model.checkpoint:
-        if not directory.is_dir():
-            return  # weights are spoken of first, and by those who may fetch them (`train.setup`)
+        if has_trained or not is_of_hub:
+            trained_with.check_same(run, trained_with.parameters_of(run, workdir))
+    if checkpoint and not is_of_hub:
+        if not Path(checkpoint).is_dir():
+            return  # weights are spoken of first, and by those who may fetch them (`train.start`)
         if not run.study.models:
-            check_family(directory, run.model.name)
+            check_family(checkpoint, run.model.name)
     check_root(run.data)
 
 
@@ -45,8 +44,7 @@ def check_tree_folder(root: str) -> None:
 
 def check_checkpoint(src: str) -> None:
     """Raises ConfigError if `src` is a path, and there is nothing."""
-    may_be_of_hub = HUB_NAME.fullmatch(src) and not Path(src).parent.is_dir()
-    if not Path(src).exists() and not may_be_of_hub:
+    if not Path(src).exists() and not is_repository(src):
         raise ConfigError(f"{src}: no such file or folder; expected a checkpoint's")
 
 

@@ -8,10 +8,13 @@ from pathlib import Path
 
 from medcg_jax.cli_checks import check_tree_folder
 from medcg_jax.cli_parser import Parser, add, add_amount
-from medcg_jax.config import PHANTOM_RULES, DataConfig
+from medcg_jax.config import PHANTOM_RULES, ConfigError, DataConfig
 from medcg_jax.data.records import DataError
 from medcg_jax.data.sources import is_prepared
 from medcg_jax.terminal import bar, shows_progress
+
+# The release's questions.
+MED_MAT, MED_MAT_REPOSITORY = "Med-MAT", "FreedomIntelligence/Med-MAT"
 
 
 def add_data(verbs) -> None:
@@ -63,6 +66,11 @@ def add_data(verbs) -> None:
     stats.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree")
     stats.add_argument("out", metavar="OUT", help="folder of the page")
     add_amount(stats)
+    text = "fetch questions from the Hugging Face hub; say where the images are to be had"
+    fetch = add(kinds, "fetch", data_fetch, text)
+    text = "a data repository (OWNER/NAME, OWNER/NAME@REVISION); Med-MAT; or a subset of it, by its number (04)"
+    fetch.add_argument("what", metavar="WHAT", help=text)
+    fetch.add_argument("out", metavar="OUT", nargs="?", default="", help="folder; default: the hub's cache")
     text = "list what a tree has and lacks of Med-MAT, where to get it, and which rows of tables 1 to 8 it allows"
     ledger = add(kinds, "ledger", data_ledger, text)
     ledger.add_argument("root", metavar="ROOT", help="folder of a Med-MAT tree; may be empty, or not there yet")
@@ -187,6 +195,31 @@ def data_stats(args) -> dict:
     page = write_stats(args.root, args.out, progress=progress, report=report)
     print(page)
     return {"page": str(page)}
+
+
+def data_fetch(args) -> dict:
+    from medcg_jax.data import catalogue
+    from medcg_jax.families.weights.hub import REPOSITORY, fetch_data
+    from medcg_jax.study.design.ledger_text import address_lines
+
+    subset = catalogue.subsets().get(args.what)
+    if not subset and args.what != MED_MAT and not REPOSITORY.fullmatch(args.what):
+        raise ConfigError(f"{args.what}: expected OWNER/NAME of the Hugging Face hub, {MED_MAT}, or a subset, 01 to 53")
+    if not subset and args.what != MED_MAT:
+        repository, members = args.what, []
+    else:
+        every = catalogue.datasets()
+        repository, members = MED_MAT_REPOSITORY, [every[number] for number in (subset.datasets if subset else every)]
+        # Before the questions, which are behind a form.
+        print(f"The images of these {len(members)} datasets are their hosts', each under terms of its own:")
+        print("\n".join(address_lines(members)), flush=True)
+        if subset and not subset.released:
+            print(
+                f"subset {subset.number}: its questions are not released; `medcg data format` makes some of its labels"
+            )
+    folder = fetch_data(repository, Path(args.out) if args.out else None)
+    print(folder)
+    return {"folder": str(folder), "elsewhere": {dataset.number: list(dataset.addresses) for dataset in members}}
 
 
 def data_ledger(args) -> dict:

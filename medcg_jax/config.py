@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
 from medcg_jax.families import registry
 
@@ -58,8 +59,10 @@ CONTROLS = ("shuffled_images", "circular", "two_options", "blank_images", "text_
 LEAKS = ("refuse", "drop", "report")
 # Published tables that "pairs" and "detection_pairs" can repeat.
 PUBLISHED_PAIRS, PUBLISHED_DETECTION = (3, 7, 8), (5, 6)
-# Model -> its family.
+# Name of a model, a size or a family -> its family.
 MODELS = registry.models()
+# A model whose checkpoint states its family too.
+AUTO = "auto"
 
 # The longest context of all models (Llama 3.2), in tokens.
 MOST_TOKENS = 2**17
@@ -132,9 +135,11 @@ class MeshConfig:
 class ModelConfig:
     """The model, and what of it is trained."""
 
-    # A size of one of the five families.
-    name: str = setting("llava15_tiny", choices=tuple(MODELS))
-    # Checkpoint of the base: a converted (Orbax) or released (HF) directory; "": random weights.
+    # A size ("llava15_7b"); or a family ("llava"), whose sizes are then those that the checkpoint states; "auto": the
+    # family is the checkpoint's, too.
+    name: str = setting("llava15_tiny", choices=(AUTO, *MODELS))
+    # Checkpoint of the base: a converted (Orbax) or released (HF) directory, or a repository of the Hugging Face hub
+    # ("llava-hf/llava-1.5-7b-hf", "NAME@REVISION"), which is fetched; "": random weights.
     checkpoint: str = setting("", path=True)
     # Tokenizer directory, tokenizer.json or tokenizer.model; "": the one beside the checkpoint's weights, and for a
     # tiny model without one the package's small tokenizer.
@@ -425,6 +430,16 @@ def replace(config, **changes):
     for head, inner in nested.items():
         changed[head] = replace(getattr(config, head), **inner)
     return dataclasses.replace(config, **changed)
+
+
+def has_any_size(name: str) -> bool:
+    """Whether a model of this name has no sizes of its own: they are those of its checkpoint."""
+    return name == AUTO or name in registry.FAMILIES
+
+
+def model_title(name: str, checkpoint: str) -> str:
+    """A model's name for people: its size, or its family and the name of its checkpoint, "llava (llava-med)"."""
+    return f"{name} ({PurePath(checkpoint.partition('@')[0]).name})" if has_any_size(name) and checkpoint else name
 
 
 def trains_masks(model: ModelConfig) -> bool:

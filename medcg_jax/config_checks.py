@@ -28,6 +28,7 @@ from medcg_jax.config import (
     RunConfig,
     StudyConfig,
     TrainConfig,
+    has_any_size,
     parts_of,
     trains_masks,
 )
@@ -38,13 +39,20 @@ def check(run: RunConfig) -> None:
     """Raises ConfigError for the first value of `run` that cannot be used."""
     for setting, key, value in settings(run):
         check_setting(setting, key, value)
-    family = MODELS[run.model.name]
+    if has_any_size(run.model.name) and not run.model.checkpoint and not run.study.models:
+        sizes = ", ".join(name for name in MODELS if not has_any_size(name))
+        raise ConfigError(
+            f"model.name={run.model.name!r} with model.checkpoint='': expected the folder or the hub's repository whose "
+            f"config.json states the model's sizes; or as model.name one of {sizes}"
+        )
+    # None: "auto", whose checkpoint is not read yet.
+    family = MODELS.get(run.model.name)
     for other in registry.families():
         for name in other.options:
             value, unset = getattr(run.model, name), getattr(ModelConfig(), name)
-            if value != unset and family != other.name:
+            if value != unset and family not in (other.name, None):
                 raise ConfigError(f"model.{name}={value!r}: expected {unset!r}, only {other.title} has this option")
-    if not run.study.models:
+    if family and not run.study.models:
         for name in run.model.trainable:
             one_of("model.trainable", name, parts_of(family, PARTS, lora_rank=run.model.lora_rank))
     check_adapters(run.model)

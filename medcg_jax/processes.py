@@ -185,6 +185,14 @@ def is_first() -> bool:
     return _processes is None or _processes.index == 0
 
 
+def is_first_of_host() -> bool:
+    """Whether this process is the first of those on its host, which fetches for them; True for a single process."""
+    if _processes is None:
+        return True
+    host = _processes.hosts[_processes.index]
+    return _processes.index == min(index for index, name in _processes.hosts.items() if name == host)
+
+
 def count() -> int:
     """Number of processes of this run."""
     return 1 if _processes is None else _processes.count

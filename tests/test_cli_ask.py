@@ -76,7 +76,7 @@ def test_a_wrong_flag_is_one_line_and_status_2(flags, message, tmp_path, image, 
     ("words", "message"),
     [
         ([], "CHECKPOINT"),
-        (["llava-hf/llava-1.5-7b-hf", "IMAGE", "Is it?"], "llava-hf/llava-1.5-7b-hf: no such folder; expected"),
+        (["checkpoints/llava", "IMAGE", "Is it?"], "checkpoints/llava: no such folder; expected"),
         (["FOLDER", "missing.png", "Is it?"], "missing.png: No such file"),
         (["FOLDER", "FOLDER", "Is it?"], "no regular file (a folder)"),
         (["FOLDER", "BROKEN", "Is it?"], "broken.png: not an image of a known format"),
@@ -105,7 +105,7 @@ def test_refusals_that_need_no_model_import_no_jax(tmp_path, image):
     program = """
 import sys
 from medcg_jax.cli import main
-asked = ("x/y", "{0}", "q"), ("{1}", "no.png", "q"), ("{1}", "{0}", "q", "--option=A=a")
+asked = ("x/y/z", "{0}", "q"), ("{1}", "no.png", "q"), ("{1}", "{0}", "q", "--option=A=a")
 print([main(["ask", *words]) for words in asked], "jax" in sys.modules)
 """
     command = [sys.executable, "-c", program.replace("{0}", image).replace("{1}", str(tmp_path))]

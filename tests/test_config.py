@@ -69,7 +69,7 @@ def test_an_override_is_read_as_its_field_s_type(key, text, expected):
         ("train", "1", "is a section"),
         ("train.batch_size.x", "1", "has no keys below"),
         ("eval.generate", "1", "true or false"),
-        ("model.name", "llava", "one of llava15_tiny"),
+        ("model.name", "llava2", "one of auto, llava15_tiny"),
         ("train.batch_size", "0", "at least 1"),
         ("train.learning_rate", "-1", "above 0"),
         ("train.learning_rate", "float('nan')", "expected a float"),

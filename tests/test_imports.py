@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli_checks": BASICS | {"data", "eval", "families"},
     "cli_config": {"cli_parser", "config", "config_fields", "config_file", "config_list"},
     "cli_ask": {"cli_parser", "config", "data", "eval", "platform"},
-    "cli_data": {"cli_checks", "cli_parser", "config", "terminal", "data", "study"},
+    "cli_data": {"cli_checks", "cli_parser", "config", "terminal", "data", "families", "study"},
     "config_fields": {"config", "config_checks"},
     "config_list": {"config"},
     "cluster": {"config"},

@@ -15,6 +15,7 @@ from medcg_jax.data.records import DataError
 from medcg_jax.data.sources import check_root, open_source
 from medcg_jax.eval import trained_with
 from medcg_jax.families.weights.kind import check_family, family_in
+from medcg_jax.train.meta import training_config
 
 ROOT = Path(__file__).parents[1]
 PHANTOM = f"--config={ROOT}/configs/phantom.py:tiny"
@@ -202,7 +203,7 @@ def test_other_data_are_told_and_not_refused(tmp_path):
 def test_where_nothing_is_recorded_nothing_is_compared(text, tmp_path):
     (tmp_path / "meta.json").write_text(text)
     trained_with.check_same(RunConfig(), tmp_path)
-    assert trained_with.lines(RunConfig(), tmp_path) == [] and not trained_with.recorded(tmp_path / "none")
+    assert trained_with.lines(RunConfig(), tmp_path) == [] and not training_config(tmp_path / "none")
 
 
 def test_the_parameters_of_a_test(tmp_path):

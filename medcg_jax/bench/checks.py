@@ -21,7 +21,7 @@ from medcg_jax.bench.clock import matrix_rate, memory_rate, seconds_of
 from medcg_jax.bench.run import Ask
 from medcg_jax.bench.steps import Port, architecture, example_batch
 from medcg_jax.chips import peak_of
-from medcg_jax.config import ModelConfig, TrainConfig
+from medcg_jax.config import ModelConfig, TrainConfig, replace
 from medcg_jax.families import build
 from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.mesh import make_mesh, put_batch
@@ -76,7 +76,7 @@ def attention(ask: Ask, save: Callable) -> None:
     relative to the reference's largest number; those of plain attention in bfloat16 show the inevitable rounding.
     """
     name = ask.run.model.name
-    text = architecture(ModelConfig(name=name, compute_dtype="bfloat16")).text
+    text = architecture(replace(ask.run.model, compute_dtype="bfloat16")).text
     rows, length = 4, 64 if name in build.TINY else 704
     shape = (rows, length, text.num_heads, text.head_dim)
     mesh = make_mesh(devices=jax.devices()[:1])

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from medcg_jax.config import MODELS, ConfigError, RunConfig, RunError
+from medcg_jax.config import MODELS, ConfigError, RunConfig, RunError, has_any_size, model_title
 from medcg_jax.data.records import DataError
 from medcg_jax.files import write_whole
 
@@ -133,10 +133,14 @@ def bench(
     """
     from medcg_jax.bench import text
 
+    if has_any_size(run.model.name):
+        from medcg_jax.train.start import with_checkpoint  # it imports JAX
+
+        run = with_checkpoint(run)
     check(run, stages, against)
     result = dict(earlier or {})
     result |= {
-        "name": run.name, "model": run.model.name, "compute_dtype": run.model.compute_dtype,
+        "name": run.name, "model": model_title(run.model.name, run.model.checkpoint), "compute_dtype": run.model.compute_dtype,
         "trainable": list(run.model.trainable), "remat": run.model.remat,
         "accumulation_steps": run.train.accumulation_steps, "against": against,
     }  # fmt: skip

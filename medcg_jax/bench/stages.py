@@ -18,7 +18,7 @@ from medcg_jax.bench.clock import Spent, matrix_rate, now, ratio, spread, times,
 from medcg_jax.bench.rows import Rows, loader_rows, open_rows, question_rows, training_batch
 from medcg_jax.bench.run import STAGES, Ask, read_json, run_stage
 from medcg_jax.bench.steps import HF_BATCH, Port, describe, peak_bytes, rates, step_flops
-from medcg_jax.config import MODELS, MeshConfig, RunError, replace
+from medcg_jax.config import MODELS, MeshConfig, RunError, model_title, replace
 from medcg_jax.data.encoding import Encoded
 from medcg_jax.data.pipeline import Batches
 from medcg_jax.eval.letters import evaluate, make_evaluator
@@ -282,10 +282,11 @@ def convert(ask: Ask, save: Callable) -> None:
     from medcg_jax.families.weights.convert import export
 
     setup = opened(ask, save).setup
-    name, config = setup.run.model.name, setup.model
+    model, config = setup.run.model, setup.model
+    name = model_title(model.name, model.checkpoint)
     if 4 * build.num_params(build.abstract(config)[1]) > CONVERTED_BYTES:
-        name = next(tiny for tiny in build.TINY if MODELS[tiny] == MODELS[name])
-        config = model_config(replace(setup.run.model, name=name, trainable=("projector", "decoder")), setup.tokenizer)
+        name = next(tiny for tiny in build.TINY if MODELS[tiny] == MODELS[model.name])
+        config = model_config(replace(model, name=name, trainable=("projector", "decoder")), setup.tokenizer)
     _, params = build.create(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]), seed=0)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     speeds: dict[str, list[float]] = {"to_orbax": [], "to_hf": []}

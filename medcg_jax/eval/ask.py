@@ -24,8 +24,6 @@ from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.eval.boxes import rounded
 from medcg_jax.eval.grounding import make_locator
 from medcg_jax.eval.inputs import (
-    META_FILE,
-    MODEL_FILE,
     Form,
     check_new_tokens,
     check_options,
@@ -43,6 +41,7 @@ from medcg_jax.families.weights.files import WeightsError, has_tokenizer
 from medcg_jax.mesh import make_mesh
 from medcg_jax.nn.base import Base
 from medcg_jax.nn.quant import QUANTIZED
+from medcg_jax.train import checksums
 from medcg_jax.train.checkpoint import load_params
 from medcg_jax.train.log import keep_programs
 from medcg_jax.train.sanity import check_sees, check_token_ids, check_tokens, has_closed_gates, pixel_keys
@@ -308,7 +307,8 @@ def load(
     Compiled programs are kept for later starts, as by every verb (`train.log.keep_programs`).
 
     Args:
-      checkpoint: folder of `medcg train` (its workdir, or `params` in it) or of `medcg convert`, or a released model's.
+      checkpoint: folder of `medcg train` (its workdir, or `params` in it) or of `medcg convert`, or a released model's;
+        or its name on the Hugging Face hub, "OWNER/NAME" or "OWNER/NAME@REVISION", which is fetched (`weights.hub`).
       dtype: of the parameters: "float32", "bfloat16", "int8" or "nf4"; with any but float32 the model computes in
         bfloat16. "": int8 or nf4 where the checkpoint was trained on such a base, else float32 up to 500 million
         parameters and bfloat16 above.
@@ -340,7 +340,7 @@ def load(
     config = with_dtype(config, dtype)
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        if (path / META_FILE).is_file() and (path / MODEL_FILE).is_file():
+        if checksums.are_in(path):
             graphdef, params, _ = load_params(path, config, mesh, base=str(below or ""))
         else:
             graphdef, params = load_checkpoint(path, config, mesh, parts={"base": below} if below else {})

@@ -18,12 +18,13 @@ from medcg_jax.data.images import ImageError, read_image, read_opened
 from medcg_jax.data.questions import CLOSING
 from medcg_jax.data.reading import Reading, check_reading, check_size
 from medcg_jax.data.records import LETTERS, MAX_OPTIONS, DataError
+from medcg_jax.families.weights.hub import resolve
 from medcg_jax.files import user_path
-from medcg_jax.untrusted import FileError, read_json, shown
+from medcg_jax.train.meta import META_FILE, read_meta, training_config
+from medcg_jax.untrusted import FileError, shown
 
-# Files of a checkpoint: its architecture, and what made it (`train.checkpoint.save_params`).
-MODEL_FILE, META_FILE = "model.json", "meta.json"
-MAX_META_BYTES = 2**24
+# Of a checkpoint: its architecture.
+MODEL_FILE = "model.json"
 # Types of an array's pixels, for messages.
 ARRAYS = "uint8[h, w] or uint8[h, w, 3] with values 0 to 255, or uint16[h, w] with values 0 to 65535"
 
@@ -50,17 +51,19 @@ class Form:
 
 
 def local_checkpoint(name: str | Path) -> Path:
-    """The folder of a checkpoint. The workdir of `medcg train` stands for the parameters in it.
+    """The folder of a checkpoint; one of the Hugging Face hub is fetched. The workdir of `medcg train` stands for the
+    parameters in it.
 
     Raises:
-      ConfigError: there is no such folder.
+      ConfigError: there is no such folder, or as `hub.resolve`.
+      RunError: as `hub.resolve`.
     """
-    path = Path(user_path(str(name), "checkpoint"))
+    path = resolve(user_path(str(name), "checkpoint"))
     if not path.is_dir():
         what = "a file" if path.is_file() else "no such folder"
         raise ConfigError(
             f"checkpoint {name}: {what}; expected a folder that `medcg train` or `medcg convert` wrote, or a released "
-            "model's (`hf download REPO --local-dir FOLDER`)"
+            "model's (OWNER/NAME of the Hugging Face hub is fetched)"
         )
     trained = path / "params"
     return trained if (trained / MODEL_FILE).is_file() and not (path / MODEL_FILE).is_file() else path
@@ -77,8 +80,9 @@ def read_form(checkpoint: Path, **changes: str | int | None) -> Form:
     """
     form, path = Form(), checkpoint / META_FILE
     if path.is_file():
-        meta = read_json(path, max_bytes=MAX_META_BYTES)
-        form = _with(form, _trained_form(meta), str(path))
+        if read_meta(checkpoint) is None:
+            raise FileError(f"{path}: no JSON object that can be read; the checkpoint is damaged: make it anew")
+        form = _with(form, _trained_form(checkpoint), str(path))
     form = _with(form, {name: value for name, value in changes.items() if value is not None}, "")
     if form.max_pixels < 1:
         raise ConfigError(f"max_pixels={form.max_pixels}: expected 1 or more")
@@ -86,14 +90,12 @@ def read_form(checkpoint: Path, **changes: str | int | None) -> Form:
     return form
 
 
-def _trained_form(meta: dict) -> dict:
-    """The fields of `Form` that the `meta` of trained parameters states."""
-    recipe, config = meta.get("made_of"), meta.get("config")
+def _trained_form(checkpoint: Path) -> dict:
+    """The fields of `Form` that are recorded of the training of the parameters in this folder."""
+    recipe = (read_meta(checkpoint) or {}).get("made_of")
     if isinstance(recipe, dict):  # a base, which phantoms alone pre-train
         return {"closing": "", "system_prompt": recipe.get("system_prompt")}
-    data = config.get("data") if isinstance(config, dict) else None
-    if not isinstance(data, dict):
-        return {}
+    data = training_config(checkpoint).get("data", {})
     names = [field.name for field in dataclasses.fields(Form) if field.name != "closing"]
     # Phantoms' questions end with their options (`phantom.world.choice`).
     closing = {"closing": ""} if data.get("source") == "phantom" else {}

@@ -25,6 +25,7 @@ from medcg_jax.train.checkpoint import load_params
 from medcg_jax.train.preempt import sigterm_saves
 from medcg_jax.train.sanity import check_sees, has_closed_gates
 from medcg_jax.train.setup import Setup, open_setup, start_params
+from medcg_jax.train.start import with_checkpoint
 
 
 class Tester:
@@ -194,6 +195,7 @@ def evaluate_subsets(config: RunConfig, workdir: Path) -> dict:
       Interrupted: the process was told to stop; the files of the subsets tested so far are written.
     """
     trained = workdir / "params"
+    config = with_checkpoint(config)
     directory = trained_with.parameters_of(config, workdir)
     trained_with.check_same(config, directory)
     setup = open_setup(config, trained=trained if trained.is_dir() else None)

@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from medcg_jax.config import ConfigError, RunConfig
-from medcg_jax.untrusted import FileError, read_json
+from medcg_jax.config import AUTO, ConfigError, RunConfig
+from medcg_jax.families.weights.hub import resolve
+from medcg_jax.train.meta import training_config
 
-META_FILE = "meta.json"
-MAX_META_BYTES = 2**24
 # A model is asked as it was trained: architecture, prompt, and what it is shown of an image.
 SAME = (
     "model.name",
@@ -38,23 +37,10 @@ TOLD = (
 )
 
 
-def recorded(directory: Path) -> dict[str, Any]:
-    """The configuration that the parameters in `directory` were trained with, {"model": {...}, "data": {...}}; {} where
-    none is recorded."""
-    try:
-        meta = read_json(directory / META_FILE, max_bytes=MAX_META_BYTES)
-    except FileError:
-        return {}
-    config = meta.get("config")
-    if not isinstance(config, dict) or not all(isinstance(config.get(name), dict) for name in ("model", "data")):
-        return {}
-    return config
-
-
 def parameters_of(run: RunConfig, workdir: Path) -> Path:
     """The directory whose parameters `medcg eval` takes: that of the workdir's training, else the checkpoint."""
     trained = workdir / "params"
-    return trained if trained.is_dir() or not run.model.checkpoint else Path(run.model.checkpoint)
+    return trained if trained.is_dir() or not run.model.checkpoint else resolve(run.model.checkpoint, weights=False)
 
 
 def differences(run: RunConfig, config: dict[str, Any], keys: tuple[str, ...]) -> list[tuple[str, Any, Any]]:
@@ -63,14 +49,17 @@ def differences(run: RunConfig, config: dict[str, Any], keys: tuple[str, ...]) -
     for key in keys:
         section, _, name = key.partition(".")
         value = json.loads(json.dumps(getattr(getattr(run, section), name)))
-        if name in config[section] and config[section][name] != value:
-            different.append((key, config[section][name], value))
+        if key == "model.name" and value == AUTO:  # not known before the checkpoint is read
+            continue
+        trained = config.get(section, {})
+        if name in trained and trained[name] != value:
+            different.append((key, trained[name], value))
     return different
 
 
 def check_same(run: RunConfig, directory: Path) -> None:
     """Raises ConfigError if the run would ask the model in `directory` otherwise than it was trained."""
-    if not (config := recorded(directory)):
+    if not (config := training_config(directory)):
         return
     different = differences(run, config, SAME)
     if different:
@@ -82,8 +71,8 @@ def check_same(run: RunConfig, directory: Path) -> None:
 
 def lines(run: RunConfig, directory: Path) -> list[str]:
     """Lines on what differs from the training and may: the data, the precision."""
-    if not (config := recorded(directory)):
+    if not (config := training_config(directory)):
         return []
-    drawn = config["data"].get("source") == run.data.source == "phantom"
+    drawn = config.get("data", {}).get("source") == run.data.source == "phantom"
     told = [entry for entry in differences(run, config, TOLD) if drawn or not entry[0].startswith("data.phantom_")]
     return [f"trained with {key}={theirs!r}, tested with {ours!r}" for key, theirs, ours in told]

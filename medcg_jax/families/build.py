@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.axes import spec
-from medcg_jax.config import EMBEDDING
+from medcg_jax.config import EMBEDDING, MODELS
 from medcg_jax.families import registry
 from medcg_jax.families.common import FamilyConfig
 from medcg_jax.nn import matmul
@@ -34,14 +34,15 @@ Config = FamilyConfig
 
 
 def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> Config:
-    """The architecture and run options that a `config.ModelConfig` names.
+    """The architecture and run options that a `config.ModelConfig` names; of a family, the one that its checkpoint states.
 
     ids: token ids of the tokenizer by field of the config (`image_token_id`, `pad_token_id`, ...). A tiny model needs
-    them and `vocab_size`; for released sizes they replace the defaults.
+    them and `vocab_size`; for others they replace the defaults.
 
     Raises:
       ValueError: the name is unknown, or a tiny model got no vocabulary.
-      ConfigError: a package that `model.matmul` needs is not installed.
+      ConfigError: a package that `model.matmul` needs is not installed, or the checkpoint of a family cannot be read or is
+        of another one.
     """
     matmul.require(model.matmul)
     ids = {name: value for name, value in ids.items() if value is not None}
@@ -52,21 +53,45 @@ def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> 
         scan_unroll=model.scan_unroll,
         matmul=model.matmul,
     )
-    if model.name not in TINY and model.name not in SIZES:
-        raise ValueError(f"model.name={model.name!r}; accepted: {', '.join([*TINY, *SIZES])}")
+    if model.name not in MODELS:
+        raise ValueError(f"model.name={model.name!r}; accepted: {', '.join(MODELS)}")
     runs |= {name: value for name in registry.of_model(model.name).options if (value := getattr(model, name))}
     if model.lora_rank:
         runs["lora"] = LoraConfig(model.lora_rank, model.lora_alpha or 2.0 * model.lora_rank, model.lora_targets)
     if model.base_dtype != "float32":
         runs["base"] = Base(model.base_dtype, model.trainable)
+    if model.name in registry.FAMILIES:
+        return with_vocabulary(stated_architecture(model, runs | ids), vocab_size)
     if model.name in TINY:
         if vocab_size is None or "image_token_id" not in ids:
             raise ValueError(f"model.name={model.name!r} has no vocabulary of its own: pass the tokenizer's")
         return TINY[model.name](vocab_size, **ids, **runs)
-    config = SIZES[model.name](**ids, **runs)
-    if vocab_size is not None:
-        config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=vocab_size))
-    return config
+    return with_vocabulary(SIZES[model.name](**ids, **runs), vocab_size)
+
+
+def stated_architecture(model, fields: dict[str, Any]) -> Config:
+    """The architecture that `model.checkpoint` states, with these fields of the configuration replaced.
+
+    Adapters are the run's, except those that belong to the family's checkpoints.
+
+    Raises:
+      ConfigError: there is no checkpoint, this port does not compute it, or it is of another family than `model.name`.
+    """
+    from medcg_jax.families.weights.convert import read_config  # it imports this module
+    from medcg_jax.families.weights.hub import resolve
+    from medcg_jax.families.weights.kind import check_family
+
+    directory = resolve(model.checkpoint, weights=False)
+    config = read_config(directory)
+    check_family(directory, model.name, config.family)
+    own = config.lora if "lora" in registry.of(config).parts else None
+    return dataclasses.replace(config, **({"lora": own, "base": Base()} | fields))
+
+
+def with_vocabulary(config: Config, vocab_size: int | None) -> Config:
+    if vocab_size is None:
+        return config
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=vocab_size))
 
 
 def abstract(config: Config, *, param_dtype=jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:

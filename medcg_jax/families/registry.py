@@ -136,8 +136,8 @@ def families() -> tuple[Family, ...]:
 
 
 def of_model(name: str) -> Family:
-    """The family that has the size `name` ("llava15_7b")."""
-    return next(entry for entry in families() if name in entry.sizes)
+    """The family that has the size `name` ("llava15_7b"), or that is called so ("llava")."""
+    return next(entry for entry in families() if name in (entry.name, *entry.sizes))
 
 
 def of(config: Any) -> Family:
@@ -146,5 +146,5 @@ def of(config: Any) -> Family:
 
 
 def models() -> dict[str, str]:
-    """Every size -> the name of its family."""
-    return {size: entry.name for entry in families() for size in entry.sizes}
+    """What a model can be called -> the name of its family: every size, and every family for a model of any size."""
+    return {name: entry.name for entry in families() for name in (*entry.sizes, entry.name)}

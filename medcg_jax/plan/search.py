@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 
 from medcg_jax.chips import Peak, peak_of
-from medcg_jax.config import REMAT, ConfigError, RunConfig, replace
+from medcg_jax.config import REMAT, ConfigError, RunConfig, model_title, replace
 from medcg_jax.families import build, flops
 from medcg_jax.mesh import make_mesh
 from medcg_jax.plan import topology
@@ -89,7 +89,7 @@ def search(
         "topology": where,
         "device": devices[0].device_kind,
         "num_devices": len(devices),
-        "model": run.model.name,
+        "model": model_title(run.model.name, run.model.checkpoint),
         "batch_size": run.train.batch_size,
         "full_effort": full_effort,
         "usable_bytes": usable,

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from medcg_jax.chips import Peak, peak_of, utilisation
-from medcg_jax.config import RunConfig, replace
+from medcg_jax.config import RunConfig, model_title, replace
 from medcg_jax.families import build, flops
 from medcg_jax.mesh import islands, make_mesh
 from medcg_jax.plan import hlo, roofline, rules, topology
@@ -75,7 +75,7 @@ def plan(
         "num_devices": len(devices),
         "num_chips": math.ceil(len(devices) / (peak.devices_per_chip if peak else 1)),
         "mesh": dict(mesh.shape),
-        "model": run.model.name,
+        "model": model_title(run.model.name, run.model.checkpoint),
         "trainable": list(run.model.trainable),
         "base_dtype": run.model.base_dtype,
         "remat": run.model.remat,

@@ -28,8 +28,8 @@ from medcg_jax.families.build import Config, num_bytes
 from medcg_jax.files import write_whole
 from medcg_jax.processes import barrier, broadcast, gather
 from medcg_jax.train import checksums
+from medcg_jax.train.meta import META_FILE, read_meta
 
-META_FILE = "meta.json"
 PART = ".part"
 # How long a process waits for the digests of the others, each of which reads as much as it does itself.
 SHARES_WAIT_S = 1800.0
@@ -260,6 +260,7 @@ def load_params(directory: Path, config: Config, mesh: Mesh, *, base: str = "", 
       WeightsError: the parameters are of another architecture.
     """
     from medcg_jax.families.weights import convert
+    from medcg_jax.families.weights.hub import resolve
 
     meta = read_meta(directory)
     if meta is None:
@@ -269,7 +270,7 @@ def load_params(directory: Path, config: Config, mesh: Mesh, *, base: str = "", 
         raise CheckpointError(f"{directory}: parameters are damaged ({why}); delete the directory to make it anew")
     try:
         trained_on = convert.trained_parts(Path(directory))
-        parts = {"base": Path(base)} if base and trained_on and not Path(trained_on[0]).is_dir() else {}
+        parts = {"base": resolve(base)} if base and trained_on and not Path(trained_on[0]).is_dir() else {}
         graphdef, params = convert.load_checkpoint(Path(directory), config, mesh, parts=parts, seed=seed)
     except convert.WeightsError:
         raise
@@ -278,15 +279,6 @@ def load_params(directory: Path, config: Config, mesh: Mesh, *, base: str = "", 
             f"{directory}: parameters cannot be read ({_one_line(error)}); delete the directory to make it anew"
         ) from error
     return graphdef, params, meta
-
-
-def read_meta(directory: Path) -> dict | None:
-    """The `meta` that `save_params` wrote; None if it cannot be read."""
-    try:
-        meta = json.loads((Path(directory) / META_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return meta if isinstance(meta, dict) else None
 
 
 def _first_fault(directory: Path) -> str | None:

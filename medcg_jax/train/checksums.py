@@ -27,6 +27,11 @@ def shares_are_there(directory: Path, count: int) -> bool:
     return all((directory / share_name(index, count)).is_file() for index in range(count))
 
 
+def are_in(directory: Path) -> bool:
+    """Whether there are digests of the files in `directory`: `train.checkpoint` wrote it, no conversion."""
+    return any(_is_share(path.name) for path in directory.iterdir())
+
+
 def first_fault(directory: Path, index: int = 0, count: int = 1) -> str | None:
     """The first fault of the files in `directory`, in a few words with the file's name; None: no fault.
 

@@ -27,6 +27,7 @@ from medcg_jax.train.loop import RunSpec, fit, loop_options
 from medcg_jax.train.optim import hparams_from, make_optimizer, num_steps
 from medcg_jax.train.preempt import sigterm_saves
 from medcg_jax.train.setup import Setup, open_setup, peak_flops, start_params, step_flops, to_keep
+from medcg_jax.train.start import with_checkpoint
 from medcg_jax.train.step import Program, init_state, make_step
 
 # Sections that a resumed run must share with its checkpoints, except for their free fields.
@@ -52,7 +53,7 @@ def train(run: RunConfig, workdir: Path) -> dict:
       NonFiniteLoss: the run diverged.
       Interrupted, CheckpointError, SaveError: as `fit`.
     """
-    path = workdir / goodput.FILE
+    run, path = with_checkpoint(run), workdir / goodput.FILE
     clock = goodput.Goodput(path if jax.process_index() == 0 else None, earlier=goodput.read_starts(path))
     with sigterm_saves(), clock:
         result = _train(run, workdir, clock)

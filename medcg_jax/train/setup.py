@@ -24,14 +24,14 @@ from medcg_jax.data.tokenizer import SMALL, Tokenizer, load_tokenizer
 from medcg_jax.families import registry
 from medcg_jax.families.build import TINY, Config, architecture, create, join, replicated
 from medcg_jax.families.flops import forward, training
+from medcg_jax.families.weights.convert import load_checkpoint
 from medcg_jax.families.weights.files import has_tokenizer
 from medcg_jax.families.weights.kind import check_family
 from medcg_jax.mesh import check_batches, make_mesh, num_shards
 from medcg_jax.train.losses import mask_loss
 from medcg_jax.train.sanity import check_token_ids, check_tokens, pixel_keys
+from medcg_jax.train.start import check_architecture, check_weights, checkpoint_dir, weights_dir
 
-# Model -> the repository of its released checkpoint.
-RELEASED = {name: repo for family in registry.families() for name, repo in family.released.items() if repo}
 # A tiny model's vocabulary is a multiple of this, so that a mesh can split it.
 VOCAB_MULTIPLE = 64
 
@@ -62,7 +62,7 @@ class Setup:
     @property
     def companions(self) -> tuple[Path, ...]:
         """Paths of what an export needs beside the parameters: the tokenizer's file, the checkpoint's directory."""
-        return tuple(Path(path) for path in (self.tokenizer.path, self.run.model.checkpoint) if path)
+        return tuple(path for path in (self.tokenizer.path, checkpoint_dir(self.run.model)) if path)
 
     @property
     def loss(self) -> Callable:
@@ -121,14 +121,15 @@ def open_setup(
       parameters and of their tokenizer.
 
     Raises:
-      ConfigError: weights, tokenizer or data are missing, the tokenizer belongs to another model, the mesh does not fit
-        the devices or the batch, or a subset does not exist.
+      ConfigError: weights, tokenizer or data are missing, the checkpoint is of another architecture or the tokenizer of
+        another model, the mesh does not fit the devices or the batch, or a subset does not exist.
       DataError: the data cannot be read.
     """
-    if not has_weights and trained is None:
+    starts = not has_weights and trained is None
+    if starts:
         check_weights(run)
-        if run.model.checkpoint:
-            check_family(run.model.checkpoint, run.model.name)
+        if directory := checkpoint_dir(run.model):
+            check_family(directory, run.model.name)
     mesh = make_mesh(run.mesh, devices)
     if run.model.matmul == "fp8" and mesh.devices.flat[0].platform == "cpu":
         print("model.matmul=fp8 is emulated on a CPU: rounded as fp8 is, and slower than float32")
@@ -139,8 +140,12 @@ def open_setup(
     require_subsets(source, (*run.data.subsets, *run.data.subset_weights))
     model = model_config(run.model, tokenizer)
     check_tokens(tokenizer, family, model)
-    for directory in [path for path in (trained, run.model.checkpoint) if path]:
-        check_token_ids(tokenizer, family, Path(directory))
+    for directory in filter(None, (trained, checkpoint_dir(run.model))):
+        # Random weights may have the package's small tokenizer beside the checkpoint's config.json.
+        if not has_weights or has_tokenizer(directory):
+            check_token_ids(tokenizer, family, directory)
+    if starts:
+        check_architecture(run.model, model)
     whole = replicated(model, mesh)
     if whole:
         print(
@@ -163,7 +168,7 @@ def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:
     """
     if model.tokenizer:
         return load_tokenizer(model.tokenizer)
-    paths = [Path(path) for path in (trained, model.checkpoint) if path]
+    paths = list(filter(None, (trained, checkpoint_dir(model))))
     if beside := next(filter(has_tokenizer, paths), None):
         return load_tokenizer(beside)
     if model.name in TINY:
@@ -171,14 +176,14 @@ def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:
     where = f"{paths[-1]} has no tokenizer.model or tokenizer.json" if paths else "model.checkpoint is empty, too"
     raise ConfigError(
         f"model.tokenizer is empty, and {where}; give --config.model.tokenizer=PATH, the tokenizer's file or directory, "
-        f"of the release that {model.name} is"
+        "of the release that the weights are of"
     )
 
 
 def with_small_tokenizer(run: RunConfig) -> RunConfig:
     """The run, with the package's small tokenizer if it has none: for random weights whose speed is measured."""
-    model = run.model
-    if model.tokenizer or model.checkpoint and has_tokenizer(Path(model.checkpoint)):
+    model, directory = run.model, checkpoint_dir(run.model)
+    if model.tokenizer or directory and has_tokenizer(directory):
         return run
     small = SMALL.with_stem(registry.of_model(model.name).tokenizer)
     return dataclasses.replace(run, model=dataclasses.replace(model, tokenizer=str(small)))
@@ -190,34 +195,13 @@ def model_config(model: ModelConfig, tokenizer: Tokenizer) -> Config:
     return architecture(model, vocab_size=rows, **registry.of_model(model.name).token_ids(tokenizer))
 
 
-def check_weights(run: RunConfig) -> None:
-    """Raises ConfigError if the weights that the run starts from are missing; the message says where to get them."""
-    path = run.model.checkpoint
-    if path and not Path(path).is_dir():
-        hint = ""
-        if run.model.name in RELEASED:
-            repo = RELEASED[run.model.name]
-            hint = (
-                f"; fetch {repo} from the Hugging Face hub (`hf download {repo} --local-dir {path}`), or convert "
-                "a checkpoint with `medcg convert`"
-            )
-        raise ConfigError(f"model.checkpoint={path}: there are no weights{hint}")
-    if not path and run.model.name in RELEASED:
-        raise ConfigError(
-            f"model.checkpoint is empty, and {run.model.name} is not trained from nothing: give the directory "
-            f"of {RELEASED[run.model.name]}, as released or converted"
-        )
-
-
 def start_params(setup: Setup, *, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
     """(graphdef, params) that a run starts from: those of its checkpoint, or random ones if it names none."""
-    path = setup.run.model.checkpoint
+    directory = weights_dir(setup.run.model)
     with jax.set_mesh(setup.mesh):
-        if not path:
+        if directory is None:
             return create(setup.model, setup.mesh, seed=seed)
-        from medcg_jax.families.weights.convert import load_checkpoint
-
-        return load_checkpoint(Path(path), setup.model, setup.mesh, seed=seed)
+        return load_checkpoint(directory, setup.model, setup.mesh, seed=seed)
 
 
 def to_keep(setup: Setup, trained: nnx.State, frozen: nnx.State, base: str) -> tuple[nnx.State, str]:

@@ -18,6 +18,7 @@ from releases import CONFIGS, random_release, replaced
 from toy_checkpoints import converted, trained, with_more_boxes
 
 import medcg_jax
+from medcg_jax.cli import main
 from medcg_jax.config import ConfigError
 from medcg_jax.data.encoding import encode_boxes, encode_eval
 from medcg_jax.data.records import DataError, RecordSet
@@ -185,6 +186,15 @@ def test_the_prompt_is_the_training_s_or_the_release_s(tmp_path):
     assert ask.load(tmp_path / "converted", system_prompt="").system_prompt == ""
     released = {family: family_toys.setup(family).format.prompts.released_system_prompt for family in FAMILIES}
     assert released == {"llava": "vicuna", "next_chat": "vicuna", "qwen2_vl": "qwen2", "mllama": "", "minigpt_v2": ""}
+
+
+def test_a_conversion_keeps_the_form_of_the_training(tmp_path):
+    src = trained(tmp_path / "trained", "llava")
+    assert main(["convert", str(src), str(tmp_path / "copy")]) == 0
+    first, copy = ask.load(src), ask.load(tmp_path / "copy")
+    assert copy.form == first.form and copy.form.closing == ""
+    image = SOURCE.records(SUBSETS[0], "test").image(0)
+    assert copy.score(image, "Is it?", ["yes", "no"]) == first.score(image, "Is it?", ["yes", "no"])
 
 
 # NExT-Chat's ids of boxes belong to its architecture, and a toy tokenizer has others.

@@ -185,7 +185,7 @@ def test_a_workdir_stands_for_the_parameters_in_it(tmp_path):
 
 def test_what_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    for name, what in (("llava-hf/llava-1.5-7b-hf", "no such folder"), (str(tmp_path / "file"), "a file")):
+    for name, what in (("checkpoints/llava", "no such folder"), (str(tmp_path / "file"), "a file")):
         with pytest.raises(ConfigError, match=f"{name}: {what}; expected"):
             local_checkpoint(name)
 

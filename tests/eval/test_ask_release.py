@@ -1,13 +1,17 @@
 """A tiny LLaVA as transformers saves it, with llava-hf's own tokenizer: `medcg ask` answers as transformers does."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import hf_tiny
 import numpy as np
 import pytest
 from PIL import Image
 from prompt_files import SENTINEL, Original
+from small_hub import Repository, SmallHub
 
 from medcg_jax.cli import main
 from medcg_jax.data.questions import CLOSING
@@ -90,3 +94,32 @@ def test_free_text_is_that_of_transformers(release, scan, tmp_path):
     new = [i for i in made[0, given["input_ids"].shape[1] :].tolist() if i < IMAGE_TOKEN]
     pieces = spm.SentencePieceProcessor(model_file=str(model_file))
     assert json.loads(found.read_text())["text"].strip() == pieces.decode(new).strip()
+
+
+@pytest.mark.long
+def test_a_name_on_the_hub_is_asked_as_its_folder_is(release, scan, tmp_path):
+    """The repository is fetched once; the second answer comes without the hub."""
+    folder, *_ = release
+    with SmallHub() as hub:
+        hub.repositories["models/owner/tiny-llava"] = Repository({p.name: p.read_bytes() for p in folder.iterdir()})
+        home = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home")}
+        answers = [
+            ask_in_a_process(checkpoint, scan, tmp_path / "found.json", environment)
+            for checkpoint, environment in (
+                ("owner/tiny-llava", home), ("owner/tiny-llava", home | {"HF_HUB_OFFLINE": "1"}), (str(folder), {}),
+            )
+        ]  # fmt: skip
+        assert "model.safetensors" in hub.fetched()
+    assert answers[0] == answers[1] == answers[2] and answers[0]["letter"] in ("A", "B")
+
+
+def ask_in_a_process(checkpoint: str, scan, file, environment: dict[str, str]) -> dict:
+    """Letter and probabilities of `medcg ask`, from an empty folder."""
+    flags = [f"--option={letter}={text}" for letter, text in zip("AB", OPTIONS)]
+    command = [sys.executable, "-m", "medcg_jax", "ask", checkpoint, str(scan), QUESTION, *flags, f"--json={file}"]
+    done = subprocess.run(
+        command, env=os.environ | environment, cwd=file.parent, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(file.read_text())
+    return {name: answer[name] for name in ("letter", "probabilities", "letter_mass")}

@@ -6,6 +6,7 @@ And with which other values of its configuration a grid goes on.
 import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from report_grids import run_of
 
 from medcg_jax.config import ConfigError, free_fields, replace
 from medcg_jax.config_file import load
+from medcg_jax.study.report.load_grid import Grid
 from medcg_jax.study.run import grid
 from medcg_jax.study.run.bases import base_recipe
 from medcg_jax.study.run.worker import read_config
@@ -138,3 +140,16 @@ def test_bases_that_are_there_keep_their_names():
     """Of everything in the fingerprint but the digests of modules and the tokenizer, which move when these do."""
     parts = base_recipe(load(str(CONFIGS / "phantom.py") + ":tiny")) | {"data": "", "tokenizer": ""}
     assert hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16] == "03f910e3489f247b"
+
+
+def test_a_model_of_any_size_is_known_by_its_family_and_its_checkpoint(clean_grid, tmp_path):
+    shutil.copytree(clean_grid, tmp_path / "w")
+    file = tmp_path / "w" / "config.json"
+    whole = json.loads(file.read_text())
+    whole["config"]["model"] |= {"name": "llava", "checkpoint": "microsoft/llava-med@abc"}
+    file.write_text(json.dumps(whole))
+    assert Grid(tmp_path / "w").model == "llava (llava-med)"
+    whole["config"]["model"]["name"] = "auto"  # a grid knows its family before it writes this file
+    file.write_text(json.dumps(whole))
+    with pytest.raises(FileError, match='config.model.name="auto": expected one of llava15_tiny'):
+        Grid(tmp_path / "w")

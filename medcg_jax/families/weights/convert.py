@@ -7,7 +7,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,13 @@ from medcg_jax.families.weights import engine, peft
 from medcg_jax.families.weights.families import family_of, module_of, module_of_release
 from medcg_jax.families.weights.fields import dataclass_of, quoted
 from medcg_jax.families.weights.files import WeightsError, copy_companions, read_json, write_safetensors, written_whole
+from medcg_jax.families.weights.hub import is_repository, resolve
 from medcg_jax.families.weights.llava import is_original
+from medcg_jax.families.weights.processor import write_processor
 from medcg_jax.families.weights.tables import Index
 from medcg_jax.nn.base import Base
 
-MODEL_FILE = "model.json"
+MODEL_FILE, CARD = "model.json", "README.md"
 PARAMS_DIR = "params"
 # Fields of a config that do not belong to the architecture: run options and token ids.
 RUN_FIELDS = (
@@ -67,7 +69,7 @@ class Checkpoint:
         Raises:
           WeightsError: it does not exist, or is of another architecture.
         """
-        src = Path(self.parts.get("base") or self.trained_on)
+        src = self.parts.get("base") or resolve(self.trained_on)
         if not src.is_dir():
             raise WeightsError(
                 f"{self.src} holds only what a run trained, and {src}, which it was trained on, does not exist; pass "
@@ -166,7 +168,7 @@ def open_checkpoint(src: Path, parts: Mapping[str, Path] = NO_PARTS) -> Checkpoi
         raise WeightsError(
             f"{src} holds no checkpoint (neither config.json nor {MODEL_FILE}); accepted: a directory with "
             "llava-hf/llava-1.5-7b-hf, llava-hf/llava-1.5-13b-hf or liuhaotian/llava-v1.5-7b from the Hugging Face hub "
-            f"(`hf download llava-hf/llava-1.5-7b-hf --local-dir {src}`), or what `medcg convert` wrote"
+            "(or that name itself, which is then fetched), or what `medcg convert` wrote"
         )
     return _open_release(src, stated, parts)
 
@@ -253,8 +255,8 @@ def load_checkpoint(
       WeightsError: no checkpoint, another architecture, or tensors missing, unused or misshapen.
     """
     checkpoint = open_checkpoint(src, parts)
-    lacks_adapters = checkpoint.config.lora is None and config.lora is not None
-    loaded = dataclasses.replace(config, lora=None) if lacks_adapters else config
+    loaded = without_new_adapters(config, checkpoint)
+    lacks_adapters = loaded is not config
     check_same(checkpoint.config, loaded, src)
     _, abstract = build.abstract(loaded, param_dtype=param_dtype)
     shardings = build.shardings(loaded, mesh)
@@ -266,6 +268,12 @@ def load_checkpoint(
         lora = build.create_adapters(config, mesh, seed=seed, param_dtype=param_dtype)
         params = build.join(params, nnx.State({"lora": lora}))
     return build.abstract(config, param_dtype=param_dtype)[0], params
+
+
+def without_new_adapters(config: Config, checkpoint: Checkpoint) -> Config:
+    """`config` itself, or without adapters where the checkpoint has none: they are then initialised."""
+    lacks_adapters = checkpoint.config.lora is None and config.lora is not None
+    return dataclasses.replace(config, lora=None) if lacks_adapters else config
 
 
 def _restored(checkpoint: Checkpoint, abstract, shardings, mesh: Mesh, param_dtype):
@@ -296,7 +304,15 @@ def open_leaves(src: Path, *, parts: Mapping[str, Path] = NO_PARTS) -> dict:
 
 
 def convert(
-    src: Path, dst: Path, *, to: str = "orbax", parts: Mapping[str, Path] = NO_PARTS, ids: Mapping[str, int] = NO_IDS
+    src: Path,
+    dst: Path,
+    *,
+    to: str = "orbax",
+    parts: Mapping[str, Path] = NO_PARTS,
+    ids: Mapping[str, int] = NO_IDS,
+    system_prompt: str | None = None,
+    card: Callable[[Checkpoint], str] | None = None,
+    meta: tuple[str, str] | None = None,
 ) -> dict:
     """{"out", "to", "parameters", "tensors", "dtype"} after writing `dst` from `src`; prints one line.
 
@@ -305,6 +321,9 @@ def convert(
       quantised); "peft" for the adapters, and a projector that was trained with them, as peft's.
     parts: files or directories outside `src`, by the names in `weights.families`.
     ids: token ids by field of the config, to replace those of the config in `src`.
+    system_prompt: of the training that wrote `src`, for the chat template; None: it was not trained here.
+    card: writes the text of README.md, for "hf" and "peft".
+    meta: name and text of a file for "orbax", what is recorded of the training.
     Weights keep their dtype. `dst` appears when it is complete, with the tokenizer, chat templates and processor files
     of `src` (or of the checkpoint that it was trained on).
 
@@ -326,12 +345,18 @@ def convert(
         copy_companions([*beside, *([checkpoint.below.src] if checkpoint.below else [])], new)
         if to == "peft":
             num_tensors = peft.export_peft(family, params, config, new, base=checkpoint.trained_on)
+            write_processor(new, config, system_prompt)
         else:
             num_tensors = sum(1 if entry.layers is None else len(entry.layers) for entry in family.table(config))
             if to == "hf":
                 export(params, config, new)
+                write_processor(new, config, system_prompt)
             else:
                 save_params(new, params, dataclasses.replace(config, base=Base()))
+                if meta:
+                    (new / meta[0]).write_text(meta[1], encoding="utf-8")
+        if card and to != "orbax":
+            (new / CARD).write_text(card(checkpoint), encoding="utf-8")
     dtype, number = ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})), build.num_params(params)
     print(f"{src} -> {dst}: {num_tensors} tensors, {number:,} parameters, {dtype}")
     return {"out": str(dst), "to": to, "parameters": number, "tensors": num_tensors, "dtype": dtype}
@@ -383,7 +408,8 @@ def export(params, config: Config, dst: Path, *, dtype=None) -> None:
 def save_params(directory: Path, params, config: Config, *, trained_on: str = "") -> None:
     """Writes `params` (arrays or `engine.Leaf`s) with Orbax, and `config` beside them, into `directory`.
 
-    trained_on: the checkpoint with the other parameters, if `params` are only those that were trained.
+    trained_on: the checkpoint with the other parameters (a path, or the hub's), if `params` are only those that were
+      trained.
     """
     from medcg_jax.families.weights.orbax_leaves import save
 
@@ -394,7 +420,8 @@ def save_params(directory: Path, params, config: Config, *, trained_on: str = ""
     # Last: a directory with this file is whole.
     written = {"family": family_of(config), **dataclasses.asdict(config)}
     if trained_on:
-        written |= {"trained_on": str(Path(trained_on).absolute()), "parts": sorted(tree)}
+        start = trained_on if is_repository(trained_on) else str(Path(trained_on).absolute())
+        written |= {"trained_on": start, "parts": sorted(tree)}
     (directory / MODEL_FILE).write_text(json.dumps(written, indent=1) + "\n")
 
 

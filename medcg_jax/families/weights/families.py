@@ -27,8 +27,13 @@ def module_of_release(stated: dict) -> ModuleType:
     """The map for the release whose config.json is `stated`.
 
     Raises:
-      WeightsError: the model is not ported.
+      WeightsError: the model is not ported, or its weights are quantised.
     """
+    if (quantised := stated.get("quantization_config")) is not None:
+        raise WeightsError(
+            f"config.json has quantization_config={quoted(quantised)}; expected weights that are not quantised, of the "
+            "release that these were made of (model.base_dtype quantises on the devices)"
+        )
     families = {kind: family for family in registry.families() for kind in family.model_types}
     kind = "llava" if llava.is_original(stated) else stated.get("model_type")
     if not isinstance(kind, str) or kind not in families:

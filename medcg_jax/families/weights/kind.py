@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from medcg_jax.config import MODELS, ConfigError
+from medcg_jax.config import AUTO, MODELS, ConfigError
 from medcg_jax.families import registry
 from medcg_jax.untrusted import FileError, read_json
 
@@ -25,14 +25,16 @@ def family_in(directory: str | Path) -> str:
     return ""
 
 
-def check_family(directory: str | Path, model: str) -> None:
-    """Raises ConfigError if the checkpoint's directory states another family than that of the size `model`."""
-    stated, wanted = family_in(directory), MODELS.get(model, "")
+def check_family(directory: str | Path, model: str, stated: str = "") -> None:
+    """Raises ConfigError if the checkpoint in a folder is of another family than `model`, a size or a family.
+
+    stated: the family of the checkpoint; "": the one that its files state, if they do.
+    """
+    stated, wanted = stated or family_in(directory), MODELS.get(model, "")
     if stated and wanted and stated != wanted:
-        sizes = ", ".join(registry.family(stated).sizes)
         raise ConfigError(
             f"model.checkpoint={directory} is a {stated} checkpoint, and model.name={model} is of {wanted}; expected a "
-            f"{wanted} checkpoint, or a config of {stated} (model.name one of {sizes})"
+            f"{wanted} checkpoint, or a config of {stated} (model.name={AUTO} takes the checkpoint's)"
         )
 
 

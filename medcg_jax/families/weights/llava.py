@@ -19,7 +19,7 @@ from medcg_jax.families.decoder import DecoderConfig
 from medcg_jax.families.llava.model import LlavaConfig
 from medcg_jax.families.weights import fields, peft, tables
 from medcg_jax.families.weights.engine import canonical_names
-from medcg_jax.families.weights.fields import TEXT_KEYS, expect, first, section
+from medcg_jax.families.weights.fields import TEXT_KEYS, expect, first, quoted, section
 from medcg_jax.families.weights.files import Tensors, WeightsError, joined, open_bin, open_tensors, read_json
 
 HEAD, TABLE = "lm_head.weight", "language_model.embed_tokens.weight"
@@ -53,6 +53,10 @@ LLAMA_KEYS = TEXT_KEYS | fields.keys(
     "head_dim=head_dim qkv_bias=attention_bias mlp_bias=mlp_bias tie_head=tie_word_embeddings"
 )
 LLAMA_DEFAULTS = DecoderConfig(norm_eps=1e-6, max_positions=2048)
+# A Mistral without its window of attention is a Llama: LLaVA-Med 1.5 has one.
+MISTRAL = ("mistral", "llava_mistral")
+MISTRAL_DEFAULTS = {"num_kv_heads": 8, "mlp_dim": 14336, "max_positions": 2**17}
+MISTRAL_WINDOW = 4096
 
 
 def llama_layer(text: DecoderConfig = LLAMA_DEFAULTS, attention_name: str = "self_attn") -> tables.Lines:
@@ -318,12 +322,21 @@ def clip_config(stated: dict, feature_layer: int, *, keep_class_token: bool = Fa
 
 
 def decoder_config(stated: dict, prefix: str) -> DecoderConfig:
-    """The decoder that Llama's config.json, or a `text_config` of its fields, states; prefix: of the fields' names."""
-    expect(stated, prefix, model_type=("llama", "llava", "llava_llama"))
+    """The decoder that Llama's or Mistral's config.json, or a `text_config` of its fields, states.
+
+    prefix: of the fields' names.
+    """
+    expect(stated, prefix, model_type=("llama", "llava", "llava_llama", *MISTRAL))
+    is_mistral = stated.get("model_type") in MISTRAL
+    window = stated.get("sliding_window", MISTRAL_WINDOW) if is_mistral else None
+    if window is not None:
+        raise WeightsError(
+            f"config.json has {prefix}sliding_window={quoted(window)}; expected null, attention to all that came before"
+        )
     _, theta, scaling = fields.rope(stated, prefix, 10000.0)
     num_heads = fields.number(stated, prefix, "num_attention_heads", 32, "num_heads")
     width = fields.number(stated, prefix, "hidden_size", 4096, "embed_dim")
-    absent = {"num_kv_heads": num_heads, "head_dim": width // num_heads}
+    absent = {"num_kv_heads": num_heads, "head_dim": width // num_heads} | (MISTRAL_DEFAULTS if is_mistral else {})
     out_bias = fields.flag(stated, prefix, "attention_bias", False)
     return fields.read_dataclass(
         LLAMA_KEYS, LLAMA_DEFAULTS, stated, prefix, absent, rope_theta=theta, rope_scaling=scaling, out_bias=out_bias

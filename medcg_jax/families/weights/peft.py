@@ -20,6 +20,7 @@ from medcg_jax.families.weights import engine
 from medcg_jax.families.weights.engine import Leaf
 from medcg_jax.families.weights.fields import expect, number, quoted
 from medcg_jax.families.weights.files import Tensors, WeightsError, joined, open_bin, open_safetensors, read_json
+from medcg_jax.families.weights.hub import REPOSITORY
 from medcg_jax.families.weights.tables import Entry, entries, lora_halves
 from medcg_jax.nn.quant import is_quantized
 
@@ -203,11 +204,13 @@ def export_peft(family, params, config, dst: Path, *, base: str = "") -> int:
     split = [re.split(r"(?<=\.layers\.)\d+\.", name) for name in kernels]
     prefix, ends = re.escape(split[0][0]), sorted({end for _, end in split})
     others = [name.split(".") for name in modules if ".lora_" not in name]
+    named, _, revision = base.partition("@") if REPOSITORY.fullmatch(base) else (base, "", "")
     tensors = {name: np.ascontiguousarray(value) for name, value in stream}
     (dst / next(iter(ADAPTER_FILES))).write_bytes(save(tensors, {"format": "pt"}))
     settings = {
         "peft_type": "LORA",
-        "base_model_name_or_path": base or None,
+        "base_model_name_or_path": named or None,
+        "revision": revision or None,
         "task_type": None,
         "inference_mode": True,
         "r": config.lora.rank,

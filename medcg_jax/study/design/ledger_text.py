@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
+from medcg_jax.data.catalogue import Dataset
 from medcg_jax.study.design.ledger import TABLES, DatasetState, Ledger, RowState, SubsetState, states_of
 from medcg_jax.study.design.overlap import LAPSES
 
@@ -137,10 +138,16 @@ def _dataset_lines(states: Sequence[DatasetState]) -> list[str]:
         text = ", ".join(f"{state.number} ({state.train + state.test:,})" for state in others)
         lines += ["", *_wrap(f"Data numbers of the tree's own, with their records: {text}")]
     if gone:
-        lines += ["", "Missing datasets, and where they are to be had"]
-    for state in gone:
-        name = f"{state.number:>3}  {_short(state.name or 'name not known', 36):<36}"
-        for address in state.addresses or ("address not known",):
+        lines += ["", "Missing datasets, and where they are to be had", *address_lines(gone)]
+    return lines
+
+
+def address_lines(datasets: Iterable[DatasetState | Dataset]) -> list[str]:
+    """Where datasets are to be had: number, name and each address."""
+    lines = []
+    for dataset in datasets:
+        name = f"{dataset.number:>3}  {_short(dataset.name or 'name not known', 36):<36}"
+        for address in dataset.addresses or ("address not known",):
             line = f"{name}  {address}"
             lines += [line] if len(line) <= WIDTH else [*filter(None, [name.rstrip()]), f"     {address}"]
             name = " " * len(name)

@@ -131,7 +131,7 @@ def write_comparison(a: str | Path, b: str | Path, out: str | Path = "") -> Path
             f"They differ in {', '.join(differ[:MOST_NAMED])}{others}." if differ else "Their settings are the same."
         )
         sub = " ".join(
-            f"{label} (grid “{grid.config['name']}”, {grid.config['model']['name']}, {len(grid.results)} results)."
+            f"{label} (grid “{grid.config['name']}”, {grid.model}, {len(grid.results)} results)."
             for label, grid in zip(labels, grids, strict=True)
         )
         title = " and ".join(labels)

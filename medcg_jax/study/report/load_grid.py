@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from medcg_jax.config import MODELS, STUDY_TABLES, ConfigError, DataConfig
+from medcg_jax.config import MODELS, STUDY_TABLES, ConfigError, DataConfig, model_title
 from medcg_jax.data.phantom.source import DETECTION_TRIPLETS
 from medcg_jax.data.phantom.world import TRIPLETS
 from medcg_jax.data.records import LETTERS, DataError, Source, Subset
@@ -125,6 +125,12 @@ class Grid:
         )
         self._sources: dict[int, Source] = {}
         self._scores: dict[str, dict[tuple[str, str], dict[str, Score]]] = {}
+
+    @property
+    def model(self) -> str:
+        """The model's name for people."""
+        model = self.config["model"]
+        return model_title(model["name"], model.get("checkpoint", ""))
 
     @property
     def is_phantom(self) -> bool:

@@ -80,7 +80,7 @@ def _write(grid: Grid, folder: Path, formats: Sequence[str]) -> None:
     began = f", {grid.run['date'].partition('T')[0]}" if grid.run["date"] else ""
     sub = (
         f"Compositional generalization, grid “{grid.config['name']}”: {counted(len(grid.done()), 'cell')}, "
-        f"{table_names(grid.tables) or 'no table'}, {grid.config['model']['name']}, "
+        f"{table_names(grid.tables) or 'no table'}, {grid.model}, "
         f"{'phantoms' if grid.of_phantoms else 'images from files'}, {counted(len(grid.seeds), 'seed')}{began}"
     )
     texts["index.html"] = page_html(

@@ -82,7 +82,7 @@ def combination(tables: Tables, table: str, number: int) -> Table:
     name = table.replace("_", " ").capitalize()
     caption = (
         f"{name} beside table {number} of arXiv 2412.20070, version 1: printed accuracies ({model}) and this grid's "
-        f"({tables.grid.config['model']['name']}), in %. Subset numbers are inferred from the printed baselines and "
+        f"({tables.grid.model}), in %. Subset numbers are inferred from the printed baselines and "
         "phrases; the confidence is that of the reading. Shared: the elements (modality M, area A, task T) that each "
         f"related subset has in common with the target, by this project's table of tasks. {lapses_in_words(rows)}"
     )
@@ -137,7 +137,7 @@ def per_subset(tables: Tables, part: str) -> Table:
             )
     caption = (
         f"Subsets beside table {number} of arXiv 2412.20070, version 1: printed accuracies ({MODEL}) and this grid's "
-        f"({tables.grid.config['model']['name']}), in %. The table prints subset numbers: nothing is inferred."
+        f"({tables.grid.model}), in %. The table prints subset numbers: nothing is inferred."
     )
     titles = titles_of(arms) | {"target": "Subset"}
     return Table(f"published_{part}", f"Multi-task beside table {number}", caption, rows, titles)

@@ -73,7 +73,7 @@ def _write(grid: Grid, folder: Path, target: str, file: str, around: Sequence[tu
         ),
     ]
     title, name = subset_title(grid, target), grid.config["name"]
-    sub = Markup('<a href="../index.html">Grid “{}”</a>, {}').format(name, grid.config["model"]["name"])
+    sub = Markup('<a href="../index.html">Grid “{}”</a>, {}').format(name, grid.model)
     write_text(folder / file, page_html(title, sub, sections, title=f"{title}: {name}", around=around))
     right = cards.num_answers and f": {100 - 100 * cards.num_wrong / cards.num_answers:.1f} %"
     what = grid.describe(target)

@@ -234,7 +234,7 @@ class Answer:
         caution = (
             "The images are phantoms, not patients: nothing here speaks of medical images."
             if self.grid.of_phantoms
-            else f"This is how {self.grid.config['model']['name']} answers these test records; no clinical claim follows."
+            else f"This is how {self.grid.model} answers these test records; no clinical claim follows."
         )
         return [
             *self.combination("pairs", f"two subsets {hold_all}"),
@@ -434,7 +434,7 @@ def summary_text(grid: Grid, answer: Answer, limits: Sequence[str]) -> str:
     """Plain text: what was run, what it shows, with numbers and intervals, and what it does not show."""
     head = (
         f"{grid.config['name']}: {counted(len(grid.done()), 'cell')} of {len(grid.cells):,}, "
-        f"{table_names(grid.tables) or 'no table'}; {grid.config['model']['name']}, "
+        f"{table_names(grid.tables) or 'no table'}; {grid.model}, "
         f"{'phantoms' if grid.of_phantoms else 'images from files'}, "
         f"{counted(len(grid.seeds), 'seed')} ({', '.join(map(str, grid.seeds)) or 'none'})."
     )
@@ -501,7 +501,7 @@ def below_chance(grid: Grid) -> list[str]:
 
 def limits(grid: Grid, summary: dict) -> list[str]:
     """What the grid does not show, each with its reason."""
-    targets, model = sorted({row["target"] for row in summary["rows"]}), grid.config["model"]["name"]
+    targets, model = sorted({row["target"] for row in summary["rows"]}), grid.model
     arms, num_seeds = {row["arm"] for row in grid.results}, len(grid.seeds)
     reported = [line for line in grid.contamination if line["action"] == "reported"]
     leaky = {words: len({line["cell"] for line in reported if line["kind"] in kinds}) for kinds, words in LEAKS.items()}

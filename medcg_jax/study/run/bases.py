@@ -23,10 +23,11 @@ from medcg_jax.data.phantom.images import NUM_SITES, SITES_PER_SIDE
 from medcg_jax.data.records import Turn
 from medcg_jax.families.build import join, split_trainable
 from medcg_jax.study.design.schedule import seeded
-from medcg_jax.train.checkpoint import load_params, read_meta, save_params
+from medcg_jax.train.checkpoint import load_params, save_params
 from medcg_jax.train.goodput import Goodput
 from medcg_jax.train.loop import fit, loop_options
 from medcg_jax.train.losses import negative_log_likelihood, token_loss
+from medcg_jax.train.meta import read_meta
 from medcg_jax.train.run import run_spec, step_program
 from medcg_jax.train.setup import Setup, model_config, peak_flops, run_tokenizer, start_params
 
@@ -179,6 +180,6 @@ def train_base(
     )
     meta = {"made_of": recipe, "loss": result.metrics["loss"]}
     params = with_common_start(join(state.params, frozen), encoded.arrays["tokens"])
-    save_params(path, params, setup.model, meta)
+    save_params(path, params, setup.model, meta, beside=setup.companions)
     if jax.process_index() == 0:
         shutil.rmtree(folder, ignore_errors=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medcg_jax.chips import CHIPS, chip_hours
-from medcg_jax.config import ARMS, BOX_TABLES, DECIDING_ARMS, ConfigError, RunConfig
+from medcg_jax.config import ARMS, BOX_TABLES, DECIDING_ARMS, ConfigError, RunConfig, has_any_size
 from medcg_jax.data.records import Source, Subset
 from medcg_jax.data.sources import open_source
 from medcg_jax.study.design import mat
@@ -142,6 +142,10 @@ def dry(run: RunConfig, prices: Mapping[str, float] = {}) -> dict:
             print(f"-- {model}")
             listings[model] = dry(model_run, prices)
         return listings
+    if has_any_size(run.model.name):
+        from medcg_jax.train.start import with_checkpoint  # it imports JAX
+
+        run = with_checkpoint(run)
     source = subsets_source(run)
     plan = make_plan(run, source)
     spent = costs(run, plan.jobs)

@@ -58,7 +58,9 @@ def reproduce(run: RunConfig, workdir: str | Path) -> dict:
       ConfigError: the workdir holds a grid of another configuration, or the configuration cannot be used.
       Interrupted: the process was asked to stop; unfinished work is saved, its claims are released.
     """
-    workdir = Path(workdir)
+    from medcg_jax.train.start import with_checkpoint
+
+    workdir, run = Path(workdir), with_checkpoint(run)
     plan = make_plan(run)
     folders = {model: workdir / model if run.study.models else workdir for model in plan.runs}
     for model_run in plan.runs.values():
@@ -125,7 +127,7 @@ def follow(folders: Mapping[str, Path], plan: Plan) -> dict:
 def check_start(run: RunConfig) -> None:
     """Raises ConfigError, before anything is allocated, when weights are missing or a grid cannot use a value."""
     from medcg_jax.train.log import load_wandb
-    from medcg_jax.train.setup import check_weights
+    from medcg_jax.train.start import check_weights
 
     check_weights(run)
     if run.log.profile_steps:
@@ -158,6 +160,10 @@ def work(
 
         Worker(folders, plan, restarted=restarted).run()
         return
+    from medcg_jax.train.start import weights_dir
+
+    for model_run in plan.runs.values():  # before the workers, which would all fetch them
+        weights_dir(model_run.model)
     arguments = [*map(str, folders.values()), *(["--restarted"] if restarted else [])]
     if needs_bases and len(plan.runs) * len(run.study.seeds) < run.study.jobs:
         # Most processes would wait for the bases: one process with all cores is faster.
