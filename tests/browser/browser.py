@@ -14,6 +14,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 # A phone, a tablet, and a laptop.
 WIDTHS = (390, 820, 1280)
 HEIGHT = 900
+# An A4 page between its margins.
+PRINTED_WIDTH = 703
 # The machine may be busy.
 TIMEOUT_MS = 300_000
 # axe's findings of this weight fail.
@@ -110,6 +112,14 @@ class Tab:
         number = self.page.evaluate(FOLDED_UNSEEN)
         self.page.emulate_media(media="screen")
         return number
+
+    def cut_off_when_printed(self) -> list[str]:
+        """Tables that are wider than a printed page."""
+        self.page.set_viewport_size({"width": PRINTED_WIDTH, "height": HEIGHT})
+        self.page.emulate_media(media="print")
+        names = self.cut_off()
+        self.page.emulate_media(media="screen")
+        return names
 
 
 @contextmanager

@@ -107,6 +107,7 @@ def test_axe_finds_nothing_grave(browser, pages, kind, dark):
 def test_all_is_printed(browser, pages, kind, tmp_path):
     with opened(browser, pages[kind], WIDTHS[-1]) as tab:
         assert tab.folded_when_printed() == 0
+        assert tab.cut_off_when_printed() == []
         tab.page.pdf(path=tmp_path / "page.pdf")
         assert (tmp_path / "page.pdf").stat().st_size > 5_000
 
@@ -145,7 +146,7 @@ def test_faults_are_found(browser, tmp_path):
         assert tab.sideways() > 2000 and tab.cut_off() == ["t1"]
         assert tab.unreachable() == ["t1"] and tab.hidden_columns() == ["c"]
         assert "gone.png" in tab.missing_pictures() and tab.broken_links() == ["gone.html", "#nowhere"]
-        assert tab.folded_when_printed() == 1
+        assert tab.folded_when_printed() == 1 and tab.cut_off_when_printed() == ["t1"]
         rules = " ".join(tab.findings())
         assert "color-contrast" in rules and "image-alt" in rules
     path.write_text(FAULTY.replace("gone.png", "http://127.0.0.1:9/x.png"))

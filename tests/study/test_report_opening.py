@@ -8,6 +8,7 @@ from report_grids import change_config, make_grid, quick, run_of
 from test_report import Page
 from test_report_text import TARGETS, answer_with, pairs  # noqa: F401
 
+from medcg_jax.study.report.layout import MOST_PRINTED, Section, page_html
 from medcg_jax.study.report.load_grid import Grid
 from medcg_jax.study.report.opening import headline, teaser
 from medcg_jax.study.report.page import write_report
@@ -129,10 +130,21 @@ def test_a_table_shows_its_deciding_columns_and_keeps_all():
 def test_results_are_the_first_table_of_the_markdown(full_grid):
     text = (full_grid / "report" / "report.md").read_text()
     head, _, table = text.partition("\n\n")
-    assert head.startswith("# ") and table.startswith("## Results\n\n| Table | Arm | n | Accuracy |")
+    assert head.startswith("# ") and table.startswith("## Results\n\n| Table | Arm | n | Accuracy | Stderr |")
     rows = [line.split(" | ") for line in table.split("\n\n")[1].splitlines()[2:]]
     assert all(len(row) == len(rows[0]) for row in rows)
     names = [row[1] for row in rows if row[0] == "| pairs"]
     assert names[:2] == ["Baseline", "Baseline+"] and "Trained" in names
     plus = next(row for row in rows if row[:2] == ["| pairs", "Baseline+"])
     assert any(re.fullmatch(r"[+−]\d+\.\d", value) for value in plus)
+
+
+def test_of_a_long_table_the_first_rows_are_printed():
+    def page(rows: int) -> str:
+        table = Table("t", "T", "", [{"a": number} for number in range(rows)])
+        return page_html("h", "s", [Section(id="s", title="S", tables=[table])], tables=[table])
+
+    assert "class=unprinted" not in page(MOST_PRINTED) and 'class="printed"' not in page(MOST_PRINTED)
+    long = page(1200)
+    assert long.count("class=unprinted") == 1200 - MOST_PRINTED
+    assert f"The first {MOST_PRINTED} of 1,200 rows are printed; the page and tables/t.csv have them all." in long

@@ -329,7 +329,7 @@ def _paint(axes, bars: Sequence[Bar], x_label: str, line_at_1: bool) -> str:
         axes.axvline(1.0, color=INK, linewidth=1)
     axes.set_xlim(left=0)
     axes.set_ylim(len(bars) - 0.5, -0.5)
-    names = [beside(bar.label, f"n {bar.n}" if bar.n else "", 34) for bar in bars]
+    names = [beside(bar.label, f"n {bar.n}" if bar.n else "", 38) for bar in bars]
     axes.set_yticks(places, names, color=INK, fontsize=SMALL_PT)
     axes.set_xlabel(x_label, color=MUTED, fontsize=SMALL_PT)
     axes.grid(visible=False, axis="y")

@@ -14,6 +14,8 @@ from medcg_jax.study.report.table import MARKS, Table, text_of
 
 # Sections from which on a page has a list of contents.
 MOST_WITHOUT_CONTENTS = 5
+# Rows of a table that are printed.
+MOST_PRINTED = 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ def page_html(
     return _template().render(
         heading=heading, sub=sub, title=title or heading, notes=notes, sections=shown, marks=MARKS, around=around,
         files={table.name for table in tables}, links=links, text_of=text_of,
-        has_contents=len(shown) > MOST_WITHOUT_CONTENTS,
+        has_contents=len(shown) > MOST_WITHOUT_CONTENTS, most_printed=MOST_PRINTED,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from medcg_jax.study.report.text import DOUBTFUL, PARTS, effect_name, efficiency
 from medcg_jax.study.stats import metrics
 from medcg_jax.study.stats.calibration import NUM_BINS
 from medcg_jax.study.stats.controls import BLIND
+from medcg_jax.study.stats.paired import Unit, estimate
 
 # Curves of the data efficiency.
 CURVES = ("with_related", "with_unrelated", "target_only")
@@ -80,17 +81,20 @@ class Tables:
             if table in NUMBERED_ARMS or (part == "") == (table == "multi_task"):
                 continue
             effect = effects.get((table, part, arm))
-            targets = {
-                r["target"]
-                for r in self.grid.results
-                if (r["table"], r["arm"]) == (table, arm) and part in ("", r["part"])
-            }
-            chances = [chance for name in sorted(targets) if (chance := self.grid.chance(name)) is not None]
+            cells = [r for r in self.grid.results if (r["table"], r["arm"]) == (table, arm) and part in ("", r["part"])]
+            units = [Unit(r["target"], r["seed"], r["n"], r["correct"], r["correct"]) for r in cells]
+            mean_accuracy = estimate(units, same_records=not self.grid.is_phantom)
+            chances = [
+                chance
+                for name in sorted({r["target"] for r in cells})
+                if (chance := self.grid.chance(name)) is not None
+            ]
             rows.append(
                 {"table": " ".join([table.replace("_", "-"), PARTS.get(part, part)]).strip(), "arm": arm_name(arm)}
                 | {
                     "n": entry["n"],
                     "accuracy": entry["accuracy"],
+                    "stderr": max(error for error, _ in mean_accuracy.errors),
                     "chance": sum(chances) / len(chances) if chances else None,
                 }
                 | {"ceiling": entry["ceiling"], "mean": effect and effect["mean"]}
@@ -100,13 +104,13 @@ class Tables:
                 | {"colours": {"mean": COLOURS[state(effect)] if effect else ""}}
             )
         caption = (
-            "Mean accuracy in % over targets and seeds, n distinct questions; how far the arm that the study is about "
-            "(Trained, All related, Multi-task) lies above each other one, in points with the 95 % interval over targets "
-            "and seeds; the overall p, and the least that the layout allows (–: any). Green: shown to be above; orange: "
+            "Mean accuracy in % over targets and seeds with its standard error, n distinct questions; how far the arm that "
+            "the study is about (Trained, All related, Multi-task) lies above each other one, in points with the 95 % "
+            "interval over targets and seeds; the overall p, and the least that the layout allows (–: any). Green: shown to be above; orange: "
             "below."
         )
-        titles = {"mean": "Gain over it", "p_smallest": "Least possible p"}
-        shown = "arm table accuracy mean ci p p_smallest n chance ceiling targets seeds".split()
+        titles = {"stderr": "Stderr", "mean": "Gain over it", "p_smallest": "Least possible p"}
+        shown = "arm table accuracy mean stderr ci p p_smallest n chance ceiling targets seeds".split()
         return Table("results", "Results", caption, rows, titles, shown=shown)
 
     def paired(self, table: str, row: str, target: str, arm: str, against: str) -> dict | None:
@@ -117,8 +121,8 @@ class Tables:
         caption = (
             "Mean differences between arms, in points, with 95 % intervals over targets crossed with seeds (with one seed "
             "over targets alone: nothing is said of the recipe); rows above and below (those that share their trainings "
-            "count once), and how many significantly in these models (exact McNemar, Holm-adjusted over a table's distinct comparisons). Overall: the test of that "
-            "interval, with one seed sign flips of the targets' means; by direction adjusted by Holm over a table's "
+            "count once), and how many significantly in these models (exact McNemar, Holm-adjusted over a table's distinct "
+            "comparisons). Overall: the test of that interval, with one seed sign flips of the targets' means; by direction adjusted by Holm over a table's "
             "directions; and the least p that the layout allows, whatever the numbers are (–: any). Green: shown to be "
             "above 0; orange: below."
         )
