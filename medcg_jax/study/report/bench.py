@@ -151,7 +151,7 @@ def ratio_plots(folder: Path, results: dict[str, dict]) -> list[Figure]:
         for short, result in short_labels(results).items()
         if (ratio := result["ratios"].get(name))
     ]
-    axis = f"samples per {_unit(results)} of this port over the reference's"
+    axis = f"times the reference's samples per {_unit(results)}"
     caption = "Above 1 this port is faster; bar: median, line: least to most."
     return _drawn(folder, "bench_ratios", "This port over PyTorch", caption, bars, axis, results, line_at_1=True)
 
