@@ -110,7 +110,7 @@ def write_stats(
 ) -> Path:
     """Writes the page and returns its path; `out` appears whole, and replaces nothing but an older page.
 
-    progress: shown while images are read, and while sheets are drawn. report: called with a line on what is done next.
+    progress: shows how far the images are. report: called with a line on what is done next.
 
     Raises:
       DataError: no tree, a file of the tree cannot be read, or `out` holds something else.
@@ -128,7 +128,7 @@ def write_stats(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         partial = Path(folder) / "page"
         (partial / "sheets").mkdir(parents=True)
-        _write_into(partial, Path(root).absolute().name, source, inspection, data.max_pixels, reading, progress)
+        _write_into(partial, Path(root).absolute().name, source, inspection, data.max_pixels, reading)
         shutil.rmtree(out, ignore_errors=True)
         os.replace(partial, out)
     return out / "index.html"
@@ -145,13 +145,7 @@ def _is_free(out: Path) -> bool:
 
 
 def _write_into(
-    partial: Path,
-    name: str,
-    source: ReleaseSource,
-    inspection: Inspection,
-    max_pixels: int,
-    reading: Reading,
-    progress: Progress | None,
+    partial: Path, name: str, source: ReleaseSource, inspection: Inspection, max_pixels: int, reading: Reading
 ) -> None:
     """Writes the page's files. name: of the tree."""
     subsets, strips = [], {}
@@ -160,7 +154,7 @@ def _write_into(
         for kind, group in (("choice", source.subsets), ("detection", source.detection_subsets))
         for subset in group
     ]
-    for kind, subset in progress(kinds, len(kinds)) if progress else kinds:
+    for kind, subset in kinds:
         sets = {split: source.records(subset.name, split) for split in SPLITS}
         sheet = contact_sheet([sets[split] for split in SPLITS], np.random.default_rng(0))
         if sheet is not None:
