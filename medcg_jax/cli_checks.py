@@ -8,7 +8,7 @@ from medcg_jax.data.records import DataError
 from medcg_jax.data.sources import check_root, is_prepared
 from medcg_jax.eval import trained_with
 from medcg_jax.families.weights.hub import is_repository
-from medcg_jax.families.weights.kind import check_family, check_is_released
+from medcg_jax.families.weights.kind import check_family, check_is_released, check_weights
 
 
 def check_run(run: RunConfig, verb: str, workdir: Path) -> None:
@@ -26,11 +26,12 @@ def check_run(run: RunConfig, verb: str, workdir: Path) -> None:
             )
         if has_trained or not is_of_hub:
             trained_with.check_same(run, trained_with.parameters_of(run, workdir))
-    if checkpoint and not is_of_hub:
-        if not Path(checkpoint).is_dir():
-            return  # weights are spoken of first, and by those who may fetch them (`train.start`)
-        if not run.study.models:
-            check_family(checkpoint, run.model.name)
+    if verb == "reproduce":  # what a grid trains is decided by its data
+        check_root(run.data)
+    if not is_of_hub and not run.study.models and not (verb == "eval" and has_trained):
+        check_weights(run.model)
+    if checkpoint and not is_of_hub and not run.study.models:
+        check_family(checkpoint, run.model.name)
     check_root(run.data)
 
 

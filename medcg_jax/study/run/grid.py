@@ -23,6 +23,7 @@ from medcg_jax import processes
 from medcg_jax.agreement import data_fingerprint, versions
 from medcg_jax.config import BOX_TABLES, ConfigError, Interrupted, RunConfig, flat, free_fields
 from medcg_jax.data.general import open_general
+from medcg_jax.families.weights.kind import check_weights
 from medcg_jax.files import write_whole
 from medcg_jax.study.design.schedule import Plan, make_plan, seeded
 from medcg_jax.study.design.suite import short_of_records
@@ -125,9 +126,7 @@ def follow(folders: Mapping[str, Path], plan: Plan) -> dict:
 
 def check_start(run: RunConfig) -> None:
     """Raises ConfigError, before anything is allocated, when weights are missing or a grid cannot use a value."""
-    from medcg_jax.train.start import check_weights
-
-    check_weights(run)
+    check_weights(run.model)
     for name in ("wandb", "profile_steps"):
         if value := getattr(run.log, name):
             raise ConfigError(f"log.{name}={value!r}: expected '' in `medcg reproduce`; `medcg train` takes others")
