@@ -68,12 +68,15 @@ def run_ask(args) -> dict:
     if args.out:
         check_new_png(args.out)
     from medcg_jax.eval import inputs
+    from medcg_jax.families.weights.kind import family_in
 
     form = {name: getattr(args, name) for name in (*FORM, "max_pixels")}
     checkpoint = inputs.local_checkpoint(args.checkpoint)
     inputs.check_question(args.question)
     inputs.check_new_tokens(args.max_new_tokens)
     options = inputs.check_options(options) if options else ()
+    if args.boxes and (family := family_in(checkpoint)):
+        inputs.check_gives_boxes(family)
     pixels, read_as = inputs.pixels_of(args.image, inputs.read_form(checkpoint, **form))
 
     from medcg_jax import platform
@@ -81,9 +84,6 @@ def run_ask(args) -> dict:
     platform.apply(deterministic=True)
     from medcg_jax.eval import ask
 
-    if args.boxes:
-        below = inputs.local_checkpoint(args.base) if args.base else None
-        ask.check_gives_boxes(ask.architecture(checkpoint, below).family)
     model = ask.load(checkpoint, dtype=args.dtype, tokenizer=args.tokenizer, base=args.base, **form)
     if options:
         answer = model.choose(pixels, args.question, options)

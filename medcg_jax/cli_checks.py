@@ -3,12 +3,13 @@
 import os
 from pathlib import Path
 
-from medcg_jax.config import ConfigError, RunConfig
+from medcg_jax.config import AUTO, ConfigError, RunConfig
 from medcg_jax.data.records import DataError
 from medcg_jax.data.sources import check_root, is_prepared
 from medcg_jax.eval import trained_with
 from medcg_jax.families.weights.hub import is_repository
-from medcg_jax.families.weights.kind import check_family, check_is_released
+from medcg_jax.families.weights.kind import check_family, check_is_released, check_weights
+from medcg_jax.train.meta import check_same_run, identity, newest_config
 
 
 def check_run(run: RunConfig, verb: str, workdir: Path) -> None:
@@ -17,6 +18,8 @@ def check_run(run: RunConfig, verb: str, workdir: Path) -> None:
     Raises:
       ConfigError, DataError: one is missing, or holds something else than the configuration says.
     """
+    if workdir.exists() and not workdir.is_dir():
+        raise ConfigError(f"--workdir={workdir} is a file; expected a folder, or a new name")
     checkpoint, has_trained = run.model.checkpoint, (workdir / "params").is_dir()
     is_of_hub = is_repository(checkpoint)
     if verb == "eval":
@@ -26,12 +29,17 @@ def check_run(run: RunConfig, verb: str, workdir: Path) -> None:
             )
         if has_trained or not is_of_hub:
             trained_with.check_same(run, trained_with.parameters_of(run, workdir))
-    if checkpoint and not is_of_hub:
-        if not Path(checkpoint).is_dir():
-            return  # weights are spoken of first, and by those who may fetch them (`train.start`)
-        if not run.study.models:
-            check_family(checkpoint, run.model.name)
+    if verb == "reproduce":  # what a grid trains is decided by its data
+        check_root(run.data)
+    if not is_of_hub and not run.study.models and not (verb == "eval" and has_trained):
+        check_weights(run.model)
+    if checkpoint and not is_of_hub and not run.study.models:
+        check_family(checkpoint, run.model.name)
     check_root(run.data)
+    # Of others the commit or the family is not known yet, which `fit` compares.
+    is_known = not is_of_hub and run.model.name != AUTO
+    if verb == "train" and is_known and (theirs := newest_config(workdir / "checkpoints")):
+        check_same_run(theirs, identity(run), workdir / "checkpoints")
 
 
 def check_tree_folder(root: str) -> None:

@@ -18,13 +18,14 @@ from PIL import Image, ImageDraw
 
 from medcg_jax.config import BASE_DTYPES, ConfigError
 from medcg_jax.data.encoding import USUAL_OPTIONS
-from medcg_jax.data.records import LETTERS, MAX_OPTIONS, DataError, Turn
+from medcg_jax.data.records import LETTERS, MAX_OPTIONS, Turn
 from medcg_jax.data.row_format import Arrays
 from medcg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medcg_jax.eval.boxes import rounded
 from medcg_jax.eval.grounding import make_locator
 from medcg_jax.eval.inputs import (
     Form,
+    check_gives_boxes,
     check_new_tokens,
     check_options,
     check_question,
@@ -396,13 +397,6 @@ def with_dtype(config: Config, dtype: str) -> Config:
     # One layer a step of the scan: a single question takes less time than the compilation of all layers at once.
     runs: dict[str, Any] = dict(remat="none", attention="auto", scan_unroll=1)
     return dataclasses.replace(config, compute_dtype=compute, base=base, **runs)
-
-
-def check_gives_boxes(family: str) -> None:
-    """Raises DataError if a family cannot be asked for boxes."""
-    if not registry.family(family).gives_boxes:
-        giving = " or ".join(entry.title for entry in registry.families() if entry.gives_boxes)
-        raise DataError(f"{registry.family(family).title} gives no boxes; expected a checkpoint of {giving}")
 
 
 def draw_boxes(pixels: np.ndarray, boxes: Sequence[Sequence[float]]) -> Image.Image:

@@ -18,6 +18,7 @@ from medcg_jax.data.images import ImageError, read_image, read_opened
 from medcg_jax.data.questions import CLOSING
 from medcg_jax.data.reading import Reading, check_reading, check_size
 from medcg_jax.data.records import LETTERS, MAX_OPTIONS, DataError
+from medcg_jax.families import registry
 from medcg_jax.families.weights.hub import resolve
 from medcg_jax.files import user_path
 from medcg_jax.train.meta import META_FILE, read_meta, training_config
@@ -153,6 +154,13 @@ def check_question(question: str) -> str:
     if not isinstance(question, str) or not question.strip():
         raise DataError(f"question={question!r}: expected text")
     return question.strip()
+
+
+def check_gives_boxes(family: str) -> None:
+    """Raises DataError if a family cannot be asked for boxes."""
+    if not registry.family(family).gives_boxes:
+        giving = " or ".join(entry.title for entry in registry.families() if entry.gives_boxes)
+        raise DataError(f"{registry.family(family).title} gives no boxes; expected a checkpoint of {giving}")
 
 
 def check_new_tokens(count: int) -> None:

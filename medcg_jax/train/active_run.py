@@ -9,10 +9,11 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from medcg_jax.config import RunError, TrainConfig, flat
-from medcg_jax.train.checkpoint import CheckpointError, Checkpoints
+from medcg_jax.config import RunError, TrainConfig
+from medcg_jax.train.checkpoint import Checkpoints
 from medcg_jax.train.goodput import Goodput
 from medcg_jax.train.log import MetricsFile, StepTrace, WandbTarget
+from medcg_jax.train.meta import check_same_run
 from medcg_jax.train.optim import Hparams
 from medcg_jax.train.step import TrainState
 
@@ -167,15 +168,7 @@ class ActiveRun:
         if self._checkpoints is None or (restored := self._checkpoints.restore(abstract())) is None:
             return None
         state, meta = restored
-        theirs, ours = flat(meta["config"]), flat(json.loads(json.dumps(self.spec.config)))
-        for name in sorted(theirs.keys() | ours.keys()):
-            # A value that is off (0, "", False) equals a missing one: fields come and go between versions.
-            if (theirs.get(name) or None) != (ours.get(name) or None):
-                raise CheckpointError(
-                    f"{self._checkpoints.directory} is another run's: {name} is {theirs.get(name)!r} there and "
-                    f"{ours.get(name)!r} here; give another --workdir (with --config.model.checkpoint="
-                    f"{self._checkpoints.directory.parent / 'params'} it starts where this run ended)"
-                )
+        check_same_run(meta["config"], json.loads(json.dumps(self.spec.config)), self._checkpoints.directory)
         self.step = self.result.step = self._saved_step = meta["position"]
         self.result.metrics, self._losses = meta["metrics"], meta["losses"]
         self.result.skipped_checkpoints = self._checkpoints.skipped

@@ -28,7 +28,7 @@ from medcg_jax.families.build import Config, num_bytes
 from medcg_jax.files import write_whole
 from medcg_jax.processes import barrier, broadcast, gather
 from medcg_jax.train import checksums
-from medcg_jax.train.meta import META_FILE, read_meta
+from medcg_jax.train.meta import META_FILE, CheckpointError, read_meta
 
 PART = ".part"
 # How long a process waits for the digests of the others, each of which reads as much as it does itself.
@@ -37,10 +37,6 @@ POLL_S = 0.02
 UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 # Numbers all saves of this process: after a failed save, threads of Orbax may still write to its directory.
 _saves = itertools.count()
-
-
-class CheckpointError(ConfigError):
-    """There are checkpoints, and none can be read; the message is one line for the user."""
 
 
 class SaveError(RunError):

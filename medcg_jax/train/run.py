@@ -1,7 +1,6 @@
 """`medcg train`: one fine-tune on chosen subsets; metrics, checkpoints and final parameters go to a workdir."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from medcg_jax.config import ConfigError, RunConfig, TrainConfig, free_fields
+from medcg_jax.config import ConfigError, RunConfig, TrainConfig
 from medcg_jax.config_checks import profile_steps
 from medcg_jax.data.encoding import Encoded, cut_rows, row_length
 from medcg_jax.data.leaks import KINDS, Leak, actions_of, actions_of_general, find_leaks, hashed, joined, remedy, words
@@ -24,21 +23,12 @@ from medcg_jax.nn.base import Base
 from medcg_jax.train import checkpoint, goodput
 from medcg_jax.train.log import StepTrace, WandbTarget, keep_programs, load_wandb
 from medcg_jax.train.loop import RunSpec, fit, loop_options
+from medcg_jax.train.meta import identity
 from medcg_jax.train.optim import hparams_from, make_optimizer, num_steps
 from medcg_jax.train.preempt import sigterm_saves
 from medcg_jax.train.setup import Setup, open_setup, peak_flops, start_params, step_flops, to_keep
 from medcg_jax.train.start import with_checkpoint
 from medcg_jax.train.step import Program, init_state, make_step
-
-# Sections that a resumed run must share with its checkpoints, except for their free fields.
-SECTIONS = ("model", "data", "train")
-
-
-def identity(run: RunConfig) -> dict:
-    """The configuration that a run shares with its checkpoints, as JSON values."""
-    sections, free = {name: dataclasses.asdict(getattr(run, name)) for name in SECTIONS}, free_fields()
-    fixed = {name: {k: v for k, v in fields.items() if f"{name}.{k}" not in free} for name, fields in sections.items()}
-    return json.loads(json.dumps(fixed))
 
 
 def train(run: RunConfig, workdir: Path) -> dict:

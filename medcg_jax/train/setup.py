@@ -26,11 +26,11 @@ from medcg_jax.families.build import TINY, Config, architecture, create, join, r
 from medcg_jax.families.flops import forward, training
 from medcg_jax.families.weights.convert import load_checkpoint
 from medcg_jax.families.weights.files import has_tokenizer
-from medcg_jax.families.weights.kind import check_family
+from medcg_jax.families.weights.kind import check_family, check_weights
 from medcg_jax.mesh import check_batches, make_mesh, num_shards
 from medcg_jax.train.losses import mask_loss
 from medcg_jax.train.sanity import check_token_ids, check_tokens, pixel_keys
-from medcg_jax.train.start import check_architecture, check_weights, checkpoint_dir, weights_dir
+from medcg_jax.train.start import check_architecture, checkpoint_dir, weights_dir
 
 # A tiny model's vocabulary is a multiple of this, so that a mesh can split it.
 VOCAB_MULTIPLE = 64
@@ -127,7 +127,7 @@ def open_setup(
     """
     starts = not has_weights and trained is None
     if starts:
-        check_weights(run)
+        check_weights(run.model)
         if directory := checkpoint_dir(run.model):
             check_family(directory, run.model.name)
     mesh = make_mesh(run.mesh, devices)

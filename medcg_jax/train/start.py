@@ -5,7 +5,6 @@ from typing import Any
 
 from medcg_jax.config import AUTO, ConfigError, ModelConfig, RunConfig, has_any_size, replace
 from medcg_jax.config_checks import check
-from medcg_jax.families import registry
 from medcg_jax.families.build import Config
 from medcg_jax.families.weights.convert import (
     WeightsError,
@@ -19,8 +18,6 @@ from medcg_jax.families.weights.processor import IMAGES, PROCESSOR
 from medcg_jax.processes import barrier, broadcast, is_first_of_host
 from medcg_jax.untrusted import read_json, shown
 
-# Model -> the repository of its released checkpoint.
-RELEASED = {name: repo for family in registry.families() for name, repo in family.released.items() if repo}
 CHECKPOINT_FLAG = "model.checkpoint="
 # Of an image processor's settings.
 MAX_CONFIG_BYTES = 2**20
@@ -116,22 +113,3 @@ def _near(theirs: Any, ours: tuple[float, ...]) -> bool:
     """Whether the numbers are the same to three decimals: files round CLIP's."""
     is_list = isinstance(theirs, list) and len(theirs) == len(ours)
     return is_list and all(isinstance(x, int | float) and abs(x - y) < 1e-3 for x, y in zip(theirs, ours, strict=True))
-
-
-def check_weights(run: RunConfig) -> None:
-    """Raises ConfigError if the weights that the run starts from are missing; the message says where to get them."""
-    path, directory = run.model.checkpoint, checkpoint_dir(run.model)
-    if directory and not directory.is_dir():
-        hint = ""
-        if run.model.name in RELEASED:
-            repo = RELEASED[run.model.name]
-            hint = (
-                f"; fetch {repo} from the Hugging Face hub (--config.model.checkpoint={repo} does), or convert a "
-                "checkpoint with `medcg convert`"
-            )
-        raise ConfigError(f"model.checkpoint={path}: there are no weights{hint}")
-    if not path and run.model.name in RELEASED:
-        raise ConfigError(
-            f"model.checkpoint is empty, and {run.model.name} is not trained from nothing: give the directory "
-            f"of {RELEASED[run.model.name]}, as released or converted, or this name"
-        )

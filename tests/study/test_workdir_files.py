@@ -22,7 +22,7 @@ from medcg_jax.study.stats import results
 from medcg_jax.train import goodput
 from medcg_jax.train.checkpoint import META_FILE, read_meta
 from medcg_jax.train.log import read_metrics
-from medcg_jax.train.run import identity
+from medcg_jax.train.meta import identity
 from medcg_jax.untrusted import FileError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -1,12 +1,15 @@
-"""The family of a checkpoint by its config.json or model.json alone: quick, and without JAX."""
+"""What a checkpoint's folder is, by its small files alone: quick, and without JAX."""
 
 from pathlib import Path
 from typing import Any
 
-from medcg_jax.config import AUTO, MODELS, ConfigError
+from medcg_jax.config import AUTO, MODELS, ConfigError, ModelConfig
 from medcg_jax.families import registry
+from medcg_jax.families.weights.hub import resolve
 from medcg_jax.untrusted import FileError, read_json
 
+# Model -> the repository of its released checkpoint.
+RELEASED = {name: repo for family in registry.families() for name, repo in family.released.items() if repo}
 # As `files.MAX_JSON_BYTES`.
 MAX_JSON_BYTES = 2**23
 
@@ -35,6 +38,25 @@ def check_family(directory: str | Path, model: str, stated: str = "") -> None:
         raise ConfigError(
             f"model.checkpoint={directory} is a {stated} checkpoint, and model.name={model} is of {wanted}; expected a "
             f"{wanted} checkpoint, or a config of {stated} (model.name={AUTO} takes the checkpoint's)"
+        )
+
+
+def check_weights(model: ModelConfig) -> None:
+    """Raises ConfigError if the weights that a run of this model starts from are missing; the message says where to get them."""
+    path = model.checkpoint
+    if path and not resolve(path, weights=False).is_dir():
+        hint = ""
+        if model.name in RELEASED:
+            repo = RELEASED[model.name]
+            hint = (
+                f"; fetch {repo} from the Hugging Face hub (--config.model.checkpoint={repo} does), or convert a "
+                "checkpoint with `medcg convert`"
+            )
+        raise ConfigError(f"model.checkpoint={path}: there are no weights{hint}")
+    if not path and model.name in RELEASED:
+        raise ConfigError(
+            f"model.checkpoint is empty, and {model.name} is not trained from nothing: give the directory "
+            f"of {RELEASED[model.name]}, as released or converted, or this name"
         )
 
 

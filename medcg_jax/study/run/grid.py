@@ -24,6 +24,7 @@ from medcg_jax import processes
 from medcg_jax.agreement import commit, data_fingerprint, versions
 from medcg_jax.config import BOX_TABLES, ConfigError, Interrupted, RunConfig, flat, free_fields
 from medcg_jax.data.general import open_general
+from medcg_jax.families.weights.kind import check_weights
 from medcg_jax.files import write_whole
 from medcg_jax.study.design.schedule import Plan, make_plan, seeded
 from medcg_jax.study.design.suite import short_of_records
@@ -126,6 +127,7 @@ def follow(folders: Mapping[str, Path], plan: Plan) -> dict:
 
 def check_start(run: RunConfig) -> None:
     """Raises ConfigError, before anything is allocated, when weights are missing or a grid cannot use a value."""
+<<<<<<< HEAD
     from medcg_jax.train.log import load_wandb
     from medcg_jax.train.start import check_weights
 
@@ -136,6 +138,12 @@ def check_start(run: RunConfig) -> None:
         )
     if run.log.wandb:
         load_wandb()
+=======
+    check_weights(run.model)
+    for name in ("wandb", "profile_steps"):
+        if value := getattr(run.log, name):
+            raise ConfigError(f"log.{name}={value!r}: expected '' in `medcg reproduce`; `medcg train` takes others")
+>>>>>>> main
     if not run.study.cells_at_once:
         raise ConfigError("study.cells_at_once=0: `medcg reproduce` alone accepts it, and finds how many cells fit")
 

@@ -33,7 +33,8 @@ from medcg_jax.train import loop
 from medcg_jax.train.checkpoint import save_params
 from medcg_jax.train.goodput import Goodput
 from medcg_jax.train.log import CompileMonitor
-from medcg_jax.train.run import identity, run_spec, step_program
+from medcg_jax.train.meta import identity
+from medcg_jax.train.run import run_spec, step_program
 from medcg_jax.train.setup import Setup, open_setup, peak_flops, to_keep
 from medcg_jax.train.step import Program, TrainState
 
