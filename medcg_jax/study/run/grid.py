@@ -127,23 +127,15 @@ def follow(folders: Mapping[str, Path], plan: Plan) -> dict:
 
 def check_start(run: RunConfig) -> None:
     """Raises ConfigError, before anything is allocated, when weights are missing or a grid cannot use a value."""
-<<<<<<< HEAD
     from medcg_jax.train.log import load_wandb
-    from medcg_jax.train.start import check_weights
 
-    check_weights(run)
+    check_weights(run.model)
     if run.log.profile_steps:
         raise ConfigError(
             f"log.profile_steps={run.log.profile_steps!r}: expected '' in `medcg reproduce`; `medcg train` takes others"
         )
     if run.log.wandb:
         load_wandb()
-=======
-    check_weights(run.model)
-    for name in ("wandb", "profile_steps"):
-        if value := getattr(run.log, name):
-            raise ConfigError(f"log.{name}={value!r}: expected '' in `medcg reproduce`; `medcg train` takes others")
->>>>>>> main
     if not run.study.cells_at_once:
         raise ConfigError("study.cells_at_once=0: `medcg reproduce` alone accepts it, and finds how many cells fit")
 
