@@ -127,14 +127,14 @@ def follow(folders: Mapping[str, Path], plan: Plan) -> dict:
 
 def check_start(run: RunConfig) -> None:
     """Raises ConfigError, before anything is allocated, when weights are missing or a grid cannot use a value."""
-    from medcg_jax.train.log import load_wandb
-
     check_weights(run.model)
     if run.log.profile_steps:
         raise ConfigError(
             f"log.profile_steps={run.log.profile_steps!r}: expected '' in `medcg reproduce`; `medcg train` takes others"
         )
     if run.log.wandb:
+        from medcg_jax.train.log import load_wandb
+
         load_wandb()
     if not run.study.cells_at_once:
         raise ConfigError("study.cells_at_once=0: `medcg reproduce` alone accepts it, and finds how many cells fit")
