@@ -33,6 +33,8 @@ from medcg_jax.study.stats.stats import summarise
 
 # Settings that differ and are named in a page's first lines.
 MOST_NAMED = 4
+# Beginnings of names of what is no setting; they come last.
+MADE_WITH = ("version of ", "data of ")
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,9 @@ def write_comparison(a: str | Path, b: str | Path, out: str | Path = "") -> Path
             Section(id="comparison", title="Row by row", folded=[comparison] if rows else []),
         ]  # fmt: skip
         differ = [
-            f"{row['what']} ({short_label(row['a'], 30)} in A, {short_label(row['b'], 30)} in B)"
+            str(row["what"])
+            if row["what"].startswith(MADE_WITH)
+            else f"{row['what']} ({short_label(row['a'], 30)} in A, {short_label(row['b'], 30)} in B)"
             for row in settings.rows
         ]
         others = f" and {len(differ) - MOST_NAMED} more" if len(differ) > MOST_NAMED else ""
@@ -325,8 +329,7 @@ def differing(a: Grid, b: Grid) -> Table:
         for grid in (a, b)
     ]
     names = sorted(
-        (settings[0].keys() | settings[1].keys()) - free_fields(),
-        key=lambda name: (name.startswith(("version of ", "data of ")), name),
+        (settings[0].keys() | settings[1].keys()) - free_fields(), key=lambda name: (name.startswith(MADE_WITH), name)
     )
     pairs = {name: [side.get(name) for side in settings] for name in names}
     rows = [
@@ -339,6 +342,8 @@ def differing(a: Grid, b: Grid) -> Table:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, list) and value:
+        return ", ".join(map(str, value))
     return "(none)" if value is None else "(empty)" if value in ("", [], {}) else str(value)
 
 
