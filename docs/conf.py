@@ -1,0 +1,28 @@
+"""The documentation's site: `python -m sphinx --fail-on-warning -c docs . site` (extra `docs`).
+
+The source folder is the checkout, so links between README, docs/, benchmarks/ and launch/ are the same files on the
+site and in the repository.
+"""
+
+import medcg_jax
+
+project = "medcg-jax"
+author = "the medcg-jax authors"
+release = version = medcg_jax.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+
+root_doc = "docs/index"
+include_patterns = ["*.md", "docs/*.md", "benchmarks/*.md", "launch/*/README.md", "medcg_jax/study/design/paper/README.md"]
+# Not walked through.
+exclude_patterns = [".*", "site", "runs", "tests", "configs", "examples"]
+
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+napoleon_use_ivar = True
+
+html_theme = "alabaster"
+html_theme_options = {"description": "Compositional generalization of multimodal LLMs in medical imaging, in JAX"}
+html_static_path: list[str] = []
+html_show_sourcelink = False
+html_copy_source = False
