@@ -4,7 +4,10 @@ The source folder is the checkout, so links between README, docs/, benchmarks/ a
 site and in the repository.
 """
 
+import inspect
+
 import medcg_jax
+from medcg_jax.train.run import train_config
 
 project = "medcg-jax"
 author = "the medcg-jax authors"
@@ -23,6 +26,18 @@ napoleon_use_ivar = True
 
 html_theme = "alabaster"
 html_theme_options = {"description": "Compositional generalization of multimodal LLMs in medical imaging, in JAX"}
-html_static_path: list[str] = []
+# The front page leads to docs/index.html.
+html_extra_path = ["site"]
 html_show_sourcelink = False
 html_copy_source = False
+
+
+def with_train_described(app, what, name, described, options, lines: list[str]) -> None:
+    """Gives `medcg_jax.train`, a package that can be called, the docstring of the function that it calls."""
+    if name == "medcg_jax.train":
+        lines[:] = [*inspect.getdoc(train_config).splitlines(), ""]
+
+
+def setup(app) -> None:
+    # Before napoleon, which reads the sections of a docstring.
+    app.connect("autodoc-process-docstring", with_train_described, priority=400)
