@@ -15,7 +15,13 @@ release = version = medcg_jax.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/*.md", "benchmarks/*.md", "launch/*/README.md", "medcg_jax/study/design/paper/README.md"]
+include_patterns = [
+    "*.md",
+    "docs/*.md",
+    "benchmarks/*.md",
+    "launch/*/README.md",
+    "medcg_jax/study/design/paper/README.md",
+]
 # Not walked through.
 exclude_patterns = [".*", "site", "runs", "tests", "configs", "examples"]
 

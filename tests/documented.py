@@ -21,15 +21,15 @@ NOT_RUN = {
     r"(hf|kaggle|gcloud|docker) ": "the network, or a program that may not be here",
     r"medcg data fetch ": "the network",
     r"medcg \w+ .*(llava-hf|microsoft)/": "the network",
-    r"medcg (convert|parity) checkpoints/": "released weights",
-    r"medcg train --config=configs/llava15_7b.py": "released weights",
+    r"medcg (convert|parity) checkpoints/llava": "released weights",
+    r"medcg (train|eval) --config=configs/llava15_7b.py": "released weights",
     r"medcg bench .*llava15_7b": "an accelerator",
     r"medcg plan ": "libtpu or XLA for GPUs, and minutes",
     r"medcg bench .*--against=torch": "minutes",
     r"medcg reproduce --config=configs/(table3|backbones_quick|phantom).py(:study|:null)? [^:]*--workdir=runs/\w+$": "hours",
     r"bash launch/(demo|test|bench_gpu).sh": "minutes, or a GPU",
     r"python -m benchmarks.": "minutes",
-    r"python -m tests.golden FOLDER": "a folder of recorded arrays",
+    r"python -m sphinx": "the checkout; tests/test_docs.py builds the site",
 }
 
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from documented import PAGES, ROOT, commands, commands_of, inner_command
+from documented import PAGES, ROOT, commands_of, inner_command
 
 import medcg_jax
 from medcg_jax import cli
