@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from dicom_files import dicom_bytes
 from documented import NOT_RUN, PAGES, ROOT, commands_of, is_launcher, needs
@@ -76,7 +77,7 @@ def write_belongings(folder: Path, page: str) -> None:
     if " ask " in needed:
         records = PhantomSource(seed=1, train_records=2, test_records=2).records("ct-brain-state", "test")
         Image.fromarray(records.image(0)).save(folder / "scan.png")
-        (folder / "scan.dcm").write_bytes(dicom_bytes())
+        (folder / "scan.dcm").write_bytes(dicom_bytes(np.arange(4096, dtype=np.uint16).reshape(64, 64)))
         trained(folder / "runs/first/params", "llava")
         trained(folder / "checkpoints/minigpt-v2-7b", "next_chat", with_more_boxes)
     if "report bench.json" in needed:
