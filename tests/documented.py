@@ -21,7 +21,6 @@ NOT_RUN = {
     r"(hf|kaggle|gcloud|docker) ": "the network, or a program that may not be here",
     r"medcg data fetch ": "the network",
     r"medcg \w+ .*(llava-hf|microsoft)/": "the network",
-    r"medcg (convert|parity) checkpoints/llava": "released weights",
     r"medcg (train|eval) --config=configs/llava15_7b.py": "released weights",
     r"medcg bench .*llava15_7b": "an accelerator",
     r"medcg plan ": "libtpu or XLA for GPUs, and minutes",
