@@ -70,10 +70,9 @@ def write_belongings(folder: Path, page: str) -> None:
         write_own_images(folder / "mine")
     if "Med-MAT" in needed:
         medcg(folder, "data phantom Med-MAT --train=4 --test=2")
-        image = next((folder / "Med-MAT").rglob("*.png")).relative_to(folder / "Med-MAT")
-        others = sorted(path.relative_to(folder / "Med-MAT") for path in (folder / "Med-MAT").rglob("*.png"))[1:4]
-        labels = [f"{image},benign", *(f"{path},malignant" for path in others)]
-        (folder / "labels.csv").write_text("\n".join(["image,label", *labels]) + "\n")
+        images = sorted(path.relative_to(folder / "Med-MAT") for path in (folder / "Med-MAT").rglob("*.png"))
+        lines = [f"{path},{('benign', 'malignant')[index % 2]}" for index, path in enumerate(images[:40])]
+        (folder / "labels.csv").write_text("\n".join(["image,label", *lines]) + "\n")
     if "runs/first" in needed:
         trained(folder / "runs/first/params", "llava")
     if " ask " in needed:
