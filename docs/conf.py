@@ -27,11 +27,20 @@ exclude_patterns = [".*", "site", "runs", "tests", "configs", "examples"]
 
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
-autodoc_typehints = "description"
+# A class is shown by what it says of itself: `load` makes a Model.
+autodoc_class_signature = "separated"
+# A name in single backticks, as docstrings have them.
+default_role = "code"
+# Longer signatures have a line for each argument.
+maximum_signature_line_length = 100
 napoleon_use_ivar = True
 
 html_theme = "alabaster"
-html_theme_options = {"description": "Compositional generalization of multimodal LLMs in medical imaging, in JAX"}
+html_theme_options = {
+    "description": "Compositional generalization of multimodal LLMs in medical imaging, in JAX",
+    "page_width": "1180px",
+    "sidebar_width": "250px",
+}
 # The front page leads to docs/index.html.
 html_extra_path = ["site"]
 html_show_sourcelink = False
