@@ -37,9 +37,7 @@ def faults(text: str) -> list[str]:
     for name, value in steps:
         if name == "COPY" and "--from" not in value:
             sources = value.split()[:-1]
-            found += [
-                f"COPY {source}" for source in sources if not (ROOT / source).exists() and source != "constraints.txt"
-            ]
+            found += [f"COPY {source}" for source in sources if not (ROOT / source).exists()]
         if name in ("ENV", "ARG") and re.search(r"TOKEN|SECRET|PASSWORD|API_KEY", value):
             found.append(f"{name} {value}")
     users = [value for name, value in steps if name == "USER"]
