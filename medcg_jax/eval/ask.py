@@ -99,8 +99,10 @@ class Model:
     floating-point numbers is not known.
 
     Attributes:
-      path: the checkpoint's folder. family: "llava", "qwen2_vl", "mllama", "minigpt_v2" or "next_chat".
-      dtype: of the parameters, one of `config.BASE_DTYPES`. form: how questions are put and images are read.
+      path: the checkpoint's folder.
+      family: "llava", "qwen2_vl", "mllama", "minigpt_v2" or "next_chat".
+      dtype: of the parameters, one of `config.BASE_DTYPES`.
+      form: how questions are put and images are read.
 
     Raises, in every method that asks:
       DataError: the image, question or options cannot be used.
@@ -130,7 +132,7 @@ class Model:
 
     @property
     def device(self) -> str:
-        """The kind of the device: "cpu", "NVIDIA H100 80GB HBM3"."""
+        """The kind of the device, such as "cpu" or "NVIDIA H100 80GB HBM3"."""
         return self._mesh.devices.flat[0].device_kind
 
     @property
