@@ -406,6 +406,8 @@ def run_bench(args) -> dict:
 
 
 def run_plan(args) -> dict:
+    if args.search and args.alone:
+        raise ConfigError("--alone with --search: expected one of them; a search is for a grid's trainings")
     run = resolved(args)
     from medcg_jax.plan import search
     from medcg_jax.plan import text as plan_text
@@ -415,8 +417,6 @@ def run_plan(args) -> dict:
 
     common = {"full_effort": args.full_effort, "memory_bytes": args.memory_gib * (1 << 30)}
     if args.search:
-        if args.alone:
-            raise ConfigError("--alone with --search: expected one of them; a search is for a grid's trainings")
         ranking = search.search(run, args.topology, most_compiles=args.compiles, **common)
         print(search.table(ranking))
         return ranking
